@@ -1,0 +1,142 @@
+//! The JSON documents of the admin interface, as the server writes and the command line reads them.
+
+use std::collections::BTreeMap;
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
+
+use serde::{Deserialize, Serialize};
+
+use crate::table::{Excluded, State};
+
+/// `GET /v1/status`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    /// Whether names are answered and dials translated: the plane is attached, the catalog synced.
+    pub ready: bool,
+    /// Why it isn't ready, or what else is wrong, each with the mend.
+    pub problems: Vec<String>,
+    /// The daemon's version.
+    pub version: String,
+    /// The daemon's process id.
+    pub pid: u32,
+    /// The generation of the table in force.
+    pub generation: u64,
+    /// Discovery.
+    pub catalog: CatalogStatus,
+    /// The number of services.
+    pub services: usize,
+    /// The number of healthy backends, over all services.
+    pub backends: usize,
+    /// The DNS server.
+    pub dns: DnsStatus,
+    /// The kernel side.
+    pub plane: PlaneStatus,
+}
+
+/// Discovery, within [`Status`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CatalogStatus {
+    /// `consul` or `file`.
+    pub source: String,
+    /// `connecting` before the first sync, then `live`, or `failing` while the source doesn't answer
+    /// and the last table serves.
+    pub state: String,
+    /// Seconds since the source last answered; `null` before that.
+    pub age_seconds: Option<f64>,
+}
+
+/// The DNS server, within [`Status`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DnsStatus {
+    /// The addresses it listens on, UDP and TCP.
+    pub listen: Vec<SocketAddr>,
+    /// The zone that is ours.
+    pub domain: String,
+}
+
+/// The kernel side, within [`Status`].
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct PlaneStatus {
+    /// Whether every hook is attached to the cgroup, as the kernel says.
+    pub attached: bool,
+    /// The cgroup whose processes are served.
+    pub cgroup: String,
+    /// How full the maps are.
+    pub maps: Vec<MapStatus>,
+    /// Events that no service owns, by name, since the start.
+    pub counters: BTreeMap<String, u64>,
+}
+
+/// One map, within [`PlaneStatus`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MapStatus {
+    /// The map's name, as `bpftool map` shows it.
+    pub name: String,
+    /// Entries in use.
+    pub entries: u64,
+    /// Entries it has room for.
+    pub capacity: u64,
+}
+
+/// One element of `GET /v1/services`, and the greater part of [`Explanation`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Service {
+    /// The name.
+    pub name: String,
+    /// Its address on this node.
+    pub vip: Ipv4Addr,
+    /// One more address, in the host's network namespace only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pin: Option<SocketAddrV4>,
+    /// The ports it is dialled at.
+    pub ports: Vec<u16>,
+    /// `tcp`.
+    pub protocol: String,
+    /// `random`, by weight.
+    pub algorithm: String,
+    /// The generation of the table that changed it last.
+    pub generation: u64,
+    /// `live`: its instances are watched.
+    pub watch: String,
+    /// Why the kernel doesn't have this state of it, when it doesn't; then its former state serves.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+    /// Dials that were sent to a backend, since the start.
+    pub dials: u64,
+    /// Dials that were refused because there was no backend for them, since the start.
+    pub refused: u64,
+    /// The instances that dials may reach, and those that can't be reached from here.
+    pub backends: Vec<Backend>,
+}
+
+/// A backend, within [`Service`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Backend {
+    /// Address and port.
+    pub address: String,
+    /// The node it runs on.
+    pub node: String,
+    /// The instance's name, unique within its node.
+    pub id: String,
+    /// Its share of new connections, beside the other weights.
+    pub weight: u16,
+    /// What may be done with it.
+    pub state: State,
+    /// Why, where that isn't plain.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// Dials that it was chosen for, since it came.
+    pub connects: u64,
+}
+
+/// `GET /v1/services/NAME`: everything that is known of a name.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Explanation {
+    /// The name that was asked for.
+    pub name: String,
+    /// What a dial would get, in a sentence.
+    pub dial: String,
+    /// The service, where the name is one.
+    pub service: Option<Service>,
+    /// The instances that are out.
+    pub excluded: Vec<Excluded>,
+}

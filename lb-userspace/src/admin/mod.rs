@@ -1,0 +1,3 @@
+//! The admin interface: HTTP on a unix socket, and what it says.
+
+pub mod api;

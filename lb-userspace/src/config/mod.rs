@@ -1,0 +1,174 @@
+//! The configuration: its keys, their defaults, and what they may be.
+
+use std::collections::BTreeMap;
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
+use std::path::PathBuf;
+
+use ipnet::Ipv4Net;
+
+/// Where the configuration is read from when `--config` doesn't say.
+pub const DEFAULT_PATH: &str = "/etc/nohop/nohop.toml";
+
+/// Everything that an operator can choose, checked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// The cgroup v2 directory whose processes are served; `None` means the root of the hierarchy,
+    /// wherever it is mounted.
+    pub cgroup: Option<PathBuf>,
+    /// Where what must outlive the daemon is kept.
+    pub state_dir: PathBuf,
+    /// `[catalog]`
+    pub catalog: CatalogConfig,
+    /// `[consul]`
+    pub consul: ConsulConfig,
+    /// `[vip]`
+    pub vip: VipConfig,
+    /// `[dns]`
+    pub dns: DnsConfig,
+    /// `[plane]`
+    pub plane: PlaneConfig,
+    /// `[admin]`
+    pub admin: AdminConfig,
+}
+
+/// Where services come from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CatalogConfig {
+    /// Which source.
+    pub source: Source,
+    /// The tag that an instance needs to be routed.
+    pub tag: String,
+}
+
+/// A source of discovery.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// The Consul agent.
+    Consul,
+    /// A static catalog in this file.
+    File(PathBuf),
+}
+
+/// How to reach the Consul agent.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ConsulConfig {
+    /// The agent's HTTP address, `host:port`.
+    pub address: String,
+    /// The token, if any.
+    pub token: Option<Token>,
+    /// The datacenter; empty means the agent's own.
+    pub datacenter: String,
+    /// The most connections to the agent at any time; at least 2.
+    pub max_connections: usize,
+}
+
+/// Where the ACL token comes from.
+#[derive(Clone, PartialEq, Eq)]
+pub enum Token {
+    /// The token itself, from CONSUL_HTTP_TOKEN.
+    Literal(String),
+    /// The file that holds it.
+    File(PathBuf),
+}
+
+impl std::fmt::Debug for Token {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Token::Literal(_) => f.write_str("Literal(..)"),
+            Token::File(path) => f.debug_tuple("File").field(path).finish(),
+        }
+    }
+}
+
+/// The addresses that services get.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VipConfig {
+    /// The pool that VIPs come from, within 127.0.0.0/8.
+    pub pool: Ipv4Net,
+    /// The ports of every service; not empty, no duplicates.
+    pub ports: Vec<u16>,
+    /// Further addresses, each for one service, that count in the host's network namespace only.
+    pub pins: BTreeMap<String, SocketAddrV4>,
+}
+
+/// The DNS server.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DnsConfig {
+    /// The addresses to listen on, UDP and TCP.
+    pub listen: Vec<SocketAddr>,
+    /// The zone that is ours, without dots at the ends, in lower case.
+    pub domain: String,
+    /// How long an answer may be kept, in seconds.
+    pub ttl: u32,
+    /// Where all other names go.
+    pub forward: Forward,
+    /// Where names below certain domains go instead.
+    pub routes: BTreeMap<String, SocketAddr>,
+}
+
+/// The upstreams for names that aren't ours.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Forward {
+    /// The nameservers of /etc/resolv.conf, but for ourselves.
+    ResolvConf,
+    /// These, in order.
+    Servers(Vec<SocketAddr>),
+}
+
+/// The kernel side.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PlaneConfig {
+    /// The number of services that the maps have room for.
+    pub max_services: u32,
+    /// The number of backends, over all services, that the maps have room for.
+    pub max_backends: u32,
+}
+
+/// The admin interface.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AdminConfig {
+    /// Where it listens.
+    pub listen: Vec<AdminAddress>,
+}
+
+/// An address of the admin interface, written `unix:PATH` or `ADDR:PORT`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum AdminAddress {
+    /// A unix socket.
+    Unix(PathBuf),
+    /// A TCP socket.
+    Tcp(SocketAddr),
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Config {
+            cgroup: None,
+            state_dir: "/var/lib/nohop".into(),
+            catalog: CatalogConfig { source: Source::Consul, tag: "routed".into() },
+            consul: ConsulConfig {
+                address: "127.0.0.1:8500".into(),
+                token: None,
+                datacenter: String::new(),
+                max_connections: 64,
+            },
+            vip: VipConfig {
+                pool: Ipv4Net::new_assert(Ipv4Addr::new(127, 128, 0, 0), 9),
+                ports: vec![80],
+                pins: BTreeMap::new(),
+            },
+            dns: DnsConfig {
+                listen: vec![SocketAddr::from(([127, 0, 0, 1], 53))],
+                domain: "service".into(),
+                ttl: 30,
+                forward: Forward::ResolvConf,
+                routes: BTreeMap::from([(
+                    "consul".into(),
+                    SocketAddr::from(([127, 0, 0, 1], 8600)),
+                )]),
+            },
+            plane: PlaneConfig { max_services: 16_384, max_backends: 131_072 },
+            admin: AdminConfig { listen: vec![AdminAddress::Unix("/run/nohop/admin.sock".into())] },
+        }
+    }
+}

@@ -1,0 +1,10 @@
+//! The nohop daemon and its command line, by part. ARCHITECTURE.md shows how they fit together.
+#![deny(unsafe_code)]
+
+pub mod admin;
+pub mod catalog;
+pub mod cli;
+pub mod config;
+pub mod dns;
+pub mod plane;
+pub mod table;

@@ -1,0 +1,1 @@
+//! The plane: the kernel side, kept in step with the table.

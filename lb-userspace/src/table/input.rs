@@ -1,0 +1,32 @@
+//! What a source of discovery says of one instance, before the table judges it.
+
+/// One instance of a service, in the source's words.
+///
+/// The values are as the source gave them, in range or not: it is the table that says what can be
+/// routed to, in one place and for all sources.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Instance {
+    /// The node that the instance runs on; empty where the source knows of no nodes.
+    pub node: String,
+    /// The instance's name, unique within its node.
+    pub id: String,
+    /// An address, as text: IPv4, IPv6, a host name, or empty.
+    pub address: String,
+    /// The port; 1..=65535 is routable.
+    pub port: i64,
+    /// The weight, 1 by default.
+    pub weight: i64,
+    /// Whether the instance runs on this node, so that its loopback address is this host's.
+    pub local: bool,
+    /// Whether the source's own rules let it serve.
+    pub standing: Standing,
+}
+
+/// A source's own verdict on an instance.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Standing {
+    /// It may serve.
+    Serving,
+    /// It may not, for this reason (such as ``check `web` is critical``).
+    Out(String),
+}

@@ -1,0 +1,1 @@
+//! What can be routed to: one instance in, one verdict out.

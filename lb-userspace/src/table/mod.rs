@@ -1,0 +1,99 @@
+//! The table: the desired state, one immutable snapshot that every part reads.
+//!
+//! It knows neither Consul nor maps nor DNS. `Builder` turns a catalog into the next table: it
+//! judges each instance, gives each name its VIP, and shares what didn't change with the table
+//! before.
+
+mod input;
+mod judge;
+mod vips;
+
+use std::collections::BTreeMap;
+use std::net::{Ipv4Addr, SocketAddrV4};
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+pub use input::{Instance, Standing};
+
+/// One state of the world, as this node should present it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Table {
+    /// The table's number: 0 before the first sync, then it grows with each change.
+    pub generation: u64,
+    /// The services, by name in lower case.
+    pub services: BTreeMap<Arc<str>, Arc<Service>>,
+    /// Names that the catalog has and that can't be had here, each with the reason.
+    pub rejected: BTreeMap<Arc<str>, String>,
+}
+
+impl Table {
+    /// Whether discovery has been complete once; before that, absence means nothing.
+    pub fn is_synced(&self) -> bool {
+        self.generation > 0
+    }
+}
+
+/// A service that this node routes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Service {
+    /// The name: a DNS label in lower case.
+    pub name: Arc<str>,
+    /// Its address on this node.
+    pub vip: Ipv4Addr,
+    /// The ports it is dialled at.
+    pub ports: Arc<[u16]>,
+    /// One more address, in the host's network namespace only.
+    pub pin: Option<SocketAddrV4>,
+    /// The instances that dials may reach, ordered, and those that can't be reached from here.
+    pub backends: Vec<Backend>,
+    /// The instances that are out, each with the reason.
+    pub excluded: Vec<Excluded>,
+    /// The generation of the table that changed it last.
+    pub generation: u64,
+}
+
+/// An instance that serves, as far as its source knows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Backend {
+    /// Where dials go, for a healthy one; `None` for an unroutable one.
+    pub address: Option<SocketAddrV4>,
+    /// The address as the source gave it, with the port.
+    pub shown_address: String,
+    /// The node it runs on; empty where the source knows of no nodes.
+    pub node: String,
+    /// The instance's name, unique within its node.
+    pub id: String,
+    /// The share of new connections it gets, beside the other weights of the service: 1..=65535.
+    pub weight: u16,
+    /// What may be done with it.
+    pub state: State,
+    /// Why it is in this state, where that isn't plain.
+    pub reason: Option<String>,
+    /// Whether its address is this host's loopback, so that only the host's network namespace can
+    /// dial it.
+    pub host_only: bool,
+}
+
+/// What may be done with a backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// It gets new connections.
+    Healthy,
+    /// Its address means something else here, or nothing, so it gets none.
+    Unroutable,
+}
+
+/// An instance that gets no connections by its source's verdict.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Excluded {
+    /// The address as the source gave it, with the port.
+    pub address: String,
+    /// The node it runs on.
+    pub node: String,
+    /// The instance's name, unique within its node.
+    pub id: String,
+    /// Why it is out.
+    pub reason: String,
+}

@@ -1,0 +1,1 @@
+//! VIPs: which address a name has on this node.

@@ -1,0 +1,1 @@
+//! A cluster on one machine: network namespaces as hosts, cgroups as scopes, a real Consul.

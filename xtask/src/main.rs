@@ -1,0 +1,2 @@
+//! All that a person or CI runs.
+fn main() {}
