@@ -39,7 +39,7 @@ pub struct Frontend {
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Target {
-    /// The index into `SERVICES` and `SERVICE_COUNTERS`.
+    /// The index into `SERVICES` and `SERVICE_STATS`.
     pub service: u32,
     /// 1 where the frontend counts in the host's network namespace only, as a pin does; else 0.
     pub host_only: u32,
@@ -92,7 +92,7 @@ pub struct Backend {
     pub padding: u16,
 }
 
-/// The value of `SERVICE_COUNTERS`; both only grow.
+/// The value of `SERVICE_STATS`; both only grow.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ServiceCounters {

@@ -1,1 +1,354 @@
 //! The plane: the kernel side, kept in step with the table.
+//!
+//! Only this part knows aya and lb-common, and only here does the order of bytes matter.
+//! [`Plane::load`] brings the programs into the kernel, [`Plane::attach`] makes them count, and
+//! [`Plane::apply`] brings the maps to a table.
+
+mod alias;
+mod bpf;
+mod ids;
+mod kernel;
+mod maps;
+mod reconcile;
+mod regions;
+pub mod route;
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::os::linux::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use aya::programs::links::{FdLink, LinkError};
+use aya::programs::{CgroupAttachMode, CgroupSockAddr, ProgramError, loaded_programs};
+use aya::{Ebpf, EbpfError, EbpfLoader, include_bytes_aligned};
+use lb_common::{
+    Counter, ENTRIES_PER_BACKEND, FRONTENDS_PER_SERVICE, MAX_SERVICE_BACKENDS, Refusal,
+    SLOTS_PER_BACKEND,
+};
+
+use crate::config::{PlaneConfig, VipConfig};
+use crate::table::Table;
+use kernel::KernelMaps;
+use reconcile::Reconciler;
+
+pub use bpf::netns_cookie;
+pub use kernel::Counters;
+pub use reconcile::{ApplyError, Indices, Pressure};
+
+static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/nohop-ebpf"));
+
+/// The programs, in the order in which they are attached: what translates back comes first, so that
+/// no translated socket is ever without it.
+const PROGRAMS: [&str; 2] = ["nohop_getpeer4", "nohop_connect4"];
+
+/// Why the kernel side can't be had.
+#[derive(Debug, thiserror::Error)]
+pub enum PlaneError {
+    /// The kernel didn't take the object.
+    #[error("the kernel refused the eBPF object: {0}; `nohop check` says what is missing")]
+    Load(#[source] EbpfError),
+    /// The kernel didn't take a program.
+    #[error("the kernel refused the program {program}: {source}; {mend}", mend = privileges(source))]
+    Program {
+        /// The program.
+        program: &'static str,
+        /// What the kernel said.
+        source: ProgramError,
+    },
+    /// The object isn't the one that this daemon was built with.
+    #[error("the eBPF object has no {missing}: build the daemon again")]
+    Object {
+        /// The map or program.
+        missing: &'static str,
+    },
+    /// A map can't be used.
+    #[error("can't use a map: {source}")]
+    Map {
+        /// What aya said.
+        source: aya::maps::MapError,
+    },
+    /// A map can't be mapped into memory.
+    #[error("can't map {map} into memory: {source}")]
+    Mmap {
+        /// The map.
+        map: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The cgroup can't be attached to.
+    #[error("can't open the cgroup {cgroup}: {source}; name a cgroup v2 directory with --cgroup")]
+    Cgroup {
+        /// The directory.
+        cgroup: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The directory isn't a cgroup v2 one, or the process may not attach to it.
+    #[error(
+        "can't attach {program} to {cgroup}: {source}; it has to be a cgroup v2 directory, and \
+         attaching needs CAP_NET_ADMIN and CAP_BPF"
+    )]
+    Attach {
+        /// The program.
+        program: &'static str,
+        /// The directory.
+        cgroup: PathBuf,
+        /// What the kernel said.
+        source: ProgramError,
+    },
+    /// The links can't be listed or detached.
+    #[error("can't {action} links: {source}; it needs CAP_SYS_ADMIN")]
+    Links {
+        /// `list`, `keep` or `detach`.
+        action: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+fn privileges(error: &ProgramError) -> &'static str {
+    let denied = matches!(error, ProgramError::LoadError { io_error, .. }
+        if io_error.kind() == io::ErrorKind::PermissionDenied);
+    if denied {
+        "run as root, or with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON"
+    } else {
+        "`nohop check` says what is missing"
+    }
+}
+
+/// The sizes of the maps, in entries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sizes {
+    /// `SERVICES` and `SERVICE_STATS`
+    pub services: u32,
+    /// `FRONTENDS`
+    pub frontends: u32,
+    /// `SLOTS`
+    pub slots: u32,
+    /// `BACKENDS` and `BACKEND_DIALS`
+    pub backends: u32,
+}
+
+impl Sizes {
+    fn of(config: &PlaneConfig) -> Sizes {
+        let slots = config.max_backends.saturating_mul(SLOTS_PER_BACKEND);
+        Sizes {
+            services: config.max_services,
+            frontends: config.max_services.saturating_mul(FRONTENDS_PER_SERVICE),
+            slots: slots.next_multiple_of(MAX_SERVICE_BACKENDS),
+            backends: config.max_backends.saturating_mul(ENTRIES_PER_BACKEND),
+        }
+    }
+}
+
+/// The kernel side.
+#[derive(Debug)]
+pub struct Plane {
+    ebpf: Ebpf,
+    reconciler: Reconciler<KernelMaps>,
+    counters: Counters,
+    links: Vec<FdLink>,
+    refusal: Refusal,
+}
+
+impl Plane {
+    /// Loads the programs and makes the maps. `host_netns` is the cookie of the host's network
+    /// namespace; 0 where it can't be had, and then pins and loopback backends don't count.
+    ///
+    /// Minimum kernel: 5.10.
+    ///
+    /// # Errors
+    /// When the kernel refuses, for lack of a feature or of privileges.
+    pub fn load(
+        config: &PlaneConfig,
+        vip: &VipConfig,
+        host_netns: u64,
+    ) -> Result<Plane, PlaneError> {
+        // Before 5.11 map memory counts against this limit. Where it can't be raised, loading says so.
+        let unlimited = rustix::process::Rlimit { current: None, maximum: None };
+        let _ = rustix::process::setrlimit(rustix::process::Resource::Memlock, unlimited);
+
+        let sizes = Sizes::of(config);
+        let (mut ebpf, refusal) = match load_programs(&sizes, vip, host_netns, Refusal::Errno) {
+            // `bpf_set_retval` came to these programs with 6.1. A probe for it can report it
+            // missing where it isn't, so the verifier's word on the program itself counts.
+            Err(PlaneError::Program {
+                source: ProgramError::LoadError { io_error, .. }, ..
+            }) if io_error.kind() != io::ErrorKind::PermissionDenied => {
+                let refusal = Refusal::PortZero;
+                (load_programs(&sizes, vip, host_netns, refusal)?, refusal)
+            }
+            result => (result?, Refusal::Errno),
+        };
+        let maps = KernelMaps::take(&mut ebpf)?;
+        let counters = maps.counters();
+        let reconciler = Reconciler::new(maps, &sizes);
+        Ok(Plane { ebpf, reconciler, counters, links: Vec::new(), refusal })
+    }
+
+    /// Attaches the programs to `cgroup`: dials of the processes in it and below are translated
+    /// from now on.
+    ///
+    /// # Errors
+    /// When `cgroup` is no cgroup v2 directory, or the kernel refuses.
+    pub fn attach(&mut self, cgroup: &Path) -> Result<(), PlaneError> {
+        let directory = File::open(cgroup)
+            .map_err(|source| PlaneError::Cgroup { cgroup: cgroup.into(), source })?;
+        for name in PROGRAMS {
+            let failed =
+                |source| PlaneError::Attach { program: name, cgroup: cgroup.into(), source };
+            let program = program(&mut self.ebpf, name)?;
+            // `Single` is no flag at all; links of several programs coexist all the same.
+            let id = program.attach(&directory, CgroupAttachMode::Single).map_err(failed)?;
+            let link = program.take_link(id).map_err(failed)?;
+            let link = FdLink::try_from(link).map_err(links_error("keep"))?;
+            self.links.push(link);
+        }
+        Ok(())
+    }
+
+    /// Brings the maps to `table`. Returns the services that couldn't be brought there, each with
+    /// the reason; their former state serves on, and the next call tries them again.
+    pub fn apply(&mut self, table: &Table) -> BTreeMap<Arc<str>, ApplyError> {
+        self.reconciler.apply(table)
+    }
+
+    /// The indices that the kernel knows a service and its backends by.
+    pub fn indices(&self, name: &str) -> Option<Indices> {
+        self.reconciler.indices(name)
+    }
+
+    /// How full each map is.
+    pub fn pressure(&self) -> [(&'static str, Pressure); 4] {
+        self.reconciler.pressure()
+    }
+
+    /// A handle to what the programs count.
+    pub fn counters(&self) -> Counters {
+        self.counters.clone()
+    }
+
+    /// How this kernel refuses a dial.
+    pub fn refusal(&self) -> Refusal {
+        self.refusal
+    }
+
+    /// A handle that tells whether the programs are still attached.
+    ///
+    /// # Errors
+    /// When the kernel doesn't tell of the links.
+    pub fn attachment(&self) -> Result<Attachment, PlaneError> {
+        let ids = self.links.iter().map(|link| Ok(link.info()?.id()));
+        let ids: Result<_, LinkError> = ids.collect();
+        Ok(Attachment { link_ids: ids.map_err(links_error("list"))? })
+    }
+
+    /// Detaches the programs, what translates back last.
+    pub fn detach(mut self) {
+        while let Some(link) = self.links.pop() {
+            drop(link);
+        }
+    }
+}
+
+/// Tells whether the programs are attached, as the kernel sees it.
+#[derive(Clone, Debug)]
+pub struct Attachment {
+    link_ids: Vec<u32>,
+}
+
+impl Attachment {
+    /// Whether every link is there and holds a cgroup.
+    pub fn holds(&self) -> bool {
+        !self.link_ids.is_empty()
+            && self.link_ids.iter().all(|&link_id| {
+                matches!(bpf::CgroupLink::by_id(link_id), Ok(Some(link)) if link.cgroup_id != 0)
+            })
+    }
+}
+
+/// Detaches every program of nohop's from `cgroup`, whichever process holds its link. Returns how
+/// many there were.
+///
+/// # Errors
+/// When the kernel refuses to list or to detach.
+pub fn unload(cgroup: &Path) -> Result<usize, PlaneError> {
+    let links = |action| move |source| PlaneError::Links { action, source };
+    let cgroup_id = std::fs::metadata(cgroup)
+        .map_err(|source| PlaneError::Cgroup { cgroup: cgroup.into(), source })?
+        .st_ino();
+    let ours: BTreeMap<u32, usize> = loaded_programs()
+        .flatten()
+        .filter_map(|program| {
+            let order = PROGRAMS.iter().position(|name| program.name_as_str() == Some(name))?;
+            Some((program.id(), order))
+        })
+        .collect();
+    let mut attached = Vec::new();
+    for link_id in bpf::link_ids().map_err(links("list"))? {
+        let Some(link) = bpf::CgroupLink::by_id(link_id).map_err(links("list"))? else { continue };
+        if let Some(order) = ours.get(&link.program_id)
+            && link.cgroup_id == cgroup_id
+        {
+            attached.push((*order, link));
+        }
+    }
+    // What translates back goes last.
+    attached.sort_by_key(|(order, _)| std::cmp::Reverse(*order));
+    for (_, link) in &attached {
+        link.detach().map_err(links("detach"))?;
+    }
+    Ok(attached.len())
+}
+
+fn links_error(action: &'static str) -> impl Fn(LinkError) -> PlaneError {
+    move |error| PlaneError::Links { action, source: io::Error::other(error) }
+}
+
+/// The counters that no service owns, with the names they have in `status`.
+pub const COUNTERS: [(&str, Counter); lb_common::N_COUNTERS] = [
+    ("refused_no_frontend", Counter::RefusedNoFrontend),
+    ("no_socket_storage", Counter::NoStorage),
+    ("inconsistent", Counter::Inconsistent),
+];
+
+fn load_programs(
+    sizes: &Sizes,
+    vip: &VipConfig,
+    host_netns: u64,
+    refusal: Refusal,
+) -> Result<Ebpf, PlaneError> {
+    let (network, mask) = (u32::from(vip.pool.network()), u32::from(vip.pool.netmask()));
+    let refusal = refusal as u32;
+    let mut loader = EbpfLoader::new();
+    for (map, n_entries) in [
+        ("FRONTENDS", sizes.frontends),
+        ("SERVICES", sizes.services),
+        ("SERVICE_STATS", sizes.services),
+        ("SLOTS", sizes.slots),
+        ("BACKENDS", sizes.backends),
+        ("BACKEND_DIALS", sizes.backends),
+    ] {
+        loader.map_max_entries(map, n_entries);
+    }
+    loader.override_global("POOL_NETWORK", &network, true);
+    loader.override_global("POOL_MASK", &mask, true);
+    loader.override_global("HOST_NETNS", &host_netns, true);
+    loader.override_global("REFUSAL", &refusal, true);
+    let mut ebpf = loader.load(OBJECT).map_err(PlaneError::Load)?;
+    for name in PROGRAMS {
+        let failed = |source| PlaneError::Program { program: name, source };
+        program(&mut ebpf, name)?.load().map_err(failed)?;
+    }
+    Ok(ebpf)
+}
+
+fn program<'a>(
+    ebpf: &'a mut Ebpf,
+    name: &'static str,
+) -> Result<&'a mut CgroupSockAddr, PlaneError> {
+    let program = ebpf.program_mut(name).ok_or(PlaneError::Object { missing: name })?;
+    program.try_into().map_err(|_| PlaneError::Object { missing: name })
+}

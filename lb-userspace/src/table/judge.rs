@@ -1,1 +1,189 @@
 //! What can be routed to: one instance in, one verdict out.
+
+use std::net::{Ipv4Addr, SocketAddrV4};
+
+use ipnet::Ipv4Net;
+
+use super::{Backend, Excluded, Instance, Standing, State};
+
+/// An instance's place in the table.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// It serves, and can be reached from here or not.
+    In(Backend),
+    /// It gets nothing, by its source's verdict.
+    Out(Excluded),
+}
+
+/// Judges one instance. `pool` is where VIPs come from.
+pub fn judge(instance: &Instance, pool: Ipv4Net) -> Verdict {
+    let shown_address = if instance.address.contains(':') && !instance.address.starts_with('[') {
+        format!("[{}]:{}", instance.address, instance.port)
+    } else {
+        format!("{}:{}", instance.address, instance.port)
+    };
+    let (node, id) = (instance.node.clone(), instance.id.clone());
+    if let Standing::Out(reason) = &instance.standing {
+        return Verdict::Out(Excluded { address: shown_address, node, id, reason: reason.clone() });
+    }
+    let (weight, note) = weight(instance.weight);
+    let (address, state, reason) = match route(instance, pool) {
+        Ok(address) => (Some(address), State::Healthy, note),
+        Err(reason) => (None, State::Unroutable, Some(reason)),
+    };
+    let host_only = address.is_some_and(|address| address.ip().is_loopback());
+    Verdict::In(Backend { address, shown_address, node, id, weight, state, reason, host_only })
+}
+
+/// Where dials to the instance go, or why none can.
+fn route(instance: &Instance, pool: Ipv4Net) -> Result<SocketAddrV4, String> {
+    let text = instance.address.as_str();
+    if text.is_empty() {
+        return Err("it has no address: give the service or its node one".to_owned());
+    }
+    let Ok(address) = text.parse::<Ipv4Addr>() else {
+        let what = if text.parse::<std::net::Ipv6Addr>().is_ok() {
+            "an IPv6 address, which this version can't route to"
+        } else {
+            "a name, which this version doesn't look up"
+        };
+        return Err(format!("`{text}` is {what}: register an IPv4 address"));
+    };
+    let port = match u16::try_from(instance.port) {
+        Ok(0) => return Err("port 0 can't be dialled: register the port it listens on".to_owned()),
+        Ok(port) => port,
+        Err(_) => return Err(format!("port {} isn't one: 1 to 65535 are", instance.port)),
+    };
+    if pool.contains(&address) {
+        return Err(format!("{address} is in the VIP pool {pool}: a VIP can't be a backend"));
+    }
+    if address.is_loopback() && !instance.local {
+        let node = &instance.node;
+        return Err(format!("{address} is the loopback of node `{node}`, not of this one"));
+    }
+    if address.is_unspecified() || address.is_multicast() || address.is_broadcast() {
+        return Err(format!("{address} is no host's address: register the one it listens on"));
+    }
+    Ok(SocketAddrV4::new(address, port))
+}
+
+/// The weight as it counts, and a note where that differs from what was given.
+fn weight(given: i64) -> (u16, Option<String>) {
+    match u16::try_from(given) {
+        Ok(weight) if weight > 0 => (weight, None),
+        _ => {
+            let weight = if given < 1 { 1 } else { u16::MAX };
+            (weight, Some(format!("weight {given} isn't within 1 to 65535: taken as {weight}")))
+        }
+    }
+}
+
+/// Whether a service can have this name: one DNS label of letters, digits, `-` and `_` that begins
+/// and ends with a letter or digit.
+///
+/// # Errors
+/// What is wrong with it, and the mend.
+pub fn check_name(name: &str) -> Result<(), String> {
+    let inner = |octet: u8| octet.is_ascii_alphanumeric() || octet == b'-' || octet == b'_';
+    let outer = |octet: Option<&u8>| octet.is_some_and(u8::is_ascii_alphanumeric);
+    let octets = name.as_bytes();
+    let problem = if octets.len() > 63 {
+        "is longer than the 63 octets of a DNS label"
+    } else if !octets.iter().all(|&octet| inner(octet)) {
+        "has more in it than letters, digits, `-` and `_`"
+    } else if !outer(octets.first()) || !outer(octets.last()) {
+        "doesn't begin and end with a letter or digit"
+    } else {
+        return Ok(());
+    };
+    Err(format!("`{name}` can't be a DNS name: it {problem}; register the service under another"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn instance(address: &str, port: i64) -> Instance {
+        Instance {
+            node: "n1".into(),
+            id: "web-1".into(),
+            address: address.into(),
+            port,
+            weight: 1,
+            local: false,
+            standing: Standing::Serving,
+        }
+    }
+
+    fn judged(instance: &Instance) -> Backend {
+        match judge(instance, "127.128.0.0/9".parse().unwrap()) {
+            Verdict::In(backend) => backend,
+            Verdict::Out(out) => panic!("{out:?}"),
+        }
+    }
+
+    #[test]
+    fn what_can_be_dialled_is_healthy() {
+        let backend = judged(&instance("10.0.0.7", 23456));
+        assert_eq!(backend.address, Some("10.0.0.7:23456".parse().unwrap()));
+        assert_eq!(
+            (backend.state, backend.reason, backend.host_only),
+            (State::Healthy, None, false)
+        );
+    }
+
+    #[test]
+    fn what_cannot_be_dialled_is_unroutable_and_says_why() {
+        for (address, port, why) in [
+            ("10.0.0.7", 0, "port 0"),
+            ("10.0.0.7", -1, "port -1"),
+            ("10.0.0.7", 65_536, "port 65536"),
+            ("", 80, "no address"),
+            ("db.example.com", 80, "`db.example.com` is a name"),
+            ("2001:db8::7", 80, "IPv6"),
+            ("127.0.0.1", 80, "loopback of node `n1`"),
+            ("127.200.0.1", 80, "in the VIP pool"),
+            ("0.0.0.0", 80, "no host's address"),
+            ("224.0.0.1", 80, "no host's address"),
+            ("255.255.255.255", 80, "no host's address"),
+        ] {
+            let backend = judged(&instance(address, port));
+            assert_eq!((backend.state, backend.address), (State::Unroutable, None), "{address}");
+            let reason = backend.reason.unwrap();
+            assert!(reason.contains(why), "{address}:{port}: {reason}");
+        }
+    }
+
+    #[test]
+    fn this_nodes_loopback_is_for_the_host_alone() {
+        let backend = judged(&Instance { local: true, ..instance("127.0.0.1", 8080) });
+        assert_eq!((backend.state, backend.host_only), (State::Healthy, true));
+    }
+
+    #[test]
+    fn odd_weights_are_brought_into_range_and_noted() {
+        for (given, weight) in [(-5, 1), (0, 1), (1, 1), (65_535, 65_535), (1 << 40, 65_535)] {
+            let backend = judged(&Instance { weight: given, ..instance("10.0.0.7", 80) });
+            assert_eq!((backend.state, backend.weight), (State::Healthy, weight));
+            assert_eq!(backend.reason.is_some(), i64::from(weight) != given, "{given}");
+        }
+    }
+
+    #[test]
+    fn a_sources_verdict_stands() {
+        let standing = Standing::Out("check `web` is critical".into());
+        let out =
+            judge(&Instance { standing, ..instance("", 0) }, "127.128.0.0/9".parse().unwrap());
+        assert!(matches!(out, Verdict::Out(out) if out.reason == "check `web` is critical"));
+    }
+
+    #[test]
+    fn names() {
+        for good in ["a", "helloworld", "Web-2", "api_v1", &"x".repeat(63)] {
+            assert_eq!(check_name(good), Ok(()), "{good}");
+        }
+        for bad in ["", "-a", "a-", "_a", "a.b", "a b", "ä", &"x".repeat(64)] {
+            assert!(check_name(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,12 +1,13 @@
 //! The table: the desired state, one immutable snapshot that every part reads.
 //!
-//! It knows neither Consul nor maps nor DNS. `Builder` turns a catalog into the next table: it
+//! It knows neither Consul nor maps nor DNS. [`Builder`] turns a catalog into the next table: it
 //! judges each instance, gives each name its VIP, and shares what didn't change with the table
 //! before.
 
+mod build;
 mod input;
 mod judge;
-mod vips;
+pub mod vips;
 
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddrV4};
@@ -14,6 +15,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+pub use build::{Builder, Next};
 pub use input::{Instance, Standing};
 
 /// One state of the world, as this node should present it.
@@ -51,6 +53,20 @@ pub struct Service {
     pub excluded: Vec<Excluded>,
     /// The generation of the table that changed it last.
     pub generation: u64,
+}
+
+impl Service {
+    /// Whether both are the same but for the generation.
+    fn is_same(&self, other: &Service) -> bool {
+        let Service { name, vip, ports, pin, backends, excluded, generation: _ } = other;
+        (&self.name, &self.vip, &self.ports, &self.pin, &self.backends, &self.excluded)
+            == (name, vip, ports, pin, backends, excluded)
+    }
+
+    /// The backends that dials may reach.
+    pub fn healthy(&self) -> impl Iterator<Item = &Backend> {
+        self.backends.iter().filter(|backend| backend.state == State::Healthy)
+    }
 }
 
 /// An instance that serves, as far as its source knows.

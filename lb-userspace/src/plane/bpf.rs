@@ -1,0 +1,125 @@
+//! What aya doesn't offer: whether a cgroup link still holds, detaching one from outside, and the
+//! cookie of a network namespace.
+#![allow(unsafe_code)]
+
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
+const BPF_LINK_GET_FD_BY_ID: libc::c_int = 30;
+const BPF_LINK_GET_NEXT_ID: libc::c_int = 31;
+const BPF_LINK_DETACH: libc::c_int = 34;
+const BPF_LINK_TYPE_CGROUP: u32 = 3;
+
+/// A program's attachment to a cgroup.
+#[derive(Debug)]
+pub struct CgroupLink {
+    fd: OwnedFd,
+    /// The program's id.
+    pub program_id: u32,
+    /// The cgroup's id, which is its directory's inode; 0 once the link was detached.
+    pub cgroup_id: u64,
+}
+
+impl CgroupLink {
+    /// The link with this id; `None` when there is none, or when it is no cgroup link.
+    ///
+    /// # Errors
+    /// When the kernel refuses, such as EPERM.
+    pub fn by_id(link_id: u32) -> io::Result<Option<CgroupLink>> {
+        let fd = match bpf(BPF_LINK_GET_FD_BY_ID, &mut [link_id, 0, 0, 0]) {
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(None),
+            result => result?,
+        };
+        // SAFETY: the kernel has just made this descriptor for us.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        // struct bpf_link_info: type, id, prog_id, (padding,) then cgroup { cgroup_id, attach_type }.
+        let mut info = [0u64; 8];
+        let pointer = info.as_mut_ptr() as u64;
+        let [low, high] = halves(pointer);
+        bpf(
+            BPF_OBJ_GET_INFO_BY_FD,
+            &mut [fd.as_raw_fd() as u32, size_of_val(&info) as u32, low, high],
+        )?;
+        let [link_type, _id] = halves(info[0]);
+        let [program_id, _padding] = halves(info[1]);
+        Ok((link_type == BPF_LINK_TYPE_CGROUP).then_some(CgroupLink {
+            fd,
+            program_id,
+            cgroup_id: info[2],
+        }))
+    }
+
+    /// Detaches the program, whoever holds the link.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn detach(&self) -> io::Result<()> {
+        bpf(BPF_LINK_DETACH, &mut [self.fd.as_raw_fd() as u32, 0, 0, 0]).map(drop)
+    }
+}
+
+/// The ids of all links.
+///
+/// # Errors
+/// When the kernel refuses, such as EPERM.
+pub fn link_ids() -> io::Result<Vec<u32>> {
+    let mut ids = Vec::new();
+    let mut attr = [0, 0, 0, 0];
+    loop {
+        match bpf(BPF_LINK_GET_NEXT_ID, &mut attr) {
+            Ok(_) => ids.push(attr[1]),
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(ids),
+            Err(error) => return Err(error),
+        }
+        attr = [attr[1], 0, 0, 0];
+    }
+}
+
+/// The cookie of this process's network namespace. Kernel 5.14 and later.
+///
+/// # Errors
+/// ENOPROTOOPT on older kernels.
+pub fn netns_cookie() -> io::Result<u64> {
+    const SO_NETNS_COOKIE: libc::c_int = 71;
+    let socket = std::net::UdpSocket::bind(("127.0.0.1", 0))?;
+    let mut cookie = 0u64;
+    let mut length = size_of_val(&cookie) as libc::socklen_t;
+    // SAFETY: both pointers are to live values, and the length says how large the first is.
+    let done = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut length,
+        )
+    };
+    if done == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
+}
+
+/// The 32-bit halves of a word, in the order in which they lie in memory.
+fn halves(word: u64) -> [u32; 2] {
+    let [a, b, c, d, e, f, g, h] = word.to_ne_bytes();
+    [u32::from_ne_bytes([a, b, c, d]), u32::from_ne_bytes([e, f, g, h])]
+}
+
+/// The system call, for commands whose `bpf_attr` has at most 16 bytes in use.
+fn bpf(command: libc::c_int, attr: &mut [u32; 4]) -> io::Result<libc::c_int> {
+    // A larger zeroed attribute, 8-byte aligned, is right for every command and kernel.
+    let mut whole = [0u64; 16];
+    whole[0] = u64::from_ne_bytes(joined(attr[0], attr[1]));
+    whole[1] = u64::from_ne_bytes(joined(attr[2], attr[3]));
+    // SAFETY: the attribute is live and as large as said; what it points to, the caller keeps alive
+    // and writable.
+    let done =
+        unsafe { libc::syscall(libc::SYS_bpf, command, whole.as_mut_ptr(), size_of_val(&whole)) };
+    [attr[0], attr[1]] = halves(whole[0]);
+    [attr[2], attr[3]] = halves(whole[1]);
+    if done < 0 { Err(io::Error::last_os_error()) } else { Ok(done as libc::c_int) }
+}
+
+fn joined(first: u32, second: u32) -> [u8; 8] {
+    let ([a, b, c, d], [e, f, g, h]) = (first.to_ne_bytes(), second.to_ne_bytes());
+    [a, b, c, d, e, f, g, h]
+}

@@ -1,0 +1,47 @@
+//! Which indices of an array map are free.
+
+/// The indices of one map, each free or in use.
+#[derive(Debug)]
+pub struct Ids {
+    free: Vec<u32>,
+    next: u32,
+    capacity: u32,
+}
+
+impl Ids {
+    /// All of `0..capacity` free.
+    pub fn new(capacity: u32) -> Ids {
+        Ids { free: Vec::new(), next: 0, capacity }
+    }
+
+    /// The number of indices, free or not.
+    pub fn capacity(&self) -> u32 {
+        self.capacity
+    }
+
+    /// The number of indices in use.
+    pub fn used(&self) -> u32 {
+        self.next - self.free.len() as u32
+    }
+
+    /// The number of indices that are free.
+    pub fn available(&self) -> u32 {
+        self.capacity - self.used()
+    }
+
+    /// Takes a free index; `None` when all are in use.
+    pub fn take(&mut self) -> Option<u32> {
+        self.free.pop().or_else(|| {
+            let fresh = self.next;
+            (fresh < self.capacity).then(|| {
+                self.next += 1;
+                fresh
+            })
+        })
+    }
+
+    /// Gives an index back.
+    pub fn give_back(&mut self, id: u32) {
+        self.free.push(id);
+    }
+}

@@ -1,0 +1,83 @@
+//! The route that keeps a VIP from reaching anything where no hook translates it.
+//!
+//! Without it, 127.128.0.1 is as much this host as 127.0.0.1 is, and a server on 0.0.0.0:80 accepts
+//! a dial to it. Hooked dials are rewritten before the kernel looks for a route.
+
+use std::net::Ipv4Addr;
+
+use ipnet::Ipv4Net;
+use rtnetlink::packet_route::route::{RouteMessage, RouteType};
+use rtnetlink::{Handle, RouteMessageBuilder};
+
+/// Why the route couldn't be changed.
+#[derive(Debug, thiserror::Error)]
+pub enum RouteError {
+    /// No netlink socket.
+    #[error("can't open a netlink socket: {0}")]
+    Socket(#[source] std::io::Error),
+    /// The kernel refused.
+    #[error(
+        "can't {action} the route `unreachable {pool} table local`: {source}; it needs CAP_NET_ADMIN"
+    )]
+    Refused {
+        /// `add` or `remove`.
+        action: &'static str,
+        /// The destination.
+        pool: Ipv4Net,
+        /// What the kernel said.
+        source: Box<rtnetlink::Error>,
+    },
+}
+
+/// Makes `pool` unreachable in this network namespace. A route that is there already is fine.
+///
+/// # Errors
+/// When the kernel refuses.
+pub async fn add_unreachable(pool: Ipv4Net) -> Result<(), RouteError> {
+    with_handle(async |handle| {
+        tolerate(handle.route().add(message(pool)).execute().await, libc::EEXIST, "add", pool)
+    })
+    .await
+}
+
+/// Removes the route again; one that isn't there is fine.
+///
+/// # Errors
+/// When the kernel refuses.
+pub async fn remove_unreachable(pool: Ipv4Net) -> Result<(), RouteError> {
+    with_handle(async |handle| {
+        tolerate(handle.route().del(message(pool)).execute().await, libc::ESRCH, "remove", pool)
+    })
+    .await
+}
+
+async fn with_handle(
+    work: impl AsyncFnOnce(Handle) -> Result<(), RouteError>,
+) -> Result<(), RouteError> {
+    let (connection, handle, _) = rtnetlink::new_connection().map_err(RouteError::Socket)?;
+    let connection = tokio::spawn(connection);
+    let result = work(handle).await;
+    connection.abort();
+    result
+}
+
+fn message(pool: Ipv4Net) -> RouteMessage {
+    RouteMessageBuilder::<Ipv4Addr>::new()
+        .destination_prefix(pool.network(), pool.prefix_len())
+        .table_id(libc::RT_TABLE_LOCAL.into())
+        .kind(RouteType::Unreachable)
+        .build()
+}
+
+fn tolerate(
+    result: Result<(), rtnetlink::Error>,
+    errno: i32,
+    action: &'static str,
+    pool: Ipv4Net,
+) -> Result<(), RouteError> {
+    match result {
+        Err(rtnetlink::Error::NetlinkError(message)) if message.raw_code() == -errno => Ok(()),
+        Err(source) => Err(RouteError::Refused { action, pool, source: Box::new(source) }),
+        Ok(()) => Ok(()),
+    }
+}

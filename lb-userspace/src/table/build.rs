@@ -1,0 +1,220 @@
+//! From a catalog to the next table.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddrV4;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use super::judge::{Verdict, check_name, judge};
+use super::vips::Vips;
+use super::{Instance, Service, Table};
+use crate::config::VipConfig;
+
+/// Builds tables, each from a catalog and what the last one had.
+#[derive(Debug)]
+pub struct Builder {
+    pool: ipnet::Ipv4Net,
+    ports: Arc<[u16]>,
+    pins: BTreeMap<String, SocketAddrV4>,
+    vips: Vips,
+    /// What each service of the last table was built from.
+    sources: BTreeMap<Arc<str>, Arc<[Instance]>>,
+}
+
+/// The next table, where it differs from the last one.
+#[derive(Debug)]
+pub struct Next {
+    /// The table.
+    pub table: Arc<Table>,
+    /// Whether the book of VIPs changed, and has to be written before the table is used.
+    pub vips_changed: bool,
+}
+
+impl Builder {
+    /// A builder that gives addresses by `vips`.
+    pub fn new(config: &VipConfig, vips: Vips) -> Builder {
+        Builder {
+            pool: config.pool,
+            ports: config.ports.as_slice().into(),
+            pins: config.pins.iter().map(|(name, pin)| (name.to_lowercase(), *pin)).collect(),
+            vips,
+            sources: BTreeMap::new(),
+        }
+    }
+
+    /// The book of VIPs.
+    pub fn vips(&self) -> &Vips {
+        &self.vips
+    }
+
+    /// The table after `last`. Services whose instances are the same object as before are shared
+    /// with it. `None` when nothing differs.
+    pub fn next(
+        &mut self,
+        last: &Table,
+        catalog: &BTreeMap<Arc<str>, Arc<[Instance]>>,
+        now: SystemTime,
+    ) -> Option<Next> {
+        let generation = last.generation + 1;
+        let mut table = Table { generation, ..Table::default() };
+        let mut sources = BTreeMap::new();
+        let names_before: Vec<Arc<str>> = self.vips.in_use().cloned().collect();
+        for (given_name, instances) in catalog {
+            let name: Arc<str> = given_name.to_lowercase().into();
+            match self.service(&name, given_name, instances, last, &table, now) {
+                Ok(service) => {
+                    sources.insert(name.clone(), instances.clone());
+                    table.services.insert(name, service);
+                }
+                Err(reason) => {
+                    table.rejected.insert(given_name.clone(), reason);
+                }
+            }
+        }
+        self.sources = sources;
+        for name in &names_before {
+            if !table.services.contains_key(name) {
+                self.vips.release(name, now);
+            }
+        }
+        let vips_changed = !self.vips.in_use().eq(names_before.iter());
+        let same = last.is_synced()
+            && table.rejected == last.rejected
+            && table.services.len() == last.services.len()
+            && table.services.iter().all(|(name, service)| {
+                last.services.get(name).is_some_and(|l| Arc::ptr_eq(l, service))
+            });
+        (!same).then(|| Next { table: Arc::new(table), vips_changed })
+    }
+
+    fn service(
+        &mut self,
+        name: &Arc<str>,
+        given_name: &str,
+        instances: &Arc<[Instance]>,
+        last: &Table,
+        table: &Table,
+        now: SystemTime,
+    ) -> Result<Arc<Service>, String> {
+        check_name(given_name)?;
+        if table.services.contains_key(name) {
+            return Err(format!(
+                "`{given_name}` differs from another service only in case, which DNS doesn't see: \
+                 rename one"
+            ));
+        }
+        let former = last.services.get(name);
+        let unchanged = self.sources.get(name).is_some_and(|source| Arc::ptr_eq(source, instances));
+        if let (true, Some(former)) = (unchanged, former) {
+            return Ok(former.clone());
+        }
+        let vip = self.vips.assign(name, now).map_err(|exhausted| exhausted.to_string())?;
+        let mut service = Service {
+            name: name.clone(),
+            vip,
+            ports: self.ports.clone(),
+            pin: self.pins.get(&**name).copied(),
+            backends: Vec::new(),
+            excluded: Vec::new(),
+            generation: last.generation + 1,
+        };
+        for instance in instances.iter() {
+            match judge(instance, self.pool) {
+                Verdict::In(backend) => service.backends.push(backend),
+                Verdict::Out(excluded) => service.excluded.push(excluded),
+            }
+        }
+        match former {
+            Some(former) if former.is_same(&service) => Ok(former.clone()),
+            _ => Ok(Arc::new(service)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Config;
+    use crate::table::{Standing, State};
+
+    fn catalog(text: &[(&str, &[&str])]) -> BTreeMap<Arc<str>, Arc<[Instance]>> {
+        let instance = |address: &&str| Instance {
+            node: "n1".into(),
+            id: (*address).into(),
+            address: (*address).into(),
+            port: 8080,
+            weight: 1,
+            local: false,
+            standing: Standing::Serving,
+        };
+        text.iter()
+            .map(|(name, addresses)| (Arc::from(*name), addresses.iter().map(instance).collect()))
+            .collect()
+    }
+
+    fn builder() -> Builder {
+        let vip = Config::default().vip;
+        let vips = Vips::new(vip.pool);
+        Builder::new(&vip, vips)
+    }
+
+    const NOW: SystemTime = SystemTime::UNIX_EPOCH;
+
+    #[test]
+    fn an_empty_catalog_makes_a_first_table_and_then_nothing() {
+        let mut builder = builder();
+        let first = builder.next(&Table::default(), &BTreeMap::new(), NOW).unwrap();
+        assert!(first.table.is_synced() && !first.vips_changed);
+        assert!(builder.next(&first.table, &BTreeMap::new(), NOW).is_none());
+    }
+
+    #[test]
+    fn what_did_not_change_is_shared() {
+        let mut builder = builder();
+        let mut catalog = catalog(&[("a", &["10.0.0.1"]), ("b", &["10.0.0.2"])]);
+        let first = builder.next(&Table::default(), &catalog, NOW).unwrap();
+        assert!(first.vips_changed);
+        catalog.extend(self::catalog(&[("b", &["10.0.0.3"])]));
+        let second = builder.next(&first.table, &catalog, NOW).unwrap();
+        assert!(!second.vips_changed);
+        assert!(Arc::ptr_eq(&first.table.services["a"], &second.table.services["a"]));
+        assert_eq!(second.table.services["b"].generation, 2);
+        assert_eq!(second.table.services["b"].vip, first.table.services["b"].vip);
+        // The same content in a new object is no change either.
+        catalog.extend(self::catalog(&[("b", &["10.0.0.3"])]));
+        assert!(builder.next(&second.table, &catalog, NOW).is_none());
+    }
+
+    #[test]
+    fn a_service_that_goes_and_comes_has_its_address_again() {
+        let mut builder = builder();
+        let with = catalog(&[("a", &["10.0.0.1"])]);
+        let first = builder.next(&Table::default(), &with, NOW).unwrap();
+        let second = builder.next(&first.table, &BTreeMap::new(), NOW).unwrap();
+        assert!(second.table.services.is_empty() && second.vips_changed);
+        let third = builder.next(&second.table, &with, NOW).unwrap();
+        assert_eq!(third.table.services["a"].vip, first.table.services["a"].vip);
+    }
+
+    #[test]
+    fn names_that_cannot_be_had_are_rejected_with_the_reason() {
+        let mut builder = builder();
+        let catalog =
+            catalog(&[("Web", &["10.0.0.1"]), ("web", &["10.0.0.2"]), ("a.b", &["10.0.0.3"])]);
+        let table = builder.next(&Table::default(), &catalog, NOW).unwrap().table;
+        assert_eq!(table.services.keys().map(|name| &**name).collect::<Vec<_>>(), ["web"]);
+        assert!(table.rejected["web"].contains("only in case"));
+        assert!(table.rejected["a.b"].contains("DNS"));
+    }
+
+    #[test]
+    fn unfit_instances_stay_visible() {
+        let mut builder = builder();
+        let table = builder
+            .next(&Table::default(), &catalog(&[("a", &["10.0.0.1", "nowhere"])]), NOW)
+            .unwrap()
+            .table;
+        let states: Vec<_> = table.services["a"].backends.iter().map(|b| b.state).collect();
+        assert_eq!(states, [State::Healthy, State::Unroutable]);
+    }
+}
