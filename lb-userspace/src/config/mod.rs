@@ -1,5 +1,7 @@
 //! The configuration: its keys, their defaults, and what they may be.
 
+pub mod cgroup;
+
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::path::PathBuf;

@@ -6,6 +6,7 @@
 
 mod alias;
 mod bpf;
+mod cost;
 mod ids;
 mod kernel;
 mod maps;
@@ -24,8 +25,7 @@ use aya::programs::links::{FdLink, LinkError};
 use aya::programs::{CgroupAttachMode, CgroupSockAddr, ProgramError, loaded_programs};
 use aya::{Ebpf, EbpfError, EbpfLoader, include_bytes_aligned};
 use lb_common::{
-    Counter, ENTRIES_PER_BACKEND, FRONTENDS_PER_SERVICE, MAX_SERVICE_BACKENDS, Refusal,
-    SLOTS_PER_BACKEND,
+    Counter, ENTRIES_PER_BACKEND, FRONTENDS_PER_SERVICE, MAX_SERVICE_BACKENDS, SLOTS_PER_BACKEND,
 };
 
 use crate::config::{PlaneConfig, VipConfig};
@@ -34,7 +34,9 @@ use kernel::KernelMaps;
 use reconcile::Reconciler;
 
 pub use bpf::netns_cookie;
+pub use cost::{Cost, Measuring};
 pub use kernel::Counters;
+pub use lb_common::Refusal;
 pub use reconcile::{ApplyError, Indices, Pressure};
 
 static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/nohop-ebpf"));
@@ -166,22 +168,34 @@ impl Plane {
         vip: &VipConfig,
         host_netns: u64,
     ) -> Result<Plane, PlaneError> {
-        // Before 5.11 map memory counts against this limit. Where it can't be raised, loading says so.
-        let unlimited = rustix::process::Rlimit { current: None, maximum: None };
-        let _ = rustix::process::setrlimit(rustix::process::Resource::Memlock, unlimited);
-
-        let sizes = Sizes::of(config);
-        let (mut ebpf, refusal) = match load_programs(&sizes, vip, host_netns, Refusal::Errno) {
+        match Self::load_refusing_by(Refusal::Errno, config, vip, host_netns) {
             // `bpf_set_retval` came to these programs with 6.1. A probe for it can report it
             // missing where it isn't, so the verifier's word on the program itself counts.
             Err(PlaneError::Program {
                 source: ProgramError::LoadError { io_error, .. }, ..
             }) if io_error.kind() != io::ErrorKind::PermissionDenied => {
-                let refusal = Refusal::PortZero;
-                (load_programs(&sizes, vip, host_netns, refusal)?, refusal)
+                Self::load_refusing_by(Refusal::PortZero, config, vip, host_netns)
             }
-            result => (result?, Refusal::Errno),
-        };
+            result => result,
+        }
+    }
+
+    /// As [`Plane::load`], with a given way to refuse a dial.
+    ///
+    /// # Errors
+    /// When the kernel refuses, for lack of a feature or of privileges.
+    pub fn load_refusing_by(
+        refusal: Refusal,
+        config: &PlaneConfig,
+        vip: &VipConfig,
+        host_netns: u64,
+    ) -> Result<Plane, PlaneError> {
+        // Before 5.11 map memory counts against this limit. Where it can't be raised, loading says so.
+        let unlimited = rustix::process::Rlimit { current: None, maximum: None };
+        let _ = rustix::process::setrlimit(rustix::process::Resource::Memlock, unlimited);
+
+        let sizes = Sizes::of(config);
+        let mut ebpf = load_programs(&sizes, vip, host_netns, refusal)?;
         let maps = KernelMaps::take(&mut ebpf)?;
         let counters = maps.counters();
         let reconciler = Reconciler::new(maps, &sizes);
@@ -246,7 +260,7 @@ impl Plane {
     }
 
     /// Detaches the programs, what translates back last.
-    pub fn detach(mut self) {
+    pub fn detach(&mut self) {
         while let Some(link) = self.links.pop() {
             drop(link);
         }

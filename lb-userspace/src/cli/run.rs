@@ -1,0 +1,212 @@
+//! `nohop run`: the daemon. It brings the parts up, leads each catalog to the kernel and then to the
+//! readers, and takes the parts down again.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, SystemTime};
+
+use anyhow::Context;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::watch;
+
+use super::view::DaemonView;
+use crate::catalog::Catalog;
+use crate::config::{Config, cgroup};
+use crate::plane::{Plane, netns_cookie, route};
+use crate::table::{Builder, Table, vips::Vips};
+use crate::{admin, catalog, dns};
+
+/// How often the attachment is looked at, and what the kernel refused is tried again.
+const TICK: Duration = Duration::from_secs(1);
+
+/// Runs the daemon until SIGTERM or SIGINT.
+///
+/// # Errors
+/// When a part can't start; then nothing is left attached.
+pub fn run(config: Config) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("can't start the runtime")?;
+    let result = runtime.block_on(daemon(config));
+    // Blocking work that is under way, such as a lookup, must not hold the exit up.
+    runtime.shutdown_timeout(Duration::from_millis(200));
+    result
+}
+
+async fn daemon(config: Config) -> anyhow::Result<()> {
+    let mut stop = StopSignals::new().context("can't listen for signals")?;
+    let scope = scope(&config)?;
+    // What another daemon may hold comes first, so that a second one disturbs nothing.
+    let admin_listeners = admin::bind(&config.admin.listen).await?;
+    let dns_sockets = dns::bind(&config.dns).await?;
+    let dns_addresses = dns_sockets.addresses();
+
+    let vips_path = config.state_dir.join("vips.json");
+    let vips = Vips::read(&vips_path, config.vip.pool)?;
+    vips.write(&vips_path)?;
+    let host_netns = netns_cookie().unwrap_or_else(|error| {
+        tracing::warn!(
+            "this kernel doesn't tell the network namespace's cookie ({error}): pins and backends \
+             on this host's loopback don't count; they need kernel 5.14"
+        );
+        0
+    });
+    let mut plane = Plane::load(&config.plane, &config.vip, host_netns)?;
+    route::add_unreachable(config.vip.pool).await?;
+    plane.attach(&scope)?;
+    let attachment = plane.attachment()?;
+    tracing::info!(cgroup = %scope.display(), pool = %config.vip.pool, "attached");
+
+    let mut source = catalog::spawn(&config)?;
+    let (table_out, table) = watch::channel(Arc::new(Table::default()));
+    let (attached_out, attached) = watch::channel(attachment.holds());
+    let (generation_out, generation) = watch::channel(0);
+    let plane = Arc::new(Mutex::new(plane));
+    let errors = Arc::default();
+    let view = DaemonView {
+        dns: admin::api::DnsStatus {
+            listen: dns_addresses.clone(),
+            domain: config.dns.domain.clone(),
+        },
+        tag: config.catalog.tag.clone(),
+        scope: scope.clone(),
+        plane: plane.clone(),
+        counters: lock(&plane).counters(),
+        table: table.clone(),
+        attached: attached.clone(),
+        health: source.health.clone(),
+        generation,
+        errors: Arc::clone(&errors),
+    };
+    let dns_server = dns::Server::start(dns_sockets, &config.dns, table, attached);
+    let admin_server = tokio::spawn(admin::serve(admin_listeners, Arc::new(view)));
+    for address in dns_addresses {
+        tracing::info!("answering *.{} on {address}", config.dns.domain);
+    }
+
+    let mut builder = Builder::new(&config.vip, vips);
+    let mut tick = tokio::time::interval(TICK);
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        let catalog: Option<Arc<Catalog>> = tokio::select! {
+            () = stop.recv() => break,
+            changed = source.catalog.changed() => {
+                changed.context("discovery has ended, which it never should")?;
+                source.catalog.borrow_and_update().clone()
+            }
+            _ = tick.tick() => {
+                let holds = attachment.holds();
+                if attached_out.send_if_modified(|was| std::mem::replace(was, holds) != holds) {
+                    tracing::warn!(attached = holds, "the attachment to {} changed", scope.display());
+                }
+                if !errors_of(&errors).is_empty() {
+                    let last = table_out.borrow().clone();
+                    tokio::task::block_in_place(|| apply(&plane, &last, &errors));
+                }
+                None
+            }
+        };
+        let Some(catalog) = catalog else { continue };
+        let last = table_out.borrow().clone();
+        let Some(next) = builder.next(&last, &catalog, SystemTime::now()) else { continue };
+        tokio::task::block_in_place(|| {
+            if next.vips_changed && let Err(error) = builder.vips().write(&vips_path) {
+                tracing::error!("{error}; until it is mended, a restart may change addresses");
+            }
+            apply(&plane, &next.table, &errors);
+        });
+        log_change(&last, &next.table);
+        // The kernel knows a name before DNS tells it to anybody.
+        let generation = next.table.generation;
+        table_out.send_replace(next.table);
+        generation_out.send_replace(generation);
+    }
+
+    tracing::info!("stopping: detaching from {}", scope.display());
+    admin_server.abort();
+    drop(source);
+    dns_server.stop().await;
+    // The view may be alive in a request that is being answered, so the plane is taken apart in
+    // place.
+    lock(&plane).detach();
+    Ok(())
+}
+
+/// The cgroup whose processes are served.
+fn scope(config: &Config) -> anyhow::Result<PathBuf> {
+    match &config.cgroup {
+        Some(scope) => Ok(scope.clone()),
+        None => cgroup::find_cgroup2_root().context(
+            "no cgroup v2 hierarchy is mounted: mount one with `mount -t cgroup2 none \
+             /sys/fs/cgroup/unified`, or name a directory of one with --cgroup",
+        ),
+    }
+}
+
+/// The services that the kernel doesn't have as the table wants them, each with the reason.
+pub type Errors = Arc<Mutex<std::collections::BTreeMap<Arc<str>, String>>>;
+
+fn apply(plane: &Mutex<Plane>, table: &Table, errors: &Errors) {
+    let now = lock(plane).apply(table);
+    let now = now.into_iter().map(|(name, error)| (name, error.to_string())).collect();
+    let mut errors = errors_of(errors);
+    if *errors != now {
+        for (name, error) in &now {
+            tracing::error!("{name}: {error}; its former state serves");
+        }
+        *errors = now;
+    }
+}
+
+fn log_change(last: &Table, next: &Table) {
+    for (name, service) in &next.services {
+        let before = last.services.get(name);
+        if !before.is_some_and(|before| Arc::ptr_eq(before, service)) {
+            let (n_backends, n_unfit) = (service.healthy().count(), service.excluded.len());
+            tracing::info!(vip = %service.vip, n_backends, n_unfit, "{name}");
+        }
+    }
+    for name in last.services.keys().filter(|name| !next.services.contains_key(*name)) {
+        tracing::info!("{name} is gone");
+    }
+    for (name, reason) in &next.rejected {
+        if last.rejected.get(name) != Some(reason) {
+            tracing::warn!("{name}: {reason}");
+        }
+    }
+}
+
+/// Locks the plane. A panic while it was locked leaves it consistent: every step of it is.
+pub fn lock(plane: &Mutex<Plane>) -> std::sync::MutexGuard<'_, Plane> {
+    plane.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// Locks the errors.
+pub fn errors_of(
+    errors: &Errors,
+) -> std::sync::MutexGuard<'_, std::collections::BTreeMap<Arc<str>, String>> {
+    errors.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+struct StopSignals {
+    term: Signal,
+    interrupt: Signal,
+}
+
+impl StopSignals {
+    fn new() -> std::io::Result<StopSignals> {
+        Ok(StopSignals {
+            term: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+        })
+    }
+
+    async fn recv(&mut self) {
+        tokio::select! {
+            _ = self.term.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}

@@ -1,0 +1,192 @@
+//! What the admin interface shows of a running daemon.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+
+use tokio::sync::watch;
+
+use super::run::{Errors, errors_of, lock};
+use crate::admin::{View, api};
+use crate::catalog::Health;
+use crate::plane::{COUNTERS, Counters, Indices, Plane};
+use crate::table::{Service, Table};
+
+/// The running daemon, as far as the admin interface needs it.
+pub struct DaemonView {
+    pub(super) dns: api::DnsStatus,
+    pub(super) tag: String,
+    pub(super) scope: PathBuf,
+    pub(super) plane: Arc<Mutex<Plane>>,
+    pub(super) counters: Counters,
+    pub(super) table: watch::Receiver<Arc<Table>>,
+    pub(super) attached: watch::Receiver<bool>,
+    pub(super) health: watch::Receiver<Health>,
+    pub(super) generation: watch::Receiver<u64>,
+    pub(super) errors: Errors,
+}
+
+impl View for DaemonView {
+    fn status(&self) -> api::Status {
+        let table = self.table.borrow().clone();
+        let attached = *self.attached.borrow();
+        let health = self.health.borrow().clone();
+        let mut problems: Vec<String> = health.problem.iter().cloned().collect();
+        if !table.is_synced() {
+            problems.push(format!("no full answer from {} yet: names get SERVFAIL", health.source));
+        }
+        if !attached {
+            problems.push(format!(
+                "something detached the hooks from {}: names get SERVFAIL; restart nohop",
+                self.scope.display()
+            ));
+        }
+        let errors = errors_of(&self.errors);
+        problems.extend(errors.iter().map(|(name, error)| format!("{name}: {error}")));
+        let n_rejected = table.rejected.len();
+        if n_rejected > 0 {
+            let names: Vec<&str> = table.rejected.keys().take(3).map(|name| &**name).collect();
+            let names = names.join(", ");
+            problems.push(format!("{n_rejected} names can't be had ({names}): see nohop explain"));
+        }
+        let state = match (table.is_synced(), &health.problem) {
+            (false, _) => "connecting",
+            (true, None) => "live",
+            (true, Some(_)) => "failing",
+        };
+        let maps = lock(&self.plane).pressure().map(|(name, pressure)| api::MapStatus {
+            name: name.to_owned(),
+            entries: pressure.used.into(),
+            capacity: pressure.capacity.into(),
+        });
+        let counters = COUNTERS
+            .iter()
+            .map(|&(name, counter)| (name.to_owned(), self.counters.event(counter)))
+            .collect::<BTreeMap<_, _>>();
+        api::Status {
+            ready: table.is_synced() && attached,
+            problems,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: std::process::id(),
+            generation: table.generation,
+            catalog: api::CatalogStatus {
+                source: health.source.to_owned(),
+                state: state.to_owned(),
+                age_seconds: health.last_answer.map(|at| at.elapsed().as_secs_f64()),
+            },
+            services: table.services.len(),
+            backends: table.services.values().map(|service| service.healthy().count()).sum(),
+            dns: self.dns.clone(),
+            plane: api::PlaneStatus {
+                attached,
+                cgroup: self.scope.display().to_string(),
+                maps: maps.into(),
+                counters,
+            },
+        }
+    }
+
+    fn services(&self) -> Vec<api::Service> {
+        let table = self.table.borrow().clone();
+        table.services.values().map(|service| self.service(service)).collect()
+    }
+
+    fn explain(&self, name: &str) -> api::Explanation {
+        let table = self.table.borrow().clone();
+        let name = name.trim_end_matches('.').to_lowercase();
+        let name = name.strip_suffix(&format!(".{}", self.dns.domain)).unwrap_or(&name);
+        let service = table.services.get(name);
+        api::Explanation {
+            name: name.to_owned(),
+            dial: self.dial(name, &table),
+            service: service.map(|service| self.service(service)),
+            excluded: service.map(|service| service.excluded.clone()).unwrap_or_default(),
+        }
+    }
+
+    fn generation(&self) -> watch::Receiver<u64> {
+        self.generation.clone()
+    }
+}
+
+impl DaemonView {
+    fn service(&self, service: &Service) -> api::Service {
+        let Indices { service: service_idx, backends } =
+            lock(&self.plane).indices(&service.name).unwrap_or_default();
+        let stats = self.counters.service(service_idx);
+        let backends = service.backends.iter().map(|backend| {
+            let backend_idx = backend.address.and_then(|address| backends.get(&address));
+            api::Backend {
+                address: backend.shown_address.clone(),
+                node: backend.node.clone(),
+                id: backend.id.clone(),
+                weight: backend.weight,
+                state: backend.state,
+                reason: backend.reason.clone(),
+                connects: backend_idx.map_or(0, |&idx| self.counters.backend_dials(idx)),
+            }
+        });
+        api::Service {
+            name: service.name.to_string(),
+            vip: service.vip,
+            pin: service.pin,
+            ports: service.ports.to_vec(),
+            protocol: "tcp".to_owned(),
+            algorithm: "random".to_owned(),
+            generation: service.generation,
+            watch: "live".to_owned(),
+            error: errors_of(&self.errors).get(&service.name).cloned(),
+            dials: stats.dials,
+            refused: stats.refused,
+            backends: backends.collect(),
+        }
+    }
+
+    /// What a dial would get, in a sentence.
+    fn dial(&self, name: &str, table: &Table) -> String {
+        let fqdn = format!("{name}.{}", self.dns.domain);
+        if !table.is_synced() {
+            return format!("{fqdn} gets SERVFAIL: discovery has not answered in full yet");
+        }
+        if !*self.attached.borrow() {
+            let scope = self.scope.display();
+            return format!("{fqdn} gets SERVFAIL: something detached the hooks from {scope}");
+        }
+        let rejected = table.rejected.iter().find(|(given, _)| given.to_lowercase() == name);
+        let Some(service) = table.services.get(name) else {
+            return match rejected {
+                Some((_, reason)) => format!("{fqdn} doesn't exist: {reason}"),
+                None => format!(
+                    "{fqdn} doesn't exist: no service of that name has the tag `{}`",
+                    self.tag
+                ),
+            };
+        };
+        let (vip, ports) = (service.vip, &service.ports);
+        let ports = ports.iter().map(u16::to_string).collect::<Vec<_>>().join(" or ");
+        let n_healthy = service.healthy().count();
+        let n_host_only = service.healthy().filter(|backend| backend.host_only).count();
+        let mut sentence = match n_healthy {
+            0 => format!(
+                "a dial to {fqdn} ({vip}) port {ports} is refused with ECONNREFUSED: \
+                 none of its {} instances is fit",
+                service.backends.len() + service.excluded.len()
+            ),
+            1 => format!("a dial to {fqdn} ({vip}) port {ports} goes to its one healthy backend"),
+            n => format!(
+                "a dial to {fqdn} ({vip}) port {ports} goes to one of {n} healthy backends, \
+                 at random by weight"
+            ),
+        };
+        if n_host_only > 0 {
+            sentence += &format!(
+                "; {n_host_only} of them on this host's loopback, for dials from its own network \
+                 namespace only"
+            );
+        }
+        if let Some((given, reason)) = rejected {
+            sentence += &format!("; `{given}` is left out: {reason}");
+        }
+        sentence
+    }
+}

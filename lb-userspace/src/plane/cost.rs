@@ -1,0 +1,53 @@
+//! What the programs cost, as the kernel counts it.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+use super::{Plane, PlaneError};
+
+/// The kernel counts the run time of every BPF program for as long as this lives.
+#[derive(Debug)]
+pub struct Measuring(#[expect(dead_code, reason = "closing it ends the counting")] OwnedFd);
+
+impl Measuring {
+    /// Minimum kernel: 5.8.
+    ///
+    /// # Errors
+    /// When the kernel refuses; it needs CAP_SYS_ADMIN.
+    pub fn start() -> io::Result<Measuring> {
+        let fd = aya::sys::enable_stats(aya::sys::Stats::RunTime);
+        Ok(Measuring(fd.map_err(|error| error.io_error)?))
+    }
+}
+
+/// What a program has cost since it was loaded, while the kernel counted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Cost {
+    /// How often it ran.
+    pub n_runs: u64,
+    /// How long all runs took together, the kernel's own reading of the clock included.
+    pub run_time: Duration,
+}
+
+impl Cost {
+    /// The mean time of the runs since `earlier`, in nanoseconds; NaN if there was none.
+    pub fn mean_ns_since(self, earlier: Cost) -> f64 {
+        let run_time = self.run_time.saturating_sub(earlier.run_time);
+        run_time.as_nanos() as f64 / (self.n_runs - earlier.n_runs) as f64
+    }
+}
+
+impl Plane {
+    /// What the connect program has cost.
+    ///
+    /// # Errors
+    /// When the kernel doesn't tell.
+    pub fn connect_cost(&self) -> Result<Cost, PlaneError> {
+        let program = "nohop_connect4";
+        let failed = |source| PlaneError::Program { program, source };
+        let loaded = self.ebpf.program(program).ok_or(PlaneError::Object { missing: program })?;
+        let info = loaded.info().map_err(failed)?;
+        Ok(Cost { n_runs: info.run_count(), run_time: info.run_time() })
+    }
+}

@@ -1,0 +1,147 @@
+//! What each trial stands on: a cgroup that this process is in, a plane attached to it, servers on
+//! loopback that say who they are, and tables.
+
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+
+use lb_userspace::config::{Config, cgroup};
+use lb_userspace::plane::{Plane, Refusal, netns_cookie};
+use lb_userspace::table::{Backend, Service, State, Table};
+
+/// A cgroup of the test's own, with this process in it until it is dropped.
+pub struct OwnCgroup {
+    pub path: PathBuf,
+    former: PathBuf,
+}
+
+impl OwnCgroup {
+    fn enter() -> OwnCgroup {
+        let root = cgroup::find_cgroup2_root().expect("a cgroup v2 hierarchy is mounted");
+        let paths = std::fs::read_to_string("/proc/self/cgroup").unwrap();
+        let former = paths.lines().find_map(|line| line.strip_prefix("0::/")).expect("a v2 cgroup");
+        let former = root.join(former);
+        let path = root.join(format!("nohop-kernel-test-{}", std::process::id()));
+        std::fs::create_dir(&path).unwrap();
+        let own = OwnCgroup { path, former };
+        std::fs::write(own.path.join("cgroup.procs"), "0").unwrap();
+        own
+    }
+}
+
+impl Drop for OwnCgroup {
+    fn drop(&mut self) {
+        let _ = std::fs::write(self.former.join("cgroup.procs"), "0");
+        let _ = std::fs::remove_dir(&self.path);
+    }
+}
+
+/// A plane that is attached to this process's own cgroup. The plane goes first.
+pub struct Bed {
+    pub plane: Plane,
+    pub cgroup: OwnCgroup,
+}
+
+impl Bed {
+    pub fn new() -> Bed {
+        Bed::with(Refusal::Errno, netns_cookie().unwrap())
+    }
+
+    pub fn with(refusal: Refusal, host_netns: u64) -> Bed {
+        let Config { plane, vip, .. } = Config::default();
+        let mut plane = Plane::load_refusing_by(refusal, &plane, &vip, host_netns).unwrap();
+        let cgroup = OwnCgroup::enter();
+        plane.attach(&cgroup.path).unwrap();
+        Bed { plane, cgroup }
+    }
+
+    pub fn apply(&mut self, services: Vec<Service>) {
+        let services =
+            services.into_iter().map(|service| (service.name.clone(), Arc::new(service))).collect();
+        let table = Table { generation: 1, services, ..Table::default() };
+        let errors = self.plane.apply(&table);
+        assert!(errors.is_empty(), "{errors:?}");
+    }
+}
+
+/// A service at `vip` port 80, with these backends and weights.
+pub fn service(name: &str, vip: Ipv4Addr, backends: &[(SocketAddrV4, u16)]) -> Service {
+    let backend = |&(address, weight): &(SocketAddrV4, u16)| Backend {
+        address: Some(address),
+        shown_address: address.to_string(),
+        node: String::new(),
+        id: address.to_string(),
+        weight,
+        state: State::Healthy,
+        reason: None,
+        host_only: false,
+    };
+    Service {
+        name: name.into(),
+        vip,
+        ports: Arc::new([80]),
+        pin: None,
+        backends: backends.iter().map(backend).collect(),
+        excluded: Vec::new(),
+        generation: 1,
+    }
+}
+
+/// The VIPs of the trials: addresses of the default pool.
+pub const VIP: Ipv4Addr = Ipv4Addr::new(127, 200, 0, 1);
+pub const OTHER_VIP: Ipv4Addr = Ipv4Addr::new(127, 200, 0, 2);
+
+/// A server that sends its one letter to whoever connects, until it is dropped.
+pub struct Server {
+    pub address: SocketAddrV4,
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Server {
+    pub fn start(letter: u8) -> Server {
+        Server::on(letter, SocketAddrV4::new(Ipv4Addr::LOCALHOST, 0))
+    }
+
+    pub fn on(letter: u8, address: SocketAddrV4) -> Server {
+        let listener = TcpListener::bind(address).unwrap();
+        let SocketAddr::V4(address) = listener.local_addr().unwrap() else { unreachable!() };
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = stop.clone();
+        let thread = std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                if stopped.load(Ordering::Relaxed) {
+                    return;
+                }
+                if let Ok(mut stream) = stream {
+                    let _ = stream.write_all(&[letter]);
+                }
+            }
+        });
+        Server { address, stop, thread: Some(thread) }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        let _ = TcpStream::connect((Ipv4Addr::LOCALHOST, self.address.port()));
+        let _ = self.thread.take().map(JoinHandle::join);
+    }
+}
+
+/// Dials, and returns the letter of the server that answered.
+pub fn dial(address: impl Into<SocketAddr>) -> std::io::Result<char> {
+    let mut letter = [0];
+    TcpStream::connect(address.into())?.read_exact(&mut letter)?;
+    Ok(letter[0].into())
+}
+
+/// An address on loopback that nothing listens on.
+pub fn dead() -> SocketAddrV4 {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    SocketAddrV4::new(Ipv4Addr::LOCALHOST, listener.local_addr().unwrap().port())
+}

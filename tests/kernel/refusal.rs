@@ -1,0 +1,42 @@
+//! What must not reach anything is refused with ECONNREFUSED, and never lands on a server that
+//! listens on every address.
+
+use std::io::ErrorKind;
+use std::net::{Ipv4Addr, SocketAddrV4};
+
+use lb_userspace::plane::{COUNTERS, Refusal, netns_cookie};
+
+use crate::bed::{Bed, OTHER_VIP, Server, VIP, dial, service};
+
+pub fn by_errno() {
+    refused_by(Refusal::Errno);
+}
+
+pub fn by_port_zero() {
+    refused_by(Refusal::PortZero);
+}
+
+fn refused_by(refusal: Refusal) {
+    let wildcard = Server::on(b'w', SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0));
+    let port = wildcard.address.port();
+    assert_eq!(dial((VIP, port)).unwrap(), 'w', "without nohop it accepts a dial to any VIP");
+
+    let mut bed = Bed::with(refusal, netns_cookie().unwrap());
+    let mut without_backend = service("web", VIP, &[]);
+    without_backend.ports = [port].into();
+    bed.apply(vec![without_backend]);
+    for (what, address) in [
+        ("a service without a backend", (VIP, port)),
+        ("a port that isn't the service's", (VIP, port ^ 1)),
+        ("an address that no service has", (OTHER_VIP, port)),
+    ] {
+        let error = dial(address).expect_err(what);
+        assert_eq!(error.kind(), ErrorKind::ConnectionRefused, "{what}");
+    }
+    assert_eq!(dial((Ipv4Addr::LOCALHOST, port)).unwrap(), 'w', "127.0.0.1 is no VIP");
+
+    let counters = bed.plane.counters();
+    assert_eq!(counters.service(bed.plane.indices("web").unwrap().service).refused, 1);
+    let events = COUNTERS.map(|(name, counter)| (name, counters.event(counter)));
+    assert_eq!(events, [("refused_no_frontend", 2), ("no_socket_storage", 0), ("inconsistent", 0)]);
+}

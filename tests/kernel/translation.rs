@@ -1,0 +1,93 @@
+//! What a dial becomes, and what the application sees of it.
+
+use std::collections::BTreeMap;
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpStream, UdpSocket};
+use std::process::Command;
+
+use rustix::net::{AddressFamily, SocketType};
+
+use crate::bed::{Bed, Server, VIP, dead, dial, service};
+
+pub fn a_dial_reaches_a_backend() {
+    let server = Server::start(b'a');
+    let mut bed = Bed::new();
+    bed.apply(vec![service("web", VIP, &[(server.address, 1)])]);
+    let stream = TcpStream::connect((VIP, 80)).unwrap();
+    assert_eq!(stream.peer_addr().unwrap(), SocketAddr::from((VIP, 80)), "getpeername");
+    assert_eq!(dial((VIP, 80)).unwrap(), 'a');
+}
+
+pub fn weights_are_shares() {
+    let servers = [b'a', b'b', b'c'].map(Server::start);
+    let mut bed = Bed::new();
+    let backends: Vec<_> = servers.iter().map(|server| server.address).zip([1, 2, 5]).collect();
+    bed.apply(vec![service("web", VIP, &backends)]);
+    let mut n_answers = BTreeMap::<char, u32>::new();
+    for _ in 0..8_000 {
+        *n_answers.entry(dial((VIP, 80)).unwrap()).or_default() += 1;
+    }
+    // 5 standard deviations of the binomial distribution are at most 224.
+    for (letter, expected) in [('a', 1_000), ('b', 2_000), ('c', 5_000)] {
+        let n = n_answers[&letter];
+        assert!(n.abs_diff(expected) < 224, "{letter}: {n} of 8000, expected {expected}");
+    }
+}
+
+/// A socket may dial again after a failure; what it dialled before mustn't show.
+pub fn the_peer_is_forgotten() {
+    let (server, dead) = (Server::start(b'p'), dead());
+    let mut bed = Bed::new();
+    bed.apply(vec![service("web", VIP, &[(dead, 1)])]);
+    let socket = rustix::net::socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+    let refused = rustix::net::connect(&socket, &SocketAddrV4::new(VIP, 80));
+    assert_eq!(refused, Err(rustix::io::Errno::CONNREFUSED));
+    rustix::net::connect(&socket, &server.address).unwrap();
+    let peer = TcpStream::from(socket).peer_addr().unwrap();
+    assert_eq!(peer, SocketAddr::V4(server.address));
+}
+
+pub fn what_is_no_vip_passes() {
+    let server = Server::start(b'p');
+    let mut bed = Bed::new();
+    bed.apply(vec![service("web", VIP, &[(dead(), 1)])]);
+    let stream = TcpStream::connect(server.address).unwrap();
+    assert_eq!(stream.peer_addr().unwrap(), SocketAddr::V4(server.address));
+    assert_eq!(dial(server.address).unwrap(), 'p');
+    // UDP is none of this version's business, a VIP or not.
+    let receiver = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
+    let sender = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let vip = SocketAddr::from((VIP, receiver.local_addr().unwrap().port()));
+    sender.connect(vip).unwrap();
+    assert_eq!(sender.peer_addr().unwrap(), vip);
+}
+
+pub fn dials_are_counted() {
+    let server = Server::start(b'a');
+    let mut bed = Bed::new();
+    bed.apply(vec![service("web", VIP, &[(server.address, 1)])]);
+    for _ in 0..7 {
+        dial((VIP, 80)).unwrap();
+    }
+    let (counters, indices) = (bed.plane.counters(), bed.plane.indices("web").unwrap());
+    let stats = counters.service(indices.service);
+    assert_eq!((stats.dials, stats.refused), (7, 0));
+    assert_eq!(counters.backend_dials(indices.backends[&server.address]), 7);
+}
+
+/// An operator reads the maps with bpftool, by field name.
+pub fn maps_are_readable() {
+    let mut bed = Bed::new();
+    bed.apply(vec![service("web", VIP, &[("10.9.8.7:4321".parse().unwrap(), 1)])]);
+    for (map, expected) in [
+        ("FRONTENDS", ["address", "\"port\": 80", "\"protocol\": 6", "host_only"].as_slice()),
+        ("BACKENDS", &["address", "\"port\": 4321"]),
+        ("SERVICES", &["host", "elsewhere", "first_slot", "\"n_slots\": 1"]),
+    ] {
+        let dump = Command::new("bpftool").args(["map", "dump", "name", map]).output().unwrap();
+        let text = String::from_utf8_lossy(&dump.stdout);
+        assert!(dump.status.success(), "{map}: {}", String::from_utf8_lossy(&dump.stderr));
+        for field in expected {
+            assert!(text.contains(field), "{map} doesn't show {field}:\n{}", &text[..600]);
+        }
+    }
+}
