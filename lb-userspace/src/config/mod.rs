@@ -1,12 +1,22 @@
 //! The configuration: its keys, their defaults, and what they may be.
 
+mod address;
 pub mod cgroup;
+mod document;
+mod problem;
+mod read;
+mod relations;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::path::PathBuf;
 
 use ipnet::Ipv4Net;
+
+pub use problem::{ConfigErrors, Place, Problem};
+pub use read::Overrides;
 
 /// Where the configuration is read from when `--config` doesn't say.
 pub const DEFAULT_PATH: &str = "/etc/nohop/nohop.toml";

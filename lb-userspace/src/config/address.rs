@@ -1,0 +1,145 @@
+//! The small texts of the configuration: addresses, names and the pool, each with its own mend.
+
+use std::fmt;
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use ipnet::Ipv4Net;
+
+use super::AdminAddress;
+
+/// The length of a unix socket's path, in bytes, that the kernel has room for.
+const MAX_SOCKET_PATH: usize = 107;
+
+/// What is wrong with a text, and the mend.
+type Fault = String;
+
+impl FromStr for AdminAddress {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Fault> {
+        let Some(path) = text.strip_prefix("unix:") else {
+            return socket_address(text).map(AdminAddress::Tcp).map_err(|_| {
+                format!("'{text}' is no address; write unix:/PATH or ADDR:PORT, port 1 to 65535")
+            });
+        };
+        if !path.starts_with('/') || path.ends_with('/') {
+            return Err(format!("'{text}' names no file by its full path; write unix:/PATH"));
+        }
+        if path.len() > MAX_SOCKET_PATH {
+            return Err(format!(
+                "the path has {} bytes; a unix socket's has at most {MAX_SOCKET_PATH}",
+                path.len()
+            ));
+        }
+        Ok(AdminAddress::Unix(PathBuf::from(path)))
+    }
+}
+
+impl fmt::Display for AdminAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            AdminAddress::Unix(path) => write!(f, "unix:{}", path.display()),
+            AdminAddress::Tcp(address) => write!(f, "{address}"),
+        }
+    }
+}
+
+/// `ADDR:PORT`, with a port to dial.
+pub(super) fn socket_address(text: &str) -> Result<SocketAddr, Fault> {
+    match text.parse::<SocketAddr>() {
+        Ok(address) if address.port() != 0 => Ok(address),
+        _ => Err(format!("'{text}' is no address; write ADDR:PORT, port 1 to 65535")),
+    }
+}
+
+/// `ADDR[:PORT]` of a nameserver.
+pub(super) fn nameserver(text: &str) -> Result<SocketAddr, Fault> {
+    let server = match text.parse() {
+        Ok(ip) => Ok(SocketAddr::new(ip, 53)),
+        Err(_) => socket_address(text),
+    };
+    match server {
+        Ok(server) if !server.ip().is_unspecified() && !server.ip().is_multicast() => Ok(server),
+        _ => Err(format!("'{text}' is no nameserver; write ADDR or ADDR:PORT")),
+    }
+}
+
+/// `IPv4:PORT` of a pin.
+pub(super) fn pin(text: &str) -> Result<SocketAddrV4, Fault> {
+    match text.parse::<SocketAddrV4>() {
+        Ok(pin) if pin.port() != 0 && is_dialled(*pin.ip()) => Ok(pin),
+        _ => Err(format!("'{text}' can't be dialled; write IPv4:PORT, such as 127.0.0.1:80")),
+    }
+}
+
+fn is_dialled(ip: Ipv4Addr) -> bool {
+    !ip.is_unspecified() && !ip.is_multicast() && !ip.is_broadcast()
+}
+
+/// The pool, as a network within 127.0.0.0/8.
+pub(super) fn pool(text: &str) -> Result<Ipv4Net, Fault> {
+    let loopback = Ipv4Net::new_assert(Ipv4Addr::new(127, 0, 0, 0), 8);
+    let pool: Ipv4Net = text
+        .parse()
+        .map_err(|_| format!("'{text}' is no network; write one such as 127.128.0.0/9"))?;
+    if !loopback.contains(&pool) {
+        return Err(format!("{pool} isn't within {loopback}; write one such as 127.128.0.0/9"));
+    }
+    if pool.trunc() != pool {
+        return Err(format!("{pool} has bits below its prefix; write {}", pool.trunc()));
+    }
+    Ok(pool)
+}
+
+/// `host:port` of the Consul agent, without the scheme.
+pub(super) fn consul(text: &str) -> Result<String, Fault> {
+    let usual = "write http://HOST:PORT";
+    if text.starts_with("https://") {
+        return Err(format!("TLS to Consul isn't in this version; {usual}"));
+    }
+    if text.starts_with("unix://") {
+        return Err(format!("a unix socket of Consul isn't in this version; {usual}"));
+    }
+    let rest = text.strip_prefix("http://").unwrap_or(text);
+    let authority = rest.strip_suffix('/').unwrap_or(rest);
+    let wrong = || format!("'{text}' is no address of a Consul agent; {usual}");
+    let (host, port) = authority.rsplit_once(':').ok_or_else(wrong)?;
+    let is_port = port.parse::<u16>().is_ok_and(|port| port != 0);
+    let bracketed = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
+    let is_host = match bracketed {
+        Some(ip) => ip.parse::<std::net::Ipv6Addr>().is_ok(),
+        None => domain(host).is_ok(),
+    };
+    if is_port && is_host { Ok(authority.to_owned()) } else { Err(wrong()) }
+}
+
+/// A DNS name, in lower case and without dots at its ends.
+pub(super) fn domain(text: &str) -> Result<String, Fault> {
+    let name = text.strip_prefix('.').unwrap_or(text);
+    let name = name.strip_suffix('.').unwrap_or(name);
+    if name.len() > 253 || !name.split('.').all(is_label) {
+        return Err(format!(
+            "'{text}' is no DNS name; write labels of letters, digits, - and _ between dots"
+        ));
+    }
+    Ok(name.to_ascii_lowercase())
+}
+
+/// A service's name: one DNS label, in lower case.
+pub(super) fn service_name(text: &str) -> Result<String, Fault> {
+    if !is_label(text) {
+        return Err(format!(
+            "'{text}' can't be a service's name in DNS; write 1 to 63 letters, digits, - and _"
+        ));
+    }
+    Ok(text.to_ascii_lowercase())
+}
+
+fn is_label(label: &str) -> bool {
+    (1..=63).contains(&label.len())
+        && label.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_".contains(&byte))
+        && !label.starts_with('-')
+        && !label.ends_with('-')
+}

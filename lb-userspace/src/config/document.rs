@@ -1,0 +1,145 @@
+//! A TOML document whose values know their key, and say what was expected where they don't fit.
+
+use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
+
+use toml::Spanned;
+use toml::de::DeValue;
+
+/// What is wrong with a value.
+pub(super) struct Fault {
+    /// The key, down to an entry of a table.
+    pub(super) key: String,
+    /// The place in the text, in bytes.
+    pub(super) offset: usize,
+    /// What is wrong; the mend.
+    pub(super) what: String,
+}
+
+/// A value, or everything that is wrong with it.
+pub(super) type Read<T> = Result<T, Vec<Fault>>;
+
+/// One value of the document.
+pub(super) struct Value<'a, 'i> {
+    /// The full key, such as `dns.listen`.
+    pub(super) key: String,
+    /// The value and its place.
+    pub(super) value: &'a Spanned<DeValue<'i>>,
+}
+
+impl Value<'_, '_> {
+    /// Says of this value what is wrong with it.
+    pub(super) fn fault<T>(&self, what: impl Into<String>) -> Read<T> {
+        let offset = self.value.span().start;
+        Err(vec![Fault { key: self.key.clone(), offset, what: what.into() }])
+    }
+
+    fn unexpected<T>(&self, expected: &str) -> Read<T> {
+        self.fault(format!("expected {expected}, found {}", kind(self.value.get_ref())))
+    }
+
+    /// Whether it is an array.
+    pub(super) fn is_list(&self) -> bool {
+        self.value.get_ref().is_array()
+    }
+
+    /// A string, as `parse` understands it.
+    pub(super) fn text<T>(&self, parse: impl Fn(&str) -> Result<T, String>) -> Read<T> {
+        match self.value.get_ref().as_str() {
+            Some(text) => parse(text).or_else(|what| self.fault(what)),
+            None => self.unexpected("a string"),
+        }
+    }
+
+    /// An integer within a range.
+    pub(super) fn integer<T: TryFrom<i64>>(&self, range: RangeInclusive<i64>) -> Read<T> {
+        let Some(integer) = self.value.get_ref().as_integer() else {
+            return self.unexpected("an integer");
+        };
+        let number = i64::from_str_radix(integer.as_str(), integer.radix()).ok();
+        match number.filter(|number| range.contains(number)).and_then(|n| T::try_from(n).ok()) {
+            Some(number) => Ok(number),
+            None => self.fault(format!(
+                "{integer} is out of range; write a number from {} to {}",
+                range.start(),
+                range.end()
+            )),
+        }
+    }
+
+    /// An array that isn't empty and says nothing twice, each element as `read` understands it.
+    pub(super) fn list<T: PartialEq>(&self, read: impl Fn(&Value) -> Read<T>) -> Read<Vec<T>> {
+        let Some(array) = self.value.get_ref().as_array() else {
+            return self.unexpected("an array");
+        };
+        if array.is_empty() {
+            return self.fault("is empty; write at least one element");
+        }
+        let (mut elements, mut faults) = (Vec::new(), Vec::new());
+        for value in array.iter() {
+            let element = Value { key: self.key.clone(), value };
+            let fresh = read(&element).and_then(|element_read| {
+                if elements.contains(&element_read) {
+                    element.fault("this element is there twice; remove one")
+                } else {
+                    Ok(element_read)
+                }
+            });
+            match fresh {
+                Ok(fresh) => elements.push(fresh),
+                Err(more) => faults.extend(more),
+            }
+        }
+        if faults.is_empty() { Ok(elements) } else { Err(faults) }
+    }
+
+    /// A table with keys of the operator's own, each key and each value as the two functions
+    /// understand it.
+    pub(super) fn table<T>(
+        &self,
+        parse_key: impl Fn(&str) -> Result<String, String>,
+        read: impl Fn(&Value) -> Read<T>,
+    ) -> Read<BTreeMap<String, T>> {
+        let Some(table) = self.value.get_ref().as_table() else {
+            return self.unexpected("a table");
+        };
+        let (mut entries, mut faults) = (BTreeMap::new(), Vec::new());
+        for (key, value) in table {
+            let entry = Value { key: format!("{}.{}", self.key, key.get_ref()), value };
+            let name = parse_key(key.get_ref()).or_else(|what| entry.fault(what));
+            match (name, read(&entry)) {
+                (Ok(name), Ok(_)) if entries.contains_key(&name) => {
+                    let twice: Read<()> =
+                        entry.fault(format!("'{name}' is there twice; remove one"));
+                    faults.extend(twice.err().into_iter().flatten());
+                }
+                (Ok(name), Ok(read)) => {
+                    entries.insert(name, read);
+                }
+                (name, read) => {
+                    faults.extend(name.err().into_iter().flatten());
+                    faults.extend(read.err().into_iter().flatten());
+                }
+            }
+        }
+        if faults.is_empty() { Ok(entries) } else { Err(faults) }
+    }
+}
+
+/// What a value is, with its article.
+pub(super) fn kind(value: &DeValue) -> &'static str {
+    match value {
+        DeValue::String(_) => "a string",
+        DeValue::Integer(_) => "an integer",
+        DeValue::Float(_) => "a float",
+        DeValue::Boolean(_) => "a boolean",
+        DeValue::Datetime(_) => "a date",
+        DeValue::Array(_) => "an array",
+        DeValue::Table(_) => "a table",
+    }
+}
+
+/// The line of a place in a text; lines count from 1.
+pub(super) fn line(text: &[u8], offset: usize) -> usize {
+    1 + text.iter().take(offset).filter(|byte| **byte == b'\n').count()
+}

@@ -1,0 +1,370 @@
+use std::path::Path;
+
+use super::*;
+
+/// What a file says, without an environment and without flags: `LINE: ...` for each problem.
+fn check(text: &str) -> Result<Config, Vec<String>> {
+    check_all(text, Overrides::default(), &[])
+}
+
+fn check_all(
+    text: &str,
+    overrides: Overrides,
+    env: &[(&str, &str)],
+) -> Result<Config, Vec<String>> {
+    let env = |name: &str| {
+        env.iter().find(|(known, _)| *known == name).map(|(_, value)| (*value).to_owned())
+    };
+    Config::parse(Path::new("f"), text.as_bytes(), overrides, &env)
+        .map_err(|errors| errors.to_string().lines().map(str::to_owned).collect())
+}
+
+#[test]
+fn nothing_said_means_the_defaults() {
+    assert_eq!(check(""), Ok(Config::default()));
+}
+
+#[test]
+fn the_defaults_written_out_are_the_defaults() {
+    let text = r#"
+        cgroup = "auto"
+        state_dir = "/var/lib/nohop"
+        [catalog]
+        source = "consul"
+        file = ""
+        tag = "routed"
+        health = "passing"
+        [consul]
+        address = "http://127.0.0.1:8500"
+        token_file = ""
+        datacenter = ""
+        max_connections = 64
+        [vip]
+        pool = "127.128.0.0/9"
+        ports = [80]
+        pins = {}
+        [dns]
+        listen = ["127.0.0.1:53"]
+        domain = "service"
+        ttl = 30
+        forward = "resolv.conf"
+        routes = { consul = "127.0.0.1:8600" }
+        [plane]
+        max_services = 16384
+        max_backends = 131072
+        [admin]
+        listen = ["unix:/run/nohop/admin.sock"]
+    "#;
+    assert_eq!(check(text), Ok(Config::default()));
+}
+
+#[test]
+fn every_key_is_taken() {
+    let text = r#"
+        cgroup = "/sys/fs/cgroup/web"
+        state_dir = "/s"
+        [catalog]
+        source = "file"
+        file = "/c.toml"
+        tag = "t"
+        [consul]
+        address = "[::1]:8500"
+        token_file = "/token"
+        datacenter = "dc2"
+        max_connections = 2
+        [vip]
+        pool = "127.64.0.0/16"
+        ports = [80, 0x1bb]
+        pins = { Hello = "127.0.0.1:80", other = "10.0.0.9:80" }
+        [dns]
+        listen = ["127.0.0.2:53", "[::1]:53"]
+        domain = "Svc.Local."
+        ttl = 0
+        forward = ["10.0.0.1", "[2001:db8::1]:5353"]
+        routes = { "Corp.Example" = "10.0.0.2" }
+        [plane]
+        max_services = 100
+        max_backends = 200
+        [admin]
+        listen = ["127.0.0.1:9000", "unix:/a.sock"]
+    "#;
+    let expected = Config {
+        cgroup: Some("/sys/fs/cgroup/web".into()),
+        state_dir: "/s".into(),
+        catalog: CatalogConfig { source: Source::File("/c.toml".into()), tag: "t".into() },
+        consul: ConsulConfig {
+            address: "[::1]:8500".into(),
+            token: Some(Token::File("/token".into())),
+            datacenter: "dc2".into(),
+            max_connections: 2,
+        },
+        vip: VipConfig {
+            pool: "127.64.0.0/16".parse().unwrap(),
+            ports: vec![80, 443],
+            pins: BTreeMap::from([
+                ("hello".into(), "127.0.0.1:80".parse().unwrap()),
+                ("other".into(), "10.0.0.9:80".parse().unwrap()),
+            ]),
+        },
+        dns: DnsConfig {
+            listen: vec!["127.0.0.2:53".parse().unwrap(), "[::1]:53".parse().unwrap()],
+            domain: "svc.local".into(),
+            ttl: 0,
+            forward: Forward::Servers(vec![
+                "10.0.0.1:53".parse().unwrap(),
+                "[2001:db8::1]:5353".parse().unwrap(),
+            ]),
+            routes: BTreeMap::from([("corp.example".into(), "10.0.0.2:53".parse().unwrap())]),
+        },
+        plane: PlaneConfig { max_services: 100, max_backends: 200 },
+        admin: AdminConfig {
+            listen: vec![
+                AdminAddress::Tcp("127.0.0.1:9000".parse().unwrap()),
+                AdminAddress::Unix("/a.sock".into()),
+            ],
+        },
+    };
+    assert_eq!(check(text), Ok(expected));
+}
+
+#[test]
+fn what_is_wrong_is_named_with_its_line_and_its_mend() {
+    let table: &[(&str, &[&str])] = &[
+        // Not TOML.
+        ("state_dir = ", &["f:1: not TOML: string values must be quoted, expected literal string"]),
+        ("\n[dns]\nttl = 5\nttl = 6", &["f:4: not TOML: duplicate key"]),
+        // Unknown keys.
+        (
+            "[dns]\ndomian = 'x'",
+            &["f:2: dns.domian: unknown key; did you mean dns.domain? else remove it"],
+        ),
+        ("pool = 'x'", &["f:1: pool: unknown key; did you mean vip.pool? else remove it"]),
+        ("[dsn]\nttl = 3", &["f:1: dsn: unknown key; did you mean dns? else remove it"]),
+        ("zebra = 1", &["f:1: zebra: unknown key; remove it"]),
+        ("vip.pins.a.b = '127.0.0.1:80'", &["f:1: vip.pins.a: expected a string, found a table"]),
+        // Keys of later versions.
+        ("bpffs = '/sys/fs/bpf'", &["f:1: bpffs: pins come in a later version; remove it"]),
+        (
+            "catalog.health = 'any'",
+            &["f:1: catalog.health: only \"passing\" is in this version; remove it"],
+        ),
+        ("plane.algorithm = 'least'", &["f:1: plane.algorithm: not in this version; remove it"]),
+        // Wrong types.
+        ("dns = 5", &["f:1: dns: expected a table, found an integer; write [dns]"]),
+        ("[dns]\nttl = '30'", &["f:2: dns.ttl: expected an integer, found a string"]),
+        ("vip.ports = 80", &["f:1: vip.ports: expected an array, found an integer"]),
+        ("state_dir = true", &["f:1: state_dir: expected a string, found a boolean"]),
+        // Values out of range.
+        ("dns.ttl = -1", &["f:1: dns.ttl: -1 is out of range; write a number from 0 to 86400"]),
+        ("vip.ports = []", &["f:1: vip.ports: is empty; write at least one element"]),
+        (
+            "vip.ports = [80,\n0,\n70000,\n80]",
+            &[
+                "f:2: vip.ports: 0 is out of range; write a number from 1 to 65535",
+                "f:3: vip.ports: 70000 is out of range; write a number from 1 to 65535",
+                "f:4: vip.ports: this element is there twice; remove one",
+            ],
+        ),
+        (
+            "plane.max_services = 0",
+            &["f:1: plane.max_services: 0 is out of range; write a number from 1 to 1000000"],
+        ),
+        (
+            "vip.pool = '10.0.0.0/8'",
+            &[
+                "f:1: vip.pool: 10.0.0.0/8 isn't within 127.0.0.0/8; write one such as 127.128.0.0/9",
+            ],
+        ),
+        (
+            "vip.pool = '127.128.0.1/9'",
+            &["f:1: vip.pool: 127.128.0.1/9 has bits below its prefix; write 127.128.0.0/9"],
+        ),
+        ("vip.pool = 'x'", &["f:1: vip.pool: 'x' is no network; write one such as 127.128.0.0/9"]),
+        (
+            "consul.address = 'https://c:8501'",
+            &["f:1: consul.address: TLS to Consul isn't in this version; write http://HOST:PORT"],
+        ),
+        (
+            "consul.address = 'unix:///run/consul.sock'",
+            &[
+                "f:1: consul.address: a unix socket of Consul isn't in this version; write http://HOST:PORT",
+            ],
+        ),
+        (
+            "consul.address = 'c'",
+            &["f:1: consul.address: 'c' is no address of a Consul agent; write http://HOST:PORT"],
+        ),
+        (
+            "dns.listen = ['localhost:53']",
+            &["f:1: dns.listen: 'localhost:53' is no address; write ADDR:PORT, port 1 to 65535"],
+        ),
+        (
+            "dns.domain = 'a..b'",
+            &[
+                "f:1: dns.domain: 'a..b' is no DNS name; write labels of letters, digits, - and _ between dots",
+            ],
+        ),
+        (
+            "dns.forward = 'google'",
+            &[
+                "f:1: dns.forward: 'google' is no nameserver; write ADDR or ADDR:PORT, a list of these, or \"resolv.conf\"",
+            ],
+        ),
+        (
+            "admin.listen = ['unix:x']",
+            &["f:1: admin.listen: 'unix:x' names no file by its full path; write unix:/PATH"],
+        ),
+        (
+            "vip.pins = { 'a.b' = '127.0.0.1:80' }",
+            &[
+                "f:1: vip.pins.a.b: 'a.b' can't be a service's name in DNS; write 1 to 63 letters, digits, - and _",
+            ],
+        ),
+        // Values that contradict each other.
+        (
+            "[vip]\npins = { a = '127.128.0.1:80' }",
+            &[
+                "f:2: vip.pins: a = \"127.128.0.1:80\" lies in vip.pool 127.128.0.0/9; pin it to an address outside, or choose another pool",
+            ],
+        ),
+        (
+            "[vip]\npins = { a = '127.0.0.1:80', b = '127.0.0.1:80' }",
+            &["f:2: vip.pins: a and b are both pinned to 127.0.0.1:80; give one another address"],
+        ),
+        ("[vip]\npins = { a = '127.0.0.1:80', b = '127.0.0.1:81', c = '10.0.0.1:80' }", &[]),
+        (
+            "vip.pins = { a = '127.0.0.1:8500' }",
+            &[
+                "f:1: vip.pins: a is pinned to 127.0.0.1:8500, which consul.address needs; give it another address",
+            ],
+        ),
+        (
+            "\nvip.pool = '127.9.0.0/24'",
+            &[
+                "f:2: vip.pool: 127.9.0.0/24 has 254 usable addresses and plane.max_services is 16384; widen the pool, or set max_services = 254 or less",
+            ],
+        ),
+        ("vip.pool = '127.9.0.0/24'\nplane.max_services = 254", &[]),
+        (
+            "vip.pool = '127.0.0.0/9'",
+            &[
+                "f:1: vip.pool: 127.0.0.0/9 contains 127.0.0.1; choose a pool elsewhere, such as 127.128.0.0/9",
+            ],
+        ),
+        (
+            "dns.listen = ['127.200.0.1:53']",
+            &[
+                "f:1: dns.listen: 127.200.0.1:53 lies in vip.pool 127.128.0.0/9; choose an address outside, or another pool",
+            ],
+        ),
+        (
+            "dns.forward = '127.0.0.1'",
+            &[
+                "f:1: dns.forward: 127.0.0.1:53 is nohop itself, so names would go in a circle; name another",
+            ],
+        ),
+        (
+            "dns.domain = 'consul'",
+            &["f:1: dns.domain: names below consul are nohop's own; remove the route"],
+        ),
+        (
+            "catalog.source = 'file'",
+            &[
+                "f:1: catalog.source: is \"file\", and catalog.file names none; add file = \"/PATH\" under [catalog]",
+            ],
+        ),
+        (
+            "catalog.file = '/c'",
+            &[
+                "f:1: catalog.file: a file is read only from source = \"file\"; add that, or remove this",
+            ],
+        ),
+        // All together, in the order of the file; a wrong pool contradicts nothing.
+        (
+            "[vip]\npool = 'x'\npins = { a = '127.128.0.1:80' }\n[dns]\nttl = 'x'\n[catalog]\nsource = 'file'\n[nope]\n",
+            &[
+                "f:2: vip.pool: 'x' is no network; write one such as 127.128.0.0/9",
+                "f:5: dns.ttl: expected an integer, found a string",
+                "f:7: catalog.source: is \"file\", and catalog.file names none; add file = \"/PATH\" under [catalog]",
+                "f:8: nope: unknown key; remove it",
+            ],
+        ),
+        (
+            "dns.ttl = 'x'\nwhat is this\nvip.ports = [0]",
+            &[
+                "f:1: dns.ttl: expected an integer, found a string",
+                "f:2: not TOML: key with no value, expected `=`",
+                "f:3: vip.ports: 0 is out of range; write a number from 1 to 65535",
+            ],
+        ),
+    ];
+    for (text, expected) in table {
+        assert_eq!(&check(text).err().unwrap_or_default(), expected, "{text}");
+    }
+}
+
+#[test]
+fn what_is_no_text_is_no_toml() {
+    let errors = Config::parse(Path::new("f"), b"a = 1\n\xff", Overrides::default(), &|_| None);
+    let expected = "f:2: not TOML: this isn't UTF-8; write the file in UTF-8";
+    assert_eq!(errors.unwrap_err().to_string(), expected);
+}
+
+#[test]
+fn flags_beat_the_environment_and_that_beats_the_file() {
+    let text = "[consul]\naddress = 'a:1'\ntoken_file = '/f'";
+    let flag = Overrides { consul_addr: Some("http://c:3/".into()), ..Overrides::default() };
+    let address = |overrides: Overrides, env: &[(&str, &str)]| {
+        check_all(text, overrides, env).unwrap().consul.address
+    };
+    let env = [("CONSUL_HTTP_ADDR", "b:2")];
+    assert_eq!(address(Overrides::default(), &[]), "a:1");
+    assert_eq!(address(Overrides::default(), &env), "b:2");
+    assert_eq!(address(flag, &env), "c:3");
+
+    let token =
+        |env: &[(&str, &str)]| check_all(text, Overrides::default(), env).unwrap().consul.token;
+    let literal = ("CONSUL_HTTP_TOKEN", "secret");
+    let file = ("CONSUL_HTTP_TOKEN_FILE", "/env");
+    assert_eq!(token(&[]), Some(Token::File("/f".into())));
+    assert_eq!(token(&[literal]), Some(Token::Literal("secret".into())));
+    assert_eq!(token(&[literal, file]), Some(Token::File("/env".into())));
+    assert_eq!(token(&[("CONSUL_HTTP_TOKEN", "")]), Some(Token::File("/f".into())));
+}
+
+#[test]
+fn flags_are_checked_like_the_file() {
+    let overrides = Overrides {
+        cgroup: Some("/cg".into()),
+        dns_listen: vec!["127.128.0.5:53".into()],
+        admin_listen: vec!["nowhere".into()],
+        catalog: Some("c.toml".into()),
+        ..Overrides::default()
+    };
+    let errors = check_all("", overrides.clone(), &[("CONSUL_HTTP_ADDR", "https://x:1")]);
+    let expected = [
+        "--admin-listen: 'nowhere' is no address; write unix:/PATH or ADDR:PORT, port 1 to 65535",
+        "--dns-listen: 127.128.0.5:53 lies in vip.pool 127.128.0.0/9; choose an address outside, \
+         or another pool",
+        "CONSUL_HTTP_ADDR: TLS to Consul isn't in this version; write http://HOST:PORT",
+    ];
+    assert_eq!(errors.unwrap_err(), expected);
+
+    let overrides = Overrides {
+        dns_listen: vec!["127.0.0.9:53".into()],
+        admin_listen: vec!["unix:/x".into()],
+        ..overrides
+    };
+    let config = check_all("", overrides, &[]).unwrap();
+    assert_eq!(config.cgroup, Some("/cg".into()));
+    assert_eq!(config.catalog.source, Source::File("c.toml".into()));
+    assert_eq!(config.dns.listen, ["127.0.0.9:53".parse().unwrap()]);
+    assert_eq!(config.admin.listen, [AdminAddress::Unix("/x".into())]);
+}
+
+#[test]
+fn a_file_that_was_named_must_be_there() {
+    let missing = Path::new("/nowhere/nohop.toml");
+    let errors = Config::load(Some(missing), Overrides::default(), &|_| None).unwrap_err();
+    assert!(errors.to_string().starts_with("can't read /nowhere/nohop.toml: "), "{errors}");
+}
