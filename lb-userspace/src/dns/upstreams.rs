@@ -1,0 +1,162 @@
+//! Who is asked for a name that isn't ours.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use hickory_proto::rr::Name;
+use tracing::warn;
+
+use super::resolv_conf::ResolvConf;
+use super::suffix::Suffix;
+use crate::config::{DnsConfig, Forward};
+
+/// The resolvers for each name, never ourselves.
+#[derive(Debug)]
+pub(super) struct Upstreams {
+    /// Where a domain's names go, the longest domain first.
+    routes: Vec<(Suffix, Arc<[SocketAddr]>)>,
+    others: Others,
+    /// The addresses that we listen on.
+    own: Vec<SocketAddr>,
+}
+
+/// Where all other names go.
+#[derive(Debug)]
+enum Others {
+    Fixed(Arc<[SocketAddr]>),
+    ResolvConf(ResolvConf),
+}
+
+impl Upstreams {
+    /// The upstreams of a server that listens on `own`.
+    pub(super) fn new(config: &DnsConfig, own: &[SocketAddr], resolv_conf: PathBuf) -> Upstreams {
+        let mut routes = Vec::new();
+        for (domain, &server) in &config.routes {
+            let servers = without_own(&[server], own);
+            if servers.is_empty() {
+                warn!(
+                    "dns.routes sends {domain} to {server}, which is this server, so its names \
+                     fail; name the resolver that knows them"
+                );
+            }
+            routes.push((Suffix::new(domain), servers));
+        }
+        routes.sort_by_key(|(domain, _)| std::cmp::Reverse(domain.n_labels()));
+
+        let others = match &config.forward {
+            Forward::ResolvConf => Others::ResolvConf(ResolvConf::new(resolv_conf)),
+            Forward::Servers(servers) => {
+                let servers = without_own(servers, own);
+                if servers.is_empty() {
+                    warn!(
+                        "dns.forward names no resolver but this one, so names outside the zone \
+                         fail; name one there, or set it to \"resolv.conf\""
+                    );
+                }
+                Others::Fixed(servers)
+            }
+        };
+        Upstreams { routes, others, own: own.to_vec() }
+    }
+
+    /// The servers to ask for `name`, in order; none where all of them are ourselves.
+    pub(super) fn of(&self, name: &Name) -> Arc<[SocketAddr]> {
+        let route = self.routes.iter().find(|(domain, _)| domain.depth_of(name).is_some());
+        match (route, &self.others) {
+            (Some((_, servers)), _) | (None, Others::Fixed(servers)) => Arc::clone(servers),
+            (None, Others::ResolvConf(file)) => {
+                file.servers(|server| !is_ourselves(*server, &self.own))
+            }
+        }
+    }
+}
+
+fn without_own(servers: &[SocketAddr], own: &[SocketAddr]) -> Arc<[SocketAddr]> {
+    servers.iter().copied().filter(|server| !is_ourselves(*server, own)).collect()
+}
+
+/// Whether a message to `server` would come back to one of our own listeners.
+fn is_ourselves(server: SocketAddr, own: &[SocketAddr]) -> bool {
+    // The kernel takes "any" as a destination for the loopback address.
+    let ip = match server.ip().to_canonical() {
+        IpAddr::V4(Ipv4Addr::UNSPECIFIED) => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(Ipv6Addr::UNSPECIFIED) => Ipv6Addr::LOCALHOST.into(),
+        ip => ip,
+    };
+    own.iter().filter(|listener| listener.port() == server.port()).any(|listener| {
+        match listener.ip().to_canonical() {
+            IpAddr::V4(Ipv4Addr::UNSPECIFIED) => ip.is_ipv4() && is_local(server, ip),
+            IpAddr::V6(Ipv6Addr::UNSPECIFIED) => is_local(server, ip),
+            listener_ip => listener_ip == ip,
+        }
+    })
+}
+
+/// Whether this host has the address: only then can a socket be bound to it.
+fn is_local(mut server: SocketAddr, ip: IpAddr) -> bool {
+    server.set_ip(ip);
+    server.set_port(0);
+    UdpSocket::bind(server).is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::config::Config;
+
+    fn address(text: &str) -> SocketAddr {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn ourselves() {
+        let table = [
+            ("127.0.0.1:53", "127.0.0.1:53", true),
+            ("127.0.0.1:53", "127.0.0.1:5353", false),
+            ("127.0.0.1:53", "127.0.0.2:53", false),
+            ("127.0.0.1:53", "0.0.0.0:53", true),
+            ("127.0.0.1:53", "[::ffff:127.0.0.1]:53", true),
+            ("127.0.0.1:53", "[::1]:53", false),
+            ("0.0.0.0:53", "127.0.0.53:53", true),
+            ("0.0.0.0:53", "192.0.2.1:53", false),
+            ("0.0.0.0:53", "127.0.0.1:54", false),
+            ("[::]:53", "127.0.0.1:53", true),
+            ("[::]:53", "192.0.2.1:53", false),
+        ];
+        for (listener, server, expected) in table {
+            let is = is_ourselves(address(server), &[address("10.0.0.1:1"), address(listener)]);
+            assert_eq!(is, expected, "{server}, listening on {listener}");
+        }
+    }
+
+    #[test]
+    fn the_longest_route_wins() {
+        let own = address("127.0.0.1:53");
+        let config = DnsConfig {
+            forward: Forward::Servers(vec![own, address("192.0.2.1:53"), address("192.0.2.2:53")]),
+            routes: BTreeMap::from([
+                ("consul".into(), address("127.0.0.1:8600")),
+                ("dc2.Consul".into(), address("192.0.2.8:8600")),
+                ("loop".into(), own),
+            ]),
+            ..Config::default().dns
+        };
+        let upstreams = Upstreams::new(&config, &[own], PathBuf::new());
+        let table = [
+            ("web.service.consul.", "127.0.0.1:8600"),
+            ("CONSUL.", "127.0.0.1:8600"),
+            ("web.service.dc2.consul.", "192.0.2.8:8600"),
+            ("notconsul.", "192.0.2.1:53 192.0.2.2:53"),
+            (".", "192.0.2.1:53 192.0.2.2:53"),
+            ("a.loop.", ""),
+        ];
+        for (name, expected) in table {
+            let servers = upstreams.of(&Name::from_ascii(name).unwrap());
+            let shown: Vec<_> = servers.iter().map(ToString::to_string).collect();
+            assert_eq!(shown.join(" "), expected, "{name}");
+        }
+    }
+}
