@@ -1,0 +1,254 @@
+//! The records of `/v1/health/service/NAME`, and what each says of its instance.
+
+use serde::{Deserialize, Deserializer};
+
+use crate::table::{Instance, Standing};
+
+/// One instance with its node and its checks; fields that nobody here reads are skipped.
+///
+/// A missing field or a null is its default: what is wrong with an instance is said of that
+/// instance, by the table. A field of another type fails the whole answer.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct Record {
+    #[serde(default, deserialize_with = "or_default")]
+    node: Node,
+    #[serde(default, deserialize_with = "or_default")]
+    service: Service,
+    #[serde(default, deserialize_with = "or_default")]
+    checks: Vec<Check>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Node {
+    #[serde(default, deserialize_with = "or_default")]
+    node: String,
+    #[serde(default, deserialize_with = "or_default")]
+    address: String,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Service {
+    #[serde(default, deserialize_with = "or_default")]
+    kind: String,
+    #[serde(default, rename = "ID", deserialize_with = "or_default")]
+    id: String,
+    #[serde(default, deserialize_with = "or_default")]
+    tags: Vec<String>,
+    #[serde(default, deserialize_with = "or_default")]
+    address: String,
+    #[serde(default, deserialize_with = "or_default")]
+    port: i64,
+    #[serde(default, deserialize_with = "or_default")]
+    weights: Weights,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Weights {
+    passing: Option<i64>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Check {
+    #[serde(default, rename = "CheckID", deserialize_with = "or_default")]
+    id: String,
+    #[serde(default, deserialize_with = "or_default")]
+    name: String,
+    #[serde(default, deserialize_with = "or_default")]
+    status: String,
+}
+
+fn or_default<'de, D, T>(deserializer: D) -> Result<T, D::Error>
+where
+    D: Deserializer<'de>,
+    T: Default + Deserialize<'de>,
+{
+    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
+}
+
+/// The instances among the records, or `None` where there are records and all belong to proxies,
+/// gateways and the like (any non-empty Kind): such a name is no service to dial.
+///
+/// `local` is left false: who this node is, only the model knows.
+pub fn instances(records: Vec<Record>, tag: &str) -> Option<Vec<Instance>> {
+    let n_records = records.len();
+    let instances: Vec<Instance> = records
+        .into_iter()
+        .filter(|record| record.service.kind.is_empty())
+        .map(|record| {
+            let standing = standing(&record, tag);
+            let Record { node, service, .. } = record;
+            Instance {
+                node: node.node,
+                id: service.id,
+                address: if service.address.is_empty() { node.address } else { service.address },
+                port: service.port,
+                weight: service.weights.passing.unwrap_or(1),
+                local: false,
+                standing,
+            }
+        })
+        .collect();
+    (n_records == 0 || !instances.is_empty()).then_some(instances)
+}
+
+/// The verdict of the tag and the checks. Outputs and times of checks have no part in it, so that
+/// a check that only changed its words changes nothing.
+fn standing(record: &Record, tag: &str) -> Standing {
+    // The tags in the list of names are a union over instances, so each has to show it here.
+    if !record.service.tags.iter().any(|has| has == tag) {
+        return Standing::Out(format!("lacks the tag `{tag}`"));
+    }
+    let worst = record
+        .checks
+        .iter()
+        .filter(|check| check.status != "passing")
+        .min_by_key(|check| (check.severity(), &check.id));
+    match worst {
+        None => Standing::Serving,
+        Some(check) => Standing::Out(check.complaint()),
+    }
+}
+
+impl Check {
+    fn is_node_maintenance(&self) -> bool {
+        self.id == "_node_maintenance"
+    }
+
+    fn is_service_maintenance(&self) -> bool {
+        self.id.starts_with("_service_maintenance:")
+    }
+
+    /// Which complaint explains the most; the lowest is told.
+    fn severity(&self) -> u8 {
+        match self.status.as_str() {
+            _ if self.is_node_maintenance() => 0,
+            _ if self.is_service_maintenance() => 1,
+            "critical" => 2,
+            _ => 3,
+        }
+    }
+
+    fn complaint(&self) -> String {
+        if self.is_node_maintenance() {
+            return "node maintenance".into();
+        }
+        if self.is_service_maintenance() {
+            return "service maintenance".into();
+        }
+        let name = if self.name.is_empty() { &self.id } else { &self.name };
+        match self.status.as_str() {
+            "" => format!("check `{name}` has no status"),
+            status => format!("check `{name}` is {status}"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(json: &str) -> Vec<Record> {
+        serde_json::from_str(json).unwrap()
+    }
+
+    /// What `consul agent -dev` 1.8.7 says of instances registered in every way that matters.
+    #[test]
+    fn reads_what_consul_says() {
+        let instances = instances(parse(include_str!("samples/web.json")), "routed").unwrap();
+        let got: Vec<String> = instances
+            .iter()
+            .map(|i| {
+                let standing = match &i.standing {
+                    Standing::Serving => "serving",
+                    Standing::Out(reason) => reason,
+                };
+                format!("{}/{} {}:{} x{}: {standing}", i.node, i.id, i.address, i.port, i.weight)
+            })
+            .collect();
+        assert_eq!(
+            got,
+            [
+                "dead/web-1 10.9.9.9:23456 x1: check `Serf Health Status` is critical",
+                "legacy/web db.example.com:0 x1: serving",
+                "maint/web 10.9.9.8:80 x1: node maintenance",
+                "n1/web-1 10.0.0.7:23456 x5: serving",
+                "n1/web-2 127.0.0.1:23457 x1: check `web` is critical",
+                "n1/web-3 10.0.0.8:23458 x1: lacks the tag `routed`",
+                "n1/web-4 10.0.0.9:23459 x1: service maintenance",
+                "n1/web-5 10.0.0.10:23460 x1: check `web` is warning",
+                "n1/web-6 10.0.0.10:23461 x1: serving",
+            ]
+        );
+    }
+
+    #[test]
+    fn a_name_that_only_proxies_bear_is_no_service() {
+        let sidecars = parse(include_str!("samples/sidecar.json"));
+        assert!(!sidecars.is_empty());
+        assert_eq!(instances(sidecars, "routed"), None);
+        assert_eq!(instances(Vec::new(), "routed"), Some(Vec::new()));
+    }
+
+    #[test]
+    fn judges_records_one_by_one() {
+        // (record, address:port xweight standing)
+        let table = [
+            (r#"{}"#, ":0 x1 lacks the tag `routed`"),
+            (r#"{"Node":null,"Service":null,"Checks":null}"#, ":0 x1 lacks the tag `routed`"),
+            (r#"{"Service":{"Tags":["Routed"]}}"#, ":0 x1 lacks the tag `routed`"),
+            (r#"{"Service":{"Tags":["routed"],"Port":-1}}"#, ":-1 x1 serving"),
+            (
+                r#"{"Node":{"Address":"a"},"Service":{"Tags":["routed"],"Weights":{"Passing":-7}}}"#,
+                "a:0 x-7 serving",
+            ),
+            (
+                r#"{"Service":{"Tags":["routed"],"Weights":{"Passing":99999999999}}}"#,
+                ":0 x99999999999 serving",
+            ),
+            (
+                r#"{"Service":{"Tags":["routed"]},"New":1,"Checks":[{"Status":"passing","X":2}]}"#,
+                ":0 x1 serving",
+            ),
+            (
+                r#"{"Service":{"Tags":["routed"]},"Checks":[{"CheckID":"a"}]}"#,
+                ":0 x1 check `a` has no status",
+            ),
+            (
+                r#"{"Service":{"Tags":["routed"]},"Checks":[
+                    {"CheckID":"a","Status":"warning"},{"CheckID":"c","Status":"critical"},
+                    {"CheckID":"b","Status":"critical"}]}"#,
+                ":0 x1 check `b` is critical",
+            ),
+        ];
+        for (json, expected) in table {
+            let records = vec![serde_json::from_str(json).unwrap()];
+            let instance = instances(records, "routed").unwrap().remove(0);
+            let standing = match instance.standing {
+                Standing::Serving => "serving".into(),
+                Standing::Out(reason) => reason,
+            };
+            let got = format!(
+                "{}:{} x{} {standing}",
+                instance.address, instance.port, instance.weight
+            );
+            assert_eq!(got, expected, "{json}");
+        }
+    }
+
+    #[test]
+    fn a_field_of_another_type_is_an_error() {
+        for json in [
+            r#"{"Service":{"Port":"80"}}"#,
+            r#"{"Service":{"Tags":"routed"}}"#,
+            r#"{"Checks":{}}"#,
+            r#"{"Service":{"Weights":{"Passing":1.5}}}"#,
+        ] {
+            assert!(serde_json::from_str::<Record>(json).is_err(), "{json}");
+        }
+    }
+}
