@@ -41,7 +41,7 @@ async fn daemon(config: Config) -> anyhow::Result<()> {
     // What another daemon may hold comes first, so that a second one disturbs nothing.
     let admin_listeners = admin::bind(&config.admin.listen).await?;
     let dns_sockets = dns::bind(&config.dns).await?;
-    let dns_addresses = dns_sockets.addresses();
+    let dns_addresses = dns_sockets.addresses().to_vec();
 
     let vips_path = config.state_dir.join("vips.json");
     let vips = Vips::read(&vips_path, config.vip.pool)?;
