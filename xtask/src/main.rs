@@ -1,2 +1,74 @@
 //! All that a person or CI runs.
-fn main() {}
+#![forbid(unsafe_code)]
+
+mod compile;
+mod process;
+mod setup;
+mod test;
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(
+    name = "cargo xtask",
+    about = "All that a person or CI runs",
+    disable_version_flag = true
+)]
+struct Arguments {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Make a fresh machine able to build and test
+    #[command(after_help = setup::AFTER_HELP)]
+    Setup,
+    /// Build the kernel object and the binary
+    Build {
+        /// Optimised
+        #[arg(long)]
+        release: bool,
+    },
+    /// Format, lints, unit tests, tests in the kernel and end to end
+    Test {
+        /// Run only the tests whose name contains this; without format and lints
+        filter: Option<String>,
+    },
+}
+
+fn main() -> ExitCode {
+    match run(Arguments::parse().task) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(task: Task) -> Result<ExitCode> {
+    match task {
+        Task::Setup => setup::run()?,
+        Task::Build { release } => {
+            let built = compile::build(release)?;
+            println!("object: {}", built.object.display());
+            println!("binary: {}", built.nohop.display());
+            for helper in built.helpers {
+                println!("helper: {}", helper.display());
+            }
+        }
+        Task::Test { filter } => return Ok(test::run(filter.as_deref())),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The root of the repository.
+fn root() -> &'static Path {
+    let manifest_dir = Path::new(env!("CARGO_MANIFEST_DIR"));
+    manifest_dir.parent().unwrap_or(manifest_dir)
+}

@@ -1,0 +1,78 @@
+//! Builds the kernel object and the binaries, and finds where cargo put them.
+
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+
+/// What a build leaves behind.
+pub struct Built {
+    /// The kernel object; the daemon carries a copy.
+    pub object: PathBuf,
+    /// The daemon.
+    pub nohop: PathBuf,
+    /// The programs of lb-tests that play the cluster's other parts.
+    pub helpers: Vec<PathBuf>,
+}
+
+/// Runs setup, then builds.
+///
+/// # Errors
+/// When setup lacks something, or the build fails.
+pub fn build(release: bool) -> Result<Built> {
+    crate::setup::run()?;
+    let mut cargo = Command::new("cargo");
+    cargo.args(["build", "--package", "lb-userspace", "--package", "lb-tests", "--bins"]);
+    cargo.arg("--message-format=json-render-diagnostics");
+    if release {
+        cargo.arg("--release");
+    }
+    let mut cargo = cargo
+        .current_dir(crate::root())
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("can't run cargo: install it from https://rustup.rs")?;
+
+    let mut object = None;
+    let mut nohop = None;
+    let mut helpers = Vec::new();
+    let stdout = cargo.stdout.take().context("cargo has no standard output")?;
+    for line in BufReader::new(stdout).lines() {
+        let message: Value = serde_json::from_str(&line?).context("cargo speaks no JSON")?;
+        match message["reason"].as_str() {
+            Some("build-script-executed") if package(&message) == Some("lb-userspace") => {
+                object = message["out_dir"].as_str().map(|dir| Path::new(dir).join("nohop-ebpf"));
+            }
+            Some("compiler-artifact") => {
+                if let Some(executable) = message["executable"].as_str().map(PathBuf::from) {
+                    match package(&message) {
+                        Some("lb-userspace") => nohop = Some(executable),
+                        _ => helpers.push(executable),
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+    if !cargo.wait()?.success() {
+        bail!("the build failed: cargo says why above");
+    }
+    Ok(Built {
+        object: object.context("cargo told of no kernel object")?,
+        nohop: nohop.context("cargo told of no binary nohop")?,
+        helpers,
+    })
+}
+
+/// The workspace's package that `message` is about, by the folder its manifest lies in.
+fn package(message: &Value) -> Option<&'static str> {
+    let id = message["package_id"].as_str()?;
+    let path = id.strip_prefix("path+file://")?.split('#').next()?;
+    match Path::new(path).strip_prefix(crate::root()).ok()?.to_str()? {
+        "lb-userspace" => Some("lb-userspace"),
+        "tests" => Some("lb-tests"),
+        _ => None,
+    }
+}
