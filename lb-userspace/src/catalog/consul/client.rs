@@ -203,10 +203,9 @@ impl Client {
         check_status(head.status, &body)?;
         check_leader(&head.headers)?;
         let index = header(&head.headers, "x-consul-index").and_then(|text| text.parse().ok());
-        let body = serde_path_to_error::deserialize(&mut serde_json::Deserializer::from_slice(
-            &body,
-        ))
-        .map_err(|source| QueryError::Shape { source })?;
+        let body =
+            serde_path_to_error::deserialize(&mut serde_json::Deserializer::from_slice(&body))
+                .map_err(|source| QueryError::Shape { source })?;
         Ok(Answer { index, body })
     }
 

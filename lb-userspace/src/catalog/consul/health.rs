@@ -232,10 +232,8 @@ mod tests {
                 Standing::Serving => "serving".into(),
                 Standing::Out(reason) => reason,
             };
-            let got = format!(
-                "{}:{} x{} {standing}",
-                instance.address, instance.port, instance.weight
-            );
+            let got =
+                format!("{}:{} x{} {standing}", instance.address, instance.port, instance.weight);
             assert_eq!(got, expected, "{json}");
         }
     }

@@ -1,0 +1,185 @@
+//! A Consul in the test's process, which answers blocking queries and fails on demand.
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+/// What goes wrong with a path.
+#[derive(Clone, Debug)]
+pub enum Fault {
+    /// This status and body.
+    Status(u16, &'static str),
+    /// A connection that closes in the middle of the body.
+    Cut,
+    /// A good answer with this body instead.
+    Body(&'static str),
+    /// No answer at all.
+    Hang,
+    /// A connection that closes before any answer.
+    Close,
+}
+
+/// What it knows, and how it behaves.
+#[derive(Clone, Debug, Default)]
+pub struct State {
+    /// The index of each path.
+    index: BTreeMap<String, u64>,
+    body: BTreeMap<String, Value>,
+    fault: BTreeMap<String, Fault>,
+    /// How many questions each path had, with all their parameters.
+    pub asked: HashMap<String, usize>,
+    pub n_connections: usize,
+    pub most_connections: usize,
+}
+
+pub struct Fake {
+    pub address: SocketAddr,
+    pub state: watch::Sender<State>,
+    _tasks: JoinSet<()>,
+}
+
+pub const NAMES: &str = "/v1/catalog/services";
+pub const AGENT: &str = "/v1/agent/self";
+
+pub fn service(name: &str) -> String {
+    format!("/v1/health/service/{name}")
+}
+
+/// A record of a passing instance with the tag, at 10.0.0.1.
+pub fn instance(node: &str, id: &str, port: u16) -> Value {
+    json!({
+        "Node": {"Node": node, "Address": "10.0.0.1"},
+        "Service": {"ID": id, "Tags": ["routed"], "Port": port},
+        "Checks": [{"CheckID": "c", "Name": "web", "Status": "passing", "Output": "fine"}],
+    })
+}
+
+impl Fake {
+    pub async fn start() -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let state = watch::Sender::new(State::default());
+        let mut tasks = JoinSet::new();
+        tasks.spawn(accept(listener, state.clone()));
+        let fake = Fake { address, state, _tasks: tasks };
+        fake.set(NAMES, 10, json!({}));
+        fake.set(AGENT, 1, json!({"Config": {"NodeName": "n1"}}));
+        fake
+    }
+
+    /// Sets what a path answers, and wakes those who wait for it.
+    pub fn set(&self, path: &str, index: u64, body: Value) {
+        self.state.send_modify(|state| {
+            state.index.insert(path.into(), index);
+            state.body.insert(path.into(), body);
+        });
+    }
+
+    /// The names, all with the tag.
+    pub fn set_names(&self, index: u64, names: &[&str]) {
+        let names: BTreeMap<_, _> = names.iter().map(|name| (*name, ["routed"])).collect();
+        self.set(NAMES, index, json!(names));
+    }
+
+    pub fn break_path(&self, path: &str, fault: Option<Fault>) {
+        self.state.send_modify(|state| {
+            match fault {
+                Some(fault) => state.fault.insert(path.into(), fault),
+                None => state.fault.remove(path),
+            };
+        });
+    }
+
+    pub fn n_asked(&self, question: &str) -> usize {
+        self.state.borrow().asked.get(question).copied().unwrap_or(0)
+    }
+}
+
+async fn accept(listener: TcpListener, state: watch::Sender<State>) {
+    let mut connections = JoinSet::new();
+    loop {
+        let (stream, _) = listener.accept().await.unwrap();
+        let state = state.clone();
+        connections.spawn(async move {
+            state.send_modify(|state| {
+                state.n_connections += 1;
+                state.most_connections = state.most_connections.max(state.n_connections);
+            });
+            // An error is a client that left.
+            let _ = serve(stream, &state).await;
+            state.send_modify(|state| state.n_connections -= 1);
+        });
+    }
+}
+
+async fn serve(mut stream: TcpStream, state: &watch::Sender<State>) -> std::io::Result<()> {
+    let mut seen = Vec::new();
+    while stream.read_buf(&mut seen).await? > 0 {
+        if !seen.ends_with(b"\r\n\r\n") {
+            continue;
+        }
+        let head = String::from_utf8(std::mem::take(&mut seen)).unwrap();
+        let question = head.split(' ').nth(1).unwrap();
+        state.send_modify(|state| *state.asked.entry(question.into()).or_default() += 1);
+        let answer = tokio::select! {
+            answer = answer(question, state) => answer,
+            // A client that waits sends nothing, so this is one that left.
+            _ = stream.readable() => return Ok(()),
+        };
+        let Some(answer) = answer else { return Ok(()) };
+        stream.write_all(answer.as_bytes()).await?;
+        if answer.ends_with(CUT_HERE) {
+            return Ok(());
+        }
+    }
+    Ok(())
+}
+
+const CUT_HERE: &str = "[{\"Node\"";
+
+/// The bytes to send; `None` closes the connection.
+async fn answer(question: &str, state: &watch::Sender<State>) -> Option<String> {
+    let (path, query) = question.split_once('?').unwrap_or((question, ""));
+    let parameter =
+        |name: &str| query.split('&').find_map(|pair| pair.strip_prefix(name)?.strip_prefix('='));
+    let index: u64 = parameter("index").map_or(0, |index| index.parse().unwrap());
+    let wait =
+        parameter("wait").map_or(0, |wait| wait.strip_suffix("ms").unwrap().parse().unwrap());
+    let mut state = state.subscribe();
+    let is_news =
+        |state: &State| state.fault.contains_key(path) || state.index.get(path) != Some(&index);
+    // Where the wait runs out, the state is told as it is.
+    let _ = tokio::time::timeout(Duration::from_millis(wait), state.wait_for(is_news)).await;
+    let (index, body, fault) = {
+        let state = state.borrow();
+        let body = state.body.get(path).cloned().unwrap_or(json!([])).to_string();
+        (state.index.get(path).copied().unwrap_or(1), body, state.fault.get(path).cloned())
+    };
+    let say = |code: u16, body: &str, length: usize| {
+        Some(format!(
+            "HTTP/1.1 {code} Said\r\nX-Consul-Index: {index}\r\nX-Consul-Knownleader: true\r\n\
+             Content-Length: {length}\r\n\r\n{body}"
+        ))
+    };
+    match fault {
+        None => say(200, &body, body.len()),
+        Some(Fault::Status(code, body)) => say(code, body, body.len()),
+        Some(Fault::Body(body)) => say(200, body, body.len()),
+        Some(Fault::Cut) => say(200, CUT_HERE, 1000),
+        Some(Fault::Hang) => std::future::pending().await,
+        Some(Fault::Close) => None,
+    }
+}
+
+/// Several lines with what the test server was asked, for a failed assertion.
+impl std::fmt::Debug for Fake {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:#?}", self.state.borrow().asked)
+    }
+}

@@ -1,0 +1,267 @@
+//! The whole source, against a Consul that fails in every known way.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::json;
+
+use super::fake::{AGENT, Fake, Fault, NAMES, instance, service};
+use super::*;
+use crate::catalog::{Catalog, Handle};
+use crate::table::Standing;
+
+const LIMIT: Duration = Duration::from_secs(20);
+
+fn timing() -> Timing {
+    Timing {
+        connect: Duration::from_secs(2),
+        answer: Duration::from_millis(300),
+        wait: Duration::from_secs(60),
+        turn: Duration::from_millis(50),
+        stragglers: Duration::from_millis(200),
+        restart: Duration::ZERO,
+    }
+}
+
+fn config(address: impl ToString) -> ConsulConfig {
+    ConsulConfig {
+        address: address.to_string(),
+        token: None,
+        datacenter: String::new(),
+        max_connections: 8,
+    }
+}
+
+fn follow(config: ConsulConfig, timing: Timing) -> Handle {
+    Handle::keep(Output::new("consul"), move |output| {
+        run(config.clone(), "routed".into(), timing, output)
+    })
+}
+
+async fn shows(handle: &mut Handle, is_it: impl Fn(&Catalog) -> bool) -> Arc<Catalog> {
+    let seen = handle.catalog.wait_for(|catalog| catalog.as_deref().is_some_and(&is_it));
+    let seen = tokio::time::timeout(LIMIT, seen).await.expect("the catalog").unwrap();
+    seen.clone().unwrap()
+}
+
+async fn says(handle: &mut Handle, what: Option<&str>) {
+    let mut last = None;
+    let seen = handle.health.wait_for(|health| {
+        last.clone_from(&health.problem);
+        match (&health.problem, what) {
+            (None, None) => health.last_answer.is_some(),
+            (Some(problem), Some(what)) => problem.contains(what),
+            _ => false,
+        }
+    });
+    let seen = tokio::time::timeout(LIMIT, seen).await.is_ok();
+    assert!(seen, "expected {what:?}, last was {last:?}");
+}
+
+fn names(catalog: &Catalog) -> Vec<&str> {
+    catalog.keys().map(|name| &**name).collect()
+}
+
+fn ports(catalog: &Catalog, name: &str) -> Vec<i64> {
+    catalog[name].iter().map(|instance| instance.port).collect()
+}
+
+/// A Consul with `web`, of one instance, and a source that has synced with it.
+async fn synced() -> (Fake, Handle, Arc<Catalog>) {
+    let fake = Fake::start().await;
+    fake.set_names(10, &["web"]);
+    fake.set(&service("web"), 20, json!([instance("n1", "web-1", 1)]));
+    let mut handle = follow(config(fake.address), timing());
+    let catalog = shows(&mut handle, |catalog| names(catalog) == ["web"]).await;
+    assert_eq!(ports(&catalog, "web"), [1]);
+    assert!(catalog["web"][0].local);
+    says(&mut handle, None).await;
+    (fake, handle, catalog)
+}
+
+#[tokio::test]
+async fn follows_names_and_instances() {
+    let (fake, mut handle, first) = synced().await;
+    fake.set(&service("db"), 30, json!([instance("n2", "db-1", 5432)]));
+    fake.set_names(11, &["db", "web"]);
+    let second = shows(&mut handle, |catalog| names(catalog) == ["db", "web"]).await;
+    assert!(Arc::ptr_eq(&first["web"], &second["web"]));
+    assert!(!second["db"][0].local);
+
+    let mut critical = instance("n1", "web-1", 1);
+    critical["Checks"][0]["Status"] = json!("critical");
+    fake.set(&service("web"), 31, json!([critical]));
+    let is_out = |catalog: &Catalog| {
+        catalog["web"][0].standing == Standing::Out("check `web` is critical".into())
+    };
+    shows(&mut handle, is_out).await;
+
+    fake.set_names(12, &["db"]);
+    shows(&mut handle, |catalog| names(catalog) == ["db"]).await;
+}
+
+#[tokio::test]
+async fn new_words_of_a_check_publish_nothing() {
+    let (fake, mut handle, _) = synced().await;
+    handle.catalog.mark_unchanged();
+    let mut talkative = instance("n1", "web-1", 1);
+    talkative["Checks"][0]["Output"] = json!("still fine");
+    fake.set(&service("web"), 21, json!([talkative]));
+    // What is asked after index 21 was asked once 21 had been taken in.
+    let asked = format!("{}?index=21&wait=60000ms", service("web"));
+    fake.state.subscribe().wait_for(|state| state.asked.contains_key(&asked)).await.unwrap();
+    assert!(!handle.catalog.has_changed().unwrap());
+}
+
+#[tokio::test]
+async fn no_failure_takes_anything_away_and_each_is_named_and_mends() {
+    let faults = [
+        (Fault::Status(403, "ACL not found"), "403, `ACL not found`"),
+        (Fault::Status(500, "No cluster leader\nmore"), "`No cluster leader`"),
+        (Fault::Status(429, "too many"), "busy (429"),
+        (Fault::Status(503, ""), "busy (503"),
+        (Fault::Cut, "cut short"),
+        (Fault::Body("{}x"), "another shape"),
+        (Fault::Body("17"), "another shape"),
+        (Fault::Hang, "no answer within 300ms"),
+        (Fault::Close, "lost"),
+    ];
+    let (fake, mut handle, first) = synced().await;
+    let mut index = 100;
+    for (fault, what) in faults {
+        for path in [NAMES.into(), service("web")] {
+            // A question that is held back wakes up to the fault.
+            fake.break_path(&path, Some(fault.clone()));
+            says(&mut handle, Some(what)).await;
+            let now = handle.catalog.borrow().clone().unwrap();
+            assert!(Arc::ptr_eq(&now["web"], &first["web"]), "{fault:?} on {path}");
+            fake.break_path(&path, None);
+            says(&mut handle, None).await;
+        }
+        // Both watches still follow.
+        index += 1;
+        fake.set(&service("new"), index, json!([]));
+        fake.set_names(index, &["new", "web"]);
+        shows(&mut handle, |catalog| names(catalog) == ["new", "web"]).await;
+        fake.set_names(index + 1, &["web"]);
+        shows(&mut handle, |catalog| names(catalog) == ["web"]).await;
+        index += 1;
+    }
+}
+
+#[tokio::test]
+async fn a_wrong_type_names_its_service_and_its_place() {
+    let (fake, mut handle, _) = synced().await;
+    let wrong = Fault::Body(r#"[{"Service":{"Tags":["routed"],"Port":"80"}}]"#);
+    fake.break_path(&service("web"), Some(wrong));
+    says(&mut handle, Some("service `web`: ")).await;
+    says(&mut handle, Some("[0].Service.Port")).await;
+    // Another one goes on meanwhile.
+    fake.set(&service("db"), 30, json!([instance("n2", "db-1", 5432)]));
+    fake.set_names(11, &["db", "web"]);
+    let catalog = shows(&mut handle, |catalog| names(catalog) == ["db", "web"]).await;
+    assert_eq!(ports(&catalog, "web"), [1]);
+}
+
+#[tokio::test]
+async fn an_index_that_goes_backwards_is_confirmed() {
+    let (fake, mut handle, _) = synced().await;
+    let asked = format!("{}?consistent", service("web"));
+    assert_eq!(fake.n_asked(&asked), 0);
+    fake.set(&service("web"), 5, json!([instance("n1", "web-1", 2)]));
+    let catalog = shows(&mut handle, |catalog| ports(catalog, "web") != [1]).await;
+    assert_eq!(ports(&catalog, "web"), [2]);
+    assert_eq!(fake.n_asked(&asked), 1);
+}
+
+#[tokio::test]
+async fn starts_before_consul_does() {
+    // A port that nobody listens on, for now.
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let mut handle = follow(config(free), timing());
+    says(&mut handle, Some("can't reach Consul at 127.0.0.1")).await;
+    assert!(handle.catalog.borrow().is_none());
+    assert!(handle.health.borrow().last_answer.is_none());
+}
+
+#[tokio::test]
+async fn a_service_that_never_answers_holds_up_nobody() {
+    let fake = Fake::start().await;
+    fake.set_names(10, &["bad", "web"]);
+    fake.set(&service("web"), 20, json!([instance("n1", "web-1", 1)]));
+    fake.break_path(&service("bad"), Some(Fault::Hang));
+    let mut handle = follow(config(fake.address), timing());
+    shows(&mut handle, |catalog| names(catalog) == ["web"]).await;
+    says(&mut handle, Some("service `bad`: ")).await;
+    fake.break_path(&service("bad"), None);
+    shows(&mut handle, |catalog| names(catalog) == ["bad", "web"]).await;
+    says(&mut handle, None).await;
+}
+
+#[tokio::test]
+async fn a_token_that_may_not_know_the_agent_makes_nothing_local() {
+    let fake = Fake::start().await;
+    fake.break_path(AGENT, Some(Fault::Status(403, "Permission denied")));
+    fake.set_names(10, &["web"]);
+    let mut loopback = instance("n1", "web-1", 1);
+    loopback["Service"]["Address"] = json!("127.0.0.1");
+    fake.set(&service("web"), 20, json!([loopback]));
+    let mut handle = follow(config(fake.address), timing());
+    let catalog = shows(&mut handle, |catalog| names(catalog) == ["web"]).await;
+    assert!(!catalog["web"][0].local);
+    says(&mut handle, Some("agent:read")).await;
+}
+
+#[tokio::test]
+async fn watches_take_turns_where_connections_are_few() {
+    let fake = Fake::start().await;
+    let services: Vec<String> = (0..6).map(|n| format!("s{n}")).collect();
+    let all: Vec<&str> = services.iter().map(String::as_str).collect();
+    for name in &all {
+        fake.set(&service(name), 20, json!([instance("n1", "1", 1)]));
+    }
+    fake.set_names(10, &all[..1]);
+    let config = ConsulConfig { max_connections: 3, ..config(fake.address) };
+    let mut handle = follow(config, timing());
+    shows(&mut handle, |catalog| names(catalog) == all[..1]).await;
+    says(&mut handle, None).await;
+
+    // The first, which may wait for a minute, has to let go.
+    fake.set_names(11, &all);
+    shows(&mut handle, |catalog| names(catalog) == all).await;
+    says(&mut handle, Some("6 services share 2 connections")).await;
+    for name in &all {
+        fake.set(&service(name), 21, json!([instance("n1", "1", 2)]));
+        shows(&mut handle, |catalog| ports(catalog, name) == [2]).await;
+    }
+    let most = fake.state.borrow().most_connections;
+    assert!(most <= 3, "{most} connections, {fake:?}");
+
+    fake.set_names(12, &all[..2]);
+    shows(&mut handle, |catalog| names(catalog) == all[..2]).await;
+    says(&mut handle, None).await;
+}
+
+#[tokio::test]
+async fn the_token_file_is_read_for_each_question() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("token");
+    let fake = Fake::start().await;
+    let token = Some(crate::config::Token::File(path.clone()));
+    let mut handle = follow(ConsulConfig { token, ..config(fake.address) }, timing());
+    says(&mut handle, Some("can't read the Consul token")).await;
+    std::fs::write(&path, "").unwrap();
+    says(&mut handle, Some("token is empty")).await;
+    std::fs::write(&path, "secret\n").unwrap();
+    shows(&mut handle, Catalog::is_empty).await;
+    says(&mut handle, None).await;
+}
+
+#[tokio::test]
+async fn a_dropped_handle_leaves_no_connection() {
+    let (fake, handle, _) = synced().await;
+    drop(handle);
+    let mut state = fake.state.subscribe();
+    let gone = state.wait_for(|state| state.n_connections == 0);
+    tokio::time::timeout(LIMIT, gone).await.expect("closed").unwrap();
+}

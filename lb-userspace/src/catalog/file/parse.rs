@@ -1,0 +1,283 @@
+//! The text of a static catalog, and everything that is wrong with it.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddrV4;
+use std::ops::Range;
+use std::sync::Arc;
+
+use toml::Spanned;
+use toml::de::{DeTable, DeValue};
+
+use crate::table::{Instance, Standing};
+
+/// Something wrong with a static catalog.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mistake {
+    /// The line, from 1.
+    pub line: usize,
+    /// What is wrong there, with the service where there is one.
+    pub what: String,
+}
+
+/// The services of a static catalog, by name, in lower case.
+pub type Services = BTreeMap<Arc<str>, Vec<Instance>>;
+
+/// Reads a static catalog. A text without the key `service` is a mistake, since that is what a file
+/// looks like that is being written; a catalog without services is `service = []`.
+///
+/// # Errors
+/// All mistakes, by line.
+pub fn parse(text: &str) -> Result<Services, Vec<Mistake>> {
+    let mut reader = Reader { text, mistakes: Vec::new() };
+    let (root, syntax) = DeTable::parse_recoverable(text);
+    for error in syntax {
+        reader.mistake(&error.span().unwrap_or(0..0), error.message().to_owned());
+    }
+    let mut services = Services::new();
+    // After a syntax error the rest may be misread, and be blamed for what isn't wrong.
+    if reader.mistakes.is_empty() {
+        services = reader.root(root.get_ref());
+    }
+    reader.mistakes.sort_by_key(|mistake| mistake.line);
+    if reader.mistakes.is_empty() { Ok(services) } else { Err(reader.mistakes) }
+}
+
+struct Reader<'a> {
+    text: &'a str,
+    mistakes: Vec<Mistake>,
+}
+
+impl Reader<'_> {
+    fn mistake(&mut self, at: &Range<usize>, what: String) {
+        let line = self.line(at);
+        self.mistakes.push(Mistake { line, what });
+    }
+
+    fn line(&self, at: &Range<usize>) -> usize {
+        let end = at.start.min(self.text.len());
+        1 + self.text.as_bytes()[..end].iter().filter(|byte| **byte == b'\n').count()
+    }
+
+    fn root(&mut self, root: &DeTable<'_>) -> Services {
+        self.check_keys(root, &["service"], "");
+        let Some(list) = root.get("service") else {
+            self.mistake(
+                &(0..0),
+                "the key `service` is missing; a catalog without services is `service = []`".into(),
+            );
+            return Services::new();
+        };
+        let mut services = Services::new();
+        let mut lines = BTreeMap::new();
+        for (table, span) in self.tables(list, "`service`", "[[service]]") {
+            let Some((name, instances)) = self.service(table, &span) else { continue };
+            let line = self.line(&span);
+            if let Some(first) = lines.insert(name.clone(), line) {
+                self.mistake(
+                    &span,
+                    format!("service `{name}` is there twice, first in line {first}"),
+                );
+            }
+            services.insert(name, instances);
+        }
+        services
+    }
+
+    fn service(
+        &mut self,
+        table: &DeTable<'_>,
+        span: &Range<usize>,
+    ) -> Option<(Arc<str>, Vec<Instance>)> {
+        let name = match table.get("name").map(|name| (name.span(), name.get_ref().as_str())) {
+            None => Err((span.clone(), "a service without `name`")),
+            Some((span, None)) => Err((span, "`name` must be a string")),
+            Some((span, Some(""))) => Err((span, "`name` is empty")),
+            Some((_, Some(name))) => Ok(name.to_ascii_lowercase()),
+        };
+        let whose = match &name {
+            Ok(name) => format!("service `{name}`: "),
+            Err((span, what)) => {
+                self.mistake(span, (*what).into());
+                String::new()
+            }
+        };
+        self.check_keys(table, &["name", "backend"], &whose);
+        let mut instances: Vec<Instance> = Vec::new();
+        if let Some(list) = table.get("backend") {
+            let what = format!("{whose}`backend`");
+            for (table, span) in self.tables(list, &what, "[[service.backend]]") {
+                let Some(instance) = self.backend(table, &span, &whose) else { continue };
+                if instances.iter().any(|other| other.id == instance.id) {
+                    let id = &instance.id;
+                    self.mistake(&span, format!("{whose}backend {id} is there twice"));
+                }
+                instances.push(instance);
+            }
+        }
+        instances.sort();
+        Some((name.ok()?.into(), instances))
+    }
+
+    fn backend(
+        &mut self,
+        table: &DeTable<'_>,
+        span: &Range<usize>,
+        whose: &str,
+    ) -> Option<Instance> {
+        self.check_keys(table, &["address", "weight"], whose);
+        let weight = table.get("weight").map_or(Some(1), |weight| {
+            let number = weight.get_ref().as_integer();
+            let number = number.and_then(|n| i64::from_str_radix(n.as_str(), n.radix()).ok());
+            let number = number.filter(|number| (1..=65_535).contains(number));
+            if number.is_none() {
+                let given = &self.text[weight.span()];
+                let what = format!("{whose}weight {given} isn't a whole number from 1 to 65535");
+                self.mistake(&weight.span(), what);
+            }
+            number
+        });
+        let Some(address) = table.get("address") else {
+            self.mistake(span, format!("{whose}a backend without `address`"));
+            return None;
+        };
+        let parsed = address.get_ref().as_str().and_then(|text| text.parse::<SocketAddrV4>().ok());
+        let Some(parsed) = parsed.filter(|address| address.port() != 0) else {
+            let given = &self.text[address.span()];
+            let what = format!(
+                "{whose}address {given} isn't an IPv4 address with a port, such as \
+                 \"10.0.0.7:23456\""
+            );
+            self.mistake(&address.span(), what);
+            return None;
+        };
+        Some(Instance {
+            node: String::new(),
+            id: parsed.to_string(),
+            address: parsed.ip().to_string(),
+            port: parsed.port().into(),
+            weight: weight?,
+            local: true,
+            standing: Standing::Serving,
+        })
+    }
+
+    fn check_keys(&mut self, table: &DeTable<'_>, known: &[&str], whose: &str) {
+        for key in table.keys() {
+            let name: &str = key.get_ref();
+            if !known.contains(&name) {
+                let known = known.join("`, `");
+                let what = format!("{whose}unknown key `{name}`; there is `{known}`");
+                self.mistake(&key.span(), what);
+            }
+        }
+    }
+
+    fn tables<'t, 'i>(
+        &mut self,
+        list: &'t Spanned<DeValue<'i>>,
+        what: &str,
+        written: &str,
+    ) -> Vec<(&'t DeTable<'i>, Range<usize>)> {
+        let Some(entries) = list.get_ref().as_array() else {
+            self.mistake(&list.span(), format!("{what} must be written {written}"));
+            return Vec::new();
+        };
+        let mut tables = Vec::new();
+        for entry in entries.iter() {
+            match entry.get_ref().as_table() {
+                Some(table) => tables.push((table, entry.span())),
+                None => self.mistake(&entry.span(), format!("{what} must be written {written}")),
+            }
+        }
+        tables
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_services_and_backends() {
+        let services = parse(
+            r#"
+            [[service]]
+            name = "HelloWorld"
+            [[service.backend]]
+            address = "10.0.0.7:23456"
+            weight = 0x10
+            [[service.backend]]
+            address = "127.0.0.1:80"
+            [[service]]
+            name = "idle"
+            "#,
+        )
+        .unwrap();
+        let got: Vec<_> = services["helloworld"]
+            .iter()
+            .map(|i| (&*i.node, &*i.id, &*i.address, i.port, i.weight, i.local))
+            .collect();
+        assert_eq!(
+            got,
+            [
+                ("", "10.0.0.7:23456", "10.0.0.7", 23456, 16, true),
+                ("", "127.0.0.1:80", "127.0.0.1", 80, 1, true)
+            ]
+        );
+        assert!(services["idle"].is_empty());
+        assert_eq!(parse("service = []"), Ok(Services::new()));
+    }
+
+    #[test]
+    fn names_every_mistake_with_its_line() {
+        // The text of a catalog, and what is said of it, without the examples at the ends.
+        let table: &[(&str, &[&str])] = &[
+            ("", &["1: the key `service` is missing"]),
+            ("service = 1", &["1: `service` must be written [[service]]"]),
+            ("service = [1]", &["1: `service` must be written [[service]]"]),
+            (
+                "[[service]]\nname = \"a\"\n[[service]]\nname = \"A\"",
+                &["3: service `a` is there twice, first in line 1"],
+            ),
+            ("[[service]]\nname = 3", &["2: `name` must be a string"]),
+            ("[[service]]\nname = \"\"", &["2: `name` is empty"]),
+            (
+                "[[service]]\nport = 80\n[top]",
+                &["1: a service without `name`", "2: unknown key `port`", "3: unknown key `top`"],
+            ),
+            (
+                "[[service]]\nname = \"a\"\n[[service.backend]]\naddress = \"10.0.0.7:0\"\n\
+                 weight = -1\nnode = \"n\"\n[[service.backend]]\naddress = \"b:80\"\n\
+                 [[service.backend]]\naddress = \"10.0.0.7:1\"\nweight = 99999999999999999999\n\
+                 [[service.backend]]\n[[service.backend]]\naddress = \"[::1]:80\"\nweight = \"1\"",
+                &[
+                    "4: service `a`: address \"10.0.0.7:0\" isn't an IPv4 address with a port",
+                    "5: service `a`: weight -1 isn't a whole number from 1 to 65535",
+                    "6: service `a`: unknown key `node`",
+                    "8: service `a`: address \"b:80\" isn't an IPv4 address with a port",
+                    "11: service `a`: weight 99999999999999999999 isn't a whole number",
+                    "12: service `a`: a backend without `address`",
+                    "14: service `a`: address \"[::1]:80\" isn't an IPv4 address with a port",
+                    "15: service `a`: weight \"1\" isn't a whole number",
+                ],
+            ),
+            (
+                "[[service]]\nname = \"a\"\nbackend = [{ address = \"1.2.3.4:5\" },\n\
+                 { address = \"1.2.3.4:5\", weight = 2 }]",
+                &["4: service `a`: backend 1.2.3.4:5 is there twice"],
+            ),
+            ("[[service]]\nname = \n\n[[service]]\nname", &["2: ", "5: "]),
+        ];
+        for (text, expected) in table {
+            let got: Vec<String> = parse(text)
+                .unwrap_err()
+                .into_iter()
+                .map(|mistake| format!("{}: {}", mistake.line, mistake.what))
+                .collect();
+            assert_eq!(got.len(), expected.len(), "{text}\n{got:#?}");
+            for (got, expected) in got.iter().zip(*expected) {
+                assert!(got.starts_with(expected), "{text}\n{got}\n{expected}");
+            }
+        }
+    }
+}
