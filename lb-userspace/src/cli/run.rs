@@ -39,7 +39,7 @@ async fn daemon(config: Config) -> anyhow::Result<()> {
     let mut stop = StopSignals::new().context("can't listen for signals")?;
     let scope = scope(&config)?;
     // What another daemon may hold comes first, so that a second one disturbs nothing.
-    let admin_listeners = admin::bind(&config.admin.listen).await?;
+    let admin_listeners = admin::bind(&config.admin.listen)?;
     let dns_sockets = dns::bind(&config.dns).await?;
     let dns_addresses = dns_sockets.addresses().to_vec();
 
@@ -87,6 +87,8 @@ async fn daemon(config: Config) -> anyhow::Result<()> {
     }
 
     let mut builder = Builder::new(&config.vip, vips);
+    // A static catalog is there before anybody could have waited for it.
+    source.catalog.mark_changed();
     let mut tick = tokio::time::interval(TICK);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
