@@ -14,8 +14,9 @@ use anyhow::{Context, Result, bail};
 /// When it can't be started or fails; the error ends with the last lines it wrote.
 pub fn output(command: &mut Command) -> Result<String> {
     let shown = shown(command);
-    let output =
-        command.stdin(Stdio::null()).output().with_context(|| format!("can't run `{shown}`"))?;
+    // A backtrace would push what the program says out of the lines kept.
+    command.stdin(Stdio::null()).env_remove("RUST_BACKTRACE");
+    let output = command.output().with_context(|| format!("can't run `{shown}`"))?;
     if !output.status.success() {
         let said = [output.stdout, output.stderr].concat();
         let said = String::from_utf8_lossy(&said);

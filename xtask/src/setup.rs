@@ -13,7 +13,7 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 
 pub const AFTER_HELP: &str = "\
 Looked at first:
@@ -60,6 +60,11 @@ pub fn run() -> Result<()> {
         return Ok(());
     }
     bail!("not ready; what is missing, and how to get it:\n- {}", missing.join("\n- "));
+}
+
+/// Adds to an error what it stopped and how to mend it.
+fn with_mend<T>(result: Result<T>, stopped: &str, mend: &str) -> Result<T> {
+    result.map_err(|error| anyhow!("{stopped}: {error:#}\n  to mend it: {mend}"))
 }
 
 /// Says what a step that takes a while is about to do.

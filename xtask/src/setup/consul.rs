@@ -6,9 +6,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 
-use super::{Draft, announce, cache_dir, link_tool};
+use super::{Draft, announce, cache_dir, link_tool, with_mend};
 use crate::process::{self, find, is_executable};
 
 const MEND: &str = "set NOHOP_CONSUL to a consul binary, a .deb of it or a folder that holds one \
@@ -16,9 +16,10 @@ const MEND: &str = "set NOHOP_CONSUL to a consul binary, a .deb of it or a folde
 
 pub fn provide() -> Result<String> {
     let (consul, version) = match env::var_os("NOHOP_CONSUL").map(PathBuf::from) {
-        Some(given) => given_consul(&given)
-            .and_then(with_version)
-            .with_context(|| format!("NOHOP_CONSUL={} doesn't serve: {MEND}", given.display()))?,
+        Some(given) => {
+            let stopped = format!("NOHOP_CONSUL={} doesn't serve", given.display());
+            with_mend(given_consul(&given).and_then(with_version), &stopped, MEND)?
+        }
         None => ordinary_consul()?,
     };
     link_tool("consul", &consul)?;
@@ -54,7 +55,7 @@ fn ordinary_consul() -> Result<(PathBuf, String)> {
             Err(error) => tried.push(format!("{way}: {error:#}")),
         }
     }
-    bail!("{MEND}. Tried:\n  {}", tried.join("\n  "));
+    with_mend(Err(anyhow!("{}", tried.join("; "))), "nothing serves", MEND)
 }
 
 fn with_version(consul: PathBuf) -> Result<(PathBuf, String)> {

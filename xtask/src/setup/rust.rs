@@ -7,7 +7,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, anyhow, bail};
 
-use super::{Draft, announce};
+use super::{Draft, announce, with_mend};
 use crate::process;
 
 const SOURCE_MEND: &str = "set NOHOP_RUST_SRC to a rust-src tarball, a folder that holds one, or \
@@ -27,8 +27,11 @@ impl Nightly {
         if process::find("rustup").is_none() {
             bail!("rustup isn't on PATH: install it from https://rustup.rs");
         }
-        let version = process::output(process::nightly("rustc").arg("-vV"))
-            .context("run `rustup toolchain install nightly --profile minimal`")?;
+        let version = with_mend(
+            process::output(process::nightly("rustc").arg("-vV")),
+            "rustup has no nightly that works",
+            "rustup toolchain install nightly --profile minimal",
+        )?;
         let sysroot = process::output(process::nightly("rustc").args(["--print", "sysroot"]))?;
         let field = |name: &str| {
             let value = version.lines().find_map(|line| line.strip_prefix(name));
@@ -63,9 +66,8 @@ pub fn provide_source(nightly: &Nightly) -> Result<String> {
     if let Some(given) = env::var_os("NOHOP_RUST_SRC").map(PathBuf::from) {
         announce(&format!("unpacking the standard library's source from {}", given.display()));
         fs::create_dir_all(&home).with_context(|| format!("can't create {}", home.display()))?;
-        unpack(&given, &library).with_context(|| {
-            format!("NOHOP_RUST_SRC={} doesn't serve: {SOURCE_MEND}", given.display())
-        })?;
+        let stopped = format!("NOHOP_RUST_SRC={} doesn't serve", given.display());
+        with_mend(unpack(&given, &library), &stopped, SOURCE_MEND)?;
         fs::write(&stamp, &nightly.commit)
             .with_context(|| format!("can't write {}", stamp.display()))?;
         return Ok(format!("unpacked {}", given.display()));
@@ -77,8 +79,8 @@ pub fn provide_source(nightly: &Nightly) -> Result<String> {
         fs::remove_dir_all(&home).with_context(|| format!("can't remove {}", home.display()))?;
     }
     let add = ["component", "add", "rust-src", "--toolchain", "nightly"];
-    process::output(Command::new("rustup").args(add))
-        .with_context(|| format!("rustup can't provide it; {SOURCE_MEND}"))?;
+    let added = process::output(Command::new("rustup").args(add));
+    with_mend(added, "rustup can't provide it", SOURCE_MEND)?;
     if !is_library(&library) {
         bail!(
             "rustup says that rust-src is installed, but {} isn't there: run `rustup component \

@@ -2,9 +2,9 @@
 
 use std::process::Command;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, anyhow, bail};
 
-use super::announce;
+use super::{announce, with_mend};
 use crate::process::{self, find, is_root};
 
 /// Program, and the Debian packages that bring it.
@@ -34,18 +34,16 @@ pub fn provide() -> Result<String> {
     packages.sort_unstable();
     packages.dedup();
     let names = packages.join(" ");
-    let by_hand = format!(
-        "not on PATH: {tools}; install them with the system's package manager (Debian's packages: \
-         {names})"
-    );
+    let stopped = format!("not on PATH: {tools}");
+    let by_hand = format!("install them by hand (as Debian's packages: {names})");
     if find("apt-get").is_none() {
-        bail!("{by_hand}; setup itself knows only apt-get, which isn't there");
+        let unable = Err(anyhow!("setup installs with apt-get only, which isn't there"));
+        return with_mend(unable, &stopped, &by_hand);
     }
 
     announce(&format!("installing {names} with apt-get"));
-    apt_get(&["update"])
-        .and_then(|()| apt_get(&[&["install", "--no-install-recommends"], &packages[..]].concat()))
-        .with_context(|| by_hand.clone())?;
+    let install = [&["install", "--no-install-recommends"], &packages[..]].concat();
+    with_mend(apt_get(&["update"]).and_then(|()| apt_get(&install)), &stopped, &by_hand)?;
     let still = self::absent();
     if !still.is_empty() {
         let tools = still.iter().map(|(tool, _)| *tool).collect::<Vec<_>>().join(", ");
