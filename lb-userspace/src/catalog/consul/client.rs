@@ -203,9 +203,7 @@ impl Client {
         check_status(head.status, &body)?;
         check_leader(&head.headers)?;
         let index = header(&head.headers, "x-consul-index").and_then(|text| text.parse().ok());
-        let body =
-            serde_path_to_error::deserialize(&mut serde_json::Deserializer::from_slice(&body))
-                .map_err(|source| QueryError::Shape { source })?;
+        let body = parse(&body).map_err(|source| QueryError::Shape { source })?;
         Ok(Answer { index, body })
     }
 
@@ -337,6 +335,17 @@ async fn read(body: Incoming) -> Result<Bytes, QueryError> {
         }
         Err(source) => Err(QueryError::Cut { source }),
     }
+}
+
+fn parse<T: DeserializeOwned>(
+    body: &[u8],
+) -> Result<T, serde_path_to_error::Error<serde_json::Error>> {
+    let mut json = serde_json::Deserializer::from_slice(body);
+    let parsed = serde_path_to_error::deserialize(&mut json)?;
+    // A body with more behind its end isn't what it seems.
+    let at_root = serde_path_to_error::Track::new().path();
+    json.end().map_err(|error| serde_path_to_error::Error::new(at_root, error))?;
+    Ok(parsed)
 }
 
 fn check_status(code: StatusCode, body: &[u8]) -> Result<(), QueryError> {

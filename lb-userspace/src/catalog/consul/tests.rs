@@ -123,7 +123,6 @@ async fn no_failure_takes_anything_away_and_each_is_named_and_mends() {
         (Fault::Cut, "cut short"),
         (Fault::Body("{}x"), "another shape"),
         (Fault::Body("17"), "another shape"),
-        (Fault::Hang, "no answer within 300ms"),
         (Fault::Close, "lost"),
     ];
     let (fake, mut handle, first) = synced().await;
@@ -147,6 +146,25 @@ async fn no_failure_takes_anything_away_and_each_is_named_and_mends() {
         shows(&mut handle, |catalog| names(catalog) == ["web"]).await;
         index += 1;
     }
+}
+
+#[tokio::test]
+async fn a_question_without_an_answer_is_given_up_and_asked_again() {
+    let fake = Fake::start().await;
+    fake.set_names(10, &["web"]);
+    fake.set(&service("web"), 20, json!([instance("n1", "web-1", 1)]));
+    let wait = Duration::from_millis(400);
+    let mut handle = follow(config(fake.address), Timing { wait, ..timing() });
+    shows(&mut handle, |catalog| names(catalog) == ["web"]).await;
+    for path in [NAMES.into(), service("web")] {
+        fake.break_path(&path, Some(Fault::Hang));
+        says(&mut handle, Some("no answer within 600ms")).await;
+        assert_eq!(handle.catalog.borrow().as_ref().unwrap().len(), 1);
+        fake.break_path(&path, None);
+        says(&mut handle, None).await;
+    }
+    fake.set(&service("web"), 21, json!([instance("n1", "web-1", 2)]));
+    shows(&mut handle, |catalog| ports(catalog, "web") == [2]).await;
 }
 
 #[tokio::test]
