@@ -12,6 +12,10 @@ use tracing::debug;
 /// The length of a message's header.
 const HEADER_LEN: usize = 12;
 
+/// The room for an answer over UDP, where the client wants no more: some resolvers send more than
+/// they were allowed to.
+const MIN_BUFFER_LEN: usize = 4096;
+
 /// Why a resolver gave no answer.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum ExchangeError {
@@ -46,7 +50,7 @@ impl<'a> Outgoing<'a> {
     }
 
     /// Asks over UDP, from a port that the kernel draws, and hears `server` alone. Messages that
-    /// are no answer to this question are ignored. An answer is at most `max_len` bytes long.
+    /// are no answer to this question are ignored. The client takes up to `max_len` bytes.
     pub(super) async fn over_udp(
         &self,
         server: SocketAddr,
@@ -59,7 +63,7 @@ impl<'a> Outgoing<'a> {
         let socket = UdpSocket::bind(local).await?;
         socket.connect(server).await?;
         socket.send(&self.bytes).await?;
-        let mut buffer = vec![0; max_len];
+        let mut buffer = vec![0; max_len.max(MIN_BUFFER_LEN)];
         loop {
             let len = socket.recv(&mut buffer).await?;
             match self.check(&buffer[..len]) {
