@@ -231,7 +231,7 @@ fn long_answer(asked: &Message, n: usize) -> Message {
 }
 
 fn quick() -> Surroundings {
-    let limits = Limits { patience: Duration::from_millis(50), ..Limits::default() };
+    let limits = Limits { patience: Duration::from_millis(200), ..Limits::default() };
     Surroundings { limits, ..Surroundings::default() }
 }
 
