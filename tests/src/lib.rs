@@ -1,1 +1,14 @@
 //! A cluster on one machine: network namespaces as hosts, cgroups as scopes, a real Consul.
+//!
+//! Everything that is made is undone when its guard is dropped, and also when the run is
+//! interrupted (`undo`).
+#![forbid(unsafe_code)]
+
+pub mod cgroup;
+pub mod consul;
+pub mod helloworld;
+pub mod net;
+pub mod nohop;
+pub mod process;
+pub mod run;
+pub mod undo;

@@ -1,0 +1,91 @@
+//! Cgroups: the scopes that nohop serves in a test.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::sync::Once;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::net;
+use crate::undo::Undo;
+
+/// How long a killed process may take to leave its cgroup.
+const LEAVING: Duration = Duration::from_secs(5);
+
+/// A directory of its own below the cgroup v2 mount.
+pub struct Cgroup {
+    path: PathBuf,
+    _undo: Undo,
+}
+
+impl Cgroup {
+    /// Makes an empty cgroup.
+    ///
+    /// # Errors
+    /// Without cgroup v2, or without the right to make a directory there.
+    pub fn new() -> Result<Cgroup> {
+        let root = root()?;
+        sweep(&root);
+        let path = root.join(net::name("cgroup"));
+        let undo = Undo::new({
+            let path = path.clone();
+            move || remove(&path)
+        });
+        fs::create_dir(&path).with_context(|| format!("make the cgroup {}", path.display()))?;
+        Ok(Cgroup { path, _undo: undo })
+    }
+
+    /// Its directory.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+/// Where the cgroup v2 hierarchy is mounted.
+fn root() -> Result<PathBuf> {
+    let mounts = fs::read_to_string("/proc/mounts").context("read /proc/mounts")?;
+    let mut mounts = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>());
+    let found = mounts.find(|fields| fields.get(2) == Some(&"cgroup2"));
+    let fields =
+        found.context("cgroup v2 isn't mounted: `mount -t cgroup2 none /sys/fs/cgroup`")?;
+    Ok(PathBuf::from(fields[1]))
+}
+
+/// Removes the cgroups that killed runs left behind, once in this process.
+fn sweep(root: &Path) {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let entries = fs::read_dir(root).into_iter().flatten().flatten();
+        let left = entries.filter(|entry| entry.file_name().to_str().is_some_and(net::is_leftover));
+        left.for_each(|entry| remove(&entry.path()));
+    });
+}
+
+/// Removes a cgroup with the processes in it, if it exists.
+fn remove(path: &Path) {
+    if !path.exists() {
+        return;
+    }
+    if let Err(error) = empty(path).and_then(|()| Ok(fs::remove_dir(path)?)) {
+        eprintln!("the cgroup {} stays: {error:#}", path.display());
+    }
+}
+
+/// Kills the processes of a cgroup, and waits until they have left it.
+fn empty(path: &Path) -> Result<()> {
+    let events = path.join("cgroup.events");
+    let events_file = File::open(&events)?;
+    while fs::read_to_string(&events)?.contains("populated 1") {
+        let pids = fs::read_to_string(path.join("cgroup.procs"))?;
+        for pid in pids.lines().filter_map(|pid| Pid::from_raw(pid.parse().ok()?)) {
+            let _ = kill_process(pid, Signal::KILL);
+        }
+        let mut fds = [PollFd::new(&events_file, PollFlags::PRI)];
+        let n_ready = poll(&mut fds, Some(&Timespec::try_from(LEAVING)?))?;
+        anyhow::ensure!(n_ready > 0, "a killed process doesn't leave");
+    }
+    Ok(())
+}

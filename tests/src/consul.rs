@@ -1,0 +1,211 @@
+//! Consul agents, driven over their HTTP interface.
+
+use std::fs;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::net::Host;
+use crate::process::Process;
+use crate::run;
+use crate::undo::Undo;
+
+/// How long an agent may take to be of use.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// What an agent logs once the catalog has its node, so that there is a leader, too.
+const READY: [&str; 2] = ["Synced node info", "Node info in sync"];
+
+/// An agent on a host, with the default ports on 127.0.0.1.
+pub struct Consul<'a> {
+    host: &'a Host,
+    config: Value,
+    data_dir: PathBuf,
+    process: Option<Process>,
+    _undo: Undo,
+}
+
+impl<'a> Consul<'a> {
+    /// Starts a server, the only one of its cluster, that other hosts reach at `address`.
+    ///
+    /// # Errors
+    /// When it isn't ready in time.
+    pub fn server(host: &'a Host, node: &str, address: &str) -> Result<Consul<'a>> {
+        let config = json!({ "server": true, "bootstrap_expect": 1 });
+        Consul::start(host, node, address, config)
+    }
+
+    /// Starts a client, reached at `address`, of the server at `server`.
+    ///
+    /// # Errors
+    /// When it isn't ready in time.
+    pub fn client(host: &'a Host, node: &str, address: &str, server: &str) -> Result<Consul<'a>> {
+        let config = json!({ "retry_join": [server], "retry_interval": "250ms" });
+        Consul::start(host, node, address, config)
+    }
+
+    fn start(host: &'a Host, node: &str, address: &str, role: Value) -> Result<Consul<'a>> {
+        let mut config = json!({
+            "node_name": node,
+            "bind_addr": address,
+            "client_addr": "127.0.0.1",
+            "disable_update_check": true,
+            "leave_on_terminate": false,
+            "skip_leave_on_interrupt": true,
+            "log_level": "debug",
+            // A cluster of two on one machine: find out and agree faster than the defaults.
+            "performance": { "raft_multiplier": 1 },
+            "gossip_lan": { "gossip_interval": "50ms", "probe_interval": "500ms" },
+        });
+        for (key, value) in role.as_object().into_iter().flatten() {
+            config[key] = value.clone();
+        }
+        let data_dir = TempDir::new().context("make Consul's data directory")?.keep();
+        let undo = Undo::new({
+            let data_dir = data_dir.clone();
+            move || drop(fs::remove_dir_all(data_dir))
+        });
+        let mut consul = Consul { host, config, data_dir, process: None, _undo: undo };
+        consul.restart()?;
+        Ok(consul)
+    }
+
+    /// Ends the agent at once, as a crash would.
+    pub fn kill(&mut self) {
+        if let Some(process) = self.process.take() {
+            process.kill();
+        }
+    }
+
+    /// Starts the agent again after [`Consul::kill`], with what it had stored.
+    ///
+    /// # Errors
+    /// When it isn't ready in time.
+    pub fn restart(&mut self) -> Result<()> {
+        self.kill();
+        let config_file = self.data_dir.join("config.json");
+        fs::write(&config_file, self.config.to_string()).context("write Consul's configuration")?;
+        let mut command = self.host.outside().command(program()?);
+        command.arg("agent").arg("-config-file").arg(config_file);
+        command.arg("-data-dir").arg(self.data_dir.join("data"));
+        let name = self.config["node_name"].as_str().unwrap_or_default();
+        let process = Process::spawn(&format!("consul {name}"), command)?;
+        process.wait_for_line(&READY, PATIENCE)?;
+        self.process = Some(process);
+        let passing = |checks: &Value| {
+            let mut checks = checks.as_array().into_iter().flatten();
+            checks.any(|check| check["CheckID"] == "serfHealth" && check["Status"] == "passing")
+        };
+        self.wait_for(&format!("/v1/health/node/{name}"), passing)?;
+        Ok(())
+    }
+
+    /// GETs a path, such as `/v1/catalog/services`.
+    ///
+    /// # Errors
+    /// When the agent doesn't answer with 200 and JSON.
+    pub fn get(&self, path: &str) -> Result<Value> {
+        let body = run::stdout(self.curl(path))?;
+        serde_json::from_str(&body).with_context(|| format!("{path} answered {body:?}"))
+    }
+
+    /// PUTs to a path, such as `/v1/agent/service/register`.
+    ///
+    /// # Errors
+    /// When the agent refuses.
+    pub fn put(&self, path: &str, body: &Value) -> Result<()> {
+        let mut command = self.curl(path);
+        command.args(["--request", "PUT", "--data-binary", &body.to_string()]);
+        run::stdout(command).map(drop)
+    }
+
+    /// Registers an instance with this agent; [`instance`] makes one.
+    ///
+    /// # Errors
+    /// When the agent refuses.
+    pub fn register(&self, instance: &Value) -> Result<()> {
+        self.put("/v1/agent/service/register", instance)
+    }
+
+    /// Removes the instance with this id.
+    ///
+    /// # Errors
+    /// When the agent refuses.
+    pub fn deregister(&self, id: &str) -> Result<()> {
+        self.put(&format!("/v1/agent/service/deregister/{id}"), &Value::Null)
+    }
+
+    /// Has the check of this instance pass.
+    ///
+    /// # Errors
+    /// When the agent refuses.
+    pub fn pass(&self, id: &str) -> Result<()> {
+        self.put(&format!("/v1/agent/check/pass/service:{id}"), &Value::Null)
+    }
+
+    /// Has the check of this instance fail, so that it is critical.
+    ///
+    /// # Errors
+    /// When the agent refuses.
+    pub fn fail(&self, id: &str) -> Result<()> {
+        self.put(&format!("/v1/agent/check/fail/service:{id}"), &Value::Null)
+    }
+
+    /// Waits by blocking queries until `predicate` holds of what `path` answers, and returns that.
+    ///
+    /// # Errors
+    /// When it doesn't in time.
+    pub fn wait_for(&self, path: &str, predicate: impl Fn(&Value) -> bool) -> Result<Value> {
+        let deadline = Instant::now() + PATIENCE;
+        let mut index = 0;
+        while Instant::now() < deadline {
+            let mut command = self.curl(&format!("{path}?index={index}&wait=5s"));
+            command.arg("--include");
+            let answer = run::stdout(command)?;
+            let (head, body) = answer.split_once("\r\n\r\n").context("an answer without a head")?;
+            let value = serde_json::from_str(body).with_context(|| format!("{path}: {body:?}"))?;
+            if predicate(&value) {
+                return Ok(value);
+            }
+            let mut headers = head.lines().filter_map(|line| line.split_once(": "));
+            let found = headers.find(|(name, _)| name.eq_ignore_ascii_case("X-Consul-Index"));
+            index = found.and_then(|(_, value)| value.parse().ok()).unwrap_or(0);
+        }
+        bail!("{path} isn't as expected after {PATIENCE:?}: {}", self.get(path)?)
+    }
+
+    fn curl(&self, path: &str) -> Command {
+        let mut command = self.host.outside().command("curl");
+        command.args(["--silent", "--show-error", "--fail-with-body", "--max-time", "20"]);
+        command.arg(format!("http://127.0.0.1:8500{path}"));
+        command
+    }
+}
+
+/// An instance as an agent wants it registered: tagged `routed`, with a check that passes until
+/// [`Consul::fail`].
+pub fn instance(name: &str, id: &str, address: impl Into<SocketAddr>) -> Value {
+    let address = address.into();
+    json!({
+        "Name": name,
+        "ID": id,
+        "Address": address.ip(),
+        "Port": address.port(),
+        "Tags": ["routed"],
+        "Check": { "TTL": "1h", "Status": "passing" },
+    })
+}
+
+/// The consul that `cargo xtask setup` has fetched.
+///
+/// # Errors
+/// When it hasn't.
+pub fn program() -> Result<PathBuf> {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../.tools/consul");
+    fs::canonicalize(path).with_context(|| format!("there is no {path}: run `cargo xtask setup`"))
+}

@@ -1,0 +1,73 @@
+//! The backends of the tests, and the dialer that counts which of them answered.
+
+use std::collections::BTreeMap;
+use std::net::{SocketAddr, SocketAddrV4};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+
+use crate::net::Place;
+use crate::process::Process;
+use crate::run;
+
+/// A server that answers every HTTP request with `hello from NAME`.
+pub struct Helloworld {
+    /// Where it listens.
+    pub address: SocketAddrV4,
+    /// Its process.
+    pub process: Process,
+}
+
+impl Helloworld {
+    /// Starts a server; `listen` may have port 0.
+    ///
+    /// # Errors
+    /// When it can't listen there.
+    pub fn start(place: Place<'_>, name: &str, listen: &str) -> Result<Helloworld> {
+        let mut command = place.command(run::built("helloworld")?);
+        command.args(["--listen", listen, "--name", name]);
+        let process = Process::spawn(&format!("helloworld {name}"), command)?;
+        let line = process.wait_for_line(&["listening on "], Duration::from_secs(10))?;
+        let address = line.trim_start_matches("listening on ").parse().context(line.clone())?;
+        Ok(Helloworld { address, process })
+    }
+}
+
+/// What became of a number of dials.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Dials {
+    /// How often each answer came.
+    pub answers: BTreeMap<String, u64>,
+    /// How often each `std::io::ErrorKind` came.
+    pub errors: BTreeMap<String, u64>,
+    /// How often each address was what getpeername() said of a connected socket.
+    pub peers: BTreeMap<String, u64>,
+}
+
+impl Dials {
+    /// Whether each of them ended in this error.
+    pub fn all_failed_with(&self, error: &str) -> bool {
+        self.answers.is_empty() && self.errors.keys().eq([error])
+    }
+
+    /// Whether each of them was answered, and each answer fits.
+    pub fn all_answered(&self, fits: impl Fn(&str) -> bool) -> bool {
+        self.errors.is_empty() && !self.answers.is_empty() && self.answers.keys().all(|a| fits(a))
+    }
+}
+
+/// Dials `address` a number of times, several dials at once, each with a request.
+///
+/// # Errors
+/// When the dialer doesn't work; a failed dial is none.
+pub fn dial(place: Place<'_>, address: impl Into<SocketAddr>, n_times: u32) -> Result<Dials> {
+    let address = address.into();
+    let report =
+        place.run(run::built("dial")?, &format!("{address} --times {n_times} --threads 4"))?;
+    let report: Value = serde_json::from_str(&report).context("read the dialer's report")?;
+    let counts = |key: &str| -> Result<BTreeMap<String, u64>> {
+        Ok(serde_json::from_value(report[key].clone())?)
+    };
+    Ok(Dials { answers: counts("answers")?, errors: counts("errors")?, peers: counts("peers")? })
+}

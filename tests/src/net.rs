@@ -1,0 +1,191 @@
+//! Hosts: network namespaces, joined by veth.
+
+use std::fs;
+use std::path::Path;
+use std::process::{self, Command};
+use std::sync::Once;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use anyhow::{Context, Result};
+use rustix::process::{Pid, Signal, kill_process, test_kill_process};
+use tempfile::NamedTempFile;
+
+use crate::cgroup::Cgroup;
+use crate::run;
+use crate::undo::Undo;
+
+/// Where `ip netns` keeps the namespaces.
+const NAMESPACES: &str = "/run/netns";
+
+/// Within a mount namespace of its own: the host's resolv.conf, the cgroup if any, the program.
+const ENTER: &str = r#"mount --bind "$1" /etc/resolv.conf || exit
+[ -z "$2" ] || echo $$ > "$2/cgroup.procs" || exit
+shift 2; exec "$@""#;
+
+/// A network namespace with loopback up, and a resolv.conf of its own.
+///
+/// Its addresses are its own: nothing leaves it but to the hosts that it is joined with.
+pub struct Host {
+    namespace: String,
+    n_interfaces: AtomicU32,
+    resolv_conf: NamedTempFile,
+    _undo: Undo,
+}
+
+impl Host {
+    /// Makes a host; `role` is for the reader of `ip netns`.
+    ///
+    /// Its resolv.conf names 127.0.0.1.
+    ///
+    /// # Errors
+    /// Without the right to make namespaces.
+    pub fn new(role: &str) -> Result<Host> {
+        sweep();
+        let namespace = name(role);
+        let resolv_conf = NamedTempFile::new().context("make a resolv.conf")?;
+        let undo = Undo::new({
+            let namespace = namespace.clone();
+            let resolv_conf = resolv_conf.path().to_owned();
+            move || {
+                remove(&namespace);
+                let _ = fs::remove_file(resolv_conf);
+            }
+        });
+        run::words("ip", &format!("netns add {namespace}"))?;
+        let host = Host { namespace, n_interfaces: AtomicU32::new(0), resolv_conf, _undo: undo };
+        host.ip("link set lo up")?;
+        host.set_resolv_conf("nameserver 127.0.0.1\n")?;
+        Ok(host)
+    }
+
+    /// Joins two hosts by a cable, `addresses` (such as `10.99.0.1/24`) at its ends.
+    ///
+    /// # Errors
+    /// When `ip` refuses.
+    pub fn join(&self, other: &Host, addresses: [&str; 2]) -> Result<()> {
+        let [here, there] = [self, other]
+            .map(|host| format!("eth{}", host.n_interfaces.fetch_add(1, Ordering::Relaxed)));
+        let peer = &other.namespace;
+        self.ip(&format!("link add {here} type veth peer name {there} netns {peer}"))?;
+        for (host, interface, address) in [(self, here, addresses[0]), (other, there, addresses[1])]
+        {
+            host.ip(&format!("addr add {address} dev {interface}"))?;
+            host.ip(&format!("link set {interface} up"))?;
+        }
+        Ok(())
+    }
+
+    /// Runs `ip` on this host, with arguments separated by spaces.
+    ///
+    /// # Errors
+    /// When `ip` fails.
+    pub fn ip(&self, arguments: &str) -> Result<String> {
+        run::words("ip", &format!("-n {} {arguments}", self.namespace))
+    }
+
+    /// Replaces what the programs of this host find in /etc/resolv.conf.
+    ///
+    /// # Errors
+    /// When the file can't be written.
+    pub fn set_resolv_conf(&self, text: &str) -> Result<()> {
+        fs::write(self.resolv_conf.path(), text).context("write a host's resolv.conf")
+    }
+
+    /// The host as the processes of a cgroup see it.
+    pub fn inside<'a>(&'a self, cgroup: &'a Cgroup) -> Place<'a> {
+        Place { host: self, cgroup: Some(cgroup) }
+    }
+
+    /// The host as processes outside of every test's cgroup see it.
+    pub fn outside(&self) -> Place<'_> {
+        Place { host: self, cgroup: None }
+    }
+}
+
+/// Where a program runs: a host, and a cgroup or none.
+#[derive(Clone, Copy)]
+pub struct Place<'a> {
+    host: &'a Host,
+    cgroup: Option<&'a Cgroup>,
+}
+
+impl Place<'_> {
+    /// A command that runs `program` here; the child's id is the program's.
+    ///
+    /// `ip netns exec` would mount a fresh /sys and so hide the cgroups.
+    pub fn command(&self, program: impl AsRef<Path>) -> Command {
+        let mut command = Command::new("nsenter");
+        command.args(self.entry()).arg(program.as_ref());
+        command
+    }
+
+    /// Runs `program` here with arguments separated by spaces; it must succeed.
+    ///
+    /// # Errors
+    /// When it can't be started or fails.
+    pub fn run(&self, program: impl AsRef<Path>, arguments: &str) -> Result<String> {
+        let mut command = self.command(program);
+        command.args(arguments.split_whitespace());
+        run::stdout(command)
+    }
+
+    /// What a person types, in front of a program, to run it here.
+    pub fn shell_prefix(&self) -> String {
+        let quoted = self.entry().into_iter().map(|word| {
+            let plain = |c: char| c.is_ascii_alphanumeric() || "/.-_=".contains(c);
+            if !word.is_empty() && word.chars().all(plain) { word } else { format!("'{word}'") }
+        });
+        format!("nsenter {}", quoted.collect::<Vec<_>>().join(" "))
+    }
+
+    /// The arguments of `nsenter` that lead here.
+    fn entry(&self) -> Vec<String> {
+        let net = format!("--net={NAMESPACES}/{}", self.host.namespace);
+        let resolv_conf = self.host.resolv_conf.path().display().to_string();
+        let cgroup = self.cgroup.map_or(String::new(), |c| c.path().display().to_string());
+        let unshare = "-- unshare --mount --propagation private sh -c".split(' ').map(String::from);
+        [net]
+            .into_iter()
+            .chain(unshare)
+            .chain([ENTER.into(), "sh".into(), resolv_conf, cgroup])
+            .collect()
+    }
+}
+
+/// A name that no other run and no other host of this run has.
+pub(crate) fn name(role: &str) -> String {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    let count = COUNT.fetch_add(1, Ordering::Relaxed);
+    format!("nohop-{}-{count}-{role}", process::id())
+}
+
+/// Whether `name` was given by a run that is over, without having undone everything.
+pub(crate) fn is_leftover(name: &str) -> bool {
+    let pid = name.strip_prefix("nohop-").and_then(|rest| rest.split('-').next()?.parse().ok());
+    let pid = pid.and_then(Pid::from_raw);
+    pid.is_some_and(|pid| test_kill_process(pid) == Err(rustix::io::Errno::SRCH))
+}
+
+/// Removes the namespaces that killed runs left behind, once in this process.
+fn sweep() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let names = fs::read_dir(NAMESPACES).into_iter().flatten().flatten();
+        let names = names.filter_map(|entry| entry.file_name().into_string().ok());
+        names.filter(|name| is_leftover(name)).for_each(|name| remove(&name));
+    });
+}
+
+/// Removes a namespace with the processes in it, if it exists.
+fn remove(namespace: &str) {
+    if !Path::new(NAMESPACES).join(namespace).exists() {
+        return;
+    }
+    let pids = run::words("ip", &format!("netns pids {namespace}")).unwrap_or_default();
+    for pid in pids.lines().filter_map(|pid| Pid::from_raw(pid.parse().ok()?)) {
+        let _ = kill_process(pid, Signal::KILL);
+    }
+    if let Err(error) = run::words("ip", &format!("netns delete {namespace}")) {
+        eprintln!("the network namespace {namespace} stays: {error:#}");
+    }
+}

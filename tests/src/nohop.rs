@@ -1,0 +1,273 @@
+//! The daemon under test, watched through its admin socket.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::io::{ErrorKind, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{ExitStatus, Output};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
+use rustix::process::Signal;
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::cgroup::Cgroup;
+use crate::net::Host;
+use crate::process::Process;
+use crate::run;
+use crate::undo::Undo;
+
+/// How long the daemon may take to listen, and then to be ready.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// How long one blocking request waits, in seconds.
+const WAIT_S: u64 = 5;
+
+/// How long the daemon may take to stop.
+pub const STOP_LIMIT: Duration = Duration::from_secs(1);
+
+/// A daemon on a host, that serves a cgroup.
+pub struct Nohop<'a> {
+    /// Its process.
+    pub process: Process,
+    host: &'a Host,
+    dir: PathBuf,
+    _undo: Undo,
+}
+
+/// An answer of the admin interface.
+struct Answer {
+    generation: u64,
+    body: Value,
+}
+
+impl<'a> Nohop<'a> {
+    /// Starts the daemon and waits until it is ready.
+    ///
+    /// `config` is TOML with dotted keys, such as `vip.ports = [80]`.
+    ///
+    /// # Errors
+    /// When it isn't ready in time.
+    pub fn start(host: &'a Host, cgroup: &Cgroup, config: &str) -> Result<Nohop<'a>> {
+        let nohop = Nohop::start_unready(host, cgroup, config)?;
+        nohop.wait_until_ready()?;
+        Ok(nohop)
+    }
+
+    /// Starts the daemon and waits until its admin interface answers.
+    ///
+    /// # Errors
+    /// When it doesn't in time.
+    pub fn start_unready(host: &'a Host, cgroup: &Cgroup, config: &str) -> Result<Nohop<'a>> {
+        let dir = TempDir::new().context("make the daemon's directory")?.keep();
+        let undo = Undo::new({
+            let dir = dir.clone();
+            move || drop(fs::remove_dir_all(dir))
+        });
+        let config_file = dir.join("nohop.toml");
+        let own = format!(
+            "cgroup = {:?}\nstate_dir = {:?}\nadmin.listen = [{:?}]\n",
+            cgroup.path(),
+            dir.join("state"),
+            admin(&dir)
+        );
+        fs::write(&config_file, own + config).context("write the daemon's configuration")?;
+        let mut command = host.outside().command(run::built("nohop")?);
+        command.args([OsStr::new("run"), OsStr::new("--config"), config_file.as_os_str()]);
+        command.env("RUST_LOG", "info");
+        let inotify = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
+        inotify::add_watch(&inotify, &dir, WatchFlags::CREATE)?;
+        let process = Process::spawn("nohop", command)?;
+        let nohop = Nohop { process, host, dir, _undo: undo };
+
+        let deadline = Instant::now() + PATIENCE;
+        let mut buffer = [MaybeUninit::uninit(); 4096];
+        loop {
+            match UnixStream::connect(nohop.socket()) {
+                Ok(_) => return Ok(nohop),
+                // Between bind() and listen(), a moment for which there is no event.
+                Err(error) if error.kind() == ErrorKind::ConnectionRefused => thread::yield_now(),
+                Err(_) => {
+                    let left = deadline.saturating_duration_since(Instant::now());
+                    let pidfd = nohop.process.pidfd();
+                    let mut fds =
+                        [PollFd::new(&inotify, PollFlags::IN), PollFd::new(&pidfd, PollFlags::IN)];
+                    poll(&mut fds, Some(&Timespec::try_from(left)?))?;
+                    ensure!(fds[1].revents().is_empty(), "it ended\n{}", nohop.process.tail());
+                    let _ = inotify::Reader::new(&inotify, &mut buffer).next();
+                }
+            }
+            if Instant::now() > deadline {
+                bail!("it doesn't listen after {PATIENCE:?}\n{}", nohop.process.tail());
+            }
+        }
+    }
+
+    /// Waits until the daemon says that it is ready.
+    ///
+    /// # Errors
+    /// When it doesn't in time.
+    pub fn wait_until_ready(&self) -> Result<()> {
+        self.wait("/v1/status", PATIENCE, |status| status["ready"] == true).map(drop)
+    }
+
+    /// The document of `GET /v1/status`.
+    ///
+    /// # Errors
+    /// When the daemon doesn't answer.
+    pub fn status(&self) -> Result<Value> {
+        Ok(self.get("/v1/status")?.body)
+    }
+
+    /// The document of `GET /v1/services`.
+    ///
+    /// # Errors
+    /// When the daemon doesn't answer.
+    pub fn services(&self) -> Result<Value> {
+        Ok(self.get("/v1/services")?.body)
+    }
+
+    /// The document of `GET /v1/services/NAME`: everything that is known of a name.
+    ///
+    /// # Errors
+    /// When the daemon doesn't answer.
+    pub fn explain(&self, name: &str) -> Result<Value> {
+        Ok(self.get(&format!("/v1/services/{name}"))?.body)
+    }
+
+    /// Waits until `predicate` holds of the list of services.
+    ///
+    /// # Errors
+    /// When it doesn't within `limit`.
+    pub fn wait_until(&self, limit: Duration, predicate: impl Fn(&Value) -> bool) -> Result<Value> {
+        self.wait("/v1/services", limit, predicate)
+    }
+
+    /// Waits until the service has this many healthy backends; none, too, when it doesn't exist.
+    ///
+    /// # Errors
+    /// When it hasn't within `limit`.
+    pub fn wait_for_backends(&self, service: &str, n: usize, limit: Duration) -> Result<Value> {
+        self.wait_until(limit, |services| n_healthy(services, service) == n)
+    }
+
+    /// Waits until `predicate` holds of the status.
+    ///
+    /// # Errors
+    /// When it doesn't within `limit`.
+    pub fn wait_for_status(
+        &self,
+        limit: Duration,
+        predicate: impl Fn(&Value) -> bool,
+    ) -> Result<Value> {
+        self.wait("/v1/status", limit, predicate)
+    }
+
+    /// Runs a command of `nohop`, such as `services --json`, against this daemon.
+    ///
+    /// # Errors
+    /// When it can't be started.
+    pub fn cli(&self, arguments: &str) -> Result<Output> {
+        let mut command = self.host.outside().command(run::built("nohop")?);
+        command.env("NOHOP_ADMIN", admin(&self.dir)).args(arguments.split_whitespace());
+        run::output(command)
+    }
+
+    /// The address of its admin interface, as the clients of `nohop` want it.
+    pub fn admin(&self) -> String {
+        admin(&self.dir)
+    }
+
+    /// Stops the daemon with SIGTERM.
+    ///
+    /// # Errors
+    /// When it doesn't end within [`STOP_LIMIT`].
+    pub fn stop(self) -> Result<ExitStatus> {
+        self.stop_with(Signal::TERM)
+    }
+
+    /// Stops the daemon with this signal.
+    ///
+    /// # Errors
+    /// When it doesn't end within [`STOP_LIMIT`].
+    pub fn stop_with(self, signal: Signal) -> Result<ExitStatus> {
+        self.process.signal(signal)?;
+        self.process.wait_for_exit(STOP_LIMIT)
+    }
+
+    /// Ends the daemon at once, as a crash would.
+    pub fn kill(self) {
+        self.process.kill();
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.dir.join("admin.sock")
+    }
+
+    /// Asks again and again, each time for what is newer than the answer before.
+    ///
+    /// Not every change of a status has a generation of its own; a request's own limit sees to it
+    /// that such a change is noticed, too.
+    fn wait(
+        &self,
+        path: &str,
+        limit: Duration,
+        predicate: impl Fn(&Value) -> bool,
+    ) -> Result<Value> {
+        let deadline = Instant::now() + limit;
+        let mut answer = self.get(path)?;
+        while !predicate(&answer.body) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                let (body, tail) = (answer.body, self.process.tail());
+                bail!("{path} isn't as expected after {limit:?}: {body:#}\n{tail}");
+            }
+            let wait_s = if path == "/v1/status" { 1 } else { left.as_secs().clamp(1, WAIT_S) };
+            let generation = answer.generation;
+            answer = self.get(&format!("{path}?after={generation}&wait={wait_s}"))?;
+        }
+        Ok(answer.body)
+    }
+
+    /// One request; HTTP/1.0, so that the answer is simply what comes until the end.
+    fn get(&self, path: &str) -> Result<Answer> {
+        let ask = || -> Result<String> {
+            let mut stream = UnixStream::connect(self.socket())?;
+            stream.set_read_timeout(Some(Duration::from_secs(WAIT_S) + PATIENCE))?;
+            write!(stream, "GET {path} HTTP/1.0\r\nHost: nohop\r\n\r\n")?;
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer)?;
+            Ok(answer)
+        };
+        let answer = ask().with_context(|| format!("GET {path}\n{}", self.process.tail()))?;
+        let (head, body) = answer.split_once("\r\n\r\n").context("an answer without a head")?;
+        let mut headers = head.lines().filter_map(|line| line.split_once(": "));
+        let generation = headers.find(|(name, _)| name.eq_ignore_ascii_case("X-Nohop-Generation"));
+        Ok(Answer {
+            generation: generation.and_then(|(_, value)| value.parse().ok()).unwrap_or(0),
+            body: serde_json::from_str(body).with_context(|| format!("{path}: {answer}"))?,
+        })
+    }
+}
+
+/// The address of the admin interface of a daemon with this directory.
+fn admin(dir: &Path) -> String {
+    format!("unix:{}", dir.join("admin.sock").display())
+}
+
+/// The service of this name in a list of services.
+pub fn service<'a>(services: &'a Value, name: &str) -> Option<&'a Value> {
+    services.as_array()?.iter().find(|service| service["name"] == name)
+}
+
+/// The number of healthy backends of a service in a list of services.
+pub fn n_healthy(services: &Value, name: &str) -> usize {
+    let backends = service(services, name).and_then(|service| service["backends"].as_array());
+    backends.into_iter().flatten().filter(|backend| backend["state"] == "healthy").count()
+}

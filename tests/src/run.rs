@@ -1,0 +1,55 @@
+//! Running a command to its end, and finding the programs that belong to this build.
+
+use std::path::PathBuf;
+use std::process::{Command, Output};
+
+use anyhow::{Context, Result, bail};
+
+/// Runs a command to its end, whatever its exit code.
+///
+/// # Errors
+/// When it can't be started.
+pub fn output(mut command: Command) -> Result<Output> {
+    command.output().with_context(|| format!("start {command:?}"))
+}
+
+/// Runs a command that must succeed, and returns what it wrote to stdout.
+///
+/// # Errors
+/// When it can't be started or fails; the message has what it wrote to stderr.
+pub fn stdout(mut command: Command) -> Result<String> {
+    let output = command.output().with_context(|| format!("start {command:?}"))?;
+    let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
+    if !output.status.success() {
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        bail!("{command:?} failed, {}: {stdout}{stderr}", output.status);
+    }
+    Ok(stdout)
+}
+
+/// Runs `program` with arguments separated by spaces; it must succeed.
+///
+/// # Errors
+/// As [`stdout`].
+pub fn words(program: &str, arguments: &str) -> Result<String> {
+    let mut command = Command::new(program);
+    command.args(arguments.split_whitespace());
+    stdout(command)
+}
+
+/// The program `name` of this build: beside the executable that runs, as `cargo build` puts it.
+///
+/// # Errors
+/// When it hasn't been built.
+pub fn built(name: &str) -> Result<PathBuf> {
+    let executable = std::env::current_exe().context("find the executable that runs")?;
+    let found = executable
+        .ancestors()
+        .skip(1)
+        .take(2)
+        .map(|dir| dir.join(name))
+        .find(|path| path.is_file());
+    found.with_context(|| {
+        format!("there is no `{name}` beside {}: run `cargo build`", executable.display())
+    })
+}
