@@ -1,6 +1,143 @@
-//! The command line.
+//! The command line: the commands, and the daemon's wiring.
 
-/// Runs the command that the arguments name.
-pub fn main() -> std::process::ExitCode {
-    std::process::ExitCode::SUCCESS
+mod args;
+mod check;
+mod run;
+mod show;
+mod unload;
+mod view;
+
+use std::io::{IsTerminal, Write};
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::Parser;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tracing_subscriber::EnvFilter;
+
+use crate::admin::{api, client};
+use crate::config::{Config, ConfigErrors, Overrides};
+use args::{Arguments, ClientArguments, Command, ConfigArguments, LogFormat};
+
+/// Something failed.
+const FAILURE: u8 = 1;
+/// The command line or the configuration is wrong; clap uses the same.
+const USAGE: u8 = 2;
+
+/// Runs the command that the arguments name. Exit codes: 0, 1 for a failure, 2 for a mistake in the
+/// usage or the configuration.
+pub fn main() -> ExitCode {
+    match command(Arguments::parse().command) {
+        Ok(code) => code,
+        Err(error) => {
+            // What is wrong with a configuration comes a line each, and needs no headline.
+            match error.downcast_ref::<ConfigErrors>() {
+                Some(errors) => eprintln!("{errors}"),
+                None => eprintln!("error: {error:#}"),
+            }
+            let usage = error.is::<ConfigErrors>()
+                || error.is::<crate::catalog::CatalogError>()
+                || matches!(error.downcast_ref(), Some(client::ClientError::Address { .. }));
+            ExitCode::from(if usage { USAGE } else { FAILURE })
+        }
+    }
+}
+
+fn command(command: Command) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::Run { config, log_format } => {
+            log(log_format);
+            run::run(load(config)?)?;
+        }
+        Command::Check { config, client } => {
+            let report = check::check(load(config), client.admin.as_deref());
+            print(&client, &report, check::text)?;
+            return Ok(if report.ok { ExitCode::SUCCESS } else { ExitCode::from(FAILURE) });
+        }
+        Command::Status { client } => {
+            let status: api::Status = ask(&client, "/v1/status")?;
+            print(&client, &status, show::status)?;
+        }
+        Command::Services { client } => {
+            let services: Vec<api::Service> = ask(&client, "/v1/services")?;
+            print(&client, &services, |services| show::services(services))?;
+        }
+        Command::Explain { name, client } => {
+            let explanation: api::Explanation = ask(&client, &client::explain_path(&name))?;
+            print(&client, &explanation, show::explanation)?;
+            if explanation.service.is_none() {
+                return Ok(ExitCode::from(FAILURE));
+            }
+        }
+        Command::Unload { config, all, json } => unload::unload(&load(config)?, all, json)?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn load(arguments: ConfigArguments) -> Result<Config, ConfigErrors> {
+    let ConfigArguments {
+        config,
+        cgroup,
+        state_dir,
+        dns_listen,
+        admin_listen,
+        catalog,
+        consul_addr,
+    } = arguments;
+    let overrides = Overrides { cgroup, state_dir, dns_listen, admin_listen, catalog, consul_addr };
+    Config::load(config.as_deref(), overrides, &environment)
+}
+
+fn environment(name: &str) -> Option<String> {
+    std::env::var(name).ok()
+}
+
+fn ask<T: DeserializeOwned>(client: &ClientArguments, path: &str) -> anyhow::Result<T> {
+    let address = client::find(client.admin.as_deref(), &environment)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    Ok(runtime.block_on(client::get(&address, path))?)
+}
+
+/// Prints a document for a person, or as JSON. A reader that has seen enough is no failure.
+fn print<T: Serialize>(
+    client: &ClientArguments,
+    document: &T,
+    text: impl Fn(&T) -> String,
+) -> anyhow::Result<()> {
+    let text = match client.json {
+        true => serde_json::to_string_pretty(document)? + "\n",
+        false => text(document),
+    };
+    match std::io::stdout().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(error).context("can't write to stdout")
+        }
+        _ => Ok(()),
+    }
+}
+
+fn log(format: LogFormat) {
+    // hickory tells of every lookup at INFO.
+    let filter = EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| EnvFilter::new("info,hickory_server=warn"));
+    let lines = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_target(false)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr);
+    match format {
+        LogFormat::Text => lines.init(),
+        LogFormat::Json => lines.json().init(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_arguments_are_consistent() {
+        <Arguments as clap::CommandFactory>::command().debug_assert();
+    }
 }

@@ -114,7 +114,9 @@ async fn daemon(config: Config) -> anyhow::Result<()> {
         let last = table_out.borrow().clone();
         let Some(next) = builder.next(&last, &catalog, SystemTime::now()) else { continue };
         tokio::task::block_in_place(|| {
-            if next.vips_changed && let Err(error) = builder.vips().write(&vips_path) {
+            if next.vips_changed
+                && let Err(error) = builder.vips().write(&vips_path)
+            {
                 tracing::error!("{error}; until it is mended, a restart may change addresses");
             }
             apply(&plane, &next.table, &errors);

@@ -1,0 +1,190 @@
+//! The sockets of the admin interface.
+
+use std::fs;
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use tokio::net::{TcpListener, UnixListener};
+
+use crate::config::AdminAddress;
+
+/// Why an address can't be listened on, with the mend.
+#[derive(Debug, thiserror::Error)]
+pub enum BindError {
+    /// A daemon answers there.
+    #[error(
+        "another daemon answers at {0}: stop it first, or choose another address with \
+         --admin-listen"
+    )]
+    InUse(AdminAddress),
+    /// Something else has the name.
+    #[error("{0} is there and is no socket: move it away, or choose another with --admin-listen")]
+    NotASocket(PathBuf),
+    /// The directory of the socket can't be made.
+    #[error("can't make the directory {dir}: run as root, or choose another with --admin-listen")]
+    Directory {
+        /// The directory.
+        dir: PathBuf,
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
+    /// The system refuses, for another reason.
+    #[error("can't listen on {address}: choose an address of your own with --admin-listen")]
+    Refused {
+        /// The address.
+        address: AdminAddress,
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// A socket that listens.
+#[derive(Debug)]
+pub enum Listener {
+    /// On a path.
+    Unix(UnixListener, SocketFile),
+    /// On an address and port.
+    Tcp(TcpListener),
+}
+
+/// The file of a unix socket, removed on drop.
+#[derive(Debug)]
+pub struct SocketFile {
+    path: PathBuf,
+    /// Device and inode: a file that another daemon put in our place isn't ours to remove.
+    identity: Option<(u64, u64)>,
+}
+
+impl SocketFile {
+    fn new(path: &Path) -> SocketFile {
+        SocketFile { path: path.to_owned(), identity: identity(path) }
+    }
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        if self.identity.is_some() && identity(&self.path) == self.identity {
+            // Nothing is lost where this fails: the next daemon replaces a stale socket.
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+fn identity(path: &Path) -> Option<(u64, u64)> {
+    fs::symlink_metadata(path).ok().map(|metadata| (metadata.dev(), metadata.ino()))
+}
+
+/// Listens on each address. A unix socket's directory is made where it is missing, a socket that
+/// nobody listens on any more is replaced, and root's group may use the new one (0660).
+///
+/// Call it within a tokio runtime.
+///
+/// # Errors
+/// For the first address that can't be listened on; then none is.
+pub fn bind(addresses: &[AdminAddress]) -> Result<Vec<Listener>, BindError> {
+    addresses.iter().map(bind_one).collect()
+}
+
+fn bind_one(address: &AdminAddress) -> Result<Listener, BindError> {
+    let refused = |source: io::Error| match source.kind() {
+        ErrorKind::AddrInUse => BindError::InUse(address.clone()),
+        _ => BindError::Refused { address: address.clone(), source },
+    };
+    match address {
+        AdminAddress::Unix(path) => {
+            make_directory(path)?;
+            clear_stale(path, address)?;
+            let listener = std::os::unix::net::UnixListener::bind(path).map_err(refused)?;
+            let file = SocketFile::new(path);
+            fs::set_permissions(path, fs::Permissions::from_mode(0o660)).map_err(refused)?;
+            listener.set_nonblocking(true).map_err(refused)?;
+            Ok(Listener::Unix(UnixListener::from_std(listener).map_err(refused)?, file))
+        }
+        AdminAddress::Tcp(socket_address) => {
+            let listener = std::net::TcpListener::bind(socket_address).map_err(refused)?;
+            listener.set_nonblocking(true).map_err(refused)?;
+            Ok(Listener::Tcp(TcpListener::from_std(listener).map_err(refused)?))
+        }
+    }
+}
+
+fn make_directory(path: &Path) -> Result<(), BindError> {
+    let Some(dir) = path.parent() else { return Ok(()) };
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o755)
+        .create(dir)
+        .map_err(|source| BindError::Directory { dir: dir.to_owned(), source })
+}
+
+/// Removes a socket that a daemon left behind, and nothing else.
+fn clear_stale(path: &Path, address: &AdminAddress) -> Result<(), BindError> {
+    let refused = |source| BindError::Refused { address: address.clone(), source };
+    match fs::symlink_metadata(path) {
+        Ok(metadata) if !metadata.file_type().is_socket() => {
+            return Err(BindError::NotASocket(path.to_owned()));
+        }
+        Ok(_) => {}
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(refused(error)),
+    }
+    match std::os::unix::net::UnixStream::connect(path) {
+        Ok(_) => Err(BindError::InUse(address.clone())),
+        Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
+            fs::remove_file(path).map_err(refused)
+        }
+        // Whoever listened went away meanwhile.
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(refused(error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn unix(path: &Path) -> [AdminAddress; 1] {
+        [AdminAddress::Unix(path.to_owned())]
+    }
+
+    #[tokio::test]
+    async fn a_socket_is_made_with_its_directory_and_goes_with_its_listener() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("run/nohop/admin.sock");
+        let listeners = bind(&unix(&path)).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o660);
+        drop(listeners);
+        assert!(!path.exists());
+    }
+
+    #[tokio::test]
+    async fn a_stale_socket_is_replaced_and_a_live_one_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("admin.sock");
+        drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+        let _listeners = bind(&unix(&path)).unwrap();
+        let error = bind(&unix(&path)).unwrap_err();
+        assert!(matches!(error, BindError::InUse(_)), "{error}");
+        assert!(error.to_string().contains(&format!("unix:{}", path.display())), "{error}");
+        assert!(path.exists());
+    }
+
+    #[tokio::test]
+    async fn a_file_is_not_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("admin.sock");
+        fs::write(&path, "mine").unwrap();
+        assert!(matches!(bind(&unix(&path)).unwrap_err(), BindError::NotASocket(_)));
+        assert_eq!(fs::read_to_string(&path).unwrap(), "mine");
+    }
+
+    #[tokio::test]
+    async fn a_port_in_use_is_named() {
+        let holder = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = AdminAddress::Tcp(holder.local_addr().unwrap());
+        assert!(matches!(bind(&[address]).unwrap_err(), BindError::InUse(_)));
+    }
+}

@@ -1,0 +1,161 @@
+//! How a command finds the daemon and asks it.
+
+use std::time::Duration;
+
+use hyper::{Request, StatusCode};
+use serde::de::DeserializeOwned;
+use tokio::net::{TcpStream, UnixStream};
+
+use super::http::{Answer, ExchangeError, JSON, exchange};
+use crate::config::AdminAddress;
+
+pub use super::route::explain_path;
+
+/// The address that is asked when neither a flag nor the environment names one.
+pub const DEFAULT_ADDRESS: &str = "unix:/run/nohop/admin.sock";
+
+/// How long the daemon may take over an answer.
+const TIME_LIMIT: Duration = Duration::from_secs(5);
+
+/// Why the daemon's word can't be had, with the mend.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// The address is no address.
+    #[error("{name}: {what}")]
+    Address {
+        /// Where it was given: `--admin` or `NOHOP_ADMIN`.
+        name: &'static str,
+        /// What is wrong; the mend.
+        what: String,
+    },
+    /// Nobody listens.
+    #[error(
+        "no daemon answers at {address}: is `nohop run` running? name another address with \
+         --admin or NOHOP_ADMIN"
+    )]
+    Unreachable {
+        /// The address.
+        address: AdminAddress,
+        /// What the system says.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The socket is there, and not for this user.
+    #[error("may not talk to the daemon at {address}: run as root or as a member of its group")]
+    Forbidden {
+        /// The address.
+        address: AdminAddress,
+    },
+    /// It takes too long.
+    #[error("the daemon at {address} doesn't answer within {} s", TIME_LIMIT.as_secs())]
+    TimeLimit {
+        /// The address.
+        address: AdminAddress,
+    },
+    /// The answer broke off.
+    #[error("no answer comes from {address}: is it nohop that listens there?")]
+    Exchange {
+        /// The address.
+        address: AdminAddress,
+        /// What happened.
+        #[source]
+        source: ExchangeError,
+    },
+    /// The daemon refuses.
+    #[error("the daemon at {address} answers {status}: {body}")]
+    Refused {
+        /// The address.
+        address: AdminAddress,
+        /// The status.
+        status: StatusCode,
+        /// What it says.
+        body: String,
+    },
+    /// The document is of another shape.
+    #[error("can't read what the daemon at {address} says: is it of the version of this command?")]
+    Document {
+        /// The address.
+        address: AdminAddress,
+        /// Where it differs.
+        #[source]
+        source: serde_json::Error,
+    },
+}
+
+/// The daemon's address: the flag `--admin`, else NOHOP_ADMIN, else [`DEFAULT_ADDRESS`].
+///
+/// # Errors
+/// When what is said there is no address.
+pub fn find(
+    flag: Option<&str>,
+    env: &dyn Fn(&str) -> Option<String>,
+) -> Result<AdminAddress, ClientError> {
+    let variable = env("NOHOP_ADMIN").filter(|value| !value.is_empty());
+    let (name, text) = match (flag, &variable) {
+        (Some(flag), _) => ("--admin", flag),
+        (None, Some(variable)) => ("NOHOP_ADMIN", variable.as_str()),
+        (None, None) => ("the default", DEFAULT_ADDRESS),
+    };
+    text.parse().map_err(|what| ClientError::Address { name, what })
+}
+
+/// Asks for a document. One that comes with an error status, such as the explanation of an unknown
+/// name, is a document too.
+///
+/// # Errors
+/// When nobody answers within 5 s, or what comes isn't the document.
+pub async fn get<T: DeserializeOwned>(
+    address: &AdminAddress,
+    path: &str,
+) -> Result<T, ClientError> {
+    let limited = tokio::time::timeout(TIME_LIMIT, ask(address, path)).await;
+    let answer =
+        limited.map_err(|_| ClientError::TimeLimit { address: address.clone() }).flatten()?;
+    if answer.headers.get("content-type").is_none_or(|kind| kind != JSON) {
+        return Err(ClientError::Refused {
+            address: address.clone(),
+            status: answer.status,
+            body: String::from_utf8_lossy(&answer.body).trim().to_owned(),
+        });
+    }
+    serde_json::from_slice(&answer.body)
+        .map_err(|source| ClientError::Document { address: address.clone(), source })
+}
+
+async fn ask(address: &AdminAddress, path: &str) -> Result<Answer, ClientError> {
+    let request = Request::get(path);
+    let unreachable = |source: std::io::Error| match source.kind() {
+        std::io::ErrorKind::PermissionDenied => ClientError::Forbidden { address: address.clone() },
+        _ => ClientError::Unreachable { address: address.clone(), source },
+    };
+    let answer = match address {
+        AdminAddress::Unix(socket) => {
+            exchange(UnixStream::connect(socket).await.map_err(unreachable)?, request).await
+        }
+        AdminAddress::Tcp(address) => {
+            exchange(TcpStream::connect(address).await.map_err(unreachable)?, request).await
+        }
+    };
+    answer.map_err(|source| ClientError::Exchange { address: address.clone(), source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_flag_beats_the_environment() {
+        let env = |_: &str| Some("unix:/env".to_owned());
+        let table = [
+            (find(Some("127.0.0.1:1"), &env), "127.0.0.1:1"),
+            (find(None, &env), "unix:/env"),
+            (find(None, &|_| None), DEFAULT_ADDRESS),
+            (find(None, &|_| Some(String::new())), DEFAULT_ADDRESS),
+        ];
+        for (found, expected) in table {
+            assert_eq!(found.unwrap().to_string(), expected);
+        }
+        let error = find(None, &|_| Some("x".into())).unwrap_err().to_string();
+        assert!(error.starts_with("NOHOP_ADMIN: 'x' is no address"), "{error}");
+    }
+}

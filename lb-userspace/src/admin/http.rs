@@ -1,0 +1,66 @@
+//! One request of HTTP/1.1 over a stream, and its answer.
+
+use http_body_util::{BodyExt, Empty, Limited};
+use hyper::body::Bytes;
+use hyper::client::conn::http1;
+use hyper::http::request;
+use hyper::{HeaderMap, StatusCode};
+use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncRead, AsyncWrite};
+
+/// The media type of a JSON document.
+pub const JSON: &str = "application/json";
+
+/// The largest answer that is read, in bytes: several times what a node with full maps says.
+const MAX_BODY: usize = 256 << 20;
+
+/// An answer, read to its end.
+#[derive(Debug)]
+pub struct Answer {
+    /// The status.
+    pub status: StatusCode,
+    /// The headers.
+    pub headers: HeaderMap,
+    /// The body.
+    pub body: Bytes,
+}
+
+/// Why there is no answer.
+#[derive(Debug, thiserror::Error)]
+pub enum ExchangeError {
+    /// The request can't be written down, for one because of a blank in its path.
+    #[error("the request is malformed")]
+    Request(#[source] hyper::http::Error),
+    /// The connection broke, or it isn't HTTP that comes.
+    #[error("the connection broke")]
+    Connection(#[source] hyper::Error),
+    /// The body broke off or is too long.
+    #[error("the answer broke off: {0}")]
+    Body(String),
+}
+
+/// Sends a request without a body and reads the answer to its end.
+///
+/// # Errors
+/// When the connection breaks before that.
+pub async fn exchange(
+    stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    request: request::Builder,
+) -> Result<Answer, ExchangeError> {
+    let request = request
+        .header("host", "nohop")
+        .body(Empty::<Bytes>::new())
+        .map_err(ExchangeError::Request)?;
+    let (mut sender, connection) =
+        http1::handshake(TokioIo::new(stream)).await.map_err(ExchangeError::Connection)?;
+    let read = async move {
+        let response = sender.send_request(request).await.map_err(ExchangeError::Connection)?;
+        let (head, body) = response.into_parts();
+        let body = Limited::new(body, MAX_BODY).collect().await;
+        let body = body.map_err(|error| ExchangeError::Body(error.to_string()))?.to_bytes();
+        Ok(Answer { status: head.status, headers: head.headers, body })
+    };
+    // The connection ends when the sender does; what breaks it also breaks the answer.
+    let (answer, _) = tokio::join!(read, connection);
+    answer
+}

@@ -1,0 +1,176 @@
+//! What a request asks for.
+
+use std::time::Duration;
+
+use hyper::Method;
+
+/// The routes, for whoever asked for another.
+pub(super) const ROUTES: &str = "\
+GET /v1/status
+GET /v1/services
+GET /v1/services/NAME
+GET /healthz
+GET /readyz
+On /v1: ?after=GENERATION answers once the table is past that generation, or after &wait=SECONDS \
+(60 by default, at most 600).
+";
+
+/// How long `?after=` waits when `wait` doesn't say.
+const DEFAULT_WAIT: Duration = Duration::from_secs(60);
+/// The longest that `wait` may say, in seconds.
+const MAX_WAIT_SECONDS: u64 = 600;
+
+/// What is asked for.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Route {
+    Status,
+    Services,
+    Explain(String),
+    Health,
+    Ready,
+}
+
+/// When to answer: once the generation is greater, or when the time is over.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Wait {
+    pub(super) after: u64,
+    pub(super) limit: Duration,
+}
+
+/// Why a request can't be answered.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub(super) enum RouteError {
+    #[error("only GET is answered here")]
+    Method,
+    #[error("no such path. What there is:\n{ROUTES}")]
+    Path,
+    #[error("{name}: '{value}' is wrong; {mend}")]
+    Query { name: String, value: String, mend: &'static str },
+}
+
+/// Reads method, path and query.
+pub(super) fn route(
+    method: &Method,
+    path: &str,
+    query: Option<&str>,
+) -> Result<(Route, Option<Wait>), RouteError> {
+    let route = match path {
+        "/v1/status" => Route::Status,
+        "/v1/services" => Route::Services,
+        "/healthz" => Route::Health,
+        "/readyz" => Route::Ready,
+        _ => match path.strip_prefix("/v1/services/") {
+            Some(name) if !name.is_empty() && !name.contains('/') => Route::Explain(decode(name)),
+            _ => return Err(RouteError::Path),
+        },
+    };
+    if method != Method::GET {
+        return Err(RouteError::Method);
+    }
+    Ok((route, wait(query.unwrap_or_default())?))
+}
+
+fn wait(query: &str) -> Result<Option<Wait>, RouteError> {
+    let (mut after, mut limit) = (None, DEFAULT_WAIT);
+    for pair in query.split('&').filter(|pair| !pair.is_empty()) {
+        let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
+        let wrong =
+            |mend| RouteError::Query { name: name.to_owned(), value: value.to_owned(), mend };
+        let number = value.parse::<u64>();
+        match name {
+            "after" => after = Some(number.map_err(|_| wrong("write a generation"))?),
+            "wait" => match number {
+                Ok(seconds) if seconds <= MAX_WAIT_SECONDS => limit = Duration::from_secs(seconds),
+                _ => return Err(wrong("write seconds, 0 to 600")),
+            },
+            _ => return Err(wrong("the query may hold after and wait")),
+        }
+    }
+    Ok(after.map(|after| Wait { after, limit }))
+}
+
+/// The path that explains a name, whatever characters it has.
+pub fn explain_path(name: &str) -> String {
+    let encoded: String = name
+        .bytes()
+        .map(|byte| match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' => char::from(byte).to_string(),
+            byte => format!("%{byte:02X}"),
+        })
+        .collect();
+    format!("/v1/services/{encoded}")
+}
+
+fn decode(text: &str) -> String {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let [first, tail @ ..] = rest {
+        let code = tail.get(..2).and_then(|digits| std::str::from_utf8(digits).ok());
+        match code.and_then(|digits| u8::from_str_radix(digits, 16).ok()) {
+            Some(byte) if *first == b'%' => {
+                bytes.push(byte);
+                rest = &tail[2..];
+            }
+            _ => {
+                bytes.push(*first);
+                rest = tail;
+            }
+        }
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn requests_and_what_they_ask_for() {
+        let seconds = Duration::from_secs;
+        let table = [
+            ("/v1/status", None, Some((Route::Status, None))),
+            ("/v1/services", Some(""), Some((Route::Services, None))),
+            ("/v1/services/web", None, Some((Route::Explain("web".into()), None))),
+            ("/v1/services/a%20%c3%a9%", None, Some((Route::Explain("a é%".into()), None))),
+            ("/healthz", None, Some((Route::Health, None))),
+            ("/readyz", None, Some((Route::Ready, None))),
+            (
+                "/v1/status",
+                Some("after=4"),
+                Some((Route::Status, Some(Wait { after: 4, limit: seconds(60) }))),
+            ),
+            (
+                "/v1/services",
+                Some("wait=600&after=0"),
+                Some((Route::Services, Some(Wait { after: 0, limit: seconds(600) }))),
+            ),
+            ("/v1/status", Some("wait=601"), None),
+            ("/v1/status", Some("after=-1"), None),
+            ("/v1/status", Some("after"), None),
+            ("/v1/status", Some("since=3"), None),
+            ("/v1/services/", None, None),
+            ("/v1/services/a/b", None, None),
+            ("/", None, None),
+            ("", None, None),
+        ];
+        for (path, query, expected) in table {
+            let found = route(&Method::GET, path, query).ok();
+            assert_eq!(found, expected, "{path}?{query:?}");
+        }
+    }
+
+    #[test]
+    fn only_get() {
+        assert_eq!(route(&Method::POST, "/healthz", None), Err(RouteError::Method));
+        assert_eq!(route(&Method::POST, "/nowhere", None), Err(RouteError::Path));
+    }
+
+    #[test]
+    fn any_name_has_a_path() {
+        for name in ["web", "a b/c?d#e%41", "é", "\u{1b}[31m"] {
+            let path = explain_path(name);
+            let (found, _) = route(&Method::GET, &path, None).unwrap();
+            assert_eq!(found, Route::Explain(name.to_owned()));
+        }
+    }
+}

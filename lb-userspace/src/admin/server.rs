@@ -1,0 +1,335 @@
+//! The server of the admin interface.
+
+use std::convert::Infallible;
+use std::future::pending;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use http_body_util::Full;
+use hyper::body::{Bytes, Incoming};
+use hyper::header::{ALLOW, CONTENT_TYPE};
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper::{Request, Response, StatusCode};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use serde::Serialize;
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
+use tokio::sync::{Semaphore, watch};
+use tokio::task::JoinSet;
+
+use super::api;
+use super::bind::Listener;
+use super::route::{Route, RouteError, Wait, route};
+
+/// The most connections at any time; those that wait for a generation count.
+const MAX_CONNECTIONS: usize = 128;
+/// How long a client may take over the head of a request, the pause before it included.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
+/// The pause after a connection couldn't be accepted, for one because files ran out.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// The header that says which generation of the table an answer shows.
+pub const GENERATION_HEADER: &str = "x-nohop-generation";
+
+/// What the admin interface shows.
+pub trait View: Send + Sync + 'static {
+    /// The daemon as a whole.
+    fn status(&self) -> api::Status;
+    /// Every service, by name.
+    fn services(&self) -> Vec<api::Service>;
+    /// What is known of a name; of an unknown one too.
+    fn explain(&self, name: &str) -> api::Explanation;
+    /// The generation of the table, as it grows.
+    fn generation(&self) -> watch::Receiver<u64>;
+}
+
+/// Answers on every listener, until it is dropped.
+pub async fn serve<V: View>(listeners: Vec<Listener>, view: Arc<V>) {
+    let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let mut accepts = JoinSet::new();
+    for listener in listeners {
+        accepts.spawn(accept(listener, Arc::clone(&view), Arc::clone(&slots)));
+    }
+    while accepts.join_next().await.is_some() {}
+    pending().await
+}
+
+async fn accept<V: View>(listener: Listener, view: Arc<V>, slots: Arc<Semaphore>) {
+    let mut connections = JoinSet::new();
+    loop {
+        let accepted = match &listener {
+            Listener::Unix(listener, _) => {
+                let stream = listener.accept().await;
+                stream.map(|(stream, _)| spawn(&mut connections, stream, &view, &slots))
+            }
+            Listener::Tcp(listener) => {
+                let stream = listener.accept().await;
+                stream.map(|(stream, _)| spawn(&mut connections, stream, &view, &slots))
+            }
+        };
+        if let Err(error) = accepted {
+            tracing::warn!(%error, "the admin interface can't accept a connection");
+            tokio::time::sleep(ACCEPT_PAUSE).await;
+        }
+        while connections.try_join_next().is_some() {}
+    }
+}
+
+fn spawn<V: View>(
+    connections: &mut JoinSet<()>,
+    mut stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    view: &Arc<V>,
+    slots: &Arc<Semaphore>,
+) {
+    let view = Arc::clone(view);
+    let Ok(slot) = Arc::clone(slots).try_acquire_owned() else {
+        connections.spawn(async move {
+            let busy = b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\n\r\n";
+            let _: io::Result<()> = stream.write_all(busy).await;
+        });
+        return;
+    };
+    connections.spawn(async move {
+        let _slot = slot;
+        let service = service_fn(|request: Request<Incoming>| {
+            let view = Arc::clone(&view);
+            async move { Ok::<_, Infallible>(answer(&request, &*view).await) }
+        });
+        let served = http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(HEADER_TIMEOUT)
+            .serve_connection(TokioIo::new(stream), service)
+            .await;
+        if let Err(error) = served {
+            tracing::debug!(%error, "a connection to the admin interface broke");
+        }
+    });
+}
+
+async fn answer<V: View>(request: &Request<Incoming>, view: &V) -> Response<Full<Bytes>> {
+    let uri = request.uri();
+    let (route, wait) = match route(request.method(), uri.path(), uri.query()) {
+        Ok(asked) => asked,
+        Err(error) => return refusal(&error),
+    };
+    let mut generation = view.generation();
+    if let Some(Wait { after, limit }) = wait {
+        // Whether the generation came or the time is over, the answer is the table as it is.
+        let _ = tokio::time::timeout(limit, generation.wait_for(|now| *now > after)).await;
+    }
+    let generation = *generation.borrow();
+    match route {
+        Route::Status => json(StatusCode::OK, generation, &view.status()),
+        Route::Services => json(StatusCode::OK, generation, &view.services()),
+        Route::Explain(name) => {
+            let explanation = view.explain(&name);
+            let status = match explanation.service {
+                Some(_) => StatusCode::OK,
+                None => StatusCode::NOT_FOUND,
+            };
+            json(status, generation, &explanation)
+        }
+        Route::Health => text(StatusCode::OK, "ok\n".to_owned()),
+        Route::Ready => {
+            let status = view.status();
+            if status.ready {
+                return text(StatusCode::OK, "ready\n".to_owned());
+            }
+            let problems = status.problems.join("\n");
+            text(StatusCode::SERVICE_UNAVAILABLE, format!("not ready\n{problems}\n"))
+        }
+    }
+}
+
+fn refusal(error: &RouteError) -> Response<Full<Bytes>> {
+    let status = match error {
+        RouteError::Method => StatusCode::METHOD_NOT_ALLOWED,
+        RouteError::Path => StatusCode::NOT_FOUND,
+        RouteError::Query { .. } => StatusCode::BAD_REQUEST,
+    };
+    let mut response = text(status, format!("{error}\n"));
+    if *error == RouteError::Method {
+        response.headers_mut().insert(ALLOW, hyper::header::HeaderValue::from_static("GET"));
+    }
+    response
+}
+
+fn json(status: StatusCode, generation: u64, document: &impl Serialize) -> Response<Full<Bytes>> {
+    let mut response = match serde_json::to_vec(document) {
+        Ok(body) => Response::new(Full::new(Bytes::from(body))),
+        Err(error) => return text(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
+    };
+    *response.status_mut() = status;
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_TYPE, hyper::header::HeaderValue::from_static(super::http::JSON));
+    headers.insert(GENERATION_HEADER, generation.into());
+    response
+}
+
+fn text(status: StatusCode, body: String) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::new(Bytes::from(body)));
+    *response.status_mut() = status;
+    let plain = hyper::header::HeaderValue::from_static("text/plain; charset=utf-8");
+    response.headers_mut().insert(CONTENT_TYPE, plain);
+    response
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use super::*;
+    use crate::admin::{bind, client, http};
+    use crate::config::AdminAddress;
+
+    /// A daemon that knows the service `web` and isn't ready before generation 1.
+    struct Fake(watch::Sender<u64>);
+
+    impl View for Fake {
+        fn status(&self) -> api::Status {
+            let generation = *self.0.borrow();
+            api::Status {
+                ready: generation > 0,
+                problems: if generation > 0 { vec![] } else { vec!["no table; wait".into()] },
+                version: "1".into(),
+                pid: 1,
+                generation,
+                catalog: api::CatalogStatus {
+                    source: "file".into(),
+                    state: "live".into(),
+                    age_seconds: None,
+                },
+                services: 1,
+                backends: 0,
+                dns: api::DnsStatus { listen: vec![], domain: "service".into() },
+                plane: api::PlaneStatus::default(),
+            }
+        }
+
+        fn services(&self) -> Vec<api::Service> {
+            vec![api::Service {
+                name: "web".into(),
+                vip: [127, 128, 0, 1].into(),
+                pin: None,
+                ports: vec![80],
+                protocol: "tcp".into(),
+                algorithm: "random".into(),
+                generation: 1,
+                watch: "live".into(),
+                error: None,
+                dials: 0,
+                refused: 0,
+                backends: vec![],
+            }]
+        }
+
+        fn explain(&self, name: &str) -> api::Explanation {
+            api::Explanation {
+                name: name.into(),
+                dial: "a sentence".into(),
+                service: self.services().into_iter().find(|service| service.name == name),
+                excluded: vec![],
+            }
+        }
+
+        fn generation(&self) -> watch::Receiver<u64> {
+            self.0.subscribe()
+        }
+    }
+
+    struct Daemon {
+        path: PathBuf,
+        view: Arc<Fake>,
+        server: tokio::task::JoinHandle<()>,
+        _dir: tempfile::TempDir,
+    }
+
+    impl Daemon {
+        fn start() -> Daemon {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("admin.sock");
+            let listeners = bind(&[AdminAddress::Unix(path.clone())]).unwrap();
+            let view = Arc::new(Fake(watch::Sender::new(0)));
+            let server = tokio::spawn(serve(listeners, Arc::clone(&view)));
+            Daemon { path, view, server, _dir: dir }
+        }
+
+        fn address(&self) -> AdminAddress {
+            AdminAddress::Unix(self.path.clone())
+        }
+
+        async fn exchange(&self, method: &str, path: &str) -> http::Answer {
+            let stream = tokio::net::UnixStream::connect(&self.path).await.unwrap();
+            let request = Request::builder().method(method).uri(path);
+            http::exchange(stream, request).await.unwrap()
+        }
+    }
+
+    #[tokio::test]
+    async fn each_route_has_its_status() {
+        let daemon = Daemon::start();
+        let table = [
+            ("GET", "/healthz", 200, "ok"),
+            ("GET", "/readyz", 503, "no table; wait"),
+            ("GET", "/v1/status", 200, "\"ready\":false"),
+            ("GET", "/v1/services", 200, "\"vip\":\"127.128.0.1\""),
+            ("GET", "/v1/services/web", 200, "a sentence"),
+            ("GET", "/v1/services/nope", 404, "a sentence"),
+            ("GET", "/v1/status?after=x", 400, "after"),
+            ("GET", "/", 404, "/v1/services/NAME"),
+            ("POST", "/v1/status", 405, "GET"),
+        ];
+        for (method, path, status, fragment) in table {
+            let answer = daemon.exchange(method, path).await;
+            let body = String::from_utf8_lossy(&answer.body).into_owned();
+            assert_eq!(answer.status.as_u16(), status, "{method} {path}: {body}");
+            assert!(body.contains(fragment), "{method} {path}: {body}");
+        }
+    }
+
+    #[tokio::test]
+    async fn an_answer_waits_for_its_generation() {
+        let daemon = Daemon::start();
+        let address = daemon.address();
+        let waiting = tokio::spawn(async move {
+            client::get::<api::Status>(&address, "/v1/status?after=0").await.unwrap()
+        });
+        let now = daemon.exchange("GET", "/v1/status?after=0&wait=0").await;
+        assert_eq!(now.headers[GENERATION_HEADER], "0");
+        daemon.view.0.send_replace(1);
+        assert_eq!(waiting.await.unwrap().generation, 1);
+        let now = daemon.exchange("GET", "/readyz").await;
+        assert_eq!(now.status, 200);
+    }
+
+    #[tokio::test]
+    async fn the_client_reads_documents_and_names_what_is_wrong() {
+        let daemon = Daemon::start();
+        let address = daemon.address();
+        let explanation: api::Explanation =
+            client::get(&address, "/v1/services/nope").await.unwrap();
+        assert_eq!(explanation.service, None);
+        let error = client::get::<api::Status>(&address, "/v1/nope").await.unwrap_err();
+        assert!(error.to_string().contains("404"), "{error}");
+        let error = client::get::<api::Status>(&address, "/v1/services").await.unwrap_err();
+        assert!(matches!(error, client::ClientError::Document { .. }), "{error}");
+
+        daemon.server.abort();
+        let _ = daemon.server.await;
+        let error = client::get::<api::Status>(&address, "/v1/status").await.unwrap_err();
+        let expected = format!("no daemon answers at {address}: is `nohop run` running?");
+        assert!(error.to_string().starts_with(&expected), "{error}");
+    }
+
+    #[tokio::test]
+    async fn one_connection_too_many_is_turned_away() {
+        let daemon = Daemon::start();
+        let mut held = Vec::new();
+        for _ in 0..MAX_CONNECTIONS {
+            held.push(tokio::net::UnixStream::connect(&daemon.path).await.unwrap());
+        }
+        let answer = daemon.exchange("GET", "/healthz").await;
+        assert_eq!(answer.status, StatusCode::SERVICE_UNAVAILABLE);
+    }
+}

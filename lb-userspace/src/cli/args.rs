@@ -1,0 +1,116 @@
+//! What can be said on the command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// The load balancer without a proxy hop, for Nomad and Consul.
+#[derive(Debug, Parser)]
+#[command(name = "nohop", version)]
+pub struct Arguments {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// A command.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// The daemon; it logs to stderr (RUST_LOG says how much)
+    Run {
+        /// Where its configuration comes from
+        #[command(flatten)]
+        config: ConfigArguments,
+        /// How log lines look
+        #[arg(long, value_enum, default_value_t)]
+        log_format: LogFormat,
+    },
+    /// Say of everything that nohop needs whether it is there, and how to mend it
+    Check {
+        /// Where its configuration comes from
+        #[command(flatten)]
+        config: ConfigArguments,
+        /// How to find a daemon
+        #[command(flatten)]
+        client: ClientArguments,
+    },
+    /// One screen: ready or not and why, the source, the maps
+    Status {
+        /// How to find the daemon
+        #[command(flatten)]
+        client: ClientArguments,
+    },
+    /// Every service, with its backends
+    Services {
+        /// How to find the daemon
+        #[command(flatten)]
+        client: ClientArguments,
+    },
+    /// Why each instance of a service is in or out, and what a dial would get
+    Explain {
+        /// The service, with or without the domain
+        name: String,
+        /// How to find the daemon
+        #[command(flatten)]
+        client: ClientArguments,
+    },
+    /// Detach the programs from the cgroup, whoever attached them
+    Unload {
+        /// Which cgroup and which pool
+        #[command(flatten)]
+        config: ConfigArguments,
+        /// Remove the unreachable route too
+        #[arg(long)]
+        all: bool,
+        /// One JSON document
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// The configuration file, and keys of it.
+#[derive(Debug, Args)]
+pub struct ConfigArguments {
+    /// The configuration [default: /etc/nohop/nohop.toml where it exists]
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// The cgroup v2 directory whose processes are served [default: the mounted root]
+    #[arg(long, value_name = "DIR")]
+    pub cgroup: Option<PathBuf>,
+    /// Where what must outlive the daemon is kept [default: /var/lib/nohop]
+    #[arg(long, value_name = "DIR")]
+    pub state_dir: Option<PathBuf>,
+    /// Where DNS is answered; repeatable [default: 127.0.0.1:53]
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub dns_listen: Vec<String>,
+    /// Where the admin interface listens; repeatable [default: unix:/run/nohop/admin.sock]
+    #[arg(long, value_name = "unix:PATH|ADDR:PORT")]
+    pub admin_listen: Vec<String>,
+    /// A static catalog instead of Consul
+    #[arg(long, value_name = "FILE")]
+    pub catalog: Option<PathBuf>,
+    /// The Consul agent [default: http://127.0.0.1:8500]
+    #[arg(long, value_name = "URL")]
+    pub consul_addr: Option<String>,
+}
+
+/// How a command finds the daemon, and how it answers.
+#[derive(Debug, Args)]
+pub struct ClientArguments {
+    /// The daemon [default: NOHOP_ADMIN, else unix:/run/nohop/admin.sock]
+    #[arg(long, value_name = "unix:PATH|ADDR:PORT")]
+    pub admin: Option<String>,
+    /// One JSON document
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// How log lines look.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    #[default]
+    Text,
+    /// An object a line.
+    Json,
+}

@@ -1,0 +1,297 @@
+//! `nohop check`: what nohop needs, whether it is there, and how to mend it.
+
+use std::fmt::Write as _;
+use std::net::SocketAddr;
+use std::path::Path;
+
+use serde::Serialize;
+
+use crate::admin::{api, client};
+use crate::catalog;
+use crate::config::{Config, ConfigErrors, Source, cgroup};
+
+/// The whole report.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    /// Whether everything that is required is there.
+    pub ok: bool,
+    /// Each thing that was looked at.
+    pub checks: Vec<Finding>,
+}
+
+/// One thing that nohop needs.
+#[derive(Debug, Serialize)]
+pub struct Finding {
+    /// What it is.
+    pub what: &'static str,
+    /// Whether it is there.
+    pub ok: bool,
+    /// Whether nohop can't do without it.
+    pub required: bool,
+    /// What was found.
+    pub detail: String,
+    /// What to do about it; empty where nothing needs doing.
+    pub mend: String,
+}
+
+/// What was found, or what is wrong and how to mend it.
+type Found = Result<String, (String, String)>;
+
+fn finding(what: &'static str, required: bool, found: Found) -> Finding {
+    let ok = found.is_ok();
+    let (detail, mend) = match found {
+        Ok(detail) => (detail, String::new()),
+        Err(wrong) => wrong,
+    };
+    Finding { what, ok, required, detail, mend }
+}
+
+fn wrong<T>(detail: impl Into<String>, mend: impl Into<String>) -> Result<T, (String, String)> {
+    Err((detail.into(), mend.into()))
+}
+
+/// Looks at everything, whatever is missing.
+pub fn check(config: Result<Config, ConfigErrors>, admin: Option<&str>) -> Report {
+    let mut checks = vec![finding(
+        "configuration",
+        true,
+        match &config {
+            Ok(_) => Ok("no mistakes".to_owned()),
+            Err(errors) => wrong(errors.to_string(), "correct the lines above"),
+        },
+    )];
+    let config = config.unwrap_or_default();
+    let daemon = daemon(admin);
+    checks.push(finding("kernel", true, kernel()));
+    checks.push(finding("kernel for pins, host loopback", false, kernel_at_least(5, 14)));
+    checks.push(finding("BTF", true, btf()));
+    checks.push(finding("cgroup v2", true, scope(&config)));
+    checks.push(finding("bpffs", false, bpffs()));
+    checks.push(finding("capabilities", true, capabilities()));
+    checks.push(finding("state directory", true, state_dir(&config.state_dir)));
+    for &address in &config.dns.listen {
+        checks.push(finding("DNS port", true, dns_port(address, daemon.as_ref().ok())));
+    }
+    checks.push(finding("catalog", true, source(&config)));
+    checks.push(finding(
+        "daemon",
+        false,
+        match daemon {
+            Ok(status) if status.ready => Ok(format!("ready (pid {})", status.pid)),
+            Ok(status) => wrong(status.problems.join("; "), "see nohop status"),
+            Err(error) => wrong(error, "start it: nohop run"),
+        },
+    ));
+    Report { ok: checks.iter().all(|check| check.ok || !check.required), checks }
+}
+
+/// The report for people.
+pub fn text(report: &Report) -> String {
+    let mut text = String::new();
+    for Finding { what, ok, required, detail, mend } in &report.checks {
+        let mark = match (ok, required) {
+            (true, _) => "ok  ",
+            (false, true) => "MISS",
+            (false, false) => "note",
+        };
+        // Writing to a string can't fail.
+        let _ = writeln!(text, "{mark}  {what}: {detail}");
+        if !mend.is_empty() {
+            let _ = writeln!(text, "        mend: {mend}");
+        }
+    }
+    let verdict = if report.ok { "nohop can run here" } else { "nohop can't run here yet" };
+    text + "\n" + verdict + "\n"
+}
+
+fn daemon(admin: Option<&str>) -> Result<api::Status, String> {
+    let address = client::find(admin, &super::environment).map_err(|error| error.to_string())?;
+    block_on(client::get(&address, "/v1/status"))
+        .and_then(|result| result.map_err(|error| error.to_string()))
+}
+
+fn block_on<F: Future>(future: F) -> Result<F::Output, String> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    Ok(runtime.map_err(|error| format!("can't start the runtime: {error}"))?.block_on(future))
+}
+
+fn kernel() -> Found {
+    kernel_at_least(5, 10)
+}
+
+fn kernel_at_least(major: u32, minor: u32) -> Found {
+    let release = rustix::system::uname().release().to_string_lossy().into_owned();
+    match parse_release(&release) {
+        Some(version) if version >= (major, minor) => Ok(release),
+        _ => wrong(
+            format!("{release} is older than {major}.{minor}"),
+            format!("boot a kernel from {major}.{minor} on"),
+        ),
+    }
+}
+
+fn parse_release(release: &str) -> Option<(u32, u32)> {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit());
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+}
+
+fn btf() -> Found {
+    let path = "/sys/kernel/btf/vmlinux";
+    match Path::new(path).exists() {
+        true => Ok(path.to_owned()),
+        false => wrong(
+            format!("{path} isn't there"),
+            "boot a kernel with CONFIG_DEBUG_INFO_BTF, as distributions' kernels are",
+        ),
+    }
+}
+
+fn scope(config: &Config) -> Found {
+    let mount = "mount it: mount -t cgroup2 none /sys/fs/cgroup/unified (make the folder first)";
+    let Some(scope) = config.cgroup.clone().or_else(cgroup::find_cgroup2_root) else {
+        return wrong("no cgroup v2 hierarchy is mounted", mount);
+    };
+    match cgroup::is_cgroup2(&scope) {
+        Ok(true) => Ok(scope.display().to_string()),
+        Ok(false) => wrong(
+            format!("{} is no cgroup v2 directory", scope.display()),
+            "name one with --cgroup or the key cgroup, or leave it out",
+        ),
+        Err(error) => wrong(
+            format!("{}: {error}", scope.display()),
+            "make the directory, or name another with --cgroup or the key cgroup",
+        ),
+    }
+}
+
+fn bpffs() -> Found {
+    let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    match cgroup::mount_point(&mounts, "bpf") {
+        Some(path) => Ok(path.display().to_string()),
+        None => {
+            wrong("not mounted; this version pins nothing there", "mount -t bpf bpf /sys/fs/bpf")
+        }
+    }
+}
+
+/// From linux/capability.h. CAP_SYS_ADMIN stands for CAP_BPF and CAP_PERFMON.
+const CAP_NET_BIND_SERVICE: u32 = 10;
+const CAP_NET_ADMIN: u32 = 12;
+const CAP_SYS_ADMIN: u32 = 21;
+const CAP_PERFMON: u32 = 38;
+const CAP_BPF: u32 = 39;
+
+fn capabilities() -> Found {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    let effective = effective.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok());
+    let missing = missing_capabilities(effective.unwrap_or_default());
+    match missing.is_empty() {
+        true => Ok("all that are needed".to_owned()),
+        false => wrong(
+            format!("missing {}", missing.join(", ")),
+            "run as root, or give the service these as AmbientCapabilities",
+        ),
+    }
+}
+
+fn missing_capabilities(effective: u64) -> Vec<&'static str> {
+    let has = |capability: u32| effective & (1 << capability) != 0;
+    [
+        ("CAP_NET_BIND_SERVICE", has(CAP_NET_BIND_SERVICE)),
+        ("CAP_NET_ADMIN", has(CAP_NET_ADMIN)),
+        ("CAP_PERFMON", has(CAP_PERFMON) || has(CAP_SYS_ADMIN)),
+        ("CAP_BPF", has(CAP_BPF) || has(CAP_SYS_ADMIN)),
+    ]
+    .into_iter()
+    .filter_map(|(name, has)| (!has).then_some(name))
+    .collect()
+}
+
+fn state_dir(path: &Path) -> Found {
+    // What isn't there yet the daemon makes, so its nearest ancestor counts.
+    let existing = path.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
+    match rustix::fs::access(existing, rustix::fs::Access::WRITE_OK) {
+        Ok(()) => Ok(path.display().to_string()),
+        Err(errno) => wrong(
+            format!("can't write to {}: {errno}", existing.display()),
+            "run as root, or name another with --state-dir",
+        ),
+    }
+}
+
+fn dns_port(address: SocketAddr, daemon: Option<&api::Status>) -> Found {
+    if daemon.is_some_and(|status| status.dns.listen.contains(&address)) {
+        return Ok(format!("{address} is held by the running daemon"));
+    }
+    let tried = std::net::UdpSocket::bind(address)
+        .and_then(|_udp| std::net::TcpListener::bind(address).map(drop));
+    match tried {
+        Ok(()) => Ok(format!("{address} is free")),
+        Err(error) => wrong(
+            format!("{address}: {error}"),
+            format!(
+                "see who holds it with `ss -lnp 'sport = :{}'`, or choose another with \
+                 --dns-listen or dns.listen",
+                address.port()
+            ),
+        ),
+    }
+}
+
+/// How long the source may take to give all its services.
+const SOURCE_LIMIT: std::time::Duration = std::time::Duration::from_secs(5);
+
+/// Asks the source as the daemon does, so that what it would meet is what is said here.
+fn source(config: &Config) -> Found {
+    let mend = match &config.catalog.source {
+        Source::Consul => "see that the agent runs, and consul.address and the token",
+        Source::File(_) => "correct the file",
+    };
+    let found = block_on(async {
+        let mut source = catalog::spawn(config).map_err(|error| error.to_string())?;
+        let answered =
+            tokio::time::timeout(SOURCE_LIMIT, source.catalog.wait_for(Option::is_some)).await;
+        let services = match &answered {
+            Ok(Ok(catalog)) => catalog.as_ref().map(|catalog| catalog.len()),
+            _ => None,
+        };
+        drop(answered);
+        let problem = source.health.borrow().problem.clone();
+        match (services, problem) {
+            (Some(services), None) => Ok(format!("{services} services to route")),
+            (Some(services), Some(problem)) => Err(format!("{services} services, but {problem}")),
+            (None, problem) => Err(problem.unwrap_or_else(|| "no answer within 5 s".to_owned())),
+        }
+    });
+    found.flatten().map_err(|detail| (detail, mend.to_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn releases() {
+        assert_eq!(parse_release("6.18.44-fc"), Some((6, 18)));
+        assert_eq!(parse_release("5.10.0-28-cloud-amd64"), Some((5, 10)));
+        assert_eq!(parse_release("strange"), None);
+    }
+
+    #[test]
+    fn capabilities_are_named() {
+        assert!(missing_capabilities(u64::MAX).is_empty());
+        let admin = 1 << CAP_SYS_ADMIN | 1 << CAP_NET_ADMIN;
+        assert_eq!(missing_capabilities(admin), ["CAP_NET_BIND_SERVICE"]);
+        assert_eq!(missing_capabilities(0).len(), 4);
+    }
+
+    #[test]
+    fn a_required_miss_is_said_with_its_mend() {
+        let found = wrong("it is gone", "bring it back");
+        let checks = vec![finding("thing", true, found), finding("other", false, Ok("yes".into()))];
+        let text = text(&Report { ok: false, checks });
+        assert!(text.contains("MISS  thing: it is gone\n        mend: bring it back\n"), "{text}");
+        assert!(text.contains("ok    other: yes\n") && text.contains("can't run"), "{text}");
+    }
+}

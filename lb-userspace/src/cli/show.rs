@@ -1,0 +1,186 @@
+//! The admin documents, for people.
+
+use std::fmt::Write;
+
+use crate::admin::api::{Backend, Explanation, MapStatus, Service, Status};
+
+/// `nohop status`
+pub fn status(status: &Status) -> String {
+    let mut text = String::new();
+    let headline = if status.ready { "ready" } else { "NOT READY" };
+    line(&mut text, format!("{headline}  nohop {} (pid {})", status.version, status.pid));
+    for problem in &status.problems {
+        line(&mut text, format!("  ! {problem}"));
+    }
+    let age = match status.catalog.age_seconds {
+        Some(seconds) => format!("answered {} ago", duration(seconds)),
+        None => "never answered".to_owned(),
+    };
+    line(&mut text, format!("catalog   {} {}, {age}", status.catalog.source, status.catalog.state));
+    let (services, backends) = (status.services, status.backends);
+    let generation = status.generation;
+    line(
+        &mut text,
+        format!("table     generation {generation}: {services} services, {backends} backends"),
+    );
+    let listen: Vec<_> = status.dns.listen.iter().map(ToString::to_string).collect();
+    line(&mut text, format!("dns       *.{} on {}", status.dns.domain, listen.join(", ")));
+    let attached = if status.plane.attached { "attached to" } else { "NOT ATTACHED to" };
+    line(&mut text, format!("plane     {attached} {}", status.plane.cgroup));
+    for map in &status.plane.maps {
+        line(&mut text, format!("          {}", pressure(map)));
+    }
+    for (name, n) in status.plane.counters.iter().filter(|(_, n)| **n > 0) {
+        line(&mut text, format!("          {name}: {n}"));
+    }
+    text
+}
+
+/// `nohop services`
+pub fn services(services: &[Service]) -> String {
+    if services.is_empty() {
+        return "no services\n".to_owned();
+    }
+    let width = services.iter().map(|service| service.name.len()).max().unwrap_or_default();
+    let mut text = String::new();
+    for each in services {
+        service(&mut text, each, width);
+    }
+    text
+}
+
+/// `nohop explain NAME`
+pub fn explanation(explanation: &Explanation) -> String {
+    let mut text = String::new();
+    line(&mut text, format!("{}\n", explanation.dial));
+    if let Some(each) = &explanation.service {
+        service(&mut text, each, each.name.len());
+    }
+    for excluded in &explanation.excluded {
+        let place = place(&excluded.address, &excluded.node, &excluded.id);
+        line(&mut text, format!("  {:<10} {place}  {}", "out", excluded.reason));
+    }
+    text
+}
+
+fn service(text: &mut String, service: &Service, width: usize) {
+    let ports = service.ports.iter().map(u16::to_string).collect::<Vec<_>>().join(",");
+    let pin = service.pin.map(|pin| format!(" and {pin}")).unwrap_or_default();
+    line(
+        text,
+        format!(
+            "{:<width$}  {}:{ports}{pin}  {}, dials {}, refused {}",
+            service.name, service.vip, service.algorithm, service.dials, service.refused
+        ),
+    );
+    if let Some(error) = &service.error {
+        line(text, format!("  ! the kernel has its former state: {error}"));
+    }
+    if service.backends.is_empty() {
+        line(text, "  no backend: dials are refused".to_owned());
+    }
+    for backend in &service.backends {
+        line(text, format!("  {}", self::backend(backend)));
+    }
+}
+
+fn backend(backend: &Backend) -> String {
+    let state = format!("{:?}", backend.state).to_lowercase();
+    let place = place(&backend.address, &backend.node, &backend.id);
+    let reason = backend.reason.as_ref().map(|reason| format!("  {reason}")).unwrap_or_default();
+    let (weight, connects) = (backend.weight, backend.connects);
+    format!("{state:<10} {place}  weight {weight}  connects {connects}{reason}")
+}
+
+fn place(address: &str, node: &str, id: &str) -> String {
+    match node {
+        "" => format!("{address:<21}"),
+        node => format!("{address:<21}  {node}/{id}"),
+    }
+}
+
+/// A bar of twenty characters: full at the map's capacity, and never empty when it isn't.
+fn pressure(map: &MapStatus) -> String {
+    let filled = (map.entries * 20).div_ceil(map.capacity.max(1)).min(20) as usize;
+    let bar = "#".repeat(filled) + &".".repeat(20 - filled);
+    format!("{:<10} [{bar}] {} of {}", map.name, map.entries, map.capacity)
+}
+
+fn duration(seconds: f64) -> String {
+    match seconds {
+        s if s < 10.0 => format!("{s:.1} s"),
+        s if s < 120.0 => format!("{s:.0} s"),
+        s if s < 7200.0 => format!("{:.0} min", s / 60.0),
+        s => format!("{:.0} h", s / 3600.0),
+    }
+}
+
+fn line(text: &mut String, line: String) {
+    // Writing to a string can't fail.
+    let _ = writeln!(text, "{}", line.trim_end_matches(' '));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::table::{Excluded, State};
+
+    fn helloworld() -> Service {
+        Service {
+            name: "helloworld".into(),
+            vip: [127, 186, 3, 9].into(),
+            pin: None,
+            ports: vec![80],
+            protocol: "tcp".into(),
+            algorithm: "random".into(),
+            generation: 1,
+            error: None,
+            watch: "live".into(),
+            dials: 7,
+            refused: 0,
+            backends: vec![Backend {
+                address: "10.0.0.7:23456".into(),
+                node: "n1".into(),
+                id: "h1".into(),
+                weight: 1,
+                state: State::Healthy,
+                reason: None,
+                connects: 7,
+            }],
+        }
+    }
+
+    #[test]
+    fn services_are_one_block_each() {
+        let text = "helloworld  127.186.3.9:80  random, dials 7, refused 0\n  \
+                    healthy    10.0.0.7:23456         n1/h1  weight 1  connects 7\n";
+        assert_eq!(services(&[helloworld()]), text);
+        assert_eq!(services(&[]), "no services\n");
+    }
+
+    #[test]
+    fn an_explanation_says_why_an_instance_is_out() {
+        let text = explanation(&Explanation {
+            name: "helloworld".into(),
+            dial: "a dial goes somewhere".into(),
+            service: Some(helloworld()),
+            excluded: vec![Excluded {
+                address: "10.0.0.8:1".into(),
+                node: "n2".into(),
+                id: "h2".into(),
+                reason: "check `web` is critical".into(),
+            }],
+        });
+        assert!(text.starts_with("a dial goes somewhere\n\nhelloworld"), "{text}");
+        let last = "  out        10.0.0.8:1             n2/h2  check `web` is critical\n";
+        assert!(text.ends_with(last), "{text}");
+    }
+
+    #[test]
+    fn pressure_is_a_bar() {
+        let bar = |entries| pressure(&MapStatus { name: "SLOTS".into(), entries, capacity: 40 });
+        assert_eq!(bar(0), "SLOTS      [....................] 0 of 40");
+        assert_eq!(bar(1), "SLOTS      [#...................] 1 of 40");
+        assert_eq!(bar(40), "SLOTS      [####################] 40 of 40");
+    }
+}
