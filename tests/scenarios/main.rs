@@ -1,1 +1,65 @@
-fn main(){}
+//! The end-to-end scenarios: each a story on a cluster of its own, with the real daemon and the
+//! real kernel. `cargo xtask test` runs them; they need root.
+#![forbid(unsafe_code)]
+
+mod all_critical_refuses_and_recovers;
+mod bad_records;
+mod cluster;
+mod consul_killed_and_restarted;
+mod container_namespace;
+mod critical_backend_leaves;
+mod curl_by_name;
+mod forwarding;
+mod not_a_vip_untouched;
+mod not_ready_before_consul;
+mod pinned_address;
+mod services_never_mix;
+mod static_catalog;
+mod stops_within_a_second;
+mod tag_removed;
+mod wildcard_server_never_reached;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use lb_tests::{process, undo};
+use libtest_mimic::{Arguments, Failed, Trial};
+
+const STORIES: [(&str, fn() -> Result<()>); 15] = [
+    ("all_critical_refuses_and_recovers", all_critical_refuses_and_recovers::story),
+    ("bad_records", bad_records::story),
+    ("consul_killed_and_restarted", consul_killed_and_restarted::story),
+    ("container_namespace", container_namespace::story),
+    ("critical_backend_leaves", critical_backend_leaves::story),
+    ("curl_by_name", curl_by_name::story),
+    ("forwarding", forwarding::story),
+    ("not_a_vip_untouched", not_a_vip_untouched::story),
+    ("not_ready_before_consul", not_ready_before_consul::story),
+    ("pinned_address", pinned_address::story),
+    ("services_never_mix", services_never_mix::story),
+    ("static_catalog", static_catalog::story),
+    ("stops_within_a_second", stops_within_a_second::story),
+    ("tag_removed", tag_removed::story),
+    ("wildcard_server_never_reached", wildcard_server_never_reached::story),
+];
+
+fn main() -> ExitCode {
+    let mut arguments = Arguments::from_args();
+    // Each runs a Consul or two; more at once would only make them wait for each other.
+    arguments.test_threads.get_or_insert(2);
+    let is_root = rustix::process::geteuid().is_root();
+    if !is_root {
+        eprintln!("The scenarios are ignored: needs root: run `cargo xtask test`");
+    }
+    if let Err(error) = undo::on_signals() {
+        eprintln!("Can't handle signals: {error}");
+        return ExitCode::FAILURE;
+    }
+    let trials = STORIES.map(|(name, story)| {
+        let tell = move || {
+            story().map_err(|error| Failed::from(format!("{error:?}\n{}", process::last_words())))
+        };
+        Trial::test(name, tell).with_ignored_flag(!is_root)
+    });
+    libtest_mimic::run(&arguments, trials.into()).exit_code()
+}

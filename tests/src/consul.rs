@@ -4,6 +4,7 @@ use std::fs;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::Command;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -22,20 +23,20 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const READY: [&str; 2] = ["Synced node info", "Node info in sync"];
 
 /// An agent on a host, with the default ports on 127.0.0.1.
-pub struct Consul<'a> {
-    host: &'a Host,
+pub struct Consul {
+    host: Arc<Host>,
     config: Value,
     data_dir: PathBuf,
     process: Option<Process>,
     _undo: Undo,
 }
 
-impl<'a> Consul<'a> {
+impl Consul {
     /// Starts a server, the only one of its cluster, that other hosts reach at `address`.
     ///
     /// # Errors
     /// When it isn't ready in time.
-    pub fn server(host: &'a Host, node: &str, address: &str) -> Result<Consul<'a>> {
+    pub fn server(host: &Arc<Host>, node: &str, address: &str) -> Result<Consul> {
         let config = json!({ "server": true, "bootstrap_expect": 1 });
         Consul::start(host, node, address, config)
     }
@@ -44,12 +45,12 @@ impl<'a> Consul<'a> {
     ///
     /// # Errors
     /// When it isn't ready in time.
-    pub fn client(host: &'a Host, node: &str, address: &str, server: &str) -> Result<Consul<'a>> {
+    pub fn client(host: &Arc<Host>, node: &str, address: &str, server: &str) -> Result<Consul> {
         let config = json!({ "retry_join": [server], "retry_interval": "250ms" });
         Consul::start(host, node, address, config)
     }
 
-    fn start(host: &'a Host, node: &str, address: &str, role: Value) -> Result<Consul<'a>> {
+    fn start(host: &Arc<Host>, node: &str, address: &str, role: Value) -> Result<Consul> {
         let mut config = json!({
             "node_name": node,
             "bind_addr": address,
@@ -70,7 +71,8 @@ impl<'a> Consul<'a> {
             let data_dir = data_dir.clone();
             move || drop(fs::remove_dir_all(data_dir))
         });
-        let mut consul = Consul { host, config, data_dir, process: None, _undo: undo };
+        let mut consul =
+            Consul { host: Arc::clone(host), config, data_dir, process: None, _undo: undo };
         consul.restart()?;
         Ok(consul)
     }

@@ -3,8 +3,8 @@
 use std::fs;
 use std::path::Path;
 use std::process::{self, Command};
-use std::sync::Once;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Once};
 
 use anyhow::{Context, Result};
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
@@ -39,7 +39,7 @@ impl Host {
     ///
     /// # Errors
     /// Without the right to make namespaces.
-    pub fn new(role: &str) -> Result<Host> {
+    pub fn new(role: &str) -> Result<Arc<Host>> {
         sweep();
         let namespace = name(role);
         let resolv_conf = NamedTempFile::new().context("make a resolv.conf")?;
@@ -55,7 +55,7 @@ impl Host {
         let host = Host { namespace, n_interfaces: AtomicU32::new(0), resolv_conf, _undo: undo };
         host.ip("link set lo up")?;
         host.set_resolv_conf("nameserver 127.0.0.1\n")?;
-        Ok(host)
+        Ok(Arc::new(host))
     }
 
     /// Joins two hosts by a cable, `addresses` (such as `10.99.0.1/24`) at its ends.

@@ -7,6 +7,7 @@ use std::mem::MaybeUninit;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Output};
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -33,10 +34,10 @@ const WAIT_S: u64 = 5;
 pub const STOP_LIMIT: Duration = Duration::from_secs(1);
 
 /// A daemon on a host, that serves a cgroup.
-pub struct Nohop<'a> {
+pub struct Nohop {
     /// Its process.
     pub process: Process,
-    host: &'a Host,
+    host: Arc<Host>,
     dir: PathBuf,
     _undo: Undo,
 }
@@ -47,14 +48,14 @@ struct Answer {
     body: Value,
 }
 
-impl<'a> Nohop<'a> {
+impl Nohop {
     /// Starts the daemon and waits until it is ready.
     ///
     /// `config` is TOML with dotted keys, such as `vip.ports = [80]`.
     ///
     /// # Errors
     /// When it isn't ready in time.
-    pub fn start(host: &'a Host, cgroup: &Cgroup, config: &str) -> Result<Nohop<'a>> {
+    pub fn start(host: &Arc<Host>, cgroup: &Cgroup, config: &str) -> Result<Nohop> {
         let nohop = Nohop::start_unready(host, cgroup, config)?;
         nohop.wait_until_ready()?;
         Ok(nohop)
@@ -64,7 +65,7 @@ impl<'a> Nohop<'a> {
     ///
     /// # Errors
     /// When it doesn't in time.
-    pub fn start_unready(host: &'a Host, cgroup: &Cgroup, config: &str) -> Result<Nohop<'a>> {
+    pub fn start_unready(host: &Arc<Host>, cgroup: &Cgroup, config: &str) -> Result<Nohop> {
         let dir = TempDir::new().context("make the daemon's directory")?.keep();
         let undo = Undo::new({
             let dir = dir.clone();
@@ -84,7 +85,7 @@ impl<'a> Nohop<'a> {
         let inotify = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
         inotify::add_watch(&inotify, &dir, WatchFlags::CREATE)?;
         let process = Process::spawn("nohop", command)?;
-        let nohop = Nohop { process, host, dir, _undo: undo };
+        let nohop = Nohop { process, host: Arc::clone(host), dir, _undo: undo };
 
         let deadline = Instant::now() + PATIENCE;
         let mut buffer = [MaybeUninit::uninit(); 4096];

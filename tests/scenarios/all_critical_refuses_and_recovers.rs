@@ -1,0 +1,26 @@
+//! While every backend is critical a dial is refused and the name still answers; a backend that
+//! recovers serves again.
+
+use anyhow::{Result, ensure};
+
+use crate::cluster::{Cluster, SOON};
+
+pub fn story() -> Result<()> {
+    let cluster = Cluster::new(2)?;
+    let (nohop, nodes) = (&cluster.nohop, &cluster.nodes);
+    let vip = cluster.vip("helloworld")?;
+
+    cluster.server.fail("helloworld-0")?;
+    cluster.server.fail("helloworld-1")?;
+    nohop.wait_for_backends("helloworld", 0, SOON)?;
+    let dials = nodes.dial(vip, 50)?;
+    ensure!(dials.all_failed_with("ConnectionRefused"), "{dials:?}");
+    let answer = nodes.dig("+short helloworld.service")?;
+    ensure!(answer.trim() == vip.ip().to_string(), "{answer}");
+
+    cluster.server.pass("helloworld-1")?;
+    nohop.wait_for_backends("helloworld", 1, SOON)?;
+    let dials = nodes.dial(vip, 50)?;
+    ensure!(dials.all_answered(|answer| answer == "hello from helloworld-1"), "{dials:?}");
+    Ok(())
+}

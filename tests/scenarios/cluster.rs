@@ -1,0 +1,164 @@
+//! What the stories are played on: a client node and a backend node, joined by a cable.
+
+use std::fs;
+use std::net::SocketAddrV4;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use lb_tests::cgroup::Cgroup;
+use lb_tests::consul::{Consul, instance};
+use lb_tests::helloworld::{Dials, Helloworld, dial};
+use lb_tests::net::{Host, Place};
+use lb_tests::nohop::{Nohop, service};
+use lb_tests::run;
+use lb_tests::undo::Undo;
+use tempfile::TempDir;
+
+/// How long nohop may take to follow Consul, where a story doesn't measure it.
+pub const SOON: Duration = Duration::from_secs(10);
+
+/// The address of the client node, and of the backend node.
+pub const CLIENT: &str = "10.99.0.1";
+pub const BACKEND: &str = "10.99.0.2";
+
+/// Two nodes, and the cgroup that nohop serves on the client node.
+pub struct Nodes {
+    pub cgroup: Cgroup,
+    pub client: Arc<Host>,
+    pub backend: Arc<Host>,
+}
+
+impl Nodes {
+    pub fn new() -> Result<Nodes> {
+        let (client, backend) = (Host::new("client")?, Host::new("backend")?);
+        client.join(&backend, [&format!("{CLIENT}/24"), &format!("{BACKEND}/24")])?;
+        Ok(Nodes { cgroup: Cgroup::new()?, client, backend })
+    }
+
+    /// Starts nohop on the client node.
+    pub fn nohop(&self, config: &str) -> Result<Nohop> {
+        Nohop::start(&self.client, &self.cgroup, config)
+    }
+
+    /// Starts a backend on the backend node.
+    pub fn helloworld(&self, name: &str) -> Result<Helloworld> {
+        Helloworld::start(self.backend.outside(), name, &format!("{BACKEND}:0"))
+    }
+
+    /// The client node, where nohop serves.
+    pub fn inside(&self) -> Place<'_> {
+        self.client.inside(&self.cgroup)
+    }
+
+    /// What `dig` with these words prints on the client node.
+    pub fn dig(&self, words: &str) -> Result<String> {
+        self.inside().run("dig", &format!("+time=5 +tries=1 {words}"))
+    }
+
+    /// What an unmodified curl gets from `http://NAME.service/`.
+    pub fn curl(&self, name: &str) -> Result<String> {
+        self.inside().run("curl", &format!("-sS --max-time 5 http://{name}.service/"))
+    }
+
+    /// Dials from where nohop serves.
+    pub fn dial(&self, address: SocketAddrV4, n_times: u32) -> Result<Dials> {
+        dial(self.inside(), address, n_times)
+    }
+}
+
+/// Two nodes with a Consul server on the backend node, a Consul client and nohop on the other.
+pub struct Cluster {
+    pub nohop: Nohop,
+    pub helloworlds: Vec<Helloworld>,
+    pub agent: Consul,
+    pub server: Consul,
+    pub nodes: Nodes,
+}
+
+impl Cluster {
+    /// Starts it with `n` backends of the service helloworld: helloworld-0, helloworld-1 and so on.
+    pub fn new(n: usize) -> Result<Cluster> {
+        Cluster::with_config(n, "")
+    }
+
+    /// The same, with more of a configuration for nohop.
+    pub fn with_config(n: usize, config: &str) -> Result<Cluster> {
+        let nodes = Nodes::new()?;
+        let server = Consul::server(&nodes.backend, "backend", BACKEND)?;
+        let agent = Consul::client(&nodes.client, "client", CLIENT, BACKEND)?;
+        let nohop = nodes.nohop(config)?;
+        let mut cluster = Cluster { nohop, helloworlds: Vec::new(), agent, server, nodes };
+        cluster.serve("helloworld", n)?;
+        Ok(cluster)
+    }
+
+    /// Starts and registers backends SERVICE-0, SERVICE-1 and so on, until nohop has `n` of them.
+    pub fn serve(&mut self, service: &str, n: usize) -> Result<()> {
+        for i in 0..n {
+            let id = format!("{service}-{i}");
+            let helloworld = self.nodes.helloworld(&id)?;
+            self.server.register(&instance(service, &id, helloworld.address))?;
+            self.helloworlds.push(helloworld);
+        }
+        self.nohop.wait_for_backends(service, n, SOON).map(drop)
+    }
+
+    /// Where a service is dialled.
+    pub fn vip(&self, name: &str) -> Result<SocketAddrV4> {
+        vip(&self.nohop, name)
+    }
+}
+
+/// Where a service is dialled on the node of this daemon, at port 80.
+pub fn vip(nohop: &Nohop, name: &str) -> Result<SocketAddrV4> {
+    let services = nohop.services()?;
+    let vip = service(&services, name).and_then(|service| service["vip"].as_str()?.parse().ok());
+    Ok(SocketAddrV4::new(vip.with_context(|| format!("no VIP of {name} in {services:#}"))?, 80))
+}
+
+/// A static catalog.
+pub struct Catalog {
+    path: PathBuf,
+    _undo: Undo,
+}
+
+impl Catalog {
+    /// Makes one with these services, each with the addresses of its backends.
+    pub fn new(services: &[(&str, &[SocketAddrV4])]) -> Result<Catalog> {
+        let dir = TempDir::new()?.keep();
+        let path = dir.join("catalog.toml");
+        let catalog = Catalog { path, _undo: Undo::new(move || drop(fs::remove_dir_all(dir))) };
+        catalog.set(services)?;
+        Ok(catalog)
+    }
+
+    /// What makes nohop read it.
+    pub fn config(&self) -> String {
+        format!("catalog.source = \"file\"\ncatalog.file = {:?}\n", self.path)
+    }
+
+    /// Replaces the services.
+    pub fn set(&self, services: &[(&str, &[SocketAddrV4])]) -> Result<()> {
+        let mut text = String::new();
+        for (name, backends) in services {
+            text += &format!("[[service]]\nname = {name:?}\n");
+            for address in *backends {
+                text += &format!("[[service.backend]]\naddress = \"{address}\"\n");
+            }
+        }
+        self.write(&text)
+    }
+
+    /// Replaces the text.
+    pub fn write(&self, text: &str) -> Result<()> {
+        fs::write(&self.path, text).context("write the static catalog")
+    }
+}
+
+/// What `bpftool` says is attached to a cgroup.
+pub fn attached(cgroup: &Cgroup) -> Result<Vec<String>> {
+    let shown = run::words("bpftool", &format!("cgroup show {}", cgroup.path().display()))?;
+    Ok(shown.lines().skip(1).map(String::from).collect())
+}

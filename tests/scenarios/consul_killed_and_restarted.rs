@@ -1,0 +1,31 @@
+//! Consul's agent dies: everything goes on as it was. It comes back: news arrive again.
+
+use anyhow::{Result, ensure};
+use lb_tests::consul::instance;
+
+use crate::cluster::{Cluster, SOON};
+
+pub fn story() -> Result<()> {
+    let mut cluster = Cluster::new(2)?;
+    let vip = cluster.vip("helloworld")?;
+    let before = cluster.nohop.services()?;
+
+    cluster.agent.kill();
+    let is_failing = |status: &serde_json::Value| status["catalog"]["state"] == "failing";
+    let status = cluster.nohop.wait_for_status(SOON, is_failing)?;
+    ensure!(status["ready"] == true, "{status:#}");
+    let dials = cluster.nodes.dial(vip, 100)?;
+    ensure!(dials.errors.is_empty() && dials.answers.len() == 2, "{dials:?}");
+    ensure!(cluster.nodes.curl("helloworld")?.starts_with("hello from helloworld-"));
+    let meanwhile = cluster.nohop.services()?;
+    ensure!(meanwhile[0]["generation"] == before[0]["generation"], "{meanwhile:#}");
+
+    cluster.agent.restart()?;
+    cluster.nohop.wait_for_status(SOON, |status| status["catalog"]["state"] == "live")?;
+    let newcomer = cluster.nodes.helloworld("newcomer")?;
+    cluster.server.register(&instance("helloworld", "newcomer", newcomer.address))?;
+    cluster.nohop.wait_for_backends("helloworld", 3, SOON)?;
+    let dials = cluster.nodes.dial(vip, 100)?;
+    ensure!(dials.errors.is_empty() && dials.answers.contains_key("hello from newcomer"), "{dials:?}");
+    Ok(())
+}

@@ -1,0 +1,38 @@
+//! An unmodified curl asks for `http://helloworld.service/`, and each of three backends answers.
+
+use std::collections::BTreeSet;
+
+use anyhow::{Result, ensure};
+use lb_tests::run;
+
+use crate::cluster::Cluster;
+
+pub fn story() -> Result<()> {
+    let cluster = Cluster::new(3)?;
+    let nodes = &cluster.nodes;
+    let vip = cluster.vip("helloworld")?;
+
+    let mut curl = nodes.inside().command("curl");
+    curl.args(["-sS", "--max-time", "20", "--header", "Connection: close"]);
+    let answers = run::stdout({
+        curl.arg("http://helloworld.service/?[1-60]");
+        curl
+    })?;
+    ensure!(answers.lines().count() == 60, "60 curls brought {answers}");
+    let answered: BTreeSet<_> = answers.lines().collect();
+    let expected = ["hello from helloworld-0", "hello from helloworld-1", "hello from helloworld-2"];
+    ensure!(answered == BTreeSet::from(expected), "{answered:?}");
+
+    // The application sees the address that it dialled.
+    let dials = nodes.dial(vip, 20)?;
+    ensure!(dials.peers.keys().eq([&vip.to_string()]), "{dials:?}");
+
+    let by_udp = nodes.dig("+short helloworld.service")?;
+    let by_tcp = nodes.dig("+short +tcp HelloWorld.service")?;
+    ensure!(by_udp.trim() == vip.ip().to_string() && by_tcp == by_udp, "{by_udp} and {by_tcp}");
+    let misspelt = nodes.dig("heloworld.service")?;
+    ensure!(misspelt.contains("status: NXDOMAIN"), "{misspelt}");
+    let aaaa = nodes.dig("helloworld.service AAAA")?;
+    ensure!(aaaa.contains("status: NOERROR") && aaaa.contains("ANSWER: 0"), "{aaaa}");
+    Ok(())
+}

@@ -1,0 +1,35 @@
+//! A dial to an address that is no VIP is what it would be without nohop.
+
+use std::net::{Ipv4Addr, SocketAddrV4};
+
+use anyhow::{Result, ensure};
+use lb_tests::helloworld::Helloworld;
+
+use crate::cluster::{Catalog, Nodes};
+
+pub fn story() -> Result<()> {
+    let nodes = Nodes::new()?;
+    let routed = nodes.helloworld("routed")?;
+    let remote = nodes.helloworld("remote")?;
+    let local = Helloworld::start(nodes.client.outside(), "local", "127.0.0.1:0")?;
+    let catalog = Catalog::new(&[("helloworld", &[routed.address])])?;
+    let nohop = nodes.nohop(&catalog.config())?;
+
+    for (address, answer) in [
+        (routed.address, "hello from routed"),
+        (remote.address, "hello from remote"),
+        (local.address, "hello from local"),
+    ] {
+        let dials = nodes.dial(address, 20)?;
+        ensure!(dials.all_answered(|a| a == answer), "{address}: {dials:?}");
+        ensure!(dials.peers.keys().eq([&address.to_string()]), "{address}: {dials:?}");
+    }
+    // Where nobody listens.
+    for ip in [Ipv4Addr::new(10, 99, 0, 2), Ipv4Addr::LOCALHOST] {
+        let dials = nodes.dial(SocketAddrV4::new(ip, 80), 5)?;
+        ensure!(dials.all_failed_with("ConnectionRefused"), "{ip}: {dials:?}");
+    }
+    let services = nohop.services()?;
+    ensure!(services[0]["dials"] == 0 && services[0]["refused"] == 0, "{services:#}");
+    Ok(())
+}

@@ -1,0 +1,27 @@
+//! Without Consul at the start nohop isn't ready, and says SERVFAIL rather than that a name
+//! doesn't exist; once Consul comes, so does the rest.
+
+use anyhow::{Result, ensure};
+use lb_tests::consul::{Consul, instance};
+use lb_tests::nohop::Nohop;
+
+use crate::cluster::{CLIENT, Nodes, SOON};
+
+pub fn story() -> Result<()> {
+    let nodes = Nodes::new()?;
+    let nohop = Nohop::start_unready(&nodes.client, &nodes.cgroup, "")?;
+    let status = nohop.wait_for_status(SOON, |status| status["plane"]["attached"] == true)?;
+    ensure!(status["ready"] == false && status["catalog"]["state"] == "connecting", "{status:#}");
+    let problems = status["problems"].to_string();
+    ensure!(problems.contains("127.0.0.1:8500"), "the problem isn't named: {status:#}");
+    let answer = nodes.dig("helloworld.service")?;
+    ensure!(answer.contains("status: SERVFAIL"), "{answer}");
+
+    let consul = Consul::server(&nodes.client, "client", CLIENT)?;
+    let helloworld = nodes.helloworld("helloworld")?;
+    consul.register(&instance("helloworld", "helloworld", helloworld.address))?;
+    nohop.wait_until_ready()?;
+    nohop.wait_for_backends("helloworld", 1, SOON)?;
+    ensure!(nodes.curl("helloworld")? == "hello from helloworld\n");
+    Ok(())
+}

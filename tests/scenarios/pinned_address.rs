@@ -1,0 +1,30 @@
+//! `127.0.0.1:80` is one service's address, too; the rest of 127.0.0.1 stays what it is.
+
+use std::net::{Ipv4Addr, SocketAddrV4};
+
+use anyhow::{Result, ensure};
+use lb_tests::helloworld::{Helloworld, dial};
+
+use crate::cluster::Cluster;
+
+const PIN: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::LOCALHOST, 80);
+
+pub fn story() -> Result<()> {
+    let cluster = Cluster::with_config(1, "vip.pins = { helloworld = \"127.0.0.1:80\" }")?;
+    let (nodes, outside) = (&cluster.nodes, cluster.nodes.client.outside());
+
+    for address in [PIN, cluster.vip("helloworld")?] {
+        let dials = nodes.dial(address, 20)?;
+        ensure!(dials.all_answered(|answer| answer == "hello from helloworld-0"), "{dials:?}");
+        ensure!(dials.peers.keys().eq([&address.to_string()]), "{dials:?}");
+    }
+    let dials = dial(outside, PIN, 5)?;
+    ensure!(dials.all_failed_with("ConnectionRefused"), "outside of the cgroup: {dials:?}");
+
+    let leader = nodes.inside().run("curl", "-sS http://127.0.0.1:8500/v1/status/leader")?;
+    ensure!(leader.contains("10.99.0.2:"), "{leader}");
+    let neighbour = Helloworld::start(outside, "neighbour", "127.0.0.1:0")?;
+    let dials = nodes.dial(neighbour.address, 20)?;
+    ensure!(dials.all_answered(|answer| answer == "hello from neighbour"), "{dials:?}");
+    Ok(())
+}

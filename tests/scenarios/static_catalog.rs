@@ -1,0 +1,36 @@
+//! The services of a file: an edit is applied, a broken edit changes nothing and is reported.
+
+use anyhow::{Result, ensure};
+
+use crate::cluster::{Catalog, Nodes, SOON, vip};
+
+pub fn story() -> Result<()> {
+    let nodes = Nodes::new()?;
+    let (one, two) = (nodes.helloworld("one")?, nodes.helloworld("two")?);
+    let catalog = Catalog::new(&[("helloworld", &[one.address])])?;
+    let nohop = nodes.nohop(&catalog.config())?;
+    ensure!(nodes.curl("helloworld")? == "hello from one\n");
+    let first_vip = vip(&nohop, "helloworld")?;
+
+    catalog.set(&[("helloworld", &[one.address, two.address]), ("second", &[two.address])])?;
+    nohop.wait_for_backends("helloworld", 2, SOON)?;
+    ensure!(nodes.dial(first_vip, 100)?.answers.len() == 2);
+    ensure!(nodes.curl("second")? == "hello from two\n");
+
+    catalog.write("[[service]\nname = 7")?;
+    let has_problem = |status: &serde_json::Value| {
+        status["problems"].as_array().is_some_and(|problems| !problems.is_empty())
+    };
+    let status = nohop.wait_for_status(SOON, has_problem)?;
+    ensure!(status["problems"].to_string().contains("catalog.toml"), "{status:#}");
+    ensure!(status["ready"] == true && status["catalog"]["state"] == "failing", "{status:#}");
+    let dials = nodes.dial(first_vip, 100)?;
+    ensure!(dials.errors.is_empty() && dials.answers.len() == 2, "{dials:?}");
+
+    catalog.set(&[("helloworld", &[two.address])])?;
+    nohop.wait_for_backends("helloworld", 1, SOON)?;
+    nohop.wait_for_status(SOON, |status| status["catalog"]["state"] == "live")?;
+    ensure!(vip(&nohop, "helloworld")? == first_vip);
+    ensure!(nodes.curl("helloworld")? == "hello from two\n");
+    Ok(())
+}

@@ -1,0 +1,24 @@
+//! SIGTERM and SIGINT stop the daemon within a second, and it leaves nothing attached.
+
+use anyhow::{Result, ensure};
+use rustix::process::Signal;
+
+use crate::cluster::{Catalog, Nodes, attached};
+
+pub fn story() -> Result<()> {
+    let nodes = Nodes::new()?;
+    let helloworld = nodes.helloworld("helloworld")?;
+    let catalog = Catalog::new(&[("helloworld", &[helloworld.address])])?;
+    for signal in [Signal::TERM, Signal::INT] {
+        let nohop = nodes.nohop(&catalog.config())?;
+        ensure!(nodes.curl("helloworld")? == "hello from helloworld\n");
+        let serving = attached(&nodes.cgroup)?;
+        ensure!(serving.iter().any(|line| line.contains("connect4")), "{serving:?}");
+
+        let exit_status = nohop.stop_with(signal)?;
+        ensure!(exit_status.success(), "{signal:?}: {exit_status}");
+        let left = attached(&nodes.cgroup)?;
+        ensure!(left.is_empty(), "{signal:?} left {left:?}");
+    }
+    Ok(())
+}

@@ -1,0 +1,25 @@
+//! A service that loses the tag `routed` disappears; its former VIP leads nowhere.
+
+use anyhow::{Result, ensure};
+use lb_tests::consul::instance;
+use lb_tests::nohop::service;
+use serde_json::json;
+
+use crate::cluster::{Cluster, SOON};
+
+pub fn story() -> Result<()> {
+    let cluster = Cluster::new(1)?;
+    let vip = cluster.vip("helloworld")?;
+    ensure!(cluster.nodes.curl("helloworld")? == "hello from helloworld-0\n");
+
+    let mut untagged = instance("helloworld", "helloworld-0", cluster.helloworlds[0].address);
+    untagged["Tags"] = json!(["other"]);
+    cluster.server.register(&untagged)?;
+    cluster.nohop.wait_until(SOON, |services| service(services, "helloworld").is_none())?;
+
+    let answer = cluster.nodes.dig("helloworld.service")?;
+    ensure!(answer.contains("status: NXDOMAIN"), "{answer}");
+    let dials = cluster.nodes.dial(vip, 20)?;
+    ensure!(dials.all_failed_with("ConnectionRefused"), "{dials:?}");
+    Ok(())
+}
