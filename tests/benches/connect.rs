@@ -2,7 +2,7 @@
 //! and for an address that is none, at several sizes of the table.
 
 #[path = "../kernel/bed.rs"]
-#[expect(dead_code, reason = "the kernel tests use the rest")]
+#[expect(dead_code, clippy::unwrap_used, reason = "the kernel tests' bed, of which they use more")]
 mod bed;
 
 use std::net::{Ipv4Addr, SocketAddrV4};

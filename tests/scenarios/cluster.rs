@@ -13,8 +13,7 @@ use lb_tests::helloworld::{Dials, Helloworld, dial};
 use lb_tests::net::{Host, Place};
 use lb_tests::nohop::{Nohop, service};
 use lb_tests::run;
-use lb_tests::undo::Undo;
-use tempfile::TempDir;
+use lb_tests::scratch::Scratch;
 
 /// How long nohop may take to follow Consul, where a story doesn't measure it.
 pub const SOON: Duration = Duration::from_secs(10);
@@ -119,24 +118,19 @@ pub fn vip(nohop: &Nohop, name: &str) -> Result<SocketAddrV4> {
 }
 
 /// A static catalog.
-pub struct Catalog {
-    path: PathBuf,
-    _undo: Undo,
-}
+pub struct Catalog(Scratch);
 
 impl Catalog {
     /// Makes one with these services, each with the addresses of its backends.
     pub fn new(services: &[(&str, &[SocketAddrV4])]) -> Result<Catalog> {
-        let dir = TempDir::new()?.keep();
-        let path = dir.join("catalog.toml");
-        let catalog = Catalog { path, _undo: Undo::new(move || drop(fs::remove_dir_all(dir))) };
+        let catalog = Catalog(Scratch::new("catalog")?);
         catalog.set(services)?;
         Ok(catalog)
     }
 
     /// What makes nohop read it.
     pub fn config(&self) -> String {
-        format!("catalog.source = \"file\"\ncatalog.file = {:?}\n", self.path)
+        format!("catalog.source = \"file\"\ncatalog.file = {:?}\n", self.path())
     }
 
     /// Replaces the services.
@@ -153,7 +147,11 @@ impl Catalog {
 
     /// Replaces the text.
     pub fn write(&self, text: &str) -> Result<()> {
-        fs::write(&self.path, text).context("write the static catalog")
+        fs::write(self.path(), text).context("write the static catalog")
+    }
+
+    fn path(&self) -> PathBuf {
+        self.0.path().join("catalog.toml")
     }
 }
 

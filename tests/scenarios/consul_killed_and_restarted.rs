@@ -26,6 +26,9 @@ pub fn story() -> Result<()> {
     cluster.server.register(&instance("helloworld", "newcomer", newcomer.address))?;
     cluster.nohop.wait_for_backends("helloworld", 3, SOON)?;
     let dials = cluster.nodes.dial(vip, 100)?;
-    ensure!(dials.errors.is_empty() && dials.answers.contains_key("hello from newcomer"), "{dials:?}");
+    ensure!(
+        dials.errors.is_empty() && dials.answers.contains_key("hello from newcomer"),
+        "{dials:?}"
+    );
     Ok(())
 }

@@ -20,7 +20,8 @@ pub fn story() -> Result<()> {
     })?;
     ensure!(answers.lines().count() == 60, "60 curls brought {answers}");
     let answered: BTreeSet<_> = answers.lines().collect();
-    let expected = ["hello from helloworld-0", "hello from helloworld-1", "hello from helloworld-2"];
+    let expected =
+        ["hello from helloworld-0", "hello from helloworld-1", "hello from helloworld-2"];
     ensure!(answered == BTreeSet::from(expected), "{answered:?}");
 
     // The application sees the address that it dialled.

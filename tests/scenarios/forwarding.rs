@@ -10,8 +10,10 @@ use crate::cluster::{BACKEND, Catalog, Nodes, vip};
 pub fn story() -> Result<()> {
     let nodes = Nodes::new()?;
     let mut dnsmasq = nodes.backend.outside().command("dnsmasq");
-    dnsmasq.args("--keep-in-foreground --log-facility=- --conf-file=/dev/null --pid-file=".split(' '));
-    dnsmasq.args("--user=root --no-resolv --no-hosts --bind-interfaces --interface=eth0".split(' '));
+    dnsmasq
+        .args("--keep-in-foreground --log-facility=- --conf-file=/dev/null --pid-file=".split(' '));
+    dnsmasq
+        .args("--user=root --no-resolv --no-hosts --bind-interfaces --interface=eth0".split(' '));
     dnsmasq.args(["--address=/outside.example/192.0.2.7", "--txt-record=txt.example,told"]);
     let dnsmasq = Process::spawn("dnsmasq", dnsmasq)?;
     dnsmasq.wait_for_line(&["started, version"], Duration::from_secs(10))?;

@@ -25,7 +25,9 @@ use anyhow::Result;
 use lb_tests::{process, undo};
 use libtest_mimic::{Arguments, Failed, Trial};
 
-const STORIES: [(&str, fn() -> Result<()>); 15] = [
+type Story = fn() -> Result<()>;
+
+const STORIES: [(&str, Story); 15] = [
     ("all_critical_refuses_and_recovers", all_critical_refuses_and_recovers::story),
     ("bad_records", bad_records::story),
     ("consul_killed_and_restarted", consul_killed_and_restarted::story),

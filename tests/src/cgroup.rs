@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::net;
+use crate::scratch;
 use crate::undo::Undo;
 
 /// How long a killed process may take to leave its cgroup.
@@ -29,7 +29,7 @@ impl Cgroup {
     pub fn new() -> Result<Cgroup> {
         let root = root()?;
         sweep(&root);
-        let path = root.join(net::name("cgroup"));
+        let path = root.join(scratch::name("cgroup"));
         let undo = Undo::new({
             let path = path.clone();
             move || remove(&path)
@@ -57,11 +57,7 @@ fn root() -> Result<PathBuf> {
 /// Removes the cgroups that killed runs left behind, once in this process.
 fn sweep(root: &Path) {
     static ONCE: Once = Once::new();
-    ONCE.call_once(|| {
-        let entries = fs::read_dir(root).into_iter().flatten().flatten();
-        let left = entries.filter(|entry| entry.file_name().to_str().is_some_and(net::is_leftover));
-        left.for_each(|entry| remove(&entry.path()));
-    });
+    ONCE.call_once(|| scratch::sweep(root, |name| remove(&root.join(name))));
 }
 
 /// Removes a cgroup with the processes in it, if it exists.

@@ -9,12 +9,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
-use tempfile::TempDir;
 
 use crate::net::Host;
 use crate::process::Process;
 use crate::run;
-use crate::undo::Undo;
+use crate::scratch::Scratch;
 
 /// How long an agent may take to be of use.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -22,13 +21,15 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// What an agent logs once the catalog has its node, so that there is a leader, too.
 const READY: [&str; 2] = ["Synced node info", "Node info in sync"];
 
+/// The node name of [`Consul::dev`].
+const DEV: &str = "dev";
+
 /// An agent on a host, with the default ports on 127.0.0.1.
 pub struct Consul {
     host: Arc<Host>,
     config: Value,
-    data_dir: PathBuf,
     process: Option<Process>,
-    _undo: Undo,
+    scratch: Scratch,
 }
 
 impl Consul {
@@ -50,6 +51,14 @@ impl Consul {
         Consul::start(host, node, address, config)
     }
 
+    /// Starts an agent that is a cluster by itself and stores nothing: `consul agent -dev`.
+    ///
+    /// # Errors
+    /// When it isn't ready in time.
+    pub fn dev(host: &Arc<Host>) -> Result<Consul> {
+        Consul::start(host, DEV, "127.0.0.1", json!({}))
+    }
+
     fn start(host: &Arc<Host>, node: &str, address: &str, role: Value) -> Result<Consul> {
         let mut config = json!({
             "node_name": node,
@@ -66,13 +75,8 @@ impl Consul {
         for (key, value) in role.as_object().into_iter().flatten() {
             config[key] = value.clone();
         }
-        let data_dir = TempDir::new().context("make Consul's data directory")?.keep();
-        let undo = Undo::new({
-            let data_dir = data_dir.clone();
-            move || drop(fs::remove_dir_all(data_dir))
-        });
-        let mut consul =
-            Consul { host: Arc::clone(host), config, data_dir, process: None, _undo: undo };
+        let scratch = Scratch::new("consul")?;
+        let mut consul = Consul { host: Arc::clone(host), config, scratch, process: None };
         consul.restart()?;
         Ok(consul)
     }
@@ -90,12 +94,16 @@ impl Consul {
     /// When it isn't ready in time.
     pub fn restart(&mut self) -> Result<()> {
         self.kill();
-        let config_file = self.data_dir.join("config.json");
+        let config_file = self.scratch.path().join("config.json");
         fs::write(&config_file, self.config.to_string()).context("write Consul's configuration")?;
         let mut command = self.host.outside().command(program()?);
         command.arg("agent").arg("-config-file").arg(config_file);
-        command.arg("-data-dir").arg(self.data_dir.join("data"));
         let name = self.config["node_name"].as_str().unwrap_or_default();
+        if name == DEV {
+            command.arg("-dev");
+        } else {
+            command.arg("-data-dir").arg(self.scratch.path().join("data"));
+        }
         let process = Process::spawn(&format!("consul {name}"), command)?;
         process.wait_for_line(&READY, PATIENCE)?;
         self.process = Some(process);
@@ -105,6 +113,15 @@ impl Consul {
         };
         self.wait_for(&format!("/v1/health/node/{name}"), passing)?;
         Ok(())
+    }
+
+    /// What `consul version` calls itself.
+    ///
+    /// # Errors
+    /// When it can't be run.
+    pub fn version(&self) -> Result<String> {
+        let text = run::words(&program()?.display().to_string(), "version")?;
+        Ok(text.lines().next().unwrap_or_default().to_owned())
     }
 
     /// GETs a path, such as `/v1/catalog/services`.

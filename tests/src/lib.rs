@@ -11,4 +11,5 @@ pub mod net;
 pub mod nohop;
 pub mod process;
 pub mod run;
+pub mod scratch;
 pub mod undo;

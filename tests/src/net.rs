@@ -1,26 +1,27 @@
 //! Hosts: network namespaces, joined by veth.
 
 use std::fs;
-use std::path::Path;
-use std::process::{self, Command};
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Once};
 
 use anyhow::{Context, Result};
-use rustix::process::{Pid, Signal, kill_process, test_kill_process};
-use tempfile::NamedTempFile;
+use rustix::process::{Pid, Signal, kill_process};
 
 use crate::cgroup::Cgroup;
 use crate::run;
+use crate::scratch::{self, Scratch};
 use crate::undo::Undo;
 
 /// Where `ip netns` keeps the namespaces.
 const NAMESPACES: &str = "/run/netns";
 
 /// Within a mount namespace of its own: the host's resolv.conf, the cgroup if any, the program.
-const ENTER: &str = r#"mount --bind "$1" /etc/resolv.conf || exit
-[ -z "$2" ] || echo $$ > "$2/cgroup.procs" || exit
-shift 2; exec "$@""#;
+const ENTER: &str = concat!(
+    r#"mount --bind "$1" /etc/resolv.conf"#,
+    r#" && { [ -z "$2" ] || echo $$ > "$2/cgroup.procs"; } && shift 2 && exec "$@""#
+);
 
 /// A network namespace with loopback up, and a resolv.conf of its own.
 ///
@@ -28,7 +29,7 @@ shift 2; exec "$@""#;
 pub struct Host {
     namespace: String,
     n_interfaces: AtomicU32,
-    resolv_conf: NamedTempFile,
+    scratch: Scratch,
     _undo: Undo,
 }
 
@@ -41,18 +42,14 @@ impl Host {
     /// Without the right to make namespaces.
     pub fn new(role: &str) -> Result<Arc<Host>> {
         sweep();
-        let namespace = name(role);
-        let resolv_conf = NamedTempFile::new().context("make a resolv.conf")?;
+        let namespace = scratch::name(role);
+        let scratch = Scratch::new(role)?;
         let undo = Undo::new({
             let namespace = namespace.clone();
-            let resolv_conf = resolv_conf.path().to_owned();
-            move || {
-                remove(&namespace);
-                let _ = fs::remove_file(resolv_conf);
-            }
+            move || remove(&namespace)
         });
         run::words("ip", &format!("netns add {namespace}"))?;
-        let host = Host { namespace, n_interfaces: AtomicU32::new(0), resolv_conf, _undo: undo };
+        let host = Host { namespace, n_interfaces: AtomicU32::new(0), scratch, _undo: undo };
         host.ip("link set lo up")?;
         host.set_resolv_conf("nameserver 127.0.0.1\n")?;
         Ok(Arc::new(host))
@@ -88,7 +85,11 @@ impl Host {
     /// # Errors
     /// When the file can't be written.
     pub fn set_resolv_conf(&self, text: &str) -> Result<()> {
-        fs::write(self.resolv_conf.path(), text).context("write a host's resolv.conf")
+        fs::write(self.resolv_conf(), text).context("write a host's resolv.conf")
+    }
+
+    fn resolv_conf(&self) -> PathBuf {
+        self.scratch.path().join("resolv.conf")
     }
 
     /// The host as the processes of a cgroup see it.
@@ -141,7 +142,7 @@ impl Place<'_> {
     /// The arguments of `nsenter` that lead here.
     fn entry(&self) -> Vec<String> {
         let net = format!("--net={NAMESPACES}/{}", self.host.namespace);
-        let resolv_conf = self.host.resolv_conf.path().display().to_string();
+        let resolv_conf = self.host.resolv_conf().display().to_string();
         let cgroup = self.cgroup.map_or(String::new(), |c| c.path().display().to_string());
         let unshare = "-- unshare --mount --propagation private sh -c".split(' ').map(String::from);
         [net]
@@ -152,28 +153,10 @@ impl Place<'_> {
     }
 }
 
-/// A name that no other run and no other host of this run has.
-pub(crate) fn name(role: &str) -> String {
-    static COUNT: AtomicU32 = AtomicU32::new(0);
-    let count = COUNT.fetch_add(1, Ordering::Relaxed);
-    format!("nohop-{}-{count}-{role}", process::id())
-}
-
-/// Whether `name` was given by a run that is over, without having undone everything.
-pub(crate) fn is_leftover(name: &str) -> bool {
-    let pid = name.strip_prefix("nohop-").and_then(|rest| rest.split('-').next()?.parse().ok());
-    let pid = pid.and_then(Pid::from_raw);
-    pid.is_some_and(|pid| test_kill_process(pid) == Err(rustix::io::Errno::SRCH))
-}
-
 /// Removes the namespaces that killed runs left behind, once in this process.
 fn sweep() {
     static ONCE: Once = Once::new();
-    ONCE.call_once(|| {
-        let names = fs::read_dir(NAMESPACES).into_iter().flatten().flatten();
-        let names = names.filter_map(|entry| entry.file_name().into_string().ok());
-        names.filter(|name| is_leftover(name)).for_each(|name| remove(&name));
-    });
+    ONCE.call_once(|| scratch::sweep(Path::new(NAMESPACES), remove));
 }
 
 /// Removes a namespace with the processes in it, if it exists.

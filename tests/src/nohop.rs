@@ -16,13 +16,12 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 use rustix::process::Signal;
 use serde_json::Value;
-use tempfile::TempDir;
 
 use crate::cgroup::Cgroup;
 use crate::net::Host;
 use crate::process::Process;
 use crate::run;
-use crate::undo::Undo;
+use crate::scratch::Scratch;
 
 /// How long the daemon may take to listen, and then to be ready.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -38,8 +37,7 @@ pub struct Nohop {
     /// Its process.
     pub process: Process,
     host: Arc<Host>,
-    dir: PathBuf,
-    _undo: Undo,
+    scratch: Scratch,
 }
 
 /// An answer of the admin interface.
@@ -66,26 +64,23 @@ impl Nohop {
     /// # Errors
     /// When it doesn't in time.
     pub fn start_unready(host: &Arc<Host>, cgroup: &Cgroup, config: &str) -> Result<Nohop> {
-        let dir = TempDir::new().context("make the daemon's directory")?.keep();
-        let undo = Undo::new({
-            let dir = dir.clone();
-            move || drop(fs::remove_dir_all(dir))
-        });
+        let scratch = Scratch::new("nohop")?;
+        let dir = scratch.path();
         let config_file = dir.join("nohop.toml");
         let own = format!(
             "cgroup = {:?}\nstate_dir = {:?}\nadmin.listen = [{:?}]\n",
             cgroup.path(),
             dir.join("state"),
-            admin(&dir)
+            admin(dir)
         );
         fs::write(&config_file, own + config).context("write the daemon's configuration")?;
         let mut command = host.outside().command(run::built("nohop")?);
         command.args([OsStr::new("run"), OsStr::new("--config"), config_file.as_os_str()]);
         command.env("RUST_LOG", "info");
         let inotify = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
-        inotify::add_watch(&inotify, &dir, WatchFlags::CREATE)?;
+        inotify::add_watch(&inotify, dir, WatchFlags::CREATE)?;
         let process = Process::spawn("nohop", command)?;
-        let nohop = Nohop { process, host: Arc::clone(host), dir, _undo: undo };
+        let nohop = Nohop { process, host: Arc::clone(host), scratch };
 
         let deadline = Instant::now() + PATIENCE;
         let mut buffer = [MaybeUninit::uninit(); 4096];
@@ -176,13 +171,13 @@ impl Nohop {
     /// When it can't be started.
     pub fn cli(&self, arguments: &str) -> Result<Output> {
         let mut command = self.host.outside().command(run::built("nohop")?);
-        command.env("NOHOP_ADMIN", admin(&self.dir)).args(arguments.split_whitespace());
+        command.env("NOHOP_ADMIN", admin(self.scratch.path())).args(arguments.split_whitespace());
         run::output(command)
     }
 
     /// The address of its admin interface, as the clients of `nohop` want it.
     pub fn admin(&self) -> String {
-        admin(&self.dir)
+        admin(self.scratch.path())
     }
 
     /// Stops the daemon with SIGTERM.
@@ -208,7 +203,7 @@ impl Nohop {
     }
 
     fn socket(&self) -> PathBuf {
-        self.dir.join("admin.sock")
+        self.scratch.path().join("admin.sock")
     }
 
     /// Asks again and again, each time for what is newer than the answer before.

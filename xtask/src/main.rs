@@ -1,7 +1,9 @@
 //! All that a person or CI runs.
 #![forbid(unsafe_code)]
 
+mod bench;
 mod compile;
+mod demo;
 mod process;
 mod setup;
 mod test;
@@ -34,6 +36,21 @@ enum Task {
         #[arg(long)]
         release: bool,
     },
+    /// The main job, in a namespace and cgroup of its own: Consul, three helloworlds, nohop, curl
+    Demo {
+        /// Leave it running, and say how to enter
+        #[arg(long)]
+        keep: bool,
+    },
+    /// What nohop costs
+    Bench {
+        /// What to measure
+        #[arg(value_enum)]
+        suite: bench::Suite,
+        /// Fewer and shorter rounds
+        #[arg(long)]
+        quick: bool,
+    },
     /// Format, lints, unit tests, tests in the kernel and end to end
     Test {
         /// Run only the tests whose name contains this; without format and lints
@@ -62,6 +79,8 @@ fn run(task: Task) -> Result<ExitCode> {
                 println!("helper: {}", helper.display());
             }
         }
+        Task::Demo { keep } => demo::demo(keep)?,
+        Task::Bench { suite, quick } => bench::run(suite, quick)?,
         Task::Test { filter } => return Ok(test::run(filter.as_deref())),
     }
     Ok(ExitCode::SUCCESS)

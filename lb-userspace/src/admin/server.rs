@@ -14,7 +14,7 @@ use hyper::service::service_fn;
 use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use serde::Serialize;
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 
@@ -26,6 +26,11 @@ use super::route::{Route, RouteError, Wait, route};
 const MAX_CONNECTIONS: usize = 128;
 /// How long a client may take over the head of a request, the pause before it included.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
+/// What one connection too many is told.
+const BUSY: &[u8] =
+    b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\ncontent-length: 0\r\n\r\n";
+/// How long one connection too many may take over its request.
+const BUSY_TIMEOUT: Duration = Duration::from_secs(1);
 /// The pause after a connection couldn't be accepted, for one because files ran out.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -85,8 +90,9 @@ fn spawn<V: View>(
     let view = Arc::clone(view);
     let Ok(slot) = Arc::clone(slots).try_acquire_owned() else {
         connections.spawn(async move {
-            let busy = b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\n\r\n";
-            let _: io::Result<()> = stream.write_all(busy).await;
+            // An answer is lost where the request before it stays unread.
+            let _ = tokio::time::timeout(BUSY_TIMEOUT, stream.read(&mut [0; 4096])).await;
+            let _: io::Result<()> = stream.write_all(BUSY).await;
         });
         return;
     };

@@ -250,13 +250,15 @@ fn source(config: &Config) -> Found {
     };
     let found = block_on(async {
         let mut source = catalog::spawn(config).map_err(|error| error.to_string())?;
-        let answered =
-            tokio::time::timeout(SOURCE_LIMIT, source.catalog.wait_for(Option::is_some)).await;
-        let services = match &answered {
-            Ok(Ok(catalog)) => catalog.as_ref().map(|catalog| catalog.len()),
-            _ => None,
+        let answered = async {
+            tokio::select! {
+                _ = source.catalog.wait_for(Option::is_some) => {}
+                _ = source.health.wait_for(|health| health.problem.is_some()) => {}
+            }
         };
-        drop(answered);
+        // Should neither come in time, that is said below.
+        let _ = tokio::time::timeout(SOURCE_LIMIT, answered).await;
+        let services = source.catalog.borrow().as_ref().map(|catalog| catalog.len());
         let problem = source.health.borrow().problem.clone();
         match (services, problem) {
             (Some(services), None) => Ok(format!("{services} services to route")),

@@ -290,10 +290,10 @@ fn what_is_wrong_is_named_with_its_line_and_its_mend() {
             ],
         ),
         (
-            "dns.ttl = 'x'\nwhat is this\nvip.ports = [0]",
+            "dns.ttl = 'x'\nstate_dir = \nvip.ports = [0]",
             &[
                 "f:1: dns.ttl: expected an integer, found a string",
-                "f:2: not TOML: key with no value, expected `=`",
+                "f:2: not TOML: string values must be quoted, expected literal string",
                 "f:3: vip.ports: 0 is out of range; write a number from 1 to 65535",
             ],
         ),

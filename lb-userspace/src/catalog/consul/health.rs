@@ -71,14 +71,16 @@ where
 }
 
 /// The instances among the records, or `None` where there are records and all belong to proxies,
-/// gateways and the like (any non-empty Kind): such a name is no service to dial.
+/// gateways and the like (any non-empty Kind): such a name is no service to dial. Beside others
+/// such a record is out.
 ///
 /// `local` is left false: who this node is, only the model knows.
 pub fn instances(records: Vec<Record>, tag: &str) -> Option<Vec<Instance>> {
-    let n_records = records.len();
-    let instances: Vec<Instance> = records
+    if !records.is_empty() && records.iter().all(|record| !record.service.kind.is_empty()) {
+        return None;
+    }
+    let instances = records
         .into_iter()
-        .filter(|record| record.service.kind.is_empty())
         .map(|record| {
             let standing = standing(&record, tag);
             let Record { node, service, .. } = record;
@@ -93,12 +95,16 @@ pub fn instances(records: Vec<Record>, tag: &str) -> Option<Vec<Instance>> {
             }
         })
         .collect();
-    (n_records == 0 || !instances.is_empty()).then_some(instances)
+    Some(instances)
 }
 
-/// The verdict of the tag and the checks. Outputs and times of checks have no part in it, so that
+/// The verdict of the kind, the tag and the checks. Outputs and times of checks have no part in it, so that
 /// a check that only changed its words changes nothing.
 fn standing(record: &Record, tag: &str) -> Standing {
+    // A sidecar inherits the tags of the service that it stands beside.
+    if !record.service.kind.is_empty() {
+        return Standing::Out(format!("is a {}, not the service itself", record.service.kind));
+    }
     // The tags in the list of names are a union over instances, so each has to show it here.
     if !record.service.tags.iter().any(|has| has == tag) {
         return Standing::Out(format!("lacks the tag `{tag}`"));

@@ -1,0 +1,60 @@
+//! What Consul holds and nobody can dial is left out, `nohop explain` says why, and the good
+//! instance beside it serves.
+
+use anyhow::{Result, ensure};
+use lb_tests::consul::instance;
+use serde_json::json;
+
+use crate::cluster::{Cluster, SOON};
+
+pub fn story() -> Result<()> {
+    let cluster = Cluster::new(1)?;
+    let consul = &cluster.server;
+    // The id of an instance, what makes it bad, and a word of the reason.
+    let bad = [
+        ("no-port", json!({ "Port": 0 }), "port"),
+        ("host-name", json!({ "Address": "backend.example" }), "name"),
+        ("ipv6", json!({ "Address": "2001:db8::1" }), "ipv6"),
+        ("in-pool", json!({ "Address": "127.200.0.1" }), "pool"),
+        ("other-loopback", json!({ "Address": "127.0.0.1" }), "loopback"),
+        (
+            "sidecar",
+            json!({
+                "Kind": "connect-proxy",
+                "Proxy": { "DestinationServiceName": "helloworld" },
+            }),
+            "proxy",
+        ),
+    ];
+    for (id, changes, _) in &bad {
+        let mut instance = instance("helloworld", id, cluster.helloworlds[0].address);
+        for (key, value) in changes.as_object().into_iter().flatten() {
+            instance[key] = value.clone();
+        }
+        consul.register(&instance)?;
+    }
+    consul.register(&instance("no.label", "no.label", cluster.helloworlds[0].address))?;
+    // What is registered last arrives last.
+    let last = cluster.nodes.helloworld("last")?;
+    consul.register(&instance("helloworld", "last", last.address))?;
+    cluster.nohop.wait_for_backends("helloworld", 2, SOON)?;
+
+    let explained = cluster.nohop.explain("helloworld")?;
+    let entries = |list: &serde_json::Value| list.as_array().cloned().unwrap_or_default();
+    let mut known = entries(&explained["service"]["backends"]);
+    known.extend(entries(&explained["excluded"]));
+    for (id, _, word) in &bad {
+        let found = known.iter().find(|entry| entry["id"] == *id);
+        let reason = found.map(|entry| entry["reason"].to_string()).unwrap_or_default();
+        ensure!(reason.to_lowercase().contains(word), "{id}: {reason:?} in {explained:#}");
+        ensure!(found.is_some_and(|entry| entry["state"] != "healthy"), "{id}: {explained:#}");
+    }
+    for (name, expected) in [("helloworld", "sidecar"), ("no.label", "DNS name")] {
+        let output = cluster.nohop.cli(&format!("explain {name}"))?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        ensure!(text.contains(expected), "nohop explain {name}: {text}");
+    }
+    let dials = cluster.nodes.dial(cluster.vip("helloworld")?, 100)?;
+    ensure!(dials.errors.is_empty() && dials.answers.len() == 2, "{dials:?}");
+    Ok(())
+}

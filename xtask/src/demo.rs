@@ -1,0 +1,185 @@
+//! The demo: the main job, for real, in a network namespace and a cgroup of its own.
+
+use std::fs;
+use std::io::{IsTerminal, stdout};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::Command;
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use lb_tests::cgroup::Cgroup;
+use lb_tests::consul::{Consul, instance};
+use lb_tests::helloworld::Helloworld;
+use lb_tests::net::Host;
+use lb_tests::nohop::Nohop;
+use lb_tests::{run, undo};
+use rustix::process::Pid;
+use serde_json::{Value, json};
+
+/// How long nohop may take to follow Consul before the demo gives up.
+const LIMIT: Duration = Duration::from_secs(10);
+
+/// What a person needs to enter the demo and look around.
+struct Demo {
+    nohop: Nohop,
+    backends: Vec<Helloworld>,
+    _consul: Consul,
+    cgroup: Cgroup,
+    host: Arc<Host>,
+}
+
+/// Plays the demo; with `keep` it runs on afterwards, until Ctrl-C. Makes itself root by sudo.
+///
+/// # Errors
+/// When something it needs is missing, or doesn't do what it should.
+pub fn demo(keep: bool) -> Result<()> {
+    if !rustix::process::geteuid().is_root() {
+        println!("Network namespaces, cgroups and eBPF need root: going on with sudo.");
+        let mut sudo = Command::new("sudo");
+        sudo.arg(std::env::current_exe()?).arg("demo").args(keep.then_some("--keep"));
+        return Err(sudo.exec()).context("start sudo; as root the demo runs without");
+    }
+    undo::on_signals()?;
+    let mut demo = Demo::start()?;
+    demo.play()?;
+    if keep {
+        let inside = demo.host.inside(&demo.cgroup);
+        heading("It runs on, until Ctrl-C. To enter it, as root:");
+        println!("{} bash", inside.shell_prefix());
+        println!("\nThere: `curl http://helloworld.service/`, and `nohop services` after");
+        println!("export NOHOP_ADMIN={}", demo.nohop.admin());
+        println!("export PATH=$PATH:{}", directory(&run::built("nohop")?));
+        loop {
+            thread::park(); // the signal's handler cleans up and ends the process
+        }
+    }
+    Ok(())
+}
+
+impl Demo {
+    fn start() -> Result<Demo> {
+        heading("A node: a network namespace, a cgroup, and a Consul agent");
+        let host = Host::new("demo")?;
+        let cgroup = Cgroup::new()?;
+        let consul = Consul::dev(&host)?;
+        println!("{}", consul.version()?);
+
+        heading("Three backends on random ports, registered with the tag `routed`");
+        let mut backends = Vec::new();
+        for name in ["alice", "bob", "carol"] {
+            let backend = Helloworld::start(host.outside(), name, "127.0.0.1:0")?;
+            let mut registration = instance("helloworld", name, backend.address);
+            let url = format!("http://{}/", backend.address);
+            registration["Check"] =
+                json!({ "HTTP": url, "Interval": "1s", "Timeout": "1s", "Status": "passing" });
+            consul.register(&registration)?;
+            println!("{name} at {}", backend.address);
+            backends.push(backend);
+        }
+
+        heading("nohop, which attaches to the cgroup and answers DNS at 127.0.0.1");
+        let nohop = Nohop::start(&host, &cgroup, "")?;
+        nohop.wait_for_backends("helloworld", backends.len(), LIMIT)?;
+        println!("ready, pid {}", nohop.process.pid().as_raw_nonzero());
+        Ok(Demo { nohop, backends, _consul: consul, cgroup, host })
+    }
+
+    fn play(&mut self) -> Result<()> {
+        heading("An unmodified curl, the plain name, port 80");
+        for _ in 0..6 {
+            self.curl_hello()?;
+        }
+
+        heading("What nohop knows, and what is in the kernel");
+        let services = self.nohop.cli("services")?;
+        println!("{}", prompt("nohop services"));
+        println!("{}", String::from_utf8_lossy(&services.stdout).trim_end());
+        self.show_map("FRONTENDS")?;
+
+        heading("A backend dies; Consul's check notices, nohop drops it");
+        let victim = self.backends.remove(0);
+        let n_left = self.backends.len();
+        println!("{}", prompt(&format!("kill -9 {}   # alice", victim.process.pid())));
+        victim.process.kill();
+        self.nohop.wait_for_backends("helloworld", n_left, LIMIT)?;
+        for _ in 0..4 {
+            let answer = self.curl_hello()?;
+            ensure!(!answer.contains("alice"), "a dead backend answered");
+        }
+
+        heading("A misspelt name is no service");
+        let answer = self.show("curl", "-sS http://heloworld.service/")?;
+        ensure!(answer.contains("Could not resolve"), "the misspelt name was resolved");
+        println!("{}", prompt("dig heloworld.service"));
+        let answer = self.host.inside(&self.cgroup).run("dig", "heloworld.service")?;
+        let status = answer.lines().find(|line| line.contains("status:")).unwrap_or(&answer);
+        println!("{status}");
+        ensure!(status.contains("NXDOMAIN"), "the misspelt name isn't NXDOMAIN");
+        Ok(())
+    }
+
+    fn curl_hello(&self) -> Result<String> {
+        let answer = self.show("curl", "-sS --max-time 5 http://helloworld.service/")?;
+        ensure!(answer.starts_with("hello from "), "no backend answered");
+        Ok(answer)
+    }
+
+    /// Runs a command in the demo's node, and shows it with all that it writes.
+    fn show(&self, program: &str, arguments: &str) -> Result<String> {
+        println!("{}", prompt(&format!("{program} {arguments}")));
+        let mut command = self.host.inside(&self.cgroup).command(program);
+        command.args(arguments.split(' '));
+        let output = run::output(command)?;
+        let text = [output.stdout, output.stderr].concat();
+        let text = String::from_utf8_lossy(&text).into_owned();
+        println!("{}", text.trim_end());
+        Ok(text)
+    }
+
+    /// Shows the first entry of a map of the daemon, as bpftool prints it but on one line.
+    fn show_map(&self, name: &str) -> Result<()> {
+        for id in map_ids(self.nohop.process.pid())? {
+            let info = run::words("bpftool", &format!("--json map show id {id}"))?;
+            if serde_json::from_str::<Value>(&info)?["name"] == name {
+                println!("{}", prompt(&format!("bpftool map dump id {id}   # {name}")));
+                let dump = run::words("bpftool", &format!("map dump id {id}"))?;
+                let line = dump.split_whitespace().collect::<Vec<_>>().join(" ");
+                println!("{line}");
+                return Ok(());
+            }
+        }
+        anyhow::bail!("the daemon has no map {name}")
+    }
+}
+
+/// The ids of the maps that a process holds.
+fn map_ids(pid: Pid) -> Result<Vec<u32>> {
+    let mut ids = Vec::new();
+    for entry in fs::read_dir(format!("/proc/{pid}/fdinfo"))? {
+        // A descriptor may be closed in the meantime.
+        let info = fs::read_to_string(entry?.path()).unwrap_or_default();
+        let id = info.lines().find_map(|line| line.strip_prefix("map_id:"));
+        ids.extend(id.and_then(|id| id.trim().parse::<u32>().ok()));
+    }
+    Ok(ids)
+}
+
+fn directory(path: &Path) -> String {
+    path.parent().unwrap_or(path).display().to_string()
+}
+
+fn heading(text: &str) {
+    println!("\n{}", styled("1", text));
+}
+
+fn prompt(command: &str) -> String {
+    styled("36", &format!("$ {command}"))
+}
+
+/// Text in a terminal's colour or weight, where there is a terminal.
+fn styled(code: &str, text: &str) -> String {
+    if stdout().is_terminal() { format!("\x1b[{code}m{text}\x1b[0m") } else { text.into() }
+}
