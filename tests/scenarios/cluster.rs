@@ -150,8 +150,14 @@ impl Catalog {
         fs::write(self.path(), text).context("write the static catalog")
     }
 
-    fn path(&self) -> PathBuf {
-        self.0.path().join("catalog.toml")
+    /// The file.
+    pub fn path(&self) -> PathBuf {
+        self.directory().join("catalog.toml")
+    }
+
+    /// The directory it is in, which is its own.
+    pub fn directory(&self) -> PathBuf {
+        self.0.path().to_path_buf()
     }
 }
 

@@ -13,10 +13,12 @@ mod forwarding;
 mod not_a_vip_untouched;
 mod not_ready_before_consul;
 mod pinned_address;
+mod refuses_to_start;
 mod services_never_mix;
 mod static_catalog;
 mod stops_within_a_second;
 mod tag_removed;
+mod unloaded_by_hand;
 mod wildcard_server_never_reached;
 
 use std::process::ExitCode;
@@ -27,7 +29,7 @@ use libtest_mimic::{Arguments, Failed, Trial};
 
 type Story = fn() -> Result<()>;
 
-const STORIES: [(&str, Story); 15] = [
+const STORIES: [(&str, Story); 17] = [
     ("all_critical_refuses_and_recovers", all_critical_refuses_and_recovers::story),
     ("bad_records", bad_records::story),
     ("consul_killed_and_restarted", consul_killed_and_restarted::story),
@@ -38,10 +40,12 @@ const STORIES: [(&str, Story); 15] = [
     ("not_a_vip_untouched", not_a_vip_untouched::story),
     ("not_ready_before_consul", not_ready_before_consul::story),
     ("pinned_address", pinned_address::story),
+    ("refuses_to_start", refuses_to_start::story),
     ("services_never_mix", services_never_mix::story),
     ("static_catalog", static_catalog::story),
     ("stops_within_a_second", stops_within_a_second::story),
     ("tag_removed", tag_removed::story),
+    ("unloaded_by_hand", unloaded_by_hand::story),
     ("wildcard_server_never_reached", wildcard_server_never_reached::story),
 ];
 

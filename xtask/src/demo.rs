@@ -39,7 +39,7 @@ pub fn demo(keep: bool) -> Result<()> {
     if !rustix::process::geteuid().is_root() {
         println!("Network namespaces, cgroups and eBPF need root: going on with sudo.");
         let mut sudo = Command::new("sudo");
-        sudo.arg(std::env::current_exe()?).arg("demo").args(keep.then_some("--keep"));
+        sudo.arg(std::env::current_exe()?).args(["demo", "--built"]).args(keep.then_some("--keep"));
         return Err(sudo.exec()).context("start sudo; as root the demo runs without");
     }
     undo::on_signals()?;

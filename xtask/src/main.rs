@@ -41,6 +41,9 @@ enum Task {
         /// Leave it running, and say how to enter
         #[arg(long)]
         keep: bool,
+        /// It is built already; for the part that sudo runs
+        #[arg(long, hide = true)]
+        built: bool,
     },
     /// What nohop costs
     Bench {
@@ -79,7 +82,12 @@ fn run(task: Task) -> Result<ExitCode> {
                 println!("helper: {}", helper.display());
             }
         }
-        Task::Demo { keep } => demo::demo(keep)?,
+        Task::Demo { keep, built } => {
+            if !built {
+                compile::build(false)?;
+            }
+            demo::demo(keep)?;
+        }
         Task::Bench { suite, quick } => bench::run(suite, quick)?,
         Task::Test { filter } => return Ok(test::run(filter.as_deref())),
     }

@@ -34,7 +34,7 @@ pub fn main() -> ExitCode {
             // What is wrong with a configuration comes a line each, and needs no headline.
             match error.downcast_ref::<ConfigErrors>() {
                 Some(errors) => eprintln!("{errors}"),
-                None => eprintln!("error: {error:#}"),
+                None => eprintln!("error: {}", chain(&error)),
             }
             let usage = error.is::<ConfigErrors>()
                 || error.is::<crate::catalog::CatalogError>()
@@ -73,6 +73,18 @@ fn command(command: Command) -> anyhow::Result<ExitCode> {
         Command::Unload { config, all, json } => unload::unload(&load(config)?, all, json)?,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The error and its causes in one line; a cause that is named already isn't named again, since some
+/// libraries' messages have their causes in them.
+fn chain(error: &anyhow::Error) -> String {
+    error.chain().map(ToString::to_string).fold(String::new(), |text, cause| {
+        match text.is_empty() || text.contains(&cause) {
+            true if text.is_empty() => cause,
+            true => text,
+            false => text + ": " + &cause,
+        }
+    })
 }
 
 fn load(arguments: ConfigArguments) -> Result<Config, ConfigErrors> {
@@ -135,6 +147,12 @@ fn log(format: LogFormat) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_cause_is_named_once() {
+        let error = anyhow::anyhow!("no such file").context("read it: no such file").context("top");
+        assert_eq!(chain(&error), "top: read it: no such file");
+    }
 
     #[test]
     fn the_arguments_are_consistent() {

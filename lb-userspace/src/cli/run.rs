@@ -38,6 +38,7 @@ pub fn run(config: Config) -> anyhow::Result<()> {
 async fn daemon(config: Config) -> anyhow::Result<()> {
     let mut stop = StopSignals::new().context("can't listen for signals")?;
     let scope = scope(&config)?;
+    let mut source = catalog::spawn(&config)?;
     // What another daemon may hold comes first, so that a second one disturbs nothing.
     let admin_listeners = admin::bind(&config.admin.listen)?;
     let dns_sockets = dns::bind(&config.dns).await?;
@@ -59,7 +60,6 @@ async fn daemon(config: Config) -> anyhow::Result<()> {
     let attachment = plane.attachment()?;
     tracing::info!(cgroup = %scope.display(), pool = %config.vip.pool, "attached");
 
-    let mut source = catalog::spawn(&config)?;
     let (table_out, table) = watch::channel(Arc::new(Table::default()));
     let (attached_out, attached) = watch::channel(attachment.holds());
     let (generation_out, generation) = watch::channel(0);

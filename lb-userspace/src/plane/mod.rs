@@ -49,10 +49,10 @@ const PROGRAMS: [&str; 2] = ["nohop_getpeer4", "nohop_connect4"];
 #[derive(Debug, thiserror::Error)]
 pub enum PlaneError {
     /// The kernel didn't take the object.
-    #[error("the kernel refused the eBPF object: {0}; `nohop check` says what is missing")]
+    #[error("the kernel refused the eBPF object; {mend}", mend = mend(.0))]
     Load(#[source] EbpfError),
     /// The kernel didn't take a program.
-    #[error("the kernel refused the program {program}: {source}; {mend}", mend = privileges(source))]
+    #[error("the kernel refused the program {program}; {mend}", mend = mend(source))]
     Program {
         /// The program.
         program: &'static str,
@@ -110,9 +110,10 @@ pub enum PlaneError {
     },
 }
 
-fn privileges(error: &ProgramError) -> &'static str {
-    let denied = matches!(error, ProgramError::LoadError { io_error, .. }
-        if io_error.kind() == io::ErrorKind::PermissionDenied);
+fn mend(error: &(dyn std::error::Error + 'static)) -> &'static str {
+    let denied = std::iter::successors(Some(error), |error| error.source())
+        .filter_map(|error| error.downcast_ref::<io::Error>())
+        .any(|error| error.kind() == io::ErrorKind::PermissionDenied);
     if denied {
         "run as root, or with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON"
     } else {

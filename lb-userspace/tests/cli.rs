@@ -1,0 +1,88 @@
+//! The command line as a person meets it: exit codes and messages. Nothing here needs root.
+#![expect(clippy::unwrap_used, reason = "a test that can't go on fails")]
+
+use std::process::{Command, Output};
+
+fn nohop(arguments: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_nohop"));
+    for variable in ["NOHOP_ADMIN", "CONSUL_HTTP_ADDR", "CONSUL_HTTP_TOKEN"] {
+        command.env_remove(variable);
+    }
+    command.args(arguments).output().unwrap()
+}
+
+/// What it said on stderr, with its exit code.
+fn said(output: &Output) -> (Option<i32>, String) {
+    (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+fn file(name: &str, text: &str) -> (tempfile::TempDir, String) {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join(name);
+    std::fs::write(&path, text).unwrap();
+    let path = path.to_str().unwrap().to_owned();
+    (directory, path)
+}
+
+#[test]
+fn every_mistake_of_a_configuration_is_named_at_once() {
+    let (_directory, path) = file(
+        "nohop.toml",
+        "stat_dir = \"/x\"\n[vip]\npool = \"127.128.0.0/24\"\nports = \"80\"\n\
+         pins = { web = \"127.128.0.5:80\" }\n",
+    );
+    for command in ["run", "unload"] {
+        let (code, text) = said(&nohop(&[command, "--config", &path]));
+        assert_eq!(code, Some(2), "{text}");
+        for part in [":1: stat_dir: ", ":4: vip.ports: ", "vip.pool", "vip.pins", "max_services"] {
+            assert!(text.contains(part), "{command}: no {part:?} in:\n{text}");
+        }
+    }
+}
+
+#[test]
+fn a_bad_catalog_is_a_mistake_with_its_lines() {
+    let (_directory, path) = file(
+        "catalog.toml",
+        "[[service]]\nname = \"web\"\n[[service.backend]]\naddress = \"10.0.0.7:1\"\n\
+         [[service.backend]]\naddress = \"10.0.0.7:1\"\n[[service]]\nname = \"web\"\nbackend = []\n",
+    );
+    let (code, text) = said(&nohop(&["run", "--catalog", &path]));
+    assert_eq!(code, Some(2), "{text}");
+    assert!(text.contains("catalog.toml:5") && text.contains("catalog.toml:7"), "{text}");
+}
+
+#[test]
+fn without_a_daemon_the_clients_say_where_they_looked() {
+    for command in [&["status"][..], &["services"], &["explain", "web"]] {
+        let (code, text) =
+            said(&nohop(&[command, &["--admin", "unix:/nonexistent/sock"]].concat()));
+        assert_eq!(code, Some(1), "{text}");
+        assert!(text.contains("/nonexistent/sock") && text.contains("--admin"), "{text}");
+    }
+    let (code, text) = said(&nohop(&["status", "--admin", "nowhere"]));
+    assert_eq!(code, Some(2), "{text}");
+}
+
+#[test]
+fn wrong_usage_is_2() {
+    for arguments in [&["explain"][..], &["dance"], &["run", "--dns-listen", "nowhere"]] {
+        let (code, text) = said(&nohop(arguments));
+        assert_eq!(code, Some(2), "{arguments:?}: {text}");
+    }
+}
+
+#[test]
+fn check_reports_as_json_and_fails_where_something_is_missing() {
+    let (_directory, catalog) = file("catalog.toml", "service = []\n");
+    let arguments = ["check", "--json", "--catalog", &catalog, "--cgroup", "/tmp"];
+    let output = nohop(&arguments);
+    assert_eq!(output.status.code(), Some(1), "/tmp is no cgroup");
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report["ok"], false);
+    let checks = report["checks"].as_array().unwrap();
+    let found = |what: &str| checks.iter().find(|check| check["what"] == what).unwrap();
+    assert_eq!(found("cgroup v2")["ok"], false);
+    assert!(found("cgroup v2")["mend"].as_str().unwrap().contains("--cgroup"));
+    assert_eq!(found("catalog")["ok"], true, "{report:#}");
+}
