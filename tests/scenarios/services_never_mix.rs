@@ -1,5 +1,6 @@
 //! Two services churn while each is dialled 10,000 times: every dial is answered, by its own.
 
+use std::net::SocketAddrV4;
 use std::thread;
 
 use anyhow::{Context, Result, ensure};
@@ -8,38 +9,50 @@ use lb_tests::helloworld::Dials;
 
 use crate::cluster::Cluster;
 
-const N_DIALS: u32 = 10_000;
+/// Dials to each service, at least this many rounds of them, and on until the table has changed
+/// this often.
+const N_DIALS_A_ROUND: u32 = 1_000;
+const N_ROUNDS: usize = 10;
+const N_CHANGES: u64 = 20;
+
+/// After this many rounds without those changes something is stuck.
+const MAX_ROUNDS: usize = 200;
 
 pub fn story() -> Result<()> {
     let mut cluster = Cluster::new(0)?;
     cluster.serve("a", 3)?;
     cluster.serve("b", 3)?;
     let (a_vip, b_vip) = (cluster.vip("a")?, cluster.vip("b")?);
-    let generation = || Ok::<_, anyhow::Error>(cluster.nohop.status()?["generation"].as_u64());
-    let before = generation()?.context("a status without a generation")?;
+    let cluster = &cluster;
 
-    let (a_dials, b_dials) = thread::scope(|scope| -> Result<(Dials, Dials)> {
-        let dialers = [a_vip, b_vip].map(|vip| {
-            let nodes = &cluster.nodes;
-            scope.spawn(move || nodes.dial(vip, N_DIALS))
-        });
+    thread::scope(|scope| -> Result<()> {
+        let dialers = [(a_vip, "hello from a-"), (b_vip, "hello from b-")]
+            .map(|(vip, own)| scope.spawn(move || dial_through(cluster, vip, own)));
         // The last two of each service come and go, the first one stays.
-        let ids = ["a-1", "b-1", "a-2", "b-2"].into_iter().cycle();
-        for id in ids.take_while(|_| dialers.iter().any(|dialer| !dialer.is_finished())) {
-            let i: usize = if id.starts_with('a') { 0 } else { 3 };
-            let address = cluster.helloworlds[i + usize::from(id.as_bytes()[2] - b'0')].address;
-            cluster.server.deregister(id)?;
-            cluster.server.register(&instance(&id[..1], id, address))?;
+        let churned = [("a", 1), ("b", 4), ("a", 2), ("b", 5)].into_iter().cycle();
+        for (name, i) in churned.take_while(|_| !dialers.iter().all(|d| d.is_finished())) {
+            let id = format!("{name}-{}", i % 3);
+            cluster.server.deregister(&id)?;
+            cluster.server.register(&instance(name, &id, cluster.helloworlds[i].address))?;
         }
-        let [a, b] = dialers.map(|dialer| dialer.join().expect("a dialer panicked"));
-        Ok((a?, b?))
-    })?;
+        dialers.into_iter().try_for_each(|dialer| dialer.join().expect("a dialer panicked"))
+    })
+}
 
-    let after = generation()?.context("a status without a generation")?;
-    ensure!(after >= before + 10, "it churned too little: generation {before} to {after}");
-    for (dials, own) in [(a_dials, "hello from a-"), (b_dials, "hello from b-")] {
+/// Dials a service while the table changes; each answer has to begin with `own`.
+fn dial_through(cluster: &Cluster, vip: SocketAddrV4, own: &str) -> Result<()> {
+    let generation = || -> Result<u64> {
+        cluster.nohop.status()?["generation"].as_u64().context("a status without a generation")
+    };
+    let enough = generation()? + N_CHANGES;
+    let mut n_rounds = 0;
+    while n_rounds < N_ROUNDS || generation()? < enough {
+        let dials: Dials = cluster.nodes.dial(vip, N_DIALS_A_ROUND)?;
         ensure!(dials.all_answered(|answer| answer.starts_with(own)), "{own}: {dials:?}");
-        ensure!(dials.answers.values().sum::<u64>() == u64::from(N_DIALS), "{dials:?}");
+        let n_answers: u64 = dials.answers.values().sum();
+        ensure!(n_answers == u64::from(N_DIALS_A_ROUND), "{own}: {dials:?}");
+        n_rounds += 1;
+        ensure!(n_rounds < MAX_ROUNDS, "the table doesn't change while it is dialled");
     }
     Ok(())
 }

@@ -122,7 +122,7 @@ impl Demo {
     }
 
     fn curl_hello(&self) -> Result<String> {
-        let answer = self.show("curl", "-sS --max-time 5 http://helloworld.service/")?;
+        let answer = self.show("curl", "-sS http://helloworld.service/")?;
         ensure!(answer.starts_with("hello from "), "no backend answered");
         Ok(answer)
     }

@@ -368,3 +368,13 @@ fn a_file_that_was_named_must_be_there() {
     let errors = Config::load(Some(missing), Overrides::default(), &|_| None).unwrap_err();
     assert!(errors.to_string().starts_with("can't read /nowhere/nohop.toml: "), "{errors}");
 }
+
+#[test]
+fn the_readme_shows_the_defaults() {
+    let readme = include_str!("../../../README.md");
+    let start = readme.find("cgroup = \"auto\"").unwrap();
+    let text = readme[start..].split("```").next().unwrap();
+    let path = Path::new("README.md");
+    let config = Config::parse(path, text.as_bytes(), Overrides::default(), &|_| None).unwrap();
+    assert_eq!(config, Config::default());
+}
