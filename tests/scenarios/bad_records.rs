@@ -3,7 +3,7 @@
 
 use anyhow::{Result, ensure};
 use lb_tests::consul::instance;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::cluster::{Cluster, SOON};
 
@@ -38,6 +38,8 @@ pub fn story() -> Result<()> {
     let last = cluster.nodes.helloworld("last")?;
     consul.register(&instance("helloworld", "last", last.address))?;
     cluster.nohop.wait_for_backends("helloworld", 2, SOON)?;
+    let named = |status: &Value| status["problems"].to_string().contains("no.label");
+    cluster.nohop.wait_for_status(SOON, named)?;
 
     let explained = cluster.nohop.explain("helloworld")?;
     let entries = |list: &serde_json::Value| list.as_array().cloned().unwrap_or_default();

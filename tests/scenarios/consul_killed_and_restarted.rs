@@ -1,4 +1,5 @@
-//! Consul's agent dies: everything goes on as it was. It comes back: news arrive again.
+//! Consul's agent dies, then the server: everything goes on as it was, while they are away and when
+//! they come back. After that news arrive again.
 
 use anyhow::{Result, ensure};
 use lb_tests::consul::instance;
@@ -20,8 +21,28 @@ pub fn story() -> Result<()> {
     let meanwhile = cluster.nohop.services()?;
     ensure!(meanwhile[0]["generation"] == before[0]["generation"], "{meanwhile:#}");
 
+    let is_live = |status: &serde_json::Value| status["catalog"]["state"] == "live";
+    let unchanged = |cluster: &Cluster, when: &str| {
+        let after = cluster.nohop.services()?;
+        ensure!(after[0]["generation"] == before[0]["generation"], "{when}: {after:#}");
+        let dials = cluster.nodes.dial(vip, 100)?;
+        ensure!(dials.errors.is_empty() && dials.answers.len() == 2, "{when}: {dials:?}");
+        Ok(())
+    };
     cluster.agent.restart()?;
-    cluster.nohop.wait_for_status(SOON, |status| status["catalog"]["state"] == "live")?;
+    cluster.nohop.wait_for_status(SOON, is_live)?;
+    unchanged(&cluster, "the agent is back")?;
+
+    cluster.server.kill();
+    cluster.nohop.wait_for_status(SOON, is_failing)?;
+    unchanged(&cluster, "the server is away")?;
+    cluster.server.restart()?;
+    cluster.nohop.wait_for_status(SOON, is_live)?;
+
+    // The server's agent owns the checks, which to it are critical until their next heartbeat.
+    for check in ["service:helloworld-0", "service:helloworld-1"] {
+        cluster.server.pass(check)?;
+    }
     let newcomer = cluster.nodes.helloworld("newcomer")?;
     cluster.server.register(&instance("helloworld", "newcomer", newcomer.address))?;
     cluster.nohop.wait_for_backends("helloworld", 3, SOON)?;

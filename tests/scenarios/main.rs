@@ -10,6 +10,7 @@ mod container_namespace;
 mod critical_backend_leaves;
 mod curl_by_name;
 mod forwarding;
+mod four_capabilities;
 mod not_a_vip_untouched;
 mod not_ready_before_consul;
 mod pinned_address;
@@ -29,7 +30,7 @@ use libtest_mimic::{Arguments, Failed, Trial};
 
 type Story = fn() -> Result<()>;
 
-const STORIES: [(&str, Story); 17] = [
+const STORIES: [(&str, Story); 18] = [
     ("all_critical_refuses_and_recovers", all_critical_refuses_and_recovers::story),
     ("bad_records", bad_records::story),
     ("consul_killed_and_restarted", consul_killed_and_restarted::story),
@@ -37,6 +38,7 @@ const STORIES: [(&str, Story); 17] = [
     ("critical_backend_leaves", critical_backend_leaves::story),
     ("curl_by_name", curl_by_name::story),
     ("forwarding", forwarding::story),
+    ("four_capabilities", four_capabilities::story),
     ("not_a_vip_untouched", not_a_vip_untouched::story),
     ("not_ready_before_consul", not_ready_before_consul::story),
     ("pinned_address", pinned_address::story),

@@ -4,6 +4,7 @@ use std::net::{Ipv4Addr, SocketAddrV4};
 
 use anyhow::{Result, ensure};
 use lb_tests::helloworld::{Helloworld, dial};
+use lb_tests::run;
 
 use crate::cluster::{Catalog, Nodes, vip};
 
@@ -32,6 +33,12 @@ pub fn story() -> Result<()> {
         let dials = nodes.dial(address, 20)?;
         ensure!(dials.all_failed_with("ConnectionRefused"), "{address}, inside: {dials:?}");
     }
+    // This version has no hook for IPv6 sockets. A dual-stack one that dials the mapped address is
+    // kept from the wildcard server by the route.
+    let mut curl = nodes.inside().command("curl");
+    curl.args(["-sS", "-g", "--max-time", "5"]).arg(format!("http://[::ffff:{}]/", full.ip()));
+    let output = run::output(curl)?;
+    ensure!(!output.status.success() && output.stdout.is_empty(), "{output:?}");
     for address in [empty, unassigned, other_port, full] {
         let dials = dial(outside, address, 20)?;
         ensure!(dials.all_failed_with("HostUnreachable"), "{address}, outside: {dials:?}");

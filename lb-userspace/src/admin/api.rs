@@ -122,7 +122,6 @@ pub struct Backend {
     /// What may be done with it.
     pub state: State,
     /// Why, where that isn't plain.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
     /// Dials that it was chosen for, since it came.
     pub connects: u64,

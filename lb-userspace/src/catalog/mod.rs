@@ -31,6 +31,8 @@ pub struct Health {
     pub source: &'static str,
     /// What is wrong now, with the mend; `None` while all is well.
     pub problem: Option<String>,
+    /// Whether the problem is that the source doesn't answer, so that the last catalog serves.
+    pub is_failing: bool,
     /// When the source last answered, whether or not anything had changed. `None` before that.
     pub last_answer: Option<Instant>,
 }

@@ -19,7 +19,12 @@ impl Output {
     pub fn new(source: &'static str) -> Self {
         Output {
             catalog: Arc::new(Sender::new(None)),
-            health: Arc::new(Sender::new(Health { source, problem: None, last_answer: None })),
+            health: Arc::new(Sender::new(Health {
+                source,
+                problem: None,
+                is_failing: false,
+                last_answer: None,
+            })),
         }
     }
 
@@ -50,20 +55,21 @@ impl Output {
         self.health.send_modify(|health| health.last_answer = Some(now));
     }
 
-    /// Says what is wrong, or that nothing is; the log hears of the first problem and of its end.
-    pub fn set_problem(&self, problem: Option<String>) {
+    /// Says what is wrong, or that nothing is, and whether the source doesn't answer; the log hears of the first problem and of its end.
+    pub fn set_problem(&self, problem: Option<String>, is_failing: bool) {
         self.health.send_if_modified(|health| {
-            if health.problem == problem {
+            if health.problem == problem && health.is_failing == is_failing {
                 return false;
             }
             match (&health.problem, &problem) {
                 (None, Some(problem)) => {
-                    tracing::warn!(source = health.source, "{problem}; the last catalog stays");
+                    tracing::warn!(source = health.source, "{problem}");
                 }
                 (Some(_), None) => tracing::info!(source = health.source, "all is well again"),
                 _ => {}
             }
             health.problem = problem;
+            health.is_failing = is_failing;
             true
         });
     }

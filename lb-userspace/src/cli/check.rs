@@ -72,7 +72,12 @@ pub fn check(config: Result<Config, ConfigErrors>, admin: Option<&str>) -> Repor
     for &address in &config.dns.listen {
         checks.push(finding("DNS port", true, dns_port(address, daemon.as_ref().ok())));
     }
-    checks.push(finding("catalog", true, source(&config)));
+    let (found, warning) = source(&config);
+    checks.push(finding("catalog", true, found));
+    if let Some(warning) = warning {
+        let mend = "it routes all the same; see what it says".to_owned();
+        checks.push(finding("catalog warning", false, Err((warning, mend))));
+    }
     checks.push(finding(
         "daemon",
         false,
@@ -242,31 +247,33 @@ fn dns_port(address: SocketAddr, daemon: Option<&api::Status>) -> Found {
 /// How long the source may take to give all its services.
 const SOURCE_LIMIT: std::time::Duration = std::time::Duration::from_secs(5);
 
-/// Asks the source as the daemon does, so that what it would meet is what is said here.
-fn source(config: &Config) -> Found {
+/// Asks the source as the daemon does, so that what it would meet is what is said here. What is
+/// wrong and keeps nothing from working comes second.
+fn source(config: &Config) -> (Found, Option<String>) {
     let mend = match &config.catalog.source {
         Source::Consul => "see that the agent runs, and consul.address and the token",
         Source::File(_) => "correct the file",
     };
-    let found = block_on(async {
+    let asked = block_on(async {
         let mut source = catalog::spawn(config).map_err(|error| error.to_string())?;
         let answered = async {
             tokio::select! {
                 _ = source.catalog.wait_for(Option::is_some) => {}
-                _ = source.health.wait_for(|health| health.problem.is_some()) => {}
+                _ = source.health.wait_for(|health| health.is_failing) => {}
             }
         };
         // Should neither come in time, that is said below.
         let _ = tokio::time::timeout(SOURCE_LIMIT, answered).await;
-        let services = source.catalog.borrow().as_ref().map(|catalog| catalog.len());
-        let problem = source.health.borrow().problem.clone();
-        match (services, problem) {
-            (Some(services), None) => Ok(format!("{services} services to route")),
-            (Some(services), Some(problem)) => Err(format!("{services} services, but {problem}")),
-            (None, problem) => Err(problem.unwrap_or_else(|| "no answer within 5 s".to_owned())),
-        }
+        let n_services = source.catalog.borrow().as_ref().map(|catalog| catalog.len());
+        Ok((n_services, source.health.borrow().problem.clone()))
     });
-    found.flatten().map_err(|detail| (detail, mend.to_owned()))
+    let wrong = |detail| (wrong(detail, mend), None);
+    match asked.flatten() {
+        Ok((Some(n_services), warning)) => (Ok(format!("{n_services} services to route")), warning),
+        Ok((None, Some(problem))) => wrong(problem),
+        Ok((None, None)) => wrong("no answer within 5 s".to_owned()),
+        Err(error) => wrong(error),
+    }
 }
 
 #[cfg(test)]

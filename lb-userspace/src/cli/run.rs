@@ -1,7 +1,7 @@
 //! `nohop run`: the daemon. It brings the parts up, leads each catalog to the kernel and then to the
 //! readers, and takes the parts down again.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
@@ -16,8 +16,11 @@ use crate::plane::{Plane, netns_cookie, route};
 use crate::table::{Builder, Table, vips::Vips};
 use crate::{admin, catalog, dns};
 
-/// How often the attachment is looked at, and what the kernel refused is tried again.
+/// How often the attachment is looked at, and what failed is tried again.
 const TICK: Duration = Duration::from_secs(1);
+
+/// How often the unreachable route is put back, should somebody have flushed it.
+const ROUTE_TICK: Duration = Duration::from_secs(10);
 
 /// Runs the daemon until SIGTERM or SIGINT.
 ///
@@ -57,7 +60,7 @@ async fn daemon(config: Config) -> anyhow::Result<()> {
     let mut plane = Plane::load(&config.plane, &config.vip, host_netns)?;
     route::add_unreachable(config.vip.pool).await?;
     plane.attach(&scope)?;
-    let attachment = plane.attachment()?;
+    let attachment = plane.attachment();
     tracing::info!(cgroup = %scope.display(), pool = %config.vip.pool, "attached");
 
     let (table_out, table) = watch::channel(Arc::new(Table::default()));
@@ -89,8 +92,11 @@ async fn daemon(config: Config) -> anyhow::Result<()> {
     let mut builder = Builder::new(&config.vip, vips);
     // A static catalog is there before anybody could have waited for it.
     source.catalog.mark_changed();
+    let mut vips_unwritten = false;
     let mut tick = tokio::time::interval(TICK);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut route_tick = tokio::time::interval(ROUTE_TICK);
+    route_tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         let catalog: Option<Arc<Catalog>> = tokio::select! {
             () = stop.recv() => break,
@@ -103,9 +109,20 @@ async fn daemon(config: Config) -> anyhow::Result<()> {
                 if attached_out.send_if_modified(|was| std::mem::replace(was, holds) != holds) {
                     tracing::warn!(attached = holds, "the attachment to {} changed", scope.display());
                 }
+                if vips_unwritten {
+                    vips_unwritten = tokio::task::block_in_place(|| !write(&builder, &vips_path));
+                }
                 if !errors_of(&errors).is_empty() {
                     let last = table_out.borrow().clone();
                     tokio::task::block_in_place(|| apply(&plane, &last, &errors));
+                }
+                None
+            }
+            _ = route_tick.tick() => {
+                match route::add_unreachable(config.vip.pool).await {
+                    Ok(true) => tracing::warn!("the route that keeps VIPs unreachable was gone"),
+                    Ok(false) => {}
+                    Err(error) => tracing::error!("{error}"),
                 }
                 None
             }
@@ -114,10 +131,8 @@ async fn daemon(config: Config) -> anyhow::Result<()> {
         let last = table_out.borrow().clone();
         let Some(next) = builder.next(&last, &catalog, SystemTime::now()) else { continue };
         tokio::task::block_in_place(|| {
-            if next.vips_changed
-                && let Err(error) = builder.vips().write(&vips_path)
-            {
-                tracing::error!("{error}; until it is mended, a restart may change addresses");
+            if next.vips_changed {
+                vips_unwritten = !write(&builder, &vips_path);
             }
             apply(&plane, &next.table, &errors);
         });
@@ -136,6 +151,15 @@ async fn daemon(config: Config) -> anyhow::Result<()> {
     // place.
     lock(&plane).detach();
     Ok(())
+}
+
+/// Writes the book of VIPs; returns whether that worked.
+fn write(builder: &Builder, path: &Path) -> bool {
+    let written = builder.vips().write(path);
+    if let Err(error) = &written {
+        tracing::error!("{error}; until it is mended, a restart may change addresses");
+    }
+    written.is_ok()
 }
 
 /// The cgroup whose processes are served.

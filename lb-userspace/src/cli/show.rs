@@ -74,7 +74,7 @@ fn service(text: &mut String, service: &Service, width: usize) {
         ),
     );
     if let Some(error) = &service.error {
-        line(text, format!("  ! the kernel has its former state: {error}"));
+        line(text, format!("  ! the kernel doesn't have this state of it: {error}"));
     }
     if service.backends.is_empty() {
         line(text, "  no backend: dials are refused".to_owned());

@@ -49,10 +49,10 @@ impl View for DaemonView {
             let names = names.join(", ");
             problems.push(format!("{n_rejected} names can't be had ({names}): see nohop explain"));
         }
-        let state = match (table.is_synced(), &health.problem) {
+        let state = match (table.is_synced(), health.is_failing) {
             (false, _) => "connecting",
-            (true, None) => "live",
-            (true, Some(_)) => "failing",
+            (true, false) => "live",
+            (true, true) => "failing",
         };
         let maps = lock(&self.plane).pressure().map(|(name, pressure)| api::MapStatus {
             name: name.to_owned(),
@@ -111,9 +111,12 @@ impl View for DaemonView {
 
 impl DaemonView {
     fn service(&self, service: &Service) -> api::Service {
-        let Indices { service: service_idx, backends } =
-            lock(&self.plane).indices(&service.name).unwrap_or_default();
-        let stats = self.counters.service(service_idx);
+        // A service that the kernel never had has no counters.
+        let indices = lock(&self.plane).indices(&service.name);
+        let (stats, backends) = match indices {
+            Some(Indices { service, backends }) => (self.counters.service(service), backends),
+            None => Default::default(),
+        };
         let backends = service.backends.iter().map(|backend| {
             let backend_idx = backend.address.and_then(|address| backends.get(&address));
             api::Backend {
@@ -164,6 +167,13 @@ impl DaemonView {
         };
         let (vip, ports) = (service.vip, &service.ports);
         let ports = ports.iter().map(u16::to_string).collect::<Vec<_>>().join(" or ");
+        if let Some(error) = errors_of(&self.errors).get(name) {
+            let served = match lock(&self.plane).indices(name) {
+                Some(_) => "goes by the service's former state",
+                None => "is refused with ECONNREFUSED",
+            };
+            return format!("a dial to {fqdn} ({vip}) port {ports} {served}: {error}");
+        }
         let n_healthy = service.healthy().count();
         let n_host_only = service.healthy().filter(|backend| backend.host_only).count();
         let mut sentence = match n_healthy {

@@ -83,7 +83,7 @@ impl Config {
                 });
             }
         }
-        draft.read_environment(env);
+        draft.read_environment(env, &overrides);
         draft.read_overrides(overrides);
         draft.finish()
     }
@@ -308,9 +308,17 @@ impl Draft {
         }
     }
 
-    fn read_environment(&mut self, env: &dyn Fn(&str) -> Option<String>) {
+    /// What a flag beats, or no source asks for, isn't judged.
+    fn read_environment(&mut self, env: &dyn Fn(&str) -> Option<String>, overrides: &Overrides) {
         let env = |name| env(name).filter(|value| !value.is_empty());
-        if let Some(text) = env("CONSUL_HTTP_ADDR") {
+        if self.config.catalog.source != Source::Consul || overrides.catalog.is_some() {
+            return;
+        }
+        if env("CONSUL_HTTP_SSL").is_some_and(|text| matches!(text.as_str(), "1" | "true")) {
+            let refused = Err("TLS to Consul isn't in this version; unset it".to_owned());
+            self.outside::<()>("consul.address", "CONSUL_HTTP_SSL", refused);
+        }
+        if let Some(text) = env("CONSUL_HTTP_ADDR").filter(|_| overrides.consul_addr.is_none()) {
             let address = address::consul(&text);
             if let Some(address) = self.outside("consul.address", "CONSUL_HTTP_ADDR", address) {
                 self.config.consul.address = address;

@@ -338,7 +338,6 @@ fn flags_are_checked_like_the_file() {
         cgroup: Some("/cg".into()),
         dns_listen: vec!["127.128.0.5:53".into()],
         admin_listen: vec!["nowhere".into()],
-        catalog: Some("c.toml".into()),
         ..Overrides::default()
     };
     let errors = check_all("", overrides.clone(), &[("CONSUL_HTTP_ADDR", "https://x:1")]);
@@ -353,9 +352,11 @@ fn flags_are_checked_like_the_file() {
     let overrides = Overrides {
         dns_listen: vec!["127.0.0.9:53".into()],
         admin_listen: vec!["unix:/x".into()],
+        catalog: Some("c.toml".into()),
         ..overrides
     };
-    let config = check_all("", overrides, &[]).unwrap();
+    // A source that isn't asked has no address to judge.
+    let config = check_all("", overrides, &[("CONSUL_HTTP_ADDR", "https://x:1")]).unwrap();
     assert_eq!(config.cgroup, Some("/cg".into()));
     assert_eq!(config.catalog.source, Source::File("c.toml".into()));
     assert_eq!(config.dns.listen, ["127.0.0.9:53".parse().unwrap()]);

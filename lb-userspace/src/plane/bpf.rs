@@ -1,20 +1,34 @@
-//! What aya doesn't offer: whether a cgroup link still holds, detaching one from outside, and the
-//! cookie of a network namespace.
+//! What aya doesn't offer: cgroup links that can be asked whether they still hold, detaching one from
+//! outside, and the cookie of a network namespace.
 #![allow(unsafe_code)]
 
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
+const BPF_LINK_CREATE: libc::c_int = 28;
 const BPF_LINK_GET_FD_BY_ID: libc::c_int = 30;
 const BPF_LINK_GET_NEXT_ID: libc::c_int = 31;
 const BPF_LINK_DETACH: libc::c_int = 34;
 const BPF_LINK_TYPE_CGROUP: u32 = 3;
 
-/// A program's attachment to a cgroup.
+/// Where a program is attached; from linux/bpf.h.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum AttachType {
+    /// BPF_CGROUP_INET4_CONNECT
+    Connect4 = 10,
+    /// BPF_CGROUP_INET4_GETPEERNAME
+    GetPeerName4 = 29,
+}
+
+/// A program's attachment to a cgroup. It ends with the last descriptor.
 #[derive(Debug)]
-pub struct CgroupLink {
-    fd: OwnedFd,
+pub struct CgroupLink(OwnedFd);
+
+/// What a link joins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Joined {
     /// The program's id.
     pub program_id: u32,
     /// The cgroup's id, which is its directory's inode; 0 once the link was detached.
@@ -22,32 +36,50 @@ pub struct CgroupLink {
 }
 
 impl CgroupLink {
-    /// The link with this id; `None` when there is none, or when it is no cgroup link.
+    /// Attaches a program to a cgroup, beside whatever is there. Kernel 5.7 and later.
     ///
     /// # Errors
-    /// When the kernel refuses, such as EPERM.
+    /// EBADF for a directory that is no cgroup v2 one, EPERM without CAP_NET_ADMIN and CAP_BPF.
+    pub fn attach(
+        program: BorrowedFd<'_>,
+        cgroup: BorrowedFd<'_>,
+        attach_type: AttachType,
+    ) -> io::Result<CgroupLink> {
+        let (program, cgroup) = (program.as_raw_fd() as u32, cgroup.as_raw_fd() as u32);
+        let fd = bpf(BPF_LINK_CREATE, &mut [program, cgroup, attach_type as u32, 0])?;
+        // SAFETY: the kernel has just made this descriptor for us.
+        Ok(CgroupLink(unsafe { OwnedFd::from_raw_fd(fd) }))
+    }
+
+    /// The link with this id; `None` when there is none.
+    ///
+    /// # Errors
+    /// EPERM without CAP_SYS_ADMIN.
     pub fn by_id(link_id: u32) -> io::Result<Option<CgroupLink>> {
         let fd = match bpf(BPF_LINK_GET_FD_BY_ID, &mut [link_id, 0, 0, 0]) {
             Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(None),
             result => result?,
         };
         // SAFETY: the kernel has just made this descriptor for us.
-        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        Ok(Some(CgroupLink(unsafe { OwnedFd::from_raw_fd(fd) })))
+    }
+
+    /// What the link joins; `None` when it isn't a cgroup link.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn joined(&self) -> io::Result<Option<Joined>> {
         // struct bpf_link_info: type, id, prog_id, (padding,) then cgroup { cgroup_id, attach_type }.
         let mut info = [0u64; 8];
         let pointer = info.as_mut_ptr() as u64;
         let [low, high] = halves(pointer);
         bpf(
             BPF_OBJ_GET_INFO_BY_FD,
-            &mut [fd.as_raw_fd() as u32, size_of_val(&info) as u32, low, high],
+            &mut [self.0.as_raw_fd() as u32, size_of_val(&info) as u32, low, high],
         )?;
         let [link_type, _id] = halves(info[0]);
         let [program_id, _padding] = halves(info[1]);
-        Ok((link_type == BPF_LINK_TYPE_CGROUP).then_some(CgroupLink {
-            fd,
-            program_id,
-            cgroup_id: info[2],
-        }))
+        Ok((link_type == BPF_LINK_TYPE_CGROUP).then_some(Joined { program_id, cgroup_id: info[2] }))
     }
 
     /// Detaches the program, whoever holds the link.
@@ -55,7 +87,7 @@ impl CgroupLink {
     /// # Errors
     /// When the kernel refuses.
     pub fn detach(&self) -> io::Result<()> {
-        bpf(BPF_LINK_DETACH, &mut [self.fd.as_raw_fd() as u32, 0, 0, 0]).map(drop)
+        bpf(BPF_LINK_DETACH, &mut [self.0.as_raw_fd() as u32, 0, 0, 0]).map(drop)
     }
 }
 

@@ -17,12 +17,12 @@ pub mod route;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
+use std::os::fd::AsFd;
 use std::os::linux::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use aya::programs::links::{FdLink, LinkError};
-use aya::programs::{CgroupAttachMode, CgroupSockAddr, ProgramError, loaded_programs};
+use aya::programs::{CgroupSockAddr, ProgramError, loaded_programs};
 use aya::{Ebpf, EbpfError, EbpfLoader, include_bytes_aligned};
 use lb_common::{
     Counter, ENTRIES_PER_BACKEND, FRONTENDS_PER_SERVICE, MAX_SERVICE_BACKENDS, SLOTS_PER_BACKEND,
@@ -30,6 +30,7 @@ use lb_common::{
 
 use crate::config::{PlaneConfig, VipConfig};
 use crate::table::Table;
+use bpf::{AttachType, CgroupLink};
 use kernel::KernelMaps;
 use reconcile::Reconciler;
 
@@ -43,7 +44,8 @@ static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/nohop-e
 
 /// The programs, in the order in which they are attached: what translates back comes first, so that
 /// no translated socket is ever without it.
-const PROGRAMS: [&str; 2] = ["nohop_getpeer4", "nohop_connect4"];
+const PROGRAMS: [(&str, AttachType); 2] =
+    [("nohop_getpeer4", AttachType::GetPeerName4), ("nohop_connect4", AttachType::Connect4)];
 
 /// Why the kernel side can't be had.
 #[derive(Debug, thiserror::Error)]
@@ -98,12 +100,12 @@ pub enum PlaneError {
         /// The directory.
         cgroup: PathBuf,
         /// What the kernel said.
-        source: ProgramError,
+        source: io::Error,
     },
     /// The links can't be listed or detached.
     #[error("can't {action} links: {source}; it needs CAP_SYS_ADMIN")]
     Links {
-        /// `list`, `keep` or `detach`.
+        /// `list` or `detach`.
         action: &'static str,
         /// What the kernel said.
         source: io::Error,
@@ -152,7 +154,7 @@ pub struct Plane {
     ebpf: Ebpf,
     reconciler: Reconciler<KernelMaps>,
     counters: Counters,
-    links: Vec<FdLink>,
+    links: Arc<[CgroupLink]>,
     refusal: Refusal,
 }
 
@@ -200,7 +202,7 @@ impl Plane {
         let maps = KernelMaps::take(&mut ebpf)?;
         let counters = maps.counters();
         let reconciler = Reconciler::new(maps, &sizes);
-        Ok(Plane { ebpf, reconciler, counters, links: Vec::new(), refusal })
+        Ok(Plane { ebpf, reconciler, counters, links: Arc::new([]), refusal })
     }
 
     /// Attaches the programs to `cgroup`: dials of the processes in it and below are translated
@@ -211,16 +213,18 @@ impl Plane {
     pub fn attach(&mut self, cgroup: &Path) -> Result<(), PlaneError> {
         let directory = File::open(cgroup)
             .map_err(|source| PlaneError::Cgroup { cgroup: cgroup.into(), source })?;
-        for name in PROGRAMS {
-            let failed =
-                |source| PlaneError::Attach { program: name, cgroup: cgroup.into(), source };
-            let program = program(&mut self.ebpf, name)?;
-            // `Single` is no flag at all; links of several programs coexist all the same.
-            let id = program.attach(&directory, CgroupAttachMode::Single).map_err(failed)?;
-            let link = program.take_link(id).map_err(failed)?;
-            let link = FdLink::try_from(link).map_err(links_error("keep"))?;
-            self.links.push(link);
+        let mut links = Vec::new();
+        for (name, attach_type) in PROGRAMS {
+            let loaded = program(&mut self.ebpf, name)?.fd();
+            let loaded = loaded.map_err(|source| PlaneError::Program { program: name, source })?;
+            let link = CgroupLink::attach(loaded.as_fd(), directory.as_fd(), attach_type);
+            links.push(link.map_err(|source| PlaneError::Attach {
+                program: name,
+                cgroup: cgroup.into(),
+                source,
+            })?);
         }
+        self.links = links.into();
         Ok(())
     }
 
@@ -251,35 +255,38 @@ impl Plane {
     }
 
     /// A handle that tells whether the programs are still attached.
-    ///
-    /// # Errors
-    /// When the kernel doesn't tell of the links.
-    pub fn attachment(&self) -> Result<Attachment, PlaneError> {
-        let ids = self.links.iter().map(|link| Ok(link.info()?.id()));
-        let ids: Result<_, LinkError> = ids.collect();
-        Ok(Attachment { link_ids: ids.map_err(links_error("list"))? })
+    pub fn attachment(&self) -> Attachment {
+        Attachment { links: self.links.clone() }
     }
 
-    /// Detaches the programs, what translates back last.
+    /// Detaches the programs, what translates back last. It is no error if somebody did already.
     pub fn detach(&mut self) {
-        while let Some(link) = self.links.pop() {
-            drop(link);
+        for link in self.links.iter().rev() {
+            if let Err(error) = link.detach() {
+                tracing::debug!("a link couldn't be detached: {error}");
+            }
         }
+        self.links = Arc::new([]);
     }
 }
 
 /// Tells whether the programs are attached, as the kernel sees it.
 #[derive(Clone, Debug)]
 pub struct Attachment {
-    link_ids: Vec<u32>,
+    links: Arc<[CgroupLink]>,
 }
 
 impl Attachment {
-    /// Whether every link is there and holds a cgroup.
+    /// Whether every link still has its cgroup. A kernel that doesn't say counts as a yes: that
+    /// is no reason to stop answering.
     pub fn holds(&self) -> bool {
-        !self.link_ids.is_empty()
-            && self.link_ids.iter().all(|&link_id| {
-                matches!(bpf::CgroupLink::by_id(link_id), Ok(Some(link)) if link.cgroup_id != 0)
+        !self.links.is_empty()
+            && self.links.iter().all(|link| match link.joined() {
+                Ok(joined) => joined.is_some_and(|joined| joined.cgroup_id != 0),
+                Err(error) => {
+                    tracing::warn!("the kernel doesn't tell of a link: {error}");
+                    true
+                }
             })
     }
 }
@@ -297,15 +304,17 @@ pub fn unload(cgroup: &Path) -> Result<usize, PlaneError> {
     let ours: BTreeMap<u32, usize> = loaded_programs()
         .flatten()
         .filter_map(|program| {
-            let order = PROGRAMS.iter().position(|name| program.name_as_str() == Some(name))?;
+            let order =
+                PROGRAMS.iter().position(|(name, _)| program.name_as_str() == Some(name))?;
             Some((program.id(), order))
         })
         .collect();
     let mut attached = Vec::new();
     for link_id in bpf::link_ids().map_err(links("list"))? {
-        let Some(link) = bpf::CgroupLink::by_id(link_id).map_err(links("list"))? else { continue };
-        if let Some(order) = ours.get(&link.program_id)
-            && link.cgroup_id == cgroup_id
+        let Some(link) = CgroupLink::by_id(link_id).map_err(links("list"))? else { continue };
+        if let Some(joined) = link.joined().map_err(links("list"))?
+            && let Some(order) = ours.get(&joined.program_id)
+            && joined.cgroup_id == cgroup_id
         {
             attached.push((*order, link));
         }
@@ -316,10 +325,6 @@ pub fn unload(cgroup: &Path) -> Result<usize, PlaneError> {
         link.detach().map_err(links("detach"))?;
     }
     Ok(attached.len())
-}
-
-fn links_error(action: &'static str) -> impl Fn(LinkError) -> PlaneError {
-    move |error| PlaneError::Links { action, source: io::Error::other(error) }
 }
 
 /// The counters that no service owns, with the names they have in `status`.
@@ -353,7 +358,7 @@ fn load_programs(
     loader.override_global("HOST_NETNS", &host_netns, true);
     loader.override_global("REFUSAL", &refusal, true);
     let mut ebpf = loader.load(OBJECT).map_err(PlaneError::Load)?;
-    for name in PROGRAMS {
+    for (name, _) in PROGRAMS {
         let failed = |source| PlaneError::Program { program: name, source };
         program(&mut ebpf, name)?.load().map_err(failed)?;
     }

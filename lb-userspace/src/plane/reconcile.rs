@@ -5,7 +5,7 @@
 //! program that may have found it has ended; only then is it written again. That wait is put off
 //! until something needs the room, so that an ordinary change never waits.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::sync::Arc;
@@ -95,6 +95,7 @@ pub struct Reconciler<M> {
     services: Ids,
     backends: Ids,
     regions: Regions,
+    n_frontends: u32,
     max_frontends: u32,
 }
 
@@ -108,6 +109,7 @@ impl<M: Maps> Reconciler<M> {
             services: Ids::new(sizes.services),
             backends: Ids::new(sizes.backends),
             regions: Regions::new(sizes.slots),
+            n_frontends: 0,
             max_frontends: sizes.frontends,
         }
     }
@@ -147,7 +149,7 @@ impl<M: Maps> Reconciler<M> {
     /// How full each map is.
     pub fn pressure(&self) -> [(&'static str, Pressure); 4] {
         let ids = |ids: &Ids| Pressure { used: ids.used(), capacity: ids.capacity() };
-        let frontends = Pressure { used: self.n_frontends(), capacity: self.max_frontends };
+        let frontends = Pressure { used: self.n_frontends, capacity: self.max_frontends };
         let slots = Pressure { used: self.regions.used(), capacity: self.regions.capacity() };
         [
             ("FRONTENDS", frontends),
@@ -155,10 +157,6 @@ impl<M: Maps> Reconciler<M> {
             ("SLOTS", slots),
             ("BACKENDS", ids(&self.backends)),
         ]
-    }
-
-    fn n_frontends(&self) -> u32 {
-        self.held.values().map(|held| held.frontends.len() as u32).sum()
     }
 
     /// Adds or changes one service.
@@ -252,9 +250,8 @@ impl<M: Maps> Reconciler<M> {
         self.maps.publish(service_idx, lb_common::Service { host, elsewhere });
 
         self.resting.blocks.extend(std::mem::replace(&mut held.blocks, blocks));
-        let gone = held.backends.extract_if(|address, _| {
-            !healthy.iter().any(|(healthy_address, ..)| healthy_address == address)
-        });
+        let stay: HashSet<SocketAddrV4> = healthy.iter().map(|(address, ..)| *address).collect();
+        let gone = held.backends.extract_if(|address, _| !stay.contains(address));
         self.resting.backends.extend(gone.map(|(_, backend_idx)| backend_idx));
 
         self.put_frontends(service, service_idx)?;
@@ -276,7 +273,7 @@ impl<M: Maps> Reconciler<M> {
         if !fresh.is_empty() && self.resting.frontends {
             self.recycle();
         }
-        if self.n_frontends() + fresh.len() as u32 > self.max_frontends {
+        if self.n_frontends + fresh.len() as u32 > self.max_frontends {
             return Err(full("FRONTENDS", self.max_frontends, "plane.max_services"));
         }
         for (frontend, target) in fresh {
@@ -285,6 +282,7 @@ impl<M: Maps> Reconciler<M> {
                 .map_err(|source| ApplyError::Frontend { address: shown(&frontend), source })?;
             if let Some(held) = self.held.get_mut(&service.name) {
                 held.frontends.insert(frontend, target);
+                self.n_frontends += 1;
             }
         }
         self.remove_frontends(&service.name, &stale)
@@ -298,6 +296,7 @@ impl<M: Maps> Reconciler<M> {
                 .map_err(|source| ApplyError::Frontend { address: shown(frontend), source })?;
             self.resting.frontends = true;
             held.frontends.remove(frontend);
+            self.n_frontends -= 1;
         }
         Ok(())
     }

@@ -29,22 +29,22 @@ pub enum RouteError {
     },
 }
 
-/// Makes `pool` unreachable in this network namespace. A route that is there already is fine.
+/// Makes `pool` unreachable in this network namespace. Returns whether the route had to be added.
 ///
 /// # Errors
 /// When the kernel refuses.
-pub async fn add_unreachable(pool: Ipv4Net) -> Result<(), RouteError> {
+pub async fn add_unreachable(pool: Ipv4Net) -> Result<bool, RouteError> {
     with_handle(async |handle| {
         tolerate(handle.route().add(message(pool)).execute().await, libc::EEXIST, "add", pool)
     })
     .await
 }
 
-/// Removes the route again; one that isn't there is fine.
+/// Removes the route again. Returns whether it was there.
 ///
 /// # Errors
 /// When the kernel refuses.
-pub async fn remove_unreachable(pool: Ipv4Net) -> Result<(), RouteError> {
+pub async fn remove_unreachable(pool: Ipv4Net) -> Result<bool, RouteError> {
     with_handle(async |handle| {
         tolerate(handle.route().del(message(pool)).execute().await, libc::ESRCH, "remove", pool)
     })
@@ -52,8 +52,8 @@ pub async fn remove_unreachable(pool: Ipv4Net) -> Result<(), RouteError> {
 }
 
 async fn with_handle(
-    work: impl AsyncFnOnce(Handle) -> Result<(), RouteError>,
-) -> Result<(), RouteError> {
+    work: impl AsyncFnOnce(Handle) -> Result<bool, RouteError>,
+) -> Result<bool, RouteError> {
     let (connection, handle, _) = rtnetlink::new_connection().map_err(RouteError::Socket)?;
     let connection = tokio::spawn(connection);
     let result = work(handle).await;
@@ -74,10 +74,10 @@ fn tolerate(
     errno: i32,
     action: &'static str,
     pool: Ipv4Net,
-) -> Result<(), RouteError> {
+) -> Result<bool, RouteError> {
     match result {
-        Err(rtnetlink::Error::NetlinkError(message)) if message.raw_code() == -errno => Ok(()),
+        Err(rtnetlink::Error::NetlinkError(message)) if message.raw_code() == -errno => Ok(false),
         Err(source) => Err(RouteError::Refused { action, pool, source: Box::new(source) }),
-        Ok(()) => Ok(()),
+        Ok(()) => Ok(true),
     }
 }

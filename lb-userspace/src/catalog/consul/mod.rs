@@ -38,7 +38,8 @@ pub struct Timing {
     pub connect: Duration,
     /// An answer that isn't held back for news.
     pub answer: Duration,
-    /// A question that Consul holds back for news.
+    /// A question that Consul holds back for news. Consul's own default is 5 minutes; an agent that
+    /// hangs is found out after one and a half of these.
     pub wait: Duration,
     /// The same, where there are more services than connections, so that watches take turns. A
     /// service is then asked about every `turn` x services / connections. Shorter turns would be
@@ -55,7 +56,7 @@ impl Default for Timing {
         Timing {
             connect: Duration::from_secs(2),
             answer: Duration::from_secs(10),
-            wait: Duration::from_secs(300),
+            wait: Duration::from_secs(60),
             turn: Duration::from_secs(2),
             stragglers: Duration::from_secs(10),
             restart: Duration::from_secs(1),
@@ -149,7 +150,7 @@ impl Supervisor {
             if let Some(catalog) = self.model.take() {
                 self.output.publish(catalog);
             }
-            self.output.set_problem(self.model.problem());
+            self.output.set_problem(self.model.problem(), self.model.is_failing());
         }
     }
 

@@ -107,7 +107,8 @@ impl Model {
 
     /// Takes the agent's word on which node it is.
     pub fn set_node(&mut self, node: Node) {
-        if self.node == node {
+        // A name that is known stays: a token that may no more read it changes no node's name.
+        if self.node == node || matches!((&self.node, &node), (Node::Named(_), Node::Denied)) {
             return;
         }
         self.node = node;
@@ -180,6 +181,11 @@ impl Model {
             Some(problem) => self.problems.insert(subject, problem),
             None => self.problems.remove(&subject),
         };
+    }
+
+    /// Whether Consul doesn't answer, rather than that something is wrong with an answer.
+    pub fn is_failing(&self) -> bool {
+        [Subject::Names, Subject::Agent].iter().any(|subject| self.problems.contains_key(subject))
     }
 
     /// All that is wrong, each complaint once, in one line; at most three.
@@ -349,9 +355,21 @@ mod tests {
         let (mut model, _) = synced(&["a"]);
         model.set_node(Node::Named("n2".into()));
         assert!(!model.take().unwrap()["a"][0].local);
+    }
+
+    #[test]
+    fn a_node_that_is_known_stays_known() {
+        let mut model = Model::default();
+        model.set_names([Arc::from("a")].into());
         model.set_node(Node::Denied);
-        assert!(model.take().is_none());
+        model.set_service(&"a".into(), Some(vec![instance("n1", "1")]));
+        assert!(!model.take().unwrap()["a"][0].local);
         assert_eq!(model.problem().unwrap(), AGENT_DENIED);
+        model.set_node(Node::Named("n1".into()));
+        assert!(model.take().unwrap()["a"][0].local);
+        model.set_node(Node::Denied);
+        assert!(model.take().is_none(), "an error takes nothing away");
+        assert_eq!((model.problem(), model.is_failing()), (None, false));
     }
 
     #[test]

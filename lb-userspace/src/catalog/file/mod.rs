@@ -68,13 +68,14 @@ fn share(services: Services, last: Option<&Catalog>) -> Catalog {
 pub async fn run(path: PathBuf, output: Output) {
     let mut follower = match Follower::new(&path) {
         Ok(follower) => follower,
-        Err(error) => return output.set_problem(Some(cannot_watch(&path, &error))),
+        Err(error) => return output.set_problem(Some(cannot_watch(&path, &error)), true),
     };
     loop {
         let problem = load(&path, &output).err().map(|error| error.to_string());
-        output.set_problem(problem);
+        let is_failing = problem.is_some();
+        output.set_problem(problem, is_failing);
         if let Err(error) = follower.changed().await {
-            return output.set_problem(Some(cannot_watch(&path, &error)));
+            return output.set_problem(Some(cannot_watch(&path, &error)), true);
         }
     }
 }

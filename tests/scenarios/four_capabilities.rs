@@ -1,0 +1,31 @@
+//! The daemon needs no root: four capabilities will do, as the README says.
+
+use anyhow::{Context, Result, ensure};
+use lb_tests::process::Process;
+use lb_tests::run;
+
+use crate::cluster::{Catalog, Nodes, SOON};
+
+const CAPABILITIES: &str = "+bpf,+net_admin,+perfmon,+net_bind_service";
+
+pub fn story() -> Result<()> {
+    let nodes = Nodes::new()?;
+    let helloworld = nodes.helloworld("helloworld")?;
+    let catalog = Catalog::new(&[("helloworld", &[helloworld.address])])?;
+    let directory = catalog.directory();
+
+    let mut command = nodes.client.outside().command("setpriv");
+    command.arg(format!("--bounding-set=-all,{CAPABILITIES}"));
+    command.arg(format!("--inh-caps=-all,{CAPABILITIES}"));
+    command.arg(run::built("nohop")?).arg("run").arg("--catalog").arg(catalog.path());
+    command.arg("--state-dir").arg(&directory).arg("--cgroup").arg(nodes.cgroup.path());
+    command.arg("--admin-listen").arg(format!("unix:{}/admin.sock", directory.display()));
+    let nohop = Process::spawn("nohop", command)?;
+    nohop.wait_for_line(&["helloworld"], SOON)?;
+
+    ensure!(nodes.curl("helloworld")? == "hello from helloworld\n");
+    let status = format!("/proc/{}/status", nohop.pid().as_raw_nonzero());
+    let status = std::fs::read_to_string(&status).context("read the daemon's capabilities")?;
+    ensure!(status.contains("CapEff:\t000000c000001400"), "{status}");
+    Ok(())
+}
