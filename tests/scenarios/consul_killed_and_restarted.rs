@@ -40,7 +40,7 @@ pub fn story() -> Result<()> {
     cluster.nohop.wait_for_status(SOON, is_live)?;
 
     // The server's agent owns the checks, which to it are critical until their next heartbeat.
-    for check in ["service:helloworld-0", "service:helloworld-1"] {
+    for check in ["helloworld-0", "helloworld-1"] {
         cluster.server.pass(check)?;
     }
     let newcomer = cluster.nodes.helloworld("newcomer")?;
