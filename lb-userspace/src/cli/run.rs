@@ -2,7 +2,7 @@
 //! readers, and takes the parts down again.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
@@ -12,7 +12,7 @@ use tokio::sync::watch;
 use super::view::DaemonView;
 use crate::catalog::Catalog;
 use crate::config::{Config, cgroup};
-use crate::plane::{Plane, netns_cookie, route};
+use crate::plane::{Plane, SharedPlane, netns_cookie, route};
 use crate::table::{Builder, Table, vips::Vips};
 use crate::{admin, catalog, dns};
 
@@ -66,8 +66,8 @@ async fn daemon(config: Config) -> anyhow::Result<()> {
     let (table_out, table) = watch::channel(Arc::new(Table::default()));
     let (attached_out, attached) = watch::channel(attachment.holds());
     let (generation_out, generation) = watch::channel(0);
-    let plane = Arc::new(Mutex::new(plane));
-    let errors = Arc::default();
+    let counters = plane.counters();
+    let plane = Arc::new(SharedPlane::new(plane));
     let view = DaemonView {
         dns: admin::api::DnsStatus {
             listen: dns_addresses.clone(),
@@ -76,12 +76,11 @@ async fn daemon(config: Config) -> anyhow::Result<()> {
         tag: config.catalog.tag.clone(),
         scope: scope.clone(),
         plane: plane.clone(),
-        counters: lock(&plane).counters(),
+        counters,
         table: table.clone(),
         attached: attached.clone(),
         health: source.health.clone(),
         generation,
-        errors: Arc::clone(&errors),
     };
     let dns_server = dns::Server::start(dns_sockets, &config.dns, table, attached);
     let admin_server = tokio::spawn(admin::serve(admin_listeners, Arc::new(view)));
@@ -112,9 +111,9 @@ async fn daemon(config: Config) -> anyhow::Result<()> {
                 if vips_unwritten {
                     vips_unwritten = tokio::task::block_in_place(|| !write(&builder, &vips_path));
                 }
-                if !errors_of(&errors).is_empty() {
+                if !plane.errors().is_empty() {
                     let last = table_out.borrow().clone();
-                    tokio::task::block_in_place(|| apply(&plane, &last, &errors));
+                    tokio::task::block_in_place(|| plane.apply(&last));
                 }
                 None
             }
@@ -134,7 +133,7 @@ async fn daemon(config: Config) -> anyhow::Result<()> {
             if next.vips_changed {
                 vips_unwritten = !write(&builder, &vips_path);
             }
-            apply(&plane, &next.table, &errors);
+            plane.apply(&next.table);
         });
         log_change(&last, &next.table);
         // The kernel knows a name before DNS tells it to anybody.
@@ -149,7 +148,7 @@ async fn daemon(config: Config) -> anyhow::Result<()> {
     dns_server.stop().await;
     // The view may be alive in a request that is being answered, so the plane is taken apart in
     // place.
-    lock(&plane).detach();
+    plane.detach();
     Ok(())
 }
 
@@ -173,21 +172,6 @@ fn scope(config: &Config) -> anyhow::Result<PathBuf> {
     }
 }
 
-/// The services that the kernel doesn't have as the table wants them, each with the reason.
-pub type Errors = Arc<Mutex<std::collections::BTreeMap<Arc<str>, String>>>;
-
-fn apply(plane: &Mutex<Plane>, table: &Table, errors: &Errors) {
-    let now = lock(plane).apply(table);
-    let now = now.into_iter().map(|(name, error)| (name, error.to_string())).collect();
-    let mut errors = errors_of(errors);
-    if *errors != now {
-        for (name, error) in &now {
-            tracing::error!("{name}: {error}; its former state serves");
-        }
-        *errors = now;
-    }
-}
-
 fn log_change(last: &Table, next: &Table) {
     for (name, service) in &next.services {
         let before = last.services.get(name);
@@ -204,18 +188,6 @@ fn log_change(last: &Table, next: &Table) {
             tracing::warn!("{name}: {reason}");
         }
     }
-}
-
-/// Locks the plane. A panic while it was locked leaves it consistent: every step of it is.
-pub fn lock(plane: &Mutex<Plane>) -> std::sync::MutexGuard<'_, Plane> {
-    plane.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
-}
-
-/// Locks the errors.
-pub fn errors_of(
-    errors: &Errors,
-) -> std::sync::MutexGuard<'_, std::collections::BTreeMap<Arc<str>, String>> {
-    errors.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
 struct StopSignals {

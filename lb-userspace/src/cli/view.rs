@@ -2,14 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use tokio::sync::watch;
 
-use super::run::{Errors, errors_of, lock};
 use crate::admin::{View, api};
 use crate::catalog::Health;
-use crate::plane::{COUNTERS, Counters, Indices, Plane};
+use crate::plane::{COUNTERS, Counters, Indices, SharedPlane};
 use crate::table::{Service, Table};
 
 /// The running daemon, as far as the admin interface needs it.
@@ -17,13 +16,12 @@ pub struct DaemonView {
     pub(super) dns: api::DnsStatus,
     pub(super) tag: String,
     pub(super) scope: PathBuf,
-    pub(super) plane: Arc<Mutex<Plane>>,
+    pub(super) plane: Arc<SharedPlane>,
     pub(super) counters: Counters,
     pub(super) table: watch::Receiver<Arc<Table>>,
     pub(super) attached: watch::Receiver<bool>,
     pub(super) health: watch::Receiver<Health>,
     pub(super) generation: watch::Receiver<u64>,
-    pub(super) errors: Errors,
 }
 
 impl View for DaemonView {
@@ -41,7 +39,7 @@ impl View for DaemonView {
                 self.scope.display()
             ));
         }
-        let errors = errors_of(&self.errors);
+        let errors = self.plane.errors();
         problems.extend(errors.iter().map(|(name, error)| format!("{name}: {error}")));
         let n_rejected = table.rejected.len();
         if n_rejected > 0 {
@@ -54,7 +52,7 @@ impl View for DaemonView {
             (true, false) => "live",
             (true, true) => "failing",
         };
-        let maps = lock(&self.plane).pressure().map(|(name, pressure)| api::MapStatus {
+        let maps = self.plane.pressure().map(|(name, pressure)| api::MapStatus {
             name: name.to_owned(),
             entries: pressure.used.into(),
             capacity: pressure.capacity.into(),
@@ -112,7 +110,7 @@ impl View for DaemonView {
 impl DaemonView {
     fn service(&self, service: &Service) -> api::Service {
         // A service that the kernel never had has no counters.
-        let indices = lock(&self.plane).indices(&service.name);
+        let indices = self.plane.indices(&service.name);
         let (stats, backends) = match indices {
             Some(Indices { service, backends }) => (self.counters.service(service), backends),
             None => Default::default(),
@@ -138,7 +136,7 @@ impl DaemonView {
             algorithm: "random".to_owned(),
             generation: service.generation,
             watch: "live".to_owned(),
-            error: errors_of(&self.errors).get(&service.name).cloned(),
+            error: self.plane.error(&service.name),
             dials: stats.dials,
             refused: stats.refused,
             backends: backends.collect(),
@@ -167,8 +165,8 @@ impl DaemonView {
         };
         let (vip, ports) = (service.vip, &service.ports);
         let ports = ports.iter().map(u16::to_string).collect::<Vec<_>>().join(" or ");
-        if let Some(error) = errors_of(&self.errors).get(name) {
-            let served = match lock(&self.plane).indices(name) {
+        if let Some(error) = self.plane.error(name) {
+            let served = match self.plane.indices(name) {
                 Some(_) => "goes by the service's former state",
                 None => "is refused with ECONNREFUSED",
             };

@@ -13,6 +13,7 @@ mod maps;
 mod reconcile;
 mod regions;
 pub mod route;
+mod shared;
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -39,6 +40,7 @@ pub use cost::{Cost, Measuring};
 pub use kernel::Counters;
 pub use lb_common::Refusal;
 pub use reconcile::{ApplyError, Indices, Pressure};
+pub use shared::SharedPlane;
 
 static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/nohop-ebpf"));
 
