@@ -10,7 +10,7 @@ use std::thread::JoinHandle;
 
 use lb_userspace::config::{Config, cgroup};
 use lb_userspace::plane::{Plane, Refusal, netns_cookie};
-use lb_userspace::table::{Backend, Service, State, Table};
+use lb_userspace::table::{Backend, Ports, Protocols, Service, State, Table};
 
 /// A cgroup of the test's own, with this process in it until it is dropped.
 pub struct OwnCgroup {
@@ -70,7 +70,7 @@ impl Bed {
 /// A service at `vip` port 80, with these backends and weights.
 pub fn service(name: &str, vip: Ipv4Addr, backends: &[(SocketAddrV4, u16)]) -> Service {
     let backend = |&(address, weight): &(SocketAddrV4, u16)| Backend {
-        address: Some(address),
+        address: Some(address.into()),
         shown_address: address.to_string(),
         node: String::new(),
         id: address.to_string(),
@@ -82,10 +82,13 @@ pub fn service(name: &str, vip: Ipv4Addr, backends: &[(SocketAddrV4, u16)]) -> S
     Service {
         name: name.into(),
         vip,
-        ports: Arc::new([80]),
+        vip6: None,
+        ports: Ports::only([80]),
+        protocols: Protocols::Tcp,
         pin: None,
         backends: backends.iter().map(backend).collect(),
         excluded: Vec::new(),
+        notes: Vec::new(),
         generation: 1,
     }
 }

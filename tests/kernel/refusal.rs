@@ -5,6 +5,7 @@ use std::io::ErrorKind;
 use std::net::{Ipv4Addr, SocketAddrV4};
 
 use lb_userspace::plane::{COUNTERS, Refusal, netns_cookie};
+use lb_userspace::table::Ports;
 
 use crate::bed::{Bed, OTHER_VIP, Server, VIP, dial, service};
 
@@ -23,7 +24,7 @@ fn refused_by(refusal: Refusal) {
 
     let mut bed = Bed::with(refusal, netns_cookie().unwrap());
     let mut without_backend = service("web", VIP, &[]);
-    without_backend.ports = [port].into();
+    without_backend.ports = Ports::only([port]);
     bed.apply(vec![without_backend]);
     for (what, address) in [
         ("a service without a backend", (VIP, port)),

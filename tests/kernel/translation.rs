@@ -71,7 +71,7 @@ pub fn dials_are_counted() {
     let (counters, indices) = (bed.plane.counters(), bed.plane.indices("web").unwrap());
     let stats = counters.service(indices.service);
     assert_eq!((stats.dials, stats.refused), (7, 0));
-    assert_eq!(counters.backend_dials(indices.backends[&server.address]), 7);
+    assert_eq!(counters.backend_dials(indices.backends[&server.address.into()]), 7);
 }
 
 /// An operator reads the maps with bpftool, by field name.

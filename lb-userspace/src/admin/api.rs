@@ -1,11 +1,11 @@
 //! The JSON documents of the admin interface, as the server writes and the command line reads them.
 
 use std::collections::BTreeMap;
-use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4};
 
 use serde::{Deserialize, Serialize};
 
-use crate::table::{Excluded, State};
+use crate::table::{Excluded, Ports, Protocols, State};
 
 /// `GET /v1/status`
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -84,19 +84,25 @@ pub struct Service {
     pub name: String,
     /// Its address on this node.
     pub vip: Ipv4Addr,
+    /// Its IPv6 address on this node, where there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vip6: Option<Ipv6Addr>,
     /// One more address, in the host's network namespace only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pin: Option<SocketAddrV4>,
-    /// The ports it is dialled at.
-    pub ports: Vec<u16>,
-    /// `tcp`.
-    pub protocol: String,
+    /// The ports it is dialled at: a list of numbers, or `"any"`.
+    pub ports: Ports,
+    /// `tcp`, `udp` or `both`.
+    pub protocol: Protocols,
     /// `random`, by weight.
     pub algorithm: String,
     /// The generation of the table that changed it last.
     pub generation: u64,
     /// `live`: its instances are watched.
     pub watch: String,
+    /// What is odd about what its instances say of it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
     /// Why the kernel doesn't have this state of it, when it doesn't; then its former state serves.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,

@@ -188,6 +188,7 @@ mod tests {
     use super::*;
     use crate::admin::{bind, client, http};
     use crate::config::AdminAddress;
+    use crate::table::{Ports, Protocols};
 
     /// A daemon that knows the service `web` and isn't ready before generation 1.
     struct Fake(watch::Sender<u64>);
@@ -217,9 +218,11 @@ mod tests {
             vec![api::Service {
                 name: "web".into(),
                 vip: [127, 128, 0, 1].into(),
+                vip6: None,
+                notes: vec![],
                 pin: None,
-                ports: vec![80],
-                protocol: "tcp".into(),
+                ports: Ports::only([80]),
+                protocol: Protocols::Tcp,
                 algorithm: "random".into(),
                 generation: 1,
                 watch: "live".into(),

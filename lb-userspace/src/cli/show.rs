@@ -64,13 +64,17 @@ pub fn explanation(explanation: &Explanation) -> String {
 }
 
 fn service(text: &mut String, service: &Service, width: usize) {
-    let ports = service.ports.iter().map(u16::to_string).collect::<Vec<_>>().join(",");
     let pin = service.pin.map(|pin| format!(" and {pin}")).unwrap_or_default();
     line(
         text,
         format!(
-            "{:<width$}  {}:{ports}{pin}  {}, dials {}, refused {}",
-            service.name, service.vip, service.algorithm, service.dials, service.refused
+            "{:<width$}  {}:{}{pin}  {}, dials {}, refused {}",
+            service.name,
+            service.vip,
+            service.ports,
+            service.algorithm,
+            service.dials,
+            service.refused
         ),
     );
     if let Some(error) = &service.error {
@@ -123,15 +127,17 @@ fn line(text: &mut String, line: String) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::table::{Excluded, State};
+    use crate::table::{Excluded, Ports, Protocols, State};
 
     fn helloworld() -> Service {
         Service {
             name: "helloworld".into(),
             vip: [127, 186, 3, 9].into(),
+            vip6: None,
+            notes: vec![],
             pin: None,
-            ports: vec![80],
-            protocol: "tcp".into(),
+            ports: Ports::only([80]),
+            protocol: Protocols::Tcp,
             algorithm: "random".into(),
             generation: 1,
             error: None,

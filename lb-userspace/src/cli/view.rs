@@ -130,12 +130,14 @@ impl DaemonView {
         api::Service {
             name: service.name.to_string(),
             vip: service.vip,
+            vip6: service.vip6,
             pin: service.pin,
-            ports: service.ports.to_vec(),
-            protocol: "tcp".to_owned(),
+            ports: service.ports.clone(),
+            protocol: service.protocols,
             algorithm: "random".to_owned(),
             generation: service.generation,
             watch: "live".to_owned(),
+            notes: service.notes.clone(),
             error: self.plane.error(&service.name),
             dials: stats.dials,
             refused: stats.refused,
@@ -164,7 +166,6 @@ impl DaemonView {
             };
         };
         let (vip, ports) = (service.vip, &service.ports);
-        let ports = ports.iter().map(u16::to_string).collect::<Vec<_>>().join(" or ");
         if let Some(error) = self.plane.error(name) {
             let served = match self.plane.indices(name) {
                 Some(_) => "goes by the service's former state",

@@ -154,7 +154,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::table::Service;
+    use crate::table::{Ports, Protocols, Service};
 
     /// The records of a section, written `NAME TTL TYPE [DATA]`; of a SOA the serial alone.
     fn show(records: &[Record]) -> String {
@@ -174,10 +174,13 @@ mod tests {
             let service = Service {
                 name: name.clone(),
                 vip: vip.into(),
-                ports: [80].into(),
+                vip6: None,
+                ports: Ports::only([80]),
+                protocols: Protocols::Tcp,
                 pin: None,
                 backends: Vec::new(), // none is healthy: the name stands all the same
                 excluded: Vec::new(),
+                notes: Vec::new(),
                 generation,
             };
             (name, Arc::new(service))

@@ -19,7 +19,7 @@ use super::forward::Limits;
 use super::server::Surroundings;
 use super::{Server, Transport, bind};
 use crate::config::{Config, DnsConfig, Forward};
-use crate::table::{Service, Table};
+use crate::table::{Ports, Protocols, Service, Table};
 
 /// For what must happen; a test that waits so long has failed.
 const LONG: Duration = Duration::from_secs(10);
@@ -90,10 +90,13 @@ fn web(generation: u64) -> Table {
     let service = Service {
         name: "web".into(),
         vip: [127, 128, 0, 1].into(),
-        ports: [80].into(),
+        vip6: None,
+        ports: Ports::only([80]),
+        protocols: Protocols::Tcp,
         pin: None,
         backends: Vec::new(),
         excluded: Vec::new(),
+        notes: Vec::new(),
         generation,
     };
     let services = BTreeMap::from([("web".into(), Arc::new(service))]);

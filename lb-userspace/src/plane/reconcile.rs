@@ -7,7 +7,7 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::sync::Arc;
 
 use lb_common::{Backend, Frontend, IPPROTO_TCP, MAX_SERVICE_BACKENDS, Region, Target};
@@ -16,7 +16,7 @@ use super::alias;
 use super::ids::Ids;
 use super::maps::Maps;
 use super::regions::{Block, Regions};
-use crate::table::{Service, State, Table};
+use crate::table::{Ports, Service, State, Table};
 
 /// Why the kernel doesn't have a service's present state. Its former state serves on.
 #[derive(Debug, thiserror::Error)]
@@ -83,7 +83,7 @@ pub struct Indices {
     /// The index into `SERVICES` and `SERVICE_STATS`.
     pub service: u32,
     /// The indices into `BACKENDS` and `BACKEND_DIALS`.
-    pub backends: HashMap<SocketAddrV4, u32>,
+    pub backends: HashMap<SocketAddr, u32>,
 }
 
 /// Keeps the maps in step with the table.
@@ -143,7 +143,8 @@ impl<M: Maps> Reconciler<M> {
     /// The indices of a service that is in the maps.
     pub fn indices(&self, name: &str) -> Option<Indices> {
         let held = self.held.get(name)?;
-        Some(Indices { service: held.service_idx, backends: held.backends.clone() })
+        let backends = held.backends.iter().map(|(&address, &idx)| (address.into(), idx)).collect();
+        Some(Indices { service: held.service_idx, backends })
     }
 
     /// How full each map is.
@@ -165,7 +166,10 @@ impl<M: Maps> Reconciler<M> {
             .backends
             .iter()
             .filter(|backend| backend.state == State::Healthy)
-            .filter_map(|backend| Some((backend.address?, backend.weight, backend.host_only)))
+            .filter_map(|backend| match backend.address? {
+                SocketAddr::V4(address) => Some((address, backend.weight, backend.host_only)),
+                SocketAddr::V6(_) => None,
+            })
             .collect();
         if healthy.len() > MAX_SERVICE_BACKENDS as usize {
             return Err(ApplyError::TooManyBackends { n_backends: healthy.len() });
@@ -361,7 +365,11 @@ fn full(map: &'static str, capacity: u32, key: &'static str) -> ApplyError {
 
 fn frontends(service: &Service, service_idx: u32) -> BTreeMap<Frontend, Target> {
     let target = |host_only| Target { service: service_idx, host_only };
-    let ports = service.ports.iter().map(|&port| (key(service.vip, port), target(0)));
+    let ports: &[u16] = match &service.ports {
+        Ports::Only(ports) if service.protocols.tcp() => ports,
+        Ports::Only(_) | Ports::Any => &[],
+    };
+    let ports = ports.iter().map(|&port| (key(service.vip, port), target(0)));
     ports.chain(service.pin.map(|pin| (key(*pin.ip(), pin.port()), target(1)))).collect()
 }
 

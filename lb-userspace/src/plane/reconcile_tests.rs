@@ -10,13 +10,13 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::plane::Sizes;
-use crate::table::Backend as TableBackend;
+use crate::table::{Backend as TableBackend, Protocols};
 
 /// Service `s` has the frontend 127.128.0.s:80 and backends 10.s.x.1:80, so that an address tells
 /// whose it is.
 fn service(s: u8, backends: &BTreeSet<u8>, generation: u64) -> Arc<Service> {
     let backend = |&x: &u8| TableBackend {
-        address: Some(SocketAddrV4::new(Ipv4Addr::new(10, s, x, 1), 80)),
+        address: Some(SocketAddr::new(Ipv4Addr::new(10, s, x, 1).into(), 80)),
         shown_address: String::new(),
         node: String::new(),
         id: String::new(),
@@ -28,10 +28,13 @@ fn service(s: u8, backends: &BTreeSet<u8>, generation: u64) -> Arc<Service> {
     Arc::new(Service {
         name: format!("s{s}").into(),
         vip: Ipv4Addr::new(127, 128, 0, s),
-        ports: Arc::new([80]),
+        vip6: None,
+        ports: Ports::only([80]),
+        protocols: Protocols::Tcp,
         pin: None,
         backends: backends.iter().map(backend).collect(),
         excluded: Vec::new(),
+        notes: Vec::new(),
         generation,
     })
 }

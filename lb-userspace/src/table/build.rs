@@ -7,14 +7,14 @@ use std::time::SystemTime;
 
 use super::judge::{Verdict, check_name, judge};
 use super::vips::Vips;
-use super::{Instance, Service, Table};
+use super::{Instance, Ports, Protocols, Service, Table};
 use crate::config::VipConfig;
 
 /// Builds tables, each from a catalog and what the last one had.
 #[derive(Debug)]
 pub struct Builder {
     pool: ipnet::Ipv4Net,
-    ports: Arc<[u16]>,
+    ports: Ports,
     pins: BTreeMap<String, SocketAddrV4>,
     vips: Vips,
     /// What each service of the last table was built from.
@@ -35,7 +35,7 @@ impl Builder {
     pub fn new(config: &VipConfig, vips: Vips) -> Builder {
         Builder {
             pool: config.pool,
-            ports: config.ports.as_slice().into(),
+            ports: Ports::only(config.ports.iter().copied()),
             pins: config.pins.iter().map(|(name, pin)| (name.to_lowercase(), *pin)).collect(),
             vips,
             sources: BTreeMap::new(),
@@ -112,10 +112,13 @@ impl Builder {
         let mut service = Service {
             name: name.clone(),
             vip,
+            vip6: None,
             ports: self.ports.clone(),
+            protocols: Protocols::Tcp,
             pin: self.pins.get(&**name).copied(),
             backends: Vec::new(),
             excluded: Vec::new(),
+            notes: Vec::new(),
             generation: last.generation + 1,
         };
         for instance in instances.iter() {

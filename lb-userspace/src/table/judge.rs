@@ -1,6 +1,6 @@
 //! What can be routed to: one instance in, one verdict out.
 
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{Ipv4Addr, SocketAddr};
 
 use ipnet::Ipv4Net;
 
@@ -36,7 +36,7 @@ pub fn judge(instance: &Instance, pool: Ipv4Net) -> Verdict {
 }
 
 /// Where dials to the instance go, or why none can.
-fn route(instance: &Instance, pool: Ipv4Net) -> Result<SocketAddrV4, String> {
+fn route(instance: &Instance, pool: Ipv4Net) -> Result<SocketAddr, String> {
     let text = instance.address.as_str();
     if text.is_empty() {
         return Err("it has no address: give the service or its node one".to_owned());
@@ -64,7 +64,7 @@ fn route(instance: &Instance, pool: Ipv4Net) -> Result<SocketAddrV4, String> {
     if address.is_unspecified() || address.is_multicast() || address.is_broadcast() {
         return Err(format!("{address} is no host's address: register the one it listens on"));
     }
-    Ok(SocketAddrV4::new(address, port))
+    Ok(SocketAddr::new(address.into(), port))
 }
 
 /// The weight as it counts, and a note where that differs from what was given.

@@ -5,17 +5,19 @@
 //! before.
 
 mod build;
+mod dialled;
 mod input;
 mod judge;
 pub mod vips;
 
 use std::collections::BTreeMap;
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
 pub use build::{Builder, Next};
+pub use dialled::{MAX_PORTS, Ports, Protocols};
 pub use input::{Instance, Standing};
 
 /// One state of the world, as this node should present it.
@@ -43,14 +45,20 @@ pub struct Service {
     pub name: Arc<str>,
     /// Its address on this node.
     pub vip: Ipv4Addr,
+    /// Its IPv6 address on this node, where `vip.pool6` is set.
+    pub vip6: Option<Ipv6Addr>,
     /// The ports it is dialled at.
-    pub ports: Arc<[u16]>,
+    pub ports: Ports,
+    /// The transport protocols it is dialled with.
+    pub protocols: Protocols,
     /// One more address, in the host's network namespace only.
     pub pin: Option<SocketAddrV4>,
     /// The instances that dials may reach, ordered, and those that can't be reached from here.
     pub backends: Vec<Backend>,
     /// The instances that are out, each with the reason.
     pub excluded: Vec<Excluded>,
+    /// What is odd about what its instances say of it, a sentence each.
+    pub notes: Vec<String>,
     /// The generation of the table that changed it last.
     pub generation: u64,
 }
@@ -58,9 +66,11 @@ pub struct Service {
 impl Service {
     /// Whether both are the same but for the generation.
     fn is_same(&self, other: &Service) -> bool {
-        let Service { name, vip, ports, pin, backends, excluded, generation: _ } = other;
-        (&self.name, &self.vip, &self.ports, &self.pin, &self.backends, &self.excluded)
-            == (name, vip, ports, pin, backends, excluded)
+        let Service { name, vip, vip6, ports, protocols, pin, .. } = other;
+        let Service { backends, excluded, notes, generation: _, .. } = other;
+        (&self.name, &self.vip, &self.vip6, &self.ports, &self.protocols, &self.pin)
+            == (name, vip, vip6, ports, protocols, pin)
+            && (&self.backends, &self.excluded, &self.notes) == (backends, excluded, notes)
     }
 
     /// The backends that dials may reach.
@@ -73,7 +83,7 @@ impl Service {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Backend {
     /// Where dials go, for a healthy one; `None` for an unroutable one.
-    pub address: Option<SocketAddrV4>,
+    pub address: Option<SocketAddr>,
     /// The address as the source gave it, with the port.
     pub shown_address: String,
     /// The node it runs on; empty where the source knows of no nodes.
