@@ -24,6 +24,9 @@ pub enum Command {
         /// How log lines look
         #[arg(long, value_enum, default_value_t)]
         log_format: LogFormat,
+        /// Whether the kernel goes on translating when the daemon ends [default: keep]
+        #[arg(long, value_name = "keep|detach")]
+        on_exit: Option<String>,
     },
     /// Say of everything that nohop needs whether it is there, and how to mend it
     Check {
@@ -77,6 +80,9 @@ pub struct ConfigArguments {
     /// The cgroup v2 directory whose processes are served [default: the mounted root]
     #[arg(long, value_name = "DIR")]
     pub cgroup: Option<PathBuf>,
+    /// Where maps and links are pinned [default: /sys/fs/bpf/nohop]
+    #[arg(long, value_name = "DIR")]
+    pub bpffs: Option<PathBuf>,
     /// Where what must outlive the daemon is kept [default: /var/lib/nohop]
     #[arg(long, value_name = "DIR")]
     pub state_dir: Option<PathBuf>,

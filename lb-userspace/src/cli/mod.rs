@@ -46,12 +46,12 @@ pub fn main() -> ExitCode {
 
 fn command(command: Command) -> anyhow::Result<ExitCode> {
     match command {
-        Command::Run { config, log_format } => {
+        Command::Run { config, log_format, on_exit } => {
             log(log_format);
-            run::run(load(config)?)?;
+            run::run(load(config, on_exit)?)?;
         }
         Command::Check { config, client } => {
-            let report = check::check(load(config), client.admin.as_deref());
+            let report = check::check(load(config, None), client.admin.as_deref());
             print(&client, &report, check::text)?;
             return Ok(if report.ok { ExitCode::SUCCESS } else { ExitCode::from(FAILURE) });
         }
@@ -70,7 +70,7 @@ fn command(command: Command) -> anyhow::Result<ExitCode> {
                 return Ok(ExitCode::from(FAILURE));
             }
         }
-        Command::Unload { config, all, json } => unload::unload(&load(config)?, all, json)?,
+        Command::Unload { config, all, json } => unload::unload(&load(config, None)?, all, json)?,
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -87,17 +87,27 @@ fn chain(error: &anyhow::Error) -> String {
     })
 }
 
-fn load(arguments: ConfigArguments) -> Result<Config, ConfigErrors> {
+fn load(arguments: ConfigArguments, on_exit: Option<String>) -> Result<Config, ConfigErrors> {
     let ConfigArguments {
         config,
         cgroup,
+        bpffs,
         state_dir,
         dns_listen,
         admin_listen,
         catalog,
         consul_addr,
     } = arguments;
-    let overrides = Overrides { cgroup, state_dir, dns_listen, admin_listen, catalog, consul_addr };
+    let overrides = Overrides {
+        cgroup,
+        bpffs,
+        state_dir,
+        dns_listen,
+        admin_listen,
+        catalog,
+        consul_addr,
+        on_exit,
+    };
     Config::load(config.as_deref(), overrides, &environment)
 }
 

@@ -1,11 +1,12 @@
 //! The small texts of the configuration: addresses, names and the pool, each with its own mend.
 
 use std::fmt;
-use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4};
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use ipnet::Ipv4Net;
+use ipnet::{Ipv4Net, Ipv6Net};
 
 use super::AdminAddress;
 
@@ -89,6 +90,33 @@ pub(super) fn pool(text: &str) -> Result<Ipv4Net, Fault> {
     }
     if pool.trunc() != pool {
         return Err(format!("{pool} has bits below its prefix; write {}", pool.trunc()));
+    }
+    Ok(pool)
+}
+
+/// The lengths that the prefix of the IPv6 pool may have: a site's local addresses have 64 bits of
+/// their own at the end (RFC 4193), and below 8 bits hardly a service has room.
+const POOL6_LENGTHS: RangeInclusive<u8> = 64..=120;
+
+/// The IPv6 pool, as a network of unique local addresses.
+pub(super) fn pool6(text: &str) -> Result<Ipv6Net, Fault> {
+    let local = Ipv6Net::new_assert(Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 0), 8);
+    let usual = "write one such as fd6e:6f68:6f70::/96";
+    let pool: Ipv6Net = text
+        .parse()
+        .map_err(|_| format!("'{text}' is no IPv6 network; {usual}, or \"\" for none"))?;
+    if !local.contains(&pool) {
+        return Err(format!("{pool} isn't within {local}; {usual}"));
+    }
+    if pool.trunc() != pool {
+        return Err(format!("{pool} has bits below its prefix; write {}", pool.trunc()));
+    }
+    if !POOL6_LENGTHS.contains(&pool.prefix_len()) {
+        let (shortest, longest) = (POOL6_LENGTHS.start(), POOL6_LENGTHS.end());
+        return Err(format!(
+            "{pool} has a prefix of {}; write one from /{shortest} to /{longest}",
+            pool.prefix_len()
+        ));
     }
     Ok(pool)
 }

@@ -67,14 +67,22 @@ impl Value<'_, '_> {
         }
     }
 
-    /// An array that isn't empty and says nothing twice, each element as `read` understands it.
+    /// An array that isn't empty, as [`Value::list_or_none`].
     pub(super) fn list<T: PartialEq>(&self, read: impl Fn(&Value) -> Read<T>) -> Read<Vec<T>> {
+        match self.value.get_ref().as_array() {
+            Some(array) if array.is_empty() => self.fault("is empty; write at least one element"),
+            _ => self.list_or_none(read),
+        }
+    }
+
+    /// An array that says nothing twice, each element as `read` understands it.
+    pub(super) fn list_or_none<T: PartialEq>(
+        &self,
+        read: impl Fn(&Value) -> Read<T>,
+    ) -> Read<Vec<T>> {
         let Some(array) = self.value.get_ref().as_array() else {
             return self.unexpected("an array");
         };
-        if array.is_empty() {
-            return self.fault("is empty; write at least one element");
-        }
         let (mut elements, mut faults) = (Vec::new(), Vec::new());
         for value in array.iter() {
             let element = Value { key: self.key.clone(), value };

@@ -13,7 +13,7 @@ use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::path::PathBuf;
 
-use ipnet::Ipv4Net;
+use ipnet::{Ipv4Net, Ipv6Net};
 
 pub use problem::{ConfigErrors, Place, Problem};
 pub use read::Overrides;
@@ -27,8 +27,12 @@ pub struct Config {
     /// The cgroup v2 directory whose processes are served; `None` means the root of the hierarchy,
     /// wherever it is mounted.
     pub cgroup: Option<PathBuf>,
+    /// Where maps and links are pinned, on a bpf file system.
+    pub bpffs: PathBuf,
     /// Where what must outlive the daemon is kept.
     pub state_dir: PathBuf,
+    /// What becomes of the kernel side when the daemon ends.
+    pub on_exit: OnExit,
     /// `[catalog]`
     pub catalog: CatalogConfig,
     /// `[consul]`
@@ -41,6 +45,15 @@ pub struct Config {
     pub plane: PlaneConfig,
     /// `[admin]`
     pub admin: AdminConfig,
+}
+
+/// What becomes of the kernel side when the daemon ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnExit {
+    /// It goes on translating, by the last table.
+    Keep,
+    /// It is detached.
+    Detach,
 }
 
 /// Where services come from.
@@ -97,6 +110,8 @@ impl std::fmt::Debug for Token {
 pub struct VipConfig {
     /// The pool that VIPs come from, within 127.0.0.0/8.
     pub pool: Ipv4Net,
+    /// The pool that IPv6 VIPs come from, within fd00::/8; `None` where services have none.
+    pub pool6: Option<Ipv6Net>,
     /// The ports of every service; not empty, no duplicates.
     pub ports: Vec<u16>,
     /// Further addresses, each for one service, that count in the host's network namespace only.
@@ -134,6 +149,9 @@ pub struct PlaneConfig {
     pub max_services: u32,
     /// The number of backends, over all services, that the maps have room for.
     pub max_backends: u32,
+    /// The cgroups whose processes are left alone: below the mount when absolute, else below the
+    /// root of the hierarchy.
+    pub exclude_cgroups: Vec<PathBuf>,
 }
 
 /// The admin interface.
@@ -156,7 +174,9 @@ impl Default for Config {
     fn default() -> Self {
         Config {
             cgroup: None,
+            bpffs: "/sys/fs/bpf/nohop".into(),
             state_dir: "/var/lib/nohop".into(),
+            on_exit: OnExit::Keep,
             catalog: CatalogConfig { source: Source::Consul, tag: "routed".into() },
             consul: ConsulConfig {
                 address: "127.0.0.1:8500".into(),
@@ -166,6 +186,7 @@ impl Default for Config {
             },
             vip: VipConfig {
                 pool: Ipv4Net::new_assert(Ipv4Addr::new(127, 128, 0, 0), 9),
+                pool6: None,
                 ports: vec![80],
                 pins: BTreeMap::new(),
             },
@@ -179,7 +200,11 @@ impl Default for Config {
                     SocketAddr::from(([127, 0, 0, 1], 8600)),
                 )]),
             },
-            plane: PlaneConfig { max_services: 16_384, max_backends: 131_072 },
+            plane: PlaneConfig {
+                max_services: 16_384,
+                max_backends: 131_072,
+                exclude_cgroups: Vec::new(),
+            },
             admin: AdminConfig { listen: vec![AdminAddress::Unix("/run/nohop/admin.sock".into())] },
         }
     }

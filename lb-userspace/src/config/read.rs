@@ -1,14 +1,15 @@
 //! From a file, the environment and the flags to a checked configuration.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
+use std::str::FromStr;
 
 use toml::de::DeTable;
 
 use super::document::{Fault, Read, Value, kind, line};
 use super::{
-    AdminAddress, Config, ConfigErrors, DEFAULT_PATH, Forward, Place, Problem, Source, Token,
-    address, relations,
+    AdminAddress, Config, ConfigErrors, DEFAULT_PATH, Forward, OnExit, Place, Problem, Source,
+    Token, address, relations,
 };
 
 /// What the command line says in place of the file; each is a flag of `nohop run`.
@@ -16,6 +17,8 @@ use super::{
 pub struct Overrides {
     /// `--cgroup DIR`
     pub cgroup: Option<PathBuf>,
+    /// `--bpffs DIR`
+    pub bpffs: Option<PathBuf>,
     /// `--state-dir DIR`
     pub state_dir: Option<PathBuf>,
     /// `--dns-listen ADDR:PORT`, each; empty when it wasn't given.
@@ -26,6 +29,8 @@ pub struct Overrides {
     pub catalog: Option<PathBuf>,
     /// `--consul-addr URL`
     pub consul_addr: Option<String>,
+    /// `--on-exit keep|detach`
+    pub on_exit: Option<String>,
 }
 
 impl Config {
@@ -132,7 +137,9 @@ const KEYS: &[(&str, Apply)] = &[
         });
         set(&mut draft.config.cgroup, dir)
     }),
+    ("bpffs", |draft, value| set(&mut draft.config.bpffs, value.text(full_path))),
     ("state_dir", |draft, value| set(&mut draft.config.state_dir, value.text(full_path))),
+    ("on_exit", |draft, value| set(&mut draft.config.on_exit, value.text(str::parse::<OnExit>))),
     ("catalog.source", |draft, value| {
         let is_file = value.text(|source| match source {
             "consul" => Ok(false),
@@ -168,6 +175,13 @@ const KEYS: &[(&str, Apply)] = &[
         set(&mut draft.config.consul.max_connections, value.integer(2..=65_536))
     }),
     ("vip.pool", |draft, value| set(&mut draft.config.vip.pool, value.text(address::pool))),
+    ("vip.pool6", |draft, value| {
+        let pool6 = value.text(|text| match text {
+            "" => Ok(None),
+            pool6 => address::pool6(pool6).map(Some),
+        });
+        set(&mut draft.config.vip.pool6, pool6)
+    }),
     ("vip.ports", |draft, value| {
         set(&mut draft.config.vip.ports, value.list(|port| port.integer(1..=65_535)))
     }),
@@ -192,11 +206,14 @@ const KEYS: &[(&str, Apply)] = &[
     ("plane.max_backends", |draft, value| {
         set(&mut draft.config.plane.max_backends, value.integer(1..=8_000_000))
     }),
+    ("plane.exclude_cgroups", |draft, value| {
+        let cgroups = value.list_or_none(|each| each.text(cgroup));
+        set(&mut draft.config.plane.exclude_cgroups, cgroups)
+    }),
     ("admin.listen", |draft, value| {
         let listen = value.list(|each| each.text(str::parse::<AdminAddress>));
         set(&mut draft.config.admin.listen, listen)
     }),
-    ("bpffs", |_, value| value.fault("pins come in a later version; remove it")),
     ("catalog.watch", later),
     ("catalog.max_age", later),
     ("plane.algorithm", later),
@@ -220,6 +237,28 @@ fn full_path(text: &str) -> Result<PathBuf, String> {
         Ok(PathBuf::from(text))
     } else {
         Err(format!("'{text}' is no full path; write one that begins with /"))
+    }
+}
+
+/// A cgroup other than the root. Whether it is there only the kernel side can tell.
+fn cgroup(text: &str) -> Result<PathBuf, String> {
+    let path = Path::new(text);
+    let is_below = path.components().any(|part| matches!(part, Component::Normal(_)));
+    if is_below && !path.components().any(|part| part == Component::ParentDir) {
+        return Ok(path.to_owned());
+    }
+    Err(format!("'{text}' names no cgroup below the root; write one such as 'system.slice'"))
+}
+
+impl FromStr for OnExit {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "keep" => Ok(OnExit::Keep),
+            "detach" => Ok(OnExit::Detach),
+            _ => Err(format!("'{text}' can't be done; write keep or detach")),
+        }
     }
 }
 
@@ -336,6 +375,14 @@ impl Draft {
     fn read_overrides(&mut self, overrides: Overrides) {
         if let Some(cgroup) = overrides.cgroup {
             self.config.cgroup = (cgroup != Path::new("auto")).then_some(cgroup);
+        }
+        if let Some(bpffs) = overrides.bpffs {
+            self.config.bpffs = bpffs;
+        }
+        if let Some(text) = overrides.on_exit
+            && let Some(on_exit) = self.outside("on_exit", "--on-exit", text.parse())
+        {
+            self.config.on_exit = on_exit;
         }
         if let Some(state_dir) = overrides.state_dir {
             self.config.state_dir = state_dir;

@@ -8,7 +8,9 @@ use super::{AdminAddress, Forward};
 /// Notes every rule between keys that the draft breaks.
 pub(super) fn check(draft: &mut Draft) {
     pool_has_room(draft);
+    pool6_has_room(draft);
     pool_is_free(draft);
+    pool6_is_free(draft);
     pins_are_apart(draft);
     names_go_one_way(draft);
 }
@@ -24,6 +26,21 @@ fn pool_has_room(draft: &mut Draft) {
                 "{pool} has {usable} usable addresses and plane.max_services is {wanted}; widen \
                  the pool, or set max_services = {} or less",
                 usable.max(1)
+            ),
+        );
+    }
+}
+
+fn pool6_has_room(draft: &mut Draft) {
+    let Some(pool6) = draft.config.vip.pool6 else { return };
+    let wanted = draft.config.plane.max_services;
+    let usable = (1_u128 << (128 - pool6.prefix_len())) - 2;
+    if usable < u128::from(wanted) {
+        draft.contradiction(
+            &["vip.pool6", "plane.max_services"],
+            format!(
+                "{pool6} has {usable} usable addresses and plane.max_services is {wanted}; widen \
+                 the pool, or set max_services = {usable} or less"
             ),
         );
     }
@@ -56,6 +73,21 @@ fn pool_is_free(draft: &mut Draft) {
                 &[key, "vip.pool"],
                 format!(
                     "{address} lies in vip.pool {pool}; choose an address outside, or another pool"
+                ),
+            );
+        }
+    }
+}
+
+fn pool6_is_free(draft: &mut Draft) {
+    let Some(pool6) = draft.config.vip.pool6 else { return };
+    for (key, address) in own_addresses(draft) {
+        if matches!(address.ip(), IpAddr::V6(ip) if pool6.contains(&ip)) {
+            draft.contradiction(
+                &[key, "vip.pool6"],
+                format!(
+                    "{address} lies in vip.pool6 {pool6}; choose an address outside, or another \
+                     pool"
                 ),
             );
         }

@@ -28,7 +28,9 @@ fn nothing_said_means_the_defaults() {
 fn the_defaults_written_out_are_the_defaults() {
     let text = r#"
         cgroup = "auto"
+        bpffs = "/sys/fs/bpf/nohop"
         state_dir = "/var/lib/nohop"
+        on_exit = "keep"
         [catalog]
         source = "consul"
         file = ""
@@ -41,6 +43,7 @@ fn the_defaults_written_out_are_the_defaults() {
         max_connections = 64
         [vip]
         pool = "127.128.0.0/9"
+        pool6 = ""
         ports = [80]
         pins = {}
         [dns]
@@ -52,6 +55,7 @@ fn the_defaults_written_out_are_the_defaults() {
         [plane]
         max_services = 16384
         max_backends = 131072
+        exclude_cgroups = []
         [admin]
         listen = ["unix:/run/nohop/admin.sock"]
     "#;
@@ -62,7 +66,9 @@ fn the_defaults_written_out_are_the_defaults() {
 fn every_key_is_taken() {
     let text = r#"
         cgroup = "/sys/fs/cgroup/web"
+        bpffs = "/b"
         state_dir = "/s"
+        on_exit = "detach"
         [catalog]
         source = "file"
         file = "/c.toml"
@@ -74,6 +80,7 @@ fn every_key_is_taken() {
         max_connections = 2
         [vip]
         pool = "127.64.0.0/16"
+        pool6 = "fd6e::/64"
         ports = [80, 0x1bb]
         pins = { Hello = "127.0.0.1:80", other = "10.0.0.9:80" }
         [dns]
@@ -85,12 +92,15 @@ fn every_key_is_taken() {
         [plane]
         max_services = 100
         max_backends = 200
+        exclude_cgroups = ["system.slice/consul.service", "/sys/fs/cgroup/a/"]
         [admin]
         listen = ["127.0.0.1:9000", "unix:/a.sock"]
     "#;
     let expected = Config {
         cgroup: Some("/sys/fs/cgroup/web".into()),
+        bpffs: "/b".into(),
         state_dir: "/s".into(),
+        on_exit: OnExit::Detach,
         catalog: CatalogConfig { source: Source::File("/c.toml".into()), tag: "t".into() },
         consul: ConsulConfig {
             address: "[::1]:8500".into(),
@@ -100,6 +110,7 @@ fn every_key_is_taken() {
         },
         vip: VipConfig {
             pool: "127.64.0.0/16".parse().unwrap(),
+            pool6: Some("fd6e::/64".parse().unwrap()),
             ports: vec![80, 443],
             pins: BTreeMap::from([
                 ("hello".into(), "127.0.0.1:80".parse().unwrap()),
@@ -116,7 +127,11 @@ fn every_key_is_taken() {
             ]),
             routes: BTreeMap::from([("corp.example".into(), "10.0.0.2:53".parse().unwrap())]),
         },
-        plane: PlaneConfig { max_services: 100, max_backends: 200 },
+        plane: PlaneConfig {
+            max_services: 100,
+            max_backends: 200,
+            exclude_cgroups: vec!["system.slice/consul.service".into(), "/sys/fs/cgroup/a".into()],
+        },
         admin: AdminConfig {
             listen: vec![
                 AdminAddress::Tcp("127.0.0.1:9000".parse().unwrap()),
@@ -143,7 +158,6 @@ fn what_is_wrong_is_named_with_its_line_and_its_mend() {
         ("zebra = 1", &["f:1: zebra: unknown key; remove it"]),
         ("vip.pins.a.b = '127.0.0.1:80'", &["f:1: vip.pins.a: expected a string, found a table"]),
         // Keys of later versions.
-        ("bpffs = '/sys/fs/bpf'", &["f:1: bpffs: pins come in a later version; remove it"]),
         (
             "catalog.health = 'any'",
             &["f:1: catalog.health: only \"passing\" is in this version; remove it"],
@@ -178,6 +192,37 @@ fn what_is_wrong_is_named_with_its_line_and_its_mend() {
         (
             "vip.pool = '127.128.0.1/9'",
             &["f:1: vip.pool: 127.128.0.1/9 has bits below its prefix; write 127.128.0.0/9"],
+        ),
+        (
+            "vip.pool6 = 'fc00::/64'",
+            &[
+                "f:1: vip.pool6: fc00::/64 isn't within fd00::/8; write one such as fd6e:6f68:6f70::/96",
+            ],
+        ),
+        (
+            "vip.pool6 = 'fd00::1/64'",
+            &["f:1: vip.pool6: fd00::1/64 has bits below its prefix; write fd00::/64"],
+        ),
+        (
+            "vip.pool6 = 'fd00::/63'",
+            &["f:1: vip.pool6: fd00::/63 has a prefix of 63; write one from /64 to /120"],
+        ),
+        (
+            "vip.pool6 = '10.0.0.0/8'",
+            &[
+                "f:1: vip.pool6: '10.0.0.0/8' is no IPv6 network; write one such as fd6e:6f68:6f70::/96, or \"\" for none",
+            ],
+        ),
+        ("on_exit = 'stay'", &["f:1: on_exit: 'stay' can't be done; write keep or detach"]),
+        ("bpffs = 'b'", &["f:1: bpffs: 'b' is no full path; write one that begins with /"]),
+        (
+            "plane.exclude_cgroups = ['/', '',\n'a/../..', 'a', './a', 'a']",
+            &[
+                "f:1: plane.exclude_cgroups: '/' names no cgroup below the root; write one such as 'system.slice'",
+                "f:1: plane.exclude_cgroups: '' names no cgroup below the root; write one such as 'system.slice'",
+                "f:2: plane.exclude_cgroups: 'a/../..' names no cgroup below the root; write one such as 'system.slice'",
+                "f:2: plane.exclude_cgroups: this element is there twice; remove one",
+            ],
         ),
         ("vip.pool = 'x'", &["f:1: vip.pool: 'x' is no network; write one such as 127.128.0.0/9"]),
         (
@@ -245,6 +290,18 @@ fn what_is_wrong_is_named_with_its_line_and_its_mend() {
             ],
         ),
         ("vip.pool = '127.9.0.0/24'\nplane.max_services = 254", &[]),
+        (
+            "vip.pool6 = 'fd00::/120'",
+            &[
+                "f:1: vip.pool6: fd00::/120 has 254 usable addresses and plane.max_services is 16384; widen the pool, or set max_services = 254 or less",
+            ],
+        ),
+        (
+            "vip.pool6 = 'fd00::/96'\ndns.listen = ['[fd00::1]:53']",
+            &[
+                "f:2: dns.listen: [fd00::1]:53 lies in vip.pool6 fd00::/96; choose an address outside, or another pool",
+            ],
+        ),
         (
             "vip.pool = '127.0.0.0/9'",
             &[
@@ -338,6 +395,7 @@ fn flags_are_checked_like_the_file() {
         cgroup: Some("/cg".into()),
         dns_listen: vec!["127.128.0.5:53".into()],
         admin_listen: vec!["nowhere".into()],
+        on_exit: Some("stay".into()),
         ..Overrides::default()
     };
     let errors = check_all("", overrides.clone(), &[("CONSUL_HTTP_ADDR", "https://x:1")]);
@@ -345,6 +403,7 @@ fn flags_are_checked_like_the_file() {
         "--admin-listen: 'nowhere' is no address; write unix:/PATH or ADDR:PORT, port 1 to 65535",
         "--dns-listen: 127.128.0.5:53 lies in vip.pool 127.128.0.0/9; choose an address outside, \
          or another pool",
+        "--on-exit: 'stay' can't be done; write keep or detach",
         "CONSUL_HTTP_ADDR: TLS to Consul isn't in this version; write http://HOST:PORT",
     ];
     assert_eq!(errors.unwrap_err(), expected);
@@ -353,11 +412,14 @@ fn flags_are_checked_like_the_file() {
         dns_listen: vec!["127.0.0.9:53".into()],
         admin_listen: vec!["unix:/x".into()],
         catalog: Some("c.toml".into()),
+        bpffs: Some("/pins".into()),
+        on_exit: Some("detach".into()),
         ..overrides
     };
     // A source that isn't asked has no address to judge.
     let config = check_all("", overrides, &[("CONSUL_HTTP_ADDR", "https://x:1")]).unwrap();
     assert_eq!(config.cgroup, Some("/cg".into()));
+    assert_eq!((config.bpffs, config.on_exit), ("/pins".into(), OnExit::Detach));
     assert_eq!(config.catalog.source, Source::File("c.toml".into()));
     assert_eq!(config.dns.listen, ["127.0.0.9:53".parse().unwrap()]);
     assert_eq!(config.admin.listen, [AdminAddress::Unix("/x".into())]);
