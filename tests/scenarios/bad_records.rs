@@ -14,7 +14,7 @@ pub fn story() -> Result<()> {
     let bad = [
         ("no-port", json!({ "Port": 0 }), "port"),
         ("host-name", json!({ "Address": "backend.example" }), "name"),
-        ("ipv6", json!({ "Address": "2001:db8::1" }), "ipv6"),
+        ("link-local", json!({ "Address": "fe80::1" }), "link-local"),
         ("in-pool", json!({ "Address": "127.200.0.1" }), "pool"),
         ("other-loopback", json!({ "Address": "127.0.0.1" }), "loopback"),
         (

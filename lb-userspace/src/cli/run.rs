@@ -48,7 +48,7 @@ async fn daemon(config: Config) -> anyhow::Result<()> {
     let dns_addresses = dns_sockets.addresses().to_vec();
 
     let vips_path = config.state_dir.join("vips.json");
-    let vips = Vips::read(&vips_path, config.vip.pool)?;
+    let vips = Vips::read(&vips_path, (&config.vip).into())?;
     vips.write(&vips_path)?;
     let host_netns = netns_cookie().unwrap_or_else(|error| {
         tracing::warn!(

@@ -6,14 +6,14 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use super::judge::{Verdict, check_name, judge};
-use super::vips::Vips;
+use super::vips::{Pools, Vips};
 use super::{Instance, Ports, Protocols, Service, Table};
 use crate::config::VipConfig;
 
 /// Builds tables, each from a catalog and what the last one had.
 #[derive(Debug)]
 pub struct Builder {
-    pool: ipnet::Ipv4Net,
+    pools: Pools,
     ports: Ports,
     pins: BTreeMap<String, SocketAddrV4>,
     vips: Vips,
@@ -34,7 +34,7 @@ impl Builder {
     /// A builder that gives addresses by `vips`.
     pub fn new(config: &VipConfig, vips: Vips) -> Builder {
         Builder {
-            pool: config.pool,
+            pools: config.into(),
             ports: Ports::only(config.ports.iter().copied()),
             pins: config.pins.iter().map(|(name, pin)| (name.to_lowercase(), *pin)).collect(),
             vips,
@@ -58,6 +58,7 @@ impl Builder {
         let generation = last.generation + 1;
         let mut table = Table { generation, ..Table::default() };
         let mut sources = BTreeMap::new();
+        let edition_before = self.vips.edition();
         let names_before: Vec<Arc<str>> = self.vips.in_use().cloned().collect();
         for (given_name, instances) in catalog {
             let name: Arc<str> = given_name.to_lowercase().into();
@@ -77,7 +78,7 @@ impl Builder {
                 self.vips.release(name, now);
             }
         }
-        let vips_changed = !self.vips.in_use().eq(names_before.iter());
+        let vips_changed = self.vips.edition() != edition_before;
         let same = last.is_synced()
             && table.rejected == last.rejected
             && table.services.len() == last.services.len()
@@ -111,8 +112,8 @@ impl Builder {
         let vip = self.vips.assign(name, now).map_err(|exhausted| exhausted.to_string())?;
         let mut service = Service {
             name: name.clone(),
-            vip,
-            vip6: None,
+            vip: vip.v4,
+            vip6: vip.v6,
             ports: self.ports.clone(),
             protocols: Protocols::Tcp,
             pin: self.pins.get(&**name).copied(),
@@ -122,7 +123,7 @@ impl Builder {
             generation: last.generation + 1,
         };
         for instance in instances.iter() {
-            match judge(instance, self.pool) {
+            match judge(instance, &self.pools) {
                 Verdict::In(backend) => service.backends.push(backend),
                 Verdict::Out(excluded) => service.excluded.push(excluded),
             }
@@ -157,7 +158,7 @@ mod tests {
 
     fn builder() -> Builder {
         let vip = Config::default().vip;
-        let vips = Vips::new(vip.pool);
+        let vips = Vips::new((&vip).into());
         Builder::new(&vip, vips)
     }
 

@@ -1,5 +1,7 @@
 //! What a source of discovery says of one instance, before the table judges it.
 
+use std::net::IpAddr;
+
 /// One instance of a service, in the source's words.
 ///
 /// The values are as the source gave them, in range or not: it is the table that says what can be
@@ -20,6 +22,22 @@ pub struct Instance {
     pub local: bool,
     /// Whether the source's own rules let it serve.
     pub standing: Standing,
+}
+
+impl Instance {
+    /// The address, where it is one rather than a name: IPv4, or IPv6 with brackets or without. An
+    /// IPv4-mapped one is the IPv4 address that it stands for; a zone is dropped, since it means
+    /// something on its own node alone.
+    pub fn ip(&self) -> Option<IpAddr> {
+        let text = self.address.as_str();
+        let bracketed = text.strip_prefix('[').and_then(|text| text.strip_suffix(']'));
+        let without_zone = |text: &str| text.split('%').next().and_then(|ip| ip.parse().ok());
+        let address = match (bracketed, text.parse()) {
+            (None, Ok(IpAddr::V4(address))) => IpAddr::V4(address),
+            (bracketed, _) => IpAddr::V6(without_zone(bracketed.unwrap_or(text))?),
+        };
+        Some(address.to_canonical())
+    }
 }
 
 /// A source's own verdict on an instance.

@@ -1,9 +1,8 @@
 //! What can be routed to: one instance in, one verdict out.
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
-use ipnet::Ipv4Net;
-
+use super::vips::Pools;
 use super::{Backend, Excluded, Instance, Standing, State};
 
 /// An instance's place in the table.
@@ -15,8 +14,8 @@ pub enum Verdict {
     Out(Excluded),
 }
 
-/// Judges one instance. `pool` is where VIPs come from.
-pub fn judge(instance: &Instance, pool: Ipv4Net) -> Verdict {
+/// Judges one instance. `pools` is where VIPs come from.
+pub fn judge(instance: &Instance, pools: &Pools) -> Verdict {
     let shown_address = if instance.address.contains(':') && !instance.address.starts_with('[') {
         format!("[{}]:{}", instance.address, instance.port)
     } else {
@@ -27,7 +26,7 @@ pub fn judge(instance: &Instance, pool: Ipv4Net) -> Verdict {
         return Verdict::Out(Excluded { address: shown_address, node, id, reason: reason.clone() });
     }
     let (weight, note) = weight(instance.weight);
-    let (address, state, reason) = match route(instance, pool) {
+    let (address, state, reason) = match route(instance, pools) {
         Ok(address) => (Some(address), State::Healthy, note),
         Err(reason) => (None, State::Unroutable, Some(reason)),
     };
@@ -36,35 +35,39 @@ pub fn judge(instance: &Instance, pool: Ipv4Net) -> Verdict {
 }
 
 /// Where dials to the instance go, or why none can.
-fn route(instance: &Instance, pool: Ipv4Net) -> Result<SocketAddr, String> {
+fn route(instance: &Instance, pools: &Pools) -> Result<SocketAddr, String> {
     let text = instance.address.as_str();
     if text.is_empty() {
         return Err("it has no address: give the service or its node one".to_owned());
     }
-    let Ok(address) = text.parse::<Ipv4Addr>() else {
-        let what = if text.parse::<std::net::Ipv6Addr>().is_ok() {
-            "an IPv6 address, which this version can't route to"
-        } else {
-            "a name, which this version doesn't look up"
-        };
-        return Err(format!("`{text}` is {what}: register an IPv4 address"));
+    let Some(address) = instance.ip() else {
+        return Err(format!(
+            "`{text}` is a name, which this version doesn't look up: register an IP address"
+        ));
     };
     let port = match u16::try_from(instance.port) {
         Ok(0) => return Err("port 0 can't be dialled: register the port it listens on".to_owned()),
         Ok(port) => port,
         Err(_) => return Err(format!("port {} isn't one: 1 to 65535 are", instance.port)),
     };
-    if pool.contains(&address) {
+    if let Some(pool) = pools.around(address) {
         return Err(format!("{address} is in the VIP pool {pool}: a VIP can't be a backend"));
     }
     if address.is_loopback() && !instance.local {
         let node = &instance.node;
         return Err(format!("{address} is the loopback of node `{node}`, not of this one"));
     }
-    if address.is_unspecified() || address.is_multicast() || address.is_broadcast() {
+    let is_broadcast = address == Ipv4Addr::BROADCAST;
+    if address.is_unspecified() || address.is_multicast() || is_broadcast {
         return Err(format!("{address} is no host's address: register the one it listens on"));
     }
-    Ok(SocketAddr::new(address.into(), port))
+    if matches!(address, IpAddr::V6(address) if address.is_unicast_link_local()) {
+        return Err(format!(
+            "{address} is link-local, so it needs a zone, and each node has its own: register an \
+             address that is routed"
+        ));
+    }
+    Ok(SocketAddr::new(address, port))
 }
 
 /// The weight as it counts, and a note where that differs from what was given.
@@ -115,8 +118,13 @@ mod tests {
         }
     }
 
+    fn pools() -> Pools {
+        let v4 = "127.128.0.0/9".parse().unwrap();
+        Pools { v4, v6: Some("fd6e::/64".parse().unwrap()) }
+    }
+
     fn judged(instance: &Instance) -> Backend {
-        match judge(instance, "127.128.0.0/9".parse().unwrap()) {
+        match judge(instance, &pools()) {
             Verdict::In(backend) => backend,
             Verdict::Out(out) => panic!("{out:?}"),
         }
@@ -124,12 +132,20 @@ mod tests {
 
     #[test]
     fn what_can_be_dialled_is_healthy() {
-        let backend = judged(&instance("10.0.0.7", 23456));
-        assert_eq!(backend.address, Some("10.0.0.7:23456".parse().unwrap()));
-        assert_eq!(
-            (backend.state, backend.reason, backend.host_only),
-            (State::Healthy, None, false)
-        );
+        for (address, expected) in [
+            ("10.0.0.7", "10.0.0.7:23456"),
+            ("2001:db8::7", "[2001:db8::7]:23456"),
+            ("[2001:db8::7]", "[2001:db8::7]:23456"),
+            ("::ffff:10.0.0.7", "10.0.0.7:23456"),
+            ("fd6e:0:0:1::7", "[fd6e:0:0:1::7]:23456"),
+        ] {
+            let backend = judged(&instance(address, 23456));
+            assert_eq!(backend.address, Some(expected.parse().unwrap()), "{address}");
+            assert_eq!(
+                (backend.state, backend.reason, backend.host_only),
+                (State::Healthy, None, false)
+            );
+        }
     }
 
     #[test]
@@ -140,8 +156,18 @@ mod tests {
             ("10.0.0.7", 65_536, "port 65536"),
             ("", 80, "no address"),
             ("db.example.com", 80, "`db.example.com` is a name"),
-            ("2001:db8::7", 80, "IPv6"),
+            ("[10.0.0.7]", 80, "`[10.0.0.7]` is a name"),
+            ("[2001:db8::7", 80, "is a name"),
             ("127.0.0.1", 80, "loopback of node `n1`"),
+            ("::1", 80, "loopback of node `n1`"),
+            ("::ffff:127.0.0.1", 80, "127.0.0.1 is the loopback of node `n1`"),
+            ("fd6e::7", 80, "in the VIP pool fd6e::/64"),
+            ("::ffff:127.200.0.1", 80, "127.200.0.1 is in the VIP pool 127.128.0.0/9"),
+            ("::", 80, "no host's address"),
+            ("ff02::1", 80, "no host's address"),
+            ("fe80::7", 80, "fe80::7 is link-local"),
+            ("fe80::7%eth0", 80, "fe80::7 is link-local"),
+            ("[febf::7]", 80, "febf::7 is link-local"),
             ("127.200.0.1", 80, "in the VIP pool"),
             ("0.0.0.0", 80, "no host's address"),
             ("224.0.0.1", 80, "no host's address"),
@@ -156,8 +182,10 @@ mod tests {
 
     #[test]
     fn this_nodes_loopback_is_for_the_host_alone() {
-        let backend = judged(&Instance { local: true, ..instance("127.0.0.1", 8080) });
-        assert_eq!((backend.state, backend.host_only), (State::Healthy, true));
+        for address in ["127.0.0.1", "::1", "::ffff:127.0.0.1"] {
+            let backend = judged(&Instance { local: true, ..instance(address, 8080) });
+            assert_eq!((backend.state, backend.host_only), (State::Healthy, true), "{address}");
+        }
     }
 
     #[test]
@@ -172,8 +200,7 @@ mod tests {
     #[test]
     fn a_sources_verdict_stands() {
         let standing = Standing::Out("check `web` is critical".into());
-        let out =
-            judge(&Instance { standing, ..instance("", 0) }, "127.128.0.0/9".parse().unwrap());
+        let out = judge(&Instance { standing, ..instance("", 0) }, &pools());
         assert!(matches!(out, Verdict::Out(out) if out.reason == "check `web` is critical"));
     }
 

@@ -6,13 +6,15 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use ipnet::Ipv4Net;
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
+
+use crate::config::VipConfig;
 
 /// How long an address that a name gave up goes to no other name.
 pub const REST: Duration = Duration::from_secs(24 * 60 * 60);
@@ -33,10 +35,45 @@ pub struct BookError {
     source: io::Error,
 }
 
+/// Where VIPs come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pools {
+    /// The IPv4 ones.
+    pub v4: Ipv4Net,
+    /// The IPv6 ones, where services have any.
+    pub v6: Option<Ipv6Net>,
+}
+
+impl From<&VipConfig> for Pools {
+    fn from(config: &VipConfig) -> Pools {
+        Pools { v4: config.pool, v6: config.pool6 }
+    }
+}
+
+impl Pools {
+    /// The pool that an address is in.
+    pub fn around(&self, address: IpAddr) -> Option<IpNet> {
+        let pools = [Some(self.v4.into()), self.v6.map(IpNet::from)];
+        pools.into_iter().flatten().find(|pool| pool.contains(&address))
+    }
+}
+
+/// The addresses of a name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Vip {
+    /// The IPv4 one.
+    pub v4: Ipv4Addr,
+    /// The IPv6 one; `None` without a pool for them, or while that has none left.
+    pub v6: Option<Ipv6Addr>,
+}
+
 /// An entry of the book.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Entry {
     vip: Ipv4Addr,
+    /// Kept while there is no pool for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    vip6: Option<Ipv6Addr>,
     /// When the name gave it up; `None` while the name is in use.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     released: Option<SystemTime>,
@@ -45,39 +82,34 @@ struct Entry {
 /// The book: every name that has an address, or had one.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Vips {
-    pool: Ipv4Net,
+    pools: Pools,
     names: BTreeMap<Arc<str>, Entry>,
-    holders: HashMap<Ipv4Addr, Arc<str>>,
+    /// Who holds each address, of either family.
+    holders: HashMap<IpAddr, Arc<str>>,
+    edition: u64,
 }
 
 impl Vips {
-    /// An empty book for `pool`.
-    pub fn new(pool: Ipv4Net) -> Vips {
-        Vips { pool, names: BTreeMap::new(), holders: HashMap::new() }
+    /// An empty book for these pools.
+    pub fn new(pools: Pools) -> Vips {
+        Vips { pools, names: BTreeMap::new(), holders: HashMap::new(), edition: 0 }
     }
 
     /// Reads the book that an earlier run wrote. There being none is fine; one that can't be
     /// understood is set aside under another name, and the hash finds most addresses again.
-    /// Addresses that aren't in `pool` any more are dropped.
+    /// Addresses that aren't in their pool any more are dropped.
     ///
     /// # Errors
     /// When the file is there and can't be read.
-    pub fn read(path: &Path, pool: Ipv4Net) -> Result<Vips, BookError> {
+    pub fn read(path: &Path, pools: Pools) -> Result<Vips, BookError> {
         let error = |action| move |source| BookError { action, path: path.into(), source };
-        let mut vips = Vips::new(pool);
+        let mut vips = Vips::new(pools);
         let text = match std::fs::read(path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(vips),
             result => result.map_err(error("read"))?,
         };
         match serde_json::from_slice::<BTreeMap<Arc<str>, Entry>>(&text) {
-            Ok(names) => {
-                for (name, entry) in names {
-                    if vips.is_usable(entry.vip) && !vips.holders.contains_key(&entry.vip) {
-                        vips.holders.insert(entry.vip, name.clone());
-                        vips.names.insert(name, entry);
-                    }
-                }
-            }
+            Ok(names) => names.into_iter().for_each(|(name, entry)| vips.admit(name, entry)),
             Err(problem) => {
                 let aside = path.with_extension("corrupt");
                 std::fs::rename(path, &aside).map_err(error("set aside"))?;
@@ -89,6 +121,22 @@ impl Vips {
             }
         }
         Ok(vips)
+    }
+
+    /// Takes over an entry of an earlier run, as far as it still holds.
+    fn admit(&mut self, name: Arc<str>, mut entry: Entry) {
+        let Pools { v4, v6 } = self.pools;
+        let fits = |pool: IpNet, vip: IpAddr| {
+            let is_usable = vip != pool.network() && vip != pool.broadcast();
+            pool.contains(&vip) && is_usable && !self.holders.contains_key(&vip)
+        };
+        if !fits(v4.into(), entry.vip.into()) {
+            return;
+        }
+        if let Some(v6) = v6 {
+            entry.vip6 = entry.vip6.filter(|&vip6| fits(v6.into(), vip6.into()));
+        }
+        self.enter(name, entry);
     }
 
     /// Writes the book: whole, or not at all.
@@ -106,28 +154,40 @@ impl Vips {
         Ok(())
     }
 
-    /// The address of `name`, from the book or new.
-    ///
-    /// # Errors
-    /// When every address of the pool is in use, or was until less than [`REST`] ago.
-    pub fn assign(&mut self, name: &Arc<str>, now: SystemTime) -> Result<Ipv4Addr, PoolExhausted> {
-        if let Some(entry) = self.names.get_mut(name) {
-            entry.released = None;
-            return Ok(entry.vip);
-        }
-        let vip = match self.free(name) {
-            Some(vip) => vip,
-            None => self.reclaim(now).ok_or(PoolExhausted { pool: self.pool })?,
-        };
-        self.names.insert(name.clone(), Entry { vip, released: None });
-        self.holders.insert(vip, name.clone());
-        Ok(vip)
+    /// A number that grows with every change of the book.
+    pub fn edition(&self) -> u64 {
+        self.edition
     }
 
-    /// Notes that `name` is not in use any more. It keeps its address unless the pool gets short.
+    /// The addresses of `name`, from the book or new.
+    ///
+    /// # Errors
+    /// When every IPv4 address of the pool is in use, or was until less than [`REST`] ago.
+    pub fn assign(&mut self, name: &Arc<str>, now: SystemTime) -> Result<Vip, PoolExhausted> {
+        let known = self.names.get(name).copied();
+        let mut entry = match known {
+            Some(known) => Entry { released: None, ..known },
+            None => {
+                let vip = self.free_v4(name).or_else(|| self.reclaim_v4(now));
+                let vip = vip.ok_or(PoolExhausted { pool: self.pools.v4 })?;
+                Entry { vip, vip6: None, released: None }
+            }
+        };
+        if let (Some(pool), None) = (self.pools.v6, entry.vip6) {
+            entry.vip6 = self.free_v6(name, pool).or_else(|| self.reclaim_v6(now));
+        }
+        if known != Some(entry) {
+            self.enter(name.clone(), entry);
+            self.edition += 1;
+        }
+        Ok(Vip { v4: entry.vip, v6: self.pools.v6.and(entry.vip6) })
+    }
+
+    /// Notes that `name` is not in use any more. It keeps its addresses unless a pool gets short.
     pub fn release(&mut self, name: &str, now: SystemTime) {
-        if let Some(entry) = self.names.get_mut(name) {
-            entry.released.get_or_insert(now);
+        if let Some(entry @ Entry { released: None, .. }) = self.names.get_mut(name) {
+            entry.released = Some(now);
+            self.edition += 1;
         }
     }
 
@@ -136,50 +196,76 @@ impl Vips {
         self.names.iter().filter(|(_, entry)| entry.released.is_none()).map(|(name, _)| name)
     }
 
-    /// The name that holds `vip`.
-    pub fn holder(&self, vip: Ipv4Addr) -> Option<&Arc<str>> {
-        self.holders.get(&vip)
+    fn enter(&mut self, name: Arc<str>, entry: Entry) {
+        self.holders.insert(entry.vip.into(), name.clone());
+        if let Some(vip6) = entry.vip6 {
+            self.holders.insert(vip6.into(), name.clone());
+        }
+        self.names.insert(name, entry);
     }
 
-    /// Probes from the name's hash on for an address that no name has.
-    fn free(&self, name: &str) -> Option<Ipv4Addr> {
-        let n_usable = u64::from(self.last() - self.first()) + 1;
-        if self.holders.len() as u64 >= n_usable {
+    fn free_v4(&self, name: &str) -> Option<Ipv4Addr> {
+        let first = u32::from(self.pools.v4.network()) + 1;
+        let n_usable = n_usable(32 - self.pools.v4.prefix_len());
+        self.free(name, n_usable, self.names.len(), |nth| (first + nth as u32).into())
+    }
+
+    fn free_v6(&self, name: &str, pool: Ipv6Net) -> Option<Ipv6Addr> {
+        let first = u128::from(pool.network()) + 1;
+        let n_usable = n_usable(128 - pool.prefix_len());
+        // Every name holds one address of IPv4.
+        let n_held = self.holders.len() - self.names.len();
+        self.free(name, n_usable, n_held, |nth| (first + u128::from(nth)).into())
+    }
+
+    /// Probes from the name's hash on for an address that no name has; `n_held` of them have one.
+    fn free<A: Copy + Into<IpAddr>>(
+        &self,
+        name: &str,
+        n_usable: u64,
+        n_held: usize,
+        address: impl Fn(u64) -> A,
+    ) -> Option<A> {
+        if n_held as u64 >= n_usable {
             return None;
         }
         let start = fnv1a(name.as_bytes()) % n_usable;
-        (0..n_usable)
-            .map(|step| Ipv4Addr::from(self.first() + ((start + step) % n_usable) as u32))
-            .find(|vip| !self.holders.contains_key(vip))
+        let mut addresses = (start..n_usable).chain(0..start).map(address);
+        addresses.find(|&address| !self.holders.contains_key(&address.into()))
     }
 
-    /// Takes the address that was given up longest ago, if that is long enough.
-    fn reclaim(&mut self, now: SystemTime) -> Option<Ipv4Addr> {
-        let (released, name, vip) = self
-            .names
-            .iter()
-            .filter_map(|(name, entry)| Some((entry.released?, name.clone(), entry.vip)))
-            .min()?;
-        if now.duration_since(released).unwrap_or_default() < REST {
-            return None;
-        }
-        self.names.remove(&name);
-        self.holders.remove(&vip);
+    /// Takes the IPv4 address that was given up longest ago, if that is long enough; its name is
+    /// forgotten.
+    fn reclaim_v4(&mut self, now: SystemTime) -> Option<Ipv4Addr> {
+        let name = self.rested(now, |_| true)?;
+        let Entry { vip, vip6, .. } = self.names.remove(&name)?;
+        self.holders.remove(&vip.into());
+        vip6.and_then(|vip6| self.holders.remove(&vip6.into()));
         Some(vip)
     }
 
-    fn is_usable(&self, vip: Ipv4Addr) -> bool {
-        (self.first()..=self.last()).contains(&u32::from(vip))
+    /// Takes the IPv6 address that was given up longest ago, if that is long enough.
+    fn reclaim_v6(&mut self, now: SystemTime) -> Option<Ipv6Addr> {
+        let name = self.rested(now, |entry| entry.vip6.is_some())?;
+        let vip6 = self.names.get_mut(&name)?.vip6.take()?;
+        self.holders.remove(&vip6.into());
+        Some(vip6)
     }
 
-    /// The pool's own address and its broadcast address go to nobody.
-    fn first(&self) -> u32 {
-        u32::from(self.pool.network()) + 1
+    /// The name that gave up its addresses longest ago, among those that fit, if that is long
+    /// enough.
+    fn rested(&self, now: SystemTime, fits: impl Fn(&Entry) -> bool) -> Option<Arc<str>> {
+        let fitting = self.names.iter().filter(|(_, entry)| fits(entry));
+        let given_up = fitting.filter_map(|(name, entry)| Some((entry.released?, name)));
+        let (released, name) = given_up.min()?;
+        (now.duration_since(released).unwrap_or_default() >= REST).then(|| name.clone())
     }
+}
 
-    fn last(&self) -> u32 {
-        u32::from(self.pool.broadcast()) - 1
-    }
+/// How many addresses a pool with so many bits of its own has for names, 64 at most: the pool's own
+/// address and its last one, for IPv4 its broadcast address, go to nobody.
+fn n_usable(n_bits: u8) -> u64 {
+    u64::try_from((1_u128 << n_bits).saturating_sub(2)).unwrap_or(u64::MAX)
 }
 
 /// FNV-1a, 64 bits (RFC 9923): part of the contract between nodes and versions, so it is spelt out
@@ -197,8 +283,12 @@ mod tests {
 
     const EPOCH: SystemTime = SystemTime::UNIX_EPOCH;
 
+    fn pools(v4: &str, v6: Option<&str>) -> Pools {
+        Pools { v4: v4.parse().unwrap(), v6: v6.map(|v6| v6.parse().unwrap()) }
+    }
+
     fn vips(pool: &str) -> Vips {
-        Vips::new(pool.parse().unwrap())
+        Vips::new(pools(pool, None))
     }
 
     fn name(name: &str) -> Arc<str> {
@@ -234,17 +324,46 @@ mod tests {
     }
 
     #[test]
+    fn ipv6_addresses_rest_too_and_a_name_without_one_has_its_ipv4_address() {
+        let mut vips = Vips::new(pools("127.128.0.0/24", Some("fd00::/126"))); // two of IPv6
+        let first = vips.assign(&name("a"), EPOCH).unwrap();
+        let second = vips.assign(&name("b"), EPOCH).unwrap();
+        assert!(first.v6.is_some() && second.v6.is_some() && first.v6 != second.v6);
+        let third = vips.assign(&name("c"), EPOCH).unwrap();
+        assert_eq!(third.v6, None);
+        vips.release("a", EPOCH);
+        assert_eq!(vips.assign(&name("c"), EPOCH + REST / 2), Ok(third));
+        let edition = vips.edition();
+        assert_eq!(vips.assign(&name("c"), EPOCH + REST), Ok(Vip { v6: first.v6, ..third }));
+        assert!(vips.edition() > edition);
+        // The name that it was taken from has its other address still.
+        assert_eq!(vips.assign(&name("a"), EPOCH + REST), Ok(Vip { v6: None, ..first }));
+    }
+
+    #[test]
+    fn the_largest_ipv6_pool_is_probed_to_its_end() {
+        assert_eq!((n_usable(8), n_usable(64)), (254, u64::MAX - 1));
+        let mut vips = Vips::new(pools("127.128.0.0/9", Some("fd00::/64")));
+        for each in ["", "a", "helloworld"] {
+            let vip = vips.assign(&name(each), EPOCH).unwrap();
+            let host = u128::from(vip.v6.unwrap()) as u64;
+            assert_eq!(host, 1 + fnv1a(each.as_bytes()) % (u64::MAX - 1), "{each}");
+        }
+    }
+
+    #[test]
     fn the_book_survives_a_restart_and_a_corrupt_one_is_set_aside() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("vips.json");
-        let pool = "127.128.0.0/9".parse().unwrap();
+        let pool = pools("127.128.0.0/9", None);
         let mut vips = Vips::read(&path, pool).unwrap();
         vips.assign(&name("web"), EPOCH).unwrap();
         vips.assign(&name("db"), EPOCH).unwrap();
         vips.release("db", EPOCH);
         vips.write(&path).unwrap();
-        assert_eq!(Vips::read(&path, pool).unwrap(), vips);
-        let elsewhere = Vips::read(&path, "127.64.0.0/16".parse().unwrap()).unwrap();
+        let read = Vips::read(&path, pool).unwrap();
+        assert_eq!((&read.names, &read.holders), (&vips.names, &vips.holders));
+        let elsewhere = Vips::read(&path, pools("127.64.0.0/16", None)).unwrap();
         assert_eq!(elsewhere.names.len(), 0, "addresses outside the pool are dropped");
 
         std::fs::write(&path, "{\"web\":").unwrap();
@@ -252,16 +371,39 @@ mod tests {
         assert!(path.with_extension("corrupt").exists());
     }
 
+    #[test]
+    fn ipv6_comes_to_an_old_book_and_stays_in_it_without_a_pool() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("vips.json");
+        std::fs::write(&path, r#"{"web":{"vip":"127.128.0.7"}}"#).unwrap();
+        let assign = |pool6| {
+            let mut vips = Vips::read(&path, pools("127.128.0.0/9", pool6)).unwrap();
+            let vip = vips.assign(&name("web"), EPOCH).unwrap();
+            assert_eq!(vip.v4, Ipv4Addr::new(127, 128, 0, 7));
+            vips.write(&path).unwrap();
+            (vip.v6, vips.edition())
+        };
+        assert_eq!(assign(None), (None, 0));
+        let (with, edition) = assign(Some("fd00::/96"));
+        assert!(with.is_some() && edition == 1);
+        assert_eq!(assign(None), (None, 0));
+        assert_eq!(assign(Some("fd00::/96")), (with, 0));
+        let (elsewhere, _) = assign(Some("fd01::/96"));
+        assert!(elsewhere.is_some() && elsewhere != with);
+    }
+
     proptest! {
         #[test]
         fn no_two_names_share_an_address(
             names in prop::collection::btree_set("[a-z]{1,3}", 1..200)
         ) {
-            let mut vips = vips("127.128.0.0/24");
+            let mut vips = Vips::new(pools("127.128.0.0/24", Some("fd00::/120")));
             let mut taken = std::collections::BTreeSet::new();
             for each in &names {
-                let vip = vips.assign(&name(each), EPOCH).unwrap();
-                prop_assert!(vips.pool.contains(&vip) && taken.insert(vip));
+                let Vip { v4, v6 } = vips.assign(&name(each), EPOCH).unwrap();
+                for vip in [v4.into(), v6.unwrap().into()] {
+                    prop_assert!(vips.pools.around(vip).is_some() && taken.insert(vip));
+                }
             }
         }
     }

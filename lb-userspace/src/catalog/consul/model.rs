@@ -1,7 +1,6 @@
 //! What is known of Consul's services, and what of it is ready to be published.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
 use std::sync::Arc;
 
 use crate::catalog::Catalog;
@@ -241,9 +240,9 @@ impl Known {
         {
             return false;
         }
-        let has_loopback = instances.iter().any(|instance| {
-            instance.address.parse().is_ok_and(|address: IpAddr| address.is_loopback())
-        });
+        let has_loopback = instances
+            .iter()
+            .any(|instance| instance.ip().is_some_and(|address| address.is_loopback()));
         *self = Known::Service { instances: instances.into(), has_loopback };
         true
     }
