@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use super::judge::{Verdict, check_name, judge};
+use super::says::{Heard, hear};
 use super::vips::{Pools, Vips};
 use super::{Instance, Ports, Protocols, Service, Table};
 use crate::config::VipConfig;
@@ -110,16 +111,22 @@ impl Builder {
             return Ok(former.clone());
         }
         let vip = self.vips.assign(name, now).map_err(|exhausted| exhausted.to_string())?;
+        let Heard { ports, protocols, mut notes } = hear(instances);
+        if let (Some(pool6), None) = (self.pools.v6, vip.v6) {
+            notes.push(format!(
+                "it has no IPv6 address, since {pool6} has none left: set a larger vip.pool6"
+            ));
+        }
         let mut service = Service {
             name: name.clone(),
             vip: vip.v4,
             vip6: vip.v6,
-            ports: self.ports.clone(),
-            protocols: Protocols::Tcp,
+            ports: ports.unwrap_or_else(|| self.ports.clone()),
+            protocols: protocols.unwrap_or(Protocols::Tcp),
             pin: self.pins.get(&**name).copied(),
             backends: Vec::new(),
             excluded: Vec::new(),
-            notes: Vec::new(),
+            notes,
             generation: last.generation + 1,
         };
         for instance in instances.iter() {
@@ -139,7 +146,7 @@ impl Builder {
 mod tests {
     use super::*;
     use crate::config::Config;
-    use crate::table::{Standing, State};
+    use crate::table::{Says, Standing, State};
 
     fn catalog(text: &[(&str, &[&str])]) -> BTreeMap<Arc<str>, Arc<[Instance]>> {
         let instance = |address: &&str| Instance {
@@ -150,6 +157,7 @@ mod tests {
             weight: 1,
             local: false,
             standing: Standing::Serving,
+            says: Says::default(),
         };
         text.iter()
             .map(|(name, addresses)| (Arc::from(*name), addresses.iter().map(instance).collect()))
@@ -209,6 +217,33 @@ mod tests {
         assert_eq!(table.services.keys().map(|name| &**name).collect::<Vec<_>>(), ["web"]);
         assert!(table.rejected["web"].contains("only in case"));
         assert!(table.rejected["a.b"].contains("DNS"));
+    }
+
+    #[test]
+    fn a_service_is_dialled_as_its_instances_say() {
+        let mut builder = builder();
+        let mut catalog = catalog(&[("a", &["10.0.0.1"])]);
+        let first = builder.next(&Table::default(), &catalog, NOW).unwrap().table;
+        let service = &first.services["a"];
+        assert_eq!((&service.ports, service.protocols), (&Ports::only([80]), Protocols::Tcp));
+
+        let mut instance = catalog["a"][0].clone();
+        instance.says = Says { ports: Some("any".into()), protocol: Some("icmp".into()) };
+        catalog.insert("a".into(), [instance].into());
+        let second = builder.next(&first, &catalog, NOW).unwrap().table;
+        let service = &second.services["a"];
+        assert_eq!((&service.ports, service.protocols), (&Ports::Any, Protocols::Tcp));
+        assert!(service.notes[0].contains("`icmp` is no protocol"), "{:?}", service.notes);
+    }
+
+    #[test]
+    fn where_the_ipv6_pool_is_short_a_service_has_its_ipv4_address_and_a_note() {
+        let vip = VipConfig { pool6: Some("fd00::/127".parse().unwrap()), ..Config::default().vip };
+        let mut builder = Builder::new(&vip, Vips::new((&vip).into()));
+        let next = builder.next(&Table::default(), &catalog(&[("a", &[])]), NOW).unwrap();
+        let service = &next.table.services["a"];
+        assert_eq!(service.vip6, None);
+        assert!(service.notes[0].contains("vip.pool6"), "{:?}", service.notes);
     }
 
     #[test]

@@ -2,6 +2,8 @@
 
 use std::net::IpAddr;
 
+use super::Says;
+
 /// One instance of a service, in the source's words.
 ///
 /// The values are as the source gave them, in range or not: it is the table that says what can be
@@ -22,6 +24,8 @@ pub struct Instance {
     pub local: bool,
     /// Whether the source's own rules let it serve.
     pub standing: Standing,
+    /// What it says of the service as a whole.
+    pub says: Says,
 }
 
 impl Instance {

@@ -105,6 +105,7 @@ pub fn check_name(name: &str) -> Result<(), String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::table::Says;
 
     fn instance(address: &str, port: i64) -> Instance {
         Instance {
@@ -115,6 +116,7 @@ mod tests {
             weight: 1,
             local: false,
             standing: Standing::Serving,
+            says: Says::default(),
         }
     }
 

@@ -8,6 +8,7 @@ mod build;
 mod dialled;
 mod input;
 mod judge;
+mod says;
 pub mod vips;
 
 use std::collections::BTreeMap;
@@ -19,6 +20,7 @@ use serde::{Deserialize, Serialize};
 pub use build::{Builder, Next};
 pub use dialled::{MAX_PORTS, Ports, Protocols};
 pub use input::{Instance, Standing};
+pub use says::Says;
 
 /// One state of the world, as this node should present it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Deserializer};
 
-use crate::table::{Instance, Standing};
+use crate::table::{Instance, Says, Standing};
 
 /// One instance with its node and its checks; fields that nobody here reads are skipped.
 ///
@@ -43,6 +43,17 @@ struct Service {
     port: i64,
     #[serde(default, deserialize_with = "or_default")]
     weights: Weights,
+    #[serde(default, deserialize_with = "or_default")]
+    meta: Meta,
+}
+
+/// What an operator wrote about the service; of it the keys that are nohop's.
+#[derive(Clone, Debug, Default, Deserialize)]
+struct Meta {
+    #[serde(rename = "nohop-ports")]
+    ports: Option<String>,
+    #[serde(rename = "nohop-protocol")]
+    protocol: Option<String>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -92,6 +103,7 @@ pub fn instances(records: Vec<Record>, tag: &str) -> Option<Vec<Instance>> {
                 weight: service.weights.passing.unwrap_or(1),
                 local: false,
                 standing,
+                says: Says { ports: service.meta.ports, protocol: service.meta.protocol },
             }
         })
         .collect();
@@ -245,8 +257,31 @@ mod tests {
     }
 
     #[test]
+    fn of_the_meta_the_keys_that_are_ours_are_read() {
+        let table = [
+            (r#"{}"#, (None, None)),
+            (r#"{"Service":{"Meta":null}}"#, (None, None)),
+            (r#"{"Service":{"Meta":{"version":"3","Nohop-Ports":"1"}}}"#, (None, None)),
+            (
+                r#"{"Service":{"Meta":{"nohop-ports":"80, 5432","a":"b"}}}"#,
+                (Some("80, 5432"), None),
+            ),
+            (
+                r#"{"Service":{"Meta":{"nohop-ports":null,"nohop-protocol":"what"}}}"#,
+                (None, Some("what")),
+            ),
+        ];
+        for (json, expected) in table {
+            let records = vec![serde_json::from_str(json).unwrap()];
+            let Says { ports, protocol } = instances(records, "routed").unwrap().remove(0).says;
+            assert_eq!((ports.as_deref(), protocol.as_deref()), expected, "{json}");
+        }
+    }
+
+    #[test]
     fn a_field_of_another_type_is_an_error() {
         for json in [
+            r#"{"Service":{"Meta":{"nohop-ports":80}}}"#,
             r#"{"Service":{"Port":"80"}}"#,
             r#"{"Service":{"Tags":"routed"}}"#,
             r#"{"Checks":{}}"#,

@@ -251,7 +251,7 @@ impl Known {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::table::Standing;
+    use crate::table::{Says, Standing};
 
     fn names(list: &[&str]) -> BTreeSet<Arc<str>> {
         list.iter().map(|name| Arc::from(*name)).collect()
@@ -266,6 +266,7 @@ mod tests {
             weight: 1,
             local: false,
             standing: Standing::Serving,
+            says: Says::default(),
         }
     }
 

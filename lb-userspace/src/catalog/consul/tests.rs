@@ -8,7 +8,7 @@ use serde_json::json;
 use super::fake::{AGENT, Fake, Fault, NAMES, instance, service};
 use super::*;
 use crate::catalog::{Catalog, Handle};
-use crate::table::Standing;
+use crate::table::{Says, Standing};
 
 const LIMIT: Duration = Duration::from_secs(20);
 
@@ -98,6 +98,24 @@ async fn follows_names_and_instances() {
 
     fake.set_names(12, &["db"]);
     shows(&mut handle, |catalog| names(catalog) == ["db"]).await;
+}
+
+#[tokio::test]
+async fn new_meta_is_published_where_it_is_ours() {
+    let (fake, mut handle, _) = synced().await;
+    let with_meta = |meta| {
+        let mut web = instance("n1", "web-1", 1);
+        web["Service"]["Meta"] = meta;
+        json!([web])
+    };
+    handle.catalog.mark_unchanged();
+    fake.set(&service("web"), 21, with_meta(json!({"version": "3"})));
+    let meta = json!({"version": "4", "nohop-ports": "80,5432", "nohop-protocol": "both"});
+    fake.set(&service("web"), 22, with_meta(meta));
+    let told = Says { ports: Some("80,5432".into()), protocol: Some("both".into()) };
+    shows(&mut handle, |catalog| catalog["web"][0].says == told).await;
+    fake.set(&service("web"), 23, with_meta(json!(null)));
+    shows(&mut handle, |catalog| catalog["web"][0].says == Says::default()).await;
 }
 
 #[tokio::test]

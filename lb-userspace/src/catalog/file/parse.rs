@@ -1,14 +1,14 @@
 //! The text of a static catalog, and everything that is wrong with it.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddrV4;
+use std::net::SocketAddr;
 use std::ops::Range;
 use std::sync::Arc;
 
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-use crate::table::{Instance, Standing};
+use crate::table::{Instance, MAX_PORTS, Ports, Protocols, Says, Standing};
 
 /// Something wrong with a static catalog.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -101,12 +101,16 @@ impl Reader<'_> {
                 String::new()
             }
         };
-        self.check_keys(table, &["name", "backend"], &whose);
+        self.check_keys(table, &["name", "ports", "protocol", "backend"], &whose);
+        let says = Says {
+            ports: table.get("ports").and_then(|ports| self.ports(ports, &whose)),
+            protocol: table.get("protocol").and_then(|protocol| self.protocol(protocol, &whose)),
+        };
         let mut instances: Vec<Instance> = Vec::new();
         if let Some(list) = table.get("backend") {
             let what = format!("{whose}`backend`");
             for (table, span) in self.tables(list, &what, "[[service.backend]]") {
-                let Some(instance) = self.backend(table, &span, &whose) else { continue };
+                let Some(instance) = self.backend(table, &span, &whose, &says) else { continue };
                 if instances.iter().any(|other| other.id == instance.id) {
                     let id = &instance.id;
                     self.mistake(&span, format!("{whose}backend {id} is there twice"));
@@ -123,6 +127,7 @@ impl Reader<'_> {
         table: &DeTable<'_>,
         span: &Range<usize>,
         whose: &str,
+        says: &Says,
     ) -> Option<Instance> {
         self.check_keys(table, &["address", "weight"], whose);
         let weight = table.get("weight").map_or(Some(1), |weight| {
@@ -140,12 +145,12 @@ impl Reader<'_> {
             self.mistake(span, format!("{whose}a backend without `address`"));
             return None;
         };
-        let parsed = address.get_ref().as_str().and_then(|text| text.parse::<SocketAddrV4>().ok());
+        let parsed = address.get_ref().as_str().and_then(|text| text.parse::<SocketAddr>().ok());
         let Some(parsed) = parsed.filter(|address| address.port() != 0) else {
             let given = &self.text[address.span()];
             let what = format!(
-                "{whose}address {given} isn't an IPv4 address with a port, such as \
-                 \"10.0.0.7:23456\""
+                "{whose}address {given} isn't an IP address with a port, such as \
+                 \"10.0.0.7:23456\" or \"[2001:db8::7]:23456\""
             );
             self.mistake(&address.span(), what);
             return None;
@@ -158,7 +163,42 @@ impl Reader<'_> {
             weight: weight?,
             local: true,
             standing: Standing::Serving,
+            says: says.clone(),
         })
+    }
+
+    /// The ports a service is dialled at, as text again, for the table to read.
+    fn ports(&mut self, value: &Spanned<DeValue<'_>>, whose: &str) -> Option<String> {
+        let port = |value: &Spanned<DeValue<'_>>| {
+            let number = value.get_ref().as_integer()?;
+            let number = i64::from_str_radix(number.as_str(), number.radix()).ok()?;
+            u16::try_from(number).ok().filter(|&port| port != 0)
+        };
+        let ports = match value.get_ref() {
+            DeValue::Array(list) if (1..=MAX_PORTS).contains(&list.len()) => {
+                list.iter().map(port).collect::<Option<Vec<u16>>>().map(Ports::only)
+            }
+            DeValue::String(text) => (text == "any").then_some(Ports::Any),
+            _ => None,
+        };
+        if ports.is_none() {
+            let what = format!(
+                "{whose}`ports` must be a list of numbers from 1 to 65535, at least one and at \
+                 most {MAX_PORTS}, such as [5432], or \"any\""
+            );
+            self.mistake(&value.span(), what);
+        }
+        ports.map(|ports| ports.to_string())
+    }
+
+    /// The protocols a service is dialled with, as text again, for the table to read.
+    fn protocol(&mut self, value: &Spanned<DeValue<'_>>, whose: &str) -> Option<String> {
+        let protocols = value.get_ref().as_str().and_then(|text| text.parse::<Protocols>().ok());
+        if protocols.is_none() {
+            let what = format!("{whose}`protocol` must be \"tcp\", \"udp\" or \"both\"");
+            self.mistake(&value.span(), what);
+        }
+        protocols.map(|protocols| protocols.to_string())
     }
 
     fn check_keys(&mut self, table: &DeTable<'_>, known: &[&str], whose: &str) {
@@ -203,13 +243,18 @@ mod tests {
             r#"
             [[service]]
             name = "HelloWorld"
+            ports = [5432, 0x50]
+            protocol = "both"
             [[service.backend]]
             address = "10.0.0.7:23456"
             weight = 0x10
             [[service.backend]]
             address = "127.0.0.1:80"
+            [[service.backend]]
+            address = "[2001:db8::7]:80"
             [[service]]
             name = "idle"
+            ports = "any"
             "#,
         )
         .unwrap();
@@ -221,9 +266,12 @@ mod tests {
             got,
             [
                 ("", "10.0.0.7:23456", "10.0.0.7", 23456, 16, true),
-                ("", "127.0.0.1:80", "127.0.0.1", 80, 1, true)
+                ("", "127.0.0.1:80", "127.0.0.1", 80, 1, true),
+                ("", "[2001:db8::7]:80", "2001:db8::7", 80, 1, true)
             ]
         );
+        let says = Says { ports: Some("80,5432".into()), protocol: Some("both".into()) };
+        assert!(services["helloworld"].iter().all(|instance| instance.says == says));
         assert!(services["idle"].is_empty());
         assert_eq!(parse("service = []"), Ok(Services::new()));
     }
@@ -249,16 +297,30 @@ mod tests {
                 "[[service]]\nname = \"a\"\n[[service.backend]]\naddress = \"10.0.0.7:0\"\n\
                  weight = -1\nnode = \"n\"\n[[service.backend]]\naddress = \"b:80\"\n\
                  [[service.backend]]\naddress = \"10.0.0.7:1\"\nweight = 99999999999999999999\n\
-                 [[service.backend]]\n[[service.backend]]\naddress = \"[::1]:80\"\nweight = \"1\"",
+                 [[service.backend]]\n[[service.backend]]\naddress = \"::1:80\"\nweight = \"1\"",
                 &[
-                    "4: service `a`: address \"10.0.0.7:0\" isn't an IPv4 address with a port",
+                    "4: service `a`: address \"10.0.0.7:0\" isn't an IP address with a port",
                     "5: service `a`: weight -1 isn't a whole number from 1 to 65535",
                     "6: service `a`: unknown key `node`",
-                    "8: service `a`: address \"b:80\" isn't an IPv4 address with a port",
+                    "8: service `a`: address \"b:80\" isn't an IP address with a port",
                     "11: service `a`: weight 99999999999999999999 isn't a whole number",
                     "12: service `a`: a backend without `address`",
-                    "14: service `a`: address \"[::1]:80\" isn't an IPv4 address with a port",
+                    "14: service `a`: address \"::1:80\" isn't an IP address with a port",
                     "15: service `a`: weight \"1\" isn't a whole number",
+                ],
+            ),
+            (
+                "[[service]]\nname = \"a\"\nports = [80,\n0]\nprotocol = \"icmp\"\n\
+                 [[service]]\nname = \"b\"\nports = []\nprotocol = 6\n\
+                 [[service]]\nname = \"c\"\nports = \"all\"\n\
+                 [[service]]\nname = \"d\"\nports = 80\n",
+                &[
+                    "3: service `a`: `ports` must be a list of numbers from 1 to 65535",
+                    "5: service `a`: `protocol` must be \"tcp\", \"udp\" or \"both\"",
+                    "8: service `b`: `ports` must be a list of numbers from 1 to 65535",
+                    "9: service `b`: `protocol` must be",
+                    "12: service `c`: `ports` must be",
+                    "15: service `d`: `ports` must be",
                 ],
             ),
             (
