@@ -114,15 +114,24 @@ impl Zone {
     fn service(&self, question: &Query, table: &Table) -> Answer {
         let label = question.name.iter().next().unwrap_or_default().to_ascii_lowercase();
         let service = std::str::from_utf8(&label).ok().and_then(|name| table.services.get(name));
-        match (service, question.query_type) {
-            // Also while no backend is healthy: "no such name" would outlive the outage in caches.
-            (Some(service), RecordType::A | RecordType::ANY) => {
-                let vip = RData::A(service.vip.into());
-                Answer::records(vec![Record::from_rdata(question.name.clone(), self.ttl, vip)])
-            }
-            (Some(_), _) => Answer::nothing(ResponseCode::NoError, self.soa(question, table)),
-            (None, _) => Answer::nothing(ResponseCode::NXDomain, self.soa(question, table)),
+        let Some(service) = service else {
+            return Answer::nothing(ResponseCode::NXDomain, self.soa(question, table));
+        };
+        // Also while no backend is healthy: "no such name" would outlive the outage in caches.
+        let a = RData::A(service.vip.into());
+        let aaaa = service.vip6.map(|vip6| RData::AAAA(vip6.into()));
+        let is_asked = |record: &RData| {
+            question.query_type == RecordType::ANY || question.query_type == record.record_type()
+        };
+        let answers: Vec<Record> = std::iter::once(a)
+            .chain(aaaa)
+            .filter(is_asked)
+            .map(|vip| Record::from_rdata(question.name.clone(), self.ttl, vip))
+            .collect();
+        if answers.is_empty() {
+            return Answer::nothing(ResponseCode::NoError, self.soa(question, table));
         }
+        Answer::records(answers)
     }
 
     fn apex(&self, question: &Query, table: &Table) -> Answer {
@@ -169,12 +178,12 @@ mod tests {
     }
 
     fn table(generation: u64) -> Table {
-        let service = |name: &str, vip: [u8; 4]| {
+        let service = |name: &str, vip: [u8; 4], vip6: Option<&str>| {
             let name: Arc<str> = name.into();
             let service = Service {
                 name: name.clone(),
                 vip: vip.into(),
-                vip6: None,
+                vip6: vip6.map(|vip6| vip6.parse().unwrap()),
                 ports: Ports::only([80]),
                 protocols: Protocols::Tcp,
                 pin: None,
@@ -185,8 +194,11 @@ mod tests {
             };
             (name, Arc::new(service))
         };
-        let services =
-            BTreeMap::from([service("web", [127, 128, 0, 1]), service("a-1", [127, 128, 0, 2])]);
+        let services = BTreeMap::from([
+            service("web", [127, 128, 0, 1], None),
+            service("a-1", [127, 128, 0, 2], None),
+            service("six", [127, 128, 0, 3], Some("fd00::3")),
+        ]);
         Table { generation, services, rejected: BTreeMap::new() }
     }
 
@@ -229,6 +241,15 @@ mod tests {
             ("web.service.", SOA, NODATA),
             ("web.service.", Unknown(65_280), NODATA),
             ("web.SERVICE.", AAAA, "NoError aa [] [SERVICE. 5 SOA SERVICE. 7 5]"),
+            // a service with an address of each family
+            ("six.service.", A, "NoError aa [six.service. 30 A 127.128.0.3] []"),
+            ("six.service.", AAAA, "NoError aa [six.service. 30 AAAA fd00::3] []"),
+            (
+                "six.service.",
+                ANY,
+                "NoError aa [six.service. 30 A 127.128.0.3, six.service. 30 AAAA fd00::3] []",
+            ),
+            ("six.service.", HTTPS, NODATA),
             // no service
             ("wbe.service.", A, NXDOMAIN),
             ("wbe.service.", AAAA, NXDOMAIN),
