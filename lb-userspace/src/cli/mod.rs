@@ -2,6 +2,7 @@
 
 mod args;
 mod check;
+mod dial;
 mod run;
 mod show;
 mod unload;

@@ -64,19 +64,24 @@ pub fn explanation(explanation: &Explanation) -> String {
 }
 
 fn service(text: &mut String, service: &Service, width: usize) {
+    let ports = &service.ports;
+    let vip6 = service.vip6.map(|vip6| format!(" and [{vip6}]:{ports}")).unwrap_or_default();
     let pin = service.pin.map(|pin| format!(" and {pin}")).unwrap_or_default();
     line(
         text,
         format!(
-            "{:<width$}  {}:{}{pin}  {}, dials {}, refused {}",
+            "{:<width$}  {}:{ports}{vip6}{pin}  {}, {}, dials {}, refused {}",
             service.name,
             service.vip,
-            service.ports,
+            service.protocol,
             service.algorithm,
             service.dials,
             service.refused
         ),
     );
+    for note in &service.notes {
+        line(text, format!("  ~ {note}"));
+    }
     if let Some(error) = &service.error {
         line(text, format!("  ! the kernel doesn't have this state of it: {error}"));
     }
@@ -158,10 +163,20 @@ mod tests {
 
     #[test]
     fn services_are_one_block_each() {
-        let text = "helloworld  127.186.3.9:80  random, dials 7, refused 0\n  \
+        let text = "helloworld  127.186.3.9:80  tcp, random, dials 7, refused 0\n  \
                     healthy    10.0.0.7:23456         n1/h1  weight 1  connects 7\n";
         assert_eq!(services(&[helloworld()]), text);
         assert_eq!(services(&[]), "no services\n");
+        let odd = Service {
+            vip6: Some("fd00::9".parse().unwrap()),
+            ports: Ports::Any,
+            protocol: Protocols::Both,
+            notes: vec!["something is odd".into()],
+            ..helloworld()
+        };
+        let text = "helloworld  127.186.3.9:any and [fd00::9]:any  both, random, dials 7, \
+                    refused 0\n  ~ something is odd\n";
+        assert!(services(&[odd]).starts_with(text));
     }
 
     #[test]

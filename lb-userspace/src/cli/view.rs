@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 
+use super::dial;
 use crate::admin::{View, api};
 use crate::catalog::Health;
 use crate::plane::{COUNTERS, Counters, Indices, SharedPlane};
@@ -165,34 +166,14 @@ impl DaemonView {
                 ),
             };
         };
-        let (vip, ports) = (service.vip, &service.ports);
         if let Some(error) = self.plane.error(name) {
             let served = match self.plane.indices(name) {
                 Some(_) => "goes by the service's former state",
                 None => "is refused with ECONNREFUSED",
             };
-            return format!("a dial to {fqdn} ({vip}) port {ports} {served}: {error}");
+            return format!("{} {served}: {error}", dial::target(&fqdn, service));
         }
-        let n_healthy = service.healthy().count();
-        let n_host_only = service.healthy().filter(|backend| backend.host_only).count();
-        let mut sentence = match n_healthy {
-            0 => format!(
-                "a dial to {fqdn} ({vip}) port {ports} is refused with ECONNREFUSED: \
-                 none of its {} instances is fit",
-                service.backends.len() + service.excluded.len()
-            ),
-            1 => format!("a dial to {fqdn} ({vip}) port {ports} goes to its one healthy backend"),
-            n => format!(
-                "a dial to {fqdn} ({vip}) port {ports} goes to one of {n} healthy backends, \
-                 at random by weight"
-            ),
-        };
-        if n_host_only > 0 {
-            sentence += &format!(
-                "; {n_host_only} of them on this host's loopback, for dials from its own network \
-                 namespace only"
-            );
-        }
+        let mut sentence = dial::sentence(&fqdn, service);
         if let Some((given, reason)) = rejected {
             sentence += &format!("; `{given}` is left out: {reason}");
         }
