@@ -1,8 +1,14 @@
 //! The maps' keys and values, as bytes.
 //!
-//! Integers are in native byte order unless the name ends in `_be`; addresses are four octets in
-//! the order in which people write them, which is network order. Padding is explicit and zero.
-//! What a reader in the kernel must never see half-written is one aligned 8-byte word.
+//! Integers are in native byte order unless the name ends in `_be`; addresses are octets in the
+//! order in which people write them, which is network order. Padding is explicit and zero.
+//! What a reader in the kernel must never see half-written is one aligned word.
+
+use crate::Address;
+
+/// The version of this layout, in the paths of the pins. It grows when a map is added, removed or
+/// changed; the sockets' storage ([`crate::Peer`], [`crate::Flows`]) is frozen and not part of it.
+pub const LAYOUT: u16 = 1;
 
 /// The number of services that the maps have room for unless the configuration says otherwise.
 pub const DEFAULT_MAX_SERVICES: u32 = 16_384;
@@ -15,40 +21,61 @@ pub const MAX_SERVICE_BACKENDS: u32 = 4_096;
 pub const SLOTS_PER_BACKEND: u32 = 4;
 /// Backend entries for each backend: an entry that was given up rests until no reader is left.
 pub const ENTRIES_PER_BACKEND: u32 = 2;
-/// Frontends (VIP and port) for each service.
+/// Frontends (VIP, port and protocol) for each service.
 pub const FRONTENDS_PER_SERVICE: u32 = 4;
+/// The number of cgroups that can be left alone.
+pub const MAX_EXCLUDED: usize = 16;
 
 /// The protocol number of TCP, as in an IPv4 header.
 pub const IPPROTO_TCP: u8 = 6;
+/// The protocol number of UDP.
+pub const IPPROTO_UDP: u8 = 17;
 
-/// The key of `FRONTENDS`: what an application dials.
+/// The port of a frontend that stands for every port without a frontend of its own.
+pub const ANY_PORT: u16 = 0;
+
+/// The key of `FRONTENDS`: what an application dials by IPv4.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Frontend {
     /// The VIP.
     pub address: [u8; 4],
-    /// The port.
+    /// The port, or [`ANY_PORT`].
     pub port: u16,
-    /// The protocol number, [`IPPROTO_TCP`].
+    /// The protocol number, [`IPPROTO_TCP`] or [`IPPROTO_UDP`].
     pub protocol: u8,
     /// Zero.
     pub padding: u8,
 }
 
-/// The value of `FRONTENDS`: the service behind a frontend. One word.
+/// The key of `FRONTENDS6`: what an application dials by IPv6.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Frontend6 {
+    /// The VIP.
+    pub address: [u8; 16],
+    /// The port, or [`ANY_PORT`].
+    pub port: u16,
+    /// The protocol number, [`IPPROTO_TCP`] or [`IPPROTO_UDP`].
+    pub protocol: u8,
+    /// Zero.
+    pub padding: u8,
+}
+
+/// The value of `FRONTENDS` and `FRONTENDS6`: the service behind a frontend. One word.
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Target {
-    /// The index into `SERVICES` and `SERVICE_STATS`.
+    /// The index into `SERVICES`, `SERVICE_STATS` and `NAMES`.
     pub service: u32,
     /// 1 where the frontend counts in the host's network namespace only, as a pin does; else 0.
     pub host_only: u32,
 }
 
-/// A service's slots: `n_slots` of them in `SLOTS`, from `first_slot` on. One word, so that
+/// Some of a service's slots: `n_slots` of them in `SLOTS`, from `first_slot` on. One word, so that
 /// storing it swaps a service's backends at once.
 #[repr(C, align(8))]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Region {
     /// The index of the first slot.
     pub first_slot: u32,
@@ -57,15 +84,40 @@ pub struct Region {
     pub n_slots: u32,
 }
 
+/// What dials choose from, by the addresses that their sockets can reach.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Regions {
+    /// The backends with IPv4 addresses: for AF_INET sockets, and for datagrams of sockets that
+    /// aren't connected, to an IPv4 VIP.
+    pub ipv4: Region,
+    /// The backends with IPv6 addresses: for datagrams of sockets that aren't connected, to an IPv6
+    /// VIP.
+    pub ipv6: Region,
+    /// All: for AF_INET6 sockets that connect.
+    pub all: Region,
+}
+
 /// The value of `SERVICES`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Service {
     /// What a dial from the host's network namespace chooses from.
-    pub host: Region,
+    pub host: Regions,
     /// What a dial from any other network namespace chooses from: the same, but for backends on
     /// the host's loopback, which would be another machine's loopback there.
-    pub elsewhere: Region,
+    pub elsewhere: Regions,
+}
+
+impl Service {
+    /// The number of regions.
+    pub const N_REGIONS: usize = 6;
+
+    /// The regions, in the order in which they lie in memory.
+    pub fn regions(self) -> [Region; Service::N_REGIONS] {
+        let Service { host, elsewhere } = self;
+        [host.ipv4, host.ipv6, host.all, elsewhere.ipv4, elsewhere.ipv6, elsewhere.all]
+    }
 }
 
 /// The value of `SLOTS`: one column of an alias table (Walker 1977, in Vose's form of 1991).
@@ -80,40 +132,90 @@ pub struct Slot {
     pub threshold: u16,
 }
 
-/// The value of `BACKENDS`: where to connect to. One word.
+/// The value of `BACKENDS`: where to connect to.
+///
+/// It is written before anything leads to it, and never again while a reader may know it, but for
+/// the generation, which is a word of its own.
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Backend {
-    /// The address.
-    pub address: [u8; 4],
+    /// The address; IPv4 as `::ffff:a.b.c.d`.
+    pub address: Address,
     /// The port.
     pub port: u16,
     /// Zero.
     pub padding: u16,
+    /// A number that no other backend of this boot has; 0 once it left the table. A socket that
+    /// remembers an index remembers this with it.
+    pub generation: u32,
 }
 
-/// The value of `SERVICE_STATS`; both only grow.
+/// The value of `NAMES`: a service's name, for people who look at the maps, and for a daemon that
+/// takes them over.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Name {
+    /// ASCII, filled up with zeros.
+    pub octets: [u8; 64],
+}
+
+/// The value of `SERVICE_STATS`; all only grow.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ServiceCounters {
-    /// Dials that were sent to a backend.
+    /// Dials that were sent to a backend: connects, and choices for datagrams.
     pub dials: u64,
-    /// Dials that were refused because there was no backend for them.
+    /// Dials that were refused because there was no backend at all for them.
     pub refused: u64,
+    /// Dials that were refused because this socket can't reach any of the backends by its address
+    /// family.
+    pub refused_family: u64,
 }
 
-/// What `SOCKETS`, the socket storage, remembers of a dial, so that `getpeername` shows the VIP.
+/// The value of `DAEMON`: what the daemon says of itself. It alone writes it.
+///
+/// Times are in nanoseconds of CLOCK_MONOTONIC, which is `bpf_ktime_get_ns`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Dial {
-    /// What the application dialled.
-    pub frontend_address: [u8; 4],
-    /// The port that the application dialled.
-    pub frontend_port: u16,
-    /// Zero.
-    pub padding: u16,
-    /// What the dial was rewritten to.
-    pub backend: Backend,
+pub struct Daemon {
+    /// When the daemon last said that it lives.
+    pub heartbeat_ns: u64,
+    /// When the table was last known to be right.
+    pub table_ns: u64,
+    /// The generation of the table.
+    pub table_generation: u64,
+    /// The cookie of the host's network namespace; 0 while it isn't known.
+    pub host_netns: u64,
+    /// The daemon's process id, as it sees it.
+    pub pid: u64,
+    /// The same as the kernel sees it: its dials are left alone.
+    pub tgid: u64,
+    /// 1 once the maps have held a whole table: before that nothing may be switched to them.
+    pub is_filled: u64,
+}
+
+/// The value of `PROBE`: what the connect hook saw of the daemon's last dial to the pool's own
+/// address, which no service has. The hook alone writes it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Probe {
+    /// The port that was dialled.
+    pub port: u64,
+    /// The process that dialled.
+    pub tgid: u64,
+    /// The cookie of its network namespace.
+    pub netns: u64,
+}
+
+/// The value of `EXCLUDED`: a cgroup whose processes, and those of the cgroups below it, are left
+/// alone. The daemon alone writes it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ExcludedCgroup {
+    /// The cgroup's id, its directory's inode; 0 for an entry that isn't used.
+    pub cgroup_id: u64,
+    /// Its depth below the root of the hierarchy, which has 0.
+    pub level: u64,
 }
 
 /// The indices of `COUNTERS`: events that no service owns.
@@ -128,10 +230,15 @@ pub enum Counter {
     /// Dials that met a slot or a backend that isn't there, which can't happen unless the maps
     /// were written by somebody else. They were refused.
     Inconsistent = 2,
+    /// Dials to frontends that passed untouched: of the kernel's own sockets, of excluded cgroups,
+    /// of the daemon.
+    LeftAlone = 3,
+    /// Choices made again because the backend that a socket had kept left the table.
+    BackendGone = 4,
 }
 
 /// The number of [`Counter`]s.
-pub const N_COUNTERS: usize = 3;
+pub const N_COUNTERS: usize = 5;
 
 /// How a program refuses a dial with ECONNREFUSED.
 #[repr(u32)]
@@ -139,20 +246,35 @@ pub const N_COUNTERS: usize = 3;
 pub enum Refusal {
     /// `bpf_set_retval`. Kernel 6.1 and later.
     Errno = 0,
-    /// By a rewrite to 127.0.0.1 port 0, where nothing can listen. Any kernel; TCP only.
+    /// By a rewrite to loopback's port 0, where nothing can listen; `sendto` gets EPERM. Any kernel.
     PortZero = 1,
+}
+
+/// The number of words of `FILTER`.
+pub const N_FILTER_WORDS: usize = 64;
+
+/// Where `FILTER` tells of an address that isn't the pool's: a word, and a bit of it. An address
+/// whose bit isn't set has no frontend; one whose bit is set may have one.
+///
+/// The multiplier is 2^32 over the golden ratio (Knuth, The Art of Computer Programming, volume 3,
+/// section 6.4).
+#[inline(always)]
+pub fn filter_position(address: [u8; 4]) -> (u32, u32) {
+    let hash = u32::from_be_bytes(address).wrapping_mul(0x9E37_79B1) >> 20;
+    (hash >> 6, hash & 63)
 }
 
 const _: () = {
     use core::mem::{align_of, offset_of, size_of};
     assert!(size_of::<Frontend>() == 8 && offset_of!(Frontend, port) == 4);
+    assert!(size_of::<Frontend6>() == 20);
     assert!(size_of::<Target>() == 8 && align_of::<Target>() == 8);
     assert!(size_of::<Region>() == 8 && align_of::<Region>() == 8);
-    assert!(size_of::<Service>() == 16 && offset_of!(Service, elsewhere) == 8);
+    assert!(size_of::<Service>() == 8 * Service::N_REGIONS);
     assert!(size_of::<Slot>() == 8 && align_of::<Slot>() == 8);
-    assert!(size_of::<Backend>() == 8 && align_of::<Backend>() == 8);
-    assert!(size_of::<ServiceCounters>() == 16);
-    assert!(size_of::<Dial>() == 16 && offset_of!(Dial, backend) == 8);
+    assert!(size_of::<Backend>() == 24 && offset_of!(Backend, generation) == 20);
+    assert!(size_of::<ServiceCounters>() == 24);
+    assert!(size_of::<Daemon>() == 56 && size_of::<Probe>() == 24);
     // A slot's alias is an index into its own region.
     assert!(MAX_SERVICE_BACKENDS <= 1 << 16);
 };

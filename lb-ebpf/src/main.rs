@@ -1,4 +1,7 @@
 //! The kernel side of nohop: cgroup socket-address programs, one file a hook.
+//!
+//! `translate` is what the hooks that send share, `peers` and `flows` are what a socket remembers
+//! for the hooks that translate back.
 #![no_std]
 #![no_main]
 // The target has no compare-and-exchange, so `AtomicU64` lacks the addition that it does have.
@@ -6,9 +9,20 @@
 #![allow(internal_features)]
 
 mod connect4;
+mod connect6;
+mod context;
+mod flows;
 mod getpeername4;
+mod getpeername6;
 mod maps;
+mod peers;
+mod recvmsg4;
+mod recvmsg6;
+mod sendmsg4;
+mod sendmsg6;
 mod settings;
+mod translate;
+mod voice;
 
 #[unsafe(link_section = "license")]
 #[unsafe(no_mangle)]

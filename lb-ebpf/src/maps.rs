@@ -1,16 +1,18 @@
 //! The maps. ARCHITECTURE.md says why they are laid out like this.
 //!
-//! The daemon writes all but the counters and the socket storage. The arrays are memory-mapped by
-//! it, so that it can store a word at once; sizes are defaults that it overrides when it loads.
+//! The daemon writes all but the counters, the probe and the socket storage. The arrays are
+//! memory-mapped by it, so that it can store a word at once; sizes are defaults that it overrides
+//! when it loads.
 
 use aya_ebpf::bindings::BPF_F_MMAPABLE;
 use aya_ebpf::btf_maps::{Array, HashMap, SkStorage};
 use aya_ebpf::macros::btf_map;
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
 use lb_common::{
-    Backend, Counter, DEFAULT_MAX_BACKENDS, DEFAULT_MAX_SERVICES, Dial, ENTRIES_PER_BACKEND,
-    FRONTENDS_PER_SERVICE, Frontend, N_COUNTERS, Region, SLOTS_PER_BACKEND, Service,
-    ServiceCounters, Slot, Target,
+    Backend, Counter, DEFAULT_MAX_BACKENDS, DEFAULT_MAX_SERVICES, Daemon, ENTRIES_PER_BACKEND,
+    ExcludedCgroup, FRONTENDS_PER_SERVICE, Flows, Frontend, Frontend6, MAX_EXCLUDED, N_COUNTERS,
+    N_FILTER_WORDS, Name, Peer, Probe, Region, SLOTS_PER_BACKEND, Service, ServiceCounters, Slot,
+    Target, filter_position,
 };
 
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
@@ -22,42 +24,90 @@ const N_BACKENDS: usize = (DEFAULT_MAX_BACKENDS * ENTRIES_PER_BACKEND) as usize;
 #[btf_map]
 static FRONTENDS: HashMap<Frontend, Target, N_FRONTENDS> = HashMap::new();
 #[btf_map]
+static FRONTENDS6: HashMap<Frontend6, Target, N_FRONTENDS> = HashMap::new();
+#[btf_map]
+static FILTER: Array<u64, N_FILTER_WORDS, MMAPABLE> = Array::new();
+#[btf_map]
 static SERVICES: Array<Service, N_SERVICES, MMAPABLE> = Array::new();
 #[btf_map]
 static SLOTS: Array<Slot, N_SLOTS, MMAPABLE> = Array::new();
 #[btf_map]
 static BACKENDS: Array<Backend, N_BACKENDS, MMAPABLE> = Array::new();
+/// The programs don't read it; here, so that it is part of the object like the others.
+#[btf_map]
+static NAMES: Array<Name, N_SERVICES, MMAPABLE> = Array::new();
 #[btf_map]
 static SERVICE_STATS: Array<ServiceCounters, N_SERVICES, MMAPABLE> = Array::new();
 #[btf_map]
 static BACKEND_DIALS: Array<u64, N_BACKENDS, MMAPABLE> = Array::new();
 #[btf_map]
 static COUNTERS: Array<u64, N_COUNTERS, MMAPABLE> = Array::new();
-/// What each translated socket dialled. It lives and dies with the socket.
 #[btf_map]
-pub static SOCKETS: SkStorage<Dial> = SkStorage::new();
+static DAEMON: Array<Daemon, 1, MMAPABLE> = Array::new();
+#[btf_map]
+static PROBE: Array<Probe, 1, MMAPABLE> = Array::new();
+#[btf_map]
+static EXCLUDED: Array<ExcludedCgroup, MAX_EXCLUDED, MMAPABLE> = Array::new();
+/// What each connected socket dialled. It lives and dies with the socket.
+#[btf_map]
+pub static PEERS: SkStorage<Peer> = SkStorage::new();
+/// Where the datagrams of each socket went. It lives and dies with the socket.
+#[btf_map]
+pub static FLOWS: SkStorage<Flows> = SkStorage::new();
 
 /// The service behind a frontend.
 #[inline(always)]
 pub fn target(frontend: &Frontend) -> Option<Target> {
+    FRONTENDS.get_ptr(frontend).map(copy_target)
+}
+
+/// The service behind an IPv6 frontend.
+#[inline(always)]
+pub fn target6(frontend: &Frontend6) -> Option<Target> {
+    FRONTENDS6.get_ptr(frontend).map(copy_target)
+}
+
+#[inline(always)]
+fn copy_target(target: *const Target) -> Target {
     // SAFETY: the kernel may recycle the element once it is deleted, so it is copied out at once,
     // as the one word that it is. The daemon inserts nothing between a deletion and the end of the
     // readers that may have seen the element, so the word is this frontend's.
-    unsafe {
-        let word = FRONTENDS.get_ptr(frontend)?.cast::<u64>().read_volatile();
-        Some(core::mem::transmute::<u64, Target>(word))
-    }
+    unsafe { core::mem::transmute::<u64, Target>(target.cast::<u64>().read_volatile()) }
+}
+
+/// Whether an address outside the pool may have a frontend. It spares most dials the hash.
+#[inline(always)]
+pub fn may_have_frontend(address: [u8; 4]) -> bool {
+    let (word, bit) = filter_position(address);
+    // SAFETY: the pointer is to an aligned word of an array, which stays.
+    FILTER.get_ptr(word).is_some_and(|word| unsafe { word.read_volatile() } >> bit & 1 != 0)
+}
+
+/// What a dial can reach by its addresses.
+#[derive(Clone, Copy)]
+pub enum Reach {
+    /// IPv4 backends.
+    Ipv4,
+    /// IPv6 backends.
+    Ipv6,
+    /// All.
+    All,
 }
 
 /// The slots of a service, for a dial from the host's network namespace or from elsewhere.
 #[inline(always)]
-pub fn region(service: u32, from_host: bool) -> Option<Region> {
+pub fn region(service: u32, from_host: bool, reach: Reach) -> Option<Region> {
     let service = SERVICES.get_ptr(service)?;
     // SAFETY: the pointer is to an array's element, which stays; the daemon replaces each region by
     // one aligned store, and this is one aligned load.
     unsafe {
-        let region =
+        let regions =
             if from_host { &raw const (*service).host } else { &raw const (*service).elsewhere };
+        let region = match reach {
+            Reach::Ipv4 => &raw const (*regions).ipv4,
+            Reach::Ipv6 => &raw const (*regions).ipv6,
+            Reach::All => &raw const (*regions).all,
+        };
         Some(core::mem::transmute::<u64, Region>(region.cast::<u64>().read_volatile()))
     }
 }
@@ -68,10 +118,40 @@ pub fn slot(index: u32) -> Option<Slot> {
     SLOTS.get(index).copied()
 }
 
-/// A backend's address. Its entry is not written again while a program that found it may still run.
+/// A backend. Its entry is not written again while a program that found it may still run.
 #[inline(always)]
-pub fn backend(index: u32) -> Option<Backend> {
-    BACKENDS.get(index).copied()
+pub fn backend(index: u32) -> Option<&'static Backend> {
+    BACKENDS.get(index)
+}
+
+/// Whether a backend that a socket remembers is still in the table.
+#[inline(always)]
+pub fn is_in_table(backend_idx: u32, generation: u32) -> bool {
+    // SAFETY: the pointer is to an aligned word of an array's element, which stays.
+    let now =
+        |backend: *const Backend| unsafe { (&raw const (*backend).generation).read_volatile() };
+    BACKENDS.get_ptr(backend_idx).is_some_and(|backend| now(backend) == generation)
+}
+
+/// What the daemon says of itself.
+#[inline(always)]
+pub fn daemon() -> Option<&'static Daemon> {
+    DAEMON.get(0)
+}
+
+/// Shows the daemon its own dial.
+#[inline(always)]
+pub fn show_probe(probe: Probe) {
+    if let Some(shown) = PROBE.get_ptr_mut(0) {
+        // SAFETY: an array's element stays. The daemon waits for its dial to end before it reads.
+        unsafe { shown.write_volatile(probe) };
+    }
+}
+
+/// A cgroup that is left alone; `None` past the last one.
+#[inline(always)]
+pub fn excluded(index: u32) -> Option<&'static ExcludedCgroup> {
+    EXCLUDED.get(index).filter(|excluded| excluded.cgroup_id != 0)
 }
 
 /// Counts a dial of `service` that goes to `backend`.
@@ -86,12 +166,15 @@ pub fn count_dial(service: u32, backend: u32) {
     }
 }
 
-/// Counts a dial of `service` that is refused.
+/// Counts a dial of `service` that is refused: for want of any backend, or of one that this
+/// socket's address family can reach.
 #[inline(always)]
-pub fn count_refused(service: u32) {
+pub fn count_refused(service: u32, by_family: bool) {
     if let Some(stats) = SERVICE_STATS.get_ptr_mut(service) {
         // SAFETY: as above.
-        add_one(unsafe { &raw mut (*stats).refused });
+        add_one(unsafe {
+            if by_family { &raw mut (*stats).refused_family } else { &raw mut (*stats).refused }
+        });
     }
 }
 

@@ -1,20 +1,41 @@
 //! What the daemon sets when it loads the object: constants to the verifier, which drops the code
 //! that they rule out.
 
-use lb_common::Refusal;
+use lb_common::{Address, LAYOUT, Refusal};
 
+/// The layout that the maps have.
+#[unsafe(no_mangle)]
+static MAP_LAYOUT: u32 = LAYOUT as u32;
 /// The pool's first address, in native byte order.
 #[unsafe(no_mangle)]
 static POOL_NETWORK: u32 = 0;
 /// The pool's netmask, in native byte order. All ones with a network of 0 means no pool.
 #[unsafe(no_mangle)]
 static POOL_MASK: u32 = u32::MAX;
-/// The cookie of the host's network namespace; 0 where the kernel doesn't tell.
+/// The first 8 octets of the IPv6 pool's first address, as they lie in memory; 0 for no such pool.
 #[unsafe(no_mangle)]
-static HOST_NETNS: u64 = 0;
+static POOL6_NETWORK_HIGH: u64 = 0;
+/// The other 8 octets.
+#[unsafe(no_mangle)]
+static POOL6_NETWORK_LOW: u64 = 0;
+/// The first 8 octets of the IPv6 pool's netmask, as they lie in memory.
+#[unsafe(no_mangle)]
+static POOL6_MASK_HIGH: u64 = 0;
+/// The other 8 octets.
+#[unsafe(no_mangle)]
+static POOL6_MASK_LOW: u64 = 0;
 /// A [`Refusal`].
 #[unsafe(no_mangle)]
 static REFUSAL: u32 = Refusal::Errno as u32;
+/// 1 where some cgroups are left alone.
+#[unsafe(no_mangle)]
+static HAS_EXCLUDED: u32 = 0;
+/// Where in the kernel's `struct sock` the byte with the bit `sk_kern_sock` is.
+#[unsafe(no_mangle)]
+static KERNEL_SOCKET_OFFSET: u32 = 0;
+/// That bit, as a mask of the byte; 0 where it isn't known.
+#[unsafe(no_mangle)]
+static KERNEL_SOCKET_MASK: u32 = 0;
 
 macro_rules! setting {
     // SAFETY: a static is valid and aligned; volatile, because its value comes after compilation.
@@ -23,20 +44,51 @@ macro_rules! setting {
     };
 }
 
-/// Whether `address`, in native byte order, is one of the pool's.
+/// The layout that the maps have.
 #[inline(always)]
-pub fn in_pool(address: u32) -> bool {
-    address & setting!(POOL_MASK) == setting!(POOL_NETWORK)
+pub fn layout() -> u16 {
+    setting!(MAP_LAYOUT) as u16
 }
 
-/// Whether `netns_cookie` is the host's.
+/// Whether `address` is one of the pool's.
 #[inline(always)]
-pub fn is_host(netns_cookie: u64) -> bool {
-    netns_cookie == setting!(HOST_NETNS)
+pub fn in_pool(address: [u8; 4]) -> bool {
+    u32::from_be_bytes(address) & setting!(POOL_MASK) == setting!(POOL_NETWORK)
+}
+
+/// Whether `address` is the pool's own, which no service has.
+#[inline(always)]
+pub fn is_pools_own(address: [u8; 4]) -> bool {
+    u32::from_be_bytes(address) == setting!(POOL_NETWORK)
+}
+
+/// Whether `address` is one of the IPv6 pool's.
+#[inline(always)]
+pub fn in_pool6(address: &Address) -> bool {
+    let network_high = setting!(POOL6_NETWORK_HIGH);
+    if network_high == 0 {
+        return false;
+    }
+    let [high, low] = address.words();
+    high & setting!(POOL6_MASK_HIGH) == network_high
+        && low & setting!(POOL6_MASK_LOW) == setting!(POOL6_NETWORK_LOW)
 }
 
 /// Whether this kernel has `bpf_set_retval` for these programs.
 #[inline(always)]
 pub fn can_set_errno() -> bool {
     setting!(REFUSAL) == Refusal::Errno as u32
+}
+
+/// Whether some cgroups are left alone.
+#[inline(always)]
+pub fn has_excluded() -> bool {
+    setting!(HAS_EXCLUDED) != 0
+}
+
+/// Where a socket says that it is the kernel's own: an offset and a mask, if that is known.
+#[inline(always)]
+pub fn kernel_socket_bit() -> Option<(u32, u8)> {
+    let mask = setting!(KERNEL_SOCKET_MASK);
+    (mask != 0).then(|| (setting!(KERNEL_SOCKET_OFFSET), mask as u8))
 }

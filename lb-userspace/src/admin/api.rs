@@ -62,6 +62,9 @@ pub struct PlaneStatus {
     pub cgroup: String,
     /// How full the maps are.
     pub maps: Vec<MapStatus>,
+    /// The number of services that the kernel doesn't have as the table wants them.
+    #[serde(default)]
+    pub refused_services: usize,
     /// Events that no service owns, by name, since the start.
     pub counters: BTreeMap<String, u64>,
 }
@@ -110,6 +113,9 @@ pub struct Service {
     pub dials: u64,
     /// Dials that were refused because there was no backend for them, since the start.
     pub refused: u64,
+    /// Dials that were refused because their sockets' address family can reach none of the backends.
+    #[serde(default)]
+    pub refused_family: u64,
     /// The instances that dials may reach, and those that can't be reached from here.
     pub backends: Vec<Backend>,
 }

@@ -1,5 +1,6 @@
 //! What can be said on the command line.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -57,9 +58,17 @@ pub enum Command {
         #[command(flatten)]
         client: ClientArguments,
     },
-    /// Detach the programs from the cgroup, whoever attached them
+    /// Dial once from inside a cgroup: how the daemon proves that its hooks run there
+    #[command(hide = true)]
+    ProbeDial {
+        /// The cgroup to enter
+        cgroup: PathBuf,
+        /// Where to dial
+        address: SocketAddr,
+    },
+    /// Detach the programs and remove all pins, after the daemon has ended
     Unload {
-        /// Which cgroup and which pool
+        /// Which pins and which pool
         #[command(flatten)]
         config: ConfigArguments,
         /// Remove the unreachable route too

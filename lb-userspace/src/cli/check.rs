@@ -9,6 +9,7 @@ use serde::Serialize;
 use crate::admin::{api, client};
 use crate::catalog;
 use crate::config::{Config, ConfigErrors, Source, cgroup};
+use crate::plane::is_bpffs;
 
 /// The whole report.
 #[derive(Debug, Serialize)]
@@ -63,10 +64,10 @@ pub fn check(config: Result<Config, ConfigErrors>, admin: Option<&str>) -> Repor
     let config = config.unwrap_or_default();
     let daemon = daemon(admin);
     checks.push(finding("kernel", true, kernel()));
-    checks.push(finding("kernel for pins, host loopback", false, kernel_at_least(5, 14)));
-    checks.push(finding("BTF", true, btf()));
+    checks.push(finding("refusal by ECONNREFUSED", false, errno_refusal()));
+    checks.push(finding("BTF", false, btf()));
     checks.push(finding("cgroup v2", true, scope(&config)));
-    checks.push(finding("bpffs", false, bpffs()));
+    checks.push(finding("bpffs", true, bpffs(&config.bpffs)));
     checks.push(finding("capabilities", true, capabilities()));
     checks.push(finding("state directory", true, state_dir(&config.state_dir)));
     for &address in &config.dns.listen {
@@ -135,6 +136,14 @@ fn kernel_at_least(major: u32, minor: u32) -> Found {
     }
 }
 
+/// Before 6.1 a program can't say which error a call fails with.
+fn errno_refusal() -> Found {
+    kernel_at_least(6, 1).map_err(|(release, mend)| {
+        let instead = "connect() is refused by a rewrite to port 0, sendto() with EPERM";
+        (format!("{release}: {instead}"), mend)
+    })
+}
+
 fn parse_release(release: &str) -> Option<(u32, u32)> {
     let mut numbers = release.split(|c: char| !c.is_ascii_digit());
     Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
@@ -145,7 +154,7 @@ fn btf() -> Found {
     match Path::new(path).exists() {
         true => Ok(path.to_owned()),
         false => wrong(
-            format!("{path} isn't there"),
+            format!("{path} isn't there: sockets of the kernel itself, as NFS has, are translated too"),
             "boot a kernel with CONFIG_DEBUG_INFO_BTF, as distributions' kernels are",
         ),
     }
@@ -169,14 +178,19 @@ fn scope(config: &Config) -> Found {
     }
 }
 
-fn bpffs() -> Found {
-    let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap_or_default();
-    match cgroup::mount_point(&mounts, "bpf") {
-        Some(path) => Ok(path.display().to_string()),
-        None => {
-            wrong("not mounted; this version pins nothing there", "mount -t bpf bpf /sys/fs/bpf")
-        }
+fn bpffs(dir: &Path) -> Found {
+    let conventional = Path::new("/sys/fs/bpf");
+    let existing = dir.ancestors().find(|ancestor| ancestor.exists()).unwrap_or(conventional);
+    if is_bpffs(existing) {
+        return Ok(dir.display().to_string());
     }
+    if dir.starts_with(conventional) && conventional.is_dir() {
+        return Ok(format!("{}: `nohop run` mounts it", conventional.display()));
+    }
+    wrong(
+        format!("{} isn't on a BPF file system", dir.display()),
+        "mount -t bpf bpf /sys/fs/bpf, or name a directory of one with --bpffs",
+    )
 }
 
 /// From linux/capability.h. CAP_SYS_ADMIN stands for CAP_BPF and CAP_PERFMON.

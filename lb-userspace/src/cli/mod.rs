@@ -19,6 +19,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::admin::{api, client};
 use crate::config::{Config, ConfigErrors, Overrides};
+use crate::plane::probe;
 use args::{Arguments, ClientArguments, Command, ConfigArguments, LogFormat};
 
 /// Something failed.
@@ -71,6 +72,8 @@ fn command(command: Command) -> anyhow::Result<ExitCode> {
                 return Ok(ExitCode::from(FAILURE));
             }
         }
+        Command::ProbeDial { cgroup, address } => probe::dial_inside(&cgroup, address)
+            .with_context(|| format!("can't enter {}", cgroup.display()))?,
         Command::Unload { config, all, json } => unload::unload(&load(config, None)?, all, json)?,
     }
     Ok(ExitCode::SUCCESS)

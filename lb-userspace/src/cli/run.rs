@@ -6,18 +6,24 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
+use aya_log::EbpfLogger;
+use rustix::event::{PollFd, PollFlags};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use super::view::DaemonView;
 use crate::catalog::Catalog;
-use crate::config::{Config, cgroup};
-use crate::plane::{Plane, SharedPlane, netns_cookie, route};
+use crate::config::{Config, OnExit, cgroup};
+use crate::plane::{Options, Plane, SharedPlane, route};
 use crate::table::{Builder, Table, vips::Vips};
 use crate::{admin, catalog, dns};
 
 /// How often the attachment is looked at, and what failed is tried again.
 const TICK: Duration = Duration::from_secs(1);
+
+/// How often a dial of our own proves that the hooks run.
+const PROOF_TICK: Duration = Duration::from_secs(5);
 
 /// How often the unreachable route is put back, should somebody have flushed it.
 const ROUTE_TICK: Duration = Duration::from_secs(10);
@@ -48,26 +54,27 @@ async fn daemon(config: Config) -> anyhow::Result<()> {
     let dns_addresses = dns_sockets.addresses().to_vec();
 
     let vips_path = config.state_dir.join("vips.json");
-    let vips = Vips::read(&vips_path, (&config.vip).into())?;
+    let mut vips = Vips::read(&vips_path, (&config.vip).into())?;
+    let mut plane = Plane::start(&Options::of(&config, &scope))?;
+    // A state directory that was lost takes no address from a name that the kernel knows.
+    for (name, addresses) in plane.names() {
+        vips.claim(&name, &addresses);
+    }
     vips.write(&vips_path)?;
-    let host_netns = netns_cookie().unwrap_or_else(|error| {
-        tracing::warn!(
-            "this kernel doesn't tell the network namespace's cookie ({error}): pins and backends \
-             on this host's loopback don't count; they need kernel 5.14"
-        );
-        0
-    });
-    let mut plane = Plane::load(&config.plane, &config.vip, host_netns)?;
     route::add_unreachable(config.vip.pool).await?;
-    plane.attach(&scope)?;
-    let attachment = plane.attachment();
-    tracing::info!(cgroup = %scope.display(), pool = %config.vip.pool, "attached");
+    let how = if plane.is_adopted() { "took over what was attached" } else { "attached" };
+    tracing::info!(cgroup = %scope.display(), pool = %config.vip.pool, "{how}");
+    if let Some(voice) = plane.take_voice() {
+        std::thread::spawn(|| listen(voice));
+    }
 
     let (table_out, table) = watch::channel(Arc::new(Table::default()));
-    let (attached_out, attached) = watch::channel(attachment.holds());
+    let (attached_out, attached) = watch::channel(true);
     let (generation_out, generation) = watch::channel(0);
     let counters = plane.counters();
     let plane = Arc::new(SharedPlane::new(plane));
+    tokio::task::block_in_place(|| plane.prove());
+    attached_out.send_replace(plane.hooks().attached);
     let view = DaemonView {
         dns: admin::api::DnsStatus {
             listen: dns_addresses.clone(),
@@ -78,7 +85,6 @@ async fn daemon(config: Config) -> anyhow::Result<()> {
         plane: plane.clone(),
         counters,
         table: table.clone(),
-        attached: attached.clone(),
         health: source.health.clone(),
         generation,
     };
@@ -94,6 +100,8 @@ async fn daemon(config: Config) -> anyhow::Result<()> {
     let mut vips_unwritten = false;
     let mut tick = tokio::time::interval(TICK);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut proof_tick = tokio::time::interval_at(Instant::now() + PROOF_TICK, PROOF_TICK);
+    proof_tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut route_tick = tokio::time::interval(ROUTE_TICK);
     route_tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
@@ -104,17 +112,29 @@ async fn daemon(config: Config) -> anyhow::Result<()> {
                 source.catalog.borrow_and_update().clone()
             }
             _ = tick.tick() => {
-                let holds = attachment.holds();
-                if attached_out.send_if_modified(|was| std::mem::replace(was, holds) != holds) {
-                    tracing::warn!(attached = holds, "the attachment to {} changed", scope.display());
-                }
+                let age = source.health.borrow().last_answer.map(|at| at.elapsed());
+                tokio::task::block_in_place(|| {
+                    plane.beat(age);
+                    if !plane.look_after() {
+                        attached_out.send_replace(false);
+                    }
+                });
+                attached_out.send_if_modified(|was| {
+                    let attached = plane.hooks().attached;
+                    std::mem::replace(was, attached) != attached
+                });
                 if vips_unwritten {
                     vips_unwritten = tokio::task::block_in_place(|| !write(&builder, &vips_path));
                 }
-                if !plane.errors().is_empty() {
+                if plane.is_behind() {
                     let last = table_out.borrow().clone();
                     tokio::task::block_in_place(|| plane.apply(&last));
                 }
+                None
+            }
+            _ = proof_tick.tick() => {
+                let plane = plane.clone();
+                tokio::task::spawn_blocking(move || plane.prove());
                 None
             }
             _ = route_tick.tick() => {
@@ -142,14 +162,34 @@ async fn daemon(config: Config) -> anyhow::Result<()> {
         generation_out.send_replace(generation);
     }
 
-    tracing::info!("stopping: detaching from {}", scope.display());
     admin_server.abort();
     drop(source);
     dns_server.stop().await;
     // The view may be alive in a request that is being answered, so the plane is taken apart in
     // place.
-    plane.detach();
+    match config.on_exit {
+        OnExit::Keep => {
+            tracing::info!("stopping: {} goes on being served", scope.display());
+            plane.keep();
+        }
+        OnExit::Detach => {
+            tracing::info!("stopping: detaching from {}", scope.display());
+            plane.detach();
+        }
+    }
     Ok(())
+}
+
+/// Passes on to the log what the programs in the kernel have to say, for as long as the daemon lives.
+fn listen(mut voice: EbpfLogger<&'static dyn log::Log>) {
+    loop {
+        let mut readable = [PollFd::new(&voice, PollFlags::IN)];
+        match rustix::event::poll(&mut readable, None) {
+            Ok(_) => voice.flush(),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return tracing::warn!("the programs' log can't be read: {error}"),
+        }
+    }
 }
 
 /// Writes the book of VIPs; returns whether that worked.

@@ -1,33 +1,29 @@
 //! `nohop unload`: takes the kernel side away, whoever put it there.
 
-use anyhow::Context;
 use serde_json::json;
 
-use crate::config::{Config, cgroup};
+use crate::config::Config;
 use crate::plane::{self, route};
 
-/// Detaches the programs from the configured cgroup; with `all`, removes the unreachable route too.
+/// Detaches the pinned programs and removes the pins; with `all`, removes the unreachable route too.
 ///
 /// # Errors
-/// When the kernel refuses.
+/// When a daemon still runs on the pins, or the kernel refuses.
 pub fn unload(config: &Config, all: bool, as_json: bool) -> anyhow::Result<()> {
-    let scope = match &config.cgroup {
-        Some(scope) => scope.clone(),
-        None => cgroup::find_cgroup2_root().context("no cgroup v2 hierarchy is mounted")?,
-    };
-    let n_detached = plane::unload(&scope)?;
+    let bpffs = &config.bpffs;
+    let n_detached = plane::unload(bpffs)?;
     let pool = config.vip.pool;
     if all {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         runtime.block_on(route::remove_unreachable(pool))?;
     }
     if as_json {
-        println!("{}", json!({ "detached": n_detached, "cgroup": scope, "route_removed": all }));
+        println!("{}", json!({ "detached": n_detached, "bpffs": bpffs, "route_removed": all }));
         return Ok(());
     }
     match n_detached {
-        0 => println!("nothing of nohop's was attached to {}", scope.display()),
-        n => println!("detached {n} programs from {}", scope.display()),
+        0 => println!("nothing of nohop's was pinned in {}", bpffs.display()),
+        n => println!("detached {n} programs and removed the pins in {}", bpffs.display()),
     }
     if all {
         println!("removed the route `unreachable {pool} table local`");

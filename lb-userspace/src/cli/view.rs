@@ -20,7 +20,6 @@ pub struct DaemonView {
     pub(super) plane: Arc<SharedPlane>,
     pub(super) counters: Counters,
     pub(super) table: watch::Receiver<Arc<Table>>,
-    pub(super) attached: watch::Receiver<bool>,
     pub(super) health: watch::Receiver<Health>,
     pub(super) generation: watch::Receiver<u64>,
 }
@@ -28,18 +27,13 @@ pub struct DaemonView {
 impl View for DaemonView {
     fn status(&self) -> api::Status {
         let table = self.table.borrow().clone();
-        let attached = *self.attached.borrow();
+        let hooks = self.plane.hooks();
         let health = self.health.borrow().clone();
         let mut problems: Vec<String> = health.problem.iter().cloned().collect();
         if !table.is_synced() {
             problems.push(format!("no full answer from {} yet: names get SERVFAIL", health.source));
         }
-        if !attached {
-            problems.push(format!(
-                "something detached the hooks from {}: names get SERVFAIL; restart nohop",
-                self.scope.display()
-            ));
-        }
+        problems.extend(hooks.problems);
         let errors = self.plane.errors();
         problems.extend(errors.iter().map(|(name, error)| format!("{name}: {error}")));
         let n_rejected = table.rejected.len();
@@ -53,7 +47,7 @@ impl View for DaemonView {
             (true, false) => "live",
             (true, true) => "failing",
         };
-        let maps = self.plane.pressure().map(|(name, pressure)| api::MapStatus {
+        let maps = self.plane.pressure().into_iter().map(|(name, pressure)| api::MapStatus {
             name: name.to_owned(),
             entries: pressure.used.into(),
             capacity: pressure.capacity.into(),
@@ -63,7 +57,7 @@ impl View for DaemonView {
             .map(|&(name, counter)| (name.to_owned(), self.counters.event(counter)))
             .collect::<BTreeMap<_, _>>();
         api::Status {
-            ready: table.is_synced() && attached,
+            ready: table.is_synced() && hooks.attached,
             problems,
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
@@ -77,9 +71,10 @@ impl View for DaemonView {
             backends: table.services.values().map(|service| service.healthy().count()).sum(),
             dns: self.dns.clone(),
             plane: api::PlaneStatus {
-                attached,
+                attached: hooks.attached,
                 cgroup: self.scope.display().to_string(),
-                maps: maps.into(),
+                maps: maps.collect(),
+                refused_services: errors.len(),
                 counters,
             },
         }
@@ -142,6 +137,7 @@ impl DaemonView {
             error: self.plane.error(&service.name),
             dials: stats.dials,
             refused: stats.refused,
+            refused_family: stats.refused_family,
             backends: backends.collect(),
         }
     }
@@ -152,9 +148,9 @@ impl DaemonView {
         if !table.is_synced() {
             return format!("{fqdn} gets SERVFAIL: discovery has not answered in full yet");
         }
-        if !*self.attached.borrow() {
+        if !self.plane.hooks().attached {
             let scope = self.scope.display();
-            return format!("{fqdn} gets SERVFAIL: something detached the hooks from {scope}");
+            return format!("{fqdn} gets SERVFAIL: the hooks aren't attached to {scope}");
         }
         let rejected = table.rejected.iter().find(|(given, _)| given.to_lowercase() == name);
         let Some(service) = table.services.get(name) else {

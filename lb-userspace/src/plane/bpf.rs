@@ -1,14 +1,18 @@
-//! What aya doesn't offer: cgroup links that can be asked whether they still hold, detaching one from
-//! outside, and the cookie of a network namespace.
+//! What aya doesn't offer: cgroup links that are pinned, asked whether they still hold, and given
+//! another program in place; and the cookie of a network namespace.
 #![allow(unsafe_code)]
 
+use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 
+const BPF_OBJ_PIN: libc::c_int = 6;
+const BPF_OBJ_GET: libc::c_int = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
 const BPF_LINK_CREATE: libc::c_int = 28;
-const BPF_LINK_GET_FD_BY_ID: libc::c_int = 30;
-const BPF_LINK_GET_NEXT_ID: libc::c_int = 31;
+const BPF_LINK_UPDATE: libc::c_int = 29;
 const BPF_LINK_DETACH: libc::c_int = 34;
 const BPF_LINK_TYPE_CGROUP: u32 = 3;
 
@@ -18,21 +22,33 @@ const BPF_LINK_TYPE_CGROUP: u32 = 3;
 pub enum AttachType {
     /// BPF_CGROUP_INET4_CONNECT
     Connect4 = 10,
+    /// BPF_CGROUP_INET6_CONNECT
+    Connect6 = 11,
+    /// BPF_CGROUP_UDP4_SENDMSG
+    SendMsg4 = 14,
+    /// BPF_CGROUP_UDP6_SENDMSG
+    SendMsg6 = 15,
+    /// BPF_CGROUP_UDP4_RECVMSG
+    RecvMsg4 = 19,
+    /// BPF_CGROUP_UDP6_RECVMSG
+    RecvMsg6 = 20,
     /// BPF_CGROUP_INET4_GETPEERNAME
     GetPeerName4 = 29,
+    /// BPF_CGROUP_INET6_GETPEERNAME
+    GetPeerName6 = 30,
 }
 
-/// A program's attachment to a cgroup. It ends with the last descriptor.
+/// A program's attachment to a cgroup. It ends with the last descriptor and pin.
 #[derive(Debug)]
 pub struct CgroupLink(OwnedFd);
 
 /// What a link joins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Joined {
-    /// The program's id.
-    pub program_id: u32,
     /// The cgroup's id, which is its directory's inode; 0 once the link was detached.
     pub cgroup_id: u64,
+    /// Where in it, an [`AttachType`].
+    pub attach_type: u32,
 }
 
 impl CgroupLink {
@@ -46,22 +62,43 @@ impl CgroupLink {
         attach_type: AttachType,
     ) -> io::Result<CgroupLink> {
         let (program, cgroup) = (program.as_raw_fd() as u32, cgroup.as_raw_fd() as u32);
-        let fd = bpf(BPF_LINK_CREATE, &mut [program, cgroup, attach_type as u32, 0])?;
+        let fd = bpf(BPF_LINK_CREATE, [program, cgroup, attach_type as u32, 0])?;
         // SAFETY: the kernel has just made this descriptor for us.
         Ok(CgroupLink(unsafe { OwnedFd::from_raw_fd(fd) }))
     }
 
-    /// The link with this id; `None` when there is none.
+    /// The link that is pinned at `path`; `None` when there is nothing.
     ///
     /// # Errors
-    /// EPERM without CAP_SYS_ADMIN.
-    pub fn by_id(link_id: u32) -> io::Result<Option<CgroupLink>> {
-        let fd = match bpf(BPF_LINK_GET_FD_BY_ID, &mut [link_id, 0, 0, 0]) {
-            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(None),
-            result => result?,
-        };
-        // SAFETY: the kernel has just made this descriptor for us.
-        Ok(Some(CgroupLink(unsafe { OwnedFd::from_raw_fd(fd) })))
+    /// When the kernel refuses, such as EPERM for something that isn't a BPF object.
+    pub fn pinned(path: &Path) -> io::Result<Option<CgroupLink>> {
+        let name = CString::new(path.as_os_str().as_bytes())?;
+        let [low, high] = halves(name.as_ptr() as u64);
+        match bpf(BPF_OBJ_GET, [low, high, 0, 0]) {
+            // SAFETY: the kernel has just made this descriptor for us.
+            Ok(fd) => Ok(Some(CgroupLink(unsafe { OwnedFd::from_raw_fd(fd) }))),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Pins the link, so that it outlives this process.
+    ///
+    /// # Errors
+    /// EEXIST when something is there, EINVAL or EPERM when `path` isn't on a bpffs.
+    pub fn pin(&self, path: &Path) -> io::Result<()> {
+        let name = CString::new(path.as_os_str().as_bytes())?;
+        let [low, high] = halves(name.as_ptr() as u64);
+        bpf(BPF_OBJ_PIN, [low, high, self.0.as_raw_fd() as u32, 0]).map(drop)
+    }
+
+    /// Puts another program in the place of the present one: no dial finds neither, or both.
+    ///
+    /// # Errors
+    /// ENOLINK once the link was detached.
+    pub fn replace(&self, program: BorrowedFd<'_>) -> io::Result<()> {
+        let link = self.0.as_raw_fd() as u32;
+        bpf(BPF_LINK_UPDATE, [link, program.as_raw_fd() as u32, 0, 0]).map(drop)
     }
 
     /// What the link joins; `None` when it isn't a cgroup link.
@@ -71,15 +108,13 @@ impl CgroupLink {
     pub fn joined(&self) -> io::Result<Option<Joined>> {
         // struct bpf_link_info: type, id, prog_id, (padding,) then cgroup { cgroup_id, attach_type }.
         let mut info = [0u64; 8];
-        let pointer = info.as_mut_ptr() as u64;
-        let [low, high] = halves(pointer);
-        bpf(
-            BPF_OBJ_GET_INFO_BY_FD,
-            &mut [self.0.as_raw_fd() as u32, size_of_val(&info) as u32, low, high],
-        )?;
+        let [low, high] = halves(info.as_mut_ptr() as u64);
+        let size = size_of_val(&info) as u32;
+        bpf(BPF_OBJ_GET_INFO_BY_FD, [self.0.as_raw_fd() as u32, size, low, high])?;
         let [link_type, _id] = halves(info[0]);
-        let [program_id, _padding] = halves(info[1]);
-        Ok((link_type == BPF_LINK_TYPE_CGROUP).then_some(Joined { program_id, cgroup_id: info[2] }))
+        let [attach_type, _] = halves(info[3]);
+        let joined = Joined { cgroup_id: info[2], attach_type };
+        Ok((link_type == BPF_LINK_TYPE_CGROUP).then_some(joined))
     }
 
     /// Detaches the program, whoever holds the link.
@@ -87,24 +122,7 @@ impl CgroupLink {
     /// # Errors
     /// When the kernel refuses.
     pub fn detach(&self) -> io::Result<()> {
-        bpf(BPF_LINK_DETACH, &mut [self.0.as_raw_fd() as u32, 0, 0, 0]).map(drop)
-    }
-}
-
-/// The ids of all links.
-///
-/// # Errors
-/// When the kernel refuses, such as EPERM.
-pub fn link_ids() -> io::Result<Vec<u32>> {
-    let mut ids = Vec::new();
-    let mut attr = [0, 0, 0, 0];
-    loop {
-        match bpf(BPF_LINK_GET_NEXT_ID, &mut attr) {
-            Ok(_) => ids.push(attr[1]),
-            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(ids),
-            Err(error) => return Err(error),
-        }
-        attr = [attr[1], 0, 0, 0];
+        bpf(BPF_LINK_DETACH, [self.0.as_raw_fd() as u32, 0, 0, 0]).map(drop)
     }
 }
 
@@ -137,21 +155,19 @@ fn halves(word: u64) -> [u32; 2] {
 }
 
 /// The system call, for commands whose `bpf_attr` has at most 16 bytes in use.
-fn bpf(command: libc::c_int, attr: &mut [u32; 4]) -> io::Result<libc::c_int> {
+fn bpf(command: libc::c_int, attr: [u32; 4]) -> io::Result<libc::c_int> {
     // A larger zeroed attribute, 8-byte aligned, is right for every command and kernel.
     let mut whole = [0u64; 16];
-    whole[0] = u64::from_ne_bytes(joined(attr[0], attr[1]));
-    whole[1] = u64::from_ne_bytes(joined(attr[2], attr[3]));
+    whole[0] = joined(attr[0], attr[1]);
+    whole[1] = joined(attr[2], attr[3]);
     // SAFETY: the attribute is live and as large as said; what it points to, the caller keeps alive
     // and writable.
     let done =
         unsafe { libc::syscall(libc::SYS_bpf, command, whole.as_mut_ptr(), size_of_val(&whole)) };
-    [attr[0], attr[1]] = halves(whole[0]);
-    [attr[2], attr[3]] = halves(whole[1]);
     if done < 0 { Err(io::Error::last_os_error()) } else { Ok(done as libc::c_int) }
 }
 
-fn joined(first: u32, second: u32) -> [u8; 8] {
+fn joined(first: u32, second: u32) -> u64 {
     let ([a, b, c, d], [e, f, g, h]) = (first.to_ne_bytes(), second.to_ne_bytes());
-    [a, b, c, d, e, f, g, h]
+    u64::from_ne_bytes([a, b, c, d, e, f, g, h])
 }

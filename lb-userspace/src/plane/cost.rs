@@ -39,12 +39,11 @@ impl Cost {
 }
 
 impl Plane {
-    /// What the connect program has cost.
+    /// What a program has cost.
     ///
     /// # Errors
-    /// When the kernel doesn't tell.
-    pub fn connect_cost(&self) -> Result<Cost, PlaneError> {
-        let program = "nohop_connect4";
+    /// When there is no such program, or the kernel doesn't tell.
+    pub fn cost(&self, program: &'static str) -> Result<Cost, PlaneError> {
         let failed = |source| PlaneError::Program { program, source };
         let loaded = self.ebpf.program(program).ok_or(PlaneError::Object { missing: program })?;
         let info = loaded.info().map_err(failed)?;

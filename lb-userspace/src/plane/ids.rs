@@ -14,6 +14,13 @@ impl Ids {
         Ids { free: Vec::new(), next: 0, capacity }
     }
 
+    /// All of `0..capacity` free but those of which `is_used` says otherwise.
+    pub fn with_used(capacity: u32, is_used: impl Fn(u32) -> bool) -> Ids {
+        let next = (0..capacity).rev().find(|&id| is_used(id)).map_or(0, |last| last + 1);
+        let free = (0..next).rev().filter(|&id| !is_used(id)).collect();
+        Ids { free, next, capacity }
+    }
+
     /// The number of indices, free or not.
     pub fn capacity(&self) -> u32 {
         self.capacity
@@ -43,5 +50,18 @@ impl Ids {
     /// Gives an index back.
     pub fn give_back(&mut self, id: u32) {
         self.free.push(id);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn those_in_use_are_not_taken() {
+        let mut ids = Ids::with_used(6, |id| id == 1 || id == 3);
+        assert_eq!((ids.used(), ids.available()), (2, 4));
+        let taken: Vec<_> = std::iter::from_fn(|| ids.take()).collect();
+        assert_eq!(taken, [0, 2, 4, 5]);
     }
 }

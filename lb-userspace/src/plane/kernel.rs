@@ -1,7 +1,8 @@
-//! The kernel's maps: the hash by system call, the arrays through shared memory.
+//! The kernel's maps: the hashes by system call, the arrays through shared memory.
 #![allow(unsafe_code)]
 
 use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::AsFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -10,12 +11,15 @@ use std::time::Duration;
 
 use aya::Ebpf;
 use aya::maps::{HashMap, Map, MapData, MapError};
-use lb_common::{Backend, Counter, Frontend, Region, Service, ServiceCounters, Slot, Target};
+use lb_common::{
+    Address, Backend, Counter, Daemon, ExcludedCgroup, MAX_EXCLUDED, Name, Probe, Region, Regions,
+    Service, ServiceCounters, Slot, Target, filter_position,
+};
 
 use super::PlaneError;
-use super::maps::Maps;
+use super::maps::{FrontendKey, Maps};
 
-/// An array map with values of 8 or 16 bytes, mapped into memory as words.
+/// An array map whose values are words, mapped into memory.
 #[derive(Debug)]
 struct Words {
     start: NonNull<AtomicU64>,
@@ -57,7 +61,8 @@ impl Words {
 
     fn words(&self) -> &[AtomicU64] {
         // SAFETY: the mapping holds that many aligned words for as long as `self` lives, and both
-        // the kernel's programs and this process access them as whole words.
+        // the kernel's programs and this process access them as whole words, or as words of which
+        // one side writes only a half that the other leaves as it is.
         unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.n_words) }
     }
 
@@ -67,7 +72,18 @@ impl Words {
     }
 
     fn load(&self, word_idx: usize) -> u64 {
-        self.words().get(word_idx).map_or(0, |word| word.load(Ordering::Relaxed))
+        self.words().get(word_idx).map_or(0, |word| word.load(Ordering::Acquire))
+    }
+
+    /// Stores the words of element `index`, one after the other.
+    fn store_element<const N: usize>(&self, index: u32, words: [u64; N]) {
+        for (word_idx, word) in (index as usize * N..).zip(words) {
+            self.store(word_idx, word);
+        }
+    }
+
+    fn load_element<const N: usize>(&self, index: u32) -> [u64; N] {
+        std::array::from_fn(|word| self.load(index as usize * N + word))
     }
 }
 
@@ -89,11 +105,8 @@ pub struct Counters {
 impl Counters {
     /// The counters of a service, by its index.
     pub fn service(&self, service_idx: u32) -> ServiceCounters {
-        let first = service_idx as usize * 2;
-        ServiceCounters {
-            dials: self.service_stats.load(first),
-            refused: self.service_stats.load(first + 1),
-        }
+        let [dials, refused, refused_family] = self.service_stats.load_element(service_idx);
+        ServiceCounters { dials, refused, refused_family }
     }
 
     /// The dials of a backend, by its index.
@@ -107,78 +120,181 @@ impl Counters {
     }
 }
 
+/// The maps by which the daemon and the programs speak of themselves.
+#[derive(Clone, Debug)]
+pub struct Board {
+    daemon: Arc<Words>,
+    probe: Arc<Words>,
+    excluded: Arc<Words>,
+}
+
+impl Board {
+    /// What a daemon, this one or an earlier one, says of itself.
+    pub fn daemon(&self) -> Daemon {
+        let [heartbeat_ns, table_ns, table_generation, host_netns, pid, tgid, is_filled] =
+            self.daemon.load_element(0);
+        Daemon { heartbeat_ns, table_ns, table_generation, host_netns, pid, tgid, is_filled }
+    }
+
+    /// Says something else of this daemon.
+    pub fn set_daemon(&self, daemon: Daemon) {
+        let Daemon { heartbeat_ns, table_ns, table_generation, host_netns, pid, tgid, is_filled } =
+            daemon;
+        self.daemon.store_element(
+            0,
+            [heartbeat_ns, table_ns, table_generation, host_netns, pid, tgid, is_filled],
+        );
+    }
+
+    /// What the connect hook saw of the last dial to the pool's own address.
+    pub fn probe(&self) -> Probe {
+        let [port, tgid, netns] = self.probe.load_element(0);
+        Probe { port, tgid, netns }
+    }
+
+    /// Forgets what the connect hook saw.
+    pub fn clear_probe(&self) {
+        self.probe.store_element(0, [0; 3]);
+    }
+
+    /// Leaves these cgroups alone, as many as fit, and no others.
+    pub fn set_excluded(&self, excluded: &[ExcludedCgroup]) {
+        let present: Vec<u64> =
+            excluded.iter().flat_map(|&ExcludedCgroup { cgroup_id, level }| [cgroup_id, level]).collect();
+        for index in 0..MAX_EXCLUDED {
+            let word = |offset: usize| present.get(index * 2 + offset).copied().unwrap_or(0);
+            if [self.excluded.load(index * 2), self.excluded.load(index * 2 + 1)]
+                != [word(0), word(1)]
+            {
+                // Without an id an entry says nothing, whatever its level.
+                self.excluded.store(index * 2, 0);
+                self.excluded.store(index * 2 + 1, word(1));
+                self.excluded.store(index * 2, word(0));
+            }
+        }
+    }
+}
+
 /// The maps that the programs read.
 #[derive(Debug)]
 pub struct KernelMaps {
     frontends: HashMap<MapData, [u8; 8], [u8; 8]>,
+    frontends6: HashMap<MapData, [u8; 20], [u8; 8]>,
+    filter: Words,
     services: Words,
     slots: Words,
     backends: Words,
+    names: Words,
     counters: Counters,
+    board: Board,
 }
 
 impl KernelMaps {
     /// Takes the maps of a loaded object.
     pub fn take(ebpf: &mut Ebpf) -> Result<KernelMaps, PlaneError> {
-        let mut array = |name: &'static str| match ebpf.take_map(name) {
-            Some(Map::Array(data)) => Words::map(&data),
+        let mut map = |name: &'static str| {
+            ebpf.take_map(name).ok_or(PlaneError::Object { missing: name })
+        };
+        let mut array = |name: &'static str| match map(name)? {
+            Map::Array(data) => Words::map(&data),
             _ => Err(PlaneError::Object { missing: name }),
         };
+        let filter = array("FILTER")?;
         let services = array("SERVICES")?;
         let slots = array("SLOTS")?;
         let backends = array("BACKENDS")?;
+        let names = array("NAMES")?;
         let counters = Counters {
             service_stats: Arc::new(array("SERVICE_STATS")?),
             backend_dials: Arc::new(array("BACKEND_DIALS")?),
             counters: Arc::new(array("COUNTERS")?),
         };
-        let frontends =
-            ebpf.take_map("FRONTENDS").ok_or(PlaneError::Object { missing: "FRONTENDS" })?;
-        let frontends =
-            HashMap::try_from(frontends).map_err(|source| PlaneError::Map { source })?;
-        Ok(KernelMaps { frontends, services, slots, backends, counters })
+        let board = Board {
+            daemon: Arc::new(array("DAEMON")?),
+            probe: Arc::new(array("PROBE")?),
+            excluded: Arc::new(array("EXCLUDED")?),
+        };
+        let map_error = |source| PlaneError::Map { source };
+        let frontends = HashMap::try_from(map("FRONTENDS")?).map_err(map_error)?;
+        let frontends6 = HashMap::try_from(map("FRONTENDS6")?).map_err(map_error)?;
+        Ok(KernelMaps {
+            frontends,
+            frontends6,
+            filter,
+            services,
+            slots,
+            backends,
+            names,
+            counters,
+            board,
+        })
     }
 
     /// A handle to what the programs count.
     pub fn counters(&self) -> Counters {
         self.counters.clone()
     }
+
+    /// A handle to what the two sides say of themselves.
+    pub fn board(&self) -> Board {
+        self.board.clone()
+    }
 }
 
 impl Maps for KernelMaps {
-    fn insert_frontend(&mut self, frontend: Frontend, target: Target) -> io::Result<()> {
-        let target = pair(target.service, target.host_only);
-        self.frontends.insert(frontend_key(&frontend), target.to_ne_bytes(), 0).map_err(io_error)
+    fn insert_frontend(&mut self, frontend: FrontendKey, target: Target) -> io::Result<()> {
+        let value = pair(target.service, target.host_only).to_ne_bytes();
+        match frontend.address {
+            IpAddr::V4(address) => {
+                let (word, bit) = filter_position(address.octets());
+                let word = word as usize;
+                self.filter.store(word, self.filter.load(word) | 1 << bit);
+                let key = key4(&frontend, address);
+                self.frontends.insert(key, value, 0).map_err(io_error)
+            }
+            IpAddr::V6(address) => {
+                let key = key6(&frontend, address);
+                self.frontends6.insert(key, value, 0).map_err(io_error)
+            }
+        }
     }
 
-    fn remove_frontend(&mut self, frontend: &Frontend) -> io::Result<()> {
-        match self.frontends.remove(&frontend_key(frontend)).map_err(io_error) {
+    fn remove_frontend(&mut self, frontend: &FrontendKey) -> io::Result<()> {
+        let removed = match frontend.address {
+            IpAddr::V4(address) => self.frontends.remove(&key4(frontend, address)),
+            IpAddr::V6(address) => self.frontends6.remove(&key6(frontend, address)),
+        };
+        match removed.map_err(io_error) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             result => result,
         }
     }
 
     fn write_backend(&mut self, backend_idx: u32, backend: Backend) {
-        self.backends.store(backend_idx as usize, backend_word(backend));
+        let [high, low] = backend.address.words();
+        self.backends.store_element(backend_idx, [high, low, backend_word(&backend)]);
         self.counters.backend_dials.store(backend_idx as usize, 0);
     }
 
+    fn retire_backend(&mut self, backend_idx: u32) {
+        let retired = Backend { generation: 0, ..self.backend(backend_idx) };
+        self.backends.store(backend_idx as usize * 3 + 2, backend_word(&retired));
+    }
+
     fn write_slots(&mut self, first_slot: u32, slots: &[Slot]) {
-        for (word_idx, slot) in (first_slot as usize..).zip(slots) {
-            self.slots.store(word_idx, slot_word(*slot));
+        for (slot_idx, slot) in (first_slot as usize..).zip(slots) {
+            self.slots.store(slot_idx, slot_word(*slot));
         }
     }
 
-    fn reset_service(&mut self, service_idx: u32) {
-        let first = service_idx as usize * 2;
-        self.counters.service_stats.store(first, 0);
-        self.counters.service_stats.store(first + 1, 0);
+    fn name_service(&mut self, service_idx: u32, name: Name) {
+        self.names.store_element(service_idx, name_words(name));
+        self.counters.service_stats.store_element(service_idx, [0; 3]);
     }
 
     fn publish(&mut self, service_idx: u32, service: Service) {
-        let first = service_idx as usize * 2;
-        self.services.store(first, region_word(service.host));
-        self.services.store(first + 1, region_word(service.elsewhere));
+        let words = service.regions().map(|region| pair(region.first_slot, region.n_slots));
+        self.services.store_element(service_idx, words);
     }
 
     fn wait_for_readers(&mut self) {
@@ -191,6 +307,67 @@ impl Maps for KernelMaps {
             std::thread::sleep(Duration::from_secs(1));
         }
     }
+
+    fn frontends(&self) -> io::Result<Vec<(FrontendKey, Target)>> {
+        let mut all = Vec::new();
+        for entry in self.frontends.iter() {
+            let ([a, b, c, d, e, f, protocol, _], value) = entry.map_err(io_error)?;
+            let address = IpAddr::V4(Ipv4Addr::new(a, b, c, d));
+            let port = u16::from_ne_bytes([e, f]);
+            all.push((FrontendKey { address, port, protocol }, target(value)));
+        }
+        for entry in self.frontends6.iter() {
+            let (key, value) = entry.map_err(io_error)?;
+            let ([address @ .., e, f, protocol, _], value) = (key, value);
+            let address = IpAddr::V6(Ipv6Addr::from(address));
+            let port = u16::from_ne_bytes([e, f]);
+            all.push((FrontendKey { address, port, protocol }, target(value)));
+        }
+        Ok(all)
+    }
+
+    fn service(&self, service_idx: u32) -> Service {
+        let [a, b, c, d, e, f] = self.services.load_element(service_idx).map(|word| {
+            let [first_slot, n_slots] = halves(word);
+            Region { first_slot, n_slots }
+        });
+        Service {
+            host: Regions { ipv4: a, ipv6: b, all: c },
+            elsewhere: Regions { ipv4: d, ipv6: e, all: f },
+        }
+    }
+
+    fn name(&self, service_idx: u32) -> Name {
+        let words: [u64; 8] = self.names.load_element(service_idx);
+        let mut octets = [0; 64];
+        for (to, word) in octets.chunks_exact_mut(8).zip(words) {
+            to.copy_from_slice(&word.to_ne_bytes());
+        }
+        Name { octets }
+    }
+
+    fn slot(&self, slot_idx: u32) -> Slot {
+        let [a, b, c, d, e, f, g, h] = self.slots.load(slot_idx as usize).to_ne_bytes();
+        Slot {
+            backend: u32::from_ne_bytes([a, b, c, d]),
+            alias: u16::from_ne_bytes([e, f]),
+            threshold: u16::from_ne_bytes([g, h]),
+        }
+    }
+
+    fn backend(&self, backend_idx: u32) -> Backend {
+        let [high, low, word] = self.backends.load_element(backend_idx);
+        let mut octets = [0; 16];
+        octets[..8].copy_from_slice(&high.to_ne_bytes());
+        octets[8..].copy_from_slice(&low.to_ne_bytes());
+        let [a, b, c, d, e, f, g, h] = word.to_ne_bytes();
+        Backend {
+            address: Address { octets },
+            port: u16::from_ne_bytes([a, b]),
+            padding: u16::from_ne_bytes([c, d]),
+            generation: u32::from_ne_bytes([e, f, g, h]),
+        }
+    }
 }
 
 fn io_error(error: MapError) -> io::Error {
@@ -201,10 +378,22 @@ fn io_error(error: MapError) -> io::Error {
     }
 }
 
-fn frontend_key(frontend: &Frontend) -> [u8; 8] {
-    let [a, b, c, d] = frontend.address;
-    let [e, f] = frontend.port.to_ne_bytes();
-    [a, b, c, d, e, f, frontend.protocol, frontend.padding]
+fn key4(frontend: &FrontendKey, address: Ipv4Addr) -> [u8; 8] {
+    let ([a, b, c, d], [e, f]) = (address.octets(), frontend.port.to_ne_bytes());
+    [a, b, c, d, e, f, frontend.protocol, 0]
+}
+
+fn key6(frontend: &FrontendKey, address: Ipv6Addr) -> [u8; 20] {
+    let mut key = [0; 20];
+    key[..16].copy_from_slice(&address.octets());
+    key[16..18].copy_from_slice(&frontend.port.to_ne_bytes());
+    key[18] = frontend.protocol;
+    key
+}
+
+fn target(value: [u8; 8]) -> Target {
+    let [service, host_only] = halves(u64::from_ne_bytes(value));
+    Target { service, host_only }
 }
 
 /// Two fields of 4 bytes, in the order in which they lie in memory.
@@ -213,8 +402,9 @@ fn pair(first: u32, second: u32) -> u64 {
     u64::from_ne_bytes([a, b, c, d, e, f, g, h])
 }
 
-fn region_word(region: Region) -> u64 {
-    pair(region.first_slot, region.n_slots)
+fn halves(word: u64) -> [u32; 2] {
+    let [a, b, c, d, e, f, g, h] = word.to_ne_bytes();
+    [u32::from_ne_bytes([a, b, c, d]), u32::from_ne_bytes([e, f, g, h])]
 }
 
 fn slot_word(slot: Slot) -> u64 {
@@ -223,8 +413,19 @@ fn slot_word(slot: Slot) -> u64 {
     u64::from_ne_bytes([a, b, c, d, e, f, g, h])
 }
 
-fn backend_word(backend: Backend) -> u64 {
-    let [a, b, c, d] = backend.address;
-    let ([e, f], [g, h]) = (backend.port.to_ne_bytes(), backend.padding.to_ne_bytes());
+/// The last word of a backend's entry.
+fn backend_word(backend: &Backend) -> u64 {
+    let ([a, b], [c, d]) = (backend.port.to_ne_bytes(), backend.padding.to_ne_bytes());
+    let [e, f, g, h] = backend.generation.to_ne_bytes();
     u64::from_ne_bytes([a, b, c, d, e, f, g, h])
+}
+
+fn name_words(name: Name) -> [u64; 8] {
+    let mut words = [0; 8];
+    for (word, octets) in words.iter_mut().zip(name.octets.chunks_exact(8)) {
+        let mut bytes = [0; 8];
+        bytes.copy_from_slice(octets);
+        *word = u64::from_ne_bytes(bytes);
+    }
+    words
 }

@@ -1,8 +1,20 @@
 //! The maps as the reconciler sees them.
 
 use std::io;
+use std::net::IpAddr;
 
-use lb_common::{Backend, Frontend, Service, Slot, Target};
+use lb_common::{Backend, Name, Service, Slot, Target};
+
+/// What an application dials, as a key of `FRONTENDS` or `FRONTENDS6`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct FrontendKey {
+    /// The VIP, or a pinned address.
+    pub address: IpAddr,
+    /// The port; [`lb_common::ANY_PORT`] stands for all that have no key of their own.
+    pub port: u16,
+    /// The protocol number.
+    pub protocol: u8,
+}
 
 /// What the reconciler does to the maps. The kernel's are behind it, and in tests a reader that
 /// checks the invariants after each step, and one that fails.
@@ -11,26 +23,48 @@ pub trait Maps {
     ///
     /// # Errors
     /// When the kernel refuses, such as E2BIG for a full map; then nothing has changed.
-    fn insert_frontend(&mut self, frontend: Frontend, target: Target) -> io::Result<()>;
+    fn insert_frontend(&mut self, frontend: FrontendKey, target: Target) -> io::Result<()>;
 
     /// Makes `frontend` lead nowhere; one that is absent is no error.
     ///
     /// # Errors
     /// When the kernel refuses; then nothing has changed.
-    fn remove_frontend(&mut self, frontend: &Frontend) -> io::Result<()>;
+    fn remove_frontend(&mut self, frontend: &FrontendKey) -> io::Result<()>;
 
     /// Writes the entry of a backend that no reader knows yet, and resets its counter.
     fn write_backend(&mut self, backend_idx: u32, backend: Backend);
 
+    /// Takes the generation from a backend's entry, so that sockets which remember it know that it
+    /// left the table. The rest stays readable.
+    fn retire_backend(&mut self, backend_idx: u32);
+
     /// Writes slots that no reader knows yet.
     fn write_slots(&mut self, first_slot: u32, slots: &[Slot]);
 
-    /// Resets the counters of a service that no reader knows yet.
-    fn reset_service(&mut self, service_idx: u32);
+    /// Names a service that no reader knows yet, and resets its counters.
+    fn name_service(&mut self, service_idx: u32, name: Name);
 
-    /// Lets readers see a service's new slots: each of the two regions by one store.
+    /// Lets readers see a service's new slots: each of its regions by one store.
     fn publish(&mut self, service_idx: u32, service: Service);
 
     /// Waits until every program that was running has ended.
     fn wait_for_readers(&mut self);
+
+    /// All frontends.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    fn frontends(&self) -> io::Result<Vec<(FrontendKey, Target)>>;
+
+    /// A service's regions.
+    fn service(&self, service_idx: u32) -> Service;
+
+    /// A service's name.
+    fn name(&self, service_idx: u32) -> Name;
+
+    /// A slot.
+    fn slot(&self, slot_idx: u32) -> Slot;
+
+    /// A backend.
+    fn backend(&self, backend_idx: u32) -> Backend;
 }

@@ -1,53 +1,58 @@
 //! The plane: the kernel side, kept in step with the table.
 //!
 //! Only this part knows aya and lb-common, and only here does the order of bytes matter.
-//! [`Plane::load`] brings the programs into the kernel, [`Plane::attach`] makes them count, and
-//! [`Plane::apply`] brings the maps to a table.
+//! [`Plane::start`] brings the programs into the kernel, or takes over what an earlier daemon left
+//! there, [`Plane::apply`] brings the maps to a table, and [`Plane::mend`] sees to it that the hooks
+//! stay where they are.
 
 mod alias;
 mod bpf;
+mod btf;
 mod cost;
+mod excluded;
 mod ids;
 mod kernel;
+mod links;
 mod maps;
+mod pins;
+pub mod probe;
 mod reconcile;
 mod regions;
 pub mod route;
 mod shared;
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
-use std::os::linux::fs::MetadataExt;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
-use aya::programs::{CgroupSockAddr, ProgramError, loaded_programs};
+use aya::programs::{CgroupSockAddr, ProgramError};
 use aya::{Ebpf, EbpfError, EbpfLoader, include_bytes_aligned};
 use lb_common::{
-    Counter, ENTRIES_PER_BACKEND, FRONTENDS_PER_SERVICE, MAX_SERVICE_BACKENDS, SLOTS_PER_BACKEND,
+    Address, Backend, Counter, Daemon, ENTRIES_PER_BACKEND, ExcludedCgroup, FRONTENDS_PER_SERVICE,
+    Flows, Frontend, Frontend6, LAYOUT, MAX_EXCLUDED, MAX_SERVICE_BACKENDS, N_COUNTERS,
+    N_FILTER_WORDS, Name, Peer, Probe, SLOTS_PER_BACKEND, Service, ServiceCounters, Slot, Target,
 };
 
-use crate::config::{PlaneConfig, VipConfig};
+use crate::config::{Config, PlaneConfig, VipConfig, cgroup};
 use crate::table::Table;
-use bpf::{AttachType, CgroupLink};
-use kernel::KernelMaps;
-use reconcile::Reconciler;
+use kernel::{Board, KernelMaps};
+use links::{HOOKS, Links};
+use pins::{MapShape, Pins};
+use reconcile::{AdoptError, Reconciler};
 
 pub use bpf::netns_cookie;
 pub use cost::{Cost, Measuring};
 pub use kernel::Counters;
 pub use lb_common::Refusal;
+pub use links::Attachment;
+pub use pins::{PinError, is_bpffs};
 pub use reconcile::{ApplyError, Indices, Pressure};
-pub use shared::SharedPlane;
+pub use shared::{Hooks, SharedPlane};
 
 static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/nohop-ebpf"));
-
-/// The programs, in the order in which they are attached: what translates back comes first, so that
-/// no translated socket is ever without it.
-const PROGRAMS: [(&str, AttachType); 2] =
-    [("nohop_getpeer4", AttachType::GetPeerName4), ("nohop_connect4", AttachType::Connect4)];
 
 /// Why the kernel side can't be had.
 #[derive(Debug, thiserror::Error)]
@@ -83,6 +88,12 @@ pub enum PlaneError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// The pins can't be used.
+    #[error(transparent)]
+    Pins(#[from] PinError),
+    /// The maps of an earlier daemon can't be read.
+    #[error(transparent)]
+    Adopt(#[from] AdoptError),
     /// The cgroup can't be attached to.
     #[error("can't open the cgroup {cgroup}: {source}; name a cgroup v2 directory with --cgroup")]
     Cgroup {
@@ -104,11 +115,13 @@ pub enum PlaneError {
         /// What the kernel said.
         source: io::Error,
     },
-    /// The links can't be listed or detached.
-    #[error("can't {action} links: {source}; it needs CAP_SYS_ADMIN")]
-    Links {
-        /// `list` or `detach`.
+    /// A link can't be pinned or detached.
+    #[error("can't {action} the link {link}: {source}")]
+    Link {
+        /// `pin`, `look at` or `detach`.
         action: &'static str,
+        /// The pin.
+        link: PathBuf,
         /// What the kernel said.
         source: io::Error,
     },
@@ -128,10 +141,12 @@ fn mend(error: &(dyn std::error::Error + 'static)) -> &'static str {
 /// The sizes of the maps, in entries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sizes {
-    /// `SERVICES` and `SERVICE_STATS`
+    /// `SERVICES`, `SERVICE_STATS` and `NAMES`
     pub services: u32,
     /// `FRONTENDS`
     pub frontends: u32,
+    /// `FRONTENDS6`
+    pub frontends6: u32,
     /// `SLOTS`
     pub slots: u32,
     /// `BACKENDS` and `BACKEND_DIALS`
@@ -139,13 +154,103 @@ pub struct Sizes {
 }
 
 impl Sizes {
-    fn of(config: &PlaneConfig) -> Sizes {
+    fn of(config: &PlaneConfig, vip: &VipConfig) -> Sizes {
         let slots = config.max_backends.saturating_mul(SLOTS_PER_BACKEND);
+        let frontends = config.max_services.saturating_mul(FRONTENDS_PER_SERVICE);
         Sizes {
             services: config.max_services,
-            frontends: config.max_services.saturating_mul(FRONTENDS_PER_SERVICE),
+            frontends,
+            frontends6: if vip.pool6.is_some() { frontends } else { 1 },
             slots: slots.next_multiple_of(MAX_SERVICE_BACKENDS),
             backends: config.max_backends.saturating_mul(ENTRIES_PER_BACKEND),
+        }
+    }
+
+    /// The maps of this layout, as they have to be.
+    fn shapes(&self) -> Vec<MapShape> {
+        const HASH: u32 = 1;
+        const ARRAY: u32 = 2;
+        const MMAPABLE: u32 = 1 << 10;
+        let hash = |name, key_size: usize, max_entries| MapShape {
+            name,
+            map_type: HASH,
+            key_size: key_size as u32,
+            value_size: size_of::<Target>() as u32,
+            max_entries,
+            flags: 0,
+        };
+        let array = |name, value_size: usize, max_entries| MapShape {
+            name,
+            map_type: ARRAY,
+            key_size: 4,
+            value_size: value_size as u32,
+            max_entries,
+            flags: MMAPABLE,
+        };
+        vec![
+            hash("FRONTENDS", size_of::<Frontend>(), self.frontends),
+            hash("FRONTENDS6", size_of::<Frontend6>(), self.frontends6),
+            array("FILTER", 8, N_FILTER_WORDS as u32),
+            array("SERVICES", size_of::<Service>(), self.services),
+            array("SLOTS", size_of::<Slot>(), self.slots),
+            array("BACKENDS", size_of::<Backend>(), self.backends),
+            array("NAMES", size_of::<Name>(), self.services),
+            array("SERVICE_STATS", size_of::<ServiceCounters>(), self.services),
+            array("BACKEND_DIALS", 8, self.backends),
+            array("COUNTERS", 8, N_COUNTERS as u32),
+            array("DAEMON", size_of::<Daemon>(), 1),
+            array("PROBE", size_of::<Probe>(), 1),
+            array("EXCLUDED", size_of::<ExcludedCgroup>(), MAX_EXCLUDED as u32),
+        ]
+    }
+}
+
+/// The sockets' storage, which every layout shares.
+fn socket_shapes() -> [MapShape; 2] {
+    const SK_STORAGE: u32 = 24;
+    const NO_PREALLOC: u32 = 1;
+    [("PEERS", size_of::<Peer>()), ("FLOWS", size_of::<Flows>())].map(|(name, value_size)| {
+        MapShape {
+            name,
+            map_type: SK_STORAGE,
+            key_size: 4,
+            value_size: value_size as u32,
+            max_entries: 0,
+            flags: NO_PREALLOC,
+        }
+    })
+}
+
+/// What a plane is made from.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The sizes of the maps, and the cgroups that are left alone.
+    pub plane: PlaneConfig,
+    /// The pools.
+    pub vip: VipConfig,
+    /// The directory for the pins, on a BPF file system.
+    pub bpffs: PathBuf,
+    /// The cgroup whose processes are served.
+    pub scope: PathBuf,
+    /// The layout's version. Another than today's is for tests of taking over.
+    pub layout: u16,
+    /// How to refuse a dial; `None` for the best that this kernel has.
+    pub refusal: Option<Refusal>,
+    /// The cookie of the host's network namespace; `None` for the one of this process.
+    pub host_netns: Option<u64>,
+}
+
+impl Options {
+    /// The options of a configuration.
+    pub fn of(config: &Config, scope: &Path) -> Options {
+        Options {
+            plane: config.plane.clone(),
+            vip: config.vip.clone(),
+            bpffs: config.bpffs.clone(),
+            scope: scope.into(),
+            layout: LAYOUT,
+            refusal: None,
+            host_netns: None,
         }
     }
 }
@@ -156,84 +261,174 @@ pub struct Plane {
     ebpf: Ebpf,
     reconciler: Reconciler<KernelMaps>,
     counters: Counters,
-    links: Arc<[CgroupLink]>,
+    board: Board,
+    links: Links,
+    pins: Pins,
     refusal: Refusal,
+    excluded: Vec<PathBuf>,
+    pool_network: std::net::Ipv4Addr,
+    is_adopted: bool,
 }
 
 impl Plane {
-    /// Loads the programs and makes the maps. `host_netns` is the cookie of the host's network
-    /// namespace; 0 where it can't be had, and then pins and loopback backends don't count.
+    /// Loads the programs, over the maps that an earlier daemon pinned or over new ones, and
+    /// attaches them: in the place of the earlier ones where there are any. New maps that replace
+    /// others count only once [`Plane::apply`] has filled them.
     ///
     /// Minimum kernel: 5.10.
     ///
     /// # Errors
-    /// When the kernel refuses, for lack of a feature or of privileges.
-    pub fn load(
-        config: &PlaneConfig,
-        vip: &VipConfig,
-        host_netns: u64,
-    ) -> Result<Plane, PlaneError> {
-        match Self::load_refusing_by(Refusal::Errno, config, vip, host_netns) {
-            // `bpf_set_retval` came to these programs with 6.1. A probe for it can report it
-            // missing where it isn't, so the verifier's word on the program itself counts.
-            Err(PlaneError::Program {
-                source: ProgramError::LoadError { io_error, .. }, ..
-            }) if io_error.kind() != io::ErrorKind::PermissionDenied => {
-                Self::load_refusing_by(Refusal::PortZero, config, vip, host_netns)
-            }
-            result => result,
-        }
-    }
-
-    /// As [`Plane::load`], with a given way to refuse a dial.
-    ///
-    /// # Errors
-    /// When the kernel refuses, for lack of a feature or of privileges.
-    pub fn load_refusing_by(
-        refusal: Refusal,
-        config: &PlaneConfig,
-        vip: &VipConfig,
-        host_netns: u64,
-    ) -> Result<Plane, PlaneError> {
+    /// When another daemon has the pins, something else has their names, the scope is no cgroup v2
+    /// directory, or the kernel refuses for lack of a feature or of privileges. Then an earlier
+    /// daemon's plane goes on, and nothing new is left behind.
+    pub fn start(options: &Options) -> Result<Plane, PlaneError> {
         // Before 5.11 map memory counts against this limit. Where it can't be raised, loading says so.
         let unlimited = rustix::process::Rlimit { current: None, maximum: None };
         let _ = rustix::process::setrlimit(rustix::process::Resource::Memlock, unlimited);
 
-        let sizes = Sizes::of(config);
-        let mut ebpf = load_programs(&sizes, vip, host_netns, refusal)?;
-        let maps = KernelMaps::take(&mut ebpf)?;
-        let counters = maps.counters();
-        let reconciler = Reconciler::new(maps, &sizes);
-        Ok(Plane { ebpf, reconciler, counters, links: Arc::new([]), refusal })
+        let sizes = Sizes::of(&options.plane, &options.vip);
+        let scope = links::open_scope(&options.scope)?;
+        let pins = Pins::open(&options.bpffs, options.layout)?;
+        pins.make_directories()?;
+        pins.are_there(&pins.sockets(), &socket_shapes())?;
+        let is_live = links::are_live(&pins, &scope)?;
+
+        let mut loaded = None;
+        if pins.are_there(&pins.maps(), &sizes.shapes())? {
+            loaded = Loaded::over_earlier(options, &sizes, &pins, is_live)?;
+        }
+        let is_adopted = loaded.is_some();
+        let loaded = match loaded {
+            Some(loaded) => loaded,
+            None => {
+                pins.forget_maps()?;
+                let (ebpf, refusal) = load(options, &sizes, &pins)?;
+                Loaded::over_new(ebpf, refusal, &sizes)?
+            }
+        };
+        let Loaded { ebpf, refusal, mut reconciler } = loaded;
+        let maps = reconciler.maps_mut();
+        let (counters, board) = (maps.counters(), maps.board());
+        let mut plane = Plane {
+            ebpf,
+            reconciler,
+            counters,
+            board,
+            links: Links::new(&options.scope),
+            pins,
+            refusal,
+            excluded: options.plane.exclude_cgroups.clone(),
+            pool_network: options.vip.pool.network(),
+            is_adopted,
+        };
+        plane.introduce(options.host_netns);
+        plane.look_up_excluded();
+        // What is empty must not take the place of what works.
+        if is_adopted || !is_live {
+            let switched = plane.links.switch(&mut plane.ebpf, &plane.pins);
+            if switched.is_err() && !is_live {
+                plane.detach();
+            }
+            switched?;
+        }
+        Ok(plane)
     }
 
-    /// Attaches the programs to `cgroup`: dials of the processes in it and below are translated
-    /// from now on.
-    ///
-    /// # Errors
-    /// When `cgroup` is no cgroup v2 directory, or the kernel refuses.
-    pub fn attach(&mut self, cgroup: &Path) -> Result<(), PlaneError> {
-        let directory = File::open(cgroup)
-            .map_err(|source| PlaneError::Cgroup { cgroup: cgroup.into(), source })?;
-        let mut links = Vec::new();
-        for (name, attach_type) in PROGRAMS {
-            let loaded = program(&mut self.ebpf, name)?.fd();
-            let loaded = loaded.map_err(|source| PlaneError::Program { program: name, source })?;
-            let link = CgroupLink::attach(loaded.as_fd(), directory.as_fd(), attach_type);
-            links.push(link.map_err(|source| PlaneError::Attach {
-                program: name,
-                cgroup: cgroup.into(),
-                source,
-            })?);
+    /// Says who this daemon is.
+    fn introduce(&self, host_netns: Option<u64>) {
+        let mut daemon = self.board.daemon();
+        match host_netns.map_or_else(netns_cookie, Ok) {
+            Ok(cookie) => daemon.host_netns = cookie,
+            Err(error) => tracing::info!(
+                "this kernel doesn't tell the network namespace's cookie ({error}): it is learnt \
+                 from a dial"
+            ),
         }
-        self.links = links.into();
-        Ok(())
+        daemon.pid = std::process::id().into();
+        daemon.tgid = daemon.pid;
+        daemon.heartbeat_ns = monotonic_ns();
+        self.board.set_daemon(daemon);
+    }
+
+    fn look_up_excluded(&self) {
+        let root = cgroup::find_cgroup2_root();
+        let present = root.map(|root| excluded::present(&root, &self.excluded));
+        self.board.set_excluded(&present.unwrap_or_default());
     }
 
     /// Brings the maps to `table`. Returns the services that couldn't be brought there, each with
     /// the reason; their former state serves on, and the next call tries them again.
-    pub fn apply(&mut self, table: &Table) -> BTreeMap<Arc<str>, ApplyError> {
-        self.reconciler.apply(table)
+    ///
+    /// # Errors
+    /// When the maps were new and the hooks couldn't be switched to them: the former ones go on.
+    pub fn apply(
+        &mut self,
+        table: &Table,
+    ) -> Result<BTreeMap<Arc<str>, ApplyError>, PlaneError> {
+        let errors = self.reconciler.apply(table);
+        let daemon = self.board.daemon();
+        self.board.set_daemon(Daemon {
+            is_filled: 1,
+            table_generation: table.generation,
+            ..daemon
+        });
+        if !self.links.are_ours() {
+            self.links.switch(&mut self.ebpf, &self.pins)?;
+        }
+        Ok(errors)
+    }
+
+    /// Whether the maps are an earlier daemon's.
+    pub fn is_adopted(&self) -> bool {
+        self.is_adopted
+    }
+
+    /// The services that the maps hold, each with its VIPs.
+    pub fn names(&self) -> Vec<(Arc<str>, Vec<IpAddr>)> {
+        self.reconciler.names().map(|(name, vips)| (name.clone(), vips.collect())).collect()
+    }
+
+    /// Looks at every link, and attaches again what somebody detached.
+    pub fn mend(&mut self) -> Attachment {
+        self.look_up_excluded();
+        self.links.mend(&mut self.ebpf, &self.pins)
+    }
+
+    /// Says that the daemon lives, and how old the table is, if it is known.
+    pub fn beat(&self, table_age: Option<Duration>) {
+        let now = monotonic_ns();
+        let mut daemon = self.board.daemon();
+        daemon.heartbeat_ns = now;
+        if let Some(age) = table_age {
+            daemon.table_ns = now.saturating_sub(age.as_nanos() as u64);
+        }
+        self.board.set_daemon(daemon);
+    }
+
+    /// The cgroup whose processes are served.
+    pub fn scope(&self) -> &Path {
+        self.links.scope()
+    }
+
+    /// Whether the hooks run this plane's programs, and not an earlier daemon's.
+    pub fn are_hooks_ours(&self) -> bool {
+        self.links.are_ours()
+    }
+
+    /// What dials to prove that the hooks run.
+    pub fn prober(&self) -> probe::Prober {
+        probe::Prober::new(self.board.clone(), self.pool_network, self.links.scope())
+    }
+
+    /// Takes note of what a dial of our own showed.
+    pub fn learn(&self, probe: probe::Seen) {
+        let daemon = self.board.daemon();
+        // From inside a process namespace our own number isn't the kernel's.
+        let tgid = if probe.is_own { probe.seen.tgid } else { daemon.tgid };
+        let host_netns = if daemon.host_netns == 0 { probe.seen.netns } else { daemon.host_netns };
+        if (tgid, host_netns) != (daemon.tgid, daemon.host_netns) {
+            self.board.set_daemon(Daemon { tgid, host_netns, ..daemon });
+        }
     }
 
     /// The indices that the kernel knows a service and its backends by.
@@ -242,7 +437,7 @@ impl Plane {
     }
 
     /// How full each map is.
-    pub fn pressure(&self) -> [(&'static str, Pressure); 4] {
+    pub fn pressure(&self) -> Vec<(&'static str, Pressure)> {
         self.reconciler.pressure()
     }
 
@@ -256,113 +451,148 @@ impl Plane {
         self.refusal
     }
 
-    /// A handle that tells whether the programs are still attached.
-    pub fn attachment(&self) -> Attachment {
-        Attachment { links: self.links.clone() }
+    /// What reads the programs' log, once.
+    pub fn take_voice(&mut self) -> Option<aya_log::EbpfLogger<&'static dyn log::Log>> {
+        aya_log::EbpfLogger::init(&mut self.ebpf)
+            .inspect_err(|error| tracing::warn!("the programs' log can't be read: {error}"))
+            .ok()
     }
 
-    /// Detaches the programs, what translates back last. It is no error if somebody did already.
+    /// Leaves everything as it is, for the next daemon.
+    pub fn keep(&self) {
+        // Another process may get our number.
+        self.board.set_daemon(Daemon { pid: 0, tgid: 0, ..self.board.daemon() });
+    }
+
+    /// Detaches the programs, what translates back last, and takes all pins away. It is no error if
+    /// somebody did already.
     pub fn detach(&mut self) {
-        for link in self.links.iter().rev() {
-            if let Err(error) = link.detach() {
-                tracing::debug!("a link couldn't be detached: {error}");
-            }
+        self.links.detach();
+        if let Err(error) = self.pins.remove_all() {
+            tracing::warn!("{error}");
         }
-        self.links = Arc::new([]);
     }
 }
 
-/// Tells whether the programs are attached, as the kernel sees it.
-#[derive(Clone, Debug)]
-pub struct Attachment {
-    links: Arc<[CgroupLink]>,
+/// The object in the kernel, not yet attached.
+struct Loaded {
+    ebpf: Ebpf,
+    refusal: Refusal,
+    reconciler: Reconciler<KernelMaps>,
 }
 
-impl Attachment {
-    /// Whether every link still has its cgroup. A kernel that doesn't say counts as a yes: that
-    /// is no reason to stop answering.
-    pub fn holds(&self) -> bool {
-        !self.links.is_empty()
-            && self.links.iter().all(|link| match link.joined() {
-                Ok(joined) => joined.is_some_and(|joined| joined.cgroup_id != 0),
-                Err(error) => {
-                    tracing::warn!("the kernel doesn't tell of a link: {error}");
-                    true
-                }
-            })
+impl Loaded {
+    /// Over the pinned maps; `None` when they don't serve: what is new is better made anew then.
+    fn over_earlier(
+        options: &Options,
+        sizes: &Sizes,
+        pins: &Pins,
+        is_live: bool,
+    ) -> Result<Option<Loaded>, PlaneError> {
+        let (mut ebpf, refusal) = load(options, sizes, pins)?;
+        let maps = KernelMaps::take(&mut ebpf)?;
+        // An earlier daemon died while it filled new maps; the hooks read the former ones.
+        if is_live && maps.board().daemon().is_filled == 0 {
+            return Ok(None);
+        }
+        match Reconciler::adopt(maps, sizes, fastrand::u32(..)) {
+            Ok(reconciler) => Ok(Some(Loaded { ebpf, refusal, reconciler })),
+            Err(error @ AdoptError::Inconsistent { .. }) => {
+                tracing::warn!("{error}; they are made anew");
+                Ok(None)
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn over_new(mut ebpf: Ebpf, refusal: Refusal, sizes: &Sizes) -> Result<Loaded, PlaneError> {
+        let maps = KernelMaps::take(&mut ebpf)?;
+        let reconciler = Reconciler::new(maps, sizes, fastrand::u32(..));
+        Ok(Loaded { ebpf, refusal, reconciler })
     }
 }
 
-/// Detaches every program of nohop's from `cgroup`, whichever process holds its link. Returns how
-/// many there were.
+/// Detaches and removes whatever a daemon left pinned in `bpffs`. Returns the number of links.
 ///
 /// # Errors
-/// When the kernel refuses to list or to detach.
-pub fn unload(cgroup: &Path) -> Result<usize, PlaneError> {
-    let links = |action| move |source| PlaneError::Links { action, source };
-    let cgroup_id = std::fs::metadata(cgroup)
-        .map_err(|source| PlaneError::Cgroup { cgroup: cgroup.into(), source })?
-        .st_ino();
-    let ours: BTreeMap<u32, usize> = loaded_programs()
-        .flatten()
-        .filter_map(|program| {
-            let order =
-                PROGRAMS.iter().position(|(name, _)| program.name_as_str() == Some(name))?;
-            Some((program.id(), order))
-        })
-        .collect();
-    let mut attached = Vec::new();
-    for link_id in bpf::link_ids().map_err(links("list"))? {
-        let Some(link) = CgroupLink::by_id(link_id).map_err(links("list"))? else { continue };
-        if let Some(joined) = link.joined().map_err(links("list"))?
-            && let Some(order) = ours.get(&joined.program_id)
-            && joined.cgroup_id == cgroup_id
-        {
-            attached.push((*order, link));
-        }
-    }
-    // What translates back goes last.
-    attached.sort_by_key(|(order, _)| std::cmp::Reverse(*order));
-    for (_, link) in &attached {
-        link.detach().map_err(links("detach"))?;
-    }
-    Ok(attached.len())
+/// When a daemon still runs there, or the kernel refuses.
+pub fn unload(bpffs: &Path) -> Result<usize, PlaneError> {
+    let Some(pins) = Pins::open_existing(bpffs)? else { return Ok(0) };
+    let n_links = links::detach_pinned(&pins)?;
+    pins.remove_all()?;
+    Ok(n_links)
 }
 
 /// The counters that no service owns, with the names they have in `status`.
-pub const COUNTERS: [(&str, Counter); lb_common::N_COUNTERS] = [
+pub const COUNTERS: [(&str, Counter); N_COUNTERS] = [
     ("refused_no_frontend", Counter::RefusedNoFrontend),
     ("no_socket_storage", Counter::NoStorage),
     ("inconsistent", Counter::Inconsistent),
+    ("left_alone", Counter::LeftAlone),
+    ("backend_gone", Counter::BackendGone),
 ];
 
-fn load_programs(
-    sizes: &Sizes,
-    vip: &VipConfig,
-    host_netns: u64,
-    refusal: Refusal,
-) -> Result<Ebpf, PlaneError> {
-    let (network, mask) = (u32::from(vip.pool.network()), u32::from(vip.pool.netmask()));
-    let refusal = refusal as u32;
-    let mut loader = EbpfLoader::new();
-    for (map, n_entries) in [
-        ("FRONTENDS", sizes.frontends),
-        ("SERVICES", sizes.services),
-        ("SERVICE_STATS", sizes.services),
-        ("SLOTS", sizes.slots),
-        ("BACKENDS", sizes.backends),
-        ("BACKEND_DIALS", sizes.backends),
-    ] {
-        loader.map_max_entries(map, n_entries);
+/// Loads the object over the maps in `pins`, which makes those that aren't there.
+fn load(options: &Options, sizes: &Sizes, pins: &Pins) -> Result<(Ebpf, Refusal), PlaneError> {
+    if let Some(refusal) = options.refusal {
+        return Ok((load_refusing_by(refusal, options, sizes, pins)?, refusal));
     }
+    match load_refusing_by(Refusal::Errno, options, sizes, pins) {
+        // `bpf_set_retval` came to these programs with 6.1. A probe for it can report it missing
+        // where it isn't, so the verifier's word on the program itself counts.
+        Err(PlaneError::Program { source: ProgramError::LoadError { io_error, .. }, .. })
+            if io_error.kind() != io::ErrorKind::PermissionDenied =>
+        {
+            let refusal = Refusal::PortZero;
+            Ok((load_refusing_by(refusal, options, sizes, pins)?, refusal))
+        }
+        result => Ok((result?, Refusal::Errno)),
+    }
+}
+
+fn load_refusing_by(
+    refusal: Refusal,
+    options: &Options,
+    sizes: &Sizes,
+    pins: &Pins,
+) -> Result<Ebpf, PlaneError> {
+    let pool = options.vip.pool;
+    let (network, mask) = (u32::from(pool.network()), u32::from(pool.netmask()));
+    let pool6 = options.vip.pool6.map(|pool| [pool.network().octets(), pool.netmask().octets()]);
+    let pool6 = pool6.unwrap_or_default().map(|octets| Address { octets }.words());
+    let [[network6_high, network6_low], [mask6_high, mask6_low]] = pool6;
+    let kernel_socket = btf::kernel_socket_bit().unwrap_or_else(|error| {
+        tracing::warn!("the kernel has no BTF ({error}): its own sockets are translated like others");
+        None
+    });
+    let btf::Bit { offset, mask: kernel_socket_mask } = kernel_socket.unwrap_or_default();
+    let layout = u32::from(options.layout);
+    let has_excluded = u32::from(!options.plane.exclude_cgroups.is_empty());
+    let refusal = refusal as u32;
+
+    let mut loader = EbpfLoader::new();
+    for shape in sizes.shapes() {
+        loader.map_max_entries(shape.name, shape.max_entries);
+        loader.map_pin_path(shape.name, pins.maps().join(shape.name));
+    }
+    for shape in socket_shapes() {
+        loader.map_pin_path(shape.name, pins.sockets().join(shape.name));
+    }
+    loader.override_global("MAP_LAYOUT", &layout, true);
     loader.override_global("POOL_NETWORK", &network, true);
     loader.override_global("POOL_MASK", &mask, true);
-    loader.override_global("HOST_NETNS", &host_netns, true);
+    loader.override_global("POOL6_NETWORK_HIGH", &network6_high, true);
+    loader.override_global("POOL6_NETWORK_LOW", &network6_low, true);
+    loader.override_global("POOL6_MASK_HIGH", &mask6_high, true);
+    loader.override_global("POOL6_MASK_LOW", &mask6_low, true);
     loader.override_global("REFUSAL", &refusal, true);
+    loader.override_global("HAS_EXCLUDED", &has_excluded, true);
+    loader.override_global("KERNEL_SOCKET_OFFSET", &offset, true);
+    loader.override_global("KERNEL_SOCKET_MASK", &kernel_socket_mask, true);
     let mut ebpf = loader.load(OBJECT).map_err(PlaneError::Load)?;
-    for (name, _) in PROGRAMS {
-        let failed = |source| PlaneError::Program { program: name, source };
-        program(&mut ebpf, name)?.load().map_err(failed)?;
+    for hook in &HOOKS {
+        let failed = |source| PlaneError::Program { program: hook.program, source };
+        program(&mut ebpf, hook.program)?.load().map_err(failed)?;
     }
     Ok(ebpf)
 }
@@ -373,4 +603,10 @@ fn program<'a>(
 ) -> Result<&'a mut CgroupSockAddr, PlaneError> {
     let program = ebpf.program_mut(name).ok_or(PlaneError::Object { missing: name })?;
     program.try_into().map_err(|_| PlaneError::Object { missing: name })
+}
+
+/// CLOCK_MONOTONIC, which is what the programs read too.
+fn monotonic_ns() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }

@@ -5,18 +5,26 @@
 //! program that may have found it has ended; only then is it written again. That wait is put off
 //! until something needs the room, so that an ordinary change never waits.
 
+mod adopt;
+
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
-use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-use lb_common::{Backend, Frontend, IPPROTO_TCP, MAX_SERVICE_BACKENDS, Region, Target};
+use lb_common::{
+    ANY_PORT, Address, Backend, IPPROTO_TCP, IPPROTO_UDP, MAX_SERVICE_BACKENDS, Name, Region,
+    Regions as RegionWords, Service as ServiceEntry, Target,
+};
 
+use super::Sizes;
 use super::alias;
 use super::ids::Ids;
-use super::maps::Maps;
+use super::maps::{FrontendKey, Maps};
 use super::regions::{Block, Regions};
 use crate::table::{Ports, Service, State, Table};
+
+pub use adopt::AdoptError;
 
 /// Why the kernel doesn't have a service's present state. Its former state serves on.
 #[derive(Debug, thiserror::Error)]
@@ -41,7 +49,7 @@ pub enum ApplyError {
     #[error("the kernel refused frontend {address}: {source}")]
     Frontend {
         /// The frontend.
-        address: SocketAddrV4,
+        address: SocketAddr,
         /// What it said.
         source: io::Error,
     },
@@ -53,9 +61,15 @@ struct Held {
     /// The state of it that was applied last; `None` while its first is not complete.
     applied: Option<Arc<Service>>,
     service_idx: u32,
-    backends: HashMap<SocketAddrV4, u32>,
-    frontends: BTreeMap<Frontend, Target>,
+    backends: HashMap<SocketAddr, u32>,
+    frontends: BTreeMap<FrontendKey, Target>,
     blocks: Vec<Block>,
+}
+
+impl Held {
+    fn has_udp(&self) -> bool {
+        self.frontends.keys().any(|frontend| frontend.protocol == IPPROTO_UDP)
+    }
 }
 
 /// What was given up and may still be read.
@@ -64,7 +78,7 @@ struct Resting {
     services: Vec<u32>,
     backends: Vec<u32>,
     blocks: Vec<Block>,
-    /// Whether elements of `FRONTENDS` were deleted: the kernel recycles them at once.
+    /// Whether elements of a hash were deleted: the kernel recycles them at once.
     frontends: bool,
 }
 
@@ -86,6 +100,14 @@ pub struct Indices {
     pub backends: HashMap<SocketAddr, u32>,
 }
 
+/// A healthy backend, as the maps need it.
+#[derive(Clone, Copy, Debug)]
+struct Healthy {
+    address: SocketAddr,
+    weight: u16,
+    host_only: bool,
+}
+
 /// Keeps the maps in step with the table.
 #[derive(Debug)]
 pub struct Reconciler<M> {
@@ -95,13 +117,26 @@ pub struct Reconciler<M> {
     services: Ids,
     backends: Ids,
     regions: Regions,
-    n_frontends: u32,
-    max_frontends: u32,
+    frontends: Room,
+    frontends6: Room,
+    next_generation: u32,
+    /// Whether a backend left that sockets may be connected to by UDP.
+    left_udp: bool,
+}
+
+/// How full a hash is.
+#[derive(Clone, Copy, Debug)]
+struct Room {
+    map: &'static str,
+    used: u32,
+    capacity: u32,
 }
 
 impl<M: Maps> Reconciler<M> {
-    /// Starts from empty maps of these sizes, in entries.
-    pub fn new(maps: M, sizes: &super::Sizes) -> Self {
+    /// A reconciler for empty maps. The generations of backends begin at `first_generation`: a
+    /// random number, because sockets may remember those of other maps of this boot.
+    pub fn new(maps: M, sizes: &Sizes, first_generation: u32) -> Reconciler<M> {
+        let room = |map, capacity| Room { map, used: 0, capacity };
         Reconciler {
             maps,
             held: BTreeMap::new(),
@@ -109,9 +144,16 @@ impl<M: Maps> Reconciler<M> {
             services: Ids::new(sizes.services),
             backends: Ids::new(sizes.backends),
             regions: Regions::new(sizes.slots),
-            n_frontends: 0,
-            max_frontends: sizes.frontends,
+            frontends: room("FRONTENDS", sizes.frontends),
+            frontends6: room("FRONTENDS6", sizes.frontends6),
+            next_generation: first_generation.max(1),
+            left_udp: false,
         }
+    }
+
+    /// The maps.
+    pub fn maps_mut(&mut self) -> &mut M {
+        &mut self.maps
     }
 
     /// Brings the maps to `table`. Returns the services that couldn't be brought there, each with
@@ -140,20 +182,33 @@ impl<M: Maps> Reconciler<M> {
         errors
     }
 
+    /// Whether, since the last call, a backend left that sockets may be connected to by UDP.
+    pub fn take_left_udp(&mut self) -> bool {
+        std::mem::take(&mut self.left_udp)
+    }
+
     /// The indices of a service that is in the maps.
     pub fn indices(&self, name: &str) -> Option<Indices> {
         let held = self.held.get(name)?;
-        let backends = held.backends.iter().map(|(&address, &idx)| (address.into(), idx)).collect();
-        Some(Indices { service: held.service_idx, backends })
+        Some(Indices { service: held.service_idx, backends: held.backends.clone() })
+    }
+
+    /// The services that the maps hold, each with the addresses of its frontends.
+    pub fn names(&self) -> impl Iterator<Item = (&Arc<str>, impl Iterator<Item = IpAddr>)> {
+        self.held.iter().map(|(name, held)| {
+            let vips = held.frontends.iter().filter(|(_, target)| target.host_only == 0);
+            (name, vips.map(|(frontend, _)| frontend.address))
+        })
     }
 
     /// How full each map is.
-    pub fn pressure(&self) -> [(&'static str, Pressure); 4] {
+    pub fn pressure(&self) -> Vec<(&'static str, Pressure)> {
         let ids = |ids: &Ids| Pressure { used: ids.used(), capacity: ids.capacity() };
-        let frontends = Pressure { used: self.n_frontends, capacity: self.max_frontends };
+        let hash = |room: &Room| (room.map, Pressure { used: room.used, capacity: room.capacity });
         let slots = Pressure { used: self.regions.used(), capacity: self.regions.capacity() };
-        [
-            ("FRONTENDS", frontends),
+        vec![
+            hash(&self.frontends),
+            hash(&self.frontends6),
             ("SERVICES", ids(&self.services)),
             ("SLOTS", slots),
             ("BACKENDS", ids(&self.backends)),
@@ -162,50 +217,35 @@ impl<M: Maps> Reconciler<M> {
 
     /// Adds or changes one service.
     fn put(&mut self, service: &Arc<Service>) -> Result<(), ApplyError> {
-        let healthy: Vec<_> = service
+        let healthy: Vec<Healthy> = service
             .backends
             .iter()
             .filter(|backend| backend.state == State::Healthy)
-            .filter_map(|backend| match backend.address? {
-                SocketAddr::V4(address) => Some((address, backend.weight, backend.host_only)),
-                SocketAddr::V6(_) => None,
+            .filter_map(|backend| {
+                let &crate::table::Backend { weight, host_only, .. } = backend;
+                Some(Healthy { address: backend.address?, weight, host_only })
             })
             .collect();
         if healthy.len() > MAX_SERVICE_BACKENDS as usize {
             return Err(ApplyError::TooManyBackends { n_backends: healthy.len() });
         }
-        let n_elsewhere = healthy.iter().filter(|&&(.., host_only)| !host_only).count();
-        // Both kinds of dial share a region unless some backends are for the host alone.
-        let shared = n_elsewhere == healthy.len();
-        let wanted: [usize; 2] = [healthy.len(), if shared { 0 } else { n_elsewhere }];
+        let choices = Choices::of(&healthy);
 
-        let n_fresh = {
-            let held = self.held.get(&service.name);
-            let known = |address: &SocketAddrV4| {
-                held.is_some_and(|held| held.backends.contains_key(address))
-            };
-            let mut fresh: Vec<SocketAddrV4> = healthy
-                .iter()
-                .map(|(address, ..)| *address)
-                .filter(|address| !known(address))
-                .collect();
-            fresh.sort_unstable();
-            fresh.dedup();
-            fresh.len() as u32
-        };
         // All that can be short is taken before anything is written, so that a failure leaves the
         // former state whole.
+        let n_fresh = self.count_fresh(&service.name, &healthy);
         if self.backends.available() < n_fresh {
             self.recycle();
         }
         if self.backends.available() < n_fresh {
             return Err(full("BACKENDS", self.backends.capacity(), "plane.max_backends"));
         }
+        self.check_room_for_frontends(service)?;
         let service_idx = match self.held.get(&service.name) {
             Some(held) => held.service_idx,
             None => self.new_service()?,
         };
-        let blocks = match self.take_blocks(wanted) {
+        let blocks = match self.take_blocks(&choices) {
             Ok(blocks) => blocks,
             Err(error) => {
                 if !self.held.contains_key(&service.name) {
@@ -216,7 +256,7 @@ impl<M: Maps> Reconciler<M> {
         };
 
         let held = self.held.entry(service.name.clone()).or_insert_with(|| {
-            self.maps.reset_service(service_idx);
+            self.maps.name_service(service_idx, name_entry(&service.name));
             Held {
                 applied: None,
                 service_idx,
@@ -225,42 +265,72 @@ impl<M: Maps> Reconciler<M> {
                 blocks: Vec::new(),
             }
         });
-        for &(address, ..) in &healthy {
+        for &Healthy { address, .. } in &healthy {
             if !held.backends.contains_key(&address)
                 && let Some(backend_idx) = self.backends.take()
             {
-                self.maps.write_backend(backend_idx, backend_entry(address));
+                let backend = backend_entry(address, self.next_generation);
+                self.next_generation = self.next_generation.checked_add(1).unwrap_or(1);
+                self.maps.write_backend(backend_idx, backend);
                 held.backends.insert(address, backend_idx);
             }
         }
-        let mut regions = [Region::default(); 2];
-        let mut unused = blocks.iter();
-        for (region, host) in regions.iter_mut().zip([true, false]) {
-            let choices: Vec<(u32, u16)> = healthy
+        let mut regions = Vec::new();
+        for (block, members) in blocks.iter().zip(&choices.distinct) {
+            let weights: Vec<(u32, u16)> = members
                 .iter()
-                .filter(|&&(.., host_only)| host || !host_only)
-                .map(|(address, weight, _)| (held.backends[address], *weight))
+                .map(|&member| &healthy[member])
+                .map(|backend| (held.backends[&backend.address], backend.weight))
                 .collect();
-            if choices.is_empty() || (!host && shared) {
-                continue;
-            }
-            if let Some(block) = unused.next() {
-                self.maps.write_slots(block.first_slot, &alias::table(&choices));
-                *region = Region { first_slot: block.first_slot, n_slots: choices.len() as u32 };
-            }
+            self.maps.write_slots(block.first_slot, &alias::table(&weights));
+            let n_slots = members.len() as u32;
+            regions.push(Region { first_slot: block.first_slot, n_slots });
         }
-        let [host, elsewhere] = regions;
-        let elsewhere = if shared { host } else { elsewhere };
-        self.maps.publish(service_idx, lb_common::Service { host, elsewhere });
+        self.maps.publish(service_idx, choices.entry(&regions));
 
         self.resting.blocks.extend(std::mem::replace(&mut held.blocks, blocks));
-        let stay: HashSet<SocketAddrV4> = healthy.iter().map(|(address, ..)| *address).collect();
-        let gone = held.backends.extract_if(|address, _| !stay.contains(address));
-        self.resting.backends.extend(gone.map(|(_, backend_idx)| backend_idx));
+        let stay: HashSet<SocketAddr> = healthy.iter().map(|backend| backend.address).collect();
+        let has_udp = held.has_udp();
+        for (_, backend_idx) in held.backends.extract_if(|address, _| !stay.contains(address)) {
+            self.maps.retire_backend(backend_idx);
+            self.resting.backends.push(backend_idx);
+            self.left_udp |= has_udp;
+        }
 
         self.put_frontends(service, service_idx)?;
         if let Some(held) = self.held.get_mut(&service.name) {
             held.applied = Some(service.clone());
+        }
+        Ok(())
+    }
+
+    /// The number of backends that have no entry yet.
+    fn count_fresh(&self, name: &str, healthy: &[Healthy]) -> u32 {
+        let held = self.held.get(name);
+        let fresh: HashSet<SocketAddr> = healthy
+            .iter()
+            .map(|backend| backend.address)
+            .filter(|address| !held.is_some_and(|held| held.backends.contains_key(address)))
+            .collect();
+        fresh.len() as u32
+    }
+
+    fn room(&mut self, frontend: &FrontendKey) -> &mut Room {
+        if frontend.address.is_ipv4() { &mut self.frontends } else { &mut self.frontends6 }
+    }
+
+    fn check_room_for_frontends(&mut self, service: &Service) -> Result<(), ApplyError> {
+        let held = self.held.get(&service.name);
+        let fresh: Vec<FrontendKey> = frontends(service, 0)
+            .into_keys()
+            .filter(|frontend| !held.is_some_and(|held| held.frontends.contains_key(frontend)))
+            .collect();
+        for room in [self.frontends, self.frontends6] {
+            let is_ipv4 = room.map == self.frontends.map;
+            let n_fresh = fresh.iter().filter(|fresh| fresh.address.is_ipv4() == is_ipv4).count();
+            if room.used + n_fresh as u32 > room.capacity {
+                return Err(full(room.map, room.capacity, "plane.max_services"));
+            }
         }
         Ok(())
     }
@@ -277,39 +347,40 @@ impl<M: Maps> Reconciler<M> {
         if !fresh.is_empty() && self.resting.frontends {
             self.recycle();
         }
-        if self.n_frontends + fresh.len() as u32 > self.max_frontends {
-            return Err(full("FRONTENDS", self.max_frontends, "plane.max_services"));
-        }
         for (frontend, target) in fresh {
             self.maps
                 .insert_frontend(frontend, target)
                 .map_err(|source| ApplyError::Frontend { address: shown(&frontend), source })?;
             if let Some(held) = self.held.get_mut(&service.name) {
                 held.frontends.insert(frontend, target);
-                self.n_frontends += 1;
+                self.room(&frontend).used += 1;
             }
         }
         self.remove_frontends(&service.name, &stale)
     }
 
-    fn remove_frontends(&mut self, name: &str, stale: &[Frontend]) -> Result<(), ApplyError> {
-        let Some(held) = self.held.get_mut(name) else { return Ok(()) };
+    fn remove_frontends(&mut self, name: &str, stale: &[FrontendKey]) -> Result<(), ApplyError> {
         for frontend in stale {
             self.maps
                 .remove_frontend(frontend)
                 .map_err(|source| ApplyError::Frontend { address: shown(frontend), source })?;
             self.resting.frontends = true;
-            held.frontends.remove(frontend);
-            self.n_frontends -= 1;
+            self.room(frontend).used -= 1;
+            if let Some(held) = self.held.get_mut(name) {
+                held.frontends.remove(frontend);
+            }
         }
         Ok(())
     }
 
     fn remove(&mut self, name: &str) -> Result<(), ApplyError> {
         let Some(held) = self.held.get(name) else { return Ok(()) };
-        let (service_idx, frontends) =
-            (held.service_idx, held.frontends.keys().copied().collect::<Vec<_>>());
-        self.maps.publish(service_idx, lb_common::Service::default());
+        let frontends: Vec<FrontendKey> = held.frontends.keys().copied().collect();
+        self.left_udp |= held.has_udp();
+        self.maps.publish(held.service_idx, ServiceEntry::default());
+        for &backend_idx in held.backends.values() {
+            self.maps.retire_backend(backend_idx);
+        }
         self.remove_frontends(name, &frontends)?;
         if let Some(held) = self.held.remove(name) {
             self.resting.services.push(held.service_idx);
@@ -328,11 +399,11 @@ impl<M: Maps> Reconciler<M> {
             .ok_or_else(|| full("SERVICES", self.services.capacity(), "plane.max_services"))
     }
 
-    /// Takes a block for each number of slots that isn't 0: all of them, or none.
-    fn take_blocks(&mut self, wanted: [usize; 2]) -> Result<Vec<Block>, ApplyError> {
+    /// Takes a block for each distinct choice: all of them, or none.
+    fn take_blocks(&mut self, choices: &Choices) -> Result<Vec<Block>, ApplyError> {
         let mut blocks = Vec::new();
-        for n_slots in wanted.into_iter().filter(|&n_slots| n_slots > 0) {
-            let n_slots = n_slots as u32;
+        for members in &choices.distinct {
+            let n_slots = members.len() as u32;
             let block = self.regions.take(n_slots).or_else(|| {
                 self.recycle();
                 self.regions.take(n_slots)
@@ -359,30 +430,96 @@ impl<M: Maps> Reconciler<M> {
     }
 }
 
+/// What each kind of dial chooses from, as positions in the list of healthy backends. Kinds that
+/// choose from the same ones share them.
+struct Choices {
+    distinct: Vec<Vec<usize>>,
+    /// For each region, in the order of [`ServiceEntry::regions`], which of `distinct` it is.
+    which: [Option<usize>; ServiceEntry::N_REGIONS],
+}
+
+impl Choices {
+    fn of(healthy: &[Healthy]) -> Choices {
+        let mut choices = Choices { distinct: Vec::new(), which: Default::default() };
+        let scopes = [true, false];
+        let reaches: [fn(&Healthy) -> bool; 3] =
+            [|backend| backend.address.is_ipv4(), |backend| backend.address.is_ipv6(), |_| true];
+        let kinds = scopes.iter().flat_map(|host| reaches.iter().map(move |reach| (*host, reach)));
+        for (which, (from_host, reaches)) in choices.which.iter_mut().zip(kinds) {
+            let members: Vec<usize> = (0..)
+                .zip(healthy)
+                .filter(|(_, backend)| (from_host || !backend.host_only) && reaches(backend))
+                .map(|(position, _)| position)
+                .collect();
+            if members.is_empty() {
+                continue;
+            }
+            let same = choices.distinct.iter().position(|other| *other == members);
+            *which = same.or_else(|| {
+                choices.distinct.push(members);
+                Some(choices.distinct.len() - 1)
+            });
+        }
+        choices
+    }
+
+    /// The service's entry, where `regions` are those of `distinct`.
+    fn entry(&self, regions: &[Region]) -> ServiceEntry {
+        let region = |which: Option<usize>| which.map(|which| regions[which]).unwrap_or_default();
+        let [a, b, c, d, e, f] = self.which.map(region);
+        ServiceEntry {
+            host: RegionWords { ipv4: a, ipv6: b, all: c },
+            elsewhere: RegionWords { ipv4: d, ipv6: e, all: f },
+        }
+    }
+}
+
 fn full(map: &'static str, capacity: u32, key: &'static str) -> ApplyError {
     ApplyError::Full { map, capacity, key }
 }
 
-fn frontends(service: &Service, service_idx: u32) -> BTreeMap<Frontend, Target> {
-    let target = |host_only| Target { service: service_idx, host_only };
+fn frontends(service: &Service, service_idx: u32) -> BTreeMap<FrontendKey, Target> {
+    let protocols = [
+        service.protocols.tcp().then_some(IPPROTO_TCP),
+        service.protocols.udp().then_some(IPPROTO_UDP),
+    ];
     let ports: &[u16] = match &service.ports {
-        Ports::Only(ports) if service.protocols.tcp() => ports,
-        Ports::Only(_) | Ports::Any => &[],
+        Ports::Any => &[ANY_PORT],
+        Ports::Only(ports) => ports,
     };
-    let ports = ports.iter().map(|&port| (key(service.vip, port), target(0)));
-    ports.chain(service.pin.map(|pin| (key(*pin.ip(), pin.port()), target(1)))).collect()
+    let vips = std::iter::once(IpAddr::V4(service.vip)).chain(service.vip6.map(IpAddr::V6));
+    let at_vips = vips.flat_map(|vip| ports.iter().map(move |&port| (vip, port, 0)));
+    let at_pin = service.pin.map(|pin| (IpAddr::V4(*pin.ip()), pin.port(), 1));
+    at_vips
+        .chain(at_pin)
+        .flat_map(|(address, port, host_only)| {
+            protocols.into_iter().flatten().map(move |protocol| {
+                let frontend = FrontendKey { address, port, protocol };
+                (frontend, Target { service: service_idx, host_only })
+            })
+        })
+        .collect()
 }
 
-fn key(address: Ipv4Addr, port: u16) -> Frontend {
-    Frontend { address: address.octets(), port, protocol: IPPROTO_TCP, padding: 0 }
+fn shown(frontend: &FrontendKey) -> SocketAddr {
+    SocketAddr::new(frontend.address, frontend.port)
 }
 
-fn shown(frontend: &Frontend) -> SocketAddrV4 {
-    SocketAddrV4::new(frontend.address.into(), frontend.port)
+fn backend_entry(address: SocketAddr, generation: u32) -> Backend {
+    let octets = match address.ip() {
+        IpAddr::V4(ip) => Address::v4(ip.octets()),
+        IpAddr::V6(ip) => Address { octets: ip.octets() },
+    };
+    Backend { address: octets, port: address.port(), padding: 0, generation }
 }
 
-fn backend_entry(address: SocketAddrV4) -> Backend {
-    Backend { address: address.ip().octets(), port: address.port(), padding: 0 }
+/// A name has 63 octets at most, so that one zero at least ends it.
+fn name_entry(name: &str) -> Name {
+    let mut octets = [0; 64];
+    for (to, from) in octets.iter_mut().zip(name.bytes().take(63)) {
+        *to = from;
+    }
+    Name { octets }
 }
 
 #[cfg(test)]

@@ -14,6 +14,15 @@ pub struct Block {
     order: u32,
 }
 
+impl Block {
+    /// The run that a region of `n_slots` slots has, if one can begin at `first_slot`.
+    pub fn of(first_slot: u32, n_slots: u32) -> Option<Block> {
+        let order = n_slots.checked_next_power_of_two()?.ilog2();
+        let fits = (1..=MAX_SERVICE_BACKENDS).contains(&n_slots);
+        (fits && first_slot.is_multiple_of(1 << order)).then_some(Block { first_slot, order })
+    }
+}
+
 /// The free runs of slots, by order.
 #[derive(Debug)]
 pub struct Regions {
@@ -52,6 +61,27 @@ impl Regions {
             self.free[from as usize].insert(first_slot + (1 << from));
         }
         Some(Block { first_slot, order })
+    }
+
+    /// Takes this run. Returns whether all of it was free.
+    pub fn claim(&mut self, block: Block) -> bool {
+        // The free run that it is part of, at whichever order that is.
+        let whole = (block.order..=MAX_ORDER).find_map(|order| {
+            let first_slot = block.first_slot & !((1 << order) - 1);
+            self.free[order as usize].remove(&first_slot).then_some(Block { first_slot, order })
+        });
+        let Some(Block { mut first_slot, order: mut from }) = whole else { return false };
+        while from > block.order {
+            from -= 1;
+            let upper = first_slot + (1 << from);
+            let spare = if block.first_slot >= upper {
+                std::mem::replace(&mut first_slot, upper)
+            } else {
+                upper
+            };
+            self.free[from as usize].insert(spare);
+        }
+        true
     }
 
     /// Gives a run back.
@@ -102,6 +132,25 @@ mod tests {
             }
             held.drain(..).for_each(|block| regions.give_back(block));
             prop_assert_eq!(regions.free[MAX_ORDER as usize].len(), 16);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn claimed_runs_are_those_that_were_taken(
+            sizes in prop::collection::vec(1..=4096u32, 1..40)
+        ) {
+            let mut regions = Regions::new(64 * MAX_SERVICE_BACKENDS);
+            let taken: Vec<_> =
+                sizes.iter().map(|&n_slots| (regions.take(n_slots).unwrap(), n_slots)).collect();
+            let mut again = Regions::new(64 * MAX_SERVICE_BACKENDS);
+            for (block, n_slots) in taken {
+                let same = Block::of(block.first_slot, n_slots);
+                prop_assert_eq!(same, Some(block));
+                prop_assert!(again.claim(block));
+                prop_assert!(!again.claim(block), "twice");
+            }
+            prop_assert_eq!(again.free, regions.free);
         }
     }
 

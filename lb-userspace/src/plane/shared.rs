@@ -1,27 +1,68 @@
-//! The plane as the daemon's parts share it: one applies tables, others ask.
+//! The plane as the daemon's parts share it: one applies tables and looks after the hooks, others
+//! ask.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
+use super::probe::Proof;
 use super::{Indices, Plane, Pressure};
 use crate::table::Table;
 
-/// A plane, and the services that it doesn't have as the last table wants them.
+/// How long `status` tells of hooks that were detached and attached again.
+const TELLS: Duration = Duration::from_secs(60);
+
+/// A plane, and what is wrong with it.
 #[derive(Debug)]
 pub struct SharedPlane {
     plane: Mutex<Plane>,
     errors: Mutex<BTreeMap<Arc<str>, String>>,
+    watched: Mutex<Watched>,
+}
+
+/// What was seen of the hooks.
+#[derive(Debug, Default)]
+struct Watched {
+    /// Why hooks aren't where they should be.
+    problem: Option<String>,
+    /// Why the last dial of our own didn't prove that they run, and whether it proved the opposite.
+    unproven: Option<(String, bool)>,
+    /// When hooks were last found detached, and which.
+    lost: Option<(Instant, String)>,
+    /// Why new maps don't count yet.
+    waiting: Option<String>,
+}
+
+/// Whether dials are translated, as far as the daemon knows.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Hooks {
+    /// Whether they are: every hook is attached, and nothing showed that it doesn't run.
+    pub attached: bool,
+    /// What an operator should know.
+    pub problems: Vec<String>,
 }
 
 impl SharedPlane {
     /// Shares `plane`.
     pub fn new(plane: Plane) -> SharedPlane {
-        SharedPlane { plane: Mutex::new(plane), errors: Mutex::default() }
+        SharedPlane {
+            plane: Mutex::new(plane),
+            errors: Mutex::default(),
+            watched: Mutex::default(),
+        }
     }
 
     /// As [`Plane::apply`]; what couldn't be applied is logged once, and kept for those who ask.
     pub fn apply(&self, table: &Table) {
-        let errors = lock(&self.plane).apply(table);
+        let applied = lock(&self.plane).apply(table);
+        let waiting = applied.as_ref().err().map(|error| {
+            format!("the hooks still run an earlier daemon's programs and table: {error}")
+        });
+        if let Some(waiting) = &waiting {
+            tracing::error!("{waiting}");
+        }
+        lock(&self.watched).waiting = waiting;
+        let errors = applied.unwrap_or_default();
         let errors = errors.into_iter().map(|(name, error)| (name, error.to_string())).collect();
         let mut last = lock(&self.errors);
         if *last != errors {
@@ -30,6 +71,11 @@ impl SharedPlane {
             }
             *last = errors;
         }
+    }
+
+    /// Whether the last table has to be applied again.
+    pub fn is_behind(&self) -> bool {
+        !lock(&self.errors).is_empty() || lock(&self.watched).waiting.is_some()
     }
 
     /// The services that the kernel doesn't have as the table wants them, each with the reason.
@@ -48,8 +94,98 @@ impl SharedPlane {
     }
 
     /// As [`Plane::pressure`].
-    pub fn pressure(&self) -> [(&'static str, Pressure); 4] {
+    pub fn pressure(&self) -> Vec<(&'static str, Pressure)> {
         lock(&self.plane).pressure()
+    }
+
+    /// As [`Plane::beat`].
+    pub fn beat(&self, table_age: Option<Duration>) {
+        lock(&self.plane).beat(table_age);
+    }
+
+    /// Looks at every link, and attaches again what somebody detached. Returns whether all hooks had
+    /// been where they should be.
+    pub fn look_after(&self) -> bool {
+        let mut plane = lock(&self.plane);
+        let attachment = plane.mend();
+        let scope = plane.scope().display().to_string();
+        drop(plane);
+        let mut watched = lock(&self.watched);
+        if attachment.problem.is_some() && watched.problem != attachment.problem {
+            tracing::error!("the hooks aren't attached: {}", attachment.problem.as_deref().unwrap_or_default());
+        }
+        watched.problem = attachment.problem;
+        if attachment.lost.is_empty() {
+            return watched.problem.is_none();
+        }
+        let lost = attachment.lost.into_iter().collect::<Vec<_>>().join(", ");
+        if watched.problem.is_none() {
+            tracing::warn!("something detached {lost} from {scope}: attached again");
+        }
+        watched.lost = Some((Instant::now(), format!("something detached {lost} from {scope}")));
+        false
+    }
+
+    /// Proves by a dial from inside the scope that the hooks run. It blocks for up to two seconds.
+    pub fn prove(&self) {
+        let (prober, are_ours) = {
+            let plane = lock(&self.plane);
+            (plane.prober(), plane.are_hooks_ours())
+        };
+        // An earlier daemon's programs don't report here.
+        if !are_ours {
+            return;
+        }
+        let unproven = match prober.probe() {
+            Proof::Runs(probe) => {
+                lock(&self.plane).learn(probe);
+                None
+            }
+            Proof::Misses => Some((
+                "a dial of our own from inside the cgroup didn't meet the hooks: is --cgroup below \
+                 the hierarchy's real root, and not hidden by a cgroup namespace?"
+                    .to_owned(),
+                true,
+            )),
+            Proof::Unknown(reason) => {
+                Some((format!("can't dial from inside the cgroup: {reason}"), false))
+            }
+        };
+        let mut watched = lock(&self.watched);
+        if watched.unproven != unproven {
+            match &unproven {
+                Some((reason, _)) => tracing::warn!("{reason}"),
+                None => tracing::info!("a dial of our own meets the hooks again"),
+            }
+            watched.unproven = unproven;
+        }
+    }
+
+    /// Whether dials are translated.
+    pub fn hooks(&self) -> Hooks {
+        let watched = lock(&self.watched);
+        let mut hooks = Hooks { attached: watched.problem.is_none(), problems: Vec::new() };
+        if let Some(problem) = &watched.problem {
+            hooks.problems.push(format!("the hooks aren't attached: {problem}"));
+        }
+        if let Some((reason, is_disproof)) = &watched.unproven {
+            hooks.attached &= !is_disproof;
+            hooks.problems.push(reason.clone());
+        }
+        if let Some((at, what)) = &watched.lost
+            && at.elapsed() < TELLS
+        {
+            let ago = at.elapsed().as_secs();
+            let then = if watched.problem.is_none() { "; it was attached again" } else { "" };
+            hooks.problems.push(format!("{what} {ago} s ago{then}"));
+        }
+        hooks.problems.extend(watched.waiting.clone());
+        hooks
+    }
+
+    /// As [`Plane::keep`].
+    pub fn keep(&self) {
+        lock(&self.plane).keep();
     }
 
     /// As [`Plane::detach`].

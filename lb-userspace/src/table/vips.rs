@@ -139,6 +139,21 @@ impl Vips {
         self.enter(name, entry);
     }
 
+    /// Takes over the addresses that a name has in the kernel, unless the book knows better.
+    pub fn claim(&mut self, name: &Arc<str>, addresses: &[IpAddr]) {
+        let vip = addresses.iter().find_map(|address| match address {
+            IpAddr::V4(vip) => Some(*vip),
+            IpAddr::V6(_) => None,
+        });
+        let vip6 = addresses.iter().find_map(|address| match address {
+            IpAddr::V4(_) => None,
+            IpAddr::V6(vip6) => Some(*vip6),
+        });
+        if let (Some(vip), false) = (vip, self.names.contains_key(name)) {
+            self.admit(name.clone(), Entry { vip, vip6, released: None });
+        }
+    }
+
     /// Writes the book: whole, or not at all.
     ///
     /// # Errors

@@ -1,0 +1,117 @@
+//! The context of a socket-address program: the address that it is about, and the socket.
+//!
+//! The verifier wants each field read and written by itself, as a whole, at a fixed offset.
+
+use aya_ebpf::bindings::bpf_sock;
+use aya_ebpf::helpers::bpf_set_retval;
+use aya_ebpf::programs::SockAddrContext;
+use lb_common::Address;
+
+use crate::settings;
+
+/// The kernel goes on with the address as it now is.
+pub const PROCEED: i32 = 1;
+/// The kernel fails the call: with the errno that was set, else with EPERM.
+pub const FAIL: i32 = 0;
+
+const ECONNREFUSED: i32 = 111;
+/// The state of a connected socket, UDP ones included; from net/tcp_states.h.
+const TCP_ESTABLISHED: u32 = 1;
+
+/// An address and port, such as where a dial goes.
+#[derive(Clone, Copy)]
+pub struct Endpoint {
+    pub address: Address,
+    pub port: u16,
+}
+
+macro_rules! read {
+    // SAFETY: the kernel hands every program a valid context, and this is a field of it.
+    ($ctx:ident . $($field:tt)+) => {
+        unsafe { (&raw const (*$ctx.sock_addr).$($field)+).read_volatile() }
+    };
+}
+
+macro_rules! write {
+    // SAFETY: as above; this field is writable in these programs.
+    ($value:expr => $ctx:ident . $($field:tt)+) => {
+        unsafe { (&raw mut (*$ctx.sock_addr).$($field)+).write_volatile($value) }
+    };
+}
+
+/// The protocol number of the socket.
+#[inline(always)]
+pub fn protocol(ctx: &SockAddrContext) -> u8 {
+    read!(ctx.protocol) as u8
+}
+
+/// The socket.
+#[inline(always)]
+pub fn socket(ctx: &SockAddrContext) -> *mut bpf_sock {
+    read!(ctx.__bindgen_anon_1.sk)
+}
+
+/// Whether the socket is connected.
+#[inline(always)]
+pub fn is_connected(ctx: &SockAddrContext) -> bool {
+    // SAFETY: `sk` is the context's own socket.
+    unsafe { (&raw const (*socket(ctx)).state).read_volatile() == TCP_ESTABLISHED }
+}
+
+/// The context's IPv4 address, in the order of octets.
+#[inline(always)]
+pub fn address4(ctx: &SockAddrContext) -> [u8; 4] {
+    read!(ctx.user_ip4).to_ne_bytes()
+}
+
+/// The context's IPv6 address.
+#[inline(always)]
+pub fn address6(ctx: &SockAddrContext) -> Address {
+    let words = [
+        read!(ctx.user_ip6[0]),
+        read!(ctx.user_ip6[1]),
+        read!(ctx.user_ip6[2]),
+        read!(ctx.user_ip6[3]),
+    ];
+    let [[a, b, c, d], [e, f, g, h], [i, j, k, l], [m, n, o, p]] = words.map(u32::to_ne_bytes);
+    Address { octets: [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] }
+}
+
+/// The context's port.
+#[inline(always)]
+pub fn port(ctx: &SockAddrContext) -> u16 {
+    // A field of 32 bits with the 16-bit port in it, in network order.
+    u16::from_be(read!(ctx.user_port) as u16)
+}
+
+/// Puts an IPv4 address and a port into the context.
+#[inline(always)]
+pub fn set4(ctx: &SockAddrContext, address: [u8; 4], port: u16) {
+    write!(u32::from_ne_bytes(address) => ctx.user_ip4);
+    write!(u32::from(port.to_be()) => ctx.user_port);
+}
+
+/// Puts an IPv6 address, or an IPv4 one in IPv6's form, and a port into the context.
+#[inline(always)]
+pub fn set6(ctx: &SockAddrContext, address: Address, port: u16) {
+    let [first, second] = address.words();
+    let [a, b, c, d, e, f, g, h] = first.to_ne_bytes();
+    let [i, j, k, l, m, n, o, p] = second.to_ne_bytes();
+    write!(u32::from_ne_bytes([a, b, c, d]) => ctx.user_ip6[0]);
+    write!(u32::from_ne_bytes([e, f, g, h]) => ctx.user_ip6[1]);
+    write!(u32::from_ne_bytes([i, j, k, l]) => ctx.user_ip6[2]);
+    write!(u32::from_ne_bytes([m, n, o, p]) => ctx.user_ip6[3]);
+    write!(u32::from(port.to_be()) => ctx.user_port);
+}
+
+/// Makes the call fail with ECONNREFUSED, where the kernel lets a program say so. Before 6.1 it is
+/// EPERM, unless `divert` sends the call to where ECONNREFUSED comes from.
+#[inline(always)]
+pub fn refuse(divert: impl FnOnce() -> i32) -> i32 {
+    if settings::can_set_errno() {
+        // SAFETY: the helper takes any errno.
+        unsafe { bpf_set_retval(-ECONNREFUSED) };
+        return FAIL;
+    }
+    divert()
+}

@@ -1,0 +1,22 @@
+//! recvfrom() and recvmsg() of an IPv6 socket, from IPv4 senders too: a reply comes from the VIP that was sent to.
+
+use aya_ebpf::macros::cgroup_sock_addr;
+use aya_ebpf::programs::SockAddrContext;
+
+use crate::context::{self, Endpoint, PROCEED};
+use crate::flows;
+
+/// Attached to BPF_CGROUP_UDP6_RECVMSG.
+#[cgroup_sock_addr(recvmsg6)]
+pub fn nohop_recvmsg6(ctx: SockAddrContext) -> i32 {
+    show_frontend(&ctx);
+    PROCEED
+}
+
+#[inline(always)]
+fn show_frontend(ctx: &SockAddrContext) -> Option<()> {
+    let sender = Endpoint { address: context::address6(ctx), port: context::port(ctx) };
+    let dialled = flows::dialled(ctx, &sender)?;
+    context::set6(ctx, dialled.address, dialled.port);
+    Some(())
+}

@@ -1,0 +1,189 @@
+//! From what an application dials to the backend that the dial goes to.
+
+use aya_ebpf::EbpfContext as _;
+use aya_ebpf::helpers::{
+    bpf_get_current_ancestor_cgroup_id, bpf_get_current_pid_tgid, bpf_get_netns_cookie,
+    bpf_get_prandom_u32, bpf_ktime_get_ns, bpf_probe_read_kernel_buf,
+};
+use aya_ebpf::programs::SockAddrContext;
+use lb_common::{
+    ANY_PORT, Backend, Counter, Daemon, Frontend, Frontend6, IPPROTO_TCP, IPPROTO_UDP,
+    MAX_EXCLUDED, Peer, Probe, Target, choose,
+};
+
+use crate::context::{self, Endpoint};
+use crate::maps::{self, Reach};
+use crate::{settings, voice};
+
+/// How long the daemon's word that it lives is taken for true.
+const HEARTBEAT_LASTS_NS: u64 = 10_000_000_000;
+
+/// A dial that must not reach anything.
+pub struct Refused;
+
+/// Where a dial goes.
+#[derive(Clone, Copy)]
+pub struct Choice {
+    pub service: u32,
+    pub backend_idx: u32,
+    pub backend: &'static Backend,
+}
+
+impl Choice {
+    /// What a socket that was sent there remembers.
+    #[inline(always)]
+    pub fn peer(&self, dialled: Endpoint) -> Peer {
+        Peer {
+            frontend: dialled.address,
+            backend: self.backend.address,
+            frontend_port: dialled.port,
+            backend_port: self.backend.port,
+            layout: settings::layout(),
+            padding: 0,
+            backend_idx: self.backend_idx,
+            generation: self.backend.generation,
+        }
+    }
+}
+
+/// Whether a dial to an IPv4 address may be ours. What is no VIP pays for this alone.
+#[inline(always)]
+pub fn may_be_ours(address: [u8; 4]) -> bool {
+    settings::in_pool(address) || maps::may_have_frontend(address)
+}
+
+/// Where a dial to an IPv4 address goes; `None` when it passes untouched.
+#[inline(always)]
+pub fn choose4(
+    ctx: &SockAddrContext,
+    address: [u8; 4],
+    reach: Reach,
+) -> Result<Option<Choice>, Refused> {
+    let protocol = context::protocol(ctx);
+    if protocol != IPPROTO_TCP && protocol != IPPROTO_UDP {
+        return Ok(None);
+    }
+    let mut frontend = Frontend { address, port: context::port(ctx), protocol, padding: 0 };
+    let mut target = maps::target(&frontend);
+    if target.is_none() {
+        if !settings::in_pool(address) {
+            return Ok(None);
+        }
+        if settings::is_pools_own(address) {
+            show_probe(ctx);
+        } else {
+            frontend.port = ANY_PORT;
+            target = maps::target(&frontend);
+        }
+    }
+    choose_backend(ctx, target, reach)
+}
+
+/// Where a dial to an address of the IPv6 pool goes; `None` when it passes untouched.
+#[inline(always)]
+pub fn choose6(
+    ctx: &SockAddrContext,
+    dialled: &Endpoint,
+    reach: Reach,
+) -> Result<Option<Choice>, Refused> {
+    let protocol = context::protocol(ctx);
+    if protocol != IPPROTO_TCP && protocol != IPPROTO_UDP {
+        return Ok(None);
+    }
+    let address = dialled.address.octets;
+    let mut frontend = Frontend6 { address, port: dialled.port, protocol, padding: 0 };
+    let mut target = maps::target6(&frontend);
+    if target.is_none() {
+        frontend.port = ANY_PORT;
+        target = maps::target6(&frontend);
+    }
+    choose_backend(ctx, target, reach)
+}
+
+#[inline(always)]
+fn choose_backend(
+    ctx: &SockAddrContext,
+    target: Option<Target>,
+    reach: Reach,
+) -> Result<Option<Choice>, Refused> {
+    let Some(daemon) = maps::daemon() else { return Ok(None) };
+    if is_daemons(daemon) || is_kernels(ctx) || is_excluded() {
+        maps::count(Counter::LeftAlone);
+        return Ok(None);
+    }
+    let Some(target) = target else {
+        maps::count(Counter::RefusedNoFrontend);
+        return Err(Refused);
+    };
+    // SAFETY: the context is valid.
+    let from_host = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) } == daemon.host_netns;
+    if target.host_only != 0 && !from_host {
+        return Ok(None);
+    }
+    let service = target.service;
+    let region =
+        maps::region(service, from_host, reach).ok_or_else(|| voice::inconsistent(ctx, service))?;
+    if region.n_slots == 0 {
+        let all = maps::region(service, from_host, Reach::All);
+        maps::count_refused(service, all.is_some_and(|all| all.n_slots != 0));
+        return Err(Refused);
+    }
+    // SAFETY: the helper has no preconditions.
+    let random = unsafe { bpf_get_prandom_u32() };
+    let backend_idx = choose(random, region.n_slots, |slot| maps::slot(region.first_slot + slot))
+        .ok_or_else(|| voice::inconsistent(ctx, service))?;
+    match maps::backend(backend_idx) {
+        Some(backend) if backend.port != 0 => {
+            maps::count_dial(service, backend_idx);
+            Ok(Some(Choice { service, backend_idx, backend }))
+        }
+        _ => Err(voice::inconsistent(ctx, service)),
+    }
+}
+
+/// Whether the daemon itself dials. Once it is gone, another process may get its number.
+#[inline(always)]
+fn is_daemons(daemon: &Daemon) -> bool {
+    bpf_get_current_pid_tgid() >> 32 == daemon.tgid
+        // SAFETY: the helper has no preconditions.
+        && unsafe { bpf_ktime_get_ns() }.wrapping_sub(daemon.heartbeat_ns) < HEARTBEAT_LASTS_NS
+}
+
+/// Whether the kernel itself made this socket, as NFS does.
+#[inline(always)]
+fn is_kernels(ctx: &SockAddrContext) -> bool {
+    let Some((offset, mask)) = settings::kernel_socket_bit() else { return false };
+    let mut flags = [0];
+    // SAFETY: the address is within the socket, and the helper reads safely in any case.
+    let read = unsafe {
+        let byte = context::socket(ctx).cast::<u8>().wrapping_add(offset as usize);
+        bpf_probe_read_kernel_buf(byte, &mut flags)
+    };
+    read.is_ok() && flags[0] & mask != 0
+}
+
+/// Whether the process is in a cgroup that is left alone, or below one.
+#[inline(always)]
+fn is_excluded() -> bool {
+    if !settings::has_excluded() {
+        return false;
+    }
+    for index in 0..MAX_EXCLUDED as u32 {
+        let Some(excluded) = maps::excluded(index) else { return false };
+        // SAFETY: the helper takes any level, and says 0 where there is none.
+        let ancestor = unsafe { bpf_get_current_ancestor_cgroup_id(excluded.level as i32) };
+        if ancestor == excluded.cgroup_id {
+            return true;
+        }
+    }
+    false
+}
+
+/// The pool's own address is nobody's VIP: the daemon dials it to see whether this hook runs.
+#[inline(always)]
+fn show_probe(ctx: &SockAddrContext) {
+    // SAFETY: the context is valid.
+    let netns = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
+    let tgid = bpf_get_current_pid_tgid() >> 32;
+    maps::show_probe(Probe { port: context::port(ctx).into(), tgid, netns });
+}

@@ -1,0 +1,67 @@
+//! What the programs have to say in rare cases, to the daemon's log. Never on the way of an ordinary
+//! dial, and never more than once a second for each kind.
+
+use aya_ebpf::bindings::BPF_F_MMAPABLE;
+use aya_ebpf::btf_maps::Array;
+use aya_ebpf::helpers::bpf_ktime_get_ns;
+use aya_ebpf::macros::btf_map;
+use aya_ebpf::programs::SockAddrContext;
+use aya_log_ebpf::{info, warn};
+use lb_common::Counter;
+
+use crate::maps;
+use crate::translate::Refused;
+
+const SECOND_NS: u64 = 1_000_000_000;
+
+/// When each kind was last said, in nanoseconds since boot.
+#[btf_map]
+static SAID: Array<u64, 3, { BPF_F_MMAPABLE as usize }> = Array::new();
+
+#[repr(u32)]
+enum Kind {
+    Inconsistent = 0,
+    NoStorage = 1,
+    BackendGone = 2,
+}
+
+/// A service leads to a slot or a backend that isn't there.
+#[inline(always)]
+pub fn inconsistent(ctx: &SockAddrContext, service: u32) -> Refused {
+    maps::count(Counter::Inconsistent);
+    if is_due(Kind::Inconsistent) {
+        warn!(ctx, "service {} leads to a backend that isn't there: dials are refused", service);
+    }
+    Refused
+}
+
+/// A socket has no memory left for its storage.
+#[inline(always)]
+pub fn no_storage(ctx: &SockAddrContext) {
+    if is_due(Kind::NoStorage) {
+        warn!(ctx, "no socket storage: a dial goes on, and will show its backend as the peer");
+    }
+}
+
+/// A socket's backend left the table.
+#[inline(always)]
+pub fn backend_gone(ctx: &SockAddrContext, backend_idx: u32) {
+    if is_due(Kind::BackendGone) {
+        info!(ctx, "backend {} is gone: a socket's datagrams go to another one", backend_idx);
+    }
+}
+
+#[inline(always)]
+fn is_due(kind: Kind) -> bool {
+    let Some(said) = SAID.get_ptr_mut(kind as u32) else { return false };
+    // SAFETY: the helper has no preconditions, and an array's element stays. Two CPUs that come at
+    // once both speak, which is no harm.
+    unsafe {
+        let now = bpf_ktime_get_ns();
+        if now - said.read_volatile() < SECOND_NS {
+            return false;
+        }
+        said.write_volatile(now);
+    }
+    true
+}

@@ -1,0 +1,117 @@
+//! What the running kernel's type information (BTF) says of one field that the programs read.
+//!
+//! The format is Documentation/bpf/btf.rst of the kernel: a header, then types, each a fixed part
+//! and what its kind adds, then strings.
+
+use std::io;
+
+/// Where the running kernel keeps it.
+const VMLINUX: &str = "/sys/kernel/btf/vmlinux";
+
+const KIND_INT: u32 = 1;
+const KIND_ARRAY: u32 = 3;
+const KIND_STRUCT: u32 = 4;
+const KIND_UNION: u32 = 5;
+const KIND_ENUM: u32 = 6;
+const KIND_FUNC_PROTO: u32 = 13;
+const KIND_VAR: u32 = 14;
+const KIND_DATASEC: u32 = 15;
+const KIND_DECL_TAG: u32 = 17;
+const KIND_ENUM64: u32 = 19;
+
+/// A bit within a structure.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Bit {
+    /// The offset of its byte.
+    pub offset: u32,
+    /// The bit within that byte; 0 for none.
+    pub mask: u32,
+}
+
+/// Where a socket says that the kernel itself made it; `None` when this kernel doesn't tell.
+///
+/// # Errors
+/// When the kernel has no BTF, or it can't be read.
+pub fn kernel_socket_bit() -> io::Result<Option<Bit>> {
+    Ok(bit(&std::fs::read(VMLINUX)?, "sock", "sk_kern_sock"))
+}
+
+/// The first bit of a member of a structure, on a little-endian machine.
+fn bit(btf: &[u8], structure: &str, member: &str) -> Option<Bit> {
+    let header_len = word(btf, 4)? as usize;
+    let part = |offset: usize, len: usize| {
+        let start = header_len.checked_add(word(btf, offset)? as usize)?;
+        btf.get(start..start.checked_add(word(btf, len)? as usize)?)
+    };
+    let (types, strings) = (part(8, 12)?, part(16, 20)?);
+    let is_named = |offset: u32, name: &str| {
+        let rest = strings.get(offset as usize..).unwrap_or_default();
+        rest.strip_prefix(name.as_bytes()).is_some_and(|rest| rest.first() == Some(&0))
+    };
+    let mut at = 0;
+    while at < types.len() {
+        let (name, info) = (word(types, at)?, word(types, at + 4)?);
+        let (kind, n_members, has_bitfields) = (info >> 24 & 0x1f, info & 0xffff, info >> 31 == 1);
+        let n_members = n_members as usize;
+        at += 12;
+        if kind == KIND_STRUCT && is_named(name, structure) {
+            for member_at in (at..at + n_members * 12).step_by(12) {
+                if is_named(word(types, member_at)?, member) {
+                    let offset = word(types, member_at + 8)?;
+                    let bits = if has_bitfields { offset & 0x00ff_ffff } else { offset };
+                    return Some(Bit { offset: bits / 8, mask: 1 << (bits % 8) });
+                }
+            }
+        }
+        at += match kind {
+            KIND_INT | KIND_VAR | KIND_DECL_TAG => 4,
+            KIND_ARRAY => 12,
+            KIND_STRUCT | KIND_UNION | KIND_DATASEC | KIND_ENUM64 => n_members * 12,
+            KIND_ENUM | KIND_FUNC_PROTO => n_members * 8,
+            _ => 0,
+        };
+    }
+    None
+}
+
+fn word(bytes: &[u8], at: usize) -> Option<u32> {
+    Some(u32::from_ne_bytes(bytes.get(at..at.checked_add(4)?)?.try_into().ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bit_is_found_behind_other_types() {
+        let strings = b"\0int\0sock\0sk_a\0sk_kern_sock\0";
+        let types: [u32; 16] = [
+            [1, KIND_INT << 24, 4].as_slice(),
+            &[32],
+            &[5, 1 << 31 | KIND_STRUCT << 24 | 3, 64],
+            &[10, 1, 0],
+            &[10, 1, 32],
+            &[15, 1, 1 << 24 | 77],
+        ]
+        .concat()
+        .try_into()
+        .unwrap();
+        let (n_types, n_strings) = (64u32, strings.len() as u32);
+        let header = [0x0001_eb9f, 24, 0, n_types, n_types, n_strings];
+        let mut btf: Vec<u8> =
+            header.iter().chain(&types).flat_map(|word| word.to_ne_bytes()).collect();
+        btf.extend(strings);
+        assert_eq!(bit(&btf, "sock", "sk_kern_sock"), Some(Bit { offset: 9, mask: 1 << 5 }));
+        assert_eq!(bit(&btf, "sock", "sk_kern"), None);
+        for length in 0..btf.len() {
+            // Cut short, it is no BTF, and no reason to panic.
+            let _ = bit(&btf[..length], "sock", "sk_kern_sock");
+        }
+    }
+
+    #[test]
+    fn this_kernel_tells() {
+        let Ok(found) = kernel_socket_bit() else { return };
+        assert!(found.is_some_and(|bit| bit.offset > 0 && bit.mask.count_ones() == 1), "{found:?}");
+    }
+}
