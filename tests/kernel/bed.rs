@@ -47,12 +47,22 @@ pub struct Bed {
 
 impl Bed {
     pub fn new() -> Bed {
-        Bed::with(Refusal::Errno, netns_cookie().unwrap())
+        // Before 5.14 the kernel doesn't tell; trials for which it matters state that.
+        Bed::on_host(netns_cookie().unwrap_or_default())
     }
 
-    pub fn with(refusal: Refusal, host_netns: u64) -> Bed {
+    /// `host_netns` passes for the cookie of the host's network namespace.
+    pub fn on_host(host_netns: u64) -> Bed {
         let Config { plane, vip, .. } = Config::default();
-        let mut plane = Plane::load_refusing_by(refusal, &plane, &vip, host_netns).unwrap();
+        Bed::with(Plane::load(&plane, &vip, host_netns).unwrap())
+    }
+
+    pub fn refusing_by(refusal: Refusal) -> Bed {
+        let Config { plane, vip, .. } = Config::default();
+        Bed::with(Plane::load_refusing_by(refusal, &plane, &vip, 0).unwrap())
+    }
+
+    fn with(mut plane: Plane) -> Bed {
         let cgroup = OwnCgroup::enter();
         plane.attach(&cgroup.path).unwrap();
         Bed { plane, cgroup }

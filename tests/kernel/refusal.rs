@@ -4,7 +4,7 @@
 use std::io::ErrorKind;
 use std::net::{Ipv4Addr, SocketAddrV4};
 
-use lb_userspace::plane::{COUNTERS, Refusal, netns_cookie};
+use lb_userspace::plane::{COUNTERS, Refusal};
 
 use crate::bed::{Bed, OTHER_VIP, Server, VIP, dial, service};
 
@@ -21,7 +21,7 @@ fn refused_by(refusal: Refusal) {
     let port = wildcard.address.port();
     assert_eq!(dial((VIP, port)).unwrap(), 'w', "without nohop it accepts a dial to any VIP");
 
-    let mut bed = Bed::with(refusal, netns_cookie().unwrap());
+    let mut bed = Bed::refusing_by(refusal);
     let mut without_backend = service("web", VIP, &[]);
     without_backend.ports = [port].into();
     bed.apply(vec![without_backend]);

@@ -4,7 +4,7 @@ use std::io::ErrorKind;
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::path::Path;
 
-use lb_userspace::plane::{self, Refusal};
+use lb_userspace::plane;
 
 use crate::bed::{Bed, Server, VIP, dead, dial, service};
 
@@ -25,7 +25,7 @@ pub fn a_pin_counts_on_the_host() {
 
 pub fn a_pin_passes_elsewhere() {
     let (server, own) = (Server::start(b'a'), Server::start(b'o'));
-    let mut bed = Bed::with(Refusal::Errno, ANOTHER_NETNS);
+    let mut bed = Bed::on_host(ANOTHER_NETNS);
     let mut web = service("web", VIP, &[(server.address, 1)]);
     web.pin = Some(own.address);
     bed.apply(vec![web]);
@@ -36,7 +36,7 @@ pub fn loopback_backends_are_the_hosts() {
     let (near, far) = (Server::start(b'n'), Server::start(b'f'));
     let mut web = service("web", VIP, &[(near.address, 1), (far.address, 1)]);
     web.backends[0].host_only = true;
-    let mut bed = Bed::with(Refusal::Errno, ANOTHER_NETNS);
+    let mut bed = Bed::on_host(ANOTHER_NETNS);
     bed.apply(vec![web.clone()]);
     for _ in 0..64 {
         assert_eq!(dial((VIP, 80)).unwrap(), 'f');

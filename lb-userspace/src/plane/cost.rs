@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
-use super::{Plane, PlaneError};
+use super::{PROGRAMS, Plane, PlaneError};
 
 /// The kernel counts the run time of every BPF program for as long as this lives.
 #[derive(Debug)]
@@ -39,6 +39,24 @@ impl Cost {
 }
 
 impl Plane {
+    /// The programs, each with how many instructions the verifier went through, every path of its
+    /// own; `None` where the kernel doesn't tell.
+    ///
+    /// Minimum kernel: 5.16.
+    ///
+    /// # Errors
+    /// When the kernel knows nothing of a program.
+    pub fn verified_instructions(&self) -> Result<Vec<(&'static str, Option<u32>)>, PlaneError> {
+        let verified = |(program, _)| {
+            let failed = |source| PlaneError::Program { program, source };
+            let loaded = self.ebpf.program(program);
+            let loaded = loaded.ok_or(PlaneError::Object { missing: program })?;
+            let info = loaded.info().map_err(failed)?;
+            Ok((program, info.verified_instruction_count()))
+        };
+        PROGRAMS.into_iter().map(verified).collect()
+    }
+
     /// What the connect program has cost.
     ///
     /// # Errors
