@@ -12,8 +12,9 @@ impl Address {
     /// An IPv4 address.
     #[inline(always)]
     pub const fn v4(octets: [u8; 4]) -> Address {
-        let [a, b, c, d] = octets;
-        Address { octets: [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d] }
+        // As a number rather than an array of octets, which the kernel side would fill by a call.
+        let mapped = 0xffff_0000_0000 | u32::from_be_bytes(octets) as u128;
+        Address { octets: mapped.to_be_bytes() }
     }
 
     /// The IPv4 address that this is, if it is one.

@@ -23,7 +23,7 @@ pub fn follow(ctx: &SockAddrContext, dialled: &Endpoint) -> Option<Followed> {
     let found = locked(flows, |flows| {
         let index = flows.current(&dialled.address, dialled.port)?;
         flows.touch(index);
-        Some(flows.flows[index & (lb_common::N_FLOWS - 1)])
+        Some(*flows.flow(index))
     })?;
     if found.layout == settings::layout() && maps::is_in_table(found.backend_idx, found.generation)
     {
@@ -60,7 +60,7 @@ pub fn dialled(ctx: &SockAddrContext, sender: &Endpoint) -> Option<Endpoint> {
     // SAFETY: as above.
     let flows = unsafe { maps::FLOWS.get_ptr_mut(ctx).as_mut() }?;
     locked(flows, |flows| {
-        let flow = &flows.flows[flows.replied(&sender.address, sender.port)?];
+        let flow = flows.flow(flows.replied(&sender.address, sender.port)?);
         Some(Endpoint { address: flow.frontend, port: flow.frontend_port })
     })
 }

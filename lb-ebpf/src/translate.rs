@@ -3,7 +3,7 @@
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::helpers::{
     bpf_get_current_ancestor_cgroup_id, bpf_get_current_pid_tgid, bpf_get_netns_cookie,
-    bpf_get_prandom_u32, bpf_ktime_get_ns, bpf_probe_read_kernel_buf,
+    bpf_get_prandom_u32, bpf_ktime_get_ns, bpf_probe_read_kernel,
 };
 use aya_ebpf::programs::SockAddrContext;
 use lb_common::{
@@ -71,10 +71,10 @@ pub fn choose4(
         }
         if settings::is_pools_own(address) {
             show_probe(ctx);
-        } else {
-            frontend.port = ANY_PORT;
-            target = maps::target(&frontend);
+            return Err(Refused);
         }
+        frontend.port = ANY_PORT;
+        target = maps::target(&frontend);
     }
     choose_backend(ctx, target, reach)
 }
@@ -153,13 +153,14 @@ fn is_daemons(daemon: &Daemon) -> bool {
 #[inline(always)]
 fn is_kernels(ctx: &SockAddrContext) -> bool {
     let Some((offset, mask)) = settings::kernel_socket_bit() else { return false };
-    let mut flags = [0];
-    // SAFETY: the address is within the socket, and the helper reads safely in any case.
-    let read = unsafe {
-        let byte = context::socket(ctx).cast::<u8>().wrapping_add(offset as usize);
-        bpf_probe_read_kernel_buf(byte, &mut flags)
+    // The verifier lets nobody reckon with the context's own pointer to the socket. But the socket's
+    // address is what the kernel's context, which is another structure, begins with.
+    // SAFETY: the helper reads safely, whatever the address.
+    let flags = unsafe {
+        bpf_probe_read_kernel::<usize>(ctx.as_ptr().cast())
+            .and_then(|socket| bpf_probe_read_kernel((socket + offset as usize) as *const u8))
     };
-    read.is_ok() && flags[0] & mask != 0
+    flags.is_ok_and(|flags| flags & mask != 0)
 }
 
 /// Whether the process is in a cgroup that is left alone, or below one.

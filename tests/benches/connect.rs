@@ -61,11 +61,11 @@ fn measure(n_services: u32, n_backends: usize, n_rounds: usize, n_dials: usize) 
     bed.apply((0..n_services).map(web).collect());
     let _measuring = Measuring::start().expect("the kernel counts run times");
     let cost_of = |address: (Ipv4Addr, u16), answered: bool| {
-        let before = bed.plane.connect_cost().expect("the kernel tells");
+        let before = bed.plane.cost("nohop_connect4").expect("the kernel tells");
         for _ in 0..n_dials {
             assert_eq!(dial(address).is_ok(), answered, "{address:?}");
         }
-        bed.plane.connect_cost().expect("the kernel tells").mean_ns_since(before)
+        bed.plane.cost("nohop_connect4").expect("the kernel tells").mean_ns_since(before)
     };
     let [answering_vip, dead_vip] = [0, 1].map(|idx| Ipv4Addr::from(u32::from(bed::VIP) + idx));
     let mut means: [Vec<f64>; 4] = Default::default();

@@ -8,8 +8,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
+use lb_tests::bpffs::Bpffs;
 use lb_userspace::config::{Config, cgroup};
-use lb_userspace::plane::{Plane, Refusal, netns_cookie};
+use lb_userspace::plane::probe::Proof;
+use lb_userspace::plane::{Options, Plane, Refusal};
 use lb_userspace::table::{Backend, Ports, Protocols, Service, State, Table};
 
 /// A cgroup of the test's own, with this process in it until it is dropped.
@@ -39,31 +41,60 @@ impl Drop for OwnCgroup {
     }
 }
 
-/// A plane that is attached to this process's own cgroup. The plane goes first.
+/// A plane that is attached to this process's own cgroup, with pins of its own. All of it goes when
+/// this is dropped, the plane first.
 pub struct Bed {
     pub plane: Plane,
+    pub options: Options,
     pub cgroup: OwnCgroup,
+    _bpffs: Bpffs,
 }
 
 impl Bed {
     pub fn new() -> Bed {
-        Bed::with(Refusal::Errno, netns_cookie().unwrap())
+        Bed::with(|_| {})
     }
 
-    pub fn with(refusal: Refusal, host_netns: u64) -> Bed {
-        let Config { plane, vip, .. } = Config::default();
-        let mut plane = Plane::load_refusing_by(refusal, &plane, &vip, host_netns).unwrap();
-        let cgroup = OwnCgroup::enter();
-        plane.attach(&cgroup.path).unwrap();
-        Bed { plane, cgroup }
+    /// `host_netns` passes for the cookie of the host's network namespace.
+    pub fn on_host(host_netns: u64) -> Bed {
+        Bed::with(|options| options.host_netns = Some(host_netns))
+    }
+
+    pub fn refusing_by(refusal: Refusal) -> Bed {
+        Bed::with(|options| options.refusal = Some(refusal))
+    }
+
+    /// A plane by the default configuration, but for what `change` does to it.
+    pub fn with(change: impl FnOnce(&mut Options)) -> Bed {
+        let (bpffs, cgroup) = (Bpffs::new().unwrap(), OwnCgroup::enter());
+        let mut options = Options::of(&Config::default(), &cgroup.path);
+        options.bpffs = bpffs.path().join("nohop");
+        change(&mut options);
+        let plane = Plane::start(&options).unwrap();
+        // Before 5.14 only a dial tells the network namespace's cookie.
+        if options.host_netns.is_none() {
+            match plane.prober().probe() {
+                Proof::Runs(seen) => plane.learn(seen),
+                other => panic!("a dial from this process doesn't meet the hooks: {other:?}"),
+            }
+        }
+        // This process is no daemon: its dials are what is tested.
+        plane.keep();
+        Bed { plane, options, cgroup, _bpffs: bpffs }
     }
 
     pub fn apply(&mut self, services: Vec<Service>) {
         let services =
             services.into_iter().map(|service| (service.name.clone(), Arc::new(service))).collect();
         let table = Table { generation: 1, services, ..Table::default() };
-        let errors = self.plane.apply(&table);
+        let errors = self.plane.apply(&table).unwrap();
         assert!(errors.is_empty(), "{errors:?}");
+    }
+}
+
+impl Drop for Bed {
+    fn drop(&mut self) {
+        self.plane.detach();
     }
 }
 

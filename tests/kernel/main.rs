@@ -8,8 +8,42 @@ mod changes;
 mod refusal;
 mod scope;
 mod translation;
+mod verifier;
 
-use libtest_mimic::{Arguments, Trial};
+use libtest_mimic::{Arguments, Completion, Trial};
+
+/// A kernel's version: major and minor.
+type Version = (u32, u32);
+
+struct KernelTrial {
+    /// The first kernel that has what the trial is about.
+    min_kernel: Version,
+    name: &'static str,
+    run: fn(),
+}
+
+const fn since(min_kernel: Version, name: &'static str, run: fn()) -> KernelTrial {
+    KernelTrial { min_kernel, name, run }
+}
+
+const TRIALS: &[KernelTrial] = &[
+    since((5, 10), "a_dial_reaches_a_backend", translation::a_dial_reaches_a_backend),
+    since((5, 10), "weights_are_shares", translation::weights_are_shares),
+    since((5, 10), "the_peer_is_forgotten", translation::the_peer_is_forgotten),
+    since((5, 10), "what_is_no_vip_passes", translation::what_is_no_vip_passes),
+    since((5, 10), "dials_are_counted", translation::dials_are_counted),
+    since((5, 10), "maps_are_readable", translation::maps_are_readable),
+    since((6, 1), "refused_by_errno", refusal::by_errno),
+    since((5, 10), "refused_by_port_zero", refusal::by_port_zero),
+    since((5, 10), "a_pin_counts_on_the_host", scope::a_pin_counts_on_the_host),
+    since((5, 10), "a_pin_passes_elsewhere", scope::a_pin_passes_elsewhere),
+    since((5, 10), "loopback_backends_are_the_hosts", scope::loopback_backends_are_the_hosts),
+    since((5, 10), "detached_is_gone", scope::detached_is_gone),
+    since((5, 10), "no_cgroup_is_an_error", scope::no_cgroup_is_an_error),
+    since((5, 10), "swaps_are_atomic", changes::swaps_are_atomic),
+    since((5, 10), "services_never_mix", changes::services_never_mix),
+    since((5, 10), "verified_instructions_are_told", verifier::instructions_are_told),
+];
 
 fn main() -> std::process::ExitCode {
     let mut arguments = Arguments::from_args();
@@ -20,31 +54,29 @@ fn main() -> std::process::ExitCode {
             "kernel tests are skipped: they load eBPF programs, which needs root; run `cargo xtask test`"
         );
     }
-    let trials: [(&str, fn()); _] = [
-        ("a_dial_reaches_a_backend", translation::a_dial_reaches_a_backend),
-        ("weights_are_shares", translation::weights_are_shares),
-        ("the_peer_is_forgotten", translation::the_peer_is_forgotten),
-        ("what_is_no_vip_passes", translation::what_is_no_vip_passes),
-        ("dials_are_counted", translation::dials_are_counted),
-        ("maps_are_readable", translation::maps_are_readable),
-        ("refused_by_errno", refusal::by_errno),
-        ("refused_by_port_zero", refusal::by_port_zero),
-        ("a_pin_counts_on_the_host", scope::a_pin_counts_on_the_host),
-        ("a_pin_passes_elsewhere", scope::a_pin_passes_elsewhere),
-        ("loopback_backends_are_the_hosts", scope::loopback_backends_are_the_hosts),
-        ("detached_is_gone", scope::detached_is_gone),
-        ("unload_detaches_anothers_programs", scope::unload_detaches_anothers_programs),
-        ("no_cgroup_is_an_error", scope::no_cgroup_is_an_error),
-        ("swaps_are_atomic", changes::swaps_are_atomic),
-        ("services_never_mix", changes::services_never_mix),
-    ];
-    let trials = trials.map(|(name, run)| {
-        Trial::test(name, move || {
-            run();
-            Ok(())
+    let kernel = running_kernel();
+    let trials = TRIALS.iter().map(|trial| {
+        Trial::ignorable_test(trial.name, move || {
+            let (major, minor) = trial.min_kernel;
+            if kernel < trial.min_kernel {
+                return Ok(Completion::ignored_with(format!("needs kernel {major}.{minor}")));
+            }
+            (trial.run)();
+            Ok(Completion::Completed)
         })
         .with_kind("kernel")
         .with_ignored_flag(!root)
     });
-    libtest_mimic::run(&arguments, trials.into()).exit_code()
+    libtest_mimic::run(&arguments, trials.collect()).exit_code()
+}
+
+/// The running kernel's version, of a release such as `6.1.0-41-cloud-amd64`.
+fn running_kernel() -> Version {
+    let system = rustix::system::uname();
+    let release = system.release().to_string_lossy();
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse);
+    match (numbers.next(), numbers.next()) {
+        (Some(Ok(major)), Some(Ok(minor))) => (major, minor),
+        _ => panic!("{release:?} is no kernel's release"),
+    }
 }

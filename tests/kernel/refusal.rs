@@ -4,7 +4,7 @@
 use std::io::ErrorKind;
 use std::net::{Ipv4Addr, SocketAddrV4};
 
-use lb_userspace::plane::{COUNTERS, Refusal, netns_cookie};
+use lb_userspace::plane::{COUNTERS, Refusal};
 use lb_userspace::table::Ports;
 
 use crate::bed::{Bed, OTHER_VIP, Server, VIP, dial, service};
@@ -22,7 +22,7 @@ fn refused_by(refusal: Refusal) {
     let port = wildcard.address.port();
     assert_eq!(dial((VIP, port)).unwrap(), 'w', "without nohop it accepts a dial to any VIP");
 
-    let mut bed = Bed::with(refusal, netns_cookie().unwrap());
+    let mut bed = Bed::refusing_by(refusal);
     let mut without_backend = service("web", VIP, &[]);
     without_backend.ports = Ports::only([port]);
     bed.apply(vec![without_backend]);
@@ -39,5 +39,7 @@ fn refused_by(refusal: Refusal) {
     let counters = bed.plane.counters();
     assert_eq!(counters.service(bed.plane.indices("web").unwrap().service).refused, 1);
     let events = COUNTERS.map(|(name, counter)| (name, counters.event(counter)));
-    assert_eq!(events, [("refused_no_frontend", 2), ("no_socket_storage", 0), ("inconsistent", 0)]);
+    for (name, n) in events {
+        assert_eq!(n, if name == "refused_no_frontend" { 2 } else { 0 }, "{name}");
+    }
 }

@@ -4,6 +4,7 @@
 //! interrupted (`undo`).
 #![forbid(unsafe_code)]
 
+pub mod bpffs;
 pub mod cgroup;
 pub mod consul;
 pub mod helloworld;

@@ -25,45 +25,64 @@ pub fn build(release: bool) -> Result<Built> {
     crate::setup::run()?;
     let mut cargo = Command::new("cargo");
     cargo.args(["build", "--package", "lb-userspace", "--package", "lb-tests", "--bins"]);
-    cargo.arg("--message-format=json-render-diagnostics");
-    if release {
-        cargo.arg("--release");
-    }
-    let mut cargo = cargo
-        .current_dir(crate::root())
-        .stdout(Stdio::piped())
-        .spawn()
-        .context("can't run cargo: install it from https://rustup.rs")?;
+    cargo.args(release.then_some("--release"));
 
     let mut object = None;
     let mut nohop = None;
     let mut helpers = Vec::new();
-    let stdout = cargo.stdout.take().context("cargo has no standard output")?;
-    for line in BufReader::new(stdout).lines() {
-        let message: Value = serde_json::from_str(&line?).context("cargo speaks no JSON")?;
-        match message["reason"].as_str() {
-            Some("build-script-executed") if package(&message) == Some("lb-userspace") => {
-                object = message["out_dir"].as_str().map(|dir| Path::new(dir).join("nohop-ebpf"));
-            }
-            Some("compiler-artifact") => {
-                if let Some(executable) = message["executable"].as_str().map(PathBuf::from) {
-                    match package(&message) {
-                        Some("lb-userspace") => nohop = Some(executable),
-                        _ => helpers.push(executable),
-                    }
+    messages(cargo, |message| match message["reason"].as_str() {
+        Some("build-script-executed") if package(message) == Some("lb-userspace") => {
+            object = message["out_dir"].as_str().map(|dir| Path::new(dir).join("nohop-ebpf"));
+        }
+        Some("compiler-artifact") => {
+            if let Some(executable) = message["executable"].as_str().map(PathBuf::from) {
+                match package(message) {
+                    Some("lb-userspace") => nohop = Some(executable),
+                    _ => helpers.push(executable),
                 }
             }
-            _ => {}
         }
-    }
-    if !cargo.wait()?.success() {
-        bail!("the build failed: cargo says why above");
-    }
+        _ => {}
+    })?;
     Ok(Built {
         object: object.context("cargo told of no kernel object")?,
         nohop: nohop.context("cargo told of no binary nohop")?,
         helpers,
     })
+}
+
+/// Builds the in-kernel tests, a program of its own.
+///
+/// # Errors
+/// When the build fails.
+pub fn kernel_tests() -> Result<PathBuf> {
+    let mut cargo = Command::new("cargo");
+    cargo.args(["test", "--no-run", "--package", "lb-tests", "--test", "kernel"]);
+    let mut kernel_tests = None;
+    messages(cargo, |message| {
+        if message["target"]["name"] == "kernel" {
+            kernel_tests = message["executable"].as_str().map(PathBuf::from);
+        }
+    })?;
+    kernel_tests.context("cargo told of no test `kernel`")
+}
+
+/// Runs a build, and gives each message of cargo's to `read`.
+fn messages(mut cargo: Command, mut read: impl FnMut(&Value)) -> Result<()> {
+    let mut cargo = cargo
+        .arg("--message-format=json-render-diagnostics")
+        .current_dir(crate::root())
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("can't run cargo: install it from https://rustup.rs")?;
+    let stdout = cargo.stdout.take().context("cargo has no standard output")?;
+    for line in BufReader::new(stdout).lines() {
+        read(&serde_json::from_str(&line?).context("cargo speaks no JSON")?);
+    }
+    if !cargo.wait()?.success() {
+        bail!("the build failed: cargo says why above");
+    }
+    Ok(())
 }
 
 /// The workspace's package that `message` is about, by the folder its manifest lies in.

@@ -6,13 +6,16 @@ mod compile;
 mod demo;
 mod process;
 mod setup;
+mod tally;
 mod test;
+mod vm;
 
 use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
+use setup::kernels::Version;
 
 #[derive(Parser)]
 #[command(
@@ -54,10 +57,17 @@ enum Task {
         #[arg(long)]
         quick: bool,
     },
-    /// Format, lints, unit tests, tests in the kernel and end to end
+    /// Format, lints, unit tests, tests in the kernel and end to end, and in other kernels
     Test {
         /// Run only the tests whose name contains this; without format and lints
         filter: Option<String>,
+    },
+    /// The in-kernel tests on other kernels, in VMs; writes docs/verifier.md
+    #[command(after_help = vm::AFTER_HELP)]
+    Vm {
+        /// Only on this one, such as 6.1
+        #[arg(long)]
+        kernel: Option<Version>,
     },
 }
 
@@ -90,6 +100,7 @@ fn run(task: Task) -> Result<ExitCode> {
         }
         Task::Bench { suite, quick } => bench::run(suite, quick)?,
         Task::Test { filter } => return Ok(test::run(filter.as_deref())),
+        Task::Vm { kernel } => return vm::run(kernel),
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -1,8 +1,9 @@
 //! Takes a bare machine to one that builds and tests. Each step looks before it acts, so running
 //! it again is cheap and changes nothing.
 
+mod apt;
 mod consul;
-mod kernels;
+pub mod kernels;
 mod linker;
 mod rust;
 mod system;
@@ -60,6 +61,15 @@ pub fn run() -> Result<()> {
         return Ok(());
     }
     bail!("not ready; what is missing, and how to get it:\n- {}", missing.join("\n- "));
+}
+
+/// Provides what VMs need beside that.
+///
+/// # Errors
+/// When something can't be had, with the way to get it.
+pub fn run_for_vms() -> Result<()> {
+    println!("ok: VMs: {}", system::provide_for_vms()?);
+    Ok(())
 }
 
 /// Adds to an error what it stopped and how to mend it.

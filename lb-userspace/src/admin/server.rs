@@ -229,6 +229,7 @@ mod tests {
                 error: None,
                 dials: 0,
                 refused: 0,
+                refused_family: 0,
                 backends: vec![],
             }]
         }

@@ -154,7 +154,9 @@ fn btf() -> Found {
     match Path::new(path).exists() {
         true => Ok(path.to_owned()),
         false => wrong(
-            format!("{path} isn't there: sockets of the kernel itself, as NFS has, are translated too"),
+            format!(
+                "{path} isn't there: sockets of the kernel itself, as NFS has, are translated too"
+            ),
             "boot a kernel with CONFIG_DEBUG_INFO_BTF, as distributions' kernels are",
         ),
     }

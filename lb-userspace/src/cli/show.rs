@@ -149,6 +149,7 @@ mod tests {
             watch: "live".into(),
             dials: 7,
             refused: 0,
+            refused_family: 0,
             backends: vec![Backend {
                 address: "10.0.0.7:23456".into(),
                 node: "n1".into(),

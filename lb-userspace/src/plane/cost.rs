@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
+use super::links::{HOOKS, Hook};
 use super::{Plane, PlaneError};
 
 /// The kernel counts the run time of every BPF program for as long as this lives.
@@ -39,6 +40,24 @@ impl Cost {
 }
 
 impl Plane {
+    /// The programs, each with how many instructions the verifier went through, every path of its
+    /// own; `None` where the kernel doesn't tell.
+    ///
+    /// Minimum kernel: 5.16.
+    ///
+    /// # Errors
+    /// When the kernel knows nothing of a program.
+    pub fn verified_instructions(&self) -> Result<Vec<(&'static str, Option<u32>)>, PlaneError> {
+        let verified = |&Hook { program, .. }: &Hook| {
+            let failed = |source| PlaneError::Program { program, source };
+            let loaded = self.ebpf.program(program);
+            let loaded = loaded.ok_or(PlaneError::Object { missing: program })?;
+            let info = loaded.info().map_err(failed)?;
+            Ok((program, info.verified_instruction_count()))
+        };
+        HOOKS.iter().map(verified).collect()
+    }
+
     /// What a program has cost.
     ///
     /// # Errors

@@ -159,8 +159,10 @@ impl Board {
 
     /// Leaves these cgroups alone, as many as fit, and no others.
     pub fn set_excluded(&self, excluded: &[ExcludedCgroup]) {
-        let present: Vec<u64> =
-            excluded.iter().flat_map(|&ExcludedCgroup { cgroup_id, level }| [cgroup_id, level]).collect();
+        let present: Vec<u64> = excluded
+            .iter()
+            .flat_map(|&ExcludedCgroup { cgroup_id, level }| [cgroup_id, level])
+            .collect();
         for index in 0..MAX_EXCLUDED {
             let word = |offset: usize| present.get(index * 2 + offset).copied().unwrap_or(0);
             if [self.excluded.load(index * 2), self.excluded.load(index * 2 + 1)]
@@ -192,9 +194,8 @@ pub struct KernelMaps {
 impl KernelMaps {
     /// Takes the maps of a loaded object.
     pub fn take(ebpf: &mut Ebpf) -> Result<KernelMaps, PlaneError> {
-        let mut map = |name: &'static str| {
-            ebpf.take_map(name).ok_or(PlaneError::Object { missing: name })
-        };
+        let mut map =
+            |name: &'static str| ebpf.take_map(name).ok_or(PlaneError::Object { missing: name });
         let mut array = |name: &'static str| match map(name)? {
             Map::Array(data) => Words::map(&data),
             _ => Err(PlaneError::Object { missing: name }),

@@ -71,9 +71,8 @@ fn hook_of(pinned: &PinnedLink) -> Option<usize> {
 pub fn are_live(pins: &Pins, scope: &Scope) -> Result<bool, PlaneError> {
     let links = pins.all_links()?;
     Ok(links.iter().any(|pinned| {
-        hook_of(pinned).is_some_and(|hook| {
-            holds(&pinned.link, &HOOKS[hook], scope).unwrap_or(false)
-        })
+        hook_of(pinned)
+            .is_some_and(|hook| holds(&pinned.link, &HOOKS[hook], scope).unwrap_or(false))
     }))
 }
 
@@ -171,7 +170,8 @@ impl Links {
         }
         self.links = links;
         for PinnedLink { name, path, .. } in earlier {
-            let is_own = HOOKS.iter().any(|hook| name == hook.program && path == pins.link(hook.program));
+            let is_own =
+                HOOKS.iter().any(|hook| name == hook.program && path == pins.link(hook.program));
             if !is_own {
                 unpin(&path)?;
             }

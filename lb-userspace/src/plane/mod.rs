@@ -361,10 +361,7 @@ impl Plane {
     ///
     /// # Errors
     /// When the maps were new and the hooks couldn't be switched to them: the former ones go on.
-    pub fn apply(
-        &mut self,
-        table: &Table,
-    ) -> Result<BTreeMap<Arc<str>, ApplyError>, PlaneError> {
+    pub fn apply(&mut self, table: &Table) -> Result<BTreeMap<Arc<str>, ApplyError>, PlaneError> {
         let errors = self.reconciler.apply(table);
         let daemon = self.board.daemon();
         self.board.set_daemon(Daemon {
@@ -562,7 +559,9 @@ fn load_refusing_by(
     let pool6 = pool6.unwrap_or_default().map(|octets| Address { octets }.words());
     let [[network6_high, network6_low], [mask6_high, mask6_low]] = pool6;
     let kernel_socket = btf::kernel_socket_bit().unwrap_or_else(|error| {
-        tracing::warn!("the kernel has no BTF ({error}): its own sockets are translated like others");
+        tracing::warn!(
+            "the kernel has no BTF ({error}): its own sockets are translated like others"
+        );
         None
     });
     let btf::Bit { offset, mask: kernel_socket_mask } = kernel_socket.unwrap_or_default();

@@ -32,7 +32,9 @@ pub enum PinError {
         dir: PathBuf,
     },
     /// It couldn't be mounted.
-    #[error("can't mount a BPF file system at {CONVENTIONAL_MOUNT}: {source}; it needs CAP_SYS_ADMIN")]
+    #[error(
+        "can't mount a BPF file system at {CONVENTIONAL_MOUNT}: {source}; it needs CAP_SYS_ADMIN"
+    )]
     Mount {
         /// What the kernel said.
         source: io::Error,

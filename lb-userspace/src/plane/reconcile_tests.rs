@@ -3,34 +3,47 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeSet;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::rc::Rc;
 
-use lb_common::{Service as ServiceEntry, Slot};
+use lb_common::Slot;
 use proptest::prelude::*;
 
 use super::*;
 use crate::plane::Sizes;
 use crate::table::{Backend as TableBackend, Protocols};
 
-/// Service `s` has the frontend 127.128.0.s:80 and backends 10.s.x.1:80, so that an address tells
-/// whose it is.
+/// The address of backend `x` of service `s`: it tells whose it is. Some have IPv6 ones.
+fn address(s: u8, x: u8) -> SocketAddr {
+    let ip = match x % 4 {
+        3 => Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, s.into(), x.into()).into(),
+        _ => Ipv4Addr::new(10, 0, s, x).into(),
+    };
+    SocketAddr::new(ip, 80)
+}
+
+fn is_host_only(x: u8) -> bool {
+    x % 5 == 4
+}
+
+/// Service `s` has the VIP 127.128.0.s.
 fn service(s: u8, backends: &BTreeSet<u8>, generation: u64) -> Arc<Service> {
     let backend = |&x: &u8| TableBackend {
-        address: Some(SocketAddr::new(Ipv4Addr::new(10, s, x, 1).into(), 80)),
+        address: Some(address(s, x)),
         shown_address: String::new(),
         node: String::new(),
         id: String::new(),
         weight: u16::from(x) + 1,
         state: State::Healthy,
         reason: None,
-        host_only: x % 5 == 4,
+        host_only: is_host_only(x),
     };
     Arc::new(Service {
         name: format!("s{s}").into(),
         vip: Ipv4Addr::new(127, 128, 0, s),
-        vip6: None,
-        ports: Ports::only([80]),
-        protocols: Protocols::Tcp,
+        vip6: s.is_multiple_of(2).then(|| Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, s.into())),
+        ports: if s == 3 { Ports::Any } else { Ports::only([80]) },
+        protocols: if s == 4 { Protocols::Both } else { Protocols::Tcp },
         pin: None,
         backends: backends.iter().map(backend).collect(),
         excluded: Vec::new(),
@@ -39,21 +52,43 @@ fn service(s: u8, backends: &BTreeSet<u8>, generation: u64) -> Arc<Service> {
     })
 }
 
+/// What each kind of dial may reach of these backends, in the order of a service's regions.
+type Visible = [BTreeSet<u8>; ServiceEntry::N_REGIONS];
+
+fn visible(backends: &BTreeSet<u8>) -> Visible {
+    let set = |from_host: bool, reach: fn(u8) -> bool| {
+        let fits = |x: &u8| (from_host || !is_host_only(*x)) && reach(*x);
+        backends.iter().copied().filter(fits).collect()
+    };
+    let (ipv4, ipv6, all): (fn(u8) -> bool, fn(u8) -> bool, fn(u8) -> bool) =
+        (|x| x % 4 != 3, |x| x % 4 == 3, |_| true);
+    [
+        set(true, ipv4),
+        set(true, ipv6),
+        set(true, all),
+        set(false, ipv4),
+        set(false, ipv6),
+        set(false, all),
+    ]
+}
+
 #[derive(Default)]
 struct Model {
-    frontends: HashMap<Frontend, Target>,
+    frontends: HashMap<FrontendKey, Target>,
     services: HashMap<u32, ServiceEntry>,
+    names: HashMap<u32, Name>,
     slots: HashMap<u32, Slot>,
     backends: HashMap<u32, Backend>,
     /// Readers that stopped after finding a target, or a region, with the service they are about.
     at_target: Vec<(u8, Target)>,
     at_region: Vec<(u8, Region)>,
-    /// What each service may show, set by the test before it applies a table: its backends before
-    /// and after, for dials from the host and from elsewhere.
-    allowed: HashMap<u8, [[BTreeSet<u8>; 2]; 2]>,
+    /// What each service may show, set by the test before it applies a table: before and after.
+    allowed: HashMap<u8, [Visible; 2]>,
     n_waits: usize,
     /// Fail the next insertion of a frontend.
     fail: bool,
+    /// The number of steps until the daemon is killed: it does nothing any more.
+    lives_for: Option<usize>,
 }
 
 impl Model {
@@ -67,7 +102,11 @@ impl Model {
                 [slot.backend, alias.backend]
             })
             .map(|backend_idx| {
-                let [_, owner, x, _] = self.backends[&backend_idx].address;
+                let octets = self.backends[&backend_idx].address.octets;
+                let (owner, x) = match self.backends[&backend_idx].address.to_v4() {
+                    Some([_, _, owner, x]) => (owner, x),
+                    None => (octets[13], octets[15]),
+                };
                 assert_eq!(owner, s, "a dial to s{s} reached s{owner}");
                 x
             })
@@ -76,21 +115,23 @@ impl Model {
 
     fn look(&mut self) {
         for &(s, target) in &self.at_target {
-            let entry = self.services[&target.service];
-            self.reach(s, entry.host);
-            self.reach(s, entry.elsewhere);
+            for region in self.services[&target.service].regions() {
+                self.reach(s, region);
+            }
         }
         for &(s, region) in &self.at_region {
             self.reach(s, region);
         }
         for (frontend, &target) in &self.frontends {
-            let s = frontend.address[3];
-            let entry = self.services[&target.service];
-            for (scope, region) in [entry.host, entry.elsewhere].into_iter().enumerate() {
+            let s = match frontend.address {
+                IpAddr::V4(vip) => vip.octets()[3],
+                IpAddr::V6(vip) => vip.octets()[15],
+            };
+            let allowed = &self.allowed[&s];
+            for (kind, region) in self.services[&target.service].regions().into_iter().enumerate() {
                 let reached = self.reach(s, region);
-                let allowed = &self.allowed[&s];
                 assert!(
-                    reached == allowed[0][scope] || reached == allowed[1][scope],
+                    reached == allowed[0][kind] || reached == allowed[1][kind],
                     "s{s} shows {reached:?}, which is neither of {allowed:?}"
                 );
                 self.at_region.push((s, region));
@@ -103,14 +144,25 @@ impl Model {
         let n_regions = self.at_region.len();
         self.at_region.drain(..n_regions.saturating_sub(60));
     }
+
+    /// The backends that a socket which remembers them would find in the table.
+    fn in_table(&self) -> BTreeSet<u32> {
+        let in_table = self.backends.iter().filter(|(_, backend)| backend.generation != 0);
+        in_table.map(|(&backend_idx, _)| backend_idx).collect()
+    }
 }
 
 #[derive(Clone, Default)]
 struct FakeMaps(Rc<RefCell<Model>>);
 
 impl FakeMaps {
-    fn step<R>(&self, change: impl FnOnce(&mut Model) -> R) -> R {
+    fn step<R: Default>(&self, change: impl FnOnce(&mut Model) -> R) -> R {
         let mut model = self.0.borrow_mut();
+        match &mut model.lives_for {
+            Some(0) => return R::default(),
+            Some(steps) => *steps -= 1,
+            None => {}
+        }
         let result = change(&mut model);
         model.look();
         result
@@ -118,37 +170,52 @@ impl FakeMaps {
 }
 
 impl Maps for FakeMaps {
-    fn insert_frontend(&mut self, frontend: Frontend, target: Target) -> io::Result<()> {
-        self.step(|model| {
-            if std::mem::take(&mut model.fail) {
-                return Err(io::Error::from_raw_os_error(libc::ENOMEM));
+    fn insert_frontend(&mut self, frontend: FrontendKey, target: Target) -> io::Result<()> {
+        let failed = self.step(|model| {
+            let failed = std::mem::take(&mut model.fail);
+            if !failed {
+                model.frontends.insert(frontend, target);
             }
-            model.frontends.insert(frontend, target);
-            Ok(())
-        })
+            failed
+        });
+        if failed { Err(io::Error::from_raw_os_error(libc::ENOMEM)) } else { Ok(()) }
     }
 
-    fn remove_frontend(&mut self, frontend: &Frontend) -> io::Result<()> {
+    fn remove_frontend(&mut self, frontend: &FrontendKey) -> io::Result<()> {
         self.step(|model| {
             model.frontends.remove(frontend);
-            Ok(())
-        })
+        });
+        Ok(())
     }
 
     fn write_backend(&mut self, backend_idx: u32, backend: Backend) {
-        self.step(|model| model.backends.insert(backend_idx, backend));
+        self.step(|model| {
+            model.backends.insert(backend_idx, backend);
+        });
+    }
+
+    fn retire_backend(&mut self, backend_idx: u32) {
+        self.step(|model| model.backends.entry(backend_idx).or_default().generation = 0);
     }
 
     fn write_slots(&mut self, first_slot: u32, slots: &[Slot]) {
         for (slot_idx, &slot) in (first_slot..).zip(slots) {
-            self.step(|model| model.slots.insert(slot_idx, slot));
+            self.step(|model| {
+                model.slots.insert(slot_idx, slot);
+            });
         }
     }
 
-    fn reset_service(&mut self, _service_idx: u32) {}
+    fn name_service(&mut self, service_idx: u32, name: Name) {
+        self.step(|model| {
+            model.names.insert(service_idx, name);
+        });
+    }
 
     fn publish(&mut self, service_idx: u32, service: ServiceEntry) {
-        self.step(|model| model.services.insert(service_idx, service));
+        self.step(|model| {
+            model.services.insert(service_idx, service);
+        });
     }
 
     fn wait_for_readers(&mut self) {
@@ -157,9 +224,29 @@ impl Maps for FakeMaps {
         model.at_target.clear();
         model.at_region.clear();
     }
+
+    fn frontends(&self) -> io::Result<Vec<(FrontendKey, Target)>> {
+        Ok(self.0.borrow().frontends.iter().map(|(&key, &target)| (key, target)).collect())
+    }
+
+    fn service(&self, service_idx: u32) -> ServiceEntry {
+        self.0.borrow().services.get(&service_idx).copied().unwrap_or_default()
+    }
+
+    fn name(&self, service_idx: u32) -> Name {
+        self.0.borrow().names.get(&service_idx).copied().unwrap_or(Name { octets: [0; 64] })
+    }
+
+    fn slot(&self, slot_idx: u32) -> Slot {
+        self.0.borrow().slots.get(&slot_idx).copied().unwrap_or_default()
+    }
+
+    fn backend(&self, backend_idx: u32) -> Backend {
+        self.0.borrow().backends.get(&backend_idx).copied().unwrap_or_default()
+    }
 }
 
-const SIZES: Sizes = Sizes { services: 5, frontends: 5, slots: 4096, backends: 24 };
+const SIZES: Sizes = Sizes { services: 5, frontends: 6, frontends6: 5, slots: 4096, backends: 24 };
 
 struct Run {
     maps: FakeMaps,
@@ -170,7 +257,7 @@ struct Run {
 impl Run {
     fn new(sizes: Sizes) -> Run {
         let maps = FakeMaps::default();
-        let reconciler = Reconciler::new(maps.clone(), &sizes);
+        let reconciler = Reconciler::new(maps.clone(), &sizes, 1);
         Run { maps, reconciler, table: Table::default() }
     }
 
@@ -178,9 +265,6 @@ impl Run {
     fn change(&mut self, s: u8, backends: Option<&BTreeSet<u8>>) -> BTreeMap<Arc<str>, ApplyError> {
         self.table.generation += 1;
         let name: Arc<str> = format!("s{s}").into();
-        let visible = |set: &BTreeSet<u8>| {
-            [set.clone(), set.iter().copied().filter(|x| x % 5 != 4).collect::<BTreeSet<_>>()]
-        };
         let after = visible(backends.unwrap_or(&BTreeSet::new()));
         {
             let mut model = self.maps.0.borrow_mut();
@@ -196,6 +280,26 @@ impl Run {
         }
         self.reconciler.apply(&self.table)
     }
+
+    /// Puts another daemon in the place of this one.
+    fn restart(&mut self, sizes: &Sizes) {
+        self.maps.0.borrow_mut().lives_for = None;
+        self.reconciler = Reconciler::adopt(self.maps.clone(), sizes, 1_000).unwrap();
+    }
+
+    /// What the last table needs, and no more, is what the maps hold.
+    fn check_exact(&self) {
+        let model = self.maps.0.borrow();
+        let wanted: BTreeSet<_> =
+            self.table.services.values().flat_map(|s| frontends(s, 0).into_keys()).collect();
+        assert_eq!(model.frontends.keys().copied().collect::<BTreeSet<_>>(), wanted);
+        let n_backends: usize =
+            self.table.services.values().map(|service| service.backends.len()).sum();
+        assert_eq!(model.in_table().len(), n_backends);
+        let n_shown = model.services.values().filter(|s| **s != ServiceEntry::default()).count();
+        let n_serving = self.table.services.values().filter(|s| !s.backends.is_empty()).count();
+        assert_eq!(n_shown, n_serving);
+    }
 }
 
 fn set(xs: &[u8]) -> BTreeSet<u8> {
@@ -203,7 +307,7 @@ fn set(xs: &[u8]) -> BTreeSet<u8> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(64))]
+    #![proptest_config(ProptestConfig::with_cases(24))]
     #[test]
     fn readers_never_see_a_mix(
         changes in prop::collection::vec(
@@ -215,6 +319,7 @@ proptest! {
         for (s, backends) in changes {
             let errors = run.change(s, backends.as_ref());
             prop_assert!(errors.is_empty(), "{errors:?}");
+            run.check_exact();
             // A second application of the same table changes nothing.
             let n_waits = run.maps.0.borrow().n_waits;
             prop_assert!(run.reconciler.apply(&run.table).is_empty());
@@ -228,6 +333,78 @@ proptest! {
         for (map, pressure) in run.reconciler.pressure() {
             prop_assert_eq!(pressure.used, 0, "{}", map);
         }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+    /// A daemon is killed after any step; the next one goes on from what it finds.
+    #[test]
+    fn a_daemon_may_be_killed_at_any_step(
+        changes in prop::collection::vec(
+            (
+                0..5u8,
+                prop::option::weighted(0.8, prop::collection::btree_set(0..12u8, 0..4)),
+                prop::option::weighted(0.3, 0..20usize),
+            ),
+            1..60
+        )
+    ) {
+        let mut run = Run::new(SIZES);
+        for (s, backends, killed_after) in changes {
+            run.maps.0.borrow_mut().lives_for = killed_after;
+            let errors = run.change(s, backends.as_ref());
+            prop_assert!(errors.is_empty(), "{errors:?}");
+            if killed_after.is_some() {
+                let before = indices(&run.reconciler);
+                run.restart(&SIZES);
+                let errors = run.reconciler.apply(&run.table);
+                prop_assert!(errors.is_empty(), "{errors:?}");
+                for (name, after) in indices(&run.reconciler) {
+                    let same = name == format!("s{s}") || before[&name] == after;
+                    prop_assert!(same, "{name} had {:?}, has {after:?}", before[&name]);
+                }
+            }
+            run.check_exact();
+        }
+        for s in 0..5 {
+            run.change(s, None);
+        }
+        run.reconciler.recycle();
+        for (map, pressure) in run.reconciler.pressure() {
+            prop_assert_eq!(pressure.used, 0, "{}", map);
+        }
+    }
+}
+
+fn indices(reconciler: &Reconciler<FakeMaps>) -> BTreeMap<String, Indices> {
+    let names = reconciler.names().map(|(name, _)| name);
+    names.map(|name| (name.to_string(), reconciler.indices(name).unwrap())).collect()
+}
+
+#[test]
+fn maps_that_something_else_wrote_to_are_not_taken_over() {
+    let spoils: [(&str, fn(&mut Model)); 5] = [
+        ("has no name", |model| model.names.clear()),
+        ("isn't there", |model| model.backends.clear()),
+        ("aren't its own", |model| {
+            model.slots.values_mut().for_each(|slot| slot.alias = 9);
+        }),
+        ("aren't its own", |model| {
+            let shown = model.services[&0];
+            model.services.insert(1, shown);
+        }),
+        ("no service 7", |model| {
+            model.frontends.values_mut().for_each(|target| target.service = 7);
+        }),
+    ];
+    for (expected, spoil) in spoils {
+        let mut run = Run::new(SIZES);
+        run.change(1, Some(&set(&[0])));
+        run.change(2, Some(&set(&[1])));
+        spoil(&mut run.maps.0.borrow_mut());
+        let error = Reconciler::adopt(run.maps.clone(), &SIZES, 1).err().unwrap().to_string();
+        assert!(error.contains(expected), "{error}");
     }
 }
 
@@ -260,7 +437,7 @@ fn a_full_map_is_one_services_error_and_the_former_state_serves() {
     assert_eq!(names(run.change(2, Some(&set(&[0])))), [Arc::from("s1")], "only s1 is at fault");
     assert!(run.change(2, None).contains_key("s1"));
     // `allowed` knows only the last two states; the one that serves is older.
-    run.maps.0.borrow_mut().allowed.entry(1).or_default()[1] = [set(&[0, 1]), set(&[0, 1])];
+    run.maps.0.borrow_mut().allowed.entry(1).or_default()[1] = visible(&set(&[0, 1]));
     assert!(run.change(1, Some(&set(&[5]))).is_empty(), "room enough once the old ones are gone");
 }
 

@@ -112,7 +112,10 @@ impl SharedPlane {
         drop(plane);
         let mut watched = lock(&self.watched);
         if attachment.problem.is_some() && watched.problem != attachment.problem {
-            tracing::error!("the hooks aren't attached: {}", attachment.problem.as_deref().unwrap_or_default());
+            tracing::error!(
+                "the hooks aren't attached: {}",
+                attachment.problem.as_deref().unwrap_or_default()
+            );
         }
         watched.problem = attachment.problem;
         if attachment.lost.is_empty() {

@@ -8,6 +8,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, anyhow, bail};
 
+use super::apt::Apt;
 use super::{Draft, announce, cache_dir, link_tool, with_mend};
 use crate::process::{self, find, is_executable};
 
@@ -88,56 +89,13 @@ fn from_apt() -> Result<PathBuf> {
         bail!("knows no package consul");
     }
     announce("downloading consul with apt-get");
-    let draft = Draft::beside(&cache_dir()?.join("apt"))?;
-    download(&draft, &[])
+    unpack(&Apt::of_system()?.download("consul")?)
 }
 
-/// Debian dropped consul after Debian 11. Where this machine's packages come from a Debian mirror,
-/// asks that mirror for it: through an apt of its own, so that signatures are checked and the
-/// system's lists stay as they are.
+/// Debian dropped consul after Debian 11.
 fn from_debian_11() -> Result<PathBuf> {
-    let sources = debian_sources(&apt_sources());
-    if sources.is_empty() {
-        bail!("no Debian mirror among the apt sources");
-    }
     announce("downloading consul from Debian 11 with apt-get");
-    let draft = Draft::beside(&cache_dir()?.join("apt"))?;
-    let dir = draft.0.display();
-    let options = [
-        format!("Dir::Etc::sourcelist={dir}/sources.list"),
-        "Dir::Etc::sourceparts=/dev/null".to_owned(),
-        format!("Dir::State::lists={dir}/lists"),
-        format!("Dir::Cache={dir}/cache"),
-        "Acquire::Languages=none".to_owned(),
-        // An archived release is no longer signed anew.
-        "Acquire::Check-Valid-Until=false".to_owned(),
-        // These folders belong to whoever runs setup, not to apt's user.
-        "APT::Sandbox::User=root".to_owned(),
-    ];
-    let mut tried = Vec::new();
-    for source in sources {
-        let update = || -> Result<PathBuf> {
-            fs::write(draft.0.join("sources.list"), source + "\n")?;
-            fs::create_dir_all(draft.0.join("lists/partial"))?;
-            fs::create_dir_all(draft.0.join("cache/archives/partial"))?;
-            let mut apt_get = Command::new("apt-get");
-            apt_get.args(options.iter().flat_map(|option| ["-o", option]));
-            process::output(apt_get.args(["-qq", "--error-on=any", "update"]))?;
-            download(&draft, &options)
-        };
-        match update() {
-            Ok(consul) => return Ok(consul),
-            Err(error) => tried.push(format!("{error:#}")),
-        }
-    }
-    bail!("{}", tried.join("; "));
-}
-
-fn download(draft: &Draft, options: &[String]) -> Result<PathBuf> {
-    let mut apt_get = Command::new("apt-get");
-    apt_get.args(options.iter().flat_map(|option| ["-o", option]));
-    process::output(apt_get.args(["-qq", "download", "consul"]).current_dir(&draft.0))?;
-    unpack(&newest_deb(&draft.0).context("apt-get downloaded no consul*.deb")?)
+    unpack(&Apt::of_debian("bullseye")?.download("consul")?)
 }
 
 fn is_deb(file: &Path) -> bool {
@@ -169,70 +127,4 @@ fn unpack(deb: &Path) -> Result<PathBuf> {
     }
     draft.publish(&bin, &place)?;
     Ok(binary)
-}
-
-/// The text of all files that tell apt where packages come from.
-fn apt_sources() -> String {
-    let parts = fs::read_dir("/etc/apt/sources.list.d").into_iter().flatten();
-    let files = parts.filter_map(|entry| Some(entry.ok()?.path()));
-    std::iter::once(PathBuf::from("/etc/apt/sources.list"))
-        .chain(files)
-        .filter_map(|file| fs::read_to_string(file).ok())
-        .collect::<Vec<_>>()
-        .join("\n\n")
-}
-
-/// One line a Debian mirror of `sources` (of either format), asking it for Debian 11.
-fn debian_sources(sources: &str) -> Vec<String> {
-    let mut lines = Vec::new();
-    for stanza in sources.split("\n\n") {
-        let field = |name: &str| stanza.lines().find_map(|line| line.strip_prefix(name));
-        let of_field = field("URIs:").unwrap_or_default().split_whitespace();
-        let key = field("Signed-By:").map(str::trim);
-        let of_lines = stanza
-            .lines()
-            .filter(|line| line.starts_with("deb "))
-            .filter_map(|line| line.split_whitespace().find(|word| word.contains(":/")));
-        for uri in of_field.chain(of_lines) {
-            let archive = uri.trim_end_matches('/').rsplit('/').next();
-            if !matches!(archive, Some("debian" | "debian.list")) {
-                continue;
-            }
-            let key = key.filter(|key| key.starts_with('/'));
-            let options = key.map(|key| format!("[signed-by={key}] ")).unwrap_or_default();
-            let line = format!("deb {options}{uri} bullseye main");
-            if !lines.contains(&line) {
-                lines.push(line);
-            }
-        }
-    }
-    lines
-}
-
-#[cfg(test)]
-mod tests {
-    use super::debian_sources;
-
-    #[test]
-    fn mirrors_of_debian_are_found_in_both_formats() {
-        let sources = "\
-Types: deb
-URIs: http://mirror.example/debian
-Suites: bookworm
-Signed-By: /usr/share/keyrings/debian.gpg
-
-Types: deb
-URIs: http://mirror.example/debian-security
-
-deb [arch=amd64] https://other.example/pub/debian/ bookworm main
-deb-src https://other.example/src/debian bookworm main
-deb https://packages.example/apt stable main
-# deb https://commented.example/debian bookworm main
-";
-        let expected = [
-            "deb [signed-by=/usr/share/keyrings/debian.gpg] http://mirror.example/debian bullseye main",
-            "deb https://other.example/pub/debian/ bullseye main",
-        ];
-        assert_eq!(debian_sources(sources), expected);
-    }
 }

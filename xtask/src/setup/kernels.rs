@@ -1,30 +1,196 @@
-//! The kernels of NOHOP_KERNELS: setup only says which ones are there.
+//! The kernels of `cargo xtask vm`: those of NOHOP_KERNELS, or else Debian's cloud kernels, which
+//! are unpacked and never installed.
 
+use std::env;
+use std::fmt;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::str::FromStr;
 
 use anyhow::{Context, Result, bail};
 
-use super::with_mend;
+use super::apt::Apt;
+use super::{Draft, announce, cache_dir, with_mend};
+use crate::process;
 
 const MEND: &str =
     "set NOHOP_KERNELS to a folder of VERSION/vmlinuz and VERSION/modules/, or unset it";
 
-pub fn look(folder: &Path) -> Result<String> {
-    let stopped = format!("NOHOP_KERNELS={} doesn't serve", folder.display());
-    with_mend(versions(folder), &stopped, MEND).map(|versions| versions.join(", "))
+/// The releases whose newest cloud kernels are taken: 5.10, 6.1, 6.12, and what is new.
+const DEBIAN_RELEASES: [&str; 4] = ["bullseye", "bookworm", "trixie", "sid"];
+
+/// A kernel's version, without the patch level.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Version {
+    pub major: u32,
+    pub minor: u32,
 }
 
-fn versions(folder: &Path) -> Result<Vec<String>> {
-    let mut versions: Vec<_> = fs::read_dir(folder)
-        .context("can't read it")?
-        .filter_map(|entry| Some(entry.ok()?.path()))
-        .filter(|kernel| kernel.join("vmlinuz").is_file() && kernel.join("modules").is_dir())
-        .filter_map(|kernel| Some(kernel.file_name()?.to_string_lossy().into_owned()))
-        .collect();
-    if versions.is_empty() {
-        bail!("it holds no VERSION/vmlinuz with VERSION/modules/");
+impl FromStr for Version {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let mut numbers = text.split(|c: char| !c.is_ascii_digit()).map(str::parse);
+        match (numbers.next(), numbers.next()) {
+            (Some(Ok(major)), Some(Ok(minor))) => Ok(Self { major, minor }),
+            _ => bail!("{text:?} is no kernel's version, such as 6.1"),
+        }
     }
-    versions.sort_unstable();
-    Ok(versions)
+}
+
+impl fmt::Display for Version {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.major, self.minor)
+    }
+}
+
+/// A kernel that can be booted.
+#[derive(Debug)]
+pub struct Kernel {
+    pub version: Version,
+    pub vmlinuz: PathBuf,
+    pub modules: PathBuf,
+}
+
+/// The kernels there are, oldest first, and why others can't be had.
+#[derive(Debug, Default)]
+pub struct Kernels {
+    pub found: Vec<Kernel>,
+    pub missing: Vec<String>,
+}
+
+/// Looks at NOHOP_KERNELS.
+pub fn look(folder: &Path) -> Result<String> {
+    let kernels = given(folder)?;
+    let versions: Vec<_> = kernels.iter().map(|kernel| kernel.version.to_string()).collect();
+    Ok(versions.join(", "))
+}
+
+/// Finds the kernels, and downloads Debian's where NOHOP_KERNELS is unset.
+///
+/// # Errors
+/// When NOHOP_KERNELS is set and doesn't serve.
+pub fn provide() -> Result<Kernels> {
+    if let Some(folder) = env::var_os("NOHOP_KERNELS") {
+        return Ok(Kernels { found: given(Path::new(&folder))?, missing: Vec::new() });
+    }
+    let mut kernels = Kernels::default();
+    for release in DEBIAN_RELEASES {
+        match of_debian(release) {
+            Ok(found) => kernels.found.extend(found),
+            Err(error) => kernels.missing.push(format!("Debian's {release}: {error:#}")),
+        }
+    }
+    kernels.found.sort_by_key(|kernel| kernel.version);
+    kernels.found.dedup_by_key(|kernel| kernel.version);
+    Ok(kernels)
+}
+
+fn given(folder: &Path) -> Result<Vec<Kernel>> {
+    let stopped = format!("NOHOP_KERNELS={} doesn't serve", folder.display());
+    let found = in_folder(folder).and_then(|found| {
+        if found.is_empty() {
+            bail!("it holds no VERSION/vmlinuz with VERSION/modules/");
+        }
+        Ok(found)
+    });
+    with_mend(found, &stopped, MEND)
+}
+
+/// The kernels that lie in `folder` as VERSION/vmlinuz and VERSION/modules/.
+fn in_folder(folder: &Path) -> Result<Vec<Kernel>> {
+    let mut kernels = Vec::new();
+    for entry in fs::read_dir(folder).with_context(|| format!("can't read {}", folder.display()))? {
+        let dir = entry?.path();
+        let (vmlinuz, modules) = (dir.join("vmlinuz"), dir.join("modules"));
+        if vmlinuz.is_file() && modules.is_dir() {
+            let version = dir.file_name().unwrap_or_default().to_string_lossy().parse()?;
+            kernels.push(Kernel { version, vmlinuz, modules });
+        }
+    }
+    kernels.sort_by_key(|kernel| kernel.version);
+    Ok(kernels)
+}
+
+/// The newest cloud kernel of a release, once downloaded kept in the cache.
+fn of_debian(release: &str) -> Result<Vec<Kernel>> {
+    let place = cache_dir()?.join("kernels").join(release);
+    if let Ok(kernels) = in_folder(&place)
+        && !kernels.is_empty()
+    {
+        return Ok(kernels);
+    }
+    announce(&format!("downloading the cloud kernel of Debian's {release} with apt-get"));
+    let apt = Apt::of_debian(release)?;
+    let packages = apt.packages("linux-image-")?;
+    let package = newest_cloud_kernel(&packages).context("it has no linux-image-*-cloud-amd64")?;
+    let deb = apt.download(package)?;
+
+    let parent = place.parent().context("the cache has no folder")?;
+    fs::create_dir_all(parent).with_context(|| format!("can't create {}", parent.display()))?;
+    let draft = Draft::beside(&place)?;
+    let unpacked = draft.0.join("deb");
+    process::output(Command::new("dpkg-deb").arg("-x").arg(&deb).arg(&unpacked))?;
+    let release_name = package.trim_start_matches("linux-image-");
+    let version: Version = release_name.parse()?;
+    let kernel = draft.0.join("kernels").join(version.to_string());
+    fs::create_dir_all(&kernel).with_context(|| format!("can't create {}", kernel.display()))?;
+    let modules =
+        [format!("usr/lib/modules/{release_name}"), format!("lib/modules/{release_name}")]
+            .map(|dir| unpacked.join(dir));
+    let modules = modules.iter().find(|dir| dir.is_dir());
+    let modules = modules.with_context(|| format!("{package} holds no lib/modules"))?;
+    fs::rename(
+        unpacked.join("boot").join(format!("vmlinuz-{release_name}")),
+        kernel.join("vmlinuz"),
+    )
+    .and_then(|()| fs::rename(modules, kernel.join("modules")))
+    .with_context(|| format!("{package} isn't laid out as expected"))?;
+    draft.publish(&draft.0.join("kernels"), &place)?;
+    in_folder(&place)
+}
+
+/// The newest of packages such as `linux-image-6.1.0-41-cloud-amd64`.
+fn newest_cloud_kernel(packages: &[String]) -> Option<&str> {
+    let release = |package: &&str| -> Option<Vec<u32>> {
+        let release = package.strip_prefix("linux-image-")?.strip_suffix("-cloud-amd64")?;
+        let numbers = release.split(|c: char| !c.is_ascii_digit()).filter(|n| !n.is_empty());
+        let numbers = numbers.map(|n| n.parse().ok()).collect::<Option<Vec<_>>>()?;
+        // A shorter name, such as `6.12`, is a package that only depends on the kernel.
+        (numbers.len() >= 3).then_some(numbers)
+    };
+    let named = packages.iter().map(String::as_str).filter(|package| release(package).is_some());
+    named.max_by_key(release)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Version, newest_cloud_kernel};
+
+    #[test]
+    fn versions_are_read_and_ordered() {
+        let version = |text: &str| text.parse::<Version>().unwrap();
+        assert_eq!(version("6.1.0-41-cloud-amd64"), version("6.1"));
+        assert!(version("5.10") < version("6.1") && version("6.1") < version("6.12"));
+        for text in ["", "6", "six.one", ".git"] {
+            assert!(text.parse::<Version>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn the_newest_cloud_kernel_is_chosen() {
+        let packages = [
+            "linux-image-6.1.0-9-cloud-amd64",
+            "linux-image-6.1.0-41-cloud-amd64",
+            "linux-image-6.1.0-42-amd64",
+            "linux-image-6.1.0-43-cloud-amd64-dbg",
+            "linux-image-6.1.0-43-cloud-amd64-unsigned",
+            "linux-image-6.12-cloud-amd64",
+            "linux-image-cloud-amd64",
+        ];
+        let packages = packages.map(str::to_owned);
+        assert_eq!(newest_cloud_kernel(&packages), Some("linux-image-6.1.0-41-cloud-amd64"));
+        assert_eq!(newest_cloud_kernel(&[]), None);
+    }
 }

@@ -22,19 +22,36 @@ const TOOLS: &[(&str, &str)] = &[
     ("xz", "xz-utils"),
 ];
 
+/// What VMs need beside that.
+const VM_TOOLS: &[(&str, &str)] = &[
+    ("busybox", "busybox-static"),
+    ("ldd", "libc-bin"),
+    ("qemu-system-x86_64", "qemu-system-x86"),
+    ("strip", "binutils"),
+    ("timeout", "coreutils"),
+];
+
 pub fn provide() -> Result<String> {
-    let absent = absent();
+    provide_tools(TOOLS)
+}
+
+pub fn provide_for_vms() -> Result<String> {
+    provide_tools(VM_TOOLS)
+}
+
+fn provide_tools(tools: &[(&'static str, &'static str)]) -> Result<String> {
+    let absent = absent(tools);
     if absent.is_empty() {
-        return Ok(TOOLS.iter().map(|(tool, _)| *tool).collect::<Vec<_>>().join(", "));
+        return Ok(tools.iter().map(|(tool, _)| *tool).collect::<Vec<_>>().join(", "));
     }
 
-    let tools = absent.iter().map(|(tool, _)| *tool).collect::<Vec<_>>().join(", ");
+    let names = absent.iter().map(|(tool, _)| *tool).collect::<Vec<_>>().join(", ");
+    let stopped = format!("not on PATH: {names}");
     let mut packages: Vec<_> =
         absent.iter().flat_map(|(_, packages)| packages.split(' ')).collect();
     packages.sort_unstable();
     packages.dedup();
     let names = packages.join(" ");
-    let stopped = format!("not on PATH: {tools}");
     let by_hand = format!("install them by hand (as Debian's packages: {names})");
     if find("apt-get").is_none() {
         let unable = Err(anyhow!("setup installs with apt-get only, which isn't there"));
@@ -44,7 +61,7 @@ pub fn provide() -> Result<String> {
     announce(&format!("installing {names} with apt-get"));
     let install = [&["install", "--no-install-recommends"], &packages[..]].concat();
     with_mend(apt_get(&["update"]).and_then(|()| apt_get(&install)), &stopped, &by_hand)?;
-    let still = self::absent();
+    let still = self::absent(tools);
     if !still.is_empty() {
         let tools = still.iter().map(|(tool, _)| *tool).collect::<Vec<_>>().join(", ");
         bail!("apt-get installed {names}, yet these are not on PATH: {tools}");
@@ -52,8 +69,8 @@ pub fn provide() -> Result<String> {
     Ok(format!("installed {names}"))
 }
 
-fn absent() -> Vec<(&'static str, &'static str)> {
-    TOOLS.iter().copied().filter(|(tool, _)| find(tool).is_none()).collect()
+fn absent(tools: &[(&'static str, &'static str)]) -> Vec<(&'static str, &'static str)> {
+    tools.iter().copied().filter(|(tool, _)| find(tool).is_none()).collect()
 }
 
 fn apt_get(arguments: &[&str]) -> Result<()> {

@@ -1,0 +1,100 @@
+//! A VM from its start to its end.
+
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+
+use crate::setup::kernels::Kernel;
+
+/// How long a VM may take, in seconds.
+const LIMIT_SECONDS: u32 = 180;
+
+/// What `timeout` exits with when the time was up.
+const TIMED_OUT: i32 = 124;
+
+/// What the init script writes before the exit status of the tests.
+const END_MARK: &str = "nohop-vm: the tests exited with ";
+
+/// Boots `kernel` on `initrd`, shows what it writes and gives each line to `on_line`. Returns
+/// whether the tests succeeded.
+///
+/// # Errors
+/// When the VM can't be started, ends without the tests' exit status, or not in time.
+pub fn boot(kernel: &Kernel, initrd: &Path, on_line: &mut dyn FnMut(&str)) -> Result<bool> {
+    // `timeout` ends the VM in time even when this program is gone.
+    let mut command = Command::new("timeout");
+    command.args(["--foreground", "--kill-after=5", &LIMIT_SECONDS.to_string()]);
+    command.args(["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-no-reboot"]);
+    // A stock kernel doesn't boot under every machine's /dev/kvm, so always by emulation.
+    command.args(["-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "1G"]);
+    command.args(["-display", "none", "-serial", "stdio"]);
+    command.arg("-kernel").arg(&kernel.vmlinuz).arg("-initrd").arg(initrd);
+    command.args(["-append", "console=ttyS0 quiet panic=-1 random.trust_cpu=on"]);
+    command.stdin(Stdio::null()).stdout(Stdio::piped());
+
+    let mut vm = command.spawn().context("can't run `timeout qemu-system-x86_64`")?;
+    let console = vm.stdout.take().context("the VM has no console")?;
+    let mut exit_status = None;
+    for line in BufReader::new(console).split(b'\n') {
+        let line = line.context("can't read the VM's console")?;
+        let line = String::from_utf8_lossy(&line);
+        let line = line.trim_end_matches('\r');
+        println!("{} | {line}", kernel.version);
+        on_line(line);
+        if let Some((_, status)) = line.split_once(END_MARK) {
+            exit_status = Some(status.trim() == "0");
+        }
+    }
+    let ended = vm.wait().context("can't wait for the VM")?;
+    match exit_status {
+        Some(success) => Ok(success),
+        None if ended.code() == Some(TIMED_OUT) => {
+            bail!("the VM took more than {LIMIT_SECONDS} s and was ended; what it wrote is above")
+        }
+        None => bail!("the VM ended before the tests did ({ended}); what it wrote is above"),
+    }
+}
+
+/// What the kernel starts: it makes ready what the tests need, runs them and ends the VM.
+pub fn init_script(filter: Option<&str>) -> String {
+    let filter = filter.map(|filter| quoted(filter)).unwrap_or_default();
+    format!(
+        "#!/bin/busybox sh
+export PATH=/usr/bin:/bin
+/bin/busybox mkdir -p /dev /proc /run /sys /tmp
+/bin/busybox --install -s /bin
+mount -t devtmpfs devtmpfs /dev
+exec >/dev/console 2>&1
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t cgroup2 cgroup2 /sys/fs/cgroup
+mount -t bpf bpf /sys/fs/bpf
+mount -t tmpfs tmpfs /tmp
+mount -t tmpfs tmpfs /run
+ip link set lo up
+for module in /modules/*; do insmod $module; done
+kernel-tests {filter}
+echo \"{END_MARK}$?\"
+poweroff -f
+"
+    )
+}
+
+/// `word` as the shell takes it for one word.
+fn quoted(word: &str) -> String {
+    format!("'{}'", word.replace('\'', r"'\''"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::quoted;
+
+    #[test]
+    fn words_are_quoted() {
+        for (word, expected) in [("a b", "'a b'"), ("it's", r"'it'\''s'"), ("", "''")] {
+            assert_eq!(quoted(word), expected);
+        }
+    }
+}
