@@ -66,7 +66,13 @@ fn without_a_daemon_the_clients_say_where_they_looked() {
 
 #[test]
 fn wrong_usage_is_2() {
-    for arguments in [&["explain"][..], &["dance"], &["run", "--dns-listen", "nowhere"]] {
+    for arguments in [
+        &["explain"][..],
+        &["dance"],
+        &["run", "--dns-listen", "nowhere"],
+        &["run", "--on-exit", "stay"],
+        &["check", "--on-exit", "keep"],
+    ] {
         let (code, text) = said(&nohop(arguments));
         assert_eq!(code, Some(2), "{arguments:?}: {text}");
     }

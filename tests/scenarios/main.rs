@@ -14,6 +14,7 @@ mod four_capabilities;
 mod not_a_vip_untouched;
 mod not_ready_before_consul;
 mod pinned_address;
+mod ports_from_meta;
 mod refuses_to_start;
 mod services_never_mix;
 mod static_catalog;
@@ -30,7 +31,7 @@ use libtest_mimic::{Arguments, Failed, Trial};
 
 type Story = fn() -> Result<()>;
 
-const STORIES: [(&str, Story); 18] = [
+const STORIES: [(&str, Story); 19] = [
     ("all_critical_refuses_and_recovers", all_critical_refuses_and_recovers::story),
     ("bad_records", bad_records::story),
     ("consul_killed_and_restarted", consul_killed_and_restarted::story),
@@ -42,6 +43,7 @@ const STORIES: [(&str, Story); 18] = [
     ("not_a_vip_untouched", not_a_vip_untouched::story),
     ("not_ready_before_consul", not_ready_before_consul::story),
     ("pinned_address", pinned_address::story),
+    ("ports_from_meta", ports_from_meta::story),
     ("refuses_to_start", refuses_to_start::story),
     ("services_never_mix", services_never_mix::story),
     ("static_catalog", static_catalog::story),

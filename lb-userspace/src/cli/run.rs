@@ -219,6 +219,11 @@ fn log_change(last: &Table, next: &Table) {
             let (n_backends, n_unfit) = (service.healthy().count(), service.excluded.len());
             tracing::info!(vip = %service.vip, n_backends, n_unfit, "{name}");
         }
+        for note in &service.notes {
+            if !before.is_some_and(|before| before.notes.contains(note)) {
+                tracing::warn!("{name}: {note}");
+            }
+        }
     }
     for name in last.services.keys().filter(|name| !next.services.contains_key(*name)) {
         tracing::info!("{name} is gone");

@@ -91,6 +91,9 @@ impl<'de> Deserialize<'de> for Ports {
         }
         match Written::deserialize(deserializer)? {
             Written::Text(text) => text.parse().map_err(serde::de::Error::custom),
+            Written::List(ports) if ports.is_empty() => {
+                Err(serde::de::Error::custom("no port at all: write at least one, or \"any\""))
+            }
             Written::List(ports) => Ok(Ports::only(ports)),
         }
     }
@@ -180,6 +183,7 @@ mod tests {
             assert_eq!(serde_json::to_string(&ports).unwrap(), json);
             assert_eq!(serde_json::from_str::<Ports>(json).unwrap(), ports);
         }
+        assert!(serde_json::from_str::<Ports>("[]").is_err());
         for protocols in [Protocols::Tcp, Protocols::Udp, Protocols::Both] {
             let json = serde_json::to_string(&protocols).unwrap();
             assert_eq!(json, format!("\"{protocols}\""));

@@ -1,0 +1,44 @@
+//! A service says its ports in Consul's Meta: it is dialled at those and at no other, and what its
+//! instances contradict each other in is decided by the majority and told.
+
+use std::net::SocketAddrV4;
+
+use anyhow::{Result, ensure};
+use lb_tests::consul::instance;
+use lb_tests::nohop::service;
+use serde_json::{Value, json};
+
+use crate::cluster::{Cluster, SOON};
+
+pub fn story() -> Result<()> {
+    let cluster = Cluster::new(1)?;
+    let register = |id: &str, meta: Value| -> Result<()> {
+        let mut instance = instance("db", id, cluster.helloworlds[0].address);
+        instance["Meta"] = meta;
+        cluster.server.register(&instance)
+    };
+    register("db-1", json!({ "nohop-ports": "81, 5432", "version": "3" }))?;
+    cluster.nohop.wait_for_backends("db", 1, SOON)?;
+    let vip = *cluster.vip("db")?.ip();
+    for port in [81, 5432] {
+        let dials = cluster.nodes.dial(SocketAddrV4::new(vip, port), 5)?;
+        ensure!(dials.errors.is_empty() && !dials.answers.is_empty(), "port {port}: {dials:?}");
+    }
+    let other_port = cluster.nodes.dial(SocketAddrV4::new(vip, 80), 5)?;
+    ensure!(other_port.all_failed_with("ConnectionRefused"), "{other_port:?}");
+
+    register("db-2", json!({ "nohop-ports": "82" }))?;
+    register("db-3", json!({ "nohop-ports": "82", "nohop-protocol": "icmp" }))?;
+    cluster.nohop.wait_for_backends("db", 3, SOON)?;
+    let services = cluster.nohop.services()?;
+    let db = service(&services, "db").cloned().unwrap_or_default();
+    ensure!(db["ports"] == json!([82]) && db["protocol"] == "tcp", "{db:#}");
+    let explained = cluster.nohop.cli("explain db")?;
+    let text = String::from_utf8_lossy(&explained.stdout);
+    for part in ["port 82 by TCP", "`82` (2): `82` counts", "`icmp` is no protocol"] {
+        ensure!(text.contains(part), "no {part:?} in:\n{text}");
+    }
+    let dials = cluster.nodes.dial(SocketAddrV4::new(vip, 82), 5)?;
+    ensure!(dials.errors.is_empty(), "{dials:?}");
+    Ok(())
+}
