@@ -5,6 +5,7 @@
 
 mod bed;
 mod changes;
+mod disconnect;
 mod refusal;
 mod scope;
 mod translation;
@@ -37,6 +38,14 @@ fn main() -> std::process::ExitCode {
         ("no_cgroup_is_an_error", scope::no_cgroup_is_an_error),
         ("swaps_are_atomic", changes::swaps_are_atomic),
         ("services_never_mix", changes::services_never_mix),
+        ("only_the_chosen_are_disconnected", disconnect::only_the_chosen),
+        ("a_disconnected_application_notices", disconnect::the_application_notices),
+        ("disconnected_in_another_namespace", disconnect::in_another_namespace),
+        ("disconnected_in_another_process", disconnect::in_another_process),
+        ("disconnected_in_a_threads_namespace", disconnect::in_a_threads_namespace),
+        ("twins_are_disconnected", disconnect::twins),
+        ("many_are_disconnected", disconnect::many),
+        ("failure_to_examine_is_reported", disconnect::failure_is_reported),
     ];
     let trials = trials.map(|(name, run)| {
         Trial::test(name, move || {

@@ -7,6 +7,7 @@
 mod alias;
 mod bpf;
 mod cost;
+pub mod diag;
 mod ids;
 mod kernel;
 mod maps;
