@@ -1,16 +1,21 @@
 //! Connected UDP sockets are disconnected from outside: exactly the chosen ones, wherever they are.
 
 use std::fs::File;
-use std::io::{self, ErrorKind, Read};
+use std::io::{self, ErrorKind, IoSlice, Read};
+use std::mem::MaybeUninit;
 use std::net::{SocketAddr, UdpSocket};
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use lb_userspace::plane::diag::{Connected, DiagError, Report, disconnect};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt::{set_socket_reuseport, socket_cookie};
-use rustix::net::{AddressFamily, SocketType, bind, socket};
+use rustix::net::{
+    AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketType, bind, sendmsg,
+    socket,
+};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::thread::{Pid, UnshareFlags, gettid, unshare_unsafe};
 
@@ -378,4 +383,35 @@ pub fn failure_is_reported() {
         "{report:?}"
     );
     assert_connected(&socket, &server);
+}
+
+/// A socket that is under way from one process to another, and in neither.
+pub fn unreached_is_reported() {
+    let storage = Storage::new();
+    let server = server("127.0.0.1:0");
+    let server_address = server.local_addr().unwrap();
+    let socket = client(([127, 0, 0, 1], 0), server_address);
+    let cookie = socket_cookie(&socket).unwrap();
+    storage.put(&socket, GONE);
+    let (sender, receiver) = UnixStream::pair().unwrap();
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut rights = SendAncillaryBuffer::new(&mut space);
+    let descriptors = [socket.as_fd()];
+    assert!(rights.push(SendAncillaryMessage::ScmRights(&descriptors)));
+    sendmsg(&sender, &[IoSlice::new(b"!")], &mut rights, SendFlags::empty()).unwrap();
+    drop(socket);
+
+    let is_gone = |_: &Connected, socket: BorrowedFd<'_>| Ok(storage.get(socket)? == Some(GONE));
+    let report = disconnect(|socket| is_to(socket, server_address), is_gone);
+    assert_eq!((report.n_examined, report.n_disconnected), (0, 0));
+    let [
+        DiagError::Unreached {
+            n_sockets: 1, cookie: unreached, destination, refused: None, ..
+        },
+    ] = report.errors[..]
+    else {
+        panic!("{report:?}");
+    };
+    assert_eq!((unreached, destination), (cookie, server_address));
+    drop(receiver);
 }

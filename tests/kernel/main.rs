@@ -46,6 +46,7 @@ fn main() -> std::process::ExitCode {
         ("twins_are_disconnected", disconnect::twins),
         ("many_are_disconnected", disconnect::many),
         ("failure_to_examine_is_reported", disconnect::failure_is_reported),
+        ("failure_to_disconnect_is_reported", disconnect::unreached_is_reported),
     ];
     let trials = trials.map(|(name, run)| {
         Trial::test(name, move || {

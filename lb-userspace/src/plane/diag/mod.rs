@@ -126,7 +126,7 @@ pub enum DiagError {
 /// searched for a descriptor of it. `is_gone` then gets a descriptor of the socket itself, to read
 /// its storage by; to say that the socket has no storage it returns false.
 ///
-/// Blocks: for a millisecond or so where there is no suspect, else for as long as it takes to read
+/// Blocks: for some milliseconds where there is no suspect, else for as long as it takes to read
 /// all the links in /proc/*/fd. Sockets that aren't connected are never touched; what vanishes
 /// meanwhile is no error. Needs CAP_SYS_ADMIN, CAP_SYS_PTRACE and CAP_NET_ADMIN. Minimum kernel:
 /// 5.6.
@@ -138,28 +138,14 @@ pub fn disconnect(
     is_suspect: impl Fn(&Connected) -> bool + Send,
     is_gone: impl FnMut(&Connected, BorrowedFd<'_>) -> io::Result<bool> + Send,
 ) -> Report {
-    let mut report = Report::default();
     // The thread ends in another namespace than it started in, so it can't be one of a pool.
     std::thread::scope(|scope| {
-        let work = || {
-            if let Err(error) = disconnect_everywhere(is_suspect, is_gone, &mut report) {
-                report.errors.push(error);
-            }
-        };
-        let thread = std::thread::Builder::new().name("disconnect".to_owned());
-        match thread.spawn_scoped(scope, work) {
-            Ok(thread) => {
-                if let Err(panic) = thread.join() {
-                    std::panic::resume_unwind(panic);
-                }
-                None
-            }
-            Err(error) => Some(DiagError::Thread(error)),
+        let work = || disconnect_everywhere(is_suspect, is_gone);
+        match std::thread::Builder::new().name("disconnect".to_owned()).spawn_scoped(scope, work) {
+            Ok(thread) => thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
+            Err(error) => Report { errors: vec![DiagError::Thread(error)], ..Report::default() },
         }
     })
-    .into_iter()
-    .for_each(|error| report.errors.push(error));
-    report
 }
 
 /// A network namespace, and the sockets in it that are still to be examined or disconnected.
@@ -189,50 +175,71 @@ impl Place {
 /// Moves the calling thread.
 fn disconnect_everywhere(
     is_suspect: impl Fn(&Connected) -> bool,
-    mut is_gone: impl FnMut(&Connected, BorrowedFd<'_>) -> io::Result<bool>,
-    report: &mut Report,
-) -> Result<(), DiagError> {
+    is_gone: impl FnMut(&Connected, BorrowedFd<'_>) -> io::Result<bool>,
+) -> Report {
     let deadline = Instant::now() + MAX_DURATION;
-    let in_time = || if Instant::now() < deadline { Ok(()) } else { Err(DiagError::TimedOut) };
+    let mut report = Report::default();
+    let result = find_suspects(&is_suspect, deadline, &mut report).and_then(|places| {
+        disconnect_in_rounds(places, is_suspect, is_gone, deadline, &mut report)
+    });
+    report.errors.extend(result.err());
+    report
+}
 
+/// Returns the namespaces with suspects in them. Moves the calling thread.
+fn find_suspects(
+    is_suspect: impl Fn(&Connected) -> bool,
+    deadline: Instant,
+    report: &mut Report,
+) -> Result<Vec<Place>, DiagError> {
     let mut places = Vec::new();
     for namespace in namespaces::all().map_err(DiagError::Processes)? {
-        in_time()?;
+        if Instant::now() > deadline {
+            report.errors.push(DiagError::TimedOut);
+            break;
+        }
         match suspects_in(&namespace, &is_suspect) {
-            Ok(None) => {}
             Ok(Some(place)) => {
                 report.n_namespaces += 1;
-                if !place.suspects.is_empty() {
-                    places.push(place);
-                }
+                places.push(place);
             }
+            Ok(None) => {}
             // The others are done all the same.
             Err(error) => report.errors.push(error),
         }
+        // Each keeps a descriptor.
+        places.retain(|place| !place.suspects.is_empty());
     }
+    Ok(places)
+}
 
+fn disconnect_in_rounds(
+    mut places: Vec<Place>,
+    is_suspect: impl Fn(&Connected) -> bool,
+    mut is_gone: impl FnMut(&Connected, BorrowedFd<'_>) -> io::Result<bool>,
+    deadline: Instant,
+    report: &mut Report,
+) -> Result<(), DiagError> {
     let mut spared = BTreeSet::new();
     let mut refused = None;
-    for _ in 0..MAX_ROUNDS {
+    for round in 0..MAX_ROUNDS {
         if places.is_empty() {
             return Ok(());
         }
-        in_time()?;
+        if round > 0 && Instant::now() > deadline {
+            return Err(DiagError::TimedOut);
+        }
         refused = disconnect_suspects(&mut places, &mut is_gone, &mut spared, report)?;
         for place in &mut places {
             place.list(|socket| is_suspect(socket) && !spared.contains(&socket.cookie))?;
         }
         places.retain(|place| !place.suspects.is_empty());
     }
-    let suspects = || {
-        places
-            .iter()
-            .flat_map(|place| place.suspects.iter().map(|socket| (place.namespace, socket)))
-    };
-    match suspects().next() {
+    let first = places.first().and_then(|place| Some((place.namespace, place.suspects.first()?)));
+    match first {
         None => Ok(()),
         Some((namespace, &Connected { cookie, destination, .. })) => {
-            let n_sockets = suspects().count();
+            let n_sockets = places.iter().map(|place| place.suspects.len()).sum();
             Err(DiagError::Unreached { n_sockets, namespace, cookie, destination, refused })
         }
     }
