@@ -124,7 +124,7 @@ fn server(address: &str) -> UdpSocket {
     socket
 }
 
-/// Whether what the socket sends reaches its server, and the answer the socket.
+/// Whether what the socket sends reaches its server, and what that answers the socket.
 fn assert_connected(socket: &UdpSocket, server: &UdpSocket) {
     socket.send(b"ping").unwrap();
     let mut buffer = [0; 8];
@@ -134,7 +134,7 @@ fn assert_connected(socket: &UdpSocket, server: &UdpSocket) {
     assert_eq!(socket.recv(&mut buffer).unwrap(), 4);
 }
 
-/// Whether the socket says once that it was disconnected, and works again after a connect().
+/// Whether the socket says once that it was disconnected, and goes nowhere.
 fn assert_disconnected(socket: &UdpSocket) {
     let aborted = socket.recv(&mut [0]).unwrap_err();
     assert_eq!(aborted.kind(), ErrorKind::ConnectionAborted);
