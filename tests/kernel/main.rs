@@ -5,6 +5,7 @@
 
 mod bed;
 mod changes;
+mod disconnect;
 mod refusal;
 mod scope;
 mod translation;
@@ -42,6 +43,15 @@ const TRIALS: &[KernelTrial] = &[
     since((5, 10), "no_cgroup_is_an_error", scope::no_cgroup_is_an_error),
     since((5, 10), "swaps_are_atomic", changes::swaps_are_atomic),
     since((5, 10), "services_never_mix", changes::services_never_mix),
+    since((5, 10), "only_the_chosen_are_disconnected", disconnect::only_the_chosen),
+    since((5, 10), "a_disconnected_application_notices", disconnect::the_application_notices),
+    since((5, 10), "disconnected_in_another_namespace", disconnect::in_another_namespace),
+    since((5, 10), "disconnected_in_another_process", disconnect::in_another_process),
+    since((5, 10), "disconnected_in_a_threads_namespace", disconnect::in_a_threads_namespace),
+    since((5, 10), "twins_are_disconnected", disconnect::twins),
+    since((5, 10), "many_are_disconnected", disconnect::many),
+    since((5, 10), "failure_to_examine_is_reported", disconnect::failure_is_reported),
+    since((5, 10), "failure_to_disconnect_is_reported", disconnect::unreached_is_reported),
     since((5, 10), "verified_instructions_are_told", verifier::instructions_are_told),
 ];
 

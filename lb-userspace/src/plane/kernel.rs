@@ -177,6 +177,17 @@ impl Board {
     }
 }
 
+/// Tells which backends are in the table.
+#[derive(Clone, Debug)]
+pub struct Liveness(Arc<Words>);
+
+impl Liveness {
+    /// The generation of the backend with this index; 0 for one that isn't in the table.
+    pub fn generation(&self, backend_idx: u32) -> u32 {
+        halves(self.0.load(backend_idx as usize * 3 + 2))[1]
+    }
+}
+
 /// The maps that the programs read.
 #[derive(Debug)]
 pub struct KernelMaps {
@@ -185,7 +196,7 @@ pub struct KernelMaps {
     filter: Words,
     services: Words,
     slots: Words,
-    backends: Words,
+    backends: Arc<Words>,
     names: Words,
     counters: Counters,
     board: Board,
@@ -203,7 +214,7 @@ impl KernelMaps {
         let filter = array("FILTER")?;
         let services = array("SERVICES")?;
         let slots = array("SLOTS")?;
-        let backends = array("BACKENDS")?;
+        let backends = Arc::new(array("BACKENDS")?);
         let names = array("NAMES")?;
         let counters = Counters {
             service_stats: Arc::new(array("SERVICE_STATS")?),
@@ -234,6 +245,11 @@ impl KernelMaps {
     /// A handle to what the programs count.
     pub fn counters(&self) -> Counters {
         self.counters.clone()
+    }
+
+    /// A handle that tells which backends are in the table.
+    pub fn liveness(&self) -> Liveness {
+        Liveness(self.backends.clone())
     }
 
     /// A handle to what the two sides say of themselves.

@@ -9,7 +9,9 @@ mod alias;
 mod bpf;
 mod btf;
 mod cost;
+pub mod diag;
 mod excluded;
+mod forsaken;
 mod ids;
 mod kernel;
 mod links;
@@ -38,6 +40,7 @@ use lb_common::{
 
 use crate::config::{Config, PlaneConfig, VipConfig, cgroup};
 use crate::table::Table;
+use forsaken::Disconnector;
 use kernel::{Board, KernelMaps};
 use links::{HOOKS, Links};
 use pins::{MapShape, Pins};
@@ -264,6 +267,7 @@ pub struct Plane {
     board: Board,
     links: Links,
     pins: Pins,
+    disconnector: Disconnector,
     refusal: Refusal,
     excluded: Vec<PathBuf>,
     pool_network: std::net::Ipv4Addr,
@@ -309,6 +313,7 @@ impl Plane {
         let Loaded { ebpf, refusal, mut reconciler } = loaded;
         let maps = reconciler.maps_mut();
         let (counters, board) = (maps.counters(), maps.board());
+        let disconnector = Disconnector::new(maps.liveness(), pins.sockets().join("PEERS"));
         let mut plane = Plane {
             ebpf,
             reconciler,
@@ -316,6 +321,7 @@ impl Plane {
             board,
             links: Links::new(&options.scope),
             pins,
+            disconnector,
             refusal,
             excluded: options.plane.exclude_cgroups.clone(),
             pool_network: options.vip.pool.network(),
@@ -363,6 +369,7 @@ impl Plane {
     /// When the maps were new and the hooks couldn't be switched to them: the former ones go on.
     pub fn apply(&mut self, table: &Table) -> Result<BTreeMap<Arc<str>, ApplyError>, PlaneError> {
         let errors = self.reconciler.apply(table);
+        self.disconnector.disconnect(self.reconciler.take_left_udp());
         let daemon = self.board.daemon();
         self.board.set_daemon(Daemon {
             is_filled: 1,

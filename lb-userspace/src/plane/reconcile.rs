@@ -120,8 +120,8 @@ pub struct Reconciler<M> {
     frontends: Room,
     frontends6: Room,
     next_generation: u32,
-    /// Whether a backend left that sockets may be connected to by UDP.
-    left_udp: bool,
+    /// Backends that left a service which is dialled by UDP, each with the service.
+    left_udp: HashSet<(Arc<str>, SocketAddr)>,
 }
 
 /// How full a hash is.
@@ -147,7 +147,7 @@ impl<M: Maps> Reconciler<M> {
             frontends: room("FRONTENDS", sizes.frontends),
             frontends6: room("FRONTENDS6", sizes.frontends6),
             next_generation: first_generation.max(1),
-            left_udp: false,
+            left_udp: HashSet::new(),
         }
     }
 
@@ -182,9 +182,14 @@ impl<M: Maps> Reconciler<M> {
         errors
     }
 
-    /// Whether, since the last call, a backend left that sockets may be connected to by UDP.
-    pub fn take_left_udp(&mut self) -> bool {
-        std::mem::take(&mut self.left_udp)
+    /// The backends that, since the last call, left a service which is dialled by UDP, and have not
+    /// come back to it.
+    pub fn take_left_udp(&mut self) -> HashSet<SocketAddr> {
+        let is_back = |name: &Arc<str>, address: &SocketAddr| {
+            self.held.get(name).is_some_and(|held| held.backends.contains_key(address))
+        };
+        let left = std::mem::take(&mut self.left_udp).into_iter();
+        left.filter(|(name, address)| !is_back(name, address)).map(|(_, address)| address).collect()
     }
 
     /// The indices of a service that is in the maps.
@@ -291,10 +296,13 @@ impl<M: Maps> Reconciler<M> {
         self.resting.blocks.extend(std::mem::replace(&mut held.blocks, blocks));
         let stay: HashSet<SocketAddr> = healthy.iter().map(|backend| backend.address).collect();
         let has_udp = held.has_udp();
-        for (_, backend_idx) in held.backends.extract_if(|address, _| !stay.contains(address)) {
+        for (address, backend_idx) in held.backends.extract_if(|address, _| !stay.contains(address))
+        {
             self.maps.retire_backend(backend_idx);
             self.resting.backends.push(backend_idx);
-            self.left_udp |= has_udp;
+            if has_udp {
+                self.left_udp.insert((service.name.clone(), address));
+            }
         }
 
         self.put_frontends(service, service_idx)?;
@@ -376,13 +384,16 @@ impl<M: Maps> Reconciler<M> {
     fn remove(&mut self, name: &str) -> Result<(), ApplyError> {
         let Some(held) = self.held.get(name) else { return Ok(()) };
         let frontends: Vec<FrontendKey> = held.frontends.keys().copied().collect();
-        self.left_udp |= held.has_udp();
         self.maps.publish(held.service_idx, ServiceEntry::default());
-        for &backend_idx in held.backends.values() {
+        let (name, has_udp) = (Arc::<str>::from(name), held.has_udp());
+        for (&address, &backend_idx) in &held.backends {
             self.maps.retire_backend(backend_idx);
+            if has_udp {
+                self.left_udp.insert((name.clone(), address));
+            }
         }
-        self.remove_frontends(name, &frontends)?;
-        if let Some(held) = self.held.remove(name) {
+        self.remove_frontends(&name, &frontends)?;
+        if let Some(held) = self.held.remove(&name) {
             self.resting.services.push(held.service_idx);
             self.resting.backends.extend(held.backends.into_values());
             self.resting.blocks.extend(held.blocks);

@@ -121,10 +121,12 @@ impl<M: Maps> Reconciler<M> {
             }
         }
         for backend_idx in (0..sizes.backends).filter(|idx| !used_backends.contains(idx)) {
-            if self.maps.backend(backend_idx).generation != 0 {
+            let backend = self.maps.backend(backend_idx);
+            if backend.generation != 0 {
                 self.maps.retire_backend(backend_idx);
-                // The table that it left by may have been the earlier daemon's last.
-                self.left_udp = true;
+                // Whose it was isn't known any more. It may have left by the last change that the
+                // earlier daemon made.
+                self.left_udp.insert(("".into(), socket_address(&backend)));
             }
         }
         // A program may be at work on what was just found free.

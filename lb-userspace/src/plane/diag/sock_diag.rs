@@ -1,0 +1,332 @@
+//! The kernel's diagnosis of sockets over netlink, as far as connected UDP needs it:
+//! sock_diag(7), linux/sock_diag.h, linux/inet_diag.h.
+
+use std::io;
+use std::net::{Ipv6Addr, SocketAddr, SocketAddrV6};
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::{
+    AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, netlink, recv, send, socket_with,
+};
+
+const SOCK_DIAG_BY_FAMILY: u16 = 20;
+const SOCK_DESTROY: u16 = 21;
+
+const NLMSG_ERROR: u16 = libc::NLMSG_ERROR as u16;
+const NLMSG_DONE: u16 = libc::NLMSG_DONE as u16;
+const NLM_F_REQUEST: u16 = libc::NLM_F_REQUEST as u16;
+const NLM_F_ACK: u16 = libc::NLM_F_ACK as u16;
+const NLM_F_DUMP: u16 = libc::NLM_F_DUMP as u16;
+const NLM_F_DUMP_INTR: u16 = libc::NLM_F_DUMP_INTR as u16;
+
+/// The state of a UDP socket that is connected; the others are in TCP_CLOSE.
+const TCP_ESTABLISHED: u32 = 1;
+
+/// struct nlmsghdr
+const MESSAGE_HEADER_SIZE: usize = 16;
+/// struct inet_diag_sockid
+const SOCKET_ID_SIZE: usize = 48;
+/// Messages start at multiples of it.
+const ALIGNMENT: usize = 4;
+
+/// More than the kernel puts into one answer.
+const BUFFER_SIZE: usize = 1 << 16;
+
+/// How often a list that changed while it was made is asked for again.
+const MAX_LISTS: usize = 4;
+
+/// The kernel answers at once; this is for the day on which it doesn't.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// The family of a socket. One that speaks IPv4 through mapped addresses is [`Family::V6`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Family {
+    /// AF_INET
+    V4 = libc::AF_INET as u8,
+    /// AF_INET6
+    V6 = libc::AF_INET6 as u8,
+}
+
+/// A connected UDP socket.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Connected {
+    /// The number that the kernel gives to no other socket before it is restarted: SO_COOKIE.
+    pub cookie: u64,
+    /// The number in the links of /proc/[pid]/fd. Once the socket is closed another may have it.
+    pub inode: u32,
+    /// The socket's own address. IPv6 for an IPv6 socket, also where that is an IPv4 address in its
+    /// mapped form: see [`std::net::IpAddr::to_canonical`].
+    pub local: SocketAddr,
+    /// What the socket is connected to; in the same form.
+    pub destination: SocketAddr,
+    family: Family,
+    socket_id: [u8; SOCKET_ID_SIZE],
+}
+
+/// A netlink socket. It belongs to the network namespace that it was opened in.
+#[derive(Debug)]
+pub struct SockDiag {
+    socket: OwnedFd,
+    /// The last request's number.
+    sequence: u32,
+    buffer: Vec<u8>,
+}
+
+impl SockDiag {
+    /// Opens one in the calling thread's network namespace.
+    ///
+    /// # Errors
+    /// When the kernel was built without.
+    pub fn open() -> io::Result<SockDiag> {
+        let protocol = Some(netlink::SOCK_DIAG);
+        let socket =
+            socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, protocol)?;
+        set_socket_timeout(&socket, Timeout::Recv, Some(ANSWER_TIMEOUT))?;
+        Ok(SockDiag { socket, sequence: 0, buffer: vec![0; BUFFER_SIZE] })
+    }
+
+    /// The connected UDP sockets of a family. A socket can be missing when its neighbour in the
+    /// kernel's table goes while the list is made.
+    ///
+    /// # Errors
+    /// ENOENT without the module udp_diag.
+    pub fn connected_udp(&mut self, family: Family) -> io::Result<Vec<Connected>> {
+        let mut sockets = Vec::new();
+        for _ in 0..MAX_LISTS {
+            sockets.clear();
+            let mut is_interrupted = false;
+            let request = udp_sockets(family, &[0; SOCKET_ID_SIZE]);
+            self.send(SOCK_DIAG_BY_FAMILY, NLM_F_DUMP, &request)?;
+            self.receive(|message| {
+                is_interrupted |= message.flags & NLM_F_DUMP_INTR != 0;
+                if message.kind == SOCK_DIAG_BY_FAMILY {
+                    sockets.push(Connected::parse(message.payload)?);
+                }
+                Ok(())
+            })?;
+            if !is_interrupted {
+                break;
+            }
+        }
+        Ok(sockets)
+    }
+
+    /// Takes a socket's connection away. Returns false when it was no longer there: when no socket
+    /// with these addresses and ports has this cookie.
+    ///
+    /// # Errors
+    /// EPERM without CAP_NET_ADMIN, EOPNOTSUPP when the kernel was built without.
+    pub fn destroy(&mut self, socket: &Connected) -> io::Result<bool> {
+        self.send(SOCK_DESTROY, NLM_F_ACK, &udp_sockets(socket.family, &socket.socket_id))?;
+        match self.receive(|_| Ok(())) {
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+            result => result.map(|()| true),
+        }
+    }
+
+    fn send(&mut self, kind: u16, flags: u16, payload: &[u8]) -> io::Result<()> {
+        self.sequence = self.sequence.wrapping_add(1);
+        let length = (MESSAGE_HEADER_SIZE + payload.len()) as u32;
+        let message = [
+            &length.to_ne_bytes()[..],
+            &kind.to_ne_bytes(),
+            &(NLM_F_REQUEST | flags).to_ne_bytes(),
+            &self.sequence.to_ne_bytes(),
+            &0u32.to_ne_bytes(),
+            payload,
+        ]
+        .concat();
+        rustix::io::retry_on_intr(|| send(&self.socket, &message, SendFlags::empty()))?;
+        Ok(())
+    }
+
+    /// Hands each message that answers the last request to `take`, up to the one that says how the
+    /// request ended.
+    fn receive(&mut self, mut take: impl FnMut(Message<'_>) -> io::Result<()>) -> io::Result<()> {
+        loop {
+            let receive = || recv(&self.socket, &mut self.buffer[..], RecvFlags::TRUNC);
+            let (_, length) = rustix::io::retry_on_intr(receive)?;
+            let mut rest = self.buffer.get(..length).ok_or_else(malformed)?;
+            while !rest.is_empty() {
+                let message = Message::parse(&mut rest)?;
+                // What an earlier request left behind when it failed half-way.
+                if message.sequence != self.sequence {
+                    continue;
+                }
+                if matches!(message.kind, NLMSG_ERROR | NLMSG_DONE) {
+                    return message.outcome();
+                }
+                take(message)?;
+            }
+        }
+    }
+}
+
+/// struct inet_diag_req_v2, for connected UDP sockets.
+fn udp_sockets(family: Family, socket_id: &[u8; SOCKET_ID_SIZE]) -> Vec<u8> {
+    let (extensions, padding) = (0, 0);
+    let states: u32 = 1 << TCP_ESTABLISHED;
+    let head = [family as u8, libc::IPPROTO_UDP as u8, extensions, padding];
+    [&head[..], &states.to_ne_bytes(), socket_id].concat()
+}
+
+/// struct nlmsghdr, and what follows it.
+#[derive(Clone, Copy, Debug)]
+struct Message<'a> {
+    kind: u16,
+    flags: u16,
+    sequence: u32,
+    payload: &'a [u8],
+}
+
+impl<'a> Message<'a> {
+    /// Takes the first message off `bytes`, which may end before its padding.
+    fn parse(bytes: &mut &'a [u8]) -> io::Result<Message<'a>> {
+        let header: [u8; MESSAGE_HEADER_SIZE] = *bytes.first_chunk().ok_or_else(malformed)?;
+        let [l0, l1, l2, l3, k0, k1, f0, f1, s0, s1, s2, s3, ..] = header;
+        let length = u32::from_ne_bytes([l0, l1, l2, l3]) as usize;
+        let payload = bytes.get(MESSAGE_HEADER_SIZE..length).ok_or_else(malformed)?;
+        *bytes = bytes.get(length.next_multiple_of(ALIGNMENT)..).unwrap_or_default();
+        Ok(Message {
+            kind: u16::from_ne_bytes([k0, k1]),
+            flags: u16::from_ne_bytes([f0, f1]),
+            sequence: u32::from_ne_bytes([s0, s1, s2, s3]),
+            payload,
+        })
+    }
+
+    /// How a request ended: both NLMSG_ERROR and NLMSG_DONE start with 0 or a negative errno.
+    fn outcome(&self) -> io::Result<()> {
+        match i32::from_ne_bytes(*self.payload.first_chunk().ok_or_else(malformed)?) {
+            negative_errno @ ..0 => {
+                Err(io::Error::from_raw_os_error(negative_errno.saturating_neg()))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Connected {
+    /// Parses struct inet_diag_msg; the attributes behind it don't matter.
+    fn parse(payload: &[u8]) -> io::Result<Connected> {
+        let ([family, _state, _timer, _retransmits], rest) = split(payload)?;
+        let family = match i32::from(family) {
+            libc::AF_INET => Family::V4,
+            libc::AF_INET6 => Family::V6,
+            _ => return Err(malformed()),
+        };
+        let (socket_id, rest): ([u8; SOCKET_ID_SIZE], _) = split(rest)?;
+        let (_expires_rqueue_wqueue_uid, rest) = split::<16>(rest)?;
+        let (inode, _) = split(rest)?;
+
+        let (local_port_be, rest) = split(&socket_id)?;
+        let (destination_port_be, rest) = split(rest)?;
+        let (local, rest) = split(rest)?;
+        let (destination, rest) = split(rest)?;
+        let (interface, rest) = split(rest)?;
+        let (cookie_low, rest) = split(rest)?;
+        let (cookie_high, _) = split(rest)?;
+        let [low, high] = [cookie_low, cookie_high].map(|half| u64::from(u32::from_ne_bytes(half)));
+        let address = |bytes, port_be| {
+            address(family, bytes, u16::from_be_bytes(port_be), u32::from_ne_bytes(interface))
+        };
+        Ok(Connected {
+            cookie: high << 32 | low,
+            inode: u32::from_ne_bytes(inode),
+            local: address(local, local_port_be),
+            destination: address(destination, destination_port_be),
+            family,
+            socket_id,
+        })
+    }
+}
+
+fn split<const N: usize>(bytes: &[u8]) -> io::Result<([u8; N], &[u8])> {
+    bytes.split_first_chunk().map(|(first, rest)| (*first, rest)).ok_or_else(malformed)
+}
+
+/// An IPv4 address is in the first four bytes.
+fn address(family: Family, bytes: [u8; 16], port: u16, interface: u32) -> SocketAddr {
+    match family {
+        Family::V4 => {
+            let [a, b, c, d, ..] = bytes;
+            ([a, b, c, d], port).into()
+        }
+        Family::V6 => {
+            let address = Ipv6Addr::from(bytes);
+            let scope_id = if address.is_unicast_link_local() { interface } else { 0 };
+            SocketAddrV6::new(address, port, 0, scope_id).into()
+        }
+    }
+}
+
+fn malformed() -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, "the kernel's answer can't be understood")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A connected UDP socket as the kernel lists it.
+    fn socket(family: Family, local: [u8; 16], destination: [u8; 16]) -> Vec<u8> {
+        let head = [family as u8, 1, 0, 0, 0x9c, 0x40, 0x00, 0x35];
+        let interface = 7u32.to_ne_bytes();
+        let cookie = [0x5566_7788u32.to_ne_bytes(), 0x1122_3344u32.to_ne_bytes()].concat();
+        let inode = 4711u32.to_ne_bytes();
+        let attributes = [5, 0, 8, 0, 0, 0, 0, 0];
+        let parts = [&head[..], &local, &destination, &interface, &cookie, &[0; 16], &inode];
+        [&parts.concat()[..], &attributes].concat()
+    }
+
+    fn v4(octets: [u8; 4]) -> [u8; 16] {
+        let [a, b, c, d] = octets;
+        [a, b, c, d, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]
+    }
+
+    fn v6(text: &str) -> [u8; 16] {
+        text.parse::<Ipv6Addr>().unwrap().octets()
+    }
+
+    #[test]
+    fn sockets_are_parsed() {
+        let v4_local = v4([127, 0, 0, 1]);
+        for (family, local, destination, expected_local, expected_destination) in [
+            (Family::V4, v4_local, v4([10, 0, 0, 7]), "127.0.0.1:40000", "10.0.0.7:53"),
+            (
+                Family::V6,
+                v6("::ffff:127.0.0.1"),
+                v6("::ffff:10.0.0.7"),
+                "[::ffff:127.0.0.1]:40000",
+                "[::ffff:10.0.0.7]:53",
+            ),
+            (Family::V6, v6("fd00::1"), v6("fe80::2"), "[fd00::1]:40000", "[fe80::2%7]:53"),
+        ] {
+            let bytes = socket(family, local, destination);
+            let socket = Connected::parse(&bytes).unwrap();
+            assert_eq!((socket.cookie, socket.inode), (0x1122_3344_5566_7788, 4711));
+            assert_eq!(socket.local, expected_local.parse().unwrap());
+            assert_eq!(socket.destination, expected_destination.parse().unwrap());
+            assert_eq!(socket.socket_id, bytes[4..52]);
+            assert!(Connected::parse(&bytes[..71]).is_err(), "cut short");
+        }
+    }
+
+    #[test]
+    fn requests_end_with_zero_or_an_errno() {
+        let message = |payload: &[u8]| {
+            let length = (MESSAGE_HEADER_SIZE + payload.len()) as u32;
+            [&length.to_ne_bytes()[..], &[0; 12], payload].concat()
+        };
+        let outcome = |bytes: &[u8]| Message::parse(&mut &bytes[..]).unwrap().outcome();
+        assert!(outcome(&message(&0i32.to_ne_bytes())).is_ok());
+        let refused = outcome(&message(&(-libc::EPERM).to_ne_bytes())).unwrap_err();
+        assert_eq!(refused.raw_os_error(), Some(libc::EPERM));
+        assert!(outcome(&message(&i32::MIN.to_ne_bytes())).is_err());
+        assert!(outcome(&message(&[])).is_err());
+        assert!(Message::parse(&mut &message(&[0; 4])[..19]).is_err());
+    }
+}
