@@ -1,6 +1,7 @@
 //! The daemon needs no root: four capabilities will do, as the README says.
 
 use anyhow::{Context, Result, ensure};
+use lb_tests::bpffs::Bpffs;
 use lb_tests::process::Process;
 use lb_tests::run;
 
@@ -18,6 +19,8 @@ pub fn story() -> Result<()> {
     command.arg(format!("--bounding-set=-all,{CAPABILITIES}"));
     command.arg(format!("--inh-caps=-all,{CAPABILITIES}"));
     command.arg(run::built("nohop")?).arg("run").arg("--catalog").arg(catalog.path());
+    let bpffs = Bpffs::new()?;
+    command.arg("--bpffs").arg(bpffs.path().join("nohop"));
     command.arg("--state-dir").arg(&directory).arg("--cgroup").arg(nodes.cgroup.path());
     command.arg("--admin-listen").arg(format!("unix:{}/admin.sock", directory.display()));
     let nohop = Process::spawn("nohop", command)?;

@@ -9,6 +9,7 @@ mod consul_killed_and_restarted;
 mod container_namespace;
 mod critical_backend_leaves;
 mod curl_by_name;
+mod detached_by_hand;
 mod forwarding;
 mod four_capabilities;
 mod not_a_vip_untouched;
@@ -20,7 +21,6 @@ mod services_never_mix;
 mod static_catalog;
 mod stops_within_a_second;
 mod tag_removed;
-mod unloaded_by_hand;
 mod wildcard_server_never_reached;
 
 use std::process::ExitCode;
@@ -38,6 +38,7 @@ const STORIES: [(&str, Story); 19] = [
     ("container_namespace", container_namespace::story),
     ("critical_backend_leaves", critical_backend_leaves::story),
     ("curl_by_name", curl_by_name::story),
+    ("detached_by_hand", detached_by_hand::story),
     ("forwarding", forwarding::story),
     ("four_capabilities", four_capabilities::story),
     ("not_a_vip_untouched", not_a_vip_untouched::story),
@@ -49,7 +50,6 @@ const STORIES: [(&str, Story); 19] = [
     ("static_catalog", static_catalog::story),
     ("stops_within_a_second", stops_within_a_second::story),
     ("tag_removed", tag_removed::story),
-    ("unloaded_by_hand", unloaded_by_hand::story),
     ("wildcard_server_never_reached", wildcard_server_never_reached::story),
 ];
 

@@ -2,6 +2,7 @@
 //! already serves on.
 
 use anyhow::{Result, ensure};
+use lb_tests::bpffs::Bpffs;
 use lb_tests::run;
 
 use crate::cluster::{Catalog, Nodes, attached};
@@ -14,7 +15,10 @@ pub fn story() -> Result<()> {
     let serving = attached(&nodes.cgroup)?;
 
     let directory = catalog.directory();
+    let bpffs = Bpffs::new()?;
     let own_dns = "--dns-listen 127.0.0.1:5353";
+    let own_pins = format!("--bpffs {}/nohop", bpffs.path().display());
+    let pid = nohop.process.pid().as_raw_nonzero().to_string();
     let own_admin = format!("--admin-listen unix:{}/other.sock", directory.display());
     let cgroup = format!("--cgroup {}", nodes.cgroup.path().display());
     let no_capabilities = "setpriv --bounding-set=-all --inh-caps=-all";
@@ -26,9 +30,23 @@ pub fn story() -> Result<()> {
             format!("{cgroup} {own_dns} --admin-listen {}", nohop.admin()),
             ["admin.sock", "another"],
         ),
-        ("env", format!("--cgroup /tmp {own_dns} {own_admin}"), ["/tmp", "cgroup v2"]),
-        ("env", format!("--cgroup /none {own_dns} {own_admin}"), ["/none", "--cgroup"]),
-        (no_capabilities, format!("{cgroup} {own_dns} {own_admin}"), ["as root", "CAP_BPF"]),
+        (
+            "env",
+            format!("{cgroup} {own_dns} {own_admin} --bpffs {}", nohop.pins().display()),
+            ["another nohop", &pid],
+        ),
+        (
+            "env",
+            format!("{cgroup} {own_dns} {own_admin} --bpffs {}", directory.display()),
+            ["isn't on a BPF file system", "mount -t bpf"],
+        ),
+        ("env", format!("--cgroup /tmp {own_dns} {own_admin} {own_pins}"), ["/tmp", "cgroup v2"]),
+        ("env", format!("--cgroup /none {own_dns} {own_admin} {own_pins}"), ["/none", "--cgroup"]),
+        (
+            no_capabilities,
+            format!("{cgroup} {own_dns} {own_admin} {own_pins}"),
+            ["as root", "CAP_BPF"],
+        ),
     ];
     for (under, flags, words) in cases {
         let mut command = nodes.client.outside().command("timeout");

@@ -1,4 +1,5 @@
-//! SIGTERM and SIGINT stop the daemon within a second, and it leaves nothing attached.
+//! SIGTERM and SIGINT stop the daemon within a second. It leaves the hooks in place, or, told so,
+//! nothing.
 
 use anyhow::{Result, ensure};
 use rustix::process::Signal;
@@ -10,7 +11,7 @@ pub fn story() -> Result<()> {
     let helloworld = nodes.helloworld("helloworld")?;
     let catalog = Catalog::new(&[("helloworld", &[helloworld.address])])?;
     for signal in [Signal::TERM, Signal::INT] {
-        let nohop = nodes.nohop(&catalog.config())?;
+        let nohop = nodes.nohop(&("on_exit = \"detach\"\n".to_owned() + &catalog.config()))?;
         ensure!(nodes.curl("helloworld")? == "hello from helloworld\n");
         let serving = attached(&nodes.cgroup)?;
         ensure!(serving.iter().any(|line| line.contains("connect4")), "{serving:?}");
@@ -20,5 +21,8 @@ pub fn story() -> Result<()> {
         let left = attached(&nodes.cgroup)?;
         ensure!(left.is_empty(), "{signal:?} left {left:?}");
     }
+    let nohop = nodes.nohop(&catalog.config())?;
+    ensure!(nohop.end()?.success());
+    ensure!(attached(&nodes.cgroup)?.len() == 8, "{:?}", attached(&nodes.cgroup)?);
     Ok(())
 }

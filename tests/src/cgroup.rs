@@ -65,6 +65,9 @@ fn remove(path: &Path) {
     if !path.exists() {
         return;
     }
+    // Such as the one that nohop dials from, if it was killed at that moment.
+    let below = fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path());
+    below.filter(|entry| entry.is_dir()).for_each(|cgroup| remove(&cgroup));
     if let Err(error) = empty(path).and_then(|()| Ok(fs::remove_dir(path)?)) {
         eprintln!("the cgroup {} stays: {error:#}", path.display());
     }

@@ -4,6 +4,7 @@ use std::ffi::OsStr;
 use std::fs;
 use std::io::{ErrorKind, Read, Write};
 use std::mem::MaybeUninit;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Output};
@@ -17,6 +18,7 @@ use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 use rustix::process::Signal;
 use serde_json::Value;
 
+use crate::bpffs::Bpffs;
 use crate::cgroup::Cgroup;
 use crate::net::Host;
 use crate::process::Process;
@@ -37,6 +39,8 @@ pub struct Nohop {
     /// Its process.
     pub process: Process,
     host: Arc<Host>,
+    // Unmounted after the daemon has ended: with the pins go the hooks.
+    bpffs: Bpffs,
     scratch: Scratch,
 }
 
@@ -67,40 +71,78 @@ impl Nohop {
         let scratch = Scratch::new("nohop")?;
         let dir = scratch.path();
         let config_file = dir.join("nohop.toml");
+        let bpffs = Bpffs::new()?;
         let own = format!(
-            "cgroup = {:?}\nstate_dir = {:?}\nadmin.listen = [{:?}]\n",
+            "cgroup = {:?}\nbpffs = {:?}\nstate_dir = {:?}\nadmin.listen = [{:?}]\n",
             cgroup.path(),
+            bpffs.path().join("nohop"),
             dir.join("state"),
             admin(dir)
         );
         fs::write(&config_file, own + config).context("write the daemon's configuration")?;
-        let mut command = host.outside().command(run::built("nohop")?);
-        command.args([OsStr::new("run"), OsStr::new("--config"), config_file.as_os_str()]);
-        command.env("RUST_LOG", "info");
-        let inotify = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
-        inotify::add_watch(&inotify, dir, WatchFlags::CREATE)?;
-        let process = Process::spawn("nohop", command)?;
-        let nohop = Nohop { process, host: Arc::clone(host), scratch };
+        let inotify = watch(dir)?;
+        let process = spawn(host, &config_file)?;
+        let nohop = Nohop { process, host: Arc::clone(host), bpffs, scratch };
+        nohop.wait_until_listening(&inotify)?;
+        Ok(nohop)
+    }
 
+    /// Starts the daemon again, once it has ended, and waits until it is ready.
+    ///
+    /// # Errors
+    /// When it isn't ready in time.
+    pub fn start_again(&mut self) -> Result<()> {
+        // What a killed daemon leaves behind would pass for a new one's.
+        let _ = fs::remove_file(self.socket());
+        let inotify = watch(self.scratch.path())?;
+        self.process = spawn(&self.host, &self.scratch.path().join("nohop.toml"))?;
+        self.wait_until_listening(&inotify)?;
+        self.wait_until_ready()
+    }
+
+    /// Ends the daemon, as a crash would, and waits until it has ended.
+    ///
+    /// # Errors
+    /// When it doesn't end.
+    pub fn crash(&self) -> Result<()> {
+        self.process.signal(Signal::KILL)?;
+        self.process.wait_for_exit(STOP_LIMIT).map(drop)
+    }
+
+    /// Ends the daemon with SIGTERM, and keeps what is needed to start it again.
+    ///
+    /// # Errors
+    /// When it doesn't end within [`STOP_LIMIT`].
+    pub fn end(&self) -> Result<ExitStatus> {
+        self.process.signal(Signal::TERM)?;
+        self.process.wait_for_exit(STOP_LIMIT)
+    }
+
+    /// Where the daemon pins maps and links.
+    pub fn pins(&self) -> PathBuf {
+        self.bpffs.path().join("nohop")
+    }
+
+    fn wait_until_listening(&self, inotify: &OwnedFd) -> Result<()> {
         let deadline = Instant::now() + PATIENCE;
         let mut buffer = [MaybeUninit::uninit(); 4096];
         loop {
-            match UnixStream::connect(nohop.socket()) {
-                Ok(_) => return Ok(nohop),
+            match UnixStream::connect(self.socket()) {
+                Ok(_) => return Ok(()),
                 // Between bind() and listen(), a moment for which there is no event.
                 Err(error) if error.kind() == ErrorKind::ConnectionRefused => thread::yield_now(),
                 Err(_) => {
                     let left = deadline.saturating_duration_since(Instant::now());
-                    let pidfd = nohop.process.pidfd();
+                    let pidfd = self.process.pidfd();
                     let mut fds =
-                        [PollFd::new(&inotify, PollFlags::IN), PollFd::new(&pidfd, PollFlags::IN)];
+                        [PollFd::new(inotify, PollFlags::IN), PollFd::new(&pidfd, PollFlags::IN)];
                     poll(&mut fds, Some(&Timespec::try_from(left)?))?;
-                    ensure!(fds[1].revents().is_empty(), "it ended\n{}", nohop.process.tail());
-                    let _ = inotify::Reader::new(&inotify, &mut buffer).next();
+                    ensure!(fds[1].revents().is_empty(), "it ended\n{}", self.process.tail());
+                    let _ = inotify::Reader::new(inotify, &mut buffer).next();
                 }
             }
             if Instant::now() > deadline {
-                bail!("it doesn't listen after {PATIENCE:?}\n{}", nohop.process.tail());
+                bail!("it doesn't listen after {PATIENCE:?}\n{}", self.process.tail());
             }
         }
     }
@@ -250,6 +292,20 @@ impl Nohop {
             body: serde_json::from_str(body).with_context(|| format!("{path}: {answer}"))?,
         })
     }
+}
+
+/// Tells when something is made in a directory.
+fn watch(dir: &Path) -> Result<OwnedFd> {
+    let inotify = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
+    inotify::add_watch(&inotify, dir, WatchFlags::CREATE)?;
+    Ok(inotify)
+}
+
+fn spawn(host: &Host, config_file: &Path) -> Result<Process> {
+    let mut command = host.outside().command(run::built("nohop")?);
+    command.args([OsStr::new("run"), OsStr::new("--config"), config_file.as_os_str()]);
+    command.env("RUST_LOG", "info");
+    Process::spawn("nohop", command)
 }
 
 /// The address of the admin interface of a daemon with this directory.
