@@ -2,12 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::bed::{Bed, OTHER_VIP, Server, VIP, dial, service};
-
-/// How often each thread dials; fewer where the processor is emulated, which is slow.
-fn n_dials() -> usize {
-    if std::env::var_os("NOHOP_EMULATED").is_some() { 1_000 } else { 10_000 }
-}
+use crate::bed::{Bed, OTHER_VIP, Server, VIP, dial, n_dials, service};
 
 /// Two dialling threads against a table that swaps all of a service's backends without a pause.
 pub fn swaps_are_atomic() {
