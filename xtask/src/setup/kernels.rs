@@ -125,28 +125,35 @@ fn of_debian(release: &str) -> Result<Vec<Kernel>> {
     let apt = Apt::of_debian(release)?;
     let packages = apt.packages("linux-image-")?;
     let package = newest_cloud_kernel(&packages).context("it has no linux-image-*-cloud-amd64")?;
-    let deb = apt.download(package)?;
+    let name = package.trim_start_matches("linux-image-");
+    let version: Version = name.parse()?;
 
     let parent = place.parent().context("the cache has no folder")?;
     fs::create_dir_all(parent).with_context(|| format!("can't create {}", parent.display()))?;
     let draft = Draft::beside(&place)?;
-    let unpacked = draft.0.join("deb");
-    process::output(Command::new("dpkg-deb").arg("-x").arg(&deb).arg(&unpacked))?;
-    let release_name = package.trim_start_matches("linux-image-");
-    let version: Version = release_name.parse()?;
+    let unpacked = draft.0.join("packages");
+    let unpack = |package: &str| -> Result<Option<PathBuf>> {
+        let deb = apt.download(package)?;
+        process::output(Command::new("dpkg-deb").arg("-x").arg(deb).arg(&unpacked))?;
+        let folders = ["lib/modules", "usr/lib/modules"];
+        let mut folders = folders.iter().map(|folder| unpacked.join(folder).join(name));
+        Ok(folders.find(|folder| folder.is_dir()))
+    };
+    let modules = match unpack(package)? {
+        Some(modules) => modules,
+        // Since Debian 14 they are a package of their own.
+        None => unpack(&format!("linux-modules-{name}"))?
+            .with_context(|| format!("linux-modules-{name} holds no lib/modules/{name}"))?,
+    };
+    let vmlinuz = [format!("boot/vmlinuz-{name}"), format!("usr/lib/modules/{name}/vmlinuz")];
+    let vmlinuz = vmlinuz.iter().map(|file| unpacked.join(file)).find(|file| file.is_file());
+    let vmlinuz = vmlinuz.with_context(|| format!("{package} holds no boot/vmlinuz-{name}"))?;
+
     let kernel = draft.0.join("kernels").join(version.to_string());
-    fs::create_dir_all(&kernel).with_context(|| format!("can't create {}", kernel.display()))?;
-    let modules =
-        [format!("usr/lib/modules/{release_name}"), format!("lib/modules/{release_name}")]
-            .map(|dir| unpacked.join(dir));
-    let modules = modules.iter().find(|dir| dir.is_dir());
-    let modules = modules.with_context(|| format!("{package} holds no lib/modules"))?;
-    fs::rename(
-        unpacked.join("boot").join(format!("vmlinuz-{release_name}")),
-        kernel.join("vmlinuz"),
-    )
-    .and_then(|()| fs::rename(modules, kernel.join("modules")))
-    .with_context(|| format!("{package} isn't laid out as expected"))?;
+    fs::create_dir_all(&kernel)
+        .and_then(|()| fs::rename(vmlinuz, kernel.join("vmlinuz")))
+        .and_then(|()| fs::rename(modules, kernel.join("modules")))
+        .with_context(|| format!("can't fill {}", kernel.display()))?;
     draft.publish(&draft.0.join("kernels"), &place)?;
     in_folder(&place)
 }
