@@ -123,7 +123,7 @@ fn of_debian(release: &str) -> Result<Vec<Kernel>> {
     }
     announce(&format!("downloading the cloud kernel of Debian's {release} with apt-get"));
     let apt = Apt::of_debian(release)?;
-    let packages = apt.packages("linux-image-")?;
+    let packages = apt.packages("linux-")?;
     let package = newest_cloud_kernel(&packages).context("it has no linux-image-*-cloud-amd64")?;
     let name = package.trim_start_matches("linux-image-");
     let version: Version = name.parse()?;
@@ -132,22 +132,19 @@ fn of_debian(release: &str) -> Result<Vec<Kernel>> {
     fs::create_dir_all(parent).with_context(|| format!("can't create {}", parent.display()))?;
     let draft = Draft::beside(&place)?;
     let unpacked = draft.0.join("packages");
-    let unpack = |package: &str| -> Result<Option<PathBuf>> {
-        let deb = apt.download(package)?;
+    // Since Debian 14 the image depends on two packages that hold the files.
+    let parts = ["image", "binary", "modules"].map(|part| format!("linux-{part}-{name}"));
+    for part in parts.iter().filter(|part| packages.contains(part)) {
+        let deb = apt.download(part)?;
         process::output(Command::new("dpkg-deb").arg("-x").arg(deb).arg(&unpacked))?;
-        let folders = ["lib/modules", "usr/lib/modules"];
-        let mut folders = folders.iter().map(|folder| unpacked.join(folder).join(name));
-        Ok(folders.find(|folder| folder.is_dir()))
+    }
+    let find = |paths: [String; 2]| {
+        let mut found = paths.iter().map(|path| unpacked.join(path));
+        found.find(|path| path.exists()).with_context(|| format!("{package} holds no {}", paths[0]))
     };
-    let modules = match unpack(package)? {
-        Some(modules) => modules,
-        // Since Debian 14 they are a package of their own.
-        None => unpack(&format!("linux-modules-{name}"))?
-            .with_context(|| format!("linux-modules-{name} holds no lib/modules/{name}"))?,
-    };
-    let vmlinuz = [format!("boot/vmlinuz-{name}"), format!("usr/lib/modules/{name}/vmlinuz")];
-    let vmlinuz = vmlinuz.iter().map(|file| unpacked.join(file)).find(|file| file.is_file());
-    let vmlinuz = vmlinuz.with_context(|| format!("{package} holds no boot/vmlinuz-{name}"))?;
+    let (boot, lib) = (format!("boot/vmlinuz-{name}"), format!("lib/modules/{name}"));
+    let modules = find([lib.clone(), format!("usr/{lib}")])?;
+    let vmlinuz = find([boot, format!("usr/{lib}/vmlinuz")])?;
 
     let kernel = draft.0.join("kernels").join(version.to_string());
     fs::create_dir_all(&kernel)
