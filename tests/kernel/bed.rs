@@ -1,12 +1,13 @@
 //! What each trial stands on: a cgroup that this process is in, a plane attached to it, servers on
 //! loopback that say who they are, and tables.
 
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use lb_tests::bpffs::Bpffs;
 use lb_userspace::config::{Config, cgroup};
@@ -37,7 +38,14 @@ impl OwnCgroup {
 impl Drop for OwnCgroup {
     fn drop(&mut self) {
         let _ = std::fs::write(self.former.join("cgroup.procs"), "0");
-        let _ = std::fs::remove_dir(&self.path);
+        // A thread that was joined just now counts as a member until the kernel is done with it.
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while std::fs::remove_dir(&self.path)
+            .is_err_and(|error| error.kind() == ErrorKind::ResourceBusy)
+            && Instant::now() < deadline
+        {
+            std::thread::yield_now();
+        }
     }
 }
 
@@ -58,6 +66,13 @@ impl Bed {
     /// `host_netns` passes for the cookie of the host's network namespace.
     pub fn on_host(host_netns: u64) -> Bed {
         Bed::with(|options| options.host_netns = Some(host_netns))
+    }
+
+    /// With maps of a few entries.
+    pub fn small() -> Bed {
+        let Config { mut plane, vip, .. } = Config::default();
+        (plane.max_services, plane.max_backends) = (16, 64);
+        Bed::with(Plane::load(&plane, &vip, 0).unwrap())
     }
 
     pub fn refusing_by(refusal: Refusal) -> Bed {
@@ -165,6 +180,12 @@ impl Drop for Server {
         let _ = TcpStream::connect((Ipv4Addr::LOCALHOST, self.address.port()));
         let _ = self.thread.take().map(JoinHandle::join);
     }
+}
+
+/// How often to dial for what only many dials show: 10,000 times, or fewer where the processor is
+/// emulated, which is slow.
+pub fn n_dials() -> usize {
+    if std::env::var_os("NOHOP_EMULATED").is_some() { 1_000 } else { 10_000 }
 }
 
 /// Dials, and returns the letter of the server that answered.
