@@ -70,9 +70,9 @@ impl Bed {
 
     /// With maps of a few entries.
     pub fn small() -> Bed {
-        let Config { mut plane, vip, .. } = Config::default();
-        (plane.max_services, plane.max_backends) = (16, 64);
-        Bed::with(Plane::load(&plane, &vip, 0).unwrap())
+        Bed::with(|Options { plane, .. }| {
+            (plane.max_services, plane.max_backends) = (16, 64);
+        })
     }
 
     pub fn refusing_by(refusal: Refusal) -> Bed {
