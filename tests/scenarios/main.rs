@@ -12,6 +12,7 @@ mod curl_by_name;
 mod detached_by_hand;
 mod forwarding;
 mod four_capabilities;
+mod kernel_has_a_voice;
 mod not_a_vip_untouched;
 mod not_ready_before_consul;
 mod pinned_address;
@@ -31,7 +32,7 @@ use libtest_mimic::{Arguments, Failed, Trial};
 
 type Story = fn() -> Result<()>;
 
-const STORIES: [(&str, Story); 19] = [
+const STORIES: [(&str, Story); 20] = [
     ("all_critical_refuses_and_recovers", all_critical_refuses_and_recovers::story),
     ("bad_records", bad_records::story),
     ("consul_killed_and_restarted", consul_killed_and_restarted::story),
@@ -41,6 +42,7 @@ const STORIES: [(&str, Story); 19] = [
     ("detached_by_hand", detached_by_hand::story),
     ("forwarding", forwarding::story),
     ("four_capabilities", four_capabilities::story),
+    ("kernel_has_a_voice", kernel_has_a_voice::story),
     ("not_a_vip_untouched", not_a_vip_untouched::story),
     ("not_ready_before_consul", not_ready_before_consul::story),
     ("pinned_address", pinned_address::story),
