@@ -12,6 +12,7 @@ mod curl_by_name;
 mod detached_by_hand;
 mod forwarding;
 mod four_capabilities;
+mod ipv6_by_name;
 mod kernel_has_a_voice;
 mod not_a_vip_untouched;
 mod not_ready_before_consul;
@@ -32,7 +33,7 @@ use libtest_mimic::{Arguments, Failed, Trial};
 
 type Story = fn() -> Result<()>;
 
-const STORIES: [(&str, Story); 20] = [
+const STORIES: [(&str, Story); 21] = [
     ("all_critical_refuses_and_recovers", all_critical_refuses_and_recovers::story),
     ("bad_records", bad_records::story),
     ("consul_killed_and_restarted", consul_killed_and_restarted::story),
@@ -42,6 +43,7 @@ const STORIES: [(&str, Story); 20] = [
     ("detached_by_hand", detached_by_hand::story),
     ("forwarding", forwarding::story),
     ("four_capabilities", four_capabilities::story),
+    ("ipv6_by_name", ipv6_by_name::story),
     ("kernel_has_a_voice", kernel_has_a_voice::story),
     ("not_a_vip_untouched", not_a_vip_untouched::story),
     ("not_ready_before_consul", not_ready_before_consul::story),
