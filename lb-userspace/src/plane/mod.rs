@@ -353,7 +353,9 @@ impl Plane {
         plane.look_up_excluded();
         // What is empty must not take the place of what works.
         if is_adopted || !is_live {
-            plane.links.switch(&mut plane.ebpf, &plane.pins)?;
+            let switched = plane.links.switch(&mut plane.ebpf, &plane.pins);
+            // The maps may be read on, and another process get our number.
+            switched.inspect_err(|_| plane.keep())?;
         }
         Ok(plane)
     }

@@ -122,6 +122,8 @@ pub struct Reconciler<M> {
     held: BTreeMap<Arc<str>, Held>,
     /// Whose each frontend is.
     owners: HashMap<FrontendKey, Arc<str>>,
+    /// Frontends that services have no more, while a table is applied.
+    stale: Vec<(Arc<str>, Vec<FrontendKey>)>,
     resting: Resting,
     services: Ids,
     backends: Ids,
@@ -150,6 +152,7 @@ impl<M: Maps> Reconciler<M> {
             maps,
             held: BTreeMap::new(),
             owners: HashMap::new(),
+            stale: Vec::new(),
             resting: Resting::default(),
             services: Ids::new(sizes.services),
             backends: Ids::new(sizes.backends),
@@ -182,6 +185,7 @@ impl<M: Maps> Reconciler<M> {
                 errors.insert(name.clone(), error);
             }
         }
+        self.remove_stale(&mut errors);
         let gone: Vec<Arc<str>> =
             self.held.keys().filter(|name| !table.services.contains_key(*name)).cloned().collect();
         for name in gone {
@@ -193,6 +197,22 @@ impl<M: Maps> Reconciler<M> {
             self.retry_what_lacked_room(table, &mut errors);
         }
         errors
+    }
+
+    /// Removes the frontends that services have no more: after all insertions, of which each would
+    /// wait for the readers of what was deleted before.
+    fn remove_stale(&mut self, errors: &mut BTreeMap<Arc<str>, ApplyError>) {
+        for (name, stale) in std::mem::take(&mut self.stale) {
+            let is_own = |key: &FrontendKey| self.owners.get(key) == Some(&name);
+            let stale: Vec<FrontendKey> = stale.into_iter().filter(is_own).collect();
+            if let Err(error) = self.remove_frontends(&name, &stale) {
+                // The next table puts it anew, and tries again.
+                if let Some(held) = self.held.get_mut(&name) {
+                    held.applied = None;
+                }
+                errors.insert(name, error);
+            }
+        }
     }
 
     /// What other services gave up may be the room that these lacked.
@@ -213,6 +233,7 @@ impl<M: Maps> Reconciler<M> {
                 Err(error) => drop(errors.insert(service.name.clone(), error)),
             }
         }
+        self.remove_stale(errors);
     }
 
     /// The backends that, since the last call, left a service which is dialled by UDP, and have not
@@ -405,7 +426,10 @@ impl<M: Maps> Reconciler<M> {
                 }
             }
         }
-        self.remove_frontends(&service.name, &stale)
+        if !stale.is_empty() {
+            self.stale.push((service.name.clone(), stale));
+        }
+        Ok(())
     }
 
     fn remove_frontends(&mut self, name: &str, stale: &[FrontendKey]) -> Result<(), ApplyError> {

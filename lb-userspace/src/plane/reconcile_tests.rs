@@ -564,3 +564,22 @@ fn a_change_costs_what_its_service_does() {
     assert!(few < 15, "{few}");
     assert_eq!(n_steps(10_000), few);
 }
+
+/// However many services change their ports, the table waits for readers once.
+#[test]
+fn moved_ports_wait_once() {
+    let mut run = Run::new(Sizes { frontends: 20, frontends6: 20, ..SIZES });
+    let ported = |s: u8, port: u16| {
+        let mut service = Service::clone(&service(s, &set(&[0]), port.into()));
+        service.ports = Ports::only([port]);
+        (service.name.clone(), Arc::new(service))
+    };
+    (1..5).for_each(|s| drop(run.change(s, Some(&set(&[0])))));
+    for port in 81..85 {
+        run.table.services = (1..5).map(|s| ported(s, port)).collect();
+        let n_waits = run.maps.0.borrow().n_waits;
+        assert!(run.reconciler.apply(&run.table).is_empty());
+        assert!(run.maps.0.borrow().n_waits <= n_waits + 1);
+        run.check_exact();
+    }
+}
