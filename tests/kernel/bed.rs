@@ -49,12 +49,49 @@ impl Drop for OwnCgroup {
     }
 }
 
+/// Where planes live: a cgroup with this process in it, and a directory for pins. Whatever daemons
+/// left there goes when this is dropped.
+pub struct Place {
+    pub options: Options,
+    pub cgroup: OwnCgroup,
+    _bpffs: Bpffs,
+}
+
+impl Place {
+    pub fn new() -> Place {
+        let (bpffs, cgroup) = (Bpffs::new().unwrap(), OwnCgroup::enter());
+        let mut options = Options::of(&Config::default(), &cgroup.path);
+        options.bpffs = bpffs.path().join("nohop");
+        Place { options, cgroup, _bpffs: bpffs }
+    }
+
+    /// Starts a daemon's plane.
+    pub fn start(&self) -> Plane {
+        let plane = Plane::start(&self.options).unwrap();
+        // Before 5.14 only a dial tells the network namespace's cookie.
+        if self.options.host_netns.is_none() && plane.are_hooks_ours() {
+            match plane.prober().probe() {
+                Proof::Runs(seen) => plane.learn(seen),
+                other => panic!("a dial from this process doesn't meet the hooks: {other:?}"),
+            }
+        }
+        // This process is no daemon: its dials are what is tested.
+        plane.keep();
+        plane
+    }
+
+    /// The path of something that is pinned, such as `v1/links/nohop_connect4`.
+    pub fn pin(&self, name: &str) -> PathBuf {
+        self.options.bpffs.join(name)
+    }
+}
+
 /// A plane that is attached to this process's own cgroup, with pins of its own. All of it goes when
 /// this is dropped, the plane first.
 pub struct Bed {
     pub plane: Plane,
     pub options: Options,
-    pub cgroup: OwnCgroup,
+    _cgroup: OwnCgroup,
     _bpffs: Bpffs,
 }
 
@@ -81,30 +118,24 @@ impl Bed {
 
     /// A plane by the default configuration, but for what `change` does to it.
     pub fn with(change: impl FnOnce(&mut Options)) -> Bed {
-        let (bpffs, cgroup) = (Bpffs::new().unwrap(), OwnCgroup::enter());
-        let mut options = Options::of(&Config::default(), &cgroup.path);
-        options.bpffs = bpffs.path().join("nohop");
-        change(&mut options);
-        let plane = Plane::start(&options).unwrap();
-        // Before 5.14 only a dial tells the network namespace's cookie.
-        if options.host_netns.is_none() {
-            match plane.prober().probe() {
-                Proof::Runs(seen) => plane.learn(seen),
-                other => panic!("a dial from this process doesn't meet the hooks: {other:?}"),
-            }
-        }
-        // This process is no daemon: its dials are what is tested.
-        plane.keep();
-        Bed { plane, options, cgroup, _bpffs: bpffs }
+        let mut place = Place::new();
+        change(&mut place.options);
+        let plane = place.start();
+        let Place { options, cgroup, _bpffs } = place;
+        Bed { plane, options, _cgroup: cgroup, _bpffs }
     }
 
     pub fn apply(&mut self, services: Vec<Service>) {
-        let services =
-            services.into_iter().map(|service| (service.name.clone(), Arc::new(service))).collect();
-        let table = Table { generation: 1, services, ..Table::default() };
-        let errors = self.plane.apply(&table).unwrap();
+        let errors = self.plane.apply(&table(services)).unwrap();
         assert!(errors.is_empty(), "{errors:?}");
     }
+}
+
+/// A table of these services.
+pub fn table(services: Vec<Service>) -> Table {
+    let services =
+        services.into_iter().map(|service| (service.name.clone(), Arc::new(service))).collect();
+    Table { generation: 1, services, ..Table::default() }
 }
 
 impl Drop for Bed {

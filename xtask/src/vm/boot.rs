@@ -70,6 +70,7 @@ pub fn init_script(filter: Option<&str>) -> String {
     format!(
         "#!/bin/busybox sh
 export PATH=/usr/bin:/bin
+export NOHOP_EMULATED=1
 /bin/busybox mkdir -p /dev /proc /run /sys /tmp
 /bin/busybox --install -s /bin
 mount -t devtmpfs devtmpfs /dev
