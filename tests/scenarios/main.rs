@@ -12,6 +12,8 @@ mod curl_by_name;
 mod detached_by_hand;
 mod forwarding;
 mod four_capabilities;
+mod killed_under_load;
+mod load;
 mod not_a_vip_untouched;
 mod not_ready_before_consul;
 mod pinned_address;
@@ -21,6 +23,7 @@ mod services_never_mix;
 mod static_catalog;
 mod stops_within_a_second;
 mod tag_removed;
+mod upgraded_under_load;
 mod wildcard_server_never_reached;
 
 use std::process::ExitCode;
@@ -31,7 +34,7 @@ use libtest_mimic::{Arguments, Failed, Trial};
 
 type Story = fn() -> Result<()>;
 
-const STORIES: [(&str, Story); 19] = [
+const STORIES: [(&str, Story); 21] = [
     ("all_critical_refuses_and_recovers", all_critical_refuses_and_recovers::story),
     ("bad_records", bad_records::story),
     ("consul_killed_and_restarted", consul_killed_and_restarted::story),
@@ -41,6 +44,7 @@ const STORIES: [(&str, Story); 19] = [
     ("detached_by_hand", detached_by_hand::story),
     ("forwarding", forwarding::story),
     ("four_capabilities", four_capabilities::story),
+    ("killed_under_load", killed_under_load::story),
     ("not_a_vip_untouched", not_a_vip_untouched::story),
     ("not_ready_before_consul", not_ready_before_consul::story),
     ("pinned_address", pinned_address::story),
@@ -50,6 +54,7 @@ const STORIES: [(&str, Story); 19] = [
     ("static_catalog", static_catalog::story),
     ("stops_within_a_second", stops_within_a_second::story),
     ("tag_removed", tag_removed::story),
+    ("upgraded_under_load", upgraded_under_load::story),
     ("wildcard_server_never_reached", wildcard_server_never_reached::story),
 ];
 
