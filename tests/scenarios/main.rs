@@ -12,17 +12,21 @@ mod curl_by_name;
 mod detached_by_hand;
 mod forwarding;
 mod four_capabilities;
+mod hooks_watched;
 mod killed_under_load;
 mod load;
+mod more_than_fits;
 mod not_a_vip_untouched;
 mod not_ready_before_consul;
 mod pinned_address;
 mod ports_from_meta;
 mod refuses_to_start;
 mod services_never_mix;
+mod state_lost;
 mod static_catalog;
 mod stops_within_a_second;
 mod tag_removed;
+mod udp_echo;
 mod upgraded_under_load;
 mod wildcard_server_never_reached;
 
@@ -34,7 +38,7 @@ use libtest_mimic::{Arguments, Failed, Trial};
 
 type Story = fn() -> Result<()>;
 
-const STORIES: [(&str, Story); 21] = [
+const STORIES: [(&str, Story); 25] = [
     ("all_critical_refuses_and_recovers", all_critical_refuses_and_recovers::story),
     ("bad_records", bad_records::story),
     ("consul_killed_and_restarted", consul_killed_and_restarted::story),
@@ -44,16 +48,20 @@ const STORIES: [(&str, Story); 21] = [
     ("detached_by_hand", detached_by_hand::story),
     ("forwarding", forwarding::story),
     ("four_capabilities", four_capabilities::story),
+    ("hooks_watched", hooks_watched::story),
     ("killed_under_load", killed_under_load::story),
+    ("more_than_fits", more_than_fits::story),
     ("not_a_vip_untouched", not_a_vip_untouched::story),
     ("not_ready_before_consul", not_ready_before_consul::story),
     ("pinned_address", pinned_address::story),
     ("ports_from_meta", ports_from_meta::story),
     ("refuses_to_start", refuses_to_start::story),
     ("services_never_mix", services_never_mix::story),
+    ("state_lost", state_lost::story),
     ("static_catalog", static_catalog::story),
     ("stops_within_a_second", stops_within_a_second::story),
     ("tag_removed", tag_removed::story),
+    ("udp_echo", udp_echo::story),
     ("upgraded_under_load", upgraded_under_load::story),
     ("wildcard_server_never_reached", wildcard_server_never_reached::story),
 ];

@@ -14,4 +14,5 @@ pub mod nohop;
 pub mod process;
 pub mod run;
 pub mod scratch;
+pub mod udp;
 pub mod undo;
