@@ -4,6 +4,7 @@
 
 mod all_critical_refuses_and_recovers;
 mod bad_records;
+mod clients_by_name;
 mod cluster;
 mod consul_killed_and_restarted;
 mod container_namespace;
@@ -20,6 +21,7 @@ mod not_a_vip_untouched;
 mod not_ready_before_consul;
 mod pinned_address;
 mod ports_from_meta;
+mod postgres;
 mod refuses_to_start;
 mod services_never_mix;
 mod state_lost;
@@ -33,8 +35,8 @@ mod wildcard_server_never_reached;
 use std::process::ExitCode;
 
 use anyhow::Result;
-use lb_tests::{process, undo};
-use libtest_mimic::{Arguments, Failed, Trial};
+use lb_tests::{process, run, undo};
+use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
 type Story = fn() -> Result<()>;
 
@@ -66,6 +68,14 @@ const STORIES: [(&str, Story); 25] = [
     ("wildcard_server_never_reached", wildcard_server_never_reached::story),
 ];
 
+/// The stories of programs that not every machine has, each with those that it needs.
+const STORIES_OF_PROGRAMS: [(&str, &[&str], Story); 4] = [
+    ("java_by_name", &["java", "javac"], clients_by_name::java),
+    ("node_by_name", &["node"], clients_by_name::node),
+    ("postgres", &["psql", "initdb", "postgres"], postgres::story),
+    ("python_by_name", &["python3"], clients_by_name::python),
+];
+
 fn main() -> ExitCode {
     let mut arguments = Arguments::from_args();
     // Each runs a Consul or two; more at once would only make them wait for each other.
@@ -78,11 +88,19 @@ fn main() -> ExitCode {
         eprintln!("Can't handle signals: {error}");
         return ExitCode::FAILURE;
     }
-    let trials = STORIES.map(|(name, story)| {
-        let tell = move || {
-            story().map_err(|error| Failed::from(format!("{error:?}\n{}", process::last_words())))
-        };
-        Trial::test(name, tell).with_ignored_flag(!is_root)
-    });
-    libtest_mimic::run(&arguments, trials.into()).exit_code()
+    let everywhere: [(_, &[&str], _); _] = STORIES.map(|(name, story)| (name, &[][..], story));
+    let trials =
+        everywhere.into_iter().chain(STORIES_OF_PROGRAMS).map(|(name, programs, story)| {
+            Trial::ignorable_test(name, move || tell(programs, story)).with_ignored_flag(!is_root)
+        });
+    libtest_mimic::run(&arguments, trials.collect()).exit_code()
+}
+
+/// Tells a story, where the programs that it needs are installed.
+fn tell(programs: &[&str], story: Story) -> Result<Completion, Failed> {
+    if let Some(absent) = programs.iter().find_map(|program| run::installed(program).err()) {
+        return Ok(Completion::ignored_with(absent.to_string()));
+    }
+    story().map_err(|error| Failed::from(format!("{error:?}\n{}", process::last_words())))?;
+    Ok(Completion::Completed)
 }

@@ -7,7 +7,7 @@ use lb_tests::udp::{Askers, Echo};
 use crate::cluster::{BACKEND, Catalog, Nodes, SOON, vip};
 
 /// So many that each backend has some of them, whatever chance does: all but 1 in 100,000 times.
-const N_SOCKETS: usize = 32;
+const N_SOCKETS: u64 = 32;
 
 pub fn story() -> Result<()> {
     let nodes = Nodes::new()?;
@@ -49,10 +49,7 @@ pub fn story() -> Result<()> {
         departed.process.kill();
     }
     for askers in [connected, unconnected] {
-        let mut round = askers.wait_until_answered_by(&["d"])?;
-        for _ in 0..20 {
-            round = askers.wait_for_next(&round, N_SOCKETS as u64)?;
-        }
+        let round = askers.wait_for_rounds(20)?;
         ensure!(round.n_lost == 0 && round.errors.is_empty() && round.n_strange == 0, "{round:?}");
         eprintln!("{round:?}");
     }

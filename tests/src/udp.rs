@@ -35,7 +35,10 @@ impl Echo {
 }
 
 /// Sockets that ask in turn, without end, each waiting for its answer.
-pub struct Askers(Process);
+pub struct Askers {
+    process: Process,
+    n_sockets: u64,
+}
 
 /// What became of the questions up to the end of a round.
 #[derive(Debug)]
@@ -55,7 +58,7 @@ pub struct Round {
 }
 
 impl Askers {
-    /// Starts `n` sockets that ask at `address`.
+    /// Starts `n_sockets` sockets that ask at `address`.
     ///
     /// # Errors
     /// When they can't be started.
@@ -63,12 +66,12 @@ impl Askers {
         place: Place<'_>,
         address: impl Into<SocketAddr>,
         are_connected: bool,
-        n: usize,
+        n_sockets: u64,
     ) -> Result<Askers> {
         let how = if are_connected { "connected" } else { "unconnected" };
         let mut command = place.command(run::built("udp")?);
-        command.args(["ask", &address.into().to_string(), how, &n.to_string()]);
-        Ok(Askers(Process::spawn(&format!("udp {how}"), command)?))
+        command.args(["ask", &address.into().to_string(), how, &n_sockets.to_string()]);
+        Ok(Askers { process: Process::spawn(&format!("udp {how}"), command)?, n_sockets })
     }
 
     /// Waits for the first round in which these answered, and no other, and returns what was
@@ -81,17 +84,23 @@ impl Askers {
         self.round(&text)
     }
 
-    /// Waits until at least one more question than in `round` was asked by each socket.
+    /// Waits for the end of the `n`th round after the last one.
     ///
     /// # Errors
-    /// When there is no such round in time.
-    pub fn wait_for_next(&self, round: &Round, n_sockets: u64) -> Result<Round> {
-        self.round(&format!("\"asked\":{},", round.n_asked + n_sockets))
+    /// When there is none yet, or no more in time.
+    pub fn wait_for_rounds(&self, n: u64) -> Result<Round> {
+        let last = Round::read(&self.process.last_line().context("no round yet")?)?;
+        self.round(&format!("\"asked\":{},", last.n_asked + n * self.n_sockets))
     }
 
     fn round(&self, text: &str) -> Result<Round> {
-        let line = self.0.wait_for_line(&[text], Duration::from_secs(20))?;
-        let report: Value = serde_json::from_str(&line).context(line)?;
+        Round::read(&self.process.wait_for_line(&[text], Duration::from_secs(20))?)
+    }
+}
+
+impl Round {
+    fn read(line: &str) -> Result<Round> {
+        let report: Value = serde_json::from_str(line).with_context(|| line.to_owned())?;
         let count = |key: &str| report[key].as_u64().with_context(|| format!("no {key}: {report}"));
         Ok(Round {
             n_asked: count("asked")?,
