@@ -26,7 +26,12 @@ pub fn status(status: &Status) -> String {
     let listen: Vec<_> = status.dns.listen.iter().map(ToString::to_string).collect();
     line(&mut text, format!("dns       *.{} on {}", status.dns.domain, listen.join(", ")));
     let attached = if status.plane.attached { "attached to" } else { "NOT ATTACHED to" };
-    line(&mut text, format!("plane     {attached} {}", status.plane.cgroup));
+    let adopted = if status.plane.adopted { ", taken over from an earlier daemon" } else { "" };
+    line(&mut text, format!("plane     {attached} {}{adopted}", status.plane.cgroup));
+    if status.plane.refused_services > 0 {
+        let n = status.plane.refused_services;
+        line(&mut text, format!("          {n} services aren't in the kernel as they should be"));
+    }
     for map in &status.plane.maps {
         line(&mut text, format!("          {}", pressure(map)));
     }
