@@ -40,11 +40,15 @@ pub fn follow(ctx: &SockAddrContext, dialled: &Endpoint) -> Option<Followed> {
 /// for it, it goes on, and the next one may go elsewhere.
 #[inline(always)]
 pub fn keep(ctx: &SockAddrContext, flow: &Peer) {
+    // What the compiler knows of its octets, such as that those of an IPv4 address begin with zeros,
+    // it would write by a call of memset, with the lock held.
+    // SAFETY: a reference is valid and aligned.
+    let flow = unsafe { (&raw const *flow).read_volatile() };
     // SAFETY: as above. Without a value, the storage begins as zeros.
     match unsafe { maps::FLOWS.get_or_insert_ptr_mut(ctx, None).as_mut() } {
         Some(flows) => {
             lock(flows);
-            flows.keep(flow);
+            flows.keep(&flow);
             unlock(flows);
         }
         None => {
