@@ -40,21 +40,21 @@ pub fn weights_are_shares() {
 pub fn the_peer_is_forgotten() {
     let (server, dead) = (Server::start(b'p'), dead());
     let mut bed = Bed::new();
-    bed.apply(vec![service("web", VIP, &[(dead, 1)])]);
+    bed.apply(vec![service("web", VIP, &[(dead.into(), 1)])]);
     let socket = rustix::net::socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
     let refused = rustix::net::connect(&socket, &SocketAddrV4::new(VIP, 80));
     assert_eq!(refused, Err(rustix::io::Errno::CONNREFUSED));
     rustix::net::connect(&socket, &server.address).unwrap();
     let peer = TcpStream::from(socket).peer_addr().unwrap();
-    assert_eq!(peer, SocketAddr::V4(server.address));
+    assert_eq!(peer, server.address);
 }
 
 pub fn what_is_no_vip_passes() {
     let server = Server::start(b'p');
     let mut bed = Bed::new();
-    bed.apply(vec![service("web", VIP, &[(dead(), 1)])]);
+    bed.apply(vec![service("web", VIP, &[(dead().into(), 1)])]);
     let stream = TcpStream::connect(server.address).unwrap();
-    assert_eq!(stream.peer_addr().unwrap(), SocketAddr::V4(server.address));
+    assert_eq!(stream.peer_addr().unwrap(), server.address);
     assert_eq!(dial(server.address).unwrap(), 'p');
 }
 
@@ -68,7 +68,7 @@ pub fn dials_are_counted() {
     let (counters, indices) = (bed.plane.counters(), bed.plane.indices("web").unwrap());
     let stats = counters.service(indices.service);
     assert_eq!((stats.dials, stats.refused), (7, 0));
-    assert_eq!(counters.backend_dials(indices.backends[&server.address.into()]), 7);
+    assert_eq!(counters.backend_dials(indices.backends[&server.address]), 7);
 }
 
 /// An operator reads the maps with bpftool, by field name.
