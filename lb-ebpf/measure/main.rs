@@ -4,10 +4,13 @@
 #![no_main]
 
 use aya_ebpf::EbpfContext as _;
-use aya_ebpf::bindings::bpf_spin_lock;
+use aya_ebpf::bindings::{BPF_F_MMAPABLE, bpf_spin_lock};
 use aya_ebpf::btf_maps::{Array, HashMap, LruHashMap, SkStorage};
-use aya_ebpf::helpers::bpf_get_socket_cookie;
 use aya_ebpf::helpers::generated::{bpf_setsockopt, bpf_spin_lock, bpf_spin_unlock};
+use aya_ebpf::helpers::{
+    bpf_get_current_pid_tgid, bpf_get_netns_cookie, bpf_get_prandom_u32, bpf_get_socket_cookie,
+    bpf_probe_read_kernel,
+};
 use aya_ebpf::macros::{btf_map, cgroup_sock, cgroup_sock_addr};
 use aya_ebpf::programs::{SockAddrContext, SockContext};
 use lb_common::Peer;
@@ -44,6 +47,10 @@ static BY_COOKIE: HashMap<u64, Peer, N_SOCKETS> = HashMap::new();
 static RECENT: LruHashMap<u64, Peer, N_SOCKETS> = LruHashMap::new();
 #[btf_map]
 static PLACES: Array<Place, N_SOCKETS> = Array::new();
+#[btf_map]
+static SHARED: Array<u64, 64, { BPF_F_MMAPABLE as usize }> = Array::new();
+#[btf_map]
+static UNSHARED: Array<u64, 64> = Array::new();
 
 /// Nothing: what remains is the price of calling a program, and of the clock.
 #[cgroup_sock_addr(connect4)]
@@ -158,6 +165,53 @@ pub fn mark(ctx: SockAddrContext) -> i32 {
     // SAFETY: the value is live, and as long as said.
     unsafe { bpf_setsockopt(ctx.as_ptr(), SOL_SOCKET, SO_MARK, (&raw mut mark).cast(), 4) };
     PROCEED
+}
+
+/// A word of an array that the daemon could map into its memory.
+#[cgroup_sock_addr(connect4)]
+pub fn word(_ctx: SockAddrContext) -> i32 {
+    // SAFETY: an array's element stays.
+    let word = SHARED.get_ptr(0).map(|word| unsafe { word.read_volatile() });
+    word.map_or(PROCEED, |_| PROCEED)
+}
+
+/// The same of an array that it could not.
+#[cgroup_sock_addr(connect4)]
+pub fn word_unshared(_ctx: SockAddrContext) -> i32 {
+    // SAFETY: as above.
+    let word = UNSHARED.get_ptr(0).map(|word| unsafe { word.read_volatile() });
+    word.map_or(PROCEED, |_| PROCEED)
+}
+
+/// The process, its network namespace and a random number: what a choice asks the kernel for.
+#[cgroup_sock_addr(connect4)]
+pub fn tgid(_ctx: SockAddrContext) -> i32 {
+    if bpf_get_current_pid_tgid() == 0 { 0 } else { PROCEED }
+}
+
+/// As above.
+#[cgroup_sock_addr(connect4)]
+pub fn netns(ctx: SockAddrContext) -> i32 {
+    // SAFETY: the context is valid.
+    if unsafe { bpf_get_netns_cookie(ctx.as_ptr()) } == u64::MAX { 0 } else { PROCEED }
+}
+
+/// As above.
+#[cgroup_sock_addr(connect4)]
+pub fn random(_ctx: SockAddrContext) -> i32 {
+    // SAFETY: the helper has no preconditions.
+    i32::from(unsafe { bpf_get_prandom_u32() } <= u32::MAX)
+}
+
+/// Two reads of the kernel's memory: the socket's address from the context, a byte of the socket.
+#[cgroup_sock_addr(connect4)]
+pub fn two_reads(ctx: SockAddrContext) -> i32 {
+    // SAFETY: the helper reads safely, whatever the address.
+    let byte = unsafe {
+        bpf_probe_read_kernel::<usize>(ctx.as_ptr().cast())
+            .and_then(|socket| bpf_probe_read_kernel((socket + 500) as *const u8))
+    };
+    if byte.is_err() { 0 } else { PROCEED }
 }
 
 /// A peer that isn't all zeros, so that the compiler can't know that it needn't copy it.
