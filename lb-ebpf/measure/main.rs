@@ -52,6 +52,11 @@ static SHARED: Array<u64, 64, { BPF_F_MMAPABLE as usize }> = Array::new();
 #[btf_map]
 static UNSHARED: Array<u64, 64> = Array::new();
 
+#[unsafe(no_mangle)]
+static FIRST: u32 = 1;
+#[unsafe(no_mangle)]
+static SECOND_WORD: u32 = 2;
+
 /// Nothing: what remains is the price of calling a program, and of the clock.
 #[cgroup_sock_addr(connect4)]
 pub fn empty(_ctx: SockAddrContext) -> i32 {
@@ -181,6 +186,15 @@ pub fn word_unshared(_ctx: SockAddrContext) -> i32 {
     // SAFETY: as above.
     let word = UNSHARED.get_ptr(0).map(|word| unsafe { word.read_volatile() });
     word.map_or(PROCEED, |_| PROCEED)
+}
+
+/// Two words of `.rodata`.
+#[cgroup_sock_addr(connect4)]
+pub fn constants(_ctx: SockAddrContext) -> i32 {
+    // SAFETY: a static is valid and aligned.
+    let [first, second] =
+        unsafe { [(&raw const FIRST).read_volatile(), (&raw const SECOND_WORD).read_volatile()] };
+    if first == second { 0 } else { PROCEED }
 }
 
 /// The process, its network namespace and a random number: what a choice asks the kernel for.

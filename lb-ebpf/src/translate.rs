@@ -115,17 +115,19 @@ fn choose_backend(
         maps::count(Counter::RefusedNoFrontend);
         return Err(Refused);
     };
-    // SAFETY: the context is valid.
-    let from_host = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) } == daemon.host_netns;
+    let service = target.service;
+    let scopes = maps::scopes(service, reach).ok_or_else(|| voice::inconsistent(ctx, service))?;
+    // Asking where a dial comes from is spared where it makes no difference. One of the two words
+    // may be newer than the other: if they are the same, each is what either dial is to have.
+    let from_host = target.host_only == 0 && !scopes.differ()
+        // SAFETY: the context is valid.
+        || unsafe { bpf_get_netns_cookie(ctx.as_ptr()) } == daemon.host_netns;
     if target.host_only != 0 && !from_host {
         return Ok(None);
     }
-    let service = target.service;
-    let region =
-        maps::region(service, from_host, reach).ok_or_else(|| voice::inconsistent(ctx, service))?;
+    let region = if from_host { scopes.host } else { scopes.elsewhere };
     if region.n_slots == 0 {
-        let all = maps::region(service, from_host, Reach::All);
-        maps::count_refused(service, all.is_some_and(|all| all.n_slots != 0));
+        maps::count_refused(service, has_others(ctx, daemon, service));
         return Err(Refused);
     }
     // SAFETY: the helper has no preconditions.
@@ -141,6 +143,17 @@ fn choose_backend(
     }
 }
 
+/// Whether a service that has no backend for this socket's address family has some for others.
+#[inline(always)]
+fn has_others(ctx: &SockAddrContext, daemon: &Daemon, service: u32) -> bool {
+    maps::scopes(service, Reach::All).is_some_and(|all| {
+        // SAFETY: the context is valid.
+        let from_host = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) } == daemon.host_netns;
+        let all = if from_host { all.host } else { all.elsewhere };
+        all.n_slots != 0
+    })
+}
+
 /// Whether the daemon itself dials. Once it is gone, another process may get its number.
 #[inline(always)]
 fn is_daemons(daemon: &Daemon) -> bool {
@@ -153,13 +166,9 @@ fn is_daemons(daemon: &Daemon) -> bool {
 #[inline(always)]
 fn is_kernels(ctx: &SockAddrContext) -> bool {
     let Some((offset, mask)) = settings::kernel_socket_bit() else { return false };
-    // The verifier lets nobody reckon with the context's own pointer to the socket. But the socket's
-    // address is what the kernel's context, which is another structure, begins with.
+    let flag = (context::socket_address(ctx) + offset as usize) as *const u8;
     // SAFETY: the helper reads safely, whatever the address.
-    let flags = unsafe {
-        bpf_probe_read_kernel::<usize>(ctx.as_ptr().cast())
-            .and_then(|socket| bpf_probe_read_kernel((socket + offset as usize) as *const u8))
-    };
+    let flags = unsafe { bpf_probe_read_kernel(flag) };
     flags.is_ok_and(|flags| flags & mask != 0)
 }
 

@@ -11,10 +11,11 @@ use lb_userspace::plane::Cost;
 
 /// What is measured, the program, and the one in whose cgroup it works: its own name, or that of
 /// the program whose entries it releases.
-pub const PROGRAMS: [(&str, &str, &str); 18] = [
+pub const PROGRAMS: [(&str, &str, &str); 19] = [
     ("empty", "empty", "empty"),
     ("a word, shared", "word", "word"),
     ("a word, not shared", "word_unshared", "word_unshared"),
+    ("two constants", "constants", "constants"),
     ("tgid", "tgid", "tgid"),
     ("netns cookie", "netns", "netns"),
     ("random number", "random", "random"),
