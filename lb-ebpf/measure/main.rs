@@ -2,6 +2,7 @@
 //! keep what it dialled. The benchmarks load them; the daemon doesn't know them.
 #![no_std]
 #![no_main]
+#![feature(asm_experimental_arch)]
 
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, bpf_spin_lock};
@@ -226,6 +227,20 @@ pub fn two_reads(ctx: SockAddrContext) -> i32 {
             .and_then(|socket| bpf_probe_read_kernel((socket + 500) as *const u8))
     };
     if byte.is_err() { 0 } else { PROCEED }
+}
+
+/// One read, as nohop does it: the socket's address is the context's own, negated twice. Fails the
+/// dial if it is another one than the kernel's context has.
+#[cgroup_sock_addr(connect4)]
+pub fn one_read(ctx: SockAddrContext) -> i32 {
+    // SAFETY: a valid context, one instruction on one register, and a helper that reads safely.
+    let (address, first) = unsafe {
+        let mut address =
+            (&raw const (*ctx.sock_addr).__bindgen_anon_1.sk).read_volatile() as usize;
+        core::arch::asm!("{0} = -{0}", inout(reg) address);
+        (address.wrapping_neg(), bpf_probe_read_kernel::<usize>(ctx.as_ptr().cast()))
+    };
+    if first == Ok(address) { PROCEED } else { 0 }
 }
 
 /// A peer that isn't all zeros, so that the compiler can't know that it needn't copy it.

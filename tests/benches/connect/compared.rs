@@ -11,7 +11,7 @@ use lb_userspace::plane::Cost;
 
 /// What is measured, the program, and the one in whose cgroup it works: its own name, or that of
 /// the program whose entries it releases.
-pub const PROGRAMS: [(&str, &str, &str); 19] = [
+pub const PROGRAMS: [(&str, &str, &str); 20] = [
     ("empty", "empty", "empty"),
     ("a word, shared", "word", "word"),
     ("a word, not shared", "word_unshared", "word_unshared"),
@@ -19,7 +19,8 @@ pub const PROGRAMS: [(&str, &str, &str); 19] = [
     ("tgid", "tgid", "tgid"),
     ("netns cookie", "netns", "netns"),
     ("random number", "random", "random"),
-    ("kernel's socket?", "two_reads", "two_reads"),
+    ("kernel's socket? 2 reads", "two_reads", "two_reads"),
+    ("kernel's socket? 1 read", "one_read", "one_read"),
     ("storage: none there", "storage_absent", "storage_absent"),
     ("storage alone", "storage", "storage"),
     ("storage, from a value", "storage_filled", "storage_filled"),

@@ -1,12 +1,17 @@
 //! What applications do: dials, and datagrams.
 
+use std::io::ErrorKind;
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, SocketAddrV6, TcpStream, UdpSocket};
 
 use rustix::net::{AddressFamily, SocketType, connect, socket};
 
-/// Dials each address once, on a socket of its own. Whether anybody answers doesn't matter.
+/// Dials each address once, on a socket of its own. Whether anybody answers doesn't matter, but no
+/// program may forbid it.
 pub fn dial(addresses: impl Iterator<Item = SocketAddrV4>) {
-    addresses.for_each(|address| drop(TcpStream::connect(address)));
+    for address in addresses {
+        let refusal = TcpStream::connect(address).map_err(|error| error.kind()).err();
+        assert_ne!(refusal, Some(ErrorKind::PermissionDenied), "{address}");
+    }
 }
 
 /// The same from IPv6 sockets, which dial `::ffff:a.b.c.d`.
