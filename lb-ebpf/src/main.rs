@@ -5,7 +5,7 @@
 #![no_std]
 #![no_main]
 // The target has no compare-and-exchange, so `AtomicU64` lacks the addition that it does have.
-#![feature(core_intrinsics)]
+#![feature(asm_experimental_arch, core_intrinsics)]
 #![allow(internal_features)]
 
 mod connect4;

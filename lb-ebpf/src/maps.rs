@@ -11,8 +11,8 @@ use core::intrinsics::{AtomicOrdering, atomic_xadd};
 use lb_common::{
     Backend, Counter, DEFAULT_MAX_BACKENDS, DEFAULT_MAX_SERVICES, Daemon, ENTRIES_PER_BACKEND,
     ExcludedCgroup, FRONTENDS_PER_SERVICE, Flows, Frontend, Frontend6, MAX_EXCLUDED, N_COUNTERS,
-    N_FILTER_WORDS, Name, Peer, Probe, Region, SLOTS_PER_BACKEND, Service, ServiceCounters, Slot,
-    Target, filter_position,
+    N_FILTER_WORDS, Name, Peer, Probe, Region, Regions, SLOTS_PER_BACKEND, Service,
+    ServiceCounters, Slot, Target, filter_position,
 };
 
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
@@ -94,21 +94,51 @@ pub enum Reach {
     All,
 }
 
-/// The slots of a service, for a dial from the host's network namespace or from elsewhere.
+/// A service's slots: for dials from the host's network namespace, and for those from elsewhere.
+#[derive(Clone, Copy)]
+pub struct Scopes {
+    pub host: Region,
+    pub elsewhere: Region,
+}
+
+impl Scopes {
+    /// Whether it matters where a dial comes from.
+    #[inline(always)]
+    pub fn differ(&self) -> bool {
+        word(self.host) != word(self.elsewhere)
+    }
+}
+
 #[inline(always)]
-pub fn region(service: u32, from_host: bool, reach: Reach) -> Option<Region> {
+fn word(region: Region) -> u64 {
+    u64::from(region.first_slot) << 32 | u64::from(region.n_slots)
+}
+
+/// The slots of a service.
+#[inline(always)]
+pub fn scopes(service: u32, reach: Reach) -> Option<Scopes> {
     let service = SERVICES.get_ptr(service)?;
-    // SAFETY: the pointer is to an array's element, which stays; the daemon replaces each region by
-    // one aligned store, and this is one aligned load.
+    // SAFETY: the pointer is to an array's element, which stays.
     unsafe {
-        let regions =
-            if from_host { &raw const (*service).host } else { &raw const (*service).elsewhere };
+        let host = region(&raw const (*service).host, reach);
+        let elsewhere = region(&raw const (*service).elsewhere, reach);
+        Some(Scopes { host, elsewhere })
+    }
+}
+
+/// # Safety
+/// `regions` is part of an array's element.
+#[inline(always)]
+unsafe fn region(regions: *const Regions, reach: Reach) -> Region {
+    // SAFETY: an array's element stays; the daemon replaces each region by one aligned store, and
+    // this is one aligned load.
+    unsafe {
         let region = match reach {
             Reach::Ipv4 => &raw const (*regions).ipv4,
             Reach::Ipv6 => &raw const (*regions).ipv6,
             Reach::All => &raw const (*regions).all,
         };
-        Some(core::mem::transmute::<u64, Region>(region.cast::<u64>().read_volatile()))
+        core::mem::transmute::<u64, Region>(region.cast::<u64>().read_volatile())
     }
 }
 

@@ -8,17 +8,16 @@ use crate::{maps, voice};
 
 /// Keeps what was dialled. Where there is no memory for it the dial goes on.
 #[inline(always)]
-pub fn remember(ctx: &SockAddrContext, mut peer: Peer) {
+pub fn remember(ctx: &SockAddrContext, peer: Peer) {
+    // Made as zeros, which say nothing, and written once: a value for the kernel to begin with would
+    // be copied twice, and storage that was there already has an earlier dial in it.
     // SAFETY: a non-null pointer is to this socket's own storage, which only connect() on this
     // socket writes.
-    unsafe {
-        let kept = maps::PEERS.get_or_insert_ptr_mut(ctx, Some(&mut peer));
-        if kept.is_null() {
+    match unsafe { maps::PEERS.get_or_insert_ptr_mut(ctx, None).as_mut() } {
+        Some(kept) => *kept = peer,
+        None => {
             maps::count(Counter::NoStorage);
             voice::no_storage(ctx);
-        } else {
-            // Storage that was there already has an earlier dial in it.
-            *kept = peer;
         }
     }
 }

@@ -115,17 +115,19 @@ fn choose_backend(
         maps::count(Counter::RefusedNoFrontend);
         return Err(Refused);
     };
-    // SAFETY: the context is valid.
-    let from_host = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) } == daemon.host_netns;
+    let service = target.service;
+    let scopes = maps::scopes(service, reach).ok_or_else(|| voice::inconsistent(ctx, service))?;
+    // Asking where a dial comes from is spared where it makes no difference. One of the two words
+    // may be newer than the other: if they are the same, each is what either dial is to have.
+    let from_host = target.host_only == 0 && !scopes.differ()
+        // SAFETY: the context is valid.
+        || unsafe { bpf_get_netns_cookie(ctx.as_ptr()) } == daemon.host_netns;
     if target.host_only != 0 && !from_host {
         return Ok(None);
     }
-    let service = target.service;
-    let region =
-        maps::region(service, from_host, reach).ok_or_else(|| voice::inconsistent(ctx, service))?;
+    let region = if from_host { scopes.host } else { scopes.elsewhere };
     if region.n_slots == 0 {
-        let all = maps::region(service, from_host, Reach::All);
-        maps::count_refused(service, all.is_some_and(|all| all.n_slots != 0));
+        maps::count_refused(service, has_others(ctx, daemon, service));
         return Err(Refused);
     }
     // SAFETY: the helper has no preconditions.
@@ -139,6 +141,17 @@ fn choose_backend(
         }
         _ => Err(voice::inconsistent(ctx, service)),
     }
+}
+
+/// Whether a service that has no backend for this socket's address family has some for others.
+#[inline(always)]
+fn has_others(ctx: &SockAddrContext, daemon: &Daemon, service: u32) -> bool {
+    maps::scopes(service, Reach::All).is_some_and(|all| {
+        // SAFETY: the context is valid.
+        let from_host = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) } == daemon.host_netns;
+        let all = if from_host { all.host } else { all.elsewhere };
+        all.n_slots != 0
+    })
 }
 
 /// Whether the daemon itself dials. Once it is gone, another process may get its number.
@@ -164,17 +177,11 @@ fn is_kernels(ctx: &SockAddrContext) -> bool {
 }
 
 /// A byte of the kernel's own structure of the socket; 0 where it can't be read.
-///
-/// The verifier lets nobody reckon with the context's own pointer to the socket. But the socket's
-/// address is what the kernel's context, which is another structure, begins with.
 #[inline(always)]
 fn byte_of_socket(ctx: &SockAddrContext, offset: u32) -> u8 {
+    let byte = (context::socket_address(ctx) + offset as usize) as *const u8;
     // SAFETY: the helper reads safely, whatever the address.
-    let byte = unsafe {
-        bpf_probe_read_kernel::<usize>(ctx.as_ptr().cast())
-            .and_then(|socket| bpf_probe_read_kernel((socket + offset as usize) as *const u8))
-    };
-    byte.unwrap_or(0)
+    unsafe { bpf_probe_read_kernel(byte) }.unwrap_or(0)
 }
 
 /// Whether the process is in a cgroup that is left alone, or below one.

@@ -12,6 +12,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use lb_tests::bpffs::Bpffs;
+use lb_tests::scratch;
 use lb_userspace::config::{Config, cgroup};
 use lb_userspace::plane::probe::Proof;
 use lb_userspace::plane::{COUNTERS, Options, Plane, Refusal};
@@ -29,7 +30,7 @@ impl OwnCgroup {
         let paths = std::fs::read_to_string("/proc/self/cgroup").unwrap();
         let former = paths.lines().find_map(|line| line.strip_prefix("0::/")).expect("a v2 cgroup");
         let former = root.join(former);
-        let path = root.join(format!("nohop-kernel-test-{}", std::process::id()));
+        let path = root.join(scratch::name("kernel"));
         std::fs::create_dir(&path).unwrap();
         let own = OwnCgroup { path, former };
         std::fs::write(own.path.join("cgroup.procs"), "0").unwrap();

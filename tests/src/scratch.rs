@@ -48,7 +48,7 @@ fn dir(name: &str) -> PathBuf {
 }
 
 /// A name that no other run and nothing else of this run has.
-pub(crate) fn name(role: &str) -> String {
+pub fn name(role: &str) -> String {
     static COUNT: AtomicU32 = AtomicU32::new(0);
     let count = COUNT.fetch_add(1, Ordering::Relaxed);
     format!("nohop-{}-{count}-{role}", process::id())

@@ -5,13 +5,15 @@ use std::process::Command;
 use anyhow::{Result, ensure};
 use clap::ValueEnum;
 
-use crate::process;
+use crate::{compile, process};
 
 /// What can be measured.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub enum Suite {
-    /// The connect program's mean run time, for a VIP and for any other address
+    /// What the programs cost a dial and a datagram, and other programs beside them
     Connect,
+    /// How long a table takes into the kernel, and how much memory it has there
+    Apply,
 }
 
 /// Runs setup, then the suite.
@@ -23,9 +25,13 @@ pub fn run(suite: Suite, quick: bool) -> Result<()> {
     crate::setup::run()?;
     let bench = match suite {
         Suite::Connect => "connect",
+        Suite::Apply => "apply",
     };
     let mut cargo = Command::new("cargo");
     cargo.args(["bench", "--package", "lb-tests", "--bench", bench, "--"]);
     cargo.args(quick.then_some("--quick"));
+    if matches!(suite, Suite::Connect) {
+        cargo.env("NOHOP_MEASURE", compile::measured_object()?);
+    }
     process::stream(cargo.current_dir(crate::root()))
 }

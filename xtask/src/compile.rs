@@ -7,6 +7,8 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
+use crate::process;
+
 /// What a build leaves behind.
 pub struct Built {
     /// The kernel object; the daemon carries a copy.
@@ -49,6 +51,18 @@ pub fn build(release: bool) -> Result<Built> {
         nohop: nohop.context("cargo told of no binary nohop")?,
         helpers,
     })
+}
+
+/// Builds the programs that benchmarks compare nohop's with.
+///
+/// # Errors
+/// When the build fails.
+pub fn measured_object() -> Result<PathBuf> {
+    let target = crate::root().join("target/measure");
+    let mut cargo = process::nightly("cargo");
+    cargo.args(["build", "--release", "--locked", "--bin", "nohop-measure", "--target-dir"]);
+    process::stream(cargo.arg(&target).current_dir(crate::root().join("lb-ebpf")))?;
+    Ok(target.join("bpfel-unknown-none/release/nohop-measure"))
 }
 
 /// Builds the in-kernel tests, a program of its own.

@@ -1,0 +1,104 @@
+//! The programs that nohop is compared with, attached to cgroups of their own.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use aya::Ebpf;
+use aya::programs::{CgroupAttachMode, CgroupSock, CgroupSockAddr, Program};
+use lb_tests::scratch;
+use lb_userspace::config::cgroup;
+use lb_userspace::plane::Cost;
+
+/// What is measured, the program, and the one in whose cgroup it works: its own name, or that of
+/// the program whose entries it releases.
+pub const PROGRAMS: [(&str, &str, &str); 20] = [
+    ("empty", "empty", "empty"),
+    ("a word, shared", "word", "word"),
+    ("a word, not shared", "word_unshared", "word_unshared"),
+    ("two constants", "constants", "constants"),
+    ("tgid", "tgid", "tgid"),
+    ("netns cookie", "netns", "netns"),
+    ("random number", "random", "random"),
+    ("kernel's socket? 2 reads", "two_reads", "two_reads"),
+    ("kernel's socket? 1 read", "one_read", "one_read"),
+    ("storage: none there", "storage_absent", "storage_absent"),
+    ("storage alone", "storage", "storage"),
+    ("storage, from a value", "storage_filled", "storage_filled"),
+    ("storage of 16 bytes", "storage_small", "storage_small"),
+    ("storage in two maps", "storage_twice", "storage_twice"),
+    ("hash by cookie", "hash", "hash"),
+    ("hash: release", "hash_release", "hash"),
+    ("LRU hash by cookie", "lru", "lru"),
+    ("place by cookie", "place", "place"),
+    ("place: release", "place_release", "place"),
+    ("mark", "mark", "mark"),
+];
+
+/// They go with this, which has to happen outside their cgroups.
+pub struct Compared {
+    ebpf: Ebpf,
+    cgroups: Vec<Cgroup>,
+}
+
+struct Cgroup {
+    of: &'static str,
+    path: PathBuf,
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir(&self.path);
+    }
+}
+
+impl Compared {
+    pub fn load(object: &Path) -> Compared {
+        let ebpf = Ebpf::load_file(object).expect("the kernel takes the maps");
+        let root = cgroup::find_cgroup2_root().expect("a cgroup v2 hierarchy is mounted");
+        let mut cgroups = Vec::new();
+        for (_, program, of) in PROGRAMS {
+            if program == of {
+                let path = root.join(scratch::name(of));
+                std::fs::create_dir(&path).expect("root makes a cgroup");
+                cgroups.push(Cgroup { of, path });
+            }
+        }
+        let mut compared = Compared { ebpf, cgroups };
+        for (_, program, of) in PROGRAMS {
+            compared.attach(program, of);
+        }
+        compared
+    }
+
+    fn attach(&mut self, program: &'static str, of: &'static str) {
+        let cgroup = File::open(self.cgroup(of)).expect("the cgroup is there");
+        let program = self.ebpf.program_mut(program).expect("the object has it");
+        let mode = CgroupAttachMode::Single;
+        match program {
+            Program::CgroupSockAddr(program) => {
+                program.load().and_then(|()| program.attach(cgroup, mode)).map(drop)
+            }
+            Program::CgroupSock(program) => {
+                program.load().and_then(|()| program.attach(cgroup, mode)).map(drop)
+            }
+            _ => unreachable!("they are of two kinds"),
+        }
+        .expect("the kernel takes the program");
+    }
+
+    pub fn cgroup(&self, of: &'static str) -> &Path {
+        let cgroup = self.cgroups.iter().find(|cgroup| cgroup.of == of);
+        &cgroup.expect("each has one").path
+    }
+
+    pub fn cost(&self, program: &'static str) -> Cost {
+        let program = self.ebpf.program(program).expect("the object has it");
+        let info = match program {
+            Program::CgroupSockAddr(program) => CgroupSockAddr::info(program),
+            Program::CgroupSock(program) => CgroupSock::info(program),
+            _ => unreachable!("they are of two kinds"),
+        }
+        .expect("the kernel tells");
+        Cost { n_runs: info.run_count(), run_time: info.run_time() }
+    }
+}

@@ -1,0 +1,192 @@
+//! The price of one dial and of one datagram, by the kernel's BPF statistics: nohop's programs, and
+//! others to compare them with, all in one interleaved run.
+
+#[path = "../../kernel/bed.rs"]
+#[expect(dead_code, clippy::unwrap_used, reason = "the kernel tests' bed, of which they use more")]
+mod bed;
+mod compared;
+mod figures;
+mod traffic;
+
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, UdpSocket};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use bed::{Bed, Server, service};
+use compared::Compared;
+use figures::{Figures, Goal};
+use lb_userspace::plane::{Cost, Measuring};
+use lb_userspace::table::{Protocols, Service};
+
+/// The numbers of services.
+const FEW: u32 = 10;
+const MANY: u32 = 10_000;
+const N_BACKENDS: u8 = 10;
+
+/// The services that are special in every table, by their place in it: one without backends, one
+/// whose backend answers, one that answers datagrams. The backends of all others refuse.
+const EMPTY: u32 = 0;
+const LIVE: u32 = 1;
+const ECHO: u32 = 2;
+const DEAD: u32 = 3;
+
+const GOALS: [Goal; 6] = [
+    Goal::AtMost(150.0, "no VIP"),
+    Goal::Over(200.0, "VIPs of 10,000", "storage alone"),
+    Goal::Times(1.2, "VIPs of 10,000", "VIPs of 10"),
+    Goal::Times(1.2, "a VIP among 10,000", "a VIP among 10"),
+    Goal::AtMost(400.0, "UDP: a datagram sent"),
+    Goal::AtMost(400.0, "UDP: a datagram received"),
+];
+
+fn main() -> ExitCode {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("can't run: it loads eBPF programs, which needs root");
+        return ExitCode::FAILURE;
+    }
+    let Some(object) = std::env::var_os("NOHOP_MEASURE") else {
+        eprintln!("run `cargo xtask bench connect`: it builds the programs to compare with");
+        return ExitCode::FAILURE;
+    };
+    let quick = std::env::args().any(|argument| argument == "--quick");
+    let (n_rounds, n_calls) = (15, if quick { 200 } else { 2_000 });
+    println!(
+        "Linux {}: {n_rounds} interleaved rounds of {n_calls} calls each; a program's mean run time\n\
+         in ns by the kernel's BPF statistics, two readings of the clock included.\n",
+        rustix::system::uname().release().to_string_lossy()
+    );
+    measure(Path::new(&object), n_rounds, n_calls).print(&GOALS);
+    ExitCode::SUCCESS
+}
+
+/// A program at work.
+struct Case<'a> {
+    name: &'static str,
+    /// The cgroup that it is attached to.
+    cgroup: PathBuf,
+    cost: Box<dyn Fn() -> Cost + 'a>,
+    work: Box<dyn Fn() + 'a>,
+}
+
+impl<'a> Case<'a> {
+    fn of(bed: &'a Bed, program: &'static str, name: &'static str, work: impl Fn() + 'a) -> Self {
+        let cost = move || bed.plane.cost(program).expect("the kernel tells");
+        let cgroup = bed.cgroup.path.clone();
+        Case { name, cgroup, cost: Box::new(cost), work: Box::new(work) }
+    }
+
+    /// What one run costs at present.
+    fn mean_ns(&self) -> f64 {
+        std::fs::write(self.cgroup.join("cgroup.procs"), "0").expect("the cgroup takes us");
+        let before = (self.cost)();
+        (self.work)();
+        (self.cost)().mean_ns_since(before)
+    }
+}
+
+fn measure(object: &Path, n_rounds: usize, n_calls: usize) -> Figures {
+    // A socket belongs to the cgroup in which it is made: these to none that is measured.
+    let (dead, server) = (bed::dead(), Server::start(b'a'));
+    let echo = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).expect("a socket");
+    let Ok(SocketAddr::V4(echo_address)) = echo.local_addr() else { unreachable!() };
+    let SocketAddr::V4(live) = server.address else { unreachable!() };
+    let backends = Backends { dead, live, echo: echo_address };
+
+    let _measuring = Measuring::start().expect("the kernel counts run times");
+    let compared = &Compared::load(object);
+    let (few, many) = (table(FEW, &backends), table(MANY, &backends));
+    let (few, many) = (&few, &many);
+
+    let in_turn = move |n_services: u32| {
+        // A stride that is prime to the number of services meets each of them, far apart.
+        let dialled = (0..n_calls as u32).map(move |call| call * 7_919 % (n_services - DEAD));
+        dialled.map(|service_idx| vip(DEAD + service_idx))
+    };
+    let again = move |address: SocketAddrV4| std::iter::repeat_n(address, n_calls);
+    let echo = &echo;
+    let connect4 = "nohop_connect4";
+    let getpeer4 = "nohop_getpeer4";
+    let mut cases: Vec<Case> = compared::PROGRAMS
+        .iter()
+        .map(|&(name, program, of)| Case {
+            name,
+            cgroup: compared.cgroup(of).to_owned(),
+            cost: Box::new(move || compared.cost(program)),
+            work: Box::new(move || traffic::dial(again(dead))),
+        })
+        .collect();
+    cases.extend([
+        Case::of(many, connect4, "no VIP", move || traffic::dial(again(dead))),
+        Case::of(many, connect4, "no backends", move || traffic::dial(again(vip(EMPTY)))),
+        Case::of(many, connect4, "dialled again", move || traffic::redial(vip(DEAD), n_calls)),
+        Case::of(few, connect4, "a VIP among 10", move || traffic::dial(again(vip(DEAD)))),
+        Case::of(many, connect4, "a VIP among 10,000", move || traffic::dial(again(vip(DEAD)))),
+        Case::of(few, connect4, "VIPs of 10", move || traffic::dial(in_turn(FEW))),
+        Case::of(many, connect4, "VIPs of 10,000", move || traffic::dial(in_turn(MANY))),
+        Case::of(many, "nohop_connect6", "a mapped VIP", move || {
+            traffic::dial_mapped(again(vip(DEAD)));
+        }),
+        Case::of(many, connect4, "answered: a VIP", move || traffic::dial(again(vip(LIVE)))),
+        Case::of(many, connect4, "answered: no VIP", {
+            let live = backends.live;
+            move || traffic::dial(again(live))
+        }),
+        Case::of(many, getpeer4, "getpeername: a VIP", move || traffic::ask(vip(LIVE), n_calls)),
+        Case::of(many, getpeer4, "getpeername: no VIP", {
+            let live = backends.live;
+            move || traffic::ask(live, n_calls)
+        }),
+        Case::of(many, "nohop_sendmsg4", "UDP: a first datagram", move || {
+            (0..n_calls).for_each(|_| traffic::exchange(vip(ECHO), echo, 1));
+        }),
+        Case::of(many, "nohop_sendmsg4", "UDP: a datagram sent", move || {
+            traffic::exchange(vip(ECHO), echo, n_calls);
+        }),
+        Case::of(many, "nohop_recvmsg4", "UDP: a datagram received", move || {
+            traffic::exchange(vip(ECHO), echo, n_calls);
+        }),
+        Case::of(many, "nohop_sendmsg4", "UDP: no VIP", move || {
+            traffic::exchange(echo_address, echo, n_calls);
+        }),
+    ]);
+
+    let mut figures = Figures::of(cases.iter().map(|case| case.name));
+    for _ in 0..n_rounds {
+        figures.add(cases.iter().map(Case::mean_ns));
+    }
+    figures
+}
+
+struct Backends {
+    dead: SocketAddrV4,
+    live: SocketAddrV4,
+    echo: SocketAddrV4,
+}
+
+fn vip(service_idx: u32) -> SocketAddrV4 {
+    SocketAddrV4::new(Ipv4Addr::from(u32::from(bed::VIP) + service_idx), 80)
+}
+
+/// A plane with that many services, at consecutive VIPs.
+fn table(n_services: u32, backends: &Backends) -> Bed {
+    let web = |service_idx: u32| -> Service {
+        let of_its_own = |backend_idx: u8| {
+            // All of loopback is this machine, and refuses at once.
+            let [_, _, c, d] = service_idx.to_be_bytes();
+            SocketAddrV4::new(Ipv4Addr::new(127, 1 + backend_idx, c, d), backends.dead.port())
+        };
+        let addresses: Vec<SocketAddrV4> = match service_idx {
+            EMPTY => vec![],
+            LIVE => vec![backends.live],
+            ECHO => vec![backends.echo],
+            _ => (0..N_BACKENDS).map(of_its_own).collect(),
+        };
+        let weighted: Vec<_> = addresses.into_iter().map(|address| (address.into(), 1)).collect();
+        let name = format!("web-{service_idx}");
+        let protocols = if service_idx == ECHO { Protocols::Both } else { Protocols::Tcp };
+        Service { protocols, ..service(&name, *vip(service_idx).ip(), &weighted) }
+    };
+    let mut bed = Bed::new();
+    bed.apply((0..n_services).map(web).collect());
+    bed
+}

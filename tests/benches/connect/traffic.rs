@@ -1,0 +1,53 @@
+//! What applications do: dials, and datagrams.
+
+use std::io::ErrorKind;
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, SocketAddrV6, TcpStream, UdpSocket};
+
+use rustix::net::{AddressFamily, SocketType, connect, socket};
+
+/// Dials each address once, on a socket of its own. Whether anybody answers doesn't matter, but no
+/// program may forbid it.
+pub fn dial(addresses: impl Iterator<Item = SocketAddrV4>) {
+    for address in addresses {
+        let refusal = TcpStream::connect(address).map_err(|error| error.kind()).err();
+        assert_ne!(refusal, Some(ErrorKind::PermissionDenied), "{address}");
+    }
+}
+
+/// The same from IPv6 sockets, which dial `::ffff:a.b.c.d`.
+pub fn dial_mapped(addresses: impl Iterator<Item = SocketAddrV4>) {
+    let mapped = |address: SocketAddrV4| {
+        SocketAddrV6::new(address.ip().to_ipv6_mapped(), address.port(), 0, 0)
+    };
+    addresses.for_each(|address| drop(TcpStream::connect(mapped(address))));
+}
+
+/// Dials an address that refuses, again and again on one socket.
+pub fn redial(address: SocketAddrV4, n_dials: usize) {
+    let socket = socket(AddressFamily::INET, SocketType::STREAM, None).expect("a socket");
+    for _ in 0..n_dials {
+        let refused = connect(&socket, &address);
+        assert_eq!(refused, Err(rustix::io::Errno::CONNREFUSED));
+    }
+}
+
+/// Asks a connected socket whom it is connected to.
+pub fn ask(address: SocketAddrV4, n_calls: usize) {
+    let stream = TcpStream::connect(address).expect("a server answers");
+    for _ in 0..n_calls {
+        assert_eq!(stream.peer_addr().ok(), Some(SocketAddr::V4(address)));
+    }
+}
+
+/// Sends datagrams from one socket that isn't connected, each of which `echo` sends back.
+pub fn exchange(address: SocketAddrV4, echo: &UdpSocket, n_datagrams: usize) {
+    let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).expect("a socket");
+    let mut datagram = [7];
+    for _ in 0..n_datagrams {
+        socket.send_to(&datagram, address).expect("it is sent");
+        let (_, sender) = echo.recv_from(&mut datagram).expect("it came");
+        echo.send_to(&datagram, sender).expect("it is sent back");
+        let (_, sender) = socket.recv_from(&mut datagram).expect("it came back");
+        assert_eq!(sender, SocketAddr::V4(address));
+    }
+}
