@@ -1,12 +1,13 @@
 //! What each trial stands on: a cgroup that this process is in, a plane attached to it, servers on
 //! loopback that say who they are, and tables.
 
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use lb_tests::bpffs::Bpffs;
 use lb_userspace::config::{Config, cgroup};
@@ -37,7 +38,51 @@ impl OwnCgroup {
 impl Drop for OwnCgroup {
     fn drop(&mut self) {
         let _ = std::fs::write(self.former.join("cgroup.procs"), "0");
-        let _ = std::fs::remove_dir(&self.path);
+        // A thread that was joined just now counts as a member until the kernel is done with it.
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while std::fs::remove_dir(&self.path)
+            .is_err_and(|error| error.kind() == ErrorKind::ResourceBusy)
+            && Instant::now() < deadline
+        {
+            std::thread::yield_now();
+        }
+    }
+}
+
+/// Where planes live: a cgroup with this process in it, and a directory for pins. Whatever daemons
+/// left there goes when this is dropped.
+pub struct Place {
+    pub options: Options,
+    pub cgroup: OwnCgroup,
+    _bpffs: Bpffs,
+}
+
+impl Place {
+    pub fn new() -> Place {
+        let (bpffs, cgroup) = (Bpffs::new().unwrap(), OwnCgroup::enter());
+        let mut options = Options::of(&Config::default(), &cgroup.path);
+        options.bpffs = bpffs.path().join("nohop");
+        Place { options, cgroup, _bpffs: bpffs }
+    }
+
+    /// Starts a daemon's plane.
+    pub fn start(&self) -> Plane {
+        let plane = Plane::start(&self.options).unwrap();
+        // Before 5.14 only a dial tells the network namespace's cookie.
+        if self.options.host_netns.is_none() && plane.are_hooks_ours() {
+            match plane.prober().probe() {
+                Proof::Runs(seen) => plane.learn(seen),
+                other => panic!("a dial from this process doesn't meet the hooks: {other:?}"),
+            }
+        }
+        // This process is no daemon: its dials are what is tested.
+        plane.keep();
+        plane
+    }
+
+    /// The path of something that is pinned, such as `v1/links/nohop_connect4`.
+    pub fn pin(&self, name: &str) -> PathBuf {
+        self.options.bpffs.join(name)
     }
 }
 
@@ -46,7 +91,7 @@ impl Drop for OwnCgroup {
 pub struct Bed {
     pub plane: Plane,
     pub options: Options,
-    pub cgroup: OwnCgroup,
+    _cgroup: OwnCgroup,
     _bpffs: Bpffs,
 }
 
@@ -60,36 +105,37 @@ impl Bed {
         Bed::with(|options| options.host_netns = Some(host_netns))
     }
 
+    /// With maps of a few entries.
+    pub fn small() -> Bed {
+        Bed::with(|Options { plane, .. }| {
+            (plane.max_services, plane.max_backends) = (16, 64);
+        })
+    }
+
     pub fn refusing_by(refusal: Refusal) -> Bed {
         Bed::with(|options| options.refusal = Some(refusal))
     }
 
     /// A plane by the default configuration, but for what `change` does to it.
     pub fn with(change: impl FnOnce(&mut Options)) -> Bed {
-        let (bpffs, cgroup) = (Bpffs::new().unwrap(), OwnCgroup::enter());
-        let mut options = Options::of(&Config::default(), &cgroup.path);
-        options.bpffs = bpffs.path().join("nohop");
-        change(&mut options);
-        let plane = Plane::start(&options).unwrap();
-        // Before 5.14 only a dial tells the network namespace's cookie.
-        if options.host_netns.is_none() {
-            match plane.prober().probe() {
-                Proof::Runs(seen) => plane.learn(seen),
-                other => panic!("a dial from this process doesn't meet the hooks: {other:?}"),
-            }
-        }
-        // This process is no daemon: its dials are what is tested.
-        plane.keep();
-        Bed { plane, options, cgroup, _bpffs: bpffs }
+        let mut place = Place::new();
+        change(&mut place.options);
+        let plane = place.start();
+        let Place { options, cgroup, _bpffs } = place;
+        Bed { plane, options, _cgroup: cgroup, _bpffs }
     }
 
     pub fn apply(&mut self, services: Vec<Service>) {
-        let services =
-            services.into_iter().map(|service| (service.name.clone(), Arc::new(service))).collect();
-        let table = Table { generation: 1, services, ..Table::default() };
-        let errors = self.plane.apply(&table).unwrap();
+        let errors = self.plane.apply(&table(services)).unwrap();
         assert!(errors.is_empty(), "{errors:?}");
     }
+}
+
+/// A table of these services.
+pub fn table(services: Vec<Service>) -> Table {
+    let services =
+        services.into_iter().map(|service| (service.name.clone(), Arc::new(service))).collect();
+    Table { generation: 1, services, ..Table::default() }
 }
 
 impl Drop for Bed {
@@ -165,6 +211,12 @@ impl Drop for Server {
         let _ = TcpStream::connect((Ipv4Addr::LOCALHOST, self.address.port()));
         let _ = self.thread.take().map(JoinHandle::join);
     }
+}
+
+/// How often to dial for what only many dials show: 10,000 times, or fewer where the processor is
+/// emulated, which is slow.
+pub fn n_dials() -> usize {
+    if std::env::var_os("NOHOP_EMULATED").is_some() { 1_000 } else { 10_000 }
 }
 
 /// Dials, and returns the letter of the server that answered.

@@ -5,9 +5,14 @@
 
 mod bed;
 mod changes;
+mod dialler;
 mod disconnect;
+mod pins;
 mod refusal;
 mod scope;
+mod soak;
+mod stress;
+mod survival;
 mod translation;
 mod verifier;
 
@@ -52,10 +57,33 @@ const TRIALS: &[KernelTrial] = &[
     since((5, 10), "many_are_disconnected", disconnect::many),
     since((5, 10), "failure_to_examine_is_reported", disconnect::failure_is_reported),
     since((5, 10), "failure_to_disconnect_is_reported", disconnect::unreached_is_reported),
+    since((5, 10), "a_restart_loses_no_dial", survival::a_restart_loses_no_dial),
+    since((5, 10), "a_new_layout_takes_over", survival::a_new_layout_takes_over),
+    since((5, 10), "other_sizes_take_over", survival::other_sizes_take_over),
+    since((5, 10), "a_crash_in_the_middle_serves_on", survival::a_crash_in_the_middle_serves_on),
+    since((5, 10), "half_written_pins_serve_on", survival::half_written_pins_serve_on),
+    since((5, 10), "spoilt_maps_are_made_anew", survival::spoilt_maps_are_made_anew),
+    since((5, 10), "unload_removes_everything", survival::unload_removes_everything),
+    since((5, 10), "two_daemons_are_one_too_many", pins::two_daemons_are_one_too_many),
+    since((5, 10), "what_is_foreign_is_refused", pins::what_is_foreign_is_refused),
+    since((5, 10), "a_later_layout_is_replaced", pins::a_later_layout_is_replaced),
+    since((5, 10), "another_cgroup_is_left", pins::another_cgroup_is_left),
+    since((5, 10), "a_wrong_cgroup_leaves_all", pins::a_wrong_cgroup_leaves_all),
+    since((5, 10), "lost_links_are_mended", pins::lost_links_are_mended),
+    since((5, 10), "lost_pins_are_mended", pins::lost_pins_are_mended),
+    since((5, 10), "a_lost_cgroup_is_mended", pins::a_lost_cgroup_is_mended),
+    since((5, 10), "hooks_come_and_go_in_order", pins::hooks_come_and_go_in_order),
+    since((5, 10), "the_heartbeat_is_readable", pins::the_heartbeat_is_readable),
+    since((5, 10), "full_maps_refuse_by_service", soak::full_maps_refuse_by_service),
+    since((5, 10), "a_soak_leaks_nothing", soak::a_soak_leaks_nothing),
+    since((5, 10), "a_million_dials_meet_no_wrong_one", stress::a_million_dials_meet_no_wrong_one),
     since((5, 10), "verified_instructions_are_told", verifier::instructions_are_told),
 ];
 
 fn main() -> std::process::ExitCode {
+    if let Some(address) = dialler::asked_for() {
+        return dialler::run(address);
+    }
     let mut arguments = Arguments::from_args();
     arguments.test_threads = Some(1);
     let root = rustix::process::geteuid().is_root();

@@ -6,7 +6,7 @@ use std::process::Command;
 
 use rustix::net::{AddressFamily, SocketType};
 
-use crate::bed::{Bed, Server, VIP, dead, dial, service};
+use crate::bed::{Bed, Server, VIP, dead, dial, n_dials, service};
 
 pub fn a_dial_reaches_a_backend() {
     let server = Server::start(b'a');
@@ -23,13 +23,16 @@ pub fn weights_are_shares() {
     let backends: Vec<_> = servers.iter().map(|server| server.address).zip([1, 2, 5]).collect();
     bed.apply(vec![service("web", VIP, &backends)]);
     let mut n_answers = BTreeMap::<char, u32>::new();
-    for _ in 0..8_000 {
+    let n_dials = n_dials() as u32;
+    for _ in 0..n_dials {
         *n_answers.entry(dial((VIP, 80)).unwrap()).or_default() += 1;
     }
-    // 5 standard deviations of the binomial distribution are at most 224.
-    for (letter, expected) in [('a', 1_000), ('b', 2_000), ('c', 5_000)] {
-        let n = n_answers[&letter];
-        assert!(n.abs_diff(expected) < 224, "{letter}: {n} of 8000, expected {expected}");
+    // Of the binomial distribution, 5 standard deviations where they are largest, at one half.
+    let tolerance = (5.0 * f64::from(n_dials).sqrt() / 2.0) as u32;
+    for (letter, share) in [('a', 1), ('b', 2), ('c', 5)] {
+        let (n, expected) = (n_answers[&letter], n_dials * share / 8);
+        let off = n.abs_diff(expected);
+        assert!(off < tolerance, "{letter}: {n} of {n_dials}, expected {expected}");
     }
 }
 
@@ -70,7 +73,7 @@ pub fn dials_are_counted() {
 
 /// An operator reads the maps with bpftool, by field name.
 pub fn maps_are_readable() {
-    let mut bed = Bed::new();
+    let mut bed = Bed::small();
     bed.apply(vec![service("web", VIP, &[("10.9.8.7:4321".parse().unwrap(), 1)])]);
     for (map, expected) in [
         ("FRONTENDS", ["address", "\"port\": 80", "\"protocol\": 6", "host_only"].as_slice()),

@@ -14,6 +14,8 @@ mod detached_by_hand;
 mod forwarding;
 mod four_capabilities;
 mod hooks_watched;
+mod ipv6_by_name;
+mod kernel_has_a_voice;
 mod killed_under_load;
 mod load;
 mod more_than_fits;
@@ -40,7 +42,7 @@ use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
 type Story = fn() -> Result<()>;
 
-const STORIES: [(&str, Story); 25] = [
+const STORIES: [(&str, Story); 28] = [
     ("all_critical_refuses_and_recovers", all_critical_refuses_and_recovers::story),
     ("bad_records", bad_records::story),
     ("consul_killed_and_restarted", consul_killed_and_restarted::story),
@@ -51,6 +53,8 @@ const STORIES: [(&str, Story); 25] = [
     ("forwarding", forwarding::story),
     ("four_capabilities", four_capabilities::story),
     ("hooks_watched", hooks_watched::story),
+    ("ipv6_by_name", ipv6_by_name::story),
+    ("kernel_has_a_voice", kernel_has_a_voice::story),
     ("killed_under_load", killed_under_load::story),
     ("more_than_fits", more_than_fits::story),
     ("not_a_vip_untouched", not_a_vip_untouched::story),

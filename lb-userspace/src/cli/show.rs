@@ -71,11 +71,15 @@ pub fn explanation(explanation: &Explanation) -> String {
 fn service(text: &mut String, service: &Service, width: usize) {
     let ports = &service.ports;
     let vip6 = service.vip6.map(|vip6| format!(" and [{vip6}]:{ports}")).unwrap_or_default();
+    let by_family = match service.refused_family {
+        0 => String::new(),
+        n => format!(", {n} for want of a backend that their address family reaches"),
+    };
     let pin = service.pin.map(|pin| format!(" and {pin}")).unwrap_or_default();
     line(
         text,
         format!(
-            "{:<width$}  {}:{ports}{vip6}{pin}  {}, {}, dials {}, refused {}",
+            "{:<width$}  {}:{ports}{vip6}{pin}  {}, {}, dials {}, refused {}{by_family}",
             service.name,
             service.vip,
             service.protocol,

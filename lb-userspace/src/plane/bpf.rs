@@ -42,6 +42,15 @@ pub enum AttachType {
 #[derive(Debug)]
 pub struct CgroupLink(OwnedFd);
 
+/// What is found pinned where a link should be.
+#[derive(Debug)]
+pub enum Pinned {
+    /// A cgroup link.
+    Link(CgroupLink),
+    /// Something else, as fdinfo has it.
+    Other(String),
+}
+
 /// What a link joins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Joined {
@@ -67,19 +76,24 @@ impl CgroupLink {
         Ok(CgroupLink(unsafe { OwnedFd::from_raw_fd(fd) }))
     }
 
-    /// The link that is pinned at `path`; `None` when there is nothing.
+    /// What is pinned at `path`; `None` when there is nothing.
     ///
     /// # Errors
     /// When the kernel refuses, such as EPERM for something that isn't a BPF object.
-    pub fn pinned(path: &Path) -> io::Result<Option<CgroupLink>> {
+    pub fn pinned(path: &Path) -> io::Result<Option<Pinned>> {
         let name = CString::new(path.as_os_str().as_bytes())?;
         let [low, high] = halves(name.as_ptr() as u64);
-        match bpf(BPF_OBJ_GET, [low, high, 0, 0]) {
+        let fd = match bpf(BPF_OBJ_GET, [low, high, 0, 0]) {
             // SAFETY: the kernel has just made this descriptor for us.
-            Ok(fd) => Ok(Some(CgroupLink(unsafe { OwnedFd::from_raw_fd(fd) }))),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(error),
-        }
+            Ok(fd) => unsafe { OwnedFd::from_raw_fd(fd) },
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        let about = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd()))?;
+        let kind = about.lines().find(|line| line.contains("_type:")).unwrap_or("no type");
+        let kind = kind.split_whitespace().collect::<Vec<_>>().join(" ");
+        let is_link = kind == "link_type: cgroup";
+        Ok(Some(if is_link { Pinned::Link(CgroupLink(fd)) } else { Pinned::Other(kind) }))
     }
 
     /// Pins the link, so that it outlives this process.

@@ -76,6 +76,11 @@ pub fn are_live(pins: &Pins, scope: &Scope) -> Result<bool, PlaneError> {
     }))
 }
 
+/// What translates back goes last; what this version doesn't know is some later hook.
+fn sort_for_detaching(links: &mut [PinnedLink]) {
+    links.sort_by_key(|pinned| std::cmp::Reverse(hook_of(pinned).unwrap_or(HOOKS.len())));
+}
+
 /// Detaches every link that is pinned, under whatever layout: what translates back goes last.
 /// Returns how many there were.
 ///
@@ -83,8 +88,7 @@ pub fn are_live(pins: &Pins, scope: &Scope) -> Result<bool, PlaneError> {
 /// When the kernel refuses.
 pub fn detach_pinned(pins: &Pins) -> Result<usize, PlaneError> {
     let mut links = pins.all_links()?;
-    // What this version doesn't know is some later hook.
-    links.sort_by_key(|pinned| std::cmp::Reverse(hook_of(pinned).unwrap_or(HOOKS.len())));
+    sort_for_detaching(&mut links);
     for PinnedLink { path, link, .. } in &links {
         link.detach().map_err(|source| PlaneError::Link {
             action: "detach",
@@ -169,12 +173,15 @@ impl Links {
             links.push(link);
         }
         self.links = links;
-        for PinnedLink { name, path, .. } in earlier {
+        // What is left, such as the links to another cgroup, ends here, what translates back last.
+        sort_for_detaching(&mut earlier);
+        for PinnedLink { name, path, link } in earlier {
             let is_own =
                 HOOKS.iter().any(|hook| name == hook.program && path == pins.link(hook.program));
             if !is_own {
                 unpin(&path)?;
             }
+            drop(link);
         }
         Ok(pins.remove_other_layouts()?)
     }
@@ -226,21 +233,23 @@ impl Links {
             if !holds(&self.links[index], hook, &scope).unwrap_or(true) {
                 lost.insert(hook.program);
                 self.links[index] = self.attach(ebpf, hook, &scope)?;
-                pins.make_directories()?;
                 pin_at(&self.links[index], &path)?;
             } else if !path.exists() {
-                pins.make_directories()?;
                 pin_at(&self.links[index], &path)?;
             }
         }
         Ok(())
     }
 
-    /// Detaches the programs, what translates back last. It is no error if somebody did already.
-    pub fn detach(&mut self) {
-        for link in self.links.iter().rev() {
+    /// Detaches the programs, what translates back last, and takes the pins away. It is no error if
+    /// somebody did already.
+    pub fn detach(&mut self, pins: &Pins) {
+        for (link, hook) in self.links.iter().zip(&HOOKS).rev() {
             if let Err(error) = link.detach() {
                 tracing::debug!("a link couldn't be detached: {error}");
+            }
+            if let Err(error) = unpin(&pins.link(hook.program)) {
+                tracing::warn!("{error}");
             }
         }
         self.links.clear();

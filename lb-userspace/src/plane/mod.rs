@@ -42,8 +42,8 @@ use crate::config::{Config, PlaneConfig, VipConfig, cgroup};
 use crate::table::Table;
 use forsaken::Disconnector;
 use kernel::{Board, KernelMaps};
-use links::{HOOKS, Links};
-use pins::{MapShape, Pins};
+use links::{HOOKS, Links, Scope};
+use pins::{MapShape, PinnedMaps, Pins};
 use reconcile::{AdoptError, Reconciler};
 
 pub use bpf::netns_cookie;
@@ -267,6 +267,7 @@ pub struct Plane {
     board: Board,
     links: Links,
     pins: Pins,
+    pinned_maps: PinnedMaps,
     disconnector: Disconnector,
     refusal: Refusal,
     excluded: Vec<PathBuf>,
@@ -290,12 +291,29 @@ impl Plane {
         let unlimited = rustix::process::Rlimit { current: None, maximum: None };
         let _ = rustix::process::setrlimit(rustix::process::Resource::Memlock, unlimited);
 
-        let sizes = Sizes::of(&options.plane, &options.vip);
         let scope = links::open_scope(&options.scope)?;
         let pins = Pins::open(&options.bpffs, options.layout)?;
+        let (was_empty, had_links) = (pins.is_empty()?, !pins.all_links()?.is_empty());
+        let started = Plane::start_over(pins, &scope, options);
+        if started.is_err()
+            && let Some(pins) = Pins::open_existing(&options.bpffs)?
+        {
+            if !had_links {
+                links::detach_pinned(&pins)?;
+            }
+            if was_empty {
+                pins.remove_all()?;
+            }
+        }
+        started
+    }
+
+    /// Starts over what is pinned.
+    fn start_over(pins: Pins, scope: &Scope, options: &Options) -> Result<Plane, PlaneError> {
+        let sizes = Sizes::of(&options.plane, &options.vip);
         pins.make_directories()?;
         pins.are_there(&pins.sockets(), &socket_shapes())?;
-        let is_live = links::are_live(&pins, &scope)?;
+        let is_live = links::are_live(&pins, scope)?;
 
         let mut loaded = None;
         if pins.are_there(&pins.maps(), &sizes.shapes())? {
@@ -314,6 +332,9 @@ impl Plane {
         let maps = reconciler.maps_mut();
         let (counters, board) = (maps.counters(), maps.board());
         let disconnector = Disconnector::new(maps.liveness(), pins.sockets().join("PEERS"));
+        let map_names = sizes.shapes().into_iter().map(|shape| pins.maps().join(shape.name));
+        let socket_names = socket_shapes().map(|shape| pins.sockets().join(shape.name));
+        let pinned_maps = PinnedMaps::open(map_names.chain(socket_names))?;
         let mut plane = Plane {
             ebpf,
             reconciler,
@@ -321,6 +342,7 @@ impl Plane {
             board,
             links: Links::new(&options.scope),
             pins,
+            pinned_maps,
             disconnector,
             refusal,
             excluded: options.plane.exclude_cgroups.clone(),
@@ -332,10 +354,8 @@ impl Plane {
         // What is empty must not take the place of what works.
         if is_adopted || !is_live {
             let switched = plane.links.switch(&mut plane.ebpf, &plane.pins);
-            if switched.is_err() && !is_live {
-                plane.detach();
-            }
-            switched?;
+            // The maps may be read on, and another process get our number.
+            switched.inspect_err(|_| plane.keep())?;
         }
         Ok(plane)
     }
@@ -392,10 +412,17 @@ impl Plane {
         self.reconciler.names().map(|(name, vips)| (name.clone(), vips.collect())).collect()
     }
 
-    /// Looks at every link, and attaches again what somebody detached.
+    /// Looks at every link and pin, and attaches and pins again what somebody took away. Frees what
+    /// the last changes gave up.
     pub fn mend(&mut self) -> Attachment {
         self.look_up_excluded();
-        self.links.mend(&mut self.ebpf, &self.pins)
+        self.reconciler.recycle();
+        let pinned = self.pins.mend().and_then(|()| self.pinned_maps.mend());
+        let mut attachment = self.links.mend(&mut self.ebpf, &self.pins);
+        if let Err(error) = pinned {
+            attachment.problem.get_or_insert(error.to_string());
+        }
+        attachment
     }
 
     /// Says that the daemon lives, and how old the table is, if it is known.
@@ -471,7 +498,7 @@ impl Plane {
     /// Detaches the programs, what translates back last, and takes all pins away. It is no error if
     /// somebody did already.
     pub fn detach(&mut self) {
-        self.links.detach();
+        self.links.detach(&self.pins);
         if let Err(error) = self.pins.remove_all() {
             tracing::warn!("{error}");
         }

@@ -7,12 +7,15 @@
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io;
+use std::mem::offset_of;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use aya::maps::MapData;
+use lb_common::Daemon;
 use rustix::fs::FlockOperation;
 
-use super::bpf::CgroupLink;
+use super::bpf::{CgroupLink, Pinned};
 
 /// The magic number of a BPF file system; linux/magic.h calls it BPF_FS_MAGIC.
 const BPF_FS_MAGIC: u64 = 0xcafe_4a11;
@@ -119,7 +122,7 @@ enum Fit {
 pub struct Pins {
     dir: PathBuf,
     layout: u16,
-    _lock: File,
+    lock: File,
 }
 
 impl Pins {
@@ -130,16 +133,7 @@ impl Pins {
     /// When there is no BPF file system, or another daemon has the directory.
     pub fn open(dir: &Path, layout: u16) -> Result<Pins, PinError> {
         ensure_bpffs(dir)?;
-        fs::create_dir_all(dir).map_err(io_error("make", dir))?;
-        let lock = File::open(dir).map_err(io_error("open", dir))?;
-        match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {}
-            Err(rustix::io::Errno::WOULDBLOCK) => {
-                return Err(PinError::Taken { dir: dir.into(), pid: holder(dir) });
-            }
-            Err(errno) => return Err(io_error("lock", dir)(errno.into())),
-        }
-        Ok(Pins { dir: dir.into(), layout, _lock: lock })
+        Ok(Pins { dir: dir.into(), layout, lock: lock(dir)? })
     }
 
     /// As [`Pins::open`], for taking things away; `None` where there is nothing.
@@ -182,6 +176,26 @@ impl Pins {
             .try_for_each(|dir| fs::create_dir_all(dir).map_err(io_error("make", dir)))
     }
 
+    /// Sees to it that the directories are there, and that the lock is on the one that is.
+    ///
+    /// # Errors
+    /// When the file system refuses, or another daemon has a directory that took the place of ours.
+    pub fn mend(&mut self) -> Result<(), PinError> {
+        let number = |metadata: io::Result<fs::Metadata>| metadata.map(|found| found.ino()).ok();
+        if number(fs::metadata(&self.dir)) != number(self.lock.metadata()) {
+            self.lock = lock(&self.dir)?;
+        }
+        self.make_directories()
+    }
+
+    /// Whether anything of ours is there.
+    ///
+    /// # Errors
+    /// When the file system refuses.
+    pub fn is_empty(&self) -> Result<bool, PinError> {
+        Ok(self.layouts()?.is_empty() && !self.sockets().exists())
+    }
+
     /// Whether each of these maps is pinned in `dir` and as it has to be. Some may be missing, or
     /// have another size: then they have to be made anew.
     ///
@@ -216,9 +230,17 @@ impl Pins {
         let mut links = Vec::new();
         for dir in directories {
             for path in entries(&dir)? {
-                if let Some(link) = CgroupLink::pinned(&path).map_err(io_error("open", &path))? {
-                    let name = path.file_name().unwrap_or_default().to_owned();
-                    links.push(PinnedLink { name, path, link });
+                match CgroupLink::pinned(&path).map_err(io_error("open", &path))? {
+                    None => {}
+                    Some(Pinned::Link(link)) => {
+                        let name = path.file_name().unwrap_or_default().to_owned();
+                        links.push(PinnedLink { name, path, link });
+                    }
+                    Some(Pinned::Other(found)) => {
+                        let expected = "a cgroup link".to_owned();
+                        let found = format!("a BPF object of {found}");
+                        return Err(PinError::Foreign { path, found, expected });
+                    }
                 }
             }
         }
@@ -253,6 +275,48 @@ impl Pins {
         // Something else in it is not ours to judge.
         let _ = fs::remove_dir(&self.dir);
         Ok(())
+    }
+}
+
+/// Makes a directory if need be, and locks it.
+fn lock(dir: &Path) -> Result<File, PinError> {
+    fs::create_dir_all(dir).map_err(io_error("make", dir))?;
+    let lock = File::open(dir).map_err(io_error("open", dir))?;
+    match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(lock),
+        Err(rustix::io::Errno::WOULDBLOCK) => {
+            Err(PinError::Taken { dir: dir.into(), pid: holder(dir) })
+        }
+        Err(errno) => Err(io_error("lock", dir)(errno.into())),
+    }
+}
+
+/// Maps that are pinned, kept so that they can be pinned again.
+#[derive(Debug)]
+pub struct PinnedMaps(Vec<(PathBuf, MapData)>);
+
+impl PinnedMaps {
+    /// The maps that are pinned at these paths.
+    ///
+    /// # Errors
+    /// When one isn't there.
+    pub fn open(paths: impl IntoIterator<Item = PathBuf>) -> Result<PinnedMaps, PinError> {
+        let open = |path: PathBuf| match MapData::from_pin(&path) {
+            Ok(map) => Ok((path, map)),
+            Err(error) => Err(io_error("open", &path)(io::Error::other(error))),
+        };
+        paths.into_iter().map(open).collect::<Result<_, _>>().map(PinnedMaps)
+    }
+
+    /// Pins again what isn't pinned any more.
+    ///
+    /// # Errors
+    /// When the file system refuses.
+    pub fn mend(&self) -> Result<(), PinError> {
+        let PinnedMaps(maps) = self;
+        maps.iter().filter(|(path, _)| !path.exists()).try_for_each(|(path, map)| {
+            map.pin(path).map_err(|error| io_error("pin", path)(io::Error::other(error)))
+        })
     }
 }
 
@@ -303,18 +367,18 @@ fn described(map_type: u32, key_size: u32, value_size: u32, flags: u32) -> Strin
     )
 }
 
-/// The process that holds a directory's pins, as it says itself.
+/// The process that holds a directory's pins, as it says itself: the one that said so last.
 fn holder(dir: &Path) -> Option<u64> {
-    let layouts = entries(dir).ok()?;
-    layouts.into_iter().find_map(|layout| {
+    let said = |layout: PathBuf| {
         let map = MapData::from_pin(layout.join("maps/DAEMON")).ok()?;
-        let daemon: aya::maps::Array<_, [u8; size_of::<lb_common::Daemon>()]> =
+        let daemon: aya::maps::Array<_, [u8; size_of::<Daemon>()]> =
             aya::maps::Map::from_map_data(map).ok()?.try_into().ok()?;
         let value = daemon.get(&0, 0).ok()?;
-        let at = std::mem::offset_of!(lb_common::Daemon, pid);
-        let pid = u64::from_ne_bytes(value.get(at..at + 8)?.try_into().ok()?);
-        (pid != 0).then_some(pid)
-    })
+        let word = |at: usize| u64::from_ne_bytes(std::array::from_fn(|byte| value[at + byte]));
+        Some((word(offset_of!(Daemon, heartbeat_ns)), word(offset_of!(Daemon, pid))))
+    };
+    let said = entries(dir).ok()?.into_iter().filter_map(said);
+    said.filter(|&(_, pid)| pid != 0).max().map(|(_, pid)| pid)
 }
 
 fn ensure_bpffs(dir: &Path) -> Result<(), PinError> {

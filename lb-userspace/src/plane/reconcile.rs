@@ -82,6 +82,13 @@ struct Resting {
     frontends: bool,
 }
 
+impl Resting {
+    fn is_empty(&self) -> bool {
+        let Resting { services, backends, blocks, frontends } = self;
+        services.is_empty() && backends.is_empty() && blocks.is_empty() && !frontends
+    }
+}
+
 /// How many entries a map has in use, and room for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Pressure {
@@ -113,6 +120,10 @@ struct Healthy {
 pub struct Reconciler<M> {
     maps: M,
     held: BTreeMap<Arc<str>, Held>,
+    /// Whose each frontend is.
+    owners: HashMap<FrontendKey, Arc<str>>,
+    /// Frontends that services have no more, while a table is applied.
+    stale: Vec<(Arc<str>, Vec<FrontendKey>)>,
     resting: Resting,
     services: Ids,
     backends: Ids,
@@ -140,6 +151,8 @@ impl<M: Maps> Reconciler<M> {
         Reconciler {
             maps,
             held: BTreeMap::new(),
+            owners: HashMap::new(),
+            stale: Vec::new(),
             resting: Resting::default(),
             services: Ids::new(sizes.services),
             backends: Ids::new(sizes.backends),
@@ -172,6 +185,7 @@ impl<M: Maps> Reconciler<M> {
                 errors.insert(name.clone(), error);
             }
         }
+        self.remove_stale(&mut errors);
         let gone: Vec<Arc<str>> =
             self.held.keys().filter(|name| !table.services.contains_key(*name)).cloned().collect();
         for name in gone {
@@ -179,7 +193,47 @@ impl<M: Maps> Reconciler<M> {
                 errors.insert(name, error);
             }
         }
+        if !self.resting.is_empty() {
+            self.retry_what_lacked_room(table, &mut errors);
+        }
         errors
+    }
+
+    /// Removes the frontends that services have no more: after all insertions, of which each would
+    /// wait for the readers of what was deleted before.
+    fn remove_stale(&mut self, errors: &mut BTreeMap<Arc<str>, ApplyError>) {
+        for (name, stale) in std::mem::take(&mut self.stale) {
+            let is_own = |key: &FrontendKey| self.owners.get(key) == Some(&name);
+            let stale: Vec<FrontendKey> = stale.into_iter().filter(is_own).collect();
+            if let Err(error) = self.remove_frontends(&name, &stale) {
+                // The next table puts it anew, and tries again.
+                if let Some(held) = self.held.get_mut(&name) {
+                    held.applied = None;
+                }
+                errors.insert(name, error);
+            }
+        }
+    }
+
+    /// What other services gave up may be the room that these lacked.
+    fn retry_what_lacked_room(
+        &mut self,
+        table: &Table,
+        errors: &mut BTreeMap<Arc<str>, ApplyError>,
+    ) {
+        let lacked_room = |error: &ApplyError| matches!(error, ApplyError::Full { .. });
+        let retried: Vec<&Arc<Service>> = errors
+            .iter()
+            .filter(|(_, error)| lacked_room(error))
+            .filter_map(|(name, _)| table.services.get(name))
+            .collect();
+        for service in retried {
+            match self.put(service) {
+                Ok(()) => drop(errors.remove(&service.name)),
+                Err(error) => drop(errors.insert(service.name.clone(), error)),
+            }
+        }
+        self.remove_stale(errors);
     }
 
     /// The backends that, since the last call, left a service which is dialled by UDP, and have not
@@ -328,10 +382,9 @@ impl<M: Maps> Reconciler<M> {
     }
 
     fn check_room_for_frontends(&mut self, service: &Service) -> Result<(), ApplyError> {
-        let held = self.held.get(&service.name);
         let fresh: Vec<FrontendKey> = frontends(service, 0)
             .into_keys()
-            .filter(|frontend| !held.is_some_and(|held| held.frontends.contains_key(frontend)))
+            .filter(|frontend| !self.owners.contains_key(frontend))
             .collect();
         for room in [self.frontends, self.frontends6] {
             let is_ipv4 = room.map == self.frontends.map;
@@ -361,10 +414,22 @@ impl<M: Maps> Reconciler<M> {
                 .map_err(|source| ApplyError::Frontend { address: shown(&frontend), source })?;
             if let Some(held) = self.held.get_mut(&service.name) {
                 held.frontends.insert(frontend, target);
-                self.room(&frontend).used += 1;
+            }
+            match self.owners.insert(frontend, service.name.clone()) {
+                None => self.room(&frontend).used += 1,
+                // It moved here, such as a pin that the configuration gives to another service now.
+                Some(former) => {
+                    self.resting.frontends = true;
+                    if let Some(former) = self.held.get_mut(&former) {
+                        former.frontends.remove(&frontend);
+                    }
+                }
             }
         }
-        self.remove_frontends(&service.name, &stale)
+        if !stale.is_empty() {
+            self.stale.push((service.name.clone(), stale));
+        }
+        Ok(())
     }
 
     fn remove_frontends(&mut self, name: &str, stale: &[FrontendKey]) -> Result<(), ApplyError> {
@@ -374,6 +439,7 @@ impl<M: Maps> Reconciler<M> {
                 .map_err(|source| ApplyError::Frontend { address: shown(frontend), source })?;
             self.resting.frontends = true;
             self.room(frontend).used -= 1;
+            self.owners.remove(frontend);
             if let Some(held) = self.held.get_mut(name) {
                 held.frontends.remove(frontend);
             }
@@ -382,21 +448,23 @@ impl<M: Maps> Reconciler<M> {
     }
 
     fn remove(&mut self, name: &str) -> Result<(), ApplyError> {
-        let Some(held) = self.held.get(name) else { return Ok(()) };
-        let frontends: Vec<FrontendKey> = held.frontends.keys().copied().collect();
+        let Some(held) = self.held.get_mut(name) else { return Ok(()) };
+        // Should it come back before its frontends are gone, it is put anew.
+        held.applied = None;
         self.maps.publish(held.service_idx, ServiceEntry::default());
         let (name, has_udp) = (Arc::<str>::from(name), held.has_udp());
-        for (&address, &backend_idx) in &held.backends {
+        for (address, backend_idx) in held.backends.drain() {
             self.maps.retire_backend(backend_idx);
+            self.resting.backends.push(backend_idx);
             if has_udp {
                 self.left_udp.insert((name.clone(), address));
             }
         }
+        self.resting.blocks.append(&mut held.blocks);
+        let frontends: Vec<FrontendKey> = held.frontends.keys().copied().collect();
         self.remove_frontends(&name, &frontends)?;
         if let Some(held) = self.held.remove(&name) {
             self.resting.services.push(held.service_idx);
-            self.resting.backends.extend(held.backends.into_values());
-            self.resting.blocks.extend(held.blocks);
         }
         Ok(())
     }
@@ -430,8 +498,11 @@ impl<M: Maps> Reconciler<M> {
         Ok(blocks)
     }
 
-    /// Waits for the readers, then frees all that rests.
-    fn recycle(&mut self) {
+    /// Frees all that rests, once no reader is left that may have found it.
+    pub fn recycle(&mut self) {
+        if self.resting.is_empty() {
+            return;
+        }
         self.maps.wait_for_readers();
         let Resting { services, backends, blocks, frontends: _ } =
             std::mem::take(&mut self.resting);

@@ -85,6 +85,9 @@ struct Model {
     /// What each service may show, set by the test before it applies a table: before and after.
     allowed: HashMap<u8, [Visible; 2]>,
     n_waits: usize,
+    n_steps: usize,
+    /// No reader looks: the test is about something else.
+    is_blind: bool,
     /// Fail the next insertion of a frontend.
     fail: bool,
     /// The number of steps until the daemon is killed: it does nothing any more.
@@ -124,6 +127,8 @@ impl Model {
         }
         for (frontend, &target) in &self.frontends {
             let s = match frontend.address {
+                // A pin, which isn't of the services' pools.
+                IpAddr::V4(pin) if pin.octets()[1] != 128 => continue,
                 IpAddr::V4(vip) => vip.octets()[3],
                 IpAddr::V6(vip) => vip.octets()[15],
             };
@@ -164,7 +169,10 @@ impl FakeMaps {
             None => {}
         }
         let result = change(&mut model);
-        model.look();
+        model.n_steps += 1;
+        if !model.is_blind {
+            model.look();
+        }
         result
     }
 }
@@ -384,7 +392,14 @@ fn indices(reconciler: &Reconciler<FakeMaps>) -> BTreeMap<String, Indices> {
 
 #[test]
 fn maps_that_something_else_wrote_to_are_not_taken_over() {
-    let spoils: [(&str, fn(&mut Model)); 5] = [
+    let spoils: [(&str, fn(&mut Model)); 7] = [
+        ("aren't its own", |model| {
+            let beyond = Region { first_slot: u32::MAX - 255, n_slots: 256 };
+            model.services.values_mut().for_each(|service| service.host.all = beyond);
+        }),
+        ("isn't its own", |model| {
+            model.slots.values_mut().for_each(|slot| slot.backend = 0);
+        }),
         ("has no name", |model| model.names.clear()),
         ("isn't there", |model| model.backends.clear()),
         ("aren't its own", |model| {
@@ -461,4 +476,110 @@ fn too_many_backends_are_refused_by_number() {
     run.table.services.insert("s1".into(), Arc::new(many));
     let errors = run.reconciler.apply(&run.table);
     assert_eq!(errors["s1"].to_string(), "it has 4097 healthy backends; a service can have 4096");
+}
+
+/// A pin that the configuration gives to another service, whichever of the two comes first.
+#[test]
+fn a_frontend_moves_between_services() {
+    let pin = "127.0.0.1:80".parse().unwrap();
+    let mut run = Run::new(SIZES);
+    for s in [1, 2] {
+        run.change(s, Some(&set(&[0])));
+    }
+    let pinned_to = |s: u8| {
+        let mut service = Service::clone(&service(s, &set(&[0]), 1));
+        service.pin = Some(pin);
+        Arc::new(service)
+    };
+    for s in [2, 1, 2] {
+        let other = 3 - s;
+        run.table.services.insert("s1".into(), service(1, &set(&[0]), 1));
+        run.table.services.insert("s2".into(), service(2, &set(&[0]), 1));
+        run.table.services.insert(format!("s{s}").into(), pinned_to(s));
+        let errors = run.reconciler.apply(&run.table);
+        assert!(errors.is_empty(), "{errors:?}");
+        run.check_exact();
+        let key = FrontendKey { address: pin.ip().to_owned().into(), port: 80, protocol: 6 };
+        let owner = run.maps.0.borrow().frontends[&key].service;
+        assert_eq!(owner, run.reconciler.indices(&format!("s{s}")).unwrap().service);
+        assert_ne!(owner, run.reconciler.indices(&format!("s{other}")).unwrap().service);
+    }
+}
+
+/// A full map is no reason to wait for readers again and again: nothing rests.
+#[test]
+fn what_stays_refused_waits_for_nobody() {
+    let mut run = Run::new(Sizes { services: 1, ..SIZES });
+    run.change(1, Some(&set(&[0])));
+    assert_eq!(run.change(2, Some(&set(&[0]))).len(), 1);
+    let n_waits = run.maps.0.borrow().n_waits;
+    for _ in 0..10 {
+        assert_eq!(run.reconciler.apply(&run.table).len(), 1);
+    }
+    assert_eq!(run.maps.0.borrow().n_waits, n_waits);
+}
+
+/// What one service needs, another gives up in the same table.
+#[test]
+fn room_that_a_table_makes_is_room_for_it() {
+    let mut run = Run::new(Sizes { services: 1, ..SIZES });
+    run.change(2, Some(&set(&[0])));
+    run.maps.0.borrow_mut().allowed.entry(1).or_default()[1] = visible(&set(&[0]));
+    run.maps.0.borrow_mut().allowed.entry(2).or_default()[1] = visible(&set(&[]));
+    run.table.services = BTreeMap::from([("s1".into(), service(1, &set(&[0]), 2))]);
+    assert!(run.reconciler.apply(&run.table).is_empty());
+    run.check_exact();
+}
+
+/// The kernel's share of a change is the changed service's size, whatever the table's.
+#[test]
+fn a_change_costs_what_its_service_does() {
+    let n_steps = |n_services: u16| {
+        let sizes = Sizes {
+            services: 16_384,
+            frontends: 65_536,
+            frontends6: 1,
+            slots: 1 << 19,
+            backends: 1 << 18,
+        };
+        let mut run = Run::new(sizes);
+        run.maps.0.borrow_mut().is_blind = true;
+        let of = |n: u16, backends: &[u8]| {
+            let [high, low] = n.to_be_bytes();
+            let mut service = Service::clone(&service(1, &set(backends), 1));
+            service.name = format!("s{n}").into();
+            service.vip = Ipv4Addr::new(127, 128, high, low);
+            (service.name.clone(), Arc::new(service))
+        };
+        run.table.services = (0..n_services).map(|n| of(n, &[0, 1, 2])).collect();
+        assert!(run.reconciler.apply(&run.table).is_empty());
+        let before = run.maps.0.borrow().n_steps;
+        run.table.services.extend([of(7, &[0, 1, 4])]);
+        assert!(run.reconciler.apply(&run.table).is_empty());
+        run.maps.0.borrow().n_steps - before
+    };
+    // A backend's entry, 3 slots for each of the 3 kinds of dial that differ (the new backend is
+    // the host's), the service's word, the retired backend.
+    let few = n_steps(10);
+    assert!(few < 15, "{few}");
+    assert_eq!(n_steps(10_000), few);
+}
+
+/// However many services change their ports, the table waits for readers once.
+#[test]
+fn moved_ports_wait_once() {
+    let mut run = Run::new(Sizes { frontends: 20, frontends6: 20, ..SIZES });
+    let ported = |s: u8, port: u16| {
+        let mut service = Service::clone(&service(s, &set(&[0]), port.into()));
+        service.ports = Ports::only([port]);
+        (service.name.clone(), Arc::new(service))
+    };
+    (1..5).for_each(|s| drop(run.change(s, Some(&set(&[0])))));
+    for port in 81..85 {
+        run.table.services = (1..5).map(|s| ported(s, port)).collect();
+        let n_waits = run.maps.0.borrow().n_waits;
+        assert!(run.reconciler.apply(&run.table).is_empty());
+        assert!(run.maps.0.borrow().n_waits <= n_waits + 1);
+        run.check_exact();
+    }
 }

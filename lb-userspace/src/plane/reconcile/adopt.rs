@@ -55,7 +55,12 @@ impl<M: Maps> Reconciler<M> {
             }
             let (name, mut held) = this.adopt_service(service_idx, sizes)?;
             held.frontends = frontends.clone();
-            used_backends.extend(held.backends.values().copied());
+            for &backend_idx in held.backends.values() {
+                if !used_backends.insert(backend_idx) {
+                    return Err(inconsistent(format!("a backend of {name} isn't its own")));
+                }
+            }
+            this.owners.extend(frontends.keys().map(|&frontend| (frontend, name.clone())));
             if this.held.insert(name.clone(), held).is_some() {
                 return Err(inconsistent(format!("two services have the name {name}")));
             }
@@ -88,9 +93,9 @@ impl<M: Maps> Reconciler<M> {
         };
         for region in regions.into_iter().filter(|region| region.n_slots > 0) {
             let block = Block::of(region.first_slot, region.n_slots);
-            let block = block.filter(|&block| {
-                region.first_slot + region.n_slots <= sizes.slots && self.regions.claim(block)
-            });
+            let end = region.first_slot.checked_add(region.n_slots);
+            let is_inside = end.is_some_and(|end| end <= sizes.slots);
+            let block = block.filter(|&block| is_inside && self.regions.claim(block));
             let wrong = || inconsistent(format!("the slots of {name} aren't its own"));
             held.blocks.push(block.ok_or_else(wrong)?);
             for slot_idx in region.first_slot..region.first_slot + region.n_slots {
@@ -99,7 +104,7 @@ impl<M: Maps> Reconciler<M> {
                     return Err(wrong());
                 }
                 let backend = self.maps.backend(slot.backend);
-                if backend.port == 0 || backend.generation == 0 {
+                if backend.port == 0 || backend.padding != 0 || backend.generation == 0 {
                     return Err(inconsistent(format!("a backend of {name} isn't there")));
                 }
                 held.backends.insert(socket_address(&backend), slot.backend);

@@ -1,0 +1,312 @@
+//! The pins and the hooks: what is found there is compared first, what gets lost comes back, and no
+//! step leaves a translated socket without its way back.
+
+use std::fs;
+use std::mem::MaybeUninit;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use lb_userspace::plane::{Plane, unload};
+use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
+
+use crate::bed::{Bed, Place, Server, VIP, dial, service, table};
+
+/// In the order in which they are attached.
+const PROGRAMS: [&str; 8] = [
+    "nohop_getpeer4",
+    "nohop_getpeer6",
+    "nohop_recvmsg4",
+    "nohop_recvmsg6",
+    "nohop_sendmsg4",
+    "nohop_sendmsg6",
+    "nohop_connect4",
+    "nohop_connect6",
+];
+
+fn bpftool(arguments: &[&str]) -> String {
+    let output = Command::new("bpftool").args(arguments).output().unwrap();
+    let [stdout, stderr] =
+        [output.stdout, output.stderr].map(|text| String::from_utf8(text).unwrap());
+    assert!(output.status.success(), "bpftool {arguments:?}: {stdout}{stderr}");
+    stdout
+}
+
+/// The number after `"key":` in what bpftool prints.
+fn number(json: &str, key: &str) -> u64 {
+    let (_, rest) = json.split_once(&format!("\"{key}\":")).unwrap_or_else(|| panic!("{json}"));
+    let rest = rest.trim_start();
+    rest.split(|c: char| !c.is_ascii_digit()).next().unwrap().parse().unwrap()
+}
+
+/// A bed whose one service answers `a`.
+fn serving(server: &Server) -> Bed {
+    let mut bed = Bed::new();
+    bed.apply(vec![service("web", VIP, &[(server.address, 1)])]);
+    assert_eq!(dial((VIP, 80)).unwrap(), 'a');
+    bed
+}
+
+fn pin(bed: &Bed, name: &str) -> PathBuf {
+    bed.options.bpffs.join(name)
+}
+
+pub fn two_daemons_are_one_too_many() {
+    let server = Server::start(b'a');
+    let mut place = Place::new();
+    let mut first = Plane::start(&place.options).unwrap();
+    first.apply(&table(vec![service("web", VIP, &[(server.address, 1)])])).unwrap();
+    let pid = std::process::id();
+    for layout in [1, 2] {
+        place.options.layout = layout;
+        let error = Plane::start(&place.options).unwrap_err().to_string();
+        assert!(error.contains(&format!("process {pid},")), "{error}");
+    }
+    assert!(!place.pin("v2").exists());
+    first.keep();
+    assert_eq!(dial((VIP, 80)).unwrap(), 'a', "the first goes on");
+}
+
+/// Things of another program under names of ours. The error says which; what runs goes on.
+pub fn what_is_foreign_is_refused() {
+    let server = Server::start(b'a');
+    let foreign_map = |path: &str| {
+        let kind = ["type", "hash", "key", "4", "value", "4", "entries", "1", "name", "foreign"];
+        bpftool(&[["map", "create", path].as_slice(), &kind].concat());
+    };
+    // A program under the name of a link; any will do, such as the one of a link of ours.
+    let program = |path: &str| {
+        let link = Path::new(path).with_file_name("nohop_connect6");
+        let shown = bpftool(&["-j", "link", "show", "pinned", link.to_str().unwrap()]);
+        let id = number(&shown, "prog_id").to_string();
+        bpftool(&["prog", "pin", "id", &id, path]);
+    };
+    let spoils: [(&str, &dyn Fn(&str)); 5] = [
+        ("v1/maps/SLOTS", &foreign_map),
+        ("sockets/PEERS", &foreign_map),
+        ("v1/links/nohop_connect4", &foreign_map),
+        ("v1/links/nohop_connect4", &program),
+        ("v1/links/another", &program),
+    ];
+    for (name, spoil) in spoils {
+        let mut place = Place::new();
+        let mut plane = place.start();
+        plane.apply(&table(vec![service("web", VIP, &[(server.address, 1)])])).unwrap();
+        let path = place.pin(name).to_str().unwrap().to_owned();
+        // The link stays attached by another pin, as another daemon's would be.
+        let kept = place.pin("v1/links/nohop_connect4").with_file_name("kept");
+        if name.ends_with("connect4") {
+            fs::create_dir(place.pin("aside")).unwrap();
+            let aside = place.pin("aside/connect4");
+            let connect4 = place.pin("v1/links/nohop_connect4");
+            let shown = bpftool(&["-j", "link", "show", "pinned", connect4.to_str().unwrap()]);
+            let id = number(&shown, "id").to_string();
+            bpftool(&["link", "pin", "id", &id, aside.to_str().unwrap()]);
+        }
+        drop(plane);
+        assert!(!kept.exists());
+        let _ = fs::remove_file(&path);
+        spoil(&path);
+        for layout in [1, 2] {
+            if layout == 2 && name.starts_with("v1/maps") {
+                continue; // a map of another layout is never used
+            }
+            place.options.layout = layout;
+            let error = Plane::start(&place.options).unwrap_err().to_string();
+            assert!(error.contains(&path) && error.contains("another program"), "{error}");
+            assert_eq!(dial((VIP, 80)).unwrap(), 'a', "{name}");
+            assert!(Path::new(&path).exists(), "{name} isn't ours to remove");
+        }
+    }
+}
+
+/// What a later version left: its links get our programs, what we don't know of goes.
+pub fn a_later_layout_is_replaced() {
+    let server = Server::start(b'a');
+    let mut place = Place::new();
+    place.options.layout = 9;
+    let mut later = place.start();
+    let web = vec![service("web", VIP, &[(server.address, 1)])];
+    later.apply(&table(web.clone())).unwrap();
+    drop(later);
+    let links = place.pin("v9/links");
+    fs::rename(links.join("nohop_sendmsg6"), links.join("nohop_unheard_of")).unwrap();
+    fs::create_dir(place.pin("v9/something")).unwrap();
+    place.options.layout = 1;
+    let mut plane = place.start();
+    assert!(!plane.are_hooks_ours());
+    assert_eq!(dial((VIP, 80)).unwrap(), 'a');
+    plane.apply(&table(web)).unwrap();
+    assert!(!place.pin("v9").exists());
+    assert!(plane.mend().holds());
+    assert_eq!(dial((VIP, 80)).unwrap(), 'a');
+    let n_attached = bpftool(&["cgroup", "show", place.cgroup.path.to_str().unwrap()]);
+    let n_attached = n_attached.lines().filter(|line| line.contains("nohop_")).count();
+    assert_eq!(n_attached, PROGRAMS.len());
+}
+
+/// The operator serves another cgroup from now on: the former one is left.
+pub fn another_cgroup_is_left() {
+    let server = Server::start(b'a');
+    let mut place = Place::new();
+    let below = place.cgroup.path.join("below");
+    fs::create_dir(&below).unwrap();
+    place.options.scope = below.clone();
+    let mut plane = Plane::start(&place.options).unwrap();
+    plane.apply(&table(vec![service("web", VIP, &[(server.address, 1)])])).unwrap();
+    let before = plane.indices("web");
+    dial((VIP, 80)).unwrap_err();
+    drop(plane);
+    let attached = |cgroup: &Path| {
+        let shown = bpftool(&["cgroup", "show", cgroup.to_str().unwrap()]);
+        shown.lines().filter(|line| line.contains("nohop_")).count()
+    };
+    assert_eq!(attached(&below), PROGRAMS.len());
+    place.options.scope = place.cgroup.path.clone();
+    let plane = place.start();
+    assert!(plane.is_adopted(), "the maps serve on");
+    assert_eq!(plane.indices("web"), before);
+    assert_eq!((attached(&below), attached(&place.cgroup.path)), (0, PROGRAMS.len()));
+    assert_eq!(dial((VIP, 80)).unwrap(), 'a');
+    fs::remove_dir(&below).unwrap();
+}
+
+/// The operator names a directory that can't be attached to: what is attached goes on.
+pub fn a_wrong_cgroup_leaves_all() {
+    let server = Server::start(b'a');
+    let mut place = Place::new();
+    let mut plane = place.start();
+    plane.apply(&table(vec![service("web", VIP, &[(server.address, 1)])])).unwrap();
+    drop(plane);
+    let own = place.options.scope.clone();
+    for wrong in ["/tmp", "/nonexistent"] {
+        place.options.scope = wrong.into();
+        let error = Plane::start(&place.options).unwrap_err().to_string();
+        assert!(error.contains(wrong), "{error}");
+        assert_eq!(dial((VIP, 80)).unwrap(), 'a', "{wrong}");
+    }
+    place.options.scope = own;
+    assert!(place.start().is_adopted());
+}
+
+/// Somebody detaches links.
+pub fn lost_links_are_mended() {
+    let server = Server::start(b'a');
+    let mut bed = serving(&server);
+    for lost in [&PROGRAMS[..1], &PROGRAMS[6..7], &PROGRAMS] {
+        for program in lost {
+            let link = pin(&bed, &format!("v1/links/{program}"));
+            bpftool(&["link", "detach", "pinned", link.to_str().unwrap()]);
+        }
+        let attachment = bed.plane.mend();
+        assert!(attachment.holds());
+        assert!(attachment.lost.iter().eq(lost.iter().collect::<std::collections::BTreeSet<_>>()));
+        assert_eq!(dial((VIP, 80)).unwrap(), 'a');
+        let attachment = bed.plane.mend();
+        assert!(attachment.holds() && attachment.lost.is_empty(), "{attachment:?}");
+    }
+}
+
+/// Somebody removes pins, which detaches nothing while the daemon lives.
+pub fn lost_pins_are_mended() {
+    let server = Server::start(b'a');
+    let place = Place::new();
+    let (options, mut plane) = (&place.options, place.start());
+    plane.apply(&table(vec![service("web", VIP, &[(server.address, 1)])])).unwrap();
+    let before = plane.indices("web");
+    for lost in ["v1/links/nohop_recvmsg4", "v1/maps/SLOTS", "sockets", "v1", ""] {
+        let path = options.bpffs.join(lost);
+        if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) }.unwrap();
+        let attachment = plane.mend();
+        assert!(attachment.holds() && attachment.lost.is_empty(), "{attachment:?}");
+        assert!(path.exists());
+        assert!(unload(&options.bpffs).is_err(), "{lost}: still locked");
+        drop(plane);
+        assert_eq!(dial((VIP, 80)).unwrap(), 'a', "{lost}: it survives the daemon");
+        plane = place.start();
+        assert!(plane.is_adopted(), "{lost}");
+        assert_eq!(plane.indices("web"), before);
+    }
+}
+
+/// The cgroup is removed and made again.
+pub fn a_lost_cgroup_is_mended() {
+    let server = Server::start(b'a');
+    let mut place = Place::new();
+    let below = place.cgroup.path.join("below");
+    fs::create_dir(&below).unwrap();
+    place.options.scope = below.clone();
+    let mut plane = Plane::start(&place.options).unwrap();
+    plane.keep();
+    plane.apply(&table(vec![service("web", VIP, &[(server.address, 1)])])).unwrap();
+    fs::remove_dir(&below).unwrap();
+    for _ in 0..2 {
+        let problem = plane.mend().problem.unwrap();
+        assert!(problem.contains(below.to_str().unwrap()), "{problem}");
+    }
+    fs::create_dir(&below).unwrap();
+    let attachment = plane.mend();
+    assert!(attachment.holds() && attachment.lost.len() == PROGRAMS.len(), "{attachment:?}");
+    fs::write(below.join("cgroup.procs"), "0").unwrap();
+    let answer = dial((VIP, 80));
+    fs::write(place.cgroup.path.join("cgroup.procs"), "0").unwrap();
+    assert_eq!(answer.unwrap(), 'a');
+    drop(plane);
+    fs::remove_dir(&below).unwrap();
+}
+
+/// What translates back is attached before and detached after what translates.
+pub fn hooks_come_and_go_in_order() {
+    let place = Place::new();
+    let plane = place.start();
+    let ids: Vec<u64> = PROGRAMS
+        .iter()
+        .map(|program| {
+            let path = place.pin(&format!("v1/links/{program}"));
+            number(&bpftool(&["-j", "link", "show", "pinned", path.to_str().unwrap()]), "id")
+        })
+        .collect();
+    assert!(ids.is_sorted(), "the kernel numbers links as they come: {ids:?}");
+    // Each pin goes right after its link was detached.
+    let backwards: Vec<_> = PROGRAMS.iter().rev().collect();
+    let mut plane = Some(plane);
+    for by_daemon in [true, false] {
+        let mut plane = plane.take().unwrap_or_else(|| place.start());
+        let events = inotify::init(CreateFlags::NONBLOCK).unwrap();
+        inotify::add_watch(&events, place.pin("v1/links"), WatchFlags::DELETE).unwrap();
+        if by_daemon {
+            plane.detach();
+        } else {
+            drop(plane);
+            assert_eq!(unload(&place.options.bpffs).unwrap(), PROGRAMS.len());
+        }
+        let mut buffer = [MaybeUninit::uninit(); 4096];
+        let mut reader = inotify::Reader::new(&events, &mut buffer);
+        let mut gone = Vec::new();
+        while let Ok(event) = reader.next() {
+            gone.extend(event.file_name().map(|name| name.to_str().unwrap().to_owned()));
+        }
+        assert!(gone.iter().eq(backwards.iter().copied()), "{gone:?}");
+    }
+}
+
+/// How old the table is, an operator and a program can read by field name.
+pub fn the_heartbeat_is_readable() {
+    let place = Place::new();
+    let mut plane = place.start();
+    plane.apply(&table(vec![])).unwrap();
+    let path = place.pin("v1/maps/DAEMON");
+    let read = || {
+        let dump = bpftool(&["-j", "map", "dump", "pinned", path.to_str().unwrap()]);
+        ["heartbeat_ns", "table_ns", "table_generation"].map(|field| number(&dump, field))
+    };
+    plane.beat(None);
+    let [heartbeat, table_time, generation] = read();
+    assert!(heartbeat > 0 && table_time == 0 && generation == 1, "nothing is known of the table");
+    plane.beat(Some(std::time::Duration::from_secs(2)));
+    let [later, table_time, _] = read();
+    assert!(later > heartbeat);
+    assert_eq!(later - table_time, 2_000_000_000);
+    plane.beat(Some(std::time::Duration::ZERO));
+    let [last, newer, _] = read();
+    assert!(last > later && newer == last);
+}

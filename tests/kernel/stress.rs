@@ -1,0 +1,167 @@
+//! A million dials, while the service's backends are swapped more than a thousand times a second.
+
+use std::net::{Ipv4Addr, SocketAddrV4, TcpListener};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use lb_userspace::plane::Plane;
+use lb_userspace::table::{Service, Table};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use rustix::net::sockopt::set_socket_linger;
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
+
+use crate::bed::{Place, VIP, service};
+
+const N_DIALLERS: usize = 3;
+const N_LISTENERS: usize = 64;
+/// The number of backends of each set.
+const N_BACKENDS: usize = 3;
+/// The swaps that are aimed at; a thousand a second are proven.
+const PAUSE: Duration = Duration::from_micros(400);
+const MIN_SWAPS_A_SECOND: f64 = 1_000.0;
+/// A dial that saw so many sets at most tells something: more than half of the servers are wrong.
+const N_TELLING: u64 = 8;
+
+/// The set of swap `k`: no two that follow each other share a server.
+fn set(k: u64) -> impl Iterator<Item = usize> {
+    (0..N_BACKENDS as u64).map(move |n| ((k * 5 + n * 19) % N_LISTENERS as u64) as usize)
+}
+
+/// The sets by their numbers: `finished` is current or was, `begun` may be.
+struct Swaps {
+    begun: AtomicU64,
+    finished: AtomicU64,
+    done: AtomicBool,
+}
+
+/// What one thread's dials met.
+#[derive(Debug, Default)]
+struct Met {
+    n_dials: u64,
+    n_telling: u64,
+    most_sets: u64,
+}
+
+pub fn a_million_dials_meet_no_wrong_one() {
+    let n_dials: u64 =
+        if std::env::var_os("NOHOP_EMULATED").is_some() { 20_000 } else { 1_000_000 };
+    let listeners: Vec<TcpListener> =
+        (0..N_LISTENERS).map(|_| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap()).collect();
+    let mut place = Place::new();
+    // So few that what is given up is soon used again.
+    place.options.plane.max_backends = 1_024;
+    let mut plane = place.start();
+    let tables = tables(&listeners);
+    let swaps = Swaps {
+        begun: AtomicU64::new(0),
+        finished: AtomicU64::new(0),
+        done: AtomicBool::new(false),
+    };
+    assert!(plane.apply(&tables[0]).unwrap().is_empty());
+    std::thread::scope(|scope| {
+        let serving = scope.spawn(|| serve(&listeners, &swaps.done));
+        let swapping = scope.spawn(|| swap(&mut plane, &tables, &swaps));
+        let begin = Instant::now();
+        let dialling = [(); N_DIALLERS]
+            .map(|()| scope.spawn(|| dial_all(n_dials.div_ceil(N_DIALLERS as u64), &swaps)));
+        let met = dialling.map(|thread| thread.join());
+        let seconds = begin.elapsed().as_secs_f64();
+        swaps.done.store(true, Ordering::SeqCst);
+        swapping.join().unwrap();
+        serving.join().unwrap();
+        let met = met.map(Result::unwrap);
+        let n_swaps = swaps.finished.load(Ordering::SeqCst) as f64 / seconds;
+        let [n_dials, n_telling] = [|met: &Met| met.n_dials, |met: &Met| met.n_telling]
+            .map(|n| met.iter().map(n).sum::<u64>());
+        let most_sets = met.iter().map(|met| met.most_sets).max();
+        println!(
+            "{n_dials} dials in {seconds:.0} s, {n_swaps:.0} swaps a second; {n_telling} dials saw \
+             {N_TELLING} sets at most, none more than {most_sets:?}"
+        );
+        assert!(n_swaps >= MIN_SWAPS_A_SECOND || n_dials < 1_000_000, "{n_swaps} swaps a second");
+        assert!(n_telling * 10 > n_dials * 9, "{n_telling} of {n_dials} dials tell anything");
+    });
+}
+
+/// The tables of all sets, after which they begin again.
+fn tables(listeners: &[TcpListener]) -> Vec<Table> {
+    let address = |idx: usize| {
+        let port = listeners[idx].local_addr().unwrap().port();
+        (SocketAddrV4::new(Ipv4Addr::LOCALHOST, port), 1)
+    };
+    let table = |k: u64| {
+        let backends: Vec<_> = set(k).map(address).collect();
+        let web: Arc<Service> = Arc::new(service("web", VIP, &backends));
+        Table { generation: k, services: [(web.name.clone(), web)].into(), ..Table::default() }
+    };
+    (0..N_LISTENERS as u64).map(table).collect()
+}
+
+/// Swaps until the dials are done, at an even pace.
+fn swap(plane: &mut Plane, tables: &[Table], swaps: &Swaps) {
+    let begin = Instant::now();
+    for k in 1.. {
+        if swaps.done.load(Ordering::SeqCst) {
+            return;
+        }
+        swaps.begun.store(k, Ordering::SeqCst);
+        let errors = plane.apply(&tables[k as usize % tables.len()]).unwrap();
+        assert!(errors.is_empty(), "{errors:?}");
+        swaps.finished.store(k, Ordering::SeqCst);
+        let next = begin + PAUSE * k as u32;
+        std::thread::sleep(next.saturating_duration_since(Instant::now()));
+    }
+}
+
+fn dial_all(n_dials: u64, swaps: &Swaps) -> Met {
+    let mut met = Met { n_dials, ..Met::default() };
+    for n in 0..n_dials {
+        let finished = swaps.finished.load(Ordering::SeqCst);
+        let reached = dial_quickly().unwrap_or_else(|errno| panic!("dial {n}: {errno}"));
+        let begun = swaps.begun.load(Ordering::SeqCst);
+        let is_right = (finished..=begun).any(|k| set(k).any(|idx| idx == reached));
+        assert!(is_right, "dial {n} reached {reached}, of none of the sets {finished}..={begun}");
+        let n_sets = begun - finished + 1;
+        met.n_telling += u64::from(n_sets <= N_TELLING);
+        met.most_sets = met.most_sets.max(n_sets);
+    }
+    met
+}
+
+/// Dials the VIP, and returns the number that the server sent.
+fn dial_quickly() -> rustix::io::Result<usize> {
+    let socket = rustix::net::socket(AddressFamily::INET, SocketType::STREAM, None)?;
+    rustix::net::connect(&socket, &SocketAddrV4::new(VIP, 80))?;
+    let mut number = [0];
+    let (n, _) = rustix::net::recv(&socket, &mut number, RecvFlags::empty())?;
+    // No port is left waiting.
+    set_socket_linger(&socket, Some(Duration::ZERO))?;
+    if n == 1 { Ok(number[0].into()) } else { Err(Errno::CONNRESET) }
+}
+
+/// Sends everybody who connects the number of the listener.
+fn serve(listeners: &[TcpListener], done: &AtomicBool) {
+    listeners.iter().for_each(|listener| listener.set_nonblocking(true).unwrap());
+    let mut fds: Vec<_> =
+        listeners.iter().map(|listener| PollFd::new(listener, PollFlags::IN)).collect();
+    let patience = Duration::from_millis(100).try_into().unwrap();
+    // A client that hasn't read yet mustn't lose what was sent.
+    let mut open: Vec<OwnedFd> = Vec::new();
+    while !done.load(Ordering::SeqCst) {
+        poll(&mut fds, Some(&patience)).unwrap();
+        for (number, (listener, fd)) in (0u8..).zip(listeners.iter().zip(&fds)) {
+            if fd.revents().is_empty() {
+                continue;
+            }
+            while let Ok(socket) = rustix::net::accept_with(listener, SocketFlags::CLOEXEC) {
+                let _ = rustix::net::send(&socket, &[number], SendFlags::NOSIGNAL);
+                open.push(socket);
+            }
+        }
+        // Those of clients that have gone cost nothing to close.
+        open.drain(..open.len().saturating_sub(N_DIALLERS));
+    }
+}
