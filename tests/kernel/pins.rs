@@ -80,7 +80,8 @@ pub fn what_is_foreign_is_refused() {
         let id = number(&shown, "prog_id").to_string();
         bpftool(&["prog", "pin", "id", &id, path]);
     };
-    let spoils: [(&str, &dyn Fn(&str)); 5] = [
+    type Spoil<'a> = &'a dyn Fn(&str);
+    let spoils: [(&str, Spoil<'_>); 5] = [
         ("v1/maps/SLOTS", &foreign_map),
         ("sockets/PEERS", &foreign_map),
         ("v1/links/nohop_connect4", &foreign_map),

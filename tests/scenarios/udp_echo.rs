@@ -51,7 +51,6 @@ pub fn story() -> Result<()> {
     for askers in [connected, unconnected] {
         let round = askers.wait_for_rounds(20)?;
         ensure!(round.n_lost == 0 && round.errors.is_empty() && round.n_strange == 0, "{round:?}");
-        eprintln!("{round:?}");
     }
 
     // Without a backend there is nowhere to send to; and then there is again.

@@ -52,6 +52,11 @@ pub fn run() -> Result<()> {
         Err(error) => timed("nightly compiler", &|| bail!("{error:#}")),
     }
     timed("consul", &consul::provide);
+    let (clients, left_out) = system::provide_clients();
+    println!("ok: clients that a few scenarios need: {clients}");
+    for reason in left_out {
+        println!("left out: the scenarios that need it are ignored: {reason}");
+    }
     if let Some(folder) = env::var_os("NOHOP_KERNELS") {
         timed("kernels", &|| kernels::look(Path::new(&folder)));
     }

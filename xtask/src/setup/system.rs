@@ -1,11 +1,12 @@
 //! The system's packages, judged by the programs they bring.
 
+use std::fs;
 use std::process::Command;
 
 use anyhow::{Result, anyhow, bail};
 
 use super::{announce, with_mend};
-use crate::process::{self, find, is_root};
+use crate::process::{self, find, is_executable, is_root};
 
 /// Program, and the Debian packages that bring it.
 const TOOLS: &[(&str, &str)] = &[
@@ -17,6 +18,7 @@ const TOOLS: &[(&str, &str)] = &[
     ("dpkg-deb", "dpkg"),
     ("ip", "iproute2"),
     ("nsenter", "util-linux"),
+    ("setpriv", "util-linux"),
     ("tar", "tar"),
     ("unshare", "util-linux"),
     ("xz", "xz-utils"),
@@ -31,12 +33,48 @@ const VM_TOOLS: &[(&str, &str)] = &[
     ("timeout", "coreutils"),
 ];
 
+/// What a few scenarios need beside that: they are left out where it can't be had.
+const CLIENTS: &[(&str, &str)] = &[
+    ("javac", "default-jdk-headless"),
+    ("node", "nodejs"),
+    ("postgres", "postgresql"),
+    ("psql", "postgresql-client"),
+    ("python3", "python3"),
+];
+
 pub fn provide() -> Result<String> {
     provide_tools(TOOLS)
 }
 
 pub fn provide_for_vms() -> Result<String> {
     provide_tools(VM_TOOLS)
+}
+
+/// Returns what is there in the end, and of each program that isn't, why.
+pub fn provide_clients() -> (String, Vec<String>) {
+    let mut there = Vec::new();
+    let mut left_out = Vec::new();
+    for client in CLIENTS {
+        // Each by itself: one that can't be had holds no other up.
+        let provided = prepare(client.0).and_then(|()| provide_tools(&[*client]));
+        match provided {
+            Ok(_) => there.push(client.0),
+            Err(error) => left_out.push(format!("{error:#}")),
+        }
+    }
+    (there.join(", "), left_out)
+}
+
+/// Debian's PostgreSQL makes and starts a server when it is installed, unless it is told not to; the
+/// scenarios start one of their own.
+fn prepare(program: &str) -> Result<()> {
+    const DIR: &str = "/etc/postgresql-common/createcluster.d";
+    if program != "postgres" || is_there(program) {
+        return Ok(());
+    }
+    let tell = format!("mkdir -p {DIR} && echo 'create_main_cluster = false' > {DIR}/nohop.conf");
+    announce(&format!("telling {DIR}/nohop.conf that PostgreSQL is to start no server"));
+    process::output(as_root("sh").args(["-c", &tell])).map(drop)
 }
 
 fn provide_tools(tools: &[(&'static str, &'static str)]) -> Result<String> {
@@ -70,19 +108,28 @@ fn provide_tools(tools: &[(&'static str, &'static str)]) -> Result<String> {
 }
 
 fn absent(tools: &[(&'static str, &'static str)]) -> Vec<(&'static str, &'static str)> {
-    tools.iter().copied().filter(|(tool, _)| find(tool).is_none()).collect()
+    tools.iter().copied().filter(|(tool, _)| !is_there(tool)).collect()
+}
+
+/// Whether a program is on PATH, or where Debian puts PostgreSQL's server.
+fn is_there(tool: &str) -> bool {
+    let versions = fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
+    let mut servers = versions.map(|version| version.path().join("bin").join(tool));
+    find(tool).is_some() || servers.any(|server| is_executable(&server))
 }
 
 fn apt_get(arguments: &[&str]) -> Result<()> {
     // sudo drops the environment, so the setting travels as a word of the command.
-    let words = ["env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-qq", "--yes"];
-    let mut command = if is_root() {
-        Command::new(words[0])
-    } else {
-        let mut command = Command::new("sudo");
-        command.arg(words[0]);
-        command
-    };
-    command.args(&words[1..]).args(arguments);
-    process::output(&mut command).map(drop)
+    let mut command = as_root("env");
+    command.args(["DEBIAN_FRONTEND=noninteractive", "apt-get", "-qq", "--yes"]);
+    process::output(command.args(arguments)).map(drop)
+}
+
+fn as_root(program: &str) -> Command {
+    if is_root() {
+        return Command::new(program);
+    }
+    let mut command = Command::new("sudo");
+    command.arg(program);
+    command
 }
