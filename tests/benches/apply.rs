@@ -6,6 +6,7 @@ mod bed;
 
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddrV4};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -44,8 +45,18 @@ fn main() -> ExitCode {
     }
     let goal = Some(Duration::from_millis(200));
     report("1,000 changed services of 16,384", changes, goal);
-    report_memory();
+    report_memory(&bed);
     ExitCode::SUCCESS
+}
+
+fn walk(directory: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
+    entries
+        .flat_map(|entry| match entry.path() {
+            path if path.is_dir() => walk(&path),
+            path => vec![path],
+        })
+        .collect()
 }
 
 fn first_sync(n_services: u32, n_backends: u32) -> Duration {
@@ -87,8 +98,12 @@ fn verdict<T: PartialOrd + std::fmt::Debug>(is: T, goal: Option<T>) -> String {
     format!("; at most {goal:?}: {verdict}")
 }
 
-/// The maps that this process holds open, as the kernel tells of them in fdinfo.
-fn report_memory() {
+/// All maps of the plane, as the kernel tells of them in fdinfo: those that this process holds open
+/// already, and those that are pinned.
+fn report_memory(bed: &Bed) {
+    let pinned = walk(&bed.options.bpffs);
+    let infos = pinned.iter().filter_map(|pin| MapInfo::from_pin(pin).ok());
+    let _open: Vec<_> = infos.filter_map(|info| info.fd().ok()).collect();
     let mut maps = BTreeMap::new();
     for fd in std::fs::read_dir("/proc/self/fdinfo").expect("proc is mounted").flatten() {
         let Ok(info) = std::fs::read_to_string(fd.path()) else { continue };
