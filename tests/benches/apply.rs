@@ -5,7 +5,7 @@
 mod bed;
 
 use std::collections::BTreeMap;
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -79,7 +79,7 @@ fn web(service_idx: u32, n_backends: u32, round: u32) -> (Arc<str>, Arc<Service>
     let [_, b, c, d] = service_idx.to_be_bytes();
     let address = |backend_idx: u32| {
         let port = if backend_idx == 0 { 8_000 + round } else { 8_000 } as u16;
-        SocketAddrV4::new(Ipv4Addr::new(10 + b, c, d, backend_idx as u8), port)
+        SocketAddr::from(([10 + b, c, d, backend_idx as u8], port))
     };
     let backends: Vec<_> = (0..n_backends).map(address).zip(std::iter::repeat(1)).collect();
     let service = service(&format!("web-{service_idx}"), vip, &backends);
