@@ -16,6 +16,7 @@ use lb_userspace::config::{Config, cgroup};
 use lb_userspace::plane::probe::Proof;
 use lb_userspace::plane::{COUNTERS, Options, Plane, Refusal};
 use lb_userspace::table::{Backend, Ports, Protocols, Service, State, Table};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 /// A cgroup of the test's own, with this process in it until it is dropped.
 pub struct OwnCgroup {
@@ -40,8 +41,20 @@ impl OwnCgroup {
 impl Drop for OwnCgroup {
     fn drop(&mut self) {
         let _ = std::fs::write(self.former.join("cgroup.procs"), "0");
+        let _ = wait_until_empty(&self.path);
         remove(&self.path);
     }
+}
+
+/// Waits for threads that have ended but not yet left, which nobody can move.
+fn wait_until_empty(cgroup: &Path) -> io::Result<()> {
+    let events = std::fs::File::open(cgroup.join("cgroup.events"))?;
+    while !io::read_to_string((&events).take(4096))?.contains("populated 0") {
+        let timeout = Timespec { tv_sec: 5, tv_nsec: 0 };
+        poll(&mut [PollFd::new(&events, PollFlags::PRI)], Some(&timeout))?;
+        io::Seek::rewind(&mut &events)?;
+    }
+    Ok(())
 }
 
 /// Removes a cgroup, and what a trial that failed left below it.

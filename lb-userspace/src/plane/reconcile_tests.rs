@@ -60,8 +60,7 @@ fn visible(backends: &BTreeSet<u8>) -> Visible {
         let fits = |x: &u8| (from_host || !is_host_only(*x)) && reach(*x);
         backends.iter().copied().filter(fits).collect()
     };
-    let (ipv4, ipv6, all): (fn(u8) -> bool, fn(u8) -> bool, fn(u8) -> bool) =
-        (|x| x % 4 != 3, |x| x % 4 == 3, |_| true);
+    let [ipv4, ipv6, all]: [fn(u8) -> bool; 3] = [|x| x % 4 != 3, |x| x % 4 == 3, |_| true];
     [
         set(true, ipv4),
         set(true, ipv6),
@@ -384,7 +383,8 @@ fn indices(reconciler: &Reconciler<FakeMaps>) -> BTreeMap<String, Indices> {
 
 #[test]
 fn maps_that_something_else_wrote_to_are_not_taken_over() {
-    let spoils: [(&str, fn(&mut Model)); 5] = [
+    type Spoil = fn(&mut Model);
+    let spoils: [(&str, Spoil); 5] = [
         ("has no name", |model| model.names.clear()),
         ("isn't there", |model| model.backends.clear()),
         ("aren't its own", |model| {
