@@ -1,7 +1,7 @@
 //! What each trial stands on: a cgroup that this process is in, a plane attached to it, servers on
 //! loopback that say who they are, and tables.
 
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, Read, Write};
 use std::net::{
     IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream, UdpSocket,
 };
@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use lb_tests::bpffs::Bpffs;
 use lb_tests::scratch;
@@ -17,6 +17,7 @@ use lb_userspace::config::{Config, cgroup};
 use lb_userspace::plane::probe::Proof;
 use lb_userspace::plane::{COUNTERS, Options, Plane, Refusal};
 use lb_userspace::table::{Backend, Ports, Protocols, Service, State, Table};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 /// A cgroup of the test's own, with this process in it until it is dropped.
 pub struct OwnCgroup {
@@ -41,8 +42,22 @@ impl OwnCgroup {
 impl Drop for OwnCgroup {
     fn drop(&mut self) {
         let _ = std::fs::write(self.former.join("cgroup.procs"), "0");
+        let _ = wait_until_empty(&self.path);
         remove(&self.path);
     }
+}
+
+/// Waits for threads that have ended but not yet left, which nobody can move; 5 s at most.
+fn wait_until_empty(cgroup: &Path) -> io::Result<()> {
+    let events = std::fs::File::open(cgroup.join("cgroup.events"))?;
+    while !io::read_to_string((&events).take(4096))?.contains("populated 0") {
+        let timeout = Timespec { tv_sec: 5, tv_nsec: 0 };
+        if poll(&mut [PollFd::new(&events, PollFlags::PRI)], Some(&timeout))? == 0 {
+            break;
+        }
+        io::Seek::rewind(&mut &events)?;
+    }
+    Ok(())
 }
 
 /// Where planes live: a cgroup with this process in it, and a directory for pins. Whatever daemons
@@ -95,13 +110,7 @@ fn remove(cgroup: &Path) {
             remove(&entry.path());
         }
     }
-    // A thread that was joined just now counts as a member until the kernel is done with it.
-    let deadline = Instant::now() + Duration::from_secs(5);
-    while std::fs::remove_dir(cgroup).is_err_and(|error| error.kind() == ErrorKind::ResourceBusy)
-        && Instant::now() < deadline
-    {
-        std::thread::yield_now();
-    }
+    let _ = std::fs::remove_dir(cgroup);
 }
 
 /// A plane that is attached to this process's own cgroup, with pins of its own. All of it goes when

@@ -2,8 +2,8 @@
 //! with data in their first packet, over several paths.
 
 use std::fs;
-use std::io::Read;
-use std::net::{SocketAddr, TcpStream};
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 
 use lb_userspace::table::Protocols;
 use rustix::io::Errno;
@@ -26,7 +26,7 @@ pub fn dials_go_on_without_storage() {
             bed.apply(vec![web]);
             fs::write("/proc/sys/net/core/optmem_max", "0").unwrap();
             for way in ways(VIP, 80) {
-                let backend = ways([127, 0, 0, 1].into(), server.address.port());
+                let backend = ways(Ipv4Addr::LOCALHOST, server.address.port());
                 let backend = if way.is_ipv4() { backend[0] } else { backend[1] };
                 assert_eq!(dial(way).unwrap(), 'a', "{way}");
                 let peer = TcpStream::connect(way).unwrap().peer_addr().unwrap();
@@ -41,15 +41,17 @@ pub fn dials_go_on_without_storage() {
 
 /// sendto() with MSG_FASTOPEN dials, too.
 pub fn fast_open() {
-    let server = Server::start(b'a');
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let mut bed = Bed::new();
-    bed.apply(vec![service("web", VIP, &[(server.address, 1)])]);
+    bed.apply(vec![service("web", VIP, &[(listener.local_addr().unwrap(), 1)])]);
     for way in ways(VIP, 80) {
         let socket = socket(family(way), SocketType::STREAM, None).unwrap();
         let flags = SendFlags::from_bits_retain(libc::MSG_FASTOPEN as u32);
         assert_eq!(sendto(&socket, b"?", flags, &way), Ok(1), "{way}");
+        let (mut accepted, _) = listener.accept().unwrap();
+        assert_eq!(letter(&accepted), '?');
+        accepted.write_all(b"a").unwrap();
         let stream = TcpStream::from(socket);
-        // sendto() doesn't wait for the connection.
         assert_eq!(letter(&stream), 'a');
         assert_eq!(stream.peer_addr().unwrap(), way);
     }

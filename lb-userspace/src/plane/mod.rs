@@ -31,7 +31,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use aya::programs::{CgroupSockAddr, ProgramError};
-use aya::{Ebpf, EbpfError, EbpfLoader, include_bytes_aligned};
+use aya::{Ebpf, EbpfError, EbpfLoader, VerifierLogLevel, include_bytes_aligned};
 use lb_common::{
     Address, Backend, Counter, Daemon, ENTRIES_PER_BACKEND, ExcludedCgroup, FRONTENDS_PER_SERVICE,
     Flows, Frontend, Frontend6, LAYOUT, MAX_EXCLUDED, MAX_SERVICE_BACKENDS, N_COUNTERS,
@@ -602,9 +602,12 @@ fn load_refusing_by(
     let btf::Bit { offset: subflow_offset, .. } = sockets.subflow.unwrap_or_default();
     let layout = u32::from(options.layout);
     let has_excluded = u32::from(!options.plane.exclude_cgroups.is_empty());
-    let refusal = refusal as u32;
-
     let mut loader = EbpfLoader::new();
+    // What a kernel before 6.1 has to say takes it seconds, and nobody reads it.
+    if refusal == Refusal::Errno && options.refusal.is_none() {
+        loader.verifier_log_level(VerifierLogLevel::DISABLE);
+    }
+    let refusal = refusal as u32;
     for shape in sizes.shapes() {
         loader.map_max_entries(shape.name, shape.max_entries);
         loader.map_pin_path(shape.name, pins.maps().join(shape.name));
