@@ -227,8 +227,8 @@ impl Links {
         lost: &mut BTreeSet<&'static str>,
     ) -> Result<(), PlaneError> {
         let scope = open_scope(&self.scope)?;
-        for index in 0..self.links.len() {
-            let (hook, path) = (&HOOKS[index], pins.link(HOOKS[index].program));
+        for (index, hook) in HOOKS.iter().enumerate().take(self.links.len()) {
+            let path = pins.link(hook.program);
             // A kernel that doesn't say is no reason to attach twice.
             if !holds(&self.links[index], hook, &scope).unwrap_or(true) {
                 lost.insert(hook.program);

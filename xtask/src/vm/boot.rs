@@ -59,7 +59,7 @@ pub fn boot(kernel: &Kernel, initrd: &Path, on_line: &mut dyn FnMut(&str)) -> Re
 
 /// What the kernel starts: it makes ready what the tests need, runs them and ends the VM.
 pub fn init_script(filter: Option<&str>) -> String {
-    let filter = filter.map(|filter| quoted(filter)).unwrap_or_default();
+    let filter = filter.map(quoted).unwrap_or_default();
     format!(
         "#!/bin/busybox sh
 export PATH=/usr/bin:/bin
