@@ -3,7 +3,7 @@
 
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
-use lb_common::Address;
+use lb_common::{Address, IPPROTO_TCP};
 
 use crate::context::{self, Endpoint, PROCEED};
 use crate::maps::Reach;
@@ -19,9 +19,11 @@ pub fn nohop_connect6(ctx: SockAddrContext) -> i32 {
     match try_connect6(&ctx) {
         Ok(()) => PROCEED,
         Err(Refused) => context::refuse(|| {
-            // Nothing can listen on port 0.
-            let mapped = context::address6(&ctx).to_v4().is_some();
-            let loopback = if mapped { Address::v4([127, 0, 0, 1]) } else { LOOPBACK6 };
+            // Nothing can listen on port 0. A UDP socket that sends there by IPv4's form gets EINVAL
+            // instead, and a TCP one may have no route to IPv6.
+            let by_ipv4 =
+                context::address6(&ctx).to_v4().is_some() && context::protocol(&ctx) == IPPROTO_TCP;
+            let loopback = if by_ipv4 { Address::v4([127, 0, 0, 1]) } else { LOOPBACK6 };
             context::set6(&ctx, loopback, 0);
             PROCEED
         }),

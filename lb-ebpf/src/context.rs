@@ -15,8 +15,6 @@ pub const PROCEED: i32 = 1;
 pub const FAIL: i32 = 0;
 
 const ECONNREFUSED: i32 = 111;
-/// The state of a connected socket, UDP ones included; from net/tcp_states.h.
-const TCP_ESTABLISHED: u32 = 1;
 
 /// An address and port, such as where a dial goes.
 #[derive(Clone, Copy)]
@@ -25,10 +23,25 @@ pub struct Endpoint {
     pub port: u16,
 }
 
+impl Endpoint {
+    /// Whether both are the same.
+    #[inline(always)]
+    pub fn is(&self, other: &Endpoint) -> bool {
+        self.port == other.port && self.address == other.address
+    }
+}
+
 macro_rules! read {
     // SAFETY: the kernel hands every program a valid context, and this is a field of it.
     ($ctx:ident . $($field:tt)+) => {
         unsafe { (&raw const (*$ctx.sock_addr).$($field)+).read_volatile() }
+    };
+}
+
+macro_rules! read_socket {
+    // SAFETY: the context's socket is valid while the program runs, and this is a field of it.
+    ($socket:ident . $($field:tt)+) => {
+        unsafe { (&raw const (*$socket).$($field)+).read_volatile() }
     };
 }
 
@@ -47,15 +60,29 @@ pub fn protocol(ctx: &SockAddrContext) -> u8 {
 
 /// The socket.
 #[inline(always)]
-pub fn socket(ctx: &SockAddrContext) -> *mut bpf_sock {
+fn socket(ctx: &SockAddrContext) -> *mut bpf_sock {
     read!(ctx.__bindgen_anon_1.sk)
 }
 
-/// Whether the socket is connected.
+/// What an IPv4 socket is connected to; port 0 for nothing.
 #[inline(always)]
-pub fn is_connected(ctx: &SockAddrContext) -> bool {
-    // SAFETY: `sk` is the context's own socket.
-    unsafe { (&raw const (*socket(ctx)).state).read_volatile() == TCP_ESTABLISHED }
+pub fn peer4(ctx: &SockAddrContext) -> Endpoint {
+    let socket = socket(ctx);
+    let address = read_socket!(socket.dst_ip4).to_ne_bytes();
+    Endpoint { address: Address::v4(address), port: u16::from_be(read_socket!(socket.dst_port)) }
+}
+
+/// What an IPv6 socket is connected to; port 0 for nothing.
+#[inline(always)]
+pub fn peer6(ctx: &SockAddrContext) -> Endpoint {
+    let socket = socket(ctx);
+    let words = [
+        read_socket!(socket.dst_ip6[0]),
+        read_socket!(socket.dst_ip6[1]),
+        read_socket!(socket.dst_ip6[2]),
+        read_socket!(socket.dst_ip6[3]),
+    ];
+    Endpoint { address: address_of(words), port: u16::from_be(read_socket!(socket.dst_port)) }
 }
 
 /// The context's IPv4 address, in the order of octets.
@@ -73,6 +100,11 @@ pub fn address6(ctx: &SockAddrContext) -> Address {
         read!(ctx.user_ip6[2]),
         read!(ctx.user_ip6[3]),
     ];
+    address_of(words)
+}
+
+#[inline(always)]
+fn address_of(words: [u32; 4]) -> Address {
     let [[a, b, c, d], [e, f, g, h], [i, j, k, l], [m, n, o, p]] = words.map(u32::to_ne_bytes);
     Address { octets: [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] }
 }

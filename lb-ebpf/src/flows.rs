@@ -1,11 +1,10 @@
 //! Where the datagrams of a socket that isn't connected go, and whom their replies come from.
 
-use aya_ebpf::bindings::bpf_spin_lock;
 use aya_ebpf::helpers::generated::{bpf_spin_lock, bpf_spin_unlock};
 use aya_ebpf::programs::SockAddrContext;
 use lb_common::{Address, Counter, Flows, Peer};
 
-use crate::context::{self, Endpoint};
+use crate::context::Endpoint;
 use crate::{maps, peers, settings, voice};
 
 /// Where a datagram goes.
@@ -20,11 +19,14 @@ pub struct Followed {
 pub fn follow(ctx: &SockAddrContext, dialled: &Endpoint) -> Option<Followed> {
     // SAFETY: a non-null pointer is to this socket's own storage.
     let flows = unsafe { maps::FLOWS.get_ptr_mut(ctx).as_mut() }?;
-    let found = locked(flows, |flows| {
-        let index = flows.current(&dialled.address, dialled.port)?;
+    lock(flows);
+    let index = flows.current(&dialled.address, dialled.port);
+    let found = index.map_or_else(Peer::default, |index| {
         flows.touch(index);
-        Some(*flows.flow(index))
-    })?;
+        *flows.flow(index)
+    });
+    unlock(flows);
+    index?;
     if found.layout == settings::layout() && maps::is_in_table(found.backend_idx, found.generation)
     {
         return Some(Followed { backend: found.backend, port: found.backend_port });
@@ -38,9 +40,17 @@ pub fn follow(ctx: &SockAddrContext, dialled: &Endpoint) -> Option<Followed> {
 /// for it, it goes on, and the next one may go elsewhere.
 #[inline(always)]
 pub fn keep(ctx: &SockAddrContext, flow: &Peer) {
+    // What the compiler knows of its octets, such as that those of an IPv4 address begin with zeros,
+    // it would write by a call of memset, with the lock held.
+    // SAFETY: a reference is valid and aligned.
+    let flow = unsafe { (&raw const *flow).read_volatile() };
     // SAFETY: as above. Without a value, the storage begins as zeros.
     match unsafe { maps::FLOWS.get_or_insert_ptr_mut(ctx, None).as_mut() } {
-        Some(flows) => locked(flows, |flows| flows.keep(flow)),
+        Some(flows) => {
+            lock(flows);
+            flows.keep(&flow);
+            unlock(flows);
+        }
         None => {
             maps::count(Counter::NoStorage);
             voice::no_storage(ctx);
@@ -48,31 +58,37 @@ pub fn keep(ctx: &SockAddrContext, flow: &Peer) {
     }
 }
 
-/// The VIP that a datagram from `sender` is a reply of.
+/// Whom a datagram from `sender` comes from, as the application should see it: the VIP that it is a
+/// reply of, or the sender itself. `peer` is what the socket is connected to.
 #[inline(always)]
-pub fn dialled(ctx: &SockAddrContext, sender: &Endpoint) -> Option<Endpoint> {
-    // A connection that was dissolved by connect(AF_UNSPEC) left its entry behind.
-    if context::is_connected(ctx)
-        && let Some(dialled) = peers::dialled(ctx, sender)
-    {
-        return Some(dialled);
+pub fn shown(ctx: &SockAddrContext, sender: &Endpoint, peer: &Endpoint) -> Endpoint {
+    // What others sent came before the socket was connected.
+    if sender.is(peer) {
+        return peers::shown(ctx, sender);
     }
+    let mut shown = *sender;
     // SAFETY: as above.
-    let flows = unsafe { maps::FLOWS.get_ptr_mut(ctx).as_mut() }?;
-    locked(flows, |flows| {
-        let flow = flows.flow(flows.replied(&sender.address, sender.port)?);
-        Some(Endpoint { address: flow.frontend, port: flow.frontend_port })
-    })
+    if let Some(flows) = unsafe { maps::FLOWS.get_ptr_mut(ctx).as_mut() } {
+        lock(flows);
+        if let Some(index) = flows.replied(&sender.address, sender.port) {
+            let flow = flows.flow(index);
+            shown = Endpoint { address: flow.frontend, port: flow.frontend_port };
+        }
+        unlock(flows);
+    }
+    shown
 }
 
-/// Runs `work`, which must not call anything that isn't inlined, with the flows locked.
+/// Locks the flows. Until they are unlocked, nothing may be called that isn't inlined: "function
+/// calls are not allowed while holding a lock", says 5.10.
 #[inline(always)]
-fn locked<R>(flows: &mut Flows, work: impl FnOnce(&mut Flows) -> R) -> R {
-    let lock: *mut bpf_spin_lock = (&raw mut flows.lock).cast();
+fn lock(flows: &mut Flows) {
     // SAFETY: the lock is the one in the map's value; it is given back on every way out.
-    unsafe { bpf_spin_lock(lock) };
-    let result = work(flows);
+    unsafe { bpf_spin_lock((&raw mut flows.lock).cast()) };
+}
+
+#[inline(always)]
+fn unlock(flows: &mut Flows) {
     // SAFETY: as above.
-    unsafe { bpf_spin_unlock(lock) };
-    result
+    unsafe { bpf_spin_unlock((&raw mut flows.lock).cast()) };
 }

@@ -9,14 +9,8 @@ use crate::peers;
 /// Attached to BPF_CGROUP_INET6_GETPEERNAME. It runs on every accept() too.
 #[cgroup_sock_addr(getpeername6)]
 pub fn nohop_getpeer6(ctx: SockAddrContext) -> i32 {
-    show_frontend(&ctx);
+    let peer = Endpoint { address: context::address6(&ctx), port: context::port(&ctx) };
+    let shown = peers::shown(&ctx, &peer);
+    context::set6(&ctx, shown.address, shown.port);
     PROCEED
-}
-
-#[inline(always)]
-fn show_frontend(ctx: &SockAddrContext) -> Option<()> {
-    let peer = Endpoint { address: context::address6(ctx), port: context::port(ctx) };
-    let dialled = peers::dialled(ctx, &peer)?;
-    context::set6(ctx, dialled.address, dialled.port);
-    Some(())
 }

@@ -34,12 +34,16 @@ pub fn forget(ctx: &SockAddrContext) {
     }
 }
 
-/// What was dialled, if the socket's peer is the backend that its dial became.
+/// What the application should see of the socket's peer: what was dialled, if the peer is the
+/// backend that the dial became, or the peer itself.
 #[inline(always)]
-pub fn dialled(ctx: &SockAddrContext, peer: &Endpoint) -> Option<Endpoint> {
+pub fn shown(ctx: &SockAddrContext, peer: &Endpoint) -> Endpoint {
     // SAFETY: as above.
-    let kept = unsafe { maps::PEERS.get_ptr_mut(ctx).as_ref() }?;
-    // What was kept is about another dial if the peer is another one.
-    kept.was_sent_to(&peer.address, peer.port)
-        .then_some(Endpoint { address: kept.frontend, port: kept.frontend_port })
+    match unsafe { maps::PEERS.get_ptr_mut(ctx).as_ref() } {
+        // What was kept is about another dial if the peer is another one.
+        Some(kept) if kept.was_sent_to(&peer.address, peer.port) => {
+            Endpoint { address: kept.frontend, port: kept.frontend_port }
+        }
+        _ => *peer,
+    }
 }

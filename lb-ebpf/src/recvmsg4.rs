@@ -10,16 +10,12 @@ use crate::flows;
 /// Attached to BPF_CGROUP_UDP4_RECVMSG.
 #[cgroup_sock_addr(recvmsg4)]
 pub fn nohop_recvmsg4(ctx: SockAddrContext) -> i32 {
-    show_frontend(&ctx);
-    PROCEED
-}
-
-#[inline(always)]
-fn show_frontend(ctx: &SockAddrContext) -> Option<()> {
     let sender =
-        Endpoint { address: Address::v4(context::address4(ctx)), port: context::port(ctx) };
-    let dialled = flows::dialled(ctx, &sender)?;
+        Endpoint { address: Address::v4(context::address4(&ctx)), port: context::port(&ctx) };
+    let shown = flows::shown(&ctx, &sender, &context::peer4(&ctx));
     // An IPv4 socket dialled an IPv4 address.
-    context::set4(ctx, dialled.address.to_v4()?, dialled.port);
-    Some(())
+    if let Some(address) = shown.address.to_v4() {
+        context::set4(&ctx, address, shown.port);
+    }
+    PROCEED
 }

@@ -9,14 +9,8 @@ use crate::flows;
 /// Attached to BPF_CGROUP_UDP6_RECVMSG.
 #[cgroup_sock_addr(recvmsg6)]
 pub fn nohop_recvmsg6(ctx: SockAddrContext) -> i32 {
-    show_frontend(&ctx);
+    let sender = Endpoint { address: context::address6(&ctx), port: context::port(&ctx) };
+    let shown = flows::shown(&ctx, &sender, &context::peer6(&ctx));
+    context::set6(&ctx, shown.address, shown.port);
     PROCEED
-}
-
-#[inline(always)]
-fn show_frontend(ctx: &SockAddrContext) -> Option<()> {
-    let sender = Endpoint { address: context::address6(ctx), port: context::port(ctx) };
-    let dialled = flows::dialled(ctx, &sender)?;
-    context::set6(ctx, dialled.address, dialled.port);
-    Some(())
 }

@@ -36,6 +36,9 @@ static KERNEL_SOCKET_OFFSET: u32 = 0;
 /// That bit, as a mask of the byte; 0 where it isn't known.
 #[unsafe(no_mangle)]
 static KERNEL_SOCKET_MASK: u32 = 0;
+/// Where in the kernel's `struct tcp_sock` the byte `is_mptcp` is; 0 where it isn't known.
+#[unsafe(no_mangle)]
+static SUBFLOW_OFFSET: u32 = 0;
 
 macro_rules! setting {
     // SAFETY: a static is valid and aligned; volatile, because its value comes after compilation.
@@ -91,4 +94,11 @@ pub fn has_excluded() -> bool {
 pub fn kernel_socket_bit() -> Option<(u32, u8)> {
     let mask = setting!(KERNEL_SOCKET_MASK);
     (mask != 0).then(|| (setting!(KERNEL_SOCKET_OFFSET), mask as u8))
+}
+
+/// Where a TCP socket says that it is a part of an MPTCP one, if that is known.
+#[inline(always)]
+pub fn subflow_offset() -> Option<u32> {
+    let offset = setting!(SUBFLOW_OFFSET);
+    (offset != 0).then_some(offset)
 }

@@ -149,18 +149,32 @@ fn is_daemons(daemon: &Daemon) -> bool {
         && unsafe { bpf_ktime_get_ns() }.wrapping_sub(daemon.heartbeat_ns) < HEARTBEAT_LASTS_NS
 }
 
-/// Whether the kernel itself made this socket, as NFS does.
+/// Whether the kernel itself uses this socket, as NFS does.
 #[inline(always)]
 fn is_kernels(ctx: &SockAddrContext) -> bool {
     let Some((offset, mask)) = settings::kernel_socket_bit() else { return false };
-    // The verifier lets nobody reckon with the context's own pointer to the socket. But the socket's
-    // address is what the kernel's context, which is another structure, begins with.
+    if byte_of_socket(ctx, offset) & mask == 0 {
+        return false;
+    }
+    // The kernel also makes the TCP sockets that an application's MPTCP socket consists of.
+    match settings::subflow_offset() {
+        Some(offset) if context::protocol(ctx) == IPPROTO_TCP => byte_of_socket(ctx, offset) == 0,
+        _ => true,
+    }
+}
+
+/// A byte of the kernel's own structure of the socket; 0 where it can't be read.
+///
+/// The verifier lets nobody reckon with the context's own pointer to the socket. But the socket's
+/// address is what the kernel's context, which is another structure, begins with.
+#[inline(always)]
+fn byte_of_socket(ctx: &SockAddrContext, offset: u32) -> u8 {
     // SAFETY: the helper reads safely, whatever the address.
-    let flags = unsafe {
+    let byte = unsafe {
         bpf_probe_read_kernel::<usize>(ctx.as_ptr().cast())
             .and_then(|socket| bpf_probe_read_kernel((socket + offset as usize) as *const u8))
     };
-    flags.is_ok_and(|flags| flags & mask != 0)
+    byte.unwrap_or(0)
 }
 
 /// Whether the process is in a cgroup that is left alone, or below one.

@@ -105,7 +105,7 @@ fn is_to(socket: &Connected, server: SocketAddr) -> bool {
 }
 
 /// The system call, which returns a descriptor or 0.
-fn bpf<T>(command: libc::c_int, attr: &[T]) -> io::Result<i32> {
+pub fn bpf<T>(command: libc::c_int, attr: &[T]) -> io::Result<i32> {
     // SAFETY: the attribute is live and as large as said; what it points to, the caller keeps alive.
     let done = unsafe { libc::syscall(libc::SYS_bpf, command, attr.as_ptr(), size_of_val(attr)) };
     if done < 0 { Err(io::Error::last_os_error()) } else { Ok(done as i32) }
@@ -237,7 +237,7 @@ fn wait_until_asleep(thread: Pid) {
 }
 
 /// Moves the calling thread to a network namespace of its own, with loopback up.
-fn leave() {
+pub fn leave() {
     // SAFETY: the flag shares and unshares no file descriptors.
     unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.unwrap();
     let up = Command::new("ip").args(["link", "set", "lo", "up"]).status().unwrap();

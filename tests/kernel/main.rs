@@ -7,13 +7,18 @@ mod bed;
 mod changes;
 mod dialler;
 mod disconnect;
+mod families;
+mod left_alone;
+mod odd_sockets;
 mod pins;
+mod ports;
 mod refusal;
 mod scope;
 mod soak;
 mod stress;
 mod survival;
 mod translation;
+mod udp;
 mod verifier;
 
 use libtest_mimic::{Arguments, Completion, Trial};
@@ -42,6 +47,7 @@ const TRIALS: &[KernelTrial] = &[
     since((6, 1), "refused_by_errno", refusal::by_errno),
     since((5, 10), "refused_by_port_zero", refusal::by_port_zero),
     since((5, 10), "a_pin_counts_on_the_host", scope::a_pin_counts_on_the_host),
+    since((5, 10), "a_pin_counts_for_datagrams", scope::a_pin_counts_for_datagrams),
     since((5, 10), "a_pin_passes_elsewhere", scope::a_pin_passes_elsewhere),
     since((5, 10), "loopback_backends_are_the_hosts", scope::loopback_backends_are_the_hosts),
     since((5, 10), "detached_is_gone", scope::detached_is_gone),
@@ -57,6 +63,49 @@ const TRIALS: &[KernelTrial] = &[
     since((5, 10), "many_are_disconnected", disconnect::many),
     since((5, 10), "failure_to_examine_is_reported", disconnect::failure_is_reported),
     since((5, 10), "failure_to_disconnect_is_reported", disconnect::unreached_is_reported),
+    since((5, 10), "datagrams_reach_a_backend", udp::datagrams_reach_a_backend),
+    since((5, 10), "a_socket_keeps_its_backends", udp::a_socket_keeps_its_backends),
+    since(
+        (5, 10),
+        "a_datagram_after_a_departure_goes_elsewhere",
+        udp::a_datagram_after_a_departure_goes_elsewhere,
+    ),
+    since(
+        (5, 10),
+        "sockets_of_a_backend_that_left_are_disconnected",
+        udp::sockets_of_a_backend_that_left_are_disconnected,
+    ),
+    since(
+        (5, 10),
+        "a_socket_that_goes_elsewhere_tells_the_truth",
+        udp::a_socket_that_goes_elsewhere_tells_the_truth,
+    ),
+    since(
+        (5, 10),
+        "a_reply_from_before_the_connection_comes_from_its_vip",
+        udp::a_reply_from_before_the_connection_comes_from_its_vip,
+    ),
+    since((5, 10), "threads_on_one_socket_never_mix", udp::threads_on_one_socket_never_mix),
+    since(
+        (5, 10),
+        "sockets_reach_what_their_family_can",
+        families::sockets_reach_what_their_family_can,
+    ),
+    since((6, 1), "every_socket_is_refused_by_errno", families::refused_by_errno),
+    since((5, 10), "every_socket_is_refused_by_port_zero", families::refused_by_port_zero),
+    since((5, 10), "without_a_pool_ipv6_passes", families::without_a_pool_ipv6_passes),
+    since((5, 10), "each_port_leads_to_the_backend", ports::each_port_leads_to_the_backend),
+    since(
+        (5, 10),
+        "any_port_replies_from_the_dialled_one",
+        ports::any_port_replies_from_the_dialled_one,
+    ),
+    since((5, 10), "protocols_are_honoured", ports::protocols_are_honoured),
+    since((5, 10), "excluded_cgroups_are_left_alone", left_alone::excluded_cgroups),
+    since((5, 10), "the_daemon_is_left_alone", left_alone::the_daemon),
+    since((6, 8), "dials_go_on_without_storage", odd_sockets::dials_go_on_without_storage),
+    since((5, 10), "fast_open_reaches_a_backend", odd_sockets::fast_open),
+    since((5, 10), "mptcp_reaches_a_backend", odd_sockets::mptcp),
     since((5, 10), "a_restart_loses_no_dial", survival::a_restart_loses_no_dial),
     since((5, 10), "a_new_layout_takes_over", survival::a_new_layout_takes_over),
     since((5, 10), "other_sizes_take_over", survival::other_sizes_take_over),

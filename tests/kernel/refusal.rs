@@ -2,7 +2,7 @@
 //! listens on every address.
 
 use std::io::ErrorKind;
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::Ipv4Addr;
 
 use lb_userspace::plane::{COUNTERS, Refusal};
 use lb_userspace::table::Ports;
@@ -18,7 +18,7 @@ pub fn by_port_zero() {
 }
 
 fn refused_by(refusal: Refusal) {
-    let wildcard = Server::on(b'w', SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0));
+    let wildcard = Server::on(b'w', (Ipv4Addr::UNSPECIFIED, 0));
     let port = wildcard.address.port();
     assert_eq!(dial((VIP, port)).unwrap(), 'w', "without nohop it accepts a dial to any VIP");
 

@@ -1,15 +1,21 @@
 //! Whom the plane is for: which network namespace, which cgroup, and for how long.
 
 use std::io::ErrorKind;
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 
 use lb_tests::bpffs::Bpffs;
 use lb_userspace::plane::Plane;
+use lb_userspace::table::Protocols;
 
-use crate::bed::{Bed, Server, VIP, dead, dial, service};
+use crate::bed::{Bed, Echo, Server, VIP, ask, client, dead, dial, dial_udp, service, ways};
 
 /// The cookie of a namespace that this process isn't in.
 const ANOTHER_NETNS: u64 = u64::MAX;
+
+fn pin_of(address: SocketAddr) -> SocketAddrV4 {
+    let SocketAddr::V4(address) = address else { panic!("{address} is no IPv4 address") };
+    address
+}
 
 pub fn a_pin_counts_on_the_host() {
     let (server, pin) = (Server::start(b'a'), dead());
@@ -18,32 +24,70 @@ pub fn a_pin_counts_on_the_host() {
     let mut web = service("web", VIP, &[(server.address, 1)]);
     web.pin = Some(pin);
     bed.apply(vec![web]);
-    assert_eq!(dial(pin).unwrap(), 'a');
+    for way in ways(*pin.ip(), pin.port()) {
+        assert_eq!(dial(way).unwrap(), 'a', "{way}");
+    }
     assert_eq!(dial((VIP, 80)).unwrap(), 'a', "the VIP works beside it");
-    assert_eq!(dial(neighbour.address).unwrap(), 'n', "another port of the pinned address");
+    for way in ways(*pin.ip(), neighbour.address.port()) {
+        assert_eq!(dial(way).unwrap(), 'n', "another port of the pinned address");
+    }
+}
+
+pub fn a_pin_counts_for_datagrams() {
+    let [server, shadowed, neighbour] = [b'a', b's', b'n'].map(Echo::start);
+    let (pin, other) = (pin_of(shadowed.address), neighbour.address.port());
+    let mut bed = Bed::new();
+    let mut web = service("web", VIP, &[(server.address, 1)]);
+    web.protocols = Protocols::Udp;
+    web.pin = Some(pin);
+    bed.apply(vec![web]);
+    for way in ways(*pin.ip(), pin.port()) {
+        assert_eq!(ask(&client(way), way).unwrap(), ('a', way));
+        assert_eq!(dial_udp(way).unwrap(), 'a', "{way}");
+    }
+    for way in ways(*pin.ip(), other) {
+        assert_eq!(ask(&client(way), way).unwrap(), ('n', way), "another port");
+        assert_eq!(dial_udp(way).unwrap(), 'n', "another port: {way}");
+    }
 }
 
 pub fn a_pin_passes_elsewhere() {
     let (server, own) = (Server::start(b'a'), Server::start(b'o'));
+    let own_echo = Echo::on(b'o', own.address);
     let mut bed = Bed::on_host(ANOTHER_NETNS);
     let mut web = service("web", VIP, &[(server.address, 1)]);
-    web.pin = Some(own.address);
+    web.protocols = Protocols::Both;
+    web.pin = Some(pin_of(own.address));
     bed.apply(vec![web]);
-    assert_eq!(dial(own.address).unwrap(), 'o');
+    for way in ways(Ipv4Addr::LOCALHOST, own_echo.address.port()) {
+        assert_eq!(dial(way).unwrap(), 'o', "{way}");
+        assert_eq!(dial_udp(way).unwrap(), 'o', "{way}");
+        assert_eq!(ask(&client(way), way).unwrap(), ('o', way));
+    }
 }
 
 pub fn loopback_backends_are_the_hosts() {
     let (near, far) = (Server::start(b'n'), Server::start(b'f'));
-    let mut web = service("web", VIP, &[(near.address, 1), (far.address, 1)]);
+    let (near_echo, far_echo) = (Echo::on(b'n', near.address), Echo::on(b'f', far.address));
+    let mut web = service("web", VIP, &[(near_echo.address, 1), (far_echo.address, 1)]);
+    web.protocols = Protocols::Both;
     web.backends[0].host_only = true;
     let mut bed = Bed::on_host(ANOTHER_NETNS);
     bed.apply(vec![web.clone()]);
-    for _ in 0..64 {
-        assert_eq!(dial((VIP, 80)).unwrap(), 'f');
+    for way in ways(VIP, 80) {
+        for _ in 0..32 {
+            assert_eq!(dial(way).unwrap(), 'f', "{way}");
+            assert_eq!(dial_udp(way).unwrap(), 'f', "{way}");
+            assert_eq!(ask(&client(way), way).unwrap(), ('f', way));
+        }
     }
     web.backends.truncate(1);
     bed.apply(vec![web]);
-    assert_eq!(dial((VIP, 80)).unwrap_err().kind(), ErrorKind::ConnectionRefused);
+    for way in ways(VIP, 80) {
+        assert_eq!(dial(way).unwrap_err().kind(), ErrorKind::ConnectionRefused);
+        assert_eq!(dial_udp(way).unwrap_err().kind(), ErrorKind::ConnectionRefused);
+        assert!(client(way).send_to(b"?", way).is_err());
+    }
 }
 
 pub fn detached_is_gone() {
@@ -52,7 +96,7 @@ pub fn detached_is_gone() {
     assert!(bed.plane.mend().holds());
     assert_eq!(dial((VIP, 80)).unwrap_err().kind(), ErrorKind::ConnectionRefused);
     bed.plane.detach();
-    let wildcard = Server::on(b'w', SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0));
+    let wildcard = Server::on(b'w', (Ipv4Addr::UNSPECIFIED, 0));
     assert_eq!(dial((VIP, wildcard.address.port())).unwrap(), 'w');
 }
 

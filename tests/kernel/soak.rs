@@ -1,7 +1,7 @@
 //! The maps' room: what doesn't fit is refused service by service, and nothing leaks.
 
 use std::collections::BTreeMap;
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::process::Command;
 use std::sync::Arc;
 use std::time::Instant;
@@ -19,7 +19,7 @@ pub fn full_maps_refuse_by_service() {
     place.options.plane.max_services = 2;
     place.options.plane.max_backends = 8;
     let mut plane = place.start();
-    let far = |n: u16| (SocketAddrV4::new(Ipv4Addr::new(10, 0, 0, 1), n + 1), 1);
+    let far = |n: u16| (SocketAddr::from(([10, 0, 0, 1], n + 1)), 1);
     let web = service("web", VIP, &[(server.address, 1)]);
     let mut many = service("web", VIP, &(0..17).map(far).collect::<Vec<_>>());
     many.ports = Ports::only([80, 81]);
@@ -72,8 +72,7 @@ fn random_service(random: &mut Random) -> (Arc<str>, Option<Service>) {
     let most = if random.below(20) == 0 { 100 } else { 6 };
     let n_backends = random.below(most) as u8;
     let first = random.below(100) as u8;
-    let backend =
-        |x: u8| (SocketAddrV4::new(Ipv4Addr::new(10, 0, n, first + x), 80), u16::from(x) + 1);
+    let backend = |x: u8| (SocketAddr::from(([10, 0, n, first + x], 80)), u16::from(x) + 1);
     let backends: Vec<_> = (0..n_backends).map(backend).collect();
     let mut service = service(&name, Ipv4Addr::new(127, 200, 1, n), &backends);
     service.backends.iter_mut().step_by(3).for_each(|backend| {

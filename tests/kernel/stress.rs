@@ -1,6 +1,6 @@
 //! A million dials, while the service's backends are swapped more than a thousand times a second.
 
-use std::net::{Ipv4Addr, SocketAddrV4, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -90,7 +90,7 @@ pub fn a_million_dials_meet_no_wrong_one() {
 fn tables(listeners: &[TcpListener]) -> Vec<Table> {
     let address = |idx: usize| {
         let port = listeners[idx].local_addr().unwrap().port();
-        (SocketAddrV4::new(Ipv4Addr::LOCALHOST, port), 1)
+        (SocketAddr::from((Ipv4Addr::LOCALHOST, port)), 1)
     };
     let table = |k: u64| {
         let backends: Vec<_> = set(k).map(address).collect();

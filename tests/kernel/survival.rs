@@ -129,7 +129,7 @@ impl Opened {
 /// One daemon takes over from another with maps of its own. `change` is what sets them apart.
 fn takes_over(change: fn(&mut Place)) {
     let (old, new, echo) = (Server::start(b'o'), Server::start(b'n'), Echo::start());
-    let mut mirror = service("mirror", OTHER_VIP, &[(echo.address, 1)]);
+    let mut mirror = service("mirror", OTHER_VIP, &[(echo.address.into(), 1)]);
     mirror.protocols = Protocols::Udp;
     let with = |server: &Server| vec![service("web", VIP, &[(server.address, 1)]), mirror.clone()];
     let mut place = Place::new();

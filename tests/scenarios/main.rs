@@ -4,6 +4,7 @@
 
 mod all_critical_refuses_and_recovers;
 mod bad_records;
+mod clients_by_name;
 mod cluster;
 mod consul_killed_and_restarted;
 mod container_namespace;
@@ -12,26 +13,36 @@ mod curl_by_name;
 mod detached_by_hand;
 mod forwarding;
 mod four_capabilities;
+mod hooks_watched;
+mod ipv6_by_name;
+mod kernel_has_a_voice;
+mod killed_under_load;
+mod load;
+mod more_than_fits;
 mod not_a_vip_untouched;
 mod not_ready_before_consul;
 mod pinned_address;
 mod ports_from_meta;
+mod postgres;
 mod refuses_to_start;
 mod services_never_mix;
+mod state_lost;
 mod static_catalog;
 mod stops_within_a_second;
 mod tag_removed;
+mod udp_echo;
+mod upgraded_under_load;
 mod wildcard_server_never_reached;
 
 use std::process::ExitCode;
 
 use anyhow::Result;
-use lb_tests::{process, undo};
-use libtest_mimic::{Arguments, Failed, Trial};
+use lb_tests::{process, run, undo};
+use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
 type Story = fn() -> Result<()>;
 
-const STORIES: [(&str, Story); 19] = [
+const STORIES: [(&str, Story); 27] = [
     ("all_critical_refuses_and_recovers", all_critical_refuses_and_recovers::story),
     ("bad_records", bad_records::story),
     ("consul_killed_and_restarted", consul_killed_and_restarted::story),
@@ -41,16 +52,32 @@ const STORIES: [(&str, Story); 19] = [
     ("detached_by_hand", detached_by_hand::story),
     ("forwarding", forwarding::story),
     ("four_capabilities", four_capabilities::story),
+    ("hooks_watched", hooks_watched::story),
+    ("ipv6_by_name", ipv6_by_name::story),
+    ("kernel_has_a_voice", kernel_has_a_voice::story),
+    ("killed_under_load", killed_under_load::story),
+    ("more_than_fits", more_than_fits::story),
     ("not_a_vip_untouched", not_a_vip_untouched::story),
     ("not_ready_before_consul", not_ready_before_consul::story),
     ("pinned_address", pinned_address::story),
     ("ports_from_meta", ports_from_meta::story),
     ("refuses_to_start", refuses_to_start::story),
     ("services_never_mix", services_never_mix::story),
+    ("state_lost", state_lost::story),
     ("static_catalog", static_catalog::story),
     ("stops_within_a_second", stops_within_a_second::story),
     ("tag_removed", tag_removed::story),
+    ("udp_echo", udp_echo::story),
+    ("upgraded_under_load", upgraded_under_load::story),
     ("wildcard_server_never_reached", wildcard_server_never_reached::story),
+];
+
+/// The stories of programs that not every machine has, each with those that it needs.
+const STORIES_OF_PROGRAMS: [(&str, &[&str], Story); 4] = [
+    ("java_by_name", &["java", "javac"], clients_by_name::java),
+    ("node_by_name", &["node"], clients_by_name::node),
+    ("postgres", &["psql", "initdb", "postgres"], postgres::story),
+    ("python_by_name", &["python3"], clients_by_name::python),
 ];
 
 fn main() -> ExitCode {
@@ -65,11 +92,19 @@ fn main() -> ExitCode {
         eprintln!("Can't handle signals: {error}");
         return ExitCode::FAILURE;
     }
-    let trials = STORIES.map(|(name, story)| {
-        let tell = move || {
-            story().map_err(|error| Failed::from(format!("{error:?}\n{}", process::last_words())))
-        };
-        Trial::test(name, tell).with_ignored_flag(!is_root)
-    });
-    libtest_mimic::run(&arguments, trials.into()).exit_code()
+    let everywhere: [(_, &[&str], _); _] = STORIES.map(|(name, story)| (name, &[][..], story));
+    let trials =
+        everywhere.into_iter().chain(STORIES_OF_PROGRAMS).map(|(name, programs, story)| {
+            Trial::ignorable_test(name, move || tell(programs, story)).with_ignored_flag(!is_root)
+        });
+    libtest_mimic::run(&arguments, trials.collect()).exit_code()
+}
+
+/// Tells a story, where the programs that it needs are installed.
+fn tell(programs: &[&str], story: Story) -> Result<Completion, Failed> {
+    if let Some(absent) = programs.iter().find_map(|program| run::installed(program).err()) {
+        return Ok(Completion::ignored_with(absent.to_string()));
+    }
+    story().map_err(|error| Failed::from(format!("{error:?}\n{}", process::last_words())))?;
+    Ok(Completion::Completed)
 }

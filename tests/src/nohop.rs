@@ -38,6 +38,8 @@ pub const STOP_LIMIT: Duration = Duration::from_secs(1);
 pub struct Nohop {
     /// Its process.
     pub process: Process,
+    /// What its configuration says of its own places.
+    own: String,
     host: Arc<Host>,
     // Unmounted after the daemon has ended: with the pins go the hooks.
     bpffs: Bpffs,
@@ -79,10 +81,10 @@ impl Nohop {
             dir.join("state"),
             admin(dir)
         );
-        fs::write(&config_file, own + config).context("write the daemon's configuration")?;
+        write_config(&config_file, &own, config)?;
         let inotify = watch(dir)?;
         let process = spawn(host, &config_file)?;
-        let nohop = Nohop { process, host: Arc::clone(host), bpffs, scratch };
+        let nohop = Nohop { process, own, host: Arc::clone(host), bpffs, scratch };
         nohop.wait_until_listening(&inotify)?;
         Ok(nohop)
     }
@@ -98,6 +100,19 @@ impl Nohop {
         self.process = spawn(&self.host, &self.scratch.path().join("nohop.toml"))?;
         self.wait_until_listening(&inotify)?;
         self.wait_until_ready()
+    }
+
+    /// Replaces the configuration that [`Nohop::start`] was given, for the next start.
+    ///
+    /// # Errors
+    /// When it can't be written.
+    pub fn configure(&self, config: &str) -> Result<()> {
+        write_config(&self.scratch.path().join("nohop.toml"), &self.own, config)
+    }
+
+    /// Where the daemon keeps its state.
+    pub fn state_dir(&self) -> PathBuf {
+        self.scratch.path().join("state")
     }
 
     /// Ends the daemon, as a crash would, and waits until it has ended.
@@ -299,6 +314,10 @@ fn watch(dir: &Path) -> Result<OwnedFd> {
     let inotify = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
     inotify::add_watch(&inotify, dir, WatchFlags::CREATE)?;
     Ok(inotify)
+}
+
+fn write_config(file: &Path, own: &str, config: &str) -> Result<()> {
+    fs::write(file, format!("{own}{config}")).context("write the daemon's configuration")
 }
 
 fn spawn(host: &Host, config_file: &Path) -> Result<Process> {

@@ -108,6 +108,11 @@ impl Process {
         }
     }
 
+    /// The last line of output so far.
+    pub fn last_line(&self) -> Option<String> {
+        self.output.lock().lines.back().cloned()
+    }
+
     /// Sends a signal.
     ///
     /// # Errors

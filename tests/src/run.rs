@@ -53,3 +53,17 @@ pub fn built(name: &str) -> Result<PathBuf> {
         format!("there is no `{name}` beside {}: run `cargo build`", executable.display())
     })
 }
+
+/// The program `name` of this machine: on PATH, or where Debian puts PostgreSQL's.
+///
+/// # Errors
+/// When it isn't installed.
+pub fn installed(name: &str) -> Result<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let versions = std::fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
+    let found = std::env::split_paths(&path)
+        .chain(versions.map(|version| version.path().join("bin")))
+        .map(|dir| dir.join(name))
+        .find(|path| path.is_file());
+    found.with_context(|| format!("{name} isn't installed: `cargo xtask setup` tries to"))
+}

@@ -1,6 +1,5 @@
 //! The demo: the main job, for real, in a network namespace and a cgroup of its own.
 
-use std::fs;
 use std::io::{IsTerminal, stdout};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -14,10 +13,9 @@ use lb_tests::cgroup::Cgroup;
 use lb_tests::consul::{Consul, instance};
 use lb_tests::helloworld::Helloworld;
 use lb_tests::net::Host;
-use lb_tests::nohop::Nohop;
+use lb_tests::nohop::{Nohop, service};
 use lb_tests::{run, undo};
-use rustix::process::Pid;
-use serde_json::{Value, json};
+use serde_json::json;
 
 /// How long nohop may take to follow Consul before the demo gives up.
 const LIMIT: Duration = Duration::from_secs(10);
@@ -110,6 +108,18 @@ impl Demo {
             ensure!(!answer.contains("alice"), "a dead backend answered");
         }
 
+        heading("nohop is killed: the kernel goes on, and the next one takes over");
+        println!("{}", prompt(&format!("kill -9 {}   # nohop", self.nohop.process.pid())));
+        let vip = self.vip()?;
+        self.nohop.crash()?;
+        for _ in 0..2 {
+            let answer = self.show("curl", &format!("-sS http://{vip}/"))?;
+            ensure!(answer.starts_with("hello from "), "no backend answered");
+        }
+        println!("{}", prompt("nohop run &"));
+        self.nohop.start_again()?;
+        self.curl_hello()?;
+
         heading("A misspelt name is no service");
         let answer = self.show("curl", "-sS http://heloworld.service/")?;
         ensure!(answer.contains("Could not resolve"), "the misspelt name was resolved");
@@ -119,6 +129,12 @@ impl Demo {
         println!("{status}");
         ensure!(status.contains("NXDOMAIN"), "the misspelt name isn't NXDOMAIN");
         Ok(())
+    }
+
+    fn vip(&self) -> Result<String> {
+        let services = self.nohop.services()?;
+        let vip = service(&services, "helloworld").and_then(|service| service["vip"].as_str());
+        Ok(vip.context("helloworld has no VIP")?.to_owned())
     }
 
     fn curl_hello(&self) -> Result<String> {
@@ -139,32 +155,15 @@ impl Demo {
         Ok(text)
     }
 
-    /// Shows the first entry of a map of the daemon, as bpftool prints it but on one line.
+    /// Shows a pinned map as bpftool prints it, but on one line.
     fn show_map(&self, name: &str) -> Result<()> {
-        for id in map_ids(self.nohop.process.pid())? {
-            let info = run::words("bpftool", &format!("--json map show id {id}"))?;
-            if serde_json::from_str::<Value>(&info)?["name"] == name {
-                println!("{}", prompt(&format!("bpftool map dump id {id}   # {name}")));
-                let dump = run::words("bpftool", &format!("map dump id {id}"))?;
-                let line = dump.split_whitespace().collect::<Vec<_>>().join(" ");
-                println!("{line}");
-                return Ok(());
-            }
-        }
-        anyhow::bail!("the daemon has no map {name}")
+        let pin = self.nohop.pins().join("v1/maps").join(name);
+        let dump = format!("map dump pinned {}", pin.display());
+        println!("{}", prompt(&format!("bpftool {dump}")));
+        let dump = run::words("bpftool", &dump)?;
+        println!("{}", dump.split_whitespace().collect::<Vec<_>>().join(" "));
+        Ok(())
     }
-}
-
-/// The ids of the maps that a process holds.
-fn map_ids(pid: Pid) -> Result<Vec<u32>> {
-    let mut ids = Vec::new();
-    for entry in fs::read_dir(format!("/proc/{pid}/fdinfo"))? {
-        // A descriptor may be closed in the meantime.
-        let info = fs::read_to_string(entry?.path()).unwrap_or_default();
-        let id = info.lines().find_map(|line| line.strip_prefix("map_id:"));
-        ids.extend(id.and_then(|id| id.trim().parse::<u32>().ok()));
-    }
-    Ok(ids)
 }
 
 fn directory(path: &Path) -> String {

@@ -8,11 +8,13 @@ pub mod verifier;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
-use std::time::Instant;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, ensure};
 
-use crate::setup::kernels::{self, Kernels, Version};
+use crate::setup::kernels::{self, Kernel, Kernels, Version};
 use crate::tally::Tally;
 use crate::{compile, process, setup};
 use initramfs::Archive;
@@ -20,6 +22,9 @@ use initramfs::Archive;
 pub const AFTER_HELP: &str = "\
 The kernels are those of NOHOP_KERNELS, a folder of VERSION/vmlinuz and VERSION/modules/. Where it
 is unset, Debian's cloud kernels of several releases are downloaded from this machine's mirror.";
+
+/// Each VM has one processor.
+const N_AT_ONCE: usize = 2;
 
 /// Runs setup, then the tests on every kernel, or only on `kernel`; as root also the part of them
 /// that tells of the verifier, on the running kernel. Brings docs/verifier.md up to date.
@@ -70,27 +75,61 @@ fn try_matrix(tally: &mut Tally, only: Option<Version>, filter: Option<&str>) ->
 
     let folder = crate::root().join("target/vm");
     let common = tests_archive(&kernel_tests, &folder, filter)?;
-    for kernel in found {
+    println!("\n== kernels, {N_AT_ONCE} at once");
+    for Run { version, lines, result, took } in boot_all(&found, &common, &folder) {
+        let name = format!("kernel {version}");
         let before = [tally.passed, tally.failed, tally.skipped];
-        let start = Instant::now();
-        let name = format!("kernel {}", kernel.version);
         tally.phase(&name, |on_line| {
+            lines.iter().for_each(|line| on_line(line));
+            result
+        });
+        let after = [tally.passed, tally.failed, tally.skipped];
+        let [passed, failed, skipped] = [0, 1, 2].map(|n| after[n] - before[n]);
+        let took = took.as_secs();
+        println!("{passed} passed, {failed} failed, {skipped} skipped, in {took} s");
+    }
+    Ok(())
+}
+
+/// What came of a kernel.
+struct Run {
+    version: Version,
+    lines: Vec<String>,
+    /// Whether the tests succeeded.
+    result: Result<bool>,
+    took: Duration,
+}
+
+/// Boots every kernel, some at once; they show what they write as they run. In the order of
+/// `kernels`.
+fn boot_all(kernels: &[Kernel], common: &Archive, folder: &Path) -> Vec<Run> {
+    let next = AtomicUsize::new(0);
+    let run = |kernel: &Kernel| {
+        let start = Instant::now();
+        let mut lines = Vec::new();
+        let mut boot = || {
             let mut archive = common.clone();
             archive.add_modules(&kernel.modules)?;
             let initrd = folder.join(format!("{}.cpio", kernel.version));
             archive.write(&initrd)?;
-            boot::boot(&kernel, &initrd, on_line)
-        });
-        let [passed, failed, skipped] = before;
-        println!(
-            "{name}: {} passed, {} failed, {} skipped ({:.0} s)",
-            tally.passed - passed,
-            tally.failed - failed,
-            tally.skipped - skipped,
-            start.elapsed().as_secs_f64()
-        );
-    }
-    Ok(())
+            boot::boot(kernel, &initrd, |line| lines.push(line.to_owned()))
+        };
+        let result = boot();
+        Run { version: kernel.version, lines, result, took: start.elapsed() }
+    };
+    let work = || {
+        let indices = std::iter::repeat_with(|| next.fetch_add(1, Ordering::Relaxed));
+        indices.map_while(|n| kernels.get(n)).map(run).collect::<Vec<_>>()
+    };
+    let mut runs: Vec<Run> = thread::scope(|scope| {
+        let workers = [(); N_AT_ONCE].map(|()| scope.spawn(work));
+        let join = |worker: thread::ScopedJoinHandle<_>| {
+            worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        };
+        workers.into_iter().flat_map(join).collect()
+    });
+    runs.sort_by_key(|run| run.version);
+    runs
 }
 
 /// The initramfs that all kernels share.
@@ -124,6 +163,6 @@ fn ask_running_kernel(tally: &mut Tally) {
             let mut command = Command::new(kernel_tests);
             tally.tests("the running kernel", command.arg(verifier::TRIAL));
         }
-        Err(error) => tally.fail("the running kernel", &anyhow!(error)),
+        Err(error) => tally.fail("the running kernel", &error),
     }
 }

@@ -58,6 +58,9 @@ pub struct DnsStatus {
 pub struct PlaneStatus {
     /// Whether every hook is attached to the cgroup, as the kernel says.
     pub attached: bool,
+    /// Whether the maps, with the table in them, were taken over from an earlier daemon.
+    #[serde(default)]
+    pub adopted: bool,
     /// The cgroup whose processes are served.
     pub cgroup: String,
     /// How full the maps are.

@@ -61,7 +61,9 @@ async fn daemon(config: Config) -> anyhow::Result<()> {
         vips.claim(&name, &addresses);
     }
     vips.write(&vips_path)?;
-    route::add_unreachable(config.vip.pool).await?;
+    for pool in config.vip.pools() {
+        route::add_unreachable(pool).await?;
+    }
     let how = if plane.is_adopted() { "took over what was attached" } else { "attached" };
     tracing::info!(cgroup = %scope.display(), pool = %config.vip.pool, "{how}");
     if let Some(voice) = plane.take_voice() {
@@ -138,10 +140,12 @@ async fn daemon(config: Config) -> anyhow::Result<()> {
                 None
             }
             _ = route_tick.tick() => {
-                match route::add_unreachable(config.vip.pool).await {
-                    Ok(true) => tracing::warn!("the route that keeps VIPs unreachable was gone"),
-                    Ok(false) => {}
-                    Err(error) => tracing::error!("{error}"),
+                for pool in config.vip.pools() {
+                    match route::add_unreachable(pool).await {
+                        Ok(true) => tracing::warn!("the route that keeps {pool} unreachable was gone"),
+                        Ok(false) => {}
+                        Err(error) => tracing::error!("{error}"),
+                    }
                 }
                 None
             }

@@ -26,7 +26,12 @@ pub fn status(status: &Status) -> String {
     let listen: Vec<_> = status.dns.listen.iter().map(ToString::to_string).collect();
     line(&mut text, format!("dns       *.{} on {}", status.dns.domain, listen.join(", ")));
     let attached = if status.plane.attached { "attached to" } else { "NOT ATTACHED to" };
-    line(&mut text, format!("plane     {attached} {}", status.plane.cgroup));
+    let adopted = if status.plane.adopted { ", taken over from an earlier daemon" } else { "" };
+    line(&mut text, format!("plane     {attached} {}{adopted}", status.plane.cgroup));
+    if status.plane.refused_services > 0 {
+        let n = status.plane.refused_services;
+        line(&mut text, format!("          {n} services aren't in the kernel as they should be"));
+    }
     for map in &status.plane.maps {
         line(&mut text, format!("          {}", pressure(map)));
     }
@@ -66,11 +71,15 @@ pub fn explanation(explanation: &Explanation) -> String {
 fn service(text: &mut String, service: &Service, width: usize) {
     let ports = &service.ports;
     let vip6 = service.vip6.map(|vip6| format!(" and [{vip6}]:{ports}")).unwrap_or_default();
+    let by_family = match service.refused_family {
+        0 => String::new(),
+        n => format!(", {n} for want of a backend that their address family reaches"),
+    };
     let pin = service.pin.map(|pin| format!(" and {pin}")).unwrap_or_default();
     line(
         text,
         format!(
-            "{:<width$}  {}:{ports}{vip6}{pin}  {}, {}, dials {}, refused {}",
+            "{:<width$}  {}:{ports}{vip6}{pin}  {}, {}, dials {}, refused {}{by_family}",
             service.name,
             service.vip,
             service.protocol,

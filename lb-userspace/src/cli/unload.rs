@@ -12,10 +12,11 @@ use crate::plane::{self, route};
 pub fn unload(config: &Config, all: bool, as_json: bool) -> anyhow::Result<()> {
     let bpffs = &config.bpffs;
     let n_detached = plane::unload(bpffs)?;
-    let pool = config.vip.pool;
     if all {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        runtime.block_on(route::remove_unreachable(pool))?;
+        for pool in config.vip.pools() {
+            runtime.block_on(route::remove_unreachable(pool))?;
+        }
     }
     if as_json {
         println!("{}", json!({ "detached": n_detached, "bpffs": bpffs, "route_removed": all }));
@@ -25,10 +26,12 @@ pub fn unload(config: &Config, all: bool, as_json: bool) -> anyhow::Result<()> {
         0 => println!("nothing of nohop's was pinned in {}", bpffs.display()),
         n => println!("detached {n} programs and removed the pins in {}", bpffs.display()),
     }
-    if all {
-        println!("removed the route `unreachable {pool} table local`");
-    } else {
-        println!("the route `unreachable {pool} table local` stays: --all removes it");
+    for pool in config.vip.pools() {
+        if all {
+            println!("removed the route `unreachable {pool} table local`");
+        } else {
+            println!("the route `unreachable {pool} table local` stays: --all removes it");
+        }
     }
     Ok(())
 }

@@ -35,7 +35,7 @@ impl View for DaemonView {
         }
         problems.extend(hooks.problems);
         let errors = self.plane.errors();
-        problems.extend(errors.iter().map(|(name, error)| format!("{name}: {error}")));
+        problems.extend(refused(&errors));
         let n_rejected = table.rejected.len();
         if n_rejected > 0 {
             let names: Vec<&str> = table.rejected.keys().take(3).map(|name| &**name).collect();
@@ -72,6 +72,7 @@ impl View for DaemonView {
             dns: self.dns.clone(),
             plane: api::PlaneStatus {
                 attached: hooks.attached,
+                adopted: self.plane.is_adopted(),
                 cgroup: self.scope.display().to_string(),
                 maps: maps.collect(),
                 refused_services: errors.len(),
@@ -101,6 +102,21 @@ impl View for DaemonView {
     fn generation(&self) -> watch::Receiver<u64> {
         self.generation.clone()
     }
+}
+
+/// The services that the kernel doesn't have as the table wants them: one problem for each, or one
+/// for all where they are many.
+fn refused(errors: &BTreeMap<Arc<str>, String>) -> Vec<String> {
+    const N_NAMED: usize = 3;
+    let Some(last) = errors.values().next_back().filter(|_| errors.len() > N_NAMED) else {
+        return errors.iter().map(|(name, error)| format!("{name}: {error}")).collect();
+    };
+    let names: Vec<&str> = errors.keys().take(N_NAMED).map(|name| &**name).collect();
+    vec![format!(
+        "{} services aren't in the kernel as they should be ({}, …): {last}",
+        errors.len(),
+        names.join(", ")
+    )]
 }
 
 impl DaemonView {

@@ -13,7 +13,7 @@ use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::path::PathBuf;
 
-use ipnet::{Ipv4Net, Ipv6Net};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 pub use problem::{ConfigErrors, Place, Problem};
 pub use read::Overrides;
@@ -112,10 +112,17 @@ pub struct VipConfig {
     pub pool: Ipv4Net,
     /// The pool that IPv6 VIPs come from, within fd00::/8; `None` where services have none.
     pub pool6: Option<Ipv6Net>,
-    /// The ports of every service; not empty, no duplicates.
+    /// The ports of every service that doesn't name its own; not empty, no duplicates.
     pub ports: Vec<u16>,
     /// Further addresses, each for one service, that count in the host's network namespace only.
     pub pins: BTreeMap<String, SocketAddrV4>,
+}
+
+impl VipConfig {
+    /// The pools: the IPv4 one, and the IPv6 one where there is one.
+    pub fn pools(&self) -> impl Iterator<Item = IpNet> {
+        std::iter::once(IpNet::V4(self.pool)).chain(self.pool6.map(IpNet::V6))
+    }
 }
 
 /// The DNS server.

@@ -1,4 +1,4 @@
-//! What the running kernel's type information (BTF) says of one field that the programs read.
+//! What the running kernel's type information (BTF) says of two fields that the programs read.
 //!
 //! The format is Documentation/bpf/btf.rst of the kernel: a header, then types, each a fixed part
 //! and what its kind adds, then strings.
@@ -28,12 +28,23 @@ pub struct Bit {
     pub mask: u32,
 }
 
-/// Where a socket says that the kernel itself made it; `None` when this kernel doesn't tell.
+/// Where the kernel's sockets tell what they are; `None` for what this kernel doesn't tell.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SocketBits {
+    /// Of any socket: that the kernel itself made it.
+    pub kernel: Option<Bit>,
+    /// Of a TCP socket: that it is a part of an MPTCP one.
+    pub subflow: Option<Bit>,
+}
+
+/// Where the running kernel's sockets tell what they are.
 ///
 /// # Errors
 /// When the kernel has no BTF, or it can't be read.
-pub fn kernel_socket_bit() -> io::Result<Option<Bit>> {
-    Ok(bit(&std::fs::read(VMLINUX)?, "sock", "sk_kern_sock"))
+pub fn socket_bits() -> io::Result<SocketBits> {
+    let btf = std::fs::read(VMLINUX)?;
+    let kernel = bit(&btf, "sock", "sk_kern_sock");
+    Ok(SocketBits { kernel, subflow: bit(&btf, "tcp_sock", "is_mptcp") })
 }
 
 /// The first bit of a member of a structure, on a little-endian machine.
@@ -111,7 +122,9 @@ mod tests {
 
     #[test]
     fn this_kernel_tells() {
-        let Ok(found) = kernel_socket_bit() else { return };
-        assert!(found.is_some_and(|bit| bit.offset > 0 && bit.mask.count_ones() == 1), "{found:?}");
+        let Ok(SocketBits { kernel, subflow }) = socket_bits() else { return };
+        assert!(kernel.is_some_and(|bit| bit.offset > 0 && bit.mask.count_ones() == 1));
+        // A bool, which is a whole byte. Without CONFIG_MPTCP there is none.
+        assert!(subflow.is_none_or(|bit| bit.offset > 0 && bit.mask == 1));
     }
 }

@@ -592,13 +592,14 @@ fn load_refusing_by(
     let pool6 = options.vip.pool6.map(|pool| [pool.network().octets(), pool.netmask().octets()]);
     let pool6 = pool6.unwrap_or_default().map(|octets| Address { octets }.words());
     let [[network6_high, network6_low], [mask6_high, mask6_low]] = pool6;
-    let kernel_socket = btf::kernel_socket_bit().unwrap_or_else(|error| {
+    let sockets = btf::socket_bits().unwrap_or_else(|error| {
         tracing::warn!(
             "the kernel has no BTF ({error}): its own sockets are translated like others"
         );
-        None
+        btf::SocketBits::default()
     });
-    let btf::Bit { offset, mask: kernel_socket_mask } = kernel_socket.unwrap_or_default();
+    let btf::Bit { offset, mask: kernel_socket_mask } = sockets.kernel.unwrap_or_default();
+    let btf::Bit { offset: subflow_offset, .. } = sockets.subflow.unwrap_or_default();
     let layout = u32::from(options.layout);
     let has_excluded = u32::from(!options.plane.exclude_cgroups.is_empty());
     let refusal = refusal as u32;
@@ -622,6 +623,7 @@ fn load_refusing_by(
     loader.override_global("HAS_EXCLUDED", &has_excluded, true);
     loader.override_global("KERNEL_SOCKET_OFFSET", &offset, true);
     loader.override_global("KERNEL_SOCKET_MASK", &kernel_socket_mask, true);
+    loader.override_global("SUBFLOW_OFFSET", &subflow_offset, true);
     let mut ebpf = loader.load(OBJECT).map_err(PlaneError::Load)?;
     for hook in &HOOKS {
         let failed = |source| PlaneError::Program { program: hook.program, source };

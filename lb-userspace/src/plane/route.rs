@@ -1,11 +1,12 @@
 //! The route that keeps a VIP from reaching anything where no hook translates it.
 //!
 //! Without it, 127.128.0.1 is as much this host as 127.0.0.1 is, and a server on 0.0.0.0:80 accepts
-//! a dial to it. Hooked dials are rewritten before the kernel looks for a route.
+//! a dial to it. An IPv6 VIP would leave by the default route. Hooked dials are rewritten before the
+//! kernel looks for a route.
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 use rtnetlink::packet_route::route::{RouteMessage, RouteType};
 use rtnetlink::{Handle, RouteMessageBuilder};
 
@@ -23,7 +24,7 @@ pub enum RouteError {
         /// `add` or `remove`.
         action: &'static str,
         /// The destination.
-        pool: Ipv4Net,
+        pool: IpNet,
         /// What the kernel said.
         source: Box<rtnetlink::Error>,
     },
@@ -33,7 +34,7 @@ pub enum RouteError {
 ///
 /// # Errors
 /// When the kernel refuses.
-pub async fn add_unreachable(pool: Ipv4Net) -> Result<bool, RouteError> {
+pub async fn add_unreachable(pool: IpNet) -> Result<bool, RouteError> {
     with_handle(async |handle| {
         tolerate(handle.route().add(message(pool)).execute().await, libc::EEXIST, "add", pool)
     })
@@ -44,7 +45,7 @@ pub async fn add_unreachable(pool: Ipv4Net) -> Result<bool, RouteError> {
 ///
 /// # Errors
 /// When the kernel refuses.
-pub async fn remove_unreachable(pool: Ipv4Net) -> Result<bool, RouteError> {
+pub async fn remove_unreachable(pool: IpNet) -> Result<bool, RouteError> {
     with_handle(async |handle| {
         tolerate(handle.route().del(message(pool)).execute().await, libc::ESRCH, "remove", pool)
     })
@@ -61,19 +62,26 @@ async fn with_handle(
     result
 }
 
-fn message(pool: Ipv4Net) -> RouteMessage {
-    RouteMessageBuilder::<Ipv4Addr>::new()
-        .destination_prefix(pool.network(), pool.prefix_len())
-        .table_id(libc::RT_TABLE_LOCAL.into())
-        .kind(RouteType::Unreachable)
-        .build()
+fn message(pool: IpNet) -> RouteMessage {
+    match pool {
+        IpNet::V4(pool) => RouteMessageBuilder::<Ipv4Addr>::new()
+            .destination_prefix(pool.network(), pool.prefix_len())
+            .table_id(libc::RT_TABLE_LOCAL.into())
+            .kind(RouteType::Unreachable)
+            .build(),
+        IpNet::V6(pool) => RouteMessageBuilder::<Ipv6Addr>::new()
+            .destination_prefix(pool.network(), pool.prefix_len())
+            .table_id(libc::RT_TABLE_LOCAL.into())
+            .kind(RouteType::Unreachable)
+            .build(),
+    }
 }
 
 fn tolerate(
     result: Result<(), rtnetlink::Error>,
     errno: i32,
     action: &'static str,
-    pool: Ipv4Net,
+    pool: IpNet,
 ) -> Result<bool, RouteError> {
     match result {
         Err(rtnetlink::Error::NetlinkError(message)) if message.raw_code() == -errno => Ok(false),

@@ -93,6 +93,11 @@ impl SharedPlane {
         lock(&self.plane).indices(name)
     }
 
+    /// As [`Plane::is_adopted`].
+    pub fn is_adopted(&self) -> bool {
+        lock(&self.plane).is_adopted()
+    }
+
     /// As [`Plane::pressure`].
     pub fn pressure(&self) -> Vec<(&'static str, Pressure)> {
         lock(&self.plane).pressure()

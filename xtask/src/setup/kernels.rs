@@ -123,30 +123,34 @@ fn of_debian(release: &str) -> Result<Vec<Kernel>> {
     }
     announce(&format!("downloading the cloud kernel of Debian's {release} with apt-get"));
     let apt = Apt::of_debian(release)?;
-    let packages = apt.packages("linux-image-")?;
+    let packages = apt.packages("linux-")?;
     let package = newest_cloud_kernel(&packages).context("it has no linux-image-*-cloud-amd64")?;
-    let deb = apt.download(package)?;
+    let name = package.trim_start_matches("linux-image-");
+    let version: Version = name.parse()?;
 
     let parent = place.parent().context("the cache has no folder")?;
     fs::create_dir_all(parent).with_context(|| format!("can't create {}", parent.display()))?;
     let draft = Draft::beside(&place)?;
-    let unpacked = draft.0.join("deb");
-    process::output(Command::new("dpkg-deb").arg("-x").arg(&deb).arg(&unpacked))?;
-    let release_name = package.trim_start_matches("linux-image-");
-    let version: Version = release_name.parse()?;
+    let unpacked = draft.0.join("packages");
+    // Since Debian 14 the image depends on two packages that hold the files.
+    let parts = ["image", "binary", "modules"].map(|part| format!("linux-{part}-{name}"));
+    for part in parts.iter().filter(|part| packages.contains(part)) {
+        let deb = apt.download(part)?;
+        process::output(Command::new("dpkg-deb").arg("-x").arg(deb).arg(&unpacked))?;
+    }
+    let find = |paths: [String; 2]| {
+        let mut found = paths.iter().map(|path| unpacked.join(path));
+        found.find(|path| path.exists()).with_context(|| format!("{package} holds no {}", paths[0]))
+    };
+    let (boot, lib) = (format!("boot/vmlinuz-{name}"), format!("lib/modules/{name}"));
+    let modules = find([lib.clone(), format!("usr/{lib}")])?;
+    let vmlinuz = find([boot, format!("usr/{lib}/vmlinuz")])?;
+
     let kernel = draft.0.join("kernels").join(version.to_string());
-    fs::create_dir_all(&kernel).with_context(|| format!("can't create {}", kernel.display()))?;
-    let modules =
-        [format!("usr/lib/modules/{release_name}"), format!("lib/modules/{release_name}")]
-            .map(|dir| unpacked.join(dir));
-    let modules = modules.iter().find(|dir| dir.is_dir());
-    let modules = modules.with_context(|| format!("{package} holds no lib/modules"))?;
-    fs::rename(
-        unpacked.join("boot").join(format!("vmlinuz-{release_name}")),
-        kernel.join("vmlinuz"),
-    )
-    .and_then(|()| fs::rename(modules, kernel.join("modules")))
-    .with_context(|| format!("{package} isn't laid out as expected"))?;
+    fs::create_dir_all(&kernel)
+        .and_then(|()| fs::rename(vmlinuz, kernel.join("vmlinuz")))
+        .and_then(|()| fs::rename(modules, kernel.join("modules")))
+        .with_context(|| format!("can't fill {}", kernel.display()))?;
     draft.publish(&draft.0.join("kernels"), &place)?;
     in_folder(&place)
 }

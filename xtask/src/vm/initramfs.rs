@@ -200,7 +200,7 @@ mod tests {
         let cpio = archive.to_cpio();
         let first = "07070100000001000081a4000000000000000000000001000000000000000500000000\
                      00000000000000000000000000000002000000\
-                     00f\0hello\0\0\0070701";
+                     00f\0hello\0\0\x00070701";
         assert!(cpio.starts_with(first.as_bytes()), "{}", String::from_utf8_lossy(&cpio));
         assert_eq!(cpio.len() % 4, 0);
     }

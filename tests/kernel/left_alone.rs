@@ -1,0 +1,116 @@
+//! Who is left alone: excluded cgroups, the daemon, the kernel's own sockets. Their dials pass
+//! untouched, and land on a server that listens on the VIP itself.
+
+use std::fs;
+use std::net::Ipv4Addr;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use lb_userspace::table::{Ports, Protocols};
+
+use crate::bed::{Bed, Echo, Server, VIP, ask, client, dial, dial_udp, event, service, ways};
+use crate::disconnect::bpf;
+
+/// Servers behind the VIP: `b`; and on the VIP itself: `v`.
+struct Servers {
+    backend: (Server, Echo),
+    own: (Server, Echo),
+}
+
+impl Servers {
+    fn start() -> Servers {
+        let pair = |letter, address: Ipv4Addr| {
+            let server = Server::on(letter, (address, 0));
+            let echo = Echo::on(letter, server.address);
+            (server, echo)
+        };
+        let backend = pair(b'b', Ipv4Addr::LOCALHOST);
+        let own = pair(b'v', VIP);
+        Servers { backend, own }
+    }
+
+    fn serve(&self, bed: &mut Bed) {
+        let mut web = service("web", VIP, &[(self.backend.0.address, 1)]);
+        web.protocols = Protocols::Both;
+        web.ports = Ports::only([self.own.0.address.port()]);
+        bed.apply(vec![web]);
+    }
+
+    /// What answers this process now, whatever the socket.
+    fn answer(&self) -> char {
+        let mut answers = Vec::new();
+        for way in ways(VIP, self.own.0.address.port()) {
+            answers.extend([dial(way).unwrap(), dial_udp(way).unwrap()]);
+            answers.push(ask(&client(way), way).unwrap().0);
+        }
+        answers.dedup();
+        assert_eq!(answers.len(), 1, "{answers:?}");
+        answers[0]
+    }
+}
+
+fn enter(cgroup: &Path) {
+    fs::write(cgroup.join("cgroup.procs"), "0").unwrap();
+}
+
+pub fn excluded_cgroups() {
+    // They end after the hooks, which they would else miss each other by.
+    let servers = Servers::start();
+    let mut bed = Bed::with(|options| {
+        options.plane.exclude_cgroups =
+            vec![options.scope.join("never"), options.scope.join("excluded")];
+    });
+    let (own, excluded) = (bed.cgroup.path.clone(), bed.cgroup.path.join("excluded"));
+    let below = excluded.join("a/b");
+    let beside = own.join("beside");
+    servers.serve(&mut bed);
+    fs::create_dir(&beside).unwrap();
+    // A cgroup that is made again is another one by the same name.
+    for _ in 0..2 {
+        fs::create_dir_all(&below).unwrap();
+        assert!(bed.plane.mend().holds());
+        for (cgroup, expected) in
+            [(&own, 'b'), (&excluded, 'v'), (&below, 'v'), (&beside, 'b'), (&own, 'b')]
+        {
+            enter(cgroup);
+            let n_left_alone = event(&bed, "left_alone");
+            assert_eq!(servers.answer(), expected, "{}", cgroup.display());
+            assert_eq!(event(&bed, "left_alone") > n_left_alone, expected == 'v');
+        }
+        for cgroup in [&below, &excluded.join("a"), &excluded] {
+            fs::remove_dir(cgroup).unwrap();
+        }
+    }
+    fs::remove_dir(beside).unwrap();
+}
+
+pub fn the_daemon() {
+    let servers = Servers::start();
+    let mut bed = Bed::as_daemon(|_| {});
+    servers.serve(&mut bed);
+    assert_eq!(servers.answer(), 'v');
+    assert_ne!(event(&bed, "left_alone"), 0);
+    // A daemon that died leaves its number to another process.
+    grow_old(&bed.options.bpffs.join("v1/maps/DAEMON"));
+    assert_eq!(servers.answer(), 'b');
+    bed.plane.beat(None);
+    assert_eq!(servers.answer(), 'v');
+}
+
+/// Sets the daemon's heartbeat back by 11 seconds.
+fn grow_old(map: &Path) {
+    const BPF_MAP_LOOKUP_ELEM: libc::c_int = 1;
+    const BPF_MAP_UPDATE_ELEM: libc::c_int = 2;
+    const BPF_OBJ_GET: libc::c_int = 7;
+    let path = std::ffi::CString::new(map.as_os_str().as_bytes()).unwrap();
+    let map = bpf(BPF_OBJ_GET, &[path.as_ptr() as u64, 0]).unwrap();
+    // SAFETY: the kernel has just made this descriptor for us.
+    let map = unsafe { OwnedFd::from_raw_fd(map) };
+    let (key, mut daemon) = (0u32, [0u64; 7]);
+    let attr = [map.as_raw_fd() as u64, &raw const key as u64, &raw mut daemon as u64, 0];
+    bpf(BPF_MAP_LOOKUP_ELEM, &attr).unwrap();
+    let [heartbeat_ns, ..] = &mut daemon;
+    *heartbeat_ns -= 11_000_000_000;
+    bpf(BPF_MAP_UPDATE_ELEM, &attr).unwrap();
+}

@@ -1,0 +1,71 @@
+//! A database by its name and its usual port, wherever it listens: `psql -h pg.service -p 5432`.
+
+use std::fs;
+use std::os::unix::fs::chown;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use lb_tests::consul::instance;
+use lb_tests::net::Place;
+use lb_tests::process::Process;
+use lb_tests::run;
+use lb_tests::scratch::Scratch;
+use serde_json::json;
+
+use crate::cluster::{BACKEND, Cluster, SOON};
+
+/// Where the server listens.
+const PORT: u16 = 23456;
+
+/// Debian's user and group `nobody`: PostgreSQL doesn't run as root.
+const NOBODY: u32 = 65534;
+
+pub fn story() -> Result<()> {
+    let cluster = Cluster::new(0)?;
+    let scratch = Scratch::new("postgres")?;
+    let _server = serve(cluster.nodes.backend.outside(), &scratch)?;
+    let address = format!("{BACKEND}:{PORT}").parse::<std::net::SocketAddr>()?;
+    let mut pg = instance("pg", "pg-1", address);
+    pg["Meta"] = json!({ "nohop-ports": "5432" });
+    cluster.server.register(&pg)?;
+    cluster.nohop.wait_for_backends("pg", 1, SOON)?;
+
+    let ask = |query: &str| {
+        let mut psql = cluster.nodes.inside().command(run::installed("psql")?);
+        psql.args(["-h", "pg.service", "-p", "5432", "-U", "postgres", "-At", "-c", query]);
+        psql.env("PGCONNECT_TIMEOUT", "10");
+        run::stdout(psql)
+    };
+    ensure!(ask("select 1")? == "1\n");
+    let place = ask("select inet_server_addr(), inet_server_port()")?;
+    ensure!(place == format!("{BACKEND}|{PORT}\n"), "psql was led to {place}");
+    Ok(())
+}
+
+/// Makes a database in `scratch`, and starts its server.
+fn serve(place: Place<'_>, scratch: &Scratch) -> Result<Process> {
+    chown(scratch.path(), Some(NOBODY), Some(NOBODY)).context("give away a directory")?;
+    let data = scratch.path().join("data");
+    let mut initdb = as_nobody(place, "initdb")?;
+    initdb.args(["-U", "postgres", "--auth=trust", "--no-sync", "-D"]).arg(&data);
+    run::stdout(initdb)?;
+    fs::write(data.join("pg_hba.conf"), "host all all 10.99.0.0/24 trust\n")
+        .context("let the client node in")?;
+    let mut postgres = as_nobody(place, "postgres")?;
+    postgres.arg("-D").arg(&data).arg("-k").arg(scratch.path());
+    postgres.args(["-h", BACKEND, "-p", &PORT.to_string(), "-F"]);
+    let server = Process::spawn("postgres", postgres)?;
+    server.wait_for_line(&["ready to accept connections"], Duration::from_secs(30))?;
+    Ok(server)
+}
+
+fn as_nobody(place: Place<'_>, program: &str) -> Result<Command> {
+    let mut command = place.command("setpriv");
+    let id = NOBODY.to_string();
+    command.args(["--reuid", &id, "--regid", &id, "--clear-groups"]);
+    command.arg(run::installed(program)?);
+    // It speaks English, and needs nobody's home.
+    command.env("LC_ALL", "C").env("HOME", "/").current_dir("/");
+    Ok(command)
+}

@@ -1,0 +1,69 @@
+//! UDP by name while backends come and go: answers come from the address that was asked, sockets
+//! that aren't connected go on with another backend, and connected ones are told when theirs left.
+
+use anyhow::{Result, ensure};
+use lb_tests::udp::{Askers, Echo};
+
+use crate::cluster::{BACKEND, Catalog, Nodes, SOON, vip};
+
+/// So many that each backend has some of them, whatever chance does: all but 1 in 100,000 times.
+const N_SOCKETS: u64 = 32;
+
+pub fn story() -> Result<()> {
+    let nodes = Nodes::new()?;
+    let echo = |name| Echo::start(nodes.backend.outside(), name, &format!("{BACKEND}:0"));
+    let (a, b, c, d) = (echo("a")?, echo("b")?, echo("c")?, echo("d")?);
+    let catalog = Catalog::new(&[])?;
+    let serve = |backends: &[&Echo]| {
+        let mut text = "[[service]]\nname = \"echo\"\nprotocol = \"both\"\n".to_owned();
+        for backend in backends {
+            text += &format!("[[service.backend]]\naddress = \"{}\"\n", backend.address);
+        }
+        catalog.write(&text)
+    };
+    serve(&[&a, &b, &c])?;
+    let nohop = nodes.nohop(&catalog.config())?;
+    let vip = vip(&nohop, "echo")?;
+    let ask = |are_connected| Askers::start(nodes.inside(), vip, are_connected, N_SOCKETS);
+    let (connected, unconnected) = (ask(true)?, ask(false)?);
+    for askers in [&connected, &unconnected] {
+        askers.wait_until_answered_by(&["a", "b", "c"])?;
+    }
+
+    // One departs; the next time all that there were, for a new one.
+    let departures: [(&[&Echo], &[&str]); 2] = [(&[&b, &c], &["b", "c"]), (&[&d], &["d"])];
+    for (n_departures, (present, names)) in (1..).zip(departures) {
+        serve(present)?;
+        nohop.wait_for_backends("echo", present.len(), SOON)?;
+        let round = unconnected.wait_until_answered_by(names)?;
+        ensure!(round.n_lost == 0 && round.errors.is_empty(), "{round:?}");
+        ensure!(round.n_told == 0 && round.n_strange == 0, "{round:?}");
+        let round = connected.wait_until_answered_by(names)?;
+        ensure!(round.n_lost == 0 && round.errors.is_empty(), "{round:?}");
+        ensure!((1..=n_departures).contains(&round.n_most_told), "{round:?}");
+        ensure!(round.n_strange == 0, "{round:?}");
+    }
+
+    // What left may go, and nobody misses it.
+    for departed in [a, b, c] {
+        departed.process.kill();
+    }
+    for askers in [connected, unconnected] {
+        let round = askers.wait_for_rounds(20)?;
+        ensure!(round.n_lost == 0 && round.errors.is_empty() && round.n_strange == 0, "{round:?}");
+        eprintln!("{round:?}");
+    }
+
+    // Without a backend there is nowhere to send to; and then there is again.
+    let askers = ask(false)?;
+    let round = askers.wait_until_answered_by(&["d"])?;
+    serve(&[])?;
+    nohop.wait_for_backends("echo", 0, SOON)?;
+    askers.wait_until_answered_by(&[])?;
+    drop(askers);
+    serve(&[&d])?;
+    nohop.wait_for_backends("echo", 1, SOON)?;
+    ensure!(round.n_lost == 0);
+    ask(true)?.wait_until_answered_by(&["d"])?;
+    Ok(())
+}

@@ -1,0 +1,42 @@
+//! The daemon is stopped and started again, as an upgrade does, while a client opens 2,000
+//! connections a second: no connection fails, neither when the maps are taken over nor when larger
+//! ones take their place.
+
+use anyhow::{Result, ensure};
+
+use crate::cluster::{Catalog, Nodes, SOON, vip};
+use crate::load::{RATE, under_load};
+
+const SECONDS: u32 = 20;
+
+pub fn story() -> Result<()> {
+    let nodes = Nodes::new()?;
+    let (one, two) = (nodes.helloworld("1")?, nodes.helloworld("2")?);
+    let both = [one.address, two.address];
+    let catalog = Catalog::new(&[("helloworld", &both)])?;
+    let mut nohop = nodes.nohop(&catalog.config())?;
+    let vip = vip(&nohop, "helloworld")?;
+
+    under_load(&nodes, vip, RATE, SECONDS, |load| {
+        for second in [3, 7, 11] {
+            load.wait_until_second(second)?;
+            ensure!(nohop.end()?.success());
+            nohop.start_again()?;
+            let status = nohop.status()?;
+            ensure!(status["plane"]["adopted"] == true, "{status:#}");
+            let text = String::from_utf8(nohop.cli("status")?.stdout)?;
+            ensure!(text.contains("taken over from an earlier daemon"), "{text}");
+        }
+        load.wait_until_second(15)?;
+        ensure!(nohop.end()?.success());
+        catalog.set(&[("helloworld", &both[..1])])?;
+        nohop.configure(&(catalog.config() + "plane.max_services = 32768\n"))?;
+        nohop.start_again()?;
+        nohop.wait_for_backends("helloworld", 1, SOON)?;
+        let status = nohop.status()?;
+        let maps = status["plane"]["maps"].to_string();
+        ensure!(status["plane"]["adopted"] == false && maps.contains("32768"), "{status:#}");
+        ensure!(crate::cluster::vip(&nohop, "helloworld")? == vip);
+        Ok(())
+    })
+}

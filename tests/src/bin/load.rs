@@ -1,0 +1,126 @@
+//! `load ADDR:PORT --rate R --seconds S --threads T`: opens R connections a second for S seconds,
+//! each with a request, whatever became of those before. It prints `opened N` for each second's
+//! worth, and at the end one JSON document: how many were asked for, how often each answer and each
+//! error came, the slowest, and how far it fell behind its schedule.
+#![forbid(unsafe_code)]
+
+use std::collections::BTreeMap;
+use std::io::{self, Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+/// How long a connection, and each read, may take.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// The most that is read of an answer, in bytes.
+const MAX_ANSWER: u64 = 64 * 1024;
+
+/// What is asked for.
+struct Schedule {
+    address: SocketAddr,
+    rate: u32,
+    n_total: u32,
+    start: Instant,
+    next: AtomicU32,
+}
+
+#[derive(Default)]
+struct Counts {
+    answers: BTreeMap<String, u64>,
+    errors: BTreeMap<String, u64>,
+    slowest: Duration,
+    most_behind: Duration,
+}
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let Some((address, rate, n_seconds, n_threads)) = parse(&arguments) else {
+        eprintln!("usage: load ADDR:PORT --rate R --seconds S --threads T");
+        return ExitCode::from(2);
+    };
+    let n_total = rate * n_seconds;
+    let start = Instant::now();
+    let schedule = Schedule { address, rate, n_total, start, next: AtomicU32::new(0) };
+    let counts = thread::scope(|scope| {
+        let threads: Vec<_> = (0..n_threads).map(|_| scope.spawn(|| schedule.work())).collect();
+        let counts = threads.into_iter().filter_map(|thread| thread.join().ok());
+        counts.fold(Counts::default(), Counts::add)
+    });
+    let took = start.elapsed();
+    let Counts { answers, errors, slowest, most_behind } = counts;
+    let report = json!({
+        "asked": n_total,
+        "answers": answers,
+        "errors": errors,
+        "slowest_ms": slowest.as_millis() as u64,
+        "most_behind_ms": most_behind.as_millis() as u64,
+        "took_ms": took.as_millis() as u64,
+    });
+    println!("{report}");
+    ExitCode::SUCCESS
+}
+
+fn parse(arguments: &[String]) -> Option<(SocketAddr, u32, u32, u32)> {
+    let [address, rate, n_rate, seconds, n_seconds, threads, n_threads] = arguments else {
+        return None;
+    };
+    let positive = |text: &String| text.parse().ok().filter(|n| (1..=100_000).contains(n));
+    let named = rate == "--rate" && seconds == "--seconds" && threads == "--threads";
+    let numbers = (positive(n_rate)?, positive(n_seconds)?, positive(n_threads)?);
+    named.then_some((address.parse().ok()?, numbers.0, numbers.1, numbers.2))
+}
+
+impl Schedule {
+    /// Opens connections, each when it is due, until all are opened.
+    fn work(&self) -> Counts {
+        let mut counts = Counts::default();
+        loop {
+            let n = self.next.fetch_add(1, Ordering::Relaxed);
+            if n >= self.n_total {
+                return counts;
+            }
+            let due = self.start + Duration::from_secs(1) * n / self.rate;
+            thread::sleep(due.saturating_duration_since(Instant::now()));
+            let opened = Instant::now();
+            if n > 0 && n.is_multiple_of(self.rate) {
+                println!("opened {n}");
+            }
+            let count = match ask(self.address) {
+                Ok(answer) => counts.answers.entry(answer),
+                Err(error) => counts.errors.entry(format!("{:?}", error.kind())),
+            };
+            *count.or_default() += 1;
+            counts.slowest = counts.slowest.max(opened.elapsed());
+            counts.most_behind = counts.most_behind.max(opened.saturating_duration_since(due));
+        }
+    }
+}
+
+/// Connects, sends a request, and returns the body of the answer.
+fn ask(address: SocketAddr) -> io::Result<String> {
+    let mut stream = TcpStream::connect_timeout(&address, PATIENCE)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    stream.write_all(b"GET / HTTP/1.0\r\n\r\n")?;
+    let mut answer = String::new();
+    stream.take(MAX_ANSWER).read_to_string(&mut answer)?;
+    let body = answer.split_once("\r\n\r\n").map(|(_, body)| body.trim_end().to_owned());
+    body.ok_or(io::ErrorKind::UnexpectedEof.into())
+}
+
+impl Counts {
+    fn add(mut self, other: Counts) -> Counts {
+        let pairs = [(&mut self.answers, other.answers), (&mut self.errors, other.errors)];
+        for (sum, part) in pairs {
+            part.into_iter().for_each(|(key, n)| *sum.entry(key).or_default() += n);
+        }
+        self.slowest = self.slowest.max(other.slowest);
+        self.most_behind = self.most_behind.max(other.most_behind);
+        self
+    }
+}

@@ -1,0 +1,114 @@
+//! Servers that echo datagrams, and clients that ask them round after round.
+
+use std::collections::BTreeMap;
+use std::net::{SocketAddr, SocketAddrV4};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+
+use crate::net::Place;
+use crate::process::Process;
+use crate::run;
+
+/// A server that answers each datagram with its name and the datagram.
+pub struct Echo {
+    /// Where it listens.
+    pub address: SocketAddrV4,
+    /// Its process.
+    pub process: Process,
+}
+
+impl Echo {
+    /// Starts a server; `listen` may have port 0.
+    ///
+    /// # Errors
+    /// When it can't listen there.
+    pub fn start(place: Place<'_>, name: &str, listen: &str) -> Result<Echo> {
+        let mut command = place.command(run::built("udp")?);
+        command.args(["serve", listen, name]);
+        let process = Process::spawn(&format!("udp {name}"), command)?;
+        let line = process.wait_for_line(&["listening on "], Duration::from_secs(10))?;
+        let address = line.trim_start_matches("listening on ").parse().context(line.clone())?;
+        Ok(Echo { address, process })
+    }
+}
+
+/// Sockets that ask in turn, without end, each waiting for its answer.
+pub struct Askers {
+    process: Process,
+    n_sockets: u64,
+}
+
+/// What became of the questions up to the end of a round.
+#[derive(Debug)]
+pub struct Round {
+    /// How many there were.
+    pub n_asked: u64,
+    /// How many got no answer.
+    pub n_lost: u64,
+    /// How many answers came from another address than was asked.
+    pub n_strange: u64,
+    /// How often sockets were told, by ECONNABORTED, that their backend had left.
+    pub n_told: u64,
+    /// How often the socket was told that was told most often.
+    pub n_most_told: u64,
+    /// How often each other `std::io::ErrorKind` came.
+    pub errors: BTreeMap<String, u64>,
+}
+
+impl Askers {
+    /// Starts `n_sockets` sockets that ask at `address`.
+    ///
+    /// # Errors
+    /// When they can't be started.
+    pub fn start(
+        place: Place<'_>,
+        address: impl Into<SocketAddr>,
+        are_connected: bool,
+        n_sockets: u64,
+    ) -> Result<Askers> {
+        let how = if are_connected { "connected" } else { "unconnected" };
+        let mut command = place.command(run::built("udp")?);
+        command.args(["ask", &address.into().to_string(), how, &n_sockets.to_string()]);
+        Ok(Askers { process: Process::spawn(&format!("udp {how}"), command)?, n_sockets })
+    }
+
+    /// Waits for the first round in which these answered, and no other, and returns what was
+    /// counted up to its end.
+    ///
+    /// # Errors
+    /// When there is none in time.
+    pub fn wait_until_answered_by(&self, names: &[&str]) -> Result<Round> {
+        let text = format!("\"answered_by\":{}", serde_json::json!(names));
+        self.round(&text)
+    }
+
+    /// Waits for the end of the `n`th round after the last one.
+    ///
+    /// # Errors
+    /// When there is none yet, or no more in time.
+    pub fn wait_for_rounds(&self, n: u64) -> Result<Round> {
+        let last = Round::read(&self.process.last_line().context("no round yet")?)?;
+        self.round(&format!("\"asked\":{},", last.n_asked + n * self.n_sockets))
+    }
+
+    fn round(&self, text: &str) -> Result<Round> {
+        Round::read(&self.process.wait_for_line(&[text], Duration::from_secs(20))?)
+    }
+}
+
+impl Round {
+    fn read(line: &str) -> Result<Round> {
+        let report: Value = serde_json::from_str(line).with_context(|| line.to_owned())?;
+        let count = |key: &str| report[key].as_u64().with_context(|| format!("no {key}: {report}"));
+        Ok(Round {
+            n_asked: count("asked")?,
+            n_lost: count("lost")?,
+            n_strange: count("strange")?,
+            n_told: count("told")?,
+            n_most_told: count("most_told")?,
+            errors: serde_json::from_value(report["errors"].clone())?,
+        })
+    }
+}
