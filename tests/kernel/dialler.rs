@@ -52,7 +52,10 @@ impl Dialler {
                 shared.1.notify_all();
             }
         });
-        Dialler { child, stdin, epoch: Cell::new(0), answers, reader: Some(reader) }
+        let dialler = Dialler { child, stdin, epoch: Cell::new(0), answers, reader: Some(reader) };
+        // Until the child runs its own program it holds our descriptors, and with them our locks.
+        dialler.more(1);
+        dialler
     }
 
     /// Waits for `n` dials that begin after the call, and returns the letters of who answered.

@@ -118,6 +118,7 @@ const TRIALS: &[KernelTrial] = &[
     since((5, 10), "a_later_layout_is_replaced", pins::a_later_layout_is_replaced),
     since((5, 10), "another_cgroup_is_left", pins::another_cgroup_is_left),
     since((5, 10), "a_wrong_cgroup_leaves_all", pins::a_wrong_cgroup_leaves_all),
+    since((5, 10), "no_bpffs_is_an_error", pins::no_bpffs_is_an_error),
     since((5, 10), "lost_links_are_mended", pins::lost_links_are_mended),
     since((5, 10), "lost_pins_are_mended", pins::lost_pins_are_mended),
     since((5, 10), "a_lost_cgroup_is_mended", pins::a_lost_cgroup_is_mended),

@@ -66,6 +66,9 @@ pub fn two_daemons_are_one_too_many() {
     assert_eq!(dial((VIP, 80)).unwrap(), 'a', "the first goes on");
 }
 
+/// Pins something of another program at a path.
+type Spoil<'a> = &'a dyn Fn(&str);
+
 /// Things of another program under names of ours. The error says which; what runs goes on.
 pub fn what_is_foreign_is_refused() {
     let server = Server::start(b'a');
@@ -80,7 +83,6 @@ pub fn what_is_foreign_is_refused() {
         let id = number(&shown, "prog_id").to_string();
         bpftool(&["prog", "pin", "id", &id, path]);
     };
-    type Spoil<'a> = &'a dyn Fn(&str);
     let spoils: [(&str, Spoil<'_>); 5] = [
         ("v1/maps/SLOTS", &foreign_map),
         ("sockets/PEERS", &foreign_map),
@@ -93,8 +95,7 @@ pub fn what_is_foreign_is_refused() {
         let mut plane = place.start();
         plane.apply(&table(vec![service("web", VIP, &[(server.address, 1)])])).unwrap();
         let path = place.pin(name).to_str().unwrap().to_owned();
-        // The link stays attached by another pin, as another daemon's would be.
-        let kept = place.pin("v1/links/nohop_connect4").with_file_name("kept");
+        // The link stays attached by another pin.
         if name.ends_with("connect4") {
             fs::create_dir(place.pin("aside")).unwrap();
             let aside = place.pin("aside/connect4");
@@ -104,7 +105,6 @@ pub fn what_is_foreign_is_refused() {
             bpftool(&["link", "pin", "id", &id, aside.to_str().unwrap()]);
         }
         drop(plane);
-        assert!(!kept.exists());
         let _ = fs::remove_file(&path);
         spoil(&path);
         for layout in [1, 2] {
@@ -187,6 +187,16 @@ pub fn a_wrong_cgroup_leaves_all() {
     }
     place.options.scope = own;
     assert!(place.start().is_adopted());
+}
+
+/// The pins would go with the machine's next start, or with the directory.
+pub fn no_bpffs_is_an_error() {
+    let mut place = Place::new();
+    place.options.bpffs = "/run/nohop-kernel-test".into();
+    let error = Plane::start(&place.options).unwrap_err().to_string();
+    assert!(error.contains("mount -t bpf") && error.contains("/run/nohop-kernel-test"), "{error}");
+    assert!(!place.options.bpffs.exists());
+    assert_eq!(unload(&place.options.bpffs).unwrap(), 0);
 }
 
 /// Somebody detaches links.

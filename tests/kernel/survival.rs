@@ -188,7 +188,6 @@ pub fn a_crash_in_the_middle_serves_on() {
         apply(&mut plane, web(&old));
         let before = indices(&plane);
         let dialler = Dialler::start((VIP, 80));
-        dialler.more(1);
         drop(plane);
         place.options.layout = 2;
         drop(place.start());
@@ -221,7 +220,6 @@ pub fn half_written_pins_serve_on() {
         let mut plane = place.start();
         apply(&mut plane, web(&old));
         let dialler = Dialler::start((VIP, 80));
-        dialler.more(1);
         drop(plane);
         remove(&place.pin(missing)).unwrap();
         for _ in 0..2 {
