@@ -66,7 +66,7 @@ pub struct Frontend6 {
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Target {
-    /// The index into `SERVICES`, `SERVICE_STATS` and `NAMES`.
+    /// The index into `SERVICES`, `REFUSED` and `NAMES`.
     pub service: u32,
     /// 1 where the frontend counts in the host's network namespace only, as a pin does; else 0.
     pub host_only: u32,
@@ -98,7 +98,7 @@ pub struct Regions {
     pub all: Region,
 }
 
-/// The value of `SERVICES`.
+/// What dials of a service choose from, within [`ServiceLine`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Service {
@@ -120,6 +120,18 @@ impl Service {
     }
 }
 
+/// The value of `SERVICES`: all that a dial touches of a service, in one cache line.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ServiceLine {
+    /// What dials choose from. The daemon writes it.
+    pub service: Service,
+    /// Dials that were sent to a backend: connects, and choices for datagrams. It only grows.
+    pub dials: u64,
+    /// Zero.
+    pub padding: u64,
+}
+
 /// The value of `SLOTS`: one column of an alias table (Walker 1977, in Vose's form of 1991).
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -132,7 +144,7 @@ pub struct Slot {
     pub threshold: u16,
 }
 
-/// The value of `BACKENDS`: where to connect to.
+/// Where to connect to, within [`BackendLine`].
 ///
 /// It is written before anything leads to it, and never again while a reader may know it, but for
 /// the generation, which is a word of its own.
@@ -150,6 +162,16 @@ pub struct Backend {
     pub generation: u32,
 }
 
+/// The value of `BACKENDS`: all that a dial touches of a backend, half a cache line.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BackendLine {
+    /// Where to connect to. The daemon writes it.
+    pub backend: Backend,
+    /// Dials that were sent there. It only grows, until the entry is another backend's.
+    pub dials: u64,
+}
+
 /// The value of `NAMES`: a service's name, for people who look at the maps, and for a daemon that
 /// takes them over.
 #[repr(C)]
@@ -159,17 +181,14 @@ pub struct Name {
     pub octets: [u8; 64],
 }
 
-/// The value of `SERVICE_STATS`; all only grow.
+/// The value of `REFUSED`: dials of a service that were refused. Both only grow.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct ServiceCounters {
-    /// Dials that were sent to a backend: connects, and choices for datagrams.
-    pub dials: u64,
-    /// Dials that were refused because there was no backend at all for them.
-    pub refused: u64,
-    /// Dials that were refused because this socket can't reach any of the backends by its address
-    /// family.
-    pub refused_family: u64,
+pub struct Refused {
+    /// Because there was no backend at all for them.
+    pub no_backend: u64,
+    /// Because this socket can't reach any of the backends by its address family.
+    pub family: u64,
 }
 
 /// The value of `DAEMON`: what the daemon says of itself. It alone writes it.
@@ -250,20 +269,6 @@ pub enum Refusal {
     PortZero = 1,
 }
 
-/// The number of words of `FILTER`.
-pub const N_FILTER_WORDS: usize = 64;
-
-/// Where `FILTER` tells of an address that isn't the pool's: a word, and a bit of it. An address
-/// whose bit isn't set has no frontend; one whose bit is set may have one.
-///
-/// The multiplier is 2^32 over the golden ratio (Knuth, The Art of Computer Programming, volume 3,
-/// section 6.4).
-#[inline(always)]
-pub fn filter_position(address: [u8; 4]) -> (u32, u32) {
-    let hash = u32::from_be_bytes(address).wrapping_mul(0x9E37_79B1) >> 20;
-    (hash >> 6, hash & 63)
-}
-
 const _: () = {
     use core::mem::{align_of, offset_of, size_of};
     assert!(size_of::<Frontend>() == 8 && offset_of!(Frontend, port) == 4);
@@ -273,7 +278,8 @@ const _: () = {
     assert!(size_of::<Service>() == 8 * Service::N_REGIONS);
     assert!(size_of::<Slot>() == 8 && align_of::<Slot>() == 8);
     assert!(size_of::<Backend>() == 24 && offset_of!(Backend, generation) == 20);
-    assert!(size_of::<ServiceCounters>() == 24);
+    assert!(size_of::<ServiceLine>() == 64 && offset_of!(ServiceLine, dials) == 48);
+    assert!(size_of::<BackendLine>() == 32 && offset_of!(BackendLine, dials) == 24);
     assert!(size_of::<Daemon>() == 56 && size_of::<Probe>() == 24);
     // A slot's alias is an index into its own region.
     assert!(MAX_SERVICE_BACKENDS <= 1 << 16);

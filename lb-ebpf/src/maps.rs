@@ -9,10 +9,10 @@ use aya_ebpf::btf_maps::{Array, HashMap, SkStorage};
 use aya_ebpf::macros::btf_map;
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
 use lb_common::{
-    Backend, Counter, DEFAULT_MAX_BACKENDS, DEFAULT_MAX_SERVICES, Daemon, ENTRIES_PER_BACKEND,
-    ExcludedCgroup, FRONTENDS_PER_SERVICE, Flows, Frontend, Frontend6, MAX_EXCLUDED, N_COUNTERS,
-    N_FILTER_WORDS, Name, Peer, Probe, Region, Regions, SLOTS_PER_BACKEND, Service,
-    ServiceCounters, Slot, Target, filter_position,
+    Backend, BackendLine, Counter, DEFAULT_MAX_BACKENDS, DEFAULT_MAX_SERVICES, Daemon,
+    ENTRIES_PER_BACKEND, ExcludedCgroup, FRONTENDS_PER_SERVICE, Flows, Frontend, Frontend6,
+    MAX_EXCLUDED, N_COUNTERS, Name, Peer, Probe, Refused, Region, Regions, SLOTS_PER_BACKEND,
+    ServiceLine, Slot, Target,
 };
 
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
@@ -26,20 +26,16 @@ static FRONTENDS: HashMap<Frontend, Target, N_FRONTENDS> = HashMap::new();
 #[btf_map]
 static FRONTENDS6: HashMap<Frontend6, Target, N_FRONTENDS> = HashMap::new();
 #[btf_map]
-static FILTER: Array<u64, N_FILTER_WORDS, MMAPABLE> = Array::new();
-#[btf_map]
-static SERVICES: Array<Service, N_SERVICES, MMAPABLE> = Array::new();
+static SERVICES: Array<ServiceLine, N_SERVICES, MMAPABLE> = Array::new();
 #[btf_map]
 static SLOTS: Array<Slot, N_SLOTS, MMAPABLE> = Array::new();
 #[btf_map]
-static BACKENDS: Array<Backend, N_BACKENDS, MMAPABLE> = Array::new();
+static BACKENDS: Array<BackendLine, N_BACKENDS, MMAPABLE> = Array::new();
 /// The programs don't read it; here, so that it is part of the object like the others.
 #[btf_map]
 static NAMES: Array<Name, N_SERVICES, MMAPABLE> = Array::new();
 #[btf_map]
-static SERVICE_STATS: Array<ServiceCounters, N_SERVICES, MMAPABLE> = Array::new();
-#[btf_map]
-static BACKEND_DIALS: Array<u64, N_BACKENDS, MMAPABLE> = Array::new();
+static REFUSED: Array<Refused, N_SERVICES, MMAPABLE> = Array::new();
 #[btf_map]
 static COUNTERS: Array<u64, N_COUNTERS, MMAPABLE> = Array::new();
 #[btf_map]
@@ -73,14 +69,6 @@ fn copy_target(target: *const Target) -> Target {
     // as the one word that it is. The daemon inserts nothing between a deletion and the end of the
     // readers that may have seen the element, so the word is this frontend's.
     unsafe { core::mem::transmute::<u64, Target>(target.cast::<u64>().read_volatile()) }
-}
-
-/// Whether an address outside the pool may have a frontend. It spares most dials the hash.
-#[inline(always)]
-pub fn may_have_frontend(address: [u8; 4]) -> bool {
-    let (word, bit) = filter_position(address);
-    // SAFETY: the pointer is to an aligned word of an array, which stays.
-    FILTER.get_ptr(word).is_some_and(|word| unsafe { word.read_volatile() } >> bit & 1 != 0)
 }
 
 /// What a dial can reach by its addresses.
@@ -120,8 +108,8 @@ pub fn scopes(service: u32, reach: Reach) -> Option<Scopes> {
     let service = SERVICES.get_ptr(service)?;
     // SAFETY: the pointer is to an array's element, which stays.
     unsafe {
-        let host = region(&raw const (*service).host, reach);
-        let elsewhere = region(&raw const (*service).elsewhere, reach);
+        let host = region(&raw const (*service).service.host, reach);
+        let elsewhere = region(&raw const (*service).service.elsewhere, reach);
         Some(Scopes { host, elsewhere })
     }
 }
@@ -151,16 +139,17 @@ pub fn slot(index: u32) -> Option<Slot> {
 /// A backend. Its entry is not written again while a program that found it may still run.
 #[inline(always)]
 pub fn backend(index: u32) -> Option<&'static Backend> {
-    BACKENDS.get(index)
+    BACKENDS.get(index).map(|line| &line.backend)
 }
 
 /// Whether a backend that a socket remembers is still in the table.
 #[inline(always)]
 pub fn is_in_table(backend_idx: u32, generation: u32) -> bool {
     // SAFETY: the pointer is to an aligned word of an array's element, which stays.
-    let now =
-        |backend: *const Backend| unsafe { (&raw const (*backend).generation).read_volatile() };
-    BACKENDS.get_ptr(backend_idx).is_some_and(|backend| now(backend) == generation)
+    let now = |line: *const BackendLine| unsafe {
+        (&raw const (*line).backend.generation).read_volatile()
+    };
+    BACKENDS.get_ptr(backend_idx).is_some_and(|line| now(line) == generation)
 }
 
 /// What the daemon says of itself.
@@ -187,12 +176,14 @@ pub fn excluded(index: u32) -> Option<&'static ExcludedCgroup> {
 /// Counts a dial of `service` that goes to `backend`.
 #[inline(always)]
 pub fn count_dial(service: u32, backend: u32) {
-    if let Some(stats) = SERVICE_STATS.get_ptr_mut(service) {
-        // SAFETY: an array's element stays; it is written by atomic addition only.
-        add_one(unsafe { &raw mut (*stats).dials });
-    }
-    if let Some(dials) = BACKEND_DIALS.get_ptr_mut(backend) {
-        add_one(dials);
+    // SAFETY: an array's element stays; this word of it is written by atomic addition only.
+    unsafe {
+        if let Some(line) = SERVICES.get_ptr_mut(service) {
+            add_one(&raw mut (*line).dials);
+        }
+        if let Some(line) = BACKENDS.get_ptr_mut(backend) {
+            add_one(&raw mut (*line).dials);
+        }
     }
 }
 
@@ -200,10 +191,10 @@ pub fn count_dial(service: u32, backend: u32) {
 /// socket's address family can reach.
 #[inline(always)]
 pub fn count_refused(service: u32, by_family: bool) {
-    if let Some(stats) = SERVICE_STATS.get_ptr_mut(service) {
+    if let Some(refused) = REFUSED.get_ptr_mut(service) {
         // SAFETY: as above.
         add_one(unsafe {
-            if by_family { &raw mut (*stats).refused_family } else { &raw mut (*stats).refused }
+            if by_family { &raw mut (*refused).family } else { &raw mut (*refused).no_backend }
         });
     }
 }

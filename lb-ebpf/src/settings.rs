@@ -12,6 +12,12 @@ static POOL_NETWORK: u32 = 0;
 /// The pool's netmask, in native byte order. All ones with a network of 0 means no pool.
 #[unsafe(no_mangle)]
 static POOL_MASK: u32 = u32::MAX;
+/// The first address of the smallest network that all pins are in, in native byte order.
+#[unsafe(no_mangle)]
+static PINS_NETWORK: u32 = 0;
+/// Its netmask, in native byte order. All ones with a network of 0 means no pins.
+#[unsafe(no_mangle)]
+static PINS_MASK: u32 = u32::MAX;
 /// The first 8 octets of the IPv6 pool's first address, as they lie in memory; 0 for no such pool.
 #[unsafe(no_mangle)]
 static POOL6_NETWORK_HIGH: u64 = 0;
@@ -57,6 +63,12 @@ pub fn layout() -> u16 {
 #[inline(always)]
 pub fn in_pool(address: [u8; 4]) -> bool {
     u32::from_be_bytes(address) & setting!(POOL_MASK) == setting!(POOL_NETWORK)
+}
+
+/// Whether `address` is near the pins, so that it has to be looked up. It spares other dials that.
+#[inline(always)]
+pub fn may_be_pin(address: [u8; 4]) -> bool {
+    u32::from_be_bytes(address) & setting!(PINS_MASK) == setting!(PINS_NETWORK)
 }
 
 /// Whether `address` is the pool's own, which no service has.

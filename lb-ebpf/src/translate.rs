@@ -49,7 +49,7 @@ impl Choice {
 /// Whether a dial to an IPv4 address may be ours. What is no VIP pays for this alone.
 #[inline(always)]
 pub fn may_be_ours(address: [u8; 4]) -> bool {
-    settings::in_pool(address) || maps::may_have_frontend(address)
+    settings::in_pool(address) || settings::may_be_pin(address)
 }
 
 /// Where a dial to an IPv4 address goes; `None` when it passes untouched.

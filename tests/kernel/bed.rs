@@ -73,6 +73,10 @@ impl Place {
         let (bpffs, cgroup) = (Bpffs::new().unwrap(), OwnCgroup::enter());
         let mut options = Options::of(&Config::default(), &cgroup.path);
         options.bpffs = bpffs.path().join("nohop");
+        if is_emulated() {
+            // Maps of the full size take seconds there.
+            (options.plane.max_services, options.plane.max_backends) = (64, 1_024);
+        }
         Place { options, cgroup, _bpffs: bpffs }
     }
 
@@ -141,6 +145,13 @@ impl Bed {
 
     pub fn refusing_by(refusal: Refusal) -> Bed {
         Bed::with(|options| options.refusal = Some(refusal))
+    }
+
+    /// With a pin of the service `web`.
+    pub fn with_pin(pin: SocketAddrV4) -> Bed {
+        Bed::with(|options| {
+            options.vip.pins.insert("web".to_owned(), pin);
+        })
     }
 
     /// A plane with both pools: [`VIP6`] is of the second.
@@ -283,7 +294,12 @@ impl Drop for Server {
 /// How often to dial for what only many dials show: 10,000 times, or fewer where the processor is
 /// emulated, which is slow.
 pub fn n_dials() -> usize {
-    if std::env::var_os("NOHOP_EMULATED").is_some() { 1_000 } else { 10_000 }
+    if is_emulated() { 1_000 } else { 10_000 }
+}
+
+/// Whether the processor is emulated, as in `cargo xtask vm`.
+pub fn is_emulated() -> bool {
+    std::env::var_os("NOHOP_EMULATED").is_some()
 }
 
 /// Dials, and returns the letter of the server that answered.

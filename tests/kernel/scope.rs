@@ -20,7 +20,7 @@ fn pin_of(address: SocketAddr) -> SocketAddrV4 {
 pub fn a_pin_counts_on_the_host() {
     let (server, pin) = (Server::start(b'a'), dead());
     let neighbour = Server::start(b'n');
-    let mut bed = Bed::new();
+    let mut bed = Bed::with_pin(pin);
     let mut web = service("web", VIP, &[(server.address, 1)]);
     web.pin = Some(pin);
     bed.apply(vec![web]);
@@ -36,7 +36,7 @@ pub fn a_pin_counts_on_the_host() {
 pub fn a_pin_counts_for_datagrams() {
     let [server, shadowed, neighbour] = [b'a', b's', b'n'].map(Echo::start);
     let (pin, other) = (pin_of(shadowed.address), neighbour.address.port());
-    let mut bed = Bed::new();
+    let mut bed = Bed::with_pin(pin);
     let mut web = service("web", VIP, &[(server.address, 1)]);
     web.protocols = Protocols::Udp;
     web.pin = Some(pin);
@@ -54,10 +54,14 @@ pub fn a_pin_counts_for_datagrams() {
 pub fn a_pin_passes_elsewhere() {
     let (server, own) = (Server::start(b'a'), Server::start(b'o'));
     let own_echo = Echo::on(b'o', own.address);
-    let mut bed = Bed::on_host(ANOTHER_NETNS);
+    let pin = pin_of(own.address);
+    let mut bed = Bed::with(|options| {
+        options.host_netns = Some(ANOTHER_NETNS);
+        options.vip.pins.insert("web".to_owned(), pin);
+    });
     let mut web = service("web", VIP, &[(server.address, 1)]);
     web.protocols = Protocols::Both;
-    web.pin = Some(pin_of(own.address));
+    web.pin = Some(pin);
     bed.apply(vec![web]);
     for way in ways(Ipv4Addr::LOCALHOST, own_echo.address.port()) {
         assert_eq!(dial(way).unwrap(), 'o', "{way}");

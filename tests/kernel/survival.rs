@@ -239,7 +239,7 @@ pub fn half_written_pins_serve_on() {
 pub fn spoilt_maps_are_made_anew() {
     let (old, new) = (Server::start(b'o'), Server::start(b'n'));
     let web = |server: &Server| vec![service("web", VIP, &[(server.address, 1)])];
-    for (map, value_size) in [("NAMES", 64), ("SERVICES", 48), ("SLOTS", 8), ("BACKENDS", 24)] {
+    for (map, value_size) in [("NAMES", 64), ("SERVICES", 64), ("SLOTS", 8), ("BACKENDS", 32)] {
         let place = Place::new();
         let mut plane = place.start();
         apply(&mut plane, web(&old));

@@ -12,8 +12,8 @@ use std::time::Duration;
 use aya::Ebpf;
 use aya::maps::{HashMap, Map, MapData, MapError};
 use lb_common::{
-    Address, Backend, Counter, Daemon, ExcludedCgroup, MAX_EXCLUDED, Name, Probe, Region, Regions,
-    Service, ServiceCounters, Slot, Target, filter_position,
+    Address, Backend, BackendLine, Counter, Daemon, ExcludedCgroup, MAX_EXCLUDED, Name, Probe,
+    Region, Regions, Service, ServiceLine, Slot, Target,
 };
 
 use super::PlaneError;
@@ -94,24 +94,43 @@ impl Drop for Words {
     }
 }
 
+/// The words of a [`ServiceLine`]: its regions, the dials, and one that isn't in use.
+const SERVICE_WORDS: usize = size_of::<ServiceLine>() / 8;
+/// The words of a [`BackendLine`]: two of address, one of port and generation, the dials.
+const BACKEND_WORDS: usize = size_of::<BackendLine>() / 8;
+
 /// What the programs count.
 #[derive(Clone, Debug)]
 pub struct Counters {
-    service_stats: Arc<Words>,
-    backend_dials: Arc<Words>,
+    services: Arc<Words>,
+    refused: Arc<Words>,
+    backends: Arc<Words>,
     counters: Arc<Words>,
+}
+
+/// What is counted of a service; all only grow.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ServiceCounters {
+    /// Dials that were sent to a backend: connects, and choices for datagrams.
+    pub dials: u64,
+    /// Dials that were refused because there was no backend at all for them.
+    pub refused: u64,
+    /// Dials that were refused because the socket's address family reaches none of the backends.
+    pub refused_family: u64,
 }
 
 impl Counters {
     /// The counters of a service, by its index.
     pub fn service(&self, service_idx: u32) -> ServiceCounters {
-        let [dials, refused, refused_family] = self.service_stats.load_element(service_idx);
+        let [.., dials, _padding] = self.services.load_element::<SERVICE_WORDS>(service_idx);
+        let [refused, refused_family] = self.refused.load_element(service_idx);
         ServiceCounters { dials, refused, refused_family }
     }
 
     /// The dials of a backend, by its index.
     pub fn backend_dials(&self, backend_idx: u32) -> u64 {
-        self.backend_dials.load(backend_idx as usize)
+        let [.., dials] = self.backends.load_element::<BACKEND_WORDS>(backend_idx);
+        dials
     }
 
     /// An event that no service owns.
@@ -184,7 +203,7 @@ pub struct Liveness(Arc<Words>);
 impl Liveness {
     /// The generation of the backend with this index; 0 for one that isn't in the table.
     pub fn generation(&self, backend_idx: u32) -> u32 {
-        halves(self.0.load(backend_idx as usize * 3 + 2))[1]
+        halves(self.0.load(backend_idx as usize * BACKEND_WORDS + 2))[1]
     }
 }
 
@@ -193,8 +212,7 @@ impl Liveness {
 pub struct KernelMaps {
     frontends: HashMap<MapData, [u8; 8], [u8; 8]>,
     frontends6: HashMap<MapData, [u8; 20], [u8; 8]>,
-    filter: Words,
-    services: Words,
+    services: Arc<Words>,
     slots: Words,
     backends: Arc<Words>,
     names: Words,
@@ -211,14 +229,14 @@ impl KernelMaps {
             Map::Array(data) => Words::map(&data),
             _ => Err(PlaneError::Object { missing: name }),
         };
-        let filter = array("FILTER")?;
-        let services = array("SERVICES")?;
+        let services = Arc::new(array("SERVICES")?);
         let slots = array("SLOTS")?;
         let backends = Arc::new(array("BACKENDS")?);
         let names = array("NAMES")?;
         let counters = Counters {
-            service_stats: Arc::new(array("SERVICE_STATS")?),
-            backend_dials: Arc::new(array("BACKEND_DIALS")?),
+            services: services.clone(),
+            refused: Arc::new(array("REFUSED")?),
+            backends: backends.clone(),
             counters: Arc::new(array("COUNTERS")?),
         };
         let board = Board {
@@ -229,17 +247,7 @@ impl KernelMaps {
         let map_error = |source| PlaneError::Map { source };
         let frontends = HashMap::try_from(map("FRONTENDS")?).map_err(map_error)?;
         let frontends6 = HashMap::try_from(map("FRONTENDS6")?).map_err(map_error)?;
-        Ok(KernelMaps {
-            frontends,
-            frontends6,
-            filter,
-            services,
-            slots,
-            backends,
-            names,
-            counters,
-            board,
-        })
+        Ok(KernelMaps { frontends, frontends6, services, slots, backends, names, counters, board })
     }
 
     /// A handle to what the programs count.
@@ -263,9 +271,6 @@ impl Maps for KernelMaps {
         let value = pair(target.service, target.host_only).to_ne_bytes();
         match frontend.address {
             IpAddr::V4(address) => {
-                let (word, bit) = filter_position(address.octets());
-                let word = word as usize;
-                self.filter.store(word, self.filter.load(word) | 1 << bit);
                 let key = key4(&frontend, address);
                 self.frontends.insert(key, value, 0).map_err(io_error)
             }
@@ -289,13 +294,12 @@ impl Maps for KernelMaps {
 
     fn write_backend(&mut self, backend_idx: u32, backend: Backend) {
         let [high, low] = backend.address.words();
-        self.backends.store_element(backend_idx, [high, low, backend_word(&backend)]);
-        self.counters.backend_dials.store(backend_idx as usize, 0);
+        self.backends.store_element(backend_idx, [high, low, backend_word(&backend), 0]);
     }
 
     fn retire_backend(&mut self, backend_idx: u32) {
         let retired = Backend { generation: 0, ..self.backend(backend_idx) };
-        self.backends.store(backend_idx as usize * 3 + 2, backend_word(&retired));
+        self.backends.store(backend_idx as usize * BACKEND_WORDS + 2, backend_word(&retired));
     }
 
     fn write_slots(&mut self, first_slot: u32, slots: &[Slot]) {
@@ -306,12 +310,15 @@ impl Maps for KernelMaps {
 
     fn name_service(&mut self, service_idx: u32, name: Name) {
         self.names.store_element(service_idx, name_words(name));
-        self.counters.service_stats.store_element(service_idx, [0; 3]);
+        self.services.store(service_idx as usize * SERVICE_WORDS + Service::N_REGIONS, 0);
+        self.counters.refused.store_element(service_idx, [0; 2]);
     }
 
     fn publish(&mut self, service_idx: u32, service: Service) {
         let words = service.regions().map(|region| pair(region.first_slot, region.n_slots));
-        self.services.store_element(service_idx, words);
+        for (word_idx, word) in (service_idx as usize * SERVICE_WORDS..).zip(words) {
+            self.services.store(word_idx, word);
+        }
     }
 
     fn wait_for_readers(&mut self) {
@@ -344,10 +351,11 @@ impl Maps for KernelMaps {
     }
 
     fn service(&self, service_idx: u32) -> Service {
-        let [a, b, c, d, e, f] = self.services.load_element(service_idx).map(|word| {
-            let [first_slot, n_slots] = halves(word);
-            Region { first_slot, n_slots }
-        });
+        let [a, b, c, d, e, f, ..] =
+            self.services.load_element::<SERVICE_WORDS>(service_idx).map(|word| {
+                let [first_slot, n_slots] = halves(word);
+                Region { first_slot, n_slots }
+            });
         Service {
             host: Regions { ipv4: a, ipv6: b, all: c },
             elsewhere: Regions { ipv4: d, ipv6: e, all: f },
@@ -373,7 +381,7 @@ impl Maps for KernelMaps {
     }
 
     fn backend(&self, backend_idx: u32) -> Backend {
-        let [high, low, word] = self.backends.load_element(backend_idx);
+        let [high, low, word, _dials] = self.backends.load_element(backend_idx);
         let mut octets = [0; 16];
         octets[..8].copy_from_slice(&high.to_ne_bytes());
         octets[8..].copy_from_slice(&low.to_ne_bytes());

@@ -25,7 +25,7 @@ mod shared;
 
 use std::collections::BTreeMap;
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -33,9 +33,9 @@ use std::time::Duration;
 use aya::programs::{CgroupSockAddr, ProgramError};
 use aya::{Ebpf, EbpfError, EbpfLoader, VerifierLogLevel, include_bytes_aligned};
 use lb_common::{
-    Address, Backend, Counter, Daemon, ENTRIES_PER_BACKEND, ExcludedCgroup, FRONTENDS_PER_SERVICE,
-    Flows, Frontend, Frontend6, LAYOUT, MAX_EXCLUDED, MAX_SERVICE_BACKENDS, N_COUNTERS,
-    N_FILTER_WORDS, Name, Peer, Probe, SLOTS_PER_BACKEND, Service, ServiceCounters, Slot, Target,
+    Address, BackendLine, Counter, Daemon, ENTRIES_PER_BACKEND, ExcludedCgroup,
+    FRONTENDS_PER_SERVICE, Flows, Frontend, Frontend6, LAYOUT, MAX_EXCLUDED, MAX_SERVICE_BACKENDS,
+    N_COUNTERS, Name, Peer, Probe, Refused, SLOTS_PER_BACKEND, ServiceLine, Slot, Target,
 };
 
 use crate::config::{Config, PlaneConfig, VipConfig, cgroup};
@@ -144,7 +144,7 @@ fn mend(error: &(dyn std::error::Error + 'static)) -> &'static str {
 /// The sizes of the maps, in entries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sizes {
-    /// `SERVICES`, `SERVICE_STATS` and `NAMES`
+    /// `SERVICES`, `REFUSED` and `NAMES`
     pub services: u32,
     /// `FRONTENDS`
     pub frontends: u32,
@@ -152,7 +152,7 @@ pub struct Sizes {
     pub frontends6: u32,
     /// `SLOTS`
     pub slots: u32,
-    /// `BACKENDS` and `BACKEND_DIALS`
+    /// `BACKENDS`
     pub backends: u32,
 }
 
@@ -193,13 +193,11 @@ impl Sizes {
         vec![
             hash("FRONTENDS", size_of::<Frontend>(), self.frontends),
             hash("FRONTENDS6", size_of::<Frontend6>(), self.frontends6),
-            array("FILTER", 8, N_FILTER_WORDS as u32),
-            array("SERVICES", size_of::<Service>(), self.services),
+            array("SERVICES", size_of::<ServiceLine>(), self.services),
             array("SLOTS", size_of::<Slot>(), self.slots),
-            array("BACKENDS", size_of::<Backend>(), self.backends),
+            array("BACKENDS", size_of::<BackendLine>(), self.backends),
             array("NAMES", size_of::<Name>(), self.services),
-            array("SERVICE_STATS", size_of::<ServiceCounters>(), self.services),
-            array("BACKEND_DIALS", 8, self.backends),
+            array("REFUSED", size_of::<Refused>(), self.services),
             array("COUNTERS", 8, N_COUNTERS as u32),
             array("DAEMON", size_of::<Daemon>(), 1),
             array("PROBE", size_of::<Probe>(), 1),
@@ -271,7 +269,7 @@ pub struct Plane {
     disconnector: Disconnector,
     refusal: Refusal,
     excluded: Vec<PathBuf>,
-    pool_network: std::net::Ipv4Addr,
+    pool_network: Ipv4Addr,
     is_adopted: bool,
 }
 
@@ -588,6 +586,7 @@ fn load_refusing_by(
     pins: &Pins,
 ) -> Result<Ebpf, PlaneError> {
     let pool = options.vip.pool;
+    let (pins_network, pins_mask) = network_around(options.vip.pins.values().map(|pin| *pin.ip()));
     let (network, mask) = (u32::from(pool.network()), u32::from(pool.netmask()));
     let pool6 = options.vip.pool6.map(|pool| [pool.network().octets(), pool.netmask().octets()]);
     let pool6 = pool6.unwrap_or_default().map(|octets| Address { octets }.words());
@@ -618,6 +617,8 @@ fn load_refusing_by(
     loader.override_global("MAP_LAYOUT", &layout, true);
     loader.override_global("POOL_NETWORK", &network, true);
     loader.override_global("POOL_MASK", &mask, true);
+    loader.override_global("PINS_NETWORK", &pins_network, true);
+    loader.override_global("PINS_MASK", &pins_mask, true);
     loader.override_global("POOL6_NETWORK_HIGH", &network6_high, true);
     loader.override_global("POOL6_NETWORK_LOW", &network6_low, true);
     loader.override_global("POOL6_MASK_HIGH", &mask6_high, true);
@@ -643,8 +644,37 @@ fn program<'a>(
     program.try_into().map_err(|_| PlaneError::Object { missing: name })
 }
 
+/// The smallest network that these addresses are in, and its netmask; 0 of 32 bits for none.
+fn network_around(addresses: impl Iterator<Item = Ipv4Addr>) -> (u32, u32) {
+    let networks = addresses.map(|address| (u32::from(address), u32::MAX));
+    let around = networks.reduce(|(network, mask), (address, _)| {
+        let n_differing = 32 - (network ^ (address & mask)).leading_zeros();
+        let mask = mask & u32::MAX.checked_shl(n_differing).unwrap_or(0);
+        (network & mask, mask)
+    });
+    around.unwrap_or((0, u32::MAX))
+}
+
 /// CLOCK_MONOTONIC, which is what the programs read too.
 fn monotonic_ns() -> u64 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_network_around_pins() {
+        let around = |addresses: &[[u8; 4]]| {
+            let (network, mask) = network_around(addresses.iter().map(|&octets| octets.into()));
+            (Ipv4Addr::from(network).octets(), mask.count_ones())
+        };
+        assert_eq!(around(&[]), ([0; 4], 32));
+        assert_eq!(around(&[[127, 0, 0, 1]]), ([127, 0, 0, 1], 32));
+        assert_eq!(around(&[[127, 0, 0, 1], [127, 0, 0, 2], [127, 0, 0, 1]]), ([127, 0, 0, 0], 30));
+        assert_eq!(around(&[[10, 0, 0, 1], [10, 255, 0, 1], [10, 0, 3, 0]]), ([10, 0, 0, 0], 8));
+        assert_eq!(around(&[[10, 0, 0, 1], [200, 0, 0, 1]]), ([0; 4], 0));
+    }
 }

@@ -101,9 +101,9 @@ pub struct Pressure {
 /// The indices that the kernel knows a service and its backends by.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Indices {
-    /// The index into `SERVICES` and `SERVICE_STATS`.
+    /// The index into `SERVICES` and `REFUSED`.
     pub service: u32,
-    /// The indices into `BACKENDS` and `BACKEND_DIALS`.
+    /// The indices into `BACKENDS`.
     pub backends: HashMap<SocketAddr, u32>,
 }
 
