@@ -60,7 +60,7 @@ pub fn protocol(ctx: &SockAddrContext) -> u8 {
 
 /// The socket.
 #[inline(always)]
-fn socket(ctx: &SockAddrContext) -> *mut bpf_sock {
+pub fn socket(ctx: &SockAddrContext) -> *mut bpf_sock {
     read!(ctx.__bindgen_anon_1.sk)
 }
 

@@ -16,6 +16,7 @@ mod getpeername4;
 mod getpeername6;
 mod maps;
 mod peers;
+mod random;
 mod recvmsg4;
 mod recvmsg6;
 mod sendmsg4;

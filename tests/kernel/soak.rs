@@ -9,7 +9,7 @@ use std::time::Instant;
 use lb_userspace::plane::Plane;
 use lb_userspace::table::{Ports, Protocols, Service, Table};
 
-use crate::bed::{OTHER_VIP, Place, Server, VIP, dial, is_emulated, service, table};
+use crate::bed::{OTHER_VIP, Place, Server, VIP, dial, service, table};
 
 /// Small maps are filled: each service that doesn't fit is told, what served before serves on, and
 /// once there is room all is well.
@@ -122,8 +122,7 @@ fn check_exact(place: &Place, table: &Table) {
 /// Random changes, a restart now and then; then the maps hold what the last table needs, and after
 /// everything was removed nothing is in use.
 pub fn a_soak_leaks_nothing() {
-    let is_emulated = is_emulated();
-    let n_changes = if is_emulated { 2_000 } else { 100_000 };
+    let n_changes = 100_000;
     println!("{n_changes} random changes, seed {SEED}");
     let mut random = Random(SEED);
     let mut place = Place::new();
