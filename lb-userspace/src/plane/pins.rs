@@ -10,6 +10,7 @@ use std::io;
 use std::mem::offset_of;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use aya::maps::MapData;
 use lb_common::Daemon;
@@ -21,6 +22,10 @@ use super::bpf::{CgroupLink, Pinned};
 const BPF_FS_MAGIC: u64 = 0xcafe_4a11;
 /// Where a BPF file system is by convention, and is mounted if there is none.
 const CONVENTIONAL_MOUNT: &str = "/sys/fs/bpf";
+
+/// How long a daemon that has ended may still have the lock: a child that it was about to start has
+/// a copy of the descriptor until it runs its own program.
+const RELEASING: Duration = Duration::from_millis(300);
 
 /// Why the pins can't be used.
 #[derive(Debug, thiserror::Error)]
@@ -282,12 +287,18 @@ impl Pins {
 fn lock(dir: &Path) -> Result<File, PinError> {
     fs::create_dir_all(dir).map_err(io_error("make", dir))?;
     let lock = File::open(dir).map_err(io_error("open", dir))?;
-    match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(lock),
-        Err(rustix::io::Errno::WOULDBLOCK) => {
-            Err(PinError::Taken { dir: dir.into(), pid: holder(dir) })
+    let deadline = Instant::now() + RELEASING;
+    loop {
+        match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(lock),
+            Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                return Err(PinError::Taken { dir: dir.into(), pid: holder(dir) });
+            }
+            Err(errno) => return Err(io_error("lock", dir)(errno.into())),
         }
-        Err(errno) => Err(io_error("lock", dir)(errno.into())),
     }
 }
 

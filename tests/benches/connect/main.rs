@@ -30,8 +30,9 @@ const LIVE: u32 = 1;
 const ECHO: u32 = 2;
 const DEAD: u32 = 3;
 
-const GOALS: [Goal; 6] = [
+const GOALS: [Goal; 7] = [
     Goal::AtMost(150.0, "no VIP"),
+    Goal::Over(200.0, "a VIP among 10,000", "storage alone"),
     Goal::Over(200.0, "VIPs of 10,000", "storage alone"),
     Goal::Times(1.2, "VIPs of 10,000", "VIPs of 10"),
     Goal::Times(1.2, "a VIP among 10,000", "a VIP among 10"),
