@@ -214,7 +214,8 @@ pub struct Daemon {
 }
 
 /// The value of `PROBE`: what the connect hook saw of the daemon's last dial to the pool's own
-/// address, which no service has. The hook alone writes it.
+/// address, which no service has. The daemon writes the port that it is about to dial and zeros, the
+/// hook the rest, once.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Probe {

@@ -5,6 +5,7 @@ use aya_ebpf::programs::SockAddrContext;
 use lb_common::{Address, Counter, Flows, Peer};
 
 use crate::context::Endpoint;
+use crate::translate::is_excluded;
 use crate::{maps, peers, settings, voice};
 
 /// Where a datagram goes.
@@ -17,6 +18,9 @@ pub struct Followed {
 /// The backend that earlier datagrams to the same VIP went to, while it is in the table.
 #[inline(always)]
 pub fn follow(ctx: &SockAddrContext, dialled: &Endpoint) -> Option<Followed> {
+    if is_excluded() {
+        return None;
+    }
     // SAFETY: a non-null pointer is to this socket's own storage.
     let flows = unsafe { maps::FLOWS.get_ptr_mut(ctx).as_mut() }?;
     lock(flows);

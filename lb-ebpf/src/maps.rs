@@ -158,12 +158,20 @@ pub fn daemon() -> Option<&'static Daemon> {
     DAEMON.get(0)
 }
 
-/// Shows the daemon its own dial.
+/// Shows the daemon its own dial, which is the one to the port that it named. Others dial as well.
 #[inline(always)]
-pub fn show_probe(probe: Probe) {
-    if let Some(shown) = PROBE.get_ptr_mut(0) {
-        // SAFETY: an array's element stays. The daemon waits for its dial to end before it reads.
-        unsafe { shown.write_volatile(probe) };
+pub fn show_probe(port: u16, tgid: u64, netns: u64) {
+    if let Some(probe) = PROBE.get_ptr_mut(0) {
+        // SAFETY: an array's element stays, and these are aligned words of it. The daemon waits for
+        // its dial to end before it reads.
+        unsafe {
+            if (&raw const (*probe).port).read_volatile() == u64::from(port)
+                && (&raw const (*probe).tgid).read_volatile() == 0
+            {
+                (&raw mut (*probe).netns).write_volatile(netns);
+                (&raw mut (*probe).tgid).write_volatile(tgid);
+            }
+        }
     }
 }
 

@@ -9,7 +9,7 @@ use aya_ebpf::helpers::{
 use aya_ebpf::programs::SockAddrContext;
 use lb_common::{
     ANY_PORT, Backend, Counter, Daemon, Frontend, Frontend6, IPPROTO_TCP, IPPROTO_UDP,
-    MAX_EXCLUDED, Peer, Probe, Target, choose,
+    MAX_EXCLUDED, Peer, Target, choose,
 };
 
 use crate::context::{self, Endpoint};
@@ -202,7 +202,7 @@ fn byte_of_socket(ctx: &SockAddrContext, offset: u32) -> u8 {
 
 /// Whether the process is in a cgroup that is left alone, or below one.
 #[inline(always)]
-fn is_excluded() -> bool {
+pub fn is_excluded() -> bool {
     if !settings::has_excluded() {
         return false;
     }
@@ -223,5 +223,5 @@ fn show_probe(ctx: &SockAddrContext) {
     // SAFETY: the context is valid.
     let netns = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
     let tgid = bpf_get_current_pid_tgid() >> 32;
-    maps::show_probe(Probe { port: context::port(ctx).into(), tgid, netns });
+    maps::show_probe(context::port(ctx), tgid, netns);
 }

@@ -55,14 +55,15 @@ async fn daemon(config: Config) -> anyhow::Result<()> {
 
     let vips_path = config.state_dir.join("vips.json");
     let mut vips = Vips::read(&vips_path, (&config.vip).into())?;
+    vips.write(&vips_path)?;
+    for pool in config.vip.pools() {
+        route::add_unreachable(pool).await?;
+    }
+    // Nothing after this fails.
     let mut plane = Plane::start(&Options::of(&config, &scope))?;
     // A state directory that was lost takes no address from a name that the kernel knows.
     for (name, addresses) in plane.names() {
         vips.claim(&name, &addresses);
-    }
-    vips.write(&vips_path)?;
-    for pool in config.vip.pools() {
-        route::add_unreachable(pool).await?;
     }
     let how = if plane.is_adopted() { "took over what was attached" } else { "attached" };
     tracing::info!(cgroup = %scope.display(), pool = %config.vip.pool, "{how}");
@@ -99,18 +100,20 @@ async fn daemon(config: Config) -> anyhow::Result<()> {
     let mut builder = Builder::new(&config.vip, vips);
     // A static catalog is there before anybody could have waited for it.
     source.catalog.mark_changed();
-    let mut vips_unwritten = false;
+    let mut vips_unwritten = true;
     let mut tick = tokio::time::interval(TICK);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut proof_tick = tokio::time::interval_at(Instant::now() + PROOF_TICK, PROOF_TICK);
     proof_tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut route_tick = tokio::time::interval(ROUTE_TICK);
     route_tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    loop {
+    let outcome = loop {
         let catalog: Option<Arc<Catalog>> = tokio::select! {
-            () = stop.recv() => break,
+            () = stop.recv() => break Ok(()),
             changed = source.catalog.changed() => {
-                changed.context("discovery has ended, which it never should")?;
+                if let Err(error) = changed {
+                    break Err(error).context("discovery has ended, which it never should");
+                }
                 source.catalog.borrow_and_update().clone()
             }
             _ = tick.tick() => {
@@ -164,7 +167,7 @@ async fn daemon(config: Config) -> anyhow::Result<()> {
         let generation = next.table.generation;
         table_out.send_replace(next.table);
         generation_out.send_replace(generation);
-    }
+    };
 
     admin_server.abort();
     drop(source);
@@ -181,7 +184,7 @@ async fn daemon(config: Config) -> anyhow::Result<()> {
             plane.detach();
         }
     }
-    Ok(())
+    outcome
 }
 
 /// Passes on to the log what the programs in the kernel have to say, for as long as the daemon lives.

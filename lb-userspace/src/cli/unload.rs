@@ -12,14 +12,20 @@ use crate::plane::{self, route};
 pub fn unload(config: &Config, all: bool, as_json: bool) -> anyhow::Result<()> {
     let bpffs = &config.bpffs;
     let n_detached = plane::unload(bpffs)?;
+    let mut removed = Vec::new();
     if all {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         for pool in config.vip.pools() {
-            runtime.block_on(route::remove_unreachable(pool))?;
+            if runtime.block_on(route::remove_unreachable(pool))? {
+                removed.push(pool);
+            }
         }
     }
     if as_json {
-        println!("{}", json!({ "detached": n_detached, "bpffs": bpffs, "route_removed": all }));
+        println!(
+            "{}",
+            json!({ "detached": n_detached, "bpffs": bpffs, "route_removed": !removed.is_empty() })
+        );
         return Ok(());
     }
     match n_detached {
@@ -27,9 +33,9 @@ pub fn unload(config: &Config, all: bool, as_json: bool) -> anyhow::Result<()> {
         n => println!("detached {n} programs and removed the pins in {}", bpffs.display()),
     }
     for pool in config.vip.pools() {
-        if all {
+        if removed.contains(&pool) {
             println!("removed the route `unreachable {pool} table local`");
-        } else {
+        } else if !all {
             println!("the route `unreachable {pool} table local` stays: --all removes it");
         }
     }

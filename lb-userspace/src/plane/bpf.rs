@@ -8,6 +8,8 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
+const BPF_MAP_CREATE: libc::c_int = 0;
+const BPF_MAP_UPDATE_ELEM: libc::c_int = 2;
 const BPF_OBJ_PIN: libc::c_int = 6;
 const BPF_OBJ_GET: libc::c_int = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
@@ -71,7 +73,7 @@ impl CgroupLink {
         attach_type: AttachType,
     ) -> io::Result<CgroupLink> {
         let (program, cgroup) = (program.as_raw_fd() as u32, cgroup.as_raw_fd() as u32);
-        let fd = bpf(BPF_LINK_CREATE, [program, cgroup, attach_type as u32, 0])?;
+        let fd = bpf(BPF_LINK_CREATE, &[program, cgroup, attach_type as u32, 0])?;
         // SAFETY: the kernel has just made this descriptor for us.
         Ok(CgroupLink(unsafe { OwnedFd::from_raw_fd(fd) }))
     }
@@ -83,7 +85,7 @@ impl CgroupLink {
     pub fn pinned(path: &Path) -> io::Result<Option<Pinned>> {
         let name = CString::new(path.as_os_str().as_bytes())?;
         let [low, high] = halves(name.as_ptr() as u64);
-        let fd = match bpf(BPF_OBJ_GET, [low, high, 0, 0]) {
+        let fd = match bpf(BPF_OBJ_GET, &[low, high, 0, 0]) {
             // SAFETY: the kernel has just made this descriptor for us.
             Ok(fd) => unsafe { OwnedFd::from_raw_fd(fd) },
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -103,7 +105,7 @@ impl CgroupLink {
     pub fn pin(&self, path: &Path) -> io::Result<()> {
         let name = CString::new(path.as_os_str().as_bytes())?;
         let [low, high] = halves(name.as_ptr() as u64);
-        bpf(BPF_OBJ_PIN, [low, high, self.0.as_raw_fd() as u32, 0]).map(drop)
+        bpf(BPF_OBJ_PIN, &[low, high, self.0.as_raw_fd() as u32, 0]).map(drop)
     }
 
     /// Puts another program in the place of the present one: no dial finds neither, or both.
@@ -112,7 +114,7 @@ impl CgroupLink {
     /// ENOLINK once the link was detached.
     pub fn replace(&self, program: BorrowedFd<'_>) -> io::Result<()> {
         let link = self.0.as_raw_fd() as u32;
-        bpf(BPF_LINK_UPDATE, [link, program.as_raw_fd() as u32, 0, 0]).map(drop)
+        bpf(BPF_LINK_UPDATE, &[link, program.as_raw_fd() as u32, 0, 0]).map(drop)
     }
 
     /// What the link joins; `None` when it isn't a cgroup link.
@@ -124,7 +126,7 @@ impl CgroupLink {
         let mut info = [0u64; 8];
         let [low, high] = halves(info.as_mut_ptr() as u64);
         let size = size_of_val(&info) as u32;
-        bpf(BPF_OBJ_GET_INFO_BY_FD, [self.0.as_raw_fd() as u32, size, low, high])?;
+        bpf(BPF_OBJ_GET_INFO_BY_FD, &[self.0.as_raw_fd() as u32, size, low, high])?;
         let [link_type, _id] = halves(info[0]);
         let [attach_type, _] = halves(info[3]);
         let joined = Joined { cgroup_id: info[2], attach_type };
@@ -136,7 +138,49 @@ impl CgroupLink {
     /// # Errors
     /// When the kernel refuses.
     pub fn detach(&self) -> io::Result<()> {
-        bpf(BPF_LINK_DETACH, [self.0.as_raw_fd() as u32, 0, 0, 0]).map(drop)
+        bpf(BPF_LINK_DETACH, &[self.0.as_raw_fd() as u32, 0, 0, 0]).map(drop)
+    }
+}
+
+/// Waits for programs that run, by a map in a map: its update returns only once every program that
+/// may have seen the former state has ended (`maybe_wait_bpf_programs` in kernel/bpf/syscall.c).
+///
+/// MEMBARRIER_CMD_GLOBAL waits for the same, but not where one processor alone is online, on which a
+/// program may still be preempted half-way, and not with `nohz_full`.
+#[derive(Debug)]
+pub struct ProgramWait {
+    outer: OwnedFd,
+    inner: OwnedFd,
+}
+
+impl ProgramWait {
+    /// Makes the two maps.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn new() -> io::Result<ProgramWait> {
+        const ARRAY: u32 = 2;
+        const ARRAY_OF_MAPS: u32 = 12;
+        // Type, size of keys and of values, entries, flags, and the map that shows what is inside.
+        let inner = bpf(BPF_MAP_CREATE, &[ARRAY, 4, 4, 1])?;
+        // SAFETY: the kernel has just made this descriptor for us.
+        let inner = unsafe { OwnedFd::from_raw_fd(inner) };
+        let shown = inner.as_raw_fd() as u32;
+        let outer = bpf(BPF_MAP_CREATE, &[ARRAY_OF_MAPS, 4, 4, 1, 0, shown])?;
+        // SAFETY: as above.
+        Ok(ProgramWait { outer: unsafe { OwnedFd::from_raw_fd(outer) }, inner })
+    }
+
+    /// Waits until every program that was running has ended: 10 to 20 ms.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn wait(&self) -> io::Result<()> {
+        let (key, value) = (0u32, self.inner.as_raw_fd() as u32);
+        let [key_low, key_high] = halves(&raw const key as u64);
+        let [value_low, value_high] = halves(&raw const value as u64);
+        let map = self.outer.as_raw_fd() as u32;
+        bpf(BPF_MAP_UPDATE_ELEM, &[map, 0, key_low, key_high, value_low, value_high]).map(drop)
     }
 }
 
@@ -168,12 +212,13 @@ fn halves(word: u64) -> [u32; 2] {
     [u32::from_ne_bytes([a, b, c, d]), u32::from_ne_bytes([e, f, g, h])]
 }
 
-/// The system call, for commands whose `bpf_attr` has at most 16 bytes in use.
-fn bpf(command: libc::c_int, attr: [u32; 4]) -> io::Result<libc::c_int> {
+/// The system call. The attribute is the beginning of a `bpf_attr`; the rest of it is zeros.
+fn bpf(command: libc::c_int, attr: &[u32]) -> io::Result<libc::c_int> {
     // A larger zeroed attribute, 8-byte aligned, is right for every command and kernel.
     let mut whole = [0u64; 16];
-    whole[0] = joined(attr[0], attr[1]);
-    whole[1] = joined(attr[2], attr[3]);
+    for (word, pair) in whole.iter_mut().zip(attr.chunks(2)) {
+        *word = joined(pair[0], pair.get(1).copied().unwrap_or(0));
+    }
     // SAFETY: the attribute is live and as large as said; what it points to, the caller keeps alive
     // and writable.
     let done =

@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use aya::maps::{Map, MapData, MapError, SkStorage};
 use lb_common::Peer;
@@ -14,6 +15,8 @@ use super::kernel::Liveness;
 
 /// How often the disconnection of a backend's sockets is tried.
 const MAX_ATTEMPTS: u32 = 5;
+/// How long after a walk the next one begins.
+const AGAIN: Duration = Duration::from_secs(1);
 
 /// Disconnects sockets, in a thread of its own, while there are any to disconnect.
 #[derive(Clone, Debug)]
@@ -63,16 +66,21 @@ impl Disconnector {
         loop {
             let (left, n_attempts) = {
                 let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
-                let Some((mut left, n_attempts)) = queue.left.pop() else {
+                let Some((mut left, mut n_attempts)) = queue.left.pop() else {
                     queue.is_running = false;
                     return;
                 };
                 // What was asked for in the meantime is done in the same walk.
-                left.extend(queue.left.drain(..).flat_map(|(more, _)| more));
+                for (more, n_earlier) in queue.left.drain(..) {
+                    left.extend(more);
+                    n_attempts = n_attempts.min(n_earlier);
+                }
                 (left, n_attempts)
             };
-            if !self.disconnect_now(&left) && n_attempts < MAX_ATTEMPTS {
-                std::thread::sleep(std::time::Duration::from_secs(1));
+            let is_done = self.disconnect_now(&left);
+            // The first walk may have come before a connect that was under way.
+            if n_attempts == 0 || !is_done && n_attempts < MAX_ATTEMPTS {
+                std::thread::sleep(AGAIN);
                 self.enqueue(left, n_attempts + 1);
             }
         }
@@ -119,7 +127,8 @@ impl Disconnector {
         let generation = word(std::mem::offset_of!(Peer, generation));
         // The socket may have been connected to the address by itself since.
         canonical(SocketAddr::from((backend, backend_port))) == destination
-            && self.liveness.generation(backend_idx) != generation
+            // A dial that met an entry while it was retired remembers no generation.
+            && (generation == 0 || self.liveness.generation(backend_idx) != generation)
     }
 }
 

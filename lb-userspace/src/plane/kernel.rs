@@ -17,6 +17,7 @@ use lb_common::{
 };
 
 use super::PlaneError;
+use super::bpf::ProgramWait;
 use super::maps::{FrontendKey, Maps};
 
 /// An array map whose values are words, mapped into memory.
@@ -171,9 +172,11 @@ impl Board {
         Probe { port, tgid, netns }
     }
 
-    /// Forgets what the connect hook saw.
-    pub fn clear_probe(&self) {
+    /// Has the connect hook look out for a dial to this port.
+    pub fn expect_probe(&self, port: u16) {
+        // Without a port nothing is looked out for; with a process it was seen already.
         self.probe.store_element(0, [0; 3]);
+        self.probe.store(0, port.into());
     }
 
     /// Leaves these cgroups alone, as many as fit, and no others.
@@ -218,6 +221,7 @@ pub struct KernelMaps {
     names: Words,
     counters: Counters,
     board: Board,
+    program_wait: Option<ProgramWait>,
 }
 
 impl KernelMaps {
@@ -247,7 +251,22 @@ impl KernelMaps {
         let map_error = |source| PlaneError::Map { source };
         let frontends = HashMap::try_from(map("FRONTENDS")?).map_err(map_error)?;
         let frontends6 = HashMap::try_from(map("FRONTENDS6")?).map_err(map_error)?;
-        Ok(KernelMaps { frontends, frontends6, services, slots, backends, names, counters, board })
+        let program_wait = ProgramWait::new()
+            .inspect_err(|error| {
+                tracing::warn!("can't wait for programs but by the clock: {error}")
+            })
+            .ok();
+        Ok(KernelMaps {
+            frontends,
+            frontends6,
+            services,
+            slots,
+            backends,
+            names,
+            counters,
+            board,
+            program_wait,
+        })
     }
 
     /// A handle to what the programs count.
@@ -322,12 +341,9 @@ impl Maps for KernelMaps {
     }
 
     fn wait_for_readers(&mut self) {
-        const MEMBARRIER_CMD_GLOBAL: libc::c_long = 1;
-        // SAFETY: the call takes no pointers. It is `synchronize_rcu`, and socket-address programs
-        // run within an RCU read-side section.
-        let done = unsafe { libc::syscall(libc::SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) };
-        if done != 0 {
-            // A kernel with `nohz_full` cores refuses. A program runs for about a microsecond.
+        let waited = self.program_wait.as_ref().map(ProgramWait::wait);
+        if !matches!(waited, Some(Ok(()))) {
+            // A program runs for about a microsecond.
             std::thread::sleep(Duration::from_secs(1));
         }
     }

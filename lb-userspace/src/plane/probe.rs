@@ -56,7 +56,7 @@ impl Prober {
     pub fn probe(&self) -> Proof {
         // A port that says which dial this was.
         let port = fastrand::u16(1..);
-        self.board.clear_probe();
+        self.board.expect_probe(port);
         let target = SocketAddr::from((self.address, port));
         let is_own = self.is_inside();
         if is_own {
@@ -65,8 +65,7 @@ impl Prober {
             return Proof::Unknown(error.to_string());
         }
         let seen = self.board.probe();
-        let is_this = seen.port == u64::from(port);
-        if is_this { Proof::Runs(Seen { seen, is_own }) } else { Proof::Misses }
+        if seen.tgid != 0 { Proof::Runs(Seen { seen, is_own }) } else { Proof::Misses }
     }
 
     /// Whether this process is in the scope.

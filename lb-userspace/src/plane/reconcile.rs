@@ -292,7 +292,8 @@ impl<M: Maps> Reconciler<M> {
 
         // All that can be short is taken before anything is written, so that a failure leaves the
         // former state whole.
-        let n_fresh = self.count_fresh(&service.name, &healthy);
+        let is_renewed = self.gives_up_udp(service);
+        let n_fresh = self.count_fresh(&service.name, &healthy, is_renewed);
         if self.backends.available() < n_fresh {
             self.recycle();
         }
@@ -324,6 +325,7 @@ impl<M: Maps> Reconciler<M> {
                 blocks: Vec::new(),
             }
         });
+        let former = if is_renewed { std::mem::take(&mut held.backends) } else { HashMap::new() };
         for &Healthy { address, .. } in &healthy {
             if !held.backends.contains_key(&address)
                 && let Some(backend_idx) = self.backends.take()
@@ -350,8 +352,8 @@ impl<M: Maps> Reconciler<M> {
         self.resting.blocks.extend(std::mem::replace(&mut held.blocks, blocks));
         let stay: HashSet<SocketAddr> = healthy.iter().map(|backend| backend.address).collect();
         let has_udp = held.has_udp();
-        for (address, backend_idx) in held.backends.extract_if(|address, _| !stay.contains(address))
-        {
+        let gone = held.backends.extract_if(|address, _| !stay.contains(address));
+        for (address, backend_idx) in former.into_iter().chain(gone) {
             self.maps.retire_backend(backend_idx);
             self.resting.backends.push(backend_idx);
             if has_udp {
@@ -366,9 +368,18 @@ impl<M: Maps> Reconciler<M> {
         Ok(())
     }
 
-    /// The number of backends that have no entry yet.
-    fn count_fresh(&self, name: &str, healthy: &[Healthy]) -> u32 {
-        let held = self.held.get(name);
+    /// Whether datagrams have been sent to a frontend that the service is not to have any more. Then
+    /// all its backends get new entries, so that no socket follows its flow to the former ones.
+    fn gives_up_udp(&self, service: &Service) -> bool {
+        let Some(held) = self.held.get(&service.name) else { return false };
+        let wanted = frontends(service, 0);
+        let mut udp = held.frontends.keys().filter(|frontend| frontend.protocol == IPPROTO_UDP);
+        udp.any(|frontend| !wanted.contains_key(frontend))
+    }
+
+    /// The number of backends that need an entry: those that have none, or all.
+    fn count_fresh(&self, name: &str, healthy: &[Healthy], all: bool) -> u32 {
+        let held = self.held.get(name).filter(|_| !all);
         let fresh: HashSet<SocketAddr> = healthy
             .iter()
             .map(|backend| backend.address)

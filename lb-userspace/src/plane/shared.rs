@@ -187,6 +187,7 @@ impl SharedPlane {
             let then = if watched.problem.is_none() { "; it was attached again" } else { "" };
             hooks.problems.push(format!("{what} {ago} s ago{then}"));
         }
+        hooks.attached &= watched.waiting.is_none();
         hooks.problems.extend(watched.waiting.clone());
         hooks
     }

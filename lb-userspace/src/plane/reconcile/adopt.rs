@@ -129,8 +129,10 @@ impl<M: Maps> Reconciler<M> {
             let backend = self.maps.backend(backend_idx);
             if backend.generation != 0 {
                 self.maps.retire_backend(backend_idx);
-                // Whose it was isn't known any more. It may have left by the last change that the
-                // earlier daemon made.
+            }
+            if backend.port != 0 {
+                // Whose it was isn't known any more. The earlier daemon may have ended before it had
+                // disconnected the sockets.
                 self.left_udp.insert(("".into(), socket_address(&backend)));
             }
         }
