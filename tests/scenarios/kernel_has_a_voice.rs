@@ -19,7 +19,7 @@ pub fn story() -> Result<()> {
 
     // Somebody writes to the maps: the one backend's entry is emptied.
     let backends = nohop.pins().join("v1/maps/BACKENDS");
-    let nothing = "0 ".repeat(24);
+    let nothing = "0 ".repeat(32);
     let update = format!("map update pinned {} key 0 0 0 0 value {nothing}", backends.display());
     run::words("bpftool", update.trim())?;
     let dials = nodes.dial(vip, 100)?;

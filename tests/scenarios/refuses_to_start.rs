@@ -45,7 +45,7 @@ pub fn story() -> Result<()> {
         (
             no_capabilities,
             format!("{cgroup} {own_dns} {own_admin} {own_pins}"),
-            ["as root", "CAP_BPF"],
+            ["as root", "CAP_NET_ADMIN"],
         ),
     ];
     for (under, flags, words) in cases {

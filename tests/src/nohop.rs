@@ -121,7 +121,7 @@ impl Nohop {
     /// When it doesn't end.
     pub fn crash(&self) -> Result<()> {
         self.process.signal(Signal::KILL)?;
-        self.process.wait_for_exit(STOP_LIMIT).map(drop)
+        self.process.wait_for_exit(PATIENCE).map(drop)
     }
 
     /// Ends the daemon with SIGTERM, and keeps what is needed to start it again.

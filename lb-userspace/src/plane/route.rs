@@ -18,7 +18,8 @@ pub enum RouteError {
     Socket(#[source] std::io::Error),
     /// The kernel refused.
     #[error(
-        "can't {action} the route `unreachable {pool} table local`: {source}; it needs CAP_NET_ADMIN"
+        "can't {action} the route `unreachable {pool} table local`: {source}; run as root, or \
+         with CAP_NET_ADMIN"
     )]
     Refused {
         /// `add` or `remove`.
