@@ -215,7 +215,7 @@ pub fn netns(ctx: SockAddrContext) -> i32 {
 #[cgroup_sock_addr(connect4)]
 pub fn random(_ctx: SockAddrContext) -> i32 {
     // SAFETY: the helper has no preconditions.
-    i32::from(unsafe { bpf_get_prandom_u32() } <= u32::MAX)
+    i32::from(unsafe { bpf_get_prandom_u32() } != 0)
 }
 
 /// Two reads of the kernel's memory: the socket's address from the context, a byte of the socket.
