@@ -4,9 +4,9 @@ use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
 use lb_common::Address;
 
-use crate::context::{self, Endpoint, PROCEED};
+use crate::context::{self, Endpoint, PROCEED, Refused};
 use crate::maps::Reach;
-use crate::translate::{Refused, choose4, may_be_ours};
+use crate::translate::{choose4, may_be_ours};
 use crate::{peers, voice};
 
 /// Attached to BPF_CGROUP_INET4_CONNECT.

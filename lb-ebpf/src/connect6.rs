@@ -5,11 +5,11 @@ use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
 use lb_common::{Address, IPPROTO_TCP};
 
-use crate::context::{self, Endpoint, PROCEED};
+use crate::context::{self, Endpoint, PROCEED, Refused};
 use crate::maps::Reach;
 use crate::peers;
 use crate::settings;
-use crate::translate::{Refused, choose4, choose6, may_be_ours};
+use crate::translate::{choose4, choose6, may_be_ours};
 
 const LOOPBACK6: Address = Address { octets: [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1] };
 

@@ -147,6 +147,9 @@ pub fn set6(ctx: &SockAddrContext, address: Address, port: u16) {
     write!(u32::from(port.to_be()) => ctx.user_port);
 }
 
+/// A dial that must not reach anything.
+pub struct Refused;
+
 /// Makes the call fail with ECONNREFUSED, where the kernel lets a program say so. Before 6.1 it is
 /// EPERM, unless `divert` sends the call to where ECONNREFUSED comes from.
 #[inline(always)]

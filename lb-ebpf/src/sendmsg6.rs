@@ -4,9 +4,9 @@
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
 
-use crate::context::{self, Endpoint, FAIL, PROCEED};
+use crate::context::{self, Endpoint, FAIL, PROCEED, Refused};
 use crate::maps::Reach;
-use crate::translate::{Refused, choose6};
+use crate::translate::choose6;
 use crate::{flows, settings};
 
 /// Attached to BPF_CGROUP_UDP6_SENDMSG.

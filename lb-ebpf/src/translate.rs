@@ -12,15 +12,12 @@ use lb_common::{
     MAX_EXCLUDED, Peer, Target, choose,
 };
 
-use crate::context::{self, Endpoint};
+use crate::context::{self, Endpoint, Refused};
 use crate::maps::{self, Reach};
 use crate::{random, settings, voice};
 
 /// How long the daemon's word that it lives is taken for true.
 const HEARTBEAT_LASTS_NS: u64 = 10_000_000_000;
-
-/// A dial that must not reach anything.
-pub struct Refused;
 
 /// Where a dial goes.
 #[derive(Clone, Copy)]

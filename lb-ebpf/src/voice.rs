@@ -9,8 +9,8 @@ use aya_ebpf::programs::SockAddrContext;
 use aya_log_ebpf::{info, warn};
 use lb_common::Counter;
 
+use crate::context::Refused;
 use crate::maps;
-use crate::translate::Refused;
 
 const SECOND_NS: u64 = 1_000_000_000;
 

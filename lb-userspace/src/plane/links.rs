@@ -9,9 +9,10 @@ use std::path::{Path, PathBuf};
 
 use aya::Ebpf;
 
+use super::PlaneError;
 use super::bpf::{AttachType, CgroupLink};
+use super::object::program;
 use super::pins::{PinnedLink, Pins, unpin};
-use super::{PlaneError, program};
 
 /// A program and where it is attached.
 #[derive(Clone, Copy, Debug)]

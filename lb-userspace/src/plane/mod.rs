@@ -16,11 +16,13 @@ mod ids;
 mod kernel;
 mod links;
 mod maps;
+mod object;
 mod pins;
 pub mod probe;
 mod reconcile;
 mod regions;
 pub mod route;
+mod shapes;
 mod shared;
 
 use std::collections::BTreeMap;
@@ -30,21 +32,19 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use aya::programs::{CgroupSockAddr, ProgramError};
-use aya::{Ebpf, EbpfError, EbpfLoader, VerifierLogLevel, include_bytes_aligned};
-use lb_common::{
-    Address, BackendLine, Counter, Daemon, ENTRIES_PER_BACKEND, ExcludedCgroup,
-    FRONTENDS_PER_SERVICE, Flows, Frontend, Frontend6, LAYOUT, MAX_EXCLUDED, MAX_SERVICE_BACKENDS,
-    N_COUNTERS, Name, Peer, Probe, Refused, SLOTS_PER_BACKEND, ServiceLine, Slot, Target,
-};
+use aya::programs::ProgramError;
+use aya::{Ebpf, EbpfError};
+use lb_common::{Counter, Daemon, LAYOUT, N_COUNTERS};
 
 use crate::config::{Config, PlaneConfig, VipConfig, cgroup};
 use crate::table::Table;
 use forsaken::Disconnector;
 use kernel::{Board, KernelMaps};
-use links::{HOOKS, Links, Scope};
-use pins::{MapShape, PinnedMaps, Pins};
+use links::{Links, Scope};
+use object::load;
+use pins::{PinnedMaps, Pins};
 use reconcile::{AdoptError, Reconciler};
+use shapes::{Sizes, socket_shapes};
 
 pub use bpf::netns_cookie;
 pub use cost::{Cost, Measuring};
@@ -54,8 +54,6 @@ pub use links::Attachment;
 pub use pins::{PinError, is_bpffs};
 pub use reconcile::{ApplyError, Indices, Pressure};
 pub use shared::{Hooks, SharedPlane};
-
-static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/nohop-ebpf"));
 
 /// Why the kernel side can't be had.
 #[derive(Debug, thiserror::Error)]
@@ -139,87 +137,6 @@ fn mend(error: &(dyn std::error::Error + 'static)) -> &'static str {
     } else {
         "`nohop check` says what is missing"
     }
-}
-
-/// The sizes of the maps, in entries.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Sizes {
-    /// `SERVICES`, `REFUSED` and `NAMES`
-    pub services: u32,
-    /// `FRONTENDS`
-    pub frontends: u32,
-    /// `FRONTENDS6`
-    pub frontends6: u32,
-    /// `SLOTS`
-    pub slots: u32,
-    /// `BACKENDS`
-    pub backends: u32,
-}
-
-impl Sizes {
-    fn of(config: &PlaneConfig, vip: &VipConfig) -> Sizes {
-        let slots = config.max_backends.saturating_mul(SLOTS_PER_BACKEND);
-        let frontends = config.max_services.saturating_mul(FRONTENDS_PER_SERVICE);
-        Sizes {
-            services: config.max_services,
-            frontends,
-            frontends6: if vip.pool6.is_some() { frontends } else { 1 },
-            slots: slots.next_multiple_of(MAX_SERVICE_BACKENDS),
-            backends: config.max_backends.saturating_mul(ENTRIES_PER_BACKEND),
-        }
-    }
-
-    /// The maps of this layout, as they have to be.
-    fn shapes(&self) -> Vec<MapShape> {
-        const HASH: u32 = 1;
-        const ARRAY: u32 = 2;
-        const MMAPABLE: u32 = 1 << 10;
-        let hash = |name, key_size: usize, max_entries| MapShape {
-            name,
-            map_type: HASH,
-            key_size: key_size as u32,
-            value_size: size_of::<Target>() as u32,
-            max_entries,
-            flags: 0,
-        };
-        let array = |name, value_size: usize, max_entries| MapShape {
-            name,
-            map_type: ARRAY,
-            key_size: 4,
-            value_size: value_size as u32,
-            max_entries,
-            flags: MMAPABLE,
-        };
-        vec![
-            hash("FRONTENDS", size_of::<Frontend>(), self.frontends),
-            hash("FRONTENDS6", size_of::<Frontend6>(), self.frontends6),
-            array("SERVICES", size_of::<ServiceLine>(), self.services),
-            array("SLOTS", size_of::<Slot>(), self.slots),
-            array("BACKENDS", size_of::<BackendLine>(), self.backends),
-            array("NAMES", size_of::<Name>(), self.services),
-            array("REFUSED", size_of::<Refused>(), self.services),
-            array("COUNTERS", 8, N_COUNTERS as u32),
-            array("DAEMON", size_of::<Daemon>(), 1),
-            array("PROBE", size_of::<Probe>(), 1),
-            array("EXCLUDED", size_of::<ExcludedCgroup>(), MAX_EXCLUDED as u32),
-        ]
-    }
-}
-
-/// The sockets' storage, which every layout shares.
-fn socket_shapes() -> [MapShape; 2] {
-    const SK_STORAGE: u32 = 24;
-    const NO_PREALLOC: u32 = 1;
-    [("PEERS", size_of::<Peer>()), ("FLOWS", size_of::<Flows>())].map(|(name, value_size)| {
-        MapShape {
-            name,
-            map_type: SK_STORAGE,
-            key_size: 4,
-            value_size: value_size as u32,
-            max_entries: 0,
-            flags: NO_PREALLOC,
-        }
-    })
 }
 
 /// What a plane is made from.
@@ -561,120 +478,8 @@ pub const COUNTERS: [(&str, Counter); N_COUNTERS] = [
     ("backend_gone", Counter::BackendGone),
 ];
 
-/// Loads the object over the maps in `pins`, which makes those that aren't there.
-fn load(options: &Options, sizes: &Sizes, pins: &Pins) -> Result<(Ebpf, Refusal), PlaneError> {
-    if let Some(refusal) = options.refusal {
-        return Ok((load_refusing_by(refusal, options, sizes, pins)?, refusal));
-    }
-    match load_refusing_by(Refusal::Errno, options, sizes, pins) {
-        // `bpf_set_retval` came to these programs with 6.1. A probe for it can report it missing
-        // where it isn't, so the verifier's word on the program itself counts.
-        Err(PlaneError::Program { source: ProgramError::LoadError { io_error, .. }, .. })
-            if io_error.kind() != io::ErrorKind::PermissionDenied =>
-        {
-            let refusal = Refusal::PortZero;
-            Ok((load_refusing_by(refusal, options, sizes, pins)?, refusal))
-        }
-        result => Ok((result?, Refusal::Errno)),
-    }
-}
-
-fn load_refusing_by(
-    refusal: Refusal,
-    options: &Options,
-    sizes: &Sizes,
-    pins: &Pins,
-) -> Result<Ebpf, PlaneError> {
-    let pool = options.vip.pool;
-    let (pins_network, pins_mask) = network_around(options.vip.pins.values().map(|pin| *pin.ip()));
-    let (network, mask) = (u32::from(pool.network()), u32::from(pool.netmask()));
-    let pool6 = options.vip.pool6.map(|pool| [pool.network().octets(), pool.netmask().octets()]);
-    let pool6 = pool6.unwrap_or_default().map(|octets| Address { octets }.words());
-    let [[network6_high, network6_low], [mask6_high, mask6_low]] = pool6;
-    let sockets = btf::socket_bits().unwrap_or_else(|error| {
-        tracing::warn!(
-            "the kernel has no BTF ({error}): its own sockets are translated like others"
-        );
-        btf::SocketBits::default()
-    });
-    let btf::Bit { offset, mask: kernel_socket_mask } = sockets.kernel.unwrap_or_default();
-    let btf::Bit { offset: subflow_offset, .. } = sockets.subflow.unwrap_or_default();
-    let layout = u32::from(options.layout);
-    let has_excluded = u32::from(!options.plane.exclude_cgroups.is_empty());
-    let mut loader = EbpfLoader::new();
-    // What a kernel before 6.1 has to say takes it seconds, and nobody reads it.
-    if refusal == Refusal::Errno && options.refusal.is_none() {
-        loader.verifier_log_level(VerifierLogLevel::DISABLE);
-    }
-    let refusal = refusal as u32;
-    for shape in sizes.shapes() {
-        loader.map_max_entries(shape.name, shape.max_entries);
-        loader.map_pin_path(shape.name, pins.maps().join(shape.name));
-    }
-    for shape in socket_shapes() {
-        loader.map_pin_path(shape.name, pins.sockets().join(shape.name));
-    }
-    loader.override_global("MAP_LAYOUT", &layout, true);
-    loader.override_global("POOL_NETWORK", &network, true);
-    loader.override_global("POOL_MASK", &mask, true);
-    loader.override_global("PINS_NETWORK", &pins_network, true);
-    loader.override_global("PINS_MASK", &pins_mask, true);
-    loader.override_global("POOL6_NETWORK_HIGH", &network6_high, true);
-    loader.override_global("POOL6_NETWORK_LOW", &network6_low, true);
-    loader.override_global("POOL6_MASK_HIGH", &mask6_high, true);
-    loader.override_global("POOL6_MASK_LOW", &mask6_low, true);
-    loader.override_global("REFUSAL", &refusal, true);
-    loader.override_global("HAS_EXCLUDED", &has_excluded, true);
-    loader.override_global("KERNEL_SOCKET_OFFSET", &offset, true);
-    loader.override_global("KERNEL_SOCKET_MASK", &kernel_socket_mask, true);
-    loader.override_global("SUBFLOW_OFFSET", &subflow_offset, true);
-    let mut ebpf = loader.load(OBJECT).map_err(PlaneError::Load)?;
-    for hook in &HOOKS {
-        let failed = |source| PlaneError::Program { program: hook.program, source };
-        program(&mut ebpf, hook.program)?.load().map_err(failed)?;
-    }
-    Ok(ebpf)
-}
-
-fn program<'a>(
-    ebpf: &'a mut Ebpf,
-    name: &'static str,
-) -> Result<&'a mut CgroupSockAddr, PlaneError> {
-    let program = ebpf.program_mut(name).ok_or(PlaneError::Object { missing: name })?;
-    program.try_into().map_err(|_| PlaneError::Object { missing: name })
-}
-
-/// The smallest network that these addresses are in, and its netmask; 0 of 32 bits for none.
-fn network_around(addresses: impl Iterator<Item = Ipv4Addr>) -> (u32, u32) {
-    let networks = addresses.map(|address| (u32::from(address), u32::MAX));
-    let around = networks.reduce(|(network, mask), (address, _)| {
-        let n_differing = 32 - (network ^ (address & mask)).leading_zeros();
-        let mask = mask & u32::MAX.checked_shl(n_differing).unwrap_or(0);
-        (network & mask, mask)
-    });
-    around.unwrap_or((0, u32::MAX))
-}
-
 /// CLOCK_MONOTONIC, which is what the programs read too.
 fn monotonic_ns() -> u64 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_network_around_pins() {
-        let around = |addresses: &[[u8; 4]]| {
-            let (network, mask) = network_around(addresses.iter().map(|&octets| octets.into()));
-            (Ipv4Addr::from(network).octets(), mask.count_ones())
-        };
-        assert_eq!(around(&[]), ([0; 4], 32));
-        assert_eq!(around(&[[127, 0, 0, 1]]), ([127, 0, 0, 1], 32));
-        assert_eq!(around(&[[127, 0, 0, 1], [127, 0, 0, 2], [127, 0, 0, 1]]), ([127, 0, 0, 0], 30));
-        assert_eq!(around(&[[10, 0, 0, 1], [10, 255, 0, 1], [10, 0, 3, 0]]), ([10, 0, 0, 0], 8));
-        assert_eq!(around(&[[10, 0, 0, 1], [200, 0, 0, 1]]), ([0; 4], 0));
-    }
 }

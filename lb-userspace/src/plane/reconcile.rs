@@ -17,11 +17,11 @@ use lb_common::{
     Regions as RegionWords, Service as ServiceEntry, Target,
 };
 
-use super::Sizes;
 use super::alias;
 use super::ids::Ids;
 use super::maps::{FrontendKey, Maps};
 use super::regions::{Block, Regions};
+use super::shapes::Sizes;
 use crate::table::{Ports, Service, State, Table};
 
 pub use adopt::AdoptError;

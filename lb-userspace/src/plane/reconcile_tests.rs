@@ -10,7 +10,7 @@ use lb_common::Slot;
 use proptest::prelude::*;
 
 use super::*;
-use crate::plane::Sizes;
+use crate::plane::shapes::Sizes;
 use crate::table::{Backend as TableBackend, Protocols};
 
 /// The address of backend `x` of service `s`: it tells whose it is. Some have IPv6 ones.

@@ -12,10 +12,10 @@ use std::sync::Arc;
 use lb_common::{Backend, Region, Service as ServiceEntry, Target};
 
 use super::{Held, Reconciler};
-use crate::plane::Sizes;
 use crate::plane::ids::Ids;
 use crate::plane::maps::{FrontendKey, Maps};
 use crate::plane::regions::Block;
+use crate::plane::shapes::Sizes;
 
 /// Why maps can't be taken over.
 #[derive(Debug, thiserror::Error)]
