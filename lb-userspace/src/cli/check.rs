@@ -68,7 +68,10 @@ pub fn check(config: Result<Config, ConfigErrors>, admin: Option<&str>) -> Repor
     checks.push(finding("BTF", false, btf()));
     checks.push(finding("cgroup v2", true, scope(&config)));
     checks.push(finding("bpffs", true, bpffs(&config.bpffs)));
-    checks.push(finding("capabilities", true, capabilities()));
+    let effective = effective_capabilities();
+    checks.push(finding("capabilities", true, capabilities(missing_capabilities(effective))));
+    let for_udp = capabilities(missing_for_udp(effective));
+    checks.push(finding("capabilities to disconnect UDP sockets", false, for_udp));
     checks.push(finding("state directory", true, state_dir(&config.state_dir)));
     for &address in &config.dns.listen {
         checks.push(finding("DNS port", true, dns_port(address, daemon.as_ref().ok())));
@@ -198,15 +201,18 @@ fn bpffs(dir: &Path) -> Found {
 /// From linux/capability.h. CAP_SYS_ADMIN stands for CAP_BPF and CAP_PERFMON.
 const CAP_NET_BIND_SERVICE: u32 = 10;
 const CAP_NET_ADMIN: u32 = 12;
+const CAP_SYS_PTRACE: u32 = 19;
 const CAP_SYS_ADMIN: u32 = 21;
 const CAP_PERFMON: u32 = 38;
 const CAP_BPF: u32 = 39;
 
-fn capabilities() -> Found {
+fn effective_capabilities() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
-    let effective = effective.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok());
-    let missing = missing_capabilities(effective.unwrap_or_default());
+    effective.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok()).unwrap_or_default()
+}
+
+fn capabilities(missing: Vec<&str>) -> Found {
     match missing.is_empty() {
         true => Ok("all that are needed".to_owned()),
         false => wrong(
@@ -218,15 +224,23 @@ fn capabilities() -> Found {
 
 fn missing_capabilities(effective: u64) -> Vec<&'static str> {
     let has = |capability: u32| effective & (1 << capability) != 0;
-    [
+    named(&[
         ("CAP_NET_BIND_SERVICE", has(CAP_NET_BIND_SERVICE)),
         ("CAP_NET_ADMIN", has(CAP_NET_ADMIN)),
         ("CAP_PERFMON", has(CAP_PERFMON) || has(CAP_SYS_ADMIN)),
         ("CAP_BPF", has(CAP_BPF) || has(CAP_SYS_ADMIN)),
-    ]
-    .into_iter()
-    .filter_map(|(name, has)| (!has).then_some(name))
-    .collect()
+    ])
+}
+
+/// What disconnecting the UDP sockets of a backend that left needs besides.
+fn missing_for_udp(effective: u64) -> Vec<&'static str> {
+    let has = |capability: u32| effective & (1 << capability) != 0;
+    named(&[("CAP_SYS_ADMIN", has(CAP_SYS_ADMIN)), ("CAP_SYS_PTRACE", has(CAP_SYS_PTRACE))])
+}
+
+/// Those of the capabilities that aren't there.
+fn named(capabilities: &[(&'static str, bool)]) -> Vec<&'static str> {
+    capabilities.iter().filter_map(|&(name, has)| (!has).then_some(name)).collect()
 }
 
 fn state_dir(path: &Path) -> Found {
@@ -309,6 +323,8 @@ mod tests {
         let admin = 1 << CAP_SYS_ADMIN | 1 << CAP_NET_ADMIN;
         assert_eq!(missing_capabilities(admin), ["CAP_NET_BIND_SERVICE"]);
         assert_eq!(missing_capabilities(0).len(), 4);
+        assert_eq!(missing_for_udp(admin), ["CAP_SYS_PTRACE"]);
+        assert!(missing_for_udp(u64::MAX).is_empty());
     }
 
     #[test]

@@ -292,6 +292,10 @@ impl Plane {
     }
 
     fn look_up_excluded(&self) {
+        // Without them the programs don't look either.
+        if self.excluded.is_empty() {
+            return;
+        }
         let root = cgroup::find_cgroup2_root();
         let present = root.map(|root| excluded::present(&root, &self.excluded));
         self.board.set_excluded(&present.unwrap_or_default());
