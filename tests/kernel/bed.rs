@@ -226,6 +226,7 @@ pub fn service(name: &str, vip: Ipv4Addr, backends: &[(SocketAddr, u16)]) -> Ser
         backends: backends.iter().map(|&(address, weight)| backend(address, weight)).collect(),
         excluded: Vec::new(),
         notes: Vec::new(),
+        watch: Default::default(),
         generation: 1,
     }
 }

@@ -5,7 +5,7 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4};
 
 use serde::{Deserialize, Serialize};
 
-use crate::table::{Excluded, Ports, Protocols, State};
+use crate::table::{Excluded, Ports, Protocols, State, Watch};
 
 /// `GET /v1/status`
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -104,8 +104,8 @@ pub struct Service {
     pub algorithm: String,
     /// The generation of the table that changed it last.
     pub generation: u64,
-    /// `live`: its instances are watched.
-    pub watch: String,
+    /// Whether the source follows its instances: `live` or `cold`.
+    pub watch: Watch,
     /// What is odd about what its instances say of it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub notes: Vec<String>,

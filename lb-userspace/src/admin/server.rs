@@ -225,7 +225,7 @@ mod tests {
                 protocol: Protocols::Tcp,
                 algorithm: "random".into(),
                 generation: 1,
-                watch: "live".into(),
+                watch: Default::default(),
                 error: None,
                 dials: 0,
                 refused: 0,

@@ -4,8 +4,10 @@
 //! read leaves the last catalog in place and changes only what [`Health`] says of it.
 
 mod consul;
+mod demand;
 mod file;
 mod output;
+mod stats;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -15,14 +17,26 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use crate::config::{Config, Source};
-use crate::table::Instance;
+use crate::table::Listing;
+pub use demand::Demand;
+pub use stats::{Stats, Watches};
+
 use output::Output;
 
 /// All that a source knows: the instances of each routed service, by the service's name.
 ///
 /// A service whose instances are all unfit is there, with its instances; one that nobody tags any
 /// more is not.
-pub type Catalog = BTreeMap<Arc<str>, Arc<[Instance]>>;
+pub type Catalog = BTreeMap<Arc<str>, Listing>;
+
+/// A catalog as it was published.
+#[derive(Clone, Debug)]
+pub struct Edition {
+    /// What the source knows.
+    pub catalog: Arc<Catalog>,
+    /// When the news in it arrived here.
+    pub heard_at: Instant,
+}
 
 /// How a source fares, for `status` and for logs.
 #[derive(Clone, Debug)]
@@ -40,11 +54,16 @@ pub struct Health {
 /// A running source; dropping it ends the source's tasks.
 #[derive(Debug)]
 pub struct Handle {
-    /// The last catalog; `None` before the first full sync. It wakes only for a change, and what
-    /// didn't change keeps its `Arc<[Instance]>` from one catalog to the next.
-    pub catalog: watch::Receiver<Option<Arc<Catalog>>>,
+    /// The last catalog; `None` before the first full sync. It wakes only for a change.
+    pub catalog: watch::Receiver<Option<Edition>>,
     /// How the source fares. It wakes at every answer.
     pub health: watch::Receiver<Health>,
+    /// Whether the source says that nothing is to be translated (Consul's key `nohop/off`).
+    pub off: watch::Receiver<bool>,
+    /// Where to say that a service is used.
+    pub demand: Demand,
+    /// What the source counts.
+    pub stats: Arc<Stats>,
     _tasks: JoinSet<()>,
 }
 
@@ -86,7 +105,9 @@ impl Handle {
     where
         F: Future<Output = ()> + Send + 'static,
     {
-        let (catalog, health) = output.subscribe();
+        let (catalog, health, off) = output.subscribe();
+        let stats = output.stats().clone();
+        let demand = Demand::default();
         let mut tasks = JoinSet::new();
         tasks.spawn(async move {
             // A set, since it ends its tasks when it is dropped.
@@ -99,7 +120,7 @@ impl Handle {
                 tokio::time::sleep(RESTART).await;
             }
         });
-        Handle { catalog, health, _tasks: tasks }
+        Handle { catalog, health, off, demand, stats, _tasks: tasks }
     }
 }
 
@@ -116,7 +137,7 @@ mod tests {
                 if n_starts.fetch_add(1, std::sync::atomic::Ordering::Relaxed) == 0 {
                     panic!("the first start fails");
                 }
-                output.publish(Catalog::new());
+                output.publish(Catalog::new(), Instant::now());
             }
         });
         handle.catalog.wait_for(Option::is_some).await.unwrap();

@@ -5,13 +5,15 @@ use std::time::Instant;
 
 use tokio::sync::watch::{Receiver, Sender};
 
-use super::{Catalog, Health};
+use super::{Catalog, Edition, Health, Stats};
 
 /// The sending side of what a `Handle` receives.
 #[derive(Clone, Debug)]
 pub struct Output {
-    catalog: Arc<Sender<Option<Arc<Catalog>>>>,
+    catalog: Arc<Sender<Option<Edition>>>,
     health: Arc<Sender<Health>>,
+    off: Arc<Sender<bool>>,
+    stats: Arc<Stats>,
 }
 
 impl Output {
@@ -25,21 +27,28 @@ impl Output {
                 is_failing: false,
                 last_answer: None,
             })),
+            off: Arc::new(Sender::new(false)),
+            stats: Arc::default(),
         }
     }
 
     /// The receiving side.
-    pub fn subscribe(&self) -> (Receiver<Option<Arc<Catalog>>>, Receiver<Health>) {
-        (self.catalog.subscribe(), self.health.subscribe())
+    pub fn subscribe(&self) -> (Receiver<Option<Edition>>, Receiver<Health>, Receiver<bool>) {
+        (self.catalog.subscribe(), self.health.subscribe(), self.off.subscribe())
     }
 
-    /// Publishes a catalog, unless it says what the last one says.
-    pub fn publish(&self, catalog: Catalog) {
+    /// What the source counts.
+    pub fn stats(&self) -> &Arc<Stats> {
+        &self.stats
+    }
+
+    /// Publishes a catalog whose news came at `heard_at`, unless it says what the last one says.
+    pub fn publish(&self, catalog: Catalog, heard_at: Instant) {
         self.catalog.send_if_modified(|last| {
-            let is_news = last.as_deref() != Some(&catalog);
+            let is_news = last.as_ref().is_none_or(|last| *last.catalog != catalog);
             if is_news {
                 tracing::debug!(services = catalog.len(), "the catalog changed");
-                *last = Some(Arc::new(catalog));
+                *last = Some(Edition { catalog: Arc::new(catalog), heard_at });
             }
             is_news
         });
@@ -47,12 +56,17 @@ impl Output {
 
     /// The catalog published last.
     pub fn last(&self) -> Option<Arc<Catalog>> {
-        self.catalog.borrow().clone()
+        self.catalog.borrow().as_ref().map(|edition| edition.catalog.clone())
     }
 
     /// Says that the source answered.
     pub fn answered(&self, now: Instant) {
         self.health.send_modify(|health| health.last_answer = Some(now));
+    }
+
+    /// Says whether nothing is to be translated.
+    pub fn set_off(&self, off: bool) {
+        self.off.send_if_modified(|was| std::mem::replace(was, off) != off);
     }
 
     /// Says what is wrong, or that nothing is, and whether the source doesn't answer; the log hears of the first problem and of its end.

@@ -107,6 +107,9 @@ pub struct ConfigArguments {
     /// The Consul agent [default: http://127.0.0.1:8500]
     #[arg(long, value_name = "URL")]
     pub consul_addr: Option<String>,
+    /// Translate nothing, and count what would be
+    #[arg(long)]
+    pub shadow: bool,
 }
 
 /// How a command finds the daemon, and how it answers.

@@ -294,7 +294,7 @@ fn source(config: &Config) -> (Found, Option<String>) {
         };
         // Should neither come in time, that is said below.
         let _ = tokio::time::timeout(SOURCE_LIMIT, answered).await;
-        let n_services = source.catalog.borrow().as_ref().map(|catalog| catalog.len());
+        let n_services = source.catalog.borrow().as_ref().map(|e| e.catalog.len());
         Ok((n_services, source.health.borrow().problem.clone()))
     });
     let wrong = |detail| (wrong(detail, mend), None);

@@ -109,6 +109,7 @@ mod tests {
             backends: backends.iter().map(backend).collect(),
             excluded: Vec::new(),
             notes: Vec::new(),
+            watch: Default::default(),
             generation: 1,
         }
     }

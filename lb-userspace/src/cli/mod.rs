@@ -101,6 +101,7 @@ fn load(arguments: ConfigArguments, on_exit: Option<String>) -> Result<Config, C
         admin_listen,
         catalog,
         consul_addr,
+        shadow,
     } = arguments;
     let overrides = Overrides {
         cgroup,
@@ -111,6 +112,7 @@ fn load(arguments: ConfigArguments, on_exit: Option<String>) -> Result<Config, C
         catalog,
         consul_addr,
         on_exit,
+        shadow,
     };
     Config::load(config.as_deref(), overrides, &environment)
 }

@@ -141,7 +141,7 @@ fn line(text: &mut String, line: String) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::table::{Excluded, Ports, Protocols, State};
+    use crate::table::{Excluded, Ports, Protocols, State, Watch};
 
     fn helloworld() -> Service {
         Service {
@@ -155,7 +155,7 @@ mod tests {
             algorithm: "random".into(),
             generation: 1,
             error: None,
-            watch: "live".into(),
+            watch: Watch::Live,
             dials: 7,
             refused: 0,
             refused_family: 0,

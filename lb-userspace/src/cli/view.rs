@@ -148,7 +148,7 @@ impl DaemonView {
             protocol: service.protocols,
             algorithm: "random".to_owned(),
             generation: service.generation,
-            watch: "live".to_owned(),
+            watch: service.watch,
             notes: service.notes.clone(),
             error: self.plane.error(&service.name),
             dials: stats.dials,

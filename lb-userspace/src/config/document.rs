@@ -43,6 +43,14 @@ impl Value<'_, '_> {
         self.value.get_ref().is_array()
     }
 
+    /// `true` or `false`.
+    pub(super) fn flag(&self) -> Read<bool> {
+        match self.value.get_ref().as_bool() {
+            Some(flag) => Ok(flag),
+            None => self.unexpected("true or false"),
+        }
+    }
+
     /// A string, as `parse` understands it.
     pub(super) fn text<T>(&self, parse: impl Fn(&str) -> Result<T, String>) -> Read<T> {
         match self.value.get_ref().as_str() {

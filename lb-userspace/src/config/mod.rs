@@ -12,6 +12,7 @@ mod tests;
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
@@ -33,6 +34,8 @@ pub struct Config {
     pub state_dir: PathBuf,
     /// What becomes of the kernel side when the daemon ends.
     pub on_exit: OnExit,
+    /// Whether dials are only counted, and none is translated.
+    pub shadow: bool,
     /// `[catalog]`
     pub catalog: CatalogConfig,
     /// `[consul]`
@@ -63,6 +66,34 @@ pub struct CatalogConfig {
     pub source: Source,
     /// The tag that an instance needs to be routed.
     pub tag: String,
+    /// Which services' instances are followed.
+    pub watch: WatchPolicy,
+    /// The age of the catalog, since the source last answered, from which on it alarms.
+    pub max_age: Duration,
+    /// What becomes of a catalog that is older.
+    pub expired: Expired,
+}
+
+/// Which services' instances are followed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum WatchPolicy {
+    /// All, while they are at most half of `consul.max_connections`; else those that are used.
+    #[default]
+    Auto,
+    /// Those that this node uses.
+    Used,
+    /// All.
+    All,
+}
+
+/// What becomes of a catalog that is older than `catalog.max_age`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Expired {
+    /// It goes on serving.
+    #[default]
+    Serve,
+    /// Dials are refused.
+    Refuse,
 }
 
 /// A source of discovery.
@@ -184,7 +215,14 @@ impl Default for Config {
             bpffs: "/sys/fs/bpf/nohop".into(),
             state_dir: "/var/lib/nohop".into(),
             on_exit: OnExit::Keep,
-            catalog: CatalogConfig { source: Source::Consul, tag: "routed".into() },
+            shadow: false,
+            catalog: CatalogConfig {
+                source: Source::Consul,
+                tag: "routed".into(),
+                watch: WatchPolicy::Auto,
+                max_age: Duration::from_secs(60 * 60),
+                expired: Expired::Serve,
+            },
             consul: ConsulConfig {
                 address: "127.0.0.1:8500".into(),
                 token: None,

@@ -3,13 +3,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Component, Path, PathBuf};
 use std::str::FromStr;
+use std::time::Duration;
 
 use toml::de::DeTable;
 
 use super::document::{Fault, Read, Value, kind, line};
 use super::{
-    AdminAddress, Config, ConfigErrors, DEFAULT_PATH, Forward, OnExit, Place, Problem, Source,
-    Token, address, relations,
+    AdminAddress, Config, ConfigErrors, DEFAULT_PATH, Expired, Forward, OnExit, Place, Problem,
+    Source, Token, WatchPolicy, address, relations,
 };
 
 /// What the command line says in place of the file; each is a flag of `nohop run`.
@@ -31,6 +32,8 @@ pub struct Overrides {
     pub consul_addr: Option<String>,
     /// `--on-exit keep|detach`
     pub on_exit: Option<String>,
+    /// `--shadow`
+    pub shadow: bool,
 }
 
 impl Config {
@@ -140,6 +143,7 @@ const KEYS: &[(&str, Apply)] = &[
     ("bpffs", |draft, value| set(&mut draft.config.bpffs, value.text(full_path))),
     ("state_dir", |draft, value| set(&mut draft.config.state_dir, value.text(full_path))),
     ("on_exit", |draft, value| set(&mut draft.config.on_exit, value.text(str::parse::<OnExit>))),
+    ("shadow", |draft, value| set(&mut draft.config.shadow, value.flag())),
     ("catalog.source", |draft, value| {
         let is_file = value.text(|source| match source {
             "consul" => Ok(false),
@@ -159,6 +163,26 @@ const KEYS: &[(&str, Apply)] = &[
             "passing" => Ok(()),
             _ => Err("only \"passing\" is in this version; remove it".into()),
         })
+    }),
+    ("catalog.watch", |draft, value| {
+        let watch = value.text(|watch| match watch {
+            "auto" => Ok(WatchPolicy::Auto),
+            "used" => Ok(WatchPolicy::Used),
+            "all" => Ok(WatchPolicy::All),
+            _ => Err(format!("'{watch}' can't be done; write \"auto\", \"used\" or \"all\"")),
+        });
+        set(&mut draft.config.catalog.watch, watch)
+    }),
+    ("catalog.max_age", |draft, value| {
+        set(&mut draft.config.catalog.max_age, value.text(duration))
+    }),
+    ("catalog.expired", |draft, value| {
+        let expired = value.text(|expired| match expired {
+            "serve" => Ok(Expired::Serve),
+            "refuse" => Ok(Expired::Refuse),
+            _ => Err(format!("'{expired}' can't be done; write \"serve\" or \"refuse\"")),
+        });
+        set(&mut draft.config.catalog.expired, expired)
     }),
     ("consul.address", |draft, value| {
         set(&mut draft.config.consul.address, value.text(address::consul))
@@ -214,8 +238,6 @@ const KEYS: &[(&str, Apply)] = &[
         let listen = value.list(|each| each.text(str::parse::<AdminAddress>));
         set(&mut draft.config.admin.listen, listen)
     }),
-    ("catalog.watch", later),
-    ("catalog.max_age", later),
     ("plane.algorithm", later),
 ];
 
@@ -226,6 +248,24 @@ fn set<T>(target: &mut T, value: Read<T>) -> Read<()> {
 
 fn later(_: &mut Draft, value: &Value) -> Read<()> {
     value.fault("not in this version; remove it")
+}
+
+/// A time such as `90s`, `15m` or `1h`: from a second to a year.
+fn duration(text: &str) -> Result<Duration, String> {
+    let (number, unit) =
+        text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
+    let unit = match unit {
+        "s" => 1,
+        "m" => 60,
+        "h" => 60 * 60,
+        "d" => 24 * 60 * 60,
+        _ => 0,
+    };
+    let seconds = number.parse::<u64>().ok().and_then(|n| n.checked_mul(unit));
+    match seconds {
+        Some(seconds @ 1..=31_536_000) => Ok(Duration::from_secs(seconds)),
+        _ => Err(format!("'{text}' is no time; write one such as 90s, 15m, 1h or 2d, up to 365d")),
+    }
 }
 
 fn not_empty(text: &str) -> Result<String, String> {
@@ -384,6 +424,7 @@ impl Draft {
         {
             self.config.on_exit = on_exit;
         }
+        self.config.shadow |= overrides.shadow;
         if let Some(state_dir) = overrides.state_dir {
             self.config.state_dir = state_dir;
         }

@@ -69,10 +69,14 @@ fn every_key_is_taken() {
         bpffs = "/b"
         state_dir = "/s"
         on_exit = "detach"
+        shadow = true
         [catalog]
         source = "file"
         file = "/c.toml"
         tag = "t"
+        watch = "used"
+        max_age = "15m"
+        expired = "refuse"
         [consul]
         address = "[::1]:8500"
         token_file = "/token"
@@ -101,7 +105,14 @@ fn every_key_is_taken() {
         bpffs: "/b".into(),
         state_dir: "/s".into(),
         on_exit: OnExit::Detach,
-        catalog: CatalogConfig { source: Source::File("/c.toml".into()), tag: "t".into() },
+        shadow: true,
+        catalog: CatalogConfig {
+            source: Source::File("/c.toml".into()),
+            tag: "t".into(),
+            watch: WatchPolicy::Used,
+            max_age: Duration::from_secs(900),
+            expired: Expired::Refuse,
+        },
         consul: ConsulConfig {
             address: "[::1]:8500".into(),
             token: Some(Token::File("/token".into())),

@@ -76,6 +76,14 @@ impl Zone {
         Zone { domain: Suffix::new(domain), ttl }
     }
 
+    /// The service, in lower case, that a question is about; there may be none of that name.
+    pub(super) fn service_asked(&self, asked: &Asked<'_>) -> Option<String> {
+        let [question] = asked.questions else { return None };
+        let name = &question.original().name;
+        let label = name.iter().next().filter(|_| self.domain.depth_of(name) == Some(1))?;
+        Some(std::str::from_utf8(label).ok()?.to_ascii_lowercase())
+    }
+
     /// Decides what becomes of a question.
     pub(super) fn judge<'a>(&self, asked: Asked<'a>, known: Known<'_>) -> Verdict<'a> {
         let error = |code| Verdict::Answer(Answer::error(code));
@@ -190,6 +198,7 @@ mod tests {
                 backends: Vec::new(), // none is healthy: the name stands all the same
                 excluded: Vec::new(),
                 notes: Vec::new(),
+                watch: Default::default(),
                 generation,
             };
             (name, Arc::new(service))

@@ -17,8 +17,9 @@ use super::answer::{Answer, Asked, Known, Verdict, Zone};
 use super::forward::{Forwarder, Limits};
 use super::sockets::Sockets;
 use super::upstreams::Upstreams;
+use crate::catalog::Demand;
 use crate::config::DnsConfig;
-use crate::table::Table;
+use crate::table::{Table, Watch};
 
 /// A TCP connection that asks nothing for so long is closed.
 const TCP_IDLE: Duration = Duration::from_secs(10);
@@ -61,8 +62,9 @@ impl Server {
         config: &DnsConfig,
         table: watch::Receiver<Arc<Table>>,
         attached: watch::Receiver<bool>,
+        demand: Demand,
     ) -> Server {
-        Server::start_in(Surroundings::default(), sockets, config, table, attached)
+        Server::start_in(Surroundings::default(), sockets, config, table, attached, demand)
     }
 
     pub(super) fn start_in(
@@ -71,6 +73,7 @@ impl Server {
         config: &DnsConfig,
         table: watch::Receiver<Arc<Table>>,
         attached: watch::Receiver<bool>,
+        demand: Demand,
     ) -> Server {
         let Surroundings { resolv_conf, limits } = surroundings;
         let upstreams = Upstreams::new(config, sockets.addresses(), resolv_conf);
@@ -79,6 +82,7 @@ impl Server {
             forwarder: Forwarder::new(upstreams, limits),
             table,
             attached,
+            demand,
         });
         for socket in sockets.udp {
             hickory.register_socket(socket);
@@ -105,6 +109,7 @@ struct Handler {
     forwarder: Forwarder,
     table: watch::Receiver<Arc<Table>>,
     attached: watch::Receiver<bool>,
+    demand: Demand,
 }
 
 #[async_trait::async_trait]
@@ -144,6 +149,23 @@ impl RequestHandler for Handler {
 }
 
 impl Handler {
+    /// Says that a service is used, and waits a moment for one that isn't live.
+    async fn warm(&self, name: &str) {
+        let mut table = self.table.clone();
+        let is_live = |table: &Arc<Table>| {
+            table.services.get(name).is_some_and(|service| service.watch == Watch::Live)
+        };
+        if is_live(&table.borrow()) {
+            return self.demand.used(name);
+        }
+        let warming = async {
+            if self.demand.look_up(name).await {
+                let _ = table.wait_for(is_live).await;
+            }
+        };
+        let _ = tokio::time::timeout(WARMING, warming).await;
+    }
+
     /// The message that answers `request`, but for its question section.
     async fn reply(&self, request: &Request) -> Message {
         let asked = Asked {
@@ -151,6 +173,9 @@ impl Handler {
             edns_version: request.version(),
             questions: request.queries.queries(),
         };
+        if let Some(name) = self.zone.service_asked(&asked) {
+            self.warm(&name).await;
+        }
         let verdict = {
             let table = Arc::clone(&self.table.borrow());
             let attached = *self.attached.borrow();
@@ -168,6 +193,9 @@ impl Handler {
         }
     }
 }
+
+/// How long an answer waits for a service that isn't live, before it tells what is known.
+const WARMING: Duration = Duration::from_millis(250);
 
 /// The size of UDP messages that the client takes, within ours.
 fn max_udp_len(request: &Request) -> u16 {

@@ -18,6 +18,7 @@ use tokio::time::timeout;
 use super::forward::Limits;
 use super::server::Surroundings;
 use super::{Server, Transport, bind};
+use crate::catalog::Demand;
 use crate::config::{Config, DnsConfig, Forward};
 use crate::table::{Ports, Protocols, Service, Table};
 
@@ -46,7 +47,14 @@ impl Rig {
         let address = sockets.addresses()[0];
         let (table, table_rx) = watch::channel(Arc::new(web(1)));
         let (attached, attached_rx) = watch::channel(true);
-        let server = Server::start_in(surroundings, sockets, &config, table_rx, attached_rx);
+        let server = Server::start_in(
+            surroundings,
+            sockets,
+            &config,
+            table_rx,
+            attached_rx,
+            Demand::default(),
+        );
         Rig { server, address, table, attached }
     }
 
@@ -97,6 +105,7 @@ fn web(generation: u64) -> Table {
         backends: Vec::new(),
         excluded: Vec::new(),
         notes: Vec::new(),
+        watch: Default::default(),
         generation,
     };
     let services = BTreeMap::from([("web".into(), Arc::new(service))]);
@@ -497,7 +506,7 @@ async fn nothing_is_forwarded_to_ourselves() {
     };
     let (table, table_rx) = watch::channel(Arc::new(web(1)));
     let (attached, attached_rx) = watch::channel(true);
-    let server = Server::start(sockets, &config, table_rx, attached_rx);
+    let server = Server::start(sockets, &config, table_rx, attached_rx, Demand::default());
     let rig = Rig { server, address, table, attached };
     // At once, so not after the patience for a resolver that doesn't answer.
     for name in ["example.com.", "web.service.consul."] {

@@ -48,6 +48,7 @@ fn service(s: u8, backends: &BTreeSet<u8>, generation: u64) -> Arc<Service> {
         backends: backends.iter().map(backend).collect(),
         excluded: Vec::new(),
         notes: Vec::new(),
+        watch: Default::default(),
         generation,
     })
 }

@@ -8,7 +8,7 @@ use std::time::SystemTime;
 use super::judge::{Verdict, check_name, judge};
 use super::says::{Heard, hear};
 use super::vips::{Pools, Vips};
-use super::{Instance, Ports, Protocols, Service, Table};
+use super::{Listing, Ports, Protocols, Service, Table};
 use crate::config::VipConfig;
 
 /// Builds tables, each from a catalog and what the last one had.
@@ -19,7 +19,7 @@ pub struct Builder {
     pins: BTreeMap<String, SocketAddrV4>,
     vips: Vips,
     /// What each service of the last table was built from.
-    sources: BTreeMap<Arc<str>, Arc<[Instance]>>,
+    sources: BTreeMap<Arc<str>, Listing>,
 }
 
 /// The next table, where it differs from the last one.
@@ -53,7 +53,7 @@ impl Builder {
     pub fn next(
         &mut self,
         last: &Table,
-        catalog: &BTreeMap<Arc<str>, Arc<[Instance]>>,
+        catalog: &BTreeMap<Arc<str>, Listing>,
         now: SystemTime,
     ) -> Option<Next> {
         let generation = last.generation + 1;
@@ -61,11 +61,11 @@ impl Builder {
         let mut sources = BTreeMap::new();
         let edition_before = self.vips.edition();
         let names_before: Vec<Arc<str>> = self.vips.in_use().cloned().collect();
-        for (given_name, instances) in catalog {
+        for (given_name, listing) in catalog {
             let name: Arc<str> = given_name.to_lowercase().into();
-            match self.service(&name, given_name, instances, last, &table, now) {
+            match self.service(&name, given_name, listing, last, &table, now) {
                 Ok(service) => {
-                    sources.insert(name.clone(), instances.clone());
+                    sources.insert(name.clone(), listing.clone());
                     table.services.insert(name, service);
                 }
                 Err(reason) => {
@@ -93,7 +93,7 @@ impl Builder {
         &mut self,
         name: &Arc<str>,
         given_name: &str,
-        instances: &Arc<[Instance]>,
+        listing: &Listing,
         last: &Table,
         table: &Table,
         now: SystemTime,
@@ -106,7 +106,10 @@ impl Builder {
             ));
         }
         let former = last.services.get(name);
-        let unchanged = self.sources.get(name).is_some_and(|source| Arc::ptr_eq(source, instances));
+        let Listing { instances, watch } = listing;
+        let unchanged = self.sources.get(name).is_some_and(|source| {
+            Arc::ptr_eq(&source.instances, instances) && source.watch == *watch
+        });
         if let (true, Some(former)) = (unchanged, former) {
             return Ok(former.clone());
         }
@@ -127,6 +130,7 @@ impl Builder {
             backends: Vec::new(),
             excluded: Vec::new(),
             notes,
+            watch: *watch,
             generation: last.generation + 1,
         };
         for instance in instances.iter() {
@@ -146,9 +150,9 @@ impl Builder {
 mod tests {
     use super::*;
     use crate::config::Config;
-    use crate::table::{Says, Standing, State};
+    use crate::table::{Instance, Says, Standing, State, Watch};
 
-    fn catalog(text: &[(&str, &[&str])]) -> BTreeMap<Arc<str>, Arc<[Instance]>> {
+    fn catalog(text: &[(&str, &[&str])]) -> BTreeMap<Arc<str>, Listing> {
         let instance = |address: &&str| Instance {
             node: "n1".into(),
             id: (*address).into(),
@@ -159,9 +163,11 @@ mod tests {
             standing: Standing::Serving,
             says: Says::default(),
         };
-        text.iter()
-            .map(|(name, addresses)| (Arc::from(*name), addresses.iter().map(instance).collect()))
-            .collect()
+        let listing = |addresses: &&[&str]| Listing {
+            instances: addresses.iter().map(instance).collect(),
+            watch: Watch::Live,
+        };
+        text.iter().map(|(name, addresses)| (Arc::from(*name), listing(addresses))).collect()
     }
 
     fn builder() -> Builder {
@@ -227,9 +233,10 @@ mod tests {
         let service = &first.services["a"];
         assert_eq!((&service.ports, service.protocols), (&Ports::only([80]), Protocols::Tcp));
 
-        let mut instance = catalog["a"][0].clone();
+        let mut instance = catalog["a"].instances[0].clone();
         instance.says = Says { ports: Some("any".into()), protocol: Some("icmp".into()) };
-        catalog.insert("a".into(), [instance].into());
+        let listing = Listing { instances: [instance].into(), watch: Watch::Live };
+        catalog.insert("a".into(), listing);
         let second = builder.next(&first, &catalog, NOW).unwrap().table;
         let service = &second.services["a"];
         assert_eq!((&service.ports, service.protocols), (&Ports::Any, Protocols::Tcp));

@@ -1,8 +1,33 @@
 //! What a source of discovery says of one instance, before the table judges it.
 
 use std::net::IpAddr;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
 
 use super::Says;
+
+/// What a source says of one service.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Listing {
+    /// Its instances, fit or not. What didn't change is the same allocation from one catalog to the
+    /// next.
+    pub instances: Arc<[Instance]>,
+    /// Whether the source follows them.
+    pub watch: Watch,
+}
+
+/// Whether a source follows the instances of a service.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Watch {
+    /// Every change arrives.
+    #[default]
+    Live,
+    /// Nobody here used it lately, so what is known of it may be old, or nothing: a lookup or a dial
+    /// makes it live.
+    Cold,
+}
 
 /// One instance of a service, in the source's words.
 ///

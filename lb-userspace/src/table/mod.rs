@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 
 pub use build::{Builder, Next};
 pub use dialled::{MAX_PORTS, Ports, Protocols};
-pub use input::{Instance, Standing};
+pub use input::{Instance, Listing, Standing, Watch};
 pub use says::Says;
 
 /// One state of the world, as this node should present it.
@@ -61,6 +61,8 @@ pub struct Service {
     pub excluded: Vec<Excluded>,
     /// What is odd about what its instances say of it, a sentence each.
     pub notes: Vec<String>,
+    /// Whether the source follows its instances.
+    pub watch: Watch,
     /// The generation of the table that changed it last.
     pub generation: u64,
 }
@@ -69,10 +71,11 @@ impl Service {
     /// Whether both are the same but for the generation.
     fn is_same(&self, other: &Service) -> bool {
         let Service { name, vip, vip6, ports, protocols, pin, .. } = other;
-        let Service { backends, excluded, notes, generation: _, .. } = other;
+        let Service { backends, excluded, notes, watch, generation: _, .. } = other;
         (&self.name, &self.vip, &self.vip6, &self.ports, &self.protocols, &self.pin)
             == (name, vip, vip6, ports, protocols, pin)
-            && (&self.backends, &self.excluded, &self.notes) == (backends, excluded, notes)
+            && (&self.backends, &self.excluded, &self.notes, &self.watch)
+                == (backends, excluded, notes, watch)
     }
 
     /// The backends that dials may reach.

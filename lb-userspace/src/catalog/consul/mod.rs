@@ -148,7 +148,7 @@ impl Supervisor {
                 () = until(stragglers) => self.model.stop_waiting(),
             }
             if let Some(catalog) = self.model.take() {
-                self.output.publish(catalog);
+                self.output.publish(catalog, Instant::now());
             }
             self.output.set_problem(self.model.problem(), self.model.is_failing());
         }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use crate::catalog::Catalog;
-use crate::table::Instance;
+use crate::table::{Instance, Listing, Watch};
 
 /// The state that watches bring together. Pure: it neither asks nor publishes.
 #[derive(Debug, Default)]
@@ -155,7 +155,10 @@ impl Model {
         self.is_dirty = false;
         self.is_synced = true;
         let known = self.services.iter().filter_map(|(name, known)| match known {
-            Known::Service { instances, .. } => Some((name.clone(), instances.clone())),
+            Known::Service { instances, .. } => {
+                let instances = instances.clone();
+                Some((name.clone(), Listing { instances, watch: Watch::Live }))
+            }
             Known::Pending | Known::NoService => None,
         });
         Some(known.collect())
@@ -293,7 +296,7 @@ mod tests {
         model.set_node(Node::Named("n1".into()));
         let catalog = model.take().unwrap();
         assert_eq!(catalog.len(), 1, "b is a proxy's name");
-        assert!(catalog["a"][0].local);
+        assert!(catalog["a"].instances[0].local);
         assert!(model.take().is_none());
     }
 
@@ -331,9 +334,10 @@ mod tests {
 
         model.set_service(&"a".into(), Some(vec![instance("n2", "1"), instance("n1", "2")]));
         let second = model.take().unwrap();
-        assert!(Arc::ptr_eq(&first["b"], &second["b"]));
-        assert!(!Arc::ptr_eq(&first["a"], &second["a"]));
-        let order: Vec<_> = second["a"].iter().map(|i| (&*i.node, &*i.id, i.local)).collect();
+        assert!(Arc::ptr_eq(&first["b"].instances, &second["b"].instances));
+        assert!(!Arc::ptr_eq(&first["a"].instances, &second["a"].instances));
+        let order: Vec<_> =
+            second["a"].instances.iter().map(|i| (&*i.node, &*i.id, i.local)).collect();
         assert_eq!(order, [("n1", "2", true), ("n2", "1", false)]);
     }
 
@@ -354,7 +358,7 @@ mod tests {
     fn a_new_node_name_moves_what_is_local() {
         let (mut model, _) = synced(&["a"]);
         model.set_node(Node::Named("n2".into()));
-        assert!(!model.take().unwrap()["a"][0].local);
+        assert!(!model.take().unwrap()["a"].instances[0].local);
     }
 
     #[test]
@@ -363,10 +367,10 @@ mod tests {
         model.set_names([Arc::from("a")].into());
         model.set_node(Node::Denied);
         model.set_service(&"a".into(), Some(vec![instance("n1", "1")]));
-        assert!(!model.take().unwrap()["a"][0].local);
+        assert!(!model.take().unwrap()["a"].instances[0].local);
         assert_eq!(model.problem().unwrap(), AGENT_DENIED);
         model.set_node(Node::Named("n1".into()));
-        assert!(model.take().unwrap()["a"][0].local);
+        assert!(model.take().unwrap()["a"].instances[0].local);
         model.set_node(Node::Denied);
         assert!(model.take().is_none(), "an error takes nothing away");
         assert_eq!((model.problem(), model.is_failing()), (None, false));

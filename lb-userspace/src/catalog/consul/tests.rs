@@ -39,9 +39,10 @@ fn follow(config: ConsulConfig, timing: Timing) -> Handle {
 }
 
 async fn shows(handle: &mut Handle, is_it: impl Fn(&Catalog) -> bool) -> Arc<Catalog> {
-    let seen = handle.catalog.wait_for(|catalog| catalog.as_deref().is_some_and(&is_it));
+    let seen =
+        handle.catalog.wait_for(|edition| edition.as_ref().is_some_and(|e| is_it(&e.catalog)));
     let seen = tokio::time::timeout(LIMIT, seen).await.expect("the catalog").unwrap();
-    seen.clone().unwrap()
+    seen.clone().unwrap().catalog
 }
 
 async fn says(handle: &mut Handle, what: Option<&str>) {
@@ -63,7 +64,7 @@ fn names(catalog: &Catalog) -> Vec<&str> {
 }
 
 fn ports(catalog: &Catalog, name: &str) -> Vec<i64> {
-    catalog[name].iter().map(|instance| instance.port).collect()
+    catalog[name].instances.iter().map(|instance| instance.port).collect()
 }
 
 /// A Consul with `web`, of one instance, and a source that has synced with it.
@@ -74,7 +75,7 @@ async fn synced() -> (Fake, Handle, Arc<Catalog>) {
     let mut handle = follow(config(fake.address), timing());
     let catalog = shows(&mut handle, |catalog| names(catalog) == ["web"]).await;
     assert_eq!(ports(&catalog, "web"), [1]);
-    assert!(catalog["web"][0].local);
+    assert!(catalog["web"].instances[0].local);
     says(&mut handle, None).await;
     (fake, handle, catalog)
 }
@@ -85,14 +86,14 @@ async fn follows_names_and_instances() {
     fake.set(&service("db"), 30, json!([instance("n2", "db-1", 5432)]));
     fake.set_names(11, &["db", "web"]);
     let second = shows(&mut handle, |catalog| names(catalog) == ["db", "web"]).await;
-    assert!(Arc::ptr_eq(&first["web"], &second["web"]));
-    assert!(!second["db"][0].local);
+    assert!(Arc::ptr_eq(&first["web"].instances, &second["web"].instances));
+    assert!(!second["db"].instances[0].local);
 
     let mut critical = instance("n1", "web-1", 1);
     critical["Checks"][0]["Status"] = json!("critical");
     fake.set(&service("web"), 31, json!([critical]));
     let is_out = |catalog: &Catalog| {
-        catalog["web"][0].standing == Standing::Out("check `web` is critical".into())
+        catalog["web"].instances[0].standing == Standing::Out("check `web` is critical".into())
     };
     shows(&mut handle, is_out).await;
 
@@ -113,9 +114,9 @@ async fn new_meta_is_published_where_it_is_ours() {
     let meta = json!({"version": "4", "nohop-ports": "80,5432", "nohop-protocol": "both"});
     fake.set(&service("web"), 22, with_meta(meta));
     let told = Says { ports: Some("80,5432".into()), protocol: Some("both".into()) };
-    shows(&mut handle, |catalog| catalog["web"][0].says == told).await;
+    shows(&mut handle, |catalog| catalog["web"].instances[0].says == told).await;
     fake.set(&service("web"), 23, with_meta(json!(null)));
-    shows(&mut handle, |catalog| catalog["web"][0].says == Says::default()).await;
+    shows(&mut handle, |catalog| catalog["web"].instances[0].says == Says::default()).await;
 }
 
 #[tokio::test]
@@ -151,7 +152,10 @@ async fn no_failure_takes_anything_away_and_each_is_named_and_mends() {
             fake.break_path(&path, Some(fault.clone()));
             says(&mut handle, Some(what)).await;
             let now = handle.catalog.borrow().clone().unwrap();
-            assert!(Arc::ptr_eq(&now["web"], &first["web"]), "{fault:?} on {path}");
+            assert!(
+                Arc::ptr_eq(&now.catalog["web"].instances, &first["web"].instances),
+                "{fault:?} on {path}"
+            );
             fake.break_path(&path, None);
             says(&mut handle, None).await;
         }
@@ -177,7 +181,7 @@ async fn a_question_without_an_answer_is_given_up_and_asked_again() {
     for path in [NAMES.into(), service("web")] {
         fake.break_path(&path, Some(Fault::Hang));
         says(&mut handle, Some("no answer within 600ms")).await;
-        assert_eq!(handle.catalog.borrow().as_ref().unwrap().len(), 1);
+        assert_eq!(handle.catalog.borrow().as_ref().unwrap().catalog.len(), 1);
         fake.break_path(&path, None);
         says(&mut handle, None).await;
     }
@@ -244,7 +248,7 @@ async fn a_token_that_may_not_know_the_agent_makes_nothing_local() {
     fake.set(&service("web"), 20, json!([loopback]));
     let mut handle = follow(config(fake.address), timing());
     let catalog = shows(&mut handle, |catalog| names(catalog) == ["web"]).await;
-    assert!(!catalog["web"][0].local);
+    assert!(!catalog["web"].instances[0].local);
     says(&mut handle, Some("agent:read")).await;
 }
 

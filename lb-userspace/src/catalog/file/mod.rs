@@ -5,10 +5,10 @@ mod parse;
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::Instant;
 
 use super::{Catalog, Output};
+use crate::table::{Listing, Watch};
 use follow::Follower;
 use parse::{Mistake, Services};
 
@@ -49,16 +49,18 @@ pub fn load(path: &Path, output: &Output) -> Result<(), FileError> {
         .map_err(|source| FileError::Read { path: path.into(), source })?;
     let services = parse::parse(&text)
         .map_err(|mistakes| FileError::Mistakes { path: path.into(), mistakes })?;
-    output.publish(share(services, output.last().as_deref()));
-    output.answered(Instant::now());
+    let now = Instant::now();
+    output.publish(share(services, output.last().as_deref()), now);
+    output.answered(now);
     Ok(())
 }
 
 fn share(services: Services, last: Option<&Catalog>) -> Catalog {
     let shared = services.into_iter().map(|(name, instances)| {
-        let known = last.and_then(|last| last.get(&name)).filter(|known| ***known == *instances);
-        let instances = known.map_or_else(|| instances.into(), Arc::clone);
-        (name, instances)
+        let known = last.and_then(|last| last.get(&name));
+        let known = known.filter(|known| *known.instances == *instances);
+        let listed = || Listing { instances: instances.into(), watch: Watch::Live };
+        (name, known.cloned().unwrap_or_else(listed))
     });
     shared.collect()
 }
@@ -92,6 +94,7 @@ fn cannot_watch(path: &Path, error: &io::Error) -> String {
 mod tests {
     use std::fs;
     use std::os::unix::fs::symlink;
+    use std::sync::Arc;
 
     use super::*;
     use crate::catalog::{CatalogError, Handle, spawn};
@@ -114,11 +117,13 @@ mod tests {
 
     async fn shows(handle: &mut Handle, services: &[&str]) -> Arc<Catalog> {
         let seen = handle.catalog.wait_for(|catalog| {
-            catalog.as_ref().is_some_and(|c| c.keys().map(|name| &**name).eq(services.to_vec()))
+            catalog
+                .as_ref()
+                .is_some_and(|e| e.catalog.keys().map(|name| &**name).eq(services.to_vec()))
         });
         let limit = std::time::Duration::from_secs(10);
         let seen = tokio::time::timeout(limit, seen).await.expect("the catalog").unwrap();
-        seen.clone().unwrap()
+        seen.clone().unwrap().catalog
     }
 
     async fn says(handle: &mut Handle, what: Option<&str>) {
@@ -158,7 +163,7 @@ mod tests {
 
         fs::write(&path, text(&["a", "b"])).unwrap();
         let second = shows(&mut handle, &["a", "b"]).await;
-        assert!(Arc::ptr_eq(&first["a"], &second["a"]));
+        assert!(Arc::ptr_eq(&first["a"].instances, &second["a"].instances));
 
         for (bad, what) in [("[[service", "catalog.toml:1: "), ("", "`service` is missing")] {
             fs::write(&path, bad).unwrap();

@@ -1,0 +1,47 @@
+//! Who uses which service: what DNS and the kernel say, and a source acts on.
+
+use std::sync::Arc;
+
+use tokio::sync::{mpsc, oneshot};
+
+/// The wishes that may wait for a source; a flood of lookups beyond that is answered by what is
+/// known.
+const MAX_WAITING: usize = 1024;
+
+/// Where to say that a service is used. A source that follows everything hears nothing.
+#[derive(Clone, Debug, Default)]
+pub struct Demand(Option<mpsc::Sender<Wish>>);
+
+/// What somebody wants.
+#[derive(Debug)]
+pub struct Wish {
+    /// The name of a service, in lower case; perhaps there is none of that name.
+    pub name: Arc<str>,
+    /// Told once the source has looked it up: whether there is such a service, which is in the
+    /// catalog then. Dropped where it can't know.
+    pub done: Option<oneshot::Sender<bool>>,
+}
+
+impl Demand {
+    /// A way to say it, and where a source hears it.
+    pub fn channel() -> (Demand, mpsc::Receiver<Wish>) {
+        let (wishes, inbox) = mpsc::channel(MAX_WAITING);
+        (Demand(Some(wishes)), inbox)
+    }
+
+    /// Notes that the service `name`, in lower case, is in use: it becomes live, or stays so.
+    pub fn used(&self, name: &str) {
+        if let Some(wishes) = &self.0 {
+            let _ = wishes.try_send(Wish { name: name.into(), done: None });
+        }
+    }
+
+    /// The same, and waits until the source has looked it up. Returns whether there is such a
+    /// service; then a catalog that has it live is published. The caller sets the limit.
+    pub async fn look_up(&self, name: &str) -> bool {
+        let Some(wishes) = &self.0 else { return false };
+        let (done, looked_up) = oneshot::channel();
+        let sent = wishes.try_send(Wish { name: name.into(), done: Some(done) });
+        sent.is_ok() && looked_up.await.unwrap_or(false)
+    }
+}
