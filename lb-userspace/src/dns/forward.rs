@@ -3,13 +3,12 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use hickory_net::xfer::Protocol;
 use hickory_proto::op::{Message, Query, ResponseCode};
-use hickory_server::server::Request;
 use tokio::sync::Semaphore;
 use tracing::debug;
 
 use super::exchange::{ExchangeError, Outgoing};
+use super::sockets::Transport;
 use super::upstreams::Upstreams;
 
 /// How much is tried, and for how long.
@@ -53,16 +52,19 @@ impl Forwarder {
         Forwarder { upstreams, limits, in_flight: Semaphore::new(limits.max_in_flight) }
     }
 
-    /// The resolvers' answer to `question`, the only one of `request`, by the transport that the
-    /// client chose. A client over UDP that gets a truncated answer asks again over TCP, and then
-    /// the resolver is asked so, too.
+    /// The resolvers' answer to `question`, the only one of the client's message `bytes`, by the
+    /// transport that the client chose. A client over UDP that gets a truncated answer asks again
+    /// over TCP, and then the resolver is asked so, too. Over UDP the client takes up to
+    /// `max_payload` bytes.
     ///
     /// An answer that says that this resolver can't or won't answer counts only when the others
     /// have none that is better.
     pub(super) async fn forward(
         &self,
-        request: &Request,
+        bytes: &[u8],
         question: &Query,
+        transport: Transport,
+        max_payload: u16,
     ) -> Result<Message, ForwardError> {
         let Ok(_permit) = self.in_flight.try_acquire() else {
             return Err(ForwardError::Busy);
@@ -71,11 +73,11 @@ impl Forwarder {
         if servers.is_empty() {
             return Err(ForwardError::NoUpstream);
         }
-        let outgoing = Outgoing::new(request.as_slice(), question);
+        let outgoing = Outgoing::new(bytes, question);
         let mut refusal = None;
         for _ in 0..self.limits.n_rounds {
             for &server in &*servers {
-                match self.ask(server, &outgoing, request).await {
+                match self.ask(server, &outgoing, transport, max_payload).await {
                     Some(answer) if is_refusal(&answer) => {
                         debug!(%server, %question, code = %answer.metadata.response_code, "refused");
                         refusal.get_or_insert(answer);
@@ -96,12 +98,13 @@ impl Forwarder {
         &self,
         server: SocketAddr,
         outgoing: &Outgoing<'_>,
-        request: &Request,
+        transport: Transport,
+        max_payload: u16,
     ) -> Option<Message> {
         let exchange = async {
-            match request.protocol() {
-                Protocol::Udp => outgoing.over_udp(server, request.max_payload().into()).await,
-                _ => outgoing.over_tcp(server).await,
+            match transport {
+                Transport::Udp => outgoing.over_udp(server, max_payload.into()).await,
+                Transport::Tcp => outgoing.over_tcp(server).await,
             }
         };
         let timed = tokio::time::timeout(self.limits.patience, exchange);

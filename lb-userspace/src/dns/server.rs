@@ -15,7 +15,7 @@ use tracing::{debug, warn};
 
 use super::answer::{Answer, Asked, Known, Verdict, Zone};
 use super::forward::{Forwarder, Limits};
-use super::sockets::Sockets;
+use super::sockets::{Sockets, Transport};
 use super::upstreams::Upstreams;
 use crate::catalog::Demand;
 use crate::config::DnsConfig;
@@ -183,13 +183,20 @@ impl Handler {
         };
         match verdict {
             Verdict::Answer(answer) => local(request, answer),
-            Verdict::Forward(question) => match self.forwarder.forward(request, question).await {
-                Ok(message) => forwarded(request, question, message),
-                Err(error) => {
-                    debug!(client = %request.src(), %question, "not forwarded: {error}");
-                    local(request, Answer::error(ResponseCode::ServFail))
+            Verdict::Forward(question) => {
+                let (bytes, max_payload) = (request.as_slice(), request.max_payload());
+                let transport = match request.protocol() {
+                    Protocol::Udp => Transport::Udp,
+                    _ => Transport::Tcp,
+                };
+                match self.forwarder.forward(bytes, question, transport, max_payload).await {
+                    Ok(message) => forwarded(request, question, message),
+                    Err(error) => {
+                        debug!(client = %request.src(), %question, "not forwarded: {error}");
+                        local(request, Answer::error(ResponseCode::ServFail))
+                    }
                 }
-            },
+            }
         }
     }
 }
