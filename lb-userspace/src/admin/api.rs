@@ -53,6 +53,42 @@ pub struct DnsStatus {
     pub domain: String,
 }
 
+/// `GET /v1/dns?name=NAME&type=TYPE`: what the DNS server answers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Lookup {
+    /// Name, class and type.
+    pub question: String,
+    /// `NOERROR`, `NXDOMAIN`, `SERVFAIL` and so on.
+    pub code: String,
+    /// The records of each section: name, TTL in seconds, class, type, data.
+    pub answers: Vec<String>,
+    /// Those that say who is responsible, and for how long to believe in there being nothing.
+    pub authorities: Vec<String>,
+    /// Those that go along.
+    pub additionals: Vec<String>,
+    /// Where the answer came from, where that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub origin: Option<Origin>,
+    /// The resolver it came from, where it was forwarded.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub upstream: Option<String>,
+    /// Why no resolver answered, where none did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+}
+
+/// Where an answer came from, within [`Lookup`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Origin {
+    /// From the server itself, by its table.
+    Table,
+    /// From another resolver.
+    Upstream,
+    /// It should have come from another resolver, and none gave one.
+    Nowhere,
+}
+
 /// The kernel side, within [`Status`].
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct PlaneStatus {

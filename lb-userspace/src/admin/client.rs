@@ -9,7 +9,7 @@ use tokio::net::{TcpStream, UnixStream};
 use super::http::{Answer, ExchangeError, JSON, exchange};
 use crate::config::AdminAddress;
 
-pub use super::route::explain_path;
+pub use super::route::{explain_path, lookup_path};
 
 /// The address that is asked when neither a flag nor the environment names one.
 pub const DEFAULT_ADDRESS: &str = "unix:/run/nohop/admin.sock";

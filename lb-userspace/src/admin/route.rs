@@ -9,9 +9,10 @@ pub(super) const ROUTES: &str = "\
 GET /v1/status
 GET /v1/services
 GET /v1/services/NAME
+GET /v1/dns?name=NAME&type=TYPE
 GET /healthz
 GET /readyz
-On /v1: ?after=GENERATION answers once the table is past that generation, or after &wait=SECONDS \
+On the others of /v1: ?after=GENERATION answers once the table is past that generation, or after &wait=SECONDS \
 (60 by default, at most 600).
 ";
 
@@ -26,6 +27,7 @@ pub(super) enum Route {
     Status,
     Services,
     Explain(String),
+    LookUp { name: String, kind: String },
     Health,
     Ready,
 }
@@ -57,6 +59,10 @@ pub(super) fn route(
     let route = match path {
         "/v1/status" => Route::Status,
         "/v1/services" => Route::Services,
+        "/v1/dns" if *method == Method::GET => {
+            return Ok((look_up(query.unwrap_or_default())?, None));
+        }
+        "/v1/dns" => return Err(RouteError::Method),
         "/healthz" => Route::Health,
         "/readyz" => Route::Ready,
         _ => match path.strip_prefix("/v1/services/") {
@@ -68,6 +74,23 @@ pub(super) fn route(
         return Err(RouteError::Method);
     }
     Ok((route, wait(query.unwrap_or_default())?))
+}
+
+fn look_up(query: &str) -> Result<Route, RouteError> {
+    let (mut name, mut kind) = (None, "A".to_owned());
+    for pair in query.split('&').filter(|pair| !pair.is_empty()) {
+        match pair.split_once('=').unwrap_or((pair, "")) {
+            ("name", value) => name = Some(decode(value)),
+            ("type", value) => kind = decode(value),
+            (name, value) => {
+                let mend = "the query may hold name and type";
+                return Err(RouteError::Query { name: name.into(), value: value.into(), mend });
+            }
+        }
+    }
+    let mend = "write the name to look up";
+    let name = name.ok_or(RouteError::Query { name: "name".into(), value: "".into(), mend })?;
+    Ok(Route::LookUp { name, kind })
 }
 
 fn wait(query: &str) -> Result<Option<Wait>, RouteError> {
@@ -91,14 +114,21 @@ fn wait(query: &str) -> Result<Option<Wait>, RouteError> {
 
 /// The path that explains a name, whatever characters it has.
 pub fn explain_path(name: &str) -> String {
-    let encoded: String = name
-        .bytes()
+    format!("/v1/services/{}", encode(name))
+}
+
+/// The path that looks a name up.
+pub fn lookup_path(name: &str, kind: &str) -> String {
+    format!("/v1/dns?name={}&type={}", encode(name), encode(kind))
+}
+
+fn encode(text: &str) -> String {
+    text.bytes()
         .map(|byte| match byte {
             b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' => char::from(byte).to_string(),
             byte => format!("%{byte:02X}"),
         })
-        .collect();
-    format!("/v1/services/{encoded}")
+        .collect()
 }
 
 fn decode(text: &str) -> String {
@@ -132,6 +162,19 @@ mod tests {
             ("/v1/services", Some(""), Some((Route::Services, None))),
             ("/v1/services/web", None, Some((Route::Explain("web".into()), None))),
             ("/v1/services/a%20%c3%a9%", None, Some((Route::Explain("a é%".into()), None))),
+            (
+                "/v1/dns",
+                Some("name=web.service&type=SRV"),
+                Some((Route::LookUp { name: "web.service".into(), kind: "SRV".into() }, None)),
+            ),
+            (
+                "/v1/dns",
+                Some("name=a%2e"),
+                Some((Route::LookUp { name: "a.".into(), kind: "A".into() }, None)),
+            ),
+            ("/v1/dns", None, None),
+            ("/v1/dns", Some("type=A"), None),
+            ("/v1/dns", Some("name=a&after=1"), None),
             ("/healthz", None, Some((Route::Health, None))),
             ("/readyz", None, Some((Route::Ready, None))),
             (
@@ -171,6 +214,10 @@ mod tests {
             let path = explain_path(name);
             let (found, _) = route(&Method::GET, &path, None).unwrap();
             assert_eq!(found, Route::Explain(name.to_owned()));
+            let path = lookup_path(name, "A");
+            let (path, query) = path.split_once('?').unwrap();
+            let (found, _) = route(&Method::GET, path, Some(query)).unwrap();
+            assert_eq!(found, Route::LookUp { name: name.to_owned(), kind: "A".into() });
         }
     }
 }

@@ -45,6 +45,12 @@ pub trait View: Send + Sync + 'static {
     fn services(&self) -> Vec<api::Service>;
     /// What is known of a name; of an unknown one too.
     fn explain(&self, name: &str) -> api::Explanation;
+    /// What DNS answers to a name and a type, or why there is nothing to answer.
+    fn look_up(
+        &self,
+        name: &str,
+        kind: &str,
+    ) -> impl Future<Output = Result<api::Lookup, String>> + Send;
     /// The generation of the table, as it grows.
     fn generation(&self) -> watch::Receiver<u64>;
 }
@@ -136,6 +142,10 @@ async fn answer<V: View>(request: &Request<Incoming>, view: &V) -> Response<Full
             };
             json(status, generation, &explanation)
         }
+        Route::LookUp { name, kind } => match view.look_up(&name, &kind).await {
+            Ok(lookup) => json(StatusCode::OK, generation, &lookup),
+            Err(wrong) => text(StatusCode::BAD_REQUEST, format!("{wrong}\n")),
+        },
         Route::Health => text(StatusCode::OK, "ok\n".to_owned()),
         Route::Ready => {
             let status = view.status();
@@ -241,6 +251,10 @@ mod tests {
                 service: self.services().into_iter().find(|service| service.name == name),
                 excluded: vec![],
             }
+        }
+
+        async fn look_up(&self, name: &str, _kind: &str) -> Result<api::Lookup, String> {
+            Err(format!("no lookup of {name} here"))
         }
 
         fn generation(&self) -> watch::Receiver<u64> {

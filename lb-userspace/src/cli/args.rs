@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use super::dns::DnsCommand;
+
 /// The load balancer without a proxy hop, for Nomad and Consul.
 #[derive(Debug, Parser)]
 #[command(name = "nohop", version)]
@@ -57,6 +59,12 @@ pub enum Command {
         /// How to find the daemon
         #[command(flatten)]
         client: ClientArguments,
+    },
+    /// How this machine's resolver comes to ask nohop, and what nohop answers
+    Dns {
+        /// Which of the two
+        #[command(subcommand)]
+        command: DnsCommand,
     },
     /// Dial once from inside a cgroup: how the daemon proves that its hooks run there
     #[command(hide = true)]

@@ -82,6 +82,8 @@ pub fn check(config: Result<Config, ConfigErrors>, admin: Option<&str>) -> Repor
         let mend = "it routes all the same; see what it says".to_owned();
         checks.push(finding("catalog warning", false, Err((warning, mend))));
     }
+    let through = through_resolver(admin, daemon.as_ref().ok());
+    checks.push(finding("lookups of this machine", false, through));
     checks.push(finding(
         "daemon",
         false,
@@ -271,6 +273,47 @@ fn dns_port(address: SocketAddr, daemon: Option<&api::Status>) -> Found {
                 address.port()
             ),
         ),
+    }
+}
+
+/// How long the machine's resolver may take: as long as glibc waits for its first nameserver.
+const LOOKUP_LIMIT: std::time::Duration = std::time::Duration::from_secs(5);
+
+/// Looks a service up as every program does, through getaddrinfo() and whatever resolver the machine
+/// has, and compares the answer with the service's VIP: nobody but the daemon knows that.
+fn through_resolver(admin: Option<&str>, daemon: Option<&api::Status>) -> Found {
+    let Some(status) = daemon.filter(|status| status.ready) else {
+        return Ok("not tried: no daemon is ready to answer".to_owned());
+    };
+    let services = client::find(admin, &super::environment)
+        .map_err(|error| error.to_string())
+        .and_then(|address| block_on(client::get::<Vec<api::Service>>(&address, "/v1/services")))
+        .and_then(|result| result.map_err(|error| error.to_string()));
+    let Some(service) = services.ok().and_then(|services| services.into_iter().next()) else {
+        return Ok("not tried: there is no service to look up yet".to_owned());
+    };
+    let name = format!("{}.{}", service.name, status.dns.domain);
+    let (sender, receiver) = std::sync::mpsc::channel();
+    let asked = (name.clone(), 80);
+    // getaddrinfo() knows no limit of time but the resolver's own.
+    std::thread::spawn(move || {
+        let found = std::net::ToSocketAddrs::to_socket_addrs(&asked);
+        let _ = sender.send(found.map(|found| found.map(|each| each.ip()).collect::<Vec<_>>()));
+    });
+    let mend = "point the machine's resolver at nohop: nohop dns setup says how";
+    match receiver.recv_timeout(LOOKUP_LIMIT) {
+        Ok(Ok(found)) if found.contains(&service.vip.into()) => {
+            Ok(format!("{name} is {}, through the machine's own resolver", service.vip))
+        }
+        Ok(Ok(found)) => {
+            let found: Vec<_> = found.iter().map(ToString::to_string).collect();
+            let found = found.join(", ");
+            wrong(format!("{name} is {found} here, and not its VIP {}", service.vip), mend)
+        }
+        Ok(Err(error)) => {
+            wrong(format!("the machine's resolver doesn't know {name}: {error}"), mend)
+        }
+        Err(_) => wrong(format!("the machine's resolver gives no answer for {name} in 5 s"), mend),
     }
 }
 

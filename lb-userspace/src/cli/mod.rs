@@ -3,6 +3,7 @@
 mod args;
 mod check;
 mod dial;
+mod dns;
 mod run;
 mod show;
 mod unload;
@@ -21,6 +22,7 @@ use crate::admin::{api, client};
 use crate::config::{Config, ConfigErrors, Overrides};
 use crate::plane::probe;
 use args::{Arguments, ClientArguments, Command, ConfigArguments, LogFormat};
+use dns::DnsCommand;
 
 /// Something failed.
 const FAILURE: u8 = 1;
@@ -71,6 +73,13 @@ fn command(command: Command) -> anyhow::Result<ExitCode> {
             if explanation.service.is_none() {
                 return Ok(ExitCode::from(FAILURE));
             }
+        }
+        Command::Dns { command: DnsCommand::Setup { way, apply, undo, root, config } } => {
+            let text = dns::setup(way, apply, undo, &root, &load(*config, None)?)?;
+            write(&text)?;
+        }
+        Command::Dns { command: DnsCommand::Query { name, kind, server, client } } => {
+            print(&client, &dns::query(&name, &kind, server, &client)?, dns::lookup_text)?;
         }
         Command::ProbeDial { cgroup, address } => probe::dial_inside(&cgroup, address)
             .with_context(|| format!("can't enter {}", cgroup.display()))?,
@@ -137,6 +146,10 @@ fn print<T: Serialize>(
         true => serde_json::to_string_pretty(document)? + "\n",
         false => text(document),
     };
+    write(&text)
+}
+
+fn write(text: &str) -> anyhow::Result<()> {
     match std::io::stdout().write_all(text.as_bytes()) {
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
             Err(error).context("can't write to stdout")

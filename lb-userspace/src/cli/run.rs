@@ -105,7 +105,10 @@ impl Daemon {
         let plane = Arc::new(SharedPlane::new(plane));
         tokio::task::block_in_place(|| plane.prove());
         attached_out.send_replace(plane.hooks().attached);
+        let demand = source.demand.clone();
+        let dns = dns::Server::start(dns_sockets, &config.dns, table.clone(), attached, demand);
         let view = DaemonView {
+            inquirer: dns.inquirer(),
             dns: admin::api::DnsStatus {
                 listen: dns_addresses.clone(),
                 domain: config.dns.domain.clone(),
@@ -114,12 +117,10 @@ impl Daemon {
             scope: scope.clone(),
             plane: plane.clone(),
             counters,
-            table: table.clone(),
+            table,
             health: source.health.clone(),
             generation,
         };
-        let demand = source.demand.clone();
-        let dns = dns::Server::start(dns_sockets, &config.dns, table, attached, demand);
         let admin = tokio::spawn(admin::serve(admin_listeners, Arc::new(view))).abort_handle();
         for address in dns_addresses {
             tracing::info!("answering *.{} on {address}", config.dns.domain);

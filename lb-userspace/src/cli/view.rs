@@ -9,12 +9,14 @@ use tokio::sync::watch;
 use super::dial;
 use crate::admin::{View, api};
 use crate::catalog::Health;
+use crate::dns::Inquirer;
 use crate::plane::{COUNTERS, Counters, Indices, SharedPlane};
 use crate::table::{Service, Table};
 
 /// The running daemon, as far as the admin interface needs it.
 pub struct DaemonView {
     pub(super) dns: api::DnsStatus,
+    pub(super) inquirer: Inquirer,
     pub(super) tag: String,
     pub(super) scope: PathBuf,
     pub(super) plane: Arc<SharedPlane>,
@@ -34,6 +36,7 @@ impl View for DaemonView {
             problems.push(format!("no full answer from {} yet: names get SERVFAIL", health.source));
         }
         problems.extend(hooks.problems);
+        problems.extend(self.inquirer.problems());
         let errors = self.plane.errors();
         problems.extend(refused(&errors));
         let n_rejected = table.rejected.len();
@@ -96,6 +99,13 @@ impl View for DaemonView {
             dial: self.dial(name, &table),
             service: service.map(|service| self.service(service)),
             excluded: service.map(|service| service.excluded.clone()).unwrap_or_default(),
+        }
+    }
+
+    async fn look_up(&self, name: &str, kind: &str) -> Result<api::Lookup, String> {
+        match self.inquirer.look_up(name, kind).await {
+            Ok((answer, origin)) => Ok(super::dns::document(&answer, Some(origin))),
+            Err(error) => Err(error.to_string()),
         }
     }
 

@@ -41,7 +41,11 @@ impl<'a> Outgoing<'a> {
     /// The client's message `bytes`, which asks `question`, under a random id.
     pub(super) fn new(bytes: &[u8], question: &'a Query) -> Outgoing<'a> {
         // hickory draws the id of a new query from a cryptographic source.
-        let id = Message::query().metadata.id;
+        Outgoing::with_id(bytes, Message::query().metadata.id, question)
+    }
+
+    /// The message `bytes`, which asks `question`, under this id.
+    pub(super) fn with_id(bytes: &[u8], id: u16, question: &'a Query) -> Outgoing<'a> {
         let mut bytes = bytes.to_vec();
         for (byte, id_byte) in bytes.iter_mut().zip(id.to_be_bytes()) {
             *byte = id_byte;

@@ -1,13 +1,20 @@
 //! Names that aren't ours: the question goes to other resolvers, and their answer comes back.
 
 use std::net::SocketAddr;
-use std::time::Duration;
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
 
 use hickory_proto::op::{Message, Query, ResponseCode};
-use tokio::sync::Semaphore;
+use hickory_proto::rr::Name;
+use tokio::sync::{Notify, Semaphore};
+use tokio::task::JoinSet;
 use tracing::debug;
 
 use super::exchange::{ExchangeError, Outgoing};
+use super::health::Health;
+use super::lookup::{Origin, Origins};
+use super::loops::{Loops, Way};
+use super::same::Same;
 use super::sockets::Transport;
 use super::upstreams::Upstreams;
 
@@ -33,10 +40,21 @@ impl Default for Limits {
 pub(super) enum ForwardError {
     #[error("too many questions are under way")]
     Busy,
+    #[error("this question comes back again and again: a resolver sends it in a circle")]
+    Circle,
+    #[error("it is a question of our own that shows which resolvers lead back here")]
+    OwnProbe,
     #[error("there is no resolver to ask but this one")]
     NoUpstream,
     #[error("none of {0} resolvers answered")]
     Unanswered(usize),
+}
+
+/// An answer, and who gave it.
+#[derive(Debug)]
+pub(super) struct Forwarded {
+    pub(super) message: Message,
+    pub(super) server: SocketAddr,
 }
 
 /// Carries questions to other resolvers; it keeps no answer.
@@ -45,11 +63,35 @@ pub(super) struct Forwarder {
     upstreams: Upstreams,
     limits: Limits,
     in_flight: Semaphore,
+    same: Same,
+    health: Health,
+    loops: Loops,
+    /// Who wants to know where answers come from.
+    pub(super) origins: Origins,
+    /// Wakes the search for circles.
+    suspicion: Arc<Notify>,
 }
 
 impl Forwarder {
-    pub(super) fn new(upstreams: Upstreams, limits: Limits) -> Forwarder {
-        Forwarder { upstreams, limits, in_flight: Semaphore::new(limits.max_in_flight) }
+    /// Starts to look for circles, too, for as long as the forwarder lives.
+    ///
+    /// # Panics
+    ///
+    /// Outside a tokio runtime.
+    pub(super) fn start(upstreams: Upstreams, limits: Limits) -> Arc<Forwarder> {
+        let forwarder = Arc::new(Forwarder {
+            upstreams,
+            limits,
+            in_flight: Semaphore::new(limits.max_in_flight),
+            same: Same::default(),
+            health: Health::default(),
+            loops: Loops::default(),
+            origins: Origins::default(),
+            suspicion: Arc::default(),
+        });
+        let suspicion = Arc::clone(&forwarder.suspicion);
+        tokio::spawn(search(Arc::downgrade(&forwarder), suspicion));
+        forwarder
     }
 
     /// The resolvers' answer to `question`, the only one of the client's message `bytes`, by the
@@ -65,24 +107,49 @@ impl Forwarder {
         question: &Query,
         transport: Transport,
         max_payload: u16,
-    ) -> Result<Message, ForwardError> {
+    ) -> Result<Forwarded, ForwardError> {
+        let forwarded = self.carry(bytes, question, transport, max_payload).await;
+        self.origins.note(bytes, question, || match &forwarded {
+            Ok(forwarded) => Origin::Upstream(forwarded.server),
+            Err(error) => Origin::Nowhere(error.to_string()),
+        });
+        forwarded
+    }
+
+    async fn carry(
+        &self,
+        bytes: &[u8],
+        question: &Query,
+        transport: Transport,
+        max_payload: u16,
+    ) -> Result<Forwarded, ForwardError> {
+        if self.loops.is_probe(&question.name) {
+            return Err(ForwardError::OwnProbe);
+        }
+        let Some(under_way) = self.same.enter(question) else {
+            self.suspicion.notify_one();
+            return Err(ForwardError::Circle);
+        };
+        if under_way.is_suspicious {
+            self.suspicion.notify_one();
+        }
         let Ok(_permit) = self.in_flight.try_acquire() else {
             return Err(ForwardError::Busy);
         };
-        let servers = self.upstreams.of(&question.name);
-        if servers.is_empty() {
-            return Err(ForwardError::NoUpstream);
-        }
         let outgoing = Outgoing::new(bytes, question);
-        let mut refusal = None;
+        let (mut n_servers, mut refusal) = (0, None);
         for _ in 0..self.limits.n_rounds {
-            for &server in &*servers {
+            // Each round anew: what was learnt in the one before counts.
+            let servers = self.servers(&question.name);
+            n_servers = servers.len();
+            for server in servers {
                 match self.ask(server, &outgoing, transport, max_payload).await {
-                    Some(answer) if is_refusal(&answer) => {
-                        debug!(%server, %question, code = %answer.metadata.response_code, "refused");
-                        refusal.get_or_insert(answer);
+                    Some(message) if is_refusal(&message) => {
+                        let code = message.metadata.response_code;
+                        debug!(%server, %question, %code, "refused");
+                        refusal.get_or_insert(Forwarded { message, server });
                     }
-                    Some(answer) => return Ok(answer),
+                    Some(message) => return Ok(Forwarded { message, server }),
                     None => {}
                 }
             }
@@ -90,7 +157,27 @@ impl Forwarder {
                 return Ok(answer);
             }
         }
-        Err(ForwardError::Unanswered(servers.len()))
+        match n_servers {
+            0 => Err(ForwardError::NoUpstream),
+            n_servers => Err(ForwardError::Unanswered(n_servers)),
+        }
+    }
+
+    /// What is wrong with the upstreams, each with the mend.
+    pub(super) fn problems(&self) -> Vec<String> {
+        self.loops.problems(&self.upstreams.ways())
+    }
+
+    /// The resolvers to ask for a name, in order: none that leads back here, and those that failed
+    /// a moment ago last.
+    fn servers(&self, name: &Name) -> Vec<SocketAddr> {
+        let (domain, servers) = self.upstreams.of(name);
+        let mut servers = servers.to_vec();
+        servers.retain(|&server| {
+            !self.loops.is_circular(&Way { domain: Arc::clone(&domain), server })
+        });
+        self.health.order(&mut servers, Instant::now());
+        servers
     }
 
     /// One resolver's answer, where it gives one in time.
@@ -111,7 +198,76 @@ impl Forwarder {
         let answer: Result<Message, ExchangeError> = timed.await.unwrap_or_else(|elapsed| {
             Err(std::io::Error::new(std::io::ErrorKind::TimedOut, elapsed).into())
         });
-        answer.inspect_err(|error| debug!(%server, %error, "a resolver gave no answer")).ok()
+        match answer {
+            Ok(message) => {
+                self.health.answered(server);
+                Some(message)
+            }
+            Err(error) => {
+                debug!(%server, %error, "a resolver gave no answer");
+                self.health.failed(server, Instant::now());
+                // A resolver that hears its own question again may keep silent, as dnsmasq does.
+                self.suspicion.notify_one();
+                None
+            }
+        }
+    }
+
+    /// Sends each upstream a question that shows whether it leads back here.
+    async fn probe(self: Arc<Self>) {
+        let ways = self.upstreams.ways();
+        self.loops.keep(&ways);
+        let mut probes = JoinSet::new();
+        for way in ways {
+            let Some(question) = self.loops.probe(&way) else { continue };
+            let forwarder = Arc::clone(&self);
+            probes.spawn(async move {
+                let mut message = Message::query();
+                message.add_query(question.clone()).metadata.recursion_desired = true;
+                let Ok(bytes) = message.to_vec() else { return };
+                let outgoing = Outgoing::new(&bytes, &question);
+                let exchange = outgoing.over_udp(way.server, MIN_PAYLOAD);
+                let timed = tokio::time::timeout(forwarder.limits.patience, exchange);
+                if let Ok(Ok(_)) = timed.await {
+                    forwarder.loops.answered(&question);
+                }
+            });
+        }
+        while probes.join_next().await.is_some() {}
+    }
+}
+
+/// What every resolver may send over UDP.
+const MIN_PAYLOAD: usize = 512;
+
+/// How often upstreams are probed.
+const PROBE_PERIOD: Duration = Duration::from_secs(60);
+
+/// The time between two searches at least, however suspicious what comes in may look.
+const PROBE_PAUSE: Duration = Duration::from_secs(2);
+
+/// How often a change of the upstreams is looked for.
+const CHANGE_PERIOD: Duration = Duration::from_secs(5);
+
+/// Probes at the start, every minute, when the upstreams have changed, and when the same question
+/// comes suspiciously often, until the forwarder is gone.
+async fn search(forwarder: Weak<Forwarder>, suspicion: Arc<Notify>) {
+    let mut probed = Vec::new();
+    let mut due = Instant::now();
+    loop {
+        {
+            let Some(forwarder) = forwarder.upgrade() else { return };
+            let ways = forwarder.upstreams.ways();
+            if Instant::now() >= due || ways != probed {
+                probed = ways;
+                due = Instant::now() + PROBE_PERIOD;
+                forwarder.probe().await;
+            }
+        }
+        tokio::time::sleep(PROBE_PAUSE).await;
+        if tokio::time::timeout(CHANGE_PERIOD - PROBE_PAUSE, suspicion.notified()).await.is_ok() {
+            due = Instant::now();
+        }
     }
 }
 

@@ -7,7 +7,11 @@
 mod answer;
 mod exchange;
 mod forward;
+mod health;
+mod lookup;
+mod loops;
 mod resolv_conf;
+mod same;
 mod server;
 mod sockets;
 mod suffix;
@@ -16,5 +20,6 @@ mod upstreams;
 #[cfg(test)]
 mod tests;
 
+pub use lookup::{Inquirer, LookupError, Origin, ask};
 pub use server::Server;
 pub use sockets::{DnsError, Sockets, Transport, bind};

@@ -2,7 +2,7 @@
 
 use std::fs::{self, Metadata};
 use std::io;
-use std::net::{SocketAddr, SocketAddrV6};
+use std::net::{IpAddr, SocketAddr, SocketAddrV6};
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -18,13 +18,15 @@ use tracing::{debug, warn};
 #[derive(Debug)]
 pub(super) struct ResolvConf {
     path: PathBuf,
+    /// Where systemd-resolved tells whom it asks itself.
+    uplinks: PathBuf,
     read: Mutex<Read>,
 }
 
 #[derive(Debug, Default)]
 struct Read {
-    /// The version of the file; `None` before the first look.
-    stamp: Option<Stamp>,
+    /// The versions of the two files; `None` before the first look.
+    stamp: Option<[Stamp; 2]>,
     servers: Arc<[SocketAddr]>,
 }
 
@@ -51,24 +53,37 @@ impl From<Metadata> for Stamp {
 }
 
 impl ResolvConf {
-    /// The file at `path`, which is read when it is first needed.
-    pub(super) fn new(path: PathBuf) -> ResolvConf {
-        ResolvConf { path, read: Mutex::default() }
+    /// The file at `path`, which is read when it is first needed; `uplinks` stands in where it
+    /// names systemd-resolved alone.
+    pub(super) fn new(path: PathBuf, uplinks: PathBuf) -> ResolvConf {
+        ResolvConf { path, uplinks, read: Mutex::default() }
     }
 
     /// The nameservers that `keep` lets through, in the file's order.
+    ///
+    /// Behind systemd-resolved's own address come the servers that it asks itself: where it is
+    /// told to ask us, it asks us for all names, so it leads back here and is left out.
     ///
     /// `keep` is asked once for each version of the file. While the file can't be read, the
     /// servers stay those of the version before.
     pub(super) fn servers(&self, keep: impl Fn(&SocketAddr) -> bool) -> Arc<[SocketAddr]> {
         let mut read = self.read.lock().unwrap_or_else(PoisonError::into_inner);
         // First the metadata, then the content: a change in between is found the next time.
-        let stamp = fs::metadata(&self.path).map(Stamp::from).unwrap_or_default();
+        let stamp = [&self.path, &self.uplinks]
+            .map(|path| fs::metadata(path).map(Stamp::from).unwrap_or_default());
         if read.stamp != Some(stamp) {
             read.stamp = Some(stamp);
             let path = self.path.display();
             match fs::read(&self.path) {
-                Ok(content) => read.servers = nameservers(&content).filter(keep).collect(),
+                Ok(content) => {
+                    let named: Vec<_> = nameservers(&content).collect();
+                    let uplinks = match !named.is_empty() && named.iter().all(is_stub) {
+                        true => fs::read(&self.uplinks).unwrap_or_default(),
+                        false => Vec::new(),
+                    };
+                    let servers = named.into_iter().chain(nameservers(&uplinks));
+                    read.servers = servers.filter(keep).collect();
+                }
                 Err(error) => warn!("can't read {path}: {error}; its last nameservers stay"),
             }
             debug!(servers = ?read.servers, "read {path}");
@@ -81,6 +96,11 @@ impl ResolvConf {
         }
         Arc::clone(&read.servers)
     }
+}
+
+/// Whether this is an address of systemd-resolved.
+pub(super) fn is_stub(server: &SocketAddr) -> bool {
+    matches!(server.ip(), IpAddr::V4(ip) if matches!(ip.octets(), [127, 0, 0, 53 | 54]))
 }
 
 /// The nameservers in `content`; a line that can't be understood costs only itself.
@@ -141,7 +161,7 @@ mod tests {
         let (target, link) = (dir.path().join("stub"), dir.path().join("resolv.conf"));
         fs::write(&target, "nameserver 192.0.2.1\n").unwrap();
         std::os::unix::fs::symlink(&target, &link).unwrap();
-        let resolv_conf = ResolvConf::new(link);
+        let resolv_conf = ResolvConf::new(link, dir.path().join("uplinks"));
         let servers = || show(&resolv_conf.servers(|server| server.ip().is_ipv4()));
 
         assert_eq!(servers(), "192.0.2.1:53");
@@ -151,5 +171,22 @@ mod tests {
         assert_eq!(servers(), "192.0.2.20:53");
         fs::write(&target, "nameserver 192.0.2.3\n").unwrap();
         assert_eq!(servers(), "192.0.2.3:53");
+    }
+
+    #[test]
+    fn behind_systemd_resolved_stand_those_that_it_asks() {
+        let dir = tempfile::tempdir().unwrap();
+        let [path, uplinks] = ["resolv.conf", "uplinks"].map(|name| dir.path().join(name));
+        let resolv_conf = ResolvConf::new(path.clone(), uplinks.clone());
+        let servers = || show(&resolv_conf.servers(|server| server.to_string() != "127.0.0.1:53"));
+
+        fs::write(&path, "nameserver 127.0.0.53\n").unwrap();
+        assert_eq!(servers(), "127.0.0.53:53");
+        fs::write(&uplinks, "nameserver 127.0.0.1\nnameserver 192.0.2.9\n").unwrap();
+        assert_eq!(servers(), "127.0.0.53:53 192.0.2.9:53");
+        fs::write(&path, "nameserver 127.0.0.53\nnameserver 192.0.2.1\n").unwrap();
+        assert_eq!(servers(), "127.0.0.53:53 192.0.2.1:53");
+        fs::write(&path, "").unwrap();
+        assert_eq!(servers(), "");
     }
 }

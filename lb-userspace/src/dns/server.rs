@@ -1,5 +1,6 @@
 //! The server: hickory's sockets in front, the zone and the forwarder behind.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,7 +15,8 @@ use tokio::sync::watch;
 use tracing::{debug, warn};
 
 use super::answer::{Answer, Asked, Known, Verdict, Zone};
-use super::forward::{Forwarder, Limits};
+use super::forward::{Forwarded, Forwarder, Limits};
+use super::lookup::Inquirer;
 use super::sockets::{Sockets, Transport};
 use super::upstreams::Upstreams;
 use crate::catalog::Demand;
@@ -34,6 +36,7 @@ const STOP_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// The DNS server, which answers from when it is started until it is stopped or dropped.
 pub struct Server {
+    inquirer: Inquirer,
     hickory: hickory_server::Server<Handler>,
 }
 
@@ -77,9 +80,13 @@ impl Server {
     ) -> Server {
         let Surroundings { resolv_conf, limits } = surroundings;
         let upstreams = Upstreams::new(config, sockets.addresses(), resolv_conf);
+        let address = sockets.addresses().first();
+        let nobody = SocketAddr::from(([127, 0, 0, 1], 53));
+        let forwarder = Forwarder::start(upstreams, limits);
+        let inquirer = Inquirer::new(Arc::clone(&forwarder), *address.unwrap_or(&nobody));
         let mut hickory = hickory_server::Server::new(Handler {
             zone: Zone::new(&config.domain, config.ttl),
-            forwarder: Forwarder::new(upstreams, limits),
+            forwarder,
             table,
             attached,
             demand,
@@ -90,7 +97,12 @@ impl Server {
         for listener in sockets.tcp {
             hickory.register_listener(listener, TCP_IDLE, TCP_ANSWERS);
         }
-        Server { hickory }
+        Server { inquirer, hickory }
+    }
+
+    /// Who asks this server.
+    pub fn inquirer(&self) -> Inquirer {
+        self.inquirer.clone()
     }
 
     /// Stops listening and drops what is under way, within half a second.
@@ -106,7 +118,7 @@ impl Server {
 /// Answers the messages that hickory could read; it answers FORMERR to others itself.
 struct Handler {
     zone: Zone,
-    forwarder: Forwarder,
+    forwarder: Arc<Forwarder>,
     table: watch::Receiver<Arc<Table>>,
     attached: watch::Receiver<bool>,
     demand: Demand,
@@ -190,7 +202,7 @@ impl Handler {
                     _ => Transport::Tcp,
                 };
                 match self.forwarder.forward(bytes, question, transport, max_payload).await {
-                    Ok(message) => forwarded(request, question, message),
+                    Ok(Forwarded { message, .. }) => forwarded(request, question, message),
                     Err(error) => {
                         debug!(client = %request.src(), %question, "not forwarded: {error}");
                         local(request, Answer::error(ResponseCode::ServFail))

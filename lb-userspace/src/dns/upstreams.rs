@@ -7,18 +7,30 @@ use std::sync::Arc;
 use hickory_proto::rr::Name;
 use tracing::warn;
 
+use super::loops::Way;
 use super::resolv_conf::ResolvConf;
 use super::suffix::Suffix;
 use crate::config::{DnsConfig, Forward};
+
+/// Where systemd-resolved tells whom it asks, without what belongs to one link.
+const RESOLVED_UPLINKS: &str = "/run/systemd/resolve/resolv.conf";
 
 /// The resolvers for each name, never ourselves.
 #[derive(Debug)]
 pub(super) struct Upstreams {
     /// Where a domain's names go, the longest domain first.
-    routes: Vec<(Suffix, Arc<[SocketAddr]>)>,
+    routes: Vec<Route>,
     others: Others,
     /// The addresses that we listen on.
     own: Vec<SocketAddr>,
+}
+
+/// Where the names of a domain go.
+#[derive(Debug)]
+struct Route {
+    suffix: Suffix,
+    domain: Arc<str>,
+    servers: Arc<[SocketAddr]>,
 }
 
 /// Where all other names go.
@@ -40,12 +52,15 @@ impl Upstreams {
                      fail; name the resolver that knows them"
                 );
             }
-            routes.push((Suffix::new(domain), servers));
+            let domain = domain.trim_matches('.');
+            routes.push(Route { suffix: Suffix::new(domain), domain: domain.into(), servers });
         }
-        routes.sort_by_key(|(domain, _)| std::cmp::Reverse(domain.n_labels()));
+        routes.sort_by_key(|route| std::cmp::Reverse(route.suffix.n_labels()));
 
         let others = match &config.forward {
-            Forward::ResolvConf => Others::ResolvConf(ResolvConf::new(resolv_conf)),
+            Forward::ResolvConf => {
+                Others::ResolvConf(ResolvConf::new(resolv_conf, RESOLVED_UPLINKS.into()))
+            }
             Forward::Servers(servers) => {
                 let servers = without_own(servers, own);
                 if servers.is_empty() {
@@ -60,14 +75,31 @@ impl Upstreams {
         Upstreams { routes, others, own: own.to_vec() }
     }
 
-    /// The servers to ask for `name`, in order; none where all of them are ourselves.
-    pub(super) fn of(&self, name: &Name) -> Arc<[SocketAddr]> {
-        let route = self.routes.iter().find(|(domain, _)| domain.depth_of(name).is_some());
-        match (route, &self.others) {
-            (Some((_, servers)), _) | (None, Others::Fixed(servers)) => Arc::clone(servers),
-            (None, Others::ResolvConf(file)) => {
-                file.servers(|server| !is_ourselves(*server, &self.own))
-            }
+    /// The domain of the route for `name`, or an empty one, and the servers to ask, in order; none
+    /// where all of them are ourselves.
+    pub(super) fn of(&self, name: &Name) -> (Arc<str>, Arc<[SocketAddr]>) {
+        match self.routes.iter().find(|route| route.suffix.depth_of(name).is_some()) {
+            Some(route) => (Arc::clone(&route.domain), Arc::clone(&route.servers)),
+            None => (Arc::default(), self.others()),
+        }
+    }
+
+    /// Every way that a question may take from here.
+    pub(super) fn ways(&self) -> Vec<Way> {
+        let routes = self.routes.iter().map(|route| (&route.domain, Arc::clone(&route.servers)));
+        routes
+            .chain([(&Arc::default(), self.others())])
+            .flat_map(|(domain, servers)| {
+                let way = |&server| Way { domain: Arc::clone(domain), server };
+                servers.iter().map(way).collect::<Vec<_>>()
+            })
+            .collect()
+    }
+
+    fn others(&self) -> Arc<[SocketAddr]> {
+        match &self.others {
+            Others::Fixed(servers) => Arc::clone(servers),
+            Others::ResolvConf(file) => file.servers(|server| !is_ourselves(*server, &self.own)),
         }
     }
 }
@@ -154,9 +186,22 @@ mod tests {
             ("a.loop.", ""),
         ];
         for (name, expected) in table {
-            let servers = upstreams.of(&Name::from_ascii(name).unwrap());
+            let (_, servers) = upstreams.of(&Name::from_ascii(name).unwrap());
             let shown: Vec<_> = servers.iter().map(ToString::to_string).collect();
             assert_eq!(shown.join(" "), expected, "{name}");
         }
+
+        let ways = upstreams.ways();
+        let shown: Vec<_> =
+            ways.iter().map(|way| format!("{} {}", way.domain, way.server)).collect();
+        assert_eq!(
+            shown,
+            [
+                "dc2.Consul 192.0.2.8:8600",
+                "consul 127.0.0.1:8600",
+                " 192.0.2.1:53",
+                " 192.0.2.2:53"
+            ]
+        );
     }
 }

@@ -1,0 +1,283 @@
+//! systemd-resolved's files: written all or none, and put back.
+
+use std::ffi::OsString;
+use std::fs;
+use std::io::{self, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use tempfile::NamedTempFile;
+
+use super::Target;
+use super::text::{ANCHOR, DROP_IN, MARK, negative_trust_anchor, resolved_drop_in};
+
+/// Why the machine isn't set up; then its files are as they were.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ApplyError {
+    #[error("can't {action} {}: {source}; run it as root", path.display())]
+    Io { action: &'static str, path: PathBuf, source: io::Error },
+    #[error("{} isn't nohop's, and there is no backup of it: it stays as it is", .0.display())]
+    NotOurs(PathBuf),
+    #[error("{0}; the files are as they were: see journalctl -u systemd-resolved")]
+    Restart(String),
+}
+
+fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> ApplyError {
+    move |source| ApplyError::Io { action, path: path.to_owned(), source }
+}
+
+/// What has to be done with a file.
+#[derive(Debug)]
+enum Step {
+    /// Give it this content.
+    Write(PathBuf, String),
+    /// Take it away.
+    Remove(PathBuf),
+}
+
+/// Writes the files, with a backup of what others wrote there, and restarts systemd-resolved.
+/// Doing it again changes nothing.
+pub(super) fn apply(root: &Path, target: &Target) -> Result<String, ApplyError> {
+    let mut steps = Vec::new();
+    for (file, content) in files(target) {
+        let path = root.join(file);
+        let present = read(&path)?;
+        if present.as_deref() == Some(&content) {
+            continue;
+        }
+        // Of what we wrote ourselves nobody needs a copy.
+        if let Some(theirs) = present.filter(|present| !is_ours(present)) {
+            steps.push(Step::Write(backup(&path), theirs));
+        }
+        steps.push(Step::Write(path, content));
+    }
+    if steps.is_empty() {
+        return Ok("systemd-resolved is set up already: nothing was changed\n".to_owned());
+    }
+    commit(root, &steps)
+}
+
+/// Puts back what was there before, and restarts systemd-resolved. Doing it again changes nothing.
+pub(super) fn undo(root: &Path, target: &Target) -> Result<String, ApplyError> {
+    let mut steps = Vec::new();
+    for (file, _) in files(target) {
+        let path = root.join(file);
+        let (present, before) = (read(&path)?, read(&backup(&path))?);
+        match (present, before) {
+            (_, Some(before)) => {
+                steps.push(Step::Write(path.clone(), before));
+                steps.push(Step::Remove(backup(&path)));
+            }
+            (Some(present), None) if is_ours(&present) => steps.push(Step::Remove(path)),
+            (Some(_), None) => return Err(ApplyError::NotOurs(path)),
+            (None, None) => {}
+        }
+    }
+    if steps.is_empty() {
+        return Ok("systemd-resolved isn't set up by nohop: nothing was changed\n".to_owned());
+    }
+    commit(root, &steps)
+}
+
+fn files(target: &Target) -> [(&'static str, String); 2] {
+    [(DROP_IN, resolved_drop_in(target)), (ANCHOR, negative_trust_anchor(target))]
+}
+
+fn is_ours(content: &str) -> bool {
+    content.trim_start_matches(['#', ';', ' ']).starts_with(&MARK[2..])
+}
+
+/// Beside the file, under a name that systemd-resolved doesn't read.
+fn backup(path: &Path) -> PathBuf {
+    let mut name = OsString::from(path.as_os_str());
+    name.push(".before-nohop");
+    name.into()
+}
+
+fn read(path: &Path) -> Result<Option<String>, ApplyError> {
+    match fs::read_to_string(path) {
+        Ok(content) => Ok(Some(content)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(failed("read", path)(error)),
+    }
+}
+
+/// Takes the steps and restarts systemd-resolved; when one of them fails, takes them back.
+fn commit(root: &Path, steps: &[Step]) -> Result<String, ApplyError> {
+    // What can fail for want of room or rights comes before the first file changes.
+    let staged = steps.iter().map(stage).collect::<Result<Vec<_>, _>>()?;
+    let mut done: Vec<(&Path, Option<String>)> = Vec::new();
+    let mut text = String::new();
+    for (step, staged) in steps.iter().zip(staged) {
+        let (Step::Write(path, _) | Step::Remove(path)) = step;
+        let before = read(path)?;
+        let taken = match staged {
+            Some(draft) => draft.persist(path).map(drop).map_err(|error| error.error),
+            None => fs::remove_file(path),
+        };
+        if let Err(error) = taken {
+            take_back(&done);
+            return Err(failed("change", path)(error));
+        }
+        text += &match step {
+            Step::Write(..) => format!("wrote {}\n", path.display()),
+            Step::Remove(..) => format!("removed {}\n", path.display()),
+        };
+        done.push((path, before));
+    }
+    match restart(root) {
+        Ok(said) => Ok(text + &said),
+        Err(what) => {
+            take_back(&done);
+            // With its old files it came up before, so it will again.
+            let _ = restart(root);
+            Err(ApplyError::Restart(what))
+        }
+    }
+}
+
+/// The new file, complete, beside the one that it will replace.
+fn stage(step: &Step) -> Result<Option<NamedTempFile>, ApplyError> {
+    let Step::Write(path, content) = step else { return Ok(None) };
+    let dir = path.parent().unwrap_or(Path::new("/"));
+    fs::create_dir_all(dir).map_err(failed("make", dir))?;
+    let draft = || {
+        let mut draft = NamedTempFile::new_in(dir)?;
+        draft.write_all(content.as_bytes())?;
+        // systemd-resolved reads it as a user of its own.
+        draft.as_file().set_permissions(fs::Permissions::from_mode(0o644))?;
+        draft.as_file().sync_all()?;
+        Ok(draft)
+    };
+    draft().map(Some).map_err(failed("write", path))
+}
+
+/// Puts files back as they were, as far as that can be done.
+fn take_back(done: &[(&Path, Option<String>)]) {
+    for (path, before) in done.iter().rev() {
+        let taken = match before {
+            Some(before) => stage(&Step::Write(path.to_path_buf(), before.clone())).and_then(
+                |draft| match draft {
+                    Some(draft) => {
+                        draft.persist(path).map(drop).map_err(|e| failed("put back", path)(e.error))
+                    }
+                    None => Ok(()),
+                },
+            ),
+            None => fs::remove_file(path).map_err(failed("remove", path)),
+        };
+        if let Err(error) = taken {
+            eprintln!("{error}");
+        }
+    }
+}
+
+/// Has systemd-resolved read its files anew. It can't before version 255, so it is restarted; it
+/// keeps no state but its cache.
+fn restart(root: &Path) -> Result<String, String> {
+    const COMMAND: &str = "systemctl try-restart systemd-resolved";
+    if root != Path::new("/") || !root.join("run/systemd/system").is_dir() {
+        return Ok(format!("systemd doesn't run here; where it does: {COMMAND}\n"));
+    }
+    let mut words = COMMAND.split(' ');
+    let output = Command::new(words.next().unwrap_or_default()).args(words).output();
+    match output {
+        Ok(output) if output.status.success() => Ok("restarted systemd-resolved\n".to_owned()),
+        Ok(output) => {
+            let said = String::from_utf8_lossy(&output.stderr);
+            Err(format!("`{COMMAND}` failed: {}", said.trim()))
+        }
+        Err(error) => Err(format!("can't run `{COMMAND}`: {error}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn target(port: u16) -> Target {
+        Target { local: ([127, 0, 0, 1], port).into(), remote: None, domain: "service".to_owned() }
+    }
+
+    /// Every file below a folder, with its content.
+    fn tree(root: &Path) -> Vec<(String, String)> {
+        let mut files = Vec::new();
+        let mut dirs = vec![root.to_owned()];
+        while let Some(dir) = dirs.pop() {
+            for entry in fs::read_dir(dir).unwrap() {
+                let path = entry.unwrap().path();
+                match path.is_dir() {
+                    true => dirs.push(path),
+                    false => {
+                        let name = path.strip_prefix(root).unwrap().display().to_string();
+                        files.push((name, fs::read_to_string(&path).unwrap()));
+                    }
+                }
+            }
+        }
+        files.sort();
+        files
+    }
+
+    #[test]
+    fn applied_twice_and_undone_twice() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path();
+        assert!(undo(root, &target(53)).unwrap().contains("nothing was changed"));
+        let said = apply(root, &target(53)).unwrap();
+        assert!(said.contains("wrote") && said.contains("systemd doesn't run here"), "{said}");
+        let applied = tree(root);
+        let names: Vec<_> = applied.iter().map(|(name, _)| name.as_str()).collect();
+        assert_eq!(names, [ANCHOR, DROP_IN]);
+        assert!(apply(root, &target(53)).unwrap().contains("nothing was changed"));
+        assert_eq!(tree(root), applied);
+
+        apply(root, &target(5354)).unwrap();
+        let names = tree(root).len();
+        assert_eq!(names, 2, "our own file of before needs no backup");
+        undo(root, &target(53)).unwrap();
+        assert_eq!(tree(root), []);
+        assert!(undo(root, &target(53)).unwrap().contains("nothing was changed"));
+    }
+
+    #[test]
+    fn what_was_there_is_put_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path();
+        let theirs = "[Resolve]\nDNS=192.0.2.1\n";
+        fs::create_dir_all(root.join(DROP_IN).parent().unwrap()).unwrap();
+        fs::write(root.join(DROP_IN), theirs).unwrap();
+        let before = tree(root);
+        assert!(matches!(undo(root, &target(53)), Err(ApplyError::NotOurs(_))));
+        assert_eq!(tree(root), before);
+        apply(root, &target(53)).unwrap();
+        apply(root, &target(5354)).unwrap();
+        let backed_up = (format!("{DROP_IN}.before-nohop"), theirs.to_owned());
+        assert!(tree(root).contains(&backed_up), "{:?}", tree(root));
+        undo(root, &target(5354)).unwrap();
+        assert_eq!(tree(root), before);
+    }
+
+    #[test]
+    fn nothing_is_half_applied() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path();
+        // The second file can't be had: its folder is a file.
+        fs::create_dir_all(root.join("etc")).unwrap();
+        fs::write(root.join("etc/dnssec-trust-anchors.d"), "").unwrap();
+        let before = tree(root);
+        let error = apply(root, &target(53)).unwrap_err().to_string();
+        assert!(error.contains("dnssec-trust-anchors.d"), "{error}");
+        assert_eq!(tree(root), before);
+
+        // It can be written beside, and not be put in place: a folder has its name.
+        fs::remove_file(root.join("etc/dnssec-trust-anchors.d")).unwrap();
+        let steps = [
+            Step::Write(root.join(DROP_IN), "new".to_owned()),
+            Step::Remove(root.join("etc/absent")),
+        ];
+        commit(root, &steps).unwrap_err();
+        assert_eq!(tree(root), []);
+    }
+}

@@ -1,0 +1,138 @@
+//! What resolves names on this machine, and which way to nohop suits it.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use super::Way;
+
+/// What was found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Machine {
+    /// What /etc/resolv.conf is a link to.
+    link: Option<PathBuf>,
+    /// Its nameservers.
+    nameservers: Vec<String>,
+    /// The programs that run, of those that matter.
+    programs: BTreeSet<&'static str>,
+}
+
+/// The programs that matter, by the name that the kernel shows, which it cuts at 15 letters.
+const PROGRAMS: [&str; 4] = ["systemd-resolve", "dnsmasq", "dockerd", "nomad"];
+
+/// Looks at the machine whose files are below `root`. What can't be read isn't there.
+pub(super) fn look(root: &Path) -> Machine {
+    let resolv_conf = root.join("etc/resolv.conf");
+    let text = fs::read_to_string(&resolv_conf).unwrap_or_default();
+    let nameservers = text.lines().filter_map(|line| {
+        let mut words = line.split_whitespace();
+        words.next().filter(|word| *word == "nameserver").and_then(|_| words.next())
+    });
+    let processes = fs::read_dir(root.join("proc")).into_iter().flatten().flatten();
+    let names = processes.filter_map(|entry| fs::read_to_string(entry.path().join("comm")).ok());
+    let programs = names.filter_map(|name| PROGRAMS.into_iter().find(|each| *each == name.trim()));
+    Machine {
+        link: fs::read_link(&resolv_conf).ok(),
+        nameservers: nameservers.map(str::to_owned).collect(),
+        programs: programs.collect(),
+    }
+}
+
+/// The ways that suit the machine, each with the reason: first that of the machine itself.
+fn recommend(machine: &Machine) -> Vec<(Way, String)> {
+    let runs = |program| machine.programs.contains(program);
+    let is_local = |server: &String| server.starts_with("127.") || server == "::1";
+    let link = machine.link.as_ref().map(|link| link.display().to_string()).unwrap_or_default();
+    let is_stub = |server: &String| matches!(server.as_str(), "127.0.0.53" | "127.0.0.54");
+
+    let mut ways = vec![if machine.nameservers.iter().any(is_stub) {
+        (Way::SystemdResolved, "/etc/resolv.conf names systemd-resolved (127.0.0.53)".to_owned())
+    } else if link.contains("systemd/resolve") {
+        (Way::SystemdResolved, format!("/etc/resolv.conf is a link to {link}"))
+    } else if runs("dnsmasq") && machine.nameservers.iter().any(is_local) {
+        let reason = "dnsmasq runs, and /etc/resolv.conf names a resolver on this machine";
+        (Way::Dnsmasq, reason.to_owned())
+    } else {
+        let named = match machine.nameservers.is_empty() {
+            true => "no nameserver".to_owned(),
+            false => machine.nameservers.join(", "),
+        };
+        let besides = match runs("systemd-resolve") {
+            true => "; systemd-resolved runs, but programs that read that file pass it by",
+            false => ", and no resolver that could send nohop a zone runs here",
+        };
+        (Way::ResolvConf, format!("/etc/resolv.conf names {named}{besides}"))
+    }];
+    if runs("dockerd") {
+        ways.push((Way::Docker, "Docker runs: its containers have networks of their own".into()));
+    }
+    if runs("nomad") {
+        let reason = "Nomad runs: groups in bridge mode have networks of their own";
+        ways.push((Way::Nomad, reason.to_owned()));
+    }
+    ways
+}
+
+/// The recommendation for people.
+pub(super) fn advice(machine: &Machine) -> String {
+    recommend(machine)
+        .iter()
+        .map(|(way, reason)| format!("{reason}:\n    nohop dns setup {}\n", way.option()))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A machine below a folder: its resolv.conf, as a file or a link, and what runs.
+    fn machine(resolv_conf: &str, link: Option<&str>, programs: &[&str]) -> Machine {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path();
+        fs::create_dir_all(root.join("etc")).unwrap();
+        let path = root.join("etc/resolv.conf");
+        match link {
+            Some(link) => {
+                let target = root.join("etc").join(link);
+                fs::create_dir_all(target.parent().unwrap()).unwrap();
+                fs::write(&target, resolv_conf).unwrap();
+                std::os::unix::fs::symlink(link, path).unwrap();
+            }
+            None => fs::write(path, resolv_conf).unwrap(),
+        }
+        for (pid, program) in programs.iter().enumerate() {
+            let process = root.join("proc").join(pid.to_string());
+            fs::create_dir_all(&process).unwrap();
+            fs::write(process.join("comm"), format!("{program}\n")).unwrap();
+        }
+        look(root)
+    }
+
+    #[test]
+    fn what_is_recommended() {
+        let stub = "# made\nnameserver 127.0.0.53\noptions edns0\n";
+        let local = "nameserver 127.0.0.1\n";
+        let far = "nameserver 192.0.2.1\nnameserver 192.0.2.2\n";
+        let to_stub = Some("../run/systemd/resolve/stub-resolv.conf");
+        let to_uplinks = Some("../run/systemd/resolve/resolv.conf");
+        let rows = [
+            (stub, to_stub, &["systemd-resolve"][..], "--systemd-resolved"),
+            (stub, None, &[], "--systemd-resolved"),
+            (far, to_uplinks, &["systemd-resolve"], "--systemd-resolved"),
+            (local, None, &["dnsmasq", "bash"], "--dnsmasq"),
+            (far, None, &["dnsmasq"], "--resolv-conf"),
+            (local, None, &[], "--resolv-conf"),
+            (far, None, &["systemd-resolve"], "--resolv-conf"),
+            ("", None, &[], "--resolv-conf"),
+            (stub, to_stub, &["nomad", "dockerd"], "--systemd-resolved --docker --nomad"),
+        ];
+        for (resolv_conf, link, programs, expected) in rows {
+            let machine = machine(resolv_conf, link, programs);
+            let ways: Vec<_> = recommend(&machine).iter().map(|(way, _)| way.option()).collect();
+            assert_eq!(ways.join(" "), expected, "{machine:?}");
+        }
+        let advice = advice(&Machine::default());
+        assert!(advice.contains("names no nameserver, and no resolver"), "{advice}");
+        assert!(advice.ends_with(":\n    nohop dns setup --resolv-conf\n"), "{advice}");
+    }
+}

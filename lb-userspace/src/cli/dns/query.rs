@@ -1,0 +1,121 @@
+//! `nohop dns query`: an answer, and where it came from.
+
+use std::fmt::Write;
+use std::net::SocketAddr;
+
+use hickory_proto::op::Message;
+use hickory_proto::rr::Record;
+
+use crate::admin::{api, client};
+use crate::cli::args::ClientArguments;
+use crate::dns;
+
+/// Asks the daemon, or the server that is named.
+///
+/// # Errors
+/// When nobody answers, or name or type are none.
+pub fn query(
+    name: &str,
+    kind: &str,
+    server: Option<SocketAddr>,
+    arguments: &ClientArguments,
+) -> anyhow::Result<api::Lookup> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        if let Some(server) = server {
+            let answer = dns::ask(server, name, kind).await?;
+            return Ok(document(&answer, None));
+        }
+        let address = client::find(arguments.admin.as_deref(), &crate::cli::environment)?;
+        Ok(client::get(&address, &client::lookup_path(name, kind)).await?)
+    })
+}
+
+/// The document of an answer, and of where it came from.
+pub fn document(answer: &Message, origin: Option<dns::Origin>) -> api::Lookup {
+    let show = |records: &[Record]| records.iter().map(ToString::to_string).collect();
+    let (origin, upstream, reason) = match origin {
+        None => (None, None, None),
+        Some(dns::Origin::Own) => (Some(api::Origin::Table), None, None),
+        Some(dns::Origin::Upstream(server)) => {
+            (Some(api::Origin::Upstream), Some(server.to_string()), None)
+        }
+        Some(dns::Origin::Nowhere(reason)) => (Some(api::Origin::Nowhere), None, Some(reason)),
+    };
+    api::Lookup {
+        question: answer.queries.first().map(ToString::to_string).unwrap_or_default(),
+        code: format!("{:?}", answer.metadata.response_code).to_uppercase(),
+        answers: show(&answer.answers),
+        authorities: show(&answer.authorities),
+        additionals: show(&answer.additionals),
+        origin,
+        upstream,
+        reason,
+    }
+}
+
+/// The answer for people: the records as `dig` shows them, and below what they mean.
+pub fn text(lookup: &api::Lookup) -> String {
+    let mut text = String::new();
+    // Writing to a string can't fail.
+    let _ = writeln!(text, "{}  {}", lookup.question, lookup.code);
+    for (section, records) in [
+        ("answer", &lookup.answers),
+        ("authority", &lookup.authorities),
+        ("additional", &lookup.additionals),
+    ] {
+        for record in records {
+            let _ = writeln!(text, "  {section:<10}  {record}");
+        }
+    }
+    if let Some(origin) = &lookup.origin {
+        let from = match (origin, &lookup.upstream, &lookup.reason) {
+            (api::Origin::Table, ..) => "this server itself, from its table".to_owned(),
+            (api::Origin::Upstream, Some(upstream), _) => format!("{upstream}, forwarded"),
+            (api::Origin::Upstream, None, _) => "forwarded".to_owned(),
+            (api::Origin::Nowhere, _, reason) => {
+                format!("nowhere: {}", reason.as_deref().unwrap_or("not forwarded"))
+            }
+        };
+        let _ = writeln!(text, "  from        {from}");
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn for_people() {
+        let lookup = |origin, upstream: Option<&str>, reason: Option<&str>| api::Lookup {
+            question: "web.service. IN A".to_owned(),
+            code: "NOERROR".to_owned(),
+            answers: vec!["web.service. 30 IN A 127.128.0.1".to_owned()],
+            authorities: Vec::new(),
+            additionals: Vec::new(),
+            origin,
+            upstream: upstream.map(str::to_owned),
+            reason: reason.map(str::to_owned),
+        };
+        let head = "web.service. IN A  NOERROR\n  answer      web.service. 30 IN A 127.128.0.1\n";
+        let rows = [
+            (lookup(None, None, None), ""),
+            (
+                lookup(Some(api::Origin::Table), None, None),
+                "  from        this server itself, from its table\n",
+            ),
+            (
+                lookup(Some(api::Origin::Upstream), Some("192.0.2.1:53"), None),
+                "  from        192.0.2.1:53, forwarded\n",
+            ),
+            (
+                lookup(Some(api::Origin::Nowhere), None, Some("too many")),
+                "  from        nowhere: too many\n",
+            ),
+        ];
+        for (lookup, expected) in rows {
+            assert_eq!(text(&lookup), format!("{head}{expected}"));
+        }
+    }
+}

@@ -1,0 +1,258 @@
+//! What each resolver needs, in its own words.
+
+use super::{DUMMY, Target, Way};
+
+/// The drop-in of systemd-resolved.
+pub(super) fn resolved_drop_in(target: &Target) -> String {
+    let Target { local, domain, .. } = target;
+    // A port that isn't 53 needs systemd 246; without one, any version does.
+    let server = match local.port() {
+        53 => local.ip().to_string(),
+        _ => local.to_string(),
+    };
+    format!("{MARK}\n[Resolve]\nDNS={server}\nDomains=~{domain}\n")
+}
+
+/// The negative trust anchor of systemd-resolved: nobody signs this zone.
+pub(super) fn negative_trust_anchor(target: &Target) -> String {
+    format!("; {}\n{}\n", &MARK[2..], target.domain)
+}
+
+/// How a file that nohop wrote begins.
+pub(super) const MARK: &str =
+    "# Written by `nohop dns setup`; `nohop dns setup --systemd-resolved --undo` takes it away.";
+
+/// Where the drop-in goes, and the negative trust anchor, below the root.
+pub(super) const DROP_IN: &str = "etc/systemd/resolved.conf.d/nohop.conf";
+pub(super) const ANCHOR: &str = "etc/dnssec-trust-anchors.d/nohop.negative";
+
+/// What a way needs.
+pub(super) fn text(way: Way, target: &Target) -> String {
+    match way {
+        Way::SystemdResolved => systemd_resolved(target),
+        Way::ResolvConf => resolv_conf(target),
+        Way::Dnsmasq => dnsmasq(target),
+        Way::Docker => docker(target),
+        Way::Nomad => nomad(target),
+    }
+}
+
+fn systemd_resolved(target: &Target) -> String {
+    let (drop_in, anchor) = (resolved_drop_in(target), negative_trust_anchor(target));
+    let mut text = format!(
+        "\
+systemd-resolved sends names below {domain} to nohop and all others where it sent them before.
+--apply writes both files and restarts it; --undo takes them away.
+
+/{DROP_IN}:
+{drop_in}
+/{ANCHOR}, for a resolver that validates (DNSSEC=yes or allow-downgrade):
+{anchor}
+then:
+systemctl restart systemd-resolved
+",
+        domain = target.domain,
+        drop_in = indented(&drop_in),
+        anchor = indented(&anchor),
+    );
+    if target.local.port() != 53 {
+        text += "\nA port in DNS= needs systemd 246 or later: see systemctl --version.\n";
+    }
+    if target.local.to_string() == "127.0.0.53:53" {
+        text += "\n127.0.0.53 is systemd-resolved's own address: set dns.listen to another, such \
+                 as 127.0.0.1:53.\n";
+    }
+    text
+}
+
+fn resolv_conf(target: &Target) -> String {
+    format!(
+        "\
+Every program asks nohop for every name, and nohop asks the machine's former resolver.
+
+/etc/resolv.conf, as its only nameserver: musl asks all of them at once and takes the first answer,
+and glibc goes on to the next only when one doesn't answer:
+    nameserver {ip}
+
+/etc/nohop/nohop.toml, with the addresses that were in /etc/resolv.conf before:
+    [dns]
+    forward = [\"ADDRESS:53\"]
+{port}
+The machine's names then depend on one daemon: let systemd hold its sockets (nohop.socket), or
+leave the machine's resolver in place and give it the zone {domain} only (--systemd-resolved,
+--dnsmasq). What writes /etc/resolv.conf (NetworkManager, dhclient, resolvconf) has to be told, too.
+",
+        ip = target.local.ip(),
+        domain = target.domain,
+        port = port_53(target),
+    )
+}
+
+fn dnsmasq(target: &Target) -> String {
+    let Target { local, domain, .. } = target;
+    let (ip, port) = (local.ip(), local.port());
+    format!(
+        "\
+dnsmasq sends names below {domain} to nohop and answers all others as before.
+
+/etc/dnsmasq.d/nohop.conf:
+    server=/{domain}/{ip}#{port}
+    # VIPs are loopback addresses, which stop-dns-rebind would strip:
+    rebind-domain-ok=/{domain}/
+then:
+    systemctl restart dnsmasq
+
+dnsmasq and nohop can't both have 127.0.0.1:53: set dns.listen to another, such as 127.0.0.1:5354.
+Where dnsmasq validates (dnssec), nothing more is needed: a zone with a server of its own isn't
+validated. nohop's own upstreams must not be this dnsmasq for names that it would send back.
+
+The same for unbound (unbound.conf):
+    server:
+        do-not-query-localhost: no
+        domain-insecure: \"{domain}\"
+        private-domain: \"{domain}\"
+    forward-zone:
+        name: \"{domain}\"
+        forward-addr: {ip}@{port}
+
+and for BIND (named.conf):
+    options {{ validate-except {{ \"{domain}\"; }}; }};
+    zone \"{domain}\" {{ type forward; forward only; forwarders {{ {ip} port {port}; }}; }};
+"
+    )
+}
+
+fn docker(target: &Target) -> String {
+    format!(
+        "\
+A container has a loopback of its own, and Docker leaves loopback addresses out of the resolv.conf
+that it makes: nohop needs an address that containers can reach.
+{interface}
+/etc/docker/daemon.json, and then: systemctl restart docker
+    {{ \"dns\": [\"{ip}\"] }}
+
+or for one container: docker run --dns {ip} ...
+{port}",
+        interface = interface(target),
+        ip = remote_ip(target),
+        port = port_53(target),
+    )
+}
+
+fn nomad(target: &Target) -> String {
+    format!(
+        "\
+Tasks in the host's network, and those of drivers without a network of their own, use the machine's
+resolver: see nohop dns setup without an option. A group with `mode = \"bridge\"` or a container
+has a loopback of its own: nohop needs an address that it can reach.
+{interface}
+In the job:
+    group \"web\" {{
+      network {{
+        mode = \"bridge\"
+        dns {{
+          servers = [\"{ip}\"]
+        }}
+      }}
+    }}
+{port}",
+        interface = interface(target),
+        ip = remote_ip(target),
+        port = port_53(target),
+    )
+}
+
+/// How to have an address that containers can reach.
+fn interface(target: &Target) -> String {
+    if let Some(remote) = target.remote {
+        return format!("\nnohop listens on {remote} already.\n");
+    }
+    let local = target.local;
+    format!(
+        "\
+A link-local one on a dummy interface is there before any bridge is, and leaves the machine never.
+
+With systemd-networkd, /etc/systemd/network/10-nohop.netdev:
+    [NetDev]
+    Name=nohop0
+    Kind=dummy
+and /etc/systemd/network/10-nohop.network:
+    [Match]
+    Name=nohop0
+    [Network]
+    Address={DUMMY}/32
+    LinkLocalAddressing=no
+then: systemctl restart systemd-networkd
+
+or until the next boot:
+    ip link add nohop0 type dummy && ip addr add {DUMMY}/32 dev nohop0 && ip link set nohop0 up
+
+/etc/nohop/nohop.toml:
+    [dns]
+    listen = [\"{local}\", \"{DUMMY}:53\"]
+"
+    )
+}
+
+fn remote_ip(target: &Target) -> String {
+    target.remote.map_or(DUMMY.to_string(), |remote| remote.ip().to_string())
+}
+
+/// Where there is no way to write a port.
+fn port_53(target: &Target) -> String {
+    let port = target.remote.unwrap_or(target.local).port();
+    match port {
+        53 => String::new(),
+        _ if target.remote.is_none() && target.local.ip().is_loopback() => format!(
+            "\nThere is no place for a port here: nohop has to listen on port 53 of that address \
+             (dns.listen has port {port}).\n"
+        ),
+        _ => format!("\nThere is no place for a port here: change {port} to 53 in dns.listen.\n"),
+    }
+}
+
+fn indented(text: &str) -> String {
+    text.lines().map(|line| format!("    {line}\n")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn target(local: &str, remote: Option<&str>, domain: &str) -> Target {
+        Target {
+            local: local.parse().unwrap(),
+            remote: remote.map(|remote| remote.parse().unwrap()),
+            domain: domain.to_owned(),
+        }
+    }
+
+    #[test]
+    fn the_words_that_each_needs() {
+        let plain = target("127.0.0.1:53", None, "service");
+        let odd = target("127.0.0.1:5354", Some("10.0.0.1:53"), "lb.corp");
+        let rows = [
+            (Way::SystemdResolved, &plain, "    DNS=127.0.0.1\n    Domains=~service\n"),
+            (Way::SystemdResolved, &plain, "    service\n"),
+            (Way::SystemdResolved, &odd, "    DNS=127.0.0.1:5354\n    Domains=~lb.corp\n"),
+            (Way::SystemdResolved, &odd, "systemd 246"),
+            (Way::ResolvConf, &plain, "    nameserver 127.0.0.1\n"),
+            (Way::Dnsmasq, &plain, "    server=/service/127.0.0.1#53\n"),
+            (Way::Dnsmasq, &plain, "    rebind-domain-ok=/service/\n"),
+            (Way::Dnsmasq, &odd, "    server=/lb.corp/127.0.0.1#5354\n"),
+            (Way::Dnsmasq, &odd, "domain-insecure: \"lb.corp\""),
+            (Way::Docker, &plain, "{ \"dns\": [\"169.254.53.53\"] }"),
+            (Way::Docker, &plain, "Address=169.254.53.53/32"),
+            (Way::Docker, &plain, "listen = [\"127.0.0.1:53\", \"169.254.53.53:53\"]"),
+            (Way::Docker, &odd, "nohop listens on 10.0.0.1:53 already"),
+            (Way::Nomad, &plain, "servers = [\"169.254.53.53\"]"),
+            (Way::Nomad, &odd, "servers = [\"10.0.0.1\"]"),
+        ];
+        for (way, target, expected) in rows {
+            let text = text(way, target);
+            assert!(text.contains(expected), "{way:?} has no {expected:?}:\n{text}");
+        }
+        assert!(!text(Way::SystemdResolved, &plain).contains("246"));
+        assert!(!text(Way::Docker, &odd).contains("dummy"));
+    }
+}

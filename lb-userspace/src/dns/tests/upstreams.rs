@@ -1,0 +1,136 @@
+//! Upstreams that misbehave: circles, lies, silence.
+
+use tokio::time::Instant;
+
+use super::*;
+
+/// A resolver that sends every question on to `target`, under ids and from ports of its own, as
+/// dnsmasq and the like do.
+async fn relay(target: SocketAddr) -> (SocketAddr, JoinSet<()>) {
+    let socket = Arc::new(UdpSocket::bind("127.0.0.1:0").await.unwrap());
+    let address = socket.local_addr().unwrap();
+    let mut tasks = JoinSet::new();
+    tasks.spawn(async move {
+        let mut relays = JoinSet::new();
+        let mut buffer = vec![0; 65_535];
+        while let Ok((len, client)) = socket.recv_from(&mut buffer).await {
+            let (question, socket) = (buffer[..len].to_vec(), Arc::clone(&socket));
+            relays.spawn(async move {
+                let outwards = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+                outwards.connect(target).await.unwrap();
+                outwards.send(&question).await.unwrap();
+                let mut answer = vec![0; 65_535];
+                if let Ok(len) = outwards.recv(&mut answer).await {
+                    socket.send_to(&answer[..len], client).await.unwrap();
+                }
+            });
+        }
+    });
+    (address, tasks)
+}
+
+/// A server that listens on `sockets` and forwards to `servers`.
+fn serve(sockets: Sockets, servers: &[SocketAddr], limits: Limits) -> Rig {
+    let address = sockets.addresses()[0];
+    let forward = Forward::Servers(servers.to_vec());
+    let config = DnsConfig { forward, ..Config::default().dns };
+    let (table, table_rx) = watch::channel(Arc::new(web(1)));
+    let (attached, attached_rx) = watch::channel(true);
+    let surroundings = Surroundings { limits, ..Surroundings::default() };
+    let server =
+        Server::start_in(surroundings, sockets, &config, table_rx, attached_rx, Demand::default());
+    Rig { server, address, table, attached }
+}
+
+async fn any_sockets() -> Sockets {
+    let any = vec!["127.0.0.1:0".parse().unwrap()];
+    bind(&DnsConfig { listen: any, ..Config::default().dns }).await.unwrap()
+}
+
+#[tokio::test]
+async fn a_circle_of_resolvers_is_found_and_left_out() {
+    let sockets = any_sockets().await;
+    let (near, _near_tasks) = relay(sockets.addresses()[0]).await;
+    let (far, _far_tasks) = relay(near).await;
+    let good = Upstream::of([192, 0, 2, 7]).await;
+    let rig = serve(sockets, &[far, good.address], Limits::default());
+    // The circle costs no patience: its question comes back, fails, and the next one is asked.
+    let start = Instant::now();
+    assert_eq!(rig.lookup("example.com.").await, "NoError 192.0.2.7");
+    assert!(start.elapsed() < Limits::default().patience, "{:?}", start.elapsed());
+    let problems = timeout(LONG, async {
+        loop {
+            let problems = rig.server.inquirer().problems();
+            if !problems.is_empty() {
+                return problems;
+            }
+            tokio::task::yield_now().await;
+        }
+    });
+    let problems = problems.await.unwrap().join("\n");
+    assert!(problems.contains(&format!("{far} sends names outside the zone back")), "{problems}");
+    assert_eq!(rig.lookup("web.service.").await, "NoError 127.128.0.1");
+}
+
+#[tokio::test]
+async fn a_circle_alone_is_servfail_and_no_storm() {
+    let sockets = any_sockets().await;
+    let (near, _tasks) = relay(sockets.addresses()[0]).await;
+    let rig = serve(sockets, &[near], Limits::default());
+    let start = Instant::now();
+    assert_eq!(rig.lookup("example.com.").await, "ServFail");
+    assert!(start.elapsed() < Limits::default().patience, "{:?}", start.elapsed());
+}
+
+#[tokio::test]
+async fn a_dead_resolver_costs_its_patience_once() {
+    let mut silent = Upstream::silent().await;
+    let good = Upstream::of([192, 0, 2, 7]).await;
+    let servers = [silent.address, good.address];
+    let rig = serve(any_sockets().await, &servers, quick().limits);
+    for name in ["a.example.", "b.example.", "c.example."] {
+        assert_eq!(rig.lookup(name).await, "NoError 192.0.2.7");
+    }
+    let (_, asked) = silent.next_asked().await;
+    assert_eq!(asked.queries[0].name.to_string(), "a.example.");
+    assert!(silent.asked.try_recv().is_err(), "it was asked again");
+}
+
+#[tokio::test]
+async fn answers_from_elsewhere_and_late_ones_are_ignored() {
+    // One socket hears the question, another answers it: only the next resolver's answer counts.
+    let heard = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let address = heard.local_addr().unwrap();
+    let mut tasks = JoinSet::new();
+    tasks.spawn(async move {
+        let elsewhere = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        let mut buffer = vec![0; 512];
+        while let Ok((len, client)) = heard.recv_from(&mut buffer).await {
+            let asked = Message::from_vec(&buffer[..len]).unwrap();
+            let lie = answer(&asked, [192, 0, 2, 66]).to_vec().unwrap();
+            // A port that nobody holds any more refuses it, which is as good.
+            let _ = elsewhere.send_to(&lie, client).await;
+        }
+    });
+    let good = Upstream::of([192, 0, 2, 7]).await;
+    let rig = serve(any_sockets().await, &[address, good.address], quick().limits);
+    assert_eq!(rig.lookup("example.com.").await, "NoError 192.0.2.7");
+    assert_eq!(rig.lookup("example.org.").await, "NoError 192.0.2.7");
+}
+
+#[tokio::test]
+async fn a_lookup_of_our_own_tells_where_the_answer_came_from() {
+    let good = Upstream::of([192, 0, 2, 7]).await;
+    let rig = serve(any_sockets().await, &[good.address], quick().limits);
+    let inquirer = rig.server.inquirer();
+    let (answer, origin) = inquirer.look_up("web.service", "A").await.unwrap();
+    assert_eq!((answer.answers.len(), origin), (1, Origin::Own));
+    let (answer, origin) = inquirer.look_up("example.com", "a").await.unwrap();
+    assert_eq!((answer.answers.len(), origin), (1, Origin::Upstream(good.address)));
+
+    let silent = Upstream::silent().await;
+    let rig = serve(any_sockets().await, &[silent.address], quick().limits);
+    let (answer, origin) = rig.server.inquirer().look_up("example.com", "A").await.unwrap();
+    assert_eq!(answer.metadata.response_code, ResponseCode::ServFail);
+    assert_eq!(origin, Origin::Nowhere("none of 1 resolvers answered".to_owned()));
+}
