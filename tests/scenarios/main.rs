@@ -25,6 +25,7 @@ mod pinned_address;
 mod ports_from_meta;
 mod postgres;
 mod refuses_to_start;
+mod resolvers;
 mod services_never_mix;
 mod state_lost;
 mod static_catalog;
@@ -42,13 +43,16 @@ use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
 type Story = fn() -> Result<()>;
 
-const STORIES: [(&str, Story); 27] = [
+const STORIES: [(&str, Story); 31] = [
     ("all_critical_refuses_and_recovers", all_critical_refuses_and_recovers::story),
     ("bad_records", bad_records::story),
     ("consul_killed_and_restarted", consul_killed_and_restarted::story),
+    ("consul_as_resolver", resolvers::consul),
     ("container_namespace", container_namespace::story),
     ("critical_backend_leaves", critical_backend_leaves::story),
     ("curl_by_name", curl_by_name::story),
+    ("dig_by_name", resolvers::dig),
+    ("dnsmasq_in_front", resolvers::dnsmasq),
     ("detached_by_hand", detached_by_hand::story),
     ("forwarding", forwarding::story),
     ("four_capabilities", four_capabilities::story),
@@ -62,6 +66,7 @@ const STORIES: [(&str, Story); 27] = [
     ("pinned_address", pinned_address::story),
     ("ports_from_meta", ports_from_meta::story),
     ("refuses_to_start", refuses_to_start::story),
+    ("resolvers_in_a_circle", resolvers::circle),
     ("services_never_mix", services_never_mix::story),
     ("state_lost", state_lost::story),
     ("static_catalog", static_catalog::story),
@@ -73,11 +78,15 @@ const STORIES: [(&str, Story); 27] = [
 ];
 
 /// The stories of programs that not every machine has, each with those that it needs.
-const STORIES_OF_PROGRAMS: [(&str, &[&str], Story); 4] = [
+const STORIES_OF_PROGRAMS: [(&str, &[&str], Story); 8] = [
+    ("drill_by_name", &["drill"], resolvers::drill),
     ("java_by_name", &["java", "javac"], clients_by_name::java),
+    ("kdig_by_name", &["kdig"], resolvers::kdig),
+    ("musl_by_name", &["musl-gcc"], resolvers::musl),
     ("node_by_name", &["node"], clients_by_name::node),
     ("postgres", &["psql", "initdb", "postgres"], postgres::story),
     ("python_by_name", &["python3"], clients_by_name::python),
+    ("systemd_resolved_by_name", &["systemd-resolved"], resolvers::systemd_resolved),
 ];
 
 fn main() -> ExitCode {

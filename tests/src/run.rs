@@ -54,7 +54,8 @@ pub fn built(name: &str) -> Result<PathBuf> {
     })
 }
 
-/// The program `name` of this machine: on PATH, or where Debian puts PostgreSQL's.
+/// The program `name` of this machine: on PATH, where Debian puts PostgreSQL's, or among those that
+/// `cargo xtask setup` unpacks.
 ///
 /// # Errors
 /// When it isn't installed.
@@ -63,6 +64,7 @@ pub fn installed(name: &str) -> Result<PathBuf> {
     let versions = std::fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
     let found = std::env::split_paths(&path)
         .chain(versions.map(|version| version.path().join("bin")))
+        .chain([concat!(env!("CARGO_MANIFEST_DIR"), "/../.tools").into()])
         .map(|dir| dir.join(name))
         .find(|path| path.is_file());
     found.with_context(|| format!("{name} isn't installed: `cargo xtask setup` tries to"))

@@ -5,6 +5,7 @@ mod apt;
 mod consul;
 pub mod kernels;
 mod linker;
+mod resolved;
 mod rust;
 mod system;
 
@@ -54,6 +55,10 @@ pub fn run() -> Result<()> {
     timed("consul", &consul::provide);
     let (clients, left_out) = system::provide_clients();
     println!("ok: clients that a few scenarios need: {clients}");
+    match resolved::provide() {
+        Ok(found) => println!("ok: systemd-resolved: {found}"),
+        Err(error) => println!("left out: systemd-resolved, so its scenario is ignored: {error:#}"),
+    }
     for reason in left_out {
         println!("left out: the scenarios that need it are ignored: {reason}");
     }

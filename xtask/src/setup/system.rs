@@ -35,7 +35,10 @@ const VM_TOOLS: &[(&str, &str)] = &[
 
 /// What a few scenarios need beside that: they are left out where it can't be had.
 const CLIENTS: &[(&str, &str)] = &[
+    ("drill", "ldnsutils"),
     ("javac", "default-jdk-headless"),
+    ("kdig", "knot-dnsutils"),
+    ("musl-gcc", "musl-tools"),
     ("node", "nodejs"),
     ("postgres", "postgresql"),
     ("psql", "postgresql-client"),

@@ -1,0 +1,216 @@
+//! Names through real resolvers: those of C libraries, those that stand in front of nohop, and the
+//! tools that people ask with.
+
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use lb_tests::consul;
+use lb_tests::helloworld::Helloworld;
+use lb_tests::nohop::Nohop;
+use lb_tests::process::Process;
+use lb_tests::run;
+use lb_tests::scratch::Scratch;
+
+use crate::cluster::{Catalog, Nodes, vip};
+
+/// How long a resolver may take to start.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A client node with the service helloworld.
+struct Stage {
+    nohop: Nohop,
+    vip: String,
+    nodes: Nodes,
+    _catalog: Catalog,
+    _helloworld: Helloworld,
+}
+
+impl Stage {
+    fn new(config: &str) -> Result<Stage> {
+        let nodes = Nodes::new()?;
+        let helloworld = nodes.helloworld("helloworld")?;
+        let catalog = Catalog::new(&[("helloworld", &[helloworld.address])])?;
+        let nohop = nodes.nohop(&(catalog.config() + config))?;
+        let vip = vip(&nohop, "helloworld")?.ip().to_string();
+        Ok(Stage { nohop, vip, nodes, _catalog: catalog, _helloworld: helloworld })
+    }
+
+    /// Each of these, a program and its words, prints the VIP and nothing else.
+    fn each_finds_the_vip(&self, program: &str, rows: &[&str]) -> Result<()> {
+        for words in rows {
+            let found = self.nodes.inside().run(program, words)?;
+            ensure!(found.trim() == self.vip, "{program} {words}: {found:?}, not {}", self.vip);
+        }
+        Ok(())
+    }
+
+    /// curl and getent, whose resolver is glibc's, find the service.
+    fn glibc_finds_it(&self) -> Result<()> {
+        let found = self.nodes.inside().run("getent", "ahostsv4 helloworld.service")?;
+        ensure!(found.starts_with(&format!("{} ", self.vip)), "{found}");
+        let said = self.nodes.curl("helloworld")?;
+        ensure!(said.contains("hello from helloworld"), "{said}");
+        Ok(())
+    }
+
+    fn dnsmasq(&self, words: &str) -> Result<Process> {
+        let mut command = self.nodes.inside().command("dnsmasq");
+        let common = "--keep-in-foreground --log-facility=- --conf-file=/dev/null --pid-file= \
+                      --user=root --no-resolv --no-hosts --bind-interfaces --log-queries";
+        command.args(common.split_whitespace()).args(words.split_whitespace());
+        let dnsmasq = Process::spawn("dnsmasq", command)?;
+        dnsmasq.wait_for_line(&["started, version"], PATIENCE)?;
+        Ok(dnsmasq)
+    }
+}
+
+/// `nohop dns query` and `nohop check` see the same as everybody.
+pub fn dig() -> Result<()> {
+    let stage = Stage::new("")?;
+    stage.glibc_finds_it()?;
+    stage.each_finds_the_vip(
+        "dig",
+        &[
+            "+short helloworld.service",
+            "+short +tcp helloworld.service",
+            "+short +bufsize=512 helloworld.service",
+            "+short +noedns helloworld.service",
+            "+short +dnssec helloworld.service",
+            "+short HelloWorld.SERVICE",
+            "+short +norecurse helloworld.service",
+        ],
+    )?;
+    let queried = stage.nohop.cli("dns query helloworld.service --json")?;
+    let document: serde_json::Value = serde_json::from_slice(&queried.stdout)?;
+    ensure!(document["origin"] == "table" && document["code"] == "NOERROR", "{document:#}");
+    ensure!(document["answers"][0].to_string().contains(&stage.vip), "{document:#}");
+    let queried = stage.nohop.cli("dns query outside.example")?;
+    let text = String::from_utf8_lossy(&queried.stdout).into_owned();
+    ensure!(text.contains("from        nowhere: there is no resolver to ask"), "{text}");
+    let checked = stage.nohop.cli("check")?;
+    let text = String::from_utf8_lossy(&checked.stdout).into_owned();
+    ensure!(text.contains("ok    lookups of this machine: helloworld.service is"), "{text}");
+    Ok(())
+}
+
+pub fn kdig() -> Result<()> {
+    let rows = ["+short helloworld.service", "+short +tcp helloworld.service"];
+    Stage::new("")?.each_finds_the_vip("kdig", &rows)
+}
+
+pub fn drill() -> Result<()> {
+    let rows = ["-Q helloworld.service A", "-Q -t helloworld.service A"];
+    Stage::new("")?.each_finds_the_vip("drill", &rows)
+}
+
+/// musl's resolver asks for A and AAAA at once, and believes an NXDOMAIN of either.
+pub fn musl() -> Result<()> {
+    let scratch = Scratch::new("musl")?;
+    let program = scratch.path().join("lookup");
+    let source = concat!(env!("CARGO_MANIFEST_DIR"), "/clients/lookup.c");
+    run::words("musl-gcc", &format!("-static -O1 -o {} {source}", program.display()))?;
+    let stage = Stage::new("")?;
+    stage.each_finds_the_vip(&program.display().to_string(), &["helloworld.service"])?;
+    let absent = stage.nodes.inside().run(&program, "absent.service");
+    ensure!(absent.is_err(), "absent.service has an address: {absent:?}");
+    Ok(())
+}
+
+/// dnsmasq is the machine's resolver, and gives nohop the zone. It strips loopback addresses where
+/// it watches for rebinding, but for the domains that it is told are fine.
+pub fn dnsmasq() -> Result<()> {
+    let stage = Stage::new("dns.listen = [\"127.0.0.1:5354\"]\n")?;
+    let delegation = "--listen-address=127.0.0.1 --server=/service/127.0.0.1#5354 \
+                      --stop-dns-rebind";
+    let dnsmasq = stage.dnsmasq(delegation)?;
+    let stripped = stage.nodes.dig("+short helloworld.service")?;
+    ensure!(stripped.trim().is_empty(), "without rebind-domain-ok: {stripped}");
+    dnsmasq.stop(PATIENCE)?;
+
+    let _dnsmasq = stage.dnsmasq(&format!("{delegation} --rebind-domain-ok=/service/"))?;
+    stage.each_finds_the_vip("dig", &["+short helloworld.service"])?;
+    stage.glibc_finds_it()
+}
+
+/// dnsmasq sends nohop everything, and nohop's resolv.conf names that dnsmasq: names outside of the
+/// zone fail, at once and without a storm, and `status` says why.
+pub fn circle() -> Result<()> {
+    let stage = Stage::new("dns.forward = [\"127.0.0.2:53\"]\n")?;
+    let dnsmasq = stage.dnsmasq("--listen-address=127.0.0.2 --server=127.0.0.1")?;
+    for name in ["outside.example", "elsewhere.example"] {
+        let answer = stage.nodes.inside().run("dig", &format!("+time=15 +tries=1 {name}"))?;
+        ensure!(answer.contains("status: SERVFAIL"), "{answer}");
+    }
+    let problem = "127.0.0.2:53 sends names outside the zone back to this server";
+    stage
+        .nohop
+        .wait_for_status(PATIENCE, |status| status["problems"].to_string().contains(problem))?;
+    let answer = stage.nodes.dig("third.example")?;
+    ensure!(answer.contains("status: SERVFAIL"), "{answer}");
+    let asked = dnsmasq.tail();
+    ensure!(!asked.contains("third.example"), "it was asked all the same:\n{asked}");
+    stage.each_finds_the_vip("dig", &["+short helloworld.service"])?;
+    stage.each_finds_the_vip("dig", &["+short @127.0.0.2 helloworld.service"])
+}
+
+/// A Consul agent is the machine's resolver, and nohop one of its recursors.
+pub fn consul() -> Result<()> {
+    let stage = Stage::new("")?;
+    let mut command = stage.nodes.inside().command(consul::program()?);
+    let words = "agent -dev -log-level=info -bind=10.99.0.1 -recursor=127.0.0.1:53";
+    let _agent = {
+        command.args(words.split_whitespace());
+        let agent = Process::spawn("consul", command)?;
+        agent.wait_for_line(&["Consul agent running!", "New leader elected"], PATIENCE)?;
+        agent
+    };
+    stage.each_finds_the_vip(
+        "dig",
+        &[
+            "+short @127.0.0.1 -p 8600 helloworld.service",
+            "+short +tcp @127.0.0.1 -p 8600 helloworld.service",
+        ],
+    )
+}
+
+/// How systemd-resolved runs by itself: with a configuration of its own, a folder to run in and a
+/// user to become, none of which touch the machine's.
+const RESOLVED: &str = r#"
+mount -t tmpfs none /run && mkdir /run/systemd &&
+cat /etc/passwd > /run/passwd && cat /etc/group > /run/group || exit
+grep -q ^systemd-resolve: /run/passwd || {
+    echo 'systemd-resolve:x:994:994::/:/usr/sbin/nologin' >> /run/passwd
+    echo 'systemd-resolve:x:994:' >> /run/group
+    mount --bind /run/passwd /etc/passwd && mount --bind /run/group /etc/group || exit
+}
+mount --bind "$1" /etc/systemd && exec "$2"
+"#;
+
+/// systemd-resolved with what `nohop dns setup --systemd-resolved --apply` writes.
+pub fn systemd_resolved() -> Result<()> {
+    let stage = Stage::new("dns.listen = [\"127.0.0.1:5354\"]\n")?;
+    let root = Scratch::new("resolved")?;
+    let applied = stage.nohop.cli(&format!(
+        "dns setup --systemd-resolved --apply --dns-listen 127.0.0.1:5354 --root {}",
+        root.path().display()
+    ))?;
+    ensure!(applied.status.success(), "{applied:?}");
+    let resolved = resolved(&stage, &root.path().join("etc/systemd"))?;
+    stage.nodes.client.set_resolv_conf("nameserver 127.0.0.53\n")?;
+    stage.each_finds_the_vip(
+        "dig",
+        &["+short helloworld.service", "+short +tcp helloworld.service"],
+    )?;
+    stage.glibc_finds_it()?;
+    resolved.stop(PATIENCE).map(drop)
+}
+
+fn resolved(stage: &Stage, etc: &Path) -> Result<Process> {
+    let mut command = stage.nodes.client.outside().command("sh");
+    command.args(["-c", RESOLVED, "sh"]).arg(etc).arg(run::installed("systemd-resolved")?);
+    command.env("SYSTEMD_LOG_LEVEL", "debug").env("SYSTEMD_LOG_TARGET", "console");
+    let resolved = Process::spawn("systemd-resolved", command)?;
+    resolved.wait_for_line(&["Creating stub listener"], PATIENCE)?;
+    Ok(resolved)
+}
