@@ -78,8 +78,9 @@ const STORIES: [(&str, Story); 31] = [
 ];
 
 /// The stories of programs that not every machine has, each with those that it needs.
-const STORIES_OF_PROGRAMS: [(&str, &[&str], Story); 8] = [
+const STORIES_OF_PROGRAMS: [(&str, &[&str], Story); 9] = [
     ("drill_by_name", &["drill"], resolvers::drill),
+    ("forwarded_without_loss", &["dnsperf"], resolvers::forwarded),
     ("java_by_name", &["java", "javac"], clients_by_name::java),
     ("kdig_by_name", &["kdig"], resolvers::kdig),
     ("musl_by_name", &["musl-gcc"], resolvers::musl),

@@ -57,7 +57,7 @@ impl Stage {
     fn dnsmasq(&self, words: &str) -> Result<Process> {
         let mut command = self.nodes.inside().command("dnsmasq");
         let common = "--keep-in-foreground --log-facility=- --conf-file=/dev/null --pid-file= \
-                      --user=root --no-resolv --no-hosts --bind-interfaces --log-queries";
+                      --user=root --no-resolv --no-hosts --bind-interfaces";
         command.args(common.split_whitespace()).args(words.split_whitespace());
         let dnsmasq = Process::spawn("dnsmasq", command)?;
         dnsmasq.wait_for_line(&["started, version"], PATIENCE)?;
@@ -137,7 +137,7 @@ pub fn dnsmasq() -> Result<()> {
 /// zone fail, at once and without a storm, and `status` says why.
 pub fn circle() -> Result<()> {
     let stage = Stage::new("dns.forward = [\"127.0.0.2:53\"]\n")?;
-    let dnsmasq = stage.dnsmasq("--listen-address=127.0.0.2 --server=127.0.0.1")?;
+    let dnsmasq = stage.dnsmasq("--listen-address=127.0.0.2 --server=127.0.0.1 --log-queries")?;
     for name in ["outside.example", "elsewhere.example"] {
         let answer = stage.nodes.inside().run("dig", &format!("+time=15 +tries=1 {name}"))?;
         ensure!(answer.contains("status: SERVFAIL"), "{answer}");
@@ -152,6 +152,23 @@ pub fn circle() -> Result<()> {
     ensure!(!asked.contains("third.example"), "it was asked all the same:\n{asked}");
     stage.each_finds_the_vip("dig", &["+short helloworld.service"])?;
     stage.each_finds_the_vip("dig", &["+short @127.0.0.2 helloworld.service"])
+}
+
+/// 50,000 names are forwarded as fast as the other side answers, and each gets its answer.
+pub fn forwarded() -> Result<()> {
+    let stage = Stage::new("dns.forward = [\"127.0.0.2:53\"]\n")?;
+    let _dnsmasq = stage.dnsmasq("--listen-address=127.0.0.2 --address=/example/192.0.2.7")?;
+    let names = Scratch::new("names")?;
+    let file = names.path().join("names");
+    let text: String = (0..50_000).map(|idx| format!("n{idx}.example A\n")).collect();
+    std::fs::write(&file, text)?;
+    let words = format!("-s 127.0.0.1 -d {} -n 1 -c 4 -q 100 -t 10", file.display());
+    let said = stage.nodes.inside().run("dnsperf", &words)?;
+    println!("{said}");
+    let has = |text: &str| said.lines().any(|line| line.split_whitespace().eq(text.split(' ')));
+    ensure!(has("Queries completed: 50000 (100.00%)"), "{said}");
+    ensure!(has("Response codes: NOERROR 50000 (100.00%)"), "{said}");
+    Ok(())
 }
 
 /// A Consul agent is the machine's resolver, and nohop one of its recursors.
@@ -203,6 +220,11 @@ pub fn systemd_resolved() -> Result<()> {
         &["+short helloworld.service", "+short +tcp helloworld.service"],
     )?;
     stage.glibc_finds_it()?;
+    // It asks nohop for all names, and nohop, whose resolv.conf names it now, would ask it again.
+    let problem = "127.0.0.53:53 sends names outside the zone back to this server";
+    stage
+        .nohop
+        .wait_for_status(PATIENCE, |status| status["problems"].to_string().contains(problem))?;
     resolved.stop(PATIENCE).map(drop)
 }
 

@@ -35,6 +35,7 @@ const VM_TOOLS: &[(&str, &str)] = &[
 
 /// What a few scenarios need beside that: they are left out where it can't be had.
 const CLIENTS: &[(&str, &str)] = &[
+    ("dnsperf", "dnsperf"),
     ("drill", "ldnsutils"),
     ("javac", "default-jdk-headless"),
     ("kdig", "knot-dnsutils"),
