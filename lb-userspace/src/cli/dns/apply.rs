@@ -19,6 +19,12 @@ pub(super) enum ApplyError {
     Io { action: &'static str, path: PathBuf, source: io::Error },
     #[error("{} isn't nohop's, and there is no backup of it: it stays as it is", .0.display())]
     NotOurs(PathBuf),
+    #[error(
+        "{} has DNS=, and systemd-resolved would ask those servers for the zone, too: give them to a \
+         link, or to nohop as dns.forward, and take them out there",
+        .0.display()
+    )]
+    OtherServers(PathBuf),
     #[error("{0}; the files are as they were: see journalctl -u systemd-resolved")]
     Restart(String),
 }
@@ -39,6 +45,9 @@ enum Step {
 /// Writes the files, with a backup of what others wrote there, and restarts systemd-resolved.
 /// Doing it again changes nothing.
 pub(super) fn apply(root: &Path, target: &Target) -> Result<String, ApplyError> {
+    if let Some(path) = other_servers(root)? {
+        return Err(ApplyError::OtherServers(path));
+    }
     let mut steps = Vec::new();
     for (file, content) in files(target) {
         let path = root.join(file);
@@ -82,6 +91,26 @@ pub(super) fn undo(root: &Path, target: &Target) -> Result<String, ApplyError> {
 
 fn files(target: &Target) -> [(&'static str, String); 2] {
     [(DROP_IN, resolved_drop_in(target)), (ANCHOR, negative_trust_anchor(target))]
+}
+
+/// The first other file that gives systemd-resolved servers for all names: it takes the servers of
+/// all its files for one list, and asks one of them at a time.
+fn other_servers(root: &Path) -> Result<Option<PathBuf>, ApplyError> {
+    let dir = root.join("etc/systemd/resolved.conf.d");
+    let entries = fs::read_dir(&dir).into_iter().flatten().flatten().map(|entry| entry.path());
+    let is_read = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "conf");
+    let mut files: Vec<_> = entries.filter(is_read).collect();
+    files.push(root.join("etc/systemd/resolved.conf"));
+    files.retain(|path| *path != root.join(DROP_IN));
+    files.sort();
+    for path in files {
+        let content = read(&path)?.unwrap_or_default();
+        let mut values = content.lines().filter_map(|line| line.trim().strip_prefix("DNS="));
+        if values.any(|value| !value.trim().is_empty()) {
+            return Ok(Some(path));
+        }
+    }
+    Ok(None)
 }
 
 fn is_ours(content: &str) -> bool {
@@ -257,6 +286,30 @@ mod tests {
         assert!(tree(root).contains(&backed_up), "{:?}", tree(root));
         undo(root, &target(5354)).unwrap();
         assert_eq!(tree(root), before);
+    }
+
+    #[test]
+    fn servers_that_would_be_asked_instead() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path();
+        let main = root.join("etc/systemd/resolved.conf");
+        fs::create_dir_all(main.with_extension("conf.d")).unwrap();
+        for (content, is_fine) in [
+            ("[Resolve]\n#DNS=192.0.2.1\nDNS=\nFallbackDNS=192.0.2.2\n", true),
+            ("[Resolve]\nDNS=192.0.2.1\n", false),
+        ] {
+            for file in [main.clone(), main.with_extension("conf.d").join("other.conf")] {
+                fs::write(&file, content).unwrap();
+                let before = tree(root);
+                let applied = apply(root, &target(53));
+                assert_eq!(applied.is_ok(), is_fine, "{applied:?}");
+                if is_fine {
+                    undo(root, &target(53)).unwrap();
+                }
+                assert_eq!(tree(root), before);
+                fs::remove_file(&file).unwrap();
+            }
+        }
     }
 
     #[test]

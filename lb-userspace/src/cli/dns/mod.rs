@@ -157,6 +157,9 @@ pub fn setup(
     config: &Config,
 ) -> anyhow::Result<String> {
     let target = Target::of(&config.dns);
+    if (apply || undo) && way.way() != Some(Way::SystemdResolved) {
+        anyhow::bail!("--apply and --undo are there for --systemd-resolved only");
+    }
     Ok(match way.way() {
         Some(Way::SystemdResolved) if apply => apply::apply(root, &target)?,
         Some(Way::SystemdResolved) if undo => apply::undo(root, &target)?,

@@ -1,5 +1,7 @@
 //! What each resolver needs, in its own words.
 
+use std::net::SocketAddr;
+
 use super::{DUMMY, Target, Way};
 
 /// The drop-in of systemd-resolved.
@@ -41,8 +43,12 @@ fn systemd_resolved(target: &Target) -> String {
     let (drop_in, anchor) = (resolved_drop_in(target), negative_trust_anchor(target));
     let mut text = format!(
         "\
-systemd-resolved sends names below {domain} to nohop and all others where it sent them before.
+systemd-resolved sends names below {domain} to nohop alone. All others it sends to the servers of the
+machine's links, as before, and to nohop too, which forwards them: the first answer counts.
 --apply writes both files and restarts it; --undo takes them away.
+
+No other file of systemd-resolved may have DNS=: it would ask those servers instead of nohop. Give
+them to a link (systemd-networkd, NetworkManager), or to nohop as dns.forward.
 
 /{DROP_IN}:
 {drop_in}
@@ -90,10 +96,17 @@ leave the machine's resolver in place and give it the zone {domain} only (--syst
 
 fn dnsmasq(target: &Target) -> String {
     let Target { local, domain, .. } = target;
-    let (ip, port) = (local.ip(), local.port());
+    // dnsmasq has port 53 itself.
+    let port = if local.port() == 53 { 5354 } else { local.port() };
+    let ip = local.ip();
+    let listen = SocketAddr::new(ip, port);
     format!(
         "\
 dnsmasq sends names below {domain} to nohop and answers all others as before.
+
+/etc/nohop/nohop.toml, because dnsmasq has port 53:
+    [dns]
+    listen = [\"{listen}\"]
 
 /etc/dnsmasq.d/nohop.conf:
     server=/{domain}/{ip}#{port}
@@ -102,9 +115,8 @@ dnsmasq sends names below {domain} to nohop and answers all others as before.
 then:
     systemctl restart dnsmasq
 
-dnsmasq and nohop can't both have 127.0.0.1:53: set dns.listen to another, such as 127.0.0.1:5354.
 Where dnsmasq validates (dnssec), nothing more is needed: a zone with a server of its own isn't
-validated. nohop's own upstreams must not be this dnsmasq for names that it would send back.
+validated.
 
 The same for unbound (unbound.conf):
     server:
@@ -237,7 +249,7 @@ mod tests {
             (Way::SystemdResolved, &odd, "    DNS=127.0.0.1:5354\n    Domains=~lb.corp\n"),
             (Way::SystemdResolved, &odd, "systemd 246"),
             (Way::ResolvConf, &plain, "    nameserver 127.0.0.1\n"),
-            (Way::Dnsmasq, &plain, "    server=/service/127.0.0.1#53\n"),
+            (Way::Dnsmasq, &plain, "    server=/service/127.0.0.1#5354\n"),
             (Way::Dnsmasq, &plain, "    rebind-domain-ok=/service/\n"),
             (Way::Dnsmasq, &odd, "    server=/lb.corp/127.0.0.1#5354\n"),
             (Way::Dnsmasq, &odd, "domain-insecure: \"lb.corp\""),
