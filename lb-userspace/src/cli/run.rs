@@ -110,6 +110,7 @@ impl Daemon {
                 listen: dns_addresses.clone(),
                 domain: config.dns.domain.clone(),
             },
+            unrouted: config.dns.unrouted,
             tag: config.catalog.tag.clone(),
             scope: scope.clone(),
             plane: plane.clone(),
@@ -119,7 +120,8 @@ impl Daemon {
             generation,
         };
         let demand = source.demand.clone();
-        let dns = dns::Server::start(dns_sockets, &config.dns, table, attached, demand);
+        let dns =
+            dns::Server::start(dns_sockets, &config.dns, &config.vip, table, attached, demand)?;
         let admin = tokio::spawn(admin::serve(admin_listeners, Arc::new(view))).abort_handle();
         for address in dns_addresses {
             tracing::info!("answering *.{} on {address}", config.dns.domain);

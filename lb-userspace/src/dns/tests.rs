@@ -51,10 +51,12 @@ impl Rig {
             surroundings,
             sockets,
             &config,
+            &[],
             table_rx,
             attached_rx,
             Demand::default(),
-        );
+        )
+        .unwrap();
         Rig { server, address, table, attached }
     }
 
@@ -157,9 +159,11 @@ impl Upstream {
         let (sender, asked) = mpsc::unbounded_channel();
         let mut tasks = JoinSet::new();
         for socket in sockets.udp {
+            let socket = UdpSocket::from_std(socket).unwrap();
             tasks.spawn(Self::serve_udp(socket, answers.clone(), sender.clone()));
         }
         for listener in sockets.tcp {
+            let listener = TcpListener::from_std(listener).unwrap();
             tasks.spawn(Self::serve_tcp(listener, answers.clone(), sender.clone()));
         }
         Upstream { address, asked, _tasks: tasks }
@@ -506,7 +510,8 @@ async fn nothing_is_forwarded_to_ourselves() {
     };
     let (table, table_rx) = watch::channel(Arc::new(web(1)));
     let (attached, attached_rx) = watch::channel(true);
-    let server = Server::start(sockets, &config, table_rx, attached_rx, Demand::default());
+    let (vip, demand) = (Config::default().vip, Demand::default());
+    let server = Server::start(sockets, &config, &vip, table_rx, attached_rx, demand).unwrap();
     let rig = Rig { server, address, table, attached };
     // At once, so not after the patience for a resolver that doesn't answer.
     for name in ["example.com.", "web.service.consul."] {
