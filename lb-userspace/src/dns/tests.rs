@@ -565,3 +565,37 @@ async fn a_stop_frees_the_port_within_half_a_second() {
     let config = DnsConfig { listen: vec![rig.address], ..Config::default().dns };
     bind(&config).await.unwrap();
 }
+
+#[tokio::test]
+async fn tcp_clients_that_dawdle_are_cut_off() {
+    let surroundings =
+        Surroundings { tcp_patience: Duration::from_millis(200), ..Surroundings::default() };
+    let rig = Rig::with(Config::default().dns, surroundings).await;
+    let question = query("web.service.", RecordType::A).to_vec().unwrap();
+    let half = [&[0, question.len() as u8], &question[..20]].concat();
+    for begun in [&[][..], &[0], &half] {
+        let mut stream = TcpStream::connect(rig.address).await.unwrap();
+        stream.write_all(begun).await.unwrap();
+        let mut buffer = [0; 512];
+        let read = timeout(LONG, stream.read(&mut buffer)).await.unwrap();
+        assert!(matches!(read, Ok(0) | Err(_)), "{begun:?}: {read:?}");
+    }
+}
+
+#[tokio::test]
+async fn one_address_has_so_many_tcp_connections() {
+    let rig = Rig::new(&[]).await;
+    let question = query("web.service.", RecordType::A).to_vec().unwrap();
+    let mut open = Vec::new();
+    for _ in 0..64 {
+        let mut stream = TcpStream::connect(rig.address).await.unwrap();
+        write_message(&mut stream, &question).await;
+        timeout(LONG, read_message(&mut stream)).await.unwrap().unwrap();
+        open.push(stream);
+    }
+    let mut beyond = TcpStream::connect(rig.address).await.unwrap();
+    let mut buffer = [0; 512];
+    let read = timeout(LONG, beyond.read(&mut buffer)).await.unwrap();
+    assert!(matches!(read, Ok(0) | Err(_)), "{read:?}");
+    assert_eq!(rig.lookup("web.service.").await, "NoError 127.128.0.1");
+}
