@@ -60,7 +60,7 @@ impl Endpoint {
     fn receive(
         &self,
         buffer: &mut [u8],
-        control: &mut Vec<u8>,
+        control: &mut [u8],
     ) -> io::Result<(usize, SocketAddr, To)> {
         if !self.takes_any {
             let (len, client) = self.socket.recv_from(buffer)?;
