@@ -21,6 +21,7 @@ mod load;
 mod more_than_fits;
 mod not_a_vip_untouched;
 mod not_ready_before_consul;
+mod passed_sockets;
 mod pinned_address;
 mod ports_from_meta;
 mod postgres;
@@ -78,13 +79,14 @@ const STORIES: [(&str, Story); 31] = [
 ];
 
 /// The stories of programs that not every machine has, each with those that it needs.
-const STORIES_OF_PROGRAMS: [(&str, &[&str], Story); 9] = [
+const STORIES_OF_PROGRAMS: [(&str, &[&str], Story); 10] = [
     ("drill_by_name", &["drill"], resolvers::drill),
     ("forwarded_without_loss", &["dnsperf"], resolvers::forwarded),
     ("java_by_name", &["java", "javac"], clients_by_name::java),
     ("kdig_by_name", &["kdig"], resolvers::kdig),
     ("musl_by_name", &["musl-gcc"], resolvers::musl),
     ("node_by_name", &["node"], clients_by_name::node),
+    ("passed_sockets", &["python3"], passed_sockets::story),
     ("postgres", &["psql", "initdb", "postgres"], postgres::story),
     ("python_by_name", &["python3"], clients_by_name::python),
     ("systemd_resolved_by_name", &["systemd-resolved"], resolvers::systemd_resolved),

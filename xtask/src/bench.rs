@@ -14,6 +14,8 @@ pub enum Suite {
     Connect,
     /// How long a table takes into the kernel, and how much memory it has there
     Apply,
+    /// How many queries the DNS server answers, and how soon, beside dnsmasq
+    Dns,
 }
 
 /// Runs setup, then the suite.
@@ -26,6 +28,7 @@ pub fn run(suite: Suite, quick: bool) -> Result<()> {
     let bench = match suite {
         Suite::Connect => "connect",
         Suite::Apply => "apply",
+        Suite::Dns => "dns",
     };
     let mut cargo = Command::new("cargo");
     cargo.args(["bench", "--package", "lb-tests", "--bench", bench, "--"]);

@@ -29,6 +29,11 @@ impl Demand {
         (Demand(Some(wishes)), inbox)
     }
 
+    /// Whether a source listens; else nothing that is said makes a difference.
+    pub fn is_heard(&self) -> bool {
+        self.0.is_some()
+    }
+
     /// Notes that the service `name`, in lower case, is in use: it becomes live, or stays so.
     pub fn used(&self, name: &str) {
         if let Some(wishes) = &self.0 {

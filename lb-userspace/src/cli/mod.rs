@@ -159,9 +159,7 @@ fn write(text: &str) -> anyhow::Result<()> {
 }
 
 fn log(format: LogFormat) {
-    // hickory tells of every lookup at INFO.
-    let filter = EnvFilter::try_from_default_env()
-        .unwrap_or_else(|_| EnvFilter::new("info,hickory_server=warn"));
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
     let lines = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_target(false)

@@ -106,13 +106,21 @@ impl Daemon {
         tokio::task::block_in_place(|| plane.prove());
         attached_out.send_replace(plane.hooks().attached);
         let demand = source.demand.clone();
-        let dns = dns::Server::start(dns_sockets, &config.dns, table.clone(), attached, demand);
+        let dns = dns::Server::start(
+            dns_sockets,
+            &config.dns,
+            &config.vip,
+            table.clone(),
+            attached,
+            demand,
+        )?;
         let view = DaemonView {
             inquirer: dns.inquirer(),
             dns: admin::api::DnsStatus {
                 listen: dns_addresses.clone(),
                 domain: config.dns.domain.clone(),
             },
+            unrouted: config.dns.unrouted,
             tag: config.catalog.tag.clone(),
             scope: scope.clone(),
             plane: plane.clone(),

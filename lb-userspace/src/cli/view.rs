@@ -9,6 +9,7 @@ use tokio::sync::watch;
 use super::dial;
 use crate::admin::{View, api};
 use crate::catalog::Health;
+use crate::config::Unrouted;
 use crate::dns::Inquirer;
 use crate::plane::{COUNTERS, Counters, Indices, SharedPlane};
 use crate::table::{Service, Table};
@@ -17,6 +18,7 @@ use crate::table::{Service, Table};
 pub struct DaemonView {
     pub(super) dns: api::DnsStatus,
     pub(super) inquirer: Inquirer,
+    pub(super) unrouted: Unrouted,
     pub(super) tag: String,
     pub(super) scope: PathBuf,
     pub(super) plane: Arc<SharedPlane>,
@@ -180,12 +182,15 @@ impl DaemonView {
         }
         let rejected = table.rejected.iter().find(|(given, _)| given.to_lowercase() == name);
         let Some(service) = table.services.get(name) else {
+            let answer = match self.unrouted {
+                Unrouted::Nxdomain => "doesn't exist",
+                Unrouted::Forward => "is forwarded to other resolvers (dns.unrouted)",
+            };
             return match rejected {
-                Some((_, reason)) => format!("{fqdn} doesn't exist: {reason}"),
-                None => format!(
-                    "{fqdn} doesn't exist: no service of that name has the tag `{}`",
-                    self.tag
-                ),
+                Some((_, reason)) => format!("{fqdn} {answer}: {reason}"),
+                None => {
+                    format!("{fqdn} {answer}: no service of that name has the tag `{}`", self.tag)
+                }
             };
         };
         if let Some(error) = self.plane.error(name) {

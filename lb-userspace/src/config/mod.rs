@@ -169,6 +169,32 @@ pub struct DnsConfig {
     pub forward: Forward,
     /// Where names below certain domains go instead.
     pub routes: BTreeMap<String, SocketAddr>,
+    /// What becomes of a name of the zone that no routed service has.
+    pub unrouted: Unrouted,
+    /// Who is answered, beside the host itself.
+    pub allow: Vec<Allowed>,
+    /// The queries a second that one address of another host or container may send; 0 for any
+    /// number.
+    pub client_rate: u32,
+}
+
+/// What becomes of a name of the zone that no routed service has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Unrouted {
+    /// There is no such name.
+    #[default]
+    Nxdomain,
+    /// It is forwarded as other names are.
+    Forward,
+}
+
+/// Clients of the DNS server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Allowed {
+    /// Those on networks that one of this host's interfaces is in.
+    Local,
+    /// Those of this network.
+    Network(IpNet),
 }
 
 /// The upstreams for names that aren't ours.
@@ -244,6 +270,9 @@ impl Default for Config {
                     "consul".into(),
                     SocketAddr::from(([127, 0, 0, 1], 8600)),
                 )]),
+                unrouted: Unrouted::Nxdomain,
+                allow: vec![Allowed::Local],
+                client_rate: 10_000,
             },
             plane: PlaneConfig {
                 max_services: 16_384,

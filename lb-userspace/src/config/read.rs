@@ -1,16 +1,18 @@
 //! From a file, the environment and the flags to a checked configuration.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::path::{Component, Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
+use ipnet::IpNet;
 use toml::de::DeTable;
 
 use super::document::{Fault, Read, Value, kind, line};
 use super::{
-    AdminAddress, Config, ConfigErrors, DEFAULT_PATH, Expired, Forward, OnExit, Place, Problem,
-    Source, Token, WatchPolicy, address, relations,
+    AdminAddress, Allowed, Config, ConfigErrors, DEFAULT_PATH, Expired, Forward, OnExit, Place,
+    Problem, Source, Token, Unrouted, WatchPolicy, address, relations,
 };
 
 /// What the command line says in place of the file; each is a flag of `nohop run`.
@@ -224,6 +226,20 @@ const KEYS: &[(&str, Apply)] = &[
         let routes = value.table(address::domain, |server| server.text(address::nameserver));
         set(&mut draft.config.dns.routes, routes)
     }),
+    ("dns.unrouted", |draft, value| {
+        let unrouted = value.text(|unrouted| match unrouted {
+            "nxdomain" => Ok(Unrouted::Nxdomain),
+            "forward" => Ok(Unrouted::Forward),
+            _ => Err(format!("'{unrouted}' can't be done; write \"nxdomain\" or \"forward\"")),
+        });
+        set(&mut draft.config.dns.unrouted, unrouted)
+    }),
+    ("dns.allow", |draft, value| {
+        set(&mut draft.config.dns.allow, value.list_or_none(|each| each.text(allowed)))
+    }),
+    ("dns.client_rate", |draft, value| {
+        set(&mut draft.config.dns.client_rate, value.integer(0..=10_000_000))
+    }),
     ("plane.max_services", |draft, value| {
         set(&mut draft.config.plane.max_services, value.integer(1..=1_000_000))
     }),
@@ -308,6 +324,17 @@ fn datacenter(text: &str) -> Result<String, String> {
     } else {
         Err(format!("'{text}' is no datacenter of Consul; write letters, digits, - and _"))
     }
+}
+
+/// A network, or those that this host is in.
+fn allowed(text: &str) -> Result<Allowed, String> {
+    if text == "local" {
+        return Ok(Allowed::Local);
+    }
+    let network = text.parse().or_else(|_| text.parse().map(|ip: IpAddr| ip.into()));
+    network
+        .map(|network: IpNet| Allowed::Network(network.trunc()))
+        .map_err(|_| format!("'{text}' is no network; write one such as 10.0.0.0/8, or \"local\""))
 }
 
 fn forward(value: &Value) -> Read<Forward> {

@@ -52,6 +52,9 @@ fn the_defaults_written_out_are_the_defaults() {
         ttl = 30
         forward = "resolv.conf"
         routes = { consul = "127.0.0.1:8600" }
+        unrouted = "nxdomain"
+        allow = ["local"]
+        client_rate = 10000
         [plane]
         max_services = 16384
         max_backends = 131072
@@ -93,6 +96,9 @@ fn every_key_is_taken() {
         ttl = 0
         forward = ["10.0.0.1", "[2001:db8::1]:5353"]
         routes = { "Corp.Example" = "10.0.0.2" }
+        unrouted = "forward"
+        allow = ["10.1.2.3/8", "fd00::1", "local"]
+        client_rate = 0
         [plane]
         max_services = 100
         max_backends = 200
@@ -137,6 +143,13 @@ fn every_key_is_taken() {
                 "[2001:db8::1]:5353".parse().unwrap(),
             ]),
             routes: BTreeMap::from([("corp.example".into(), "10.0.0.2:53".parse().unwrap())]),
+            unrouted: Unrouted::Forward,
+            allow: vec![
+                Allowed::Network("10.0.0.0/8".parse().unwrap()),
+                Allowed::Network("fd00::1/128".parse().unwrap()),
+                Allowed::Local,
+            ],
+            client_rate: 0,
         },
         plane: PlaneConfig {
             max_services: 100,
@@ -180,6 +193,18 @@ fn what_is_wrong_is_named_with_its_line_and_its_mend() {
         ("vip.ports = 80", &["f:1: vip.ports: expected an array, found an integer"]),
         ("state_dir = true", &["f:1: state_dir: expected a string, found a boolean"]),
         // Values out of range.
+        (
+            "dns.allow = ['local', 'lan', '10.0.0.0/33']",
+            &[
+                "f:1: dns.allow: 'lan' is no network; write one such as 10.0.0.0/8, or \"local\"",
+                "f:1: dns.allow: '10.0.0.0/33' is no network; write one such as 10.0.0.0/8, or \
+                 \"local\"",
+            ],
+        ),
+        (
+            "dns.unrouted = 'drop'",
+            &["f:1: dns.unrouted: 'drop' can't be done; write \"nxdomain\" or \"forward\""],
+        ),
         ("dns.ttl = -1", &["f:1: dns.ttl: -1 is out of range; write a number from 0 to 86400"]),
         ("vip.ports = []", &["f:1: vip.ports: is empty; write at least one element"]),
         (

@@ -1,362 +1,396 @@
-//! What the zone says to a question: from the question and the table to the answer, without I/O.
+//! What the server says to a message: from its bytes and the table to the answer's, without I/O.
 
-use hickory_proto::op::{LowerQuery, OpCode, Query, ResponseCode};
-use hickory_proto::rr::rdata::{NS, SOA};
-use hickory_proto::rr::{DNSClass, Name, RData, Record, RecordType};
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::{Arc, OnceLock};
 
-use super::suffix::Suffix;
-use crate::table::Table;
+use ipnet::IpNet;
+
+use super::message::{Asked, WireName};
+use super::reply::{self, Code, QUESTION, Reply, Section};
+use super::reverse::{self, Reversed};
+use super::sockets::Transport;
+use crate::config::{DnsConfig, Unrouted};
+use crate::table::{Ports, Protocols, Service, Table, Watch};
 
 /// How long others may remember that something does not exist, in seconds: short, so that a
 /// service that comes up is found soon after somebody asked for it too early.
 const NEGATIVE_TTL: u32 = 5;
 
-/// The zone that is ours.
+/// The longest answer over UDP, whatever size the client allows.
+pub(super) const MAX_UDP_LEN: u16 = 4096;
+
+/// The port that SRV tells of a service that listens on 80 or on every port.
+const HTTP: u16 = 80;
+
+/// Types and a class of RFC 1035, 3596 and 2782.
+mod number {
+    pub(super) const A: u16 = 1;
+    pub(super) const NS: u16 = 2;
+    pub(super) const SOA: u16 = 6;
+    pub(super) const PTR: u16 = 12;
+    pub(super) const AAAA: u16 = 28;
+    pub(super) const SRV: u16 = 33;
+    pub(super) const IXFR: u16 = 251;
+    pub(super) const AXFR: u16 = 252;
+    pub(super) const ANY: u16 = 255;
+    /// The class of the internet.
+    pub(super) const IN: u16 = 1;
+}
+
+/// What of the names is ours, and how it is answered.
 #[derive(Clone, Debug)]
 pub(super) struct Zone {
-    domain: Suffix,
+    /// The domain on the wire, in lower case.
+    domain: Box<[u8]>,
+    n_labels: usize,
     ttl: u32,
+    unrouted: Unrouted,
+    /// Where VIPs come from, whose names are ours too.
+    pools: Box<[IpNet]>,
 }
 
-/// A question, as far as it decides what becomes of it.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Asked<'a> {
-    pub(super) op_code: OpCode,
-    /// The version of EDNS that the asker speaks; 0 without EDNS.
-    pub(super) edns_version: u8,
-    pub(super) questions: &'a [LowerQuery],
+/// A table, with what is worked out from it when somebody asks.
+#[derive(Debug)]
+pub(super) struct Snapshot {
+    pub(super) table: Arc<Table>,
+    by_address: OnceLock<HashMap<IpAddr, Arc<Service>>>,
 }
 
-/// What the zone knows at this moment.
+/// What is known at this moment.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Known<'a> {
-    pub(super) table: &'a Table,
+    pub(super) zone: &'a Zone,
+    pub(super) snapshot: &'a Snapshot,
     /// Whether dials to VIPs are translated now.
     pub(super) attached: bool,
+    /// Whether the zone may be waited for, where it can't be relied on yet.
+    pub(super) waits: bool,
+    /// Whether a service that isn't live can be looked up before it is answered for.
+    pub(super) looks_up: bool,
 }
 
-/// What becomes of a question.
-#[derive(Clone, Debug, PartialEq)]
-pub(super) enum Verdict<'a> {
-    /// This is the answer.
-    Answer(Answer),
+/// What becomes of a message.
+#[derive(Clone, Debug)]
+pub(super) enum Outcome<'m, 'k> {
+    /// Nothing: it is no question.
+    Drop,
+    /// The answer is in the buffer; where it is about a service that is live, this one is in use.
+    Reply(Code, Option<&'k Service>),
     /// It is another resolver's to answer.
-    Forward(&'a Query),
+    Forward(Asked<'m>),
+    /// It is about the zone, which can't be relied on yet.
+    Wait,
+    /// It is about the service of this name, in lower case, which isn't live, or is none.
+    Warm(String),
 }
 
-/// An answer, but for what the message around it carries.
-#[derive(Clone, Debug, PartialEq)]
-pub(super) struct Answer {
-    pub(super) code: ResponseCode,
-    pub(super) authoritative: bool,
-    pub(super) answers: Vec<Record>,
-    pub(super) authorities: Vec<Record>,
+/// What a name in the zone is.
+enum Named<'a> {
+    Service(&'a [u8]),
+    /// `_NAME._tcp` or `_NAME._udp`.
+    Served(&'a [u8], Protocols),
+    /// A name above others, with nothing of its own.
+    Between,
+    Nothing,
 }
 
-impl Answer {
-    /// A refusal: a code, and nothing that anybody may take for the zone's content.
-    pub(super) fn error(code: ResponseCode) -> Answer {
-        Answer { code, authoritative: false, answers: Vec::new(), authorities: Vec::new() }
+impl Snapshot {
+    pub(super) fn new(table: Arc<Table>) -> Snapshot {
+        Snapshot { table, by_address: OnceLock::new() }
     }
 
-    fn records(answers: Vec<Record>) -> Answer {
-        let code = ResponseCode::NoError;
-        Answer { code, authoritative: true, answers, authorities: Vec::new() }
+    fn at(&self, address: IpAddr) -> Option<&Service> {
+        let by_address = self.by_address.get_or_init(|| {
+            let addresses = |service: &Arc<Service>| {
+                let vip6 = service.vip6.map(|vip6| (vip6.into(), service.clone()));
+                std::iter::once((service.vip.into(), service.clone())).chain(vip6)
+            };
+            self.table.services.values().flat_map(addresses).collect()
+        });
+        by_address.get(&address).map(|service| &**service)
+    }
+}
+
+/// Decides what becomes of the message `bytes`, and writes the answer into `out` where there is one.
+pub(super) fn answer<'m, 'k>(
+    bytes: &'m [u8],
+    transport: Transport,
+    known: Known<'k>,
+    out: &mut Vec<u8>,
+) -> Outcome<'m, 'k> {
+    let asked = match Asked::read(bytes) {
+        Ok(asked) => asked,
+        Err(why) => {
+            let code = reply::to_unreadable(out, bytes, why);
+            return code.map_or(Outcome::Drop, |code| Outcome::Reply(code, None));
+        }
+    };
+    let max_len = match transport {
+        Transport::Udp => asked.max_payload().min(MAX_UDP_LEN).into(),
+        Transport::Tcp => usize::from(u16::MAX),
+    };
+    let mut error = |code| {
+        reply::error(out, &asked, code, max_len);
+        Outcome::Reply(code, None)
+    };
+    if asked.edns.is_some_and(|edns| edns.version != 0) {
+        return error(Code::BadVers);
+    }
+    // Other classes have other trees of names, of which we know none; a transfer is more than one
+    // message, and nobody's to have here.
+    let is_transfer = matches!(asked.query_type, number::AXFR | number::IXFR);
+    if asked.query_class != number::IN || is_transfer {
+        return error(Code::Refused);
     }
 
-    /// There is nothing of that kind, or nothing at all; the SOA says for how long to believe it.
-    fn nothing(code: ResponseCode, soa: Record) -> Answer {
-        Answer { code, authoritative: true, answers: Vec::new(), authorities: vec![soa] }
+    let Known { zone, snapshot, .. } = known;
+    let below = zone.depth_of(&asked.name);
+    let reversed = below.is_none().then(|| reverse::look(&asked.name, &zone.pools)).flatten();
+    if below.is_none() && reversed.is_none() {
+        return Outcome::Forward(asked);
     }
+    if !snapshot.table.is_synced() || !known.attached {
+        if known.waits {
+            return Outcome::Wait;
+        }
+        // Never NXDOMAIN: others would remember it.
+        return error(Code::ServFail);
+    }
+    let mut writer = Writer { zone, asked: &asked, snapshot, reply: Reply::new(out, &asked) };
+    let (code, used) = match (below, reversed) {
+        (Some(depth), _) => {
+            let named = zone.named(&asked.name, depth);
+            let service = named.service(&snapshot.table);
+            match (&named, service) {
+                (Named::Service(name) | Named::Served(name, _), service)
+                    if known.looks_up && !service.is_some_and(is_live) =>
+                {
+                    return Outcome::Warm(String::from_utf8_lossy(name).to_ascii_lowercase());
+                }
+                (Named::Service(_), None) if zone.unrouted == Unrouted::Forward => {
+                    return Outcome::Forward(asked);
+                }
+                _ => {}
+            }
+            (writer.in_zone(&named, service, depth), service.filter(|service| is_live(service)))
+        }
+        (None, Some((reversed, depth))) => (writer.in_reverse(reversed, depth), None),
+        (None, None) => return Outcome::Forward(asked),
+    };
+    writer.reply.finish(code, true, max_len);
+    Outcome::Reply(code, used)
+}
+
+fn is_live(service: &Service) -> bool {
+    service.watch == Watch::Live
 }
 
 impl Zone {
-    /// The zone `domain`, whose addresses may be kept for `ttl` seconds.
-    pub(super) fn new(domain: &str, ttl: u32) -> Zone {
-        Zone { domain: Suffix::new(domain), ttl }
+    /// The zone of `config`, and the names of the addresses in `pools`.
+    pub(super) fn new(config: &DnsConfig, pools: impl IntoIterator<Item = IpNet>) -> Zone {
+        let labels: Vec<&str> = config.domain.split('.').filter(|part| !part.is_empty()).collect();
+        let mut domain = Vec::new();
+        for label in &labels {
+            domain.push(label.len() as u8); // the configuration has checked it
+            domain.extend(label.to_ascii_lowercase().bytes());
+        }
+        domain.push(0);
+        Zone {
+            domain: domain.into(),
+            n_labels: labels.len(),
+            ttl: config.ttl,
+            unrouted: config.unrouted,
+            pools: pools.into_iter().collect(),
+        }
     }
 
-    /// The service, in lower case, that a question is about; there may be none of that name.
-    pub(super) fn service_asked(&self, asked: &Asked<'_>) -> Option<String> {
-        let [question] = asked.questions else { return None };
-        let name = &question.original().name;
-        let label = name.iter().next().filter(|_| self.domain.depth_of(name) == Some(1))?;
-        Some(std::str::from_utf8(label).ok()?.to_ascii_lowercase())
+    /// Where VIPs come from.
+    pub(super) fn pools(&self) -> &[IpNet] {
+        &self.pools
     }
 
-    /// Decides what becomes of a question.
-    pub(super) fn judge<'a>(&self, asked: Asked<'a>, known: Known<'_>) -> Verdict<'a> {
-        let error = |code| Verdict::Answer(Answer::error(code));
-        if asked.op_code != OpCode::Query {
-            return error(ResponseCode::NotImp);
-        }
-        if asked.edns_version != 0 {
-            return error(ResponseCode::BADVERS);
-        }
-        let [question] = asked.questions else {
-            return error(ResponseCode::FormErr);
-        };
-        let question = question.original();
-        // Other classes have other trees of names, of which we know none; a transfer is more than
-        // one message, and nobody's to have here.
-        if question.query_class != DNSClass::IN
-            || matches!(question.query_type, RecordType::AXFR | RecordType::IXFR)
-        {
-            return error(ResponseCode::Refused);
-        }
-
-        let Some(depth) = self.domain.depth_of(&question.name) else {
-            return Verdict::Forward(question);
-        };
-        if !known.table.is_synced() || !known.attached {
-            // Never NXDOMAIN: others would remember it.
-            return error(ResponseCode::ServFail);
-        }
-        Verdict::Answer(match depth {
-            0 => self.apex(question, known.table),
-            1 => self.service(question, known.table),
-            _ => Answer::nothing(ResponseCode::NXDomain, self.soa(question, known.table)),
-        })
+    /// How many labels `name` has below the zone: 0 for the zone itself, `None` outside of it.
+    fn depth_of(&self, name: &WireName<'_>) -> Option<usize> {
+        let depth = name.n_labels().checked_sub(self.n_labels)?;
+        // Lengths are below 64, where ASCII has no letters.
+        name.suffix(depth).eq_ignore_ascii_case(&self.domain).then_some(depth)
     }
 
-    fn service(&self, question: &Query, table: &Table) -> Answer {
-        let label = question.name.iter().next().unwrap_or_default().to_ascii_lowercase();
-        let service = std::str::from_utf8(&label).ok().and_then(|name| table.services.get(name));
-        let Some(service) = service else {
-            return Answer::nothing(ResponseCode::NXDomain, self.soa(question, table));
+    /// What a name is that is `depth` labels below the zone.
+    fn named<'a>(&self, name: &WireName<'a>, depth: usize) -> Named<'a> {
+        let protocol = |label: &[u8]| match label {
+            label if label.eq_ignore_ascii_case(b"_tcp") => Some(Protocols::Tcp),
+            label if label.eq_ignore_ascii_case(b"_udp") => Some(Protocols::Udp),
+            _ => None,
         };
-        // Also while no backend is healthy: "no such name" would outlive the outage in caches.
-        let a = RData::A(service.vip.into());
-        let aaaa = service.vip6.map(|vip6| RData::AAAA(vip6.into()));
-        let is_asked = |record: &RData| {
-            question.query_type == RecordType::ANY || question.query_type == record.record_type()
-        };
-        let answers: Vec<Record> = std::iter::once(a)
-            .chain(aaaa)
-            .filter(is_asked)
-            .map(|vip| Record::from_rdata(question.name.clone(), self.ttl, vip))
-            .collect();
-        if answers.is_empty() {
-            return Answer::nothing(ResponseCode::NoError, self.soa(question, table));
-        }
-        Answer::records(answers)
-    }
-
-    fn apex(&self, question: &Query, table: &Table) -> Answer {
-        match question.query_type {
-            RecordType::SOA | RecordType::ANY => Answer::records(vec![self.soa(question, table)]),
-            RecordType::NS => {
-                let apex = question.name.clone();
-                let ns = RData::NS(NS(apex.clone()));
-                Answer::records(vec![Record::from_rdata(apex, self.ttl, ns)])
+        match (depth, name.label(0), name.label(1)) {
+            (0, ..) => Named::Between,
+            (1, Some(label), _) if protocol(label).is_some() => Named::Between,
+            (1, Some(label), _) => Named::Service(label),
+            (2, Some([b'_', service @ ..]), Some(label)) if !service.is_empty() => {
+                protocol(label).map_or(Named::Nothing, |by| Named::Served(service, by))
             }
-            _ => Answer::nothing(ResponseCode::NoError, self.soa(question, table)),
+            _ => Named::Nothing,
         }
-    }
-
-    /// The zone's SOA, with the names that RFC 6303, section 3, gives to a zone that nobody else
-    /// serves: the zone is its own primary, and nobody is responsible.
-    fn soa(&self, question: &Query, table: &Table) -> Record {
-        let apex = question.name.trim_to(self.domain.n_labels());
-        let nobody = Name::from_labels(["nobody", "invalid"]).unwrap_or_else(|_| Name::root());
-        let serial = table.generation as u32; // RFC 1982: a serial wraps
-        let soa = SOA::new(apex.clone(), nobody, serial, 3600, 1200, 604_800, NEGATIVE_TTL);
-        Record::from_rdata(apex, NEGATIVE_TTL, RData::SOA(soa))
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use std::collections::BTreeMap;
-    use std::sync::Arc;
-
-    use super::*;
-    use crate::table::{Ports, Protocols, Service};
-
-    /// The records of a section, written `NAME TTL TYPE [DATA]`; of a SOA the serial alone.
-    fn show(records: &[Record]) -> String {
-        let show = |record: &Record| {
-            let data = match &record.data {
-                RData::SOA(soa) => format!("{} {} {}", soa.mname, soa.serial, soa.minimum),
-                data => data.to_string(),
-            };
-            format!("{} {} {} {data}", record.name, record.ttl, record.record_type())
+impl Named<'_> {
+    /// The service that the name is about, where there is one, dialled so.
+    fn service<'t>(&self, table: &'t Table) -> Option<&'t Service> {
+        let (name, protocols) = match *self {
+            Named::Service(name) => (name, None),
+            Named::Served(name, protocols) => (name, Some(protocols)),
+            Named::Between | Named::Nothing => return None,
         };
-        records.iter().map(show).collect::<Vec<_>>().join(", ")
+        // In a buffer, as this is done for every question.
+        let mut buffer = [0; 63];
+        let lower = buffer.get_mut(..name.len())?;
+        lower.copy_from_slice(name);
+        lower.make_ascii_lowercase();
+        let service = table.services.get(std::str::from_utf8(lower).ok()?)?;
+        let is_dialled_so = protocols
+            .is_none_or(|by| service.protocols == by || service.protocols == Protocols::Both);
+        is_dialled_so.then_some(service)
+    }
+}
+
+/// Writes the sections of an answer.
+struct Writer<'a> {
+    zone: &'a Zone,
+    asked: &'a Asked<'a>,
+    snapshot: &'a Snapshot,
+    reply: Reply<'a>,
+}
+
+impl Writer<'_> {
+    /// Whether records of `record_type` are asked for by their type.
+    fn wants(&self, record_type: u16) -> bool {
+        self.asked.query_type == record_type
     }
 
-    fn table(generation: u64) -> Table {
-        let service = |name: &str, vip: [u8; 4], vip6: Option<&str>| {
-            let name: Arc<str> = name.into();
-            let service = Service {
-                name: name.clone(),
-                vip: vip.into(),
-                vip6: vip6.map(|vip6| vip6.parse().unwrap()),
-                ports: Ports::only([80]),
-                protocols: Protocols::Tcp,
-                pin: None,
-                backends: Vec::new(), // none is healthy: the name stands all the same
-                excluded: Vec::new(),
-                notes: Vec::new(),
-                watch: Default::default(),
-                generation,
-            };
-            (name, Arc::new(service))
-        };
-        let services = BTreeMap::from([
-            service("web", [127, 128, 0, 1], None),
-            service("a-1", [127, 128, 0, 2], None),
-            service("six", [127, 128, 0, 3], Some("fd00::3")),
-        ]);
-        Table { generation, services, rejected: BTreeMap::new() }
+    fn in_zone(&mut self, named: &Named<'_>, service: Option<&Service>, depth: usize) -> Code {
+        match (named, service) {
+            _ if depth == 0 => self.apex(0),
+            (Named::Service(_), Some(service)) => self.service(service),
+            (Named::Served(..), Some(service)) => self.served(service),
+            (Named::Between, _) => self.nothing(Code::NoError, depth),
+            _ => self.nothing(Code::NxDomain, depth),
+        }
     }
 
-    fn question(name: &str, query_type: RecordType) -> LowerQuery {
-        LowerQuery::query(Query::query(Name::from_ascii(name).unwrap(), query_type))
+    fn in_reverse(&mut self, reversed: Reversed, depth: usize) -> Code {
+        match reversed {
+            Reversed::Apex => self.apex(depth),
+            Reversed::Between => self.nothing(Code::NoError, depth),
+            Reversed::Nothing => self.nothing(Code::NxDomain, depth),
+            Reversed::Address(address) => match self.snapshot.at(address) {
+                None => self.nothing(Code::NxDomain, depth),
+                Some(service) if self.wants(number::PTR) || self.wants(number::ANY) => {
+                    let len = [service.name.len() as u8]; // a label
+                    let name: [&[u8]; 3] = [&len, service.name.as_bytes(), &self.zone.domain];
+                    self.reply.record(Section::Answer, QUESTION, number::PTR, self.zone.ttl, &name);
+                    Code::NoError
+                }
+                Some(_) => self.nothing(Code::NoError, depth),
+            },
+        }
     }
 
-    fn judge(zone: &Zone, question: &LowerQuery, table: &Table, attached: bool) -> String {
-        let questions = std::slice::from_ref(question);
-        let asked = Asked { op_code: OpCode::Query, edns_version: 0, questions };
-        match zone.judge(asked, Known { table, attached }) {
-            Verdict::Forward(_) => "forward".into(),
-            Verdict::Answer(Answer { code, authoritative, answers, authorities }) => {
-                let aa = if authoritative { " aa" } else { "" };
-                format!("{code:?}{aa} [{}] [{}]", show(&answers), show(&authorities))
+    /// `NAME`: its addresses, or where it is served. Also while no backend is healthy: "no such
+    /// name" would outlive the outage in caches.
+    fn service(&mut self, service: &Service) -> Code {
+        match self.asked.query_type {
+            // Of all there is, as little as may be (RFC 8482, section 4.1).
+            number::A | number::ANY => self.address(Section::Answer, QUESTION, service.vip.into()),
+            number::AAAA if let Some(vip6) = service.vip6 => {
+                self.address(Section::Answer, QUESTION, vip6.into());
             }
+            number::SRV => self.srv(service, self.asked.name.suffix(0)),
+            _ => return self.nothing(Code::NoError, 1),
         }
+        Code::NoError
     }
 
-    const NODATA: &str = "NoError aa [] [service. 5 SOA service. 7 5]";
-    const NXDOMAIN: &str = "NXDomain aa [] [service. 5 SOA service. 7 5]";
-    const SERVFAIL: &str = "ServFail [] []";
-
-    #[test]
-    fn the_zone_service() {
-        use RecordType::*;
-        let web = "NoError aa [web.service. 30 A 127.128.0.1] []";
-        let rows = [
-            // a service
-            ("web.service.", A, web),
-            ("a-1.service.", A, "NoError aa [a-1.service. 30 A 127.128.0.2] []"),
-            ("WeB.SerVice.", A, "NoError aa [WeB.SerVice. 30 A 127.128.0.1] []"),
-            ("web.service.", ANY, web),
-            ("web.service.", AAAA, NODATA),
-            ("web.service.", HTTPS, NODATA),
-            ("web.service.", SVCB, NODATA),
-            ("web.service.", MX, NODATA),
-            ("web.service.", TXT, NODATA),
-            ("web.service.", SRV, NODATA),
-            ("web.service.", SOA, NODATA),
-            ("web.service.", Unknown(65_280), NODATA),
-            ("web.SERVICE.", AAAA, "NoError aa [] [SERVICE. 5 SOA SERVICE. 7 5]"),
-            // a service with an address of each family
-            ("six.service.", A, "NoError aa [six.service. 30 A 127.128.0.3] []"),
-            ("six.service.", AAAA, "NoError aa [six.service. 30 AAAA fd00::3] []"),
-            (
-                "six.service.",
-                ANY,
-                "NoError aa [six.service. 30 A 127.128.0.3, six.service. 30 AAAA fd00::3] []",
-            ),
-            ("six.service.", HTTPS, NODATA),
-            // no service
-            ("wbe.service.", A, NXDOMAIN),
-            ("wbe.service.", AAAA, NXDOMAIN),
-            ("foo.web.service.", A, NXDOMAIN),
-            ("a.b.c.service.", ANY, NXDOMAIN),
-            ("_web._tcp.service.", SRV, NXDOMAIN),
-            ("*.service.", A, NXDOMAIN),
-            ("a\\.b.service.", A, NXDOMAIN),
-            // the apex
-            ("service.", SOA, "NoError aa [service. 5 SOA service. 7 5] []"),
-            ("service.", NS, "NoError aa [service. 30 NS service.] []"),
-            ("service.", ANY, "NoError aa [service. 5 SOA service. 7 5] []"),
-            ("service.", A, NODATA),
-            ("service.", DS, NODATA),
-            // a transfer
-            ("service.", AXFR, "Refused [] []"),
-            ("example.com.", IXFR, "Refused [] []"),
-            // not ours
-            ("example.com.", A, "forward"),
-            ("web.service.consul.", A, "forward"),
-            ("webservice.", A, "forward"),
-            ("web.", A, "forward"),
-            ("localhost.", A, "forward"),
-            (".", NS, "forward"),
-        ];
-        let (zone, table) = (Zone::new("service", 30), table(7));
-        for (name, query_type, expected) in rows {
-            let question = question(name, query_type);
-            assert_eq!(judge(&zone, &question, &table, true), expected, "{name} {query_type}");
+    /// `_NAME._tcp`: where it is served (RFC 2782).
+    fn served(&mut self, service: &Service) -> Code {
+        if !self.wants(number::SRV) && !self.wants(number::ANY) {
+            return self.nothing(Code::NoError, 2);
         }
-
-        let bytes = Name::from_labels([&b"\xff\xfe\0"[..], b"service"]).unwrap();
-        let question = LowerQuery::query(Query::query(bytes, A));
-        assert_eq!(judge(&zone, &question, &table, true), NXDOMAIN);
-    }
-
-    #[test]
-    fn a_zone_of_several_labels() {
-        let nxdomain = "NXDomain aa [] [lb.corp. 5 SOA lb.corp. 7 5]";
-        let rows = [
-            ("web.lb.corp.", "NoError aa [web.lb.corp. 0 A 127.128.0.1] []"),
-            ("x.web.lb.corp.", nxdomain),
-            ("lb.corp.", "NoError aa [] [lb.corp. 5 SOA lb.corp. 7 5]"),
-            ("corp.", "forward"),
-            ("web.service.", "forward"),
-        ];
-        let (zone, table) = (Zone::new("lb.corp", 0), table(7));
-        for (name, expected) in rows {
-            let question = question(name, RecordType::A);
-            assert_eq!(judge(&zone, &question, &table, true), expected, "{name}");
-        }
-    }
-
-    #[test]
-    fn the_zone_fails_until_it_can_be_relied_on() {
-        let rows = [
-            ("web.service.", 0, true, SERVFAIL),
-            ("wbe.service.", 0, true, SERVFAIL),
-            ("service.", 0, true, SERVFAIL),
-            ("web.service.", 7, false, SERVFAIL),
-            ("a.wbe.service.", 7, false, SERVFAIL),
-            ("service.", 7, false, SERVFAIL),
-            ("example.com.", 0, false, "forward"),
-            ("web.service.", 7, true, "NoError aa [web.service. 30 A 127.128.0.1] []"),
-        ];
-        let zone = Zone::new("service", 30);
-        for (name, generation, attached, expected) in rows {
-            let question = question(name, RecordType::A);
-            let judged = judge(&zone, &question, &table(generation), attached);
-            assert_eq!(judged, expected, "{name} at {generation}, attached: {attached}");
-        }
-    }
-
-    #[test]
-    fn questions_that_are_no_questions() {
-        let web = question("web.service.", RecordType::A);
-        let far = question("example.com.", RecordType::A);
-        let chaos = |name| {
-            let mut query = Query::query(Name::from_ascii(name).unwrap(), RecordType::TXT);
-            query.query_class = DNSClass::CH;
-            LowerQuery::query(query)
+        // The service's own name, in the question's case.
+        let Some([_, label @ ..]) = self.asked.name.label(0) else {
+            return self.nothing(Code::NxDomain, 2);
         };
-        let rows = [
-            (OpCode::Status, 0, vec![web.clone()], ResponseCode::NotImp),
-            (OpCode::Update, 0, vec![web.clone()], ResponseCode::NotImp),
-            (OpCode::Notify, 0, vec![far.clone()], ResponseCode::NotImp),
-            (OpCode::Query, 1, vec![web.clone()], ResponseCode::BADVERS),
-            (OpCode::Query, 255, vec![far.clone()], ResponseCode::BADVERS),
-            (OpCode::Query, 0, vec![], ResponseCode::FormErr),
-            (OpCode::Query, 0, vec![web.clone(), far], ResponseCode::FormErr),
-            (OpCode::Query, 0, vec![chaos("web.service.")], ResponseCode::Refused),
-            (OpCode::Query, 0, vec![chaos("version.bind.")], ResponseCode::Refused),
-        ];
-        let (zone, table) = (Zone::new("service", 30), table(7));
-        for (op_code, edns_version, questions, expected) in rows {
-            let asked = Asked { op_code, edns_version, questions: &questions };
-            let judged = zone.judge(asked, Known { table: &table, attached: true });
-            assert_eq!(judged, Verdict::Answer(Answer::error(expected)), "{asked:?}");
+        let mut target = [0; 256];
+        let suffix = self.asked.name.suffix(2);
+        let len = 1 + label.len() + suffix.len(); // shorter than the question's name
+        target[0] = label.len() as u8;
+        target[1..=label.len()].copy_from_slice(label);
+        target[1 + label.len()..len].copy_from_slice(suffix);
+        self.srv(service, &target[..len]);
+        Code::NoError
+    }
+
+    fn srv(&mut self, service: &Service, target: &[u8]) {
+        let port = match &service.ports {
+            Ports::Only(ports) if !ports.contains(&HTTP) => ports.first().copied().unwrap_or(HTTP),
+            _ => HTTP,
+        };
+        let [high, low] = port.to_be_bytes();
+        let place: &[u8] = &[0, 1, 0, 1, high, low]; // priority 1, weight 1
+        let ttl = self.zone.ttl;
+        let data = self.reply.record(Section::Answer, QUESTION, number::SRV, ttl, &[place, target]);
+        let owner = data + place.len() as u16;
+        self.address(Section::Additional, owner, service.vip.into());
+        if let Some(vip6) = service.vip6 {
+            self.address(Section::Additional, owner, vip6.into());
         }
+    }
+
+    fn address(&mut self, section: Section, owner: u16, address: IpAddr) {
+        let ttl = self.zone.ttl;
+        match address {
+            IpAddr::V4(vip) => self.reply.record(section, owner, number::A, ttl, &[&vip.octets()]),
+            IpAddr::V6(vip6) => {
+                self.reply.record(section, owner, number::AAAA, ttl, &[&vip6.octets()])
+            }
+        };
+    }
+
+    /// The top of a zone, `depth` labels above the question's name.
+    fn apex(&mut self, depth: usize) -> Code {
+        match self.asked.query_type {
+            number::SOA | number::ANY => self.soa(Section::Answer, depth),
+            number::NS => {
+                let name = self.asked.name.suffix(depth);
+                self.reply.record(Section::Answer, QUESTION, number::NS, self.zone.ttl, &[name]);
+            }
+            _ => return self.nothing(Code::NoError, depth),
+        }
+        Code::NoError
+    }
+
+    /// There is nothing of that kind, or nothing at all; the SOA says for how long to believe it.
+    fn nothing(&mut self, code: Code, depth: usize) -> Code {
+        self.soa(Section::Authority, depth);
+        code
+    }
+
+    /// The SOA of the zone that begins `depth` labels above the question's name, with the names
+    /// that RFC 6303, section 3, gives to a zone that nobody else serves: the zone is its own
+    /// primary, and nobody is responsible.
+    fn soa(&mut self, section: Section, depth: usize) {
+        let apex = self.asked.name.suffix_offset(depth);
+        let primary = (0xc000 | apex).to_be_bytes();
+        let mut numbers = [0; 20];
+        let serial = self.snapshot.table.generation as u32; // RFC 1982: a serial wraps
+        for (bytes, number) in
+            numbers.chunks_exact_mut(4).zip([serial, 3600, 1200, 604_800, NEGATIVE_TTL])
+        {
+            bytes.copy_from_slice(&number.to_be_bytes());
+        }
+        let data: [&[u8]; 3] = [&primary, b"\x06nobody\x07invalid\x00", &numbers];
+        self.reply.record(section, apex, number::SOA, NEGATIVE_TTL, &data);
     }
 }

@@ -13,7 +13,8 @@ use tracing::debug;
 use super::exchange::{ExchangeError, Outgoing};
 use super::health::Health;
 use super::lookup::{Origin, Origins};
-use super::loops::{Loops, Way};
+use super::loops::{self, Loops, Way};
+use super::message::Asked;
 use super::same::Same;
 use super::sockets::Transport;
 use super::upstreams::Upstreams;
@@ -161,6 +162,13 @@ impl Forwarder {
             0 => Err(ForwardError::NoUpstream),
             n_servers => Err(ForwardError::Unanswered(n_servers)),
         }
+    }
+
+    /// Whether a question that isn't going to be forwarded is a probe of ours; then it is noted that
+    /// it came back.
+    pub(super) fn hears_probe(&self, asked: &Asked<'_>) -> bool {
+        let is_marked = asked.name.label(1).is_some_and(loops::is_label);
+        is_marked && asked.query().is_ok_and(|question| self.loops.is_probe(&question.name))
     }
 
     /// What is wrong with the upstreams, each with the mend.

@@ -12,7 +12,7 @@ use hickory_proto::op::{Edns, Message, Query};
 use hickory_proto::rr::{Name, RecordType};
 
 use super::exchange::{ExchangeError, Outgoing};
-use super::forward::Forwarder;
+use super::server::Handler;
 
 /// How long a lookup may take: less than a client of the admin interface waits.
 const TIME_LIMIT: Duration = Duration::from_millis(4500);
@@ -67,18 +67,18 @@ pub enum Origin {
 /// Who asks the running server, and what is wrong with its upstreams.
 #[derive(Clone, Debug)]
 pub struct Inquirer {
-    forwarder: Arc<Forwarder>,
+    handler: Arc<Handler>,
     server: SocketAddr,
 }
 
 impl Inquirer {
-    pub(super) fn new(forwarder: Arc<Forwarder>, server: SocketAddr) -> Inquirer {
-        Inquirer { forwarder, server }
+    pub(super) fn new(handler: Arc<Handler>, server: SocketAddr) -> Inquirer {
+        Inquirer { handler, server }
     }
 
     /// What is wrong with the upstreams, each with the mend.
     pub fn problems(&self) -> Vec<String> {
-        self.forwarder.problems()
+        self.handler.forwarder().problems()
     }
 
     /// Looks a name up, through the server's own socket.
@@ -88,7 +88,8 @@ impl Inquirer {
     pub async fn look_up(&self, name: &str, kind: &str) -> Result<(Message, Origin), LookupError> {
         let question = question(name, kind)?;
         let message = message(&question);
-        let watched = self.forwarder.origins.watch(message.metadata.id, &question);
+        let forwarder = self.handler.forwarder();
+        let watched = forwarder.origins.watch(message.metadata.id, &question);
         let answer = ask_with(&message, &question, self.server, true).await?;
         Ok((answer, watched.origin()))
     }

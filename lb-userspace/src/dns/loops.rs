@@ -74,7 +74,7 @@ impl Loops {
     pub(super) fn is_probe(&self, name: &Name) -> bool {
         let mut labels = name.iter();
         let Some(token) = labels.next().and_then(token) else { return false };
-        if !labels.next().is_some_and(|label| label.eq_ignore_ascii_case(LABEL.as_bytes())) {
+        if !labels.next().is_some_and(is_label) {
             return false;
         }
         let mut state = self.lock();
@@ -126,6 +126,11 @@ impl Loops {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Whether this label marks the names of probes, as the second one.
+pub(super) fn is_label(label: &[u8]) -> bool {
+    label.eq_ignore_ascii_case(LABEL.as_bytes())
 }
 
 fn problem(way: &Way) -> String {

@@ -2,14 +2,23 @@
 
 use std::fmt;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener, UdpSocket};
+use std::os::fd::OwnedFd;
 
-use tokio::net::{TcpListener, UdpSocket};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
+use tracing::info;
 
+use super::passed::{self, PassedError};
 use crate::config::DnsConfig;
 
 /// How often a port is tried that must be free for both transports, where the kernel may choose.
 const PORT_TRIES: usize = 16;
+
+/// The most UDP sockets for one address: more cores than that answer more than a host asks.
+const MAX_SOCKETS: usize = 4;
+
+/// The TCP connections that wait to be accepted.
+const BACKLOG: i32 = 128;
 
 /// Why the server can't listen.
 #[derive(Debug, thiserror::Error)]
@@ -65,6 +74,12 @@ pub enum DnsError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// The sockets that systemd passed can't be served.
+    #[error(transparent)]
+    Passed(#[from] PassedError),
+    /// The kernel won't let the sockets be served.
+    #[error("can't serve DNS: {0}; raise the limits on open files and threads")]
+    Start(#[source] io::Error),
 }
 
 impl DnsError {
@@ -107,11 +122,14 @@ impl fmt::Display for Transport {
 }
 
 /// Sockets that are bound, and wait to be served.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Sockets {
+    /// At least one for each address.
     pub(super) udp: Vec<UdpSocket>,
     pub(super) tcp: Vec<TcpListener>,
-    addresses: Vec<SocketAddr>,
+    pub(super) addresses: Vec<SocketAddr>,
+    /// Whether they outlive this process, so that questions may have waited in them.
+    pub(super) were_passed: bool,
 }
 
 impl Sockets {
@@ -121,31 +139,54 @@ impl Sockets {
     }
 }
 
-/// Binds UDP and TCP on each address of `dns.listen`; port 0 lets the kernel choose one for both.
+/// The sockets that systemd passed, or else, bound here, UDP and TCP on each address of `dns.listen`;
+/// port 0 lets the kernel choose one for both. An address may be one that this host doesn't have yet.
 ///
 /// # Errors
 ///
-/// Says of the first address that can't be had why, and what to do.
+/// Says of the first address that can't be had why, and what to do; or what is wrong with the
+/// sockets that were passed.
 pub async fn bind(config: &DnsConfig) -> Result<Sockets, DnsError> {
-    let mut sockets = Sockets { udp: Vec::new(), tcp: Vec::new(), addresses: Vec::new() };
+    if let Some(sockets) = passed::take()? {
+        if sockets.addresses != config.listen {
+            let addresses: Vec<_> = sockets.addresses.iter().map(ToString::to_string).collect();
+            info!(
+                "listening on {}, as systemd says: dns.listen doesn't count",
+                addresses.join(", ")
+            );
+        }
+        return Ok(sockets);
+    }
+    let mut sockets = Sockets::default();
     for &address in &config.listen {
-        let (udp, tcp, address) = bind_pair(address).await?;
-        sockets.udp.push(udp);
+        // Two sockets for one port, of which the one for IPv6 would take the other's too.
+        let v4_has_it = config.listen.iter().any(|other| {
+            other.is_ipv4() && other.ip().is_unspecified() && other.port() == address.port()
+        });
+        let (udp, tcp, address) = bind_both(address, v4_has_it)?;
+        sockets.udp.extend(udp);
         sockets.tcp.push(tcp);
         sockets.addresses.push(address);
     }
     Ok(sockets)
 }
 
-async fn bind_pair(wanted: SocketAddr) -> Result<(UdpSocket, TcpListener, SocketAddr), DnsError> {
+fn bind_both(
+    wanted: SocketAddr,
+    v6_only: bool,
+) -> Result<(Vec<UdpSocket>, TcpListener, SocketAddr), DnsError> {
+    let denied_udp = |source| DnsError::new(wanted, Transport::Udp, source);
     let mut n_tries = 0;
     loop {
         n_tries += 1;
-        let denied_udp = |source| DnsError::new(wanted, Transport::Udp, source);
-        let udp = UdpSocket::bind(wanted).await.map_err(denied_udp)?;
-        let address = udp.local_addr().map_err(denied_udp)?;
-        match TcpListener::bind(address).await {
-            Ok(tcp) => return Ok((udp, tcp, address)),
+        let first = bind_one(wanted, SocketType::DGRAM, v6_only).map_err(denied_udp)?;
+        let first = UdpSocket::from(first);
+        let address = first.local_addr().map_err(denied_udp)?;
+        match bind_one(address, SocketType::STREAM, v6_only).and_then(listen) {
+            Ok(tcp) => {
+                let udp = share(first, address, v6_only).map_err(denied_udp)?;
+                return Ok((udp, tcp, address));
+            }
             Err(error)
                 if wanted.port() == 0
                     && error.kind() == io::ErrorKind::AddrInUse
@@ -153,6 +194,54 @@ async fn bind_pair(wanted: SocketAddr) -> Result<(UdpSocket, TcpListener, Socket
             Err(error) => return Err(DnsError::new(address, Transport::Tcp, error)),
         }
     }
+}
+
+fn bind_one(address: SocketAddr, socket_type: SocketType, v6_only: bool) -> io::Result<OwnedFd> {
+    let socket = unbound(address, socket_type, v6_only)?;
+    rustix::net::bind(&socket, &address)?;
+    Ok(socket)
+}
+
+fn unbound(address: SocketAddr, socket_type: SocketType, v6_only: bool) -> io::Result<OwnedFd> {
+    let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(family, socket_type, flags, None)?;
+    match address {
+        SocketAddr::V4(_) => sockopt::set_ip_freebind(&socket, true)?,
+        SocketAddr::V6(_) => {
+            sockopt::set_ipv6_freebind(&socket, true)?;
+            sockopt::set_ipv6_v6only(&socket, v6_only)?;
+        }
+    }
+    if socket_type == SocketType::STREAM {
+        // Connections that ended a moment ago don't stand in a restart's way.
+        sockopt::set_socket_reuseaddr(&socket, true)?;
+    }
+    Ok(socket)
+}
+
+fn listen(socket: OwnedFd) -> io::Result<TcpListener> {
+    rustix::net::listen(&socket, BACKLOG)?;
+    Ok(socket.into())
+}
+
+/// A socket for each core, between which the kernel spreads the clients. The first is bound before
+/// it lets others in, so that another process that has the port is found out.
+fn share(first: UdpSocket, address: SocketAddr, v6_only: bool) -> io::Result<Vec<UdpSocket>> {
+    let n_cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let n_sockets = n_cores.min(MAX_SOCKETS);
+    if n_sockets == 1 {
+        return Ok(vec![first]);
+    }
+    sockopt::set_socket_reuseport(&first, true)?;
+    let mut sockets = vec![first];
+    for _ in 1..n_sockets {
+        let socket = unbound(address, SocketType::DGRAM, v6_only)?;
+        sockopt::set_socket_reuseport(&socket, true)?;
+        rustix::net::bind(&socket, &address)?;
+        sockets.push(socket.into());
+    }
+    Ok(sockets)
 }
 
 #[cfg(test)]
@@ -203,28 +292,47 @@ mod tests {
         assert_ne!(first, second);
         for (idx, address) in [first, second].into_iter().enumerate() {
             assert_ne!(address.port(), 0);
-            assert_eq!(sockets.udp[idx].local_addr().unwrap(), address);
+            assert!(sockets.udp.iter().any(|udp| udp.local_addr().unwrap() == address));
             assert_eq!(sockets.tcp[idx].local_addr().unwrap(), address);
         }
     }
 
     #[tokio::test]
     async fn a_port_in_use() {
-        let udp = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        let udp = UdpSocket::bind("127.0.0.1:0").unwrap();
         let address = udp.local_addr().unwrap();
         let error = bind(&config(&[address])).await.unwrap_err();
         assert!(matches!(error, DnsError::InUse { transport: Transport::Udp, .. }), "{error}");
 
-        let tcp = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = tcp.local_addr().unwrap();
         let error = bind(&config(&[address])).await.unwrap_err();
         assert!(matches!(error, DnsError::InUse { transport: Transport::Tcp, .. }), "{error}");
     }
 
     #[tokio::test]
-    async fn an_address_of_another_host() {
-        // 192.0.2.0/24 is for documentation (RFC 5737).
-        let error = bind(&config(&["192.0.2.1:0".parse().unwrap()])).await.unwrap_err();
-        assert!(matches!(error, DnsError::NotHere { .. }), "{error}");
+    async fn an_address_that_may_come() {
+        // Of documentation (RFC 5737 and 3849).
+        let addresses = ["192.0.2.1:0", "[2001:db8::1]:0"].map(|text| text.parse().unwrap());
+        let sockets = bind(&config(&addresses)).await.unwrap();
+        let ips: Vec<_> = sockets.addresses().iter().map(SocketAddr::ip).collect();
+        assert_eq!(ips, addresses.map(|address: SocketAddr| address.ip()));
+    }
+
+    #[tokio::test]
+    async fn two_servers_never_share_a_port() {
+        let sockets = bind(&config(&["127.0.0.1:0".parse().unwrap()])).await.unwrap();
+        let error = bind(&config(sockets.addresses())).await.unwrap_err();
+        assert!(matches!(error, DnsError::InUse { transport: Transport::Udp, .. }), "{error}");
+    }
+
+    #[tokio::test]
+    async fn both_families_of_any_address() {
+        let v4 = bind(&config(&["0.0.0.0:0".parse().unwrap()])).await.unwrap();
+        let port = v4.addresses()[0].port();
+        drop(v4);
+        let both = ["0.0.0.0", "::"].map(|ip| SocketAddr::new(ip.parse().unwrap(), port));
+        let sockets = bind(&config(&both)).await.unwrap();
+        assert_eq!(sockets.addresses(), both);
     }
 }

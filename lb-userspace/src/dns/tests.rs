@@ -53,10 +53,12 @@ impl Rig {
             surroundings,
             sockets,
             &config,
+            &[],
             table_rx,
             attached_rx,
             Demand::default(),
-        );
+        )
+        .unwrap();
         Rig { server, address, table, attached }
     }
 
@@ -159,9 +161,11 @@ impl Upstream {
         let (sender, asked) = mpsc::unbounded_channel();
         let mut tasks = JoinSet::new();
         for socket in sockets.udp {
+            let socket = UdpSocket::from_std(socket).unwrap();
             tasks.spawn(Self::serve_udp(socket, answers.clone(), sender.clone()));
         }
         for listener in sockets.tcp {
+            let listener = TcpListener::from_std(listener).unwrap();
             tasks.spawn(Self::serve_tcp(listener, answers.clone(), sender.clone()));
         }
         Upstream { address, asked, _tasks: tasks }
@@ -511,7 +515,8 @@ async fn nothing_is_forwarded_to_ourselves() {
     };
     let (table, table_rx) = watch::channel(Arc::new(web(1)));
     let (attached, attached_rx) = watch::channel(true);
-    let server = Server::start(sockets, &config, table_rx, attached_rx, Demand::default());
+    let (vip, demand) = (Config::default().vip, Demand::default());
+    let server = Server::start(sockets, &config, &vip, table_rx, attached_rx, demand).unwrap();
     let rig = Rig { server, address, table, attached };
     // At once, so not after the patience for a resolver that doesn't answer.
     for name in ["example.com.", "web.service.consul."] {
@@ -564,4 +569,38 @@ async fn a_stop_frees_the_port_within_half_a_second() {
     timeout(Duration::from_millis(500), rig.server.stop()).await.unwrap();
     let config = DnsConfig { listen: vec![rig.address], ..Config::default().dns };
     bind(&config).await.unwrap();
+}
+
+#[tokio::test]
+async fn tcp_clients_that_dawdle_are_cut_off() {
+    let surroundings =
+        Surroundings { tcp_patience: Duration::from_millis(200), ..Surroundings::default() };
+    let rig = Rig::with(Config::default().dns, surroundings).await;
+    let question = query("web.service.", RecordType::A).to_vec().unwrap();
+    let half = [&[0, question.len() as u8], &question[..20]].concat();
+    for begun in [&[][..], &[0], &half] {
+        let mut stream = TcpStream::connect(rig.address).await.unwrap();
+        stream.write_all(begun).await.unwrap();
+        let mut buffer = [0; 512];
+        let read = timeout(LONG, stream.read(&mut buffer)).await.unwrap();
+        assert!(matches!(read, Ok(0) | Err(_)), "{begun:?}: {read:?}");
+    }
+}
+
+#[tokio::test]
+async fn one_address_has_so_many_tcp_connections() {
+    let rig = Rig::new(&[]).await;
+    let question = query("web.service.", RecordType::A).to_vec().unwrap();
+    let mut open = Vec::new();
+    for _ in 0..64 {
+        let mut stream = TcpStream::connect(rig.address).await.unwrap();
+        write_message(&mut stream, &question).await;
+        timeout(LONG, read_message(&mut stream)).await.unwrap().unwrap();
+        open.push(stream);
+    }
+    let mut beyond = TcpStream::connect(rig.address).await.unwrap();
+    let mut buffer = [0; 512];
+    let read = timeout(LONG, beyond.read(&mut buffer)).await.unwrap();
+    assert!(matches!(read, Ok(0) | Err(_)), "{read:?}");
+    assert_eq!(rig.lookup("web.service.").await, "NoError 127.128.0.1");
 }

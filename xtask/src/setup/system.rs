@@ -15,6 +15,7 @@ const TOOLS: &[(&str, &str)] = &[
     ("curl", "curl"),
     ("dig", "bind9-dnsutils"),
     ("dnsmasq", "dnsmasq-base"),
+    ("dnsperf", "dnsperf"),
     ("dpkg-deb", "dpkg"),
     ("ip", "iproute2"),
     ("nsenter", "util-linux"),

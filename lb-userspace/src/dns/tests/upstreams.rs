@@ -37,8 +37,16 @@ fn serve(sockets: Sockets, servers: &[SocketAddr], limits: Limits) -> Rig {
     let (table, table_rx) = watch::channel(Arc::new(web(1)));
     let (attached, attached_rx) = watch::channel(true);
     let surroundings = Surroundings { limits, ..Surroundings::default() };
-    let server =
-        Server::start_in(surroundings, sockets, &config, table_rx, attached_rx, Demand::default());
+    let server = Server::start_in(
+        surroundings,
+        sockets,
+        &config,
+        &[],
+        table_rx,
+        attached_rx,
+        Demand::default(),
+    )
+    .unwrap();
     Rig { server, address, table, attached }
 }
 

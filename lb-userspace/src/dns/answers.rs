@@ -1,0 +1,337 @@
+//! The table of answers.txt, through the real server; and what no row can say.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use hickory_proto::op::{Message, Query};
+use hickory_proto::rr::{Name, RData, Record, RecordType};
+use proptest::prelude::{Just, Strategy, any, prop_oneof, proptest};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpStream, UdpSocket};
+use tokio::sync::watch;
+
+use super::answer::{Known, Outcome, Snapshot, Zone, answer};
+use super::{Server, Transport, bind};
+use crate::catalog::Demand;
+use crate::config::{Config, DnsConfig, Forward, Unrouted};
+use crate::table::{Ports, Protocols, Service, Table, Watch};
+
+const POOLS: [&str; 2] = ["127.128.0.0/9", "fd00::/64"];
+
+/// The table that answers.txt tells of.
+fn table(generation: u64) -> Table {
+    let service = |name: &str, last: u8, vip6: Option<&str>, ports, protocols| {
+        let name: Arc<str> = name.into();
+        let service = Service {
+            name: name.clone(),
+            vip: [127, 128, 0, last].into(),
+            vip6: vip6.map(|vip6| vip6.parse().unwrap()),
+            ports,
+            protocols,
+            pin: None,
+            backends: Vec::new(),
+            excluded: Vec::new(),
+            notes: Vec::new(),
+            watch: Watch::Live,
+            generation,
+        };
+        (name, Arc::new(service))
+    };
+    let services = BTreeMap::from([
+        service("web", 1, None, Ports::only([80]), Protocols::Tcp),
+        service("db", 2, None, Ports::only([5432]), Protocols::Tcp),
+        service("any", 3, None, Ports::Any, Protocols::Both),
+        service("six", 4, Some("fd00::4"), Ports::only([443, 9000]), Protocols::Tcp),
+        service("dns", 5, None, Ports::only([53, 80]), Protocols::Udp),
+    ]);
+    Table { generation, services, rejected: BTreeMap::new() }
+}
+
+fn zone(config: &DnsConfig) -> Zone {
+    Zone::new(config, POOLS.map(|pool| pool.parse().unwrap()))
+}
+
+fn query(name: &str, query_type: &str) -> Vec<u8> {
+    let query_type = match query_type.strip_prefix("TYPE") {
+        Some(number) => RecordType::Unknown(number.parse().unwrap()),
+        None if query_type == "IXFR" => RecordType::IXFR, // which hickory doesn't read
+        None => query_type.parse().unwrap(),
+    };
+    let mut message = Message::query();
+    message.add_query(Query::query(Name::from_ascii(name).unwrap(), query_type));
+    message.metadata.recursion_desired = true;
+    message.to_vec().unwrap()
+}
+
+/// A message as answers.txt writes it.
+fn show(bytes: &[u8]) -> String {
+    let message = Message::from_vec(bytes).unwrap();
+    let record = |record: &Record| {
+        let data = match &record.data {
+            RData::SOA(soa) => {
+                assert_eq!(soa.mname, record.name);
+                format!("{} {}", soa.serial, soa.minimum)
+            }
+            data => data.to_string(),
+        };
+        format!("{} {} {} {data}", record.name, record.ttl, record.record_type())
+    };
+    let section = |records: &[Record]| records.iter().map(record).collect::<Vec<_>>().join("; ");
+    let aa = if message.metadata.authoritative { " aa" } else { "" };
+    let [answers, authorities, additionals] =
+        [&message.answers, &message.authorities, &message.additionals].map(|all| section(all));
+    let code = message.metadata.response_code;
+    squeeze(&format!("{code:?}{aa} {answers} | {authorities} | {additionals}"))
+}
+
+fn squeeze(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+async fn ask(transport: Transport, server: SocketAddr, bytes: &[u8]) -> Vec<u8> {
+    match transport {
+        Transport::Udp => {
+            let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+            socket.send_to(bytes, server).await.unwrap();
+            let mut buffer = vec![0; 65_535];
+            let (len, from) = socket.recv_from(&mut buffer).await.unwrap();
+            assert_eq!(from, server);
+            buffer.truncate(len);
+            buffer
+        }
+        Transport::Tcp => {
+            let mut stream = TcpStream::connect(server).await.unwrap();
+            let len = (bytes.len() as u16).to_be_bytes();
+            stream.write_all(&[&len, bytes].concat()).await.unwrap();
+            let mut answer = vec![0; stream.read_u16().await.unwrap().into()];
+            stream.read_exact(&mut answer).await.unwrap();
+            answer
+        }
+    }
+}
+
+/// A server on `ip`, which forwards to `upstream`.
+async fn serve(ip: &str, upstream: Option<SocketAddr>) -> (Server, SocketAddr) {
+    let config = DnsConfig {
+        listen: vec![SocketAddr::new(ip.parse().unwrap(), 0)],
+        forward: Forward::Servers(upstream.into_iter().collect()),
+        routes: BTreeMap::new(),
+        ..Config::default().dns
+    };
+    let sockets = bind(&config).await.unwrap();
+    let address = sockets.addresses()[0];
+    let mut vip = Config::default().vip;
+    vip.pool6 = Some(POOLS[1].parse().unwrap());
+    let (table, attached) = (watch::channel(Arc::new(table(7))).1, watch::channel(true).1);
+    let server = Server::start(sockets, &config, &vip, table, attached, Demand::default());
+    (server.unwrap(), address)
+}
+
+#[tokio::test]
+async fn every_row_of_the_table() {
+    // A resolver that says YXDOMAIN to everything, which nobody else here says.
+    let listen = vec!["127.0.0.1:0".parse().unwrap()];
+    let upstream = bind(&DnsConfig { listen, ..Config::default().dns }).await.unwrap();
+    let upstream_address = upstream.addresses()[0];
+    for socket in upstream.udp {
+        let socket = UdpSocket::from_std(socket).unwrap();
+        tokio::spawn(async move {
+            let mut buffer = [0; 512];
+            while let Ok((len, client)) = socket.recv_from(&mut buffer).await {
+                buffer[2] |= 0x80;
+                buffer[3] = 6;
+                socket.send_to(&buffer[..len], client).await.unwrap();
+            }
+        });
+    }
+    let (server, address) = serve("127.0.0.1", Some(upstream_address)).await;
+    let rows = include_str!("answers.txt").lines();
+    let rows = rows.filter(|row| !row.is_empty() && !row.starts_with('#'));
+    let mut n_rows = 0;
+    for row in rows {
+        n_rows += 1;
+        let (question, expected) = row.split_once(" = ").unwrap();
+        let (name, query_type) = question.trim().split_once(' ').unwrap();
+        let asked = query(name, query_type.trim());
+        let is_forwarded = expected == "forwarded";
+        let expected = if is_forwarded { "YXDomain | |" } else { expected };
+        for transport in [Transport::Udp, Transport::Tcp] {
+            if is_forwarded && transport == Transport::Tcp {
+                continue; // what is forwarded is another test's
+            }
+            let got = ask(transport, address, &asked).await;
+            assert_eq!(got[..2], asked[..2], "{row}");
+            assert_eq!(got[2] & 0xf9, 0x81, "{row}: QR, RD, no TC");
+            assert_eq!(got[3] & 0x80, 0x80, "{row}: RA");
+            assert_eq!(show(&got), squeeze(expected), "{question} over {transport}");
+        }
+    }
+    assert!(n_rows >= 60, "{n_rows} rows");
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn the_address_that_was_asked_answers() {
+    for ip in ["0.0.0.0", "::"] {
+        let (server, address) = serve(ip, None).await;
+        for asked in ["127.0.0.1", "127.5.6.7", "127.0.0.53"] {
+            let asked = SocketAddr::new(asked.parse().unwrap(), address.port());
+            // `ask` looks where the answer comes from.
+            let got = ask(Transport::Udp, asked, &query("web.service.", "A")).await;
+            assert_eq!(show(&got), "NoError aa web.service. 30 A 127.128.0.1 | |", "{asked}");
+        }
+        server.stop().await;
+    }
+}
+
+/// What becomes of a message, without a server.
+fn outcome(
+    bytes: &[u8],
+    config: &DnsConfig,
+    generation: u64,
+    attached: bool,
+    looks_up: bool,
+) -> String {
+    let (zone, snapshot) = (zone(config), Snapshot::new(Arc::new(table(generation))));
+    let known = Known { zone: &zone, snapshot: &snapshot, attached, waits: false, looks_up };
+    let mut out = Vec::new();
+    match answer(bytes, Transport::Udp, known, &mut out) {
+        Outcome::Drop => "drop".into(),
+        Outcome::Forward(_) => "forward".into(),
+        Outcome::Wait => "wait".into(),
+        Outcome::Warm(name) => format!("warm {name}"),
+        Outcome::Reply(code, used) => {
+            let used = used.map(|service| format!(" {}", service.name)).unwrap_or_default();
+            format!("{code:?}{used}")
+        }
+    }
+}
+
+#[test]
+fn the_zone_fails_until_it_can_be_relied_on() {
+    let rows = [
+        ("web.service.", 0, true, "ServFail"),
+        ("wbe.service.", 0, true, "ServFail"),
+        ("service.", 0, true, "ServFail"),
+        ("1.0.128.127.in-addr.arpa.", 0, true, "ServFail"),
+        ("web.service.", 7, false, "ServFail"),
+        ("a.wbe.service.", 7, false, "ServFail"),
+        ("example.com.", 0, false, "forward"),
+        ("web.service.", 7, true, "NoError web"),
+        ("wbe.service.", 7, true, "NxDomain"),
+    ];
+    let config = Config::default().dns;
+    for (name, generation, attached, expected) in rows {
+        let got = outcome(&query(name, "A"), &config, generation, attached, false);
+        assert_eq!(got, expected, "{name} at {generation}, attached: {attached}");
+    }
+}
+
+#[test]
+fn names_that_arent_routed_or_arent_live() {
+    let forward = DnsConfig { unrouted: Unrouted::Forward, ..Config::default().dns };
+    let rows = [
+        ("WEB.service.", "A", false, "NoError web"),
+        ("WEB.service.", "A", true, "NoError web"),
+        ("Wbe.service.", "A", false, "forward"),
+        ("Wbe.service.", "A", true, "warm wbe"),
+        ("_wbe._tcp.service.", "SRV", true, "warm wbe"),
+        ("a.web.service.", "A", true, "NxDomain"),
+        ("service.", "SOA", true, "NoError"),
+        ("1.0.128.127.in-addr.arpa.", "PTR", true, "NoError"),
+    ];
+    for (name, query_type, looks_up, expected) in rows {
+        let got = outcome(&query(name, query_type), &forward, 7, true, looks_up);
+        assert_eq!(got, expected, "{name} {query_type}, looked up first: {looks_up}");
+    }
+}
+
+#[test]
+fn questions_that_are_no_questions() {
+    let good = query("web.service.", "A");
+    let with = |idx: usize, byte: u8| {
+        let mut bytes = good.clone();
+        bytes[idx] = byte;
+        bytes
+    };
+    let last = good.len() - 1;
+    let rows = [
+        ("an answer", with(2, 0x81), "drop"),
+        ("half a header", good[..11].to_vec(), "drop"),
+        ("nothing", Vec::new(), "drop"),
+        ("an update", with(2, 5 << 3), "NotImp"),
+        ("no question", with(5, 0), "FormErr"),
+        ("two questions", with(5, 2), "FormErr"),
+        ("a question cut off", good[..last].to_vec(), "FormErr"),
+        ("class CH", with(last, 3), "Refused"),
+    ];
+    let config = Config::default().dns;
+    for (what, bytes, expected) in rows {
+        assert_eq!(outcome(&bytes, &config, 7, true, false), expected, "{what}");
+    }
+}
+
+/// Questions that are nearly right.
+fn spoiled() -> impl Strategy<Value = Vec<u8>> {
+    let names = ["web.service.", "_six._tcp.service.", "1.0.128.127.in-addr.arpa.", "x.service."];
+    let types = prop_oneof![Just("A"), Just("SRV"), Just("PTR"), Just("ANY"), Just("SOA")];
+    let asked = (0..names.len(), types).prop_map(move |(idx, kind)| query(names[idx], kind));
+    let spoils = proptest::collection::vec((any::<proptest::sample::Index>(), any::<u8>()), 0..4);
+    let tail = proptest::collection::vec(any::<u8>(), 0..40);
+    (asked, spoils, tail).prop_map(|(mut bytes, spoils, tail)| {
+        bytes.extend(tail);
+        for (idx, byte) in spoils {
+            let idx = idx.index(bytes.len());
+            bytes[idx] = byte;
+        }
+        bytes
+    })
+}
+
+proptest! {
+    /// Whatever comes: no panic, and what is sent is an answer to it that can be read, no longer
+    /// than the client takes.
+    #[test]
+    fn garbage_does_no_harm(
+        bytes in prop_oneof![proptest::collection::vec(any::<u8>(), 0..600), spoiled()],
+        tcp in any::<bool>(),
+    ) {
+        let zone = zone(&Config::default().dns);
+        let snapshot = Snapshot::new(Arc::new(table(7)));
+        let known = Known { zone: &zone, snapshot: &snapshot, attached: true, waits: false, looks_up: false };
+        let transport = if tcp { Transport::Tcp } else { Transport::Udp };
+        let mut out = Vec::new();
+        if let Outcome::Reply(..) = answer(&bytes, transport, known, &mut out) {
+            assert_eq!(out[..2], bytes[..2]);
+            assert_eq!(out[2] & 0x80, 0x80);
+            assert!(tcp || out.len() <= 4096);
+            Message::from_vec(&out).unwrap();
+        }
+    }
+}
+
+#[test]
+fn what_does_not_fit() {
+    // The longest name of a service, in a domain of nearly all the rest.
+    let part = "d".repeat(59);
+    let domain = format!("{part}.{part}.{part}");
+    let config = DnsConfig { domain: domain.clone(), ..Config::default().dns };
+    let name = "n".repeat(63);
+    let mut table = table(7);
+    let mut service = Service::clone(&table.services["six"]);
+    service.name = name.as_str().into();
+    table.services.insert(name.as_str().into(), Arc::new(service));
+    let (zone, snapshot) = (zone(&config), Snapshot::new(Arc::new(table)));
+    let known =
+        Known { zone: &zone, snapshot: &snapshot, attached: true, waits: false, looks_up: false };
+    let asked = query(&format!("{name}.{domain}."), "SRV");
+    for (transport, is_cut) in [(Transport::Udp, true), (Transport::Tcp, false)] {
+        let mut out = Vec::new();
+        answer(&asked, transport, known, &mut out);
+        let message = Message::from_vec(&out).unwrap();
+        assert_eq!(message.metadata.truncation, is_cut, "{transport}");
+        assert_eq!(message.additionals.len(), if is_cut { 0 } else { 2 }, "{transport}");
+        assert_eq!(message.answers.len(), usize::from(!is_cut), "{transport}");
+    }
+}

@@ -1,0 +1,229 @@
+//! Who is answered, and how often.
+
+use std::hash::{BuildHasher, RandomState};
+use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{PoisonError, RwLock};
+use std::time::{Duration, Instant};
+
+use ipnet::IpNet;
+use nix::sys::socket::SockaddrStorage;
+use tracing::warn;
+
+use crate::config::{Allowed, DnsConfig};
+
+/// How long the list of this host's networks is believed when a client is in none of them.
+const NETWORKS_AGE: Duration = Duration::from_secs(1);
+
+/// The number of buckets: a bound on memory, whatever addresses come.
+const N_BUCKETS: usize = 4096;
+
+/// How far a client may run ahead of its rate.
+const BURST: Duration = Duration::from_secs(1);
+
+/// What becomes of a client's message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Admission {
+    Admitted,
+    /// It isn't served here.
+    Refused,
+    /// It sends more than it may.
+    Limited,
+}
+
+/// The clients that are served. The host itself, by its loopback addresses and those that it listens
+/// on, is always among them and never limited, as all its processes share them.
+#[derive(Debug)]
+pub(super) struct Clients {
+    /// The listeners' addresses, from which this host's own processes ask them.
+    own: Box<[IpAddr]>,
+    networks: Box<[IpNet]>,
+    /// The networks that this host is in, and when they were read; `None` where they don't count.
+    local: Option<RwLock<(Instant, Vec<IpNet>)>>,
+    buckets: Option<Buckets>,
+    start: Instant,
+}
+
+impl Clients {
+    /// As `dns.allow` and `dns.client_rate` say, of a server that listens on `own`.
+    pub(super) fn new(config: &DnsConfig, own: &[SocketAddr]) -> Clients {
+        let network = |allowed: &Allowed| match allowed {
+            Allowed::Network(network) => Some(*network),
+            Allowed::Local => None,
+        };
+        let start = Instant::now();
+        let counts_local = config.allow.contains(&Allowed::Local);
+        Clients {
+            own: own.iter().map(|listener| listener.ip().to_canonical()).collect(),
+            networks: config.allow.iter().filter_map(network).collect(),
+            local: counts_local.then(|| RwLock::new((start, connected()))),
+            buckets: Buckets::new(config.client_rate),
+            start,
+        }
+    }
+
+    /// What becomes of a message from `client`.
+    pub(super) fn admit(&self, client: IpAddr) -> Admission {
+        let client = client.to_canonical();
+        if client.is_loopback() || self.own.contains(&client) {
+            return Admission::Admitted;
+        }
+        let now = Instant::now();
+        // First of all, so that a flood of refusals is bounded too.
+        if let Some(buckets) = &self.buckets
+            && !buckets.take(client, now.duration_since(self.start))
+        {
+            return Admission::Limited;
+        }
+        let is_in = |networks: &[IpNet]| networks.iter().any(|network| network.contains(&client));
+        if is_in(&self.networks) || self.is_local(now, is_in) {
+            Admission::Admitted
+        } else {
+            Admission::Refused
+        }
+    }
+
+    /// Whether the client is in one of this host's networks. Interfaces come and go, so they are
+    /// looked at again when it is in none of those that were there.
+    fn is_local(&self, now: Instant, is_in: impl Fn(&[IpNet]) -> bool) -> bool {
+        let Some(local) = &self.local else { return false };
+        {
+            let known = local.read().unwrap_or_else(PoisonError::into_inner);
+            if is_in(&known.1) {
+                return true;
+            }
+            if now.duration_since(known.0) < NETWORKS_AGE {
+                return false;
+            }
+        }
+        let networks = connected();
+        let is_local = is_in(&networks);
+        *local.write().unwrap_or_else(PoisonError::into_inner) = (now, networks);
+        is_local
+    }
+}
+
+/// The networks that this host's interfaces are in; its own addresses are in them.
+fn connected() -> Vec<IpNet> {
+    let interfaces = match nix::ifaddrs::getifaddrs() {
+        Ok(interfaces) => interfaces,
+        Err(error) => {
+            warn!(
+                "this host's networks can't be read, so dns.allow's \"local\" is nobody: {error}"
+            );
+            return Vec::new();
+        }
+    };
+    interfaces
+        .filter_map(|interface| {
+            let (address, netmask) = (ip(&interface.address?)?, ip(&interface.netmask?)?);
+            IpNet::with_netmask(address, netmask).ok()
+        })
+        .filter(|network| network.prefix_len() > 0)
+        .collect()
+}
+
+/// The address of a socket address of the internet.
+pub(super) fn ip(address: &SockaddrStorage) -> Option<IpAddr> {
+    socket_address(address).map(|address| address.ip())
+}
+
+/// The socket address, where it is one of the internet.
+pub(super) fn socket_address(address: &SockaddrStorage) -> Option<SocketAddr> {
+    let v4 = address.as_sockaddr_in().map(|v4| SocketAddr::V4((*v4).into()));
+    v4.or_else(|| address.as_sockaddr_in6().map(|v6| SocketAddr::V6((*v6).into())))
+}
+
+/// A token bucket for each client, as the time at which it will be full again (the generic cell
+/// rate algorithm of ITU-T I.371): one number, which any thread may change.
+///
+/// Clients may share a bucket: then they share a rate. Which do is drawn at the start, so nobody
+/// can choose to share that of another.
+#[derive(Debug)]
+struct Buckets {
+    /// How long a query counts, in nanoseconds.
+    interval_ns: u64,
+    /// When each is full again, in nanoseconds since the start.
+    full_at_ns: Box<[AtomicU64]>,
+    hasher: RandomState,
+}
+
+impl Buckets {
+    /// Buckets for `rate` queries a second; none where any number will do.
+    fn new(rate: u32) -> Option<Buckets> {
+        let interval_ns = 1_000_000_000u64.checked_div(rate.into())?;
+        let full_at_ns = (0..N_BUCKETS).map(|_| AtomicU64::new(0)).collect();
+        Some(Buckets { interval_ns, full_at_ns, hasher: RandomState::new() })
+    }
+
+    /// Takes a token of `client`'s, where there is one.
+    fn take(&self, client: IpAddr, now: Duration) -> bool {
+        // An IPv6 host has all addresses of its /64 to choose from.
+        let key = match client {
+            IpAddr::V4(v4) => u64::from(u32::from(v4)),
+            IpAddr::V6(v6) => (u128::from(v6) >> 64) as u64,
+        };
+        let bucket = &self.full_at_ns[self.hasher.hash_one(key) as usize % N_BUCKETS];
+        let now_ns = now.as_nanos() as u64; // 584 years
+        let taken = bucket.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |full_at_ns| {
+            let after_ns = full_at_ns.max(now_ns) + self.interval_ns;
+            (after_ns - now_ns <= BURST.as_nanos() as u64).then_some(after_ns)
+        });
+        taken.is_ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Config;
+
+    #[test]
+    fn who_is_served() {
+        let networks = ["10.1.0.0/16", "2001:db8::/32"];
+        let rows = [
+            ("127.0.0.1", true),
+            ("127.9.9.9", true),
+            ("::1", true),
+            ("::ffff:127.0.0.1", true),
+            ("10.1.255.1", true),
+            ("::ffff:10.1.0.1", true),
+            ("10.2.0.1", false),
+            ("2001:db8::9", true),
+            ("2001:db9::9", false),
+            ("203.0.113.1", false), // of documentation (RFC 5737)
+            ("203.0.113.53", true), // our own listener's
+        ];
+        let network = |text: &&str| Allowed::Network(text.parse().unwrap());
+        for local in [false, true] {
+            let mut allow: Vec<Allowed> = networks.iter().map(network).collect();
+            allow.extend(local.then_some(Allowed::Local));
+            let clients = Clients::new(
+                &DnsConfig { allow, ..Config::default().dns },
+                &["203.0.113.53:53".parse().unwrap()],
+            );
+            for (client, is_served) in rows {
+                let admission = clients.admit(client.parse().unwrap());
+                assert_eq!(admission == Admission::Admitted, is_served, "{client}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_client_has_its_rate_and_a_second_of_it_at_once() {
+        let buckets = Buckets::new(100).unwrap();
+        let (one, other) = ("10.0.0.1".parse().unwrap(), "10.0.0.2".parse().unwrap());
+        let taken = |client, at| (0..1000).filter(|_| buckets.take(client, at)).count();
+        let at = Duration::from_millis;
+        assert_eq!(taken(one, at(0)), 100);
+        assert_eq!(taken(one, at(9)), 0);
+        assert_eq!(taken(one, at(10)), 1);
+        assert_eq!(taken(one, at(510)), 50);
+        assert_eq!(taken(one, at(60_000)), 100);
+        // By another's bucket, but for the one chance in 4,096 that they share it.
+        let shares = buckets.hasher.hash_one(u64::from(0x0a00_0001u32)) as usize % N_BUCKETS
+            == buckets.hasher.hash_one(u64::from(0x0a00_0002u32)) as usize % N_BUCKETS;
+        assert_eq!(taken(other, at(60_000)), if shares { 0 } else { 100 });
+        assert!(Buckets::new(0).is_none());
+    }
+}

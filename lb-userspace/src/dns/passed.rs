@@ -1,0 +1,117 @@
+//! Sockets that systemd holds and passes (sd_listen_fds(3)): they outlive the daemon, so what is
+//! asked while it is down waits in them.
+
+use std::io;
+use std::net::{SocketAddr, TcpListener, UdpSocket};
+
+use listenfd::ListenFd;
+
+use super::sockets::{Sockets, Transport};
+
+/// What is wrong with the sockets that were passed.
+#[derive(Debug, thiserror::Error)]
+pub enum PassedError {
+    /// One is neither a datagram nor a listening stream socket of the internet.
+    #[error(
+        "systemd passed a socket (number {number}) that DNS can't be served on: {source}; let the \
+         socket unit have ListenDatagram=ADDR:PORT and ListenStream=ADDR:PORT alone"
+    )]
+    Kind {
+        /// Its place among those passed, from 0.
+        number: usize,
+        /// What it isn't.
+        source: io::Error,
+    },
+    /// An address is there for one transport alone.
+    #[error(
+        "systemd passed no {missing} socket for {address}; add {}={address} to the socket unit",
+        match missing { Transport::Udp => "ListenDatagram", Transport::Tcp => "ListenStream" }
+    )]
+    Half {
+        /// The address.
+        address: SocketAddr,
+        /// The transport that isn't there.
+        missing: Transport,
+    },
+}
+
+/// Takes the sockets that this process was started with; `None` where there are none.
+pub(super) fn take() -> Result<Option<Sockets>, PassedError> {
+    let mut passed = ListenFd::from_env();
+    if passed.len() == 0 {
+        return Ok(None);
+    }
+    let (mut udp, mut tcp) = (Vec::new(), Vec::new());
+    for number in 0..passed.len() {
+        let fault = |source| PassedError::Kind { number, source };
+        // One that isn't of this kind stays where it is.
+        match passed.take_udp_socket(number) {
+            Ok(socket) => udp.extend(socket),
+            Err(_) => tcp.extend(passed.take_tcp_listener(number).map_err(fault)?),
+        }
+    }
+    pair(udp, tcp).map(Some)
+}
+
+/// Finds the addresses of `udp` and `tcp`, which have to be the same.
+fn pair(udp: Vec<UdpSocket>, tcp: Vec<TcpListener>) -> Result<Sockets, PassedError> {
+    let address = |number, result: io::Result<SocketAddr>| {
+        result.map_err(|source| PassedError::Kind { number, source })
+    };
+    let mut udp_addresses = Vec::new();
+    for (number, socket) in udp.iter().enumerate() {
+        socket.set_nonblocking(true).map_err(|source| PassedError::Kind { number, source })?;
+        udp_addresses.push(address(number, socket.local_addr())?);
+    }
+    let mut addresses = Vec::new();
+    for (number, listener) in tcp.iter().enumerate() {
+        listener.set_nonblocking(true).map_err(|source| PassedError::Kind { number, source })?;
+        let address = address(number, listener.local_addr())?;
+        if !udp_addresses.contains(&address) {
+            return Err(PassedError::Half { address, missing: Transport::Udp });
+        }
+        addresses.push(address);
+    }
+    for &address in &udp_addresses {
+        if !addresses.contains(&address) {
+            return Err(PassedError::Half { address, missing: Transport::Tcp });
+        }
+    }
+    Ok(Sockets { udp, tcp, addresses, were_passed: true })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_transports_of_each_address() {
+        let udp = || UdpSocket::bind("127.0.0.1:0").unwrap();
+        let tcp_at = |address| TcpListener::bind(address);
+        // A UDP and a TCP socket of one port that is free for both.
+        let (one, beside) = (0..64)
+            .find_map(|_| {
+                let one = udp();
+                let beside = tcp_at(one.local_addr().unwrap()).ok()?;
+                Some((one, beside))
+            })
+            .unwrap();
+        let address = one.local_addr().unwrap();
+        let told = |udp, tcp| pair(udp, tcp).unwrap_err().to_string();
+        assert_eq!(
+            told(vec![one.try_clone().unwrap()], vec![]),
+            format!(
+                "systemd passed no tcp socket for {address}; add ListenStream={address} to the \
+                 socket unit"
+            )
+        );
+        assert_eq!(
+            told(vec![], vec![beside.try_clone().unwrap()]),
+            format!(
+                "systemd passed no udp socket for {address}; add ListenDatagram={address} to the \
+                 socket unit"
+            )
+        );
+        assert_eq!(pair(vec![one], vec![beside]).unwrap().addresses(), [address]);
+    }
+}

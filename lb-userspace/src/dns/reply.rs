@@ -1,0 +1,152 @@
+//! An answer as it goes over the wire, written into a buffer that is used again and again.
+
+use super::message::{Asked, HEADER_LEN, Unreadable};
+
+/// The response codes that we give ourselves, by IANA's numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Code {
+    NoError = 0,
+    FormErr = 1,
+    ServFail = 2,
+    NxDomain = 3,
+    NotImp = 4,
+    Refused = 5,
+    BadVers = 16,
+}
+
+/// The size of UDP messages that we say we take: the one that resolvers agreed on at the DNS flag
+/// day of 2020, because it passes nearly everywhere in one piece.
+pub(super) const OUR_PAYLOAD: u16 = 1232;
+
+/// An OPT record without options.
+const OPT_LEN: usize = 11;
+
+/// A reference to the question's name, which every answer repeats there.
+pub(super) const QUESTION: u16 = HEADER_LEN as u16;
+
+/// The sections after the question.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Section {
+    Answer,
+    Authority,
+    Additional,
+}
+
+/// An answer that is being written, section by section.
+#[derive(Debug)]
+pub(super) struct Reply<'a> {
+    out: &'a mut Vec<u8>,
+    asked: &'a Asked<'a>,
+    counts: [u16; 3],
+    /// Where the additional records begin, once there is one.
+    additionals: Option<usize>,
+}
+
+impl<'a> Reply<'a> {
+    /// Begins an answer to `asked` in `out`, with the question as it was asked.
+    pub(super) fn new(out: &'a mut Vec<u8>, asked: &'a Asked<'a>) -> Reply<'a> {
+        out.clear();
+        out.extend_from_slice(asked.head());
+        Reply { out, asked, counts: [0; 3], additionals: None }
+    }
+
+    /// Adds a record of class IN for the name at `owner` in the message; `data` in pieces. Returns
+    /// where its data begins.
+    pub(super) fn record(
+        &mut self,
+        section: Section,
+        owner: u16,
+        record_type: u16,
+        ttl: u32,
+        data: &[&[u8]],
+    ) -> u16 {
+        if section == Section::Additional {
+            self.additionals.get_or_insert(self.out.len());
+        }
+        let len: usize = data.iter().map(|piece| piece.len()).sum();
+        self.out.extend((0xc000 | owner).to_be_bytes());
+        self.out.extend(record_type.to_be_bytes());
+        self.out.extend([0, 1]);
+        self.out.extend(ttl.to_be_bytes());
+        self.out.extend((len as u16).to_be_bytes()); // of two names at most
+        let begin = self.out.len();
+        for piece in data {
+            self.out.extend_from_slice(piece);
+        }
+        self.counts[section as usize] += 1;
+        begin as u16
+    }
+
+    /// Ends the answer, within `max_len` bytes: without the additional records where it would be
+    /// longer, and where that isn't enough without any, so that the asker comes back over TCP.
+    pub(super) fn finish(mut self, code: Code, authoritative: bool, max_len: usize) {
+        let opt_len = if self.asked.edns.is_some() { OPT_LEN } else { 0 };
+        let mut truncated = false;
+        if self.out.len() + opt_len > max_len
+            && let Some(begin) = self.additionals
+        {
+            self.out.truncate(begin);
+            self.counts[Section::Additional as usize] = 0;
+        }
+        if self.out.len() + opt_len > max_len {
+            self.out.truncate(self.asked.head().len());
+            self.counts = [0; 3];
+            truncated = true;
+        }
+        if let Some(edns) = self.asked.edns {
+            let [payload_high, payload_low] = OUR_PAYLOAD.to_be_bytes();
+            let dnssec_ok = if edns.dnssec_ok { 0x80 } else { 0 };
+            let code_high = (code as u16 >> 4) as u8;
+            self.out.extend([
+                0,
+                0,
+                41,
+                payload_high,
+                payload_low,
+                code_high,
+                0,
+                dnssec_ok,
+                0,
+                0,
+                0,
+            ]);
+            self.counts[Section::Additional as usize] += 1;
+        }
+        let aa = if authoritative { 0x04 } else { 0 };
+        let tc = if truncated { 0x02 } else { 0 };
+        put_header(self.out, code, aa | tc, 1, self.counts);
+    }
+}
+
+/// Writes an answer that is a code alone, to `asked`.
+pub(super) fn error(out: &mut Vec<u8>, asked: &Asked<'_>, code: Code, max_len: usize) {
+    Reply::new(out, asked).finish(code, false, max_len);
+}
+
+/// Writes the answer to a message that is no question; there is none to whoever sent no question.
+pub(super) fn to_unreadable(out: &mut Vec<u8>, bytes: &[u8], why: Unreadable) -> Option<Code> {
+    let code = match why {
+        Unreadable::NoQuestion => return None,
+        Unreadable::OpCode => Code::NotImp,
+        Unreadable::Format => Code::FormErr,
+    };
+    out.clear();
+    out.extend_from_slice(bytes.get(..HEADER_LEN)?);
+    // A header alone: what came after it may be anything.
+    put_header(out, code, 0, 0, [0; 3]);
+    Some(code)
+}
+
+/// Makes the question's header, at the begin of `out`, that of the answer.
+fn put_header(out: &mut [u8], code: Code, aa_tc: u8, n_questions: u8, counts: [u16; 3]) {
+    const OP_CODE_AND_RD: u8 = 0x79;
+    const QR: u8 = 0x80;
+    const RA: u8 = 0x80;
+    const CD: u8 = 0x10;
+    out[2] = QR | (out[2] & OP_CODE_AND_RD) | aa_tc;
+    out[3] = RA | (out[3] & CD) | (code as u8 & 0x0f);
+    out[4..6].copy_from_slice(&[0, n_questions]);
+    for (idx, count) in counts.into_iter().enumerate() {
+        out[6 + 2 * idx..8 + 2 * idx].copy_from_slice(&count.to_be_bytes());
+    }
+}
