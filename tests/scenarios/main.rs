@@ -2,6 +2,7 @@
 //! real kernel. `cargo xtask test` runs them; they need root.
 #![forbid(unsafe_code)]
 
+mod agent_cut_off;
 mod all_critical_refuses_and_recovers;
 mod bad_records;
 mod clients_by_name;
@@ -17,7 +18,9 @@ mod hooks_watched;
 mod ipv6_by_name;
 mod kernel_has_a_voice;
 mod killed_under_load;
+mod leader_killed;
 mod load;
+mod maintenance;
 mod more_than_fits;
 mod not_a_vip_untouched;
 mod not_ready_before_consul;
@@ -25,6 +28,7 @@ mod pinned_address;
 mod ports_from_meta;
 mod postgres;
 mod refuses_to_start;
+mod servers;
 mod services_never_mix;
 mod state_lost;
 mod static_catalog;
@@ -42,7 +46,8 @@ use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
 type Story = fn() -> Result<()>;
 
-const STORIES: [(&str, Story); 27] = [
+const STORIES: [(&str, Story); 30] = [
+    ("agent_cut_off", agent_cut_off::story),
     ("all_critical_refuses_and_recovers", all_critical_refuses_and_recovers::story),
     ("bad_records", bad_records::story),
     ("consul_killed_and_restarted", consul_killed_and_restarted::story),
@@ -56,6 +61,8 @@ const STORIES: [(&str, Story); 27] = [
     ("ipv6_by_name", ipv6_by_name::story),
     ("kernel_has_a_voice", kernel_has_a_voice::story),
     ("killed_under_load", killed_under_load::story),
+    ("leader_killed", leader_killed::story),
+    ("maintenance", maintenance::story),
     ("more_than_fits", more_than_fits::story),
     ("not_a_vip_untouched", not_a_vip_untouched::story),
     ("not_ready_before_consul", not_ready_before_consul::story),
