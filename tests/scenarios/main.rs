@@ -2,6 +2,7 @@
 //! real kernel. `cargo xtask test` runs them; they need root.
 #![forbid(unsafe_code)]
 
+mod acls;
 mod agent_cut_off;
 mod all_critical_refuses_and_recovers;
 mod bad_records;
@@ -46,7 +47,8 @@ use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
 type Story = fn() -> Result<()>;
 
-const STORIES: [(&str, Story); 30] = [
+const STORIES: [(&str, Story); 31] = [
+    ("acls", acls::story),
     ("agent_cut_off", agent_cut_off::story),
     ("all_critical_refuses_and_recovers", all_critical_refuses_and_recovers::story),
     ("bad_records", bad_records::story),

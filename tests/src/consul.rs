@@ -223,6 +223,27 @@ impl Consul {
         run::stdout(command).map(drop)
     }
 
+    /// PUTs to a path, and returns what the agent answers.
+    ///
+    /// # Errors
+    /// When the agent refuses, or doesn't answer with JSON.
+    pub fn put_for(&self, path: &str, body: &Value) -> Result<Value> {
+        let mut command = self.curl(path);
+        command.args(["--request", "PUT", "--data-binary", &body.to_string()]);
+        let answer = run::stdout(command)?;
+        serde_json::from_str(&answer).with_context(|| format!("{path} answered {answer:?}"))
+    }
+
+    /// DELETEs a path, such as `/v1/acl/token/ID`.
+    ///
+    /// # Errors
+    /// When the agent refuses.
+    pub fn delete(&self, path: &str) -> Result<()> {
+        let mut command = self.curl(path);
+        command.args(["--request", "DELETE"]);
+        run::stdout(command).map(drop)
+    }
+
     /// Registers an instance with this agent; [`instance`] makes one.
     ///
     /// # Errors
