@@ -6,6 +6,8 @@
 mod consul;
 mod demand;
 mod file;
+#[cfg(any(fuzzing, test))]
+pub(crate) mod fuzzing;
 mod output;
 mod stats;
 

@@ -72,7 +72,7 @@ impl Config {
     }
 
     /// As [`Config::load`], with what the file `path` holds.
-    pub(super) fn parse(
+    pub(crate) fn parse(
         path: &Path,
         bytes: &[u8],
         overrides: Overrides,

@@ -7,6 +7,8 @@ mod backoff;
 mod client;
 #[cfg(test)]
 mod fake;
+#[cfg(any(fuzzing, test))]
+pub mod fuzzing;
 mod health;
 mod index;
 mod model;

@@ -3,6 +3,18 @@
 mod follow;
 mod parse;
 
+#[cfg(any(fuzzing, test))]
+pub mod fuzzing {
+    //! The text of a catalog, for fuzzers.
+
+    use super::parse;
+
+    /// The services, or the number of mistakes.
+    pub fn read(text: &str) -> Result<parse::Services, usize> {
+        parse::parse(text).map_err(|mistakes| mistakes.len())
+    }
+}
+
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
