@@ -26,6 +26,7 @@ mod more_than_fits;
 mod not_a_vip_untouched;
 mod not_ready_before_consul;
 mod pinned_address;
+mod port_reused;
 mod ports_from_meta;
 mod postgres;
 mod refuses_to_start;
@@ -47,7 +48,7 @@ use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
 type Story = fn() -> Result<()>;
 
-const STORIES: [(&str, Story); 31] = [
+const STORIES: [(&str, Story); 32] = [
     ("acls", acls::story),
     ("agent_cut_off", agent_cut_off::story),
     ("all_critical_refuses_and_recovers", all_critical_refuses_and_recovers::story),
@@ -69,6 +70,7 @@ const STORIES: [(&str, Story); 31] = [
     ("not_a_vip_untouched", not_a_vip_untouched::story),
     ("not_ready_before_consul", not_ready_before_consul::story),
     ("pinned_address", pinned_address::story),
+    ("port_reused", port_reused::story),
     ("ports_from_meta", ports_from_meta::story),
     ("refuses_to_start", refuses_to_start::story),
     ("services_never_mix", services_never_mix::story),
