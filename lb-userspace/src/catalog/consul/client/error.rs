@@ -182,9 +182,9 @@ impl QueryError {
         let mut cause: Option<&(dyn Error + 'static)> = Some(&source);
         while let Some(error) = cause {
             let inner = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
-            if error.is::<rustls::Error>() || inner.is_some_and(|inner| inner.is::<rustls::Error>())
-            {
-                return QueryError::Tls { address, source: source.into() };
+            let by_tls = inner.and_then(|inner| inner.downcast_ref::<rustls::Error>());
+            if let Some(by_tls) = by_tls.or_else(|| error.downcast_ref()) {
+                return QueryError::Tls { address, source: by_tls.clone().into() };
             }
             cause = error.source();
         }
