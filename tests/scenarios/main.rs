@@ -4,6 +4,7 @@
 
 mod all_critical_refuses_and_recovers;
 mod bad_records;
+mod chosen_instances;
 mod clients_by_name;
 mod cluster;
 mod consul_killed_and_restarted;
@@ -42,9 +43,10 @@ use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
 type Story = fn() -> Result<()>;
 
-const STORIES: [(&str, Story); 27] = [
+const STORIES: [(&str, Story); 28] = [
     ("all_critical_refuses_and_recovers", all_critical_refuses_and_recovers::story),
     ("bad_records", bad_records::story),
+    ("chosen_instances", chosen_instances::story),
     ("consul_killed_and_restarted", consul_killed_and_restarted::story),
     ("container_namespace", container_namespace::story),
     ("critical_backend_leaves", critical_backend_leaves::story),
