@@ -14,7 +14,7 @@ use std::time::Duration;
 use http_body_util::Empty;
 use hyper::body::{Bytes, Incoming};
 use hyper::header::{ACCEPT, HOST, HeaderValue, USER_AGENT};
-use hyper::{Request, Response};
+use hyper::{Request, Response, StatusCode};
 use serde::de::DeserializeOwned;
 use tokio::sync::Semaphore;
 
@@ -98,7 +98,8 @@ impl Client {
     /// Asks, and waits at most `limit` for all of the answer, not counting the wait for a turn.
     ///
     /// # Errors
-    /// Every way in which the answer isn't a whole 200 with a body of the right shape.
+    /// Every way in which the answer isn't a whole 200 with a body of the right shape. A key of the
+    /// key-value store that isn't there is no error but null.
     pub async fn get<T: DeserializeOwned>(
         &self,
         question: &Question,
@@ -115,13 +116,13 @@ impl Client {
         if let Err(QueryError::Tls { .. }) = answer {
             self.tls.forget();
         }
-        answer
+        answer.map(|(_, answer)| answer)
     }
 
     async fn exchange<T: DeserializeOwned>(
         &self,
         question: &Question,
-    ) -> Result<Answer<T>, QueryError> {
+    ) -> Result<(StatusCode, Answer<T>), QueryError> {
         let (response, connection) = self.send(question).await?;
         let (head, body) = response.into_parts();
         let limit = self.body_limit;
@@ -131,10 +132,17 @@ impl Client {
             )?;
         self.tally.count_bytes(body.len());
         self.keep(connection);
-        answer::check_status(head.status, &body)?;
+        // A key that isn't there has an index all the same, so that one can wait for it.
+        let is_absent =
+            head.status == StatusCode::NOT_FOUND && question.path.starts_with("/v1/kv/");
+        let body = if is_absent { b"null".to_vec() } else { body };
+        if !is_absent {
+            answer::check_status(head.status, &body)?;
+        }
         answer::check_leader(&head.headers)?;
         self.tally.note(&question.path, answer::is_filtered(&head.headers));
-        Ok(Answer { index: answer::index(&head.headers), body: answer::parse(&body)? })
+        let index = answer::index(&head.headers);
+        Ok((head.status, Answer { index, body: answer::parse(&body)? }))
     }
 
     async fn send(

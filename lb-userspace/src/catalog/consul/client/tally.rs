@@ -3,6 +3,8 @@
 use std::collections::BTreeSet;
 use std::sync::{Mutex, PoisonError};
 
+use hyper::StatusCode;
+
 use super::error::QueryError;
 use crate::catalog::output::Output;
 
@@ -25,9 +27,9 @@ impl Tally {
     }
 
     /// Counts what came of a question.
-    pub fn count<T>(&self, answer: &Result<T, QueryError>) {
+    pub fn count<T>(&self, answer: &Result<(StatusCode, T), QueryError>) {
         let code = match answer {
-            Ok(_) => Some("200"),
+            Ok((code, _)) => Some(code.as_str()),
             Err(error) => error.code(),
         };
         if let Some(code) = code {

@@ -143,6 +143,16 @@ async fn what_the_token_may_not_read_is_a_fact() {
 }
 
 #[tokio::test]
+async fn a_key_that_is_not_there_is_null() {
+    let fake = Fake::start().await;
+    fake.break_path("/v1/kv/nohop/off", Some(Fault::Status(404, "")));
+    let (client, output) = client(config(fake.address));
+    let answer = client.get::<Value>(&question("/v1/kv/nohop/off"), LIMIT).await.unwrap();
+    assert_eq!((answer.body, answer.index), (Value::Null, Some(1)));
+    assert_eq!(output.stats().requests()["404"], 1);
+}
+
+#[tokio::test]
 async fn a_token_file_that_is_empty_asks_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("token");
