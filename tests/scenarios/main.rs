@@ -6,6 +6,7 @@ mod acls;
 mod agent_cut_off;
 mod all_critical_refuses_and_recovers;
 mod bad_records;
+mod chosen_instances;
 mod clients_by_name;
 mod cluster;
 mod consul_killed_and_restarted;
@@ -36,6 +37,7 @@ mod state_lost;
 mod static_catalog;
 mod stops_within_a_second;
 mod tag_removed;
+mod tls_rotated;
 mod udp_echo;
 mod upgraded_under_load;
 mod wildcard_server_never_reached;
@@ -48,11 +50,12 @@ use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
 type Story = fn() -> Result<()>;
 
-const STORIES: [(&str, Story); 32] = [
+const STORIES: [(&str, Story); 34] = [
     ("acls", acls::story),
     ("agent_cut_off", agent_cut_off::story),
     ("all_critical_refuses_and_recovers", all_critical_refuses_and_recovers::story),
     ("bad_records", bad_records::story),
+    ("chosen_instances", chosen_instances::story),
     ("consul_killed_and_restarted", consul_killed_and_restarted::story),
     ("container_namespace", container_namespace::story),
     ("critical_backend_leaves", critical_backend_leaves::story),
@@ -78,6 +81,7 @@ const STORIES: [(&str, Story); 32] = [
     ("static_catalog", static_catalog::story),
     ("stops_within_a_second", stops_within_a_second::story),
     ("tag_removed", tag_removed::story),
+    ("tls_rotated", tls_rotated::story),
     ("udp_echo", udp_echo::story),
     ("upgraded_under_load", upgraded_under_load::story),
     ("wildcard_server_never_reached", wildcard_server_never_reached::story),

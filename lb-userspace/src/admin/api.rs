@@ -42,6 +42,10 @@ pub struct CatalogStatus {
     pub state: String,
     /// Seconds since the source last answered; `null` before that.
     pub age_seconds: Option<f64>,
+    /// What should be known and is no problem, such as that Consul leaves out what the token may
+    /// not read.
+    #[serde(default)]
+    pub facts: Vec<String>,
 }
 
 /// The DNS server, within [`Status`].

@@ -206,6 +206,7 @@ mod tests {
                     source: "file".into(),
                     state: "live".into(),
                     age_seconds: None,
+                    facts: Vec::new(),
                 },
                 services: 1,
                 backends: 0,

@@ -9,6 +9,7 @@ mod file;
 #[cfg(any(fuzzing, test))]
 pub(crate) mod fuzzing;
 mod output;
+pub mod resolve;
 mod stats;
 
 use std::collections::BTreeMap;
@@ -49,6 +50,8 @@ pub struct Health {
     pub problem: Option<String>,
     /// Whether the problem is that the source doesn't answer, so that the last catalog serves.
     pub is_failing: bool,
+    /// What should be known and is no problem, a sentence each.
+    pub facts: Vec<String>,
     /// When the source last answered, whether or not anything had changed. `None` before that.
     pub last_answer: Option<Instant>,
 }
@@ -84,10 +87,10 @@ pub enum CatalogError {
 pub fn spawn(config: &Config) -> Result<Handle, CatalogError> {
     match &config.catalog.source {
         Source::Consul => {
-            let (consul, tag) = (config.consul.clone(), config.catalog.tag.clone());
+            let (consul, rules) = (config.consul.clone(), config.catalog.clone());
             let output = Output::new("consul");
             Ok(Handle::keep(output, move |output| {
-                consul::run(consul.clone(), tag.clone(), consul::Timing::default(), output)
+                consul::run(consul.clone(), rules.clone(), consul::Timing::default(), output)
             }))
         }
         Source::File(path) => {

@@ -25,6 +25,7 @@ impl Output {
                 source,
                 problem: None,
                 is_failing: false,
+                facts: Vec::new(),
                 last_answer: None,
             })),
             off: Arc::new(Sender::new(false)),
@@ -67,6 +68,16 @@ impl Output {
     /// Says whether nothing is to be translated.
     pub fn set_off(&self, off: bool) {
         self.off.send_if_modified(|was| std::mem::replace(was, off) != off);
+    }
+
+    /// Says what should be known and is no problem; the log hears of what is new.
+    pub fn set_facts(&self, facts: Vec<String>) {
+        self.health.send_if_modified(|health| {
+            for fact in facts.iter().filter(|fact| !health.facts.contains(fact)) {
+                tracing::info!(source = health.source, "{fact}");
+            }
+            std::mem::replace(&mut health.facts, facts.clone()) != facts
+        });
     }
 
     /// Says what is wrong, or that nothing is, and whether the source doesn't answer; the log hears of the first problem and of its end.

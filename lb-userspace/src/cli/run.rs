@@ -15,6 +15,7 @@ use tokio::time::{Instant, Interval, MissedTickBehavior};
 
 use super::view::DaemonView;
 use crate::catalog::Edition;
+use crate::catalog::resolve::Resolver;
 use crate::config::{Config, OnExit, cgroup};
 use crate::plane::{Options, Plane, SharedPlane, route};
 use crate::table::{Builder, Table, vips::Vips};
@@ -58,6 +59,7 @@ struct Daemon {
     config: Config,
     scope: PathBuf,
     source: catalog::Handle,
+    resolver: Resolver,
     builder: Builder,
     vips_path: PathBuf,
     /// Whether the book of VIPs has to be written again.
@@ -125,12 +127,14 @@ impl Daemon {
             tracing::info!("answering *.{} on {address}", config.dns.domain);
         }
         let builder = Builder::new(&config.vip, vips);
+        let resolver = Resolver::start(&config.dns.domain);
         // A static catalog is there before anybody could have waited for it.
         source.catalog.mark_changed();
         Ok(Daemon {
             config,
             scope,
             source,
+            resolver,
             builder,
             vips_path,
             vips_unwritten: true,
@@ -159,6 +163,13 @@ impl Daemon {
                         tokio::task::block_in_place(|| self.take(&edition));
                     }
                 }
+                hosts = self.resolver.changed() => {
+                    self.builder.set_hosts(hosts);
+                    let edition = self.source.catalog.borrow().clone();
+                    if let Some(edition) = edition {
+                        tokio::task::block_in_place(|| self.take(&edition));
+                    }
+                }
                 _ = tick.tick() => tokio::task::block_in_place(|| self.look_after()),
                 _ = proof_tick.tick() => {
                     let plane = self.plane.clone();
@@ -176,6 +187,7 @@ impl Daemon {
         let Some(next) = self.builder.next(&last, &edition.catalog, SystemTime::now()) else {
             return;
         };
+        self.resolver.want(self.builder.hostnames());
         if next.vips_changed {
             self.write_vips();
         }

@@ -17,6 +17,9 @@ pub fn status(status: &Status) -> String {
         None => "never answered".to_owned(),
     };
     line(&mut text, format!("catalog   {} {}, {age}", status.catalog.source, status.catalog.state));
+    for fact in &status.catalog.facts {
+        line(&mut text, format!("          {fact}"));
+    }
     let (services, backends) = (status.services, status.backends);
     let generation = status.generation;
     line(

@@ -66,6 +66,7 @@ impl View for DaemonView {
                 source: health.source.to_owned(),
                 state: state.to_owned(),
                 age_seconds: health.last_answer.map(|at| at.elapsed().as_secs_f64()),
+                facts: health.facts,
             },
             services: table.services.len(),
             backends: table.services.values().map(|service| service.healthy().count()).sum(),

@@ -22,7 +22,7 @@ use super::ids::Ids;
 use super::maps::{FrontendKey, Maps};
 use super::regions::{Block, Regions};
 use super::shapes::Sizes;
-use crate::table::{Ports, Service, State, Table};
+use crate::table::{Ports, Service, Table};
 
 pub use adopt::AdoptError;
 
@@ -277,9 +277,7 @@ impl<M: Maps> Reconciler<M> {
     /// Adds or changes one service.
     fn put(&mut self, service: &Arc<Service>) -> Result<(), ApplyError> {
         let healthy: Vec<Healthy> = service
-            .backends
-            .iter()
-            .filter(|backend| backend.state == State::Healthy)
+            .healthy()
             .filter_map(|backend| {
                 let &crate::table::Backend { weight, host_only, .. } = backend;
                 Some(Healthy { address: backend.address?, weight, host_only })

@@ -11,7 +11,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::plane::shapes::Sizes;
-use crate::table::{Backend as TableBackend, Protocols};
+use crate::table::{Backend as TableBackend, Protocols, State};
 
 /// The address of backend `x` of service `s`: it tells whose it is. Some have IPv6 ones.
 fn address(s: u8, x: u8) -> SocketAddr {

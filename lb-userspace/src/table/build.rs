@@ -1,6 +1,6 @@
 //! From a catalog to the next table.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddrV4;
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -8,7 +8,7 @@ use std::time::SystemTime;
 use super::judge::{Verdict, check_name, judge};
 use super::says::{Heard, hear};
 use super::vips::{Pools, Vips};
-use super::{Listing, Ports, Protocols, Service, Table};
+use super::{Hosts, Instance, Listing, Ports, Protocols, Service, Table};
 use crate::config::VipConfig;
 
 /// Builds tables, each from a catalog and what the last one had.
@@ -20,6 +20,11 @@ pub struct Builder {
     vips: Vips,
     /// What each service of the last table was built from.
     sources: BTreeMap<Arc<str>, Listing>,
+    /// What names stand for, and whether that is new since the last table.
+    hosts: Arc<Hosts>,
+    has_new_hosts: bool,
+    /// The names that each service's instances have for addresses, where they have some.
+    hostnames: BTreeMap<Arc<str>, Vec<String>>,
 }
 
 /// The next table, where it differs from the last one.
@@ -40,7 +45,21 @@ impl Builder {
             pins: config.pins.iter().map(|(name, pin)| (name.to_lowercase(), *pin)).collect(),
             vips,
             sources: BTreeMap::new(),
+            hosts: Arc::default(),
+            has_new_hosts: false,
+            hostnames: BTreeMap::new(),
         }
+    }
+
+    /// The names that instances of the last table have for addresses.
+    pub fn hostnames(&self) -> BTreeSet<String> {
+        self.hostnames.values().flatten().cloned().collect()
+    }
+
+    /// Takes in what these names stand for; it counts from the next table on.
+    pub fn set_hosts(&mut self, hosts: Arc<Hosts>) {
+        self.has_new_hosts |= hosts != self.hosts;
+        self.hosts = hosts;
     }
 
     /// The book of VIPs.
@@ -74,6 +93,8 @@ impl Builder {
             }
         }
         self.sources = sources;
+        self.has_new_hosts = false;
+        self.hostnames.retain(|name, _| table.services.contains_key(name));
         for name in &names_before {
             if !table.services.contains_key(name) {
                 self.vips.release(name, now);
@@ -110,7 +131,8 @@ impl Builder {
         let unchanged = self.sources.get(name).is_some_and(|source| {
             Arc::ptr_eq(&source.instances, instances) && source.watch == *watch
         });
-        if let (true, Some(former)) = (unchanged, former) {
+        let has_moved = self.has_new_hosts && self.hostnames.contains_key(name);
+        if let (true, false, Some(former)) = (unchanged, has_moved, former) {
             return Ok(former.clone());
         }
         let vip = self.vips.assign(name, now).map_err(|exhausted| exhausted.to_string())?;
@@ -134,10 +156,16 @@ impl Builder {
             generation: last.generation + 1,
         };
         for instance in instances.iter() {
-            match judge(instance, &self.pools) {
+            match judge(instance, &self.pools, &self.hosts) {
                 Verdict::In(backend) => service.backends.push(backend),
                 Verdict::Out(excluded) => service.excluded.push(excluded),
             }
+        }
+        let hostnames = instances.iter().filter(|instance| instance.standing.serves());
+        let hostnames: Vec<String> = hostnames.filter_map(Instance::hostname).collect();
+        match hostnames.is_empty() {
+            true => drop(self.hostnames.remove(name)),
+            false => drop(self.hostnames.insert(name.clone(), hostnames)),
         }
         match former {
             Some(former) if former.is_same(&service) => Ok(former.clone()),
@@ -150,7 +178,7 @@ impl Builder {
 mod tests {
     use super::*;
     use crate::config::Config;
-    use crate::table::{Instance, Says, Standing, State, Watch};
+    use crate::table::{Host, Says, Standing, State, Watch};
 
     fn catalog(text: &[(&str, &[&str])]) -> BTreeMap<Arc<str>, Listing> {
         let instance = |address: &&str| Instance {
@@ -251,6 +279,32 @@ mod tests {
         let service = &next.table.services["a"];
         assert_eq!(service.vip6, None);
         assert!(service.notes[0].contains("vip.pool6"), "{:?}", service.notes);
+    }
+
+    #[test]
+    fn names_are_asked_for_and_what_they_stand_for_moves_their_service_alone() {
+        let mut builder = builder();
+        let both = catalog(&[("a", &["db.example", "10.0.0.1"]), ("b", &["10.0.0.2"])]);
+        let first = builder.next(&Table::default(), &both, NOW).unwrap().table;
+        assert_eq!(builder.hostnames(), ["db.example".to_owned()].into());
+        assert_eq!(first.services["a"].healthy().count(), 1);
+        assert!(builder.next(&first, &both, NOW).is_none());
+
+        let hosts = |address: &str| {
+            let host = Host::At { address: address.parse().unwrap(), n_addresses: 1 };
+            Arc::new(Hosts([("db.example".to_owned(), host)].into()))
+        };
+        builder.set_hosts(hosts("10.0.0.9"));
+        let second = builder.next(&first, &both, NOW).unwrap().table;
+        let addresses: Vec<_> = second.services["a"].healthy().filter_map(|b| b.address).collect();
+        assert_eq!(addresses, ["10.0.0.9:8080", "10.0.0.1:8080"].map(|a| a.parse().unwrap()));
+        assert!(Arc::ptr_eq(&first.services["b"], &second.services["b"]));
+        builder.set_hosts(hosts("10.0.0.9"));
+        assert!(builder.next(&second, &both, NOW).is_none());
+
+        let without = catalog(&[("b", &["10.0.0.2"])]);
+        builder.next(&second, &without, NOW).unwrap();
+        assert!(builder.hostnames().is_empty());
     }
 
     #[test]

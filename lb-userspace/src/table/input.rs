@@ -74,6 +74,15 @@ impl Instance {
 pub enum Standing {
     /// It may serve.
     Serving,
+    /// It may serve, with the weight that it has for this (such as ``check `web` is warning``).
+    Warning(String),
     /// It may not, for this reason (such as ``check `web` is critical``).
     Out(String),
+}
+
+impl Standing {
+    /// Whether it may serve.
+    pub fn serves(&self) -> bool {
+        matches!(self, Standing::Serving | Standing::Warning(_))
+    }
 }

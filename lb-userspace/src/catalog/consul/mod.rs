@@ -3,6 +3,7 @@
 //! Watches only report; the supervisor here owns the model, starts and stops watches as names come
 //! and go, and publishes. An error takes nothing out of the model.
 
+mod address;
 mod backoff;
 mod client;
 #[cfg(test)]
@@ -25,7 +26,7 @@ use tokio::sync::{Notify, mpsc, watch::Sender};
 use tokio::task::{self, AbortHandle, JoinSet};
 
 use super::Output;
-use crate::config::ConsulConfig;
+use crate::config::{CatalogConfig, ConsulConfig};
 use backoff::Backoff;
 use client::{Client, QueryError, Question, percent_encode};
 use health::Record;
@@ -85,12 +86,12 @@ enum Job {
 }
 
 /// Follows Consul for ever.
-pub async fn run(config: ConsulConfig, tag: String, timing: Timing, output: Output) {
+pub async fn run(config: ConsulConfig, rules: CatalogConfig, timing: Timing, output: Output) {
     let (events, inbox) = mpsc::unbounded_channel();
     let supervisor = Supervisor {
-        client: Arc::new(Client::new(&config, timing.connect)),
+        client: Arc::new(Client::new(&config, timing.connect, output.clone())),
         n_shared: config.max_connections.saturating_sub(1).max(1),
-        tag: tag.into(),
+        rules: Arc::new(rules),
         timing,
         output,
         events,
@@ -108,7 +109,7 @@ struct Supervisor {
     client: Arc<Client>,
     /// The connections that services share; the names have one of their own.
     n_shared: usize,
-    tag: Arc<str>,
+    rules: Arc<CatalogConfig>,
     timing: Timing,
     output: Output,
     /// Bounded in practice: each watch is bound to four questions a second.
@@ -250,7 +251,7 @@ impl Supervisor {
             }
             Job::Names => {
                 let recovered = self.recovered.clone();
-                let tag = self.tag.clone();
+                let rules = self.rules.clone();
                 let path = "/v1/catalog/services".into();
                 let watched = Watched { path, is_reserved: true, answer_limit };
                 let mut has_failed = false;
@@ -261,14 +262,14 @@ impl Supervisor {
                         if std::mem::replace(&mut has_failed, failed) && !failed {
                             recovered.notify_one();
                         }
-                        let report = report.map(|names| tagged(names, &tag));
+                        let report = report.map(|names| tagged(names, &rules.tag));
                         let _ = events.send(Event::Names(report));
                     })
                     .await;
                 })
             }
             Job::Service(name) => {
-                let tag = self.tag.clone();
+                let rules = self.rules.clone();
                 let path = format!("/v1/health/service/{}", percent_encode(&name));
                 let watched = Watched { path, is_reserved: false, answer_limit };
                 let handle = self.tasks.spawn({
@@ -276,7 +277,7 @@ impl Supervisor {
                     async move {
                         tokio::time::sleep(after).await;
                         watch::run(client, watched, wait, |report: Report<Vec<Record>>| {
-                            let report = report.map(|records| health::instances(records, &tag));
+                            let report = report.map(|records| health::instances(records, &rules));
                             let _ = events.send(Event::Service(name.clone(), report));
                         })
                         .await;

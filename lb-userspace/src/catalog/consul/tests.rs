@@ -8,6 +8,7 @@ use serde_json::json;
 use super::fake::{AGENT, Fake, Fault, NAMES, instance, service};
 use super::*;
 use crate::catalog::{Catalog, Handle};
+use crate::config::{Config, ConsulAddress};
 use crate::table::{Says, Standing};
 
 const LIMIT: Duration = Duration::from_secs(20);
@@ -25,16 +26,15 @@ fn timing() -> Timing {
 
 fn config(address: impl ToString) -> ConsulConfig {
     ConsulConfig {
-        address: address.to_string(),
-        token: None,
-        datacenter: String::new(),
+        address: ConsulAddress::Http(address.to_string()),
         max_connections: 8,
+        ..ConsulConfig::default()
     }
 }
 
 fn follow(config: ConsulConfig, timing: Timing) -> Handle {
     Handle::keep(Output::new("consul"), move |output| {
-        run(config.clone(), "routed".into(), timing, output)
+        run(config.clone(), Config::default().catalog, timing, output)
     })
 }
 
