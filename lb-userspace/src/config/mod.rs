@@ -2,6 +2,7 @@
 
 mod address;
 pub mod cgroup;
+pub mod change;
 mod document;
 mod problem;
 mod read;

@@ -252,6 +252,11 @@ impl<M: Maps> Reconciler<M> {
         Some(Indices { service: held.service_idx, backends: held.backends.clone() })
     }
 
+    /// The index of each service that is in the maps.
+    pub fn service_indices(&self) -> impl Iterator<Item = (&Arc<str>, u32)> {
+        self.held.iter().map(|(name, held)| (name, held.service_idx))
+    }
+
     /// The services that the maps hold, each with the addresses of its frontends.
     pub fn names(&self) -> impl Iterator<Item = (&Arc<str>, impl Iterator<Item = IpAddr>)> {
         self.held.iter().map(|(name, held)| {

@@ -27,8 +27,9 @@ pub struct Builder {
 pub struct Next {
     /// The table.
     pub table: Arc<Table>,
-    /// Whether the book of VIPs changed, and has to be written before the table is used.
-    pub vips_changed: bool,
+    /// Whether a name got an address, so that the book of VIPs has to be written before anybody is
+    /// told of it.
+    pub vips_given: bool,
 }
 
 impl Builder {
@@ -41,6 +42,12 @@ impl Builder {
             vips,
             sources: BTreeMap::new(),
         }
+    }
+
+    /// Gives other ports to the services that name none, from the next table on.
+    pub fn set_ports(&mut self, ports: &[u16]) {
+        self.ports = Ports::only(ports.iter().copied());
+        self.sources.clear();
     }
 
     /// The book of VIPs.
@@ -59,7 +66,7 @@ impl Builder {
         let generation = last.generation + 1;
         let mut table = Table { generation, ..Table::default() };
         let mut sources = BTreeMap::new();
-        let edition_before = self.vips.edition();
+        let given_before = self.vips.given();
         let names_before: Vec<Arc<str>> = self.vips.in_use().cloned().collect();
         for (given_name, listing) in catalog {
             let name: Arc<str> = given_name.to_lowercase().into();
@@ -79,14 +86,14 @@ impl Builder {
                 self.vips.release(name, now);
             }
         }
-        let vips_changed = self.vips.edition() != edition_before;
+        let vips_given = self.vips.given() != given_before;
         let same = last.is_synced()
             && table.rejected == last.rejected
             && table.services.len() == last.services.len()
             && table.services.iter().all(|(name, service)| {
                 last.services.get(name).is_some_and(|l| Arc::ptr_eq(l, service))
             });
-        (!same).then(|| Next { table: Arc::new(table), vips_changed })
+        (!same).then(|| Next { table: Arc::new(table), vips_given })
     }
 
     fn service(
@@ -182,7 +189,7 @@ mod tests {
     fn an_empty_catalog_makes_a_first_table_and_then_nothing() {
         let mut builder = builder();
         let first = builder.next(&Table::default(), &BTreeMap::new(), NOW).unwrap();
-        assert!(first.table.is_synced() && !first.vips_changed);
+        assert!(first.table.is_synced() && !first.vips_given);
         assert!(builder.next(&first.table, &BTreeMap::new(), NOW).is_none());
     }
 
@@ -191,10 +198,10 @@ mod tests {
         let mut builder = builder();
         let mut catalog = catalog(&[("a", &["10.0.0.1"]), ("b", &["10.0.0.2"])]);
         let first = builder.next(&Table::default(), &catalog, NOW).unwrap();
-        assert!(first.vips_changed);
+        assert!(first.vips_given);
         catalog.extend(self::catalog(&[("b", &["10.0.0.3"])]));
         let second = builder.next(&first.table, &catalog, NOW).unwrap();
-        assert!(!second.vips_changed);
+        assert!(!second.vips_given);
         assert!(Arc::ptr_eq(&first.table.services["a"], &second.table.services["a"]));
         assert_eq!(second.table.services["b"].generation, 2);
         assert_eq!(second.table.services["b"].vip, first.table.services["b"].vip);
@@ -209,8 +216,9 @@ mod tests {
         let with = catalog(&[("a", &["10.0.0.1"])]);
         let first = builder.next(&Table::default(), &with, NOW).unwrap();
         let second = builder.next(&first.table, &BTreeMap::new(), NOW).unwrap();
-        assert!(second.table.services.is_empty() && second.vips_changed);
+        assert!(second.table.services.is_empty() && !second.vips_given);
         let third = builder.next(&second.table, &with, NOW).unwrap();
+        assert!(!third.vips_given, "the book has it still");
         assert_eq!(third.table.services["a"].vip, first.table.services["a"].vip);
     }
 
@@ -241,6 +249,21 @@ mod tests {
         let service = &second.services["a"];
         assert_eq!((&service.ports, service.protocols), (&Ports::Any, Protocols::Tcp));
         assert!(service.notes[0].contains("`icmp` is no protocol"), "{:?}", service.notes);
+    }
+
+    #[test]
+    fn other_ports_go_to_the_services_that_name_none() {
+        let mut builder = builder();
+        let mut catalog = catalog(&[("a", &["10.0.0.1"]), ("b", &["10.0.0.2"])]);
+        let mut instance = catalog["b"].instances[0].clone();
+        instance.says = Says { ports: Some("5432".into()), protocol: None };
+        let listing = Listing { instances: [instance].into(), watch: Watch::Live };
+        catalog.insert("b".into(), listing);
+        let first = builder.next(&Table::default(), &catalog, NOW).unwrap().table;
+        builder.set_ports(&[80, 8080]);
+        let second = builder.next(&first, &catalog, NOW).unwrap().table;
+        assert_eq!(second.services["a"].ports, Ports::only([80, 8080]));
+        assert!(Arc::ptr_eq(&first.services["b"], &second.services["b"]));
     }
 
     #[test]
