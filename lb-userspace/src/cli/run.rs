@@ -22,7 +22,7 @@ use crate::catalog::Edition;
 use crate::config::{Config, OnExit, cgroup};
 use crate::plane::{Options, Plane, SharedPlane, route};
 use crate::table::vips::{Book, Page, PoolUse, Vips};
-use crate::table::{Builder, Table};
+use crate::table::{Builder, Diff, Table, diff};
 use crate::{admin, catalog, dns};
 
 /// How often the attachment is looked at, and what failed is tried again.
@@ -371,19 +371,18 @@ fn scope(config: &Config) -> anyhow::Result<PathBuf> {
 }
 
 fn log_change(last: &Table, next: &Table) {
-    for (name, service) in &next.services {
+    let Diff { changed, gone } = diff(&last.services, &next.services, Arc::ptr_eq);
+    for (name, service) in changed {
+        let (n_backends, n_unfit) = (service.healthy().count(), service.excluded.len());
+        tracing::info!(vip = %service.vip, n_backends, n_unfit, "{name}");
         let before = last.services.get(name);
-        if !before.is_some_and(|before| Arc::ptr_eq(before, service)) {
-            let (n_backends, n_unfit) = (service.healthy().count(), service.excluded.len());
-            tracing::info!(vip = %service.vip, n_backends, n_unfit, "{name}");
-        }
         for note in &service.notes {
             if !before.is_some_and(|before| before.notes.contains(note)) {
                 tracing::warn!("{name}: {note}");
             }
         }
     }
-    for name in last.services.keys().filter(|name| !next.services.contains_key(*name)) {
+    for name in gone {
         tracing::info!("{name} is gone");
     }
     for (name, reason) in &next.rejected {

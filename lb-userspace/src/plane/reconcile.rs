@@ -22,7 +22,7 @@ use super::ids::Ids;
 use super::maps::{FrontendKey, Maps};
 use super::regions::{Block, Regions};
 use super::shapes::Sizes;
-use crate::table::{Ports, Service, State, Table};
+use crate::table::{Diff, Ports, Service, State, Table, diff};
 
 pub use adopt::AdoptError;
 
@@ -176,18 +176,16 @@ impl<M: Maps> Reconciler<M> {
     /// never missing under both names.
     pub fn apply(&mut self, table: &Table) -> BTreeMap<Arc<str>, ApplyError> {
         let mut errors = BTreeMap::new();
-        for (name, service) in &table.services {
-            let applied = self.held.get(name).and_then(|held| held.applied.as_ref());
-            if applied.is_some_and(|applied| Arc::ptr_eq(applied, service)) {
-                continue;
-            }
+        let Diff { changed, gone } = diff(&self.held, &table.services, |held, service| {
+            held.applied.as_ref().is_some_and(|applied| Arc::ptr_eq(applied, service))
+        });
+        let gone: Vec<Arc<str>> = gone.into_iter().cloned().collect();
+        for (name, service) in changed {
             if let Err(error) = self.put(service) {
                 errors.insert(name.clone(), error);
             }
         }
         self.remove_stale(&mut errors);
-        let gone: Vec<Arc<str>> =
-            self.held.keys().filter(|name| !table.services.contains_key(*name)).cloned().collect();
         for name in gone {
             if let Err(error) = self.remove(&name) {
                 errors.insert(name, error);
