@@ -31,6 +31,7 @@ mod port_reused;
 mod ports_from_meta;
 mod postgres;
 mod refuses_to_start;
+mod reloaded_live;
 mod servers;
 mod services_never_mix;
 mod state_lost;
@@ -50,7 +51,7 @@ use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
 type Story = fn() -> Result<()>;
 
-const STORIES: [(&str, Story); 34] = [
+const STORIES: [(&str, Story); 35] = [
     ("acls", acls::story),
     ("agent_cut_off", agent_cut_off::story),
     ("all_critical_refuses_and_recovers", all_critical_refuses_and_recovers::story),
@@ -76,6 +77,7 @@ const STORIES: [(&str, Story); 34] = [
     ("port_reused", port_reused::story),
     ("ports_from_meta", ports_from_meta::story),
     ("refuses_to_start", refuses_to_start::story),
+    ("reloaded_live", reloaded_live::story),
     ("services_never_mix", services_never_mix::story),
     ("state_lost", state_lost::story),
     ("static_catalog", static_catalog::story),

@@ -9,6 +9,8 @@ pub(super) const ROUTES: &str = "\
 GET /v1/status
 GET /v1/services
 GET /v1/services/NAME
+POST /v1/reload
+GET /metrics
 GET /healthz
 GET /readyz
 On /v1: ?after=GENERATION answers once the table is past that generation, or after &wait=SECONDS \
@@ -26,6 +28,8 @@ pub(super) enum Route {
     Status,
     Services,
     Explain(String),
+    Reload,
+    Metrics,
     Health,
     Ready,
 }
@@ -40,8 +44,8 @@ pub(super) struct Wait {
 /// Why a request can't be answered.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum RouteError {
-    #[error("only GET is answered here")]
-    Method,
+    #[error("only {0} is answered here")]
+    Method(Method),
     #[error("no such path. What there is:\n{ROUTES}")]
     Path,
     #[error("{name}: '{value}' is wrong; {mend}")]
@@ -57,6 +61,8 @@ pub(super) fn route(
     let route = match path {
         "/v1/status" => Route::Status,
         "/v1/services" => Route::Services,
+        "/v1/reload" => Route::Reload,
+        "/metrics" => Route::Metrics,
         "/healthz" => Route::Health,
         "/readyz" => Route::Ready,
         _ => match path.strip_prefix("/v1/services/") {
@@ -64,8 +70,13 @@ pub(super) fn route(
             _ => return Err(RouteError::Path),
         },
     };
-    if method != Method::GET {
-        return Err(RouteError::Method);
+    let allowed = if route == Route::Reload { Method::POST } else { Method::GET };
+    if *method != allowed {
+        return Err(RouteError::Method(allowed));
+    }
+    if matches!(route, Route::Metrics) {
+        // Prometheus may be told to add parameters.
+        return Ok((route, None));
     }
     Ok((route, wait(query.unwrap_or_default())?))
 }
@@ -132,6 +143,8 @@ mod tests {
             ("/v1/services", Some(""), Some((Route::Services, None))),
             ("/v1/services/web", None, Some((Route::Explain("web".into()), None))),
             ("/v1/services/a%20%c3%a9%", None, Some((Route::Explain("a é%".into()), None))),
+            ("/metrics", None, Some((Route::Metrics, None))),
+            ("/metrics", Some("collect=all"), Some((Route::Metrics, None))),
             ("/healthz", None, Some((Route::Health, None))),
             ("/readyz", None, Some((Route::Ready, None))),
             (
@@ -160,8 +173,11 @@ mod tests {
     }
 
     #[test]
-    fn only_get() {
-        assert_eq!(route(&Method::POST, "/healthz", None), Err(RouteError::Method));
+    fn each_path_has_one_method() {
+        let only = |method| Err(RouteError::Method(method));
+        assert_eq!(route(&Method::POST, "/healthz", None), only(Method::GET));
+        assert_eq!(route(&Method::GET, "/v1/reload", None), only(Method::POST));
+        assert_eq!(route(&Method::POST, "/v1/reload", None), Ok((Route::Reload, None)));
         assert_eq!(route(&Method::POST, "/nowhere", None), Err(RouteError::Path));
     }
 

@@ -2,7 +2,10 @@
 
 mod args;
 mod check;
+mod config_check;
 mod dial;
+mod metrics;
+mod reload;
 mod run;
 mod show;
 mod unload;
@@ -20,7 +23,7 @@ use tracing_subscriber::EnvFilter;
 use crate::admin::{api, client};
 use crate::config::{Config, ConfigErrors, Overrides};
 use crate::plane::probe;
-use args::{Arguments, ClientArguments, Command, ConfigArguments, LogFormat};
+use args::{Arguments, ClientArguments, Command, ConfigArguments, ConfigCommand, LogFormat};
 
 /// Something failed.
 const FAILURE: u8 = 1;
@@ -50,7 +53,8 @@ fn command(command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Run { config, log_format, on_exit } => {
             log(log_format);
-            run::run(load(config, on_exit)?)?;
+            let read = Box::new(move || load(config.clone(), on_exit.clone()));
+            run::run(read()?, read)?;
         }
         Command::Check { config, client } => {
             let report = check::check(load(config, None), client.admin.as_deref());
@@ -71,6 +75,10 @@ fn command(command: Command) -> anyhow::Result<ExitCode> {
             if explanation.service.is_none() {
                 return Ok(ExitCode::from(FAILURE));
             }
+        }
+        Command::Reload { client } => return reload::ask(&client),
+        Command::Config { command: ConfigCommand::Check { file, json } } => {
+            return config_check::config_check(&file, json);
         }
         Command::ProbeDial { cgroup, address } => probe::dial_inside(&cgroup, address)
             .with_context(|| format!("can't enter {}", cgroup.display()))?,
@@ -123,8 +131,11 @@ fn environment(name: &str) -> Option<String> {
 
 fn ask<T: DeserializeOwned>(client: &ClientArguments, path: &str) -> anyhow::Result<T> {
     let address = client::find(client.admin.as_deref(), &environment)?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    Ok(runtime.block_on(client::get(&address, path))?)
+    Ok(runtime()?.block_on(client::get(&address, path))?)
+}
+
+fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build()
 }
 
 /// Prints a document for a person, or as JSON. A reader that has seen enough is no failure.
@@ -133,7 +144,16 @@ fn print<T: Serialize>(
     document: &T,
     text: impl Fn(&T) -> String,
 ) -> anyhow::Result<()> {
-    let text = match client.json {
+    write(client.json, document, text)
+}
+
+/// The same, where there is no daemon to find.
+fn write<T: Serialize>(
+    json: bool,
+    document: &T,
+    text: impl Fn(&T) -> String,
+) -> anyhow::Result<()> {
+    let text = match json {
         true => serde_json::to_string_pretty(document)? + "\n",
         false => text(document),
     };

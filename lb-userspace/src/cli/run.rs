@@ -2,23 +2,28 @@
 //! readers, and takes the parts down again.
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
 use aya_log::EbpfLogger;
 use rustix::event::{PollFd, PollFlags};
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, Interval, MissedTickBehavior};
 
-use super::view::DaemonView;
+use super::metrics::PROPAGATION_BUCKETS;
+use super::reload::{self, Request};
+use super::view::{DaemonView, Served};
+use crate::admin::api;
+use crate::admin::exposition::Histogram;
 use crate::catalog::Edition;
 use crate::catalog::resolve::Resolver;
 use crate::config::{Config, OnExit, cgroup};
 use crate::plane::{Options, Plane, SharedPlane, route};
-use crate::table::{Builder, Table, vips::Vips};
+use crate::table::vips::{Book, Page, PoolUse, Vips};
+use crate::table::{Builder, Diff, Table, diff};
 use crate::{admin, catalog, dns};
 
 /// How often the attachment is looked at, and what failed is tried again.
@@ -30,26 +35,29 @@ const PROOF_TICK: Duration = Duration::from_secs(5);
 /// How often the unreachable route is put back, should somebody have flushed it.
 const ROUTE_TICK: Duration = Duration::from_secs(10);
 
-/// Runs the daemon until SIGTERM or SIGINT.
+/// The reloads that may wait for their turn.
+const MAX_RELOADS: usize = 8;
+
+/// Runs the daemon until SIGTERM or SIGINT; `read` reads its configuration again.
 ///
 /// # Errors
 /// When a part can't start; then nothing is left attached.
-pub fn run(config: Config) -> anyhow::Result<()> {
+pub fn run(config: Config, read: reload::Read) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
         .build()
         .context("can't start the runtime")?;
-    let result = runtime.block_on(daemon(config));
+    let result = runtime.block_on(daemon(config, read));
     // Blocking work that is under way, such as a lookup, must not hold the exit up.
     runtime.shutdown_timeout(Duration::from_millis(200));
     result
 }
 
-async fn daemon(config: Config) -> anyhow::Result<()> {
-    let mut stop = StopSignals::new().context("can't listen for signals")?;
-    let mut daemon = Daemon::start(config).await?;
-    let outcome = daemon.serve(&mut stop).await;
+async fn daemon(config: Config, read: reload::Read) -> anyhow::Result<()> {
+    let mut signals = Signals::new().context("can't listen for signals")?;
+    let mut daemon = Daemon::start(config, read).await?;
+    let outcome = daemon.serve(&mut signals).await;
     daemon.stop().await;
     outcome
 }
@@ -57,13 +65,18 @@ async fn daemon(config: Config) -> anyhow::Result<()> {
 /// The parts, and what leads from one to the next.
 struct Daemon {
     config: Config,
+    read: reload::Read,
+    reloads: mpsc::Receiver<Request>,
     scope: PathBuf,
     source: catalog::Handle,
     resolver: Resolver,
+    /// The source of a reload, which takes over once it has published.
+    next_source: Option<catalog::Handle>,
+    served: watch::Sender<Served>,
     builder: Builder,
-    vips_path: PathBuf,
-    /// Whether the book of VIPs has to be written again.
-    vips_unwritten: bool,
+    book: Arc<Book>,
+    pool: watch::Sender<PoolUse>,
+    propagation: Arc<Mutex<Histogram>>,
     plane: Arc<SharedPlane>,
     table: watch::Sender<Arc<Table>>,
     attached: watch::Sender<bool>,
@@ -74,7 +87,7 @@ struct Daemon {
 
 impl Daemon {
     /// Brings the parts up.
-    async fn start(config: Config) -> anyhow::Result<Daemon> {
+    async fn start(config: Config, read: reload::Read) -> anyhow::Result<Daemon> {
         let scope = scope(&config)?;
         let mut source = catalog::spawn(&config)?;
         // What another daemon may hold comes first, so that a second one disturbs nothing.
@@ -84,7 +97,8 @@ impl Daemon {
 
         let vips_path = config.state_dir.join("vips.json");
         let mut vips = Vips::read(&vips_path, (&config.vip).into())?;
-        vips.write(&vips_path)?;
+        let book = Arc::new(Book::new(&vips_path));
+        book.write(&vips.page())?;
         for pool in config.vip.pools() {
             route::add_unreachable(pool).await?;
         }
@@ -107,21 +121,28 @@ impl Daemon {
         let plane = Arc::new(SharedPlane::new(plane));
         tokio::task::block_in_place(|| plane.prove());
         attached_out.send_replace(plane.hooks().attached);
+        let (reloads_out, reloads) = mpsc::channel(MAX_RELOADS);
+        let (served_out, served) = watch::channel(Served::new(&source, &config));
+        let (pool_out, pool) = watch::channel(vips.pool_use(SystemTime::now()));
+        let propagation = Arc::new(Mutex::new(Histogram::new(&PROPAGATION_BUCKETS)));
+        let demand = source.demand.clone();
+        let dns = dns::Server::start(dns_sockets, &config.dns, table.clone(), attached, demand);
         let view = DaemonView {
-            dns: admin::api::DnsStatus {
+            dns: api::DnsStatus {
                 listen: dns_addresses.clone(),
                 domain: config.dns.domain.clone(),
             },
-            tag: config.catalog.tag.clone(),
+            dns_stats: dns.stats(),
             scope: scope.clone(),
             plane: plane.clone(),
             counters,
-            table: table.clone(),
-            health: source.health.clone(),
+            table,
+            served,
+            pool,
+            propagation: propagation.clone(),
             generation,
+            reloads: reloads_out,
         };
-        let demand = source.demand.clone();
-        let dns = dns::Server::start(dns_sockets, &config.dns, table, attached, demand);
         let admin = tokio::spawn(admin::serve(admin_listeners, Arc::new(view))).abort_handle();
         for address in dns_addresses {
             tracing::info!("answering *.{} on {address}", config.dns.domain);
@@ -132,12 +153,17 @@ impl Daemon {
         source.catalog.mark_changed();
         Ok(Daemon {
             config,
+            read,
+            reloads,
             scope,
             source,
             resolver,
+            next_source: None,
+            served: served_out,
             builder,
-            vips_path,
-            vips_unwritten: true,
+            book,
+            pool: pool_out,
+            propagation,
             plane,
             table: table_out,
             attached: attached_out,
@@ -149,13 +175,14 @@ impl Daemon {
 
     /// Leads each catalog to the kernel and then to the readers, and looks after the kernel side,
     /// until it is told to stop.
-    async fn serve(&mut self, stop: &mut StopSignals) -> anyhow::Result<()> {
+    async fn serve(&mut self, signals: &mut Signals) -> anyhow::Result<()> {
         let mut tick = ticks(TICK, Duration::ZERO);
         let mut proof_tick = ticks(PROOF_TICK, PROOF_TICK);
         let mut route_tick = ticks(ROUTE_TICK, Duration::ZERO);
         loop {
             tokio::select! {
-                () = stop.recv() => return Ok(()),
+                _ = signals.term.recv() => return Ok(()),
+                _ = signals.interrupt.recv() => return Ok(()),
                 changed = self.source.catalog.changed() => {
                     changed.context("discovery has ended, which it never should")?;
                     let edition = self.source.catalog.borrow_and_update().clone();
@@ -170,6 +197,15 @@ impl Daemon {
                         tokio::task::block_in_place(|| self.take(&edition));
                     }
                 }
+                () = reload::published(&mut self.next_source) => {
+                    tokio::task::block_in_place(|| self.switch_source());
+                }
+                Some(request) = self.reloads.recv() => {
+                    let reload = tokio::task::block_in_place(|| self.reload());
+                    // Whoever asked may have gone.
+                    let _ = request.send(reload);
+                }
+                _ = signals.hangup.recv() => drop(tokio::task::block_in_place(|| self.reload())),
                 _ = tick.tick() => tokio::task::block_in_place(|| self.look_after()),
                 _ = proof_tick.tick() => {
                     let plane = self.plane.clone();
@@ -181,21 +217,74 @@ impl Daemon {
     }
 
     /// Leads a catalog to the kernel and then to the readers: the kernel knows a name before DNS
-    /// tells it to anybody.
+    /// tells it to anybody, and so does the book of VIPs. The book comes second, because a change of
+    /// other services must not wait for the disk; should the daemon end in between, the next one
+    /// finds the name in the maps, or nobody was told of it.
     fn take(&mut self, edition: &Edition) {
         let last = self.table.borrow().clone();
         let Some(next) = self.builder.next(&last, &edition.catalog, SystemTime::now()) else {
             return;
         };
         self.resolver.want(self.builder.hostnames());
-        if next.vips_changed {
-            self.write_vips();
-        }
         self.plane.apply(&next.table);
+        let took = edition.heard_at.elapsed().as_secs_f64();
+        self.propagation.lock().unwrap_or_else(PoisonError::into_inner).observe(took);
+        if next.vips_given {
+            write(&self.book, &self.builder.vips().page());
+        }
         log_change(&last, &next.table);
         let generation = next.table.generation;
         self.table.send_replace(next.table);
         self.generation.send_replace(generation);
+    }
+
+    /// Reads the configuration again, and takes over what differs: all of it, or nothing.
+    fn reload(&mut self) -> api::Reload {
+        let reload = self.try_reload().unwrap_or_else(|refused| refused);
+        reload::log(&reload);
+        reload
+    }
+
+    fn try_reload(&mut self) -> Result<api::Reload, api::Reload> {
+        let (config, reload) = reload::plan(&self.config, &self.read)?;
+        let last = std::mem::replace(&mut self.config, config);
+        // A source that can't start keeps everything as it was, so it comes first.
+        if (&last.catalog, &last.consul) != (&self.config.catalog, &self.config.consul) {
+            match catalog::spawn(&self.config) {
+                Ok(next) => {
+                    let awaited = Some(next.health.borrow().source);
+                    self.served.send_modify(|served| served.awaited = awaited);
+                    self.next_source = Some(next);
+                }
+                Err(error) => {
+                    self.config = last;
+                    return Err(reload::refuse([error]));
+                }
+            }
+        }
+        if last.dns != self.config.dns {
+            self.dns.reconfigure(&self.config.dns);
+        }
+        if last.vip.ports != self.config.vip.ports {
+            self.builder.set_ports(&self.config.vip.ports);
+            let edition = self.source.catalog.borrow().clone();
+            if let Some(edition) = edition {
+                self.take(&Edition { heard_at: std::time::Instant::now(), ..edition });
+            }
+        }
+        Ok(reload)
+    }
+
+    /// Goes on with the source of a reload, which has published.
+    fn switch_source(&mut self) {
+        let Some(mut next) = self.next_source.take() else { return };
+        let edition = next.catalog.borrow_and_update().clone();
+        self.dns.set_demand(next.demand.clone());
+        self.served.send_replace(Served::new(&next, &self.config));
+        self.source = next;
+        if let Some(edition) = edition {
+            self.take(&edition);
+        }
     }
 
     /// Sees to what has to be seen to all the time, and tries again what failed.
@@ -209,9 +298,8 @@ impl Daemon {
             let attached = self.plane.hooks().attached;
             std::mem::replace(was, attached) != attached
         });
-        if self.vips_unwritten {
-            self.write_vips();
-        }
+        self.pool.send_replace(self.builder.vips().pool_use(SystemTime::now()));
+        self.keep_book();
         if self.plane.is_behind() {
             let last = self.table.borrow().clone();
             self.plane.apply(&last);
@@ -229,13 +317,12 @@ impl Daemon {
         }
     }
 
-    /// Writes the book of VIPs.
-    fn write_vips(&mut self) {
-        let written = self.builder.vips().write(&self.vips_path);
-        if let Err(error) = &written {
-            tracing::error!("{error}; until it is mended, a restart may change addresses");
+    /// Writes the book of VIPs where it lacks something, while the daemon goes on.
+    fn keep_book(&self) {
+        if self.book.lacks(self.builder.vips().edition()) {
+            let (book, page) = (self.book.clone(), self.builder.vips().page());
+            tokio::task::spawn_blocking(move || write(&book, &page));
         }
-        self.vips_unwritten = written.is_err();
     }
 
     /// Takes the parts down, and the kernel side where the configuration wants that.
@@ -256,6 +343,12 @@ impl Daemon {
                 self.plane.detach();
             }
         }
+    }
+}
+
+fn write(book: &Book, page: &Page) {
+    if let Err(error) = book.write(page) {
+        tracing::error!("{error}; until it is mended, a restart may change addresses");
     }
 }
 
@@ -290,19 +383,18 @@ fn scope(config: &Config) -> anyhow::Result<PathBuf> {
 }
 
 fn log_change(last: &Table, next: &Table) {
-    for (name, service) in &next.services {
+    let Diff { changed, gone } = diff(&last.services, &next.services, Arc::ptr_eq);
+    for (name, service) in changed {
+        let (n_backends, n_unfit) = (service.healthy().count(), service.excluded.len());
+        tracing::info!(vip = %service.vip, n_backends, n_unfit, "{name}");
         let before = last.services.get(name);
-        if !before.is_some_and(|before| Arc::ptr_eq(before, service)) {
-            let (n_backends, n_unfit) = (service.healthy().count(), service.excluded.len());
-            tracing::info!(vip = %service.vip, n_backends, n_unfit, "{name}");
-        }
         for note in &service.notes {
             if !before.is_some_and(|before| before.notes.contains(note)) {
                 tracing::warn!("{name}: {note}");
             }
         }
     }
-    for name in last.services.keys().filter(|name| !next.services.contains_key(*name)) {
+    for name in gone {
         tracing::info!("{name} is gone");
     }
     for (name, reason) in &next.rejected {
@@ -312,23 +404,18 @@ fn log_change(last: &Table, next: &Table) {
     }
 }
 
-struct StopSignals {
+struct Signals {
     term: Signal,
     interrupt: Signal,
+    hangup: Signal,
 }
 
-impl StopSignals {
-    fn new() -> std::io::Result<StopSignals> {
-        Ok(StopSignals {
+impl Signals {
+    fn new() -> std::io::Result<Signals> {
+        Ok(Signals {
             term: signal(SignalKind::terminate())?,
             interrupt: signal(SignalKind::interrupt())?,
+            hangup: signal(SignalKind::hangup())?,
         })
-    }
-
-    async fn recv(&mut self) {
-        tokio::select! {
-            _ = self.term.recv() => {}
-            _ = self.interrupt.recv() => {}
-        }
     }
 }

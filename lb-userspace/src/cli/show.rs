@@ -2,7 +2,9 @@
 
 use std::fmt::Write;
 
-use crate::admin::api::{Backend, Explanation, MapStatus, Service, Status};
+use crate::admin::api::{
+    Backend, Explanation, MapStatus, PoolStatus, Service, Status, WatchStatus,
+};
 
 /// `nohop status`
 pub fn status(status: &Status) -> String {
@@ -20,12 +22,18 @@ pub fn status(status: &Status) -> String {
     for fact in &status.catalog.facts {
         line(&mut text, format!("          {fact}"));
     }
+    if let Some(watches) = &status.catalog.watches {
+        watch_lines(watches).into_iter().for_each(|shown| line(&mut text, shown));
+    }
     let (services, backends) = (status.services, status.backends);
     let generation = status.generation;
     line(
         &mut text,
         format!("table     generation {generation}: {services} services, {backends} backends"),
     );
+    let PoolStatus { used, resting, size } = status.pool;
+    let rest = if resting > 0 { format!(", {resting} rest for a day") } else { String::new() };
+    line(&mut text, format!("vip.pool  {used} of {size} addresses used{rest}"));
     let listen: Vec<_> = status.dns.listen.iter().map(ToString::to_string).collect();
     line(&mut text, format!("dns       *.{} on {}", status.dns.domain, listen.join(", ")));
     let attached = if status.plane.attached { "attached to" } else { "NOT ATTACHED to" };
@@ -42,6 +50,22 @@ pub fn status(status: &Status) -> String {
         line(&mut text, format!("          {name}: {n}"));
     }
     text
+}
+
+/// What the source follows, and what that costs at most.
+fn watch_lines(watches: &WatchStatus) -> [String; 2] {
+    let WatchStatus { live, cold, connections, max_connections, .. } = watches;
+    let oldest = watches.oldest_age_seconds.map(duration);
+    let oldest = oldest.map(|age| format!(", the oldest answered {age} ago")).unwrap_or_default();
+    let megabytes = watches.bytes_per_hour as f64 / 1e6;
+    let requests = watches.requests_per_hour;
+    [
+        format!(
+            "          {live} services live, {cold} cold; {connections} of {max_connections} \
+             connections{oldest}"
+        ),
+        format!("          at most {requests} requests and {megabytes:.1} MB an hour"),
+    ]
 }
 
 /// `nohop services`
@@ -208,6 +232,24 @@ mod tests {
         assert!(text.starts_with("a dial goes somewhere\n\nhelloworld"), "{text}");
         let last = "  out        10.0.0.8:1             n2/h2  check `web` is critical\n";
         assert!(text.ends_with(last), "{text}");
+    }
+
+    #[test]
+    fn a_status_says_what_is_followed_and_how_full_the_pool_is() {
+        let watches = WatchStatus {
+            live: 60,
+            cold: 440,
+            connections: 61,
+            max_connections: 64,
+            oldest_age_seconds: Some(42.0),
+            requests_per_hour: 4_200,
+            bytes_per_hour: 12_340_000,
+        };
+        let shown = watch_lines(&watches);
+        let first =
+            "60 services live, 440 cold; 61 of 64 connections, the oldest answered 42 s ago";
+        assert_eq!(shown[0].trim_start(), first);
+        assert_eq!(shown[1].trim_start(), "at most 4200 requests and 12.3 MB an hour");
     }
 
     #[test]

@@ -2,34 +2,67 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
-use tokio::sync::watch;
+use tokio::sync::{mpsc, oneshot, watch};
 
 use super::dial;
+use super::metrics::{Readings, exposition};
+use super::reload::{self, Request};
+use crate::admin::exposition::Histogram;
 use crate::admin::{View, api};
-use crate::catalog::Health;
+use crate::catalog::{self, Health, Watches};
+use crate::config::Config;
+use crate::dns;
 use crate::plane::{COUNTERS, Counters, Indices, SharedPlane};
-use crate::table::{Service, Table};
+use crate::table::vips::PoolUse;
+use crate::table::{Service, Table, Watch};
+
+/// The source whose catalog serves, as far as the admin interface needs it.
+pub struct Served {
+    pub(super) health: watch::Receiver<Health>,
+    pub(super) stats: Arc<catalog::Stats>,
+    pub(super) tag: String,
+    /// The name of the source that is to take over, until it does.
+    pub(super) awaited: Option<&'static str>,
+}
+
+impl Served {
+    /// A source that serves by this configuration.
+    pub fn new(source: &catalog::Handle, config: &Config) -> Served {
+        Served {
+            health: source.health.clone(),
+            stats: source.stats.clone(),
+            tag: config.catalog.tag.clone(),
+            awaited: None,
+        }
+    }
+}
 
 /// The running daemon, as far as the admin interface needs it.
 pub struct DaemonView {
     pub(super) dns: api::DnsStatus,
-    pub(super) tag: String,
+    pub(super) dns_stats: Arc<dns::Stats>,
     pub(super) scope: PathBuf,
     pub(super) plane: Arc<SharedPlane>,
     pub(super) counters: Counters,
     pub(super) table: watch::Receiver<Arc<Table>>,
-    pub(super) health: watch::Receiver<Health>,
+    pub(super) served: watch::Receiver<Served>,
+    pub(super) pool: watch::Receiver<PoolUse>,
+    pub(super) propagation: Arc<Mutex<Histogram>>,
     pub(super) generation: watch::Receiver<u64>,
+    pub(super) reloads: mpsc::Sender<Request>,
 }
 
 impl View for DaemonView {
     fn status(&self) -> api::Status {
         let table = self.table.borrow().clone();
         let hooks = self.plane.hooks();
-        let health = self.health.borrow().clone();
+        let (health, watches, awaited) = self.source();
         let mut problems: Vec<String> = health.problem.iter().cloned().collect();
+        problems.extend(awaited.map(|source| {
+            format!("the new configuration's {source} hasn't answered yet: the former one serves")
+        }));
         if !table.is_synced() {
             problems.push(format!("no full answer from {} yet: names get SERVFAIL", health.source));
         }
@@ -47,6 +80,7 @@ impl View for DaemonView {
             (true, false) => "live",
             (true, true) => "failing",
         };
+        let pool = *self.pool.borrow();
         let maps = self.plane.pressure().into_iter().map(|(name, pressure)| api::MapStatus {
             name: name.to_owned(),
             entries: pressure.used.into(),
@@ -67,10 +101,13 @@ impl View for DaemonView {
                 state: state.to_owned(),
                 age_seconds: health.last_answer.map(|at| at.elapsed().as_secs_f64()),
                 facts: health.facts,
+                problem: health.problem,
+                watches: (watches != Watches::default()).then(|| watch_status(&watches)),
             },
             services: table.services.len(),
             backends: table.services.values().map(|service| service.healthy().count()).sum(),
             dns: self.dns.clone(),
+            pool: api::PoolStatus { used: pool.used, resting: pool.resting, size: pool.size },
             plane: api::PlaneStatus {
                 attached: hooks.attached,
                 adopted: self.plane.is_adopted(),
@@ -100,8 +137,67 @@ impl View for DaemonView {
         }
     }
 
+    fn metrics(&self) -> String {
+        let table = self.table.borrow().clone();
+        let (health, watches, _) = self.source();
+        let stats = self.served.borrow().stats.clone();
+        let is_attached = self.plane.hooks().attached;
+        let is_live = |name: &Arc<str>| {
+            table.services.get(name).is_some_and(|service| service.watch == Watch::Live)
+        };
+        let services = self.plane.service_indices().into_iter();
+        let services = services.map(|(name, service_idx)| {
+            let counters = self.counters.service(service_idx);
+            (name, counters)
+        });
+        let told = services
+            .filter(|(name, counters)| *counters != Default::default() || is_live(name))
+            .collect();
+        let events: BTreeMap<&str, u64> =
+            COUNTERS.iter().map(|&(name, counter)| (name, self.counters.event(counter))).collect();
+        let propagation = self.propagation.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        exposition(&Readings {
+            is_ready: table.is_synced() && is_attached,
+            is_attached,
+            generation: table.generation,
+            has_problem: health.problem.is_some(),
+            catalog_age: health.last_answer.map(|at| at.elapsed().as_secs_f64()),
+            requests: stats.requests(),
+            received_bytes: stats.bytes(),
+            shrinks_held: stats.shrinks_held(),
+            watches,
+            propagation,
+            services: told,
+            refused_no_frontend: events.get("refused_no_frontend").copied().unwrap_or_default(),
+            maps: self.plane.pressure(),
+            dns_answers: self.dns_stats.snapshot(),
+            pool: *self.pool.borrow(),
+        })
+    }
+
     fn generation(&self) -> watch::Receiver<u64> {
         self.generation.clone()
+    }
+
+    async fn reload(&self) -> api::Reload {
+        let (answer, answered) = oneshot::channel();
+        let stopping = || reload::refuse(["the daemon is stopping"]);
+        if self.reloads.send(answer).await.is_err() {
+            return stopping();
+        }
+        answered.await.unwrap_or_else(|_| stopping())
+    }
+}
+
+fn watch_status(watches: &Watches) -> api::WatchStatus {
+    api::WatchStatus {
+        live: watches.live,
+        cold: watches.cold,
+        connections: watches.connections,
+        max_connections: watches.max_connections,
+        oldest_age_seconds: watches.oldest_age.map(|age| age.as_secs_f64()),
+        requests_per_hour: watches.budget_requests,
+        bytes_per_hour: watches.budget_bytes,
     }
 }
 
@@ -121,6 +217,13 @@ fn refused(errors: &BTreeMap<Arc<str>, String>) -> Vec<String> {
 }
 
 impl DaemonView {
+    /// How the source fares, what it follows, and which one is to take over.
+    fn source(&self) -> (Health, Watches, Option<&'static str>) {
+        let served = self.served.borrow();
+        let health = served.health.borrow().clone();
+        (health, served.stats.watches(), served.awaited)
+    }
+
     fn service(&self, service: &Service) -> api::Service {
         // A service that the kernel never had has no counters.
         let indices = self.plane.indices(&service.name);
@@ -175,7 +278,7 @@ impl DaemonView {
                 Some((_, reason)) => format!("{fqdn} doesn't exist: {reason}"),
                 None => format!(
                     "{fqdn} doesn't exist: no service of that name has the tag `{}`",
-                    self.tag
+                    self.served.borrow().tag
                 ),
             };
         };

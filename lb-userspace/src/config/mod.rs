@@ -2,6 +2,7 @@
 
 mod address;
 pub mod cgroup;
+pub mod change;
 pub mod consul;
 mod document;
 mod problem;

@@ -128,10 +128,10 @@ impl Default for Draft {
 }
 
 /// Puts a value in its place in the draft.
-type Apply = fn(&mut Draft, &Value) -> Read<()>;
+pub(super) type Apply = fn(&mut Draft, &Value) -> Read<()>;
 
 /// Every key of the file.
-const KEYS: &[(&str, Apply)] = &[
+pub(super) const KEYS: &[(&str, Apply)] = &[
     ("cgroup", |draft, value| {
         let dir = value.text(|text| match text {
             "auto" => Ok(None),

@@ -10,6 +10,7 @@ mod forward;
 mod resolv_conf;
 mod server;
 mod sockets;
+mod stats;
 mod suffix;
 mod upstreams;
 
@@ -18,3 +19,4 @@ mod tests;
 
 pub use server::Server;
 pub use sockets::{DnsError, Sockets, Transport, bind};
+pub use stats::Stats;

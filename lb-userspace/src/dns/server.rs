@@ -1,5 +1,6 @@
 //! The server: hickory's sockets in front, the zone and the forwarder behind.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,6 +17,7 @@ use tracing::{debug, warn};
 use super::answer::{Answer, Asked, Known, Verdict, Zone};
 use super::forward::{Forwarder, Limits};
 use super::sockets::Sockets;
+use super::stats::{Stats, rcode};
 use super::upstreams::Upstreams;
 use crate::catalog::Demand;
 use crate::config::DnsConfig;
@@ -35,6 +37,34 @@ const STOP_TIMEOUT: Duration = Duration::from_millis(500);
 /// The DNS server, which answers from when it is started until it is stopped or dropped.
 pub struct Server {
     hickory: hickory_server::Server<Handler>,
+    live: watch::Sender<Arc<Live>>,
+    stats: Arc<Stats>,
+    /// The addresses that are listened on.
+    own: Vec<SocketAddr>,
+    surroundings: Surroundings,
+}
+
+/// What may be replaced while the server runs. A question that is under way keeps what it found.
+struct Live {
+    zone: Zone,
+    forwarder: Arc<Forwarder>,
+    demand: Demand,
+}
+
+impl Live {
+    fn new(
+        config: &DnsConfig,
+        own: &[SocketAddr],
+        surroundings: &Surroundings,
+        demand: Demand,
+    ) -> Live {
+        let upstreams = Upstreams::new(config, own, surroundings.resolv_conf.clone());
+        Live {
+            zone: Zone::new(&config.domain, config.ttl),
+            forwarder: Arc::new(Forwarder::new(upstreams, surroundings.limits)),
+            demand,
+        }
+    }
 }
 
 /// What a test replaces.
@@ -75,14 +105,14 @@ impl Server {
         attached: watch::Receiver<bool>,
         demand: Demand,
     ) -> Server {
-        let Surroundings { resolv_conf, limits } = surroundings;
-        let upstreams = Upstreams::new(config, sockets.addresses(), resolv_conf);
+        let own = sockets.addresses().to_vec();
+        let live = watch::Sender::new(Arc::new(Live::new(config, &own, &surroundings, demand)));
+        let stats = Arc::<Stats>::default();
         let mut hickory = hickory_server::Server::new(Handler {
-            zone: Zone::new(&config.domain, config.ttl),
-            forwarder: Forwarder::new(upstreams, limits),
+            live: live.subscribe(),
             table,
             attached,
-            demand,
+            stats: stats.clone(),
         });
         for socket in sockets.udp {
             hickory.register_socket(socket);
@@ -90,7 +120,29 @@ impl Server {
         for listener in sockets.tcp {
             hickory.register_listener(listener, TCP_IDLE, TCP_ANSWERS);
         }
-        Server { hickory }
+        Server { hickory, live, stats, own, surroundings }
+    }
+
+    /// Takes over what can change while the server runs: the TTL, and where other names go. The
+    /// zone's name and the addresses to listen on have to be those of the start.
+    pub fn reconfigure(&self, config: &DnsConfig) {
+        let demand = self.live.borrow().demand.clone();
+        let live = Live::new(config, &self.own, &self.surroundings, demand);
+        self.live.send_replace(Arc::new(live));
+    }
+
+    /// Says from now on to `demand` which services are used.
+    pub fn set_demand(&self, demand: Demand) {
+        self.live.send_modify(|live| {
+            let Live { zone, forwarder, .. } = &**live;
+            let (zone, forwarder) = (zone.clone(), forwarder.clone());
+            *live = Arc::new(Live { zone, forwarder, demand });
+        });
+    }
+
+    /// What the server counts.
+    pub fn stats(&self) -> Arc<Stats> {
+        self.stats.clone()
     }
 
     /// Stops listening and drops what is under way, within half a second.
@@ -105,11 +157,10 @@ impl Server {
 
 /// Answers the messages that hickory could read; it answers FORMERR to others itself.
 struct Handler {
-    zone: Zone,
-    forwarder: Forwarder,
+    live: watch::Receiver<Arc<Live>>,
     table: watch::Receiver<Arc<Table>>,
     attached: watch::Receiver<bool>,
-    demand: Demand,
+    stats: Arc<Stats>,
 }
 
 #[async_trait::async_trait]
@@ -120,6 +171,7 @@ impl RequestHandler for Handler {
         mut response_handler: R,
     ) -> ResponseInfo {
         let message = self.reply(request).await;
+        self.stats.count(rcode(message.metadata.response_code));
         let no_queries;
         let mut builder = match request.queries.len() {
             1 => MessageResponseBuilder::from_message_request(request),
@@ -150,16 +202,16 @@ impl RequestHandler for Handler {
 
 impl Handler {
     /// Says that a service is used, and waits a moment for one that isn't live.
-    async fn warm(&self, name: &str) {
+    async fn warm(&self, demand: &Demand, name: &str) {
         let mut table = self.table.clone();
         let is_live = |table: &Arc<Table>| {
             table.services.get(name).is_some_and(|service| service.watch == Watch::Live)
         };
         if is_live(&table.borrow()) {
-            return self.demand.used(name);
+            return demand.used(name);
         }
         let warming = async {
-            if self.demand.look_up(name).await {
+            if demand.look_up(name).await {
                 let _ = table.wait_for(is_live).await;
             }
         };
@@ -173,17 +225,18 @@ impl Handler {
             edns_version: request.version(),
             questions: request.queries.queries(),
         };
-        if let Some(name) = self.zone.service_asked(&asked) {
-            self.warm(&name).await;
+        let live = Arc::clone(&self.live.borrow());
+        if let Some(name) = live.zone.service_asked(&asked) {
+            self.warm(&live.demand, &name).await;
         }
         let verdict = {
             let table = Arc::clone(&self.table.borrow());
             let attached = *self.attached.borrow();
-            self.zone.judge(asked, Known { table: &table, attached })
+            live.zone.judge(asked, Known { table: &table, attached })
         };
         match verdict {
             Verdict::Answer(answer) => local(request, answer),
-            Verdict::Forward(question) => match self.forwarder.forward(request, question).await {
+            Verdict::Forward(question) => match live.forwarder.forward(request, question).await {
                 Ok(message) => forwarded(request, question, message),
                 Err(error) => {
                     debug!(client = %request.src(), %question, "not forwarded: {error}");

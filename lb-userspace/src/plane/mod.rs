@@ -48,7 +48,7 @@ use shapes::{Sizes, socket_shapes};
 
 pub use bpf::netns_cookie;
 pub use cost::{Cost, Measuring};
-pub use kernel::Counters;
+pub use kernel::{Counters, ServiceCounters};
 pub use lb_common::Refusal;
 pub use links::Attachment;
 pub use pins::{PinError, is_bpffs};
@@ -384,6 +384,11 @@ impl Plane {
     /// The indices that the kernel knows a service and its backends by.
     pub fn indices(&self, name: &str) -> Option<Indices> {
         self.reconciler.indices(name)
+    }
+
+    /// The index that the kernel knows each service by.
+    pub fn service_indices(&self) -> Vec<(Arc<str>, u32)> {
+        self.reconciler.service_indices().map(|(name, idx)| (name.clone(), idx)).collect()
     }
 
     /// How full each map is.

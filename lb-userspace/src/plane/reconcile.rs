@@ -22,7 +22,7 @@ use super::ids::Ids;
 use super::maps::{FrontendKey, Maps};
 use super::regions::{Block, Regions};
 use super::shapes::Sizes;
-use crate::table::{Ports, Service, Table};
+use crate::table::{Diff, Ports, Service, Table, diff};
 
 pub use adopt::AdoptError;
 
@@ -176,18 +176,16 @@ impl<M: Maps> Reconciler<M> {
     /// never missing under both names.
     pub fn apply(&mut self, table: &Table) -> BTreeMap<Arc<str>, ApplyError> {
         let mut errors = BTreeMap::new();
-        for (name, service) in &table.services {
-            let applied = self.held.get(name).and_then(|held| held.applied.as_ref());
-            if applied.is_some_and(|applied| Arc::ptr_eq(applied, service)) {
-                continue;
-            }
+        let Diff { changed, gone } = diff(&self.held, &table.services, |held, service| {
+            held.applied.as_ref().is_some_and(|applied| Arc::ptr_eq(applied, service))
+        });
+        let gone: Vec<Arc<str>> = gone.into_iter().cloned().collect();
+        for (name, service) in changed {
             if let Err(error) = self.put(service) {
                 errors.insert(name.clone(), error);
             }
         }
         self.remove_stale(&mut errors);
-        let gone: Vec<Arc<str>> =
-            self.held.keys().filter(|name| !table.services.contains_key(*name)).cloned().collect();
         for name in gone {
             if let Err(error) = self.remove(&name) {
                 errors.insert(name, error);
@@ -250,6 +248,11 @@ impl<M: Maps> Reconciler<M> {
     pub fn indices(&self, name: &str) -> Option<Indices> {
         let held = self.held.get(name)?;
         Some(Indices { service: held.service_idx, backends: held.backends.clone() })
+    }
+
+    /// The index of each service that is in the maps.
+    pub fn service_indices(&self) -> impl Iterator<Item = (&Arc<str>, u32)> {
+        self.held.iter().map(|(name, held)| (name, held.service_idx))
     }
 
     /// The services that the maps hold, each with the addresses of its frontends.

@@ -93,6 +93,11 @@ impl SharedPlane {
         lock(&self.plane).indices(name)
     }
 
+    /// As [`Plane::service_indices`].
+    pub fn service_indices(&self) -> Vec<(Arc<str>, u32)> {
+        lock(&self.plane).service_indices()
+    }
+
     /// As [`Plane::is_adopted`].
     pub fn is_adopted(&self) -> bool {
         lock(&self.plane).is_adopted()

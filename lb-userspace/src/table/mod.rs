@@ -6,6 +6,7 @@
 
 mod build;
 mod dialled;
+mod diff;
 mod hosts;
 mod input;
 mod judge;
@@ -20,6 +21,7 @@ use serde::{Deserialize, Serialize};
 
 pub use build::{Builder, Next};
 pub use dialled::{MAX_PORTS, Ports, Protocols};
+pub use diff::{Diff, diff};
 pub use hosts::{Host, Hosts};
 pub use input::{Instance, Listing, Standing, Watch};
 pub use says::Says;
