@@ -32,6 +32,7 @@ mod stops_within_a_second;
 mod tag_removed;
 mod udp_echo;
 mod upgraded_under_load;
+mod way_out;
 mod wildcard_server_never_reached;
 
 use std::process::ExitCode;
@@ -42,7 +43,7 @@ use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
 type Story = fn() -> Result<()>;
 
-const STORIES: [(&str, Story); 27] = [
+const STORIES: [(&str, Story); 28] = [
     ("all_critical_refuses_and_recovers", all_critical_refuses_and_recovers::story),
     ("bad_records", bad_records::story),
     ("consul_killed_and_restarted", consul_killed_and_restarted::story),
@@ -69,6 +70,7 @@ const STORIES: [(&str, Story); 27] = [
     ("tag_removed", tag_removed::story),
     ("udp_echo", udp_echo::story),
     ("upgraded_under_load", upgraded_under_load::story),
+    ("way_out", way_out::story),
     ("wildcard_server_never_reached", wildcard_server_never_reached::story),
 ];
 

@@ -143,6 +143,16 @@ impl Consul {
         run::stdout(command).map(drop)
     }
 
+    /// DELETEs a path, such as `/v1/kv/KEY`.
+    ///
+    /// # Errors
+    /// When the agent refuses.
+    pub fn delete(&self, path: &str) -> Result<()> {
+        let mut command = self.curl(path);
+        command.args(["--request", "DELETE"]);
+        run::stdout(command).map(drop)
+    }
+
     /// Registers an instance with this agent; [`instance`] makes one.
     ///
     /// # Errors

@@ -94,12 +94,20 @@ impl Nohop {
     /// # Errors
     /// When it isn't ready in time.
     pub fn start_again(&mut self) -> Result<()> {
+        self.start_again_unready()?;
+        self.wait_until_ready()
+    }
+
+    /// Starts the daemon again, once it has ended, and waits until its admin interface answers.
+    ///
+    /// # Errors
+    /// When it doesn't in time.
+    pub fn start_again_unready(&mut self) -> Result<()> {
         // What a killed daemon leaves behind would pass for a new one's.
         let _ = fs::remove_file(self.socket());
         let inotify = watch(self.scratch.path())?;
         self.process = spawn(&self.host, &self.scratch.path().join("nohop.toml"))?;
-        self.wait_until_listening(&inotify)?;
-        self.wait_until_ready()
+        self.wait_until_listening(&inotify)
     }
 
     /// Replaces the configuration that [`Nohop::start`] was given, for the next start.

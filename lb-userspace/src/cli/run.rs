@@ -14,9 +14,10 @@ use tokio::task::AbortHandle;
 use tokio::time::{Instant, Interval, MissedTickBehavior};
 
 use super::view::DaemonView;
-use crate::catalog::Edition;
+use super::way_out::WayOut;
+use crate::catalog::{Demand, Edition};
 use crate::config::{Config, OnExit, cgroup};
-use crate::plane::{Options, Plane, SharedPlane, route};
+use crate::plane::{Mode, Options, Plane, Reports, SharedPlane, route};
 use crate::table::{Builder, Table, vips::Vips};
 use crate::{admin, catalog, dns};
 
@@ -28,6 +29,9 @@ const PROOF_TICK: Duration = Duration::from_secs(5);
 
 /// How often the unreachable route is put back, should somebody have flushed it.
 const ROUTE_TICK: Duration = Duration::from_secs(10);
+
+/// How often the source is told which services were dialled.
+const USAGE_TICK: Duration = Duration::from_secs(60);
 
 /// Runs the daemon until SIGTERM or SIGINT.
 ///
@@ -63,6 +67,7 @@ struct Daemon {
     /// Whether the book of VIPs has to be written again.
     vips_unwritten: bool,
     plane: Arc<SharedPlane>,
+    way_out: WayOut,
     table: watch::Sender<Arc<Table>>,
     attached: watch::Sender<bool>,
     generation: watch::Sender<u64>,
@@ -86,8 +91,13 @@ impl Daemon {
         for pool in config.vip.pools() {
             route::add_unreachable(pool).await?;
         }
+        let mut way_out = WayOut::new(&config);
+        let is_shadow = way_out.mode(false) != Mode::Translate;
         // Nothing after this fails.
-        let mut plane = Plane::start(&Options::of(&config, &scope))?;
+        let mut plane = Plane::start(&Options { is_shadow, ..Options::of(&config, &scope) })?;
+        if plane.is_shadow() && !is_shadow {
+            way_out.inherit();
+        }
         // A state directory that was lost takes no address from a name that the kernel knows.
         for (name, addresses) in plane.names() {
             vips.claim(&name, &addresses);
@@ -97,6 +107,13 @@ impl Daemon {
         if let Some(voice) = plane.take_voice() {
             std::thread::spawn(|| listen(voice));
         }
+        match plane.take_reports() {
+            Ok(reports) => {
+                let demand = source.demand.clone();
+                drop(std::thread::spawn(move || heed(reports, &demand)));
+            }
+            Err(error) => tracing::warn!("the programs' reports can't be read: {error}"),
+        }
 
         let (table_out, table) = watch::channel(Arc::new(Table::default()));
         let (attached_out, attached) = watch::channel(true);
@@ -104,7 +121,8 @@ impl Daemon {
         let counters = plane.counters();
         let plane = Arc::new(SharedPlane::new(plane));
         tokio::task::block_in_place(|| plane.prove());
-        attached_out.send_replace(plane.hooks().attached);
+        plane.set_mode(way_out.mode(*source.off.borrow()));
+        attached_out.send_replace(plane.hooks().translate);
         let view = DaemonView {
             dns: admin::api::DnsStatus {
                 listen: dns_addresses.clone(),
@@ -135,6 +153,7 @@ impl Daemon {
             vips_path,
             vips_unwritten: true,
             plane,
+            way_out,
             table: table_out,
             attached: attached_out,
             generation: generation_out,
@@ -149,6 +168,7 @@ impl Daemon {
         let mut tick = ticks(TICK, Duration::ZERO);
         let mut proof_tick = ticks(PROOF_TICK, PROOF_TICK);
         let mut route_tick = ticks(ROUTE_TICK, Duration::ZERO);
+        let mut usage_tick = ticks(USAGE_TICK, USAGE_TICK);
         loop {
             tokio::select! {
                 () = stop.recv() => return Ok(()),
@@ -159,12 +179,14 @@ impl Daemon {
                         tokio::task::block_in_place(|| self.take(&edition));
                     }
                 }
+                Ok(()) = self.source.off.changed() => self.decide_mode(),
                 _ = tick.tick() => tokio::task::block_in_place(|| self.look_after()),
                 _ = proof_tick.tick() => {
                     let plane = self.plane.clone();
                     tokio::task::spawn_blocking(move || plane.prove());
                 }
                 _ = route_tick.tick() => self.keep_unreachable().await,
+                _ = usage_tick.tick() => self.tell_usage(),
             }
         }
     }
@@ -179,11 +201,32 @@ impl Daemon {
         if next.vips_changed {
             self.write_vips();
         }
+        // It has said by now whether anything is to be translated.
+        self.way_out.hear();
+        self.decide_mode();
         self.plane.apply(&next.table);
         log_change(&last, &next.table);
         let generation = next.table.generation;
         self.table.send_replace(next.table);
         self.generation.send_replace(generation);
+    }
+
+    /// Has dials translated or only counted, by all that can say so; DNS follows.
+    fn decide_mode(&mut self) {
+        let is_source_off = *self.source.off.borrow_and_update();
+        self.plane.set_mode(self.way_out.mode(is_source_off));
+        self.attached.send_if_modified(|was| {
+            let translate = self.plane.hooks().translate;
+            std::mem::replace(was, translate) != translate
+        });
+    }
+
+    /// Tells the source which services were dialled lately, also by an address that an application
+    /// has remembered for days.
+    fn tell_usage(&self) {
+        for name in self.plane.dialled_since_last() {
+            self.source.demand.used(&name);
+        }
     }
 
     /// Sees to what has to be seen to all the time, and tries again what failed.
@@ -193,10 +236,8 @@ impl Daemon {
         if !self.plane.look_after() {
             self.attached.send_replace(false);
         }
-        self.attached.send_if_modified(|was| {
-            let attached = self.plane.hooks().attached;
-            std::mem::replace(was, attached) != attached
-        });
+        self.way_out.look();
+        self.decide_mode();
         if self.vips_unwritten {
             self.write_vips();
         }
@@ -262,6 +303,21 @@ fn listen(mut voice: EbpfLogger<&'static dyn log::Log>) {
             Ok(_) => voice.flush(),
             Err(rustix::io::Errno::INTR) => {}
             Err(error) => return tracing::warn!("the programs' log can't be read: {error}"),
+        }
+    }
+}
+
+/// Tells the source of each dial of a service that it doesn't follow, for as long as the daemon
+/// lives.
+fn heed(mut reports: Reports, demand: &Demand) {
+    loop {
+        while let Some(name) = reports.next_name() {
+            tracing::debug!("{name} is cold, and was dialled");
+            demand.used(&name);
+        }
+        match rustix::event::poll(&mut [PollFd::new(&reports, PollFlags::IN)], None) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return tracing::warn!("the programs' reports can't be read: {error}"),
         }
     }
 }
