@@ -194,6 +194,9 @@ impl Daemon {
     /// Leads a catalog to the kernel and then to the readers: the kernel knows a name before DNS
     /// tells it to anybody.
     fn take(&mut self, edition: &Edition) {
+        // It has said by now whether anything is to be translated.
+        self.way_out.hear();
+        self.decide_mode();
         let last = self.table.borrow().clone();
         let Some(next) = self.builder.next(&last, &edition.catalog, SystemTime::now()) else {
             return;
@@ -201,9 +204,6 @@ impl Daemon {
         if next.vips_changed {
             self.write_vips();
         }
-        // It has said by now whether anything is to be translated.
-        self.way_out.hear();
-        self.decide_mode();
         self.plane.apply(&next.table);
         log_change(&last, &next.table);
         let generation = next.table.generation;
