@@ -224,7 +224,7 @@ pub fn lost_pins_are_mended() {
     let (options, mut plane) = (&place.options, place.start());
     plane.apply(&table(vec![service("web", VIP, &[(server.address, 1)])])).unwrap();
     let before = plane.indices("web");
-    for lost in ["v2/links/nohop_recvmsg4", "v2/maps/SLOTS", "sockets", "v1", ""] {
+    for lost in ["v2/links/nohop_recvmsg4", "v2/maps/SLOTS", "sockets", "v2", ""] {
         let path = options.bpffs.join(lost);
         if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) }.unwrap();
         let attachment = plane.mend();
