@@ -41,6 +41,7 @@ mod tag_removed;
 mod tls_rotated;
 mod udp_echo;
 mod upgraded_under_load;
+mod way_out;
 mod wildcard_server_never_reached;
 
 use std::process::ExitCode;
@@ -51,7 +52,7 @@ use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
 type Story = fn() -> Result<()>;
 
-const STORIES: [(&str, Story); 35] = [
+const STORIES: [(&str, Story); 36] = [
     ("acls", acls::story),
     ("agent_cut_off", agent_cut_off::story),
     ("all_critical_refuses_and_recovers", all_critical_refuses_and_recovers::story),
@@ -86,6 +87,7 @@ const STORIES: [(&str, Story); 35] = [
     ("tls_rotated", tls_rotated::story),
     ("udp_echo", udp_echo::story),
     ("upgraded_under_load", upgraded_under_load::story),
+    ("way_out", way_out::story),
     ("wildcard_server_never_reached", wildcard_server_never_reached::story),
 ];
 

@@ -98,7 +98,7 @@ impl Nohop {
         self.wait_until_ready()
     }
 
-    /// The same, and waits until its admin interface answers.
+    /// Starts the daemon again, once it has ended, and waits until its admin interface answers.
     ///
     /// # Errors
     /// When it doesn't in time.

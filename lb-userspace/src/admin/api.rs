@@ -106,6 +106,12 @@ pub struct PlaneStatus {
     pub adopted: bool,
     /// The cgroup whose processes are served.
     pub cgroup: String,
+    /// `translate`, or `shadow` while dials are only counted and names get SERVFAIL.
+    #[serde(default)]
+    pub mode: String,
+    /// Why dials are only counted; `null` while they are translated.
+    #[serde(default)]
+    pub mode_reason: Option<String>,
     /// How full the maps are.
     pub maps: Vec<MapStatus>,
     /// The number of services that the kernel doesn't have as the table wants them.
@@ -162,6 +168,9 @@ pub struct Service {
     /// Dials that were refused because their sockets' address family can reach none of the backends.
     #[serde(default)]
     pub refused_family: u64,
+    /// Dials that passed untouched because dials were only counted, since the start.
+    #[serde(default)]
+    pub shadowed: u64,
     /// The instances that dials may reach, and those that can't be reached from here.
     pub backends: Vec<Backend>,
 }

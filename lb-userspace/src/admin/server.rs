@@ -264,6 +264,7 @@ mod tests {
                 dials: 0,
                 refused: 0,
                 refused_family: 0,
+                shadowed: 0,
                 backends: vec![],
             }]
         }

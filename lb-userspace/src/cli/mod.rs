@@ -10,6 +10,7 @@ mod run;
 mod show;
 mod unload;
 mod view;
+mod way_out;
 
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;

@@ -16,12 +16,13 @@ use tokio::time::{Instant, Interval, MissedTickBehavior};
 use super::metrics::PROPAGATION_BUCKETS;
 use super::reload::{self, Request};
 use super::view::{DaemonView, Served};
+use super::way_out::WayOut;
 use crate::admin::api;
 use crate::admin::exposition::Histogram;
-use crate::catalog::Edition;
 use crate::catalog::resolve::Resolver;
+use crate::catalog::{Demand, Edition};
 use crate::config::{Config, OnExit, cgroup};
-use crate::plane::{Options, Plane, SharedPlane, route};
+use crate::plane::{Mode, Options, Plane, Reports, SharedPlane, route};
 use crate::table::vips::{Book, Page, PoolUse, Vips};
 use crate::table::{Builder, Diff, Table, diff};
 use crate::{admin, catalog, dns};
@@ -34,6 +35,9 @@ const PROOF_TICK: Duration = Duration::from_secs(5);
 
 /// How often the unreachable route is put back, should somebody have flushed it.
 const ROUTE_TICK: Duration = Duration::from_secs(10);
+
+/// How often the source is told which services were dialled.
+const USAGE_TICK: Duration = Duration::from_secs(60);
 
 /// The reloads that may wait for their turn.
 const MAX_RELOADS: usize = 8;
@@ -78,6 +82,7 @@ struct Daemon {
     pool: watch::Sender<PoolUse>,
     propagation: Arc<Mutex<Histogram>>,
     plane: Arc<SharedPlane>,
+    way_out: WayOut,
     table: watch::Sender<Arc<Table>>,
     attached: watch::Sender<bool>,
     generation: watch::Sender<u64>,
@@ -102,8 +107,13 @@ impl Daemon {
         for pool in config.vip.pools() {
             route::add_unreachable(pool).await?;
         }
+        let mut way_out = WayOut::new(&config);
+        let is_shadow = way_out.mode(false) != Mode::Translate;
         // Nothing after this fails.
-        let mut plane = Plane::start(&Options::of(&config, &scope))?;
+        let mut plane = Plane::start(&Options { is_shadow, ..Options::of(&config, &scope) })?;
+        if plane.is_shadow() && !is_shadow {
+            way_out.inherit();
+        }
         // A state directory that was lost takes no address from a name that the kernel knows.
         for (name, addresses) in plane.names() {
             vips.claim(&name, &addresses);
@@ -113,6 +123,13 @@ impl Daemon {
         if let Some(voice) = plane.take_voice() {
             std::thread::spawn(|| listen(voice));
         }
+        match plane.take_reports() {
+            Ok(reports) => {
+                let demand = source.demand.clone();
+                drop(std::thread::spawn(move || heed(reports, &demand)));
+            }
+            Err(error) => tracing::warn!("the programs' reports can't be read: {error}"),
+        }
 
         let (table_out, table) = watch::channel(Arc::new(Table::default()));
         let (attached_out, attached) = watch::channel(true);
@@ -120,7 +137,8 @@ impl Daemon {
         let counters = plane.counters();
         let plane = Arc::new(SharedPlane::new(plane));
         tokio::task::block_in_place(|| plane.prove());
-        attached_out.send_replace(plane.hooks().attached);
+        plane.set_mode(way_out.mode(*source.off.borrow()));
+        attached_out.send_replace(plane.hooks().translate);
         let (reloads_out, reloads) = mpsc::channel(MAX_RELOADS);
         let (served_out, served) = watch::channel(Served::new(&source, &config));
         let (pool_out, pool) = watch::channel(vips.pool_use(SystemTime::now()));
@@ -165,6 +183,7 @@ impl Daemon {
             pool: pool_out,
             propagation,
             plane,
+            way_out,
             table: table_out,
             attached: attached_out,
             generation: generation_out,
@@ -179,6 +198,7 @@ impl Daemon {
         let mut tick = ticks(TICK, Duration::ZERO);
         let mut proof_tick = ticks(PROOF_TICK, PROOF_TICK);
         let mut route_tick = ticks(ROUTE_TICK, Duration::ZERO);
+        let mut usage_tick = ticks(USAGE_TICK, USAGE_TICK);
         loop {
             tokio::select! {
                 _ = signals.term.recv() => return Ok(()),
@@ -206,12 +226,14 @@ impl Daemon {
                     let _ = request.send(reload);
                 }
                 _ = signals.hangup.recv() => drop(tokio::task::block_in_place(|| self.reload())),
+                Ok(()) = self.source.off.changed() => self.decide_mode(),
                 _ = tick.tick() => tokio::task::block_in_place(|| self.look_after()),
                 _ = proof_tick.tick() => {
                     let plane = self.plane.clone();
                     tokio::task::spawn_blocking(move || plane.prove());
                 }
                 _ = route_tick.tick() => self.keep_unreachable().await,
+                _ = usage_tick.tick() => self.tell_usage(),
             }
         }
     }
@@ -221,6 +243,9 @@ impl Daemon {
     /// other services must not wait for the disk; should the daemon end in between, the next one
     /// finds the name in the maps, or nobody was told of it.
     fn take(&mut self, edition: &Edition) {
+        // It has said by now whether anything is to be translated.
+        self.way_out.hear();
+        self.decide_mode();
         let last = self.table.borrow().clone();
         let Some(next) = self.builder.next(&last, &edition.catalog, SystemTime::now()) else {
             return;
@@ -265,6 +290,8 @@ impl Daemon {
         if last.dns != self.config.dns {
             self.dns.reconfigure(&self.config.dns);
         }
+        self.way_out.configure(self.config.shadow);
+        self.decide_mode();
         if last.vip.ports != self.config.vip.ports {
             self.builder.set_ports(&self.config.vip.ports);
             let edition = self.source.catalog.borrow().clone();
@@ -287,6 +314,24 @@ impl Daemon {
         }
     }
 
+    /// Has dials translated or only counted, by all that can say so; DNS follows.
+    fn decide_mode(&mut self) {
+        let is_source_off = *self.source.off.borrow_and_update();
+        self.plane.set_mode(self.way_out.mode(is_source_off));
+        self.attached.send_if_modified(|was| {
+            let translate = self.plane.hooks().translate;
+            std::mem::replace(was, translate) != translate
+        });
+    }
+
+    /// Tells the source which services were dialled lately, also by an address that an application
+    /// has remembered for days.
+    fn tell_usage(&self) {
+        for name in self.plane.dialled_since_last() {
+            self.source.demand.used(&name);
+        }
+    }
+
     /// Sees to what has to be seen to all the time, and tries again what failed.
     fn look_after(&mut self) {
         let age = self.source.health.borrow().last_answer.map(|at| at.elapsed());
@@ -294,10 +339,8 @@ impl Daemon {
         if !self.plane.look_after() {
             self.attached.send_replace(false);
         }
-        self.attached.send_if_modified(|was| {
-            let attached = self.plane.hooks().attached;
-            std::mem::replace(was, attached) != attached
-        });
+        self.way_out.look();
+        self.decide_mode();
         self.pool.send_replace(self.builder.vips().pool_use(SystemTime::now()));
         self.keep_book();
         if self.plane.is_behind() {
@@ -367,6 +410,21 @@ fn listen(mut voice: EbpfLogger<&'static dyn log::Log>) {
             Ok(_) => voice.flush(),
             Err(rustix::io::Errno::INTR) => {}
             Err(error) => return tracing::warn!("the programs' log can't be read: {error}"),
+        }
+    }
+}
+
+/// Tells the source of each dial of a service that it doesn't follow, for as long as the daemon
+/// lives.
+fn heed(mut reports: Reports, demand: &Demand) {
+    loop {
+        while let Some(name) = reports.next_name() {
+            tracing::debug!("{name} is cold, and was dialled");
+            demand.used(&name);
+        }
+        match rustix::event::poll(&mut [PollFd::new(&reports, PollFlags::IN)], None) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return tracing::warn!("the programs' reports can't be read: {error}"),
         }
     }
 }

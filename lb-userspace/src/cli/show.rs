@@ -39,6 +39,9 @@ pub fn status(status: &Status) -> String {
     let attached = if status.plane.attached { "attached to" } else { "NOT ATTACHED to" };
     let adopted = if status.plane.adopted { ", taken over from an earlier daemon" } else { "" };
     line(&mut text, format!("plane     {attached} {}{adopted}", status.plane.cgroup));
+    if let Some(why) = &status.plane.mode_reason {
+        line(&mut text, format!("          {}: dials are only counted: {why}", status.plane.mode));
+    }
     if status.plane.refused_services > 0 {
         let n = status.plane.refused_services;
         line(&mut text, format!("          {n} services aren't in the kernel as they should be"));
@@ -102,11 +105,15 @@ fn service(text: &mut String, service: &Service, width: usize) {
         0 => String::new(),
         n => format!(", {n} for want of a backend that their address family reaches"),
     };
+    let shadowed = match service.shadowed {
+        0 => String::new(),
+        n => format!(", {n} only counted"),
+    };
     let pin = service.pin.map(|pin| format!(" and {pin}")).unwrap_or_default();
     line(
         text,
         format!(
-            "{:<width$}  {}:{ports}{vip6}{pin}  {}, {}, dials {}, refused {}{by_family}",
+            "{:<width$}  {}:{ports}{vip6}{pin}  {}, {}, dials {}, refused {}{by_family}{shadowed}",
             service.name,
             service.vip,
             service.protocol,
@@ -186,6 +193,7 @@ mod tests {
             dials: 7,
             refused: 0,
             refused_family: 0,
+            shadowed: 0,
             backends: vec![Backend {
                 address: "10.0.0.7:23456".into(),
                 node: "n1".into(),

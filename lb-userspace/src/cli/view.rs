@@ -14,7 +14,7 @@ use crate::admin::{View, api};
 use crate::catalog::{self, Health, Watches};
 use crate::config::Config;
 use crate::dns;
-use crate::plane::{COUNTERS, Counters, Indices, SharedPlane};
+use crate::plane::{COUNTERS, Counters, Indices, Mode, SharedPlane};
 use crate::table::vips::PoolUse;
 use crate::table::{Service, Table, Watch};
 
@@ -90,8 +90,12 @@ impl View for DaemonView {
             .iter()
             .map(|&(name, counter)| (name.to_owned(), self.counters.event(counter)))
             .collect::<BTreeMap<_, _>>();
+        let (mode, mode_reason) = match self.plane.mode() {
+            Mode::Translate => ("translate", None),
+            Mode::Shadow { why } => ("shadow", Some(why)),
+        };
         api::Status {
-            ready: table.is_synced() && hooks.attached,
+            ready: table.is_synced() && hooks.translate,
             problems,
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
@@ -112,6 +116,8 @@ impl View for DaemonView {
                 attached: hooks.attached,
                 adopted: self.plane.is_adopted(),
                 cgroup: self.scope.display().to_string(),
+                mode: mode.to_owned(),
+                mode_reason,
                 maps: maps.collect(),
                 refused_services: errors.len(),
                 counters,
@@ -258,6 +264,7 @@ impl DaemonView {
             dials: stats.dials,
             refused: stats.refused,
             refused_family: stats.refused_family,
+            shadowed: stats.shadowed,
             backends: backends.collect(),
         }
     }
@@ -271,6 +278,11 @@ impl DaemonView {
         if !self.plane.hooks().attached {
             let scope = self.scope.display();
             return format!("{fqdn} gets SERVFAIL: the hooks aren't attached to {scope}");
+        }
+        if let Mode::Shadow { why } = self.plane.mode() {
+            return format!(
+                "{fqdn} gets SERVFAIL: dials are only counted, none is translated: {why}"
+            );
         }
         let rejected = table.rejected.iter().find(|(given, _)| given.to_lowercase() == name);
         let Some(service) = table.services.get(name) else {

@@ -22,7 +22,7 @@ use super::ids::Ids;
 use super::maps::{FrontendKey, Maps};
 use super::regions::{Block, Regions};
 use super::shapes::Sizes;
-use crate::table::{Diff, Ports, Service, Table, diff};
+use crate::table::{Diff, Ports, Service, Table, Watch, diff};
 
 pub use adopt::AdoptError;
 
@@ -101,7 +101,7 @@ pub struct Pressure {
 /// The indices that the kernel knows a service and its backends by.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Indices {
-    /// The index into `SERVICES` and `REFUSED`.
+    /// The index into `SERVICES` and `UNSENT`.
     pub service: u32,
     /// The indices into `BACKENDS`.
     pub backends: HashMap<SocketAddr, u32>,
@@ -263,6 +263,11 @@ impl<M: Maps> Reconciler<M> {
         })
     }
 
+    /// The services that the maps hold, each with its index.
+    pub fn services(&self) -> impl Iterator<Item = (&Arc<str>, u32)> {
+        self.held.iter().map(|(name, held)| (name, held.service_idx))
+    }
+
     /// How full each map is.
     pub fn pressure(&self) -> Vec<(&'static str, Pressure)> {
         let ids = |ids: &Ids| Pressure { used: ids.used(), capacity: ids.capacity() };
@@ -349,6 +354,10 @@ impl<M: Maps> Reconciler<M> {
             regions.push(Region { first_slot: block.first_slot, n_slots });
         }
         self.maps.publish(service_idx, choices.entry(&regions));
+        // A service that stays cold was asked for already: one report is enough.
+        if held.applied.as_ref().is_none_or(|applied| applied.watch != service.watch) {
+            self.maps.await_dial(service_idx, service.watch == Watch::Cold);
+        }
 
         self.resting.blocks.extend(std::mem::replace(&mut held.blocks, blocks));
         let stay: HashSet<SocketAddr> = healthy.iter().map(|backend| backend.address).collect();
