@@ -74,7 +74,7 @@ impl Daemon {
     /// Brings the parts up.
     async fn start(config: Config) -> anyhow::Result<Daemon> {
         let scope = scope(&config)?;
-        let mut source = catalog::spawn(&config)?;
+        catalog::check(&config)?;
         // What another daemon may hold comes first, so that a second one disturbs nothing.
         let admin_listeners = admin::bind(&config.admin.listen)?;
         let dns_sockets = dns::bind(&config.dns).await?;
@@ -89,9 +89,15 @@ impl Daemon {
         // Nothing after this fails.
         let mut plane = Plane::start(&Options::of(&config, &scope))?;
         // A state directory that was lost takes no address from a name that the kernel knows.
+        let mut in_use = Vec::new();
         for (name, addresses) in plane.names() {
             vips.claim(&name, &addresses);
+            if plane.indices(&name).is_some_and(|indices| !indices.backends.is_empty()) {
+                in_use.push(name);
+            }
         }
+        // The first table must not take away what the kernel serves, for want of having asked.
+        let mut source = catalog::spawn(&config, in_use)?;
         let how = if plane.is_adopted() { "took over what was attached" } else { "attached" };
         tracing::info!(cgroup = %scope.display(), pool = %config.vip.pool, "{how}");
         if let Some(voice) = plane.take_voice() {
@@ -158,6 +164,9 @@ impl Daemon {
                     if let Some(edition) = edition {
                         tokio::task::block_in_place(|| self.take(&edition));
                     }
+                }
+                Ok(()) = self.source.hopeless.changed() => {
+                    anyhow::bail!("discovery hung again and again, so another process has to try")
                 }
                 _ = tick.tick() => tokio::task::block_in_place(|| self.look_after()),
                 _ = proof_tick.tick() => {

@@ -196,7 +196,7 @@ const KEYS: &[(&str, Apply)] = &[
         set(&mut draft.config.consul.datacenter, value.text(datacenter))
     }),
     ("consul.max_connections", |draft, value| {
-        set(&mut draft.config.consul.max_connections, value.integer(2..=65_536))
+        set(&mut draft.config.consul.max_connections, value.integer(4..=65_536))
     }),
     ("vip.pool", |draft, value| set(&mut draft.config.vip.pool, value.text(address::pool))),
     ("vip.pool6", |draft, value| {

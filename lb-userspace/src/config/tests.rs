@@ -81,7 +81,7 @@ fn every_key_is_taken() {
         address = "[::1]:8500"
         token_file = "/token"
         datacenter = "dc2"
-        max_connections = 2
+        max_connections = 4
         [vip]
         pool = "127.64.0.0/16"
         pool6 = "fd6e::/64"
@@ -117,7 +117,7 @@ fn every_key_is_taken() {
             address: "[::1]:8500".into(),
             token: Some(Token::File("/token".into())),
             datacenter: "dc2".into(),
-            max_connections: 2,
+            max_connections: 4,
         },
         vip: VipConfig {
             pool: "127.64.0.0/16".parse().unwrap(),

@@ -200,7 +200,13 @@ impl Client {
         let (head, body) = response.into_parts();
         let body = read(body).await?;
         self.keep(connection);
-        check_status(head.status, &body)?;
+        // A key that isn't there has an index all the same, so that one can wait for it.
+        let is_absent =
+            head.status == StatusCode::NOT_FOUND && question.path.starts_with("/v1/kv/");
+        let body = if is_absent { Bytes::from_static(b"null") } else { body };
+        if !is_absent {
+            check_status(head.status, &body)?;
+        }
         check_leader(&head.headers)?;
         let index = header(&head.headers, "x-consul-index").and_then(|text| text.parse().ok());
         let body = parse(&body).map_err(|source| QueryError::Shape { source })?;

@@ -71,6 +71,9 @@ struct Check {
     name: String,
     #[serde(default, deserialize_with = "or_default")]
     status: String,
+    /// Empty for a check of the node.
+    #[serde(default, rename = "ServiceID", deserialize_with = "or_default")]
+    service_id: String,
 }
 
 fn or_default<'de, D, T>(deserializer: D) -> Result<T, D::Error>
@@ -108,6 +111,23 @@ pub fn instances(records: Vec<Record>, tag: &str) -> Option<Vec<Instance>> {
         })
         .collect();
     Some(instances)
+}
+
+impl Record {
+    /// Whether the instance has the tag.
+    pub fn has_tag(&self, tag: &str) -> bool {
+        self.service.tags.iter().any(|has| has == tag)
+    }
+
+    /// Whether a check of the instance itself is there, rather than of its node alone.
+    pub fn has_own_check(&self) -> bool {
+        self.checks.iter().any(|check| !check.service_id.is_empty())
+    }
+
+    /// What tells the instance from others: its node, and its name there.
+    pub fn key(&self) -> (String, String) {
+        (self.node.node.clone(), self.service.id.clone())
+    }
 }
 
 /// The verdict of the kind, the tag and the checks. Outputs and times of checks have no part in it, so that
