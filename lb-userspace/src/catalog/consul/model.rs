@@ -344,7 +344,10 @@ impl Model {
 
     /// Whether Consul doesn't answer, rather than that something is wrong with an answer.
     pub fn is_failing(&self) -> bool {
-        [Subject::Names, Subject::Agent].iter().any(|subject| self.problems.contains_key(subject))
+        // The switch, since it is always asked for, and the names only every ten seconds.
+        [Subject::Names, Subject::Agent, Subject::Switch]
+            .iter()
+            .any(|subject| self.problems.contains_key(subject))
     }
 
     /// All that is wrong, each complaint once, in one line; at most three.

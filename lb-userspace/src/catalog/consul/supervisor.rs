@@ -62,7 +62,7 @@ pub struct Supervisor {
     /// The questions about services that Consul may hold.
     held: BTreeMap<Arc<str>, AbortHandle>,
     names: Tracker,
-    has_names_failed: bool,
+    has_failed: bool,
     names_bytes: u64,
     switch: Tracker,
     is_off: bool,
@@ -107,7 +107,7 @@ impl Supervisor {
             under_way: HashMap::new(),
             held: BTreeMap::new(),
             names: Tracker::new(now),
-            has_names_failed: false,
+            has_failed: false,
             names_bytes: 0,
             switch: Tracker::new(now),
             is_off: false,
@@ -300,20 +300,15 @@ impl Supervisor {
                     self.names.hold_until(now + self.timing().names.mul_f64(jitter));
                 }
                 self.names_bytes = n_bytes;
-                if std::mem::take(&mut self.has_names_failed) {
-                    // Perhaps it is another agent's.
-                    self.schedule.ask_agent(now);
-                }
                 None
             }
             Ok(_) => return,
             Err(failure) => {
                 self.names.failed(now, fastrand::f64());
-                self.has_names_failed = true;
                 Some(failure.problem)
             }
         };
-        self.model.set_problem(Subject::Names, problem);
+        self.note(Subject::Names, problem, now);
     }
 
     fn set_names(&mut self, names: BTreeSet<Arc<str>>) {
@@ -358,7 +353,18 @@ impl Supervisor {
                 (!is_denied).then_some(problem)
             }
         };
-        self.model.set_problem(Subject::Switch, problem);
+        self.note(Subject::Switch, problem, now);
+    }
+
+    /// Notes how one of the questions fares that are asked all the time.
+    fn note(&mut self, subject: Subject, problem: Option<String>, now: Instant) {
+        if problem.is_some() {
+            self.has_failed = true;
+        } else if std::mem::take(&mut self.has_failed) {
+            // Perhaps it is another agent that answers now.
+            self.schedule.ask_agent(now);
+        }
+        self.model.set_problem(subject, problem);
     }
 
     fn take_agent(&mut self, asked: Asked, now: Instant) {
