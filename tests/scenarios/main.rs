@@ -25,6 +25,7 @@ mod pinned_address;
 mod ports_from_meta;
 mod postgres;
 mod refuses_to_start;
+mod restarted_without_consul;
 mod services_never_mix;
 mod state_lost;
 mod static_catalog;
@@ -42,7 +43,7 @@ use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
 type Story = fn() -> Result<()>;
 
-const STORIES: [(&str, Story); 27] = [
+const STORIES: [(&str, Story); 28] = [
     ("all_critical_refuses_and_recovers", all_critical_refuses_and_recovers::story),
     ("bad_records", bad_records::story),
     ("consul_killed_and_restarted", consul_killed_and_restarted::story),
@@ -62,6 +63,7 @@ const STORIES: [(&str, Story); 27] = [
     ("pinned_address", pinned_address::story),
     ("ports_from_meta", ports_from_meta::story),
     ("refuses_to_start", refuses_to_start::story),
+    ("restarted_without_consul", restarted_without_consul::story),
     ("services_never_mix", services_never_mix::story),
     ("state_lost", state_lost::story),
     ("static_catalog", static_catalog::story),
