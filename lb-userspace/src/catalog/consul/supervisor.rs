@@ -230,7 +230,7 @@ impl Supervisor {
                 at.push(self.started + self.timing().patience);
             }
         }
-        if self.is_unsaved {
+        if self.is_unsaved && self.can_save() {
             at.push(self.saved + self.timing().save);
         }
         at.into_iter().min().unwrap_or(self.tidied)
@@ -605,12 +605,17 @@ impl Supervisor {
         }
     }
 
+    /// Whether there is more to leave than an earlier life left, and nothing is being written.
+    fn can_save(&self) -> bool {
+        let is_saving = self.saving.as_ref().is_some_and(|saving| !saving.is_finished());
+        self.model.has_names() && !is_saving
+    }
+
     /// Leaves what the next life begins with, and has it written.
     fn save(&mut self, now: Instant) {
         let since = now.saturating_duration_since(self.saved);
         let is_due = since >= SAVE_TIMES || self.is_unsaved && since >= self.timing().save;
-        let is_saving = self.saving.as_ref().is_some_and(|saving| !saving.is_finished());
-        if !is_due || is_saving || !self.model.has_names() {
+        if !is_due || !self.can_save() {
             return;
         }
         (self.saved, self.is_unsaved) = (now, false);
