@@ -32,6 +32,7 @@ mod ports_from_meta;
 mod postgres;
 mod refuses_to_start;
 mod reloaded_live;
+mod restarted_without_consul;
 mod servers;
 mod services_never_mix;
 mod state_lost;
@@ -52,7 +53,7 @@ use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
 type Story = fn() -> Result<()>;
 
-const STORIES: [(&str, Story); 36] = [
+const STORIES: [(&str, Story); 38] = [
     ("acls", acls::story),
     ("agent_cut_off", agent_cut_off::story),
     ("all_critical_refuses_and_recovers", all_critical_refuses_and_recovers::story),
@@ -79,6 +80,7 @@ const STORIES: [(&str, Story); 36] = [
     ("ports_from_meta", ports_from_meta::story),
     ("refuses_to_start", refuses_to_start::story),
     ("reloaded_live", reloaded_live::story),
+    ("restarted_without_consul", restarted_without_consul::story),
     ("services_never_mix", services_never_mix::story),
     ("state_lost", state_lost::story),
     ("static_catalog", static_catalog::story),
@@ -88,6 +90,7 @@ const STORIES: [(&str, Story); 36] = [
     ("udp_echo", udp_echo::story),
     ("upgraded_under_load", upgraded_under_load::story),
     ("way_out", way_out::story),
+    ("way_out_by_key", way_out::by_key),
     ("wildcard_server_never_reached", wildcard_server_never_reached::story),
 ];
 

@@ -70,7 +70,6 @@ pub fn story() -> Result<()> {
 }
 
 /// The same by Consul's key, on the node of a client agent.
-#[expect(dead_code, reason = "it joins the list of stories once the key is watched")]
 pub fn by_key() -> Result<()> {
     let cluster = Cluster::new(1)?;
     let (nodes, vip) = (&cluster.nodes, cluster.vip("helloworld")?);

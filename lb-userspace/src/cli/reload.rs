@@ -8,7 +8,6 @@ use tokio::sync::oneshot;
 use super::args::ClientArguments;
 use super::{FAILURE, USAGE, environment, print, runtime};
 use crate::admin::{api, client};
-use crate::catalog;
 use crate::config::change::{Change, changes};
 use crate::config::{Config, ConfigErrors};
 
@@ -52,16 +51,6 @@ pub fn log(reload: &api::Reload) {
             false => tracing::error!("reload: {line}"),
         }
     }
-}
-
-/// Waits until a source that is to take over has published; for ever where there is none.
-pub async fn published(next: &mut Option<catalog::Handle>) {
-    if let Some(next) = next
-        && next.catalog.wait_for(Option::is_some).await.is_ok()
-    {
-        return;
-    }
-    std::future::pending().await
 }
 
 /// `nohop reload`

@@ -15,7 +15,7 @@ use tokio::time::{Instant, Interval, MissedTickBehavior};
 
 use super::metrics::PROPAGATION_BUCKETS;
 use super::reload::{self, Request};
-use super::view::{DaemonView, Served};
+use super::view::DaemonView;
 use super::way_out::WayOut;
 use crate::admin::api;
 use crate::admin::exposition::Histogram;
@@ -74,9 +74,7 @@ struct Daemon {
     scope: PathBuf,
     source: catalog::Handle,
     resolver: Resolver,
-    /// The source of a reload, which takes over once it has published.
-    next_source: Option<catalog::Handle>,
-    served: watch::Sender<Served>,
+    tag: watch::Sender<String>,
     builder: Builder,
     book: Arc<Book>,
     pool: watch::Sender<PoolUse>,
@@ -94,7 +92,7 @@ impl Daemon {
     /// Brings the parts up.
     async fn start(config: Config, read: reload::Read) -> anyhow::Result<Daemon> {
         let scope = scope(&config)?;
-        let mut source = catalog::spawn(&config)?;
+        catalog::check(&config)?;
         // What another daemon may hold comes first, so that a second one disturbs nothing.
         let admin_listeners = admin::bind(&config.admin.listen)?;
         let dns_sockets = dns::bind(&config.dns).await?;
@@ -115,9 +113,15 @@ impl Daemon {
             way_out.inherit();
         }
         // A state directory that was lost takes no address from a name that the kernel knows.
+        let mut in_use = Vec::new();
         for (name, addresses) in plane.names() {
             vips.claim(&name, &addresses);
+            if plane.indices(&name).is_some_and(|indices| !indices.backends.is_empty()) {
+                in_use.push(name);
+            }
         }
+        // The first table must not take away what the kernel serves, for want of having asked.
+        let mut source = catalog::spawn(&config, in_use)?;
         let how = if plane.is_adopted() { "took over what was attached" } else { "attached" };
         tracing::info!(cgroup = %scope.display(), pool = %config.vip.pool, "{how}");
         if let Some(voice) = plane.take_voice() {
@@ -140,7 +144,7 @@ impl Daemon {
         plane.set_mode(way_out.mode(*source.off.borrow()));
         attached_out.send_replace(plane.hooks().translate);
         let (reloads_out, reloads) = mpsc::channel(MAX_RELOADS);
-        let (served_out, served) = watch::channel(Served::new(&source, &config));
+        let (tag_out, tag) = watch::channel(config.catalog.tag.clone());
         let (pool_out, pool) = watch::channel(vips.pool_use(SystemTime::now()));
         let propagation = Arc::new(Mutex::new(Histogram::new(&PROPAGATION_BUCKETS)));
         let demand = source.demand.clone();
@@ -155,7 +159,9 @@ impl Daemon {
             plane: plane.clone(),
             counters,
             table,
-            served,
+            health: source.health.clone(),
+            stats: source.stats.clone(),
+            tag,
             pool,
             propagation: propagation.clone(),
             generation,
@@ -176,8 +182,7 @@ impl Daemon {
             scope,
             source,
             resolver,
-            next_source: None,
-            served: served_out,
+            tag: tag_out,
             builder,
             book,
             pool: pool_out,
@@ -217,9 +222,6 @@ impl Daemon {
                         tokio::task::block_in_place(|| self.take(&edition));
                     }
                 }
-                () = reload::published(&mut self.next_source) => {
-                    tokio::task::block_in_place(|| self.switch_source());
-                }
                 Some(request) = self.reloads.recv() => {
                     let reload = tokio::task::block_in_place(|| self.reload());
                     // Whoever asked may have gone.
@@ -227,6 +229,9 @@ impl Daemon {
                 }
                 _ = signals.hangup.recv() => drop(tokio::task::block_in_place(|| self.reload())),
                 Ok(()) = self.source.off.changed() => self.decide_mode(),
+                Ok(()) = self.source.hopeless.changed() => {
+                    anyhow::bail!("discovery hung again and again, so another process has to try")
+                }
                 _ = tick.tick() => tokio::task::block_in_place(|| self.look_after()),
                 _ = proof_tick.tick() => {
                     let plane = self.plane.clone();
@@ -275,17 +280,11 @@ impl Daemon {
         let last = std::mem::replace(&mut self.config, config);
         // A source that can't start keeps everything as it was, so it comes first.
         if (&last.catalog, &last.consul) != (&self.config.catalog, &self.config.consul) {
-            match catalog::spawn(&self.config) {
-                Ok(next) => {
-                    let awaited = Some(next.health.borrow().source);
-                    self.served.send_modify(|served| served.awaited = awaited);
-                    self.next_source = Some(next);
-                }
-                Err(error) => {
-                    self.config = last;
-                    return Err(reload::refuse([error]));
-                }
+            if let Err(error) = self.source.reconfigure(&self.config) {
+                self.config = last;
+                return Err(reload::refuse([error]));
             }
+            self.tag.send_replace(self.config.catalog.tag.clone());
         }
         if last.dns != self.config.dns {
             self.dns.reconfigure(&self.config.dns);
@@ -300,18 +299,6 @@ impl Daemon {
             }
         }
         Ok(reload)
-    }
-
-    /// Goes on with the source of a reload, which has published.
-    fn switch_source(&mut self) {
-        let Some(mut next) = self.next_source.take() else { return };
-        let edition = next.catalog.borrow_and_update().clone();
-        self.dns.set_demand(next.demand.clone());
-        self.served.send_replace(Served::new(&next, &self.config));
-        self.source = next;
-        if let Some(edition) = edition {
-            self.take(&edition);
-        }
     }
 
     /// Has dials translated or only counted, by all that can say so; DNS follows.

@@ -12,32 +12,10 @@ use super::reload::{self, Request};
 use crate::admin::exposition::Histogram;
 use crate::admin::{View, api};
 use crate::catalog::{self, Health, Watches};
-use crate::config::Config;
 use crate::dns;
 use crate::plane::{COUNTERS, Counters, Indices, Mode, SharedPlane};
 use crate::table::vips::PoolUse;
 use crate::table::{Service, Table, Watch};
-
-/// The source whose catalog serves, as far as the admin interface needs it.
-pub struct Served {
-    pub(super) health: watch::Receiver<Health>,
-    pub(super) stats: Arc<catalog::Stats>,
-    pub(super) tag: String,
-    /// The name of the source that is to take over, until it does.
-    pub(super) awaited: Option<&'static str>,
-}
-
-impl Served {
-    /// A source that serves by this configuration.
-    pub fn new(source: &catalog::Handle, config: &Config) -> Served {
-        Served {
-            health: source.health.clone(),
-            stats: source.stats.clone(),
-            tag: config.catalog.tag.clone(),
-            awaited: None,
-        }
-    }
-}
 
 /// The running daemon, as far as the admin interface needs it.
 pub struct DaemonView {
@@ -47,7 +25,9 @@ pub struct DaemonView {
     pub(super) plane: Arc<SharedPlane>,
     pub(super) counters: Counters,
     pub(super) table: watch::Receiver<Arc<Table>>,
-    pub(super) served: watch::Receiver<Served>,
+    pub(super) health: watch::Receiver<Health>,
+    pub(super) stats: Arc<catalog::Stats>,
+    pub(super) tag: watch::Receiver<String>,
     pub(super) pool: watch::Receiver<PoolUse>,
     pub(super) propagation: Arc<Mutex<Histogram>>,
     pub(super) generation: watch::Receiver<u64>,
@@ -58,11 +38,8 @@ impl View for DaemonView {
     fn status(&self) -> api::Status {
         let table = self.table.borrow().clone();
         let hooks = self.plane.hooks();
-        let (health, watches, awaited) = self.source();
+        let (health, watches) = (self.health.borrow().clone(), self.stats.watches());
         let mut problems: Vec<String> = health.problem.iter().cloned().collect();
-        problems.extend(awaited.map(|source| {
-            format!("the new configuration's {source} hasn't answered yet: the former one serves")
-        }));
         if !table.is_synced() {
             problems.push(format!("no full answer from {} yet: names get SERVFAIL", health.source));
         }
@@ -145,8 +122,8 @@ impl View for DaemonView {
 
     fn metrics(&self) -> String {
         let table = self.table.borrow().clone();
-        let (health, watches, _) = self.source();
-        let stats = self.served.borrow().stats.clone();
+        let (health, watches) = (self.health.borrow().clone(), self.stats.watches());
+        let stats = &self.stats;
         let is_attached = self.plane.hooks().attached;
         let is_live = |name: &Arc<str>| {
             table.services.get(name).is_some_and(|service| service.watch == Watch::Live)
@@ -223,13 +200,6 @@ fn refused(errors: &BTreeMap<Arc<str>, String>) -> Vec<String> {
 }
 
 impl DaemonView {
-    /// How the source fares, what it follows, and which one is to take over.
-    fn source(&self) -> (Health, Watches, Option<&'static str>) {
-        let served = self.served.borrow();
-        let health = served.health.borrow().clone();
-        (health, served.stats.watches(), served.awaited)
-    }
-
     fn service(&self, service: &Service) -> api::Service {
         // A service that the kernel never had has no counters.
         let indices = self.plane.indices(&service.name);
@@ -290,7 +260,7 @@ impl DaemonView {
                 Some((_, reason)) => format!("{fqdn} doesn't exist: {reason}"),
                 None => format!(
                     "{fqdn} doesn't exist: no service of that name has the tag `{}`",
-                    self.served.borrow().tag
+                    *self.tag.borrow()
                 ),
             };
         };

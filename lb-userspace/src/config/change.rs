@@ -188,7 +188,8 @@ mod tests {
     #[test]
     fn every_key_of_the_file_is_compared() {
         // It has one value only in this version.
-        let known = |key| key == "plane.algorithm" || KEYS.iter().any(|(known, ..)| *known == key);
+        let known =
+            |key: &str| key == "plane.algorithm" || KEYS.iter().any(|(known, ..)| *known == key);
         let missing: Vec<_> =
             read::KEYS.iter().map(|(key, _)| *key).filter(|key| !known(key)).collect();
         assert!(missing.is_empty(), "say in change.rs of each whether it can change: {missing:?}");

@@ -26,7 +26,8 @@ pub struct ConsulConfig {
     pub namespace: String,
     /// The admin partition (Consul Enterprise); empty means the agent's own.
     pub partition: String,
-    /// The most connections to the agent at any time; at least 2.
+    /// The most connections to the agent at any time; at least 4: one for the list of names, one for
+    /// the switch `nohop/off`, one for what can't wait, and one for the services that are live.
     pub max_connections: usize,
 }
 

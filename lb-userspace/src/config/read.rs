@@ -228,7 +228,7 @@ pub(super) const KEYS: &[(&str, Apply)] = &[
     }),
     ("consul.verify", |draft, value| set(&mut draft.config.consul.tls.verify, value.flag())),
     ("consul.max_connections", |draft, value| {
-        set(&mut draft.config.consul.max_connections, value.integer(2..=65_536))
+        set(&mut draft.config.consul.max_connections, value.integer(4..=65_536))
     }),
     ("vip.pool", |draft, value| set(&mut draft.config.vip.pool, value.text(address::pool))),
     ("vip.pool6", |draft, value| {

@@ -102,7 +102,7 @@ fn every_key_is_taken() {
         datacenter = "dc2"
         namespace = "team-a"
         partition = "part_b"
-        max_connections = 2
+        max_connections = 4
         [vip]
         pool = "127.64.0.0/16"
         pool6 = "fd6e::/64"
@@ -151,7 +151,7 @@ fn every_key_is_taken() {
             datacenter: "dc2".into(),
             namespace: "team-a".into(),
             partition: "part_b".into(),
-            max_connections: 2,
+            max_connections: 4,
         },
         vip: VipConfig {
             pool: "127.64.0.0/16".parse().unwrap(),

@@ -33,7 +33,7 @@ pub enum Watch {
 ///
 /// The values are as the source gave them, in range or not: it is the table that says what can be
 /// routed to, in one place and for all sources.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Instance {
     /// The node that the instance runs on; empty where the source knows of no nodes.
     pub node: String,
@@ -70,7 +70,7 @@ impl Instance {
 }
 
 /// A source's own verdict on an instance.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Standing {
     /// It may serve.
     Serving,

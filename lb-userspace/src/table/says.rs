@@ -4,10 +4,12 @@ use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::str::FromStr;
 
+use serde::{Deserialize, Serialize};
+
 use super::{Instance, Ports, Protocols};
 
 /// What an instance says of its service, in its own words: read, and judged, by the table.
-#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Says {
     /// The ports it is dialled at, such as `80,5432` or `any`.
     pub ports: Option<String>,

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use super::ask::{Names, tagged};
 use super::health::{self, Record};
-use super::{Names, tagged};
 use crate::config::Config;
 use crate::table::Instance;
 

@@ -81,6 +81,9 @@ struct Check {
     name: String,
     #[serde(default, deserialize_with = "or_default")]
     status: String,
+    /// Empty for a check of the node.
+    #[serde(default, rename = "ServiceID", deserialize_with = "or_default")]
+    service_id: String,
 }
 
 fn or_default<'de, D, T>(deserializer: D) -> Result<T, D::Error>
@@ -128,6 +131,23 @@ fn instance(record: Record, rules: &CatalogConfig) -> Instance {
         local: false,
         standing,
         says: Says { ports: says("nohop-ports"), protocol: says("nohop-protocol") },
+    }
+}
+
+impl Record {
+    /// Whether the instance has the tag.
+    pub fn has_tag(&self, tag: &str) -> bool {
+        self.service.tags.iter().any(|has| has == tag)
+    }
+
+    /// Whether a check of the instance itself is there, rather than of its node alone.
+    pub fn has_own_check(&self) -> bool {
+        self.checks.iter().any(|check| !check.service_id.is_empty())
+    }
+
+    /// What tells the instance from others: its node, and its name there.
+    pub fn key(&self) -> (String, String) {
+        (self.node.node.clone(), self.service.id.clone())
     }
 }
 

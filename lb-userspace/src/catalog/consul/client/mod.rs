@@ -33,7 +33,8 @@ const BODY_TIME: Duration = Duration::from_secs(10);
 /// A client of one Consul agent, with a limit on its connections.
 ///
 /// An HTTP/1 connection carries one question at a time, and a blocking query holds it for minutes;
-/// so there are as many connections as questions under way, and they are used again.
+/// so there are as many connections as questions under way, and they are used again. Whoever asks
+/// keeps to the limit on them.
 pub struct Client {
     address: ConsulAddress,
     tls: Tls,
@@ -42,7 +43,6 @@ pub struct Client {
     scope: Vec<String>,
     connect_limit: Duration,
     body_limit: Duration,
-    shared: Semaphore,
     large: Semaphore,
     idle: Mutex<Vec<Connection>>,
     tally: Tally,
@@ -57,9 +57,6 @@ pub struct Question {
     pub ask: Ask,
     /// How long Consul may hold a question that asks for what comes [`Ask::After`] an index.
     pub wait: Duration,
-    /// Whether the question has a connection of its own; the others take turns, first come first
-    /// served.
-    pub is_reserved: bool,
 }
 
 /// What Consul said.
@@ -88,14 +85,13 @@ impl Client {
             scope: scope.map(|(key, value)| format!("{key}={}", percent_encode(value))).collect(),
             connect_limit,
             body_limit: BODY_TIME,
-            shared: Semaphore::new(config.max_connections.saturating_sub(1).max(1)),
             large: Semaphore::new(answer::N_LARGE),
             idle: Mutex::default(),
             tally: Tally::new(output),
         }
     }
 
-    /// Asks, and waits at most `limit` for all of the answer, not counting the wait for a turn.
+    /// Asks, and waits at most `limit` for all of the answer.
     ///
     /// # Errors
     /// Every way in which the answer isn't a whole 200 with a body of the right shape. A key of the
@@ -105,10 +101,6 @@ impl Client {
         question: &Question,
         limit: Duration,
     ) -> Result<Answer<T>, QueryError> {
-        let _turn = match question.is_reserved {
-            true => None,
-            false => Some(self.shared.acquire().await.expect("the semaphore is never closed")),
-        };
         let answer = tokio::time::timeout(limit, self.exchange(question))
             .await
             .unwrap_or_else(|_| Err(QueryError::Hung { address: self.address.to_string(), limit }));

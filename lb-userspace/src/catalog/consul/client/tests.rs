@@ -21,7 +21,7 @@ use crate::config::TlsConfig;
 const LIMIT: Duration = Duration::from_secs(20);
 
 fn question(path: &str) -> Question {
-    Question { path: path.into(), ask: Ask::Now, wait: Duration::ZERO, is_reserved: true }
+    Question { path: path.into(), ask: Ask::Now, wait: Duration::ZERO }
 }
 
 fn client(config: ConsulConfig) -> (Client, Output) {
