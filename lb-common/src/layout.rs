@@ -8,7 +8,7 @@ use crate::Address;
 
 /// The version of this layout, in the paths of the pins. It grows when a map is added, removed or
 /// changed; the sockets' storage ([`crate::Peer`], [`crate::Flows`]) is frozen and not part of it.
-pub const LAYOUT: u16 = 1;
+pub const LAYOUT: u16 = 2;
 
 /// The number of services that the maps have room for unless the configuration says otherwise.
 pub const DEFAULT_MAX_SERVICES: u32 = 16_384;
@@ -66,7 +66,7 @@ pub struct Frontend6 {
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Target {
-    /// The index into `SERVICES`, `REFUSED` and `NAMES`.
+    /// The index into `SERVICES`, `UNSENT` and `NAMES`.
     pub service: u32,
     /// 1 where the frontend counts in the host's network namespace only, as a pin does; else 0.
     pub host_only: u32,
@@ -128,8 +128,9 @@ pub struct ServiceLine {
     pub service: Service,
     /// Dials that were sent to a backend: connects, and choices for datagrams. It only grows.
     pub dials: u64,
-    /// Zero.
-    pub padding: u64,
+    /// 1 where the next dial is to be reported ([`Report`]), because the daemon doesn't follow the
+    /// service's instances. The daemon writes it; the dial that was reported makes it 0.
+    pub is_awaited: u64,
 }
 
 /// The value of `SLOTS`: one column of an alias table (Walker 1977, in Vose's form of 1991).
@@ -181,17 +182,37 @@ pub struct Name {
     pub octets: [u8; 64],
 }
 
-/// The value of `REFUSED`: dials of a service that were refused. Both only grow.
+/// The value of `UNSENT`: dials of a service that weren't sent to a backend. All only grow.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Refused {
-    /// Because there was no backend at all for them.
+pub struct Unsent {
+    /// Refused, because there was no backend at all for them.
     pub no_backend: u64,
-    /// Because this socket can't reach any of the backends by its address family.
+    /// Refused, because this socket can't reach any of the backends by its address family.
     pub family: u64,
+    /// Passed untouched, because dials were only counted ([`Daemon::is_shadow`]).
+    pub shadowed: u64,
 }
 
-/// The value of `DAEMON`: what the daemon says of itself. It alone writes it.
+/// What the programs send to the daemon through `REPORTS`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Report {
+    /// The index into `SERVICES` of the service that it is about.
+    pub service: u32,
+    /// A [`Reason`].
+    pub reason: u32,
+}
+
+/// Why something is reported.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reason {
+    /// A dial of a service whose dial was awaited ([`ServiceLine::is_awaited`]).
+    Dialled = 1,
+}
+
+/// The value of `DAEMON`: what the daemon says of itself. It alone writes it. One cache line.
 ///
 /// Times are in nanoseconds of CLOCK_MONOTONIC, which is `bpf_ktime_get_ns`.
 #[repr(C)]
@@ -211,6 +232,8 @@ pub struct Daemon {
     pub tgid: u64,
     /// 1 once the maps have held a whole table: before that nothing may be switched to them.
     pub is_filled: u64,
+    /// 1 while dials are only counted and pass untouched; 0 while they are translated.
+    pub is_shadow: u64,
 }
 
 /// The value of `PROBE`: what the connect hook saw of the daemon's last dial to the pool's own
@@ -255,10 +278,15 @@ pub enum Counter {
     LeftAlone = 3,
     /// Choices made again because the backend that a socket had kept left the table.
     BackendGone = 4,
+    /// Dials to frontends that passed untouched because dials were only counted.
+    Shadowed = 5,
+    /// Dials into the pool that no frontend matches, and that passed untouched for that reason: they
+    /// would have been refused.
+    ShadowedNoFrontend = 6,
 }
 
 /// The number of [`Counter`]s.
-pub const N_COUNTERS: usize = 5;
+pub const N_COUNTERS: usize = 7;
 
 /// How a program refuses a dial with ECONNREFUSED.
 #[repr(u32)]
@@ -281,7 +309,8 @@ const _: () = {
     assert!(size_of::<Backend>() == 24 && offset_of!(Backend, generation) == 20);
     assert!(size_of::<ServiceLine>() == 64 && offset_of!(ServiceLine, dials) == 48);
     assert!(size_of::<BackendLine>() == 32 && offset_of!(BackendLine, dials) == 24);
-    assert!(size_of::<Daemon>() == 56 && size_of::<Probe>() == 24);
+    assert!(size_of::<Daemon>() == 64 && size_of::<Probe>() == 24);
+    assert!(size_of::<Unsent>() == 24 && size_of::<Report>() == 8);
     // A slot's alias is an index into its own region.
     assert!(MAX_SERVICE_BACKENDS <= 1 << 16);
 };

@@ -18,7 +18,7 @@ pub struct Followed {
 /// The backend that earlier datagrams to the same VIP went to, while it is in the table.
 #[inline(always)]
 pub fn follow(ctx: &SockAddrContext, dialled: &Endpoint) -> Option<Followed> {
-    if is_excluded() {
+    if is_excluded() || maps::is_shadow() {
         return None;
     }
     // SAFETY: a non-null pointer is to this socket's own storage.

@@ -5,14 +5,14 @@
 //! when it loads.
 
 use aya_ebpf::bindings::BPF_F_MMAPABLE;
-use aya_ebpf::btf_maps::{Array, HashMap, SkStorage};
+use aya_ebpf::btf_maps::{Array, HashMap, RingBuf, SkStorage};
 use aya_ebpf::macros::btf_map;
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
 use lb_common::{
     Backend, BackendLine, Counter, DEFAULT_MAX_BACKENDS, DEFAULT_MAX_SERVICES, Daemon,
     ENTRIES_PER_BACKEND, ExcludedCgroup, FRONTENDS_PER_SERVICE, Flows, Frontend, Frontend6,
-    MAX_EXCLUDED, N_COUNTERS, Name, Peer, Probe, Refused, Region, Regions, SLOTS_PER_BACKEND,
-    ServiceLine, Slot, Target,
+    MAX_EXCLUDED, N_COUNTERS, Name, Peer, Probe, Reason, Region, Regions, Report,
+    SLOTS_PER_BACKEND, ServiceLine, Slot, Target, Unsent,
 };
 
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
@@ -35,7 +35,7 @@ static BACKENDS: Array<BackendLine, N_BACKENDS, MMAPABLE> = Array::new();
 #[btf_map]
 static NAMES: Array<Name, N_SERVICES, MMAPABLE> = Array::new();
 #[btf_map]
-static REFUSED: Array<Refused, N_SERVICES, MMAPABLE> = Array::new();
+static UNSENT: Array<Unsent, N_SERVICES, MMAPABLE> = Array::new();
 #[btf_map]
 static COUNTERS: Array<u64, N_COUNTERS, MMAPABLE> = Array::new();
 #[btf_map]
@@ -44,6 +44,10 @@ static DAEMON: Array<Daemon, 1, MMAPABLE> = Array::new();
 static PROBE: Array<Probe, 1, MMAPABLE> = Array::new();
 #[btf_map]
 static EXCLUDED: Array<ExcludedCgroup, MAX_EXCLUDED, MMAPABLE> = Array::new();
+/// What the daemon hears at once: 4,096 of them at most wait for it. It isn't pinned: each daemon has
+/// its own, and asks anew.
+#[btf_map]
+static REPORTS: RingBuf<Report, 65_536> = RingBuf::new();
 /// What each connected socket dialled. It lives and dies with the socket.
 #[btf_map]
 pub static PEERS: SkStorage<Peer> = SkStorage::new();
@@ -82,11 +86,13 @@ pub enum Reach {
     All,
 }
 
-/// A service's slots: for dials from the host's network namespace, and for those from elsewhere.
+/// A service's slots, for dials from the host's network namespace and for those from elsewhere; and
+/// whether the daemon waits for a dial.
 #[derive(Clone, Copy)]
 pub struct Scopes {
     pub host: Region,
     pub elsewhere: Region,
+    pub is_awaited: bool,
 }
 
 impl Scopes {
@@ -110,7 +116,8 @@ pub fn scopes(service: u32, reach: Reach) -> Option<Scopes> {
     unsafe {
         let host = region(&raw const (*service).service.host, reach);
         let elsewhere = region(&raw const (*service).service.elsewhere, reach);
-        Some(Scopes { host, elsewhere })
+        let is_awaited = (&raw const (*service).is_awaited).read_volatile() != 0;
+        Some(Scopes { host, elsewhere, is_awaited })
     }
 }
 
@@ -158,6 +165,19 @@ pub fn daemon() -> Option<&'static Daemon> {
     DAEMON.get(0)
 }
 
+/// Whether dials are only counted. It is asked of dials to the pools and the pins alone.
+#[inline(always)]
+pub fn is_shadow() -> bool {
+    daemon().is_some_and(shadows)
+}
+
+/// The same, where the daemon's word is at hand.
+#[inline(always)]
+pub fn shadows(daemon: &Daemon) -> bool {
+    // SAFETY: a reference is valid and aligned; volatile, because the daemon writes it.
+    unsafe { (&raw const daemon.is_shadow).read_volatile() != 0 }
+}
+
 /// Shows the daemon its own dial, which is the one to the port that it named. Others dial as well.
 #[inline(always)]
 pub fn show_probe(port: u16, tgid: u64, netns: u64) {
@@ -199,11 +219,33 @@ pub fn count_dial(service: u32, backend: u32) {
 /// socket's address family can reach.
 #[inline(always)]
 pub fn count_refused(service: u32, by_family: bool) {
-    if let Some(refused) = REFUSED.get_ptr_mut(service) {
+    if let Some(unsent) = UNSENT.get_ptr_mut(service) {
         // SAFETY: as above.
         add_one(unsafe {
-            if by_family { &raw mut (*refused).family } else { &raw mut (*refused).no_backend }
+            if by_family { &raw mut (*unsent).family } else { &raw mut (*unsent).no_backend }
         });
+    }
+}
+
+/// Counts a dial of `service` that passes untouched because dials are only counted.
+#[inline(always)]
+pub fn count_shadowed(service: u32) {
+    if let Some(unsent) = UNSENT.get_ptr_mut(service) {
+        // SAFETY: as above.
+        add_one(unsafe { &raw mut (*unsent).shadowed });
+    }
+}
+
+/// Tells the daemon of a dial that it waits for. Where there is no room, the next one does.
+#[inline(always)]
+pub fn report_dial(service: u32) {
+    let report = Report { service, reason: Reason::Dialled as u32 };
+    if REPORTS.output(report, 0).is_ok()
+        && let Some(line) = SERVICES.get_ptr_mut(service)
+    {
+        // SAFETY: an array's element stays, and this is an aligned word of it. Two dials that come
+        // at once are both reported, which is no harm.
+        unsafe { (&raw mut (*line).is_awaited).write_volatile(0) };
     }
 }
 

@@ -69,7 +69,7 @@ pub fn choose4(
         }
         if settings::is_pools_own(address) {
             show_probe(ctx);
-            return Err(Refused);
+            return if maps::is_shadow() { Ok(None) } else { Err(Refused) };
         }
         frontend.port = ANY_PORT;
         target = maps::target(&frontend);
@@ -109,6 +109,10 @@ fn choose_backend(
         maps::count(Counter::LeftAlone);
         return Ok(None);
     }
+    if maps::shadows(daemon) {
+        count_shadowed(ctx, daemon, target);
+        return Ok(None);
+    }
     let Some(target) = target else {
         maps::count(Counter::RefusedNoFrontend);
         return Err(Refused);
@@ -122,6 +126,9 @@ fn choose_backend(
         || unsafe { bpf_get_netns_cookie(ctx.as_ptr()) } == daemon.host_netns;
     if target.host_only != 0 && !from_host {
         return Ok(None);
+    }
+    if scopes.is_awaited {
+        maps::report_dial(service);
     }
     let region = if from_host { scopes.host } else { scopes.elsewhere };
     if region.n_slots == 0 {
@@ -137,6 +144,20 @@ fn choose_backend(
             Ok(Some(Choice { service, backend_idx, backend }))
         }
         _ => Err(voice::inconsistent(ctx, service)),
+    }
+}
+
+/// Counts a dial that passes because dials are only counted, if it had not passed anyway.
+#[inline(always)]
+fn count_shadowed(ctx: &SockAddrContext, daemon: &Daemon, target: Option<Target>) {
+    let Some(Target { service, host_only }) = target else {
+        maps::count(Counter::ShadowedNoFrontend);
+        return;
+    };
+    // SAFETY: the context is valid.
+    if host_only == 0 || unsafe { bpf_get_netns_cookie(ctx.as_ptr()) } == daemon.host_netns {
+        maps::count(Counter::Shadowed);
+        maps::count_shadowed(service);
     }
 }
 

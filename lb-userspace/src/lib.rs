@@ -6,5 +6,7 @@ pub mod catalog;
 pub mod cli;
 pub mod config;
 pub mod dns;
+#[cfg(any(fuzzing, test))]
+pub mod fuzzing;
 pub mod plane;
 pub mod table;

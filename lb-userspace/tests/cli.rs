@@ -41,6 +41,26 @@ fn every_mistake_of_a_configuration_is_named_at_once() {
 }
 
 #[test]
+fn a_configuration_is_checked_without_a_daemon() {
+    let (_directory, path) = file("good.toml", "dns.ttl = 5\n");
+    let output = nohop(&["config", "check", &path]);
+    assert_eq!(output.status.code(), Some(0));
+    assert_eq!(String::from_utf8_lossy(&output.stdout), format!("{path} is fine\n"));
+
+    let (_directory, path) = file("bad.toml", "dns.tll = 5\n\nvip.ports = 80\n");
+    let (code, text) = said(&nohop(&["config", "check", &path]));
+    assert_eq!(code, Some(2), "{text}");
+    assert!(text.contains("bad.toml:1: dns.tll: ") && text.contains("bad.toml:3: "), "{text}");
+    let output = nohop(&["config", "check", "--json", &path]);
+    assert_eq!(output.status.code(), Some(2));
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&report["ok"], report["problems"].as_array().unwrap().len()), (&false.into(), 2));
+
+    let (code, text) = said(&nohop(&["config", "check", "/nonexistent.toml"]));
+    assert!(code == Some(2) && text.contains("/nonexistent.toml"), "{text}");
+}
+
+#[test]
 fn a_bad_catalog_is_a_mistake_with_its_lines() {
     let (_directory, path) = file(
         "catalog.toml",
@@ -54,7 +74,7 @@ fn a_bad_catalog_is_a_mistake_with_its_lines() {
 
 #[test]
 fn without_a_daemon_the_clients_say_where_they_looked() {
-    for command in [&["status"][..], &["services"], &["explain", "web"]] {
+    for command in [&["status"][..], &["services"], &["explain", "web"], &["reload"]] {
         let (code, text) =
             said(&nohop(&[command, &["--admin", "unix:/nonexistent/sock"]].concat()));
         assert_eq!(code, Some(1), "{text}");

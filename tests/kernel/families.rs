@@ -13,17 +13,17 @@ use crate::bed::{
 
 /// How a socket is used.
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Use {
+pub enum Use {
     Tcp,
     ConnectedUdp,
     Udp,
 }
 
 impl Use {
-    const ALL: [Use; 3] = [Use::Tcp, Use::ConnectedUdp, Use::Udp];
+    pub const ALL: [Use; 3] = [Use::Tcp, Use::ConnectedUdp, Use::Udp];
 
     /// The letter that answers. It comes from where it was dialled.
-    fn dial(self, address: SocketAddr) -> io::Result<char> {
+    pub fn dial(self, address: SocketAddr) -> io::Result<char> {
         match self {
             Use::Tcp => {
                 let stream = TcpStream::connect(address)?;
@@ -48,14 +48,14 @@ impl Use {
     }
 }
 
-fn dual(name: &str, vip: Ipv4Addr, vip6: Ipv6Addr, backends: &[SocketAddr]) -> Service {
+pub fn dual(name: &str, vip: Ipv4Addr, vip6: Ipv6Addr, backends: &[SocketAddr]) -> Service {
     let backends: Vec<_> = backends.iter().map(|&address| (address, 1)).collect();
     let one = service(name, vip, &backends);
     Service { protocols: Protocols::Both, vip6: Some(vip6), ..one }
 }
 
 /// Servers for TCP and UDP at one address, which answer with the same letter.
-fn servers(letter: u8, on: SocketAddr) -> (Server, Echo) {
+pub fn servers(letter: u8, on: SocketAddr) -> (Server, Echo) {
     let server = Server::on(letter, on);
     let echo = Echo::on(letter, server.address);
     (server, echo)

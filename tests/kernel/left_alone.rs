@@ -2,24 +2,24 @@
 //! untouched, and land on a server that listens on the VIP itself.
 
 use std::fs;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use lb_userspace::table::{Ports, Protocols};
+use lb_userspace::table::{Ports, Protocols, Service};
 
 use crate::bed::{Bed, Echo, Server, VIP, ask, client, dial, dial_udp, event, service, ways};
 use crate::disconnect::bpf;
 
 /// Servers behind the VIP: `b`; and on the VIP itself: `v`.
-struct Servers {
+pub struct Servers {
     backend: (Server, Echo),
     own: (Server, Echo),
 }
 
 impl Servers {
-    fn start() -> Servers {
+    pub fn start() -> Servers {
         let pair = |letter, address: Ipv4Addr| {
             let server = Server::on(letter, (address, 0));
             let echo = Echo::on(letter, server.address);
@@ -30,17 +30,32 @@ impl Servers {
         Servers { backend, own }
     }
 
-    fn serve(&self, bed: &mut Bed) {
+    pub fn serve(&self, bed: &mut Bed) {
+        bed.apply(vec![self.service()]);
+    }
+
+    /// The service of both protocols that leads to the servers behind the VIP.
+    pub fn service(&self) -> Service {
         let mut web = service("web", VIP, &[(self.backend.0.address, 1)]);
         web.protocols = Protocols::Both;
-        web.ports = Ports::only([self.own.0.address.port()]);
-        bed.apply(vec![web]);
+        web.ports = Ports::only([self.port()]);
+        web
+    }
+
+    /// The port that they are dialled at.
+    pub fn port(&self) -> u16 {
+        self.own.0.address.port()
+    }
+
+    /// The servers behind the VIP.
+    pub fn behind(&self) -> SocketAddr {
+        self.backend.0.address
     }
 
     /// What answers this process now, whatever the socket.
-    fn answer(&self) -> char {
+    pub fn answer(&self) -> char {
         let mut answers = Vec::new();
-        for way in ways(VIP, self.own.0.address.port()) {
+        for way in ways(VIP, self.port()) {
             answers.extend([dial(way).unwrap(), dial_udp(way).unwrap()]);
             answers.push(ask(&client(way), way).unwrap().0);
         }
@@ -92,7 +107,7 @@ pub fn the_daemon() {
     assert_eq!(servers.answer(), 'v');
     assert_ne!(event(&bed, "left_alone"), 0);
     // A daemon that died leaves its number to another process.
-    grow_old(&bed.options.bpffs.join("v1/maps/DAEMON"));
+    grow_old(&bed.options.bpffs.join("v2/maps/DAEMON"));
     assert_eq!(servers.answer(), 'b');
     bed.plane.beat(None);
     assert_eq!(servers.answer(), 'v');
@@ -107,7 +122,7 @@ fn grow_old(map: &Path) {
     let map = bpf(BPF_OBJ_GET, &[path.as_ptr() as u64, 0]).unwrap();
     // SAFETY: the kernel has just made this descriptor for us.
     let map = unsafe { OwnedFd::from_raw_fd(map) };
-    let (key, mut daemon) = (0u32, [0u64; 7]);
+    let (key, mut daemon) = (0u32, [0u64; 8]);
     let attr = [map.as_raw_fd() as u64, &raw const key as u64, &raw mut daemon as u64, 0];
     bpf(BPF_MAP_LOOKUP_ELEM, &attr).unwrap();
     let [heartbeat_ns, ..] = &mut daemon;

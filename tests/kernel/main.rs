@@ -13,7 +13,9 @@ mod odd_sockets;
 mod pins;
 mod ports;
 mod refusal;
+mod reports;
 mod scope;
+mod shadow;
 mod soak;
 mod stress;
 mod survival;
@@ -112,6 +114,16 @@ const TRIALS: &[KernelTrial] = &[
     since((5, 10), "protocols_are_honoured", ports::protocols_are_honoured),
     since((5, 10), "excluded_cgroups_are_left_alone", left_alone::excluded_cgroups),
     since((5, 10), "the_daemon_is_left_alone", left_alone::the_daemon),
+    since((5, 10), "a_cold_service_is_reported_once", reports::a_cold_service_is_reported_once),
+    since((5, 10), "a_refused_dial_is_reported", reports::a_refused_dial_is_reported),
+    since((5, 10), "a_restart_asks_for_reports_anew", reports::a_restart_asks_anew),
+    once("usage_is_told", reports::usage_is_told),
+    since((5, 10), "a_shadow_leaves_dials_untouched", shadow::leaves_dials_untouched),
+    since((5, 10), "a_shadow_leaves_ipv6_untouched", shadow::leaves_ipv6_untouched),
+    since((5, 10), "a_shadow_refuses_nothing", shadow::refuses_nothing),
+    since((5, 10), "a_shadow_lets_connections_go_on", shadow::lets_connections_go_on),
+    since((5, 10), "a_shadow_outlives_the_daemon", shadow::outlives_the_daemon),
+    once("a_shadow_counts_pins_on_the_host_alone", shadow::counts_pins_on_the_host_alone),
     since((6, 8), "dials_go_on_without_storage", odd_sockets::dials_go_on_without_storage),
     since((5, 10), "fast_open_reaches_a_backend", odd_sockets::fast_open),
     since((5, 10), "mptcp_reaches_a_backend", odd_sockets::mptcp),

@@ -56,12 +56,12 @@ pub fn two_daemons_are_one_too_many() {
     let mut first = Plane::start(&place.options).unwrap();
     first.apply(&table(vec![service("web", VIP, &[(server.address, 1)])])).unwrap();
     let pid = std::process::id();
-    for layout in [1, 2] {
+    for layout in [2, 3] {
         place.options.layout = layout;
         let error = Plane::start(&place.options).unwrap_err().to_string();
         assert!(error.contains(&format!("process {pid},")), "{error}");
     }
-    assert!(!place.pin("v2").exists());
+    assert!(!place.pin("v3").exists());
     first.keep();
     assert_eq!(dial((VIP, 80)).unwrap(), 'a', "the first goes on");
 }
@@ -84,11 +84,11 @@ pub fn what_is_foreign_is_refused() {
         bpftool(&["prog", "pin", "id", &id, path]);
     };
     let spoils: [(&str, Spoil<'_>); 5] = [
-        ("v1/maps/SLOTS", &foreign_map),
+        ("v2/maps/SLOTS", &foreign_map),
         ("sockets/PEERS", &foreign_map),
-        ("v1/links/nohop_connect4", &foreign_map),
-        ("v1/links/nohop_connect4", &program),
-        ("v1/links/another", &program),
+        ("v2/links/nohop_connect4", &foreign_map),
+        ("v2/links/nohop_connect4", &program),
+        ("v2/links/another", &program),
     ];
     for (name, spoil) in spoils {
         let mut place = Place::new();
@@ -99,7 +99,7 @@ pub fn what_is_foreign_is_refused() {
         if name.ends_with("connect4") {
             fs::create_dir(place.pin("aside")).unwrap();
             let aside = place.pin("aside/connect4");
-            let connect4 = place.pin("v1/links/nohop_connect4");
+            let connect4 = place.pin("v2/links/nohop_connect4");
             let shown = bpftool(&["-j", "link", "show", "pinned", connect4.to_str().unwrap()]);
             let id = number(&shown, "id").to_string();
             bpftool(&["link", "pin", "id", &id, aside.to_str().unwrap()]);
@@ -107,8 +107,8 @@ pub fn what_is_foreign_is_refused() {
         drop(plane);
         let _ = fs::remove_file(&path);
         spoil(&path);
-        for layout in [1, 2] {
-            if layout == 2 && name.starts_with("v1/maps") {
+        for layout in [2, 3] {
+            if layout == 3 && name.starts_with("v2/maps") {
                 continue; // a map of another layout is never used
             }
             place.options.layout = layout;
@@ -132,7 +132,7 @@ pub fn a_later_layout_is_replaced() {
     let links = place.pin("v9/links");
     fs::rename(links.join("nohop_sendmsg6"), links.join("nohop_unheard_of")).unwrap();
     fs::create_dir(place.pin("v9/something")).unwrap();
-    place.options.layout = 1;
+    place.options.layout = 2;
     let mut plane = place.start();
     assert!(!plane.are_hooks_ours());
     assert_eq!(dial((VIP, 80)).unwrap(), 'a');
@@ -205,7 +205,7 @@ pub fn lost_links_are_mended() {
     let mut bed = serving(&server);
     for lost in [&PROGRAMS[..1], &PROGRAMS[6..7], &PROGRAMS] {
         for program in lost {
-            let link = pin(&bed, &format!("v1/links/{program}"));
+            let link = pin(&bed, &format!("v2/links/{program}"));
             bpftool(&["link", "detach", "pinned", link.to_str().unwrap()]);
         }
         let attachment = bed.plane.mend();
@@ -224,7 +224,7 @@ pub fn lost_pins_are_mended() {
     let (options, mut plane) = (&place.options, place.start());
     plane.apply(&table(vec![service("web", VIP, &[(server.address, 1)])])).unwrap();
     let before = plane.indices("web");
-    for lost in ["v1/links/nohop_recvmsg4", "v1/maps/SLOTS", "sockets", "v1", ""] {
+    for lost in ["v2/links/nohop_recvmsg4", "v2/maps/SLOTS", "sockets", "v2", ""] {
         let path = options.bpffs.join(lost);
         if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) }.unwrap();
         let attachment = plane.mend();
@@ -272,7 +272,7 @@ pub fn hooks_come_and_go_in_order() {
     let ids: Vec<u64> = PROGRAMS
         .iter()
         .map(|program| {
-            let path = place.pin(&format!("v1/links/{program}"));
+            let path = place.pin(&format!("v2/links/{program}"));
             number(&bpftool(&["-j", "link", "show", "pinned", path.to_str().unwrap()]), "id")
         })
         .collect();
@@ -283,7 +283,7 @@ pub fn hooks_come_and_go_in_order() {
     for by_daemon in [true, false] {
         let mut plane = plane.take().unwrap_or_else(|| place.start());
         let events = inotify::init(CreateFlags::NONBLOCK).unwrap();
-        inotify::add_watch(&events, place.pin("v1/links"), WatchFlags::DELETE).unwrap();
+        inotify::add_watch(&events, place.pin("v2/links"), WatchFlags::DELETE).unwrap();
         if by_daemon {
             plane.detach();
         } else {
@@ -305,7 +305,7 @@ pub fn the_heartbeat_is_readable() {
     let place = Place::new();
     let mut plane = place.start();
     plane.apply(&table(vec![])).unwrap();
-    let path = place.pin("v1/maps/DAEMON");
+    let path = place.pin("v2/maps/DAEMON");
     let read = || {
         let dump = bpftool(&["-j", "map", "dump", "pinned", path.to_str().unwrap()]);
         ["heartbeat_ns", "table_ns", "table_generation"].map(|field| number(&dump, field))

@@ -162,7 +162,7 @@ fn takes_over(change: fn(&mut Place)) {
 }
 
 pub fn a_new_layout_takes_over() {
-    takes_over(|place| place.options.layout = 2);
+    takes_over(|place| place.options.layout = 3);
 }
 
 pub fn other_sizes_take_over() {
@@ -182,21 +182,21 @@ fn layouts(place: &Place) -> Vec<String> {
 pub fn a_crash_in_the_middle_serves_on() {
     let (old, new) = (Server::start(b'o'), Server::start(b'n'));
     let web = |server: &Server| vec![service("web", VIP, &[(server.address, 1)])];
-    for next_layout in [2, 1] {
+    for next_layout in [3, 2] {
         let mut place = Place::new();
         let mut plane = place.start();
         apply(&mut plane, web(&old));
         let before = indices(&plane);
         let dialler = Dialler::start((VIP, 80));
         drop(plane);
-        place.options.layout = 2;
+        place.options.layout = 3;
         drop(place.start());
-        assert_eq!(layouts(&place), ["v1", "v2"]);
+        assert_eq!(layouts(&place), ["v2", "v3"]);
         dialler.more(N_DIALS);
 
         place.options.layout = next_layout;
         let mut plane = place.start();
-        assert_eq!(plane.is_adopted(), next_layout == 1);
+        assert_eq!(plane.is_adopted(), next_layout == 2);
         assert_eq!(dialler.more(N_DIALS), "o");
         if plane.is_adopted() {
             assert_eq!(indices(&plane), before);
@@ -215,7 +215,7 @@ pub fn half_written_pins_serve_on() {
     };
     let (old, new) = (Server::start(b'o'), Server::start(b'n'));
     let web = |server: &Server| vec![service("web", VIP, &[(server.address, 1)])];
-    for missing in ["v1/maps/BACKENDS", "v1/maps/DAEMON", "v1/maps", "sockets/PEERS", "sockets"] {
+    for missing in ["v2/maps/BACKENDS", "v2/maps/DAEMON", "v2/maps", "sockets/PEERS", "sockets"] {
         let place = Place::new();
         let mut plane = place.start();
         apply(&mut plane, web(&old));
@@ -244,7 +244,7 @@ pub fn spoilt_maps_are_made_anew() {
         let mut plane = place.start();
         apply(&mut plane, web(&old));
         drop(plane);
-        let path = place.pin(&format!("v1/maps/{map}"));
+        let path = place.pin(&format!("v2/maps/{map}"));
         let status = Command::new("bpftool")
             .args(["map", "update", "pinned", path.to_str().unwrap(), "key", "0", "0", "0", "0"])
             .arg("value")

@@ -13,7 +13,7 @@ pub fn story() -> Result<()> {
     // The id of an instance, what makes it bad, and a word of the reason.
     let bad = [
         ("no-port", json!({ "Port": 0 }), "port"),
-        ("host-name", json!({ "Address": "backend.example" }), "name"),
+        ("host-name", json!({ "Address": "backend.example" }), "looked up"),
         ("link-local", json!({ "Address": "fe80::1" }), "link-local"),
         ("in-pool", json!({ "Address": "127.200.0.1" }), "pool"),
         ("other-loopback", json!({ "Address": "127.0.0.1" }), "loopback"),

@@ -2,8 +2,11 @@
 //! real kernel. `cargo xtask test` runs them; they need root.
 #![forbid(unsafe_code)]
 
+mod acls;
+mod agent_cut_off;
 mod all_critical_refuses_and_recovers;
 mod bad_records;
+mod chosen_instances;
 mod clients_by_name;
 mod cluster;
 mod consul_killed_and_restarted;
@@ -17,23 +20,31 @@ mod hooks_watched;
 mod ipv6_by_name;
 mod kernel_has_a_voice;
 mod killed_under_load;
+mod leader_killed;
 mod load;
+mod maintenance;
 mod more_than_fits;
 mod not_a_vip_untouched;
 mod not_ready_before_consul;
 mod passed_sockets;
 mod pinned_address;
+mod port_reused;
 mod ports_from_meta;
 mod postgres;
 mod refuses_to_start;
+mod reloaded_live;
 mod resolvers;
+mod restarted_without_consul;
+mod servers;
 mod services_never_mix;
 mod state_lost;
 mod static_catalog;
 mod stops_within_a_second;
 mod tag_removed;
+mod tls_rotated;
 mod udp_echo;
 mod upgraded_under_load;
+mod way_out;
 mod wildcard_server_never_reached;
 
 use std::process::ExitCode;
@@ -44,9 +55,12 @@ use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
 type Story = fn() -> Result<()>;
 
-const STORIES: [(&str, Story); 31] = [
+const STORIES: [(&str, Story); 42] = [
+    ("acls", acls::story),
+    ("agent_cut_off", agent_cut_off::story),
     ("all_critical_refuses_and_recovers", all_critical_refuses_and_recovers::story),
     ("bad_records", bad_records::story),
+    ("chosen_instances", chosen_instances::story),
     ("consul_killed_and_restarted", consul_killed_and_restarted::story),
     ("consul_as_resolver", resolvers::consul),
     ("container_namespace", container_namespace::story),
@@ -61,20 +75,28 @@ const STORIES: [(&str, Story); 31] = [
     ("ipv6_by_name", ipv6_by_name::story),
     ("kernel_has_a_voice", kernel_has_a_voice::story),
     ("killed_under_load", killed_under_load::story),
+    ("leader_killed", leader_killed::story),
+    ("maintenance", maintenance::story),
     ("more_than_fits", more_than_fits::story),
     ("not_a_vip_untouched", not_a_vip_untouched::story),
     ("not_ready_before_consul", not_ready_before_consul::story),
     ("pinned_address", pinned_address::story),
+    ("port_reused", port_reused::story),
     ("ports_from_meta", ports_from_meta::story),
     ("refuses_to_start", refuses_to_start::story),
+    ("reloaded_live", reloaded_live::story),
     ("resolvers_in_a_circle", resolvers::circle),
+    ("restarted_without_consul", restarted_without_consul::story),
     ("services_never_mix", services_never_mix::story),
     ("state_lost", state_lost::story),
     ("static_catalog", static_catalog::story),
     ("stops_within_a_second", stops_within_a_second::story),
     ("tag_removed", tag_removed::story),
+    ("tls_rotated", tls_rotated::story),
     ("udp_echo", udp_echo::story),
     ("upgraded_under_load", upgraded_under_load::story),
+    ("way_out", way_out::story),
+    ("way_out_by_key", way_out::by_key),
     ("wildcard_server_never_reached", wildcard_server_never_reached::story),
 ];
 

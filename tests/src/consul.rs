@@ -28,6 +28,8 @@ const DEV: &str = "dev";
 pub struct Consul {
     host: Arc<Host>,
     config: Value,
+    /// What this agent's HTTP interface is asked with, where ACLs are on.
+    token: Option<String>,
     process: Option<Process>,
     scratch: Scratch,
 }
@@ -51,6 +53,57 @@ impl Consul {
         Consul::start(host, node, address, config)
     }
 
+    /// Starts the servers of one cluster, each on a host, under a node name, at an address; `more` is
+    /// merged into the configuration of each, and `token` is what their HTTP interface is asked with.
+    ///
+    /// # Errors
+    /// When they aren't ready in time.
+    pub fn servers(
+        hosts: &[(&Arc<Host>, &str, &str)],
+        more: &Value,
+        token: Option<&str>,
+    ) -> Result<Vec<Consul>> {
+        let addresses: Vec<&str> = hosts.iter().map(|(_, _, address)| *address).collect();
+        let mut servers = Vec::new();
+        for (host, node, address) in hosts {
+            let mut config = json!({
+                "server": true,
+                "bootstrap_expect": hosts.len(),
+                "retry_join": addresses,
+                "retry_interval": "250ms",
+            });
+            merge(&mut config, more);
+            let mut server = Consul::prepare(host, node, address, &config, token)?;
+            server.spawn()?;
+            servers.push(server);
+        }
+        // None is ready before they have elected one of them.
+        for server in &servers {
+            server.wait_until_ready()?;
+        }
+        Ok(servers)
+    }
+
+    /// Starts a client, reached at `address`, of the servers at `servers`, with more of a
+    /// configuration and a token as in [`Consul::servers`].
+    ///
+    /// # Errors
+    /// When it isn't ready in time.
+    pub fn client_with(
+        host: &Arc<Host>,
+        node: &str,
+        address: &str,
+        servers: &[&str],
+        more: &Value,
+        token: Option<&str>,
+    ) -> Result<Consul> {
+        let mut config = json!({ "retry_join": servers, "retry_interval": "250ms" });
+        merge(&mut config, more);
+        let mut client = Consul::prepare(host, node, address, &config, token)?;
+        client.restart()?;
+        Ok(client)
+    }
+
     /// Starts an agent that is a cluster by itself and stores nothing: `consul agent -dev`.
     ///
     /// # Errors
@@ -60,6 +113,19 @@ impl Consul {
     }
 
     fn start(host: &Arc<Host>, node: &str, address: &str, role: Value) -> Result<Consul> {
+        let mut consul = Consul::prepare(host, node, address, &role, None)?;
+        consul.restart()?;
+        Ok(consul)
+    }
+
+    /// An agent that doesn't run yet.
+    fn prepare(
+        host: &Arc<Host>,
+        node: &str,
+        address: &str,
+        role: &Value,
+        token: Option<&str>,
+    ) -> Result<Consul> {
         let mut config = json!({
             "node_name": node,
             "bind_addr": address,
@@ -72,13 +138,9 @@ impl Consul {
             "performance": { "raft_multiplier": 1 },
             "gossip_lan": { "gossip_interval": "50ms", "probe_interval": "500ms" },
         });
-        for (key, value) in role.as_object().into_iter().flatten() {
-            config[key] = value.clone();
-        }
-        let scratch = Scratch::new("consul")?;
-        let mut consul = Consul { host: Arc::clone(host), config, scratch, process: None };
-        consul.restart()?;
-        Ok(consul)
+        merge(&mut config, role);
+        let (host, scratch) = (Arc::clone(host), Scratch::new("consul")?);
+        Ok(Consul { host, config, token: token.map(String::from), scratch, process: None })
     }
 
     /// Ends the agent at once, as a crash would.
@@ -93,6 +155,15 @@ impl Consul {
     /// # Errors
     /// When it isn't ready in time.
     pub fn restart(&mut self) -> Result<()> {
+        self.spawn()?;
+        self.wait_until_ready()
+    }
+
+    /// The same, without waiting until it is of use.
+    ///
+    /// # Errors
+    /// When it can't be started.
+    pub fn spawn(&mut self) -> Result<()> {
         self.kill();
         let config_file = self.scratch.path().join("config.json");
         fs::write(&config_file, self.config.to_string()).context("write Consul's configuration")?;
@@ -104,9 +175,18 @@ impl Consul {
         } else {
             command.arg("-data-dir").arg(self.scratch.path().join("data"));
         }
-        let process = Process::spawn(&format!("consul {name}"), command)?;
+        self.process = Some(Process::spawn(&format!("consul {name}"), command)?);
+        Ok(())
+    }
+
+    /// Waits until it is of use, after [`Consul::spawn`].
+    ///
+    /// # Errors
+    /// When it isn't in time.
+    pub fn wait_until_ready(&self) -> Result<()> {
+        let process = self.process.as_ref().context("the agent doesn't run")?;
         process.wait_for_line(&READY, PATIENCE)?;
-        self.process = Some(process);
+        let name = self.config["node_name"].as_str().unwrap_or_default();
         let passing = |checks: &Value| {
             let mut checks = checks.as_array().into_iter().flatten();
             checks.any(|check| check["CheckID"] == "serfHealth" && check["Status"] == "passing")
@@ -140,6 +220,27 @@ impl Consul {
     pub fn put(&self, path: &str, body: &Value) -> Result<()> {
         let mut command = self.curl(path);
         command.args(["--request", "PUT", "--data-binary", &body.to_string()]);
+        run::stdout(command).map(drop)
+    }
+
+    /// PUTs to a path, and returns what the agent answers.
+    ///
+    /// # Errors
+    /// When the agent refuses, or doesn't answer with JSON.
+    pub fn put_for(&self, path: &str, body: &Value) -> Result<Value> {
+        let mut command = self.curl(path);
+        command.args(["--request", "PUT", "--data-binary", &body.to_string()]);
+        let answer = run::stdout(command)?;
+        serde_json::from_str(&answer).with_context(|| format!("{path} answered {answer:?}"))
+    }
+
+    /// DELETEs a path, such as `/v1/acl/token/ID`.
+    ///
+    /// # Errors
+    /// When the agent refuses.
+    pub fn delete(&self, path: &str) -> Result<()> {
+        let mut command = self.curl(path);
+        command.args(["--request", "DELETE"]);
         run::stdout(command).map(drop)
     }
 
@@ -201,8 +302,18 @@ impl Consul {
     fn curl(&self, path: &str) -> Command {
         let mut command = self.host.outside().command("curl");
         command.args(["--silent", "--show-error", "--fail-with-body", "--max-time", "20"]);
+        if let Some(token) = &self.token {
+            command.args(["--header", &format!("X-Consul-Token: {token}")]);
+        }
         command.arg(format!("http://127.0.0.1:8500{path}"));
         command
+    }
+}
+
+/// Puts the keys of `more` into `config`.
+fn merge(config: &mut Value, more: &Value) {
+    for (key, value) in more.as_object().into_iter().flatten() {
+        config[key] = value.clone();
     }
 }
 

@@ -72,6 +72,31 @@ impl Host {
         Ok(())
     }
 
+    /// Makes this host the switch that connects others: see [`Host::plug`].
+    ///
+    /// # Errors
+    /// Without the right to make a bridge.
+    pub fn become_switch(&self) -> Result<()> {
+        self.ip("link add br0 type bridge")?;
+        self.ip("link set br0 up").map(drop)
+    }
+
+    /// Plugs a host with this address into the switch. Returns the switch's end of the cable, which
+    /// [`Host::ip`] of the switch can set `down` and `up`.
+    ///
+    /// # Errors
+    /// When `ip` refuses.
+    pub fn plug(&self, host: &Host, address: &str) -> Result<String> {
+        let [port, interface] = [self, host]
+            .map(|host| format!("eth{}", host.n_interfaces.fetch_add(1, Ordering::Relaxed)));
+        let peer = &host.namespace;
+        self.ip(&format!("link add {port} type veth peer name {interface} netns {peer}"))?;
+        self.ip(&format!("link set {port} master br0 up"))?;
+        host.ip(&format!("addr add {address} dev {interface}"))?;
+        host.ip(&format!("link set {interface} up"))?;
+        Ok(port)
+    }
+
     /// Runs `ip` on this host, with arguments separated by spaces.
     ///
     /// # Errors

@@ -4,6 +4,7 @@
 mod bench;
 mod compile;
 mod demo;
+mod fuzz;
 mod process;
 mod setup;
 mod tally;
@@ -57,6 +58,14 @@ enum Task {
         #[arg(long)]
         quick: bool,
     },
+    /// Fuzz what reads Consul's answers, the configuration and the static catalog
+    Fuzz {
+        /// Only this target
+        target: Option<String>,
+        /// How long each runs
+        #[arg(long, value_name = "N", default_value_t = 60)]
+        seconds: u64,
+    },
     /// Format, lints, unit tests, tests in the kernel and end to end, and in other kernels
     Test {
         /// Run only the tests whose name contains this; without format and lints
@@ -99,6 +108,7 @@ fn run(task: Task) -> Result<ExitCode> {
             demo::demo(keep)?;
         }
         Task::Bench { suite, quick } => bench::run(suite, quick)?,
+        Task::Fuzz { target, seconds } => fuzz::run(target.as_deref(), seconds)?,
         Task::Test { filter } => return Ok(test::run(filter.as_deref())),
         Task::Vm { kernel } => return vm::run(kernel),
     }

@@ -3,6 +3,7 @@
 
 mod apt;
 mod consul;
+pub mod fuzz;
 pub mod kernels;
 mod linker;
 mod resolved;

@@ -28,6 +28,9 @@ pub struct Status {
     pub backends: usize,
     /// The DNS server.
     pub dns: DnsStatus,
+    /// The addresses that services get.
+    #[serde(default)]
+    pub pool: PoolStatus,
     /// The kernel side.
     pub plane: PlaneStatus,
 }
@@ -42,6 +45,46 @@ pub struct CatalogStatus {
     pub state: String,
     /// Seconds since the source last answered; `null` before that.
     pub age_seconds: Option<f64>,
+    /// What should be known and is no problem, such as that Consul leaves out what the token may
+    /// not read.
+    #[serde(default)]
+    pub facts: Vec<String>,
+    /// What is wrong with it, with the mend.
+    #[serde(default)]
+    pub problem: Option<String>,
+    /// What is followed, where the source doesn't follow everything by itself.
+    #[serde(default)]
+    pub watches: Option<WatchStatus>,
+}
+
+/// What a source follows and what that costs, within [`CatalogStatus`].
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct WatchStatus {
+    /// The services whose instances are followed.
+    pub live: usize,
+    /// The others.
+    pub cold: usize,
+    /// The connections that are open.
+    pub connections: usize,
+    /// The connections that there may be.
+    pub max_connections: usize,
+    /// Seconds since the live service that waits longest for its turn was answered.
+    pub oldest_age_seconds: Option<f64>,
+    /// The most requests that this node makes in an hour, by reckoning.
+    pub requests_per_hour: u64,
+    /// The most bytes that it reads in an hour, by reckoning.
+    pub bytes_per_hour: u64,
+}
+
+/// How `vip.pool` is used, within [`Status`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PoolStatus {
+    /// The addresses of services.
+    pub used: usize,
+    /// Those that a service gave up less than a day ago.
+    pub resting: usize,
+    /// All that there are for services.
+    pub size: usize,
 }
 
 /// The DNS server, within [`Status`].
@@ -99,6 +142,12 @@ pub struct PlaneStatus {
     pub adopted: bool,
     /// The cgroup whose processes are served.
     pub cgroup: String,
+    /// `translate`, or `shadow` while dials are only counted and names get SERVFAIL.
+    #[serde(default)]
+    pub mode: String,
+    /// Why dials are only counted; `null` while they are translated.
+    #[serde(default)]
+    pub mode_reason: Option<String>,
     /// How full the maps are.
     pub maps: Vec<MapStatus>,
     /// The number of services that the kernel doesn't have as the table wants them.
@@ -155,6 +204,9 @@ pub struct Service {
     /// Dials that were refused because their sockets' address family can reach none of the backends.
     #[serde(default)]
     pub refused_family: u64,
+    /// Dials that passed untouched because dials were only counted, since the start.
+    #[serde(default)]
+    pub shadowed: u64,
     /// The instances that dials may reach, and those that can't be reached from here.
     pub backends: Vec<Backend>,
 }
@@ -189,4 +241,29 @@ pub struct Explanation {
     pub service: Option<Service>,
     /// The instances that are out.
     pub excluded: Vec<Excluded>,
+}
+
+/// `POST /v1/reload`: what became of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reload {
+    /// Whether the configuration is in force; otherwise nothing changed.
+    pub ok: bool,
+    /// What is wrong with the configuration, each with its place and the mend.
+    pub problems: Vec<String>,
+    /// The keys that differ from what is in force, or was before.
+    pub changes: Vec<ChangedKey>,
+}
+
+/// A key of the configuration, within [`Reload`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChangedKey {
+    /// The key.
+    pub key: String,
+    /// The former value, as the file would have it; secrets aren't shown.
+    pub from: String,
+    /// The new one.
+    pub to: String,
+    /// Why it can't change without a restart of the daemon; one such key keeps all others back.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub restart: Option<String>,
 }

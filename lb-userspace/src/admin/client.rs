@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use hyper::http::request;
 use hyper::{Request, StatusCode};
 use serde::de::DeserializeOwned;
 use tokio::net::{TcpStream, UnixStream};
@@ -108,7 +109,25 @@ pub async fn get<T: DeserializeOwned>(
     address: &AdminAddress,
     path: &str,
 ) -> Result<T, ClientError> {
-    let limited = tokio::time::timeout(TIME_LIMIT, ask(address, path)).await;
+    document(address, Request::get(path)).await
+}
+
+/// Has something done, and reads the document that tells of it.
+///
+/// # Errors
+/// As for [`get`].
+pub async fn post<T: DeserializeOwned>(
+    address: &AdminAddress,
+    path: &str,
+) -> Result<T, ClientError> {
+    document(address, Request::post(path)).await
+}
+
+async fn document<T: DeserializeOwned>(
+    address: &AdminAddress,
+    request: request::Builder,
+) -> Result<T, ClientError> {
+    let limited = tokio::time::timeout(TIME_LIMIT, ask(address, request)).await;
     let answer =
         limited.map_err(|_| ClientError::TimeLimit { address: address.clone() }).flatten()?;
     if answer.headers.get("content-type").is_none_or(|kind| kind != JSON) {
@@ -122,8 +141,7 @@ pub async fn get<T: DeserializeOwned>(
         .map_err(|source| ClientError::Document { address: address.clone(), source })
 }
 
-async fn ask(address: &AdminAddress, path: &str) -> Result<Answer, ClientError> {
-    let request = Request::get(path);
+async fn ask(address: &AdminAddress, request: request::Builder) -> Result<Answer, ClientError> {
     let unreachable = |source: std::io::Error| match source.kind() {
         std::io::ErrorKind::PermissionDenied => ClientError::Forbidden { address: address.clone() },
         _ => ClientError::Unreachable { address: address.clone(), source },

@@ -3,6 +3,7 @@
 pub mod api;
 mod bind;
 pub mod client;
+pub mod exposition;
 pub mod http;
 mod route;
 mod server;

@@ -10,6 +10,8 @@ GET /v1/status
 GET /v1/services
 GET /v1/services/NAME
 GET /v1/dns?name=NAME&type=TYPE
+POST /v1/reload
+GET /metrics
 GET /healthz
 GET /readyz
 On the others of /v1: ?after=GENERATION answers once the table is past that generation, or after &wait=SECONDS \
@@ -28,6 +30,8 @@ pub(super) enum Route {
     Services,
     Explain(String),
     LookUp { name: String, kind: String },
+    Reload,
+    Metrics,
     Health,
     Ready,
 }
@@ -42,8 +46,8 @@ pub(super) struct Wait {
 /// Why a request can't be answered.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum RouteError {
-    #[error("only GET is answered here")]
-    Method,
+    #[error("only {0} is answered here")]
+    Method(Method),
     #[error("no such path. What there is:\n{ROUTES}")]
     Path,
     #[error("{name}: '{value}' is wrong; {mend}")]
@@ -62,7 +66,9 @@ pub(super) fn route(
         "/v1/dns" if *method == Method::GET => {
             return Ok((look_up(query.unwrap_or_default())?, None));
         }
-        "/v1/dns" => return Err(RouteError::Method),
+        "/v1/dns" => return Err(RouteError::Method(Method::GET)),
+        "/v1/reload" => Route::Reload,
+        "/metrics" => Route::Metrics,
         "/healthz" => Route::Health,
         "/readyz" => Route::Ready,
         _ => match path.strip_prefix("/v1/services/") {
@@ -70,8 +76,13 @@ pub(super) fn route(
             _ => return Err(RouteError::Path),
         },
     };
-    if method != Method::GET {
-        return Err(RouteError::Method);
+    let allowed = if route == Route::Reload { Method::POST } else { Method::GET };
+    if *method != allowed {
+        return Err(RouteError::Method(allowed));
+    }
+    if matches!(route, Route::Metrics) {
+        // Prometheus may be told to add parameters.
+        return Ok((route, None));
     }
     Ok((route, wait(query.unwrap_or_default())?))
 }
@@ -175,6 +186,8 @@ mod tests {
             ("/v1/dns", None, None),
             ("/v1/dns", Some("type=A"), None),
             ("/v1/dns", Some("name=a&after=1"), None),
+            ("/metrics", None, Some((Route::Metrics, None))),
+            ("/metrics", Some("collect=all"), Some((Route::Metrics, None))),
             ("/healthz", None, Some((Route::Health, None))),
             ("/readyz", None, Some((Route::Ready, None))),
             (
@@ -203,8 +216,11 @@ mod tests {
     }
 
     #[test]
-    fn only_get() {
-        assert_eq!(route(&Method::POST, "/healthz", None), Err(RouteError::Method));
+    fn each_path_has_one_method() {
+        let only = |method| Err(RouteError::Method(method));
+        assert_eq!(route(&Method::POST, "/healthz", None), only(Method::GET));
+        assert_eq!(route(&Method::GET, "/v1/reload", None), only(Method::POST));
+        assert_eq!(route(&Method::POST, "/v1/reload", None), Ok((Route::Reload, None)));
         assert_eq!(route(&Method::POST, "/nowhere", None), Err(RouteError::Path));
     }
 

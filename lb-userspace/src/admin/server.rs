@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use http_body_util::Full;
 use hyper::body::{Bytes, Incoming};
-use hyper::header::{ALLOW, CONTENT_TYPE};
+use hyper::header::{ALLOW, CONTENT_TYPE, HeaderValue};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Request, Response, StatusCode};
@@ -20,6 +20,7 @@ use tokio::task::JoinSet;
 
 use super::api;
 use super::bind::Listener;
+use super::exposition;
 use super::route::{Route, RouteError, Wait, route};
 
 /// The most connections at any time; those that wait for a generation count.
@@ -51,8 +52,12 @@ pub trait View: Send + Sync + 'static {
         name: &str,
         kind: &str,
     ) -> impl Future<Output = Result<api::Lookup, String>> + Send;
+    /// What is counted, as an exposition.
+    fn metrics(&self) -> String;
     /// The generation of the table, as it grows.
     fn generation(&self) -> watch::Receiver<u64>;
+    /// Reads the configuration again, and takes over what differs.
+    fn reload(&self) -> impl Future<Output = api::Reload> + Send;
 }
 
 /// Answers on every listener, until it is dropped.
@@ -106,7 +111,7 @@ fn spawn<V: View>(
         let _slot = slot;
         let service = service_fn(|request: Request<Incoming>| {
             let view = Arc::clone(&view);
-            async move { Ok::<_, Infallible>(answer(&request, &*view).await) }
+            async move { Ok::<_, Infallible>(answer(&request, view).await) }
         });
         let served = http1::Builder::new()
             .timer(TokioTimer::new())
@@ -119,18 +124,41 @@ fn spawn<V: View>(
     });
 }
 
-async fn answer<V: View>(request: &Request<Incoming>, view: &V) -> Response<Full<Bytes>> {
+async fn answer<V: View>(request: &Request<Incoming>, view: Arc<V>) -> Response<Full<Bytes>> {
     let uri = request.uri();
     let (route, wait) = match route(request.method(), uri.path(), uri.query()) {
         Ok(asked) => asked,
         Err(error) => return refusal(&error),
     };
+    if route == Route::Reload {
+        let reload = view.reload().await;
+        let generation = *view.generation().borrow();
+        let status = match (reload.ok, reload.problems.is_empty()) {
+            (true, _) => StatusCode::OK,
+            (false, false) => StatusCode::BAD_REQUEST,
+            (false, true) => StatusCode::CONFLICT,
+        };
+        return json(status, generation, &reload);
+    }
     let mut generation = view.generation();
     if let Some(Wait { after, limit }) = wait {
         // Whether the generation came or the time is over, the answer is the table as it is.
         let _ = tokio::time::timeout(limit, generation.wait_for(|now| *now > after)).await;
     }
     let generation = *generation.borrow();
+    if let Route::LookUp { name, kind } = &route {
+        return match view.look_up(name, kind).await {
+            Ok(lookup) => json(StatusCode::OK, generation, &lookup),
+            Err(wrong) => text(StatusCode::BAD_REQUEST, format!("{wrong}\n")),
+        };
+    }
+    // A view waits for whoever changes the maps, and a large one takes a while to write down:
+    // nothing for the threads that DNS is answered on.
+    let shown = tokio::task::spawn_blocking(move || show(route, generation, &*view)).await;
+    shown.unwrap_or_else(|error| text(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")))
+}
+
+fn show<V: View>(route: Route, generation: u64, view: &V) -> Response<Full<Bytes>> {
     match route {
         Route::Status => json(StatusCode::OK, generation, &view.status()),
         Route::Services => json(StatusCode::OK, generation, &view.services()),
@@ -142,11 +170,12 @@ async fn answer<V: View>(request: &Request<Incoming>, view: &V) -> Response<Full
             };
             json(status, generation, &explanation)
         }
-        Route::LookUp { name, kind } => match view.look_up(&name, &kind).await {
-            Ok(lookup) => json(StatusCode::OK, generation, &lookup),
-            Err(wrong) => text(StatusCode::BAD_REQUEST, format!("{wrong}\n")),
-        },
-        Route::Health => text(StatusCode::OK, "ok\n".to_owned()),
+        Route::Metrics => {
+            let mut response = text(StatusCode::OK, view.metrics());
+            let media_type = HeaderValue::from_static(exposition::MEDIA_TYPE);
+            response.headers_mut().insert(CONTENT_TYPE, media_type);
+            response
+        }
         Route::Ready => {
             let status = view.status();
             if status.ready {
@@ -155,18 +184,23 @@ async fn answer<V: View>(request: &Request<Incoming>, view: &V) -> Response<Full
             let problems = status.problems.join("\n");
             text(StatusCode::SERVICE_UNAVAILABLE, format!("not ready\n{problems}\n"))
         }
+        Route::Health | Route::Reload | Route::LookUp { .. } => {
+            text(StatusCode::OK, "ok\n".to_owned())
+        }
     }
 }
 
 fn refusal(error: &RouteError) -> Response<Full<Bytes>> {
     let status = match error {
-        RouteError::Method => StatusCode::METHOD_NOT_ALLOWED,
+        RouteError::Method(_) => StatusCode::METHOD_NOT_ALLOWED,
         RouteError::Path => StatusCode::NOT_FOUND,
         RouteError::Query { .. } => StatusCode::BAD_REQUEST,
     };
     let mut response = text(status, format!("{error}\n"));
-    if *error == RouteError::Method {
-        response.headers_mut().insert(ALLOW, hyper::header::HeaderValue::from_static("GET"));
+    if let RouteError::Method(allowed) = error
+        && let Ok(allowed) = HeaderValue::from_str(allowed.as_str())
+    {
+        response.headers_mut().insert(ALLOW, allowed);
     }
     response
 }
@@ -178,7 +212,7 @@ fn json(status: StatusCode, generation: u64, document: &impl Serialize) -> Respo
     };
     *response.status_mut() = status;
     let headers = response.headers_mut();
-    headers.insert(CONTENT_TYPE, hyper::header::HeaderValue::from_static(super::http::JSON));
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static(super::http::JSON));
     headers.insert(GENERATION_HEADER, generation.into());
     response
 }
@@ -186,7 +220,7 @@ fn json(status: StatusCode, generation: u64, document: &impl Serialize) -> Respo
 fn text(status: StatusCode, body: String) -> Response<Full<Bytes>> {
     let mut response = Response::new(Full::new(Bytes::from(body)));
     *response.status_mut() = status;
-    let plain = hyper::header::HeaderValue::from_static("text/plain; charset=utf-8");
+    let plain = HeaderValue::from_static("text/plain; charset=utf-8");
     response.headers_mut().insert(CONTENT_TYPE, plain);
     response
 }
@@ -216,7 +250,11 @@ mod tests {
                     source: "file".into(),
                     state: "live".into(),
                     age_seconds: None,
+                    facts: Vec::new(),
+                    problem: None,
+                    watches: None,
                 },
+                pool: api::PoolStatus::default(),
                 services: 1,
                 backends: 0,
                 dns: api::DnsStatus { listen: vec![], domain: "service".into() },
@@ -240,6 +278,7 @@ mod tests {
                 dials: 0,
                 refused: 0,
                 refused_family: 0,
+                shadowed: 0,
                 backends: vec![],
             }]
         }
@@ -257,8 +296,17 @@ mod tests {
             Err(format!("no lookup of {name} here"))
         }
 
+        fn metrics(&self) -> String {
+            "nohop_ready 1\n".into()
+        }
+
         fn generation(&self) -> watch::Receiver<u64> {
             self.0.subscribe()
+        }
+
+        async fn reload(&self) -> api::Reload {
+            let problems = vec!["f:3: dns.ttl: is wrong".into()];
+            api::Reload { ok: false, problems, changes: vec![] }
         }
     }
 
@@ -300,6 +348,9 @@ mod tests {
             ("GET", "/v1/services", 200, "\"vip\":\"127.128.0.1\""),
             ("GET", "/v1/services/web", 200, "a sentence"),
             ("GET", "/v1/services/nope", 404, "a sentence"),
+            ("GET", "/metrics", 200, "nohop_ready 1"),
+            ("POST", "/v1/reload", 400, "f:3: dns.ttl"),
+            ("GET", "/v1/reload", 405, "POST"),
             ("GET", "/v1/status?after=x", 400, "after"),
             ("GET", "/", 404, "/v1/services/NAME"),
             ("POST", "/v1/status", 405, "GET"),
@@ -334,6 +385,8 @@ mod tests {
         let explanation: api::Explanation =
             client::get(&address, "/v1/services/nope").await.unwrap();
         assert_eq!(explanation.service, None);
+        let reload: api::Reload = client::post(&address, "/v1/reload").await.unwrap();
+        assert!(!reload.ok);
         let error = client::get::<api::Status>(&address, "/v1/nope").await.unwrap_err();
         assert!(error.to_string().contains("404"), "{error}");
         let error = client::get::<api::Status>(&address, "/v1/services").await.unwrap_err();

@@ -1,6 +1,6 @@
 //! Who uses which service: what DNS and the kernel say, and a source acts on.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use tokio::sync::{mpsc, oneshot};
 
@@ -8,9 +8,10 @@ use tokio::sync::{mpsc, oneshot};
 /// known.
 const MAX_WAITING: usize = 1024;
 
-/// Where to say that a service is used. A source that follows everything hears nothing.
+/// Where to say that a service is used. A source that follows everything hears nothing. It stays
+/// good when the source is started again, or gives way to another.
 #[derive(Clone, Debug, Default)]
-pub struct Demand(Option<mpsc::Sender<Wish>>);
+pub struct Demand(Arc<RwLock<Option<mpsc::Sender<Wish>>>>);
 
 /// What somebody wants.
 #[derive(Debug)]
@@ -23,20 +24,21 @@ pub struct Wish {
 }
 
 impl Demand {
-    /// A way to say it, and where a source hears it.
-    pub fn channel() -> (Demand, mpsc::Receiver<Wish>) {
+    /// Where a source hears it from now on; who listened before hears nothing more.
+    pub fn listen(&self) -> mpsc::Receiver<Wish> {
         let (wishes, inbox) = mpsc::channel(MAX_WAITING);
-        (Demand(Some(wishes)), inbox)
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = Some(wishes);
+        inbox
     }
 
     /// Whether a source listens; else nothing that is said makes a difference.
     pub fn is_heard(&self) -> bool {
-        self.0.is_some()
+        self.0.read().unwrap_or_else(PoisonError::into_inner).is_some()
     }
 
     /// Notes that the service `name`, in lower case, is in use: it becomes live, or stays so.
     pub fn used(&self, name: &str) {
-        if let Some(wishes) = &self.0 {
+        if let Some(wishes) = self.wishes() {
             let _ = wishes.try_send(Wish { name: name.into(), done: None });
         }
     }
@@ -44,9 +46,13 @@ impl Demand {
     /// The same, and waits until the source has looked it up. Returns whether there is such a
     /// service; then a catalog that has it live is published. The caller sets the limit.
     pub async fn look_up(&self, name: &str) -> bool {
-        let Some(wishes) = &self.0 else { return false };
+        let Some(wishes) = self.wishes() else { return false };
         let (done, looked_up) = oneshot::channel();
         let sent = wishes.try_send(Wish { name: name.into(), done: Some(done) });
         sent.is_ok() && looked_up.await.unwrap_or(false)
+    }
+
+    fn wishes(&self) -> Option<mpsc::Sender<Wish>> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }

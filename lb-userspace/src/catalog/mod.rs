@@ -3,15 +3,21 @@
 //! A source never publishes less than it knows: an error, a time-out or an answer that can't be
 //! read leaves the last catalog in place and changes only what [`Health`] says of it.
 
+mod cache;
 mod consul;
 mod demand;
 mod file;
+#[cfg(any(fuzzing, test))]
+pub(crate) mod fuzzing;
+mod memory;
 mod output;
+pub mod resolve;
 mod stats;
+mod supervise;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -22,6 +28,7 @@ pub use demand::Demand;
 pub use stats::{Stats, Watches};
 
 use output::Output;
+use supervise::{Ageing, Limits, Source as Life};
 
 /// All that a source knows: the instances of each routed service, by the service's name.
 ///
@@ -47,11 +54,18 @@ pub struct Health {
     pub problem: Option<String>,
     /// Whether the problem is that the source doesn't answer, so that the last catalog serves.
     pub is_failing: bool,
+    /// What should be known and is no problem, a sentence each.
+    pub facts: Vec<String>,
     /// When the source last answered, whether or not anything had changed. `None` before that.
     pub last_answer: Option<Instant>,
 }
 
 /// A running source; dropping it ends the source's tasks.
+///
+/// The receivers, the demand and the counts stay the same for as long as the handle lives, whatever
+/// becomes of the source: it is started again when it panics or hangs, and
+/// [`Handle::reconfigure`] puts another in its place. The last catalog stays until the new source
+/// has a whole one of its own; what was in use stays in use.
 #[derive(Debug)]
 pub struct Handle {
     /// The last catalog; `None` before the first full sync. It wakes only for a change.
@@ -64,7 +78,10 @@ pub struct Handle {
     pub demand: Demand,
     /// What the source counts.
     pub stats: Arc<Stats>,
-    _tasks: JoinSet<()>,
+    /// Whether the source has hung so often that only another process can help.
+    pub hopeless: watch::Receiver<bool>,
+    output: Output,
+    keeper: JoinSet<()>,
 }
 
 /// Why a source can't start.
@@ -75,71 +92,99 @@ pub enum CatalogError {
     File(#[from] file::FileError),
 }
 
-/// Starts the source that the configuration names, on the current tokio runtime.
+/// Sees whether the source that the configuration names can be started.
 ///
 /// # Errors
 /// A static catalog that can't be read, or that has errors in it. Consul may come later.
-pub fn spawn(config: &Config) -> Result<Handle, CatalogError> {
+pub fn check(config: &Config) -> Result<(), CatalogError> {
     match &config.catalog.source {
-        Source::Consul => {
-            let (consul, tag) = (config.consul.clone(), config.catalog.tag.clone());
-            let output = Output::new("consul");
-            Ok(Handle::keep(output, move |output| {
-                consul::run(consul.clone(), tag.clone(), consul::Timing::default(), output)
-            }))
-        }
-        Source::File(path) => {
-            let (path, output) = (path.clone(), Output::new("file"));
-            file::load(&path, &output)?;
-            Ok(Handle::keep(output, move |output| file::run(path.clone(), output)))
-        }
+        Source::Consul => Ok(()),
+        Source::File(path) => Ok(file::check(path)?),
     }
 }
 
-/// How long a source that panicked stays down.
-const RESTART: Duration = Duration::from_secs(1);
+/// Starts the source that the configuration names, on a thread of its own. The services `in_use`,
+/// in lower case, are live from the start, so that no catalog is without their instances.
+///
+/// # Errors
+/// As [`check`].
+pub fn spawn(config: &Config, in_use: Vec<Arc<str>>) -> Result<Handle, CatalogError> {
+    let mut handle = Handle::of(first_output(config)?);
+    handle.keep(config, in_use, true);
+    Ok(handle)
+}
+
+/// Starts the source as [`spawn`] does, but reads and leaves nothing in the state directory.
+///
+/// # Errors
+/// As [`check`].
+pub fn try_out(config: &Config) -> Result<Handle, CatalogError> {
+    let mut handle = Handle::of(first_output(config)?);
+    handle.keep(config, Vec::new(), false);
+    Ok(handle)
+}
+
+fn first_output(config: &Config) -> Result<Output, CatalogError> {
+    let output = Output::new(name(&config.catalog.source));
+    if let Source::File(path) = &config.catalog.source {
+        file::load(path, &output)?;
+    }
+    Ok(output)
+}
 
 impl Handle {
-    /// Keeps a source running: should it end, it is started again, and its last catalog stays.
-    fn keep<F>(output: Output, source: impl Fn(Output) -> F + Send + 'static) -> Self
-    where
-        F: Future<Output = ()> + Send + 'static,
-    {
+    /// Puts the source that the configuration names in the place of the one that runs.
+    ///
+    /// # Errors
+    /// As [`check`]; then the former source goes on as if nothing had been.
+    pub fn reconfigure(&mut self, config: &Config) -> Result<(), CatalogError> {
+        check(config)?;
+        self.keep(config, Vec::new(), true);
+        Ok(())
+    }
+
+    fn of(output: Output) -> Handle {
         let (catalog, health, off) = output.subscribe();
         let stats = output.stats().clone();
-        let demand = Demand::default();
-        let mut tasks = JoinSet::new();
-        tasks.spawn(async move {
-            // A set, since it ends its tasks when it is dropped.
-            let mut running = JoinSet::new();
-            loop {
-                running.spawn(source(output.clone()));
-                if let Some(Err(panic)) = running.join_next().await {
-                    tracing::error!("the source of the catalog panicked ({panic}); restarting it");
-                }
-                tokio::time::sleep(RESTART).await;
+        let (demand, hopeless) = (Demand::default(), watch::channel(false).1);
+        Handle { catalog, health, off, demand, stats, output, hopeless, keeper: JoinSet::new() }
+    }
+
+    fn keep(&mut self, config: &Config, in_use: Vec<Arc<str>>, is_cached: bool) {
+        let name = name(&config.catalog.source);
+        match &config.catalog.source {
+            Source::Consul => {
+                let settings = consul::Settings::of(config, in_use, is_cached);
+                let source: Life = Arc::new(move |output, wishes| {
+                    Box::pin(consul::run(settings.clone(), output, wishes))
+                });
+                self.keep_source(name, source, Some((&config.catalog).into()));
             }
-        });
-        Handle { catalog, health, off, demand, stats, _tasks: tasks }
+            Source::File(path) => {
+                let path = path.clone();
+                let source: Life =
+                    Arc::new(move |output, _| Box::pin(file::run(path.clone(), output)));
+                self.keep_source(name, source, None);
+            }
+        }
+    }
+
+    fn keep_source(&mut self, name: &'static str, source: Life, ageing: Option<Ageing>) {
+        let (hopeless, is_hopeless) = watch::channel(false);
+        self.hopeless = is_hopeless;
+        self.keeper = JoinSet::new();
+        // From here on the former source isn't heard.
+        let output = self.output.next_life(name);
+        let demand = self.demand.clone();
+        let limits = Limits::default();
+        let keeper = supervise::keep(name, source, output, demand, ageing, limits, hopeless);
+        self.keeper.spawn(keeper);
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test]
-    async fn a_source_that_panics_is_started_again() {
-        let n_starts = Arc::new(std::sync::atomic::AtomicU32::new(0));
-        let mut handle = Handle::keep(Output::new("file"), move |output| {
-            let n_starts = n_starts.clone();
-            async move {
-                if n_starts.fetch_add(1, std::sync::atomic::Ordering::Relaxed) == 0 {
-                    panic!("the first start fails");
-                }
-                output.publish(Catalog::new(), Instant::now());
-            }
-        });
-        handle.catalog.wait_for(Option::is_some).await.unwrap();
+fn name(source: &Source) -> &'static str {
+    match source {
+        Source::Consul => "consul",
+        Source::File(_) => "file",
     }
 }

@@ -66,6 +66,18 @@ pub enum Command {
         #[command(subcommand)]
         command: DnsCommand,
     },
+    /// Have the daemon read its configuration again: all of it comes into force, or nothing
+    Reload {
+        /// How to find the daemon
+        #[command(flatten)]
+        client: ClientArguments,
+    },
+    /// What has to do with the configuration file
+    Config {
+        /// What to do with it
+        #[command(subcommand)]
+        command: ConfigCommand,
+    },
     /// Dial once from inside a cgroup: how the daemon proves that its hooks run there
     #[command(hide = true)]
     ProbeDial {
@@ -88,8 +100,21 @@ pub enum Command {
     },
 }
 
+/// What can be done with a configuration file.
+#[derive(Debug, Subcommand)]
+pub enum ConfigCommand {
+    /// Say what is wrong with it, and touch nothing
+    Check {
+        /// The file
+        file: PathBuf,
+        /// One JSON document
+        #[arg(long)]
+        json: bool,
+    },
+}
+
 /// The configuration file, and keys of it.
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub struct ConfigArguments {
     /// The configuration [default: /etc/nohop/nohop.toml where it exists]
     #[arg(long, value_name = "FILE")]

@@ -2,12 +2,16 @@
 
 mod args;
 mod check;
+mod config_check;
 mod dial;
 mod dns;
+mod metrics;
+mod reload;
 mod run;
 mod show;
 mod unload;
 mod view;
+mod way_out;
 
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
@@ -21,7 +25,7 @@ use tracing_subscriber::EnvFilter;
 use crate::admin::{api, client};
 use crate::config::{Config, ConfigErrors, Overrides};
 use crate::plane::probe;
-use args::{Arguments, ClientArguments, Command, ConfigArguments, LogFormat};
+use args::{Arguments, ClientArguments, Command, ConfigArguments, ConfigCommand, LogFormat};
 use dns::DnsCommand;
 
 /// Something failed.
@@ -52,7 +56,8 @@ fn command(command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Run { config, log_format, on_exit } => {
             log(log_format);
-            run::run(load(config, on_exit)?)?;
+            let read = Box::new(move || load(config.clone(), on_exit.clone()));
+            run::run(read()?, read)?;
         }
         Command::Check { config, client } => {
             let report = check::check(load(config, None), client.admin.as_deref());
@@ -76,10 +81,14 @@ fn command(command: Command) -> anyhow::Result<ExitCode> {
         }
         Command::Dns { command: DnsCommand::Setup { way, apply, undo, root, config } } => {
             let text = dns::setup(way, apply, undo, &root, &load(*config, None)?)?;
-            write(&text)?;
+            write_text(&text)?;
         }
         Command::Dns { command: DnsCommand::Query { name, kind, server, client } } => {
             print(&client, &dns::query(&name, &kind, server, &client)?, dns::lookup_text)?;
+        }
+        Command::Reload { client } => return reload::ask(&client),
+        Command::Config { command: ConfigCommand::Check { file, json } } => {
+            return config_check::config_check(&file, json);
         }
         Command::ProbeDial { cgroup, address } => probe::dial_inside(&cgroup, address)
             .with_context(|| format!("can't enter {}", cgroup.display()))?,
@@ -132,8 +141,11 @@ fn environment(name: &str) -> Option<String> {
 
 fn ask<T: DeserializeOwned>(client: &ClientArguments, path: &str) -> anyhow::Result<T> {
     let address = client::find(client.admin.as_deref(), &environment)?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    Ok(runtime.block_on(client::get(&address, path))?)
+    Ok(runtime()?.block_on(client::get(&address, path))?)
+}
+
+fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build()
 }
 
 /// Prints a document for a person, or as JSON. A reader that has seen enough is no failure.
@@ -142,14 +154,23 @@ fn print<T: Serialize>(
     document: &T,
     text: impl Fn(&T) -> String,
 ) -> anyhow::Result<()> {
-    let text = match client.json {
+    write(client.json, document, text)
+}
+
+/// The same, where there is no daemon to find.
+fn write<T: Serialize>(
+    json: bool,
+    document: &T,
+    text: impl Fn(&T) -> String,
+) -> anyhow::Result<()> {
+    let text = match json {
         true => serde_json::to_string_pretty(document)? + "\n",
         false => text(document),
     };
-    write(&text)
+    write_text(&text)
 }
 
-fn write(text: &str) -> anyhow::Result<()> {
+fn write_text(text: &str) -> anyhow::Result<()> {
     match std::io::stdout().write_all(text.as_bytes()) {
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
             Err(error).context("can't write to stdout")

@@ -2,22 +2,29 @@
 //! readers, and takes the parts down again.
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
 use aya_log::EbpfLogger;
 use rustix::event::{PollFd, PollFlags};
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, Interval, MissedTickBehavior};
 
+use super::metrics::PROPAGATION_BUCKETS;
+use super::reload::{self, Request};
 use super::view::DaemonView;
-use crate::catalog::Edition;
+use super::way_out::WayOut;
+use crate::admin::api;
+use crate::admin::exposition::Histogram;
+use crate::catalog::resolve::Resolver;
+use crate::catalog::{Demand, Edition};
 use crate::config::{Config, OnExit, cgroup};
-use crate::plane::{Options, Plane, SharedPlane, route};
-use crate::table::{Builder, Table, vips::Vips};
+use crate::plane::{Mode, Options, Plane, Reports, SharedPlane, route};
+use crate::table::vips::{Book, Page, PoolUse, Vips};
+use crate::table::{Builder, Diff, Table, diff};
 use crate::{admin, catalog, dns};
 
 /// How often the attachment is looked at, and what failed is tried again.
@@ -29,26 +36,32 @@ const PROOF_TICK: Duration = Duration::from_secs(5);
 /// How often the unreachable route is put back, should somebody have flushed it.
 const ROUTE_TICK: Duration = Duration::from_secs(10);
 
-/// Runs the daemon until SIGTERM or SIGINT.
+/// How often the source is told which services were dialled.
+const USAGE_TICK: Duration = Duration::from_secs(60);
+
+/// The reloads that may wait for their turn.
+const MAX_RELOADS: usize = 8;
+
+/// Runs the daemon until SIGTERM or SIGINT; `read` reads its configuration again.
 ///
 /// # Errors
 /// When a part can't start; then nothing is left attached.
-pub fn run(config: Config) -> anyhow::Result<()> {
+pub fn run(config: Config, read: reload::Read) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
         .build()
         .context("can't start the runtime")?;
-    let result = runtime.block_on(daemon(config));
+    let result = runtime.block_on(daemon(config, read));
     // Blocking work that is under way, such as a lookup, must not hold the exit up.
     runtime.shutdown_timeout(Duration::from_millis(200));
     result
 }
 
-async fn daemon(config: Config) -> anyhow::Result<()> {
-    let mut stop = StopSignals::new().context("can't listen for signals")?;
-    let mut daemon = Daemon::start(config).await?;
-    let outcome = daemon.serve(&mut stop).await;
+async fn daemon(config: Config, read: reload::Read) -> anyhow::Result<()> {
+    let mut signals = Signals::new().context("can't listen for signals")?;
+    let mut daemon = Daemon::start(config, read).await?;
+    let outcome = daemon.serve(&mut signals).await;
     daemon.stop().await;
     outcome
 }
@@ -56,13 +69,18 @@ async fn daemon(config: Config) -> anyhow::Result<()> {
 /// The parts, and what leads from one to the next.
 struct Daemon {
     config: Config,
+    read: reload::Read,
+    reloads: mpsc::Receiver<Request>,
     scope: PathBuf,
     source: catalog::Handle,
+    resolver: Resolver,
+    tag: watch::Sender<String>,
     builder: Builder,
-    vips_path: PathBuf,
-    /// Whether the book of VIPs has to be written again.
-    vips_unwritten: bool,
+    book: Arc<Book>,
+    pool: watch::Sender<PoolUse>,
+    propagation: Arc<Mutex<Histogram>>,
     plane: Arc<SharedPlane>,
+    way_out: WayOut,
     table: watch::Sender<Arc<Table>>,
     attached: watch::Sender<bool>,
     generation: watch::Sender<u64>,
@@ -72,9 +90,9 @@ struct Daemon {
 
 impl Daemon {
     /// Brings the parts up.
-    async fn start(config: Config) -> anyhow::Result<Daemon> {
+    async fn start(config: Config, read: reload::Read) -> anyhow::Result<Daemon> {
         let scope = scope(&config)?;
-        let mut source = catalog::spawn(&config)?;
+        catalog::check(&config)?;
         // What another daemon may hold comes first, so that a second one disturbs nothing.
         let admin_listeners = admin::bind(&config.admin.listen)?;
         let dns_sockets = dns::bind(&config.dns).await?;
@@ -82,20 +100,40 @@ impl Daemon {
 
         let vips_path = config.state_dir.join("vips.json");
         let mut vips = Vips::read(&vips_path, (&config.vip).into())?;
-        vips.write(&vips_path)?;
+        let book = Arc::new(Book::new(&vips_path));
+        book.write(&vips.page())?;
         for pool in config.vip.pools() {
             route::add_unreachable(pool).await?;
         }
-        // Nothing after this fails.
-        let mut plane = Plane::start(&Options::of(&config, &scope))?;
+        let mut way_out = WayOut::new(&config);
+        let is_shadow = way_out.mode(false) != Mode::Translate;
+        // Nothing after this fails, but for want of threads or file descriptors: then what is attached
+        // stays, as after a crash.
+        let mut plane = Plane::start(&Options { is_shadow, ..Options::of(&config, &scope) })?;
+        if plane.is_shadow() && !is_shadow {
+            way_out.inherit();
+        }
         // A state directory that was lost takes no address from a name that the kernel knows.
+        let mut in_use = Vec::new();
         for (name, addresses) in plane.names() {
             vips.claim(&name, &addresses);
+            if plane.indices(&name).is_some_and(|indices| !indices.backends.is_empty()) {
+                in_use.push(name);
+            }
         }
+        // The first table must not take away what the kernel serves, for want of having asked.
+        let mut source = catalog::spawn(&config, in_use)?;
         let how = if plane.is_adopted() { "took over what was attached" } else { "attached" };
         tracing::info!(cgroup = %scope.display(), pool = %config.vip.pool, "{how}");
         if let Some(voice) = plane.take_voice() {
             std::thread::spawn(|| listen(voice));
+        }
+        match plane.take_reports() {
+            Ok(reports) => {
+                let demand = source.demand.clone();
+                drop(std::thread::spawn(move || heed(reports, &demand)));
+            }
+            Err(error) => tracing::warn!("the programs' reports can't be read: {error}"),
         }
 
         let (table_out, table) = watch::channel(Arc::new(Table::default()));
@@ -104,46 +142,56 @@ impl Daemon {
         let counters = plane.counters();
         let plane = Arc::new(SharedPlane::new(plane));
         tokio::task::block_in_place(|| plane.prove());
-        attached_out.send_replace(plane.hooks().attached);
+        plane.set_mode(way_out.mode(*source.off.borrow()));
+        attached_out.send_replace(plane.hooks().translate);
+        let (reloads_out, reloads) = mpsc::channel(MAX_RELOADS);
+        let (tag_out, tag) = watch::channel(config.catalog.tag.clone());
+        let (pool_out, pool) = watch::channel(vips.pool_use(SystemTime::now()));
+        let propagation = Arc::new(Mutex::new(Histogram::new(&PROPAGATION_BUCKETS)));
         let demand = source.demand.clone();
-        let dns = dns::Server::start(
-            dns_sockets,
-            &config.dns,
-            &config.vip,
-            table.clone(),
-            attached,
-            demand,
-        )?;
+        let (dns, vip) = (&config.dns, &config.vip);
+        let dns = dns::Server::start(dns_sockets, dns, vip, table.clone(), attached, demand)?;
         let view = DaemonView {
             inquirer: dns.inquirer(),
-            dns: admin::api::DnsStatus {
+            dns: api::DnsStatus {
                 listen: dns_addresses.clone(),
                 domain: config.dns.domain.clone(),
             },
-            unrouted: config.dns.unrouted,
-            tag: config.catalog.tag.clone(),
+            dns_stats: dns.stats(),
             scope: scope.clone(),
             plane: plane.clone(),
             counters,
             table,
             health: source.health.clone(),
+            stats: source.stats.clone(),
+            tag,
+            pool,
+            propagation: propagation.clone(),
             generation,
+            reloads: reloads_out,
         };
         let admin = tokio::spawn(admin::serve(admin_listeners, Arc::new(view))).abort_handle();
         for address in dns_addresses {
             tracing::info!("answering *.{} on {address}", config.dns.domain);
         }
         let builder = Builder::new(&config.vip, vips);
+        let resolver = Resolver::start(&config.dns.domain);
         // A static catalog is there before anybody could have waited for it.
         source.catalog.mark_changed();
         Ok(Daemon {
             config,
+            read,
+            reloads,
             scope,
             source,
+            resolver,
+            tag: tag_out,
             builder,
-            vips_path,
-            vips_unwritten: true,
+            book,
+            pool: pool_out,
+            propagation,
             plane,
+            way_out,
             table: table_out,
             attached: attached_out,
             generation: generation_out,
@@ -154,13 +202,15 @@ impl Daemon {
 
     /// Leads each catalog to the kernel and then to the readers, and looks after the kernel side,
     /// until it is told to stop.
-    async fn serve(&mut self, stop: &mut StopSignals) -> anyhow::Result<()> {
+    async fn serve(&mut self, signals: &mut Signals) -> anyhow::Result<()> {
         let mut tick = ticks(TICK, Duration::ZERO);
         let mut proof_tick = ticks(PROOF_TICK, PROOF_TICK);
         let mut route_tick = ticks(ROUTE_TICK, Duration::ZERO);
+        let mut usage_tick = ticks(USAGE_TICK, USAGE_TICK);
         loop {
             tokio::select! {
-                () = stop.recv() => return Ok(()),
+                _ = signals.term.recv() => return Ok(()),
+                _ = signals.interrupt.recv() => return Ok(()),
                 changed = self.source.catalog.changed() => {
                     changed.context("discovery has ended, which it never should")?;
                     let edition = self.source.catalog.borrow_and_update().clone();
@@ -168,31 +218,108 @@ impl Daemon {
                         tokio::task::block_in_place(|| self.take(&edition));
                     }
                 }
+                hosts = self.resolver.changed() => {
+                    self.builder.set_hosts(hosts);
+                    let edition = self.source.catalog.borrow().clone();
+                    if let Some(edition) = edition {
+                        tokio::task::block_in_place(|| self.take(&edition));
+                    }
+                }
+                Some(request) = self.reloads.recv() => {
+                    let reload = tokio::task::block_in_place(|| self.reload());
+                    // Whoever asked may have gone.
+                    let _ = request.send(reload);
+                }
+                _ = signals.hangup.recv() => drop(tokio::task::block_in_place(|| self.reload())),
+                Ok(()) = self.source.off.changed() => self.decide_mode(),
+                Ok(()) = self.source.hopeless.changed() => {
+                    anyhow::bail!("discovery hung again and again, so another process has to try")
+                }
                 _ = tick.tick() => tokio::task::block_in_place(|| self.look_after()),
                 _ = proof_tick.tick() => {
                     let plane = self.plane.clone();
                     tokio::task::spawn_blocking(move || plane.prove());
                 }
                 _ = route_tick.tick() => self.keep_unreachable().await,
+                _ = usage_tick.tick() => self.tell_usage(),
             }
         }
     }
 
     /// Leads a catalog to the kernel and then to the readers: the kernel knows a name before DNS
-    /// tells it to anybody.
+    /// tells it to anybody, and so does the book of VIPs. The book comes second, because a change of
+    /// other services must not wait for the disk; should the daemon end in between, the next one
+    /// finds the name in the maps, or nobody was told of it.
     fn take(&mut self, edition: &Edition) {
+        // It has said by now whether anything is to be translated.
+        self.way_out.hear();
+        self.decide_mode();
         let last = self.table.borrow().clone();
         let Some(next) = self.builder.next(&last, &edition.catalog, SystemTime::now()) else {
             return;
         };
-        if next.vips_changed {
-            self.write_vips();
-        }
+        self.resolver.want(self.builder.hostnames());
         self.plane.apply(&next.table);
+        let took = edition.heard_at.elapsed().as_secs_f64();
+        self.propagation.lock().unwrap_or_else(PoisonError::into_inner).observe(took);
+        if next.vips_given {
+            write(&self.book, &self.builder.vips().page());
+        }
         log_change(&last, &next.table);
         let generation = next.table.generation;
         self.table.send_replace(next.table);
         self.generation.send_replace(generation);
+    }
+
+    /// Reads the configuration again, and takes over what differs: all of it, or nothing.
+    fn reload(&mut self) -> api::Reload {
+        let reload = self.try_reload().unwrap_or_else(|refused| refused);
+        reload::log(&reload);
+        reload
+    }
+
+    fn try_reload(&mut self) -> Result<api::Reload, api::Reload> {
+        let (config, reload) = reload::plan(&self.config, &self.read)?;
+        let last = std::mem::replace(&mut self.config, config);
+        // A source that can't start keeps everything as it was, so it comes first.
+        if (&last.catalog, &last.consul) != (&self.config.catalog, &self.config.consul) {
+            if let Err(error) = self.source.reconfigure(&self.config) {
+                self.config = last;
+                return Err(reload::refuse([error]));
+            }
+            self.tag.send_replace(self.config.catalog.tag.clone());
+        }
+        if last.dns != self.config.dns {
+            self.dns.reconfigure(&self.config.dns);
+        }
+        self.way_out.configure(self.config.shadow);
+        self.decide_mode();
+        if last.vip.ports != self.config.vip.ports {
+            self.builder.set_ports(&self.config.vip.ports);
+            let edition = self.source.catalog.borrow().clone();
+            if let Some(edition) = edition {
+                self.take(&Edition { heard_at: std::time::Instant::now(), ..edition });
+            }
+        }
+        Ok(reload)
+    }
+
+    /// Has dials translated or only counted, by all that can say so; DNS follows.
+    fn decide_mode(&mut self) {
+        let is_source_off = *self.source.off.borrow_and_update();
+        self.plane.set_mode(self.way_out.mode(is_source_off));
+        self.attached.send_if_modified(|was| {
+            let translate = self.plane.hooks().translate;
+            std::mem::replace(was, translate) != translate
+        });
+    }
+
+    /// Tells the source which services were dialled lately, also by an address that an application
+    /// has remembered for days.
+    fn tell_usage(&self) {
+        for name in self.plane.dialled_since_last() {
+            self.source.demand.used(&name);
+        }
     }
 
     /// Sees to what has to be seen to all the time, and tries again what failed.
@@ -202,13 +329,10 @@ impl Daemon {
         if !self.plane.look_after() {
             self.attached.send_replace(false);
         }
-        self.attached.send_if_modified(|was| {
-            let attached = self.plane.hooks().attached;
-            std::mem::replace(was, attached) != attached
-        });
-        if self.vips_unwritten {
-            self.write_vips();
-        }
+        self.way_out.look();
+        self.decide_mode();
+        self.pool.send_replace(self.builder.vips().pool_use(SystemTime::now()));
+        self.keep_book();
         if self.plane.is_behind() {
             let last = self.table.borrow().clone();
             self.plane.apply(&last);
@@ -226,13 +350,12 @@ impl Daemon {
         }
     }
 
-    /// Writes the book of VIPs.
-    fn write_vips(&mut self) {
-        let written = self.builder.vips().write(&self.vips_path);
-        if let Err(error) = &written {
-            tracing::error!("{error}; until it is mended, a restart may change addresses");
+    /// Writes the book of VIPs where it lacks something, while the daemon goes on.
+    fn keep_book(&self) {
+        if self.book.lacks(self.builder.vips().edition()) {
+            let (book, page) = (self.book.clone(), self.builder.vips().page());
+            tokio::task::spawn_blocking(move || write(&book, &page));
         }
-        self.vips_unwritten = written.is_err();
     }
 
     /// Takes the parts down, and the kernel side where the configuration wants that.
@@ -256,6 +379,12 @@ impl Daemon {
     }
 }
 
+fn write(book: &Book, page: &Page) {
+    if let Err(error) = book.write(page) {
+        tracing::error!("{error}; until it is mended, a restart may change addresses");
+    }
+}
+
 /// Ticks from `after` on; one that comes late delays those that follow.
 fn ticks(period: Duration, after: Duration) -> Interval {
     let mut ticks = tokio::time::interval_at(Instant::now() + after, period);
@@ -275,6 +404,21 @@ fn listen(mut voice: EbpfLogger<&'static dyn log::Log>) {
     }
 }
 
+/// Tells the source of each dial of a service that it doesn't follow, for as long as the daemon
+/// lives.
+fn heed(mut reports: Reports, demand: &Demand) {
+    loop {
+        while let Some(name) = reports.next_name() {
+            tracing::debug!("{name} is cold, and was dialled");
+            demand.used(&name);
+        }
+        match rustix::event::poll(&mut [PollFd::new(&reports, PollFlags::IN)], None) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return tracing::warn!("the programs' reports can't be read: {error}"),
+        }
+    }
+}
+
 /// The cgroup whose processes are served.
 fn scope(config: &Config) -> anyhow::Result<PathBuf> {
     match &config.cgroup {
@@ -287,19 +431,18 @@ fn scope(config: &Config) -> anyhow::Result<PathBuf> {
 }
 
 fn log_change(last: &Table, next: &Table) {
-    for (name, service) in &next.services {
+    let Diff { changed, gone } = diff(&last.services, &next.services, Arc::ptr_eq);
+    for (name, service) in changed {
+        let (n_backends, n_unfit) = (service.healthy().count(), service.excluded.len());
+        tracing::info!(vip = %service.vip, n_backends, n_unfit, "{name}");
         let before = last.services.get(name);
-        if !before.is_some_and(|before| Arc::ptr_eq(before, service)) {
-            let (n_backends, n_unfit) = (service.healthy().count(), service.excluded.len());
-            tracing::info!(vip = %service.vip, n_backends, n_unfit, "{name}");
-        }
         for note in &service.notes {
             if !before.is_some_and(|before| before.notes.contains(note)) {
                 tracing::warn!("{name}: {note}");
             }
         }
     }
-    for name in last.services.keys().filter(|name| !next.services.contains_key(*name)) {
+    for name in gone {
         tracing::info!("{name} is gone");
     }
     for (name, reason) in &next.rejected {
@@ -309,23 +452,18 @@ fn log_change(last: &Table, next: &Table) {
     }
 }
 
-struct StopSignals {
+struct Signals {
     term: Signal,
     interrupt: Signal,
+    hangup: Signal,
 }
 
-impl StopSignals {
-    fn new() -> std::io::Result<StopSignals> {
-        Ok(StopSignals {
+impl Signals {
+    fn new() -> std::io::Result<Signals> {
+        Ok(Signals {
             term: signal(SignalKind::terminate())?,
             interrupt: signal(SignalKind::interrupt())?,
+            hangup: signal(SignalKind::hangup())?,
         })
-    }
-
-    async fn recv(&mut self) {
-        tokio::select! {
-            _ = self.term.recv() => {}
-            _ = self.interrupt.recv() => {}
-        }
     }
 }

@@ -2,7 +2,9 @@
 
 use std::fmt::Write;
 
-use crate::admin::api::{Backend, Explanation, MapStatus, Service, Status};
+use crate::admin::api::{
+    Backend, Explanation, MapStatus, PoolStatus, Service, Status, WatchStatus,
+};
 
 /// `nohop status`
 pub fn status(status: &Status) -> String {
@@ -17,17 +19,29 @@ pub fn status(status: &Status) -> String {
         None => "never answered".to_owned(),
     };
     line(&mut text, format!("catalog   {} {}, {age}", status.catalog.source, status.catalog.state));
+    for fact in &status.catalog.facts {
+        line(&mut text, format!("          {fact}"));
+    }
+    if let Some(watches) = &status.catalog.watches {
+        watch_lines(watches).into_iter().for_each(|shown| line(&mut text, shown));
+    }
     let (services, backends) = (status.services, status.backends);
     let generation = status.generation;
     line(
         &mut text,
         format!("table     generation {generation}: {services} services, {backends} backends"),
     );
+    let PoolStatus { used, resting, size } = status.pool;
+    let rest = if resting > 0 { format!(", {resting} rest for a day") } else { String::new() };
+    line(&mut text, format!("vip.pool  {used} of {size} addresses used{rest}"));
     let listen: Vec<_> = status.dns.listen.iter().map(ToString::to_string).collect();
     line(&mut text, format!("dns       *.{} on {}", status.dns.domain, listen.join(", ")));
     let attached = if status.plane.attached { "attached to" } else { "NOT ATTACHED to" };
     let adopted = if status.plane.adopted { ", taken over from an earlier daemon" } else { "" };
     line(&mut text, format!("plane     {attached} {}{adopted}", status.plane.cgroup));
+    if let Some(why) = &status.plane.mode_reason {
+        line(&mut text, format!("          {}: dials are only counted: {why}", status.plane.mode));
+    }
     if status.plane.refused_services > 0 {
         let n = status.plane.refused_services;
         line(&mut text, format!("          {n} services aren't in the kernel as they should be"));
@@ -39,6 +53,22 @@ pub fn status(status: &Status) -> String {
         line(&mut text, format!("          {name}: {n}"));
     }
     text
+}
+
+/// What the source follows, and what that costs at most.
+fn watch_lines(watches: &WatchStatus) -> [String; 2] {
+    let WatchStatus { live, cold, connections, max_connections, .. } = watches;
+    let oldest = watches.oldest_age_seconds.map(duration);
+    let oldest = oldest.map(|age| format!(", the oldest answered {age} ago")).unwrap_or_default();
+    let megabytes = watches.bytes_per_hour as f64 / 1e6;
+    let requests = watches.requests_per_hour;
+    [
+        format!(
+            "          {live} services live, {cold} cold; {connections} of {max_connections} \
+             connections{oldest}"
+        ),
+        format!("          at most {requests} requests and {megabytes:.1} MB an hour"),
+    ]
 }
 
 /// `nohop services`
@@ -75,11 +105,15 @@ fn service(text: &mut String, service: &Service, width: usize) {
         0 => String::new(),
         n => format!(", {n} for want of a backend that their address family reaches"),
     };
+    let shadowed = match service.shadowed {
+        0 => String::new(),
+        n => format!(", {n} only counted"),
+    };
     let pin = service.pin.map(|pin| format!(" and {pin}")).unwrap_or_default();
     line(
         text,
         format!(
-            "{:<width$}  {}:{ports}{vip6}{pin}  {}, {}, dials {}, refused {}{by_family}",
+            "{:<width$}  {}:{ports}{vip6}{pin}  {}, {}, dials {}, refused {}{by_family}{shadowed}",
             service.name,
             service.vip,
             service.protocol,
@@ -159,6 +193,7 @@ mod tests {
             dials: 7,
             refused: 0,
             refused_family: 0,
+            shadowed: 0,
             backends: vec![Backend {
                 address: "10.0.0.7:23456".into(),
                 node: "n1".into(),
@@ -205,6 +240,24 @@ mod tests {
         assert!(text.starts_with("a dial goes somewhere\n\nhelloworld"), "{text}");
         let last = "  out        10.0.0.8:1             n2/h2  check `web` is critical\n";
         assert!(text.ends_with(last), "{text}");
+    }
+
+    #[test]
+    fn a_status_says_what_is_followed_and_how_full_the_pool_is() {
+        let watches = WatchStatus {
+            live: 60,
+            cold: 440,
+            connections: 61,
+            max_connections: 64,
+            oldest_age_seconds: Some(42.0),
+            requests_per_hour: 4_200,
+            bytes_per_hour: 12_340_000,
+        };
+        let shown = watch_lines(&watches);
+        let first =
+            "60 services live, 440 cold; 61 of 64 connections, the oldest answered 42 s ago";
+        assert_eq!(shown[0].trim_start(), first);
+        assert_eq!(shown[1].trim_start(), "at most 4200 requests and 12.3 MB an hour");
     }
 
     #[test]

@@ -2,37 +2,45 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
-use tokio::sync::watch;
+use tokio::sync::{mpsc, oneshot, watch};
 
 use super::dial;
+use super::metrics::{Readings, exposition};
+use super::reload::{self, Request};
+use crate::admin::exposition::Histogram;
 use crate::admin::{View, api};
-use crate::catalog::Health;
+use crate::catalog::{self, Health, Watches};
 use crate::config::Unrouted;
-use crate::dns::Inquirer;
-use crate::plane::{COUNTERS, Counters, Indices, SharedPlane};
-use crate::table::{Service, Table};
+use crate::dns::{self, Inquirer};
+use crate::plane::{COUNTERS, Counters, Indices, Mode, SharedPlane};
+use crate::table::vips::PoolUse;
+use crate::table::{Service, Table, Watch};
 
 /// The running daemon, as far as the admin interface needs it.
 pub struct DaemonView {
     pub(super) dns: api::DnsStatus,
     pub(super) inquirer: Inquirer,
-    pub(super) unrouted: Unrouted,
-    pub(super) tag: String,
+    pub(super) dns_stats: Arc<dns::Stats>,
     pub(super) scope: PathBuf,
     pub(super) plane: Arc<SharedPlane>,
     pub(super) counters: Counters,
     pub(super) table: watch::Receiver<Arc<Table>>,
     pub(super) health: watch::Receiver<Health>,
+    pub(super) stats: Arc<catalog::Stats>,
+    pub(super) tag: watch::Receiver<String>,
+    pub(super) pool: watch::Receiver<PoolUse>,
+    pub(super) propagation: Arc<Mutex<Histogram>>,
     pub(super) generation: watch::Receiver<u64>,
+    pub(super) reloads: mpsc::Sender<Request>,
 }
 
 impl View for DaemonView {
     fn status(&self) -> api::Status {
         let table = self.table.borrow().clone();
         let hooks = self.plane.hooks();
-        let health = self.health.borrow().clone();
+        let (health, watches) = (self.health.borrow().clone(), self.stats.watches());
         let mut problems: Vec<String> = health.problem.iter().cloned().collect();
         if !table.is_synced() {
             problems.push(format!("no full answer from {} yet: names get SERVFAIL", health.source));
@@ -52,6 +60,7 @@ impl View for DaemonView {
             (true, false) => "live",
             (true, true) => "failing",
         };
+        let pool = *self.pool.borrow();
         let maps = self.plane.pressure().into_iter().map(|(name, pressure)| api::MapStatus {
             name: name.to_owned(),
             entries: pressure.used.into(),
@@ -61,8 +70,12 @@ impl View for DaemonView {
             .iter()
             .map(|&(name, counter)| (name.to_owned(), self.counters.event(counter)))
             .collect::<BTreeMap<_, _>>();
+        let (mode, mode_reason) = match self.plane.mode() {
+            Mode::Translate => ("translate", None),
+            Mode::Shadow { why } => ("shadow", Some(why)),
+        };
         api::Status {
-            ready: table.is_synced() && hooks.attached,
+            ready: table.is_synced() && hooks.translate,
             problems,
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
@@ -71,14 +84,20 @@ impl View for DaemonView {
                 source: health.source.to_owned(),
                 state: state.to_owned(),
                 age_seconds: health.last_answer.map(|at| at.elapsed().as_secs_f64()),
+                facts: health.facts,
+                problem: health.problem,
+                watches: (watches != Watches::default()).then(|| watch_status(&watches)),
             },
             services: table.services.len(),
             backends: table.services.values().map(|service| service.healthy().count()).sum(),
             dns: self.dns.clone(),
+            pool: api::PoolStatus { used: pool.used, resting: pool.resting, size: pool.size },
             plane: api::PlaneStatus {
                 attached: hooks.attached,
                 adopted: self.plane.is_adopted(),
                 cgroup: self.scope.display().to_string(),
+                mode: mode.to_owned(),
+                mode_reason,
                 maps: maps.collect(),
                 refused_services: errors.len(),
                 counters,
@@ -111,8 +130,67 @@ impl View for DaemonView {
         }
     }
 
+    fn metrics(&self) -> String {
+        let table = self.table.borrow().clone();
+        let (health, watches) = (self.health.borrow().clone(), self.stats.watches());
+        let stats = &self.stats;
+        let is_attached = self.plane.hooks().attached;
+        let is_live = |name: &Arc<str>| {
+            table.services.get(name).is_some_and(|service| service.watch == Watch::Live)
+        };
+        let services = self.plane.service_indices().into_iter();
+        let services = services.map(|(name, service_idx)| {
+            let counters = self.counters.service(service_idx);
+            (name, counters)
+        });
+        let told = services
+            .filter(|(name, counters)| *counters != Default::default() || is_live(name))
+            .collect();
+        let events: BTreeMap<&str, u64> =
+            COUNTERS.iter().map(|&(name, counter)| (name, self.counters.event(counter))).collect();
+        let propagation = self.propagation.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        exposition(&Readings {
+            is_ready: table.is_synced() && is_attached,
+            is_attached,
+            generation: table.generation,
+            has_problem: health.problem.is_some(),
+            catalog_age: health.last_answer.map(|at| at.elapsed().as_secs_f64()),
+            requests: stats.requests(),
+            received_bytes: stats.bytes(),
+            shrinks_held: stats.shrinks_held(),
+            watches,
+            propagation,
+            services: told,
+            refused_no_frontend: events.get("refused_no_frontend").copied().unwrap_or_default(),
+            maps: self.plane.pressure(),
+            dns_answers: self.dns_stats.snapshot(),
+            pool: *self.pool.borrow(),
+        })
+    }
+
     fn generation(&self) -> watch::Receiver<u64> {
         self.generation.clone()
+    }
+
+    async fn reload(&self) -> api::Reload {
+        let (answer, answered) = oneshot::channel();
+        let stopping = || reload::refuse(["the daemon is stopping"]);
+        if self.reloads.send(answer).await.is_err() {
+            return stopping();
+        }
+        answered.await.unwrap_or_else(|_| stopping())
+    }
+}
+
+fn watch_status(watches: &Watches) -> api::WatchStatus {
+    api::WatchStatus {
+        live: watches.live,
+        cold: watches.cold,
+        connections: watches.connections,
+        max_connections: watches.max_connections,
+        oldest_age_seconds: watches.oldest_age.map(|age| age.as_secs_f64()),
+        requests_per_hour: watches.budget_requests,
+        bytes_per_hour: watches.budget_bytes,
     }
 }
 
@@ -166,6 +244,7 @@ impl DaemonView {
             dials: stats.dials,
             refused: stats.refused,
             refused_family: stats.refused_family,
+            shadowed: stats.shadowed,
             backends: backends.collect(),
         }
     }
@@ -180,17 +259,23 @@ impl DaemonView {
             let scope = self.scope.display();
             return format!("{fqdn} gets SERVFAIL: the hooks aren't attached to {scope}");
         }
+        if let Mode::Shadow { why } = self.plane.mode() {
+            return format!(
+                "{fqdn} gets SERVFAIL: dials are only counted, none is translated: {why}"
+            );
+        }
         let rejected = table.rejected.iter().find(|(given, _)| given.to_lowercase() == name);
         let Some(service) = table.services.get(name) else {
-            let answer = match self.unrouted {
+            let answer = match self.inquirer.unrouted() {
                 Unrouted::Nxdomain => "doesn't exist",
                 Unrouted::Forward => "is forwarded to other resolvers (dns.unrouted)",
             };
             return match rejected {
                 Some((_, reason)) => format!("{fqdn} {answer}: {reason}"),
-                None => {
-                    format!("{fqdn} {answer}: no service of that name has the tag `{}`", self.tag)
-                }
+                None => format!(
+                    "{fqdn} {answer}: no service of that name has the tag `{}`",
+                    *self.tag.borrow()
+                ),
             };
         };
         if let Some(error) = self.plane.error(name) {

@@ -8,7 +8,7 @@ use std::str::FromStr;
 
 use ipnet::{Ipv4Net, Ipv6Net};
 
-use super::AdminAddress;
+use super::{AdminAddress, ConsulAddress};
 
 /// The length of a unix socket's path, in bytes, that the kernel has room for.
 const MAX_SOCKET_PATH: usize = 107;
@@ -121,18 +121,19 @@ pub(super) fn pool6(text: &str) -> Result<Ipv6Net, Fault> {
     Ok(pool)
 }
 
-/// `host:port` of the Consul agent, without the scheme.
-pub(super) fn consul(text: &str) -> Result<String, Fault> {
-    let usual = "write http://HOST:PORT";
-    if text.starts_with("https://") {
-        return Err(format!("TLS to Consul isn't in this version; {usual}"));
-    }
-    if text.starts_with("unix://") {
-        return Err(format!("a unix socket of Consul isn't in this version; {usual}"));
-    }
-    let rest = text.strip_prefix("http://").unwrap_or(text);
-    let authority = rest.strip_suffix('/').unwrap_or(rest);
+/// The address of the Consul agent: `[http://]HOST:PORT`, `https://HOST:PORT` or `unix:///PATH`.
+pub(super) fn consul(text: &str) -> Result<ConsulAddress, Fault> {
+    let usual = "write http://HOST:PORT, https://HOST:PORT or unix:///PATH";
     let wrong = || format!("'{text}' is no address of a Consul agent; {usual}");
+    if let Some(path) = text.strip_prefix("unix://") {
+        let fits = path.starts_with('/') && !path.ends_with('/') && path.len() <= MAX_SOCKET_PATH;
+        return if fits { Ok(ConsulAddress::Unix(path.into())) } else { Err(wrong()) };
+    }
+    let (kind, rest): (fn(String) -> ConsulAddress, &str) = match text.strip_prefix("https://") {
+        Some(rest) => (ConsulAddress::Https, rest),
+        None => (ConsulAddress::Http, text.strip_prefix("http://").unwrap_or(text)),
+    };
+    let authority = rest.strip_suffix('/').unwrap_or(rest);
     let (host, port) = authority.rsplit_once(':').ok_or_else(wrong)?;
     let is_port = port.parse::<u16>().is_ok_and(|port| port != 0);
     let bracketed = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
@@ -140,7 +141,7 @@ pub(super) fn consul(text: &str) -> Result<String, Fault> {
         Some(ip) => ip.parse::<std::net::Ipv6Addr>().is_ok(),
         None => domain(host).is_ok(),
     };
-    if is_port && is_host { Ok(authority.to_owned()) } else { Err(wrong()) }
+    if is_port && is_host { Ok(kind(authority.to_owned())) } else { Err(wrong()) }
 }
 
 /// A DNS name, in lower case and without dots at its ends.

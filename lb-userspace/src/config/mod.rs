@@ -2,6 +2,8 @@
 
 mod address;
 pub mod cgroup;
+pub mod change;
+pub mod consul;
 mod document;
 mod problem;
 mod read;
@@ -16,6 +18,7 @@ use std::time::Duration;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
+pub use consul::{ConsulAddress, ConsulConfig, TlsConfig, Token};
 pub use problem::{ConfigErrors, Place, Problem};
 pub use read::Overrides;
 
@@ -66,12 +69,46 @@ pub struct CatalogConfig {
     pub source: Source,
     /// The tag that an instance needs to be routed.
     pub tag: String,
+    /// What an instance's Meta has to say as well, key by key, to be routed.
+    pub meta: BTreeMap<String, String>,
+    /// How well an instance has to be to be routed.
+    pub health: HealthPolicy,
+    /// Which of its addresses an instance is dialled at.
+    pub address: AddressChoice,
     /// Which services' instances are followed.
     pub watch: WatchPolicy,
     /// The age of the catalog, since the source last answered, from which on it alarms.
     pub max_age: Duration,
     /// What becomes of a catalog that is older.
     pub expired: Expired,
+}
+
+/// How well an instance has to be to be routed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum HealthPolicy {
+    /// All its checks pass.
+    #[default]
+    Passing,
+    /// None is critical; one that is in warning serves with the weight that it has for that.
+    Warning,
+}
+
+/// Which of its addresses an instance is dialled at.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum AddressChoice {
+    /// Its own.
+    #[default]
+    Lan,
+    /// The one for other datacenters, where it has one, else its own.
+    Wan,
+    /// The IPv4 address of its own.
+    LanIpv4,
+    /// The IPv6 address of its own.
+    LanIpv6,
+    /// The IPv4 address for other datacenters.
+    WanIpv4,
+    /// The IPv6 address for other datacenters.
+    WanIpv6,
 }
 
 /// Which services' instances are followed.
@@ -103,37 +140,6 @@ pub enum Source {
     Consul,
     /// A static catalog in this file.
     File(PathBuf),
-}
-
-/// How to reach the Consul agent.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ConsulConfig {
-    /// The agent's HTTP address, `host:port`.
-    pub address: String,
-    /// The token, if any.
-    pub token: Option<Token>,
-    /// The datacenter; empty means the agent's own.
-    pub datacenter: String,
-    /// The most connections to the agent at any time; at least 2.
-    pub max_connections: usize,
-}
-
-/// Where the ACL token comes from.
-#[derive(Clone, PartialEq, Eq)]
-pub enum Token {
-    /// The token itself, from CONSUL_HTTP_TOKEN.
-    Literal(String),
-    /// The file that holds it.
-    File(PathBuf),
-}
-
-impl std::fmt::Debug for Token {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Token::Literal(_) => f.write_str("Literal(..)"),
-            Token::File(path) => f.debug_tuple("File").field(path).finish(),
-        }
-    }
 }
 
 /// The addresses that services get.
@@ -245,16 +251,14 @@ impl Default for Config {
             catalog: CatalogConfig {
                 source: Source::Consul,
                 tag: "routed".into(),
+                meta: BTreeMap::new(),
+                health: HealthPolicy::Passing,
+                address: AddressChoice::Lan,
                 watch: WatchPolicy::Auto,
                 max_age: Duration::from_secs(60 * 60),
                 expired: Expired::Serve,
             },
-            consul: ConsulConfig {
-                address: "127.0.0.1:8500".into(),
-                token: None,
-                datacenter: String::new(),
-                max_connections: 64,
-            },
+            consul: ConsulConfig::default(),
             vip: VipConfig {
                 pool: Ipv4Net::new_assert(Ipv4Addr::new(127, 128, 0, 0), 9),
                 pool6: None,

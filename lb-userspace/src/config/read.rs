@@ -11,8 +11,9 @@ use toml::de::DeTable;
 
 use super::document::{Fault, Read, Value, kind, line};
 use super::{
-    AdminAddress, Allowed, Config, ConfigErrors, DEFAULT_PATH, Expired, Forward, OnExit, Place,
-    Problem, Source, Token, Unrouted, WatchPolicy, address, relations,
+    AddressChoice, AdminAddress, Allowed, Config, ConfigErrors, DEFAULT_PATH, Expired, Forward,
+    HealthPolicy, OnExit, Place, Problem, Source, Token, Unrouted, WatchPolicy, address, consul,
+    relations,
 };
 
 /// What the command line says in place of the file; each is a flag of `nohop run`.
@@ -41,9 +42,8 @@ pub struct Overrides {
 impl Config {
     /// Reads the file, then what the environment and the flags say in its place, and checks it all.
     ///
-    /// Without a path, [`DEFAULT_PATH`] is read where it exists. Of the environment,
-    /// CONSUL_HTTP_ADDR, CONSUL_HTTP_TOKEN and CONSUL_HTTP_TOKEN_FILE count, as in Consul's own
-    /// tools; they beat the file and lose to flags.
+    /// Without a path, [`DEFAULT_PATH`] is read where it exists. Of the environment, the CONSUL_*
+    /// variables count, as in Consul's own tools; they beat the file and lose to flags.
     ///
     /// # Errors
     /// Everything that is wrong, together: what isn't TOML, unknown keys, wrong types, values out
@@ -74,7 +74,7 @@ impl Config {
     }
 
     /// As [`Config::load`], with what the file `path` holds.
-    pub(super) fn parse(
+    pub(crate) fn parse(
         path: &Path,
         bytes: &[u8],
         overrides: Overrides,
@@ -131,10 +131,10 @@ impl Default for Draft {
 }
 
 /// Puts a value in its place in the draft.
-type Apply = fn(&mut Draft, &Value) -> Read<()>;
+pub(super) type Apply = fn(&mut Draft, &Value) -> Read<()>;
 
 /// Every key of the file.
-const KEYS: &[(&str, Apply)] = &[
+pub(super) const KEYS: &[(&str, Apply)] = &[
     ("cgroup", |draft, value| {
         let dir = value.text(|text| match text {
             "auto" => Ok(None),
@@ -160,11 +160,20 @@ const KEYS: &[(&str, Apply)] = &[
         Ok(())
     }),
     ("catalog.tag", |draft, value| set(&mut draft.config.catalog.tag, value.text(not_empty))),
-    ("catalog.health", |_, value| {
-        value.text(|health| match health {
-            "passing" => Ok(()),
-            _ => Err("only \"passing\" is in this version; remove it".into()),
-        })
+    ("catalog.meta", |draft, value| {
+        let meta = value.table(not_empty, |wanted| wanted.text(|text| Ok(text.to_owned())));
+        set(&mut draft.config.catalog.meta, meta)
+    }),
+    ("catalog.health", |draft, value| {
+        let health = value.text(|health| match health {
+            "passing" => Ok(HealthPolicy::Passing),
+            "warning" => Ok(HealthPolicy::Warning),
+            _ => Err(format!("'{health}' can't be done; write \"passing\" or \"warning\"")),
+        });
+        set(&mut draft.config.catalog.health, health)
+    }),
+    ("catalog.address", |draft, value| {
+        set(&mut draft.config.catalog.address, value.text(str::parse::<AddressChoice>))
     }),
     ("catalog.watch", |draft, value| {
         let watch = value.text(|watch| match watch {
@@ -190,15 +199,39 @@ const KEYS: &[(&str, Apply)] = &[
         set(&mut draft.config.consul.address, value.text(address::consul))
     }),
     ("consul.token_file", |draft, value| {
-        let file = value.text(|file| Ok(PathBuf::from(file)))?;
-        draft.config.consul.token = (!file.as_os_str().is_empty()).then_some(Token::File(file));
+        draft.config.consul.token = consul::path(value)?.map(Token::File);
         Ok(())
     }),
     ("consul.datacenter", |draft, value| {
-        set(&mut draft.config.consul.datacenter, value.text(datacenter))
+        let datacenter = value.text(|text| consul::name(text, "datacenter"));
+        set(&mut draft.config.consul.datacenter, datacenter)
     }),
+    ("consul.namespace", |draft, value| {
+        let namespace = value.text(|text| consul::name(text, "namespace"));
+        set(&mut draft.config.consul.namespace, namespace)
+    }),
+    ("consul.partition", |draft, value| {
+        let partition = value.text(|text| consul::name(text, "partition"));
+        set(&mut draft.config.consul.partition, partition)
+    }),
+    ("consul.ca_file", |draft, value| {
+        set(&mut draft.config.consul.tls.ca_file, consul::path(value))
+    }),
+    ("consul.ca_path", |draft, value| {
+        set(&mut draft.config.consul.tls.ca_path, consul::path(value))
+    }),
+    ("consul.cert_file", |draft, value| {
+        set(&mut draft.config.consul.tls.cert_file, consul::path(value))
+    }),
+    ("consul.key_file", |draft, value| {
+        set(&mut draft.config.consul.tls.key_file, consul::path(value))
+    }),
+    ("consul.tls_server_name", |draft, value| {
+        set(&mut draft.config.consul.tls.server_name, value.text(consul::server_name))
+    }),
+    ("consul.verify", |draft, value| set(&mut draft.config.consul.tls.verify, value.flag())),
     ("consul.max_connections", |draft, value| {
-        set(&mut draft.config.consul.max_connections, value.integer(2..=65_536))
+        set(&mut draft.config.consul.max_connections, value.integer(4..=65_536))
     }),
     ("vip.pool", |draft, value| set(&mut draft.config.vip.pool, value.text(address::pool))),
     ("vip.pool6", |draft, value| {
@@ -318,11 +351,21 @@ impl FromStr for OnExit {
     }
 }
 
-fn datacenter(text: &str) -> Result<String, String> {
-    if text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_".contains(&byte)) {
-        Ok(text.into())
-    } else {
-        Err(format!("'{text}' is no datacenter of Consul; write letters, digits, - and _"))
+impl FromStr for AddressChoice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "lan" => Ok(AddressChoice::Lan),
+            "wan" => Ok(AddressChoice::Wan),
+            "lan_ipv4" => Ok(AddressChoice::LanIpv4),
+            "lan_ipv6" => Ok(AddressChoice::LanIpv6),
+            "wan_ipv4" => Ok(AddressChoice::WanIpv4),
+            "wan_ipv6" => Ok(AddressChoice::WanIpv6),
+            _ => Err(format!(
+                "'{text}' is no choice; write \"lan\", \"wan\", or one of them with _ipv4 or _ipv6"
+            )),
+        }
     }
 }
 
@@ -416,26 +459,9 @@ impl Draft {
 
     /// What a flag beats, or no source asks for, isn't judged.
     fn read_environment(&mut self, env: &dyn Fn(&str) -> Option<String>, overrides: &Overrides) {
-        let env = |name| env(name).filter(|value| !value.is_empty());
-        if self.config.catalog.source != Source::Consul || overrides.catalog.is_some() {
-            return;
-        }
-        if env("CONSUL_HTTP_SSL").is_some_and(|text| matches!(text.as_str(), "1" | "true")) {
-            let refused = Err("TLS to Consul isn't in this version; unset it".to_owned());
-            self.outside::<()>("consul.address", "CONSUL_HTTP_SSL", refused);
-        }
-        if let Some(text) = env("CONSUL_HTTP_ADDR").filter(|_| overrides.consul_addr.is_none()) {
-            let address = address::consul(&text);
-            if let Some(address) = self.outside("consul.address", "CONSUL_HTTP_ADDR", address) {
-                self.config.consul.address = address;
-            }
-        }
-        if let Some(token) = env("CONSUL_HTTP_TOKEN") {
-            self.config.consul.token = Some(Token::Literal(token));
-        }
-        // The file wins, as it does in Consul's own tools.
-        if let Some(file) = env("CONSUL_HTTP_TOKEN_FILE") {
-            self.config.consul.token = Some(Token::File(file.into()));
+        let env = |name: &str| env(name).filter(|value| !value.is_empty());
+        if !self.source_is_file && overrides.catalog.is_none() {
+            consul::read_environment(self, &env, overrides);
         }
     }
 
@@ -482,7 +508,7 @@ impl Draft {
     }
 
     /// Takes the value of a flag or a variable, or notes what is wrong with it.
-    fn outside<T>(
+    pub(super) fn outside<T>(
         &mut self,
         key: &'static str,
         name: &'static str,

@@ -3,7 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use super::read::Draft;
-use super::{AdminAddress, Forward};
+use super::{AdminAddress, ConsulAddress, Forward, Source, consul};
 
 /// Notes every rule between keys that the draft breaks.
 pub(super) fn check(draft: &mut Draft) {
@@ -13,6 +13,10 @@ pub(super) fn check(draft: &mut Draft) {
     pool6_is_free(draft);
     pins_are_apart(draft);
     names_go_one_way(draft);
+    // A source that isn't asked needs no certificates.
+    if draft.config.catalog.source == Source::Consul {
+        consul::check_tls(draft);
+    }
 }
 
 fn pool_has_room(draft: &mut Draft) {
@@ -154,7 +158,9 @@ fn own_addresses(draft: &Draft) -> Vec<(&'static str, SocketAddr)> {
         AdminAddress::Tcp(address) => Some(("admin.listen", *address)),
         AdminAddress::Unix(_) => None,
     }));
-    if let Ok(address) = config.consul.address.parse() {
+    if let ConsulAddress::Http(authority) | ConsulAddress::Https(authority) = &config.consul.address
+        && let Ok(address) = authority.parse()
+    {
         addresses.push(("consul.address", address));
     }
     addresses

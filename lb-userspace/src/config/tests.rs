@@ -35,11 +35,21 @@ fn the_defaults_written_out_are_the_defaults() {
         source = "consul"
         file = ""
         tag = "routed"
+        meta = {}
         health = "passing"
+        address = "lan"
         [consul]
         address = "http://127.0.0.1:8500"
+        ca_file = ""
+        ca_path = ""
+        cert_file = ""
+        key_file = ""
+        tls_server_name = ""
+        verify = true
         token_file = ""
         datacenter = ""
+        namespace = ""
+        partition = ""
         max_connections = 64
         [vip]
         pool = "127.128.0.0/9"
@@ -77,14 +87,25 @@ fn every_key_is_taken() {
         source = "file"
         file = "/c.toml"
         tag = "t"
+        meta = { stage = "live" }
+        health = "warning"
+        address = "wan_ipv6"
         watch = "used"
         max_age = "15m"
         expired = "refuse"
         [consul]
-        address = "[::1]:8500"
+        address = "https://[::1]:8501/"
+        ca_file = "/ca.pem"
+        ca_path = "/ca"
+        cert_file = "/cert.pem"
+        key_file = "/key.pem"
+        tls_server_name = "server.dc1.consul"
+        verify = false
         token_file = "/token"
         datacenter = "dc2"
-        max_connections = 2
+        namespace = "team-a"
+        partition = "part_b"
+        max_connections = 4
         [vip]
         pool = "127.64.0.0/16"
         pool6 = "fd6e::/64"
@@ -115,15 +136,28 @@ fn every_key_is_taken() {
         catalog: CatalogConfig {
             source: Source::File("/c.toml".into()),
             tag: "t".into(),
+            meta: BTreeMap::from([("stage".into(), "live".into())]),
+            health: HealthPolicy::Warning,
+            address: AddressChoice::WanIpv6,
             watch: WatchPolicy::Used,
             max_age: Duration::from_secs(900),
             expired: Expired::Refuse,
         },
         consul: ConsulConfig {
-            address: "[::1]:8500".into(),
+            address: ConsulAddress::Https("[::1]:8501".into()),
+            tls: TlsConfig {
+                ca_file: Some("/ca.pem".into()),
+                ca_path: Some("/ca".into()),
+                cert_file: Some("/cert.pem".into()),
+                key_file: Some("/key.pem".into()),
+                server_name: Some("server.dc1.consul".into()),
+                verify: false,
+            },
             token: Some(Token::File("/token".into())),
             datacenter: "dc2".into(),
-            max_connections: 2,
+            namespace: "team-a".into(),
+            partition: "part_b".into(),
+            max_connections: 4,
         },
         vip: VipConfig {
             pool: "127.64.0.0/16".parse().unwrap(),
@@ -184,7 +218,7 @@ fn what_is_wrong_is_named_with_its_line_and_its_mend() {
         // Keys of later versions.
         (
             "catalog.health = 'any'",
-            &["f:1: catalog.health: only \"passing\" is in this version; remove it"],
+            &["f:1: catalog.health: 'any' can't be done; write \"passing\" or \"warning\""],
         ),
         ("plane.algorithm = 'least'", &["f:1: plane.algorithm: not in this version; remove it"]),
         // Wrong types.
@@ -261,19 +295,57 @@ fn what_is_wrong_is_named_with_its_line_and_its_mend() {
             ],
         ),
         ("vip.pool = 'x'", &["f:1: vip.pool: 'x' is no network; write one such as 127.128.0.0/9"]),
+        ("consul.address = 'https://c:8501'", &[]),
+        ("consul.address = 'unix:///run/consul.sock'", &[]),
         (
-            "consul.address = 'https://c:8501'",
-            &["f:1: consul.address: TLS to Consul isn't in this version; write http://HOST:PORT"],
-        ),
-        (
-            "consul.address = 'unix:///run/consul.sock'",
+            "consul.address = 'unix://run/consul.sock'",
             &[
-                "f:1: consul.address: a unix socket of Consul isn't in this version; write http://HOST:PORT",
+                "f:1: consul.address: 'unix://run/consul.sock' is no address of a Consul agent; write http://HOST:PORT, https://HOST:PORT or unix:///PATH",
             ],
         ),
         (
             "consul.address = 'c'",
-            &["f:1: consul.address: 'c' is no address of a Consul agent; write http://HOST:PORT"],
+            &[
+                "f:1: consul.address: 'c' is no address of a Consul agent; write http://HOST:PORT, https://HOST:PORT or unix:///PATH",
+            ],
+        ),
+        (
+            "consul.namespace = 'a b'\nconsul.partition = '/'",
+            &[
+                "f:1: consul.namespace: 'a b' is no namespace of Consul; write letters, digits, - and _",
+                "f:2: consul.partition: '/' is no partition of Consul; write letters, digits, - and _",
+            ],
+        ),
+        (
+            "consul.ca_file = '/ca.pem'",
+            &[
+                "f:1: consul.ca_file: counts for nothing, since 127.0.0.1:8500 is asked without TLS; write https://HOST:PORT as consul.address, or remove this",
+            ],
+        ),
+        (
+            "[consul]\naddress = 'unix:///c.sock'\nverify = false",
+            &[
+                "f:3: consul.verify: counts for nothing, since unix:///c.sock is asked without TLS; write https://HOST:PORT as consul.address, or remove this",
+            ],
+        ),
+        (
+            "[consul]\naddress = 'https://c:1'\ntls_server_name = 'a b'",
+            &[
+                "f:3: consul.tls_server_name: 'a b' is no host's name; write one such as server.dc1.consul",
+            ],
+        ),
+        (
+            "catalog.address = 'v6'",
+            &[
+                "f:1: catalog.address: 'v6' is no choice; write \"lan\", \"wan\", or one of them with _ipv4 or _ipv6",
+            ],
+        ),
+        (
+            "catalog.meta = { stage = 1, '' = 'x' }",
+            &[
+                "f:1: catalog.meta.: is empty; write a value",
+                "f:1: catalog.meta.stage: expected a string, found an integer",
+            ],
         ),
         (
             "dns.listen = ['localhost:53']",
@@ -408,7 +480,7 @@ fn flags_beat_the_environment_and_that_beats_the_file() {
     let text = "[consul]\naddress = 'a:1'\ntoken_file = '/f'";
     let flag = Overrides { consul_addr: Some("http://c:3/".into()), ..Overrides::default() };
     let address = |overrides: Overrides, env: &[(&str, &str)]| {
-        check_all(text, overrides, env).unwrap().consul.address
+        check_all(text, overrides, env).unwrap().consul.address.to_string()
     };
     let env = [("CONSUL_HTTP_ADDR", "b:2")];
     assert_eq!(address(Overrides::default(), &[]), "a:1");
@@ -426,6 +498,135 @@ fn flags_beat_the_environment_and_that_beats_the_file() {
 }
 
 #[test]
+fn the_variables_of_consuls_own_tools_count() {
+    let (cert, key) = (Pem::certificate(), Pem::key());
+    let [ca, cert, key] = [&cert, &cert, &key].map(|pem| pem.path.to_str().unwrap());
+    let env = [
+        ("CONSUL_HTTP_ADDR", "consul.example:8501"),
+        ("CONSUL_HTTP_SSL", "true"),
+        ("CONSUL_HTTP_SSL_VERIFY", "false"),
+        ("CONSUL_CACERT", ca),
+        ("CONSUL_CAPATH", "/"),
+        ("CONSUL_CLIENT_CERT", cert),
+        ("CONSUL_CLIENT_KEY", key),
+        ("CONSUL_TLS_SERVER_NAME", "server.dc1.consul"),
+        ("CONSUL_NAMESPACE", "team"),
+        ("CONSUL_PARTITION", "part"),
+    ];
+    let expected = ConsulConfig {
+        address: ConsulAddress::Https("consul.example:8501".into()),
+        tls: TlsConfig {
+            ca_file: Some(ca.into()),
+            ca_path: Some("/".into()),
+            cert_file: Some(cert.into()),
+            key_file: Some(key.into()),
+            server_name: Some("server.dc1.consul".into()),
+            verify: false,
+        },
+        namespace: "team".into(),
+        partition: "part".into(),
+        ..ConsulConfig::default()
+    };
+    let file = "[consul]\nnamespace = 'x'\npartition = 'x'\nverify = true\nca_file = '/x'";
+    for text in ["", file] {
+        let config = check_all(text, Overrides::default(), &env).unwrap();
+        assert_eq!(config.consul, expected);
+    }
+
+    let address = |env: &[(&str, &str)], flag: Option<&str>| {
+        let overrides = Overrides { consul_addr: flag.map(str::to_owned), ..Overrides::default() };
+        check_all("", overrides, env).map(|config| config.consul.address.to_string())
+    };
+    let ssl = ("CONSUL_HTTP_SSL", "1");
+    let table: &[(&[_], _, Result<&str, &str>)] = &[
+        (&[("CONSUL_HTTP_ADDR", "unix:///run/c.sock")], None, Ok("unix:///run/c.sock")),
+        (&[("CONSUL_HTTP_ADDR", "https://c:1")], None, Ok("https://c:1")),
+        (&[("CONSUL_HTTP_ADDR", "http://c:1"), ssl], None, Ok("https://c:1")),
+        (&[ssl], None, Ok("https://127.0.0.1:8500")),
+        (&[ssl], Some("http://d:2"), Ok("d:2")),
+        (&[("CONSUL_HTTP_SSL", "0"), ("CONSUL_HTTP_ADDR", "https://c:1")], None, Ok("https://c:1")),
+        (
+            &[("CONSUL_HTTP_SSL", "yes")],
+            None,
+            Err("CONSUL_HTTP_SSL: 'yes' is neither; write true or false"),
+        ),
+        (
+            &[("CONSUL_CACERT", "/ca.pem")],
+            None,
+            Err("CONSUL_CACERT: counts for nothing, since 127.0.0.1:8500 is asked without TLS; \
+                 write https://HOST:PORT as consul.address, or remove this"),
+        ),
+    ];
+    for (env, flag, expected) in table {
+        let expected = expected.map(str::to_owned).map_err(|what| vec![what.to_owned()]);
+        assert_eq!(address(env, *flag), expected, "{env:?} {flag:?}");
+    }
+}
+
+/// A file in PEM, as rcgen writes it.
+struct Pem {
+    _dir: tempfile::TempDir,
+    path: std::path::PathBuf,
+}
+
+impl Pem {
+    fn new(text: &str) -> Pem {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("pem");
+        std::fs::write(&path, text).unwrap();
+        Pem { _dir: dir, path }
+    }
+
+    fn certificate() -> Pem {
+        Pem::new(&rcgen::generate_simple_self_signed(vec!["c".into()]).unwrap().cert.pem())
+    }
+
+    fn key() -> Pem {
+        Pem::new(&rcgen::KeyPair::generate().unwrap().serialize_pem())
+    }
+}
+
+#[test]
+fn files_of_certificates_must_be_such() {
+    let (cert, key) = (Pem::certificate(), Pem::key());
+    let [cert, key] = [&cert, &key].map(|pem| pem.path.display());
+    let missing = "can't be read (No such file or directory (os error 2)); name one that can";
+    let table: &[(String, Option<String>)] = &[
+        (format!("cert_file = '{cert}'\nkey_file = '{key}'\nca_file = '{cert}'"), None),
+        (
+            format!("cert_file = '{cert}'"),
+            Some("consul.cert_file: is a certificate without its key; add consul.key_file".into()),
+        ),
+        (
+            format!("key_file = '{key}'"),
+            Some("consul.key_file: is a key without its certificate; add consul.cert_file".into()),
+        ),
+        ("ca_file = '/no.pem'".into(), Some(format!("consul.ca_file: /no.pem {missing}"))),
+        ("ca_path = '/no'".into(), Some(format!("consul.ca_path: /no {missing}"))),
+        (
+            format!("ca_file = '{key}'"),
+            Some(format!(
+                "consul.ca_file: {key} holds no certificate in PEM; write one that begins with \
+                 -----BEGIN CERTIFICATE-----"
+            )),
+        ),
+        (
+            format!("cert_file = '{cert}'\nkey_file = '{cert}'"),
+            Some(format!(
+                "consul.key_file: {cert} holds no private key in PEM; write one without a \
+                 passphrase that begins with -----BEGIN PRIVATE KEY-----"
+            )),
+        ),
+    ];
+    for (keys, expected) in table {
+        let text = format!("[consul]\naddress = 'https://c:1'\n{keys}");
+        let problems = check(&text).err().unwrap_or_default();
+        let problems: Vec<_> = problems.iter().map(|p| p.split_once(": ").unwrap().1).collect();
+        assert_eq!(problems, expected.iter().collect::<Vec<_>>(), "{keys}");
+    }
+}
+
+#[test]
 fn flags_are_checked_like_the_file() {
     let overrides = Overrides {
         cgroup: Some("/cg".into()),
@@ -434,13 +635,14 @@ fn flags_are_checked_like_the_file() {
         on_exit: Some("stay".into()),
         ..Overrides::default()
     };
-    let errors = check_all("", overrides.clone(), &[("CONSUL_HTTP_ADDR", "https://x:1")]);
+    let errors = check_all("", overrides.clone(), &[("CONSUL_HTTP_ADDR", "ftp://x:1")]);
     let expected = [
         "--admin-listen: 'nowhere' is no address; write unix:/PATH or ADDR:PORT, port 1 to 65535",
         "--dns-listen: 127.128.0.5:53 lies in vip.pool 127.128.0.0/9; choose an address outside, \
          or another pool",
         "--on-exit: 'stay' can't be done; write keep or detach",
-        "CONSUL_HTTP_ADDR: TLS to Consul isn't in this version; write http://HOST:PORT",
+        "CONSUL_HTTP_ADDR: 'ftp://x:1' is no address of a Consul agent; write http://HOST:PORT, \
+         https://HOST:PORT or unix:///PATH",
     ];
     assert_eq!(errors.unwrap_err(), expected);
 
@@ -453,7 +655,7 @@ fn flags_are_checked_like_the_file() {
         ..overrides
     };
     // A source that isn't asked has no address to judge.
-    let config = check_all("", overrides, &[("CONSUL_HTTP_ADDR", "https://x:1")]).unwrap();
+    let config = check_all("", overrides, &[("CONSUL_HTTP_ADDR", "ftp://x:1")]).unwrap();
     assert_eq!(config.cgroup, Some("/cg".into()));
     assert_eq!((config.bpffs, config.on_exit), ("/pins".into(), OnExit::Detach));
     assert_eq!(config.catalog.source, Source::File("c.toml".into()));

@@ -205,6 +205,11 @@ impl Zone {
         }
     }
 
+    /// What names get that no routed service has.
+    pub(super) fn unrouted(&self) -> Unrouted {
+        self.unrouted
+    }
+
     /// Where VIPs come from.
     pub(super) fn pools(&self) -> &[IpNet] {
         &self.pools

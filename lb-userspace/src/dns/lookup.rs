@@ -13,6 +13,7 @@ use hickory_proto::rr::{Name, RecordType};
 
 use super::exchange::{ExchangeError, Outgoing};
 use super::server::Handler;
+use crate::config::Unrouted;
 
 /// How long a lookup may take: less than a client of the admin interface waits.
 const TIME_LIMIT: Duration = Duration::from_millis(4500);
@@ -79,6 +80,11 @@ impl Inquirer {
     /// What is wrong with the upstreams, each with the mend.
     pub fn problems(&self) -> Vec<String> {
         self.handler.forwarder().problems()
+    }
+
+    /// What names of the zone get that no service has.
+    pub fn unrouted(&self) -> Unrouted {
+        self.handler.unrouted()
     }
 
     /// Looks a name up, through the server's own socket.

@@ -27,7 +27,7 @@ use super::told::Told;
 use super::udp::{self, Endpoint, Stop, To};
 use super::upstreams::Upstreams;
 use crate::catalog::Demand;
-use crate::config::{DnsConfig, VipConfig};
+use crate::config::{DnsConfig, Unrouted, VipConfig};
 use crate::table::{Service, Table, Watch};
 
 /// What a stop may take.
@@ -116,13 +116,13 @@ impl Server {
         let handler = Arc::new(Handler {
             ways: RwLock::new(Arc::new(Ways {
                 zone: Zone::new(config, pools.iter().copied()),
-                clients: Arc::new(Clients::new(config, &own)),
+                clients: Clients::new(config, &own),
                 forwarder,
-                demand,
             })),
             table,
             snapshot: RwLock::new(snapshot),
             attached,
+            demand,
             told: Told::default(),
             reliable_by: Instant::now() + grace,
             waiting: Arc::new(Semaphore::new(MAX_WAITING)),
@@ -184,17 +184,13 @@ impl Server {
     pub fn reconfigure(&self, config: &DnsConfig) {
         let upstreams = Upstreams::new(config, &self.own, self.resolv_conf.clone());
         let forwarder = Forwarder::start(upstreams, self.limits);
-        self.handler.change_ways(|ways| Ways {
-            zone: Zone::new(config, ways.zone.pools().iter().copied()),
-            clients: Arc::new(Clients::new(config, &self.own)),
+        let pools = self.handler.ways().zone.pools().to_vec();
+        let ways = Ways {
+            zone: Zone::new(config, pools),
+            clients: Clients::new(config, &self.own),
             forwarder,
-            demand: ways.demand.clone(),
-        });
-    }
-
-    /// Says from now on to `demand` which services are used.
-    pub fn set_demand(&self, demand: Demand) {
-        self.handler.change_ways(|ways| Ways { demand, ..ways.clone() });
+        };
+        *self.handler.ways.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(ways);
     }
 
     /// Who asks this server.
@@ -237,12 +233,11 @@ impl Drop for Server {
 }
 
 /// What may be replaced while the server runs.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 struct Ways {
     zone: Zone,
-    clients: Arc<Clients>,
+    clients: Clients,
     forwarder: Arc<Forwarder>,
-    demand: Demand,
 }
 
 /// Answers messages, whichever way they come.
@@ -253,6 +248,7 @@ pub(super) struct Handler {
     /// Of the table that was there at the last question.
     snapshot: RwLock<Arc<Snapshot>>,
     attached: watch::Receiver<bool>,
+    demand: Demand,
     told: Told,
     /// Until when the zone is waited for.
     reliable_by: Instant,
@@ -265,14 +261,14 @@ impl Handler {
         self.ways.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    fn change_ways(&self, change: impl FnOnce(&Ways) -> Ways) {
-        let mut ways = self.ways.write().unwrap_or_else(PoisonError::into_inner);
-        *ways = Arc::new(change(&ways));
-    }
-
     /// The forwarder of this moment.
     pub(super) fn forwarder(&self) -> Arc<Forwarder> {
         self.ways().forwarder.clone()
+    }
+
+    /// What names of the zone get that no service has.
+    pub(super) fn unrouted(&self) -> Unrouted {
+        self.ways().zone.unrouted()
     }
 
     fn snapshot(&self) -> Arc<Snapshot> {
@@ -306,7 +302,7 @@ impl Handler {
         }
         let (ways, snapshot) = (self.ways(), self.snapshot());
         let attached = *self.attached.borrow();
-        let looks_up = ways.demand.is_heard();
+        let looks_up = self.demand.is_heard();
         let waits = !(attached && snapshot.table.is_synced()) && self.is_early();
         let mut known = Known { zone: &ways.zone, snapshot: &snapshot, attached, waits, looks_up };
         let mut outcome = answer::answer(bytes, Transport::Udp, known, out);
@@ -326,7 +322,7 @@ impl Handler {
             (known.waits, known.looks_up) = (false, false);
             outcome = answer::answer(bytes, Transport::Udp, known, out);
         }
-        if self.conclude(&ways, outcome, out) {
+        if self.conclude(&ways.forwarder, outcome, out) {
             endpoint.send(out, client, to);
         }
         None
@@ -365,7 +361,7 @@ impl Handler {
 
     /// Counts what became of a message, and tells of the service that it uses. Returns whether
     /// there is an answer, in `out`: an error where another resolver would have been asked.
-    fn conclude(&self, ways: &Ways, outcome: Outcome<'_, '_>, out: &mut Vec<u8>) -> bool {
+    fn conclude(&self, forwarder: &Forwarder, outcome: Outcome<'_, '_>, out: &mut Vec<u8>) -> bool {
         let code = match outcome {
             Outcome::Drop => {
                 self.stats.count("malformed");
@@ -373,12 +369,12 @@ impl Handler {
             }
             Outcome::Reply(code, used) => {
                 if let Some(service) = used {
-                    self.tell(&ways.demand, service);
+                    self.tell(service);
                 }
                 code
             }
             Outcome::Forward(asked) => {
-                ways.forwarder.hears_probe(&asked);
+                forwarder.hears_probe(&asked);
                 reply::error(out, &asked, Code::ServFail, MAX_UDP_LEN.into());
                 Code::ServFail
             }
@@ -389,9 +385,9 @@ impl Handler {
     }
 
     /// Says that a service is used, now and then.
-    fn tell(&self, demand: &Demand, service: &Service) {
-        if demand.is_heard() && self.told.is_due(&service.name) {
-            demand.used(&service.name);
+    fn tell(&self, service: &Service) {
+        if self.demand.is_heard() && self.told.is_due(&service.name) {
+            self.demand.used(&service.name);
         }
     }
 
@@ -403,7 +399,7 @@ impl Handler {
         loop {
             let (ways, snapshot) = (self.ways(), self.snapshot());
             let attached = *self.attached.borrow();
-            looks_up &= ways.demand.is_heard();
+            looks_up &= self.demand.is_heard();
             let known = Known { zone: &ways.zone, snapshot: &snapshot, attached, waits, looks_up };
             match answer::answer(bytes, transport, known, &mut out) {
                 Outcome::Wait => {
@@ -411,13 +407,13 @@ impl Handler {
                     waits = false;
                 }
                 Outcome::Warm(name) => {
-                    self.warm(&ways.demand, &name).await;
+                    self.warm(&name).await;
                     looks_up = false;
                 }
                 Outcome::Forward(asked) => {
                     return Some(self.forward(&ways.forwarder, bytes, &asked, transport).await);
                 }
-                outcome => return self.conclude(&ways, outcome, &mut out).then_some(out),
+                outcome => return self.conclude(&ways.forwarder, outcome, &mut out).then_some(out),
             }
         }
     }
@@ -438,13 +434,13 @@ impl Handler {
     }
 
     /// Waits a moment for a service that isn't live.
-    async fn warm(&self, demand: &Demand, name: &str) {
+    async fn warm(&self, name: &str) {
         let mut table = self.table.clone();
         let is_live = |table: &Arc<Table>| {
             table.services.get(name).is_some_and(|service| service.watch == Watch::Live)
         };
         let warming = async {
-            if demand.look_up(name).await {
+            if self.demand.look_up(name).await {
                 let _ = table.wait_for(is_live).await;
             }
         };

@@ -503,6 +503,22 @@ async fn routes_go_by_the_longest_suffix() {
 }
 
 #[tokio::test]
+async fn what_is_reconfigured_counts_from_the_next_question_on() {
+    let (first, second) = (Upstream::of([192, 0, 2, 1]).await, Upstream::of([192, 0, 2, 2]).await);
+    let rig = Rig::new(&[first.address]).await;
+    assert_eq!(rig.lookup("example.com.").await, "NoError 192.0.2.1");
+    let forward = Forward::Servers(vec![second.address]);
+    rig.server.reconfigure(&DnsConfig { ttl: 7, forward, ..Config::default().dns });
+    assert_eq!(rig.lookup("example.com.").await, "NoError 192.0.2.2");
+    let answer = rig.ask(Transport::Udp, &query("web.service.", RecordType::A)).await;
+    assert_eq!(answer.answers[0].ttl, 7);
+    assert_eq!(rig.lookup("nobody.service.").await, "NXDomain");
+
+    let counted = BTreeMap::from([("NOERROR".into(), 3), ("NXDOMAIN".into(), 1)]);
+    assert_eq!(rig.server.stats().snapshot(), counted);
+}
+
+#[tokio::test]
 async fn nothing_is_forwarded_to_ourselves() {
     // Find a port, then serve it with a configuration that names it.
     let any = vec!["127.0.0.1:0".parse().unwrap()];

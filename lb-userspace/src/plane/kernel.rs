@@ -95,7 +95,7 @@ impl Drop for Words {
     }
 }
 
-/// The words of a [`ServiceLine`]: its regions, the dials, and one that isn't in use.
+/// The words of a [`ServiceLine`]: its regions, the dials, and whether one is awaited.
 const SERVICE_WORDS: usize = size_of::<ServiceLine>() / 8;
 /// The words of a [`BackendLine`]: two of address, one of port and generation, the dials.
 const BACKEND_WORDS: usize = size_of::<BackendLine>() / 8;
@@ -104,7 +104,7 @@ const BACKEND_WORDS: usize = size_of::<BackendLine>() / 8;
 #[derive(Clone, Debug)]
 pub struct Counters {
     services: Arc<Words>,
-    refused: Arc<Words>,
+    unsent: Arc<Words>,
     backends: Arc<Words>,
     counters: Arc<Words>,
 }
@@ -118,14 +118,24 @@ pub struct ServiceCounters {
     pub refused: u64,
     /// Dials that were refused because the socket's address family reaches none of the backends.
     pub refused_family: u64,
+    /// Dials that passed untouched because dials were only counted.
+    pub shadowed: u64,
+}
+
+impl ServiceCounters {
+    /// All dials, whatever became of them.
+    pub fn all(&self) -> u64 {
+        let ServiceCounters { dials, refused, refused_family, shadowed } = self;
+        dials + refused + refused_family + shadowed
+    }
 }
 
 impl Counters {
     /// The counters of a service, by its index.
     pub fn service(&self, service_idx: u32) -> ServiceCounters {
-        let [.., dials, _padding] = self.services.load_element::<SERVICE_WORDS>(service_idx);
-        let [refused, refused_family] = self.refused.load_element(service_idx);
-        ServiceCounters { dials, refused, refused_family }
+        let [.., dials, _is_awaited] = self.services.load_element::<SERVICE_WORDS>(service_idx);
+        let [refused, refused_family, shadowed] = self.unsent.load_element(service_idx);
+        ServiceCounters { dials, refused, refused_family, shadowed }
     }
 
     /// The dials of a backend, by its index.
@@ -151,19 +161,27 @@ pub struct Board {
 impl Board {
     /// What a daemon, this one or an earlier one, says of itself.
     pub fn daemon(&self) -> Daemon {
-        let [heartbeat_ns, table_ns, table_generation, host_netns, pid, tgid, is_filled] =
+        let [heartbeat_ns, table_ns, table_generation, host_netns, pid, tgid, is_filled, is_shadow] =
             self.daemon.load_element(0);
-        Daemon { heartbeat_ns, table_ns, table_generation, host_netns, pid, tgid, is_filled }
+        Daemon {
+            heartbeat_ns,
+            table_ns,
+            table_generation,
+            host_netns,
+            pid,
+            tgid,
+            is_filled,
+            is_shadow,
+        }
     }
 
     /// Says something else of this daemon.
     pub fn set_daemon(&self, daemon: Daemon) {
-        let Daemon { heartbeat_ns, table_ns, table_generation, host_netns, pid, tgid, is_filled } =
-            daemon;
-        self.daemon.store_element(
-            0,
-            [heartbeat_ns, table_ns, table_generation, host_netns, pid, tgid, is_filled],
-        );
+        let Daemon { heartbeat_ns, table_ns, table_generation, host_netns, .. } = daemon;
+        let Daemon { pid, tgid, is_filled, is_shadow, .. } = daemon;
+        let words =
+            [heartbeat_ns, table_ns, table_generation, host_netns, pid, tgid, is_filled, is_shadow];
+        self.daemon.store_element(0, words);
     }
 
     /// What the connect hook saw of the last dial to the pool's own address.
@@ -210,6 +228,20 @@ impl Liveness {
     }
 }
 
+/// Tells the names of services.
+#[derive(Clone, Debug)]
+pub struct Names(Arc<Words>);
+
+impl Names {
+    /// The name of the service with this index; `None` where there is none.
+    pub fn name(&self, service_idx: u32) -> Option<Arc<str>> {
+        let Name { octets } = name_entry(&self.0, service_idx);
+        let name = octets.split(|&octet| octet == 0).next().unwrap_or_default();
+        let name = std::str::from_utf8(name).unwrap_or_default();
+        (!name.is_empty()).then(|| name.into())
+    }
+}
+
 /// The maps that the programs read.
 #[derive(Debug)]
 pub struct KernelMaps {
@@ -218,7 +250,7 @@ pub struct KernelMaps {
     services: Arc<Words>,
     slots: Words,
     backends: Arc<Words>,
-    names: Words,
+    names: Arc<Words>,
     counters: Counters,
     board: Board,
     program_wait: Option<ProgramWait>,
@@ -236,10 +268,10 @@ impl KernelMaps {
         let services = Arc::new(array("SERVICES")?);
         let slots = array("SLOTS")?;
         let backends = Arc::new(array("BACKENDS")?);
-        let names = array("NAMES")?;
+        let names = Arc::new(array("NAMES")?);
         let counters = Counters {
             services: services.clone(),
-            refused: Arc::new(array("REFUSED")?),
+            unsent: Arc::new(array("UNSENT")?),
             backends: backends.clone(),
             counters: Arc::new(array("COUNTERS")?),
         };
@@ -277,6 +309,11 @@ impl KernelMaps {
     /// A handle that tells which backends are in the table.
     pub fn liveness(&self) -> Liveness {
         Liveness(self.backends.clone())
+    }
+
+    /// A handle that tells the names of services.
+    pub fn names(&self) -> Names {
+        Names(self.names.clone())
     }
 
     /// A handle to what the two sides say of themselves.
@@ -330,7 +367,7 @@ impl Maps for KernelMaps {
     fn name_service(&mut self, service_idx: u32, name: Name) {
         self.names.store_element(service_idx, name_words(name));
         self.services.store(service_idx as usize * SERVICE_WORDS + Service::N_REGIONS, 0);
-        self.counters.refused.store_element(service_idx, [0; 2]);
+        self.counters.unsent.store_element(service_idx, [0; 3]);
     }
 
     fn publish(&mut self, service_idx: u32, service: Service) {
@@ -338,6 +375,11 @@ impl Maps for KernelMaps {
         for (word_idx, word) in (service_idx as usize * SERVICE_WORDS..).zip(words) {
             self.services.store(word_idx, word);
         }
+    }
+
+    fn await_dial(&mut self, service_idx: u32, is_awaited: bool) {
+        let word_idx = service_idx as usize * SERVICE_WORDS + SERVICE_WORDS - 1;
+        self.services.store(word_idx, is_awaited.into());
     }
 
     fn wait_for_readers(&mut self) {
@@ -379,12 +421,7 @@ impl Maps for KernelMaps {
     }
 
     fn name(&self, service_idx: u32) -> Name {
-        let words: [u64; 8] = self.names.load_element(service_idx);
-        let mut octets = [0; 64];
-        for (to, word) in octets.chunks_exact_mut(8).zip(words) {
-            to.copy_from_slice(&word.to_ne_bytes());
-        }
-        Name { octets }
+        name_entry(&self.names, service_idx)
     }
 
     fn slot(&self, slot_idx: u32) -> Slot {
@@ -459,6 +496,15 @@ fn backend_word(backend: &Backend) -> u64 {
     let ([a, b], [c, d]) = (backend.port.to_ne_bytes(), backend.padding.to_ne_bytes());
     let [e, f, g, h] = backend.generation.to_ne_bytes();
     u64::from_ne_bytes([a, b, c, d, e, f, g, h])
+}
+
+fn name_entry(names: &Words, service_idx: u32) -> Name {
+    let words: [u64; 8] = names.load_element(service_idx);
+    let mut octets = [0; 64];
+    for (to, word) in octets.chunks_exact_mut(8).zip(words) {
+        to.copy_from_slice(&word.to_ne_bytes());
+    }
+    Name { octets }
 }
 
 fn name_words(name: Name) -> [u64; 8] {

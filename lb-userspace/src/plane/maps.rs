@@ -47,6 +47,9 @@ pub trait Maps {
     /// Lets readers see a service's new slots: each of its regions by one store.
     fn publish(&mut self, service_idx: u32, service: Service);
 
+    /// Has the next dial of a service reported, or none.
+    fn await_dial(&mut self, service_idx: u32, is_awaited: bool);
+
     /// Waits until every program that was running has ended.
     fn wait_for_readers(&mut self);
 

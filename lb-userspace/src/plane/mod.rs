@@ -21,9 +21,11 @@ mod pins;
 pub mod probe;
 mod reconcile;
 mod regions;
+mod reports;
 pub mod route;
 mod shapes;
 mod shared;
+mod usage;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -45,15 +47,17 @@ use object::load;
 use pins::{PinnedMaps, Pins};
 use reconcile::{AdoptError, Reconciler};
 use shapes::{Sizes, socket_shapes};
+use usage::Usage;
 
 pub use bpf::netns_cookie;
 pub use cost::{Cost, Measuring};
-pub use kernel::Counters;
+pub use kernel::{Counters, ServiceCounters};
 pub use lb_common::Refusal;
 pub use links::Attachment;
 pub use pins::{PinError, is_bpffs};
 pub use reconcile::{ApplyError, Indices, Pressure};
-pub use shared::{Hooks, SharedPlane};
+pub use reports::Reports;
+pub use shared::{Hooks, Mode, SharedPlane};
 
 /// Why the kernel side can't be had.
 #[derive(Debug, thiserror::Error)]
@@ -156,6 +160,9 @@ pub struct Options {
     pub refusal: Option<Refusal>,
     /// The cookie of the host's network namespace; `None` for the one of this process.
     pub host_netns: Option<u64>,
+    /// Whether dials are only counted from the first one on. If not, what an earlier daemon left
+    /// holds until [`Plane::set_shadow`] says otherwise.
+    pub is_shadow: bool,
 }
 
 impl Options {
@@ -169,6 +176,7 @@ impl Options {
             layout: LAYOUT,
             refusal: None,
             host_netns: None,
+            is_shadow: config.shadow,
         }
     }
 }
@@ -179,6 +187,7 @@ pub struct Plane {
     ebpf: Ebpf,
     reconciler: Reconciler<KernelMaps>,
     counters: Counters,
+    usage: Usage,
     board: Board,
     links: Links,
     pins: Pins,
@@ -246,6 +255,8 @@ impl Plane {
         let Loaded { ebpf, refusal, mut reconciler } = loaded;
         let maps = reconciler.maps_mut();
         let (counters, board) = (maps.counters(), maps.board());
+        let usage = Usage::begin(reconciler.services(), counters.clone());
+        let maps = reconciler.maps_mut();
         let disconnector = Disconnector::new(maps.liveness(), pins.sockets().join("PEERS"));
         let map_names = sizes.shapes().into_iter().map(|shape| pins.maps().join(shape.name));
         let socket_names = socket_shapes().map(|shape| pins.sockets().join(shape.name));
@@ -254,6 +265,7 @@ impl Plane {
             ebpf,
             reconciler,
             counters,
+            usage,
             board,
             links: Links::new(&options.scope),
             pins,
@@ -265,6 +277,10 @@ impl Plane {
             is_adopted,
         };
         plane.introduce(options.host_netns);
+        // Before a dial can meet programs of ours.
+        if options.is_shadow {
+            plane.set_shadow(true);
+        }
         plane.look_up_excluded();
         // What is empty must not take the place of what works.
         if is_adopted || !is_live {
@@ -381,9 +397,40 @@ impl Plane {
         }
     }
 
+    /// Has dials only counted from now on, or translated; at once, without a reload.
+    pub fn set_shadow(&self, is_shadow: bool) {
+        let daemon = Daemon { is_shadow: is_shadow.into(), ..self.board.daemon() };
+        self.board.set_daemon(daemon);
+    }
+
+    /// Whether dials are only counted.
+    pub fn is_shadow(&self) -> bool {
+        self.board.daemon().is_shadow != 0
+    }
+
+    /// The services that were dialled since the last call or, at first, since the start; those that
+    /// were refused or only counted too. Datagrams of a flow that goes on are no dials.
+    pub fn dialled_since_last(&mut self) -> Vec<Arc<str>> {
+        self.usage.dialled_since_last(self.reconciler.services())
+    }
+
+    /// What tells of dials of services that aren't followed, once.
+    ///
+    /// # Errors
+    /// When it was taken already, or can't be mapped into memory.
+    pub fn take_reports(&mut self) -> Result<Reports, PlaneError> {
+        let names = self.reconciler.maps_mut().names();
+        Reports::take(&mut self.ebpf, names)
+    }
+
     /// The indices that the kernel knows a service and its backends by.
     pub fn indices(&self, name: &str) -> Option<Indices> {
         self.reconciler.indices(name)
+    }
+
+    /// The index that the kernel knows each service by.
+    pub fn service_indices(&self) -> Vec<(Arc<str>, u32)> {
+        self.reconciler.service_indices().map(|(name, idx)| (name.clone(), idx)).collect()
     }
 
     /// How full each map is.
@@ -480,6 +527,8 @@ pub const COUNTERS: [(&str, Counter); N_COUNTERS] = [
     ("inconsistent", Counter::Inconsistent),
     ("left_alone", Counter::LeftAlone),
     ("backend_gone", Counter::BackendGone),
+    ("shadowed", Counter::Shadowed),
+    ("shadowed_no_frontend", Counter::ShadowedNoFrontend),
 ];
 
 /// CLOCK_MONOTONIC, which is what the programs read too.

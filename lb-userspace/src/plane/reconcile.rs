@@ -22,7 +22,7 @@ use super::ids::Ids;
 use super::maps::{FrontendKey, Maps};
 use super::regions::{Block, Regions};
 use super::shapes::Sizes;
-use crate::table::{Ports, Service, State, Table};
+use crate::table::{Diff, Ports, Service, Table, Watch, diff};
 
 pub use adopt::AdoptError;
 
@@ -101,7 +101,7 @@ pub struct Pressure {
 /// The indices that the kernel knows a service and its backends by.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Indices {
-    /// The index into `SERVICES` and `REFUSED`.
+    /// The index into `SERVICES` and `UNSENT`.
     pub service: u32,
     /// The indices into `BACKENDS`.
     pub backends: HashMap<SocketAddr, u32>,
@@ -176,18 +176,16 @@ impl<M: Maps> Reconciler<M> {
     /// never missing under both names.
     pub fn apply(&mut self, table: &Table) -> BTreeMap<Arc<str>, ApplyError> {
         let mut errors = BTreeMap::new();
-        for (name, service) in &table.services {
-            let applied = self.held.get(name).and_then(|held| held.applied.as_ref());
-            if applied.is_some_and(|applied| Arc::ptr_eq(applied, service)) {
-                continue;
-            }
+        let Diff { changed, gone } = diff(&self.held, &table.services, |held, service| {
+            held.applied.as_ref().is_some_and(|applied| Arc::ptr_eq(applied, service))
+        });
+        let gone: Vec<Arc<str>> = gone.into_iter().cloned().collect();
+        for (name, service) in changed {
             if let Err(error) = self.put(service) {
                 errors.insert(name.clone(), error);
             }
         }
         self.remove_stale(&mut errors);
-        let gone: Vec<Arc<str>> =
-            self.held.keys().filter(|name| !table.services.contains_key(*name)).cloned().collect();
         for name in gone {
             if let Err(error) = self.remove(&name) {
                 errors.insert(name, error);
@@ -252,12 +250,22 @@ impl<M: Maps> Reconciler<M> {
         Some(Indices { service: held.service_idx, backends: held.backends.clone() })
     }
 
+    /// The index of each service that is in the maps.
+    pub fn service_indices(&self) -> impl Iterator<Item = (&Arc<str>, u32)> {
+        self.held.iter().map(|(name, held)| (name, held.service_idx))
+    }
+
     /// The services that the maps hold, each with the addresses of its frontends.
     pub fn names(&self) -> impl Iterator<Item = (&Arc<str>, impl Iterator<Item = IpAddr>)> {
         self.held.iter().map(|(name, held)| {
             let vips = held.frontends.iter().filter(|(_, target)| target.host_only == 0);
             (name, vips.map(|(frontend, _)| frontend.address))
         })
+    }
+
+    /// The services that the maps hold, each with its index.
+    pub fn services(&self) -> impl Iterator<Item = (&Arc<str>, u32)> {
+        self.held.iter().map(|(name, held)| (name, held.service_idx))
     }
 
     /// How full each map is.
@@ -277,9 +285,7 @@ impl<M: Maps> Reconciler<M> {
     /// Adds or changes one service.
     fn put(&mut self, service: &Arc<Service>) -> Result<(), ApplyError> {
         let healthy: Vec<Healthy> = service
-            .backends
-            .iter()
-            .filter(|backend| backend.state == State::Healthy)
+            .healthy()
             .filter_map(|backend| {
                 let &crate::table::Backend { weight, host_only, .. } = backend;
                 Some(Healthy { address: backend.address?, weight, host_only })
@@ -348,6 +354,10 @@ impl<M: Maps> Reconciler<M> {
             regions.push(Region { first_slot: block.first_slot, n_slots });
         }
         self.maps.publish(service_idx, choices.entry(&regions));
+        // A service that stays cold was asked for already: one report is enough.
+        if held.applied.as_ref().is_none_or(|applied| applied.watch != service.watch) {
+            self.maps.await_dial(service_idx, service.watch == Watch::Cold);
+        }
 
         self.resting.blocks.extend(std::mem::replace(&mut held.blocks, blocks));
         let stay: HashSet<SocketAddr> = healthy.iter().map(|backend| backend.address).collect();

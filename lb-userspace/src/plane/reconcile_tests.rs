@@ -11,7 +11,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::plane::shapes::Sizes;
-use crate::table::{Backend as TableBackend, Protocols};
+use crate::table::{Backend as TableBackend, Protocols, State};
 
 /// The address of backend `x` of service `s`: it tells whose it is. Some have IPv6 ones.
 fn address(s: u8, x: u8) -> SocketAddr {
@@ -84,6 +84,8 @@ struct Model {
     at_region: Vec<(u8, Region)>,
     /// What each service may show, set by the test before it applies a table: before and after.
     allowed: HashMap<u8, [Visible; 2]>,
+    /// What was said of awaited dials, in order.
+    awaited: Vec<(u32, bool)>,
     n_waits: usize,
     n_steps: usize,
     /// No reader looks: the test is about something else.
@@ -224,6 +226,10 @@ impl Maps for FakeMaps {
         self.step(|model| {
             model.services.insert(service_idx, service);
         });
+    }
+
+    fn await_dial(&mut self, service_idx: u32, is_awaited: bool) {
+        self.step(|model| model.awaited.push((service_idx, is_awaited)));
     }
 
     fn wait_for_readers(&mut self) {
@@ -388,6 +394,34 @@ proptest! {
 fn indices(reconciler: &Reconciler<FakeMaps>) -> BTreeMap<String, Indices> {
     let names = reconciler.names().map(|(name, _)| name);
     names.map(|name| (name.to_string(), reconciler.indices(name).unwrap())).collect()
+}
+
+#[test]
+fn a_dial_is_awaited_once_in_each_cold_spell() {
+    let mut run = Run::new(SIZES);
+    let live = |backends: &[u8]| (*service(0, &backends.iter().copied().collect(), 1)).clone();
+    let cold = |backends: &[u8]| Service { watch: Watch::Cold, ..live(backends) };
+    run.maps.0.borrow_mut().is_blind = true;
+    let restarted = |run: &mut Run| {
+        run.restart(&SIZES);
+        cold(&[1])
+    };
+    let steps: [(&dyn Fn(&mut Run) -> Service, &[(u32, bool)]); 7] = [
+        (&|_| cold(&[1]), &[(0, true)]),
+        (&|_| cold(&[1, 2]), &[]),
+        (&|_| live(&[1, 2]), &[(0, false)]),
+        (&|_| live(&[1]), &[]),
+        (&|_| cold(&[1]), &[(0, true)]),
+        (&restarted, &[(0, true)]),
+        (&|_| cold(&[]), &[]),
+    ];
+    for (step, (next, expected)) in steps.iter().enumerate() {
+        let next = next(&mut run);
+        run.table.services.insert(next.name.clone(), Arc::new(next));
+        assert!(run.reconciler.apply(&run.table).is_empty());
+        let awaited = std::mem::take(&mut run.maps.0.borrow_mut().awaited);
+        assert_eq!(awaited, *expected, "step {step}");
+    }
 }
 
 #[test]

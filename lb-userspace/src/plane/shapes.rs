@@ -3,7 +3,7 @@
 use lb_common::{
     BackendLine, Daemon, ENTRIES_PER_BACKEND, ExcludedCgroup, FRONTENDS_PER_SERVICE, Flows,
     Frontend, Frontend6, MAX_EXCLUDED, MAX_SERVICE_BACKENDS, N_COUNTERS, Name, Peer, Probe,
-    Refused, SLOTS_PER_BACKEND, ServiceLine, Slot, Target,
+    SLOTS_PER_BACKEND, ServiceLine, Slot, Target, Unsent,
 };
 
 use super::pins::MapShape;
@@ -12,7 +12,7 @@ use crate::config::{PlaneConfig, VipConfig};
 /// The sizes of the maps, in entries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sizes {
-    /// `SERVICES`, `REFUSED` and `NAMES`
+    /// `SERVICES`, `UNSENT` and `NAMES`
     pub services: u32,
     /// `FRONTENDS`
     pub frontends: u32,
@@ -66,7 +66,7 @@ impl Sizes {
             array("SLOTS", size_of::<Slot>(), self.slots),
             array("BACKENDS", size_of::<BackendLine>(), self.backends),
             array("NAMES", size_of::<Name>(), self.services),
-            array("REFUSED", size_of::<Refused>(), self.services),
+            array("UNSENT", size_of::<Unsent>(), self.services),
             array("COUNTERS", 8, N_COUNTERS as u32),
             array("DAEMON", size_of::<Daemon>(), 1),
             array("PROBE", size_of::<Probe>(), 1),

@@ -12,12 +12,26 @@ use crate::table::Table;
 /// How long `status` tells of hooks that were detached and attached again.
 const TELLS: Duration = Duration::from_secs(60);
 
+/// What becomes of dials to VIPs.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Mode {
+    /// They are translated.
+    #[default]
+    Translate,
+    /// They are counted, and pass untouched.
+    Shadow {
+        /// Why, as a part of a sentence.
+        why: String,
+    },
+}
+
 /// A plane, and what is wrong with it.
 #[derive(Debug)]
 pub struct SharedPlane {
     plane: Mutex<Plane>,
     errors: Mutex<BTreeMap<Arc<str>, String>>,
     watched: Mutex<Watched>,
+    mode: Mutex<Mode>,
 }
 
 /// What was seen of the hooks.
@@ -36,8 +50,10 @@ struct Watched {
 /// Whether dials are translated, as far as the daemon knows.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Hooks {
-    /// Whether they are: every hook is attached, and nothing showed that it doesn't run.
+    /// Whether every hook is attached, and nothing showed that it doesn't run.
     pub attached: bool,
+    /// Whether a dial would be translated: the hooks are attached, and dials aren't only counted.
+    pub translate: bool,
     /// What an operator should know.
     pub problems: Vec<String>,
 }
@@ -45,10 +61,16 @@ pub struct Hooks {
 impl SharedPlane {
     /// Shares `plane`.
     pub fn new(plane: Plane) -> SharedPlane {
+        let mode = if plane.is_shadow() {
+            Mode::Shadow { why: "it began so".to_owned() }
+        } else {
+            Mode::Translate
+        };
         SharedPlane {
             plane: Mutex::new(plane),
             errors: Mutex::default(),
             watched: Mutex::default(),
+            mode: Mutex::new(mode),
         }
     }
 
@@ -91,6 +113,11 @@ impl SharedPlane {
     /// As [`Plane::indices`].
     pub fn indices(&self, name: &str) -> Option<Indices> {
         lock(&self.plane).indices(name)
+    }
+
+    /// As [`Plane::service_indices`].
+    pub fn service_indices(&self) -> Vec<(Arc<str>, u32)> {
+        lock(&self.plane).service_indices()
     }
 
     /// As [`Plane::is_adopted`].
@@ -172,7 +199,13 @@ impl SharedPlane {
     /// Whether dials are translated.
     pub fn hooks(&self) -> Hooks {
         let watched = lock(&self.watched);
-        let mut hooks = Hooks { attached: watched.problem.is_none(), problems: Vec::new() };
+        let mut hooks = Hooks { attached: watched.problem.is_none(), ..Hooks::default() };
+        let mode = self.mode();
+        if let Mode::Shadow { why } = &mode {
+            hooks.problems.push(format!(
+                "dials are only counted, none is translated, and names get SERVFAIL: {why}"
+            ));
+        }
         if let Some(problem) = &watched.problem {
             hooks.problems.push(format!("the hooks aren't attached: {problem}"));
         }
@@ -189,7 +222,34 @@ impl SharedPlane {
         }
         hooks.attached &= watched.waiting.is_none();
         hooks.problems.extend(watched.waiting.clone());
+        hooks.translate = hooks.attached && mode == Mode::Translate;
         hooks
+    }
+
+    /// Has dials translated or only counted from now on; the log hears of each change.
+    pub fn set_mode(&self, mode: Mode) {
+        let mut last = lock(&self.mode);
+        if *last == mode {
+            return;
+        }
+        match &mode {
+            Mode::Translate => tracing::warn!("dials are translated from now on"),
+            Mode::Shadow { why } => {
+                tracing::warn!("dials are only counted from now on, none is translated: {why}");
+            }
+        }
+        lock(&self.plane).set_shadow(mode != Mode::Translate);
+        *last = mode;
+    }
+
+    /// What becomes of dials.
+    pub fn mode(&self) -> Mode {
+        lock(&self.mode).clone()
+    }
+
+    /// As [`Plane::dialled_since_last`].
+    pub fn dialled_since_last(&self) -> Vec<Arc<str>> {
+        lock(&self.plane).dialled_since_last()
     }
 
     /// As [`Plane::keep`].

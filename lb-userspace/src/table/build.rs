@@ -1,6 +1,6 @@
 //! From a catalog to the next table.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddrV4;
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -8,7 +8,7 @@ use std::time::SystemTime;
 use super::judge::{Verdict, check_name, judge};
 use super::says::{Heard, hear};
 use super::vips::{Pools, Vips};
-use super::{Listing, Ports, Protocols, Service, Table};
+use super::{Diff, Hosts, Instance, Listing, Ports, Protocols, Service, Table, diff};
 use crate::config::VipConfig;
 
 /// Builds tables, each from a catalog and what the last one had.
@@ -18,8 +18,12 @@ pub struct Builder {
     ports: Ports,
     pins: BTreeMap<String, SocketAddrV4>,
     vips: Vips,
-    /// What each service of the last table was built from.
+    /// What each service of the last table was built from, by the name that the catalog has.
     sources: BTreeMap<Arc<str>, Listing>,
+    /// What names that stand for addresses stand for.
+    hosts: Arc<Hosts>,
+    /// The names that each service's instances have for addresses, where they have some.
+    hostnames: BTreeMap<Arc<str>, Vec<String>>,
 }
 
 /// The next table, where it differs from the last one.
@@ -27,8 +31,9 @@ pub struct Builder {
 pub struct Next {
     /// The table.
     pub table: Arc<Table>,
-    /// Whether the book of VIPs changed, and has to be written before the table is used.
-    pub vips_changed: bool,
+    /// Whether a name got an address, so that the book of VIPs has to be written before anybody is
+    /// told of it.
+    pub vips_given: bool,
 }
 
 impl Builder {
@@ -40,7 +45,30 @@ impl Builder {
             pins: config.pins.iter().map(|(name, pin)| (name.to_lowercase(), *pin)).collect(),
             vips,
             sources: BTreeMap::new(),
+            hosts: Arc::default(),
+            hostnames: BTreeMap::new(),
         }
+    }
+
+    /// The names that instances of the last table have for addresses.
+    pub fn hostnames(&self) -> BTreeSet<String> {
+        self.hostnames.values().flatten().cloned().collect()
+    }
+
+    /// Takes in what these names stand for; it counts from the next table on.
+    pub fn set_hosts(&mut self, hosts: Arc<Hosts>) {
+        if hosts != self.hosts {
+            self.hosts = hosts;
+            // Who has such names is judged anew.
+            let by_name = |given: &Arc<str>| self.hostnames.contains_key(&*given.to_lowercase());
+            self.sources.retain(|given, _| !by_name(given));
+        }
+    }
+
+    /// Gives other ports to the services that name none, from the next table on.
+    pub fn set_ports(&mut self, ports: &[u16]) {
+        self.ports = Ports::only(ports.iter().copied());
+        self.sources.clear();
     }
 
     /// The book of VIPs.
@@ -56,37 +84,113 @@ impl Builder {
         catalog: &BTreeMap<Arc<str>, Listing>,
         now: SystemTime,
     ) -> Option<Next> {
-        let generation = last.generation + 1;
-        let mut table = Table { generation, ..Table::default() };
-        let mut sources = BTreeMap::new();
-        let edition_before = self.vips.edition();
-        let names_before: Vec<Arc<str>> = self.vips.in_use().cloned().collect();
-        for (given_name, listing) in catalog {
-            let name: Arc<str> = given_name.to_lowercase().into();
-            match self.service(&name, given_name, listing, last, &table, now) {
-                Ok(service) => {
-                    sources.insert(name.clone(), listing.clone());
-                    table.services.insert(name, service);
-                }
+        let given_before = self.vips.given();
+        let table = match self.patch(last, catalog, now) {
+            Some(table) => table,
+            None => self.rebuild(last, catalog, now),
+        };
+        let vips_given = self.vips.given() != given_before;
+        let is_same = last.is_synced() && table.rejected == last.rejected && {
+            let Diff { changed, gone } = diff(&last.services, &table.services, Arc::ptr_eq);
+            changed.is_empty() && gone.is_empty()
+        };
+        (!is_same).then(|| Next { table: Arc::new(table), vips_given })
+    }
+
+    /// The next table from the last one and what changed, which costs little where that is little.
+    /// `None` where names that differ only in case may have to be settled among all.
+    fn patch(
+        &mut self,
+        last: &Table,
+        catalog: &BTreeMap<Arc<str>, Listing>,
+        now: SystemTime,
+    ) -> Option<Table> {
+        // What couldn't be had may be had now; it has no source, so it counts as changed.
+        let Diff { changed, gone } = diff(&self.sources, catalog, is_same_source);
+        let is_plain = |name: &Arc<str>| !name.chars().any(char::is_uppercase);
+        let is_settled = |name: &Arc<str>| {
+            is_plain(name) && (self.sources.contains_key(name) || !last.services.contains_key(name))
+        };
+        let is_settled = changed.iter().all(|(name, _)| is_settled(name))
+            && gone.iter().all(|name| is_plain(name));
+        if !last.is_synced() || !is_settled {
+            return None;
+        }
+
+        let gone: Vec<Arc<str>> = gone.into_iter().cloned().collect();
+        let services = last.services.clone();
+        let mut table = Table { generation: last.generation + 1, services, ..Table::default() };
+        for (name, listing) in changed {
+            let former = last.services.get(name);
+            match self.service(name, name, listing, former, table.generation, now) {
+                Ok(service) => self.admit(&mut table, name, name.clone(), listing, service),
                 Err(reason) => {
-                    table.rejected.insert(given_name.clone(), reason);
+                    self.forget(&mut table, name, now);
+                    table.rejected.insert(name.clone(), reason);
                 }
             }
         }
-        self.sources = sources;
+        for name in gone {
+            self.forget(&mut table, &name, now);
+        }
+        Some(table)
+    }
+
+    fn forget(&mut self, table: &mut Table, name: &Arc<str>, now: SystemTime) {
+        self.sources.remove(name);
+        self.hostnames.remove(name);
+        table.services.remove(name);
+        self.vips.release(name, now);
+    }
+
+    /// The next table from the catalog as a whole.
+    fn rebuild(
+        &mut self,
+        last: &Table,
+        catalog: &BTreeMap<Arc<str>, Listing>,
+        now: SystemTime,
+    ) -> Table {
+        let mut table = Table { generation: last.generation + 1, ..Table::default() };
+        let names_before: Vec<Arc<str>> = self.vips.in_use().cloned().collect();
+        let sources = std::mem::take(&mut self.sources);
+        for (given_name, listing) in catalog {
+            let name: Arc<str> = given_name.to_lowercase().into();
+            let former = last.services.get(&name);
+            let is_known = sources.get(given_name).is_some_and(|s| is_same_source(s, listing));
+            let service = if table.services.contains_key(&name) {
+                Err(format!(
+                    "`{given_name}` differs from another service only in case, which DNS doesn't \
+                     see: rename one"
+                ))
+            } else if let (true, Some(former)) = (is_known, former) {
+                Ok(former.clone())
+            } else {
+                self.service(&name, given_name, listing, former, table.generation, now)
+            };
+            match service {
+                Ok(service) => self.admit(&mut table, given_name, name, listing, service),
+                Err(reason) => drop(table.rejected.insert(given_name.clone(), reason)),
+            }
+        }
+        self.hostnames.retain(|name, _| table.services.contains_key(name));
         for name in &names_before {
             if !table.services.contains_key(name) {
                 self.vips.release(name, now);
             }
         }
-        let vips_changed = self.vips.edition() != edition_before;
-        let same = last.is_synced()
-            && table.rejected == last.rejected
-            && table.services.len() == last.services.len()
-            && table.services.iter().all(|(name, service)| {
-                last.services.get(name).is_some_and(|l| Arc::ptr_eq(l, service))
-            });
-        (!same).then(|| Next { table: Arc::new(table), vips_changed })
+        table
+    }
+
+    fn admit(
+        &mut self,
+        table: &mut Table,
+        given_name: &Arc<str>,
+        name: Arc<str>,
+        listing: &Listing,
+        service: Arc<Service>,
+    ) {
+        self.sources.insert(given_name.clone(), listing.clone());
+        table.services.insert(name, service);
     }
 
     fn service(
@@ -94,25 +198,12 @@ impl Builder {
         name: &Arc<str>,
         given_name: &str,
         listing: &Listing,
-        last: &Table,
-        table: &Table,
+        former: Option<&Arc<Service>>,
+        generation: u64,
         now: SystemTime,
     ) -> Result<Arc<Service>, String> {
         check_name(given_name)?;
-        if table.services.contains_key(name) {
-            return Err(format!(
-                "`{given_name}` differs from another service only in case, which DNS doesn't see: \
-                 rename one"
-            ));
-        }
-        let former = last.services.get(name);
         let Listing { instances, watch } = listing;
-        let unchanged = self.sources.get(name).is_some_and(|source| {
-            Arc::ptr_eq(&source.instances, instances) && source.watch == *watch
-        });
-        if let (true, Some(former)) = (unchanged, former) {
-            return Ok(former.clone());
-        }
         let vip = self.vips.assign(name, now).map_err(|exhausted| exhausted.to_string())?;
         let Heard { ports, protocols, mut notes } = hear(instances);
         if let (Some(pool6), None) = (self.pools.v6, vip.v6) {
@@ -131,13 +222,19 @@ impl Builder {
             excluded: Vec::new(),
             notes,
             watch: *watch,
-            generation: last.generation + 1,
+            generation,
         };
         for instance in instances.iter() {
-            match judge(instance, &self.pools) {
+            match judge(instance, &self.pools, &self.hosts) {
                 Verdict::In(backend) => service.backends.push(backend),
                 Verdict::Out(excluded) => service.excluded.push(excluded),
             }
+        }
+        let hostnames = instances.iter().filter(|instance| instance.standing.serves());
+        let hostnames: Vec<String> = hostnames.filter_map(Instance::hostname).collect();
+        match hostnames.is_empty() {
+            true => drop(self.hostnames.remove(name)),
+            false => drop(self.hostnames.insert(name.clone(), hostnames)),
         }
         match former {
             Some(former) if former.is_same(&service) => Ok(former.clone()),
@@ -146,11 +243,18 @@ impl Builder {
     }
 }
 
+/// Whether both are the same object: sources share what didn't change.
+fn is_same_source(one: &Listing, other: &Listing) -> bool {
+    Arc::ptr_eq(&one.instances, &other.instances) && one.watch == other.watch
+}
+
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
     use crate::config::Config;
-    use crate::table::{Instance, Says, Standing, State, Watch};
+    use crate::table::{Host, Says, Standing, State, Watch};
 
     fn catalog(text: &[(&str, &[&str])]) -> BTreeMap<Arc<str>, Listing> {
         let instance = |address: &&str| Instance {
@@ -182,7 +286,7 @@ mod tests {
     fn an_empty_catalog_makes_a_first_table_and_then_nothing() {
         let mut builder = builder();
         let first = builder.next(&Table::default(), &BTreeMap::new(), NOW).unwrap();
-        assert!(first.table.is_synced() && !first.vips_changed);
+        assert!(first.table.is_synced() && !first.vips_given);
         assert!(builder.next(&first.table, &BTreeMap::new(), NOW).is_none());
     }
 
@@ -191,10 +295,10 @@ mod tests {
         let mut builder = builder();
         let mut catalog = catalog(&[("a", &["10.0.0.1"]), ("b", &["10.0.0.2"])]);
         let first = builder.next(&Table::default(), &catalog, NOW).unwrap();
-        assert!(first.vips_changed);
+        assert!(first.vips_given);
         catalog.extend(self::catalog(&[("b", &["10.0.0.3"])]));
         let second = builder.next(&first.table, &catalog, NOW).unwrap();
-        assert!(!second.vips_changed);
+        assert!(!second.vips_given);
         assert!(Arc::ptr_eq(&first.table.services["a"], &second.table.services["a"]));
         assert_eq!(second.table.services["b"].generation, 2);
         assert_eq!(second.table.services["b"].vip, first.table.services["b"].vip);
@@ -209,8 +313,9 @@ mod tests {
         let with = catalog(&[("a", &["10.0.0.1"])]);
         let first = builder.next(&Table::default(), &with, NOW).unwrap();
         let second = builder.next(&first.table, &BTreeMap::new(), NOW).unwrap();
-        assert!(second.table.services.is_empty() && second.vips_changed);
+        assert!(second.table.services.is_empty() && !second.vips_given);
         let third = builder.next(&second.table, &with, NOW).unwrap();
+        assert!(!third.vips_given, "the book has it still");
         assert_eq!(third.table.services["a"].vip, first.table.services["a"].vip);
     }
 
@@ -243,6 +348,62 @@ mod tests {
         assert!(service.notes[0].contains("`icmp` is no protocol"), "{:?}", service.notes);
     }
 
+    proptest! {
+        /// Whatever the catalogs, a builder that patches says what one says that begins anew.
+        #[test]
+        fn a_patched_table_is_the_rebuilt_one(
+            catalogs in prop::collection::vec(
+                prop::collection::btree_map(
+                    prop::sample::select(vec!["a", "b", "B", "c.d", "e", "E", "f"]),
+                    prop::sample::select(vec!["10.0.0.1", "10.0.0.2", "nowhere"]),
+                    0..7,
+                ),
+                1..6,
+            )
+        ) {
+            let mut builder = builder();
+            let mut last = Arc::new(Table::default());
+            let mut shared = BTreeMap::<Arc<str>, Listing>::new();
+            for entries in catalogs {
+                let fresh = |(name, address): (&str, &str)| catalog(&[(name, &[address])]);
+                let all: BTreeMap<_, _> = entries.into_iter().flat_map(fresh).collect();
+                // As sources do it: what didn't change is the same object.
+                shared = all
+                    .into_iter()
+                    .map(|(name, listing)| match shared.get(&name) {
+                        Some(known) if *known == listing => (name, known.clone()),
+                        _ => (name, listing),
+                    })
+                    .collect();
+                if let Some(next) = builder.next(&last, &shared, NOW) {
+                    last = next.table;
+                }
+                let anew = self::builder().next(&Table::default(), &shared, NOW).unwrap().table;
+                prop_assert_eq!(&last.rejected, &anew.rejected);
+                prop_assert!(last.services.keys().eq(anew.services.keys()));
+                for (name, service) in &last.services {
+                    prop_assert_eq!(&service.backends, &anew.services[name].backends);
+                    prop_assert_eq!(&service.excluded, &anew.services[name].excluded);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn other_ports_go_to_the_services_that_name_none() {
+        let mut builder = builder();
+        let mut catalog = catalog(&[("a", &["10.0.0.1"]), ("b", &["10.0.0.2"])]);
+        let mut instance = catalog["b"].instances[0].clone();
+        instance.says = Says { ports: Some("5432".into()), protocol: None };
+        let listing = Listing { instances: [instance].into(), watch: Watch::Live };
+        catalog.insert("b".into(), listing);
+        let first = builder.next(&Table::default(), &catalog, NOW).unwrap().table;
+        builder.set_ports(&[80, 8080]);
+        let second = builder.next(&first, &catalog, NOW).unwrap().table;
+        assert_eq!(second.services["a"].ports, Ports::only([80, 8080]));
+        assert!(Arc::ptr_eq(&first.services["b"], &second.services["b"]));
+    }
+
     #[test]
     fn where_the_ipv6_pool_is_short_a_service_has_its_ipv4_address_and_a_note() {
         let vip = VipConfig { pool6: Some("fd00::/127".parse().unwrap()), ..Config::default().vip };
@@ -251,6 +412,32 @@ mod tests {
         let service = &next.table.services["a"];
         assert_eq!(service.vip6, None);
         assert!(service.notes[0].contains("vip.pool6"), "{:?}", service.notes);
+    }
+
+    #[test]
+    fn names_are_asked_for_and_what_they_stand_for_moves_their_service_alone() {
+        let mut builder = builder();
+        let both = catalog(&[("a", &["db.example", "10.0.0.1"]), ("b", &["10.0.0.2"])]);
+        let first = builder.next(&Table::default(), &both, NOW).unwrap().table;
+        assert_eq!(builder.hostnames(), ["db.example".to_owned()].into());
+        assert_eq!(first.services["a"].healthy().count(), 1);
+        assert!(builder.next(&first, &both, NOW).is_none());
+
+        let hosts = |address: &str| {
+            let host = Host::At { address: address.parse().unwrap(), n_addresses: 1 };
+            Arc::new(Hosts([("db.example".to_owned(), host)].into()))
+        };
+        builder.set_hosts(hosts("10.0.0.9"));
+        let second = builder.next(&first, &both, NOW).unwrap().table;
+        let addresses: Vec<_> = second.services["a"].healthy().filter_map(|b| b.address).collect();
+        assert_eq!(addresses, ["10.0.0.9:8080", "10.0.0.1:8080"].map(|a| a.parse().unwrap()));
+        assert!(Arc::ptr_eq(&first.services["b"], &second.services["b"]));
+        builder.set_hosts(hosts("10.0.0.9"));
+        assert!(builder.next(&second, &both, NOW).is_none());
+
+        let without = catalog(&[("b", &["10.0.0.2"])]);
+        builder.next(&second, &without, NOW).unwrap();
+        assert!(builder.hostnames().is_empty());
     }
 
     #[test]

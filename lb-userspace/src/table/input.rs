@@ -33,7 +33,7 @@ pub enum Watch {
 ///
 /// The values are as the source gave them, in range or not: it is the table that says what can be
 /// routed to, in one place and for all sources.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Instance {
     /// The node that the instance runs on; empty where the source knows of no nodes.
     pub node: String,
@@ -70,10 +70,19 @@ impl Instance {
 }
 
 /// A source's own verdict on an instance.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Standing {
     /// It may serve.
     Serving,
+    /// It may serve, with the weight that it has for this (such as ``check `web` is warning``).
+    Warning(String),
     /// It may not, for this reason (such as ``check `web` is critical``).
     Out(String),
+}
+
+impl Standing {
+    /// Whether it may serve.
+    pub fn serves(&self) -> bool {
+        matches!(self, Standing::Serving | Standing::Warning(_))
+    }
 }

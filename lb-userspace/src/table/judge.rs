@@ -3,7 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use super::vips::Pools;
-use super::{Backend, Excluded, Instance, Standing, State};
+use super::{Backend, Excluded, Hosts, Instance, Standing, State};
 
 /// An instance's place in the table.
 #[derive(Debug, PartialEq, Eq)]
@@ -14,8 +14,8 @@ pub enum Verdict {
     Out(Excluded),
 }
 
-/// Judges one instance. `pools` is where VIPs come from.
-pub fn judge(instance: &Instance, pools: &Pools) -> Verdict {
+/// Judges one instance. `pools` is where VIPs come from, and `hosts` what names stand for.
+pub fn judge(instance: &Instance, pools: &Pools, hosts: &Hosts) -> Verdict {
     let shown_address = if instance.address.contains(':') && !instance.address.starts_with('[') {
         format!("[{}]:{}", instance.address, instance.port)
     } else {
@@ -25,26 +25,29 @@ pub fn judge(instance: &Instance, pools: &Pools) -> Verdict {
     if let Standing::Out(reason) = &instance.standing {
         return Verdict::Out(Excluded { address: shown_address, node, id, reason: reason.clone() });
     }
-    let (weight, note) = weight(instance.weight);
-    let (address, state, reason) = match route(instance, pools) {
-        Ok(address) => (Some(address), State::Healthy, note),
+    let (state, warning) = match &instance.standing {
+        Standing::Warning(reason) => (State::Warning, Some(reason.clone())),
+        _ => (State::Healthy, None),
+    };
+    let (weight, odd_weight) = weight(instance.weight);
+    let (address, state, reason) = match route(instance, pools, hosts) {
+        Ok((address, named)) => {
+            let notes: Vec<String> = [warning, odd_weight, named].into_iter().flatten().collect();
+            (Some(address), state, (!notes.is_empty()).then(|| notes.join("; ")))
+        }
         Err(reason) => (None, State::Unroutable, Some(reason)),
     };
     let host_only = address.is_some_and(|address| address.ip().is_loopback());
     Verdict::In(Backend { address, shown_address, node, id, weight, state, reason, host_only })
 }
 
-/// Where dials to the instance go, or why none can.
-fn route(instance: &Instance, pools: &Pools) -> Result<SocketAddr, String> {
-    let text = instance.address.as_str();
-    if text.is_empty() {
-        return Err("it has no address: give the service or its node one".to_owned());
-    }
-    let Some(address) = instance.ip() else {
-        return Err(format!(
-            "`{text}` is a name, which this version doesn't look up: register an IP address"
-        ));
-    };
+/// Where dials to the instance go, with a note where it has a name for an address; or why none can.
+fn route(
+    instance: &Instance,
+    pools: &Pools,
+    hosts: &Hosts,
+) -> Result<(SocketAddr, Option<String>), String> {
+    let (address, note) = hosts.find(instance)?;
     let port = match u16::try_from(instance.port) {
         Ok(0) => return Err("port 0 can't be dialled: register the port it listens on".to_owned()),
         Ok(port) => port,
@@ -67,7 +70,7 @@ fn route(instance: &Instance, pools: &Pools) -> Result<SocketAddr, String> {
              address that is routed"
         ));
     }
-    Ok(SocketAddr::new(address, port))
+    Ok((SocketAddr::new(address, port), note))
 }
 
 /// The weight as it counts, and a note where that differs from what was given.
@@ -105,7 +108,7 @@ pub fn check_name(name: &str) -> Result<(), String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::table::Says;
+    use crate::table::{Host, Says};
 
     fn instance(address: &str, port: i64) -> Instance {
         Instance {
@@ -125,8 +128,23 @@ mod tests {
         Pools { v4, v6: Some("fd6e::/64".parse().unwrap()) }
     }
 
+    fn hosts() -> Hosts {
+        let at = |address: &str, n_addresses| Host::At {
+            address: address.parse().unwrap(),
+            n_addresses,
+        };
+        let hosts = [
+            ("db.example.com", at("10.0.0.9", 1)),
+            ("many.example.com.", at("10.0.0.10", 3)),
+            ("a_vip.example.com", at("127.200.0.1", 1)),
+            ("localhost", at("127.0.0.1", 2)),
+            ("gone.example.com", Host::Nowhere("it can't be looked up".into())),
+        ];
+        Hosts(hosts.into_iter().map(|(name, host)| (name.to_owned(), host)).collect())
+    }
+
     fn judged(instance: &Instance) -> Backend {
-        match judge(instance, &pools()) {
+        match judge(instance, &pools(), &hosts()) {
             Verdict::In(backend) => backend,
             Verdict::Out(out) => panic!("{out:?}"),
         }
@@ -157,9 +175,15 @@ mod tests {
             ("10.0.0.7", -1, "port -1"),
             ("10.0.0.7", 65_536, "port 65536"),
             ("", 80, "no address"),
-            ("db.example.com", 80, "`db.example.com` is a name"),
-            ("[10.0.0.7]", 80, "`[10.0.0.7]` is a name"),
-            ("[2001:db8::7", 80, "is a name"),
+            ("new.example.com", 80, "`new.example.com` is being looked up"),
+            ("gone.example.com", 80, "can't be looked up"),
+            ("a_vip.example.com", 80, "127.200.0.1 is in the VIP pool"),
+            ("localhost", 80, "127.0.0.1 is the loopback of node `n1`"),
+            ("[10.0.0.7]", 80, "`[10.0.0.7]` is neither"),
+            ("[2001:db8::7", 80, "is neither an IP address nor a host's name"),
+            ("10.0.0", 80, "`10.0.0` is neither"),
+            ("a..b", 80, "`a..b` is neither"),
+            ("a b", 80, "`a b` is neither"),
             ("127.0.0.1", 80, "loopback of node `n1`"),
             ("::1", 80, "loopback of node `n1`"),
             ("::ffff:127.0.0.1", 80, "127.0.0.1 is the loopback of node `n1`"),
@@ -183,6 +207,37 @@ mod tests {
     }
 
     #[test]
+    fn a_name_is_dialled_at_what_it_stands_for() {
+        for (name, address, note) in [
+            ("db.example.com", "10.0.0.9:80", "`db.example.com` is 10.0.0.9"),
+            ("DB.example.com", "10.0.0.9:80", "`db.example.com` is 10.0.0.9"),
+            (
+                "many.example.com.",
+                "10.0.0.10:80",
+                "`many.example.com.` is 10.0.0.10, the first of its 3 addresses",
+            ),
+        ] {
+            let backend = judged(&instance(name, 80));
+            assert_eq!(backend.address, Some(address.parse().unwrap()));
+            assert_eq!(
+                (backend.shown_address, backend.state),
+                (format!("{name}:80"), State::Healthy)
+            );
+            assert_eq!(backend.reason.as_deref(), Some(note));
+        }
+    }
+
+    #[test]
+    fn an_instance_in_warning_is_reached_and_says_why() {
+        let standing = Standing::Warning("check `web` is warning".into());
+        let backend = judged(&Instance { standing: standing.clone(), ..instance("10.0.0.7", 80) });
+        assert_eq!((backend.state, backend.state.is_reached()), (State::Warning, true));
+        assert_eq!(backend.reason.as_deref(), Some("check `web` is warning"));
+        let backend = judged(&Instance { standing, ..instance("10.0.0.7", 0) });
+        assert_eq!((backend.state, backend.state.is_reached()), (State::Unroutable, false));
+    }
+
+    #[test]
     fn this_nodes_loopback_is_for_the_host_alone() {
         for address in ["127.0.0.1", "::1", "::ffff:127.0.0.1"] {
             let backend = judged(&Instance { local: true, ..instance(address, 8080) });
@@ -202,7 +257,7 @@ mod tests {
     #[test]
     fn a_sources_verdict_stands() {
         let standing = Standing::Out("check `web` is critical".into());
-        let out = judge(&Instance { standing, ..instance("", 0) }, &pools());
+        let out = judge(&Instance { standing, ..instance("", 0) }, &pools(), &hosts());
         assert!(matches!(out, Verdict::Out(out) if out.reason == "check `web` is critical"));
     }
 

@@ -6,6 +6,8 @@
 
 mod build;
 mod dialled;
+mod diff;
+mod hosts;
 mod input;
 mod judge;
 mod says;
@@ -19,6 +21,8 @@ use serde::{Deserialize, Serialize};
 
 pub use build::{Builder, Next};
 pub use dialled::{MAX_PORTS, Ports, Protocols};
+pub use diff::{Diff, diff};
+pub use hosts::{Host, Hosts};
 pub use input::{Instance, Listing, Standing, Watch};
 pub use says::Says;
 
@@ -80,14 +84,14 @@ impl Service {
 
     /// The backends that dials may reach.
     pub fn healthy(&self) -> impl Iterator<Item = &Backend> {
-        self.backends.iter().filter(|backend| backend.state == State::Healthy)
+        self.backends.iter().filter(|backend| backend.state.is_reached())
     }
 }
 
 /// An instance that serves, as far as its source knows.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Backend {
-    /// Where dials go, for a healthy one; `None` for an unroutable one.
+    /// Where dials go; `None` for an unroutable one.
     pub address: Option<SocketAddr>,
     /// The address as the source gave it, with the port.
     pub shown_address: String,
@@ -112,8 +116,17 @@ pub struct Backend {
 pub enum State {
     /// It gets new connections.
     Healthy,
+    /// It gets new connections, by the weight that it has while a check of its own warns.
+    Warning,
     /// Its address means something else here, or nothing, so it gets none.
     Unroutable,
+}
+
+impl State {
+    /// Whether it gets new connections.
+    pub fn is_reached(self) -> bool {
+        matches!(self, State::Healthy | State::Warning)
+    }
 }
 
 /// An instance that gets no connections by its source's verdict.

@@ -4,10 +4,12 @@ use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::str::FromStr;
 
-use super::{Instance, Ports, Protocols, Standing};
+use serde::{Deserialize, Serialize};
+
+use super::{Instance, Ports, Protocols};
 
 /// What an instance says of its service, in its own words: read, and judged, by the table.
-#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Says {
     /// The ports it is dialled at, such as `80,5432` or `any`.
     pub ports: Option<String>,
@@ -29,7 +31,7 @@ pub struct Heard {
 /// Hears the instances that serve, or all of them while none does: what a service is dialled at
 /// must not depend on its health.
 pub fn hear(instances: &[Instance]) -> Heard {
-    let serves = |instance: &&Instance| instance.standing == Standing::Serving;
+    let serves = |instance: &&Instance| instance.standing.serves();
     let any_serves = instances.iter().any(|instance| serves(&instance));
     let voices: Vec<&Instance> =
         instances.iter().filter(|instance| !any_serves || serves(instance)).collect();
@@ -83,6 +85,7 @@ fn first(ids: &[&str]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::table::Standing;
 
     /// An instance for each `PORTS`, out where it begins with `!`; `-` says nothing.
     fn instances(words: &[&str]) -> Vec<Instance> {

@@ -5,10 +5,10 @@
 //! directory before an address is used.
 
 use std::collections::{BTreeMap, HashMap};
-use std::io;
+use std::io::{self, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
@@ -33,6 +33,57 @@ pub struct BookError {
     action: &'static str,
     path: PathBuf,
     source: io::Error,
+}
+
+/// The book as it is written, at one edition.
+#[derive(Debug)]
+pub struct Page {
+    edition: u64,
+    text: Vec<u8>,
+}
+
+/// The file that the book is written to.
+#[derive(Debug)]
+pub struct Book {
+    path: PathBuf,
+    /// The edition in the file; `None` while it isn't known.
+    written: Mutex<Option<u64>>,
+}
+
+impl Book {
+    /// The book in this file, of which nothing is known yet.
+    pub fn new(path: &Path) -> Book {
+        Book { path: path.into(), written: Mutex::default() }
+    }
+
+    /// Whether the file lacks this edition.
+    pub fn lacks(&self, edition: u64) -> bool {
+        self.written().is_none_or(|written| written < edition)
+    }
+
+    /// Writes a page: whole, or not at all, and not over a later one.
+    ///
+    /// # Errors
+    /// When the directory can't be written to.
+    pub fn write(&self, page: &Page) -> Result<(), BookError> {
+        let mut written = self.written();
+        if written.is_some_and(|written| written >= page.edition) {
+            return Ok(());
+        }
+        let error = |source| BookError { action: "write", path: self.path.clone(), source };
+        let directory = self.path.parent().unwrap_or(Path::new("."));
+        std::fs::create_dir_all(directory).map_err(error)?;
+        let mut file = tempfile::NamedTempFile::new_in(directory).map_err(error)?;
+        file.write_all(&page.text).map_err(error)?;
+        file.as_file().sync_all().map_err(error)?;
+        file.persist(&self.path).map_err(|problem| error(problem.error))?;
+        *written = Some(page.edition);
+        Ok(())
+    }
+
+    fn written(&self) -> MutexGuard<'_, Option<u64>> {
+        self.written.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// Where VIPs come from.
@@ -67,6 +118,24 @@ pub struct Vip {
     pub v6: Option<Ipv6Addr>,
 }
 
+/// How the addresses of the IPv4 pool are used.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PoolUse {
+    /// Those of names in use.
+    pub used: usize,
+    /// Those that a name gave up less than [`REST`] ago.
+    pub resting: usize,
+    /// All that there are for names.
+    pub size: usize,
+}
+
+impl PoolUse {
+    /// Those that a new name could have.
+    pub fn free(&self) -> usize {
+        self.size.saturating_sub(self.used + self.resting)
+    }
+}
+
 /// An entry of the book.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Entry {
@@ -87,12 +156,13 @@ pub struct Vips {
     /// Who holds each address, of either family.
     holders: HashMap<IpAddr, Arc<str>>,
     edition: u64,
+    given: u64,
 }
 
 impl Vips {
     /// An empty book for these pools.
     pub fn new(pools: Pools) -> Vips {
-        Vips { pools, names: BTreeMap::new(), holders: HashMap::new(), edition: 0 }
+        Vips { pools, names: BTreeMap::new(), holders: HashMap::new(), edition: 0, given: 0 }
     }
 
     /// Reads the book that an earlier run wrote. There being none is fine; one that can't be
@@ -154,24 +224,22 @@ impl Vips {
         }
     }
 
-    /// Writes the book: whole, or not at all.
-    ///
-    /// # Errors
-    /// When the directory can't be written to.
-    pub fn write(&self, path: &Path) -> Result<(), BookError> {
-        let error = |source| BookError { action: "write", path: path.into(), source };
-        let directory = path.parent().unwrap_or(Path::new("."));
-        std::fs::create_dir_all(directory).map_err(error)?;
-        let file = tempfile::NamedTempFile::new_in(directory).map_err(error)?;
-        serde_json::to_writer(&file, &self.names).map_err(|problem| error(problem.into()))?;
-        file.as_file().sync_all().map_err(error)?;
-        file.persist(path).map_err(|problem| error(problem.error))?;
-        Ok(())
+    /// The book as it is written.
+    pub fn page(&self) -> Page {
+        // Names and addresses are always JSON.
+        let text = serde_json::to_vec(&self.names).unwrap_or_default();
+        Page { edition: self.edition, text }
     }
 
     /// A number that grows with every change of the book.
     pub fn edition(&self) -> u64 {
         self.edition
+    }
+
+    /// The edition that gave somebody an address last: before that address is used, the book has to
+    /// be written. What was only given up, or taken up again, can wait.
+    pub fn given(&self) -> u64 {
+        self.given
     }
 
     /// The addresses of `name`, from the book or new.
@@ -194,6 +262,9 @@ impl Vips {
         if known != Some(entry) {
             self.enter(name.clone(), entry);
             self.edition += 1;
+            if known.map(|known| (known.vip, known.vip6)) != Some((entry.vip, entry.vip6)) {
+                self.given = self.edition;
+            }
         }
         Ok(Vip { v4: entry.vip, v6: self.pools.v6.and(entry.vip6) })
     }
@@ -204,6 +275,20 @@ impl Vips {
             entry.released = Some(now);
             self.edition += 1;
         }
+    }
+
+    /// How the IPv4 pool is used.
+    pub fn pool_use(&self, now: SystemTime) -> PoolUse {
+        let size = n_usable(32 - self.pools.v4.prefix_len());
+        let mut pool = PoolUse { size: size as usize, ..PoolUse::default() };
+        for entry in self.names.values() {
+            match entry.released {
+                None => pool.used += 1,
+                Some(released) if is_rested(released, now) => {}
+                Some(_) => pool.resting += 1,
+            }
+        }
+        pool
     }
 
     /// The names that are in use, as far as the book knows.
@@ -273,8 +358,13 @@ impl Vips {
         let fitting = self.names.iter().filter(|(_, entry)| fits(entry));
         let given_up = fitting.filter_map(|(name, entry)| Some((entry.released?, name)));
         let (released, name) = given_up.min()?;
-        (now.duration_since(released).unwrap_or_default() >= REST).then(|| name.clone())
+        is_rested(released, now).then(|| name.clone())
     }
+}
+
+/// Whether what was given up at `released` may go to another name.
+fn is_rested(released: SystemTime, now: SystemTime) -> bool {
+    now.duration_since(released).unwrap_or_default() >= REST
 }
 
 /// How many addresses a pool with so many bits of its own has for names, 64 at most: the pool's own
@@ -332,7 +422,10 @@ mod tests {
         let second = vips.assign(&name("b"), EPOCH).unwrap();
         assert_ne!(first, second);
         assert!(vips.assign(&name("c"), EPOCH).is_err());
+        assert_eq!(vips.pool_use(EPOCH), PoolUse { used: 2, resting: 0, size: 2 });
         vips.release("a", EPOCH);
+        assert_eq!(vips.pool_use(EPOCH + REST / 2), PoolUse { used: 1, resting: 1, size: 2 });
+        assert_eq!(vips.pool_use(EPOCH + REST).free(), 1);
         assert!(vips.assign(&name("c"), EPOCH + REST / 2).is_err());
         assert_eq!(vips.assign(&name("c"), EPOCH + REST), Ok(first));
         assert!(vips.assign(&name("a"), EPOCH + REST).is_err());
@@ -374,8 +467,13 @@ mod tests {
         let mut vips = Vips::read(&path, pool).unwrap();
         vips.assign(&name("web"), EPOCH).unwrap();
         vips.assign(&name("db"), EPOCH).unwrap();
+        let given = vips.given();
         vips.release("db", EPOCH);
-        vips.write(&path).unwrap();
+        assert!(vips.given() == given && vips.edition() > given);
+        let book = Book::new(&path);
+        book.write(&vips.page()).unwrap();
+        assert!(!book.lacks(vips.edition()) && book.lacks(vips.edition() + 1));
+        book.write(&Page { edition: given, text: "late".into() }).unwrap();
         let read = Vips::read(&path, pool).unwrap();
         assert_eq!((&read.names, &read.holders), (&vips.names, &vips.holders));
         let elsewhere = Vips::read(&path, pools("127.64.0.0/16", None)).unwrap();
@@ -395,7 +493,7 @@ mod tests {
             let mut vips = Vips::read(&path, pools("127.128.0.0/9", pool6)).unwrap();
             let vip = vips.assign(&name("web"), EPOCH).unwrap();
             assert_eq!(vip.v4, Ipv4Addr::new(127, 128, 0, 7));
-            vips.write(&path).unwrap();
+            Book::new(&path).write(&vips.page()).unwrap();
             (vip.v6, vips.edition())
         };
         assert_eq!(assign(None), (None, 0));

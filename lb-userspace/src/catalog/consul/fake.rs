@@ -23,6 +23,22 @@ pub enum Fault {
     Hang,
     /// A connection that closes before any answer.
     Close,
+    /// A body without an end.
+    Endless,
+    /// A body of a byte a second.
+    Drip,
+    /// A good answer with this header before the others.
+    Header(&'static str),
+}
+
+/// What comes after what was said.
+enum Then {
+    /// The next question.
+    Next,
+    /// The connection's end.
+    Close,
+    /// More, for ever, with a pause after each piece.
+    More(&'static [u8], Duration),
 }
 
 /// What it knows, and how it behaves.
@@ -132,19 +148,22 @@ async fn serve(mut stream: TcpStream, state: &watch::Sender<State>) -> std::io::
             // A client that waits sends nothing, so this is one that left.
             _ = stream.readable() => return Ok(()),
         };
-        let Some(answer) = answer else { return Ok(()) };
+        let Some((answer, then)) = answer else { return Ok(()) };
         stream.write_all(answer.as_bytes()).await?;
-        if answer.ends_with(CUT_HERE) {
-            return Ok(());
+        match then {
+            Then::Next => {}
+            Then::Close => return Ok(()),
+            Then::More(piece, pause) => loop {
+                stream.write_all(piece).await?;
+                tokio::time::sleep(pause).await;
+            },
         }
     }
     Ok(())
 }
 
-const CUT_HERE: &str = "[{\"Node\"";
-
 /// The bytes to send; `None` closes the connection.
-async fn answer(question: &str, state: &watch::Sender<State>) -> Option<String> {
+async fn answer(question: &str, state: &watch::Sender<State>) -> Option<(String, Then)> {
     let (path, query) = question.split_once('?').unwrap_or((question, ""));
     let parameter =
         |name: &str| query.split('&').find_map(|pair| pair.strip_prefix(name)?.strip_prefix('='));
@@ -161,19 +180,39 @@ async fn answer(question: &str, state: &watch::Sender<State>) -> Option<String> 
         let body = state.body.get(path).cloned().unwrap_or(json!([])).to_string();
         (state.index.get(path).copied().unwrap_or(1), body, state.fault.get(path).cloned())
     };
-    let say = |code: u16, body: &str, length: usize| {
-        Some(format!(
-            "HTTP/1.1 {code} Said\r\nX-Consul-Index: {index}\r\nX-Consul-Knownleader: true\r\n\
-             Content-Length: {length}\r\n\r\n{body}"
-        ))
+    let headers = |code: u16, more: &str| {
+        format!(
+            "HTTP/1.1 {code} Said\r\n{more}X-Consul-Index: {index}\r\nX-Consul-Knownleader: true\r\n"
+        )
+    };
+    let say = |code: u16, body: &str| {
+        let length = format!("Content-Length: {}\r\n", body.len());
+        Some((format!("{}\r\n{body}", headers(code, &length)), Then::Next))
     };
     match fault {
-        None => say(200, &body, body.len()),
-        Some(Fault::Status(code, body)) => say(code, body, body.len()),
-        Some(Fault::Body(body)) => say(200, body, body.len()),
-        Some(Fault::Cut) => say(200, CUT_HERE, 1000),
+        None => say(200, &body),
+        Some(Fault::Status(code, body)) => say(code, body),
+        Some(Fault::Body(body)) => say(200, body),
+        Some(Fault::Cut) => {
+            let said = headers(200, "Content-Length: 1000\r\n") + "\r\n[{\"Node\"";
+            Some((said, Then::Close))
+        }
         Some(Fault::Hang) => std::future::pending().await,
         Some(Fault::Close) => None,
+        Some(Fault::Endless) => {
+            Some((headers(200, "") + "\r\n", Then::More(&[b' '; 65_536], Duration::ZERO)))
+        }
+        Some(Fault::Drip) => {
+            Some((headers(200, "") + "\r\n", Then::More(b" ", Duration::from_secs(1))))
+        }
+        Some(Fault::Header(header)) => {
+            let length = match header.starts_with("Content-Length") {
+                true => String::new(),
+                false => format!("Content-Length: {}\r\n", body.len()),
+            };
+            let said = headers(200, &format!("{header}\r\n{length}")) + "\r\n" + &body;
+            Some((said, Then::Next))
+        }
     }
 }
 

@@ -1,7 +1,11 @@
 //! The records of `/v1/health/service/NAME`, and what each says of its instance.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Deserializer};
 
+use super::address::{self, Offers};
+use crate::config::{CatalogConfig, HealthPolicy};
 use crate::table::{Instance, Says, Standing};
 
 /// One instance with its node and its checks; fields that nobody here reads are skipped.
@@ -26,6 +30,8 @@ struct Node {
     node: String,
     #[serde(default, deserialize_with = "or_default")]
     address: String,
+    #[serde(default, deserialize_with = "or_default")]
+    tagged_addresses: BTreeMap<String, Option<String>>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -42,24 +48,28 @@ struct Service {
     #[serde(default, deserialize_with = "or_default")]
     port: i64,
     #[serde(default, deserialize_with = "or_default")]
+    tagged_addresses: BTreeMap<String, Option<Tagged>>,
+    #[serde(default, deserialize_with = "or_default")]
     weights: Weights,
     #[serde(default, deserialize_with = "or_default")]
-    meta: Meta,
+    meta: BTreeMap<String, Option<String>>,
 }
 
-/// What an operator wrote about the service; of it the keys that are nohop's.
+/// A further address of a service.
 #[derive(Clone, Debug, Default, Deserialize)]
-struct Meta {
-    #[serde(rename = "nohop-ports")]
-    ports: Option<String>,
-    #[serde(rename = "nohop-protocol")]
-    protocol: Option<String>,
+#[serde(rename_all = "PascalCase")]
+struct Tagged {
+    #[serde(default, deserialize_with = "or_default")]
+    address: String,
+    #[serde(default, deserialize_with = "or_default")]
+    port: i64,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "PascalCase")]
 struct Weights {
     passing: Option<i64>,
+    warning: Option<i64>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -71,6 +81,9 @@ struct Check {
     name: String,
     #[serde(default, deserialize_with = "or_default")]
     status: String,
+    /// Empty for a check of the node.
+    #[serde(default, rename = "ServiceID", deserialize_with = "or_default")]
+    service_id: String,
 }
 
 fn or_default<'de, D, T>(deserializer: D) -> Result<T, D::Error>
@@ -86,33 +99,83 @@ where
 /// such a record is out.
 ///
 /// `local` is left false: who this node is, only the model knows.
-pub fn instances(records: Vec<Record>, tag: &str) -> Option<Vec<Instance>> {
+pub fn instances(records: Vec<Record>, rules: &CatalogConfig) -> Option<Vec<Instance>> {
     if !records.is_empty() && records.iter().all(|record| !record.service.kind.is_empty()) {
         return None;
     }
-    let instances = records
-        .into_iter()
-        .map(|record| {
-            let standing = standing(&record, tag);
-            let Record { node, service, .. } = record;
-            Instance {
-                node: node.node,
-                id: service.id,
-                address: if service.address.is_empty() { node.address } else { service.address },
-                port: service.port,
-                weight: service.weights.passing.unwrap_or(1),
-                local: false,
-                standing,
-                says: Says { ports: service.meta.ports, protocol: service.meta.protocol },
-            }
-        })
-        .collect();
-    Some(instances)
+    Some(records.into_iter().map(|record| instance(record, rules)).collect())
 }
 
-/// The verdict of the kind, the tag and the checks. Outputs and times of checks have no part in it, so that
-/// a check that only changed its words changes nothing.
-fn standing(record: &Record, tag: &str) -> Standing {
+fn instance(record: Record, rules: &CatalogConfig) -> Instance {
+    let mut standing = standing(&record, rules);
+    let chosen = address::choose(rules.address, &record.service.offers(), &record.node.offers());
+    if let (Err(reason), true) = (&chosen, standing.serves()) {
+        standing = Standing::Out(reason.clone());
+    }
+    let Record { node, mut service, .. } = record;
+    let (address, port) = match chosen {
+        Ok((address, port)) => (address, port.unwrap_or(service.port)),
+        Err(_) => (service.address, service.port),
+    };
+    let weight = match standing {
+        Standing::Warning(_) => service.weights.warning,
+        Standing::Serving | Standing::Out(_) => service.weights.passing,
+    };
+    let mut says = |key: &str| service.meta.remove(key).flatten();
+    Instance {
+        node: node.node,
+        id: service.id,
+        address,
+        port,
+        weight: weight.unwrap_or(1),
+        local: false,
+        standing,
+        says: Says { ports: says("nohop-ports"), protocol: says("nohop-protocol") },
+    }
+}
+
+impl Record {
+    /// Whether the instance has the tag.
+    pub fn has_tag(&self, tag: &str) -> bool {
+        self.service.tags.iter().any(|has| has == tag)
+    }
+
+    /// Whether a check of the instance itself is there, rather than of its node alone.
+    pub fn has_own_check(&self) -> bool {
+        self.checks.iter().any(|check| !check.service_id.is_empty())
+    }
+
+    /// What tells the instance from others: its node, and its name there.
+    pub fn key(&self) -> (String, String) {
+        (self.node.node.clone(), self.service.id.clone())
+    }
+}
+
+impl Service {
+    fn offers(&self) -> Offers<'_> {
+        let tagged = self.tagged_addresses.iter().filter_map(|(tag, tagged)| {
+            let Tagged { address, port } = tagged.as_ref()?;
+            // Port 0 says nothing of the port.
+            Some((tag.as_str(), (address.as_str(), (*port != 0).then_some(*port))))
+        });
+        Offers { own: &self.address, tagged: tagged.collect() }
+    }
+}
+
+impl Node {
+    fn offers(&self) -> Offers<'_> {
+        let tagged = self
+            .tagged_addresses
+            .iter()
+            .filter_map(|(tag, address)| Some((tag.as_str(), (address.as_deref()?, None))));
+        Offers { own: &self.address, tagged: tagged.collect() }
+    }
+}
+
+/// The verdict of the kind, the tag, the Meta and the checks. Outputs and times of checks have no
+/// part in it, so that a check that only changed its words changes nothing.
+fn standing(record: &Record, rules: &CatalogConfig) -> Standing {
+    let CatalogConfig { tag, meta, health, .. } = rules;
     // A sidecar inherits the tags of the service that it stands beside.
     if !record.service.kind.is_empty() {
         return Standing::Out(format!("is a {}, not the service itself", record.service.kind));
@@ -121,14 +184,29 @@ fn standing(record: &Record, tag: &str) -> Standing {
     if !record.service.tags.iter().any(|has| has == tag) {
         return Standing::Out(format!("lacks the tag `{tag}`"));
     }
+    for (key, wanted) in meta {
+        match record.service.meta.get(key).and_then(Option::as_ref) {
+            Some(has) if has == wanted => {}
+            Some(has) => {
+                let reason = format!("its Meta has `{key}` = `{has}`, not `{wanted}`");
+                return Standing::Out(reason);
+            }
+            None => return Standing::Out(format!("its Meta lacks `{key}` = `{wanted}`")),
+        }
+    }
     let worst = record
         .checks
         .iter()
         .filter(|check| check.status != "passing")
         .min_by_key(|check| (check.severity(), &check.id));
-    match worst {
-        None => Standing::Serving,
-        Some(check) => Standing::Out(check.complaint()),
+    let Some(check) = worst else { return Standing::Serving };
+    let complaint = check.complaint();
+    match health {
+        HealthPolicy::Warning if check.is_warning() => match record.service.weights.warning {
+            Some(0) => Standing::Out(format!("{complaint}, and its weight is 0 then")),
+            _ => Standing::Warning(complaint),
+        },
+        HealthPolicy::Passing | HealthPolicy::Warning => Standing::Out(complaint),
     }
 }
 
@@ -146,9 +224,14 @@ impl Check {
         match self.status.as_str() {
             _ if self.is_node_maintenance() => 0,
             _ if self.is_service_maintenance() => 1,
+            "warning" => 4,
             "critical" => 2,
             _ => 3,
         }
+    }
+
+    fn is_warning(&self) -> bool {
+        self.severity() == 4
     }
 
     fn complaint(&self) -> String {
@@ -169,21 +252,26 @@ impl Check {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::AddressChoice;
 
     fn parse(json: &str) -> Vec<Record> {
         serde_json::from_str(json).unwrap()
     }
 
+    fn rules() -> CatalogConfig {
+        crate::config::Config::default().catalog
+    }
+
     /// What `consul agent -dev` 1.8.7 says of instances registered in every way that matters.
     #[test]
     fn reads_what_consul_says() {
-        let instances = instances(parse(include_str!("samples/web.json")), "routed").unwrap();
+        let instances = instances(parse(include_str!("samples/web.json")), &rules()).unwrap();
         let got: Vec<String> = instances
             .iter()
             .map(|i| {
                 let standing = match &i.standing {
                     Standing::Serving => "serving",
-                    Standing::Out(reason) => reason,
+                    Standing::Warning(reason) | Standing::Out(reason) => reason,
                 };
                 format!("{}/{} {}:{} x{}: {standing}", i.node, i.id, i.address, i.port, i.weight)
             })
@@ -208,8 +296,8 @@ mod tests {
     fn a_name_that_only_proxies_bear_is_no_service() {
         let sidecars = parse(include_str!("samples/sidecar.json"));
         assert!(!sidecars.is_empty());
-        assert_eq!(instances(sidecars, "routed"), None);
-        assert_eq!(instances(Vec::new(), "routed"), Some(Vec::new()));
+        assert_eq!(instances(sidecars, &rules()), None);
+        assert_eq!(instances(Vec::new(), &rules()), Some(Vec::new()));
     }
 
     #[test]
@@ -245,10 +333,10 @@ mod tests {
         ];
         for (json, expected) in table {
             let records = vec![serde_json::from_str(json).unwrap()];
-            let instance = instances(records, "routed").unwrap().remove(0);
+            let instance = instances(records, &rules()).unwrap().remove(0);
             let standing = match instance.standing {
                 Standing::Serving => "serving".into(),
-                Standing::Out(reason) => reason,
+                Standing::Warning(reason) | Standing::Out(reason) => reason,
             };
             let got =
                 format!("{}:{} x{} {standing}", instance.address, instance.port, instance.weight);
@@ -273,7 +361,7 @@ mod tests {
         ];
         for (json, expected) in table {
             let records = vec![serde_json::from_str(json).unwrap()];
-            let Says { ports, protocol } = instances(records, "routed").unwrap().remove(0).says;
+            let Says { ports, protocol } = instances(records, &rules()).unwrap().remove(0).says;
             assert_eq!((ports.as_deref(), protocol.as_deref()), expected, "{json}");
         }
     }
@@ -288,6 +376,91 @@ mod tests {
             r#"{"Service":{"Weights":{"Passing":1.5}}}"#,
         ] {
             assert!(serde_json::from_str::<Record>(json).is_err(), "{json}");
+        }
+    }
+
+    #[test]
+    fn a_warning_serves_with_its_weight_where_the_operator_wants_that() {
+        let warning = CatalogConfig { health: HealthPolicy::Warning, ..rules() };
+        // (weights, checks by status, what the policies `passing` and `warning` make of it)
+        let table = [
+            (r#"{"Passing":7,"Warning":3}"#, "passing", "x7 serving", "x7 serving"),
+            (r#"{"Passing":7,"Warning":3}"#, "warning", "x7 out", "x3 warning"),
+            (r#"{"Passing":7,"Warning":0}"#, "warning", "x7 out", "x7 out"),
+            (r#"{"Passing":7}"#, "warning", "x7 out", "x1 warning"),
+            (r#"null"#, "warning", "x1 out", "x1 warning"),
+            (r#"{"Passing":7,"Warning":3}"#, "warning passing", "x7 out", "x3 warning"),
+            (r#"{"Passing":7,"Warning":3}"#, "warning critical", "x7 out", "x7 out"),
+            (r#"{"Passing":7,"Warning":3}"#, "warning unheard-of", "x7 out", "x7 out"),
+        ];
+        for (weights, statuses, by_passing, by_warning) in table {
+            for (rules, expected) in [(&rules(), by_passing), (&warning, by_warning)] {
+                let checks = statuses.split(' ').enumerate().map(
+                    |(n, status)| serde_json::json!({"CheckID": n.to_string(), "Status": status}),
+                );
+                let json = serde_json::json!({
+                    "Service": {
+                        "Tags": ["routed"],
+                        "Weights": serde_json::from_str::<serde_json::Value>(weights).unwrap(),
+                    },
+                    "Checks": checks.collect::<Vec<_>>(),
+                });
+                let records = vec![serde_json::from_value(json).unwrap()];
+                let instance = instances(records, rules).unwrap().remove(0);
+                let standing = match instance.standing {
+                    Standing::Serving => "serving",
+                    Standing::Warning(_) => "warning",
+                    Standing::Out(_) => "out",
+                };
+                let got = format!("x{} {standing}", instance.weight);
+                assert_eq!(got, expected, "{weights} {statuses}");
+            }
+        }
+    }
+
+    #[test]
+    fn maintenance_is_no_warning_whatever_its_status() {
+        let warning = CatalogConfig { health: HealthPolicy::Warning, ..rules() };
+        let json = r#"[{"Service":{"Tags":["routed"]},
+                        "Checks":[{"CheckID":"_node_maintenance","Status":"warning"}]}]"#;
+        let instance = instances(parse(json), &warning).unwrap().remove(0);
+        assert_eq!(instance.standing, Standing::Out("node maintenance".into()));
+    }
+
+    #[test]
+    fn meta_that_is_wanted_must_all_be_there() {
+        let wanted = [("stage", "live"), ("zone", "a")].map(|(k, v)| (k.into(), v.into()));
+        let rules = CatalogConfig { meta: wanted.into(), ..rules() };
+        for (meta, expected) in [
+            (r#"{"zone":"a","stage":"live","x":"y"}"#, None),
+            (r#"{"zone":"a"}"#, Some("its Meta lacks `stage` = `live`")),
+            (r#"{"zone":"a","stage":null}"#, Some("its Meta lacks `stage` = `live`")),
+            (r#"{"zone":"b","stage":"live"}"#, Some("its Meta has `zone` = `b`, not `a`")),
+            ("null", Some("its Meta lacks `stage` = `live`")),
+        ] {
+            let json = format!(r#"[{{"Service":{{"Tags":["routed"],"Meta":{meta}}}}}]"#);
+            let standing = instances(parse(&json), &rules).unwrap().remove(0).standing;
+            let expected = expected.map_or(Standing::Serving, |why| Standing::Out(why.into()));
+            assert_eq!(standing, expected, "{meta}");
+        }
+    }
+
+    #[test]
+    fn the_chosen_address_brings_its_port_along() {
+        let json = r#"{"Node":{"Address":"10.0.0.1","TaggedAddresses":{"wan":"192.0.2.1"}},
+            "Service":{"Tags":["routed"],"Port":80,"Address":"",
+                       "TaggedAddresses":{"wan":{"Address":"192.0.2.9","Port":8080},"x":null}}}"#;
+        for (choice, expected) in [
+            (AddressChoice::Lan, ("10.0.0.1", 80, None)),
+            (AddressChoice::Wan, ("192.0.2.9", 8080, None)),
+            (AddressChoice::LanIpv6, ("", 80, Some("has no `lan_ipv6` address"))),
+        ] {
+            let rules = CatalogConfig { address: choice, ..rules() };
+            let records = vec![serde_json::from_str(json).unwrap()];
+            let instance = instances(records, &rules).unwrap().remove(0);
+            assert_eq!((&*instance.address, instance.port), (expected.0, expected.1), "{choice:?}");
+            let standing = expected.2.map_or(Standing::Serving, |why| Standing::Out(why.into()));
+            assert_eq!(instance.standing, standing, "{choice:?}");
         }
     }
 }

@@ -48,7 +48,7 @@ impl Cursor {
     pub fn answered(&mut self, index: Option<u64>) -> Verdict {
         let index = index.unwrap_or(0);
         if self.ask != Ask::Consistently && self.known > 0 && index < self.known {
-            *self = Cursor { known: 0, ask: Ask::Consistently };
+            self.doubt();
             return Verdict::Confirm;
         }
         let is_known = self.ask == Ask::After(index);
@@ -56,6 +56,11 @@ impl Cursor {
         self.known = index.max(1);
         self.ask = Ask::After(self.known);
         if is_known { Verdict::Unchanged } else { Verdict::Apply }
+    }
+
+    /// Doesn't believe the answer noted last: it is asked for again.
+    pub fn doubt(&mut self) {
+        *self = Cursor { known: 0, ask: Ask::Consistently };
     }
 
     /// Takes note of a failure: the next question doesn't block, so that it shows at once whether

@@ -2,21 +2,47 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
+use super::held::{Held, Key};
+use super::schedule::is_shrink;
 use crate::catalog::Catalog;
+use crate::catalog::memory::{Memory, Remembered};
 use crate::table::{Instance, Listing, Watch};
 
 /// The state that watches bring together. Pure: it neither asks nor publishes.
 #[derive(Debug, Default)]
 pub struct Model {
     node: Node,
-    names: Option<BTreeSet<Arc<str>>>,
-    services: BTreeMap<Arc<str>, Known>,
+    has_names: bool,
+    services: BTreeMap<Arc<str>, Entry>,
+    /// What was said of services some of whose instances are held back, and until when.
+    held_back: BTreeMap<Arc<str>, (Instant, Heard)>,
     problems: BTreeMap<Subject, String>,
+    nothing: Arc<[Instance]>,
     /// Whether the catalog has changed since it was taken.
     is_dirty: bool,
     /// Whether a catalog has been taken.
     is_synced: bool,
+}
+
+/// What Consul says of one service.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Heard {
+    /// Its instances; `None` where the name is no routed service's.
+    pub instances: Option<Vec<Instance>>,
+    /// Those that have no check of their own, where others have one.
+    pub unchecked: Vec<Key>,
+}
+
+impl Heard {
+    fn n_serving(&self) -> usize {
+        self.instances.as_deref().map_or(0, n_serving)
+    }
+}
+
+fn n_serving(instances: &[Instance]) -> usize {
+    instances.iter().filter(|instance| instance.standing.serves()).count()
 }
 
 /// The name under which the agent's own node registers its instances.
@@ -31,9 +57,23 @@ pub enum Node {
     Denied,
 }
 
-#[derive(Debug)]
+/// One name.
+#[derive(Debug, Default)]
+struct Entry {
+    known: Known,
+    is_live: bool,
+    /// Whether Consul has answered since it is live.
+    is_followed: bool,
+    answered_at: Option<Instant>,
+    /// Whether it has been in a catalog that was taken.
+    is_shown: bool,
+    held: Held,
+}
+
+#[derive(Debug, Default)]
 enum Known {
-    /// Nothing yet.
+    /// Nothing.
+    #[default]
     Pending,
     /// All who bear this name are proxies and the like.
     NoService,
@@ -48,60 +88,152 @@ pub enum Subject {
     Names,
     /// The agent's own name.
     Agent,
+    /// The switch `nohop/off`.
+    Switch,
     /// The number of connections.
     Connections,
     /// One service.
     Service(Arc<str>),
 }
 
-/// What a new list of names changes.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub struct Renamed {
-    /// To be watched from now on.
-    pub appeared: Vec<Arc<str>>,
-    /// To be watched no more.
-    pub gone: Vec<Arc<str>>,
-}
-
 const AGENT_DENIED: &str = "instances on a loopback address are unroutable, since the Consul token \
                             may not read which node this is: it needs agent:read as well";
 
 impl Model {
+    /// Begins with what an earlier life of the source left; nothing of it counts as an answer.
+    pub fn seed(&mut self, memory: &Memory) {
+        if let (Node::Unknown, Some(node)) = (&self.node, &memory.node) {
+            self.node = Node::Named(node.clone());
+        }
+        for (name, remembered) in &memory.services {
+            let mut entry = Entry { answered_at: remembered.answered_at, ..Entry::default() };
+            if remembered.answered_at.is_some() {
+                entry.known.learn(remembered.instances.to_vec(), &self.node);
+            }
+            self.services.insert(name.clone(), entry);
+        }
+        self.is_dirty = true;
+    }
+
+    /// What another life of the source may begin with.
+    pub fn memory(&self) -> Memory {
+        let services = self.services.iter().map(|(name, entry)| {
+            let (instances, answered_at) = match &entry.known {
+                Known::Service { instances, .. } => (instances.clone(), entry.answered_at),
+                Known::Pending | Known::NoService => (self.nothing.clone(), None),
+            };
+            (name.clone(), Remembered { instances, answered_at, used_at: None })
+        });
+        let node = match &self.node {
+            Node::Named(node) => Some(node.clone()),
+            Node::Unknown | Node::Denied => None,
+        };
+        Memory { node, services: services.collect(), ..Memory::default() }
+    }
+
     /// Takes the list of the names that have the tag.
-    pub fn set_names(&mut self, names: BTreeSet<Arc<str>>) -> Renamed {
-        let mut renamed = Renamed::default();
+    pub fn set_names(&mut self, names: &BTreeSet<Arc<str>>) {
+        let (problems, held_back) = (&mut self.problems, &mut self.held_back);
+        let n_before = self.services.len();
         self.services.retain(|name, _| {
             let stays = names.contains(name);
             if !stays {
-                renamed.gone.push(name.clone());
-                self.problems.remove(&Subject::Service(name.clone()));
-                self.is_dirty = true;
+                problems.remove(&Subject::Service(name.clone()));
+                held_back.remove(name);
             }
             stays
         });
-        for name in &names {
-            if !self.services.contains_key(name) {
-                renamed.appeared.push(name.clone());
-                self.services.insert(name.clone(), Known::Pending);
-            }
+        let n_kept = self.services.len();
+        for name in names {
+            self.services.entry(name.clone()).or_default();
         }
-        self.is_dirty |= self.names.is_none();
-        self.names = Some(names);
-        renamed
+        let n_now = self.services.len();
+        self.is_dirty |= !self.has_names || n_kept != n_before || n_now != n_kept;
+        self.has_names = true;
     }
 
-    /// Takes the instances of a service, or `None` where the name is no service's. A name that has
-    /// gone meanwhile is ignored.
-    pub fn set_service(&mut self, name: &Arc<str>, instances: Option<Vec<Instance>>) {
-        let Some(known) = self.services.get_mut(name) else { return };
-        self.is_dirty |= match instances {
-            Some(instances) => known.learn(instances, &self.node),
-            None => {
-                let was_service = !matches!(known, Known::NoService);
-                *known = Known::NoService;
-                was_service
-            }
+    /// Says whether the service is live, so that its answers come.
+    pub fn set_live(&mut self, name: &str, is_live: bool) {
+        let Some(entry) = self.services.get_mut(name) else { return };
+        if std::mem::replace(&mut entry.is_live, is_live) == is_live {
+            return;
+        }
+        self.is_dirty |= std::mem::take(&mut entry.is_followed);
+        if !is_live {
+            self.problems.remove(&Subject::Service(name.into()));
+        }
+    }
+
+    /// Whether what was heard is a loss too large to be believed unconfirmed.
+    pub fn is_shrink(&self, name: &str, heard: &Heard) -> bool {
+        let n_before = match self.services.get(name).map(|entry| &entry.known) {
+            Some(Known::Service { instances, .. }) => n_serving(instances),
+            _ => 0,
         };
+        is_shrink(n_before, heard.n_serving())
+    }
+
+    /// Takes what Consul says of a live service. A name that has gone meanwhile is ignored.
+    pub fn set_service(&mut self, name: &Arc<str>, heard: Heard, now: Instant) {
+        let Some(entry) = self.services.get_mut(name) else { return };
+        entry.answered_at = Some(now);
+        self.is_dirty |= !std::mem::replace(&mut entry.is_followed, entry.is_live);
+        self.held_back.remove(name);
+        let Heard { instances: Some(instances), unchecked } = &heard else {
+            self.is_dirty |= !matches!(entry.known, Known::NoService);
+            entry.known = Known::NoService;
+            return;
+        };
+        let mut judged = instances.clone();
+        let known = match &entry.known {
+            Known::Service { instances, .. } => instances.clone(),
+            Known::Pending | Known::NoService => self.nothing.clone(),
+        };
+        let again_at = entry.held.judge(&mut judged, unchecked, &known, now);
+        self.is_dirty |= entry.known.learn(judged, &self.node);
+        if let Some(again_at) = again_at {
+            self.held_back.insert(name.clone(), (again_at, heard));
+        }
+    }
+
+    /// Notes that Consul has no news of a live service.
+    pub fn confirm(&mut self, name: &str, now: Instant) {
+        if let Some(entry) = self.services.get_mut(name) {
+            entry.answered_at = Some(now);
+        }
+    }
+
+    /// When instances that are held back are to be judged anew.
+    pub fn next_release(&self) -> Option<Instant> {
+        self.held_back.values().map(|(until, _)| *until).min()
+    }
+
+    /// Judges those anew whose time has come.
+    pub fn release(&mut self, now: Instant) {
+        let due = self.held_back.iter().filter(|(_, (until, _))| *until <= now);
+        let due: Vec<_> = due.map(|(name, (_, heard))| (name.clone(), heard.clone())).collect();
+        for (name, heard) in due {
+            let answered_at = self.services.get(&name).and_then(|entry| entry.answered_at);
+            self.set_service(&name, heard, now);
+            if let Some(entry) = self.services.get_mut(&name) {
+                entry.answered_at = answered_at;
+            }
+        }
+    }
+
+    /// Forgets the instances of cold services that Consul told more than `max_age` before it last
+    /// answered anything: another service may have their ports by now. While Consul is silent no
+    /// more is forgotten: what becomes of a catalog as a whole is `catalog.expired`'s affair.
+    pub fn forget(&mut self, last_answer: Instant, max_age: Duration) {
+        for entry in self.services.values_mut().filter(|entry| !entry.is_live) {
+            let is_old = entry
+                .answered_at
+                .is_some_and(|at| last_answer.saturating_duration_since(at) > max_age);
+            if is_old && matches!(entry.known, Known::Service { .. }) {
+                entry.known = Known::Pending;
+                self.is_dirty = true;
+            }
+        }
     }
 
     /// Takes the agent's word on which node it is.
@@ -111,22 +243,17 @@ impl Model {
             return;
         }
         self.node = node;
-        for known in self.services.values_mut() {
-            if let Known::Service { instances, .. } = known {
+        for entry in self.services.values_mut() {
+            if let Known::Service { instances, .. } = &entry.known {
                 let instances = instances.to_vec();
-                self.is_dirty |= known.learn(instances, &self.node);
+                self.is_dirty |= entry.known.learn(instances, &self.node);
             }
         }
     }
 
-    /// How many names are watched.
-    pub fn n_services(&self) -> usize {
-        self.services.len()
-    }
-
     /// Whether the list of names has come.
     pub fn has_names(&self) -> bool {
-        self.names.is_some()
+        self.has_names
     }
 
     /// Whether a catalog has been taken.
@@ -134,16 +261,41 @@ impl Model {
         self.is_synced
     }
 
-    /// Gives up waiting for those that haven't answered, so that the others can be published.
+    /// Whether there is such a service, by what Consul said since it is live. `None` while it has
+    /// said nothing.
+    pub fn exists(&self, name: &str) -> Option<bool> {
+        match self.services.get(name) {
+            None => Some(false),
+            Some(entry) if !entry.is_followed => None,
+            Some(entry) => Some(matches!(entry.known, Known::Service { .. })),
+        }
+    }
+
+    /// The instances of services that are live.
+    pub fn n_live_instances(&self) -> usize {
+        let live = self.services.values().filter(|entry| entry.is_live);
+        live.map(|entry| match &entry.known {
+            Known::Service { instances, .. } => instances.len(),
+            Known::Pending | Known::NoService => 0,
+        })
+        .sum()
+    }
+
+    /// Gives up waiting for live services that haven't answered, so that the others can be published.
     pub fn stop_waiting(&mut self) {
-        for (name, known) in &self.services {
-            if let Known::Pending = known {
+        for (name, entry) in &self.services {
+            if entry.is_live && !entry.is_followed {
                 self.problems.entry(Subject::Service(name.clone())).or_insert_with(|| {
                     "Consul hasn't said its instances; it joins when it does".into()
                 });
             }
         }
-        self.is_synced |= self.has_names();
+        self.is_synced |= self.has_names;
+    }
+
+    /// Has what an earlier life of the source left published, since Consul doesn't answer.
+    pub fn serve_memory(&mut self) {
+        self.is_synced = true;
     }
 
     /// The catalog, if it is ready and differs from the last one taken.
@@ -154,21 +306,26 @@ impl Model {
         }
         self.is_dirty = false;
         self.is_synced = true;
-        let known = self.services.iter().filter_map(|(name, known)| match known {
-            Known::Service { instances, .. } => {
-                let instances = instances.clone();
-                Some((name.clone(), Listing { instances, watch: Watch::Live }))
-            }
-            Known::Pending | Known::NoService => None,
+        let known = self.services.iter_mut().filter_map(|(name, entry)| {
+            let watch = if entry.is_followed { Watch::Live } else { Watch::Cold };
+            let instances = match &entry.known {
+                Known::Service { instances, .. } => instances.clone(),
+                // A new name that is live at once joins when its answer comes.
+                Known::Pending if entry.is_live && !entry.is_shown => return None,
+                Known::Pending => self.nothing.clone(),
+                Known::NoService => return None,
+            };
+            entry.is_shown = true;
+            Some((name.clone(), Listing { instances, watch }))
         });
         Some(known.collect())
     }
 
-    /// Whether everything has been answered once.
+    /// Whether everything that is waited for has been answered once.
     fn is_complete(&self) -> bool {
-        self.has_names()
+        self.has_names
             && self.node != Node::Unknown
-            && !self.services.values().any(|known| matches!(known, Known::Pending))
+            && self.services.values().all(|entry| entry.is_followed || !entry.is_live)
     }
 
     /// Notes what is wrong, or no more wrong, with one part. Of a service that has gone it notes
@@ -187,7 +344,10 @@ impl Model {
 
     /// Whether Consul doesn't answer, rather than that something is wrong with an answer.
     pub fn is_failing(&self) -> bool {
-        [Subject::Names, Subject::Agent].iter().any(|subject| self.problems.contains_key(subject))
+        // The switch, since it is always asked for, and the names only every ten seconds.
+        [Subject::Names, Subject::Agent, Subject::Switch]
+            .iter()
+            .any(|subject| self.problems.contains_key(subject))
     }
 
     /// All that is wrong, each complaint once, in one line; at most three.
@@ -197,7 +357,7 @@ impl Model {
         for (subject, problem) in &self.problems {
             let name = match subject {
                 Subject::Service(name) => Some(name.as_ref()),
-                Subject::Names | Subject::Agent | Subject::Connections => None,
+                Subject::Names | Subject::Agent | Subject::Switch | Subject::Connections => None,
             };
             if complaints.iter().any(|(said, _)| said == problem) {
                 continue;
@@ -226,7 +386,7 @@ impl Model {
     fn has_loopback(&self) -> bool {
         self.services
             .values()
-            .any(|known| matches!(known, Known::Service { has_loopback: true, .. }))
+            .any(|entry| matches!(entry.known, Known::Service { has_loopback: true, .. }))
     }
 }
 
@@ -254,7 +414,8 @@ impl Known {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::table::{Says, Standing};
+    use crate::table::Says;
+    use crate::table::Standing;
 
     fn names(list: &[&str]) -> BTreeSet<Arc<str>> {
         list.iter().map(|name| Arc::from(*name)).collect()
@@ -273,30 +434,46 @@ mod tests {
         }
     }
 
+    fn heard(instances: Vec<Instance>) -> Heard {
+        Heard { instances: Some(instances), unchecked: Vec::new() }
+    }
+
+    /// All of these names are live.
+    fn with_names(model: &mut Model, list: &[&str]) {
+        model.set_names(&names(list));
+        list.iter().for_each(|name| model.set_live(name, true));
+    }
+
+    fn set(model: &mut Model, name: &str, instances: Vec<Instance>) {
+        model.set_service(&name.into(), heard(instances), Instant::now());
+    }
+
     fn synced(services: &[&str]) -> (Model, Catalog) {
         let mut model = Model::default();
         model.set_node(Node::Named("n1".into()));
-        model.set_names(names(services));
+        with_names(&mut model, services);
         for name in services {
-            model.set_service(&Arc::from(*name), Some(vec![instance("n1", "1")]));
+            set(&mut model, name, vec![instance("n1", "1")]);
         }
         let catalog = model.take().unwrap();
         (model, catalog)
     }
 
     #[test]
-    fn nothing_is_published_before_all_have_answered() {
+    fn nothing_is_published_before_all_that_is_live_has_answered() {
         let mut model = Model::default();
-        let renamed = model.set_names(names(&["a", "b"]));
-        assert_eq!(renamed.appeared.len(), 2);
+        with_names(&mut model, &["a", "b"]);
+        model.set_names(&names(&["a", "b", "cold"]));
         assert!(model.take().is_none());
-        model.set_service(&"a".into(), Some(vec![instance("n1", "1")]));
-        model.set_service(&"b".into(), None);
+        set(&mut model, "a", vec![instance("n1", "1")]);
+        model.set_service(&"b".into(), Heard::default(), Instant::now());
         assert!(model.take().is_none(), "the node's name is missing");
         model.set_node(Node::Named("n1".into()));
         let catalog = model.take().unwrap();
-        assert_eq!(catalog.len(), 1, "b is a proxy's name");
+        assert_eq!(catalog.len(), 2, "b is a proxy's name");
         assert!(catalog["a"].instances[0].local);
+        assert_eq!(catalog["a"].watch, Watch::Live);
+        assert_eq!((catalog["cold"].instances.len(), catalog["cold"].watch), (0, Watch::Cold));
         assert!(model.take().is_none());
     }
 
@@ -304,7 +481,7 @@ mod tests {
     fn an_empty_list_of_names_is_a_catalog() {
         let mut model = Model::default();
         model.set_node(Node::Denied);
-        model.set_names(names(&[]));
+        model.set_names(&names(&[]));
         assert_eq!(model.take(), Some(Catalog::new()));
     }
 
@@ -313,13 +490,13 @@ mod tests {
         let mut model = Model::default();
         model.stop_waiting();
         assert!(model.take().is_none(), "without names there is nothing to publish");
-        model.set_names(names(&["a", "b"]));
-        model.set_service(&"a".into(), Some(Vec::new()));
+        with_names(&mut model, &["a", "b"]);
+        set(&mut model, "a", Vec::new());
         model.stop_waiting();
         assert_eq!(model.take().unwrap().len(), 1);
         assert!(model.problem().unwrap().starts_with("service `b`: Consul hasn't said"));
         model.set_problem(Subject::Service("b".into()), None);
-        model.set_service(&"b".into(), Some(Vec::new()));
+        set(&mut model, "b", Vec::new());
         assert_eq!(model.take().unwrap().len(), 2);
         assert_eq!(model.problem(), None);
     }
@@ -327,12 +504,12 @@ mod tests {
     #[test]
     fn what_did_not_change_is_shared_or_not_published_at_all() {
         let (mut model, first) = synced(&["a", "b"]);
-        model.set_names(names(&["a", "b"]));
+        model.set_names(&names(&["a", "b"]));
         model.set_node(Node::Named("n1".into()));
-        model.set_service(&"a".into(), Some(vec![instance("n1", "1")]));
+        set(&mut model, "a", vec![instance("n1", "1")]);
         assert!(model.take().is_none());
 
-        model.set_service(&"a".into(), Some(vec![instance("n2", "1"), instance("n1", "2")]));
+        set(&mut model, "a", vec![instance("n2", "1"), instance("n1", "2")]);
         let second = model.take().unwrap();
         assert!(Arc::ptr_eq(&first["b"].instances, &second["b"].instances));
         assert!(!Arc::ptr_eq(&first["a"].instances, &second["a"].instances));
@@ -344,14 +521,67 @@ mod tests {
     #[test]
     fn a_name_that_goes_takes_its_service_along() {
         let (mut model, _) = synced(&["a", "b"]);
-        let renamed = model.set_names(names(&["b", "c"]));
-        assert_eq!(renamed.gone, ["a".into()]);
-        assert_eq!(renamed.appeared, ["c".into()]);
-        assert!(model.take().unwrap().keys().eq(&[Arc::from("b")]), "c joins when it answers");
-        model.set_service(&"a".into(), Some(vec![instance("n1", "1")]));
+        model.set_names(&names(&["b"]));
+        assert!(model.take().unwrap().keys().eq(&[Arc::from("b")]));
+        set(&mut model, "a", vec![instance("n1", "1")]);
         model.set_problem(Subject::Service("a".into()), Some("late".into()));
         assert!(model.take().is_none());
         assert_eq!(model.problem(), None);
+    }
+
+    #[test]
+    fn a_service_that_goes_cold_keeps_its_instances_until_they_are_old() {
+        let (mut model, first) = synced(&["a", "b"]);
+        let (now, max_age) = (Instant::now(), Duration::from_secs(60));
+        model.set_live("a", false);
+        let second = model.take().unwrap();
+        assert_eq!((second["a"].watch, second["b"].watch), (Watch::Cold, Watch::Live));
+        assert!(Arc::ptr_eq(&first["a"].instances, &second["a"].instances));
+        assert_eq!(model.exists("a"), None);
+
+        model.forget(now + max_age / 2, max_age);
+        assert!(model.take().is_none());
+        model.forget(now + max_age * 2, max_age);
+        let third = model.take().unwrap();
+        assert_eq!((third["a"].instances.len(), third["b"].instances.len()), (0, 1));
+
+        model.set_live("a", true);
+        assert!(model.take().is_none(), "nothing is known of it yet");
+        set(&mut model, "a", vec![instance("n1", "1")]);
+        assert_eq!(
+            (model.take().unwrap()["a"].watch, model.exists("a")),
+            (Watch::Live, Some(true))
+        );
+    }
+
+    #[test]
+    fn memory_serves_until_the_answers_come() {
+        let (model, first) = synced(&["a", "b"]);
+        let mut next = Model::default();
+        next.seed(&model.memory());
+        assert!(next.take().is_none(), "Consul has the first word");
+        next.serve_memory();
+        let served = next.take().unwrap();
+        assert_eq!(served["a"].instances, first["a"].instances);
+        assert_eq!(served["a"].watch, Watch::Cold);
+        assert!(next.is_shrink("a", &heard(Vec::new())));
+        with_names(&mut next, &["a"]);
+        set(&mut next, "a", vec![instance("n1", "1")]);
+        assert_eq!(next.take().unwrap()["a"].watch, Watch::Live);
+    }
+
+    #[test]
+    fn an_instance_without_its_checks_serves_after_a_moment() {
+        let (mut model, _) = synced(&["a"]);
+        let now = Instant::now();
+        let both = vec![instance("n1", "1"), instance("n1", "2")];
+        let heard = Heard { instances: Some(both), unchecked: vec![("n1".into(), "2".into())] };
+        model.set_service(&"a".into(), heard, now);
+        assert_eq!(n_serving(&model.take().unwrap()["a"].instances), 1);
+        let at = model.next_release().unwrap();
+        model.release(at);
+        assert_eq!(n_serving(&model.take().unwrap()["a"].instances), 2);
+        assert_eq!(model.next_release(), None);
     }
 
     #[test]
@@ -364,9 +594,9 @@ mod tests {
     #[test]
     fn a_node_that_is_known_stays_known() {
         let mut model = Model::default();
-        model.set_names([Arc::from("a")].into());
+        with_names(&mut model, &["a"]);
         model.set_node(Node::Denied);
-        model.set_service(&"a".into(), Some(vec![instance("n1", "1")]));
+        set(&mut model, "a", vec![instance("n1", "1")]);
         assert!(!model.take().unwrap()["a"].instances[0].local);
         assert_eq!(model.problem().unwrap(), AGENT_DENIED);
         model.set_node(Node::Named("n1".into()));

@@ -1,5 +1,6 @@
 //! The whole source, against a Consul that fails in every known way.
 
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,7 +9,8 @@ use serde_json::json;
 use super::fake::{AGENT, Fake, Fault, NAMES, instance, service};
 use super::*;
 use crate::catalog::{Catalog, Handle};
-use crate::table::{Says, Standing};
+use crate::config::{ConsulAddress, WatchPolicy};
+use crate::table::{Says, Standing, Watch};
 
 const LIMIT: Duration = Duration::from_secs(20);
 
@@ -18,24 +20,43 @@ fn timing() -> Timing {
         answer: Duration::from_millis(300),
         wait: Duration::from_secs(60),
         turn: Duration::from_millis(50),
+        names: Duration::ZERO,
+        doubt: Duration::from_millis(10),
+        patience: Duration::from_secs(2),
         stragglers: Duration::from_millis(200),
-        restart: Duration::ZERO,
+        save: Duration::from_millis(50),
     }
 }
 
 fn config(address: impl ToString) -> ConsulConfig {
     ConsulConfig {
-        address: address.to_string(),
-        token: None,
-        datacenter: String::new(),
+        address: ConsulAddress::Http(address.to_string()),
         max_connections: 8,
+        ..ConsulConfig::default()
     }
 }
 
 fn follow(config: ConsulConfig, timing: Timing) -> Handle {
-    Handle::keep(Output::new("consul"), move |output| {
-        run(config.clone(), "routed".into(), timing, output)
-    })
+    follow_as(settings(config, WatchPolicy::All, timing))
+}
+
+fn settings(consul: ConsulConfig, watch: WatchPolicy, timing: Timing) -> Settings {
+    let catalog = Arc::new(CatalogConfig { watch, ..Config::default().catalog });
+    Settings { consul, catalog, in_use: Vec::new(), cache: None, timing }
+}
+
+fn follow_as(settings: Settings) -> Handle {
+    let mut handle = Handle::of(Output::new("consul"));
+    follow_in(&mut handle, settings);
+    handle
+}
+
+/// Puts another source in the place of the handle's.
+fn follow_in(handle: &mut Handle, settings: Settings) {
+    let source = Arc::new(move |output, wishes| {
+        Box::pin(run(settings.clone(), output, wishes)) as Pin<Box<dyn Future<Output = ()>>>
+    });
+    handle.keep_source("consul", source, None);
 }
 
 async fn shows(handle: &mut Handle, is_it: impl Fn(&Catalog) -> bool) -> Arc<Catalog> {
@@ -261,7 +282,7 @@ async fn watches_take_turns_where_connections_are_few() {
         fake.set(&service(name), 20, json!([instance("n1", "1", 1)]));
     }
     fake.set_names(10, &all[..1]);
-    let config = ConsulConfig { max_connections: 3, ..config(fake.address) };
+    let config = ConsulConfig { max_connections: 5, ..config(fake.address) };
     let mut handle = follow(config, timing());
     shows(&mut handle, |catalog| names(catalog) == all[..1]).await;
     says(&mut handle, None).await;
@@ -275,7 +296,7 @@ async fn watches_take_turns_where_connections_are_few() {
         shows(&mut handle, |catalog| ports(catalog, name) == [2]).await;
     }
     let most = fake.state.borrow().most_connections;
-    assert!(most <= 3, "{most} connections, {fake:?}");
+    assert!(most <= 5, "{most} connections, {fake:?}");
 
     fake.set_names(12, &all[..2]);
     shows(&mut handle, |catalog| names(catalog) == all[..2]).await;
@@ -304,4 +325,155 @@ async fn a_dropped_handle_leaves_no_connection() {
     let mut state = fake.state.subscribe();
     let gone = state.wait_for(|state| state.n_connections == 0);
     tokio::time::timeout(LIMIT, gone).await.expect("closed").unwrap();
+}
+
+/// `web` and `db`, and a source that follows what is used, which is nothing yet.
+async fn cold() -> (Fake, Handle) {
+    let fake = Fake::start().await;
+    for (name, port) in [("db", 5432), ("web", 80)] {
+        fake.set(&service(name), 20, json!([instance("n1", "1", port)]));
+    }
+    fake.set_names(10, &["db", "web"]);
+    let handle = follow_as(settings(config(fake.address), WatchPolicy::Used, timing()));
+    (fake, handle)
+}
+
+/// How often anything was asked about a service.
+fn n_asked_about(fake: &Fake, name: &str) -> usize {
+    let state = fake.state.borrow();
+    let about = state.asked.iter().filter(|(question, _)| question.starts_with(&service(name)));
+    about.map(|(_, n)| n).sum()
+}
+
+#[tokio::test]
+async fn what_nobody_uses_is_cold_and_asked_for_by_nobody() {
+    let (fake, mut handle) = cold().await;
+    let first = shows(&mut handle, |catalog| names(catalog) == ["db", "web"]).await;
+    assert!(first.values().all(|listing| listing.watch == Watch::Cold));
+    assert!(first.values().all(|listing| listing.instances.is_empty()));
+
+    assert!(handle.demand.look_up("web").await);
+    // By then it is published.
+    let second = handle.catalog.borrow().clone().unwrap().catalog;
+    assert_eq!((second["web"].watch, ports(&second, "web")), (Watch::Live, vec![80]));
+    assert_eq!(second["db"].watch, Watch::Cold);
+    assert_eq!(n_asked_about(&fake, "db"), 0);
+    let watches = handle.stats.watches();
+    assert_eq!((watches.live, watches.cold), (1, 1));
+}
+
+#[tokio::test]
+async fn a_name_out_of_the_list_is_looked_up_and_a_flood_of_them_is_not() {
+    let (fake, mut handle) = cold().await;
+    shows(&mut handle, |catalog| names(catalog) == ["db", "web"]).await;
+    fake.set(&service("new"), 30, json!([instance("n1", "1", 90)]));
+    assert!(handle.demand.look_up("new").await);
+    let catalog = handle.catalog.borrow().clone().unwrap().catalog;
+    assert_eq!((names(&catalog), ports(&catalog, "new")), (vec!["db", "new", "web"], vec![90]));
+    // The list learns of it, and then that it is gone.
+    fake.set_names(11, &["db", "new", "web"]);
+    let asked = format!("{NAMES}?index=11&wait=60000ms");
+    fake.state.subscribe().wait_for(|state| state.asked.contains_key(&asked)).await.unwrap();
+    fake.set_names(12, &["db", "web"]);
+    shows(&mut handle, |catalog| names(catalog) == ["db", "web"]).await;
+
+    for n in 0..200 {
+        assert!(!handle.demand.look_up(&format!("made-up-{n}")).await);
+    }
+    let n_asked: usize = (0..200).map(|n| n_asked_about(&fake, &format!("made-up-{n}"))).sum();
+    assert!(n_asked < 50, "{n_asked} questions");
+}
+
+#[tokio::test]
+async fn a_name_that_nobody_tags_any_more_goes_with_its_own_answer() {
+    let (fake, mut handle, _) = synced().await;
+    let mut untagged = instance("n1", "web-1", 1);
+    untagged["Service"]["Tags"] = json!(["other"]);
+    fake.set(&service("web"), 21, json!([untagged]));
+    shows(&mut handle, Catalog::is_empty).await;
+}
+
+#[tokio::test]
+async fn a_great_loss_is_confirmed_before_it_counts() {
+    let (fake, mut handle, _) = synced().await;
+    let all: Vec<_> = (1..=4).map(|n| instance("n1", &format!("web-{n}"), n)).collect();
+    fake.set(&service("web"), 21, json!(all));
+    shows(&mut handle, |catalog| ports(catalog, "web") == [1, 2, 3, 4]).await;
+    let asked = format!("{}?consistent", service("web"));
+
+    fake.set(&service("web"), 22, json!(all[..2]));
+    shows(&mut handle, |catalog| ports(catalog, "web") == [1, 2]).await;
+    assert_eq!((fake.n_asked(&asked), handle.stats.shrinks_held()), (0, 0), "half isn't more");
+
+    fake.set(&service("web"), 23, json!([]));
+    shows(&mut handle, |catalog| catalog["web"].instances.is_empty()).await;
+    assert_eq!((fake.n_asked(&asked), handle.stats.shrinks_held()), (1, 1));
+
+    fake.set_names(11, &[]);
+    shows(&mut handle, Catalog::is_empty).await;
+    assert_eq!(fake.n_asked(&format!("{NAMES}?consistent")), 1);
+    assert_eq!(handle.stats.shrinks_held(), 2);
+}
+
+#[tokio::test]
+async fn the_switch_is_followed_and_keeps_its_place_through_errors() {
+    let (fake, mut handle, _) = synced().await;
+    assert!(!*handle.off.borrow());
+    fake.set(off::PATH, 40, json!([{"Value": null}]));
+    handle.off.wait_for(|off| *off).await.unwrap();
+    fake.break_path(off::PATH, Some(Fault::Status(500, "no leader")));
+    says(&mut handle, Some("no leader")).await;
+    assert!(*handle.off.borrow());
+    fake.break_path(off::PATH, Some(Fault::Status(404, "")));
+    handle.off.wait_for(|off| !*off).await.unwrap();
+    says(&mut handle, None).await;
+}
+
+#[tokio::test]
+async fn what_was_known_serves_a_new_daemon_while_consul_is_down() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = Some(dir.path().join(cache::FILE_NAME));
+    let (fake, mut first) = cold().await;
+    let with_cache = |fake: &Fake| Settings {
+        cache: cache.clone(),
+        ..settings(config(fake.address), WatchPolicy::Used, timing())
+    };
+    follow_in(&mut first, with_cache(&fake));
+    shows(&mut first, |catalog| names(catalog) == ["db", "web"]).await;
+    assert!(first.demand.look_up("web").await);
+    let path = cache.clone().unwrap();
+    let holds = |memory: Option<crate::catalog::memory::Memory>| {
+        memory.is_some_and(|memory| !memory.services["web"].instances.is_empty())
+    };
+    let deadline = std::time::Instant::now() + LIMIT;
+    while !holds(cache::read(&path, LIMIT)) {
+        assert!(std::time::Instant::now() < deadline, "nothing was written");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    drop(first);
+
+    fake.break_path(NAMES, Some(Fault::Close));
+    let mut second = follow_as(with_cache(&fake));
+    let catalog = shows(&mut second, |catalog| names(catalog) == ["db", "web"]).await;
+    assert_eq!(ports(&catalog, "web"), [80]);
+    assert!(second.health.borrow().last_answer.is_some(), "its age is the answer's");
+    says(&mut second, Some("lost")).await;
+    fake.break_path(NAMES, None);
+    // It was in use, so it is live without anybody's asking.
+    shows(&mut second, |catalog| catalog["web"].watch == Watch::Live).await;
+}
+
+#[tokio::test]
+async fn another_configuration_loses_nothing_on_the_way() {
+    let (fake, mut handle) = cold().await;
+    shows(&mut handle, |catalog| names(catalog) == ["db", "web"]).await;
+    assert!(handle.demand.look_up("web").await);
+    let demand = handle.demand.clone();
+    follow_in(&mut handle, settings(config(fake.address), WatchPolicy::All, timing()));
+    let catalog = handle.catalog.borrow_and_update().clone().unwrap().catalog;
+    assert_eq!(ports(&catalog, "web"), [80]);
+    let all = |catalog: &Catalog| catalog.values().all(|listing| listing.watch == Watch::Live);
+    let catalog = shows(&mut handle, all).await;
+    assert_eq!((ports(&catalog, "web"), ports(&catalog, "db")), (vec![80], vec![5432]));
+    assert!(demand.look_up("db").await, "who had it before is heard by the new source");
 }

@@ -3,6 +3,18 @@
 mod follow;
 mod parse;
 
+#[cfg(any(fuzzing, test))]
+pub mod fuzzing {
+    //! The text of a catalog, for fuzzers.
+
+    use super::parse;
+
+    /// The services, or the number of mistakes.
+    pub fn read(text: &str) -> Result<parse::Services, usize> {
+        parse::parse(text).map_err(|mistakes| mistakes.len())
+    }
+}
+
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -45,14 +57,25 @@ fn list(path: &Path, mistakes: &[Mistake]) -> String {
 /// # Errors
 /// It can't be read, or it has mistakes. Then nothing is published.
 pub fn load(path: &Path, output: &Output) -> Result<(), FileError> {
-    let text = std::fs::read_to_string(path)
-        .map_err(|source| FileError::Read { path: path.into(), source })?;
-    let services = parse::parse(&text)
-        .map_err(|mistakes| FileError::Mistakes { path: path.into(), mistakes })?;
+    let services = read(path)?;
     let now = Instant::now();
     output.publish(share(services, output.last().as_deref()), now);
     output.answered(now);
     Ok(())
+}
+
+/// Reads the file, to see whether it can be used.
+///
+/// # Errors
+/// As [`load`].
+pub fn check(path: &Path) -> Result<(), FileError> {
+    read(path).map(drop)
+}
+
+fn read(path: &Path) -> Result<Services, FileError> {
+    let text = std::fs::read_to_string(path)
+        .map_err(|source| FileError::Read { path: path.into(), source })?;
+    parse::parse(&text).map_err(|mistakes| FileError::Mistakes { path: path.into(), mistakes })
 }
 
 fn share(services: Services, last: Option<&Catalog>) -> Catalog {
@@ -68,6 +91,7 @@ fn share(services: Services, last: Option<&Catalog>) -> Catalog {
 /// Follows the file until the system refuses to watch it. While it can't be used, its last catalog
 /// stays.
 pub async fn run(path: PathBuf, output: Output) {
+    output.set_off(false);
     let mut follower = match Follower::new(&path) {
         Ok(follower) => follower,
         Err(error) => return output.set_problem(Some(cannot_watch(&path, &error)), true),
@@ -103,7 +127,7 @@ mod tests {
     fn follow(path: &Path) -> Result<Handle, CatalogError> {
         let mut config = Config::default();
         config.catalog.source = Source::File(path.into());
-        spawn(&config)
+        spawn(&config, Vec::new())
     }
 
     fn text(services: &[&str]) -> String {

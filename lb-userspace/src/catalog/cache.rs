@@ -1,0 +1,306 @@
+//! The last good catalog in the state directory, so that a daemon that starts while Consul is down
+//! has something to say.
+//!
+//! The file is one line of JSON about the rest, and the rest: JSON, with its CRC-32. Times are
+//! milliseconds of CLOCK_BOOTTIME: it runs on through suspension, nobody can set it, and of another
+//! boot nothing is believed anyway, because Nomad reuses ports.
+
+use std::collections::BTreeMap;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::time::{ClockId, clock_gettime};
+use serde::{Deserialize, Serialize};
+
+use super::memory::{Memory, Remembered};
+use crate::table::Instance;
+
+/// The file's name, within the state directory.
+pub const FILE_NAME: &str = "catalog.json";
+
+/// The version of the format; another one is set aside.
+const VERSION: u32 = 1;
+
+/// Where the kernel says which boot this is.
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+
+/// Why the file can't be written.
+#[derive(Debug, thiserror::Error)]
+#[error("can't write {path} ({source})")]
+pub struct WriteError {
+    path: PathBuf,
+    source: io::Error,
+}
+
+/// What is wrong with a file that was read.
+#[derive(Debug, thiserror::Error)]
+enum Corruption {
+    #[error("it has no first line")]
+    NoHead,
+    #[error("its first line isn't understood: {0}")]
+    Head(serde_json::Error),
+    #[error("it is of version {0}, this is {VERSION}")]
+    Version(u32),
+    #[error("its checksum is {found:08x} rather than {expected:08x}")]
+    Checksum { expected: u32, found: u32 },
+    #[error("it isn't understood: {0}")]
+    Body(serde_json::Error),
+}
+
+#[derive(Serialize, Deserialize)]
+struct Head {
+    version: u32,
+    boot: String,
+    crc32: u32,
+}
+
+/// A moment of CLOCK_BOOTTIME, in milliseconds.
+type Millis = u64;
+
+#[derive(Serialize, Deserialize)]
+struct Body {
+    origin: String,
+    node: Option<String>,
+    off: bool,
+    names_at: Option<Millis>,
+    services: BTreeMap<Arc<str>, Line>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Line {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    answered: Option<Millis>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    used: Option<Millis>,
+    #[serde(default, skip_serializing_if = "<[_]>::is_empty")]
+    instances: Arc<[Instance]>,
+}
+
+/// The same moment on both clocks.
+#[derive(Clone, Copy)]
+struct Now {
+    instant: Instant,
+    boottime: Duration,
+}
+
+impl Now {
+    fn get() -> Now {
+        let time = clock_gettime(ClockId::Boottime);
+        let boottime = Duration::new(
+            u64::try_from(time.tv_sec).unwrap_or(0),
+            u32::try_from(time.tv_nsec).unwrap_or(0),
+        );
+        Now { instant: Instant::now(), boottime }
+    }
+
+    fn millis(self, at: Instant) -> Millis {
+        let age = self.instant.saturating_duration_since(at);
+        u64::try_from(self.boottime.saturating_sub(age).as_millis()).unwrap_or(u64::MAX)
+    }
+
+    /// The moment, if it isn't in the future (another clock's) nor longer ago than `max_age`.
+    fn instant(self, at: Millis, max_age: Duration) -> Option<Instant> {
+        let age = self.boottime.checked_sub(Duration::from_millis(at))?;
+        if age > max_age { None } else { self.instant.checked_sub(age) }
+    }
+}
+
+/// Writes the file: whole, or not at all.
+///
+/// # Errors
+/// When the directory can't be written to.
+pub fn write(path: &Path, memory: &Memory) -> Result<(), WriteError> {
+    let now = Now::get();
+    let services = memory.services.iter().map(|(name, remembered)| {
+        let line = Line {
+            answered: remembered.answered_at.map(|at| now.millis(at)),
+            used: remembered.used_at.map(|at| now.millis(at)),
+            instances: remembered.instances.clone(),
+        };
+        (name.clone(), line)
+    });
+    let body = Body {
+        origin: memory.origin.clone(),
+        node: memory.node.clone(),
+        off: memory.off,
+        names_at: memory.names_at.map(|at| now.millis(at)),
+        services: services.collect(),
+    };
+    let write = || -> io::Result<()> {
+        let body = serde_json::to_vec(&body)?;
+        let head = Head { version: VERSION, boot: boot()?, crc32: crc32fast::hash(&body) };
+        let directory = path.parent().unwrap_or(Path::new("."));
+        std::fs::create_dir_all(directory)?;
+        let mut file = tempfile::NamedTempFile::new_in(directory)?;
+        serde_json::to_writer(&mut file, &head)?;
+        file.write_all(b"\n")?;
+        file.write_all(&body)?;
+        file.as_file().sync_all()?;
+        file.persist(path)?;
+        // So that the new name outlives a loss of power, too.
+        std::fs::File::open(directory)?.sync_all()
+    };
+    write().map_err(|source| WriteError { path: path.into(), source })
+}
+
+/// Reads what an earlier daemon left, as far as it is of this boot and not older than `max_age`. A
+/// file that can't be understood is set aside as `catalog.corrupt`; nothing about it is fatal.
+pub fn read(path: &Path, max_age: Duration) -> Option<Memory> {
+    let bytes = match std::fs::read(path) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return None,
+        Err(error) => {
+            tracing::warn!("can't read {} ({error}): starting without it", path.display());
+            return None;
+        }
+    };
+    match parse(&bytes) {
+        Ok((head, body)) => {
+            let is_of_this_boot = boot().is_ok_and(|boot| boot == head.boot);
+            is_of_this_boot.then(|| remember(body, Now::get(), max_age))
+        }
+        Err(corruption) => {
+            let aside = path.with_extension("corrupt");
+            let what = match std::fs::rename(path, &aside) {
+                Ok(()) => format!("set aside as {}", aside.display()),
+                Err(error) => format!("it can't be set aside either ({error})"),
+            };
+            tracing::warn!("{} can't be used ({corruption}): {what}", path.display());
+            None
+        }
+    }
+}
+
+fn parse(bytes: &[u8]) -> Result<(Head, Body), Corruption> {
+    let end = bytes.iter().position(|&byte| byte == b'\n').ok_or(Corruption::NoHead)?;
+    let (head, body) = (&bytes[..end], &bytes[end + 1..]);
+    let head: Head = serde_json::from_slice(head).map_err(Corruption::Head)?;
+    if head.version != VERSION {
+        return Err(Corruption::Version(head.version));
+    }
+    let found = crc32fast::hash(body);
+    if found != head.crc32 {
+        return Err(Corruption::Checksum { expected: head.crc32, found });
+    }
+    let body = serde_json::from_slice(body).map_err(Corruption::Body)?;
+    Ok((head, body))
+}
+
+fn remember(body: Body, now: Now, max_age: Duration) -> Memory {
+    let services = body.services.into_iter().map(|(name, line)| {
+        let answered_at = line.answered.and_then(|at| now.instant(at, max_age));
+        let remembered = Remembered {
+            instances: if answered_at.is_some() { line.instances } else { Arc::default() },
+            answered_at,
+            used_at: line.used.and_then(|at| now.instant(at, Duration::MAX)),
+        };
+        (name, remembered)
+    });
+    Memory {
+        origin: body.origin,
+        node: body.node,
+        off: body.off,
+        names_at: body.names_at.and_then(|at| now.instant(at, max_age)),
+        services: services.collect(),
+    }
+}
+
+fn boot() -> io::Result<String> {
+    Ok(std::fs::read_to_string(BOOT_ID)?.trim().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::table::{Says, Standing};
+
+    const HOUR: Duration = Duration::from_secs(3600);
+
+    fn memory(now: Instant) -> Memory {
+        let instance = Instance {
+            node: "n1".into(),
+            id: "1".into(),
+            address: "10.0.0.1".into(),
+            port: 80,
+            weight: 1,
+            local: true,
+            standing: Standing::Out("check `c` is critical".into()),
+            says: Says { ports: Some("80".into()), protocol: None },
+        };
+        let web =
+            Remembered { instances: [instance].into(), answered_at: Some(now), used_at: Some(now) };
+        Memory {
+            origin: "here".into(),
+            node: Some("n1".into()),
+            off: true,
+            names_at: Some(now),
+            services: [("web".into(), web), ("cold".into(), Remembered::default())].into(),
+        }
+    }
+
+    #[test]
+    fn what_is_written_is_read_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("state").join(FILE_NAME);
+        assert_eq!(read(&path, HOUR), None);
+        let start = Instant::now();
+        let written = memory(start);
+        write(&path, &written).unwrap();
+        let mut got = read(&path, HOUR).unwrap();
+        let same = |at: &mut Option<Instant>| {
+            let at = at.as_mut().unwrap();
+            assert!(at.max(&mut start.clone()).duration_since(start) < Duration::from_millis(100));
+            *at = start;
+        };
+        let web = got.services.get_mut("web").unwrap();
+        same(&mut web.answered_at);
+        same(&mut web.used_at);
+        same(&mut got.names_at);
+        assert_eq!(got, written);
+    }
+
+    #[test]
+    fn what_is_too_old_or_from_the_future_is_forgotten() {
+        let now = Now { instant: Instant::now(), boottime: Duration::from_secs(100) };
+        let table =
+            [(100_000, 0, true), (90_000, 10, true), (89_999, 10, false), (100_001, 10, false)];
+        for (at, max_age, is_there) in table {
+            let got = now.instant(at, Duration::from_secs(max_age));
+            assert_eq!(got.is_some(), is_there, "{at} {max_age}");
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_understood_is_set_aside() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(FILE_NAME);
+        write(&path, &memory(Instant::now())).unwrap();
+        let good = std::fs::read(&path).unwrap();
+        let half = good.len() / 2;
+        let mut flipped = good.clone();
+        flipped[half] ^= 1;
+        let other =
+            String::from_utf8(good.clone()).unwrap().replace("\"version\":1", "\"version\":9");
+        let bad =
+            [&b""[..], b"\n", b"{}\n{}", &good[..half], &flipped, other.as_bytes(), b"\xff\xfe"];
+        for bytes in bad {
+            std::fs::write(&path, bytes).unwrap();
+            assert_eq!(read(&path, HOUR), None);
+            assert!(!path.exists());
+            assert_eq!(std::fs::read(path.with_extension("corrupt")).unwrap(), bytes);
+        }
+    }
+
+    #[test]
+    fn another_boot_has_left_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(FILE_NAME);
+        write(&path, &memory(Instant::now())).unwrap();
+        let text = std::fs::read_to_string(&path).unwrap();
+        std::fs::write(&path, text.replace(&boot().unwrap(), "another")).unwrap();
+        assert_eq!(read(&path, HOUR), None);
+        assert!(path.exists(), "it isn't corrupt");
+    }
+}

@@ -1,0 +1,170 @@
+//! The questions: what is sent for each, and what the answer says of what it is about.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+
+use super::client::{Client, QueryError, Question, percent_encode};
+use super::health::{self, Record};
+use super::held;
+use super::index::Ask;
+use super::model::Heard;
+use super::off;
+use crate::config::CatalogConfig;
+
+/// What a question is about.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum About {
+    /// The list of names.
+    Names,
+    /// The switch.
+    Switch,
+    /// The agent's own name.
+    Agent,
+    /// The instances of the service of this name.
+    Service(Arc<str>),
+}
+
+/// What the answer said, with its index.
+#[derive(Debug)]
+pub enum Said {
+    /// The names that have the tag, and about how many bytes the list of all had.
+    Names(BTreeSet<Arc<str>>, u64),
+    /// Whether nothing is to be translated.
+    Switch(bool),
+    /// The agent's node.
+    Agent(String),
+    /// What there is of the service.
+    Service(Heard),
+}
+
+/// An answer that counts.
+#[derive(Debug)]
+pub struct Answer {
+    /// X-Consul-Index.
+    pub index: Option<u64>,
+    /// What it said.
+    pub said: Said,
+    /// When it was there.
+    pub heard_at: Instant,
+}
+
+/// Why there is none.
+#[derive(Debug)]
+pub struct Failure {
+    /// The cause, with the mend.
+    pub problem: String,
+    /// Whether the token isn't allowed to know.
+    pub is_denied: bool,
+}
+
+impl From<QueryError> for Failure {
+    fn from(error: QueryError) -> Self {
+        let is_denied = matches!(error, QueryError::Denied { .. });
+        Failure { problem: error.to_string(), is_denied }
+    }
+}
+
+/// How to ask.
+#[derive(Clone, Copy, Debug)]
+pub struct How {
+    /// Where in Consul's history.
+    pub ask: Ask,
+    /// How long Consul may hold the question.
+    pub wait: Duration,
+    /// How long an answer that isn't held may take. One that is counts as lost after 1.5 times its
+    /// wait: Consul adds up to 1/16.
+    pub limit: Duration,
+}
+
+/// Asks. `rules` say what an instance needs.
+///
+/// # Errors
+/// As the client's.
+pub async fn ask(
+    client: &Client,
+    about: &About,
+    how: How,
+    rules: &CatalogConfig,
+) -> Result<Answer, Failure> {
+    match about {
+        About::Names => {
+            let said = |names: Names| {
+                let n_bytes = names.iter().map(size).sum();
+                Said::Names(tagged(names, &rules.tag), n_bytes)
+            };
+            get(client, "/v1/catalog/services".into(), how, said).await
+        }
+        About::Switch => {
+            get(client, off::PATH.into(), how, |entries| Said::Switch(off::is_off(&entries))).await
+        }
+        About::Agent => {
+            let said = |agent: AgentSelf| Said::Agent(agent.config.node_name);
+            get(client, "/v1/agent/self".into(), how, said).await
+        }
+        About::Service(name) => {
+            let path = format!("/v1/health/service/{}", percent_encode(name));
+            get(client, path, how, |records| Said::Service(heard(records, rules))).await
+        }
+    }
+}
+
+async fn get<T: DeserializeOwned>(
+    client: &Client,
+    path: String,
+    how: How,
+    said: impl FnOnce(T) -> Said,
+) -> Result<Answer, Failure> {
+    // The schedule keeps to the connections that there are, so no question waits for one here.
+    let question = Question { path, ask: how.ask, wait: how.wait };
+    let limit = match how.ask {
+        Ask::After(_) => (how.wait * 3 / 2).max(how.limit),
+        Ask::Now | Ask::Consistently => how.limit,
+    };
+    let answer = client.get::<T>(&question, limit).await?;
+    Ok(Answer { index: answer.index, said: said(answer.body), heard_at: Instant::now() })
+}
+
+/// A name that none of whose instances has the tag is no routed service's; one without any
+/// instances may be, until the list of names says otherwise.
+fn heard(records: Vec<Record>, rules: &CatalogConfig) -> Heard {
+    if !records.is_empty() && !records.iter().any(|record| record.has_tag(&rules.tag)) {
+        return Heard::default();
+    }
+    let unchecked =
+        held::unchecked(records.iter().map(|record| (record.key(), record.has_own_check())));
+    Heard { instances: health::instances(records, rules), unchecked }
+}
+
+/// The body of `/v1/catalog/services`: the tags that any instance of a name has.
+pub(super) type Names = BTreeMap<Arc<str>, Option<Vec<String>>>;
+
+pub(super) fn tagged(names: Names, tag: &str) -> BTreeSet<Arc<str>> {
+    names
+        .into_iter()
+        .filter(|(_, tags)| tags.iter().flatten().any(|has| has == tag))
+        .map(|(name, _)| name)
+        .collect()
+}
+
+/// The bytes that an entry of the list has, by reckoning: quotes, colons, brackets and commas too.
+fn size((name, tags): (&Arc<str>, &Option<Vec<String>>)) -> u64 {
+    let tags: usize = tags.iter().flatten().map(|tag| tag.len() + 3).sum();
+    u64::try_from(name.len() + tags + 6).unwrap_or(u64::MAX)
+}
+
+/// The part of `/v1/agent/self` that says which node this is.
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct AgentSelf {
+    config: AgentConfig,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct AgentConfig {
+    node_name: String,
+}

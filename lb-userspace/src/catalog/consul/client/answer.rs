@@ -1,0 +1,144 @@
+//! What counts as an answer: the body within its limits, the status, and what the headers say.
+
+use std::time::Duration;
+
+use http_body_util::BodyExt;
+use hyper::StatusCode;
+use hyper::body::{Body, Incoming};
+use hyper::header::HeaderMap;
+use serde::de::DeserializeOwned;
+use tokio::sync::Semaphore;
+
+use super::error::{Busy, QueryError};
+
+/// The largest answer that is read: a few times that of 4,096 instances with five checks each, or
+/// of the names of 100,000 services.
+pub const BODY_LIMIT: usize = 64 << 20;
+
+/// An answer beyond this is a large one.
+const LARGE: usize = 1 << 20;
+
+/// How many large answers are read at once, so that all answers together take at most 128 MiB more
+/// than a MiB for each connection, whatever the agent sends.
+pub const N_LARGE: usize = 2;
+
+/// The age from which on a server's last contact with its leader makes its answer stale. Elections
+/// take seconds.
+const MAX_LAST_CONTACT: Duration = Duration::from_secs(60);
+
+/// Reads a body. Beyond [`LARGE`] it waits for one of the turns that `large` has.
+pub async fn read(mut body: Incoming, large: &Semaphore) -> Result<Vec<u8>, QueryError> {
+    let too_large = QueryError::TooLarge { limit: BODY_LIMIT };
+    let length = body.size_hint().exact().unwrap_or(0);
+    if length > BODY_LIMIT as u64 {
+        return Err(too_large);
+    }
+    let mut turn = None;
+    let mut bytes = Vec::with_capacity((length as usize).min(LARGE));
+    while let Some(frame) = body.frame().await {
+        let frame = frame.map_err(|source| QueryError::Cut { source })?;
+        let Ok(data) = frame.into_data() else { continue };
+        if bytes.len() + data.len() > BODY_LIMIT {
+            return Err(too_large);
+        }
+        if bytes.len() + data.len() > LARGE && turn.is_none() {
+            turn = Some(large.acquire().await.expect("the semaphore is never closed"));
+        }
+        bytes.extend_from_slice(&data);
+    }
+    Ok(bytes)
+}
+
+/// Takes the body apart.
+pub fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, QueryError> {
+    let mut json = serde_json::Deserializer::from_slice(body);
+    let shape = |source| QueryError::Shape { source };
+    let parsed = serde_path_to_error::deserialize(&mut json).map_err(shape)?;
+    // A body with more behind its end isn't what it seems.
+    let at_root = serde_path_to_error::Track::new().path();
+    json.end().map_err(|error| shape(serde_path_to_error::Error::new(at_root, error)))?;
+    Ok(parsed)
+}
+
+/// Refuses every status but 200.
+pub fn check_status(code: StatusCode, body: &[u8]) -> Result<(), QueryError> {
+    if code == StatusCode::OK {
+        return Ok(());
+    }
+    let text = String::from_utf8_lossy(&body[..body.len().min(1024)]);
+    let said = text.lines().next().unwrap_or_default().trim().chars().take(200).collect();
+    Err(match code {
+        StatusCode::FORBIDDEN => QueryError::Denied { said },
+        StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE => {
+            QueryError::Busy { busy: Busy::Status { code, said } }
+        }
+        _ => QueryError::Status { code, said },
+    })
+}
+
+/// Refuses the answer of an agent that hears no leader, which `discovery_max_stale` can bring, and
+/// of a server that heard it long ago. Streamed answers always say so, leader or not (Consul's
+/// issue 9776).
+pub fn check_leader(headers: &HeaderMap) -> Result<(), QueryError> {
+    if header(headers, "x-consul-query-backend") == Some("streaming") {
+        return Ok(());
+    }
+    if header(headers, "x-consul-knownleader") == Some("false") {
+        return Err(QueryError::NoLeader);
+    }
+    let last_contact = header(headers, "x-consul-lastcontact").and_then(|text| text.parse().ok());
+    match Duration::from_millis(last_contact.unwrap_or(0)) {
+        age if age > MAX_LAST_CONTACT => Err(QueryError::Stale { age }),
+        _ => Ok(()),
+    }
+}
+
+/// Whether Consul left out what the token may not read (agents from about 1.11 on say so).
+pub fn is_filtered(headers: &HeaderMap) -> bool {
+    header(headers, "x-consul-results-filtered-by-acls") == Some("true")
+}
+
+/// X-Consul-Index.
+pub fn index(headers: &HeaderMap) -> Option<u64> {
+    header(headers, "x-consul-index")?.parse().ok()
+}
+
+fn header<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
+    headers.get(name)?.to_str().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use hyper::header::HeaderValue;
+
+    use super::*;
+
+    #[test]
+    fn a_leaderless_or_an_old_answer_is_refused_unless_it_was_streamed() {
+        // (KnownLeader, LastContact, Query-Backend)
+        for (leader, contact, backend, is_fine) in [
+            (None, None, None, true),
+            (Some("true"), Some("0"), None, true),
+            (Some("false"), Some("0"), None, false),
+            (Some("false"), None, Some("blocking-query"), false),
+            (Some("false"), Some("99999"), Some("streaming"), true),
+            (Some("true"), Some("60000"), None, true),
+            (Some("true"), Some("60001"), None, false),
+            (Some("true"), Some("60001"), Some("blocking-query"), false),
+            (Some("true"), Some("no number"), None, true),
+        ] {
+            let mut headers = HeaderMap::new();
+            for (name, value) in [
+                ("x-consul-knownleader", leader),
+                ("x-consul-lastcontact", contact),
+                ("x-consul-query-backend", backend),
+            ] {
+                if let Some(value) = value {
+                    headers.insert(name, HeaderValue::from_static(value));
+                }
+            }
+            let what = format!("{leader:?} {contact:?} {backend:?}");
+            assert_eq!(check_leader(&headers).is_ok(), is_fine, "{what}");
+        }
+    }
+}

@@ -1,0 +1,238 @@
+//! One question to the Consul agent, and its answer: HTTP, TLS, tokens, limits, errors.
+
+mod answer;
+mod connection;
+mod error;
+mod tally;
+#[cfg(test)]
+mod tests;
+mod tls;
+
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use http_body_util::Empty;
+use hyper::body::{Bytes, Incoming};
+use hyper::header::{ACCEPT, HOST, HeaderValue, USER_AGENT};
+use hyper::{Request, Response, StatusCode};
+use serde::de::DeserializeOwned;
+use tokio::sync::Semaphore;
+
+use super::index::Ask;
+use crate::catalog::output::Output;
+use crate::config::{ConsulAddress, ConsulConfig, Token};
+use connection::Connection;
+pub use error::QueryError;
+use tally::Tally;
+use tls::Tls;
+
+/// How long the body of an answer may take once its head is there. What Consul holds back for news
+/// it holds back before the head.
+const BODY_TIME: Duration = Duration::from_secs(10);
+
+/// A client of one Consul agent, with a limit on its connections.
+///
+/// An HTTP/1 connection carries one question at a time, and a blocking query holds it for minutes;
+/// so there are as many connections as questions under way, and they are used again. Whoever asks
+/// keeps to the limit on them.
+pub struct Client {
+    address: ConsulAddress,
+    tls: Tls,
+    token: Option<Token>,
+    /// What each question asks for besides, such as `dc=eu`.
+    scope: Vec<String>,
+    connect_limit: Duration,
+    body_limit: Duration,
+    large: Semaphore,
+    idle: Mutex<Vec<Connection>>,
+    tally: Tally,
+}
+
+/// What to ask.
+#[derive(Clone, Debug)]
+pub struct Question {
+    /// The path, percent-encoded.
+    pub path: String,
+    /// Where in Consul's history.
+    pub ask: Ask,
+    /// How long Consul may hold a question that asks for what comes [`Ask::After`] an index.
+    pub wait: Duration,
+}
+
+/// What Consul said.
+#[derive(Clone, Debug)]
+pub struct Answer<T> {
+    /// X-Consul-Index.
+    pub index: Option<u64>,
+    /// The body.
+    pub body: T,
+}
+
+impl Client {
+    /// A client that connects within `connect_limit` or gives up, and counts in the output's
+    /// [`Stats`](crate::catalog::Stats).
+    pub fn new(config: &ConsulConfig, connect_limit: Duration, output: Output) -> Self {
+        let scope = [
+            ("dc", &config.datacenter),
+            ("ns", &config.namespace),
+            ("partition", &config.partition),
+        ];
+        let scope = scope.into_iter().filter(|(_, value)| !value.is_empty());
+        Client {
+            address: config.address.clone(),
+            tls: Tls::new(config.tls.clone()),
+            token: config.token.clone(),
+            scope: scope.map(|(key, value)| format!("{key}={}", percent_encode(value))).collect(),
+            connect_limit,
+            body_limit: BODY_TIME,
+            large: Semaphore::new(answer::N_LARGE),
+            idle: Mutex::default(),
+            tally: Tally::new(output),
+        }
+    }
+
+    /// Asks, and waits at most `limit` for all of the answer.
+    ///
+    /// # Errors
+    /// Every way in which the answer isn't a whole 200 with a body of the right shape. A key of the
+    /// key-value store that isn't there is no error but null.
+    pub async fn get<T: DeserializeOwned>(
+        &self,
+        question: &Question,
+        limit: Duration,
+    ) -> Result<Answer<T>, QueryError> {
+        let answer = tokio::time::timeout(limit, self.exchange(question))
+            .await
+            .unwrap_or_else(|_| Err(QueryError::Hung { address: self.address.to_string(), limit }));
+        self.tally.count(&answer);
+        if let Err(QueryError::Tls { .. }) = answer {
+            self.tls.forget();
+        }
+        answer.map(|(_, answer)| answer)
+    }
+
+    async fn exchange<T: DeserializeOwned>(
+        &self,
+        question: &Question,
+    ) -> Result<(StatusCode, Answer<T>), QueryError> {
+        let (response, connection) = self.send(question).await?;
+        let (head, body) = response.into_parts();
+        let limit = self.body_limit;
+        let body =
+            tokio::time::timeout(limit, answer::read(body, &self.large)).await.unwrap_or_else(
+                |_| Err(QueryError::Slow { address: self.address.to_string(), limit }),
+            )?;
+        self.tally.count_bytes(body.len());
+        self.keep(connection);
+        // A key that isn't there has an index all the same, so that one can wait for it.
+        let is_absent =
+            head.status == StatusCode::NOT_FOUND && question.path.starts_with("/v1/kv/");
+        let body = if is_absent { b"null".to_vec() } else { body };
+        if !is_absent {
+            answer::check_status(head.status, &body)?;
+        }
+        answer::check_leader(&head.headers)?;
+        self.tally.note(&question.path, answer::is_filtered(&head.headers));
+        let index = answer::index(&head.headers);
+        Ok((head.status, Answer { index, body: answer::parse(&body)? }))
+    }
+
+    async fn send(
+        &self,
+        question: &Question,
+    ) -> Result<(Response<Incoming>, Connection), QueryError> {
+        let token = self.token().await?;
+        loop {
+            let (mut connection, is_reused) = match self.idle() {
+                Some(connection) => (connection, true),
+                None => {
+                    let limit = self.connect_limit;
+                    (Connection::open(&self.address, &self.tls, limit).await?, false)
+                }
+            };
+            let request = self.request(question, token.clone())?;
+            match connection.send(request).await {
+                Ok(response) => return Ok((response, connection)),
+                // Consul may have closed it meanwhile, and a GET can be asked twice.
+                Err(_) if is_reused => {}
+                Err(source) => return Err(QueryError::of_lost(self.address.to_string(), source)),
+            }
+        }
+    }
+
+    fn idle(&self) -> Option<Connection> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop()
+    }
+
+    fn keep(&self, connection: Connection) {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner).push(connection);
+    }
+
+    fn request(
+        &self,
+        question: &Question,
+        token: Option<HeaderValue>,
+    ) -> Result<Request<Empty<Bytes>>, QueryError> {
+        let host = match &self.address {
+            ConsulAddress::Http(authority) | ConsulAddress::Https(authority) => authority,
+            ConsulAddress::Unix(_) => "localhost",
+        };
+        let mut request = Request::get(self.path_and_query(question))
+            .header(HOST, host)
+            .header(ACCEPT, "application/json")
+            .header(USER_AGENT, concat!("nohop/", env!("CARGO_PKG_VERSION")));
+        if let Some(token) = token {
+            request = request.header("X-Consul-Token", token);
+        }
+        request
+            .body(Empty::new())
+            .map_err(|source| QueryError::BadRequest { address: self.address.to_string(), source })
+    }
+
+    fn path_and_query(&self, question: &Question) -> String {
+        let mut parameters = Vec::new();
+        match question.ask {
+            Ask::Now => {}
+            Ask::Consistently => parameters.push("consistent".into()),
+            Ask::After(index) => {
+                parameters.push(format!("index={index}&wait={}ms", question.wait.as_millis()));
+            }
+        }
+        parameters.extend(self.scope.iter().cloned());
+        match parameters.is_empty() {
+            true => question.path.clone(),
+            false => format!("{}?{}", question.path, parameters.join("&")),
+        }
+    }
+
+    /// The token; a file is read anew for each question, so that a rotated token counts at once.
+    async fn token(&self) -> Result<Option<HeaderValue>, QueryError> {
+        let token = match &self.token {
+            None => return Ok(None),
+            Some(Token::Literal(token)) => token.clone(),
+            Some(Token::File(path)) => tokio::fs::read_to_string(path)
+                .await
+                .map_err(|source| QueryError::TokenFile { path: path.clone(), source })?,
+        };
+        // An empty file is one that is being written; asking without a token could get less.
+        let token = token.trim();
+        let mut value = HeaderValue::from_str(token).map_err(|_| QueryError::BadToken)?;
+        if token.is_empty() {
+            return Err(QueryError::BadToken);
+        }
+        value.set_sensitive(true);
+        Ok(Some(value))
+    }
+}
+
+/// Encodes all but the unreserved characters of RFC 3986.
+pub fn percent_encode(text: &str) -> String {
+    text.bytes()
+        .map(|byte| match byte {
+            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => {
+                char::from(byte).to_string()
+            }
+            _ => format!("%{byte:02X}"),
+        })
+        .collect()
+}

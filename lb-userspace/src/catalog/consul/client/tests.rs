@@ -1,0 +1,394 @@
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+use rustls::RootCertStore;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::server::WebPkiClientVerifier;
+use serde_json::Value;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::{TcpListener, UnixListener};
+use tokio::task::JoinSet;
+use tokio_rustls::TlsAcceptor;
+
+use super::error::Busy;
+use super::*;
+use crate::catalog::consul::fake::{Fake, Fault, NAMES};
+use crate::config::TlsConfig;
+
+const LIMIT: Duration = Duration::from_secs(20);
+
+fn question(path: &str) -> Question {
+    Question { path: path.into(), ask: Ask::Now, wait: Duration::ZERO }
+}
+
+fn client(config: ConsulConfig) -> (Client, Output) {
+    let output = Output::new("consul");
+    (Client::new(&config, LIMIT, output.clone()), output)
+}
+
+fn config(address: SocketAddr) -> ConsulConfig {
+    let address = ConsulAddress::Http(address.to_string());
+    ConsulConfig { address, ..ConsulConfig::default() }
+}
+
+#[test]
+fn names_are_percent_encoded() {
+    for (text, expected) in
+        [("web-1.x_y~", "web-1.x_y~"), ("a b/c?d", "a%20b%2Fc%3Fd"), ("ü", "%C3%BC")]
+    {
+        assert_eq!(percent_encode(text), expected);
+    }
+}
+
+#[test]
+fn asks_with_index_wait_and_scope() {
+    // (datacenter, namespace, partition)
+    let table = [
+        (["", "", ""], Ask::Now, "/p"),
+        (["", "", ""], Ask::Consistently, "/p?consistent"),
+        (["", "", ""], Ask::After(7), "/p?index=7&wait=300000ms"),
+        (["eu 1", "", ""], Ask::Now, "/p?dc=eu%201"),
+        (["eu", "", ""], Ask::After(7), "/p?index=7&wait=300000ms&dc=eu"),
+        (["", "team", "part"], Ask::Now, "/p?ns=team&partition=part"),
+        (["eu", "team", "part"], Ask::Consistently, "/p?consistent&dc=eu&ns=team&partition=part"),
+    ];
+    for ([datacenter, namespace, partition], ask, expected) in table {
+        let config = ConsulConfig {
+            datacenter: datacenter.into(),
+            namespace: namespace.into(),
+            partition: partition.into(),
+            ..ConsulConfig::default()
+        };
+        let wait = Duration::from_secs(300);
+        let question = Question { ask, wait, ..question("/p") };
+        assert_eq!(client(config).0.path_and_query(&question), expected);
+    }
+}
+
+#[tokio::test]
+async fn every_answer_is_counted_by_its_kind() {
+    let faults = [
+        (None, "200"),
+        (Some(Fault::Status(403, "no")), "403"),
+        (Some(Fault::Status(404, "no")), "404"),
+        (Some(Fault::Status(429, "no")), "429"),
+        (Some(Fault::Status(500, "no")), "500"),
+        (Some(Fault::Status(503, "no")), "503"),
+        (Some(Fault::Body("17")), "malformed"),
+        (Some(Fault::Body("{} more")), "malformed"),
+        (Some(Fault::Cut), "malformed"),
+        (Some(Fault::Endless), "malformed"),
+        (Some(Fault::Drip), "timeout"),
+        (Some(Fault::Hang), "timeout"),
+        (Some(Fault::Close), "reset"),
+        (Some(Fault::Header("X-Consul-KnownLeader: false")), "200"),
+        (Some(Fault::Header("X-Consul-LastContact: 60001")), "200"),
+    ];
+    let fake = Fake::start().await;
+    for (fault, code) in faults {
+        fake.break_path(NAMES, fault.clone());
+        let (mut client, output) = client(config(fake.address));
+        client.body_limit = Duration::from_millis(300);
+        if let Some(Fault::Endless) = fault {
+            client.body_limit = LIMIT;
+        }
+        let limit = if let Some(Fault::Hang) = fault { Duration::from_millis(300) } else { LIMIT };
+        let answer = client.get::<BTreeMap>(&question(NAMES), limit).await;
+        assert_eq!(answer.is_err(), fault.is_some(), "{fault:?}");
+        let is_busy = matches!(answer, Err(QueryError::Busy { .. }));
+        assert_eq!(is_busy, ["429", "503", "reset"].contains(&code), "{fault:?}: {answer:?}");
+        let counted: Vec<_> = output.stats().requests().into_iter().collect();
+        assert_eq!(counted, [(code.to_owned(), 1)], "{fault:?}: {answer:?}");
+        assert_eq!(
+            output.stats().bytes() > 0,
+            code.parse::<u16>().is_ok() || matches!(fault, Some(Fault::Body(_))),
+            "{fault:?}"
+        );
+    }
+    // Nobody listens.
+    let free = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+    let (client, output) = client(config(free));
+    client.get::<Value>(&question(NAMES), LIMIT).await.unwrap_err();
+    assert_eq!(output.stats().requests()["unreachable"], 1);
+}
+
+type BTreeMap = std::collections::BTreeMap<String, Vec<String>>;
+
+#[tokio::test]
+async fn a_body_that_is_too_large_is_not_even_begun_where_it_says_so() {
+    let fake = Fake::start().await;
+    fake.break_path(NAMES, Some(Fault::Header("Content-Length: 99999999999")));
+    let (client, _) = client(config(fake.address));
+    let answer = client.get::<Value>(&question(NAMES), LIMIT).await;
+    assert!(matches!(answer, Err(QueryError::TooLarge { .. })), "{answer:?}");
+}
+
+#[tokio::test]
+async fn what_the_token_may_not_read_is_a_fact() {
+    let fake = Fake::start().await;
+    let (client, output) = client(config(fake.address));
+    let (_, health, _) = output.subscribe();
+    let facts = || health.borrow().facts.clone();
+    let filtered = Fault::Header("X-Consul-Results-Filtered-By-ACLs: true");
+    fake.break_path(NAMES, Some(filtered));
+    client.get::<Value>(&question(NAMES), LIMIT).await.unwrap();
+    assert!(facts()[0].contains(&format!("from {NAMES}: ")), "{:?}", facts());
+    assert_eq!(health.borrow().problem, None);
+    fake.break_path(NAMES, None);
+    client.get::<Value>(&question(NAMES), LIMIT).await.unwrap();
+    assert_eq!(facts(), [""; 0]);
+}
+
+#[tokio::test]
+async fn a_key_that_is_not_there_is_null() {
+    let fake = Fake::start().await;
+    fake.break_path("/v1/kv/nohop/off", Some(Fault::Status(404, "")));
+    let (client, output) = client(config(fake.address));
+    let answer = client.get::<Value>(&question("/v1/kv/nohop/off"), LIMIT).await.unwrap();
+    assert_eq!((answer.body, answer.index), (Value::Null, Some(1)));
+    assert_eq!(output.stats().requests()["404"], 1);
+}
+
+#[tokio::test]
+async fn a_token_file_that_is_empty_asks_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("token");
+    std::fs::write(&path, " \n").unwrap();
+    let fake = Fake::start().await;
+    let token = Some(Token::File(path));
+    let (client, output) = client(ConsulConfig { token, ..config(fake.address) });
+    let answer = client.get::<Value>(&question(NAMES), LIMIT).await;
+    assert!(matches!(answer, Err(QueryError::BadToken)), "{answer:?}");
+    assert!(output.stats().requests().is_empty());
+}
+
+#[tokio::test]
+async fn a_unix_socket_is_asked() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("consul.sock");
+    let listener = UnixListener::bind(&path).unwrap();
+    let mut server = JoinSet::new();
+    server.spawn(async move {
+        loop {
+            say_empty(listener.accept().await.unwrap().0).await;
+        }
+    });
+    let (client, _) =
+        client(ConsulConfig { address: ConsulAddress::Unix(path), ..ConsulConfig::default() });
+    client.get::<Value>(&question(NAMES), LIMIT).await.unwrap();
+}
+
+/// Answers one question with an empty object, and closes.
+async fn say_empty(mut stream: impl AsyncRead + AsyncWrite + Unpin) {
+    let mut seen = Vec::new();
+    while !seen.ends_with(b"\r\n\r\n") {
+        // A client that left is seen at the other end.
+        match stream.read_buf(&mut seen).await {
+            Ok(n) if n > 0 => {}
+            _ => return,
+        }
+    }
+    let said = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}";
+    let _ = stream.write_all(said).await;
+    let _ = stream.shutdown().await;
+}
+
+/// An authority, its directory, and what it signed.
+struct Authority {
+    dir: tempfile::TempDir,
+    issuer: CertifiedIssuer<'static, KeyPair>,
+}
+
+impl Authority {
+    fn new() -> Authority {
+        let mut params = CertificateParams::new(vec![]).unwrap();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let issuer = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
+        let authority = Authority { dir: tempfile::tempdir().unwrap(), issuer };
+        authority.write("ca.pem", &authority.issuer.pem());
+        authority
+    }
+
+    fn path(&self, file: &str) -> PathBuf {
+        self.dir.path().join(file)
+    }
+
+    /// Replaces a file, as those do who rotate certificates.
+    fn write(&self, file: &str, text: &str) {
+        let fresh = self.path("fresh");
+        std::fs::write(&fresh, text).unwrap();
+        std::fs::rename(fresh, self.path(file)).unwrap();
+    }
+
+    /// Signs a certificate for a name, and writes it and its key to NAME.pem and NAME.key.
+    fn sign(&self, name: &str) {
+        let key = KeyPair::generate().unwrap();
+        let params = CertificateParams::new(vec![name.to_owned()]).unwrap();
+        let certificate = params.signed_by(&key, &self.issuer).unwrap();
+        self.write(&format!("{name}.pem"), &certificate.pem());
+        self.write(&format!("{name}.key"), &key.serialize_pem());
+    }
+
+    fn roots(&self) -> Arc<RootCertStore> {
+        let mut roots = RootCertStore::empty();
+        roots.add(self.issuer.der().clone()).unwrap();
+        roots.into()
+    }
+
+    /// A Consul that shows the certificate of `name` and, where `clients` is given, wants one that
+    /// this authority signed.
+    async fn serve(&self, name: &str, clients: Option<&Authority>) -> Server {
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let builder = rustls::ServerConfig::builder_with_provider(provider.clone())
+            .with_safe_default_protocol_versions()
+            .unwrap();
+        let builder = match clients {
+            Some(authority) => builder.with_client_cert_verifier(
+                WebPkiClientVerifier::builder_with_provider(authority.roots(), provider)
+                    .build()
+                    .unwrap(),
+            ),
+            None => builder.with_no_client_auth(),
+        };
+        let chain = CertificateDer::from_pem_file(self.path(&format!("{name}.pem"))).unwrap();
+        let key = PrivateKeyDer::from_pem_file(self.path(&format!("{name}.key"))).unwrap();
+        let acceptor: TlsAcceptor =
+            Arc::new(builder.with_single_cert(vec![chain], key).unwrap()).into();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let mut task = JoinSet::new();
+        task.spawn(async move {
+            loop {
+                let (stream, _) = listener.accept().await.unwrap();
+                if let Ok(stream) = acceptor.accept(stream).await {
+                    say_empty(stream).await;
+                }
+            }
+        });
+        Server { address, _task: task }
+    }
+}
+
+struct Server {
+    address: SocketAddr,
+    _task: JoinSet<()>,
+}
+
+impl Server {
+    fn config(&self, tls: TlsConfig) -> ConsulConfig {
+        let address = ConsulAddress::Https(self.address.to_string());
+        ConsulConfig { address, tls, ..ConsulConfig::default() }
+    }
+}
+
+async fn ask(client: &Client) -> Result<(), String> {
+    let answer = client.get::<Value>(&question(NAMES), LIMIT).await;
+    answer.map(drop).map_err(|error| error.to_string())
+}
+
+#[tokio::test]
+async fn the_agent_must_be_who_it_should_be() {
+    let (ours, others) = (Authority::new(), Authority::new());
+    ours.sign("server.dc1.consul");
+    ours.sign("127.0.0.1");
+    let by_name = ours.serve("server.dc1.consul", None).await;
+    let by_address = ours.serve("127.0.0.1", None).await;
+    let ca = |authority: &Authority| Some(authority.path("ca.pem"));
+    let named = Some("server.dc1.consul".to_owned());
+    let none = TlsConfig::default();
+    let table = [
+        (&by_address, TlsConfig { ca_file: ca(&ours), ..none.clone() }, None),
+        (&by_address, TlsConfig { ca_path: Some(ours.dir.path().into()), ..none.clone() }, None),
+        (
+            &by_address,
+            TlsConfig { ca_file: ca(&others), ..none.clone() },
+            Some("don't agree on TLS"),
+        ),
+        (&by_name, TlsConfig { ca_file: ca(&ours), ..none.clone() }, Some("don't agree on TLS")),
+        (&by_name, TlsConfig { ca_file: ca(&ours), server_name: named, ..none.clone() }, None),
+        (&by_name, TlsConfig { verify: false, ..none.clone() }, None),
+        (
+            &by_name,
+            TlsConfig { ca_file: Some(ours.path("127.0.0.1.key")), ..none.clone() },
+            Some("127.0.0.1.key holds no certificate in PEM"),
+        ),
+        (
+            &by_name,
+            TlsConfig { ca_path: Some(Path::new("/nowhere").into()), ..none },
+            Some("can't read consul.ca_path /nowhere"),
+        ),
+    ];
+    for (server, tls, problem) in table {
+        let what = format!("{tls:?}");
+        let answer = ask(&client(server.config(tls)).0).await;
+        match problem {
+            None => assert_eq!(answer, Ok(()), "{what}"),
+            Some(problem) => {
+                assert!(answer.as_ref().is_err_and(|e| e.contains(problem)), "{what}: {answer:?}")
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_plain_agent_is_told_from_one_with_tls() {
+    let fake = Fake::start().await;
+    let tls = TlsConfig { verify: false, ..TlsConfig::default() };
+    let address = ConsulAddress::Https(fake.address.to_string());
+    let (client, output) = client(ConsulConfig { address, tls, ..ConsulConfig::default() });
+    let limit = Duration::from_millis(300);
+    // The fake waits for more of what it takes for a question.
+    client.get::<Value>(&question(NAMES), limit).await.unwrap_err();
+    assert_eq!(output.stats().requests().len(), 1);
+}
+
+#[tokio::test]
+async fn rotated_certificates_count_without_a_restart() {
+    let (ours, others) = (Authority::new(), Authority::new());
+    ours.sign("127.0.0.1");
+    others.sign("nohop");
+    let server = ours.serve("127.0.0.1", Some(&ours)).await;
+    let files = tempfile::tempdir().unwrap();
+    let place = |file: &str| files.path().join(file);
+    // As those do who rotate certificates: a whole file takes the place of another.
+    let install = |authority: &Authority, file: &str, to: &str| {
+        std::fs::copy(authority.path(file), place("fresh")).unwrap();
+        std::fs::rename(place("fresh"), place(to)).unwrap();
+    };
+    install(&others, "ca.pem", "ca.pem");
+    install(&others, "nohop.pem", "cert.pem");
+    install(&others, "nohop.key", "cert.key");
+    let tls = TlsConfig {
+        ca_file: Some(place("ca.pem")),
+        cert_file: Some(place("cert.pem")),
+        key_file: Some(place("cert.key")),
+        ..TlsConfig::default()
+    };
+    let (client, output) = client(server.config(tls));
+    let is_refused =
+        |answer: Result<(), String>| answer.unwrap_err().contains("don't agree on TLS");
+    assert!(is_refused(ask(&client).await), "the agent's authority is unknown here");
+    install(&ours, "ca.pem", "ca.pem");
+    let answer = ask(&client).await.unwrap_err();
+    assert!(answer.contains("don't agree on TLS (received fatal alert: "), "{answer}");
+    ours.sign("nohop");
+    install(&ours, "nohop.pem", "cert.pem");
+    let answer = ask(&client).await.unwrap_err();
+    assert!(answer.contains("cert.key don't go together"), "{answer}");
+    install(&ours, "nohop.key", "cert.key");
+    assert_eq!(ask(&client).await, Ok(()));
+    assert_eq!(ask(&client).await, Ok(()));
+    let counted: Vec<_> = output.stats().requests().into_iter().collect();
+    assert_eq!(counted, [("200".to_owned(), 2), ("unreachable".to_owned(), 2)]);
+}
+
+#[test]
+fn a_connection_that_was_reset_is_busy_and_says_which_limit() {
+    let message = Busy::Status { code: hyper::StatusCode::TOO_MANY_REQUESTS, said: "slow".into() };
+    let error = QueryError::Busy { busy: message };
+    let expected = "Consul is busy (429 Too Many Requests, `slow`): asking again more slowly";
+    assert_eq!(error.to_string(), expected);
+}

@@ -1,0 +1,212 @@
+//! TLS with the agent: which certificates are believed and shown, read anew when their files change.
+
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use rustls::client::WebPkiServerVerifier;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::{CryptoProvider, ring, verify_tls12_signature, verify_tls13_signature};
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
+
+use crate::config::TlsConfig;
+use crate::config::consul::{read_certificates, read_key};
+
+/// The most files of a directory of authorities that are read.
+const MAX_CA_FILES: usize = 1024;
+
+/// TLS as it was configured, and what its files said when they were last read.
+#[derive(Debug)]
+pub struct Tls {
+    config: TlsConfig,
+    read: Mutex<Option<Files>>,
+}
+
+#[derive(Debug)]
+struct Files {
+    stamps: Vec<Stamp>,
+    client: Arc<ClientConfig>,
+}
+
+/// What tells one state of a file from another. A file that is replaced has another inode, one that
+/// is written to another time; one that can't be looked at has none.
+type Stamp = Option<(u64, u64, i64, i64, u64)>;
+
+impl Tls {
+    /// TLS that reads its files when they are first needed.
+    pub fn new(config: TlsConfig) -> Self {
+        if !config.verify {
+            tracing::warn!(
+                "the certificate of the Consul agent isn't verified: whoever is between may read \
+                 the token and send dials anywhere; set consul.ca_file and verify = true"
+            );
+        }
+        Tls { config, read: Mutex::default() }
+    }
+
+    /// The certificates as their files have them now.
+    ///
+    /// # Errors
+    /// What is wrong with a file, and the mend.
+    pub fn client(&self) -> Result<Arc<ClientConfig>, String> {
+        let mut read = self.read.lock().unwrap_or_else(PoisonError::into_inner);
+        // Looked at before they are read: one that changes meanwhile is read again next time.
+        let stamps = self.stamps();
+        if let Some(files) = read.as_ref().filter(|files| files.stamps == stamps) {
+            return Ok(files.client.clone());
+        }
+        let client = Arc::new(self.read_files()?);
+        if read.is_some() {
+            tracing::info!("read the certificates for Consul anew, since their files changed");
+        }
+        *read = Some(Files { stamps, client: client.clone() });
+        Ok(client)
+    }
+
+    /// Forgets what the files said, since a handshake failed by it.
+    pub fn forget(&self) {
+        *self.read.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// Who has to be at the other end, by the configuration or else by the address's host.
+    ///
+    /// # Errors
+    /// That it is no name that a certificate can bear.
+    pub fn server_name(&self, authority: &str) -> Result<ServerName<'static>, String> {
+        let host = authority.rsplit_once(':').map_or(authority, |(host, _)| host);
+        let host = host.trim_start_matches('[').trim_end_matches(']');
+        let name = self.config.server_name.as_deref().unwrap_or(host);
+        ServerName::try_from(name.to_owned()).map_err(|_| {
+            format!("`{name}` can't be in a certificate; set consul.tls_server_name to what is")
+        })
+    }
+
+    fn stamps(&self) -> Vec<Stamp> {
+        let TlsConfig { ca_file, ca_path, cert_file, key_file, .. } = &self.config;
+        let in_ca_path = ca_path.iter().flat_map(|path| files_in(path).unwrap_or_default());
+        let files = [ca_file, cert_file, key_file].into_iter().flatten().cloned();
+        files.chain(in_ca_path).map(|path| stamp(&path)).collect()
+    }
+
+    fn read_files(&self) -> Result<ClientConfig, String> {
+        let TlsConfig { cert_file, key_file, verify, .. } = &self.config;
+        let provider = Arc::new(ring::default_provider());
+        let builder = ClientConfig::builder_with_provider(provider.clone())
+            .with_safe_default_protocol_versions()
+            .map_err(|error| format!("TLS can't be set up ({error})"))?
+            .dangerous();
+        let builder = builder.with_custom_certificate_verifier(match verify {
+            true => WebPkiServerVerifier::builder_with_provider(self.roots()?.into(), provider)
+                .build()
+                .map_err(|error| format!("the authorities can't be used ({error})"))?,
+            false => Arc::new(AcceptAll(provider)),
+        });
+        let mut client = match (cert_file, key_file) {
+            (Some(cert), Some(key)) => {
+                let chain = named("consul.cert_file", cert, read_certificates)?;
+                let secret = named("consul.key_file", key, read_key)?;
+                builder.with_client_auth_cert(chain, secret).map_err(|error| {
+                    format!(
+                        "consul.cert_file {} and consul.key_file {} don't go together ({error})",
+                        cert.display(),
+                        key.display()
+                    )
+                })?
+            }
+            _ => builder.with_no_client_auth(),
+        };
+        client.alpn_protocols = vec![b"http/1.1".to_vec()];
+        Ok(client)
+    }
+
+    /// The authorities that are believed.
+    fn roots(&self) -> Result<RootCertStore, String> {
+        let TlsConfig { ca_file, ca_path, .. } = &self.config;
+        let mut certificates = Vec::new();
+        if let Some(path) = ca_file {
+            certificates.extend(named("consul.ca_file", path, read_certificates)?);
+        }
+        if let Some(path) = ca_path {
+            let files = files_in(path).map_err(|error| {
+                format!("can't read consul.ca_path {} ({error})", path.display())
+            })?;
+            // Such a directory has other files in it too.
+            certificates.extend(files.iter().flat_map(|file| read_certificates(file)).flatten());
+        }
+        if ca_file.is_none() && ca_path.is_none() {
+            certificates = rustls_native_certs::load_native_certs().certs;
+        }
+        let mut roots = RootCertStore::empty();
+        let (n_added, _) = roots.add_parsable_certificates(certificates);
+        match n_added {
+            0 => Err("no authority is known that could have signed the agent's certificate: set \
+                      consul.ca_file or CONSUL_CACERT"
+                .into()),
+            _ => Ok(roots),
+        }
+    }
+}
+
+/// Says of which key and which file a reader speaks.
+fn named<T>(
+    key: &str,
+    path: &Path,
+    read: impl Fn(&Path) -> Result<T, String>,
+) -> Result<T, String> {
+    read(path).map_err(|what| format!("{key} {} {what}", path.display()))
+}
+
+/// The files of a directory, in a stable order.
+fn files_in(path: &Path) -> std::io::Result<Vec<PathBuf>> {
+    let entries = std::fs::read_dir(path)?.take(MAX_CA_FILES);
+    let mut files: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
+    files.retain(|path| path.is_file());
+    files.sort();
+    Ok(files)
+}
+
+fn stamp(path: &Path) -> Stamp {
+    let file = std::fs::metadata(path).ok()?;
+    Some((file.dev(), file.ino(), file.mtime(), file.mtime_nsec(), file.size()))
+}
+
+/// Believes whoever answers, by the operator's wish; that he holds the key of what he shows is
+/// still asked for.
+#[derive(Debug)]
+struct AcceptAll(Arc<CryptoProvider>);
+
+impl ServerCertVerifier for AcceptAll {
+    fn verify_server_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        _: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls12_signature(message, cert, signed, &self.0.signature_verification_algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls13_signature(message, cert, signed, &self.0.signature_verification_algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.signature_verification_algorithms.supported_schemes()
+    }
+}

@@ -1,0 +1,21 @@
+//! Answers of Consul, for fuzzers.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use super::ask::{Names, tagged};
+use super::health::{self, Record};
+use crate::config::Config;
+use crate::table::Instance;
+
+/// The services of an answer: of a list of names without their instances, of the instances of one
+/// under the name `web`.
+pub fn read(body: &[u8]) -> BTreeMap<Arc<str>, Vec<Instance>> {
+    let rules = Config::default().catalog;
+    if let Ok(names) = serde_json::from_slice::<Names>(body) {
+        return tagged(names, &rules.tag).into_iter().map(|name| (name, Vec::new())).collect();
+    }
+    let records: Vec<Record> = serde_json::from_slice(body).unwrap_or_default();
+    let instances = health::instances(records, &rules).unwrap_or_default();
+    BTreeMap::from([("web".into(), instances)])
+}

@@ -1,0 +1,33 @@
+//! `nohop config check FILE`: what is wrong with a configuration, before a daemon reads it.
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use serde::Serialize;
+
+use super::{USAGE, environment, write};
+use crate::config::{Config, Overrides};
+
+/// What was found.
+#[derive(Debug, Serialize)]
+struct Report {
+    ok: bool,
+    /// Each with its place and the mend.
+    problems: Vec<String>,
+}
+
+/// Reads the file as `nohop run --config FILE` would, with the environment of this process, and
+/// prints what is wrong with it.
+pub fn config_check(file: &Path, json: bool) -> anyhow::Result<ExitCode> {
+    let problems = match Config::load(Some(file), Overrides::default(), &environment) {
+        Ok(_) => Vec::new(),
+        Err(errors) => errors.0.iter().map(ToString::to_string).collect(),
+    };
+    let report = Report { ok: problems.is_empty(), problems };
+    if json || report.ok {
+        write(json, &report, |_| format!("{} is fine\n", file.display()))?;
+    } else {
+        report.problems.iter().for_each(|problem| eprintln!("{problem}"));
+    }
+    Ok(if report.ok { ExitCode::SUCCESS } else { ExitCode::from(USAGE) })
+}

@@ -1,0 +1,234 @@
+//! `GET /metrics`: what the daemon counts, by the names that dashboards and alerts rely on.
+//!
+//! Nothing is told of single backends, and nothing of services that this node doesn't follow and
+//! has never dialled: 5,000 nodes that name 5,000 services each would be 25 million series.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use crate::admin::exposition::{Exposition, Histogram, Kind};
+use crate::catalog::Watches;
+use crate::plane::{Pressure, ServiceCounters};
+use crate::table::vips::PoolUse;
+
+/// The ends of the buckets of `nohop_propagation_seconds`; 5 and 25 ms are goals.
+pub(super) const PROPAGATION_BUCKETS: [f64; 14] =
+    [0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
+
+/// All that is told, read at one moment.
+#[derive(Debug)]
+pub struct Readings {
+    pub(super) is_ready: bool,
+    pub(super) is_attached: bool,
+    pub(super) generation: u64,
+    pub(super) has_problem: bool,
+    /// The time since the source last answered, in seconds.
+    pub(super) catalog_age: Option<f64>,
+    pub(super) requests: BTreeMap<String, u64>,
+    pub(super) received_bytes: u64,
+    pub(super) shrinks_held: u64,
+    pub(super) watches: Watches,
+    /// The time from the source's news to the maps that dials read, in seconds.
+    pub(super) propagation: Histogram,
+    pub(super) services: Vec<(Arc<str>, ServiceCounters)>,
+    /// Dials to addresses of the pool that no service has.
+    pub(super) refused_no_frontend: u64,
+    pub(super) maps: Vec<(&'static str, Pressure)>,
+    pub(super) dns_answers: BTreeMap<String, u64>,
+    pub(super) pool: PoolUse,
+}
+
+/// Writes the readings down.
+pub fn exposition(readings: &Readings) -> String {
+    let mut text = Exposition::default();
+    daemon(&mut text, readings);
+    discovery(&mut text, readings);
+    dials(&mut text, readings);
+    room(&mut text, readings);
+    let help = "Answers to DNS questions, forwarded ones included, by response code.";
+    let mut family = text.family("nohop_dns_queries_total", Kind::Counter, help);
+    for (rcode, n) in &readings.dns_answers {
+        family.sample(&[("rcode", rcode)], n);
+    }
+    text.finish()
+}
+
+fn daemon(text: &mut Exposition, readings: &Readings) {
+    let help = "The daemon's version; always 1.";
+    let version = [("version", env!("CARGO_PKG_VERSION"))];
+    text.family("nohop_build_info", Kind::Gauge, help).sample(&version, 1);
+    let help = "Whether names are answered and dials translated (1), or not (0).";
+    text.single("nohop_ready", Kind::Gauge, help, u8::from(readings.is_ready));
+    let help = "Whether every hook is attached and seen to run (1), or not (0).";
+    text.single("nohop_plane_attached", Kind::Gauge, help, u8::from(readings.is_attached));
+    let help = "The generation of the table in force; 0 before the first.";
+    text.single("nohop_generation", Kind::Gauge, help, readings.generation);
+    let help = "The time from the news of a change to the maps that dials read.";
+    text.histogram("nohop_propagation_seconds", help, &readings.propagation);
+}
+
+fn discovery(text: &mut Exposition, readings: &Readings) {
+    let help = "The time since the source of the catalog last answered; absent before that.";
+    let mut family = text.family("nohop_catalog_age_seconds", Kind::Gauge, help);
+    if let Some(age) = readings.catalog_age {
+        family.sample(&[], age);
+    }
+    let help = "Whether something is wrong with the source (1): see nohop status.";
+    text.single("nohop_catalog_problem", Kind::Gauge, help, u8::from(readings.has_problem));
+    let help = "Answers of Consul by HTTP status, or by what came instead of one.";
+    let mut family = text.family("nohop_consul_requests_total", Kind::Counter, help);
+    for (code, n) in &readings.requests {
+        family.sample(&[("code", code)], n);
+    }
+    let help = "Bytes of the bodies of Consul's answers.";
+    let name = "nohop_consul_received_bytes_total";
+    text.single(name, Kind::Counter, help, readings.received_bytes);
+    let help = "Answers that took away too many instances to be believed unconfirmed.";
+    text.single("nohop_shrink_held_total", Kind::Counter, help, readings.shrinks_held);
+    let watches = &readings.watches;
+    let help = "Services whose instances are followed (live), and the others (cold).";
+    let mut family = text.family("nohop_watches", Kind::Gauge, help);
+    family.sample(&[("state", "live")], watches.live);
+    family.sample(&[("state", "cold")], watches.cold);
+    let help = "The time since the live service that waits longest for its turn was answered.";
+    let mut family = text.family("nohop_watch_oldest_age_seconds", Kind::Gauge, help);
+    if let Some(age) = watches.oldest_age {
+        family.sample(&[], age.as_secs_f64());
+    }
+}
+
+fn dials(text: &mut Exposition, readings: &Readings) {
+    let help = "Dials that were sent to a backend: connects, and choices for datagrams.";
+    let mut family = text.family("nohop_dials_total", Kind::Counter, help);
+    for (name, counters) in &readings.services {
+        family.sample(&[("service", name)], counters.dials);
+    }
+    let help = "Dials that were refused: no_backend (none is healthy), family (the socket's \
+                address family reaches none), no_frontend (no service has the address and port).";
+    let mut family = text.family("nohop_dials_refused_total", Kind::Counter, help);
+    let no_frontend = [("service", ""), ("reason", "no_frontend")];
+    family.sample(&no_frontend, readings.refused_no_frontend);
+    for (name, counters) in &readings.services {
+        let because = |reason| [("service", &**name), ("reason", reason)];
+        family.sample(&because("no_backend"), counters.refused);
+        family.sample(&because("family"), counters.refused_family);
+    }
+}
+
+fn room(text: &mut Exposition, readings: &Readings) {
+    let help = "Entries of a map that are in use.";
+    let mut family = text.family("nohop_map_entries", Kind::Gauge, help);
+    for (map, pressure) in &readings.maps {
+        family.sample(&[("map", map)], pressure.used);
+    }
+    let help = "Entries that a map has room for.";
+    let mut family = text.family("nohop_map_capacity", Kind::Gauge, help);
+    for (map, pressure) in &readings.maps {
+        family.sample(&[("map", map)], pressure.capacity);
+    }
+    let pool = &readings.pool;
+    let help = "Addresses of vip.pool: used, resting for a day after a name gave them up, free.";
+    let mut family = text.family("nohop_vip_pool_addresses", Kind::Gauge, help);
+    family.sample(&[("state", "used")], pool.used);
+    family.sample(&[("state", "resting")], pool.resting);
+    family.sample(&[("state", "free")], pool.free());
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use super::*;
+    use crate::admin::exposition::strict;
+
+    fn readings(n_services: u32) -> Readings {
+        let name = |idx| (Arc::from(format!("web-{idx}")), ServiceCounters::default());
+        let mut propagation = Histogram::new(&PROPAGATION_BUCKETS);
+        propagation.observe(0.003);
+        Readings {
+            is_ready: true,
+            is_attached: false,
+            generation: 7,
+            has_problem: true,
+            catalog_age: Some(1.5),
+            requests: BTreeMap::from([("200".into(), 9), ("reset".into(), 1)]),
+            received_bytes: 1 << 40,
+            shrinks_held: 2,
+            watches: Watches {
+                live: 3,
+                cold: 4,
+                oldest_age: Some(Duration::from_millis(250)),
+                ..Watches::default()
+            },
+            propagation,
+            services: (0..n_services).map(name).collect(),
+            refused_no_frontend: 5,
+            maps: vec![("SLOTS", Pressure { used: 10, capacity: 40 })],
+            dns_answers: BTreeMap::from([("NXDOMAIN".into(), 6)]),
+            pool: PoolUse { used: 1, resting: 2, size: 10 },
+        }
+    }
+
+    #[test]
+    fn every_metric_has_its_name_and_value() {
+        let samples = strict::read(&exposition(&readings(1))).unwrap();
+        let table = [
+            ("nohop_ready", 1.0),
+            ("nohop_plane_attached", 0.0),
+            ("nohop_generation", 7.0),
+            ("nohop_catalog_problem", 1.0),
+            ("nohop_catalog_age_seconds", 1.5),
+            (r#"nohop_consul_requests_total{code="200"}"#, 9.0),
+            (r#"nohop_consul_requests_total{code="reset"}"#, 1.0),
+            ("nohop_consul_received_bytes_total", 1_099_511_627_776.0),
+            ("nohop_shrink_held_total", 2.0),
+            (r#"nohop_watches{state="live"}"#, 3.0),
+            (r#"nohop_watches{state="cold"}"#, 4.0),
+            ("nohop_watch_oldest_age_seconds", 0.25),
+            (r#"nohop_propagation_seconds_bucket{le="0.002"}"#, 0.0),
+            (r#"nohop_propagation_seconds_bucket{le="0.005"}"#, 1.0),
+            (r#"nohop_propagation_seconds_bucket{le="+Inf"}"#, 1.0),
+            (r#"nohop_dials_total{service="web-0"}"#, 0.0),
+            (r#"nohop_dials_refused_total{service="",reason="no_frontend"}"#, 5.0),
+            (r#"nohop_dials_refused_total{service="web-0",reason="no_backend"}"#, 0.0),
+            (r#"nohop_dials_refused_total{service="web-0",reason="family"}"#, 0.0),
+            (r#"nohop_map_entries{map="SLOTS"}"#, 10.0),
+            (r#"nohop_map_capacity{map="SLOTS"}"#, 40.0),
+            (r#"nohop_vip_pool_addresses{state="free"}"#, 7.0),
+            (r#"nohop_dns_queries_total{rcode="NXDOMAIN"}"#, 6.0),
+        ];
+        for (sample, expected) in table {
+            assert_eq!(samples.get(sample), Some(&expected), "{sample}");
+        }
+    }
+
+    #[test]
+    fn ten_thousand_services_are_written_in_no_time() {
+        let readings = readings(10_000);
+        let start = Instant::now();
+        let text = exposition(&readings);
+        // Some 15 ms unoptimised: the limit is for what grows with the square of the services.
+        assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
+        let n_others = strict::read(&exposition(&self::readings(0))).unwrap().len();
+        assert_eq!(strict::read(&text).unwrap().len(), n_others + 3 * 10_000);
+    }
+
+    #[test]
+    fn what_the_rules_ask_for_is_told() {
+        let rules = include_str!("../../../contrib/prometheus/nohop.rules.yml");
+        let text = exposition(&readings(1));
+        let is_part = |c: char| c.is_ascii_alphanumeric() || c == '_';
+        let expressions = rules.lines().filter_map(|line| line.trim().strip_prefix("expr: "));
+        let mut n_names = 0;
+        for expression in expressions.clone() {
+            let words = expression.split(|c| !is_part(c));
+            for name in words.filter(|word| word.starts_with("nohop_")) {
+                assert!(text.contains(&format!("# TYPE {name} ")), "{name} in {expression}");
+                n_names += 1;
+            }
+        }
+        let n_alerts = rules.matches("- alert: ").count();
+        assert_eq!((n_alerts, expressions.count()), (5, 5));
+        assert!(n_names >= n_alerts);
+    }
+}

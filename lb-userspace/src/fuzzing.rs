@@ -1,0 +1,48 @@
+//! What comes from outside, as fuzzers bring it in: each function takes any bytes, and none may
+//! panic, hang, or break what it promises. `cargo xtask fuzz` runs them on what libFuzzer makes up;
+//! the test below runs them on the corpus in `fuzz/corpus`.
+
+use std::path::Path;
+
+use crate::{catalog, config};
+
+/// Answers of Consul: the list of names, and the instances of a service.
+pub fn consul(bytes: &[u8]) {
+    catalog::fuzzing::consul(bytes);
+}
+
+/// The configuration file.
+pub fn config(bytes: &[u8]) {
+    let read = config::Config::parse(Path::new("c.toml"), bytes, Default::default(), &|_| None);
+    if let Err(errors) = read {
+        assert!(!errors.to_string().is_empty());
+    }
+}
+
+/// The static catalog, and the table that comes of it.
+pub fn catalog(bytes: &[u8]) {
+    catalog::fuzzing::file(bytes);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    type Target = fn(&[u8]);
+    const TARGETS: &[(&str, Target)] =
+        &[("consul", consul), ("config", config), ("catalog", catalog)];
+
+    #[test]
+    fn the_corpus_finds_nothing() {
+        let corpora = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/corpus");
+        for (name, target) in TARGETS {
+            let corpus = corpora.join(name);
+            let mut n_files = 0;
+            for entry in std::fs::read_dir(&corpus).unwrap() {
+                target(&std::fs::read(entry.unwrap().path()).unwrap());
+                n_files += 1;
+            }
+            assert!(n_files > 0, "{} is empty", corpus.display());
+        }
+    }
+}

@@ -1,0 +1,50 @@
+//! What the programs report: dials of services whose instances nobody follows.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+
+use aya::Ebpf;
+use aya::maps::{MapData, RingBuf};
+use lb_common::Reason;
+
+use super::PlaneError;
+use super::kernel::Names;
+
+/// What tells of dials of services that are [`Cold`](crate::table::Watch::Cold): each once, until it
+/// was live in between. It can be polled.
+pub struct Reports {
+    ring: RingBuf<MapData>,
+    names: Names,
+}
+
+impl Reports {
+    /// Takes the map of a loaded object.
+    pub(super) fn take(ebpf: &mut Ebpf, names: Names) -> Result<Reports, PlaneError> {
+        let map = ebpf.take_map("REPORTS").ok_or(PlaneError::Object { missing: "REPORTS" })?;
+        let ring = RingBuf::try_from(map).map_err(|source| PlaneError::Map { source })?;
+        Ok(Reports { ring, names })
+    }
+
+    /// The name of the next service that was dialled; `None` when nothing more was reported.
+    ///
+    /// A service that was removed meanwhile may be told by the name that its index has now.
+    pub fn next_name(&mut self) -> Option<Arc<str>> {
+        while let Some(report) = self.ring.next() {
+            let &[a, b, c, d, e, f, g, h] = &*report else { continue };
+            let reason = u32::from_ne_bytes([e, f, g, h]);
+            let service_idx = u32::from_ne_bytes([a, b, c, d]);
+            if reason == Reason::Dialled as u32
+                && let Some(name) = self.names.name(service_idx)
+            {
+                return Some(name);
+            }
+        }
+        None
+    }
+}
+
+impl AsFd for Reports {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.ring.as_fd()
+    }
+}

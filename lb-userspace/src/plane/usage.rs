@@ -1,0 +1,44 @@
+//! Which services are dialled, by the counters that the programs keep.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use super::kernel::Counters;
+
+/// What was counted of each service when it was looked at last.
+#[derive(Debug)]
+pub struct Usage {
+    counters: Counters,
+    last: HashMap<Arc<str>, u64>,
+}
+
+impl Usage {
+    /// Begins with what is counted now of these services, each given with its index.
+    pub fn begin<'a>(
+        services: impl Iterator<Item = (&'a Arc<str>, u32)>,
+        counters: Counters,
+    ) -> Usage {
+        let count = |service_idx| counters.service(service_idx).all();
+        let last = services.map(|(name, service_idx)| (name.clone(), count(service_idx))).collect();
+        Usage { counters, last }
+    }
+
+    /// The names of these services, each given with its index, of which more dials are counted than
+    /// at the last look.
+    pub fn dialled_since_last<'a>(
+        &mut self,
+        services: impl Iterator<Item = (&'a Arc<str>, u32)>,
+    ) -> Vec<Arc<str>> {
+        let former = std::mem::take(&mut self.last);
+        let mut dialled = Vec::new();
+        for (name, service_idx) in services {
+            let n_dials = self.counters.service(service_idx).all();
+            // A service that is new, or came again, is counted from 0.
+            if former.get(name).copied().unwrap_or(0) != n_dials && n_dials > 0 {
+                dialled.push(name.clone());
+            }
+            self.last.insert(name.clone(), n_dials);
+        }
+        dialled
+    }
+}

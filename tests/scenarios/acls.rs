@@ -1,0 +1,86 @@
+//! ACLs: a token that sees too little shows less, which is a fact to report; one that is revoked takes
+//! nothing away; a new one in its file counts without a restart.
+
+use std::fs;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use lb_tests::consul::{Consul, instance};
+use lb_tests::nohop::n_healthy;
+use lb_tests::scratch::Scratch;
+use serde_json::{Value, json};
+
+use crate::cluster::SOON;
+use crate::servers::{Servers, Setup, is_failing, is_live};
+
+/// The token of the agents and of this story.
+const ROOT: &str = "5ca1ab1e-0000-4000-8000-000000000001";
+
+const ALL: &str = r#"service_prefix "" { policy = "read" } node_prefix "" { policy = "read" }
+    agent_prefix "" { policy = "read" } key_prefix "nohop/" { policy = "read" }"#;
+const NARROW: &str = r#"service "helloworld" { policy = "read" } node_prefix "" { policy = "read" }
+    agent_prefix "" { policy = "read" }"#;
+
+/// Longer than nohop lets pass between two looks at the list of names.
+const NAMES: Duration = Duration::from_secs(20);
+
+pub fn story() -> Result<()> {
+    let scratch = Scratch::new("token")?;
+    let file = scratch.path().join("token");
+    let setup = Setup {
+        consul: json!({ "acl": {
+            "enabled": true,
+            "default_policy": "deny",
+            "down_policy": "extend-cache",
+            "token_ttl": "1s",
+            "policy_ttl": "1s",
+            "tokens": { "master": ROOT, "agent": ROOT },
+        }}),
+        agent: Value::Null,
+        token: Some(ROOT.into()),
+        nohop: format!("consul.token_file = {file:?}\n"),
+    };
+    let mut narrow_id = String::new();
+    let mut servers = Servers::with(&setup, |consul| {
+        let (accessor, secret) = token(consul, "narrow", NARROW)?;
+        narrow_id = accessor;
+        fs::write(&file, secret).context("write the token")
+    })?;
+    // What the token may not see isn't there.
+    let hidden = servers.nodes.helloworld("hidden-0")?;
+    servers.backend_agent.register(&instance("hidden", "hidden-0", hidden.address))?;
+    servers.none_lost(30, |servers, load| {
+        load.wait_until_second(1)?;
+        let answer = servers.nodes.dig("@127.0.0.1 +noall +comments hidden.service")?;
+        ensure!(answer.contains("NXDOMAIN"), "{answer}");
+
+        // Revoked.
+        let server = &servers.servers[0];
+        server.delete(&format!("/v1/acl/token/{narrow_id}"))?;
+        // Questions that were asked before wait for news.
+        servers.backend_agent.deregister("hidden-0")?;
+        servers.backend_agent.register(&instance("hidden", "hidden-0", hidden.address))?;
+        servers.nohop.wait_for_status(NAMES * 2, is_failing)?;
+        let status = servers.nohop.status()?;
+        ensure!(status["ready"] == true, "{status:#}");
+        let problems = status["problems"].to_string();
+        ensure!(problems.contains("403"), "{problems}");
+        ensure!(n_healthy(&servers.nohop.services()?, "helloworld") == 2);
+
+        // Another one, which sees everything.
+        let (_, secret) = token(server, "wide", ALL)?;
+        fs::write(&file, secret).context("write the token")?;
+        servers.nohop.wait_for_status(SOON * 2, is_live)?;
+        servers.nohop.wait_for_backends("hidden", 1, NAMES)?;
+        servers.news_arrive("newcomer-1")
+    })
+}
+
+/// Makes a token with these rules. Returns its accessor's id, and the secret.
+fn token(consul: &Consul, name: &str, rules: &str) -> Result<(String, String)> {
+    let made = consul.put_for("/v1/acl/policy", &json!({ "Name": name, "Rules": rules }))?;
+    let policy = json!({ "Policies": [{ "ID": made["ID"] }] });
+    let token = consul.put_for("/v1/acl/token", &policy)?;
+    let text = |key: &str| token[key].as_str().map(String::from).context(format!("{token:#}"));
+    Ok((text("AccessorID")?, text("SecretID")?))
+}

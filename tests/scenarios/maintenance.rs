@@ -1,0 +1,45 @@
+//! An operator puts an instance, and then a node, into maintenance with Consul's own command: the
+//! instances leave, explain says why, and they come back.
+
+use anyhow::{Context, Result, ensure};
+use lb_tests::consul::program;
+use serde_json::Value;
+
+use crate::cluster::{Cluster, SOON};
+
+pub fn story() -> Result<()> {
+    let cluster = Cluster::new(3)?;
+    let vip = cluster.vip("helloworld")?;
+    let maint = |words: &str| -> Result<()> {
+        let place = cluster.nodes.backend.outside();
+        place.run(program()?, &format!("maint {words}")).map(drop)
+    };
+    let reasons = |explanation: &Value| -> Vec<String> {
+        let out = explanation["excluded"].as_array().into_iter().flatten();
+        out.map(|out| format!("{} {}", out["id"], out["reason"]).replace('"', "")).collect()
+    };
+
+    maint("-enable -service=helloworld-1 -reason=upgrade")?;
+    cluster.nohop.wait_for_backends("helloworld", 2, SOON)?;
+    let explanation = cluster.nohop.explain("helloworld")?;
+    ensure!(reasons(&explanation) == ["helloworld-1 service maintenance"], "{explanation:#}");
+    let dials = cluster.nodes.dial(vip, 100)?;
+    ensure!(dials.all_answered(|answer| answer != "hello from helloworld-1"), "{dials:?}");
+
+    maint("-disable -service=helloworld-1")?;
+    cluster.nohop.wait_for_backends("helloworld", 3, SOON)?;
+
+    maint("-enable -reason=reboot")?;
+    cluster.nohop.wait_for_backends("helloworld", 0, SOON)?;
+    let explanation = cluster.nohop.explain("helloworld")?;
+    let reasons = reasons(&explanation);
+    let last = reasons.last().context("nothing is out")?;
+    ensure!(reasons.len() == 3 && last.ends_with("node maintenance"), "{explanation:#}");
+    let dials = cluster.nodes.dial(vip, 10)?;
+    ensure!(dials.all_failed_with("ConnectionRefused"), "{dials:?}");
+
+    maint("-disable")?;
+    cluster.nohop.wait_for_backends("helloworld", 3, SOON)?;
+    ensure!(cluster.nodes.dial(vip, 100)?.errors.is_empty());
+    Ok(())
+}

@@ -1,0 +1,57 @@
+//! While Consul is down, a port goes from an instance of one service to one of another, as Nomad's ports
+//! do. Services that live elsewhere lose nothing, and when Consul is back no dial goes to the wrong one.
+//! A daemon that starts meanwhile serves what it remembers, unless that is too old.
+
+use anyhow::{Result, ensure};
+use lb_tests::consul::instance;
+use lb_tests::helloworld::Helloworld;
+use serde_json::Value;
+
+use crate::cluster::SOON;
+use crate::servers::{Servers, Setup, is_failing, is_live};
+
+pub fn story() -> Result<()> {
+    let mut servers = Servers::with(&Setup::default(), |_| Ok(()))?;
+    servers.serve("mail", 2)?;
+    let mail = servers.vip("mail")?;
+    servers.none_lost(30, |servers, load| {
+        load.wait_until_second(1)?;
+        servers.agent.kill();
+        servers.nohop.wait_for_status(SOON * 2, is_failing)?;
+
+        // mail-1 ends, and its port goes to a new instance of helloworld.
+        let last = servers.helloworlds.pop();
+        let address = last.as_ref().map(|helloworld| helloworld.address);
+        drop(last);
+        let address = address.unwrap_or(mail);
+        servers.backend_agent.deregister("mail-1")?;
+        let place = servers.nodes.backend.outside();
+        let newcomer = Helloworld::start(place, "newcomer-1", &address.to_string())?;
+        servers.backend_agent.register(&instance("helloworld", "newcomer-1", newcomer.address))?;
+        servers.helloworlds.push(newcomer);
+
+        // A daemon that starts now remembers what the last one knew.
+        servers.nohop.crash()?;
+        servers.nohop.start_again()?;
+        let services = servers.nohop.services()?;
+        ensure!(services.as_array().is_some_and(|services| services.len() == 2), "{services:#}");
+
+        servers.agent.restart()?;
+        servers.nohop.wait_for_status(SOON * 2, is_live)?;
+        servers.nohop.wait_for_backends("helloworld", 3, SOON * 2)?;
+        servers.nohop.wait_for_backends("mail", 1, SOON * 2)?;
+        let dials = servers.nodes.dial(mail, 200)?;
+        ensure!(dials.all_answered(|answer| answer == "hello from mail-0"), "{dials:?}");
+        Ok(())
+    })?;
+
+    // Older than it may be, it doesn't serve.
+    servers.nohop.end()?;
+    servers.agent.kill();
+    servers.nohop.configure("catalog.max_age = \"1s\"\n")?;
+    servers.nohop.start_again_unready()?;
+    let is_too_old = |status: &Value| status["problems"].to_string().contains("too old");
+    let status = servers.nohop.wait_for_status(SOON, is_too_old)?;
+    ensure!(status["ready"] == false, "{status:#}");
+    Ok(())
+}

@@ -1,0 +1,179 @@
+//! What the stories of Consul's bad days are played on: three servers, a node with backends and a node
+//! with nohop, on a switch. What is dialled goes over a cable of its own, so that Consul's network can
+//! fail by itself.
+
+use std::net::SocketAddrV4;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, ensure};
+use lb_tests::consul::{Consul, instance};
+use lb_tests::helloworld::Helloworld;
+use lb_tests::load::Load;
+use lb_tests::net::Host;
+use lb_tests::nohop::Nohop;
+use serde_json::{Value, json};
+
+use crate::cluster::{Nodes, SOON, vip};
+
+const SERVERS: [(&str, &str); 3] = [("s1", "10.98.0.1"), ("s2", "10.98.0.2"), ("s3", "10.98.0.3")];
+const CLIENT: &str = "10.98.0.11";
+const BACKEND: &str = "10.98.0.12";
+
+/// How many connections a second go on through a story.
+const RATE: u32 = 500;
+
+/// The nodes with Consul's cluster on them, and nohop.
+pub struct Servers {
+    pub nohop: Nohop,
+    pub helloworlds: Vec<Helloworld>,
+    /// The agent of the node with nohop.
+    pub agent: Consul,
+    /// The agent of the node with the backends.
+    pub backend_agent: Consul,
+    pub servers: Vec<Consul>,
+    /// Where the agent of the node with nohop is plugged in.
+    agent_port: String,
+    switch: Arc<Host>,
+    pub nodes: Nodes,
+    _hosts: Vec<Arc<Host>>,
+}
+
+/// What of it is out of the ordinary.
+#[derive(Clone, Default)]
+pub struct Setup {
+    /// More of every agent's configuration.
+    pub consul: Value,
+    /// More of the configuration of the agent beside nohop.
+    pub agent: Value,
+    /// What the tests ask Consul with.
+    pub token: Option<String>,
+    /// More of nohop's configuration.
+    pub nohop: String,
+}
+
+impl Servers {
+    /// Starts it all, with two backends of the service helloworld.
+    pub fn new() -> Result<Servers> {
+        Servers::with(&Setup::default(), |_| Ok(()))
+    }
+
+    /// The same, out of the ordinary; `prepare` is called when Consul runs, and before nohop does.
+    pub fn with(setup: &Setup, prepare: impl FnOnce(&Consul) -> Result<()>) -> Result<Servers> {
+        let nodes = Nodes::new()?;
+        let switch = Host::new("switch")?;
+        switch.become_switch()?;
+        let token = setup.token.as_deref();
+        let mut hosts = Vec::new();
+        for (name, address) in SERVERS {
+            let host = Host::new(name)?;
+            switch.plug(&host, &format!("{address}/24"))?;
+            hosts.push(host);
+        }
+        let agent_port = switch.plug(&nodes.client, &format!("{CLIENT}/24"))?;
+        switch.plug(&nodes.backend, &format!("{BACKEND}/24"))?;
+        let placed: Vec<_> = hosts
+            .iter()
+            .zip(SERVERS)
+            .map(|(host, (name, address))| (host, name, address))
+            .collect();
+        let servers = Consul::servers(&placed, &setup.consul, token)?;
+        let addresses = SERVERS.map(|(_, address)| address);
+        let client = |host, node, address, more: &Value| {
+            let mut config = setup.consul.clone();
+            for (key, value) in more.as_object().into_iter().flatten() {
+                config[key] = value.clone();
+            }
+            Consul::client_with(host, node, address, &addresses, &config, token)
+        };
+        let agent = client(&nodes.client, "client", CLIENT, &setup.agent)?;
+        let backend_agent = client(&nodes.backend, "backend", BACKEND, &json!({}))?;
+        prepare(&servers[0])?;
+        let nohop = nodes.nohop(&setup.nohop)?;
+        let mut servers = Servers {
+            nohop,
+            helloworlds: Vec::new(),
+            agent,
+            backend_agent,
+            servers,
+            agent_port,
+            switch,
+            nodes,
+            _hosts: hosts,
+        };
+        servers.serve("helloworld", 2)?;
+        Ok(servers)
+    }
+
+    /// Starts and registers more backends of a service, until nohop has them.
+    pub fn serve(&mut self, service: &str, n: usize) -> Result<()> {
+        for idx in 0..n {
+            let id = format!("{service}-{idx}");
+            let helloworld = self.nodes.helloworld(&id)?;
+            self.backend_agent.register(&instance(service, &id, helloworld.address))?;
+            self.helloworlds.push(helloworld);
+        }
+        self.nohop.wait_for_backends(service, n, SOON).map(drop)
+    }
+
+    /// The index, in `servers`, of the leader.
+    pub fn leader(&self) -> Result<usize> {
+        let leader = self.servers[0].get("/v1/status/leader")?;
+        let address = leader.as_str().unwrap_or_default().split(':').next().unwrap_or_default();
+        let position = SERVERS.iter().position(|(_, server)| *server == address);
+        position.with_context(|| format!("{leader} is no server"))
+    }
+
+    /// Pulls the plug of the agent beside nohop, or puts it in again.
+    pub fn plug(&self, state: &str) -> Result<()> {
+        self.switch.ip(&format!("link set {} {state}", self.agent_port)).map(drop)
+    }
+
+    /// Waits until news arrive: a backend `id` of helloworld comes, is dialled, and goes.
+    pub fn news_arrive(&mut self, id: &str) -> Result<()> {
+        let before = lb_tests::nohop::n_healthy(&self.nohop.services()?, "helloworld");
+        let newcomer = self.nodes.helloworld(id)?;
+        self.backend_agent.register(&instance("helloworld", id, newcomer.address))?;
+        self.nohop.wait_for_backends("helloworld", before + 1, SOON * 3)?;
+        self.backend_agent.deregister(id)?;
+        self.nohop.wait_for_backends("helloworld", before, SOON * 3)?;
+        // It may still be dialled by who chose it a moment ago.
+        self.helloworlds.push(newcomer);
+        Ok(())
+    }
+
+    /// Where a service is dialled.
+    pub fn vip(&self, name: &str) -> Result<SocketAddrV4> {
+        vip(&self.nohop, name)
+    }
+
+    /// Plays `story` while connections to helloworld are opened for `n_seconds`: none may be lost, and
+    /// none may reach another service.
+    pub fn none_lost(
+        &mut self,
+        n_seconds: u32,
+        story: impl FnOnce(&mut Servers, &Load) -> Result<()>,
+    ) -> Result<()> {
+        let vip = self.vip("helloworld")?;
+        let load = Load::start(self.nodes.inside(), vip, RATE, n_seconds)?;
+        story(self, &load)?;
+        let outcome = load.finish()?;
+        ensure!(outcome.errors.is_empty(), "{outcome:?}");
+        let from_others: Vec<_> = outcome.answers.keys().filter(|a| !is_ours(a)).collect();
+        ensure!(from_others.is_empty(), "{from_others:?} of {outcome:?}");
+        Ok(())
+    }
+}
+
+fn is_ours(answer: &str) -> bool {
+    answer.starts_with("hello from helloworld-") || answer.starts_with("hello from newcomer")
+}
+
+/// Whether a status says that Consul doesn't answer.
+pub fn is_failing(status: &Value) -> bool {
+    status["catalog"]["state"] == "failing"
+}
+
+/// Whether a status says that Consul answers.
+pub fn is_live(status: &Value) -> bool {
+    status["catalog"]["state"] == "live"
+}

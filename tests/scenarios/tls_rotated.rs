@@ -1,0 +1,84 @@
+//! TLS with certificates on both sides. The authority changes, and with it every certificate, while
+//! connections are opened: nohop takes the new files without a restart, and loses nothing.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use lb_tests::scratch::Scratch;
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+use serde_json::{Value, json};
+
+use crate::cluster::SOON;
+use crate::servers::{Servers, Setup, is_failing, is_live};
+
+pub fn story() -> Result<()> {
+    let scratch = Scratch::new("tls")?;
+    let at = |name: &str| scratch.path().join(name);
+    issue(scratch.path())?;
+    let setup = Setup {
+        consul: Value::Null,
+        agent: json!({
+            "ports": { "https": 8501 },
+            "ca_file": at("ca.pem"),
+            "cert_file": at("agent.pem"),
+            "key_file": at("agent.key"),
+            "verify_incoming_https": true,
+        }),
+        token: None,
+        nohop: format!(
+            "consul.address = \"https://127.0.0.1:8501\"\nconsul.ca_file = {:?}\n\
+             consul.cert_file = {:?}\nconsul.key_file = {:?}\n\
+             consul.tls_server_name = \"client.dc1.consul\"\n",
+            at("ca.pem"),
+            at("nohop.pem"),
+            at("nohop.key"),
+        ),
+    };
+    let mut servers = Servers::with(&setup, |_| Ok(()))?;
+    servers.none_lost(30, |servers, load| {
+        load.wait_until_second(1)?;
+        issue(scratch.path())?;
+        // So that each side needs what is new.
+        servers.agent.kill();
+        servers.nohop.wait_for_status(SOON, is_failing)?;
+        servers.agent.restart()?;
+        servers.nohop.wait_for_status(SOON * 2, is_live)?;
+        servers.news_arrive("newcomer-1")?;
+
+        // An agent that another authority vouches for isn't believed.
+        let other = Scratch::new("other-tls")?;
+        issue(other.path())?;
+        for name in ["agent.pem", "agent.key"] {
+            fs::copy(other.path().join(name), at(name)).context("replace the certificate")?;
+        }
+        servers.agent.restart()?;
+        let status = servers.nohop.wait_for_status(SOON, is_failing)?;
+        ensure!(status["ready"] == true, "{status:#}");
+        let problems = status["problems"].to_string();
+        ensure!(problems.contains("certificate"), "{problems}");
+        Ok(())
+    })
+}
+
+/// Makes an authority, and certificates of it for the agent and for nohop.
+fn issue(dir: &Path) -> Result<()> {
+    let mut authority = CertificateParams::new(Vec::new())?;
+    authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let authority = CertifiedIssuer::self_signed(authority, KeyPair::generate()?)?;
+    write(dir, "ca.pem", &authority.pem())?;
+    for (name, host) in [("agent", "client.dc1.consul"), ("nohop", "nohop.dc1.consul")] {
+        let key = KeyPair::generate()?;
+        let certificate = CertificateParams::new([host.to_owned()])?.signed_by(&key, &authority)?;
+        write(dir, &format!("{name}.pem"), &certificate.pem())?;
+        write(dir, &format!("{name}.key"), &key.serialize_pem())?;
+    }
+    Ok(())
+}
+
+/// Replaces a file in one step, as tools that rotate certificates do.
+fn write(dir: &Path, name: &str, text: &str) -> Result<()> {
+    let fresh = dir.join(format!("{name}.new"));
+    fs::write(&fresh, text).with_context(|| format!("write {name}"))?;
+    fs::rename(&fresh, dir.join(name)).with_context(|| format!("replace {name}"))
+}

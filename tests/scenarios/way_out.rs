@@ -1,0 +1,115 @@
+//! The way out: `--shadow`, a file, a key of Consul. Dials are only counted then and names get
+//! SERVFAIL, within seconds and without a restart; and so it goes back.
+
+use std::fs;
+use std::net::SocketAddrV4;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use lb_tests::nohop::{Nohop, service};
+use serde_json::{Value, json};
+
+use crate::cluster::{Catalog, Cluster, Nodes, SOON, vip};
+
+/// How long a file in the state directory may take to be seen, and `status` to be asked again.
+const SEEN: Duration = Duration::from_secs(2 + 1);
+
+pub fn story() -> Result<()> {
+    let nodes = Nodes::new()?;
+    let helloworld = nodes.helloworld("helloworld")?;
+    let catalog = Catalog::new(&[("helloworld", &[helloworld.address])])?;
+    let shadow = format!("shadow = true\n{}", catalog.config());
+    let mut nohop = Nohop::start_unready(&nodes.client, &nodes.cgroup, &shadow)?;
+    let status = nohop.wait_for_status(SOON, |status| status["services"] == 1)?;
+    ensure!(status["plane"]["mode"] == "shadow" && status["plane"]["attached"] == true);
+    ensure!(status["plane"]["mode_reason"].to_string().contains("--shadow"), "{status:#}");
+    let vip = vip(&nohop, "helloworld")?;
+    nothing_is_translated(&nodes, &nohop, vip)?;
+    ensure!(dials(&nohop)? == (0, 10));
+    let text = String::from_utf8(nohop.cli("status")?.stdout)?;
+    ensure!(
+        text.contains("NOT READY") && text.contains("shadow: dials are only counted"),
+        "{text}"
+    );
+    let text = String::from_utf8(nohop.cli("services")?.stdout)?;
+    ensure!(text.contains("dials 0, refused 0, 10 only counted"), "{text}");
+    ensure!(nohop.explain("helloworld")?["dial"].to_string().contains("SERVFAIL"));
+
+    // Now in earnest.
+    ensure!(nohop.end()?.success());
+    nohop.configure(&catalog.config())?;
+    nohop.start_again()?;
+    everything_is_translated(&nodes, &nohop, vip)?;
+
+    let off = nohop.state_dir().join("off");
+    let seen = |mode: &str| -> Result<Value> {
+        let begun = Instant::now();
+        let status = nohop.wait_for_status(SOON, |status| status["plane"]["mode"] == mode)?;
+        ensure!(begun.elapsed() < SEEN, "{mode} after {:?}", begun.elapsed());
+        Ok(status)
+    };
+    fs::write(&off, "")?;
+    let status = seen("shadow")?;
+    ensure!(status["problems"].to_string().contains(&off.display().to_string()), "{status:#}");
+    nothing_is_translated(&nodes, &nohop, vip)?;
+    fs::remove_file(&off)?;
+    seen("translate")?;
+    everything_is_translated(&nodes, &nohop, vip)?;
+
+    // It outlives the daemon, and the next one begins with it.
+    fs::write(&off, "")?;
+    seen("shadow")?;
+    nohop.crash()?;
+    ensure!(nodes.dial(vip, 10)?.all_failed_with("HostUnreachable"));
+    nohop.start_again_unready()?;
+    nohop.wait_for_status(SOON, |status| status["services"] == 1)?;
+    nothing_is_translated(&nodes, &nohop, vip)?;
+    fs::remove_file(&off)?;
+    nohop.wait_until_ready()?;
+    everything_is_translated(&nodes, &nohop, vip)
+}
+
+/// The same by Consul's key, on the node of a client agent.
+pub fn by_key() -> Result<()> {
+    let cluster = Cluster::new(1)?;
+    let (nodes, vip) = (&cluster.nodes, cluster.vip("helloworld")?);
+    everything_is_translated(nodes, &cluster.nohop, vip)?;
+    cluster.server.put("/v1/kv/nohop/off", &json!("now"))?;
+    let is_shadow = |status: &Value| status["plane"]["mode"] == "shadow";
+    let status = cluster.nohop.wait_for_status(SOON, is_shadow)?;
+    ensure!(status["problems"].to_string().contains("nohop/off"), "{status:#}");
+    nothing_is_translated(nodes, &cluster.nohop, vip)?;
+    cluster.server.delete("/v1/kv/nohop/off")?;
+    cluster.nohop.wait_until_ready()?;
+    everything_is_translated(nodes, &cluster.nohop, vip)
+}
+
+fn everything_is_translated(nodes: &Nodes, nohop: &Nohop, vip: SocketAddrV4) -> Result<()> {
+    let status = nohop.status()?;
+    ensure!(status["plane"]["mode"] == "translate" && status["ready"] == true, "{status:#}");
+    ensure!(status["plane"]["mode_reason"].is_null(), "{status:#}");
+    let dials = nodes.dial(vip, 10)?;
+    ensure!(dials.all_answered(|answer| answer.starts_with("hello from")), "{dials:?}");
+    ensure!(nodes.curl("helloworld")?.starts_with("hello from"));
+    Ok(())
+}
+
+/// Dials end at the route, as they would without nohop; the resolver is told to ask elsewhere.
+fn nothing_is_translated(nodes: &Nodes, nohop: &Nohop, vip: SocketAddrV4) -> Result<()> {
+    let status = nohop.status()?;
+    ensure!(status["plane"]["mode"] == "shadow" && status["ready"] == false, "{status:#}");
+    let (sent, counted) = dials(nohop)?;
+    let failed = nodes.dial(vip, 10)?;
+    ensure!(failed.all_failed_with("HostUnreachable"), "{failed:?}");
+    ensure!(dials(nohop)? == (sent, counted + 10), "{:?}", dials(nohop)?);
+    let answer = nodes.dig("helloworld.service")?;
+    ensure!(answer.contains("status: SERVFAIL"), "{answer}");
+    Ok(())
+}
+
+/// The dials of helloworld that were sent to a backend, and those that were only counted.
+fn dials(nohop: &Nohop) -> Result<(u64, u64)> {
+    let services = nohop.services()?;
+    let count = |what: &str| service(&services, "helloworld").and_then(|it| it[what].as_u64());
+    Ok((count("dials").unwrap_or(0), count("shadowed").unwrap_or(0)))
+}
