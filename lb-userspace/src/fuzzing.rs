@@ -3,7 +3,9 @@
 //! the test below runs them on the corpus in `fuzz/corpus`.
 
 use std::path::Path;
+use std::time::SystemTime;
 
+use crate::table::vips::Vips;
 use crate::{catalog, config};
 
 /// Answers of Consul: the list of names, and the instances of a service.
@@ -24,13 +26,27 @@ pub fn catalog(bytes: &[u8]) {
     catalog::fuzzing::file(bytes);
 }
 
+/// The files of the state directory: the catalog, and the book of VIPs.
+pub fn state(bytes: &[u8]) {
+    catalog::fuzzing::cache(bytes);
+    let vip = config::Config::default().vip;
+    let Ok(mut vips) = Vips::parse(bytes, (&vip).into()) else { return };
+    // What was read is kept to: a new name gets an address that nobody has.
+    let names: Vec<_> = vips.in_use().cloned().collect();
+    let new = vips.assign(&"a-new-name".into(), SystemTime::UNIX_EPOCH).ok();
+    for name in names.iter().filter(|name| &***name != "a-new-name") {
+        let known = vips.assign(name, SystemTime::UNIX_EPOCH).ok();
+        assert!(known.is_none() || known != new, "{name} shares {known:?}");
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     type Target = fn(&[u8]);
     const TARGETS: &[(&str, Target)] =
-        &[("consul", consul), ("config", config), ("catalog", catalog)];
+        &[("consul", consul), ("config", config), ("catalog", catalog), ("state", state)];
 
     #[test]
     fn the_corpus_finds_nothing() {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use super::{Catalog, consul, file};
+use super::{Catalog, cache, consul, file};
 use crate::config::Config;
 use crate::table::vips::Vips;
 use crate::table::{Builder, Instance, Listing, State, Table, Watch};
@@ -21,6 +21,11 @@ pub fn file(bytes: &[u8]) {
         Ok(services) => tabulate(services),
         Err(n_mistakes) => assert!(n_mistakes > 0, "refused without a reason"),
     }
+}
+
+/// The catalog in the state directory.
+pub fn cache(bytes: &[u8]) {
+    cache::fuzz(bytes);
 }
 
 /// Makes a table of the services, and looks whether it is one that the plane may have.

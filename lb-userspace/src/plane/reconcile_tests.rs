@@ -406,7 +406,9 @@ fn a_dial_is_awaited_once_in_each_cold_spell() {
         run.restart(&SIZES);
         cold(&[1])
     };
-    let steps: [(&dyn Fn(&mut Run) -> Service, &[(u32, bool)]); 7] = [
+    // What comes next, and the word that is written for it: of which service, and whether it awaits.
+    type Step<'a> = (&'a dyn Fn(&mut Run) -> Service, &'a [(u32, bool)]);
+    let steps: [Step; 7] = [
         (&|_| cold(&[1]), &[(0, true)]),
         (&|_| cold(&[1, 2]), &[]),
         (&|_| live(&[1, 2]), &[(0, false)]),

@@ -178,8 +178,8 @@ impl Vips {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(vips),
             result => result.map_err(error("read"))?,
         };
-        match serde_json::from_slice::<BTreeMap<Arc<str>, Entry>>(&text) {
-            Ok(names) => names.into_iter().for_each(|(name, entry)| vips.admit(name, entry)),
+        match Vips::parse(&text, pools) {
+            Ok(book) => vips = book,
             Err(problem) => {
                 let aside = path.with_extension("corrupt");
                 std::fs::rename(path, &aside).map_err(error("set aside"))?;
@@ -190,6 +190,17 @@ impl Vips {
                 );
             }
         }
+        Ok(vips)
+    }
+
+    /// The book in a file's text.
+    ///
+    /// # Errors
+    /// What is wrong with the text.
+    pub(crate) fn parse(text: &[u8], pools: Pools) -> Result<Vips, serde_json::Error> {
+        let mut vips = Vips::new(pools);
+        let names: BTreeMap<Arc<str>, Entry> = serde_json::from_slice(text)?;
+        names.into_iter().for_each(|(name, entry)| vips.admit(name, entry));
         Ok(vips)
     }
 

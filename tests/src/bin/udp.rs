@@ -134,7 +134,13 @@ impl Asker {
             }
             self.socket.set_read_timeout(Some(left))?;
             let (length, from) = self.socket.recv_from(&mut datagram)?;
-            *n_strange += u64::from(from != dialled);
+            if from != dialled {
+                // Taken out of its queue in the moment in which the socket was told.
+                if let Some(told) = self.socket.take_error()? {
+                    return Err(told);
+                }
+                *n_strange += 1;
+            }
             let answer = String::from_utf8_lossy(&datagram[..length]).into_owned();
             // What answers an earlier question came too late to count.
             if let Some((name, answered)) = answer.split_once(' ')

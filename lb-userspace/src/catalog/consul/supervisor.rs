@@ -99,6 +99,8 @@ impl Supervisor {
             wait: settings.timing.wait,
             turn: settings.timing.turn,
         };
+        // What is known first is left at once.
+        let saved = now.checked_sub(settings.timing.save).unwrap_or(now);
         let mut this = Supervisor {
             client: Arc::new(Client::new(
                 &settings.consul,
@@ -130,7 +132,7 @@ impl Supervisor {
             heard_at: None,
             last_answer: None,
             tidied: now,
-            saved: now,
+            saved,
             is_unsaved: false,
             saving: None,
         };
