@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::SystemTime;
 
 use crate::table::vips::Vips;
-use crate::{catalog, config};
+use crate::{catalog, config, dns};
 
 /// Answers of Consul: the list of names, and the instances of a service.
 pub fn consul(bytes: &[u8]) {
@@ -24,6 +24,12 @@ pub fn config(bytes: &[u8]) {
 /// The static catalog, and the table that comes of it.
 pub fn catalog(bytes: &[u8]) {
     catalog::fuzzing::file(bytes);
+}
+
+/// A DNS message, from a client or another resolver.
+pub fn dns(bytes: &[u8]) {
+    dns::fuzzing::question(bytes);
+    dns::fuzzing::upstream(bytes);
 }
 
 /// The files of the state directory: the catalog, and the book of VIPs.
@@ -45,8 +51,13 @@ mod tests {
     use super::*;
 
     type Target = fn(&[u8]);
-    const TARGETS: &[(&str, Target)] =
-        &[("consul", consul), ("config", config), ("catalog", catalog), ("state", state)];
+    const TARGETS: &[(&str, Target)] = &[
+        ("consul", consul),
+        ("config", config),
+        ("catalog", catalog),
+        ("dns", super::dns),
+        ("state", state),
+    ];
 
     #[test]
     fn the_corpus_finds_nothing() {

@@ -154,20 +154,21 @@ pub fn circle() -> Result<()> {
     stage.each_finds_the_vip("dig", &["+short @127.0.0.2 helloworld.service"])
 }
 
-/// 50,000 names are forwarded as fast as the other side answers, and each gets its answer.
+/// 5,000 names are forwarded as fast as the other side answers, and each gets its answer. (`cargo
+/// xtask bench dns` has 50,000 forwarded, by a build that is as fast as a user's.)
 pub fn forwarded() -> Result<()> {
     let stage = Stage::new("dns.forward = [\"127.0.0.2:53\"]\n")?;
     let _dnsmasq = stage.dnsmasq("--listen-address=127.0.0.2 --address=/example/192.0.2.7")?;
     let names = Scratch::new("names")?;
     let file = names.path().join("names");
-    let text: String = (0..50_000).map(|idx| format!("n{idx}.example A\n")).collect();
+    let text: String = (0..5_000).map(|idx| format!("n{idx}.example A\n")).collect();
     std::fs::write(&file, text)?;
     let words = format!("-s 127.0.0.1 -d {} -n 1 -c 4 -q 100 -t 10", file.display());
     let said = stage.nodes.inside().run("dnsperf", &words)?;
     println!("{said}");
     let has = |text: &str| said.lines().any(|line| line.split_whitespace().eq(text.split(' ')));
-    ensure!(has("Queries completed: 50000 (100.00%)"), "{said}");
-    ensure!(has("Response codes: NOERROR 50000 (100.00%)"), "{said}");
+    ensure!(has("Queries completed: 5000 (100.00%)"), "{said}");
+    ensure!(has("Response codes: NOERROR 5000 (100.00%)"), "{said}");
     Ok(())
 }
 

@@ -9,7 +9,7 @@ use crate::process;
 use crate::setup;
 
 /// The targets: what they read is said in lb-userspace/src/fuzzing.rs.
-const TARGETS: [&str; 4] = ["consul", "config", "catalog", "state"];
+const TARGETS: [&str; 5] = ["consul", "config", "catalog", "dns", "state"];
 
 /// Inputs longer than this find nothing that shorter ones don't.
 const MAX_LEN: usize = 64 << 10;

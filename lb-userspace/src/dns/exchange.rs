@@ -94,7 +94,7 @@ impl<'a> Outgoing<'a> {
     }
 
     /// Whether `bytes` are an answer to this question, and which.
-    fn check(&self, bytes: &[u8]) -> Result<Message, ExchangeError> {
+    pub(super) fn check(&self, bytes: &[u8]) -> Result<Message, ExchangeError> {
         let is_answer = bytes.len() >= HEADER_LEN && bytes[2] & 0x80 != 0;
         if !is_answer || bytes[..2] != self.id.to_be_bytes() {
             return Err(ExchangeError::Id);

@@ -9,6 +9,7 @@ mod answer;
 mod clients;
 mod exchange;
 mod forward;
+pub mod fuzzing;
 mod health;
 mod lookup;
 mod loops;

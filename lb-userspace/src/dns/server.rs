@@ -6,7 +6,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use hickory_proto::op::{Message, Query, ResponseCode};
+use hickory_proto::op::{Edns, Message, Query, ResponseCode};
 use ipnet::IpNet;
 use tokio::net::TcpListener;
 use tokio::runtime::Handle;
@@ -500,7 +500,7 @@ fn max_len(asked: &Asked<'_>, transport: Transport) -> usize {
 }
 
 /// A resolver's answer as the message for the client: the same, but for what belongs to one hop.
-fn forwarded(
+pub(super) fn forwarded(
     asked: &Asked<'_>,
     question: &Query,
     mut message: Message,
@@ -518,5 +518,15 @@ fn forwarded(
     }
     let bytes = message.to_vec()?;
     // hickory would cut the message where it is full, and lose the OPT record.
-    if bytes.len() <= max_len { Ok(bytes) } else { message.truncate().to_vec() }
+    if bytes.len() <= max_len {
+        return Ok(bytes);
+    }
+    let mut message = message.truncate();
+    if let Some(edns) = &mut message.edns {
+        // Options, too, may be longer than what fits.
+        let mut without = Edns::new();
+        without.set_max_payload(OUR_PAYLOAD).set_dnssec_ok(edns.flags().dnssec_ok);
+        *edns = without;
+    }
+    message.to_vec()
 }

@@ -1,0 +1,116 @@
+//! Messages from the network, for fuzzers: what clients ask, and what other resolvers answer.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use hickory_proto::op::{Message, MessageType, Query};
+use hickory_proto::rr::{Name, RecordType};
+
+use super::answer::{Known, MAX_UDP_LEN, Outcome, Snapshot, Zone, answer};
+use super::exchange::Outgoing;
+use super::message::{Asked, HEADER_LEN};
+use super::server::forwarded;
+use super::sockets::Transport;
+use crate::config::Config;
+use crate::table::{Ports, Protocols, Service, Table, Watch};
+
+/// A client's message, over both transports: nothing is answered that is no question, and an answer
+/// has the question's id and name, fits, and can be read.
+pub fn question(bytes: &[u8]) {
+    let snapshot = Snapshot::new(Arc::new(table()));
+    let pools = ["127.128.0.0/9", "fd00::/64"].iter().filter_map(|pool| pool.parse().ok());
+    let zone = Zone::new(&Config::default().dns, pools);
+    let is_question = bytes.len() >= HEADER_LEN && bytes[2] & 0x80 == 0;
+    let mut out = Vec::new();
+    for transport in [Transport::Udp, Transport::Tcp] {
+        for (attached, waits, looks_up) in
+            [(true, false, false), (true, false, true), (false, true, false), (false, false, true)]
+        {
+            let known = Known { zone: &zone, snapshot: &snapshot, attached, waits, looks_up };
+            match answer(bytes, transport, known, &mut out) {
+                Outcome::Drop => {}
+                Outcome::Reply(..) => {
+                    assert!(is_question, "an answer is answered");
+                    check(bytes, &out, max_len(bytes, transport));
+                }
+                Outcome::Forward(asked) => assert!(asked.query().is_ok(), "{asked:?}"),
+                Outcome::Wait => assert!(waits),
+                Outcome::Warm(name) => assert!(looks_up && name == name.to_ascii_lowercase()),
+            }
+        }
+    }
+}
+
+/// Another resolver's message, in answer to a question of ours that has its id: what is passed on
+/// has the client's id and question, fits, and can be read.
+pub fn upstream(bytes: &[u8]) {
+    let Some(&[high, low]) = bytes.first_chunk() else { return };
+    let Ok(name) = Name::from_ascii("Example.com.") else { return };
+    let question = Query::query(name, RecordType::A);
+    for client in [&b""[..], EDNS] {
+        let n_more = u8::from(!client.is_empty());
+        let asked = [&[9, 9, 1, 0, 0, 1, 0, 0, 0, 0, 0, n_more], EXAMPLE, client].concat();
+        let outgoing = Outgoing::with_id(&asked, u16::from_be_bytes([high, low]), &question);
+        let Ok(message) = outgoing.check(bytes) else { continue };
+        assert_eq!(message.metadata.message_type, MessageType::Response);
+        let Ok(asked_again) = Asked::read(&asked) else { continue };
+        for transport in [Transport::Udp, Transport::Tcp] {
+            let max_len = max_len(&asked, transport);
+            // What hickory reads but can't write is SERVFAIL.
+            if let Ok(reply) = forwarded(&asked_again, &question, message.clone(), max_len) {
+                check(&asked, &reply, max_len);
+            }
+        }
+    }
+}
+
+/// `Example.com`, type A, class IN.
+const EXAMPLE: &[u8] = b"\x07Example\x03com\x00\x00\x01\x00\x01";
+
+/// An OPT record with room for 1,232 bytes.
+const EDNS: &[u8] = &[0, 0, 41, 4, 208, 0, 0, 0, 0, 0, 0];
+
+fn max_len(bytes: &[u8], transport: Transport) -> usize {
+    match (transport, Asked::read(bytes)) {
+        (Transport::Tcp, _) => u16::MAX.into(),
+        (Transport::Udp, Ok(asked)) => asked.max_payload().min(MAX_UDP_LEN).into(),
+        (Transport::Udp, Err(_)) => 512,
+    }
+}
+
+fn check(question: &[u8], reply: &[u8], max_len: usize) {
+    assert!(reply.len() <= max_len, "{} bytes where {max_len} fit", reply.len());
+    assert_eq!(reply[..2], question[..2], "another id");
+    assert!(reply[2] & 0x80 != 0 && (reply[2] ^ question[2]) & 0x79 == 0, "{:02x}", reply[2]);
+    let message = Message::from_vec(reply).expect("a reply that can be read");
+    if let Ok(asked) = Asked::read(question) {
+        let head = &asked.head()[HEADER_LEN..];
+        assert!(reply[HEADER_LEN..].starts_with(head), "another question: {message}");
+    }
+}
+
+fn table() -> Table {
+    let rows = [
+        ("web", Ports::only([80]), Protocols::Tcp, Watch::Live),
+        ("any", Ports::Any, Protocols::Both, Watch::Live),
+        ("dns", Ports::only([53, 80]), Protocols::Udp, Watch::Cold),
+    ];
+    let services = rows.into_iter().zip(1u8..).map(|((name, ports, protocols, watch), last)| {
+        let name: Arc<str> = name.into();
+        let service = Service {
+            name: name.clone(),
+            vip: [127, 128, 0, last].into(),
+            vip6: Some([0xfd00, 0, 0, 0, 0, 0, 0, last.into()].into()),
+            ports,
+            protocols,
+            pin: None,
+            backends: Vec::new(),
+            excluded: Vec::new(),
+            notes: Vec::new(),
+            watch,
+            generation: 1,
+        };
+        (name, Arc::new(service))
+    });
+    Table { generation: 1, services: services.collect(), rejected: BTreeMap::new() }
+}
