@@ -55,7 +55,7 @@ use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
 type Story = fn() -> Result<()>;
 
-const STORIES: [(&str, Story); 42] = [
+const STORIES: [(&str, Story); 43] = [
     ("acls", acls::story),
     ("agent_cut_off", agent_cut_off::story),
     ("all_critical_refuses_and_recovers", all_critical_refuses_and_recovers::story),
@@ -91,6 +91,7 @@ const STORIES: [(&str, Story); 42] = [
     ("state_lost", state_lost::story),
     ("static_catalog", static_catalog::story),
     ("stops_within_a_second", stops_within_a_second::story),
+    ("strangers_refused", resolvers::strangers),
     ("tag_removed", tag_removed::story),
     ("tls_rotated", tls_rotated::story),
     ("udp_echo", udp_echo::story),

@@ -154,6 +154,24 @@ pub fn circle() -> Result<()> {
     stage.each_finds_the_vip("dig", &["+short @127.0.0.2 helloworld.service"])
 }
 
+/// Who isn't in `dns.allow` is refused everything, and the host itself never is. And a resolv.conf
+/// that names nohop alone has nobody to forward to, which is told at once.
+pub fn strangers() -> Result<()> {
+    let stage = Stage::new("dns.allow = [\"192.0.2.0/24\"]\n")?;
+    for name in ["helloworld.service", "outside.example"] {
+        for way in ["", "+tcp "] {
+            let words = format!("{way}-b 10.99.0.1 @127.0.0.1 {name}");
+            let answer = stage.nodes.inside().run("dig", &words)?;
+            ensure!(answer.contains("status: REFUSED"), "{words}: {answer}");
+        }
+    }
+    stage.each_finds_the_vip("dig", &["+short @127.0.0.1 helloworld.service"])?;
+    stage.nodes.client.set_resolv_conf("nameserver 127.0.0.1\n")?;
+    let answer = stage.nodes.inside().run("dig", "+time=1 +tries=1 outside.example")?;
+    ensure!(answer.contains("status: SERVFAIL"), "{answer}");
+    Ok(())
+}
+
 /// 5,000 names are forwarded as fast as the other side answers, and each gets its answer. (`cargo
 /// xtask bench dns` has 50,000 forwarded, by a build that is as fast as a user's.)
 pub fn forwarded() -> Result<()> {

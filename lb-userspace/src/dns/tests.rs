@@ -22,6 +22,7 @@ use crate::catalog::Demand;
 use crate::config::{Config, DnsConfig, Forward};
 use crate::table::{Ports, Protocols, Service, Table};
 
+mod live;
 mod upstreams;
 
 /// For what must happen; a test that waits so long has failed.

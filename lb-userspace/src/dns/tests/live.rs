@@ -1,0 +1,109 @@
+//! What changes while the server runs, and clients and resolvers that keep it waiting.
+
+use tokio::io::Interest;
+
+use super::*;
+use crate::config::Unrouted;
+
+#[tokio::test]
+async fn all_but_listeners_and_domain_can_be_reconfigured() {
+    let [first, second, consul] = [1, 2, 3].map(|last| Upstream::of([192, 0, 2, last]));
+    let (first, second, consul) = (first.await, second.await, consul.await);
+    let rig = Rig::new(&[first.address]).await;
+    let inquirer = rig.server.inquirer();
+    assert_eq!(rig.lookup("nobody.service.").await, "NXDomain");
+    assert_eq!(inquirer.unrouted(), Unrouted::Nxdomain);
+
+    rig.server.reconfigure(&DnsConfig {
+        forward: Forward::Servers(vec![second.address]),
+        routes: BTreeMap::from([("consul".into(), consul.address)]),
+        unrouted: Unrouted::Forward,
+        allow: Vec::new(),
+        client_rate: 1,
+        ..Config::default().dns
+    });
+    // The host itself is served whatever `allow` and the rate say.
+    let rows = [
+        ("example.com.", "NoError 192.0.2.2"),
+        ("web.service.consul.", "NoError 192.0.2.3"),
+        ("nobody.service.", "NoError 192.0.2.2"),
+        ("web.service.", "NoError 127.128.0.1"),
+    ];
+    for (name, expected) in rows {
+        assert_eq!(rig.lookup(name).await, expected, "{name}");
+    }
+    assert_eq!(inquirer.unrouted(), Unrouted::Forward);
+    let (_, origin) = inquirer.look_up("example.com", "A").await.unwrap();
+    assert_eq!(origin, Origin::Upstream(second.address));
+}
+
+#[tokio::test]
+async fn questions_that_passed_sockets_kept_wait_for_the_zone() {
+    let config = DnsConfig {
+        listen: vec!["127.0.0.1:0".parse().unwrap()],
+        forward: Forward::Servers(Vec::new()),
+        ..Config::default().dns
+    };
+    let mut sockets = bind(&config).await.unwrap();
+    sockets.were_passed = true;
+    let address = sockets.addresses()[0];
+    let client = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    client.connect(address).await.unwrap();
+    // It waits in the socket while there is no server, and in the server while there is no zone.
+    client.send(&query("web.service.", RecordType::A).to_vec().unwrap()).await.unwrap();
+    let (table, table_rx) = watch::channel(Arc::new(Table::default()));
+    let (attached, attached_rx) = watch::channel(false);
+    let (surroundings, demand) = (Surroundings::default(), Demand::default());
+    let server =
+        Server::start_in(surroundings, sockets, &config, &[], table_rx, attached_rx, demand);
+    let rig = Rig { server: server.unwrap(), address, table, attached };
+    assert_eq!(rig.lookup("example.com.").await, "ServFail", "names of others don't wait");
+    rig.table.send_replace(Arc::new(web(1)));
+    rig.attached.send_replace(true);
+    let mut buffer = [0; 512];
+    let len = timeout(LONG, client.recv(&mut buffer)).await.unwrap().unwrap();
+    let answer = Message::from_vec(&buffer[..len]).unwrap();
+    assert_eq!(answer.metadata.response_code, ResponseCode::NoError);
+    assert_eq!(answer.answers.len(), 1);
+}
+
+#[tokio::test]
+async fn a_resolver_that_cuts_off_and_then_stalls_over_tcp_costs_its_patience() {
+    let stalls = Upstream::new(|transport, asked| match transport {
+        Transport::Udp => vec![asked_truncated(asked)],
+        Transport::Tcp => Vec::new(),
+    })
+    .await;
+    let forward = Forward::Servers(vec![stalls.address]);
+    let rig = Rig::with(DnsConfig { forward, ..Config::default().dns }, quick()).await;
+    let asked = query("example.com.", RecordType::A);
+    assert!(rig.ask(Transport::Udp, &asked).await.metadata.truncation);
+    let answer = rig.ask(Transport::Tcp, &asked).await;
+    assert_eq!(answer.metadata.response_code, ResponseCode::ServFail);
+    assert_eq!(rig.lookup("web.service.").await, "NoError 127.128.0.1");
+}
+
+fn asked_truncated(asked: &Message) -> Message {
+    let mut message = code(asked, ResponseCode::NoError);
+    message.metadata.truncation = true;
+    message
+}
+
+#[tokio::test]
+async fn a_tcp_client_that_never_reads_is_cut_off() {
+    let talks = Upstream::new(|_, asked| vec![long_answer(asked, 300)]).await;
+    let config =
+        DnsConfig { forward: Forward::Servers(vec![talks.address]), ..Config::default().dns };
+    let surroundings =
+        Surroundings { tcp_patience: Duration::from_millis(200), ..Surroundings::default() };
+    let rig = Rig::with(config, surroundings).await;
+    let mut stream = TcpStream::connect(rig.address).await.unwrap();
+    let question = query("example.com.", RecordType::TXT).to_vec().unwrap();
+    // Their answers, of 60 kB each, are more than the kernel keeps for the two of them.
+    for _ in 0..1000 {
+        write_message(&mut stream, &question).await;
+    }
+    // What it had not read yet makes the server's end a reset.
+    timeout(LONG, stream.ready(Interest::ERROR)).await.unwrap().unwrap();
+    assert_eq!(rig.lookup("web.service.").await, "NoError 127.128.0.1");
+}
