@@ -12,15 +12,19 @@ use served::{Dnsmasq, Nohop, Served};
 /// The numbers of names that are asked for.
 const N_NAMES: [u32; 2] = [1, 10_000];
 
+/// The number of names that are forwarded.
+const N_FORWARDED: u32 = 50_000;
+
 /// The rate, in queries a second, at which waiting is measured: one that both can keep up with.
 const EASY_RATE: &str = "20000";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().collect();
-    if let [_, verb, n_names] = &arguments[..]
+    if let [_, verb, n_names, upstream @ ..] = &arguments[..]
         && verb == served::SERVE
     {
-        served::serve(n_names.parse().expect("the number of names"));
+        let upstream = upstream.first().map(|port| port.parse().expect("a port"));
+        served::serve(n_names.parse().expect("the number of names"), upstream);
         return ExitCode::SUCCESS;
     }
     for program in ["dnsperf", "dnsmasq", "taskset"] {
@@ -35,24 +39,53 @@ fn main() -> ExitCode {
     for n_names in N_NAMES {
         compare(n_names, n_rounds, seconds);
     }
+    compare_forwarding(n_rounds);
     ExitCode::SUCCESS
 }
 
 fn compare(n_names: u32, n_rounds: u32, seconds: &str) {
     let scratch = served::Scratch::new(n_names);
     let servers: [Box<dyn Served>; 2] =
-        [Box::new(Nohop::start(n_names)), Box::new(Dnsmasq::start(&scratch))];
+        [Box::new(Nohop::start(n_names, None)), Box::new(Dnsmasq::start(&scratch))];
     let mut rates = [Vec::new(), Vec::new()];
     let mut waits = [Vec::new(), Vec::new()];
     for _ in 0..n_rounds {
         for (idx, server) in servers.iter().enumerate() {
-            rates[idx].push(rate(server.port(), &scratch.questions, seconds));
+            rates[idx].push(rate(
+                server.port(),
+                &scratch.questions,
+                &["-l", seconds, "-c", "4", "-q", "100"],
+            ));
             waits[idx].push(wait_p99_us(server.port(), &scratch.questions, seconds));
         }
     }
     println!("\n{n_names} names");
+    tell(&[("queries/s", &rates), ("p99, us", &waits)]);
+}
+
+/// Names that another resolver answers, each asked once: none may be lost.
+fn compare_forwarding(n_rounds: u32) {
+    let scratch = served::Scratch::of_others(N_FORWARDED);
+    let upstream = Dnsmasq::upstream();
+    let servers: [Box<dyn Served>; 2] = [
+        Box::new(Nohop::start(0, Some(upstream.port()))),
+        Box::new(Dnsmasq::forwarding(upstream.port())),
+    ];
+    let mut rates = [Vec::new(), Vec::new()];
+    for _ in 0..n_rounds {
+        for (idx, server) in servers.iter().enumerate() {
+            let each = ["-n", "1", "-c", "4", "-q", "100", "-t", "10"];
+            rates[idx].push(rate(server.port(), &scratch.questions, &each));
+        }
+    }
+    println!("\n{N_FORWARDED} names, forwarded");
+    tell(&[("queries/s", &rates)]);
+}
+
+/// Prints what was measured of both, in each round, and how they compare.
+fn tell(measured: &[(&str, &[Vec<f64>; 2])]) {
     let mut compared = String::new();
-    for (what, [ours, theirs]) in [("queries/s", &rates), ("p99, us", &waits)] {
+    for (what, [ours, theirs]) in measured {
         let ratios = ours.iter().zip(theirs).map(|(ours, theirs)| ours / theirs).collect();
         let [_, ratio, _] = spread(ratios);
         for (server, figures) in [("nohop", ours), ("dnsmasq", theirs)] {
@@ -66,8 +99,8 @@ fn compare(n_names: u32, n_rounds: u32, seconds: &str) {
 }
 
 /// The queries that are answered in a second, as many as can be; none may be lost.
-fn rate(port: u16, questions: &Path, seconds: &str) -> f64 {
-    let told = dnsperf(port, questions, &["-l", seconds, "-c", "4", "-q", "100"]);
+fn rate(port: u16, questions: &Path, arguments: &[&str]) -> f64 {
+    let told = dnsperf(port, questions, arguments);
     let lost = after(&told, "Queries lost:");
     assert!(lost.starts_with('0'), "queries were lost: {lost}");
     after(&told, "Queries per second:").parse().expect("dnsperf's rate")

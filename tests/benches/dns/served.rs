@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use lb_userspace::catalog::Demand;
-use lb_userspace::config::{Config, DnsConfig};
+use lb_userspace::config::{Config, DnsConfig, Forward};
 use lb_userspace::dns;
 use lb_userspace::table::{Ports, Protocols, Service, Table, Watch};
 use tokio::sync::watch;
@@ -33,14 +33,24 @@ pub struct Scratch {
 }
 
 impl Scratch {
+    /// Questions for names that the servers know, and dnsmasq's file of them.
     pub fn new(n_names: u32) -> Scratch {
+        Scratch::below("service", n_names)
+    }
+
+    /// Questions for names that they forward.
+    pub fn of_others(n_names: u32) -> Scratch {
+        Scratch::below("example", n_names)
+    }
+
+    fn below(domain: &str, n_names: u32) -> Scratch {
         let dir = std::env::temp_dir().join(format!("nohop-bench-{}", std::process::id()));
         std::fs::create_dir_all(&dir).expect("a folder for files");
         let (questions, hosts) = (dir.join("questions"), dir.join("hosts"));
         let (mut asked, mut known) = (String::new(), String::new());
         for idx in 0..n_names {
-            let _ = writeln!(asked, "{}.service A", name(idx));
-            let _ = writeln!(known, "{} {}.service", vip(idx), name(idx));
+            let _ = writeln!(asked, "{}.{domain} A", name(idx));
+            let _ = writeln!(known, "{} {}.{domain}", vip(idx), name(idx));
         }
         std::fs::write(&questions, asked).expect("the questions are written");
         std::fs::write(&hosts, known).expect("the hosts file is written");
@@ -61,10 +71,12 @@ pub struct Nohop {
 }
 
 impl Nohop {
-    pub fn start(n_names: u32) -> Nohop {
+    /// A server of so many names, which forwards others to this port.
+    pub fn start(n_names: u32, upstream: Option<u16>) -> Nohop {
         let this = std::env::current_exe().expect("this program's path");
         let mut process = on_first_core(&this.to_string_lossy())
             .args([SERVE, &n_names.to_string()])
+            .args(upstream.map(|port| port.to_string()))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -97,8 +109,25 @@ pub struct Dnsmasq {
 
 impl Dnsmasq {
     pub fn start(scratch: &Scratch) -> Dnsmasq {
+        let hosts = format!("--addn-hosts={}", scratch.hosts.display());
+        let own = ["--local=/service/", "--cache-size=10000", "--local-ttl=30", &hosts];
+        Dnsmasq::with(on_first_core("dnsmasq"), &own)
+    }
+
+    /// One that asks another at this port, and keeps no answer either.
+    pub fn forwarding(upstream: u16) -> Dnsmasq {
+        let server = format!("--server=127.0.0.1#{upstream}");
+        let own = [&server, "--cache-size=0", "--dns-forward-max=10000"];
+        Dnsmasq::with(on_first_core("dnsmasq"), &own)
+    }
+
+    /// One that is asked by the others, wherever there is a core.
+    pub fn upstream() -> Dnsmasq {
+        Dnsmasq::with(Command::new("dnsmasq"), &["--address=/example/192.0.2.7"])
+    }
+
+    fn with(mut dnsmasq: Command, own: &[&str]) -> Dnsmasq {
         let port = free_port();
-        let mut dnsmasq = on_first_core("dnsmasq");
         dnsmasq.args([
             "--keep-in-foreground",
             "--conf-file=/dev/null",
@@ -107,12 +136,8 @@ impl Dnsmasq {
             "--bind-interfaces",
             "--no-resolv",
             "--no-hosts",
-            "--local=/service/",
-            "--cache-size=10000",
-            "--local-ttl=30",
         ]);
-        dnsmasq.arg(format!("--port={port}"));
-        dnsmasq.arg(format!("--addn-hosts={}", scratch.hosts.display()));
+        dnsmasq.arg(format!("--port={port}")).args(own);
         let process = dnsmasq.spawn().expect("dnsmasq starts");
         let dnsmasq = Dnsmasq { process, port };
         dnsmasq.await_answer();
@@ -166,8 +191,9 @@ fn vip(idx: u32) -> Ipv4Addr {
     Ipv4Addr::from(u32::from(VIP) + idx)
 }
 
-/// Serves `n_names` names and tells the port, until the standard input is closed.
-pub fn serve(n_names: u32) {
+/// Serves `n_names` names and tells the port, until the standard input is closed; other names go to
+/// the port `upstream`.
+pub fn serve(n_names: u32, upstream: Option<u16>) {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -176,7 +202,9 @@ pub fn serve(n_names: u32) {
     runtime.block_on(async {
         let any_port = vec![SocketAddr::from(([127, 0, 0, 1], 0))];
         let config = Config::default();
-        let dns_config = DnsConfig { listen: any_port, ..config.dns };
+        let upstreams = upstream.map(|port| SocketAddr::from(([127, 0, 0, 1], port)));
+        let forward = Forward::Servers(upstreams.into_iter().collect());
+        let dns_config = DnsConfig { listen: any_port, forward, ..config.dns };
         let sockets = dns::bind(&dns_config).await.expect("a socket");
         let port = sockets.addresses()[0].port();
         let (_table, table) = watch::channel(Arc::new(table(n_names)));
