@@ -58,7 +58,7 @@ enum Task {
         #[arg(long)]
         quick: bool,
     },
-    /// Fuzz what reads Consul's answers, the configuration and the static catalog
+    /// Fuzz what reads Consul's answers, the configuration, the static catalog and DNS messages
     Fuzz {
         /// Only this target
         target: Option<String>,

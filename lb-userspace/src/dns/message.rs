@@ -99,6 +99,11 @@ impl<'a> Asked<'a> {
         u16::from_be_bytes([self.bytes[0], self.bytes[1]])
     }
 
+    /// Whether the asker wants others to be asked, too.
+    pub(super) fn recursion_desired(&self) -> bool {
+        self.bytes[2] & 0x01 != 0
+    }
+
     /// The question, as hickory has it.
     pub(super) fn query(&self) -> Result<Query, DecodeError> {
         Query::read(&mut BinDecoder::new(&self.bytes[HEADER_LEN..]))

@@ -507,6 +507,7 @@ pub(super) fn forwarded(
     max_len: usize,
 ) -> Result<Vec<u8>, hickory_proto::ProtoError> {
     message.metadata.id = asked.id();
+    message.metadata.recursion_desired = asked.recursion_desired();
     message.metadata.recursion_available = true;
     message.queries = vec![question.clone()];
     message.edns = message.edns.filter(|_| asked.edns.is_some());
