@@ -222,6 +222,7 @@ impl Daemon {
                     self.builder.set_hosts(hosts);
                     let edition = self.source.catalog.borrow().clone();
                     if let Some(edition) = edition {
+                        let edition = Edition { heard_at: std::time::Instant::now(), ..edition };
                         tokio::task::block_in_place(|| self.take(&edition));
                     }
                 }

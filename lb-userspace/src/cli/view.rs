@@ -134,7 +134,7 @@ impl View for DaemonView {
         let table = self.table.borrow().clone();
         let (health, watches) = (self.health.borrow().clone(), self.stats.watches());
         let stats = &self.stats;
-        let is_attached = self.plane.hooks().attached;
+        let hooks = self.plane.hooks();
         let is_live = |name: &Arc<str>| {
             table.services.get(name).is_some_and(|service| service.watch == Watch::Live)
         };
@@ -150,11 +150,11 @@ impl View for DaemonView {
             COUNTERS.iter().map(|&(name, counter)| (name, self.counters.event(counter))).collect();
         let propagation = self.propagation.lock().unwrap_or_else(PoisonError::into_inner).clone();
         exposition(&Readings {
-            is_ready: table.is_synced() && is_attached,
-            is_attached,
+            is_ready: table.is_synced() && hooks.translate,
+            is_attached: hooks.attached,
             generation: table.generation,
             has_problem: health.problem.is_some(),
-            catalog_age: health.last_answer.map(|at| at.elapsed().as_secs_f64()),
+            catalog_age: catalog_age(&health),
             requests: stats.requests(),
             received_bytes: stats.bytes(),
             shrinks_held: stats.shrinks_held(),
@@ -180,6 +180,12 @@ impl View for DaemonView {
         }
         answered.await.unwrap_or_else(|_| stopping())
     }
+}
+
+/// The age of the catalog, in seconds. A file that can be read is as new as it gets.
+fn catalog_age(health: &Health) -> Option<f64> {
+    let age = health.last_answer?.elapsed().as_secs_f64();
+    Some(if health.source == "file" && !health.is_failing { 0.0 } else { age })
 }
 
 fn watch_status(watches: &Watches) -> api::WatchStatus {
