@@ -223,11 +223,11 @@ impl Daemon {
                     }
                 }
                 Some(request) = self.reloads.recv() => {
-                    let reload = tokio::task::block_in_place(|| self.reload());
+                    let reload = self.reload().await;
                     // Whoever asked may have gone.
                     let _ = request.send(reload);
                 }
-                _ = signals.hangup.recv() => drop(tokio::task::block_in_place(|| self.reload())),
+                _ = signals.hangup.recv() => drop(self.reload().await),
                 Ok(()) = self.source.off.changed() => self.decide_mode(),
                 Ok(()) = self.source.hopeless.changed() => {
                     anyhow::bail!("discovery hung again and again, so another process has to try")
@@ -269,18 +269,19 @@ impl Daemon {
     }
 
     /// Reads the configuration again, and takes over what differs: all of it, or nothing.
-    fn reload(&mut self) -> api::Reload {
-        let reload = self.try_reload().unwrap_or_else(|refused| refused);
+    async fn reload(&mut self) -> api::Reload {
+        let reload = self.try_reload().await.unwrap_or_else(|refused| refused);
         reload::log(&reload);
         reload
     }
 
-    fn try_reload(&mut self) -> Result<api::Reload, api::Reload> {
-        let (config, reload) = reload::plan(&self.config, &self.read)?;
+    async fn try_reload(&mut self) -> Result<api::Reload, api::Reload> {
+        let (config, reload) =
+            tokio::task::block_in_place(|| reload::plan(&self.config, &self.read))?;
         let last = std::mem::replace(&mut self.config, config);
         // A source that can't start keeps everything as it was, so it comes first.
         if (&last.catalog, &last.consul) != (&self.config.catalog, &self.config.consul) {
-            if let Err(error) = self.source.reconfigure(&self.config) {
+            if let Err(error) = self.source.reconfigure(&self.config).await {
                 self.config = last;
                 return Err(reload::refuse([error]));
             }
@@ -295,7 +296,8 @@ impl Daemon {
             self.builder.set_ports(&self.config.vip.ports);
             let edition = self.source.catalog.borrow().clone();
             if let Some(edition) = edition {
-                self.take(&Edition { heard_at: std::time::Instant::now(), ..edition });
+                let edition = Edition { heard_at: std::time::Instant::now(), ..edition };
+                tokio::task::block_in_place(|| self.take(&edition));
             }
         }
         Ok(reload)
@@ -358,8 +360,7 @@ impl Daemon {
     /// Takes the parts down, and the kernel side where the configuration wants that.
     async fn stop(self) {
         self.admin.abort();
-        drop(self.source);
-        self.dns.stop().await;
+        tokio::join!(self.source.stop(), self.dns.stop());
         // The view may be alive in a request that is being answered, so the plane is taken apart
         // in place.
         let scope = self.scope.display();

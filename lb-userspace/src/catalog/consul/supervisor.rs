@@ -16,7 +16,7 @@ use super::model::{Heard, Model, Node, Subject};
 use super::schedule::{Job, Rules, Schedule, Turn, is_shrink};
 use super::tracker::Tracker;
 use super::{Settings, Timing};
-use crate::catalog::demand::Wish;
+use crate::catalog::demand::{Wanted, Wish};
 use crate::catalog::memory::Memory;
 use crate::catalog::{Output, Watches, cache};
 
@@ -87,6 +87,8 @@ pub struct Supervisor {
     saved: Instant,
     is_unsaved: bool,
     saving: Option<task::JoinHandle<()>>,
+    /// Those who wait for all of it to be written.
+    leaving: Vec<oneshot::Sender<()>>,
 }
 
 impl Supervisor {
@@ -133,6 +135,7 @@ impl Supervisor {
             saved: now,
             is_unsaved: false,
             saving: None,
+            leaving: Vec::new(),
         };
         for name in std::mem::take(&mut this.settings.in_use) {
             this.schedule.used(name, now);
@@ -448,8 +451,15 @@ impl Supervisor {
         }
     }
 
-    /// Hears that a name is in use.
     fn hear(&mut self, wish: Wish) {
+        match wish {
+            Wish::Service(wanted) => self.want(wanted),
+            Wish::Leave(done) => self.leaving.push(done),
+        }
+    }
+
+    /// Hears that a name is in use.
+    fn want(&mut self, wish: Wanted) {
         let now = Instant::now();
         let known = self.schedule.names();
         let name = known.get(&wish.name).or_else(|| self.folded.get(&*wish.name)).cloned();
@@ -484,7 +494,7 @@ impl Supervisor {
         }
     }
 
-    fn wait(&mut self, name: Arc<str>, wish: Wish) {
+    fn wait(&mut self, name: Arc<str>, wish: Wanted) {
         let n_waiting: usize = self.waiting.values().map(Vec::len).sum();
         if let (Some(done), true) = (wish.done, n_waiting < MAX_WAITING) {
             let waiting = self.waiting.entry(name).or_default();
@@ -617,11 +627,25 @@ impl Supervisor {
 
     /// Leaves what the next life begins with, and has it written.
     fn save(&mut self, now: Instant) {
+        let leaving = std::mem::take(&mut self.leaving);
+        if !leaving.is_empty() && self.model.has_names() {
+            let former = self.saving.take();
+            return self.write(now, former, leaving);
+        }
         let since = now.saturating_duration_since(self.saved);
         let is_due = since >= SAVE_TIMES || self.is_unsaved && since >= self.timing().save;
-        if !is_due || !self.can_save() {
-            return;
+        if is_due && self.can_save() {
+            self.write(now, None, Vec::new());
         }
+    }
+
+    /// Has all of it written once a `former` write has ended, and tells those who wait for it.
+    fn write(
+        &mut self,
+        now: Instant,
+        former: Option<task::JoinHandle<()>>,
+        waiting: Vec<oneshot::Sender<()>>,
+    ) {
         (self.saved, self.is_unsaved) = (now, false);
         let mut memory = self.model.memory();
         memory.origin = self.settings.origin();
@@ -632,12 +656,20 @@ impl Supervisor {
         }
         let memory = Arc::new(memory);
         self.output.remember(memory.clone());
-        if let Some(path) = self.settings.cache.clone() {
-            self.saving = Some(task::spawn_blocking(move || {
-                if let Err(error) = cache::write(&path, &memory) {
-                    tracing::error!("{error}; until it is mended, a restart needs Consul");
-                }
-            }));
-        }
+        let Some(path) = self.settings.cache.clone() else { return };
+        let write = move || {
+            if let Err(error) = cache::write(&path, &memory) {
+                tracing::error!("{error}; until it is mended, a restart needs Consul");
+            }
+        };
+        self.saving = Some(task::spawn(async move {
+            if let Some(former) = former {
+                let _ = former.await;
+            }
+            let _ = task::spawn_blocking(write).await;
+            for waits in waiting {
+                let _ = waits.send(());
+            }
+        }));
     }
 }

@@ -464,6 +464,23 @@ async fn what_was_known_serves_a_new_daemon_while_consul_is_down() {
 }
 
 #[tokio::test]
+async fn a_clean_stop_leaves_what_was_known_a_moment_ago() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join(cache::FILE_NAME);
+    let (fake, mut handle) = cold().await;
+    // Left to itself it writes nothing in the time of this test.
+    let timing = Timing { save: LIMIT, ..timing() };
+    let settings = settings(config(fake.address), WatchPolicy::Used, timing);
+    follow_in(&mut handle, Settings { cache: Some(path.clone()), ..settings });
+    shows(&mut handle, |catalog| names(catalog) == ["db", "web"]).await;
+    assert!(handle.demand.look_up("web").await);
+    handle.stop().await;
+    let left = cache::read(&path, LIMIT).unwrap();
+    assert!(left.services["web"].used_at.is_some());
+    assert_eq!(left.services["web"].instances.len(), 1);
+}
+
+#[tokio::test]
 async fn another_configuration_loses_nothing_on_the_way() {
     let (fake, mut handle) = cold().await;
     shows(&mut handle, |catalog| names(catalog) == ["db", "web"]).await;
