@@ -65,6 +65,8 @@ struct Entry {
     /// Whether Consul has answered since it is live.
     is_followed: bool,
     answered_at: Option<Instant>,
+    /// The bytes of the last answer.
+    n_bytes: Option<usize>,
     /// Whether it has been in a catalog that was taken.
     is_shown: bool,
     held: Held,
@@ -271,14 +273,20 @@ impl Model {
         }
     }
 
-    /// The instances of services that are live.
-    pub fn n_live_instances(&self) -> usize {
+    /// Notes the bytes of an answer about a service.
+    pub fn set_size(&mut self, name: &str, n_bytes: usize) {
+        if let Some(entry) = self.services.get_mut(name) {
+            entry.n_bytes = Some(n_bytes);
+        }
+    }
+
+    /// The bytes of an answer about a live service, in the mean of their last ones.
+    pub fn mean_size(&self) -> f64 {
         let live = self.services.values().filter(|entry| entry.is_live);
-        live.map(|entry| match &entry.known {
-            Known::Service { instances, .. } => instances.len(),
-            Known::Pending | Known::NoService => 0,
-        })
-        .sum()
+        let (n, n_bytes) = live
+            .filter_map(|entry| entry.n_bytes)
+            .fold((0_u32, 0), |(n, sum), n_bytes| (n + 1, sum + n_bytes));
+        n_bytes as f64 / f64::from(n.max(1))
     }
 
     /// Gives up waiting for live services that haven't answered, so that the others can be published.

@@ -13,6 +13,7 @@ use super::backoff::Backoff;
 use super::client::Client;
 use super::index::{Ask, Verdict};
 use super::model::{Heard, Model, Node, Subject};
+use super::off;
 use super::schedule::{Job, Rules, Schedule, Turn, is_shrink};
 use super::tracker::Tracker;
 use super::{Settings, Timing};
@@ -35,13 +36,20 @@ const SAVE_TIMES: Duration = Duration::from_secs(60);
 /// Those who wait for a name, at most; more are told nothing.
 const MAX_WAITING: usize = 4096;
 
-/// The bytes of an instance with two checks, by reckoning from what Consul 1.8.7 says.
-const INSTANCE_BYTES: u64 = 1000;
+/// How often one of the questions that Consul may hold for long gives way, once watches take turns:
+/// all of them at once would be a burst for Consul.
+const YIELDING: Duration = Duration::from_millis(250);
 
 /// A question under way.
 struct UnderWay {
     purpose: Purpose,
     is_held: bool,
+}
+
+/// A question that Consul may hold.
+struct HeldQuestion {
+    handle: AbortHandle,
+    wait: Duration,
 }
 
 #[derive(Clone, Debug)]
@@ -60,15 +68,17 @@ pub struct Supervisor {
     tasks: JoinSet<Asked>,
     under_way: HashMap<task::Id, UnderWay>,
     /// The questions about services that Consul may hold.
-    held: BTreeMap<Arc<str>, AbortHandle>,
+    held: BTreeMap<Arc<str>, HeldQuestion>,
+    /// When the next of them may give way.
+    yields_at: Instant,
     names: Tracker,
     has_failed: bool,
-    names_bytes: u64,
+    /// The bytes of the list of names when it was last read.
+    names_bytes: usize,
     switch: Tracker,
     is_off: bool,
     agent_backoff: Backoff,
     schedule: Schedule,
-    was_short: bool,
     model: Model,
     /// The names of the list; empty before it came.
     listed: BTreeSet<Arc<str>>,
@@ -112,6 +122,7 @@ impl Supervisor {
             tasks: JoinSet::new(),
             under_way: HashMap::new(),
             held: BTreeMap::new(),
+            yields_at: now,
             names: Tracker::new(now),
             has_failed: false,
             names_bytes: 0,
@@ -119,7 +130,6 @@ impl Supervisor {
             is_off: false,
             agent_backoff: Backoff::default(),
             schedule: Schedule::new(rules, now),
-            was_short: false,
             model: Model::default(),
             listed: BTreeSet::new(),
             unlisted: BTreeSet::new(),
@@ -204,7 +214,8 @@ impl Supervisor {
         while let Some(Turn { job, ask, wait, is_held }) = self.schedule.next(now) {
             let about = match &job {
                 Job::Agent => About::Agent,
-                Job::Service(name, _) | Job::Lookup(name) => About::Service(name.clone()),
+                Job::Service(name, _) => About::Service(name.clone()),
+                Job::Lookup(name) => About::Lookup(name.clone()),
             };
             self.start(Purpose::Turn(job), about, ask, wait, is_held);
         }
@@ -220,7 +231,7 @@ impl Supervisor {
         let handle = self.tasks.spawn(async move { ask(&client, &about, how, &catalog).await });
         self.under_way.insert(handle.id(), UnderWay { purpose, is_held });
         if let Some(name) = name {
-            self.held.insert(name, handle);
+            self.held.insert(name, HeldQuestion { handle, wait });
         }
     }
 
@@ -237,6 +248,7 @@ impl Supervisor {
                 at.push(self.started + self.timing().patience);
             }
         }
+        at.extend(self.held_too_long().map(|_| self.yields_at));
         if self.is_unsaved && self.can_save() {
             at.push(self.saved + self.timing().save);
         }
@@ -288,7 +300,7 @@ impl Supervisor {
 
     fn take_names(&mut self, asked: Asked, now: Instant) {
         let problem = match asked {
-            Ok(Answer { index, said: Said::Names(names, n_bytes), .. }) => {
+            Ok(Answer { index, said: Said::Names(names), n_bytes, .. }) => {
                 let is_sure = self.names.ask() == Ask::Consistently;
                 let verdict = self.names.answered(index, now, fastrand::f64());
                 let n_kept = names.iter().filter(|name| self.listed.contains(*name)).count();
@@ -319,14 +331,15 @@ impl Supervisor {
     }
 
     fn set_names(&mut self, names: BTreeSet<Arc<str>>) {
-        let folded = names.iter().filter(|name| name.chars().any(char::is_uppercase));
+        self.unlisted.retain(|name| !names.contains(name));
+        let folded = names.iter().chain(&self.unlisted);
+        let folded = folded.filter(|name| name.chars().any(char::is_uppercase));
         self.folded = folded.map(|name| (name.to_lowercase(), name.clone())).collect();
         for (folded, name) in &self.folded {
             if let Some(at) = self.schedule.used_at(folded) {
                 self.schedule.used(name.clone(), at);
             }
         }
-        self.unlisted.retain(|name| !names.contains(name));
         self.listed.clone_from(&names);
         let all: BTreeSet<_> = names.into_iter().chain(self.unlisted.iter().cloned()).collect();
         self.model.set_names(&all);
@@ -347,14 +360,17 @@ impl Supervisor {
                     self.is_unsaved = true;
                 }
                 self.output.set_off(is_off);
+                self.output.set_fact(off::PATH, None);
                 None
             }
             Ok(_) => return,
             Err(Failure { problem, is_denied }) => {
                 self.switch.failed(now, fastrand::f64());
                 if is_denied {
-                    // Whoever gives no right to the key doesn't use it.
-                    tracing::debug!("the key nohop/off can't be watched: {problem}");
+                    // Whoever gives no right to the key doesn't use it, but should know that.
+                    let fact = "Consul's key nohop/off can't switch this node, since the token may \
+                                not read it: it needs key:read for nohop/off";
+                    self.output.set_fact(off::PATH, Some(fact.into()));
                     self.switch.hold_until(now + DENIED_PAUSE);
                 }
                 (!is_denied).then_some(problem)
@@ -399,7 +415,8 @@ impl Supervisor {
         let doubt = self.timing().doubt;
         let Some(tracker) = self.schedule.tracker(&name, stint) else { return };
         let problem = match asked {
-            Ok(Answer { index, said: Said::Service(heard), .. }) => {
+            Ok(Answer { index, said: Said::Service(heard), n_bytes, .. }) => {
+                self.model.set_size(&name, n_bytes);
                 let is_sure = tracker.ask() == Ask::Consistently;
                 match tracker.answered(index, now, fastrand::f64()) {
                     Verdict::Apply if !is_sure && self.model.is_shrink(&name, &heard) => {
@@ -437,15 +454,18 @@ impl Supervisor {
 
     fn take_lookup(&mut self, name: Arc<str>, asked: Asked, now: Instant) {
         match asked {
-            Ok(Answer { said: Said::Service(heard), .. }) => {
-                if heard.instances.is_none_or(|instances| instances.is_empty()) {
-                    self.absent.note(name.clone(), now);
-                    self.tell(&name, false);
-                } else if !self.listed.contains(&name) {
-                    self.unlisted.insert(name.clone());
+            Ok(Answer { said: Said::Lookup(None), .. }) => {
+                self.absent.note(name.clone(), now);
+                self.tell(&name, false);
+            }
+            Ok(Answer { said: Said::Lookup(Some(registered)), .. }) => {
+                let waiting = self.waiting.remove(&name).unwrap_or_default();
+                self.waiting.entry(registered.clone()).or_default().extend(waiting);
+                if !self.listed.contains(&registered) {
+                    self.unlisted.insert(registered.clone());
                     self.set_names(self.listed.clone());
-                    self.schedule.used(name, now);
                 }
+                self.schedule.used(registered, now);
             }
             _ => drop(self.waiting.remove(&name)),
         }
@@ -473,6 +493,10 @@ impl Supervisor {
         if !self.model.has_names() {
             // It counts once the names are there.
             self.schedule.used(wish.name, now);
+            return;
+        }
+        if self.model.is_failing() {
+            // What was known last is all there is to say, and is said at once.
             return;
         }
         if self.waiting.contains_key(&wish.name) {
@@ -558,7 +582,7 @@ impl Supervisor {
         for name in &shift.ended {
             self.model.set_live(name, false);
             if let Some(question) = self.held.remove(name) {
-                question.abort();
+                question.handle.abort();
             }
         }
         let n_unlisted = self.unlisted.len();
@@ -570,11 +594,11 @@ impl Supervisor {
             self.model.set_live(name, true);
         }
         self.is_unsaved |= !shift.started.is_empty() || !shift.ended.is_empty();
-        self.share_connections();
+        self.share_connections(now);
     }
 
     /// Lets watches take turns once there are more of them than connections.
-    fn share_connections(&mut self) {
+    fn share_connections(&mut self, now: Instant) {
         let is_short = self.schedule.is_short();
         let (n_live, n_shared) = (self.schedule.n_live(), self.schedule.n_shared());
         let turn = self.timing().turn;
@@ -587,14 +611,22 @@ impl Supervisor {
                  limits.http_max_conns_per_client (200 by default) with it"
             )
         });
-        if is_short && !std::mem::replace(&mut self.was_short, is_short) {
-            // Those that Consul may hold for long give way.
-            for question in std::mem::take(&mut self.held).into_values() {
-                question.abort();
-            }
+        if self.yields_at <= now
+            && let Some(name) = self.held_too_long().cloned()
+            && let Some(question) = self.held.remove(&name)
+        {
+            question.handle.abort();
+            self.yields_at = now + YIELDING;
         }
-        self.was_short = is_short;
         self.model.set_problem(Subject::Connections, problem);
+    }
+
+    /// A service whose question Consul may hold for longer than its turn.
+    fn held_too_long(&self) -> Option<&Arc<str>> {
+        let turn = self.timing().turn;
+        let mut held = self.held.iter().filter(|(_, question)| question.wait > turn);
+        let (name, _) = held.next().filter(|_| self.schedule.is_short())?;
+        Some(name)
     }
 
     fn watches(&self, now: Instant) -> Watches {
@@ -606,8 +638,7 @@ impl Supervisor {
             true => n_shared as f64 * an_hour(timing.turn),
         };
         let n_names = an_hour(timing.names);
-        let n_instances = self.model.n_live_instances() as f64;
-        let n_bytes_a_read = n_instances * INSTANCE_BYTES as f64 / n_live.max(1) as f64;
+        let n_bytes = n_names * self.names_bytes as f64 + n_reads * self.model.mean_size();
         Watches {
             live: n_live,
             cold: self.schedule.names().len().saturating_sub(n_live),
@@ -615,7 +646,7 @@ impl Supervisor {
             max_connections: self.settings.consul.max_connections,
             oldest_age: self.schedule.oldest_age(now, self.started),
             budget_requests: (n_names + an_hour(timing.wait) + n_reads) as u64,
-            budget_bytes: (n_names * self.names_bytes as f64 + n_reads * n_bytes_a_read) as u64,
+            budget_bytes: n_bytes as u64,
         }
     }
 
