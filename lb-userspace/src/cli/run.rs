@@ -39,6 +39,10 @@ const ROUTE_TICK: Duration = Duration::from_secs(10);
 /// How often the source is told which services were dialled.
 const USAGE_TICK: Duration = Duration::from_secs(60);
 
+/// How often names that couldn't have an address are tried again: addresses come free a day after
+/// they were given up.
+const REJECTED_TICK: Duration = Duration::from_secs(60 * 60);
+
 /// The reloads that may wait for their turn.
 const MAX_RELOADS: usize = 8;
 
@@ -204,6 +208,7 @@ impl Daemon {
         let mut proof_tick = ticks(PROOF_TICK, PROOF_TICK);
         let mut route_tick = ticks(ROUTE_TICK, Duration::ZERO);
         let mut usage_tick = ticks(USAGE_TICK, USAGE_TICK);
+        let mut rejected_tick = ticks(REJECTED_TICK, REJECTED_TICK);
         loop {
             tokio::select! {
                 _ = signals.term.recv() => return Ok(()),
@@ -217,10 +222,7 @@ impl Daemon {
                 }
                 hosts = self.resolver.changed() => {
                     self.builder.set_hosts(hosts);
-                    let edition = self.source.catalog.borrow().clone();
-                    if let Some(edition) = edition {
-                        tokio::task::block_in_place(|| self.take(&edition));
-                    }
+                    tokio::task::block_in_place(|| self.take_again());
                 }
                 Some(request) = self.reloads.recv() => {
                     let reload = self.reload().await;
@@ -239,6 +241,11 @@ impl Daemon {
                 }
                 _ = route_tick.tick() => self.keep_unreachable().await,
                 _ = usage_tick.tick() => self.tell_usage(),
+                _ = rejected_tick.tick() => {
+                    if !self.table.borrow().rejected.is_empty() {
+                        tokio::task::block_in_place(|| self.take_again());
+                    }
+                }
             }
         }
     }
@@ -268,6 +275,14 @@ impl Daemon {
         self.generation.send_replace(generation);
     }
 
+    /// Leads the last catalog through once more, since something beside it has changed just now.
+    fn take_again(&mut self) {
+        let edition = self.source.catalog.borrow().clone();
+        if let Some(edition) = edition {
+            self.take(&Edition { heard_at: std::time::Instant::now(), ..edition });
+        }
+    }
+
     /// Reads the configuration again, and takes over what differs: all of it, or nothing.
     async fn reload(&mut self) -> api::Reload {
         let reload = self.try_reload().await.unwrap_or_else(|refused| refused);
@@ -294,11 +309,7 @@ impl Daemon {
         self.decide_mode();
         if last.vip.ports != self.config.vip.ports {
             self.builder.set_ports(&self.config.vip.ports);
-            let edition = self.source.catalog.borrow().clone();
-            if let Some(edition) = edition {
-                let edition = Edition { heard_at: std::time::Instant::now(), ..edition };
-                tokio::task::block_in_place(|| self.take(&edition));
-            }
+            tokio::task::block_in_place(|| self.take_again());
         }
         Ok(reload)
     }
