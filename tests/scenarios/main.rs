@@ -31,6 +31,7 @@ mod port_reused;
 mod ports_from_meta;
 mod postgres;
 mod refuses_to_start;
+mod reloaded_between_consuls;
 mod reloaded_live;
 mod restarted_without_consul;
 mod servers;
@@ -53,7 +54,7 @@ use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
 type Story = fn() -> Result<()>;
 
-const STORIES: [(&str, Story); 38] = [
+const STORIES: [(&str, Story); 39] = [
     ("acls", acls::story),
     ("agent_cut_off", agent_cut_off::story),
     ("all_critical_refuses_and_recovers", all_critical_refuses_and_recovers::story),
@@ -79,6 +80,7 @@ const STORIES: [(&str, Story); 38] = [
     ("port_reused", port_reused::story),
     ("ports_from_meta", ports_from_meta::story),
     ("refuses_to_start", refuses_to_start::story),
+    ("reloaded_between_consuls", reloaded_between_consuls::story),
     ("reloaded_live", reloaded_live::story),
     ("restarted_without_consul", restarted_without_consul::story),
     ("services_never_mix", services_never_mix::story),
