@@ -1,5 +1,9 @@
 //! Brings the questions, the schedule and the model together.
 
+mod names;
+mod saving;
+mod switch;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -7,34 +11,24 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::{self, AbortHandle, JoinError, JoinSet};
 
-use super::absent::{Absent, Decision};
+use super::absent::Absent;
 use super::ask::{About, Answer, Failure, How, Said, ask};
 use super::backoff::Backoff;
 use super::client::Client;
 use super::index::{Ask, Verdict};
 use super::model::{Heard, Model, Node, Subject};
-use super::off;
-use super::schedule::{Job, Rules, Schedule, Turn, is_shrink};
+use super::schedule::{Job, Rules, Schedule, Turn};
 use super::tracker::Tracker;
 use super::{Settings, Timing};
-use crate::catalog::demand::{Wanted, Wish};
+use crate::catalog::demand::Wish;
 use crate::catalog::memory::Memory;
-use crate::catalog::{Output, Watches, cache};
+use crate::catalog::{Output, Watches};
 
 /// How often a token that may not read the agent's name, or the switch, is tried again.
 const DENIED_PAUSE: Duration = Duration::from_secs(60);
 
-/// The least time between two reads of the switch.
-const SWITCH_PAUSE: Duration = Duration::from_secs(1);
-
 /// How often what has grown old is looked for.
 const TIDY: Duration = Duration::from_secs(10);
-
-/// How often the times of answers and uses are written, where nothing else has changed.
-const SAVE_TIMES: Duration = Duration::from_secs(60);
-
-/// Those who wait for a name, at most; more are told nothing.
-const MAX_WAITING: usize = 4096;
 
 /// How often one of the questions that Consul may hold for long gives way, once watches take turns:
 /// all of them at once would be a burst for Consul.
@@ -298,87 +292,6 @@ impl Supervisor {
         }
     }
 
-    fn take_names(&mut self, asked: Asked, now: Instant) {
-        let problem = match asked {
-            Ok(Answer { index, said: Said::Names(names), n_bytes, .. }) => {
-                let is_sure = self.names.ask() == Ask::Consistently;
-                let verdict = self.names.answered(index, now, fastrand::f64());
-                let n_kept = names.iter().filter(|name| self.listed.contains(*name)).count();
-                let is_doubtful =
-                    verdict == Verdict::Apply && !is_sure && is_shrink(self.listed.len(), n_kept);
-                match verdict {
-                    Verdict::Apply if is_doubtful => {
-                        self.output.stats().count_shrink_held();
-                        self.names.doubt(now, self.timing().doubt.mul_f64(fastrand::f64()));
-                    }
-                    Verdict::Apply => self.set_names(names),
-                    Verdict::Unchanged | Verdict::Confirm => {}
-                }
-                if !is_doubtful && verdict != Verdict::Confirm {
-                    let jitter = 1.0 + fastrand::f64() / 5.0;
-                    self.names.hold_until(now + self.timing().names.mul_f64(jitter));
-                }
-                self.names_bytes = n_bytes;
-                None
-            }
-            Ok(_) => return,
-            Err(failure) => {
-                self.names.failed(now, fastrand::f64());
-                Some(failure.problem)
-            }
-        };
-        self.note(Subject::Names, problem, now);
-    }
-
-    fn set_names(&mut self, names: BTreeSet<Arc<str>>) {
-        self.unlisted.retain(|name| !names.contains(name));
-        let folded = names.iter().chain(&self.unlisted);
-        let folded = folded.filter(|name| name.chars().any(char::is_uppercase));
-        self.folded = folded.map(|name| (name.to_lowercase(), name.clone())).collect();
-        for (folded, name) in &self.folded {
-            if let Some(at) = self.schedule.used_at(folded) {
-                self.schedule.used(name.clone(), at);
-            }
-        }
-        self.listed.clone_from(&names);
-        let all: BTreeSet<_> = names.into_iter().chain(self.unlisted.iter().cloned()).collect();
-        self.model.set_names(&all);
-        self.schedule.set_names(all);
-        if self.give_up_at.is_none() {
-            self.give_up_at = Some(Instant::now() + self.timing().stragglers);
-        }
-    }
-
-    fn take_switch(&mut self, asked: Asked, now: Instant) {
-        let problem = match asked {
-            Ok(Answer { index, said: Said::Switch(is_off), .. }) => {
-                self.switch.answered(index, now, fastrand::f64());
-                self.switch.hold_until(now + SWITCH_PAUSE);
-                if std::mem::replace(&mut self.is_off, is_off) != is_off {
-                    let what = if is_off { "off" } else { "on again" };
-                    tracing::warn!("Consul's key nohop/off switches translation {what}");
-                    self.is_unsaved = true;
-                }
-                self.output.set_off(is_off);
-                self.output.set_fact(off::PATH, None);
-                None
-            }
-            Ok(_) => return,
-            Err(Failure { problem, is_denied }) => {
-                self.switch.failed(now, fastrand::f64());
-                if is_denied {
-                    // Whoever gives no right to the key doesn't use it, but should know that.
-                    let fact = "Consul's key nohop/off can't switch this node, since the token may \
-                                not read it: it needs key:read for nohop/off";
-                    self.output.set_fact(off::PATH, Some(fact.into()));
-                    self.switch.hold_until(now + DENIED_PAUSE);
-                }
-                (!is_denied).then_some(problem)
-            }
-        };
-        self.note(Subject::Switch, problem, now);
-    }
-
     /// Notes how one of the questions fares that are asked all the time.
     fn note(&mut self, subject: Subject, problem: Option<String>, now: Instant) {
         if problem.is_some() {
@@ -452,84 +365,10 @@ impl Supervisor {
         self.model.set_service(name, heard, now);
     }
 
-    fn take_lookup(&mut self, name: Arc<str>, asked: Asked, now: Instant) {
-        match asked {
-            Ok(Answer { said: Said::Lookup(None), .. }) => {
-                self.absent.note(name.clone(), now);
-                self.tell(&name, false);
-            }
-            Ok(Answer { said: Said::Lookup(Some(registered)), .. }) => {
-                let waiting = self.waiting.remove(&name).unwrap_or_default();
-                self.waiting.entry(registered.clone()).or_default().extend(waiting);
-                if !self.listed.contains(&registered) {
-                    self.unlisted.insert(registered.clone());
-                    self.set_names(self.listed.clone());
-                }
-                self.schedule.used(registered, now);
-            }
-            _ => drop(self.waiting.remove(&name)),
-        }
-    }
-
     fn hear(&mut self, wish: Wish) {
         match wish {
             Wish::Service(wanted) => self.want(wanted),
             Wish::Leave(done) => self.leaving.push(done),
-        }
-    }
-
-    /// Hears that a name is in use.
-    fn want(&mut self, wish: Wanted) {
-        let now = Instant::now();
-        let known = self.schedule.names();
-        let name = known.get(&wish.name).or_else(|| self.folded.get(&*wish.name)).cloned();
-        if let Some(name) = name {
-            self.schedule.used(name.clone(), now);
-            if wish.done.is_some() && !self.model.is_failing() {
-                self.wait(name, wish);
-            }
-            return;
-        }
-        if !self.model.has_names() {
-            // It counts once the names are there.
-            self.schedule.used(wish.name, now);
-            return;
-        }
-        if self.model.is_failing() {
-            // What was known last is all there is to say, and is said at once.
-            return;
-        }
-        if self.waiting.contains_key(&wish.name) {
-            return self.wait(wish.name.clone(), wish);
-        }
-        match self.absent.decide(&wish.name, now) {
-            Decision::Absent => {
-                if let Some(done) = wish.done {
-                    let _ = done.send(false);
-                }
-            }
-            Decision::TooMany => {}
-            Decision::LookUp => {
-                if self.schedule.look_up(wish.name.clone()) {
-                    self.waiting.entry(wish.name.clone()).or_default();
-                    self.wait(wish.name.clone(), wish);
-                }
-            }
-        }
-    }
-
-    fn wait(&mut self, name: Arc<str>, wish: Wanted) {
-        let n_waiting: usize = self.waiting.values().map(Vec::len).sum();
-        if let (Some(done), true) = (wish.done, n_waiting < MAX_WAITING) {
-            let waiting = self.waiting.entry(name).or_default();
-            waiting.retain(|done| !done.is_closed());
-            waiting.push(done);
-        }
-    }
-
-    fn tell(&mut self, name: &str, exists: bool) {
-        for done in self.waiting.remove(name).into_iter().flatten() {
-            let _ = done.send(exists);
         }
     }
 
@@ -648,59 +487,5 @@ impl Supervisor {
             budget_requests: (n_names + an_hour(timing.wait) + n_reads) as u64,
             budget_bytes: n_bytes as u64,
         }
-    }
-
-    /// Whether there is more to leave than an earlier life left, and nothing is being written.
-    fn can_save(&self) -> bool {
-        let is_saving = self.saving.as_ref().is_some_and(|saving| !saving.is_finished());
-        self.model.has_names() && !is_saving
-    }
-
-    /// Leaves what the next life begins with, and has it written.
-    fn save(&mut self, now: Instant) {
-        let leaving = std::mem::take(&mut self.leaving);
-        if !leaving.is_empty() && self.model.has_names() {
-            let former = self.saving.take();
-            return self.write(now, former, leaving);
-        }
-        let since = now.saturating_duration_since(self.saved);
-        let is_due = since >= SAVE_TIMES || self.is_unsaved && since >= self.timing().save;
-        if is_due && self.can_save() {
-            self.write(now, None, Vec::new());
-        }
-    }
-
-    /// Has all of it written once a `former` write has ended, and tells those who wait for it.
-    fn write(
-        &mut self,
-        now: Instant,
-        former: Option<task::JoinHandle<()>>,
-        waiting: Vec<oneshot::Sender<()>>,
-    ) {
-        (self.saved, self.is_unsaved) = (now, false);
-        let mut memory = self.model.memory();
-        memory.origin = self.settings.origin();
-        memory.off = self.is_off;
-        memory.names_at = self.names.answered_at();
-        for (name, remembered) in &mut memory.services {
-            remembered.used_at = self.schedule.used_at(name);
-        }
-        let memory = Arc::new(memory);
-        self.output.remember(memory.clone());
-        let Some(path) = self.settings.cache.clone() else { return };
-        let write = move || {
-            if let Err(error) = cache::write(&path, &memory) {
-                tracing::error!("{error}; until it is mended, a restart needs Consul");
-            }
-        };
-        self.saving = Some(task::spawn(async move {
-            if let Some(former) = former {
-                let _ = former.await;
-            }
-            let _ = task::spawn_blocking(write).await;
-            for waits in waiting {
-                let _ = waits.send(());
-            }
-        }));
     }
 }
