@@ -53,6 +53,8 @@ pub fn story() -> Result<()> {
         load.wait_until_second(1)?;
         let answer = servers.nodes.dig("@127.0.0.1 +noall +comments hidden.service")?;
         ensure!(answer.contains("NXDOMAIN"), "{answer}");
+        let facts = servers.nohop.status()?["catalog"]["facts"].to_string();
+        ensure!(facts.contains("key:read"), "{facts}");
 
         // Revoked.
         let server = &servers.servers[0];

@@ -32,6 +32,7 @@ mod port_reused;
 mod ports_from_meta;
 mod postgres;
 mod refuses_to_start;
+mod reloaded_between_consuls;
 mod reloaded_live;
 mod resolvers;
 mod restarted_without_consul;
@@ -55,14 +56,14 @@ use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
 type Story = fn() -> Result<()>;
 
-const STORIES: [(&str, Story); 43] = [
+const STORIES: [(&str, Story); 44] = [
     ("acls", acls::story),
     ("agent_cut_off", agent_cut_off::story),
     ("all_critical_refuses_and_recovers", all_critical_refuses_and_recovers::story),
     ("bad_records", bad_records::story),
     ("chosen_instances", chosen_instances::story),
-    ("consul_killed_and_restarted", consul_killed_and_restarted::story),
     ("consul_as_resolver", resolvers::consul),
+    ("consul_killed_and_restarted", consul_killed_and_restarted::story),
     ("container_namespace", container_namespace::story),
     ("critical_backend_leaves", critical_backend_leaves::story),
     ("curl_by_name", curl_by_name::story),
@@ -84,6 +85,7 @@ const STORIES: [(&str, Story); 43] = [
     ("port_reused", port_reused::story),
     ("ports_from_meta", ports_from_meta::story),
     ("refuses_to_start", refuses_to_start::story),
+    ("reloaded_between_consuls", reloaded_between_consuls::story),
     ("reloaded_live", reloaded_live::story),
     ("resolvers_in_a_circle", resolvers::circle),
     ("restarted_without_consul", restarted_without_consul::story),

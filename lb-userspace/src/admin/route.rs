@@ -48,6 +48,8 @@ pub(super) struct Wait {
 pub(super) enum RouteError {
     #[error("only {0} is answered here")]
     Method(Method),
+    #[error("over TCP nothing can be changed: use the unix socket, or SIGHUP")]
+    ReadOnly,
     #[error("no such path. What there is:\n{ROUTES}")]
     Path,
     #[error("{name}: '{value}' is wrong; {mend}")]

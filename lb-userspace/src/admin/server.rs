@@ -77,11 +77,11 @@ async fn accept<V: View>(listener: Listener, view: Arc<V>, slots: Arc<Semaphore>
         let accepted = match &listener {
             Listener::Unix(listener, _) => {
                 let stream = listener.accept().await;
-                stream.map(|(stream, _)| spawn(&mut connections, stream, &view, &slots))
+                stream.map(|(stream, _)| spawn(&mut connections, stream, true, &view, &slots))
             }
             Listener::Tcp(listener) => {
                 let stream = listener.accept().await;
-                stream.map(|(stream, _)| spawn(&mut connections, stream, &view, &slots))
+                stream.map(|(stream, _)| spawn(&mut connections, stream, false, &view, &slots))
             }
         };
         if let Err(error) = accepted {
@@ -95,6 +95,7 @@ async fn accept<V: View>(listener: Listener, view: Arc<V>, slots: Arc<Semaphore>
 fn spawn<V: View>(
     connections: &mut JoinSet<()>,
     mut stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    may_change: bool,
     view: &Arc<V>,
     slots: &Arc<Semaphore>,
 ) {
@@ -111,7 +112,7 @@ fn spawn<V: View>(
         let _slot = slot;
         let service = service_fn(|request: Request<Incoming>| {
             let view = Arc::clone(&view);
-            async move { Ok::<_, Infallible>(answer(&request, view).await) }
+            async move { Ok::<_, Infallible>(answer(&request, may_change, view).await) }
         });
         let served = http1::Builder::new()
             .timer(TokioTimer::new())
@@ -124,12 +125,21 @@ fn spawn<V: View>(
     });
 }
 
-async fn answer<V: View>(request: &Request<Incoming>, view: Arc<V>) -> Response<Full<Bytes>> {
+/// Answers a request of somebody who may, or may not, change anything. Who may use the unix socket
+/// its file's rights say; TCP is for whoever can reach it, a web page in a browser too.
+async fn answer<V: View>(
+    request: &Request<Incoming>,
+    may_change: bool,
+    view: Arc<V>,
+) -> Response<Full<Bytes>> {
     let uri = request.uri();
     let (route, wait) = match route(request.method(), uri.path(), uri.query()) {
         Ok(asked) => asked,
         Err(error) => return refusal(&error),
     };
+    if route == Route::Reload && !may_change {
+        return refusal(&RouteError::ReadOnly);
+    }
     if route == Route::Reload {
         let reload = view.reload().await;
         let generation = *view.generation().borrow();
@@ -193,6 +203,7 @@ fn show<V: View>(route: Route, generation: u64, view: &V) -> Response<Full<Bytes
 fn refusal(error: &RouteError) -> Response<Full<Bytes>> {
     let status = match error {
         RouteError::Method(_) => StatusCode::METHOD_NOT_ALLOWED,
+        RouteError::ReadOnly => StatusCode::FORBIDDEN,
         RouteError::Path => StatusCode::NOT_FOUND,
         RouteError::Query { .. } => StatusCode::BAD_REQUEST,
     };
@@ -361,6 +372,21 @@ mod tests {
             assert_eq!(answer.status.as_u16(), status, "{method} {path}: {body}");
             assert!(body.contains(fragment), "{method} {path}: {body}");
         }
+    }
+
+    #[tokio::test]
+    async fn who_comes_by_tcp_changes_nothing() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let view = Arc::new(Fake(watch::Sender::new(1)));
+        let server = tokio::spawn(serve(vec![Listener::Tcp(listener)], view));
+        for (method, path, status) in [("GET", "/v1/status", 200), ("POST", "/v1/reload", 403)] {
+            let stream = tokio::net::TcpStream::connect(address).await.unwrap();
+            let request = Request::builder().method(method).uri(path);
+            let answer = http::exchange(stream, request).await.unwrap();
+            assert_eq!(answer.status.as_u16(), status, "{method} {path}");
+        }
+        server.abort();
     }
 
     #[tokio::test]

@@ -1,4 +1,5 @@
-//! Who uses which service: what DNS and the kernel say, and a source acts on.
+//! What a source is told: who uses which service, which DNS and the kernel know, and that its end is
+//! near.
 
 use std::sync::{Arc, PoisonError, RwLock};
 
@@ -15,8 +16,17 @@ pub struct Demand(Arc<RwLock<Option<mpsc::Sender<Wish>>>>);
 
 /// What somebody wants.
 #[derive(Debug)]
-pub struct Wish {
-    /// The name of a service, in lower case; perhaps there is none of that name.
+pub enum Wish {
+    /// A service.
+    Service(Wanted),
+    /// That the source leaves what the next one begins with; told once that is written.
+    Leave(oneshot::Sender<()>),
+}
+
+/// A service that somebody wants.
+#[derive(Debug)]
+pub struct Wanted {
+    /// Its name, in lower case; perhaps there is none of that name.
     pub name: Arc<str>,
     /// Told once the source has looked it up: whether there is such a service, which is in the
     /// catalog then. Dropped where it can't know.
@@ -39,7 +49,7 @@ impl Demand {
     /// Notes that the service `name`, in lower case, is in use: it becomes live, or stays so.
     pub fn used(&self, name: &str) {
         if let Some(wishes) = self.wishes() {
-            let _ = wishes.try_send(Wish { name: name.into(), done: None });
+            let _ = wishes.try_send(Wish::Service(Wanted { name: name.into(), done: None }));
         }
     }
 
@@ -48,8 +58,18 @@ impl Demand {
     pub async fn look_up(&self, name: &str) -> bool {
         let Some(wishes) = self.wishes() else { return false };
         let (done, looked_up) = oneshot::channel();
-        let sent = wishes.try_send(Wish { name: name.into(), done: Some(done) });
-        sent.is_ok() && looked_up.await.unwrap_or(false)
+        let wanted = Wanted { name: name.into(), done: Some(done) };
+        wishes.try_send(Wish::Service(wanted)).is_ok() && looked_up.await.unwrap_or(false)
+    }
+
+    /// Waits until the source has left what the next one begins with, or can't. The caller sets the
+    /// limit.
+    pub(super) async fn leave(&self) {
+        let Some(wishes) = self.wishes() else { return };
+        let (done, left) = oneshot::channel();
+        if wishes.try_send(Wish::Leave(done)).is_ok() {
+            let _ = left.await;
+        }
     }
 
     fn wishes(&self) -> Option<mpsc::Sender<Wish>> {

@@ -17,7 +17,7 @@ mod supervise;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -29,6 +29,10 @@ pub use stats::{Stats, Watches};
 
 use output::Output;
 use supervise::{Ageing, Limits, Source as Life};
+
+/// How long a source may take to leave what the next one begins with: a clean stop takes less than a
+/// second in all.
+const LEAVING: Duration = Duration::from_millis(300);
 
 /// All that a source knows: the instances of each routed service, by the service's name.
 ///
@@ -137,10 +141,24 @@ impl Handle {
     ///
     /// # Errors
     /// As [`check`]; then the former source goes on as if nothing had been.
-    pub fn reconfigure(&mut self, config: &Config) -> Result<(), CatalogError> {
+    pub async fn reconfigure(&mut self, config: &Config) -> Result<(), CatalogError> {
         check(config)?;
+        self.leave().await;
         self.keep(config, Vec::new(), true);
         Ok(())
+    }
+
+    /// Ends the source, which leaves first what the next daemon begins with.
+    pub async fn stop(self) {
+        self.leave().await;
+    }
+
+    async fn leave(&self) {
+        if tokio::time::timeout(LEAVING, self.demand.leave()).await.is_err() {
+            tracing::warn!(
+                "discovery is too busy to write down what it knew: a moment of it is lost"
+            );
+        }
     }
 
     fn of(output: Output) -> Handle {

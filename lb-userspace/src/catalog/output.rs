@@ -1,5 +1,6 @@
 //! Where a source puts what it knows.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -36,6 +37,7 @@ struct State {
     /// Whether the catalog is too old to serve.
     is_refused: bool,
     problems: Problems,
+    facts: BTreeMap<&'static str, String>,
     memory: Option<Arc<Memory>>,
 }
 
@@ -71,9 +73,12 @@ impl Output {
     pub fn next_life(&self, source: &'static str) -> Output {
         let mut state = self.state();
         state.life += 1;
-        self.shared
-            .health
-            .send_if_modified(|health| std::mem::replace(&mut health.source, source) != source);
+        // It finds out for itself.
+        state.facts.clear();
+        self.shared.health.send_if_modified(|health| {
+            health.facts.clear();
+            std::mem::replace(&mut health.source, source) != source
+        });
         Output { shared: self.shared.clone(), life: state.life }
     }
 
@@ -128,11 +133,15 @@ impl Output {
         }
     }
 
-    /// Says what should be known and is no problem; the log hears of what is new.
-    pub fn set_facts(&self, facts: Vec<String>) {
-        if self.living().is_none() {
-            return;
-        }
+    /// Says what should be known of `subject` and is no problem, or that there is nothing to know;
+    /// the log hears of what is new.
+    pub fn set_fact(&self, subject: &'static str, fact: Option<String>) {
+        let Some(mut state) = self.living() else { return };
+        match fact {
+            Some(fact) => state.facts.insert(subject, fact),
+            None => state.facts.remove(subject),
+        };
+        let facts: Vec<String> = state.facts.values().cloned().collect();
         self.shared.health.send_if_modified(|health| {
             for fact in facts.iter().filter(|fact| !health.facts.contains(fact)) {
                 tracing::info!(source = health.source, "{fact}");
@@ -296,6 +305,22 @@ mod tests {
             output.set_problem(None, false);
             assert_eq!((serves(), health.borrow().problem.clone()), (true, None));
         }
+    }
+
+    #[test]
+    fn facts_stand_beside_each_other_until_another_life_finds_its_own() {
+        let output = Output::new("consul");
+        let (_, health, _) = output.subscribe();
+        let facts = || health.borrow().facts.clone();
+        output.set_fact("names", Some("few".into()));
+        output.set_fact("off", Some("denied".into()));
+        assert_eq!(facts(), ["few", "denied"]);
+        output.set_fact("names", None);
+        assert_eq!(facts(), ["denied"]);
+        let second = output.next_life("file");
+        output.set_fact("off", Some("late".into()));
+        second.set_fact("names", None);
+        assert!(facts().is_empty());
     }
 
     #[test]

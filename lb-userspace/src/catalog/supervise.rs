@@ -238,14 +238,16 @@ mod tests {
 
     #[tokio::test]
     async fn a_life_that_panics_or_loops_is_followed_by_another() {
-        for (fails, alarm) in [(panics as fn(&AtomicU32), None), (loops, Some("hung"))] {
+        // A panic may take its time, where it tells the log how it came to be.
+        let patient = Limits { n_silent: 3000, ..limits() };
+        let table = [(panics as fn(&AtomicU32), patient, None), (loops, limits(), Some("hung"))];
+        for (fails, limits, alarm) in table {
             let (source, n_lives) = failing(1, fails);
             let output = Output::new("file");
             let (mut catalog, health, _) = output.subscribe();
             let (hopeless, _) = watch::channel(false);
             let demand = Demand::default();
-            let keeper =
-                tokio::spawn(keep("file", source, output, demand, None, limits(), hopeless));
+            let keeper = tokio::spawn(keep("file", source, output, demand, None, limits, hopeless));
             catalog.wait_for(Option::is_some).await.unwrap();
             assert!(n_lives.load(Ordering::Relaxed) >= 2);
             let problem = health.borrow().problem.clone();

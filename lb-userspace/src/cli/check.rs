@@ -76,7 +76,7 @@ pub fn check(config: Result<Config, ConfigErrors>, admin: Option<&str>) -> Repor
     for &address in &config.dns.listen {
         checks.push(finding("DNS port", true, dns_port(address, daemon.as_ref().ok())));
     }
-    let (found, warning) = source(&config);
+    let (found, warning, facts) = source(&config);
     checks.push(finding("catalog", true, found));
     if let Some(warning) = warning {
         let mend = "it routes all the same; see what it says".to_owned();
@@ -84,6 +84,10 @@ pub fn check(config: Result<Config, ConfigErrors>, admin: Option<&str>) -> Repor
     }
     let through = through_resolver(admin, daemon.as_ref().ok());
     checks.push(finding("lookups of this machine", false, through));
+    for fact in facts {
+        let mend = "nothing, where that is meant".to_owned();
+        checks.push(finding("catalog fact", false, Err((fact, mend))));
+    }
     checks.push(finding(
         "daemon",
         false,
@@ -321,8 +325,8 @@ fn through_resolver(admin: Option<&str>, daemon: Option<&api::Status>) -> Found 
 const SOURCE_LIMIT: std::time::Duration = std::time::Duration::from_secs(5);
 
 /// Asks the source as the daemon does, so that what it would meet is what is said here. What is
-/// wrong and keeps nothing from working comes second.
-fn source(config: &Config) -> (Found, Option<String>) {
+/// wrong and keeps nothing from working comes second, and then what should be known besides.
+fn source(config: &Config) -> (Found, Option<String>, Vec<String>) {
     let mend = match &config.catalog.source {
         Source::Consul => "see that the agent runs, and consul.address and the token",
         Source::File(_) => "correct the file",
@@ -338,13 +342,16 @@ fn source(config: &Config) -> (Found, Option<String>) {
         // Should neither come in time, that is said below.
         let _ = tokio::time::timeout(SOURCE_LIMIT, answered).await;
         let n_services = source.catalog.borrow().as_ref().map(|e| e.catalog.len());
-        Ok((n_services, source.health.borrow().problem.clone()))
+        let health = source.health.borrow().clone();
+        Ok((n_services, health.problem, health.facts))
     });
-    let wrong = |detail| (wrong(detail, mend), None);
+    let wrong = |detail| (wrong(detail, mend), None, Vec::new());
     match asked.flatten() {
-        Ok((Some(n_services), warning)) => (Ok(format!("{n_services} services to route")), warning),
-        Ok((None, Some(problem))) => wrong(problem),
-        Ok((None, None)) => wrong("no answer within 5 s".to_owned()),
+        Ok((Some(n_services), warning, facts)) => {
+            (Ok(format!("{n_services} services to route")), warning, facts)
+        }
+        Ok((None, Some(problem), _)) => wrong(problem),
+        Ok((None, None, _)) => wrong("no answer within 5 s".to_owned()),
         Err(error) => wrong(error),
     }
 }

@@ -39,6 +39,10 @@ const ROUTE_TICK: Duration = Duration::from_secs(10);
 /// How often the source is told which services were dialled.
 const USAGE_TICK: Duration = Duration::from_secs(60);
 
+/// How often names that couldn't have an address are tried again: addresses come free a day after
+/// they were given up.
+const REJECTED_TICK: Duration = Duration::from_secs(60 * 60);
+
 /// The reloads that may wait for their turn.
 const MAX_RELOADS: usize = 8;
 
@@ -207,6 +211,7 @@ impl Daemon {
         let mut proof_tick = ticks(PROOF_TICK, PROOF_TICK);
         let mut route_tick = ticks(ROUTE_TICK, Duration::ZERO);
         let mut usage_tick = ticks(USAGE_TICK, USAGE_TICK);
+        let mut rejected_tick = ticks(REJECTED_TICK, REJECTED_TICK);
         loop {
             tokio::select! {
                 _ = signals.term.recv() => return Ok(()),
@@ -220,18 +225,14 @@ impl Daemon {
                 }
                 hosts = self.resolver.changed() => {
                     self.builder.set_hosts(hosts);
-                    let edition = self.source.catalog.borrow().clone();
-                    if let Some(edition) = edition {
-                        let edition = Edition { heard_at: std::time::Instant::now(), ..edition };
-                        tokio::task::block_in_place(|| self.take(&edition));
-                    }
+                    tokio::task::block_in_place(|| self.take_again());
                 }
                 Some(request) = self.reloads.recv() => {
-                    let reload = tokio::task::block_in_place(|| self.reload());
+                    let reload = self.reload().await;
                     // Whoever asked may have gone.
                     let _ = request.send(reload);
                 }
-                _ = signals.hangup.recv() => drop(tokio::task::block_in_place(|| self.reload())),
+                _ = signals.hangup.recv() => drop(self.reload().await),
                 Ok(()) = self.source.off.changed() => self.decide_mode(),
                 Ok(()) = self.source.hopeless.changed() => {
                     anyhow::bail!("discovery hung again and again, so another process has to try")
@@ -243,6 +244,11 @@ impl Daemon {
                 }
                 _ = route_tick.tick() => self.keep_unreachable().await,
                 _ = usage_tick.tick() => self.tell_usage(),
+                _ = rejected_tick.tick() => {
+                    if !self.table.borrow().rejected.is_empty() {
+                        tokio::task::block_in_place(|| self.take_again());
+                    }
+                }
             }
         }
     }
@@ -272,19 +278,28 @@ impl Daemon {
         self.generation.send_replace(generation);
     }
 
+    /// Leads the last catalog through once more, since something beside it has changed just now.
+    fn take_again(&mut self) {
+        let edition = self.source.catalog.borrow().clone();
+        if let Some(edition) = edition {
+            self.take(&Edition { heard_at: std::time::Instant::now(), ..edition });
+        }
+    }
+
     /// Reads the configuration again, and takes over what differs: all of it, or nothing.
-    fn reload(&mut self) -> api::Reload {
-        let reload = self.try_reload().unwrap_or_else(|refused| refused);
+    async fn reload(&mut self) -> api::Reload {
+        let reload = self.try_reload().await.unwrap_or_else(|refused| refused);
         reload::log(&reload);
         reload
     }
 
-    fn try_reload(&mut self) -> Result<api::Reload, api::Reload> {
-        let (config, reload) = reload::plan(&self.config, &self.read)?;
+    async fn try_reload(&mut self) -> Result<api::Reload, api::Reload> {
+        let (config, reload) =
+            tokio::task::block_in_place(|| reload::plan(&self.config, &self.read))?;
         let last = std::mem::replace(&mut self.config, config);
         // A source that can't start keeps everything as it was, so it comes first.
         if (&last.catalog, &last.consul) != (&self.config.catalog, &self.config.consul) {
-            if let Err(error) = self.source.reconfigure(&self.config) {
+            if let Err(error) = self.source.reconfigure(&self.config).await {
                 self.config = last;
                 return Err(reload::refuse([error]));
             }
@@ -297,10 +312,7 @@ impl Daemon {
         self.decide_mode();
         if last.vip.ports != self.config.vip.ports {
             self.builder.set_ports(&self.config.vip.ports);
-            let edition = self.source.catalog.borrow().clone();
-            if let Some(edition) = edition {
-                self.take(&Edition { heard_at: std::time::Instant::now(), ..edition });
-            }
+            tokio::task::block_in_place(|| self.take_again());
         }
         Ok(reload)
     }
@@ -362,8 +374,7 @@ impl Daemon {
     /// Takes the parts down, and the kernel side where the configuration wants that.
     async fn stop(self) {
         self.admin.abort();
-        drop(self.source);
-        self.dns.stop().await;
+        tokio::join!(self.source.stop(), self.dns.stop());
         // The view may be alive in a request that is being answered, so the plane is taken apart
         // in place.
         let scope = self.scope.display();

@@ -21,9 +21,21 @@ pub const REST: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Why a name has no address.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error("the VIP pool {pool} has no address left: set a larger vip.pool")]
+#[error("the VIP pool {pool} has no address left{}: set a larger vip.pool", rests(*n_resting, *free_in))]
 pub struct PoolExhausted {
     pool: Ipv4Net,
+    /// The addresses that names gave up less than [`REST`] ago.
+    n_resting: usize,
+    /// When the first of them can go to another name.
+    free_in: Duration,
+}
+
+/// Which addresses rest, to the hour: whoever compares messages sees few changes.
+fn rests(n_resting: usize, free_in: Duration) -> String {
+    match (n_resting, free_in.as_secs().div_ceil(60 * 60)) {
+        (0, _) => String::new(),
+        (n, n_hours) => format!(", {n} rest, and the next comes free within {n_hours} h"),
+    }
 }
 
 /// Why the book can't be read or written.
@@ -263,7 +275,7 @@ impl Vips {
             Some(known) => Entry { released: None, ..known },
             None => {
                 let vip = self.free_v4(name).or_else(|| self.reclaim_v4(now));
-                let vip = vip.ok_or(PoolExhausted { pool: self.pools.v4 })?;
+                let vip = vip.ok_or_else(|| self.exhausted(now))?;
                 Entry { vip, vip6: None, released: None }
             }
         };
@@ -278,6 +290,17 @@ impl Vips {
             }
         }
         Ok(Vip { v4: entry.vip, v6: self.pools.v6.and(entry.vip6) })
+    }
+
+    fn exhausted(&self, now: SystemTime) -> PoolExhausted {
+        let released = self.names.values().filter_map(|entry| entry.released);
+        let free_in =
+            |released| REST.saturating_sub(now.duration_since(released).unwrap_or_default());
+        PoolExhausted {
+            pool: self.pools.v4,
+            n_resting: released.clone().count(),
+            free_in: released.map(free_in).min().unwrap_or_default(),
+        }
     }
 
     /// Notes that `name` is not in use any more. It keeps its addresses unless a pool gets short.
@@ -437,7 +460,8 @@ mod tests {
         vips.release("a", EPOCH);
         assert_eq!(vips.pool_use(EPOCH + REST / 2), PoolUse { used: 1, resting: 1, size: 2 });
         assert_eq!(vips.pool_use(EPOCH + REST).free(), 1);
-        assert!(vips.assign(&name("c"), EPOCH + REST / 2).is_err());
+        let refused = vips.assign(&name("c"), EPOCH + REST / 2).unwrap_err().to_string();
+        assert!(refused.contains("left, 1 rest, and the next comes free within 12 h"), "{refused}");
         assert_eq!(vips.assign(&name("c"), EPOCH + REST), Ok(first));
         assert!(vips.assign(&name("a"), EPOCH + REST).is_err());
     }

@@ -26,19 +26,23 @@ pub enum About {
     Agent,
     /// The instances of the service of this name.
     Service(Arc<str>),
+    /// Whether there is a service of this name.
+    Lookup(Arc<str>),
 }
 
 /// What the answer said, with its index.
 #[derive(Debug)]
 pub enum Said {
-    /// The names that have the tag, and about how many bytes the list of all had.
-    Names(BTreeSet<Arc<str>>, u64),
+    /// The names that have the tag.
+    Names(BTreeSet<Arc<str>>),
     /// Whether nothing is to be translated.
     Switch(bool),
     /// The agent's node.
     Agent(String),
     /// What there is of the service.
     Service(Heard),
+    /// The service's name as it was registered; `None` where there is no such service.
+    Lookup(Option<Arc<str>>),
 }
 
 /// An answer that counts.
@@ -48,6 +52,8 @@ pub struct Answer {
     pub index: Option<u64>,
     /// What it said.
     pub said: Said,
+    /// The bytes of its body.
+    pub n_bytes: usize,
     /// When it was there.
     pub heard_at: Instant,
 }
@@ -92,10 +98,7 @@ pub async fn ask(
 ) -> Result<Answer, Failure> {
     match about {
         About::Names => {
-            let said = |names: Names| {
-                let n_bytes = names.iter().map(size).sum();
-                Said::Names(tagged(names, &rules.tag), n_bytes)
-            };
+            let said = |names| Said::Names(tagged(names, &rules.tag));
             get(client, "/v1/catalog/services".into(), how, said).await
         }
         About::Switch => {
@@ -106,10 +109,17 @@ pub async fn ask(
             get(client, "/v1/agent/self".into(), how, said).await
         }
         About::Service(name) => {
-            let path = format!("/v1/health/service/{}", percent_encode(name));
-            get(client, path, how, |records| Said::Service(heard(records, rules))).await
+            get(client, health(name), how, |records| Said::Service(heard(records, rules))).await
+        }
+        About::Lookup(name) => {
+            let said = |records| Said::Lookup(registered(records, rules, name));
+            get(client, health(name), how, said).await
         }
     }
+}
+
+fn health(name: &str) -> String {
+    format!("/v1/health/service/{}", percent_encode(name))
 }
 
 async fn get<T: DeserializeOwned>(
@@ -125,7 +135,21 @@ async fn get<T: DeserializeOwned>(
         Ask::Now | Ask::Consistently => how.limit,
     };
     let answer = client.get::<T>(&question, limit).await?;
-    Ok(Answer { index: answer.index, said: said(answer.body), heard_at: Instant::now() })
+    Ok(Answer {
+        index: answer.index,
+        said: said(answer.body),
+        n_bytes: answer.n_bytes,
+        heard_at: Instant::now(),
+    })
+}
+
+/// The name of the routed service that was asked for as `asked`, in lower case, as DNS has it.
+fn registered(records: Vec<Record>, rules: &CatalogConfig, asked: &Arc<str>) -> Option<Arc<str>> {
+    let tagged = records.iter().filter(|record| record.has_tag(&rules.tag));
+    let names = tagged.map(Record::service_name);
+    let name = names.filter(|name| name.to_lowercase() == **asked).max().map(Arc::from);
+    let instances = heard(records, rules).instances?;
+    (!instances.is_empty()).then(|| name.unwrap_or_else(|| asked.clone()))
 }
 
 /// A name that none of whose instances has the tag is no routed service's; one without any
@@ -148,12 +172,6 @@ pub(super) fn tagged(names: Names, tag: &str) -> BTreeSet<Arc<str>> {
         .filter(|(_, tags)| tags.iter().flatten().any(|has| has == tag))
         .map(|(name, _)| name)
         .collect()
-}
-
-/// The bytes that an entry of the list has, by reckoning: quotes, colons, brackets and commas too.
-fn size((name, tags): (&Arc<str>, &Option<Vec<String>>)) -> u64 {
-    let tags: usize = tags.iter().flatten().map(|tag| tag.len() + 3).sum();
-    u64::try_from(name.len() + tags + 6).unwrap_or(u64::MAX)
 }
 
 /// The part of `/v1/agent/self` that says which node this is.

@@ -39,6 +39,8 @@ struct Node {
 struct Service {
     #[serde(default, deserialize_with = "or_default")]
     kind: String,
+    #[serde(default, deserialize_with = "or_default")]
+    service: String,
     #[serde(default, rename = "ID", deserialize_with = "or_default")]
     id: String,
     #[serde(default, deserialize_with = "or_default")]
@@ -135,6 +137,11 @@ fn instance(record: Record, rules: &CatalogConfig) -> Instance {
 }
 
 impl Record {
+    /// The service's name as it was registered. Consul finds it whatever the case of the question.
+    pub fn service_name(&self) -> &str {
+        &self.service.service
+    }
+
     /// Whether the instance has the tag.
     pub fn has_tag(&self, tag: &str) -> bool {
         self.service.tags.iter().any(|has| has == tag)

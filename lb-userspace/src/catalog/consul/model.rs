@@ -65,6 +65,8 @@ struct Entry {
     /// Whether Consul has answered since it is live.
     is_followed: bool,
     answered_at: Option<Instant>,
+    /// The bytes of the last answer.
+    n_bytes: Option<usize>,
     /// Whether it has been in a catalog that was taken.
     is_shown: bool,
     held: Held,
@@ -271,14 +273,20 @@ impl Model {
         }
     }
 
-    /// The instances of services that are live.
-    pub fn n_live_instances(&self) -> usize {
+    /// Notes the bytes of an answer about a service.
+    pub fn set_size(&mut self, name: &str, n_bytes: usize) {
+        if let Some(entry) = self.services.get_mut(name) {
+            entry.n_bytes = Some(n_bytes);
+        }
+    }
+
+    /// The bytes of an answer about a live service, in the mean of their last ones.
+    pub fn mean_size(&self) -> f64 {
         let live = self.services.values().filter(|entry| entry.is_live);
-        live.map(|entry| match &entry.known {
-            Known::Service { instances, .. } => instances.len(),
-            Known::Pending | Known::NoService => 0,
-        })
-        .sum()
+        let (n, n_bytes) = live
+            .filter_map(|entry| entry.n_bytes)
+            .fold((0_u32, 0), |(n, sum), n_bytes| (n + 1, sum + n_bytes));
+        n_bytes as f64 / f64::from(n.max(1))
     }
 
     /// Gives up waiting for live services that haven't answered, so that the others can be published.
@@ -412,213 +420,5 @@ impl Known {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::table::Says;
-    use crate::table::Standing;
-
-    fn names(list: &[&str]) -> BTreeSet<Arc<str>> {
-        list.iter().map(|name| Arc::from(*name)).collect()
-    }
-
-    fn instance(node: &str, id: &str) -> Instance {
-        Instance {
-            node: node.into(),
-            id: id.into(),
-            address: "127.0.0.1".into(),
-            port: 80,
-            weight: 1,
-            local: false,
-            standing: Standing::Serving,
-            says: Says::default(),
-        }
-    }
-
-    fn heard(instances: Vec<Instance>) -> Heard {
-        Heard { instances: Some(instances), unchecked: Vec::new() }
-    }
-
-    /// All of these names are live.
-    fn with_names(model: &mut Model, list: &[&str]) {
-        model.set_names(&names(list));
-        list.iter().for_each(|name| model.set_live(name, true));
-    }
-
-    fn set(model: &mut Model, name: &str, instances: Vec<Instance>) {
-        model.set_service(&name.into(), heard(instances), Instant::now());
-    }
-
-    fn synced(services: &[&str]) -> (Model, Catalog) {
-        let mut model = Model::default();
-        model.set_node(Node::Named("n1".into()));
-        with_names(&mut model, services);
-        for name in services {
-            set(&mut model, name, vec![instance("n1", "1")]);
-        }
-        let catalog = model.take().unwrap();
-        (model, catalog)
-    }
-
-    #[test]
-    fn nothing_is_published_before_all_that_is_live_has_answered() {
-        let mut model = Model::default();
-        with_names(&mut model, &["a", "b"]);
-        model.set_names(&names(&["a", "b", "cold"]));
-        assert!(model.take().is_none());
-        set(&mut model, "a", vec![instance("n1", "1")]);
-        model.set_service(&"b".into(), Heard::default(), Instant::now());
-        assert!(model.take().is_none(), "the node's name is missing");
-        model.set_node(Node::Named("n1".into()));
-        let catalog = model.take().unwrap();
-        assert_eq!(catalog.len(), 2, "b is a proxy's name");
-        assert!(catalog["a"].instances[0].local);
-        assert_eq!(catalog["a"].watch, Watch::Live);
-        assert_eq!((catalog["cold"].instances.len(), catalog["cold"].watch), (0, Watch::Cold));
-        assert!(model.take().is_none());
-    }
-
-    #[test]
-    fn an_empty_list_of_names_is_a_catalog() {
-        let mut model = Model::default();
-        model.set_node(Node::Denied);
-        model.set_names(&names(&[]));
-        assert_eq!(model.take(), Some(Catalog::new()));
-    }
-
-    #[test]
-    fn stragglers_are_named_and_join_later() {
-        let mut model = Model::default();
-        model.stop_waiting();
-        assert!(model.take().is_none(), "without names there is nothing to publish");
-        with_names(&mut model, &["a", "b"]);
-        set(&mut model, "a", Vec::new());
-        model.stop_waiting();
-        assert_eq!(model.take().unwrap().len(), 1);
-        assert!(model.problem().unwrap().starts_with("service `b`: Consul hasn't said"));
-        model.set_problem(Subject::Service("b".into()), None);
-        set(&mut model, "b", Vec::new());
-        assert_eq!(model.take().unwrap().len(), 2);
-        assert_eq!(model.problem(), None);
-    }
-
-    #[test]
-    fn what_did_not_change_is_shared_or_not_published_at_all() {
-        let (mut model, first) = synced(&["a", "b"]);
-        model.set_names(&names(&["a", "b"]));
-        model.set_node(Node::Named("n1".into()));
-        set(&mut model, "a", vec![instance("n1", "1")]);
-        assert!(model.take().is_none());
-
-        set(&mut model, "a", vec![instance("n2", "1"), instance("n1", "2")]);
-        let second = model.take().unwrap();
-        assert!(Arc::ptr_eq(&first["b"].instances, &second["b"].instances));
-        assert!(!Arc::ptr_eq(&first["a"].instances, &second["a"].instances));
-        let order: Vec<_> =
-            second["a"].instances.iter().map(|i| (&*i.node, &*i.id, i.local)).collect();
-        assert_eq!(order, [("n1", "2", true), ("n2", "1", false)]);
-    }
-
-    #[test]
-    fn a_name_that_goes_takes_its_service_along() {
-        let (mut model, _) = synced(&["a", "b"]);
-        model.set_names(&names(&["b"]));
-        assert!(model.take().unwrap().keys().eq(&[Arc::from("b")]));
-        set(&mut model, "a", vec![instance("n1", "1")]);
-        model.set_problem(Subject::Service("a".into()), Some("late".into()));
-        assert!(model.take().is_none());
-        assert_eq!(model.problem(), None);
-    }
-
-    #[test]
-    fn a_service_that_goes_cold_keeps_its_instances_until_they_are_old() {
-        let (mut model, first) = synced(&["a", "b"]);
-        let (now, max_age) = (Instant::now(), Duration::from_secs(60));
-        model.set_live("a", false);
-        let second = model.take().unwrap();
-        assert_eq!((second["a"].watch, second["b"].watch), (Watch::Cold, Watch::Live));
-        assert!(Arc::ptr_eq(&first["a"].instances, &second["a"].instances));
-        assert_eq!(model.exists("a"), None);
-
-        model.forget(now + max_age / 2, max_age);
-        assert!(model.take().is_none());
-        model.forget(now + max_age * 2, max_age);
-        let third = model.take().unwrap();
-        assert_eq!((third["a"].instances.len(), third["b"].instances.len()), (0, 1));
-
-        model.set_live("a", true);
-        assert!(model.take().is_none(), "nothing is known of it yet");
-        set(&mut model, "a", vec![instance("n1", "1")]);
-        assert_eq!(
-            (model.take().unwrap()["a"].watch, model.exists("a")),
-            (Watch::Live, Some(true))
-        );
-    }
-
-    #[test]
-    fn memory_serves_until_the_answers_come() {
-        let (model, first) = synced(&["a", "b"]);
-        let mut next = Model::default();
-        next.seed(&model.memory());
-        assert!(next.take().is_none(), "Consul has the first word");
-        next.serve_memory();
-        let served = next.take().unwrap();
-        assert_eq!(served["a"].instances, first["a"].instances);
-        assert_eq!(served["a"].watch, Watch::Cold);
-        assert!(next.is_shrink("a", &heard(Vec::new())));
-        with_names(&mut next, &["a"]);
-        set(&mut next, "a", vec![instance("n1", "1")]);
-        assert_eq!(next.take().unwrap()["a"].watch, Watch::Live);
-    }
-
-    #[test]
-    fn an_instance_without_its_checks_serves_after_a_moment() {
-        let (mut model, _) = synced(&["a"]);
-        let now = Instant::now();
-        let both = vec![instance("n1", "1"), instance("n1", "2")];
-        let heard = Heard { instances: Some(both), unchecked: vec![("n1".into(), "2".into())] };
-        model.set_service(&"a".into(), heard, now);
-        assert_eq!(n_serving(&model.take().unwrap()["a"].instances), 1);
-        let at = model.next_release().unwrap();
-        model.release(at);
-        assert_eq!(n_serving(&model.take().unwrap()["a"].instances), 2);
-        assert_eq!(model.next_release(), None);
-    }
-
-    #[test]
-    fn a_new_node_name_moves_what_is_local() {
-        let (mut model, _) = synced(&["a"]);
-        model.set_node(Node::Named("n2".into()));
-        assert!(!model.take().unwrap()["a"].instances[0].local);
-    }
-
-    #[test]
-    fn a_node_that_is_known_stays_known() {
-        let mut model = Model::default();
-        with_names(&mut model, &["a"]);
-        model.set_node(Node::Denied);
-        set(&mut model, "a", vec![instance("n1", "1")]);
-        assert!(!model.take().unwrap()["a"].instances[0].local);
-        assert_eq!(model.problem().unwrap(), AGENT_DENIED);
-        model.set_node(Node::Named("n1".into()));
-        assert!(model.take().unwrap()["a"].instances[0].local);
-        model.set_node(Node::Denied);
-        assert!(model.take().is_none(), "an error takes nothing away");
-        assert_eq!((model.problem(), model.is_failing()), (None, false));
-    }
-
-    #[test]
-    fn complaints_are_told_once_and_the_first_three() {
-        let (mut model, _) = synced(&["a", "b", "c", "d", "e"]);
-        for name in ["a", "b"] {
-            model.set_problem(Subject::Service(name.into()), Some("down".into()));
-        }
-        assert_eq!(model.problem().unwrap(), "service `a`: down");
-        model.set_problem(Subject::Names, Some("down".into()));
-        assert_eq!(model.problem().unwrap(), "down");
-        for name in ["c", "d", "e"] {
-            model.set_problem(Subject::Service(name.into()), Some(format!("bad {name}")));
-        }
-        let expected = "down; service `c`: bad c; service `d`: bad d; and 1 more";
-        assert_eq!(model.problem().unwrap(), expected);
-    }
-}
+#[path = "model_tests.rs"]
+mod tests;

@@ -78,6 +78,8 @@ pub struct Schedule {
     /// The last use of names that were used within [`LINGER`].
     used: BTreeMap<Arc<str>, Instant>,
     live: BTreeMap<Arc<str>, Live>,
+    /// Whether all are live, used or not.
+    has_all: bool,
     n_stints: u64,
     agent_due: Option<Instant>,
     lookups: VecDeque<Arc<str>>,
@@ -101,6 +103,7 @@ impl Schedule {
             names: BTreeSet::new(),
             used: BTreeMap::new(),
             live: BTreeMap::new(),
+            has_all: false,
             n_stints: 0,
             agent_due: Some(now),
             lookups: VecDeque::new(),
@@ -139,6 +142,13 @@ impl Schedule {
             WatchPolicy::Auto => self.names.len() <= self.rules.max_connections / 2,
             WatchPolicy::Used => false,
         };
+        if std::mem::replace(&mut self.has_all, all) && !all {
+            // They end as if they had been used until now, so that a number that goes up and down
+            // around the limit takes no service to and fro.
+            for name in self.live.keys().filter(|name| self.names.contains(*name)) {
+                self.used.entry(name.clone()).or_insert(now);
+            }
+        }
         let mut shift = Shift::default();
         let (names, used) = (&self.names, &self.used);
         self.live.retain(|name, _| {
@@ -331,6 +341,23 @@ mod tests {
             schedule.shift(now);
             assert_eq!(schedule.n_live(), n_live, "{policy:?} {n_names} {used_ago:?}");
         }
+    }
+
+    #[test]
+    fn too_many_names_for_all_take_nothing_away_at_once() {
+        let start = Instant::now();
+        let mut schedule = schedule(WatchPolicy::Auto, 10, start);
+        schedule.set_names(names(5));
+        assert_eq!(schedule.shift(start).started.len(), 5);
+        for n_names in [6, 5] {
+            schedule.set_names(names(n_names));
+            assert_eq!(schedule.shift(start), Shift::default(), "{n_names} names");
+        }
+        schedule.set_names(names(8));
+        schedule.shift(start);
+        assert_eq!(schedule.n_live(), 5);
+        schedule.shift(start + LINGER);
+        assert_eq!(schedule.n_live(), 0);
     }
 
     #[test]

@@ -1,5 +1,9 @@
 //! Brings the questions, the schedule and the model together.
 
+mod names;
+mod saving;
+mod switch;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -7,41 +11,39 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::{self, AbortHandle, JoinError, JoinSet};
 
-use super::absent::{Absent, Decision};
+use super::absent::Absent;
 use super::ask::{About, Answer, Failure, How, Said, ask};
 use super::backoff::Backoff;
 use super::client::Client;
 use super::index::{Ask, Verdict};
 use super::model::{Heard, Model, Node, Subject};
-use super::schedule::{Job, Rules, Schedule, Turn, is_shrink};
+use super::schedule::{Job, Rules, Schedule, Turn};
 use super::tracker::Tracker;
 use super::{Settings, Timing};
 use crate::catalog::demand::Wish;
 use crate::catalog::memory::Memory;
-use crate::catalog::{Output, Watches, cache};
+use crate::catalog::{Output, Watches};
 
 /// How often a token that may not read the agent's name, or the switch, is tried again.
 const DENIED_PAUSE: Duration = Duration::from_secs(60);
 
-/// The least time between two reads of the switch.
-const SWITCH_PAUSE: Duration = Duration::from_secs(1);
-
 /// How often what has grown old is looked for.
 const TIDY: Duration = Duration::from_secs(10);
 
-/// How often the times of answers and uses are written, where nothing else has changed.
-const SAVE_TIMES: Duration = Duration::from_secs(60);
-
-/// Those who wait for a name, at most; more are told nothing.
-const MAX_WAITING: usize = 4096;
-
-/// The bytes of an instance with two checks, by reckoning from what Consul 1.8.7 says.
-const INSTANCE_BYTES: u64 = 1000;
+/// How often one of the questions that Consul may hold for long gives way, once watches take turns:
+/// all of them at once would be a burst for Consul.
+const YIELDING: Duration = Duration::from_millis(250);
 
 /// A question under way.
 struct UnderWay {
     purpose: Purpose,
     is_held: bool,
+}
+
+/// A question that Consul may hold.
+struct HeldQuestion {
+    handle: AbortHandle,
+    wait: Duration,
 }
 
 #[derive(Clone, Debug)]
@@ -60,15 +62,17 @@ pub struct Supervisor {
     tasks: JoinSet<Asked>,
     under_way: HashMap<task::Id, UnderWay>,
     /// The questions about services that Consul may hold.
-    held: BTreeMap<Arc<str>, AbortHandle>,
+    held: BTreeMap<Arc<str>, HeldQuestion>,
+    /// When the next of them may give way.
+    yields_at: Instant,
     names: Tracker,
     has_failed: bool,
-    names_bytes: u64,
+    /// The bytes of the list of names when it was last read.
+    names_bytes: usize,
     switch: Tracker,
     is_off: bool,
     agent_backoff: Backoff,
     schedule: Schedule,
-    was_short: bool,
     model: Model,
     /// The names of the list; empty before it came.
     listed: BTreeSet<Arc<str>>,
@@ -87,6 +91,8 @@ pub struct Supervisor {
     saved: Instant,
     is_unsaved: bool,
     saving: Option<task::JoinHandle<()>>,
+    /// Those who wait for all of it to be written.
+    leaving: Vec<oneshot::Sender<()>>,
 }
 
 impl Supervisor {
@@ -112,6 +118,7 @@ impl Supervisor {
             tasks: JoinSet::new(),
             under_way: HashMap::new(),
             held: BTreeMap::new(),
+            yields_at: now,
             names: Tracker::new(now),
             has_failed: false,
             names_bytes: 0,
@@ -119,7 +126,6 @@ impl Supervisor {
             is_off: false,
             agent_backoff: Backoff::default(),
             schedule: Schedule::new(rules, now),
-            was_short: false,
             model: Model::default(),
             listed: BTreeSet::new(),
             unlisted: BTreeSet::new(),
@@ -135,6 +141,7 @@ impl Supervisor {
             saved,
             is_unsaved: false,
             saving: None,
+            leaving: Vec::new(),
         };
         for name in std::mem::take(&mut this.settings.in_use) {
             this.schedule.used(name, now);
@@ -203,7 +210,8 @@ impl Supervisor {
         while let Some(Turn { job, ask, wait, is_held }) = self.schedule.next(now) {
             let about = match &job {
                 Job::Agent => About::Agent,
-                Job::Service(name, _) | Job::Lookup(name) => About::Service(name.clone()),
+                Job::Service(name, _) => About::Service(name.clone()),
+                Job::Lookup(name) => About::Lookup(name.clone()),
             };
             self.start(Purpose::Turn(job), about, ask, wait, is_held);
         }
@@ -219,7 +227,7 @@ impl Supervisor {
         let handle = self.tasks.spawn(async move { ask(&client, &about, how, &catalog).await });
         self.under_way.insert(handle.id(), UnderWay { purpose, is_held });
         if let Some(name) = name {
-            self.held.insert(name, handle);
+            self.held.insert(name, HeldQuestion { handle, wait });
         }
     }
 
@@ -236,6 +244,7 @@ impl Supervisor {
                 at.push(self.started + self.timing().patience);
             }
         }
+        at.extend(self.held_too_long().map(|_| self.yields_at));
         if self.is_unsaved && self.can_save() {
             at.push(self.saved + self.timing().save);
         }
@@ -285,83 +294,6 @@ impl Supervisor {
         }
     }
 
-    fn take_names(&mut self, asked: Asked, now: Instant) {
-        let problem = match asked {
-            Ok(Answer { index, said: Said::Names(names, n_bytes), .. }) => {
-                let is_sure = self.names.ask() == Ask::Consistently;
-                let verdict = self.names.answered(index, now, fastrand::f64());
-                let n_kept = names.iter().filter(|name| self.listed.contains(*name)).count();
-                let is_doubtful =
-                    verdict == Verdict::Apply && !is_sure && is_shrink(self.listed.len(), n_kept);
-                match verdict {
-                    Verdict::Apply if is_doubtful => {
-                        self.output.stats().count_shrink_held();
-                        self.names.doubt(now, self.timing().doubt.mul_f64(fastrand::f64()));
-                    }
-                    Verdict::Apply => self.set_names(names),
-                    Verdict::Unchanged | Verdict::Confirm => {}
-                }
-                if !is_doubtful && verdict != Verdict::Confirm {
-                    let jitter = 1.0 + fastrand::f64() / 5.0;
-                    self.names.hold_until(now + self.timing().names.mul_f64(jitter));
-                }
-                self.names_bytes = n_bytes;
-                None
-            }
-            Ok(_) => return,
-            Err(failure) => {
-                self.names.failed(now, fastrand::f64());
-                Some(failure.problem)
-            }
-        };
-        self.note(Subject::Names, problem, now);
-    }
-
-    fn set_names(&mut self, names: BTreeSet<Arc<str>>) {
-        let folded = names.iter().filter(|name| name.chars().any(char::is_uppercase));
-        self.folded = folded.map(|name| (name.to_lowercase(), name.clone())).collect();
-        for (folded, name) in &self.folded {
-            if let Some(at) = self.schedule.used_at(folded) {
-                self.schedule.used(name.clone(), at);
-            }
-        }
-        self.unlisted.retain(|name| !names.contains(name));
-        self.listed.clone_from(&names);
-        let all: BTreeSet<_> = names.into_iter().chain(self.unlisted.iter().cloned()).collect();
-        self.model.set_names(&all);
-        self.schedule.set_names(all);
-        if self.give_up_at.is_none() {
-            self.give_up_at = Some(Instant::now() + self.timing().stragglers);
-        }
-    }
-
-    fn take_switch(&mut self, asked: Asked, now: Instant) {
-        let problem = match asked {
-            Ok(Answer { index, said: Said::Switch(is_off), .. }) => {
-                self.switch.answered(index, now, fastrand::f64());
-                self.switch.hold_until(now + SWITCH_PAUSE);
-                if std::mem::replace(&mut self.is_off, is_off) != is_off {
-                    let what = if is_off { "off" } else { "on again" };
-                    tracing::warn!("Consul's key nohop/off switches translation {what}");
-                    self.is_unsaved = true;
-                }
-                self.output.set_off(is_off);
-                None
-            }
-            Ok(_) => return,
-            Err(Failure { problem, is_denied }) => {
-                self.switch.failed(now, fastrand::f64());
-                if is_denied {
-                    // Whoever gives no right to the key doesn't use it.
-                    tracing::debug!("the key nohop/off can't be watched: {problem}");
-                    self.switch.hold_until(now + DENIED_PAUSE);
-                }
-                (!is_denied).then_some(problem)
-            }
-        };
-        self.note(Subject::Switch, problem, now);
-    }
-
     /// Notes how one of the questions fares that are asked all the time.
     fn note(&mut self, subject: Subject, problem: Option<String>, now: Instant) {
         if problem.is_some() {
@@ -398,7 +330,8 @@ impl Supervisor {
         let doubt = self.timing().doubt;
         let Some(tracker) = self.schedule.tracker(&name, stint) else { return };
         let problem = match asked {
-            Ok(Answer { index, said: Said::Service(heard), .. }) => {
+            Ok(Answer { index, said: Said::Service(heard), n_bytes, .. }) => {
+                self.model.set_size(&name, n_bytes);
                 let is_sure = tracker.ask() == Ask::Consistently;
                 match tracker.answered(index, now, fastrand::f64()) {
                     Verdict::Apply if !is_sure && self.model.is_shrink(&name, &heard) => {
@@ -434,70 +367,10 @@ impl Supervisor {
         self.model.set_service(name, heard, now);
     }
 
-    fn take_lookup(&mut self, name: Arc<str>, asked: Asked, now: Instant) {
-        match asked {
-            Ok(Answer { said: Said::Service(heard), .. }) => {
-                if heard.instances.is_none_or(|instances| instances.is_empty()) {
-                    self.absent.note(name.clone(), now);
-                    self.tell(&name, false);
-                } else if !self.listed.contains(&name) {
-                    self.unlisted.insert(name.clone());
-                    self.set_names(self.listed.clone());
-                    self.schedule.used(name, now);
-                }
-            }
-            _ => drop(self.waiting.remove(&name)),
-        }
-    }
-
-    /// Hears that a name is in use.
     fn hear(&mut self, wish: Wish) {
-        let now = Instant::now();
-        let known = self.schedule.names();
-        let name = known.get(&wish.name).or_else(|| self.folded.get(&*wish.name)).cloned();
-        if let Some(name) = name {
-            self.schedule.used(name.clone(), now);
-            if wish.done.is_some() && !self.model.is_failing() {
-                self.wait(name, wish);
-            }
-            return;
-        }
-        if !self.model.has_names() {
-            // It counts once the names are there.
-            self.schedule.used(wish.name, now);
-            return;
-        }
-        if self.waiting.contains_key(&wish.name) {
-            return self.wait(wish.name.clone(), wish);
-        }
-        match self.absent.decide(&wish.name, now) {
-            Decision::Absent => {
-                if let Some(done) = wish.done {
-                    let _ = done.send(false);
-                }
-            }
-            Decision::TooMany => {}
-            Decision::LookUp => {
-                if self.schedule.look_up(wish.name.clone()) {
-                    self.waiting.entry(wish.name.clone()).or_default();
-                    self.wait(wish.name.clone(), wish);
-                }
-            }
-        }
-    }
-
-    fn wait(&mut self, name: Arc<str>, wish: Wish) {
-        let n_waiting: usize = self.waiting.values().map(Vec::len).sum();
-        if let (Some(done), true) = (wish.done, n_waiting < MAX_WAITING) {
-            let waiting = self.waiting.entry(name).or_default();
-            waiting.retain(|done| !done.is_closed());
-            waiting.push(done);
-        }
-    }
-
-    fn tell(&mut self, name: &str, exists: bool) {
-        for done in self.waiting.remove(name).into_iter().flatten() {
-            let _ = done.send(exists);
+        match wish {
+            Wish::Service(wanted) => self.want(wanted),
+            Wish::Leave(done) => self.leaving.push(done),
         }
     }
 
@@ -550,7 +423,7 @@ impl Supervisor {
         for name in &shift.ended {
             self.model.set_live(name, false);
             if let Some(question) = self.held.remove(name) {
-                question.abort();
+                question.handle.abort();
             }
         }
         let n_unlisted = self.unlisted.len();
@@ -562,11 +435,11 @@ impl Supervisor {
             self.model.set_live(name, true);
         }
         self.is_unsaved |= !shift.started.is_empty() || !shift.ended.is_empty();
-        self.share_connections();
+        self.share_connections(now);
     }
 
     /// Lets watches take turns once there are more of them than connections.
-    fn share_connections(&mut self) {
+    fn share_connections(&mut self, now: Instant) {
         let is_short = self.schedule.is_short();
         let (n_live, n_shared) = (self.schedule.n_live(), self.schedule.n_shared());
         let turn = self.timing().turn;
@@ -579,14 +452,22 @@ impl Supervisor {
                  limits.http_max_conns_per_client (200 by default) with it"
             )
         });
-        if is_short && !std::mem::replace(&mut self.was_short, is_short) {
-            // Those that Consul may hold for long give way.
-            for question in std::mem::take(&mut self.held).into_values() {
-                question.abort();
-            }
+        if self.yields_at <= now
+            && let Some(name) = self.held_too_long().cloned()
+            && let Some(question) = self.held.remove(&name)
+        {
+            question.handle.abort();
+            self.yields_at = now + YIELDING;
         }
-        self.was_short = is_short;
         self.model.set_problem(Subject::Connections, problem);
+    }
+
+    /// A service whose question Consul may hold for longer than its turn.
+    fn held_too_long(&self) -> Option<&Arc<str>> {
+        let turn = self.timing().turn;
+        let mut held = self.held.iter().filter(|(_, question)| question.wait > turn);
+        let (name, _) = held.next().filter(|_| self.schedule.is_short())?;
+        Some(name)
     }
 
     fn watches(&self, now: Instant) -> Watches {
@@ -598,8 +479,7 @@ impl Supervisor {
             true => n_shared as f64 * an_hour(timing.turn),
         };
         let n_names = an_hour(timing.names);
-        let n_instances = self.model.n_live_instances() as f64;
-        let n_bytes_a_read = n_instances * INSTANCE_BYTES as f64 / n_live.max(1) as f64;
+        let n_bytes = n_names * self.names_bytes as f64 + n_reads * self.model.mean_size();
         Watches {
             live: n_live,
             cold: self.schedule.names().len().saturating_sub(n_live),
@@ -607,39 +487,7 @@ impl Supervisor {
             max_connections: self.settings.consul.max_connections,
             oldest_age: self.schedule.oldest_age(now, self.started),
             budget_requests: (n_names + an_hour(timing.wait) + n_reads) as u64,
-            budget_bytes: (n_names * self.names_bytes as f64 + n_reads * n_bytes_a_read) as u64,
-        }
-    }
-
-    /// Whether there is more to leave than an earlier life left, and nothing is being written.
-    fn can_save(&self) -> bool {
-        let is_saving = self.saving.as_ref().is_some_and(|saving| !saving.is_finished());
-        self.model.has_names() && !is_saving
-    }
-
-    /// Leaves what the next life begins with, and has it written.
-    fn save(&mut self, now: Instant) {
-        let since = now.saturating_duration_since(self.saved);
-        let is_due = since >= SAVE_TIMES || self.is_unsaved && since >= self.timing().save;
-        if !is_due || !self.can_save() {
-            return;
-        }
-        (self.saved, self.is_unsaved) = (now, false);
-        let mut memory = self.model.memory();
-        memory.origin = self.settings.origin();
-        memory.off = self.is_off;
-        memory.names_at = self.names.answered_at();
-        for (name, remembered) in &mut memory.services {
-            remembered.used_at = self.schedule.used_at(name);
-        }
-        let memory = Arc::new(memory);
-        self.output.remember(memory.clone());
-        if let Some(path) = self.settings.cache.clone() {
-            self.saving = Some(task::spawn_blocking(move || {
-                if let Err(error) = cache::write(&path, &memory) {
-                    tracing::error!("{error}; until it is mended, a restart needs Consul");
-                }
-            }));
+            budget_bytes: n_bytes as u64,
         }
     }
 }

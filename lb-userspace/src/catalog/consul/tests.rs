@@ -385,6 +385,41 @@ async fn a_name_out_of_the_list_is_looked_up_and_a_flood_of_them_is_not() {
 }
 
 #[tokio::test]
+async fn a_new_name_with_upper_case_is_one_service_before_the_list_has_it_and_after() {
+    let (fake, mut handle) = cold().await;
+    shows(&mut handle, |catalog| names(catalog) == ["db", "web"]).await;
+    // Consul finds it by either name, and DNS asks in lower case.
+    let mut new = instance("n1", "1", 90);
+    new["Service"]["Service"] = json!("New");
+    for path in [service("new"), service("New")] {
+        fake.set(&path, 30, json!([new]));
+    }
+    assert!(handle.demand.look_up("new").await);
+    let catalog = handle.catalog.borrow().clone().unwrap().catalog;
+    assert_eq!((names(&catalog), ports(&catalog, "New")), (vec!["New", "db", "web"], vec![90]));
+    assert!(handle.demand.look_up("new").await);
+    fake.set_names(11, &["New", "db", "web"]);
+    let asked = format!("{NAMES}?index=11&wait=60000ms");
+    fake.state.subscribe().wait_for(|state| state.asked.contains_key(&asked)).await.unwrap();
+    assert!(Arc::ptr_eq(&catalog, &handle.catalog.borrow().clone().unwrap().catalog));
+}
+
+#[tokio::test]
+async fn an_unknown_name_is_answered_at_once_while_consul_is_down() {
+    let (fake, mut handle, _) = synced().await;
+    for path in [NAMES, off::PATH, AGENT] {
+        fake.break_path(path, Some(Fault::Close));
+    }
+    says(&mut handle, Some("lost")).await;
+    // One that is asked about would have to wait for the time that answers have.
+    fake.break_path(&service("made-up"), Some(Fault::Hang));
+    for _ in 0..100 {
+        assert!(!handle.demand.look_up("made-up").await);
+    }
+    assert_eq!(n_asked_about(&fake, "made-up"), 0);
+}
+
+#[tokio::test]
 async fn a_name_that_nobody_tags_any_more_goes_with_its_own_answer() {
     let (fake, mut handle, _) = synced().await;
     let mut untagged = instance("n1", "web-1", 1);
@@ -427,6 +462,10 @@ async fn the_switch_is_followed_and_keeps_its_place_through_errors() {
     fake.break_path(off::PATH, Some(Fault::Status(404, "")));
     handle.off.wait_for(|off| !*off).await.unwrap();
     says(&mut handle, None).await;
+    fake.break_path(off::PATH, Some(Fault::Status(403, "Permission denied")));
+    let denied = handle.health.wait_for(|health| !health.facts.is_empty());
+    let denied = tokio::time::timeout(LIMIT, denied).await.expect("a fact").unwrap().clone();
+    assert!(denied.facts[0].contains("key:read") && denied.problem.is_none(), "{denied:?}");
 }
 
 #[tokio::test]
@@ -461,6 +500,23 @@ async fn what_was_known_serves_a_new_daemon_while_consul_is_down() {
     fake.break_path(NAMES, None);
     // It was in use, so it is live without anybody's asking.
     shows(&mut second, |catalog| catalog["web"].watch == Watch::Live).await;
+}
+
+#[tokio::test]
+async fn a_clean_stop_leaves_what_was_known_a_moment_ago() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join(cache::FILE_NAME);
+    let (fake, mut handle) = cold().await;
+    // Left to itself it writes nothing in the time of this test.
+    let timing = Timing { save: LIMIT, ..timing() };
+    let settings = settings(config(fake.address), WatchPolicy::Used, timing);
+    follow_in(&mut handle, Settings { cache: Some(path.clone()), ..settings });
+    shows(&mut handle, |catalog| names(catalog) == ["db", "web"]).await;
+    assert!(handle.demand.look_up("web").await);
+    handle.stop().await;
+    let left = cache::read(&path, LIMIT).unwrap();
+    assert!(left.services["web"].used_at.is_some());
+    assert_eq!(left.services["web"].instances.len(), 1);
 }
 
 #[tokio::test]

@@ -66,6 +66,8 @@ pub struct Answer<T> {
     pub index: Option<u64>,
     /// The body.
     pub body: T,
+    /// Its bytes.
+    pub n_bytes: usize,
 }
 
 impl Client {
@@ -134,7 +136,8 @@ impl Client {
         answer::check_leader(&head.headers)?;
         self.tally.note(&question.path, answer::is_filtered(&head.headers));
         let index = answer::index(&head.headers);
-        Ok((head.status, Answer { index, body: answer::parse(&body)? }))
+        let n_bytes = body.len();
+        Ok((head.status, Answer { index, body: answer::parse(&body)?, n_bytes }))
     }
 
     async fn send(

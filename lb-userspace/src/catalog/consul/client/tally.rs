@@ -50,7 +50,7 @@ impl Tally {
             false => filtered.remove(path),
         };
         if is_news {
-            self.output.set_facts(fact(&filtered).into_iter().collect());
+            self.output.set_fact("filtered", fact(&filtered));
         }
     }
 }

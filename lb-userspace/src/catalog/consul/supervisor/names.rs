@@ -1,0 +1,143 @@
+//! The names: those of the list, those that are looked up beside it, and who waits for one.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::super::absent::Decision;
+use super::super::ask::{Answer, Said};
+use super::super::index::{Ask, Verdict};
+use super::super::model::Subject;
+use super::super::schedule::is_shrink;
+use super::{Asked, Supervisor};
+use crate::catalog::demand::Wanted;
+
+/// Those who wait for a name, at most; more are told nothing.
+const MAX_WAITING: usize = 4096;
+
+impl Supervisor {
+    pub(super) fn take_names(&mut self, asked: Asked, now: Instant) {
+        let problem = match asked {
+            Ok(Answer { index, said: Said::Names(names), n_bytes, .. }) => {
+                let is_sure = self.names.ask() == Ask::Consistently;
+                let verdict = self.names.answered(index, now, fastrand::f64());
+                let n_kept = names.iter().filter(|name| self.listed.contains(*name)).count();
+                let is_doubtful =
+                    verdict == Verdict::Apply && !is_sure && is_shrink(self.listed.len(), n_kept);
+                match verdict {
+                    Verdict::Apply if is_doubtful => {
+                        self.output.stats().count_shrink_held();
+                        self.names.doubt(now, self.timing().doubt.mul_f64(fastrand::f64()));
+                    }
+                    Verdict::Apply => self.set_names(names),
+                    Verdict::Unchanged | Verdict::Confirm => {}
+                }
+                if !is_doubtful && verdict != Verdict::Confirm {
+                    let jitter = 1.0 + fastrand::f64() / 5.0;
+                    self.names.hold_until(now + self.timing().names.mul_f64(jitter));
+                }
+                self.names_bytes = n_bytes;
+                None
+            }
+            Ok(_) => return,
+            Err(failure) => {
+                self.names.failed(now, fastrand::f64());
+                Some(failure.problem)
+            }
+        };
+        self.note(Subject::Names, problem, now);
+    }
+
+    pub(super) fn set_names(&mut self, names: BTreeSet<Arc<str>>) {
+        self.unlisted.retain(|name| !names.contains(name));
+        let folded = names.iter().chain(&self.unlisted);
+        let folded = folded.filter(|name| name.chars().any(char::is_uppercase));
+        self.folded = folded.map(|name| (name.to_lowercase(), name.clone())).collect();
+        for (folded, name) in &self.folded {
+            if let Some(at) = self.schedule.used_at(folded) {
+                self.schedule.used(name.clone(), at);
+            }
+        }
+        self.listed.clone_from(&names);
+        let all: BTreeSet<_> = names.into_iter().chain(self.unlisted.iter().cloned()).collect();
+        self.model.set_names(&all);
+        self.schedule.set_names(all);
+        if self.give_up_at.is_none() {
+            self.give_up_at = Some(Instant::now() + self.timing().stragglers);
+        }
+    }
+
+    pub(super) fn take_lookup(&mut self, name: Arc<str>, asked: Asked, now: Instant) {
+        match asked {
+            Ok(Answer { said: Said::Lookup(None), .. }) => {
+                self.absent.note(name.clone(), now);
+                self.tell(&name, false);
+            }
+            Ok(Answer { said: Said::Lookup(Some(registered)), .. }) => {
+                let waiting = self.waiting.remove(&name).unwrap_or_default();
+                self.waiting.entry(registered.clone()).or_default().extend(waiting);
+                if !self.listed.contains(&registered) {
+                    self.unlisted.insert(registered.clone());
+                    self.set_names(self.listed.clone());
+                }
+                self.schedule.used(registered, now);
+            }
+            _ => drop(self.waiting.remove(&name)),
+        }
+    }
+
+    /// Hears that a name is in use.
+    pub(super) fn want(&mut self, wish: Wanted) {
+        let now = Instant::now();
+        let known = self.schedule.names();
+        let name = known.get(&wish.name).or_else(|| self.folded.get(&*wish.name)).cloned();
+        if let Some(name) = name {
+            self.schedule.used(name.clone(), now);
+            if wish.done.is_some() && !self.model.is_failing() {
+                self.wait(name, wish);
+            }
+            return;
+        }
+        if !self.model.has_names() {
+            // It counts once the names are there.
+            self.schedule.used(wish.name, now);
+            return;
+        }
+        if self.model.is_failing() {
+            // What was known last is all there is to say, and is said at once.
+            return;
+        }
+        if self.waiting.contains_key(&wish.name) {
+            return self.wait(wish.name.clone(), wish);
+        }
+        match self.absent.decide(&wish.name, now) {
+            Decision::Absent => {
+                if let Some(done) = wish.done {
+                    let _ = done.send(false);
+                }
+            }
+            Decision::TooMany => {}
+            Decision::LookUp => {
+                if self.schedule.look_up(wish.name.clone()) {
+                    self.waiting.entry(wish.name.clone()).or_default();
+                    self.wait(wish.name.clone(), wish);
+                }
+            }
+        }
+    }
+
+    fn wait(&mut self, name: Arc<str>, wish: Wanted) {
+        let n_waiting: usize = self.waiting.values().map(Vec::len).sum();
+        if let (Some(done), true) = (wish.done, n_waiting < MAX_WAITING) {
+            let waiting = self.waiting.entry(name).or_default();
+            waiting.retain(|done| !done.is_closed());
+            waiting.push(done);
+        }
+    }
+
+    pub(super) fn tell(&mut self, name: &str, exists: bool) {
+        for done in self.waiting.remove(name).into_iter().flatten() {
+            let _ = done.send(exists);
+        }
+    }
+}
