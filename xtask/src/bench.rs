@@ -14,6 +14,8 @@ pub enum Suite {
     Connect,
     /// How long a table takes into the kernel, and how much memory it has there
     Apply,
+    /// How discovery does at size, beside a real Consul
+    Discovery,
 }
 
 /// Runs setup, then the suite.
@@ -26,12 +28,17 @@ pub fn run(suite: Suite, quick: bool) -> Result<()> {
     let bench = match suite {
         Suite::Connect => "connect",
         Suite::Apply => "apply",
+        Suite::Discovery => "discovery",
     };
     let mut cargo = Command::new("cargo");
     cargo.args(["bench", "--package", "lb-tests", "--bench", bench, "--"]);
     cargo.args(quick.then_some("--quick"));
     if matches!(suite, Suite::Connect) {
         cargo.env("NOHOP_MEASURE", compile::measured_object()?);
+    }
+    if matches!(suite, Suite::Discovery) {
+        // The daemon as it ships, and the backends, which it finds beside itself.
+        compile::build(true)?;
     }
     process::stream(cargo.current_dir(crate::root()))
 }

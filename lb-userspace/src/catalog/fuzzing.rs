@@ -24,13 +24,12 @@ pub fn file(bytes: &[u8]) {
 }
 
 /// Makes a table of the services, and looks whether it is one that the plane may have.
-fn tabulate(services: BTreeMap<Arc<str>, Vec<Instance>>) {
+fn tabulate(services: BTreeMap<Arc<str>, impl Into<Arc<[Instance]>>>) {
     let vip = Config::default().vip;
     let mut builder = Builder::new(&vip, Vips::new((&vip).into()));
-    let listing =
-        |instances: Vec<Instance>| Listing { instances: instances.into(), watch: Watch::Live };
-    let catalog: Catalog =
-        services.into_iter().map(|(name, instances)| (name, listing(instances))).collect();
+    let listed = |(name, instances)| (name, Listing { instances, watch: Watch::Live });
+    let services = services.into_iter().map(|(name, instances)| (name, instances.into()));
+    let catalog: Catalog = services.map(listed).collect();
     let next = builder.next(&Table::default(), &catalog, SystemTime::UNIX_EPOCH);
     let table = next.map(|next| next.table).unwrap_or_default();
     assert_eq!(table.services.len() + table.rejected.len(), catalog.len());

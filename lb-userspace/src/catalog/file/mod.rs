@@ -1,5 +1,6 @@
 //! A static catalog as a source: a TOML file, read again whenever it changes.
 
+mod chunks;
 mod follow;
 mod parse;
 
@@ -7,11 +8,17 @@ mod parse;
 pub mod fuzzing {
     //! The text of a catalog, for fuzzers.
 
-    use super::parse;
+    use super::chunks::{Chunks, Services};
+    use super::parse::parse;
 
-    /// The services, or the number of mistakes.
-    pub fn read(text: &str) -> Result<parse::Services, usize> {
-        parse::parse(text).map_err(|mistakes| mistakes.len())
+    /// The services, or the number of mistakes; read part by part it says the same as at once.
+    pub fn read(text: &str) -> Result<Services, usize> {
+        let services = Chunks::default().read(text);
+        let whole = parse(text).map(|services| {
+            services.into_iter().map(|(name, instances)| (name, instances.into())).collect()
+        });
+        assert_eq!(services, whole);
+        services.map_err(|mistakes| mistakes.len())
     }
 }
 
@@ -21,8 +28,9 @@ use std::time::Instant;
 
 use super::{Catalog, Output};
 use crate::table::{Listing, Watch};
+use chunks::{Chunks, Services};
 use follow::Follower;
-use parse::{Mistake, Services};
+use parse::Mistake;
 
 /// Why the file can't be used.
 #[derive(Debug, thiserror::Error)]
@@ -57,7 +65,11 @@ fn list(path: &Path, mistakes: &[Mistake]) -> String {
 /// # Errors
 /// It can't be read, or it has mistakes. Then nothing is published.
 pub fn load(path: &Path, output: &Output) -> Result<(), FileError> {
-    let services = read(path)?;
+    load_anew(path, output, &mut Chunks::default())
+}
+
+fn load_anew(path: &Path, output: &Output, chunks: &mut Chunks) -> Result<(), FileError> {
+    let services = read(path, chunks)?;
     let now = Instant::now();
     output.publish(share(services, output.last().as_deref()), now);
     output.answered(now);
@@ -69,20 +81,21 @@ pub fn load(path: &Path, output: &Output) -> Result<(), FileError> {
 /// # Errors
 /// As [`load`].
 pub fn check(path: &Path) -> Result<(), FileError> {
-    read(path).map(drop)
+    read(path, &mut Chunks::default()).map(drop)
 }
 
-fn read(path: &Path) -> Result<Services, FileError> {
+fn read(path: &Path, chunks: &mut Chunks) -> Result<Services, FileError> {
     let text = std::fs::read_to_string(path)
         .map_err(|source| FileError::Read { path: path.into(), source })?;
-    parse::parse(&text).map_err(|mistakes| FileError::Mistakes { path: path.into(), mistakes })
+    chunks.read(&text).map_err(|mistakes| FileError::Mistakes { path: path.into(), mistakes })
 }
 
 fn share(services: Services, last: Option<&Catalog>) -> Catalog {
     let shared = services.into_iter().map(|(name, instances)| {
         let known = last.and_then(|last| last.get(&name));
-        let known = known.filter(|known| *known.instances == *instances);
-        let listed = || Listing { instances: instances.into(), watch: Watch::Live };
+        // Those that are one object aren't compared further.
+        let known = known.filter(|known| known.instances == instances);
+        let listed = || Listing { instances, watch: Watch::Live };
         (name, known.cloned().unwrap_or_else(listed))
     });
     shared.collect()
@@ -96,8 +109,9 @@ pub async fn run(path: PathBuf, output: Output) {
         Ok(follower) => follower,
         Err(error) => return output.set_problem(Some(cannot_watch(&path, &error)), true),
     };
+    let mut chunks = Chunks::default();
     loop {
-        let problem = load(&path, &output).err().map(|error| error.to_string());
+        let problem = load_anew(&path, &output, &mut chunks).err().map(|error| error.to_string());
         let is_failing = problem.is_some();
         output.set_problem(problem, is_failing);
         if let Err(error) = follower.changed().await {
