@@ -244,8 +244,10 @@ mod tests {
             let (mut catalog, health, _) = output.subscribe();
             let (hopeless, _) = watch::channel(false);
             let demand = Demand::default();
-            let keeper =
-                tokio::spawn(keep("file", source, output, demand, None, limits(), hopeless));
+            // To write a panic's backtrace may take longer than a hang is allowed to here.
+            let n_silent = if alarm.is_some() { limits().n_silent } else { u32::MAX };
+            let limits = Limits { n_silent, ..limits() };
+            let keeper = tokio::spawn(keep("file", source, output, demand, None, limits, hopeless));
             catalog.wait_for(Option::is_some).await.unwrap();
             assert!(n_lives.load(Ordering::Relaxed) >= 2);
             let problem = health.borrow().problem.clone();

@@ -90,7 +90,7 @@ fn n_bad_answers(nohop: &Nohop) -> Result<f64> {
     let answers = metrics(nohop, "nohop_consul_requests_total")?;
     // The switch nohop/off isn't there: that is no failure.
     let is_good = |code: &str| ["\"200\"", "\"404\""].iter().any(|good| code.contains(good));
-    Ok(answers.iter().filter(|(code, _)| !is_good(code)).map(|(_, n)| n).sum())
+    Ok(answers.iter().filter(|(code, _)| !is_good(code)).fold(0.0, |sum, (_, n)| sum + n))
 }
 
 fn name(idx: usize) -> String {

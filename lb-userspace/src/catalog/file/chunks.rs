@@ -5,53 +5,59 @@
 //! itself, the parts together say what the whole text says. Where one can't (such a line may be
 //! within a string of several lines), or has a mistake, the whole text is read at once.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::parse::{Mistake, parse};
-use crate::table::Instance;
+use crate::catalog::Catalog;
+use crate::table::{Instance, Listing, Watch};
 
 const START: &str = "[[service]]";
 
-/// The services of a static catalog, by name, in lower case.
-pub type Services = BTreeMap<Arc<str>, Arc<[Instance]>>;
-
 /// The services of the last text, by the part of it that says each.
 #[derive(Debug, Default)]
-pub struct Chunks(HashMap<Box<str>, (Arc<str>, Arc<[Instance]>)>);
+pub struct Chunks(HashMap<Box<str>, (Arc<str>, Listing)>);
 
 impl Chunks {
-    /// Reads a text. A service whose part of it is the same as in the last text is the same object.
+    /// Reads a text. A service that is the same as in `last` is the same object.
     ///
     /// # Errors
     /// All mistakes, by line.
-    pub fn read(&mut self, text: &str) -> Result<Services, Vec<Mistake>> {
-        if let Some(services) = self.read_parts(text) {
-            return Ok(services);
+    pub fn read(&mut self, text: &str, last: &Catalog) -> Result<Catalog, Vec<Mistake>> {
+        if let Some(catalog) = self.read_parts(text, last) {
+            return Ok(catalog);
         }
         self.0.clear();
         let services = parse(text)?;
-        Ok(services.into_iter().map(|(name, instances)| (name, instances.into())).collect())
+        Ok(services.into_iter().map(|(name, instances)| shared(name, instances, last)).collect())
     }
 
     /// Reads a text part by part; `None` where only the whole text tells what it says.
-    fn read_parts(&mut self, text: &str) -> Option<Services> {
-        let mut last = std::mem::take(&mut self.0);
-        let (mut services, mut n_parts) = (Services::new(), 0);
+    fn read_parts(&mut self, text: &str, last: &Catalog) -> Option<Catalog> {
+        let mut known = std::mem::take(&mut self.0);
+        let (mut catalog, mut n_parts) = (Catalog::new(), 0);
         for part in parts(text)? {
-            let (part, (name, instances)) = match last.remove_entry(part) {
+            let (part, (name, listing)) = match known.remove_entry(part) {
                 Some(known) => known,
                 None => {
                     let (name, instances) = parse(part).ok()?.pop_first()?;
-                    (part.into(), (name, instances.into()))
+                    (part.into(), shared(name, instances, last))
                 }
             };
-            services.insert(name.clone(), instances.clone());
-            self.0.insert(part, (name, instances));
+            catalog.insert(name.clone(), listing.clone());
+            self.0.insert(part, (name, listing));
             n_parts += 1;
         }
-        // Two of one name are a mistake, and so is a text without any service.
-        (n_parts > 0 && services.len() == n_parts).then_some(services)
+        // Two of one name are a mistake.
+        (catalog.len() == n_parts).then_some(catalog)
+    }
+}
+
+/// The entry of a catalog, that of the last one where it says the same.
+fn shared(name: Arc<str>, instances: Vec<Instance>, last: &Catalog) -> (Arc<str>, Listing) {
+    match last.get_key_value(&name) {
+        Some((name, known)) if *known.instances == *instances => (name.clone(), known.clone()),
+        _ => (name, Listing { instances: instances.into(), watch: Watch::Live }),
     }
 }
 
@@ -79,9 +85,10 @@ mod tests {
     const A: &str = "[[service]]\nname = \"a\"\n[[service.backend]]\naddress = \"10.0.0.1:80\"\n";
     const B: &str = "[[service]]\nname = \"b\" # [[service]]\n  [[service.backend]]\n  address = \"10.0.0.2:80\"";
 
-    fn whole(text: &str) -> Result<Services, Vec<Mistake>> {
-        let services = parse(text)?;
-        Ok(services.into_iter().map(|(name, instances)| (name, instances.into())).collect())
+    fn whole(text: &str) -> Result<Catalog, Vec<Mistake>> {
+        let none = Catalog::new();
+        let services = parse(text)?.into_iter();
+        Ok(services.map(|(name, instances)| shared(name, instances, &none)).collect())
     }
 
     #[test]
@@ -106,19 +113,26 @@ mod tests {
         ];
         for (text, in_parts) in table {
             let mut chunks = Chunks::default();
-            assert_eq!(chunks.read_parts(text).is_some(), in_parts, "{text}");
-            assert_eq!(Chunks::default().read(text), whole(text), "{text}");
+            let none = Catalog::new();
+            assert_eq!(chunks.read_parts(text, &none).is_some(), in_parts, "{text}");
+            assert_eq!(Chunks::default().read(text, &none), whole(text), "{text}");
         }
     }
 
     #[test]
     fn what_stays_the_same_is_the_same_object() {
-        let mut chunks = Chunks::default();
-        let first = chunks.read(&format!("{A}{B}")).unwrap();
-        let edited = A.replace(":80", ":81");
-        let second = chunks.read(&format!("{edited}{B}")).unwrap();
-        assert!(Arc::ptr_eq(&first["b"], &second["b"]) && first["a"] != second["a"]);
+        let is_same = |one: &Catalog, other: &Catalog, name| {
+            Arc::ptr_eq(&one[name].instances, &other[name].instances)
+        };
+        let (mut chunks, text) = (Chunks::default(), format!("{A}{B}"));
+        let first = chunks.read(&text, &Catalog::new()).unwrap();
+        let edited = text.replacen(":80", ":81", 1);
+        let second = chunks.read(&edited, &first).unwrap();
+        assert!(is_same(&first, &second, "b") && first["a"] != second["a"]);
         assert_eq!(chunks.0.len(), 2, "what is there no more is forgotten");
-        assert!(chunks.read("[[service]]").is_err());
+        // Also where it was never read, or is written in another way.
+        let third = Chunks::default().read(&format!("# new\n{edited}\n"), &second).unwrap();
+        assert!(is_same(&second, &third, "a") && is_same(&second, &third, "b"));
+        assert!(chunks.read("[[service]]", &third).is_err());
     }
 }

@@ -8,17 +8,21 @@ mod parse;
 pub mod fuzzing {
     //! The text of a catalog, for fuzzers.
 
-    use super::chunks::{Chunks, Services};
+    use super::chunks::Chunks;
     use super::parse::parse;
+    use crate::catalog::Catalog;
 
     /// The services, or the number of mistakes; read part by part it says the same as at once.
-    pub fn read(text: &str) -> Result<Services, usize> {
-        let services = Chunks::default().read(text);
-        let whole = parse(text).map(|services| {
-            services.into_iter().map(|(name, instances)| (name, instances.into())).collect()
-        });
-        assert_eq!(services, whole);
-        services.map_err(|mistakes| mistakes.len())
+    pub fn read(text: &str) -> Result<Catalog, usize> {
+        let catalog = Chunks::default().read(text, &Catalog::new());
+        match (&catalog, parse(text)) {
+            (Ok(catalog), Ok(whole)) => {
+                let parts = catalog.iter().map(|(name, listing)| (name, &*listing.instances));
+                assert!(parts.eq(whole.iter().map(|(name, instances)| (name, &**instances))));
+            }
+            (parts, whole) => assert_eq!(parts.as_ref().err(), whole.as_ref().err()),
+        }
+        catalog.map_err(|mistakes| mistakes.len())
     }
 }
 
@@ -27,8 +31,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use super::{Catalog, Output};
-use crate::table::{Listing, Watch};
-use chunks::{Chunks, Services};
+use chunks::Chunks;
 use follow::Follower;
 use parse::Mistake;
 
@@ -69,9 +72,10 @@ pub fn load(path: &Path, output: &Output) -> Result<(), FileError> {
 }
 
 fn load_anew(path: &Path, output: &Output, chunks: &mut Chunks) -> Result<(), FileError> {
-    let services = read(path, chunks)?;
+    let last = output.last().unwrap_or_default();
+    let catalog = read(path, chunks, &last)?;
     let now = Instant::now();
-    output.publish(share(services, output.last().as_deref()), now);
+    output.publish(catalog, now);
     output.answered(now);
     Ok(())
 }
@@ -81,24 +85,13 @@ fn load_anew(path: &Path, output: &Output, chunks: &mut Chunks) -> Result<(), Fi
 /// # Errors
 /// As [`load`].
 pub fn check(path: &Path) -> Result<(), FileError> {
-    read(path, &mut Chunks::default()).map(drop)
+    read(path, &mut Chunks::default(), &Catalog::new()).map(drop)
 }
 
-fn read(path: &Path, chunks: &mut Chunks) -> Result<Services, FileError> {
+fn read(path: &Path, chunks: &mut Chunks, last: &Catalog) -> Result<Catalog, FileError> {
     let text = std::fs::read_to_string(path)
         .map_err(|source| FileError::Read { path: path.into(), source })?;
-    chunks.read(&text).map_err(|mistakes| FileError::Mistakes { path: path.into(), mistakes })
-}
-
-fn share(services: Services, last: Option<&Catalog>) -> Catalog {
-    let shared = services.into_iter().map(|(name, instances)| {
-        let known = last.and_then(|last| last.get(&name));
-        // Those that are one object aren't compared further.
-        let known = known.filter(|known| known.instances == instances);
-        let listed = || Listing { instances, watch: Watch::Live };
-        (name, known.cloned().unwrap_or_else(listed))
-    });
-    shared.collect()
+    chunks.read(&text, last).map_err(|mistakes| FileError::Mistakes { path: path.into(), mistakes })
 }
 
 /// Follows the file until the system refuses to watch it. While it can't be used, its last catalog
