@@ -12,6 +12,9 @@ use std::time::Duration;
 use anyhow::Result;
 use lb_tests::{process, undo};
 
+/// Measures and tells; its argument is whether quickly.
+type Measure = fn(bool) -> Result<()>;
+
 fn main() -> ExitCode {
     if !rustix::process::geteuid().is_root() {
         eprintln!("can't run: it makes network namespaces, which needs root");
@@ -26,7 +29,7 @@ fn main() -> ExitCode {
     let only = arguments.iter().find(|argument| !argument.starts_with("--"));
     let release = rustix::system::uname();
     println!("Linux {}", release.release().to_string_lossy());
-    let parts: [(&str, fn(bool) -> Result<()>); 4] = [
+    let parts: [(&str, Measure); 4] = [
         ("changes", changes::measure),
         ("file", file::measure),
         ("many", many::five_thousand),
