@@ -14,6 +14,8 @@ pub enum Suite {
     Connect,
     /// How long a table takes into the kernel, and how much memory it has there
     Apply,
+    /// How discovery does at size, beside a real Consul
+    Discovery,
     /// How many queries the DNS server answers, and how soon, beside dnsmasq
     Dns,
 }
@@ -28,6 +30,7 @@ pub fn run(suite: Suite, quick: bool) -> Result<()> {
     let bench = match suite {
         Suite::Connect => "connect",
         Suite::Apply => "apply",
+        Suite::Discovery => "discovery",
         Suite::Dns => "dns",
     };
     let mut cargo = Command::new("cargo");
@@ -35,6 +38,10 @@ pub fn run(suite: Suite, quick: bool) -> Result<()> {
     cargo.args(quick.then_some("--quick"));
     if matches!(suite, Suite::Connect) {
         cargo.env("NOHOP_MEASURE", compile::measured_object()?);
+    }
+    if matches!(suite, Suite::Discovery) {
+        // The daemon as it ships, and the backends, which it finds beside itself.
+        compile::build(true)?;
     }
     process::stream(cargo.current_dir(crate::root()))
 }

@@ -1,6 +1,5 @@
 //! What fuzzers bring in, on its way to a table.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -11,14 +10,17 @@ use crate::table::{Builder, Instance, Listing, State, Table, Watch};
 
 /// An answer of Consul.
 pub fn consul(bytes: &[u8]) {
-    tabulate(consul::fuzzing::read(bytes));
+    let listed = |(name, instances): (Arc<str>, Vec<Instance>)| {
+        (name, Listing { instances: instances.into(), watch: Watch::Live })
+    };
+    tabulate(&consul::fuzzing::read(bytes).into_iter().map(listed).collect());
 }
 
 /// A static catalog.
 pub fn file(bytes: &[u8]) {
     let Ok(text) = std::str::from_utf8(bytes) else { return };
     match file::fuzzing::read(text) {
-        Ok(services) => tabulate(services),
+        Ok(catalog) => tabulate(&catalog),
         Err(n_mistakes) => assert!(n_mistakes > 0, "refused without a reason"),
     }
 }
@@ -29,14 +31,10 @@ pub fn cache(bytes: &[u8]) {
 }
 
 /// Makes a table of the services, and looks whether it is one that the plane may have.
-fn tabulate(services: BTreeMap<Arc<str>, Vec<Instance>>) {
+fn tabulate(catalog: &Catalog) {
     let vip = Config::default().vip;
     let mut builder = Builder::new(&vip, Vips::new((&vip).into()));
-    let listing =
-        |instances: Vec<Instance>| Listing { instances: instances.into(), watch: Watch::Live };
-    let catalog: Catalog =
-        services.into_iter().map(|(name, instances)| (name, listing(instances))).collect();
-    let next = builder.next(&Table::default(), &catalog, SystemTime::UNIX_EPOCH);
+    let next = builder.next(&Table::default(), catalog, SystemTime::UNIX_EPOCH);
     let table = next.map(|next| next.table).unwrap_or_default();
     assert_eq!(table.services.len() + table.rejected.len(), catalog.len());
     for (name, service) in &table.services {

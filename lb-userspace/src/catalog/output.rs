@@ -9,7 +9,7 @@ use tokio::sync::watch::{Receiver, Sender};
 use super::memory::Memory;
 use super::{Catalog, Edition, Health, Stats};
 use crate::config::Expired;
-use crate::table::{Listing, Standing};
+use crate::table::{Diff, Listing, Standing, diff};
 
 /// The sending side of what a `Handle` receives, as one life of a source has it: once the source
 /// has been started again, what its former life says counts no more.
@@ -96,7 +96,11 @@ impl Output {
     /// Publishes a catalog whose news came at `heard_at`, unless it says what the last one says.
     pub fn publish(&self, catalog: Catalog, heard_at: Instant) {
         let Some(mut state) = self.living() else { return };
-        if state.said.as_ref().is_some_and(|last| *last.catalog == catalog) {
+        let is_same = |last: &Edition| {
+            let Diff { changed, gone } = diff(&last.catalog, &catalog, |one, other| one == other);
+            changed.is_empty() && gone.is_empty()
+        };
+        if state.said.as_ref().is_some_and(is_same) {
             return;
         }
         tracing::debug!(services = catalog.len(), "the catalog changed");

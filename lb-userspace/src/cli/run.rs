@@ -46,6 +46,10 @@ const REJECTED_TICK: Duration = Duration::from_secs(60 * 60);
 /// The reloads that may wait for their turn.
 const MAX_RELOADS: usize = 8;
 
+/// The services that the log names when one table changes that many at most; a first table may
+/// change all of them.
+const MAX_NAMED: usize = 100;
+
 /// Runs the daemon until SIGTERM or SIGINT; `read` reads its configuration again.
 ///
 /// # Errors
@@ -444,9 +448,18 @@ fn scope(config: &Config) -> anyhow::Result<PathBuf> {
 
 fn log_change(last: &Table, next: &Table) {
     let Diff { changed, gone } = diff(&last.services, &next.services, Arc::ptr_eq);
+    let is_much = changed.len() + gone.len() > MAX_NAMED;
+    if is_much {
+        let (n_changed, n_gone) = (changed.len(), gone.len());
+        tracing::info!(n_changed, n_gone, "{} services; debug names them", next.services.len());
+    }
     for (name, service) in changed {
         let (n_backends, n_unfit) = (service.healthy().count(), service.excluded.len());
-        tracing::info!(vip = %service.vip, n_backends, n_unfit, "{name}");
+        if is_much {
+            tracing::debug!(vip = %service.vip, n_backends, n_unfit, "{name}");
+        } else {
+            tracing::info!(vip = %service.vip, n_backends, n_unfit, "{name}");
+        }
         let before = last.services.get(name);
         for note in &service.notes {
             if !before.is_some_and(|before| before.notes.contains(note)) {
@@ -455,12 +468,19 @@ fn log_change(last: &Table, next: &Table) {
         }
     }
     for name in gone {
-        tracing::info!("{name} is gone");
-    }
-    for (name, reason) in &next.rejected {
-        if last.rejected.get(name) != Some(reason) {
-            tracing::warn!("{name}: {reason}");
+        if is_much {
+            tracing::debug!("{name} is gone");
+        } else {
+            tracing::info!("{name} is gone");
         }
+    }
+    let rejected = diff(&last.rejected, &next.rejected, |one, other| one == other).changed;
+    for (name, reason) in rejected.iter().take(MAX_NAMED) {
+        tracing::warn!("{name}: {reason}");
+    }
+    if rejected.len() > MAX_NAMED {
+        let n_more = rejected.len() - MAX_NAMED;
+        tracing::warn!("{n_more} more names can't be had: `nohop explain NAME` says why");
     }
 }
 

@@ -55,6 +55,14 @@ pub enum ApplyError {
     },
 }
 
+impl ApplyError {
+    /// Whether the same table may be applied later. A map that is full stays so until another table
+    /// gives something up, and is tried again then.
+    pub fn may_pass(&self) -> bool {
+        matches!(self, ApplyError::Frontend { .. })
+    }
+}
+
 /// What the maps hold of one service.
 #[derive(Debug)]
 struct Held {
@@ -284,6 +292,11 @@ impl<M: Maps> Reconciler<M> {
 
     /// Adds or changes one service.
     fn put(&mut self, service: &Arc<Service>) -> Result<(), ApplyError> {
+        // A catalog may have many times the services that there is room for.
+        let has_none_left = self.services.available() == 0 && self.resting.services.is_empty();
+        if has_none_left && !self.held.contains_key(&service.name) {
+            return Err(self.no_service_left());
+        }
         let healthy: Vec<Healthy> = service
             .healthy()
             .filter_map(|backend| {
@@ -494,9 +507,11 @@ impl<M: Maps> Reconciler<M> {
         if self.services.available() == 0 {
             self.recycle();
         }
-        self.services
-            .take()
-            .ok_or_else(|| full("SERVICES", self.services.capacity(), "plane.max_services"))
+        self.services.take().ok_or_else(|| self.no_service_left())
+    }
+
+    fn no_service_left(&self) -> ApplyError {
+        full("SERVICES", self.services.capacity(), "plane.max_services")
     }
 
     /// Takes a block for each distinct choice: all of them, or none.

@@ -6,11 +6,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::probe::Proof;
-use super::{Indices, Plane, Pressure};
-use crate::table::Table;
+use super::{ApplyError, Indices, Plane, Pressure};
+use crate::table::{Table, diff};
 
 /// How long `status` tells of hooks that were detached and attached again.
 const TELLS: Duration = Duration::from_secs(60);
+
+/// The services that the log names when the kernel doesn't have them, of those that a table adds.
+const MAX_NAMED: usize = 10;
 
 /// What becomes of dials to VIPs.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -29,9 +32,18 @@ pub enum Mode {
 #[derive(Debug)]
 pub struct SharedPlane {
     plane: Mutex<Plane>,
-    errors: Mutex<BTreeMap<Arc<str>, String>>,
+    errors: Mutex<Errors>,
     watched: Mutex<Watched>,
     mode: Mutex<Mode>,
+}
+
+/// The services that the kernel doesn't have as the last table wants them.
+#[derive(Debug, Default)]
+struct Errors {
+    /// Each with the reason.
+    reasons: BTreeMap<Arc<str>, String>,
+    /// Whether to apply the same table again may help.
+    may_pass: bool,
 }
 
 /// What was seen of the hooks.
@@ -85,29 +97,34 @@ impl SharedPlane {
         }
         lock(&self.watched).waiting = waiting;
         let errors = applied.unwrap_or_default();
-        let errors = errors.into_iter().map(|(name, error)| (name, error.to_string())).collect();
+        let may_pass = errors.values().any(ApplyError::may_pass);
+        let reasons: BTreeMap<Arc<str>, String> =
+            errors.into_iter().map(|(name, error)| (name, error.to_string())).collect();
         let mut last = lock(&self.errors);
-        if *last != errors {
-            for (name, error) in &errors {
-                tracing::error!("{name}: {error}; its former state serves");
-            }
-            *last = errors;
+        let new = diff(&last.reasons, &reasons, |one, other| one == other).changed;
+        for (name, reason) in new.iter().take(MAX_NAMED) {
+            tracing::error!("{name}: {reason}; its former state serves");
         }
+        if new.len() > MAX_NAMED {
+            let n_more = new.len() - MAX_NAMED;
+            tracing::error!("{n_more} more services aren't in the kernel: see `nohop services`");
+        }
+        *last = Errors { reasons, may_pass };
     }
 
-    /// Whether the last table has to be applied again.
+    /// Whether the last table has to be applied again, which may help.
     pub fn is_behind(&self) -> bool {
-        !lock(&self.errors).is_empty() || lock(&self.watched).waiting.is_some()
+        lock(&self.errors).may_pass || lock(&self.watched).waiting.is_some()
     }
 
     /// The services that the kernel doesn't have as the table wants them, each with the reason.
     pub fn errors(&self) -> BTreeMap<Arc<str>, String> {
-        lock(&self.errors).clone()
+        lock(&self.errors).reasons.clone()
     }
 
     /// Why the kernel doesn't have this service as the table wants it; `None` if it does.
     pub fn error(&self, name: &str) -> Option<String> {
-        lock(&self.errors).get(name).cloned()
+        lock(&self.errors).reasons.get(name).cloned()
     }
 
     /// As [`Plane::indices`].

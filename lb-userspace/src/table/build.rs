@@ -85,26 +85,28 @@ impl Builder {
         now: SystemTime,
     ) -> Option<Next> {
         let given_before = self.vips.given();
-        let table = match self.patch(last, catalog, now) {
-            Some(table) => table,
-            None => self.rebuild(last, catalog, now),
+        let (table, differs) = match self.patch(last, catalog, now) {
+            Some(patched) => patched,
+            None => {
+                let table = self.rebuild(last, catalog, now);
+                let Diff { changed, gone } = diff(&last.services, &table.services, Arc::ptr_eq);
+                let differs = !changed.is_empty() || !gone.is_empty();
+                (table, differs)
+            }
         };
         let vips_given = self.vips.given() != given_before;
-        let is_same = last.is_synced() && table.rejected == last.rejected && {
-            let Diff { changed, gone } = diff(&last.services, &table.services, Arc::ptr_eq);
-            changed.is_empty() && gone.is_empty()
-        };
+        let is_same = last.is_synced() && table.rejected == last.rejected && !differs;
         (!is_same).then(|| Next { table: Arc::new(table), vips_given })
     }
 
-    /// The next table from the last one and what changed, which costs little where that is little.
-    /// `None` where names that differ only in case may have to be settled among all.
+    /// The next table from the last one and what changed, which costs little where that is little,
+    /// and whether its services differ from the last one's. `None` where names that differ only in case may have to be settled among all.
     fn patch(
         &mut self,
         last: &Table,
         catalog: &BTreeMap<Arc<str>, Listing>,
         now: SystemTime,
-    ) -> Option<Table> {
+    ) -> Option<(Table, bool)> {
         // What couldn't be had may be had now; it has no source, so it counts as changed.
         let Diff { changed, gone } = diff(&self.sources, catalog, is_same_source);
         let is_plain = |name: &Arc<str>| !name.chars().any(char::is_uppercase);
@@ -120,27 +122,32 @@ impl Builder {
         let gone: Vec<Arc<str>> = gone.into_iter().cloned().collect();
         let services = last.services.clone();
         let mut table = Table { generation: last.generation + 1, services, ..Table::default() };
+        let mut differs = false;
         for (name, listing) in changed {
             let former = last.services.get(name);
             match self.service(name, name, listing, former, table.generation, now) {
-                Ok(service) => self.admit(&mut table, name, name.clone(), listing, service),
+                Ok(service) => {
+                    differs |= !former.is_some_and(|former| Arc::ptr_eq(former, &service));
+                    self.admit(&mut table, name, name.clone(), listing, service);
+                }
                 Err(reason) => {
-                    self.forget(&mut table, name, now);
+                    differs |= self.forget(&mut table, name, now);
                     table.rejected.insert(name.clone(), reason);
                 }
             }
         }
         for name in gone {
-            self.forget(&mut table, &name, now);
+            differs |= self.forget(&mut table, &name, now);
         }
-        Some(table)
+        Some((table, differs))
     }
 
-    fn forget(&mut self, table: &mut Table, name: &Arc<str>, now: SystemTime) {
+    /// Takes a name out, and returns whether it was a service.
+    fn forget(&mut self, table: &mut Table, name: &Arc<str>, now: SystemTime) -> bool {
         self.sources.remove(name);
         self.hostnames.remove(name);
-        table.services.remove(name);
         self.vips.release(name, now);
+        table.services.remove(name).is_some()
     }
 
     /// The next table from the catalog as a whole.

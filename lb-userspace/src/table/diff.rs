@@ -5,27 +5,28 @@
 
 use std::cmp::Ordering;
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 /// What a newer map has that an older one has not, and the other way round.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Diff<'older, 'newer, K, V> {
+pub struct Diff<'older, 'newer, V> {
     /// The entries that are new, or not the same as before.
-    pub changed: Vec<(&'newer K, &'newer V)>,
+    pub changed: Vec<(&'newer Arc<str>, &'newer V)>,
     /// The keys that are there no more.
-    pub gone: Vec<&'older K>,
+    pub gone: Vec<&'older Arc<str>>,
 }
 
 /// Compares two maps; `is_same` says of two values under one key whether nothing changed.
-pub fn diff<'older, 'newer, K: Ord, U, V>(
-    older: &'older BTreeMap<K, U>,
-    newer: &'newer BTreeMap<K, V>,
+pub fn diff<'older, 'newer, U, V>(
+    older: &'older BTreeMap<Arc<str>, U>,
+    newer: &'newer BTreeMap<Arc<str>, V>,
     is_same: impl Fn(&U, &V) -> bool,
-) -> Diff<'older, 'newer, K, V> {
+) -> Diff<'older, 'newer, V> {
     let mut diff = Diff { changed: Vec::new(), gone: Vec::new() };
     let mut older = older.iter().peekable();
     for (key, value) in newer {
         loop {
-            let order = older.peek().map_or(Ordering::Greater, |(known, _)| (*known).cmp(key));
+            let order = older.peek().map_or(Ordering::Greater, |(known, _)| order(known, key));
             let known = if order.is_le() { older.next() } else { None };
             match (order, known) {
                 (Ordering::Less, Some((known, _))) => {
@@ -42,6 +43,11 @@ pub fn diff<'older, 'newer, K: Ord, U, V>(
     diff
 }
 
+/// How two names are ordered. Most are the same object in both maps, which spares the look at them.
+fn order(one: &Arc<str>, other: &Arc<str>) -> Ordering {
+    if Arc::ptr_eq(one, other) { Ordering::Equal } else { one.cmp(other) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -53,8 +59,16 @@ mod tests {
             older in prop::collection::btree_map(0_u8..20, 0_u8..3, 0..12),
             newer in prop::collection::btree_map(0_u8..20, 0_u8..3, 0..12),
         ) {
-            let changed = newer.iter().filter(|(key, value)| older.get(key) != Some(value));
-            let gone = older.keys().filter(|key| !newer.contains_key(key));
+            let names: Vec<Arc<str>> = (0..20).map(|n| format!("name-{n}").into()).collect();
+            let name = |(n, value)| -> (Arc<str>, u8) {
+                // Some are the same object in both.
+                let name = &names[usize::from(n)];
+                (if n % 2 == 0 { name.clone() } else { (&**name).into() }, value)
+            };
+            let older: BTreeMap<_, _> = older.into_iter().map(name).collect();
+            let newer: BTreeMap<_, _> = newer.into_iter().map(name).collect();
+            let changed = newer.iter().filter(|(key, value)| older.get(*key) != Some(value));
+            let gone = older.keys().filter(|key| !newer.contains_key(*key));
             let expected = Diff { changed: changed.collect(), gone: gone.collect() };
             prop_assert_eq!(diff(&older, &newer, |a, b| a == b), expected);
         }

@@ -1,5 +1,6 @@
 //! A static catalog as a source: a TOML file, read again whenever it changes.
 
+mod chunks;
 mod follow;
 mod parse;
 
@@ -7,11 +8,21 @@ mod parse;
 pub mod fuzzing {
     //! The text of a catalog, for fuzzers.
 
-    use super::parse;
+    use super::chunks::Chunks;
+    use super::parse::parse;
+    use crate::catalog::Catalog;
 
-    /// The services, or the number of mistakes.
-    pub fn read(text: &str) -> Result<parse::Services, usize> {
-        parse::parse(text).map_err(|mistakes| mistakes.len())
+    /// The services, or the number of mistakes; read part by part it says the same as at once.
+    pub fn read(text: &str) -> Result<Catalog, usize> {
+        let catalog = Chunks::default().read(text, &Catalog::new());
+        match (&catalog, parse(text)) {
+            (Ok(catalog), Ok(whole)) => {
+                let parts = catalog.iter().map(|(name, listing)| (name, &*listing.instances));
+                assert!(parts.eq(whole.iter().map(|(name, instances)| (name, &**instances))));
+            }
+            (parts, whole) => assert_eq!(parts.as_ref().err(), whole.as_ref().err()),
+        }
+        catalog.map_err(|mistakes| mistakes.len())
     }
 }
 
@@ -20,9 +31,9 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use super::{Catalog, Output};
-use crate::table::{Listing, Watch};
+use chunks::Chunks;
 use follow::Follower;
-use parse::{Mistake, Services};
+use parse::Mistake;
 
 /// Why the file can't be used.
 #[derive(Debug, thiserror::Error)]
@@ -57,9 +68,14 @@ fn list(path: &Path, mistakes: &[Mistake]) -> String {
 /// # Errors
 /// It can't be read, or it has mistakes. Then nothing is published.
 pub fn load(path: &Path, output: &Output) -> Result<(), FileError> {
-    let services = read(path)?;
+    load_anew(path, output, &mut Chunks::default())
+}
+
+fn load_anew(path: &Path, output: &Output, chunks: &mut Chunks) -> Result<(), FileError> {
+    let last = output.last().unwrap_or_default();
+    let catalog = read(path, chunks, &last)?;
     let now = Instant::now();
-    output.publish(share(services, output.last().as_deref()), now);
+    output.publish(catalog, now);
     output.answered(now);
     Ok(())
 }
@@ -69,23 +85,13 @@ pub fn load(path: &Path, output: &Output) -> Result<(), FileError> {
 /// # Errors
 /// As [`load`].
 pub fn check(path: &Path) -> Result<(), FileError> {
-    read(path).map(drop)
+    read(path, &mut Chunks::default(), &Catalog::new()).map(drop)
 }
 
-fn read(path: &Path) -> Result<Services, FileError> {
+fn read(path: &Path, chunks: &mut Chunks, last: &Catalog) -> Result<Catalog, FileError> {
     let text = std::fs::read_to_string(path)
         .map_err(|source| FileError::Read { path: path.into(), source })?;
-    parse::parse(&text).map_err(|mistakes| FileError::Mistakes { path: path.into(), mistakes })
-}
-
-fn share(services: Services, last: Option<&Catalog>) -> Catalog {
-    let shared = services.into_iter().map(|(name, instances)| {
-        let known = last.and_then(|last| last.get(&name));
-        let known = known.filter(|known| *known.instances == *instances);
-        let listed = || Listing { instances: instances.into(), watch: Watch::Live };
-        (name, known.cloned().unwrap_or_else(listed))
-    });
-    shared.collect()
+    chunks.read(&text, last).map_err(|mistakes| FileError::Mistakes { path: path.into(), mistakes })
 }
 
 /// Follows the file until the system refuses to watch it. While it can't be used, its last catalog
@@ -96,8 +102,9 @@ pub async fn run(path: PathBuf, output: Output) {
         Ok(follower) => follower,
         Err(error) => return output.set_problem(Some(cannot_watch(&path, &error)), true),
     };
+    let mut chunks = Chunks::default();
     loop {
-        let problem = load(&path, &output).err().map(|error| error.to_string());
+        let problem = load_anew(&path, &output, &mut chunks).err().map(|error| error.to_string());
         let is_failing = problem.is_some();
         output.set_problem(problem, is_failing);
         if let Err(error) = follower.changed().await {

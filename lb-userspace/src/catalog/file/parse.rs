@@ -68,11 +68,12 @@ impl Reader<'_> {
             return Services::new();
         };
         let mut services = Services::new();
-        let mut lines = BTreeMap::new();
+        let mut spans = BTreeMap::new();
         for (table, span) in self.tables(list, "`service`", "[[service]]") {
             let Some((name, instances)) = self.service(table, &span) else { continue };
-            let line = self.line(&span);
-            if let Some(first) = lines.insert(name.clone(), line) {
+            // A line is counted from the text's start, so only where it has to be told.
+            if let Some(first) = spans.insert(name.clone(), span.clone()) {
+                let first = self.line(&first);
                 self.mistake(
                     &span,
                     format!("service `{name}` is there twice, first in line {first}"),

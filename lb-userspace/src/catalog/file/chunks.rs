@@ -1,0 +1,138 @@
+//! A static catalog read service by service, so that an edit costs what it edits.
+//!
+//! TOML is a sequence of lines that each say something whole, and `[[service]]` at the beginning of
+//! one starts the next service. Where every part of a text between two of these can be read by
+//! itself, the parts together say what the whole text says. Where one can't (such a line may be
+//! within a string of several lines), or has a mistake, the whole text is read at once.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use super::parse::{Mistake, parse};
+use crate::catalog::Catalog;
+use crate::table::{Instance, Listing, Watch};
+
+const START: &str = "[[service]]";
+
+/// The services of the last text, by the part of it that says each.
+#[derive(Debug, Default)]
+pub struct Chunks(HashMap<Box<str>, (Arc<str>, Listing)>);
+
+impl Chunks {
+    /// Reads a text. A service that is the same as in `last` is the same object.
+    ///
+    /// # Errors
+    /// All mistakes, by line.
+    pub fn read(&mut self, text: &str, last: &Catalog) -> Result<Catalog, Vec<Mistake>> {
+        if let Some(catalog) = self.read_parts(text, last) {
+            return Ok(catalog);
+        }
+        self.0.clear();
+        let services = parse(text)?;
+        Ok(services.into_iter().map(|(name, instances)| shared(name, instances, last)).collect())
+    }
+
+    /// Reads a text part by part; `None` where only the whole text tells what it says.
+    fn read_parts(&mut self, text: &str, last: &Catalog) -> Option<Catalog> {
+        let mut known = std::mem::take(&mut self.0);
+        let (mut catalog, mut n_parts) = (Catalog::new(), 0);
+        for part in parts(text)? {
+            let (part, (name, listing)) = match known.remove_entry(part) {
+                Some(known) => known,
+                None => {
+                    let (name, instances) = parse(part).ok()?.pop_first()?;
+                    (part.into(), shared(name, instances, last))
+                }
+            };
+            catalog.insert(name.clone(), listing.clone());
+            self.0.insert(part, (name, listing));
+            n_parts += 1;
+        }
+        // Two of one name are a mistake.
+        (catalog.len() == n_parts).then_some(catalog)
+    }
+}
+
+/// The entry of a catalog, that of the last one where it says the same.
+fn shared(name: Arc<str>, instances: Vec<Instance>, last: &Catalog) -> (Arc<str>, Listing) {
+    match last.get_key_value(&name) {
+        Some((name, known)) if *known.instances == *instances => (name.clone(), known.clone()),
+        _ => (name, Listing { instances: instances.into(), watch: Watch::Live }),
+    }
+}
+
+/// The parts that begin with `[[service]]`; `None` where there is more before them than comments.
+fn parts(text: &str) -> Option<impl Iterator<Item = &str>> {
+    let mut starts = text
+        .match_indices(START)
+        .map(|(at, _)| at)
+        .filter(|&at| at == 0 || text.as_bytes()[at - 1] == b'\n')
+        .peekable();
+    let head = &text[..*starts.peek()?];
+    let is_comment = |line: &str| line.is_empty() || line.starts_with('#');
+    head.lines().map(str::trim).all(is_comment).then(|| {
+        std::iter::from_fn(move || {
+            let start = starts.next()?;
+            Some(&text[start..starts.peek().copied().unwrap_or(text.len())])
+        })
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const A: &str = "[[service]]\nname = \"a\"\n[[service.backend]]\naddress = \"10.0.0.1:80\"\n";
+    const B: &str = "[[service]]\nname = \"b\" # [[service]]\n  [[service.backend]]\n  address = \"10.0.0.2:80\"";
+
+    fn whole(text: &str) -> Result<Catalog, Vec<Mistake>> {
+        let none = Catalog::new();
+        let services = parse(text)?.into_iter();
+        Ok(services.map(|(name, instances)| shared(name, instances, &none)).collect())
+    }
+
+    #[test]
+    fn parts_say_what_the_whole_text_says() {
+        let a_twice = format!("{A}{A}");
+        let both = format!("# ours\n\n{A}{B}");
+        // The texts, and whether they can be read part by part.
+        let table = [
+            (A, true),
+            (&*both, true),
+            ("[[service]]\r\nname = \"a\"\r\n[[service]]\r\nname = \"b\"\r\n", true),
+            (&a_twice, false),
+            ("", false),
+            ("service = []", false),
+            ("[[service]]\nname = \"a\"\nports = \"\"\"\n[[service]]\nname = \"b\"\"\"\"", false),
+            ("[[service]]\nname = 7\n[[service]]\nname = \"b\"", false),
+            ("[[service]]\nname = \"a\"\n[top]\n[[service]]\nname = \"b\"", false),
+            (" [[service]]\nname = \"a\"\n[[service]]\nname = \"b\"", false),
+            ("[[ service ]]\nname = \"a\"", false),
+            ("x = 1\n[[service]]\nname = \"a\"", false),
+            ("[[service]]\nname = \"a\"\nbackend = [\n[[service]]\n]", false),
+        ];
+        for (text, in_parts) in table {
+            let mut chunks = Chunks::default();
+            let none = Catalog::new();
+            assert_eq!(chunks.read_parts(text, &none).is_some(), in_parts, "{text}");
+            assert_eq!(Chunks::default().read(text, &none), whole(text), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_stays_the_same_is_the_same_object() {
+        let is_same = |one: &Catalog, other: &Catalog, name| {
+            Arc::ptr_eq(&one[name].instances, &other[name].instances)
+        };
+        let (mut chunks, text) = (Chunks::default(), format!("{A}{B}"));
+        let first = chunks.read(&text, &Catalog::new()).unwrap();
+        let edited = text.replacen(":80", ":81", 1);
+        let second = chunks.read(&edited, &first).unwrap();
+        assert!(is_same(&first, &second, "b") && first["a"] != second["a"]);
+        assert_eq!(chunks.0.len(), 2, "what is there no more is forgotten");
+        // Also where it was never read, or is written in another way.
+        let third = Chunks::default().read(&format!("# new\n{edited}\n"), &second).unwrap();
+        assert!(is_same(&second, &third, "a") && is_same(&second, &third, "b"));
+        assert!(chunks.read("[[service]]", &third).is_err());
+    }
+}

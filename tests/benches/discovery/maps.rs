@@ -1,0 +1,102 @@
+//! The daemon's pinned maps, as a dial finds them.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use aya::maps::{Array, Map, MapData};
+use lb_tests::nohop::Nohop;
+
+/// How often the maps are looked at: what a measured time may be too long by.
+const LOOK: Duration = Duration::from_micros(200);
+
+/// A service's regions, which lead to its backends, and two words that tell of dials.
+type Line = [u64; 8];
+const N_REGIONS: usize = 6;
+
+/// Some of the services in the maps.
+pub struct Maps {
+    services: Array<MapData, Line>,
+    /// The names, each with its index.
+    indices: HashMap<String, u32>,
+}
+
+impl Maps {
+    /// Opens the daemon's.
+    pub fn open(nohop: &Nohop) -> Result<Maps> {
+        let (services, names) = (pinned(nohop, "SERVICES")?, pinned(nohop, "NAMES")?);
+        let names: Array<MapData, [u8; 64]> = Map::Array(names).try_into()?;
+        let services = Map::Array(services).try_into()?;
+        let mut indices = HashMap::new();
+        for service_idx in 0..names.len() {
+            let octets = names.get(&service_idx, 0)?;
+            let name = octets.split(|&octet| octet == 0).next().unwrap_or_default();
+            if !name.is_empty() {
+                indices.insert(String::from_utf8(name.to_vec())?, service_idx);
+            }
+        }
+        Ok(Maps { services, indices })
+    }
+
+    /// What leads to the backends of a service: other words after each change of them.
+    fn regions(&self, name: &str) -> Result<[u64; N_REGIONS]> {
+        let service_idx = self.indices.get(name).with_context(|| format!("no {name} in NAMES"))?;
+        let line = self.services.get(service_idx, 0)?;
+        Ok(std::array::from_fn(|word_idx| line[word_idx]))
+    }
+}
+
+/// Watches services in the maps for as long as it lives.
+pub struct Watcher {
+    is_over: Arc<AtomicBool>,
+    thread: JoinHandle<Result<Vec<(String, Instant)>>>,
+}
+
+impl Watcher {
+    /// Watches these services from now on.
+    pub fn start(maps: Maps, names: Vec<String>) -> Result<Watcher> {
+        let mut last = Vec::new();
+        for name in names {
+            last.push((maps.regions(&name)?, name));
+        }
+        let is_over = Arc::new(AtomicBool::new(false));
+        let stop = is_over.clone();
+        let thread = thread::spawn(move || {
+            let mut seen = Vec::new();
+            while !stop.load(Ordering::Relaxed) {
+                for (last, name) in &mut last {
+                    let regions = maps.regions(name)?;
+                    if std::mem::replace(last, regions) != regions {
+                        seen.push((name.clone(), Instant::now()));
+                    }
+                }
+                thread::sleep(LOOK);
+            }
+            Ok(seen)
+        });
+        Ok(Watcher { is_over, thread })
+    }
+
+    /// Ends it, and returns which services changed when.
+    pub fn stop(self) -> Result<Vec<(String, Instant)>> {
+        self.is_over.store(true, Ordering::Relaxed);
+        self.thread.join().ok().context("the watcher panicked")?
+    }
+}
+
+/// The map of this name, wherever its layout's directory is.
+fn pinned(nohop: &Nohop, name: &str) -> Result<MapData> {
+    let found = find(&nohop.pins(), name).with_context(|| format!("no pin {name}"))?;
+    MapData::from_pin(&found).with_context(|| format!("open {}", found.display()))
+}
+
+fn find(dir: &Path, name: &str) -> Option<std::path::PathBuf> {
+    let entries = std::fs::read_dir(dir).ok()?.flatten().map(|entry| entry.path());
+    let (dirs, files): (Vec<_>, Vec<_>) = entries.partition(|path| path.is_dir());
+    let found = files.into_iter().find(|path| path.ends_with(name));
+    found.or_else(|| dirs.iter().find_map(|dir| find(dir, name)))
+}
