@@ -263,7 +263,8 @@ fn questions_that_are_no_questions() {
         ("an update", with(2, 5 << 3), "NotImp"),
         ("no question", with(5, 0), "FormErr"),
         ("two questions", with(5, 2), "FormErr"),
-        ("a question cut off", good[..last].to_vec(), "FormErr"),
+        ("a question cut off", good[..last].to_vec(), "drop"),
+        ("records that aren't there", with(7, 1), "FormErr"),
         ("class CH", with(last, 3), "Refused"),
     ];
     let config = Config::default().dns;

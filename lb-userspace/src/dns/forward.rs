@@ -15,6 +15,7 @@ use super::health::Health;
 use super::lookup::{Origin, Origins};
 use super::loops::{self, Loops, Way};
 use super::message::Asked;
+use super::received::Received;
 use super::same::Same;
 use super::sockets::Transport;
 use super::upstreams::Upstreams;
@@ -54,7 +55,7 @@ pub(super) enum ForwardError {
 /// An answer, and who gave it.
 #[derive(Debug)]
 pub(super) struct Forwarded {
-    pub(super) message: Message,
+    pub(super) answer: Received,
     pub(super) server: SocketAddr,
 }
 
@@ -97,8 +98,7 @@ impl Forwarder {
 
     /// The resolvers' answer to `question`, the only one of the client's message `bytes`, by the
     /// transport that the client chose. A client over UDP that gets a truncated answer asks again
-    /// over TCP, and then the resolver is asked so, too. Over UDP the client takes up to
-    /// `max_payload` bytes.
+    /// over TCP, and then the resolver is asked so, too.
     ///
     /// An answer that says that this resolver can't or won't answer counts only when the others
     /// have none that is better.
@@ -107,9 +107,8 @@ impl Forwarder {
         bytes: &[u8],
         question: &Query,
         transport: Transport,
-        max_payload: u16,
     ) -> Result<Forwarded, ForwardError> {
-        let forwarded = self.carry(bytes, question, transport, max_payload).await;
+        let forwarded = self.carry(bytes, question, transport).await;
         self.origins.note(bytes, question, || match &forwarded {
             Ok(forwarded) => Origin::Upstream(forwarded.server),
             Err(error) => Origin::Nowhere(error.to_string()),
@@ -122,7 +121,6 @@ impl Forwarder {
         bytes: &[u8],
         question: &Query,
         transport: Transport,
-        max_payload: u16,
     ) -> Result<Forwarded, ForwardError> {
         if self.loops.is_probe(&question.name) {
             return Err(ForwardError::OwnProbe);
@@ -144,13 +142,12 @@ impl Forwarder {
             let servers = self.servers(&question.name);
             n_servers = servers.len();
             for server in servers {
-                match self.ask(server, &outgoing, transport, max_payload).await {
-                    Some(message) if is_refusal(&message) => {
-                        let code = message.metadata.response_code;
-                        debug!(%server, %question, %code, "refused");
-                        refusal.get_or_insert(Forwarded { message, server });
+                match self.ask(server, &outgoing, transport).await {
+                    Some(answer) if is_refusal(&answer) => {
+                        debug!(%server, %question, code = %answer.code(), "refused");
+                        refusal.get_or_insert(Forwarded { answer, server });
                     }
-                    Some(message) => return Ok(Forwarded { message, server }),
+                    Some(answer) => return Ok(Forwarded { answer, server }),
                     None => {}
                 }
             }
@@ -194,22 +191,21 @@ impl Forwarder {
         server: SocketAddr,
         outgoing: &Outgoing<'_>,
         transport: Transport,
-        max_payload: u16,
-    ) -> Option<Message> {
+    ) -> Option<Received> {
         let exchange = async {
             match transport {
-                Transport::Udp => outgoing.over_udp(server, max_payload.into()).await,
+                Transport::Udp => outgoing.over_udp(server).await,
                 Transport::Tcp => outgoing.over_tcp(server).await,
             }
         };
         let timed = tokio::time::timeout(self.limits.patience, exchange);
-        let answer: Result<Message, ExchangeError> = timed.await.unwrap_or_else(|elapsed| {
+        let answer: Result<Received, ExchangeError> = timed.await.unwrap_or_else(|elapsed| {
             Err(std::io::Error::new(std::io::ErrorKind::TimedOut, elapsed).into())
         });
         match answer {
-            Ok(message) => {
+            Ok(answer) => {
                 self.health.answered(server);
-                Some(message)
+                Some(answer)
             }
             Err(error) => {
                 debug!(%server, %error, "a resolver gave no answer");
@@ -234,7 +230,7 @@ impl Forwarder {
                 message.add_query(question.clone()).metadata.recursion_desired = true;
                 let Ok(bytes) = message.to_vec() else { return };
                 let outgoing = Outgoing::new(&bytes, &question);
-                let exchange = outgoing.over_udp(way.server, MIN_PAYLOAD);
+                let exchange = outgoing.over_udp(way.server);
                 let timed = tokio::time::timeout(forwarder.limits.patience, exchange);
                 if let Ok(Ok(_)) = timed.await {
                     forwarder.loops.answered(&question);
@@ -244,9 +240,6 @@ impl Forwarder {
         while probes.join_next().await.is_some() {}
     }
 }
-
-/// What every resolver may send over UDP.
-const MIN_PAYLOAD: usize = 512;
 
 /// How often upstreams are probed.
 const PROBE_PERIOD: Duration = Duration::from_secs(60);
@@ -279,9 +272,6 @@ async fn search(forwarder: Weak<Forwarder>, suspicion: Arc<Notify>) {
     }
 }
 
-fn is_refusal(answer: &Message) -> bool {
-    matches!(
-        answer.metadata.response_code,
-        ResponseCode::ServFail | ResponseCode::Refused | ResponseCode::NotImp
-    )
+fn is_refusal(answer: &Received) -> bool {
+    matches!(answer.code(), ResponseCode::ServFail | ResponseCode::Refused | ResponseCode::NotImp)
 }
