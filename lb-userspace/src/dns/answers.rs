@@ -237,7 +237,12 @@ fn names_that_arent_routed_or_arent_live() {
         ("Wbe.service.", "A", false, "forward"),
         ("Wbe.service.", "A", true, "warm wbe"),
         ("_wbe._tcp.service.", "SRV", true, "warm wbe"),
+        ("_wbe._tcp.service.", "SRV", false, "forward"),
+        ("_web._udp.service.", "SRV", false, "NxDomain"),
         ("a.web.service.", "A", true, "NxDomain"),
+        ("a.wbe.service.", "A", true, "forward"),
+        ("0.nohop-loop.service.", "A", true, "forward"),
+        ("_tcp.service.", "A", false, "NoError"),
         ("service.", "SOA", true, "NoError"),
         ("1.0.128.127.in-addr.arpa.", "PTR", true, "NoError"),
     ];

@@ -4,6 +4,7 @@ use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use hickory_proto::op::{Message, Query};
+use hickory_proto::rr::Name;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpStream, UdpSocket};
 use tracing::debug;
@@ -50,6 +51,11 @@ impl<'a> Outgoing<'a> {
             *byte = id_byte;
         }
         Outgoing { bytes, id, question }
+    }
+
+    /// The name that is asked for.
+    pub(super) fn name(&self) -> &Name {
+        &self.question.name
     }
 
     /// Asks over UDP, from a port that the kernel draws, and hears `server` alone. Messages that
@@ -105,7 +111,7 @@ mod tests {
     use super::super::message::HEADER_LEN;
     use super::*;
     use hickory_proto::op::{OpCode, ResponseCode};
-    use hickory_proto::rr::{Name, RecordType};
+    use hickory_proto::rr::RecordType;
 
     #[test]
     fn answers_are_checked() {

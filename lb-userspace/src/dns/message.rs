@@ -133,6 +133,11 @@ impl<'a> Asked<'a> {
         bytes
     }
 
+    /// The whole message, as it came.
+    pub(super) fn bytes(&self) -> &'a [u8] {
+        self.bytes
+    }
+
     /// The header and the question, as they came.
     pub(super) fn head(&self) -> &'a [u8] {
         &self.bytes[..HEADER_LEN + self.name.bytes.len() + 4]

@@ -463,8 +463,7 @@ impl Handler {
                 return out;
             }
         };
-        let bytes = asked.with_payload_within(MAX_UDP_LEN);
-        match forwarder.forward(&bytes, &question, transport).await {
+        match forwarder.forward(asked, &question, transport).await {
             Ok(Forwarded { answer, .. }) => {
                 self.stats.count_forwarded(answer.code());
                 answer.pass_on(asked, max_len(asked, transport))
