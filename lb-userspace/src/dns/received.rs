@@ -211,7 +211,8 @@ mod tests {
         let bad_cookie: &[u8] = &[0, 0, 41, 16, 0, 1, 0, 0, 0, 0, 0]; // code 16 + 7
         let asks =
             |edns: &[u8]| message([0, 0], [1, 0, 0, !edns.is_empty() as u8], &[shouted, edns]);
-        let rows: [(&str, Vec<u8>, &[u8], usize, [u8; 10]); 6] = [
+        type Row<'a> = (&'a str, Vec<u8>, &'a [u8], usize, [u8; 10]);
+        let rows: [Row<'_>; 6] = [
             (
                 "as it is",
                 message([0x85, 0xb0], [1, 1, 0, 0], &[question, a]),

@@ -40,7 +40,7 @@ struct Route {
 #[derive(Debug)]
 enum Others {
     Fixed(Arc<[SocketAddr]>),
-    ResolvConf(ResolvConf),
+    ResolvConf(Box<ResolvConf>),
 }
 
 impl Upstreams {
@@ -62,7 +62,7 @@ impl Upstreams {
 
         let others = match &config.forward {
             Forward::ResolvConf => {
-                Others::ResolvConf(ResolvConf::new(resolv_conf, RESOLVED_UPLINKS.into()))
+                Others::ResolvConf(ResolvConf::new(resolv_conf, RESOLVED_UPLINKS.into()).into())
             }
             Forward::Servers(servers) => {
                 let servers = without_own(servers, own);
