@@ -109,6 +109,9 @@ impl Forwarder {
         transport: Transport,
         max_payload: u16,
     ) -> Result<Forwarded, ForwardError> {
+        // Who wants to know may not wait for the end.
+        let unanswered = || Origin::Nowhere("no resolver has answered in time".to_owned());
+        self.origins.note(bytes, question, unanswered);
         let forwarded = self.carry(bytes, question, transport, max_payload).await;
         self.origins.note(bytes, question, || match &forwarded {
             Ok(forwarded) => Origin::Upstream(forwarded.server),
