@@ -157,14 +157,16 @@ async fn ask_with(
         false => Outgoing::new(&bytes, question),
     };
     let exchange = async {
-        let answer = outgoing.over_udp(server, MAX_PAYLOAD.into()).await?;
-        match answer.metadata.truncation {
+        let answer = outgoing.over_udp(server).await?;
+        match answer.is_truncated() {
             true => outgoing.over_tcp(server).await,
             false => Ok(answer),
         }
     };
     match exchange.await {
-        Ok(answer) => Ok(answer),
+        Ok(answer) => answer
+            .message()
+            .map_err(|error| wrong(format!("the answer can't be taken apart: {error}"))),
         Err(ExchangeError::Io(error)) if error.kind() == io::ErrorKind::ConnectionRefused => {
             Err(wrong("nobody listens there".to_owned()))
         }

@@ -15,6 +15,7 @@ mod lookup;
 mod loops;
 mod message;
 mod passed;
+mod received;
 mod reply;
 mod resolv_conf;
 mod reverse;

@@ -6,7 +6,6 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use hickory_proto::op::{Edns, Message, Query, ResponseCode};
 use ipnet::IpNet;
 use tokio::net::TcpListener;
 use tokio::runtime::Handle;
@@ -19,7 +18,7 @@ use super::clients::{Admission, Clients};
 use super::forward::{Forwarded, Forwarder, Limits};
 use super::lookup::Inquirer;
 use super::message::Asked;
-use super::reply::{self, Code, OUR_PAYLOAD};
+use super::reply::{self, Code};
 use super::sockets::{DnsError, Sockets, Transport};
 use super::stats::Stats;
 use super::tcp::{self, Connections};
@@ -414,7 +413,7 @@ impl Handler {
                     looks_up = false;
                 }
                 Outcome::Forward(asked) => {
-                    return Some(self.forward(&ways.forwarder, bytes, &asked, transport).await);
+                    return Some(self.forward(&ways.forwarder, &asked, transport).await);
                 }
                 outcome => return self.conclude(&ways.forwarder, outcome, &mut out).then_some(out),
             }
@@ -454,7 +453,6 @@ impl Handler {
     async fn forward(
         &self,
         forwarder: &Forwarder,
-        bytes: &[u8],
         asked: &Asked<'_>,
         transport: Transport,
     ) -> Vec<u8> {
@@ -468,21 +466,10 @@ impl Handler {
                 return out;
             }
         };
-        let max_payload = asked.max_payload().min(MAX_UDP_LEN);
-        let answer = forwarder.forward(bytes, &question, transport, max_payload).await;
-        let answer = match answer {
-            Ok(Forwarded { message, .. }) => {
-                let code = message.metadata.response_code;
-                forwarded(asked, &question, message, max_len(asked, transport))
-                    .map(|bytes| (bytes, code))
-                    .map_err(|error| error.to_string())
-            }
-            Err(error) => Err(error.to_string()),
-        };
-        match answer {
-            Ok((bytes, code)) => {
-                self.stats.count_forwarded(code);
-                bytes
+        match forwarder.forward(asked, &question, transport).await {
+            Ok(Forwarded { answer, .. }) => {
+                self.stats.count_forwarded(answer.code());
+                answer.pass_on(asked, max_len(asked, transport))
             }
             Err(error) => {
                 debug!(%question, "not forwarded: {error}");
@@ -500,37 +487,4 @@ fn max_len(asked: &Asked<'_>, transport: Transport) -> usize {
         Transport::Udp => asked.max_payload().min(MAX_UDP_LEN).into(),
         Transport::Tcp => usize::from(u16::MAX),
     }
-}
-
-/// A resolver's answer as the message for the client: the same, but for what belongs to one hop.
-pub(super) fn forwarded(
-    asked: &Asked<'_>,
-    question: &Query,
-    mut message: Message,
-    max_len: usize,
-) -> Result<Vec<u8>, hickory_proto::ProtoError> {
-    message.metadata.id = asked.id();
-    message.metadata.recursion_desired = asked.recursion_desired();
-    message.metadata.recursion_available = true;
-    message.queries = vec![question.clone()];
-    message.edns = message.edns.filter(|_| asked.edns.is_some());
-    if let Some(edns) = &mut message.edns {
-        edns.set_max_payload(OUR_PAYLOAD);
-    } else if message.metadata.response_code.high() > 0 {
-        // A code that only EDNS can carry.
-        message.metadata.response_code = ResponseCode::ServFail;
-    }
-    let bytes = message.to_vec()?;
-    // hickory would cut the message where it is full, and lose the OPT record.
-    if bytes.len() <= max_len {
-        return Ok(bytes);
-    }
-    let mut message = message.truncate();
-    if let Some(edns) = &mut message.edns {
-        // Options, too, may be longer than what fits.
-        let mut without = Edns::new();
-        without.set_max_payload(OUR_PAYLOAD).set_dnssec_ok(edns.flags().dnssec_ok);
-        *edns = without;
-    }
-    message.to_vec()
 }

@@ -94,7 +94,7 @@ impl DnsError {
 }
 
 /// What carries a message.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Transport {
     /// A datagram each.
     Udp,

@@ -328,10 +328,8 @@ async fn malformed_messages_do_no_harm() {
     let rows = [
         ("no question", good[..12].iter().map(|_| 0).collect(), ResponseCode::FormErr),
         ("two questions", two, ResponseCode::FormErr),
-        ("a question cut off", good[..20].to_vec(), ResponseCode::FormErr),
         ("a record missing", with(7, 1), ResponseCode::FormErr),
         ("many questions missing", with(4, 255), ResponseCode::FormErr),
-        ("a name within itself", loop_name, ResponseCode::FormErr),
         ("a status request", with(2, 2 << 3), ResponseCode::NotImp),
         ("an opcode nobody has", with(2, 15 << 3), ResponseCode::NotImp),
     ];
@@ -343,8 +341,20 @@ async fn malformed_messages_do_no_harm() {
         }
     }
 
-    // What gets no answer, or any: every single byte wrong, and every length.
+    // What has no question that could be answered is dropped and counted.
     let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    for bytes in [&loop_name, &good[..20], &good[..11], &[]] {
+        socket.send_to(bytes, rig.address).await.unwrap();
+    }
+    timeout(LONG, async {
+        while rig.server.stats().snapshot().get("malformed") != Some(&4) {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await
+    .unwrap();
+
+    // What gets no answer, or any: every single byte wrong, and every length.
     for idx in 0..good.len() {
         for bytes in [with(idx, 0xff), with(idx, 0xc0), good[..idx].to_vec()] {
             socket.send_to(&bytes, rig.address).await.unwrap();
