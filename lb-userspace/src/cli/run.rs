@@ -207,6 +207,7 @@ impl Daemon {
         let mut proof_tick = ticks(PROOF_TICK, PROOF_TICK);
         let mut route_tick = ticks(ROUTE_TICK, Duration::ZERO);
         let mut usage_tick = ticks(USAGE_TICK, USAGE_TICK);
+        let mut deaf = std::pin::pin!(self.dns.deaf());
         loop {
             tokio::select! {
                 _ = signals.term.recv() => return Ok(()),
@@ -235,6 +236,10 @@ impl Daemon {
                 Ok(()) = self.source.hopeless.changed() => {
                     anyhow::bail!("discovery hung again and again, so another process has to try")
                 }
+                () = &mut deaf => anyhow::bail!(
+                    "a part of the DNS server has panicked (see the log above; please report it), \
+                     so another process has to try"
+                ),
                 _ = tick.tick() => tokio::task::block_in_place(|| self.look_after()),
                 _ = proof_tick.tick() => {
                     let plane = self.plane.clone();

@@ -246,11 +246,15 @@ fn listen(socket: OwnedFd) -> io::Result<TcpListener> {
     Ok(socket.into())
 }
 
+/// How many UDP sockets there are for one address: one for each core, within bounds.
+pub(super) fn n_sockets() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from).min(MAX_SOCKETS)
+}
+
 /// A socket for each core, between which the kernel spreads the clients. The first is bound before
 /// it lets others in, so that another process that has the port is found out.
 fn share(first: UdpSocket, address: SocketAddr, v6_only: bool) -> io::Result<Vec<UdpSocket>> {
-    let n_cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let n_sockets = n_cores.min(MAX_SOCKETS);
+    let n_sockets = n_sockets();
     if n_sockets == 1 {
         return Ok(vec![first]);
     }

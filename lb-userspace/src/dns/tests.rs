@@ -615,19 +615,50 @@ async fn tcp_clients_that_dawdle_are_cut_off() {
 }
 
 #[tokio::test]
-async fn one_address_has_so_many_tcp_connections() {
+async fn an_idle_tcp_connection_makes_room() {
     let rig = Rig::new(&[]).await;
     let question = query("web.service.", RecordType::A).to_vec().unwrap();
     let mut open = Vec::new();
-    for _ in 0..64 {
+    for _ in 0..=256 {
         let mut stream = TcpStream::connect(rig.address).await.unwrap();
         write_message(&mut stream, &question).await;
         timeout(LONG, read_message(&mut stream)).await.unwrap().unwrap();
         open.push(stream);
     }
-    let mut beyond = TcpStream::connect(rig.address).await.unwrap();
     let mut buffer = [0; 512];
-    let read = timeout(LONG, beyond.read(&mut buffer)).await.unwrap();
+    let read = timeout(LONG, open[0].read(&mut buffer)).await.unwrap();
     assert!(matches!(read, Ok(0) | Err(_)), "{read:?}");
-    assert_eq!(rig.lookup("web.service.").await, "NoError 127.128.0.1");
+    write_message(&mut open[1], &question).await;
+    timeout(LONG, read_message(&mut open[1])).await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn a_stop_lets_what_is_under_way_end() {
+    let (ask, mut asked) = mpsc::unbounded_channel();
+    let upstream = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let rig = Rig::new(&[upstream.local_addr().unwrap()]).await;
+    let mut tasks = JoinSet::new();
+    let (stopping, mut stops) = watch::channel(false);
+    tasks.spawn(async move {
+        let mut buffer = [0; 512];
+        while let Ok((len, client)) = upstream.recv_from(&mut buffer).await {
+            let message = Message::from_vec(&buffer[..len]).unwrap();
+            if message.queries[0].name.to_string() == "example.com." {
+                ask.send(()).unwrap();
+                stops.wait_for(|stops| *stops).await.unwrap();
+                let answer = answer(&message, [192, 0, 2, 7]).to_vec().unwrap();
+                upstream.send_to(&answer, client).await.unwrap();
+            }
+        }
+    });
+    let udp = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    udp.connect(rig.address).await.unwrap();
+    let question = query("example.com.", RecordType::A).to_vec().unwrap();
+    udp.send(&question).await.unwrap();
+    timeout(LONG, asked.recv()).await.unwrap().unwrap();
+    stopping.send_replace(true);
+    rig.server.stop().await;
+    let mut buffer = [0; 512];
+    let len = timeout(LONG, udp.recv(&mut buffer)).await.unwrap().unwrap();
+    assert_eq!(Message::from_vec(&buffer[..len]).unwrap().answers.len(), 1);
 }
