@@ -128,8 +128,11 @@ pub fn dnsmasq() -> Result<()> {
     ensure!(stripped.trim().is_empty(), "without rebind-domain-ok: {stripped}");
     dnsmasq.stop(PATIENCE)?;
 
-    let _dnsmasq = stage.dnsmasq(&format!("{delegation} --rebind-domain-ok=/service/"))?;
+    let whole = "--rebind-domain-ok=/service/ --rev-server=127.128.0.0/9,127.0.0.1#5354";
+    let _dnsmasq = stage.dnsmasq(&format!("{delegation} {whole}"))?;
     stage.each_finds_the_vip("dig", &["+short helloworld.service"])?;
+    let name = stage.nodes.dig(&format!("+short -x {}", stage.vip))?;
+    ensure!(name.trim() == "helloworld.service.", "{} is {name:?}", stage.vip);
     stage.glibc_finds_it()
 }
 
@@ -229,6 +232,9 @@ mount --bind "$1" /etc/systemd && exec "$2"
 pub fn systemd_resolved() -> Result<()> {
     let stage = Stage::new("dns.listen = [\"127.0.0.1:5354\"]\n")?;
     let root = Scratch::new("resolved")?;
+    // Somebody else to ask, without whom it isn't applied.
+    std::fs::create_dir_all(root.path().join("etc"))?;
+    std::fs::write(root.path().join("etc/resolv.conf"), "nameserver 192.0.2.1\n")?;
     let applied = stage.nohop.cli(&format!(
         "dns setup --systemd-resolved --apply --dns-listen 127.0.0.1:5354 --root {}",
         root.path().display()
@@ -241,6 +247,9 @@ pub fn systemd_resolved() -> Result<()> {
         &["+short helloworld.service", "+short +tcp helloworld.service"],
     )?;
     stage.glibc_finds_it()?;
+    // Whom the address belongs to it doesn't ask, as `nohop dns setup` says.
+    let name = stage.nodes.dig(&format!("+short -x {}", stage.vip))?;
+    ensure!(name.trim() == "localhost.", "{} is {name:?}", stage.vip);
     // It asks nohop for all names, and nohop, whose resolv.conf names it now, would ask it again.
     let problem = "127.0.0.53:53 sends names outside the zone back to this server";
     stage

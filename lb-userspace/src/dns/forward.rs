@@ -106,6 +106,9 @@ impl Forwarder {
         question: &Query,
         transport: Transport,
     ) -> Result<Forwarded, ForwardError> {
+        // Who wants to know may not wait for the end.
+        let unanswered = || Origin::Nowhere("no resolver has answered in time".to_owned());
+        self.origins.note(asked.bytes(), question, unanswered);
         let forwarded = self.share(asked, question, transport).await;
         self.origins.note(asked.bytes(), question, || match &forwarded {
             Ok(forwarded) => Origin::Upstream(forwarded.server),

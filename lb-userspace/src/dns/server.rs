@@ -223,7 +223,10 @@ impl Server {
     /// Who asks this server.
     pub fn inquirer(&self) -> Inquirer {
         let nobody = SocketAddr::from(([127, 0, 0, 1], 53));
-        Inquirer::new(self.handler.clone(), *self.own.first().unwrap_or(&nobody))
+        // An address that the host doesn't have yet would give no answer.
+        let loopback = self.own.iter().find(|address| address.ip().is_loopback());
+        let server = loopback.or(self.own.first()).unwrap_or(&nobody);
+        Inquirer::new(self.handler.clone(), *server)
     }
 
     /// What it has counted, and goes on counting.

@@ -201,6 +201,30 @@ async fn answers_from_elsewhere_and_late_ones_are_ignored() {
 }
 
 #[tokio::test]
+async fn a_lookup_that_takes_too_long_tells_why() {
+    let mut silent = Upstream::silent().await;
+    let patient = Limits { patience: LONG, ..Limits::default() };
+    let rig = serve(any_sockets().await, &[silent.address], patient);
+    let mut inquirer = rig.server.inquirer();
+    inquirer.time_limit = Duration::from_secs(1);
+    let (answer, origin) = inquirer.look_up("example.com", "A").await.unwrap();
+    silent.next_asked().await;
+    assert_eq!(answer.metadata.response_code, ResponseCode::ServFail);
+    assert_eq!(answer.queries[0].to_string(), "example.com. IN A");
+    assert_eq!(origin, Origin::Nowhere("no resolver has answered in time".to_owned()));
+}
+
+#[tokio::test]
+async fn who_asks_prefers_loopback() {
+    // An address of documentation (RFC 5737), which this host may get later.
+    let listen = ["192.0.2.1:0", "127.0.0.1:0"].map(|text| text.parse().unwrap()).to_vec();
+    let sockets = bind(&DnsConfig { listen, ..Config::default().dns }).await.unwrap();
+    let rig = serve(sockets, &[], quick().limits);
+    let (answer, _) = rig.server.inquirer().look_up("web.service", "A").await.unwrap();
+    assert_eq!(answer.answers.len(), 1);
+}
+
+#[tokio::test]
 async fn a_lookup_of_our_own_tells_where_the_answer_came_from() {
     let good = Upstream::of([192, 0, 2, 7]).await;
     let rig = serve(any_sockets().await, &[good.address], quick().limits);
