@@ -167,7 +167,7 @@ pub fn strangers() -> Result<()> {
         ensure!(answer.contains("status: REFUSED"), "{words}: {answer}");
         // Over TCP before a question is read, so that strangers hold no connections.
         let answer = stage.nodes.inside().run("dig", &format!("+tcp +tries=1 {words}"));
-        let told = answer.map_or_else(|error| format!("{error:#}"), |answer| answer);
+        let told = answer.unwrap_or_else(|error| format!("{error:#}"));
         ensure!(told.contains("communications error"), "{words} over TCP: {told}");
     }
     stage.each_finds_the_vip("dig", &["+short @127.0.0.1 helloworld.service"])?;
