@@ -128,8 +128,11 @@ pub fn dnsmasq() -> Result<()> {
     ensure!(stripped.trim().is_empty(), "without rebind-domain-ok: {stripped}");
     dnsmasq.stop(PATIENCE)?;
 
-    let _dnsmasq = stage.dnsmasq(&format!("{delegation} --rebind-domain-ok=/service/"))?;
+    let whole = "--rebind-domain-ok=/service/ --rev-server=127.128.0.0/9,127.0.0.1#5354";
+    let _dnsmasq = stage.dnsmasq(&format!("{delegation} {whole}"))?;
     stage.each_finds_the_vip("dig", &["+short helloworld.service"])?;
+    let name = stage.nodes.dig(&format!("+short -x {}", stage.vip))?;
+    ensure!(name.trim() == "helloworld.service.", "{} is {name:?}", stage.vip);
     stage.glibc_finds_it()
 }
 
@@ -154,16 +157,18 @@ pub fn circle() -> Result<()> {
     stage.each_finds_the_vip("dig", &["+short @127.0.0.2 helloworld.service"])
 }
 
-/// Who isn't in `dns.allow` is refused everything, and the host itself never is. And a resolv.conf
+/// Who isn't in `dns.allow` is refused everything, and over TCP the connection; and the host itself never is. And a resolv.conf
 /// that names nohop alone has nobody to forward to, which is told at once.
 pub fn strangers() -> Result<()> {
     let stage = Stage::new("dns.allow = [\"192.0.2.0/24\"]\n")?;
     for name in ["helloworld.service", "outside.example"] {
-        for way in ["", "+tcp "] {
-            let words = format!("{way}-b 10.99.0.1 @127.0.0.1 {name}");
-            let answer = stage.nodes.inside().run("dig", &words)?;
-            ensure!(answer.contains("status: REFUSED"), "{words}: {answer}");
-        }
+        let words = format!("-b 10.99.0.1 @127.0.0.1 {name}");
+        let answer = stage.nodes.inside().run("dig", &words)?;
+        ensure!(answer.contains("status: REFUSED"), "{words}: {answer}");
+        // Over TCP before a question is read, so that strangers hold no connections.
+        let answer = stage.nodes.inside().run("dig", &format!("+tcp +tries=1 {words}"));
+        let told = answer.map_or_else(|error| format!("{error:#}"), |answer| answer);
+        ensure!(told.contains("communications error"), "{words} over TCP: {told}");
     }
     stage.each_finds_the_vip("dig", &["+short @127.0.0.1 helloworld.service"])?;
     stage.nodes.client.set_resolv_conf("nameserver 127.0.0.1\n")?;
@@ -227,6 +232,9 @@ mount --bind "$1" /etc/systemd && exec "$2"
 pub fn systemd_resolved() -> Result<()> {
     let stage = Stage::new("dns.listen = [\"127.0.0.1:5354\"]\n")?;
     let root = Scratch::new("resolved")?;
+    // Somebody else to ask, without whom it isn't applied.
+    std::fs::create_dir_all(root.path().join("etc"))?;
+    std::fs::write(root.path().join("etc/resolv.conf"), "nameserver 192.0.2.1\n")?;
     let applied = stage.nohop.cli(&format!(
         "dns setup --systemd-resolved --apply --dns-listen 127.0.0.1:5354 --root {}",
         root.path().display()
@@ -239,6 +247,9 @@ pub fn systemd_resolved() -> Result<()> {
         &["+short helloworld.service", "+short +tcp helloworld.service"],
     )?;
     stage.glibc_finds_it()?;
+    // Whom the address belongs to it doesn't ask, as `nohop dns setup` says.
+    let name = stage.nodes.dig(&format!("+short -x {}", stage.vip))?;
+    ensure!(name.trim() == "localhost.", "{} is {name:?}", stage.vip);
     // It asks nohop for all names, and nohop, whose resolv.conf names it now, would ask it again.
     let problem = "127.0.0.53:53 sends names outside the zone back to this server";
     stage

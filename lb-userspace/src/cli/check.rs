@@ -9,6 +9,7 @@ use serde::Serialize;
 use crate::admin::{api, client};
 use crate::catalog;
 use crate::config::{Config, ConfigErrors, Source, cgroup};
+use crate::dns::{self, DnsError};
 use crate::plane::is_bpffs;
 
 /// The whole report.
@@ -74,7 +75,8 @@ pub fn check(config: Result<Config, ConfigErrors>, admin: Option<&str>) -> Repor
     checks.push(finding("capabilities to disconnect UDP sockets", false, for_udp));
     checks.push(finding("state directory", true, state_dir(&config.state_dir)));
     for &address in &config.dns.listen {
-        checks.push(finding("DNS port", true, dns_port(address, daemon.as_ref().ok())));
+        let found = dns_port(address, &config.dns.listen, daemon.as_ref().ok());
+        checks.push(finding("DNS port", true, found));
     }
     let (found, warning, facts) = source(&config);
     checks.push(finding("catalog", true, found));
@@ -205,6 +207,7 @@ fn bpffs(dir: &Path) -> Found {
 }
 
 /// From linux/capability.h. CAP_SYS_ADMIN stands for CAP_BPF and CAP_PERFMON.
+const CAP_DAC_READ_SEARCH: u32 = 2;
 const CAP_NET_BIND_SERVICE: u32 = 10;
 const CAP_NET_ADMIN: u32 = 12;
 const CAP_SYS_PTRACE: u32 = 19;
@@ -241,7 +244,12 @@ fn missing_capabilities(effective: u64) -> Vec<&'static str> {
 /// What disconnecting the UDP sockets of a backend that left needs besides.
 fn missing_for_udp(effective: u64) -> Vec<&'static str> {
     let has = |capability: u32| effective & (1 << capability) != 0;
-    named(&[("CAP_SYS_ADMIN", has(CAP_SYS_ADMIN)), ("CAP_SYS_PTRACE", has(CAP_SYS_PTRACE))])
+    named(&[
+        ("CAP_SYS_ADMIN", has(CAP_SYS_ADMIN)),
+        ("CAP_SYS_PTRACE", has(CAP_SYS_PTRACE)),
+        // For /proc/[pid]/fd of other users' processes.
+        ("CAP_DAC_READ_SEARCH", has(CAP_DAC_READ_SEARCH)),
+    ])
 }
 
 /// Those of the capabilities that aren't there.
@@ -261,23 +269,34 @@ fn state_dir(path: &Path) -> Found {
     }
 }
 
-fn dns_port(address: SocketAddr, daemon: Option<&api::Status>) -> Found {
+fn dns_port(address: SocketAddr, listen: &[SocketAddr], daemon: Option<&api::Status>) -> Found {
     if daemon.is_some_and(|status| status.dns.listen.contains(&address)) {
         return Ok(format!("{address} is held by the running daemon"));
     }
-    let tried = std::net::UdpSocket::bind(address)
-        .and_then(|_udp| std::net::TcpListener::bind(address).map(drop));
-    match tried {
-        Ok(()) => Ok(format!("{address} is free")),
-        Err(error) => wrong(
-            format!("{address}: {error}"),
-            format!(
-                "see who holds it with `ss -lnp 'sport = :{}'`, or choose another with \
-                 --dns-listen or dns.listen",
-                address.port()
-            ),
-        ),
+    let Err(error) = dns::try_bind(address, listen) else {
+        return Ok(format!("{address} is free"));
+    };
+    let unit = socket_unit();
+    if matches!(error, DnsError::InUse { .. }) && unit_holds(address, &unit) {
+        return Ok(format!("{address} is held by nohop.socket, for the daemon"));
     }
+    // What is wrong, and after it what to do.
+    let text = error.to_string();
+    let (detail, mend) = text.split_once("; ").unwrap_or((&text, ""));
+    wrong(detail, mend)
+}
+
+/// What systemd says of nohop.socket; nothing where there is none.
+fn socket_unit() -> String {
+    let words = ["show", "--property=ActiveState,Listen", "nohop.socket"];
+    let output = std::process::Command::new("systemctl").args(words).output();
+    output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default()
+}
+
+fn unit_holds(address: SocketAddr, unit: &str) -> bool {
+    let says = |wanted: &str| unit.lines().any(|line| line == wanted);
+    let listens = says(&format!("Listen={address} (Datagram)"));
+    listens && (says("ActiveState=active") || says("ActiveState=activating"))
 }
 
 /// How long the machine's resolver may take: as long as glibc waits for its first nameserver.
@@ -373,8 +392,52 @@ mod tests {
         let admin = 1 << CAP_SYS_ADMIN | 1 << CAP_NET_ADMIN;
         assert_eq!(missing_capabilities(admin), ["CAP_NET_BIND_SERVICE"]);
         assert_eq!(missing_capabilities(0).len(), 4);
-        assert_eq!(missing_for_udp(admin), ["CAP_SYS_PTRACE"]);
+        assert_eq!(missing_for_udp(admin), ["CAP_SYS_PTRACE", "CAP_DAC_READ_SEARCH"]);
         assert!(missing_for_udp(u64::MAX).is_empty());
+    }
+
+    /// What the check asks for the unit gives.
+    #[test]
+    fn the_unit_has_every_capability() {
+        let unit = include_str!("../../../contrib/systemd/nohop.service");
+        let given = |key| {
+            let line = unit.lines().find_map(|line| line.strip_prefix(key)).unwrap();
+            line.split(' ').collect::<Vec<_>>()
+        };
+        let ambient = given("AmbientCapabilities=");
+        assert_eq!(ambient, given("CapabilityBoundingSet="));
+        for name in missing_capabilities(0).into_iter().chain(missing_for_udp(0)) {
+            assert!(ambient.contains(&name), "{name} isn't among {ambient:?}");
+        }
+    }
+
+    #[test]
+    fn ports() {
+        let udp = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        let taken = udp.local_addr().unwrap();
+        let (detail, mend) = dns_port(taken, &[taken], None).unwrap_err();
+        assert_eq!(detail, format!("can't listen on {taken} (udp): address in use"));
+        assert!(mend.starts_with("see who holds it with ss -ulpn"), "{mend}");
+        // Of documentation (RFC 5737): one that isn't there yet.
+        let absent = SocketAddr::from(([192, 0, 2, 1], 0));
+        assert_eq!(dns_port(absent, &[absent], None), Ok("192.0.2.1:0 is free".to_owned()));
+    }
+
+    #[test]
+    fn what_the_socket_unit_holds() {
+        let lines = "Listen=127.0.0.1:53 (Datagram)\nListen=127.0.0.1:53 (Stream)\n";
+        let v6 = "Listen=[::1]:53 (Datagram)\nListen=[::1]:53 (Stream)\nActiveState=active\n";
+        let table = [
+            (format!("{lines}ActiveState=active\n"), "127.0.0.1:53", true),
+            (format!("{lines}ActiveState=active\n"), "127.0.0.1:5354", false),
+            (format!("{lines}ActiveState=failed\n"), "127.0.0.1:53", false),
+            ("ActiveState=inactive\n".to_owned(), "127.0.0.1:53", false),
+            (v6.to_owned(), "[::1]:53", true),
+            (String::new(), "127.0.0.1:53", false),
+        ];
+        for (unit, address, expected) in table {
+            assert_eq!(unit_holds(address.parse().unwrap(), &unit), expected, "{unit}");
+        }
     }
 
     #[test]

@@ -212,6 +212,7 @@ impl Daemon {
         let mut route_tick = ticks(ROUTE_TICK, Duration::ZERO);
         let mut usage_tick = ticks(USAGE_TICK, USAGE_TICK);
         let mut rejected_tick = ticks(REJECTED_TICK, REJECTED_TICK);
+        let mut deaf = std::pin::pin!(self.dns.deaf());
         loop {
             tokio::select! {
                 _ = signals.term.recv() => return Ok(()),
@@ -241,6 +242,10 @@ impl Daemon {
                 () = self.source.keeper.ended() => {
                     anyhow::bail!("nobody looks after discovery any more: see the log")
                 }
+                () = &mut deaf => anyhow::bail!(
+                    "a part of the DNS server has panicked (see the log above; please report it), \
+                     so another process has to try"
+                ),
                 _ = tick.tick() => tokio::task::block_in_place(|| self.look_after()),
                 _ = proof_tick.tick() => {
                     let plane = self.plane.clone();

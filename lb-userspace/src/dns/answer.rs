@@ -6,6 +6,7 @@ use std::sync::{Arc, OnceLock};
 
 use ipnet::IpNet;
 
+use super::loops;
 use super::message::{Asked, WireName};
 use super::reply::{self, Code, QUESTION, Reply, Section};
 use super::reverse::{self, Reversed};
@@ -92,7 +93,8 @@ enum Named<'a> {
     Served(&'a [u8], Protocols),
     /// A name above others, with nothing of its own.
     Between,
-    Nothing,
+    /// None of ours, below this label of the zone.
+    Nothing(&'a [u8]),
 }
 
 impl Snapshot {
@@ -150,6 +152,11 @@ pub(super) fn answer<'m, 'k>(
     if below.is_none() && reversed.is_none() {
         return Outcome::Forward(asked);
     }
+    let forwards = zone.unrouted == Unrouted::Forward;
+    // One that came back is heard whatever state the zone is in.
+    if forwards && asked.name.label(1).is_some_and(loops::is_label) {
+        return Outcome::Forward(asked);
+    }
     if !snapshot.table.is_synced() || !known.attached {
         if known.waits {
             return Outcome::Wait;
@@ -168,9 +175,7 @@ pub(super) fn answer<'m, 'k>(
                 {
                     return Outcome::Warm(String::from_utf8_lossy(name).to_ascii_lowercase());
                 }
-                (Named::Service(_), None) if zone.unrouted == Unrouted::Forward => {
-                    return Outcome::Forward(asked);
-                }
+                _ if forwards && !named.is_ours(&snapshot.table) => return Outcome::Forward(asked),
                 _ => {}
             }
             (writer.in_zone(&named, service, depth), service.filter(|service| is_live(service)))
@@ -234,31 +239,46 @@ impl Zone {
             (1, Some(label), _) if protocol(label).is_some() => Named::Between,
             (1, Some(label), _) => Named::Service(label),
             (2, Some([b'_', service @ ..]), Some(label)) if !service.is_empty() => {
-                protocol(label).map_or(Named::Nothing, |by| Named::Served(service, by))
+                protocol(label).map_or(Named::Nothing(label), |by| Named::Served(service, by))
             }
-            _ => Named::Nothing,
+            _ => Named::Nothing(name.label(depth - 1).unwrap_or_default()),
         }
     }
 }
 
 impl Named<'_> {
+    /// Whether the name is that of a service of `table`, below one, or above all.
+    fn is_ours(&self, table: &Table) -> bool {
+        match *self {
+            Named::Service(name) | Named::Served(name, _) | Named::Nothing(name) => {
+                in_table(name, table).is_some()
+            }
+            Named::Between => true,
+        }
+    }
+
     /// The service that the name is about, where there is one, dialled so.
     fn service<'t>(&self, table: &'t Table) -> Option<&'t Service> {
         let (name, protocols) = match *self {
             Named::Service(name) => (name, None),
             Named::Served(name, protocols) => (name, Some(protocols)),
-            Named::Between | Named::Nothing => return None,
+            Named::Between | Named::Nothing(_) => return None,
         };
-        // In a buffer, as this is done for every question.
-        let mut buffer = [0; 63];
-        let lower = buffer.get_mut(..name.len())?;
-        lower.copy_from_slice(name);
-        lower.make_ascii_lowercase();
-        let service = table.services.get(std::str::from_utf8(lower).ok()?)?;
+        let service = in_table(name, table)?;
         let is_dialled_so = protocols
             .is_none_or(|by| service.protocols == by || service.protocols == Protocols::Both);
         is_dialled_so.then_some(service)
     }
+}
+
+/// The service of that name, in any case.
+fn in_table<'t>(name: &[u8], table: &'t Table) -> Option<&'t Service> {
+    // In a buffer, as this is done for every question.
+    let mut buffer = [0; 63];
+    let lower = buffer.get_mut(..name.len())?;
+    lower.copy_from_slice(name);
+    lower.make_ascii_lowercase();
+    table.services.get(std::str::from_utf8(lower).ok()?).map(|service| &**service)
 }
 
 /// Writes the sections of an answer.

@@ -237,7 +237,12 @@ fn names_that_arent_routed_or_arent_live() {
         ("Wbe.service.", "A", false, "forward"),
         ("Wbe.service.", "A", true, "warm wbe"),
         ("_wbe._tcp.service.", "SRV", true, "warm wbe"),
+        ("_wbe._tcp.service.", "SRV", false, "forward"),
+        ("_web._udp.service.", "SRV", false, "NxDomain"),
         ("a.web.service.", "A", true, "NxDomain"),
+        ("a.wbe.service.", "A", true, "forward"),
+        ("0.nohop-loop.service.", "A", true, "forward"),
+        ("_tcp.service.", "A", false, "NoError"),
         ("service.", "SOA", true, "NoError"),
         ("1.0.128.127.in-addr.arpa.", "PTR", true, "NoError"),
     ];
@@ -263,7 +268,8 @@ fn questions_that_are_no_questions() {
         ("an update", with(2, 5 << 3), "NotImp"),
         ("no question", with(5, 0), "FormErr"),
         ("two questions", with(5, 2), "FormErr"),
-        ("a question cut off", good[..last].to_vec(), "FormErr"),
+        ("a question cut off", good[..last].to_vec(), "drop"),
+        ("records that aren't there", with(7, 1), "FormErr"),
         ("class CH", with(last, 3), "Refused"),
     ];
     let config = Config::default().dns;

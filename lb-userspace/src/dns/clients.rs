@@ -37,11 +37,23 @@ pub(super) enum Admission {
 pub(super) struct Clients {
     /// The listeners' addresses, from which this host's own processes ask them.
     own: Box<[IpAddr]>,
+    /// Whether there is a listener for any address, so that all addresses of this host are its.
+    is_anywhere: bool,
     networks: Box<[IpNet]>,
-    /// The networks that this host is in, and when they were read; `None` where they don't count.
-    local: Option<RwLock<(Instant, Vec<IpNet>)>>,
+    /// Whether the networks count that this host is in.
+    counts_local: bool,
+    /// What this host's interfaces have, and when that was read.
+    local: RwLock<(Instant, Local)>,
     buckets: Option<Buckets>,
     start: Instant,
+}
+
+/// What this host's interfaces have.
+#[derive(Debug, Default)]
+struct Local {
+    addresses: Vec<IpAddr>,
+    /// Those of the addresses.
+    networks: Vec<IpNet>,
 }
 
 impl Clients {
@@ -52,11 +64,12 @@ impl Clients {
             Allowed::Local => None,
         };
         let start = Instant::now();
-        let counts_local = config.allow.contains(&Allowed::Local);
         Clients {
             own: own.iter().map(|listener| listener.ip().to_canonical()).collect(),
+            is_anywhere: own.iter().any(|listener| listener.ip().is_unspecified()),
             networks: config.allow.iter().filter_map(network).collect(),
-            local: counts_local.then(|| RwLock::new((start, connected()))),
+            counts_local: config.allow.contains(&Allowed::Local),
+            local: RwLock::new((start, Local::read())),
             buckets: Buckets::new(config.client_rate),
             start,
         }
@@ -65,7 +78,7 @@ impl Clients {
     /// What becomes of a message from `client`.
     pub(super) fn admit(&self, client: IpAddr) -> Admission {
         let client = client.to_canonical();
-        if client.is_loopback() || self.own.contains(&client) {
+        if self.is_own(client) {
             return Admission::Admitted;
         }
         let now = Instant::now();
@@ -75,52 +88,75 @@ impl Clients {
         {
             return Admission::Limited;
         }
-        let is_in = |networks: &[IpNet]| networks.iter().any(|network| network.contains(&client));
-        if is_in(&self.networks) || self.is_local(now, is_in) {
-            Admission::Admitted
-        } else {
-            Admission::Refused
-        }
+        if self.is_served(client) { Admission::Admitted } else { Admission::Refused }
     }
 
-    /// Whether the client is in one of this host's networks. Interfaces come and go, so they are
-    /// looked at again when it is in none of those that were there.
-    fn is_local(&self, now: Instant, is_in: impl Fn(&[IpNet]) -> bool) -> bool {
-        let Some(local) = &self.local else { return false };
+    /// Whether the client is this host itself.
+    pub(super) fn is_own(&self, client: IpAddr) -> bool {
+        let client = client.to_canonical();
+        client.is_loopback()
+            || self.own.contains(&client)
+            || self.is_anywhere && self.is_local(|local| local.addresses.contains(&client))
+    }
+
+    /// Whether the client is served at all, at whatever rate.
+    pub(super) fn is_served(&self, client: IpAddr) -> bool {
+        let client = client.to_canonical();
+        let is_in = |networks: &[IpNet]| networks.iter().any(|network| network.contains(&client));
+        self.is_own(client)
+            || is_in(&self.networks)
+            || self.counts_local && self.is_local(|local| is_in(&local.networks))
+    }
+
+    /// Whether this host's interfaces are so. They come and go, so they are looked at again where
+    /// those that were there aren't.
+    fn is_local(&self, is_so: impl Fn(&Local) -> bool) -> bool {
+        let now = Instant::now();
         {
-            let known = local.read().unwrap_or_else(PoisonError::into_inner);
-            if is_in(&known.1) {
+            let known = self.local.read().unwrap_or_else(PoisonError::into_inner);
+            if is_so(&known.1) {
                 return true;
             }
             if now.duration_since(known.0) < NETWORKS_AGE {
                 return false;
             }
         }
-        let networks = connected();
-        let is_local = is_in(&networks);
-        *local.write().unwrap_or_else(PoisonError::into_inner) = (now, networks);
+        let local = Local::read();
+        let is_local = is_so(&local);
+        *self.local.write().unwrap_or_else(PoisonError::into_inner) = (now, local);
         is_local
     }
 }
 
-/// The networks that this host's interfaces are in; its own addresses are in them.
-fn connected() -> Vec<IpNet> {
-    let interfaces = match nix::ifaddrs::getifaddrs() {
-        Ok(interfaces) => interfaces,
-        Err(error) => {
-            warn!(
-                "this host's networks can't be read, so dns.allow's \"local\" is nobody: {error}"
-            );
-            return Vec::new();
+impl Local {
+    fn read() -> Local {
+        let interfaces = match nix::ifaddrs::getifaddrs() {
+            Ok(interfaces) => interfaces,
+            Err(error) => {
+                warn!(
+                    "this host's networks can't be read, so dns.allow's \"local\" is nobody: {error}"
+                );
+                return Local::default();
+            }
+        };
+        let mut local = Local::default();
+        for interface in interfaces {
+            let Some(address) = interface.address.as_ref().and_then(ip) else { continue };
+            local.addresses.push(address);
+            let netmask = interface.netmask.as_ref().and_then(ip);
+            let network = netmask.and_then(|netmask| IpNet::with_netmask(address, netmask).ok());
+            local.networks.extend(network.filter(|network| network.prefix_len() > 0));
         }
-    };
-    interfaces
-        .filter_map(|interface| {
-            let (address, netmask) = (ip(&interface.address?)?, ip(&interface.netmask?)?);
-            IpNet::with_netmask(address, netmask).ok()
-        })
-        .filter(|network| network.prefix_len() > 0)
-        .collect()
+        local
+    }
+}
+
+/// What counts as one client: an IPv6 host has all addresses of its /64 to choose from.
+pub(super) fn party(client: IpAddr) -> u64 {
+    match client {
+        IpAddr::V4(v4) => u64::from(u32::from(v4)),
+        IpAddr::V6(v6) => (u128::from(v6) >> 64) as u64,
+    }
 }
 
 /// The address of a socket address of the internet.
@@ -158,12 +194,7 @@ impl Buckets {
 
     /// Takes a token of `client`'s, where there is one.
     fn take(&self, client: IpAddr, now: Duration) -> bool {
-        // An IPv6 host has all addresses of its /64 to choose from.
-        let key = match client {
-            IpAddr::V4(v4) => u64::from(u32::from(v4)),
-            IpAddr::V6(v6) => (u128::from(v6) >> 64) as u64,
-        };
-        let bucket = &self.full_at_ns[self.hasher.hash_one(key) as usize % N_BUCKETS];
+        let bucket = &self.full_at_ns[self.hasher.hash_one(party(client)) as usize % N_BUCKETS];
         let now_ns = now.as_nanos() as u64; // 584 years
         let taken = bucket.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |full_at_ns| {
             let after_ns = full_at_ns.max(now_ns) + self.interval_ns;
@@ -206,6 +237,27 @@ mod tests {
                 let admission = clients.admit(client.parse().unwrap());
                 assert_eq!(admission == Admission::Admitted, is_served, "{client}");
             }
+        }
+    }
+
+    #[test]
+    fn the_host_itself_is_never_limited_wherever_it_listens() {
+        let (address, beside) = ("203.0.113.9".parse().unwrap(), "203.0.113.10".parse().unwrap());
+        let rows = [
+            ("0.0.0.0:53", address, true),
+            ("[::]:53", address, true),
+            ("0.0.0.0:53", beside, false),
+            ("127.0.0.1:53", address, false),
+        ];
+        for (listener, client, is_own) in rows {
+            let config = DnsConfig { allow: Vec::new(), client_rate: 1, ..Config::default().dns };
+            let clients = Clients::new(&config, &[listener.parse().unwrap()]);
+            // As if an interface had it.
+            let local = Local { addresses: vec![address], networks: Vec::new() };
+            *clients.local.write().unwrap() = (Instant::now(), local);
+            let n_admitted =
+                (0..9).filter(|_| clients.admit(client) == Admission::Admitted).count();
+            assert_eq!(n_admitted, if is_own { 9 } else { 0 }, "{client} to {listener}");
         }
     }
 

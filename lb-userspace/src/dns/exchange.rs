@@ -3,26 +3,26 @@
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use hickory_proto::op::{Message, MessageType, OpCode, Query, ResponseCode};
-use hickory_proto::serialize::binary::DecodeError;
+use hickory_proto::op::{Message, Query};
+use hickory_proto::rr::Name;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpStream, UdpSocket};
 use tracing::debug;
 
-/// The length of a message's header.
-const HEADER_LEN: usize = 12;
+use super::answer::MAX_UDP_LEN;
+use super::received::Received;
 
-/// The room for an answer over UDP, where the client wants no more: some resolvers send more than
-/// they were allowed to.
-const MIN_BUFFER_LEN: usize = 4096;
+/// The room for an answer over UDP: what a client may get, as some resolvers send more than they
+/// were allowed to, and a byte that shows that there was more still.
+const BUFFER_LEN: usize = MAX_UDP_LEN as usize + 1;
 
 /// Why a resolver gave no answer.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum ExchangeError {
     #[error(transparent)]
     Io(#[from] io::Error),
-    #[error("the answer can't be read: {0}")]
-    Decode(#[from] DecodeError),
+    #[error("the answer can't be read: it ends within a record, or has two OPT records")]
+    Format,
     #[error("the answer has another id, or is none")]
     Id,
     #[error("the answer is to another question")]
@@ -53,13 +53,14 @@ impl<'a> Outgoing<'a> {
         Outgoing { bytes, id, question }
     }
 
+    /// The name that is asked for.
+    pub(super) fn name(&self) -> &Name {
+        &self.question.name
+    }
+
     /// Asks over UDP, from a port that the kernel draws, and hears `server` alone. Messages that
-    /// are no answer to this question are ignored. The client takes up to `max_len` bytes.
-    pub(super) async fn over_udp(
-        &self,
-        server: SocketAddr,
-        max_len: usize,
-    ) -> Result<Message, ExchangeError> {
+    /// are no answer to this question are ignored.
+    pub(super) async fn over_udp(&self, server: SocketAddr) -> Result<Received, ExchangeError> {
         let local = match server {
             SocketAddr::V4(_) => SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)),
             SocketAddr::V6(_) => SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0)),
@@ -67,9 +68,12 @@ impl<'a> Outgoing<'a> {
         let socket = UdpSocket::bind(local).await?;
         socket.connect(server).await?;
         socket.send(&self.bytes).await?;
-        let mut buffer = vec![0; max_len.max(MIN_BUFFER_LEN)];
+        let mut buffer = vec![0; BUFFER_LEN];
         loop {
             let len = socket.recv(&mut buffer).await?;
+            if len == BUFFER_LEN {
+                buffer[2] |= 0x02; // the kernel cut it off
+            }
             match self.check(&buffer[..len]) {
                 Err(error @ (ExchangeError::Id | ExchangeError::Question)) => {
                     debug!(%server, %error, "a message of the resolver is ignored");
@@ -80,7 +84,7 @@ impl<'a> Outgoing<'a> {
     }
 
     /// Asks over TCP.
-    pub(super) async fn over_tcp(&self, server: SocketAddr) -> Result<Message, ExchangeError> {
+    pub(super) async fn over_tcp(&self, server: SocketAddr) -> Result<Received, ExchangeError> {
         let mut stream = TcpStream::connect(server).await?;
         let len = u16::try_from(self.bytes.len()).map_err(io::Error::other)?;
         let mut message = Vec::with_capacity(2 + self.bytes.len());
@@ -94,45 +98,20 @@ impl<'a> Outgoing<'a> {
     }
 
     /// Whether `bytes` are an answer to this question, and which.
-    pub(super) fn check(&self, bytes: &[u8]) -> Result<Message, ExchangeError> {
-        let is_answer = bytes.len() >= HEADER_LEN && bytes[2] & 0x80 != 0;
-        if !is_answer || bytes[..2] != self.id.to_be_bytes() {
+    pub(super) fn check(&self, bytes: &[u8]) -> Result<Received, ExchangeError> {
+        if bytes.get(..2) != Some(&self.id.to_be_bytes()) {
             return Err(ExchangeError::Id);
         }
-        let message = match Message::from_vec(bytes) {
-            // Cut off in the middle of a record, as some do: its header and question still count.
-            Err(_) if bytes[2] & 0x02 != 0 => {
-                let mut bytes = bytes.to_vec();
-                bytes[6..HEADER_LEN].fill(0); // the numbers of records
-                Message::from_vec(&bytes)?
-            }
-            decoded => decoded?,
-        };
-        debug_assert_eq!(message.metadata.message_type, MessageType::Response);
-
-        let is_same = |theirs: &Query| {
-            theirs.name == self.question.name // case doesn't count
-                && theirs.query_type == self.question.query_type
-                && theirs.query_class == self.question.query_class
-        };
-        // An error may come without the question, from a server that couldn't read it.
-        let may_omit = !matches!(
-            message.metadata.response_code,
-            ResponseCode::NoError | ResponseCode::NXDomain
-        );
-        match &message.queries[..] {
-            _ if message.metadata.op_code != OpCode::Query => Err(ExchangeError::Question),
-            [theirs] if is_same(theirs) => Ok(message),
-            [] if may_omit => Ok(message),
-            _ => Err(ExchangeError::Question),
-        }
+        Received::read(bytes, self.question)
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::message::HEADER_LEN;
     use super::*;
-    use hickory_proto::rr::{Name, RecordType};
+    use hickory_proto::op::{OpCode, ResponseCode};
+    use hickory_proto::rr::RecordType;
 
     #[test]
     fn answers_are_checked() {
@@ -181,7 +160,7 @@ mod tests {
 
         let mut cut_off = with(7, 3);
         cut_off[2] |= 0x02;
-        let message = outgoing.check(&cut_off).unwrap();
-        assert!(message.metadata.truncation && message.answers.is_empty());
+        let received = outgoing.check(&cut_off).unwrap();
+        assert!(received.is_truncated() && received.message().unwrap().answers.is_empty());
     }
 }

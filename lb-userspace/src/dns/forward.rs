@@ -10,12 +10,14 @@ use tokio::sync::{Notify, Semaphore};
 use tokio::task::JoinSet;
 use tracing::debug;
 
+use super::answer::MAX_UDP_LEN;
 use super::exchange::{ExchangeError, Outgoing};
 use super::health::Health;
 use super::lookup::{Origin, Origins};
 use super::loops::{self, Loops, Way};
 use super::message::Asked;
-use super::same::Same;
+use super::received::Received;
+use super::same::{Key, Same};
 use super::sockets::Transport;
 use super::upstreams::Upstreams;
 
@@ -37,12 +39,10 @@ impl Default for Limits {
 }
 
 /// Why a question got no answer from elsewhere.
-#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum ForwardError {
     #[error("too many questions are under way")]
     Busy,
-    #[error("this question comes back again and again: a resolver sends it in a circle")]
-    Circle,
     #[error("it is a question of our own that shows which resolvers lead back here")]
     OwnProbe,
     #[error("there is no resolver to ask but this one")]
@@ -52,9 +52,9 @@ pub(super) enum ForwardError {
 }
 
 /// An answer, and who gave it.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Forwarded {
-    pub(super) message: Message,
+    pub(super) answer: Received,
     pub(super) server: SocketAddr,
 }
 
@@ -95,26 +95,44 @@ impl Forwarder {
         forwarder
     }
 
-    /// The resolvers' answer to `question`, the only one of the client's message `bytes`, by the
-    /// transport that the client chose. A client over UDP that gets a truncated answer asks again
-    /// over TCP, and then the resolver is asked so, too. Over UDP the client takes up to
-    /// `max_payload` bytes.
+    /// The resolvers' answer to `question`, which the client's message asks, by the transport that the client chose. A client over UDP that gets a truncated answer asks again
+    /// over TCP, and then the resolver is asked so, too.
     ///
     /// An answer that says that this resolver can't or won't answer counts only when the others
     /// have none that is better.
     pub(super) async fn forward(
         &self,
-        bytes: &[u8],
+        asked: &Asked<'_>,
         question: &Query,
         transport: Transport,
-        max_payload: u16,
     ) -> Result<Forwarded, ForwardError> {
-        let forwarded = self.carry(bytes, question, transport, max_payload).await;
-        self.origins.note(bytes, question, || match &forwarded {
+        // Who wants to know may not wait for the end.
+        let unanswered = || Origin::Nowhere("no resolver has answered in time".to_owned());
+        self.origins.note(asked.bytes(), question, unanswered);
+        let forwarded = self.share(asked, question, transport).await;
+        self.origins.note(asked.bytes(), question, || match &forwarded {
             Ok(forwarded) => Origin::Upstream(forwarded.server),
             Err(error) => Origin::Nowhere(error.to_string()),
         });
         forwarded
+    }
+
+    /// The answer that all get who ask the same at this moment.
+    async fn share(
+        &self,
+        asked: &Asked<'_>,
+        question: &Query,
+        transport: Transport,
+    ) -> Result<Forwarded, ForwardError> {
+        if self.loops.is_probe(&question.name) {
+            return Err(ForwardError::OwnProbe);
+        }
+        let under_way = self.same.enter(Key::new(asked, transport));
+        if under_way.is_suspicious {
+            self.suspicion.notify_one();
+        }
+        let bytes = asked.with_payload_within(MAX_UDP_LEN);
+        under_way.answer(self.carry(&bytes, question, transport)).await
     }
 
     async fn carry(
@@ -122,35 +140,30 @@ impl Forwarder {
         bytes: &[u8],
         question: &Query,
         transport: Transport,
-        max_payload: u16,
     ) -> Result<Forwarded, ForwardError> {
-        if self.loops.is_probe(&question.name) {
-            return Err(ForwardError::OwnProbe);
-        }
-        let Some(under_way) = self.same.enter(question) else {
-            self.suspicion.notify_one();
-            return Err(ForwardError::Circle);
-        };
-        if under_way.is_suspicious {
-            self.suspicion.notify_one();
-        }
         let Ok(_permit) = self.in_flight.try_acquire() else {
+            self.suspicion.notify_one();
             return Err(ForwardError::Busy);
         };
         let outgoing = Outgoing::new(bytes, question);
         let (mut n_servers, mut refusal) = (0, None);
         for _ in 0..self.limits.n_rounds {
             // Each round anew: what was learnt in the one before counts.
-            let servers = self.servers(&question.name);
-            n_servers = servers.len();
-            for server in servers {
-                match self.ask(server, &outgoing, transport, max_payload).await {
-                    Some(message) if is_refusal(&message) => {
-                        let code = message.metadata.response_code;
-                        debug!(%server, %question, %code, "refused");
-                        refusal.get_or_insert(Forwarded { message, server });
+            let ways = self.ways(&question.name, transport);
+            n_servers = ways.len();
+            for way in ways {
+                let server = way.server;
+                let answer = tokio::select! {
+                    answer = self.ask(server, &outgoing, transport) => answer,
+                    // Its question may be the one that it waits for itself.
+                    () = self.loops.leads_back(&way) => None,
+                };
+                match answer {
+                    Some(answer) if is_refusal(&answer) => {
+                        debug!(%server, %question, code = %answer.code(), "refused");
+                        refusal.get_or_insert(Forwarded { answer, server });
                     }
-                    Some(message) => return Ok(Forwarded { message, server }),
+                    Some(answer) => return Ok(Forwarded { answer, server }),
                     None => {}
                 }
             }
@@ -176,16 +189,14 @@ impl Forwarder {
         self.loops.problems(&self.upstreams.ways())
     }
 
-    /// The resolvers to ask for a name, in order: none that leads back here, and those that failed
-    /// a moment ago last.
-    fn servers(&self, name: &Name) -> Vec<SocketAddr> {
+    /// The resolvers to ask for a name, in order: none that leads back here, and those that fail
+    /// last.
+    fn ways(&self, name: &Name, transport: Transport) -> Vec<Way> {
         let (domain, servers) = self.upstreams.of(name);
         let mut servers = servers.to_vec();
-        servers.retain(|&server| {
-            !self.loops.is_circular(&Way { domain: Arc::clone(&domain), server })
-        });
-        self.health.order(&mut servers, Instant::now());
-        servers
+        self.health.order(&mut servers, transport, Instant::now());
+        let ways = servers.into_iter().map(|server| Way { domain: Arc::clone(&domain), server });
+        ways.filter(|way| !self.loops.is_circular(way)).collect()
     }
 
     /// One resolver's answer, where it gives one in time.
@@ -194,26 +205,25 @@ impl Forwarder {
         server: SocketAddr,
         outgoing: &Outgoing<'_>,
         transport: Transport,
-        max_payload: u16,
-    ) -> Option<Message> {
+    ) -> Option<Received> {
         let exchange = async {
             match transport {
-                Transport::Udp => outgoing.over_udp(server, max_payload.into()).await,
+                Transport::Udp => outgoing.over_udp(server).await,
                 Transport::Tcp => outgoing.over_tcp(server).await,
             }
         };
         let timed = tokio::time::timeout(self.limits.patience, exchange);
-        let answer: Result<Message, ExchangeError> = timed.await.unwrap_or_else(|elapsed| {
+        let answer: Result<Received, ExchangeError> = timed.await.unwrap_or_else(|elapsed| {
             Err(std::io::Error::new(std::io::ErrorKind::TimedOut, elapsed).into())
         });
         match answer {
-            Ok(message) => {
-                self.health.answered(server);
-                Some(message)
+            Ok(answer) => {
+                self.health.answered(server, transport);
+                Some(answer)
             }
             Err(error) => {
                 debug!(%server, %error, "a resolver gave no answer");
-                self.health.failed(server, Instant::now());
+                self.health.failed(server, transport, outgoing.name(), Instant::now());
                 // A resolver that hears its own question again may keep silent, as dnsmasq does.
                 self.suspicion.notify_one();
                 None
@@ -234,19 +244,21 @@ impl Forwarder {
                 message.add_query(question.clone()).metadata.recursion_desired = true;
                 let Ok(bytes) = message.to_vec() else { return };
                 let outgoing = Outgoing::new(&bytes, &question);
-                let exchange = outgoing.over_udp(way.server, MIN_PAYLOAD);
+                let exchange = outgoing.over_udp(way.server);
                 let timed = tokio::time::timeout(forwarder.limits.patience, exchange);
                 if let Ok(Ok(_)) = timed.await {
+                    forwarder.health.answered(way.server, Transport::Udp);
                     forwarder.loops.answered(&question);
+                } else if !forwarder.loops.is_circular(&way) {
+                    // All probes count as one name.
+                    let name = question.name.base_name();
+                    forwarder.health.failed(way.server, Transport::Udp, &name, Instant::now());
                 }
             });
         }
         while probes.join_next().await.is_some() {}
     }
 }
-
-/// What every resolver may send over UDP.
-const MIN_PAYLOAD: usize = 512;
 
 /// How often upstreams are probed.
 const PROBE_PERIOD: Duration = Duration::from_secs(60);
@@ -279,9 +291,6 @@ async fn search(forwarder: Weak<Forwarder>, suspicion: Arc<Notify>) {
     }
 }
 
-fn is_refusal(answer: &Message) -> bool {
-    matches!(
-        answer.metadata.response_code,
-        ResponseCode::ServFail | ResponseCode::Refused | ResponseCode::NotImp
-    )
+fn is_refusal(answer: &Received) -> bool {
+    matches!(answer.code(), ResponseCode::ServFail | ResponseCode::Refused | ResponseCode::NotImp)
 }

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use hickory_proto::ProtoError;
-use hickory_proto::op::{Edns, Message, Query};
+use hickory_proto::op::{Edns, Message, OpCode, Query, ResponseCode};
 use hickory_proto::rr::{Name, RecordType};
 
 use super::exchange::{ExchangeError, Outgoing};
@@ -70,11 +70,13 @@ pub enum Origin {
 pub struct Inquirer {
     handler: Arc<Handler>,
     server: SocketAddr,
+    /// What a test replaces.
+    pub(super) time_limit: Duration,
 }
 
 impl Inquirer {
     pub(super) fn new(handler: Arc<Handler>, server: SocketAddr) -> Inquirer {
-        Inquirer { handler, server }
+        Inquirer { handler, server, time_limit: TIME_LIMIT }
     }
 
     /// What is wrong with the upstreams, each with the mend.
@@ -87,17 +89,27 @@ impl Inquirer {
         self.handler.unrouted()
     }
 
-    /// Looks a name up, through the server's own socket.
+    /// Looks a name up, through the server's own socket. Where other resolvers take longer than
+    /// 4.5 s, that is the answer: SERVFAIL, from nowhere.
     ///
     /// # Errors
-    /// When name or type are none, or the server doesn't answer within 4.5 s.
+    /// When name or type are none, or the server itself doesn't answer.
     pub async fn look_up(&self, name: &str, kind: &str) -> Result<(Message, Origin), LookupError> {
         let question = question(name, kind)?;
         let message = message(&question);
         let forwarder = self.handler.forwarder();
         let watched = forwarder.origins.watch(message.metadata.id, &question);
-        let answer = ask_with(&message, &question, self.server, true).await?;
-        Ok((answer, watched.origin()))
+        let asked = ask_with(&message, &question, self.server, true);
+        let silent = LookupError::Silent { server: self.server };
+        let answered = tokio::time::timeout(self.time_limit, asked).await;
+        match answered.unwrap_or(Err(silent)) {
+            Err(LookupError::Silent { .. }) if watched.origin() != Origin::Own => {
+                let mut answer = Message::response(message.metadata.id, OpCode::Query);
+                answer.add_query(question).metadata.response_code = ResponseCode::ServFail;
+                Ok((answer, watched.origin()))
+            }
+            answer => answer.map(|answer| (answer, watched.origin())),
+        }
     }
 }
 
@@ -107,7 +119,10 @@ impl Inquirer {
 /// When name or type are none, or the server doesn't answer within 4.5 s.
 pub async fn ask(server: SocketAddr, name: &str, kind: &str) -> Result<Message, LookupError> {
     let question = question(name, kind)?;
-    ask_with(&message(&question), &question, server, false).await
+    let message = message(&question);
+    let asked = ask_with(&message, &question, server, false);
+    let answered = tokio::time::timeout(TIME_LIMIT, asked).await;
+    answered.unwrap_or(Err(LookupError::Silent { server }))
 }
 
 fn question(name: &str, kind: &str) -> Result<Query, LookupError> {
@@ -142,19 +157,20 @@ async fn ask_with(
         false => Outgoing::new(&bytes, question),
     };
     let exchange = async {
-        let answer = outgoing.over_udp(server, MAX_PAYLOAD.into()).await?;
-        match answer.metadata.truncation {
+        let answer = outgoing.over_udp(server).await?;
+        match answer.is_truncated() {
             true => outgoing.over_tcp(server).await,
             false => Ok(answer),
         }
     };
-    match tokio::time::timeout(TIME_LIMIT, exchange).await {
-        Ok(Ok(answer)) => Ok(answer),
-        Ok(Err(ExchangeError::Io(error))) if error.kind() == io::ErrorKind::ConnectionRefused => {
+    match exchange.await {
+        Ok(answer) => answer
+            .message()
+            .map_err(|error| wrong(format!("the answer can't be taken apart: {error}"))),
+        Err(ExchangeError::Io(error)) if error.kind() == io::ErrorKind::ConnectionRefused => {
             Err(wrong("nobody listens there".to_owned()))
         }
-        Ok(Err(error)) => Err(wrong(error.to_string())),
-        Err(_) => Err(LookupError::Silent { server }),
+        Err(error) => Err(wrong(error.to_string())),
     }
 }
 

@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use hickory_proto::op::Query;
 use hickory_proto::rr::{Name, RecordType};
+use tokio::sync::watch;
 use tracing::{info, warn};
 
 use super::resolv_conf::is_stub;
@@ -30,7 +31,8 @@ const MAX_PROBES: usize = 1024;
 /// An upstream, for the names of one domain: it may treat other domains in another way.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Way {
-    /// The domain of a route; empty for all names without one.
+    /// The domain of a route, or the zone where some of its names are forwarded; empty for all names
+    /// without one.
     pub(super) domain: Arc<str>,
     /// The upstream.
     pub(super) server: SocketAddr,
@@ -40,6 +42,8 @@ pub(super) struct Way {
 #[derive(Debug, Default)]
 pub(super) struct Loops {
     state: Mutex<State>,
+    /// Told of each way that is found to lead back here.
+    found: watch::Sender<()>,
 }
 
 #[derive(Debug, Default)]
@@ -81,8 +85,11 @@ impl Loops {
         let Some(probe) = state.probes.get_mut(&token) else { return false };
         probe.came_back = true;
         let way = probe.way.clone();
-        if state.circular.insert(way.clone()) {
+        let is_new = state.circular.insert(way.clone());
+        drop(state);
+        if is_new {
             warn!("{}", problem(&way));
+            self.found.send_replace(());
         }
         true
     }
@@ -107,6 +114,13 @@ impl Loops {
     pub(super) fn is_circular(&self, way: &Way) -> bool {
         let state = self.lock();
         !state.circular.is_empty() && state.circular.contains(way)
+    }
+
+    /// Waits until the upstream is found to lead back here.
+    pub(super) async fn leads_back(&self, way: &Way) {
+        let mut found = self.found.subscribe();
+        // The sender lives as long as this.
+        let _ = found.wait_for(|()| self.is_circular(way)).await;
     }
 
     /// What is wrong, with the mend. That systemd-resolved leads back here is as it should be,

@@ -21,14 +21,18 @@ const RECORD_LEN: usize = 10;
 /// The type of EDNS's record.
 const OPT: u16 = 41;
 
+/// Where an OPT record has the size of UDP messages: after the root's name and the type.
+pub(super) const OPT_PAYLOAD: usize = 3;
+
 /// Why a message is no question that can be dealt with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Unreadable {
-    /// It isn't a question at all: whoever answered it could be led into answering answers.
+    /// It isn't a question at all: whoever answered it could be led into answering answers, or
+    /// anything.
     NoQuestion,
     /// It asks for something else than names.
     OpCode,
-    /// It isn't put together as it should be.
+    /// It hasn't one question, or what follows that isn't put together as it should be.
     Format,
 }
 
@@ -40,15 +44,49 @@ pub(super) struct Asked<'a> {
     pub(super) query_type: u16,
     pub(super) query_class: u16,
     pub(super) edns: Option<AskedEdns>,
+    /// Where the OPT record is in the message, where there is one.
+    opt_begin: usize,
 }
 
-/// What the asker's OPT record says.
+/// The question of a message, at its place after the header.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Question<'a> {
+    pub(super) name: WireName<'a>,
+    pub(super) query_type: u16,
+    pub(super) query_class: u16,
+}
+
+impl<'a> Question<'a> {
+    /// Reads the question that follows the header of the message `bytes`.
+    pub(super) fn read(bytes: &'a [u8]) -> Option<Question<'a>> {
+        let name = WireName::read(bytes.get(HEADER_LEN..)?)?;
+        let mut rest = Rest { bytes, offset: HEADER_LEN + name.bytes.len() };
+        Some(Question { name, query_type: rest.u16()?, query_class: rest.u16()? })
+    }
+
+    /// Where it ends in the message.
+    pub(super) fn end(&self) -> usize {
+        HEADER_LEN + self.name.bytes.len() + 4
+    }
+}
+
+/// What an OPT record says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct AskedEdns {
     pub(super) version: u8,
     pub(super) dnssec_ok: bool,
     /// The size of UDP messages that it takes; at least 512.
     max_payload: u16,
+}
+
+/// An OPT record in its message.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Opt {
+    pub(super) edns: AskedEdns,
+    /// Where it begins.
+    pub(super) begin: usize,
+    /// The additional records before it.
+    pub(super) n_before: u16,
 }
 
 /// A name within a message, uncompressed, with the case that it was written in.
@@ -75,13 +113,29 @@ impl<'a> Asked<'a> {
         if count(4) != 1 {
             return Err(Unreadable::Format);
         }
-        let name = WireName::read(&bytes[HEADER_LEN..]).ok_or(Unreadable::Format)?;
-        let mut rest = Rest(&bytes[HEADER_LEN + name.bytes.len()..]);
-        let asked = (|| Some((rest.u16()?, rest.u16()?)))();
-        let (query_type, query_class) = asked.ok_or(Unreadable::Format)?;
+        let question = Question::read(bytes).ok_or(Unreadable::NoQuestion)?;
+        let Question { name, query_type, query_class } = question;
+        let mut rest = Rest { bytes, offset: question.end() };
         let n_others = u32::from(count(6)) + u32::from(count(8));
-        let edns = rest.edns(n_others, count(10)).ok_or(Unreadable::Format)?;
-        Ok(Asked { bytes, name, query_type, query_class, edns })
+        let opt = rest.opt(n_others, count(10)).ok_or(Unreadable::Format)?;
+        let (edns, opt_begin) = opt.map_or((None, 0), |opt| (Some(opt.edns), opt.begin));
+        Ok(Asked { bytes, name, query_type, query_class, edns, opt_begin })
+    }
+
+    /// The message, in which the asker takes at most `most` bytes over UDP.
+    pub(super) fn with_payload_within(&self, most: u16) -> Vec<u8> {
+        let mut bytes = self.bytes.to_vec();
+        if let Some(edns) = self.edns
+            && edns.max_payload > most
+        {
+            bytes[self.opt_begin + OPT_PAYLOAD..][..2].copy_from_slice(&most.to_be_bytes());
+        }
+        bytes
+    }
+
+    /// The whole message, as it came.
+    pub(super) fn bytes(&self) -> &'a [u8] {
+        self.bytes
     }
 
     /// The header and the question, as they came.
@@ -97,11 +151,6 @@ impl<'a> Asked<'a> {
     /// The message's id.
     pub(super) fn id(&self) -> u16 {
         u16::from_be_bytes([self.bytes[0], self.bytes[1]])
-    }
-
-    /// Whether the asker wants others to be asked, too.
-    pub(super) fn recursion_desired(&self) -> bool {
-        self.bytes[2] & 0x01 != 0
     }
 
     /// The question, as hickory has it.
@@ -162,13 +211,16 @@ impl<'a> WireName<'a> {
     }
 }
 
-/// What follows the question.
-struct Rest<'a>(&'a [u8]);
+/// What follows `offset` in a message.
+pub(super) struct Rest<'a> {
+    pub(super) bytes: &'a [u8],
+    pub(super) offset: usize,
+}
 
 impl<'a> Rest<'a> {
     fn take(&mut self, len: usize) -> Option<&'a [u8]> {
-        let (taken, rest) = self.0.split_at_checked(len)?;
-        self.0 = rest;
+        let taken = self.bytes.get(self.offset..)?.get(..len)?;
+        self.offset += len;
         Some(taken)
     }
 
@@ -176,26 +228,28 @@ impl<'a> Rest<'a> {
         self.take(2).map(|bytes| u16::from_be_bytes([bytes[0], bytes[1]]))
     }
 
-    /// What OPT says, where it is among the additional records, after as many others; `None` where
-    /// that can't be read.
-    fn edns(&mut self, n_others: u32, n_additionals: u16) -> Option<Option<AskedEdns>> {
+    /// The OPT record, where it is among the additional records, after as many others; `None` where
+    /// those can't be read. Afterwards `offset` is behind the last record.
+    pub(super) fn opt(&mut self, n_others: u32, n_additionals: u16) -> Option<Option<Opt>> {
         for _ in 0..n_others {
             self.record()?;
         }
-        let mut edns = None;
-        for _ in 0..n_additionals {
-            let found = self.record()?;
-            // RFC 6891, section 6.1.1: more than one is an error.
-            if found.is_some() && std::mem::replace(&mut edns, found).is_some() {
-                return None;
+        let mut opt = None;
+        for n_before in 0..n_additionals {
+            let begin = self.offset;
+            if let Some(edns) = self.record()? {
+                // RFC 6891, section 6.1.1: more than one is an error.
+                if opt.replace(Opt { edns, begin, n_before }).is_some() {
+                    return None;
+                }
             }
         }
-        Some(edns)
+        Some(opt)
     }
 
-    /// Steps over a record; what it says where it is OPT.
+    /// Steps over a record, whatever its data is; what it says where it is OPT.
     fn record(&mut self) -> Option<Option<AskedEdns>> {
-        let is_root = self.0.first() == Some(&0);
+        let is_root = self.bytes.get(self.offset) == Some(&0);
         self.name()?;
         let record = self.take(RECORD_LEN)?;
         let field = |idx: usize| u16::from_be_bytes([record[idx], record[idx + 1]]);
@@ -257,7 +311,7 @@ mod tests {
         let edns = |version, dnssec_ok, max_payload| {
             Ok(Some(AskedEdns { version, dnssec_ok, max_payload }))
         };
-        let format = Err(Unreadable::Format);
+        let (garbled, format) = (Err(Unreadable::NoQuestion), Err(Unreadable::Format));
         type Read = Result<Option<AskedEdns>, Unreadable>;
         let rows: [(&str, Vec<u8>, Read); 22] = [
             ("a question", message([1, 0, 0, 0], &[web, A_IN]), Ok(None)),
@@ -267,12 +321,12 @@ mod tests {
             ("trailing bytes", message([1, 0, 0, 0], &[web, A_IN, b"xyz"]), Ok(None)),
             ("the longest name", message([1, 0, 0, 0], &[&longest, A_IN]), Ok(None)),
             ("the root", message([1, 0, 0, 0], &[b"\0", A_IN]), Ok(None)),
-            ("a name too long", message([1, 0, 0, 0], &[&too_long, A_IN]), format),
-            ("a name without end", message([1, 0, 0, 0], &[b"\x03we"]), format),
-            ("a pointer to itself", message([1, 0, 0, 0], &[&[0xc0, 12], A_IN]), format),
-            ("a label of type 01", message([1, 0, 0, 0], &[&[0x41, b'x', 0], A_IN]), format),
-            ("no type", message([1, 0, 0, 0], &[web]), format),
-            ("half a class", message([1, 0, 0, 0], &[web, &[0, 1, 0]]), format),
+            ("a name too long", message([1, 0, 0, 0], &[&too_long, A_IN]), garbled),
+            ("a name without end", message([1, 0, 0, 0], &[b"\x03we"]), garbled),
+            ("a pointer to itself", message([1, 0, 0, 0], &[&[0xc0, 12], A_IN]), garbled),
+            ("a label of type 01", message([1, 0, 0, 0], &[&[0x41, b'x', 0], A_IN]), garbled),
+            ("no type", message([1, 0, 0, 0], &[web]), garbled),
+            ("half a class", message([1, 0, 0, 0], &[web, &[0, 1, 0]]), garbled),
             ("no question", message([0, 0, 0, 0], &[]), format),
             ("two questions", message([2, 0, 0, 0], &[web, A_IN, web, A_IN]), format),
             ("two OPT", message([1, 0, 0, 2], &[web, A_IN, opt, opt]), format),
@@ -310,5 +364,21 @@ mod tests {
         assert_eq!(asked.name.suffix(2), b"\0");
         assert_eq!(asked.head(), bytes);
         assert_eq!(asked.query().unwrap().name.to_string(), "wEb.service.");
+    }
+
+    #[test]
+    fn the_size_that_goes_on_is_bounded() {
+        let web: &[u8] = b"\x03web\x07service\x00";
+        for (payload, expected) in [(8192u16, 4096), (4096, 4096), (1232, 1232), (100, 100)] {
+            let [high, low] = payload.to_be_bytes();
+            let opt: &[u8] = &[0, 0, 41, high, low, 0, 0, 0x80, 0, 0, 0];
+            let bytes = message([1, 0, 0, 1], &[web, A_IN, opt]);
+            let mut wanted = bytes.clone();
+            let place = wanted.len() - opt.len() + OPT_PAYLOAD;
+            wanted[place..][..2].copy_from_slice(&u16::to_be_bytes(expected));
+            assert_eq!(Asked::read(&bytes).unwrap().with_payload_within(4096), wanted, "{payload}");
+        }
+        let plain = message([1, 0, 0, 0], &[web, A_IN]);
+        assert_eq!(Asked::read(&plain).unwrap().with_payload_within(4096), plain);
     }
 }

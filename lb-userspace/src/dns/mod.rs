@@ -15,6 +15,7 @@ mod lookup;
 mod loops;
 mod message;
 mod passed;
+mod received;
 mod reply;
 mod resolv_conf;
 mod reverse;
@@ -35,5 +36,5 @@ mod tests;
 
 pub use lookup::{Inquirer, LookupError, Origin, ask};
 pub use server::Server;
-pub use sockets::{DnsError, Sockets, Transport, bind};
+pub use sockets::{DnsError, Sockets, Transport, bind, try_bind};
 pub use stats::Stats;

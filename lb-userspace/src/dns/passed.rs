@@ -6,7 +6,7 @@ use std::net::{SocketAddr, TcpListener, UdpSocket};
 
 use listenfd::ListenFd;
 
-use super::sockets::{Sockets, Transport};
+use super::sockets::{Sockets, Transport, n_sockets};
 
 /// What is wrong with the sockets that were passed.
 #[derive(Debug, thiserror::Error)]
@@ -77,7 +77,24 @@ fn pair(udp: Vec<UdpSocket>, tcp: Vec<TcpListener>) -> Result<Sockets, PassedErr
             return Err(PassedError::Half { address, missing: Transport::Tcp });
         }
     }
+    let udp = share(udp, &udp_addresses)?;
     Ok(Sockets { udp, tcp, addresses, were_passed: true })
+}
+
+/// Where systemd passed one socket of an address, several threads read it; several of them, which
+/// `ReusePort=yes` allows, have a thread each.
+fn share(sockets: Vec<UdpSocket>, addresses: &[SocketAddr]) -> Result<Vec<UdpSocket>, PassedError> {
+    let mut shared = Vec::new();
+    for (number, (socket, address)) in sockets.into_iter().zip(addresses).enumerate() {
+        let n_passed = addresses.iter().filter(|other| *other == address).count();
+        let n_more = if n_passed == 1 { n_sockets() - 1 } else { 0 };
+        for _ in 0..n_more {
+            let clone = socket.try_clone();
+            shared.push(clone.map_err(|source| PassedError::Kind { number, source })?);
+        }
+        shared.push(socket);
+    }
+    Ok(shared)
 }
 
 #[cfg(test)]
@@ -112,6 +129,8 @@ mod tests {
                  socket unit"
             )
         );
-        assert_eq!(pair(vec![one], vec![beside]).unwrap().addresses(), [address]);
+        let sockets = pair(vec![one], vec![beside]).unwrap();
+        assert_eq!(sockets.addresses(), [address]);
+        assert_eq!(sockets.udp.len(), n_sockets());
     }
 }

@@ -94,22 +94,7 @@ impl<'a> Reply<'a> {
             truncated = true;
         }
         if let Some(edns) = self.asked.edns {
-            let [payload_high, payload_low] = OUR_PAYLOAD.to_be_bytes();
-            let dnssec_ok = if edns.dnssec_ok { 0x80 } else { 0 };
-            let code_high = (code as u16 >> 4) as u8;
-            self.out.extend([
-                0,
-                0,
-                41,
-                payload_high,
-                payload_low,
-                code_high,
-                0,
-                dnssec_ok,
-                0,
-                0,
-                0,
-            ]);
+            put_opt(self.out, (code as u16 >> 4) as u8, edns.dnssec_ok);
             self.counts[Section::Additional as usize] += 1;
         }
         let aa = if authoritative { 0x04 } else { 0 };
@@ -135,6 +120,14 @@ pub(super) fn to_unreadable(out: &mut Vec<u8>, bytes: &[u8], why: Unreadable) ->
     // A header alone: what came after it may be anything.
     put_header(out, code, 0, 0, [0; 3]);
     Some(code)
+}
+
+/// Adds an OPT record without options; `code_high` has the upper bits of the response code.
+pub(super) fn put_opt(out: &mut Vec<u8>, code_high: u8, dnssec_ok: bool) {
+    let [payload_high, payload_low] = OUR_PAYLOAD.to_be_bytes();
+    let flags = if dnssec_ok { 0x80 } else { 0 };
+    let opt: [u8; OPT_LEN] = [0, 0, 41, payload_high, payload_low, code_high, 0, flags, 0, 0, 0];
+    out.extend(opt);
 }
 
 /// Makes the question's header, at the begin of `out`, that of the answer.

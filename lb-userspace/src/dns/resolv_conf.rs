@@ -6,9 +6,13 @@ use std::net::{IpAddr, SocketAddr, SocketAddrV6};
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use resolv_conf::{Config, ScopedIp};
 use tracing::{debug, warn};
+
+/// The time between two tries at a file that can't be read.
+const PAUSE: Duration = Duration::from_secs(1);
 
 /// The file, and what it said when it was read last.
 ///
@@ -25,8 +29,10 @@ pub(super) struct ResolvConf {
 
 #[derive(Debug, Default)]
 struct Read {
-    /// The versions of the two files; `None` before the first look.
+    /// The versions of the two files that were read; `None` before that.
     stamp: Option<[Stamp; 2]>,
+    /// The versions that couldn't be read, and when that was tried last.
+    failed: Option<([Stamp; 2], Instant)>,
     servers: Arc<[SocketAddr]>,
 }
 
@@ -65,36 +71,77 @@ impl ResolvConf {
     /// told to ask us, it asks us for all names, so it leads back here and is left out.
     ///
     /// `keep` is asked once for each version of the file. While the file can't be read, the
-    /// servers stay those of the version before.
+    /// servers stay those of the version before, and it is tried again every second.
     pub(super) fn servers(&self, keep: impl Fn(&SocketAddr) -> bool) -> Arc<[SocketAddr]> {
         let mut read = self.read.lock().unwrap_or_else(PoisonError::into_inner);
         // First the metadata, then the content: a change in between is found the next time.
         let stamp = [&self.path, &self.uplinks]
             .map(|path| fs::metadata(path).map(Stamp::from).unwrap_or_default());
-        if read.stamp != Some(stamp) {
-            read.stamp = Some(stamp);
-            let path = self.path.display();
-            match fs::read(&self.path) {
-                Ok(content) => {
-                    let named: Vec<_> = nameservers(&content).collect();
-                    let uplinks = match !named.is_empty() && named.iter().all(is_stub) {
-                        true => fs::read(&self.uplinks).unwrap_or_default(),
-                        false => Vec::new(),
-                    };
-                    let servers = named.into_iter().chain(nameservers(&uplinks));
-                    read.servers = servers.filter(keep).collect();
+        let path = self.path.display();
+        match read.update(stamp, Instant::now(), || self.named()) {
+            Update::None => {}
+            Update::Read => {
+                read.servers = read.servers.iter().copied().filter(keep).collect();
+                debug!(servers = ?read.servers, "read {path}");
+                if read.servers.is_empty() {
+                    warn!(
+                        "{path} names no nameserver but this one, so names outside the zone fail; \
+                         name one there, or set dns.forward to the resolver's addresses"
+                    );
                 }
-                Err(error) => warn!("can't read {path}: {error}; its last nameservers stay"),
             }
-            debug!(servers = ?read.servers, "read {path}");
-            if read.servers.is_empty() {
-                warn!(
-                    "{path} names no nameserver but this one, so names outside the zone fail; \
-                     name one there, or set dns.forward to the resolver's addresses"
-                );
+            Update::Failed(error) => {
+                warn!("can't read {path}: {error}; its last nameservers stay")
             }
         }
         Arc::clone(&read.servers)
+    }
+
+    /// The nameservers in the file, and those behind them.
+    fn named(&self) -> io::Result<Vec<SocketAddr>> {
+        let mut named: Vec<_> = nameservers(&fs::read(&self.path)?).collect();
+        if !named.is_empty() && named.iter().all(is_stub) {
+            match fs::read(&self.uplinks) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                uplinks => named.extend(nameservers(&uplinks?)),
+            }
+        }
+        Ok(named)
+    }
+}
+
+/// What a look at the file has brought.
+#[derive(Debug)]
+enum Update {
+    None,
+    Read,
+    /// It can't be read; told once for each version.
+    Failed(io::Error),
+}
+
+impl Read {
+    /// Takes what `named` reads where the version is another one than was read last.
+    fn update(
+        &mut self,
+        stamp: [Stamp; 2],
+        now: Instant,
+        named: impl FnOnce() -> io::Result<Vec<SocketAddr>>,
+    ) -> Update {
+        let has_failed = self.failed.filter(|(failed, _)| *failed == stamp);
+        let rests = has_failed.is_some_and(|(_, at)| now.saturating_duration_since(at) < PAUSE);
+        if self.stamp == Some(stamp) || rests {
+            return Update::None;
+        }
+        match named() {
+            Ok(servers) => {
+                *self = Read { stamp: Some(stamp), failed: None, servers: servers.into() };
+                Update::Read
+            }
+            Err(error) => {
+                self.failed = Some((stamp, now));
+                if has_failed.is_none() { Update::Failed(error) } else { Update::None }
+            }
+        }
     }
 }
 
@@ -188,5 +235,34 @@ mod tests {
         assert_eq!(servers(), "127.0.0.53:53 192.0.2.1:53");
         fs::write(&path, "").unwrap();
         assert_eq!(servers(), "");
+    }
+
+    #[test]
+    fn what_could_not_be_read_is_tried_again() {
+        let [old, new] = [1, 2].map(|last| SocketAddr::from(([192, 0, 2, last], 53)));
+        let start = Instant::now();
+        let mut read = Read::default();
+        let versions = [1, 2].map(|inode| [Stamp { inode, ..Stamp::default() }; 2]);
+        let fault = || io::Error::from(io::ErrorKind::Interrupted);
+        // The version, when, what comes of reading, whether that is asked, told and what there is.
+        let rows = [
+            (0, 0, Some(old), "read", old),
+            (0, 100, None, "-", old),
+            (1, 200, None, "failed", old),
+            (1, 900, Some(new), "-", old),
+            (1, 1200, None, "-", old),
+            (1, 2200, Some(new), "read", new),
+            (1, 2300, None, "-", new),
+        ];
+        for (version, at_ms, named, expected, server) in rows {
+            let now = start + Duration::from_millis(at_ms);
+            let named = || named.map(|server| vec![server]).ok_or_else(fault);
+            let told = match read.update(versions[version], now, named) {
+                Update::None => "-",
+                Update::Read => "read",
+                Update::Failed(_) => "failed",
+            };
+            assert_eq!((told, &*read.servers), (expected, &[server][..]), "{at_ms}");
+        }
     }
 }

@@ -6,11 +6,10 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use hickory_proto::op::{Edns, Message, Query, ResponseCode};
 use ipnet::IpNet;
 use tokio::net::TcpListener;
 use tokio::runtime::Handle;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
 use tracing::{debug, warn};
 
@@ -19,7 +18,7 @@ use super::clients::{Admission, Clients};
 use super::forward::{Forwarded, Forwarder, Limits};
 use super::lookup::Inquirer;
 use super::message::Asked;
-use super::reply::{self, Code, OUR_PAYLOAD};
+use super::reply::{self, Code};
 use super::sockets::{DnsError, Sockets, Transport};
 use super::stats::Stats;
 use super::tcp::{self, Connections};
@@ -33,6 +32,9 @@ use crate::table::{Service, Table, Watch};
 /// What a stop may take.
 const STOP_TIMEOUT: Duration = Duration::from_millis(500);
 
+/// How much of that there is for what is under way to end by itself.
+const DRAIN: Duration = Duration::from_millis(300);
+
 /// How long after the start questions for the zone wait for it, where sockets were passed: those
 /// that came while there was no daemon get more than SERVFAIL, and the first daemon of a machine
 /// whose source is down still answers soon.
@@ -41,8 +43,9 @@ const GRACE: Duration = Duration::from_secs(2);
 /// How long an answer waits for a service that isn't live, before it tells what is known.
 const WARMING: Duration = Duration::from_millis(250);
 
-/// The UDP questions that wait for others at one time: what is beyond is answered at once, as well
-/// as can be. It is more than the forwarder takes, so that names of the zone find room.
+/// The UDP questions that wait for the zone at one time, and as many that wait for other resolvers:
+/// what is beyond is answered at once, as well as can be, or stays in the socket while the zone is
+/// waited for after the start.
 const MAX_WAITING: usize = 1024;
 
 /// The DNS server, which answers from when it is started until it is stopped or dropped.
@@ -53,8 +56,12 @@ pub struct Server {
     limits: Limits,
     stop: Arc<Stop>,
     stopped: watch::Sender<bool>,
+    /// Whether nothing more is read.
+    closing: watch::Sender<bool>,
     threads: Vec<JoinHandle<()>>,
     listeners: JoinSet<()>,
+    /// Whether one of those who serve sockets has ended.
+    ended: watch::Sender<bool>,
 }
 
 /// What a test replaces.
@@ -116,7 +123,7 @@ impl Server {
         let handler = Arc::new(Handler {
             ways: RwLock::new(Arc::new(Ways {
                 zone: Zone::new(config, pools.iter().copied()),
-                clients: Clients::new(config, &own),
+                clients: Arc::new(Clients::new(config, &own)),
                 forwarder,
             })),
             table,
@@ -126,17 +133,24 @@ impl Server {
             told: Told::default(),
             reliable_by: Instant::now() + grace,
             waiting: Arc::new(Semaphore::new(MAX_WAITING)),
+            forwarding: Arc::new(Semaphore::new(MAX_WAITING)),
             stats: Arc::default(),
         });
 
         let stop = Arc::new(Stop::new().map_err(DnsError::Start)?);
         let (stopped, _) = watch::channel(false);
+        let (closing, _) = watch::channel(false);
+        let (ended, _) = watch::channel(false);
         let mut listeners = JoinSet::new();
         let connections = Arc::new(Connections::default());
         for listener in sockets.tcp {
             let listener = TcpListener::from_std(listener).map_err(DnsError::Start)?;
             let (handler, connections) = (handler.clone(), connections.clone());
-            listeners.spawn(tcp::serve(listener, handler, connections, tcp_patience));
+            let (closing, ends) = (closing.subscribe(), Ends(ended.clone()));
+            listeners.spawn(async move {
+                let _ends = ends;
+                tcp::serve(listener, handler, connections, tcp_patience, closing).await;
+            });
         }
         let mut server = Server {
             handler,
@@ -145,8 +159,10 @@ impl Server {
             limits,
             stop,
             stopped,
+            closing,
             threads: Vec::new(),
             listeners,
+            ended,
         };
         for socket in sockets.udp {
             let endpoint = Arc::new(Endpoint::new(socket).map_err(DnsError::Start)?);
@@ -159,9 +175,20 @@ impl Server {
     fn serve_udp(&self, endpoint: Arc<Endpoint>) -> std::io::Result<JoinHandle<()>> {
         let (handler, stop) = (self.handler.clone(), self.stop.clone());
         let (runtime, stopped) = (Handle::current(), self.stopped.subscribe());
+        let (mut closing, ends) = (self.closing.subscribe(), Ends(self.ended.clone()));
         std::thread::Builder::new().name("dns".into()).spawn(move || {
+            let _ends = ends;
             let mut out = Vec::with_capacity(MAX_UDP_LEN.into());
             udp::serve(&endpoint, &stop, |bytes, client, to| {
+                if handler.is_full_early() {
+                    // What comes after this one waits in the socket meanwhile.
+                    runtime.block_on(async {
+                        tokio::select! {
+                            () = handler.grow_reliable() => {}
+                            _ = closing.wait_for(|closing| *closing) => {}
+                        }
+                    });
+                }
                 let Some(waits) = handler.take(&endpoint, bytes, client, to, &mut out) else {
                     return;
                 };
@@ -187,7 +214,7 @@ impl Server {
         let pools = self.handler.ways().zone.pools().to_vec();
         let ways = Ways {
             zone: Zone::new(config, pools),
-            clients: Clients::new(config, &self.own),
+            clients: Arc::new(Clients::new(config, &self.own)),
             forwarder,
         };
         *self.handler.ways.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(ways);
@@ -196,7 +223,10 @@ impl Server {
     /// Who asks this server.
     pub fn inquirer(&self) -> Inquirer {
         let nobody = SocketAddr::from(([127, 0, 0, 1], 53));
-        Inquirer::new(self.handler.clone(), *self.own.first().unwrap_or(&nobody))
+        // An address that the host doesn't have yet would give no answer.
+        let loopback = self.own.iter().find(|address| address.ip().is_loopback());
+        let server = loopback.or(self.own.first()).unwrap_or(&nobody);
+        Inquirer::new(self.handler.clone(), *server)
     }
 
     /// What it has counted, and goes on counting.
@@ -204,17 +234,35 @@ impl Server {
         self.handler.stats.clone()
     }
 
-    /// Stops listening and drops what is under way, within half a second.
+    /// Waits until one of those who serve the sockets has ended, which none does before the stop
+    /// but by a fault of ours: then its listener is deaf.
+    pub fn deaf(&self) -> impl Future<Output = ()> + Send + use<> {
+        let mut ended = self.ended.subscribe();
+        async move {
+            if ended.wait_for(|ended| *ended).await.is_err() {
+                std::future::pending().await // stopped
+            }
+        }
+    }
+
+    /// Stops reading, lets what is under way end, and drops what takes longer, within half a second.
     pub async fn stop(mut self) {
         self.stop.set();
-        self.stopped.send_replace(true);
+        self.closing.send_replace(true);
         let threads = std::mem::take(&mut self.threads);
         let mut listeners = std::mem::take(&mut self.listeners);
         let ended = async {
             let joined = tokio::task::spawn_blocking(|| {
                 threads.into_iter().try_for_each(JoinHandle::join).is_ok()
             });
+            let drained = async {
+                while listeners.join_next().await.is_some() {}
+                self.handler.drained().await;
+            };
+            let _ = tokio::time::timeout(DRAIN, drained).await;
+            self.stopped.send_replace(true);
             listeners.shutdown().await;
+            self.handler.drained().await;
             joined.await.unwrap_or(false)
         };
         match tokio::time::timeout(STOP_TIMEOUT, ended).await {
@@ -228,15 +276,32 @@ impl Server {
 impl Drop for Server {
     fn drop(&mut self) {
         self.stop.set();
+        self.closing.send_replace(true);
         self.stopped.send_replace(true);
     }
+}
+
+/// Tells when it is dropped, in a panic too.
+struct Ends(watch::Sender<bool>);
+
+impl Drop for Ends {
+    fn drop(&mut self) {
+        self.0.send_replace(true);
+    }
+}
+
+/// What a question needs that waits; the socket goes first, so that a stop which has all places back
+/// has freed the port.
+struct Waiting {
+    endpoint: Arc<Endpoint>,
+    _place: OwnedSemaphorePermit,
 }
 
 /// What may be replaced while the server runs.
 #[derive(Debug)]
 struct Ways {
     zone: Zone,
-    clients: Clients,
+    clients: Arc<Clients>,
     forwarder: Arc<Forwarder>,
 }
 
@@ -253,6 +318,7 @@ pub(super) struct Handler {
     /// Until when the zone is waited for.
     reliable_by: Instant,
     waiting: Arc<Semaphore>,
+    forwarding: Arc<Semaphore>,
     stats: Arc<Stats>,
 }
 
@@ -264,6 +330,25 @@ impl Handler {
     /// The forwarder of this moment.
     pub(super) fn forwarder(&self) -> Arc<Forwarder> {
         self.ways().forwarder.clone()
+    }
+
+    /// Who is answered.
+    pub(super) fn clients(&self) -> Arc<Clients> {
+        self.ways().clients.clone()
+    }
+
+    /// Waits until nothing waits.
+    async fn drained(&self) {
+        for places in [&self.waiting, &self.forwarding] {
+            drop(places.acquire_many(MAX_WAITING as u32).await);
+        }
+    }
+
+    /// Whether nobody else can wait for the zone, which will be there soon.
+    fn is_full_early(&self) -> bool {
+        self.is_early()
+            && self.waiting.available_permits() == 0
+            && !(*self.attached.borrow() && self.table.borrow().is_synced())
     }
 
     /// What names of the zone get that no service has.
@@ -306,17 +391,20 @@ impl Handler {
         let waits = !(attached && snapshot.table.is_synced()) && self.is_early();
         let mut known = Known { zone: &ways.zone, snapshot: &snapshot, attached, waits, looks_up };
         let mut outcome = answer::answer(bytes, Transport::Udp, known, out);
-        if let Outcome::Forward(_) | Outcome::Wait | Outcome::Warm(_) = outcome {
-            if let Ok(permit) = self.waiting.clone().try_acquire_owned() {
+        let places = match outcome {
+            Outcome::Forward(_) => Some(&self.forwarding),
+            Outcome::Wait | Outcome::Warm(_) => Some(&self.waiting),
+            Outcome::Drop | Outcome::Reply(..) => None,
+        };
+        if let Some(places) = places {
+            if let Ok(place) = places.clone().try_acquire_owned() {
                 let (handler, bytes) = (self.clone(), bytes.to_vec());
-                // A stop frees the port, whatever is under way.
-                let endpoint = Arc::downgrade(endpoint);
+                let waiting = Waiting { endpoint: endpoint.clone(), _place: place };
                 return Some(async move {
-                    let reply = handler.reply(&bytes, Transport::Udp).await;
-                    if let (Some(reply), Some(endpoint)) = (reply, endpoint.upgrade()) {
-                        endpoint.send(&reply, client, to);
+                    if let Some(reply) = handler.reply(&bytes, Transport::Udp).await {
+                        waiting.endpoint.send(&reply, client, to);
                     }
-                    drop(permit);
+                    drop(waiting);
                 });
             }
             (known.waits, known.looks_up) = (false, false);
@@ -411,7 +499,7 @@ impl Handler {
                     looks_up = false;
                 }
                 Outcome::Forward(asked) => {
-                    return Some(self.forward(&ways.forwarder, bytes, &asked, transport).await);
+                    return Some(self.forward(&ways.forwarder, &asked, transport).await);
                 }
                 outcome => return self.conclude(&ways.forwarder, outcome, &mut out).then_some(out),
             }
@@ -451,7 +539,6 @@ impl Handler {
     async fn forward(
         &self,
         forwarder: &Forwarder,
-        bytes: &[u8],
         asked: &Asked<'_>,
         transport: Transport,
     ) -> Vec<u8> {
@@ -465,21 +552,10 @@ impl Handler {
                 return out;
             }
         };
-        let max_payload = asked.max_payload().min(MAX_UDP_LEN);
-        let answer = forwarder.forward(bytes, &question, transport, max_payload).await;
-        let answer = match answer {
-            Ok(Forwarded { message, .. }) => {
-                let code = message.metadata.response_code;
-                forwarded(asked, &question, message, max_len(asked, transport))
-                    .map(|bytes| (bytes, code))
-                    .map_err(|error| error.to_string())
-            }
-            Err(error) => Err(error.to_string()),
-        };
-        match answer {
-            Ok((bytes, code)) => {
-                self.stats.count_forwarded(code);
-                bytes
+        match forwarder.forward(asked, &question, transport).await {
+            Ok(Forwarded { answer, .. }) => {
+                self.stats.count_forwarded(answer.code());
+                answer.pass_on(asked, max_len(asked, transport))
             }
             Err(error) => {
                 debug!(%question, "not forwarded: {error}");
@@ -499,35 +575,19 @@ fn max_len(asked: &Asked<'_>, transport: Transport) -> usize {
     }
 }
 
-/// A resolver's answer as the message for the client: the same, but for what belongs to one hop.
-pub(super) fn forwarded(
-    asked: &Asked<'_>,
-    question: &Query,
-    mut message: Message,
-    max_len: usize,
-) -> Result<Vec<u8>, hickory_proto::ProtoError> {
-    message.metadata.id = asked.id();
-    message.metadata.recursion_desired = asked.recursion_desired();
-    message.metadata.recursion_available = true;
-    message.queries = vec![question.clone()];
-    message.edns = message.edns.filter(|_| asked.edns.is_some());
-    if let Some(edns) = &mut message.edns {
-        edns.set_max_payload(OUR_PAYLOAD);
-    } else if message.metadata.response_code.high() > 0 {
-        // A code that only EDNS can carry.
-        message.metadata.response_code = ResponseCode::ServFail;
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_thread_that_panics_is_told_of() {
+        let (ended, mut told) = watch::channel(false);
+        let ends = Ends(ended);
+        let thread = std::thread::spawn(move || {
+            let _ends = ends;
+            panic!("as a fault of ours would");
+        });
+        assert!(thread.join().is_err());
+        assert!(*told.wait_for(|ended| *ended).await.unwrap());
     }
-    let bytes = message.to_vec()?;
-    // hickory would cut the message where it is full, and lose the OPT record.
-    if bytes.len() <= max_len {
-        return Ok(bytes);
-    }
-    let mut message = message.truncate();
-    if let Some(edns) = &mut message.edns {
-        // Options, too, may be longer than what fits.
-        let mut without = Edns::new();
-        without.set_max_payload(OUR_PAYLOAD).set_dnssec_ok(edns.flags().dnssec_ok);
-        *edns = without;
-    }
-    message.to_vec()
 }

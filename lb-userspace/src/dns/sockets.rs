@@ -94,7 +94,7 @@ impl DnsError {
 }
 
 /// What carries a message.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Transport {
     /// A datagram each.
     Udp,
@@ -139,36 +139,57 @@ impl Sockets {
     }
 }
 
-/// The sockets that systemd passed, or else, bound here, UDP and TCP on each address of `dns.listen`;
-/// port 0 lets the kernel choose one for both. An address may be one that this host doesn't have yet.
+/// The sockets that systemd passed and, bound here, UDP and TCP on each other address of
+/// `dns.listen`; port 0 lets the kernel choose one for both. An address may be one that this host
+/// doesn't have yet.
 ///
 /// # Errors
 ///
 /// Says of the first address that can't be had why, and what to do; or what is wrong with the
 /// sockets that were passed.
 pub async fn bind(config: &DnsConfig) -> Result<Sockets, DnsError> {
-    if let Some(sockets) = passed::take()? {
-        if sockets.addresses != config.listen {
-            let addresses: Vec<_> = sockets.addresses.iter().map(ToString::to_string).collect();
-            info!(
-                "listening on {}, as systemd says: dns.listen doesn't count",
-                addresses.join(", ")
-            );
-        }
-        return Ok(sockets);
+    let passed = passed::take()?.unwrap_or_default();
+    if !passed.addresses.is_empty() {
+        let addresses: Vec<_> = passed.addresses.iter().map(ToString::to_string).collect();
+        info!("listening on {}, as systemd says", addresses.join(", "));
     }
-    let mut sockets = Sockets::default();
-    for &address in &config.listen {
-        // Two sockets for one port, of which the one for IPv6 would take the other's too.
-        let v4_has_it = config.listen.iter().any(|other| {
-            other.is_ipv4() && other.ip().is_unspecified() && other.port() == address.port()
-        });
-        let (udp, tcp, address) = bind_both(address, v4_has_it)?;
+    bind_beside(passed, &config.listen)
+}
+
+/// Adds sockets for those of the addresses that `sockets` doesn't have.
+fn bind_beside(mut sockets: Sockets, listen: &[SocketAddr]) -> Result<Sockets, DnsError> {
+    let held = sockets.addresses.clone();
+    for &address in listen.iter().filter(|address| !is_held(**address, &held)) {
+        let (udp, tcp, address) = bind_both(address, v4_has_port(address, listen))?;
         sockets.udp.extend(udp);
         sockets.tcp.push(tcp);
         sockets.addresses.push(address);
     }
     Ok(sockets)
+}
+
+/// Whether one of the addresses in `held` is this one, or any address of this host.
+fn is_held(address: SocketAddr, held: &[SocketAddr]) -> bool {
+    let same_port = held.iter().filter(|held| held.port() == address.port());
+    same_port.map(SocketAddr::ip).any(|held| {
+        // [::] has IPv4 too, unless systemd is told otherwise (BindIPv6Only=).
+        held == address.ip() || held.is_unspecified() && (held.is_ipv6() || address.is_ipv4())
+    })
+}
+
+/// Whether an IPv4 socket is to have any address on this port: one of IPv6 would take it, too.
+fn v4_has_port(address: SocketAddr, listen: &[SocketAddr]) -> bool {
+    let mut others = listen.iter().filter(|other| other.port() == address.port());
+    others.any(|other| other.is_ipv4() && other.ip().is_unspecified())
+}
+
+/// Whether `address`, one of those of `dns.listen`, could be had now, by the ways of [`bind`].
+///
+/// # Errors
+///
+/// When it can't, as [`bind`] says.
+pub fn try_bind(address: SocketAddr, listen: &[SocketAddr]) -> Result<(), DnsError> {
+    bind_both(address, v4_has_port(address, listen)).map(drop)
 }
 
 fn bind_both(
@@ -225,11 +246,15 @@ fn listen(socket: OwnedFd) -> io::Result<TcpListener> {
     Ok(socket.into())
 }
 
+/// How many UDP sockets there are for one address: one for each core, within bounds.
+pub(super) fn n_sockets() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from).min(MAX_SOCKETS)
+}
+
 /// A socket for each core, between which the kernel spreads the clients. The first is bound before
 /// it lets others in, so that another process that has the port is found out.
 fn share(first: UdpSocket, address: SocketAddr, v6_only: bool) -> io::Result<Vec<UdpSocket>> {
-    let n_cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let n_sockets = n_cores.min(MAX_SOCKETS);
+    let n_sockets = n_sockets();
     if n_sockets == 1 {
         return Ok(vec![first]);
     }
@@ -295,6 +320,45 @@ mod tests {
             assert!(sockets.udp.iter().any(|udp| udp.local_addr().unwrap() == address));
             assert_eq!(sockets.tcp[idx].local_addr().unwrap(), address);
         }
+    }
+
+    #[test]
+    fn those_that_were_passed_are_not_all() {
+        let listen = ["127.0.0.1:0", "127.0.0.2:0"].map(|text| text.parse().unwrap());
+        let passed = bind_beside(Sockets::default(), &listen[..1]).unwrap();
+        let held = passed.addresses[0];
+        let sockets = bind_beside(passed, &[held, listen[1]]).unwrap();
+        let [first, second] = *sockets.addresses() else { panic!("{sockets:?}") };
+        assert_eq!((first, second.ip()), (held, listen[1].ip()));
+        assert_eq!(sockets.tcp.len(), 2);
+    }
+
+    #[test]
+    fn who_holds_an_address() {
+        let table = [
+            ("127.0.0.1:53", "127.0.0.1:53", true),
+            ("127.0.0.1:53", "127.0.0.1:54", false),
+            ("127.0.0.1:53", "127.0.0.2:53", false),
+            ("127.0.0.1:53", "0.0.0.0:53", true),
+            ("[::1]:53", "0.0.0.0:53", false),
+            ("[::1]:53", "[::]:53", true),
+            ("127.0.0.1:53", "[::]:53", true),
+        ];
+        for (address, held, expected) in table {
+            let held = ["10.0.0.1:53", held].map(|held| held.parse().unwrap());
+            assert_eq!(is_held(address.parse().unwrap(), &held), expected, "{address} {held:?}");
+        }
+    }
+
+    #[test]
+    fn tried_as_it_is_bound() {
+        // An address that may come, and a port that somebody has.
+        let absent = "192.0.2.1:0".parse().unwrap();
+        try_bind(absent, &[absent]).unwrap();
+        let udp = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let taken = udp.local_addr().unwrap();
+        let error = try_bind(taken, &[taken]).unwrap_err();
+        assert!(matches!(error, DnsError::InUse { .. }), "{error}");
     }
 
     #[tokio::test]

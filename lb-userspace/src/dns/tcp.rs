@@ -1,26 +1,28 @@
 //! TCP: a message after its length, and its answer, one at a time on each connection.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::io;
 use std::net::IpAddr;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 use tracing::{debug, warn};
 
+use super::clients;
 use super::message::HEADER_LEN;
 use super::server::Handler;
 use super::sockets::Transport;
 use super::udp::MAX_QUESTION_LEN;
 
-/// The connections at one time, of all listeners; those beyond wait in the kernel's queue.
+/// The connections of this host at one time, and as many of all others together. Beyond, the one
+/// that has been idle longest makes room.
 const MAX_CONNECTIONS: usize = 256;
 
-/// The connections of one address; those beyond are closed.
+/// The connections of one other client, beyond which the same goes for its own.
 const MAX_CONNECTIONS_EACH: usize = 64;
 
 /// How long a client may take to send a question, counted from the answer before, and to take the
@@ -30,67 +32,106 @@ pub(super) const PATIENCE: Duration = Duration::from_secs(10);
 /// How long a listener rests that can't accept, such as for want of file descriptors.
 const REST: Duration = Duration::from_millis(100);
 
+/// Whose a connection is: this host's, or that of another client, by its party.
+type Owner = Option<u64>;
+
 /// The connections that are open.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Connections {
-    free: Arc<Semaphore>,
-    by_client: Mutex<HashMap<IpAddr, usize>>,
+    open: Mutex<Open>,
 }
 
-impl Default for Connections {
-    fn default() -> Connections {
-        let free = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-        Connections { free, by_client: Mutex::default() }
-    }
+/// Each by its number, in the order in which they came.
+#[derive(Debug, Default)]
+struct Open {
+    last: u64,
+    by_number: BTreeMap<u64, Connection>,
 }
 
-/// One of a client's connections, until it is dropped.
+#[derive(Debug)]
+struct Connection {
+    owner: Owner,
+    /// Since when it waits for a question; `None` while one is answered.
+    idle_since: Option<Instant>,
+    /// Ends it.
+    end: Arc<Notify>,
+}
+
+/// One of the connections, until it is dropped.
+#[derive(Debug)]
 struct Place {
     connections: Arc<Connections>,
-    client: IpAddr,
+    number: u64,
+    end: Arc<Notify>,
 }
 
 impl Connections {
-    fn place(self: &Arc<Self>, client: IpAddr) -> Option<Place> {
-        let mut by_client = self.by_client.lock().unwrap_or_else(PoisonError::into_inner);
-        let n_open = by_client.entry(client).or_default();
-        if *n_open >= MAX_CONNECTIONS_EACH {
-            return None;
+    /// A place for one more, for which an idle one may have to go; `None` where all are busy.
+    fn place(self: &Arc<Self>, owner: Owner) -> Option<Place> {
+        let mut open = self.lock();
+        if owner.is_some() {
+            open.make_room(MAX_CONNECTIONS_EACH, |other| other == owner)?;
         }
-        *n_open += 1;
-        Some(Place { connections: Arc::clone(self), client })
+        open.make_room(MAX_CONNECTIONS, |other| other.is_some() == owner.is_some())?;
+        open.last += 1;
+        let (number, end) = (open.last, Arc::new(Notify::new()));
+        let connection = Connection { owner, idle_since: Some(Instant::now()), end: end.clone() };
+        open.by_number.insert(number, connection);
+        drop(open);
+        Some(Place { connections: Arc::clone(self), number, end })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Open> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Open {
+    /// Sees to it that fewer than `most` are open of those whose owners are `such`; `None` where none
+    /// of them is idle.
+    fn make_room(&mut self, most: usize, such: impl Fn(Owner) -> bool) -> Option<()> {
+        let those = || self.by_number.iter().filter(|(_, connection)| such(connection.owner));
+        if those().count() < most {
+            return Some(());
+        }
+        let idle =
+            those().filter_map(|(number, connection)| Some((connection.idle_since?, *number)));
+        let (_, number) = idle.min()?;
+        self.by_number.remove(&number)?.end.notify_one();
+        Some(())
+    }
+}
+
+impl Place {
+    /// Says whether a question is being answered. Returns whether the place is still there.
+    fn set_busy(&self, is_busy: bool) -> bool {
+        let mut open = self.connections.lock();
+        let Some(connection) = open.by_number.get_mut(&self.number) else { return false };
+        connection.idle_since = (!is_busy).then(Instant::now);
+        true
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        let mut by_client =
-            self.connections.by_client.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(n_open) = by_client.get_mut(&self.client) {
-            *n_open -= 1;
-            if *n_open == 0 {
-                by_client.remove(&self.client);
-            }
-        }
+        self.connections.lock().by_number.remove(&self.number);
     }
 }
 
-/// Serves a listener until it is dropped, with all of its connections.
+/// Serves a listener until it is to stop; then until the questions are answered that have come.
 pub(super) async fn serve(
     listener: TcpListener,
     handler: Arc<Handler>,
     connections: Arc<Connections>,
     patience: Duration,
+    mut stops: watch::Receiver<bool>,
 ) {
     let mut open = JoinSet::new();
     loop {
-        let accept = async {
-            let permit = connections.free.clone().acquire_owned().await;
-            (permit, listener.accept().await)
-        };
-        let (permit, accepted) = tokio::select! {
-            accepted = accept => accepted,
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
             Some(_) = open.join_next() => continue,
+            _ = stops.wait_for(|stops| *stops) => break,
         };
         let (stream, client) = match accepted {
             Ok(accepted) => accepted,
@@ -101,18 +142,23 @@ pub(super) async fn serve(
             }
         };
         let client = client.ip().to_canonical();
-        let Some(place) = connections.place(client) else {
+        let Some(owner) = handler.owner(client) else {
+            debug!(%client, "isn't served, so its connection is closed");
+            continue;
+        };
+        let Some(place) = connections.place(owner) else {
             debug!(%client, "has too many connections");
             continue;
         };
-        let handler = Arc::clone(&handler);
+        let (handler, stops) = (Arc::clone(&handler), stops.clone());
         open.spawn(async move {
-            let _held = (permit, place);
-            if let Err(error) = converse(stream, client, &handler, patience).await {
+            if let Err(error) = converse(stream, client, &handler, &place, patience, stops).await {
                 debug!(%client, %error, "a connection ended");
             }
         });
     }
+    drop(listener);
+    while open.join_next().await.is_some() {}
 }
 
 /// Answers one question after the other. Whoever doesn't go on sending and reading is cut off.
@@ -120,17 +166,27 @@ async fn converse(
     mut stream: TcpStream,
     client: IpAddr,
     handler: &Handler,
+    place: &Place,
     patience: Duration,
+    mut stops: watch::Receiver<bool>,
 ) -> io::Result<()> {
     stream.set_nodelay(true)?;
     loop {
-        let question = tokio::time::timeout(patience, read(&mut stream)).await??;
+        let question = tokio::select! {
+            question = tokio::time::timeout(patience, read(&mut stream)) => question??,
+            () = place.end.notified() => return Ok(()),
+            _ = stops.wait_for(|stops| *stops) => return Ok(()),
+        };
+        if !place.set_busy(true) {
+            return Ok(());
+        }
         let Some(reply) = handler.reply_over_tcp(&question, client).await else {
             return Ok(());
         };
         let len = u16::try_from(reply.len()).map_err(io::Error::other)?;
         let reply = [&len.to_be_bytes(), &reply[..]].concat(); // some clients read no second piece
         tokio::time::timeout(patience, stream.write_all(&reply)).await??;
+        place.set_busy(false);
     }
 }
 
@@ -145,11 +201,57 @@ async fn read(stream: &mut TcpStream) -> io::Result<Vec<u8>> {
 }
 
 impl Handler {
+    /// Whose a connection of this client's is; `None` where it isn't served.
+    fn owner(&self, client: IpAddr) -> Option<Owner> {
+        let clients = self.clients();
+        match clients.is_own(client) {
+            true => Some(None),
+            false => clients.is_served(client).then(|| Some(clients::party(client))),
+        }
+    }
+
     /// The answer to a message over TCP; `None` where the connection is to be closed.
     async fn reply_over_tcp(&self, bytes: &[u8], client: IpAddr) -> Option<Vec<u8>> {
         match self.refusal(bytes, Transport::Tcp, client) {
             Some(refusal) => refusal,
             None => self.reply(bytes, Transport::Tcp).await,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_makes_room_for_whom() {
+        let connections = Arc::new(Connections::default());
+        let place = |owner| connections.place(owner);
+        let is_open = |place: &Place| connections.lock().by_number.contains_key(&place.number);
+        let host: Vec<_> = (0..MAX_CONNECTIONS).map(|_| place(None).unwrap()).collect();
+        // Four clients take all that there is for others.
+        let mut others = Vec::new();
+        for client in 0..4 {
+            others.extend((0..MAX_CONNECTIONS_EACH).map(|_| place(Some(client)).unwrap()));
+        }
+        assert!(host.iter().chain(&others).all(is_open));
+
+        // The host's own make room for it, the one that has been idle longest first.
+        host[0].set_busy(true);
+        host[0].set_busy(false);
+        let _more = place(None).unwrap();
+        assert!(is_open(&host[0]) && !is_open(&host[1]) && others.iter().all(is_open));
+
+        // A client beyond its share makes room itself; a further one takes that of whoever is idle.
+        let _more = place(Some(3)).unwrap();
+        let first = 3 * MAX_CONNECTIONS_EACH;
+        assert!(is_open(&others[0]) && !is_open(&others[first]));
+        let _more = place(Some(9)).unwrap();
+        assert!(!is_open(&others[0]) && !others[0].set_busy(true));
+
+        // Who is busy stays.
+        let busy: Vec<_> = others.iter().filter(|place| place.set_busy(true)).collect();
+        assert!(place(Some(0)).is_some(), "there was room for one of its own");
+        assert!(busy.iter().all(|place| is_open(place)));
     }
 }

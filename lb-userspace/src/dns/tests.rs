@@ -328,10 +328,8 @@ async fn malformed_messages_do_no_harm() {
     let rows = [
         ("no question", good[..12].iter().map(|_| 0).collect(), ResponseCode::FormErr),
         ("two questions", two, ResponseCode::FormErr),
-        ("a question cut off", good[..20].to_vec(), ResponseCode::FormErr),
         ("a record missing", with(7, 1), ResponseCode::FormErr),
         ("many questions missing", with(4, 255), ResponseCode::FormErr),
-        ("a name within itself", loop_name, ResponseCode::FormErr),
         ("a status request", with(2, 2 << 3), ResponseCode::NotImp),
         ("an opcode nobody has", with(2, 15 << 3), ResponseCode::NotImp),
     ];
@@ -343,8 +341,20 @@ async fn malformed_messages_do_no_harm() {
         }
     }
 
-    // What gets no answer, or any: every single byte wrong, and every length.
+    // What has no question that could be answered is dropped and counted.
     let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    for bytes in [&loop_name, &good[..20], &good[..11], &[]] {
+        socket.send_to(bytes, rig.address).await.unwrap();
+    }
+    timeout(LONG, async {
+        while rig.server.stats().snapshot().get("malformed") != Some(&4) {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await
+    .unwrap();
+
+    // What gets no answer, or any: every single byte wrong, and every length.
     for idx in 0..good.len() {
         for bytes in [with(idx, 0xff), with(idx, 0xc0), good[..idx].to_vec()] {
             socket.send_to(&bytes, rig.address).await.unwrap();
@@ -605,19 +615,50 @@ async fn tcp_clients_that_dawdle_are_cut_off() {
 }
 
 #[tokio::test]
-async fn one_address_has_so_many_tcp_connections() {
+async fn an_idle_tcp_connection_makes_room() {
     let rig = Rig::new(&[]).await;
     let question = query("web.service.", RecordType::A).to_vec().unwrap();
     let mut open = Vec::new();
-    for _ in 0..64 {
+    for _ in 0..=256 {
         let mut stream = TcpStream::connect(rig.address).await.unwrap();
         write_message(&mut stream, &question).await;
         timeout(LONG, read_message(&mut stream)).await.unwrap().unwrap();
         open.push(stream);
     }
-    let mut beyond = TcpStream::connect(rig.address).await.unwrap();
     let mut buffer = [0; 512];
-    let read = timeout(LONG, beyond.read(&mut buffer)).await.unwrap();
+    let read = timeout(LONG, open[0].read(&mut buffer)).await.unwrap();
     assert!(matches!(read, Ok(0) | Err(_)), "{read:?}");
-    assert_eq!(rig.lookup("web.service.").await, "NoError 127.128.0.1");
+    write_message(&mut open[1], &question).await;
+    timeout(LONG, read_message(&mut open[1])).await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn a_stop_lets_what_is_under_way_end() {
+    let (ask, mut asked) = mpsc::unbounded_channel();
+    let upstream = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let rig = Rig::new(&[upstream.local_addr().unwrap()]).await;
+    let mut tasks = JoinSet::new();
+    let (stopping, mut stops) = watch::channel(false);
+    tasks.spawn(async move {
+        let mut buffer = [0; 512];
+        while let Ok((len, client)) = upstream.recv_from(&mut buffer).await {
+            let message = Message::from_vec(&buffer[..len]).unwrap();
+            if message.queries[0].name.to_string() == "example.com." {
+                ask.send(()).unwrap();
+                stops.wait_for(|stops| *stops).await.unwrap();
+                let answer = answer(&message, [192, 0, 2, 7]).to_vec().unwrap();
+                upstream.send_to(&answer, client).await.unwrap();
+            }
+        }
+    });
+    let udp = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    udp.connect(rig.address).await.unwrap();
+    let question = query("example.com.", RecordType::A).to_vec().unwrap();
+    udp.send(&question).await.unwrap();
+    timeout(LONG, asked.recv()).await.unwrap().unwrap();
+    stopping.send_replace(true);
+    rig.server.stop().await;
+    let mut buffer = [0; 512];
+    let len = timeout(LONG, udp.recv(&mut buffer)).await.unwrap().unwrap();
+    assert_eq!(Message::from_vec(&buffer[..len]).unwrap().answers.len(), 1);
 }

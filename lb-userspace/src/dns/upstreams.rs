@@ -10,7 +10,7 @@ use tracing::warn;
 use super::loops::Way;
 use super::resolv_conf::ResolvConf;
 use super::suffix::Suffix;
-use crate::config::{DnsConfig, Forward};
+use crate::config::{DnsConfig, Forward, Unrouted};
 
 /// Where systemd-resolved tells whom it asks, without what belongs to one link.
 const RESOLVED_UPLINKS: &str = "/run/systemd/resolve/resolv.conf";
@@ -20,6 +20,9 @@ const RESOLVED_UPLINKS: &str = "/run/systemd/resolve/resolv.conf";
 pub(super) struct Upstreams {
     /// Where a domain's names go, the longest domain first.
     routes: Vec<Route>,
+    /// Our own zone, where names that we don't know are forwarded: resolvers may send its names
+    /// elsewhere than those around it, such as back to us.
+    zone: Option<(Suffix, Arc<str>)>,
     others: Others,
     /// The addresses that we listen on.
     own: Vec<SocketAddr>,
@@ -37,7 +40,7 @@ struct Route {
 #[derive(Debug)]
 enum Others {
     Fixed(Arc<[SocketAddr]>),
-    ResolvConf(ResolvConf),
+    ResolvConf(Box<ResolvConf>),
 }
 
 impl Upstreams {
@@ -59,7 +62,7 @@ impl Upstreams {
 
         let others = match &config.forward {
             Forward::ResolvConf => {
-                Others::ResolvConf(ResolvConf::new(resolv_conf, RESOLVED_UPLINKS.into()))
+                Others::ResolvConf(ResolvConf::new(resolv_conf, RESOLVED_UPLINKS.into()).into())
             }
             Forward::Servers(servers) => {
                 let servers = without_own(servers, own);
@@ -72,12 +75,25 @@ impl Upstreams {
                 Others::Fixed(servers)
             }
         };
-        Upstreams { routes, others, own: own.to_vec() }
+        let domain = config.domain.trim_matches('.');
+        let zone = (config.unrouted == Unrouted::Forward)
+            .then(|| (Suffix::new(domain), Arc::from(domain)));
+        Upstreams { routes, zone, others, own: own.to_vec() }
     }
 
-    /// The domain of the route for `name`, or an empty one, and the servers to ask, in order; none
-    /// where all of them are ourselves.
+    /// The domain of the route for `name`, that of the zone, or an empty one, and the servers to
+    /// ask, in order; none where all of them are ourselves.
     pub(super) fn of(&self, name: &Name) -> (Arc<str>, Arc<[SocketAddr]>) {
+        let (domain, servers) = self.route(name);
+        match &self.zone {
+            Some((zone, own)) if own.len() > domain.len() && zone.depth_of(name).is_some() => {
+                (Arc::clone(own), servers)
+            }
+            _ => (domain, servers),
+        }
+    }
+
+    fn route(&self, name: &Name) -> (Arc<str>, Arc<[SocketAddr]>) {
         match self.routes.iter().find(|route| route.suffix.depth_of(name).is_some()) {
             Some(route) => (Arc::clone(&route.domain), Arc::clone(&route.servers)),
             None => (Arc::default(), self.others()),
@@ -87,7 +103,13 @@ impl Upstreams {
     /// Every way that a question may take from here.
     pub(super) fn ways(&self) -> Vec<Way> {
         let routes = self.routes.iter().map(|route| (&route.domain, Arc::clone(&route.servers)));
+        let zone = self.zone.iter().filter_map(|(_, domain)| {
+            let (of, servers) = self.of(&Name::from_ascii(&**domain).ok()?);
+            let has_route = self.routes.iter().any(|route| route.domain == of);
+            (of == *domain && !has_route).then_some((domain, servers))
+        });
         routes
+            .chain(zone)
             .chain([(&Arc::default(), self.others())])
             .flat_map(|(domain, servers)| {
                 let way = |&server| Way { domain: Arc::clone(domain), server };
@@ -203,5 +225,43 @@ mod tests {
                 " 192.0.2.2:53"
             ]
         );
+    }
+
+    #[test]
+    fn the_zone_has_ways_of_its_own_where_its_names_are_forwarded() {
+        let shown = |unrouted, domain: &str, routes: &[&str]| {
+            let route = |route: &&str| ((*route).to_owned(), address("192.0.2.8:53"));
+            let config = DnsConfig {
+                domain: domain.into(),
+                unrouted,
+                forward: Forward::Servers(vec![address("192.0.2.1:53")]),
+                routes: routes.iter().map(route).collect(),
+                ..Config::default().dns
+            };
+            let upstreams = Upstreams::new(&config, &[], PathBuf::new());
+            let ways = upstreams.ways();
+            let name = Name::from_ascii(format!("unknown.{domain}.")).unwrap();
+            let (domain, servers) = upstreams.of(&name);
+            let way = Way { domain, server: servers[0] };
+            assert!(ways.contains(&way), "{way:?}");
+            let shown = |way: &Way| format!("{} {}", way.domain, way.server.ip());
+            (shown(&way), ways.iter().map(shown).collect::<Vec<_>>().join(", "))
+        };
+        let rows: [(Unrouted, &str, &[&str], &str, &str); 4] = [
+            (Unrouted::Nxdomain, "lb", &[], " 192.0.2.1", " 192.0.2.1"),
+            (Unrouted::Forward, "lb", &[], "lb 192.0.2.1", "lb 192.0.2.1,  192.0.2.1"),
+            (
+                Unrouted::Forward,
+                "lb.example",
+                &["example"],
+                "lb.example 192.0.2.8",
+                "example 192.0.2.8, lb.example 192.0.2.8,  192.0.2.1",
+            ),
+            (Unrouted::Forward, "lb", &["lb"], "lb 192.0.2.8", "lb 192.0.2.8,  192.0.2.1"),
+        ];
+        for (unrouted, domain, routes, way, ways) in rows {
+            let expected = (way.to_owned(), ways.to_owned());
+            assert_eq!(shown(unrouted, domain, routes), expected, "{domain} {routes:?}");
+        }
     }
 }

@@ -407,7 +407,23 @@ fn ensure_bpffs(dir: &Path) -> Result<(), PinError> {
     rustix::mount::mount("bpf", mount_point, "bpf", flags, None)
         .map_err(|errno| PinError::Mount { source: errno.into() })?;
     tracing::info!("mounted a BPF file system at {CONVENTIONAL_MOUNT}");
+    let own = Path::new("/proc/self/ns/mnt");
+    if is_another_namespace(own, Path::new("/proc/1/ns/mnt")) {
+        tracing::warn!(
+            "only this process sees it, so the pins go with it, and nohop unload doesn't find them: \
+             have the machine mount it at its start, by a line in /etc/fstab: \
+             bpf {CONVENTIONAL_MOUNT} bpf defaults 0 0"
+        );
+    }
     Ok(())
+}
+
+/// Whether two links of /proc name different namespaces, as far as that can be seen.
+fn is_another_namespace(own: &Path, other: &Path) -> bool {
+    match (fs::metadata(own), fs::metadata(other)) {
+        (Ok(own), Ok(other)) => (own.dev(), own.ino()) != (other.dev(), other.ino()),
+        _ => false,
+    }
 }
 
 /// Whether a directory is on a BPF file system.
@@ -435,5 +451,23 @@ fn remove_tree(dir: &Path) -> Result<(), PinError> {
     match fs::remove_dir_all(dir) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         result => result.map_err(io_error("remove", dir)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn namespaces() {
+        let table = [
+            ("/proc/self/ns/mnt", "/proc/thread-self/ns/mnt", false),
+            ("/proc/self/ns/mnt", "/proc/self/ns/net", true),
+            // Who can't see the other one's can't tell.
+            ("/proc/self/ns/mnt", "/proc/self/ns/absent", false),
+        ];
+        for (own, other, expected) in table {
+            assert_eq!(is_another_namespace(own.as_ref(), other.as_ref()), expected, "{other}");
+        }
     }
 }

@@ -9,8 +9,10 @@ use std::process::Command;
 
 use tempfile::NamedTempFile;
 
-use super::Target;
+use super::resolved::{self, Settings};
 use super::text::{ANCHOR, DROP_IN, MARK, negative_trust_anchor, resolved_drop_in};
+use super::{Target, upstream};
+use crate::config::DnsConfig;
 
 /// Why the machine isn't set up; then its files are as they were.
 #[derive(Debug, thiserror::Error)]
@@ -20,11 +22,35 @@ pub(super) enum ApplyError {
     #[error("{} isn't nohop's, and there is no backup of it: it stays as it is", .0.display())]
     NotOurs(PathBuf),
     #[error(
+        "{} was changed since nohop wrote it: it stays as it is; take out what is yours and remove \
+         it (what was there before nohop, if anything, is in {}), and do this again",
+        .0.display(), backup(.0).display()
+    )]
+    Edited(PathBuf),
+    #[error(
         "{} has DNS=, and systemd-resolved would ask those servers for the zone, too: give them to a \
          link, or to nohop as dns.forward, and take them out there",
         .0.display()
     )]
     OtherServers(PathBuf),
+    #[error(
+        "{} empties DNS= or Domains= after {DROP_IN}, which would count for nothing: take that out \
+         there",
+        .0.display()
+    )]
+    Emptied(PathBuf),
+    #[error(
+        "{} has DNSOverTLS=yes, and nohop speaks no TLS: give it to the links whose servers do, or \
+         set it to opportunistic",
+        .0.display()
+    )]
+    TlsOnly(PathBuf),
+    #[error(
+        "systemd-resolved would ask nohop for all names, and nohop has nobody to ask but \
+         systemd-resolved: name the machine's resolver in dns.forward, such as [\"ADDRESS:53\"], \
+         start nohop with it, and do this again"
+    )]
+    NoUpstream,
     #[error("{0}; the files are as they were: see journalctl -u systemd-resolved")]
     Restart(String),
 }
@@ -42,22 +68,35 @@ enum Step {
     Remove(PathBuf),
 }
 
+impl Step {
+    fn path(&self) -> &Path {
+        let (Step::Write(path, _) | Step::Remove(path)) = self;
+        path
+    }
+}
+
 /// Writes the files, with a backup of what others wrote there, and restarts systemd-resolved.
 /// Doing it again changes nothing.
-pub(super) fn apply(root: &Path, target: &Target) -> Result<String, ApplyError> {
-    if let Some(path) = other_servers(root)? {
-        return Err(ApplyError::OtherServers(path));
-    }
+pub(super) fn apply(
+    root: &Path,
+    target: &Target,
+    config: &DnsConfig,
+) -> Result<String, ApplyError> {
+    look_ahead(root, target, config)?;
     let mut steps = Vec::new();
     for (file, content) in files(target) {
         let path = root.join(file);
-        let present = read(&path)?;
-        if present.as_deref() == Some(&content) {
-            continue;
-        }
-        // Of what we wrote ourselves nobody needs a copy.
-        if let Some(theirs) = present.filter(|present| !is_ours(present)) {
-            steps.push(Step::Write(backup(&path), theirs));
+        match read(&path)? {
+            Some(present) if present == content => continue,
+            // Of what we wrote ourselves nobody needs a copy.
+            Some(present) if is_as_written(&present) => {}
+            Some(present) if is_marked(&present) => return Err(ApplyError::Edited(path)),
+            Some(theirs) => match read(&backup(&path))? {
+                Some(before) if before != theirs => return Err(ApplyError::Edited(path)),
+                Some(_) => {}
+                None => steps.push(Step::Write(backup(&path), theirs)),
+            },
+            None => {}
         }
         steps.push(Step::Write(path, content));
     }
@@ -74,13 +113,22 @@ pub(super) fn undo(root: &Path, target: &Target) -> Result<String, ApplyError> {
         let path = root.join(file);
         let (present, before) = (read(&path)?, read(&backup(&path))?);
         match (present, before) {
+            (None, None) => {}
+            (Some(present), Some(before)) if present == before => {
+                steps.push(Step::Remove(backup(&path)));
+            }
+            (Some(present), _) if is_marked(&present) && !is_as_written(&present) => {
+                return Err(ApplyError::Edited(path));
+            }
+            (Some(present), Some(_)) if !is_marked(&present) => {
+                return Err(ApplyError::Edited(path));
+            }
             (_, Some(before)) => {
                 steps.push(Step::Write(path.clone(), before));
                 steps.push(Step::Remove(backup(&path)));
             }
-            (Some(present), None) if is_ours(&present) => steps.push(Step::Remove(path)),
+            (Some(present), None) if is_marked(&present) => steps.push(Step::Remove(path)),
             (Some(_), None) => return Err(ApplyError::NotOurs(path)),
-            (None, None) => {}
         }
     }
     if steps.is_empty() {
@@ -93,28 +141,53 @@ fn files(target: &Target) -> [(&'static str, String); 2] {
     [(DROP_IN, resolved_drop_in(target)), (ANCHOR, negative_trust_anchor(target))]
 }
 
-/// The first other file that gives systemd-resolved servers for all names: it takes the servers of
-/// all its files for one list, and asks one of them at a time.
-fn other_servers(root: &Path) -> Result<Option<PathBuf>, ApplyError> {
-    let dir = root.join("etc/systemd/resolved.conf.d");
-    let entries = fs::read_dir(&dir).into_iter().flatten().flatten().map(|entry| entry.path());
-    let is_read = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "conf");
-    let mut files: Vec<_> = entries.filter(is_read).collect();
-    files.push(root.join("etc/systemd/resolved.conf"));
-    files.retain(|path| *path != root.join(DROP_IN));
-    files.sort();
-    for path in files {
-        let content = read(&path)?.unwrap_or_default();
-        let mut values = content.lines().filter_map(|line| line.trim().strip_prefix("DNS="));
-        if values.any(|value| !value.trim().is_empty()) {
-            return Ok(Some(path));
+/// What would make the files useless, or leave the machine without names.
+fn look_ahead(root: &Path, target: &Target, config: &DnsConfig) -> Result<(), ApplyError> {
+    let ours = root.join(DROP_IN);
+    let mut files = Vec::new();
+    for path in resolved::files(root, &ours) {
+        let content = match path == ours {
+            true => resolved_drop_in(target),
+            false => read(&path)?.unwrap_or_default(),
+        };
+        files.push((path, content));
+    }
+    let settings = Settings::of(&files);
+    // It takes the servers of all its files for one list, and asks one of them at a time.
+    if let Some(other) = settings.dns.said.iter().find(|said| said.path != ours) {
+        return Err(ApplyError::OtherServers(other.path.clone()));
+    }
+    for list in [&settings.dns, &settings.domains] {
+        if !list.said.iter().any(|said| said.path == ours) {
+            return Err(ApplyError::Emptied(list.emptied.clone().unwrap_or(ours)));
         }
     }
-    Ok(None)
+    if let Some(path) = settings.tls_only() {
+        return Err(ApplyError::TlsOnly(path.to_owned()));
+    }
+    match upstream::is_there(root, config, &settings.fallback) {
+        true => Ok(()),
+        false => Err(ApplyError::NoUpstream),
+    }
 }
 
-fn is_ours(content: &str) -> bool {
+fn is_marked(content: &str) -> bool {
     content.trim_start_matches(['#', ';', ' ']).starts_with(&MARK[2..])
+}
+
+/// Whether a file is what [`files`] makes of some target, and has nothing of others in it.
+fn is_as_written(content: &str) -> bool {
+    let mut lines = content.lines();
+    let is_word = |word: &str| !word.is_empty() && !word.contains(char::is_whitespace);
+    let is_value = |line: &str, key: &str| line.strip_prefix(key).is_some_and(is_word);
+    is_marked(lines.next().unwrap_or_default())
+        && match lines.collect::<Vec<_>>()[..] {
+            ["[Resolve]", server, domains] => {
+                is_value(server, "DNS=") && is_value(domains, "Domains=~")
+            }
+            [zone] => is_word(zone),
+            _ => false,
+        }
 }
 
 /// Beside the file, under a name that systemd-resolved doesn't read.
@@ -136,11 +209,11 @@ fn read(path: &Path) -> Result<Option<String>, ApplyError> {
 fn commit(root: &Path, steps: &[Step]) -> Result<String, ApplyError> {
     // What can fail for want of room or rights comes before the first file changes.
     let staged = steps.iter().map(stage).collect::<Result<Vec<_>, _>>()?;
+    let befores = steps.iter().map(|step| read(step.path())).collect::<Result<Vec<_>, _>>()?;
     let mut done: Vec<(&Path, Option<String>)> = Vec::new();
     let mut text = String::new();
-    for (step, staged) in steps.iter().zip(staged) {
-        let (Step::Write(path, _) | Step::Remove(path)) = step;
-        let before = read(path)?;
+    for ((step, staged), before) in steps.iter().zip(staged).zip(befores) {
+        let path = step.path();
         let taken = match staged {
             Some(draft) => draft.persist(path).map(drop).map_err(|error| error.error),
             None => fs::remove_file(path),
@@ -209,10 +282,19 @@ fn restart(root: &Path) -> Result<String, String> {
     if root != Path::new("/") || !root.join("run/systemd/system").is_dir() {
         return Ok(format!("systemd doesn't run here; where it does: {COMMAND}\n"));
     }
-    let mut words = COMMAND.split(' ');
-    let output = Command::new(words.next().unwrap_or_default()).args(words).output();
-    match output {
-        Ok(output) if output.status.success() => Ok("restarted systemd-resolved\n".to_owned()),
+    let run = |command: &str| {
+        let mut words = command.split(' ');
+        Command::new(words.next().unwrap_or_default()).args(words).output()
+    };
+    let running = run("systemctl is-active --quiet systemd-resolved");
+    if running.is_ok_and(|output| !output.status.success()) {
+        let start = "systemctl enable --now systemd-resolved";
+        return Ok(format!("systemd-resolved doesn't run; for it to count: {start}\n"));
+    }
+    match run(COMMAND) {
+        Ok(output) if output.status.success() => {
+            Ok("restarted systemd-resolved; whether lookups come: nohop check\n".to_owned())
+        }
         Ok(output) => {
             let said = String::from_utf8_lossy(&output.stderr);
             Err(format!("`{COMMAND}` failed: {}", said.trim()))
@@ -224,9 +306,18 @@ fn restart(root: &Path) -> Result<String, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::{Config, Forward};
 
     fn target(port: u16) -> Target {
-        Target { local: ([127, 0, 0, 1], port).into(), remote: None, domain: "service".to_owned() }
+        let mut config = Config::default();
+        config.dns.listen = vec![([127, 0, 0, 1], port).into()];
+        Target::of(&config)
+    }
+
+    /// With a resolver that isn't the machine's.
+    fn apply(root: &Path, target: &Target) -> Result<String, ApplyError> {
+        let forward = Forward::Servers(vec![([192, 0, 2, 1], 53).into()]);
+        super::apply(root, target, &DnsConfig { forward, ..Config::default().dns })
     }
 
     /// Every file below a folder, with its content.
@@ -298,7 +389,7 @@ mod tests {
             ("[Resolve]\n#DNS=192.0.2.1\nDNS=\nFallbackDNS=192.0.2.2\n", true),
             ("[Resolve]\nDNS=192.0.2.1\n", false),
         ] {
-            for file in [main.clone(), main.with_extension("conf.d").join("other.conf")] {
+            for file in [main.clone(), main.with_extension("conf.d").join("first.conf")] {
                 fs::write(&file, content).unwrap();
                 let before = tree(root);
                 let applied = apply(root, &target(53));
@@ -310,6 +401,59 @@ mod tests {
                 fs::remove_file(&file).unwrap();
             }
         }
+    }
+
+    #[test]
+    fn what_would_make_it_useless() {
+        let table = [
+            ("etc/systemd/resolved.conf", "DNS = 192.0.2.1", "has DNS=,"),
+            ("run/systemd/resolved.conf.d/a.conf", "DNS=192.0.2.1", "has DNS=,"),
+            ("usr/lib/systemd/resolved.conf.d/a.conf", "DNS=192.0.2.1", "has DNS=,"),
+            ("etc/systemd/resolved.conf.d/zz.conf", "DNS=", "empties DNS= or Domains="),
+            ("etc/systemd/resolved.conf.d/zz.conf", "Domains=", "empties DNS= or Domains="),
+            ("etc/systemd/resolved.conf", "DNSOverTLS=yes", "has DNSOverTLS=yes,"),
+        ];
+        for (file, line, expected) in table {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join(file);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(&path, format!("[Resolve]\n{line}\n")).unwrap();
+            let before = tree(dir.path());
+            let error = apply(dir.path(), &target(53)).unwrap_err().to_string();
+            assert!(error.contains(&format!("{file} {expected}")), "{file} {line}: {error}");
+            assert_eq!(tree(dir.path()), before);
+        }
+    }
+
+    #[test]
+    fn a_machine_keeps_its_names() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = super::apply(dir.path(), &target(53), &Config::default().dns).unwrap_err();
+        assert!(matches!(error, ApplyError::NoUpstream), "{error}");
+        assert_eq!(tree(dir.path()), []);
+    }
+
+    #[test]
+    fn what_was_edited_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path();
+        apply(root, &target(53)).unwrap();
+        let ours = fs::read_to_string(root.join(DROP_IN)).unwrap();
+        for content in [format!("{ours}Cache=no\n"), "[Resolve]\nCache=no\n".to_owned()] {
+            fs::write(root.join(DROP_IN), &content).unwrap();
+            let before = tree(root);
+            undo(root, &target(53)).unwrap_err();
+            assert_eq!(tree(root), before);
+        }
+        // With a backup of what was there, which must not be lost either.
+        fs::write(root.join(DROP_IN), "[Resolve]\nCache=yes\n").unwrap();
+        apply(root, &target(53)).unwrap();
+        fs::write(root.join(DROP_IN), "[Resolve]\nLLMNR=no\n").unwrap();
+        let before = tree(root);
+        for result in [apply(root, &target(53)), undo(root, &target(53))] {
+            assert!(matches!(result, Err(ApplyError::Edited(_))), "{result:?}");
+        }
+        assert_eq!(tree(root), before);
     }
 
     #[test]
@@ -329,6 +473,15 @@ mod tests {
         let steps = [
             Step::Write(root.join(DROP_IN), "new".to_owned()),
             Step::Remove(root.join("etc/absent")),
+        ];
+        commit(root, &steps).unwrap_err();
+        assert_eq!(tree(root), []);
+
+        // What is there can't be read: it is a folder.
+        fs::create_dir_all(root.join("etc/dir")).unwrap();
+        let steps = [
+            Step::Write(root.join(DROP_IN), "new".to_owned()),
+            Step::Write(root.join("etc/dir"), "new".to_owned()),
         ];
         commit(root, &steps).unwrap_err();
         assert_eq!(tree(root), []);

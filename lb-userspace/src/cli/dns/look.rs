@@ -23,19 +23,24 @@ const PROGRAMS: [&str; 4] = ["systemd-resolve", "dnsmasq", "dockerd", "nomad"];
 /// Looks at the machine whose files are below `root`. What can't be read isn't there.
 pub(super) fn look(root: &Path) -> Machine {
     let resolv_conf = root.join("etc/resolv.conf");
-    let text = fs::read_to_string(&resolv_conf).unwrap_or_default();
-    let nameservers = text.lines().filter_map(|line| {
-        let mut words = line.split_whitespace();
-        words.next().filter(|word| *word == "nameserver").and_then(|_| words.next())
-    });
     let processes = fs::read_dir(root.join("proc")).into_iter().flatten().flatten();
     let names = processes.filter_map(|entry| fs::read_to_string(entry.path().join("comm")).ok());
     let programs = names.filter_map(|name| PROGRAMS.into_iter().find(|each| *each == name.trim()));
     Machine {
         link: fs::read_link(&resolv_conf).ok(),
-        nameservers: nameservers.map(str::to_owned).collect(),
+        nameservers: nameservers(&resolv_conf),
         programs: programs.collect(),
     }
+}
+
+/// The nameservers that a file in the manner of resolv.conf names.
+pub(super) fn nameservers(path: &Path) -> Vec<String> {
+    let text = fs::read_to_string(path).unwrap_or_default();
+    let named = text.lines().filter_map(|line| {
+        let mut words = line.split_whitespace();
+        words.next().filter(|word| *word == "nameserver").and_then(|_| words.next())
+    });
+    named.map(str::to_owned).collect()
 }
 
 /// The ways that suit the machine, each with the reason: first that of the machine itself.

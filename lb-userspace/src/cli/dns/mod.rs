@@ -3,15 +3,18 @@
 mod apply;
 mod look;
 mod query;
+mod resolved;
 mod text;
+mod upstream;
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
+use ipnet::IpNet;
 
 use super::args::{ClientArguments, ConfigArguments};
-use crate::config::{Config, DnsConfig};
+use crate::config::Config;
 
 pub use query::{document, query, text as lookup_text};
 
@@ -121,6 +124,8 @@ struct Target {
     remote: Option<SocketAddr>,
     /// The zone.
     domain: String,
+    /// The networks whose addresses have names there, too.
+    pools: Vec<IpNet>,
 }
 
 /// Where a container finds nohop once a dummy interface has the address. Link-local (RFC 3927): no
@@ -128,7 +133,9 @@ struct Target {
 const DUMMY: Ipv4Addr = Ipv4Addr::new(169, 254, 53, 53);
 
 impl Target {
-    fn of(config: &DnsConfig) -> Target {
+    fn of(config: &Config) -> Target {
+        let pools = config.vip.pools().collect();
+        let config = &config.dns;
         let loopback = SocketAddr::from((Ipv4Addr::LOCALHOST, 53));
         let reachable = |address: &&SocketAddr| !address.ip().is_unspecified();
         let mut known = config.listen.iter().filter(reachable);
@@ -141,6 +148,7 @@ impl Target {
             local: known.clone().find(is_loopback).copied().or(first).unwrap_or(loopback),
             remote: known.find(|address| !is_loopback(address)).copied(),
             domain: config.domain.clone(),
+            pools,
         }
     }
 }
@@ -156,12 +164,17 @@ pub fn setup(
     root: &Path,
     config: &Config,
 ) -> anyhow::Result<String> {
-    let target = Target::of(&config.dns);
+    let target = Target::of(config);
     if (apply || undo) && way.way() != Some(Way::SystemdResolved) {
         anyhow::bail!("--apply and --undo are there for --systemd-resolved only");
     }
     Ok(match way.way() {
-        Some(Way::SystemdResolved) if apply => apply::apply(root, &target)?,
+        Some(Way::SystemdResolved) if apply => {
+            if root == Path::new("/") {
+                query::ask_zone(&target)?;
+            }
+            apply::apply(root, &target, &config.dns)?
+        }
         Some(Way::SystemdResolved) if undo => apply::undo(root, &target)?,
         Some(way) => text::text(way, &target),
         None => look::advice(&look::look(root)),
@@ -184,7 +197,9 @@ mod tests {
         ];
         for (listen, local, remote) in table {
             let listen = listen.split(' ').map(|address| address.parse().unwrap()).collect();
-            let target = Target::of(&DnsConfig { listen, ..Config::default().dns });
+            let mut config = Config::default();
+            config.dns.listen = listen;
+            let target = Target::of(&config);
             assert_eq!(target.local.to_string(), local);
             assert_eq!(target.remote.map(|remote| remote.to_string()).as_deref(), remote);
         }

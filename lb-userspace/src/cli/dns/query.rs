@@ -3,9 +3,11 @@
 use std::fmt::Write;
 use std::net::SocketAddr;
 
-use hickory_proto::op::Message;
+use anyhow::Context;
+use hickory_proto::op::{Message, ResponseCode};
 use hickory_proto::rr::Record;
 
+use super::Target;
 use crate::admin::{api, client};
 use crate::cli::args::ClientArguments;
 use crate::dns;
@@ -29,6 +31,27 @@ pub fn query(
         let address = client::find(arguments.admin.as_deref(), &crate::cli::environment)?;
         Ok(client::get(&address, &client::lookup_path(name, kind)).await?)
     })
+}
+
+/// Sees to it that nohop is where a resolver is going to ask it for the zone: it answers so from its
+/// start, were it by SERVFAIL, and another resolver knows no such zone.
+///
+/// # Errors
+/// When nobody answers there, or somebody else.
+pub(super) fn ask_zone(target: &Target) -> anyhow::Result<()> {
+    let Target { local, domain, .. } = target;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let answer = runtime
+        .block_on(dns::ask(*local, domain, "SOA"))
+        .context("nothing was changed: start nohop first, or mend dns.listen")?;
+    let code = answer.metadata.response_code;
+    anyhow::ensure!(
+        matches!(code, ResponseCode::NoError | ResponseCode::ServFail),
+        "nothing was changed: {local} says {code} of the zone {domain}, so it isn't nohop: see \
+         who it is with ss -ulpn 'sport = :{}', and mend dns.listen",
+        local.port()
+    );
+    Ok(())
 }
 
 /// The document of an answer, and of where it came from.
@@ -85,6 +108,18 @@ pub fn text(lookup: &api::Lookup) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_zone_that_nobody_serves() {
+        // A port that was free a moment ago, of an address that nobody uses.
+        let socket = std::net::UdpSocket::bind("127.91.53.53:0").unwrap();
+        let mut target = Target::of(&crate::config::Config::default());
+        target.local = socket.local_addr().unwrap();
+        drop(socket);
+        let error = format!("{:#}", ask_zone(&target).unwrap_err());
+        assert!(error.contains("nothing was changed: start nohop first"), "{error}");
+        assert!(error.contains("nobody listens there"), "{error}");
+    }
 
     #[test]
     fn for_people() {

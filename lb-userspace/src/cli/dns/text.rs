@@ -2,17 +2,22 @@
 
 use std::net::SocketAddr;
 
+use ipnet::IpNet;
+
 use super::{DUMMY, Target, Way};
 
 /// The drop-in of systemd-resolved.
 pub(super) fn resolved_drop_in(target: &Target) -> String {
-    let Target { local, domain, .. } = target;
+    let server = resolved_server(target.local);
+    format!("{MARK}\n[Resolve]\nDNS={server}\nDomains=~{}\n", target.domain)
+}
+
+fn resolved_server(server: SocketAddr) -> String {
     // A port that isn't 53 needs systemd 246; without one, any version does.
-    let server = match local.port() {
-        53 => local.ip().to_string(),
-        _ => local.to_string(),
-    };
-    format!("{MARK}\n[Resolve]\nDNS={server}\nDomains=~{domain}\n")
+    match server.port() {
+        53 => server.ip().to_string(),
+        _ => server.to_string(),
+    }
 }
 
 /// The negative trust anchor of systemd-resolved: nobody signs this zone.
@@ -41,14 +46,18 @@ pub(super) fn text(way: Way, target: &Target) -> String {
 
 fn systemd_resolved(target: &Target) -> String {
     let (drop_in, anchor) = (resolved_drop_in(target), negative_trust_anchor(target));
+    let delegate =
+        format!("[Delegate]\nDNS={}\nDomains={}\n", resolved_server(target.local), target.domain);
     let mut text = format!(
         "\
 systemd-resolved sends names below {domain} to nohop alone. All others it sends to the servers of the
-machine's links, as before, and to nohop too, which forwards them: the first answer counts.
+machine's links, as before, and to nohop too, which forwards them: the first answer counts. So nohop
+needs somebody to ask: the links' servers, or dns.forward. (FallbackDNS= counts no more.)
 --apply writes both files and restarts it; --undo takes them away.
 
 No other file of systemd-resolved may have DNS=: it would ask those servers instead of nohop. Give
-them to a link (systemd-networkd, NetworkManager), or to nohop as dns.forward.
+them to a link (systemd-networkd, NetworkManager), or to nohop as dns.forward. DNSOverTLS=yes can't
+be, either.
 
 /{DROP_IN}:
 {drop_in}
@@ -56,10 +65,17 @@ them to a link (systemd-networkd, NetworkManager), or to nohop as dns.forward.
 {anchor}
 then:
 systemctl restart systemd-resolved
+
+From systemd 258 on a delegation does it better, without the first file: no other name goes to nohop.
+/etc/systemd/dns-delegate.d/nohop.dns-delegate:
+{delegate}
+Lookups of addresses (PTR) below 127.0.0.0/8 systemd-resolved answers itself, as localhost: ask nohop
+for the names of VIPs, with nohop dns query.
 ",
         domain = target.domain,
         drop_in = indented(&drop_in),
         anchor = indented(&anchor),
+        delegate = indented(&delegate),
     );
     if target.local.port() != 53 {
         text += "\nA port in DNS= needs systemd 246 or later: see systemctl --version.\n";
@@ -95,11 +111,15 @@ leave the machine's resolver in place and give it the zone {domain} only (--syst
 }
 
 fn dnsmasq(target: &Target) -> String {
-    let Target { local, domain, .. } = target;
+    let Target { local, domain, pools, .. } = target;
     // dnsmasq has port 53 itself.
     let port = if local.port() == 53 { 5354 } else { local.port() };
     let ip = local.ip();
     let listen = SocketAddr::new(ip, port);
+    let reverse: String =
+        pools.iter().map(|pool| format!("\n    rev-server={pool},{ip}#{port}")).collect();
+    let zones = pools.iter().map(reverse_zones).collect::<Vec<_>>().join(", ");
+    let socket = socket_drop_in(&[listen]);
     format!(
         "\
 dnsmasq sends names below {domain} to nohop and answers all others as before.
@@ -107,11 +127,12 @@ dnsmasq sends names below {domain} to nohop and answers all others as before.
 /etc/nohop/nohop.toml, because dnsmasq has port 53:
     [dns]
     listen = [\"{listen}\"]
-
+{socket}
 /etc/dnsmasq.d/nohop.conf:
     server=/{domain}/{ip}#{port}
     # VIPs are loopback addresses, which stop-dns-rebind would strip:
     rebind-domain-ok=/{domain}/
+    # The names of VIPs:{reverse}
 then:
     systemctl restart dnsmasq
 
@@ -126,10 +147,14 @@ The same for unbound (unbound.conf):
     forward-zone:
         name: \"{domain}\"
         forward-addr: {ip}@{port}
+and, for the names of VIPs, a local-zone: \"ZONE\" transparent and a forward-zone for each ZONE of
+{zones}.
 
 and for BIND (named.conf):
     options {{ validate-except {{ \"{domain}\"; }}; }};
     zone \"{domain}\" {{ type forward; forward only; forwarders {{ {ip} port {port}; }}; }};
+and, for the names of VIPs, the like for each zone of {zones}. It
+counts for nothing below a zone that BIND serves itself, as Debian's does 127.in-addr.arpa.
 "
     )
 }
@@ -180,6 +205,7 @@ fn interface(target: &Target) -> String {
         return format!("\nnohop listens on {remote} already.\n");
     }
     let local = target.local;
+    let socket = socket_drop_in(&[local, SocketAddr::from((DUMMY, 53))]);
     format!(
         "\
 A link-local one on a dummy interface is there before any bridge is, and leaves the machine never.
@@ -202,8 +228,39 @@ or until the next boot:
 /etc/nohop/nohop.toml:
     [dns]
     listen = [\"{local}\", \"{DUMMY}:53\"]
+{socket}"
+    )
+}
+
+/// How the socket unit comes to have the addresses of `dns.listen`.
+fn socket_drop_in(listen: &[SocketAddr]) -> String {
+    let lines: String = listen
+        .iter()
+        .map(|address| format!("    ListenDatagram={address}\n    ListenStream={address}\n"))
+        .collect();
+    format!(
+        "
+and where systemd holds the sockets, /etc/systemd/system/nohop.socket.d/listen.conf:
+    [Socket]
+    ListenDatagram=
+{lines}then:
+    systemctl daemon-reload && systemctl restart nohop.socket nohop.service
 "
     )
+}
+
+/// The zones that a network's addresses have their names in: one ends where a label does.
+fn reverse_zones(pool: &IpNet) -> String {
+    let IpNet::V4(pool) = pool else { return format!("that of {pool}") };
+    let n_octets = usize::from(pool.prefix_len().div_ceil(8).clamp(1, 3));
+    let zone = |ip: std::net::Ipv4Addr| {
+        let octets = ip.octets().into_iter().take(n_octets).rev();
+        octets.map(|octet| format!("{octet}.")).collect::<String>() + "in-addr.arpa"
+    };
+    match (zone(pool.network()), zone(pool.broadcast())) {
+        (first, last) if first == last => first,
+        (first, last) => format!("{first} to {last}"),
+    }
 }
 
 fn remote_ip(target: &Target) -> String {
@@ -236,6 +293,7 @@ mod tests {
             local: local.parse().unwrap(),
             remote: remote.map(|remote| remote.parse().unwrap()),
             domain: domain.to_owned(),
+            pools: vec!["127.128.0.0/9".parse().unwrap()],
         }
     }
 
@@ -251,6 +309,11 @@ mod tests {
             (Way::ResolvConf, &plain, "    nameserver 127.0.0.1\n"),
             (Way::Dnsmasq, &plain, "    server=/service/127.0.0.1#5354\n"),
             (Way::Dnsmasq, &plain, "    rebind-domain-ok=/service/\n"),
+            (Way::SystemdResolved, &plain, "    DNS=127.0.0.1\n    Domains=service\n"),
+            (Way::Dnsmasq, &plain, "    rev-server=127.128.0.0/9,127.0.0.1#5354\n"),
+            (Way::Dnsmasq, &plain, "128.127.in-addr.arpa to 255.127.in-addr.arpa"),
+            (Way::Dnsmasq, &plain, "    ListenDatagram=\n    ListenDatagram=127.0.0.1:5354\n"),
+            (Way::Docker, &plain, "    ListenStream=169.254.53.53:53\n"),
             (Way::Dnsmasq, &odd, "    server=/lb.corp/127.0.0.1#5354\n"),
             (Way::Dnsmasq, &odd, "domain-insecure: \"lb.corp\""),
             (Way::Docker, &plain, "{ \"dns\": [\"169.254.53.53\"] }"),

@@ -68,6 +68,56 @@ async fn questions_that_passed_sockets_kept_wait_for_the_zone() {
 }
 
 #[tokio::test]
+async fn more_than_can_wait_for_the_zone_stay_in_the_socket() {
+    const N_CLIENTS: usize = 10;
+    const N_EACH: u16 = 110; // 1,024 can wait
+    let config = DnsConfig {
+        listen: vec!["127.0.0.1:0".parse().unwrap()],
+        forward: Forward::Servers(Vec::new()),
+        ..Config::default().dns
+    };
+    let mut sockets = bind(&config).await.unwrap();
+    sockets.were_passed = true;
+    for socket in &sockets.udp {
+        rustix::net::sockopt::set_socket_recv_buffer_size(socket, 1 << 20).unwrap();
+    }
+    let address = sockets.addresses()[0];
+    let (table, table_rx) = watch::channel(Arc::new(Table::default()));
+    let (_attached, attached_rx) = watch::channel(true);
+    let surroundings = Surroundings::default();
+    let _server = Server::start_in(
+        surroundings,
+        sockets,
+        &config,
+        &[],
+        table_rx,
+        attached_rx,
+        Demand::default(),
+    )
+    .unwrap();
+    let mut clients = Vec::new();
+    let mut message = query("web.service.", RecordType::A);
+    for _ in 0..N_CLIENTS {
+        let client = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        client.connect(address).await.unwrap();
+        for id in 0..N_EACH {
+            message.metadata.id = id;
+            client.send(&message.to_vec().unwrap()).await.unwrap();
+        }
+        clients.push(client);
+    }
+    table.send_replace(Arc::new(web(1)));
+    let mut buffer = [0; 512];
+    for client in clients {
+        for _ in 0..N_EACH {
+            let len = timeout(LONG, client.recv(&mut buffer)).await.unwrap().unwrap();
+            let answer = Message::from_vec(&buffer[..len]).unwrap();
+            assert_eq!(answer.metadata.response_code, ResponseCode::NoError);
+        }
+    }
+}
+
+#[tokio::test]
 async fn a_resolver_that_cuts_off_and_then_stalls_over_tcp_costs_its_patience() {
     let stalls = Upstream::new(|transport, asked| match transport {
         Transport::Udp => vec![asked_truncated(asked)],

@@ -99,7 +99,8 @@ pub enum DiagError {
     /// addresses and ports hide them.
     #[error(
         "{n_sockets} UDP sockets, such as {cookie:#x} of net:[{namespace}] to {destination}, \
-         couldn't be reached{}; it needs CAP_SYS_PTRACE and kernel.yama.ptrace_scope below 3",
+         couldn't be reached{}; it needs CAP_SYS_PTRACE, CAP_DAC_READ_SEARCH and \
+         kernel.yama.ptrace_scope below 3",
         .refused.as_ref().map_or(String::new(), |refused| format!(": {refused}"))
     )]
     Unreached {
@@ -129,8 +130,8 @@ pub enum DiagError {
 ///
 /// Blocks: for some milliseconds where there is no suspect, else for as long as it takes to read
 /// all the links in /proc/*/fd. Sockets that aren't connected are never touched; what vanishes
-/// meanwhile is no error. Needs CAP_SYS_ADMIN, CAP_SYS_PTRACE and CAP_NET_ADMIN. Minimum kernel:
-/// 5.6.
+/// meanwhile is no error. Needs CAP_SYS_ADMIN, CAP_SYS_PTRACE, CAP_NET_ADMIN and, for other users'
+/// processes, CAP_DAC_READ_SEARCH. Minimum kernel: 5.6.
 ///
 /// Not reached: a socket whose namespace no thread is in any more; a socket that only a message
 /// under way or an io_uring holds, or a process whose first thread has ended; and one that shares
