@@ -48,7 +48,7 @@ impl Demand {
 
     /// Notes that the service `name`, in lower case, is in use: it becomes live, or stays so.
     pub fn used(&self, name: &str) {
-        if let Some(wishes) = self.wishes() {
+        if let Some(wishes) = self.listener() {
             let _ = wishes.try_send(Wish::Service(Wanted { name: name.into(), done: None }));
         }
     }
@@ -56,7 +56,7 @@ impl Demand {
     /// The same, and waits until the source has looked it up. Returns whether there is such a
     /// service; then a catalog that has it live is published. The caller sets the limit.
     pub async fn look_up(&self, name: &str) -> bool {
-        let Some(wishes) = self.wishes() else { return false };
+        let Some(wishes) = self.listener() else { return false };
         let (done, looked_up) = oneshot::channel();
         let wanted = Wanted { name: name.into(), done: Some(done) };
         wishes.try_send(Wish::Service(wanted)).is_ok() && looked_up.await.unwrap_or(false)
@@ -65,14 +65,15 @@ impl Demand {
     /// Waits until the source has left what the next one begins with, or can't. The caller sets the
     /// limit.
     pub(super) async fn leave(&self) {
-        let Some(wishes) = self.wishes() else { return };
+        let Some(wishes) = self.listener() else { return };
         let (done, left) = oneshot::channel();
         if wishes.try_send(Wish::Leave(done)).is_ok() {
             let _ = left.await;
         }
     }
 
-    fn wishes(&self) -> Option<mpsc::Sender<Wish>> {
+    /// Where who listens now hears it.
+    pub(super) fn listener(&self) -> Option<mpsc::Sender<Wish>> {
         self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }

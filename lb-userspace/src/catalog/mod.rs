@@ -84,8 +84,21 @@ pub struct Handle {
     pub stats: Arc<Stats>,
     /// Whether the source has hung so often that only another process can help.
     pub hopeless: watch::Receiver<bool>,
+    /// Who keeps the source running.
+    pub keeper: Keeper,
     output: Output,
-    keeper: JoinSet<()>,
+}
+
+/// The task that keeps a source running; dropping it ends the source.
+#[derive(Debug, Default)]
+pub struct Keeper(JoinSet<()>);
+
+impl Keeper {
+    /// Waits until nobody keeps the source running any more, which only a defect or a hopeless
+    /// source brings about. What became of it is in the log.
+    pub async fn ended(&mut self) {
+        self.0.join_next().await;
+    }
 }
 
 /// Why a source can't start.
@@ -137,15 +150,31 @@ fn first_output(config: &Config) -> Result<Output, CatalogError> {
 }
 
 impl Handle {
-    /// Puts the source that the configuration names in the place of the one that runs.
+    /// Puts the source that the configuration names in the place of the one that runs. The services
+    /// `in_use` are live from the start, as for [`spawn`].
     ///
     /// # Errors
     /// As [`check`]; then the former source goes on as if nothing had been.
-    pub async fn reconfigure(&mut self, config: &Config) -> Result<(), CatalogError> {
+    pub async fn reconfigure(
+        &mut self,
+        config: &Config,
+        in_use: Vec<Arc<str>>,
+    ) -> Result<(), CatalogError> {
         check(config)?;
         self.leave().await;
-        self.keep(config, Vec::new(), true);
+        self.end().await;
+        self.keep(config, in_use, true);
         Ok(())
+    }
+
+    /// Ends the source that runs, so that the next one finds its connections free and is the only
+    /// one that listens. One that hangs is left behind.
+    async fn end(&mut self) {
+        let former = self.demand.listener();
+        self.keeper.0.shutdown().await;
+        if let Some(former) = former {
+            let _ = tokio::time::timeout(LEAVING, former.closed()).await;
+        }
     }
 
     /// Ends the source, which leaves first what the next daemon begins with.
@@ -165,7 +194,7 @@ impl Handle {
         let (catalog, health, off) = output.subscribe();
         let stats = output.stats().clone();
         let (demand, hopeless) = (Demand::default(), watch::channel(false).1);
-        Handle { catalog, health, off, demand, stats, output, hopeless, keeper: JoinSet::new() }
+        Handle { catalog, health, off, demand, stats, output, hopeless, keeper: Keeper::default() }
     }
 
     fn keep(&mut self, config: &Config, in_use: Vec<Arc<str>>, is_cached: bool) {
@@ -190,13 +219,13 @@ impl Handle {
     fn keep_source(&mut self, name: &'static str, source: Life, ageing: Option<Ageing>) {
         let (hopeless, is_hopeless) = watch::channel(false);
         self.hopeless = is_hopeless;
-        self.keeper = JoinSet::new();
+        self.keeper = Keeper::default();
         // From here on the former source isn't heard.
-        let output = self.output.next_life(name);
+        let output = self.output.next_source(name);
         let demand = self.demand.clone();
         let limits = Limits::default();
         let keeper = supervise::keep(name, source, output, demand, ageing, limits, hopeless);
-        self.keeper.spawn(keeper);
+        self.keeper.0.spawn(keeper);
     }
 }
 

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch::{Receiver, Sender};
 
 use super::memory::Memory;
-use super::{Catalog, Edition, Health, Stats};
+use super::{Catalog, Edition, Health, Stats, Watches};
 use crate::config::Expired;
 use crate::table::{Diff, Listing, Standing, diff};
 
@@ -80,6 +80,18 @@ impl Output {
             std::mem::replace(&mut health.source, source) != source
         });
         Output { shared: self.shared.clone(), life: state.life }
+    }
+
+    /// The same for another source, which starts with a clean slate: of the former one only the
+    /// catalog, and the word on whether to translate, hold until it has its own.
+    pub fn next_source(&self, source: &'static str) -> Output {
+        {
+            let mut state = self.state();
+            state.problems.life = None;
+            self.tell(&state.problems, None);
+            self.shared.stats.set_watches(Watches::default());
+        }
+        self.next_life(source)
     }
 
     /// The receiving side.
@@ -325,6 +337,19 @@ mod tests {
         output.set_fact("off", Some("late".into()));
         second.set_fact("names", None);
         assert!(facts().is_empty());
+    }
+
+    #[test]
+    fn another_source_is_not_blamed_for_the_former_one() {
+        let first = Output::new("consul");
+        let (_, health, _) = first.subscribe();
+        first.set_life_problem(Some("it hung".into()));
+        first.stats().set_watches(Watches { live: 7, ..Watches::default() });
+        let second = first.next_life("consul");
+        assert_eq!(health.borrow().problem.as_deref(), Some("it hung"));
+        second.next_source("file");
+        assert_eq!(health.borrow().problem, None);
+        assert_eq!(first.stats().watches(), Watches::default());
     }
 
     #[test]

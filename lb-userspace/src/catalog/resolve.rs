@@ -57,12 +57,11 @@ impl Resolver {
         self.hosts.borrow().clone()
     }
 
-    /// Waits until a name stands for something else than [`Resolver::hosts`] said last here.
-    pub async fn changed(&mut self) -> Arc<Hosts> {
-        if self.hosts.changed().await.is_err() {
-            std::future::pending::<()>().await;
-        }
-        self.hosts.borrow_and_update().clone()
+    /// Waits until a name stands for something else than [`Resolver::hosts`] said last here. `None`
+    /// once nobody looks names up any more, which only a defect brings about.
+    pub async fn changed(&mut self) -> Option<Arc<Hosts>> {
+        self.hosts.changed().await.ok()?;
+        Some(self.hosts.borrow_and_update().clone())
     }
 }
 
@@ -321,7 +320,7 @@ mod tests {
         let limit = Duration::from_secs(20);
         let known = async {
             loop {
-                let hosts = resolver.changed().await;
+                let hosts = resolver.changed().await.unwrap();
                 if hosts.0.contains_key("localhost") {
                     return hosts;
                 }
@@ -334,6 +333,10 @@ mod tests {
         );
         resolver.want(BTreeSet::new());
         let hosts = tokio::time::timeout(limit, resolver.changed()).await.unwrap();
-        assert_eq!(*hosts, Hosts::default());
+        assert_eq!(*hosts.unwrap(), Hosts::default());
+
+        resolver._task.abort_all();
+        let hosts = tokio::time::timeout(limit, resolver.changed()).await.unwrap();
+        assert!(hosts.is_none(), "its end is seen");
     }
 }

@@ -32,7 +32,7 @@ pub struct Limits {
     pub pause: Duration,
     /// So many hung lives within [`Limits::memory`] are one too many.
     pub n_hung: usize,
-    /// How long a hung life is held against the source.
+    /// How long a life that hung or ended is held against the source.
     pub memory: Duration,
 }
 
@@ -71,7 +71,7 @@ pub async fn keep(
     limits: Limits,
     hopeless: watch::Sender<bool>,
 ) {
-    let mut hung_at: Vec<Instant> = Vec::new();
+    let mut failures = Failures::default();
     loop {
         output = output.next_life(name);
         let mut life = match Life::start(&source, output.clone(), demand.listen(), limits.beat) {
@@ -88,22 +88,25 @@ pub async fn keep(
             if let Some(ageing) = ageing {
                 output.look_at_age(Instant::now(), ageing.max_age, ageing.expired);
             }
-            if hung_at.first().is_some_and(|at| at.elapsed() > limits.memory) {
-                hung_at.remove(0);
-                output.set_life_problem(alarm(hung_at.len()));
+            if failures.forget(Instant::now(), limits.memory) {
+                output.set_life_problem(failures.alarm());
             }
             if let Some(end) = life.look(limits.n_silent) {
                 break end;
             }
         };
         match end {
-            End::Ended => tracing::error!("the catalog's source ended; starting it again"),
+            End::Ended => {
+                tracing::error!("the catalog's source ended; starting it again");
+                failures.ended_at.push(Instant::now());
+                output.set_life_problem(failures.alarm());
+            }
             End::Hung => {
                 let silence = limits.beat * limits.n_silent;
                 tracing::error!("the catalog's source gave no sign for {silence:?}; starting anew");
-                hung_at.push(Instant::now());
-                output.set_life_problem(alarm(hung_at.len()));
-                if hung_at.len() >= limits.n_hung {
+                failures.hung_at.push(Instant::now());
+                output.set_life_problem(failures.alarm());
+                if failures.hung_at.len() >= limits.n_hung {
                     let _ = hopeless.send(true);
                     return;
                 }
@@ -113,13 +116,36 @@ pub async fn keep(
     }
 }
 
-fn alarm(n_hung: usize) -> Option<String> {
-    (n_hung > 0).then(|| {
-        format!(
-            "discovery hung {n_hung} times within the hour and was started again: its log before \
-             that says on what"
-        )
-    })
+/// The lives that failed lately: as many as the pause between two of them allows.
+#[derive(Debug, Default)]
+struct Failures {
+    hung_at: Vec<Instant>,
+    /// Those that panicked, or ended in another way.
+    ended_at: Vec<Instant>,
+}
+
+impl Failures {
+    /// Forgets those that are longer ago than `memory`, and says whether there were any.
+    fn forget(&mut self, now: Instant, memory: Duration) -> bool {
+        let n_before = self.hung_at.len() + self.ended_at.len();
+        for at in [&mut self.hung_at, &mut self.ended_at] {
+            at.retain(|at| now.saturating_duration_since(*at) <= memory);
+        }
+        self.hung_at.len() + self.ended_at.len() < n_before
+    }
+
+    fn alarm(&self) -> Option<String> {
+        let kinds = [("hung", self.hung_at.len()), ("ended", self.ended_at.len())];
+        let told = kinds.into_iter().filter(|(_, n)| *n > 0);
+        let told: Vec<String> = told.map(|(what, n)| format!("{what} {n} times")).collect();
+        (!told.is_empty()).then(|| {
+            format!(
+                "discovery {} within the hour and was started again: its log before that says on \
+                 what",
+                told.join(" and ")
+            )
+        })
+    }
 }
 
 /// One life of a source; dropping it ends it, if it yet listens.
@@ -240,7 +266,7 @@ mod tests {
     async fn a_life_that_panics_or_loops_is_followed_by_another() {
         // A panic may take its time, where it tells the log how it came to be.
         let patient = Limits { n_silent: 3000, ..limits() };
-        let table = [(panics as fn(&AtomicU32), patient, None), (loops, limits(), Some("hung"))];
+        let table = [(panics as fn(&AtomicU32), patient, "ended"), (loops, limits(), "hung")];
         for (fails, limits, alarm) in table {
             let (source, n_lives) = failing(1, fails);
             let output = Output::new("file");
@@ -251,13 +277,26 @@ mod tests {
             catalog.wait_for(Option::is_some).await.unwrap();
             assert!(n_lives.load(Ordering::Relaxed) >= 2);
             let problem = health.borrow().problem.clone();
-            match (problem, alarm) {
-                (None, None) => {}
-                (Some(problem), Some(alarm)) => assert!(problem.contains(alarm), "{problem}"),
-                got => panic!("{got:?}"),
-            }
+            assert!(problem.as_ref().is_some_and(|problem| problem.contains(alarm)), "{problem:?}");
             keeper.abort();
         }
+    }
+
+    #[test]
+    fn what_failed_is_told_for_an_hour() {
+        let start = Instant::now();
+        let memory = Limits::default().memory;
+        let mut failures = Failures::default();
+        assert_eq!(failures.alarm(), None);
+        failures.hung_at.push(start);
+        failures.ended_at.push(start + memory / 2);
+        assert!(!failures.forget(start + memory, memory));
+        let alarm = failures.alarm().unwrap();
+        assert!(alarm.starts_with("discovery hung 1 times and ended 1 times"), "{alarm}");
+        assert!(failures.forget(start + memory + memory / 4, memory));
+        assert!(failures.alarm().unwrap().starts_with("discovery ended 1 times"));
+        assert!(failures.forget(start + memory * 2, memory));
+        assert_eq!(failures.alarm(), None);
     }
 
     #[tokio::test]

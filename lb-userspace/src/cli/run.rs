@@ -122,15 +122,11 @@ impl Daemon {
             way_out.inherit();
         }
         // A state directory that was lost takes no address from a name that the kernel knows.
-        let mut in_use = Vec::new();
         for (name, addresses) in plane.names() {
             vips.claim(&name, &addresses);
-            if plane.indices(&name).is_some_and(|indices| !indices.backends.is_empty()) {
-                in_use.push(name);
-            }
         }
         // The first table must not take away what the kernel serves, for want of having asked.
-        let mut source = catalog::spawn(&config, in_use)?;
+        let mut source = catalog::spawn(&config, plane.in_use())?;
         let how = if plane.is_adopted() { "took over what was attached" } else { "attached" };
         tracing::info!(cgroup = %scope.display(), pool = %config.vip.pool, "{how}");
         if let Some(voice) = plane.take_voice() {
@@ -229,6 +225,7 @@ impl Daemon {
                     }
                 }
                 hosts = self.resolver.changed() => {
+                    let hosts = hosts.context("nobody looks names up any more: see the log")?;
                     self.builder.set_hosts(hosts);
                     tokio::task::block_in_place(|| self.take_again());
                 }
@@ -242,6 +239,9 @@ impl Daemon {
                 Ok(()) = self.source.hopeless.changed() => {
                     anyhow::bail!("discovery hung again and again, so another process has to try")
                 }
+                () = self.source.keeper.ended() => {
+                    anyhow::bail!("nobody looks after discovery any more: see the log")
+                }
                 () = &mut deaf => anyhow::bail!(
                     "a part of the DNS server has panicked (see the log above; please report it), \
                      so another process has to try"
@@ -254,6 +254,7 @@ impl Daemon {
                 _ = route_tick.tick() => self.keep_unreachable().await,
                 _ = usage_tick.tick() => self.tell_usage(),
                 _ = rejected_tick.tick() => {
+                    self.builder.forget_vips(SystemTime::now());
                     if !self.table.borrow().rejected.is_empty() {
                         tokio::task::block_in_place(|| self.take_again());
                     }
@@ -308,7 +309,7 @@ impl Daemon {
         let last = std::mem::replace(&mut self.config, config);
         // A source that can't start keeps everything as it was, so it comes first.
         if (&last.catalog, &last.consul) != (&self.config.catalog, &self.config.consul) {
-            if let Err(error) = self.source.reconfigure(&self.config).await {
+            if let Err(error) = self.source.reconfigure(&self.config, self.plane.in_use()).await {
                 self.config = last;
                 return Err(reload::refuse([error]));
             }

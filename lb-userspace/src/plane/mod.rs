@@ -347,6 +347,13 @@ impl Plane {
         self.reconciler.names().map(|(name, vips)| (name.clone(), vips.collect())).collect()
     }
 
+    /// The services that the kernel has backends for, in lower case.
+    pub fn in_use(&self) -> Vec<Arc<str>> {
+        let serves =
+            |name: &str| self.indices(name).is_some_and(|indices| !indices.backends.is_empty());
+        self.reconciler.names().map(|(name, _)| name.clone()).filter(|name| serves(name)).collect()
+    }
+
     /// Looks at every link and pin, and attaches and pins again what somebody took away. Frees what
     /// the last changes gave up.
     pub fn mend(&mut self) -> Attachment {

@@ -264,6 +264,11 @@ impl SharedPlane {
         lock(&self.mode).clone()
     }
 
+    /// As [`Plane::in_use`].
+    pub fn in_use(&self) -> Vec<Arc<str>> {
+        lock(&self.plane).in_use()
+    }
+
     /// As [`Plane::dialled_since_last`].
     pub fn dialled_since_last(&self) -> Vec<Arc<str>> {
         lock(&self.plane).dialled_since_last()

@@ -71,6 +71,11 @@ impl Builder {
         self.sources.clear();
     }
 
+    /// As [`Vips::forget`].
+    pub fn forget_vips(&mut self, now: SystemTime) {
+        self.vips.forget(now);
+    }
+
     /// The book of VIPs.
     pub fn vips(&self) -> &Vips {
         &self.vips

@@ -19,6 +19,10 @@ use crate::config::VipConfig;
 /// How long an address that a name gave up goes to no other name.
 pub const REST: Duration = Duration::from_secs(24 * 60 * 60);
 
+/// How long the book knows a name that gave its address up: many times what a service is away for,
+/// so that one that comes back has the address that it had.
+const FORGOTTEN: Duration = Duration::from_secs(30 * 24 * 60 * 60);
+
 /// Why a name has no address.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("the VIP pool {pool} has no address left{}: set a larger vip.pool", rests(*n_resting, *free_in))]
@@ -311,6 +315,23 @@ impl Vips {
         }
     }
 
+    /// Forgets the names that gave their addresses up longer ago than [`FORGOTTEN`]; else a site that
+    /// makes up new names would have a book that only grows.
+    pub fn forget(&mut self, now: SystemTime) {
+        let holders = &mut self.holders;
+        let n_before = self.names.len();
+        self.names.retain(|_, entry| {
+            let since = entry.released.map(|at| now.duration_since(at).unwrap_or_default());
+            let stays = since.is_none_or(|since| since < FORGOTTEN);
+            if !stays {
+                holders.remove(&entry.vip.into());
+                entry.vip6.and_then(|vip6| holders.remove(&vip6.into()));
+            }
+            stays
+        });
+        self.edition += u64::from(self.names.len() < n_before);
+    }
+
     /// How the IPv4 pool is used.
     pub fn pool_use(&self, now: SystemTime) -> PoolUse {
         let size = n_usable(32 - self.pools.v4.prefix_len());
@@ -464,6 +485,21 @@ mod tests {
         assert!(refused.contains("left, 1 rest, and the next comes free within 12 h"), "{refused}");
         assert_eq!(vips.assign(&name("c"), EPOCH + REST), Ok(first));
         assert!(vips.assign(&name("a"), EPOCH + REST).is_err());
+    }
+
+    #[test]
+    fn a_name_is_forgotten_a_month_after_its_end() {
+        let mut vips = Vips::new(pools("127.128.0.0/30", Some("fd00::/126"))); // two usable addresses
+        vips.assign(&name("a"), EPOCH).unwrap();
+        vips.assign(&name("b"), EPOCH).unwrap();
+        vips.release("a", EPOCH);
+        let edition = vips.edition();
+        vips.forget(EPOCH + FORGOTTEN - REST / 24);
+        assert_eq!((vips.names.len(), vips.edition()), (2, edition));
+        vips.forget(EPOCH + FORGOTTEN);
+        assert_eq!((vips.names.len(), vips.edition()), (1, edition + 1));
+        assert_eq!(vips.holders.len(), 2, "b has its addresses");
+        vips.assign(&name("c"), EPOCH + FORGOTTEN).unwrap();
     }
 
     #[test]

@@ -8,7 +8,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
 use super::client::{Client, QueryError, Question, percent_encode};
-use super::health::{self, Record};
+use super::health::{self, Record, Records};
 use super::held;
 use super::index::Ask;
 use super::model::Heard;
@@ -109,10 +109,11 @@ pub async fn ask(
             get(client, "/v1/agent/self".into(), how, said).await
         }
         About::Service(name) => {
-            get(client, health(name), how, |records| Said::Service(heard(records, rules))).await
+            get(client, health(name), how, |Records(records)| Said::Service(heard(records, rules)))
+                .await
         }
         About::Lookup(name) => {
-            let said = |records| Said::Lookup(registered(records, rules, name));
+            let said = |Records(records)| Said::Lookup(registered(records, rules, name));
             get(client, health(name), how, said).await
         }
     }

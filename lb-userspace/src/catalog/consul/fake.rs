@@ -76,6 +76,12 @@ pub fn instance(node: &str, id: &str, port: u16) -> Value {
     })
 }
 
+impl State {
+    fn fault_of(&self, question: &str, path: &str) -> Option<Fault> {
+        self.fault.get(question).or_else(|| self.fault.get(path)).cloned()
+    }
+}
+
 impl Fake {
     pub async fn start() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -110,6 +116,11 @@ impl Fake {
                 None => state.fault.remove(path),
             };
         });
+    }
+
+    /// As [`Fake::break_path`], of one question with all its parameters, which beats the path's.
+    pub fn break_question(&self, question: &str, fault: Option<Fault>) {
+        self.break_path(question, fault);
     }
 
     pub fn n_asked(&self, question: &str) -> usize {
@@ -178,7 +189,7 @@ async fn answer(question: &str, state: &watch::Sender<State>) -> Option<(String,
     let (index, body, fault) = {
         let state = state.borrow();
         let body = state.body.get(path).cloned().unwrap_or(json!([])).to_string();
-        (state.index.get(path).copied().unwrap_or(1), body, state.fault.get(path).cloned())
+        (state.index.get(path).copied().unwrap_or(1), body, state.fault_of(question, path))
     };
     let headers = |code: u16, more: &str| {
         format!(

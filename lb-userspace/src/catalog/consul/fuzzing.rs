@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::ask::{Names, tagged};
-use super::health::{self, Record};
+use super::health::{self, Records};
 use crate::config::Config;
 use crate::table::Instance;
 
@@ -15,7 +15,7 @@ pub fn read(body: &[u8]) -> BTreeMap<Arc<str>, Vec<Instance>> {
     if let Ok(names) = serde_json::from_slice::<Names>(body) {
         return tagged(names, &rules.tag).into_iter().map(|name| (name, Vec::new())).collect();
     }
-    let records: Vec<Record> = serde_json::from_slice(body).unwrap_or_default();
+    let records = serde_json::from_slice(body).map_or_else(|_| Vec::new(), |Records(all)| all);
     let instances = health::instances(records, &rules).unwrap_or_default();
     BTreeMap::from([("web".into(), instances)])
 }

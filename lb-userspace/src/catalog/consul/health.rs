@@ -1,12 +1,50 @@
 //! The records of `/v1/health/service/NAME`, and what each says of its instance.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
+use serde::de::{Error, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
 use super::address::{self, Offers};
 use crate::config::{CatalogConfig, HealthPolicy};
 use crate::table::{Instance, Says, Standing};
+
+/// The most instances that a service may have: many times what is known of any, and a bound on the
+/// memory that an answer takes, since an empty record has two bytes there and some 300 here.
+const MAX_RECORDS: usize = 65_536;
+
+/// The body of the answer.
+#[derive(Clone, Debug)]
+pub struct Records(pub Vec<Record>);
+
+impl<'de> Deserialize<'de> for Records {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_seq(ReadRecords)
+    }
+}
+
+struct ReadRecords;
+
+impl<'de> Visitor<'de> for ReadRecords {
+    type Value = Records;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a list of instances")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Records, A::Error> {
+        let mut records = Vec::new();
+        while let Some(record) = list.next_element()? {
+            if records.len() >= MAX_RECORDS {
+                let problem = format!("a service of more than {MAX_RECORDS} instances isn't read");
+                return Err(A::Error::custom(problem));
+            }
+            records.push(record);
+        }
+        Ok(Records(records))
+    }
+}
 
 /// One instance with its node and its checks; fields that nobody here reads are skipped.
 ///
@@ -20,7 +58,7 @@ pub struct Record {
     #[serde(default, deserialize_with = "or_default")]
     service: Service,
     #[serde(default, deserialize_with = "or_default")]
-    checks: Vec<Check>,
+    checks: Checks,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -88,6 +126,43 @@ struct Check {
     service_id: String,
 }
 
+/// What the checks come to, folded as they are read: however many there are, they take no memory.
+#[derive(Clone, Debug, Default)]
+struct Checks {
+    /// The one that doesn't pass and explains the most.
+    worst: Option<Check>,
+    /// Whether one is of the instance itself.
+    has_own: bool,
+}
+
+impl<'de> Deserialize<'de> for Checks {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_seq(ReadChecks)
+    }
+}
+
+struct ReadChecks;
+
+impl<'de> Visitor<'de> for ReadChecks {
+    type Value = Checks;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a list of checks")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Checks, A::Error> {
+        let mut checks = Checks::default();
+        while let Some(check) = list.next_element::<Check>()? {
+            checks.has_own |= !check.service_id.is_empty();
+            let is_worse = |worst: &Check| check.rank() < worst.rank();
+            if check.status != "passing" && checks.worst.as_ref().is_none_or(is_worse) {
+                checks.worst = Some(check);
+            }
+        }
+        Ok(checks)
+    }
+}
+
 fn or_default<'de, D, T>(deserializer: D) -> Result<T, D::Error>
 where
     D: Deserializer<'de>,
@@ -149,7 +224,7 @@ impl Record {
 
     /// Whether a check of the instance itself is there, rather than of its node alone.
     pub fn has_own_check(&self) -> bool {
-        self.checks.iter().any(|check| !check.service_id.is_empty())
+        self.checks.has_own
     }
 
     /// What tells the instance from others: its node, and its name there.
@@ -201,12 +276,7 @@ fn standing(record: &Record, rules: &CatalogConfig) -> Standing {
             None => return Standing::Out(format!("its Meta lacks `{key}` = `{wanted}`")),
         }
     }
-    let worst = record
-        .checks
-        .iter()
-        .filter(|check| check.status != "passing")
-        .min_by_key(|check| (check.severity(), &check.id));
-    let Some(check) = worst else { return Standing::Serving };
+    let Some(check) = &record.checks.worst else { return Standing::Serving };
     let complaint = check.complaint();
     match health {
         HealthPolicy::Warning if check.is_warning() => match record.service.weights.warning {
@@ -224,6 +294,11 @@ impl Check {
 
     fn is_service_maintenance(&self) -> bool {
         self.id.starts_with("_service_maintenance:")
+    }
+
+    /// By which the lowest is told.
+    fn rank(&self) -> (u8, &str) {
+        (self.severity(), &self.id)
     }
 
     /// Which complaint explains the most; the lowest is told.
@@ -371,6 +446,15 @@ mod tests {
             let Says { ports, protocol } = instances(records, &rules()).unwrap().remove(0).says;
             assert_eq!((ports.as_deref(), protocol.as_deref()), expected, "{json}");
         }
+    }
+
+    #[test]
+    fn more_instances_than_any_service_has_are_an_error() {
+        let list = |n: usize| format!("[{}]", vec!["{}"; n].join(","));
+        let Records(records) = serde_json::from_str(&list(MAX_RECORDS)).unwrap();
+        assert_eq!(records.len(), MAX_RECORDS);
+        let error = serde_json::from_str::<Records>(&list(MAX_RECORDS + 1)).unwrap_err();
+        assert!(error.to_string().contains("more than 65536 instances"), "{error}");
     }
 
     #[test]

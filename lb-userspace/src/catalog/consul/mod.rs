@@ -52,6 +52,8 @@ pub struct Timing {
     /// Between two reads of the list of names, which wakes at every registration in the datacenter;
     /// up to a fifth more, so that nodes spread.
     pub names: Duration,
+    /// Between two reads of the switch, where the first brought nothing new; up to a fifth more.
+    pub switch: Duration,
     /// Up to this long an answer that takes too much away waits until it is confirmed, by a read
     /// that costs Consul's leader a round: a whole fleet would ask at once.
     pub doubt: Duration,
@@ -59,6 +61,9 @@ pub struct Timing {
     pub patience: Duration,
     /// How long the first catalog waits for services that don't answer.
     pub stragglers: Duration,
+    /// How long it waits for those that the kernel serves, and of which nothing else is known: a
+    /// catalog without them takes them away.
+    pub in_use: Duration,
     /// Between two writes of what the next daemon begins with.
     pub save: Duration,
 }
@@ -71,9 +76,11 @@ impl Default for Timing {
             wait: Duration::from_secs(60),
             turn: Duration::from_secs(2),
             names: Duration::from_secs(10),
+            switch: Duration::from_secs(5),
             doubt: Duration::from_millis(100),
             patience: Duration::from_secs(2),
             stragglers: Duration::from_secs(10),
+            in_use: Duration::from_secs(60),
             save: Duration::from_secs(3),
         }
     }
@@ -109,7 +116,10 @@ impl Settings {
     /// What tells one catalog's source from another's.
     fn origin(&self) -> String {
         let ConsulConfig { address, datacenter, namespace, partition, .. } = &self.consul;
-        format!("{address} {datacenter} {namespace} {partition} {}", self.catalog.tag)
+        let CatalogConfig { tag, meta, health, address: choice, .. } = &*self.catalog;
+        format!(
+            "{address} {datacenter} {namespace} {partition} {tag} {meta:?} {health:?} {choice:?}"
+        )
     }
 }
 

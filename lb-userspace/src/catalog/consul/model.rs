@@ -15,6 +15,11 @@ use crate::table::{Instance, Listing, Watch};
 pub struct Model {
     node: Node,
     has_names: bool,
+    /// Whether the switch has said, or may not say, whether anything is to be translated.
+    has_switch: bool,
+    /// What the kernel serves, in lower case: the first catalog isn't to take it away for want of
+    /// an answer.
+    in_use: BTreeSet<Arc<str>>,
     services: BTreeMap<Arc<str>, Entry>,
     /// What was said of services some of whose instances are held back, and until when.
     held_back: BTreeMap<Arc<str>, (Instant, Heard)>,
@@ -102,6 +107,11 @@ const AGENT_DENIED: &str = "instances on a loopback address are unroutable, sinc
                             may not read which node this is: it needs agent:read as well";
 
 impl Model {
+    /// One that is told which services, in lower case, the kernel serves.
+    pub fn new(in_use: BTreeSet<Arc<str>>) -> Self {
+        Model { in_use, ..Model::default() }
+    }
+
     /// Begins with what an earlier life of the source left; nothing of it counts as an answer.
     pub fn seed(&mut self, memory: &Memory) {
         if let (Node::Unknown, Some(node)) = (&self.node, &memory.node) {
@@ -168,11 +178,41 @@ impl Model {
 
     /// Whether what was heard is a loss too large to be believed unconfirmed.
     pub fn is_shrink(&self, name: &str, heard: &Heard) -> bool {
-        let n_before = match self.services.get(name).map(|entry| &entry.known) {
-            Some(Known::Service { instances, .. }) => n_serving(instances),
-            _ => 0,
-        };
+        let n_before = self.services.get(name).map_or(0, |entry| self.n_served(name, entry));
         is_shrink(n_before, heard.n_serving())
+    }
+
+    /// Whether a list of names lacks one that serves, so that it isn't to be believed unconfirmed.
+    pub fn would_lose(&self, names: &BTreeSet<Arc<str>>) -> bool {
+        let mut known = self.services.iter().filter(|(name, _)| !names.contains(*name));
+        if known.any(|(name, entry)| self.n_served(name, entry) > 0) {
+            return true;
+        }
+        if self.has_names || self.in_use.is_empty() {
+            return false;
+        }
+        let folded: BTreeSet<String> = names.iter().map(|name| name.to_lowercase()).collect();
+        self.in_use.iter().any(|name| !folded.contains(&**name))
+    }
+
+    /// The instances that serve as far as is known: one, where only the kernel knows any.
+    fn n_served(&self, name: &str, entry: &Entry) -> usize {
+        match &entry.known {
+            Known::Service { instances, .. } => n_serving(instances),
+            Known::Pending => usize::from(self.is_in_use(name)),
+            Known::NoService => 0,
+        }
+    }
+
+    /// Whether the kernel serves this service, by what an earlier source said.
+    fn is_in_use(&self, name: &str) -> bool {
+        !self.is_synced
+            && (self.in_use.contains(name) || self.in_use.contains(&*name.to_lowercase()))
+    }
+
+    /// Notes that the switch has said, or may not say, whether anything is to be translated.
+    pub fn hear_switch(&mut self) {
+        self.has_switch = true;
     }
 
     /// Takes what Consul says of a live service. A name that has gone meanwhile is ignored.
@@ -289,8 +329,9 @@ impl Model {
         n_bytes as f64 / f64::from(n.max(1))
     }
 
-    /// Gives up waiting for live services that haven't answered, so that the others can be published.
-    pub fn stop_waiting(&mut self) {
+    /// Gives up waiting for live services that haven't answered, so that the others can be published;
+    /// for those that only the kernel knows, where they are to be given up as well.
+    pub fn stop_waiting(&mut self, also_in_use: bool) {
         for (name, entry) in &self.services {
             if entry.is_live && !entry.is_followed {
                 self.problems.entry(Subject::Service(name.clone())).or_insert_with(|| {
@@ -298,7 +339,15 @@ impl Model {
                 });
             }
         }
-        self.is_synced |= self.has_names;
+        self.is_synced |= self.has_names && (also_in_use || !self.lacks_in_use());
+    }
+
+    /// Whether a catalog now would take away what the kernel serves.
+    fn lacks_in_use(&self) -> bool {
+        let mut pending = self.services.iter().filter(|(_, entry)| {
+            matches!(entry.known, Known::Pending) && entry.is_live && !entry.is_followed
+        });
+        pending.any(|(name, _)| self.is_in_use(name))
     }
 
     /// Has what an earlier life of the source left published, since Consul doesn't answer.
@@ -333,6 +382,7 @@ impl Model {
     fn is_complete(&self) -> bool {
         self.has_names
             && self.node != Node::Unknown
+            && self.has_switch
             && self.services.values().all(|entry| entry.is_followed || !entry.is_live)
     }
 
@@ -356,6 +406,12 @@ impl Model {
         [Subject::Names, Subject::Agent, Subject::Switch]
             .iter()
             .any(|subject| self.problems.contains_key(subject))
+    }
+
+    /// Whether what Consul isn't asked for all the time can't be asked for: the names alone say so,
+    /// since what is wrong with the switch, or the agent's name, need not be wrong with services.
+    pub fn is_cut_off(&self) -> bool {
+        self.problems.contains_key(&Subject::Names)
     }
 
     /// All that is wrong, each complaint once, in one line; at most three.

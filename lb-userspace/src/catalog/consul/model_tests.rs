@@ -25,6 +25,13 @@ fn heard(instances: Vec<Instance>) -> Heard {
     Heard { instances: Some(instances), unchecked: Vec::new() }
 }
 
+/// One that knows what the switch says.
+fn hearing() -> Model {
+    let mut model = Model::default();
+    model.hear_switch();
+    model
+}
+
 /// All of these names are live.
 fn with_names(model: &mut Model, list: &[&str]) {
     model.set_names(&names(list));
@@ -36,7 +43,7 @@ fn set(model: &mut Model, name: &str, instances: Vec<Instance>) {
 }
 
 fn synced(services: &[&str]) -> (Model, Catalog) {
-    let mut model = Model::default();
+    let mut model = hearing();
     model.set_node(Node::Named("n1".into()));
     with_names(&mut model, services);
     for name in services {
@@ -56,6 +63,8 @@ fn nothing_is_published_before_all_that_is_live_has_answered() {
     model.set_service(&"b".into(), Heard::default(), Instant::now());
     assert!(model.take().is_none(), "the node's name is missing");
     model.set_node(Node::Named("n1".into()));
+    assert!(model.take().is_none(), "the switch hasn't said whether to translate");
+    model.hear_switch();
     let catalog = model.take().unwrap();
     assert_eq!(catalog.len(), 2, "b is a proxy's name");
     assert!(catalog["a"].instances[0].local);
@@ -66,7 +75,7 @@ fn nothing_is_published_before_all_that_is_live_has_answered() {
 
 #[test]
 fn an_empty_list_of_names_is_a_catalog() {
-    let mut model = Model::default();
+    let mut model = hearing();
     model.set_node(Node::Denied);
     model.set_names(&names(&[]));
     assert_eq!(model.take(), Some(Catalog::new()));
@@ -74,18 +83,52 @@ fn an_empty_list_of_names_is_a_catalog() {
 
 #[test]
 fn stragglers_are_named_and_join_later() {
-    let mut model = Model::default();
-    model.stop_waiting();
+    let mut model = hearing();
+    model.stop_waiting(false);
     assert!(model.take().is_none(), "without names there is nothing to publish");
     with_names(&mut model, &["a", "b"]);
     set(&mut model, "a", Vec::new());
-    model.stop_waiting();
+    model.stop_waiting(false);
     assert_eq!(model.take().unwrap().len(), 1);
     assert!(model.problem().unwrap().starts_with("service `b`: Consul hasn't said"));
     model.set_problem(Subject::Service("b".into()), None);
     set(&mut model, "b", Vec::new());
     assert_eq!(model.take().unwrap().len(), 2);
     assert_eq!(model.problem(), None);
+}
+
+#[test]
+fn what_the_kernel_serves_is_not_left_out_for_want_of_an_answer() {
+    let mut model = Model::new(names(&["weba", "gone"]));
+    model.hear_switch();
+    model.set_node(Node::Named("n1".into()));
+    assert!(model.would_lose(&names(&["WebA"])), "gone is missing");
+    assert!(!model.would_lose(&names(&["WebA", "gone", "new"])));
+    with_names(&mut model, &["WebA", "new"]);
+    set(&mut model, "new", vec![instance("n1", "1")]);
+    model.stop_waiting(false);
+    assert!(model.take().is_none());
+    assert!(model.problem().unwrap().starts_with("service `WebA`"));
+    assert!(model.is_shrink("WebA", &heard(Vec::new())), "it had some");
+    assert!(!model.is_shrink("new", &heard(vec![instance("n1", "1")])));
+    set(&mut model, "WebA", vec![instance("n1", "1")]);
+    assert_eq!(model.take().unwrap().len(), 2);
+
+    let mut model = Model::new(names(&["weba"]));
+    with_names(&mut model, &["WebA"]);
+    model.stop_waiting(true);
+    assert!(model.take().is_some(), "there is an end to it");
+}
+
+#[test]
+fn a_list_without_a_name_that_serves_is_a_loss() {
+    let (mut model, _) = synced(&["a", "b", "c"]);
+    set(&mut model, "b", Vec::new());
+    for (list, is_loss) in
+        [(&["a", "b", "c"][..], false), (&["a", "c"], false), (&["a", "b"], true), (&[], true)]
+    {
+        assert_eq!(model.would_lose(&names(list)), is_loss, "{list:?}");
+    }
 }
 
 #[test]
@@ -140,7 +183,7 @@ fn a_service_that_goes_cold_keeps_its_instances_until_they_are_old() {
 #[test]
 fn memory_serves_until_the_answers_come() {
     let (model, first) = synced(&["a", "b"]);
-    let mut next = Model::default();
+    let mut next = hearing();
     next.seed(&model.memory());
     assert!(next.take().is_none(), "Consul has the first word");
     next.serve_memory();
@@ -176,7 +219,7 @@ fn a_new_node_name_moves_what_is_local() {
 
 #[test]
 fn a_node_that_is_known_stays_known() {
-    let mut model = Model::default();
+    let mut model = hearing();
     with_names(&mut model, &["a"]);
     model.set_node(Node::Denied);
     set(&mut model, "a", vec![instance("n1", "1")]);

@@ -93,6 +93,7 @@ pub struct Schedule {
 struct Live {
     tracker: Tracker,
     stint: u64,
+    since: Instant,
 }
 
 impl Schedule {
@@ -165,7 +166,7 @@ impl Schedule {
         }
         for name in &shift.started {
             self.n_stints += 1;
-            let live = Live { tracker: Tracker::new(now), stint: self.n_stints };
+            let live = Live { tracker: Tracker::new(now), stint: self.n_stints, since: now };
             self.live.insert(name.clone(), live);
         }
         shift
@@ -277,9 +278,10 @@ impl Schedule {
     }
 
     /// How long ago the live service was answered that waits longest; `None` where there is none.
-    /// One that never was counts from `since`.
-    pub fn oldest_age(&self, now: Instant, since: Instant) -> Option<Duration> {
-        let answered = self.live.values().map(|live| live.tracker.answered_at().unwrap_or(since));
+    /// One that never was counts from when it went live.
+    pub fn oldest_age(&self, now: Instant) -> Option<Duration> {
+        let answered = self.live.values();
+        let answered = answered.map(|live| live.tracker.answered_at().unwrap_or(live.since));
         answered.min().map(|at| now.saturating_duration_since(at))
     }
 }
@@ -396,6 +398,16 @@ mod tests {
         assert_eq!(schedule.next(now), None, "the last connection is in use");
         schedule.ended(false);
         assert_eq!(schedule.next(now).unwrap().job, Job::Lookup("made-up".into()));
+    }
+
+    #[test]
+    fn the_oldest_age_of_a_newcomer_is_that_of_its_stint() {
+        let start = Instant::now();
+        let mut schedule = schedule(WatchPolicy::All, 10, start);
+        assert_eq!(schedule.oldest_age(start), None);
+        schedule.set_names(names(1));
+        schedule.shift(start + 3600 * S);
+        assert_eq!(schedule.oldest_age(start + 3607 * S), Some(7 * S));
     }
 
     #[test]

@@ -82,6 +82,8 @@ pub struct Supervisor {
     folded: BTreeMap<String, Arc<str>>,
     absent: Absent,
     waiting: BTreeMap<Arc<str>, Vec<oneshot::Sender<bool>>>,
+    /// The names that are being looked up.
+    looking_up: BTreeSet<Arc<str>>,
     started: Instant,
     has_memory: bool,
     give_up_at: Option<Instant>,
@@ -107,6 +109,7 @@ impl Supervisor {
         };
         // What is known first is left at once.
         let saved = now.checked_sub(settings.timing.save).unwrap_or(now);
+        let in_use = settings.in_use.iter().cloned().collect();
         let mut this = Supervisor {
             client: Arc::new(Client::new(
                 &settings.consul,
@@ -126,12 +129,13 @@ impl Supervisor {
             is_off: false,
             agent_backoff: Backoff::default(),
             schedule: Schedule::new(rules, now),
-            model: Model::default(),
+            model: Model::new(in_use),
             listed: BTreeSet::new(),
             unlisted: BTreeSet::new(),
             folded: BTreeMap::new(),
             absent: Absent::new(now),
             waiting: BTreeMap::new(),
+            looking_up: BTreeSet::new(),
             started: now,
             has_memory: false,
             give_up_at: None,
@@ -266,7 +270,10 @@ impl Supervisor {
         if let Purpose::Turn(_) = purpose {
             self.schedule.ended(is_held);
         }
-        if let Some(Ok(answer)) = &asked {
+        // What the agent says of itself it says without a server.
+        if let Some(Ok(answer)) = &asked
+            && !matches!(answer.said, Said::Agent(_))
+        {
             self.output.answered(answer.heard_at);
             self.last_answer = Some(answer.heard_at);
             self.heard_at.get_or_insert(answer.heard_at);
@@ -298,6 +305,10 @@ impl Supervisor {
     fn note(&mut self, subject: Subject, problem: Option<String>, now: Instant) {
         if problem.is_some() {
             self.has_failed = true;
+            if subject == Subject::Switch && !self.model.is_failing() {
+                // They tell whether it is all of Consul that fails, but are read every ten seconds.
+                self.names.hurry(now);
+            }
         } else if std::mem::take(&mut self.has_failed) {
             // Perhaps it is another agent that answers now.
             self.schedule.ask_agent(now);
@@ -394,7 +405,9 @@ impl Supervisor {
                 self.model.serve_memory();
             }
             if self.give_up_at.is_some_and(|at| at <= now) {
-                self.model.stop_waiting();
+                let in_use = self.timing().in_use;
+                self.model.stop_waiting(now >= self.started + in_use);
+                self.give_up_at = Some(now + self.timing().stragglers.min(in_use));
             }
         }
         let heard_at = self.heard_at.take();
@@ -413,6 +426,7 @@ impl Supervisor {
                 self.tell(&name, exists);
             }
         }
+        self.release_waiting();
         self.output.set_problem(self.model.problem(), self.model.is_failing());
         self.output.stats().set_watches(self.watches(now));
         self.save(now);
@@ -478,15 +492,15 @@ impl Supervisor {
             false => n_live as f64 * an_hour(timing.wait),
             true => n_shared as f64 * an_hour(timing.turn),
         };
-        let n_names = an_hour(timing.names);
+        let (n_names, n_switch) = (an_hour(timing.names), an_hour(timing.switch));
         let n_bytes = n_names * self.names_bytes as f64 + n_reads * self.model.mean_size();
         Watches {
             live: n_live,
             cold: self.schedule.names().len().saturating_sub(n_live),
             connections: self.under_way.len(),
             max_connections: self.settings.consul.max_connections,
-            oldest_age: self.schedule.oldest_age(now, self.started),
-            budget_requests: (n_names + an_hour(timing.wait) + n_reads) as u64,
+            oldest_age: self.schedule.oldest_age(now),
+            budget_requests: (n_names + n_switch + n_reads) as u64,
             budget_bytes: n_bytes as u64,
         }
     }

@@ -21,9 +21,11 @@ fn timing() -> Timing {
         wait: Duration::from_secs(60),
         turn: Duration::from_millis(50),
         names: Duration::ZERO,
+        switch: Duration::from_millis(10),
         doubt: Duration::from_millis(10),
         patience: Duration::from_secs(2),
         stragglers: Duration::from_millis(200),
+        in_use: LIMIT,
         save: Duration::from_millis(50),
     }
 }
@@ -461,11 +463,178 @@ async fn the_switch_is_followed_and_keeps_its_place_through_errors() {
     assert!(*handle.off.borrow());
     fake.break_path(off::PATH, Some(Fault::Status(404, "")));
     handle.off.wait_for(|off| !*off).await.unwrap();
+    let asked = format!("{}?consistent", off::PATH);
+    assert_eq!(fake.n_asked(&asked), 1, "that it is on again is confirmed");
     says(&mut handle, None).await;
     fake.break_path(off::PATH, Some(Fault::Status(403, "Permission denied")));
     let denied = handle.health.wait_for(|health| !health.facts.is_empty());
     let denied = tokio::time::timeout(LIMIT, denied).await.expect("a fact").unwrap().clone();
     assert!(denied.facts[0].contains("key:read") && denied.problem.is_none(), "{denied:?}");
+}
+
+#[tokio::test]
+async fn one_stale_answer_does_not_switch_translation_on() {
+    let (fake, mut handle, _) = synced().await;
+    fake.set(off::PATH, 40, json!([{"Value": null}]));
+    handle.off.wait_for(|off| *off).await.unwrap();
+    let asked = format!("{}?consistent", off::PATH);
+    // A server that is behind says there is no key, with an older index or a newer one.
+    for (n, index) in [(1, 30), (2, 50)] {
+        fake.set(off::PATH, index, json!([{"Value": null}]));
+        fake.break_question(&asked, Some(Fault::Hang));
+        fake.break_path(off::PATH, Some(Fault::Body("null")));
+        let is_asked = |state: &super::fake::State| state.asked.get(&asked) >= Some(&n);
+        fake.state.subscribe().wait_for(is_asked).await.unwrap();
+        assert!(*handle.off.borrow());
+        fake.break_path(off::PATH, None);
+        fake.break_question(&asked, None);
+    }
+    assert!(*handle.off.borrow());
+}
+
+#[tokio::test]
+async fn nothing_is_published_before_the_switch_has_said_whether_to_translate() {
+    let fake = Fake::start().await;
+    fake.set(off::PATH, 40, json!([{"Value": null}]));
+    fake.break_path(off::PATH, Some(Fault::Status(500, "no leader")));
+    fake.set_names(10, &["web"]);
+    fake.set(&service("web"), 20, json!([instance("n1", "web-1", 1)]));
+    let timing = Timing { stragglers: LIMIT, ..timing() };
+    let mut handle = follow(config(fake.address), timing);
+    says(&mut handle, Some("no leader")).await;
+    let asked = format!("{}?index=20&wait=60000ms", service("web"));
+    fake.state.subscribe().wait_for(|state| state.asked.contains_key(&asked)).await.unwrap();
+    assert!(handle.catalog.borrow().is_none());
+    fake.break_path(off::PATH, None);
+    shows(&mut handle, |catalog| names(catalog) == ["web"]).await;
+    assert!(*handle.off.borrow(), "by then it is known");
+}
+
+#[tokio::test]
+async fn what_another_consul_said_of_the_switch_does_not_hold_where_the_token_may_not_read_it() {
+    let (fake, mut handle, _) = synced().await;
+    fake.set(off::PATH, 40, json!([{"Value": null}]));
+    handle.off.wait_for(|off| *off).await.unwrap();
+    let other = Fake::start().await;
+    other.break_path(off::PATH, Some(Fault::Status(403, "Permission denied")));
+    follow_in(&mut handle, settings(config(other.address), WatchPolicy::All, timing()));
+    let off = tokio::time::timeout(LIMIT, handle.off.wait_for(|off| !*off)).await;
+    off.expect("translation").unwrap();
+}
+
+#[tokio::test]
+async fn a_switch_that_fails_keeps_nobody_from_a_cold_service() {
+    let (fake, mut handle) = cold().await;
+    shows(&mut handle, |catalog| names(catalog) == ["db", "web"]).await;
+    fake.break_path(off::PATH, Some(Fault::Status(500, "no leader")));
+    says(&mut handle, Some("no leader")).await;
+    assert!(handle.demand.look_up("web").await);
+}
+
+#[tokio::test]
+async fn an_agent_that_only_knows_itself_is_no_answer() {
+    let fake = Fake::start().await;
+    for path in [NAMES, off::PATH] {
+        fake.break_path(path, Some(Fault::Status(500, "no leader")));
+    }
+    let mut handle = follow(config(fake.address), timing());
+    says(&mut handle, Some("no leader")).await;
+    fake.state.subscribe().wait_for(|state| state.asked.contains_key(AGENT)).await.unwrap();
+    assert!(handle.stats.requests().get("200").is_none_or(|n| *n <= 1));
+    assert!(handle.health.borrow().last_answer.is_none());
+}
+
+#[tokio::test]
+async fn a_list_without_a_service_that_serves_is_confirmed() {
+    let fake = Fake::start().await;
+    let all: Vec<String> = (0..10).map(|n| format!("s{n}")).collect();
+    let all: Vec<&str> = all.iter().map(String::as_str).collect();
+    for name in &all {
+        fake.set(&service(name), 20, json!([instance("n1", "1", 1)]));
+    }
+    fake.set_names(10, &all);
+    let mut handle = follow(ConsulConfig { max_connections: 64, ..config(fake.address) }, timing());
+    shows(&mut handle, |catalog| names(catalog) == all).await;
+    fake.set_names(11, &all[..9]);
+    shows(&mut handle, |catalog| names(catalog) == all[..9]).await;
+    assert_eq!(fake.n_asked(&format!("{NAMES}?consistent")), 1);
+    assert_eq!(handle.stats.shrinks_held(), 1);
+}
+
+#[tokio::test]
+async fn what_the_kernel_serves_waits_for_its_answer() {
+    let fake = Fake::start().await;
+    for name in ["db", "web"] {
+        fake.set(&service(name), 20, json!([instance("n1", "1", 1)]));
+    }
+    fake.set_names(10, &["db", "web"]);
+    fake.break_path(&service("web"), Some(Fault::Status(500, "no leader")));
+    let settings = settings(config(fake.address), WatchPolicy::Used, timing());
+    let mut handle = follow_as(Settings { in_use: vec!["web".into()], ..settings });
+    says(&mut handle, Some("service `web`: ")).await;
+    tokio::time::sleep(timing().stragglers * 2).await;
+    assert!(handle.catalog.borrow().is_none(), "it would take web out of the kernel");
+    fake.break_path(&service("web"), None);
+    let catalog = shows(&mut handle, |catalog| names(catalog) == ["db", "web"]).await;
+    assert_eq!(ports(&catalog, "web"), [1]);
+}
+
+#[tokio::test]
+async fn who_waits_for_a_name_that_goes_is_told_and_so_is_the_next() {
+    let (fake, mut handle) = cold().await;
+    shows(&mut handle, |catalog| names(catalog) == ["db", "web"]).await;
+    fake.break_path(&service("web"), Some(Fault::Hang));
+    let demand = handle.demand.clone();
+    let waits = tokio::spawn(async move { demand.look_up("web").await });
+    let mut asked = fake.state.subscribe();
+    asked.wait_for(|state| state.asked.contains_key(&service("web"))).await.unwrap();
+    fake.set_names(11, &["db"]);
+    let told = tokio::time::timeout(LIMIT, waits).await.expect("an answer").unwrap();
+    assert!(!told);
+    fake.break_path(&service("web"), None);
+    assert!(handle.demand.look_up("web").await, "it is looked up anew");
+}
+
+#[tokio::test]
+async fn another_source_finds_the_former_ones_connections_closed() {
+    let (fake, mut handle, _) = synced().await;
+    let config = Config {
+        consul: config(fake.address),
+        state_dir: tempfile::tempdir().unwrap().path().into(),
+        catalog: CatalogConfig { watch: WatchPolicy::Used, ..Config::default().catalog },
+        ..Config::default()
+    };
+    let before = fake.state.borrow().most_connections;
+    handle.reconfigure(&config, vec!["web".into()]).await.unwrap();
+    let is_asked = |state: &super::fake::State| state.asked.get(&service("web")) >= Some(&2);
+    let is_live =
+        tokio::time::timeout(LIMIT, fake.state.subscribe().wait_for(is_asked)).await.is_ok();
+    assert!(is_live, "what the kernel serves is live without anybody's asking");
+    assert!(handle.demand.look_up("web").await);
+    let state = fake.state.borrow().clone();
+    assert!(state.most_connections <= before + 1, "{} after {before}", state.most_connections);
+    handle.keeper.0.abort_all();
+    tokio::time::timeout(LIMIT, handle.keeper.ended()).await.expect("its end is seen");
+}
+
+#[test]
+fn what_is_asked_for_is_part_of_the_origin() {
+    let first = settings(config("127.0.0.1:8500"), WatchPolicy::Used, timing());
+    let with = |change: fn(&mut CatalogConfig)| {
+        let mut catalog = (*first.catalog).clone();
+        change(&mut catalog);
+        Settings { catalog: Arc::new(catalog), ..first.clone() }.origin()
+    };
+    use crate::config::{AddressChoice, HealthPolicy};
+    for change in [
+        (|catalog| catalog.tag = "other".into()) as fn(&mut CatalogConfig),
+        |catalog| drop(catalog.meta.insert("stage".into(), "live".into())),
+        |catalog| catalog.health = HealthPolicy::Warning,
+        |catalog| catalog.address = AddressChoice::Wan,
+    ] {
+        assert_ne!(with(change), first.origin());
+    }
+    assert_eq!(with(|catalog| catalog.watch = WatchPolicy::All), first.origin());
 }
 
 #[tokio::test]

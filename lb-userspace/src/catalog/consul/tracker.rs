@@ -82,6 +82,11 @@ impl Tracker {
         self.due = self.due.max(now + self.backoff.pause(random));
     }
 
+    /// Has the next question asked at once, whatever it was to wait for.
+    pub fn hurry(&mut self, now: Instant) {
+        self.due = self.due.min(now);
+    }
+
     /// Lets the next question wait until then, at least.
     pub fn hold_until(&mut self, instant: Instant) {
         self.due = self.due.max(instant);

@@ -22,8 +22,8 @@ impl Supervisor {
                 let is_sure = self.names.ask() == Ask::Consistently;
                 let verdict = self.names.answered(index, now, fastrand::f64());
                 let n_kept = names.iter().filter(|name| self.listed.contains(*name)).count();
-                let is_doubtful =
-                    verdict == Verdict::Apply && !is_sure && is_shrink(self.listed.len(), n_kept);
+                let is_loss = || is_shrink(self.listed.len(), n_kept) || self.would_lose(&names);
+                let is_doubtful = verdict == Verdict::Apply && !is_sure && is_loss();
                 match verdict {
                     Verdict::Apply if is_doubtful => {
                         self.output.stats().count_shrink_held();
@@ -48,6 +48,15 @@ impl Supervisor {
         self.note(Subject::Names, problem, now);
     }
 
+    /// Whether a list of names takes away what serves. What was looked up beside the list stays
+    /// until its own answer.
+    fn would_lose(&self, names: &BTreeSet<Arc<str>>) -> bool {
+        match self.unlisted.is_empty() {
+            true => self.model.would_lose(names),
+            false => self.model.would_lose(&names.union(&self.unlisted).cloned().collect()),
+        }
+    }
+
     pub(super) fn set_names(&mut self, names: BTreeSet<Arc<str>>) {
         self.unlisted.retain(|name| !names.contains(name));
         let folded = names.iter().chain(&self.unlisted);
@@ -68,6 +77,7 @@ impl Supervisor {
     }
 
     pub(super) fn take_lookup(&mut self, name: Arc<str>, asked: Asked, now: Instant) {
+        self.looking_up.remove(&name);
         match asked {
             Ok(Answer { said: Said::Lookup(None), .. }) => {
                 self.absent.note(name.clone(), now);
@@ -93,7 +103,7 @@ impl Supervisor {
         let name = known.get(&wish.name).or_else(|| self.folded.get(&*wish.name)).cloned();
         if let Some(name) = name {
             self.schedule.used(name.clone(), now);
-            if wish.done.is_some() && !self.model.is_failing() {
+            if wish.done.is_some() && !self.model.is_cut_off() {
                 self.wait(name, wish);
             }
             return;
@@ -103,11 +113,11 @@ impl Supervisor {
             self.schedule.used(wish.name, now);
             return;
         }
-        if self.model.is_failing() {
+        if self.model.is_cut_off() {
             // What was known last is all there is to say, and is said at once.
             return;
         }
-        if self.waiting.contains_key(&wish.name) {
+        if self.looking_up.contains(&wish.name) {
             return self.wait(wish.name.clone(), wish);
         }
         match self.absent.decide(&wish.name, now) {
@@ -119,7 +129,7 @@ impl Supervisor {
             Decision::TooMany => {}
             Decision::LookUp => {
                 if self.schedule.look_up(wish.name.clone()) {
-                    self.waiting.entry(wish.name.clone()).or_default();
+                    self.looking_up.insert(wish.name.clone());
                     self.wait(wish.name.clone(), wish);
                 }
             }
@@ -132,6 +142,16 @@ impl Supervisor {
             let waiting = self.waiting.entry(name).or_default();
             waiting.retain(|done| !done.is_closed());
             waiting.push(done);
+        }
+    }
+
+    /// Tells those who wait for a name that has gone, and that nobody looks up.
+    pub(super) fn release_waiting(&mut self) {
+        let known = self.schedule.names();
+        let gone = self.waiting.keys();
+        let gone = gone.filter(|name| !known.contains(*name) && !self.looking_up.contains(*name));
+        for name in gone.cloned().collect::<Vec<_>>() {
+            self.tell(&name, false);
         }
     }
 

@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use super::super::ask::{Answer, Failure, Said};
+use super::super::index::{Ask, Verdict};
 use super::super::model::Subject;
 use super::super::off;
 use super::{Asked, DENIED_PAUSE, Supervisor};
@@ -14,14 +15,20 @@ impl Supervisor {
     pub(super) fn take_switch(&mut self, asked: Asked, now: Instant) {
         let problem = match asked {
             Ok(Answer { index, said: Said::Switch(is_off), .. }) => {
-                self.switch.answered(index, now, fastrand::f64());
-                self.switch.hold_until(now + SWITCH_PAUSE);
-                if std::mem::replace(&mut self.is_off, is_off) != is_off {
-                    let what = if is_off { "off" } else { "on again" };
-                    tracing::warn!("Consul's key nohop/off switches translation {what}");
-                    self.is_unsaved = true;
+                let is_sure = self.switch.ask() == Ask::Consistently;
+                match self.switch.answered(index, now, fastrand::f64()) {
+                    // One stale answer in an election must not translate what somebody wants left
+                    // alone; the other way round it does no harm.
+                    Verdict::Apply if self.is_off && !is_off && !is_sure => {
+                        self.switch.doubt(now, self.timing().doubt.mul_f64(fastrand::f64()));
+                    }
+                    Verdict::Apply => self.turn(is_off, now),
+                    Verdict::Unchanged => self.switch.hold_until(now + SWITCH_PAUSE),
+                    Verdict::Confirm => tracing::info!(
+                        index,
+                        "Consul's index of nohop/off went backwards; asking again before believing it"
+                    ),
                 }
-                self.output.set_off(is_off);
                 self.output.set_fact(off::PATH, None);
                 None
             }
@@ -34,10 +41,28 @@ impl Supervisor {
                                 not read it: it needs key:read for nohop/off";
                     self.output.set_fact(off::PATH, Some(fact.into()));
                     self.switch.hold_until(now + DENIED_PAUSE);
+                    // What another Consul said doesn't hold for this one.
+                    self.output.set_off(self.is_off);
+                    self.model.hear_switch();
                 }
                 (!is_denied).then_some(problem)
             }
         };
         self.note(Subject::Switch, problem, now);
+    }
+
+    /// Believes what the switch says.
+    fn turn(&mut self, is_off: bool, now: Instant) {
+        let is_news = std::mem::replace(&mut self.is_off, is_off) != is_off;
+        if is_news {
+            let what = if is_off { "off" } else { "on again" };
+            tracing::warn!("Consul's key nohop/off switches translation {what}");
+            self.is_unsaved = true;
+        }
+        // A question about a key that isn't there comes back at every write of any other key.
+        let pause = if is_news { SWITCH_PAUSE } else { self.timing().switch };
+        self.switch.hold_until(now + pause.mul_f64(1.0 + fastrand::f64() / 5.0));
+        self.output.set_off(is_off);
+        self.model.hear_switch();
     }
 }
