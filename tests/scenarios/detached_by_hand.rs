@@ -13,7 +13,7 @@ pub fn story() -> Result<()> {
     let nohop = nodes.nohop(&catalog.config())?;
     let vip = vip(&nohop, "helloworld")?;
 
-    let link = nohop.pins().join("v2/links/nohop_connect4");
+    let link = nohop.pin("links/nohop_connect4")?;
     run::words("bpftool", &format!("link detach pinned {}", link.display()))?;
     let status = nohop.wait_for_status(SOON, |status| {
         status["problems"].to_string().contains("something detached nohop_connect4")

@@ -24,7 +24,7 @@ pub fn story() -> Result<()> {
 
     // The daemon isn't in the cgroup that it serves: a child of it has dialled from inside, and left
     // nothing behind.
-    let dump = format!("-j map dump pinned {}", nohop.pins().join("v2/maps/PROBE").display());
+    let dump = format!("-j map dump pinned {}", nohop.pin("maps/PROBE")?.display());
     let probe: Value = serde_json::from_str(&run::words("bpftool", &dump)?)?;
     let seen = &probe[0]["formatted"]["value"];
     let prober = seen["tgid"].as_i64().with_context(|| format!("no process: {probe}"))?;

@@ -18,7 +18,7 @@ pub fn story() -> Result<()> {
     ensure!(!nohop.process.tail().contains(SAYS), "nothing is said of an ordinary dial");
 
     // Somebody writes to the maps: the one backend's entry is emptied.
-    let backends = nohop.pins().join("v2/maps/BACKENDS");
+    let backends = nohop.pin("maps/BACKENDS")?;
     let nothing = "0 ".repeat(32);
     let update = format!("map update pinned {} key 0 0 0 0 value {nothing}", backends.display());
     run::words("bpftool", update.trim())?;

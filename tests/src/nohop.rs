@@ -146,6 +146,17 @@ impl Nohop {
         self.bpffs.path().join("nohop")
     }
 
+    /// A pin of the maps' layout in force, such as `maps/SERVICES` or `links/nohop_connect4`.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn pin(&self, name: &str) -> Result<PathBuf> {
+        let pins = self.pins();
+        let layouts = fs::read_dir(&pins).with_context(|| format!("list {}", pins.display()))?;
+        let mut found = layouts.filter_map(|entry| Some(entry.ok()?.path().join(name)));
+        found.find(|pin| pin.exists()).with_context(|| format!("no {name} in {}", pins.display()))
+    }
+
     fn wait_until_listening(&self, inotify: &OwnedFd) -> Result<()> {
         let deadline = Instant::now() + PATIENCE;
         let mut buffer = [MaybeUninit::uninit(); 4096];

@@ -157,7 +157,7 @@ impl Demo {
 
     /// Shows a pinned map as bpftool prints it, but on one line.
     fn show_map(&self, name: &str) -> Result<()> {
-        let pin = self.nohop.pins().join("v2/maps").join(name);
+        let pin = self.nohop.pin(&format!("maps/{name}"))?;
         let dump = format!("map dump pinned {}", pin.display());
         println!("{}", prompt(&format!("bpftool {dump}")));
         let dump = run::words("bpftool", &dump)?;

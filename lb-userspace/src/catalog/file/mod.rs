@@ -1,7 +1,7 @@
 //! A static catalog as a source: a TOML file, read again whenever it changes.
 
 mod chunks;
-mod follow;
+pub(super) mod follow;
 mod parse;
 
 #[cfg(any(fuzzing, test))]
