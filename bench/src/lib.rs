@@ -1,0 +1,6 @@
+//! The benchmark harness: nohop side by side with everything that it replaces.
+#![forbid(unsafe_code)]
+
+pub mod machine;
+pub mod report;
+pub mod stats;
