@@ -1,6 +1,12 @@
 //! The benchmark harness: nohop side by side with everything that it replaces.
 #![forbid(unsafe_code)]
 
+pub mod draft;
 pub mod machine;
+pub mod node;
+pub mod peers;
+pub mod progress;
 pub mod report;
 pub mod stats;
+pub mod suites;
+pub mod tools;

@@ -1,0 +1,52 @@
+//! HAProxy: a master with one worker process.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use lb_tests::process::Process;
+use lb_tests::scratch::Scratch;
+
+use super::{
+    Guard, Running, Services, add_frontends, await_bound, find, first_line, frontend, render,
+};
+use crate::node::Node;
+
+pub fn version() -> Result<String> {
+    let line = first_line("haproxy", "-v")?;
+    Ok(line.split(" - ").next().unwrap_or(&line).to_owned())
+}
+
+pub fn start(node: &Node, services: &Services, file: &str) -> Result<Running> {
+    let scratch = Scratch::new("haproxy")?;
+    let config = render(file, services, frontend, scratch.path())?;
+    let haproxy = Haproxy::start(node, &config)?;
+    let addresses: Vec<_> = (0..services.services.len()).map(frontend).collect();
+    // It binds all of them before it serves any.
+    await_bound(
+        node.hop_place(),
+        &haproxy.process,
+        services.protocol,
+        addresses[addresses.len() - 1],
+    )?;
+    Ok(Running::new(addresses, vec![Guard::Process(haproxy.process), Guard::Files(scratch)]))
+}
+
+/// A master process, which reloads at SIGUSR2.
+pub struct Haproxy {
+    /// The master.
+    pub process: Process,
+}
+
+impl Haproxy {
+    /// Starts it in the place of what stands between; the configuration says the rest.
+    ///
+    /// # Errors
+    /// When it isn't installed.
+    pub fn start(node: &Node, config: &Path) -> Result<Haproxy> {
+        add_frontends(node)?;
+        let program: PathBuf = find("haproxy")?;
+        let mut command = node.hop_place().command(program);
+        command.args(["-W", "-f"]).arg(config);
+        Ok(Haproxy { process: Process::spawn("haproxy", command)? })
+    }
+}

@@ -1,0 +1,125 @@
+//! Filling in the files of `bench/peers`.
+
+use std::net::SocketAddrV4;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use minijinja::{Environment, UndefinedBehavior, Value, context};
+
+use super::{Protocol, Services, n_workers};
+
+/// The files, which are compiled in so that a built harness needs no checkout.
+const FILES: [(&str, &str); 11] = [
+    ("backend.conf", include_str!("../../peers/backend.conf")),
+    ("fabio-routes", include_str!("../../peers/fabio-routes")),
+    ("fabio.properties", include_str!("../../peers/fabio.properties")),
+    ("haproxy-http.cfg", include_str!("../../peers/haproxy-http.cfg")),
+    ("haproxy-tcp.cfg", include_str!("../../peers/haproxy-tcp.cfg")),
+    ("ipvs.rules", include_str!("../../peers/ipvs.rules")),
+    ("nftables.nft", include_str!("../../peers/nftables.nft")),
+    ("nginx-stream.conf", include_str!("../../peers/nginx-stream.conf")),
+    ("nohop.toml", include_str!("../../peers/nohop.toml")),
+    ("traefik-services.yml", include_str!("../../peers/traefik-services.yml")),
+    ("traefik.yml", include_str!("../../peers/traefik.yml")),
+];
+
+/// Fills in a file of `bench/peers` and writes it to `dir`, under the same name.
+///
+/// # Errors
+/// When the file isn't a template, or `dir` can't be written to.
+pub fn render(
+    file: &str,
+    services: &Services,
+    frontend: impl Fn(usize) -> SocketAddrV4,
+    dir: &Path,
+) -> Result<PathBuf> {
+    let text = text(file, services, frontend, dir)?;
+    let path = dir.join(file);
+    std::fs::write(&path, text).with_context(|| format!("write {}", path.display()))?;
+    Ok(path)
+}
+
+fn text(
+    file: &str,
+    services: &Services,
+    frontend: impl Fn(usize) -> SocketAddrV4,
+    dir: &Path,
+) -> Result<String> {
+    let found = FILES.iter().find(|(name, _)| *name == file);
+    let (_, template) = found.with_context(|| format!("there is no bench/peers/{file}"))?;
+    let is_udp = services.protocol == Protocol::Udp;
+    let each = services.services.iter().enumerate().map(|(idx, service)| {
+        let backends: Vec<Value> = service.backends.iter().map(|at| Address::value(*at)).collect();
+        let address = Address::value(frontend(idx));
+        context! { name => &service.name, address, backends, is_udp }
+    });
+    let mut environment = Environment::new();
+    environment.set_undefined_behavior(UndefinedBehavior::Strict);
+    environment.set_keep_trailing_newline(true);
+    let check = match (services.are_checked, services.protocol) {
+        (true, _) => " check inter 1s",
+        (false, _) => "",
+    };
+    let values = context! {
+        services => each.collect::<Vec<Value>>(),
+        n_workers => n_workers(),
+        dir => dir.display().to_string(),
+        modules => "/usr/lib/nginx/modules",
+        check,
+    };
+    let filled = environment.render_str(template, values);
+    filled.with_context(|| format!("fill in bench/peers/{file}"))
+}
+
+/// An address, which is written whole or by its parts `ip` and `port`.
+#[derive(Debug)]
+struct Address(SocketAddrV4);
+
+impl Address {
+    fn value(address: SocketAddrV4) -> Value {
+        Value::from_object(Address(address))
+    }
+}
+
+impl minijinja::value::Object for Address {
+    fn get_value(self: &std::sync::Arc<Self>, key: &Value) -> Option<Value> {
+        match key.as_str()? {
+            "ip" => Some(Value::from(self.0.ip().to_string())),
+            "port" => Some(Value::from(self.0.port())),
+            _ => None,
+        }
+    }
+
+    fn render(self: &std::sync::Arc<Self>, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        std::fmt::Display::fmt(&self.0, f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::peers::{Service, frontend};
+
+    #[test]
+    fn all_files_can_be_filled_in() {
+        let backends =
+            vec![crate::node::Node::backend(0, 8080), crate::node::Node::backend(1, 8080)];
+        let services =
+            ["web", "db"].map(|name| Service { name: name.into(), backends: backends.clone() });
+        for protocol in [Protocol::Tcp, Protocol::Udp] {
+            let services = Services { protocol, services: services.to_vec(), are_checked: true };
+            for (file, _) in FILES {
+                let text = text(file, &services, frontend, Path::new("/tmp/x")).expect(file);
+                assert!(!text.contains("{{") && !text.contains("{%"), "{file}:\n{text}");
+            }
+        }
+    }
+
+    #[test]
+    fn nftables_get_a_chain_a_service() {
+        let services = Services::one(Protocol::Tcp, vec![crate::node::Node::backend(0, 8080)]);
+        let text = text("nftables.nft", &services, frontend, Path::new("/tmp")).expect("filled in");
+        assert!(text.contains("numgen random mod 1 map { 0 : 10.98.1.0 . 8080 }"), "{text}");
+        assert!(text.contains("10.96.1.0 . tcp . 80 : goto web\n"), "{text}");
+    }
+}

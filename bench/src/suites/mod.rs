@@ -1,0 +1,39 @@
+//! What is measured.
+
+pub mod change;
+pub mod check;
+pub mod connect;
+pub mod dns;
+pub mod failure;
+pub mod http;
+pub mod scale;
+pub mod throughput;
+pub mod udp;
+
+use anyhow::Result;
+
+use crate::draft::Draft;
+
+/// A suite.
+#[derive(Clone, Copy)]
+pub struct Suite {
+    /// Its name on the command line.
+    pub name: &'static str,
+    /// The programs that it can't do without.
+    pub programs: &'static [&'static str],
+    /// Measures; its argument is whether quickly.
+    pub run: fn(bool) -> Result<Draft>,
+}
+
+/// All of them, in the order in which they run.
+pub const SUITES: [Suite; 9] = [
+    Suite { name: "check", programs: &["wrk", "nginx"], run: check::run },
+    Suite { name: "http", programs: &["wrk", "nginx"], run: http::run },
+    Suite { name: "throughput", programs: &["iperf3"], run: throughput::run },
+    Suite { name: "connect", programs: &["bpftool"], run: connect::run },
+    Suite { name: "udp", programs: &[], run: udp::run },
+    Suite { name: "change", programs: &["haproxy"], run: change::run },
+    Suite { name: "scale", programs: &["bpftool"], run: scale::run },
+    Suite { name: "dns", programs: &["dnsperf", "dnsmasq", "taskset"], run: dns::run },
+    Suite { name: "failure", programs: &["nft"], run: failure::run },
+];
