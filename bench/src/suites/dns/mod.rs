@@ -2,8 +2,8 @@
 //! own, and of names that another resolver answers. Each server is alone on one processor and asked
 //! from another.
 
-mod pin;
 mod dnsperf;
+mod pin;
 mod site;
 
 use std::thread;

@@ -77,7 +77,8 @@ impl Site {
             if name == CONSUL { ("service.consul", 8600) } else { ("service", 53) };
         let questions = write_questions(files.path(), domain, n_names)?;
         let address = SocketAddrV4::new(Ipv4Addr::LOCALHOST, port);
-        let site = Site { name, address, questions, _server: server, _upstream: upstream, files, node };
+        let site =
+            Site { name, address, questions, _server: server, _upstream: upstream, files, node };
         let last = service_name(n_names - 1);
         await_answer(site.node.hop_place(), address, &format!("{last}.{domain}"), "")?;
         if name != CONSUL {
