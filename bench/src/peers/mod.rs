@@ -297,7 +297,10 @@ fn first_line(program: &str, argument: &str) -> Result<String> {
 }
 
 /// A program on PATH, or in the folders of the system's own tools.
-fn find(program: &str) -> Result<PathBuf> {
+///
+/// # Errors
+/// When it isn't there.
+pub fn find(program: &str) -> Result<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let system = ["/usr/local/sbin", "/usr/sbin", "/sbin"].map(PathBuf::from);
     let found = std::env::split_paths(&path)

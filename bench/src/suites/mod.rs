@@ -15,7 +15,7 @@ use anyhow::Result;
 use crate::draft::Draft;
 
 /// A suite.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub struct Suite {
     /// Its name on the command line.
     pub name: &'static str,
