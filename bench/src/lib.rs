@@ -2,5 +2,6 @@
 #![forbid(unsafe_code)]
 
 pub mod machine;
+pub mod number;
 pub mod report;
 pub mod stats;
