@@ -2,6 +2,13 @@
 #![forbid(unsafe_code)]
 
 pub mod machine;
+pub mod markdown;
 pub mod number;
 pub mod report;
 pub mod stats;
+pub mod svg;
+pub mod terminal;
+pub mod write;
+
+#[cfg(test)]
+mod sample;
