@@ -88,7 +88,7 @@ fn run_one(suite: &Suite, is_quick: bool, out: &Path, machine: &Machine) -> Resu
         goals: draft.goals,
         notes: draft.notes,
     };
-    print!("{}", terminal::text(&report));
+    print!("{}", terminal::render(&report));
     for path in write::write(&report, out)? {
         println!("{}", path.display());
     }
