@@ -24,7 +24,7 @@ use crate::report::Contender;
 
 pub use haproxy::Haproxy;
 pub use nginx::start_backend;
-pub use nohop::{Served, serve as serve_nohop};
+pub use nohop::{Served, serve as serve_nohop, serve_with as serve_nohop_with};
 pub use rules::Conntrack;
 pub use template::render;
 
