@@ -60,7 +60,7 @@ impl Machine {
         parts.extend((self.memory_mib > 0).then(|| self.memory()));
         parts.extend(self.kernel.split(' ').next().map(|release| labelled("Linux", release)));
         parts.push(self.system.clone());
-        parts.push(labelled("virtual:", &self.hypervisor));
+        parts.push(labelled("virtual machine:", &self.hypervisor));
         parts.push(labelled("commit", &self.commit));
         parts.retain(|part| !part.is_empty());
         parts.join(", ")
@@ -134,7 +134,7 @@ fn hypervisor(cpuinfo: &str, vendor: &str, product: &str) -> String {
     }
     let (vendor, product) = (vendor.trim(), product.trim());
     match (vendor.is_empty(), product.starts_with(vendor)) {
-        (true, _) if product.is_empty() => "something without a name".to_owned(),
+        (true, _) if product.is_empty() => "a hypervisor that gives no name".to_owned(),
         (true, _) | (_, true) => product.to_owned(),
         _ if product.is_empty() => vendor.to_owned(),
         _ => format!("{vendor} {product}"),
@@ -196,7 +196,7 @@ mod tests {
         assert_eq!(load(""), 0.0);
         for (cpuinfo, vendor, product, expected) in [
             ("", "Dell Inc.", "PowerEdge", ""),
-            (cpuinfo, "", "", "something without a name"),
+            (cpuinfo, "", "", "a hypervisor that gives no name"),
             (cpuinfo, "", "KVM\n", "KVM"),
             (cpuinfo, "QEMU\n", "", "QEMU"),
             (cpuinfo, "QEMU\n", "Standard PC\n", "QEMU Standard PC"),

@@ -5,7 +5,7 @@ use std::net::SocketAddrV4;
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, Error, Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use lb_tests::consul::{self, Consul};
 use lb_tests::helloworld::Helloworld;
 use lb_tests::nohop::{self, Nohop};
