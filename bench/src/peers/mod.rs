@@ -73,7 +73,7 @@ pub struct Running {
     /// the backends.
     pub addresses: Vec<SocketAddrV4>,
     /// What is kept as long as it runs.
-    _guards: Vec<Guard>,
+    guards: Vec<Guard>,
 }
 
 /// Something that ends or is removed when it is dropped, in this order.
@@ -227,6 +227,11 @@ pub fn able(protocol: Protocol) -> (Vec<Peer>, Vec<Contender>) {
 }
 
 impl Running {
+    /// What is kept as long as it runs: of nohop the daemon first.
+    pub fn guards(&self) -> &[Guard] {
+        &self.guards
+    }
+
     /// Where to dial the only service for the `nth` time: who dials directly goes through the backends,
     /// so that it finds as many addresses, and so as many free ports, as the balancers do.
     pub fn address(&self, nth: usize) -> SocketAddrV4 {
@@ -235,7 +240,7 @@ impl Running {
 
     /// With the addresses of the services, and what is kept as long as it runs.
     pub fn new(addresses: Vec<SocketAddrV4>, guards: Vec<Guard>) -> Running {
-        Running { addresses, _guards: guards }
+        Running { addresses, guards }
     }
 }
 
