@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddrV4;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use lb_tests::consul::{self, Consul};
@@ -22,7 +22,7 @@ use crate::peers::{
     Running, Services, start_backend,
 };
 use crate::progress::Progress;
-use crate::report::{Better, Contender};
+use crate::report::{Better, Contender, Row};
 use crate::tools;
 
 const FAILED: Quantity =
@@ -45,6 +45,9 @@ const RATE: usize = 50;
 
 /// Within which a request is answered or has failed.
 const PATIENCE: Duration = Duration::from_secs(3);
+
+/// How long all goes well before the fault: what is started at once has started by then.
+const WARM_UP: Duration = Duration::from_secs(1);
 
 /// How much longer than that the generator may take to tell what it found.
 const SPARE: Duration = Duration::from_secs(20);
@@ -72,8 +75,8 @@ const NOTES: [&str; 9] = [
      own: latencies of a few ms are theirs together",
     "50 requests/s for each contender and fault, a connection a request; one that isn't answered \
      within 3 s has failed",
-    "the fault comes with the load, within some 50 ms; each round begins with a fresh start of \
-     everything",
+    "the fault comes after a second of requests that don't count, less than some 100 ms before those \
+     that do; each round begins with a fresh start of everything",
     "a backend that refuses is a process that was killed; one that drops packets is behind a rule on \
      its host that drops all that is sent to it, open connections included",
     "nine of the ten backends are one nginx at nine addresses",
@@ -155,8 +158,7 @@ pub fn run(is_quick: bool) -> Result<Draft> {
     }
     draft.finish();
     for (contender, error) in errors {
-        let is_measured =
-            |row: &crate::report::Row| row.contender == contender && row.spread.is_some();
+        let is_measured = |row: &Row| row.contender == contender && row.spread.is_some();
         if !draft.figures.iter().flat_map(|figure| &figure.rows).any(is_measured) {
             draft.is_absent(&contender, &error);
         }
@@ -218,22 +220,23 @@ fn consul_version() -> Result<String> {
 
 /// A round: what the generator found of each contender with each fault.
 fn measure(variants: &[Variant], seconds: usize) -> Vec<(Variant, Fault, Result<Value>)> {
-    let cases =
-        FAULTS.iter().flat_map(|&fault| variants.iter().map(move |&variant| (variant, fault)));
-    let sites: Vec<_> =
-        cases.map(|(variant, fault)| (variant, fault, Site::start(variant, fault))).collect();
+    let of = |fault| variants.iter().map(move |&variant| (variant, fault));
+    let cases: Vec<_> = FAULTS.into_iter().flat_map(of).collect();
+    let sites = at_once(cases.clone(), |(variant, fault)| Site::start(variant, fault));
+    let found = at_once(sites, |site| site?.measure(seconds));
+    cases.into_iter().zip(found).map(|((variant, fault), found)| (variant, fault, found)).collect()
+}
+
+/// What `act` makes of each of these, in a thread of its own.
+fn at_once<T: Send, U: Send>(these: Vec<T>, act: impl Fn(T) -> Result<U> + Sync) -> Vec<Result<U>> {
+    let act = &act;
     thread::scope(|scope| {
-        let start = |(variant, fault, site): (Variant, Fault, Result<Site>)| {
-            (variant, fault, scope.spawn(move || site?.measure(seconds)))
+        let start = |this: T| scope.spawn(move || act(this));
+        let threads: Vec<_> = these.into_iter().map(start).collect();
+        let end = |thread: thread::ScopedJoinHandle<'_, Result<U>>| {
+            thread.join().unwrap_or_else(|_| Err(anyhow!("its thread panicked")))
         };
-        let running: Vec<_> = sites.into_iter().map(start).collect();
-        let panicked = |_| Err(anyhow!("the thread that measures it has panicked"));
-        running
-            .into_iter()
-            .map(|(variant, fault, thread)| {
-                (variant, fault, thread.join().unwrap_or_else(panicked))
-            })
-            .collect()
+        threads.into_iter().map(end).collect()
     })
 }
 
@@ -270,11 +273,15 @@ impl Site {
         ensure!(n_failed == 0.0, "requests fail before any backend does: {}", before["failed"]);
         let mut command = place.command(tools::load_program()?);
         command.args(["http", &self.address.to_string(), "--rate", &RATE.to_string(), "--close"]);
-        command.args(["--seconds", &seconds.to_string(), "--connections", "256"]);
+        let with_warm_up = seconds as u64 + WARM_UP.as_secs();
+        command.args(["--seconds", &with_warm_up.to_string(), "--connections", "256"]);
+        command.args(["--warmup-ms", &WARM_UP.as_millis().to_string()]);
         command.args(["--timeout-ms", &PATIENCE.as_millis().to_string(), "--slow-ms", "100"]);
+        let start = Instant::now();
         let load = Process::spawn("nohop-load", command)?;
+        thread::sleep(WARM_UP.saturating_sub(start.elapsed()));
         self.fail()?;
-        let limit = Duration::from_secs(seconds as u64) + PATIENCE + SPARE;
+        let limit = Duration::from_secs(with_warm_up) + PATIENCE + SPARE;
         let found = load.wait_for_line(&["\"asked\""], limit)?;
         serde_json::from_str(&found).with_context(|| format!("what nohop-load says: {found}"))
     }
