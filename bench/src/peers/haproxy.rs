@@ -1,5 +1,6 @@
 //! HAProxy: a master with one worker process.
 
+use std::net::SocketAddrV4;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
@@ -17,8 +18,27 @@ pub fn version() -> Result<String> {
 }
 
 pub fn start(node: &Node, services: &Services, file: &str) -> Result<Running> {
-    let scratch = Scratch::new("haproxy")?;
-    let config = render(file, services, frontend, scratch.path())?;
+    let Served { haproxy, addresses, files } = serve(node, services, file)?;
+    Ok(Running::new(addresses, vec![Guard::Process(haproxy.process), Guard::Files(files)]))
+}
+
+/// A HAProxy that serves.
+pub struct Served {
+    /// Its master.
+    pub haproxy: Haproxy,
+    /// Where it listens for the services, in their order.
+    pub addresses: Vec<SocketAddrV4>,
+    /// Where its configuration is, and `haproxy.sock`, the Runtime API.
+    pub files: Scratch,
+}
+
+/// Starts it on a node with a configuration of `bench/peers`, and waits until it serves.
+///
+/// # Errors
+/// When it doesn't in time.
+pub fn serve(node: &Node, services: &Services, file: &str) -> Result<Served> {
+    let files = Scratch::new("haproxy")?;
+    let config = render(file, services, frontend, files.path())?;
     let haproxy = Haproxy::start(node, &config)?;
     let addresses: Vec<_> = (0..services.services.len()).map(frontend).collect();
     // It binds all of them before it serves any.
@@ -28,7 +48,7 @@ pub fn start(node: &Node, services: &Services, file: &str) -> Result<Running> {
         services.protocol,
         addresses[addresses.len() - 1],
     )?;
-    Ok(Running::new(addresses, vec![Guard::Process(haproxy.process), Guard::Files(scratch)]))
+    Ok(Served { haproxy, addresses, files })
 }
 
 /// A master process, which reloads at SIGUSR2.

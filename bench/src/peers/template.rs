@@ -9,11 +9,14 @@ use minijinja::{Environment, UndefinedBehavior, Value, context};
 use super::{Protocol, Services, n_workers};
 
 /// The files, which are compiled in so that a built harness needs no checkout.
-const FILES: [(&str, &str); 11] = [
+const FILES: [(&str, &str); 14] = [
     ("backend.conf", include_str!("../../peers/backend.conf")),
     ("fabio-routes", include_str!("../../peers/fabio-routes")),
     ("fabio.properties", include_str!("../../peers/fabio.properties")),
     ("haproxy-http.cfg", include_str!("../../peers/haproxy-http.cfg")),
+    ("haproxy-reload.cfg", include_str!("../../peers/haproxy-reload.cfg")),
+    ("haproxy-runtime.cfg", include_str!("../../peers/haproxy-runtime.cfg")),
+    ("haproxy-srv.cfg", include_str!("../../peers/haproxy-srv.cfg")),
     ("haproxy-tcp.cfg", include_str!("../../peers/haproxy-tcp.cfg")),
     ("ipvs.rules", include_str!("../../peers/ipvs.rules")),
     ("nftables.nft", include_str!("../../peers/nftables.nft")),
@@ -66,6 +69,7 @@ fn text(
         dir => dir.display().to_string(),
         modules => "/usr/lib/nginx/modules",
         check,
+        mode => if services.protocol == Protocol::Http { "http" } else { "tcp" },
     };
     let filled = environment.render_str(template, values);
     filled.with_context(|| format!("fill in bench/peers/{file}"))
