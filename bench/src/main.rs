@@ -20,6 +20,9 @@ fn main() -> ExitCode {
 
 fn run() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
+    if let Some(done) = lb_bench::suites::change::helper(&arguments) {
+        return done;
+    }
     let is_quick = arguments.iter().any(|argument| argument == "--quick");
     undo::on_signals()?;
     let _conntrack = lb_bench::peers::Conntrack::enlarge()?;

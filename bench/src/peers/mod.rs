@@ -26,7 +26,7 @@ pub use haproxy::{Haproxy, Served as ServedByHaproxy, serve as serve_haproxy};
 pub use nginx::start_backend;
 pub use nohop::{Served, serve as serve_nohop};
 pub use rules::Conntrack;
-pub use template::render;
+pub use template::{render, rendered};
 
 /// What is spoken with a service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -36,13 +36,17 @@ pub fn render(
     frontend: impl Fn(usize) -> SocketAddrV4,
     dir: &Path,
 ) -> Result<PathBuf> {
-    let text = text(file, services, frontend, dir)?;
+    let text = rendered(file, services, frontend, dir)?;
     let path = dir.join(file);
     std::fs::write(&path, text).with_context(|| format!("write {}", path.display()))?;
     Ok(path)
 }
 
-fn text(
+/// The same file filled in, for whoever writes it by itself.
+///
+/// # Errors
+/// When the file isn't a template.
+pub fn rendered(
     file: &str,
     services: &Services,
     frontend: impl Fn(usize) -> SocketAddrV4,
@@ -113,7 +117,7 @@ mod tests {
         for protocol in [Protocol::Tcp, Protocol::Udp] {
             let services = Services { protocol, services: services.to_vec(), are_checked: true };
             for (file, _) in FILES {
-                let text = text(file, &services, frontend, Path::new("/tmp/x")).expect(file);
+                let text = rendered(file, &services, frontend, Path::new("/tmp/x")).expect(file);
                 assert!(!text.contains("{{") && !text.contains("{%"), "{file}:\n{text}");
             }
         }
@@ -122,7 +126,8 @@ mod tests {
     #[test]
     fn nftables_get_a_chain_a_service() {
         let services = Services::one(Protocol::Tcp, vec![crate::node::Node::backend(0, 8080)]);
-        let text = text("nftables.nft", &services, frontend, Path::new("/tmp")).expect("filled in");
+        let text =
+            rendered("nftables.nft", &services, frontend, Path::new("/tmp")).expect("filled in");
         assert!(text.contains("numgen random mod 1 map { 0 : 10.98.1.0 . 8080 }"), "{text}");
         assert!(text.contains("10.96.1.0 . tcp . 80 : goto web\n"), "{text}");
     }
