@@ -12,13 +12,17 @@ use super::{
 };
 use crate::node::Node;
 
+/// The socket beside the configuration that HAProxy with `-Ws` tells of its reloads, as it would
+/// systemd, if somebody listens there.
+pub const NOTIFY: &str = "notify.sock";
+
 pub fn version() -> Result<String> {
     let line = first_line("haproxy", "-v")?;
     Ok(line.split(" - ").next().unwrap_or(&line).to_owned())
 }
 
 pub fn start(node: &Node, services: &Services, file: &str) -> Result<Running> {
-    let Served { haproxy, addresses, files } = serve(node, services, file)?;
+    let Served { haproxy, addresses, files } = serve(node, services, file, "-W")?;
     Ok(Running::new(addresses, vec![Guard::Process(haproxy.process), Guard::Files(files)]))
 }
 
@@ -32,14 +36,15 @@ pub struct Served {
     pub files: Scratch,
 }
 
-/// Starts it on a node with a configuration of `bench/peers`, and waits until it serves.
+/// Starts it on a node with a configuration of `bench/peers`, and waits until it serves; `mode` is `-W`,
+/// or `-Ws` for one that tells [`NOTIFY`] of its reloads.
 ///
 /// # Errors
 /// When it doesn't in time.
-pub fn serve(node: &Node, services: &Services, file: &str) -> Result<Served> {
+pub fn serve(node: &Node, services: &Services, file: &str, mode: &str) -> Result<Served> {
     let files = Scratch::new("haproxy")?;
     let config = render(file, services, frontend, files.path())?;
-    let haproxy = Haproxy::start(node, &config)?;
+    let haproxy = Haproxy::spawn(node, &config, mode)?;
     let addresses: Vec<_> = (0..services.services.len()).map(frontend).collect();
     // It binds all of them before it serves any.
     await_bound(
@@ -63,10 +68,14 @@ impl Haproxy {
     /// # Errors
     /// When it isn't installed.
     pub fn start(node: &Node, config: &Path) -> Result<Haproxy> {
+        Haproxy::spawn(node, config, "-W")
+    }
+
+    fn spawn(node: &Node, config: &Path, mode: &str) -> Result<Haproxy> {
         add_frontends(node)?;
         let program: PathBuf = find("haproxy")?;
         let mut command = node.hop_place().command(program);
-        command.args(["-W", "-f"]).arg(config);
+        command.args([mode, "-f"]).arg(config).env("NOTIFY_SOCKET", config.with_file_name(NOTIFY));
         Ok(Haproxy { process: Process::spawn("haproxy", command)? })
     }
 }

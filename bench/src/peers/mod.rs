@@ -22,7 +22,9 @@ use lb_tests::scratch::Scratch;
 use crate::node::Node;
 use crate::report::Contender;
 
-pub use haproxy::{Haproxy, Served as ServedByHaproxy, serve as serve_haproxy};
+pub use haproxy::{
+    Haproxy, NOTIFY as HAPROXY_NOTIFY, Served as ServedByHaproxy, serve as serve_haproxy,
+};
 pub use nginx::start_backend;
 pub use nohop::{Served, serve as serve_nohop};
 pub use rules::Conntrack;

@@ -4,7 +4,7 @@
 use std::collections::{BTreeSet, VecDeque};
 use std::io::{Read, Write};
 use std::net::SocketAddrV4;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::Path;
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use super::SERVICE;
 use super::blocking::{Blocking, Instances};
-use crate::peers::{Protocol, Services, frontend, rendered};
+use crate::peers::{HAPROXY_NOTIFY, Protocol, Services, frontend, rendered};
 
 /// The slots that `bench/peers/haproxy-runtime.cfg` declares.
 const N_SLOTS: usize = 40;
@@ -36,9 +36,11 @@ pub fn program(arguments: &[&str]) -> Result<()> {
     }
 }
 
-/// Writes the configuration anew and reloads it. A master blocks the signal until it has reloaded, so
-/// that a change meanwhile makes it reload once more, after that.
+/// Writes the configuration anew and reloads it, one reload after the other: a master forgets a signal
+/// that comes while it starts over.
 fn reload(dir: &Path, master: Pid) -> Result<()> {
+    let told = UnixDatagram::bind(dir.join(HAPROXY_NOTIFY)).context("listen to HAProxy")?;
+    told.set_read_timeout(Some(PATIENCE))?;
     let mut blocking = Blocking::new(SERVICE)?;
     let mut rendered = None;
     loop {
@@ -48,7 +50,22 @@ fn reload(dir: &Path, master: Pid) -> Result<()> {
         }
         write_config(dir, &instances)?;
         kill_process(master, Signal::USR2).context("signal HAProxy's master")?;
+        for state in ["RELOADING=1", "READY=1"] {
+            await_state(&told, state)?;
+        }
         rendered = Some(instances);
+    }
+}
+
+/// Waits until HAProxy says that it is in this state.
+fn await_state(told: &UnixDatagram, state: &str) -> Result<()> {
+    let mut buffer = [0; 4096];
+    loop {
+        let n_bytes = told.recv(&mut buffer).with_context(|| format!("no {state} of HAProxy"))?;
+        let text = String::from_utf8_lossy(&buffer[..n_bytes]);
+        if text.lines().any(|line| line == state) {
+            return Ok(());
+        }
     }
 }
 

@@ -133,8 +133,10 @@ impl Kind {
             Kind::Reload => (RELOAD_CONFIG, Protocol::Tcp),
             Kind::Runtime(protocol) => ("haproxy-runtime.cfg", protocol),
         };
+        let mode = if self == Kind::Reload { "-Ws" } else { "-W" };
         let services = Services::one(protocol, vec![]);
-        let ServedByHaproxy { haproxy, addresses, files } = serve_haproxy(node, &services, file)?;
+        let ServedByHaproxy { haproxy, addresses, files } =
+            serve_haproxy(node, &services, file, mode)?;
         let api = files.path().join("haproxy.sock");
         await_worker(&api)?;
         let dir = files.path().display().to_string();
