@@ -24,8 +24,8 @@ pub const SHUTDOWN_DELAY: Duration = Duration::from_millis(500);
 pub const RATE: u32 = 500;
 
 /// How long requests come before the first change, and after the last one.
-const LEAD: Duration = Duration::from_millis(500);
-const TAIL: Duration = Duration::from_millis(1500);
+const LEAD: Duration = Duration::from_millis(300);
+const TAIL: Duration = Duration::from_millis(500);
 
 /// What a deploy does.
 #[derive(Debug)]

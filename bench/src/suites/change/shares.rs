@@ -18,8 +18,8 @@ pub const N_CONNECTIONS: usize = 60;
 const RATE: u32 = 600;
 
 /// How long requests come before the new instances do, and then until they count.
-const LEAD: Duration = Duration::from_secs(1);
-const SETTLING: Duration = Duration::from_millis(1500);
+const LEAD: Duration = Duration::from_millis(500);
+const SETTLING: Duration = Duration::from_millis(500);
 
 /// What the new ones got of all answers over so long, in percent, and the number of requests that failed.
 ///
