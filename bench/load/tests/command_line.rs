@@ -1,7 +1,6 @@
 //! The command line as the harness uses it.
 #![forbid(unsafe_code)]
-// A test may panic, and its helpers with it.
-#![allow(clippy::unwrap_used)]
+#![expect(clippy::unwrap_used, reason = "a test that can't go on fails")]
 
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Output, Stdio};

@@ -26,7 +26,7 @@ pub use haproxy::{
     Haproxy, NOTIFY as HAPROXY_NOTIFY, Served as ServedByHaproxy, serve as serve_haproxy,
 };
 pub use nginx::start_backend;
-pub use nohop::{Served, serve as serve_nohop};
+pub use nohop::{Served, serve as serve_nohop, serve_with as serve_nohop_with};
 pub use rules::Conntrack;
 pub use template::{render, rendered};
 
@@ -299,7 +299,10 @@ fn first_line(program: &str, argument: &str) -> Result<String> {
 }
 
 /// A program on PATH, or in the folders of the system's own tools.
-fn find(program: &str) -> Result<PathBuf> {
+///
+/// # Errors
+/// When it isn't there.
+pub fn find(program: &str) -> Result<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let system = ["/usr/local/sbin", "/usr/sbin", "/sbin"].map(PathBuf::from);
     let found = std::env::split_paths(&path)

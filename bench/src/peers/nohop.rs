@@ -37,9 +37,17 @@ pub struct Served {
 /// # Errors
 /// When it doesn't in time.
 pub fn serve(node: &Node, services: &Services) -> Result<Served> {
+    serve_with(node, services, "")
+}
+
+/// The same with more of a configuration: TOML with dotted keys, a line each.
+///
+/// # Errors
+/// As [`serve`].
+pub fn serve_with(node: &Node, services: &Services, more: &str) -> Result<Served> {
     let files = Scratch::new("catalog")?;
     let catalog = render("nohop.toml", services, frontend, files.path())?;
-    let config = format!("catalog.source = \"file\"\ncatalog.file = {catalog:?}\n");
+    let config = format!("catalog.source = \"file\"\ncatalog.file = {catalog:?}\n{more}\n");
     let nohop = Nohop::start(node.client_host(), &node.client, &config)?;
     node.adopt_hop(&nohop.process)?;
     let listed = nohop.services()?;

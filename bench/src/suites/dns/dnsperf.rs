@@ -1,0 +1,136 @@
+//! dnsperf: asks, and what it tells.
+
+use std::fs::{self, File};
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use lb_tests::run;
+
+use super::pin;
+use super::site::Site;
+use crate::stats::quantile;
+
+/// What dnsperf found.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Told {
+    /// Queries that were sent.
+    pub n_sent: u64,
+    /// Queries that were answered, and with an address as far as it says: without an error.
+    pub n_good: u64,
+    /// How long it took.
+    pub seconds: f64,
+}
+
+impl Told {
+    /// Good answers a second.
+    pub fn rate(self) -> f64 {
+        self.n_good as f64 / self.seconds
+    }
+
+    /// Queries that got no answer or a bad one.
+    pub fn n_failed(self) -> u64 {
+        self.n_sent.saturating_sub(self.n_good)
+    }
+}
+
+/// Asks a server with further arguments, separated by spaces.
+///
+/// # Errors
+/// When dnsperf can't be started, or what it says can't be read, or no query is answered.
+pub fn ask(site: &Site, questions: &Path, arguments: &str) -> Result<Told> {
+    read(&start(site, questions, arguments)?)
+}
+
+/// The same, and how long the slowest hundredth of those that were answered took at least, in
+/// microseconds.
+///
+/// # Errors
+/// As [`ask`].
+pub fn ask_and_list(site: &Site, questions: &Path, arguments: &str) -> Result<(Told, f64)> {
+    let said = start(site, questions, &format!("{arguments} -v"))?;
+    Ok((read(&said)?, quantile(&waits_us(&said), 0.99)))
+}
+
+fn start(site: &Site, questions: &Path, arguments: &str) -> Result<String> {
+    let mut command = site.client_place().command("dnsperf");
+    let address = site.address;
+    command.args(["-s", &address.ip().to_string(), "-p", &address.port().to_string(), "-d"]);
+    command.arg(questions).args(arguments.split_whitespace());
+    // What it writes for each query goes to a file, so that nobody else has to run to take it.
+    let file = questions.with_extension("told");
+    command.stdout(File::create(&file).with_context(|| format!("make {}", file.display()))?);
+    let output = pin::on(pin::CLIENT, || run::output(command))?;
+    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure!(output.status.success(), "dnsperf failed, {}: {errors}", output.status);
+    fs::read_to_string(&file).with_context(|| format!("read {}", file.display()))
+}
+
+fn read(said: &str) -> Result<Told> {
+    let after = |mark: &str| {
+        let line = said.lines().find_map(|line| line.trim_start().strip_prefix(mark));
+        line.map(str::trim).with_context(|| format!("dnsperf tells no `{mark}`"))
+    };
+    let n_sent = after("Queries sent:")?.parse().context("dnsperf's number of queries")?;
+    let codes = after("Response codes:").unwrap_or_default();
+    let n_good = codes.split(", ").find_map(|code| code.strip_prefix("NOERROR "));
+    let n_good = n_good.and_then(|count| count.split(' ').next()?.parse().ok()).unwrap_or(0);
+    let seconds = after("Run time (s):")?.parse().context("dnsperf's run time")?;
+    ensure!(n_good > 0, "of {n_sent} queries none got a good answer; {codes}");
+    Ok(Told { n_sent, n_good, seconds })
+}
+
+/// How long each good answer took, in microseconds.
+fn waits_us(said: &str) -> Vec<f64> {
+    let wait = |line: &str| -> Option<f64> {
+        line.strip_prefix("> NOERROR ")?.rsplit(' ').next()?.parse().ok()
+    };
+    said.lines().filter_map(wait).map(|seconds| seconds * 1e6).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SAID: &str = "\
+DNS Performance Testing Tool
+Version 2.10.0
+
+[Status] Sending queries (to 127.0.0.1:53)
+> NOERROR n0.service A 0.000120
+> SERVFAIL n1.service A 0.000999
+> NOERROR n2.service A 0.000300
+[Status] Testing complete (time limit)
+
+Statistics:
+
+  Queries sent:         5650
+  Queries completed:    5640 (99.82%)
+  Queries lost:         10 (0.18%)
+
+  Response codes:       SERVFAIL 40 (0.71%), NOERROR 5600 (99.29%)
+  Average packet size:  request 28, response 44
+  Run time (s):         0.500000
+  Queries per second:   11280.000000
+";
+
+    #[test]
+    fn dnsperf_is_read() {
+        let told = read(SAID).expect("it can be read");
+        assert_eq!(told, Told { n_sent: 5650, n_good: 5600, seconds: 0.5 });
+        assert_eq!((told.rate(), told.n_failed()), (11_200.0, 50));
+        assert_eq!(waits_us(SAID).map_round(), [120.0, 300.0]);
+        let none = SAID.replace("NOERROR 5600", "NXDOMAIN 5600");
+        let error = read(&none).expect_err("no good answer").to_string();
+        assert!(error.contains("NXDOMAIN"), "{error}");
+        assert!(read("Error: unable to bind").is_err());
+    }
+
+    trait MapRound {
+        fn map_round(self) -> Vec<f64>;
+    }
+    impl MapRound for Vec<f64> {
+        fn map_round(self) -> Vec<f64> {
+            self.into_iter().map(f64::round).collect()
+        }
+    }
+}

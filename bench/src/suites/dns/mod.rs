@@ -1,0 +1,302 @@
+//! DNS: queries a second as many as can be, and how long the slowest hundredth waits; of a zone of its
+//! own, and of names that another resolver answers. Each server is alone on one processor and asked
+//! from another.
+
+mod dnsperf;
+mod pin;
+mod site;
+
+use std::thread;
+
+use anyhow::{Result, ensure};
+
+use crate::draft::{Demand, Draft, Quantity};
+use crate::peers::NOHOP;
+use crate::progress::Progress;
+use crate::report::{Better, Contender};
+use crate::stats::Spread;
+
+use site::{CONSUL, DNSMASQ, Site};
+
+const RATE: Quantity = Quantity {
+    name: "DNS queries a second, as many as can be",
+    unit: "queries/s",
+    better: Better::Higher,
+    base: DNSMASQ,
+};
+const P99: Quantity = Quantity {
+    name: "DNS latency, 99th percentile, at 20,000 queries/s",
+    unit: "us",
+    better: Better::Lower,
+    base: DNSMASQ,
+};
+const LOST: Quantity =
+    Quantity { name: "lost queries", unit: "queries", better: Better::Lower, base: "" };
+
+/// The rate, in queries a second, at which waiting is measured: one that whoever is fast keeps up with
+/// easily.
+const EASY_RATE: u32 = 20_000;
+
+/// Who answers less than this share of the rate doesn't keep up with it.
+const KEPT_UP: f64 = 0.95;
+
+/// How dnsperf asks: as many clients, and as many queries of theirs without an answer yet.
+const CLIENTS: &str = "-c 4 -q 100";
+
+/// What a run goes through.
+struct Plan {
+    n_rounds: usize,
+    /// How many names the zone has.
+    n_names: &'static [usize],
+    /// How many of them Consul has at most, to which they have to be told one by one.
+    n_in_consul: usize,
+    /// How many names are forwarded, each once in a round.
+    n_forwarded: usize,
+    /// The length of one measurement, in seconds.
+    seconds: f64,
+}
+
+const FULL: Plan = Plan {
+    n_rounds: 7,
+    n_names: &[1, 10_000],
+    n_in_consul: 10_000,
+    n_forwarded: 50_000,
+    seconds: 3.0,
+};
+const QUICK: Plan = Plan {
+    n_rounds: 3,
+    n_names: &[1, 10_000],
+    n_in_consul: 1_000,
+    n_forwarded: 10_000,
+    seconds: 0.3,
+};
+
+/// Runs the suite.
+///
+/// # Errors
+/// When nothing can be measured at all.
+pub fn run(is_quick: bool) -> Result<Draft> {
+    let plan = if is_quick { QUICK } else { FULL };
+    let n_cpus = thread::available_parallelism()?.get();
+    ensure!(n_cpus > 1, "servers and dnsperf need a processor each, and there is one only");
+    let title = "DNS: a zone of its own, and names that another resolver answers";
+    let mut draft = Draft::new(title, plan.n_rounds);
+    draft.contenders = contenders();
+    let absent: Vec<String> = draft
+        .contenders
+        .iter()
+        .filter(|contender| contender.absent.is_some())
+        .map(|contender| contender.name.clone())
+        .collect();
+    let able = |names: &[&'static str]| -> Vec<&'static str> {
+        names.iter().copied().filter(|name| !absent.iter().any(|absent| absent == name)).collect()
+    };
+    let (of_zone, of_forwarding) = (able(&[NOHOP, DNSMASQ, CONSUL]), able(&[NOHOP, DNSMASQ]));
+    let n_steps = plan.n_names.len() * of_zone.len() + of_forwarding.len();
+    let mut progress = Progress::new("dns", n_steps * plan.n_rounds);
+    for &n_names in plan.n_names {
+        zone(&mut draft, &of_zone, n_names, &plan, &mut progress);
+    }
+    forwarding(&mut draft, &of_forwarding, &plan, &mut progress);
+    draft.note(
+        "each server has the first processor for itself, dnsperf the second one; \
+         the resolver that is forwarded to shares dnsperf's",
+    );
+    draft.finish();
+    judge(&mut draft, &plan);
+    Ok(draft)
+}
+
+fn contenders() -> Vec<Contender> {
+    let named = |name: &str, version: Result<String>, config: &str| {
+        let (version, absent) = match version {
+            Ok(version) => (version, None),
+            Err(error) => (String::new(), Some(format!("{error:#}"))),
+        };
+        Contender { name: name.into(), version, config: config.into(), absent }
+    };
+    vec![
+        named(NOHOP, site::nohop_version(), "bench/peers/nohop.toml"),
+        named(DNSMASQ, site::dnsmasq_version(), "bench/peers/dnsmasq.conf"),
+        named(CONSUL, site::consul_version(), ""),
+    ]
+}
+
+/// Starts those of these names with so many names in their zone.
+fn start(draft: &mut Draft, names: &[&'static str], n_names: usize) -> Vec<Site> {
+    let mut sites = Vec::new();
+    for &name in names {
+        match Site::start(name, n_names) {
+            Ok(site) => sites.push(site),
+            Err(error) => draft.is_absent(name, &error),
+        }
+    }
+    sites
+}
+
+/// Asks for the names of a zone of this size.
+fn zone(
+    draft: &mut Draft,
+    names: &[&'static str],
+    n_names: usize,
+    plan: &Plan,
+    progress: &mut Progress,
+) {
+    let condition = zone_condition(n_names);
+    progress.preparing(&condition);
+    let consul = names.iter().copied().filter(|name| *name == CONSUL).collect::<Vec<_>>();
+    let others = names.iter().copied().filter(|name| *name != CONSUL).collect::<Vec<_>>();
+    let mut sites = start(draft, &others, n_names);
+    let n_in_consul = n_names.min(plan.n_in_consul);
+    sites.extend(start(draft, &consul, n_in_consul));
+    if n_in_consul < n_names && !consul.is_empty() {
+        let of = thousands(n_in_consul);
+        draft.note(format!("{CONSUL}, {condition}: it has {of} of them, and is asked for these"));
+    }
+    for round in 0..plan.n_rounds {
+        for site in &sites {
+            progress.step(&format!("{condition}: {}", site.name));
+            let rate = saturate(draft, site, &condition, plan);
+            draft.add(RATE, &condition, site.name, round, rate);
+            let p99_us = wait(draft, site, &condition, plan);
+            draft.add(P99, &condition, site.name, round, p99_us);
+        }
+    }
+}
+
+/// The queries that are answered in a second, as many as can be.
+fn saturate(draft: &mut Draft, site: &Site, condition: &str, plan: &Plan) -> Option<f64> {
+    let arguments = format!("{CLIENTS} -t 2 -l {}", plan.seconds);
+    match dnsperf::ask(site, site.questions(), &arguments) {
+        Ok(told) => {
+            if told.n_failed() > 0 {
+                let (n_failed, n_sent) = (told.n_failed(), told.n_sent);
+                draft.note(format!(
+                    "{}, {condition}: {n_failed} of {n_sent} queries failed in a round",
+                    site.name
+                ));
+            }
+            Some(told.rate())
+        }
+        Err(error) => {
+            draft.failed(site.name, condition, &error);
+            None
+        }
+    }
+}
+
+/// How long the slowest hundredth of queries waits at least, in microseconds, at [`EASY_RATE`]; of who
+/// doesn't keep up with that nothing can be said.
+fn wait(draft: &mut Draft, site: &Site, condition: &str, plan: &Plan) -> Option<f64> {
+    let arguments = format!("{CLIENTS} -t 2 -l {} -Q {EASY_RATE}", plan.seconds);
+    match dnsperf::ask_and_list(site, site.questions(), &arguments) {
+        Ok((told, _)) if told.rate() < KEPT_UP * f64::from(EASY_RATE) => {
+            let rate = thousands(EASY_RATE as usize);
+            draft.note(format!(
+                "{}, {condition}: it doesn't keep up with {rate} queries/s, so there is no latency",
+                site.name
+            ));
+            None
+        }
+        Ok((_, p99_us)) => Some(p99_us),
+        Err(error) => {
+            draft.failed(site.name, condition, &error);
+            None
+        }
+    }
+}
+
+/// Names that another resolver answers, each asked for once in a round: none may be lost.
+fn forwarding(draft: &mut Draft, names: &[&'static str], plan: &Plan, progress: &mut Progress) {
+    let condition = forwarding_condition(plan);
+    progress.preparing(&condition);
+    let sites = start(draft, names, 1);
+    for round in 0..plan.n_rounds {
+        for site in &sites {
+            progress.step(&format!("{condition}: {}", site.name));
+            let told = site
+                .questions_of_others(plan.n_forwarded)
+                .and_then(|questions| dnsperf::ask(site, &questions, &format!("{CLIENTS} -n 1")));
+            if let Err(error) = &told {
+                draft.failed(site.name, &condition, error);
+            }
+            let told = told.ok();
+            draft.add(RATE, &condition, site.name, round, told.map(|told| told.rate()));
+            let n_lost = told.map(|told| told.n_failed() as f64);
+            draft.add(LOST, &condition, site.name, round, n_lost);
+        }
+    }
+}
+
+fn zone_condition(n_names: usize) -> String {
+    format!("{} name{}", thousands(n_names), if n_names == 1 { "" } else { "s" })
+}
+
+fn forwarding_condition(plan: &Plan) -> String {
+    format!("forwarding, {} names, each asked once", thousands(plan.n_forwarded))
+}
+
+/// A number with a comma before each group of three digits.
+fn thousands(number: usize) -> String {
+    let digits = number.to_string();
+    let is_start = |idx: usize| idx > 0 && (digits.len() - idx).is_multiple_of(3);
+    let mut text = String::new();
+    for (idx, digit) in digits.char_indices() {
+        if is_start(idx) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+fn judge(draft: &mut Draft, plan: &Plan) {
+    let zones = plan.n_names.iter().map(|n_names| zone_condition(*n_names));
+    for condition in zones.chain([forwarding_condition(plan)]) {
+        let figure = draft.find(RATE.name, &condition);
+        let ratio = figure.and_then(|figure| figure.ratio(NOHOP, DNSMASQ));
+        let what = format!("DNS queries a second, nohop over dnsmasq ({condition})");
+        draft.goal(&what, Demand::AtLeast(1.0), ratio, "");
+    }
+    let lost = draft.find(LOST.name, &forwarding_condition(plan));
+    let rounds = lost.and_then(|figure| figure.row(NOHOP)).map(|row| row.rounds.clone());
+    // One lost in any round is one too many.
+    let sum = rounds.filter(|rounds| rounds.iter().any(Option::is_some));
+    let sum = sum.and_then(|rounds| Spread::of([rounds.iter().flatten().sum()]));
+    draft.goal("forwarded queries that nohop loses, of all rounds", Demand::AtMost(0.0), sum, "");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_grouped() {
+        for (number, expected) in
+            [(1, "1"), (999, "999"), (1_000, "1,000"), (10_000, "10,000"), (1_234_567, "1,234,567")]
+        {
+            assert_eq!(thousands(number), expected);
+        }
+    }
+
+    #[test]
+    fn conditions() {
+        assert_eq!(
+            QUICK.n_names.iter().map(|n| zone_condition(*n)).collect::<Vec<_>>(),
+            ["1 name", "10,000 names"]
+        );
+        assert_eq!(forwarding_condition(&FULL), "forwarding, 50,000 names, each asked once");
+    }
+
+    #[test]
+    fn one_lost_query_is_too_many() {
+        let mut draft = Draft::new("a test", 3);
+        for (round, n_lost) in [0.0, 1.0, 0.0].into_iter().enumerate() {
+            draft.add(LOST, &forwarding_condition(&QUICK), NOHOP, round, Some(n_lost));
+        }
+        draft.finish();
+        judge(&mut draft, &QUICK);
+        let reached: Vec<_> = draft.goals.iter().map(|goal| goal.is_reached).collect();
+        assert_eq!(reached, [None, None, None, Some(false)]);
+    }
+}

@@ -1,0 +1,42 @@
+//! Which processor a program runs on.
+
+use anyhow::{Context, Result};
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+
+/// The processor that a server has for itself, by its place among those that this run may use.
+pub const SERVER: usize = 0;
+/// The one of who asks.
+pub const CLIENT: usize = 1;
+
+/// Has all that `act` starts run on one processor only, as by `taskset`: a program sees from its start
+/// how many it may use, and makes as many threads.
+///
+/// # Errors
+/// When `act` fails, or there is no such processor.
+pub fn on<T>(core: usize, act: impl FnOnce() -> Result<T>) -> Result<T> {
+    let all = sched_getaffinity(None).context("ask for the processors of this thread")?;
+    let usable = (0..CpuSet::MAX_CPU).filter(|cpu| all.is_set(*cpu)).nth(core);
+    let cpu = usable.with_context(|| format!("this run may not use {} processors", core + 1))?;
+    let mut one = CpuSet::new();
+    one.set(cpu);
+    sched_setaffinity(None, &one).with_context(|| format!("run on processor {cpu} only"))?;
+    let done = act();
+    sched_setaffinity(None, &all).context("run on all processors again")?;
+    done
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread::available_parallelism;
+
+    use super::*;
+
+    #[test]
+    fn one_processor_and_then_all_again() {
+        let before = available_parallelism().expect("a number");
+        let within = on(SERVER, || Ok(available_parallelism()?.get())).expect("it can be pinned");
+        assert_eq!(within, 1);
+        assert_eq!(available_parallelism().expect("a number"), before);
+        assert!(on(CpuSet::MAX_CPU, || Ok(())).is_err());
+    }
+}
