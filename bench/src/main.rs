@@ -40,6 +40,16 @@ fn suite(name: &str) -> Result<Suite, String> {
 }
 
 fn main() -> ExitCode {
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    if let Some(done) = lb_bench::suites::change::helper(&words) {
+        return match done {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("error: {error:#}");
+                ExitCode::FAILURE
+            }
+        };
+    }
     let arguments = Arguments::parse();
     match run_all(&arguments) {
         Ok(code) => code,

@@ -22,11 +22,13 @@ use lb_tests::scratch::Scratch;
 use crate::node::Node;
 use crate::report::Contender;
 
-pub use haproxy::Haproxy;
+pub use haproxy::{
+    Haproxy, NOTIFY as HAPROXY_NOTIFY, Served as ServedByHaproxy, serve as serve_haproxy,
+};
 pub use nginx::start_backend;
 pub use nohop::{Served, serve as serve_nohop, serve_with as serve_nohop_with};
 pub use rules::Conntrack;
-pub use template::render;
+pub use template::{render, rendered};
 
 /// What is spoken with a service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
