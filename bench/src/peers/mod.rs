@@ -27,7 +27,7 @@ pub use haproxy::{
 };
 pub use nginx::start_backend;
 pub use nohop::{Served, serve as serve_nohop, serve_with as serve_nohop_with};
-pub use rules::Conntrack;
+pub use rules::{Conntrack, route_frontends};
 pub use template::{render, rendered};
 
 /// What is spoken with a service.
@@ -267,8 +267,11 @@ fn add_frontends(node: &Node) -> Result<()> {
     node.client_host().ip("addr add 10.96.0.1/16 dev lo").map(drop)
 }
 
-/// Waits until a process has bound an address, which nobody tells by an event; fails when it ends.
-fn await_bound(
+/// Waits until a process has bound an address, which nobody tells by an event.
+///
+/// # Errors
+/// When it ends before, or takes longer than a minute.
+pub fn await_bound(
     place: Place<'_>,
     process: &Process,
     protocol: Protocol,

@@ -122,11 +122,10 @@ pub fn run(is_quick: bool) -> Result<Draft> {
                 Err(error) => draft.failed(peer.name, &format!("{at} {axis}"), &error),
             }
         }
-        let statistics = Statistics::default();
         for round in 0..plan.n_rounds {
             for site in &sites {
                 progress.step(&format!("{at} {axis}: {}", site.peer.name));
-                let measured = site.measure(plan.n_dials, &statistics);
+                let measured = site.measure(plan.n_dials);
                 if let Err(error) = &measured {
                     draft.failed(site.peer.name, &format!("{at} {axis}"), error);
                 }
@@ -191,11 +190,11 @@ impl Site {
         Ok(Site { peer, running, _servers: servers, targets, _files: files, node })
     }
 
-    fn measure(&self, n_dials: u32, statistics: &Statistics) -> Result<Measured> {
+    fn measure(&self, n_dials: u32) -> Result<Measured> {
         let in_turn = self.dial(&format!("@{}", self.targets.display()), n_dials)?;
         let one = self.dial(&self.running.addresses[0].to_string(), n_dials / 2)?;
         let program_ns = match self.running.guards() {
-            [Guard::Nohop(nohop), ..] => Some(statistics.mean_ns(nohop, || {
+            [Guard::Nohop(nohop), ..] => Some(mean_ns(nohop, || {
                 self.dial(&format!("@{}", self.targets.display()), n_dials).map(drop)
             })?),
             _ => None,
@@ -220,28 +219,23 @@ impl Site {
     }
 }
 
-/// The kernel's BPF statistics: off but while a mean is taken, since they cost each run of a program two
-/// readings of the clock.
-#[derive(Default)]
-struct Statistics;
+/// The switch of the kernel's BPF statistics: on only while a mean is taken, since they cost each run of
+/// a program two readings of the clock.
+const STATISTICS: &str = "/proc/sys/kernel/bpf_stats_enabled";
 
-impl Statistics {
-    const SWITCH: &str = "/proc/sys/kernel/bpf_stats_enabled";
-
-    /// The mean run time, in ns, of nohop's connect4 program while `act` runs.
-    fn mean_ns(&self, nohop: &Nohop, act: impl FnOnce() -> Result<()>) -> Result<f64> {
-        let link = nohop.pin("links/nohop_connect4")?;
-        let link = bpftool(&format!("link show pinned {}", link.display()))?;
-        let program = link["prog_id"].as_u64().context("bpftool tells no prog_id of a link")?;
-        let before = fs::read_to_string(Self::SWITCH).context(Self::SWITCH)?;
-        let _off = Undo::new(move || drop(fs::write(Self::SWITCH, before.trim())));
-        fs::write(Self::SWITCH, "1").context(Self::SWITCH)?;
-        let [time_before, runs_before] = counted(program)?;
-        act()?;
-        let [time, runs] = counted(program)?;
-        ensure!(runs > runs_before, "the program didn't run");
-        Ok((time - time_before) / (runs - runs_before))
-    }
+/// The mean run time, in ns, of nohop's connect4 program while `act` runs.
+fn mean_ns(nohop: &Nohop, act: impl FnOnce() -> Result<()>) -> Result<f64> {
+    let link = nohop.pin("links/nohop_connect4")?;
+    let link = bpftool(&format!("link show pinned {}", link.display()))?;
+    let program = link["prog_id"].as_u64().context("bpftool tells no prog_id of a link")?;
+    let before = fs::read_to_string(STATISTICS).context(STATISTICS)?;
+    let _off = Undo::new(move || drop(fs::write(STATISTICS, before.trim())));
+    fs::write(STATISTICS, "1").context(STATISTICS)?;
+    let [time_before, runs_before] = counted(program)?;
+    act()?;
+    let [time, runs] = counted(program)?;
+    ensure!(runs > runs_before, "the program didn't run");
+    Ok((time - time_before) / (runs - runs_before))
 }
 
 /// The run time in ns and the number of runs of a program, as the kernel has counted them.
