@@ -277,9 +277,11 @@ fn add_deploy(
     draft.add(P99, condition, name, round, number("/latency_us/p99"));
     let cpu = found.map(|deploy| deploy.cpu.hop.as_secs_f64());
     draft.add(HOP_CPU, condition, name, round, cpu);
-    if number("/n_failed").is_some_and(|n_failed| n_failed > 0.0) {
-        let failed = found.map_or(String::new(), |deploy| deploy.found["failed"].to_string());
-        draft.note(format!("{name}, rolling deploy: failed in a round: {failed}"));
+    let kinds = found.and_then(|deploy| deploy.found["failed"].as_object());
+    let seen = kinds.into_iter().flatten().filter(|(_, n)| n.as_u64() != Some(0));
+    let seen: Vec<&str> = seen.map(|(kind, _)| kind.as_str()).collect();
+    if !seen.is_empty() {
+        draft.note(format!("{name}, rolling deploy: requests failed: {}", seen.join(", ")));
     }
 }
 
