@@ -1,7 +1,9 @@
 //! One backend of ten fails: what clients see of it until somebody takes it out, if anybody does.
 
 use std::collections::BTreeMap;
+use std::io::Write as _;
 use std::net::SocketAddrV4;
+use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -102,6 +104,14 @@ enum Fault {
 }
 
 const FAULTS: [Fault; 2] = [Fault::Refuses, Fault::Drops];
+
+/// A fault that is prepared.
+enum Ready {
+    /// The process is to be killed.
+    ToKill,
+    /// `nft` waits for what it is to add; without that it ends when its stdin does.
+    ToDrop(Child),
+}
 
 /// What a run goes through.
 struct Plan {
@@ -213,7 +223,7 @@ fn with_checks(contender: &Contender) -> Option<Contender> {
 }
 
 fn consul_version() -> Result<String> {
-    let mut command = std::process::Command::new(consul::program()?);
+    let mut command = Command::new(consul::program()?);
     command.arg("version");
     Ok(run::stdout(command)?.lines().next().unwrap_or_default().to_owned())
 }
@@ -277,24 +287,42 @@ impl Site {
         command.args(["--seconds", &with_warm_up.to_string(), "--connections", "256"]);
         command.args(["--warmup-ms", &WARM_UP.as_millis().to_string()]);
         command.args(["--timeout-ms", &PATIENCE.as_millis().to_string(), "--slow-ms", "100"]);
+        let ready = self.prepare()?;
         let start = Instant::now();
         let load = Process::spawn("nohop-load", command)?;
         thread::sleep(WARM_UP.saturating_sub(start.elapsed()));
-        self.fail()?;
+        self.fail(ready)?;
         let limit = Duration::from_secs(with_warm_up) + PATIENCE + SPARE;
         let found = load.wait_for_line(&["\"asked\""], limit)?;
         serde_json::from_str(&found).with_context(|| format!("what nohop-load says: {found}"))
     }
 
-    /// Has the first backend fail.
-    fn fail(&self) -> Result<()> {
+    /// Prepares the fault, so that it costs next to nothing at its moment.
+    fn prepare(&self) -> Result<Ready> {
         match self.fault {
-            Fault::Refuses => self.victim.process.signal(Signal::KILL),
-            // The rule goes with the namespace.
+            Fault::Refuses => Ok(Ready::ToKill),
             Fault::Drops => {
                 let mut nft = self.node.backend_place().command("nft");
-                nft.arg(drop_rule(self.victim.address));
-                run::stdout(nft).map(drop)
+                nft.args(["-f", "-"]).stdin(Stdio::piped()).stderr(Stdio::piped());
+                Ok(Ready::ToDrop(nft.spawn().context("start nft")?))
+            }
+        }
+    }
+
+    /// Has the first backend fail.
+    fn fail(&self, ready: Ready) -> Result<()> {
+        match ready {
+            Ready::ToKill => self.victim.process.signal(Signal::KILL),
+            // The rule goes with the namespace.
+            Ready::ToDrop(mut nft) => {
+                let rule = drop_rule(self.victim.address);
+                let mut stdin = nft.stdin.take().context("nft has no stdin")?;
+                stdin.write_all(rule.as_bytes()).context("write to nft")?;
+                drop(stdin);
+                let output = nft.wait_with_output().context("wait for nft")?;
+                let said = String::from_utf8_lossy(&output.stderr);
+                ensure!(output.status.success(), "nft refuses `{rule}`: {said}");
+                Ok(())
             }
         }
     }
@@ -332,9 +360,9 @@ fn start_nohop_by_consul(node: &Node, backends: &[SocketAddrV4]) -> Result<(Runn
 /// What `nft` is told to have packets to this address dropped, without tracking connections.
 fn drop_rule(address: SocketAddrV4) -> String {
     format!(
-        "add table ip nohop_fault; \
-         add chain ip nohop_fault input {{ type filter hook input priority 0; }}; \
-         add rule ip nohop_fault input ip daddr {} drop",
+        "add table ip nohop_fault\n\
+         add chain ip nohop_fault input {{ type filter hook input priority 0; }}\n\
+         add rule ip nohop_fault input ip daddr {} drop\n",
         address.ip()
     )
 }
@@ -458,6 +486,6 @@ mod tests {
     #[test]
     fn packets_to_one_address_are_dropped() {
         let rule = drop_rule(backends()[0]);
-        assert!(rule.ends_with("input ip daddr 10.98.1.0 drop"), "{rule}");
+        assert!(rule.ends_with("input ip daddr 10.98.1.0 drop\n"), "{rule}");
     }
 }
