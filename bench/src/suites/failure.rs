@@ -1,13 +1,14 @@
 //! One backend of ten fails: what clients see of it until somebody takes it out, if anybody does.
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::io::Write as _;
 use std::net::SocketAddrV4;
 use std::process::{Child, Command, Stdio};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use lb_tests::consul::{self, Consul};
 use lb_tests::helloworld::Helloworld;
 use lb_tests::nohop::{self, Nohop};
@@ -57,6 +58,10 @@ const SPARE: Duration = Duration::from_secs(20);
 /// The seconds after the fault that the curves show: what checks do, they have done by then.
 const N_CURVE_SECONDS: usize = 12;
 
+/// How often, and how many times at most, it is looked whether the generator has started.
+const LOOK: Duration = Duration::from_millis(1);
+const N_LOOKS: u32 = 20_000;
+
 /// What the name of a contender ends with whose checks are on.
 const CHECKS: &str = " + checks";
 
@@ -77,8 +82,8 @@ const NOTES: [&str; 9] = [
      own: latencies of a few ms are theirs together",
     "50 requests/s for each contender and fault, a connection a request; one that isn't answered \
      within 3 s has failed",
-    "the fault comes after a second of requests that don't count, less than some 100 ms before those \
-     that do; each round begins with a fresh start of everything",
+    "the fault comes after a second of requests that don't count, within a few ms of the first that \
+     does; each round begins with a fresh start of everything",
     "a backend that refuses is a process that was killed; one that drops packets is behind a rule on \
      its host that drops all that is sent to it, open connections included",
     "nine of the ten backends are one nginx at nine addresses",
@@ -288,9 +293,9 @@ impl Site {
         command.args(["--warmup-ms", &WARM_UP.as_millis().to_string()]);
         command.args(["--timeout-ms", &PATIENCE.as_millis().to_string(), "--slow-ms", "100"]);
         let ready = self.prepare()?;
-        let start = Instant::now();
         let load = Process::spawn("nohop-load", command)?;
-        thread::sleep(WARM_UP.saturating_sub(start.elapsed()));
+        await_program(&load, "nohop-load")?;
+        thread::sleep(WARM_UP);
         self.fail(ready)?;
         let limit = Duration::from_secs(with_warm_up) + PATIENCE + SPARE;
         let found = load.wait_for_line(&["\"asked\""], limit)?;
@@ -355,6 +360,21 @@ fn start_nohop_by_consul(node: &Node, backends: &[SocketAddrV4]) -> Result<(Runn
     let vip = vip.and_then(|vip| vip.parse().ok()).context("nohop tells no VIP of the service")?;
     let address = SocketAddrV4::new(vip, 80);
     Ok((Running::new(vec![address], vec![Guard::Nohop(Box::new(nohop))]), consul))
+}
+
+/// Waits until a process, which first finds its place, is the program that it is to be; there is no event
+/// for that.
+fn await_program(process: &Process, name: &str) -> Result<()> {
+    let comm = format!("/proc/{}/comm", process.pid().as_raw_nonzero());
+    for _ in 0..N_LOOKS {
+        if fs::read_to_string(&comm).is_ok_and(|comm| comm.trim() == name) {
+            return Ok(());
+        }
+        if process.wait_for_exit(LOOK).is_ok() {
+            bail!("it ended\n{}", process.tail());
+        }
+    }
+    bail!("{name} doesn't start\n{}", process.tail())
 }
 
 /// What `nft` is told to have packets to this address dropped, without tracking connections.
