@@ -1,11 +1,14 @@
 //! One backend of ten fails: what clients see of it until somebody takes it out, if anybody does.
 
 use std::collections::BTreeMap;
+use std::fs;
+use std::io::Write as _;
 use std::net::SocketAddrV4;
+use std::process::{Child, Command, Stdio};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use lb_tests::consul::{self, Consul};
 use lb_tests::helloworld::Helloworld;
 use lb_tests::nohop::{self, Nohop};
@@ -55,6 +58,10 @@ const SPARE: Duration = Duration::from_secs(20);
 /// The seconds after the fault that the curves show: what checks do, they have done by then.
 const N_CURVE_SECONDS: usize = 12;
 
+/// How often, and how many times at most, it is looked whether the generator has started.
+const LOOK: Duration = Duration::from_millis(1);
+const N_LOOKS: u32 = 20_000;
+
 /// What the name of a contender ends with whose checks are on.
 const CHECKS: &str = " + checks";
 
@@ -75,8 +82,8 @@ const NOTES: [&str; 9] = [
      own: latencies of a few ms are theirs together",
     "50 requests/s for each contender and fault, a connection a request; one that isn't answered \
      within 3 s has failed",
-    "the fault comes after a second of requests that don't count, less than some 100 ms before those \
-     that do; each round begins with a fresh start of everything",
+    "the fault comes after a second of requests that don't count, within a few ms of the first that \
+     does; each round begins with a fresh start of everything",
     "a backend that refuses is a process that was killed; one that drops packets is behind a rule on \
      its host that drops all that is sent to it, open connections included",
     "nine of the ten backends are one nginx at nine addresses",
@@ -102,6 +109,14 @@ enum Fault {
 }
 
 const FAULTS: [Fault; 2] = [Fault::Refuses, Fault::Drops];
+
+/// A fault that is prepared.
+enum Ready {
+    /// The process is to be killed.
+    ToKill,
+    /// `nft` waits for what it is to add; without that it ends when its stdin does.
+    ToDrop(Child),
+}
 
 /// What a run goes through.
 struct Plan {
@@ -213,7 +228,7 @@ fn with_checks(contender: &Contender) -> Option<Contender> {
 }
 
 fn consul_version() -> Result<String> {
-    let mut command = std::process::Command::new(consul::program()?);
+    let mut command = Command::new(consul::program()?);
     command.arg("version");
     Ok(run::stdout(command)?.lines().next().unwrap_or_default().to_owned())
 }
@@ -277,24 +292,42 @@ impl Site {
         command.args(["--seconds", &with_warm_up.to_string(), "--connections", "256"]);
         command.args(["--warmup-ms", &WARM_UP.as_millis().to_string()]);
         command.args(["--timeout-ms", &PATIENCE.as_millis().to_string(), "--slow-ms", "100"]);
-        let start = Instant::now();
+        let ready = self.prepare()?;
         let load = Process::spawn("nohop-load", command)?;
-        thread::sleep(WARM_UP.saturating_sub(start.elapsed()));
-        self.fail()?;
+        await_program(&load, "nohop-load")?;
+        thread::sleep(WARM_UP);
+        self.fail(ready)?;
         let limit = Duration::from_secs(with_warm_up) + PATIENCE + SPARE;
         let found = load.wait_for_line(&["\"asked\""], limit)?;
         serde_json::from_str(&found).with_context(|| format!("what nohop-load says: {found}"))
     }
 
-    /// Has the first backend fail.
-    fn fail(&self) -> Result<()> {
+    /// Prepares the fault, so that it costs next to nothing at its moment.
+    fn prepare(&self) -> Result<Ready> {
         match self.fault {
-            Fault::Refuses => self.victim.process.signal(Signal::KILL),
-            // The rule goes with the namespace.
+            Fault::Refuses => Ok(Ready::ToKill),
             Fault::Drops => {
                 let mut nft = self.node.backend_place().command("nft");
-                nft.arg(drop_rule(self.victim.address));
-                run::stdout(nft).map(drop)
+                nft.args(["-f", "-"]).stdin(Stdio::piped()).stderr(Stdio::piped());
+                Ok(Ready::ToDrop(nft.spawn().context("start nft")?))
+            }
+        }
+    }
+
+    /// Has the first backend fail.
+    fn fail(&self, ready: Ready) -> Result<()> {
+        match ready {
+            Ready::ToKill => self.victim.process.signal(Signal::KILL),
+            // The rule goes with the namespace.
+            Ready::ToDrop(mut nft) => {
+                let rule = drop_rule(self.victim.address);
+                let mut stdin = nft.stdin.take().context("nft has no stdin")?;
+                stdin.write_all(rule.as_bytes()).context("write to nft")?;
+                drop(stdin);
+                let output = nft.wait_with_output().context("wait for nft")?;
+                let said = String::from_utf8_lossy(&output.stderr);
+                ensure!(output.status.success(), "nft refuses `{rule}`: {said}");
+                Ok(())
             }
         }
     }
@@ -329,12 +362,27 @@ fn start_nohop_by_consul(node: &Node, backends: &[SocketAddrV4]) -> Result<(Runn
     Ok((Running::new(vec![address], vec![Guard::Nohop(Box::new(nohop))]), consul))
 }
 
+/// Waits until a process, which first finds its place, is the program that it is to be; there is no event
+/// for that.
+fn await_program(process: &Process, name: &str) -> Result<()> {
+    let comm = format!("/proc/{}/comm", process.pid().as_raw_nonzero());
+    for _ in 0..N_LOOKS {
+        if fs::read_to_string(&comm).is_ok_and(|comm| comm.trim() == name) {
+            return Ok(());
+        }
+        if process.wait_for_exit(LOOK).is_ok() {
+            bail!("it ended\n{}", process.tail());
+        }
+    }
+    bail!("{name} doesn't start\n{}", process.tail())
+}
+
 /// What `nft` is told to have packets to this address dropped, without tracking connections.
 fn drop_rule(address: SocketAddrV4) -> String {
     format!(
-        "add table ip nohop_fault; \
-         add chain ip nohop_fault input {{ type filter hook input priority 0; }}; \
-         add rule ip nohop_fault input ip daddr {} drop",
+        "add table ip nohop_fault\n\
+         add chain ip nohop_fault input {{ type filter hook input priority 0; }}\n\
+         add rule ip nohop_fault input ip daddr {} drop\n",
         address.ip()
     )
 }
@@ -458,6 +506,6 @@ mod tests {
     #[test]
     fn packets_to_one_address_are_dropped() {
         let rule = drop_rule(backends()[0]);
-        assert!(rule.ends_with("input ip daddr 10.98.1.0 drop"), "{rule}");
+        assert!(rule.ends_with("input ip daddr 10.98.1.0 drop\n"), "{rule}");
     }
 }
