@@ -133,11 +133,17 @@ fn contenders(contenders: &[&Contender], links: &Links) -> String {
     table(&rows)
 }
 
+/// Cells that are longer don't widen their column: one long condition shall not move all others.
+const MOST_PADDED: usize = 72;
+
 /// A table whose first row is its head, with columns as wide as their widest cells.
 fn table(rows: &[Vec<String>]) -> String {
     let n_columns = rows.first().map_or(0, Vec::len);
     let widths: Vec<usize> = (0..n_columns)
-        .map(|column| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0).max(3))
+        .map(|column| {
+            let cells = rows.iter().map(|row| row[column].chars().count());
+            cells.filter(|width| *width <= MOST_PADDED).max().unwrap_or(0).max(3)
+        })
         .collect();
     let line = |cells: Vec<String>| format!("| {} |\n", cells.join(" | "));
     let padded = |row: &Vec<String>| {

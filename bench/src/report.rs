@@ -124,7 +124,7 @@ pub struct Sheet<'a> {
     pub figures: Vec<&'a Figure>,
     /// The contenders that have a row, in the report's order.
     pub contenders: Vec<&'a str>,
-    /// What the axis counts, where all figures are points on one and there are two at least.
+    /// What the axis counts, where the figures are different points on one, two at least.
     pub axis: Option<&'a str>,
 }
 
@@ -210,9 +210,13 @@ impl Report {
         let points: Option<Vec<&Point>> = figures.iter().map(|f| f.point.as_ref()).collect();
         let axis = points.as_ref().and_then(|points| {
             let one = points.first()?;
+            let mut values: Vec<f64> = points.iter().map(|point| point.value).collect();
+            values.sort_by(f64::total_cmp);
+            values.dedup();
             let is_axis = points.iter().all(|point| point.axis == one.axis)
-                && points.iter().all(|point| point.value.is_finite())
-                && points.iter().any(|point| point.value != one.value);
+                && values.iter().all(|value| value.is_finite())
+                && values.len() == points.len()
+                && values.len() > 1;
             is_axis.then_some(one.axis.as_str())
         });
         Some(Sheet { name, unit: &first.unit, better: first.better, figures, contenders, axis })

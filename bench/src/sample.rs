@@ -124,6 +124,7 @@ pub fn odd() -> Report {
     let nan = Some(f64::NAN);
     add("some failed", "us", &[("direct", &[None]), ("nohop", &[nan]), ("IPVS", &[nan, one])]);
     add("alone", "requests/s", &[("nohop", &[Some(5.0), Some(6.0)])]);
+    add("endless", "", &[("nohop", &[Some(f64::INFINITY)]), ("direct", &[one])]);
     add("below zero", "%", &[("direct", &[Some(-4.0), Some(2.0)]), ("nohop", &[Some(3.0)])]);
     let wild = [Some(10.0), Some(11.0), Some(900.0)];
     add("wild", "ms", &[("direct", &wild), ("nohop", &[Some(9.0), Some(9.5)])]);

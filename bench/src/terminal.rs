@@ -58,7 +58,7 @@ fn matrix(sheet: &Sheet) -> Option<String> {
     }
     for figure in &sheet.figures {
         let mut row = vec![figure.label()];
-        row.extend(sheet.contenders.iter().map(|name| brief(figure.row(name), sheet.unit)));
+        row.extend(sheet.contenders.iter().map(|name| brief(sheet, figure, name)));
         rows.push(row);
     }
     let first = rows.iter().map(|row| row[0].chars().count());
@@ -98,13 +98,17 @@ fn lines_of_name(name: &str) -> Vec<String> {
     lines
 }
 
-fn brief(row: Option<&Row>, unit: &str) -> String {
-    let Some(Row { spread: Some(spread), ratio, .. }) = row else { return NONE.to_owned() };
-    let median = number::humane(spread.median, unit);
+fn brief(sheet: &Sheet, figure: &Figure, contender: &str) -> String {
+    let Some(Row { spread: Some(spread), ratio, .. }) = figure.row(contender) else {
+        return NONE.to_owned();
+    };
+    let median = number::humane(spread.median, sheet.unit);
+    let mut column = sheet.figures.iter().filter_map(|figure| figure.row(contender));
     match ratio {
         Some(ratio) => format!("{median} {:>5}", number::ratio(ratio.median)),
         // As wide as a ratio, so that medians stand below each other.
-        None => format!("{median}      "),
+        None if column.any(|row| row.ratio.is_some()) => format!("{median}      "),
+        None => median,
     }
 }
 
@@ -155,9 +159,9 @@ http: What an HTTP request costs
 commit 23dc178
 
 keep-alive (requests/s, higher is better; ratios to direct)
-                                            direct       nohop  HAProxy tcp
-  one host, kept alive, 32 connections  122k        123k  0.99  64.0k  0.52
-  a new connection for each request     122k        123k  0.99            –
+                                        direct       nohop  HAProxy tcp
+  one host, kept alive, 32 connections    122k  123k  0.99  64.0k  0.52
+  a new connection for each request       122k  123k  0.99            –
 
 absent: Envoy: envoy is not installed: see docs/bench.md
 note: The load generator reached 99% of its rate.

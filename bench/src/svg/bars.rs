@@ -116,7 +116,7 @@ fn whisker(scale: Scale, spread: Spread, y: f64) -> String {
 }
 
 fn spread(row: &Row) -> Option<Spread> {
-    row.spread.filter(|spread| spread.median.is_finite())
+    row.spread.filter(Spread::is_finite)
 }
 
 fn spreads(figures: &[&Figure]) -> Vec<Spread> {

@@ -101,7 +101,7 @@ fn curves<'a>(sheet: &'a Sheet) -> Vec<Curve<'a>> {
     let of = |(contender_idx, name): (usize, &&'a str)| {
         let points = sheet.figures.iter().filter_map(|figure| {
             let row = figure.row(name)?;
-            let spread = row.spread.filter(|spread| spread.median.is_finite())?;
+            let spread = row.spread.filter(Spread::is_finite)?;
             Some(Measured { x: figure.point.as_ref()?.value, spread, row })
         });
         let mut points: Vec<Measured> = points.collect();
@@ -134,9 +134,14 @@ fn label(curve: &Curve, unit: &str) -> (String, String) {
 
 fn line(ink: &mut Ink, curve: &Curve, axis: &Axis, places: &Places, curve_idx: usize) {
     let mut path = String::new();
+    let mut last_idx = None;
     for point in &curve.points {
         let (x, y) = (places.at(point.x, curve_idx), axis.at(point.spread.median));
-        path += &format!("{}{x:.1} {y:.1}", if path.is_empty() { "M" } else { "L" });
+        // No line across a point that lacks a sample.
+        let point_idx = places.values.iter().position(|value| *value == point.x);
+        let is_next = last_idx.is_some() && last_idx.map(|idx: usize| idx + 1) == point_idx;
+        path += &format!("{}{x:.1} {y:.1}", if is_next { "L" } else { "M" });
+        last_idx = point_idx;
         if point.spread.least < point.spread.most {
             let (least, most) = (axis.at(point.spread.least), axis.at(point.spread.most));
             let tip = if point.spread.most > axis.high() {

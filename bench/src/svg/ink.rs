@@ -118,19 +118,33 @@ pub fn width(text: &str, size: f64) -> f64 {
     ems.sum::<f64>() * size
 }
 
-/// Text in lines no wider than this, broken between words; a longer word has a line of its own.
+/// Text in lines no wider than this, broken between words, and within one that is wider.
 pub fn wrap(text: &str, size: f64, most: f64) -> Vec<String> {
     let mut lines: Vec<String> = vec![];
-    for word in text.split_whitespace() {
+    for word in text.split_whitespace().flat_map(|word| pieces(word, size, most)) {
         match lines.last_mut() {
-            Some(line) if width(line, size) + width(" ", size) + width(word, size) <= most => {
+            Some(line) if width(line, size) + width(" ", size) + width(&word, size) <= most => {
                 line.push(' ');
-                line.push_str(word);
+                line.push_str(&word);
             }
-            _ => lines.push(word.to_owned()),
+            _ => lines.push(word),
         }
     }
     lines
+}
+
+/// A word in pieces no wider than this, of a character at least.
+fn pieces(word: &str, size: f64, most: f64) -> Vec<String> {
+    let mut pieces = vec![String::new()];
+    for c in word.chars() {
+        match pieces.last_mut() {
+            Some(piece) if piece.is_empty() || width(&format!("{piece}{c}"), size) <= most => {
+                piece.push(c);
+            }
+            _ => pieces.push(c.to_string()),
+        }
+    }
+    pieces
 }
 
 #[cfg(test)]
@@ -154,7 +168,8 @@ mod tests {
             ("", 100.0, &[][..]),
             ("one two", 1000.0, &["one two"]),
             ("one two three", 60.0, &["one two", "three"]),
-            ("unbreakable", 10.0, &["unbreakable"]),
+            ("a breakable", 40.0, &["a", "break", "able"]),
+            ("ab", 1.0, &["a", "b"]),
         ] {
             assert_eq!(wrap(text, 12.0, most), expected, "{text} in {most}");
         }

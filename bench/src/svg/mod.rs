@@ -50,7 +50,7 @@ pub fn pictures(report: &Report) -> Vec<Picture> {
 
 fn is_measured(sheet: &Sheet) -> bool {
     let mut rows = sheet.figures.iter().flat_map(|figure| &figure.rows);
-    rows.any(|row| row.spread.is_some_and(|spread| spread.median.is_finite()))
+    rows.any(|row| row.spread.is_some_and(|spread| spread.is_finite()))
 }
 
 /// A name in small letters and digits, with dashes between.
@@ -115,8 +115,9 @@ fn footer(ink: &mut Ink, report: &Report, mut y: f64) -> f64 {
     y += 8.0;
     let how = match report.n_rounds {
         1 => "one round".to_owned(),
-        _ => format!("median of {}, whiskers from least to most", report.rounds()),
+        n => format!("median of {n} interleaved rounds, whiskers from least to most"),
     };
+    let how = if report.is_quick { format!("QUICK RUN, {how}") } else { how };
     let caption = format!("{} {}: {how}. {}", report.date, report.suite, report.machine.caption());
     for line in wrap(caption.trim_end(), CAPTION, RIGHT - LEFT) {
         y += 14.0;
@@ -300,6 +301,7 @@ mod tests {
                 "2026-11-25-odd-a-b-c-2",
                 "2026-11-25-odd-some-failed",
                 "2026-11-25-odd-alone",
+                "2026-11-25-odd-endless",
                 "2026-11-25-odd-below-zero",
                 "2026-11-25-odd-wild",
                 "2026-11-25-odd-curve-with-holes"
