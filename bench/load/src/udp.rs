@@ -32,9 +32,9 @@ const N_BURST: usize = 32;
 #[derive(Args, Clone, Debug)]
 #[command(group(clap::ArgGroup::new("pace").required(true).args(["window", "rate"])))]
 pub struct Udp {
-    /// Whom to ask
-    #[arg(value_name = "ADDR:PORT")]
-    pub address: SocketAddr,
+    /// Whom to ask; of several, the sockets ask one each, in turn
+    #[arg(value_name = "ADDR:PORT", required = true)]
+    pub addresses: Vec<SocketAddr>,
     /// How long datagrams are sent, in seconds
     #[arg(long, value_parser = seconds)]
     pub seconds: f64,
@@ -69,8 +69,10 @@ impl Udp {
     pub fn run(&self) -> anyhow::Result<Value> {
         let poller = Poller::new()?;
         let mut sockets = Vec::new();
-        for token in 0..u64::from(self.sockets) {
-            let socket = self.open()?;
+        let addresses = self.addresses.iter().copied().cycle().take(self.sockets as usize);
+        let addresses: Vec<SocketAddr> = addresses.collect();
+        for (token, address) in (0..).zip(&addresses) {
+            let socket = self.open(*address)?;
             poller.add(&socket, token, EventFlags::IN)?;
             sockets.push(socket);
         }
@@ -79,7 +81,7 @@ impl Udp {
         let mut client = Client {
             poller,
             sockets,
-            address: self.address,
+            addresses,
             is_connected: !self.unconnected,
             datagram: vec![0; usize::from(self.size)],
             buffer: vec![0; 65_536],
@@ -98,8 +100,8 @@ impl Udp {
         Ok(client.counts.to_json())
     }
 
-    fn open(&self) -> io::Result<UdpSocket> {
-        let any: SocketAddr = match self.address {
+    fn open(&self, address: SocketAddr) -> io::Result<UdpSocket> {
+        let any: SocketAddr = match address {
             SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
             SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
         };
@@ -107,7 +109,7 @@ impl Udp {
         widen(&socket);
         socket.set_nonblocking(true)?;
         if !self.unconnected {
-            socket.connect(self.address)?;
+            socket.connect(address)?;
         }
         Ok(socket)
     }
@@ -116,7 +118,8 @@ impl Udp {
 struct Client {
     poller: Poller,
     sockets: Vec<UdpSocket>,
-    address: SocketAddr,
+    /// Whom each socket asks.
+    addresses: Vec<SocketAddr>,
     is_connected: bool,
     /// What is sent; it begins with its number, as eight bytes, little end first.
     datagram: Vec<u8>,
@@ -234,7 +237,7 @@ impl Client {
         let sent = if self.is_connected {
             socket.send(&self.datagram)
         } else {
-            socket.send_to(&self.datagram, self.address)
+            socket.send_to(&self.datagram, self.addresses[socket_idx])
         };
         let state = match sent {
             Ok(_) => {
@@ -284,14 +287,14 @@ impl Client {
     fn receive_one(&mut self, socket_idx: usize) -> io::Result<()> {
         let socket = &self.sockets[socket_idx];
         let (n_bytes, from) = if self.is_connected {
-            (socket.recv(&mut self.buffer)?, self.address)
+            (socket.recv(&mut self.buffer)?, self.addresses[socket_idx])
         } else {
             socket.recv_from(&mut self.buffer)?
         };
         let now_ns = now_ns();
         let n = self.buffer[..n_bytes].first_chunk().map(|bytes| u64::from_le_bytes(*bytes));
         let Some(question) = n.and_then(|n| self.pending.answer(n)) else { return Ok(()) };
-        self.counts.n_strange += u64::from(from != self.address);
+        self.counts.n_strange += u64::from(from != self.addresses[socket_idx]);
         self.counts.answered(question.due_ns, now_ns);
         self.replace(socket_idx, now_ns);
         Ok(())
@@ -304,7 +307,7 @@ impl Client {
         let left = ["other_ECONNABORTED", "other_EDESTADDRREQ", "other_ENOTCONN"];
         if self.is_connected && left.contains(&name.as_ref()) {
             // Where that fails, the next send says so.
-            let _ = self.sockets[socket_idx].connect(self.address);
+            let _ = self.sockets[socket_idx].connect(self.addresses[socket_idx]);
         }
         self.counts.errors.add(name);
     }
@@ -355,7 +358,7 @@ mod tests {
 
     fn asked(address: SocketAddr) -> Udp {
         Udp {
-            address,
+            addresses: vec![address],
             seconds: 0.2,
             sockets: 2,
             window: Some(4),
@@ -381,6 +384,15 @@ mod tests {
             assert!(report["answered"].as_u64().unwrap() > 8, "{report}");
             assert_eq!(report["strange"], 0, "{report}");
         }
+    }
+
+    #[test]
+    fn several_are_asked_in_turn() {
+        let silent = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let addresses = vec![echoer(), silent.local_addr().unwrap()];
+        let paced = Udp { addresses, window: None, rate: Some(100.0), ..asked(echoer()) };
+        let report = paced.run().unwrap();
+        assert_eq!((&report["answered"], &report["lost"]), (&json!(10), &json!(10)), "{report}");
     }
 
     #[test]

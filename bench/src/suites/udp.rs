@@ -1,13 +1,303 @@
-//! Not there yet.
+//! UDP: datagrams a second as many as can be, latency at a rate that all are to keep up with, and the
+//! processor time that a million of them cost.
 
-use anyhow::{Result, bail};
+use std::time::Duration;
 
-use crate::draft::Draft;
+use anyhow::Result;
+use lb_tests::process::Process;
+use serde_json::Value;
+
+use crate::draft::{Draft, Quantity};
+use crate::node::{CpuTimes, Layout, Node};
+use crate::peers::{self, DIRECT, Peer, Protocol, Running, Services};
+use crate::progress::Progress;
+use crate::report::Better;
+use crate::stats::Spread;
+use crate::tools;
+
+const RATE: Quantity = Quantity {
+    name: "datagrams a second, as many as can be",
+    unit: "datagrams/s",
+    better: Better::Higher,
+    base: DIRECT,
+};
+const CPU: Quantity = Quantity {
+    name: "processor time for a million datagrams, both sides and what is between",
+    unit: "s",
+    better: Better::Lower,
+    base: DIRECT,
+};
+const HOP_CPU: Quantity = Quantity {
+    name: "of that the hop's own processes",
+    unit: "s",
+    better: Better::Lower,
+    base: "",
+};
+const P50: Quantity = Quantity {
+    name: "latency, median, at 50% of direct's rate",
+    unit: "us",
+    better: Better::Lower,
+    base: DIRECT,
+};
+const P99: Quantity = Quantity { name: "latency, 99th percentile, at 50% of direct's rate", ..P50 };
+const KEPT_UP: Quantity = Quantity {
+    name: "answers a second, where 50% of direct's rate is asked for",
+    unit: "datagrams/s",
+    better: Better::Higher,
+    base: DIRECT,
+};
+
+/// The number of backends, each at an address of its own.
+const N_BACKENDS: usize = 4;
+
+/// The sockets of a client: each one's datagrams go to the same backend, whoever balances. A multiple
+/// of the backends, so that all can have as much to do.
+const N_SOCKETS: usize = 8;
+
+/// The datagrams that each socket has under way at a time.
+const WINDOW: usize = 4;
+
+/// The share of direct's saturation that is the fixed rate.
+const AT_RATE: f64 = 0.5;
+
+/// How long a backend may take to listen.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// How sockets are used.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Use {
+    /// Each is connected once.
+    Connected,
+    /// Each datagram names whom it is for.
+    Unconnected,
+}
+
+/// What a run goes through.
+struct Plan {
+    n_rounds: usize,
+    layouts: &'static [Layout],
+    /// The length of one measurement, in seconds.
+    seconds: f64,
+}
+
+const FULL: Plan =
+    Plan { n_rounds: 7, layouts: &[Layout::OneHost, Layout::TwoHosts], seconds: 1.0 };
+const QUICK: Plan = Plan { n_rounds: 3, layouts: &[Layout::OneHost], seconds: 0.2 };
+
+/// A contender at work. Dropped in this order.
+struct Site {
+    peer: Peer,
+    running: Running,
+    _backends: Vec<Process>,
+    node: Node,
+}
 
 /// Runs the suite.
 ///
 /// # Errors
-/// Always, for now.
-pub fn run(_is_quick: bool) -> Result<Draft> {
-    bail!("not there yet")
+/// When nothing can be measured at all.
+pub fn run(is_quick: bool) -> Result<Draft> {
+    let plan = if is_quick { QUICK } else { FULL };
+    let title = "UDP: small datagrams that are sent back, connected sockets and unconnected ones";
+    let mut draft = Draft::new(title, plan.n_rounds);
+    let (able, contenders) = peers::able(Protocol::Udp);
+    draft.contenders = contenders;
+    let n_conditions = plan.layouts.len() * 2 * 2;
+    let mut progress = Progress::new("udp", n_conditions * able.len() * plan.n_rounds);
+    for &layout in plan.layouts {
+        progress.preparing(layout.name());
+        let sites = start(&able, layout, &mut draft);
+        for uses in [Use::Connected, Use::Unconnected] {
+            let condition = uses.condition(layout);
+            saturate(&mut draft, &sites, (layout, uses), &plan, &mut progress);
+            match rate(&draft, &condition) {
+                Some(rate) => {
+                    at_rate(&mut draft, &sites, (&condition, uses, rate), &plan, &mut progress)
+                }
+                None => draft.note(format!("{condition}: no fixed rate, since direct has none")),
+            }
+        }
+    }
+    draft.finish();
+    Ok(draft)
+}
+
+/// Starts each contender on a node of its own; who can't is listed as absent from then on.
+fn start(able: &[Peer], layout: Layout, draft: &mut Draft) -> Vec<Site> {
+    let mut sites = Vec::new();
+    for &peer in able {
+        match Site::start(peer, layout) {
+            Ok(site) => sites.push(site),
+            Err(error) => draft.is_absent(peer.name, &error),
+        }
+    }
+    sites
+}
+
+impl Site {
+    fn start(peer: Peer, layout: Layout) -> Result<Site> {
+        let node = Node::new(layout)?;
+        let addresses: Vec<_> = (0..N_BACKENDS).map(|idx| Node::backend(idx, 8080)).collect();
+        // One at 0.0.0.0 would answer unconnected sockets from an address that they didn't ask.
+        let mut backends = Vec::new();
+        for address in &addresses {
+            let mut echo = node.backend_place().command(tools::load_program()?);
+            echo.args(["echo", &address.to_string()]);
+            backends.push(Process::spawn("echo", echo)?);
+        }
+        for backend in &backends {
+            backend.wait_for_line(&["listening on "], PATIENCE)?;
+        }
+        let running = peer.start(&node, &Services::one(Protocol::Udp, addresses))?;
+        Ok(Site { peer, running, _backends: backends, node })
+    }
+
+    /// Sends datagrams at a pace, such as `--rate 1000`. Who goes directly uses all backends, as the
+    /// balancers do.
+    fn ask(&self, uses: Use, pace: &str, seconds: f64) -> Result<Value> {
+        let addresses: Vec<String> =
+            self.running.addresses.iter().map(ToString::to_string).collect();
+        let arguments = format!(
+            "udp {} --seconds {seconds} --sockets {N_SOCKETS} {pace}{}",
+            addresses.join(" "),
+            if uses == Use::Unconnected { " --unconnected" } else { "" }
+        );
+        tools::load(self.node.client_place(), &arguments)
+    }
+
+    /// What `act` found, and the processor time that it took.
+    fn with_cpu<T>(&self, act: impl FnOnce() -> Result<T>) -> Result<(T, CpuTimes)> {
+        let before = self.node.cpu_times()?;
+        let found = act()?;
+        Ok((found, self.node.cpu_times()?.since(before)))
+    }
+}
+
+fn saturate(
+    draft: &mut Draft,
+    sites: &[Site],
+    (layout, uses): (Layout, Use),
+    plan: &Plan,
+    progress: &mut Progress,
+) {
+    let condition = uses.condition(layout);
+    for round in 0..plan.n_rounds {
+        for site in sites {
+            let name = site.peer.name;
+            progress.step(&format!("{condition}: {name}"));
+            let pace = format!("--window {WINDOW}");
+            let (found, cpu) = match site.with_cpu(|| site.ask(uses, &pace, plan.seconds)) {
+                Ok((found, cpu)) => (Some(found), cpu),
+                Err(error) => {
+                    draft.failed(name, &condition, &error);
+                    (None, CpuTimes::default())
+                }
+            };
+            let number = |path: &str| found.as_ref().and_then(|f| tools::number(f, path).ok());
+            let n_answered = number("/answered").filter(|n_answered| *n_answered > 0.0);
+            let per_million = |time: Duration| Some(time.as_secs_f64() / n_answered? * 1e6);
+            let rate = n_answered.and(number("/rate"));
+            draft.add(RATE, &condition, name, round, rate);
+            draft.add(CPU, &condition, name, round, per_million(cpu.all()));
+            if name != DIRECT {
+                draft.add(HOP_CPU, &condition, name, round, per_million(cpu.hop));
+            }
+            if let Some(wrong) = found.as_ref().and_then(wrong) {
+                draft.note(format!("{name}, {condition}, in a round: {wrong}"));
+            }
+        }
+    }
+}
+
+/// The fixed rate under a condition, from direct's saturation there; in datagrams a second.
+fn rate(draft: &Draft, condition: &str) -> Option<f64> {
+    let direct = draft.find(RATE.name, condition)?.row(DIRECT)?;
+    let direct = Spread::of(direct.rounds.iter().copied().flatten())?;
+    Some((direct.median * AT_RATE).round()).filter(|rate| *rate > 0.0)
+}
+
+fn at_rate(
+    draft: &mut Draft,
+    sites: &[Site],
+    (condition, uses, rate): (&str, Use, f64),
+    plan: &Plan,
+    progress: &mut Progress,
+) {
+    let condition = format!("{condition}, {rate} datagrams/s");
+    for round in 0..plan.n_rounds {
+        for site in sites {
+            let name = site.peer.name;
+            progress.step(&format!("{condition}: {name}"));
+            let found = site.ask(uses, &format!("--rate {rate}"), plan.seconds);
+            if let Err(error) = &found {
+                draft.failed(name, &condition, error);
+            }
+            let found = found.ok();
+            let number = |path: &str| found.as_ref().and_then(|f| tools::number(f, path).ok());
+            let has_any = number("/answered").is_some_and(|n_answered| n_answered > 0.0);
+            for (quantity, path) in
+                [(P50, "/latency_us/p50"), (P99, "/latency_us/p99"), (KEPT_UP, "/rate")]
+            {
+                draft.add(quantity, &condition, name, round, number(path).filter(|_| has_any));
+            }
+            if let Some(wrong) = found.as_ref().and_then(wrong) {
+                draft.note(format!("{name}, {condition}, in a round: {wrong}"));
+            }
+        }
+    }
+}
+
+/// What went wrong with datagrams, in words; `None` where nothing did.
+fn wrong(found: &Value) -> Option<String> {
+    let count = |path: &str| found.pointer(path).and_then(Value::as_u64).unwrap_or(0);
+    let mut parts = Vec::new();
+    if count("/lost") > 0 {
+        parts.push(format!("{} of {} lost", count("/lost"), count("/sent")));
+    }
+    if count("/strange") > 0 {
+        parts.push(format!("{} answered from an address that wasn't asked", count("/strange")));
+    }
+    for (error, n) in found["errors"].as_object().into_iter().flatten() {
+        parts.push(format!("{n} times the error {error}"));
+    }
+    (!parts.is_empty()).then(|| parts.join(", "))
+}
+
+impl Use {
+    fn condition(self, layout: Layout) -> String {
+        let how = match self {
+            Use::Connected => "connected",
+            Use::Unconnected => "unconnected",
+        };
+        format!("{}, {how}, {N_SOCKETS} sockets", layout.name())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn what_went_wrong() {
+        let found = |lost, strange, errors: Value| json!({ "sent": 9, "answered": 9, "lost": lost, "strange": strange, "errors": errors });
+        assert_eq!(wrong(&found(0, 0, json!({}))), None);
+        let all = wrong(&found(2, 1, json!({ "refused": 3 })));
+        let expected =
+            "2 of 9 lost, 1 answered from an address that wasn't asked, 3 times the error refused";
+        assert_eq!(all.as_deref(), Some(expected));
+    }
+
+    #[test]
+    fn the_fixed_rate_is_a_share_of_directs() {
+        let mut draft = Draft::new("a test", 3);
+        let condition = Use::Connected.condition(Layout::OneHost);
+        assert_eq!(condition, "one host, connected, 8 sockets");
+        assert_eq!(rate(&draft, &condition), None);
+        for (round, value) in [None, Some(1_000.0), Some(3_000.0)].into_iter().enumerate() {
+            draft.add(RATE, &condition, DIRECT, round, value);
+        }
+        assert_eq!(rate(&draft, &condition), Some(1_000.0));
+    }
 }
