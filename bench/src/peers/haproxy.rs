@@ -44,7 +44,7 @@ pub struct Served {
 pub fn serve(node: &Node, services: &Services, file: &str, mode: &str) -> Result<Served> {
     let files = Scratch::new("haproxy")?;
     let config = render(file, services, frontend, files.path())?;
-    let haproxy = Haproxy::spawn(node, &config, mode)?;
+    let haproxy = Haproxy::start(node, &config, mode)?;
     let addresses: Vec<_> = (0..services.services.len()).map(frontend).collect();
     // It binds all of them before it serves any.
     await_bound(
@@ -63,15 +63,12 @@ pub struct Haproxy {
 }
 
 impl Haproxy {
-    /// Starts it in the place of what stands between; the configuration says the rest.
+    /// Starts it in the place of what stands between; the configuration says the rest, `mode` is as for
+    /// [`serve`].
     ///
     /// # Errors
     /// When it isn't installed.
-    pub fn start(node: &Node, config: &Path) -> Result<Haproxy> {
-        Haproxy::spawn(node, config, "-W")
-    }
-
-    fn spawn(node: &Node, config: &Path, mode: &str) -> Result<Haproxy> {
+    pub fn start(node: &Node, config: &Path, mode: &str) -> Result<Haproxy> {
         add_frontends(node)?;
         let program: PathBuf = find("haproxy")?;
         let mut command = node.hop_place().command(program);

@@ -271,7 +271,7 @@ fn add_frontends(node: &Node) -> Result<()> {
 ///
 /// # Errors
 /// When it ends before, or takes longer than a minute.
-pub fn await_bound(
+fn await_bound(
     place: Place<'_>,
     process: &Process,
     protocol: Protocol,

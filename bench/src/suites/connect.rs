@@ -77,7 +77,7 @@ const FULL: Plan = Plan {
     n_backends: &[1, 10, 100, 1_000],
 };
 const QUICK: Plan =
-    Plan { n_rounds: 3, n_dials: 600, n_services: &[10, 10_000], n_backends: &[1, 1_000] };
+    Plan { n_rounds: 3, n_dials: 600, n_services: &[10, 1_000], n_backends: &[1, 100] };
 
 /// The services of the curve by backends, and the backends of the curve by services.
 const N_EACH: usize = 10;

@@ -2,20 +2,21 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use lb_tests::nohop::Nohop;
-use lb_tests::process::Process;
 use lb_tests::run;
 use lb_tests::scratch::Scratch;
+use rustix::process::Signal;
 use serde_json::Value;
 
 use crate::draft::{Draft, Quantity};
 use crate::node::{Layout, Node};
 use crate::peers::{
-    self, HAPROXY_TCP, Haproxy, NFTABLES, NOHOP, Protocol, Service, Services, await_bound,
+    self, HAPROXY_NOTIFY, HAPROXY_TCP, Haproxy, NFTABLES, NOHOP, Protocol, Service, Services,
     frontend, render, route_frontends,
 };
 use crate::progress::Progress;
@@ -65,10 +66,10 @@ pub fn run(is_quick: bool) -> Result<Draft> {
         contenders.into_iter().filter(|contender| is_ours(&contender.name)).collect();
     for note in [
         "each service has 10 backends of its own, from a file; nohop with a static catalog",
-        "from nothing: nohop's process started until it is ready; HAProxy's until it listens, as `ss` shows \
-         it, asked every 10 ms; `nft -f` until it ends",
+        "from nothing: from the start of the process until nohop, or HAProxy (-Ws), says that it is ready; \
+         `nft -f` until it ends",
         "a change is another port of one backend: nohop from the file's rename until the kernel has it; \
-         HAProxy from SIGUSR2 until its former worker has ended; `nft -f` of that service's chain alone",
+         HAProxy from SIGUSR2 until it says that it is ready again; `nft -f` of that service's chain alone",
         "nftables has no process; the kernel tells nobody what its rules take",
     ] {
         draft.note(note);
@@ -145,28 +146,33 @@ fn load_nohop(node: &Node, [before, after]: [&Services; 2]) -> Result<Loaded> {
 fn load_haproxy(node: &Node, [before, after]: [&Services; 2]) -> Result<Loaded> {
     let scratch = Scratch::new("haproxy")?;
     let config = render("haproxy-tcp.cfg", before, frontend, scratch.path())?;
-    let last = frontend(before.services.len() - 1);
+    let told =
+        UnixDatagram::bind(scratch.path().join(HAPROXY_NOTIFY)).context("listen to HAProxy")?;
+    told.set_read_timeout(Some(PATIENCE))?;
     let start = Instant::now();
-    let haproxy = Haproxy::start(node, &config)?;
-    await_bound(node.hop_place(), &haproxy.process, Protocol::Tcp, last)?;
+    let haproxy = Haproxy::start(node, &config, "-Ws")?;
+    await_state(&told, "READY=1").with_context(|| haproxy.process.tail())?;
     let load = start.elapsed();
-    let worker = worker(&haproxy.process)?;
-    // Before that it doesn't hear the signal.
-    haproxy.process.wait_for_line(&["Loading success"], PATIENCE)?;
     let resident_mb = Some(resident_mb(node)?);
     render("haproxy-tcp.cfg", after, frontend, scratch.path())?;
     let start = Instant::now();
-    haproxy.process.signal(rustix::process::Signal::USR2)?;
-    haproxy.process.wait_for_line(&[&format!("({worker}) exited")], PATIENCE)?;
+    haproxy.process.signal(Signal::USR2)?;
+    for state in ["RELOADING=1", "READY=1"] {
+        await_state(&told, state).with_context(|| haproxy.process.tail())?;
+    }
     Ok(Loaded { load, change: start.elapsed(), resident_mb, kernel_mb: None })
 }
 
-/// The process that serves, as the master tells of it when it has started it.
-fn worker(haproxy: &Process) -> Result<u32> {
-    let line = haproxy.wait_for_line(&["New worker"], PATIENCE)?;
-    let after = line.split_once("New worker").map(|(_, rest)| rest).unwrap_or_default();
-    let pid = after.split(['(', ')']).nth(1).and_then(|pid| pid.parse().ok());
-    pid.with_context(|| format!("HAProxy tells no pid of its worker: {line}"))
+/// Waits until HAProxy says, as it would to systemd, that it is in this state.
+fn await_state(told: &UnixDatagram, state: &str) -> Result<()> {
+    let mut text = [0; 4096];
+    loop {
+        let length =
+            told.recv(&mut text).with_context(|| format!("HAProxy doesn't tell {state}"))?;
+        if String::from_utf8_lossy(&text[..length]).lines().any(|line| line == state) {
+            return Ok(());
+        }
+    }
 }
 
 fn load_nftables(node: &Node, [before, after]: [&Services; 2]) -> Result<Loaded> {

@@ -50,10 +50,10 @@ const FULL: Plan = Plan {
     n_rounds: 7,
     layouts: &[Layout::OneHost, Layout::TwoHosts],
     n_streams: &[1, 8],
-    seconds: 2,
+    seconds: 1,
 };
 const QUICK: Plan =
-    Plan { n_rounds: 2, layouts: &[Layout::OneHost], n_streams: &[1, 8], seconds: 1 };
+    Plan { n_rounds: 1, layouts: &[Layout::OneHost], n_streams: &[1, 8], seconds: 1 };
 
 /// A contender at work. Dropped in this order.
 struct Site {
