@@ -1,48 +1,106 @@
 //! The harness, which `cargo xtask bench` starts.
 #![forbid(unsafe_code)]
 
-use std::process::ExitCode;
+mod preflight;
 
-use anyhow::{Result, bail};
-use lb_bench::draft::Draft;
-use lb_bench::suites::SUITES;
-use lb_tests::undo;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use clap::Parser;
+use lb_bench::machine::Machine;
+use lb_bench::peers::Conntrack;
+use lb_bench::progress::duration;
+use lb_bench::report::Report;
+use lb_bench::suites::{SUITES, Suite};
+use lb_bench::{terminal, write};
+use lb_tests::{process, run, undo};
+
+/// nohop side by side with everything that it replaces.
+#[derive(Parser)]
+#[command(name = "nohop-bench", disable_version_flag = true)]
+struct Arguments {
+    /// What to measure: check, http, throughput, connect, udp, change, scale, dns, failure; all of
+    /// them where none is named
+    #[arg(value_parser = suite)]
+    suites: Vec<Suite>,
+    /// Fewer and shorter rounds, fewer conditions
+    #[arg(long)]
+    quick: bool,
+    /// Where reports are written
+    #[arg(long, value_name = "DIR", default_value = "bench/results")]
+    out: PathBuf,
+}
+
+fn suite(name: &str) -> Result<Suite, String> {
+    let names = || SUITES.map(|suite| suite.name).join(", ");
+    let found = SUITES.into_iter().find(|suite| suite.name == name);
+    found.ok_or_else(|| format!("no such suite; there are {}", names()))
+}
 
 fn main() -> ExitCode {
-    match run() {
-        Ok(()) => ExitCode::SUCCESS,
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    if let Some(done) = lb_bench::suites::change::helper(&words) {
+        return match done {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("error: {error:#}");
+                ExitCode::FAILURE
+            }
+        };
+    }
+    let arguments = Arguments::parse();
+    match run_all(&arguments) {
+        Ok(code) => code,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            eprintln!("can't run: {error:#}");
             ExitCode::FAILURE
         }
     }
 }
 
-fn run() -> Result<()> {
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let is_quick = arguments.iter().any(|argument| argument == "--quick");
-    undo::on_signals()?;
-    let _conntrack = lb_bench::peers::Conntrack::enlarge()?;
-    for name in arguments.iter().filter(|argument| !argument.starts_with('-')) {
-        let Some(suite) = SUITES.iter().find(|suite| suite.name == name) else {
-            bail!("no suite {name}");
-        };
-        show(&(suite.run)(is_quick)?);
-    }
-    Ok(())
-}
-
-fn show(draft: &Draft) {
-    for figure in &draft.figures {
-        println!("{} / {} ({})", figure.name, figure.condition, figure.unit);
-        for row in &figure.rows {
-            let told = |spread: Option<lb_bench::stats::Spread>| {
-                spread.map_or(String::new(), |s| {
-                    format!("{:.3} [{:.3} {:.3}]", s.median, s.least, s.most)
-                })
-            };
-            println!("   {:<22} {:<40} {}", row.contender, told(row.spread), told(row.ratio));
+fn run_all(arguments: &Arguments) -> Result<ExitCode> {
+    let suites =
+        if arguments.suites.is_empty() { SUITES.to_vec() } else { arguments.suites.clone() };
+    preflight::check(&suites, &arguments.out)?;
+    undo::on_signals().context("handle signals")?;
+    let _conntrack = Conntrack::enlarge()?;
+    let machine = Machine::look();
+    let start = Instant::now();
+    let mut n_failed = 0;
+    for (idx, suite) in suites.iter().enumerate() {
+        let elapsed = duration(start.elapsed().as_secs_f64());
+        eprintln!("== {} ({} of {}, {elapsed} so far)", suite.name, idx + 1, suites.len());
+        if let Err(error) = run_one(suite, arguments.quick, &arguments.out, &machine) {
+            eprintln!("{} failed: {error:#}\n{}", suite.name, process::last_words());
+            n_failed += 1;
         }
     }
-    println!("{:#?}\n{:#?}", draft.goals, draft.notes);
+    let took = duration(start.elapsed().as_secs_f64());
+    eprintln!("{} of {} suites in {took}", suites.len() - n_failed, suites.len());
+    Ok(if n_failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn run_one(suite: &Suite, is_quick: bool, out: &Path, machine: &Machine) -> Result<()> {
+    let start = Instant::now();
+    let draft = (suite.run)(is_quick)?;
+    let report = Report {
+        suite: suite.name.into(),
+        title: draft.title,
+        date: run::words("date", "+%F")?.trim().to_owned(),
+        is_quick,
+        n_rounds: draft.n_rounds,
+        took_s: start.elapsed().as_secs_f64(),
+        machine: machine.clone(),
+        contenders: draft.contenders,
+        figures: draft.figures,
+        goals: draft.goals,
+        notes: draft.notes,
+    };
+    print!("{}", terminal::render(&report));
+    for path in write::write(&report, out)? {
+        println!("{}", path.display());
+    }
+    Ok(())
 }

@@ -68,7 +68,7 @@ impl Drop for Progress {
 /// Seconds as a person says them.
 pub fn duration(seconds: f64) -> String {
     let seconds = seconds.round() as u64;
-    if seconds < 100 { format!("{seconds} s") } else { format!("{} min", seconds.div_ceil(60)) }
+    if seconds < 200 { format!("{seconds} s") } else { format!("{} min", seconds.div_ceil(60)) }
 }
 
 #[cfg(test)]

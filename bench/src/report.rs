@@ -3,6 +3,7 @@
 use serde::Serialize;
 
 use crate::machine::Machine;
+use crate::number;
 use crate::stats::Spread;
 
 /// All that one run of a suite found.
@@ -110,7 +111,34 @@ pub struct Goal {
     pub is_reached: Option<bool>,
 }
 
+/// The figures of one name: one table, and one picture.
+#[derive(Clone, Debug)]
+pub struct Sheet<'a> {
+    /// The quantity.
+    pub name: &'a str,
+    /// The first figure's unit, which is that of all.
+    pub unit: &'a str,
+    /// Which direction is better.
+    pub better: Better,
+    /// By condition, in the order in which they are to be shown.
+    pub figures: Vec<&'a Figure>,
+    /// The contenders that have a row, in the report's order.
+    pub contenders: Vec<&'a str>,
+    /// What the axis counts, where the figures are different points on one, two at least.
+    pub axis: Option<&'a str>,
+}
+
 impl Figure {
+    /// The condition in words; a point that has none is its own.
+    pub fn label(&self) -> String {
+        match &self.point {
+            Some(point) if self.condition.is_empty() => {
+                format!("{} {}", number::count(point.value), point.axis)
+            }
+            _ => self.condition.clone(),
+        }
+    }
+
     /// What was measured of a contender, by its name.
     pub fn row(&self, contender: &str) -> Option<&Row> {
         self.rows.iter().find(|row| row.contender == contender)
@@ -155,5 +183,87 @@ impl Report {
     /// The figure of a name and condition.
     pub fn figure(&self, name: &str, condition: &str) -> Option<&Figure> {
         self.figures.iter().find(|figure| figure.name == name && figure.condition == condition)
+    }
+
+    /// The figures by name, in the order of their first ones.
+    pub fn sheets(&self) -> Vec<Sheet<'_>> {
+        let mut names: Vec<&str> = vec![];
+        for figure in &self.figures {
+            if !names.contains(&figure.name.as_str()) {
+                names.push(&figure.name);
+            }
+        }
+        names.into_iter().filter_map(|name| self.sheet(name)).collect()
+    }
+
+    fn sheet<'a>(&'a self, name: &'a str) -> Option<Sheet<'a>> {
+        let figures: Vec<&Figure> = self.figures.iter().filter(|f| f.name == name).collect();
+        let first = *figures.first()?;
+        let is_measured = |name: &&str| figures.iter().any(|figure| figure.row(name).is_some());
+        let listed = self.contenders.iter().map(|contender| contender.name.as_str());
+        let mut contenders: Vec<&str> = listed.filter(is_measured).collect();
+        for row in figures.iter().flat_map(|figure| &figure.rows) {
+            if !contenders.contains(&row.contender.as_str()) {
+                contenders.push(&row.contender);
+            }
+        }
+        let points: Option<Vec<&Point>> = figures.iter().map(|f| f.point.as_ref()).collect();
+        let axis = points.as_ref().and_then(|points| {
+            let one = points.first()?;
+            let mut values: Vec<f64> = points.iter().map(|point| point.value).collect();
+            values.sort_by(f64::total_cmp);
+            values.dedup();
+            let is_axis = points.iter().all(|point| point.axis == one.axis)
+                && values.iter().all(|value| value.is_finite())
+                && values.len() == points.len()
+                && values.len() > 1;
+            is_axis.then_some(one.axis.as_str())
+        });
+        Some(Sheet { name, unit: &first.unit, better: first.better, figures, contenders, axis })
+    }
+}
+
+impl Sheet<'_> {
+    /// What the ratios are to, such as `direct`; empty where there are none.
+    pub fn bases(&self) -> String {
+        let mut bases: Vec<&str> = vec![];
+        for figure in &self.figures {
+            let has_ratio = figure.rows.iter().any(|row| row.ratio.is_some());
+            if has_ratio && !bases.contains(&figure.base.as_str()) {
+                bases.push(&figure.base);
+            }
+        }
+        bases.join(" or ")
+    }
+
+    /// The unit, and which direction is better.
+    pub fn subtitle(&self) -> String {
+        let unit = if self.unit.is_empty() { String::new() } else { format!("{}, ", self.unit) };
+        format!("{unit}{}", self.better.hint())
+    }
+}
+
+impl Better {
+    /// In words.
+    pub fn hint(self) -> &'static str {
+        match self {
+            Better::Higher => "higher is better",
+            Better::Lower => "lower is better",
+        }
+    }
+}
+
+impl Report {
+    /// How it was measured, in words.
+    pub fn rounds(&self) -> String {
+        let rounds = match self.n_rounds {
+            1 => "one round".to_owned(),
+            n => format!("{n} interleaved rounds"),
+        };
+        if self.is_quick {
+            format!("QUICK RUN of {rounds}, which is for a look and not for quoting")
+        } else {
+            rounds
+        }
     }
 }

@@ -28,6 +28,11 @@ impl Spread {
         Some(Spread { median, least, most })
     }
 
+    /// Whether it can be drawn: a ratio or a rate may be infinite.
+    pub fn is_finite(&self) -> bool {
+        [self.median, self.least, self.most].iter().all(|value| value.is_finite())
+    }
+
     /// Of the ratios of `these` to `those`, round by round: what the machine did to both in one round
     /// cancels out. Rounds that either lacks don't count.
     pub fn of_ratios(these: &[Option<f64>], those: &[Option<f64>]) -> Option<Spread> {

@@ -3,7 +3,7 @@
 use std::net::SocketAddrV4;
 use std::path::PathBuf;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use lb_tests::net::Place;
 use lb_tests::run;
 use serde_json::Value;
@@ -80,18 +80,6 @@ pub fn load_program() -> Result<PathBuf> {
 pub fn number(found: &Value, path: &str) -> Result<f64> {
     let number = found.pointer(path).and_then(Value::as_f64);
     number.with_context(|| format!("nohop-load tells no {path}: {found}"))
-}
-
-/// That programs are there.
-///
-/// # Errors
-/// When one isn't: the message names all of them.
-pub fn need(programs: &[&str]) -> Result<()> {
-    let is_absent = |program: &&&str| run::installed(program).is_err();
-    let absent: Vec<&str> = programs.iter().filter(is_absent).copied().collect();
-    let names = absent.join(", ");
-    ensure!(absent.is_empty(), "not installed: {names}; `cargo xtask bench` installs what it can");
-    Ok(())
 }
 
 #[cfg(test)]

@@ -109,7 +109,15 @@ impl Consul {
     /// # Errors
     /// When it isn't ready in time.
     pub fn dev(host: &Arc<Host>) -> Result<Consul> {
-        Consul::start(host, DEV, "127.0.0.1", json!({}))
+        Consul::dev_with(host, json!({}))
+    }
+
+    /// The same, with more of a configuration.
+    ///
+    /// # Errors
+    /// When it isn't ready in time.
+    pub fn dev_with(host: &Arc<Host>, more: Value) -> Result<Consul> {
+        Consul::start(host, DEV, "127.0.0.1", more)
     }
 
     fn start(host: &Arc<Host>, node: &str, address: &str, role: Value) -> Result<Consul> {

@@ -8,6 +8,7 @@ pub mod bpffs;
 pub mod cgroup;
 pub mod consul;
 pub mod helloworld;
+pub mod http;
 pub mod load;
 pub mod net;
 pub mod nohop;

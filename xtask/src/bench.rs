@@ -1,47 +1,97 @@
-//! The benchmarks, which are programs of lb-tests.
+//! The benchmarks: the harness, which compares, and programs of lb-tests that look at nohop alone.
 
+use std::os::unix::process::CommandExt;
 use std::process::Command;
+use std::thread;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use clap::ValueEnum;
 
 use crate::{compile, process};
 
 /// What can be measured.
-#[derive(Clone, Copy, Debug, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Suite {
-    /// What the programs cost a dial and a datagram, and other programs beside them
+    /// Whether the harness can tell a difference
+    Check,
+    /// HTTP: requests a second, latency, processor time
+    Http,
+    /// Bulk TCP
+    Throughput,
+    /// The price of one dial, by the number of services and of backends
     Connect,
-    /// How long a table takes into the kernel, and how much memory it has there
-    Apply,
-    /// How discovery does at size, beside a real Consul
-    Discovery,
-    /// How many queries the DNS server answers, and how soon, beside dnsmasq
+    /// Datagrams a second, and their latency
+    Udp,
+    /// From a change in Consul to the first dial that goes by it
+    Change,
+    /// Time to load and to change, and memory, by the number of services
+    Scale,
+    /// Queries a second
     Dns,
+    /// A backend that refuses, and one that drops packets
+    Failure,
+    /// nohop alone: where the nanoseconds of a dial and a datagram go
+    Cost,
+    /// nohop alone: how long a table takes into the kernel, and how much memory it has there
+    Apply,
+    /// nohop alone: how discovery does at size, with a real Consul
+    Discovery,
 }
 
-/// Runs setup, then the suite.
+/// Runs setup, then these suites, or all that compare where none is named.
 ///
 /// # Errors
-/// Without root rights, when setup lacks something, or when the suite fails.
-pub fn run(suite: Suite, quick: bool) -> Result<()> {
-    ensure!(process::is_root(), "benchmarks load eBPF programs, which needs root: use sudo -E");
+/// Without root rights, on one processor, when setup lacks something, or when a suite fails.
+pub fn run(suites: &[Suite], quick: bool) -> Result<()> {
+    ensure!(
+        process::is_root(),
+        "benchmarks make namespaces and load eBPF programs, which needs root: use sudo -E"
+    );
+    let n_cpus = thread::available_parallelism().map_or(1, usize::from);
+    ensure!(
+        n_cpus >= 2,
+        "only one processor may be used: who dials and who answers would wait for each other; use a machine with two or more"
+    );
     crate::setup::run()?;
-    let bench = match suite {
-        Suite::Connect => "connect",
-        Suite::Apply => "apply",
-        Suite::Discovery => "discovery",
-        Suite::Dns => "dns",
-    };
+    let (alone, compared): (Vec<Suite>, Vec<Suite>) =
+        suites.iter().partition(|suite| suite.bench().is_some());
+    for suite in &alone {
+        run_alone(*suite, quick)?;
+    }
+    if compared.is_empty() && !alone.is_empty() {
+        return Ok(());
+    }
+    crate::setup::run_for_bench()?;
+    let mut harness = Command::new(compile::harness()?);
+    let names = compared.iter().filter_map(|suite| suite.to_possible_value());
+    harness.args(names.map(|value| value.get_name().to_owned())).args(quick.then_some("--quick"));
+    // It becomes the harness, so that whoever interrupts it waits until all is cleaned up.
+    Err(harness.current_dir(crate::root()).exec()).context("start the harness")
+}
+
+fn run_alone(suite: Suite, quick: bool) -> Result<()> {
+    let Some(bench) = suite.bench() else { return Ok(()) };
     let mut cargo = Command::new("cargo");
     cargo.args(["bench", "--package", "lb-tests", "--bench", bench, "--"]);
     cargo.args(quick.then_some("--quick"));
-    if matches!(suite, Suite::Connect) {
+    if suite == Suite::Cost {
         cargo.env("NOHOP_MEASURE", compile::measured_object()?);
     }
-    if matches!(suite, Suite::Discovery) {
+    if suite == Suite::Discovery {
         // The daemon as it ships, and the backends, which it finds beside itself.
         compile::build(true)?;
     }
     process::stream(cargo.current_dir(crate::root()))
+}
+
+impl Suite {
+    /// The program of lb-tests, where it looks at nohop alone.
+    fn bench(self) -> Option<&'static str> {
+        match self {
+            Suite::Cost => Some("cost"),
+            Suite::Apply => Some("apply"),
+            Suite::Discovery => Some("discovery"),
+            _ => None,
+        }
+    }
 }

@@ -53,6 +53,26 @@ pub fn build(release: bool) -> Result<Built> {
     })
 }
 
+/// Builds the benchmark harness, the daemon as it ships and all that they need, optimised. Returns
+/// the harness.
+///
+/// # Errors
+/// When the build fails.
+pub fn harness() -> Result<PathBuf> {
+    let mut cargo = Command::new("cargo");
+    cargo.args(["build", "--release", "--bins"]);
+    cargo.args(
+        ["lb-userspace", "lb-tests", "lb-load", "lb-bench"].iter().flat_map(|p| ["--package", p]),
+    );
+    let mut harness = None;
+    messages(cargo, |message| {
+        if message["target"]["name"] == "nohop-bench" {
+            harness = message["executable"].as_str().map(PathBuf::from).or(harness.take());
+        }
+    })?;
+    harness.context("cargo told of no binary nohop-bench")
+}
+
 /// Builds the programs that benchmarks compare nohop's with.
 ///
 /// # Errors

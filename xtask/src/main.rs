@@ -49,11 +49,11 @@ enum Task {
         #[arg(long, hide = true)]
         built: bool,
     },
-    /// What nohop costs
+    /// nohop side by side with what it replaces; writes figures and pictures to bench/results
     Bench {
-        /// What to measure
+        /// What to measure; all that compare where none is named
         #[arg(value_enum)]
-        suite: bench::Suite,
+        suites: Vec<bench::Suite>,
         /// Fewer and shorter rounds
         #[arg(long)]
         quick: bool,
@@ -107,7 +107,7 @@ fn run(task: Task) -> Result<ExitCode> {
             }
             demo::demo(keep)?;
         }
-        Task::Bench { suite, quick } => bench::run(suite, quick)?,
+        Task::Bench { suites, quick } => bench::run(&suites, quick)?,
         Task::Fuzz { target, seconds } => fuzz::run(target.as_deref(), seconds)?,
         Task::Test { filter } => return Ok(test::run(filter.as_deref())),
         Task::Vm { kernel } => return vm::run(kernel),

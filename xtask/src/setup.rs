@@ -83,6 +83,15 @@ pub fn run_for_vms() -> Result<()> {
     Ok(())
 }
 
+/// Provides what the benchmarks need beside that.
+///
+/// # Errors
+/// When something can't be had, with the way to get it.
+pub fn run_for_bench() -> Result<()> {
+    println!("ok: benchmarks: {}", system::provide_for_bench()?);
+    Ok(())
+}
+
 /// Adds to an error what it stopped and how to mend it.
 fn with_mend<T>(result: Result<T>, stopped: &str, mend: &str) -> Result<T> {
     result.map_err(|error| anyhow!("{stopped}: {error:#}\n  to mend it: {mend}"))

@@ -13,7 +13,12 @@ use crate::vm;
 pub fn run(filter: Option<&str>) -> ExitCode {
     let mut tally = Tally::default();
     match crate::setup::run() {
-        Ok(()) => run_phases(&mut tally, filter),
+        Ok(()) => {
+            if let Err(error) = crate::setup::run_for_bench() {
+                println!("left out: the harness's tests that need it are ignored: {error:#}");
+            }
+            run_phases(&mut tally, filter);
+        }
         Err(error) => tally.fail("setup", &error),
     }
     if let Some(filter) = filter
@@ -56,9 +61,10 @@ fn run_tests(tally: &mut Tally, filter: Option<&str>) {
         tally.tests("tests", cargo(&tests).args(filter));
         return;
     }
-    // Only the scenarios need root; what the others write stays the user's own.
-    tally.tests("tests", cargo(&tests).args(["--exclude", "lb-tests"]).args(filter));
-    let scenarios = ["test", "--package", "lb-tests", "--no-fail-fast"];
+    // Only the scenarios and the harness need root; what the others write stays the user's own.
+    let exclude = ["--exclude", "lb-tests", "--exclude", "lb-bench"];
+    tally.tests("tests", cargo(&tests).args(exclude).args(filter));
+    let scenarios = ["test", "--package", "lb-tests", "--package", "lb-bench", "--no-fail-fast"];
     match runner_variable() {
         Ok(runner) => {
             let mut cargo = cargo(&scenarios);

@@ -22,11 +22,13 @@ use lb_tests::scratch::Scratch;
 use crate::node::Node;
 use crate::report::Contender;
 
-pub use haproxy::Haproxy;
+pub use haproxy::{
+    Haproxy, NOTIFY as HAPROXY_NOTIFY, Served as ServedByHaproxy, serve as serve_haproxy,
+};
 pub use nginx::start_backend;
 pub use nohop::{Served, serve as serve_nohop, serve_with as serve_nohop_with};
-pub use rules::Conntrack;
-pub use template::render;
+pub use rules::{Conntrack, route_frontends};
+pub use template::{render, rendered};
 
 /// What is spoken with a service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,7 +75,7 @@ pub struct Running {
     /// the backends.
     pub addresses: Vec<SocketAddrV4>,
     /// What is kept as long as it runs.
-    _guards: Vec<Guard>,
+    guards: Vec<Guard>,
 }
 
 /// Something that ends or is removed when it is dropped, in this order.
@@ -227,6 +229,11 @@ pub fn able(protocol: Protocol) -> (Vec<Peer>, Vec<Contender>) {
 }
 
 impl Running {
+    /// What is kept as long as it runs: of nohop the daemon first.
+    pub fn guards(&self) -> &[Guard] {
+        &self.guards
+    }
+
     /// Where to dial the only service for the `nth` time: who dials directly goes through the backends,
     /// so that it finds as many addresses, and so as many free ports, as the balancers do.
     pub fn address(&self, nth: usize) -> SocketAddrV4 {
@@ -235,7 +242,7 @@ impl Running {
 
     /// With the addresses of the services, and what is kept as long as it runs.
     pub fn new(addresses: Vec<SocketAddrV4>, guards: Vec<Guard>) -> Running {
-        Running { addresses, _guards: guards }
+        Running { addresses, guards }
     }
 }
 
@@ -260,7 +267,10 @@ fn add_frontends(node: &Node) -> Result<()> {
     node.client_host().ip("addr add 10.96.0.1/16 dev lo").map(drop)
 }
 
-/// Waits until a process has bound an address, which nobody tells by an event; fails when it ends.
+/// Waits until a process has bound an address, which nobody tells by an event.
+///
+/// # Errors
+/// When it ends before, or takes longer than a minute.
 fn await_bound(
     place: Place<'_>,
     process: &Process,
@@ -297,7 +307,10 @@ fn first_line(program: &str, argument: &str) -> Result<String> {
 }
 
 /// A program on PATH, or in the folders of the system's own tools.
-fn find(program: &str) -> Result<PathBuf> {
+///
+/// # Errors
+/// When it isn't there.
+pub fn find(program: &str) -> Result<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let system = ["/usr/local/sbin", "/usr/sbin", "/sbin"].map(PathBuf::from);
     let found = std::env::split_paths(&path)

@@ -29,7 +29,7 @@ pub fn start_nftables(node: &Node, services: &Services) -> Result<Running> {
 }
 
 /// A cluster's addresses are nobody's: they need a way out, and the client's own address as source.
-fn route_frontends(node: &Node) -> Result<()> {
+pub fn route_frontends(node: &Node) -> Result<()> {
     let host = node.client_host();
     let is_alone = std::sync::Arc::ptr_eq(host, node.backend_host());
     let dev = if is_alone { "lo" } else { "eth0" };

@@ -9,12 +9,15 @@ use minijinja::{Environment, UndefinedBehavior, Value, context};
 use super::{Protocol, Services, n_workers};
 
 /// The files, which are compiled in so that a built harness needs no checkout.
-const FILES: [(&str, &str); 12] = [
+const FILES: [(&str, &str); 15] = [
     ("backend.conf", include_str!("../../peers/backend.conf")),
     ("dnsmasq.conf", include_str!("../../peers/dnsmasq.conf")),
     ("fabio-routes", include_str!("../../peers/fabio-routes")),
     ("fabio.properties", include_str!("../../peers/fabio.properties")),
     ("haproxy-http.cfg", include_str!("../../peers/haproxy-http.cfg")),
+    ("haproxy-reload.cfg", include_str!("../../peers/haproxy-reload.cfg")),
+    ("haproxy-runtime.cfg", include_str!("../../peers/haproxy-runtime.cfg")),
+    ("haproxy-srv.cfg", include_str!("../../peers/haproxy-srv.cfg")),
     ("haproxy-tcp.cfg", include_str!("../../peers/haproxy-tcp.cfg")),
     ("ipvs.rules", include_str!("../../peers/ipvs.rules")),
     ("nftables.nft", include_str!("../../peers/nftables.nft")),
@@ -34,13 +37,17 @@ pub fn render(
     frontend: impl Fn(usize) -> SocketAddrV4,
     dir: &Path,
 ) -> Result<PathBuf> {
-    let text = text(file, services, frontend, dir)?;
+    let text = rendered(file, services, frontend, dir)?;
     let path = dir.join(file);
     std::fs::write(&path, text).with_context(|| format!("write {}", path.display()))?;
     Ok(path)
 }
 
-fn text(
+/// The same file filled in, for whoever writes it by itself.
+///
+/// # Errors
+/// When the file isn't a template.
+pub fn rendered(
     file: &str,
     services: &Services,
     frontend: impl Fn(usize) -> SocketAddrV4,
@@ -67,6 +74,7 @@ fn text(
         dir => dir.display().to_string(),
         modules => "/usr/lib/nginx/modules",
         check,
+        mode => if services.protocol == Protocol::Http { "http" } else { "tcp" },
     };
     let filled = environment.render_str(template, values);
     filled.with_context(|| format!("fill in bench/peers/{file}"))
@@ -110,7 +118,7 @@ mod tests {
         for protocol in [Protocol::Tcp, Protocol::Udp] {
             let services = Services { protocol, services: services.to_vec(), are_checked: true };
             for (file, _) in FILES {
-                let text = text(file, &services, frontend, Path::new("/tmp/x")).expect(file);
+                let text = rendered(file, &services, frontend, Path::new("/tmp/x")).expect(file);
                 assert!(!text.contains("{{") && !text.contains("{%"), "{file}:\n{text}");
             }
         }
@@ -119,7 +127,8 @@ mod tests {
     #[test]
     fn nftables_get_a_chain_a_service() {
         let services = Services::one(Protocol::Tcp, vec![crate::node::Node::backend(0, 8080)]);
-        let text = text("nftables.nft", &services, frontend, Path::new("/tmp")).expect("filled in");
+        let text =
+            rendered("nftables.nft", &services, frontend, Path::new("/tmp")).expect("filled in");
         assert!(text.contains("numgen random mod 1 map { 0 : 10.98.1.0 . 8080 }"), "{text}");
         assert!(text.contains("10.96.1.0 . tcp . 80 : goto web\n"), "{text}");
     }

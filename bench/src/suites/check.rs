@@ -1,13 +1,141 @@
-//! Not there yet.
+//! Whether the harness can tell a difference, and tells none where there is none: the same contender
+//! twice, and one with a known delay in its path.
 
-use anyhow::{Result, bail};
+use std::time::Duration;
 
-use crate::draft::Draft;
+use anyhow::Result;
+use lb_tests::process::Process;
+use lb_tests::scratch::Scratch;
+
+use crate::draft::{Demand, Draft, Quantity};
+use crate::node::{Layout, Node};
+use crate::peers::{DIRECT, frontend, start_backend};
+use crate::progress::Progress;
+use crate::report::{Better, Contender, Goal};
+use crate::stats::Spread;
+use crate::tools;
+
+const AGAIN: &str = "direct again";
+const DELAYED: &str = "delayed";
+
+/// What the delayed path adds to each request.
+const DELAY: Duration = Duration::from_millis(2);
+
+/// By how much of it the measured difference may be off: what another program in the path costs by
+/// itself comes on top of the delay.
+const TOLERANCE: f64 = 0.25;
+
+const LATENCY: Quantity =
+    Quantity { name: "latency, median", unit: "us", better: Better::Lower, base: DIRECT };
+const RATE: Quantity = Quantity {
+    name: "requests a second, as many as can be",
+    unit: "requests/s",
+    better: Better::Higher,
+    base: DIRECT,
+};
+
+const AT_RATE: &str = "one host, kept alive, 4 connections, 500 requests/s";
+const SATURATED: &str = "one host, kept alive, 32 connections";
+
+/// A contender at work. Dropped in this order.
+struct Site {
+    name: &'static str,
+    address: std::net::SocketAddrV4,
+    _delay: Option<Process>,
+    _backend: (Process, Scratch),
+    node: Node,
+}
+
+impl Site {
+    fn start(name: &'static str) -> Result<Site> {
+        let node = Node::new(Layout::OneHost)?;
+        let backend = start_backend(&node)?;
+        let mut address = Node::backend(0, 8080);
+        let delay = (name == DELAYED).then(|| delay(&node, address)).transpose()?;
+        if delay.is_some() {
+            address = frontend(0);
+        }
+        Ok(Site { name, address, _delay: delay, _backend: backend, node })
+    }
+}
+
+fn delay(node: &Node, backend: std::net::SocketAddrV4) -> Result<Process> {
+    node.client_host().ip("addr add 10.96.0.1/16 dev lo")?;
+    let mut command = node.hop_place().command(tools::load_program()?);
+    let listen = frontend(0).to_string();
+    command.args(["delay", &listen, &backend.to_string()]);
+    command.args(["--delay-us", &DELAY.as_micros().to_string()]);
+    let process = Process::spawn("delay", command)?;
+    process.wait_for_line(&["listening on "], Duration::from_secs(10))?;
+    Ok(process)
+}
 
 /// Runs the suite.
 ///
 /// # Errors
-/// Always, for now.
-pub fn run(_is_quick: bool) -> Result<Draft> {
-    bail!("not there yet")
+/// When a contender can't be started, or a sample fails: a harness that can't measure these measures
+/// nothing.
+pub fn run(is_quick: bool) -> Result<Draft> {
+    let (n_rounds, n_saturating) = if is_quick { (9, 3) } else { (15, 9) };
+    let mut draft = Draft::new(
+        "Can the harness tell a difference, and does it tell none where there is none?",
+        n_rounds,
+    );
+    let n_steps = n_rounds * 3 + n_saturating * 2;
+    let mut progress = Progress::new("check", n_steps);
+    progress.preparing("direct, twice, and a path with a delay");
+    let sites = [DIRECT, AGAIN, DELAYED].map(Site::start);
+    let sites = sites.into_iter().collect::<Result<Vec<_>>>()?;
+    for site in &sites {
+        let (name, version) = (site.name.to_owned(), String::new());
+        draft.contenders.push(Contender { name, version, config: String::new(), absent: None });
+    }
+    for round in 0..n_rounds {
+        for site in &sites {
+            progress.step(&format!("{AT_RATE}: {}", site.name));
+            let arguments = format!(
+                "http {} --rate 500 --seconds 0.25 --connections 4 --warmup-ms 50",
+                site.address
+            );
+            let found = tools::load(site.node.client_place(), &arguments)?;
+            let median_us = tools::number(&found, "/latency_us/p50")?;
+            draft.add(LATENCY, AT_RATE, site.name, round, Some(median_us));
+        }
+    }
+    for round in 0..n_saturating {
+        for site in sites.iter().filter(|site| site.name != DELAYED) {
+            progress.step(&format!("{SATURATED}: {}", site.name));
+            let found = tools::wrk(site.node.client_place(), site.address, 32, true, 1)?;
+            draft.add(RATE, SATURATED, site.name, round, Some(found.rate));
+        }
+    }
+    draft.finish();
+    judge(&mut draft);
+    Ok(draft)
+}
+
+fn judge(draft: &mut Draft) {
+    let figure = |name: &str, condition: &str| draft.find(name, condition).cloned();
+    let latency = figure(LATENCY.name, AT_RATE);
+    let rate = figure(RATE.name, SATURATED);
+    let delay_us = DELAY.as_secs_f64() * 1e6;
+    let added = latency.as_ref().and_then(|latency| {
+        let (delayed, direct) = (latency.row(DELAYED)?, latency.row(DIRECT)?);
+        let pairs = delayed.rounds.iter().zip(&direct.rounds);
+        Spread::of(pairs.filter_map(|(delayed, direct)| Some((*delayed)? - (*direct)?)))
+    });
+    let what = format!("a path that is {delay_us} us longer is slower by");
+    draft.goal(&what, Demand::AtLeast(delay_us), added, "us");
+    draft.goal(&what, Demand::AtMost(delay_us * (1.0 + TOLERANCE)), added, "us");
+    for (what, figure) in [("latency", latency), ("requests a second", rate)] {
+        let ratio = figure.and_then(|figure| figure.ratio(AGAIN, DIRECT));
+        draft.goals.push(Goal {
+            what: format!("{what}, direct over direct"),
+            goal: "1.00 within the spread".into(),
+            is: ratio.map_or("not measured".into(), |ratio| {
+                format!("{:.3} ({:.3} to {:.3})", ratio.median, ratio.least, ratio.most)
+            }),
+            is_reached: ratio.map(|ratio| ratio.least <= 1.0 && 1.0 <= ratio.most),
+        });
+    }
 }

@@ -1,13 +1,284 @@
-//! Not there yet.
+//! The price of one dial, by the number of services and of backends: as the process that dials sees it,
+//! and as the kernel counts nohop's program.
 
-use anyhow::{Result, bail};
+use std::fs;
+use std::net::SocketAddrV4;
+use std::path::PathBuf;
+use std::time::Duration;
 
-use crate::draft::Draft;
+use anyhow::{Context, Result, ensure};
+use lb_tests::nohop::Nohop;
+use lb_tests::process::Process;
+use lb_tests::run;
+use lb_tests::scratch::Scratch;
+use lb_tests::undo::Undo;
+use serde_json::Value;
+
+use crate::draft::{Demand, Draft, Quantity};
+use crate::node::{Layout, Node};
+use crate::peers::{self, DIRECT, Guard, NOHOP, Peer, Protocol, Running, Service, Services};
+use crate::progress::Progress;
+use crate::report::Better;
+use crate::stats::Spread;
+use crate::tools;
+
+/// The quantities of one curve.
+struct Quantities {
+    connect: Quantity,
+    one: Quantity,
+    first_byte: Quantity,
+    close: Quantity,
+    program: Quantity,
+}
+
+const fn ns(name: &'static str) -> Quantity {
+    Quantity { name, unit: "ns", better: Better::Lower, base: DIRECT }
+}
+
+const BY_SERVICES: Quantities = Quantities {
+    connect: ns("connect(), all services in turn"),
+    one: ns("connect(), one service of them"),
+    first_byte: ns("from connect() to the first byte, all services in turn"),
+    close: ns("close(), all services in turn"),
+    program: Quantity {
+        base: "",
+        ..ns("nohop's program, by BPF statistics, all services in turn")
+    },
+};
+
+const BY_BACKENDS: Quantities = Quantities {
+    connect: ns("connect(), by backends"),
+    one: ns("connect(), one service, by its backends"),
+    first_byte: ns("from connect() to the first byte, by backends"),
+    close: ns("close(), by backends"),
+    program: Quantity { base: "", ..ns("nohop's program, by BPF statistics, by backends") },
+};
+
+/// What a dial of all services in turn strides by: prime to their number, so that it meets each of
+/// them, far apart.
+const STRIDE: u32 = 7_919;
+
+/// The backends that have an address of their own; more are at further ports of the same addresses.
+const N_ADDRESSES: usize = 60_000;
+const FIRST_PORT: u16 = 8_080;
+const N_PORTS: u16 = 2;
+
+struct Plan {
+    n_rounds: usize,
+    n_dials: u32,
+    n_services: &'static [usize],
+    n_backends: &'static [usize],
+}
+
+const FULL: Plan = Plan {
+    n_rounds: 7,
+    n_dials: 2_500,
+    n_services: &[10, 100, 1_000, 10_000],
+    n_backends: &[1, 10, 100, 1_000],
+};
+const QUICK: Plan =
+    Plan { n_rounds: 3, n_dials: 600, n_services: &[10, 1_000], n_backends: &[1, 100] };
+
+/// The services of the curve by backends, and the backends of the curve by services.
+const N_EACH: usize = 10;
+
+/// A contender at work, with as many services and backends as are asked for. Dropped in this order.
+struct Site {
+    peer: Peer,
+    running: Running,
+    _servers: Vec<Process>,
+    /// The addresses to dial, a line each.
+    targets: PathBuf,
+    _files: Scratch,
+    node: Node,
+}
 
 /// Runs the suite.
 ///
 /// # Errors
-/// Always, for now.
-pub fn run(_is_quick: bool) -> Result<Draft> {
-    bail!("not there yet")
+/// When nothing can be measured at all.
+pub fn run(is_quick: bool) -> Result<Draft> {
+    let plan = if is_quick { QUICK } else { FULL };
+    let mut draft = Draft::new("The price of one dial", plan.n_rounds);
+    let (able, contenders) = peers::able(Protocol::Tcp);
+    draft.contenders = contenders;
+    draft.note(
+        "connect() to a proxy returns when the proxy's kernel has accepted, not when a backend has: \
+         the first byte, which the backend sends by itself, is what compares",
+    );
+    draft.note("one dial after another, from one process; all on one host");
+    let points = plan.n_services.iter().map(|n| ("services", *n, *n, N_EACH, &BY_SERVICES));
+    let points =
+        points.chain(plan.n_backends.iter().map(|n| ("backends", *n, N_EACH, *n, &BY_BACKENDS)));
+    let points: Vec<_> = points.collect();
+    let mut progress = Progress::new("connect", points.len() * plan.n_rounds * able.len());
+    for (axis, at, n_services, n_backends, quantities) in points {
+        progress.preparing(&format!("{n_services} services of {n_backends} backends"));
+        let services = services(n_services, n_backends);
+        let mut sites = Vec::new();
+        for &peer in &able {
+            match Site::start(peer, &services) {
+                Ok(site) => sites.push(site),
+                Err(error) => draft.failed(peer.name, &format!("{at} {axis}"), &error),
+            }
+        }
+        for round in 0..plan.n_rounds {
+            for site in &sites {
+                progress.step(&format!("{at} {axis}: {}", site.peer.name));
+                let measured = site.measure(plan.n_dials);
+                if let Err(error) = &measured {
+                    draft.failed(site.peer.name, &format!("{at} {axis}"), error);
+                }
+                let measured = measured.ok();
+                let mut add = |quantity, value| {
+                    draft.add_point(quantity, (axis, at), site.peer.name, round, value);
+                };
+                add(quantities.connect, measured.as_ref().map(|found| found.connect_ns));
+                add(quantities.one, measured.as_ref().map(|found| found.one_ns));
+                add(quantities.first_byte, measured.as_ref().map(|found| found.first_byte_ns));
+                add(quantities.close, measured.as_ref().map(|found| found.close_ns));
+                if site.peer.name == NOHOP {
+                    add(quantities.program, measured.and_then(|found| found.program_ns));
+                }
+            }
+        }
+    }
+    draft.finish();
+    judge(&mut draft, plan.n_services);
+    Ok(draft)
+}
+
+/// So many services with so many backends each, all different as far as there are addresses.
+fn services(n_services: usize, n_backends: usize) -> Services {
+    let backend = |idx: usize| {
+        let port = FIRST_PORT + (idx / N_ADDRESSES) as u16 % N_PORTS;
+        Node::backend(idx % N_ADDRESSES, port)
+    };
+    let service = |service_idx: usize| Service {
+        name: format!("web-{service_idx}"),
+        backends: (0..n_backends).map(|idx| backend(service_idx * n_backends + idx)).collect(),
+    };
+    let services = (0..n_services).map(service).collect();
+    Services { protocol: Protocol::Tcp, services, are_checked: false }
+}
+
+/// What one round found, in ns: medians, and of the program the mean.
+struct Measured {
+    connect_ns: f64,
+    one_ns: f64,
+    first_byte_ns: f64,
+    close_ns: f64,
+    program_ns: Option<f64>,
+}
+
+impl Site {
+    fn start(peer: Peer, services: &Services) -> Result<Site> {
+        let node = Node::new(Layout::OneHost)?;
+        let mut servers = Vec::new();
+        for port in FIRST_PORT..FIRST_PORT + N_PORTS {
+            let mut command = node.backend_place().command(tools::load_program()?);
+            command.args(["greet", &format!("0.0.0.0:{port}")]);
+            let server = Process::spawn("greet", command)?;
+            server.wait_for_line(&["listening on "], Duration::from_secs(10))?;
+            servers.push(server);
+        }
+        let running = peer.start(&node, services)?;
+        let files = Scratch::new("targets")?;
+        let targets = files.path().join("targets");
+        let lines: Vec<String> = running.addresses.iter().map(SocketAddrV4::to_string).collect();
+        fs::write(&targets, lines.join("\n")).context("write the addresses to dial")?;
+        Ok(Site { peer, running, _servers: servers, targets, _files: files, node })
+    }
+
+    fn measure(&self, n_dials: u32) -> Result<Measured> {
+        let in_turn = self.dial(&format!("@{}", self.targets.display()), n_dials)?;
+        let one = self.dial(&self.running.addresses[0].to_string(), n_dials / 2)?;
+        let program_ns = match self.running.guards() {
+            [Guard::Nohop(nohop), ..] => Some(mean_ns(nohop, || {
+                self.dial(&format!("@{}", self.targets.display()), n_dials).map(drop)
+            })?),
+            _ => None,
+        };
+        Ok(Measured {
+            connect_ns: tools::number(&in_turn, "/connect_ns/p50")?,
+            one_ns: tools::number(&one, "/connect_ns/p50")?,
+            first_byte_ns: tools::number(&in_turn, "/first_byte_ns/p50")?,
+            close_ns: tools::number(&in_turn, "/close_ns/p50")?,
+            program_ns,
+        })
+    }
+
+    /// Dials one after another; a sample in which some of them fail is none.
+    fn dial(&self, targets: &str, n_dials: u32) -> Result<Value> {
+        let arguments = format!("dial {targets} --times {n_dials} --stride {STRIDE}");
+        let found = tools::load(self.node.client_place(), &arguments)?;
+        let failed = found["failed"].as_object().context("nohop-load tells no `failed`")?;
+        let n_failed: u64 = failed.values().filter_map(Value::as_u64).sum();
+        ensure!(n_failed == 0, "{n_failed} of {n_dials} dials failed: {}", found["failed"]);
+        Ok(found)
+    }
+}
+
+/// The switch of the kernel's BPF statistics: on only while a mean is taken, since they cost each run of
+/// a program two readings of the clock.
+const STATISTICS: &str = "/proc/sys/kernel/bpf_stats_enabled";
+
+/// The mean run time, in ns, of nohop's connect4 program while `act` runs.
+fn mean_ns(nohop: &Nohop, act: impl FnOnce() -> Result<()>) -> Result<f64> {
+    let link = nohop.pin("links/nohop_connect4")?;
+    let link = bpftool(&format!("link show pinned {}", link.display()))?;
+    let program = link["prog_id"].as_u64().context("bpftool tells no prog_id of a link")?;
+    let before = fs::read_to_string(STATISTICS).context(STATISTICS)?;
+    let _off = Undo::new(move || drop(fs::write(STATISTICS, before.trim())));
+    fs::write(STATISTICS, "1").context(STATISTICS)?;
+    let [time_before, runs_before] = counted(program)?;
+    act()?;
+    let [time, runs] = counted(program)?;
+    ensure!(runs > runs_before, "the program didn't run");
+    Ok((time - time_before) / (runs - runs_before))
+}
+
+/// The run time in ns and the number of runs of a program, as the kernel has counted them.
+fn counted(program: u64) -> Result<[f64; 2]> {
+    let shown = bpftool(&format!("prog show id {program}"))?;
+    // They are left out until there is something to tell.
+    Ok(["run_time_ns", "run_cnt"].map(|key| shown[key].as_f64().unwrap_or_default()))
+}
+
+fn bpftool(words: &str) -> Result<Value> {
+    let said = run::words("bpftool", &format!("--json {words}"))?;
+    serde_json::from_str(&said).with_context(|| format!("bpftool {words}: {said}"))
+}
+
+fn judge(draft: &mut Draft, n_services: &[usize]) {
+    let (Some(fewest), Some(most)) = (n_services.first(), n_services.last()) else { return };
+    let rounds = |draft: &Draft, quantity: Quantity, n: &usize| {
+        let row = draft.find(quantity.name, &format!("{n} services"))?.row(NOHOP)?;
+        Some(row.rounds.clone())
+    };
+    for (what, quantity) in [
+        ("connect() of nohop", BY_SERVICES.connect),
+        ("nohop's program by BPF statistics", BY_SERVICES.program),
+    ] {
+        let ratio = rounds(draft, quantity, most)
+            .zip(rounds(draft, quantity, fewest))
+            .and_then(|(most, fewest)| Spread::of_ratios(&most, &fewest));
+        let what = format!("{what}, {most} services over {fewest}, in turn");
+        draft.goal(&what, Demand::AtMost(1.2), ratio, "");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn services_have_backends_of_their_own() {
+        let services = services(10_000, 10).services;
+        let mut all: Vec<_> = services.iter().flat_map(|service| &service.backends).collect();
+        assert_eq!(all.len(), 100_000);
+        all.sort_unstable();
+        all.dedup();
+        assert_eq!(all.len(), 100_000);
+    }
 }

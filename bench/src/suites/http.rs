@@ -70,19 +70,17 @@ enum Use {
 /// What a run goes through.
 struct Plan {
     n_rounds: usize,
-    layouts: &'static [Layout],
-    n_connections: &'static [usize],
+    /// Each with the numbers of connections.
+    layouts: &'static [(Layout, &'static [usize])],
     rate_seconds: f64,
 }
 
 const FULL: Plan = Plan {
     n_rounds: 7,
-    layouts: &[Layout::OneHost, Layout::TwoHosts],
-    n_connections: &[1, 32, 256],
-    rate_seconds: 1.5,
+    layouts: &[(Layout::OneHost, &[1, 32, 256]), (Layout::TwoHosts, &[1, 32, 256])],
+    rate_seconds: 1.2,
 };
-const QUICK: Plan =
-    Plan { n_rounds: 3, layouts: &[Layout::OneHost], n_connections: &[32], rate_seconds: 0.4 };
+const QUICK: Plan = Plan { n_rounds: 2, layouts: &[(Layout::OneHost, &[32])], rate_seconds: 0.4 };
 
 /// A contender at work. Dropped in this order.
 struct Site {
@@ -102,13 +100,13 @@ pub fn run(is_quick: bool) -> Result<Draft> {
         Draft::new("HTTP: small requests, kept connections and one connection each", plan.n_rounds);
     let (able, contenders) = peers::able(Protocol::Http);
     draft.contenders = contenders;
-    let n_conditions = plan.layouts.len() * 2 * (plan.n_connections.len() + 1);
+    let n_conditions: usize = plan.layouts.iter().map(|(_, each)| 2 * (each.len() + 1)).sum();
     let mut progress = Progress::new("http", n_conditions * able.len() * plan.n_rounds);
-    for &layout in plan.layouts {
+    for &(layout, n_connections) in plan.layouts {
         progress.preparing(layout.name());
         let sites = start(&able, layout, &mut draft);
         for uses in [Use::Kept, Use::OneRequest] {
-            for &n_connections in plan.n_connections {
+            for &n_connections in n_connections {
                 let condition = uses.condition(layout, n_connections);
                 saturate(
                     &mut draft,
@@ -119,7 +117,7 @@ pub fn run(is_quick: bool) -> Result<Draft> {
                     &mut progress,
                 );
             }
-            at_rate(&mut draft, &sites, (layout, uses), &plan, &mut progress)?;
+            at_rate(&mut draft, &sites, (layout, uses, n_connections), &plan, &mut progress)?;
         }
     }
     draft.finish();
@@ -200,12 +198,12 @@ fn saturate(
 fn at_rate(
     draft: &mut Draft,
     sites: &[Site],
-    (layout, uses): (Layout, Use),
+    (layout, uses, n_connections): (Layout, Use, &[usize]),
     plan: &Plan,
     progress: &mut Progress,
 ) -> Result<()> {
     // Direct's rate as it was with as many connections as come closest.
-    let n_near = plan.n_connections.iter().copied().filter(|n| *n <= N_AT_RATE).max();
+    let n_near = n_connections.iter().copied().filter(|n| *n <= N_AT_RATE).max();
     let condition = uses.condition(layout, n_near.context("a plan without connections")?);
     let direct = draft.find(RATE.name, &condition).and_then(|figure| figure.row(DIRECT));
     let direct = direct.and_then(|row| Spread::of(row.rounds.iter().copied().flatten()));

@@ -15,7 +15,7 @@ use anyhow::Result;
 use crate::draft::Draft;
 
 /// A suite.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub struct Suite {
     /// Its name on the command line.
     pub name: &'static str,
@@ -34,6 +34,6 @@ pub const SUITES: [Suite; 9] = [
     Suite { name: "udp", programs: &[], run: udp::run },
     Suite { name: "change", programs: &["haproxy"], run: change::run },
     Suite { name: "scale", programs: &["bpftool"], run: scale::run },
-    Suite { name: "dns", programs: &["dnsperf", "dnsmasq", "dig"], run: dns::run },
-    Suite { name: "failure", programs: &["nft"], run: failure::run },
+    Suite { name: "dns", programs: &["dnsperf", "dnsmasq", "dig", "taskset"], run: dns::run },
+    Suite { name: "failure", programs: &["nft", "nginx"], run: failure::run },
 ];

@@ -1,13 +1,235 @@
-//! Not there yet.
+//! What the number of services costs: time to load them and to change one, and memory.
 
-use anyhow::{Result, bail};
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::net::UnixDatagram;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
-use crate::draft::Draft;
+use anyhow::{Context, Result, ensure};
+use lb_tests::nohop::Nohop;
+use lb_tests::run;
+use lb_tests::scratch::Scratch;
+use rustix::process::Signal;
+use serde_json::Value;
+
+use crate::draft::{Draft, Quantity};
+use crate::node::{Layout, Node};
+use crate::peers::{
+    self, HAPROXY_NOTIFY, HAPROXY_TCP, Haproxy, NFTABLES, NOHOP, Protocol, Service, Services,
+    frontend, render, route_frontends,
+};
+use crate::progress::Progress;
+use crate::report::Better;
+
+const LOAD: Quantity = Quantity {
+    name: "from nothing to serving all",
+    unit: "ms",
+    better: Better::Lower,
+    base: HAPROXY_TCP,
+};
+const CHANGE: Quantity = Quantity { name: "a change of one service", ..LOAD };
+const RESIDENT: Quantity =
+    Quantity { name: "resident memory", unit: "MB", better: Better::Lower, base: HAPROXY_TCP };
+const KERNEL: Quantity = Quantity { name: "kernel memory of the maps", base: "", ..RESIDENT };
+
+/// The backends of each service.
+const N_BACKENDS: usize = 10;
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Who is compared, each by what loads it.
+const LOADERS: [(&str, Loader); 3] =
+    [(NOHOP, load_nohop), (HAPROXY_TCP, load_haproxy), (NFTABLES, load_nftables)];
+
+type Loader = fn(&Node, [&Services; 2]) -> Result<Loaded>;
+
+/// What one load and one change took.
+struct Loaded {
+    load: Duration,
+    change: Duration,
+    resident_mb: Option<f64>,
+    kernel_mb: Option<f64>,
+}
 
 /// Runs the suite.
 ///
 /// # Errors
-/// Always, for now.
-pub fn run(_is_quick: bool) -> Result<Draft> {
-    bail!("not there yet")
+/// When nothing can be measured at all.
+pub fn run(is_quick: bool) -> Result<Draft> {
+    let (n_rounds, points): (usize, &[usize]) =
+        if is_quick { (1, &[100, 1_000]) } else { (7, &[100, 1_000, 10_000]) };
+    let mut draft = Draft::new("What the number of services costs", n_rounds);
+    let (able, contenders) = peers::able(Protocol::Tcp);
+    let is_ours = |name: &str| LOADERS.iter().any(|(ours, _)| *ours == name);
+    draft.contenders =
+        contenders.into_iter().filter(|contender| is_ours(&contender.name)).collect();
+    for note in [
+        "each service has 10 backends of its own, from a file; nohop with a static catalog",
+        "from nothing: from the start of the process until nohop, or HAProxy (-Ws), says that it is ready; \
+         `nft -f` until it ends",
+        "a change is another port of one backend: nohop from the file's rename until the kernel has it; \
+         HAProxy from SIGUSR2 until it says that it is ready again; `nft -f` of that service's chain alone",
+        "nftables has no process; the kernel tells nobody what its rules take",
+    ] {
+        draft.note(note);
+    }
+    let mut progress = Progress::new("scale", points.len() * n_rounds * LOADERS.len());
+    for &n_services in points {
+        let both = [services(n_services, 8080), services(n_services, 8081)];
+        for round in 0..n_rounds {
+            for (name, load) in LOADERS {
+                if !able.iter().any(|peer| peer.name == name) {
+                    continue;
+                }
+                progress.step(&format!("{n_services} services: {name}"));
+                let loaded =
+                    Node::new(Layout::OneHost).and_then(|node| load(&node, [&both[0], &both[1]]));
+                if let Err(error) = &loaded {
+                    draft.failed(name, &format!("{n_services} services"), error);
+                }
+                let loaded = loaded.ok();
+                let ms = |time: Duration| time.as_secs_f64() * 1e3;
+                let mut add = |quantity, value| {
+                    draft.add_point(quantity, ("services", n_services), name, round, value);
+                };
+                add(LOAD, loaded.as_ref().map(|loaded| ms(loaded.load)));
+                add(CHANGE, loaded.as_ref().map(|loaded| ms(loaded.change)));
+                if name != NFTABLES {
+                    add(RESIDENT, loaded.as_ref().and_then(|loaded| loaded.resident_mb));
+                }
+                if name == NOHOP {
+                    add(KERNEL, loaded.as_ref().and_then(|loaded| loaded.kernel_mb));
+                }
+            }
+        }
+    }
+    draft.finish();
+    Ok(draft)
+}
+
+/// So many services; one backend of the one in the middle has this port.
+fn services(n_services: usize, port: u16) -> Services {
+    let service = |service_idx: usize| {
+        let backend = |idx: usize| {
+            let is_changed = idx == 0 && service_idx == n_services / 2;
+            let port = if is_changed { port } else { 8080 };
+            Node::backend((service_idx * N_BACKENDS + idx) % 60_000, port)
+        };
+        Service {
+            name: format!("web-{service_idx}"),
+            backends: (0..N_BACKENDS).map(backend).collect(),
+        }
+    };
+    let services = (0..n_services).map(service).collect();
+    Services { protocol: Protocol::Tcp, services, are_checked: false }
+}
+
+fn load_nohop(node: &Node, [before, after]: [&Services; 2]) -> Result<Loaded> {
+    let (files, edited) = (Scratch::new("catalog")?, Scratch::new("edited")?);
+    let catalog = render("nohop.toml", before, frontend, files.path())?;
+    let edited = render("nohop.toml", after, frontend, edited.path())?;
+    let config = format!("catalog.source = \"file\"\ncatalog.file = {catalog:?}\n");
+    let start = Instant::now();
+    let nohop = Nohop::start(node.client_host(), &node.client, &config)?;
+    let load = start.elapsed();
+    node.adopt_hop(&nohop.process)?;
+    let generation = nohop.status()?["generation"].as_u64();
+    let start = Instant::now();
+    fs::rename(edited, catalog).context("rename the edited catalog")?;
+    nohop.wait_for_status(PATIENCE, |status| status["generation"].as_u64() > generation)?;
+    let change = start.elapsed();
+    let kernel_mb = Some(kernel_mb(&nohop.pins())?);
+    Ok(Loaded { load, change, resident_mb: Some(resident_mb(node)?), kernel_mb })
+}
+
+fn load_haproxy(node: &Node, [before, after]: [&Services; 2]) -> Result<Loaded> {
+    let scratch = Scratch::new("haproxy")?;
+    let config = render("haproxy-tcp.cfg", before, frontend, scratch.path())?;
+    let told =
+        UnixDatagram::bind(scratch.path().join(HAPROXY_NOTIFY)).context("listen to HAProxy")?;
+    told.set_read_timeout(Some(PATIENCE))?;
+    let start = Instant::now();
+    let haproxy = Haproxy::start(node, &config, "-Ws")?;
+    await_state(&told, "READY=1").with_context(|| haproxy.process.tail())?;
+    let load = start.elapsed();
+    let resident_mb = Some(resident_mb(node)?);
+    render("haproxy-tcp.cfg", after, frontend, scratch.path())?;
+    let start = Instant::now();
+    haproxy.process.signal(Signal::USR2)?;
+    for state in ["RELOADING=1", "READY=1"] {
+        await_state(&told, state).with_context(|| haproxy.process.tail())?;
+    }
+    Ok(Loaded { load, change: start.elapsed(), resident_mb, kernel_mb: None })
+}
+
+/// Waits until HAProxy says, as it would to systemd, that it is in this state.
+fn await_state(told: &UnixDatagram, state: &str) -> Result<()> {
+    let mut text = [0; 4096];
+    loop {
+        let length =
+            told.recv(&mut text).with_context(|| format!("HAProxy doesn't tell {state}"))?;
+        if String::from_utf8_lossy(&text[..length]).lines().any(|line| line == state) {
+            return Ok(());
+        }
+    }
+}
+
+fn load_nftables(node: &Node, [before, after]: [&Services; 2]) -> Result<Loaded> {
+    let (scratch, edited) = (Scratch::new("nftables")?, Scratch::new("edited")?);
+    route_frontends(node)?;
+    let rules = render("nftables.nft", before, frontend, scratch.path())?;
+    let changed = &after.services[after.services.len() / 2];
+    let change = edited.path().join("change.nft");
+    let text = fs::read_to_string(render("nftables.nft", after, frontend, edited.path())?)?;
+    let rule = text.lines().skip_while(|line| line.trim() != format!("chain {} {{", changed.name));
+    let rule = rule.skip(1).map(str::trim).next().context("a service without a rule")?;
+    let chain = format!("ip nohop_bench {}", changed.name);
+    fs::write(&change, format!("flush chain {chain}\nadd rule {chain} {rule}\n"))?;
+    let nft = |file: PathBuf| -> Result<Duration> {
+        let mut command = node.hop_place().command(peers::find("nft")?);
+        command.arg("-f").arg(file);
+        let start = Instant::now();
+        run::stdout(command)?;
+        Ok(start.elapsed())
+    };
+    Ok(Loaded { load: nft(rules)?, change: nft(change)?, resident_mb: None, kernel_mb: None })
+}
+
+/// The resident memory of what stands between, in MB.
+fn resident_mb(node: &Node) -> Result<f64> {
+    let pids = fs::read_to_string(node.hop.path().join("cgroup.procs"))?;
+    let mut sum = 0.0;
+    for pid in pids.lines() {
+        // One that has just ended has none.
+        let Ok(status) = fs::read_to_string(format!("/proc/{pid}/status")) else { continue };
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<f64>().ok());
+        sum += kib.unwrap_or_default() * 1024.0 / 1e6;
+    }
+    Ok(sum)
+}
+
+/// What the pinned maps take, in MB, as the kernel tells it (trust it from 6.4 on).
+fn kernel_mb(pins: &Path) -> Result<f64> {
+    let mut seen = BTreeSet::new();
+    let mut sum = 0.0;
+    for pin in files_below(pins)
+        .into_iter()
+        .filter(|pin| pin.parent().is_some_and(|dir| !dir.ends_with("links")))
+    {
+        let said = run::words("bpftool", &format!("--json map show pinned {}", pin.display()))?;
+        let map: Value = serde_json::from_str(&said).with_context(|| said.clone())?;
+        let id = map["id"].as_u64().context("bpftool tells no id of a map")?;
+        if seen.insert(id) {
+            sum += map["bytes_memlock"].as_f64().unwrap_or_default() / 1e6;
+        }
+    }
+    ensure!(!seen.is_empty(), "no maps are pinned at {}", pins.display());
+    Ok(sum)
+}
+
+fn files_below(dir: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
+    entries.flat_map(|path| if path.is_dir() { files_below(&path) } else { vec![path] }).collect()
 }

@@ -1,15 +1,13 @@
 //! Where it is measured: one host with a Consul server, and a cgroup that the daemon serves.
 
 use std::fs;
-use std::io::{Read, Write};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use lb_tests::cgroup::Cgroup;
 use lb_tests::consul::Consul;
+use lb_tests::http::ask;
 use lb_tests::net::Host;
 use lb_tests::nohop::Nohop;
 use lb_tests::scratch::Scratch;
@@ -124,20 +122,6 @@ fn operations(instance: &Instance) -> [Value; 2] {
 
 fn socket(scratch: &Scratch) -> PathBuf {
     scratch.path().join("consul.sock")
-}
-
-/// One request; HTTP/1.0, so that the answer is simply what comes until the end.
-pub fn ask(socket: &Path, method: &str, path: &str, body: &str) -> Result<String> {
-    let mut stream = UnixStream::connect(socket).context("connect to an HTTP interface")?;
-    stream.set_read_timeout(Some(Duration::from_secs(20)))?;
-    let n_bytes = body.len();
-    write!(stream, "{method} {path} HTTP/1.0\r\nContent-Length: {n_bytes}\r\n\r\n{body}")?;
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer)?;
-    let (head, body) = answer.split_once("\r\n\r\n").context("an answer without a head")?;
-    let is_ok = head.lines().next().is_some_and(|status| status.contains(" 200 "));
-    ensure!(is_ok, "{method} {path}: {head}\n{body}");
-    Ok(body.to_owned())
 }
 
 /// What the daemon exports under a name, with its labels.

@@ -34,6 +34,29 @@ const VM_TOOLS: &[(&str, &str)] = &[
     ("timeout", "coreutils"),
 ];
 
+/// What the benchmarks need beside that: load generators, and those who are compared.
+const BENCH_TOOLS: &[(&str, &str)] = &[
+    ("haproxy", "haproxy"),
+    ("iperf3", "iperf3"),
+    ("nft", "nftables"),
+    ("nginx", "nginx-light libnginx-mod-stream"),
+    ("ss", "iproute2"),
+    ("taskset", "util-linux"),
+    ("wrk", "wrk"),
+];
+
+/// Those of them that Debian would start at the next boot.
+const BENCH_SERVICES: [&str; 2] = ["haproxy", "nginx"];
+
+/// Installs without starting services: Debian starts what it installs, unless this program says no.
+const INSTALL: &str = "\
+policy=/usr/sbin/policy-rc.d
+if [ ! -e $policy ]; then
+    trap 'rm -f $policy' EXIT
+    printf '#!/bin/sh\\nexit 101\\n' > $policy && chmod 755 $policy
+fi
+DEBIAN_FRONTEND=noninteractive apt-get -qq --yes install --no-install-recommends \"$@\"";
+
 /// What a few scenarios need beside that: they are left out where it can't be had.
 const CLIENTS: &[(&str, &str)] = &[
     ("dnsperf", "dnsperf"),
@@ -53,6 +76,19 @@ pub fn provide() -> Result<String> {
 
 pub fn provide_for_vms() -> Result<String> {
     provide_tools(VM_TOOLS)
+}
+
+pub fn provide_for_bench() -> Result<String> {
+    let fresh: Vec<_> = BENCH_SERVICES.into_iter().filter(|name| !is_there(name)).collect();
+    let provided = provide_tools(BENCH_TOOLS)?;
+    if !fresh.is_empty() && find("systemctl").is_some() {
+        let names = fresh.join(" ");
+        announce(&format!(
+            "telling systemd not to start {names} at boot: the benchmarks start their own"
+        ));
+        process::output(as_root("systemctl").arg("disable").args(fresh))?;
+    }
+    Ok(provided)
 }
 
 /// Returns what is there in the end, and of each program that isn't, why.
@@ -102,8 +138,7 @@ fn provide_tools(tools: &[(&'static str, &'static str)]) -> Result<String> {
     }
 
     announce(&format!("installing {names} with apt-get"));
-    let install = [&["install", "--no-install-recommends"], &packages[..]].concat();
-    with_mend(apt_get(&["update"]).and_then(|()| apt_get(&install)), &stopped, &by_hand)?;
+    with_mend(install(&packages), &stopped, &by_hand)?;
     let still = self::absent(tools);
     if !still.is_empty() {
         let tools = still.iter().map(|(tool, _)| *tool).collect::<Vec<_>>().join(", ");
@@ -123,11 +158,9 @@ fn is_there(tool: &str) -> bool {
     find(tool).is_some() || servers.any(|server| is_executable(&server))
 }
 
-fn apt_get(arguments: &[&str]) -> Result<()> {
-    // sudo drops the environment, so the setting travels as a word of the command.
-    let mut command = as_root("env");
-    command.args(["DEBIAN_FRONTEND=noninteractive", "apt-get", "-qq", "--yes"]);
-    process::output(command.args(arguments)).map(drop)
+fn install(packages: &[&str]) -> Result<()> {
+    process::output(as_root("apt-get").args(["-qq", "update"]))?;
+    process::output(as_root("sh").args(["-ec", INSTALL, "install"]).args(packages)).map(drop)
 }
 
 fn as_root(program: &str) -> Command {

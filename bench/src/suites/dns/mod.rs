@@ -61,10 +61,10 @@ const FULL: Plan = Plan {
     n_names: &[1, 10_000],
     n_in_consul: 10_000,
     n_forwarded: 50_000,
-    seconds: 2.5,
+    seconds: 1.5,
 };
 const QUICK: Plan = Plan {
-    n_rounds: 3,
+    n_rounds: 2,
     n_names: &[1, 10_000],
     n_in_consul: 1_000,
     n_forwarded: 10_000,

@@ -46,7 +46,7 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     let Some(object) = std::env::var_os("NOHOP_MEASURE") else {
-        eprintln!("run `cargo xtask bench connect`: it builds the programs to compare with");
+        eprintln!("run `cargo xtask bench cost`: it builds the programs to compare with");
         return ExitCode::FAILURE;
     };
     let quick = std::env::args().any(|argument| argument == "--quick");

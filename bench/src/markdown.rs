@@ -1,0 +1,254 @@
+//! A report as Markdown, which reads well raw, too.
+
+use crate::number::{self, NONE};
+use crate::report::{Contender, Figure, Goal, Report, Sheet};
+
+/// Where the text finds what it links to.
+#[derive(Clone, Debug, Default)]
+pub struct Links {
+    /// Names of figures and the files with their pictures, relative to the text.
+    pub pictures: Vec<(String, String)>,
+    /// What leads from the text's directory to the repository's, such as `../../`; without it, nothing
+    /// in there is linked to.
+    pub to_root: Option<String>,
+}
+
+/// The whole report.
+pub fn render(report: &Report, links: &Links) -> String {
+    let mut parts = vec![format!("# {}: {}\n", report.suite, inline(&report.title))];
+    parts.push(format!("{}, {}, in {}.\n", report.date, report.rounds(), took(report.took_s)));
+    parts.push(report.machine.markdown());
+    if !report.goals.is_empty() {
+        parts.push(format!("## Goals\n\n{}", goals(&report.goals)));
+    }
+    let sheets = report.sheets();
+    if !sheets.is_empty() {
+        parts.push("## Figures\n".to_owned());
+        parts.push(how_to_read(report, &sheets));
+    }
+    parts.extend(sheets.iter().map(|sheet| figures(sheet, links)));
+    let absent: String = report.contenders.iter().filter_map(absence).collect();
+    if !absent.is_empty() {
+        parts.push(format!("## Absent\n\n{absent}"));
+    }
+    let present: Vec<&Contender> =
+        report.contenders.iter().filter(|contender| contender.absent.is_none()).collect();
+    if !present.is_empty() {
+        parts.push(format!("## Contenders\n\n{}", contenders(&present, links)));
+    }
+    if !report.notes.is_empty() {
+        let notes: String =
+            report.notes.iter().map(|note| format!("- {}\n", inline(note))).collect();
+        parts.push(format!("## Notes\n\n{notes}"));
+    }
+    parts.join("\n")
+}
+
+fn took(seconds: f64) -> String {
+    match seconds.round() as u64 {
+        seconds @ ..120 => format!("{seconds} s"),
+        seconds => format!("{} min", (seconds + 30) / 60),
+    }
+}
+
+fn how_to_read(report: &Report, sheets: &[Sheet]) -> String {
+    let has_ratios = sheets.iter().any(|sheet| !sheet.bases().is_empty());
+    let cell = match (has_ratios, report.n_rounds > 1) {
+        (true, true) => {
+            "median (ratio to the base, taken round by round; its least–most). Where there is no \
+             ratio: median (least–most)"
+        }
+        (true, false) => "value (ratio to the base)",
+        (false, true) => "median (least–most)",
+        (false, false) => "value",
+    };
+    format!("Each cell: {cell}.\n")
+}
+
+fn goals(goals: &[Goal]) -> String {
+    let mut rows = vec![["goal", "aim", "measured", ""].map(str::to_owned).to_vec()];
+    for goal in goals {
+        let outcome = match goal.is_reached {
+            Some(true) => "reached",
+            Some(false) => "**missed**",
+            None => "not measured",
+        };
+        let is = if goal.is.is_empty() { NONE } else { &goal.is };
+        rows.push([&goal.what, &goal.goal, is, outcome].map(inline).to_vec());
+    }
+    table(&rows)
+}
+
+fn figures(sheet: &Sheet, links: &Links) -> String {
+    let name = inline(sheet.name);
+    let bases = sheet.bases();
+    let ratios =
+        if bases.is_empty() { String::new() } else { format!("; ratios to {}", inline(&bases)) };
+    let mut text = format!("### {name}\n\n{}{ratios}.\n\n", inline(&sheet.subtitle()));
+    if let Some((_, file)) = links.pictures.iter().find(|(figure, _)| figure == sheet.name) {
+        text += &format!("![{name}]({file})\n\n");
+    }
+    let mut rows = vec![vec![sheet.axis.unwrap_or_default().to_owned()]];
+    rows[0].extend(sheet.contenders.iter().map(|name| inline(name)));
+    for figure in &sheet.figures {
+        let mut row = vec![inline(&condition(sheet, figure))];
+        let cells = sheet.contenders.iter().map(|name| number::cell(figure.row(name), sheet.unit));
+        row.extend(cells);
+        rows.push(row);
+    }
+    if sheet.contenders.is_empty() {
+        text += "Nothing was measured.\n";
+    } else {
+        text += &table(&rows);
+    }
+    text
+}
+
+/// Of a point, the number alone: what it counts stands above.
+fn condition(sheet: &Sheet, figure: &Figure) -> String {
+    match &figure.point {
+        Some(point) if sheet.axis.is_some() && figure.condition.is_empty() => {
+            number::count(point.value)
+        }
+        _ => figure.label(),
+    }
+}
+
+fn absence(contender: &Contender) -> Option<String> {
+    let why = contender.absent.as_ref()?;
+    Some(format!("- {}: {}\n", inline(&contender.name), inline(why)))
+}
+
+fn contenders(contenders: &[&Contender], links: &Links) -> String {
+    let mut rows = vec![["contender", "version", "configuration"].map(str::to_owned).to_vec()];
+    for contender in contenders {
+        let config = match &links.to_root {
+            _ if contender.config.is_empty() => NONE.to_owned(),
+            Some(to_root) => format!("[{0}]({to_root}{0})", contender.config),
+            None => contender.config.clone(),
+        };
+        let version = if contender.version.is_empty() { NONE } else { &contender.version };
+        rows.push(vec![inline(&contender.name), inline(version), config]);
+    }
+    table(&rows)
+}
+
+/// Cells that are longer don't widen their column: one long condition shall not move all others.
+const MOST_PADDED: usize = 72;
+
+/// A table whose first row is its head, with columns as wide as their widest cells.
+fn table(rows: &[Vec<String>]) -> String {
+    let n_columns = rows.first().map_or(0, Vec::len);
+    let widths: Vec<usize> = (0..n_columns)
+        .map(|column| {
+            let cells = rows.iter().map(|row| row[column].chars().count());
+            cells.filter(|width| *width <= MOST_PADDED).max().unwrap_or(0).max(3)
+        })
+        .collect();
+    let line = |cells: Vec<String>| format!("| {} |\n", cells.join(" | "));
+    let padded = |row: &Vec<String>| {
+        let cells = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}"));
+        line(cells.collect())
+    };
+    let mut lines: Vec<String> = rows.iter().map(padded).collect();
+    lines.insert(1.min(lines.len()), line(widths.iter().map(|width| "-".repeat(*width)).collect()));
+    lines.concat()
+}
+
+/// Text that starts no markup and ends no cell.
+fn inline(text: &str) -> String {
+    text.replace('|', "\\|").replace('<', "&lt;").replace(['\n', '\r'], " ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sample;
+
+    #[test]
+    fn a_small_report() {
+        let links = Links {
+            pictures: vec![("keep-alive".to_owned(), "2026-11-25-http-keep-alive.svg".to_owned())],
+            to_root: Some("../../".to_owned()),
+        };
+        let expected = "\
+# http: What an HTTP request costs
+
+2026-11-25, 3 interleaved rounds, in 93 s.
+
+- Machine: AMD EPYC, 2 CPUs, 23.5 GiB
+- Kernel: 6.12.9 #1 SMP
+- System: Debian GNU/Linux 12 (bookworm)
+- Load before the run: 0.20
+- Commit: 23dc178
+
+## Goals
+
+| goal                                | aim            | measured            |              |
+| ----------------------------------- | -------------- | ------------------- | ------------ |
+| keep-alive, nohop over direct       | at least 0.99  | 0.99 (0.99 to 1.01) | reached      |
+| a new connection, nohop over direct | at least 0.995 | 0.99                | **missed**   |
+| streams, nohop over direct          | at least 0.99  | –                   | not measured |
+
+## Figures
+
+Each cell: median (ratio to the base, taken round by round; its least–most). Where there is no \
+ratio: median (least–most).
+
+### keep-alive
+
+requests/s, higher is better; ratios to direct.
+
+![keep-alive](2026-11-25-http-keep-alive.svg)
+
+|                                      | direct           | nohop                  | HAProxy tcp             |
+| ------------------------------------ | ---------------- | ---------------------- | ----------------------- |
+| one host, kept alive, 32 connections | 122k (120k–125k) | 123k (0.99; 0.99–1.01) | 64.0k (0.52; 0.50–0.52) |
+| a new connection for each request    | 122k (120k–125k) | 123k (0.99; 0.99–1.01) | –                       |
+
+## Absent
+
+- Envoy: envoy is not installed: see docs/bench.md
+
+## Contenders
+
+| contender   | version       | configuration                                                    |
+| ----------- | ------------- | ---------------------------------------------------------------- |
+| direct      | –             | –                                                                |
+| nohop       | –             | –                                                                |
+| HAProxy tcp | HAProxy 3.0.2 | [bench/peers/haproxy-tcp.cfg](../../bench/peers/haproxy-tcp.cfg) |
+
+## Notes
+
+- The load generator reached 99% of its rate.
+";
+        let is = render(&sample::small(), &links);
+        assert_eq!(is, expected, "{is}");
+    }
+
+    #[test]
+    fn odd_reports_make_text_all_the_same() {
+        let text = render(&sample::odd(), &Links::default());
+        for expected in [
+            "| a \\| b &lt;c> | –      | –     | 1 ms |",
+            "### empty\n\nus, lower is better.\n\nNothing was measured.\n",
+            "| a \\| b &lt;c> | –      | –     |",
+        ] {
+            let expected = expected.replace("1 ms", "1 us");
+            assert!(text.contains(&expected), "{expected} in\n{text}");
+        }
+        let mut quick = sample::odd();
+        quick.is_quick = true;
+        assert!(render(&quick, &Links::default()).contains("QUICK RUN of 3 interleaved rounds"));
+        quick.figures.clear();
+        quick.contenders.clear();
+        assert!(!render(&quick, &Links::default()).contains("##"));
+    }
+
+    #[test]
+    fn durations() {
+        for (seconds, expected) in [(0.4, "0 s"), (93.0, "93 s"), (600.0, "10 min")] {
+            assert_eq!(took(seconds), expected);
+        }
+    }
+}

@@ -1,0 +1,233 @@
+//! A contender at work: a node of its own, with a Consul of its own and instances.
+
+use std::io::{self, Read, Write};
+use std::net::SocketAddrV4;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use std::{fs, thread};
+
+use anyhow::{Context, Result, bail};
+use lb_tests::consul::{self, Consul};
+use lb_tests::http::ask;
+use lb_tests::nohop::Nohop;
+use lb_tests::process::Process;
+use lb_tests::scratch::Scratch;
+use serde_json::json;
+
+use super::instances::{Crew, Member};
+use super::{RELOAD_CONFIG, SERVICE};
+use crate::node::Node;
+use crate::peers::{Guard, Protocol, ServedByHaproxy, Services, serve_haproxy};
+use crate::tools;
+
+/// How long a change may take until dials show it.
+pub const PATIENCE: Duration = Duration::from_secs(15);
+
+/// How a contender learns of changes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// nohop, by its own blocking queries.
+    Nohop,
+    /// HAProxy, which asks Consul's DNS.
+    Srv,
+    /// HAProxy in tcp mode, which a follower reloads.
+    Reload,
+    /// HAProxy, whose slots a follower fills.
+    Runtime(Protocol),
+}
+
+/// A contender on its node. Dropped in this order.
+pub struct Site {
+    /// Its name.
+    pub name: &'static str,
+    /// Where its clients dial the service.
+    pub address: SocketAddrV4,
+    /// The instances that are registered.
+    pub crew: Crew,
+    n_started: usize,
+    _running: Vec<Guard>,
+    _consul: Consul,
+    /// Holds Consul's unix socket, by which it is asked from outside of the node's network.
+    scratch: Scratch,
+    /// Where it works.
+    pub node: Node,
+}
+
+impl Site {
+    /// Starts it with one instance, and waits until that is served.
+    ///
+    /// # Errors
+    /// When something doesn't start, or isn't served in time.
+    pub fn start(name: &'static str, kind: Kind, node: Node) -> Result<Site> {
+        let scratch = Scratch::new("change")?;
+        let http = format!("127.0.0.1 unix://{}", socket(&scratch).display());
+        let more = json!({ "addresses": { "http": http }, "log_level": "info" });
+        let consul = Consul::dev_with(node.client_host(), more)?;
+        let crew = Crew::start(&node, 0, 1)?;
+        crew.members.iter().try_for_each(|member| register(&scratch, member))?;
+        let (address, running) = kind.start(&node)?;
+        let site = Site {
+            name,
+            address,
+            crew,
+            n_started: 1,
+            _running: running,
+            _consul: consul,
+            scratch,
+            node,
+        };
+        let probe = Probe::start(&site)?;
+        site.crew.members.iter().try_for_each(|member| probe.await_first(member))?;
+        Ok(site)
+    }
+
+    /// Starts instances, which nobody knows of yet. Names and addresses are never used again.
+    pub fn recruit(&mut self, n: usize) -> Result<Crew> {
+        let first = self.n_started;
+        self.n_started += n;
+        Crew::start(&self.node, first, n)
+    }
+
+    /// Registers an instance with the agent, with a check that passes.
+    pub fn register(&self, member: &Member) -> Result<()> {
+        register(&self.scratch, member)
+    }
+
+    /// Removes an instance from the agent; it goes on.
+    pub fn deregister(&self, name: &str) -> Result<()> {
+        let path = format!("/v1/agent/service/deregister/{name}");
+        ask(&socket(&self.scratch), "PUT", &path, "").map(drop)
+    }
+
+    /// Replaces all instances by `n` new ones, and waits until dials reach all of these and none else.
+    pub fn renew(&mut self, n: usize) -> Result<()> {
+        let crew = self.recruit(n)?;
+        let probe = Probe::start(self)?;
+        self.crew.members.iter().try_for_each(|member| probe.await_first(member))?;
+        crew.members.iter().try_for_each(|member| self.register(member))?;
+        crew.members.iter().try_for_each(|member| probe.await_first(member))?;
+        self.crew.members.iter().try_for_each(|member| self.deregister(&member.name))?;
+        self.crew.members.iter().try_for_each(|member| probe.await_silence(member))?;
+        self.crew = crew;
+        Ok(())
+    }
+}
+
+fn socket(scratch: &Scratch) -> PathBuf {
+    scratch.path().join("consul.sock")
+}
+
+fn register(scratch: &Scratch, member: &Member) -> Result<()> {
+    let instance = consul::instance(SERVICE, &member.name, member.address);
+    let path = "/v1/agent/service/register";
+    ask(&socket(scratch), "PUT", path, &instance.to_string()).map(drop)
+}
+
+impl Kind {
+    /// Starts the contender: where it is dialled, and what is kept as long as it runs.
+    fn start(self, node: &Node) -> Result<(SocketAddrV4, Vec<Guard>)> {
+        let (file, protocol) = match self {
+            Kind::Nohop => return start_nohop(node),
+            Kind::Srv => ("haproxy-srv.cfg", Protocol::Tcp),
+            Kind::Reload => (RELOAD_CONFIG, Protocol::Tcp),
+            Kind::Runtime(protocol) => ("haproxy-runtime.cfg", protocol),
+        };
+        let mode = if self == Kind::Reload { "-Ws" } else { "-W" };
+        let services = Services::one(protocol, vec![]);
+        let ServedByHaproxy { haproxy, addresses, files } =
+            serve_haproxy(node, &services, file, mode)?;
+        let api = files.path().join("haproxy.sock");
+        await_worker(&api)?;
+        let dir = files.path().display().to_string();
+        let words = match self {
+            Kind::Nohop | Kind::Srv => None,
+            Kind::Reload => {
+                let master = haproxy.process.pid().as_raw_nonzero().to_string();
+                Some(vec!["follow".to_owned(), "reload".to_owned(), dir, master])
+            }
+            Kind::Runtime(_) => {
+                Some(vec!["follow".to_owned(), "runtime".to_owned(), api.display().to_string()])
+            }
+        };
+        let mut guards = Vec::new();
+        if let Some(words) = words {
+            let mut command = node.hop_place().command(std::env::current_exe()?);
+            command.args(words);
+            guards.push(Guard::Process(Process::spawn("follower", command)?));
+        }
+        guards.extend([Guard::Process(haproxy.process), Guard::Files(files)]);
+        Ok((addresses[0], guards))
+    }
+}
+
+/// The daemon as it comes, but for where it keeps its things.
+fn start_nohop(node: &Node) -> Result<(SocketAddrV4, Vec<Guard>)> {
+    let nohop = Nohop::start(node.client_host(), &node.client, "")?;
+    node.adopt_hop(&nohop.process)?;
+    let services = nohop.wait_for_backends(SERVICE, 1, PATIENCE)?;
+    let vip = lb_tests::nohop::service(&services, SERVICE).and_then(|s| s["vip"].as_str());
+    let vip = vip.context("nohop has no VIP for the service")?.parse()?;
+    Ok((SocketAddrV4::new(vip, 80), vec![Guard::Nohop(Box::new(nohop))]))
+}
+
+/// Waits until HAProxy's worker answers: from then on its master knows the signal to reload.
+fn await_worker(api: &Path) -> Result<()> {
+    let ask = || -> io::Result<usize> {
+        let mut stream = UnixStream::connect(api)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        writeln!(stream, "show info")?;
+        stream.read_to_end(&mut Vec::new())
+    };
+    // Nobody tells by an event that a worker serves its socket.
+    for _ in 0..500 {
+        if ask().is_ok_and(|n_bytes| n_bytes > 0) {
+            return Ok(());
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+    bail!("HAProxy's Runtime API doesn't answer")
+}
+
+/// Dials without end, and tells who answers.
+pub struct Probe {
+    process: Process,
+    files: Scratch,
+}
+
+impl Probe {
+    /// Dials the site's service every 0.5 ms.
+    pub fn start(site: &Site) -> Result<Probe> {
+        let files = Scratch::new("probe")?;
+        let mut command = site.node.client_place().command(tools::load_program()?);
+        command.args(["probe", &site.address.to_string(), "--interval-us", "500", "--log"]);
+        command.arg(files.path().join("log"));
+        let process = Process::spawn("nohop-load probe", command)?;
+        process.wait_for_line(&["probing"], PATIENCE)?;
+        Ok(Probe { process, files })
+    }
+
+    /// Waits until it has answered.
+    pub fn await_first(&self, member: &Member) -> Result<()> {
+        self.await_line("first", member)
+    }
+
+    /// Waits until it hasn't answered any more for 300 ms.
+    pub fn await_silence(&self, member: &Member) -> Result<()> {
+        self.await_line("silent", member)
+    }
+
+    fn await_line(&self, what: &str, member: &Member) -> Result<()> {
+        let line = format!("{what} {}", member.answer());
+        self.process.wait_for_line(&[&line], PATIENCE).map(drop)
+    }
+
+    /// Ends it, and returns what it noted of each dial.
+    pub fn stop(self) -> Result<String> {
+        // What it noted is in the file after 50 ms at most.
+        thread::sleep(Duration::from_millis(60));
+        self.process.kill();
+        let log = self.files.path().join("log");
+        fs::read_to_string(&log).with_context(|| format!("read {}", log.display()))
+    }
+}

@@ -1,0 +1,101 @@
+//! Which colour a contender has, the same in all pictures of all suites.
+//!
+//! nohop has the one accent, what has no balancer in between is grey, and the others share the calm
+//! hues of Paul Tol's *muted* scheme, which colour-blind readers can tell apart, toned down further so
+//! that the accent stands out on white and on black. Text and markers say the same once more.
+
+/// A colour on white and one on black, and a shape beside it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hue {
+    pub light: &'static str,
+    pub dark: &'static str,
+    /// A path around the origin.
+    pub marker: &'static str,
+}
+
+const CIRCLE: &str = "M-4 0A4 4 0 1 1 4 0A4 4 0 1 1 -4 0Z";
+const SQUARE: &str = "M-3.5 -3.5H3.5V3.5H-3.5Z";
+const DIAMOND: &str = "M0 -5L5 0L0 5L-5 0Z";
+const TRIANGLE: &str = "M0 -4.5L4.8 3.8H-4.8Z";
+const WEDGE: &str = "M0 4.5L4.8 -3.8H-4.8Z";
+const CROSS: &str = "M-1.6 -4.5H1.6V-1.6H4.5V1.6H1.6V4.5H-1.6V1.6H-4.5V-1.6H-1.6Z";
+
+const ACCENT: Hue = Hue { light: "#e8590c", dark: "#ff7a2f", marker: CIRCLE };
+const NEUTRAL: Hue = Hue { light: "#8a929c", dark: "#8b949e", marker: SQUARE };
+
+const INDIGO: Hue = Hue { light: "#6c68bb", dark: "#8a86d6", marker: DIAMOND };
+const CYAN: Hue = Hue { light: "#74b3d8", dark: "#74b0d0", marker: TRIANGLE };
+const TEAL: Hue = Hue { light: "#4fa396", dark: "#4f9f93", marker: WEDGE };
+const GREEN: Hue = Hue { light: "#5b9a69", dark: "#5c9a6a", marker: SQUARE };
+const OLIVE: Hue = Hue { light: "#9c9c50", dark: "#9d9d55", marker: CROSS };
+const SAND: Hue = Hue { light: "#c9b25c", dark: "#c2b06a", marker: DIAMOND };
+const ROSE: Hue = Hue { light: "#cf8590", dark: "#c87f8a", marker: TRIANGLE };
+const WINE: Hue = Hue { light: "#9c5a7b", dark: "#ab6b8c", marker: WEDGE };
+const PURPLE: Hue = Hue { light: "#b47cac", dark: "#b07aa8", marker: CROSS };
+
+/// By what a name begins with; the first that fits.
+const NAMED: [(&str, Hue); 24] = [
+    ("nohop", ACCENT),
+    ("direct", NEUTRAL),
+    ("haproxy http", CYAN),
+    ("haproxy", INDIGO),
+    ("envoy", PURPLE),
+    ("nginx", GREEN),
+    ("ipvs", TEAL),
+    ("iptables", OLIVE),
+    ("nftables", SAND),
+    ("kube-proxy", WINE),
+    ("cilium", ROSE),
+    ("dnsmasq", INDIGO),
+    ("unbound", TEAL),
+    ("coredns", CYAN),
+    ("systemd-resolved", OLIVE),
+    ("resolved", OLIVE),
+    ("consul", ROSE),
+    ("traefik", CYAN),
+    ("fabio", SAND),
+    ("linkerd", TEAL),
+    ("katran", WINE),
+    ("pgbouncer", PURPLE),
+    ("client", WINE),
+    ("dns", GREEN),
+];
+
+const OTHERS: [Hue; 9] = [WINE, TEAL, SAND, INDIGO, ROSE, OLIVE, CYAN, PURPLE, GREEN];
+
+impl Hue {
+    /// Of a contender, by its name: one that isn't known here gets one that depends on its name only.
+    pub fn of(name: &str) -> Hue {
+        let name = name.to_lowercase();
+        match NAMED.iter().find(|(known, _)| name.starts_with(known)) {
+            // A variant of nohop is not nohop: there is one accent in a picture.
+            Some((known, hue)) if *known != "nohop" || name == *known => *hue,
+            _ => {
+                let sum = name.bytes().fold(7_usize, |sum, byte| {
+                    sum.wrapping_mul(31).wrapping_add(usize::from(byte))
+                });
+                OTHERS[sum % OTHERS.len()]
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hues_by_name() {
+        for (name, hue) in [
+            ("nohop", ACCENT),
+            ("direct", NEUTRAL),
+            ("HAProxy tcp", INDIGO),
+            ("HAProxy http", CYAN),
+            ("Envoy tcp", PURPLE),
+        ] {
+            assert_eq!(Hue::of(name), hue, "{name}");
+        }
+        assert_ne!(Hue::of("nohop, IPv6"), ACCENT);
+        assert_eq!(Hue::of("whatever"), Hue::of("Whatever"));
+    }
+}

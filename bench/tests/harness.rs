@@ -1,0 +1,166 @@
+//! The harness as a user meets it: what it refuses before any work, what an interrupted run leaves
+//! behind, and what a whole one writes. It needs root, wrk and nginx.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, ExitCode, Output};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use lb_tests::process::Process;
+use lb_tests::scratch::Scratch;
+use lb_tests::{process, run, undo};
+use libtest_mimic::{Arguments, Completion, Failed, Trial};
+use rustix::process::Signal;
+use serde_json::Value;
+
+const HARNESS: &str = env!("CARGO_BIN_EXE_nohop-bench");
+
+type Story = fn() -> Result<()>;
+
+/// The stories, each with the programs that it needs.
+const STORIES: [(&str, &[&str], Story); 7] = [
+    ("without_root", &["setpriv"], without_root),
+    ("one_processor", &["taskset"], one_processor),
+    ("an_unknown_suite", &[], an_unknown_suite),
+    ("a_tool_is_missing", &[], a_tool_is_missing),
+    ("reports_cannot_be_written", &["wrk", "nginx"], reports_cannot_be_written),
+    ("interrupted", &["wrk", "nginx"], interrupted),
+    ("checks_itself", &["wrk", "nginx"], checks_itself),
+];
+
+fn main() -> ExitCode {
+    let mut arguments = Arguments::from_args();
+    // One at a time: they look at what others leave behind.
+    arguments.test_threads = Some(1);
+    let is_root = rustix::process::geteuid().is_root();
+    if !is_root {
+        eprintln!("The harness's tests are ignored: needs root: run `cargo xtask test`");
+    }
+    if let Err(error) = undo::on_signals() {
+        eprintln!("Can't handle signals: {error}");
+        return ExitCode::FAILURE;
+    }
+    let trials = STORIES.map(|(name, programs, story)| {
+        Trial::ignorable_test(name, move || tell(programs, story)).with_ignored_flag(!is_root)
+    });
+    libtest_mimic::run(&arguments, trials.into()).exit_code()
+}
+
+fn tell(programs: &[&str], story: Story) -> Result<Completion, Failed> {
+    let absent = programs.iter().find_map(|program| lb_bench::peers::find(program).err());
+    if let Some(absent) = absent {
+        return Ok(Completion::ignored_with(absent.to_string()));
+    }
+    story().map_err(|error| Failed::from(format!("{error:?}\n{}", process::last_words())))?;
+    Ok(Completion::Completed)
+}
+
+/// Runs it to its end, which is to be `code`; what it says has to contain these.
+fn refuses(mut command: Command, code: i32, texts: &[&str]) -> Result<()> {
+    let Output { status, stdout, stderr } = command.output().context("start the harness")?;
+    let said = String::from_utf8_lossy(&[stdout, stderr].concat()).into_owned();
+    ensure!(status.code() == Some(code), "{status} instead of {code}: {said}");
+    for text in texts {
+        ensure!(said.contains(text), "it doesn't say {text:?}: {said}");
+    }
+    Ok(())
+}
+
+fn without_root() -> Result<()> {
+    // Where anybody may execute it.
+    let scratch = Scratch::new("harness")?;
+    let copy = scratch.path().join("nohop-bench");
+    fs::copy(HARNESS, &copy)?;
+    let mut command = Command::new("setpriv");
+    command.args(["--reuid=65534", "--regid=65534", "--clear-groups"]).arg(copy);
+    refuses(command, 1, &["needs root", "sudo -E"])
+}
+
+fn one_processor() -> Result<()> {
+    let mut command = Command::new("taskset");
+    command.args(["-c", "0", HARNESS, "check"]);
+    refuses(command, 1, &["only one processor"])
+}
+
+fn an_unknown_suite() -> Result<()> {
+    let mut command = Command::new(HARNESS);
+    command.arg("htpt");
+    refuses(command, 2, &["htpt", "http"])
+}
+
+fn a_tool_is_missing() -> Result<()> {
+    let scratch = Scratch::new("path")?;
+    let mut command = Command::new(HARNESS);
+    command.arg("http").env("PATH", scratch.path());
+    refuses(command, 1, &["not installed: ", "wrk"])
+}
+
+fn reports_cannot_be_written() -> Result<()> {
+    let mut command = Command::new(HARNESS);
+    command.args(["check", "--out", "/proc/nowhere"]);
+    refuses(command, 1, &["/proc/nowhere", "--out"])
+}
+
+fn interrupted() -> Result<()> {
+    const CONNTRACK: &str = "/proc/sys/net/netfilter/nf_conntrack_max";
+    let before = fs::read_to_string(CONNTRACK).ok();
+    let scratch = Scratch::new("results")?;
+    let mut command = Command::new(HARNESS);
+    command.args(["check", "--quick", "--out"]).arg(scratch.path());
+    let harness = Process::spawn("nohop-bench", command)?;
+    let pid = harness.pid();
+    harness.wait_for_line(&["check 1/"], Duration::from_secs(30))?;
+    harness.signal(Signal::INT)?;
+    let status = harness.wait_for_exit(Duration::from_secs(20))?;
+    ensure!(status.code() == Some(128 + 2), "{status}");
+
+    let mark = format!("nohop-{}-", pid.as_raw_nonzero());
+    let mounts = fs::read_to_string("/proc/mounts")?;
+    let cgroups = mounts.lines().filter(|line| line.split(' ').nth(2) == Some("cgroup2"));
+    let cgroups = cgroups.filter_map(|line| line.split(' ').nth(1)).map(Path::new);
+    let temporary = std::env::temp_dir();
+    for dir in cgroups.chain([Path::new("/run/netns"), &temporary]) {
+        for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+            let name = entry.file_name();
+            ensure!(!name.to_string_lossy().starts_with(&mark), "left behind: {entry:?}");
+        }
+    }
+    // Whatever it started has its files below a folder of that name.
+    let mut ps = Command::new("ps");
+    ps.args(["-eo", "args"]);
+    let running = run::stdout(ps)?;
+    let left = running.lines().find(|line| line.contains(&mark));
+    ensure!(left.is_none(), "left running: {left:?}");
+    ensure!(!mounts.contains(&mark), "left mounted: {mounts}");
+    ensure!(fs::read_to_string(CONNTRACK).ok() == before, "{CONNTRACK} isn't as before");
+    Ok(())
+}
+
+/// That the check runs and tells; what it tells depends on the machine, so that is no test.
+fn checks_itself() -> Result<()> {
+    let scratch = Scratch::new("results")?;
+    let mut command = Command::new(HARNESS);
+    command.args(["check", "--quick", "--out"]).arg(scratch.path());
+    run::stdout(command)?;
+    let mut extensions = Vec::new();
+    for entry in fs::read_dir(scratch.path())? {
+        let path = entry?.path();
+        let extension = path.extension().unwrap_or_default().to_string_lossy().into_owned();
+        if extension == "json" {
+            let report: Value = serde_json::from_str(&fs::read_to_string(&path)?)?;
+            let names = ["direct", "direct again", "delayed"];
+            let listed = report["contenders"].as_array().into_iter().flatten();
+            let listed: Vec<_> =
+                listed.filter_map(|contender| contender["name"].as_str()).collect();
+            ensure!(listed == names, "{listed:?}");
+            let measured = |goal: &Value| !goal["is_reached"].is_null();
+            let goals = report["goals"].as_array().context("no goals")?;
+            ensure!(goals.len() == 4 && goals.iter().all(measured), "{goals:?}");
+        }
+        extensions.push(extension);
+    }
+    extensions.sort_unstable();
+    ensure!(extensions == ["json", "md", "svg", "svg"], "{extensions:?}");
+    Ok(())
+}
