@@ -83,7 +83,7 @@ struct Plan {
 
 const FULL: Plan =
     Plan { n_rounds: 7, layouts: &[Layout::OneHost, Layout::TwoHosts], seconds: 1.0 };
-const QUICK: Plan = Plan { n_rounds: 3, layouts: &[Layout::OneHost], seconds: 0.2 };
+const QUICK: Plan = Plan { n_rounds: 2, layouts: &[Layout::OneHost], seconds: 0.2 };
 
 /// A contender at work. Dropped in this order.
 struct Site {
