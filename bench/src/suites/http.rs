@@ -77,7 +77,7 @@ struct Plan {
 
 const FULL: Plan = Plan {
     n_rounds: 7,
-    layouts: &[(Layout::OneHost, &[1, 32, 256]), (Layout::TwoHosts, &[1, 32, 256])],
+    layouts: &[(Layout::OneHost, &[1, 32, 256]), (Layout::TwoHosts, &[32])],
     rate_seconds: 1.2,
 };
 const QUICK: Plan = Plan { n_rounds: 2, layouts: &[(Layout::OneHost, &[32])], rate_seconds: 0.4 };

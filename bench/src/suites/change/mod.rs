@@ -104,10 +104,10 @@ struct Plan {
 
 const FULL: Plan = Plan {
     n_rounds: 7,
-    n_single: 10,
-    n_single_srv: 2,
+    n_single: 6,
+    n_single_srv: 1,
     n_deploy: 200,
-    counted: Duration::from_millis(2500),
+    counted: Duration::from_millis(2000),
 };
 const QUICK: Plan = Plan {
     n_rounds: 1,
