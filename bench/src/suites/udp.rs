@@ -1,6 +1,7 @@
 //! UDP: datagrams a second as many as can be, latency at a rate that all are to keep up with, and the
 //! processor time that a million of them cost.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use anyhow::Result;
@@ -82,7 +83,7 @@ struct Plan {
 
 const FULL: Plan =
     Plan { n_rounds: 7, layouts: &[Layout::OneHost, Layout::TwoHosts], seconds: 1.0 };
-const QUICK: Plan = Plan { n_rounds: 3, layouts: &[Layout::OneHost], seconds: 0.2 };
+const QUICK: Plan = Plan { n_rounds: 2, layouts: &[Layout::OneHost], seconds: 0.2 };
 
 /// A contender at work. Dropped in this order.
 struct Site {
@@ -181,8 +182,9 @@ fn saturate(
     progress: &mut Progress,
 ) {
     let condition = uses.condition(layout);
+    let mut wrongs = vec![Wrong::default(); sites.len()];
     for round in 0..plan.n_rounds {
-        for site in sites {
+        for (site, wrong) in sites.iter().zip(&mut wrongs) {
             let name = site.peer.name;
             progress.step(&format!("{condition}: {name}"));
             let pace = format!("--window {WINDOW}");
@@ -202,11 +204,10 @@ fn saturate(
             if name != DIRECT {
                 draft.add(HOP_CPU, &condition, name, round, per_million(cpu.hop));
             }
-            if let Some(wrong) = found.as_ref().and_then(wrong) {
-                draft.note(format!("{name}, {condition}, in a round: {wrong}"));
-            }
+            wrong.add(found.as_ref());
         }
     }
+    tell(draft, sites, &wrongs, &condition);
 }
 
 /// The fixed rate under a condition, from direct's saturation there; in datagrams a second.
@@ -224,8 +225,9 @@ fn at_rate(
     progress: &mut Progress,
 ) {
     let condition = format!("{condition}, {rate} datagrams/s");
+    let mut wrongs = vec![Wrong::default(); sites.len()];
     for round in 0..plan.n_rounds {
-        for site in sites {
+        for (site, wrong) in sites.iter().zip(&mut wrongs) {
             let name = site.peer.name;
             progress.step(&format!("{condition}: {name}"));
             let found = site.ask(uses, &format!("--rate {rate}"), plan.seconds);
@@ -240,27 +242,55 @@ fn at_rate(
             {
                 draft.add(quantity, &condition, name, round, number(path).filter(|_| has_any));
             }
-            if let Some(wrong) = found.as_ref().and_then(wrong) {
-                draft.note(format!("{name}, {condition}, in a round: {wrong}"));
-            }
+            wrong.add(found.as_ref());
         }
+    }
+    tell(draft, sites, &wrongs, &condition);
+}
+
+/// What went wrong with a contender's datagrams under a condition, in all rounds.
+#[derive(Clone, Default)]
+struct Wrong {
+    n_sent: u64,
+    n_lost: u64,
+    n_strange: u64,
+    errors: BTreeMap<String, u64>,
+}
+
+impl Wrong {
+    /// Adds what nohop-load tells of a round.
+    fn add(&mut self, found: Option<&Value>) {
+        let Some(found) = found else { return };
+        let count = |key: &str| found[key].as_u64().unwrap_or(0);
+        self.n_sent += count("sent");
+        self.n_lost += count("lost");
+        self.n_strange += count("strange");
+        for (error, n) in found["errors"].as_object().into_iter().flatten() {
+            *self.errors.entry(error.clone()).or_default() += n.as_u64().unwrap_or(0);
+        }
+    }
+
+    /// In words; `None` where nothing did.
+    fn text(&self) -> Option<String> {
+        let Wrong { n_sent, n_lost, n_strange, errors } = self;
+        let mut parts = Vec::new();
+        if *n_lost > 0 {
+            parts.push(format!("{n_lost} of {n_sent} datagrams lost"));
+        }
+        if *n_strange > 0 {
+            parts.push(format!("{n_strange} answered from an address that wasn't asked"));
+        }
+        parts.extend(errors.iter().map(|(error, n)| format!("{n} times the error {error}")));
+        (!parts.is_empty()).then(|| parts.join(", "))
     }
 }
 
-/// What went wrong with datagrams, in words; `None` where nothing did.
-fn wrong(found: &Value) -> Option<String> {
-    let count = |path: &str| found.pointer(path).and_then(Value::as_u64).unwrap_or(0);
-    let mut parts = Vec::new();
-    if count("/lost") > 0 {
-        parts.push(format!("{} of {} lost", count("/lost"), count("/sent")));
+fn tell(draft: &mut Draft, sites: &[Site], wrongs: &[Wrong], condition: &str) {
+    for (site, wrong) in sites.iter().zip(wrongs) {
+        if let Some(text) = wrong.text() {
+            draft.note(format!("{}, {condition}: {text}", site.peer.name));
+        }
     }
-    if count("/strange") > 0 {
-        parts.push(format!("{} answered from an address that wasn't asked", count("/strange")));
-    }
-    for (error, n) in found["errors"].as_object().into_iter().flatten() {
-        parts.push(format!("{n} times the error {error}"));
-    }
-    (!parts.is_empty()).then(|| parts.join(", "))
 }
 
 impl Use {
@@ -282,11 +312,15 @@ mod tests {
     #[test]
     fn what_went_wrong() {
         let found = |lost, strange, errors: Value| json!({ "sent": 9, "answered": 9, "lost": lost, "strange": strange, "errors": errors });
-        assert_eq!(wrong(&found(0, 0, json!({}))), None);
-        let all = wrong(&found(2, 1, json!({ "refused": 3 })));
-        let expected =
-            "2 of 9 lost, 1 answered from an address that wasn't asked, 3 times the error refused";
-        assert_eq!(all.as_deref(), Some(expected));
+        let mut wrong = Wrong::default();
+        wrong.add(None);
+        wrong.add(Some(&found(0, 0, json!({}))));
+        assert_eq!(wrong.text(), None);
+        wrong.add(Some(&found(2, 0, json!({ "refused": 3 }))));
+        wrong.add(Some(&found(1, 1, json!({ "refused": 1 }))));
+        let expected = "3 of 27 datagrams lost, 1 answered from an address that wasn't asked, \
+                        4 times the error refused";
+        assert_eq!(wrong.text().as_deref(), Some(expected));
     }
 
     #[test]
