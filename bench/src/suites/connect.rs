@@ -106,7 +106,10 @@ pub fn run(is_quick: bool) -> Result<Draft> {
         "connect() to a proxy returns when the proxy's kernel has accepted, not when a backend has: \
          the first byte, which the backend sends by itself, is what compares",
     );
-    draft.note("one dial after another, from one process; all on one host");
+    draft.note(
+        "one dial after another, from one process; all on one host; the contenders take turns at each \
+         point of a curve, but one point comes after the other",
+    );
     let points = plan.n_services.iter().map(|n| ("services", *n, *n, N_EACH, &BY_SERVICES));
     let points =
         points.chain(plan.n_backends.iter().map(|n| ("backends", *n, N_EACH, *n, &BY_BACKENDS)));
