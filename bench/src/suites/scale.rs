@@ -43,7 +43,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Who takes longer than this to load has fewer rounds.
 const SLOW: Duration = Duration::from_secs(20);
-const N_SLOW_ROUNDS: usize = 3;
+const N_SLOW_ROUNDS: usize = 2;
 
 /// Who is compared, each by what loads it.
 const LOADERS: [(&str, Loader); 3] =
