@@ -76,7 +76,7 @@ fn delay(node: &Node, backend: std::net::SocketAddrV4) -> Result<Process> {
 /// When a contender can't be started, or a sample fails: a harness that can't measure these measures
 /// nothing.
 pub fn run(is_quick: bool) -> Result<Draft> {
-    let (n_rounds, n_saturating) = if is_quick { (9, 3) } else { (15, 9) };
+    let (n_rounds, n_saturating) = if is_quick { (7, 3) } else { (15, 9) };
     let mut draft = Draft::new(
         "Can the harness tell a difference, and does it tell none where there is none?",
         n_rounds,

@@ -113,7 +113,7 @@ const QUICK: Plan = Plan {
     n_rounds: 1,
     n_single: 3,
     n_single_srv: 1,
-    n_deploy: 40,
+    n_deploy: 20,
     counted: Duration::from_millis(500),
 };
 
