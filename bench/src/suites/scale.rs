@@ -2,12 +2,12 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::{Read as _, Write as _};
-use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use lb_tests::http;
 use lb_tests::nohop::Nohop;
 use lb_tests::run;
 use lb_tests::scratch::Scratch;
@@ -172,13 +172,7 @@ fn load_nohop(node: &Node, [before, after]: [&Services; 2]) -> Result<Loaded> {
 /// The time that nohop has taken in all to bring what it had parsed into the maps, as it exports it.
 fn propagation_ms(nohop: &Nohop) -> Result<f64> {
     let admin = nohop.admin();
-    let mut stream = UnixStream::connect(admin.trim_start_matches("unix:"))
-        .with_context(|| format!("connect to nohop at {admin}"))?;
-    stream.set_read_timeout(Some(PATIENCE))?;
-    // HTTP/1.0, so that the answer is simply what comes until the end.
-    write!(stream, "GET /metrics HTTP/1.0\r\n\r\n")?;
-    let mut metrics = String::new();
-    stream.read_to_string(&mut metrics)?;
+    let metrics = http::ask(Path::new(admin.trim_start_matches("unix:")), "GET", "/metrics", "")?;
     let sum_s = read_metric(&metrics, "nohop_propagation_seconds_sum");
     Ok(sum_s.context("nohop exports no nohop_propagation_seconds_sum")? * 1e3)
 }
