@@ -50,7 +50,7 @@ fn main() -> ExitCode {
 fn tell(programs: &[&str], story: Story) -> Result<Completion, Failed> {
     let absent = programs.iter().find_map(|program| lb_bench::peers::find(program).err());
     if let Some(absent) = absent {
-        return Ok(Completion::ignored_with(absent.to_string()));
+        return run::skip(&absent.to_string());
     }
     story().map_err(|error| Failed::from(format!("{error:?}\n{}", process::last_words())))?;
     Ok(Completion::Completed)

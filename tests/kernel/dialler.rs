@@ -9,11 +9,14 @@ use std::process::{Child, ChildStdin, Command, ExitCode, Stdio};
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use crate::bed::dial;
 
 const FLAG: &str = "--dial";
 const N_THREADS: usize = 2;
+/// How long the dials that are waited for may take.
+const PATIENCE: Duration = Duration::from_secs(60);
 /// What stands for a dial that failed.
 const FAILED: char = '!';
 
@@ -64,11 +67,12 @@ impl Dialler {
         self.stdin.as_ref().unwrap().write_all(&[0]).unwrap();
         let (answers, changed) = &*self.answers;
         let is_short = |answers: &Answers| answers.values().sum::<u64>() < n;
-        let answers = changed
-            .wait_while(answers.lock().unwrap(), |answers| {
+        let (answers, waited) = changed
+            .wait_timeout_while(answers.lock().unwrap(), PATIENCE, |answers| {
                 is_short(answers.entry(self.epoch.get()).or_default())
             })
             .unwrap();
+        assert!(!waited.timed_out(), "no {n} dials in {PATIENCE:?}: {answers:?}");
         answers[&self.epoch.get()].keys().collect()
     }
 

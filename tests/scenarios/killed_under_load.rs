@@ -4,7 +4,7 @@
 use anyhow::{Result, ensure};
 
 use crate::cluster::{Catalog, Nodes, SOON, vip};
-use crate::load::{RATE, SECONDS, under_load};
+use crate::load::{RATE, under_load};
 
 /// The daemon is killed at each of these seconds of the load.
 const KILLED_AT: [u32; 5] = [4, 9, 14, 19, 24];
@@ -19,7 +19,7 @@ pub fn story() -> Result<()> {
     let mut nohop = nodes.nohop(&catalog.config())?;
     let vip = vip(&nohop, "helloworld")?;
 
-    under_load(&nodes, vip, RATE, SECONDS, |load| {
+    under_load(&nodes, vip, RATE, |load| {
         for (round, second) in KILLED_AT.into_iter().enumerate() {
             load.wait_until_second(second)?;
             nohop.crash()?;
@@ -37,5 +37,6 @@ pub fn story() -> Result<()> {
             nohop.wait_for_backends("helloworld", 3, SOON)?;
         }
         Ok(())
-    })
+    })?;
+    Ok(())
 }

@@ -8,7 +8,7 @@ use crate::servers::{Servers, is_failing, is_live};
 
 pub fn story() -> Result<()> {
     let mut servers = Servers::new()?;
-    servers.none_lost(30, |servers, load| {
+    servers.none_lost(|servers, load| {
         load.wait_until_second(1)?;
         let leader = servers.leader()?;
         servers.servers[leader].kill();

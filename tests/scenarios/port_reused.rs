@@ -15,7 +15,7 @@ pub fn story() -> Result<()> {
     let mut servers = Servers::with(&Setup::default(), |_| Ok(()))?;
     servers.serve("mail", 2)?;
     let mail = servers.vip("mail")?;
-    servers.none_lost(30, |servers, load| {
+    servers.none_lost(|servers, load| {
         load.wait_until_second(1)?;
         servers.agent.kill();
         servers.nohop.wait_for_status(SOON * 2, is_failing)?;

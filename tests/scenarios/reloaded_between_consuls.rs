@@ -2,13 +2,11 @@
 //! lost on the way, and what only the new source has is routed from then on.
 
 use anyhow::{Result, ensure};
-use lb_tests::consul::instance;
+use lb_tests::consul::{Consul, instance};
 use serde_json::{Value, json};
 
-use crate::cluster::{Cluster, SOON};
+use crate::cluster::{BACKEND, CLIENT, Cluster, SOON};
 use crate::load::{RATE, under_load};
-
-const SECONDS: u32 = 6;
 
 pub fn story() -> Result<()> {
     let cluster = Cluster::new(2)?;
@@ -24,10 +22,17 @@ pub fn story() -> Result<()> {
     }
     cluster.server.register(&tagged("second", 0, &["blue"]))?;
 
-    under_load(&cluster.nodes, vip, RATE, SECONDS, |load| {
+    // Another agent of the cluster, on the same host at other ports.
+    let ports = json!({ "http": 8501, "serf_lan": 8311, "dns": -1 });
+    let more = json!({ "ports": ports });
+    let server = format!("{BACKEND}:8301");
+    let servers = [server.as_str()];
+    let _other =
+        Consul::client_with(&cluster.nodes.client, "other", CLIENT, &servers, &more, None)?;
+
+    under_load(&cluster.nodes, vip, RATE, |load| {
         load.wait_until_second(2)?;
-        // The same agent by another name counts as another.
-        let config = "consul.address = \"http://localhost:8500\"\ncatalog.tag = \"blue\"\n";
+        let config = "consul.address = \"http://127.0.0.1:8501\"\ncatalog.tag = \"blue\"\n";
         cluster.nohop.configure(config)?;
         let reload = cluster.nohop.cli("reload")?;
         ensure!(reload.status.success(), "{reload:?}");

@@ -14,6 +14,7 @@ use lb_tests::nohop::Nohop;
 use serde_json::{Value, json};
 
 use crate::cluster::{Nodes, SOON, vip};
+use crate::load::under_load;
 
 const SERVERS: [(&str, &str); 3] = [("s1", "10.98.0.1"), ("s2", "10.98.0.2"), ("s3", "10.98.0.3")];
 const CLIENT: &str = "10.98.0.11";
@@ -34,7 +35,7 @@ pub struct Servers {
     /// Where the agent of the node with nohop is plugged in.
     agent_port: String,
     switch: Arc<Host>,
-    pub nodes: Nodes,
+    pub nodes: Arc<Nodes>,
     _hosts: Vec<Arc<Host>>,
 }
 
@@ -97,7 +98,7 @@ impl Servers {
             servers,
             agent_port,
             switch,
-            nodes,
+            nodes: Arc::new(nodes),
             _hosts: hosts,
         };
         servers.serve("helloworld", 2)?;
@@ -146,18 +147,15 @@ impl Servers {
         vip(&self.nohop, name)
     }
 
-    /// Plays `story` while connections to helloworld are opened for `n_seconds`: none may be lost, and
+    /// Runs `scenario` while connections to helloworld are opened: none may be lost or late, and
     /// none may reach another service.
     pub fn none_lost(
         &mut self,
-        n_seconds: u32,
-        story: impl FnOnce(&mut Servers, &Load) -> Result<()>,
+        scenario: impl FnOnce(&mut Servers, &Load) -> Result<()>,
     ) -> Result<()> {
         let vip = self.vip("helloworld")?;
-        let load = Load::start(self.nodes.inside(), vip, RATE, n_seconds)?;
-        story(self, &load)?;
-        let outcome = load.finish()?;
-        ensure!(outcome.errors.is_empty(), "{outcome:?}");
+        let nodes = Arc::clone(&self.nodes);
+        let outcome = under_load(&nodes, vip, RATE, |load| scenario(self, load))?;
         let from_others: Vec<_> = outcome.answers.keys().filter(|a| !is_ours(a)).collect();
         ensure!(from_others.is_empty(), "{from_others:?} of {outcome:?}");
         Ok(())

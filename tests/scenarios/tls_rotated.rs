@@ -36,7 +36,7 @@ pub fn story() -> Result<()> {
         ),
     };
     let mut servers = Servers::with(&setup, |_| Ok(()))?;
-    servers.none_lost(30, |servers, load| {
+    servers.none_lost(|servers, load| {
         load.wait_until_second(1)?;
         issue(scratch.path())?;
         // So that each side needs what is new.

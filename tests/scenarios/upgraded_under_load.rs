@@ -7,8 +7,6 @@ use anyhow::{Result, ensure};
 use crate::cluster::{Catalog, Nodes, SOON, vip};
 use crate::load::{RATE, under_load};
 
-const SECONDS: u32 = 20;
-
 pub fn story() -> Result<()> {
     let nodes = Nodes::new()?;
     let (one, two) = (nodes.helloworld("1")?, nodes.helloworld("2")?);
@@ -17,7 +15,7 @@ pub fn story() -> Result<()> {
     let mut nohop = nodes.nohop(&catalog.config())?;
     let vip = vip(&nohop, "helloworld")?;
 
-    under_load(&nodes, vip, RATE, SECONDS, |load| {
+    under_load(&nodes, vip, RATE, |load| {
         for second in [3, 7, 11] {
             load.wait_until_second(second)?;
             ensure!(nohop.end()?.success());
@@ -38,5 +36,6 @@ pub fn story() -> Result<()> {
         ensure!(status["plane"]["adopted"] == false && maps.contains("32768"), "{status:#}");
         ensure!(crate::cluster::vip(&nohop, "helloworld")? == vip);
         Ok(())
-    })
+    })?;
+    Ok(())
 }

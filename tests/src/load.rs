@@ -1,10 +1,11 @@
-//! A client that opens connections at a fixed rate, whatever becomes of them.
+//! A client that opens connections at a fixed rate, whatever becomes of them, until it is stopped.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use rustix::process::Signal;
 use serde_json::Value;
 
 use crate::net::Place;
@@ -14,20 +15,22 @@ use crate::run;
 /// Enough that a connection that takes long holds no other one up.
 const N_THREADS: u32 = 64;
 
-/// How much longer than planned it may take.
+/// The longest that a load runs, in seconds: a scenario that takes longer fails.
+const MAX_SECONDS: u32 = 180;
+
+/// How long the client may take to reach what is waited for, beyond its schedule.
 const SLACK: Duration = Duration::from_secs(30);
 
 /// Connections that are being opened.
 pub struct Load {
     process: Process,
     rate: u32,
-    n_seconds: u32,
 }
 
 /// What became of them.
 #[derive(Debug)]
 pub struct Outcome {
-    /// How many were asked for.
+    /// How many were opened.
     pub n_asked: u64,
     /// How often each answer came.
     pub answers: BTreeMap<String, u64>,
@@ -42,40 +45,49 @@ pub struct Outcome {
 }
 
 impl Load {
-    /// Begins to open `rate` connections a second to `address`, for `n_seconds`.
+    /// Begins to open `rate` connections a second to `address`.
     ///
     /// # Errors
     /// When the client can't be started.
-    pub fn start(
-        place: Place<'_>,
-        address: impl Into<SocketAddr>,
-        rate: u32,
-        n_seconds: u32,
-    ) -> Result<Load> {
+    pub fn start(place: Place<'_>, address: impl Into<SocketAddr>, rate: u32) -> Result<Load> {
         let mut command = place.command(run::built("load")?);
-        let (address, threads) = (address.into().to_string(), N_THREADS.to_string());
-        let (rate_word, seconds) = (rate.to_string(), n_seconds.to_string());
-        command.args([&address, "--rate", &rate_word, "--seconds", &seconds]);
-        command.args(["--threads", &threads]);
-        Ok(Load { process: Process::spawn("load", command)?, rate, n_seconds })
+        let arguments = format!(
+            "{} --rate {rate} --at-most {MAX_SECONDS} --threads {N_THREADS}",
+            address.into()
+        );
+        command.args(arguments.split(' '));
+        Ok(Load { process: Process::spawn("load", command)?, rate })
     }
 
-    /// Waits until as many connections were opened as belong to `n_seconds`.
+    /// Waits until as many connections were opened as belong to `n_seconds`, from the start on.
     ///
     /// # Errors
     /// When it takes much longer than that, or the client ends.
     pub fn wait_until_second(&self, n_seconds: u32) -> Result<()> {
         let line = format!("opened {}", self.rate * n_seconds);
-        self.process.wait_for_line(&[&line], self.limit()).map(drop)
+        let limit = Duration::from_secs(n_seconds.into()) + SLACK;
+        self.process.wait_for_line(&[&line], limit).map(drop)
     }
 
-    /// Waits for the end: each connection that was asked for was answered or failed.
+    /// Opens connections for another second at least, so that what has just happened is met by
+    /// some, and then no more; waits until each was answered or failed.
     ///
     /// # Errors
-    /// When it takes much longer than planned, or one is unaccounted for.
+    /// When the client has ended before the call: then what happened after that met no
+    /// connections. When it opened far fewer connections than its rate asks for, or one of them is
+    /// unaccounted for.
     pub fn finish(self) -> Result<Outcome> {
-        let line = self.process.wait_for_line(&["\"asked\""], self.limit())?;
+        let last = self.process.last_line().unwrap_or_default();
+        let n_opened: u32 = match last.strip_prefix("opened ") {
+            Some(n_opened) => n_opened.parse().with_context(|| last.clone())?,
+            None if last.is_empty() => 0,
+            None => anyhow::bail!("the load ended before the scenario did: {last}"),
+        };
+        self.wait_until_second(n_opened / self.rate + 2)?;
+        self.process.signal(Signal::TERM)?;
+        let line = self.process.wait_for_line(&["\"asked\""], SLACK)?;
         let report: Value = serde_json::from_str(&line).context(line)?;
+        ensure!(report["was_stopped"] == true, "the load ended before the scenario did: {report}");
         let counts = |key: &str| -> Result<BTreeMap<String, u64>> {
             Ok(serde_json::from_value(report[key].clone())?)
         };
@@ -90,11 +102,8 @@ impl Load {
         };
         let n_ended: u64 = outcome.answers.values().chain(outcome.errors.values()).sum();
         ensure!(n_ended == outcome.n_asked, "{n_ended} ended: {outcome:?}");
-        ensure!(outcome.n_asked == u64::from(self.rate * self.n_seconds), "{outcome:?}");
+        let rate = outcome.n_asked as f64 / outcome.took.as_secs_f64();
+        ensure!(rate > f64::from(self.rate) / 2.0, "{rate:.0} a second of {}", self.rate);
         Ok(outcome)
-    }
-
-    fn limit(&self) -> Duration {
-        Duration::from_secs(self.n_seconds.into()) + SLACK
     }
 }

@@ -31,8 +31,9 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// How long one blocking request waits, in seconds.
 const WAIT_S: u64 = 5;
 
-/// How long the daemon may take to stop.
-pub const STOP_LIMIT: Duration = Duration::from_secs(1);
+/// How long the daemon may take to stop: a moment, and what a busy machine adds. Systemd would wait for
+/// 90 s (`TimeoutStopSec=`).
+pub const STOP_LIMIT: Duration = Duration::from_secs(10);
 
 /// A daemon on a host, that serves a cgroup.
 pub struct Nohop {

@@ -69,3 +69,20 @@ pub fn installed(name: &str) -> Result<PathBuf> {
         .find(|path| path.is_file());
     found.with_context(|| format!("{name} isn't installed: `cargo xtask setup` tries to"))
 }
+
+/// Whether this is a run of CI, which sets `CI=true`.
+pub fn is_ci() -> bool {
+    std::env::var_os("CI").is_some_and(|value| value == "true")
+}
+
+/// The result of a test that can't run here for this reason: it is counted as skipped, with the
+/// reason. In CI it fails instead, because CI installs everything that tests need.
+///
+/// # Errors
+/// In CI.
+pub fn skip(reason: &str) -> Result<libtest_mimic::Completion, libtest_mimic::Failed> {
+    match is_ci() {
+        true => Err(format!("CI can't skip this: {reason}").into()),
+        false => Ok(libtest_mimic::Completion::ignored_with(reason)),
+    }
+}

@@ -15,7 +15,7 @@ pub fn run(filter: Option<&str>) -> ExitCode {
     match crate::setup::run() {
         Ok(()) => {
             if let Err(error) = crate::setup::run_for_bench() {
-                println!("left out: the harness's tests that need it are ignored: {error:#}");
+                tally.skip("the harness's tests that need them", &format!("{error:#}"));
             }
             run_phases(&mut tally, filter);
         }
@@ -74,11 +74,11 @@ fn run_tests(tally: &mut Tally, filter: Option<&str>) {
     }
 }
 
-/// A nightly may come without clippy: that is no failure of this code.
+/// A nightly may come without clippy.
 fn lint_object(tally: &mut Tally, lints: &[&str]) {
     if process::output(process::nightly("cargo-clippy").arg("--version")).is_err() {
-        println!("\n== lints of the object: left out, the nightly has no clippy");
-        println!("(`rustup component add clippy --toolchain nightly` adds it)");
+        let fix = "`rustup component add clippy --toolchain nightly` adds it";
+        tally.skip("lints of the object", &format!("the nightly has no clippy: {fix}"));
         return;
     }
     let mut clippy = process::nightly("cargo");

@@ -1,18 +1,22 @@
-//! `load ADDR:PORT --rate R --seconds S --threads T`: opens R connections a second for S seconds,
-//! each with a request, whatever became of those before. It prints `opened N` for each second's
-//! worth, and at the end one JSON document: how many were asked for, how often each answer and each
-//! error came, the slowest, and how far it fell behind its schedule.
+//! `load ADDR:PORT --rate R --at-most S --threads T`: opens R connections a second until SIGTERM, S
+//! seconds at most, each with a request, whatever became of those before. It prints `opened N` for
+//! each second's worth, and at the end one JSON document: how many were asked for, how often each
+//! answer and each error came, the slowest, how far it fell behind its schedule, and whether it was
+//! stopped or ran out of time.
 #![forbid(unsafe_code)]
 
 use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
+use signal_hook::consts::SIGTERM;
+use signal_hook::flag;
 
 /// How long a connection, and each read, may take.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -24,15 +28,19 @@ const MAX_ANSWER: u64 = 64 * 1024;
 struct Schedule {
     address: SocketAddr,
     rate: u32,
-    n_total: u32,
+    /// The most connections that are opened.
+    n_max: u32,
     start: Instant,
     next: AtomicU32,
+    /// Whether no further connection is to be opened.
+    is_stopped: Arc<AtomicBool>,
 }
 
 #[derive(Default)]
 struct Counts {
     answers: BTreeMap<String, u64>,
     errors: BTreeMap<String, u64>,
+    n_opened: u64,
     slowest: Duration,
     most_behind: Duration,
 }
@@ -40,21 +48,27 @@ struct Counts {
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let Some((address, rate, n_seconds, n_threads)) = parse(&arguments) else {
-        eprintln!("usage: load ADDR:PORT --rate R --seconds S --threads T");
+        eprintln!("usage: load ADDR:PORT --rate R --at-most S --threads T");
         return ExitCode::from(2);
     };
-    let n_total = rate * n_seconds;
-    let start = Instant::now();
-    let schedule = Schedule { address, rate, n_total, start, next: AtomicU32::new(0) };
+    let is_stopped = Arc::new(AtomicBool::new(false));
+    if let Err(error) = flag::register(SIGTERM, Arc::clone(&is_stopped)) {
+        eprintln!("can't handle SIGTERM: {error}");
+        return ExitCode::FAILURE;
+    }
+    let (n_max, start) = (rate * n_seconds, Instant::now());
+    let next = AtomicU32::new(0);
+    let schedule = Schedule { address, rate, n_max, start, next, is_stopped };
     let counts = thread::scope(|scope| {
         let threads: Vec<_> = (0..n_threads).map(|_| scope.spawn(|| schedule.work())).collect();
         let counts = threads.into_iter().filter_map(|thread| thread.join().ok());
         counts.fold(Counts::default(), Counts::add)
     });
     let took = start.elapsed();
-    let Counts { answers, errors, slowest, most_behind } = counts;
+    let Counts { answers, errors, n_opened, slowest, most_behind } = counts;
     let report = json!({
-        "asked": n_total,
+        "asked": n_opened,
+        "was_stopped": schedule.is_stopped.load(Ordering::Relaxed),
         "answers": answers,
         "errors": errors,
         "slowest_ms": slowest.as_millis() as u64,
@@ -70,23 +84,27 @@ fn parse(arguments: &[String]) -> Option<(SocketAddr, u32, u32, u32)> {
         return None;
     };
     let positive = |text: &String| text.parse().ok().filter(|n| (1..=100_000).contains(n));
-    let named = rate == "--rate" && seconds == "--seconds" && threads == "--threads";
+    let named = rate == "--rate" && seconds == "--at-most" && threads == "--threads";
     let numbers = (positive(n_rate)?, positive(n_seconds)?, positive(n_threads)?);
     named.then_some((address.parse().ok()?, numbers.0, numbers.1, numbers.2))
 }
 
 impl Schedule {
-    /// Opens connections, each when it is due, until all are opened.
+    /// Opens connections, each when it is due, until it is stopped or all are opened.
     fn work(&self) -> Counts {
         let mut counts = Counts::default();
         loop {
             let n = self.next.fetch_add(1, Ordering::Relaxed);
-            if n >= self.n_total {
+            if n >= self.n_max {
                 return counts;
             }
             let due = self.start + Duration::from_secs(1) * n / self.rate;
             thread::sleep(due.saturating_duration_since(Instant::now()));
+            if self.is_stopped.load(Ordering::Relaxed) {
+                return counts;
+            }
             let opened = Instant::now();
+            counts.n_opened += 1;
             if n > 0 && n.is_multiple_of(self.rate) {
                 println!("opened {n}");
             }
@@ -119,6 +137,7 @@ impl Counts {
         for (sum, part) in pairs {
             part.into_iter().for_each(|(key, n)| *sum.entry(key).or_default() += n);
         }
+        self.n_opened += other.n_opened;
         self.slowest = self.slowest.max(other.slowest);
         self.most_behind = self.most_behind.max(other.most_behind);
         self
