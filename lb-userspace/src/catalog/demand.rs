@@ -1,18 +1,32 @@
 //! What a source is told: who uses which service, which DNS and the kernel know, and that its end is
 //! near.
 
-use std::sync::{Arc, PoisonError, RwLock};
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Notify, mpsc, oneshot};
 
-/// The wishes that may wait for a source; a flood of lookups beyond that is answered by what is
-/// known.
-const MAX_WAITING: usize = 1024;
+use super::Stats;
 
-/// Where to say that a service is used. A source that follows everything hears nothing. It stays
+/// The lookups that may wait for a source; one beyond that is counted, and its name is unknown.
+const MAX_LOOKUPS: usize = 1024;
+
+/// The names in use that may wait for a source: many times what a node uses. One beyond that is
+/// counted, and reported again by the next use.
+const MAX_USES: usize = 65_536;
+
+/// Where to report that a service is used. A source that follows everything declines it. It stays
 /// good when the source is started again, or gives way to another.
 #[derive(Clone, Debug, Default)]
-pub struct Demand(Arc<RwLock<Option<mpsc::Sender<Wish>>>>);
+pub struct Demand(Arc<Shared>);
+
+#[derive(Debug, Default)]
+struct Shared {
+    listener: RwLock<Option<mpsc::Sender<Wish>>>,
+    uses: Mutex<BTreeSet<Arc<str>>>,
+    used: Notify,
+    stats: Arc<Stats>,
+}
 
 /// What somebody wants.
 #[derive(Debug)]
@@ -28,38 +42,73 @@ pub enum Wish {
 pub struct Wanted {
     /// Its name, in lower case; perhaps there is none of that name.
     pub name: Arc<str>,
-    /// Told once the source has looked it up: whether there is such a service, which is in the
-    /// catalog then. Dropped where it can't know.
-    pub done: Option<oneshot::Sender<bool>>,
+    /// Receives what the source found; dropped where it can't know.
+    pub done: Option<oneshot::Sender<Lookup>>,
+}
+
+/// What a source knows of a name that was looked up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lookup {
+    /// There is such a service, and a catalog that has it live is published.
+    Exists,
+    /// The source has answered that there is none.
+    Absent,
+    /// The source hasn't answered: it failed, was too slow or too busy, can't be reached, or its
+    /// answer isn't trusted yet. That is no "no such name".
+    Unknown,
+}
+
+/// The receiving side of a [`Demand`], for one run of a source.
+#[derive(Debug)]
+pub struct Wishes {
+    queue: mpsc::Receiver<Wish>,
+    shared: Arc<Shared>,
 }
 
 impl Demand {
-    /// Where a source hears it from now on; who listened before hears nothing more.
-    pub fn listen(&self) -> mpsc::Receiver<Wish> {
-        let (wishes, inbox) = mpsc::channel(MAX_WAITING);
-        *self.0.write().unwrap_or_else(PoisonError::into_inner) = Some(wishes);
-        inbox
+    /// A demand that counts in `stats` what it has to drop.
+    pub fn new(stats: Arc<Stats>) -> Self {
+        Demand(Arc::new(Shared { stats, ..Shared::default() }))
     }
 
-    /// Whether a source listens; else nothing that is said makes a difference.
+    /// Where a source receives it from now on; the former receiver gets nothing more.
+    pub fn listen(&self) -> Wishes {
+        let (wishes, queue) = mpsc::channel(MAX_LOOKUPS);
+        *self.0.listener.write().unwrap_or_else(PoisonError::into_inner) = Some(wishes);
+        Wishes { queue, shared: self.0.clone() }
+    }
+
+    /// Whether a source listens; else nothing that is reported makes a difference.
     pub fn is_heard(&self) -> bool {
-        self.0.read().unwrap_or_else(PoisonError::into_inner).is_some()
+        self.0.listener.read().unwrap_or_else(PoisonError::into_inner).is_some()
     }
 
-    /// Notes that the service `name`, in lower case, is in use: it becomes live, or stays so.
+    /// Notes that the service `name`, in lower case, is in use: it becomes live, or stays so. While
+    /// the source is busy, or is being started again, the names wait: each once, 65,536 at most.
     pub fn used(&self, name: &str) {
-        if let Some(wishes) = self.listener() {
-            let _ = wishes.try_send(Wish::Service(Wanted { name: name.into(), done: None }));
+        if !self.is_heard() {
+            return;
         }
+        let mut uses = self.0.uses.lock().unwrap_or_else(PoisonError::into_inner);
+        if uses.len() >= MAX_USES && !uses.contains(name) {
+            return self.0.stats.count_demand_dropped();
+        }
+        uses.insert(name.into());
+        drop(uses);
+        self.0.used.notify_one();
     }
 
-    /// The same, and waits until the source has looked it up. Returns whether there is such a
-    /// service; then a catalog that has it live is published. The caller sets the limit.
-    pub async fn look_up(&self, name: &str) -> bool {
-        let Some(wishes) = self.listener() else { return false };
+    /// The same, and waits until the source has looked the name up. The caller sets the limit; past
+    /// it the outcome is [`Lookup::Unknown`]. Where no source listens, the catalog is all there is.
+    pub async fn look_up(&self, name: &str) -> Lookup {
+        let Some(wishes) = self.listener() else { return Lookup::Absent };
         let (done, looked_up) = oneshot::channel();
         let wanted = Wanted { name: name.into(), done: Some(done) };
-        wishes.try_send(Wish::Service(wanted)).is_ok() && looked_up.await.unwrap_or(false)
+        if wishes.try_send(Wish::Service(wanted)).is_err() {
+            self.0.stats.count_demand_dropped();
+            return Lookup::Unknown;
+        }
+        looked_up.await.unwrap_or(Lookup::Unknown)
     }
 
     /// Waits until the source has left what the next one begins with, or can't. The caller sets the
@@ -67,13 +116,120 @@ impl Demand {
     pub(super) async fn leave(&self) {
         let Some(wishes) = self.listener() else { return };
         let (done, left) = oneshot::channel();
-        if wishes.try_send(Wish::Leave(done)).is_ok() {
+        if wishes.send(Wish::Leave(done)).await.is_ok() {
             let _ = left.await;
         }
     }
 
-    /// Where who listens now hears it.
+    /// The sender to the source that listens now.
     pub(super) fn listener(&self) -> Option<mpsc::Sender<Wish>> {
-        self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
+        self.0.listener.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+impl Wishes {
+    /// Reports that this source publishes all it has, so that no lookup finds more.
+    pub fn decline(self) {
+        let Wishes { queue, shared } = self;
+        let mut listener = shared.listener.write().unwrap_or_else(PoisonError::into_inner);
+        drop(queue);
+        // Another source may listen by now.
+        if listener.as_ref().is_some_and(mpsc::Sender::is_closed) {
+            *listener = None;
+            shared.uses.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        }
+    }
+
+    /// The next wish; `None` once nothing more can come. It loses nothing where it is cancelled.
+    pub async fn recv(&mut self) -> Option<Wish> {
+        loop {
+            if let Some(wish) = self.next_use() {
+                return Some(wish);
+            }
+            tokio::select! {
+                wish = self.queue.recv() => return wish,
+                () = self.shared.used.notified() => {}
+            }
+        }
+    }
+
+    /// The next wish, if there is one already.
+    pub fn try_recv(&mut self) -> Option<Wish> {
+        self.next_use().or_else(|| self.queue.try_recv().ok())
+    }
+
+    fn next_use(&self) -> Option<Wish> {
+        let name = self.shared.uses.lock().unwrap_or_else(PoisonError::into_inner).pop_first()?;
+        Some(Wish::Service(Wanted { name, done: None }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::pin::pin;
+    use std::task::{Context, Poll, Waker};
+
+    use super::*;
+
+    #[test]
+    fn a_use_is_lost_neither_in_a_flood_of_lookups_nor_among_many_nor_between_two_runs() {
+        let stats = Arc::new(Stats::default());
+        let demand = Demand::new(stats.clone());
+        drop(demand.listen());
+        demand.used("between-two-runs");
+        let mut wishes = demand.listen();
+        let mut lookups: Vec<_> =
+            (0..2 * MAX_LOOKUPS).map(|n| polled(demand.look_up(&format!("made-up-{n}")))).collect();
+        assert!(lookups.iter().any(Option::is_none), "those that wait");
+        lookups.retain(Option::is_some);
+        assert_eq!(lookups.len(), MAX_LOOKUPS, "those beyond are unknown at once");
+        assert!(lookups.iter().all(|lookup| *lookup == Some(Lookup::Unknown)));
+        assert_eq!(stats.demand_dropped(), MAX_LOOKUPS as u64);
+        for n in 0..2000 {
+            demand.used(&format!("s{n}"));
+            demand.used(&format!("s{n}"));
+        }
+        let mut used = 0;
+        while let Some(wish) = wishes.try_recv() {
+            if let Wish::Service(Wanted { done: None, .. }) = wish {
+                used += 1;
+            }
+        }
+        assert_eq!(used, 2001);
+        assert_eq!(stats.demand_dropped(), MAX_LOOKUPS as u64);
+    }
+
+    /// Polls once. What is dropped while it waits has left its question in the queue.
+    fn polled<T>(future: impl Future<Output = T>) -> Option<T> {
+        match pin!(future).poll(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(got) => Some(got),
+            Poll::Pending => None,
+        }
+    }
+
+    #[test]
+    fn uses_have_a_bound_and_are_counted_beyond_it() {
+        let stats = Arc::new(Stats::default());
+        let demand = Demand::new(stats.clone());
+        let _wishes = demand.listen();
+        for n in 0..MAX_USES + 7 {
+            demand.used(&format!("s{n}"));
+        }
+        demand.used("s0");
+        assert_eq!(stats.demand_dropped(), 7);
+    }
+
+    #[tokio::test]
+    async fn a_source_that_publishes_all_it_has_is_not_asked() {
+        let demand = Demand::default();
+        let first = demand.listen();
+        let second = demand.listen();
+        first.decline();
+        assert!(demand.is_heard(), "the second one listens");
+        second.decline();
+        demand.used("web");
+        assert_eq!(demand.look_up("web").await, Lookup::Absent);
+        drop(demand.listen());
+        assert_eq!(demand.look_up("web").await, Lookup::Unknown, "a source that has ended");
     }
 }

@@ -24,7 +24,9 @@ use tokio::task::JoinSet;
 
 use crate::config::{Config, Source};
 use crate::table::Listing;
-pub use demand::Demand;
+pub use demand::{Demand, Lookup};
+#[cfg(test)]
+pub(crate) use demand::{Wanted, Wish};
 pub use stats::{Stats, Watches};
 
 use output::Output;
@@ -193,7 +195,7 @@ impl Handle {
     fn of(output: Output) -> Handle {
         let (catalog, health, off) = output.subscribe();
         let stats = output.stats().clone();
-        let (demand, hopeless) = (Demand::default(), watch::channel(false).1);
+        let (demand, hopeless) = (Demand::new(stats.clone()), watch::channel(false).1);
         Handle { catalog, health, off, demand, stats, output, hopeless, keeper: Keeper::default() }
     }
 
@@ -209,8 +211,10 @@ impl Handle {
             }
             Source::File(path) => {
                 let path = path.clone();
-                let source: Life =
-                    Arc::new(move |output, _| Box::pin(file::run(path.clone(), output)));
+                let source: Life = Arc::new(move |output, wishes| {
+                    wishes.decline();
+                    Box::pin(file::run(path.clone(), output))
+                });
                 self.keep_source(name, source, None);
             }
         }

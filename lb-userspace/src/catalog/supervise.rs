@@ -9,16 +9,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{oneshot, watch};
 use tokio::time::{Interval, MissedTickBehavior};
 
-use super::demand::Wish;
+use super::demand::Wishes;
 use super::{Demand, Output};
 use crate::config::{CatalogConfig, Expired};
 
 /// What begins a life of a source, on the thread and the runtime that are its own.
-pub type Source =
-    Arc<dyn Fn(Output, mpsc::Receiver<Wish>) -> Pin<Box<dyn Future<Output = ()>>> + Send + Sync>;
+pub type Source = Arc<dyn Fn(Output, Wishes) -> Pin<Box<dyn Future<Output = ()>>> + Send + Sync>;
 
 /// How patient the supervision is.
 #[derive(Clone, Copy, Debug)]
@@ -168,7 +167,7 @@ impl Life {
     fn start(
         source: &Source,
         output: Output,
-        wishes: mpsc::Receiver<Wish>,
+        wishes: Wishes,
         beat: Duration,
     ) -> std::io::Result<Life> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;

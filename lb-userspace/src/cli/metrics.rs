@@ -27,6 +27,8 @@ pub struct Readings {
     pub(super) requests: BTreeMap<String, u64>,
     pub(super) received_bytes: u64,
     pub(super) shrinks_held: u64,
+    /// Lookups and uses that discovery was too busy to receive.
+    pub(super) demand_dropped: u64,
     pub(super) watches: Watches,
     /// The time from the source's news to the maps that dials read, in seconds.
     pub(super) propagation: Histogram,
@@ -85,6 +87,8 @@ fn discovery(text: &mut Exposition, readings: &Readings) {
     text.single(name, Kind::Counter, help, readings.received_bytes);
     let help = "Answers that took away too many instances to be believed unconfirmed.";
     text.single("nohop_shrink_held_total", Kind::Counter, help, readings.shrinks_held);
+    let help = "Lookups and uses of services that discovery was too busy to receive.";
+    text.single("nohop_demand_dropped_total", Kind::Counter, help, readings.demand_dropped);
     let watches = &readings.watches;
     let help = "Services whose instances are followed (live), and the others (cold).";
     let mut family = text.family("nohop_watches", Kind::Gauge, help);
@@ -161,6 +165,7 @@ mod tests {
             requests: BTreeMap::from([("200".into(), 9), ("reset".into(), 1)]),
             received_bytes: 1 << 40,
             shrinks_held: 2,
+            demand_dropped: 3,
             watches: Watches {
                 live: 3,
                 cold: 4,
@@ -191,6 +196,7 @@ mod tests {
             (r#"nohop_consul_requests_total{code="reset"}"#, 1.0),
             ("nohop_consul_received_bytes_total", 1_099_511_627_776.0),
             ("nohop_shrink_held_total", 2.0),
+            ("nohop_demand_dropped_total", 3.0),
             (r#"nohop_watches{state="live"}"#, 3.0),
             (r#"nohop_watches{state="cold"}"#, 4.0),
             ("nohop_consul_connections", 5.0),

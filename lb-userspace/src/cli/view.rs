@@ -158,6 +158,7 @@ impl View for DaemonView {
             requests: stats.requests(),
             received_bytes: stats.bytes(),
             shrinks_held: stats.shrinks_held(),
+            demand_dropped: stats.demand_dropped(),
             watches,
             propagation,
             services: told,

@@ -67,8 +67,19 @@ pub(super) struct Known<'a> {
     pub(super) attached: bool,
     /// Whether the zone may be waited for, where it can't be relied on yet.
     pub(super) waits: bool,
-    /// Whether a service that isn't live can be looked up before it is answered for.
-    pub(super) looks_up: bool,
+    /// What becomes of a name that the table doesn't have live.
+    pub(super) missing: Missing,
+}
+
+/// What becomes of a name of the zone that the table doesn't have, or not live.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Missing {
+    /// It is looked up before it is answered.
+    LookUp,
+    /// It is answered by the table, which is all that there is.
+    Absent,
+    /// It is answered by the table; what the table doesn't have may exist all the same.
+    Unknown,
 }
 
 /// What becomes of a message.
@@ -164,20 +175,22 @@ pub(super) fn answer<'m, 'k>(
         // Never NXDOMAIN: others would remember it.
         return error(Code::ServFail);
     }
-    let mut writer = Writer { zone, asked: &asked, snapshot, reply: Reply::new(out, &asked) };
-    let (code, used) = match (below, reversed) {
-        (Some(depth), _) => {
-            let named = zone.named(&asked.name, depth);
-            let service = named.service(&snapshot.table);
-            match (&named, service) {
-                (Named::Service(name) | Named::Served(name, _), service)
-                    if known.looks_up && !service.is_some_and(is_live) =>
-                {
-                    return Outcome::Warm(String::from_utf8_lossy(name).to_ascii_lowercase());
-                }
-                _ if forwards && !named.is_ours(&snapshot.table) => return Outcome::Forward(asked),
-                _ => {}
+    let named = below.map(|depth| (zone.named(&asked.name, depth), depth));
+    if let Some((named, _)) = &named {
+        match (known.missing, named.not_live(&snapshot.table)) {
+            (Missing::LookUp, Some((name, _))) => {
+                return Outcome::Warm(String::from_utf8_lossy(name).to_ascii_lowercase());
             }
+            _ if forwards && !named.is_ours(&snapshot.table) => return Outcome::Forward(asked),
+            // Never NXDOMAIN for want of an answer: others would remember it.
+            (Missing::Unknown, Some((_, None))) => return error(Code::ServFail),
+            _ => {}
+        }
+    }
+    let mut writer = Writer { zone, asked: &asked, snapshot, reply: Reply::new(out, &asked) };
+    let (code, used) = match (named, reversed) {
+        (Some((named, depth)), _) => {
+            let service = named.service(&snapshot.table);
             (writer.in_zone(&named, service, depth), service.filter(|service| is_live(service)))
         }
         (None, Some((reversed, depth))) => (writer.in_reverse(reversed, depth), None),
@@ -254,6 +267,16 @@ impl Named<'_> {
                 in_table(name, table).is_some()
             }
             Named::Between => true,
+        }
+    }
+
+    /// The label of the service that the name is about, where the table doesn't have it live, and the
+    /// service that is answered instead: one that isn't live, where the name fits what is known of it.
+    fn not_live<'n, 't>(&'n self, table: &'t Table) -> Option<(&'n [u8], Option<&'t Service>)> {
+        let (Named::Service(name) | Named::Served(name, _)) = self else { return None };
+        match in_table(name, table) {
+            Some(service) if is_live(service) => None,
+            _ => Some((name, self.service(table))),
         }
     }
 

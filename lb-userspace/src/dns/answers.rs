@@ -11,6 +11,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpStream, UdpSocket};
 use tokio::sync::watch;
 
+use super::answer::Missing::{self, Absent, LookUp, Unknown};
 use super::answer::{Known, Outcome, Snapshot, Zone, answer};
 use super::{Server, Transport, bind};
 use crate::catalog::Demand;
@@ -191,10 +192,10 @@ fn outcome(
     config: &DnsConfig,
     generation: u64,
     attached: bool,
-    looks_up: bool,
+    missing: Missing,
 ) -> String {
     let (zone, snapshot) = (zone(config), Snapshot::new(Arc::new(table(generation))));
-    let known = Known { zone: &zone, snapshot: &snapshot, attached, waits: false, looks_up };
+    let known = Known { zone: &zone, snapshot: &snapshot, attached, waits: false, missing };
     let mut out = Vec::new();
     match answer(bytes, Transport::Udp, known, &mut out) {
         Outcome::Drop => "drop".into(),
@@ -223,7 +224,7 @@ fn the_zone_fails_until_it_can_be_relied_on() {
     ];
     let config = Config::default().dns;
     for (name, generation, attached, expected) in rows {
-        let got = outcome(&query(name, "A"), &config, generation, attached, false);
+        let got = outcome(&query(name, "A"), &config, generation, attached, Absent);
         assert_eq!(got, expected, "{name} at {generation}, attached: {attached}");
     }
 }
@@ -232,23 +233,58 @@ fn the_zone_fails_until_it_can_be_relied_on() {
 fn names_that_arent_routed_or_arent_live() {
     let forward = DnsConfig { unrouted: Unrouted::Forward, ..Config::default().dns };
     let rows = [
-        ("WEB.service.", "A", false, "NoError web"),
-        ("WEB.service.", "A", true, "NoError web"),
-        ("Wbe.service.", "A", false, "forward"),
-        ("Wbe.service.", "A", true, "warm wbe"),
-        ("_wbe._tcp.service.", "SRV", true, "warm wbe"),
-        ("_wbe._tcp.service.", "SRV", false, "forward"),
-        ("_web._udp.service.", "SRV", false, "NxDomain"),
-        ("a.web.service.", "A", true, "NxDomain"),
-        ("a.wbe.service.", "A", true, "forward"),
-        ("0.nohop-loop.service.", "A", true, "forward"),
-        ("_tcp.service.", "A", false, "NoError"),
-        ("service.", "SOA", true, "NoError"),
-        ("1.0.128.127.in-addr.arpa.", "PTR", true, "NoError"),
+        ("WEB.service.", "A", Absent, "NoError web"),
+        ("WEB.service.", "A", LookUp, "NoError web"),
+        ("Wbe.service.", "A", Absent, "forward"),
+        ("Wbe.service.", "A", Unknown, "forward"),
+        ("Wbe.service.", "A", LookUp, "warm wbe"),
+        ("_wbe._tcp.service.", "SRV", LookUp, "warm wbe"),
+        ("_wbe._tcp.service.", "SRV", Absent, "forward"),
+        ("_web._udp.service.", "SRV", Absent, "NxDomain"),
+        ("_web._udp.service.", "SRV", LookUp, "NxDomain"),
+        ("a.web.service.", "A", LookUp, "NxDomain"),
+        ("a.wbe.service.", "A", LookUp, "forward"),
+        ("0.nohop-loop.service.", "A", LookUp, "forward"),
+        ("_tcp.service.", "A", Absent, "NoError"),
+        ("service.", "SOA", LookUp, "NoError"),
+        ("1.0.128.127.in-addr.arpa.", "PTR", LookUp, "NoError"),
     ];
-    for (name, query_type, looks_up, expected) in rows {
-        let got = outcome(&query(name, query_type), &forward, 7, true, looks_up);
-        assert_eq!(got, expected, "{name} {query_type}, looked up first: {looks_up}");
+    for (name, query_type, missing, expected) in rows {
+        let got = outcome(&query(name, query_type), &forward, 7, true, missing);
+        assert_eq!(got, expected, "{name} {query_type}, {missing:?}");
+    }
+}
+
+#[test]
+fn a_name_that_nobody_answered_for_is_never_one_that_does_not_exist() {
+    // What the table doesn't have, asked for in every way; then what it knows all about.
+    let unknown = [
+        ("wbe.service.", "A"),
+        ("WBE.service.", "AAAA"),
+        ("wbe.service.", "SRV"),
+        ("wbe.service.", "ANY"),
+        ("wbe.service.", "TXT"),
+        ("_wbe._tcp.service.", "SRV"),
+        ("_wbe._udp.service.", "ANY"),
+    ];
+    let config = Config::default().dns;
+    for (name, query_type) in unknown {
+        for (missing, expected) in [(Absent, "NxDomain"), (Unknown, "ServFail")] {
+            let got = outcome(&query(name, query_type), &config, 7, true, missing);
+            assert_eq!(got, expected, "{name} {query_type}, {missing:?}");
+        }
+    }
+    let known = [
+        ("web.service.", "A", "NoError web"),
+        ("_web._tcp.service.", "SRV", "NoError web"),
+        ("_web._udp.service.", "SRV", "NxDomain"),
+        ("a.wbe.service.", "A", "NxDomain"),
+        ("_tcp.service.", "A", "NoError"),
+        ("9.9.128.127.in-addr.arpa.", "PTR", "NxDomain"),
+    ];
+    for (name, query_type, expected) in known {
+        let got = outcome(&query(name, query_type), &config, 7, true, Unknown);
+        assert_eq!(got, expected, "{name} {query_type}");
     }
 }
 
@@ -274,7 +310,7 @@ fn questions_that_are_no_questions() {
     ];
     let config = Config::default().dns;
     for (what, bytes, expected) in rows {
-        assert_eq!(outcome(&bytes, &config, 7, true, false), expected, "{what}");
+        assert_eq!(outcome(&bytes, &config, 7, true, Absent), expected, "{what}");
     }
 }
 
@@ -305,7 +341,7 @@ proptest! {
     ) {
         let zone = zone(&Config::default().dns);
         let snapshot = Snapshot::new(Arc::new(table(7)));
-        let known = Known { zone: &zone, snapshot: &snapshot, attached: true, waits: false, looks_up: false };
+        let known = Known { zone: &zone, snapshot: &snapshot, attached: true, waits: false, missing: Absent };
         let transport = if tcp { Transport::Tcp } else { Transport::Udp };
         let mut out = Vec::new();
         if let Outcome::Reply(..) = answer(&bytes, transport, known, &mut out) {
@@ -330,7 +366,7 @@ fn what_does_not_fit() {
     table.services.insert(name.as_str().into(), Arc::new(service));
     let (zone, snapshot) = (zone(&config), Snapshot::new(Arc::new(table)));
     let known =
-        Known { zone: &zone, snapshot: &snapshot, attached: true, waits: false, looks_up: false };
+        Known { zone: &zone, snapshot: &snapshot, attached: true, waits: false, missing: Absent };
     let asked = query(&format!("{name}.{domain}."), "SRV");
     for (transport, is_cut) in [(Transport::Udp, true), (Transport::Tcp, false)] {
         let mut out = Vec::new();

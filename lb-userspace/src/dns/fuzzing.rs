@@ -6,6 +6,7 @@ use std::sync::Arc;
 use hickory_proto::op::{Message, Query};
 use hickory_proto::rr::{Name, RecordType};
 
+use super::answer::Missing::{Absent, LookUp, Unknown};
 use super::answer::{Known, MAX_UDP_LEN, Outcome, Snapshot, Zone, answer};
 use super::exchange::Outgoing;
 use super::message::{Asked, HEADER_LEN};
@@ -22,10 +23,14 @@ pub fn question(bytes: &[u8]) {
     let is_question = bytes.len() >= HEADER_LEN && bytes[2] & 0x80 == 0;
     let mut out = Vec::new();
     for transport in [Transport::Udp, Transport::Tcp] {
-        for (attached, waits, looks_up) in
-            [(true, false, false), (true, false, true), (false, true, false), (false, false, true)]
-        {
-            let known = Known { zone: &zone, snapshot: &snapshot, attached, waits, looks_up };
+        for (attached, waits, missing) in [
+            (true, false, Absent),
+            (true, false, LookUp),
+            (true, false, Unknown),
+            (false, true, Absent),
+            (false, false, LookUp),
+        ] {
+            let known = Known { zone: &zone, snapshot: &snapshot, attached, waits, missing };
             match answer(bytes, transport, known, &mut out) {
                 Outcome::Drop => {}
                 Outcome::Reply(..) => {
@@ -35,7 +40,9 @@ pub fn question(bytes: &[u8]) {
                 }
                 Outcome::Forward(asked) => assert!(asked.query().is_ok(), "{asked:?}"),
                 Outcome::Wait => assert!(waits),
-                Outcome::Warm(name) => assert!(looks_up && name == name.to_ascii_lowercase()),
+                Outcome::Warm(name) => {
+                    assert!(missing == LookUp && name == name.to_ascii_lowercase());
+                }
             }
         }
     }

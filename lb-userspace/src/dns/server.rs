@@ -6,6 +6,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use hickory_proto::op::ResponseCode;
 use ipnet::IpNet;
 use tokio::net::TcpListener;
 use tokio::runtime::Handle;
@@ -13,7 +14,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
 use tracing::{debug, warn};
 
-use super::answer::{self, Known, MAX_UDP_LEN, Outcome, Snapshot, Zone};
+use super::answer::{self, Known, MAX_UDP_LEN, Missing, Outcome, Snapshot, Zone};
 use super::clients::{Admission, Clients};
 use super::forward::{Forwarded, Forwarder, Limits};
 use super::lookup::Inquirer;
@@ -25,7 +26,7 @@ use super::tcp::{self, Connections};
 use super::told::Told;
 use super::udp::{self, Endpoint, Stop, To};
 use super::upstreams::Upstreams;
-use crate::catalog::Demand;
+use crate::catalog::{Demand, Lookup};
 use crate::config::{DnsConfig, Unrouted, VipConfig};
 use crate::table::{Service, Table, Watch};
 
@@ -40,7 +41,8 @@ const DRAIN: Duration = Duration::from_millis(300);
 /// whose source is down still answers soon.
 const GRACE: Duration = Duration::from_secs(2);
 
-/// How long an answer waits for a service that isn't live, before it tells what is known.
+/// How long an answer waits for a service that isn't live. After that a name that the table has is
+/// answered as it stands there, and another one is unknown.
 const WARMING: Duration = Duration::from_millis(250);
 
 /// The UDP questions that wait for the zone at one time, and as many that wait for other resolvers:
@@ -387,9 +389,9 @@ impl Handler {
         }
         let (ways, snapshot) = (self.ways(), self.snapshot());
         let attached = *self.attached.borrow();
-        let looks_up = self.demand.is_heard();
+        let missing = self.missing();
         let waits = !(attached && snapshot.table.is_synced()) && self.is_early();
-        let mut known = Known { zone: &ways.zone, snapshot: &snapshot, attached, waits, looks_up };
+        let mut known = Known { zone: &ways.zone, snapshot: &snapshot, attached, waits, missing };
         let mut outcome = answer::answer(bytes, Transport::Udp, known, out);
         let places = match outcome {
             Outcome::Forward(_) => Some(&self.forwarding),
@@ -407,7 +409,10 @@ impl Handler {
                     drop(waiting);
                 });
             }
-            (known.waits, known.looks_up) = (false, false);
+            known.waits = false;
+            if known.missing == Missing::LookUp {
+                known.missing = Missing::Unknown;
+            }
             outcome = answer::answer(bytes, Transport::Udp, known, out);
         }
         if self.conclude(&ways.forwarder, outcome, out) {
@@ -482,24 +487,25 @@ impl Handler {
     /// The answer to a message, in a while; `None` where there is none.
     pub(super) async fn reply(&self, bytes: &[u8], transport: Transport) -> Option<Vec<u8>> {
         let mut out = Vec::new();
-        let mut looks_up = true;
+        let mut found = None;
         let mut waits = self.is_early();
         loop {
             let (ways, snapshot) = (self.ways(), self.snapshot());
             let attached = *self.attached.borrow();
-            looks_up &= self.demand.is_heard();
-            let known = Known { zone: &ways.zone, snapshot: &snapshot, attached, waits, looks_up };
+            let missing = found.unwrap_or_else(|| self.missing());
+            let known = Known { zone: &ways.zone, snapshot: &snapshot, attached, waits, missing };
             match answer::answer(bytes, transport, known, &mut out) {
                 Outcome::Wait => {
                     self.grow_reliable().await;
                     waits = false;
                 }
                 Outcome::Warm(name) => {
-                    self.warm(&name).await;
-                    looks_up = false;
+                    found = Some(self.warm(&name).await);
                 }
                 Outcome::Forward(asked) => {
-                    return Some(self.forward(&ways.forwarder, &asked, transport).await);
+                    let is_unknown = found == Some(Missing::Unknown);
+                    let answer = self.forward(&ways.forwarder, &asked, transport, is_unknown);
+                    return Some(answer.await);
                 }
                 outcome => return self.conclude(&ways.forwarder, outcome, &mut out).then_some(out),
             }
@@ -521,26 +527,39 @@ impl Handler {
         let _ = tokio::time::timeout_at(self.reliable_by.into(), reliable).await;
     }
 
-    /// Waits a moment for a service that isn't live.
-    async fn warm(&self, name: &str) {
+    /// What becomes of a name that the table doesn't have live.
+    fn missing(&self) -> Missing {
+        if self.demand.is_heard() { Missing::LookUp } else { Missing::Absent }
+    }
+
+    /// Waits a moment for a service that isn't live, and returns what is known of its name then.
+    async fn warm(&self, name: &str) -> Missing {
         let mut table = self.table.clone();
         let is_live = |table: &Arc<Table>| {
             table.services.get(name).is_some_and(|service| service.watch == Watch::Live)
         };
         let warming = async {
-            if self.demand.look_up(name).await {
+            let lookup = self.demand.look_up(name).await;
+            if lookup == Lookup::Exists {
                 let _ = table.wait_for(is_live).await;
             }
+            lookup
         };
-        let _ = tokio::time::timeout(WARMING, warming).await;
+        match tokio::time::timeout(WARMING, warming).await {
+            Ok(Lookup::Absent) => Missing::Absent,
+            // One that exists is in the table, or can't be served.
+            Ok(Lookup::Exists | Lookup::Unknown) | Err(_) => Missing::Unknown,
+        }
     }
 
-    /// Another resolver's answer, or SERVFAIL.
+    /// Another resolver's answer, or SERVFAIL. Where the name may be a service of ours for all that is
+    /// known (`is_unknown`), the other resolver's "no such name" doesn't hold either.
     async fn forward(
         &self,
         forwarder: &Forwarder,
         asked: &Asked<'_>,
         transport: Transport,
+        is_unknown: bool,
     ) -> Vec<u8> {
         let mut out = Vec::new();
         let question = match asked.query() {
@@ -553,6 +572,13 @@ impl Handler {
             }
         };
         match forwarder.forward(asked, &question, transport).await {
+            Ok(Forwarded { answer, .. })
+                if is_unknown && answer.code() == ResponseCode::NXDomain =>
+            {
+                reply::error(&mut out, asked, Code::ServFail, max_len(asked, transport));
+                self.stats.count_own(Code::ServFail);
+                out
+            }
             Ok(Forwarded { answer, .. }) => {
                 self.stats.count_forwarded(answer.code());
                 answer.pass_on(asked, max_len(asked, transport))

@@ -44,22 +44,19 @@ impl Rig {
         Rig::with(config, Surroundings::default()).await
     }
 
-    async fn with(mut config: DnsConfig, surroundings: Surroundings) -> Rig {
+    async fn with(config: DnsConfig, surroundings: Surroundings) -> Rig {
+        Rig::with_demand(config, surroundings, Demand::default()).await
+    }
+
+    async fn with_demand(mut config: DnsConfig, surroundings: Surroundings, demand: Demand) -> Rig {
         config.listen = vec![SocketAddr::from(([127, 0, 0, 1], 0))];
         let sockets = bind(&config).await.unwrap();
         let address = sockets.addresses()[0];
         let (table, table_rx) = watch::channel(Arc::new(web(1)));
         let (attached, attached_rx) = watch::channel(true);
-        let server = Server::start_in(
-            surroundings,
-            sockets,
-            &config,
-            &[],
-            table_rx,
-            attached_rx,
-            Demand::default(),
-        )
-        .unwrap();
+        let server =
+            Server::start_in(surroundings, sockets, &config, &[], table_rx, attached_rx, demand)
+                .unwrap();
         Rig { server, address, table, attached }
     }
 

@@ -54,6 +54,8 @@ pub struct Answer {
     pub said: Said,
     /// The bytes of its body.
     pub n_bytes: usize,
+    /// Whether Consul left something out of it for the token's sake, and said so.
+    pub is_filtered: bool,
     /// When it was there.
     pub heard_at: Instant,
 }
@@ -140,6 +142,7 @@ async fn get<T: DeserializeOwned>(
         index: answer.index,
         said: said(answer.body),
         n_bytes: answer.n_bytes,
+        is_filtered: answer.is_filtered,
         heard_at: Instant::now(),
     })
 }

@@ -28,9 +28,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::mpsc;
-
-use super::demand::Wish;
+use super::demand::Wishes;
 use super::{Output, cache};
 use crate::config::{CatalogConfig, Config, ConsulConfig};
 use supervisor::Supervisor;
@@ -124,7 +122,7 @@ impl Settings {
 }
 
 /// Follows Consul for ever.
-pub async fn run(settings: Settings, output: Output, wishes: mpsc::Receiver<Wish>) {
+pub async fn run(settings: Settings, output: Output, wishes: Wishes) {
     let memory = output.memory().map(|memory| (*memory).clone());
     let memory =
         memory.or_else(|| cache::read(settings.cache.as_deref()?, settings.catalog.max_age));

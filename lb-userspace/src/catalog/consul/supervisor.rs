@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::oneshot;
 use tokio::task::{self, AbortHandle, JoinError, JoinSet};
 
 use super::absent::Absent;
@@ -20,7 +20,7 @@ use super::model::{Heard, Model, Node, Subject};
 use super::schedule::{Job, Rules, Schedule, Turn};
 use super::tracker::Tracker;
 use super::{Settings, Timing};
-use crate::catalog::demand::Wish;
+use crate::catalog::demand::{Lookup, Wish, Wishes};
 use crate::catalog::memory::Memory;
 use crate::catalog::{Output, Watches};
 
@@ -81,7 +81,7 @@ pub struct Supervisor {
     /// The names that have upper case in them, by how DNS knows them.
     folded: BTreeMap<String, Arc<str>>,
     absent: Absent,
-    waiting: BTreeMap<Arc<str>, Vec<oneshot::Sender<bool>>>,
+    waiting: BTreeMap<Arc<str>, Vec<oneshot::Sender<Lookup>>>,
     /// The names that are being looked up.
     looking_up: BTreeSet<Arc<str>>,
     started: Instant,
@@ -172,7 +172,7 @@ impl Supervisor {
         self.listed = memory.services.keys().cloned().collect();
     }
 
-    pub async fn run(mut self, mut wishes: mpsc::Receiver<Wish>) {
+    pub async fn run(mut self, mut wishes: Wishes) {
         loop {
             self.ask_what_is_due();
             let wake_at = tokio::time::Instant::from_std(self.wake_at());
@@ -188,7 +188,7 @@ impl Supervisor {
                 () = tokio::time::sleep_until(wake_at) => {}
             }
             // Before anything is published, so that who is in it counts as used.
-            while let Ok(wish) = wishes.try_recv() {
+            while let Some(wish) = wishes.try_recv() {
                 self.hear(wish);
             }
             self.settle();
@@ -423,7 +423,7 @@ impl Supervisor {
                 .filter_map(|name| Some((name.clone(), self.model.exists(name)?)))
                 .collect();
             for (name, exists) in answered {
-                self.tell(&name, exists);
+                self.tell(&name, if exists { Lookup::Exists } else { Lookup::Absent });
             }
         }
         self.release_waiting();

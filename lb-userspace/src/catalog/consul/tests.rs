@@ -9,7 +9,7 @@ use serde_json::json;
 use super::fake::{AGENT, Fake, Fault, NAMES, instance, service};
 use super::*;
 use crate::catalog::file::follow::Follower;
-use crate::catalog::{Catalog, Handle};
+use crate::catalog::{Catalog, Handle, Lookup};
 use crate::config::{ConsulAddress, WatchPolicy};
 use crate::table::{Says, Standing, Watch};
 
@@ -355,7 +355,7 @@ async fn what_nobody_uses_is_cold_and_asked_for_by_nobody() {
     assert!(first.values().all(|listing| listing.watch == Watch::Cold));
     assert!(first.values().all(|listing| listing.instances.is_empty()));
 
-    assert!(handle.demand.look_up("web").await);
+    assert_eq!(handle.demand.look_up("web").await, Lookup::Exists);
     // By then it is published.
     let second = handle.catalog.borrow().clone().unwrap().catalog;
     assert_eq!((second["web"].watch, ports(&second, "web")), (Watch::Live, vec![80]));
@@ -370,7 +370,7 @@ async fn a_name_out_of_the_list_is_looked_up_and_a_flood_of_them_is_not() {
     let (fake, mut handle) = cold().await;
     shows(&mut handle, |catalog| names(catalog) == ["db", "web"]).await;
     fake.set(&service("new"), 30, json!([instance("n1", "1", 90)]));
-    assert!(handle.demand.look_up("new").await);
+    assert_eq!(handle.demand.look_up("new").await, Lookup::Exists);
     let catalog = handle.catalog.borrow().clone().unwrap().catalog;
     assert_eq!((names(&catalog), ports(&catalog, "new")), (vec!["db", "new", "web"], vec![90]));
     // The list learns of it, and then that it is gone.
@@ -381,7 +381,10 @@ async fn a_name_out_of_the_list_is_looked_up_and_a_flood_of_them_is_not() {
     shows(&mut handle, |catalog| names(catalog) == ["db", "web"]).await;
 
     for n in 0..200 {
-        assert!(!handle.demand.look_up(&format!("made-up-{n}")).await);
+        let expected = if n < 9 { Lookup::Absent } else { Lookup::Unknown };
+        let got = handle.demand.look_up(&format!("made-up-{n}")).await;
+        // Five more a second are looked up beyond the first ten, of which `new` was one.
+        assert!(got == expected || got == Lookup::Absent, "{n}: {got:?}");
     }
     let n_asked: usize = (0..200).map(|n| n_asked_about(&fake, &format!("made-up-{n}"))).sum();
     assert!(n_asked < 50, "{n_asked} questions");
@@ -397,10 +400,10 @@ async fn a_new_name_with_upper_case_is_one_service_before_the_list_has_it_and_af
     for path in [service("new"), service("New")] {
         fake.set(&path, 30, json!([new]));
     }
-    assert!(handle.demand.look_up("new").await);
+    assert_eq!(handle.demand.look_up("new").await, Lookup::Exists);
     let catalog = handle.catalog.borrow().clone().unwrap().catalog;
     assert_eq!((names(&catalog), ports(&catalog, "New")), (vec!["New", "db", "web"], vec![90]));
-    assert!(handle.demand.look_up("new").await);
+    assert_eq!(handle.demand.look_up("new").await, Lookup::Exists);
     fake.set_names(11, &["New", "db", "web"]);
     let asked = format!("{NAMES}?index=11&wait=60000ms");
     fake.state.subscribe().wait_for(|state| state.asked.contains_key(&asked)).await.unwrap();
@@ -417,9 +420,47 @@ async fn an_unknown_name_is_answered_at_once_while_consul_is_down() {
     // One that is asked about would have to wait for the time that answers have.
     fake.break_path(&service("made-up"), Some(Fault::Hang));
     for _ in 0..100 {
-        assert!(!handle.demand.look_up("made-up").await);
+        assert_eq!(handle.demand.look_up("made-up").await, Lookup::Unknown);
     }
     assert_eq!(n_asked_about(&fake, "made-up"), 0);
+}
+
+#[tokio::test]
+async fn a_name_is_absent_only_where_consul_said_so() {
+    let (fake, mut handle) = cold().await;
+    shows(&mut handle, |catalog| names(catalog) == ["db", "web"]).await;
+    // Neither is in the list; `new` could be registered a moment ago.
+    assert_eq!(handle.demand.look_up("absent").await, Lookup::Absent);
+    for fault in [
+        Fault::Status(500, "rpc error making call: EOF"),
+        Fault::Status(429, "too many"),
+        Fault::Status(403, "Permission denied"),
+        Fault::Close,
+        Fault::Cut,
+        Fault::Hang,
+        Fault::Header("X-Consul-Knownleader: false"),
+        Fault::Header("X-Consul-Results-Filtered-By-ACLs: true"),
+    ] {
+        // One of another name, so that what is remembered of absent ones has no part in it.
+        let name =
+            format!("new-{fault:?}").to_lowercase().replace(|c: char| !c.is_alphabetic(), "");
+        fake.break_path(&service(&name), Some(fault));
+        assert_eq!(handle.demand.look_up(&name).await, Lookup::Unknown, "{name}");
+    }
+    // A name of the list whose instances can't be read.
+    fake.break_path(&service("web"), Some(Fault::Status(500, "rpc error making call: EOF")));
+    assert_eq!(handle.demand.look_up("web").await, Lookup::Unknown);
+}
+
+#[tokio::test]
+async fn a_listed_name_that_has_never_been_read_is_unknown() {
+    let fake = Fake::start().await;
+    fake.set_names(10, &["new", "web"]);
+    fake.set(&service("web"), 20, json!([instance("n1", "web-1", 1)]));
+    fake.break_path(&service("new"), Some(Fault::Status(500, "rpc error making call: EOF")));
+    let mut handle = follow(config(fake.address), timing());
+    shows(&mut handle, |catalog| names(catalog) == ["web"]).await;
+    assert_eq!(handle.demand.look_up("new").await, Lookup::Unknown);
 }
 
 #[tokio::test]
@@ -529,7 +570,7 @@ async fn a_switch_that_fails_keeps_nobody_from_a_cold_service() {
     shows(&mut handle, |catalog| names(catalog) == ["db", "web"]).await;
     fake.break_path(off::PATH, Some(Fault::Status(500, "no leader")));
     says(&mut handle, Some("no leader")).await;
-    assert!(handle.demand.look_up("web").await);
+    assert_eq!(handle.demand.look_up("web").await, Lookup::Exists);
 }
 
 #[tokio::test]
@@ -591,9 +632,9 @@ async fn who_waits_for_a_name_that_goes_is_told_and_so_is_the_next() {
     asked.wait_for(|state| state.asked.contains_key(&service("web"))).await.unwrap();
     fake.set_names(11, &["db"]);
     let told = tokio::time::timeout(LIMIT, waits).await.expect("an answer").unwrap();
-    assert!(!told);
+    assert_eq!(told, Lookup::Absent);
     fake.break_path(&service("web"), None);
-    assert!(handle.demand.look_up("web").await, "it is looked up anew");
+    assert_eq!(handle.demand.look_up("web").await, Lookup::Exists, "it is looked up anew");
 }
 
 #[tokio::test]
@@ -611,7 +652,7 @@ async fn another_source_finds_the_former_ones_connections_closed() {
     let is_live =
         tokio::time::timeout(LIMIT, fake.state.subscribe().wait_for(is_asked)).await.is_ok();
     assert!(is_live, "what the kernel serves is live without anybody's asking");
-    assert!(handle.demand.look_up("web").await);
+    assert_eq!(handle.demand.look_up("web").await, Lookup::Exists);
     let state = fake.state.borrow().clone();
     assert!(state.most_connections <= before + 1, "{} after {before}", state.most_connections);
     handle.keeper.0.abort_all();
@@ -649,7 +690,7 @@ async fn what_was_known_serves_a_new_daemon_while_consul_is_down() {
     };
     follow_in(&mut first, with_cache(&fake));
     shows(&mut first, |catalog| names(catalog) == ["db", "web"]).await;
-    assert!(first.demand.look_up("web").await);
+    assert_eq!(first.demand.look_up("web").await, Lookup::Exists);
     let path = cache.clone().unwrap();
     let holds = |memory: Option<crate::catalog::memory::Memory>| {
         memory.is_some_and(|memory| !memory.services["web"].instances.is_empty())
@@ -684,7 +725,7 @@ async fn a_clean_stop_leaves_what_was_known_a_moment_ago() {
     let settings = settings(config(fake.address), WatchPolicy::Used, timing);
     follow_in(&mut handle, Settings { cache: Some(path.clone()), ..settings });
     shows(&mut handle, |catalog| names(catalog) == ["db", "web"]).await;
-    assert!(handle.demand.look_up("web").await);
+    assert_eq!(handle.demand.look_up("web").await, Lookup::Exists);
     handle.stop().await;
     let left = cache::read(&path, LIMIT).unwrap();
     assert!(left.services["web"].used_at.is_some());
@@ -695,7 +736,7 @@ async fn a_clean_stop_leaves_what_was_known_a_moment_ago() {
 async fn another_configuration_loses_nothing_on_the_way() {
     let (fake, mut handle) = cold().await;
     shows(&mut handle, |catalog| names(catalog) == ["db", "web"]).await;
-    assert!(handle.demand.look_up("web").await);
+    assert_eq!(handle.demand.look_up("web").await, Lookup::Exists);
     let demand = handle.demand.clone();
     follow_in(&mut handle, settings(config(fake.address), WatchPolicy::All, timing()));
     let catalog = handle.catalog.borrow_and_update().clone().unwrap().catalog;
@@ -703,5 +744,9 @@ async fn another_configuration_loses_nothing_on_the_way() {
     let all = |catalog: &Catalog| catalog.values().all(|listing| listing.watch == Watch::Live);
     let catalog = shows(&mut handle, all).await;
     assert_eq!((ports(&catalog, "web"), ports(&catalog, "db")), (vec![80], vec![5432]));
-    assert!(demand.look_up("db").await, "who had it before is heard by the new source");
+    assert_eq!(
+        demand.look_up("db").await,
+        Lookup::Exists,
+        "who had it before is heard by the new source"
+    );
 }

@@ -3,6 +3,7 @@
 use tokio::io::Interest;
 
 use super::*;
+use crate::catalog::{Lookup, Wanted, Wish};
 use crate::config::Unrouted;
 
 #[tokio::test]
@@ -35,6 +36,78 @@ async fn all_but_listeners_and_domain_can_be_reconfigured() {
     assert_eq!(inquirer.unrouted(), Unrouted::Forward);
     let (_, origin) = inquirer.look_up("example.com", "A").await.unwrap();
     assert_eq!(origin, Origin::Upstream(second.address));
+}
+
+/// A source that has an answer for `absent` alone; `rejected` exists but never comes into the table.
+fn reluctant(demand: &Demand) -> JoinSet<()> {
+    let mut wishes = demand.listen();
+    let mut tasks = JoinSet::new();
+    tasks.spawn(async move {
+        let mut kept = Vec::new();
+        while let Some(wish) = wishes.recv().await {
+            let Wish::Service(Wanted { name, done: Some(done) }) = wish else { continue };
+            match &*name {
+                "absent" => drop(done.send(Lookup::Absent)),
+                "rejected" => drop(done.send(Lookup::Exists)),
+                "failed" => drop(done),
+                _ => kept.push(done),
+            }
+        }
+    });
+    tasks
+}
+
+#[tokio::test]
+async fn only_what_the_source_answered_so_does_not_exist() {
+    let nothing = Upstream::new(|_, asked| vec![code(asked, ResponseCode::NXDomain)]).await;
+    let something = Upstream::of([192, 0, 2, 7]).await;
+    let demand = Demand::default();
+    let _source = reluctant(&demand);
+    use Unrouted::{Forward as Elsewhere, Nxdomain};
+    for (unrouted, upstream, absent, other) in [
+        (Nxdomain, &nothing, "NXDomain", "ServFail"),
+        (Elsewhere, &nothing, "NXDomain", "ServFail"),
+        (Elsewhere, &something, "NoError 192.0.2.7", "NoError 192.0.2.7"),
+    ] {
+        let forward = Forward::Servers(vec![upstream.address]);
+        let config = DnsConfig { forward, unrouted, ..Config::default().dns };
+        let rig = Rig::with_demand(config, Surroundings::default(), demand.clone()).await;
+        assert_eq!(rig.lookup("absent.service.").await, absent, "{unrouted:?}");
+        for name in ["failed", "slow", "rejected"] {
+            let got = rig.lookup(&format!("{name}.service.")).await;
+            assert_eq!(got, other, "{name}, {unrouted:?}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_flood_of_names_makes_none_of_them_absent() {
+    const N: u16 = 1300; // 1,024 can wait
+    let demand = Demand::default();
+    let _source = reluctant(&demand);
+    let config = Config::default().dns;
+    let rig = Rig::with_demand(config, Surroundings::default(), demand).await;
+    let client = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    client.connect(rig.address).await.unwrap();
+    let receive = async {
+        let mut buffer = [0; 512];
+        for _ in 0..N {
+            let len = client.recv(&mut buffer).await.unwrap();
+            let answer = Message::from_vec(&buffer[..len]).unwrap();
+            assert_eq!(answer.metadata.response_code, ResponseCode::ServFail, "{answer}");
+        }
+    };
+    let send = async {
+        for n in 0..N {
+            let question = query(&format!("n{n}.service."), RecordType::A);
+            client.send(&question.to_vec().unwrap()).await.unwrap();
+            if n % 50 == 0 {
+                // Once this is answered, all before it have been read.
+                assert_eq!(rig.lookup("web.service.").await, "NoError 127.128.0.1");
+            }
+        }
+    };
+    timeout(LONG, async { tokio::join!(send, receive) }).await.unwrap();
 }
 
 #[tokio::test]

@@ -68,6 +68,8 @@ pub struct Answer<T> {
     pub body: T,
     /// Its bytes.
     pub n_bytes: usize,
+    /// Whether Consul left out what the token may not read, and said so.
+    pub is_filtered: bool,
 }
 
 impl Client {
@@ -134,10 +136,12 @@ impl Client {
             answer::check_status(head.status, &body)?;
         }
         answer::check_leader(&head.headers)?;
-        self.tally.note(&question.path, answer::is_filtered(&head.headers));
+        let is_filtered = answer::is_filtered(&head.headers);
+        self.tally.note(&question.path, is_filtered);
         let index = answer::index(&head.headers);
         let n_bytes = body.len();
-        Ok((head.status, Answer { index, body: answer::parse(&body)?, n_bytes }))
+        let body = answer::parse(&body)?;
+        Ok((head.status, Answer { index, body, n_bytes, is_filtered }))
     }
 
     async fn send(

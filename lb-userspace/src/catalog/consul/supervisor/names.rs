@@ -10,9 +10,9 @@ use super::super::index::{Ask, Verdict};
 use super::super::model::Subject;
 use super::super::schedule::is_shrink;
 use super::{Asked, Supervisor};
-use crate::catalog::demand::Wanted;
+use crate::catalog::demand::{Lookup, Wanted};
 
-/// Those who wait for a name, at most; more are told nothing.
+/// Those who wait for a name, at most; for more it is unknown.
 const MAX_WAITING: usize = 4096;
 
 impl Supervisor {
@@ -79,9 +79,10 @@ impl Supervisor {
     pub(super) fn take_lookup(&mut self, name: Arc<str>, asked: Asked, now: Instant) {
         self.looking_up.remove(&name);
         match asked {
-            Ok(Answer { said: Said::Lookup(None), .. }) => {
+            // One that is left out for the token's sake may well be there.
+            Ok(Answer { said: Said::Lookup(None), is_filtered: false, .. }) => {
                 self.absent.note(name.clone(), now);
-                self.tell(&name, false);
+                self.tell(&name, Lookup::Absent);
             }
             Ok(Answer { said: Said::Lookup(Some(registered)), .. }) => {
                 let waiting = self.waiting.remove(&name).unwrap_or_default();
@@ -92,7 +93,8 @@ impl Supervisor {
                 }
                 self.schedule.used(registered, now);
             }
-            _ => drop(self.waiting.remove(&name)),
+            // Not knowing is not "no".
+            _ => self.tell(&name, Lookup::Unknown),
         }
     }
 
@@ -114,7 +116,7 @@ impl Supervisor {
             return;
         }
         if self.model.is_cut_off() {
-            // What was known last is all there is to say, and is said at once.
+            // It is unknown, at once: an answer would have to wait for the time that answers have.
             return;
         }
         if self.looking_up.contains(&wish.name) {
@@ -123,7 +125,7 @@ impl Supervisor {
         match self.absent.decide(&wish.name, now) {
             Decision::Absent => {
                 if let Some(done) = wish.done {
-                    let _ = done.send(false);
+                    let _ = done.send(Lookup::Absent);
                 }
             }
             Decision::TooMany => {}
@@ -151,13 +153,13 @@ impl Supervisor {
         let gone = self.waiting.keys();
         let gone = gone.filter(|name| !known.contains(*name) && !self.looking_up.contains(*name));
         for name in gone.cloned().collect::<Vec<_>>() {
-            self.tell(&name, false);
+            self.tell(&name, Lookup::Absent);
         }
     }
 
-    pub(super) fn tell(&mut self, name: &str, exists: bool) {
+    pub(super) fn tell(&mut self, name: &str, lookup: Lookup) {
         for done in self.waiting.remove(name).into_iter().flatten() {
-            let _ = done.send(exists);
+            let _ = done.send(lookup);
         }
     }
 }
