@@ -52,7 +52,7 @@ pub fn run(suites: &[Suite], quick: bool) -> Result<()> {
         n_cpus >= 2,
         "only one processor may be used: who dials and who answers would wait for each other; use a machine with two or more"
     );
-    crate::setup::run()?;
+    crate::setup::run(crate::setup::Purpose::Test)?;
     let (alone, compared): (Vec<Suite>, Vec<Suite>) =
         suites.iter().partition(|suite| suite.bench().is_some());
     for suite in &alone {
@@ -79,7 +79,7 @@ fn run_alone(suite: Suite, quick: bool) -> Result<()> {
     }
     if suite == Suite::Discovery {
         // The daemon as it ships, and the backends, which it finds beside itself.
-        compile::build(true)?;
+        compile::build(crate::setup::Purpose::Build, true)?;
     }
     process::stream(cargo.current_dir(crate::root()))
 }

@@ -8,6 +8,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use crate::process;
+use crate::setup::{self, Purpose};
 
 /// What a build leaves behind.
 pub struct Built {
@@ -19,12 +20,12 @@ pub struct Built {
     pub helpers: Vec<PathBuf>,
 }
 
-/// Runs setup, then builds.
+/// Prepares the machine for `purpose`, then builds.
 ///
 /// # Errors
-/// When setup lacks something, or the build fails.
-pub fn build(release: bool) -> Result<Built> {
-    crate::setup::run()?;
+/// When something isn't there that `purpose` needs, or the build fails.
+pub fn build(purpose: Purpose, release: bool) -> Result<Built> {
+    setup::run(purpose)?;
     let mut cargo = Command::new("cargo");
     cargo.args(["build", "--package", "lb-userspace", "--package", "lb-tests", "--bins"]);
     cargo.args(release.then_some("--release"));

@@ -24,7 +24,7 @@ pub fn run(target: Option<&str>, seconds: u64) -> Result<()> {
     if targets.is_empty() {
         bail!("there is no target {:?}: there are {}", target.unwrap_or(""), TARGETS.join(", "));
     }
-    setup::run()?;
+    setup::run(setup::Purpose::Test)?;
     let cargo_fuzz = setup::fuzz::provide()?;
     for (n_done, name) in targets.iter().enumerate() {
         let left = seconds * (targets.len() - n_done) as u64;

@@ -16,6 +16,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
+use setup::Purpose;
 use setup::kernels::Version;
 
 #[derive(Parser)]
@@ -92,9 +93,9 @@ fn main() -> ExitCode {
 
 fn run(task: Task) -> Result<ExitCode> {
     match task {
-        Task::Setup => setup::run()?,
+        Task::Setup => setup::run(Purpose::Test)?,
         Task::Build { release } => {
-            let built = compile::build(release)?;
+            let built = compile::build(Purpose::Build, release)?;
             println!("object: {}", built.object.display());
             println!("binary: {}", built.nohop.display());
             for helper in built.helpers {
@@ -103,7 +104,7 @@ fn run(task: Task) -> Result<ExitCode> {
         }
         Task::Demo { keep, built } => {
             if !built {
-                compile::build(false)?;
+                compile::build(Purpose::Demo, false)?;
             }
             demo::demo(keep)?;
         }

@@ -25,11 +25,22 @@ Looked at first:
   NOHOP_CONSUL    a consul binary, a .deb of it, or a folder that holds one of the two
   NOHOP_KERNELS   a folder of VERSION/vmlinuz and VERSION/modules/";
 
-/// Provides everything that a build and the tests need.
+/// What a machine is prepared for. Each needs what those before it need, too.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Purpose {
+    /// To build the object and the binary.
+    Build,
+    /// To run the demo.
+    Demo,
+    /// To run the tests, which also need other programs' clients and servers.
+    Test,
+}
+
+/// Provides everything that `purpose` needs, and nothing else.
 ///
 /// # Errors
 /// When something can't be had: the error lists all of it, each with the way to get it.
-pub fn run() -> Result<()> {
+pub fn run(purpose: Purpose) -> Result<()> {
     let mut missing = Vec::new();
     let mut step = |name: &str, result: Result<String>, took: Duration| match result {
         Ok(found) if took < Duration::from_secs(1) => println!("ok: {name}: {found}"),
@@ -45,7 +56,7 @@ pub fn run() -> Result<()> {
         step(name, result, start.elapsed());
     };
 
-    timed("system packages", &system::provide);
+    timed("system packages", &|| system::provide(purpose));
     match rust::Nightly::find() {
         Ok(nightly) => {
             timed("rust-src", &|| rust::provide_source(&nightly));
@@ -53,18 +64,22 @@ pub fn run() -> Result<()> {
         }
         Err(error) => timed("nightly compiler", &|| bail!("{error:#}")),
     }
-    timed("consul", &consul::provide);
-    let (clients, left_out) = system::provide_clients();
-    println!("ok: clients that a few scenarios need: {clients}");
-    match resolved::provide() {
-        Ok(found) => println!("ok: systemd-resolved: {found}"),
-        Err(error) => println!("left out: systemd-resolved, so its scenario is ignored: {error:#}"),
+    if purpose >= Purpose::Demo {
+        timed("consul", &consul::provide);
     }
-    for reason in left_out {
-        println!("left out: the scenarios that need it are ignored: {reason}");
-    }
-    if let Some(folder) = env::var_os("NOHOP_KERNELS") {
-        timed("kernels", &|| kernels::look(Path::new(&folder)));
+    if purpose >= Purpose::Test {
+        let (clients, left_out) = system::provide_clients();
+        println!("ok: clients that a few scenarios need: {clients}");
+        match resolved::provide() {
+            Ok(found) => println!("ok: systemd-resolved: {found}"),
+            Err(error) => println!("skipped: systemd-resolved, and its scenario: {error:#}"),
+        }
+        for reason in left_out {
+            println!("skipped: the scenarios that need it: {reason}");
+        }
+        if let Some(folder) = env::var_os("NOHOP_KERNELS") {
+            timed("kernels", &|| kernels::look(Path::new(&folder)));
+        }
     }
 
     if missing.is_empty() {

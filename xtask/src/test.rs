@@ -12,7 +12,7 @@ use crate::vm;
 /// says how many passed.
 pub fn run(filter: Option<&str>) -> ExitCode {
     let mut tally = Tally::default();
-    match crate::setup::run() {
+    match crate::setup::run(crate::setup::Purpose::Test) {
         Ok(()) => {
             if let Err(error) = crate::setup::run_for_bench() {
                 tally.skip("the harness's tests that need them", &format!("{error:#}"));

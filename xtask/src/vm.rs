@@ -32,7 +32,7 @@ const N_AT_ONCE: usize = 2;
 /// # Errors
 /// When setup lacks something, or docs/verifier.md can't be written.
 pub fn run(kernel: Option<Version>) -> Result<ExitCode> {
-    setup::run()?;
+    setup::run(setup::Purpose::Test)?;
     let mut tally = Tally::default();
     run_matrix(&mut tally, kernel, None);
     if kernel.is_none() {

@@ -5,25 +5,26 @@ use std::process::Command;
 
 use anyhow::{Result, anyhow, bail};
 
-use super::{announce, with_mend};
+use super::{Purpose, announce, with_mend};
 use crate::process::{self, find, is_executable, is_root};
 
 /// Program, and the Debian packages that bring it.
-const TOOLS: &[(&str, &str)] = &[
+const BUILD_TOOLS: &[(&str, &str)] = &[("cc", "gcc libc6-dev"), ("tar", "tar"), ("xz", "xz-utils")];
+
+/// What the demo needs in addition to that.
+const DEMO_TOOLS: &[(&str, &str)] = &[
     ("bpftool", "bpftool"),
-    ("cc", "gcc libc6-dev"),
     ("curl", "curl"),
     ("dig", "bind9-dnsutils"),
-    ("dnsmasq", "dnsmasq-base"),
-    ("dnsperf", "dnsperf"),
     ("dpkg-deb", "dpkg"),
     ("ip", "iproute2"),
     ("nsenter", "util-linux"),
-    ("setpriv", "util-linux"),
-    ("tar", "tar"),
     ("unshare", "util-linux"),
-    ("xz", "xz-utils"),
 ];
+
+/// What the tests need in addition to that.
+const TEST_TOOLS: &[(&str, &str)] =
+    &[("dnsmasq", "dnsmasq-base"), ("dnsperf", "dnsperf"), ("setpriv", "util-linux")];
 
 /// What VMs need beside that.
 const VM_TOOLS: &[(&str, &str)] = &[
@@ -70,8 +71,15 @@ const CLIENTS: &[(&str, &str)] = &[
     ("python3", "python3"),
 ];
 
-pub fn provide() -> Result<String> {
-    provide_tools(TOOLS)
+pub fn provide(purpose: Purpose) -> Result<String> {
+    let mut tools = BUILD_TOOLS.to_vec();
+    if purpose >= Purpose::Demo {
+        tools.extend(DEMO_TOOLS);
+    }
+    if purpose >= Purpose::Test {
+        tools.extend(TEST_TOOLS);
+    }
+    provide_tools(&tools)
 }
 
 pub fn provide_for_vms() -> Result<String> {
