@@ -1,7 +1,7 @@
 //! What the server says to a message: from its bytes and the table to the answer's, without I/O.
 
 use std::collections::HashMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::sync::{Arc, OnceLock};
 
 use ipnet::IpNet;
@@ -12,7 +12,7 @@ use super::reply::{self, Code, QUESTION, Reply, Section};
 use super::reverse::{self, Reversed};
 use super::sockets::Transport;
 use crate::config::{DnsConfig, Unrouted};
-use crate::table::{Ports, Protocols, Service, Table, Watch};
+use crate::table::{Backend, Ports, Protocols, Service, Table, Watch};
 
 /// How long others may remember that something does not exist, in seconds: short, so that a
 /// service that comes up is found soon after somebody asked for it too early.
@@ -104,8 +104,8 @@ enum Named<'a> {
     Served(&'a [u8], Protocols),
     /// A name above others, with nothing of its own.
     Between,
-    /// None of ours, below this label of the zone.
-    Nothing(&'a [u8]),
+    /// None of ours.
+    Nothing,
 }
 
 impl Snapshot {
@@ -200,6 +200,16 @@ pub(super) fn answer<'m, 'k>(
     Outcome::Reply(code, used)
 }
 
+/// The IPv6 VIP, where a client can use it. Datagrams of a socket that isn't connected can't: the
+/// kernel sends none from an IPv6 address to an IPv4 backend (`udpv6_sendmsg` refuses what
+/// `BPF_CGROUP_UDP6_SENDMSG` maps). Clients that take the first address of a name, which is the
+/// IPv6 one by RFC 6724, would be refused though the IPv4 VIP serves them.
+fn vip6(service: &Service) -> Option<Ipv6Addr> {
+    let has_udp = service.protocols != Protocols::Tcp;
+    let is_ipv6 = |backend: &Backend| backend.address.is_some_and(|address| address.is_ipv6());
+    service.vip6.filter(|_| !has_udp || service.healthy().any(is_ipv6))
+}
+
 fn is_live(service: &Service) -> bool {
     service.watch == Watch::Live
 }
@@ -252,20 +262,20 @@ impl Zone {
             (1, Some(label), _) if protocol(label).is_some() => Named::Between,
             (1, Some(label), _) => Named::Service(label),
             (2, Some([b'_', service @ ..]), Some(label)) if !service.is_empty() => {
-                protocol(label).map_or(Named::Nothing(label), |by| Named::Served(service, by))
+                protocol(label).map_or(Named::Nothing, |by| Named::Served(service, by))
             }
-            _ => Named::Nothing(name.label(depth - 1).unwrap_or_default()),
+            _ => Named::Nothing,
         }
     }
 }
 
 impl Named<'_> {
-    /// Whether the name is that of a service of `table`, below one, or above all.
+    /// Whether the name is that of a service of `table`, or above all. Names below a service aren't:
+    /// the resolver that served the zone before may have them, as Consul has `TAG.NAME`.
     fn is_ours(&self, table: &Table) -> bool {
         match *self {
-            Named::Service(name) | Named::Served(name, _) | Named::Nothing(name) => {
-                in_table(name, table).is_some()
-            }
+            Named::Service(name) | Named::Served(name, _) => in_table(name, table).is_some(),
+            Named::Nothing => false,
             Named::Between => true,
         }
     }
@@ -285,7 +295,7 @@ impl Named<'_> {
         let (name, protocols) = match *self {
             Named::Service(name) => (name, None),
             Named::Served(name, protocols) => (name, Some(protocols)),
-            Named::Between | Named::Nothing(_) => return None,
+            Named::Between | Named::Nothing => return None,
         };
         let service = in_table(name, table)?;
         let is_dialled_so = protocols
@@ -352,7 +362,7 @@ impl Writer<'_> {
         match self.asked.query_type {
             // Of all there is, as little as may be (RFC 8482, section 4.1).
             number::A | number::ANY => self.address(Section::Answer, QUESTION, service.vip.into()),
-            number::AAAA if let Some(vip6) = service.vip6 => {
+            number::AAAA if let Some(vip6) = vip6(service) => {
                 self.address(Section::Answer, QUESTION, vip6.into());
             }
             number::SRV => self.srv(service, self.asked.name.suffix(0)),
@@ -391,7 +401,7 @@ impl Writer<'_> {
         let data = self.reply.record(Section::Answer, QUESTION, number::SRV, ttl, &[place, target]);
         let owner = data + place.len() as u16;
         self.address(Section::Additional, owner, service.vip.into());
-        if let Some(vip6) = service.vip6 {
+        if let Some(vip6) = vip6(service) {
             self.address(Section::Additional, owner, vip6.into());
         }
     }

@@ -16,9 +16,23 @@ use super::answer::{Known, Outcome, Snapshot, Zone, answer};
 use super::{Server, Transport, bind};
 use crate::catalog::Demand;
 use crate::config::{Config, DnsConfig, Forward, Unrouted};
-use crate::table::{Ports, Protocols, Service, Table, Watch};
+use crate::table::{Backend, Ports, Protocols, Service, State, Table, Watch};
 
 const POOLS: [&str; 2] = ["127.128.0.0/9", "fd00::/64"];
+
+/// A healthy backend.
+fn backend(address: &str) -> Backend {
+    Backend {
+        address: Some(address.parse().unwrap()),
+        shown_address: address.to_owned(),
+        node: String::new(),
+        id: String::new(),
+        weight: 1,
+        state: State::Healthy,
+        reason: None,
+        host_only: false,
+    }
+}
 
 /// The table that answers.txt tells of.
 fn table(generation: u64) -> Table {
@@ -45,7 +59,19 @@ fn table(generation: u64) -> Table {
         service("any", 3, None, Ports::Any, Protocols::Both),
         service("six", 4, Some("fd00::4"), Ports::only([443, 9000]), Protocols::Tcp),
         service("dns", 5, None, Ports::only([53, 80]), Protocols::Udp),
+        service("v4", 6, Some("fd00::6"), Ports::only([53]), Protocols::Both),
+        service("v6", 7, Some("fd00::7"), Ports::only([53]), Protocols::Both),
     ]);
+    let services = services.into_iter().map(|(name, mut service)| {
+        let addresses: &[&str] = match &*name {
+            "v4" => &["10.0.0.7:5300"],
+            "v6" => &["10.0.0.7:5300", "[2001:db8::7]:5300"],
+            _ => &[],
+        };
+        Arc::make_mut(&mut service).backends = addresses.iter().map(|at| backend(at)).collect();
+        (name, service)
+    });
+    let services = services.collect();
     Table { generation, services, rejected: BTreeMap::new() }
 }
 
@@ -242,7 +268,10 @@ fn names_that_arent_routed_or_arent_live() {
         ("_wbe._tcp.service.", "SRV", Absent, "forward"),
         ("_web._udp.service.", "SRV", Absent, "NxDomain"),
         ("_web._udp.service.", "SRV", LookUp, "NxDomain"),
-        ("a.web.service.", "A", LookUp, "NxDomain"),
+        ("a.web.service.", "A", LookUp, "forward"),
+        ("a.WEB.service.", "SRV", Absent, "forward"),
+        ("_tcp.web.service.", "SRV", Absent, "forward"),
+        ("_web._primary.service.", "SRV", Absent, "forward"),
         ("a.wbe.service.", "A", LookUp, "forward"),
         ("0.nohop-loop.service.", "A", LookUp, "forward"),
         ("_tcp.service.", "A", Absent, "NoError"),

@@ -1,12 +1,15 @@
-//! TCP: a message after its length, and its answer, one at a time on each connection.
+//! TCP: messages, each after its length. A client may send further questions before the answer to the
+//! first (RFC 7766, section 6.2.1.1); answers go out as they are there, in whatever order.
 
 use std::collections::BTreeMap;
 use std::io;
 use std::net::IpAddr;
+use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::tcp::OwnedReadHalf;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
@@ -25,8 +28,12 @@ const MAX_CONNECTIONS: usize = 256;
 /// The connections of one other client, beyond which the same goes for its own.
 const MAX_CONNECTIONS_EACH: usize = 64;
 
-/// How long a client may take to send a question, counted from the answer before, and to take the
-/// answer.
+/// The questions of one connection that are answered at one time. While there are so many, no
+/// further one is read.
+const MAX_PIPELINED: usize = 8;
+
+/// How long a client may take to send a question, counted from the last answer while none is under
+/// way, and to take an answer.
 pub(super) const PATIENCE: Duration = Duration::from_secs(10);
 
 /// How long a listener rests that can't accept, such as for want of file descriptors.
@@ -161,36 +168,70 @@ pub(super) async fn serve(
     while open.join_next().await.is_some() {}
 }
 
-/// Answers one question after the other. Whoever doesn't go on sending and reading is cut off.
+/// Answers what a client asks. One that doesn't go on sending and reading is cut off.
 async fn converse(
-    mut stream: TcpStream,
+    stream: TcpStream,
     client: IpAddr,
-    handler: &Handler,
+    handler: &Arc<Handler>,
     place: &Place,
     patience: Duration,
     mut stops: watch::Receiver<bool>,
 ) -> io::Result<()> {
     stream.set_nodelay(true)?;
-    loop {
-        let question = tokio::select! {
-            question = tokio::time::timeout(patience, read(&mut stream)) => question??,
-            () = place.end.notified() => return Ok(()),
-            _ = stops.wait_for(|stops| *stops) => return Ok(()),
+    let (mut reader, writer) = stream.into_split();
+    let writer = Arc::new(tokio::sync::Mutex::new(writer));
+    let mut answers = JoinSet::new();
+    let mut deadline = Instant::now() + patience;
+    'connection: loop {
+        // Kept over all that happens meanwhile: half a question must not be lost.
+        let mut question = pin!(read(&mut reader));
+        let question = loop {
+            let is_idle = answers.is_empty();
+            tokio::select! {
+                question = &mut question, if answers.len() < MAX_PIPELINED => match question {
+                    Ok(question) => break question,
+                    // It may have ended its side only.
+                    Err(_) if !is_idle => break 'connection,
+                    Err(error) => return Err(error),
+                },
+                Some(ended) = answers.join_next(), if !is_idle => {
+                    if !ended?? {
+                        return Ok(());
+                    }
+                    if answers.is_empty() {
+                        place.set_busy(false);
+                        deadline = Instant::now() + patience;
+                    }
+                }
+                () = tokio::time::sleep_until(deadline.into()), if is_idle => {
+                    return Err(io::ErrorKind::TimedOut.into());
+                }
+                () = place.end.notified() => return Ok(()),
+                _ = stops.wait_for(|stops| *stops) => break 'connection,
+            }
         };
         if !place.set_busy(true) {
             return Ok(());
         }
-        let Some(reply) = handler.reply_over_tcp(&question, client).await else {
-            return Ok(());
-        };
-        let len = u16::try_from(reply.len()).map_err(io::Error::other)?;
-        let reply = [&len.to_be_bytes(), &reply[..]].concat(); // some clients read no second piece
-        tokio::time::timeout(patience, stream.write_all(&reply)).await??;
-        place.set_busy(false);
+        let (handler, writer) = (Arc::clone(handler), Arc::clone(&writer));
+        answers.spawn(async move {
+            let Some(reply) = handler.reply_over_tcp(&question, client).await else {
+                return Ok(false);
+            };
+            let len = u16::try_from(reply.len()).map_err(io::Error::other)?;
+            let reply = [&len.to_be_bytes(), &reply[..]].concat(); // some clients read no second piece
+            let mut writer = writer.lock().await;
+            tokio::time::timeout(patience, writer.write_all(&reply)).await??;
+            Ok::<bool, io::Error>(true)
+        });
     }
+    while let Some(ended) = answers.join_next().await {
+        ended??;
+    }
+    Ok(())
 }
 
-async fn read(stream: &mut TcpStream) -> io::Result<Vec<u8>> {
+async fn read(stream: &mut OwnedReadHalf) -> io::Result<Vec<u8>> {
     let len = usize::from(stream.read_u16().await?);
     if !(HEADER_LEN..=MAX_QUESTION_LEN).contains(&len) {
         return Err(io::Error::other(format!("a question of {len} bytes")));
