@@ -236,15 +236,16 @@ pub struct Daemon {
     pub is_shadow: u64,
 }
 
-/// The value of `PROBE`: what the connect hook saw of the daemon's last dial to the pool's own
-/// address, which no service has. The daemon writes the port that it is about to dial and zeros, the
-/// hook the rest, once.
+/// The value of `PROBE`: what the connect hook saw of the daemon's last connect() to the pool's own
+/// address, which no service has. The daemon writes the cookie of the socket that is about to
+/// connect, and zeros; the hook writes the rest, once. No other socket of this boot has that cookie,
+/// so no other process can pass for the daemon.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Probe {
-    /// The port that was dialled.
-    pub port: u64,
-    /// The process that dialled.
+    /// The socket that connects, by its cookie (SO_COOKIE); 0 while none is expected.
+    pub cookie: u64,
+    /// The process that connected.
     pub tgid: u64,
     /// The cookie of its network namespace.
     pub netns: u64,

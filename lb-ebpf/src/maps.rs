@@ -178,14 +178,15 @@ pub fn shadows(daemon: &Daemon) -> bool {
     unsafe { (&raw const daemon.is_shadow).read_volatile() != 0 }
 }
 
-/// Shows the daemon its own dial, which is the one to the port that it named. Others dial as well.
+/// Shows the daemon its own connect(), which is that of the socket whose cookie it named. Other
+/// processes may connect to the same address.
 #[inline(always)]
-pub fn show_probe(port: u16, tgid: u64, netns: u64) {
+pub fn show_probe(cookie: u64, tgid: u64, netns: u64) {
     if let Some(probe) = PROBE.get_ptr_mut(0) {
         // SAFETY: an array's element stays, and these are aligned words of it. The daemon waits for
-        // its dial to end before it reads.
+        // its connect() to end before it reads.
         unsafe {
-            if (&raw const (*probe).port).read_volatile() == u64::from(port)
+            if (&raw const (*probe).cookie).read_volatile() == cookie
                 && (&raw const (*probe).tgid).read_volatile() == 0
             {
                 (&raw mut (*probe).netns).write_volatile(netns);

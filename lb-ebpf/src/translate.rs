@@ -4,7 +4,7 @@ use aya_ebpf::EbpfContext as _;
 use aya_ebpf::helpers::generated::bpf_skc_to_tcp_sock;
 use aya_ebpf::helpers::{
     bpf_get_current_ancestor_cgroup_id, bpf_get_current_pid_tgid, bpf_get_netns_cookie,
-    bpf_ktime_get_ns, bpf_probe_read_kernel,
+    bpf_get_socket_cookie, bpf_ktime_get_ns, bpf_probe_read_kernel,
 };
 use aya_ebpf::programs::SockAddrContext;
 use lb_common::{
@@ -235,11 +235,14 @@ pub fn is_excluded() -> bool {
     false
 }
 
-/// The pool's own address is nobody's VIP: the daemon dials it to see whether this hook runs.
+/// The pool's own address is no service's VIP: the daemon connects to it to see whether this hook
+/// runs.
 #[inline(always)]
 fn show_probe(ctx: &SockAddrContext) {
     // SAFETY: the context is valid.
     let netns = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
+    // SAFETY: as above.
+    let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
     let tgid = bpf_get_current_pid_tgid() >> 32;
-    maps::show_probe(context::port(ctx), tgid, netns);
+    maps::show_probe(cookie, tgid, netns);
 }

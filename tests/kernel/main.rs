@@ -12,6 +12,7 @@ mod left_alone;
 mod odd_sockets;
 mod pins;
 mod ports;
+mod proof;
 mod refusal;
 mod reports;
 mod scope;
@@ -112,6 +113,9 @@ const TRIALS: &[KernelTrial] = &[
         ports::any_port_replies_from_the_dialled_one,
     ),
     since((5, 10), "protocols_are_honoured", ports::protocols_are_honoured),
+    since((5, 10), "a_proof_cant_be_forged", proof::a_proof_cant_be_forged),
+    once("a_proof_corrects_the_namespace", proof::a_proof_corrects_the_namespace),
+    since((5, 10), "a_frozen_scope_is_reported", proof::a_frozen_scope_is_reported),
     since((5, 10), "excluded_cgroups_are_left_alone", left_alone::excluded_cgroups),
     since((5, 10), "the_daemon_is_left_alone", left_alone::the_daemon),
     since((5, 10), "a_cold_service_is_reported_once", reports::a_cold_service_is_reported_once),
@@ -154,6 +158,9 @@ const TRIALS: &[KernelTrial] = &[
 fn main() -> std::process::ExitCode {
     if let Some(address) = dialler::asked_for() {
         return dialler::run(address);
+    }
+    if let Some(code) = proof::asked_for() {
+        return code;
     }
     let mut arguments = Arguments::from_args();
     arguments.test_threads = Some(1);

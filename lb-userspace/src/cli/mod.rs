@@ -90,7 +90,7 @@ fn command(command: Command) -> anyhow::Result<ExitCode> {
         Command::Config { command: ConfigCommand::Check { file, json } } => {
             return config_check::config_check(&file, json);
         }
-        Command::ProbeDial { cgroup, address } => probe::dial_inside(&cgroup, address)
+        Command::ProbeDial { cgroup, address } => probe::connect_inside(&cgroup, address)
             .with_context(|| format!("can't enter {}", cgroup.display()))?,
         Command::Unload { config, all, json } => unload::unload(&load(config, None)?, all, json)?,
     }

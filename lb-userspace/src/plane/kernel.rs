@@ -184,17 +184,17 @@ impl Board {
         self.daemon.store_element(0, words);
     }
 
-    /// What the connect hook saw of the last dial to the pool's own address.
+    /// What the connect hook saw of the last connect() to the pool's own address.
     pub fn probe(&self) -> Probe {
-        let [port, tgid, netns] = self.probe.load_element(0);
-        Probe { port, tgid, netns }
+        let [cookie, tgid, netns] = self.probe.load_element(0);
+        Probe { cookie, tgid, netns }
     }
 
-    /// Has the connect hook look out for a dial to this port.
-    pub fn expect_probe(&self, port: u16) {
-        // Without a port nothing is looked out for; with a process it was seen already.
+    /// Has the connect hook expect a connect() of the socket with this cookie.
+    pub fn expect_probe(&self, cookie: u64) {
+        // Without a cookie none is expected; with a process it was seen already.
         self.probe.store_element(0, [0; 3]);
-        self.probe.store(0, port.into());
+        self.probe.store(0, cookie);
     }
 
     /// Leaves these cgroups alone, as many as fit, and no others.

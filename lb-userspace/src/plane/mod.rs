@@ -388,17 +388,18 @@ impl Plane {
         self.links.are_ours()
     }
 
-    /// What dials to prove that the hooks run.
+    /// What connects to prove that the hooks run.
     pub fn prober(&self) -> probe::Prober {
         probe::Prober::new(self.board.clone(), self.pool_network, self.links.scope())
     }
 
-    /// Takes note of what a dial of our own showed.
+    /// Takes note of what a connect() of our own showed. The network namespace's cookie that an
+    /// earlier daemon learnt gives way to the one that the hook saw now.
     pub fn learn(&self, probe: probe::Seen) {
         let daemon = self.board.daemon();
         // From inside a process namespace our own number isn't the kernel's.
         let tgid = if probe.is_own { probe.seen.tgid } else { daemon.tgid };
-        let host_netns = if daemon.host_netns == 0 { probe.seen.netns } else { daemon.host_netns };
+        let host_netns = probe.seen.netns;
         if (tgid, host_netns) != (daemon.tgid, daemon.host_netns) {
             self.board.set_daemon(Daemon { tgid, host_netns, ..daemon });
         }

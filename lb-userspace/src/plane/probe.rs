@@ -1,24 +1,34 @@
-//! The proof that the hooks run: a dial of our own, from a process inside the scope.
+//! The proof that the hooks run: a connect() of our own, from a process inside the scope.
 //!
-//! It goes to the pool's own address, which no service has: the connect hook notes the port and the
-//! process, and refuses it. An attachment to the wrong cgroup looks right from everywhere else.
+//! It goes to the pool's own address, which no service has: the connect hook notes the process, and
+//! refuses it. An attachment to the wrong cgroup looks right from everywhere else. The hook
+//! recognizes the socket by its cookie, which the kernel gives to each socket of a boot
+//! (`sock_gen_cookie`), so a process of the scope that connects to the same address isn't mistaken
+//! for the daemon.
 
-use std::io;
-use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::io::{self, BufRead as _, BufReader, Write as _};
+use std::net::{Ipv4Addr, SocketAddr};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::process::{Child, ChildStdout, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use lb_common::Probe;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::{AddressFamily, SocketType, connect, socket, sockopt};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use super::kernel::Board;
 
-/// The dial never leaves the machine, so this is plenty.
+/// How long the child may take: it is another program's start and two system calls, but the cgroup
+/// that it enters may be frozen, or out of memory or processor time.
 const TIMEOUT: Duration = Duration::from_secs(2);
-/// The hidden command by which the binary dials from inside another cgroup.
+/// The hidden command by which the binary connects from inside another cgroup.
 const COMMAND: &str = "probe-dial";
+/// The port doesn't matter.
+const PORT: u16 = 1;
 
-/// Dials from inside a cgroup.
+/// Connects from inside a cgroup.
 #[derive(Debug)]
 pub struct Prober {
     board: Board,
@@ -26,42 +36,39 @@ pub struct Prober {
     scope: PathBuf,
 }
 
-/// A dial that the hook saw.
+/// A connect() that the hook saw.
 #[derive(Clone, Copy, Debug)]
 pub struct Seen {
     /// What it saw.
     pub seen: Probe,
-    /// Whether this process dialled, and not a child of it.
+    /// Whether this process connected, and not a child of it.
     pub is_own: bool,
 }
 
-/// What a dial showed.
+/// What a connect() showed.
 #[derive(Debug)]
 pub enum Proof {
     /// The hook saw it.
     Runs(Seen),
     /// The hook didn't.
     Misses,
-    /// It couldn't be dialled from inside the scope, for this reason.
+    /// There was no connect() from inside the scope, for this reason.
     Unknown(String),
 }
 
 impl Prober {
-    /// A prober that dials `address`, the pool's own, from inside `scope`.
+    /// A prober that connects to `address`, the pool's own, from inside `scope`.
     pub fn new(board: Board, address: Ipv4Addr, scope: &Path) -> Prober {
         Prober { board, address, scope: scope.into() }
     }
 
-    /// Dials once.
+    /// Connects once.
     pub fn probe(&self) -> Proof {
-        // A port that says which dial this was.
-        let port = fastrand::u16(1..);
-        self.board.expect_probe(port);
-        let target = SocketAddr::from((self.address, port));
+        let target = SocketAddr::from((self.address, PORT));
         let is_own = self.is_inside();
-        if is_own {
-            dial(target);
-        } else if let Err(error) = self.dial_from_inside(target) {
+        let connected =
+            if is_own { self.connect(target) } else { self.connect_from_inside(target) };
+        if let Err(error) = connected {
             return Proof::Unknown(error.to_string());
         }
         let seen = self.board.probe();
@@ -79,39 +86,99 @@ impl Prober {
         own().is_some_and(|own| scope.is_ok_and(|scope| own.starts_with(scope)))
     }
 
-    /// Lets a child of ours dial from a cgroup below the scope that is made for it.
-    fn dial_from_inside(&self, target: SocketAddr) -> io::Result<()> {
+    fn connect(&self, target: SocketAddr) -> io::Result<()> {
+        let (socket, cookie) = probe_socket()?;
+        self.board.expect_probe(cookie);
+        connect_to(&socket, target);
+        Ok(())
+    }
+
+    /// Lets a child of ours connect from a cgroup below the scope that is made for it.
+    fn connect_from_inside(&self, target: SocketAddr) -> io::Result<()> {
         let cgroup = self.scope.join("nohop-probe");
         match std::fs::create_dir(&cgroup) {
             // An earlier daemon was killed while it probed.
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             result => result?,
         }
-        let status = Command::new("/proc/self/exe")
+        let mut child = Command::new("/proc/self/exe")
             .arg(COMMAND)
             .arg(&cgroup)
             .arg(target.to_string())
-            .stdin(Stdio::null())
-            .status();
-        std::fs::remove_dir(&cgroup)?;
-        match status? {
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()?;
+        let done = self.connect_in_child(&mut child, Instant::now() + TIMEOUT);
+        if done.is_err() {
+            // It may be unable to go on, but can always be killed.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+        let removed = std::fs::remove_dir(&cgroup);
+        done.and(removed)
+    }
+
+    fn connect_in_child(&self, child: &mut Child, deadline: Instant) -> io::Result<()> {
+        let stdout = child.stdout.take().ok_or(io::ErrorKind::BrokenPipe)?;
+        if let Some(cookie) = read_cookie(stdout, deadline)? {
+            self.board.expect_probe(cookie);
+            child.stdin.take().ok_or(io::ErrorKind::BrokenPipe)?.write_all(b"\n")?;
+        }
+        let pidfd = pidfd_open(Pid::from_child(child), PidfdFlags::empty())?;
+        wait_for(PollFd::new(&pidfd, PollFlags::IN), deadline)?;
+        match child.wait()? {
             status if status.success() => Ok(()),
-            status => Err(io::Error::other(format!("the dialling process ended with {status}"))),
+            status => {
+                Err(io::Error::other(format!("the process that connects ended with {status}")))
+            }
         }
     }
 }
 
-/// What the child does: it enters the cgroup and dials.
+/// The cookie that the child reports; `None` when it ends without one.
+fn read_cookie(stdout: ChildStdout, deadline: Instant) -> io::Result<Option<u64>> {
+    wait_for(PollFd::new(&stdout, PollFlags::IN), deadline)?;
+    let mut line = String::new();
+    // It writes the line at once.
+    BufReader::new(stdout).read_line(&mut line)?;
+    Ok(line.trim().parse().ok().filter(|&cookie| cookie != 0))
+}
+
+fn wait_for(fd: PollFd<'_>, deadline: Instant) -> io::Result<()> {
+    let left = deadline.saturating_duration_since(Instant::now());
+    let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+    match poll(&mut [fd], Some(&timeout)) {
+        Ok(0) => Err(io::Error::other(
+            "a process that entered the cgroup didn't get to connect within 2 s: is the cgroup \
+             frozen (cgroup.freeze), or without processor time?",
+        )),
+        Ok(_) => Ok(()),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+/// What the child does: it enters the cgroup, reports its socket's cookie, and connects once a line
+/// arrives.
 ///
 /// # Errors
-/// When it can't enter.
-pub fn dial_inside(cgroup: &Path, target: SocketAddr) -> io::Result<()> {
+/// When it can't enter, or make a socket.
+pub fn connect_inside(cgroup: &Path, target: SocketAddr) -> io::Result<()> {
     std::fs::write(cgroup.join("cgroup.procs"), "0")?;
-    dial(target);
+    let (socket, cookie) = probe_socket()?;
+    writeln!(io::stdout(), "{cookie}")?;
+    io::stdin().read_line(&mut String::new())?;
+    connect_to(&socket, target);
     Ok(())
 }
 
-/// The dial is refused, whether the hook runs or not; what the hook saw of it is what counts.
-fn dial(target: SocketAddr) {
-    let _ = TcpStream::connect_timeout(&target, TIMEOUT);
+/// A socket whose connect() sends nothing, and its cookie.
+fn probe_socket() -> io::Result<(OwnedFd, u64)> {
+    let socket = socket(AddressFamily::INET, SocketType::DGRAM, None)?;
+    let cookie = sockopt::socket_cookie(&socket)?;
+    Ok((socket, cookie))
+}
+
+/// The hook refuses it. Only what the hook saw of it matters.
+fn connect_to(socket: &OwnedFd, target: SocketAddr) {
+    let _ = connect(socket, &target);
 }

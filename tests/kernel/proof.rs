@@ -1,0 +1,154 @@
+//! The proof that the hooks run shows the daemon's own connect(), whoever else connects to the same
+//! address at the same time.
+
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
+use std::path::Path;
+use std::process::{Child, Command, ExitCode, Stdio};
+
+use lb_userspace::plane::Plane;
+use lb_userspace::plane::probe::{Proof, Seen, connect_inside};
+use rustix::thread::{UnshareFlags, unshare_unsafe};
+
+use crate::bed::{Bed, Place, Server, VIP, dial, service};
+
+const FLAG: &str = "--spray";
+/// The daemon's hidden command, which it runs from its own executable: here, this one.
+const PROBE: &str = "probe-dial";
+const NOBODY: u32 = 65534;
+const N_THREADS: usize = 2;
+const N_PROOFS: usize = 20;
+
+/// The pool's own address.
+const POOL: Ipv4Addr = Ipv4Addr::new(127, 128, 0, 0);
+
+/// An unprivileged process in a network namespace of its own that connects to every port of the
+/// pool's own address, again and again, until it is dropped.
+struct Sprayer(Child);
+
+impl Sprayer {
+    fn start(cgroup: &Path) -> Sprayer {
+        let mut child = Command::new("/proc/self/exe")
+            .arg(FLAG)
+            .arg(cgroup)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        // It writes a byte once it has been through all ports.
+        child.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap();
+        Sprayer(child)
+    }
+}
+
+impl Drop for Sprayer {
+    fn drop(&mut self) {
+        drop(self.0.stdin.take());
+        let _ = self.0.wait();
+    }
+}
+
+/// Runs what this process was started for, if it wasn't the tests.
+pub fn asked_for() -> Option<ExitCode> {
+    let mut arguments = std::env::args().skip(1);
+    match arguments.next()?.as_str() {
+        FLAG => {
+            spray(arguments.next()?.as_ref());
+            Some(ExitCode::SUCCESS)
+        }
+        PROBE => {
+            let cgroup = arguments.next()?;
+            connect_inside(cgroup.as_ref(), arguments.next()?.parse().ok()?).unwrap();
+            Some(ExitCode::SUCCESS)
+        }
+        _ => None,
+    }
+}
+
+fn spray(cgroup: &Path) {
+    std::fs::write(cgroup.join("cgroup.procs"), "0").unwrap();
+    // SAFETY: this thread is the only one, and has no descriptor of the former namespace.
+    unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.unwrap();
+    // SAFETY: plain system calls, by the only thread.
+    let is_nobody = unsafe {
+        libc::setgroups(0, std::ptr::null()) == 0
+            && libc::setresgid(NOBODY, NOBODY, NOBODY) == 0
+            && libc::setresuid(NOBODY, NOBODY, NOBODY) == 0
+    };
+    assert!(is_nobody, "{}", std::io::Error::last_os_error());
+    for thread in 0..N_THREADS {
+        std::thread::spawn(move || {
+            let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+            let mut is_first = thread == 0;
+            loop {
+                for port in 1..=u16::MAX {
+                    let _ = socket.connect(SocketAddr::from((POOL, port)));
+                }
+                if std::mem::take(&mut is_first) {
+                    std::io::stdout().write_all(&[0]).unwrap();
+                    std::io::stdout().flush().unwrap();
+                }
+            }
+        });
+    }
+    // Until the test ends, however it does.
+    let _ = std::io::stdin().read(&mut [0]);
+}
+
+fn proof(plane: &Plane) -> Seen {
+    match plane.prober().probe() {
+        Proof::Runs(seen) => seen,
+        other => panic!("the hooks run: {other:?}"),
+    }
+}
+
+pub fn a_proof_cant_be_forged() {
+    let mut place = Place::new();
+    let below = place.cgroup.path.join("below");
+    std::fs::create_dir(&below).unwrap();
+    // The daemon is in the scope and connects itself, or is above it and a child of it connects.
+    for scope in [place.cgroup.path.clone(), below] {
+        place.options.scope = scope.clone();
+        let mut plane = Plane::start(&place.options).unwrap();
+        let expected = proof(&plane);
+        let sprayer = Sprayer::start(&scope);
+        for n in 0..N_PROOFS {
+            let Seen { seen, is_own } = proof(&plane);
+            assert_eq!(seen.netns, expected.seen.netns, "proof {n} is the other process's");
+            assert_eq!((seen.tgid == expected.seen.tgid, is_own), (is_own, expected.is_own));
+        }
+        drop(sprayer);
+        plane.detach();
+    }
+}
+
+/// Only the programs, no application, can mistake another namespace for the host's: a proof corrects
+/// it.
+pub fn a_proof_corrects_the_namespace() {
+    const ANOTHER_NETNS: u64 = u64::MAX;
+    let server = Server::start(b'a');
+    let mut bed = Bed::on_host(ANOTHER_NETNS);
+    let mut web = service("web", VIP, &[(server.address, 1)]);
+    web.backends.iter_mut().for_each(|backend| backend.host_only = true);
+    bed.apply(vec![web]);
+    dial((VIP, 80)).unwrap_err();
+    bed.plane.learn(proof(&bed.plane));
+    bed.plane.keep();
+    assert_eq!(dial((VIP, 80)).unwrap(), 'a');
+}
+
+/// A process that enters the scope gets no processor time: the daemon goes on.
+pub fn a_frozen_scope_is_reported() {
+    let mut place = Place::new();
+    let below = place.cgroup.path.join("below");
+    std::fs::create_dir(&below).unwrap();
+    place.options.scope = below.clone();
+    let mut plane = Plane::start(&place.options).unwrap();
+    std::fs::write(below.join("cgroup.freeze"), "1").unwrap();
+    let proof = plane.prober().probe();
+    std::fs::write(below.join("cgroup.freeze"), "0").unwrap();
+    let Proof::Unknown(reason) = proof else { panic!("{proof:?}") };
+    assert!(reason.contains("cgroup.freeze"), "{reason}");
+    assert!(!below.join("nohop-probe").exists());
+    plane.detach();
+}
