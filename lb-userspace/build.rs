@@ -10,7 +10,15 @@ use std::process::Command;
 fn main() {
     let object_dir = Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("lb-ebpf");
     let linker = object_dir.with_file_name(".tools").join("bpf-linker");
-    for watched in ["src", "Cargo.toml", "Cargo.lock", ".cargo/config.toml", "../lb-common/src"] {
+    for watched in [
+        "src",
+        "Cargo.toml",
+        "Cargo.lock",
+        ".cargo/config.toml",
+        "rust-toolchain.toml",
+        "../lb-common/src",
+        "../lb-common/Cargo.toml",
+    ] {
         println!("cargo:rerun-if-changed={}", object_dir.join(watched).display());
     }
     println!("cargo:rerun-if-changed={}", linker.display());

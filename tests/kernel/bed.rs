@@ -88,6 +88,20 @@ impl Place {
         plane
     }
 
+    /// Starts a daemon's plane for a scope that this process may not be in: it proves nothing.
+    pub fn start_attached(&self) -> Plane {
+        let plane = self.start_attached_or_waiting();
+        assert!(plane.are_hooks_ours());
+        plane
+    }
+
+    /// The same, where the hooks may be an earlier daemon's until the first table.
+    pub fn start_attached_or_waiting(&self) -> Plane {
+        let plane = Plane::start(&self.options).unwrap();
+        plane.keep();
+        plane
+    }
+
     /// The same, and this process passes for the daemon.
     pub fn start_as_daemon(&self) -> Plane {
         let plane = Plane::start(&self.options).unwrap();

@@ -9,18 +9,22 @@ mod dialler;
 mod disconnect;
 mod families;
 mod left_alone;
+mod lockdown;
+mod obstacles;
 mod odd_sockets;
 mod pins;
 mod ports;
 mod proof;
 mod refusal;
 mod reports;
+mod rollback;
 mod scope;
 mod shadow;
 mod soak;
 mod stress;
 mod survival;
 mod translation;
+mod trust;
 mod udp;
 mod verifier;
 
@@ -34,19 +38,26 @@ struct KernelTrial {
     min_kernel: Version,
     /// Whether it is about what a kernel does, so that it is played on each.
     on_each: bool,
+    /// Whether it is about a kernel that is locked down, and played on such a one alone.
+    locked_down: bool,
     name: &'static str,
     run: fn(),
 }
 
 /// A trial for each kernel from this one on.
 const fn since(min_kernel: Version, name: &'static str, run: fn()) -> KernelTrial {
-    KernelTrial { min_kernel, on_each: true, name, run }
+    KernelTrial { min_kernel, on_each: true, locked_down: false, name, run }
+}
+
+/// A trial for kernels that are locked down, which `cargo xtask vm` starts.
+const fn locked_down(name: &'static str, run: fn()) -> KernelTrial {
+    KernelTrial { min_kernel: (5, 10), on_each: true, locked_down: true, name, run }
 }
 
 /// A trial of what the daemon does, the same on every kernel: in a VM it is left out, because an
 /// emulated processor takes minutes for it.
 const fn once(name: &'static str, run: fn()) -> KernelTrial {
-    KernelTrial { min_kernel: (5, 10), on_each: false, name, run }
+    KernelTrial { min_kernel: (5, 10), on_each: false, locked_down: false, name, run }
 }
 
 const TRIALS: &[KernelTrial] = &[
@@ -138,6 +149,26 @@ const TRIALS: &[KernelTrial] = &[
     once("half_written_pins_serve_on", survival::half_written_pins_serve_on),
     once("spoilt_maps_are_made_anew", survival::spoilt_maps_are_made_anew),
     since((5, 10), "unload_removes_everything", survival::unload_removes_everything),
+    since((5, 10), "an_exclusive_program_is_named", obstacles::an_exclusive_program_is_named),
+    once("an_exclusive_program_is_named_later", obstacles::an_exclusive_program_is_named_later),
+    since((5, 10), "programs_that_share_are_no_obstacle", obstacles::programs_that_share_are_none),
+    once("an_open_directory_is_closed", trust::an_open_directory_is_closed),
+    since(
+        (5, 10),
+        "a_lock_of_another_user_is_no_daemons",
+        trust::a_lock_of_another_user_is_no_daemons,
+    ),
+    once("a_lock_is_named", trust::a_lock_is_named),
+    since(
+        (5, 10),
+        "a_directory_of_another_user_is_moved_aside",
+        trust::a_directory_of_another_user_is_moved_aside,
+    ),
+    once("an_unsafe_place_is_refused", trust::what_isnt_safe_is_refused),
+    since((5, 10), "a_rollback_over_links_of_every_kind", rollback::over_links_of_every_kind),
+    since((5, 10), "an_unload_ends_links_of_every_kind", rollback::unload_ends_links_of_every_kind),
+    since((5, 10), "a_rollback_over_another_storage", rollback::over_another_storage),
+    once("foreign_directories_stay", rollback::foreign_directories_stay),
     once("two_daemons_are_one_too_many", pins::two_daemons_are_one_too_many),
     once("what_is_foreign_is_refused", pins::what_is_foreign_is_refused),
     once("a_later_layout_is_replaced", pins::a_later_layout_is_replaced),
@@ -152,6 +183,8 @@ const TRIALS: &[KernelTrial] = &[
     once("full_maps_refuse_by_service", soak::full_maps_refuse_by_service),
     once("a_soak_leaks_nothing", soak::a_soak_leaks_nothing),
     once("a_million_dials_meet_no_wrong_one", stress::a_million_dials_meet_no_wrong_one),
+    locked_down("lockdown_lets_nohop_serve", lockdown::it_serves),
+    locked_down("lockdown_is_reported", lockdown::it_is_reported),
     since((5, 10), "verified_instructions_are_told", verifier::instructions_are_told),
 ];
 
@@ -159,7 +192,7 @@ fn main() -> std::process::ExitCode {
     if let Some(address) = dialler::asked_for() {
         return dialler::run(address);
     }
-    if let Some(code) = proof::asked_for() {
+    if let Some(code) = proof::asked_for().or_else(trust::asked_for) {
         return code;
     }
     let mut arguments = Arguments::from_args();
@@ -171,7 +204,10 @@ fn main() -> std::process::ExitCode {
         );
     }
     let kernel = running_kernel();
-    let is_here = |trial: &&KernelTrial| trial.on_each || !bed::is_emulated();
+    let is_locked_down = lockdown::is_locked_down();
+    let is_here = |trial: &&KernelTrial| {
+        (!trial.locked_down || is_locked_down) && (trial.on_each || !bed::is_emulated())
+    };
     let trials = TRIALS.iter().filter(is_here).map(|trial| {
         Trial::ignorable_test(trial.name, move || {
             let (major, minor) = trial.min_kernel;
@@ -188,7 +224,7 @@ fn main() -> std::process::ExitCode {
 }
 
 /// The running kernel's version, of a release such as `6.1.0-41-cloud-amd64`.
-fn running_kernel() -> Version {
+pub fn running_kernel() -> Version {
     let system = rustix::system::uname();
     let release = system.release().to_string_lossy();
     let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse);

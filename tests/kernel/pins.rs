@@ -23,7 +23,7 @@ const PROGRAMS: [&str; 8] = [
     "nohop_connect6",
 ];
 
-fn bpftool(arguments: &[&str]) -> String {
+pub fn bpftool(arguments: &[&str]) -> String {
     let output = Command::new("bpftool").args(arguments).output().unwrap();
     let [stdout, stderr] =
         [output.stdout, output.stderr].map(|text| String::from_utf8(text).unwrap());
@@ -32,7 +32,7 @@ fn bpftool(arguments: &[&str]) -> String {
 }
 
 /// The number after `"key":` in what bpftool prints.
-fn number(json: &str, key: &str) -> u64 {
+pub fn number(json: &str, key: &str) -> u64 {
     let (_, rest) = json.split_once(&format!("\"{key}\":")).unwrap_or_else(|| panic!("{json}"));
     let rest = rest.trim_start();
     rest.split(|c: char| !c.is_ascii_digit()).next().unwrap().parse().unwrap()
@@ -194,7 +194,10 @@ pub fn no_bpffs_is_an_error() {
     let mut place = Place::new();
     place.options.bpffs = "/run/nohop-kernel-test".into();
     let error = Plane::start(&place.options).unwrap_err().to_string();
-    assert!(error.contains("mount -t bpf") && error.contains("/run/nohop-kernel-test"), "{error}");
+    assert!(
+        error.contains("mount -t bpf -o mode=0700") && error.contains("/run/nohop-kernel-test"),
+        "{error}"
+    );
     assert!(!place.options.bpffs.exists());
     assert_eq!(unload(&place.options.bpffs).unwrap(), 0);
 }

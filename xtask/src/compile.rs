@@ -102,6 +102,22 @@ pub fn kernel_tests() -> Result<PathBuf> {
     kernel_tests.context("cargo told of no test `kernel`")
 }
 
+/// Builds the daemon, as tests run it.
+///
+/// # Errors
+/// When the build fails.
+pub fn nohop() -> Result<PathBuf> {
+    let mut cargo = Command::new("cargo");
+    cargo.args(["build", "--package", "lb-userspace", "--bin", "nohop"]);
+    let mut nohop = None;
+    messages(cargo, |message| {
+        if message["target"]["name"] == "nohop" {
+            nohop = message["executable"].as_str().map(PathBuf::from).or(nohop.take());
+        }
+    })?;
+    nohop.context("cargo told of no binary nohop")
+}
+
 /// Runs a build, and gives each message of cargo's to `read`.
 fn messages(mut cargo: Command, mut read: impl FnMut(&Value)) -> Result<()> {
     let mut cargo = cargo

@@ -17,11 +17,15 @@ use anyhow::{Context, Result, ensure};
 use crate::setup::kernels::{self, Kernel, Kernels, Version};
 use crate::tally::Tally;
 use crate::{compile, process, setup};
+use boot::Mode;
 use initramfs::Archive;
 
 pub const AFTER_HELP: &str = "\
 The kernels are those of NOHOP_KERNELS, a folder of VERSION/vmlinuz and VERSION/modules/. Where it
 is unset, Debian's cloud kernels of several releases are downloaded from this machine's mirror.";
+
+/// The trials for a kernel that is locked down, by their names.
+const LOCKDOWN_TRIALS: &str = "lockdown";
 
 /// Each VM has one processor.
 const N_AT_ONCE: usize = 2;
@@ -74,10 +78,18 @@ fn try_matrix(tally: &mut Tally, only: Option<Version>, filter: Option<&str>) ->
     setup::run_for_vms()?;
 
     let folder = crate::root().join("target/vm");
-    let common = tests_archive(&kernel_tests, &folder, filter)?;
+    let common = tests_archive(&kernel_tests, &folder)?;
+    let mut starts: Vec<Start> =
+        found.iter().map(|kernel| Start { kernel, mode: Mode::Plain, filter }).collect();
+    // One of the newer ones is enough: the helper is missing from all in the same way.
+    let is_wanted = filter.is_none_or(|filter| LOCKDOWN_TRIALS.contains(filter));
+    if let Some(kernel) = found.iter().find(|kernel| kernel.version >= LOCKED_DOWN)
+        && is_wanted
+    {
+        starts.push(Start { kernel, mode: Mode::LockedDown, filter: Some(LOCKDOWN_TRIALS) });
+    }
     println!("\n== kernels, {N_AT_ONCE} at once");
-    for Run { version, lines, result, took } in boot_all(&found, &common, &folder) {
-        let name = format!("kernel {version}");
+    for Run { name, lines, result, took } in boot_all(&starts, &common, &folder) {
         let before = [tally.passed, tally.failed, tally.skipped];
         tally.phase(&name, |on_line| {
             lines.iter().for_each(|line| on_line(line));
@@ -91,9 +103,19 @@ fn try_matrix(tally: &mut Tally, only: Option<Version>, filter: Option<&str>) ->
     Ok(())
 }
 
+/// The first kernel that is started locked down, too.
+const LOCKED_DOWN: Version = Version { major: 6, minor: 12 };
+
+/// A kernel, how it is started and which trials are played on it.
+struct Start<'a> {
+    kernel: &'a Kernel,
+    mode: Mode,
+    filter: Option<&'a str>,
+}
+
 /// What came of a kernel.
 struct Run {
-    version: Version,
+    name: String,
     lines: Vec<String>,
     /// Whether the tests succeeded.
     result: Result<bool>,
@@ -101,50 +123,53 @@ struct Run {
 }
 
 /// Boots every kernel, some at once; they show what they write as they run. In the order of
-/// `kernels`.
-fn boot_all(kernels: &[Kernel], common: &Archive, folder: &Path) -> Vec<Run> {
+/// `starts`.
+fn boot_all(starts: &[Start<'_>], common: &Archive, folder: &Path) -> Vec<Run> {
     let next = AtomicUsize::new(0);
-    let run = |kernel: &Kernel| {
+    let run = |&Start { kernel, mode, filter }: &Start<'_>| {
         let start = Instant::now();
+        let name = format!("kernel {}{}", kernel.version, mode.suffix());
         let mut lines = Vec::new();
         let mut boot = || {
             let mut archive = common.clone();
             archive.add_modules(&kernel.modules)?;
-            let initrd = folder.join(format!("{}.cpio", kernel.version));
+            archive.add_script("init", boot::init_script(filter));
+            let initrd = folder.join(format!("{}.cpio", name.replace([' ', ','], "-")));
             archive.write(&initrd)?;
-            boot::boot(kernel, &initrd, |line| lines.push(line.to_owned()))
+            boot::boot(kernel, mode, &initrd, |line| lines.push(line.to_owned()))
         };
         let result = boot();
-        Run { version: kernel.version, lines, result, took: start.elapsed() }
+        Run { name, lines, result, took: start.elapsed() }
     };
     let work = || {
         let indices = std::iter::repeat_with(|| next.fetch_add(1, Ordering::Relaxed));
-        indices.map_while(|n| kernels.get(n)).map(run).collect::<Vec<_>>()
+        indices.map_while(|n| Some((n, run(starts.get(n)?)))).collect::<Vec<_>>()
     };
-    let mut runs: Vec<Run> = thread::scope(|scope| {
+    let mut runs: Vec<(usize, Run)> = thread::scope(|scope| {
         let workers = [(); N_AT_ONCE].map(|()| scope.spawn(work));
         let join = |worker: thread::ScopedJoinHandle<_>| {
             worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         };
         workers.into_iter().flat_map(join).collect()
     });
-    runs.sort_by_key(|run| run.version);
-    runs
+    runs.sort_by_key(|(n, _)| *n);
+    runs.into_iter().map(|(_, run)| run).collect()
 }
 
 /// The initramfs that all kernels share.
-fn tests_archive(kernel_tests: &Path, folder: &Path, filter: Option<&str>) -> Result<Archive> {
+fn tests_archive(kernel_tests: &Path, folder: &Path) -> Result<Archive> {
     fs::create_dir_all(folder).with_context(|| format!("can't create {}", folder.display()))?;
     // Most of the file is for debuggers.
-    let stripped = folder.join("kernel-tests");
-    let strip = ["--strip-debug", "-o"];
-    process::output(Command::new("strip").args(strip).arg(&stripped).arg(kernel_tests))?;
     let mut archive = Archive::default();
-    archive.add_program("usr/bin/kernel-tests", &stripped)?;
+    for (name, program) in [("kernel-tests", kernel_tests), ("nohop", &compile::nohop()?)] {
+        let stripped = folder.join(name);
+        let strip = ["--strip-debug", "-o"];
+        process::output(Command::new("strip").args(strip).arg(&stripped).arg(program))?;
+        archive.add_program(&format!("usr/bin/{name}"), &stripped)?;
+    }
     archive.add_program("bin/busybox", &installed("busybox")?)?;
     archive.add_program("usr/bin/bpftool", &installed("bpftool")?)?;
     archive.add_program("usr/bin/ip", &installed("ip")?)?;
-    archive.add_script("init", boot::init_script(filter));
     Ok(archive)
 }
 

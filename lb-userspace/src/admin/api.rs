@@ -148,6 +148,9 @@ pub struct PlaneStatus {
     /// Why dials are only counted; `null` while they are translated.
     #[serde(default)]
     pub mode_reason: Option<String>,
+    /// What this kernel lacks, without which nohop works all the same.
+    #[serde(default)]
+    pub limits: Vec<String>,
     /// How full the maps are.
     pub maps: Vec<MapStatus>,
     /// The number of services that the kernel doesn't have as the table wants them.

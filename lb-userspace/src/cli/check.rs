@@ -10,7 +10,7 @@ use crate::admin::{api, client};
 use crate::catalog;
 use crate::config::{Config, ConfigErrors, Source, cgroup};
 use crate::dns::{self, DnsError};
-use crate::plane::is_bpffs;
+use crate::plane::{Features, Limit, Safety, find_obstacle, is_bpffs, look_at_pins};
 
 /// The whole report.
 #[derive(Debug, Serialize)]
@@ -65,10 +65,11 @@ pub fn check(config: Result<Config, ConfigErrors>, admin: Option<&str>) -> Repor
     let config = config.unwrap_or_default();
     let daemon = daemon(admin);
     checks.push(finding("kernel", true, kernel()));
-    checks.push(finding("refusal by ECONNREFUSED", false, errno_refusal()));
-    checks.push(finding("BTF", false, btf()));
+    checks.extend(features());
     checks.push(finding("cgroup v2", true, scope(&config)));
+    checks.push(finding("hooks", true, hooks(&config)));
     checks.push(finding("bpffs", true, bpffs(&config.bpffs)));
+    checks.push(finding("mode of bpffs", false, bpffs_mode(&config.bpffs)));
     let effective = effective_capabilities();
     checks.push(finding("capabilities", true, capabilities(missing_capabilities(effective))));
     let for_udp = capabilities(missing_for_udp(effective));
@@ -147,30 +148,54 @@ fn kernel_at_least(major: u32, minor: u32) -> Found {
     }
 }
 
-/// Before 6.1 a program can't say which error a call fails with.
-fn errno_refusal() -> Found {
-    kernel_at_least(6, 1).map_err(|(release, mend)| {
-        let instead = "connect() is refused by a rewrite to port 0, sendto() with EPERM";
-        (format!("{release}: {instead}"), mend)
-    })
+/// What the verifier offers: asked of it, as the daemon does.
+fn features() -> Vec<Finding> {
+    match Features::probe() {
+        Ok(Features { limits, .. }) => found_features(&limits),
+        Err(error) => {
+            let text = error.to_string();
+            let (detail, fix) = text.split_once("; ").unwrap_or((&text, ""));
+            vec![finding("eBPF programs", true, wrong(detail, fix))]
+        }
+    }
+}
+
+fn found_features(limits: &[Limit]) -> Vec<Finding> {
+    let found = |is_about: fn(&Limit) -> bool, is_there: &str| match limits
+        .iter()
+        .find(|limit| is_about(limit))
+    {
+        None => Ok(is_there.to_owned()),
+        Some(limit) => wrong(limit.to_string(), limit.fix()),
+    };
+    let refusal = found(|limit| matches!(limit, Limit::PortZero), "by bpf_set_retval");
+    let is_btf = |limit: &Limit| matches!(limit, Limit::NoBtf(_) | Limit::NoKernelBit);
+    let btf = found(is_btf, "/sys/kernel/btf/vmlinux");
+    let read = found(|limit| matches!(limit, Limit::NoKernelRead(_)), "allowed");
+    vec![
+        finding("eBPF programs", true, Ok("the verifier takes them".to_owned())),
+        finding("refusal by ECONNREFUSED", false, refusal),
+        finding("BTF", false, btf),
+        finding("reading the kernel's memory", false, read),
+    ]
+}
+
+/// Whether another program keeps ours from the cgroup's hooks.
+fn hooks(config: &Config) -> Found {
+    let Some(scope) = config.cgroup.clone().or_else(cgroup::find_cgroup2_root) else {
+        return Ok("not looked at: there is no cgroup v2".to_owned());
+    };
+    match find_obstacle(&scope) {
+        Ok(None) => Ok(format!("nothing holds those of {} exclusively", scope.display())),
+        Ok(Some(obstacle)) => wrong(obstacle.to_string(), obstacle.fix()),
+        // What that needs is said elsewhere.
+        Err(error) => Ok(format!("not looked at: {error}")),
+    }
 }
 
 fn parse_release(release: &str) -> Option<(u32, u32)> {
     let mut numbers = release.split(|c: char| !c.is_ascii_digit());
     Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
-}
-
-fn btf() -> Found {
-    let path = "/sys/kernel/btf/vmlinux";
-    match Path::new(path).exists() {
-        true => Ok(path.to_owned()),
-        false => wrong(
-            format!(
-                "{path} isn't there: sockets of the kernel itself, as NFS has, are translated too"
-            ),
-            "boot a kernel with CONFIG_DEBUG_INFO_BTF, as distributions' kernels are",
-        ),
-    }
 }
 
 fn scope(config: &Config) -> Found {
@@ -195,15 +220,38 @@ fn bpffs(dir: &Path) -> Found {
     let conventional = Path::new("/sys/fs/bpf");
     let existing = dir.ancestors().find(|ancestor| ancestor.exists()).unwrap_or(conventional);
     if is_bpffs(existing) {
-        return Ok(dir.display().to_string());
+        return match look_at_pins(dir) {
+            Ok(_) => Ok(dir.display().to_string()),
+            Err(error) => {
+                let text = error.to_string();
+                let (detail, fix) = text.split_once("; ").unwrap_or((&text, ""));
+                wrong(detail, fix)
+            }
+        };
     }
     if dir.starts_with(conventional) && conventional.is_dir() {
         return Ok(format!("{}: `nohop run` mounts it", conventional.display()));
     }
     wrong(
         format!("{} isn't on a BPF file system", dir.display()),
-        "mount -t bpf bpf /sys/fs/bpf, or name a directory of one with --bpffs",
+        "mount -t bpf -o mode=0700 bpf /sys/fs/bpf, or name a directory of one with --bpffs",
     )
+}
+
+/// Others could take the place of the pins first, where they may write to the file system's root.
+fn bpffs_mode(dir: &Path) -> Found {
+    match look_at_pins(dir) {
+        Ok(Safety::OpenMount(root)) => {
+            let root = root.display();
+            wrong(
+                format!("others may write to {root}, and could take the place of the pins"),
+                format!("chmod 700 {root}, and mount it with -o mode=0700"),
+            )
+        }
+        Ok(Safety::Safe) => Ok("closed to others".to_owned()),
+        // That is said above.
+        Err(_) => Ok("not looked at".to_owned()),
+    }
 }
 
 /// From linux/capability.h. CAP_SYS_ADMIN stands for CAP_BPF and CAP_PERFMON.
@@ -378,6 +426,22 @@ fn source(config: &Config) -> (Found, Option<String>, Vec<String>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_the_kernel_lacks_is_named_with_its_fix() {
+        let lockdown = Limit::NoKernelRead(Some("confidentiality".to_owned()));
+        let findings = found_features(&[Limit::PortZero, lockdown]);
+        let text = text(&Report { ok: true, checks: findings });
+        for part in [
+            "note  refusal by ECONNREFUSED: this kernel has no bpf_set_retval",
+            "mend: boot a kernel from 6.1 on",
+            "ok    BTF: ",
+            "note  reading the kernel's memory: the kernel is locked down (lockdown=confidentiality)",
+            "mend: nothing, unless the kernel itself (NFS",
+        ] {
+            assert!(text.contains(part), "no {part:?} in:\n{text}");
+        }
+    }
 
     #[test]
     fn releases() {

@@ -42,6 +42,9 @@ pub fn status(status: &Status) -> String {
     if let Some(why) = &status.plane.mode_reason {
         line(&mut text, format!("          {}: dials are only counted: {why}", status.plane.mode));
     }
+    for limit in &status.plane.limits {
+        line(&mut text, format!("          {limit}"));
+    }
     if status.plane.refused_services > 0 {
         let n = status.plane.refused_services;
         line(&mut text, format!("          {n} services aren't in the kernel as they should be"));

@@ -98,6 +98,7 @@ impl View for DaemonView {
                 cgroup: self.scope.display().to_string(),
                 mode: mode.to_owned(),
                 mode_reason,
+                limits: self.plane.limits(),
                 maps: maps.collect(),
                 refused_services: errors.len(),
                 counters,

@@ -1,5 +1,6 @@
 //! What aya doesn't offer: cgroup links that are pinned, asked whether they still hold, and given
-//! another program in place; and the cookie of a network namespace.
+//! another program in place; what else is attached to a cgroup; programs of a few instructions that
+//! show what the verifier takes; and the cookie of a network namespace.
 #![allow(unsafe_code)]
 
 use std::ffi::CString;
@@ -10,9 +11,12 @@ use std::path::Path;
 
 const BPF_MAP_CREATE: libc::c_int = 0;
 const BPF_MAP_UPDATE_ELEM: libc::c_int = 2;
+const BPF_PROG_LOAD: libc::c_int = 5;
 const BPF_OBJ_PIN: libc::c_int = 6;
 const BPF_OBJ_GET: libc::c_int = 7;
+const BPF_PROG_GET_FD_BY_ID: libc::c_int = 13;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
+const BPF_PROG_QUERY: libc::c_int = 16;
 const BPF_LINK_CREATE: libc::c_int = 28;
 const BPF_LINK_UPDATE: libc::c_int = 29;
 const BPF_LINK_DETACH: libc::c_int = 34;
@@ -40,14 +44,31 @@ pub enum AttachType {
     GetPeerName6 = 30,
 }
 
-/// A program's attachment to a cgroup. It ends with the last descriptor and pin.
+impl AttachType {
+    /// The hook's name, as every version of bpftool takes it.
+    pub fn name(self) -> &'static str {
+        match self {
+            AttachType::Connect4 => "connect4",
+            AttachType::Connect6 => "connect6",
+            AttachType::SendMsg4 => "sendmsg4",
+            AttachType::SendMsg6 => "sendmsg6",
+            AttachType::RecvMsg4 => "recvmsg4",
+            AttachType::RecvMsg6 => "recvmsg6",
+            AttachType::GetPeerName4 => "getpeername4",
+            AttachType::GetPeerName6 => "getpeername6",
+        }
+    }
+}
+
+/// A program's attachment to a cgroup, or, where it was found pinned, to whatever a later version
+/// attaches programs to. It ends with the last descriptor and pin.
 #[derive(Debug)]
 pub struct CgroupLink(OwnedFd);
 
 /// What is found pinned where a link should be.
 #[derive(Debug)]
 pub enum Pinned {
-    /// A cgroup link.
+    /// A link, of whatever kind.
     Link(CgroupLink),
     /// Something else, as fdinfo has it.
     Other(String),
@@ -94,7 +115,7 @@ impl CgroupLink {
         let about = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd()))?;
         let kind = about.lines().find(|line| line.contains("_type:")).unwrap_or("no type");
         let kind = kind.split_whitespace().collect::<Vec<_>>().join(" ");
-        let is_link = kind == "link_type: cgroup";
+        let is_link = kind.starts_with("link_type:");
         Ok(Some(if is_link { Pinned::Link(CgroupLink(fd)) } else { Pinned::Other(kind) }))
     }
 
@@ -133,12 +154,117 @@ impl CgroupLink {
         Ok((link_type == BPF_LINK_TYPE_CGROUP).then_some(joined))
     }
 
-    /// Detaches the program, whoever holds the link.
+    /// Detaches the program, whoever holds the link. Links of some kinds (tracing, iterators) can't
+    /// be detached: they end with the last descriptor and pin.
     ///
     /// # Errors
-    /// When the kernel refuses.
+    /// When the kernel refuses, EOPNOTSUPP for a link that can't be detached.
     pub fn detach(&self) -> io::Result<()> {
         bpf(BPF_LINK_DETACH, &[self.0.as_raw_fd() as u32, 0, 0, 0]).map(drop)
+    }
+}
+
+/// The programs that are attached to a cgroup itself, at one hook.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct AttachedPrograms {
+    /// BPF_F_ALLOW_OVERRIDE or BPF_F_ALLOW_MULTI, by which they are attached; 0 for exclusively.
+    pub flags: u32,
+    /// Their ids, no more than 64: the most that there can be (BPF_CGROUP_MAX_PROGS).
+    pub ids: Vec<u32>,
+}
+
+/// What is attached to a cgroup itself, by links or without.
+///
+/// # Errors
+/// EPERM without CAP_NET_ADMIN, EBADF for a directory that is no cgroup v2 one.
+pub fn attached_programs(
+    cgroup: BorrowedFd<'_>,
+    attach_type: AttachType,
+) -> io::Result<AttachedPrograms> {
+    let mut ids = [0u32; 64];
+    let [low, high] = halves(ids.as_mut_ptr() as u64);
+    let (cgroup, n) = (cgroup.as_raw_fd() as u32, ids.len() as u32);
+    let mut attr = attr_of(&[cgroup, attach_type as u32, 0, 0, low, high, n]);
+    bpf_by(BPF_PROG_QUERY, &mut attr)?;
+    // The kernel has written to the fourth word and to the seventh.
+    let ([_, flags], [n, _]) = (halves(attr[1]), halves(attr[3]));
+    let ids = ids.iter().take(n as usize).copied().collect();
+    Ok(AttachedPrograms { flags, ids })
+}
+
+/// A program's name, of up to 15 characters.
+///
+/// # Errors
+/// EPERM without CAP_SYS_ADMIN, ENOENT when it is gone.
+pub fn program_name(id: u32) -> io::Result<String> {
+    let fd = bpf(BPF_PROG_GET_FD_BY_ID, &[id, 0])?;
+    // SAFETY: the kernel has just made this descriptor for us.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    // struct bpf_prog_info: its name is 16 bytes at offset 64.
+    let mut info = [0u64; 10];
+    let [low, high] = halves(info.as_mut_ptr() as u64);
+    let size = size_of_val(&info) as u32;
+    bpf(BPF_OBJ_GET_INFO_BY_FD, &[fd.as_raw_fd() as u32, size, low, high])?;
+    let [.., first, second] = info.map(u64::to_ne_bytes);
+    let name = [first, second].concat();
+    let name = name.split(|&byte| byte == 0).next().unwrap_or_default();
+    Ok(String::from_utf8_lossy(name).into_owned())
+}
+
+/// A program that the kernel didn't take.
+#[derive(Debug)]
+pub struct Rejected {
+    /// The kernel's error.
+    pub error: io::Error,
+    /// What the verifier wrote; empty where it wasn't asked.
+    pub log: String,
+}
+
+impl Rejected {
+    /// Whether the verifier knows no such helper for a program of this kind. The words are those
+    /// that libbpf looks for, too (`libbpf_probe_bpf_helper`).
+    pub fn is_for_no_helper(&self) -> bool {
+        ["invalid func ", "unknown func ", "program of this type cannot use helper "]
+            .iter()
+            .any(|words| self.log.contains(words))
+    }
+}
+
+/// Loads a socket-address program of a few instructions, to see whether the kernel takes it.
+///
+/// # Errors
+/// When it doesn't.
+pub fn load_trial(instructions: &[u64], attach_type: AttachType) -> Result<(), Rejected> {
+    const CGROUP_SOCK_ADDR: u32 = 18;
+    let license = c"GPL";
+    let mut log = vec![0u8; 4096];
+    let [instructions_low, instructions_high] = halves(instructions.as_ptr() as u64);
+    let [license_low, license_high] = halves(license.as_ptr() as u64);
+    let [log_low, log_high] = halves(log.as_mut_ptr() as u64);
+    let mut attr = [0u32; 18];
+    attr[..10].copy_from_slice(&[
+        CGROUP_SOCK_ADDR,
+        instructions.len() as u32,
+        instructions_low,
+        instructions_high,
+        license_low,
+        license_high,
+        1,
+        log.len() as u32,
+        log_low,
+        log_high,
+    ]);
+    attr[17] = attach_type as u32;
+    match bpf(BPF_PROG_LOAD, &attr) {
+        Ok(fd) => {
+            // SAFETY: the kernel has just made this descriptor for us.
+            drop(unsafe { OwnedFd::from_raw_fd(fd) });
+            Ok(())
+        }
+        Err(error) => {
+            let written = log.split(|&byte| byte == 0).next().unwrap_or_default();
+            Err(Rejected { error, log: String::from_utf8_lossy(written).into_owned() })
+        }
     }
 }
 
@@ -214,15 +340,24 @@ fn halves(word: u64) -> [u32; 2] {
 
 /// The system call. The attribute is the beginning of a `bpf_attr`; the rest of it is zeros.
 fn bpf(command: libc::c_int, attr: &[u32]) -> io::Result<libc::c_int> {
-    // A larger zeroed attribute, 8-byte aligned, is right for every command and kernel.
+    bpf_by(command, &mut attr_of(attr))
+}
+
+/// A larger zeroed attribute, 8-byte aligned, is right for every command and kernel.
+fn attr_of(words: &[u32]) -> [u64; 16] {
     let mut whole = [0u64; 16];
-    for (word, pair) in whole.iter_mut().zip(attr.chunks(2)) {
+    for (word, pair) in whole.iter_mut().zip(words.chunks(2)) {
         *word = joined(pair[0], pair.get(1).copied().unwrap_or(0));
     }
+    whole
+}
+
+/// The same, where the kernel answers in the attribute.
+fn bpf_by(command: libc::c_int, attr: &mut [u64; 16]) -> io::Result<libc::c_int> {
     // SAFETY: the attribute is live and as large as said; what it points to, the caller keeps alive
     // and writable.
     let done =
-        unsafe { libc::syscall(libc::SYS_bpf, command, whole.as_mut_ptr(), size_of_val(&whole)) };
+        unsafe { libc::syscall(libc::SYS_bpf, command, attr.as_mut_ptr(), size_of_val(attr)) };
     if done < 0 { Err(io::Error::last_os_error()) } else { Ok(done as libc::c_int) }
 }
 

@@ -13,13 +13,15 @@ use super::PlaneError;
 use super::bpf::{AttachType, CgroupLink};
 use super::object::program;
 use super::pins::{PinnedLink, Pins, unpin};
+use super::{cause, obstacles};
 
 /// A program and where it is attached.
 #[derive(Clone, Copy, Debug)]
 pub struct Hook {
     /// The program's name in the object.
     pub program: &'static str,
-    attach_type: AttachType,
+    /// Where it is attached.
+    pub attach_type: AttachType,
 }
 
 /// The hooks, in the order in which they are attached: what translates back comes first, so that no
@@ -90,15 +92,22 @@ fn sort_for_detaching(links: &mut [PinnedLink]) {
 pub fn detach_pinned(pins: &Pins) -> Result<usize, PlaneError> {
     let mut links = pins.all_links()?;
     sort_for_detaching(&mut links);
-    for PinnedLink { path, link, .. } in &links {
-        link.detach().map_err(|source| PlaneError::Link {
-            action: "detach",
-            link: path.clone(),
-            source,
-        })?;
-        unpin(path)?;
+    for link in &links {
+        end(link)?;
     }
     Ok(links.len())
+}
+
+/// Detaches a pinned link and takes the pin away. A later version's hook may be of a kind that can't
+/// be detached: it ends with its pin.
+fn end(PinnedLink { path, link, .. }: &PinnedLink) -> Result<(), PlaneError> {
+    if let Err(source) = link.detach() {
+        if link.joined().is_ok_and(|joined| joined.is_some()) {
+            return Err(PlaneError::Link { action: "detach", link: path.clone(), source });
+        }
+        tracing::debug!("{} ends with its pin: {source}", path.display());
+    }
+    Ok(unpin(path)?)
 }
 
 /// Whether the hooks are where they should be.
@@ -176,13 +185,18 @@ impl Links {
         self.links = links;
         // What is left, such as the links to another cgroup, ends here, what translates back last.
         sort_for_detaching(&mut earlier);
-        for PinnedLink { name, path, link } in earlier {
+        for pinned in earlier {
+            let PinnedLink { name, path, link } = &pinned;
             let is_own =
-                HOOKS.iter().any(|hook| name == hook.program && path == pins.link(hook.program));
-            if !is_own {
-                unpin(&path)?;
+                HOOKS.iter().any(|hook| name == hook.program && *path == pins.link(hook.program));
+            if is_own {
+                // Its pin is the new link's by now.
+                if let Err(error) = link.detach() {
+                    tracing::debug!("a link couldn't be detached: {error}");
+                }
+            } else {
+                end(&pinned)?;
             }
-            drop(link);
         }
         Ok(pins.remove_other_layouts()?)
     }
@@ -209,7 +223,14 @@ impl Links {
     }
 
     fn attach_error(&self, hook: &Hook, source: io::Error) -> PlaneError {
-        PlaneError::Attach { program: hook.program, cgroup: self.scope.clone(), source }
+        // The kernel has one error for both a missing capability and another program's hook.
+        if source.kind() == io::ErrorKind::PermissionDenied
+            && let Ok(Some(obstacle)) = obstacles::find(&self.scope)
+        {
+            return PlaneError::Held(obstacle);
+        }
+        let fix = cause::Machine::look().fix(cause::Step::Attach, &source);
+        PlaneError::Attach { program: hook.program, cgroup: self.scope.clone(), source, fix }
     }
 
     /// Looks at every link; attaches and pins again what isn't attached or pinned any more.

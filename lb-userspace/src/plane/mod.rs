@@ -8,15 +8,18 @@
 mod alias;
 mod bpf;
 mod btf;
+mod cause;
 mod cost;
 pub mod diag;
 mod excluded;
+mod features;
 mod forsaken;
 mod ids;
 mod kernel;
 mod links;
 mod maps;
 mod object;
+mod obstacles;
 mod pins;
 pub mod probe;
 mod reconcile;
@@ -40,6 +43,7 @@ use lb_common::{Counter, Daemon, LAYOUT, N_COUNTERS};
 
 use crate::config::{Config, PlaneConfig, VipConfig, cgroup};
 use crate::table::Table;
+use cause::{Machine, Step};
 use forsaken::Disconnector;
 use kernel::{Board, KernelMaps};
 use links::{Links, Scope};
@@ -51,10 +55,12 @@ use usage::Usage;
 
 pub use bpf::netns_cookie;
 pub use cost::{Cost, Measuring};
+pub use features::{Features, Limit};
 pub use kernel::{Counters, ServiceCounters};
 pub use lb_common::Refusal;
 pub use links::Attachment;
-pub use pins::{PinError, is_bpffs};
+pub use obstacles::{Obstacle, find as find_obstacle};
+pub use pins::{PinError, Safety, is_bpffs, look as look_at_pins};
 pub use reconcile::{ApplyError, Indices, Pressure};
 pub use reports::Reports;
 pub use shared::{Hooks, Mode, SharedPlane};
@@ -63,10 +69,20 @@ pub use shared::{Hooks, Mode, SharedPlane};
 #[derive(Debug, thiserror::Error)]
 pub enum PlaneError {
     /// The kernel didn't take the object.
-    #[error("the kernel refused the eBPF object; {mend}", mend = mend(.0))]
+    #[error("the kernel refused the eBPF object; {fix}", fix = fix_of_load(.0))]
     Load(#[source] EbpfError),
+    /// The kernel didn't take a program of a few instructions that shows what it offers.
+    #[error("the kernel refused a program that shows what it offers: {source}; {fix}{}", after(.log))]
+    Probe {
+        /// What the kernel said.
+        source: io::Error,
+        /// What to do about it.
+        fix: String,
+        /// What the verifier wrote.
+        log: String,
+    },
     /// The kernel didn't take a program.
-    #[error("the kernel refused the program {program}; {mend}", mend = mend(source))]
+    #[error("the kernel refused the program {program}; {fix}", fix = fix_of_program(source))]
     Program {
         /// The program.
         program: &'static str,
@@ -108,10 +124,7 @@ pub enum PlaneError {
         source: io::Error,
     },
     /// The directory isn't a cgroup v2 one, or the process may not attach to it.
-    #[error(
-        "can't attach {program} to {cgroup}: {source}; it has to be a cgroup v2 directory, and \
-         attaching needs CAP_NET_ADMIN and CAP_BPF"
-    )]
+    #[error("can't attach {program} to {cgroup}: {source}; {fix}")]
     Attach {
         /// The program.
         program: &'static str,
@@ -119,7 +132,12 @@ pub enum PlaneError {
         cgroup: PathBuf,
         /// What the kernel said.
         source: io::Error,
+        /// What to do about it.
+        fix: String,
     },
+    /// Another program holds a hook exclusively.
+    #[error("{}; {}", .0, .0.fix())]
+    Held(Obstacle),
     /// A link can't be pinned or detached.
     #[error("can't {action} the link {link}: {source}")]
     Link {
@@ -132,15 +150,31 @@ pub enum PlaneError {
     },
 }
 
-fn mend(error: &(dyn std::error::Error + 'static)) -> &'static str {
-    let denied = std::iter::successors(Some(error), |error| error.source())
-        .filter_map(|error| error.downcast_ref::<io::Error>())
-        .any(|error| error.kind() == io::ErrorKind::PermissionDenied);
-    if denied {
-        "run as root, or with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON"
-    } else {
-        "`nohop check` says what is missing"
+fn fix_of_load(error: &EbpfError) -> String {
+    let step = match error {
+        EbpfError::MapError(_) => Step::Map,
+        _ => Step::Program { has_log: false },
+    };
+    fix(step, error)
+}
+
+fn fix_of_program(error: &ProgramError) -> String {
+    let has_log = match error {
+        ProgramError::LoadError { verifier_log, .. } => !verifier_log.to_string().is_empty(),
+        _ => false,
+    };
+    fix(Step::Program { has_log }, error)
+}
+
+fn fix(step: Step, error: &(dyn std::error::Error + 'static)) -> String {
+    match cause::root_cause(error) {
+        Some(error) => Machine::look().fix(step, error),
+        None => "please report this".to_owned(),
     }
+}
+
+fn after(log: &str) -> String {
+    if log.is_empty() { String::new() } else { format!("\n{log}") }
 }
 
 /// What a plane is made from.
@@ -193,7 +227,7 @@ pub struct Plane {
     pins: Pins,
     pinned_maps: PinnedMaps,
     disconnector: Disconnector,
-    refusal: Refusal,
+    features: Features,
     excluded: Vec<PathBuf>,
     pool_network: Ipv4Addr,
     is_adopted: bool,
@@ -216,24 +250,34 @@ impl Plane {
         let _ = rustix::process::setrlimit(rustix::process::Resource::Memlock, unlimited);
 
         let scope = links::open_scope(&options.scope)?;
+        // Before anything is made. Where the kernel can't be asked, attaching shows it.
+        if let Ok(Some(obstacle)) = find_obstacle(&options.scope) {
+            return Err(PlaneError::Held(obstacle));
+        }
+        let mut features = Features::probe()?;
+        if let Some(refusal) = options.refusal {
+            features.refusal = refusal;
+        }
         let pins = Pins::open(&options.bpffs, options.layout)?;
         let (was_empty, had_links) = (pins.is_empty()?, !pins.all_links()?.is_empty());
-        let started = Plane::start_over(pins, &scope, options);
+        let storages = pins.take_other_storages()?;
+        let started = Plane::start_over(pins, &scope, options, features);
         if started.is_err()
-            && let Some(pins) = Pins::open_existing(&options.bpffs)?
+            && let Err(error) = undo_start(options, storages, had_links, was_empty)
         {
-            if !had_links {
-                links::detach_pinned(&pins)?;
-            }
-            if was_empty {
-                pins.remove_all()?;
-            }
+            // What the start failed at is what has to be known.
+            tracing::warn!("what the failed start has made couldn't be taken away: {error}");
         }
         started
     }
 
     /// Starts over what is pinned.
-    fn start_over(pins: Pins, scope: &Scope, options: &Options) -> Result<Plane, PlaneError> {
+    fn start_over(
+        pins: Pins,
+        scope: &Scope,
+        options: &Options,
+        features: Features,
+    ) -> Result<Plane, PlaneError> {
         let sizes = Sizes::of(&options.plane, &options.vip);
         pins.make_directories()?;
         pins.are_there(&pins.sockets(), &socket_shapes())?;
@@ -241,18 +285,17 @@ impl Plane {
 
         let mut loaded = None;
         if pins.are_there(&pins.maps(), &sizes.shapes())? {
-            loaded = Loaded::over_earlier(options, &sizes, &pins, is_live)?;
+            loaded = Loaded::over_earlier(options, &sizes, &pins, &features, is_live)?;
         }
         let is_adopted = loaded.is_some();
         let loaded = match loaded {
             Some(loaded) => loaded,
             None => {
                 pins.forget_maps()?;
-                let (ebpf, refusal) = load(options, &sizes, &pins)?;
-                Loaded::over_new(ebpf, refusal, &sizes)?
+                Loaded::over_new(load(options, &sizes, &pins, &features)?, &sizes)?
             }
         };
-        let Loaded { ebpf, refusal, mut reconciler } = loaded;
+        let Loaded { ebpf, mut reconciler } = loaded;
         let maps = reconciler.maps_mut();
         let (counters, board) = (maps.counters(), maps.board());
         let usage = Usage::begin(reconciler.services(), counters.clone());
@@ -271,7 +314,7 @@ impl Plane {
             pins,
             pinned_maps,
             disconnector,
-            refusal,
+            features,
             excluded: options.plane.exclude_cgroups.clone(),
             pool_network: options.vip.pool.network(),
             is_adopted,
@@ -453,7 +496,12 @@ impl Plane {
 
     /// How this kernel refuses a dial.
     pub fn refusal(&self) -> Refusal {
-        self.refusal
+        self.features.refusal
+    }
+
+    /// What this kernel lacks, without which nohop works all the same.
+    pub fn limits(&self) -> &[Limit] {
+        &self.features.limits
     }
 
     /// What reads the programs' log, once.
@@ -482,7 +530,6 @@ impl Plane {
 /// The object in the kernel, not yet attached.
 struct Loaded {
     ebpf: Ebpf,
-    refusal: Refusal,
     reconciler: Reconciler<KernelMaps>,
 }
 
@@ -492,16 +539,17 @@ impl Loaded {
         options: &Options,
         sizes: &Sizes,
         pins: &Pins,
+        features: &Features,
         is_live: bool,
     ) -> Result<Option<Loaded>, PlaneError> {
-        let (mut ebpf, refusal) = load(options, sizes, pins)?;
+        let mut ebpf = load(options, sizes, pins, features)?;
         let maps = KernelMaps::take(&mut ebpf)?;
         // An earlier daemon died while it filled new maps; the hooks read the former ones.
         if is_live && maps.board().daemon().is_filled == 0 {
             return Ok(None);
         }
         match Reconciler::adopt(maps, sizes, fastrand::u32(..)) {
-            Ok(reconciler) => Ok(Some(Loaded { ebpf, refusal, reconciler })),
+            Ok(reconciler) => Ok(Some(Loaded { ebpf, reconciler })),
             Err(error @ AdoptError::Inconsistent { .. }) => {
                 tracing::warn!("{error}; they are made anew");
                 Ok(None)
@@ -510,11 +558,29 @@ impl Loaded {
         }
     }
 
-    fn over_new(mut ebpf: Ebpf, refusal: Refusal, sizes: &Sizes) -> Result<Loaded, PlaneError> {
+    fn over_new(mut ebpf: Ebpf, sizes: &Sizes) -> Result<Loaded, PlaneError> {
         let maps = KernelMaps::take(&mut ebpf)?;
         let reconciler = Reconciler::new(maps, sizes, fastrand::u32(..));
-        Ok(Loaded { ebpf, refusal, reconciler })
+        Ok(Loaded { ebpf, reconciler })
     }
+}
+
+/// Takes away what a failed start has made, and pins again what it has set aside.
+fn undo_start(
+    options: &Options,
+    storages: PinnedMaps,
+    had_links: bool,
+    was_empty: bool,
+) -> Result<(), PlaneError> {
+    let Some(pins) = Pins::open_existing(&options.bpffs)? else { return Ok(()) };
+    storages.put_back()?;
+    if !had_links {
+        links::detach_pinned(&pins)?;
+    }
+    if was_empty {
+        pins.remove_all()?;
+    }
+    Ok(())
 }
 
 /// Detaches and removes whatever a daemon left pinned in `bpffs`. Returns the number of links.

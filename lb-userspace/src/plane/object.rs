@@ -1,45 +1,31 @@
 //! The object: what it is told of this kernel and of the configuration, and how it is loaded.
 
-use std::io;
 use std::net::Ipv4Addr;
 
 use aya::programs::{CgroupSockAddr, ProgramError};
-use aya::{Ebpf, EbpfLoader, VerifierLogLevel, include_bytes_aligned};
-use lb_common::{Address, Refusal};
+use aya::{Ebpf, EbpfLoader, include_bytes_aligned};
+use lb_common::Address;
 
+use super::btf::Bit;
+use super::cause::is_transient;
+use super::features::{Features, N_ATTEMPTS};
 use super::links::HOOKS;
 use super::pins::Pins;
 use super::shapes::{Sizes, socket_shapes};
-use super::{Options, PlaneError, btf};
+use super::{Options, PlaneError};
 
 static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/nohop-ebpf"));
 
-/// Loads the object over the maps in `pins`, which makes those that aren't there.
+/// Loads the object over the maps in `pins`, which makes those that aren't there. The constants
+/// follow from `features`, so there is one attempt, and an error of it is an error.
 ///
 /// # Errors
-/// When the kernel refuses, for lack of a feature or of privileges.
-pub fn load(options: &Options, sizes: &Sizes, pins: &Pins) -> Result<(Ebpf, Refusal), PlaneError> {
-    if let Some(refusal) = options.refusal {
-        return Ok((load_refusing_by(refusal, options, sizes, pins)?, refusal));
-    }
-    match load_refusing_by(Refusal::Errno, options, sizes, pins) {
-        // `bpf_set_retval` came to these programs with 6.1. A probe for it can report it missing
-        // where it isn't, so the verifier's word on the program itself counts.
-        Err(PlaneError::Program { source: ProgramError::LoadError { io_error, .. }, .. })
-            if io_error.kind() != io::ErrorKind::PermissionDenied =>
-        {
-            let refusal = Refusal::PortZero;
-            Ok((load_refusing_by(refusal, options, sizes, pins)?, refusal))
-        }
-        result => Ok((result?, Refusal::Errno)),
-    }
-}
-
-fn load_refusing_by(
-    refusal: Refusal,
+/// When the kernel refuses, for lack of a feature, of memory or of privileges.
+pub fn load(
     options: &Options,
     sizes: &Sizes,
     pins: &Pins,
+    features: &Features,
 ) -> Result<Ebpf, PlaneError> {
     let pool = options.vip.pool;
     let (pins_network, pins_mask) = network_around(options.vip.pins.values().map(|pin| *pin.ip()));
@@ -47,22 +33,12 @@ fn load_refusing_by(
     let pool6 = options.vip.pool6.map(|pool| [pool.network().octets(), pool.netmask().octets()]);
     let pool6 = pool6.unwrap_or_default().map(|octets| Address { octets }.words());
     let [[network6_high, network6_low], [mask6_high, mask6_low]] = pool6;
-    let sockets = btf::socket_bits().unwrap_or_else(|error| {
-        tracing::warn!(
-            "the kernel has no BTF ({error}): its own sockets are translated like others"
-        );
-        btf::SocketBits::default()
-    });
-    let btf::Bit { offset, mask: kernel_socket_mask } = sockets.kernel.unwrap_or_default();
-    let btf::Bit { offset: subflow_offset, .. } = sockets.subflow.unwrap_or_default();
+    let Bit { offset, mask: kernel_socket_mask } = features.sockets.kernel.unwrap_or_default();
+    let Bit { offset: subflow_offset, .. } = features.sockets.subflow.unwrap_or_default();
     let layout = u32::from(options.layout);
     let has_excluded = u32::from(!options.plane.exclude_cgroups.is_empty());
     let mut loader = EbpfLoader::new();
-    // What a kernel before 6.1 has to say takes it seconds, and nobody reads it.
-    if refusal == Refusal::Errno && options.refusal.is_none() {
-        loader.verifier_log_level(VerifierLogLevel::DISABLE);
-    }
-    let refusal = refusal as u32;
+    let refusal = features.refusal as u32;
     for shape in sizes.shapes() {
         loader.map_max_entries(shape.name, shape.max_entries);
         loader.map_pin_path(shape.name, pins.maps().join(shape.name));
@@ -86,10 +62,24 @@ fn load_refusing_by(
     loader.override_global("SUBFLOW_OFFSET", &subflow_offset, true);
     let mut ebpf = loader.load(OBJECT).map_err(PlaneError::Load)?;
     for hook in &HOOKS {
-        let failed = |source| PlaneError::Program { program: hook.program, source };
-        program(&mut ebpf, hook.program)?.load().map_err(failed)?;
+        load_program(&mut ebpf, hook.program)?;
     }
     Ok(ebpf)
+}
+
+/// Loads a program; what a signal interrupts (EAGAIN from `bpf_check`) is tried again.
+fn load_program(ebpf: &mut Ebpf, name: &'static str) -> Result<(), PlaneError> {
+    let mut n_left = N_ATTEMPTS;
+    loop {
+        n_left -= 1;
+        match program(ebpf, name)?.load() {
+            Err(ProgramError::LoadError { io_error, .. })
+                if n_left > 0 && is_transient(&io_error) => {}
+            result => {
+                return result.map_err(|source| PlaneError::Program { program: name, source });
+            }
+        }
+    }
 }
 
 /// A program of the object.

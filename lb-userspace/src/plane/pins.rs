@@ -2,13 +2,17 @@
 //!
 //! `DIR/vN/maps` and `DIR/vN/links` belong to layout N; `DIR/sockets` has the sockets' storage,
 //! whose format never changes. A lock on DIR keeps a second daemon away. What is there is compared
-//! before it is used: a name alone says nothing.
+//! before it is used: a name alone says nothing. A directory is ours if it has our mark in it, or,
+//! since earlier versions left none, pins of ours; others are never removed.
+//!
+//! Whoever can write to DIR can take the hooks away, and whoever can open it can lock it. So DIR is
+//! closed to others, and what lies above it must not be another user's to rename.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io;
 use std::mem::offset_of;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -17,11 +21,19 @@ use lb_common::Daemon;
 use rustix::fs::FlockOperation;
 
 use super::bpf::{CgroupLink, Pinned};
+use super::shapes::{SK_STORAGE, socket_shapes};
 
 /// The magic number of a BPF file system; linux/magic.h calls it BPF_FS_MAGIC.
 const BPF_FS_MAGIC: u64 = 0xcafe_4a11;
 /// Where a BPF file system is by convention, and is mounted if there is none.
 const CONVENTIONAL_MOUNT: &str = "/sys/fs/bpf";
+
+/// What marks a directory as ours. A BPF file system has no files but pins, so it is a directory.
+/// Every version from 0.1.0 on makes it.
+const MARK: &str = "nohop";
+
+/// How many directories deep a layout's pins may lie.
+const MAX_DEPTH: usize = 8;
 
 /// How long a daemon that has ended may still have the lock: a child that it was about to start has
 /// a copy of the descriptor until it runs its own program.
@@ -32,8 +44,8 @@ const RELEASING: Duration = Duration::from_millis(300);
 pub enum PinError {
     /// The directory isn't on a BPF file system.
     #[error(
-        "{dir} isn't on a BPF file system: mount one with `mount -t bpf bpf {CONVENTIONAL_MOUNT}`, \
-         or name a directory of one with --bpffs"
+        "{dir} isn't on a BPF file system: mount one with `mount -t bpf -o mode=0700 bpf \
+         {CONVENTIONAL_MOUNT}`, or name a directory of one with --bpffs"
     )]
     NoBpffs {
         /// The directory.
@@ -54,6 +66,40 @@ pub enum PinError {
         dir: PathBuf,
         /// The other daemon's process id, where it says so.
         pid: Option<u64>,
+    },
+    /// A process has locked the directory that doesn't report itself as its daemon.
+    #[error(
+        "process {pid} ({command}, of uid {uid}) has locked {dir}: if it is another nohop, stop it \
+         or name another directory with --bpffs; else end it"
+    )]
+    Locked {
+        /// The directory.
+        dir: PathBuf,
+        /// The process.
+        pid: u32,
+        /// Its name.
+        command: String,
+        /// Whose it is.
+        uid: u32,
+    },
+    /// Others could take the pins.
+    #[error("{path} {why}, so others could take the pins; {fix}")]
+    Unsafe {
+        /// The directory.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
+        /// What to do about it.
+        fix: String,
+    },
+    /// A directory of another program has a name of ours.
+    #[error(
+        "{dir} has no pins of nohop's in it: it belongs to another program; name another directory \
+         with --bpffs, or remove it"
+    )]
+    ForeignDirectory {
+        /// The directory.
+        dir: PathBuf,
     },
     /// Something else is pinned under a name of ours.
     #[error(
@@ -120,6 +166,8 @@ enum Fit {
     Same,
     /// The same kind of map with another number of entries.
     OtherSize,
+    /// A socket storage with other values: a later version's.
+    OtherStorage,
 }
 
 /// The pins in one directory, locked for as long as this lives.
@@ -162,8 +210,12 @@ impl Pins {
         self.dir.join(format!("v{}/maps", self.layout))
     }
 
+    fn own_layout(&self) -> PathBuf {
+        self.dir.join(format!("v{}", self.layout))
+    }
+
     fn links(&self) -> PathBuf {
-        self.dir.join(format!("v{}/links", self.layout))
+        self.own_layout().join("links")
     }
 
     /// Where a link of this layout is pinned.
@@ -176,9 +228,37 @@ impl Pins {
     /// # Errors
     /// When the file system refuses.
     pub fn make_directories(&self) -> Result<(), PinError> {
-        [self.sockets(), self.maps(), self.links()]
-            .iter()
-            .try_for_each(|dir| fs::create_dir_all(dir).map_err(io_error("make", dir)))
+        for dir in [self.sockets(), self.own_layout()] {
+            if !is_ours(&dir) {
+                return Err(PinError::ForeignDirectory { dir });
+            }
+            make_private(&dir.join(MARK))?;
+        }
+        [self.maps(), self.links()].iter().try_for_each(|dir| make_private(dir))
+    }
+
+    /// Sets the sockets' storages aside that have another version's format: they serve the programs
+    /// that have them, but not ours.
+    ///
+    /// # Errors
+    /// When something else has one of the names, or the file system refuses.
+    pub fn take_other_storages(&self) -> Result<PinnedMaps, PinError> {
+        let mut others = Vec::new();
+        for shape in socket_shapes() {
+            let path = self.sockets().join(shape.name);
+            if compare(&path, &shape)? == Fit::OtherStorage {
+                others.push(path);
+            }
+        }
+        let storages = PinnedMaps::open(others)?;
+        for (path, _) in &storages.0 {
+            tracing::warn!(
+                "{} has another version's format: sockets that it knows show their backend",
+                path.display()
+            );
+            unpin(path)?;
+        }
+        Ok(storages)
     }
 
     /// Sees to it that the directories are there, and that the lock is on the one that is.
@@ -198,7 +278,8 @@ impl Pins {
     /// # Errors
     /// When the file system refuses.
     pub fn is_empty(&self) -> Result<bool, PinError> {
-        Ok(self.layouts()?.is_empty() && !self.sockets().exists())
+        let has_sockets = self.sockets().exists() && is_ours(&self.sockets());
+        Ok(self.layouts()?.is_empty() && !has_sockets)
     }
 
     /// Whether each of these maps is pinned in `dir` and as it has to be. Some may be missing, or
@@ -220,43 +301,31 @@ impl Pins {
     /// When the file system refuses.
     pub fn forget_maps(&self) -> Result<(), PinError> {
         remove_tree(&self.maps())?;
-        fs::create_dir_all(self.maps()).map_err(io_error("make", &self.maps()))
+        make_private(&self.maps())
     }
 
-    /// Every link that is pinned under any layout: this one's first.
+    /// Every link that is pinned under any layout: this one's first. Another version may have links
+    /// of other kinds, in directories that this one doesn't know.
     ///
     /// # Errors
     /// When something that isn't a link lies where links are.
     pub fn all_links(&self) -> Result<Vec<PinnedLink>, PinError> {
-        let own = self.links();
-        let mut directories: Vec<PathBuf> =
-            self.layouts()?.into_iter().map(|layout| layout.join("links")).collect();
-        directories.sort_by_key(|dir| *dir != own);
+        let own = self.own_layout();
+        let mut layouts = self.layouts()?;
+        layouts.sort_by_key(|dir| *dir != own);
         let mut links = Vec::new();
-        for dir in directories {
-            for path in entries(&dir)? {
-                match CgroupLink::pinned(&path).map_err(io_error("open", &path))? {
-                    None => {}
-                    Some(Pinned::Link(link)) => {
-                        let name = path.file_name().unwrap_or_default().to_owned();
-                        links.push(PinnedLink { name, path, link });
-                    }
-                    Some(Pinned::Other(found)) => {
-                        let expected = "a cgroup link".to_owned();
-                        let found = format!("a BPF object of {found}");
-                        return Err(PinError::Foreign { path, found, expected });
-                    }
-                }
-            }
+        for layout in layouts {
+            collect_links(&layout, 0, &mut links)?;
         }
         Ok(links)
     }
 
-    /// The directories of layouts.
+    /// The directories of layouts that are ours.
     fn layouts(&self) -> Result<Vec<PathBuf>, PinError> {
         let is_layout = |path: &PathBuf| {
             let name = path.file_name().unwrap_or_default().to_string_lossy();
             name.strip_prefix('v').is_some_and(|number| number.parse::<u16>().is_ok())
+                && is_ours(path)
         };
         Ok(entries(&self.dir)?.into_iter().filter(is_layout).collect())
     }
@@ -266,7 +335,7 @@ impl Pins {
     /// # Errors
     /// When the file system refuses.
     pub fn remove_other_layouts(&self) -> Result<(), PinError> {
-        let own = self.dir.join(format!("v{}", self.layout));
+        let own = self.own_layout();
         self.layouts()?.iter().filter(|layout| **layout != own).try_for_each(|dir| remove_tree(dir))
     }
 
@@ -276,30 +345,345 @@ impl Pins {
     /// When the file system refuses.
     pub fn remove_all(&self) -> Result<(), PinError> {
         self.layouts()?.iter().try_for_each(|dir| remove_tree(dir))?;
-        remove_tree(&self.sockets())?;
+        if is_ours(&self.sockets()) {
+            remove_tree(&self.sockets())?;
+        }
         // Something else in it is not ours to judge.
         let _ = fs::remove_dir(&self.dir);
         Ok(())
     }
 }
 
-/// Makes a directory if need be, and locks it.
+/// Makes a directory if need be, closes it to others and locks it.
 fn lock(dir: &Path) -> Result<File, PinError> {
-    fs::create_dir_all(dir).map_err(io_error("make", dir))?;
-    let lock = File::open(dir).map_err(io_error("open", dir))?;
-    let deadline = Instant::now() + RELEASING;
-    loop {
-        match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => return Ok(lock),
-            Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < deadline => {
-                std::thread::sleep(Duration::from_millis(10));
+    make_safe(dir)?;
+    reclaim(dir)?;
+    let mut has_replaced = false;
+    'directory: loop {
+        let lock = File::open(dir).map_err(io_error("open", dir))?;
+        let deadline = Instant::now() + RELEASING;
+        loop {
+            match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => return Ok(lock),
+                Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+                Err(rustix::io::Errno::WOULDBLOCK) => {
+                    let daemon = holder(dir);
+                    let holders = lock_holders(&lock);
+                    if holders.is_empty()
+                        || holders.iter().any(|holder| daemon == Some(holder.pid.into()))
+                    {
+                        return Err(PinError::Taken { dir: dir.into(), pid: daemon });
+                    }
+                    // It opened the directory before it was closed to others: what is locked then
+                    // is another directory than the one of this name.
+                    let own = rustix::process::geteuid().as_raw();
+                    if !has_replaced && holders.iter().all(|holder| ![0, own].contains(&holder.uid))
+                    {
+                        let Holder { pid, command, uid } = &holders[0];
+                        let shown = dir.display();
+                        tracing::warn!(
+                            "process {pid} ({command}, of uid {uid}) has locked {shown}: the pins \
+                             move to a new directory of that name"
+                        );
+                        fs::rename(dir, aside(dir)).map_err(io_error("rename", dir))?;
+                        make_private(dir)?;
+                        reclaim(dir)?;
+                        has_replaced = true;
+                        continue 'directory;
+                    }
+                    let Holder { pid, command, uid } = holders[0].clone();
+                    return Err(PinError::Locked { dir: dir.into(), pid, command, uid });
+                }
+                Err(errno) => return Err(io_error("lock", dir)(errno.into())),
             }
-            Err(rustix::io::Errno::WOULDBLOCK) => {
-                return Err(PinError::Taken { dir: dir.into(), pid: holder(dir) });
-            }
-            Err(errno) => return Err(io_error("lock", dir)(errno.into())),
         }
     }
+}
+
+/// Where a directory goes that gives way to another one of its name.
+fn aside(dir: &Path) -> PathBuf {
+    let mut name = dir.as_os_str().to_owned();
+    name.push("-aside");
+    name.into()
+}
+
+/// Moves back what is in the directory that gave way; an earlier daemon may have been killed between.
+fn reclaim(dir: &Path) -> Result<(), PinError> {
+    let aside = aside(dir);
+    let own = rustix::process::geteuid().as_raw();
+    if !fs::symlink_metadata(&aside).is_ok_and(|found| found.is_dir() && found.uid() == own) {
+        return Ok(());
+    }
+    for entry in entries(&aside)? {
+        let place = dir.join(entry.file_name().unwrap_or_default());
+        if !place.exists() {
+            fs::rename(&entry, &place).map_err(io_error("rename", &entry))?;
+        }
+    }
+    // What is there twice stays.
+    let _ = fs::remove_dir(&aside);
+    Ok(())
+}
+
+/// A process that has locked something.
+#[derive(Clone, Debug)]
+struct Holder {
+    pid: u32,
+    command: String,
+    uid: u32,
+}
+
+/// The processes that have locked a file, as far as this one sees them.
+fn lock_holders(file: &File) -> Vec<Holder> {
+    let Ok(metadata) = file.metadata() else { return Vec::new() };
+    let locks = fs::read_to_string("/proc/locks").unwrap_or_default();
+    let holder = |pid: u32| {
+        let uid = fs::metadata(format!("/proc/{pid}")).ok()?.uid();
+        let command = fs::read_to_string(format!("/proc/{pid}/comm")).ok()?;
+        Some(Holder { pid, command: command.trim_end().to_owned(), uid })
+    };
+    lockers(&locks, metadata.dev(), metadata.ino()).into_iter().filter_map(holder).collect()
+}
+
+/// The processes that have locked a file by flock(), by the text of /proc/locks: `1: FLOCK  ADVISORY
+/// WRITE 1234 00:2b:5678 0 EOF`.
+fn lockers(locks: &str, dev: u64, inode: u64) -> Vec<u32> {
+    let (major, minor) = (rustix::fs::major(dev), rustix::fs::minor(dev));
+    let file = format!("{major:02x}:{minor:02x}:{inode}");
+    let locker = |line: &str| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        match fields[..] {
+            [_, "FLOCK", _, _, pid, of, ..] if of == file => pid.parse().ok(),
+            _ => None,
+        }
+    };
+    locks.lines().filter_map(locker).collect()
+}
+
+/// Makes a directory if need be, with all above it, that only this user can use.
+fn make_private(dir: &Path) -> Result<(), PinError> {
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(io_error("make", dir))
+}
+
+/// Whose a directory is, and who may do what there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Access {
+    is_directory: bool,
+    uid: u32,
+    mode: u32,
+}
+
+impl Access {
+    fn of(path: &Path) -> io::Result<Access> {
+        let metadata = fs::symlink_metadata(path)?;
+        Ok(Access { is_directory: metadata.is_dir(), uid: metadata.uid(), mode: metadata.mode() })
+    }
+
+    /// What is wrong with a directory above the pins, if anything is.
+    fn wrong_above(self, own: u32) -> Option<String> {
+        const STICKY: u32 = 0o1000;
+        if ![0, own].contains(&self.uid) {
+            return Some(format!("is another user's (uid {})", self.uid));
+        }
+        let is_open = self.mode & 0o022 != 0 && self.mode & STICKY == 0;
+        is_open.then(|| format!("may be written to by others (mode {:o})", self.mode & 0o7777))
+    }
+
+    /// What is wrong with the directory of the pins, if anything is.
+    fn wrong(self, own: u32) -> Option<Wrong> {
+        if !self.is_directory {
+            return Some(Wrong::NoDirectory);
+        }
+        if ![0, own].contains(&self.uid) {
+            return Some(Wrong::Foreign);
+        }
+        (self.mode & 0o077 != 0).then_some(Wrong::Open)
+    }
+}
+
+/// What can be wrong with the directory of the pins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Wrong {
+    NoDirectory,
+    Foreign,
+    Open,
+}
+
+/// How safe the pins would be in a directory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Safety {
+    /// Only we get there.
+    Safe,
+    /// Others can make directories in the file system's root: they could take the place first.
+    OpenMount(PathBuf),
+}
+
+/// Looks whether pins are safe in `dir`, and changes nothing.
+///
+/// # Errors
+/// When they wouldn't be, and the daemon wouldn't start.
+pub fn look(dir: &Path) -> Result<Safety, PinError> {
+    let root = check_above(dir)?;
+    let own = rustix::process::geteuid().as_raw();
+    if let Ok(access) = Access::of(dir) {
+        match access.wrong(own) {
+            None => {}
+            // The daemon closes it, or moves it aside.
+            Some(Wrong::Open) if dir != root => {}
+            Some(wrong) => return Err(unsafe_error(dir, wrong, access)),
+        }
+    }
+    let is_open = Access::of(&root).is_ok_and(|access| access.mode & 0o022 != 0);
+    Ok(if is_open { Safety::OpenMount(root) } else { Safety::Safe })
+}
+
+/// Checks the directories above `dir` that are there, up to the root of the file system, which it
+/// returns.
+fn check_above(dir: &Path) -> Result<PathBuf, PinError> {
+    let own = rustix::process::geteuid().as_raw();
+    let mut root = dir.to_owned();
+    for above in dir.ancestors().skip(1).filter(|above| above.exists()) {
+        if !is_bpffs(above) {
+            break;
+        }
+        root = above.to_owned();
+        let access = Access::of(above).map_err(io_error("look at", above))?;
+        if let Some(why) = access.wrong_above(own) {
+            let fix = format!("chown root {0} && chmod go-w {0}", above.display());
+            return Err(PinError::Unsafe { path: above.into(), why, fix });
+        }
+    }
+    Ok(root)
+}
+
+fn unsafe_error(dir: &Path, wrong: Wrong, access: Access) -> PinError {
+    let (path, shown) = (dir.to_owned(), dir.display());
+    let (why, fix) = match wrong {
+        Wrong::NoDirectory => (
+            "is no directory".to_owned(),
+            format!("remove it: rm {shown}, or name another with --bpffs"),
+        ),
+        Wrong::Foreign => (
+            format!("is another user's (uid {})", access.uid),
+            format!(
+                "remove it, or make it root's: chown -R root {shown}; see also its mount's mode"
+            ),
+        ),
+        Wrong::Open => (
+            format!("is open to others (mode {:o})", access.mode & 0o7777),
+            format!("close it: chmod 700 {shown}, or name a directory below it with --bpffs"),
+        ),
+    };
+    PinError::Unsafe { path, why, fix }
+}
+
+/// Makes a directory if need be, and sees to it that only this user gets there.
+fn make_safe(dir: &Path) -> Result<(), PinError> {
+    let root = check_above(dir)?;
+    let own = rustix::process::geteuid().as_raw();
+    make_private(dir.parent().unwrap_or(dir))?;
+    // Another user may be quick to make it again.
+    for _ in 0..3 {
+        match fs::DirBuilder::new().mode(0o700).create(dir) {
+            Ok(()) => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(io_error("make", dir)(error)),
+        }
+        let access = Access::of(dir).map_err(io_error("look at", dir))?;
+        match access.wrong(own) {
+            None => return Ok(()),
+            Some(Wrong::Open) if dir != root => {
+                let closed = fs::set_permissions(dir, fs::Permissions::from_mode(0o700));
+                return closed.map_err(|_| unsafe_error(dir, Wrong::Open, access));
+            }
+            // Without a link in it, it is no daemon's of another user, and only in the way.
+            Some(Wrong::Foreign) if !has_links(dir) => {
+                let place = free_name(dir, access.uid);
+                fs::rename(dir, &place).map_err(|_| unsafe_error(dir, Wrong::Foreign, access))?;
+                tracing::warn!(
+                    "{}, a directory of uid {}, was in the way: it is {} now; close the file \
+                     system to others: chmod 700 {}",
+                    dir.display(),
+                    access.uid,
+                    place.display(),
+                    root.display()
+                );
+            }
+            Some(wrong) => return Err(unsafe_error(dir, wrong, access)),
+        }
+    }
+    let access = Access::of(dir).map_err(io_error("look at", dir))?;
+    Err(unsafe_error(dir, Wrong::Foreign, access))
+}
+
+/// A name beside `dir` that nothing has.
+fn free_name(dir: &Path, uid: u32) -> PathBuf {
+    let name = |n: u32| {
+        let mut name = dir.as_os_str().to_owned();
+        name.push(format!("-of-uid-{uid}-{n}"));
+        PathBuf::from(name)
+    };
+    (1..1000).map(name).find(|name| fs::symlink_metadata(name).is_err()).unwrap_or_else(|| name(0))
+}
+
+/// Whether a link is pinned anywhere below; what can't be read may be one.
+fn has_links(dir: &Path) -> bool {
+    let mut links = Vec::new();
+    collect_links(dir, 0, &mut links).is_err() || !links.is_empty()
+}
+
+/// Adds every link that is pinned in a directory or below.
+fn collect_links(dir: &Path, depth: usize, links: &mut Vec<PinnedLink>) -> Result<(), PinError> {
+    for path in entries(dir)? {
+        let kind = fs::symlink_metadata(&path).map_err(io_error("look at", &path))?.file_type();
+        if kind.is_dir() {
+            // Maps are compared one by one, where they are used.
+            let is_maps = depth == 0 && path.ends_with("maps");
+            if depth < MAX_DEPTH && !is_maps {
+                collect_links(&path, depth + 1, links)?;
+            }
+            continue;
+        }
+        // A link of the file system leads to what lies elsewhere.
+        if kind.is_symlink() {
+            continue;
+        }
+        match CgroupLink::pinned(&path).map_err(io_error("open", &path))? {
+            Some(Pinned::Link(link)) => {
+                let name = path.file_name().unwrap_or_default().to_owned();
+                links.push(PinnedLink { name, path, link });
+            }
+            Some(Pinned::Other(found)) if dir.ends_with("links") => {
+                let expected = "a link".to_owned();
+                let found = format!("a BPF object of {found}");
+                return Err(PinError::Foreign { path, found, expected });
+            }
+            Some(Pinned::Other(_)) | None => {}
+        }
+    }
+    Ok(())
+}
+
+/// Whether a directory is ours to use and to remove: it has our mark in it, or pins that have names
+/// of ours, or nothing at all.
+fn is_ours(dir: &Path) -> bool {
+    const MAPS: [&str; 6] = ["FRONTENDS", "SERVICES", "BACKENDS", "DAEMON", "PEERS", "FLOWS"];
+    let names = |dir: &Path| {
+        let paths = entries(dir).unwrap_or_default();
+        let name = |path: PathBuf| path.file_name().unwrap_or_default().to_string_lossy().into();
+        paths.into_iter().map(name).collect::<Vec<String>>()
+    };
+    let here = names(dir);
+    let (maps, links) = (names(&dir.join("maps")), names(&dir.join("links")));
+    let is_empty = here.iter().all(|name| name == "maps" || name == "links")
+        && maps.is_empty()
+        && links.is_empty();
+    is_empty
+        || here.iter().any(|name| name == MARK || MAPS.contains(&name.as_str()))
+        || maps.iter().any(|name| MAPS.contains(&name.as_str()))
+        || links.iter().any(|name| name.starts_with("nohop_"))
 }
 
 /// Maps that are pinned, kept so that they can be pinned again.
@@ -328,6 +712,18 @@ impl PinnedMaps {
         maps.iter().filter(|(path, _)| !path.exists()).try_for_each(|(path, map)| {
             map.pin(path).map_err(|error| io_error("pin", path)(io::Error::other(error)))
         })
+    }
+}
+
+impl PinnedMaps {
+    /// Pins these again, whatever has taken their names.
+    ///
+    /// # Errors
+    /// When the file system refuses.
+    pub fn put_back(&self) -> Result<(), PinError> {
+        let PinnedMaps(maps) = self;
+        maps.iter().try_for_each(|(path, _)| unpin(path))?;
+        self.mend()
     }
 }
 
@@ -365,7 +761,8 @@ fn compare(path: &Path, shape: &MapShape) -> Result<Fit, PinError> {
     let map_type = info.map_type().map_or(0, |map_type| map_type as u32);
     let found = described(map_type, info.key_size(), info.value_size(), info.map_flags());
     if found != expected {
-        return Err(foreign(found));
+        let is_storage = map_type == SK_STORAGE && shape.map_type == SK_STORAGE;
+        return if is_storage { Ok(Fit::OtherStorage) } else { Err(foreign(found)) };
     }
     let same = info.max_entries() == shape.max_entries;
     Ok(if same { Fit::Same } else { Fit::OtherSize })
@@ -404,7 +801,7 @@ fn ensure_bpffs(dir: &Path) -> Result<(), PinError> {
     let flags = rustix::mount::MountFlags::NOSUID
         | rustix::mount::MountFlags::NODEV
         | rustix::mount::MountFlags::NOEXEC;
-    rustix::mount::mount("bpf", mount_point, "bpf", flags, None)
+    rustix::mount::mount("bpf", mount_point, "bpf", flags, c"mode=0700")
         .map_err(|errno| PinError::Mount { source: errno.into() })?;
     tracing::info!("mounted a BPF file system at {CONVENTIONAL_MOUNT}");
     let own = Path::new("/proc/self/ns/mnt");
@@ -412,7 +809,7 @@ fn ensure_bpffs(dir: &Path) -> Result<(), PinError> {
         tracing::warn!(
             "only this process sees it, so the pins go with it, and nohop unload doesn't find them: \
              have the machine mount it at its start, by a line in /etc/fstab: \
-             bpf {CONVENTIONAL_MOUNT} bpf defaults 0 0"
+             bpf {CONVENTIONAL_MOUNT} bpf mode=0700 0 0"
         );
     }
     Ok(())
@@ -457,6 +854,62 @@ fn remove_tree(dir: &Path) -> Result<(), PinError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_has_locked_it() {
+        let locks = "1: FLOCK  ADVISORY  WRITE 1234 00:2b:5678 0 EOF\n\
+                     1: -> FLOCK  ADVISORY  WRITE 99 00:2b:5678 0 EOF\n\
+                     2: POSIX  ADVISORY  WRITE 77 00:2b:5678 0 EOF\n\
+                     3: FLOCK  ADVISORY  WRITE 5 00:2b:56789 0 EOF\n\n4:";
+        assert_eq!(lockers(locks, rustix::fs::makedev(0, 0x2b), 5678), [1234]);
+        assert_eq!(lockers("", rustix::fs::makedev(0, 0x2b), 5678), [0u32; 0]);
+    }
+
+    #[test]
+    fn what_is_wrong_with_a_directory() {
+        let directory = |uid, mode: u32| Access { is_directory: true, uid, mode: 0o040_000 | mode };
+        let rows = [
+            (directory(0, 0o700), None, false),
+            (directory(7, 0o700), None, false),
+            (directory(0, 0o755), Some(Wrong::Open), false),
+            (directory(0, 0o710), Some(Wrong::Open), false),
+            (directory(0, 0o1777), Some(Wrong::Open), false),
+            (directory(0, 0o777), Some(Wrong::Open), true),
+            (directory(0, 0o770), Some(Wrong::Open), true),
+            (directory(8, 0o700), Some(Wrong::Foreign), true),
+            (Access { is_directory: false, ..directory(0, 0o777) }, Some(Wrong::NoDirectory), true),
+        ];
+        for (access, expected, is_wrong_above) in rows {
+            assert_eq!(access.wrong(7), expected, "{access:?}");
+            assert_eq!(access.wrong_above(7).is_some(), is_wrong_above, "{access:?}");
+        }
+    }
+
+    #[test]
+    fn ours_by_mark_or_contents() {
+        let ours = |paths: &[&str]| {
+            let root = tempfile::tempdir().unwrap();
+            let dir = root.path().join("v7");
+            for path in paths {
+                fs::create_dir_all(dir.join(path)).unwrap();
+            }
+            is_ours(&dir)
+        };
+        let table: [(&[&str], bool); 9] = [
+            (&[], true),
+            (&["maps", "links"], true),
+            (&["nohop", "whatever/precious"], true),
+            (&["maps/DAEMON", "maps/UNKNOWN"], true),
+            (&["links/nohop_edge"], true),
+            (&["PEERS"], true),
+            (&["maps/precious"], false),
+            (&["links/edge"], false),
+            (&["something"], false),
+        ];
+        for (paths, expected) in table {
+            assert_eq!(ours(paths), expected, "{paths:?}");
+        }
+    }
 
     #[test]
     fn namespaces() {

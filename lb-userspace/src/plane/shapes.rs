@@ -75,9 +75,11 @@ impl Sizes {
     }
 }
 
+/// The kernel's number of a socket storage; from linux/bpf.h.
+pub const SK_STORAGE: u32 = 24;
+
 /// The sockets' storage, which every layout shares.
 pub fn socket_shapes() -> [MapShape; 2] {
-    const SK_STORAGE: u32 = 24;
     const NO_PREALLOC: u32 = 1;
     [("PEERS", size_of::<Peer>()), ("FLOWS", size_of::<Flows>())].map(|(name, value_size)| {
         MapShape {

@@ -142,6 +142,11 @@ impl SharedPlane {
         lock(&self.plane).is_adopted()
     }
 
+    /// As [`Plane::limits`], in words.
+    pub fn limits(&self) -> Vec<String> {
+        lock(&self.plane).limits().iter().map(ToString::to_string).collect()
+    }
+
     /// As [`Plane::pressure`].
     pub fn pressure(&self) -> Vec<(&'static str, Pressure)> {
         lock(&self.plane).pressure()

@@ -17,12 +17,45 @@ const TIMED_OUT: i32 = 124;
 /// What the init script writes before the exit status of the tests.
 const END_MARK: &str = "nohop-vm: the tests exited with ";
 
+/// How a kernel is started.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// As distributions start it.
+    Plain,
+    /// With `lockdown=confidentiality`, so that nothing reads the kernel's memory; there, only the
+    /// trials of that.
+    LockedDown,
+}
+
+impl Mode {
+    /// What is added to the kernel's command line.
+    fn parameters(self) -> &'static str {
+        match self {
+            Mode::Plain => "",
+            Mode::LockedDown => " lockdown=confidentiality",
+        }
+    }
+
+    /// What is added to its name.
+    pub fn suffix(self) -> &'static str {
+        match self {
+            Mode::Plain => "",
+            Mode::LockedDown => ", locked down",
+        }
+    }
+}
+
 /// Boots `kernel` on `initrd`, shows what it writes and gives each line to `on_line`. Returns
 /// whether the tests succeeded.
 ///
 /// # Errors
 /// When the VM can't be started, ends without the tests' exit status, or not in time.
-pub fn boot(kernel: &Kernel, initrd: &Path, mut on_line: impl FnMut(&str)) -> Result<bool> {
+pub fn boot(
+    kernel: &Kernel,
+    mode: Mode,
+    initrd: &Path,
+    mut on_line: impl FnMut(&str),
+) -> Result<bool> {
     // `timeout` ends the VM in time even when this program is gone.
     let mut command = Command::new("timeout");
     command.args(["--foreground", "--kill-after=5", &LIMIT_SECONDS.to_string()]);
@@ -31,7 +64,8 @@ pub fn boot(kernel: &Kernel, initrd: &Path, mut on_line: impl FnMut(&str)) -> Re
     command.args(["-accel", "tcg", "-cpu", processor(kernel.version), "-smp", "1", "-m", "1G"]);
     command.args(["-display", "none", "-serial", "stdio"]);
     command.arg("-kernel").arg(&kernel.vmlinuz).arg("-initrd").arg(initrd);
-    command.args(["-append", "console=ttyS0 quiet panic=-1 random.trust_cpu=on"]);
+    let append = "console=ttyS0 quiet panic=-1 random.trust_cpu=on".to_owned() + mode.parameters();
+    command.args(["-append", &append]);
     command.stdin(Stdio::null()).stdout(Stdio::piped());
 
     let mut vm = command.spawn().context("can't run `timeout qemu-system-x86_64`")?;
@@ -41,7 +75,7 @@ pub fn boot(kernel: &Kernel, initrd: &Path, mut on_line: impl FnMut(&str)) -> Re
         let line = line.context("can't read the VM's console")?;
         let line = String::from_utf8_lossy(&line);
         let line = line.trim_end_matches('\r');
-        println!("{} | {line}", kernel.version);
+        println!("{}{} | {line}", kernel.version, mode.suffix());
         on_line(line);
         if let Some((_, status)) = line.split_once(END_MARK) {
             exit_status = Some(status.trim() == "0");
@@ -78,7 +112,8 @@ exec >/dev/console 2>&1
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
-mount -t bpf bpf /sys/fs/bpf
+mount -t bpf -o mode=0700 bpf /sys/fs/bpf
+mount -t securityfs securityfs /sys/kernel/security
 mount -t tmpfs tmpfs /tmp
 mount -t tmpfs tmpfs /run
 ip link set lo up

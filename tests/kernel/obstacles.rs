@@ -1,0 +1,103 @@
+//! Programs of others at the same hooks: those that share them, and those that don't.
+
+use std::fs;
+use std::path::Path;
+
+use lb_userspace::plane::{Plane, find_obstacle};
+
+use crate::bed::{Place, Server, VIP, dial, service, table};
+use crate::pins::{bpftool, number};
+
+/// Pins some program for a hook, as another agent's, which is one of ours with another owner.
+fn foreign_program(place: &Place, program: &str) -> String {
+    let plane = place.start();
+    let link = place.pin(&format!("v2/links/{program}"));
+    let shown = bpftool(&["-j", "link", "show", "pinned", link.to_str().unwrap()]);
+    let id = number(&shown, "prog_id").to_string();
+    let path = place.options.bpffs.with_file_name("foreign");
+    let _ = fs::remove_file(&path);
+    bpftool(&["prog", "pin", "id", &id, path.to_str().unwrap()]);
+    let mut plane = plane;
+    plane.detach();
+    path.to_str().unwrap().to_owned()
+}
+
+fn n_attached(cgroup: &Path) -> usize {
+    let shown = bpftool(&["cgroup", "show", cgroup.to_str().unwrap()]);
+    shown.lines().filter(|line| line.contains("nohop_")).count()
+}
+
+/// At the scope or above it, at the first hook or at the last.
+pub fn an_exclusive_program_is_named() {
+    let mut place = Place::new();
+    let own = place.cgroup.path.clone();
+    let below = own.join("below/further");
+    fs::create_dir_all(&below).unwrap();
+    for (program, hook) in [("nohop_connect6", "connect6"), ("nohop_getpeer4", "getpeername4")] {
+        place.options.scope = own.clone();
+        let pinned = foreign_program(&place, program);
+        let at = own.to_str().unwrap();
+        bpftool(&["cgroup", "attach", at, hook, "pinned", &pinned]);
+        for scope in [&own, &below] {
+            place.options.scope = scope.clone();
+            let n_before = n_attached(scope);
+            let error = Plane::start(&place.options).unwrap_err().to_string();
+            for part in [
+                &format!("another program ({program}, id "),
+                &format!("holds the hook {hook} of {at} exclusively"),
+                &format!("bpftool cgroup detach {at} {hook} id "),
+            ] {
+                assert!(error.contains(part.as_str()), "no {part:?} in {error}");
+            }
+            assert_eq!(n_attached(scope), n_before, "{}", scope.display());
+            assert!(!place.options.bpffs.exists());
+            assert_eq!(find_obstacle(scope).unwrap().unwrap().hook, hook);
+        }
+        bpftool(&["cgroup", "detach", at, hook, "pinned", &pinned]);
+        assert_eq!(find_obstacle(&below).unwrap(), None);
+    }
+}
+
+/// It comes while the daemon runs, and the daemon's own links are lost.
+pub fn an_exclusive_program_is_named_later() {
+    let mut place = Place::new();
+    let own = place.cgroup.path.clone();
+    let below = own.join("below");
+    fs::create_dir(&below).unwrap();
+    place.options.scope = own.clone();
+    let pinned = foreign_program(&place, "nohop_connect4");
+    place.options.scope = below.clone();
+    let mut plane = place.start_attached();
+    let link = place.pin("v2/links/nohop_connect4");
+    bpftool(&["link", "detach", "pinned", link.to_str().unwrap()]);
+    let at = own.to_str().unwrap();
+    bpftool(&["cgroup", "attach", at, "connect4", "pinned", &pinned]);
+    let problem = plane.mend().problem.unwrap();
+    assert!(problem.contains("holds the hook connect4 of"), "{problem}");
+    bpftool(&["cgroup", "detach", at, "connect4", "pinned", &pinned]);
+    assert!(plane.mend().holds());
+    plane.detach();
+}
+
+/// Those that share the hook, or let it be overridden from below, are no obstacle.
+pub fn programs_that_share_are_none() {
+    let server = Server::start(b'a');
+    let mut place = Place::new();
+    let own = place.cgroup.path.clone();
+    place.options.scope = own.clone();
+    let pinned = foreign_program(&place, "nohop_getpeer6");
+    let below = own.join("below");
+    fs::create_dir(&below).unwrap();
+    for (flag, scope) in [("multi", &own), ("multi", &below), ("override", &below)] {
+        let at = own.to_str().unwrap();
+        bpftool(&["cgroup", "attach", at, "getpeername6", "pinned", &pinned, flag]);
+        place.options.scope = scope.clone();
+        let mut plane = place.start_attached();
+        plane.apply(&table(vec![service("web", VIP, &[(server.address, 1)])])).unwrap();
+        if scope == &own {
+            assert_eq!(dial((VIP, 80)).unwrap(), 'a');
+        }
+        plane.detach();
+        bpftool(&["cgroup", "detach", at, "getpeername6", "pinned", &pinned]);
+    }
+}

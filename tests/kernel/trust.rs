@@ -1,0 +1,178 @@
+//! Who else may meddle with the pins: nobody but root takes their place, opens or locks them.
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::path::Path;
+use std::process::{Child, Command, ExitCode, Stdio};
+
+use lb_userspace::plane::{Plane, unload};
+use rustix::fs::{FlockOperation, flock};
+
+use crate::bed::{Place, Server, VIP, dial, service, table};
+
+const FLAG: &str = "--lock";
+const NOBODY: u32 = 65534;
+
+/// An unprivileged process that has locked a directory, until it is dropped.
+struct Locker(Child);
+
+impl Locker {
+    fn start(dir: &Path) -> Locker {
+        use std::io::Read;
+        use std::os::unix::process::CommandExt;
+        let mut child = Command::new("/proc/self/exe")
+            .arg(FLAG)
+            .arg(dir)
+            .uid(NOBODY)
+            .gid(NOBODY)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        child.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap();
+        Locker(child)
+    }
+}
+
+impl Drop for Locker {
+    fn drop(&mut self) {
+        drop(self.0.stdin.take());
+        let _ = self.0.wait();
+    }
+}
+
+/// Locks a directory until stdin ends, if this process was started for that.
+pub fn asked_for() -> Option<ExitCode> {
+    use std::io::{Read, Write};
+    let mut arguments = std::env::args().skip(1);
+    if arguments.next()? != FLAG {
+        return None;
+    }
+    let dir = fs::File::open(arguments.next()?).unwrap();
+    flock(&dir, FlockOperation::LockExclusive).unwrap();
+    std::io::stdout().write_all(&[0]).unwrap();
+    std::io::stdout().flush().unwrap();
+    let _ = std::io::stdin().read(&mut [0]);
+    Some(ExitCode::SUCCESS)
+}
+
+fn mode(path: &Path) -> u32 {
+    fs::metadata(path).unwrap().permissions().mode() & 0o7777
+}
+
+fn set_mode(path: &Path, mode: u32) {
+    fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+}
+
+/// The daemon works in a directory that is in the given state.
+fn assert_serves(place: &Place) {
+    let server = Server::start(b'a');
+    let mut plane = Plane::start(&place.options).unwrap();
+    plane.keep();
+    plane.apply(&table(vec![service("web", VIP, &[(server.address, 1)])])).unwrap();
+    assert_eq!(dial((VIP, 80)).unwrap(), 'a');
+    for dir in ["", "v2", "v2/maps", "v2/links", "sockets"] {
+        assert_eq!(mode(&place.pin(dir)), 0o700, "{dir:?}");
+    }
+    plane.detach();
+}
+
+/// An earlier version, or an operator, left the directory open.
+pub fn an_open_directory_is_closed() {
+    let place = Place::new();
+    drop(place.start());
+    set_mode(&place.options.bpffs, 0o755);
+    assert_serves(&place);
+}
+
+/// A process of another user opened the directory while that was possible, and locks it.
+pub fn a_lock_of_another_user_is_no_daemons() {
+    let place = Place::new();
+    let (server, mut plane) = (Server::start(b'a'), place.start());
+    plane.apply(&table(vec![service("web", VIP, &[(server.address, 1)])])).unwrap();
+    let before = plane.indices("web");
+    drop(plane);
+    let bpffs = place.options.bpffs.clone();
+    set_mode(bpffs.parent().unwrap(), 0o1777);
+    set_mode(&bpffs, 0o755);
+    let _locker = Locker::start(&bpffs);
+    let mut plane = Plane::start(&place.options).unwrap();
+    plane.keep();
+    assert!(plane.is_adopted(), "what is pinned has moved along");
+    assert_eq!(plane.indices("web"), before);
+    assert_eq!(dial((VIP, 80)).unwrap(), 'a');
+    assert!(plane.mend().holds());
+    assert!(!bpffs.with_file_name("nohop-aside").exists());
+    plane.detach();
+}
+
+/// A process of root's that is no daemon holds the lock: it is named.
+pub fn a_lock_is_named() {
+    let place = Place::new();
+    drop(place.start());
+    let bpffs = &place.options.bpffs;
+    let mut holder = Command::new("flock")
+        .arg(bpffs)
+        .args(["sh", "-c", "echo; read line"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    std::io::Read::read_exact(holder.stdout.as_mut().unwrap(), &mut [0]).unwrap();
+    let error = Plane::start(&place.options).unwrap_err().to_string();
+    drop(holder.stdin.take());
+    holder.wait().unwrap();
+    let expected = format!("process {} (flock, of uid 0) has locked", holder.id());
+    assert!(error.contains(&expected), "{error}");
+}
+
+/// Another user made the directory first: it is moved aside, with what is in it.
+pub fn a_directory_of_another_user_is_moved_aside() {
+    let place = Place::new();
+    let bpffs = &place.options.bpffs;
+    for n in 1..=2 {
+        fs::create_dir_all(bpffs.join("v2/links")).unwrap();
+        fs::create_dir(bpffs.join("precious")).unwrap();
+        chown(bpffs, Some(NOBODY), Some(NOBODY)).unwrap();
+        assert_serves(&place);
+        let aside = bpffs.with_file_name(format!("nohop-of-uid-{NOBODY}-{n}"));
+        assert!(aside.join("precious").exists());
+        assert_eq!(fs::metadata(&aside).unwrap().uid(), NOBODY);
+    }
+}
+
+/// What can't be made safe is refused with the fix, and nothing changes.
+pub fn what_isnt_safe_is_refused() {
+    let mut place = Place::new();
+    let mount = place.options.bpffs.parent().unwrap().to_owned();
+    let above = mount.join("above");
+    fs::create_dir(&above).unwrap();
+    place.options.bpffs = above.join("nohop");
+    for (uid, mode, expected) in [
+        (NOBODY, 0o755, "is another user's (uid 65534), so others could take the pins; chown root"),
+        (0, 0o777, "may be written to by others (mode 777), so others could take the pins; chown"),
+        (0, 0o775, "may be written to by others (mode 775)"),
+    ] {
+        chown(&above, Some(uid), None).unwrap();
+        set_mode(&above, mode);
+        let error = Plane::start(&place.options).unwrap_err().to_string();
+        assert!(error.contains(expected) && error.contains("above"), "{error}");
+        assert!(!place.options.bpffs.exists());
+    }
+    // The file system's root is for others, too: it isn't ours to close.
+    place.options.bpffs = mount.clone();
+    set_mode(&mount, 0o1777);
+    let error = Plane::start(&place.options).unwrap_err().to_string();
+    assert!(error.contains("chmod 700") && error.contains("below it with --bpffs"), "{error}");
+    assert_eq!(mode(&mount), 0o1777);
+    set_mode(&mount, 0o700);
+    fs::remove_dir(&above).unwrap();
+    place.options.bpffs = mount.clone();
+    drop(place.start());
+    assert_eq!(unload(&mount).unwrap(), 8);
+    // A link of the file system's may lead anywhere.
+    place.options.bpffs = mount.join("elsewhere");
+    std::os::unix::fs::symlink(&mount, &place.options.bpffs).unwrap();
+    let error = Plane::start(&place.options).unwrap_err().to_string();
+    assert!(error.contains("is no directory"), "{error}");
+}
