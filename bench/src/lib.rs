@@ -1,6 +1,8 @@
 //! The benchmark harness: nohop side by side with everything that it replaces.
 #![forbid(unsafe_code)]
 
+mod bpf;
+pub mod compare;
 pub mod draft;
 pub mod machine;
 pub mod markdown;
@@ -8,6 +10,7 @@ pub mod node;
 pub mod number;
 pub mod peers;
 pub mod progress;
+pub mod random;
 pub mod report;
 pub mod stats;
 pub mod suites;

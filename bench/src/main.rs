@@ -8,19 +8,26 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use clap::Parser;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use lb_bench::compare::{self, Options, Part};
 use lb_bench::machine::Machine;
 use lb_bench::peers::Conntrack;
 use lb_bench::progress::duration;
 use lb_bench::report::Report;
 use lb_bench::suites::{SUITES, Suite};
-use lb_bench::{terminal, write};
+use lb_bench::{random, terminal, write};
 use lb_tests::{process, run, undo};
 
 /// nohop side by side with everything that it replaces.
 #[derive(Parser)]
-#[command(name = "nohop-bench", disable_version_flag = true)]
+#[command(
+    name = "nohop-bench",
+    disable_version_flag = true,
+    args_conflicts_with_subcommands = true
+)]
 struct Arguments {
+    #[command(subcommand)]
+    task: Option<Task>,
     /// What to measure: check, http, throughput, connect, udp, change, scale, dns, failure; all of
     /// them where none is named
     #[arg(value_parser = suite)]
@@ -31,6 +38,56 @@ struct Arguments {
     /// Where reports are written
     #[arg(long, value_name = "DIR", default_value = "bench/results")]
     out: PathBuf,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Two nohop binaries side by side: whether NEW is better or worse than OLD
+    Compare(Compare),
+}
+
+/// Exits with 1 where NEW is worse.
+#[derive(Args)]
+struct Compare {
+    /// The binary that is compared with
+    old: PathBuf,
+    /// The binary that is judged
+    new: PathBuf,
+    /// Done in about four minutes; else in fifteen to thirty
+    #[arg(long)]
+    quick: bool,
+    /// Measure only this; may be given several times
+    #[arg(long, value_enum, value_name = "SUITE")]
+    suite: Vec<Part>,
+    /// As many rounds as this, however long they take
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1_000))]
+    rounds: Option<u16>,
+    /// The services of the daemon that has many
+    #[arg(long, value_name = "N", default_value_t = 10_000, value_parser = clap::value_parser!(u16).range(1..=12_000))]
+    services: u16,
+    /// The seed of the order in which the two take turns; another one each time where none is given
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Where the JSON is written
+    #[arg(long, value_name = "DIR", default_value = "bench/results")]
+    out: PathBuf,
+}
+
+impl Compare {
+    fn options(&self) -> Options {
+        let all = Part::value_variants().iter();
+        let wants = |part: &Part| self.suite.is_empty() || self.suite.contains(part);
+        Options {
+            old: self.old.clone(),
+            new: self.new.clone(),
+            parts: all.copied().filter(wants).collect(),
+            is_quick: self.quick,
+            n_rounds: self.rounds.map(usize::from),
+            n_services: usize::from(self.services),
+            seed: self.seed.unwrap_or_else(random::any_seed),
+            out: self.out.clone(),
+        }
+    }
 }
 
 fn suite(name: &str) -> Result<Suite, String> {
@@ -51,7 +108,11 @@ fn main() -> ExitCode {
         };
     }
     let arguments = Arguments::parse();
-    match run_all(&arguments) {
+    let done = match &arguments.task {
+        Some(Task::Compare(compare)) => run_compare(&compare.options()),
+        None => run_all(&arguments),
+    };
+    match done {
         Ok(code) => code,
         Err(error) => {
             eprintln!("can't run: {error:#}");
@@ -60,10 +121,18 @@ fn main() -> ExitCode {
     }
 }
 
+fn run_compare(options: &Options) -> Result<ExitCode> {
+    const PROGRAMS: [&str; 5] = ["bpftool", "dig", "dnsmasq", "dnsperf", "taskset"];
+    preflight::check(PROGRAMS, &options.out)?;
+    undo::on_signals().context("handle signals")?;
+    compare::run(options)
+}
+
 fn run_all(arguments: &Arguments) -> Result<ExitCode> {
     let suites =
         if arguments.suites.is_empty() { SUITES.to_vec() } else { arguments.suites.clone() };
-    preflight::check(&suites, &arguments.out)?;
+    let programs = suites.iter().flat_map(|suite| suite.programs.iter().copied());
+    preflight::check(programs, &arguments.out)?;
     undo::on_signals().context("handle signals")?;
     let _conntrack = Conntrack::enlarge()?;
     let machine = Machine::look();

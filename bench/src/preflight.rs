@@ -5,7 +5,6 @@ use std::path::Path;
 use std::thread;
 
 use anyhow::{Context, Result, bail, ensure};
-use lb_bench::suites::Suite;
 use lb_tests::run;
 
 /// The programs of this build, which have to lie beside the harness.
@@ -14,11 +13,11 @@ const BUILT: [&str; 3] = ["nohop", "nohop-load", "helloworld"];
 /// Programs of the system that every suite needs.
 const SYSTEM: [&str; 4] = ["ip", "nsenter", "ss", "unshare"];
 
-/// That these suites can run and their reports be written to `out`.
+/// That what needs these programs can run, and its reports be written to `out`.
 ///
 /// # Errors
 /// When they can't: the message says what is missing and how to get it.
-pub fn check(suites: &[Suite], out: &Path) -> Result<()> {
+pub fn check(programs: impl IntoIterator<Item = &'static str>, out: &Path) -> Result<()> {
     ensure!(
         rustix::process::geteuid().is_root(),
         "it makes network namespaces and loads eBPF programs, which needs root: use `sudo -E`"
@@ -32,8 +31,7 @@ pub fn check(suites: &[Suite], out: &Path) -> Result<()> {
     for program in BUILT {
         run::built(program)?;
     }
-    let of_suites = suites.iter().flat_map(|suite| suite.programs.iter().copied());
-    let mut programs: Vec<&str> = SYSTEM.into_iter().chain(of_suites).collect();
+    let mut programs: Vec<&str> = SYSTEM.into_iter().chain(programs).collect();
     programs.sort_unstable();
     programs.dedup();
     programs.retain(|program| lb_bench::peers::find(program).is_err());

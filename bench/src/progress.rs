@@ -16,7 +16,7 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// Of a suite with that many steps, alike in length.
+    /// Of a suite with that many steps, alike in length; 0 where nobody knows how many.
     pub fn new(suite: &str, n_steps: usize) -> Progress {
         Progress { suite: suite.into(), n_steps, n_done: 0, start: Instant::now(), told: None }
     }
@@ -45,6 +45,9 @@ impl Progress {
     }
 
     fn line(&self, what: &str, elapsed: Duration) -> String {
+        if self.n_steps == 0 {
+            return format!("{} {}: {what}", self.suite, self.n_done + 1);
+        }
         let left = match self.n_done {
             0 => String::new(),
             n_done => {
@@ -84,5 +87,7 @@ mod tests {
         assert_eq!(line, "http 5/10, 12 s left: nohop");
         let line = progress.line("nohop", Duration::from_secs(800));
         assert_eq!(line, "http 5/10, 20 min left: nohop");
+        let line = Progress::new("compare", 0).line("warm-up", Duration::from_secs(8));
+        assert_eq!(line, "compare 1: warm-up");
     }
 }

@@ -2,6 +2,8 @@
 
 use serde::Serialize;
 
+use crate::random::Random;
+
 /// A median with the least and the most beside it.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Spread {
@@ -19,13 +21,7 @@ impl Spread {
         let mut sorted: Vec<f64> = values.into_iter().filter(|value| !value.is_nan()).collect();
         sorted.sort_by(f64::total_cmp);
         let (least, most) = (*sorted.first()?, *sorted.last()?);
-        let middle = sorted.len() / 2;
-        let median = if sorted.len().is_multiple_of(2) {
-            f64::midpoint(sorted[middle - 1], sorted[middle])
-        } else {
-            sorted[middle]
-        };
-        Some(Spread { median, least, most })
+        Some(Spread { median: middle(&sorted), least, most })
     }
 
     /// Whether it can be drawn: a ratio or a rate may be infinite.
@@ -36,8 +32,81 @@ impl Spread {
     /// Of the ratios of `these` to `those`, round by round: what the machine did to both in one round
     /// cancels out. Rounds that either lacks don't count.
     pub fn of_ratios(these: &[Option<f64>], those: &[Option<f64>]) -> Option<Spread> {
-        let pairs = these.iter().zip(those).filter_map(|(this, that)| Some(((*this)?, (*that)?)));
-        Spread::of(pairs.filter(|(_, that)| *that != 0.0).map(|(this, that)| this / that))
+        Spread::of(ratios(these, those))
+    }
+}
+
+/// The fewest values whose median has a 95% interval: with five, all of them lie on one side of it in
+/// 6% of cases.
+pub const MIN_ROUNDS: usize = 6;
+
+/// How often the bootstrap draws, and the seed of its draws: fixed, so that a report's samples give
+/// the report's interval again.
+const N_RESAMPLES: usize = 4_000;
+const SEED: u64 = 95;
+
+/// A median, and the interval that covers the true one in 95% of cases.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Interval {
+    /// The values' median.
+    pub median: f64,
+    /// The interval's lower end.
+    pub low: f64,
+    /// The interval's upper end.
+    pub high: f64,
+}
+
+impl Interval {
+    /// By the bootstrap's percentiles (Efron 1979): the median of as many values, drawn from these
+    /// with replacement, many times. `None` of fewer than [`MIN_ROUNDS`] values, which have none.
+    pub fn of(values: impl IntoIterator<Item = f64>) -> Option<Interval> {
+        let mut sorted: Vec<f64> = values.into_iter().filter(|value| !value.is_nan()).collect();
+        if sorted.len() < MIN_ROUNDS {
+            return None;
+        }
+        sorted.sort_by(f64::total_cmp);
+        let mut random = Random::new(SEED);
+        let mut drawn = vec![0_usize; sorted.len()];
+        let mut medians: Vec<f64> = (0..N_RESAMPLES)
+            .map(|_| {
+                drawn.fill_with(|| random.below(sorted.len()));
+                let (lower, upper) = ((drawn.len() - 1) / 2, drawn.len() / 2);
+                let (_, upper, _) = drawn.select_nth_unstable(upper);
+                let upper = *upper;
+                let (_, lower, _) = drawn.select_nth_unstable(lower);
+                f64::midpoint(sorted[*lower], sorted[upper])
+            })
+            .collect();
+        medians.sort_by(f64::total_cmp);
+        let percentile = |part: f64| medians[(part * (N_RESAMPLES - 1) as f64).round() as usize];
+        let (low, high) = (percentile(0.025), percentile(0.975));
+        Some(Interval { median: middle(&sorted), low, high })
+    }
+
+    /// Of the ratios of `these` to `those`, round by round, as [`Spread::of_ratios`].
+    pub fn of_ratios(these: &[Option<f64>], those: &[Option<f64>]) -> Option<Interval> {
+        Interval::of(ratios(these, those))
+    }
+
+    /// Whether a value lies within.
+    pub fn has(&self, value: f64) -> bool {
+        self.low <= value && value <= self.high
+    }
+}
+
+/// The ratios of the rounds that both have.
+fn ratios(these: &[Option<f64>], those: &[Option<f64>]) -> impl Iterator<Item = f64> {
+    let pairs = these.iter().zip(those).filter_map(|(this, that)| Some(((*this)?, (*that)?)));
+    pairs.filter(|(_, that)| *that != 0.0).map(|(this, that)| this / that)
+}
+
+/// The median of sorted values, one at least: of an even number, the mean of the middle two.
+fn middle(sorted: &[f64]) -> f64 {
+    let middle = sorted.len() / 2;
+    if sorted.len().is_multiple_of(2) {
+        f64::midpoint(sorted[middle - 1], sorted[middle])
+    } else {
+        sorted[middle]
     }
 }
 
@@ -74,6 +143,43 @@ mod tests {
         let those = [Some(1.0), Some(10.0), Some(5.0), Some(0.0)];
         let expected = Some(Spread { median: 2.5, least: 2.0, most: 3.0 });
         assert_eq!(Spread::of_ratios(&these, &those), expected);
+    }
+
+    #[test]
+    fn few_values_have_no_interval() {
+        assert_eq!(Interval::of((1..6).map(f64::from)), None);
+        assert_eq!(Interval::of([f64::NAN; 20]), None);
+        let same = Interval::of([2.0; 6]);
+        assert_eq!(same, Some(Interval { median: 2.0, low: 2.0, high: 2.0 }));
+        let again = || Interval::of((0..30).map(f64::from));
+        assert_eq!(again(), again());
+    }
+
+    /// Of many samples of a distribution whose median is known, 95 of 100 intervals have it; and
+    /// they get narrower with more values, by the root of their number.
+    #[test]
+    fn intervals_cover_the_true_median() {
+        let mut random = Random::new(1);
+        // exp of a sum of uniform numbers around 0: skewed, as times are; its median is 1.
+        let mut draw = move || -> f64 {
+            let uniform = (0..4).map(|_| random.below(1 << 20) as f64 / f64::from(1 << 20) - 0.5);
+            (uniform.sum::<f64>() * 0.3).exp()
+        };
+        let mut widths = Vec::new();
+        for n_values in [10, 40] {
+            let mut n_covered = 0;
+            let mut width = 0.0;
+            for _ in 0..100 {
+                let values: Vec<f64> = (0..n_values).map(|_| draw()).collect();
+                let interval = Interval::of(values).expect("values enough");
+                n_covered += u32::from(interval.has(1.0));
+                width += interval.high - interval.low;
+            }
+            // Binomial, 95 expected: three standard deviations below.
+            assert!((88..=100).contains(&n_covered), "{n_values} values: {n_covered} of 100");
+            widths.push(width);
+        }
+        assert!((1.6..2.6).contains(&(widths[0] / widths[1])), "{widths:?}");
     }
 
     #[test]

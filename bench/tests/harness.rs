@@ -2,6 +2,7 @@
 //! behind, and what a whole one writes. It needs root, wrk and nginx.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, ExitCode, Output};
 use std::time::Duration;
@@ -19,7 +20,7 @@ const HARNESS: &str = env!("CARGO_BIN_EXE_nohop-bench");
 type Story = fn() -> Result<()>;
 
 /// The stories, each with the programs that it needs.
-const STORIES: [(&str, &[&str], Story); 7] = [
+const STORIES: [(&str, &[&str], Story); 9] = [
     ("without_root", &["setpriv"], without_root),
     ("one_processor", &["taskset"], one_processor),
     ("an_unknown_suite", &[], an_unknown_suite),
@@ -27,6 +28,8 @@ const STORIES: [(&str, &[&str], Story); 7] = [
     ("reports_cannot_be_written", &["wrk", "nginx"], reports_cannot_be_written),
     ("interrupted", &["wrk", "nginx"], interrupted),
     ("checks_itself", &["wrk", "nginx"], checks_itself),
+    ("compares_with_no_nohop", &["bpftool", "dnsperf"], compares_with_no_nohop),
+    ("a_bigger_binary_is_worse", &["bpftool", "dnsperf"], a_bigger_binary_is_worse),
 ];
 
 fn main() -> ExitCode {
@@ -162,5 +165,51 @@ fn checks_itself() -> Result<()> {
     }
     extensions.sort_unstable();
     ensure!(extensions == ["json", "md", "svg", "svg"], "{extensions:?}");
+    Ok(())
+}
+
+fn compares_with_no_nohop() -> Result<()> {
+    for (new, text) in [("/nonexistent", "find /nonexistent"), ("/bin/false", "isn't a nohop")] {
+        let mut command = Command::new(HARNESS);
+        let scratch = Scratch::new("results")?;
+        command.arg("compare").arg(run::built("nohop")?).arg(new);
+        command.arg("--out").arg(scratch.path());
+        refuses(command, 1, &[text])?;
+    }
+    Ok(())
+}
+
+/// Of two binaries, one of which makes bigger maps, which no load of the machine hides: it is worse in
+/// both passes.
+fn a_bigger_binary_is_worse() -> Result<()> {
+    let scratch = Scratch::new("results")?;
+    let (nohop, bigger) = (run::built("nohop")?, scratch.path().join("bigger"));
+    let script = format!(
+        "#!/bin/sh\n[ \"$1\" != run ] || echo 'plane.max_backends = 262144' >> \"$3\"\nexec {} \"$@\"\n",
+        nohop.display()
+    );
+    fs::write(&bigger, script)?;
+    fs::set_permissions(&bigger, fs::Permissions::from_mode(0o755))?;
+    let compare = |old: &Path, new: &Path| {
+        let mut command = Command::new(HARNESS);
+        command.arg("compare").arg(old).arg(new).args(["--suite", "scale", "--rounds", "6"]);
+        command.args(["--services", "20", "--seed", "3", "--out"]).arg(scratch.path());
+        command
+    };
+    refuses(compare(&nohop, &bigger), 1, &["kernel memory of the maps", "WORSE; at first"])?;
+    let report = fs::read_dir(scratch.path())?
+        .flatten()
+        .map(|entry| entry.path())
+        .find(|path| path.extension().is_some_and(|extension| extension == "json"))
+        .context("no JSON was written")?;
+    let report: Value = serde_json::from_str(&fs::read_to_string(report)?)?;
+    let verdict = |name: &str| {
+        let quantities = report["quantities"].as_array().into_iter().flatten();
+        let found = quantities.into_iter().find(|quantity| quantity["name"] == name);
+        found.map(|quantity| quantity["verdict"].clone()).with_context(|| format!("no {name}"))
+    };
+    let maps = verdict("kernel memory of the maps, 20 services")?;
+    ensure!(maps == "worse", "{maps}");
+    ensure!(report["seed"] == 3, "{}", report["seed"]);
     Ok(())
 }

@@ -39,6 +39,8 @@ pub const STOP_LIMIT: Duration = Duration::from_secs(10);
 pub struct Nohop {
     /// Its process.
     pub process: Process,
+    /// What runs.
+    binary: PathBuf,
     /// What its configuration says of its own places.
     own: String,
     host: Arc<Host>,
@@ -71,10 +73,35 @@ impl Nohop {
     /// # Errors
     /// When it doesn't in time.
     pub fn start_unready(host: &Arc<Host>, cgroup: &Cgroup, config: &str) -> Result<Nohop> {
+        Nohop::start_binary_unready(run::built("nohop")?, host, cgroup, config)
+    }
+
+    /// Starts this executable, another release's perhaps, and waits until it is ready.
+    ///
+    /// # Errors
+    /// When it isn't ready in time.
+    pub fn start_binary(
+        binary: &Path,
+        host: &Arc<Host>,
+        cgroup: &Cgroup,
+        config: &str,
+    ) -> Result<Nohop> {
+        let nohop = Nohop::start_binary_unready(binary.to_owned(), host, cgroup, config)?;
+        nohop.wait_until_ready()?;
+        Ok(nohop)
+    }
+
+    fn start_binary_unready(
+        binary: PathBuf,
+        host: &Arc<Host>,
+        cgroup: &Cgroup,
+        config: &str,
+    ) -> Result<Nohop> {
         let scratch = Scratch::new("nohop")?;
         let dir = scratch.path();
         let config_file = dir.join("nohop.toml");
         let bpffs = Bpffs::new()?;
+        // Keys that every release knows: `bench compare` starts older ones, too.
         let own = format!(
             "cgroup = {:?}\nbpffs = {:?}\nstate_dir = {:?}\nadmin.listen = [{:?}]\n",
             cgroup.path(),
@@ -84,8 +111,8 @@ impl Nohop {
         );
         write_config(&config_file, &own, config)?;
         let inotify = watch(dir)?;
-        let process = spawn(host, &config_file)?;
-        let nohop = Nohop { process, own, host: Arc::clone(host), bpffs, scratch };
+        let process = spawn(&binary, host, &config_file)?;
+        let nohop = Nohop { process, binary, own, host: Arc::clone(host), bpffs, scratch };
         nohop.wait_until_listening(&inotify)?;
         Ok(nohop)
     }
@@ -107,7 +134,7 @@ impl Nohop {
         // What a killed daemon leaves behind would pass for a new one's.
         let _ = fs::remove_file(self.socket());
         let inotify = watch(self.scratch.path())?;
-        self.process = spawn(&self.host, &self.scratch.path().join("nohop.toml"))?;
+        self.process = spawn(&self.binary, &self.host, &self.scratch.path().join("nohop.toml"))?;
         self.wait_until_listening(&inotify)
     }
 
@@ -265,7 +292,7 @@ impl Nohop {
     /// # Errors
     /// When it can't be started.
     pub fn cli(&self, arguments: &str) -> Result<Output> {
-        let mut command = self.host.outside().command(run::built("nohop")?);
+        let mut command = self.host.outside().command(&self.binary);
         command.env("NOHOP_ADMIN", admin(self.scratch.path())).args(arguments.split_whitespace());
         run::output(command)
     }
@@ -358,8 +385,8 @@ fn write_config(file: &Path, own: &str, config: &str) -> Result<()> {
     fs::write(file, format!("{own}{config}")).context("write the daemon's configuration")
 }
 
-fn spawn(host: &Host, config_file: &Path) -> Result<Process> {
-    let mut command = host.outside().command(run::built("nohop")?);
+fn spawn(binary: &Path, host: &Host, config_file: &Path) -> Result<Process> {
+    let mut command = host.outside().command(binary);
     command.args([OsStr::new("run"), OsStr::new("--config"), config_file.as_os_str()]);
     command.env("RUST_LOG", "info");
     Process::spawn("nohop", command)

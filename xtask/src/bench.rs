@@ -1,13 +1,27 @@
 //! The benchmarks: the harness, which compares, and programs of lb-tests that look at nohop alone.
 
+use std::fs;
+use std::iter;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::thread;
 
 use anyhow::{Context, Result, ensure};
-use clap::ValueEnum;
+use clap::{Subcommand, ValueEnum};
 
 use crate::{compile, process};
+
+/// What else the benchmarks can do.
+#[derive(Clone, Debug, Subcommand)]
+pub enum Task {
+    /// Two nohop binaries side by side: whether NEW is better or worse than OLD (`--help` has more)
+    #[command(disable_help_flag = true)]
+    Compare {
+        /// The harness's own arguments: OLD NEW [--quick] [--suite SUITE]...
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGUMENT")]
+        arguments: Vec<String>,
+    },
+}
 
 /// What can be measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -43,15 +57,7 @@ pub enum Suite {
 /// # Errors
 /// Without root rights, on one processor, when setup lacks something, or when a suite fails.
 pub fn run(suites: &[Suite], quick: bool) -> Result<()> {
-    ensure!(
-        process::is_root(),
-        "benchmarks make namespaces and load eBPF programs, which needs root: use sudo -E"
-    );
-    let n_cpus = thread::available_parallelism().map_or(1, usize::from);
-    ensure!(
-        n_cpus >= 2,
-        "only one processor may be used: who dials and who answers would wait for each other; use a machine with two or more"
-    );
+    look_around()?;
     crate::setup::run(crate::setup::Purpose::Test)?;
     let (alone, compared): (Vec<Suite>, Vec<Suite>) =
         suites.iter().partition(|suite| suite.bench().is_some());
@@ -62,11 +68,45 @@ pub fn run(suites: &[Suite], quick: bool) -> Result<()> {
         return Ok(());
     }
     crate::setup::run_for_bench()?;
-    let mut harness = Command::new(compile::harness()?);
     let names = compared.iter().filter_map(|suite| suite.to_possible_value());
-    harness.args(names.map(|value| value.get_name().to_owned())).args(quick.then_some("--quick"));
-    // It becomes the harness, so that whoever interrupts it waits until all is cleaned up.
-    Err(harness.current_dir(crate::root()).exec()).context("start the harness")
+    let mut arguments: Vec<String> = names.map(|value| value.get_name().to_owned()).collect();
+    arguments.extend(quick.then(|| "--quick".to_owned()));
+    become_harness(&arguments)
+}
+
+/// Runs setup, then has the harness compare two binaries.
+///
+/// # Errors
+/// As [`run`].
+pub fn compare(arguments: &[String]) -> Result<()> {
+    look_around()?;
+    crate::setup::run(crate::setup::Purpose::Test)?;
+    // The harness runs in the repository's root, whatever folder the binaries are named from.
+    let whole = |argument: &String| match fs::canonicalize(argument) {
+        Ok(path) => path.display().to_string(),
+        Err(_) => argument.clone(),
+    };
+    let arguments = arguments.iter().map(whole);
+    become_harness(&iter::once("compare".to_owned()).chain(arguments).collect::<Vec<_>>())
+}
+
+/// Becomes the harness, so that whoever interrupts it waits until all is cleaned up.
+fn become_harness(arguments: &[String]) -> Result<()> {
+    let mut harness = Command::new(compile::harness()?);
+    Err(harness.args(arguments).current_dir(crate::root()).exec()).context("start the harness")
+}
+
+fn look_around() -> Result<()> {
+    ensure!(
+        process::is_root(),
+        "benchmarks make namespaces and load eBPF programs, which needs root: use sudo -E"
+    );
+    let n_cpus = thread::available_parallelism().map_or(1, usize::from);
+    ensure!(
+        n_cpus >= 2,
+        "only one processor may be used: who dials and who answers would wait for each other; use a machine with two or more"
+    );
+    Ok(())
 }
 
 fn run_alone(suite: Suite, quick: bool) -> Result<()> {

@@ -51,7 +51,10 @@ enum Task {
         built: bool,
     },
     /// nohop side by side with what it replaces; writes figures and pictures to bench/results
+    #[command(args_conflicts_with_subcommands = true)]
     Bench {
+        #[command(subcommand)]
+        task: Option<bench::Task>,
         /// What to measure; all that compare where none is named
         #[arg(value_enum)]
         suites: Vec<bench::Suite>,
@@ -108,7 +111,10 @@ fn run(task: Task) -> Result<ExitCode> {
             }
             demo::demo(keep)?;
         }
-        Task::Bench { suites, quick } => bench::run(&suites, quick)?,
+        Task::Bench { task: Some(bench::Task::Compare { arguments }), .. } => {
+            bench::compare(&arguments)?;
+        }
+        Task::Bench { task: None, suites, quick } => bench::run(&suites, quick)?,
         Task::Fuzz { target, seconds } => fuzz::run(target.as_deref(), seconds)?,
         Task::Test { filter } => return Ok(test::run(filter.as_deref())),
         Task::Vm { kernel } => return vm::run(kernel),

@@ -7,13 +7,11 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use lb_tests::nohop::Nohop;
 use lb_tests::process::Process;
-use lb_tests::run;
 use lb_tests::scratch::Scratch;
-use lb_tests::undo::Undo;
 use serde_json::Value;
 
+use crate::bpf;
 use crate::draft::{Demand, Draft, Quantity};
 use crate::node::{Layout, Node};
 use crate::peers::{self, DIRECT, Guard, NOHOP, Peer, Protocol, Running, Service, Services};
@@ -197,9 +195,10 @@ impl Site {
         let in_turn = self.dial(&format!("@{}", self.targets.display()), n_dials)?;
         let one = self.dial(&self.running.addresses[0].to_string(), n_dials / 2)?;
         let program_ns = match self.running.guards() {
-            [Guard::Nohop(nohop), ..] => Some(mean_ns(nohop, || {
-                self.dial(&format!("@{}", self.targets.display()), n_dials).map(drop)
-            })?),
+            [Guard::Nohop(_), ..] => {
+                let act = || self.dial(&format!("@{}", self.targets.display()), n_dials).map(drop);
+                bpf::mean_ns(&self.node.client, &[bpf::CONNECT4], act)?.first().copied()
+            }
             _ => None,
         };
         Ok(Measured {
@@ -220,37 +219,6 @@ impl Site {
         ensure!(n_failed == 0, "{n_failed} of {n_dials} dials failed: {}", found["failed"]);
         Ok(found)
     }
-}
-
-/// The switch of the kernel's BPF statistics: on only while a mean is taken, since they cost each run of
-/// a program two readings of the clock.
-const STATISTICS: &str = "/proc/sys/kernel/bpf_stats_enabled";
-
-/// The mean run time, in ns, of nohop's connect4 program while `act` runs.
-fn mean_ns(nohop: &Nohop, act: impl FnOnce() -> Result<()>) -> Result<f64> {
-    let link = nohop.pin("links/nohop_connect4")?;
-    let link = bpftool(&format!("link show pinned {}", link.display()))?;
-    let program = link["prog_id"].as_u64().context("bpftool tells no prog_id of a link")?;
-    let before = fs::read_to_string(STATISTICS).context(STATISTICS)?;
-    let _off = Undo::new(move || drop(fs::write(STATISTICS, before.trim())));
-    fs::write(STATISTICS, "1").context(STATISTICS)?;
-    let [time_before, runs_before] = counted(program)?;
-    act()?;
-    let [time, runs] = counted(program)?;
-    ensure!(runs > runs_before, "the program didn't run");
-    Ok((time - time_before) / (runs - runs_before))
-}
-
-/// The run time in ns and the number of runs of a program, as the kernel has counted them.
-fn counted(program: u64) -> Result<[f64; 2]> {
-    let shown = bpftool(&format!("prog show id {program}"))?;
-    // They are left out until there is something to tell.
-    Ok(["run_time_ns", "run_cnt"].map(|key| shown[key].as_f64().unwrap_or_default()))
-}
-
-fn bpftool(words: &str) -> Result<Value> {
-    let said = run::words("bpftool", &format!("--json {words}"))?;
-    serde_json::from_str(&said).with_context(|| format!("bpftool {words}: {said}"))
 }
 
 fn judge(draft: &mut Draft, n_services: &[usize]) {

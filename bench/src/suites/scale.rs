@@ -3,17 +3,17 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::net::UnixDatagram;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use lb_tests::http;
 use lb_tests::nohop::Nohop;
 use lb_tests::run;
 use lb_tests::scratch::Scratch;
 use rustix::process::Signal;
-use serde_json::Value;
 
+use crate::bpf;
 use crate::draft::{Draft, Quantity};
 use crate::node::{Layout, Node};
 use crate::peers::{
@@ -165,12 +165,12 @@ fn load_nohop(node: &Node, [before, after]: [&Services; 2]) -> Result<Loaded> {
     fs::rename(edited, catalog).context("rename the edited catalog")?;
     nohop.wait_for_status(PATIENCE, |status| status["generation"].as_u64() > generation)?;
     let change = start.elapsed();
-    let kernel_mb = Some(kernel_mb(&nohop.pins())?);
+    let kernel_mb = Some(bpf::maps_mb(&nohop.pins())?);
     Ok(Loaded { load, first_sync_ms, change, resident_mb, kernel_mb })
 }
 
 /// The time that nohop has taken in all to bring what it had parsed into the maps, as it exports it.
-fn propagation_ms(nohop: &Nohop) -> Result<f64> {
+pub(crate) fn propagation_ms(nohop: &Nohop) -> Result<f64> {
     let admin = nohop.admin();
     let metrics = http::ask(Path::new(admin.trim_start_matches("unix:")), "GET", "/metrics", "")?;
     let sum_s = read_metric(&metrics, "nohop_propagation_seconds_sum");
@@ -246,7 +246,7 @@ const TIMED_NFT: &str = r#"
 "#;
 
 /// The resident memory of what stands between, in MB.
-fn resident_mb(node: &Node) -> Result<f64> {
+pub(crate) fn resident_mb(node: &Node) -> Result<f64> {
     let pids = fs::read_to_string(node.hop.path().join("cgroup.procs"))?;
     let mut sum = 0.0;
     for pid in pids.lines() {
@@ -257,30 +257,6 @@ fn resident_mb(node: &Node) -> Result<f64> {
         sum += kib.unwrap_or_default() * 1024.0 / 1e6;
     }
     Ok(sum)
-}
-
-/// What the pinned maps take, in MB, as the kernel tells it (trust it from 6.4 on).
-fn kernel_mb(pins: &Path) -> Result<f64> {
-    let mut seen = BTreeSet::new();
-    let mut sum = 0.0;
-    for pin in files_below(pins)
-        .into_iter()
-        .filter(|pin| pin.parent().is_some_and(|dir| !dir.ends_with("links")))
-    {
-        let said = run::words("bpftool", &format!("--json map show pinned {}", pin.display()))?;
-        let map: Value = serde_json::from_str(&said).with_context(|| said.clone())?;
-        let id = map["id"].as_u64().context("bpftool tells no id of a map")?;
-        if seen.insert(id) {
-            sum += map["bytes_memlock"].as_f64().unwrap_or_default() / 1e6;
-        }
-    }
-    ensure!(!seen.is_empty(), "no maps are pinned at {}", pins.display());
-    Ok(sum)
-}
-
-fn files_below(dir: &Path) -> Vec<PathBuf> {
-    let entries = fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
-    entries.flat_map(|path| if path.is_dir() { files_below(&path) } else { vec![path] }).collect()
 }
 
 #[cfg(test)]

@@ -1,14 +1,18 @@
 //! dnsperf: asks, and what it tells.
 
 use std::fs::{self, File};
+use std::net::SocketAddrV4;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
+use lb_tests::net::Place;
 use lb_tests::run;
 
 use super::pin;
-use super::site::Site;
 use crate::stats::quantile;
+
+/// Where dnsperf runs, and the server that it asks.
+pub type At<'a> = (Place<'a>, SocketAddrV4);
 
 /// What dnsperf found.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -37,8 +41,8 @@ impl Told {
 ///
 /// # Errors
 /// When dnsperf can't be started, or what it says can't be read, or no query is answered.
-pub fn ask(site: &Site, questions: &Path, arguments: &str) -> Result<Told> {
-    read(&start(site, questions, arguments)?)
+pub fn ask(at: At<'_>, questions: &Path, arguments: &str) -> Result<Told> {
+    read(&start(at, questions, arguments)?)
 }
 
 /// The same, and how long the slowest hundredth of those that were answered took at least, in
@@ -46,14 +50,13 @@ pub fn ask(site: &Site, questions: &Path, arguments: &str) -> Result<Told> {
 ///
 /// # Errors
 /// As [`ask`].
-pub fn ask_and_list(site: &Site, questions: &Path, arguments: &str) -> Result<(Told, f64)> {
-    let said = start(site, questions, &format!("{arguments} -v"))?;
+pub fn ask_and_list(at: At<'_>, questions: &Path, arguments: &str) -> Result<(Told, f64)> {
+    let said = start(at, questions, &format!("{arguments} -v"))?;
     Ok((read(&said)?, quantile(&waits_us(&said), 0.99)))
 }
 
-fn start(site: &Site, questions: &Path, arguments: &str) -> Result<String> {
-    let mut command = site.client_place().command("dnsperf");
-    let address = site.address;
+fn start((place, address): At<'_>, questions: &Path, arguments: &str) -> Result<String> {
+    let mut command = place.command("dnsperf");
     command.args(["-s", &address.ip().to_string(), "-p", &address.port().to_string(), "-d"]);
     command.arg(questions).args(arguments.split_whitespace());
     // What it writes for each query goes to a file, so that nobody else has to run to take it.

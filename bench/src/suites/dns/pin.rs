@@ -15,14 +15,23 @@ pub const CLIENT: usize = 1;
 /// When `act` fails, or there is no such processor.
 pub fn on<T>(core: usize, act: impl FnOnce() -> Result<T>) -> Result<T> {
     let all = sched_getaffinity(None).context("ask for the processors of this thread")?;
-    let usable = (0..CpuSet::MAX_CPU).filter(|cpu| all.is_set(*cpu)).nth(core);
-    let cpu = usable.with_context(|| format!("this run may not use {} processors", core + 1))?;
+    let cpu = number(core)?;
     let mut one = CpuSet::new();
     one.set(cpu);
     sched_setaffinity(None, &one).with_context(|| format!("run on processor {cpu} only"))?;
     let done = act();
     sched_setaffinity(None, &all).context("run on all processors again")?;
     done
+}
+
+/// The number that the kernel gives to a processor, by its place among those that this run may use.
+///
+/// # Errors
+/// When there is no such processor.
+pub fn number(core: usize) -> Result<usize> {
+    let all = sched_getaffinity(None).context("ask for the processors of this thread")?;
+    let usable = (0..CpuSet::MAX_CPU).filter(|cpu| all.is_set(*cpu)).nth(core);
+    usable.with_context(|| format!("this run may not use {} processors", core + 1))
 }
 
 #[cfg(test)]

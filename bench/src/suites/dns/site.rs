@@ -16,21 +16,19 @@ use lb_tests::run;
 use lb_tests::scratch::Scratch;
 use serde_json::{Value, json};
 
-use super::pin;
+use super::{dnsperf, pin};
 use crate::node::{self, Layout, Node};
 use crate::peers::{self, NOHOP, Protocol, Service, Services, frontend};
 
 /// The base of all ratios: as fast as it can be made.
 pub const DNSMASQ: &str = "dnsmasq";
-/// The same one, prepared to forward many queries at once, for which it pays with each query.
-pub const DNSMASQ_WIDE: &str = "dnsmasq, dns-forward-max=10000";
 /// Consul's own server.
 pub const CONSUL: &str = "Consul DNS";
 
 /// Where nohop and dnsmasq forward to: dnsmasq.conf has it, too.
-const UPSTREAM: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::LOCALHOST, 5300);
+pub const UPSTREAM: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::LOCALHOST, 5300);
 /// What is answered there, for whatever name.
-const UPSTREAM_ANSWER: &str = "192.0.2.7";
+pub const UPSTREAM_ANSWER: &str = "192.0.2.7";
 
 /// How often, and how many times at most, a server is asked whether it answers.
 const LOOK: Duration = Duration::from_millis(20);
@@ -65,7 +63,6 @@ impl Site {
         let start = match name {
             NOHOP => start_nohop,
             DNSMASQ => start_dnsmasq,
-            DNSMASQ_WIDE => start_dnsmasq_wide,
             CONSUL => start_consul,
             _ => bail!("no server is called {name}"),
         };
@@ -103,9 +100,9 @@ impl Site {
         write_questions(self.files.path(), "example", n_names)
     }
 
-    /// Where it is asked from.
-    pub fn client_place(&self) -> Place<'_> {
-        self.node.client_place()
+    /// Where it is asked from, and at which address.
+    pub fn at(&self) -> dnsperf::At<'_> {
+        (self.node.client_place(), self.address)
     }
 }
 
@@ -136,19 +133,6 @@ fn start_nohop(node: &Node, _files: &Scratch, n_names: usize) -> Result<Box<dyn 
 }
 
 fn start_dnsmasq(node: &Node, files: &Scratch, n_names: usize) -> Result<Box<dyn Any>> {
-    spawn_dnsmasq(node, files, n_names, &[])
-}
-
-fn start_dnsmasq_wide(node: &Node, files: &Scratch, n_names: usize) -> Result<Box<dyn Any>> {
-    spawn_dnsmasq(node, files, n_names, &["--dns-forward-max=10000"])
-}
-
-fn spawn_dnsmasq(
-    node: &Node,
-    files: &Scratch,
-    n_names: usize,
-    arguments: &[&str],
-) -> Result<Box<dyn Any>> {
     let mut hosts = String::new();
     for idx in 0..n_names {
         writeln!(hosts, "{} {}.service", frontend(idx).ip(), service_name(idx))?;
@@ -158,12 +142,14 @@ fn spawn_dnsmasq(
     let config = peers::render("dnsmasq.conf", &none, frontend, files.path())?;
     let mut command = node.hop_place().command("dnsmasq");
     command.arg("--keep-in-foreground").arg(format!("--conf-file={}", config.display()));
-    command.args(arguments);
     Ok(Box::new(Process::spawn("dnsmasq", command)?))
 }
 
 /// The resolver that others forward to. Its answers may not be kept: TTL 0.
-fn start_upstream(node: &Node) -> Result<Process> {
+///
+/// # Errors
+/// When it can't be started.
+pub fn start_upstream(node: &Node) -> Result<Process> {
     let mut command = node.backend_place().command("dnsmasq");
     command.args(["--keep-in-foreground", "--conf-file=/dev/null", "--pid-file="]);
     command.args(["--user=root", "--no-resolv", "--no-hosts", "--bind-interfaces"]);
@@ -207,17 +193,32 @@ fn service_name(idx: usize) -> String {
 
 /// Writes the questions for names below a domain, as dnsperf reads them.
 fn write_questions(dir: &Path, domain: &str, n_names: usize) -> Result<PathBuf> {
+    write_questions_for((0..n_names).map(service_name), dir, domain)
+}
+
+/// The same for these names.
+///
+/// # Errors
+/// When they can't be written.
+pub fn write_questions_for(
+    names: impl Iterator<Item = String>,
+    dir: &Path,
+    domain: &str,
+) -> Result<PathBuf> {
     let path = dir.join(format!("{domain}.questions"));
     let mut text = String::new();
-    for idx in 0..n_names {
-        writeln!(text, "{}.{domain} A", service_name(idx))?;
+    for name in names {
+        writeln!(text, "{name}.{domain} A")?;
     }
     fs::write(&path, text).with_context(|| format!("write {}", path.display()))?;
     Ok(path)
 }
 
 /// Asks for a name until there is an address, which is to be this one unless it is empty.
-fn await_answer(place: Place<'_>, at: SocketAddrV4, name: &str, expected: &str) -> Result<()> {
+///
+/// # Errors
+/// When there is none in time.
+pub fn await_answer(place: Place<'_>, at: SocketAddrV4, name: &str, expected: &str) -> Result<()> {
     let mut said = String::new();
     for _ in 0..N_LOOKS {
         let mut dig = place.command("dig");

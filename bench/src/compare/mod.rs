@@ -1,0 +1,507 @@
+//! Two nohop binaries side by side, such as the last release and what is to be the next: whether the
+//! new one is better or worse, quantity by quantity.
+//!
+//! Each round starts both anew, each on nodes of its own, and measures both part by part, in turns whose
+//! order is random; its ratio is the median of the turns' ratios: so a round's ratio has in it what differs from one start to the next, such as where the
+//! kernel's maps lie in memory, and the rounds are independent of each other. What comes out worse is
+//! measured a second time, in rounds of its own, and is worse only if it is so again: of
+//! nineteen quantities whose intervals have the truth in 95% of cases, one is expected to miss it in each
+//! run.
+
+mod site;
+mod verdict;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use clap::ValueEnum;
+use lb_tests::run;
+use serde::Serialize;
+
+use crate::machine::Machine;
+use crate::number;
+use crate::progress::{Progress, duration};
+use crate::random::Random;
+use crate::report::Better;
+use crate::stats::{Interval, MIN_ROUNDS, Spread};
+
+use site::{N_TURNS, Site};
+pub use verdict::{TOO_WIDE, Verdict};
+
+/// What is asked for.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The binary that is compared with.
+    pub old: PathBuf,
+    /// The binary that is judged.
+    pub new: PathBuf,
+    /// What is measured, in this order.
+    pub parts: Vec<Part>,
+    /// Whether it is to be over in a few minutes.
+    pub is_quick: bool,
+    /// As many rounds as this, however long they take; else as many as fit into the time.
+    pub n_rounds: Option<usize>,
+    /// The services of the daemon that has many.
+    pub n_services: usize,
+    /// The seed of the order in which the two take turns.
+    pub seed: u64,
+    /// Where the JSON is written.
+    pub out: PathBuf,
+}
+
+/// What is measured together; a name of a suite stands for what that suite measures of nohop alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Part {
+    /// Start, first sync, one change, memory
+    Scale,
+    /// connect() to a VIP, and the connect hook
+    Connect,
+    /// Datagrams, and the hooks that they run
+    Udp,
+    /// Queries of the zone, and forwarded ones
+    Dns,
+}
+
+/// A number of NEW and of OLD.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Quantity {
+    Ready,
+    ReadyCpu,
+    FirstSync,
+    Change,
+    Resident,
+    Maps,
+    ConnectFew,
+    ConnectMany,
+    HitFew,
+    HitMany,
+    Miss,
+    RoundTrip,
+    HookSend,
+    HookReceive,
+    ZoneRate,
+    ZoneCpu,
+    ForwardedRate,
+    ForwardedCpu,
+    ForwardedP99,
+}
+
+const ALL: [Quantity; 19] = [
+    Quantity::Ready,
+    Quantity::ReadyCpu,
+    Quantity::FirstSync,
+    Quantity::Change,
+    Quantity::Resident,
+    Quantity::Maps,
+    Quantity::ConnectFew,
+    Quantity::ConnectMany,
+    Quantity::HitFew,
+    Quantity::HitMany,
+    Quantity::Miss,
+    Quantity::RoundTrip,
+    Quantity::HookSend,
+    Quantity::HookReceive,
+    Quantity::ZoneRate,
+    Quantity::ZoneCpu,
+    Quantity::ForwardedRate,
+    Quantity::ForwardedCpu,
+    Quantity::ForwardedP99,
+];
+
+impl Quantity {
+    /// What it belongs to, its unit, its name (`MANY` stands for the number of services).
+    fn describe(self) -> (Part, &'static str, &'static str) {
+        match self {
+            Quantity::Ready => (Part::Scale, "ms", "start until ready, MANY services"),
+            Quantity::ReadyCpu => {
+                (Part::Scale, "ms", "start until ready, MANY services, processor time")
+            }
+            Quantity::FirstSync => (Part::Scale, "ms", "first sync of MANY services into the maps"),
+            Quantity::Change => (Part::Scale, "ms", "one change among MANY, rename to map"),
+            Quantity::Resident => (Part::Scale, "MB", "resident memory, MANY services"),
+            Quantity::Maps => (Part::Scale, "MB", "kernel memory of the maps, MANY services"),
+            Quantity::ConnectFew => {
+                (Part::Connect, "ns", "connect() to a VIP, 10 services in turn")
+            }
+            Quantity::ConnectMany => {
+                (Part::Connect, "ns", "connect() to a VIP, MANY services in turn")
+            }
+            Quantity::HitFew => (Part::Connect, "ns", "connect hook, hit, 10 services in turn"),
+            Quantity::HitMany => (Part::Connect, "ns", "connect hook, hit, MANY services in turn"),
+            Quantity::Miss => (Part::Connect, "ns", "connect hook, miss, MANY services"),
+            Quantity::RoundTrip => (Part::Udp, "us", "UDP round trip to a VIP, unconnected socket"),
+            Quantity::HookSend => (Part::Udp, "ns", "sendmsg hook, a datagram to a VIP"),
+            Quantity::HookReceive => (Part::Udp, "ns", "recvmsg hook, a datagram from a VIP"),
+            Quantity::ZoneRate => (Part::Dns, "queries/s", "DNS, zone of MANY names"),
+            Quantity::ZoneCpu => (Part::Dns, "us", "DNS, zone, processor time a query"),
+            Quantity::ForwardedCpu => (Part::Dns, "us", "DNS, forwarded, processor time a query"),
+            Quantity::ForwardedRate => (Part::Dns, "queries/s", "DNS, forwarded"),
+            Quantity::ForwardedP99 => {
+                (Part::Dns, "us", "DNS, forwarded, 99th percentile at 40% of the rate")
+            }
+        }
+    }
+
+    fn name(self, n_services: usize) -> String {
+        self.describe().2.replace("MANY", &number::count(n_services as f64))
+    }
+
+    fn better(self) -> Better {
+        match self {
+            Quantity::ZoneRate | Quantity::ForwardedRate => Better::Higher,
+            _ => Better::Lower,
+        }
+    }
+}
+
+/// One binary's numbers in one round, by turn.
+#[derive(Debug, Default)]
+struct Samples {
+    turn: usize,
+    by_quantity: BTreeMap<Quantity, [Option<f64>; N_TURNS]>,
+}
+
+impl Samples {
+    /// Adds a number in the present turn.
+    fn add(&mut self, quantity: Quantity, value: f64) {
+        self.by_quantity.entry(quantity).or_default()[self.turn] = Some(value);
+    }
+
+    fn turns(&self, quantity: Quantity) -> [Option<f64>; N_TURNS] {
+        self.by_quantity.get(&quantity).copied().unwrap_or_default()
+    }
+
+    /// The median of the turns; `None` where there is none.
+    fn median(&self, quantity: Quantity) -> Option<f64> {
+        Some(Spread::of(self.turns(quantity).into_iter().flatten())?.median)
+    }
+}
+
+/// The two binaries, as indices.
+const OLD: usize = 0;
+const NEW: usize = 1;
+
+/// How long rounds go on being started, and how many there are at least and at most.
+struct Budget {
+    time: Duration,
+    rounds: std::ops::RangeInclusive<usize>,
+}
+
+/// The first pass, and what is worse again. A quick run is over in four minutes.
+const QUICK: Budget = Budget { time: Duration::from_secs(120), rounds: 7..=25 };
+const QUICK_AGAIN: Budget = Budget { time: Duration::from_secs(60), rounds: 6..=25 };
+const FULL: Budget = Budget { time: Duration::from_secs(900), rounds: 15..=60 };
+
+/// All that a comparison found.
+#[derive(Debug, Serialize)]
+pub struct Comparison {
+    /// The two binaries.
+    pub old: Binary,
+    /// See `old`.
+    pub new: Binary,
+    /// The day, as 2026-11-25.
+    pub date: String,
+    /// Whether it was a quick run.
+    pub is_quick: bool,
+    /// The seed of the order within the rounds.
+    pub seed: u64,
+    /// Where it ran.
+    pub machine: Machine,
+    /// The load average over a minute at the end, this run's own load included.
+    pub load_after: f64,
+    /// What was compared.
+    pub quantities: Vec<Compared>,
+    /// What failed.
+    pub notes: Vec<String>,
+}
+
+/// A binary.
+#[derive(Clone, Debug, Serialize)]
+pub struct Binary {
+    /// Where it is.
+    pub path: PathBuf,
+    /// What it says of its version.
+    pub version: String,
+}
+
+/// A quantity of both.
+#[derive(Debug, Serialize)]
+pub struct Compared {
+    /// What it is.
+    pub name: String,
+    /// What it belongs to.
+    pub suite: Part,
+    /// Its unit.
+    pub unit: &'static str,
+    /// Which direction is better.
+    pub better: Better,
+    /// OLD's samples, by round.
+    pub old: Vec<Option<f64>>,
+    /// NEW's samples, by round.
+    pub new: Vec<Option<f64>>,
+    /// The median of the rounds' ratios of NEW to OLD, each the median of its turns', and its 95%
+    /// interval.
+    pub ratio: Option<Interval>,
+    /// Where that was worse at first: the interval of the first pass. All else here is of the second.
+    pub first: Option<Interval>,
+    /// What it comes to.
+    pub verdict: Verdict,
+}
+
+/// Compares, prints, writes the JSON; fails where NEW is worse.
+///
+/// # Errors
+/// When nothing can be measured, or the JSON can't be written.
+pub fn run(options: &Options) -> Result<ExitCode> {
+    let binary = |path: &PathBuf| -> Result<Binary> {
+        let path = fs::canonicalize(path).with_context(|| format!("find {}", path.display()))?;
+        let version = run::words(&path.display().to_string(), "--version")
+            .with_context(|| format!("{} isn't a nohop that runs here", path.display()))?;
+        Ok(Binary { path, version: version.trim().to_owned() })
+    };
+    let binaries = [binary(&options.old)?, binary(&options.new)?];
+    let machine = Machine::look();
+    let mut run =
+        Run { options, binaries: &binaries, notes: vec![], random: Random::new(options.seed) };
+    let budget = if options.is_quick { QUICK } else { FULL };
+    let mut quantities = run.pass(&options.parts, &budget)?;
+
+    let mut again: Vec<Part> =
+        quantities.iter().filter(|q| q.verdict.fails()).map(|q| q.suite).collect();
+    again.dedup();
+    if !again.is_empty() {
+        let budget = if options.is_quick { QUICK_AGAIN } else { FULL };
+        for second in run.pass(&again, &budget)? {
+            let first = quantities.iter_mut().find(|first| first.name == second.name);
+            if let Some(first) = first.filter(|first| first.verdict.fails()) {
+                *first = Compared { first: first.ratio, ..second };
+            }
+        }
+    }
+    let notes = run.notes;
+    let [old, new] = binaries;
+    let comparison = Comparison {
+        old,
+        new,
+        date: run::words("date", "+%F")?.trim().to_owned(),
+        is_quick: options.is_quick,
+        seed: options.seed,
+        machine,
+        load_after: Machine::look().load_before,
+        quantities,
+        notes,
+    };
+    print!("{}", render(&comparison));
+    let file = options.out.join(format!("{}-compare.json", comparison.date));
+    let json = serde_json::to_string_pretty(&comparison).context("the comparison as JSON")?;
+    fs::write(&file, json + "\n").with_context(|| format!("write {}", file.display()))?;
+    println!("{}", file.display());
+    let is_worse = comparison.quantities.iter().any(|quantity| quantity.verdict.fails());
+    Ok(if is_worse { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+struct Run<'a> {
+    options: &'a Options,
+    binaries: &'a [Binary; 2],
+    notes: Vec<String>,
+    random: Random,
+}
+
+impl Run<'_> {
+    /// Goes through rounds, after one that warms up and isn't counted.
+    fn pass(&mut self, parts: &[Part], budget: &Budget) -> Result<Vec<Compared>> {
+        let options = Options { parts: parts.to_vec(), ..self.options.clone() };
+        let most = options.n_rounds.unwrap_or(*budget.rounds.end());
+        let mut progress =
+            Progress::new("compare", options.n_rounds.map_or(0, |n_rounds| n_rounds + 1));
+        progress.step("warm-up");
+        let warm_up = self.round(&options, None)?;
+        // Well below what the slower one can do.
+        let slowest = warm_up.iter().filter_map(|found| found.median(Quantity::ForwardedRate));
+        let slowest = slowest.fold(f64::INFINITY, f64::min);
+        let forwarded_rate = slowest.is_finite().then_some(slowest * 0.4);
+
+        let start = Instant::now();
+        let mut rounds: Vec<[Samples; 2]> = Vec::new();
+        loop {
+            let n_rounds = rounds.len();
+            let mean = start.elapsed() / n_rounds.max(1) as u32;
+            let is_over =
+                start.elapsed() + mean > budget.time && n_rounds >= *budget.rounds.start();
+            if n_rounds >= most || (options.n_rounds.is_none() && is_over) {
+                break;
+            }
+            let left = duration(budget.time.saturating_sub(start.elapsed()).as_secs_f64());
+            progress.step(&if options.n_rounds.is_some() {
+                "both binaries".to_owned()
+            } else {
+                format!("both binaries; rounds begin for {left} more")
+            });
+            rounds.push(self.round(&options, forwarded_rate)?);
+        }
+        let of_parts = ALL.into_iter().filter(|quantity| parts.contains(&quantity.describe().0));
+        Ok(of_parts.map(|quantity| compared(quantity, &rounds, options.n_services)).collect())
+    }
+
+    /// Starts both, and measures each part of both, in an order of its own. A part that can't be measured is
+    /// noted.
+    fn round(&mut self, options: &Options, forwarded_rate: Option<f64>) -> Result<[Samples; 2]> {
+        let mut found = [Samples::default(), Samples::default()];
+        let mut order = [OLD, NEW];
+        let mut sites = [None, None];
+        self.random.shuffle(&mut order);
+        for which in order {
+            match Site::start(&self.binaries[which].path, options) {
+                Ok(site) => sites[which] = Some(site),
+                Err(error) => self.note(which, "start", &error),
+            }
+        }
+        ensure!(sites.iter().any(Option::is_some), "neither starts: {}", self.notes.join("; "));
+        let turns = options.parts.iter().flat_map(|part| (0..N_TURNS).map(move |n| (*part, n)));
+        for (part, turn) in turns {
+            self.random.shuffle(&mut order);
+            for which in order {
+                let Some(site) = &sites[which] else { continue };
+                found[which].turn = turn;
+                let measured = site.measure(part, turn, forwarded_rate, &mut found[which]);
+                if let Err(error) = measured {
+                    self.note(which, &format!("{part:?}"), &error);
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    fn note(&mut self, which: usize, what: &str, error: &anyhow::Error) {
+        let (name, text) = (["OLD", "NEW"][which], format!("{error:#}"));
+        let note = format!("{name}, {what}: {}", text.lines().next().unwrap_or_default());
+        if !self.notes.contains(&note) {
+            self.notes.push(note);
+        }
+    }
+}
+
+fn compared(quantity: Quantity, rounds: &[[Samples; 2]], n_services: usize) -> Compared {
+    let of = |which: usize| -> Vec<Option<f64>> {
+        rounds.iter().map(|round| round[which].median(quantity)).collect()
+    };
+    let ratio_of = |round: &[Samples; 2]| {
+        let [old, new] = [OLD, NEW].map(|which| round[which].turns(quantity));
+        Some(Spread::of_ratios(&new, &old)?.median)
+    };
+    let (old, new) = (of(OLD), of(NEW));
+    let n = |samples: &[Option<f64>]| samples.iter().flatten().count();
+    let (suite, unit, _) = quantity.describe();
+    let ratio = Interval::of(rounds.iter().filter_map(ratio_of));
+    let verdict = match (n(&old), n(&new)) {
+        (0, _) => Verdict::NotMeasured,
+        (_, 0) => Verdict::Failed,
+        // As good as none: it fails most of the time.
+        (n_old, n_new) if n_old >= MIN_ROUNDS && n_new < n_old / 2 => Verdict::Failed,
+        _ => Verdict::of(ratio, quantity.better()),
+    };
+    let (name, better) = (quantity.name(n_services), quantity.better());
+    Compared { name, suite, unit, better, old, new, ratio, first: None, verdict }
+}
+
+/// As text for a terminal.
+fn render(comparison: &Comparison) -> String {
+    let mut text = String::new();
+    let path = |path: &Path| path.display().to_string();
+    let Comparison { old, new, machine, .. } = comparison;
+    let mut line = |words: String| {
+        text += &words;
+        text.push('\n');
+    };
+    line(format!("OLD {} ({})", path(&old.path), old.version));
+    line(format!("NEW {} ({})", path(&new.path), new.version));
+    line(machine.caption());
+    line(format!(
+        "seed {}; load {:.2} before, {:.2} after",
+        comparison.seed, machine.load_before, comparison.load_after
+    ));
+    line(format!(
+        "\n{:<48} {:>10} {:>10}  {:<21} {:>6}  NEW is",
+        "", "OLD", "NEW", "NEW/OLD, 95% interval", "rounds"
+    ));
+    for quantity in &comparison.quantities {
+        let median = |samples: &[Option<f64>]| {
+            let spread = Spread::of(samples.iter().copied().flatten());
+            spread.map_or_else(
+                || number::NONE.into(),
+                |spread| number::humane(spread.median, quantity.unit),
+            )
+        };
+        let interval = |ratio: Option<Interval>| {
+            ratio.map_or_else(
+                || number::NONE.to_owned(),
+                |ratio| format!("{:.3} ({:.3}-{:.3})", ratio.median, ratio.low, ratio.high),
+            )
+        };
+        let first = match quantity.first {
+            Some(first) => format!("; at first {}", interval(Some(first))),
+            None => String::new(),
+        };
+        let better = if quantity.better == Better::Higher { ", higher is better" } else { "" };
+        line(format!(
+            "{:<48} {:>10} {:>10}  {:<21} {:>6}  {}{first}",
+            format!("{}{better}", quantity.name),
+            median(&quantity.old),
+            median(&quantity.new),
+            interval(quantity.ratio),
+            quantity.new.iter().flatten().count(),
+            quantity.verdict,
+        ));
+    }
+    for note in &comparison.notes {
+        line(format!("note: {note}"));
+    }
+    line(format!(
+        "\nundecided: the interval has 1 in it and reaches further than {:.0}% from it, or there are fewer than \
+         {MIN_ROUNDS} rounds; run it longer, on a quieter machine",
+        TOO_WIDE * 100.0
+    ));
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rounds(new: impl Fn(usize) -> Option<f64>) -> Vec<[Samples; 2]> {
+        let samples = |value: Option<f64>| {
+            let mut samples = Samples::default();
+            value.into_iter().for_each(|value| samples.add(Quantity::Miss, value));
+            samples
+        };
+        (0..20).map(|round| [samples(Some(100.0 + round as f64)), samples(new(round))]).collect()
+    }
+
+    #[test]
+    fn binaries_are_compared_round_by_round() {
+        let verdict = |new: &dyn Fn(usize) -> Option<f64>| {
+            compared(Quantity::Miss, &rounds(new), 10_000).verdict
+        };
+        // The machine gets slower all the time; what counts is the ratio within a round.
+        assert_eq!(verdict(&|round| Some(100.0 + round as f64)), Verdict::NoWorse);
+        assert_eq!(verdict(&|round| Some((100.0 + round as f64) * 1.05)), Verdict::Worse);
+        assert_eq!(verdict(&|round| Some((100.0 + round as f64) * 0.95)), Verdict::Better);
+        assert_eq!(verdict(&|_| None), Verdict::Failed);
+        assert_eq!(verdict(&|round| (round < 5).then_some(100.0)), Verdict::Failed);
+        assert_eq!(compared(Quantity::Miss, &[], 10_000).verdict, Verdict::NotMeasured,);
+    }
+
+    #[test]
+    fn quantities_have_names_of_their_own() {
+        let mut names: Vec<String> = ALL.iter().map(|quantity| quantity.name(10_000)).collect();
+        assert!(names.contains(&"DNS, zone of 10k names".to_owned()), "{names:?}");
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), ALL.len());
+    }
+}
