@@ -5,6 +5,7 @@ mod check;
 mod config_check;
 mod dial;
 mod dns;
+mod instance;
 mod metrics;
 mod reload;
 mod run;

@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 
+use super::instance::known_as;
 use crate::admin::api::{
     Backend, Explanation, MapStatus, PoolStatus, Service, Status, WatchStatus,
 };
@@ -95,7 +96,8 @@ pub fn explanation(explanation: &Explanation) -> String {
         service(&mut text, each, each.name.len());
     }
     for excluded in &explanation.excluded {
-        let place = place(&excluded.address, &excluded.node, &excluded.id);
+        let id = known_as(&excluded.id, &explanation.name);
+        let place = place(&excluded.address, &excluded.node, &id);
         line(&mut text, format!("  {:<10} {place}  {}", "out", excluded.reason));
     }
     text
@@ -135,13 +137,14 @@ fn service(text: &mut String, service: &Service, width: usize) {
         line(text, "  no backend: dials are refused".to_owned());
     }
     for backend in &service.backends {
-        line(text, format!("  {}", self::backend(backend)));
+        line(text, format!("  {}", self::backend(backend, &service.name)));
     }
 }
 
-fn backend(backend: &Backend) -> String {
+fn backend(backend: &Backend, service: &str) -> String {
     let state = format!("{:?}", backend.state).to_lowercase();
-    let place = place(&backend.address, &backend.node, &backend.id);
+    let id = known_as(&backend.id, service);
+    let place = place(&backend.address, &backend.node, &id);
     let reason = backend.reason.as_ref().map(|reason| format!("  {reason}")).unwrap_or_default();
     let (weight, connects) = (backend.weight, backend.connects);
     format!("{state:<10} {place}  weight {weight}  connects {connects}{reason}")
@@ -225,6 +228,23 @@ mod tests {
         let text = "helloworld  127.186.3.9:any and [fd00::9]:any  both, random, dials 7, \
                     refused 0\n  ~ something is odd\n";
         assert!(services(&[odd]).starts_with(text));
+    }
+
+    #[test]
+    fn instances_of_nomad_are_shown_as_allocations() {
+        let mut service = helloworld();
+        let id = "_nomad-task-39e25890-23fb-7513-b98f-97a5310046ad-group-web-helloworld-http";
+        service.backends[0].id = id.into();
+        let excluded = vec![Excluded {
+            address: "10.0.0.8:1".into(),
+            node: "n2".into(),
+            id: id.replace("39e2", "40e2"),
+            reason: "check `web` is critical".into(),
+        }];
+        let (name, dial) = (service.name.clone(), "a dial goes somewhere".into());
+        let text = explanation(&Explanation { name, dial, service: Some(service), excluded });
+        assert!(text.contains("  n1/alloc 39e25890 web  weight 1  "), "{text}");
+        assert!(text.contains("  n2/alloc 40e25890 web  check `web`"), "{text}");
     }
 
     #[test]

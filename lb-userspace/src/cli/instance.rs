@@ -1,0 +1,80 @@
+//! What a person knows an instance by.
+
+/// What Nomad's ids of instances begin with (`makeAllocServiceID` in nomad's
+/// command/agent/consul/service_client.go); an allocation's UUID follows.
+const PREFIX: &str = "_nomad-task-";
+
+/// The length of a UUID's text.
+const UUID: usize = 36;
+
+/// `alloc 39e25890 web`, the allocation's short id and its group or task, for an instance of
+/// `service` that Nomad registered; other instances are known by their id.
+///
+/// The parts of an id are joined by hyphens, which they may have in themselves, so the service's
+/// name, which is known, tells them apart.
+pub fn known_as(id: &str, service: &str) -> String {
+    nomad(id, service).unwrap_or_else(|| id.to_owned())
+}
+
+fn nomad(id: &str, service: &str) -> Option<String> {
+    let (alloc, rest) = id.strip_prefix(PREFIX)?.split_at_checked(UUID)?;
+    let is_uuid = alloc.bytes().enumerate().all(|(at, octet)| match at {
+        8 | 13 | 18 | 23 => octet == b'-',
+        _ => octet.is_ascii_hexdigit(),
+    });
+    let rest = rest.strip_prefix('-').filter(|_| is_uuid)?;
+    let short = &alloc[..8];
+    // A group's service, or one of a task that may be called `group` itself.
+    let owner = rest
+        .strip_prefix("group-")
+        .and_then(|rest| before_service(rest, service))
+        .or_else(|| before_service(rest, service));
+    Some(match owner {
+        Some(owner) => format!("alloc {short} {owner}"),
+        None => format!("alloc {short}"),
+    })
+}
+
+/// What stands before `-SERVICE-PORT`; the service's name in whatever case, the port's label may be
+/// empty.
+fn before_service<'a>(text: &'a str, service: &str) -> Option<&'a str> {
+    let wanted = format!("-{}-", service.to_ascii_lowercase());
+    let at = text.to_ascii_lowercase().rfind(&wanted)?;
+    text.get(..at).filter(|owner| !owner.is_empty())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn instances_of_nomad_are_allocations() {
+        const ALLOC: &str = "39e25890-23fb-7513-b98f-97a5310046ad";
+        for (rest, service, expected) in [
+            ("group-web-helloworld-http", "helloworld", "alloc 39e25890 web"),
+            ("group-web-api-hello-world-http", "hello-world", "alloc 39e25890 web-api"),
+            ("group-api-api-api", "api", "alloc 39e25890 api"),
+            ("group-web-HelloWorld-http", "helloworld", "alloc 39e25890 web"),
+            ("group-web-helloworld-", "helloworld", "alloc 39e25890 web"),
+            ("server-redis-db", "redis", "alloc 39e25890 server"),
+            ("group-web-http", "web", "alloc 39e25890 group"),
+            ("group-web-other-http", "helloworld", "alloc 39e25890"),
+            ("group-wéb-helloworld-http", "helloworld", "alloc 39e25890 wéb"),
+        ] {
+            let id = format!("_nomad-task-{ALLOC}-{rest}");
+            assert_eq!(known_as(&id, service), expected, "{id}");
+        }
+        for id in [
+            "web-1",
+            "",
+            "_nomad-task-",
+            "_nomad-task-39e25890",
+            "_nomad-task-39e25890-23fb-7513-b98f-97a5310046ad",
+            "_nomad-task-39e25890x23fb-7513-b98f-97a5310046ad-group-web-web-http",
+            "_nomad-task-39e25890-23fb-7513-b98f-97a531004\u{e9}d-group-web-web-http",
+            "_nomad-server-abcdefgh-nomad-http",
+        ] {
+            assert_eq!(known_as(id, "web"), id);
+        }
+    }
+}
