@@ -61,6 +61,24 @@ fn a_configuration_is_checked_without_a_daemon() {
 }
 
 #[test]
+fn the_catalog_that_a_configuration_names_is_checked_along() {
+    let (_directory, catalog) = file("catalog.toml", "service = []\n");
+    let (_other, path) =
+        file("good.toml", &format!("catalog = {{ source = 'file', file = {catalog:?} }}\n"));
+    assert_eq!(nohop(&["config", "check", &path]).status.code(), Some(0));
+    std::fs::write(&catalog, "[[service]]\nport = 1\n").unwrap();
+    let output = nohop(&["config", "check", "--json", &path]);
+    assert_eq!(output.status.code(), Some(2));
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let problems = report["problems"].as_array().unwrap();
+    assert_eq!(problems.len(), 2, "{report:#}");
+    assert!(problems[0].as_str().unwrap().contains("catalog.toml:1: "), "{report:#}");
+    std::fs::remove_file(&catalog).unwrap();
+    let (code, text) = said(&nohop(&["config", "check", &path]));
+    assert!(code == Some(2) && text.contains(&catalog), "{text}");
+}
+
+#[test]
 fn a_bad_catalog_is_a_mistake_with_its_lines() {
     let (_directory, path) = file(
         "catalog.toml",

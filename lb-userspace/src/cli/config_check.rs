@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use serde::Serialize;
 
 use super::{USAGE, environment, write};
+use crate::catalog;
 use crate::config::{Config, Overrides};
 
 /// What was found.
@@ -16,11 +17,15 @@ struct Report {
     problems: Vec<String>,
 }
 
-/// Reads the file as `nohop run --config FILE` would, with the environment of this process, and
-/// prints what is wrong with it.
+/// Reads the file as `nohop run --config FILE` would, with the environment of this process, and the
+/// static catalog that it names; prints what is wrong with them.
 pub fn config_check(file: &Path, json: bool) -> anyhow::Result<ExitCode> {
     let problems = match Config::load(Some(file), Overrides::default(), &environment) {
-        Ok(_) => Vec::new(),
+        // A mistake in a static catalog keeps the daemon from starting as well.
+        Ok(config) => match catalog::check(&config) {
+            Ok(()) => Vec::new(),
+            Err(error) => error.to_string().lines().map(str::to_owned).collect(),
+        },
         Err(errors) => errors.0.iter().map(ToString::to_string).collect(),
     };
     let report = Report { ok: problems.is_empty(), problems };
