@@ -10,11 +10,22 @@ use crate::cluster::{Cluster, SOON};
 pub fn story() -> Result<()> {
     let cluster = Cluster::new(1)?;
     let consul = &cluster.server;
+    // The client node has a bridge as Docker makes it, and so has the backend node, by its records.
+    for arguments in [
+        "link add docker0 type bridge",
+        "address add 172.17.0.1/16 dev docker0",
+        "link set docker0 up",
+    ] {
+        cluster.nodes.client.ip(arguments)?;
+    }
     // The id of an instance, what makes it bad, and a word of the reason.
     let bad = [
         ("no-port", json!({ "Port": 0 }), "port"),
         ("host-name", json!({ "Address": "backend.example" }), "looked up"),
         ("link-local", json!({ "Address": "fe80::1" }), "link-local"),
+        ("link-local-4", json!({ "Address": "169.254.9.9" }), "link-local"),
+        ("other-bridge", json!({ "Address": "172.17.0.1" }), "bridge `docker0`"),
+        ("unspecified", json!({ "Address": "::ffff:0.0.0.0" }), "no host's address"),
         ("in-pool", json!({ "Address": "127.200.0.1" }), "pool"),
         ("other-loopback", json!({ "Address": "127.0.0.1" }), "loopback"),
         (
@@ -34,6 +45,10 @@ pub fn story() -> Result<()> {
         consul.register(&instance)?;
     }
     consul.register(&instance("no.label", "no.label", cluster.helloworlds[0].address))?;
+    // The same endpoint once more, and once more under a name that DNS can't tell from it.
+    let first = cluster.helloworlds[0].address;
+    consul.register(&instance("helloworld", "again", first))?;
+    consul.register(&instance("HelloWorld", "camel", first))?;
     // What is registered last arrives last.
     let last = cluster.nodes.helloworld("last")?;
     consul.register(&instance("helloworld", "last", last.address))?;
@@ -51,7 +66,12 @@ pub fn story() -> Result<()> {
         ensure!(reason.to_lowercase().contains(word), "{id}: {reason:?} in {explained:#}");
         ensure!(found.is_some_and(|entry| entry["state"] != "healthy"), "{id}: {explained:#}");
     }
-    for (name, expected) in [("helloworld", "sidecar"), ("no.label", "DNS name")] {
+    for (name, expected) in [
+        ("helloworld", "sidecar"),
+        ("helloworld", "also registered as `backend/camel`, `backend/helloworld-0`"),
+        ("HelloWorld", "`HelloWorld` and `helloworld` are one service"),
+        ("no.label", "DNS name"),
+    ] {
         let output = cluster.nohop.cli(&format!("explain {name}"))?;
         let text = String::from_utf8_lossy(&output.stdout);
         ensure!(text.contains(expected), "nohop explain {name}: {text}");

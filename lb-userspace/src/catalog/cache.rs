@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
-use super::memory::{Memory, Remembered};
+use super::memory::{Agent, Memory, Remembered};
 use crate::table::Instance;
 
 /// The file's name, within the state directory.
@@ -62,7 +62,8 @@ type Millis = u64;
 #[derive(Serialize, Deserialize)]
 struct Body {
     origin: String,
-    node: Option<String>,
+    #[serde(default)]
+    agent: Option<Agent>,
     off: bool,
     names_at: Option<Millis>,
     services: BTreeMap<Arc<str>, Line>,
@@ -123,7 +124,7 @@ pub fn write(path: &Path, memory: &Memory) -> Result<(), WriteError> {
     });
     let body = Body {
         origin: memory.origin.clone(),
-        node: memory.node.clone(),
+        agent: memory.agent.clone(),
         off: memory.off,
         names_at: memory.names_at.map(|at| now.millis(at)),
         services: services.collect(),
@@ -212,7 +213,7 @@ fn remember(body: Body, now: Now, max_age: Duration) -> Memory {
     });
     Memory {
         origin: body.origin,
-        node: body.node,
+        agent: body.agent,
         off: body.off,
         names_at: body.names_at.and_then(|at| now.instant(at, max_age)),
         services: services.collect(),
@@ -226,7 +227,7 @@ fn boot() -> io::Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::table::{Says, Standing};
+    use crate::table::{Home, Says, Standing};
 
     const HOUR: Duration = Duration::from_secs(3600);
 
@@ -238,6 +239,7 @@ mod tests {
             port: 80,
             weight: 1,
             local: true,
+            home: Home::new("9d75", "dc1", ""),
             standing: Standing::Out("check `c` is critical".into()),
             says: Says { ports: Some("80".into()), protocol: None },
         };
@@ -245,7 +247,7 @@ mod tests {
             Remembered { instances: [instance].into(), answered_at: Some(now), used_at: Some(now) };
         Memory {
             origin: "here".into(),
-            node: Some("n1".into()),
+            agent: Some("n1".into()),
             off: true,
             names_at: Some(now),
             services: [("web".into(), web), ("cold".into(), Remembered::default())].into(),

@@ -4,21 +4,46 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::table::Instance;
+use serde::{Deserialize, Serialize};
+
+use crate::table::{Home, Instance};
 
 /// What a source knew, for the next one to begin with.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Memory {
     /// Whom it asked, and for what. Of another origin only the uses count.
     pub origin: String,
-    /// The name of this node, where the source had it.
-    pub node: Option<String>,
+    /// Which node this is, where the source has it.
+    pub agent: Option<Agent>,
     /// Whether nothing was to be translated.
     pub off: bool,
     /// When the list of names was answered last; `None` where it never was.
     pub names_at: Option<Instant>,
     /// Every name of the list, and what is known of it.
     pub services: BTreeMap<Arc<str>, Remembered>,
+}
+
+/// The node whose agent is asked, where that agent is this host's.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Agent {
+    /// The node's name.
+    pub name: String,
+    /// What tells it from others of the same name.
+    pub home: Home,
+}
+
+impl Agent {
+    /// Whether the instance runs on this node.
+    pub fn has(&self, instance: &Instance) -> bool {
+        self.name == instance.node && self.home.agrees_with(instance.home)
+    }
+}
+
+#[cfg(test)]
+impl From<&str> for Agent {
+    fn from(name: &str) -> Agent {
+        Agent { name: name.into(), home: Home::default() }
+    }
 }
 
 /// What is remembered of one service.

@@ -9,13 +9,16 @@ mod demand;
 mod file;
 #[cfg(any(fuzzing, test))]
 pub(crate) mod fuzzing;
+mod host;
 mod memory;
 mod output;
 pub mod resolve;
+mod stamp;
 mod stats;
 mod supervise;
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -122,13 +125,33 @@ pub fn check(config: &Config) -> Result<(), CatalogError> {
     }
 }
 
+/// Sees whether the source can be started by a daemon that starts: for a static catalog that can't be
+/// used, its last good copy in the state directory is enough.
+///
+/// # Errors
+/// As [`check`], where there is no copy either.
+pub fn check_first(config: &Config) -> Result<(), CatalogError> {
+    match &config.catalog.source {
+        Source::Consul => Ok(()),
+        Source::File(path) => Ok(file::check_first(path, &kept(config, path))?),
+    }
+}
+
+fn kept(config: &Config, path: &Path) -> file::Kept {
+    file::Kept::new(&config.state_dir, path)
+}
+
 /// Starts the source that the configuration names, on a thread of its own. The services `in_use`,
 /// in lower case, are live from the start, so that no catalog is without their instances.
 ///
 /// # Errors
-/// As [`check`].
+/// As [`check_first`].
 pub fn spawn(config: &Config, in_use: Vec<Arc<str>>) -> Result<Handle, CatalogError> {
-    let mut handle = Handle::of(first_output(config)?);
+    let output = Output::new(name(&config.catalog.source));
+    if let Source::File(path) = &config.catalog.source {
+        file::load_first(path, &kept(config, path), &output)?;
+    }
+    let mut handle = Handle::of(output);
     handle.keep(config, in_use, true);
     Ok(handle)
 }
@@ -138,17 +161,13 @@ pub fn spawn(config: &Config, in_use: Vec<Arc<str>>) -> Result<Handle, CatalogEr
 /// # Errors
 /// As [`check`].
 pub fn try_out(config: &Config) -> Result<Handle, CatalogError> {
-    let mut handle = Handle::of(first_output(config)?);
-    handle.keep(config, Vec::new(), false);
-    Ok(handle)
-}
-
-fn first_output(config: &Config) -> Result<Output, CatalogError> {
     let output = Output::new(name(&config.catalog.source));
     if let Source::File(path) = &config.catalog.source {
         file::load(path, &output)?;
     }
-    Ok(output)
+    let mut handle = Handle::of(output);
+    handle.keep(config, Vec::new(), false);
+    Ok(handle)
 }
 
 impl Handle {
@@ -210,10 +229,11 @@ impl Handle {
                 self.keep_source(name, source, Some((&config.catalog).into()));
             }
             Source::File(path) => {
+                let kept = is_cached.then(|| kept(config, path));
                 let path = path.clone();
                 let source: Life = Arc::new(move |output, wishes| {
                     wishes.decline();
-                    Box::pin(file::run(path.clone(), output))
+                    Box::pin(file::run(path.clone(), kept.clone(), output))
                 });
                 self.keep_source(name, source, None);
             }

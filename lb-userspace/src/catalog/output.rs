@@ -278,7 +278,7 @@ fn refused(catalog: &Catalog) -> Catalog {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::table::{Instance, Says, Watch};
+    use crate::table::{Home, Instance, Says, Watch};
 
     fn catalog() -> Catalog {
         let instance = Instance {
@@ -288,6 +288,7 @@ mod tests {
             port: 80,
             weight: 1,
             local: false,
+            home: Home::default(),
             standing: Standing::Serving,
             says: Says::default(),
         };

@@ -1,4 +1,5 @@
-//! Names that instances have for addresses: looked up by the system's resolver, and kept fresh.
+//! What the addresses of instances mean on this host: names that stand for some, looked up by the
+//! system's resolver and kept fresh, and the networks that are this host's own.
 //!
 //! Nothing waits for it: an instance whose name has no answer yet is unroutable meanwhile, and a
 //! name that gets no answer any more keeps the last one.
@@ -9,16 +10,28 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use futures_util::stream::BoxStream;
+use futures_util::{FutureExt, StreamExt};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use crate::table::{Host, Hosts};
+use super::host::Bridges;
+use crate::table::{Bridge, Host, Hosts};
 
 /// How long an answer is taken for fresh; then the name is looked up again.
 const FRESH: Duration = Duration::from_secs(30);
 
 /// How long it takes until a failed lookup is repeated.
 const RETRY: Duration = Duration::from_secs(5);
+
+/// How long an address counts that a rotating name doesn't give any more.
+const ROTATION: Duration = Duration::from_secs(5 * 60);
+
+/// The most addresses of a name that are remembered.
+const MAX_SEEN: usize = 64;
+
+/// How often this host's bridges are looked at, should the kernel's messages have been lost.
+const LOOK: Duration = Duration::from_secs(60);
 
 /// How many lookups may be under way: each holds a thread (getaddrinfo blocks), for as long as the
 /// system's resolver takes to give up.
@@ -33,13 +46,22 @@ pub struct Resolver {
 }
 
 impl Resolver {
-    /// Starts it on the current tokio runtime. `domain` is the zone that is ours: names in it would
-    /// lead back to where they come from.
-    pub fn start(domain: &str) -> Resolver {
+    /// Starts it on the current tokio runtime, and knows this host's bridges then. `domain` is the zone
+    /// that is ours: names in it would lead back to where they come from.
+    pub async fn start(domain: &str) -> Resolver {
+        let (kernel, changes) = match Bridges::listen() {
+            Ok((kernel, changes)) => (Some(kernel), changes.boxed()),
+            Err(error) => {
+                tracing::warn!("this host's bridges can't be told from others' ({error})");
+                (None, futures_util::stream::pending().boxed())
+            }
+        };
+        let mut book = Book::new(domain);
+        look(kernel.as_ref(), &mut book).await;
         let (wanted, names) = watch::channel(BTreeSet::new());
-        let (publish, hosts) = watch::channel(Arc::default());
+        let (publish, hosts) = watch::channel(Arc::new(book.hosts()));
         let mut task = JoinSet::new();
-        task.spawn(run(Book::new(domain), names, publish));
+        task.spawn(run(book, kernel, changes, names, publish));
         Resolver { wanted, hosts, _task: task }
     }
 
@@ -67,10 +89,13 @@ impl Resolver {
 
 async fn run(
     mut book: Book,
+    kernel: Option<Bridges>,
+    mut changes: BoxStream<'static, ()>,
     mut wanted: watch::Receiver<BTreeSet<String>>,
     publish: watch::Sender<Arc<Hosts>>,
 ) {
     let mut lookups = JoinSet::new();
+    let mut looks = tokio::time::interval(LOOK);
     loop {
         while lookups.len() < N_LOOKUPS
             && let Some(name) = book.next(Instant::now())
@@ -100,8 +125,33 @@ async fn run(
                 }
                 book.want(&wanted.borrow_and_update(), Instant::now());
             }
+            Some(()) = changes.next() => {
+                // Those that came together are one.
+                drain(&mut changes);
+                look(kernel.as_ref(), &mut book).await;
+            }
+            _ = looks.tick() => look(kernel.as_ref(), &mut book).await,
             () = sleep(rest) => {}
         }
+    }
+}
+
+fn drain(changes: &mut BoxStream<'static, ()>) {
+    while let Some(Some(())) = changes.next().now_or_never() {}
+}
+
+async fn look(kernel: Option<&Bridges>, book: &mut Book) {
+    let Some(kernel) = kernel else { return };
+    match kernel.look().await {
+        Ok(bridges) => {
+            if book.bridges != bridges {
+                let shown: Vec<_> =
+                    bridges.iter().map(|b| format!("{} {}", b.name, b.network)).collect();
+                tracing::info!("networks on bridges of this host alone: [{}]", shown.join(", "));
+            }
+            book.bridges = bridges;
+        }
+        Err(error) => tracing::warn!("can't list this host's bridges ({error})"),
     }
 }
 
@@ -117,12 +167,56 @@ async fn sleep(time: Option<Duration>) {
 struct Book {
     domain: String,
     names: BTreeMap<String, Entry>,
+    bridges: Vec<Bridge>,
 }
 
 #[derive(Debug)]
 struct Entry {
     host: Option<Host>,
     state: State,
+    /// The addresses that it had lately, and when last.
+    seen: BTreeMap<IpAddr, Instant>,
+    /// Until when it counts as one that gives some of its addresses in turn.
+    rotates_until: Option<Instant>,
+}
+
+impl Entry {
+    /// Takes in the addresses that a lookup found; `None` where it found none.
+    ///
+    /// The present one stays while it is among them, since each change ends connections; of others
+    /// every node takes the first, IPv4 before IPv6. A name that gives some of many in turn, as load
+    /// balancers of clouds do, has it back sooner or later: once one came back, the present one stays
+    /// for [`ROTATION`] without being seen.
+    fn choose(&mut self, found: &[IpAddr], now: Instant) -> Option<Host> {
+        let first = *found.iter().min()?;
+        let is_recent = |at: &Instant| now.saturating_duration_since(*at) < ROTATION;
+        self.seen.retain(|_, at| is_recent(at));
+        let previous = self.seen.values().max().copied();
+        let came_back = |address| self.seen.get(address).is_some_and(|at| Some(*at) != previous);
+        if found.iter().any(came_back) {
+            self.rotates_until = Some(now + ROTATION);
+        }
+        for address in found.iter().take(MAX_SEEN) {
+            if self.seen.len() < MAX_SEEN || self.seen.contains_key(address) {
+                self.seen.insert(*address, now);
+            }
+        }
+        let rotates = self.rotates_until.is_some_and(|until| now < until);
+        let present = match self.host {
+            Some(Host::At { address, .. }) => Some(address),
+            _ => None,
+        };
+        let stays = |address: &IpAddr| {
+            found.contains(address) || rotates && self.seen.contains_key(address)
+        };
+        Some(match (&self.host, present.filter(stays)) {
+            (Some(Host::At { is_one_of_many, .. }), Some(address)) => {
+                let is_one_of_many = *is_one_of_many || self.seen.len() > 1;
+                Host::At { address, is_one_of_many }
+            }
+            _ => Host::At { address: first, is_one_of_many: found.iter().any(|a| *a != first) },
+        })
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -137,7 +231,7 @@ enum State {
 
 impl Book {
     fn new(domain: &str) -> Book {
-        Book { domain: domain.to_ascii_lowercase(), names: BTreeMap::new() }
+        Book { domain: domain.to_ascii_lowercase(), names: BTreeMap::new(), bridges: Vec::new() }
     }
 
     /// Takes in which names are wanted: new ones are due at once.
@@ -150,7 +244,8 @@ impl Book {
             let refusal = self.refusal(name);
             let state = if refusal.is_some() { State::Refused } else { State::Due(now) };
             let host = refusal.map(Host::Nowhere);
-            self.names.insert(name.clone(), Entry { host, state });
+            let (seen, rotates_until) = (BTreeMap::new(), None);
+            self.names.insert(name.clone(), Entry { host, state, seen, rotates_until });
         }
     }
 
@@ -200,15 +295,16 @@ impl Book {
     ) {
         let Some(entry) = self.names.get_mut(name) else { return };
         let none = || io::Error::other("it has no address");
-        let (host, pause) = match addresses.and_then(|found| Host::of(found).ok_or_else(none)) {
-            Ok(host) => (Some(host), FRESH),
-            Err(error) => {
-                // The last good answer stays.
-                let is_known = matches!(entry.host, Some(Host::At { .. }));
-                let reason = format!("`{name}` can't be looked up ({error}): see the resolver");
-                ((!is_known).then_some(Host::Nowhere(reason)), RETRY)
-            }
-        };
+        let (host, pause) =
+            match addresses.and_then(|found| entry.choose(&found, now).ok_or_else(none)) {
+                Ok(host) => (Some(host), FRESH),
+                Err(error) => {
+                    // The last good answer stays.
+                    let is_known = matches!(entry.host, Some(Host::At { .. }));
+                    let reason = format!("`{name}` can't be looked up ({error}): see the resolver");
+                    ((!is_known).then_some(Host::Nowhere(reason)), RETRY)
+                }
+            };
         if host.is_some() {
             entry.host = host;
         }
@@ -218,7 +314,7 @@ impl Book {
     fn hosts(&self) -> Hosts {
         let known =
             self.names.iter().filter_map(|(name, entry)| Some((name.clone(), entry.host.clone()?)));
-        Hosts(known.collect())
+        Hosts { names: known.collect(), bridges: self.bridges.clone() }
     }
 }
 
@@ -233,7 +329,7 @@ mod tests {
     }
 
     fn at(address: &str) -> Host {
-        Host::At { address: address.parse().unwrap(), n_addresses: 1 }
+        Host::At { address: address.parse().unwrap(), is_one_of_many: false }
     }
 
     fn answer(address: &str) -> io::Result<Vec<IpAddr>> {
@@ -250,7 +346,7 @@ mod tests {
         assert_eq!((book.next(now), book.rest(now)), (None, None), "it is under way");
         assert_eq!(book.hosts(), Hosts::default());
         book.answered("a.example", answer("10.0.0.7"), now, HALF);
-        assert_eq!(book.hosts().0["a.example"], at("10.0.0.7"));
+        assert_eq!(book.hosts().names["a.example"], at("10.0.0.7"));
         assert_eq!(book.next(now), None);
         assert_eq!(book.rest(now), Some(FRESH));
         // A wish that is repeated asks for nothing.
@@ -258,7 +354,85 @@ mod tests {
         assert_eq!(book.rest(now), Some(FRESH));
         assert_eq!(book.next(now + FRESH).as_deref(), Some("a.example"));
         book.answered("a.example", answer("10.0.0.8"), now + FRESH, HALF);
-        assert_eq!(book.hosts().0["a.example"], at("10.0.0.8"));
+        assert_eq!(book.hosts().names["a.example"], at("10.0.0.8"));
+    }
+
+    #[test]
+    fn the_present_address_stays_while_the_name_has_it() {
+        let ip = |text: &str| -> IpAddr { text.parse().unwrap() };
+        // (what each lookup finds, a half minute apart, and what the name stands for then)
+        type Lookup = (&'static [&'static str], &'static str);
+        let rows: &[(&str, &[Lookup])] = &[
+            (
+                "every node takes the first, IPv4 before IPv6",
+                &[(&["2001:db8::1", "10.0.0.9", "10.0.0.10"], "10.0.0.9+")],
+            ),
+            (
+                "other ones come and go",
+                &[
+                    (&["10.0.0.9"], "10.0.0.9"),
+                    (&["10.0.0.3", "10.0.0.9"], "10.0.0.9+"),
+                    (&["10.0.0.9", "10.0.0.1", "10.0.0.2"], "10.0.0.9+"),
+                    (&["10.0.0.9"], "10.0.0.9+"),
+                ],
+            ),
+            (
+                "a host that moved has moved",
+                &[
+                    (&["10.0.0.9"], "10.0.0.9"),
+                    (&["10.0.0.3"], "10.0.0.3"),
+                    (&["10.0.0.4"], "10.0.0.4"),
+                ],
+            ),
+            (
+                "one of three in turn",
+                &[
+                    (&["10.0.0.1"], "10.0.0.1"),
+                    (&["10.0.0.2"], "10.0.0.2"),
+                    (&["10.0.0.1"], "10.0.0.2+"),
+                    (&["10.0.0.3"], "10.0.0.2+"),
+                    (&["10.0.0.1"], "10.0.0.2+"),
+                    (&["10.0.0.2"], "10.0.0.2+"),
+                ],
+            ),
+        ];
+        for (what, lookups) in rows {
+            let start = Instant::now();
+            let mut book = Book::new("service");
+            book.want(&names(&["a.example"]), start);
+            for (nth, (found, expected)) in lookups.iter().enumerate() {
+                let now = start + FRESH * nth as u32;
+                let found = found.iter().map(|address| ip(address)).collect();
+                book.answered("a.example", Ok(found), now, HALF);
+                let is_one_of_many = expected.ends_with('+');
+                let address = ip(expected.trim_end_matches('+'));
+                let expected = Host::At { address, is_one_of_many };
+                assert_eq!(book.hosts().names["a.example"], expected, "{what}: lookup {nth}");
+            }
+        }
+    }
+
+    #[test]
+    fn an_address_that_a_rotating_name_lost_is_given_up_in_the_end() {
+        let start = Instant::now();
+        let mut book = Book::new("service");
+        book.want(&names(&["a.example"]), start);
+        let mut at = start;
+        for address in ["10.0.0.1", "10.0.0.2", "10.0.0.1", "10.0.0.3", "10.0.0.1"] {
+            book.answered("a.example", answer(address), at, HALF);
+            at += FRESH;
+        }
+        let host = |book: &Book| match &book.hosts().names["a.example"] {
+            Host::At { address, .. } => address.to_string(),
+            Host::Nowhere(why) => why.clone(),
+        };
+        assert_eq!(host(&book), "10.0.0.2");
+        for nth in 0..20 {
+            let address = ["10.0.0.1", "10.0.0.3"][nth % 2];
+            book.answered("a.example", answer(address), at, HALF);
+            at += FRESH;
+        }
+        assert!(["10.0.0.1", "10.0.0.3"].contains(&&*host(&book)), "{}", host(&book));
     }
 
     #[test]
@@ -270,12 +444,12 @@ mod tests {
         book.next(now);
         book.answered("a.example", failure(), now, HALF);
         let reason = "`a.example` can't be looked up (down): see the resolver";
-        assert_eq!(book.hosts().0["a.example"], Host::Nowhere(reason.into()));
+        assert_eq!(book.hosts().names["a.example"], Host::Nowhere(reason.into()));
         assert_eq!(book.rest(now), Some(RETRY));
         book.answered("a.example", answer("10.0.0.7"), now, HALF);
         for bad in [failure(), Ok(Vec::new())] {
             book.answered("a.example", bad, now, HALF);
-            assert_eq!(book.hosts().0["a.example"], at("10.0.0.7"));
+            assert_eq!(book.hosts().names["a.example"], at("10.0.0.7"));
         }
     }
 
@@ -308,32 +482,32 @@ mod tests {
             assert_eq!(book.next(now).is_none(), is_ours, "{name}");
             let hosts = book.hosts();
             let is_said =
-                matches!(hosts.0.get(name), Some(Host::Nowhere(why)) if why.contains("circle"));
+                matches!(hosts.names.get(name), Some(Host::Nowhere(why)) if why.contains("circle"));
             assert_eq!(is_said, is_ours, "{name}");
         }
     }
 
     #[tokio::test]
     async fn the_systems_resolver_is_asked() {
-        let mut resolver = Resolver::start("service");
+        let mut resolver = Resolver::start("service").await;
         resolver.want(names(&["localhost", "web.service"]));
         let limit = Duration::from_secs(20);
         let known = async {
             loop {
                 let hosts = resolver.changed().await.unwrap();
-                if hosts.0.contains_key("localhost") {
+                if hosts.names.contains_key("localhost") {
                     return hosts;
                 }
             }
         };
         let hosts = tokio::time::timeout(limit, known).await.unwrap();
         assert!(
-            matches!(hosts.0["localhost"], Host::At { address, .. } if address.is_loopback()),
+            matches!(hosts.names["localhost"], Host::At { address, .. } if address.is_loopback()),
             "{hosts:?}"
         );
         resolver.want(BTreeSet::new());
         let hosts = tokio::time::timeout(limit, resolver.changed()).await.unwrap();
-        assert_eq!(*hosts.unwrap(), Hosts::default());
+        assert_eq!(hosts.unwrap().names, BTreeMap::new());
 
         resolver._task.abort_all();
         let hosts = tokio::time::timeout(limit, resolver.changed()).await.unwrap();

@@ -100,7 +100,7 @@ impl Daemon {
     /// Brings the parts up.
     async fn start(config: Config, read: reload::Read) -> anyhow::Result<Daemon> {
         let scope = scope(&config)?;
-        catalog::check(&config)?;
+        catalog::check_first(&config)?;
         // What another daemon may hold comes first, so that a second one disturbs nothing.
         let admin_listeners = admin::bind(&config.admin.listen)?;
         let dns_sockets = dns::bind(&config.dns).await?;
@@ -178,8 +178,9 @@ impl Daemon {
         for address in dns_addresses {
             tracing::info!("answering *.{} on {address}", config.dns.domain);
         }
-        let builder = Builder::new(&config.vip, vips);
-        let resolver = Resolver::start(&config.dns.domain);
+        let mut builder = Builder::new(&config.vip, vips);
+        let resolver = Resolver::start(&config.dns.domain).await;
+        builder.set_hosts(resolver.hosts());
         // A static catalog is there before anybody could have waited for it.
         source.catalog.mark_changed();
         Ok(Daemon {

@@ -121,7 +121,8 @@ pub(super) fn pool6(text: &str) -> Result<Ipv6Net, Fault> {
     Ok(pool)
 }
 
-/// The address of the Consul agent: `[http://]HOST:PORT`, `https://HOST:PORT` or `unix:///PATH`.
+/// The address of the Consul agent: `[http://]HOST[:PORT]`, `https://HOST[:PORT]` or `unix:///PATH`.
+/// Without a port it is that of the scheme, as in Consul's own tools.
 pub(super) fn consul(text: &str) -> Result<ConsulAddress, Fault> {
     let usual = "write http://HOST:PORT, https://HOST:PORT or unix:///PATH";
     let wrong = || format!("'{text}' is no address of a Consul agent; {usual}");
@@ -129,19 +130,34 @@ pub(super) fn consul(text: &str) -> Result<ConsulAddress, Fault> {
         let fits = path.starts_with('/') && !path.ends_with('/') && path.len() <= MAX_SOCKET_PATH;
         return if fits { Ok(ConsulAddress::Unix(path.into())) } else { Err(wrong()) };
     }
-    let (kind, rest): (fn(String) -> ConsulAddress, &str) = match text.strip_prefix("https://") {
-        Some(rest) => (ConsulAddress::Https, rest),
-        None => (ConsulAddress::Http, text.strip_prefix("http://").unwrap_or(text)),
+    type Kind = fn(String) -> ConsulAddress;
+    let (kind, usual_port, rest): (Kind, u16, &str) = match text.strip_prefix("https://") {
+        Some(rest) => (ConsulAddress::Https, 443, rest),
+        None => (ConsulAddress::Http, 80, text.strip_prefix("http://").unwrap_or(text)),
     };
     let authority = rest.strip_suffix('/').unwrap_or(rest);
-    let (host, port) = authority.rsplit_once(':').ok_or_else(wrong)?;
-    let is_port = port.parse::<u16>().is_ok_and(|port| port != 0);
+    if let Some((_, host)) = authority.rsplit_once('@') {
+        return Err(format!(
+            "an address has no user; write {host} here, and USER:PASSWORD into CONSUL_HTTP_AUTH"
+        ));
+    }
+    let (host, port) = match authority.rsplit_once(':') {
+        // The colon is one of the address itself.
+        Some(_) if authority.ends_with(']') => (authority, None),
+        Some((host, port)) => (host, Some(port)),
+        None => (authority, None),
+    };
+    let port = match port {
+        Some(port) => port.parse().ok().filter(|port| *port != 0).ok_or_else(wrong)?,
+        None => usual_port,
+    };
     let bracketed = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
     let is_host = match bracketed {
-        Some(ip) => ip.parse::<std::net::Ipv6Addr>().is_ok(),
-        None => domain(host).is_ok(),
+        Some(ip) => ip.parse::<Ipv6Addr>().is_ok(),
+        // A number alone is a port without a host.
+        None => domain(host).is_ok() && !host.bytes().all(|byte| byte.is_ascii_digit()),
     };
-    if is_port && is_host { Ok(kind(authority.to_owned())) } else { Err(wrong()) }
+    if is_host { Ok(kind(format!("{host}:{port}"))) } else { Err(wrong()) }
 }
 
 /// A DNS name, in lower case and without dots at its ends.

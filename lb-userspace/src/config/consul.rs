@@ -20,6 +20,8 @@ pub struct ConsulConfig {
     pub tls: TlsConfig,
     /// The token, if any.
     pub token: Option<Token>,
+    /// The user and password of a proxy before the agent, if any, from CONSUL_HTTP_AUTH.
+    pub auth: Option<BasicAuth>,
     /// The datacenter; empty means the agent's own.
     pub datacenter: String,
     /// The namespace (Consul Enterprise); empty means the token's, or `default`.
@@ -37,6 +39,7 @@ impl Default for ConsulConfig {
             address: ConsulAddress::Http("127.0.0.1:8500".into()),
             tls: TlsConfig::default(),
             token: None,
+            auth: None,
             datacenter: String::new(),
             namespace: String::new(),
             partition: String::new(),
@@ -116,6 +119,36 @@ impl fmt::Debug for Token {
     }
 }
 
+/// A user and a password (RFC 7617), as `user:password`.
+#[derive(Clone, PartialEq, Eq)]
+pub struct BasicAuth(String);
+
+impl BasicAuth {
+    /// Of `user:password`; the password may be empty, and then the colon may be missing.
+    ///
+    /// # Errors
+    /// That there is no user, or that a header can't hold it.
+    pub fn new(text: &str) -> Result<BasicAuth, String> {
+        let (user, password) = text.split_once(':').unwrap_or((text, ""));
+        let is_good = !user.is_empty() && !text.chars().any(char::is_control);
+        // The text is a secret, so it isn't shown.
+        is_good
+            .then(|| BasicAuth(format!("{user}:{password}")))
+            .ok_or_else(|| "has no user, or control characters; write USER:PASSWORD".into())
+    }
+
+    /// The value of the header `Authorization`.
+    pub fn header(&self) -> String {
+        format!("Basic {}", data_encoding::BASE64.encode(self.0.as_bytes()))
+    }
+}
+
+impl fmt::Debug for BasicAuth {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("BasicAuth(..)")
+    }
+}
+
 /// A file's or a directory's path; an empty one means none.
 pub(super) fn path(value: &Value) -> Read<Option<PathBuf>> {
     value.text(|path| Ok((!path.is_empty()).then(|| PathBuf::from(path))))
@@ -165,7 +198,16 @@ pub(super) fn read_environment(
         && let Some(true) = draft.outside("consul.address", "CONSUL_HTTP_SSL", flag(&text))
         && let ConsulAddress::Http(authority) = &draft.config.consul.address
     {
-        draft.config.consul.address = ConsulAddress::Https(authority.clone());
+        // Port 80 is what an address without a port has, and TLS another.
+        let authority = match authority.strip_suffix(":80") {
+            Some(host) => format!("{host}:443"),
+            None => authority.clone(),
+        };
+        draft.config.consul.address = ConsulAddress::Https(authority);
+    }
+    if let Some(text) = env("CONSUL_HTTP_AUTH") {
+        let auth = BasicAuth::new(&text);
+        draft.config.consul.auth = draft.outside("consul.auth", "CONSUL_HTTP_AUTH", auth);
     }
     if let Some(token) = env("CONSUL_HTTP_TOKEN") {
         draft.config.consul.token = Some(Token::Literal(token));

@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
-pub use consul::{ConsulAddress, ConsulConfig, TlsConfig, Token};
+pub use consul::{BasicAuth, ConsulAddress, ConsulConfig, TlsConfig, Token};
 pub use problem::{ConfigErrors, Place, Problem};
 pub use read::Overrides;
 

@@ -154,6 +154,7 @@ fn every_key_is_taken() {
                 verify: false,
             },
             token: Some(Token::File("/token".into())),
+            auth: None,
             datacenter: "dc2".into(),
             namespace: "team-a".into(),
             partition: "part_b".into(),
@@ -304,9 +305,24 @@ fn what_is_wrong_is_named_with_its_line_and_its_mend() {
             ],
         ),
         (
-            "consul.address = 'c'",
+            "consul.address = 'https://me:secret@c:8501'",
             &[
-                "f:1: consul.address: 'c' is no address of a Consul agent; write http://HOST:PORT, https://HOST:PORT or unix:///PATH",
+                "f:1: consul.address: an address has no user; write c:8501 here, and USER:PASSWORD into CONSUL_HTTP_AUTH",
+            ],
+        ),
+        ("consul.address = 'c'", &[]),
+        ("consul.address = 'https://consul.example.com/'", &[]),
+        ("consul.address = '[::1]'", &[]),
+        (
+            "consul.address = '8500'",
+            &[
+                "f:1: consul.address: '8500' is no address of a Consul agent; write http://HOST:PORT, https://HOST:PORT or unix:///PATH",
+            ],
+        ),
+        (
+            "consul.address = 'https://c/consul'",
+            &[
+                "f:1: consul.address: 'https://c/consul' is no address of a Consul agent; write http://HOST:PORT, https://HOST:PORT or unix:///PATH",
             ],
         ),
         (
@@ -498,6 +514,22 @@ fn flags_beat_the_environment_and_that_beats_the_file() {
 }
 
 #[test]
+fn a_user_and_password_are_a_header_and_are_never_shown() {
+    // RFC 7617, section 2; and without a password, as Consul's own tools take it.
+    for (text, header) in [
+        ("Aladdin:open sesame", "Basic QWxhZGRpbjpvcGVuIHNlc2FtZQ=="),
+        ("me", "Basic bWU6"),
+        ("me:", "Basic bWU6"),
+    ] {
+        let auth = BasicAuth::new(text).unwrap();
+        assert_eq!((&*auth.header(), &*format!("{auth:?}")), (header, "BasicAuth(..)"));
+    }
+    for bad in ["", ":", "a\nb:c"] {
+        assert!(!BasicAuth::new(bad).unwrap_err().contains("a\nb"));
+    }
+}
+
+#[test]
 fn the_variables_of_consuls_own_tools_count() {
     let (cert, key) = (Pem::certificate(), Pem::key());
     let [ca, cert, key] = [&cert, &cert, &key].map(|pem| pem.path.to_str().unwrap());
@@ -512,6 +544,7 @@ fn the_variables_of_consuls_own_tools_count() {
         ("CONSUL_TLS_SERVER_NAME", "server.dc1.consul"),
         ("CONSUL_NAMESPACE", "team"),
         ("CONSUL_PARTITION", "part"),
+        ("CONSUL_HTTP_AUTH", "nohop:a:b"),
     ];
     let expected = ConsulConfig {
         address: ConsulAddress::Https("consul.example:8501".into()),
@@ -525,6 +558,7 @@ fn the_variables_of_consuls_own_tools_count() {
         },
         namespace: "team".into(),
         partition: "part".into(),
+        auth: Some(BasicAuth::new("nohop:a:b").unwrap()),
         ..ConsulConfig::default()
     };
     let file = "[consul]\nnamespace = 'x'\npartition = 'x'\nverify = true\nca_file = '/x'";
@@ -543,6 +577,20 @@ fn the_variables_of_consuls_own_tools_count() {
         (&[("CONSUL_HTTP_ADDR", "https://c:1")], None, Ok("https://c:1")),
         (&[("CONSUL_HTTP_ADDR", "http://c:1"), ssl], None, Ok("https://c:1")),
         (&[ssl], None, Ok("https://127.0.0.1:8500")),
+        // Without a port, in every form that Consul's own tools take.
+        (&[("CONSUL_HTTP_ADDR", "consul.example")], None, Ok("consul.example:80")),
+        (&[("CONSUL_HTTP_ADDR", "http://consul.example/")], None, Ok("consul.example:80")),
+        (&[("CONSUL_HTTP_ADDR", "https://consul.example")], None, Ok("https://consul.example:443")),
+        (&[("CONSUL_HTTP_ADDR", "consul.example"), ssl], None, Ok("https://consul.example:443")),
+        (&[("CONSUL_HTTP_ADDR", "10.0.0.7")], None, Ok("10.0.0.7:80")),
+        (&[("CONSUL_HTTP_ADDR", "https://[fd00::7]")], None, Ok("https://[fd00::7]:443")),
+        (&[("CONSUL_HTTP_ADDR", "[fd00::7]:8500")], None, Ok("[fd00::7]:8500")),
+        (&[], Some("https://consul.example"), Ok("https://consul.example:443")),
+        (
+            &[("CONSUL_HTTP_AUTH", ":secret")],
+            None,
+            Err("CONSUL_HTTP_AUTH: has no user, or control characters; write USER:PASSWORD"),
+        ),
         (&[ssl], Some("http://d:2"), Ok("d:2")),
         (&[("CONSUL_HTTP_SSL", "0"), ("CONSUL_HTTP_ADDR", "https://c:1")], None, Ok("https://c:1")),
         (

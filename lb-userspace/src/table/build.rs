@@ -3,12 +3,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddrV4;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
+use super::endpoints::Endpoints;
 use super::judge::{Verdict, check_name, judge};
 use super::says::{Heard, hear};
-use super::vips::{Pools, Vips};
-use super::{Diff, Hosts, Instance, Listing, Ports, Protocols, Service, Table, diff};
+use super::vips::{PoolExhausted, Pools, Vips};
+use super::{Diff, Hosts, Instance, Listing, Ports, Protocols, Service, Table, Watch, diff};
 use crate::config::VipConfig;
 
 /// Builds tables, each from a catalog and what the last one had.
@@ -18,13 +19,27 @@ pub struct Builder {
     ports: Ports,
     pins: BTreeMap<String, SocketAddrV4>,
     vips: Vips,
-    /// What each service of the last table was built from, by the name that the catalog has.
+    /// What the last table was built from, by the name that the catalog has.
     sources: BTreeMap<Arc<str>, Listing>,
+    /// The names of the catalog with upper case in them, by the name in lower case.
+    variants: BTreeMap<Arc<str>, BTreeSet<Arc<str>>>,
     /// What names that stand for addresses stand for.
     hosts: Arc<Hosts>,
     /// The names that each service's instances have for addresses, where they have some.
     hostnames: BTreeMap<Arc<str>, Vec<String>>,
+    /// The services to be built again whatever the catalog has, by name in lower case.
+    revisit: BTreeSet<Arc<str>>,
+    /// The names in lower case for which the pool has no address.
+    exhausted: BTreeSet<Arc<str>>,
+    /// When these are tried again, should nothing give up an address until then.
+    retry_at: SystemTime,
+    /// The services that the last call of `next` built.
+    #[cfg(test)]
+    n_built: usize,
 }
+
+/// How often a name for which the pool had no address is tried again while other services change.
+const RETRY: Duration = Duration::from_secs(60);
 
 /// The next table, where it differs from the last one.
 #[derive(Debug)]
@@ -45,8 +60,14 @@ impl Builder {
             pins: config.pins.iter().map(|(name, pin)| (name.to_lowercase(), *pin)).collect(),
             vips,
             sources: BTreeMap::new(),
+            variants: BTreeMap::new(),
             hosts: Arc::default(),
             hostnames: BTreeMap::new(),
+            revisit: BTreeSet::new(),
+            exhausted: BTreeSet::new(),
+            retry_at: SystemTime::UNIX_EPOCH,
+            #[cfg(test)]
+            n_built: 0,
         }
     }
 
@@ -55,20 +76,26 @@ impl Builder {
         self.hostnames.values().flatten().cloned().collect()
     }
 
-    /// Takes in what these names stand for; it counts from the next table on.
+    /// Takes in what these names stand for, and this host's bridges; it counts from the next table
+    /// on.
     pub fn set_hosts(&mut self, hosts: Arc<Hosts>) {
-        if hosts != self.hosts {
-            self.hosts = hosts;
-            // Who has such names is judged anew.
-            let by_name = |given: &Arc<str>| self.hostnames.contains_key(&*given.to_lowercase());
-            self.sources.retain(|given, _| !by_name(given));
+        let former = std::mem::replace(&mut self.hosts, hosts);
+        if former.bridges != self.hosts.bridges {
+            return self.revisit_all();
         }
+        let differs = |name: &String| former.names.get(name) != self.hosts.names.get(name);
+        let with_news = self.hostnames.iter().filter(|(_, names)| names.iter().any(differs));
+        self.revisit.extend(with_news.map(|(service, _)| service.clone()));
     }
 
     /// Gives other ports to the services that name none, from the next table on.
     pub fn set_ports(&mut self, ports: &[u16]) {
         self.ports = Ports::only(ports.iter().copied());
-        self.sources.clear();
+        self.revisit_all();
+    }
+
+    fn revisit_all(&mut self) {
+        self.revisit.extend(self.sources.keys().map(folded));
     }
 
     /// As [`Vips::forget`].
@@ -81,8 +108,11 @@ impl Builder {
         &self.vips
     }
 
-    /// The table after `last`. Services whose instances are the same object as before are shared
-    /// with it. `None` when nothing differs.
+    /// The table after `last`, which this builder made. Services whose instances are the same object
+    /// as before are shared with it. `None` when nothing differs.
+    ///
+    /// Only what changed is built, whatever else the catalog has: a change costs a walk over both
+    /// catalogs, and the services that it is about.
     pub fn next(
         &mut self,
         last: &Table,
@@ -90,134 +120,137 @@ impl Builder {
         now: SystemTime,
     ) -> Option<Next> {
         let given_before = self.vips.given();
-        let (table, differs) = match self.patch(last, catalog, now) {
-            Some(patched) => patched,
-            None => {
-                let table = self.rebuild(last, catalog, now);
-                let Diff { changed, gone } = diff(&last.services, &table.services, Arc::ptr_eq);
-                let differs = !changed.is_empty() || !gone.is_empty();
-                (table, differs)
-            }
-        };
-        let vips_given = self.vips.given() != given_before;
-        let is_same = last.is_synced() && table.rejected == last.rejected && !differs;
-        (!is_same).then(|| Next { table: Arc::new(table), vips_given })
-    }
-
-    /// The next table from the last one and what changed, which costs little where that is little,
-    /// and whether its services differ from the last one's. `None` where names that differ only in case may have to be settled among all.
-    fn patch(
-        &mut self,
-        last: &Table,
-        catalog: &BTreeMap<Arc<str>, Listing>,
-        now: SystemTime,
-    ) -> Option<(Table, bool)> {
-        // What couldn't be had may be had now; it has no source, so it counts as changed.
         let Diff { changed, gone } = diff(&self.sources, catalog, is_same_source);
-        let is_plain = |name: &Arc<str>| !name.chars().any(char::is_uppercase);
-        let is_settled = |name: &Arc<str>| {
-            is_plain(name) && (self.sources.contains_key(name) || !last.services.contains_key(name))
-        };
-        let is_settled = changed.iter().all(|(name, _)| is_settled(name))
-            && gone.iter().all(|name| is_plain(name));
-        if !last.is_synced() || !is_settled {
-            return None;
-        }
-
+        let changed: Vec<_> =
+            changed.into_iter().map(|(given, listing)| (given.clone(), listing.clone())).collect();
         let gone: Vec<Arc<str>> = gone.into_iter().cloned().collect();
-        let services = last.services.clone();
-        let mut table = Table { generation: last.generation + 1, services, ..Table::default() };
-        let mut differs = false;
-        for (name, listing) in changed {
-            let former = last.services.get(name);
-            match self.service(name, name, listing, former, table.generation, now) {
-                Ok(service) => {
-                    differs |= !former.is_some_and(|former| Arc::ptr_eq(former, &service));
-                    self.admit(&mut table, name, name.clone(), listing, service);
-                }
-                Err(reason) => {
-                    differs |= self.forget(&mut table, name, now);
-                    table.rejected.insert(name.clone(), reason);
+
+        let mut touched = std::mem::take(&mut self.revisit);
+        if !self.exhausted.is_empty() && (!gone.is_empty() || now >= self.retry_at) {
+            touched.append(&mut self.exhausted);
+            self.retry_at = now + RETRY;
+        }
+        let mut table = Table {
+            generation: last.generation + 1,
+            services: last.services.clone(),
+            rejected: last.rejected.clone(),
+        };
+        let mut differs = !last.is_synced();
+        for (given, listing) in changed {
+            let name = folded(&given);
+            if name != given {
+                self.variants.entry(name.clone()).or_default().insert(given.clone());
+            }
+            self.sources.insert(given, listing);
+            touched.insert(name);
+        }
+        for given in gone {
+            let name = folded(&given);
+            if let Some(variants) = self.variants.get_mut(&name) {
+                variants.remove(&given);
+                if variants.is_empty() {
+                    self.variants.remove(&name);
                 }
             }
+            self.sources.remove(&given);
+            differs |= table.rejected.remove(&given).is_some();
+            touched.insert(name);
         }
-        for name in gone {
-            differs |= self.forget(&mut table, &name, now);
+        #[cfg(test)]
+        {
+            self.n_built = touched.len();
         }
-        Some((table, differs))
+        for name in touched {
+            differs |= self.build(&mut table, &name, last, now);
+        }
+        if !last.is_synced() {
+            // What an earlier daemon had and this catalog hasn't.
+            let names: Vec<_> = self.vips.in_use().cloned().collect();
+            for name in names.iter().filter(|name| !table.services.contains_key(*name)) {
+                self.vips.release(name, now);
+            }
+        }
+        let vips_given = self.vips.given() != given_before;
+        differs.then(|| Next { table: Arc::new(table), vips_given })
     }
 
-    /// Takes a name out, and returns whether it was a service.
+    /// Builds the service of a name in lower case from all names of the catalog that DNS can't tell
+    /// from it, and returns whether anything differs.
+    fn build(&mut self, table: &mut Table, name: &Arc<str>, last: &Table, now: SystemTime) -> bool {
+        let mut differs = false;
+        let variants = self.variants.get(name).into_iter().flatten();
+        let givens = variants.chain(self.sources.get_key_value(name).map(|(given, _)| given));
+        let mut same = Vec::new();
+        for given in givens.cloned() {
+            match check_name(&given) {
+                Ok(()) => same.push(given),
+                Err(reason) => differs |= reject(table, &given, reason),
+            }
+        }
+        let Some(first) = same.first() else {
+            return self.forget(table, name, now) || differs;
+        };
+        let former = last.services.get(name);
+        match self.service(name, &same, former, table.generation, now) {
+            Ok(service) => {
+                for given in &same {
+                    differs |= table.rejected.remove(given).is_some();
+                }
+                if !former.is_some_and(|former| Arc::ptr_eq(former, &service)) {
+                    table.services.insert(name.clone(), service);
+                    differs = true;
+                }
+            }
+            Err(exhausted) => {
+                differs |= self.forget(table, name, now);
+                differs |= reject(table, first, exhausted.to_string());
+                self.exhausted.insert(name.clone());
+            }
+        }
+        differs
+    }
+
+    /// Takes a name in lower case out, and returns whether it was a service.
     fn forget(&mut self, table: &mut Table, name: &Arc<str>, now: SystemTime) -> bool {
-        self.sources.remove(name);
         self.hostnames.remove(name);
         self.vips.release(name, now);
         table.services.remove(name).is_some()
     }
 
-    /// The next table from the catalog as a whole.
-    fn rebuild(
-        &mut self,
-        last: &Table,
-        catalog: &BTreeMap<Arc<str>, Listing>,
-        now: SystemTime,
-    ) -> Table {
-        let mut table = Table { generation: last.generation + 1, ..Table::default() };
-        let names_before: Vec<Arc<str>> = self.vips.in_use().cloned().collect();
-        let sources = std::mem::take(&mut self.sources);
-        for (given_name, listing) in catalog {
-            let name: Arc<str> = given_name.to_lowercase().into();
-            let former = last.services.get(&name);
-            let is_known = sources.get(given_name).is_some_and(|s| is_same_source(s, listing));
-            let service = if table.services.contains_key(&name) {
-                Err(format!(
-                    "`{given_name}` differs from another service only in case, which DNS doesn't \
-                     see: rename one"
-                ))
-            } else if let (true, Some(former)) = (is_known, former) {
-                Ok(former.clone())
-            } else {
-                self.service(&name, given_name, listing, former, table.generation, now)
-            };
-            match service {
-                Ok(service) => self.admit(&mut table, given_name, name, listing, service),
-                Err(reason) => drop(table.rejected.insert(given_name.clone(), reason)),
-            }
+    /// What the catalog has under these names, which are one service's: all instances, each once.
+    fn listing(&self, names: &[Arc<str>]) -> Listing {
+        let mut listings: Vec<&Listing> =
+            names.iter().filter_map(|name| self.sources.get(name)).collect();
+        if let [listing] = listings[..] {
+            return listing.clone();
         }
-        self.hostnames.retain(|name, _| table.services.contains_key(name));
-        for name in &names_before {
-            if !table.services.contains_key(name) {
-                self.vips.release(name, now);
-            }
-        }
-        table
-    }
-
-    fn admit(
-        &mut self,
-        table: &mut Table,
-        given_name: &Arc<str>,
-        name: Arc<str>,
-        listing: &Listing,
-        service: Arc<Service>,
-    ) {
-        self.sources.insert(given_name.clone(), listing.clone());
-        table.services.insert(name, service);
+        // What the source follows overrides what it knew of the same instance some time ago.
+        listings.sort_by_key(|listing| listing.watch == Watch::Live);
+        let watch = listings.last().map(|listing| listing.watch).unwrap_or_default();
+        let instances = listings.iter().flat_map(|listing| listing.instances.iter());
+        let by_key = instances.map(|instance| ((&instance.node, &instance.id), instance));
+        let by_key: BTreeMap<_, _> = by_key.collect();
+        Listing { instances: by_key.into_values().cloned().collect(), watch }
     }
 
     fn service(
         &mut self,
         name: &Arc<str>,
-        given_name: &str,
-        listing: &Listing,
+        givens: &[Arc<str>],
         former: Option<&Arc<Service>>,
         generation: u64,
         now: SystemTime,
-    ) -> Result<Arc<Service>, String> {
-        check_name(given_name)?;
-        let Listing { instances, watch } = listing;
-        let vip = self.vips.assign(name, now).map_err(|exhausted| exhausted.to_string())?;
+    ) -> Result<Arc<Service>, PoolExhausted> {
+        let vip = self.vips.assign(name, now)?;
+        let Listing { instances, watch } = &self.listing(givens);
         let Heard { ports, protocols, mut notes } = hear(instances);
+        if let [_, _, ..] = givens {
+            let shown: Vec<_> = givens.iter().map(|given| format!("`{given}`")).collect();
+            notes.push(format!(
+                "{} are one service, since DNS doesn't tell them apart",
+                shown.join(" and ")
+            ));
+        }
         if let (Some(pool6), None) = (self.pools.v6, vip.v6) {
             notes.push(format!(
                 "it has no IPv6 address, since {pool6} has none left: set a larger vip.pool6"
@@ -236,12 +269,14 @@ impl Builder {
             watch: *watch,
             generation,
         };
+        let mut endpoints = Endpoints::default();
         for instance in instances.iter() {
             match judge(instance, &self.pools, &self.hosts) {
-                Verdict::In(backend) => service.backends.push(backend),
+                Verdict::In(backend) => endpoints.add(backend),
                 Verdict::Out(excluded) => service.excluded.push(excluded),
             }
         }
+        service.backends = endpoints.backends();
         let hostnames = instances.iter().filter(|instance| instance.standing.serves());
         let hostnames: Vec<String> = hostnames.filter_map(Instance::hostname).collect();
         match hostnames.is_empty() {
@@ -255,6 +290,20 @@ impl Builder {
     }
 }
 
+/// The name as DNS has it, which doesn't see the case of letters.
+fn folded(given: &Arc<str>) -> Arc<str> {
+    match given.bytes().any(|octet| octet.is_ascii_uppercase()) {
+        true => given.to_ascii_lowercase().into(),
+        false => given.clone(),
+    }
+}
+
+/// Notes why a name can't be had, and returns whether that is news.
+fn reject(table: &mut Table, given: &Arc<str>, reason: String) -> bool {
+    let former = table.rejected.insert(given.clone(), reason);
+    former.as_ref() != table.rejected.get(given)
+}
+
 /// Whether both are the same object: sources share what didn't change.
 fn is_same_source(one: &Listing, other: &Listing) -> bool {
     Arc::ptr_eq(&one.instances, &other.instances) && one.watch == other.watch
@@ -266,7 +315,7 @@ mod tests {
 
     use super::*;
     use crate::config::Config;
-    use crate::table::{Host, Says, Standing, State, Watch};
+    use crate::table::{Bridge, Home, Host, Says, Standing, State};
 
     fn catalog(text: &[(&str, &[&str])]) -> BTreeMap<Arc<str>, Listing> {
         let instance = |address: &&str| Instance {
@@ -276,6 +325,7 @@ mod tests {
             port: 8080,
             weight: 1,
             local: false,
+            home: Home::default(),
             standing: Standing::Serving,
             says: Says::default(),
         };
@@ -334,12 +384,129 @@ mod tests {
     #[test]
     fn names_that_cannot_be_had_are_rejected_with_the_reason() {
         let mut builder = builder();
-        let catalog =
-            catalog(&[("Web", &["10.0.0.1"]), ("web", &["10.0.0.2"]), ("a.b", &["10.0.0.3"])]);
-        let table = builder.next(&Table::default(), &catalog, NOW).unwrap().table;
-        assert_eq!(table.services.keys().map(|name| &**name).collect::<Vec<_>>(), ["web"]);
-        assert!(table.rejected["web"].contains("only in case"));
-        assert!(table.rejected["a.b"].contains("DNS"));
+        // The Kelvin sign has `k` for its lower case, and is no `k` to DNS.
+        let with = catalog(&[
+            ("a.b", &["10.0.0.3"]),
+            ("A.b", &["10.0.0.4"]),
+            ("k", &["10.0.0.1"]),
+            ("\u{212a}", &["10.0.0.2"]),
+        ]);
+        let table = builder.next(&Table::default(), &with, NOW).unwrap().table;
+        assert_eq!(table.services.keys().map(|name| &**name).collect::<Vec<_>>(), ["k"]);
+        assert_eq!(table.services["k"].backends.len(), 1);
+        for name in ["a.b", "A.b", "\u{212a}"] {
+            assert!(table.rejected[name].contains("DNS"), "{:?}", table.rejected);
+        }
+        let without = catalog(&[("k", &["10.0.0.1"]), ("A.b", &["10.0.0.4"])]);
+        let table = builder.next(&table, &without, NOW).unwrap().table;
+        assert_eq!(table.rejected.keys().map(|name| &**name).collect::<Vec<_>>(), ["A.b"]);
+    }
+
+    /// The addresses of a service's backends.
+    fn addresses(service: &Service) -> Vec<String> {
+        let addresses = service.backends.iter().filter_map(|backend| backend.address);
+        addresses.map(|address| address.ip().to_string()).collect()
+    }
+
+    #[test]
+    fn names_that_differ_in_case_are_one_service_that_is_live_where_one_is() {
+        let mut builder = builder();
+        let mut both = catalog(&[
+            ("Web", &["10.0.0.1", "10.0.0.3"]),
+            ("WEB", &[]),
+            ("web", &["10.0.0.2", "10.0.0.3"]),
+        ]);
+        both.get_mut("Web").unwrap().watch = Watch::Cold;
+        // What is followed overrides what was known of the same instance.
+        let mut known = both["Web"].instances.to_vec();
+        known[1].standing = Standing::Out("it was critical".into());
+        both.get_mut("Web").unwrap().instances = known.into();
+        let table = builder.next(&Table::default(), &both, NOW).unwrap().table;
+        assert!(table.rejected.is_empty(), "{:?}", table.rejected);
+        let service = &table.services["web"];
+        assert_eq!(addresses(service), ["10.0.0.1", "10.0.0.2", "10.0.0.3"]);
+        assert_eq!((service.watch, service.excluded.len()), (Watch::Live, 0));
+        let note = "`WEB` and `Web` and `web` are one service, since DNS doesn't tell them apart";
+        assert_eq!(service.notes, [note]);
+
+        both.remove("web");
+        let table = builder.next(&table, &both, NOW).unwrap().table;
+        let service = &table.services["web"];
+        assert_eq!((addresses(service), service.excluded.len()), (vec!["10.0.0.1".into()], 1));
+        both.remove("Web");
+        both.remove("WEB");
+        let table = builder.next(&table, &both, NOW).unwrap().table;
+        assert!(table.services.is_empty() && table.rejected.is_empty());
+    }
+
+    #[test]
+    fn a_change_builds_its_own_service_whatever_names_there_are() {
+        let mut builder = builder();
+        let names: Vec<String> = (0..100).map(|nth| format!("s{nth}")).collect();
+        let odd = ["Foo.Bar", "foo.bar", "Web", "web", "Camel"];
+        let all = names.iter().map(|name| &**name).chain(odd);
+        let all: Vec<(&str, &[&str])> = all.map(|name| (name, &["10.0.0.1"] as &[&str])).collect();
+        let mut catalog = catalog(&all);
+        let mut last = builder.next(&Table::default(), &catalog, NOW).unwrap().table;
+        assert_eq!(last.rejected.len(), 2);
+        for changed in ["s7", "Camel", "web", "Foo.Bar"] {
+            catalog.extend(self::catalog(&[(changed, &["10.0.0.2"])]));
+            let next = builder.next(&last, &catalog, NOW);
+            assert_eq!(builder.n_built, 1, "{changed}");
+            last = next.map_or(last, |next| next.table);
+        }
+    }
+
+    #[test]
+    fn a_name_without_an_address_has_one_once_another_gave_one_up() {
+        let vip = VipConfig { pool: "127.128.0.0/30".parse().unwrap(), ..Config::default().vip };
+        let mut builder = Builder::new(&vip, Vips::new((&vip).into()));
+        let all = catalog(&[("a", &[]), ("b", &[]), ("c", &[]), ("D", &[])]);
+        let first = builder.next(&Table::default(), &all, NOW).unwrap().table;
+        assert_eq!((first.services.len(), first.rejected.len()), (2, 2));
+        assert!(first.rejected["D"].contains("127.128.0.0/30"), "{:?}", first.rejected);
+        let without = catalog(&[("b", &[]), ("c", &[]), ("D", &[])]);
+        let day = Duration::from_secs(24 * 60 * 60);
+        let second = builder.next(&first, &without, NOW).unwrap().table;
+        assert_eq!(second.rejected.len(), 2, "it rests for a day");
+        let third = builder.next(&second, &without, NOW + day).unwrap().table;
+        assert_eq!((third.services.len(), third.rejected.len()), (2, 1));
+    }
+
+    #[test]
+    fn one_endpoint_that_several_register_is_one_backend() {
+        let mut builder = builder();
+        let mut catalog = catalog(&[("db", &["10.0.0.9", "10.0.0.10", "::ffff:10.0.0.9"])]);
+        let first = builder.next(&Table::default(), &catalog, NOW).unwrap().table;
+        let backends = &first.services["db"].backends;
+        assert_eq!(addresses(&first.services["db"]), ["10.0.0.9", "10.0.0.10"]);
+        assert_eq!(backends[0].reason.as_deref(), Some("also registered as `n1/::ffff:10.0.0.9`"));
+        assert_eq!(backends[1].reason, None);
+        // Either can go: the endpoint stays.
+        for gone in [0, 2] {
+            let mut instances = catalog["db"].instances.to_vec();
+            instances.remove(gone);
+            let listing = Listing { instances: instances.into(), watch: Watch::Live };
+            let fewer = BTreeMap::from([("db".into(), listing)]);
+            let mut builder = self::builder();
+            let table = builder.next(&Table::default(), &fewer, NOW).unwrap().table;
+            assert!(addresses(&table.services["db"]).contains(&"10.0.0.9".to_owned()));
+        }
+        catalog.clear();
+        builder.next(&first, &catalog, NOW).unwrap();
+    }
+
+    #[test]
+    fn a_bridge_of_this_host_takes_others_instances_out() {
+        let mut builder = builder();
+        let both = catalog(&[("a", &["172.17.0.5", "10.0.0.1"]), ("b", &["10.0.0.2"])]);
+        let first = builder.next(&Table::default(), &both, NOW).unwrap().table;
+        assert_eq!(addresses(&first.services["a"]), ["172.17.0.5", "10.0.0.1"]);
+        let bridge = Bridge { name: "docker0".into(), network: "172.17.0.0/16".parse().unwrap() };
+        builder.set_hosts(Arc::new(Hosts { bridges: vec![bridge], ..Hosts::default() }));
+        let second = builder.next(&first, &both, NOW).unwrap().table;
+        assert_eq!(addresses(&second.services["a"]), ["10.0.0.1"]);
+        assert!(Arc::ptr_eq(&first.services["b"], &second.services["b"]));
     }
 
     #[test]
@@ -366,7 +533,7 @@ mod tests {
         fn a_patched_table_is_the_rebuilt_one(
             catalogs in prop::collection::vec(
                 prop::collection::btree_map(
-                    prop::sample::select(vec!["a", "b", "B", "c.d", "e", "E", "f"]),
+                    prop::sample::select(vec!["a", "b", "B", "c.d", "C.d", "e", "E", "f"]),
                     prop::sample::select(vec!["10.0.0.1", "10.0.0.2", "nowhere"]),
                     0..7,
                 ),
@@ -436,13 +603,13 @@ mod tests {
         assert!(builder.next(&first, &both, NOW).is_none());
 
         let hosts = |address: &str| {
-            let host = Host::At { address: address.parse().unwrap(), n_addresses: 1 };
-            Arc::new(Hosts([("db.example".to_owned(), host)].into()))
+            let host = Host::At { address: address.parse().unwrap(), is_one_of_many: false };
+            let names = [("db.example".to_owned(), host)].into();
+            Arc::new(Hosts { names, ..Hosts::default() })
         };
         builder.set_hosts(hosts("10.0.0.9"));
         let second = builder.next(&first, &both, NOW).unwrap().table;
-        let addresses: Vec<_> = second.services["a"].healthy().filter_map(|b| b.address).collect();
-        assert_eq!(addresses, ["10.0.0.9:8080", "10.0.0.1:8080"].map(|a| a.parse().unwrap()));
+        assert_eq!(addresses(&second.services["a"]), ["10.0.0.9", "10.0.0.1"]);
         assert!(Arc::ptr_eq(&first.services["b"], &second.services["b"]));
         builder.set_hosts(hosts("10.0.0.9"));
         assert!(builder.next(&second, &both, NOW).is_none());

@@ -3,44 +3,54 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
+use ipnet::IpNet;
+
 use super::Instance;
 
-/// What the names among the instances' addresses stand for, as far as it is known. One that isn't
-/// in it was not looked up yet.
+/// What names among the instances' addresses stand for, and what addresses mean on this host.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Hosts(pub BTreeMap<String, Host>);
+pub struct Hosts {
+    /// The names, as far as they are known. One that isn't in it was not looked up yet.
+    pub names: BTreeMap<String, Host>,
+    /// The bridges that only this host's own containers and machines are on.
+    pub bridges: Vec<Bridge>,
+}
 
 /// What a name stands for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Host {
-    /// This address, the first of so many in their order, IPv4 before IPv6.
+    /// This address.
     At {
         /// The address.
         address: IpAddr,
-        /// How many the name has.
-        n_addresses: usize,
+        /// Whether the name has had others beside it. How many isn't kept: many resolvers give a few
+        /// of many at random, and a number that changes would change the service.
+        is_one_of_many: bool,
     },
     /// None, for this reason.
     Nowhere(String),
 }
 
-impl Host {
-    /// The first of a name's addresses in their order, IPv4 before IPv6: every node takes the same
-    /// one, whatever the order of the answers. `None` where there is none.
-    pub fn of(addresses: impl IntoIterator<Item = IpAddr>) -> Option<Host> {
-        let mut addresses: Vec<IpAddr> = addresses.into_iter().collect();
-        addresses.sort();
-        addresses.dedup();
-        let address = *addresses.first()?;
-        Some(Host::At { address, n_addresses: addresses.len() })
-    }
+/// A network on a bridge of this host that no other host is on: the same addresses on another node
+/// are other instances (Docker gives each host 172.17.0.0/16, Nomad 172.26.64.0/20).
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Bridge {
+    /// The interface's name.
+    pub name: String,
+    /// The network.
+    pub network: IpNet,
 }
 
 impl Hosts {
+    /// The bridge whose network has this address.
+    pub(super) fn bridge_around(&self, address: IpAddr) -> Option<&Bridge> {
+        self.bridges.iter().find(|bridge| bridge.network.contains(&address))
+    }
+
     /// Where the instance is and, where its address is a name, a note on that.
     ///
     /// # Errors
-    /// Why it is nowhere, with the mend.
+    /// Why it is nowhere, with the fix.
     pub(super) fn find(&self, instance: &Instance) -> Result<(IpAddr, Option<String>), String> {
         if let Some(address) = instance.ip() {
             return Ok((address, None));
@@ -53,12 +63,9 @@ impl Hosts {
                 ),
             });
         };
-        match self.0.get(&name) {
-            Some(Host::At { address, n_addresses }) => {
-                let which = match n_addresses {
-                    1 => String::new(),
-                    n => format!(", the first of its {n} addresses"),
-                };
+        match self.names.get(&name) {
+            Some(Host::At { address, is_one_of_many }) => {
+                let which = if *is_one_of_many { ", one of several addresses" } else { "" };
                 Ok((address.to_canonical(), Some(format!("`{name}` is {address}{which}"))))
             }
             Some(Host::Nowhere(reason)) => Err(reason.clone()),
@@ -84,22 +91,5 @@ impl Instance {
         };
         let is_name = name.len() <= 253 && name.split('.').all(is_label) && !ends_in_number(name);
         (is_name && self.ip().is_none()).then(|| self.address.to_ascii_lowercase())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_node_takes_the_same_address() {
-        let host = |addresses: &[&str]| Host::of(addresses.iter().map(|a| a.parse().unwrap()));
-        let at = |address: &str, n_addresses| {
-            Some(Host::At { address: address.parse().unwrap(), n_addresses })
-        };
-        assert_eq!(host(&[]), None);
-        assert_eq!(host(&["2001:db8::1"]), at("2001:db8::1", 1));
-        assert_eq!(host(&["2001:db8::1", "10.0.0.9", "10.0.0.10"]), at("10.0.0.9", 3));
-        assert_eq!(host(&["10.0.0.10", "10.0.0.9", "10.0.0.9"]), at("10.0.0.9", 2));
     }
 }

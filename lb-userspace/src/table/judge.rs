@@ -1,6 +1,6 @@
 //! What can be routed to: one instance in, one verdict out.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 
 use super::vips::Pools;
 use super::{Backend, Excluded, Hosts, Instance, Standing, State};
@@ -56,21 +56,63 @@ fn route(
     if let Some(pool) = pools.around(address) {
         return Err(format!("{address} is in the VIP pool {pool}: a VIP can't be a backend"));
     }
-    if address.is_loopback() && !instance.local {
-        let node = &instance.node;
-        return Err(format!("{address} is the loopback of node `{node}`, not of this one"));
+    if let Some(reason) = misleads(address, instance) {
+        return Err(reason);
     }
-    let is_broadcast = address == Ipv4Addr::BROADCAST;
-    if address.is_unspecified() || address.is_multicast() || is_broadcast {
-        return Err(format!("{address} is no host's address: register the one it listens on"));
-    }
-    if matches!(address, IpAddr::V6(address) if address.is_unicast_link_local()) {
+    if let Some(bridge) = hosts.bridge_around(address).filter(|_| !instance.local) {
         return Err(format!(
-            "{address} is link-local, so it needs a zone, and each node has its own: register an \
-             address that is routed"
+            "{address} is on a bridge of node `{}`, and {} is this host's own bridge `{}`, so it \
+             would lead to another instance here: register an address that is routed{}",
+            instance.node, bridge.network, bridge.name, WHICH_NODE
         ));
     }
     Ok((SocketAddr::new(address, port), note))
+}
+
+/// How this node's own instances come to be known as such.
+const WHICH_NODE: &str = "; where it is this node's, nohop has to ask this host's own agent, with \
+                          agent:read";
+
+/// Why an address doesn't lead from here to the instance that has it, whatever this host's network.
+fn misleads(address: IpAddr, instance: &Instance) -> Option<String> {
+    if address.is_loopback() && !instance.local {
+        let node = &instance.node;
+        return Some(format!(
+            "{address} is the loopback of node `{node}`, not of this one: register an address that \
+             is routed{WHICH_NODE}"
+        ));
+    }
+    // RFC 1122, 3.2.1.3: 0.0.0.0/8 is this host on this network. RFC 4291, 2.5.5.1: ::/96 held
+    // IPv4 addresses once, and leads nowhere.
+    let is_nobodys = match address {
+        IpAddr::V4(address) => address.octets()[0] == 0 || address.is_broadcast(),
+        IpAddr::V6(ip) => !ip.is_loopback() && ip.segments()[..6] == [0; 6],
+    };
+    if address.is_multicast() || is_nobodys {
+        return Some(format!("{address} is no host's address: register the one it listens on"));
+    }
+    match address {
+        IpAddr::V6(address) if address.is_unicast_link_local() => Some(format!(
+            "{address} is link-local, so it needs a zone, and each node has its own: register an \
+             address that is routed"
+        )),
+        IpAddr::V4(address) if address.is_link_local() && !instance.local => Some(format!(
+            "{address} is link-local, so it is another host's on each link: register an address \
+             that is routed{WHICH_NODE}"
+        )),
+        _ => None,
+    }
+}
+
+/// Whether a connection to the instance can be tried, as far as its own record says: its port is
+/// one, and its address leads to it from here.
+pub fn may_be_reached(instance: &Instance) -> bool {
+    let has_port = (1..=i64::from(u16::MAX)).contains(&instance.port);
+    has_port
+        && match instance.ip() {
+            Some(address) => misleads(address, instance).is_none(),
+            None => instance.hostname().is_some(),
+        }
 }
 
 /// The weight as it counts, and a note where that differs from what was given.
@@ -108,7 +150,7 @@ pub fn check_name(name: &str) -> Result<(), String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::table::{Host, Says};
+    use crate::table::{Bridge, Home, Host, Says};
 
     fn instance(address: &str, port: i64) -> Instance {
         Instance {
@@ -118,6 +160,7 @@ mod tests {
             port,
             weight: 1,
             local: false,
+            home: Home::default(),
             standing: Standing::Serving,
             says: Says::default(),
         }
@@ -129,18 +172,26 @@ mod tests {
     }
 
     fn hosts() -> Hosts {
-        let at = |address: &str, n_addresses| Host::At {
+        let at = |address: &str, is_one_of_many| Host::At {
             address: address.parse().unwrap(),
-            n_addresses,
+            is_one_of_many,
         };
         let hosts = [
-            ("db.example.com", at("10.0.0.9", 1)),
-            ("many.example.com.", at("10.0.0.10", 3)),
-            ("a_vip.example.com", at("127.200.0.1", 1)),
-            ("localhost", at("127.0.0.1", 2)),
+            ("db.example.com", at("10.0.0.9", false)),
+            ("many.example.com.", at("10.0.0.10", true)),
+            ("a_vip.example.com", at("127.200.0.1", false)),
+            ("localhost", at("127.0.0.1", true)),
+            ("bridged.example.com", at("172.17.0.9", false)),
             ("gone.example.com", Host::Nowhere("it can't be looked up".into())),
         ];
-        Hosts(hosts.into_iter().map(|(name, host)| (name.to_owned(), host)).collect())
+        let bridge = |name: &str, network: &str| Bridge {
+            name: name.to_owned(),
+            network: network.parse().unwrap(),
+        };
+        Hosts {
+            names: hosts.into_iter().map(|(name, host)| (name.to_owned(), host)).collect(),
+            bridges: vec![bridge("docker0", "172.17.0.0/16"), bridge("nomad", "fd17::/64")],
+        }
     }
 
     fn judged(instance: &Instance) -> Backend {
@@ -158,6 +209,8 @@ mod tests {
             ("[2001:db8::7]", "[2001:db8::7]:23456"),
             ("::ffff:10.0.0.7", "10.0.0.7:23456"),
             ("fd6e:0:0:1::7", "[fd6e:0:0:1::7]:23456"),
+            ("172.18.0.5", "172.18.0.5:23456"),
+            ("240.0.0.7", "240.0.0.7:23456"),
         ] {
             let backend = judged(&instance(address, 23456));
             assert_eq!(backend.address, Some(expected.parse().unwrap()), "{address}");
@@ -198,6 +251,18 @@ mod tests {
             ("0.0.0.0", 80, "no host's address"),
             ("224.0.0.1", 80, "no host's address"),
             ("255.255.255.255", 80, "no host's address"),
+            ("0.1.2.3", 80, "no host's address"),
+            ("::ffff:0.0.0.0", 80, "no host's address"),
+            ("::10.0.0.7", 80, "no host's address"),
+            ("::127.0.0.1", 80, "no host's address"),
+            ("169.254.7.7", 80, "169.254.7.7 is link-local"),
+            ("::ffff:169.254.7.7", 80, "169.254.7.7 is link-local"),
+            ("::1%lo", 80, "loopback of node `n1`"),
+            ("127.0.0.2", 80, "loopback of node `n1`"),
+            ("172.17.0.5", 80, "172.17.0.0/16 is this host's own bridge `docker0`"),
+            ("::ffff:172.17.0.1", 80, "172.17.0.0/16 is this host's own bridge `docker0`"),
+            ("[fd17::5]", 80, "fd17::/64 is this host's own bridge `nomad`"),
+            ("bridged.example.com", 80, "this host's own bridge `docker0`"),
         ] {
             let backend = judged(&instance(address, port));
             assert_eq!((backend.state, backend.address), (State::Unroutable, None), "{address}");
@@ -214,7 +279,7 @@ mod tests {
             (
                 "many.example.com.",
                 "10.0.0.10:80",
-                "`many.example.com.` is 10.0.0.10, the first of its 3 addresses",
+                "`many.example.com.` is 10.0.0.10, one of several addresses",
             ),
         ] {
             let backend = judged(&instance(name, 80));
@@ -242,6 +307,37 @@ mod tests {
         for address in ["127.0.0.1", "::1", "::ffff:127.0.0.1"] {
             let backend = judged(&Instance { local: true, ..instance(address, 8080) });
             assert_eq!((backend.state, backend.host_only), (State::Healthy, true), "{address}");
+        }
+    }
+
+    #[test]
+    fn this_nodes_own_bridge_and_links_are_reached() {
+        for (address, expected) in [
+            ("172.17.0.5", "172.17.0.5:80"),
+            ("fd17::5", "[fd17::5]:80"),
+            ("169.254.7.7", "169.254.7.7:80"),
+        ] {
+            let backend = judged(&Instance { local: true, ..instance(address, 80) });
+            let got = (backend.address, backend.state, backend.host_only);
+            assert_eq!(got, (Some(expected.parse().unwrap()), State::Healthy, false));
+        }
+    }
+
+    #[test]
+    fn what_a_record_alone_says_of_reaching_it() {
+        for (address, port, local, expected) in [
+            ("10.0.0.7", 80, false, true),
+            ("db.example.com", 80, false, true),
+            ("10.0.0.7", 0, false, false),
+            ("10.0.0.7", 65_536, false, false),
+            ("", 80, false, false),
+            ("127.0.0.1", 80, false, false),
+            ("127.0.0.1", 80, true, true),
+            ("0.0.0.0", 80, true, false),
+            ("10.0.0", 80, false, false),
+        ] {
+            let instance = Instance { local, ..instance(address, port) };
+            assert_eq!(may_be_reached(&instance), expected, "{address}:{port}");
         }
     }
 

@@ -7,6 +7,7 @@
 mod build;
 mod dialled;
 mod diff;
+mod endpoints;
 mod hosts;
 mod input;
 mod judge;
@@ -22,8 +23,9 @@ use serde::{Deserialize, Serialize};
 pub use build::{Builder, Next};
 pub use dialled::{MAX_PORTS, Ports, Protocols};
 pub use diff::{Diff, diff};
-pub use hosts::{Host, Hosts};
-pub use input::{Instance, Listing, Standing, Watch};
+pub use hosts::{Bridge, Host, Hosts};
+pub use input::{Home, Instance, Listing, Standing, Watch, parse_ip};
+pub use judge::may_be_reached;
 pub use says::Says;
 
 /// One state of the world, as this node should present it.

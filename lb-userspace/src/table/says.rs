@@ -8,7 +8,9 @@ use serde::{Deserialize, Serialize};
 
 use super::{Instance, Ports, Protocols};
 
-/// What an instance says of its service, in its own words: read, and judged, by the table.
+/// What an instance says of its service, in its own words: read, and judged, by the table. A source
+/// leaves it empty for what bears the service's name and isn't the service (without the tag, or a
+/// proxy of it).
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Says {
     /// The ports it is dialled at, such as `80,5432` or `any`.
@@ -28,13 +30,10 @@ pub struct Heard {
     pub notes: Vec<String>,
 }
 
-/// Hears the instances that serve, or all of them while none does: what a service is dialled at
-/// must not depend on its health.
+/// Hears all instances, whatever their health: what a service is dialled at must not depend on it.
+/// What isn't an instance of the service, such as a sidecar, has nothing to say (see [`Says`]).
 pub fn hear(instances: &[Instance]) -> Heard {
-    let serves = |instance: &&Instance| instance.standing.serves();
-    let any_serves = instances.iter().any(|instance| serves(&instance));
-    let voices: Vec<&Instance> =
-        instances.iter().filter(|instance| !any_serves || serves(instance)).collect();
+    let voices: Vec<&Instance> = instances.iter().collect();
     let mut notes = Vec::new();
     let ports = elect("ports", &voices, |says| says.ports.as_deref(), &mut notes);
     let protocols = elect("protocols", &voices, |says| says.protocol.as_deref(), &mut notes);
@@ -85,7 +84,7 @@ fn first(ids: &[&str]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::table::Standing;
+    use crate::table::{Home, Standing};
 
     /// An instance for each `PORTS`, out where it begins with `!`; `-` says nothing.
     fn instances(words: &[&str]) -> Vec<Instance> {
@@ -102,6 +101,7 @@ mod tests {
                 port: 80,
                 weight: 1,
                 local: false,
+                home: Home::default(),
                 standing,
                 says: Says { ports, protocol: None },
             }
@@ -118,9 +118,17 @@ mod tests {
             (&["-", "-"], None, &[]),
             (&["-", "5432"], Some("5432"), &[]),
             (&["443, 80", "80,443"], Some("80,443"), &[]),
-            (&["any", "!80", "!80"], Some("any"), &[]),
+            (&["80", "!80", "!80"], Some("80"), &[]),
+            (
+                &["any", "!80", "!80"],
+                Some("80"),
+                &[
+                    "its instances give different ports, `80` (2), `any` (1): `80` counts; give all \
+                   the same",
+                ],
+            ),
             (&["!80"], Some("80"), &[]),
-            (&["-", "!80"], None, &[]),
+            (&["-", "!80"], Some("80"), &[]),
             (
                 &["81", "80", "81"],
                 Some("81"),

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use crate::config::AddressChoice;
+use crate::table::parse_ip;
 
 /// The addresses that a service, or a node, offers.
 #[derive(Clone, Debug, Default)]
@@ -48,11 +49,10 @@ pub fn choose(
         tagged.into_iter().chain([(offers.own, None)])
     });
     let is_fit = |address: &str| {
-        let of = match address.parse() {
-            Ok(IpAddr::V4(_)) => Some(Family::V4),
-            Ok(IpAddr::V6(_)) => Some(Family::V6),
-            Err(_) => None,
-        };
+        let of = parse_ip(address).map(|address| match address {
+            IpAddr::V4(_) => Family::V4,
+            IpAddr::V6(_) => Family::V6,
+        });
         !address.is_empty() && (family.is_none() || of.is_none() || of == family)
     };
     match (candidates.into_iter().find(|(address, _)| is_fit(address)), family, tag) {
@@ -83,7 +83,13 @@ mod tests {
         let wide_node = offers("10.0.0.1", &[("wan", "192.0.2.1", None)]);
         let dual = offers("10.0.0.7", &[("lan_ipv6", "2001:db8::7", None)]);
         let dual_node = offers("10.0.0.1", &[("wan_ipv6", "2001:db8::1", None)]);
+        let mapped = offers("::ffff:10.0.0.8", &[]);
+        let bracketed = offers("[2001:db8::8]", &[]);
         let table = [
+            (LanIpv4, &mapped, &node, Ok(("::ffff:10.0.0.8", None))),
+            (LanIpv6, &mapped, &node, Err("has no `lan_ipv6` address")),
+            (LanIpv4, &bracketed, &node, Ok(("10.0.0.1", None))),
+            (LanIpv6, &bracketed, &node, Ok(("[2001:db8::8]", None))),
             (Lan, &own, &node, Ok(("10.0.0.7", None))),
             (Lan, &none, &node, Ok(("10.0.0.1", None))),
             (Lan, &wide, &wide_node, Ok(("10.0.0.7", None))),

@@ -1,6 +1,7 @@
 //! The questions: what is sent for each, and what the answer says of what it is about.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -11,9 +12,12 @@ use super::client::{Client, QueryError, Question, percent_encode};
 use super::health::{self, Record, Records};
 use super::held;
 use super::index::Ask;
-use super::model::Heard;
+use super::model::{Heard, Node};
 use super::off;
+use crate::catalog::host;
+use crate::catalog::memory::Agent;
 use crate::config::CatalogConfig;
+use crate::table::{Home, parse_ip};
 
 /// What a question is about.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,8 +41,8 @@ pub enum Said {
     Names(BTreeSet<Arc<str>>),
     /// Whether nothing is to be translated.
     Switch(bool),
-    /// The agent's node.
-    Agent(String),
+    /// Which node this is, by the agent.
+    Agent(Node),
     /// What there is of the service.
     Service(Heard),
     /// The service's name as it was registered; `None` where there is no such service.
@@ -100,22 +104,25 @@ pub async fn ask(
 ) -> Result<Answer, Failure> {
     match about {
         About::Names => {
-            let said = |names| Said::Names(tagged(names, &rules.tag));
+            let said = |names, _| Said::Names(tagged(names, &rules.tag));
             get(client, "/v1/catalog/services".into(), how, said).await
         }
         About::Switch => {
-            get(client, off::PATH.into(), how, |entries| Said::Switch(off::is_off(&entries))).await
+            get(client, off::PATH.into(), how, |entries, _| Said::Switch(off::is_off(&entries)))
+                .await
         }
         About::Agent => {
-            let said = |agent: AgentSelf| Said::Agent(agent.config.node_name);
+            let said = |agent, peer| Said::Agent(node(agent, peer, host::is_own));
             get(client, "/v1/agent/self".into(), how, said).await
         }
         About::Service(name) => {
-            get(client, health(name), how, |Records(records)| Said::Service(heard(records, rules)))
-                .await
+            get(client, health(name), how, |Records(records), _| {
+                Said::Service(heard(records, rules))
+            })
+            .await
         }
         About::Lookup(name) => {
-            let said = |Records(records)| Said::Lookup(registered(records, rules, name));
+            let said = |Records(records), _| Said::Lookup(registered(records, rules, name));
             get(client, health(name), how, said).await
         }
     }
@@ -129,7 +136,7 @@ async fn get<T: DeserializeOwned>(
     client: &Client,
     path: String,
     how: How,
-    said: impl FnOnce(T) -> Said,
+    said: impl FnOnce(T, Option<IpAddr>) -> Said,
 ) -> Result<Answer, Failure> {
     // The schedule keeps to the connections that there are, so no question waits for one here.
     let question = Question { path, ask: how.ask, wait: how.wait };
@@ -140,7 +147,7 @@ async fn get<T: DeserializeOwned>(
     let answer = client.get::<T>(&question, limit).await?;
     Ok(Answer {
         index: answer.index,
-        said: said(answer.body),
+        said: said(answer.body, answer.peer),
         n_bytes: answer.n_bytes,
         is_filtered: answer.is_filtered,
         heard_at: Instant::now(),
@@ -179,14 +186,93 @@ pub(super) fn tagged(names: Names, tag: &str) -> BTreeSet<Arc<str>> {
 }
 
 /// The part of `/v1/agent/self` that says which node this is.
-#[derive(Deserialize)]
+#[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "PascalCase")]
 struct AgentSelf {
     config: AgentConfig,
+    #[serde(default)]
+    member: Option<Member>,
 }
 
-#[derive(Deserialize)]
+#[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "PascalCase")]
 struct AgentConfig {
     node_name: String,
+    #[serde(default, rename = "NodeID")]
+    node_id: Option<String>,
+    #[serde(default)]
+    datacenter: Option<String>,
+    /// Consul Enterprise has it.
+    #[serde(default)]
+    partition: Option<String>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Member {
+    /// Where other agents reach this one.
+    #[serde(default)]
+    addr: Option<String>,
+}
+
+/// Which node this is. The agent is this host's where it is asked over a unix socket or at an address
+/// of this host, and has one itself: behind a tunnel, a proxy or a container's published port is
+/// another network namespace, whose loopback isn't ours.
+fn node(agent: AgentSelf, peer: Option<IpAddr>, is_own: impl Fn(IpAddr) -> bool) -> Node {
+    let AgentConfig { node_name, node_id, datacenter, partition } = agent.config;
+    if let Some(peer) = peer.filter(|peer| !is_own(*peer)) {
+        return Node::Elsewhere(format!("{peer}, where it is asked, is another host's"));
+    }
+    let address = agent.member.and_then(|member| parse_ip(&member.addr?));
+    let address = address.filter(|address| !address.is_unspecified());
+    if let Some(address) = address.filter(|address| !is_own(*address)) {
+        return Node::Elsewhere(format!("its own address, {address}, is none of this host's"));
+    }
+    let text = |text: Option<String>| text.unwrap_or_default();
+    let home = Home::new(&text(node_id), &text(datacenter), &text(partition));
+    Node::Named(Agent { name: node_name, home })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_an_agent_of_this_host_says_which_node_this_is() {
+        let is_own = |address: IpAddr| {
+            address.is_loopback()
+                || ["10.0.0.1", "fd00::1"].iter().any(|own| own.parse() == Ok(address))
+        };
+        // (where it is asked, what its member's address is, whether it is this host's)
+        for (peer, member, is_here) in [
+            (None, None, true),
+            (None, Some("10.0.0.1"), true),
+            (None, Some("172.17.0.2"), false),
+            (Some("127.0.0.1"), None, true),
+            (Some("127.0.0.1"), Some(""), true),
+            (Some("127.0.0.1"), Some("127.0.0.1"), true),
+            (Some("127.0.0.1"), Some("0.0.0.0"), true),
+            (Some("127.0.0.1"), Some("10.0.0.1"), true),
+            (Some("::1"), Some("fd00::1"), true),
+            // A tunnel, or a container whose port is published.
+            (Some("127.0.0.1"), Some("10.0.0.2"), false),
+            (Some("10.0.0.1"), Some("10.0.0.1"), true),
+            (Some("10.0.0.2"), Some("10.0.0.2"), false),
+            (Some("10.0.0.2"), None, false),
+        ] {
+            let member = json_member(member);
+            let json = format!(r#"{{"Config":{{"NodeName":"n1","NodeID":"9d75"}}{member}}}"#);
+            let agent = serde_json::from_str(&json).unwrap();
+            let got = node(agent, peer.map(|peer| peer.parse().unwrap()), is_own);
+            let expected = Agent { name: "n1".into(), home: Home::new("9d75", "", "") };
+            match is_here {
+                true => assert_eq!(got, Node::Named(expected), "{peer:?} {json}"),
+                false => assert!(matches!(got, Node::Elsewhere(_)), "{peer:?} {json}"),
+            }
+        }
+    }
+
+    fn json_member(address: Option<&str>) -> String {
+        address.map(|address| format!(r#","Member":{{"Addr":"{address}"}}"#)).unwrap_or_default()
+    }
 }

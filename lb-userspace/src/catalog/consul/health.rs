@@ -8,7 +8,7 @@ use serde::{Deserialize, Deserializer};
 
 use super::address::{self, Offers};
 use crate::config::{CatalogConfig, HealthPolicy};
-use crate::table::{Instance, Says, Standing};
+use crate::table::{Home, Instance, Says, Standing};
 
 /// The most instances that a service may have: many times what is known of any, and a bound on the
 /// memory that an answer takes, since an empty record has two bytes there and some 300 here.
@@ -64,8 +64,14 @@ pub struct Record {
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "PascalCase")]
 struct Node {
+    #[serde(default, rename = "ID", deserialize_with = "or_default")]
+    id: String,
     #[serde(default, deserialize_with = "or_default")]
     node: String,
+    #[serde(default, deserialize_with = "or_default")]
+    datacenter: String,
+    #[serde(default, deserialize_with = "or_default")]
+    partition: String,
     #[serde(default, deserialize_with = "or_default")]
     address: String,
     #[serde(default, deserialize_with = "or_default")]
@@ -88,11 +94,23 @@ struct Service {
     #[serde(default, deserialize_with = "or_default")]
     port: i64,
     #[serde(default, deserialize_with = "or_default")]
+    ports: Vec<NamedPort>,
+    #[serde(default, deserialize_with = "or_default")]
     tagged_addresses: BTreeMap<String, Option<Tagged>>,
     #[serde(default, deserialize_with = "or_default")]
     weights: Weights,
     #[serde(default, deserialize_with = "or_default")]
     meta: BTreeMap<String, Option<String>>,
+}
+
+/// One of several ports, as Consul has them from 1.22 on, instead of `Port`.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct NamedPort {
+    #[serde(default, deserialize_with = "or_default")]
+    port: i64,
+    #[serde(default, deserialize_with = "or_default")]
+    default: bool,
 }
 
 /// A further address of a service.
@@ -189,17 +207,19 @@ fn instance(record: Record, rules: &CatalogConfig) -> Instance {
     if let (Err(reason), true) = (&chosen, standing.serves()) {
         standing = Standing::Out(reason.clone());
     }
+    let is_of_service = foreign(&record, rules).is_none();
     let Record { node, mut service, .. } = record;
     let (address, port) = match chosen {
-        Ok((address, port)) => (address, port.unwrap_or(service.port)),
-        Err(_) => (service.address, service.port),
+        Ok((address, port)) => (address, port.unwrap_or(service.port())),
+        Err(_) => (service.address.clone(), service.port()),
     };
     let weight = match standing {
         Standing::Warning(_) => service.weights.warning,
         Standing::Serving | Standing::Out(_) => service.weights.passing,
     };
-    let mut says = |key: &str| service.meta.remove(key).flatten();
+    let mut says = |key: &str| service.meta.remove(key).flatten().filter(|_| is_of_service);
     Instance {
+        home: Home::new(&node.id, &node.datacenter, &node.partition),
         node: node.node,
         id: service.id,
         address,
@@ -234,6 +254,15 @@ impl Record {
 }
 
 impl Service {
+    /// The port: `Port`, or where it says nothing the default one of `Ports`, else the first.
+    fn port(&self) -> i64 {
+        let default = self.ports.iter().find(|port| port.default).or(self.ports.first());
+        match (self.port, default) {
+            (0, Some(default)) => default.port,
+            (port, _) => port,
+        }
+    }
+
     fn offers(&self) -> Offers<'_> {
         let tagged = self.tagged_addresses.iter().filter_map(|(tag, tagged)| {
             let Tagged { address, port } = tagged.as_ref()?;
@@ -254,31 +283,35 @@ impl Node {
     }
 }
 
+/// Why a record of the service's name is none of its instances: by the kind, the tag and the Meta.
+fn foreign(record: &Record, rules: &CatalogConfig) -> Option<String> {
+    let CatalogConfig { tag, meta, .. } = rules;
+    // A sidecar inherits the tags of the service that it stands beside.
+    if !record.service.kind.is_empty() {
+        return Some(format!("is a {}, not the service itself", record.service.kind));
+    }
+    // The tags in the list of names are a union over instances, so each has to show it here.
+    if !record.has_tag(tag) {
+        return Some(format!("lacks the tag `{tag}`"));
+    }
+    meta.iter().find_map(|(key, wanted)| {
+        match record.service.meta.get(key).and_then(Option::as_ref) {
+            Some(has) if has == wanted => None,
+            Some(has) => Some(format!("its Meta has `{key}` = `{has}`, not `{wanted}`")),
+            None => Some(format!("its Meta lacks `{key}` = `{wanted}`")),
+        }
+    })
+}
+
 /// The verdict of the kind, the tag, the Meta and the checks. Outputs and times of checks have no
 /// part in it, so that a check that only changed its words changes nothing.
 fn standing(record: &Record, rules: &CatalogConfig) -> Standing {
-    let CatalogConfig { tag, meta, health, .. } = rules;
-    // A sidecar inherits the tags of the service that it stands beside.
-    if !record.service.kind.is_empty() {
-        return Standing::Out(format!("is a {}, not the service itself", record.service.kind));
-    }
-    // The tags in the list of names are a union over instances, so each has to show it here.
-    if !record.service.tags.iter().any(|has| has == tag) {
-        return Standing::Out(format!("lacks the tag `{tag}`"));
-    }
-    for (key, wanted) in meta {
-        match record.service.meta.get(key).and_then(Option::as_ref) {
-            Some(has) if has == wanted => {}
-            Some(has) => {
-                let reason = format!("its Meta has `{key}` = `{has}`, not `{wanted}`");
-                return Standing::Out(reason);
-            }
-            None => return Standing::Out(format!("its Meta lacks `{key}` = `{wanted}`")),
-        }
+    if let Some(reason) = foreign(record, rules) {
+        return Standing::Out(reason);
     }
     let Some(check) = &record.checks.worst else { return Standing::Serving };
     let complaint = check.complaint();
-    match health {
+    match rules.health {
         HealthPolicy::Warning if check.is_warning() => match record.service.weights.warning {
             Some(0) => Standing::Out(format!("{complaint}, and its weight is 0 then")),
             _ => Standing::Warning(complaint),
@@ -431,20 +464,59 @@ mod tests {
         let table = [
             (r#"{}"#, (None, None)),
             (r#"{"Service":{"Meta":null}}"#, (None, None)),
-            (r#"{"Service":{"Meta":{"version":"3","Nohop-Ports":"1"}}}"#, (None, None)),
             (
-                r#"{"Service":{"Meta":{"nohop-ports":"80, 5432","a":"b"}}}"#,
+                r#"{"Service":{"Tags":["routed"],"Meta":{"version":"3","Nohop-Ports":"1"}}}"#,
+                (None, None),
+            ),
+            (
+                r#"{"Service":{"Tags":["routed"],"Meta":{"nohop-ports":"80, 5432","a":"b"}}}"#,
                 (Some("80, 5432"), None),
             ),
             (
-                r#"{"Service":{"Meta":{"nohop-ports":null,"nohop-protocol":"what"}}}"#,
+                r#"{"Service":{"Tags":["routed"],"Meta":{"nohop-ports":null,"nohop-protocol":"what"}}}"#,
                 (None, Some("what")),
+            ),
+            // Whatever its health; but what isn't the service has no say in it.
+            (
+                r#"{"Service":{"Tags":["routed"],"Meta":{"nohop-ports":"81"}},
+                    "Checks":[{"CheckID":"a","Status":"critical"}]}"#,
+                (Some("81"), None),
+            ),
+            (r#"{"Service":{"Tags":["other"],"Meta":{"nohop-ports":"81"}}}"#, (None, None)),
+            (
+                r#"{"Service":{"Kind":"connect-proxy","Tags":["routed"],
+                               "Meta":{"nohop-ports":"81","nohop-protocol":"udp"}}}"#,
+                (None, None),
             ),
         ];
         for (json, expected) in table {
             let records = vec![serde_json::from_str(json).unwrap()];
+            let other = r#"{"Service":{"Tags":["routed"]}}"#;
+            let records = [records, vec![serde_json::from_str(other).unwrap()]].concat();
             let Says { ports, protocol } = instances(records, &rules()).unwrap().remove(0).says;
             assert_eq!((ports.as_deref(), protocol.as_deref()), expected, "{json}");
+        }
+    }
+
+    #[test]
+    fn of_several_ports_the_default_one_is_reached() {
+        for (service, expected) in [
+            (r#""Port":80"#, 80),
+            (r#""Port":80,"Ports":null"#, 80),
+            (r#""Port":80,"Ports":[]"#, 80),
+            (r#""Ports":[{"Name":"http","Port":8080,"Default":true}]"#, 8080),
+            (
+                r#""Port":0,"Ports":[{"Name":"admin","Port":9000},
+                    {"Name":"http","Port":8080,"Default":true}]"#,
+                8080,
+            ),
+            (r#""Port":null,"Ports":[{"Port":9000},{"Port":8080,"Default":false}]"#, 9000),
+            (r#""Port":80,"Ports":[{"Name":"http","Port":8080,"Default":true}]"#, 80),
+            (r#""Port":0"#, 0),
+        ] {
+            let json = format!(r#"[{{"Service":{{"Tags":["routed"],{service}}}}}]"#);
+            let instance = instances(parse(&json), &rules()).unwrap().remove(0);
+            assert_eq!(instance.port, expected, "{service}");
         }
     }
 

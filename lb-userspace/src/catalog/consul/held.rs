@@ -1,10 +1,11 @@
 //! Instances that were registered before their checks, and so look healthy for a moment (nomad's
 //! issue 3935): they are held back.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
+use std::hash::{Hash, Hasher};
 use std::time::{Duration, Instant};
 
-use crate::table::{Instance, Standing};
+use crate::table::{Instance, Standing, may_be_reached};
 
 /// How long an instance without checks of its own, whose siblings have some, is held back.
 pub const HOLD: Duration = Duration::from_secs(3);
@@ -19,9 +20,10 @@ pub struct Held {
 }
 
 impl Held {
-    /// Takes those of the `unchecked` out that haven't been seen so for [`HOLD`], and returns when to
-    /// judge anew. Those that served in `known` went through this, or had their checks taken away: they
-    /// go on.
+    /// Takes those of the `unchecked` out that haven't been seen so for [`HOLD`], while another
+    /// instance serves: to refuse is worse than an instance that may not be up yet. Returns when to
+    /// judge again. Those that served in `known` went through this, or had their checks taken away:
+    /// they stay.
     pub fn judge(
         &mut self,
         instances: &mut [Instance],
@@ -29,27 +31,70 @@ impl Held {
         known: &[Instance],
         now: Instant,
     ) -> Option<Instant> {
-        self.since.retain(|key, _| unchecked.contains(key));
-        let mut again_at = None;
-        for (node, id) in unchecked {
-            let is_it = |instance: &&Instance| instance.node == *node && instance.id == *id;
-            if known.iter().find(is_it).is_some_and(|known| known.standing.serves()) {
+        // An answer has up to 65,536 instances, so each is looked up, never searched for.
+        let unchecked: HashSet<Name> = unchecked.iter().map(Name::of_key).collect();
+        self.since.retain(|key, _| unchecked.contains(&Name::of_key(key)));
+        if unchecked.is_empty() {
+            return None;
+        }
+        let served = known.iter().filter(|instance| instance.standing.serves());
+        let served: HashSet<Name> = served.map(Name::of).collect();
+        let (mut newcomers, mut others_serve) = (Vec::new(), false);
+        for (idx, instance) in instances.iter().enumerate() {
+            if !instance.standing.serves() {
                 continue;
             }
-            let until = *self.since.entry((node.clone(), id.clone())).or_insert(now) + HOLD;
-            if until <= now {
-                continue;
-            }
-            for instance in instances.iter_mut().filter(|instance| is_it(&&**instance)) {
-                if instance.standing.serves() {
-                    instance.standing = Standing::Out(format!(
-                        "has no check yet, as others of the service have: held back for {HOLD:?}"
-                    ));
-                    again_at = Some(again_at.map_or(until, |at: Instant| at.min(until)));
+            let name = Name::of(instance);
+            if unchecked.contains(&name) && !served.contains(&name) {
+                let key = (instance.node.clone(), instance.id.clone());
+                let until = *self.since.entry(key).or_insert(now) + HOLD;
+                if until > now {
+                    newcomers.push((idx, until));
+                    continue;
                 }
             }
+            others_serve |= may_be_reached(instance);
         }
-        again_at
+        if !others_serve {
+            return None;
+        }
+        for &(idx, _) in &newcomers {
+            instances[idx].standing = Standing::Out(format!(
+                "has no check yet, as others of the service have: held back for {HOLD:?}"
+            ));
+        }
+        newcomers.into_iter().map(|(_, until)| until).min()
+    }
+}
+
+/// An instance's key, to look it up by.
+#[derive(Clone, Copy, Debug, Eq)]
+struct Name<'a> {
+    node: &'a str,
+    id: &'a str,
+}
+
+impl<'a> Name<'a> {
+    fn of(instance: &'a Instance) -> Name<'a> {
+        Name { node: &instance.node, id: &instance.id }
+    }
+
+    fn of_key((node, id): &'a Key) -> Name<'a> {
+        Name { node, id }
+    }
+}
+
+impl Hash for Name<'_> {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        (self.node, self.id).hash(state);
+    }
+}
+
+impl PartialEq for Name<'_> {
+    fn eq(&self, other: &Self) -> bool {
+        #[cfg(test)]
+        tests::N_COMPARED.with(|n| n.set(n.get() + 1));
+        (self.id, self.node) == (other.id, other.node)
     }
 }
 
@@ -63,8 +108,15 @@ pub fn unchecked(has_check: impl Iterator<Item = (Key, bool)> + Clone) -> Vec<Ke
 
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
+
     use super::*;
-    use crate::table::Says;
+    use crate::table::{Home, Says};
+
+    thread_local! {
+        /// How many names were compared.
+        pub static N_COMPARED: Cell<usize> = const { Cell::new(0) };
+    }
 
     fn instance(id: &str) -> Instance {
         Instance {
@@ -74,6 +126,7 @@ mod tests {
             port: 80,
             weight: 1,
             local: false,
+            home: Home::default(),
             standing: Standing::Serving,
             says: Says::default(),
         }
@@ -123,7 +176,58 @@ mod tests {
         }
         // It gets its check, and loses it: the time begins anew, unless it serves already.
         held.judge(&mut [], &[], &known, start);
-        let again_at = held.judge(&mut [instance("new")], &[key("new")], &known, start + HOLD * 5);
+        let mut instances = [instance("new"), instance("old")];
+        let again_at = held.judge(&mut instances, &[key("new")], &known, start + HOLD * 5);
         assert_eq!(again_at, Some(start + HOLD * 6));
+    }
+
+    #[test]
+    fn a_newcomer_is_held_back_only_while_another_can_serve() {
+        let out = Standing::Out("check `web` is critical".into());
+        let warning = Standing::Warning("check `web` is warning".into());
+        let other = |change: fn(&mut Instance)| {
+            let mut other = instance("old");
+            change(&mut other);
+            other
+        };
+        let cases: [(Instance, bool); 8] = [
+            (instance("old"), true),
+            (Instance { standing: warning, ..instance("old") }, true),
+            (other(|other| other.address = "db.example.com".into()), true),
+            (Instance { standing: out, ..instance("old") }, false),
+            // What serves by Consul and can't be reached from here serves nobody.
+            (other(|other| other.port = 0), false),
+            (other(|other| other.address = "127.0.0.1".into()), false),
+            (other(|other| other.address = "0.0.0.0".into()), false),
+            (other(|other| other.address.clear()), false),
+        ];
+        for (other, is_held) in cases {
+            let mut instances = [other.clone(), instance("new"), instance("newer")];
+            let mut held = Held::default();
+            let suspects = [key("new"), key("newer")];
+            let again_at = held.judge(&mut instances, &suspects, &[], Instant::now());
+            assert_eq!(again_at.is_some(), is_held, "{other:?}");
+            for newcomer in &instances[1..] {
+                assert_eq!(!newcomer.standing.serves(), is_held, "{other:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_work_grows_with_the_instances_not_with_their_square() {
+        let n = 60_000;
+        let ids: Vec<String> =
+            (0..n).map(|nth| format!("_nomad-task-{nth:08}-group-web-web-http")).collect();
+        let mut instances: Vec<Instance> = ids.iter().map(|id| instance(id)).collect();
+        let known = instances[..n / 2].to_vec();
+        let suspects: Vec<Key> = ids[1..].iter().map(|id| key(id)).collect();
+        let mut held = Held::default();
+        for _ in 0..2 {
+            N_COMPARED.with(|compared| compared.set(0));
+            held.judge(&mut instances, &suspects, &known, Instant::now());
+            let n_compared = N_COMPARED.with(Cell::get);
+            assert!(n_compared < 10 * n, "{n_compared} comparisons of {n} instances");
+        }
+        assert_eq!(instances.iter().filter(|i| !i.standing.serves()).count(), n / 2);
     }
 }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use super::held::{Held, Key};
 use super::schedule::is_shrink;
 use crate::catalog::Catalog;
-use crate::catalog::memory::{Memory, Remembered};
+use crate::catalog::memory::{Agent, Memory, Remembered};
 use crate::table::{Instance, Listing, Watch};
 
 /// The state that watches bring together. Pure: it neither asks nor publishes.
@@ -50,16 +50,27 @@ fn n_serving(instances: &[Instance]) -> usize {
     instances.iter().filter(|instance| instance.standing.serves()).count()
 }
 
-/// The name under which the agent's own node registers its instances.
+/// Which node this is: that of the agent that is asked, where it is this host's.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Node {
     /// Not answered yet.
     #[default]
     Unknown,
-    /// The agent said it.
-    Named(String),
+    /// This one.
+    Named(Agent),
+    /// None that is known: the agent is another host's, for this reason.
+    Elsewhere(String),
     /// The token may not know it.
     Denied,
+}
+
+impl Node {
+    /// Says of each instance whether it runs on this node.
+    fn mark_local(&self, instances: &mut [Instance]) {
+        for instance in instances {
+            instance.local = matches!(self, Node::Named(agent) if agent.has(instance));
+        }
+    }
 }
 
 /// One name.
@@ -114,8 +125,8 @@ impl Model {
 
     /// Begins with what an earlier life of the source left; nothing of it counts as an answer.
     pub fn seed(&mut self, memory: &Memory) {
-        if let (Node::Unknown, Some(node)) = (&self.node, &memory.node) {
-            self.node = Node::Named(node.clone());
+        if let (Node::Unknown, Some(agent)) = (&self.node, &memory.agent) {
+            self.node = Node::Named(agent.clone());
         }
         for (name, remembered) in &memory.services {
             let mut entry = Entry { answered_at: remembered.answered_at, ..Entry::default() };
@@ -136,11 +147,11 @@ impl Model {
             };
             (name.clone(), Remembered { instances, answered_at, used_at: None })
         });
-        let node = match &self.node {
-            Node::Named(node) => Some(node.clone()),
-            Node::Unknown | Node::Denied => None,
+        let agent = match &self.node {
+            Node::Named(agent) => Some(agent.clone()),
+            Node::Unknown | Node::Denied | Node::Elsewhere(_) => None,
         };
-        Memory { node, services: services.collect(), ..Memory::default() }
+        Memory { agent, services: services.collect(), ..Memory::default() }
     }
 
     /// Takes the list of the names that have the tag.
@@ -217,7 +228,9 @@ impl Model {
 
     /// Takes what Consul says of a live service. A name that has gone meanwhile is ignored.
     pub fn set_service(&mut self, name: &Arc<str>, heard: Heard, now: Instant) {
+        let is_in_use = self.is_in_use(name);
         let Some(entry) = self.services.get_mut(name) else { return };
+        let is_inherited = is_in_use && matches!(entry.known, Known::Pending);
         entry.answered_at = Some(now);
         self.is_dirty |= !std::mem::replace(&mut entry.is_followed, entry.is_live);
         self.held_back.remove(name);
@@ -227,11 +240,16 @@ impl Model {
             return;
         };
         let mut judged = instances.clone();
+        self.node.mark_local(&mut judged);
         let known = match &entry.known {
             Known::Service { instances, .. } => instances.clone(),
             Known::Pending | Known::NoService => self.nothing.clone(),
         };
-        let again_at = entry.held.judge(&mut judged, unchecked, &known, now);
+        // What the kernel serves already came before this daemon.
+        let again_at = match is_inherited {
+            true => None,
+            false => entry.held.judge(&mut judged, unchecked, &known, now),
+        };
         self.is_dirty |= entry.known.learn(judged, &self.node);
         if let Some(again_at) = again_at {
             self.held_back.insert(name.clone(), (again_at, heard));
@@ -458,9 +476,7 @@ impl Known {
     /// Takes the instances in, and says whether that changed anything; if not, the list stays the
     /// same allocation.
     fn learn(&mut self, mut instances: Vec<Instance>, node: &Node) -> bool {
-        for instance in &mut instances {
-            instance.local = matches!(node, Node::Named(name) if *name == instance.node);
-        }
+        node.mark_local(&mut instances);
         instances.sort();
         if let Known::Service { instances: last, .. } = self
             && **last == *instances

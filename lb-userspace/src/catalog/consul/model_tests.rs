@@ -1,8 +1,8 @@
 //! The model, by what it publishes after what it was told.
 
 use super::*;
-use crate::table::Says;
 use crate::table::Standing;
+use crate::table::{Home, Says};
 
 fn names(list: &[&str]) -> BTreeSet<Arc<str>> {
     list.iter().map(|name| Arc::from(*name)).collect()
@@ -16,6 +16,7 @@ fn instance(node: &str, id: &str) -> Instance {
         port: 80,
         weight: 1,
         local: false,
+        home: Home::default(),
         standing: Standing::Serving,
         says: Says::default(),
     }
@@ -246,4 +247,60 @@ fn complaints_are_told_once_and_the_first_three() {
     }
     let expected = "down; service `c`: bad c; service `d`: bad d; and 1 more";
     assert_eq!(model.problem().unwrap(), expected);
+}
+
+#[test]
+fn what_the_kernel_serves_already_is_not_held_back_at_a_restart() {
+    let checked = || {
+        let instances = vec![instance("n1", "checked"), instance("n1", "unchecked")];
+        let unchecked = vec![("n1".to_owned(), "unchecked".to_owned())];
+        Heard { instances: Some(instances), unchecked }
+    };
+    // (what the kernel serves, which of both instances serve at first)
+    for (in_use, expected) in [(&["web"][..], 2), (&[], 1)] {
+        let mut model = Model::new(names(in_use));
+        model.hear_switch();
+        model.set_node(Node::Named("n1".into()));
+        with_names(&mut model, &["Web"]);
+        let now = Instant::now();
+        model.set_service(&"Web".into(), checked(), now);
+        let catalog = model.take().unwrap();
+        assert_eq!(n_serving(&catalog["Web"].instances), expected, "{in_use:?}");
+        model.set_service(&"Web".into(), checked(), now);
+        assert_eq!(model.next_release().is_none(), expected == 2);
+    }
+}
+
+#[test]
+fn only_the_agents_own_node_is_this_one() {
+    let here = Home::new("9d75", "dc1", "");
+    let agent = || Agent { name: "n1".into(), home: here };
+    for (node, record, home, expected) in [
+        (Node::Named(agent()), "n1", here, true),
+        (Node::Named(agent()), "n1", Home::default(), true),
+        (Node::Named(agent()), "n2", here, false),
+        (Node::Named(agent()), "n1", Home::new("9d75", "dc2", ""), false),
+        (Node::Named(agent()), "n1", Home::new("aaaa", "dc1", ""), false),
+        (Node::Named(agent()), "n1", Home::new("9d75", "dc1", "team"), false),
+        (Node::Elsewhere("it isn't here".into()), "n1", here, false),
+        (Node::Denied, "n1", here, false),
+        (Node::Unknown, "n1", here, false),
+    ] {
+        let mut model = hearing();
+        model.set_node(node.clone());
+        with_names(&mut model, &["a"]);
+        let record = Instance { home, ..instance(record, "1") };
+        set(&mut model, "a", vec![record.clone()]);
+        model.serve_memory();
+        let catalog = model.take().unwrap();
+        assert_eq!(catalog["a"].instances[0].local, expected, "{node:?} {record:?}");
+        // And where the node is known after the record.
+        let mut model = hearing();
+        with_names(&mut model, &["a"]);
+        set(&mut model, "a", vec![record.clone()]);
+        model.set_node(node.clone());
+        model.serve_memory();
+        let catalog = model.take().unwrap();
+        assert_eq!(catalog["a"].instances[0].local, expected, "{node:?} {record:?}");
+    }
 }

@@ -78,8 +78,9 @@ pub struct Supervisor {
     listed: BTreeSet<Arc<str>>,
     /// Names that were looked up and found, and that the list doesn't have yet.
     unlisted: BTreeSet<Arc<str>>,
-    /// The names that have upper case in them, by how DNS knows them.
-    folded: BTreeMap<String, Arc<str>>,
+    /// The names that have upper case in them, by how DNS knows them: to DNS all of them, and the one
+    /// in lower case, are one service.
+    folded: BTreeMap<String, Vec<Arc<str>>>,
     absent: Absent,
     waiting: BTreeMap<Arc<str>, Vec<oneshot::Sender<Lookup>>>,
     /// The names that are being looked up.
@@ -318,9 +319,17 @@ impl Supervisor {
 
     fn take_agent(&mut self, asked: Asked, now: Instant) {
         let problem = match asked {
-            Ok(Answer { said: Said::Agent(name), .. }) => {
+            Ok(Answer { said: Said::Agent(node), .. }) => {
                 self.agent_backoff.reset();
-                self.model.set_node(Node::Named(name));
+                let fact = match &node {
+                    Node::Elsewhere(why) => Some(format!(
+                        "Consul's agent isn't this host's ({why}): instances on loopback addresses \
+                         are unroutable; ask the agent of this host"
+                    )),
+                    _ => None,
+                };
+                self.output.set_fact("agent", fact);
+                self.model.set_node(node);
                 None
             }
             Ok(_) => return,

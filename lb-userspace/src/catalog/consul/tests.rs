@@ -750,3 +750,60 @@ async fn another_configuration_loses_nothing_on_the_way() {
         "who had it before is heard by the new source"
     );
 }
+
+#[tokio::test]
+async fn a_use_of_a_name_makes_all_of_it_live_whatever_their_case() {
+    let fake = Fake::start().await;
+    for (name, port) in [("WEB", 1), ("Web", 2), ("web", 3)] {
+        let instance = instance("n1", &format!("{name}-1"), port);
+        fake.set(&service(name), 20, json!([instance]));
+    }
+    fake.set_names(10, &["OTHER", "WEB", "Web", "web"]);
+    let mut handle = follow_as(settings(config(fake.address), WatchPolicy::Used, timing()));
+    let live = |catalog: &Catalog| {
+        let live = catalog.iter().filter(|(_, listing)| listing.watch == Watch::Live);
+        live.map(|(name, _)| name.to_string()).collect::<Vec<_>>()
+    };
+    let catalog = shows(&mut handle, |catalog| catalog.len() == 4).await;
+    assert_eq!(live(&catalog), [""; 0]);
+    handle.demand.used("web");
+    let catalog = shows(&mut handle, |catalog| live(catalog) == ["WEB", "Web", "web"]).await;
+    assert_eq!(["WEB", "Web", "web"].map(|name| ports(&catalog, name)), [[1], [2], [3]]);
+    // A variant that comes later is live as the others are.
+    fake.set(&service("wEB"), 20, json!([instance("n1", "wEB-1", 4)]));
+    fake.set_names(11, &["OTHER", "WEB", "Web", "wEB", "web"]);
+    shows(&mut handle, |catalog| live(catalog) == ["WEB", "Web", "wEB", "web"]).await;
+}
+
+#[tokio::test]
+async fn a_node_of_the_same_name_in_another_datacenter_is_not_this_one() {
+    let record = |id: &str, datacenter: &str, node_id: &str| {
+        let mut record = instance("n1", id, 1);
+        record["Service"]["Address"] = json!("127.0.0.1");
+        record["Node"]["Datacenter"] = json!(datacenter);
+        record["Node"]["ID"] = json!(node_id);
+        record
+    };
+    let records = [
+        record("here", "dc1", "9d75"),
+        record("other-datacenter", "dc2", "9d75"),
+        record("other-node", "dc1", "aaaa"),
+    ];
+    // (what the agent says of itself, which instances are this node's)
+    let config_of = json!({"NodeName": "n1", "NodeID": "9d75", "Datacenter": "dc1"});
+    let elsewhere = json!({"Config": config_of, "Member": {"Addr": "192.0.2.77"}});
+    for (agent, expected) in
+        [(json!({"Config": config_of}), vec!["here"]), (elsewhere.clone(), vec![])]
+    {
+        let fake = Fake::start().await;
+        fake.set(AGENT, 1, agent.clone());
+        fake.set_names(10, &["web"]);
+        fake.set(&service("web"), 20, json!(records));
+        let mut handle = follow(config(fake.address), timing());
+        let catalog = shows(&mut handle, |catalog| names(catalog) == ["web"]).await;
+        let local = catalog["web"].instances.iter().filter(|instance| instance.local);
+        assert_eq!(local.map(|instance| &*instance.id).collect::<Vec<_>>(), expected);
+        let facts = handle.health.borrow().facts.join(" ");
+        assert_eq!(facts.contains("192.0.2.77"), agent == elsewhere, "{facts}");
+    }
+}

@@ -2,13 +2,16 @@
 //!
 //! TOML is a sequence of lines that each say something whole, and `[[service]]` at the beginning of
 //! one starts the next service. Where every part of a text between two of these can be read by
-//! itself, the parts together say what the whole text says. Where one can't (such a line may be
-//! within a string of several lines), or has a mistake, the whole text is read at once.
+//! itself, and has one service, the parts together say what the whole text says. Where one can't
+//! (such a line may be within a string of several lines), has a mistake, or has further services (a
+//! header may be indented, or have spaces in it), the whole text is read at once.
+//!
+//! That isn't for speed alone: the tree of a whole text of 6 MB takes more memory than all else.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::parse::{Mistake, parse};
+use super::parse::{Mistake, parse, without_mark};
 use crate::catalog::Catalog;
 use crate::table::{Instance, Listing, Watch};
 
@@ -24,6 +27,7 @@ impl Chunks {
     /// # Errors
     /// All mistakes, by line.
     pub fn read(&mut self, text: &str, last: &Catalog) -> Result<Catalog, Vec<Mistake>> {
+        let text = without_mark(text);
         if let Some(catalog) = self.read_parts(text, last) {
             return Ok(catalog);
         }
@@ -40,7 +44,11 @@ impl Chunks {
             let (part, (name, listing)) = match known.remove_entry(part) {
                 Some(known) => known,
                 None => {
-                    let (name, instances) = parse(part).ok()?.pop_first()?;
+                    let mut services = parse(part).ok()?;
+                    let (name, instances) = services.pop_first()?;
+                    if !services.is_empty() {
+                        return None;
+                    }
                     (part.into(), shared(name, instances, last))
                 }
             };
@@ -80,6 +88,8 @@ fn parts(text: &str) -> Option<impl Iterator<Item = &str>> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     const A: &str = "[[service]]\nname = \"a\"\n[[service.backend]]\naddress = \"10.0.0.1:80\"\n";
@@ -95,6 +105,8 @@ mod tests {
     fn parts_say_what_the_whole_text_says() {
         let a_twice = format!("{A}{A}");
         let both = format!("# ours\n\n{A}{B}");
+        let indented = format!("{A}  {B}");
+        let spaced = format!("{A}{}", B.replacen("[[service]]", "[[ service ]]", 1));
         // The texts, and whether they can be read part by part.
         let table = [
             (A, true),
@@ -108,6 +120,8 @@ mod tests {
             ("[[service]]\nname = \"a\"\n[top]\n[[service]]\nname = \"b\"", false),
             (" [[service]]\nname = \"a\"\n[[service]]\nname = \"b\"", false),
             ("[[ service ]]\nname = \"a\"", false),
+            (&indented, false),
+            (&spaced, false),
             ("x = 1\n[[service]]\nname = \"a\"", false),
             ("[[service]]\nname = \"a\"\nbackend = [\n[[service]]\n]", false),
         ];
@@ -116,6 +130,50 @@ mod tests {
             let none = Catalog::new();
             assert_eq!(chunks.read_parts(text, &none).is_some(), in_parts, "{text}");
             assert_eq!(Chunks::default().read(text, &none), whole(text), "{text}");
+        }
+    }
+
+    /// One service, in one of the spellings that TOML has for it.
+    fn service() -> impl Strategy<Value = String> {
+        let head = prop::sample::select(vec![
+            "[[service]]",
+            "  [[service]]",
+            "\t[[service]]",
+            "[[ service ]]",
+            "[[service]] # [[service]]",
+            "[[\"service\"]]",
+            "# [[service]]\n[['service']]",
+        ]);
+        let body = prop::sample::select(vec![
+            "backend = [{ address = \"10.0.0.1:80\" }]",
+            "[[service.backend]]\naddress = \"10.0.0.1:80\"",
+            "  [[service.backend]]\n  address = '10.0.0.1:80'",
+            "backend = [\n# [[service]]\n{ address = \"10.0.0.1:80\" },\n]",
+            "ports = \"any\"",
+            "",
+            "\"\"\"\n[[service]]\nname = \"\"\"",
+            "weight = 1",
+        ]);
+        (head, 0..20_u8, body)
+            .prop_map(|(head, nth, body)| format!("{head}\nname = \"s{nth}\"\n{body}\n"))
+    }
+
+    proptest! {
+        #[test]
+        fn no_spelling_loses_a_service(
+            services in prop::collection::vec(service(), 0..6),
+            is_crlf: bool,
+            has_mark: bool,
+        ) {
+            let mut text = services.concat();
+            if is_crlf {
+                text = text.replace('\n', "\r\n");
+            }
+            if has_mark {
+                text.insert(0, '\u{feff}');
+            }
+            let none = Catalog::new();
+            prop_assert_eq!(Chunks::default().read(&text, &none), whole(&text), "{}", text);
         }
     }
 

@@ -2,6 +2,7 @@
 
 mod chunks;
 pub(super) mod follow;
+mod kept;
 mod parse;
 
 #[cfg(any(fuzzing, test))]
@@ -28,12 +29,22 @@ pub mod fuzzing {
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use tokio::task;
+
+use super::stamp::{Stamp, stamp};
 use super::{Catalog, Output};
 use chunks::Chunks;
 use follow::Follower;
+pub use kept::Kept;
 use parse::Mistake;
+
+/// How often a file is looked at that can't be watched.
+const POLL: Duration = Duration::from_secs(1);
+
+/// After so many looks the system is asked for a watch again.
+const POLLS: usize = 60;
 
 /// Why the file can't be used.
 #[derive(Debug, thiserror::Error)]
@@ -68,15 +79,31 @@ fn list(path: &Path, mistakes: &[Mistake]) -> String {
 /// # Errors
 /// It can't be read, or it has mistakes. Then nothing is published.
 pub fn load(path: &Path, output: &Output) -> Result<(), FileError> {
-    load_anew(path, output, &mut Chunks::default())
+    load_again(path, output, &mut Chunks::default()).map(drop)
 }
 
-fn load_anew(path: &Path, output: &Output, chunks: &mut Chunks) -> Result<(), FileError> {
-    let last = output.last().unwrap_or_default();
-    let catalog = read(path, chunks, &last)?;
-    let now = Instant::now();
-    output.publish(catalog, now);
-    output.answered(now);
+fn load_again(path: &Path, output: &Output, chunks: &mut Chunks) -> Result<String, FileError> {
+    let text = read(path)?;
+    publish(path, &text, output, chunks)?;
+    output.answered(Instant::now());
+    Ok(text)
+}
+
+/// As [`load`] at the start, when nothing is known yet: where the file can't be used, its last good
+/// copy is published, which is a problem.
+///
+/// # Errors
+/// As [`load`], where there is no copy either.
+pub fn load_first(path: &Path, kept: &Kept, output: &Output) -> Result<(), FileError> {
+    let Err(error) = load(path, output) else { return Ok(()) };
+    let is_kept = kept
+        .read()
+        .is_some_and(|text| publish(path, &text, output, &mut Chunks::default()).is_ok());
+    if !is_kept {
+        return Err(error);
+    }
+    tracing::warn!("serving the last good copy of the catalog, {}", kept.path().display());
+    output.set_problem(Some(error.to_string()), true);
     Ok(())
 }
 
@@ -85,39 +112,129 @@ fn load_anew(path: &Path, output: &Output, chunks: &mut Chunks) -> Result<(), Fi
 /// # Errors
 /// As [`load`].
 pub fn check(path: &Path) -> Result<(), FileError> {
-    read(path, &mut Chunks::default(), &Catalog::new()).map(drop)
+    is_good(&read(path)?).map_err(|mistakes| mistaken(path, mistakes))
 }
 
-fn read(path: &Path, chunks: &mut Chunks, last: &Catalog) -> Result<Catalog, FileError> {
-    let text = std::fs::read_to_string(path)
-        .map_err(|source| FileError::Read { path: path.into(), source })?;
-    chunks.read(&text, last).map_err(|mistakes| FileError::Mistakes { path: path.into(), mistakes })
+/// The same at the start, when a good copy serves as well.
+///
+/// # Errors
+/// As [`load_first`].
+pub fn check_first(path: &Path, kept: &Kept) -> Result<(), FileError> {
+    match check(path) {
+        Err(_) if kept.read().is_some_and(|text| is_good(&text).is_ok()) => Ok(()),
+        result => result,
+    }
 }
 
-/// Follows the file until the system refuses to watch it. While it can't be used, its last catalog
-/// stays.
-pub async fn run(path: PathBuf, output: Output) {
+fn read(path: &Path) -> Result<String, FileError> {
+    std::fs::read_to_string(path).map_err(|source| FileError::Read { path: path.into(), source })
+}
+
+fn is_good(text: &str) -> Result<(), Vec<Mistake>> {
+    Chunks::default().read(text, &Catalog::new()).map(drop)
+}
+
+fn publish(path: &Path, text: &str, output: &Output, chunks: &mut Chunks) -> Result<(), FileError> {
+    let last = output.last().unwrap_or_default();
+    let catalog = chunks.read(text, &last).map_err(|mistakes| mistaken(path, mistakes))?;
+    output.publish(catalog, Instant::now());
+    Ok(())
+}
+
+fn mistaken(path: &Path, mistakes: Vec<Mistake>) -> FileError {
+    FileError::Mistakes { path: path.into(), mistakes }
+}
+
+/// Follows the file for ever. While it can't be used, its last catalog stays. `kept` is where its
+/// good texts are kept.
+pub async fn run(path: PathBuf, kept: Option<Kept>, output: Output) {
+    follow_with(path, kept, output, Follower::new, POLL).await;
+}
+
+/// The same, with what watches a file; one that can't be watched is looked at every `poll`.
+async fn follow_with(
+    path: PathBuf,
+    kept: Option<Kept>,
+    output: Output,
+    watch: impl Fn(&Path) -> io::Result<Follower>,
+    poll: Duration,
+) {
     output.set_off(false);
-    let mut follower = match Follower::new(&path) {
-        Ok(follower) => follower,
-        Err(error) => return output.set_problem(Some(cannot_watch(&path, &error)), true),
-    };
-    let mut chunks = Chunks::default();
+    let mut writing: Option<task::JoinHandle<()>> = None;
+    let (mut follower, mut chunks) = (None, Chunks::default());
     loop {
-        let problem = load_anew(&path, &output, &mut chunks).err().map(|error| error.to_string());
+        // Before the file is read, so that no change after that is missed.
+        if follower.is_none() {
+            follower = match watch(&path) {
+                Ok(follower) => Some(follower),
+                Err(error) => {
+                    output.set_fact("watch", Some(cannot_watch(&path, &error)));
+                    None
+                }
+            };
+        }
+        if follower.is_some() {
+            output.set_fact("watch", None);
+        }
+        let seen = stamp(&path);
+        let problem = match load_again(&path, &output, &mut chunks) {
+            Ok(text) => {
+                if let Some(kept) = &kept {
+                    writing = Some(task::spawn(keep(writing.take(), kept.clone(), text)));
+                }
+                None
+            }
+            Err(error) => Some(error.to_string()),
+        };
         let is_failing = problem.is_some();
         output.set_problem(problem, is_failing);
-        if let Err(error) = follower.changed().await {
-            return output.set_problem(Some(cannot_watch(&path, &error)), true);
+        match &mut follower {
+            Some(watched) => {
+                if let Err(error) = watched.changed().await {
+                    tracing::warn!("{}", cannot_watch(&path, &error));
+                    follower = None;
+                }
+            }
+            None => settled(&path, seen, poll).await,
         }
     }
+}
+
+/// Looks at a file until it is another than `seen` and stays so for a look, since nothing tells when
+/// whoever writes it is done; or until it is time to try and watch it again.
+async fn settled(path: &Path, seen: Stamp, poll: Duration) {
+    let mut last = seen;
+    for _ in 0..POLLS {
+        tokio::time::sleep(poll).await;
+        let now = stamp(path);
+        if now != seen && now == last {
+            return;
+        }
+        last = now;
+    }
+}
+
+/// Keeps a text, after the `former` one: the disk holds up no change of the catalog.
+async fn keep(former: Option<task::JoinHandle<()>>, kept: Kept, text: String) {
+    if let Some(former) = former {
+        let _ = former.await;
+    }
+    let write = move || {
+        if let Err(error) = kept.write(&text) {
+            let path = kept.path().display();
+            tracing::warn!(
+                "can't keep a copy of the catalog as {path} ({error}): a restart needs a good file"
+            );
+        }
+    };
+    let _ = task::spawn_blocking(write).await;
 }
 
 fn cannot_watch(path: &Path, error: &io::Error) -> String {
     let path = path.display();
     format!(
-        "can't watch {path} for changes ({error}): see fs.inotify.max_user_instances and \
-         fs.inotify.max_user_watches"
+        "{path} is looked at every second, since it can't be watched ({error}): see \
+         fs.inotify.max_user_instances and fs.inotify.max_user_watches"
     )
 }
 
@@ -131,10 +248,15 @@ mod tests {
     use crate::catalog::{CatalogError, Handle, spawn};
     use crate::config::{Config, Source};
 
-    fn follow(path: &Path) -> Result<Handle, CatalogError> {
+    fn config(path: &Path) -> Config {
         let mut config = Config::default();
         config.catalog.source = Source::File(path.into());
-        spawn(&config, Vec::new())
+        config.state_dir = path.parent().unwrap().join("state");
+        config
+    }
+
+    fn follow(path: &Path) -> Result<Handle, CatalogError> {
+        spawn(&config(path), Vec::new())
     }
 
     fn text(services: &[&str]) -> String {
@@ -212,6 +334,80 @@ mod tests {
 
         fs::write(&path, "service = []").unwrap();
         shows(&mut handle, &[]).await;
+    }
+
+    #[tokio::test]
+    async fn a_bad_file_at_a_restart_leaves_what_served_before() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("catalog.toml");
+        let kept = Kept::new(&dir.path().join("state"), &path);
+        for services in [&["a"][..], &["a", "b"]] {
+            fs::write(&path, text(services)).unwrap();
+            let mut handle = follow(&path).unwrap();
+            shows(&mut handle, services).await;
+            // The copy is there once its directory has it.
+            let mut seen = Follower::new(kept.path()).unwrap();
+            while kept.read() != Some(text(services)) {
+                seen.changed().await.unwrap();
+            }
+            handle.stop().await;
+        }
+        let spoil: [fn(&Path); 4] = [
+            |path| fs::write(path, "[[service]\n").unwrap(),
+            |path| fs::write(path, b"\xff\xfe").unwrap(),
+            |path| fs::write(path, "").unwrap(),
+            |path| fs::remove_file(path).unwrap(),
+        ];
+        for spoil in spoil {
+            spoil(&path);
+            assert!(crate::catalog::check(&config(&path)).is_err(), "a reload is refused");
+            assert!(crate::catalog::check_first(&config(&path)).is_ok());
+            let mut handle = follow(&path).unwrap();
+            shows(&mut handle, &["a", "b"]).await;
+            says(&mut handle, Some("catalog.toml")).await;
+            assert!(handle.health.borrow().is_failing);
+            handle.stop().await;
+        }
+        let mut handle = follow(&path).unwrap();
+        fs::write(&path, text(&["c"])).unwrap();
+        shows(&mut handle, &["c"]).await;
+        says(&mut handle, None).await;
+    }
+
+    #[tokio::test]
+    async fn a_file_that_cannot_be_watched_is_looked_at() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("catalog.toml");
+        fs::write(&path, text(&["a"])).unwrap();
+        let output = Output::new("file");
+        let (mut catalog, health, _) = output.subscribe();
+        let none = |_: &Path| Err(io::Error::from_raw_os_error(libc::EMFILE));
+        let following = follow_with(path.clone(), None, output, none, Duration::from_millis(5));
+        let test = async {
+            let mut shows = async |services: &[&str]| {
+                let is_it = |edition: &Option<crate::catalog::Edition>| {
+                    edition
+                        .as_ref()
+                        .is_some_and(|e| e.catalog.keys().map(|n| &**n).eq(services.to_vec()))
+                };
+                catalog.wait_for(is_it).await.unwrap();
+            };
+            shows(&["a"]).await;
+            let facts = health.borrow().facts.clone();
+            assert!(facts[0].contains("is looked at every second"), "{facts:?}");
+            assert_eq!(health.borrow().problem, None);
+            fs::write(&path, text(&["a", "b"])).unwrap();
+            shows(&["a", "b"]).await;
+            fs::remove_file(&path).unwrap();
+            let new = dir.path().join("new");
+            fs::write(&new, text(&["c"])).unwrap();
+            fs::rename(&new, &path).unwrap();
+            shows(&["c"]).await;
+        };
+        tokio::select! {
+            () = following => unreachable!("it never ends"),
+            () = test => {}
+        }
     }
 
     #[tokio::test]

@@ -1,6 +1,7 @@
 //! The text of a static catalog, and everything that is wrong with it.
 
-use std::collections::BTreeMap;
+use std::cell::OnceCell;
+use std::collections::{BTreeMap, HashSet};
 use std::net::SocketAddr;
 use std::ops::Range;
 use std::sync::Arc;
@@ -8,7 +9,7 @@ use std::sync::Arc;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-use crate::table::{Instance, MAX_PORTS, Ports, Protocols, Says, Standing};
+use crate::table::{Home, Instance, MAX_PORTS, Ports, Protocols, Says, Standing};
 
 /// Something wrong with a static catalog.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,7 +29,8 @@ pub type Services = BTreeMap<Arc<str>, Vec<Instance>>;
 /// # Errors
 /// All mistakes, by line.
 pub fn parse(text: &str) -> Result<Services, Vec<Mistake>> {
-    let mut reader = Reader { text, mistakes: Vec::new() };
+    let text = without_mark(text);
+    let mut reader = Reader { text, mistakes: Vec::new(), lines: OnceCell::new() };
     let (root, syntax) = DeTable::parse_recoverable(text);
     for error in syntax {
         reader.mistake(&error.span().unwrap_or(0..0), error.message().to_owned());
@@ -42,9 +44,16 @@ pub fn parse(text: &str) -> Result<Services, Vec<Mistake>> {
     if reader.mistakes.is_empty() { Ok(services) } else { Err(reader.mistakes) }
 }
 
+/// The text without the byte order mark that some editors begin a file with.
+pub fn without_mark(text: &str) -> &str {
+    text.strip_prefix('\u{feff}').unwrap_or(text)
+}
+
 struct Reader<'a> {
     text: &'a str,
     mistakes: Vec<Mistake>,
+    /// Where the lines end; looked for once, since a text may have a mistake in each of them.
+    lines: OnceCell<Vec<usize>>,
 }
 
 impl Reader<'_> {
@@ -54,8 +63,8 @@ impl Reader<'_> {
     }
 
     fn line(&self, at: &Range<usize>) -> usize {
-        let end = at.start.min(self.text.len());
-        1 + self.text.as_bytes()[..end].iter().filter(|byte| **byte == b'\n').count()
+        let ends = || self.text.match_indices('\n').map(|(at, _)| at).collect();
+        1 + self.lines.get_or_init(ends).partition_point(|end| *end < at.start)
     }
 
     fn root(&mut self, root: &DeTable<'_>) -> Services {
@@ -71,7 +80,6 @@ impl Reader<'_> {
         let mut spans = BTreeMap::new();
         for (table, span) in self.tables(list, "`service`", "[[service]]") {
             let Some((name, instances)) = self.service(table, &span) else { continue };
-            // A line is counted from the text's start, so only where it has to be told.
             if let Some(first) = spans.insert(name.clone(), span.clone()) {
                 let first = self.line(&first);
                 self.mistake(
@@ -108,11 +116,12 @@ impl Reader<'_> {
             protocol: table.get("protocol").and_then(|protocol| self.protocol(protocol, &whose)),
         };
         let mut instances: Vec<Instance> = Vec::new();
+        let mut ids = HashSet::new();
         if let Some(list) = table.get("backend") {
             let what = format!("{whose}`backend`");
             for (table, span) in self.tables(list, &what, "[[service.backend]]") {
                 let Some(instance) = self.backend(table, &span, &whose, &says) else { continue };
-                if instances.iter().any(|other| other.id == instance.id) {
+                if !ids.insert(instance.id.clone()) {
                     let id = &instance.id;
                     self.mistake(&span, format!("{whose}backend {id} is there twice"));
                 }
@@ -163,6 +172,7 @@ impl Reader<'_> {
             port: parsed.port().into(),
             weight: weight?,
             local: true,
+            home: Home::default(),
             standing: Standing::Serving,
             says: says.clone(),
         })
@@ -275,6 +285,69 @@ mod tests {
         assert!(services["helloworld"].iter().all(|instance| instance.says == says));
         assert!(services["idle"].is_empty());
         assert_eq!(parse("service = []"), Ok(Services::new()));
+    }
+
+    #[test]
+    fn every_spelling_of_one_catalog_has_all_services() {
+        let service = |name: &str| {
+            format!("[[service]]\nname = \"{name}\"\nbackend = [{{ address = \"10.0.0.1:80\" }}]\n")
+        };
+        let (a, b, c) = (service("a"), service("b"), service("c"));
+        let plain = format!("{a}{b}{c}");
+        let indented: String = format!(
+            "{a}{}",
+            format!("{b}{c}").lines().map(|line| format!("  {line}\n")).collect::<String>()
+        );
+        let inline = |name: &str| {
+            format!("{{ name = \"{name}\", backend = [{{ address = \"10.0.0.1:80\" }}] }}")
+        };
+        let texts = [
+            plain.clone(),
+            plain.replace('\n', "\r\n"),
+            format!("\u{feff}{plain}"),
+            format!("\u{feff}{}", plain.replace('\n', "\r\n")),
+            format!("# ours\n\n{a}# [[service]]\n{b} # more\n{c}"),
+            indented.clone(),
+            indented.replace("  ", "\t"),
+            plain.replace("[[service]]", "[[ service ]]"),
+            plain.replace("[[service]]", " [[\tservice ]] # one"),
+            plain.replace("[[service]]", "[[\"service\"]]"),
+            format!("{a}\n  [[ 'service' ]]\n{}{c}", b.trim_start_matches("[[service]]\n")),
+            format!("service = [{}, {}, {}]", inline("a"), inline("b"), inline("c")),
+            format!(
+                "service = [\n  {},\n  {}, # the second\n  {},\n]\n",
+                inline("a"),
+                inline("b"),
+                inline("c")
+            ),
+            plain.replace("name", "\"name\"").replace("backend", "'backend'"),
+            plain.replace(
+                "backend = [{ address = \"10.0.0.1:80\" }]",
+                "[[service.backend]]\naddress = \"10.0.0.1:80\"",
+            ),
+            plain
+                .replace("name = \"a\"", "name = '''a'''")
+                .replace("name = \"b\"", "name = \"\"\"\nb\"\"\""),
+        ];
+        let expected = parse(&plain).unwrap();
+        assert_eq!(expected.len(), 3);
+        for text in texts {
+            assert_eq!(parse(&text), Ok(expected.clone()), "{text}");
+        }
+    }
+
+    #[test]
+    fn many_mistakes_and_backends_are_read_in_one_pass() {
+        // A search for each from the text's start, or among all backends, would take minutes.
+        let n = 20_000;
+        let backends: String = (0..n)
+            .map(|nth| format!("{{ address = \"10.0.{}.{}:80\" }},\n", nth >> 8, nth & 255))
+            .collect();
+        let text = format!("[[service]]\nname = \"a\"\nbackend = [\n{backends}]\n");
+        assert_eq!(parse(&text).unwrap()["a"].len(), n);
+        let mistakes = parse(&text.replace("address", "adress")).unwrap_err();
+        assert_eq!(mistakes.len(), 2 * n);
+        assert_eq!((mistakes[0].line, mistakes.last().unwrap().line), (4, n + 3));
     }
 
     #[test]

@@ -5,11 +5,12 @@ use std::time::Duration;
 use http_body_util::BodyExt;
 use hyper::StatusCode;
 use hyper::body::{Body, Incoming};
-use hyper::header::HeaderMap;
+use hyper::header::{HeaderMap, LOCATION};
 use serde::de::DeserializeOwned;
 use tokio::sync::Semaphore;
 
 use super::error::{Busy, QueryError};
+use crate::config::ConsulAddress;
 
 /// The largest answer that is read: a few times that of 4,096 instances with five checks each, or
 /// of the names of 100,000 services.
@@ -60,18 +61,36 @@ pub fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, QueryError> {
     Ok(parsed)
 }
 
-/// Refuses every status but 200.
-pub fn check_status(code: StatusCode, body: &[u8]) -> Result<(), QueryError> {
+/// What Go's server answers, on port 8501, to those that speak no TLS.
+const WANTS_TLS: &str = "HTTP request to an HTTPS server";
+
+/// Refuses every status but 200. `address` was asked, and `has_auth` with a user and a password.
+pub fn check_status(
+    code: StatusCode,
+    headers: &HeaderMap,
+    body: &[u8],
+    address: &ConsulAddress,
+    has_auth: bool,
+) -> Result<(), QueryError> {
     if code == StatusCode::OK {
         return Ok(());
     }
     let text = String::from_utf8_lossy(&body[..body.len().min(1024)]);
-    let said = text.lines().next().unwrap_or_default().trim().chars().take(200).collect();
+    let said: String = text.lines().next().unwrap_or_default().trim().chars().take(200).collect();
+    let to = headers.get(LOCATION).and_then(|to| to.to_str().ok());
     Err(match code {
+        StatusCode::UNAUTHORIZED => QueryError::Unauthorized { said, has_auth },
         StatusCode::FORBIDDEN => QueryError::Denied { said },
+        StatusCode::BAD_REQUEST if said.contains(WANTS_TLS) => {
+            QueryError::WantsTls { address: address.to_string() }
+        }
         StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE => {
             QueryError::Busy { busy: Busy::Status { code, said } }
         }
+        code if code.is_redirection() && to.is_some() => QueryError::Redirected {
+            address: address.to_string(),
+            to: to.unwrap_or_default().chars().take(200).collect(),
+        },
         _ => QueryError::Status { code, said },
     })
 }

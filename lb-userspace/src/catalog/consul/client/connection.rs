@@ -1,6 +1,7 @@
 //! One connection to the agent: TCP, TCP with TLS, or a unix socket.
 
 use std::io;
+use std::net::IpAddr;
 use std::time::Duration;
 
 use http_body_util::Empty;
@@ -22,6 +23,8 @@ const LAST_WORD: Duration = Duration::from_millis(100);
 
 /// A connection; one question at a time goes over it.
 pub struct Connection {
+    /// The address at the other end; `None` for a unix socket.
+    pub peer: Option<IpAddr>,
     sender: SendRequest<Empty<Bytes>>,
     /// The task that moves the bytes; it ends with the connection.
     driver: JoinSet<hyper::Result<()>>,
@@ -40,7 +43,7 @@ impl Connection {
         limit: Duration,
     ) -> Result<Connection, QueryError> {
         let stream = tokio::time::timeout(limit, stream(address, tls)).await;
-        let stream = stream.unwrap_or_else(|_| {
+        let (stream, peer) = stream.unwrap_or_else(|_| {
             let source = io::ErrorKind::TimedOut.into();
             Err(QueryError::Unreachable { address: address.to_string(), source })
         })?;
@@ -49,7 +52,7 @@ impl Connection {
             .map_err(|source| QueryError::of_lost(address.to_string(), source))?;
         let mut driver = JoinSet::new();
         driver.spawn(connection);
-        Ok(Connection { sender, driver })
+        Ok(Connection { peer, sender, driver })
     }
 
     /// Sends a question, and waits for the head of the answer.
@@ -73,32 +76,37 @@ impl Connection {
     }
 }
 
-async fn stream(address: &ConsulAddress, tls: &Tls) -> Result<Box<dyn Stream>, QueryError> {
+type Opened = (Box<dyn Stream>, Option<IpAddr>);
+
+async fn stream(address: &ConsulAddress, tls: &Tls) -> Result<Opened, QueryError> {
     let unreachable = |source| QueryError::Unreachable { address: address.to_string(), source };
     match address {
-        ConsulAddress::Http(authority) => Ok(Box::new(tcp(authority).await.map_err(unreachable)?)),
+        ConsulAddress::Http(authority) => {
+            let (stream, peer) = tcp(authority).await.map_err(unreachable)?;
+            Ok((Box::new(stream), Some(peer)))
+        }
         ConsulAddress::Https(authority) => {
             let bad_file = |what| QueryError::TlsFile { what };
             let server_name = tls.server_name(authority).map_err(bad_file)?;
             let client = tls.client().map_err(bad_file)?;
-            let stream = tcp(authority).await.map_err(unreachable)?;
+            let (stream, peer) = tcp(authority).await.map_err(unreachable)?;
             let stream = TlsConnector::from(client).connect(server_name, stream).await;
-            Ok(Box::new(stream.map_err(|source| {
-                let address = address.to_string();
-                QueryError::Tls { address, source: source.into() }
-            })?))
+            let stream =
+                stream.map_err(|source| QueryError::of_tls(address.to_string(), source))?;
+            Ok((Box::new(stream), Some(peer)))
         }
         ConsulAddress::Unix(path) => {
-            Ok(Box::new(UnixStream::connect(path).await.map_err(unreachable)?))
+            Ok((Box::new(UnixStream::connect(path).await.map_err(unreachable)?), None))
         }
     }
 }
 
-async fn tcp(authority: &str) -> io::Result<TcpStream> {
+async fn tcp(authority: &str) -> io::Result<(TcpStream, IpAddr)> {
     let stream = TcpStream::connect(authority).await?;
     stream.set_nodelay(true)?;
     keep_alive(&stream)?;
-    Ok(stream)
+    let peer = stream.peer_addr()?.ip().to_canonical();
+    Ok((stream, peer))
 }
 
 /// Has the kernel find out that the other host is gone, within 20 s: no answer would say so.

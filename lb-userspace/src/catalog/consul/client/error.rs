@@ -28,15 +28,49 @@ pub enum QueryError {
         what: String,
     },
     /// One side doesn't accept the other's certificate, or doesn't speak TLS at all.
-    #[error(
-        "Consul at {address} and nohop don't agree on TLS ({source}): see consul.ca_file, \
-         consul.tls_server_name, consul.cert_file and consul.key_file"
-    )]
+    #[error("Consul at {address} and nohop don't agree on TLS ({source}): {fix}")]
     Tls {
         /// Where Consul is.
         address: String,
         /// What TLS says.
         source: Box<dyn Error + Send + Sync>,
+        /// What to do.
+        fix: &'static str,
+    },
+    /// The agent speaks TLS, and the address says that it doesn't.
+    #[error(
+        "Consul at {address} speaks TLS there: write https://{address} as consul.address or \
+         CONSUL_HTTP_ADDR"
+    )]
+    WantsTls {
+        /// Where Consul is.
+        address: String,
+    },
+    /// The address leads to another one, which isn't followed: the token is meant for this one.
+    #[error(
+        "Consul at {address} redirects to {to}: write the address of the agent itself as \
+         consul.address or CONSUL_HTTP_ADDR"
+    )]
+    Redirected {
+        /// Where Consul should be.
+        address: String,
+        /// Where the answer leads.
+        to: String,
+    },
+    /// 401, which Consul itself never answers.
+    #[error(
+        "a proxy before Consul denies access (401, `{said}`): {}",
+        if *.has_auth {
+            "it doesn't accept the user and password of CONSUL_HTTP_AUTH"
+        } else {
+            "it wants a user and a password; set CONSUL_HTTP_AUTH=USER:PASSWORD"
+        }
+    )]
+    Unauthorized {
+        /// The first line of the body.
+        said: String,
+        /// Whether a user and a password were sent.
+        has_auth: bool,
     },
     /// 429 or 503, or a connection that the agent closed before an answer, as it does past its
     /// limit of connections.
@@ -162,6 +196,9 @@ impl QueryError {
             QueryError::Busy { busy: Busy::Reset { .. } } => Some("reset"),
             QueryError::Hung { .. } | QueryError::Slow { .. } => Some("timeout"),
             QueryError::Denied { .. } => Some("403"),
+            QueryError::Unauthorized { .. } => Some("401"),
+            QueryError::WantsTls { .. } => Some("400"),
+            QueryError::Redirected { .. } => Some("redirected"),
             QueryError::Busy { busy: Busy::Status { code, .. } }
             | QueryError::Status { code, .. } => Some(code.as_str()),
             QueryError::NoLeader | QueryError::Stale { .. } => Some("200"),
@@ -175,6 +212,13 @@ impl QueryError {
         }
     }
 
+    /// A handshake that failed.
+    pub fn of_tls(address: String, source: io::Error) -> QueryError {
+        let by_tls = source.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
+        let fix = by_tls.map_or(ANY_FILE, fix);
+        QueryError::Tls { address, source: source.into(), fix }
+    }
+
     /// What a connection that ended before an answer means: that TLS failed, or that the agent has
     /// too many connections. With TLS 1.3 the agent says only after the handshake that it doesn't
     /// accept a certificate.
@@ -184,10 +228,74 @@ impl QueryError {
             let inner = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
             let by_tls = inner.and_then(|inner| inner.downcast_ref::<rustls::Error>());
             if let Some(by_tls) = by_tls.or_else(|| error.downcast_ref()) {
-                return QueryError::Tls { address, source: by_tls.clone().into() };
+                let fix = fix(by_tls);
+                return QueryError::Tls { address, source: by_tls.clone().into(), fix };
             }
             cause = error.source();
         }
         QueryError::Busy { busy: Busy::Reset { address, source } }
     }
+}
+
+const ANY_FILE: &str = "see consul.ca_file, consul.tls_server_name, consul.cert_file and \
+                        consul.key_file";
+
+/// What to do where TLS fails.
+fn fix(error: &rustls::Error) -> &'static str {
+    use rustls::{AlertDescription as Alert, CertificateError as Cause, Error as Tls};
+    match error {
+        Tls::InvalidCertificate(cause) => match cause {
+            // The latter where a known authority has the same name.
+            Cause::UnknownIssuer | Cause::BadSignature => {
+                "no known authority signed the agent's certificate: set consul.ca_file or \
+                 CONSUL_CACERT to the one that did, or to the certificate itself where it is \
+                 self-signed"
+            }
+            Cause::Expired | Cause::ExpiredContext { .. } => {
+                "the agent's certificate has expired: renew it, or set this host's clock"
+            }
+            Cause::NotValidYet | Cause::NotValidYetContext { .. } => {
+                "the agent's certificate isn't valid yet: set this host's clock, or the one of the \
+                 host that made it"
+            }
+            Cause::NotValidForName | Cause::NotValidForNameContext { .. } => {
+                "the agent's certificate is for another name: set consul.tls_server_name or \
+                 CONSUL_TLS_SERVER_NAME to one that it has, such as server.dc1.consul"
+            }
+            cause if is_authority_as_agent(cause) => {
+                "the agent shows the certificate of an authority (CA:TRUE), as `openssl req -x509` \
+                 makes it: set consul.ca_file or CONSUL_CACERT to that certificate itself"
+            }
+            _ => "the agent's certificate can't be used: make another for it",
+        },
+        Tls::AlertReceived(Alert::CertificateRequired | Alert::HandshakeFailure) => {
+            "it may want a certificate of nohop: set consul.cert_file and consul.key_file"
+        }
+        Tls::AlertReceived(
+            Alert::BadCertificate
+            | Alert::UnknownCA
+            | Alert::CertificateUnknown
+            | Alert::CertificateExpired
+            | Alert::UnsupportedCertificate
+            | Alert::DecryptError
+            | Alert::AccessDenied,
+        ) => {
+            "it doesn't accept nohop's certificate: see consul.cert_file, consul.key_file, and the \
+             agent's ca_file"
+        }
+        Tls::AlertReceived(Alert::UnrecognisedName) => {
+            "it doesn't know the name that it is asked for: set consul.tls_server_name"
+        }
+        Tls::InvalidMessage(_) => {
+            "it may speak no TLS there: write http://HOST:PORT, or the agent's ports.https"
+        }
+        _ => ANY_FILE,
+    }
+}
+
+/// Whether a certificate is refused because it is an authority's, which webpki never takes for that
+/// of an agent. The crate's own error can't be named here without a dependency on it.
+pub fn is_authority_as_agent(cause: &rustls::CertificateError) -> bool {
+    matches!(cause, rustls::CertificateError::Other(other)
+        if format!("{other:?}").contains("CaUsedAsEndEntity"))
 }

@@ -8,19 +8,20 @@ mod tally;
 mod tests;
 mod tls;
 
+use std::net::IpAddr;
 use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use http_body_util::Empty;
 use hyper::body::{Bytes, Incoming};
-use hyper::header::{ACCEPT, HOST, HeaderValue, USER_AGENT};
+use hyper::header::{ACCEPT, AUTHORIZATION, HOST, HeaderValue, USER_AGENT};
 use hyper::{Request, Response, StatusCode};
 use serde::de::DeserializeOwned;
 use tokio::sync::Semaphore;
 
 use super::index::Ask;
 use crate::catalog::output::Output;
-use crate::config::{ConsulAddress, ConsulConfig, Token};
+use crate::config::{BasicAuth, ConsulAddress, ConsulConfig, Token};
 use connection::Connection;
 pub use error::QueryError;
 use tally::Tally;
@@ -39,6 +40,7 @@ pub struct Client {
     address: ConsulAddress,
     tls: Tls,
     token: Option<Token>,
+    auth: Option<BasicAuth>,
     /// What each question asks for besides, such as `dc=eu`.
     scope: Vec<String>,
     connect_limit: Duration,
@@ -70,6 +72,8 @@ pub struct Answer<T> {
     pub n_bytes: usize,
     /// Whether Consul left out what the token may not read, and said so.
     pub is_filtered: bool,
+    /// The address that answered; `None` where it was a unix socket.
+    pub peer: Option<IpAddr>,
 }
 
 impl Client {
@@ -86,6 +90,7 @@ impl Client {
             address: config.address.clone(),
             tls: Tls::new(config.tls.clone()),
             token: config.token.clone(),
+            auth: config.auth.clone(),
             scope: scope.map(|(key, value)| format!("{key}={}", percent_encode(value))).collect(),
             connect_limit,
             body_limit: BODY_TIME,
@@ -127,21 +132,23 @@ impl Client {
                 |_| Err(QueryError::Slow { address: self.address.to_string(), limit }),
             )?;
         self.tally.count_bytes(body.len());
+        let peer = connection.peer;
         self.keep(connection);
         // A key that isn't there has an index all the same, so that one can wait for it.
         let is_absent =
             head.status == StatusCode::NOT_FOUND && question.path.starts_with("/v1/kv/");
         let body = if is_absent { b"null".to_vec() } else { body };
         if !is_absent {
-            answer::check_status(head.status, &body)?;
+            let has_auth = self.auth.is_some();
+            answer::check_status(head.status, &head.headers, &body, &self.address, has_auth)?;
         }
         answer::check_leader(&head.headers)?;
         let is_filtered = answer::is_filtered(&head.headers);
-        self.tally.note(&question.path, is_filtered);
+        self.tally.note(&question.path, is_filtered, Instant::now());
         let index = answer::index(&head.headers);
         let n_bytes = body.len();
         let body = answer::parse(&body)?;
-        Ok((head.status, Answer { index, body, n_bytes, is_filtered }))
+        Ok((head.status, Answer { index, body, n_bytes, is_filtered, peer }))
     }
 
     async fn send(
@@ -190,6 +197,9 @@ impl Client {
             .header(USER_AGENT, concat!("nohop/", env!("CARGO_PKG_VERSION")));
         if let Some(token) = token {
             request = request.header("X-Consul-Token", token);
+        }
+        if let Some(auth) = &self.auth {
+            request = request.header(AUTHORIZATION, auth.header());
         }
         request
             .body(Empty::new())

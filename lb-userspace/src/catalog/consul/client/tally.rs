@@ -1,7 +1,8 @@
 //! What is heard beside the answers' bodies: how many of each kind, and whether they are whole.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use hyper::StatusCode;
 
@@ -11,13 +12,17 @@ use crate::catalog::output::Output;
 /// The most filtered paths that are remembered; past that only their number is wrong.
 const MAX_FILTERED: usize = 1000;
 
+/// How long a path counts as filtered that isn't asked for any more, as that of a service that has
+/// gone: several times the longest wait of a question.
+const FILTERED_LASTS: Duration = Duration::from_secs(5 * 60);
+
 /// Counts answers, and reports as a fact that Consul leaves something out of them. A narrow token
 /// filters always, and legitimately: so it is a fact and no problem.
 #[derive(Debug)]
 pub struct Tally {
     output: Output,
-    /// The paths whose last answer was filtered.
-    filtered: Mutex<BTreeSet<String>>,
+    /// The paths whose last answer was filtered, and when it came.
+    filtered: Mutex<BTreeMap<String, Instant>>,
 }
 
 impl Tally {
@@ -43,20 +48,27 @@ impl Tally {
     }
 
     /// Notes whether a path's answer was filtered.
-    pub fn note(&self, path: &str, is_filtered: bool) {
+    pub fn note(&self, path: &str, is_filtered: bool, now: Instant) {
         let mut filtered = self.filtered.lock().unwrap_or_else(PoisonError::into_inner);
-        let is_news = match is_filtered {
-            true => filtered.len() < MAX_FILTERED && filtered.insert(path.to_owned()),
-            false => filtered.remove(path),
-        };
+        let before = filtered.len();
+        filtered.retain(|_, at| now.saturating_duration_since(*at) < FILTERED_LASTS);
+        let mut is_news = filtered.len() != before;
+        if !is_filtered {
+            is_news |= filtered.remove(path).is_some();
+        } else if let Some(at) = filtered.get_mut(path) {
+            *at = now;
+        } else if filtered.len() < MAX_FILTERED {
+            filtered.insert(path.to_owned(), now);
+            is_news = true;
+        }
         if is_news {
             self.output.set_fact("filtered", fact(&filtered));
         }
     }
 }
 
-fn fact(filtered: &BTreeSet<String>) -> Option<String> {
-    let path = filtered.first()?;
+fn fact(filtered: &BTreeMap<String, Instant>) -> Option<String> {
+    let (path, _) = filtered.first_key_value()?;
     let others = match filtered.len() {
         1 => String::new(),
         n => format!(" and {} more", n - 1),
@@ -65,4 +77,25 @@ fn fact(filtered: &BTreeSet<String>) -> Option<String> {
         "Consul leaves out what the token may not read, from {path}{others}: where something is \
          missing, the token needs service:read and node:read for it"
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_that_is_asked_for_no_more_is_forgotten() {
+        let output = Output::new("consul");
+        let (_, health, _) = output.subscribe();
+        let facts = || health.borrow().facts.join(" ");
+        let (tally, start) = (Tally::new(output), Instant::now());
+        tally.note("/gone", true, start);
+        tally.note("/here", true, start);
+        assert!(facts().contains("from /gone and 1 more"), "{}", facts());
+        tally.note("/here", true, start + FILTERED_LASTS / 2);
+        tally.note("/other", false, start + FILTERED_LASTS);
+        assert!(facts().contains("from /here: "), "{}", facts());
+        tally.note("/other", false, start + FILTERED_LASTS * 2);
+        assert_eq!(facts(), "");
+    }
 }

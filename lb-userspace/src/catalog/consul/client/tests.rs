@@ -305,9 +305,13 @@ async fn the_agent_must_be_who_it_should_be() {
         (
             &by_address,
             TlsConfig { ca_file: ca(&others), ..none.clone() },
-            Some("don't agree on TLS"),
+            Some("no known authority signed the agent's certificate"),
         ),
-        (&by_name, TlsConfig { ca_file: ca(&ours), ..none.clone() }, Some("don't agree on TLS")),
+        (
+            &by_name,
+            TlsConfig { ca_file: ca(&ours), ..none.clone() },
+            Some("is for another name: set consul.tls_server_name"),
+        ),
         (&by_name, TlsConfig { ca_file: ca(&ours), server_name: named, ..none.clone() }, None),
         (&by_name, TlsConfig { verify: false, ..none.clone() }, None),
         (
@@ -330,6 +334,130 @@ async fn the_agent_must_be_who_it_should_be() {
                 assert!(answer.as_ref().is_err_and(|e| e.contains(problem)), "{what}: {answer:?}")
             }
         }
+    }
+}
+
+#[tokio::test]
+async fn a_certificate_that_is_itself_in_ca_file_is_accepted_by_its_name_and_time() {
+    let day = |year| rcgen::date_time_ymd(year, 1, 1);
+    let (now, past) = ((day(2020), day(4000)), (day(2000), day(2001)));
+    let future = (day(3999), day(4000));
+    // (CA:TRUE, the name, when it is valid, whether it is in ca_file, what is wrong)
+    let cases = [
+        (true, "127.0.0.1", now, true, None),
+        (false, "127.0.0.1", now, true, None),
+        (true, "127.0.0.1", now, false, Some("(CA:TRUE)")),
+        (false, "127.0.0.1", now, false, Some("no known authority signed")),
+        (true, "other.example", now, true, Some("is for another name")),
+        (false, "other.example", now, true, Some("is for another name")),
+        (true, "127.0.0.1", past, true, Some("has expired")),
+        (false, "127.0.0.1", past, true, Some("has expired")),
+        (true, "127.0.0.1", future, true, Some("isn't valid yet")),
+    ];
+    let authority = Authority::new();
+    for (is_ca, name, (from, until), is_listed, problem) in cases {
+        let what = format!("CA:{is_ca} {name} {from} {until} {is_listed}");
+        let mut params = CertificateParams::new(vec![name.to_owned()]).unwrap();
+        let unconstrained = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.is_ca = if is_ca { unconstrained } else { IsCa::ExplicitNoCa };
+        (params.not_before, params.not_after) = (from, until);
+        let key = KeyPair::generate().unwrap();
+        let certificate = params.self_signed(&key).unwrap();
+        authority.write("self.pem", &certificate.pem());
+        authority.write("self.key", &key.serialize_pem());
+        let server = authority.serve("self", None).await;
+        let listed = authority.path(if is_listed { "self.pem" } else { "ca.pem" });
+        let tls = TlsConfig { ca_file: Some(listed), ..TlsConfig::default() };
+        let answer = ask(&client(server.config(tls)).0).await;
+        match problem {
+            None => assert_eq!(answer, Ok(()), "{what}"),
+            Some(problem) => {
+                assert!(answer.as_ref().is_err_and(|e| e.contains(problem)), "{what}: {answer:?}")
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_leaf_in_ca_file_is_accepted_without_its_authority_and_its_sibling_is_not() {
+    let ours = Authority::new();
+    ours.sign("127.0.0.1");
+    ours.sign("localhost");
+    let server = ours.serve("127.0.0.1", None).await;
+    for (leaf, is_accepted) in [("127.0.0.1.pem", true), ("localhost.pem", false)] {
+        let tls = TlsConfig { ca_file: Some(ours.path(leaf)), ..TlsConfig::default() };
+        assert_eq!(ask(&client(server.config(tls)).0).await.is_ok(), is_accepted, "{leaf}");
+    }
+}
+
+#[tokio::test]
+async fn an_answer_that_is_not_consuls_names_the_cause_and_the_fix() {
+    let fake = Fake::start().await;
+    let auth = || Some(BasicAuth::new("me:secret").unwrap());
+    let moved = "HTTP/1.1 301 Moved\r\nLocation: https://consul.example/\r\n";
+    let cases = [
+        (
+            Fault::Status(401, "Authorization Required"),
+            None,
+            "a proxy before Consul denies access (401, `Authorization Required`): it wants a user \
+             and a password; set CONSUL_HTTP_AUTH=USER:PASSWORD"
+                .to_owned(),
+        ),
+        (
+            Fault::Status(401, ""),
+            auth(),
+            "a proxy before Consul denies access (401, ``): it doesn't accept the user and \
+             password of CONSUL_HTTP_AUTH"
+                .to_owned(),
+        ),
+        (
+            Fault::Status(400, "Client sent an HTTP request to an HTTPS server.\n"),
+            None,
+            format!(
+                "Consul at {0} speaks TLS there: write https://{0} as consul.address or \
+                 CONSUL_HTTP_ADDR",
+                fake.address
+            ),
+        ),
+    ];
+    for (fault, auth, expected) in cases {
+        fake.break_path(NAMES, Some(fault));
+        let (client, _) = client(ConsulConfig { auth, ..config(fake.address) });
+        assert_eq!(ask(&client).await, Err(expected));
+    }
+    let headers = |lines: &str| {
+        let lines = lines.lines().skip(1).filter_map(|line| line.split_once(": "));
+        let lines = lines.map(|(key, value)| (key.parse().unwrap(), value.parse().unwrap()));
+        lines.collect::<hyper::HeaderMap>()
+    };
+    let address = ConsulAddress::Http("c:80".into());
+    let code = StatusCode::MOVED_PERMANENTLY;
+    let error = answer::check_status(code, &headers(moved), b"", &address, false).unwrap_err();
+    let expected = "Consul at c:80 redirects to https://consul.example/: write the address of the \
+                    agent itself as consul.address or CONSUL_HTTP_ADDR";
+    assert_eq!(error.to_string(), expected);
+}
+
+#[tokio::test]
+async fn a_user_and_password_go_along_with_the_token() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let token = Some(Token::Literal("t0ken".into()));
+    let auth = Some(BasicAuth::new("Aladdin:open sesame").unwrap());
+    let (client, _) = client(ConsulConfig { token, auth, ..config(address) });
+    let serve = async {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        let mut seen = Vec::new();
+        while !seen.ends_with(b"\r\n\r\n") {
+            assert!(stream.read_buf(&mut seen).await.unwrap() > 0);
+        }
+        stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}").await.unwrap();
+        String::from_utf8(seen).unwrap().to_lowercase()
+    };
+    let (seen, answer) = tokio::join!(serve, ask(&client));
+    assert_eq!(answer, Ok(()));
+    for header in ["authorization: basic qwxhzgrpbjpvcgvuihnlc2ftzq==", "x-consul-token: t0ken"] {
+        assert!(seen.contains(header), "{seen}");
     }
 }
 

@@ -1,15 +1,20 @@
 //! TLS with the agent: which certificates are believed and shown, read anew when their files change.
 
-use std::os::unix::fs::MetadataExt;
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::client::{WebPkiServerVerifier, verify_server_name};
 use rustls::crypto::{CryptoProvider, ring, verify_tls12_signature, verify_tls13_signature};
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
-use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
+use rustls::server::ParsedCertificate;
+use rustls::{
+    CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme,
+};
 
+use super::error::is_authority_as_agent;
+use crate::catalog::stamp::{Stamp, stamp};
 use crate::config::TlsConfig;
 use crate::config::consul::{read_certificates, read_key};
 
@@ -28,10 +33,6 @@ struct Files {
     stamps: Vec<Stamp>,
     client: Arc<ClientConfig>,
 }
-
-/// What tells one state of a file from another. A file that is replaced has another inode, one that
-/// is written to another time; one that can't be looked at has none.
-type Stamp = Option<(u64, u64, i64, i64, u64)>;
 
 impl Tls {
     /// TLS that reads its files when they are first needed.
@@ -97,9 +98,15 @@ impl Tls {
             .map_err(|error| format!("TLS can't be set up ({error})"))?
             .dangerous();
         let builder = builder.with_custom_certificate_verifier(match verify {
-            true => WebPkiServerVerifier::builder_with_provider(self.roots()?.into(), provider)
-                .build()
-                .map_err(|error| format!("the authorities can't be used ({error})"))?,
+            true => {
+                let certificates = self.certificates()?;
+                let listed = certificates.iter().cloned().collect();
+                let roots = roots(certificates)?;
+                let inner = WebPkiServerVerifier::builder_with_provider(roots.into(), provider)
+                    .build()
+                    .map_err(|error| format!("the authorities can't be used ({error})"))?;
+                Arc::new(AcceptListed { inner, listed })
+            }
             false => Arc::new(AcceptAll(provider)),
         });
         let mut client = match (cert_file, key_file) {
@@ -120,8 +127,8 @@ impl Tls {
         Ok(client)
     }
 
-    /// The authorities that are believed.
-    fn roots(&self) -> Result<RootCertStore, String> {
+    /// The certificates of the authorities that are trusted.
+    fn certificates(&self) -> Result<Vec<CertificateDer<'static>>, String> {
         let TlsConfig { ca_file, ca_path, .. } = &self.config;
         let mut certificates = Vec::new();
         if let Some(path) = ca_file {
@@ -137,14 +144,18 @@ impl Tls {
         if ca_file.is_none() && ca_path.is_none() {
             certificates = rustls_native_certs::load_native_certs().certs;
         }
-        let mut roots = RootCertStore::empty();
-        let (n_added, _) = roots.add_parsable_certificates(certificates);
-        match n_added {
-            0 => Err("no authority is known that could have signed the agent's certificate: set \
-                      consul.ca_file or CONSUL_CACERT"
-                .into()),
-            _ => Ok(roots),
-        }
+        Ok(certificates)
+    }
+}
+
+fn roots(certificates: Vec<CertificateDer<'static>>) -> Result<RootCertStore, String> {
+    let mut roots = RootCertStore::empty();
+    let (n_added, _) = roots.add_parsable_certificates(certificates);
+    match n_added {
+        0 => Err("no authority is known that could have signed the agent's certificate: set \
+                  consul.ca_file or CONSUL_CACERT"
+            .into()),
+        _ => Ok(roots),
     }
 }
 
@@ -166,9 +177,72 @@ fn files_in(path: &Path) -> std::io::Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-fn stamp(path: &Path) -> Stamp {
-    let file = std::fs::metadata(path).ok()?;
-    Some((file.dev(), file.ino(), file.mtime(), file.mtime_nsec(), file.size()))
+/// Whether a certificate is refused for who signed it: nobody who is known, or, where an authority has
+/// the signer's name, not that one.
+fn is_of_chain(cause: &CertificateError) -> bool {
+    matches!(cause, CertificateError::UnknownIssuer | CertificateError::BadSignature)
+        || is_authority_as_agent(cause)
+}
+
+/// Accepts what the authorities signed and, as curl and Go do, a certificate that is itself among
+/// theirs, byte for byte: webpki alone refuses a self-signed one with CA:TRUE, which `openssl req
+/// -x509` makes. Its time and its name are verified all the same.
+#[derive(Debug)]
+struct AcceptListed {
+    inner: Arc<WebPkiServerVerifier>,
+    listed: HashSet<CertificateDer<'static>>,
+}
+
+impl ServerCertVerifier for AcceptListed {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        server_name: &ServerName<'_>,
+        ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        let verified = self.inner.verify_server_cert(
+            end_entity,
+            intermediates,
+            server_name,
+            ocsp_response,
+            now,
+        );
+        match verified {
+            // Webpki looks at the time before it looks for who signed it, so that one is right
+            // where it fails so. The name it looks at last.
+            Err(rustls::Error::InvalidCertificate(cause))
+                if is_of_chain(&cause) && self.listed.contains(end_entity) =>
+            {
+                verify_server_name(&ParsedCertificate::try_from(end_entity)?, server_name)?;
+                Ok(ServerCertVerified::assertion())
+            }
+            verified => verified,
+        }
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.inner.verify_tls12_signature(message, cert, signed)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.inner.verify_tls13_signature(message, cert, signed)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.inner.supported_verify_schemes()
+    }
 }
 
 /// Believes whoever answers, by the operator's wish; that he holds the key of what he shows is

@@ -59,11 +59,21 @@ impl Supervisor {
 
     pub(super) fn set_names(&mut self, names: BTreeSet<Arc<str>>) {
         self.unlisted.retain(|name| !names.contains(name));
-        let folded = names.iter().chain(&self.unlisted);
-        let folded = folded.filter(|name| name.chars().any(char::is_uppercase));
-        self.folded = folded.map(|name| (name.to_lowercase(), name.clone())).collect();
-        for (folded, name) in &self.folded {
-            if let Some(at) = self.schedule.used_at(folded) {
+        self.folded.clear();
+        let all = names.iter().chain(&self.unlisted);
+        for name in all.filter(|name| name.bytes().any(|octet| octet.is_ascii_uppercase())) {
+            self.folded.entry(name.to_ascii_lowercase()).or_default().push(name.clone());
+        }
+        // A use of one is a use of all.
+        for (folded, variants) in &self.folded {
+            let used = variants.iter().map(|name| &**name).chain([&**folded]);
+            let Some(at) = used.filter_map(|name| self.schedule.used_at(name)).max() else {
+                continue;
+            };
+            for name in variants {
+                self.schedule.used(name.clone(), at);
+            }
+            if let Some(name) = names.get(&**folded).or_else(|| self.unlisted.get(&**folded)) {
                 self.schedule.used(name.clone(), at);
             }
         }
@@ -101,10 +111,13 @@ impl Supervisor {
     /// Hears that a name is in use.
     pub(super) fn want(&mut self, wish: Wanted) {
         let now = Instant::now();
-        let known = self.schedule.names();
-        let name = known.get(&wish.name).or_else(|| self.folded.get(&*wish.name)).cloned();
-        if let Some(name) = name {
-            self.schedule.used(name.clone(), now);
+        let variants = self.folded.get(&*wish.name).into_iter().flatten();
+        let names = self.schedule.names().get(&wish.name).into_iter().chain(variants);
+        let names: Vec<Arc<str>> = names.cloned().collect();
+        if let Some(name) = names.first().cloned() {
+            for name in names {
+                self.schedule.used(name, now);
+            }
             if wish.done.is_some() && !self.model.is_cut_off() {
                 self.wait(name, wish);
             }

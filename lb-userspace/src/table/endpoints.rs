@@ -1,0 +1,114 @@
+//! The backends of a service, one for each address and port.
+//!
+//! Several agents may register one endpoint (each of them watches the same database, or a node came
+//! back under another name): a record for each would give it a share for each.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+
+use super::{Backend, State};
+
+/// How many further registrations of an endpoint are named.
+const MAX_NAMED: usize = 3;
+
+/// The backends, as their instances were judged.
+#[derive(Debug, Default)]
+pub struct Endpoints {
+    backends: Vec<Backend>,
+    /// Where the backend of each address is.
+    at: HashMap<SocketAddr, usize>,
+    /// The further registrations of a backend.
+    also: HashMap<usize, Vec<String>>,
+}
+
+impl Endpoints {
+    /// Adds an instance's backend. One of an address that is there already is the same backend: it
+    /// has the better of both states, and the larger weight.
+    pub fn add(&mut self, backend: Backend) {
+        let idx = match backend.address {
+            Some(address) => *self.at.entry(address).or_insert(self.backends.len()),
+            None => self.backends.len(),
+        };
+        let Some(first) = self.backends.get_mut(idx) else {
+            return self.backends.push(backend);
+        };
+        first.weight = first.weight.max(backend.weight);
+        if (first.state, backend.state) == (State::Warning, State::Healthy) {
+            first.state = State::Healthy;
+            first.reason = backend.reason;
+        }
+        let Backend { node, id, .. } = backend;
+        let name = if node.is_empty() { id } else { format!("{node}/{id}") };
+        self.also.entry(idx).or_default().push(name);
+    }
+
+    /// The backends, in the order in which their first instances came.
+    pub fn backends(mut self) -> Vec<Backend> {
+        for (idx, names) in self.also {
+            let named = names.iter().take(MAX_NAMED).map(|name| format!("`{name}`"));
+            let named = named.collect::<Vec<_>>().join(", ");
+            let more = match names.len().saturating_sub(MAX_NAMED) {
+                0 => String::new(),
+                n => format!(" and {n} more"),
+            };
+            let note = format!("also registered as {named}{more}");
+            if let Some(backend) = self.backends.get_mut(idx) {
+                let reason = backend.reason.take().map(|reason| reason + "; ");
+                backend.reason = Some(reason.unwrap_or_default() + &note);
+            }
+        }
+        self.backends
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn backend(address: Option<&str>, id: &str, weight: u16, state: State) -> Backend {
+        Backend {
+            address: address.map(|address| address.parse().unwrap()),
+            shown_address: String::new(),
+            node: "n".into(),
+            id: id.into(),
+            weight,
+            state,
+            reason: (state != State::Healthy).then(|| format!("{id} is odd")),
+            host_only: false,
+        }
+    }
+
+    #[test]
+    fn an_endpoint_is_one_backend_with_the_largest_weight_and_the_best_state() {
+        use State::*;
+        let mut endpoints = Endpoints::default();
+        for (address, id, weight, state) in [
+            (Some("10.0.0.9:5432"), "a", 2, Warning),
+            (Some("10.0.0.9:5433"), "b", 1, Healthy),
+            (Some("10.0.0.9:5432"), "c", 7, Healthy),
+            (Some("10.0.0.9:5432"), "d", 5, Warning),
+            (None, "e", 1, Unroutable),
+            (None, "f", 1, Unroutable),
+            (Some("10.0.0.9:5432"), "g", 1, Healthy),
+            (Some("10.0.0.9:5432"), "h", 1, Healthy),
+            (Some("10.0.0.10:1"), "i", 1, Warning),
+            (Some("10.0.0.10:1"), "j", 1, Warning),
+        ] {
+            endpoints.add(backend(address, id, weight, state));
+        }
+        let shown = endpoints.backends().into_iter().map(|backend| {
+            let Backend { id, weight, state, reason, .. } = backend;
+            format!("{id} x{weight} {state:?} {}", reason.unwrap_or_default())
+        });
+        assert_eq!(
+            shown.collect::<Vec<_>>(),
+            [
+                "a x7 Healthy also registered as `n/c`, `n/d`, `n/g` and 1 more",
+                "b x1 Healthy ",
+                "e x1 Unroutable e is odd",
+                "f x1 Unroutable f is odd",
+                "i x1 Warning i is odd; also registered as `n/j`",
+            ]
+        );
+    }
+}
