@@ -18,8 +18,9 @@ pub struct Peer {
     pub backend_port: u16,
     /// The layout that the two fields below speak of.
     pub layout: u16,
-    /// Zero.
-    pub padding: u16,
+    /// In [`Flows`], whether replies of the backend bear this flow's name: [`UNDECIDED`], [`NAMES`] or
+    /// [`SUPERSEDED`]. In `PEERS` zero.
+    pub naming: u16,
     /// The index into `BACKENDS`.
     pub backend_idx: u32,
     /// The backend's generation; in [`Flows`], 0 for one that is only remembered for its replies.
@@ -43,6 +44,25 @@ impl Peer {
 /// The number of flows that a socket remembers.
 pub const N_FLOWS: usize = 8;
 
+/// [`Peer::naming`] of a flow that was kept by a version which left it zero: the one used last names the
+/// replies, unless another flow of the same backend does.
+pub const UNDECIDED: u16 = 0;
+/// The last datagram to the backend was this flow's.
+pub const NAMES: u16 = 1;
+/// The last datagram to the backend went by another name, or by the backend's own.
+pub const SUPERSEDED: u16 = 2;
+
+/// For how long a flow that isn't used counts as in use, in units of [`flow_clock`]: 60 s, which is
+/// what connection tracking gives a datagram's flow at least.
+pub const FLOW_IDLE: u32 = 56;
+
+/// The time by which flows are dated, of nanoseconds since boot: in units of 2^30 ns, which are 1.07 s.
+/// It wraps after 146 years.
+#[inline(always)]
+pub const fn flow_clock(ns: u64) -> u32 {
+    (ns >> 30) as u32
+}
+
 /// The kernel's lock. Its name and size are what the verifier looks for.
 #[allow(non_camel_case_types)]
 #[repr(C)]
@@ -57,11 +77,12 @@ pub struct bpf_spin_lock {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Flows {
-    /// Held while the rest is read or written: threads may send on one socket at once.
+    /// Not used any more: the kernel locks the socket while a program reads or writes the rest.
     pub lock: bpf_spin_lock,
-    /// Counts the sends that went elsewhere than the one before.
+    /// When any of them was last used, by [`flow_clock`]. Former versions counted sends here.
     pub clock: u32,
-    /// The clock when each flow was last used; 0 for one that isn't in use.
+    /// When each flow was last used, by [`flow_clock`]; 0 for one that isn't in use. What former
+    /// versions wrote is the clock of that send, which orders flows, and passes for long ago.
     pub used: [u32; N_FLOWS],
     /// The flows.
     pub flows: [Peer; N_FLOWS],
@@ -83,17 +104,26 @@ impl Flows {
         (index < N_FLOWS).then_some(index)
     }
 
-    /// The flow that a reply from `address` and `port` belongs to: of several, the one used last.
+    /// The flow that a reply from `address` and `port` belongs to: the one that sent there last. `None`
+    /// if the socket sent there by itself since.
     #[inline(always)]
     pub fn replied(&self, address: &Address, port: u16) -> Option<usize> {
         // No `None` yet: the verifier of 5.10 finds that its other half is read and was never written.
         let mut found = N_FLOWS;
-        let mut newest = 0;
+        let mut found_age = u32::MAX;
         let mut index = 0;
         while index < N_FLOWS {
-            if self.flows[index].was_sent_to(address, port) && self.used[index] >= newest {
-                newest = self.used[index];
-                found = index;
+            let flow = self.flow(index);
+            if flow.was_sent_to(address, port) {
+                if flow.naming == NAMES {
+                    found = index;
+                    break;
+                }
+                let age = self.clock.wrapping_sub(self.used[index]);
+                if flow.naming == UNDECIDED && age <= found_age {
+                    found_age = age;
+                    found = index;
+                }
             }
             index += 1;
         }
@@ -107,42 +137,73 @@ impl Flows {
     }
 
     /// The place for a new flow: one that isn't in use, else the oldest that is kept for its replies
-    /// only, else the one that was used longest ago.
+    /// only, else the one that was used longest ago, if that was [`FLOW_IDLE`] ago. `None` while all
+    /// are in use.
     #[inline(always)]
-    pub fn place(&self) -> usize {
-        let age = |index: usize| {
-            (u64::from(self.flows[index].generation != 0) << 32) | u64::from(self.used[index])
-        };
+    pub fn place(&self, now: u32) -> Option<usize> {
         let mut place = 0;
-        let mut index = 1;
+        let mut dispensable = 0;
+        let mut index = 0;
         while index < N_FLOWS {
-            if age(index) < age(place) {
+            let (flow, age) = (&self.flows[index], now.wrapping_sub(self.used[index]));
+            let rank: u64 = if flow.backend_port == 0 {
+                3
+            } else if flow.generation == 0 {
+                2
+            } else {
+                (age >= FLOW_IDLE) as u64
+            };
+            let this = if rank == 0 { 0 } else { rank << 32 | age as u64 };
+            if this > dispensable {
+                dispensable = this;
                 place = index;
             }
             index += 1;
         }
-        place
+        (dispensable != 0).then_some(place)
     }
 
     /// Notes that a flow is used now.
     #[inline(always)]
-    pub fn touch(&mut self, index: usize) {
-        if self.used[index & (N_FLOWS - 1)] != self.clock || self.clock == 0 {
-            self.clock += 1;
-            self.used[index & (N_FLOWS - 1)] = self.clock;
+    pub fn touch(&mut self, index: usize, now: u32) {
+        let index = index & (N_FLOWS - 1);
+        self.clock = now;
+        self.used[index] = now;
+        let flow = self.flows[index];
+        if flow.naming != NAMES {
+            self.supersede(&flow.backend, flow.backend_port);
+            self.flows[index].naming = NAMES;
+        }
+    }
+
+    /// Notes that a datagram went to this address by a name that no flow has: replies from there don't
+    /// bear a flow's name, until it is used again.
+    #[inline(always)]
+    pub fn supersede(&mut self, address: &Address, port: u16) {
+        let mut index = 0;
+        while index < N_FLOWS {
+            if self.flows[index].was_sent_to(address, port) {
+                self.flows[index].naming = SUPERSEDED;
+            }
+            index += 1;
         }
     }
 
     /// Keeps a new flow. The former one to the same VIP and port, if any, is kept for its replies.
+    /// Returns whether there was room: flows in use don't give way.
     #[inline(always)]
-    pub fn keep(&mut self, flow: &Peer) {
+    pub fn keep(&mut self, flow: &Peer, now: u32) -> bool {
         if let Some(former) = self.current(&flow.frontend, flow.frontend_port) {
             self.flows[former & (N_FLOWS - 1)].generation = 0;
         }
-        let place = self.place() & (N_FLOWS - 1);
+        let Some(place) = self.place(now) else {
+            self.supersede(&flow.backend, flow.backend_port);
+            return false;
+        };
+        let place = place & (N_FLOWS - 1);
         self.flows[place] = *flow;
-        self.used[place] = 0;
-        self.touch(place);
+        self.touch(place, now);
+        true
     }
 }
 
@@ -178,11 +239,21 @@ mod tests {
         Some(flows.flows[index].frontend.octets[15])
     }
 
+    fn vip(last: u8) -> Address {
+        Address::v4([127, 128, 0, last])
+    }
+
+    fn touch(flows: &mut Flows, vip_: u8, now: u32) {
+        flows.touch(flows.current(&vip(vip_), 53).unwrap(), now);
+    }
+
+    const NOW: u32 = 5_000;
+
     #[test]
     fn a_flow_is_found_both_ways() {
         let mut flows = Flows::default();
         assert_eq!((sent_to(&flows, 1), came_from(&flows, 7)), (None, None));
-        flows.keep(&flow(1, 7));
+        assert!(flows.keep(&flow(1, 7), NOW));
         assert_eq!((sent_to(&flows, 1), came_from(&flows, 7)), (Some(7), Some(1)));
         assert_eq!((sent_to(&flows, 2), came_from(&flows, 8)), (None, None));
     }
@@ -191,7 +262,7 @@ mod tests {
     fn late_replies_of_a_former_backend_still_come_from_the_vip() {
         let mut flows = Flows::default();
         for backend in 1..=5 {
-            flows.keep(&flow(1, backend));
+            assert!(flows.keep(&flow(1, backend), NOW));
         }
         assert_eq!(sent_to(&flows, 1), Some(5));
         for backend in 1..=5 {
@@ -200,24 +271,35 @@ mod tests {
     }
 
     #[test]
-    fn former_flows_give_way_first_then_the_one_used_longest_ago() {
+    fn former_flows_give_way_first_then_the_one_idle_longest_and_none_in_use() {
         let mut flows = Flows::default();
         for vip in 1..=4 {
-            flows.keep(&flow(vip, 10 + vip));
+            assert!(flows.keep(&flow(vip, 10 + vip), NOW));
         }
         for backend in 20..=90 {
-            flows.keep(&flow(4, backend));
+            assert!(flows.keep(&flow(4, backend), NOW));
         }
         for vip in 1..=3 {
             assert_eq!(sent_to(&flows, vip), Some(10 + vip), "the last VIPs stay");
         }
         for vip in 5..=8 {
-            flows.keep(&flow(vip, 10 + vip));
+            assert!(flows.keep(&flow(vip, 10 + vip), NOW + 10));
         }
-        flows.touch(flows.current(&Address::v4([127, 128, 0, 1]), 53).unwrap());
-        flows.keep(&flow(9, 19));
+        assert!(!flows.keep(&flow(9, 19), NOW + FLOW_IDLE - 1), "all are in use");
+        for vip in 1..=8 {
+            assert!(sent_to(&flows, vip).is_some(), "VIP {vip}");
+        }
+        // One whose backend left makes room for itself.
+        assert!(flows.keep(&flow(3, 33), NOW + FLOW_IDLE - 1));
+        assert_eq!(sent_to(&flows, 3), Some(33));
+        let later = NOW + FLOW_IDLE;
+        touch(&mut flows, 1, later);
+        assert!(flows.keep(&flow(9, 19), later));
         assert_eq!(sent_to(&flows, 2), None, "used longest ago");
-        for vip in [1, 3, 4, 5, 6, 7, 8, 9] {
+        assert!(flows.keep(&flow(10, 20), later));
+        assert_eq!(sent_to(&flows, 4), None, "the next one");
+        assert!(!flows.keep(&flow(11, 21), later), "the others are in use");
+        for vip in [1, 3, 5, 6, 7, 8, 9, 10] {
             assert!(sent_to(&flows, vip).is_some(), "VIP {vip}");
         }
     }
@@ -225,10 +307,74 @@ mod tests {
     #[test]
     fn of_two_vips_with_one_backend_the_last_used_gets_the_reply() {
         let mut flows = Flows::default();
-        flows.keep(&flow(1, 7));
-        flows.keep(&flow(2, 7));
+        flows.keep(&flow(1, 7), NOW);
+        flows.keep(&flow(2, 7), NOW);
         assert_eq!(came_from(&flows, 7), Some(2));
-        flows.touch(flows.current(&Address::v4([127, 128, 0, 1]), 53).unwrap());
+        for vip in [1, 2, 2, 1, 1, 2, 1] {
+            // Within one unit of the clock.
+            touch(&mut flows, vip, NOW);
+            assert_eq!(came_from(&flows, 7), Some(vip));
+        }
+    }
+
+    #[test]
+    fn after_a_direct_datagram_the_reply_is_nobodys() {
+        let mut flows = Flows::default();
+        let direct = Address::v4([10, 0, 0, 7]);
+        flows.keep(&flow(1, 7), NOW);
+        flows.keep(&flow(2, 7), NOW);
+        flows.keep(&flow(3, 8), NOW);
+        flows.supersede(&direct, 5353);
+        assert_eq!((came_from(&flows, 7), came_from(&flows, 8)), (None, Some(3)));
+        flows.supersede(&direct, 53);
+        touch(&mut flows, 1, NOW);
         assert_eq!(came_from(&flows, 7), Some(1));
+        flows.supersede(&direct, 5353);
+        touch(&mut flows, 2, NOW);
+        assert_eq!(came_from(&flows, 7), Some(2));
+        assert_eq!(sent_to(&flows, 1), Some(7), "which ends no flow");
+    }
+
+    #[test]
+    fn one_that_finds_no_place_doesnt_borrow_a_name() {
+        let mut flows = Flows::default();
+        for vip in 1..=8 {
+            flows.keep(&flow(vip, 10 + vip), NOW);
+        }
+        assert!(!flows.keep(&flow(9, 11), NOW));
+        assert_eq!(came_from(&flows, 11), None, "the last datagram there was the ninth's");
+        touch(&mut flows, 1, NOW);
+        assert_eq!(came_from(&flows, 11), Some(1));
+    }
+
+    /// What an earlier version kept by a count of sends, near its end or past it, is in order, and idle.
+    #[test]
+    fn flows_of_an_earlier_version_and_clocks_that_wrap() {
+        for clock in [3, 1_000, u32::MAX - 1, 0, 1, u32::MAX / 2] {
+            let mut flows = Flows { clock, ..Flows::default() };
+            for nth in 1..=8u8 {
+                let earlier =
+                    Peer { naming: UNDECIDED, ..flow(nth, if nth < 3 { 7 } else { 10 + nth }) };
+                flows.flows[usize::from(nth) - 1] = earlier;
+                // The first was used last but one, the second last.
+                let age = if nth < 3 { 2 - nth } else { nth };
+                flows.used[usize::from(nth) - 1] = clock.wrapping_sub(age.into());
+            }
+            assert_eq!(came_from(&flows, 7), Some(2), "clock {clock}");
+            assert_eq!(came_from(&flows, 13), Some(3), "clock {clock}");
+            touch(&mut flows, 1, NOW);
+            assert_eq!(came_from(&flows, 7), Some(1), "clock {clock}");
+            touch(&mut flows, 2, NOW);
+            assert_eq!(came_from(&flows, 7), Some(2), "clock {clock}");
+        }
+        for start in [0, 1, u32::MAX - 2, u32::MAX] {
+            let mut flows = Flows::default();
+            for nth in 1..=8u8 {
+                assert!(flows.keep(&flow(nth, 10 + nth), start.wrapping_add(nth.into())));
+            }
+            assert!(!flows.keep(&flow(9, 19), start.wrapping_add(FLOW_IDLE)), "start {start}");
+            assert!(flows.keep(&flow(9, 19), start.wrapping_add(1 + FLOW_IDLE)), "start {start}");
+            assert_eq!(sent_to(&flows, 1), None, "start {start}");
+        }
     }
 }

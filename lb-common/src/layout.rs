@@ -88,13 +88,13 @@ pub struct Region {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Regions {
-    /// The backends with IPv4 addresses: for AF_INET sockets, and for datagrams of sockets that
-    /// aren't connected, to an IPv4 VIP.
+    /// The backends with IPv4 addresses: by an IPv4 VIP, in its mapped form too.
     pub ipv4: Region,
-    /// The backends with IPv6 addresses: for datagrams of sockets that aren't connected, to an IPv6
-    /// VIP.
+    /// The backends with IPv6 addresses: by an IPv6 VIP, for datagrams and for sockets that can't reach
+    /// IPv4.
     pub ipv6: Region,
-    /// All: for AF_INET6 sockets that connect.
+    /// All: for other AF_INET6 sockets that connect to an IPv6 VIP, and by a mapped one where there
+    /// are none at IPv4 addresses.
     pub all: Region,
 }
 
@@ -126,7 +126,7 @@ impl Service {
 pub struct ServiceLine {
     /// What dials choose from. The daemon writes it.
     pub service: Service,
-    /// Dials that were sent to a backend: connects, and choices for datagrams. It only grows.
+    /// Dials that were sent to a backend: connects by TCP, and choices for datagrams. It only grows.
     pub dials: u64,
     /// 1 where the next dial is to be reported ([`Report`]), because the daemon doesn't follow the
     /// service's instances. The daemon writes it; the dial that was reported makes it 0.
@@ -192,6 +192,21 @@ pub struct Unsent {
     pub family: u64,
     /// Passed untouched, because dials were only counted ([`Daemon::is_shadow`]).
     pub shadowed: u64,
+}
+
+/// The value of `UDP_CONNECTS`: connect() of a service's VIP by UDP sockets, which tells nothing of
+/// datagrams: whoever looks up a name (getaddrinfo(), RFC 6724) connects a socket to each address and
+/// sends nothing. So they are counted apart from dials and refusals. All only grow, from the start of
+/// each daemon: the map isn't pinned.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct UdpConnects {
+    /// Sent to a backend.
+    pub connects: u64,
+    /// Refused, because there was no backend at all for them.
+    pub no_backend: u64,
+    /// Refused, because this socket can't reach any of the backends by its address family.
+    pub family: u64,
 }
 
 /// What the programs send to the daemon through `REPORTS`.
@@ -262,12 +277,14 @@ pub struct ExcludedCgroup {
     pub level: u64,
 }
 
-/// The indices of `COUNTERS`: events that no service owns.
+/// Events that no service owns: the indices of `COUNTERS`, and behind those the ones of `EVENTS`, which
+/// isn't pinned, so that what came after the layout begins anew with each daemon.
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Counter {
     /// Dials into the pool that no frontend matches: an address that was never given to a service,
-    /// or a port that isn't one of the service's. They were refused.
+    /// or a port that isn't one of the service's. They were refused. A UDP socket's connect() isn't among
+    /// them, see [`Counter::UdpNoFrontend`].
     RefusedNoFrontend = 0,
     /// Dials whose socket storage couldn't be had. They went on; `getpeername` shows the backend.
     NoStorage = 1,
@@ -284,10 +301,18 @@ pub enum Counter {
     /// Dials into the pool that no frontend matches, and that passed untouched for that reason: they
     /// would have been refused.
     ShadowedNoFrontend = 6,
+    /// connect() of UDP sockets into the pool that no frontend matches: address lookups, mostly, which
+    /// connect to a port of their own choice (9, 65535), or to one that is served by TCP alone.
+    UdpNoFrontend = 7,
+    /// Datagrams whose socket remembered as many flows as it can, all in use: the next one may go to
+    /// another backend, and the reply comes from the backend's own address.
+    FlowsFull = 8,
 }
 
+/// The number of [`Counter`]s that `COUNTERS` has.
+pub const N_PINNED_COUNTERS: usize = 7;
 /// The number of [`Counter`]s.
-pub const N_COUNTERS: usize = 7;
+pub const N_COUNTERS: usize = 9;
 
 /// How a program refuses a dial with ECONNREFUSED.
 #[repr(u32)]
@@ -312,6 +337,7 @@ const _: () = {
     assert!(size_of::<BackendLine>() == 32 && offset_of!(BackendLine, dials) == 24);
     assert!(size_of::<Daemon>() == 64 && size_of::<Probe>() == 24);
     assert!(size_of::<Unsent>() == 24 && size_of::<Report>() == 8);
+    assert!(size_of::<UdpConnects>() == 24);
     // A slot's alias is an index into its own region.
     assert!(MAX_SERVICE_BACKENDS <= 1 << 16);
 };

@@ -6,7 +6,7 @@ use lb_common::Address;
 
 use crate::context::{self, Endpoint, PROCEED, Refused};
 use crate::maps::Reach;
-use crate::translate::{choose4, may_be_ours};
+use crate::translate::{Call, choose4, may_be_ours};
 use crate::{peers, voice};
 
 /// Attached to BPF_CGROUP_INET4_CONNECT.
@@ -25,19 +25,19 @@ pub fn nohop_connect4(ctx: SockAddrContext) -> i32 {
 #[inline(always)]
 fn try_connect4(ctx: &SockAddrContext) -> Result<(), Refused> {
     let address = context::address4(ctx);
+    let dialled = Endpoint { address: Address::v4(address), port: context::port(ctx) };
     if !may_be_ours(address) {
-        peers::forget(ctx);
+        peers::forget(ctx, &dialled, || context::peer4(ctx));
         return Ok(());
     }
-    let Some(choice) = choose4(ctx, address, Reach::Ipv4)? else {
-        peers::forget(ctx);
+    let Some(choice) = choose4(ctx, address, Call::Connect, || Reach::Ipv4)? else {
+        peers::forget(ctx, &dialled, || context::peer4(ctx));
         return Ok(());
     };
     let Some(backend) = choice.backend.address.to_v4() else {
         return Err(voice::inconsistent(ctx, choice.service));
     };
-    let dialled = Endpoint { address: Address::v4(address), port: context::port(ctx) };
     context::set4(ctx, backend, choice.backend.port);
-    peers::remember(ctx, choice.peer(dialled));
+    peers::remember(ctx, choice.peer(dialled), choice.socket, || context::peer4(ctx));
     Ok(())
 }

@@ -9,7 +9,7 @@ use crate::context::{self, Endpoint, PROCEED, Refused};
 use crate::maps::Reach;
 use crate::peers;
 use crate::settings;
-use crate::translate::{choose4, choose6, may_be_ours};
+use crate::translate::{Call, choose4, choose6, may_be_ours};
 
 const LOOPBACK6: Address = Address { octets: [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1] };
 
@@ -34,15 +34,45 @@ pub fn nohop_connect6(ctx: SockAddrContext) -> i32 {
 fn try_connect6(ctx: &SockAddrContext) -> Result<(), Refused> {
     let dialled = Endpoint { address: context::address6(ctx), port: context::port(ctx) };
     let choice = match dialled.address.to_v4() {
-        Some(address) if may_be_ours(address) => choose4(ctx, address, Reach::All)?,
-        None if settings::in_pool6(&dialled.address) => choose6(ctx, &dialled, Reach::All)?,
+        Some(address) if may_be_ours(address) => {
+            choose4(ctx, address, Call::Connect, || reach_by_ipv4(ctx))?
+        }
+        None if settings::in_pool6(&dialled.address) => {
+            choose6(ctx, &dialled, Call::Connect, |only| reach_by_ipv6(ctx, only))?
+        }
         _ => None,
     };
     let Some(choice) = choice else {
-        peers::forget(ctx);
+        peers::forget(ctx, &dialled, || context::peer6(ctx));
         return Ok(());
     };
     context::set6(ctx, choice.backend.address, choice.backend.port);
-    peers::remember(ctx, choice.peer(dialled));
+    peers::remember(ctx, choice.peer(dialled), choice.socket, || context::peer6(ctx));
     Ok(())
+}
+
+/// By a mapped address: the backends of AF_INET sockets, so that an IPv4 address leads to the same
+/// ones in either form, and where IPv6 isn't routed. Where there are none, those at IPv6 addresses,
+/// which a socket with an IPv4 source can't reach.
+#[inline(always)]
+fn reach_by_ipv4(ctx: &SockAddrContext) -> Reach {
+    if context::source6(ctx).to_v4().is_some() { Reach::Ipv4 } else { Reach::Ipv4First }
+}
+
+/// By an IPv6 address: all that the socket can reach, as it is. A datagram that is sent to the same
+/// address can reach IPv6 alone, so a UDP socket prefers it.
+#[inline(always)]
+fn reach_by_ipv6(ctx: &SockAddrContext, is_ipv6_only: bool) -> Reach {
+    let source = context::source6(ctx);
+    let is_unbound = source.words() == [0; 2];
+    if source.to_v4().is_some() {
+        // ip6_dst_lookup_tail(): a mapped source and an address of IPv6 are EAFNOSUPPORT.
+        return Reach::Ipv4;
+    }
+    let is_udp = context::protocol(ctx) != IPPROTO_TCP;
+    // While a UDP socket is connected, the source may be the one that the kernel chose then.
+    if is_ipv6_only || !is_unbound && !(is_udp && context::peer_port(ctx) != 0) {
+        return Reach::Ipv6;
+    }
+    if is_udp { Reach::Ipv6First } else { Reach::All }
 }

@@ -5,7 +5,7 @@
 use aya_ebpf::bindings::bpf_sock;
 use aya_ebpf::helpers::bpf_set_retval;
 use aya_ebpf::programs::SockAddrContext;
-use lb_common::Address;
+use lb_common::{Address, Peer};
 
 use crate::settings;
 
@@ -28,6 +28,18 @@ impl Endpoint {
     #[inline(always)]
     pub fn is(&self, other: &Endpoint) -> bool {
         self.port == other.port && self.address == other.address
+    }
+
+    /// What was dialled.
+    #[inline(always)]
+    pub fn of_frontend(peer: &Peer) -> Endpoint {
+        Endpoint { address: peer.frontend, port: peer.frontend_port }
+    }
+
+    /// Where it was sent.
+    #[inline(always)]
+    pub fn of_backend(peer: &Peer) -> Endpoint {
+        Endpoint { address: peer.backend, port: peer.backend_port }
     }
 }
 
@@ -73,6 +85,32 @@ pub fn socket_address(ctx: &SockAddrContext) -> usize {
     // SAFETY: one instruction, on one register.
     unsafe { core::arch::asm!("{0} = -{0}", inout(reg) negated) };
     negated.wrapping_neg()
+}
+
+/// The port that the socket is connected to; 0 for none.
+#[inline(always)]
+pub fn peer_port(ctx: &SockAddrContext) -> u16 {
+    let socket = socket(ctx);
+    u16::from_be(read_socket!(socket.dst_port))
+}
+
+/// What a socket of either family is connected to; port 0 for nothing.
+#[inline(always)]
+pub fn peer(ctx: &SockAddrContext) -> Endpoint {
+    const AF_INET6: u32 = 10;
+    if read!(ctx.family) == AF_INET6 { peer6(ctx) } else { peer4(ctx) }
+}
+
+/// The source address of an IPv6 socket, if it is bound to one or connected; else zeros.
+#[inline(always)]
+pub fn source6(ctx: &SockAddrContext) -> Address {
+    let socket = socket(ctx);
+    address_of([
+        read_socket!(socket.src_ip6[0]),
+        read_socket!(socket.src_ip6[1]),
+        read_socket!(socket.src_ip6[2]),
+        read_socket!(socket.src_ip6[3]),
+    ])
 }
 
 /// What an IPv4 socket is connected to; port 0 for nothing.

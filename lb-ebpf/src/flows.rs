@@ -1,8 +1,12 @@
 //! Where the datagrams of a socket that isn't connected go, and whom their replies come from.
+//!
+//! The kernel runs these hooks with the socket locked (BPF_CGROUP_RUN_SA_PROG_LOCK: lock_sock()), so
+//! nothing else reads or writes the socket's flows meanwhile. The lock in the value is for nobody any
+//! more; it stays because the format does.
 
-use aya_ebpf::helpers::generated::{bpf_spin_lock, bpf_spin_unlock};
+use aya_ebpf::helpers::bpf_ktime_get_ns;
 use aya_ebpf::programs::SockAddrContext;
-use lb_common::{Address, Counter, Flows, Peer};
+use lb_common::{Address, Counter, Peer, flow_clock};
 
 use crate::context::Endpoint;
 use crate::translate::is_excluded;
@@ -21,16 +25,11 @@ pub fn follow(ctx: &SockAddrContext, dialled: &Endpoint) -> Option<Followed> {
     if is_excluded() || maps::is_shadow() {
         return None;
     }
-    // SAFETY: a non-null pointer is to this socket's own storage.
+    // SAFETY: a non-null pointer is to this socket's own storage, and the socket is locked.
     let flows = unsafe { maps::FLOWS.get_ptr_mut(ctx).as_mut() }?;
-    lock(flows);
-    let index = flows.current(&dialled.address, dialled.port);
-    let found = index.map_or_else(Peer::default, |index| {
-        flows.touch(index);
-        *flows.flow(index)
-    });
-    unlock(flows);
-    index?;
+    let index = flows.current(&dialled.address, dialled.port)?;
+    flows.touch(index, now());
+    let found = *flows.flow(index);
     if found.layout == settings::layout() && maps::is_in_table(found.backend_idx, found.generation)
     {
         return Some(Followed { backend: found.backend, port: found.backend_port });
@@ -41,19 +40,16 @@ pub fn follow(ctx: &SockAddrContext, dialled: &Endpoint) -> Option<Followed> {
 }
 
 /// Keeps where a datagram goes, for those after it and for the replies. Where there is no memory
-/// for it, it goes on, and the next one may go elsewhere.
+/// for it, or all flows of the socket are in use, it goes on, and the next one may go elsewhere.
 #[inline(always)]
 pub fn keep(ctx: &SockAddrContext, flow: &Peer) {
-    // What the compiler knows of its octets, such as that those of an IPv4 address begin with zeros,
-    // it would write by a call of memset, with the lock held.
-    // SAFETY: a reference is valid and aligned.
-    let flow = unsafe { (&raw const *flow).read_volatile() };
     // SAFETY: as above. Without a value, the storage begins as zeros.
     match unsafe { maps::FLOWS.get_or_insert_ptr_mut(ctx, None).as_mut() } {
         Some(flows) => {
-            lock(flows);
-            flows.keep(&flow);
-            unlock(flows);
+            if !flows.keep(flow, now()) {
+                maps::count(Counter::FlowsFull);
+                voice::flows_full(ctx);
+            }
         }
         None => {
             maps::count(Counter::NoStorage);
@@ -62,37 +58,40 @@ pub fn keep(ctx: &SockAddrContext, flow: &Peer) {
     }
 }
 
+/// Notes that a datagram passes untouched to `address`: its reply comes from there, though a VIP's
+/// datagrams went there as well. `peer` is what the socket is connected to.
+#[inline(always)]
+pub fn pass(ctx: &SockAddrContext, address: &Endpoint, peer: impl FnOnce() -> Endpoint) {
+    // SAFETY: as above.
+    if let Some(flows) = unsafe { maps::FLOWS.get_ptr_mut(ctx).as_mut() }
+        // A connection's own datagrams: udpv6_sendmsg() names the peer where it is a mapped address.
+        && !address.is(&peer())
+    {
+        flows.supersede(&address.address, address.port);
+    }
+}
+
 /// Whom a datagram from `sender` comes from, as the application should see it: the VIP that it is a
 /// reply of, or the sender itself. `peer` is what the socket is connected to.
 #[inline(always)]
 pub fn shown(ctx: &SockAddrContext, sender: &Endpoint, peer: &Endpoint) -> Endpoint {
-    // What others sent came before the socket was connected.
     if sender.is(peer) {
         return peers::shown(ctx, sender);
     }
-    let mut shown = *sender;
+    // What others sent came before the socket was connected, or connected to this peer.
     // SAFETY: as above.
-    if let Some(flows) = unsafe { maps::FLOWS.get_ptr_mut(ctx).as_mut() } {
-        lock(flows);
-        if let Some(index) = flows.replied(&sender.address, sender.port) {
-            let flow = flows.flow(index);
-            shown = Endpoint { address: flow.frontend, port: flow.frontend_port };
-        }
-        unlock(flows);
+    if let Some(flows) = unsafe { maps::FLOWS.get_ptr_mut(ctx).as_mut() }
+        && let Some(index) = flows.replied(&sender.address, sender.port)
+    {
+        let flow = flows.flow(index);
+        return Endpoint { address: flow.frontend, port: flow.frontend_port };
     }
-    shown
+    if peer.port == 0 { *sender } else { peers::formerly_shown(ctx, sender) }
 }
 
-/// Locks the flows. Until they are unlocked, nothing may be called that isn't inlined: "function
-/// calls are not allowed while holding a lock", says 5.10.
+/// What a flow's use is dated by.
 #[inline(always)]
-fn lock(flows: &mut Flows) {
-    // SAFETY: the lock is the one in the map's value; it is given back on every way out.
-    unsafe { bpf_spin_lock((&raw mut flows.lock).cast()) };
-}
-
-#[inline(always)]
-fn unlock(flows: &mut Flows) {
-    // SAFETY: as above.
-    unsafe { bpf_spin_unlock((&raw mut flows.lock).cast()) };
+fn now() -> u32 {
+    // SAFETY: the helper has no preconditions.
+    flow_clock(unsafe { bpf_ktime_get_ns() })
 }

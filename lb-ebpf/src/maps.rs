@@ -11,11 +11,12 @@ use core::intrinsics::{AtomicOrdering, atomic_xadd};
 use lb_common::{
     Backend, BackendLine, Counter, DEFAULT_MAX_BACKENDS, DEFAULT_MAX_SERVICES, Daemon,
     ENTRIES_PER_BACKEND, ExcludedCgroup, FRONTENDS_PER_SERVICE, Flows, Frontend, Frontend6,
-    MAX_EXCLUDED, N_COUNTERS, Name, Peer, Probe, Reason, Region, Regions, Report,
-    SLOTS_PER_BACKEND, ServiceLine, Slot, Target, Unsent,
+    MAX_EXCLUDED, N_COUNTERS, N_PINNED_COUNTERS, Name, Peer, Probe, Reason, Region, Regions,
+    Report, SLOTS_PER_BACKEND, ServiceLine, Slot, Target, UdpConnects, Unsent,
 };
 
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
+const N_EVENTS: usize = N_COUNTERS - N_PINNED_COUNTERS;
 const N_SERVICES: usize = DEFAULT_MAX_SERVICES as usize;
 const N_FRONTENDS: usize = (DEFAULT_MAX_SERVICES * FRONTENDS_PER_SERVICE) as usize;
 const N_SLOTS: usize = (DEFAULT_MAX_BACKENDS * SLOTS_PER_BACKEND) as usize;
@@ -37,7 +38,13 @@ static NAMES: Array<Name, N_SERVICES, MMAPABLE> = Array::new();
 #[btf_map]
 static UNSENT: Array<Unsent, N_SERVICES, MMAPABLE> = Array::new();
 #[btf_map]
-static COUNTERS: Array<u64, N_COUNTERS, MMAPABLE> = Array::new();
+static COUNTERS: Array<u64, N_PINNED_COUNTERS, MMAPABLE> = Array::new();
+/// Counters that came after the layout. Neither this nor the next is pinned: to a version that doesn't
+/// know them the pinned maps are whole, and they begin anew with each daemon.
+#[btf_map]
+static EVENTS: Array<u64, N_EVENTS, MMAPABLE> = Array::new();
+#[btf_map]
+static UDP_CONNECTS: Array<UdpConnects, N_SERVICES, MMAPABLE> = Array::new();
 #[btf_map]
 static DAEMON: Array<Daemon, 1, MMAPABLE> = Array::new();
 #[btf_map]
@@ -51,6 +58,10 @@ static REPORTS: RingBuf<Report, 65_536> = RingBuf::new();
 /// What each connected socket dialled. It lives and dies with the socket.
 #[btf_map]
 pub static PEERS: SkStorage<Peer> = SkStorage::new();
+/// What a UDP socket dialled before, while `PEERS` says what it dialled last: that connect() may have
+/// failed. It lives and dies with the socket.
+#[btf_map]
+pub static FORMER_PEERS: SkStorage<Peer> = SkStorage::new();
 /// Where the datagrams of each socket went. It lives and dies with the socket.
 #[btf_map]
 pub static FLOWS: SkStorage<Flows> = SkStorage::new();
@@ -76,12 +87,16 @@ fn copy_target(target: *const Target) -> Target {
 }
 
 /// What a dial can reach by its addresses.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq)]
 pub enum Reach {
     /// IPv4 backends.
     Ipv4,
     /// IPv6 backends.
     Ipv6,
+    /// IPv4 backends, or all where there are none.
+    Ipv4First,
+    /// IPv6 backends, or all where there are none.
+    Ipv6First,
     /// All.
     All,
 }
@@ -125,28 +140,48 @@ pub fn scopes(service: u32, reach: Reach) -> Option<Scopes> {
 /// `regions` is part of an array's element.
 #[inline(always)]
 unsafe fn region(regions: *const Regions, reach: Reach) -> Region {
+    // SAFETY: an array's element stays.
+    unsafe {
+        match reach {
+            Reach::Ipv4 => load(&raw const (*regions).ipv4),
+            Reach::Ipv6 => load(&raw const (*regions).ipv6),
+            Reach::All => load(&raw const (*regions).all),
+            Reach::Ipv4First => {
+                let ipv4 = load(&raw const (*regions).ipv4);
+                if ipv4.n_slots != 0 { ipv4 } else { load(&raw const (*regions).all) }
+            }
+            Reach::Ipv6First => {
+                let ipv6 = load(&raw const (*regions).ipv6);
+                if ipv6.n_slots != 0 { ipv6 } else { load(&raw const (*regions).all) }
+            }
+        }
+    }
+}
+
+/// # Safety
+/// `region` is part of an array's element.
+#[inline(always)]
+unsafe fn load(region: *const Region) -> Region {
     // SAFETY: an array's element stays; the daemon replaces each region by one aligned store, and
     // this is one aligned load.
-    unsafe {
-        let region = match reach {
-            Reach::Ipv4 => &raw const (*regions).ipv4,
-            Reach::Ipv6 => &raw const (*regions).ipv6,
-            Reach::All => &raw const (*regions).all,
-        };
-        core::mem::transmute::<u64, Region>(region.cast::<u64>().read_volatile())
-    }
+    unsafe { core::mem::transmute::<u64, Region>(region.cast::<u64>().read_volatile()) }
 }
 
 /// A slot. Its region is not written again while a program that found it may still run.
 #[inline(always)]
 pub fn slot(index: u32) -> Option<Slot> {
-    SLOTS.get(index).copied()
+    // SAFETY: an array's element stays; the daemon wrote it by one aligned store.
+    let word = |slot: *const Slot| unsafe { slot.cast::<u64>().read_volatile() };
+    // SAFETY: a slot is one word of plain integers.
+    SLOTS.get_ptr(index).map(|slot| unsafe { core::mem::transmute::<u64, Slot>(word(slot)) })
 }
 
-/// A backend. Its entry is not written again while a program that found it may still run.
+/// A copy of a backend. Its entry is not written again while a program that found it may still run,
+/// but for its generation.
 #[inline(always)]
-pub fn backend(index: u32) -> Option<&'static Backend> {
-    BACKENDS.get(index).map(|line| &line.backend)
+pub fn backend(index: u32) -> Option<Backend> {
+    // SAFETY: an array's element stays, and a backend is plain integers.
+    BACKENDS.get_ptr(index).map(|line| unsafe { (&raw const (*line).backend).read_volatile() })
 }
 
 /// Whether a backend that a socket remembers is still in the table.
@@ -159,23 +194,45 @@ pub fn is_in_table(backend_idx: u32, generation: u32) -> bool {
     BACKENDS.get_ptr(backend_idx).is_some_and(|line| now(line) == generation)
 }
 
+/// What the daemon says of itself, word by word as it is now.
+#[derive(Clone, Copy)]
+pub struct DaemonWords(*const Daemon);
+
+macro_rules! words {
+    ($($(#[$doc:meta])* $word:ident)*) => {
+        impl DaemonWords {
+            $($(#[$doc])*
+            #[inline(always)]
+            pub fn $word(self) -> u64 {
+                // SAFETY: an array's element stays, and this is an aligned word of it; volatile,
+                // because the daemon writes it.
+                unsafe { (&raw const (*self.0).$word).read_volatile() }
+            })*
+        }
+    };
+}
+
+words! {
+    /// When the daemon last said that it lives.
+    heartbeat_ns
+    /// The cookie of the host's network namespace.
+    host_netns
+    /// The daemon's process.
+    tgid
+    /// Whether dials are only counted.
+    is_shadow
+}
+
 /// What the daemon says of itself.
 #[inline(always)]
-pub fn daemon() -> Option<&'static Daemon> {
-    DAEMON.get(0)
+pub fn daemon() -> Option<DaemonWords> {
+    DAEMON.get_ptr(0).map(DaemonWords)
 }
 
 /// Whether dials are only counted. It is asked of dials to the pools and the pins alone.
 #[inline(always)]
 pub fn is_shadow() -> bool {
-    daemon().is_some_and(shadows)
-}
-
-/// The same, where the daemon's word is at hand.
-#[inline(always)]
-pub fn shadows(daemon: &Daemon) -> bool {
-    // SAFETY: a reference is valid and aligned; volatile, because the daemon writes it.
-    unsafe { (&raw const daemon.is_shadow).read_volatile() != 0 }
+    daemon().is_some_and(|daemon| daemon.is_shadow() != 0)
 }
 
 /// Shows the daemon its own connect(), which is that of the socket whose cookie it named. Other
@@ -228,6 +285,21 @@ pub fn count_refused(service: u32, by_family: bool) {
     }
 }
 
+/// Counts a connect() of a UDP socket to `service`: sent, or refused as [`count_refused`] says.
+#[inline(always)]
+pub fn count_udp_connect(service: u32, refused_by_family: Option<bool>) {
+    if let Some(connects) = UDP_CONNECTS.get_ptr_mut(service) {
+        // SAFETY: as above.
+        add_one(unsafe {
+            match refused_by_family {
+                None => &raw mut (*connects).connects,
+                Some(false) => &raw mut (*connects).no_backend,
+                Some(true) => &raw mut (*connects).family,
+            }
+        });
+    }
+}
+
 /// Counts a dial of `service` that passes untouched because dials are only counted.
 #[inline(always)]
 pub fn count_shadowed(service: u32) {
@@ -253,7 +325,13 @@ pub fn report_dial(service: u32) {
 /// Counts an event that no service owns.
 #[inline(always)]
 pub fn count(counter: Counter) {
-    if let Some(counter) = COUNTERS.get_ptr_mut(counter as u32) {
+    let (index, n_pinned) = (counter as u32, N_PINNED_COUNTERS as u32);
+    let counter = if index < n_pinned {
+        COUNTERS.get_ptr_mut(index)
+    } else {
+        EVENTS.get_ptr_mut(index - n_pinned)
+    };
+    if let Some(counter) = counter {
         add_one(counter);
     }
 }

@@ -1,5 +1,6 @@
-//! sendto() and sendmsg() to an IPv4 address: where the datagrams of a socket that isn't connected
-//! go. An IPv6 socket that sends to `::ffff:a.b.c.d` comes here too.
+//! sendto() and sendmsg() to an IPv4 address: where datagrams go that name it. An IPv6 socket that
+//! sends to `::ffff:a.b.c.d` comes here too, also when it is connected to it and names nothing:
+//! udpv6_sendmsg() hands its datagrams to udp_sendmsg() with the address.
 
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
@@ -7,8 +8,8 @@ use lb_common::Address;
 
 use crate::context::{self, Endpoint, FAIL, PROCEED, Refused};
 use crate::maps::Reach;
-use crate::translate::{choose4, may_be_ours};
-use crate::{flows, voice};
+use crate::translate::{self, Call, choose4, may_be_ours};
+use crate::{flows, peers, voice};
 
 /// Attached to BPF_CGROUP_UDP4_SENDMSG.
 #[cgroup_sock_addr(sendmsg4)]
@@ -22,17 +23,38 @@ pub fn nohop_sendmsg4(ctx: SockAddrContext) -> i32 {
 #[inline(always)]
 fn try_sendmsg4(ctx: &SockAddrContext) -> Result<(), Refused> {
     let address = context::address4(ctx);
+    let dialled = Endpoint { address: Address::v4(address), port: context::port(ctx) };
     if !may_be_ours(address) {
+        flows::pass(ctx, &dialled, || context::peer(ctx));
         return Ok(());
     }
-    let dialled = Endpoint { address: Address::v4(address), port: context::port(ctx) };
+    if context::peer_port(ctx) != 0 {
+        let peer = context::peer(ctx);
+        if peer.is(&dialled) {
+            // What a connection became isn't looked up again.
+            return Ok(());
+        }
+        if peers::association(ctx, &peer)
+            .is_some_and(|kept| kept.was_dialled_as(&dialled.address, dialled.port))
+        {
+            // udp_sendmsg() can't send to IPv6.
+            let Some(backend) = peer.address.to_v4() else {
+                return Err(translate::refuse_family4(ctx, address));
+            };
+            context::set4(ctx, backend, peer.port);
+            return Ok(());
+        }
+    }
     if let Some(followed) = flows::follow(ctx, &dialled)
         && let Some(backend) = followed.backend.to_v4()
     {
         context::set4(ctx, backend, followed.port);
         return Ok(());
     }
-    let Some(choice) = choose4(ctx, address, Reach::Ipv4)? else { return Ok(()) };
+    let Some(choice) = choose4(ctx, address, Call::Send, || Reach::Ipv4)? else {
+        flows::pass(ctx, &dialled, || context::peer(ctx));
+        return Ok(());
+    };
     let Some(backend) = choice.backend.address.to_v4() else {
         return Err(voice::inconsistent(ctx, choice.service));
     };

@@ -1,13 +1,13 @@
-//! sendto() and sendmsg() to an IPv6 address: where the datagrams of a socket that isn't connected
-//! go. The kernel can't send them to an IPv4 backend from here.
+//! sendto() and sendmsg() to an IPv6 address: where datagrams go that name it. The kernel can't send
+//! them to an IPv4 backend from here (udpv6_sendmsg(): ENOTSUPP).
 
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
 
 use crate::context::{self, Endpoint, FAIL, PROCEED, Refused};
 use crate::maps::Reach;
-use crate::translate::choose6;
-use crate::{flows, settings};
+use crate::translate::{self, Call, choose6};
+use crate::{flows, peers, settings};
 
 /// Attached to BPF_CGROUP_UDP6_SENDMSG.
 #[cgroup_sock_addr(sendmsg6)]
@@ -22,13 +22,32 @@ pub fn nohop_sendmsg6(ctx: SockAddrContext) -> i32 {
 fn try_sendmsg6(ctx: &SockAddrContext) -> Result<(), Refused> {
     let dialled = Endpoint { address: context::address6(ctx), port: context::port(ctx) };
     if !settings::in_pool6(&dialled.address) {
+        flows::pass(ctx, &dialled, || context::peer6(ctx));
         return Ok(());
+    }
+    if context::peer_port(ctx) != 0 {
+        let peer = context::peer6(ctx);
+        if peer.is(&dialled) {
+            return Ok(());
+        }
+        if peers::association(ctx, &peer)
+            .is_some_and(|kept| kept.was_dialled_as(&dialled.address, dialled.port))
+        {
+            if peer.address.to_v4().is_some() {
+                return Err(translate::refuse_family6(&dialled));
+            }
+            context::set6(ctx, peer.address, peer.port);
+            return Ok(());
+        }
     }
     if let Some(followed) = flows::follow(ctx, &dialled) {
         context::set6(ctx, followed.backend, followed.port);
         return Ok(());
     }
-    let Some(choice) = choose6(ctx, &dialled, Reach::Ipv6)? else { return Ok(()) };
+    let Some(choice) = choose6(ctx, &dialled, Call::Send, |_| Reach::Ipv6)? else {
+        flows::pass(ctx, &dialled, || context::peer6(ctx));
+        return Ok(());
+    };
     context::set6(ctx, choice.backend.address, choice.backend.port);
     flows::keep(ctx, &choice.peer(dialled));
     Ok(())

@@ -45,6 +45,15 @@ static KERNEL_SOCKET_MASK: u32 = 0;
 /// Where in the kernel's `struct tcp_sock` the byte `is_mptcp` is; 0 where it isn't known.
 #[unsafe(no_mangle)]
 static SUBFLOW_OFFSET: u32 = 0;
+/// Where in the kernel's `struct sock` the byte with the bit `skc_ipv6only` is.
+#[unsafe(no_mangle)]
+static IPV6_ONLY_OFFSET: u32 = 0;
+/// That bit, as a mask of the byte; 0 where it isn't known.
+#[unsafe(no_mangle)]
+static IPV6_ONLY_MASK: u32 = 0;
+/// 1 where the kernel has `bpf_skc_to_mptcp_sock`.
+#[unsafe(no_mangle)]
+static HAS_MPTCP: u32 = 0;
 
 macro_rules! setting {
     // SAFETY: a static is valid and aligned; volatile, because its value comes after compilation.
@@ -113,4 +122,17 @@ pub fn kernel_socket_bit() -> Option<(u32, u8)> {
 pub fn subflow_offset() -> Option<u32> {
     let offset = setting!(SUBFLOW_OFFSET);
     (offset != 0).then_some(offset)
+}
+
+/// Where an IPv6 socket says that it is closed to IPv4: an offset and a mask, if that is known.
+#[inline(always)]
+pub fn ipv6_only_bit() -> Option<(u32, u8)> {
+    let mask = setting!(IPV6_ONLY_MASK);
+    (mask != 0).then(|| (setting!(IPV6_ONLY_OFFSET), mask as u8))
+}
+
+/// Whether a program gets from a subflow to the MPTCP socket that it is a part of.
+#[inline(always)]
+pub fn has_mptcp() -> bool {
+    setting!(HAS_MPTCP) != 0
 }

@@ -1,19 +1,19 @@
 //! From what an application dials to the backend that the dial goes to.
 
 use aya_ebpf::EbpfContext as _;
-use aya_ebpf::helpers::generated::bpf_skc_to_tcp_sock;
+use aya_ebpf::helpers::generated::{bpf_skc_to_tcp_sock, bpf_skc_to_udp6_sock};
 use aya_ebpf::helpers::{
     bpf_get_current_ancestor_cgroup_id, bpf_get_current_pid_tgid, bpf_get_netns_cookie,
     bpf_get_socket_cookie, bpf_ktime_get_ns, bpf_probe_read_kernel,
 };
 use aya_ebpf::programs::SockAddrContext;
 use lb_common::{
-    ANY_PORT, Backend, Counter, Daemon, Frontend, Frontend6, IPPROTO_TCP, IPPROTO_UDP,
-    MAX_EXCLUDED, Peer, Target, choose,
+    ANY_PORT, Backend, Counter, Frontend, Frontend6, IPPROTO_TCP, IPPROTO_UDP, MAX_EXCLUDED, Peer,
+    Target, choose,
 };
 
 use crate::context::{self, Endpoint, Refused};
-use crate::maps::{self, Reach};
+use crate::maps::{self, DaemonWords, Reach};
 use crate::{random, settings, voice};
 
 /// How long the daemon's word that it lives is taken for true.
@@ -24,7 +24,29 @@ const HEARTBEAT_LASTS_NS: u64 = 10_000_000_000;
 pub struct Choice {
     pub service: u32,
     pub backend_idx: u32,
-    pub backend: &'static Backend,
+    pub backend: Backend,
+    /// Whose socket it is.
+    pub socket: Socket,
+}
+
+/// What dials.
+#[derive(Clone, Copy, PartialEq)]
+pub enum Call {
+    /// connect(). Of a UDP socket it is counted apart: it may never send.
+    Connect,
+    /// A datagram.
+    Send,
+}
+
+/// Whose socket it is.
+#[derive(Clone, Copy, PartialEq)]
+pub enum Socket {
+    /// An application's.
+    Application,
+    /// The kernel's part of an application's MPTCP socket.
+    Subflow,
+    /// The kernel's own, as NFS has them.
+    Kernel,
 }
 
 impl Choice {
@@ -37,7 +59,7 @@ impl Choice {
             frontend_port: dialled.port,
             backend_port: self.backend.port,
             layout: settings::layout(),
-            padding: 0,
+            naming: 0,
             backend_idx: self.backend_idx,
             generation: self.backend.generation,
         }
@@ -55,14 +77,14 @@ pub fn may_be_ours(address: [u8; 4]) -> bool {
 pub fn choose4(
     ctx: &SockAddrContext,
     address: [u8; 4],
-    reach: Reach,
+    call: Call,
+    reach: impl FnOnce() -> Reach,
 ) -> Result<Option<Choice>, Refused> {
     let protocol = context::protocol(ctx);
     if protocol != IPPROTO_TCP && protocol != IPPROTO_UDP {
         return Ok(None);
     }
-    let mut frontend = Frontend { address, port: context::port(ctx), protocol, padding: 0 };
-    let mut target = maps::target(&frontend);
+    let target = target4(ctx, address, protocol);
     if target.is_none() {
         if !settings::in_pool(address) {
             return Ok(None);
@@ -71,59 +93,108 @@ pub fn choose4(
             show_probe(ctx);
             return if maps::is_shadow() { Ok(None) } else { Err(Refused) };
         }
-        frontend.port = ANY_PORT;
-        target = maps::target(&frontend);
     }
-    choose_backend(ctx, target, reach)
+    choose_backend(ctx, target, call, false, |_| reach())
 }
 
-/// Where a dial to an address of the IPv6 pool goes; `None` when it passes untouched.
+/// Where a dial to an address of the IPv6 pool goes; `None` when it passes untouched. `reach` is told
+/// of a socket that connects whether it is closed to IPv4.
 #[inline(always)]
 pub fn choose6(
     ctx: &SockAddrContext,
     dialled: &Endpoint,
-    reach: Reach,
+    call: Call,
+    reach: impl FnOnce(bool) -> Reach,
 ) -> Result<Option<Choice>, Refused> {
     let protocol = context::protocol(ctx);
     if protocol != IPPROTO_TCP && protocol != IPPROTO_UDP {
         return Ok(None);
     }
+    choose_backend(ctx, target6(dialled, protocol), call, call == Call::Connect, reach)
+}
+
+/// The service behind an IPv4 address and the context's port.
+#[inline(always)]
+fn target4(ctx: &SockAddrContext, address: [u8; 4], protocol: u8) -> Option<Target> {
+    let mut frontend = Frontend { address, port: context::port(ctx), protocol, padding: 0 };
+    let target = maps::target(&frontend);
+    if target.is_some() || !settings::in_pool(address) || settings::is_pools_own(address) {
+        return target;
+    }
+    frontend.port = ANY_PORT;
+    maps::target(&frontend)
+}
+
+/// The service behind an IPv6 address and port.
+#[inline(always)]
+fn target6(dialled: &Endpoint, protocol: u8) -> Option<Target> {
     let address = dialled.address.octets;
     let mut frontend = Frontend6 { address, port: dialled.port, protocol, padding: 0 };
-    let mut target = maps::target6(&frontend);
-    if target.is_none() {
-        frontend.port = ANY_PORT;
-        target = maps::target6(&frontend);
+    let target = maps::target6(&frontend);
+    if target.is_some() {
+        return target;
     }
-    choose_backend(ctx, target, reach)
+    frontend.port = ANY_PORT;
+    maps::target6(&frontend)
+}
+
+/// Refuses a datagram to an IPv4 VIP: the socket is connected to an instance at an IPv6 address by it.
+#[inline(always)]
+pub fn refuse_family4(ctx: &SockAddrContext, address: [u8; 4]) -> Refused {
+    refuse_family(target4(ctx, address, IPPROTO_UDP))
+}
+
+/// Refuses a datagram to an IPv6 VIP: the socket is connected to an instance at an IPv4 address by it.
+#[inline(always)]
+pub fn refuse_family6(dialled: &Endpoint) -> Refused {
+    refuse_family(target6(dialled, IPPROTO_UDP))
+}
+
+#[inline(always)]
+fn refuse_family(target: Option<Target>) -> Refused {
+    match target {
+        Some(Target { service, .. }) => maps::count_refused(service, true),
+        None => maps::count(Counter::RefusedNoFrontend),
+    }
+    Refused
 }
 
 #[inline(always)]
 fn choose_backend(
     ctx: &SockAddrContext,
     target: Option<Target>,
-    reach: Reach,
+    call: Call,
+    asks_ipv6_only: bool,
+    reach: impl FnOnce(bool) -> Reach,
 ) -> Result<Option<Choice>, Refused> {
     let Some(daemon) = maps::daemon() else { return Ok(None) };
-    if is_daemons(daemon) || is_kernels(ctx) || is_excluded() {
+    if is_daemons(daemon) {
         maps::count(Counter::LeftAlone);
         return Ok(None);
     }
-    if maps::shadows(daemon) {
-        count_shadowed(ctx, daemon, target);
+    let (socket, is_ipv6_only) = whose(ctx, asks_ipv6_only);
+    if socket == Socket::Kernel || is_excluded() {
+        maps::count(Counter::LeftAlone);
+        return Ok(None);
+    }
+    let is_udp_connect = call == Call::Connect && context::protocol(ctx) == IPPROTO_UDP;
+    if daemon.is_shadow() != 0 {
+        count_shadowed(ctx, daemon, target, is_udp_connect);
         return Ok(None);
     }
     let Some(target) = target else {
-        maps::count(Counter::RefusedNoFrontend);
+        let refused = Counter::RefusedNoFrontend;
+        maps::count(if is_udp_connect { Counter::UdpNoFrontend } else { refused });
         return Err(Refused);
     };
     let service = target.service;
-    let scopes = maps::scopes(service, reach).ok_or_else(|| voice::inconsistent(ctx, service))?;
+    let scopes = maps::scopes(service, reach(is_ipv6_only))
+        .ok_or_else(|| voice::inconsistent(ctx, service))?;
     // Asking where a dial comes from is spared where it makes no difference. One of the two words
     // may be newer than the other: if they are the same, each is what either dial is to have.
     let from_host = target.host_only == 0 && !scopes.differ()
         // SAFETY: the context is valid.
-        || unsafe { bpf_get_netns_cookie(ctx.as_ptr()) } == daemon.host_netns;
+        || unsafe { bpf_get_netns_cookie(ctx.as_ptr()) } == daemon.host_netns();
     if target.host_only != 0 && !from_host {
         return Ok(None);
     }
@@ -132,7 +203,12 @@ fn choose_backend(
     }
     let region = if from_host { scopes.host } else { scopes.elsewhere };
     if region.n_slots == 0 {
-        maps::count_refused(service, has_others(ctx, daemon, service));
+        let by_family = has_others(ctx, daemon, service);
+        if is_udp_connect {
+            maps::count_udp_connect(service, Some(by_family));
+        } else {
+            maps::count_refused(service, by_family);
+        }
         return Err(Refused);
     }
     let backend_idx =
@@ -140,8 +216,12 @@ fn choose_backend(
             .ok_or_else(|| voice::inconsistent(ctx, service))?;
     match maps::backend(backend_idx) {
         Some(backend) if backend.port != 0 => {
-            maps::count_dial(service, backend_idx);
-            Ok(Some(Choice { service, backend_idx, backend }))
+            if is_udp_connect {
+                maps::count_udp_connect(service, None);
+            } else {
+                maps::count_dial(service, backend_idx);
+            }
+            Ok(Some(Choice { service, backend_idx, backend, socket }))
         }
         _ => Err(voice::inconsistent(ctx, service)),
     }
@@ -149,13 +229,19 @@ fn choose_backend(
 
 /// Counts a dial that passes because dials are only counted, if it had not passed anyway.
 #[inline(always)]
-fn count_shadowed(ctx: &SockAddrContext, daemon: &Daemon, target: Option<Target>) {
+fn count_shadowed(
+    ctx: &SockAddrContext,
+    daemon: DaemonWords,
+    target: Option<Target>,
+    is_udp_connect: bool,
+) {
     let Some(Target { service, host_only }) = target else {
-        maps::count(Counter::ShadowedNoFrontend);
+        let shadowed = Counter::ShadowedNoFrontend;
+        maps::count(if is_udp_connect { Counter::UdpNoFrontend } else { shadowed });
         return;
     };
     // SAFETY: the context is valid.
-    if host_only == 0 || unsafe { bpf_get_netns_cookie(ctx.as_ptr()) } == daemon.host_netns {
+    if host_only == 0 || unsafe { bpf_get_netns_cookie(ctx.as_ptr()) } == daemon.host_netns() {
         maps::count(Counter::Shadowed);
         maps::count_shadowed(service);
     }
@@ -163,10 +249,10 @@ fn count_shadowed(ctx: &SockAddrContext, daemon: &Daemon, target: Option<Target>
 
 /// Whether a service that has no backend for this socket's address family has some for others.
 #[inline(always)]
-fn has_others(ctx: &SockAddrContext, daemon: &Daemon, service: u32) -> bool {
+fn has_others(ctx: &SockAddrContext, daemon: DaemonWords, service: u32) -> bool {
     maps::scopes(service, Reach::All).is_some_and(|all| {
         // SAFETY: the context is valid.
-        let from_host = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) } == daemon.host_netns;
+        let from_host = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) } == daemon.host_netns();
         let all = if from_host { all.host } else { all.elsewhere };
         all.n_slots != 0
     })
@@ -174,40 +260,68 @@ fn has_others(ctx: &SockAddrContext, daemon: &Daemon, service: u32) -> bool {
 
 /// Whether the daemon itself dials. Once it is gone, another process may get its number.
 #[inline(always)]
-fn is_daemons(daemon: &Daemon) -> bool {
-    bpf_get_current_pid_tgid() >> 32 == daemon.tgid
+fn is_daemons(daemon: DaemonWords) -> bool {
+    bpf_get_current_pid_tgid() >> 32 == daemon.tgid()
         // SAFETY: the helper has no preconditions.
-        && unsafe { bpf_ktime_get_ns() }.wrapping_sub(daemon.heartbeat_ns) < HEARTBEAT_LASTS_NS
+        && unsafe { bpf_ktime_get_ns() }.wrapping_sub(daemon.heartbeat_ns()) < HEARTBEAT_LASTS_NS
 }
 
-/// Whether the kernel itself uses this socket, as NFS does.
+/// Whose socket it is; and, where that is asked, whether it is an IPv6 socket that is closed to IPv4
+/// (IPV6_V6ONLY, net.ipv6.bindv6only).
 #[inline(always)]
-fn is_kernels(ctx: &SockAddrContext) -> bool {
-    let Some((offset, mask)) = settings::kernel_socket_bit() else { return false };
-    let byte = match context::protocol(ctx) {
-        IPPROTO_TCP => byte_of_tcp_socket(ctx, offset),
-        _ => byte_of_socket(ctx, offset),
-    };
-    if byte & mask == 0 {
-        return false;
+fn whose(ctx: &SockAddrContext, asks_ipv6_only: bool) -> (Socket, bool) {
+    let (kernel_offset, kernel_mask) = settings::kernel_socket_bit().unwrap_or_default();
+    let ipv6_only = if asks_ipv6_only { settings::ipv6_only_bit() } else { None };
+    let (only_offset, only_mask) = ipv6_only.unwrap_or_default();
+    let is_tcp = context::protocol(ctx) == IPPROTO_TCP;
+    let (mut kernel, mut only) = (0, 0);
+    if is_tcp {
+        if kernel_mask != 0 || only_mask != 0 {
+            let socket = tcp_socket(ctx);
+            if !socket.is_null() {
+                kernel = if kernel_mask != 0 { byte_at(socket, kernel_offset) } else { 0 };
+                only = if only_mask != 0 { byte_at(socket, only_offset) } else { 0 };
+            }
+        }
+    } else {
+        kernel = if kernel_mask != 0 { byte_of_socket(ctx, kernel_offset) } else { 0 };
+        only = if only_mask != 0 { byte_of_udp6_socket(ctx, only_offset) } else { 0 };
+    }
+    let is_ipv6_only = only & only_mask != 0;
+    if kernel & kernel_mask == 0 {
+        return (Socket::Application, is_ipv6_only);
     }
     // The kernel also makes the TCP sockets that an application's MPTCP socket consists of.
     match settings::subflow_offset() {
-        Some(offset) if context::protocol(ctx) == IPPROTO_TCP => byte_of_socket(ctx, offset) == 0,
-        _ => true,
+        Some(offset) if is_tcp && byte_of_socket(ctx, offset) != 0 => {
+            (Socket::Subflow, is_ipv6_only)
+        }
+        _ => (Socket::Kernel, is_ipv6_only),
     }
 }
 
-/// A byte of the kernel's own structure of a TCP socket, which begins with that of any socket. The
-/// verifier knows the structure, and lets a program load from it, which is quicker than a helper.
+/// The kernel's own structure of a TCP socket, which begins with that of any socket. The verifier knows
+/// the structure, and lets a program load from it, which is quicker than a helper.
 #[inline(always)]
-fn byte_of_tcp_socket(ctx: &SockAddrContext, offset: u32) -> u8 {
-    // SAFETY: the helper takes the context's own socket; the offset is that of a field in what it
-    // returns, as the kernel's own type information says.
-    unsafe {
-        let socket = bpf_skc_to_tcp_sock(context::socket(ctx).cast()).cast::<u8>();
-        if socket.is_null() { 0 } else { socket.add(offset as usize).read_volatile() }
-    }
+fn tcp_socket(ctx: &SockAddrContext) -> *const u8 {
+    // SAFETY: the helper takes the context's own socket.
+    unsafe { bpf_skc_to_tcp_sock(context::socket(ctx).cast()) }.cast::<u8>().cast_const()
+}
+
+/// A byte of such a structure.
+#[inline(always)]
+fn byte_at(socket: *const u8, offset: u32) -> u8 {
+    // SAFETY: the offset is that of a field in the structure, as the kernel's own type information
+    // says.
+    unsafe { socket.add(offset as usize).read_volatile() }
+}
+
+/// A byte of the kernel's own structure of a UDP socket of AF_INET6; 0 for any other.
+#[inline(always)]
+fn byte_of_udp6_socket(ctx: &SockAddrContext, offset: u32) -> u8 {
+    // SAFETY: the helper takes the context's own socket.
+    let socket = unsafe { bpf_skc_to_udp6_sock(context::socket(ctx).cast()) };
+    if socket.is_null() { 0 } else { byte_at(socket.cast::<u8>().cast_const(), offset) }
 }
 
 /// A byte of the kernel's own structure of the socket; 0 where it can't be read.

@@ -16,13 +16,14 @@ const SECOND_NS: u64 = 1_000_000_000;
 
 /// When each kind was last said, in nanoseconds since boot.
 #[btf_map]
-static SAID: Array<u64, 3, { BPF_F_MMAPABLE as usize }> = Array::new();
+static SAID: Array<u64, 4, { BPF_F_MMAPABLE as usize }> = Array::new();
 
 #[repr(u32)]
 enum Kind {
     Inconsistent = 0,
     NoStorage = 1,
     BackendGone = 2,
+    FlowsFull = 3,
 }
 
 /// A service leads to a slot or a backend that isn't there.
@@ -48,6 +49,17 @@ pub fn no_storage(ctx: &SockAddrContext) {
 pub fn backend_gone(ctx: &SockAddrContext, backend_idx: u32) {
     if is_due(Kind::BackendGone) {
         info!(ctx, "backend {} is gone: a socket's datagrams go to another one", backend_idx);
+    }
+}
+
+/// A socket sends to more VIPs than it can remember, all the time.
+#[inline(always)]
+pub fn flows_full(ctx: &SockAddrContext) {
+    if is_due(Kind::FlowsFull) {
+        warn!(
+            ctx,
+            "a UDP socket sends to more than eight VIPs: the replies of one show its backend"
+        );
     }
 }
 

@@ -204,7 +204,8 @@ pub fn table(services: Vec<Service>) -> Table {
 
 /// How often an event was counted that no service owns, by its name.
 pub fn event(bed: &Bed, name: &str) -> u64 {
-    let (_, counter) = COUNTERS.iter().find(|(named, _)| *named == name).unwrap();
+    let counter = COUNTERS.iter().find(|(named, _)| *named == name);
+    let (_, counter) = counter.unwrap_or_else(|| panic!("nothing counts {name}"));
     bed.plane.counters().event(*counter)
 }
 

@@ -1,10 +1,13 @@
 //! IPv4 and IPv6: which sockets reach which backends by which VIP, and what is refused.
 
 use std::io::{self, ErrorKind};
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
+use std::time::Duration;
 
-use lb_userspace::plane::Refusal;
+use lb_userspace::plane::{Refusal, ServiceCounters};
 use lb_userspace::table::{Protocols, Service};
+use rustix::net::sockopt::set_ipv6_v6only;
+use rustix::net::{AddressFamily, SocketType, bind};
 
 use crate::bed::{
     Bed, Echo, OTHER_VIP, OTHER_VIP6, Server, VIP, VIP6, ask, client, dial, dial_udp, event,
@@ -67,27 +70,35 @@ pub fn sockets_reach_what_their_family_can() {
     let (ipv6, _ipv6) = servers(b'6', loopback(VIP6));
     let [plain, mapped] = ways(VIP, 80);
     let by_ipv6 = SocketAddr::from((VIP6, 80));
-    // What a socket can reach: by connect(), and by sendto().
-    let reach = [(plain, "4", "4"), (mapped, "46", "4"), (by_ipv6, "46", "6")];
+    // What is reached by connect() of TCP, and of UDP, and by sendto(): one of each group that has
+    // backends, of the first group that has some.
+    let reach: [(SocketAddr, [&[&str]; 3]); 3] = [
+        (plain, [&["4"], &["4"], &["4"]]),
+        (mapped, [&["4", "6"], &["4", "6"], &["4"]]),
+        (by_ipv6, [&["46"], &["6", "4"], &["6"]]),
+    ];
     let sets = [
         ("4", vec![ipv4.address]),
         ("6", vec![ipv6.address]),
         ("46", vec![ipv4.address, ipv6.address]),
     ];
     let mut bed = Bed::with_pool6();
-    let mut n_refused = 0;
+    let (mut n_refused, mut n_connects_refused) = (0, 0);
     for (letters, backends) in sets {
         bed.apply(vec![dual("web", VIP, VIP6, &backends)]);
         let service = bed.plane.indices("web").unwrap().service;
-        for (address, connected, unconnected) in reach {
-            for how in Use::ALL {
-                let reached = if how == Use::Udp { unconnected } else { connected };
-                let expected: String = letters.chars().filter(|l| reached.contains(*l)).collect();
+        for (address, reached) in reach {
+            for (how, groups) in Use::ALL.into_iter().zip(reached) {
+                let of = |group: &&str| letters.chars().filter(|l| group.contains(*l)).collect();
+                let groups: Vec<String> = groups.iter().map(of).collect();
+                let expected = groups.into_iter().find(|group| !group.is_empty());
+                let expected = expected.unwrap_or_default();
                 let what = format!("{how:?} to {address}, backends {letters}");
                 if expected.is_empty() {
                     let error = how.dial(address).expect_err(&what);
                     assert!(how.is_refusal(&error, bed.plane.refusal()), "{what}: {error}");
-                    n_refused += 1;
+                    n_refused += u64::from(how != Use::ConnectedUdp);
+                    n_connects_refused += u64::from(how == Use::ConnectedUdp);
                 } else {
                     // The chance that one of two doesn't come in 40 dials is 2^-39.
                     let mut seen: Vec<char> =
@@ -98,10 +109,12 @@ pub fn sockets_reach_what_their_family_can() {
                 }
                 let refused = bed.plane.counters().service(service);
                 assert_eq!((refused.refused_family, refused.refused), (n_refused, 0), "{what}");
+                assert_eq!(refused.udp_connects.family, n_connects_refused, "{what}");
+                assert_eq!(refused.udp_connects.no_backend, 0, "{what}");
             }
         }
     }
-    assert_eq!(n_refused, 5);
+    assert_eq!((n_refused, n_connects_refused), (4, 1));
 }
 
 pub fn refused_by_errno() {
@@ -142,9 +155,12 @@ fn refused_by(refusal: Refusal) {
             assert!(how.is_refusal(&error, refusal), "{how:?} to {address}: {error:?}");
         }
     }
-    assert_eq!(event(&bed, "refused_no_frontend"), 3 * unassigned.len() as u64);
+    assert_eq!(event(&bed, "refused_no_frontend"), 2 * unassigned.len() as u64);
+    assert_eq!(event(&bed, "udp_no_frontend"), unassigned.len() as u64);
     let service = bed.plane.indices("empty").unwrap().service;
-    assert_eq!(bed.plane.counters().service(service).refused, 3 * empty.len() as u64);
+    let counted = bed.plane.counters().service(service);
+    assert_eq!(counted.refused, 2 * empty.len() as u64);
+    assert_eq!(counted.udp_connects.no_backend, empty.len() as u64);
     let local = SocketAddr::from((Ipv6Addr::LOCALHOST, port));
     assert_eq!(Use::ALL.map(|how| how.dial(local).unwrap()), ['w'; 3], "no VIP passes");
 }
@@ -155,4 +171,137 @@ pub fn without_a_pool_ipv6_passes() {
     let mut bed = Bed::new();
     bed.apply(vec![service("web", VIP, &[])]);
     assert_eq!(Use::ALL.map(|how| how.dial(server.address).unwrap()), ['a'; 3]);
+}
+
+/// A plain IPv4 address and its mapped form lead to the same backends: to those at IPv4 addresses
+/// while there are any, since IPv6 may not be routed where the socket is.
+pub fn a_mapped_connect_stays_with_ipv4() {
+    let (ipv4, _ipv4) = servers(b'4', loopback(VIP));
+    let (ipv6, _ipv6) = servers(b'6', loopback(VIP6));
+    let mut bed = Bed::with_pool6();
+    let [_, mapped] = ways(VIP, 80);
+    for (backends, expected) in [
+        ([ipv4.address, ipv6.address].as_slice(), '4'),
+        (&[ipv6.address], '6'),
+        (&[ipv6.address, ipv4.address], '4'),
+    ] {
+        bed.apply(vec![dual("web", VIP, VIP6, backends)]);
+        for how in [Use::Tcp, Use::ConnectedUdp] {
+            for _ in 0..20 {
+                assert_eq!(how.dial(mapped).unwrap(), expected, "{how:?} {backends:?}");
+            }
+        }
+    }
+}
+
+/// What a socket is bound to.
+#[derive(Clone, Copy, Debug)]
+enum Bound {
+    /// IPV6_V6ONLY.
+    V6Only,
+    /// `::1`
+    Ipv6,
+    /// `::ffff:127.0.0.1`
+    Mapped,
+}
+
+impl Bound {
+    /// Connects a socket, and returns the letter that answers.
+    fn dial(self, how: Use, address: SocketAddr) -> io::Result<char> {
+        let socket_type = if how == Use::Tcp { SocketType::STREAM } else { SocketType::DGRAM };
+        let socket = rustix::net::socket(AddressFamily::INET6, socket_type, None)?;
+        match self {
+            Bound::V6Only => set_ipv6_v6only(&socket, true)?,
+            Bound::Ipv6 => bind(&socket, &loopback(VIP6))?,
+            Bound::Mapped => bind(&socket, &ways(Ipv4Addr::LOCALHOST, 0)[1])?,
+        }
+        rustix::net::connect(&socket, &address)?;
+        let mut letter = [0];
+        if how == Use::Tcp {
+            io::Read::read_exact(&mut TcpStream::from(socket), &mut letter)?;
+        } else {
+            let socket = UdpSocket::from(socket);
+            assert_eq!(socket.peer_addr()?, address);
+            socket.set_read_timeout(Some(Duration::from_secs(5)))?;
+            socket.send(b"?")?;
+            socket.recv(&mut letter)?;
+        }
+        Ok(letter[0].into())
+    }
+}
+
+/// A socket that can reach one family alone is sent to backends of that family; where there are
+/// none it is refused, and counted as refused for its family.
+pub fn sockets_bound_to_a_family_stay_in_it() {
+    let (ipv4, _ipv4) = servers(b'4', loopback(VIP));
+    let (ipv6, _ipv6) = servers(b'6', loopback(VIP6));
+    let mut bed = Bed::with_pool6();
+    let by_ipv6 = SocketAddr::from((VIP6, 80));
+    let mut n_refused = 0;
+    for backends in [[ipv4.address, ipv6.address].as_slice(), &[ipv4.address], &[ipv6.address]] {
+        bed.apply(vec![dual("web", VIP, VIP6, backends)]);
+        let service = bed.plane.indices("web").unwrap().service;
+        for (bound, reached, letter) in [
+            (Bound::V6Only, ipv6.address, '6'),
+            (Bound::Ipv6, ipv6.address, '6'),
+            (Bound::Mapped, ipv4.address, '4'),
+        ] {
+            for how in [Use::Tcp, Use::ConnectedUdp] {
+                let what = format!("{bound:?}, {how:?}, {backends:?}");
+                if backends.contains(&reached) {
+                    for _ in 0..12 {
+                        assert_eq!(bound.dial(how, by_ipv6).expect(&what), letter, "{what}");
+                    }
+                } else {
+                    let error = bound.dial(how, by_ipv6).expect_err(&what);
+                    assert_eq!(error.kind(), ErrorKind::ConnectionRefused, "{what}: {error}");
+                    n_refused += u64::from(how == Use::Tcp);
+                }
+                let counted = bed.plane.counters().service(service);
+                assert_eq!((counted.refused_family, counted.refused), (n_refused, 0), "{what}");
+            }
+        }
+    }
+    assert_eq!(n_refused, 3);
+}
+
+/// getaddrinfo(), musl and Go's resolver connect a UDP socket to each address, to see from which
+/// source it is reached, and send nothing.
+pub fn address_lookups_are_no_dials() {
+    let (server, _echo) = servers(b'4', loopback(VIP));
+    let mut bed = Bed::with_pool6();
+    let [plain, mapped] = ways(VIP, 80);
+    let by_ipv6 = SocketAddr::from((VIP6, 80));
+    let look_up = |port: u16| {
+        for mut address in [plain, mapped, by_ipv6] {
+            address.set_port(port);
+            // Refused or not: it makes no difference to who only wants to know the source address.
+            let _ = client(address).connect(address);
+        }
+    };
+    let (mut n_lookups, mut n_before) = (0, 0);
+    for protocols in [Protocols::Tcp, Protocols::Udp, Protocols::Both] {
+        for backends in [[server.address].as_slice(), &[]] {
+            let mut web = dual("web", VIP, VIP6, backends);
+            web.protocols = protocols;
+            bed.apply(vec![web]);
+            let service = bed.plane.indices("web").unwrap().service;
+            let before = bed.plane.counters().service(service);
+            // glibc takes the service's own port, Go 9, musl 65535.
+            for port in [80, 9, 65_535] {
+                look_up(port);
+                n_lookups += if port == 80 && protocols.udp() { 0 } else { 3 };
+            }
+            let after = bed.plane.counters().service(service);
+            let what = format!("{protocols:?} {backends:?}");
+            let told = |it: ServiceCounters| (it.dials, it.refused, it.refused_family);
+            assert_eq!(told(after), told(before), "{what}");
+            let connects = after.udp_connects;
+            let n = connects.connects + connects.no_backend + connects.family;
+            assert_eq!(n, if protocols.udp() { 3 } else { 0 } + n_before, "{what}");
+            n_before = n;
+            assert_eq!(event(&bed, "refused_no_frontend"), 0, "{what}");
+            assert_eq!(event(&bed, "udp_no_frontend"), n_lookups, "{what}");
+        }
+    }
 }

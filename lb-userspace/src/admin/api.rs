@@ -200,7 +200,7 @@ pub struct Service {
     /// Why the kernel doesn't have this state of it, when it doesn't; then its former state serves.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
-    /// Dials that were sent to a backend, since the start.
+    /// Dials that were sent to a backend, since the start; connect() by UDP sockets not among them.
     pub dials: u64,
     /// Dials that were refused because there was no backend for them, since the start.
     pub refused: u64,
@@ -210,6 +210,13 @@ pub struct Service {
     /// Dials that passed untouched because dials were only counted, since the start.
     #[serde(default)]
     pub shadowed: u64,
+    /// connect() by UDP sockets that led to a backend, since the daemon's start: of applications that
+    /// send by it, and of address lookups, which send nothing.
+    #[serde(default)]
+    pub udp_connects: u64,
+    /// The same that were refused.
+    #[serde(default)]
+    pub udp_connects_refused: u64,
     /// The instances that dials may reach, and those that can't be reached from here.
     pub backends: Vec<Backend>,
 }

@@ -290,6 +290,8 @@ mod tests {
                 refused: 0,
                 refused_family: 0,
                 shadowed: 0,
+                udp_connects: 0,
+                udp_connects_refused: 0,
                 backends: vec![],
             }]
         }

@@ -35,6 +35,8 @@ pub struct Readings {
     pub(super) services: Vec<(Arc<str>, ServiceCounters)>,
     /// Dials to addresses of the pool that no service has.
     pub(super) refused_no_frontend: u64,
+    pub(super) udp_no_frontend: u64,
+    pub(super) flows_full: u64,
     pub(super) maps: Vec<(&'static str, Pressure)>,
     pub(super) dns_answers: BTreeMap<String, u64>,
     pub(super) pool: PoolUse,
@@ -109,7 +111,7 @@ fn discovery(text: &mut Exposition, readings: &Readings) {
 }
 
 fn dials(text: &mut Exposition, readings: &Readings) {
-    let help = "Dials that were sent to a backend: connects, and choices for datagrams.";
+    let help = "Dials that were sent to a backend: connects by TCP, and choices for datagrams.";
     let mut family = text.family("nohop_dials_total", Kind::Counter, help);
     for (name, counters) in &readings.services {
         family.sample(&[("service", name)], counters.dials);
@@ -124,6 +126,26 @@ fn dials(text: &mut Exposition, readings: &Readings) {
         family.sample(&because("no_backend"), counters.refused);
         family.sample(&because("family"), counters.refused_family);
     }
+    let help = "connect() by UDP sockets that led to a backend, of services that have some. Whoever \
+                looks up a name makes some, and sends nothing.";
+    let mut family = text.family("nohop_udp_connects_total", Kind::Counter, help);
+    for (name, ServiceCounters { udp_connects, .. }) in &readings.services {
+        if udp_connects.connects > 0 {
+            family.sample(&[("service", name)], udp_connects.connects);
+        }
+    }
+    let help = "The same that were refused, by the reasons of nohop_dials_refused_total.";
+    let mut family = text.family("nohop_udp_connects_refused_total", Kind::Counter, help);
+    family.sample(&no_frontend, readings.udp_no_frontend);
+    for (name, ServiceCounters { udp_connects, .. }) in &readings.services {
+        let reasons = [("no_backend", udp_connects.no_backend), ("family", udp_connects.family)];
+        for (reason, n) in reasons.into_iter().filter(|(_, n)| *n > 0) {
+            family.sample(&[("service", &**name), ("reason", reason)], n);
+        }
+    }
+    let help = "Datagrams of UDP sockets that send to more than eight VIPs at a time: the next one \
+                may go to another backend.";
+    text.single("nohop_flows_full_total", Kind::Counter, help, readings.flows_full);
 }
 
 fn room(text: &mut Exposition, readings: &Readings) {
@@ -177,6 +199,8 @@ mod tests {
             propagation,
             services: (0..n_services).map(name).collect(),
             refused_no_frontend: 5,
+            udp_no_frontend: 6,
+            flows_full: 7,
             maps: vec![("SLOTS", Pressure { used: 10, capacity: 40 })],
             dns_answers: BTreeMap::from([("NXDOMAIN".into(), 6)]),
             pool: PoolUse { used: 1, resting: 2, size: 10 },
@@ -210,6 +234,8 @@ mod tests {
             (r#"nohop_dials_refused_total{service="",reason="no_frontend"}"#, 5.0),
             (r#"nohop_dials_refused_total{service="web-0",reason="no_backend"}"#, 0.0),
             (r#"nohop_dials_refused_total{service="web-0",reason="family"}"#, 0.0),
+            (r#"nohop_udp_connects_refused_total{service="",reason="no_frontend"}"#, 6.0),
+            ("nohop_flows_full_total", 7.0),
             (r#"nohop_map_entries{map="SLOTS"}"#, 10.0),
             (r#"nohop_map_capacity{map="SLOTS"}"#, 40.0),
             (r#"nohop_vip_pool_addresses{state="free"}"#, 7.0),

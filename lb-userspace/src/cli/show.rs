@@ -114,11 +114,16 @@ fn service(text: &mut String, service: &Service, width: usize) {
         0 => String::new(),
         n => format!(", {n} only counted"),
     };
+    let udp_connects = match (service.udp_connects, service.udp_connects_refused) {
+        (0, 0) => String::new(),
+        (n, 0) => format!(", UDP connects {n}"),
+        (n, n_refused) => format!(", UDP connects {n}, refused {n_refused}"),
+    };
     let pin = service.pin.map(|pin| format!(" and {pin}")).unwrap_or_default();
     line(
         text,
         format!(
-            "{:<width$}  {}:{ports}{vip6}{pin}  {}, {}, dials {}, refused {}{by_family}{shadowed}",
+            "{:<width$}  {}:{ports}{vip6}{pin}  {}, {}, dials {}, refused {}{by_family}{shadowed}{udp_connects}",
             service.name,
             service.vip,
             service.protocol,
@@ -200,6 +205,8 @@ mod tests {
             refused: 0,
             refused_family: 0,
             shadowed: 0,
+            udp_connects: 0,
+            udp_connects_refused: 0,
             backends: vec![Backend {
                 address: "10.0.0.7:23456".into(),
                 node: "n1".into(),
@@ -223,10 +230,12 @@ mod tests {
             ports: Ports::Any,
             protocol: Protocols::Both,
             notes: vec!["something is odd".into()],
+            udp_connects: 5,
+            udp_connects_refused: 2,
             ..helloworld()
         };
         let text = "helloworld  127.186.3.9:any and [fd00::9]:any  both, random, dials 7, \
-                    refused 0\n  ~ something is odd\n";
+                    refused 0, UDP connects 5, refused 2\n  ~ something is odd\n";
         assert!(services(&[odd]).starts_with(text));
     }
 

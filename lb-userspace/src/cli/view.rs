@@ -164,6 +164,8 @@ impl View for DaemonView {
             propagation,
             services: told,
             refused_no_frontend: events.get("refused_no_frontend").copied().unwrap_or_default(),
+            udp_no_frontend: events.get("udp_no_frontend").copied().unwrap_or_default(),
+            flows_full: events.get("flows_full").copied().unwrap_or_default(),
             maps: self.plane.pressure(),
             dns_answers: self.dns_stats.snapshot(),
             pool: *self.pool.borrow(),
@@ -253,6 +255,8 @@ impl DaemonView {
             refused: stats.refused,
             refused_family: stats.refused_family,
             shadowed: stats.shadowed,
+            udp_connects: stats.udp_connects.connects,
+            udp_connects_refused: stats.udp_connects.no_backend + stats.udp_connects.family,
             backends: backends.collect(),
         }
     }

@@ -35,6 +35,10 @@ pub struct SocketBits {
     pub kernel: Option<Bit>,
     /// Of a TCP socket: that it is a part of an MPTCP one.
     pub subflow: Option<Bit>,
+    /// Of an IPv6 socket: that it is closed to IPv4 (IPV6_V6ONLY).
+    pub ipv6_only: Option<Bit>,
+    /// Whether a program gets from such a part to the MPTCP socket (`bpf_skc_to_mptcp_sock`, 5.19).
+    pub has_mptcp: bool,
 }
 
 /// Where the running kernel's sockets tell what they are.
@@ -44,17 +48,28 @@ pub struct SocketBits {
 pub fn socket_bits() -> io::Result<SocketBits> {
     let btf = std::fs::read(VMLINUX)?;
     let kernel = bit(&btf, "sock", "sk_kern_sock");
-    Ok(SocketBits { kernel, subflow: bit(&btf, "tcp_sock", "is_mptcp") })
+    let subflow = bit(&btf, "tcp_sock", "is_mptcp");
+    let ipv6_only = bit(&btf, "sock_common", "skc_ipv6only");
+    // An enumerator of enum bpf_func_id. Without MPTCP there is no type for what the helper returns.
+    let has_mptcp = subflow.is_some() && has_string(&btf, "BPF_FUNC_skc_to_mptcp_sock");
+    Ok(SocketBits { kernel, subflow, ipv6_only, has_mptcp })
 }
 
-/// The first bit of a member of a structure, on a little-endian machine.
+/// Whether something has this name.
+fn has_string(btf: &[u8], name: &str) -> bool {
+    let Some(strings) = part(btf, 16, 20) else { return false };
+    strings.split(|&byte| byte == 0).any(|string| string == name.as_bytes())
+}
+
+/// A section, by where the header has its offset and its length.
+fn part(btf: &[u8], offset: usize, len: usize) -> Option<&[u8]> {
+    let start = (word(btf, 4)? as usize).checked_add(word(btf, offset)? as usize)?;
+    btf.get(start..start.checked_add(word(btf, len)? as usize)?)
+}
+
+/// The first bit of a member of a structure.
 fn bit(btf: &[u8], structure: &str, member: &str) -> Option<Bit> {
-    let header_len = word(btf, 4)? as usize;
-    let part = |offset: usize, len: usize| {
-        let start = header_len.checked_add(word(btf, offset)? as usize)?;
-        btf.get(start..start.checked_add(word(btf, len)? as usize)?)
-    };
-    let (types, strings) = (part(8, 12)?, part(16, 20)?);
+    let (types, strings) = (part(btf, 8, 12)?, part(btf, 16, 20)?);
     let is_named = |offset: u32, name: &str| {
         let rest = strings.get(offset as usize..).unwrap_or_default();
         rest.strip_prefix(name.as_bytes()).is_some_and(|rest| rest.first() == Some(&0))
@@ -70,7 +85,10 @@ fn bit(btf: &[u8], structure: &str, member: &str) -> Option<Bit> {
                 if is_named(word(types, member_at)?, member) {
                     let offset = word(types, member_at + 8)?;
                     let bits = if has_bitfields { offset & 0x00ff_ffff } else { offset };
-                    return Some(Bit { offset: bits / 8, mask: 1 << (bits % 8) });
+                    // A big-endian machine counts from the other end of the byte.
+                    let is_big = has_bitfields && cfg!(target_endian = "big");
+                    let mask = if is_big { 0x80 >> (bits % 8) } else { 1 << (bits % 8) };
+                    return Some(Bit { offset: bits / 8, mask });
                 }
             }
         }
@@ -114,15 +132,18 @@ mod tests {
         btf.extend(strings);
         assert_eq!(bit(&btf, "sock", "sk_kern_sock"), Some(Bit { offset: 9, mask: 1 << 5 }));
         assert_eq!(bit(&btf, "sock", "sk_kern"), None);
+        assert!(has_string(&btf, "sk_a") && !has_string(&btf, "sk_") && !has_string(&btf, "a"));
         for length in 0..btf.len() {
             // Cut short, it is no BTF, and no reason to panic.
             let _ = bit(&btf[..length], "sock", "sk_kern_sock");
+            let _ = has_string(&btf[..length], "sk_a");
         }
     }
 
     #[test]
     fn this_kernel_tells() {
-        let Ok(SocketBits { kernel, subflow }) = socket_bits() else { return };
+        let Ok(SocketBits { kernel, subflow, ipv6_only, .. }) = socket_bits() else { return };
+        assert!(ipv6_only.is_some_and(|bit| bit.offset > 0 && bit.mask.count_ones() == 1));
         assert!(kernel.is_some_and(|bit| bit.offset > 0 && bit.mask.count_ones() == 1));
         // A bool, which is a whole byte. Without CONFIG_MPTCP there is none.
         assert!(subflow.is_none_or(|bit| bit.offset > 0 && bit.mask == 1));

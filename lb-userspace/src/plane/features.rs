@@ -183,6 +183,8 @@ impl Features {
                 if has(Trial::ReadKernel, AttachType::Connect4)? {
                     sockets = bits;
                 } else {
+                    // This one is read by the type of the socket's structure, without the helper.
+                    sockets.ipv6_only = bits.ipv6_only;
                     limits.push(Limit::NoKernelRead(lockdown));
                 }
             }
@@ -216,7 +218,7 @@ mod tests {
 
     fn bits() -> SocketBits {
         let bit = btf::Bit { offset: 8, mask: 1 };
-        SocketBits { kernel: Some(bit), subflow: None }
+        SocketBits { kernel: Some(bit), ..SocketBits::default() }
     }
 
     fn rejected(errno: i32, log: &str) -> Result<(), Rejected> {

@@ -22,8 +22,8 @@ const AGAIN: Duration = Duration::from_secs(1);
 #[derive(Clone, Debug)]
 pub struct Disconnector {
     liveness: Liveness,
-    /// The pin of `PEERS`.
-    peers: PathBuf,
+    /// Where the sockets' storages are pinned.
+    storages: PathBuf,
     queue: Arc<Mutex<Queue>>,
 }
 
@@ -35,9 +35,9 @@ struct Queue {
 }
 
 impl Disconnector {
-    /// A disconnector that reads what sockets remember from the map that is pinned at `peers`.
-    pub fn new(liveness: Liveness, peers: PathBuf) -> Disconnector {
-        Disconnector { liveness, peers, queue: Arc::default() }
+    /// A disconnector that reads what sockets remember from the maps that are pinned in `storages`.
+    pub fn new(liveness: Liveness, storages: PathBuf) -> Disconnector {
+        Disconnector { liveness, storages, queue: Arc::default() }
     }
 
     /// Disconnects the sockets of these backends soon, and returns at once.
@@ -88,22 +88,32 @@ impl Disconnector {
 
     /// Returns whether there is nothing left to try.
     fn disconnect_now(&self, left: &HashSet<SocketAddr>) -> bool {
-        let peers = MapData::from_pin(&self.peers).and_then(Map::from_map_data);
-        let peers = match peers.and_then(SkStorage::<_, [u8; size_of::<Peer>()]>::try_from) {
-            Ok(peers) => peers,
-            Err(error) => {
+        let open = |name| {
+            let map = MapData::from_pin(self.storages.join(name)).and_then(Map::from_map_data);
+            map.and_then(SkStorage::<_, [u8; size_of::<Peer>()]>::try_from)
+        };
+        let (peers, former) = match (open("PEERS"), open("FORMER_PEERS")) {
+            (Ok(peers), Ok(former)) => (peers, former),
+            (Err(error), _) | (_, Err(error)) => {
                 tracing::warn!("connected UDP sockets can't be looked at: {error}");
                 return false;
             }
         };
         let is_suspect = |socket: &Connected| left.contains(&canonical(socket.destination));
         let is_gone = |socket: &Connected, descriptor: BorrowedFd<'_>| {
-            match peers.get(&descriptor, 0) {
-                Ok(peer) => Ok(self.is_gone(&peer, canonical(socket.destination))),
-                // It dialled the address itself.
-                Err(MapError::KeyNotFound) => Ok(false),
-                Err(error) => Err(std::io::Error::other(error)),
+            // The one that says where the socket is connected to is true: a later connect() may have
+            // failed.
+            for storage in [&peers, &former] {
+                match storage.get(&descriptor, 0) {
+                    Ok(peer) if sent_to(&peer) == canonical(socket.destination) => {
+                        return Ok(self.is_gone(&peer));
+                    }
+                    Ok(_) | Err(MapError::KeyNotFound) => {}
+                    Err(error) => return Err(std::io::Error::other(error)),
+                }
             }
+            // It dialled the address itself.
+            Ok(false)
         };
         let report = diag::disconnect(is_suspect, is_gone);
         if report.n_disconnected > 0 {
@@ -116,20 +126,23 @@ impl Disconnector {
         report.errors.is_empty()
     }
 
-    /// Whether the backend that a socket remembers, and is connected to, left the table.
-    fn is_gone(&self, peer: &[u8; size_of::<Peer>()], destination: SocketAddr) -> bool {
-        let address = std::mem::offset_of!(Peer, backend);
-        let port = std::mem::offset_of!(Peer, backend_port);
-        let backend: [u8; 16] = std::array::from_fn(|at| peer[address + at]);
-        let backend_port = u16::from_ne_bytes([peer[port], peer[port + 1]]);
+    /// Whether the backend that a socket remembers left the table.
+    fn is_gone(&self, peer: &[u8; size_of::<Peer>()]) -> bool {
         let word = |at: usize| u32::from_ne_bytes(std::array::from_fn(|byte| peer[at + byte]));
         let backend_idx = word(std::mem::offset_of!(Peer, backend_idx));
         let generation = word(std::mem::offset_of!(Peer, generation));
-        // The socket may have been connected to the address by itself since.
-        canonical(SocketAddr::from((backend, backend_port))) == destination
-            // A dial that met an entry while it was retired remembers no generation.
-            && (generation == 0 || self.liveness.generation(backend_idx) != generation)
+        // A dial that met an entry while it was retired remembers no generation.
+        generation == 0 || self.liveness.generation(backend_idx) != generation
     }
+}
+
+/// Where a dial was sent.
+fn sent_to(peer: &[u8; size_of::<Peer>()]) -> SocketAddr {
+    let address = std::mem::offset_of!(Peer, backend);
+    let port = std::mem::offset_of!(Peer, backend_port);
+    let backend: [u8; 16] = std::array::from_fn(|at| peer[address + at]);
+    let backend_port = u16::from_ne_bytes([peer[port], peer[port + 1]]);
+    canonical(SocketAddr::from((backend, backend_port)))
 }
 
 /// With an IPv4 address as what it is, also where a socket has it in IPv6's form.

@@ -12,8 +12,9 @@ use std::time::Duration;
 use aya::Ebpf;
 use aya::maps::{HashMap, Map, MapData, MapError};
 use lb_common::{
-    Address, Backend, BackendLine, Counter, Daemon, ExcludedCgroup, MAX_EXCLUDED, Name, Probe,
-    Region, Regions, Service, ServiceLine, Slot, Target,
+    Address, Backend, BackendLine, Counter, Daemon, ExcludedCgroup, MAX_EXCLUDED,
+    N_PINNED_COUNTERS, Name, Probe, Region, Regions, Service, ServiceLine, Slot, Target,
+    UdpConnects,
 };
 
 use super::PlaneError;
@@ -107,12 +108,14 @@ pub struct Counters {
     unsent: Arc<Words>,
     backends: Arc<Words>,
     counters: Arc<Words>,
+    events: Arc<Words>,
+    udp_connects: Arc<Words>,
 }
 
 /// What is counted of a service; all only grow.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ServiceCounters {
-    /// Dials that were sent to a backend: connects, and choices for datagrams.
+    /// Dials that were sent to a backend: connects by TCP, and choices for datagrams.
     pub dials: u64,
     /// Dials that were refused because there was no backend at all for them.
     pub refused: u64,
@@ -120,13 +123,17 @@ pub struct ServiceCounters {
     pub refused_family: u64,
     /// Dials that passed untouched because dials were only counted.
     pub shadowed: u64,
+    /// connect() by UDP sockets, since the daemon's start: apart, since address lookups make them and
+    /// send nothing.
+    pub udp_connects: UdpConnects,
 }
 
 impl ServiceCounters {
     /// All dials, whatever became of them.
     pub fn all(&self) -> u64 {
-        let ServiceCounters { dials, refused, refused_family, shadowed } = self;
-        dials + refused + refused_family + shadowed
+        let ServiceCounters { dials, refused, refused_family, shadowed, udp_connects } = self;
+        let UdpConnects { connects, no_backend, family } = udp_connects;
+        dials + refused + refused_family + shadowed + connects + no_backend + family
     }
 }
 
@@ -135,7 +142,9 @@ impl Counters {
     pub fn service(&self, service_idx: u32) -> ServiceCounters {
         let [.., dials, _is_awaited] = self.services.load_element::<SERVICE_WORDS>(service_idx);
         let [refused, refused_family, shadowed] = self.unsent.load_element(service_idx);
-        ServiceCounters { dials, refused, refused_family, shadowed }
+        let [connects, no_backend, family] = self.udp_connects.load_element(service_idx);
+        let udp_connects = UdpConnects { connects, no_backend, family };
+        ServiceCounters { dials, refused, refused_family, shadowed, udp_connects }
     }
 
     /// The dials of a backend, by its index.
@@ -146,7 +155,10 @@ impl Counters {
 
     /// An event that no service owns.
     pub fn event(&self, counter: Counter) -> u64 {
-        self.counters.load(counter as usize)
+        match (counter as usize).checked_sub(N_PINNED_COUNTERS) {
+            None => self.counters.load(counter as usize),
+            Some(event) => self.events.load(event),
+        }
     }
 }
 
@@ -274,6 +286,8 @@ impl KernelMaps {
             unsent: Arc::new(array("UNSENT")?),
             backends: backends.clone(),
             counters: Arc::new(array("COUNTERS")?),
+            events: Arc::new(array("EVENTS")?),
+            udp_connects: Arc::new(array("UDP_CONNECTS")?),
         };
         let board = Board {
             daemon: Arc::new(array("DAEMON")?),
@@ -368,6 +382,7 @@ impl Maps for KernelMaps {
         self.names.store_element(service_idx, name_words(name));
         self.services.store(service_idx as usize * SERVICE_WORDS + Service::N_REGIONS, 0);
         self.counters.unsent.store_element(service_idx, [0; 3]);
+        self.counters.udp_connects.store_element(service_idx, [0; 3]);
     }
 
     fn publish(&mut self, service_idx: u32, service: Service) {

@@ -57,7 +57,7 @@ pub use bpf::netns_cookie;
 pub use cost::{Cost, Measuring};
 pub use features::{Features, Limit};
 pub use kernel::{Counters, ServiceCounters};
-pub use lb_common::Refusal;
+pub use lb_common::{Refusal, UdpConnects};
 pub use links::Attachment;
 pub use obstacles::{Obstacle, find as find_obstacle};
 pub use pins::{PinError, Safety, is_bpffs, look as look_at_pins};
@@ -300,7 +300,7 @@ impl Plane {
         let (counters, board) = (maps.counters(), maps.board());
         let usage = Usage::begin(reconciler.services(), counters.clone());
         let maps = reconciler.maps_mut();
-        let disconnector = Disconnector::new(maps.liveness(), pins.sockets().join("PEERS"));
+        let disconnector = Disconnector::new(maps.liveness(), pins.sockets());
         let map_names = sizes.shapes().into_iter().map(|shape| pins.maps().join(shape.name));
         let socket_names = socket_shapes().map(|shape| pins.sockets().join(shape.name));
         let pinned_maps = PinnedMaps::open(map_names.chain(socket_names))?;
@@ -603,6 +603,8 @@ pub const COUNTERS: [(&str, Counter); N_COUNTERS] = [
     ("backend_gone", Counter::BackendGone),
     ("shadowed", Counter::Shadowed),
     ("shadowed_no_frontend", Counter::ShadowedNoFrontend),
+    ("udp_no_frontend", Counter::UdpNoFrontend),
+    ("flows_full", Counter::FlowsFull),
 ];
 
 /// CLOCK_MONOTONIC, which is what the programs read too.

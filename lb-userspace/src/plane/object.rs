@@ -35,6 +35,8 @@ pub fn load(
     let [[network6_high, network6_low], [mask6_high, mask6_low]] = pool6;
     let Bit { offset, mask: kernel_socket_mask } = features.sockets.kernel.unwrap_or_default();
     let Bit { offset: subflow_offset, .. } = features.sockets.subflow.unwrap_or_default();
+    let ipv6_only = features.sockets.ipv6_only.unwrap_or_default();
+    let has_mptcp = u32::from(features.sockets.has_mptcp);
     let layout = u32::from(options.layout);
     let has_excluded = u32::from(!options.plane.exclude_cgroups.is_empty());
     let mut loader = EbpfLoader::new();
@@ -60,6 +62,11 @@ pub fn load(
     loader.override_global("KERNEL_SOCKET_OFFSET", &offset, true);
     loader.override_global("KERNEL_SOCKET_MASK", &kernel_socket_mask, true);
     loader.override_global("SUBFLOW_OFFSET", &subflow_offset, true);
+    loader.override_global("IPV6_ONLY_OFFSET", &ipv6_only.offset, true);
+    loader.override_global("IPV6_ONLY_MASK", &ipv6_only.mask, true);
+    loader.override_global("HAS_MPTCP", &has_mptcp, true);
+    // Not pinned, and as large as the one of services.
+    loader.map_max_entries("UDP_CONNECTS", sizes.services);
     let mut ebpf = loader.load(OBJECT).map_err(PlaneError::Load)?;
     for hook in &HOOKS {
         load_program(&mut ebpf, hook.program)?;

@@ -2,7 +2,7 @@
 
 use lb_common::{
     BackendLine, Daemon, ENTRIES_PER_BACKEND, ExcludedCgroup, FRONTENDS_PER_SERVICE, Flows,
-    Frontend, Frontend6, MAX_EXCLUDED, MAX_SERVICE_BACKENDS, N_COUNTERS, Name, Peer, Probe,
+    Frontend, Frontend6, MAX_EXCLUDED, MAX_SERVICE_BACKENDS, N_PINNED_COUNTERS, Name, Peer, Probe,
     SLOTS_PER_BACKEND, ServiceLine, Slot, Target, Unsent,
 };
 
@@ -67,7 +67,7 @@ impl Sizes {
             array("BACKENDS", size_of::<BackendLine>(), self.backends),
             array("NAMES", size_of::<Name>(), self.services),
             array("UNSENT", size_of::<Unsent>(), self.services),
-            array("COUNTERS", 8, N_COUNTERS as u32),
+            array("COUNTERS", 8, N_PINNED_COUNTERS as u32),
             array("DAEMON", size_of::<Daemon>(), 1),
             array("PROBE", size_of::<Probe>(), 1),
             array("EXCLUDED", size_of::<ExcludedCgroup>(), MAX_EXCLUDED as u32),
@@ -79,16 +79,19 @@ impl Sizes {
 pub const SK_STORAGE: u32 = 24;
 
 /// The sockets' storage, which every layout shares.
-pub fn socket_shapes() -> [MapShape; 2] {
+pub fn socket_shapes() -> [MapShape; 3] {
     const NO_PREALLOC: u32 = 1;
-    [("PEERS", size_of::<Peer>()), ("FLOWS", size_of::<Flows>())].map(|(name, value_size)| {
-        MapShape {
-            name,
-            map_type: SK_STORAGE,
-            key_size: 4,
-            value_size: value_size as u32,
-            max_entries: 0,
-            flags: NO_PREALLOC,
-        }
+    let storages = [
+        ("PEERS", size_of::<Peer>()),
+        ("FORMER_PEERS", size_of::<Peer>()),
+        ("FLOWS", size_of::<Flows>()),
+    ];
+    storages.map(|(name, value_size)| MapShape {
+        name,
+        map_type: SK_STORAGE,
+        key_size: 4,
+        value_size: value_size as u32,
+        max_entries: 0,
+        flags: NO_PREALLOC,
     })
 }
