@@ -87,6 +87,9 @@ pub fn check(config: Result<Config, ConfigErrors>, admin: Option<&str>) -> Repor
     }
     let through = through_resolver(admin, daemon.as_ref().ok());
     checks.push(finding("lookups of this machine", false, through));
+    for found in super::dns::resolver_findings(Path::new("/"), &config) {
+        checks.push(finding("resolv.conf", false, Err(found)));
+    }
     for fact in facts {
         let mend = "nothing, where that is meant".to_owned();
         checks.push(finding("catalog fact", false, Err((fact, mend))));

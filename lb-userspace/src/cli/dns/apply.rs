@@ -311,7 +311,7 @@ mod tests {
     fn target(port: u16) -> Target {
         let mut config = Config::default();
         config.dns.listen = vec![([127, 0, 0, 1], port).into()];
-        Target::of(&config)
+        Target::of(&config, Path::new("/"))
     }
 
     /// With a resolver that isn't the machine's.

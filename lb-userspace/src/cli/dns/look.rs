@@ -33,6 +33,18 @@ pub(super) fn look(root: &Path) -> Machine {
     }
 }
 
+/// Whether the running kernel has the driver of dummy interfaces, built in or as a module that
+/// depmod(8) lists. Kernels without modules list none.
+pub(super) fn has_dummy(root: &Path) -> bool {
+    let release = rustix::system::uname().release().to_string_lossy().into_owned();
+    let modules = root.join("lib/modules").join(release);
+    let is_listed = ["modules.builtin", "modules.dep"].into_iter().any(|list| {
+        let list = fs::read_to_string(modules.join(list)).unwrap_or_default();
+        list.contains("/dummy.ko")
+    });
+    is_listed || root.join("sys/module/dummy").exists()
+}
+
 /// The nameservers that a file in the manner of resolv.conf names.
 pub(super) fn nameservers(path: &Path) -> Vec<String> {
     let text = fs::read_to_string(path).unwrap_or_default();
@@ -43,14 +55,21 @@ pub(super) fn nameservers(path: &Path) -> Vec<String> {
     named.map(str::to_owned).collect()
 }
 
-/// The ways that suit the machine, each with the reason: first that of the machine itself.
+/// The ways that suit the machine, each with the reason: on a Nomad client first the one that serves
+/// all its tasks, then that of the machine itself.
 fn recommend(machine: &Machine) -> Vec<(Way, String)> {
     let runs = |program| machine.programs.contains(program);
     let is_local = |server: &String| server.starts_with("127.") || server == "::1";
     let link = machine.link.as_ref().map(|link| link.display().to_string()).unwrap_or_default();
     let is_stub = |server: &String| matches!(server.as_str(), "127.0.0.53" | "127.0.0.54");
 
-    let mut ways = vec![if machine.nameservers.iter().any(is_stub) {
+    let mut ways = Vec::new();
+    if runs("nomad") {
+        let reason = "Nomad runs: one address that the host and all containers reach serves every \
+                      driver, without a dns block in any job";
+        ways.push((Way::Nomad, reason.to_owned()));
+    }
+    ways.push(if machine.nameservers.iter().any(is_stub) {
         (Way::SystemdResolved, "/etc/resolv.conf names systemd-resolved (127.0.0.53)".to_owned())
     } else if link.contains("systemd/resolve") {
         (Way::SystemdResolved, format!("/etc/resolv.conf is a link to {link}"))
@@ -67,13 +86,12 @@ fn recommend(machine: &Machine) -> Vec<(Way, String)> {
             false => ", and no resolver that could send nohop a zone runs here",
         };
         (Way::ResolvConf, format!("/etc/resolv.conf names {named}{besides}"))
-    }];
-    if runs("dockerd") {
-        ways.push((Way::Docker, "Docker runs: its containers have networks of their own".into()));
-    }
+    });
     if runs("nomad") {
-        let reason = "Nomad runs: groups in bridge mode have networks of their own";
-        ways.push((Way::Nomad, reason.to_owned()));
+        // Instead of that.
+        ways[1].1.insert_str(0, "or, for programs of the host's network alone: ");
+    } else if runs("dockerd") {
+        ways.push((Way::Docker, "Docker runs: its containers have networks of their own".into()));
     }
     ways
 }
@@ -114,6 +132,23 @@ mod tests {
     }
 
     #[test]
+    fn the_dummy_driver_is_found() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path();
+        assert!(!has_dummy(root), "no lists, as on a kernel without modules");
+        let release = rustix::system::uname().release().to_string_lossy().into_owned();
+        let modules = root.join("lib/modules").join(release);
+        fs::create_dir_all(&modules).unwrap();
+        fs::write(modules.join("modules.dep"), "kernel/drivers/net/veth.ko:\n").unwrap();
+        assert!(!has_dummy(root));
+        fs::write(modules.join("modules.builtin"), "kernel/drivers/net/dummy.ko\n").unwrap();
+        assert!(has_dummy(root));
+        fs::write(modules.join("modules.builtin"), "").unwrap();
+        fs::write(modules.join("modules.dep"), "kernel/drivers/net/dummy.ko.xz:\n").unwrap();
+        assert!(has_dummy(root));
+    }
+
+    #[test]
     fn what_is_recommended() {
         let stub = "# made\nnameserver 127.0.0.53\noptions edns0\n";
         let local = "nameserver 127.0.0.1\n";
@@ -129,13 +164,21 @@ mod tests {
             (local, None, &[], "--resolv-conf"),
             (far, None, &["systemd-resolve"], "--resolv-conf"),
             ("", None, &[], "--resolv-conf"),
-            (stub, to_stub, &["nomad", "dockerd"], "--systemd-resolved --docker --nomad"),
+            (stub, to_stub, &["nomad", "dockerd"], "--nomad --systemd-resolved"),
+            (local, None, &["dnsmasq", "nomad"], "--nomad --dnsmasq"),
+            (stub, to_stub, &["dockerd"], "--systemd-resolved --docker"),
         ];
         for (resolv_conf, link, programs, expected) in rows {
             let machine = machine(resolv_conf, link, programs);
             let ways: Vec<_> = recommend(&machine).iter().map(|(way, _)| way.option()).collect();
             assert_eq!(ways.join(" "), expected, "{machine:?}");
         }
+        let text = advice(&machine(stub, to_stub, &["nomad"]));
+        let (first, second) = text.split_once("\n    nohop dns setup --nomad\n").unwrap();
+        assert!(
+            first.starts_with("Nomad runs") && second.starts_with("or, for programs"),
+            "{text}"
+        );
         let advice = advice(&Machine::default());
         assert!(advice.contains("names no nameserver, and no resolver"), "{advice}");
         assert!(advice.ends_with(":\n    nohop dns setup --resolv-conf\n"), "{advice}");

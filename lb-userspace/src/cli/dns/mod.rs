@@ -1,6 +1,7 @@
 //! `nohop dns`: how a machine's own resolver comes to ask nohop, and what nohop answers.
 
 mod apply;
+mod host;
 mod look;
 mod query;
 mod resolved;
@@ -16,6 +17,7 @@ use ipnet::IpNet;
 use super::args::{ClientArguments, ConfigArguments};
 use crate::config::Config;
 
+pub use host::findings as resolver_findings;
 pub use query::{document, query, text as lookup_text};
 
 /// What to do about DNS.
@@ -58,23 +60,22 @@ pub enum DnsCommand {
 
 /// Which resolver is to ask nohop.
 #[derive(Clone, Copy, Debug, Args)]
-#[group(multiple = false)]
 pub struct WayArguments {
     /// systemd-resolved, by a drop-in
     #[arg(long)]
     systemd_resolved: bool,
     /// Every program itself, by /etc/resolv.conf
-    #[arg(long)]
+    #[arg(long, conflicts_with = "systemd_resolved")]
     resolv_conf: bool,
     /// dnsmasq (and, by the same words, unbound and BIND)
-    #[arg(long)]
+    #[arg(long, conflicts_with_all = ["systemd_resolved", "resolv_conf"])]
     dnsmasq: bool,
+    /// A Nomad client: one address for the host and the tasks of every driver
+    #[arg(long)]
+    nomad: bool,
     /// Docker's containers
     #[arg(long)]
     docker: bool,
-    /// Nomad's tasks that have a network of their own
-    #[arg(long)]
-    nomad: bool,
 }
 
 /// A way for a lookup to come to nohop.
@@ -101,16 +102,18 @@ impl Way {
 }
 
 impl WayArguments {
-    fn way(self) -> Option<Way> {
+    /// Those that are asked for, the machine's own resolver first.
+    fn ways(self) -> Vec<Way> {
         [
             (self.systemd_resolved, Way::SystemdResolved),
             (self.resolv_conf, Way::ResolvConf),
             (self.dnsmasq, Way::Dnsmasq),
-            (self.docker, Way::Docker),
             (self.nomad, Way::Nomad),
+            (self.docker, Way::Docker),
         ]
         .into_iter()
-        .find_map(|(is_asked, way)| is_asked.then_some(way))
+        .filter_map(|(is_asked, way)| is_asked.then_some(way))
+        .collect()
     }
 }
 
@@ -126,14 +129,17 @@ struct Target {
     domain: String,
     /// The networks whose addresses have names there, too.
     pools: Vec<IpNet>,
+    /// Whether the kernel has the driver of dummy interfaces.
+    has_dummy: bool,
 }
 
-/// Where a container finds nohop once a dummy interface has the address. Link-local (RFC 3927): no
+/// Where a container finds nohop once an interface of the host has the address. Link-local (RFC 3927): no
 /// network routes it, so it can be the same on every machine.
 const DUMMY: Ipv4Addr = Ipv4Addr::new(169, 254, 53, 53);
 
 impl Target {
-    fn of(config: &Config) -> Target {
+    /// On the machine whose files are below `root`.
+    fn of(config: &Config, root: &Path) -> Target {
         let pools = config.vip.pools().collect();
         let config = &config.dns;
         let loopback = SocketAddr::from((Ipv4Addr::LOCALHOST, 53));
@@ -149,6 +155,7 @@ impl Target {
             remote: known.find(|address| !is_loopback(address)).copied(),
             domain: config.domain.clone(),
             pools,
+            has_dummy: look::has_dummy(root),
         }
     }
 }
@@ -164,26 +171,68 @@ pub fn setup(
     root: &Path,
     config: &Config,
 ) -> anyhow::Result<String> {
-    let target = Target::of(config);
-    if (apply || undo) && way.way() != Some(Way::SystemdResolved) {
-        anyhow::bail!("--apply and --undo are there for --systemd-resolved only");
+    let target = Target::of(config, root);
+    let ways = way.ways();
+    if (apply || undo) && ways != [Way::SystemdResolved] {
+        anyhow::bail!("--apply and --undo are for --systemd-resolved alone");
     }
-    Ok(match way.way() {
-        Some(Way::SystemdResolved) if apply => {
+    Ok(match &ways[..] {
+        [Way::SystemdResolved] if apply => {
             if root == Path::new("/") {
                 query::ask_zone(&target)?;
             }
             apply::apply(root, &target, &config.dns)?
         }
-        Some(Way::SystemdResolved) if undo => apply::undo(root, &target)?,
-        Some(way) => text::text(way, &target),
-        None => look::advice(&look::look(root)),
+        [Way::SystemdResolved] if undo => apply::undo(root, &target)?,
+        [] => look::advice(&look::look(root)),
+        ways => {
+            let texts: Vec<_> = ways.iter().map(|way| text::text(*way, &target)).collect();
+            texts.join("\n")
+        }
     })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn ways_are_asked_for_together() {
+        #[derive(clap::Parser)]
+        struct Command {
+            #[command(flatten)]
+            way: WayArguments,
+        }
+        let table: [(&str, Option<&[Way]>); 7] = [
+            ("--docker --nomad", Some(&[Way::Nomad, Way::Docker])),
+            ("--nomad --dnsmasq", Some(&[Way::Dnsmasq, Way::Nomad])),
+            ("--resolv-conf", Some(&[Way::ResolvConf])),
+            ("", Some(&[])),
+            ("--dnsmasq --resolv-conf", None),
+            ("--systemd-resolved --dnsmasq --nomad", None),
+            ("--resolv-conf --systemd-resolved", None),
+        ];
+        for (arguments, expected) in table {
+            let arguments = std::iter::once("test").chain(arguments.split_whitespace());
+            let ways = <Command as clap::Parser>::try_parse_from(arguments.clone());
+            let ways = ways.ok().map(|command| command.way.ways());
+            assert_eq!(ways.as_deref(), expected, "{:?}", arguments.collect::<Vec<_>>());
+        }
+        let both = WayArguments {
+            systemd_resolved: false,
+            resolv_conf: false,
+            dnsmasq: false,
+            nomad: true,
+            docker: true,
+        };
+        let text = setup(both, false, false, Path::new("/"), &Config::default()).unwrap();
+        assert!(
+            text.contains("nameserver 169.254.53.53") && text.contains("daemon.json"),
+            "{text}"
+        );
+        let refused = setup(both, true, false, Path::new("/"), &Config::default());
+        assert!(refused.unwrap_err().to_string().contains("--systemd-resolved alone"));
+    }
 
     #[test]
     fn targets() {
@@ -199,7 +248,7 @@ mod tests {
             let listen = listen.split(' ').map(|address| address.parse().unwrap()).collect();
             let mut config = Config::default();
             config.dns.listen = listen;
-            let target = Target::of(&config);
+            let target = Target::of(&config, Path::new("/"));
             assert_eq!(target.local.to_string(), local);
             assert_eq!(target.remote.map(|remote| remote.to_string()).as_deref(), remote);
         }

@@ -113,7 +113,7 @@ mod tests {
     fn a_zone_that_nobody_serves() {
         // A port that was free a moment ago, of an address that nobody uses.
         let socket = std::net::UdpSocket::bind("127.91.53.53:0").unwrap();
-        let mut target = Target::of(&crate::config::Config::default());
+        let mut target = Target::of(&crate::config::Config::default(), std::path::Path::new("/"));
         target.local = socket.local_addr().unwrap();
         drop(socket);
         let error = format!("{:#}", ask_zone(&target).unwrap_err());

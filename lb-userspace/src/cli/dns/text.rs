@@ -163,7 +163,8 @@ fn docker(target: &Target) -> String {
     format!(
         "\
 A container has a loopback of its own, and Docker leaves loopback addresses out of the resolv.conf
-that it makes: nohop needs an address that containers can reach.
+that it makes: nohop needs an address that containers can reach. Where the host's /etc/resolv.conf
+names that address (nohop dns setup --nomad), Docker copies it, and nothing more is needed.
 {interface}
 /etc/docker/daemon.json, and then: systemctl restart docker
     {{ \"dns\": [\"{ip}\"] }}
@@ -179,11 +180,21 @@ or for one container: docker run --dns {ip} ...
 fn nomad(target: &Target) -> String {
     format!(
         "\
-Tasks in the host's network, and those of drivers without a network of their own, use the machine's
-resolver: see nohop dns setup without an option. A group with `mode = \"bridge\"` or a container
-has a loopback of its own: nohop needs an address that it can reach.
+One address of nohop's that the host and every container reach, as the nameserver of the host:
+tasks of raw_exec and exec read the host's /etc/resolv.conf, also in groups with a network of their
+own, and Docker copies nameservers that aren't loopback addresses. No job needs a `dns` block.
 {interface}
-In the job:
+/etc/resolv.conf, as its only nameserver; where it is a link of systemd-resolved's, a file in its place:
+    nameserver {ip}
+
+/etc/nohop/nohop.toml, with the addresses that were in /etc/resolv.conf before:
+    [dns]
+    forward = [\"ADDRESS:53\"]
+{port}
+All names then depend on one daemon: let systemd hold its sockets (nohop.socket). What writes
+/etc/resolv.conf (NetworkManager, dhclient, resolvconf) has to be configured, too.
+
+Where the host's /etc/resolv.conf has to stay as it is, each group names the address instead:
     group \"web\" {{
       network {{
         mode = \"bridge\"
@@ -192,7 +203,7 @@ In the job:
         }}
       }}
     }}
-{port}",
+",
         interface = interface(target),
         ip = remote_ip(target),
         port = port_53(target),
@@ -206,29 +217,55 @@ fn interface(target: &Target) -> String {
     }
     let local = target.local;
     let socket = socket_drop_in(&[local, SocketAddr::from((DUMMY, 53))]);
+    let (why, kind, peer, until_boot) = match target.has_dummy {
+        true => (
+            "A link-local address on a dummy interface is there before any bridge is, and stays.",
+            "dummy",
+            "",
+            format!(
+                "ip link add nohop0 type dummy && ip addr add {DUMMY}/32 dev nohop0 && \\\n    \
+                 ip link set nohop0 up"
+            ),
+        ),
+        false => (
+            "A link-local address on an interface of its own is there before any bridge is, and \
+             stays.\nThis kernel has no driver of dummy interfaces; one end of a veth pair serves as \
+             well.",
+            "veth",
+            "    [Peer]\n    Name=nohop1\n",
+            format!(
+                "ip link add nohop0 type veth peer name nohop1 && \\\n    ip addr add {DUMMY}/32 dev \
+                 nohop0 && ip link set nohop0 up && ip link set nohop1 up"
+            ),
+        ),
+    };
     format!(
-        "\
-A link-local one on a dummy interface is there before any bridge is, and leaves the machine never.
+        "
+{why}
 
 With systemd-networkd, /etc/systemd/network/10-nohop.netdev:
     [NetDev]
     Name=nohop0
-    Kind=dummy
-and /etc/systemd/network/10-nohop.network:
+    Kind={kind}
+{peer}and /etc/systemd/network/10-nohop.network:
     [Match]
-    Name=nohop0
+    Name=nohop0{peer_match}
     [Network]
     Address={DUMMY}/32
     LinkLocalAddressing=no
 then: systemctl restart systemd-networkd
 
 or until the next boot:
-    ip link add nohop0 type dummy && ip addr add {DUMMY}/32 dev nohop0 && ip link set nohop0 up
+    {until_boot}
+
+An address that the host has already, such as that of its network, does as well; its network then
+reaches nohop, too, and dns.allow decides who is answered.
 
 /etc/nohop/nohop.toml:
     [dns]
     listen = [\"{local}\", \"{DUMMY}:53\"]
-{socket}"
+{socket}",
+        peer_match = if target.has_dummy { "" } else { " nohop1" },
     )
 }
 
@@ -294,6 +331,7 @@ mod tests {
             remote: remote.map(|remote| remote.parse().unwrap()),
             domain: domain.to_owned(),
             pools: vec!["127.128.0.0/9".parse().unwrap()],
+            has_dummy: true,
         }
     }
 
@@ -301,6 +339,7 @@ mod tests {
     fn the_words_that_each_needs() {
         let plain = target("127.0.0.1:53", None, "service");
         let odd = target("127.0.0.1:5354", Some("10.0.0.1:53"), "lb.corp");
+        let without_dummy = Target { has_dummy: false, ..plain.clone() };
         let rows = [
             (Way::SystemdResolved, &plain, "    DNS=127.0.0.1\n    Domains=~service\n"),
             (Way::SystemdResolved, &plain, "    service\n"),
@@ -322,6 +361,12 @@ mod tests {
             (Way::Docker, &odd, "nohop listens on 10.0.0.1:53 already"),
             (Way::Nomad, &plain, "servers = [\"169.254.53.53\"]"),
             (Way::Nomad, &odd, "servers = [\"10.0.0.1\"]"),
+            (Way::Nomad, &plain, "    nameserver 169.254.53.53\n"),
+            (Way::Nomad, &odd, "    nameserver 10.0.0.1\n"),
+            (Way::Nomad, &plain, "    ip link add nohop0 type dummy && "),
+            (Way::Nomad, &without_dummy, "    ip link add nohop0 type veth peer name nohop1 && "),
+            (Way::Nomad, &without_dummy, "    Kind=veth\n    [Peer]\n    Name=nohop1\nand "),
+            (Way::Docker, &without_dummy, "no driver of dummy interfaces"),
         ];
         for (way, target, expected) in rows {
             let text = text(way, target);
@@ -329,5 +374,7 @@ mod tests {
         }
         assert!(!text(Way::SystemdResolved, &plain).contains("246"));
         assert!(!text(Way::Docker, &odd).contains("dummy"));
+        assert!(!text(Way::Nomad, &without_dummy).contains("type dummy"));
+        assert!(!text(Way::Nomad, &plain).contains("veth"));
     }
 }
