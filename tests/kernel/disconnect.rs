@@ -384,6 +384,28 @@ pub fn failure_is_reported() {
     assert_connected(&socket, &server);
 }
 
+/// A socket that can't be examined keeps no other from being disconnected, whichever comes first.
+pub fn one_failure_keeps_no_other() {
+    let storage = Storage::new();
+    let server = server("127.0.0.1:0");
+    let server_address = server.local_addr().unwrap();
+    let sockets: Vec<UdpSocket> =
+        (0..5).map(|_| client(([127, 0, 0, 1], 0), server_address)).collect();
+    sockets.iter().for_each(|socket| storage.put(socket, GONE));
+    let mut n_asked = 0;
+    let is_gone = |_: &Connected, socket: BorrowedFd<'_>| {
+        n_asked += 1;
+        match n_asked {
+            1 => Err(io::Error::other("it can't be examined")),
+            _ => Ok(storage.get(socket)? == Some(GONE)),
+        }
+    };
+    let report = disconnect(|socket| is_to(socket, server_address), is_gone);
+    assert_eq!(report.n_disconnected, 4, "{report:?}");
+    assert!(matches!(&report.errors[..], [DiagError::Examine { .. }]), "{report:?}");
+    assert_eq!(n_asked, 5, "it is asked about once");
+}
+
 /// A socket that is under way from one process to another, and in neither.
 pub fn unreached_is_reported() {
     let storage = Storage::new();

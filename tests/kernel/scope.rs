@@ -7,7 +7,9 @@ use lb_tests::bpffs::Bpffs;
 use lb_userspace::plane::Plane;
 use lb_userspace::table::Protocols;
 
-use crate::bed::{Bed, Echo, Server, VIP, ask, client, dead, dial, dial_udp, service, ways};
+use crate::bed::{
+    Bed, Echo, OTHER_VIP, Server, VIP, ask, client, dead, dial, dial_udp, hear, service, ways,
+};
 
 /// The cookie of a namespace that this process isn't in.
 const ANOTHER_NETNS: u64 = u64::MAX;
@@ -48,6 +50,44 @@ pub fn a_pin_counts_for_datagrams() {
     for way in ways(*pin.ip(), other) {
         assert_eq!(ask(&client(way), way).unwrap(), ('n', way), "another port");
         assert_eq!(dial_udp(way).unwrap(), 'n', "another port: {way}");
+    }
+}
+
+/// A pin that moves to another service, whichever of the two comes first by name: whoever remembers
+/// the former service's backend goes to the new one's; whoever is connected to it is disconnected.
+pub fn a_moved_pin_is_followed_by_nobody() {
+    for (from, to) in [("web", "api"), ("api", "web")] {
+        let [former, latter] = [b'f', b'l'].map(Echo::start);
+        let pin = dead();
+        let mut bed = Bed::with(|options| {
+            options.vip.pins.insert("web".to_owned(), pin);
+        });
+        let mut services = |owner: &str| {
+            let of = |name, vip, server: &Echo| {
+                let mut service = service(name, vip, &[(server.address, 1)]);
+                service.protocols = Protocols::Both;
+                service.pin = (name == owner).then_some(pin);
+                service
+            };
+            bed.apply(vec![of(from, VIP, &former), of(to, OTHER_VIP, &latter)]);
+        };
+        services(from);
+        let way = SocketAddr::from(pin);
+        let (unconnected, connected, by_vip) = (client(way), client(way), client(way));
+        assert_eq!(ask(&unconnected, way).unwrap(), ('f', way));
+        connected.connect(way).unwrap();
+        by_vip.connect((VIP, 80)).unwrap();
+        services(to);
+        assert_eq!(ask(&unconnected, way).unwrap(), ('l', way), "{from} to {to}");
+        assert_eq!(dial_udp(way).unwrap(), 'l');
+        let aborted = connected.recv(&mut [0]).unwrap_err();
+        assert_eq!(aborted.kind(), ErrorKind::ConnectionAborted, "{from} to {to}");
+        by_vip.send(b"?").unwrap();
+        assert_eq!(
+            hear(&by_vip).unwrap().0,
+            'f',
+            "{from} keeps its VIP, and who is connected to it"
+        );
     }
 }
 

@@ -80,11 +80,14 @@ pub fn maps_are_readable() {
         ("BACKENDS", &["address", "\"port\": 4321"]),
         ("SERVICES", &["host", "elsewhere", "ipv6", "first_slot", "\"n_slots\": 1"]),
     ] {
-        let dump = Command::new("bpftool").args(["map", "dump", "name", map]).output().unwrap();
+        // By its pin: others on this machine may have maps of the same name.
+        let pin = bed.options.bpffs.join(format!("v{}/maps/{map}", bed.options.layout));
+        let mut bpftool = Command::new("bpftool");
+        let dump = bpftool.args(["map", "dump", "pinned"]).arg(pin).output().unwrap();
         let text = String::from_utf8_lossy(&dump.stdout);
         assert!(dump.status.success(), "{map}: {}", String::from_utf8_lossy(&dump.stderr));
         for field in expected {
-            assert!(text.contains(field), "{map} doesn't show {field}:\n{}", &text[..600]);
+            assert!(text.contains(field), "{map} doesn't show {field}:\n{text:.600}");
         }
     }
 }

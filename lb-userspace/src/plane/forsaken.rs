@@ -1,6 +1,7 @@
 //! Connected UDP sockets whose backend left: no hook runs when they send, so they are disconnected.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
+use std::mem::offset_of;
 use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
@@ -12,9 +13,12 @@ use lb_common::Peer;
 
 use super::diag::{self, Connected};
 use super::kernel::Liveness;
+use super::reconcile::LeftUdp;
 
-/// How often the disconnection of a backend's sockets is tried.
-const MAX_ATTEMPTS: u32 = 5;
+/// How many walks look for the sockets of a backend at most.
+const MAX_WALKS: u32 = 5;
+/// How many look for them at least: the first may have come before a connect that was under way.
+const MIN_WALKS: u32 = 2;
 /// How long after a walk the next one begins.
 const AGAIN: Duration = Duration::from_secs(1);
 
@@ -24,70 +28,108 @@ pub struct Disconnector {
     liveness: Liveness,
     /// Where the sockets' storages are pinned.
     storages: PathBuf,
-    queue: Arc<Mutex<Queue>>,
+    shared: Arc<Mutex<Shared>>,
 }
 
 #[derive(Debug, Default)]
-struct Queue {
-    /// Addresses that left a service which is dialled by UDP, and how often they were tried.
-    left: Vec<(HashSet<SocketAddr>, u32)>,
+struct Shared {
+    queue: Queue,
     is_running: bool,
+}
+
+/// What connected sockets are looked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Left {
+    /// Those of a backend that left a service.
+    Backend(SocketAddr),
+    /// Those that connected to a frontend, which a service gave up, and got this backend of it. Port
+    /// 0 of the frontend stands for all ports.
+    Frontend { frontend: SocketAddr, backend: SocketAddr },
+}
+
+impl Left {
+    fn backend(&self) -> SocketAddr {
+        match self {
+            Left::Backend(backend) | Left::Frontend { backend, .. } => *backend,
+        }
+    }
+}
+
+/// What is still to be looked for, each with the number of walks that have looked for it.
+#[derive(Debug, Default)]
+struct Queue(HashMap<Left, u32>);
+
+impl Queue {
+    /// Has it looked for from the beginning.
+    fn add(&mut self, left: impl IntoIterator<Item = Left>) {
+        self.0.extend(left.into_iter().map(|left| (left, 0)));
+    }
+
+    /// What the next walk looks for.
+    fn take(&mut self) -> HashMap<Left, u32> {
+        std::mem::take(&mut self.0)
+    }
+
+    /// Puts back what a walk looked for, unless it was looked for often enough. What was added in the
+    /// meantime begins anew.
+    fn put_back(&mut self, walked: HashMap<Left, u32>, is_done: bool) {
+        let n_wanted = if is_done { MIN_WALKS } else { MAX_WALKS };
+        for (left, n_walks) in walked {
+            if n_walks + 1 < n_wanted {
+                self.0.entry(left).or_insert(n_walks + 1);
+            }
+        }
+    }
 }
 
 impl Disconnector {
     /// A disconnector that reads what sockets remember from the maps that are pinned in `storages`.
     pub fn new(liveness: Liveness, storages: PathBuf) -> Disconnector {
-        Disconnector { liveness, storages, queue: Arc::default() }
+        Disconnector { liveness, storages, shared: Arc::default() }
     }
 
-    /// Disconnects the sockets of these backends soon, and returns at once.
-    pub fn disconnect(&self, left: HashSet<SocketAddr>) {
-        if !left.is_empty() {
-            self.enqueue(left, 0);
-        }
-    }
-
-    fn enqueue(&self, left: HashSet<SocketAddr>, n_attempts: u32) {
-        let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
-        queue.left.push((left, n_attempts));
-        if queue.is_running {
+    /// Disconnects the sockets of what left soon, and returns at once.
+    pub fn disconnect(&self, left: LeftUdp) {
+        if left.is_empty() {
             return;
         }
-        queue.is_running = true;
+        let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
+        shared.queue.add(left.backends.into_iter().map(Left::Backend));
+        let frontends = left.frontends.into_iter();
+        shared.queue.add(frontends.map(|(frontend, backend)| Left::Frontend { frontend, backend }));
+        if shared.is_running {
+            return;
+        }
+        shared.is_running = true;
         let this = self.clone();
         let thread = std::thread::Builder::new().name("forsaken".to_owned());
         if let Err(error) = thread.spawn(move || this.work()) {
             tracing::error!("can't start a thread to disconnect UDP sockets: {error}");
-            queue.is_running = false;
+            shared.is_running = false;
         }
     }
 
     fn work(&self) {
         loop {
-            let (left, n_attempts) = {
-                let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
-                let Some((mut left, mut n_attempts)) = queue.left.pop() else {
-                    queue.is_running = false;
+            let walked = {
+                let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
+                let walked = shared.queue.take();
+                if walked.is_empty() {
+                    shared.is_running = false;
                     return;
-                };
-                // What was asked for in the meantime is done in the same walk.
-                for (more, n_earlier) in queue.left.drain(..) {
-                    left.extend(more);
-                    n_attempts = n_attempts.min(n_earlier);
                 }
-                (left, n_attempts)
+                walked
             };
-            let is_done = self.disconnect_now(&left);
-            // The first walk may have come before a connect that was under way.
-            if n_attempts == 0 || !is_done && n_attempts < MAX_ATTEMPTS {
-                std::thread::sleep(AGAIN);
-                self.enqueue(left, n_attempts + 1);
-            }
+            let is_done = self.disconnect_now(&walked.keys().copied().collect());
+            let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
+            shared.queue.put_back(walked, is_done);
+            drop(shared);
+            std::thread::sleep(AGAIN);
         }
     }
 
     /// Returns whether there is nothing left to try.
-    fn disconnect_now(&self, left: &HashSet<SocketAddr>) -> bool {
+    fn disconnect_now(&self, left: &HashSet<Left>) -> bool {
         let open = |name| {
             let map = MapData::from_pin(self.storages.join(name)).and_then(Map::from_map_data);
             map.and_then(SkStorage::<_, [u8; size_of::<Peer>()]>::try_from)
@@ -99,14 +141,16 @@ impl Disconnector {
                 return false;
             }
         };
-        let is_suspect = |socket: &Connected| left.contains(&canonical(socket.destination));
+        let destinations: HashSet<SocketAddr> = left.iter().map(Left::backend).collect();
+        let is_suspect = |socket: &Connected| destinations.contains(&canonical(socket.destination));
         let is_gone = |socket: &Connected, descriptor: BorrowedFd<'_>| {
             // The one that says where the socket is connected to is true: a later connect() may have
             // failed.
             for storage in [&peers, &former] {
-                match storage.get(&descriptor, 0) {
-                    Ok(peer) if sent_to(&peer) == canonical(socket.destination) => {
-                        return Ok(self.is_gone(&peer));
+                match storage.get(&descriptor, 0).map(|peer| Remembered::of(&peer)) {
+                    Ok(peer) if peer.backend == canonical(socket.destination) => {
+                        let generation = self.liveness.generation(peer.backend_idx);
+                        return Ok(is_gone(&peer, generation, left));
                     }
                     Ok(_) | Err(MapError::KeyNotFound) => {}
                     Err(error) => return Err(std::io::Error::other(error)),
@@ -125,27 +169,116 @@ impl Disconnector {
         }
         report.errors.is_empty()
     }
+}
 
-    /// Whether the backend that a socket remembers left the table.
-    fn is_gone(&self, peer: &[u8; size_of::<Peer>()]) -> bool {
+/// What a connected socket's storage says.
+#[derive(Clone, Copy, Debug)]
+struct Remembered {
+    frontend: SocketAddr,
+    backend: SocketAddr,
+    backend_idx: u32,
+    generation: u32,
+}
+
+impl Remembered {
+    fn of(peer: &[u8; size_of::<Peer>()]) -> Remembered {
+        let address = |at: usize| -> [u8; 16] { std::array::from_fn(|byte| peer[at + byte]) };
+        let port = |at: usize| u16::from_ne_bytes([peer[at], peer[at + 1]]);
         let word = |at: usize| u32::from_ne_bytes(std::array::from_fn(|byte| peer[at + byte]));
-        let backend_idx = word(std::mem::offset_of!(Peer, backend_idx));
-        let generation = word(std::mem::offset_of!(Peer, generation));
-        // A dial that met an entry while it was retired remembers no generation.
-        generation == 0 || self.liveness.generation(backend_idx) != generation
+        let socket_address =
+            |address: [u8; 16], port: u16| canonical(SocketAddr::from((address, port)));
+        Remembered {
+            frontend: socket_address(
+                address(offset_of!(Peer, frontend)),
+                port(offset_of!(Peer, frontend_port)),
+            ),
+            backend: socket_address(
+                address(offset_of!(Peer, backend)),
+                port(offset_of!(Peer, backend_port)),
+            ),
+            backend_idx: word(offset_of!(Peer, backend_idx)),
+            generation: word(offset_of!(Peer, generation)),
+        }
     }
 }
 
-/// Where a dial was sent.
-fn sent_to(peer: &[u8; size_of::<Peer>()]) -> SocketAddr {
-    let address = std::mem::offset_of!(Peer, backend);
-    let port = std::mem::offset_of!(Peer, backend_port);
-    let backend: [u8; 16] = std::array::from_fn(|at| peer[address + at]);
-    let backend_port = u16::from_ne_bytes([peer[port], peer[port + 1]]);
-    canonical(SocketAddr::from((backend, backend_port)))
+/// Whether what a connected socket remembers is among what left. `generation` is the one that the
+/// backend it remembers has now.
+fn is_gone(peer: &Remembered, generation: u32, left: &HashSet<Left>) -> bool {
+    let Remembered { frontend, backend, .. } = *peer;
+    // A dial that met an entry while it was retired remembers no generation.
+    if peer.generation != 0 && peer.generation == generation {
+        return false;
+    }
+    let any_port = SocketAddr::new(frontend.ip(), 0);
+    let gave_up = |frontend| left.contains(&Left::Frontend { frontend, backend });
+    left.contains(&Left::Backend(backend)) || gave_up(frontend) || gave_up(any_port)
 }
 
 /// With an IPv4 address as what it is, also where a socket has it in IPv6's form.
 fn canonical(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(address.ip().to_canonical(), address.port())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn address(text: &str) -> SocketAddr {
+        text.parse().unwrap()
+    }
+
+    /// Each is looked for a few times, however many others come in the meantime.
+    #[test]
+    fn the_queue_drains_under_churn() {
+        let left = |n: u16| Left::Backend(SocketAddr::from(([10, 0, 0, 1], n)));
+        for (is_done, n_walks) in [(true, 2), (false, 5)] {
+            let mut queue = Queue::default();
+            let mut seen = HashMap::<Left, u32>::new();
+            for n in 1..=100 {
+                queue.add([left(n)]);
+                let walked = queue.take();
+                assert!(
+                    walked.len() <= n_walks as usize + 1,
+                    "walk {n} looks for {}",
+                    walked.len()
+                );
+                walked.keys().for_each(|&left| *seen.entry(left).or_default() += 1);
+                // The same one leaves again while it is looked for: it begins anew.
+                if n == 50 {
+                    queue.add([left(n)]);
+                }
+                queue.put_back(walked, is_done);
+            }
+            assert_eq!(seen[&left(1)], n_walks);
+            assert_eq!(seen[&left(50)], n_walks + 1);
+        }
+    }
+
+    #[test]
+    fn what_a_socket_remembers_is_gone() {
+        let (pin, vip, other) = ("127.0.0.1:53", "127.128.0.1:53", "127.128.0.1:54");
+        let (web, api) = (address("10.0.0.1:5300"), address("10.0.0.2:5300"));
+        let moved = |frontend, backend| Left::Frontend { frontend: address(frontend), backend };
+        // What it connected to, its backend and generation, the entry's generation now, what left.
+        let table = [
+            (vip, web, 7, 0, Left::Backend(web), true),
+            (vip, web, 7, 8, Left::Backend(web), true),
+            (vip, web, 7, 7, Left::Backend(web), false),
+            (vip, web, 0, 0, Left::Backend(web), true),
+            (vip, web, 7, 0, Left::Backend(api), false),
+            (pin, web, 7, 9, moved(pin, web), true),
+            // The service keeps the VIP, so who came by it stays.
+            (vip, web, 7, 9, moved(pin, web), false),
+            // Who came by the pin after it moved, to a service that has the backend as well.
+            (pin, web, 9, 9, moved(pin, web), false),
+            (other, web, 7, 9, moved("127.128.0.1:0", web), true),
+        ];
+        for (frontend, backend, generation, now, left, expected) in table {
+            let frontend = address(frontend);
+            let peer = Remembered { frontend, backend, backend_idx: 0, generation };
+            let found = is_gone(&peer, now, &HashSet::from([left]));
+            assert_eq!(found, expected, "{peer:?}, now {now}, {left:?}");
+        }
+    }
 }

@@ -368,8 +368,12 @@ impl Maps for KernelMaps {
     }
 
     fn retire_backend(&mut self, backend_idx: u32) {
-        let retired = Backend { generation: 0, ..self.backend(backend_idx) };
-        self.backends.store(backend_idx as usize * BACKEND_WORDS + 2, backend_word(&retired));
+        self.renew_backend(backend_idx, 0);
+    }
+
+    fn renew_backend(&mut self, backend_idx: u32, generation: u32) {
+        let renewed = Backend { generation, ..self.backend(backend_idx) };
+        self.backends.store(backend_idx as usize * BACKEND_WORDS + 2, backend_word(&renewed));
     }
 
     fn write_slots(&mut self, first_slot: u32, slots: &[Slot]) {

@@ -38,6 +38,10 @@ pub trait Maps {
     /// left the table. The rest stays readable.
     fn retire_backend(&mut self, backend_idx: u32);
 
+    /// Gives a backend's entry another generation, and leaves the rest: sockets that remember the
+    /// former one know that it doesn't hold any more.
+    fn renew_backend(&mut self, backend_idx: u32, generation: u32);
+
     /// Writes slots that no reader knows yet.
     fn write_slots(&mut self, first_slot: u32, slots: &[Slot]);
 

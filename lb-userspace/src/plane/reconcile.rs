@@ -7,7 +7,7 @@
 
 mod adopt;
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -26,7 +26,11 @@ use crate::table::{Diff, Ports, Service, Table, Watch, diff};
 
 pub use adopt::AdoptError;
 
-/// Why the kernel doesn't have a service's present state. Its former state serves on.
+/// Why the kernel doesn't have a service's present state.
+///
+/// Where room is lacking nothing has changed, and the service's former state keeps serving. Where
+/// the kernel refused a frontend the service's present backends serve, at the frontends that it has
+/// so far; [`Reconciler::apply`] does the rest when it is called again.
 #[derive(Debug, thiserror::Error)]
 pub enum ApplyError {
     /// One service is larger than a region can be.
@@ -46,7 +50,7 @@ pub enum ApplyError {
         key: &'static str,
     },
     /// The kernel refused a change.
-    #[error("the kernel refused frontend {address}: {source}")]
+    #[error("the kernel refused frontend {address}: {source}; it is tried again every second")]
     Frontend {
         /// The frontend.
         address: SocketAddr,
@@ -61,6 +65,11 @@ impl ApplyError {
     pub fn may_pass(&self) -> bool {
         matches!(self, ApplyError::Frontend { .. })
     }
+
+    /// Whether the service is in the maps as it was before.
+    pub fn keeps_former(&self) -> bool {
+        !self.may_pass()
+    }
 }
 
 /// What the maps hold of one service.
@@ -72,11 +81,46 @@ struct Held {
     backends: HashMap<SocketAddr, u32>,
     frontends: BTreeMap<FrontendKey, Target>,
     blocks: Vec<Block>,
+    /// Whether sockets may remember backends of it: it has, or had, a UDP frontend.
+    has_udp: bool,
+    /// The UDP frontends that it gives up. While there are any, its backends have no generation, so
+    /// that each datagram goes by the maps alone and no socket remembers where.
+    given_up: Vec<FrontendKey>,
 }
 
 impl Held {
-    fn has_udp(&self) -> bool {
-        self.frontends.keys().any(|frontend| frontend.protocol == IPPROTO_UDP)
+    fn new(service_idx: u32) -> Held {
+        Held {
+            applied: None,
+            service_idx,
+            backends: HashMap::new(),
+            frontends: BTreeMap::new(),
+            blocks: Vec::new(),
+            has_udp: false,
+            given_up: Vec::new(),
+        }
+    }
+
+    fn insert_frontend(&mut self, frontend: FrontendKey, target: Target) {
+        self.has_udp |= frontend.protocol == IPPROTO_UDP;
+        self.frontends.insert(frontend, target);
+    }
+}
+
+/// What connected UDP sockets may still be connected to, though a new connection would not be.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LeftUdp {
+    /// Backends that left a service.
+    pub backends: HashSet<SocketAddr>,
+    /// Frontends that a service gave up, each with a backend that the service still has. Port 0
+    /// stands for all ports.
+    pub frontends: HashSet<(SocketAddr, SocketAddr)>,
+}
+
+impl LeftUdp {
+    /// Whether nothing left.
+    pub fn is_empty(&self) -> bool {
+        self.backends.is_empty() && self.frontends.is_empty()
     }
 }
 
@@ -141,6 +185,10 @@ pub struct Reconciler<M> {
     next_generation: u32,
     /// Backends that left a service which is dialled by UDP, each with the service.
     left_udp: HashSet<(Arc<str>, SocketAddr)>,
+    /// Services with frontends in [`Held::given_up`].
+    suspended: BTreeSet<Arc<str>>,
+    /// UDP frontends that a service gave up, each with a backend that it kept.
+    given_up_udp: HashSet<(SocketAddr, SocketAddr)>,
 }
 
 /// How full a hash is.
@@ -169,6 +217,8 @@ impl<M: Maps> Reconciler<M> {
             frontends6: room("FRONTENDS6", sizes.frontends6),
             next_generation: first_generation.max(1),
             left_udp: HashSet::new(),
+            suspended: BTreeSet::new(),
+            given_up_udp: HashSet::new(),
         }
     }
 
@@ -188,6 +238,10 @@ impl<M: Maps> Reconciler<M> {
             held.applied.as_ref().is_some_and(|applied| Arc::ptr_eq(applied, service))
         });
         let gone: Vec<Arc<str>> = gone.into_iter().cloned().collect();
+        // Before the first `put`, which may give one of those frontends to another service.
+        for (_, service) in &changed {
+            self.suspend_flows(service);
+        }
         for (name, service) in changed {
             if let Err(error) = self.put(service) {
                 errors.insert(name.clone(), error);
@@ -202,7 +256,66 @@ impl<M: Maps> Reconciler<M> {
         if !self.resting.is_empty() {
             self.retry_what_lacked_room(table, &mut errors);
         }
+        self.resume_flows(&errors);
         errors
+    }
+
+    /// Where a service is about to give up a UDP frontend, takes the generation from its backends:
+    /// a socket that remembers one of them has its next datagram chosen anew, by whatever the
+    /// frontend leads to then.
+    fn suspend_flows(&mut self, service: &Service) {
+        let Some(held) = self.held.get_mut(&service.name) else { return };
+        let wanted = frontends(service, 0);
+        let is_given_up = |frontend: &&FrontendKey| {
+            frontend.protocol == IPPROTO_UDP && !wanted.contains_key(frontend)
+        };
+        let given_up: Vec<_> = held.frontends.keys().filter(is_given_up).copied().collect();
+        if given_up.is_empty() {
+            return;
+        }
+        if held.given_up.is_empty() {
+            held.backends.values().for_each(|&idx| self.maps.retire_backend(idx));
+        }
+        let new = given_up.into_iter().filter(|frontend| !held.given_up.contains(frontend));
+        held.given_up.extend(new.collect::<Vec<_>>());
+        self.suspended.insert(service.name.clone());
+    }
+
+    /// Gives generations to the backends of services whose UDP frontends are gone by now: once no
+    /// program is left that found one of them before.
+    fn resume_flows(&mut self, errors: &BTreeMap<Arc<str>, ApplyError>) {
+        let is_unchanged = |name: &Arc<str>| errors.get(name).is_some_and(ApplyError::keeps_former);
+        let (mut resumed, mut must_wait) = (Vec::new(), false);
+        for name in &self.suspended {
+            let Some(held) = self.held.get(name) else {
+                resumed.push(name.clone());
+                continue;
+            };
+            let n_left =
+                held.given_up.iter().filter(|key| held.frontends.contains_key(key)).count();
+            if n_left == 0 || is_unchanged(name) {
+                must_wait |= n_left < held.given_up.len();
+                resumed.push(name.clone());
+            }
+        }
+        if must_wait {
+            // What rests may be freed by the same wait.
+            self.resting.frontends = true;
+            self.recycle();
+        }
+        for name in resumed {
+            self.suspended.remove(&name);
+            let Some(held) = self.held.get_mut(&name) else { continue };
+            for &backend_idx in held.backends.values() {
+                self.maps.renew_backend(backend_idx, self.next_generation);
+                self.next_generation = next(self.next_generation);
+            }
+            let frontends = &held.frontends;
+            for frontend in held.given_up.drain(..).filter(|key| !frontends.contains_key(key)) {
+                let backends = held.backends.keys();
+                self.given_up_udp.extend(backends.map(|&backend| (shown(&frontend), backend)));
+            }
+        }
     }
 
     /// Removes the frontends that services have no more: after all insertions, of which each would
@@ -242,14 +355,18 @@ impl<M: Maps> Reconciler<M> {
         self.remove_stale(errors);
     }
 
-    /// The backends that, since the last call, left a service which is dialled by UDP, and have not
-    /// come back to it.
-    pub fn take_left_udp(&mut self) -> HashSet<SocketAddr> {
+    /// What, since the last call, left a service which is dialled by UDP, and has not come back to
+    /// it.
+    pub fn take_left_udp(&mut self) -> LeftUdp {
         let is_back = |name: &Arc<str>, address: &SocketAddr| {
             self.held.get(name).is_some_and(|held| held.backends.contains_key(address))
         };
         let left = std::mem::take(&mut self.left_udp).into_iter();
-        left.filter(|(name, address)| !is_back(name, address)).map(|(_, address)| address).collect()
+        let left = left.filter(|(name, address)| !is_back(name, address));
+        LeftUdp {
+            backends: left.map(|(_, address)| address).collect(),
+            frontends: std::mem::take(&mut self.given_up_udp),
+        }
     }
 
     /// The indices of a service that is in the maps.
@@ -311,8 +428,7 @@ impl<M: Maps> Reconciler<M> {
 
         // All that can be short is taken before anything is written, so that a failure leaves the
         // former state whole.
-        let is_renewed = self.gives_up_udp(service);
-        let n_fresh = self.count_fresh(&service.name, &healthy, is_renewed);
+        let n_fresh = self.count_fresh(&service.name, &healthy);
         if self.backends.available() < n_fresh {
             self.recycle();
         }
@@ -336,21 +452,19 @@ impl<M: Maps> Reconciler<M> {
 
         let held = self.held.entry(service.name.clone()).or_insert_with(|| {
             self.maps.name_service(service_idx, name_entry(&service.name));
-            Held {
-                applied: None,
-                service_idx,
-                backends: HashMap::new(),
-                frontends: BTreeMap::new(),
-                blocks: Vec::new(),
-            }
+            Held::new(service_idx)
         });
-        let former = if is_renewed { std::mem::take(&mut held.backends) } else { HashMap::new() };
+        // From here on the maps hold neither the former state nor yet the next one. Should this stop
+        // half-way, whatever state comes next has to be put, the former one too.
+        let former = held.applied.take();
         for &Healthy { address, .. } in &healthy {
             if !held.backends.contains_key(&address)
                 && let Some(backend_idx) = self.backends.take()
             {
-                let backend = backend_entry(address, self.next_generation);
-                self.next_generation = self.next_generation.checked_add(1).unwrap_or(1);
+                let is_suspended = !held.given_up.is_empty();
+                let generation = if is_suspended { 0 } else { self.next_generation };
+                let backend = backend_entry(address, generation);
+                self.next_generation = next(self.next_generation);
                 self.maps.write_backend(backend_idx, backend);
                 held.backends.insert(address, backend_idx);
             }
@@ -368,15 +482,15 @@ impl<M: Maps> Reconciler<M> {
         }
         self.maps.publish(service_idx, choices.entry(&regions));
         // A service that stays cold was asked for already: one report is enough.
-        if held.applied.as_ref().is_none_or(|applied| applied.watch != service.watch) {
+        if former.is_none_or(|former| former.watch != service.watch) {
             self.maps.await_dial(service_idx, service.watch == Watch::Cold);
         }
 
         self.resting.blocks.extend(std::mem::replace(&mut held.blocks, blocks));
         let stay: HashSet<SocketAddr> = healthy.iter().map(|backend| backend.address).collect();
-        let has_udp = held.has_udp();
-        let gone = held.backends.extract_if(|address, _| !stay.contains(address));
-        for (address, backend_idx) in former.into_iter().chain(gone) {
+        let has_udp = held.has_udp;
+        for (address, backend_idx) in held.backends.extract_if(|address, _| !stay.contains(address))
+        {
             self.maps.retire_backend(backend_idx);
             self.resting.backends.push(backend_idx);
             if has_udp {
@@ -391,18 +505,9 @@ impl<M: Maps> Reconciler<M> {
         Ok(())
     }
 
-    /// Whether datagrams have been sent to a frontend that the service is not to have any more. Then
-    /// all its backends get new entries, so that no socket follows its flow to the former ones.
-    fn gives_up_udp(&self, service: &Service) -> bool {
-        let Some(held) = self.held.get(&service.name) else { return false };
-        let wanted = frontends(service, 0);
-        let mut udp = held.frontends.keys().filter(|frontend| frontend.protocol == IPPROTO_UDP);
-        udp.any(|frontend| !wanted.contains_key(frontend))
-    }
-
-    /// The number of backends that need an entry: those that have none, or all.
-    fn count_fresh(&self, name: &str, healthy: &[Healthy], all: bool) -> u32 {
-        let held = self.held.get(name).filter(|_| !all);
+    /// The number of backends that have no entry yet.
+    fn count_fresh(&self, name: &str, healthy: &[Healthy]) -> u32 {
+        let held = self.held.get(name);
         let fresh: HashSet<SocketAddr> = healthy
             .iter()
             .map(|backend| backend.address)
@@ -447,7 +552,7 @@ impl<M: Maps> Reconciler<M> {
                 .insert_frontend(frontend, target)
                 .map_err(|source| ApplyError::Frontend { address: shown(&frontend), source })?;
             if let Some(held) = self.held.get_mut(&service.name) {
-                held.frontends.insert(frontend, target);
+                held.insert_frontend(frontend, target);
             }
             match self.owners.insert(frontend, service.name.clone()) {
                 None => self.room(&frontend).used += 1,
@@ -486,7 +591,7 @@ impl<M: Maps> Reconciler<M> {
         // Should it come back before its frontends are gone, it is put anew.
         held.applied = None;
         self.maps.publish(held.service_idx, ServiceEntry::default());
-        let (name, has_udp) = (Arc::<str>::from(name), held.has_udp());
+        let (name, has_udp) = (Arc::<str>::from(name), held.has_udp);
         for (address, backend_idx) in held.backends.drain() {
             self.maps.retire_backend(backend_idx);
             self.resting.backends.push(backend_idx);
@@ -617,6 +722,11 @@ fn frontends(service: &Service, service_idx: u32) -> BTreeMap<FrontendKey, Targe
             })
         })
         .collect()
+}
+
+/// The generation after this one. 0 is none.
+fn next(generation: u32) -> u32 {
+    generation.checked_add(1).unwrap_or(1)
 }
 
 fn shown(frontend: &FrontendKey) -> SocketAddr {

@@ -22,6 +22,14 @@ fn address(s: u8, x: u8) -> SocketAddr {
     SocketAddr::new(ip, 80)
 }
 
+/// Whose backend has this address, and which it is.
+fn identity(address: &Address) -> (u8, u8) {
+    match address.to_v4() {
+        Some([_, _, owner, x]) => (owner, x),
+        None => (address.octets[13], address.octets[15]),
+    }
+}
+
 fn is_host_only(x: u8) -> bool {
     x % 5 == 4
 }
@@ -80,8 +88,11 @@ struct Model {
     slots: HashMap<u32, Slot>,
     backends: HashMap<u32, Backend>,
     /// Readers that stopped after finding a target, or a region, with the service they are about.
-    at_target: Vec<(u8, Target)>,
+    at_target: Vec<(FrontendKey, u8, Target)>,
     at_region: Vec<(u8, Region)>,
+    /// What sockets remember of datagrams: the frontend, the index and generation of the backend, and
+    /// whose backend that was.
+    flows: BTreeSet<(FrontendKey, u32, u32, u8)>,
     /// What each service may show, set by the test before it applies a table: before and after.
     allowed: HashMap<u8, [Visible; 2]>,
     /// What was said of awaited dials, in order.
@@ -90,13 +101,60 @@ struct Model {
     n_steps: usize,
     /// No reader looks: the test is about something else.
     is_blind: bool,
-    /// Fail the next insertion of a frontend.
-    fail: bool,
+    /// The operations that fail, of those that the kernel may refuse, numbered from the next one on.
+    fails: BTreeSet<usize>,
+    n_fallible: usize,
     /// The number of steps until the daemon is killed: it does nothing any more.
     lives_for: Option<usize>,
 }
 
 impl Model {
+    /// Whether the kernel refuses the operation that comes now.
+    fn refuses(&mut self) -> bool {
+        self.n_fallible += 1;
+        self.fails.contains(&(self.n_fallible - 1))
+    }
+
+    /// Has these of the operations from now on fail, and no others.
+    fn refuse(&mut self, fails: impl IntoIterator<Item = usize>) {
+        self.n_fallible = 0;
+        self.fails = fails.into_iter().collect();
+    }
+
+    /// What a socket may remember that sent to `frontend` while that led to `target`.
+    fn remember(&mut self, frontend: FrontendKey, target: Target) {
+        if frontend.protocol != IPPROTO_UDP {
+            return;
+        }
+        for region in self.services[&target.service].regions() {
+            for slot_idx in region.first_slot..region.first_slot + region.n_slots {
+                let backend_idx = self.slots[&slot_idx].backend;
+                let backend = self.backends[&backend_idx];
+                let (owner, _) = identity(&backend.address);
+                if backend.generation != 0 {
+                    self.flows.insert((frontend, backend_idx, backend.generation, owner));
+                }
+            }
+        }
+    }
+
+    /// Every socket that follows what it remembers goes where the frontend leads to now.
+    fn check_flows(&self) {
+        for &(frontend, backend_idx, generation, owner) in &self.flows {
+            let backend = self.backends[&backend_idx];
+            if backend.generation != generation {
+                continue;
+            }
+            let target = self.frontends.get(&frontend);
+            let target = target.unwrap_or_else(|| panic!("{frontend:?} is gone, yet followed"));
+            let regions = self.services[&target.service].regions();
+            let (of, x) = identity(&backend.address);
+            assert_eq!(of, owner, "{backend_idx} is another service's now");
+            let is_reached = regions.iter().any(|&region| self.reach(of, region).contains(&x));
+            assert!(is_reached, "what was sent to {frontend:?} goes on to a backend of s{of}");
+        }
+    }
+
     /// All that a dial through `region` can reach; each has to be a backend of service `s`.
     fn reach(&self, s: u8, region: Region) -> BTreeSet<u8> {
         let slots = region.first_slot..region.first_slot + region.n_slots;
@@ -107,11 +165,7 @@ impl Model {
                 [slot.backend, alias.backend]
             })
             .map(|backend_idx| {
-                let octets = self.backends[&backend_idx].address.octets;
-                let (owner, x) = match self.backends[&backend_idx].address.to_v4() {
-                    Some([_, _, owner, x]) => (owner, x),
-                    None => (octets[13], octets[15]),
-                };
+                let (owner, x) = identity(&self.backends[&backend_idx].address);
                 assert_eq!(owner, s, "a dial to s{s} reached s{owner}");
                 x
             })
@@ -119,22 +173,28 @@ impl Model {
     }
 
     fn look(&mut self) {
-        for &(s, target) in &self.at_target {
+        for (frontend, s, target) in self.at_target.clone() {
             for region in self.services[&target.service].regions() {
                 self.reach(s, region);
             }
+            self.remember(frontend, target);
         }
         for &(s, region) in &self.at_region {
             self.reach(s, region);
         }
-        for (frontend, &target) in &self.frontends {
+        for (frontend, target) in self.frontends.clone() {
+            self.remember(frontend, target);
             let s = match frontend.address {
                 // A pin, which isn't of the services' pools.
-                IpAddr::V4(pin) if pin.octets()[1] != 128 => continue,
+                IpAddr::V4(pin) if pin.octets()[1] != 128 => {
+                    let octets = self.names[&target.service].octets;
+                    self.at_target.push((frontend, octets[1] - b'0', target));
+                    continue;
+                }
                 IpAddr::V4(vip) => vip.octets()[3],
                 IpAddr::V6(vip) => vip.octets()[15],
             };
-            let allowed = &self.allowed[&s];
+            let allowed = self.allowed[&s].clone();
             for (kind, region) in self.services[&target.service].regions().into_iter().enumerate() {
                 let reached = self.reach(s, region);
                 assert!(
@@ -143,7 +203,7 @@ impl Model {
                 );
                 self.at_region.push((s, region));
             }
-            self.at_target.push((s, target));
+            self.at_target.push((frontend, s, target));
         }
         // Enough half-way readers to catch an early reuse, few enough to stay quick.
         let n_targets = self.at_target.len();
@@ -179,23 +239,30 @@ impl FakeMaps {
     }
 }
 
+impl FakeMaps {
+    fn step_that_may_fail(&self, change: impl FnOnce(&mut Model)) -> io::Result<()> {
+        let is_refused = self.step(|model| {
+            let is_refused = model.refuses();
+            if !is_refused {
+                change(model);
+            }
+            is_refused
+        });
+        if is_refused { Err(io::Error::from_raw_os_error(libc::ENOMEM)) } else { Ok(()) }
+    }
+}
+
 impl Maps for FakeMaps {
     fn insert_frontend(&mut self, frontend: FrontendKey, target: Target) -> io::Result<()> {
-        let failed = self.step(|model| {
-            let failed = std::mem::take(&mut model.fail);
-            if !failed {
-                model.frontends.insert(frontend, target);
-            }
-            failed
-        });
-        if failed { Err(io::Error::from_raw_os_error(libc::ENOMEM)) } else { Ok(()) }
+        self.step_that_may_fail(|model| {
+            model.frontends.insert(frontend, target);
+        })
     }
 
     fn remove_frontend(&mut self, frontend: &FrontendKey) -> io::Result<()> {
-        self.step(|model| {
+        self.step_that_may_fail(|model| {
             model.frontends.remove(frontend);
-        });
-        Ok(())
+        })
     }
 
     fn write_backend(&mut self, backend_idx: u32, backend: Backend) {
@@ -206,6 +273,10 @@ impl Maps for FakeMaps {
 
     fn retire_backend(&mut self, backend_idx: u32) {
         self.step(|model| model.backends.entry(backend_idx).or_default().generation = 0);
+    }
+
+    fn renew_backend(&mut self, backend_idx: u32, generation: u32) {
+        self.step(|model| model.backends.entry(backend_idx).or_default().generation = generation);
     }
 
     fn write_slots(&mut self, first_slot: u32, slots: &[Slot]) {
@@ -266,13 +337,14 @@ struct Run {
     maps: FakeMaps,
     reconciler: Reconciler<FakeMaps>,
     table: Table,
+    n_restarts: u32,
 }
 
 impl Run {
     fn new(sizes: Sizes) -> Run {
         let maps = FakeMaps::default();
         let reconciler = Reconciler::new(maps.clone(), &sizes, 1);
-        Run { maps, reconciler, table: Table::default() }
+        Run { maps, reconciler, table: Table::default(), n_restarts: 0 }
     }
 
     /// Changes one service (`None`: removes it) and applies.
@@ -298,12 +370,15 @@ impl Run {
     /// Puts another daemon in the place of this one.
     fn restart(&mut self, sizes: &Sizes) {
         self.maps.0.borrow_mut().lives_for = None;
-        self.reconciler = Reconciler::adopt(self.maps.clone(), sizes, 1_000).unwrap();
+        self.n_restarts += 1;
+        let first_generation = self.n_restarts * 10_000;
+        self.reconciler = Reconciler::adopt(self.maps.clone(), sizes, first_generation).unwrap();
     }
 
     /// What the last table needs, and no more, is what the maps hold.
     fn check_exact(&self) {
         let model = self.maps.0.borrow();
+        model.check_flows();
         let wanted: BTreeSet<_> =
             self.table.services.values().flat_map(|s| frontends(s, 0).into_keys()).collect();
         assert_eq!(model.frontends.keys().copied().collect::<BTreeSet<_>>(), wanted);
@@ -389,6 +464,141 @@ proptest! {
             prop_assert_eq!(pressure.used, 0, "{}", map);
         }
     }
+}
+
+/// A service of both protocols, with the pin or without.
+fn pinned(s: u8, backends: &BTreeSet<u8>, has_pin: bool) -> Service {
+    let mut service = Service::clone(&service(s, backends, 1));
+    service.protocols = Protocols::Both;
+    service.pin = has_pin.then(|| "127.0.0.1:53".parse().unwrap());
+    service
+}
+
+/// A change of a table: a service's backends and ports, and whose the pin is then.
+#[derive(Clone, Debug)]
+struct Change {
+    s: u8,
+    backends: Option<BTreeSet<u8>>,
+    has_second_port: bool,
+    pin_owner: u8,
+    /// The operations that the kernel refuses meanwhile.
+    refused: BTreeSet<usize>,
+    /// After how many steps the daemon is killed.
+    killed_after: Option<usize>,
+}
+
+fn changes() -> impl Strategy<Value = Vec<Change>> {
+    let backends = prop::option::weighted(0.8, prop::collection::btree_set(0..8u8, 0..4));
+    let refused = prop::collection::btree_set(0..12usize, 0..4);
+    let killed_after = prop::option::weighted(0.2, 0..30usize);
+    let change = (0..4u8, backends, any::<bool>(), 0..8u8, refused, killed_after);
+    let change =
+        change.prop_map(|(s, backends, has_second_port, pin_owner, refused, killed_after)| {
+            Change { s, backends, has_second_port, pin_owner, refused, killed_after }
+        });
+    prop::collection::vec(change, 1..40)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+    /// The kernel may refuse any operation, the pin may move with any table, and a daemon may be
+    /// killed at any step: readers never see a mix, and what was refused comes with a later try. No
+    /// socket follows what it remembers of a frontend to a service that hasn't got it any more.
+    #[test]
+    fn any_operation_may_fail(changes in changes()) {
+        let sizes = Sizes { services: 4, frontends: 20, frontends6: 10, ..SIZES };
+        let mut run = Run::new(sizes);
+        let mut wanted = BTreeMap::<u8, (BTreeSet<u8>, bool)>::new();
+        for Change { s, backends, has_second_port, pin_owner, refused, killed_after } in changes {
+            let before = wanted.get(&s).map(|(backends, _)| backends.clone()).unwrap_or_default();
+            match backends {
+                Some(backends) => drop(wanted.insert(s, (backends, has_second_port))),
+                None => drop(wanted.remove(&s)),
+            }
+            let after = wanted.get(&s).map(|(backends, _)| backends.clone()).unwrap_or_default();
+            for (&s, (backends, has_second_port)) in &wanted {
+                let mut service = pinned(s, backends, s == pin_owner);
+                if *has_second_port {
+                    service.ports = Ports::only([80, 81]);
+                }
+                let is_same = run.table.services.get(&service.name).is_some_and(|last| {
+                    (&last.pin, &last.ports, &last.backends)
+                        == (&service.pin, &service.ports, &service.backends)
+                });
+                if !is_same {
+                    run.table.services.insert(service.name.clone(), Arc::new(service));
+                }
+            }
+            run.table.services.retain(|name, _| wanted.keys().any(|s| **name == *format!("s{s}")));
+            {
+                let mut model = run.maps.0.borrow_mut();
+                model.allowed.insert(s, [visible(&before), visible(&after)]);
+                model.refuse(refused);
+                model.lives_for = killed_after;
+            }
+            let errors = run.reconciler.apply(&run.table);
+            prop_assert!(errors.values().all(ApplyError::may_pass), "{errors:?}");
+            run.maps.0.borrow_mut().refuse([]);
+            if killed_after.is_some() {
+                run.restart(&sizes);
+            }
+            let errors = run.reconciler.apply(&run.table);
+            prop_assert!(errors.is_empty(), "{errors:?}");
+            run.check_exact();
+        }
+    }
+}
+
+/// A pin of both protocols moves: no socket that remembers the former service's backends follows
+/// them, and whoever is connected to one of them by the pin is disconnected; nobody else.
+#[test]
+fn a_moved_udp_pin_is_followed_by_nobody() {
+    let backends = set(&[0]);
+    for (from, to) in [(1, 2), (2, 1)] {
+        let mut run = Run::new(Sizes { frontends: 12, frontends6: 8, ..SIZES });
+        for s in [1, 2] {
+            run.maps.0.borrow_mut().allowed.insert(s, [visible(&set(&[])), visible(&backends)]);
+        }
+        let mut put = |owner: u8| {
+            for s in [1, 2] {
+                let service = pinned(s, &backends, s == owner);
+                run.table.services.insert(service.name.clone(), Arc::new(service));
+            }
+            assert!(run.reconciler.apply(&run.table).is_empty());
+            run.check_exact();
+            let name = format!("s{from}");
+            let backend_idx = run.reconciler.indices(&name).unwrap().backends[&address(from, 0)];
+            (run.maps.0.borrow().backends[&backend_idx].generation, run.reconciler.take_left_udp())
+        };
+        let (before, nothing) = put(from);
+        assert_eq!(nothing, LeftUdp::default());
+        let (after, left) = put(to);
+        assert_ne!(before, after, "from s{from} to s{to}: the socket follows its flow");
+        let pin = "127.0.0.1:53".parse().unwrap();
+        assert_eq!(left.frontends, HashSet::from([(pin, address(from, 0))]));
+        assert_eq!(left.backends, HashSet::new());
+    }
+}
+
+/// What stops half-way is not taken for applied, whatever state is wanted next.
+#[test]
+fn a_half_applied_service_is_put_again() {
+    let mut run = Run::new(SIZES);
+    run.change(1, Some(&set(&[0])));
+    let former = run.table.services["s1"].clone();
+    let mut next = Service::clone(&service(1, &set(&[1]), 2));
+    next.ports = Ports::only([80, 81]);
+    run.maps.0.borrow_mut().allowed.insert(1, [visible(&set(&[0])), visible(&set(&[1]))]);
+    run.maps.0.borrow_mut().refuse([0]);
+    run.table.services.insert("s1".into(), Arc::new(next));
+    assert!(run.reconciler.apply(&run.table).contains_key("s1"));
+    // The table goes back to the very state that was applied before.
+    run.table.services.insert("s1".into(), former);
+    assert!(run.reconciler.apply(&run.table).is_empty());
+    run.check_exact();
+    let service_idx = run.reconciler.indices("s1").unwrap().service;
+    let region = run.maps.0.borrow().services[&service_idx].host.all;
+    assert_eq!(run.maps.0.borrow().reach(1, region), set(&[0]));
 }
 
 fn indices(reconciler: &Reconciler<FakeMaps>) -> BTreeMap<String, Indices> {
@@ -496,7 +706,7 @@ fn a_full_map_is_one_services_error_and_the_former_state_serves() {
 #[test]
 fn what_the_kernel_refuses_is_tried_again() {
     let mut run = Run::new(SIZES);
-    run.maps.0.borrow_mut().fail = true;
+    run.maps.0.borrow_mut().refuse([0]);
     let errors = run.change(1, Some(&set(&[0])));
     assert!(errors["s1"].to_string().contains("127.128.0.1:80"), "{errors:?}");
     assert!(run.reconciler.apply(&run.table).is_empty());

@@ -103,7 +103,7 @@ impl SharedPlane {
         let mut last = lock(&self.errors);
         let new = diff(&last.reasons, &reasons, |one, other| one == other).changed;
         for (name, reason) in new.iter().take(MAX_NAMED) {
-            tracing::error!("{name}: {reason}; its former state serves");
+            tracing::error!("{name}: {reason}");
         }
         if new.len() > MAX_NAMED {
             let n_more = new.len() - MAX_NAMED;

@@ -233,7 +233,10 @@ fn disconnect_in_rounds(
         }
         refused = disconnect_suspects(&mut places, &mut is_gone, &mut spared, report)?;
         for place in &mut places {
-            place.list(|socket| is_suspect(socket) && !spared.contains(&socket.cookie))?;
+            let is_suspect =
+                |socket: &Connected| is_suspect(socket) && !spared.contains(&socket.cookie);
+            // The others are done all the same.
+            report.errors.extend(place.list(is_suspect).err());
         }
         places.retain(|place| !place.suspects.is_empty());
     }
@@ -264,8 +267,9 @@ fn suspects_in(
     Ok(Some(place))
 }
 
-/// Examines each suspect that a process has open, and disconnects it or adds its cookie to `spared`.
-/// Returns what the kernel said if it refused a descriptor.
+/// Examines each suspect that a process has open, and disconnects it or adds its cookie to `spared`;
+/// also where that fails, which the report has then: a socket that can't be examined keeps no other
+/// from being disconnected. Returns what the kernel said if it refused a descriptor.
 fn disconnect_suspects(
     places: &mut [Place],
     mut is_gone: impl FnMut(&Connected, BorrowedFd<'_>) -> io::Result<bool>,
@@ -282,20 +286,32 @@ fn disconnect_suspects(
     }
     processes::borrow_sockets(inodes, |cookie, descriptor| {
         // Inodes are used again, cookies aren't.
-        let Some((place_idx, socket)) = suspects.remove(&cookie) else { return Ok(()) };
-        let examined = is_gone(&socket, descriptor.as_fd());
-        if !examined.map_err(|source| DiagError::Examine { cookie, source })? {
-            report.n_examined += 1;
-            spared.insert(cookie);
-            return Ok(());
+        let Some((place_idx, socket)) = suspects.remove(&cookie) else { return };
+        match is_gone(&socket, descriptor.as_fd()) {
+            Ok(true) => {}
+            Ok(false) => {
+                report.n_examined += 1;
+                spared.insert(cookie);
+                return;
+            }
+            Err(source) => {
+                report.errors.push(DiagError::Examine { cookie, source });
+                spared.insert(cookie);
+                return;
+            }
         }
         let Place { namespace, ref mut sock_diag, .. } = places[place_idx];
-        let destroyed = sock_diag.destroy(&socket);
-        if destroyed.map_err(|source| DiagError::Destroy { namespace, cookie, source })? {
-            report.n_examined += 1;
-            report.n_disconnected += 1;
+        match sock_diag.destroy(&socket) {
+            Ok(true) => {
+                report.n_examined += 1;
+                report.n_disconnected += 1;
+            }
+            // It changed or is hidden: the next round tells.
+            Ok(false) => {}
+            Err(source) => {
+                report.errors.push(DiagError::Destroy { namespace, cookie, source });
+                spared.insert(cookie);
+            }
         }
-        // If not, it changed or is hidden: the next round tells.
-        Ok(())
     })
 }

@@ -28,10 +28,10 @@ pub fn all() -> io::Result<impl Iterator<Item = Pid>> {
 /// found, or another one in its place.
 ///
 /// # Errors
-/// What `take` returns, and when /proc can't be read.
+/// When /proc can't be read.
 pub fn borrow_sockets(
     mut inodes: BTreeSet<u64>,
-    mut take: impl FnMut(u64, OwnedFd) -> Result<(), DiagError>,
+    mut take: impl FnMut(u64, OwnedFd),
 ) -> Result<Option<io::Error>, DiagError> {
     let mut refused = None;
     for pid in all().map_err(DiagError::Processes)? {
@@ -55,7 +55,7 @@ pub fn borrow_sockets(
             match duplicate(pid, &mut process, number) {
                 Ok((cookie, descriptor)) => {
                     inodes.remove(&inode);
-                    take(cookie, descriptor)?;
+                    take(cookie, descriptor);
                 }
                 Err(error) => note_refusal(error.into(), &mut refused),
             }

@@ -4,14 +4,14 @@
 //! to, or taken from readers and not yet cleared. Those are cleared now. What readers can find is
 //! always whole; where it isn't, something else wrote to the maps, and they aren't taken over.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashSet};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
 use lb_common::{Backend, Region, Service as ServiceEntry, Target};
 
-use super::{Held, Reconciler};
+use super::{Held, Reconciler, next};
 use crate::plane::ids::Ids;
 use crate::plane::maps::{FrontendKey, Maps};
 use crate::plane::regions::Block;
@@ -54,7 +54,9 @@ impl<M: Maps> Reconciler<M> {
                 return Err(inconsistent(format!("there is no service {service_idx}")));
             }
             let (name, mut held) = this.adopt_service(service_idx, sizes)?;
-            held.frontends = frontends.clone();
+            for (&frontend, &target) in frontends {
+                held.insert_frontend(frontend, target);
+            }
             for &backend_idx in held.backends.values() {
                 if !used_backends.insert(backend_idx) {
                     return Err(inconsistent(format!("a backend of {name} isn't its own")));
@@ -68,7 +70,22 @@ impl<M: Maps> Reconciler<M> {
         this.services = Ids::with_used(sizes.services, |idx| by_service.contains_key(&idx));
         this.backends = Ids::with_used(sizes.backends, |idx| used_backends.contains(&idx));
         this.clear_leftovers(sizes, &by_service, &used_backends);
+        this.renew_suspended(&used_backends);
         Ok(this)
+    }
+
+    /// Gives a generation to each backend in use that has none: the earlier daemon ended while it
+    /// took UDP frontends from the backend's service. Which ones isn't known any more, so sockets
+    /// that remember the former generation count as left behind.
+    fn renew_suspended(&mut self, used_backends: &HashSet<u32>) {
+        for &backend_idx in used_backends {
+            let backend = self.maps.backend(backend_idx);
+            if backend.generation == 0 {
+                self.maps.renew_backend(backend_idx, self.next_generation);
+                self.next_generation = next(self.next_generation);
+                self.left_udp.insert(("".into(), socket_address(&backend)));
+            }
+        }
     }
 
     fn adopt_service(
@@ -84,13 +101,7 @@ impl<M: Maps> Reconciler<M> {
         }
         let regions: HashSet<Region> =
             self.maps.service(service_idx).regions().into_iter().collect();
-        let mut held = Held {
-            applied: None,
-            service_idx,
-            backends: HashMap::new(),
-            frontends: BTreeMap::new(),
-            blocks: Vec::new(),
-        };
+        let mut held = Held::new(service_idx);
         for region in regions.into_iter().filter(|region| region.n_slots > 0) {
             let block = Block::of(region.first_slot, region.n_slots);
             let end = region.first_slot.checked_add(region.n_slots);
@@ -104,7 +115,7 @@ impl<M: Maps> Reconciler<M> {
                     return Err(wrong());
                 }
                 let backend = self.maps.backend(slot.backend);
-                if backend.port == 0 || backend.padding != 0 || backend.generation == 0 {
+                if backend.port == 0 || backend.padding != 0 {
                     return Err(inconsistent(format!("a backend of {name} isn't there")));
                 }
                 held.backends.insert(socket_address(&backend), slot.backend);
