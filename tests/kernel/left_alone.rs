@@ -7,9 +7,12 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
+use lb_userspace::plane::Plane;
 use lb_userspace::table::{Ports, Protocols, Service};
 
-use crate::bed::{Bed, Echo, Server, VIP, ask, client, dial, dial_udp, event, service, ways};
+use crate::bed::{
+    Bed, Echo, Place, Server, VIP, ask, client, dial, dial_udp, event, service, table, ways,
+};
 use crate::disconnect::bpf;
 
 /// Servers behind the VIP: `b`; and on the VIP itself: `v`.
@@ -98,6 +101,78 @@ pub fn excluded_cgroups() {
         }
     }
     fs::remove_dir(beside).unwrap();
+}
+
+/// Cgroups that no configuration can name before they are there, as Nomad's are.
+pub fn excluded_by_pattern() {
+    let servers = Servers::start();
+    let mut bed = Bed::with(|options| {
+        let patterns = ["*.slice/*/*.envoy-*.scope", "gone"];
+        options.plane.exclude_cgroups =
+            patterns.map(|pattern| options.scope.join(pattern)).to_vec();
+    });
+    servers.serve(&mut bed);
+    let own = bed.cgroup.path.clone();
+    let share = own.join("nomad.slice/share.slice");
+    let [web, envoy, other] = ["39e2.web.scope", "39e2.envoy-web.scope", "17.envoy-api.scope"]
+        .map(|scope| share.join(scope));
+    for (cgroup, is_excluded) in [(&web, false), (&envoy, true), (&other, true)] {
+        fs::create_dir_all(cgroup).unwrap();
+        bed.plane.mend();
+        enter(cgroup);
+        assert_eq!(servers.answer() == 'v', is_excluded, "{}", cgroup.display());
+        enter(&own);
+    }
+    let notes: Vec<&String> = bed.plane.notes().collect();
+    let named = |note: &String| note.contains("no cgroup matches") && note.contains("/gone'");
+    assert!(matches!(notes[..], [note] if named(note)), "{notes:?}");
+    for cgroup in [&web, &envoy, &other] {
+        fs::remove_dir(cgroup).unwrap();
+    }
+}
+
+/// More cgroups match than there is room for: the ones that aren't excluded are named, and those that
+/// are stay so, whatever comes before them by name, and over a restart.
+pub fn more_excluded_than_fit() {
+    let servers = Servers::start();
+    let mut place = Place::new();
+    let own = place.cgroup.path.clone();
+    place.options.plane.exclude_cgroups = vec![own.join("t-*")];
+    let start = || {
+        let mut plane = place.start();
+        assert!(plane.apply(&table(vec![servers.service()])).unwrap().is_empty());
+        plane
+    };
+    let mut plane = start();
+    let cgroup = |n: u32| own.join(format!("t-{n:02}"));
+    let answer = |n: u32| {
+        enter(&cgroup(n));
+        let answer = servers.answer();
+        enter(&own);
+        answer
+    };
+    (11..=27).for_each(|n| fs::create_dir(cgroup(n)).unwrap());
+    plane.mend();
+    assert_eq!([11, 26, 27].map(answer), ['v', 'v', 'b']);
+    fs::create_dir(cgroup(10)).unwrap();
+    plane.mend();
+    let is_told = |plane: &Plane| {
+        let notes: Vec<&String> = plane.notes().collect();
+        let parts = ["matches 18 cgroups", "16 at most", "/t-10, ", "/t-27 are translated"];
+        parts.iter().all(|part| notes.iter().any(|note| note.contains(part)))
+    };
+    assert!(is_told(&plane), "{:?}", plane.notes().collect::<Vec<_>>());
+    assert_eq!([10, 11, 26, 27].map(answer), ['b', 'v', 'v', 'b']);
+    // The next daemon goes on with the same ones.
+    drop(plane);
+    let mut plane = start();
+    assert!(is_told(&plane), "{:?}", plane.notes().collect::<Vec<_>>());
+    assert_eq!([10, 11, 26, 27].map(answer), ['b', 'v', 'v', 'b']);
+    // One that goes makes room for another.
+    fs::remove_dir(cgroup(11)).unwrap();
+    plane.mend();
+    assert_eq!([10, 26, 27].map(answer), ['v', 'v', 'b']);
+    [10].into_iter().chain(12..=27).for_each(|n| fs::remove_dir(cgroup(n)).unwrap());
 }
 
 pub fn the_daemon() {

@@ -1,17 +1,86 @@
 //! The kernel goes on without the daemon, and with the next one: applications notice nothing.
 
 use std::collections::BTreeMap;
-use std::net::{SocketAddr, SocketAddrV4, TcpStream, UdpSocket};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpStream, UdpSocket};
 use std::path::Path;
 use std::process::Command;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use lb_userspace::config::PlaneConfig;
 use lb_userspace::plane::{Indices, Plane, unload};
 use lb_userspace::table::{Protocols, Service};
 
-use crate::bed::{OTHER_VIP, Place, Server, VIP, dial, service, table};
+use crate::bed::{OTHER_VIP, Place, Server, VIP, backend, dial, service, table};
 use crate::dialler::Dialler;
+
+/// Sizes that are lowered below what is served take nothing away; lowered to what is served, they come
+/// into use, and what is served comes before what is new.
+pub fn lower_sizes_take_nothing_away() {
+    let server = Server::start(b's');
+    let vip = |n: u8| Ipv4Addr::new(127, 200, 0, n);
+    let web = |n: u8| service(&format!("s{n}"), vip(n), &[(server.address, 1)]);
+    let all = || (1..=6).map(web).collect::<Vec<_>>();
+    let are_served = || (1..=6).all(|n| dial((vip(n), 80)).is_ok_and(|letter| letter == 's'));
+    let notes = |plane: &Plane| plane.notes().cloned().collect::<Vec<_>>().join("\n");
+    // By name it comes before those that are served.
+    let new = || service("a", vip(9), &[(server.address, 1)]);
+    type Lower = fn(&mut PlaneConfig);
+    let lowered: [(Lower, &str); 2] = [
+        (|plane| plane.max_services = 4, "plane.max_services = 4 has no room for the 6 services"),
+        (|plane| plane.max_backends = 5, "plane.max_backends = 5 has no room for the 6 backends"),
+    ];
+    for (lower, expected) in lowered {
+        let mut place = Place::new();
+        (place.options.plane.max_services, place.options.plane.max_backends) = (16, 64);
+        let mut plane = place.start();
+        apply(&mut plane, all());
+        drop(plane);
+        lower(&mut place.options.plane);
+        let mut plane = place.start();
+        assert!(notes(&plane).contains(expected), "{}", notes(&plane));
+        assert!(are_served(), "{expected}: before the first table");
+        apply(&mut plane, all());
+        assert!(are_served(), "{expected}: after the first table");
+        plane.mend();
+        drop(plane);
+
+        // What is served fits now, and nothing else.
+        (place.options.plane.max_services, place.options.plane.max_backends) = (6, 64);
+        let mut plane = place.start();
+        assert_eq!(notes(&plane), "");
+        let errors = plane.apply(&table([vec![new()], all()].concat())).unwrap();
+        assert_eq!(errors.keys().map(|name| &**name).collect::<Vec<_>>(), ["a"], "{errors:?}");
+        assert!(are_served() && plane.are_hooks_ours());
+        plane.detach();
+    }
+}
+
+/// New maps that turn out to lack room for a service that is served aren't switched to.
+pub fn maps_that_hold_less_are_not_used() {
+    let server = Server::start(b's');
+    let vip = |n: u8| Ipv4Addr::new(127, 200, 0, n);
+    let web = |n: u8| service(&format!("s{n}"), vip(n), &[(server.address, 1)]);
+    let mut place = Place::new();
+    (place.options.plane.max_services, place.options.plane.max_backends) = (16, 64);
+    let mut plane = place.start();
+    apply(&mut plane, vec![web(1), web(2)]);
+    drop(plane);
+    place.options.plane.max_backends = 2;
+    let mut plane = place.start();
+    // It grew while nobody looked: 5 entries, of 4.
+    let mut grown = web(2);
+    grown.backends.extend((1..=3).map(|port| backend(([10, 0, 0, 1], port).into(), 1)));
+    let error = plane.apply(&table(vec![web(1), grown])).unwrap_err().to_string();
+    for part in ["1 of the services that are served", "s2", "raise plane.max_backends"] {
+        assert!(error.contains(part), "no {part:?} in {error}");
+    }
+    assert!(!plane.are_hooks_ours());
+    assert!([1, 2].iter().all(|&n| dial((vip(n), 80)).is_ok()), "the former maps serve");
+    // A table that fits is switched to.
+    apply(&mut plane, vec![web(1), web(2)]);
+    assert!(plane.are_hooks_ours() && dial((vip(2), 80)).is_ok());
+}
 
 /// Enough dials that a gap of a millisecond would be met.
 const N_DIALS: u64 = 300;

@@ -6,6 +6,7 @@ mod acls;
 mod agent_cut_off;
 mod all_critical_refuses_and_recovers;
 mod bad_records;
+mod cgroup_namespace;
 mod chosen_instances;
 mod clients_by_name;
 mod cluster;
@@ -61,6 +62,7 @@ const STORIES: &[(&str, Story)] = &[
     ("agent_cut_off", agent_cut_off::story),
     ("all_critical_refuses_and_recovers", all_critical_refuses_and_recovers::story),
     ("bad_records", bad_records::story),
+    ("cgroup_namespace", cgroup_namespace::story),
     ("chosen_instances", chosen_instances::story),
     ("consul_as_resolver", resolvers::consul),
     ("consul_killed_and_restarted", consul_killed_and_restarted::story),

@@ -1,6 +1,6 @@
 //! The daemon under test, watched through its admin socket.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io::{ErrorKind, Read, Write};
 use std::mem::MaybeUninit;
@@ -39,8 +39,8 @@ pub const STOP_LIMIT: Duration = Duration::from_secs(10);
 pub struct Nohop {
     /// Its process.
     pub process: Process,
-    /// What runs.
-    binary: PathBuf,
+    /// What runs: a program and its first arguments.
+    command: Vec<OsString>,
     /// What its configuration says of its own places.
     own: String,
     host: Arc<Host>,
@@ -73,7 +73,7 @@ impl Nohop {
     /// # Errors
     /// When it doesn't in time.
     pub fn start_unready(host: &Arc<Host>, cgroup: &Cgroup, config: &str) -> Result<Nohop> {
-        Nohop::start_binary_unready(run::built("nohop")?, host, cgroup, config)
+        Nohop::start_command(vec![run::built("nohop")?.into()], host, cgroup.path(), config)
     }
 
     /// Starts this executable, another release's perhaps, and waits until it is ready.
@@ -86,15 +86,30 @@ impl Nohop {
         cgroup: &Cgroup,
         config: &str,
     ) -> Result<Nohop> {
-        let nohop = Nohop::start_binary_unready(binary.to_owned(), host, cgroup, config)?;
+        let nohop = Nohop::start_command(vec![binary.into()], host, cgroup.path(), config)?;
         nohop.wait_until_ready()?;
         Ok(nohop)
     }
 
-    fn start_binary_unready(
-        binary: PathBuf,
+    /// Starts the daemon by another program, such as `unshare`, whose last arguments are the daemon's
+    /// command line and which becomes the daemon. Waits until its admin interface answers.
+    ///
+    /// # Errors
+    /// When it doesn't in time.
+    pub fn start_under(
         host: &Arc<Host>,
-        cgroup: &Cgroup,
+        under: &[&str],
+        scope: &Path,
+        config: &str,
+    ) -> Result<Nohop> {
+        let command = under.iter().map(OsString::from).chain([run::built("nohop")?.into()]);
+        Nohop::start_command(command.collect(), host, scope, config)
+    }
+
+    fn start_command(
+        command: Vec<OsString>,
+        host: &Arc<Host>,
+        scope: &Path,
         config: &str,
     ) -> Result<Nohop> {
         let scratch = Scratch::new("nohop")?;
@@ -104,15 +119,15 @@ impl Nohop {
         // Keys that every release knows: `bench compare` starts older ones, too.
         let own = format!(
             "cgroup = {:?}\nbpffs = {:?}\nstate_dir = {:?}\nadmin.listen = [{:?}]\n",
-            cgroup.path(),
+            scope,
             bpffs.path().join("nohop"),
             dir.join("state"),
             admin(dir)
         );
         write_config(&config_file, &own, config)?;
         let inotify = watch(dir)?;
-        let process = spawn(&binary, host, &config_file)?;
-        let nohop = Nohop { process, binary, own, host: Arc::clone(host), bpffs, scratch };
+        let process = spawn(&command, host, &config_file)?;
+        let nohop = Nohop { process, command, own, host: Arc::clone(host), bpffs, scratch };
         nohop.wait_until_listening(&inotify)?;
         Ok(nohop)
     }
@@ -134,7 +149,7 @@ impl Nohop {
         // What a killed daemon leaves behind would pass for a new one's.
         let _ = fs::remove_file(self.socket());
         let inotify = watch(self.scratch.path())?;
-        self.process = spawn(&self.binary, &self.host, &self.scratch.path().join("nohop.toml"))?;
+        self.process = spawn(&self.command, &self.host, &self.scratch.path().join("nohop.toml"))?;
         self.wait_until_listening(&inotify)
     }
 
@@ -292,7 +307,9 @@ impl Nohop {
     /// # Errors
     /// When it can't be started.
     pub fn cli(&self, arguments: &str) -> Result<Output> {
-        let mut command = self.host.outside().command(&self.binary);
+        // The executable itself, whatever it was started by.
+        let binary = self.command.last().context("a program")?;
+        let mut command = self.host.outside().command(binary);
         command.env("NOHOP_ADMIN", admin(self.scratch.path())).args(arguments.split_whitespace());
         run::output(command)
     }
@@ -385,8 +402,10 @@ fn write_config(file: &Path, own: &str, config: &str) -> Result<()> {
     fs::write(file, format!("{own}{config}")).context("write the daemon's configuration")
 }
 
-fn spawn(binary: &Path, host: &Host, config_file: &Path) -> Result<Process> {
-    let mut command = host.outside().command(binary);
+fn spawn(command: &[OsString], host: &Host, config_file: &Path) -> Result<Process> {
+    let (program, arguments) = command.split_first().context("a program")?;
+    let mut command = host.outside().command(program);
+    command.args(arguments);
     command.args([OsStr::new("run"), OsStr::new("--config"), config_file.as_os_str()]);
     command.env("RUST_LOG", "info");
     Process::spawn("nohop", command)

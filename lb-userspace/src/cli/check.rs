@@ -10,7 +10,9 @@ use crate::admin::{api, client};
 use crate::catalog;
 use crate::config::{Config, ConfigErrors, Source, cgroup};
 use crate::dns::{self, DnsError};
-use crate::plane::{Features, Limit, Safety, find_obstacle, is_bpffs, look_at_pins};
+use crate::plane::{
+    Features, Limit, Safety, exclusion_problems, find_obstacle, is_bpffs, look_at_pins,
+};
 
 /// The whole report.
 #[derive(Debug, Serialize)]
@@ -67,7 +69,13 @@ pub fn check(config: Result<Config, ConfigErrors>, admin: Option<&str>) -> Repor
     checks.push(finding("kernel", true, kernel()));
     checks.extend(features());
     checks.push(finding("cgroup v2", true, scope(&config)));
+    checks.extend(namespace(&config).map(|found| finding("cgroup namespace", false, found)));
+    for (is_required, found) in exclusions(&config) {
+        checks.push(finding("excluded cgroups", is_required, found));
+    }
     checks.push(finding("hooks", true, hooks(&config)));
+    let bridges = hairpin(Path::new("/sys/class/net"));
+    checks.extend(bridges.map(|found| finding("bridges", false, found)));
     checks.push(finding("bpffs", true, bpffs(&config.bpffs)));
     checks.push(finding("mode of bpffs", false, bpffs_mode(&config.bpffs)));
     let effective = effective_capabilities();
@@ -202,21 +210,95 @@ fn parse_release(release: &str) -> Option<(u32, u32)> {
 }
 
 fn scope(config: &Config) -> Found {
-    let mount = "mount it: mount -t cgroup2 none /sys/fs/cgroup/unified (make the folder first)";
-    let Some(scope) = config.cgroup.clone().or_else(cgroup::find_cgroup2_root) else {
-        return wrong("no cgroup v2 hierarchy is mounted", mount);
+    let scope = match &config.cgroup {
+        Some(scope) => Ok(scope.clone()),
+        None => cgroup::default_scope(),
     };
-    match cgroup::is_cgroup2(&scope) {
-        Ok(true) => Ok(scope.display().to_string()),
-        Ok(false) => wrong(
-            format!("{} is no cgroup v2 directory", scope.display()),
-            "name one with --cgroup or the key cgroup, or leave it out",
-        ),
-        Err(error) => wrong(
-            format!("{}: {error}", scope.display()),
-            "make the directory, or name another with --cgroup or the key cgroup",
-        ),
+    let found = scope.and_then(|scope| Ok((cgroup::inspect(&scope)?, scope)));
+    let (_, scope) = match found {
+        Ok(found) => found,
+        Err(error) => return in_two(&error.to_string()),
+    };
+    let whose = match config.cgroup {
+        Some(_) => "processes in it and below it are served",
+        None => "every process is served",
+    };
+    let others: Vec<String> = cgroup::mounts()
+        .into_iter()
+        .filter(|mount| mount.point != scope)
+        .map(|mount| format!("{} (from {})", mount.point.display(), mount.root.display()))
+        .collect();
+    let also = match others.is_empty() {
+        true => String::new(),
+        false => format!("; cgroup v2 is mounted also at {}", others.join(", ")),
+    };
+    Ok(format!("{}: {whose}{also}", scope.display()))
+}
+
+/// Whom nohop sees only a part of.
+fn namespace(config: &Config) -> Option<Found> {
+    let note = cgroup::inspect(config.cgroup.as_deref()?).ok()??;
+    Some(in_two(&note))
+}
+
+/// What is wrong and, after a semicolon, what to do.
+fn in_two(text: &str) -> Found {
+    let (detail, mend) = text.split_once("; ").unwrap_or((text, ""));
+    wrong(detail, mend)
+}
+
+/// The cgroups that are to be left alone.
+fn exclusions(config: &Config) -> Vec<(bool, Found)> {
+    let patterns = &config.plane.exclude_cgroups;
+    if patterns.is_empty() {
+        return Vec::new();
     }
+    if let Err(error) = cgroup::check_exclusions(patterns) {
+        return vec![(true, in_two(&error.to_string()))];
+    }
+    let problems = exclusion_problems(patterns);
+    if problems.is_empty() {
+        return vec![(false, Ok("each pattern matches a cgroup".to_owned()))];
+    }
+    problems.iter().map(|problem| (false, in_two(problem))).collect()
+}
+
+/// Bridges with ports that send nothing back to where it came from. An instance in bridge mode is
+/// registered as HOST:PORT, which the host forwards to the instance's own address. Where the instance
+/// connects to itself that way, the packet would have to leave the bridge by the port that it came in
+/// by: the kernel drops it (`should_deliver`, net/bridge/br_forward.c), and connect() times out.
+///
+/// Only bridges of Nomad and CNI count. Docker turns the mode on for its own where it needs it: as long
+/// as it has a docker-proxy, that takes such connections.
+fn hairpin(net: &Path) -> Option<Found> {
+    let mut without = Vec::new();
+    for bridge in std::fs::read_dir(net).into_iter().flatten().flatten() {
+        let name = bridge.file_name().to_string_lossy().into_owned();
+        if !["nomad", "cni"].iter().any(|prefix| name.starts_with(prefix)) {
+            continue;
+        }
+        let ports = std::fs::read_dir(bridge.path().join("brif")).into_iter().flatten().flatten();
+        let n_ports = ports
+            .filter_map(|port| std::fs::read_to_string(port.path().join("hairpin_mode")).ok())
+            .filter(|mode| mode.trim() == "0")
+            .count();
+        if n_ports > 0 {
+            without.push(format!("{name} ({n_ports} of its ports)"));
+        }
+    }
+    if without.is_empty() {
+        return None;
+    }
+    without.sort();
+    Some(wrong(
+        format!(
+            "the bridge {} has no hairpin mode: an allocation in bridge mode that connects to its own \
+             service, and gets itself, times out",
+            without.join(", ")
+        ),
+        "for Nomad's bridge: bridge_network_hairpin_mode = true in the client block of its \
+         configuration, then start the allocations anew; for another CNI network: \"hairpinMode\": true",
+    ))
 }
 
 fn bpffs(dir: &Path) -> Found {
@@ -451,6 +533,29 @@ mod tests {
         assert_eq!(parse_release("6.18.44-fc"), Some((6, 18)));
         assert_eq!(parse_release("5.10.0-28-cloud-amd64"), Some((5, 10)));
         assert_eq!(parse_release("strange"), None);
+    }
+
+    #[test]
+    fn bridges_without_hairpin_mode() {
+        let net = tempfile::tempdir().unwrap();
+        let port = |bridge: &str, port: &str, mode: &str| {
+            let dir = net.path().join(bridge).join("brif").join(port);
+            std::fs::create_dir_all(&dir).unwrap();
+            std::fs::write(dir.join("hairpin_mode"), format!("{mode}\n")).unwrap();
+        };
+        std::fs::create_dir_all(net.path().join("eth0")).unwrap();
+        port("nomad", "veth1", "1");
+        port("docker0", "veth2", "0");
+        port("br0", "eth1", "0");
+        assert_eq!(hairpin(net.path()), None);
+        assert_eq!(hairpin(&net.path().join("none")), None);
+        port("nomad", "veth4", "0");
+        port("nomad", "veth5", "0");
+        port("cni0", "veth6", "0");
+        let (detail, mend) = hairpin(net.path()).unwrap().unwrap_err();
+        assert!(detail.contains("cni0 (1 of its ports), nomad (2 of its ports)"), "{detail}");
+        assert!(detail.contains("its own service"), "{detail}");
+        assert!(mend.contains("bridge_network_hairpin_mode = true"), "{mend}");
     }
 
     #[test]

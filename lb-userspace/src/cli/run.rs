@@ -444,13 +444,14 @@ fn heed(mut reports: Reports, demand: &Demand) {
 
 /// The cgroup whose processes are served.
 fn scope(config: &Config) -> anyhow::Result<PathBuf> {
-    match &config.cgroup {
-        Some(scope) => Ok(scope.clone()),
-        None => cgroup::find_cgroup2_root().context(
-            "no cgroup v2 hierarchy is mounted: mount one with `mount -t cgroup2 none \
-             /sys/fs/cgroup/unified`, or name a directory of one with --cgroup",
-        ),
-    }
+    let scope = match &config.cgroup {
+        Some(scope) => scope.clone(),
+        None => cgroup::default_scope()?,
+    };
+    // Before anything else is touched.
+    cgroup::inspect(&scope)?;
+    cgroup::check_exclusions(&config.plane.exclude_cgroups)?;
+    Ok(scope)
 }
 
 fn log_change(last: &Table, next: &Table) {

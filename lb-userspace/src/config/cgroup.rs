@@ -1,16 +1,207 @@
-//! Where the cgroup v2 hierarchy is.
+//! Where the cgroup v2 hierarchy is, and which part of it this process sees.
+//!
+//! A mount of cgroup2 needn't show the whole hierarchy. In a cgroup namespace (cgroup_namespaces(7))
+//! a mount begins at the namespace's own cgroup, and bind mounts begin anywhere. Programs that are
+//! attached there never see the node's other processes.
 
 use std::ffi::OsString;
 use std::io;
+use std::os::linux::fs::MetadataExt;
 use std::os::unix::ffi::OsStringExt;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 /// The magic number of a cgroup v2 file system; linux/magic.h calls it CGROUP2_SUPER_MAGIC.
 const CGROUP2_SUPER_MAGIC: u64 = 0x6367_7270;
+/// The same of cgroup v1: CGROUP_SUPER_MAGIC.
+const CGROUP_SUPER_MAGIC: u64 = 0x0027_e0eb;
+/// The inode of the hierarchy's root. kernfs numbers its nodes from 1 (`__kernfs_new_node`, 5.5 and
+/// later), and the root is its first.
+const ROOT_INODE: u64 = 1;
+/// The inode of the initial cgroup namespace: PROC_CGROUP_INIT_INO of linux/proc_ns.h.
+const INITIAL_NAMESPACE: u64 = 0xEFFF_FFFB;
+/// Where the hierarchy is by convention, the likeliest first.
+const CONVENTIONAL: [&str; 2] = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"];
 
-/// The root of the mounted cgroup v2 hierarchy, `None` where none is mounted.
+/// Why a cgroup can't be served. A message says what is wrong and, after a semicolon, what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum ScopeError {
+    /// There is no hierarchy.
+    #[error(
+        "no cgroup v2 hierarchy is mounted; mount one with `mount -t cgroup2 none \
+         /sys/fs/cgroup/unified`, or name a directory of one with --cgroup"
+    )]
+    NoHierarchy,
+    /// The root isn't visible.
+    #[error(
+        "{} shows only a part of the cgroup v2 hierarchy, because this process is in a cgroup \
+         namespace of its own, and the node's other processes wouldn't be served; start it in the \
+         host's (docker run --cgroupns=host, in Nomad's docker driver cgroupns = \"host\"), or name \
+         the part that is meant with --cgroup", .mount.display()
+    )]
+    Namespaced {
+        /// A mount that is visible.
+        mount: PathBuf,
+    },
+    /// Only parts of the hierarchy are mounted.
+    #[error(
+        "{} shows only a part of the cgroup v2 hierarchy (it is a bind mount of {}), and the node's other \
+         processes wouldn't be served; mount it whole (mount -t cgroup2 none \
+         /sys/fs/cgroup/unified), or name the part that is meant with --cgroup", .mount.display(), .root
+    )]
+    Part {
+        /// A mount that is visible.
+        mount: PathBuf,
+        /// The cgroup that it begins at.
+        root: String,
+    },
+    /// The directory can't be looked at.
+    #[error("can't open the cgroup {}: {source}; name a cgroup v2 directory with --cgroup", .scope.display())]
+    Missing {
+        /// The directory.
+        scope: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The directory belongs to something else.
+    #[error("{} is {found}, and no cgroup v2 directory; {fix}", .scope.display())]
+    NotCgroup2 {
+        /// The directory.
+        scope: PathBuf,
+        /// What it is.
+        found: &'static str,
+        /// What to name instead.
+        fix: String,
+    },
+    /// Processes can't be moved there, so that nothing can be proved.
+    #[error(
+        "the cgroup {} is {kind} (cgroup.type), which holds threads and not whole processes; name the \
+         domain above it with --cgroup", .scope.display()
+    )]
+    Threaded {
+        /// The directory.
+        scope: PathBuf,
+        /// What its cgroup.type says.
+        kind: String,
+    },
+    /// Cgroups can't be excluded.
+    #[error(
+        "plane.exclude_cgroups can't be honoured: from inside a cgroup namespace it isn't known how \
+         deep in the hierarchy a cgroup is; start nohop with --cgroupns=host, or with the host's \
+         processes visible (--pid=host)"
+    )]
+    Depth,
+}
+
+/// A mount of cgroup2.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mount {
+    /// Where it is mounted.
+    pub point: PathBuf,
+    /// The cgroup that it begins at, as seen from this process's cgroup namespace: `/` is the
+    /// namespace's root, and `/..` is above it.
+    pub root: PathBuf,
+}
+
+/// The mounts of cgroup2, those that are likeliest meant first.
+pub fn mounts() -> Vec<Mount> {
+    let text = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let mut mounts = parse(&text);
+    // Something else may be mounted over it.
+    mounts.retain(|mount| is_cgroup2(&mount.point).unwrap_or(false));
+    mounts
+}
+
+/// The mounts of cgroup2 by the text of /proc/self/mountinfo (proc_pid_mountinfo(5)).
+fn parse(mountinfo: &str) -> Vec<Mount> {
+    let mount = |line: &str| {
+        let (mount, fs) = line.split_once(" - ")?;
+        (fs.split(' ').next()? == "cgroup2").then_some(())?;
+        let mut fields = mount.split(' ').skip(3).map(|field| unescape(field.as_bytes()));
+        let root = PathBuf::from(OsString::from_vec(fields.next()?));
+        let point = PathBuf::from(OsString::from_vec(fields.next()?));
+        Some(Mount { point, root })
+    };
+    let mut mounts: Vec<Mount> = mountinfo.lines().filter_map(mount).collect();
+    let rank = |mount: &Mount| {
+        let place = CONVENTIONAL.iter().position(|place| mount.point == Path::new(place));
+        (mount.root != Path::new("/"), place.unwrap_or(CONVENTIONAL.len()))
+    };
+    mounts.sort_by_key(rank);
+    mounts
+}
+
+/// The root of the cgroup v2 hierarchy, as far as this process sees it; `None` where none is mounted.
 pub fn find_cgroup2_root() -> Option<PathBuf> {
-    mount_point(&std::fs::read_to_string("/proc/self/mounts").ok()?, "cgroup2")
+    mounts().into_iter().next().map(|mount| mount.point)
+}
+
+/// Whether this process is in the host's cgroup namespace.
+pub fn is_namespace_initial() -> bool {
+    // A kernel without cgroup namespaces has only that.
+    std::fs::metadata("/proc/self/ns/cgroup").map_or(true, |ns| ns.st_ino() == INITIAL_NAMESPACE)
+}
+
+/// Whether a mount shows the whole hierarchy.
+fn is_whole(mount: &Mount) -> bool {
+    let is_root = || std::fs::metadata(&mount.point).is_ok_and(|dir| dir.st_ino() == ROOT_INODE);
+    mount.root == Path::new("/") && (is_root() || is_namespace_initial())
+}
+
+/// The cgroup that is served by default: the root of the whole hierarchy.
+///
+/// # Errors
+/// When that isn't visible: then the wrong processes would be served.
+pub fn default_scope() -> Result<PathBuf, ScopeError> {
+    let mounts = mounts();
+    if let Some(whole) = mounts.iter().find(|mount| is_whole(mount)) {
+        return Ok(whole.point.clone());
+    }
+    match mounts.into_iter().next() {
+        None => Err(ScopeError::NoHierarchy),
+        Some(Mount { point, .. }) if !is_namespace_initial() => {
+            Err(ScopeError::Namespaced { mount: point })
+        }
+        Some(Mount { point, root }) => {
+            Err(ScopeError::Part { mount: point, root: root.display().to_string() })
+        }
+    }
+}
+
+/// Looks whether a cgroup can be served. Returns what an operator should know of whose processes
+/// these are: nothing where that is plain.
+///
+/// # Errors
+/// When it is no cgroup v2 directory, or one that processes can't enter.
+pub fn inspect(scope: &Path) -> Result<Option<String>, ScopeError> {
+    let missing = |source| ScopeError::Missing { scope: scope.into(), source };
+    let magic = rustix::fs::statfs(scope).map_err(|errno| missing(errno.into()))?.f_type;
+    let magic = u64::try_from(magic).unwrap_or_default();
+    let inode = std::fs::metadata(scope).map_err(missing)?.st_ino();
+    if magic != CGROUP2_SUPER_MAGIC {
+        let found = match magic {
+            CGROUP_SUPER_MAGIC => "a cgroup v1 directory",
+            _ => "a directory of another file system",
+        };
+        let fix = match find_cgroup2_root() {
+            Some(root) => format!("name one with --cgroup, below {}", root.display()),
+            None => "mount one: mount -t cgroup2 none /sys/fs/cgroup/unified".to_owned(),
+        };
+        return Err(ScopeError::NotCgroup2 { scope: scope.into(), found, fix });
+    }
+    // The root has no such file. A `domain threaded` cgroup holds processes.
+    let kind = std::fs::read_to_string(scope.join("cgroup.type")).unwrap_or_default();
+    if let kind @ ("threaded" | "domain invalid") = kind.trim() {
+        return Err(ScopeError::Threaded { scope: scope.into(), kind: kind.to_owned() });
+    }
+    let is_narrow = inode != ROOT_INODE && !is_namespace_initial();
+    Ok(is_narrow.then(|| {
+        format!(
+            "only processes in {} and in cgroups below it are served: this process is in a cgroup \
+             namespace of its own and sees only a part of the hierarchy; to serve the whole node, start \
+             it with --cgroupns=host (in Nomad's docker driver cgroupns = \"host\")",
+            scope.display()
+        )
+    }))
 }
 
 /// Whether a directory belongs to a cgroup v2 hierarchy.
@@ -22,14 +213,40 @@ pub fn is_cgroup2(dir: &Path) -> io::Result<bool> {
     Ok(u64::try_from(magic).is_ok_and(|magic| magic == CGROUP2_SUPER_MAGIC))
 }
 
-/// Where the first file system of a type is mounted, by the text of /proc/self/mounts.
-pub fn mount_point(mounts: &str, fs_type: &str) -> Option<PathBuf> {
-    let point = mounts.lines().find_map(|mount| {
-        let mut fields = mount.split(' ').skip(1);
-        let point = fields.next()?;
-        (fields.next()? == fs_type).then_some(point)
-    })?;
-    Some(PathBuf::from(OsString::from_vec(unescape(point.as_bytes()))))
+/// Looks whether the kernel can be told which cgroups to exclude.
+///
+/// # Errors
+/// When it isn't known how deep in the hierarchy they are.
+pub fn check_exclusions(patterns: &[PathBuf]) -> Result<(), ScopeError> {
+    let is_known = || mounts().first().is_none_or(|mount| depth(mount).is_some());
+    if patterns.is_empty() || is_known() { Ok(()) } else { Err(ScopeError::Depth) }
+}
+
+/// How many levels below the hierarchy's root a mount begins; `None` when that can't be known.
+pub fn depth(mount: &Mount) -> Option<usize> {
+    let namespace = match is_namespace_initial() {
+        true => 0,
+        false => namespace_depth(
+            &std::fs::read_to_string("/proc/2/stat").ok()?,
+            &std::fs::read_to_string("/proc/2/cgroup").ok()?,
+        )?,
+    };
+    let below = |depth: usize, part: Component<'_>| match part {
+        Component::Normal(_) => Some(depth + 1),
+        Component::ParentDir => depth.checked_sub(1),
+        _ => Some(depth),
+    };
+    mount.root.components().try_fold(namespace, below)
+}
+
+/// How many levels below the root this process's cgroup namespace begins, by what /proc says of
+/// kthreadd, which can't leave the root: as many as it takes from here to there. Where processes
+/// have a namespace as well, the second one may be any.
+fn namespace_depth(stat: &str, cgroup: &str) -> Option<usize> {
+    stat.starts_with("2 (kthreadd) ").then_some(())?;
+    let path = Path::new(cgroup.lines().find_map(|line| line.strip_prefix("0::"))?);
+    let parts = path.components().filter(|part| *part != Component::RootDir);
+    parts.map(|part| (part == Component::ParentDir).then_some(1)).sum()
 }
 
 /// The kernel writes blanks and backslashes of a path as `\040` and the like.
@@ -56,25 +273,62 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_mount_point_of_cgroup2() {
+    fn mounts_of_cgroup2_the_likeliest_first() {
+        let line = |root: &str, point: &str, fs: &str| {
+            format!("41 31 0:38 {root} {point} rw,relatime shared:9 - {fs} none rw,nsdelegate\n")
+        };
         let table = [
-            ("cgroup2 /sys/fs/cgroup cgroup2 rw 0 0\n", Some("/sys/fs/cgroup")),
+            (vec![("/", "/sys/fs/cgroup", "cgroup2")], vec!["/sys/fs/cgroup"]),
             (
-                "tmpfs /sys/fs/cgroup tmpfs rw 0 0\ncgroup2 /sys/fs/cgroup/unified cgroup2 rw 0 0",
-                Some("/sys/fs/cgroup/unified"),
+                vec![("/", "/sys/fs/cgroup", "tmpfs"), ("/", "/sys/fs/cgroup/unified", "cgroup2")],
+                vec!["/sys/fs/cgroup/unified"],
             ),
-            (r"none /mnt/a\040b\134c cgroup2 rw 0 0", Some(r"/mnt/a b\c")),
-            ("cgroup2 /a cgroup rw 0 0\n\nx", None),
-            ("", None),
+            // A second mount, a bind mount of a part, and one from outside a cgroup namespace.
+            (
+                vec![
+                    ("/", "/a", "cgroup2"),
+                    ("/x.slice", "/sys/fs/cgroup", "cgroup2"),
+                    ("/../..", "/b", "cgroup2"),
+                    ("/", "/sys/fs/cgroup/unified", "cgroup2"),
+                ],
+                vec!["/sys/fs/cgroup/unified", "/a", "/sys/fs/cgroup", "/b"],
+            ),
+            (vec![("/", r"/mnt/a\040b\134c", "cgroup2")], vec![r"/mnt/a b\c"]),
+            (vec![("/", "/a", "cgroup")], vec![]),
         ];
-        for (mounts, expected) in table {
-            assert_eq!(mount_point(mounts, "cgroup2"), expected.map(PathBuf::from), "{mounts}");
+        for (lines, expected) in table {
+            let text: String = lines.iter().map(|(root, at, fs)| line(root, at, fs)).collect();
+            let points: Vec<PathBuf> = parse(&text).into_iter().map(|mount| mount.point).collect();
+            assert_eq!(points, expected.iter().map(PathBuf::from).collect::<Vec<_>>(), "{text}");
+        }
+        assert_eq!(parse("no line\n41 31 0:38 - cgroup2\n"), []);
+    }
+
+    #[test]
+    fn a_namespaces_depth() {
+        let kthreadd = "2 (kthreadd) S 0 0 0";
+        let table = [
+            (kthreadd, "0::/\n", Some(0)),
+            (kthreadd, "4:memory:/x\n0::/..\n", Some(1)),
+            (kthreadd, "0::/../../..\n", Some(3)),
+            (kthreadd, "0::/../a\n", None),
+            (kthreadd, "4:memory:/\n", None),
+            ("2 (sh) S 0 0 0", "0::/..\n", None),
+        ];
+        for (stat, cgroup, expected) in table {
+            assert_eq!(namespace_depth(stat, cgroup), expected, "{stat} {cgroup}");
         }
     }
 
     #[test]
-    fn a_directory_elsewhere_is_no_cgroup() {
+    fn what_is_no_cgroup_is_refused_by_its_name() {
         assert!(!is_cgroup2(Path::new("/proc")).unwrap());
         assert!(is_cgroup2(Path::new("/nowhere/at/all")).is_err());
+        for (scope, expected) in
+            [("/proc", "another file system"), ("/nowhere/at/all", "with --cgroup")]
+        {
+            let error = inspect(Path::new(scope)).unwrap_err().to_string();
+            assert!(error.contains(scope) && error.contains(expected), "{error}");
+        }
     }
 }

@@ -25,6 +25,9 @@ pub use read::Overrides;
 /// Where the configuration is read from when `--config` doesn't say.
 pub const DEFAULT_PATH: &str = "/etc/nohop/nohop.toml";
 
+/// The number of cgroups that can be excluded at once.
+pub const MAX_EXCLUDED_CGROUPS: usize = 16;
+
 /// Everything that an operator can choose, checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
@@ -220,7 +223,7 @@ pub struct PlaneConfig {
     /// The number of backends, over all services, that the maps have room for.
     pub max_backends: u32,
     /// The cgroups whose processes are left alone: below the mount when absolute, else below the
-    /// root of the hierarchy.
+    /// root of the hierarchy. In a segment `*` stands for any characters and `?` for one.
     pub exclude_cgroups: Vec<PathBuf>,
 }
 

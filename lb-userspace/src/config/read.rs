@@ -12,8 +12,8 @@ use toml::de::DeTable;
 use super::document::{Fault, Read, Value, kind, line};
 use super::{
     AddressChoice, AdminAddress, Allowed, Config, ConfigErrors, DEFAULT_PATH, Expired, Forward,
-    HealthPolicy, OnExit, Place, Problem, Source, Token, Unrouted, WatchPolicy, address, consul,
-    relations,
+    HealthPolicy, MAX_EXCLUDED_CGROUPS, OnExit, Place, Problem, Source, Token, Unrouted,
+    WatchPolicy, address, consul, relations,
 };
 
 /// What the command line says in place of the file; each is a flag of `nohop run`.
@@ -280,7 +280,16 @@ pub(super) const KEYS: &[(&str, Apply)] = &[
         set(&mut draft.config.plane.max_backends, value.integer(1..=8_000_000))
     }),
     ("plane.exclude_cgroups", |draft, value| {
-        let cgroups = value.list_or_none(|each| each.text(cgroup));
+        let cgroups = value.list_or_none(|each| each.text(cgroup))?;
+        // How many a pattern matches only the running system can tell.
+        let n_named = cgroups.iter().filter(|cgroup| !is_pattern(cgroup)).count();
+        let cgroups = match n_named {
+            0..=MAX_EXCLUDED_CGROUPS => Ok(cgroups),
+            _ => value.fault(format!(
+                "names {n_named} cgroups; {MAX_EXCLUDED_CGROUPS} at most can be excluded: name a \
+                 cgroup that several of them are below"
+            )),
+        };
         set(&mut draft.config.plane.exclude_cgroups, cgroups)
     }),
     ("admin.listen", |draft, value| {
@@ -329,9 +338,20 @@ fn full_path(text: &str) -> Result<PathBuf, String> {
     }
 }
 
-/// A cgroup other than the root. Whether it is there only the kernel side can tell.
+/// Whether a cgroup is given by a pattern.
+fn is_pattern(cgroup: &Path) -> bool {
+    cgroup.as_os_str().as_encoded_bytes().iter().any(|byte| matches!(byte, b'*' | b'?'))
+}
+
+/// A cgroup other than the root, or a pattern. What it matches only the kernel side can tell.
 fn cgroup(text: &str) -> Result<PathBuf, String> {
     let path = Path::new(text);
+    if path.components().any(|part| part.as_os_str() == "**") {
+        return Err(format!(
+            "'{text}' has a '**', which would span directories; write a '*' for each level, as in \
+             'nomad.slice/*/*.envoy-*.scope'"
+        ));
+    }
     let is_below = path.components().any(|part| matches!(part, Component::Normal(_)));
     if is_below && !path.components().any(|part| part == Component::ParentDir) {
         return Ok(path.to_owned());

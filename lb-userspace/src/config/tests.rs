@@ -295,6 +295,22 @@ fn what_is_wrong_is_named_with_its_line_and_its_mend() {
                 "f:2: plane.exclude_cgroups: this element is there twice; remove one",
             ],
         ),
+        (
+            "plane.exclude_cgroups = ['nomad.slice/**/a', '*/a?', 'nomad.slice/*/*.envoy-*.scope']",
+            &[
+                "f:1: plane.exclude_cgroups: 'nomad.slice/**/a' has a '**', which would span directories; write a '*' for each level, as in 'nomad.slice/*/*.envoy-*.scope'",
+            ],
+        ),
+        (
+            "plane.exclude_cgroups = ['*', 'a','b','c','d','e','f','g','h','i','j','k','l','m','n','o','p','q']",
+            &[
+                "f:1: plane.exclude_cgroups: names 17 cgroups; 16 at most can be excluded: name a cgroup that several of them are below",
+            ],
+        ),
+        (
+            "plane.exclude_cgroups = ['*', 'a','b','c','d','e','f','g','h','i','j','k','l','m','n','o','p']",
+            &[],
+        ),
         ("vip.pool = 'x'", &["f:1: vip.pool: 'x' is no network; write one such as 127.128.0.0/9"]),
         ("consul.address = 'https://c:8501'", &[]),
         ("consul.address = 'unix:///run/consul.sock'", &[]),

@@ -1,20 +1,189 @@
 //! The cgroups that are left alone, as the kernel knows them.
 
+use std::collections::BTreeMap;
 use std::os::linux::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Component, Path, PathBuf};
 
 use lb_common::{ExcludedCgroup, MAX_EXCLUDED};
 
-/// Those of `paths` that exist now. A relative path is below `root`, the mounted hierarchy's. The
-/// kernel knows a cgroup by its inode, so one that was made again has to be looked up again.
-pub fn present(root: &Path, paths: &[PathBuf]) -> Vec<ExcludedCgroup> {
-    let found = paths.iter().filter_map(|path| {
-        let whole = root.join(path);
-        let level = whole.strip_prefix(root).ok()?.components().count();
-        let cgroup_id = std::fs::metadata(&whole).ok()?.st_ino();
-        Some(ExcludedCgroup { cgroup_id, level: level as u64 })
-    });
-    found.take(MAX_EXCLUDED).collect()
+use crate::config::cgroup::{self, Mount};
+
+/// As many of the cgroups in a list as a message names.
+const N_NAMED: usize = 3;
+
+/// What one look at the hierarchy found.
+#[derive(Debug, Default)]
+pub struct Found {
+    /// The cgroups that exist and are matched, in the order of the patterns and, of one pattern, by
+    /// path.
+    cgroups: Vec<(PathBuf, ExcludedCgroup)>,
+    /// What an operator should know: patterns that match nothing, and why.
+    pub problems: Vec<String>,
+}
+
+/// Looks for the cgroups that `patterns` match: full paths, or paths below the hierarchy as it is
+/// mounted. In a segment of a path `*` stands for any characters and `?` for one; no segment spans a
+/// `/`. The kernel knows a cgroup by its inode, so one that was made again has to be looked up again.
+pub fn find(patterns: &[PathBuf]) -> Found {
+    find_in(&cgroup::mounts(), patterns)
+}
+
+fn find_in(mounts: &[Mount], patterns: &[PathBuf]) -> Found {
+    let mut found = Found::default();
+    let mut known = BTreeMap::new();
+    for pattern in patterns {
+        match matches(mounts, pattern) {
+            Ok(matches) if matches.is_empty() => found.problems.push(format!(
+                "plane.exclude_cgroups: no cgroup matches '{}' now; nothing is excluded by it",
+                pattern.display()
+            )),
+            Ok(matches) => {
+                for (path, excluded) in matches {
+                    if known.insert(excluded.cgroup_id, ()).is_none() {
+                        found.cgroups.push((path, excluded));
+                    }
+                }
+            }
+            Err(problem) => found.problems.push(problem),
+        }
+    }
+    found
+}
+
+/// The cgroups that one pattern matches, by path.
+fn matches(mounts: &[Mount], pattern: &Path) -> Result<Vec<(PathBuf, ExcludedCgroup)>, String> {
+    let problem = |what: String| {
+        Err(format!("plane.exclude_cgroups: '{}' excludes nothing: {what}", pattern.display()))
+    };
+    // The mount that a full path is below. Segments of a mount's path are never patterns.
+    let whole = match pattern.is_absolute() {
+        true => canonical(pattern),
+        false => pattern.to_owned(),
+    };
+    let below = |mount: &Mount| match whole.is_absolute() {
+        true => whole.strip_prefix(&mount.point).ok().map(Path::to_owned),
+        false => Some(whole.clone()),
+    };
+    let mut candidates = mounts.iter().filter_map(|mount| Some((mount, below(mount)?)));
+    let chosen = match whole.is_absolute() {
+        true => candidates.max_by_key(|(mount, _)| mount.point.components().count()),
+        false => candidates.next(),
+    };
+    let Some((mount, below)) = chosen else {
+        let mounted: Vec<_> =
+            mounts.iter().map(|mount| mount.point.display().to_string()).collect();
+        return problem(match mounted.is_empty() {
+            true => "no cgroup v2 hierarchy is mounted".to_owned(),
+            false => format!("it isn't below a cgroup v2 mount ({})", mounted.join(", ")),
+        });
+    };
+    let Some(depth) = cgroup::depth(mount) else {
+        return problem(cgroup::ScopeError::Depth.to_string());
+    };
+    let mut paths = vec![mount.point.clone()];
+    let mut level = depth;
+    for part in below.components() {
+        let Component::Normal(part) = part else { continue };
+        level += 1;
+        paths = paths.iter().flat_map(|path| children(path, part.as_bytes())).collect();
+    }
+    paths.sort();
+    let excluded = |path: PathBuf| {
+        let metadata = std::fs::metadata(&path).ok().filter(std::fs::Metadata::is_dir)?;
+        let is_cgroup = cgroup::is_cgroup2(&path).unwrap_or(false);
+        is_cgroup.then_some(())?;
+        let level = level as u64;
+        Some((path, ExcludedCgroup { cgroup_id: metadata.st_ino(), level }))
+    };
+    Ok(paths.into_iter().filter_map(excluded).collect())
+}
+
+/// The path without symbolic links, as far as it exists.
+fn canonical(path: &Path) -> PathBuf {
+    path.ancestors()
+        .find_map(|ancestor| {
+            let existing = std::fs::canonicalize(ancestor).ok()?;
+            Some(existing.join(path.strip_prefix(ancestor).ok()?))
+        })
+        .unwrap_or_else(|| path.to_owned())
+}
+
+/// The directories in `path` whose name `pattern` matches.
+fn children(path: &Path, pattern: &[u8]) -> Vec<PathBuf> {
+    if !is_pattern(pattern) {
+        let child = path.join(std::ffi::OsStr::from_bytes(pattern));
+        return if child.is_dir() { vec![child] } else { Vec::new() };
+    }
+    let entries = std::fs::read_dir(path).into_iter().flatten().flatten();
+    entries
+        .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+        .filter(|entry| is_match(pattern, entry.file_name().as_bytes()))
+        .map(|entry| entry.path())
+        .collect()
+}
+
+fn is_pattern(segment: &[u8]) -> bool {
+    segment.iter().any(|byte| matches!(byte, b'*' | b'?'))
+}
+
+/// Whether a pattern of one segment matches a whole name.
+fn is_match(pattern: &[u8], name: &[u8]) -> bool {
+    // After the last `*` seen: where the pattern goes on, and how much of the name that `*` took.
+    let mut retry: Option<(usize, usize)> = None;
+    let (mut at, mut name_at) = (0, 0);
+    while name_at < name.len() {
+        match pattern.get(at) {
+            Some(b'*') => {
+                retry = Some((at + 1, name_at));
+                at += 1;
+            }
+            Some(&byte) if byte == b'?' || byte == name[name_at] => {
+                (at, name_at) = (at + 1, name_at + 1);
+            }
+            _ => {
+                let Some((after, taken)) = retry else { return false };
+                retry = Some((after, taken + 1));
+                (at, name_at) = (after, taken + 1);
+            }
+        }
+    }
+    pattern[at..].iter().all(|&byte| byte == b'*')
+}
+
+impl Found {
+    /// The entries of `EXCLUDED` for these cgroups, where `present` are its entries now: a cgroup
+    /// that is excluded already stays, at its place; others fill the places that are free. Notes which
+    /// ones there was no place for.
+    pub fn place(&mut self, present: &[ExcludedCgroup]) -> [ExcludedCgroup; MAX_EXCLUDED] {
+        let mut places = [ExcludedCgroup::default(); MAX_EXCLUDED];
+        for (place, present) in places.iter_mut().zip(present) {
+            if self.cgroups.iter().any(|(_, excluded)| excluded == present) {
+                *place = *present;
+            }
+        }
+        let mut left_out = Vec::new();
+        for (path, excluded) in &self.cgroups {
+            if places.contains(excluded) {
+                continue;
+            }
+            match places.iter_mut().find(|place| place.cgroup_id == 0) {
+                Some(place) => *place = *excluded,
+                None => left_out.push(path.display().to_string()),
+            }
+        }
+        if !left_out.is_empty() {
+            let n_more = left_out.len().saturating_sub(N_NAMED);
+            let named = left_out[..left_out.len().min(N_NAMED)].join(", ");
+            let more = if n_more > 0 { format!(" and {n_more} more") } else { String::new() };
+            self.problems.push(format!(
+                "plane.exclude_cgroups matches {} cgroups, and {MAX_EXCLUDED} at most can be excluded: \
+                 connections from {named}{more} are translated; exclude a cgroup that they are below",
+                self.cgroups.len()
+            ));
+        }
+        places
+    }
 }
 
 #[cfg(test)]
@@ -22,15 +191,90 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_cgroup_is_its_inode_and_its_depth() {
-        let root = tempfile::tempdir().unwrap();
-        std::fs::create_dir_all(root.path().join("a/b")).unwrap();
-        let inode = |path| std::fs::metadata(root.path().join(path)).unwrap().st_ino();
-        let paths = ["a".into(), root.path().join("a/b"), "gone".into(), "/elsewhere".into()];
-        let expected = [
-            ExcludedCgroup { cgroup_id: inode("a"), level: 1 },
-            ExcludedCgroup { cgroup_id: inode("a/b"), level: 2 },
+    fn patterns_of_a_segment() {
+        let table = [
+            ("*", "a", true),
+            ("*.scope", "39e2.envoy-web.scope", true),
+            ("*.envoy-*.scope", "39e2.envoy-web.scope", true),
+            ("*.envoy-*.scope", "39e2.web.scope", false),
+            ("*.envoy-*.scope", "39e2.envoy-web.scope.d", false),
+            ("a?c", "abc", true),
+            ("a?c", "ac", false),
+            ("a*b*c", "aXbXbc", true),
+            ("a**", "a", true),
+            ("?", "", false),
+            // systemd escapes names by backslashes, and brackets are ordinary.
+            (r"dev-mapper-a\x2db*", r"dev-mapper-a\x2db.slice", true),
+            ("[a]*", "[a]b", true),
+            ("[a]*", "ab", false),
+            ("ABC", "abc", false),
         ];
-        assert_eq!(present(root.path(), &paths), expected);
+        for (pattern, name, expected) in table {
+            assert_eq!(is_match(pattern.as_bytes(), name.as_bytes()), expected, "{pattern} {name}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_cgroup_is_a_problem_by_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let point = dir.path().join("mount");
+        std::fs::create_dir_all(point.join("a.slice")).unwrap();
+        let mounts = [Mount { point: point.clone(), root: "/".into() }];
+        let table = [
+            ("gone.slice", "no cgroup matches 'gone.slice'"),
+            ("*/nothing", "no cgroup matches '*/nothing'"),
+            // A directory that isn't of the hierarchy.
+            ("a.slice", "no cgroup matches 'a.slice'"),
+            ("/elsewhere/a", "isn't below a cgroup v2 mount"),
+        ];
+        for (pattern, expected) in table {
+            let found = find_in(&mounts, &[pattern.into()]);
+            assert_eq!(found.cgroups, [], "{pattern}");
+            assert!(found.problems[0].contains(expected), "{:?}", found.problems);
+        }
+        let unmounted = find_in(&[], &["a".into()]);
+        assert!(unmounted.problems[0].contains("no cgroup v2 hierarchy"), "{unmounted:?}");
+    }
+
+    fn some(ids: impl IntoIterator<Item = u64>) -> Found {
+        let cgroup = |cgroup_id| (PathBuf::from(format!("c{cgroup_id}")), entry(cgroup_id));
+        Found { cgroups: ids.into_iter().map(cgroup).collect(), problems: Vec::new() }
+    }
+
+    fn entry(cgroup_id: u64) -> ExcludedCgroup {
+        ExcludedCgroup { cgroup_id, level: 2 }
+    }
+
+    /// What is excluded stays so, at its place, whatever comes before it in the list.
+    #[test]
+    fn the_excluded_stay_while_they_are_there() {
+        let places = some(11..=27).place(&[]);
+        assert_eq!(places.map(|place| place.cgroup_id), std::array::from_fn(|at| at as u64 + 11));
+        let mut more = some(1..=30);
+        assert_eq!(more.place(&places), places);
+        assert_eq!(
+            more.problems,
+            [
+                "plane.exclude_cgroups matches 30 cgroups, and 16 at most can be excluded: connections \
+              from c1, c2, c3 and 11 more are translated; exclude a cgroup that they are below"
+            ]
+        );
+        // One goes: another takes its place, and no other moves.
+        let mut fewer = some((1..=30).filter(|&id| id != 13));
+        let mut expected = places;
+        expected[2] = entry(1);
+        assert_eq!(fewer.place(&places), expected);
+        // All but two go.
+        let mut two = some([26, 12]);
+        let left = two.place(&places);
+        assert_eq!((left[1], left[15]), (entry(12), entry(26)));
+        assert_eq!(left.iter().filter(|place| place.cgroup_id != 0).count(), 2);
+        assert!(two.problems.is_empty());
+    }
+
+    /// The limit of the configuration is that of the map.
+    #[test]
+    fn the_limit_is_the_maps() {
+        assert_eq!(crate::config::MAX_EXCLUDED_CGROUPS, MAX_EXCLUDED);
     }
 }

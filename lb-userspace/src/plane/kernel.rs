@@ -209,22 +209,24 @@ impl Board {
         self.probe.store(0, cookie);
     }
 
-    /// Leaves these cgroups alone, as many as fit, and no others.
-    pub fn set_excluded(&self, excluded: &[ExcludedCgroup]) {
-        let present: Vec<u64> = excluded
-            .iter()
-            .flat_map(|&ExcludedCgroup { cgroup_id, level }| [cgroup_id, level])
-            .collect();
-        for index in 0..MAX_EXCLUDED {
-            let word = |offset: usize| present.get(index * 2 + offset).copied().unwrap_or(0);
-            if [self.excluded.load(index * 2), self.excluded.load(index * 2 + 1)]
-                != [word(0), word(1)]
-            {
-                // Without an id an entry says nothing, whatever its level.
-                self.excluded.store(index * 2, 0);
-                self.excluded.store(index * 2 + 1, word(1));
-                self.excluded.store(index * 2, word(0));
-            }
+    /// The cgroups that are left alone.
+    pub fn excluded(&self) -> [ExcludedCgroup; MAX_EXCLUDED] {
+        std::array::from_fn(|index| {
+            let [cgroup_id, level] = self.excluded.load_element(index as u32);
+            ExcludedCgroup { cgroup_id, level }
+        })
+    }
+
+    /// Leaves these cgroups alone, and no others.
+    pub fn set_excluded(&self, excluded: &[ExcludedCgroup; MAX_EXCLUDED]) {
+        let former = self.excluded();
+        for (index, (next, _)) in
+            excluded.iter().zip(&former).enumerate().filter(|(_, (next, former))| next != former)
+        {
+            // Without an id an entry says nothing, whatever its level.
+            self.excluded.store(index * 2, 0);
+            self.excluded.store(index * 2 + 1, next.level);
+            self.excluded.store(index * 2, next.cgroup_id);
         }
     }
 }

@@ -30,7 +30,7 @@ mod shapes;
 mod shared;
 mod usage;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
@@ -39,9 +39,10 @@ use std::time::Duration;
 
 use aya::programs::ProgramError;
 use aya::{Ebpf, EbpfError};
-use lb_common::{Counter, Daemon, LAYOUT, N_COUNTERS};
+use lb_common::{Counter, Daemon, ENTRIES_PER_BACKEND, LAYOUT, N_COUNTERS};
 
-use crate::config::{Config, PlaneConfig, VipConfig, cgroup};
+use crate::config::cgroup::{self, ScopeError};
+use crate::config::{Config, PlaneConfig, VipConfig};
 use crate::table::Table;
 use cause::{Machine, Step};
 use forsaken::Disconnector;
@@ -109,6 +110,22 @@ pub enum PlaneError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// New maps hold less than those that they are to replace.
+    #[error(
+        "the new maps have no room for {n_services} of the services that are served, such as {name}: \
+         {reason}"
+    )]
+    NoRoom {
+        /// How many services they lack.
+        n_services: usize,
+        /// One of them.
+        name: String,
+        /// Why it isn't in them.
+        reason: String,
+    },
+    /// The cgroup can't be served.
+    #[error(transparent)]
+    Scope(#[from] ScopeError),
     /// The pins can't be used.
     #[error(transparent)]
     Pins(#[from] PinError),
@@ -229,6 +246,9 @@ pub struct Plane {
     disconnector: Disconnector,
     features: Features,
     excluded: Vec<PathBuf>,
+    /// What an operator should know of what is served and what is left alone.
+    notes: Vec<String>,
+    exclusions: Vec<String>,
     pool_network: Ipv4Addr,
     is_adopted: bool,
 }
@@ -249,6 +269,7 @@ impl Plane {
         let unlimited = rustix::process::Rlimit { current: None, maximum: None };
         let _ = rustix::process::setrlimit(rustix::process::Resource::Memlock, unlimited);
 
+        let note = cgroup::inspect(&options.scope)?;
         let scope = links::open_scope(&options.scope)?;
         // Before anything is made. Where the kernel can't be asked, attaching shows it.
         if let Ok(Some(obstacle)) = find_obstacle(&options.scope) {
@@ -261,7 +282,10 @@ impl Plane {
         let pins = Pins::open(&options.bpffs, options.layout)?;
         let (was_empty, had_links) = (pins.is_empty()?, !pins.all_links()?.is_empty());
         let storages = pins.take_other_storages()?;
-        let started = Plane::start_over(pins, &scope, options, features);
+        let started = Plane::start_over(pins, &scope, options, features).map(|mut plane| {
+            plane.notes.extend(note);
+            plane
+        });
         if started.is_err()
             && let Err(error) = undo_start(options, storages, had_links, was_empty)
         {
@@ -278,13 +302,13 @@ impl Plane {
         options: &Options,
         features: Features,
     ) -> Result<Plane, PlaneError> {
-        let sizes = Sizes::of(&options.plane, &options.vip);
         pins.make_directories()?;
         pins.are_there(&pins.sockets(), &socket_shapes())?;
         let is_live = links::are_live(&pins, scope)?;
+        let Fitted { sizes, note, served, mut loaded } =
+            Fitted::new(options, &pins, &features, is_live)?;
 
-        let mut loaded = None;
-        if pins.are_there(&pins.maps(), &sizes.shapes())? {
+        if loaded.is_none() && pins.are_there(&pins.maps(), &sizes.shapes())? {
             loaded = Loaded::over_earlier(options, &sizes, &pins, &features, is_live)?;
         }
         let is_adopted = loaded.is_some();
@@ -296,6 +320,9 @@ impl Plane {
             }
         };
         let Loaded { ebpf, mut reconciler } = loaded;
+        if !is_adopted {
+            reconciler.prefer_served(served);
+        }
         let maps = reconciler.maps_mut();
         let (counters, board) = (maps.counters(), maps.board());
         let usage = Usage::begin(reconciler.services(), counters.clone());
@@ -316,6 +343,8 @@ impl Plane {
             disconnector,
             features,
             excluded: options.plane.exclude_cgroups.clone(),
+            notes: note.into_iter().collect(),
+            exclusions: Vec::new(),
             pool_network: options.vip.pool.network(),
             is_adopted,
         };
@@ -350,23 +379,38 @@ impl Plane {
         self.board.set_daemon(daemon);
     }
 
-    fn look_up_excluded(&self) {
+    fn look_up_excluded(&mut self) {
         // Without them the programs don't look either.
         if self.excluded.is_empty() {
             return;
         }
-        let root = cgroup::find_cgroup2_root();
-        let present = root.map(|root| excluded::present(&root, &self.excluded));
-        self.board.set_excluded(&present.unwrap_or_default());
+        let mut found = excluded::find(&self.excluded);
+        self.board.set_excluded(&found.place(&self.board.excluded()));
+        self.exclusions = found.problems;
+    }
+
+    /// What an operator should know of whose connections are translated and whose are left alone.
+    pub fn notes(&self) -> impl Iterator<Item = &String> {
+        self.notes.iter().chain(&self.exclusions)
     }
 
     /// Brings the maps to `table`. Returns the services that couldn't be brought there, each with
     /// the reason; their former state serves on, and the next call tries them again.
     ///
     /// # Errors
-    /// When the maps were new and the hooks couldn't be switched to them: the former ones go on.
+    /// When the maps were new and the hooks couldn't be switched to them, or a service that the former
+    /// ones serve has no room in them: the former ones go on.
     pub fn apply(&mut self, table: &Table) -> Result<BTreeMap<Arc<str>, ApplyError>, PlaneError> {
         let errors = self.reconciler.apply(table);
+        // What holds less must not take the place of what works.
+        let unserved = self.reconciler.unserved(&errors);
+        if let Some((name, error)) = unserved.first_key_value() {
+            return Err(PlaneError::NoRoom {
+                n_services: unserved.len(),
+                name: name.to_string(),
+                reason: error.to_string(),
+            });
+        }
         self.disconnector.disconnect(self.reconciler.take_left_udp());
         let daemon = self.board.daemon();
         self.board.set_daemon(Daemon {
@@ -377,6 +421,7 @@ impl Plane {
         if !self.links.are_ours() {
             self.links.switch(&mut self.ebpf, &self.pins)?;
         }
+        self.reconciler.forget_served();
         Ok(errors)
     }
 
@@ -527,6 +572,62 @@ impl Plane {
     }
 }
 
+/// The sizes of the maps, and what follows from the maps of an earlier daemon.
+struct Fitted {
+    sizes: Sizes,
+    /// Why the sizes aren't the configuration's.
+    note: Option<String>,
+    /// The services that the earlier maps serve, where these were looked at.
+    served: HashSet<Arc<str>>,
+    /// Over the earlier maps, where those are used on although other sizes are configured.
+    loaded: Option<Loaded>,
+}
+
+impl Fitted {
+    /// As configured, but where that has no room for what earlier maps serve: those keep their sizes.
+    fn new(
+        options: &Options,
+        pins: &Pins,
+        features: &Features,
+        is_live: bool,
+    ) -> Result<Fitted, PlaneError> {
+        let wanted = Sizes::of(&options.plane, &options.vip);
+        let as_wanted = Fitted { sizes: wanted, note: None, served: HashSet::new(), loaded: None };
+        let earlier = Sizes::pinned(&pins.maps()).filter(|earlier| is_live && *earlier != wanted);
+        let Some(earlier) = earlier else { return Ok(as_wanted) };
+        if !pins.are_there(&pins.maps(), &earlier.shapes())? {
+            return Ok(as_wanted);
+        }
+        let Some(loaded) = Loaded::over_earlier(options, &earlier, pins, features, is_live)? else {
+            return Ok(as_wanted);
+        };
+        let (in_use, served) = (loaded.reconciler.in_use(), loaded.reconciler.served());
+        let sizes = wanted.with_room_for(&in_use, &earlier);
+        let note = too_small(options, &wanted, &sizes, &in_use);
+        let loaded = (sizes == earlier).then_some(loaded);
+        Ok(Fitted { sizes, note, served, loaded })
+    }
+}
+
+/// What is wrong with sizes that have no room for what is in use.
+fn too_small(options: &Options, wanted: &Sizes, kept: &Sizes, in_use: &Sizes) -> Option<String> {
+    let PlaneConfig { max_services, max_backends, .. } = options.plane;
+    let said = |key: &str, value: u32, n: u32, of: &str, kept: u32| {
+        format!(
+            "plane.{key} = {value} has no room for the {n} {of} that are served: the kernel keeps room \
+             for {kept}, so that none is lost; raise the key, or restart once there are fewer"
+        )
+    };
+    if kept.services > wanted.services || kept.frontends > wanted.frontends {
+        let n = in_use.services;
+        return Some(said("max_services", max_services, n, "services", kept.services));
+    }
+    (kept.backends > wanted.backends || kept.slots > wanted.slots).then(|| {
+        let room = kept.backends / ENTRIES_PER_BACKEND;
+        said("max_backends", max_backends, in_use.backends, "backends", room)
+    })
+}
+
 /// The object in the kernel, not yet attached.
 struct Loaded {
     ebpf: Ebpf,
@@ -592,6 +693,14 @@ pub fn unload(bpffs: &Path) -> Result<usize, PlaneError> {
     let n_links = links::detach_pinned(&pins)?;
     pins.remove_all()?;
     Ok(n_links)
+}
+
+/// What keeps `plane.exclude_cgroups` from excluding what it names: patterns that match nothing now,
+/// and cgroups that there is no room for.
+pub fn exclusion_problems(patterns: &[PathBuf]) -> Vec<String> {
+    let mut found = excluded::find(patterns);
+    found.place(&[]);
+    found.problems
 }
 
 /// The counters that no service owns, with the names they have in `status`.

@@ -185,6 +185,9 @@ pub struct Reconciler<M> {
     next_generation: u32,
     /// Backends that left a service which is dialled by UDP, each with the service.
     left_udp: HashSet<(Arc<str>, SocketAddr)>,
+    /// The services that former maps serve, in the place of which these are to be used: they come
+    /// first where room is short.
+    served: HashSet<Arc<str>>,
     /// Services with frontends in [`Held::given_up`].
     suspended: BTreeSet<Arc<str>>,
     /// UDP frontends that a service gave up, each with a backend that it kept.
@@ -217,6 +220,7 @@ impl<M: Maps> Reconciler<M> {
             frontends6: room("FRONTENDS6", sizes.frontends6),
             next_generation: first_generation.max(1),
             left_udp: HashSet::new(),
+            served: HashSet::new(),
             suspended: BTreeSet::new(),
             given_up_udp: HashSet::new(),
         }
@@ -237,6 +241,10 @@ impl<M: Maps> Reconciler<M> {
         let Diff { changed, gone } = diff(&self.held, &table.services, |held, service| {
             held.applied.as_ref().is_some_and(|applied| Arc::ptr_eq(applied, service))
         });
+        let mut changed = changed;
+        if !self.served.is_empty() {
+            changed.sort_by_key(|(name, _)| !self.served.contains(*name));
+        }
         let gone: Vec<Arc<str>> = gone.into_iter().cloned().collect();
         // Before the first `put`, which may give one of those frontends to another service.
         for (_, service) in &changed {
@@ -391,6 +399,43 @@ impl<M: Maps> Reconciler<M> {
     /// The services that the maps hold, each with its index.
     pub fn services(&self) -> impl Iterator<Item = (&Arc<str>, u32)> {
         self.held.iter().map(|(name, held)| (name, held.service_idx))
+    }
+
+    /// The services that have backends in the maps.
+    pub fn served(&self) -> HashSet<Arc<str>> {
+        let serving = self.held.iter().filter(|(_, held)| !held.backends.is_empty());
+        serving.map(|(name, _)| name.clone()).collect()
+    }
+
+    /// Puts these services before others, until [`Reconciler::forget_served`]: former maps, which
+    /// these are to replace, serve them.
+    pub fn prefer_served(&mut self, served: HashSet<Arc<str>>) {
+        self.served = served;
+    }
+
+    /// Those of the services that former maps serve of which these lack the state that was to be
+    /// applied.
+    pub fn unserved<'a>(
+        &self,
+        errors: &'a BTreeMap<Arc<str>, ApplyError>,
+    ) -> BTreeMap<&'a Arc<str>, &'a ApplyError> {
+        errors.iter().filter(|(name, _)| self.served.contains(*name)).collect()
+    }
+
+    /// Forgets which services former maps served: these are used now.
+    pub fn forget_served(&mut self) {
+        self.served.clear();
+    }
+
+    /// How many entries of each map are in use.
+    pub fn in_use(&self) -> Sizes {
+        Sizes {
+            services: self.services.used(),
+            frontends: self.frontends.used,
+            frontends6: self.frontends6.used,
+            slots: self.regions.used(),
+            backends: self.backends.used(),
+        }
     }
 
     /// How full each map is.

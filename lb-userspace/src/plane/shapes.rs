@@ -1,5 +1,8 @@
 //! What each map has to be: its type, the sizes of its keys and values, its entries and flags.
 
+use std::path::Path;
+
+use aya::maps::MapData;
 use lb_common::{
     BackendLine, Daemon, ENTRIES_PER_BACKEND, ExcludedCgroup, FRONTENDS_PER_SERVICE, Flows,
     Frontend, Frontend6, MAX_EXCLUDED, MAX_SERVICE_BACKENDS, N_PINNED_COUNTERS, Name, Peer, Probe,
@@ -35,6 +38,42 @@ impl Sizes {
             frontends6: if vip.pool6.is_some() { frontends } else { 1 },
             slots: slots.next_multiple_of(MAX_SERVICE_BACKENDS),
             backends: config.max_backends.saturating_mul(ENTRIES_PER_BACKEND),
+        }
+    }
+
+    /// Those of the maps that are pinned in `maps`; `None` where one can't be read.
+    pub fn pinned(maps: &Path) -> Option<Sizes> {
+        let entries = |name| {
+            let info = MapData::from_pin(maps.join(name)).and_then(|map| map.info());
+            info.ok().map(|info| info.max_entries())
+        };
+        Some(Sizes {
+            services: entries("SERVICES")?,
+            frontends: entries("FRONTENDS")?,
+            frontends6: entries("FRONTENDS6")?,
+            slots: entries("SLOTS")?,
+            backends: entries("BACKENDS")?,
+        })
+    }
+
+    /// The same, but those of `earlier` maps where these have no room for what is in use there. Of
+    /// slots and backends twice as much has to fit, so that each can be replaced. IPv6 frontends have
+    /// to fit only where there are to be any.
+    pub fn with_room_for(&self, in_use: &Sizes, earlier: &Sizes) -> Sizes {
+        let choose = |own: u32, in_use: u32, earlier: u32| {
+            if in_use > own { earlier.max(own) } else { own }
+        };
+        let frontends6 = if self.frontends6 > 1 { in_use.frontends6 } else { 0 };
+        Sizes {
+            services: choose(self.services, in_use.services, earlier.services),
+            frontends: choose(self.frontends, in_use.frontends, earlier.frontends),
+            frontends6: choose(self.frontends6, frontends6, earlier.frontends6),
+            slots: choose(self.slots, in_use.slots.saturating_mul(2), earlier.slots),
+            backends: choose(
+                self.backends,
+                in_use.backends.saturating_mul(ENTRIES_PER_BACKEND),
+                earlier.backends,
+            ),
         }
     }
 
@@ -94,4 +133,36 @@ pub fn socket_shapes() -> [MapShape; 3] {
         max_entries: 0,
         flags: NO_PREALLOC,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_in_use_fits() {
+        let sizes = |services, frontends, frontends6, slots, backends| Sizes {
+            services,
+            frontends,
+            frontends6,
+            slots,
+            backends,
+        };
+        let earlier = sizes(100, 400, 400, 8192, 200);
+        let small = sizes(10, 40, 40, 4096, 20);
+        // What is in use, and which sizes serve it.
+        let table = [
+            (sizes(10, 40, 40, 2048, 10), small),
+            (sizes(11, 40, 40, 2048, 10), Sizes { services: 100, ..small }),
+            (sizes(10, 41, 40, 2048, 10), Sizes { frontends: 400, ..small }),
+            (sizes(10, 40, 41, 2048, 10), Sizes { frontends6: 400, ..small }),
+            (sizes(10, 40, 40, 2049, 11), Sizes { slots: 8192, backends: 200, ..small }),
+        ];
+        for (in_use, expected) in table {
+            assert_eq!(small.with_room_for(&in_use, &earlier), expected, "{in_use:?}");
+        }
+        // Without a pool there are to be no IPv6 frontends.
+        let without = Sizes { frontends6: 1, ..small };
+        assert_eq!(without.with_room_for(&sizes(1, 1, 41, 1, 1), &earlier), without);
+    }
 }

@@ -57,6 +57,8 @@ struct Watched {
     lost: Option<(Instant, String)>,
     /// Why new maps don't count yet.
     waiting: Option<String>,
+    /// What an operator should know of whose connections are translated.
+    notes: Vec<String>,
 }
 
 /// Whether dials are translated, as far as the daemon knows.
@@ -78,10 +80,12 @@ impl SharedPlane {
         } else {
             Mode::Translate
         };
+        let notes: Vec<String> = plane.notes().cloned().collect();
+        notes.iter().for_each(|note| tracing::warn!("{note}"));
         SharedPlane {
             plane: Mutex::new(plane),
             errors: Mutex::default(),
-            watched: Mutex::default(),
+            watched: Mutex::new(Watched { notes, ..Watched::default() }),
             mode: Mutex::new(mode),
         }
     }
@@ -163,8 +167,13 @@ impl SharedPlane {
         let mut plane = lock(&self.plane);
         let attachment = plane.mend();
         let scope = plane.scope().display().to_string();
+        let notes: Vec<String> = plane.notes().cloned().collect();
         drop(plane);
         let mut watched = lock(&self.watched);
+        for note in notes.iter().filter(|note| !watched.notes.contains(note)) {
+            tracing::warn!("{note}");
+        }
+        watched.notes = notes;
         if attachment.problem.is_some() && watched.problem != attachment.problem {
             tracing::error!(
                 "the hooks aren't attached: {}",
@@ -244,6 +253,7 @@ impl SharedPlane {
         }
         hooks.attached &= watched.waiting.is_none();
         hooks.problems.extend(watched.waiting.clone());
+        hooks.problems.extend(watched.notes.iter().cloned());
         hooks.translate = hooks.attached && mode == Mode::Translate;
         hooks
     }
