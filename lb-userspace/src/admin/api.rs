@@ -94,6 +94,25 @@ pub struct DnsStatus {
     pub listen: Vec<SocketAddr>,
     /// The zone that is ours.
     pub domain: String,
+    /// The resolvers that other names are forwarded to, those of the longest domain first.
+    #[serde(default)]
+    pub upstreams: Vec<UpstreamStatus>,
+}
+
+/// A resolver that names are forwarded to, within [`DnsStatus`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct UpstreamStatus {
+    /// Where it is asked.
+    pub address: SocketAddr,
+    /// `up`, `suspect` while a probe decides, or `out`: then it is asked last until it answers.
+    pub state: String,
+    /// Queries that were sent to it, since the start.
+    pub sent: u64,
+    /// Queries by result: `answered`, `refused` (SERVFAIL, REFUSED, NOTIMP), `timeout`,
+    /// `unreachable`. One whose question another resolver answered first may end up as none of them.
+    pub results: BTreeMap<String, u64>,
+    /// The mean time of its answers, in milliseconds; `null` before the first.
+    pub mean_ms: Option<f64>,
 }
 
 /// `GET /v1/dns?name=NAME&type=TYPE`: what the DNS server answers.

@@ -73,15 +73,37 @@ impl Exposition {
     /// A histogram without labels.
     pub fn histogram(&mut self, name: &'static str, help: &str, histogram: &Histogram) {
         self.head(name, "histogram", help);
+        self.buckets(name, "", histogram);
+    }
+
+    /// A histogram for each value of `label`; the values need no escapes.
+    pub fn histograms(
+        &mut self,
+        name: &'static str,
+        help: &str,
+        label: &str,
+        histograms: &[(&str, Histogram)],
+    ) {
+        self.head(name, "histogram", help);
+        for (value, histogram) in histograms {
+            self.buckets(name, &format!("{label}=\"{value}\""), histogram);
+        }
+    }
+
+    fn buckets(&mut self, name: &str, label: &str, histogram: &Histogram) {
+        let (comma, labels) = match label.is_empty() {
+            true => ("", String::new()),
+            false => (",", format!("{{{label}}}")),
+        };
         let mut n = 0;
         for (upper, n_inside) in &histogram.buckets {
             n += n_inside;
-            line(&mut self.0, format_args!("{name}_bucket{{le=\"{upper}\"}} {n}"));
+            line(&mut self.0, format_args!("{name}_bucket{{{label}{comma}le=\"{upper}\"}} {n}"));
         }
         n += histogram.above;
-        line(&mut self.0, format_args!("{name}_bucket{{le=\"+Inf\"}} {n}"));
-        line(&mut self.0, format_args!("{name}_sum {}", histogram.sum));
-        line(&mut self.0, format_args!("{name}_count {n}"));
+        line(&mut self.0, format_args!("{name}_bucket{{{label}{comma}le=\"+Inf\"}} {n}"));
+        line(&mut self.0, format_args!("{name}_sum{labels} {}", histogram.sum));
+        line(&mut self.0, format_args!("{name}_count{labels} {n}"));
     }
 
     /// The text.
@@ -184,7 +206,8 @@ pub mod strict {
                 if value < bucket {
                     return Err(wrong("a histogram that shrinks"));
                 }
-                bucket = value;
+                // After the count the next one of the family begins.
+                bucket = if part == "_count" { 0.0 } else { value };
             }
             if samples.insert(sample.to_owned(), value).is_some() {
                 return Err(wrong("there twice"));
@@ -244,6 +267,8 @@ mod tests {
         let mut histogram = Histogram::new(&[0.0005, 0.25, 10.0]);
         [0.0005, 0.0, 0.5, 20.0].into_iter().for_each(|value| histogram.observe(value));
         exposition.histogram("c_seconds", "How long.", &histogram);
+        let each = [("x", Histogram::new(&[1.0])), ("y", Histogram::new(&[1.0]))];
+        exposition.histograms("d_seconds", "How long each.", "of", &each);
         let text = exposition.finish();
         let expected = r#"# HELP a_ready Whether\nit is \\ ready.
 # TYPE a_ready gauge
@@ -262,9 +287,19 @@ c_seconds_bucket{le="10"} 3
 c_seconds_bucket{le="+Inf"} 4
 c_seconds_sum 20.5005
 c_seconds_count 4
+# HELP d_seconds How long each.
+# TYPE d_seconds histogram
+d_seconds_bucket{of="x",le="1"} 0
+d_seconds_bucket{of="x",le="+Inf"} 0
+d_seconds_sum{of="x"} 0
+d_seconds_count{of="x"} 0
+d_seconds_bucket{of="y",le="1"} 0
+d_seconds_bucket{of="y",le="+Inf"} 0
+d_seconds_sum{of="y"} 0
+d_seconds_count{of="y"} 0
 "#;
         assert_eq!(text, expected);
-        assert_eq!(strict::read(&text).unwrap().len(), 9);
+        assert_eq!(strict::read(&text).unwrap().len(), 17);
     }
 
     #[test]

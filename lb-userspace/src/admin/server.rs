@@ -268,7 +268,7 @@ mod tests {
                 pool: api::PoolStatus::default(),
                 services: 1,
                 backends: 0,
-                dns: api::DnsStatus { listen: vec![], domain: "service".into() },
+                dns: api::DnsStatus { listen: vec![], domain: "service".into(), upstreams: vec![] },
                 plane: api::PlaneStatus::default(),
             }
         }

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use crate::admin::exposition::{Exposition, Histogram, Kind};
 use crate::catalog::Watches;
+use crate::dns;
 use crate::plane::{Pressure, ServiceCounters};
 use crate::table::vips::PoolUse;
 
@@ -39,6 +40,7 @@ pub struct Readings {
     pub(super) flows_full: u64,
     pub(super) maps: Vec<(&'static str, Pressure)>,
     pub(super) dns_answers: BTreeMap<String, u64>,
+    pub(super) dns_upstreams: Vec<dns::Reading>,
     pub(super) pool: PoolUse,
 }
 
@@ -54,7 +56,38 @@ pub fn exposition(readings: &Readings) -> String {
     for (rcode, n) in &readings.dns_answers {
         family.sample(&[("rcode", rcode)], n);
     }
+    upstreams(&mut text, readings);
     text.finish()
+}
+
+fn upstreams(text: &mut Exposition, readings: &Readings) {
+    let named: Vec<(String, &dns::Reading)> = readings
+        .dns_upstreams
+        .iter()
+        .map(|upstream| (upstream.address.to_string(), upstream))
+        .collect();
+    let help = "Whether a resolver that names are forwarded to answers (1), or is asked last (0).";
+    let mut family = text.family("nohop_dns_upstream_up", Kind::Gauge, help);
+    for (address, upstream) in &named {
+        family.sample(&[("upstream", address)], u8::from(upstream.state != dns::State::Out));
+    }
+    let help = "Queries to a resolver by result: answered, refused (SERVFAIL, REFUSED, NOTIMP), \
+                timeout, unreachable.";
+    let mut family = text.family("nohop_dns_upstream_queries_total", Kind::Counter, help);
+    for (address, upstream) in &named {
+        for (result, n) in upstream.results {
+            family.sample(&[("upstream", address), ("result", result)], n);
+        }
+    }
+    let help = "The time that a resolver's answers took.";
+    let histograms = named.iter().map(|(address, upstream)| {
+        let ends = dns::BUCKETS_US.iter().map(|us| *us as f64 / 1e6);
+        let buckets = ends.zip(upstream.buckets).collect();
+        let above = upstream.buckets.last().copied().unwrap_or_default();
+        (address.as_str(), Histogram { buckets, above, sum: upstream.seconds })
+    });
+    let name = "nohop_dns_upstream_seconds";
+    text.histograms(name, help, "upstream", &histograms.collect::<Vec<_>>());
 }
 
 fn daemon(text: &mut Exposition, readings: &Readings) {
@@ -203,6 +236,14 @@ mod tests {
             flows_full: 7,
             maps: vec![("SLOTS", Pressure { used: 10, capacity: 40 })],
             dns_answers: BTreeMap::from([("NXDOMAIN".into(), 6)]),
+            dns_upstreams: vec![dns::Reading {
+                address: "192.0.2.1:53".parse().unwrap(),
+                state: dns::State::Out,
+                sent: 12,
+                results: [("answered", 3), ("refused", 1), ("timeout", 2), ("unreachable", 4)],
+                buckets: [0, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1],
+                seconds: 2.5,
+            }],
             pool: PoolUse { used: 1, resting: 2, size: 10 },
         }
     }
@@ -240,6 +281,11 @@ mod tests {
             (r#"nohop_map_capacity{map="SLOTS"}"#, 40.0),
             (r#"nohop_vip_pool_addresses{state="free"}"#, 7.0),
             (r#"nohop_dns_queries_total{rcode="NXDOMAIN"}"#, 6.0),
+            (r#"nohop_dns_upstream_up{upstream="192.0.2.1:53"}"#, 0.0),
+            (r#"nohop_dns_upstream_queries_total{upstream="192.0.2.1:53",result="timeout"}"#, 2.0),
+            (r#"nohop_dns_upstream_seconds_bucket{upstream="192.0.2.1:53",le="0.0005"}"#, 3.0),
+            (r#"nohop_dns_upstream_seconds_count{upstream="192.0.2.1:53"}"#, 4.0),
+            (r#"nohop_dns_upstream_seconds_sum{upstream="192.0.2.1:53"}"#, 2.5),
         ];
         for (sample, expected) in table {
             assert_eq!(samples.get(sample), Some(&expected), "{sample}");

@@ -160,6 +160,7 @@ impl Daemon {
             dns: api::DnsStatus {
                 listen: dns_addresses.clone(),
                 domain: config.dns.domain.clone(),
+                upstreams: Vec::new(),
             },
             dns_stats: dns.stats(),
             scope: scope.clone(),

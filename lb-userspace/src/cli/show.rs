@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use super::instance::known_as;
 use crate::admin::api::{
-    Backend, Explanation, MapStatus, PoolStatus, Service, Status, WatchStatus,
+    Backend, Explanation, MapStatus, PoolStatus, Service, Status, UpstreamStatus, WatchStatus,
 };
 
 /// `nohop status`
@@ -37,6 +37,9 @@ pub fn status(status: &Status) -> String {
     line(&mut text, format!("vip.pool  {used} of {size} addresses used{rest}"));
     let listen: Vec<_> = status.dns.listen.iter().map(ToString::to_string).collect();
     line(&mut text, format!("dns       *.{} on {}", status.dns.domain, listen.join(", ")));
+    for upstream in &status.dns.upstreams {
+        line(&mut text, format!("          {}", upstream_line(upstream)));
+    }
     let attached = if status.plane.attached { "attached to" } else { "NOT ATTACHED to" };
     let adopted = if status.plane.adopted { ", taken over from an earlier daemon" } else { "" };
     line(&mut text, format!("plane     {attached} {}{adopted}", status.plane.cgroup));
@@ -57,6 +60,18 @@ pub fn status(status: &Status) -> String {
         line(&mut text, format!("          {name}: {n}"));
     }
     text
+}
+
+/// A resolver, and how it does.
+fn upstream_line(upstream: &UpstreamStatus) -> String {
+    let UpstreamStatus { address, state, sent, results, mean_ms } = upstream;
+    let mean = mean_ms.map(|ms| format!(" in {ms:.1} ms")).unwrap_or_default();
+    let failed = ["refused", "timeout", "unreachable"].into_iter().filter_map(|result| {
+        results.get(result).filter(|n| **n > 0).map(|n| format!(", {n} {result}"))
+    });
+    let n_answered = results.get("answered").copied().unwrap_or_default();
+    let failed: String = failed.collect();
+    format!("upstream {address} {state}: {n_answered} of {sent} queries answered{mean}{failed}")
 }
 
 /// What the source follows, and what that costs at most.

@@ -90,7 +90,10 @@ impl View for DaemonView {
             },
             services: table.services.len(),
             backends: table.services.values().map(|service| service.healthy().count()).sum(),
-            dns: self.dns.clone(),
+            dns: api::DnsStatus {
+                upstreams: self.inquirer.upstreams().iter().map(upstream_status).collect(),
+                ..self.dns.clone()
+            },
             pool: api::PoolStatus { used: pool.used, resting: pool.resting, size: pool.size },
             plane: api::PlaneStatus {
                 attached: hooks.attached,
@@ -168,6 +171,7 @@ impl View for DaemonView {
             flows_full: events.get("flows_full").copied().unwrap_or_default(),
             maps: self.plane.pressure(),
             dns_answers: self.dns_stats.snapshot(),
+            dns_upstreams: self.inquirer.upstreams(),
             pool: *self.pool.borrow(),
         })
     }
@@ -183,6 +187,17 @@ impl View for DaemonView {
             return stopping();
         }
         answered.await.unwrap_or_else(|_| stopping())
+    }
+}
+
+fn upstream_status(upstream: &dns::Reading) -> api::UpstreamStatus {
+    let n_answers: u64 = upstream.buckets.iter().sum();
+    api::UpstreamStatus {
+        address: upstream.address,
+        state: upstream.state.word().to_owned(),
+        sent: upstream.sent,
+        results: upstream.results.iter().map(|(result, n)| ((*result).to_owned(), *n)).collect(),
+        mean_ms: (n_answers > 0).then(|| upstream.seconds * 1e3 / n_answers as f64),
     }
 }
 

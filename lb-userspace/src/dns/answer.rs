@@ -18,8 +18,10 @@ use crate::table::{Backend, Ports, Protocols, Service, Table, Watch};
 /// service that comes up is found soon after somebody asked for it too early.
 const NEGATIVE_TTL: u32 = 5;
 
-/// The longest answer over UDP, whatever size the client allows.
-pub(super) const MAX_UDP_LEN: u16 = 4096;
+/// The longest answer over UDP, whatever size the client allows: what we say that we take ourselves.
+/// A longer one would come in fragments, of which all but the first can be forged without knowing
+/// port and id, and would make more of a query with a forged sender.
+pub(super) const MAX_UDP_LEN: u16 = reply::OUR_PAYLOAD;
 
 /// The port that SRV tells of a service that listens on 80 or on every port.
 const HTTP: u16 = 80;
@@ -231,6 +233,12 @@ impl Zone {
             unrouted: config.unrouted,
             pools: pools.into_iter().collect(),
         }
+    }
+
+    /// How long what other resolvers answer about names of the zone may be remembered, and what they
+    /// deny, in seconds.
+    pub(super) fn max_ttls(&self) -> (u32, u32) {
+        (self.ttl, NEGATIVE_TTL)
     }
 
     /// What names get that no routed service has.

@@ -7,9 +7,8 @@ use std::sync::{PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
-use nix::sys::socket::SockaddrStorage;
-use tracing::warn;
 
+use super::interfaces::Interfaces;
 use crate::config::{Allowed, DnsConfig};
 
 /// How long the list of this host's networks is believed when a client is in none of them.
@@ -43,17 +42,9 @@ pub(super) struct Clients {
     /// Whether the networks count that this host is in.
     counts_local: bool,
     /// What this host's interfaces have, and when that was read.
-    local: RwLock<(Instant, Local)>,
+    local: RwLock<(Instant, Interfaces)>,
     buckets: Option<Buckets>,
     start: Instant,
-}
-
-/// What this host's interfaces have.
-#[derive(Debug, Default)]
-struct Local {
-    addresses: Vec<IpAddr>,
-    /// Those of the addresses.
-    networks: Vec<IpNet>,
 }
 
 impl Clients {
@@ -69,7 +60,7 @@ impl Clients {
             is_anywhere: own.iter().any(|listener| listener.ip().is_unspecified()),
             networks: config.allow.iter().filter_map(network).collect(),
             counts_local: config.allow.contains(&Allowed::Local),
-            local: RwLock::new((start, Local::read())),
+            local: RwLock::new((start, Interfaces::read())),
             buckets: Buckets::new(config.client_rate),
             start,
         }
@@ -96,7 +87,7 @@ impl Clients {
         let client = client.to_canonical();
         client.is_loopback()
             || self.own.contains(&client)
-            || self.is_anywhere && self.is_local(|local| local.addresses.contains(&client))
+            || self.is_anywhere && self.is_local(|local| local.have(client))
     }
 
     /// Whether the client is served at all, at whatever rate.
@@ -110,7 +101,7 @@ impl Clients {
 
     /// Whether this host's interfaces are so. They come and go, so they are looked at again where
     /// those that were there aren't.
-    fn is_local(&self, is_so: impl Fn(&Local) -> bool) -> bool {
+    fn is_local(&self, is_so: impl Fn(&Interfaces) -> bool) -> bool {
         let now = Instant::now();
         {
             let known = self.local.read().unwrap_or_else(PoisonError::into_inner);
@@ -121,33 +112,10 @@ impl Clients {
                 return false;
             }
         }
-        let local = Local::read();
+        let local = Interfaces::read();
         let is_local = is_so(&local);
         *self.local.write().unwrap_or_else(PoisonError::into_inner) = (now, local);
         is_local
-    }
-}
-
-impl Local {
-    fn read() -> Local {
-        let interfaces = match nix::ifaddrs::getifaddrs() {
-            Ok(interfaces) => interfaces,
-            Err(error) => {
-                warn!(
-                    "this host's networks can't be read, so dns.allow's \"local\" is nobody: {error}"
-                );
-                return Local::default();
-            }
-        };
-        let mut local = Local::default();
-        for interface in interfaces {
-            let Some(address) = interface.address.as_ref().and_then(ip) else { continue };
-            local.addresses.push(address);
-            let netmask = interface.netmask.as_ref().and_then(ip);
-            let network = netmask.and_then(|netmask| IpNet::with_netmask(address, netmask).ok());
-            local.networks.extend(network.filter(|network| network.prefix_len() > 0));
-        }
-        local
     }
 }
 
@@ -157,17 +125,6 @@ pub(super) fn party(client: IpAddr) -> u64 {
         IpAddr::V4(v4) => u64::from(u32::from(v4)),
         IpAddr::V6(v6) => (u128::from(v6) >> 64) as u64,
     }
-}
-
-/// The address of a socket address of the internet.
-pub(super) fn ip(address: &SockaddrStorage) -> Option<IpAddr> {
-    socket_address(address).map(|address| address.ip())
-}
-
-/// The socket address, where it is one of the internet.
-pub(super) fn socket_address(address: &SockaddrStorage) -> Option<SocketAddr> {
-    let v4 = address.as_sockaddr_in().map(|v4| SocketAddr::V4((*v4).into()));
-    v4.or_else(|| address.as_sockaddr_in6().map(|v6| SocketAddr::V6((*v6).into())))
 }
 
 /// A token bucket for each client, as the time at which it will be full again (the generic cell
@@ -253,7 +210,7 @@ mod tests {
             let config = DnsConfig { allow: Vec::new(), client_rate: 1, ..Config::default().dns };
             let clients = Clients::new(&config, &[listener.parse().unwrap()]);
             // As if an interface had it.
-            let local = Local { addresses: vec![address], networks: Vec::new() };
+            let local = Interfaces { addresses: vec![address], ..Interfaces::default() };
             *clients.local.write().unwrap() = (Instant::now(), local);
             let n_admitted =
                 (0..9).filter(|_| clients.admit(client) == Admission::Admitted).count();

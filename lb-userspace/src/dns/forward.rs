@@ -1,296 +1,296 @@
-//! Names that aren't ours: the question goes to other resolvers, and their answer comes back.
+//! What all threads share of the forwarding: the upstreams, what probes have found, and questions
+//! that go over TCP, which are rare enough for a task each. (`relay` has those over UDP.)
 
-use std::net::SocketAddr;
-use std::sync::{Arc, Weak};
-use std::time::{Duration, Instant};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
-use hickory_proto::op::{Message, Query, ResponseCode};
-use hickory_proto::rr::Name;
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tracing::debug;
 
-use super::answer::MAX_UDP_LEN;
-use super::exchange::{ExchangeError, Outgoing};
-use super::health::Health;
-use super::lookup::{Origin, Origins};
-use super::loops::{self, Loops, Way};
+use super::exchange::Outgoing;
+use super::loops::Loops;
+use super::mailbox::Alarm;
 use super::message::Asked;
+use super::probe;
 use super::received::Received;
-use super::same::{Key, Same};
+use super::relay::{ForwardError, Limits, Party};
+use super::reply::OUR_PAYLOAD;
 use super::sockets::Transport;
-use super::upstreams::Upstreams;
+use super::upstream::{Outcome, Reading, State, Upstream};
+use super::upstreams::{Route, Upstreams};
 
-/// How much is tried, and for how long.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Limits {
-    /// For one answer of one resolver.
-    pub(super) patience: Duration,
-    /// How often the list of resolvers is gone through.
-    pub(super) n_rounds: usize,
-    /// The questions that may be under way at one time.
-    pub(super) max_in_flight: usize,
-}
-
-impl Default for Limits {
-    fn default() -> Limits {
-        Limits { patience: Duration::from_secs(2), n_rounds: 2, max_in_flight: 512 }
-    }
-}
-
-/// Why a question got no answer from elsewhere.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub(super) enum ForwardError {
-    #[error("too many questions are under way")]
-    Busy,
-    #[error("it is a question of our own that shows which resolvers lead back here")]
-    OwnProbe,
-    #[error("there is no resolver to ask but this one")]
-    NoUpstream,
-    #[error("none of {0} resolvers answered")]
-    Unanswered(usize),
-}
-
-/// An answer, and who gave it.
-#[derive(Clone, Debug)]
-pub(super) struct Forwarded {
-    pub(super) answer: Received,
-    pub(super) server: SocketAddr,
-}
+/// The questions over TCP that may be under way, and those of one client, unless it is this host.
+const MAX_IN_FLIGHT: usize = 512;
+const MAX_IN_FLIGHT_EACH: usize = MAX_IN_FLIGHT / 4;
 
 /// Carries questions to other resolvers; it keeps no answer.
 #[derive(Debug)]
 pub(super) struct Forwarder {
-    upstreams: Upstreams,
-    limits: Limits,
-    in_flight: Semaphore,
-    same: Same,
-    health: Health,
-    loops: Loops,
-    /// Who wants to know where answers come from.
-    pub(super) origins: Origins,
-    /// Wakes the search for circles.
+    pub(super) upstreams: Upstreams,
+    pub(super) limits: Limits,
+    pub(super) loops: Arc<Loops>,
+    in_flight: Arc<InFlight>,
+    /// Wakes the prober.
     suspicion: Arc<Notify>,
 }
 
+/// The questions over TCP that are under way.
+#[derive(Debug, Default)]
+struct InFlight(Mutex<HashMap<Party, usize>>);
+
+/// One of them, until this is dropped.
+#[derive(Debug)]
+struct Place(Arc<InFlight>, Party);
+
+impl InFlight {
+    /// A place for one more; `None` where there are enough.
+    fn place(self: &Arc<Self>, party: Party) -> Option<Place> {
+        let mut parties = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let n_all: usize = parties.values().sum();
+        let n = parties.get(&party).copied().unwrap_or_default();
+        if n_all >= MAX_IN_FLIGHT || party.is_some() && n >= MAX_IN_FLIGHT_EACH {
+            return None;
+        }
+        parties.insert(party, n + 1);
+        drop(parties);
+        Some(Place(Arc::clone(self), party))
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut parties = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match parties.get_mut(&self.1) {
+            Some(n) if *n > 1 => *n -= 1,
+            _ => drop(parties.remove(&self.1)),
+        }
+    }
+}
+
 impl Forwarder {
-    /// Starts to look for circles, too, for as long as the forwarder lives.
+    /// Starts to probe the upstreams, too, for as long as the forwarder lives; `alarm` wakes the
+    /// threads when a probe has found something.
     ///
     /// # Panics
     ///
     /// Outside a tokio runtime.
-    pub(super) fn start(upstreams: Upstreams, limits: Limits) -> Arc<Forwarder> {
+    pub(super) fn start(upstreams: Upstreams, limits: Limits, alarm: Alarm) -> Arc<Forwarder> {
         let forwarder = Arc::new(Forwarder {
             upstreams,
             limits,
-            in_flight: Semaphore::new(limits.max_in_flight),
-            same: Same::default(),
-            health: Health::default(),
-            loops: Loops::default(),
-            origins: Origins::default(),
+            loops: Arc::default(),
+            in_flight: Arc::default(),
             suspicion: Arc::default(),
         });
         let suspicion = Arc::clone(&forwarder.suspicion);
-        tokio::spawn(search(Arc::downgrade(&forwarder), suspicion));
+        tokio::spawn(probe::watch(Arc::downgrade(&forwarder), suspicion, alarm));
         forwarder
     }
 
-    /// The resolvers' answer to `question`, which the client's message asks, by the transport that the client chose. A client over UDP that gets a truncated answer asks again
-    /// over TCP, and then the resolver is asked so, too.
-    ///
-    /// An answer that says that this resolver can't or won't answer counts only when the others
-    /// have none that is better.
-    pub(super) async fn forward(
-        &self,
-        asked: &Asked<'_>,
-        question: &Query,
-        transport: Transport,
-    ) -> Result<Forwarded, ForwardError> {
-        // Who wants to know may not wait for the end.
-        let unanswered = || Origin::Nowhere("no resolver has answered in time".to_owned());
-        self.origins.note(asked.bytes(), question, unanswered);
-        let forwarded = self.share(asked, question, transport).await;
-        self.origins.note(asked.bytes(), question, || match &forwarded {
-            Ok(forwarded) => Origin::Upstream(forwarded.server),
-            Err(error) => Origin::Nowhere(error.to_string()),
-        });
-        forwarded
-    }
-
-    /// The answer that all get who ask the same at this moment.
-    async fn share(
-        &self,
-        asked: &Asked<'_>,
-        question: &Query,
-        transport: Transport,
-    ) -> Result<Forwarded, ForwardError> {
-        if self.loops.is_probe(&question.name) {
-            return Err(ForwardError::OwnProbe);
-        }
-        let under_way = self.same.enter(Key::new(asked, transport));
-        if under_way.is_suspicious {
-            self.suspicion.notify_one();
-        }
-        let bytes = asked.with_payload_within(MAX_UDP_LEN);
-        under_way.answer(self.carry(&bytes, question, transport)).await
-    }
-
-    async fn carry(
-        &self,
-        bytes: &[u8],
-        question: &Query,
-        transport: Transport,
-    ) -> Result<Forwarded, ForwardError> {
-        let Ok(_permit) = self.in_flight.try_acquire() else {
-            self.suspicion.notify_one();
-            return Err(ForwardError::Busy);
-        };
-        let outgoing = Outgoing::new(bytes, question);
-        let (mut n_servers, mut refusal) = (0, None);
-        for _ in 0..self.limits.n_rounds {
-            // Each round anew: what was learnt in the one before counts.
-            let ways = self.ways(&question.name, transport);
-            n_servers = ways.len();
-            for way in ways {
-                let server = way.server;
-                let answer = tokio::select! {
-                    answer = self.ask(server, &outgoing, transport) => answer,
-                    // Its question may be the one that it waits for itself.
-                    () = self.loops.leads_back(&way) => None,
-                };
-                match answer {
-                    Some(answer) if is_refusal(&answer) => {
-                        debug!(%server, %question, code = %answer.code(), "refused");
-                        refusal.get_or_insert(Forwarded { answer, server });
-                    }
-                    Some(answer) => return Ok(Forwarded { answer, server }),
-                    None => {}
-                }
-            }
-            if let Some(answer) = refusal {
-                return Ok(answer);
-            }
-        }
-        match n_servers {
-            0 => Err(ForwardError::NoUpstream),
-            n_servers => Err(ForwardError::Unanswered(n_servers)),
-        }
+    /// Has the prober look at what is suspicious.
+    pub(super) fn suspect(&self) {
+        self.suspicion.notify_one();
     }
 
     /// Whether a question that isn't going to be forwarded is a probe of ours; then it is noted that
     /// it came back.
-    pub(super) fn hears_probe(&self, asked: &Asked<'_>) -> bool {
-        let is_marked = asked.name.label(1).is_some_and(loops::is_label);
-        is_marked && asked.query().is_ok_and(|question| self.loops.is_probe(&question.name))
+    pub(super) fn is_probe(&self, asked: &Asked<'_>) -> bool {
+        self.loops.is_probe(&asked.name)
     }
 
     /// What is wrong with the upstreams, each with the mend.
     pub(super) fn problems(&self) -> Vec<String> {
-        self.loops.problems(&self.upstreams.ways())
+        self.loops.problems(&self.upstreams.plan().ways())
     }
 
-    /// The resolvers to ask for a name, in order: none that leads back here, and those that fail
-    /// last.
-    fn ways(&self, name: &Name, transport: Transport) -> Vec<Way> {
-        let (domain, servers) = self.upstreams.of(name);
-        let mut servers = servers.to_vec();
-        self.health.order(&mut servers, transport, Instant::now());
-        let ways = servers.into_iter().map(|server| Way { domain: Arc::clone(&domain), server });
-        ways.filter(|way| !self.loops.is_circular(way)).collect()
+    /// What is shown of each upstream.
+    pub(super) fn readings(&self) -> Vec<Reading> {
+        let plan = self.upstreams.plan();
+        let mut readings: Vec<Reading> = Vec::new();
+        for upstream in plan.upstreams() {
+            if !readings.iter().any(|known| known.address == upstream.address) {
+                readings.push(upstream.read());
+            }
+        }
+        readings
     }
 
-    /// One resolver's answer, where it gives one in time.
-    async fn ask(
+    /// The upstreams' answer to a question, over TCP, for a client that asked so: over UDP it was
+    /// truncated.
+    ///
+    /// The order is that of [`super::relay`]: the next upstream is asked when one hasn't answered
+    /// for a while, and what it denies counts once no better one may still know.
+    ///
+    /// # Errors
+    /// When none answers in time.
+    pub(super) async fn over_tcp(
         &self,
-        server: SocketAddr,
-        outgoing: &Outgoing<'_>,
-        transport: Transport,
-    ) -> Option<Received> {
-        let exchange = async {
-            match transport {
-                Transport::Udp => outgoing.over_udp(server).await,
-                Transport::Tcp => outgoing.over_tcp(server).await,
+        asked: &Asked<'_>,
+        party: Party,
+    ) -> Result<(Received<'static>, Arc<Upstream>, bool), ForwardError> {
+        if self.is_probe(asked) {
+            return Err(ForwardError::OwnProbe);
+        }
+        let _place = self.in_flight.place(party).ok_or(ForwardError::Busy)?;
+        self.upstreams.refresh(Instant::now());
+        let plan = self.upstreams.plan();
+        let route = plan.of(&asked.name).ok_or(ForwardError::NoUpstream)?;
+        let mut query = Vec::new();
+        asked.forwarded(OUR_PAYLOAD, &mut query);
+        let outgoing = Arc::new(Outgoing::new(query, asked.question().len()));
+        let mut n_asked = 0;
+        for _ in 0..self.limits.n_rounds {
+            let order = self.order(route);
+            n_asked = order.len();
+            let round = self.round(route, order, &outgoing);
+            if let Ok(Some((rank, answer))) =
+                tokio::time::timeout(self.limits.patience * 2, round).await
+            {
+                return Ok((answer, Arc::clone(&route.upstreams[rank]), route.is_in_zone));
             }
-        };
-        let timed = tokio::time::timeout(self.limits.patience, exchange);
-        let answer: Result<Received, ExchangeError> = timed.await.unwrap_or_else(|elapsed| {
-            Err(std::io::Error::new(std::io::ErrorKind::TimedOut, elapsed).into())
-        });
-        match answer {
-            Ok(answer) => {
-                self.health.answered(server, transport);
-                Some(answer)
-            }
-            Err(error) => {
-                debug!(%server, %error, "a resolver gave no answer");
-                self.health.failed(server, transport, outgoing.name(), Instant::now());
-                // A resolver that hears its own question again may keep silent, as dnsmasq does.
-                self.suspicion.notify_one();
-                None
-            }
+        }
+        match n_asked {
+            0 => Err(ForwardError::NoUpstream),
+            n_asked => Err(ForwardError::Unanswered(n_asked)),
         }
     }
 
-    /// Sends each upstream a question that shows whether it leads back here.
-    async fn probe(self: Arc<Self>) {
-        let ways = self.upstreams.ways();
-        self.loops.keep(&ways);
-        let mut probes = JoinSet::new();
-        for way in ways {
-            let Some(question) = self.loops.probe(&way) else { continue };
-            let forwarder = Arc::clone(&self);
-            probes.spawn(async move {
-                let mut message = Message::query();
-                message.add_query(question.clone()).metadata.recursion_desired = true;
-                let Ok(bytes) = message.to_vec() else { return };
-                let outgoing = Outgoing::new(&bytes, &question);
-                let exchange = outgoing.over_udp(way.server);
-                let timed = tokio::time::timeout(forwarder.limits.patience, exchange);
-                if let Ok(Ok(_)) = timed.await {
-                    forwarder.health.answered(way.server, Transport::Udp);
-                    forwarder.loops.answered(&question);
-                } else if !forwarder.loops.is_circular(&way) {
-                    // All probes count as one name.
-                    let name = question.name.base_name();
-                    forwarder.health.failed(way.server, Transport::Udp, &name, Instant::now());
+    /// The places in the route of those to ask, those that are out last.
+    fn order(&self, route: &Route) -> Vec<usize> {
+        let mut order: Vec<usize> = (0..route.upstreams.len()).collect();
+        order.sort_by_key(|rank| route.upstreams[*rank].state(Transport::Tcp) == State::Out);
+        order.retain(|rank| !self.loops.is_circular(&route.way(&route.upstreams[*rank])));
+        order
+    }
+
+    /// Asks each upstream once, until one has answered.
+    async fn round(
+        &self,
+        route: &Route,
+        order: Vec<usize>,
+        outgoing: &Arc<Outgoing>,
+    ) -> Option<(usize, Received<'static>)> {
+        let (mut next, mut tries) = (order.into_iter(), JoinSet::new());
+        let mut waiting: Vec<usize> = Vec::new();
+        let mut held: Option<(usize, Received<'static>)> = None;
+        loop {
+            if let Some((rank, answer)) = &held
+                && answer.is_negative()
+                && !waiting.iter().any(|other| {
+                    let state = route.upstreams[*other].state(Transport::Tcp);
+                    other < rank && state != State::Out
+                })
+            {
+                return held;
+            }
+            let is_denied = held.as_ref().is_some_and(|(_, answer)| answer.is_negative());
+            if waiting.is_empty() && next.as_slice().is_empty() {
+                return held;
+            }
+            let is_doubtful = waiting
+                .iter()
+                .all(|rank| route.upstreams[*rank].state(Transport::Tcp) == State::Out);
+            let is_suspect = waiting
+                .iter()
+                .any(|rank| route.upstreams[*rank].state(Transport::Tcp) == State::Suspect);
+            if is_doubtful
+                && !is_denied
+                && let Some(rank) = next.next()
+            {
+                self.begin(route, rank, outgoing, &mut tries);
+                waiting.push(rank);
+                continue;
+            }
+            tokio::select! {
+                Some(Ok((rank, answer))) = tries.join_next() => {
+                    waiting.retain(|other| *other != rank);
+                    match answer {
+                        Some(answer) if answer.is_refusal() => {
+                            held.get_or_insert((rank, answer));
+                        }
+                        Some(answer) if answer.is_negative() => {
+                            let is_better = held
+                                .as_ref()
+                                .is_none_or(|(known, held)| !held.is_negative() || rank < *known);
+                            if is_better {
+                                held = Some((rank, answer));
+                            }
+                        }
+                        Some(answer) => return Some((rank, answer)),
+                        None => {}
+                    }
                 }
-            });
-        }
-        while probes.join_next().await.is_some() {}
-    }
-}
-
-/// How often upstreams are probed.
-const PROBE_PERIOD: Duration = Duration::from_secs(60);
-
-/// The time between two searches at least, however suspicious what comes in may look.
-const PROBE_PAUSE: Duration = Duration::from_secs(2);
-
-/// How often a change of the upstreams is looked for.
-const CHANGE_PERIOD: Duration = Duration::from_secs(5);
-
-/// Probes at the start, every minute, when the upstreams have changed, and when the same question
-/// comes suspiciously often, until the forwarder is gone.
-async fn search(forwarder: Weak<Forwarder>, suspicion: Arc<Notify>) {
-    let mut probed = Vec::new();
-    let mut due = Instant::now();
-    loop {
-        {
-            let Some(forwarder) = forwarder.upgrade() else { return };
-            let ways = forwarder.upstreams.ways();
-            if Instant::now() >= due || ways != probed {
-                probed = ways;
-                due = Instant::now() + PROBE_PERIOD;
-                forwarder.probe().await;
+                () = tokio::time::sleep(self.limits.hedge(is_suspect)) => {
+                    let rank = if is_denied { None } else { next.next() };
+                    if let Some(rank) = rank {
+                        self.begin(route, rank, outgoing, &mut tries);
+                        waiting.push(rank);
+                    }
+                }
             }
         }
-        tokio::time::sleep(PROBE_PAUSE).await;
-        if tokio::time::timeout(CHANGE_PERIOD - PROBE_PAUSE, suspicion.notified()).await.is_ok() {
-            due = Instant::now();
-        }
+    }
+
+    /// Asks one upstream; `None` where it gives no answer in time.
+    fn begin(
+        &self,
+        route: &Route,
+        rank: usize,
+        outgoing: &Arc<Outgoing>,
+        tries: &mut JoinSet<(usize, Option<Received<'static>>)>,
+    ) {
+        let (upstream, way) =
+            (Arc::clone(&route.upstreams[rank]), route.way(&route.upstreams[rank]));
+        let (outgoing, patience) = (Arc::clone(outgoing), self.limits.patience);
+        let (loops, suspicion) = (Arc::clone(&self.loops), Arc::clone(&self.suspicion));
+        upstream.sent(0);
+        tries.spawn(async move {
+            let asked = Instant::now();
+            let answer = tokio::select! {
+                answer = tokio::time::timeout(patience, outgoing.over_tcp(upstream.address)) => answer,
+                // Its question may be the one that it waits for itself.
+                () = loops.leads_back(&way) => return (rank, None),
+            };
+            let now = Instant::now();
+            match answer {
+                Ok(Ok(answer)) => {
+                    let is_refusal = answer.is_refusal();
+                    let outcome = if is_refusal { Outcome::Refused } else { Outcome::Answered };
+                    upstream.answered(Transport::Tcp, 0, outcome, now, now - asked);
+                    return (rank, Some(answer));
+                }
+                Ok(Err(error)) => {
+                    debug!(server = %upstream.address, %error, "a resolver gave no answer");
+                    upstream.failed(0, Outcome::Unreachable);
+                }
+                Err(_) => upstream.failed(0, Outcome::TimedOut),
+            }
+            if upstream.is_late(Transport::Tcp, asked) {
+                suspicion.notify_one();
+            }
+            (rank, None)
+        });
     }
 }
 
-fn is_refusal(answer: &Received) -> bool {
-    matches!(answer.code(), ResponseCode::ServFail | ResponseCode::Refused | ResponseCode::NotImp)
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_client_leaves_places_for_others() {
+        let in_flight = Arc::new(InFlight::default());
+        let take = |party, n| (0..n).filter_map(|_| in_flight.place(party)).collect::<Vec<_>>();
+        let greedy = take(Some(1), MAX_IN_FLIGHT);
+        assert_eq!(greedy.len(), MAX_IN_FLIGHT_EACH);
+        let host = take(None, MAX_IN_FLIGHT);
+        assert_eq!(host.len(), MAX_IN_FLIGHT - MAX_IN_FLIGHT_EACH);
+        assert!(in_flight.place(Some(2)).is_none());
+        drop(greedy);
+        assert!(in_flight.place(Some(2)).is_some());
+        drop(host);
+        assert!(in_flight.0.lock().unwrap().is_empty());
+    }
 }

@@ -1,10 +1,8 @@
 //! A lookup of our own, that goes the way of everybody's and tells where its answer came from.
 
-use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use hickory_proto::ProtoError;
@@ -12,7 +10,10 @@ use hickory_proto::op::{Edns, Message, OpCode, Query, ResponseCode};
 use hickory_proto::rr::{Name, RecordType};
 
 use super::exchange::{ExchangeError, Outgoing};
+use super::message::{Asked, HEADER_LEN};
+use super::origin::Origin;
 use super::server::Handler;
+use super::upstream::Reading;
 use crate::config::Unrouted;
 
 /// How long a lookup may take: less than a client of the admin interface waits.
@@ -54,17 +55,6 @@ pub enum LookupError {
     },
 }
 
-/// Where an answer came from.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Origin {
-    /// From this server itself.
-    Own,
-    /// From another resolver, which is this one.
-    Upstream(SocketAddr),
-    /// It should have come from another resolver, and none gave one, for this reason.
-    Nowhere(String),
-}
-
 /// Who asks the running server, and what is wrong with its upstreams.
 #[derive(Clone, Debug)]
 pub struct Inquirer {
@@ -84,6 +74,11 @@ impl Inquirer {
         self.handler.forwarder().problems()
     }
 
+    /// What is known of each upstream, in the order in which they are asked.
+    pub fn upstreams(&self) -> Vec<Reading> {
+        self.handler.forwarder().readings()
+    }
+
     /// What names of the zone get that no service has.
     pub fn unrouted(&self) -> Unrouted {
         self.handler.unrouted()
@@ -97,9 +92,9 @@ impl Inquirer {
     pub async fn look_up(&self, name: &str, kind: &str) -> Result<(Message, Origin), LookupError> {
         let question = question(name, kind)?;
         let message = message(&question);
-        let forwarder = self.handler.forwarder();
-        let watched = forwarder.origins.watch(message.metadata.id, &question);
-        let asked = ask_with(&message, &question, self.server, true);
+        let query = Lookup::new(&message, self.server)?;
+        let watched = self.handler.origins.watch(message.metadata.id, query.question());
+        let asked = query.exchange(true);
         let silent = LookupError::Silent { server: self.server };
         let answered = tokio::time::timeout(self.time_limit, asked).await;
         match answered.unwrap_or(Err(silent)) {
@@ -120,8 +115,8 @@ impl Inquirer {
 pub async fn ask(server: SocketAddr, name: &str, kind: &str) -> Result<Message, LookupError> {
     let question = question(name, kind)?;
     let message = message(&question);
-    let asked = ask_with(&message, &question, server, false);
-    let answered = tokio::time::timeout(TIME_LIMIT, asked).await;
+    let query = Lookup::new(&message, server)?;
+    let answered = tokio::time::timeout(TIME_LIMIT, query.exchange(false)).await;
     answered.unwrap_or(Err(LookupError::Silent { server }))
 }
 
@@ -143,93 +138,52 @@ fn message(question: &Query) -> Message {
     message
 }
 
-/// `keep_id`: the id is how the server tells this question from others.
-async fn ask_with(
-    message: &Message,
-    question: &Query,
+/// A query for one server.
+struct Lookup {
+    bytes: Vec<u8>,
+    id: u16,
+    question_len: usize,
     server: SocketAddr,
-    keep_id: bool,
-) -> Result<Message, LookupError> {
-    let wrong = |what: String| LookupError::Exchange { server, what };
-    let bytes = message.to_vec().map_err(|error| wrong(error.to_string()))?;
-    let outgoing = match keep_id {
-        true => Outgoing::with_id(&bytes, message.metadata.id, question),
-        false => Outgoing::new(&bytes, question),
-    };
-    let exchange = async {
-        let answer = outgoing.over_udp(server).await?;
-        match answer.is_truncated() {
-            true => outgoing.over_tcp(server).await,
-            false => Ok(answer),
+}
+
+impl Lookup {
+    fn new(message: &Message, server: SocketAddr) -> Result<Lookup, LookupError> {
+        let wrong = |what: String| LookupError::Exchange { server, what };
+        let bytes = message.to_vec().map_err(|error| wrong(error.to_string()))?;
+        let question_len = Asked::read(&bytes).map(|asked| asked.question().len());
+        let question_len = question_len.map_err(|error| wrong(format!("{error:?}")))?;
+        Ok(Lookup { bytes, id: message.metadata.id, question_len, server })
+    }
+
+    fn question(&self) -> &[u8] {
+        &self.bytes[HEADER_LEN..HEADER_LEN + self.question_len]
+    }
+
+    /// `keep_id`: the id is how the server tells this question from others.
+    async fn exchange(&self, keep_id: bool) -> Result<Message, LookupError> {
+        let server = self.server;
+        let wrong = |what: String| LookupError::Exchange { server, what };
+        let (bytes, question_len) = (self.bytes.clone(), self.question_len);
+        let outgoing = match keep_id {
+            true => Outgoing::with_id(bytes, question_len, self.id),
+            false => Outgoing::new(bytes, question_len),
+        };
+        let exchange = async {
+            let answer = outgoing.over_udp(server).await?;
+            match answer.is_truncated() {
+                true => outgoing.over_tcp(server).await,
+                false => Ok(answer),
+            }
+        };
+        match exchange.await {
+            Ok(answer) => answer
+                .message()
+                .map_err(|error| wrong(format!("the answer can't be taken apart: {error}"))),
+            Err(ExchangeError::Io(error)) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                Err(wrong("nobody listens there".to_owned()))
+            }
+            Err(error) => Err(wrong(error.to_string())),
         }
-    };
-    match exchange.await {
-        Ok(answer) => answer
-            .message()
-            .map_err(|error| wrong(format!("the answer can't be taken apart: {error}"))),
-        Err(ExchangeError::Io(error)) if error.kind() == io::ErrorKind::ConnectionRefused => {
-            Err(wrong("nobody listens there".to_owned()))
-        }
-        Err(error) => Err(wrong(error.to_string())),
-    }
-}
-
-/// What tells one question from another.
-type Key = (u16, Name, RecordType);
-
-/// The questions whose origin somebody wants to know.
-#[derive(Debug, Default)]
-pub(super) struct Origins {
-    /// The number of them, so that others needn't look.
-    n_watched: AtomicUsize,
-    watched: Mutex<HashMap<Key, Origin>>,
-}
-
-/// A question whose origin somebody wants to know, until this is dropped.
-#[derive(Debug)]
-struct Watched<'a> {
-    origins: &'a Origins,
-    key: Key,
-}
-
-impl Origins {
-    fn watch(&self, id: u16, question: &Query) -> Watched<'_> {
-        let key = (id, question.name.clone(), question.query_type);
-        let mut watched = self.lock();
-        watched.insert(key.clone(), Origin::Own);
-        self.n_watched.store(watched.len(), Ordering::Relaxed);
-        Watched { origins: self, key }
-    }
-
-    /// Notes where the answer to the question in `bytes` came from, where somebody wants to know.
-    pub(super) fn note(&self, bytes: &[u8], question: &Query, origin: impl FnOnce() -> Origin) {
-        if self.n_watched.load(Ordering::Relaxed) == 0 {
-            return;
-        }
-        let [high, low, ..] = *bytes else { return };
-        let id = u16::from_be_bytes([high, low]);
-        let key = (id, question.name.clone(), question.query_type);
-        if let Some(known) = self.lock().get_mut(&key) {
-            *known = origin();
-        }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, HashMap<Key, Origin>> {
-        self.watched.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Watched<'_> {
-    fn origin(&self) -> Origin {
-        self.origins.lock().get(&self.key).cloned().unwrap_or(Origin::Own)
-    }
-}
-
-impl Drop for Watched<'_> {
-    fn drop(&mut self) {
-        let mut watched = self.origins.lock();
-        watched.remove(&self.key);
-        self.origins.n_watched.store(watched.len(), Ordering::Relaxed);
     }
 }
 
@@ -258,26 +212,5 @@ mod tests {
             let error = question(name, kind).unwrap_err().to_string();
             assert!(error.contains(expected), "{error}");
         }
-    }
-
-    #[test]
-    fn only_the_watched_question_has_its_origin_noted() {
-        let origins = Origins::default();
-        let [web, other] = ["web.example", "web2.example"].map(|name| question(name, "A").unwrap());
-        let server = SocketAddr::from(([192, 0, 2, 1], 53));
-        let note = |id: u16, question: &Query| {
-            origins.note(&id.to_be_bytes(), question, || Origin::Upstream(server));
-        };
-        note(7, &web);
-        let watched = origins.watch(7, &web);
-        assert_eq!(watched.origin(), Origin::Own);
-        note(7, &other);
-        note(8, &web);
-        assert_eq!(watched.origin(), Origin::Own);
-        note(7, &web);
-        assert_eq!(watched.origin(), Origin::Upstream(server));
-        drop(watched);
-        assert!(origins.lock().is_empty());
-        origins.note(&[], &web, || Origin::Own);
     }
 }

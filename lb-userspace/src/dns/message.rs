@@ -1,8 +1,5 @@
 //! A question as it comes over the wire (RFC 1035, section 4; EDNS: RFC 6891), read in place.
 
-use hickory_proto::op::Query;
-use hickory_proto::serialize::binary::{BinDecodable, BinDecoder, DecodeError};
-
 /// The length of a message's header.
 pub(super) const HEADER_LEN: usize = 12;
 
@@ -20,6 +17,19 @@ const RECORD_LEN: usize = 10;
 
 /// The type of EDNS's record.
 const OPT: u16 = 41;
+
+/// Recursion desired, in the third byte of a header.
+pub(super) const RD: u8 = 0x01;
+
+/// In the fourth: the data is authentic, checking is disabled (RFC 4035, section 3).
+pub(super) const AD: u8 = 0x20;
+pub(super) const AD_AND_CD: u8 = 0x30;
+
+/// DNSSEC records are wanted, in the eighth byte of an OPT record.
+const DO: u8 = 0x80;
+
+/// The type of the record that begins a zone.
+const SOA: u16 = 6;
 
 /// Where an OPT record has the size of UDP messages: after the root's name and the type.
 pub(super) const OPT_PAYLOAD: usize = 3;
@@ -44,8 +54,6 @@ pub(super) struct Asked<'a> {
     pub(super) query_type: u16,
     pub(super) query_class: u16,
     pub(super) edns: Option<AskedEdns>,
-    /// Where the OPT record is in the message, where there is one.
-    opt_begin: usize,
 }
 
 /// The question of a message, at its place after the header.
@@ -68,6 +76,16 @@ impl<'a> Question<'a> {
     pub(super) fn end(&self) -> usize {
         HEADER_LEN + self.name.bytes.len() + 4
     }
+}
+
+/// What an answer repeats of its question.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Client<'a> {
+    pub(super) id: u16,
+    pub(super) recursion_desired: bool,
+    /// In the client's case.
+    pub(super) question: &'a [u8],
+    pub(super) has_edns: bool,
 }
 
 /// What an OPT record says.
@@ -118,24 +136,52 @@ impl<'a> Asked<'a> {
         let mut rest = Rest { bytes, offset: question.end() };
         let n_others = u32::from(count(6)) + u32::from(count(8));
         let opt = rest.opt(n_others, count(10)).ok_or(Unreadable::Format)?;
-        let (edns, opt_begin) = opt.map_or((None, 0), |opt| (Some(opt.edns), opt.begin));
-        Ok(Asked { bytes, name, query_type, query_class, edns, opt_begin })
+        let edns = opt.map(|opt| opt.edns);
+        Ok(Asked { bytes, name, query_type, query_class, edns })
     }
 
-    /// The message, in which the asker takes at most `most` bytes over UDP.
-    pub(super) fn with_payload_within(&self, most: u16) -> Vec<u8> {
-        let mut bytes = self.bytes.to_vec();
-        if let Some(edns) = self.edns
-            && edns.max_payload > most
-        {
-            bytes[self.opt_begin + OPT_PAYLOAD..][..2].copy_from_slice(&most.to_be_bytes());
+    /// Writes the query that goes to other resolvers, with the id 0: the question, RD, AD, CD and
+    /// DO. Everything else belongs to one hop: the size of answers, and options such as cookies
+    /// (RFC 7873, section 5.2). A client without EDNS gets none by another's.
+    pub(super) fn forwarded(&self, max_payload: u16, out: &mut Vec<u8>) {
+        out.clear();
+        let n_additionals = u8::from(self.edns.is_some());
+        let [rd, ad_and_cd] = [self.bytes[2] & RD, self.bytes[3] & AD_AND_CD];
+        out.extend([0, 0, rd, ad_and_cd, 0, 1, 0, 0, 0, 0, 0, n_additionals]);
+        out.extend_from_slice(self.question());
+        if let Some(edns) = self.edns {
+            let [high, low] = max_payload.to_be_bytes();
+            let dnssec_ok = if edns.dnssec_ok { DO } else { 0 };
+            out.extend([0, 0, OPT as u8, high, low, 0, 0, dnssec_ok, 0, 0, 0]);
         }
-        bytes
     }
 
-    /// The whole message, as it came.
-    pub(super) fn bytes(&self) -> &'a [u8] {
-        self.bytes
+    /// What a query to other resolvers has besides the question, in one byte.
+    pub(super) fn forwarded_flags(&self) -> u8 {
+        let (has_edns, dnssec_ok) = (self.edns.is_some(), self.dnssec_ok());
+        self.bytes[2] & RD
+            | self.bytes[3] & AD_AND_CD
+            | u8::from(has_edns) << 1
+            | u8::from(dnssec_ok) << 2
+    }
+
+    fn dnssec_ok(&self) -> bool {
+        self.edns.is_some_and(|edns| edns.dnssec_ok)
+    }
+
+    /// The question: name, type and class.
+    pub(super) fn question(&self) -> &'a [u8] {
+        &self.head()[HEADER_LEN..]
+    }
+
+    /// What an answer to this message repeats of it.
+    pub(super) fn client(&self) -> Client<'a> {
+        Client {
+            id: self.id(),
+            recursion_desired: self.bytes[2] & RD != 0,
+            question: self.question(),
+            has_edns: self.edns.is_some(),
+        }
     }
 
     /// The header and the question, as they came.
@@ -152,17 +198,12 @@ impl<'a> Asked<'a> {
     pub(super) fn id(&self) -> u16 {
         u16::from_be_bytes([self.bytes[0], self.bytes[1]])
     }
-
-    /// The question, as hickory has it.
-    pub(super) fn query(&self) -> Result<Query, DecodeError> {
-        Query::read(&mut BinDecoder::new(&self.bytes[HEADER_LEN..]))
-    }
 }
 
 impl<'a> WireName<'a> {
     /// Reads the name that `bytes` begin with. A pointer is no part of it: before the first name
     /// of a message there is none that it could point to.
-    fn read(bytes: &'a [u8]) -> Option<WireName<'a>> {
+    pub(super) fn read(bytes: &'a [u8]) -> Option<WireName<'a>> {
         let mut begins = [0; MAX_LABELS];
         let (mut offset, mut n_labels) = (0, 0);
         loop {
@@ -277,6 +318,45 @@ impl<'a> Rest<'a> {
     }
 }
 
+/// Bounds the times to live in a message that can be read, whose question is `question_len` long: to
+/// `max_ttl` seconds, and to `max_negative_ttl` where they say how long something may be believed
+/// not to be (RFC 2308: the authority section, and the last field of SOA).
+pub(super) fn bound_ttls(
+    message: &mut [u8],
+    question_len: usize,
+    max_ttl: u32,
+    max_negative_ttl: u32,
+) -> Option<()> {
+    let count = |idx: usize| Some(u16::from_be_bytes([*message.get(idx)?, *message.get(idx + 1)?]));
+    let sections = [(count(6)?, max_ttl), (count(8)?, max_negative_ttl), (count(10)?, max_ttl)];
+    let mut offset = HEADER_LEN + question_len;
+    let bound = |field: &mut [u8], most: u32| {
+        if let Ok(bytes) = <&mut [u8; 4]>::try_from(field) {
+            *bytes = u32::from_be_bytes(*bytes).min(most).to_be_bytes();
+        }
+    };
+    for (n_records, most) in sections {
+        for _ in 0..n_records {
+            let mut rest = Rest { bytes: message, offset };
+            rest.name()?;
+            let record_type = rest.u16()?;
+            let ttl = rest.offset + 2;
+            rest.take(6)?;
+            let data_len = usize::from(rest.u16()?);
+            rest.take(data_len)?;
+            offset = rest.offset;
+            if record_type == OPT {
+                continue; // its TTL is none
+            }
+            bound(message.get_mut(ttl..ttl + 4)?, most);
+            if record_type == SOA && data_len >= 22 {
+                bound(message.get_mut(offset - 4..offset)?, max_negative_ttl);
+            }
+        }
+    }
+    Some(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -363,22 +443,79 @@ mod tests {
         assert_eq!([0, 1, 2].map(|n| asked.name.suffix_offset(n)), [12, 16, 24]);
         assert_eq!(asked.name.suffix(2), b"\0");
         assert_eq!(asked.head(), bytes);
-        assert_eq!(asked.query().unwrap().name.to_string(), "wEb.service.");
+        assert_eq!(asked.question(), &bytes[12..]);
     }
 
     #[test]
-    fn the_size_that_goes_on_is_bounded() {
-        let web: &[u8] = b"\x03web\x07service\x00";
-        for (payload, expected) in [(8192u16, 4096), (4096, 4096), (1232, 1232), (100, 100)] {
+    fn what_belongs_to_one_hop_stays_here() {
+        let web: &[u8] = b"\x03wEb\x07service\x00";
+        // A cookie (RFC 7873) and a client's network (RFC 7871).
+        let cookie: &[u8] = &[0, 10, 0, 8, 1, 2, 3, 4, 5, 6, 7, 8];
+        let opt = |payload: u16, dnssec_ok: u8, options: &[u8]| {
             let [high, low] = payload.to_be_bytes();
-            let opt: &[u8] = &[0, 0, 41, high, low, 0, 0, 0x80, 0, 0, 0];
-            let bytes = message([1, 0, 0, 1], &[web, A_IN, opt]);
-            let mut wanted = bytes.clone();
-            let place = wanted.len() - opt.len() + OPT_PAYLOAD;
-            wanted[place..][..2].copy_from_slice(&u16::to_be_bytes(expected));
-            assert_eq!(Asked::read(&bytes).unwrap().with_payload_within(4096), wanted, "{payload}");
-        }
+            let len = options.len() as u8;
+            [&[0, 0, 41, high, low, 0, 0, dnssec_ok, 0, 0, len], options].concat()
+        };
         let plain = message([1, 0, 0, 0], &[web, A_IN]);
-        assert_eq!(Asked::read(&plain).unwrap().with_payload_within(4096), plain);
+        let signed = message([1, 0, 0, 1], &[web, A_IN, &opt(4096, 0x80, cookie)]);
+        let other = message([1, 0, 0, 1], &[web, A_IN, &opt(512, 0x80, b"")]);
+        let without = message([1, 0, 0, 1], &[web, A_IN, &opt(512, 0, b"")]);
+        let rows =
+            [(&plain, None), (&signed, Some(0x80)), (&other, Some(0x80)), (&without, Some(0))];
+        let mut out = Vec::new();
+        for (bytes, dnssec_ok) in rows {
+            let asked = Asked::read(bytes).unwrap();
+            asked.forwarded(1232, &mut out);
+            let edns = dnssec_ok.map(|dnssec_ok| opt(1232, dnssec_ok, b"")).unwrap_or_default();
+            let n_more = u8::from(dnssec_ok.is_some());
+            let mut expected = message([1, 0, 0, n_more], &[web, A_IN, &edns]);
+            expected[..2].fill(0);
+            assert_eq!(out, expected);
+        }
+        let flags = rows.map(|(bytes, _)| Asked::read(bytes).unwrap().forwarded_flags());
+        assert_eq!(flags, [1, 7, 7, 3]);
+        let mut checked = plain.clone();
+        checked[3] = 0x10;
+        assert_eq!(Asked::read(&checked).unwrap().forwarded_flags(), 0x11);
+    }
+
+    #[test]
+    fn times_to_live_are_bounded() {
+        let web: &[u8] = b"\x03web\x07service\x00";
+        let record = |kind: u8, ttl: u32, data: &[u8]| {
+            let [len_high, len_low] = (data.len() as u16).to_be_bytes();
+            [&[0xc0, 12, 0, kind, 0, 1], &ttl.to_be_bytes()[..], &[len_high, len_low], data]
+                .concat()
+        };
+        let soa = |minimum: u32| {
+            [&[0u8; 2][..], &[9; 16], &minimum.to_be_bytes()].concat() // two roots, five numbers
+        };
+        let opt: &[u8] = &[0, 0, 41, 4, 208, 0xff, 0xff, 0xff, 0xff, 0, 0];
+        let with = |ttl: [u32; 4]| {
+            let [answer, authority, minimum, additional] = ttl;
+            let records: [&[u8]; 6] = [
+                web,
+                A_IN,
+                &record(1, answer, &[1; 4]),
+                &record(6, authority, &soa(minimum)),
+                &record(1, additional, &[1; 4]),
+                opt,
+            ];
+            message([1, 1, 1, 2], &records)
+        };
+        for (given, expected) in [
+            ([3600, 86_400, 3600, 3600], [30, 5, 5, 30]),
+            ([7, 3, 0, 29], [7, 3, 0, 29]),
+            ([u32::MAX, 900, 5, 31], [30, 5, 5, 30]),
+        ] {
+            let mut bytes = with(given);
+            bound_ttls(&mut bytes, web.len() + 4, 30, 5).unwrap();
+            assert_eq!(bytes, with(expected), "{given:?}");
+        }
+        // One that ends within a record: nothing is read beyond its end.
+        let whole = with([3600; 4]);
+        for len in 0..whole.len() {
+            assert_eq!(bound_ttls(&mut whole[..len].to_vec(), web.len() + 4, 30, 5), None, "{len}");
+        }
     }
 }

@@ -1,8 +1,9 @@
 //! The DNS server: `NAME.service` is answered from the table, every other name is forwarded.
 //!
 //! `message` reads a question, `answer` decides and `reply` writes, all without I/O and without
-//! allocating; `forward` carries questions to other resolvers; `server` stands between them and the
-//! sockets, which `udp` and `tcp` serve. Nothing here waits for the source of discovery, but for a
+//! allocating; `relay` has the questions for other resolvers, without I/O either; a `worker` for each
+//! UDP socket receives, has them do their work and sends; `server` starts and stops all, `tcp` serves
+//! connections. Nothing here waits for the source of discovery, but for a
 //! moment where it follows services as they are used: what isn't known yet is SERVFAIL, at once.
 
 mod answer;
@@ -10,16 +11,21 @@ mod clients;
 mod exchange;
 mod forward;
 pub mod fuzzing;
-mod health;
+mod interfaces;
 mod lookup;
 mod loops;
+mod mailbox;
 mod message;
+mod origin;
 mod passed;
+mod ports;
+mod probe;
+mod random;
 mod received;
+mod relay;
 mod reply;
 mod resolv_conf;
 mod reverse;
-mod same;
 mod server;
 mod sockets;
 mod stats;
@@ -27,14 +33,18 @@ mod suffix;
 mod tcp;
 mod told;
 mod udp;
+mod upstream;
 mod upstreams;
+mod worker;
 
 #[cfg(test)]
 mod answers;
 #[cfg(test)]
 mod tests;
 
-pub use lookup::{Inquirer, LookupError, Origin, ask};
+pub use lookup::{Inquirer, LookupError, ask};
+pub use origin::Origin;
 pub use server::Server;
 pub use sockets::{DnsError, Sockets, Transport, bind, try_bind};
 pub use stats::Stats;
+pub use upstream::{BUCKETS_US, Reading, State};

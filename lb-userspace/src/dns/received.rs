@@ -1,60 +1,83 @@
 //! Another resolver's answer, as it came. Only what belongs to one hop is read and changed: the
 //! records may be of kinds that nobody here can take apart, and that is no fault of theirs.
 
-use std::sync::Arc;
+use std::borrow::Cow;
 
-use hickory_proto::op::{Message, Query, ResponseCode};
+use hickory_proto::op::{Message, ResponseCode};
 use hickory_proto::serialize::binary::DecodeError;
 
-use super::exchange::ExchangeError;
-use super::message::{Asked, HEADER_LEN, OPT_PAYLOAD, Opt, Question, Rest};
+use super::message::{
+    AD, AD_AND_CD, Client, HEADER_LEN, OPT_PAYLOAD, Opt, Question, RD, Rest, bound_ttls,
+};
 use super::reply::{Code, OUR_PAYLOAD, put_opt};
 
 /// In the third byte of a header.
 const AA: u8 = 0x04;
 const TC: u8 = 0x02;
-const RD: u8 = 0x01;
 const QR: u8 = 0x80;
 const OP_CODE: u8 = 0x78;
 
 /// In the fourth.
 const RA: u8 = 0x80;
-const AD_AND_CD: u8 = 0x30;
 const CODE: u8 = 0x0f;
 
 /// Where an OPT record has the upper bits of the response code.
 const OPT_CODE: usize = 5;
 
+/// Why a message is no answer to a question.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub(super) enum Unusable {
+    #[error("the answer can't be read: it ends within a record, or has two OPT records")]
+    Format,
+    #[error("the answer has another id, or is none")]
+    Id,
+    #[error("the answer is to another question")]
+    Question,
+}
+
 /// An answer whose header, question and lengths are as they should be.
 #[derive(Clone, Debug)]
-pub(super) struct Received {
+pub(super) struct Received<'a> {
     /// Up to the end of the last record.
-    bytes: Arc<[u8]>,
+    bytes: Cow<'a, [u8]>,
     /// Where the question ends, or the header where there is none.
     head_len: usize,
     opt: Option<Opt>,
 }
 
-impl Received {
-    /// Reads the answer `bytes` to `question`.
+/// How an answer goes on to a client.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct PassOn {
+    /// The longest message that the client takes.
+    pub(super) max_len: usize,
+    /// Whether the resolver's word that data is authentic is passed on.
+    pub(super) keeps_ad: bool,
+    /// The longest times to live, in seconds: of what is, and of what is not.
+    pub(super) max_ttls: Option<(u32, u32)>,
+}
+
+impl<'a> Received<'a> {
+    /// Reads the answer `bytes` to a question: name, type and class on the wire.
     ///
     /// # Errors
     /// When it is none, is to another question, or ends within a record without saying that it was
     /// cut off.
-    pub(super) fn read(bytes: &[u8], question: &Query) -> Result<Received, ExchangeError> {
-        let header: &[u8; HEADER_LEN] = bytes.first_chunk().ok_or(ExchangeError::Id)?;
+    pub(super) fn read(bytes: &'a [u8], question: &[u8]) -> Result<Received<'a>, Unusable> {
+        let header: &[u8; HEADER_LEN] = bytes.first_chunk().ok_or(Unusable::Id)?;
         if header[2] & QR == 0 {
-            return Err(ExchangeError::Id);
+            return Err(Unusable::Id);
         }
         let count = |idx: usize| u16::from_be_bytes([header[idx], header[idx + 1]]);
         // An error may come without the question, from a server that couldn't read it.
         let may_omit =
             ![Code::NoError, Code::NxDomain].map(|code| code as u8).contains(&(header[3] & CODE));
         let head_len = match (count(4), Question::read(bytes)) {
-            _ if header[2] & OP_CODE != 0 => return Err(ExchangeError::Question),
-            (1, Some(theirs)) if is_same(&theirs, question) => theirs.end(),
+            _ if header[2] & OP_CODE != 0 => return Err(Unusable::Question),
+            (1, Some(theirs)) if is_same(&bytes[HEADER_LEN..theirs.end()], question) => {
+                theirs.end()
+            }
             (0, _) if may_omit => HEADER_LEN,
-            _ => return Err(ExchangeError::Question),
+            _ => return Err(Unusable::Question),
         };
         let mut rest = Rest { bytes, offset: head_len };
         match rest.opt(u32::from(count(6)) + u32::from(count(8)), count(10)) {
@@ -65,8 +88,13 @@ impl Received {
                 head[6..HEADER_LEN].fill(0); // the numbers of records
                 Ok(Received { bytes: head.into(), head_len, opt: None })
             }
-            None => Err(ExchangeError::Format),
+            None => Err(Unusable::Format),
         }
+    }
+
+    /// The same, on its own.
+    pub(super) fn into_owned(self) -> Received<'static> {
+        Received { bytes: self.bytes.into_owned().into(), head_len: self.head_len, opt: self.opt }
     }
 
     /// Its response code.
@@ -79,6 +107,20 @@ impl Received {
         self.bytes[2] & TC != 0
     }
 
+    /// Whether it says that this resolver can't or won't answer.
+    pub(super) fn is_refusal(&self) -> bool {
+        matches!(self.code(), ResponseCode::ServFail | ResponseCode::Refused | ResponseCode::NotImp)
+    }
+
+    /// Whether it says that there is nothing of what was asked for.
+    pub(super) fn is_negative(&self) -> bool {
+        match self.code() {
+            ResponseCode::NXDomain => true,
+            ResponseCode::NoError => self.bytes[6..8] == [0, 0] && !self.is_truncated(),
+            _ => false,
+        }
+    }
+
     /// The whole of it, where it can be taken apart.
     ///
     /// # Errors
@@ -87,45 +129,51 @@ impl Received {
         Message::from_vec(&self.bytes)
     }
 
-    /// The message for the client who asked: the same, but for what belongs to one hop, and cut off
-    /// where it is longer than `max_len`.
-    pub(super) fn pass_on(&self, asked: &Asked<'_>, max_len: usize) -> Vec<u8> {
-        let head = asked.head();
-        let mut out = Vec::with_capacity(self.bytes.len());
-        out.extend_from_slice(head); // with the client's id and case
+    /// Writes the message for the client who asked: the same, but for what belongs to one hop, and
+    /// cut off where it is longer than the client takes.
+    pub(super) fn pass_on(&self, client: &Client<'_>, how: PassOn, out: &mut Vec<u8>) {
+        out.clear();
+        let [id_high, id_low] = client.id.to_be_bytes();
         let (mut flags, mut code) = (self.bytes[2] & (AA | TC), self.bytes[3] & CODE);
-        out[6..HEADER_LEN].copy_from_slice(&self.bytes[6..HEADER_LEN]);
-        let has_question = self.head_len == head.len();
-        match (&self.opt, asked.edns) {
+        out.extend([id_high, id_low, 0, 0, 0, 1]);
+        out.extend_from_slice(&self.bytes[6..HEADER_LEN]);
+        out.extend_from_slice(client.question); // in the client's case
+        let head_len = out.len();
+        let has_question = self.head_len == head_len;
+        match (&self.opt, client.has_edns) {
             // A code alone: without the question, names in records would point astray.
             _ if !has_question => out[6..HEADER_LEN].fill(0),
-            (Some(opt), None) => {
+            (Some(opt), false) => {
                 // What comes behind it goes too: names there might point past it.
-                out.extend_from_slice(&self.bytes[head.len()..opt.begin]);
+                out.extend_from_slice(&self.bytes[head_len..opt.begin]);
                 out[10..HEADER_LEN].copy_from_slice(&opt.n_before.to_be_bytes());
             }
-            _ => out.extend_from_slice(&self.bytes[head.len()..]),
+            _ => out.extend_from_slice(&self.bytes[head_len..]),
         }
-        match (&self.opt, asked.edns) {
-            (Some(_), None) if self.code_high() > 0 => code = Code::ServFail as u8,
-            (Some(opt), Some(_)) if has_question => {
+        match (&self.opt, client.has_edns) {
+            (Some(_), false) if self.code_high() > 0 => code = Code::ServFail as u8,
+            (Some(opt), true) if has_question => {
                 out[opt.begin + OPT_PAYLOAD..][..2].copy_from_slice(&OUR_PAYLOAD.to_be_bytes());
             }
             _ => {}
         }
-        if out.len() > max_len {
-            out.truncate(head.len());
+        if let Some((max_ttl, max_negative_ttl)) = how.max_ttls {
+            let bounded = bound_ttls(out, client.question.len(), max_ttl, max_negative_ttl);
+            debug_assert!(bounded.is_some(), "it was read before");
+        }
+        if out.len() > how.max_len {
+            out.truncate(head_len);
             out[6..HEADER_LEN].fill(0);
             flags |= TC;
             // Options, too, may be longer than what fits.
-            if let (Some(opt), Some(_)) = (&self.opt, asked.edns) {
-                put_opt(&mut out, self.code_high(), opt.edns.dnssec_ok);
+            if let (Some(opt), true) = (&self.opt, client.has_edns) {
+                put_opt(out, self.code_high(), opt.edns.dnssec_ok);
                 out[HEADER_LEN - 1] = 1;
             }
         }
-        out[2] = QR | flags | head[2] & RD;
-        out[3] = RA | self.bytes[3] & AD_AND_CD | code;
-        out
+        let ad = if how.keeps_ad { 0 } else { AD };
+        out[2] = QR | flags | if client.recursion_desired { RD } else { 0 };
+        out[3] = RA | self.bytes[3] & AD_AND_CD & !ad | code;
     }
 
     /// The upper bits of the response code, which only EDNS can carry.
@@ -134,21 +182,27 @@ impl Received {
     }
 }
 
-/// Whether a question is that which was asked; case doesn't count.
-fn is_same(theirs: &Question<'_>, asked: &Query) -> bool {
-    let mut labels = asked.name.iter().enumerate();
-    asked.name.iter().count() == theirs.name.n_labels()
-        && labels.all(|(idx, label)| {
-            theirs.name.label(idx).is_some_and(|theirs| theirs.eq_ignore_ascii_case(label))
-        })
-        && theirs.query_type == u16::from(asked.query_type)
-        && theirs.query_class == u16::from(asked.query_class)
+/// Whether two questions on the wire are the same; case doesn't count in their names.
+fn is_same(theirs: &[u8], asked: &[u8]) -> bool {
+    let (Some((their_name, their_kind)), Some((name, kind))) =
+        (theirs.split_last_chunk::<4>(), asked.split_last_chunk::<4>())
+    else {
+        return false;
+    };
+    their_kind == kind && their_name.eq_ignore_ascii_case(name)
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::message::Asked;
     use super::*;
-    use hickory_proto::rr::{Name, RecordType};
+
+    fn pass_on(received: &Received<'_>, asked: &Asked<'_>, max_len: usize) -> Vec<u8> {
+        let mut out = Vec::new();
+        let how = PassOn { max_len, keeps_ad: true, max_ttls: None };
+        received.pass_on(&asked.client(), how, &mut out);
+        out
+    }
 
     const NAME: &[u8] = b"\x07example\x03com\x00";
     const CLIENT_OPT: &[u8] = &[0, 0, 41, 4, 208, 0, 0, 0, 0, 0, 0];
@@ -162,7 +216,6 @@ mod tests {
 
     #[test]
     fn records_that_nobody_here_can_read_go_through_as_they_came() {
-        let query = Query::query(Name::from_ascii("example.com.").unwrap(), RecordType::NAPTR);
         let question: &[u8] = &[NAME, &[0, 35, 0, 1]].concat();
         let record = |kind: u8, data: &[u8]| {
             [&[0xc0, 12, 0, kind, 0, 1, 0, 0, 0, 9, 0, data.len() as u8], data].concat()
@@ -177,12 +230,12 @@ mod tests {
         ];
         for (what, record) in rows {
             let theirs = message([0x81, 0x80], [1, 1, 0, 1], &[question, &record, ecs]);
-            let received = Received::read(&theirs, &query).unwrap();
+            let received = Received::read(&theirs, question).unwrap();
             for (client, expected_records) in [(CLIENT_OPT, 1), (&[], 0)] {
                 let asked =
                     message([1, 0], [1, 0, 0, !client.is_empty() as u8], &[question, client]);
                 let asked = Asked::read(&asked).unwrap();
-                let passed = received.pass_on(&asked, 1232);
+                let passed = pass_on(&received, &asked, 1232);
                 assert_eq!(passed[..4], [7, 7, 0x81, 0x80], "{what}");
                 assert_eq!(
                     passed[4..HEADER_LEN],
@@ -197,14 +250,13 @@ mod tests {
                     let at = passed.len() - ecs.len() + OPT_PAYLOAD;
                     assert_eq!(passed[at..at + 2], OUR_PAYLOAD.to_be_bytes(), "{what}");
                 }
-                assert!(Received::read(&passed, &query).is_ok(), "{what}");
+                assert!(Received::read(&passed, question).is_ok(), "{what}");
             }
         }
     }
 
     #[test]
     fn what_belongs_to_one_hop_is_the_clients() {
-        let query = Query::query(Name::from_ascii("example.com.").unwrap(), RecordType::A);
         let question: &[u8] = &[NAME, &[0, 1, 0, 1]].concat();
         let shouted: &[u8] = &[b"\x07EXAMPLE\x03com\x00", &[0, 1, 0, 1][..]].concat();
         let a: &[u8] = &[0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 9, 0, 4, 192, 0, 2, 7];
@@ -258,12 +310,67 @@ mod tests {
         ];
         for (what, theirs, edns, max_len, expected) in rows {
             let asked = asks(edns);
-            let passed = Received::read(&theirs, &query)
-                .unwrap()
-                .pass_on(&Asked::read(&asked).unwrap(), max_len);
+            let received = Received::read(&theirs, question).unwrap();
+            let passed = pass_on(&received, &Asked::read(&asked).unwrap(), max_len);
             assert_eq!(passed[2..HEADER_LEN], expected, "{what}");
             assert!(passed.len() <= max_len && passed[HEADER_LEN..].starts_with(shouted), "{what}");
-            assert!(Received::read(&passed, &query).is_ok(), "{what}");
+            assert!(Received::read(&passed, question).is_ok(), "{what}");
         }
+    }
+
+    #[test]
+    fn the_word_that_data_is_authentic_is_cleared() {
+        let question: &[u8] = &[NAME, &[0, 1, 0, 1]].concat();
+        let theirs = message([0x81, 0xb0], [1, 0, 0, 0], &[question]);
+        let received = Received::read(&theirs, question).unwrap();
+        let asked = message([1, 0x30], [1, 0, 0, 0], &[question]);
+        let client = Asked::read(&asked).unwrap().client();
+        let mut out = Vec::new();
+        for (keeps_ad, expected) in [(true, 0xb0), (false, 0x90)] {
+            received.pass_on(&client, PassOn { max_len: 512, keeps_ad, max_ttls: None }, &mut out);
+            assert_eq!(out[3], expected, "{keeps_ad}");
+        }
+    }
+
+    #[test]
+    fn answers_are_checked() {
+        let question = |name: &[u8], kind: u8| [name, &[0, kind, 0, 1]].concat();
+        let asked = question(b"\x07Example\x03com\x00", 1);
+        let answer = |questions: &[&[u8]], code: u8| {
+            message([0x81, code], [questions.len() as u8, 0, 0, 0], questions)
+        };
+        let good = answer(&[&asked], 0);
+        let with = |idx: usize, byte: u8| {
+            let mut bytes = good.clone();
+            bytes[idx] = byte;
+            bytes
+        };
+        let other_name = question(b"\x07example\x03org\x00", 1);
+        // Types that differ as letters do in case.
+        let (upper, lower) = (question(NAME, b'A'), question(NAME, b'a'));
+        let table = [
+            ("good", &asked, good.clone(), Ok(())),
+            ("another case", &asked, answer(&[&question(NAME, 1)], 0), Ok(())),
+            ("no response", &asked, with(2, 0), Err(Unusable::Id)),
+            ("another opcode", &asked, with(2, 0x80 | 5 << 3), Err(Unusable::Question)),
+            ("another name", &asked, answer(&[&other_name], 0), Err(Unusable::Question)),
+            ("another type", &asked, answer(&[&question(NAME, 28)], 0), Err(Unusable::Question)),
+            ("a type in another case", &upper, answer(&[&lower], 0), Err(Unusable::Question)),
+            ("two questions", &asked, answer(&[&asked, &asked], 0), Err(Unusable::Question)),
+            ("no question", &asked, answer(&[], 3), Err(Unusable::Question)),
+            ("an error alone", &asked, answer(&[], 1), Ok(())),
+            ("records missing", &asked, with(7, 3), Err(Unusable::Format)),
+            ("nothing", &asked, Vec::new(), Err(Unusable::Id)),
+            ("half a header", &asked, good[..6].to_vec(), Err(Unusable::Id)),
+        ];
+        for (what, asked, bytes, expected) in table {
+            assert_eq!(Received::read(&bytes, asked).map(drop), expected, "{what}");
+        }
+
+        let mut cut_off = with(7, 3);
+        cut_off[2] |= TC;
+        let received = Received::read(&cut_off, &asked).unwrap();
+        assert!(received.is_truncated() && received.message().unwrap().answers.is_empty());
+        assert!(!received.is_negative());
     }
 }

@@ -16,7 +16,7 @@ const PAUSE: Duration = Duration::from_secs(1);
 
 /// The file, and what it said when it was read last.
 ///
-/// A look at the file's metadata before each use finds every change, for about a microsecond. To
+/// A look at the file's metadata finds every change, for about a microsecond. To
 /// watch /etc instead would miss those of a link's target, which is where systemd-resolved and
 /// NetworkManager make them.
 #[derive(Debug)]
@@ -65,6 +65,18 @@ impl ResolvConf {
         ResolvConf { path, uplinks, read: Mutex::default() }
     }
 
+    /// Whether the file is another one than was read last, or could not be read then.
+    pub(super) fn has_changed(&self) -> bool {
+        let read = self.read.lock().unwrap_or_else(PoisonError::into_inner);
+        read.is_due(self.stamp(), Instant::now())
+    }
+
+    /// The versions of the two files as they are now.
+    fn stamp(&self) -> [Stamp; 2] {
+        [&self.path, &self.uplinks]
+            .map(|path| fs::metadata(path).map(Stamp::from).unwrap_or_default())
+    }
+
     /// The nameservers that `keep` lets through, in the file's order.
     ///
     /// Behind systemd-resolved's own address come the servers that it asks itself: where it is
@@ -75,8 +87,7 @@ impl ResolvConf {
     pub(super) fn servers(&self, keep: impl Fn(&SocketAddr) -> bool) -> Arc<[SocketAddr]> {
         let mut read = self.read.lock().unwrap_or_else(PoisonError::into_inner);
         // First the metadata, then the content: a change in between is found the next time.
-        let stamp = [&self.path, &self.uplinks]
-            .map(|path| fs::metadata(path).map(Stamp::from).unwrap_or_default());
+        let stamp = self.stamp();
         let path = self.path.display();
         match read.update(stamp, Instant::now(), || self.named()) {
             Update::None => {}
@@ -120,6 +131,14 @@ enum Update {
 }
 
 impl Read {
+    /// Whether this version is to be read: another one than was read last, or one that couldn't be
+    /// read a while ago.
+    fn is_due(&self, stamp: [Stamp; 2], now: Instant) -> bool {
+        let has_failed = self.failed.filter(|(failed, _)| *failed == stamp);
+        let rests = has_failed.is_some_and(|(_, at)| now.saturating_duration_since(at) < PAUSE);
+        self.stamp != Some(stamp) && !rests
+    }
+
     /// Takes what `named` reads where the version is another one than was read last.
     fn update(
         &mut self,
@@ -127,11 +146,10 @@ impl Read {
         now: Instant,
         named: impl FnOnce() -> io::Result<Vec<SocketAddr>>,
     ) -> Update {
-        let has_failed = self.failed.filter(|(failed, _)| *failed == stamp);
-        let rests = has_failed.is_some_and(|(_, at)| now.saturating_duration_since(at) < PAUSE);
-        if self.stamp == Some(stamp) || rests {
+        if !self.is_due(stamp, now) {
             return Update::None;
         }
+        let has_failed = self.failed.filter(|(failed, _)| *failed == stamp);
         match named() {
             Ok(servers) => {
                 *self = Read { stamp: Some(stamp), failed: None, servers: servers.into() };

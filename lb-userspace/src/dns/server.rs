@@ -1,7 +1,9 @@
 //! The server: sockets in front, the zone and the forwarder behind.
 
-use std::net::{IpAddr, SocketAddr};
+use std::io;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -15,17 +17,23 @@ use tokio::task::JoinSet;
 use tracing::{debug, warn};
 
 use super::answer::{self, Known, MAX_UDP_LEN, Missing, Outcome, Snapshot, Zone};
+use super::clients;
 use super::clients::{Admission, Clients};
-use super::forward::{Forwarded, Forwarder, Limits};
+use super::forward::Forwarder;
 use super::lookup::Inquirer;
+use super::mailbox::{Alarm, Mailbox};
 use super::message::Asked;
+use super::origin::{Origin, Origins};
+use super::received::PassOn;
+use super::relay::{Limits, Party};
 use super::reply::{self, Code};
 use super::sockets::{DnsError, Sockets, Transport};
 use super::stats::Stats;
 use super::tcp::{self, Connections};
 use super::told::Told;
-use super::udp::{self, Endpoint, Stop, To};
-use super::upstreams::Upstreams;
+use super::udp::Endpoint;
+use super::upstreams::{Registry, Upstreams};
+use super::worker::Worker;
 use crate::catalog::{Demand, Lookup};
 use crate::config::{DnsConfig, Unrouted, VipConfig};
 use crate::table::{Service, Table, Watch};
@@ -34,7 +42,7 @@ use crate::table::{Service, Table, Watch};
 const STOP_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// How much of that there is for what is under way to end by itself.
-const DRAIN: Duration = Duration::from_millis(300);
+pub(super) const DRAIN: Duration = Duration::from_millis(300);
 
 /// How long after the start questions for the zone wait for it, where sockets were passed: those
 /// that came while there was no daemon get more than SERVFAIL, and the first daemon of a machine
@@ -45,9 +53,8 @@ const GRACE: Duration = Duration::from_secs(2);
 /// answered as it stands there, and another one is unknown.
 const WARMING: Duration = Duration::from_millis(250);
 
-/// The UDP questions that wait for the zone at one time, and as many that wait for other resolvers:
-/// what is beyond is answered at once, as well as can be, or stays in the socket while the zone is
-/// waited for after the start.
+/// The UDP questions that wait for the zone at one time: what is beyond is answered at once, as well
+/// as can be, or stays in the socket while the zone is waited for after the start.
 const MAX_WAITING: usize = 1024;
 
 /// The DNS server, which answers from when it is started until it is stopped or dropped.
@@ -56,7 +63,11 @@ pub struct Server {
     own: Vec<SocketAddr>,
     resolv_conf: PathBuf,
     limits: Limits,
-    stop: Arc<Stop>,
+    /// What is known of upstreams, whatever the configuration is.
+    registry: Registry,
+    /// Of the threads.
+    mailboxes: Vec<Arc<Mailbox>>,
+    alarm: Alarm,
     stopped: watch::Sender<bool>,
     /// Whether nothing more is read.
     closing: watch::Sender<bool>,
@@ -119,8 +130,9 @@ impl Server {
         let Surroundings { resolv_conf, limits, tcp_patience } = surroundings;
         let own = sockets.addresses().to_vec();
         let grace = if sockets.were_passed { GRACE } else { Duration::ZERO };
-        let upstreams = Upstreams::new(config, &own, resolv_conf.clone());
-        let forwarder = Forwarder::start(upstreams, limits);
+        let (registry, alarm) = (Registry::default(), Alarm::default());
+        let upstreams = Upstreams::new(config, &own, resolv_conf.clone(), registry.clone());
+        let forwarder = Forwarder::start(upstreams, limits, alarm.clone());
         let snapshot = Arc::new(Snapshot::new(table.borrow().clone()));
         let handler = Arc::new(Handler {
             ways: RwLock::new(Arc::new(Ways {
@@ -128,6 +140,7 @@ impl Server {
                 clients: Arc::new(Clients::new(config, &own)),
                 forwarder,
             })),
+            version: AtomicU64::new(0),
             table,
             snapshot: RwLock::new(snapshot),
             attached,
@@ -135,11 +148,10 @@ impl Server {
             told: Told::default(),
             reliable_by: Instant::now() + grace,
             waiting: Arc::new(Semaphore::new(MAX_WAITING)),
-            forwarding: Arc::new(Semaphore::new(MAX_WAITING)),
+            origins: Origins::default(),
             stats: Arc::default(),
         });
 
-        let stop = Arc::new(Stop::new().map_err(DnsError::Start)?);
         let (stopped, _) = watch::channel(false);
         let (closing, _) = watch::channel(false);
         let (ended, _) = watch::channel(false);
@@ -159,50 +171,44 @@ impl Server {
             own,
             resolv_conf,
             limits,
-            stop,
+            registry,
+            mailboxes: Vec::new(),
+            alarm,
             stopped,
             closing,
             threads: Vec::new(),
             listeners,
             ended,
         };
-        for socket in sockets.udp {
-            let endpoint = Arc::new(Endpoint::new(socket).map_err(DnsError::Start)?);
-            let thread = server.serve_udp(endpoint).map_err(DnsError::Start)?;
+        for (idx, socket) in sockets.udp.into_iter().enumerate() {
+            let thread = server.serve_udp(socket, idx).map_err(DnsError::Start)?;
             server.threads.push(thread);
         }
         Ok(server)
     }
 
-    fn serve_udp(&self, endpoint: Arc<Endpoint>) -> std::io::Result<JoinHandle<()>> {
-        let (handler, stop) = (self.handler.clone(), self.stop.clone());
-        let (runtime, stopped) = (Handle::current(), self.stopped.subscribe());
-        let (mut closing, ends) = (self.closing.subscribe(), Ends(self.ended.clone()));
-        std::thread::Builder::new().name("dns".into()).spawn(move || {
+    fn serve_udp(&mut self, socket: UdpSocket, idx: usize) -> io::Result<JoinHandle<()>> {
+        let mailbox = Arc::new(Mailbox::new()?);
+        self.mailboxes.push(mailbox.clone());
+        self.alarm.add(&mailbox);
+        let (endpoint, stopped) = (Endpoint::new(socket)?, self.stopped.subscribe());
+        let (handler, ends) = (self.handler.clone(), Ends(self.ended.clone()));
+        let runtime = Handle::current();
+        let (started, start) = std::sync::mpsc::sync_channel(1);
+        let thread = std::thread::Builder::new().name("dns".into()).spawn(move || {
             let _ends = ends;
-            let mut out = Vec::with_capacity(MAX_UDP_LEN.into());
-            udp::serve(&endpoint, &stop, |bytes, client, to| {
-                if handler.is_full_early() {
-                    // What comes after this one waits in the socket meanwhile.
-                    runtime.block_on(async {
-                        tokio::select! {
-                            () = handler.grow_reliable() => {}
-                            _ = closing.wait_for(|closing| *closing) => {}
-                        }
-                    });
+            let _runtime = runtime.enter();
+            // Made where it is used: the buffers for the kernel stay with their thread.
+            match Worker::new(handler, endpoint, mailbox, stopped, idx) {
+                Ok(worker) => {
+                    let _ = started.send(Ok(()));
+                    worker.run();
                 }
-                let Some(waits) = handler.take(&endpoint, bytes, client, to, &mut out) else {
-                    return;
-                };
-                let mut stopped = stopped.clone();
-                runtime.spawn(async move {
-                    tokio::select! {
-                        () = waits => {}
-                        _ = stopped.wait_for(|stopped| *stopped) => {}
-                    }
-                });
-            });
-        })
+                Err(error) => drop(started.send(Err(error))),
+            }
+        })?;
+        start.recv().unwrap_or_else(|_| Err(io::Error::other("a thread of it ended")))?;
+        Ok(thread)
     }
 
     /// Answers by another configuration from now on, but for where it listens and for the domain.
@@ -211,8 +217,9 @@ impl Server {
     /// # Panics
     /// Outside a tokio runtime.
     pub fn reconfigure(&self, config: &DnsConfig) {
-        let upstreams = Upstreams::new(config, &self.own, self.resolv_conf.clone());
-        let forwarder = Forwarder::start(upstreams, self.limits);
+        let (registry, alarm) = (self.registry.clone(), self.alarm.clone());
+        let upstreams = Upstreams::new(config, &self.own, self.resolv_conf.clone(), registry);
+        let forwarder = Forwarder::start(upstreams, self.limits, alarm);
         let pools = self.handler.ways().zone.pools().to_vec();
         let ways = Ways {
             zone: Zone::new(config, pools),
@@ -220,6 +227,7 @@ impl Server {
             forwarder,
         };
         *self.handler.ways.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(ways);
+        self.handler.version.fetch_add(1, Ordering::Release);
     }
 
     /// Who asks this server.
@@ -249,7 +257,7 @@ impl Server {
 
     /// Stops reading, lets what is under way end, and drops what takes longer, within half a second.
     pub async fn stop(mut self) {
-        self.stop.set();
+        self.mailboxes.iter().for_each(|mailbox| mailbox.stop());
         self.closing.send_replace(true);
         let threads = std::mem::take(&mut self.threads);
         let mut listeners = std::mem::take(&mut self.listeners);
@@ -277,7 +285,7 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        self.stop.set();
+        self.mailboxes.iter().for_each(|mailbox| mailbox.stop());
         self.closing.send_replace(true);
         self.stopped.send_replace(true);
     }
@@ -292,25 +300,83 @@ impl Drop for Ends {
     }
 }
 
-/// What a question needs that waits; the socket goes first, so that a stop which has all places back
-/// has freed the port.
-struct Waiting {
-    endpoint: Arc<Endpoint>,
-    _place: OwnedSemaphorePermit,
-}
-
 /// What may be replaced while the server runs.
 #[derive(Debug)]
-struct Ways {
+pub(super) struct Ways {
     zone: Zone,
     clients: Arc<Clients>,
     forwarder: Arc<Forwarder>,
+}
+
+/// What one thread knows of everything that may change, so that it takes no lock for each message.
+#[derive(Debug)]
+pub(super) struct View {
+    ways: Arc<Ways>,
+    version: u64,
+    table: watch::Receiver<Arc<Table>>,
+    snapshot: Arc<Snapshot>,
+    attached: watch::Receiver<bool>,
+    is_attached: bool,
+}
+
+impl View {
+    /// The forwarder.
+    pub(super) fn forwarder(&self) -> &Forwarder {
+        &self.ways.forwarder
+    }
+
+    /// What may be replaced.
+    pub(super) fn ways(&self) -> &Ways {
+        &self.ways
+    }
+
+    /// The bounds on times to live of what is forwarded of the zone.
+    pub(super) fn max_ttls(&self) -> (u32, u32) {
+        self.ways.zone.max_ttls()
+    }
+
+    /// Whether the zone can be answered for.
+    pub(super) fn is_reliable(&self) -> bool {
+        self.is_attached && self.snapshot.table.is_synced()
+    }
+
+    /// What the zone's answers come from; nothing is waited for.
+    pub(super) fn known(&self) -> Known<'_> {
+        let (zone, snapshot) = (&self.ways.zone, &*self.snapshot);
+        Known { zone, snapshot, attached: self.is_attached, waits: false, missing: Missing::Absent }
+    }
+
+    /// Who a client's questions count as.
+    pub(super) fn party(&self, client: IpAddr) -> Party {
+        self.ways.party(client)
+    }
+}
+
+impl Ways {
+    /// Who a client's questions count as.
+    fn party(&self, client: IpAddr) -> Party {
+        let client = client.to_canonical();
+        (!self.clients.is_own(client)).then(|| clients::party(client))
+    }
+}
+
+/// What a message that waited comes to.
+#[derive(Debug)]
+pub(super) enum Settled {
+    Answer(Vec<u8>),
+    /// It is another resolver's to answer, but perhaps the name of a service all the same.
+    Forward {
+        is_unknown: bool,
+    },
+    Nothing,
 }
 
 /// Answers messages, whichever way they come.
 #[derive(Debug)]
 pub(super) struct Handler {
     ways: RwLock<Arc<Ways>>,
+    /// Of the ways.
+    version: AtomicU64,
     table: watch::Receiver<Arc<Table>>,
     /// Of the table that was there at the last question.
     snapshot: RwLock<Arc<Snapshot>>,
@@ -320,12 +386,13 @@ pub(super) struct Handler {
     /// Until when the zone is waited for.
     reliable_by: Instant,
     waiting: Arc<Semaphore>,
-    forwarding: Arc<Semaphore>,
-    stats: Arc<Stats>,
+    /// The questions whose origin is watched.
+    pub(super) origins: Origins,
+    pub(super) stats: Arc<Stats>,
 }
 
 impl Handler {
-    fn ways(&self) -> Arc<Ways> {
+    pub(super) fn ways(&self) -> Arc<Ways> {
         self.ways.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
@@ -341,16 +408,40 @@ impl Handler {
 
     /// Waits until nothing waits.
     async fn drained(&self) {
-        for places in [&self.waiting, &self.forwarding] {
-            drop(places.acquire_many(MAX_WAITING as u32).await);
-        }
+        drop(self.waiting.acquire_many(MAX_WAITING as u32).await);
     }
 
-    /// Whether nobody else can wait for the zone, which will be there soon.
-    fn is_full_early(&self) -> bool {
-        self.is_early()
-            && self.waiting.available_permits() == 0
-            && !(*self.attached.borrow() && self.table.borrow().is_synced())
+    /// A place to wait for the zone in, where there is one.
+    pub(super) fn place(&self) -> Option<OwnedSemaphorePermit> {
+        self.waiting.clone().try_acquire_owned().ok()
+    }
+
+    /// What a thread knows to begin with.
+    pub(super) fn view(&self) -> View {
+        let version = self.version.load(Ordering::Acquire);
+        let (mut table, mut attached) = (self.table.clone(), self.attached.clone());
+        table.mark_unchanged();
+        attached.mark_unchanged();
+        let (snapshot, is_attached) = (self.snapshot(), *attached.borrow_and_update());
+        View { ways: self.ways(), version, table, snapshot, attached, is_attached }
+    }
+
+    /// Brings a thread's knowledge up to date. Returns whether the configuration is another one.
+    pub(super) fn refresh(&self, view: &mut View) -> bool {
+        // An error says that there will be no further change.
+        if view.table.has_changed().unwrap_or(false) {
+            view.table.mark_unchanged();
+            view.snapshot = self.snapshot();
+        }
+        if view.attached.has_changed().unwrap_or(false) {
+            view.is_attached = *view.attached.borrow_and_update();
+        }
+        let version = self.version.load(Ordering::Acquire);
+        if version == view.version {
+            return false;
+        }
+        (view.version, view.ways) = (version, self.ways());
+        true
     }
 
     /// What names of the zone get that no service has.
@@ -372,77 +463,23 @@ impl Handler {
         snapshot
     }
 
-    /// Answers a UDP message where that can be done at once; else what it waits for, which answers.
-    fn take(
-        self: &Arc<Self>,
-        endpoint: &Arc<Endpoint>,
-        bytes: &[u8],
-        client: SocketAddr,
-        to: To,
-        out: &mut Vec<u8>,
-    ) -> Option<impl Future<Output = ()> + Send + use<>> {
-        if let Some(refusal) = self.refusal(bytes, Transport::Udp, client.ip()) {
-            if let Some(refusal) = refusal {
-                endpoint.send(&refusal, client, to);
-            }
-            return None;
-        }
-        let (ways, snapshot) = (self.ways(), self.snapshot());
-        let attached = *self.attached.borrow();
-        let missing = self.missing();
-        let waits = !(attached && snapshot.table.is_synced()) && self.is_early();
-        let mut known = Known { zone: &ways.zone, snapshot: &snapshot, attached, waits, missing };
-        let mut outcome = answer::answer(bytes, Transport::Udp, known, out);
-        let places = match outcome {
-            Outcome::Forward(_) => Some(&self.forwarding),
-            Outcome::Wait | Outcome::Warm(_) => Some(&self.waiting),
-            Outcome::Drop | Outcome::Reply(..) => None,
-        };
-        if let Some(places) = places {
-            if let Ok(place) = places.clone().try_acquire_owned() {
-                let (handler, bytes) = (self.clone(), bytes.to_vec());
-                let waiting = Waiting { endpoint: endpoint.clone(), _place: place };
-                return Some(async move {
-                    if let Some(reply) = handler.reply(&bytes, Transport::Udp).await {
-                        waiting.endpoint.send(&reply, client, to);
-                    }
-                    drop(waiting);
-                });
-            }
-            known.waits = false;
-            if known.missing == Missing::LookUp {
-                known.missing = Missing::Unknown;
-            }
-            outcome = answer::answer(bytes, Transport::Udp, known, out);
-        }
-        if self.conclude(&ways.forwarder, outcome, out) {
-            endpoint.send(out, client, to);
-        }
-        None
-    }
-
     /// What a client gets that isn't served, or not now; `None` for one that is.
     pub(super) fn refusal(
         &self,
+        ways: &Ways,
         bytes: &[u8],
         transport: Transport,
         client: IpAddr,
     ) -> Option<Option<Vec<u8>>> {
-        let ways = self.ways();
         let admission = ways.clients.admit(client);
         if admission == Admission::Admitted {
-            return None;
-        }
-        let asked = Asked::read(bytes);
-        // A circle is to be seen whichever way it comes.
-        if asked.is_ok_and(|asked| ways.forwarder.hears_probe(&asked)) {
             return None;
         }
         if admission == Admission::Limited {
             self.stats.count("limited");
             return Some(None);
         }
-        let Ok(asked) = asked else {
+        let Ok(asked) = Asked::read(bytes) else {
             self.stats.count("malformed");
             return Some(None);
         };
@@ -453,8 +490,8 @@ impl Handler {
     }
 
     /// Counts what became of a message, and tells of the service that it uses. Returns whether
-    /// there is an answer, in `out`: an error where another resolver would have been asked.
-    fn conclude(&self, forwarder: &Forwarder, outcome: Outcome<'_, '_>, out: &mut Vec<u8>) -> bool {
+    /// it was answered.
+    pub(super) fn conclude(&self, outcome: Outcome<'_, '_>) -> bool {
         let code = match outcome {
             Outcome::Drop => {
                 self.stats.count("malformed");
@@ -466,12 +503,8 @@ impl Handler {
                 }
                 code
             }
-            Outcome::Forward(asked) => {
-                forwarder.hears_probe(&asked);
-                reply::error(out, &asked, Code::ServFail, MAX_UDP_LEN.into());
-                Code::ServFail
-            }
-            Outcome::Wait | Outcome::Warm(_) => return false, // not where they weren't allowed
+            // Not where they weren't allowed, and those are for the caller.
+            Outcome::Wait | Outcome::Warm(_) | Outcome::Forward(_) => return false,
         };
         self.stats.count_own(code);
         true
@@ -484,8 +517,21 @@ impl Handler {
         }
     }
 
-    /// The answer to a message, in a while; `None` where there is none.
-    pub(super) async fn reply(&self, bytes: &[u8], transport: Transport) -> Option<Vec<u8>> {
+    /// The answer to a message over TCP, in a while; `None` where there is none.
+    pub(super) async fn reply(&self, bytes: &[u8], client: IpAddr) -> Option<Vec<u8>> {
+        match self.settle(bytes, Transport::Tcp).await {
+            Settled::Answer(answer) => Some(answer),
+            Settled::Nothing => None,
+            Settled::Forward { is_unknown } => {
+                let asked = Asked::read(bytes).ok()?; // it was read before
+                let ways = self.ways();
+                Some(self.forward(&ways, &asked, ways.party(client), is_unknown).await)
+            }
+        }
+    }
+
+    /// What a message comes to, in a while.
+    pub(super) async fn settle(&self, bytes: &[u8], transport: Transport) -> Settled {
         let mut out = Vec::new();
         let mut found = None;
         let mut waits = self.is_early();
@@ -502,23 +548,24 @@ impl Handler {
                 Outcome::Warm(name) => {
                     found = Some(self.warm(&name).await);
                 }
-                Outcome::Forward(asked) => {
-                    let is_unknown = found == Some(Missing::Unknown);
-                    let answer = self.forward(&ways.forwarder, &asked, transport, is_unknown);
-                    return Some(answer.await);
+                Outcome::Forward(_) => {
+                    return Settled::Forward { is_unknown: found == Some(Missing::Unknown) };
                 }
-                outcome => return self.conclude(&ways.forwarder, outcome, &mut out).then_some(out),
+                outcome => {
+                    let is_answered = self.conclude(outcome);
+                    return if is_answered { Settled::Answer(out) } else { Settled::Nothing };
+                }
             }
         }
     }
 
     /// Whether the start is so near that the zone is waited for.
-    fn is_early(&self) -> bool {
+    pub(super) fn is_early(&self) -> bool {
         Instant::now() < self.reliable_by
     }
 
     /// Waits for the zone, for as long as that is done after the start.
-    async fn grow_reliable(&self) {
+    pub(super) async fn grow_reliable(&self) {
         let (mut table, mut attached) = (self.table.clone(), self.attached.clone());
         let reliable = async {
             let _ = table.wait_for(|table| table.is_synced()).await;
@@ -528,7 +575,7 @@ impl Handler {
     }
 
     /// What becomes of a name that the table doesn't have live.
-    fn missing(&self) -> Missing {
+    pub(super) fn missing(&self) -> Missing {
         if self.demand.is_heard() { Missing::LookUp } else { Missing::Absent }
     }
 
@@ -552,44 +599,41 @@ impl Handler {
         }
     }
 
-    /// Another resolver's answer, or SERVFAIL. Where the name may be a service of ours for all that is
-    /// known (`is_unknown`), the other resolver's "no such name" doesn't hold either.
+    /// Another resolver's answer over TCP, or SERVFAIL. Where the name may be a service of ours for
+    /// all that is known (`is_unknown`), the other resolver's "no such name" doesn't hold either.
     async fn forward(
         &self,
-        forwarder: &Forwarder,
+        ways: &Ways,
         asked: &Asked<'_>,
-        transport: Transport,
+        party: Party,
         is_unknown: bool,
     ) -> Vec<u8> {
         let mut out = Vec::new();
-        let question = match asked.query() {
-            Ok(question) => question,
-            Err(error) => {
-                debug!(%error, "a question can't be read");
-                reply::error(&mut out, asked, Code::FormErr, max_len(asked, transport));
-                self.stats.count_own(Code::FormErr);
-                return out;
-            }
-        };
-        match forwarder.forward(asked, &question, transport).await {
-            Ok(Forwarded { answer, .. })
-                if is_unknown && answer.code() == ResponseCode::NXDomain =>
-            {
-                reply::error(&mut out, asked, Code::ServFail, max_len(asked, transport));
+        let note = |origin| self.origins.note(asked.id(), asked.question(), || origin);
+        match ways.forwarder.over_tcp(asked, party).await {
+            Ok((answer, ..)) if is_unknown && answer.code() == ResponseCode::NXDomain => {
+                note(Origin::Nowhere("whether it is a service is unknown".to_owned()));
+                reply::error(&mut out, asked, Code::ServFail, max_len(asked, Transport::Tcp));
                 self.stats.count_own(Code::ServFail);
-                out
             }
-            Ok(Forwarded { answer, .. }) => {
+            Ok((answer, upstream, is_in_zone)) => {
+                note(Origin::Upstream(upstream.address));
                 self.stats.count_forwarded(answer.code());
-                answer.pass_on(asked, max_len(asked, transport))
+                let how = PassOn {
+                    max_len: max_len(asked, Transport::Tcp),
+                    keeps_ad: upstream.keeps_ad(),
+                    max_ttls: is_in_zone.then(|| ways.zone.max_ttls()),
+                };
+                answer.pass_on(&asked.client(), how, &mut out);
             }
             Err(error) => {
-                debug!(%question, "not forwarded: {error}");
-                reply::error(&mut out, asked, Code::ServFail, max_len(asked, transport));
+                debug!("not forwarded: {error}");
+                note(Origin::Nowhere(error.to_string()));
+                reply::error(&mut out, asked, Code::ServFail, max_len(asked, Transport::Tcp));
                 self.stats.count_own(Code::ServFail);
-                out
             }
         }
+        out
     }
 }
 

@@ -1,33 +1,44 @@
 //! A domain, for the question whether a name lies in it.
 
-use hickory_proto::rr::Name;
+use super::message::WireName;
 
-/// The labels of a domain, in lower case; none for the root.
+/// A domain as it is on the wire, in lower case.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Suffix(Vec<Box<[u8]>>);
+pub(super) struct Suffix {
+    wire: Box<[u8]>,
+    n_labels: usize,
+}
 
 impl Suffix {
-    /// Reads a domain such as `service` or `lb.example`; dots at the ends don't count.
+    /// Reads a domain such as `service` or `lb.example`; dots at the ends don't count. The
+    /// configuration has checked the length of its labels.
     pub(super) fn new(domain: &str) -> Suffix {
-        let labels = domain.split('.').filter(|label| !label.is_empty());
-        Suffix(labels.map(|label| label.to_ascii_lowercase().into_bytes().into()).collect())
+        let mut wire = Vec::new();
+        let mut n_labels = 0;
+        for label in domain.split('.').filter(|label| !label.is_empty()) {
+            wire.push(label.len() as u8);
+            wire.extend(label.to_ascii_lowercase().bytes());
+            n_labels += 1;
+        }
+        wire.push(0);
+        Suffix { wire: wire.into(), n_labels }
     }
 
     /// The number of labels.
     pub(super) fn n_labels(&self) -> usize {
-        self.0.len()
+        self.n_labels
     }
 
-    /// How many labels `name` has below this domain: 0 for the domain itself, `None` for a name
-    /// outside. Case doesn't count.
-    pub(super) fn depth_of(&self, name: &Name) -> Option<usize> {
-        let depth = name.iter().len().checked_sub(self.0.len())?;
-        let within = name
-            .iter()
-            .skip(depth)
-            .zip(&self.0)
-            .all(|(theirs, ours)| theirs.eq_ignore_ascii_case(ours));
-        within.then_some(depth)
+    /// Whether `name` is this domain or lies below it. Case doesn't count.
+    pub(super) fn has(&self, name: &WireName<'_>) -> bool {
+        let Some(depth) = name.n_labels().checked_sub(self.n_labels) else { return false };
+        // Lengths are below 64, where ASCII has no letters.
+        name.suffix(depth).eq_ignore_ascii_case(&self.wire)
+    }
+
+    /// Whether this domain is `other` or lies below it.
+    pub(super) fn is_within(&self, other: &Suffix) -> bool {
+        WireName::read(&self.wire).is_some_and(|name| other.has(&name))
     }
 }
 
@@ -36,23 +47,28 @@ mod tests {
     use super::*;
 
     #[test]
-    fn depth() {
+    fn what_lies_in_a_domain() {
         let table = [
-            ("service", "service.", Some(0)),
-            ("service", "web.service.", Some(1)),
-            ("service", "Web.SERVICE.", Some(1)),
-            ("service", "a.b.service.", Some(2)),
-            ("service", "*.service.", Some(1)),
-            ("service", "web.service.consul.", None),
-            ("service", "webservice.", None),
-            ("service", ".", None),
-            ("Lb.Example.", "web.lb.example.", Some(1)),
-            ("lb.example", "example.", None),
-            ("", "example.", Some(1)),
+            ("service", "service", true),
+            ("service", "web.service", true),
+            ("service", "Web.SERVICE", true),
+            ("service", "a.b.service", true),
+            ("service", "*.service", true),
+            ("service", "web.service.consul", false),
+            ("service", "webservice", false),
+            ("service", "", false),
+            ("Lb.Example.", "web.lb.example", true),
+            ("lb.example", "example", false),
+            ("", "example", true),
+            ("", "", true),
         ];
         for (domain, name, expected) in table {
-            let name = Name::from_ascii(name).unwrap();
-            assert_eq!(Suffix::new(domain).depth_of(&name), expected, "{name} in {domain:?}");
+            let name = Suffix::new(name);
+            assert_eq!(name.is_within(&Suffix::new(domain)), expected, "{name:?} in {domain:?}");
+            let mut shouted = name.wire.to_vec();
+            shouted.make_ascii_uppercase();
+            let shouted = WireName::read(&shouted).unwrap();
+            assert_eq!(Suffix::new(domain).has(&shouted), expected, "{name:?} in {domain:?}");
         }
     }
 }

@@ -253,9 +253,9 @@ impl Handler {
 
     /// The answer to a message over TCP; `None` where the connection is to be closed.
     async fn reply_over_tcp(&self, bytes: &[u8], client: IpAddr) -> Option<Vec<u8>> {
-        match self.refusal(bytes, Transport::Tcp, client) {
+        match self.refusal(&self.ways(), bytes, Transport::Tcp, client) {
             Some(refusal) => refusal,
-            None => self.reply(bytes, Transport::Tcp).await,
+            None => self.reply(bytes, client).await,
         }
     }
 }

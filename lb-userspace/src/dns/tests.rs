@@ -15,9 +15,9 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-use super::forward::Limits;
+use super::relay::Limits;
 use super::server::Surroundings;
-use super::{Origin, Server, Sockets, Transport, bind};
+use super::{Origin, Server, Sockets, State, Transport, bind};
 use crate::catalog::Demand;
 use crate::config::{Config, DnsConfig, Forward};
 use crate::table::{Ports, Protocols, Service, Table};
@@ -389,7 +389,9 @@ async fn other_names_are_forwarded_as_they_came() {
 
         assert_eq!(asked_over, transport);
         assert!(seen.queries[0].name.eq_case(&asked.queries[0].name));
-        assert_eq!(seen.edns, asked.edns);
+        let (seen_edns, edns) = (seen.edns.unwrap(), asked.edns.as_ref().unwrap());
+        assert_eq!(seen_edns.flags(), edns.flags());
+        assert_eq!(seen_edns.max_payload(), 1232);
         assert!(seen.metadata.checking_disabled && seen.metadata.recursion_desired);
 
         assert_eq!(got.metadata.id, asked.metadata.id);
@@ -562,19 +564,43 @@ async fn resolv_conf_without_a_nameserver_fails_at_once() {
 }
 
 #[tokio::test]
-async fn what_is_in_flight_is_bounded() {
+async fn what_is_in_flight_is_bounded_and_the_oldest_goes_first() {
     let mut silent = Upstream::silent().await;
     let config =
         DnsConfig { forward: Forward::Servers(vec![silent.address]), ..Config::default().dns };
-    let limits = Limits { patience: LONG, max_in_flight: 1, ..Limits::default() };
+    let limits = Limits { patience: LONG, max_waiting: 1, ..Limits::default() };
     let rig = Rig::with(config, Surroundings { limits, ..Surroundings::default() }).await;
 
-    let waiting = UdpSocket::bind("127.0.0.1:0").await.unwrap();
-    let asked = query("example.com.", RecordType::A).to_vec().unwrap();
-    waiting.send_to(&asked, rig.address).await.unwrap();
-    silent.next_asked().await;
-    assert_eq!(rig.lookup("example.org.").await, "ServFail");
+    // From one socket, so that one thread has both.
+    let client = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    client.connect(rig.address).await.unwrap();
+    for name in ["example.com.", "example.org."] {
+        client.send(&query(name, RecordType::A).to_vec().unwrap()).await.unwrap();
+        silent.next_asked().await;
+    }
+    let mut buffer = [0; 512];
+    let len = timeout(LONG, client.recv(&mut buffer)).await.unwrap().unwrap();
+    let answer = Message::from_vec(&buffer[..len]).unwrap();
+    assert_eq!(answer.metadata.response_code, ResponseCode::ServFail);
+    assert_eq!(answer.queries[0].name.to_string(), "example.com.");
     assert_eq!(rig.lookup("web.service.").await, "NoError 127.128.0.1");
+}
+
+#[tokio::test]
+async fn answers_over_udp_fit_into_one_packet() {
+    // This resolver sends as much as the client takes, whatever it is told.
+    let mut upstream = Upstream::new(|_, asked| vec![long_answer(asked, 15)]).await;
+    let rig = Rig::new(&[upstream.address]).await;
+    for (name, is_truncated) in [("example.com.", true), ("web.service.", false)] {
+        let asked = with_edns(query(name, RecordType::TXT), 0, 4096);
+        let bytes = rig.ask_bytes(Transport::Udp, &asked.to_vec().unwrap()).await;
+        assert!(bytes.len() <= 1232, "{} bytes", bytes.len());
+        assert_eq!(Message::from_vec(&bytes).unwrap().metadata.truncation, is_truncated);
+    }
+    let (_, seen) = upstream.next_asked().await;
+    assert_eq!(seen.edns.unwrap().max_payload(), 1232);
+    let asked = with_edns(query("example.com.", RecordType::TXT), 0, 4096);
+    assert_eq!(rig.ask(Transport::Tcp, &asked).await.answers.len(), 15);
 }
 
 #[tokio::test]

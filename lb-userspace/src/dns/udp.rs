@@ -1,28 +1,23 @@
-//! UDP: a thread for each socket, which receives, has the message answered and sends.
+//! UDP listeners: messages of clients in, answers out, in batches.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::net::{IpAddr, SocketAddr, UdpSocket};
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use nix::sys::socket::{
-    ControlMessage, ControlMessageOwned, MsgFlags, SockaddrStorage, recvmsg, sendmsg, setsockopt,
-    sockopt,
+    ControlMessage, ControlMessageOwned, MsgFlags, MultiHeaders, SockaddrStorage, recvmmsg,
+    sendmsg, setsockopt, sockopt,
 };
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
-use rustix::io::Errno;
-use rustix::time::Timespec;
-use tracing::{debug, warn};
+use rustix::net::{MMsgHdr, SendAncillaryBuffer, SendFlags, SocketAddrAny, sendmmsg};
+use tracing::debug;
 
-use super::clients;
+use super::interfaces::socket_address;
 
 /// The longest question: more than any that asks.
 pub(super) const MAX_QUESTION_LEN: usize = 4096;
 
-/// How long a socket rests that can't be read.
-const REST: Duration = Duration::from_millis(100);
+/// How many messages are received, or sent, in one system call.
+const BATCH: usize = 32;
 
 /// A socket that is served.
 #[derive(Debug)]
@@ -38,6 +33,54 @@ pub(super) enum To {
     Bound,
     V4(nix::libc::in_pktinfo),
     V6(nix::libc::in6_pktinfo),
+}
+
+/// Buffers for what clients send.
+pub(super) struct Inbox {
+    buffers: Vec<u8>,
+    headers: MultiHeaders<SockaddrStorage>,
+    /// The length of each message that was received, who sent it, and where to.
+    pub(super) received: Vec<(usize, SocketAddr, To)>,
+}
+
+/// Answers that wait to be sent.
+#[derive(Debug, Default)]
+pub(super) struct Outbox {
+    bytes: Vec<u8>,
+    answers: Vec<(std::ops::Range<usize>, SocketAddr, To)>,
+}
+
+impl Inbox {
+    /// Empty ones.
+    pub(super) fn new() -> Inbox {
+        let control = nix::cmsg_space!(nix::libc::in_pktinfo, nix::libc::in6_pktinfo);
+        Inbox {
+            buffers: vec![0; BATCH * MAX_QUESTION_LEN],
+            headers: MultiHeaders::preallocate(BATCH, Some(control)),
+            received: Vec::new(),
+        }
+    }
+
+    /// The message at that place of `received`.
+    pub(super) fn message(&self, idx: usize) -> &[u8] {
+        let (len, ..) = self.received[idx];
+        &self.buffers[idx * MAX_QUESTION_LEN..][..len]
+    }
+}
+
+impl Outbox {
+    /// Adds an answer.
+    pub(super) fn push(&mut self, message: &[u8], client: SocketAddr, from: To) {
+        let begin = self.bytes.len();
+        self.bytes.extend_from_slice(message);
+        self.answers.push((begin..self.bytes.len(), client, from));
+    }
+}
+
+impl AsFd for Endpoint {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
 }
 
 impl Endpoint {
@@ -56,31 +99,79 @@ impl Endpoint {
         Ok(Endpoint { socket, takes_any: address.ip().is_unspecified() })
     }
 
-    /// The next message: its length, who sent it, and where to.
-    fn receive(
-        &self,
-        buffer: &mut [u8],
-        control: &mut [u8],
-    ) -> io::Result<(usize, SocketAddr, To)> {
-        if !self.takes_any {
-            let (len, client) = self.socket.recv_from(buffer)?;
-            return Ok((len, client, To::Bound));
+    /// Receives the messages that have come, as many as fit.
+    ///
+    /// # Errors
+    /// Where there is none, or the socket can't be read.
+    pub(super) fn receive(&self, inbox: &mut Inbox) -> io::Result<()> {
+        inbox.received.clear();
+        let mut buffers: Vec<[IoSliceMut<'_>; 1]> = inbox
+            .buffers
+            .chunks_mut(MAX_QUESTION_LEN)
+            .map(|buffer| [IoSliceMut::new(buffer)])
+            .collect();
+        let (fd, flags) = (self.socket.as_raw_fd(), MsgFlags::MSG_DONTWAIT);
+        for message in recvmmsg(fd, &mut inbox.headers, &mut buffers, flags, None)? {
+            let client = message.address.as_ref().and_then(socket_address);
+            let mut to = To::Bound;
+            if self.takes_any {
+                for control in message.cmsgs()? {
+                    match control {
+                        ControlMessageOwned::Ipv4PacketInfo(info) => to = To::V4(info),
+                        ControlMessageOwned::Ipv6PacketInfo(info) => to = To::V6(info),
+                        _ => {}
+                    }
+                }
+            }
+            // One without an address isn't of the internet: nobody to answer.
+            let nobody = SocketAddr::from(([0, 0, 0, 0], 0));
+            inbox.received.push((message.bytes, client.unwrap_or(nobody), to));
         }
-        let mut pieces = [IoSliceMut::new(buffer)];
-        let fd = self.socket.as_raw_fd();
-        let flags = MsgFlags::empty();
-        let message = recvmsg::<SockaddrStorage>(fd, &mut pieces, Some(control), flags)?;
-        let client = message.address.as_ref().and_then(clients::socket_address);
-        let client = client.ok_or(io::ErrorKind::AddrNotAvailable)?;
-        let mut to = To::Bound;
-        for control in message.cmsgs()? {
-            match control {
-                ControlMessageOwned::Ipv4PacketInfo(info) => to = To::V4(info),
-                ControlMessageOwned::Ipv6PacketInfo(info) => to = To::V6(info),
-                _ => {}
+        Ok(())
+    }
+
+    /// Sends all answers. What the kernel can't take now is lost: the client asks again.
+    pub(super) fn flush(&self, outbox: &mut Outbox) {
+        let bound =
+            |answer: &(std::ops::Range<usize>, SocketAddr, To)| matches!(answer.2, To::Bound);
+        for batch in outbox.answers.chunk_by(|one, other| bound(one) && bound(other)) {
+            for batch in batch.chunks(BATCH) {
+                self.send_batch(&outbox.bytes, batch);
             }
         }
-        Ok((message.bytes, client, to))
+        outbox.bytes.clear();
+        outbox.answers.clear();
+    }
+
+    fn send_batch(&self, bytes: &[u8], batch: &[(std::ops::Range<usize>, SocketAddr, To)]) {
+        if let [(range, client, from)] = batch {
+            return self.send(&bytes[range.clone()], *client, *from);
+        }
+        let messages: Vec<[IoSlice<'_>; 1]> =
+            batch.iter().map(|(range, ..)| [IoSlice::new(&bytes[range.clone()])]).collect();
+        let addresses: Vec<SocketAddrAny> =
+            batch.iter().map(|(_, client, _)| SocketAddrAny::from(*client)).collect();
+        let mut n_done = 0;
+        while n_done < batch.len() {
+            let mut controls: Vec<_> =
+                batch[n_done..].iter().map(|_| SendAncillaryBuffer::default()).collect();
+            let mut headers: Vec<MMsgHdr<'_>> = messages[n_done..]
+                .iter()
+                .zip(&addresses[n_done..])
+                .zip(&mut controls)
+                .map(|((message, address), control)| {
+                    MMsgHdr::new_with_addr(address, message, control)
+                })
+                .collect();
+            match sendmmsg(&self.socket, &mut headers, SendFlags::empty()) {
+                Ok(n_sent) => n_done += n_sent.max(1),
+                // It is about the first one alone.
+                Err(error) => {
+                    debug!(client = %batch[n_done].1, %error, "an answer was lost");
+                    n_done += 1;
+                }
+            }
+        }
     }
 
     /// Sends an answer, from the address that was asked. It is lost where the kernel can't take it
@@ -115,65 +206,5 @@ impl Endpoint {
         let client = SockaddrStorage::from(client);
         let (fd, pieces) = (self.socket.as_raw_fd(), [IoSlice::new(bytes)]);
         Ok(sendmsg(fd, &pieces, &[from], MsgFlags::empty(), Some(&client))?)
-    }
-}
-
-/// Tells threads to stop.
-#[derive(Debug)]
-pub(super) struct Stop {
-    is_set: AtomicBool,
-    event: OwnedFd,
-}
-
-impl Stop {
-    /// # Errors
-    /// Where the kernel has no more file descriptors.
-    pub(super) fn new() -> io::Result<Stop> {
-        let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        Ok(Stop { is_set: AtomicBool::new(false), event })
-    }
-
-    /// Stops those that wait, and those that don't.
-    pub(super) fn set(&self) {
-        self.is_set.store(true, Ordering::Relaxed);
-        let told = rustix::io::write(&self.event, &1u64.to_ne_bytes());
-        debug_assert!(told.is_ok(), "{told:?}");
-    }
-}
-
-/// Receives messages until it is stopped: each goes to `take`, with who sent it and where to.
-pub(super) fn serve(
-    endpoint: &Arc<Endpoint>,
-    stop: &Stop,
-    mut take: impl FnMut(&[u8], SocketAddr, To),
-) {
-    let mut buffer = vec![0; MAX_QUESTION_LEN];
-    let mut control = nix::cmsg_space!(nix::libc::in_pktinfo, nix::libc::in6_pktinfo);
-    while !stop.is_set.load(Ordering::Relaxed) {
-        match endpoint.receive(&mut buffer, &mut control) {
-            Ok((len, client, to)) => take(&buffer[..len], client, to),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                wait(&[PollFd::new(&endpoint.socket, PollFlags::IN)], stop, None);
-            }
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => {
-                warn!("a DNS socket can't be read for a moment: {error}");
-                wait(&[], stop, Some(REST));
-            }
-        }
-    }
-}
-
-/// Waits for one of `others`, or the stop, or the end of `limit`.
-fn wait(others: &[PollFd<'_>], stop: &Stop, limit: Option<Duration>) {
-    let mut all: Vec<PollFd<'_>> = others.to_vec();
-    all.push(PollFd::new(&stop.event, PollFlags::IN));
-    let limit = limit.and_then(|limit| Timespec::try_from(limit).ok());
-    match poll(&mut all, limit.as_ref()) {
-        Ok(_) | Err(Errno::INTR) => {}
-        Err(error) => {
-            warn!("a DNS socket can't be waited for: {error}");
-            std::thread::sleep(REST);
-        }
     }
 }

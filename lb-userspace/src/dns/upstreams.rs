@@ -1,137 +1,248 @@
-//! Who is asked for a name that isn't ours.
+//! Which upstream resolvers are asked for a name that isn't ours.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::collections::HashMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::{Duration, Instant};
 
-use hickory_proto::rr::Name;
 use tracing::warn;
 
+use super::interfaces::Interfaces;
 use super::loops::Way;
+use super::message::WireName;
 use super::resolv_conf::ResolvConf;
 use super::suffix::Suffix;
+use super::upstream::Upstream;
 use crate::config::{DnsConfig, Forward, Unrouted};
 
 /// Where systemd-resolved tells whom it asks, without what belongs to one link.
 const RESOLVED_UPLINKS: &str = "/run/systemd/resolve/resolv.conf";
 
+/// How long a resolv.conf that was looked at is taken for unchanged: it isn't looked at for each
+/// query.
+const RESOLV_CONF_AGE: Duration = Duration::from_millis(100);
+
+/// The upstreams that are known, by address: what is known of one outlives a reload.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Registry(Arc<Mutex<HashMap<SocketAddr, Arc<Upstream>>>>);
+
+impl Registry {
+    fn get(&self, address: SocketAddr) -> Arc<Upstream> {
+        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let upstream =
+            known.entry(address).or_insert_with(|| Upstream::new(address, Instant::now()).into());
+        Arc::clone(upstream)
+    }
+
+    /// Drops those that aren't asked any more.
+    fn keep(&self, plan: &Plan) {
+        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        known.retain(|address, _| plan.upstreams().any(|upstream| upstream.address == *address));
+    }
+}
+
 /// The resolvers for each name, never ourselves.
 #[derive(Debug)]
 pub(super) struct Upstreams {
-    /// Where a domain's names go, the longest domain first.
-    routes: Vec<Route>,
+    /// Where a domain's names go.
+    routes: Vec<(Arc<str>, SocketAddr)>,
     /// Our own zone, where names that we don't know are forwarded: resolvers may send its names
     /// elsewhere than those around it, such as back to us.
-    zone: Option<(Suffix, Arc<str>)>,
+    zone: Option<Arc<str>>,
     others: Others,
     /// The addresses that we listen on.
     own: Vec<SocketAddr>,
-}
-
-/// Where the names of a domain go.
-#[derive(Debug)]
-struct Route {
-    suffix: Suffix,
-    domain: Arc<str>,
-    servers: Arc<[SocketAddr]>,
+    registry: Registry,
+    plan: RwLock<Arc<Plan>>,
+    /// Of the plan.
+    version: AtomicU64,
+    born: Instant,
+    /// When resolv.conf was last looked at, in microseconds since `born`.
+    looked_us: AtomicU64,
 }
 
 /// Where all other names go.
 #[derive(Debug)]
 enum Others {
-    Fixed(Arc<[SocketAddr]>),
+    Fixed(Vec<SocketAddr>),
     ResolvConf(Box<ResolvConf>),
+}
+
+/// Who is asked for which names, as of one moment.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Plan {
+    /// The longest domain first; the last one has all names.
+    routes: Vec<(Suffix, Arc<Route>)>,
+}
+
+/// Where the names of a domain go.
+#[derive(Clone, Debug)]
+pub(super) struct Route {
+    /// The domain of `dns.routes`, or the zone; empty for all other names.
+    pub(super) domain: Arc<str>,
+    /// Whether its names lie in our own zone.
+    pub(super) is_in_zone: bool,
+    /// In the order in which they are asked.
+    pub(super) upstreams: Box<[Arc<Upstream>]>,
+}
+
+impl Route {
+    /// The way to one of its upstreams.
+    pub(super) fn way(&self, upstream: &Upstream) -> Way {
+        Way { domain: Arc::clone(&self.domain), server: upstream.address }
+    }
+}
+
+impl Plan {
+    /// The route for `name`.
+    pub(super) fn of(&self, name: &WireName<'_>) -> Option<&Arc<Route>> {
+        self.routes.iter().find(|(suffix, _)| suffix.has(name)).map(|(_, route)| route)
+    }
+
+    /// Every way that a question may take from here.
+    pub(super) fn ways(&self) -> Vec<Way> {
+        let ways = self
+            .routes
+            .iter()
+            .flat_map(|(_, route)| route.upstreams.iter().map(|upstream| route.way(upstream)));
+        ways.collect()
+    }
+
+    /// The upstreams of all routes; one that several routes have comes several times.
+    pub(super) fn upstreams(&self) -> impl Iterator<Item = &Arc<Upstream>> {
+        self.routes.iter().flat_map(|(_, route)| &route.upstreams)
+    }
+
+    /// A copy whose counts of references no other thread touches.
+    pub(super) fn unshared(&self) -> Plan {
+        let copy = |(suffix, route): &(Suffix, Arc<Route>)| {
+            (suffix.clone(), Arc::new(Route::clone(route)))
+        };
+        Plan { routes: self.routes.iter().map(copy).collect() }
+    }
 }
 
 impl Upstreams {
     /// The upstreams of a server that listens on `own`.
-    pub(super) fn new(config: &DnsConfig, own: &[SocketAddr], resolv_conf: PathBuf) -> Upstreams {
+    pub(super) fn new(
+        config: &DnsConfig,
+        own: &[SocketAddr],
+        resolv_conf: PathBuf,
+        registry: Registry,
+    ) -> Upstreams {
+        let interfaces = Interfaces::read();
+        let is_ours = |server: &SocketAddr| is_ourselves(*server, own, &interfaces);
         let mut routes = Vec::new();
-        for (domain, &server) in &config.routes {
-            let servers = without_own(&[server], own);
-            if servers.is_empty() {
+        for (domain, server) in &config.routes {
+            if is_ours(server) {
                 warn!(
                     "dns.routes sends {domain} to {server}, which is this server, so its names \
                      fail; name the resolver that knows them"
                 );
             }
-            let domain = domain.trim_matches('.');
-            routes.push(Route { suffix: Suffix::new(domain), domain: domain.into(), servers });
+            routes.push((Arc::from(domain.trim_matches('.')), *server));
         }
-        routes.sort_by_key(|route| std::cmp::Reverse(route.suffix.n_labels()));
-
         let others = match &config.forward {
             Forward::ResolvConf => {
                 Others::ResolvConf(ResolvConf::new(resolv_conf, RESOLVED_UPLINKS.into()).into())
             }
             Forward::Servers(servers) => {
-                let servers = without_own(servers, own);
-                if servers.is_empty() {
+                if servers.iter().all(is_ours) {
                     warn!(
                         "dns.forward names no resolver but this one, so names outside the zone \
                          fail; name one there, or set it to \"resolv.conf\""
                     );
                 }
-                Others::Fixed(servers)
+                Others::Fixed(servers.clone())
             }
         };
-        let domain = config.domain.trim_matches('.');
         let zone = (config.unrouted == Unrouted::Forward)
-            .then(|| (Suffix::new(domain), Arc::from(domain)));
-        Upstreams { routes, zone, others, own: own.to_vec() }
+            .then(|| Arc::from(config.domain.trim_matches('.')));
+        let upstreams = Upstreams {
+            routes,
+            zone,
+            others,
+            own: own.to_vec(),
+            registry,
+            plan: RwLock::default(),
+            version: AtomicU64::new(0),
+            born: Instant::now(),
+            looked_us: AtomicU64::new(0),
+        };
+        upstreams.rebuild();
+        upstreams
     }
 
-    /// The domain of the route for `name`, that of the zone, or an empty one, and the servers to
-    /// ask, in order; none where all of them are ourselves.
-    pub(super) fn of(&self, name: &Name) -> (Arc<str>, Arc<[SocketAddr]>) {
-        let (domain, servers) = self.route(name);
-        match &self.zone {
-            Some((zone, own)) if own.len() > domain.len() && zone.depth_of(name).is_some() => {
-                (Arc::clone(own), servers)
+    /// The version of the plan, which a change makes higher.
+    pub(super) fn version(&self) -> u64 {
+        self.version.load(Ordering::Acquire)
+    }
+
+    /// Who is asked for which names now.
+    pub(super) fn plan(&self) -> Arc<Plan> {
+        self.plan.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Takes up a change of resolv.conf, which is looked at ten times a second at most.
+    pub(super) fn refresh(&self, now: Instant) {
+        let Others::ResolvConf(file) = &self.others else { return };
+        let now_us = now.saturating_duration_since(self.born).as_micros() as u64;
+        let looked_us = self.looked_us.load(Ordering::Relaxed);
+        if now_us.saturating_sub(looked_us) < RESOLV_CONF_AGE.as_micros() as u64 {
+            return;
+        }
+        let order = Ordering::Relaxed;
+        if self.looked_us.compare_exchange(looked_us, now_us, order, order).is_ok()
+            && file.has_changed()
+        {
+            self.rebuild();
+        }
+    }
+
+    fn rebuild(&self) {
+        let interfaces = Interfaces::read();
+        let route = |domain: &Arc<str>, servers: &[SocketAddr]| {
+            let others =
+                servers.iter().filter(|server| !is_ourselves(**server, &self.own, &interfaces));
+            let suffix = Suffix::new(domain);
+            let is_in_zone =
+                self.zone.as_ref().is_some_and(|zone| suffix.is_within(&Suffix::new(zone)));
+            let upstreams = others.map(|server| self.registry.get(*server)).collect();
+            (suffix, Arc::new(Route { domain: Arc::clone(domain), is_in_zone, upstreams }))
+        };
+        let others = match &self.others {
+            Others::Fixed(servers) => servers.clone(),
+            Others::ResolvConf(file) => {
+                file.servers(|server| !is_ourselves(*server, &self.own, &interfaces)).to_vec()
             }
-            _ => (domain, servers),
+        };
+        let mut routes: Vec<_> =
+            self.routes.iter().map(|(domain, server)| route(domain, &[*server])).collect();
+        routes.push(route(&Arc::default(), &others));
+        routes.sort_by_key(|(suffix, _)| std::cmp::Reverse(suffix.n_labels()));
+        if let Some(zone) = &self.zone {
+            let suffix = Suffix::new(zone);
+            // The zone's names go where those around it do, unless it has a route of its own.
+            let around = routes.iter().position(|(around, _)| suffix.is_within(around));
+            if let Some(around) = around.filter(|around| routes[*around].0 != suffix) {
+                let upstreams = routes[around].1.upstreams.clone();
+                let domain = Arc::clone(zone);
+                let zone = Route { domain, is_in_zone: true, upstreams };
+                routes.insert(around, (suffix, Arc::new(zone)));
+                routes.sort_by_key(|(suffix, _)| std::cmp::Reverse(suffix.n_labels()));
+            }
         }
+        let plan = Plan { routes };
+        self.registry.keep(&plan);
+        *self.plan.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(plan);
+        self.version.fetch_add(1, Ordering::Release);
     }
-
-    fn route(&self, name: &Name) -> (Arc<str>, Arc<[SocketAddr]>) {
-        match self.routes.iter().find(|route| route.suffix.depth_of(name).is_some()) {
-            Some(route) => (Arc::clone(&route.domain), Arc::clone(&route.servers)),
-            None => (Arc::default(), self.others()),
-        }
-    }
-
-    /// Every way that a question may take from here.
-    pub(super) fn ways(&self) -> Vec<Way> {
-        let routes = self.routes.iter().map(|route| (&route.domain, Arc::clone(&route.servers)));
-        let zone = self.zone.iter().filter_map(|(_, domain)| {
-            let (of, servers) = self.of(&Name::from_ascii(&**domain).ok()?);
-            let has_route = self.routes.iter().any(|route| route.domain == of);
-            (of == *domain && !has_route).then_some((domain, servers))
-        });
-        routes
-            .chain(zone)
-            .chain([(&Arc::default(), self.others())])
-            .flat_map(|(domain, servers)| {
-                let way = |&server| Way { domain: Arc::clone(domain), server };
-                servers.iter().map(way).collect::<Vec<_>>()
-            })
-            .collect()
-    }
-
-    fn others(&self) -> Arc<[SocketAddr]> {
-        match &self.others {
-            Others::Fixed(servers) => Arc::clone(servers),
-            Others::ResolvConf(file) => file.servers(|server| !is_ourselves(*server, &self.own)),
-        }
-    }
-}
-
-fn without_own(servers: &[SocketAddr], own: &[SocketAddr]) -> Arc<[SocketAddr]> {
-    servers.iter().copied().filter(|server| !is_ourselves(*server, own)).collect()
 }
 
 /// Whether a message to `server` would come back to one of our own listeners.
-fn is_ourselves(server: SocketAddr, own: &[SocketAddr]) -> bool {
+fn is_ourselves(server: SocketAddr, own: &[SocketAddr], interfaces: &Interfaces) -> bool {
     // The kernel takes "any" as a destination for the loopback address.
     let ip = match server.ip().to_canonical() {
         IpAddr::V4(Ipv4Addr::UNSPECIFIED) => Ipv4Addr::LOCALHOST.into(),
@@ -140,26 +251,31 @@ fn is_ourselves(server: SocketAddr, own: &[SocketAddr]) -> bool {
     };
     own.iter().filter(|listener| listener.port() == server.port()).any(|listener| {
         match listener.ip().to_canonical() {
-            IpAddr::V4(Ipv4Addr::UNSPECIFIED) => ip.is_ipv4() && is_local(server, ip),
-            IpAddr::V6(Ipv6Addr::UNSPECIFIED) => is_local(server, ip),
+            IpAddr::V4(Ipv4Addr::UNSPECIFIED) => ip.is_ipv4() && interfaces.have(ip),
+            IpAddr::V6(Ipv6Addr::UNSPECIFIED) => interfaces.have(ip),
             listener_ip => listener_ip == ip,
         }
     })
-}
-
-/// Whether this host has the address: only then can a socket be bound to it.
-fn is_local(mut server: SocketAddr, ip: IpAddr) -> bool {
-    server.set_ip(ip);
-    server.set_port(0);
-    UdpSocket::bind(server).is_ok()
 }
 
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
 
+    use hickory_proto::rr::Name;
+    use hickory_proto::serialize::binary::BinEncodable;
+
     use super::*;
     use crate::config::Config;
+
+    /// Who is asked for a name: the route's domain, and its servers.
+    fn asked(upstreams: &Upstreams, name: &str) -> (String, Vec<SocketAddr>) {
+        let wire = Name::from_ascii(name).unwrap().to_bytes().unwrap();
+        let plan = upstreams.plan();
+        let route = plan.of(&WireName::read(&wire).unwrap()).unwrap();
+        let servers = route.upstreams.iter().map(|upstream| upstream.address);
+        (route.domain.to_string(), servers.collect())
+    }
 
     fn address(text: &str) -> SocketAddr {
         text.parse().unwrap()
@@ -181,7 +297,8 @@ mod tests {
             ("[::]:53", "192.0.2.1:53", false),
         ];
         for (listener, server, expected) in table {
-            let is = is_ourselves(address(server), &[address("10.0.0.1:1"), address(listener)]);
+            let own = [address("10.0.0.1:1"), address(listener)];
+            let is = is_ourselves(address(server), &own, &Interfaces::read());
             assert_eq!(is, expected, "{server}, listening on {listener}");
         }
     }
@@ -198,7 +315,7 @@ mod tests {
             ]),
             ..Config::default().dns
         };
-        let upstreams = Upstreams::new(&config, &[own], PathBuf::new());
+        let upstreams = Upstreams::new(&config, &[own], PathBuf::new(), Registry::default());
         let table = [
             ("web.service.consul.", "127.0.0.1:8600"),
             ("CONSUL.", "127.0.0.1:8600"),
@@ -208,12 +325,12 @@ mod tests {
             ("a.loop.", ""),
         ];
         for (name, expected) in table {
-            let (_, servers) = upstreams.of(&Name::from_ascii(name).unwrap());
+            let (_, servers) = asked(&upstreams, name);
             let shown: Vec<_> = servers.iter().map(ToString::to_string).collect();
             assert_eq!(shown.join(" "), expected, "{name}");
         }
 
-        let ways = upstreams.ways();
+        let ways = upstreams.plan().ways();
         let shown: Vec<_> =
             ways.iter().map(|way| format!("{} {}", way.domain, way.server)).collect();
         assert_eq!(
@@ -238,11 +355,10 @@ mod tests {
                 routes: routes.iter().map(route).collect(),
                 ..Config::default().dns
             };
-            let upstreams = Upstreams::new(&config, &[], PathBuf::new());
-            let ways = upstreams.ways();
-            let name = Name::from_ascii(format!("unknown.{domain}.")).unwrap();
-            let (domain, servers) = upstreams.of(&name);
-            let way = Way { domain, server: servers[0] };
+            let upstreams = Upstreams::new(&config, &[], PathBuf::new(), Registry::default());
+            let ways = upstreams.plan().ways();
+            let (domain, servers) = asked(&upstreams, &format!("unknown.{domain}."));
+            let way = Way { domain: domain.into(), server: servers[0] };
             assert!(ways.contains(&way), "{way:?}");
             let shown = |way: &Way| format!("{} {}", way.domain, way.server.ip());
             (shown(&way), ways.iter().map(shown).collect::<Vec<_>>().join(", "))
@@ -255,7 +371,7 @@ mod tests {
                 "lb.example",
                 &["example"],
                 "lb.example 192.0.2.8",
-                "example 192.0.2.8, lb.example 192.0.2.8,  192.0.2.1",
+                "lb.example 192.0.2.8, example 192.0.2.8,  192.0.2.1",
             ),
             (Unrouted::Forward, "lb", &["lb"], "lb 192.0.2.8", "lb 192.0.2.8,  192.0.2.1"),
         ];

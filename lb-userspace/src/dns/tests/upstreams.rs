@@ -1,5 +1,6 @@
 //! Upstreams that misbehave: circles, lies, silence.
 
+use hickory_proto::rr::rdata::SOA;
 use tokio::time::Instant;
 
 use super::*;
@@ -102,18 +103,77 @@ async fn a_circle_alone_is_servfail_and_no_storm() {
     assert!(start.elapsed() < Limits::default().patience, "{:?}", start.elapsed());
 }
 
+/// Waits until an upstream is in this state.
+async fn becomes(rig: &Rig, server: SocketAddr, state: State) {
+    let inquirer = rig.server.inquirer();
+    let is_so = || {
+        let readings = inquirer.upstreams();
+        readings.iter().any(|upstream| upstream.address == server && upstream.state == state)
+    };
+    let changed = async {
+        while !is_so() {
+            tokio::task::yield_now().await;
+        }
+    };
+    timeout(LONG, changed).await.unwrap();
+}
+
 #[tokio::test]
-async fn a_dead_resolver_costs_its_patience_for_a_few_names() {
-    let mut silent = Upstream::silent().await;
+async fn a_dead_resolver_is_asked_last_until_it_answers() {
+    let (revive, is_alive) = watch::channel(false);
+    let mut first = Upstream::new(move |_, asked| {
+        if *is_alive.borrow() { vec![answer(asked, [192, 0, 2, 1])] } else { Vec::new() }
+    })
+    .await;
     let good = Upstream::of([192, 0, 2, 7]).await;
-    let servers = [silent.address, good.address];
+    let servers = [first.address, good.address];
     let rig = serve(any_sockets().await, &servers, quick().limits);
-    for name in ["a.example.", "b.example.", "c.example."] {
-        assert_eq!(rig.lookup(name).await, "NoError 192.0.2.7");
+    // One name is enough, asked again and again, as a node's only application may.
+    assert_eq!(rig.lookup("a.example.").await, "NoError 192.0.2.7");
+    becomes(&rig, first.address, State::Out).await;
+    while first.asked.try_recv().is_ok() {}
+    for _ in 0..20 {
+        assert_eq!(rig.lookup("a.example.").await, "NoError 192.0.2.7");
     }
-    while silent.asked.try_recv().is_ok() {}
-    assert_eq!(rig.lookup("d.example.").await, "NoError 192.0.2.7");
-    assert!(silent.asked.try_recv().is_err(), "it was asked again");
+    assert!(first.asked.try_recv().is_err(), "it was asked again");
+    revive.send_replace(true);
+    becomes(&rig, first.address, State::Up).await;
+    assert_eq!(rig.lookup("a.example.").await, "NoError 192.0.2.1");
+}
+
+#[tokio::test]
+async fn names_that_all_differ_lose_nothing_behind_a_dead_resolver() {
+    let silent = Upstream::silent().await;
+    let good = Upstream::of([192, 0, 2, 7]).await;
+    let rig = serve(any_sockets().await, &[silent.address, good.address], Limits::default());
+    let client = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    client.connect(rig.address).await.unwrap();
+    let mut buffer = [0; 512];
+    for round in 0..6 {
+        // No more at a time than sockets have room for.
+        for id in 0..100 {
+            let mut message = query(&format!("n{id}.r{round}.example."), RecordType::A);
+            message.metadata.id = id;
+            client.send(&message.to_vec().unwrap()).await.unwrap();
+        }
+        for _ in 0..100 {
+            let len = timeout(LONG, client.recv(&mut buffer)).await.unwrap().unwrap();
+            let answer = Message::from_vec(&buffer[..len]).unwrap();
+            assert_eq!(answer.metadata.response_code, ResponseCode::NoError);
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_resolver_that_is_not_there_is_passed_over() {
+    let closed = UdpSocket::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+    let good = Upstream::of([192, 0, 2, 7]).await;
+    let patient = Limits { patience: 5 * LONG, ..Limits::default() };
+    let rig = serve(any_sockets().await, &[closed, good.address], patient);
+    // An ICMP message is as good as an answer: no patience of 10 s ends.
+    assert_eq!(rig.lookup("a.example.").await, "NoError 192.0.2.7");
+    becomes(&rig, closed, State::Out).await;
+    assert_eq!(rig.lookup("b.example.").await, "NoError 192.0.2.7");
 }
 
 #[tokio::test]
@@ -130,6 +190,51 @@ async fn a_name_that_fails_leaves_its_resolver_in_its_place() {
         assert_eq!(rig.lookup("slow.example.").await, "NoError 192.0.2.2");
     }
     assert_eq!(rig.lookup("internal.example.").await, "NoError 192.0.2.1");
+    becomes(&rig, first.address, State::Up).await;
+}
+
+#[tokio::test]
+async fn the_next_resolver_denies_nothing_that_the_first_knows() {
+    let internal = Upstream::new(|_, asked| {
+        let is_slow = asked.queries[0].name.to_string().starts_with("slow");
+        if is_slow { Vec::new() } else { vec![answer(asked, [192, 0, 2, 1])] }
+    })
+    .await;
+    let public = Upstream::new(|_, asked| vec![code(asked, ResponseCode::NXDomain)]).await;
+    let servers = [internal.address, public.address];
+    let rig = serve(any_sockets().await, &servers, quick().limits);
+    for idx in 0..4 {
+        assert_eq!(rig.lookup(&format!("slow{idx}.example.")).await, "NXDomain");
+        assert_eq!(rig.lookup("internal.example.").await, "NoError 192.0.2.1");
+    }
+}
+
+#[tokio::test]
+async fn what_is_forwarded_of_the_zone_is_soon_asked_again() {
+    let soa = |asked: &Message| {
+        let mut message = code(asked, ResponseCode::NXDomain);
+        let [primary, mailbox] = ["ns.", "mail."].map(|name| Name::from_ascii(name).unwrap());
+        let data = RData::SOA(SOA::new(primary, mailbox, 1, 3600, 1200, 604_800, 3600));
+        message.authorities.push(Record::from_rdata(asked.queries[0].name.clone(), 3600, data));
+        message
+    };
+    let upstream = Upstream::new(move |_, asked| {
+        let is_known = asked.queries[0].name.to_string().starts_with("known");
+        vec![if is_known { answer(asked, [192, 0, 2, 1]) } else { soa(asked) }]
+    })
+    .await;
+    let servers = [upstream.address];
+    let rig = serve_as(any_sockets().await, &servers, Limits::default(), Unrouted::Forward);
+    for transport in [Transport::Udp, Transport::Tcp] {
+        let answer = rig.ask(transport, &query("known.service.", RecordType::A)).await;
+        assert_eq!(answer.answers[0].ttl, 30, "that of dns.ttl");
+        let answer = rig.ask(transport, &query("new.service.", RecordType::A)).await;
+        assert_eq!(answer.authorities[0].ttl, 5);
+        let RData::SOA(soa) = &answer.authorities[0].data else { panic!("{answer}") };
+        assert_eq!(soa.minimum, 5);
+        let answer = rig.ask(transport, &query("known.example.", RecordType::A)).await;
+        assert_eq!(answer.answers[0].ttl, 60, "others are as they came");
+    }
 }
 
 #[tokio::test]
@@ -170,7 +275,16 @@ async fn a_circle_of_the_zone_alone_is_found() {
     let start = Instant::now();
     assert_eq!(rig.lookup("unknown.service.").await, "NoError 192.0.2.7");
     assert!(start.elapsed() < Limits::default().patience, "{:?}", start.elapsed());
-    let problems = rig.server.inquirer().problems().join("\n");
+    let problems = timeout(LONG, async {
+        loop {
+            let problems = rig.server.inquirer().problems();
+            if !problems.is_empty() {
+                return problems;
+            }
+            tokio::task::yield_now().await;
+        }
+    });
+    let problems = problems.await.unwrap().join("\n");
     let expected = format!("{delegates} sends names below service back");
     assert!(problems.contains(&expected), "{problems}");
     // It knows that there are no such names, and that counts.

@@ -1,0 +1,92 @@
+//! What this host's interfaces have.
+
+use std::net::{IpAddr, SocketAddr};
+
+use ipnet::IpNet;
+use nix::net::if_::InterfaceFlags;
+use nix::sys::socket::SockaddrStorage;
+use tracing::warn;
+
+/// The addresses of this host, as getifaddrs(3) reports them. To bind to an address tells less: with
+/// `net.ipv4.ip_nonlocal_bind`, which hosts that run VRRP set, that succeeds for any.
+#[derive(Debug, Default)]
+pub(super) struct Interfaces {
+    pub(super) addresses: Vec<IpAddr>,
+    /// Those of the addresses.
+    pub(super) networks: Vec<IpNet>,
+    /// Those on loopback interfaces, of which the kernel takes each address for its own.
+    pub(super) loopback: Vec<IpNet>,
+}
+
+impl Interfaces {
+    /// Reads them; none where that fails, which is logged.
+    pub(super) fn read() -> Interfaces {
+        let interfaces = match nix::ifaddrs::getifaddrs() {
+            Ok(interfaces) => interfaces,
+            Err(error) => {
+                warn!(
+                    "this host's networks can't be read, so dns.allow's \"local\" is nobody: {error}"
+                );
+                return Interfaces::default();
+            }
+        };
+        let mut read = Interfaces::default();
+        for interface in interfaces {
+            let Some(address) = interface.address.as_ref().and_then(ip) else { continue };
+            read.addresses.push(address);
+            let netmask = interface.netmask.as_ref().and_then(ip);
+            let network = netmask.and_then(|netmask| IpNet::with_netmask(address, netmask).ok());
+            let network = network.filter(|network| network.prefix_len() > 0);
+            if interface.flags.contains(InterfaceFlags::IFF_LOOPBACK) {
+                read.loopback.extend(network);
+            }
+            read.networks.extend(network);
+        }
+        read
+    }
+
+    /// Whether a message to this address, in canonical form, stays on this host.
+    pub(super) fn have(&self, ip: IpAddr) -> bool {
+        ip.is_loopback()
+            || self.addresses.contains(&ip)
+            || ip.is_ipv4() && self.loopback.iter().any(|network| network.contains(&ip))
+    }
+}
+
+/// The address of a socket address of the internet.
+fn ip(address: &SockaddrStorage) -> Option<IpAddr> {
+    socket_address(address).map(|address| address.ip())
+}
+
+/// The socket address, where it is one of the internet.
+pub(super) fn socket_address(address: &SockaddrStorage) -> Option<SocketAddr> {
+    let v4 = address.as_sockaddr_in().map(|v4| SocketAddr::V4((*v4).into()));
+    v4.or_else(|| address.as_sockaddr_in6().map(|v6| SocketAddr::V6((*v6).into())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_stays_on_this_host() {
+        let network = |text: &str| -> IpNet { text.parse().unwrap() };
+        let interfaces = Interfaces {
+            addresses: vec!["10.0.0.1".parse().unwrap(), "2001:db8::1".parse().unwrap()],
+            networks: vec![network("10.0.0.1/24"), network("192.0.2.1/24")],
+            loopback: vec![network("192.0.2.1/24")],
+        };
+        let rows = [
+            ("127.0.0.53", true),
+            ("::1", true),
+            ("10.0.0.1", true),
+            ("10.0.0.2", false),
+            ("192.0.2.9", true), // of a network on a loopback interface
+            ("2001:db8::1", true),
+            ("2001:db8::2", false),
+        ];
+        for (ip, expected) in rows {
+            assert_eq!(interfaces.have(ip.parse().unwrap()), expected, "{ip}");
+        }
+    }
+}

@@ -1,0 +1,147 @@
+//! Probes of the upstreams: whether one leads back here, and whether a suspect answers at all.
+
+use std::collections::{HashMap, HashSet};
+use std::net::SocketAddr;
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+
+use tokio::sync::Notify;
+use tokio::task::JoinSet;
+
+use super::exchange::Outgoing;
+use super::forward::Forwarder;
+use super::loops::{Question, Way};
+use super::mailbox::Alarm;
+use super::sockets::Transport;
+use super::upstream::{State, Upstream};
+
+/// How often an upstream that is out is asked whether it answers again.
+const RETRY: Duration = Duration::from_secs(2);
+
+/// How often is looked what is due.
+const TICK: Duration = Duration::from_secs(1);
+
+/// What is probed: an upstream by one transport.
+type Target = (SocketAddr, Transport);
+
+/// Probes for as long as the forwarder lives: suspects at once, those that are out every 2 s, and
+/// each way once a minute for circles. Threads are woken by `alarm` when one is out, or a circle was
+/// found, so that no question waits for it any longer.
+pub(super) async fn watch(forwarder: Weak<Forwarder>, suspicion: Arc<Notify>, alarm: Alarm) {
+    let Some(mut found) = forwarder.upgrade().map(|forwarder| forwarder.loops.found()) else {
+        return;
+    };
+    let mut probes: JoinSet<Option<Target>> = JoinSet::new();
+    let (mut under_way, mut asked) = (HashSet::new(), HashMap::<Target, Instant>::new());
+    let mut is_suspicious = false;
+    loop {
+        {
+            let Some(forwarder) = forwarder.upgrade() else { return };
+            let now = Instant::now();
+            forwarder.upstreams.refresh(now);
+            let plan = forwarder.upstreams.plan();
+            let ways = plan.ways();
+            forwarder.loops.keep(&ways);
+            asked.retain(|(address, _), _| ways.iter().any(|way| way.server == *address));
+            for upstream in plan.upstreams() {
+                for transport in [Transport::Udp, Transport::Tcp] {
+                    let target = (upstream.address, transport);
+                    let is_due = match upstream.state(transport) {
+                        State::Up => false,
+                        State::Suspect => true,
+                        State::Out => asked.get(&target).is_none_or(|at| now - *at >= RETRY),
+                    };
+                    if is_due && under_way.insert(target) {
+                        asked.insert(target, now);
+                        let (upstream, alarm) = (Arc::clone(upstream), alarm.clone());
+                        let patience = forwarder.limits.patience / 2;
+                        probes.spawn(async move {
+                            ask_for_life(&upstream, transport, patience, &alarm).await;
+                            Some(target)
+                        });
+                    }
+                }
+            }
+            for way in ways {
+                let upstream = plan.upstreams().find(|upstream| upstream.address == way.server);
+                let is_up =
+                    upstream.is_some_and(|upstream| upstream.state(Transport::Udp) == State::Up);
+                if forwarder.loops.is_due(&way, is_suspicious || !is_up, now)
+                    && let Some(question) = forwarder.loops.probe(&way, now)
+                {
+                    let (forwarder, upstream) = (Arc::clone(&forwarder), upstream.cloned());
+                    probes.spawn(async move {
+                        ask_for_circle(&forwarder, &way, upstream, &question).await;
+                        None
+                    });
+                }
+            }
+        }
+        is_suspicious = tokio::select! {
+            () = suspicion.notified() => true,
+            _ = found.changed() => {
+                alarm.ring();
+                false
+            }
+            Some(probed) = probes.join_next() => {
+                if let Ok(Some(target)) = probed {
+                    under_way.remove(&target);
+                }
+                false
+            }
+            () = tokio::time::sleep(TICK) => false,
+        };
+    }
+}
+
+/// Whether an upstream answers anything: a question that it should resolve, and one that it has to
+/// answer by itself, as one whose own upstreams are away is still good for the names it has.
+async fn ask_for_life(
+    upstream: &Upstream,
+    transport: Transport,
+    patience: Duration,
+    alarm: &Alarm,
+) {
+    let asked = Instant::now();
+    let [recursive, plain] =
+        [true, false].map(|recursion| Outgoing::of(&Question::sign_of_life().wire, recursion));
+    let exchange = async {
+        let (mut recursive, mut plain) = (
+            std::pin::pin!(recursive.over(transport, upstream.address)),
+            std::pin::pin!(plain.over(transport, upstream.address)),
+        );
+        // The first answer is enough, the first error isn't.
+        tokio::select! {
+            answer = &mut recursive => match answer {
+                Ok(_) => true,
+                Err(_) => plain.await.is_ok(),
+            },
+            answer = &mut plain => match answer {
+                Ok(_) => true,
+                Err(_) => recursive.await.is_ok(),
+            },
+        }
+    };
+    if tokio::time::timeout(patience, exchange).await == Ok(true) {
+        upstream.is_alive(transport, Instant::now());
+    } else if upstream.is_unproven(transport, asked) {
+        alarm.ring();
+    }
+}
+
+/// Whether a way leads back here: then the question arrives at our own server.
+async fn ask_for_circle(
+    forwarder: &Forwarder,
+    way: &Way,
+    upstream: Option<Arc<Upstream>>,
+    question: &Question,
+) {
+    let outgoing = Outgoing::of(&question.wire, true);
+    let exchange = outgoing.over_udp(way.server);
+    if let Ok(Ok(_)) = tokio::time::timeout(forwarder.limits.patience, exchange).await {
+        if let Some(upstream) = upstream {
+            upstream.is_alive(Transport::Udp, Instant::now());
+        }
+        forwarder.loops.answered(question);
+    }
+}

@@ -1,0 +1,1356 @@
+//! Questions for other resolvers over UDP, from the client's message to the resolver's answer: a
+//! state machine without I/O, of which each thread has its own. What it sends and answers goes
+//! through a [`Wire`]; the time is an argument.
+//!
+//! A question goes to the first upstream of its route that isn't out, and to the next one where no
+//! answer has come after [`Limits::hedge`], without giving the first one up (a hedged request).
+//! Questions that are the same share one query (singleflight). What an upstream denies counts once
+//! no better one may still know.
+
+use std::collections::{HashMap, VecDeque};
+use std::hash::{BuildHasher, BuildHasherDefault, Hasher, RandomState};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use hickory_proto::op::ResponseCode;
+
+use super::loops::Loops;
+use super::message::{Asked, Client, HEADER_LEN, WireName};
+use super::received::{PassOn, Received, Unusable};
+use super::reply::{self, Code, OUR_PAYLOAD};
+use super::sockets::Transport;
+use super::udp::To;
+use super::upstream::{Outcome, State, Upstream};
+use super::upstreams::Route;
+
+/// From so many clients of one question on there may be a circle, which is looked for.
+const N_SUSPICIOUS: usize = 8;
+
+/// How often a question moves from a port that unwanted messages come to, before its clients are to
+/// ask over TCP.
+const MAX_MOVES: u8 = 3;
+
+/// The part of the places that one client may have, unless it is this host.
+const SHARE: usize = 4;
+
+/// How much is tried, and for how long.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Limits {
+    /// How long one round of questions to all upstreams may take.
+    pub(super) patience: Duration,
+    /// How often the list of upstreams is gone through.
+    pub(super) n_rounds: u8,
+    /// The questions of clients that may wait at one time, in each thread.
+    pub(super) max_waiting: usize,
+}
+
+impl Limits {
+    /// How long the next upstream waits for the one before: 400 ms, and 50 ms for a suspect. That is
+    /// time enough for one that is there, so that what the next one knows of this site's names
+    /// doesn't count by chance.
+    pub(super) fn hedge(&self, is_suspect: bool) -> Duration {
+        self.patience / if is_suspect { 40 } else { 5 }
+    }
+}
+
+impl Default for Limits {
+    fn default() -> Limits {
+        Limits { patience: Duration::from_secs(2), n_rounds: 2, max_waiting: 1024 }
+    }
+}
+
+/// Why a question got no answer from elsewhere.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(super) enum ForwardError {
+    #[error("too many questions are under way")]
+    Busy,
+    #[error("it is a question of our own that shows which resolvers lead back here")]
+    OwnProbe,
+    #[error("there is no resolver to ask but this one")]
+    NoUpstream,
+    #[error("none of {0} resolvers answered")]
+    Unanswered(usize),
+    #[error("whether it is a service is unknown, and no other resolver has it")]
+    Unknown,
+}
+
+/// A local port: a socket that is connected to one upstream.
+pub(super) type Port = u32;
+
+/// The client that a place belongs to, by [`super::clients::party`]; `None` is this host, whose
+/// processes share its addresses.
+pub(super) type Party = Option<u64>;
+
+/// The sockets, as far as the relay needs them.
+pub(super) trait Wire {
+    /// Draws a port that is connected to `server`, for one more query; `None` where there is none to
+    /// be had.
+    fn draw(&mut self, server: SocketAddr) -> Option<Port>;
+    /// Draws an id.
+    fn id(&mut self) -> u16;
+    /// Sends a query.
+    fn send(&mut self, port: Port, message: &[u8]);
+    /// One query of the port is done with.
+    fn done(&mut self, port: Port);
+    /// A message came that answers no query of the port. Whether there were so many that somebody
+    /// may be guessing: then the port isn't drawn any more.
+    fn mismatch(&mut self, port: Port) -> bool;
+    /// Answers a client.
+    fn answer(&mut self, asker: &Asker, question: &[u8], message: &[u8], end: End<'_>);
+}
+
+/// How a question ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum End<'a> {
+    /// By the answer of an upstream, with its response code.
+    Answered(SocketAddr, ResponseCode),
+    /// The client is to ask over TCP.
+    Truncated,
+    /// Without an answer: SERVFAIL.
+    Failed(&'a ForwardError),
+}
+
+/// A client that waits.
+#[derive(Clone, Debug)]
+pub(super) struct Asker {
+    pub(super) client: SocketAddr,
+    /// The address of ours that it asked.
+    pub(super) to: To,
+    /// The id of its message.
+    pub(super) id: u16,
+    pub(super) party: Party,
+    /// The longest answer that it takes.
+    pub(super) max_len: u16,
+    /// Whether the name may be that of a service of ours, for all that is known: then no resolver's
+    /// "no such name" holds.
+    pub(super) is_unknown: bool,
+    /// Its question, where its case is another than that of the query.
+    question: Option<Box<[u8]>>,
+    since: Instant,
+}
+
+impl Asker {
+    /// The client at `client`, which asked `asked`.
+    pub(super) fn new(
+        client: SocketAddr,
+        to: To,
+        party: Party,
+        asked: &Asked<'_>,
+        now: Instant,
+    ) -> Asker {
+        let max_len = asked.max_payload().min(OUR_PAYLOAD);
+        let (id, is_unknown, question) = (asked.id(), false, None);
+        Asker { client, to, id, party, max_len, is_unknown, question, since: now }
+    }
+}
+
+/// A query that was sent, until its answer.
+#[derive(Debug)]
+struct Flight {
+    slot: u32,
+    generation: u32,
+    route: Arc<Route>,
+    rank: u8,
+    sent: Instant,
+}
+
+/// One of the queries of a question.
+#[derive(Clone, Copy, Debug)]
+struct Try {
+    rank: u8,
+    key: Key,
+    sent: Instant,
+    is_waiting: bool,
+}
+
+/// An answer that is given where none that is better comes.
+#[derive(Debug)]
+struct Held {
+    rank: u8,
+    bytes: Box<[u8]>,
+    /// There is no such thing; else the upstream can't or won't answer.
+    is_negative: bool,
+}
+
+/// A question that is under way. Its buffers are used again.
+#[derive(Debug)]
+struct Slot {
+    /// Changes when the question ends.
+    generation: u32,
+    /// What the query has besides the question.
+    flags: u8,
+    hash: u64,
+    message: Vec<u8>,
+    question_len: usize,
+    route: Option<Arc<Route>>,
+    /// The places of the upstreams in the route, in the order of this round.
+    order: Vec<u8>,
+    next: usize,
+    round: u8,
+    round_began: Instant,
+    /// When it is looked at next, within the round.
+    next_hedge: Instant,
+    tries: Vec<Try>,
+    held: Option<Held>,
+    askers: Vec<Asker>,
+    n_moves: u8,
+}
+
+/// A port and an id.
+type Key = u64;
+
+/// A slot that something was planned for.
+type SlotRef = (u32, u32);
+
+/// For keys that are random by themselves.
+#[derive(Debug, Default)]
+struct Spread(u64);
+
+impl Hasher for Spread {
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|byte| self.write_u64(u64::from(*byte)));
+    }
+
+    fn write_u64(&mut self, number: u64) {
+        // Fibonacci hashing: the golden ratio spreads the lower bits into the upper ones.
+        self.0 = (self.0 ^ number).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    }
+
+    fn finish(&self) -> u64 {
+        self.0 ^ self.0 >> 32
+    }
+}
+
+type ByNumber<T> = HashMap<u64, T, BuildHasherDefault<Spread>>;
+
+/// The questions under way of one thread.
+#[derive(Debug)]
+pub(super) struct Relay {
+    limits: Limits,
+    loops: Arc<Loops>,
+    /// The bounds on what is forwarded of our own zone, as [`PassOn`] has them.
+    max_ttls: (u32, u32),
+    /// Where this thread counts.
+    shard: usize,
+    slots: Vec<Slot>,
+    free: Vec<u32>,
+    flights: ByNumber<Flight>,
+    /// By the hash of the question; where two have the same, the second isn't shared.
+    by_question: ByNumber<u32>,
+    hasher: RandomState,
+    /// When each slot is looked at next: after the time for a hedge, that for one behind a suspect,
+    /// and at the end of a round. Each of these times is the same for all, so they are in order.
+    hedges: VecDeque<(Instant, SlotRef)>,
+    suspects: VecDeque<(Instant, SlotRef)>,
+    rounds: VecDeque<(Instant, SlotRef)>,
+    /// Queries whose question has ended, until when an answer would still be theirs.
+    late: VecDeque<(Instant, Key)>,
+    n_waiting: usize,
+    parties: HashMap<Party, usize>,
+    is_suspicious: bool,
+    out: Vec<u8>,
+}
+
+impl Relay {
+    /// An empty one, of the thread that counts at `shard`.
+    pub(super) fn new(
+        limits: Limits,
+        loops: Arc<Loops>,
+        max_ttls: (u32, u32),
+        shard: usize,
+    ) -> Relay {
+        Relay {
+            limits,
+            loops,
+            max_ttls,
+            shard,
+            slots: Vec::new(),
+            free: Vec::new(),
+            flights: HashMap::default(),
+            by_question: HashMap::default(),
+            hasher: RandomState::new(),
+            hedges: VecDeque::new(),
+            suspects: VecDeque::new(),
+            rounds: VecDeque::new(),
+            late: VecDeque::new(),
+            n_waiting: 0,
+            parties: HashMap::new(),
+            is_suspicious: false,
+            out: Vec::new(),
+        }
+    }
+
+    /// Goes by another configuration from now on. Questions that are under way keep their route.
+    pub(super) fn reconfigure(&mut self, loops: Arc<Loops>, max_ttls: (u32, u32)) {
+        (self.loops, self.max_ttls) = (loops, max_ttls);
+    }
+
+    /// Whether no client waits.
+    pub(super) fn is_idle(&self) -> bool {
+        self.n_waiting == 0
+    }
+
+    /// Whether a name is that of a probe of ours, which isn't forwarded; then its way leads back here.
+    pub(super) fn is_probe(&self, name: &WireName<'_>) -> bool {
+        self.loops.is_probe(name)
+    }
+
+    /// Whether something happened that a probe should look into, since this was last asked.
+    pub(super) fn take_suspicion(&mut self) -> bool {
+        std::mem::take(&mut self.is_suspicious)
+    }
+
+    /// When [`Relay::expire`] has something to do next.
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        let fronts = [
+            self.hedges.front().map(|(at, _)| *at),
+            self.suspects.front().map(|(at, _)| *at),
+            self.rounds.front().map(|(at, _)| *at),
+            self.late.front().map(|(at, _)| *at),
+        ];
+        fronts.into_iter().flatten().min()
+    }
+
+    /// Asks the upstreams of `route` for what a client wants.
+    pub(super) fn ask(
+        &mut self,
+        asked: &Asked<'_>,
+        route: &Arc<Route>,
+        mut asker: Asker,
+        now: Instant,
+        wire: &mut impl Wire,
+    ) {
+        self.make_room(asker.party, now, wire);
+        let (question, flags) = (asked.question(), asked.forwarded_flags());
+        let hash = self.hash(question, flags);
+        if let Some(&idx) = self.by_question.get(&hash) {
+            let slot = &mut self.slots[idx as usize];
+            let ours = &slot.message[HEADER_LEN..HEADER_LEN + slot.question_len];
+            if slot.flags == flags && is_same(ours, question) {
+                asker.question = (ours != question).then(|| question.into());
+                self.is_suspicious |= slot.askers.len() + 1 >= N_SUSPICIOUS;
+                self.count(asker.party, true);
+                self.slots[idx as usize].askers.push(asker);
+                return;
+            }
+        }
+        self.count(asker.party, true);
+        let idx = self.free.pop().unwrap_or_else(|| {
+            self.slots.push(Slot::new(now));
+            (self.slots.len() - 1) as u32 // one for each place at most
+        });
+        let slot = &mut self.slots[idx as usize];
+        asked.forwarded(OUR_PAYLOAD, &mut slot.message);
+        (slot.question_len, slot.flags, slot.hash) = (question.len(), flags, hash);
+        slot.route = Some(Arc::clone(route));
+        slot.askers.push(asker);
+        self.by_question.entry(hash).or_insert(idx);
+        self.begin_round(idx, 0, now, wire);
+    }
+
+    /// Takes a message that came to `port`.
+    pub(super) fn receive(&mut self, port: Port, bytes: &[u8], now: Instant, wire: &mut impl Wire) {
+        let Some(&[high, low]) = bytes.first_chunk() else {
+            return self.mismatch(port, now, wire);
+        };
+        let key = key(port, u16::from_be_bytes([high, low]));
+        let Some(flight) = self.flights.get(&key) else {
+            return self.mismatch(port, now, wire);
+        };
+        let Flight { slot: idx, generation, rank, sent, .. } = *flight;
+        let route = Arc::clone(&flight.route);
+        let upstream = &*route.upstreams[usize::from(rank)];
+        let took = now.saturating_duration_since(sent);
+        let slot = &mut self.slots[idx as usize];
+        let is_late = slot.generation != generation
+            || !slot.tries.iter().any(|each| each.key == key && each.is_waiting);
+        if is_late {
+            // It was of no use, but the upstream answers.
+            let outcome = Outcome::Answered;
+            upstream.answered(Transport::Udp, self.shard, outcome, now, took);
+            self.land(key, wire);
+            return;
+        }
+        let question = &slot.message[HEADER_LEN..HEADER_LEN + slot.question_len];
+        let received = match Received::read(bytes, question) {
+            Ok(received) => Some(received),
+            Err(Unusable::Format) => None,
+            Err(Unusable::Id | Unusable::Question) => return self.mismatch(port, now, wire),
+        };
+        let is_refusal = received.as_ref().is_none_or(Received::is_refusal);
+        let outcome = if is_refusal { Outcome::Refused } else { Outcome::Answered };
+        upstream.answered(Transport::Udp, self.shard, outcome, now, took);
+        for each in slot.tries.iter_mut().filter(|each| each.key == key) {
+            each.is_waiting = false;
+        }
+        let mut hold = |is_negative| {
+            let held = Held { rank, bytes: bytes.into(), is_negative };
+            let is_better = slot.held.as_ref().is_none_or(|known| match is_negative {
+                true => !known.is_negative || rank < known.rank,
+                false => false,
+            });
+            if is_better {
+                slot.held = Some(held);
+            }
+        };
+        match received {
+            Some(_) if is_refusal => hold(false),
+            Some(received) if received.is_negative() => hold(true),
+            Some(received) => {
+                self.land(key, wire);
+                return self.finish(idx, &received, upstream, now, wire);
+            }
+            None => {}
+        }
+        self.land(key, wire);
+        match is_refusal {
+            true => self.advance(idx, now, wire),
+            false => self.settle(idx, now, wire),
+        }
+    }
+
+    /// Notes that a port's upstream can't be reached, as the kernel reports of a connected socket:
+    /// all that was asked on it goes to the next upstream.
+    pub(super) fn unreachable(&mut self, port: Port, now: Instant, wire: &mut impl Wire) {
+        for key in self.keys_of(port) {
+            let Some(flight) = self.flights.get(&key) else { continue };
+            let (idx, generation) = (flight.slot, flight.generation);
+            let upstream = &flight.route.upstreams[usize::from(flight.rank)];
+            upstream.failed(self.shard, Outcome::Unreachable);
+            self.is_suspicious |= upstream.is_late(Transport::Udp, flight.sent);
+            self.land(key, wire);
+            if self.give_up(idx, generation, key) {
+                self.advance(idx, now, wire);
+            }
+        }
+    }
+
+    /// Does what is due.
+    pub(super) fn expire(&mut self, now: Instant, wire: &mut impl Wire) {
+        while let Some((_, slot)) = pop_due(&mut self.hedges, now) {
+            self.hedge(slot, now, wire);
+        }
+        while let Some((_, slot)) = pop_due(&mut self.suspects, now) {
+            self.hedge(slot, now, wire);
+        }
+        while let Some((_, (idx, generation))) = pop_due(&mut self.rounds, now) {
+            let slot = &self.slots[idx as usize];
+            let end = slot.round_began + self.limits.patience;
+            // It may have gone on to the next round before.
+            if slot.generation == generation && now >= end {
+                self.note_late(idx, now);
+                self.end_round(idx, now, wire);
+            }
+        }
+        while let Some((_, key)) = pop_due(&mut self.late, now) {
+            // Unless an answer came after all, and the port and the id were drawn again since.
+            let ended = self
+                .flights
+                .get(&key)
+                .filter(|flight| self.slots[flight.slot as usize].generation != flight.generation);
+            if let Some(flight) = ended {
+                let upstream = &flight.route.upstreams[usize::from(flight.rank)];
+                upstream.failed(self.shard, Outcome::TimedOut);
+                self.land(key, wire);
+            }
+        }
+    }
+
+    /// Looks at all questions again: an upstream is out, or was found to lead back here.
+    pub(super) fn recheck(&mut self, now: Instant, wire: &mut impl Wire) {
+        for idx in 0..self.slots.len() as u32 {
+            let slot = &mut self.slots[idx as usize];
+            let Some(route) = slot.route.clone() else { continue };
+            if self.loops.any() {
+                for each in &mut slot.tries {
+                    let upstream = &route.upstreams[usize::from(each.rank)];
+                    // Its question may be the one that it waits for itself.
+                    each.is_waiting &= !self.loops.is_circular(&route.way(upstream));
+                }
+            }
+            match slot.tries.iter().any(|each| each.is_waiting) {
+                true => self.settle(idx, now, wire),
+                false => self.advance(idx, now, wire),
+            }
+        }
+    }
+
+    fn hash(&self, question: &[u8], flags: u8) -> u64 {
+        let mut buffer = [0; 260];
+        let lower = &mut buffer[..question.len().min(260)]; // 255 for the name, 4
+        lower.copy_from_slice(&question[..lower.len()]);
+        lower.make_ascii_lowercase();
+        self.hasher.hash_one((&*lower, flags))
+    }
+
+    fn count(&mut self, party: Party, is_more: bool) {
+        let n = self.parties.entry(party).or_default();
+        if is_more {
+            *n += 1;
+            self.n_waiting += 1;
+        } else {
+            *n -= 1;
+            self.n_waiting -= 1;
+            if *n == 0 {
+                self.parties.remove(&party);
+            }
+        }
+    }
+
+    /// Sees to it that there is a place for one more of `party`. The question that waits longest
+    /// goes: of the party itself where that has its share, else of the one that has most. Those that
+    /// take long for good reasons are rare; those that never end fill any table (unbound does the
+    /// same under "jostle").
+    fn make_room(&mut self, party: Party, now: Instant, wire: &mut impl Wire) {
+        let n = self.parties.get(&party).copied().unwrap_or_default();
+        let most = self.limits.max_waiting.max(1);
+        let victim = match party {
+            Some(_) if n >= most.div_ceil(SHARE) => party,
+            _ if self.n_waiting >= most => {
+                let most = self.parties.iter().max_by_key(|(_, n)| **n);
+                most.map_or(party, |(party, _)| *party)
+            }
+            _ => return,
+        };
+        let askers = self.slots.iter().zip(0u32..).flat_map(|(slot, idx)| {
+            slot.askers.iter().enumerate().map(move |(place, asker)| (asker, idx, place))
+        });
+        let oldest = askers.filter(|(asker, ..)| asker.party == victim);
+        let Some((_, idx, place)) = oldest.min_by_key(|(asker, ..)| asker.since) else { return };
+        self.is_suspicious = true;
+        let slot = &mut self.slots[idx as usize];
+        if slot.askers.len() == 1 {
+            self.note_late(idx, now);
+            return self.fail(idx, &ForwardError::Busy, now, wire);
+        }
+        let asker = slot.askers.swap_remove(place);
+        self.apologize(idx, &asker, Code::ServFail, End::Failed(&ForwardError::Busy), wire);
+        self.count(asker.party, false);
+    }
+
+    fn begin_round(&mut self, idx: u32, round: u8, now: Instant, wire: &mut impl Wire) {
+        let slot = &mut self.slots[idx as usize];
+        let Some(route) = &slot.route else { return };
+        (slot.round, slot.round_began, slot.next) = (round, now, 0);
+        slot.order.clear();
+        slot.order.extend(0..route.upstreams.len().min(usize::from(u8::MAX)) as u8);
+        let state = |rank: &u8| route.upstreams[usize::from(*rank)].state(Transport::Udp);
+        slot.order.sort_by_key(|rank| state(rank) == State::Out);
+        if self.loops.any() {
+            let is_circular =
+                |rank: u8| self.loops.is_circular(&route.way(&route.upstreams[usize::from(rank)]));
+            slot.order.retain(|rank| !is_circular(*rank));
+        }
+        let (generation, end) = (slot.generation, now + self.limits.patience);
+        self.advance(idx, now, wire);
+        self.look_again(idx, generation, end, now);
+    }
+
+    /// Plans when to look at a question that is still under way.
+    fn look_again(&mut self, idx: u32, generation: u32, end: Instant, now: Instant) {
+        let slot = &mut self.slots[idx as usize];
+        let Some(route) = slot.route.as_ref().filter(|_| slot.generation == generation) else {
+            return;
+        };
+        if slot.round_began + self.limits.patience != end {
+            return; // it went on to the next round, which has planned
+        }
+        let is_suspect = |each: &Try| {
+            let upstream = &route.upstreams[usize::from(each.rank)];
+            upstream.state(Transport::Udp) == State::Suspect
+        };
+        let is_suspect = slot.tries.last().is_some_and(is_suspect);
+        let at = now + self.limits.hedge(is_suspect);
+        if (slot.next < slot.order.len() || slot.held.is_some() || now == slot.round_began)
+            && at < end
+        {
+            slot.next_hedge = at;
+            let queue = if is_suspect { &mut self.suspects } else { &mut self.hedges };
+            queue.push_back((at, (idx, generation)));
+        } else {
+            slot.next_hedge = end;
+            self.rounds.push_back((end, (idx, generation)));
+        }
+    }
+
+    /// Asks the next upstream, and the one after it where it will hardly answer.
+    fn advance(&mut self, idx: u32, now: Instant, wire: &mut impl Wire) {
+        loop {
+            let slot = &mut self.slots[idx as usize];
+            let Some(route) = slot.route.clone() else { return };
+            if slot.held.as_ref().is_some_and(|held| held.is_negative) {
+                break; // those further down would only be asked for names of this site
+            }
+            let Some(&rank) = slot.order.get(slot.next) else { break };
+            slot.next += 1;
+            let upstream = &route.upstreams[usize::from(rank)];
+            if self.loops.any() && self.loops.is_circular(&route.way(upstream)) {
+                continue;
+            }
+            let is_sent = self.send(idx, rank, now, wire);
+            if is_sent && upstream.state(Transport::Udp) != State::Out {
+                break;
+            }
+        }
+        self.settle(idx, now, wire);
+    }
+
+    fn send(&mut self, idx: u32, rank: u8, now: Instant, wire: &mut impl Wire) -> bool {
+        let slot = &mut self.slots[idx as usize];
+        let Some(route) = &slot.route else { return false };
+        let upstream = &route.upstreams[usize::from(rank)];
+        let Some(port) = wire.draw(upstream.address) else {
+            upstream.failed(self.shard, Outcome::Unreachable);
+            self.is_suspicious |= upstream.is_late(Transport::Udp, now);
+            return false;
+        };
+        let mut id = wire.id();
+        // Of 65,536 ids a port has few hundred at most.
+        while self.flights.contains_key(&key(port, id)) {
+            id = id.wrapping_add(1);
+        }
+        let key = key(port, id);
+        slot.message[..2].copy_from_slice(&id.to_be_bytes());
+        wire.send(port, &slot.message);
+        upstream.sent(self.shard);
+        slot.tries.push(Try { rank, key, sent: now, is_waiting: true });
+        let (generation, route) = (slot.generation, Arc::clone(route));
+        self.flights.insert(key, Flight { slot: idx, generation, route, rank, sent: now });
+        true
+    }
+
+    /// A while after a question was sent: is it the upstream that is slow?
+    fn hedge(&mut self, (idx, generation): SlotRef, now: Instant, wire: &mut impl Wire) {
+        let slot = &self.slots[idx as usize];
+        if slot.generation != generation || now < slot.next_hedge {
+            return; // it has ended, or gone on to the next round
+        }
+        let end = slot.round_began + self.limits.patience;
+        self.note_late(idx, now);
+        self.advance(idx, now, wire);
+        self.look_again(idx, generation, end, now);
+    }
+
+    fn note_late(&mut self, idx: u32, now: Instant) {
+        let slot = &self.slots[idx as usize];
+        let Some(route) = &slot.route else { return };
+        for each in slot.tries.iter().filter(|each| each.is_waiting) {
+            if now.saturating_duration_since(each.sent) >= self.limits.hedge(false) {
+                let upstream = &route.upstreams[usize::from(each.rank)];
+                self.is_suspicious |= upstream.is_late(Transport::Udp, each.sent);
+            }
+        }
+    }
+
+    /// Ends the question where nothing better can come.
+    fn settle(&mut self, idx: u32, now: Instant, wire: &mut impl Wire) {
+        let slot = &self.slots[idx as usize];
+        let Some(route) = &slot.route else { return };
+        let Limits { patience, .. } = self.limits;
+        let hedge = self.limits.hedge(false);
+        let waits =
+            |each: &&Try| each.is_waiting && now.saturating_duration_since(each.sent) < patience;
+        if let Some(held) = slot.held.as_ref().filter(|held| held.is_negative) {
+            // An upstream further down may not know what a better one does, such as the names of
+            // this site; one that is out has had its time.
+            let may_know = |each: &Try| {
+                let state = route.upstreams[usize::from(each.rank)].state(Transport::Udp);
+                each.rank < held.rank
+                    && (state != State::Out || now.saturating_duration_since(each.sent) < hedge)
+            };
+            if !slot.tries.iter().filter(waits).any(may_know) {
+                self.give_held(idx, now, wire);
+            }
+            return;
+        }
+        if slot.next >= slot.order.len() && !slot.tries.iter().any(|each| waits(&each)) {
+            self.end_round(idx, now, wire);
+        }
+    }
+
+    fn end_round(&mut self, idx: u32, now: Instant, wire: &mut impl Wire) {
+        let slot = &self.slots[idx as usize];
+        if slot.held.is_some() {
+            return self.give_held(idx, now, wire);
+        }
+        let n_asked = slot.order.len();
+        let round = slot.round + 1;
+        match n_asked {
+            0 => self.fail(idx, &ForwardError::NoUpstream, now, wire),
+            _ if round < self.limits.n_rounds => self.begin_round(idx, round, now, wire),
+            n_asked => self.fail(idx, &ForwardError::Unanswered(n_asked), now, wire),
+        }
+    }
+
+    fn give_held(&mut self, idx: u32, now: Instant, wire: &mut impl Wire) {
+        let slot = &mut self.slots[idx as usize];
+        let (Some(held), Some(route)) = (slot.held.take(), slot.route.clone()) else { return };
+        let upstream = &route.upstreams[usize::from(held.rank)];
+        let question: Box<[u8]> = slot.message[HEADER_LEN..HEADER_LEN + slot.question_len].into();
+        match Received::read(&held.bytes, &question) {
+            Ok(received) => self.finish(idx, &received, upstream, now, wire),
+            Err(_) => self.fail(idx, &ForwardError::Unanswered(1), now, wire), // it was read before
+        }
+    }
+
+    /// Answers all who wait with what `server` answered.
+    fn finish(
+        &mut self,
+        idx: u32,
+        received: &Received<'_>,
+        upstream: &Upstream,
+        now: Instant,
+        wire: &mut impl Wire,
+    ) {
+        let slot = &mut self.slots[idx as usize];
+        let Some(route) = &slot.route else { return };
+        let question = &slot.message[HEADER_LEN..HEADER_LEN + slot.question_len];
+        let end = End::Answered(upstream.address, received.code());
+        let keeps_ad = upstream.keeps_ad();
+        let max_ttls = route.is_in_zone.then_some(self.max_ttls);
+        for asker in &slot.askers {
+            let client = Client {
+                id: asker.id,
+                recursion_desired: slot.flags & 1 != 0,
+                question: asker.question.as_deref().unwrap_or(question),
+                has_edns: slot.flags & 2 != 0,
+            };
+            if asker.is_unknown && received.code() == ResponseCode::NXDomain {
+                slot.error(asker, Code::ServFail, asker.max_len.into(), &mut self.out);
+                let why = End::Failed(&ForwardError::Unknown);
+                wire.answer(asker, client.question, &self.out, why);
+                continue;
+            }
+            let how = PassOn { max_len: asker.max_len.into(), keeps_ad, max_ttls };
+            received.pass_on(&client, how, &mut self.out);
+            wire.answer(asker, client.question, &self.out, end);
+        }
+        self.end(idx, now);
+    }
+
+    fn fail(&mut self, idx: u32, why: &ForwardError, now: Instant, wire: &mut impl Wire) {
+        self.apologize_all(idx, Code::ServFail, End::Failed(why), now, wire);
+    }
+
+    fn apologize_all(
+        &mut self,
+        idx: u32,
+        code: Code,
+        end: End<'_>,
+        now: Instant,
+        wire: &mut impl Wire,
+    ) {
+        let askers = std::mem::take(&mut self.slots[idx as usize].askers);
+        for asker in &askers {
+            self.apologize(idx, asker, code, end, wire);
+        }
+        self.slots[idx as usize].askers = askers;
+        self.end(idx, now);
+    }
+
+    /// Tells one client that there is no answer, or none over UDP.
+    fn apologize(
+        &mut self,
+        idx: u32,
+        asker: &Asker,
+        code: Code,
+        end: End<'_>,
+        wire: &mut impl Wire,
+    ) {
+        let slot = &self.slots[idx as usize];
+        // What doesn't fit is truncated.
+        let max_len = if end == End::Truncated { 0 } else { asker.max_len.into() };
+        slot.error(asker, code, max_len, &mut self.out);
+        let ours = &slot.message[HEADER_LEN..HEADER_LEN + slot.question_len];
+        wire.answer(asker, asker.question.as_deref().unwrap_or(ours), &self.out, end);
+    }
+
+    /// Gives the slot back. Its queries that have no answer yet are waited for a while still: an
+    /// answer shows that the upstream is alive, and isn't taken for a guess.
+    fn end(&mut self, idx: u32, now: Instant) {
+        let slot = &mut self.slots[idx as usize];
+        for each in slot.tries.drain(..) {
+            if self.flights.contains_key(&each.key) {
+                self.late.push_back((now + self.limits.patience, each.key));
+            }
+        }
+        slot.generation = slot.generation.wrapping_add(1);
+        (slot.route, slot.held, slot.n_moves) = (None, None, 0);
+        if self.by_question.get(&slot.hash) == Some(&idx) {
+            self.by_question.remove(&slot.hash);
+        }
+        let askers = std::mem::take(&mut slot.askers);
+        for asker in &askers {
+            self.count(asker.party, false);
+        }
+        let slot = &mut self.slots[idx as usize];
+        slot.askers = askers;
+        slot.askers.clear();
+        self.free.push(idx);
+    }
+
+    /// Forgets a query.
+    fn land(&mut self, key: Key, wire: &mut impl Wire) {
+        if self.flights.remove(&key).is_some() {
+            wire.done(port_of(key));
+        }
+    }
+
+    fn keys_of(&self, port: Port) -> Vec<Key> {
+        self.flights.keys().copied().filter(|key| port_of(*key) == port).collect()
+    }
+
+    /// Waits for a query no longer; whether its question is still under way.
+    fn give_up(&mut self, idx: u32, generation: u32, key: Key) -> bool {
+        let slot = &mut self.slots[idx as usize];
+        let mut tries = slot.tries.iter_mut();
+        slot.generation == generation
+            && tries.find(|each| each.key == key && each.is_waiting).is_some_and(|each| {
+                each.is_waiting = false;
+                true
+            })
+    }
+
+    /// Ignores a message that fits no query. Where there are many on one port, somebody may have
+    /// found it and be guessing ids: what was asked on it is asked again on another.
+    fn mismatch(&mut self, port: Port, now: Instant, wire: &mut impl Wire) {
+        if !wire.mismatch(port) {
+            return;
+        }
+        for key in self.keys_of(port) {
+            let Some(flight) = self.flights.get(&key) else { continue };
+            let (idx, generation, rank) = (flight.slot, flight.generation, flight.rank);
+            self.land(key, wire);
+            if !self.give_up(idx, generation, key) {
+                continue;
+            }
+            let slot = &mut self.slots[idx as usize];
+            slot.n_moves += 1;
+            if slot.n_moves > MAX_MOVES {
+                self.apologize_all(idx, Code::NoError, End::Truncated, now, wire);
+            } else if !self.send(idx, rank, now, wire) {
+                self.advance(idx, now, wire);
+            }
+        }
+    }
+}
+
+impl Slot {
+    fn new(now: Instant) -> Slot {
+        Slot {
+            generation: 0,
+            flags: 0,
+            hash: 0,
+            message: Vec::new(),
+            question_len: 0,
+            route: None,
+            order: Vec::new(),
+            next: 0,
+            round: 0,
+            round_began: now,
+            next_hedge: now,
+            tries: Vec::new(),
+            held: None,
+            askers: Vec::new(),
+            n_moves: 0,
+        }
+    }
+
+    /// Writes the answer to a client that is a code alone, truncated where it is too long.
+    fn error(&self, asker: &Asker, code: Code, max_len: usize, out: &mut Vec<u8>) {
+        let mut message = self.message.clone();
+        message[..2].copy_from_slice(&asker.id.to_be_bytes());
+        if let Some(theirs) = &asker.question {
+            message[HEADER_LEN..HEADER_LEN + self.question_len].copy_from_slice(theirs);
+        }
+        out.clear();
+        if let Ok(asked) = Asked::read(&message) {
+            reply::error(out, &asked, code, max_len);
+        }
+    }
+}
+
+/// Whether two questions are the same; case doesn't count in their names.
+fn is_same(one: &[u8], other: &[u8]) -> bool {
+    match (one.split_last_chunk::<4>(), other.split_last_chunk::<4>()) {
+        (Some((name, kind)), Some((other_name, other_kind))) => {
+            kind == other_kind && name.eq_ignore_ascii_case(other_name)
+        }
+        _ => false,
+    }
+}
+
+fn key(port: Port, id: u16) -> Key {
+    u64::from(port) << 16 | u64::from(id)
+}
+
+fn port_of(key: Key) -> Port {
+    (key >> 16) as Port
+}
+
+fn pop_due<T>(queue: &mut VecDeque<(Instant, T)>, now: Instant) -> Option<(Instant, T)> {
+    queue.pop_front_if(|(at, _)| *at <= now)
+}
+
+#[cfg(test)]
+mod tests {
+    use hickory_proto::op::{Message, OpCode, Query};
+    use hickory_proto::rr::rdata::A;
+    use hickory_proto::rr::{Name, RData, Record, RecordType};
+
+    use super::super::clients;
+    use super::super::upstream::Upstream;
+    use super::*;
+
+    fn server(rank: usize) -> SocketAddr {
+        SocketAddr::from(([192, 0, 2, rank as u8 + 1], 53))
+    }
+
+    /// Sockets that note what goes through them.
+    #[derive(Default)]
+    struct Notes {
+        /// What was sent and answered since the last look.
+        log: Vec<String>,
+        ports: Vec<SocketAddr>,
+        /// What was sent last for each name to each upstream.
+        sent: HashMap<(String, usize), (Port, Message)>,
+        n_in_flight: usize,
+        n_mismatches: u32,
+        n_sent: u32,
+    }
+
+    impl Wire for Notes {
+        fn draw(&mut self, server: SocketAddr) -> Option<Port> {
+            self.n_in_flight += 1;
+            self.ports.push(server);
+            Some(self.ports.len() as Port - 1)
+        }
+
+        fn id(&mut self) -> u16 {
+            7 // as if by chance
+        }
+
+        fn send(&mut self, port: Port, message: &[u8]) {
+            let message = Message::from_vec(message).unwrap();
+            let name = message.queries[0].name.to_string();
+            let rank = (0..).find(|rank| server(*rank) == self.ports[port as usize]).unwrap();
+            self.log.push(format!("{name}>{}", rank + 1));
+            self.sent.insert((name, rank), (port, message));
+            self.n_sent += 1;
+        }
+
+        fn done(&mut self, _port: Port) {
+            self.n_in_flight -= 1;
+        }
+
+        fn mismatch(&mut self, _port: Port) -> bool {
+            self.n_mismatches += 1;
+            self.n_mismatches.is_multiple_of(3)
+        }
+
+        fn answer(&mut self, asker: &Asker, _: &[u8], message: &[u8], end: End<'_>) {
+            let message = Message::from_vec(message).unwrap();
+            assert_eq!(message.metadata.id, asker.id);
+            let data = message.answers.first().map(|record| record.data.to_string());
+            let last = data.as_deref().and_then(|data| data.rsplit('.').next()).unwrap_or_default();
+            let shown = match end {
+                End::Truncated => "TC".to_owned(),
+                End::Failed(ForwardError::Busy) => "Busy".to_owned(),
+                _ => format!("{:?}", message.metadata.response_code),
+            };
+            assert_eq!(message.metadata.truncation, end == End::Truncated);
+            self.log.push(format!("{}={shown}{last}", message.queries[0].name));
+        }
+    }
+
+    struct Rig {
+        relay: Relay,
+        notes: Notes,
+        route: Arc<Route>,
+        start: Instant,
+    }
+
+    impl Rig {
+        fn new(n_upstreams: usize, limits: Limits) -> Rig {
+            let start = Instant::now();
+            let upstream = |rank| Arc::new(Upstream::new(server(rank), start));
+            let upstreams = (0..n_upstreams).map(upstream).collect();
+            let route = Route { domain: "".into(), is_in_zone: false, upstreams };
+            let relay = Relay::new(limits, Arc::default(), (30, 5), 0);
+            Rig { relay, notes: Notes::default(), route: Arc::new(route), start }
+        }
+
+        fn at(&self, ms: u64) -> Instant {
+            self.start + Duration::from_millis(ms)
+        }
+
+        fn ask(&mut self, ms: u64, name: &str, id: u16, party: Party) {
+            let mut message = Message::query();
+            message.metadata.id = id;
+            message.add_query(Query::query(Name::from_ascii(name).unwrap(), RecordType::A));
+            let bytes = message.to_vec().unwrap();
+            let asked = Asked::read(&bytes).unwrap();
+            let now = self.at(ms);
+            let client = SocketAddr::from(([127, 0, 0, 1], id));
+            let asker = Asker::new(client, To::Bound, party, &asked, now);
+            self.relay.ask(&asked, &self.route, asker, now, &mut self.notes);
+        }
+
+        fn reply(&mut self, ms: u64, rank: usize, name: &str, what: &str) {
+            let (port, asked) = &self.notes.sent[&(name.to_owned(), rank)];
+            let code = match what {
+                "ok" | "nothing" => ResponseCode::NoError,
+                "nx" => ResponseCode::NXDomain,
+                "fail" => ResponseCode::ServFail,
+                other => panic!("{other}"),
+            };
+            let mut message = Message::error_msg(asked.metadata.id, OpCode::Query, code);
+            message.add_query(asked.queries[0].clone());
+            if what == "ok" {
+                let data = RData::A(A::new(192, 0, 2, rank as u8 + 1));
+                let name = asked.queries[0].name.clone();
+                message.add_answer(Record::from_rdata(name, 9, data));
+            }
+            let (port, bytes) = (*port, message.to_vec().unwrap());
+            let now = self.at(ms);
+            self.relay.receive(port, &bytes, now, &mut self.notes);
+        }
+
+        /// All that was asked comes to its end, and nothing is left of it.
+        fn end(&mut self, ms: u64) {
+            for n in 1..20 {
+                let now = self.at(ms + n * 400);
+                self.relay.expire(now, &mut self.notes);
+            }
+            assert!(self.relay.is_idle() && self.relay.parties.is_empty());
+            assert!(self.relay.flights.is_empty() && self.relay.by_question.is_empty());
+            assert_eq!(self.notes.n_in_flight, 0);
+        }
+
+        /// What happens at each time, and what was sent, answered and suspected by then.
+        fn check(&mut self, what: &str, rows: &[(u64, &str, &str)]) {
+            for (ms, action, expected) in rows {
+                let now = self.at(*ms);
+                self.relay.expire(now, &mut self.notes);
+                let words: Vec<&str> = action.split(' ').collect();
+                let rank = |word: &str| word.parse::<usize>().unwrap() - 1;
+                match words[..] {
+                    ["-"] => {}
+                    ["ask", name] => self.ask(*ms, name, 1, None),
+                    ["out", number] => {
+                        let upstream = &self.route.upstreams[rank(number)];
+                        upstream.is_late(Transport::Udp, now);
+                        assert!(upstream.is_unproven(Transport::Udp, now), "{what} {ms}");
+                        self.relay.recheck(now, &mut self.notes);
+                    }
+                    ["alive", number] => {
+                        self.route.upstreams[rank(number)].is_alive(Transport::Udp, now);
+                    }
+                    ["circle", number] => {
+                        let way = self.route.way(&self.route.upstreams[rank(number)]);
+                        let probe = self.relay.loops.probe(&way, now).unwrap();
+                        assert!(self.relay.is_probe(&WireName::read(&probe.wire).unwrap()));
+                        self.relay.recheck(now, &mut self.notes);
+                    }
+                    ["unreachable", number, name] => {
+                        let (port, _) = self.notes.sent[&(name.to_owned(), rank(number))];
+                        self.relay.unreachable(port, now, &mut self.notes);
+                    }
+                    [number, name, answer] => self.reply(*ms, rank(number), name, answer),
+                    _ => panic!("{action}"),
+                }
+                let mut log = std::mem::take(&mut self.notes.log);
+                log.extend(self.relay.take_suspicion().then(|| "!".to_owned()));
+                assert_eq!(log.join(" "), *expected, "{what}: {action} at {ms}");
+            }
+        }
+    }
+
+    #[test]
+    fn who_is_asked_and_whose_answer_counts() {
+        type Row<'a> = (u64, &'a str, &'a str);
+        let stories: [(&str, &[Row<'_>]); 15] = [
+            ("the first answers", &[(0, "ask a.", "a.>1"), (399, "1 a. ok", "a.=NoError1")]),
+            (
+                "the first one's answer counts, however late",
+                &[
+                    (0, "ask a.", "a.>1"),
+                    (400, "-", "a.>2 !"),
+                    (800, "-", "a.>3 !"),
+                    (900, "1 a. ok", "a.=NoError1"),
+                    (901, "2 a. ok", ""),
+                ],
+            ),
+            (
+                "a dead one costs one hedge, then a short one, then nothing",
+                &[
+                    (0, "ask a.", "a.>1"),
+                    (400, "-", "a.>2 !"),
+                    (401, "2 a. ok", "a.=NoError2"),
+                    (402, "ask b.", "b.>1"),
+                    (452, "-", "b.>2"),
+                    (453, "2 b. ok", "b.=NoError2"),
+                    (1400, "out 1", ""),
+                    (1401, "ask c.", "c.>2"),
+                    (1402, "2 c. ok", "c.=NoError2"),
+                    (99_000_000, "ask d.", "d.>2"),
+                    (99_000_001, "2 d. ok", "d.=NoError2"),
+                    (99_000_002, "alive 1", ""),
+                    (99_000_003, "ask e.", "e.>1"),
+                ],
+            ),
+            (
+                "slow names demote nobody",
+                &[
+                    (0, "ask slow.", "slow.>1"),
+                    (10, "ask b.", "b.>1"),
+                    (20, "1 b. ok", "b.=NoError1"),
+                    (400, "-", "slow.>2"),
+                    (401, "2 slow. ok", "slow.=NoError2"),
+                    (410, "ask c.", "c.>1"),
+                ],
+            ),
+            (
+                "a denial waits for the better one",
+                &[
+                    (0, "ask a.", "a.>1"),
+                    (400, "-", "a.>2 !"),
+                    (401, "2 a. nx", ""),
+                    (900, "-", ""),
+                    (950, "1 a. ok", "a.=NoError1"),
+                ],
+            ),
+            (
+                "nothing of that type is a denial too",
+                &[
+                    (0, "ask a.", "a.>1"),
+                    (400, "-", "a.>2 !"),
+                    (401, "2 a. nothing", ""),
+                    (950, "1 a. ok", "a.=NoError1"),
+                ],
+            ),
+            (
+                "a denial counts once the better one is out",
+                &[
+                    (0, "ask a.", "a.>1"),
+                    (400, "-", "a.>2 !"),
+                    (401, "2 a. nx", ""),
+                    (1400, "out 1", "a.=NXDomain"),
+                ],
+            ),
+            (
+                "a denial counts once the time is over",
+                &[
+                    (0, "ask a.", "a.>1"),
+                    (400, "-", "a.>2 !"),
+                    (401, "2 a. nx", ""),
+                    (1999, "-", ""),
+                    (2000, "-", "a.=NXDomain"),
+                ],
+            ),
+            (
+                "the first one's denial counts at once",
+                &[(0, "ask a.", "a.>1"), (1, "1 a. nx", "a.=NXDomain")],
+            ),
+            (
+                "one that can't is passed over, and its answer counts where none is better",
+                &[
+                    (0, "ask a.", "a.>1"),
+                    (1, "1 a. fail", "a.>2"),
+                    (2, "2 a. nx", "a.=NXDomain"),
+                    (3, "ask b.", "b.>1"),
+                    (4, "1 b. fail", "b.>2"),
+                    (5, "2 b. fail", "b.>3"),
+                    (6, "3 b. fail", "b.=ServFail"),
+                ],
+            ),
+            (
+                "one that isn't there is passed over at once",
+                &[
+                    (0, "ask a.", "a.>1"),
+                    (1, "unreachable 1 a.", "a.>2 !"),
+                    (2, "2 a. ok", "a.=NoError2"),
+                ],
+            ),
+            (
+                "two rounds, and no answer",
+                &[
+                    (0, "ask a.", "a.>1"),
+                    (400, "-", "a.>2 !"),
+                    (800, "-", "a.>3 !"),
+                    (2000, "-", "a.>1 !"),
+                    (2050, "-", "a.>2"),
+                    (2100, "-", "a.>3"),
+                    (3999, "-", ""),
+                    (4000, "-", "a.=ServFail"),
+                ],
+            ),
+            (
+                "all are out: all are asked, and the first is back by its answer",
+                &[
+                    (0, "out 1", ""),
+                    (0, "out 2", ""),
+                    (0, "out 3", ""),
+                    (1, "ask a.", "a.>1 a.>2 a.>3"),
+                    (2, "2 a. nx", ""),
+                    (3, "1 a. ok", "a.=NoError1"),
+                    (4, "ask b.", "b.>1"),
+                ],
+            ),
+            (
+                "a circle is left, and what it was asked goes to the next one",
+                &[
+                    (0, "ask a.", "a.>1"),
+                    (5, "circle 1", "a.>2"),
+                    (6, "2 a. nx", "a.=NXDomain"),
+                    (7, "ask b.", "b.>2"),
+                ],
+            ),
+            (
+                "circles alone",
+                &[
+                    (0, "circle 2", ""),
+                    (0, "circle 3", ""),
+                    (1, "ask a.", "a.>1"),
+                    (5, "circle 1", "a.=ServFail"),
+                    (7, "ask b.", "b.=ServFail"),
+                ],
+            ),
+        ];
+        for (what, rows) in stories {
+            let mut rig = Rig::new(3, Limits::default());
+            rig.check(what, rows);
+            rig.end(100_000_000);
+            assert_eq!(rig.relay.deadline(), None, "{what}");
+        }
+    }
+
+    #[test]
+    fn many_ask_the_same_and_one_query_goes_out() {
+        let mut rig = Rig::new(2, Limits::default());
+        for id in 0..20 {
+            rig.ask(0, if id % 2 == 0 { "hot.example." } else { "HOT.example." }, id, None);
+        }
+        assert_eq!(rig.notes.n_sent, 1);
+        assert!(rig.relay.take_suspicion(), "it may be a circle");
+        rig.reply(1, 0, "hot.example.", "ok");
+        assert_eq!(rig.notes.log.iter().filter(|line| line.contains("=NoError1")).count(), 20);
+        // Each in its own case, and nothing is kept.
+        assert_eq!(rig.notes.log.iter().filter(|line| line.contains("HOT.")).count(), 10);
+        assert!(rig.relay.is_idle() && rig.relay.by_question.is_empty());
+        assert_eq!(rig.notes.n_in_flight, 0);
+        rig.ask(2, "hot.example.", 1, None);
+        assert_eq!(rig.notes.n_sent, 2);
+    }
+
+    #[test]
+    fn one_client_takes_no_more_than_its_share() {
+        let limits = Limits { max_waiting: 16, ..Limits::default() };
+        let mut rig = Rig::new(1, limits);
+        let greedy = Some(clients::party("10.0.0.1".parse().unwrap()));
+        let modest = Some(clients::party("10.0.0.2".parse().unwrap()));
+        rig.ask(0, "good.", 1, modest);
+        for id in 0..100 {
+            rig.ask(1 + u64::from(id), &format!("n{id}."), id, greedy);
+        }
+        let busy = |rig: &Rig| rig.notes.log.iter().filter(|line| line.contains("Busy")).count();
+        assert_eq!(busy(&rig), 96);
+        assert!(rig.notes.log.contains(&"n0.=Busy".to_owned()), "the oldest goes first");
+        // The host has all that others leave, and makes room for them itself.
+        for id in 0..100 {
+            rig.ask(200 + u64::from(id), &format!("h{id}."), id, None);
+        }
+        assert_eq!(rig.relay.n_waiting, 16);
+        rig.ask(400, "more.", 2, modest);
+        rig.reply(401, 0, "good.", "ok");
+        rig.reply(401, 0, "more.", "ok");
+        assert_eq!(rig.notes.log[rig.notes.log.len() - 2..], ["good.=NoError1", "more.=NoError1"]);
+        // And the places are all given back.
+        rig.end(401);
+        assert_eq!(rig.relay.slots.len(), rig.relay.free.len());
+    }
+
+    #[test]
+    fn a_host_whose_names_hang_goes_on_with_those_that_do_not() {
+        let mut rig = Rig::new(1, Limits { max_waiting: 64, ..Limits::default() });
+        let mut n_answered = 0;
+        for ms in 0..2000u64 {
+            let now = rig.at(ms);
+            rig.relay.expire(now, &mut rig.notes);
+            rig.ask(ms, &format!("hangs{ms}."), 1, None);
+            if ms % 10 == 0 {
+                rig.ask(ms, &format!("good{ms}."), 2, None);
+            }
+            if ms % 10 == 5 {
+                let before = rig.notes.log.len();
+                rig.reply(ms, 0, &format!("good{}.", ms - 5), "ok");
+                n_answered += rig.notes.log.len() - before;
+            }
+        }
+        assert_eq!(n_answered, 200);
+    }
+
+    #[test]
+    fn guesses_find_another_port_or_none_at_all() {
+        let mut rig = Rig::new(1, Limits::default());
+        rig.ask(0, "a.", 1, None);
+        let (mut seen, mut port) = (vec![0], 0);
+        for guess in 0..12u8 {
+            let now = rig.at(1);
+            rig.relay.receive(port, &[guess, guess, 0x80], now, &mut rig.notes);
+            port = rig.notes.sent[&("a.".to_owned(), 0)].0;
+            seen.extend((!seen.contains(&port)).then_some(port));
+        }
+        assert_eq!(seen.len(), 1 + usize::from(MAX_MOVES));
+        assert_eq!(rig.notes.log.last().unwrap(), "a.=TC");
+        assert!(rig.relay.is_idle() && rig.relay.flights.is_empty());
+        assert_eq!(rig.notes.n_in_flight, 0);
+
+        // The right id with another question is a guess as well; the late answer of an upstream isn't.
+        let mut rig = Rig::new(2, Limits::default());
+        rig.ask(0, "a.", 1, None);
+        let bytes = [0, 7, 0x80, 0, 0, 1, 0, 0, 0, 0, 0, 0, 1, b'b', 0, 0, 1, 0, 1];
+        let now = rig.at(1);
+        rig.relay.receive(0, &bytes, now, &mut rig.notes);
+        assert_eq!(rig.notes.n_mismatches, 1);
+        let now = rig.at(400);
+        rig.relay.expire(now, &mut rig.notes);
+        rig.reply(401, 1, "a.", "ok");
+        rig.reply(402, 0, "a.", "ok");
+        assert_eq!(rig.notes.n_mismatches, 1);
+        rig.reply(403, 0, "a.", "ok");
+        assert_eq!(rig.notes.n_mismatches, 2, "twice is once too often");
+    }
+
+    #[test]
+    fn what_is_forwarded_of_our_own_zone_is_soon_asked_again() {
+        for (is_in_zone, expected) in [(false, 9), (true, 3)] {
+            let mut rig = Rig::new(1, Limits::default());
+            let Route { domain, upstreams, .. } = Route::clone(&rig.route);
+            rig.route = Arc::new(Route { domain, is_in_zone, upstreams });
+            rig.relay = Relay::new(Limits::default(), Arc::default(), (3, 5), 0);
+            rig.ask(0, "web.service.", 1, None);
+            rig.reply(1, 0, "web.service.", "ok");
+            let answer = Message::from_vec(&rig.relay.out).unwrap();
+            assert_eq!(answer.answers[0].ttl, expected, "{is_in_zone}");
+        }
+    }
+
+    #[test]
+    fn no_resolver_denies_what_may_be_a_service() {
+        for (what, expected) in [("nx", "new.=ServFail"), ("ok", "new.=NoError1")] {
+            let mut rig = Rig::new(1, Limits::default());
+            let mut message = Message::query();
+            message.add_query(Query::query(Name::from_ascii("new.").unwrap(), RecordType::A));
+            let bytes = message.to_vec().unwrap();
+            let asked = Asked::read(&bytes).unwrap();
+            let client = SocketAddr::from(([127, 0, 0, 1], 1));
+            let asker = Asker::new(client, To::Bound, None, &asked, rig.start);
+            let asker = Asker { is_unknown: true, ..asker };
+            rig.relay.ask(&asked, &rig.route, asker, rig.start, &mut rig.notes);
+            rig.reply(1, 0, "new.", what);
+            assert_eq!(rig.notes.log[1..], [expected]);
+        }
+    }
+}

@@ -1,0 +1,469 @@
+//! A thread that serves a UDP socket: it receives, answers from the table or has the relay ask other
+//! resolvers, and sends, all in batches. What waits for something else goes to the runtime.
+
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::event::epoll;
+use rustix::io::Errno;
+use rustix::time::Timespec;
+use tokio::runtime::Handle;
+use tokio::sync::watch;
+use tracing::{debug, warn};
+
+use super::answer::{self, Known, Missing, Outcome};
+use super::mailbox::{Mailbox, Returned};
+use super::message::Asked;
+use super::origin::Origin;
+use super::ports::{self, Ports};
+use super::relay::{Asker, End, ForwardError, Party, Port, Relay, Wire};
+use super::reply::{self, Code, OUR_PAYLOAD};
+use super::server::{DRAIN, Handler, Settled, View};
+use super::sockets::Transport;
+use super::udp::{Endpoint, Inbox, Outbox, To};
+use super::upstreams::Plan;
+
+/// What events are about: the listener, the mailbox, or the port of that number.
+const LISTENER: u64 = 0;
+const MAILBOX: u64 = 1;
+
+/// How long a socket rests that can't be read.
+const REST: Duration = Duration::from_millis(100);
+
+/// How often is looked for sockets that were open for long enough.
+const CLOSE_PERIOD: Duration = Duration::from_secs(5);
+
+/// How many events are taken at a time.
+const N_EVENTS: usize = 64;
+
+/// The thread's own of everything.
+pub(super) struct Worker {
+    endpoint: Arc<Endpoint>,
+    mailbox: Arc<Mailbox>,
+    inbox: Inbox,
+    /// Which of the messages in `inbox` is next.
+    next: usize,
+    /// Whether the listener isn't read, because a message waits for a place.
+    is_paused: bool,
+    core: Core,
+}
+
+/// What deals with a message, apart from the buffers that it is in.
+struct Core {
+    handler: Arc<Handler>,
+    view: View,
+    runtime: Handle,
+    /// Ends tasks.
+    stopped: watch::Receiver<bool>,
+    endpoint: Arc<Endpoint>,
+    mailbox: Arc<Mailbox>,
+    plan: Plan,
+    plan_version: u64,
+    relay: Relay,
+    line: Line,
+    out: Vec<u8>,
+}
+
+/// The sockets, as the relay sees them.
+struct Line {
+    handler: Arc<Handler>,
+    ports: Ports,
+    outbox: Outbox,
+    now: Instant,
+}
+
+impl Wire for Line {
+    fn draw(&mut self, server: SocketAddr) -> Option<Port> {
+        self.ports.draw(server, self.now)
+    }
+
+    fn id(&mut self) -> u16 {
+        self.ports.id()
+    }
+
+    fn send(&mut self, port: Port, message: &[u8]) {
+        self.ports.send(port, message);
+    }
+
+    fn done(&mut self, port: Port) {
+        self.ports.done(port);
+    }
+
+    fn mismatch(&mut self, port: Port) -> bool {
+        self.ports.mismatch(port)
+    }
+
+    fn answer(&mut self, asker: &Asker, question: &[u8], message: &[u8], end: End<'_>) {
+        match end {
+            End::Answered(_, code) => self.handler.stats.count_forwarded(code),
+            End::Truncated => self.handler.stats.count_own(Code::NoError),
+            End::Failed(why) => {
+                debug!(client = %asker.client, "not forwarded: {why}");
+                self.handler.stats.count_own(Code::ServFail);
+            }
+        }
+        self.handler.origins.note(asker.id, question, || match end {
+            End::Answered(server, _) => Origin::Upstream(server),
+            End::Truncated => {
+                Origin::Nowhere("too many messages came that weren't the answer".to_owned())
+            }
+            End::Failed(why) => Origin::Nowhere(why.to_string()),
+        });
+        self.outbox.push(message, asker.client, asker.to);
+    }
+}
+
+impl Worker {
+    /// One for `endpoint`, which counts at `shard`.
+    ///
+    /// # Errors
+    /// Where the kernel has no more file descriptors.
+    pub(super) fn new(
+        handler: Arc<Handler>,
+        endpoint: Endpoint,
+        mailbox: Arc<Mailbox>,
+        stopped: watch::Receiver<bool>,
+        shard: usize,
+    ) -> io::Result<Worker> {
+        let endpoint = Arc::new(endpoint);
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        let data = epoll::EventData::new_u64(MAILBOX);
+        epoll::add(&epoll, &mailbox, data, epoll::EventFlags::IN)?;
+        listen(&epoll, &endpoint)?;
+        let view = handler.view();
+        let forwarder = view.forwarder();
+        let relay = Relay::new(forwarder.limits, forwarder.loops.clone(), view.max_ttls(), shard);
+        let line = Line {
+            handler: handler.clone(),
+            ports: Ports::new(epoll),
+            outbox: Outbox::default(),
+            now: Instant::now(),
+        };
+        let core = Core {
+            handler,
+            view,
+            runtime: Handle::current(),
+            stopped,
+            endpoint: endpoint.clone(),
+            mailbox: mailbox.clone(),
+            plan: Plan::default(),
+            plan_version: 0,
+            relay,
+            line,
+            out: Vec::new(),
+        };
+        Ok(Worker { endpoint, mailbox, inbox: Inbox::new(), next: 0, is_paused: false, core })
+    }
+
+    /// Serves until it is stopped, and then for [`DRAIN`] at most while a client waits.
+    pub(super) fn run(mut self) {
+        let mut events = Vec::with_capacity(N_EVENTS);
+        let (mut upstream, mut unreachable) = (ports::Inbox::default(), Vec::new());
+        let mut next_close = Instant::now() + CLOSE_PERIOD;
+        let mut rest_until: Option<Instant> = None;
+        let mut drained_by: Option<Instant> = None;
+        loop {
+            let deadlines = [self.core.relay.deadline(), Some(next_close), rest_until, drained_by];
+            let deadline = deadlines.into_iter().flatten().min();
+            self.wait(&mut events, deadline);
+            let now = Instant::now();
+            self.core.line.now = now;
+            self.core.refresh();
+            for event in events.drain(..) {
+                match event.data.u64() {
+                    LISTENER if self.is_paused => {}
+                    LISTENER => {
+                        if let Err(error) = self.receive() {
+                            warn!("a DNS socket can't be read for a moment: {error}");
+                            self.pause();
+                            rest_until = Some(now + REST);
+                        }
+                    }
+                    MAILBOX => self.read_mailbox(now),
+                    port => {
+                        let port = port as Port; // it was made of one
+                        let Core { relay, line, .. } = &mut self.core;
+                        match line.ports.receive(port, &mut upstream) {
+                            Ok(()) => {
+                                for message in upstream.iter() {
+                                    relay.receive(port, message, now, line);
+                                }
+                            }
+                            Err(error) => {
+                                debug!(%error, "an upstream can't be reached");
+                                unreachable.push(port);
+                            }
+                        }
+                    }
+                }
+            }
+            if rest_until.is_some_and(|until| now >= until) {
+                rest_until = None;
+                self.resume();
+            }
+            let Core { relay, line, .. } = &mut self.core;
+            relay.expire(now, line);
+            // A question that went to an upstream which isn't there goes to the next one, and so on:
+            // no further than the routes are long, as each port fails once.
+            loop {
+                line.ports.flush(&mut unreachable);
+                let Some(port) = unreachable.pop() else { break };
+                relay.unreachable(port, now, line);
+            }
+            self.endpoint.flush(&mut line.outbox);
+            if relay.take_suspicion() {
+                self.core.view.forwarder().suspect();
+            }
+            if now >= next_close {
+                self.core.line.ports.close_old(now);
+                next_close = now + CLOSE_PERIOD;
+            }
+            if self.mailbox.is_stopped() {
+                let drained_by = *drained_by.get_or_insert_with(|| {
+                    self.pause();
+                    now + DRAIN
+                });
+                if self.core.relay.is_idle() || now >= drained_by {
+                    return;
+                }
+            }
+        }
+    }
+
+    fn wait(&self, events: &mut Vec<epoll::Event>, deadline: Option<Instant>) {
+        let limit = deadline.map(|at| at.saturating_duration_since(Instant::now()));
+        let limit = limit.and_then(|limit| Timespec::try_from(limit).ok());
+        let room = rustix::buffer::spare_capacity(events);
+        match epoll::wait(self.core.line.ports.epoll(), room, limit.as_ref()) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(error) => {
+                warn!("a DNS socket can't be waited for: {error}");
+                std::thread::sleep(REST);
+            }
+        }
+    }
+
+    /// Takes the messages that have come.
+    fn receive(&mut self) -> io::Result<()> {
+        match self.endpoint.receive(&mut self.inbox) {
+            Ok(()) => {}
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+                ) =>
+            {
+                return Ok(());
+            }
+            Err(error) => return Err(error),
+        }
+        self.next = 0;
+        self.take_received();
+        Ok(())
+    }
+
+    /// Deals with what was received, until a message has no place to wait in: what comes after it
+    /// stays in the socket meanwhile.
+    fn take_received(&mut self) {
+        while self.next < self.inbox.received.len() {
+            let (_, client, to) = self.inbox.received[self.next];
+            if !self.core.take(self.inbox.message(self.next), client, to) {
+                self.pause();
+                self.core.wake_when_reliable();
+                return;
+            }
+            self.next += 1;
+        }
+    }
+
+    fn read_mailbox(&mut self, now: Instant) {
+        for returned in self.mailbox.take() {
+            self.core.take_returned(&returned);
+        }
+        let Core { relay, line, .. } = &mut self.core;
+        relay.recheck(now, line);
+        if self.is_paused && !self.mailbox.is_stopped() {
+            self.resume();
+        }
+    }
+
+    fn pause(&mut self) {
+        if !self.is_paused {
+            self.is_paused = true;
+            let forgotten = epoll::delete(self.core.line.ports.epoll(), &self.endpoint);
+            debug_assert!(forgotten.is_ok(), "{forgotten:?}");
+        }
+    }
+
+    fn resume(&mut self) {
+        if !self.is_paused || self.mailbox.is_stopped() {
+            return;
+        }
+        match listen(self.core.line.ports.epoll(), &self.endpoint) {
+            Ok(()) => {
+                self.is_paused = false;
+                self.take_received();
+            }
+            Err(error) => {
+                warn!("a DNS socket can't be waited for: {error}");
+                self.core.wake_after(REST);
+            }
+        }
+    }
+}
+
+/// Waits for the listener. Where several threads have one socket, as systemd passes it, a message
+/// wakes one of them.
+fn listen(epoll: impl AsFd, endpoint: &Endpoint) -> rustix::io::Result<()> {
+    let flags = epoll::EventFlags::IN | epoll::EventFlags::EXCLUSIVE;
+    epoll::add(epoll, endpoint, epoll::EventData::new_u64(LISTENER), flags)
+}
+
+impl Core {
+    /// Takes up what has changed.
+    fn refresh(&mut self) {
+        if self.handler.refresh(&mut self.view) {
+            let forwarder = self.view.forwarder();
+            self.relay.reconfigure(forwarder.loops.clone(), self.view.max_ttls());
+            self.plan_version = 0; // that of another forwarder
+        }
+    }
+
+    /// Deals with a client's message. Returns whether it could be: else there is no place for it to
+    /// wait in for the zone, which will be there soon.
+    fn take(&mut self, bytes: &[u8], client: SocketAddr, to: To) -> bool {
+        let refusal = self.handler.refusal(self.view.ways(), bytes, Transport::Udp, client.ip());
+        if let Some(refusal) = refusal {
+            if let Some(refusal) = refusal {
+                self.line.outbox.push(&refusal, client, to);
+            }
+            return true;
+        }
+        let waits = !self.view.is_reliable() && self.handler.is_early();
+        self.dispatch(bytes, client, to, waits, self.handler.missing())
+    }
+
+    /// Deals with a message that has waited, by what is known now.
+    fn take_returned(&mut self, returned: &Returned) {
+        let Returned { bytes, client, to, is_unknown } = returned;
+        let missing = if *is_unknown { Missing::Unknown } else { Missing::Absent };
+        self.dispatch(bytes, *client, *to, false, missing);
+    }
+
+    fn dispatch(
+        &mut self,
+        bytes: &[u8],
+        client: SocketAddr,
+        to: To,
+        waits: bool,
+        missing: Missing,
+    ) -> bool {
+        let mut known = Known { waits, missing, ..self.view.known() };
+        let mut outcome = answer::answer(bytes, Transport::Udp, known, &mut self.out);
+        if matches!(outcome, Outcome::Wait | Outcome::Warm(_)) {
+            if let Some(place) = self.handler.place() {
+                let (handler, endpoint) = (self.handler.clone(), self.endpoint.clone());
+                let (bytes, mailbox) = (bytes.to_vec(), self.mailbox.clone());
+                let mut stopped = self.stopped.clone();
+                self.runtime.spawn(async move {
+                    let settled = tokio::select! {
+                        settled = handler.settle(&bytes, Transport::Udp) => settled,
+                        _ = stopped.wait_for(|stopped| *stopped) => Settled::Nothing,
+                    };
+                    match settled {
+                        Settled::Answer(answer) => endpoint.send(&answer, client, to),
+                        Settled::Forward { is_unknown } => {
+                            mailbox.give_back(Returned { bytes, client, to, is_unknown });
+                        }
+                        Settled::Nothing => {}
+                    }
+                    // The socket goes first, so that a stop which has all places back has freed the
+                    // port.
+                    drop(endpoint);
+                    drop(place);
+                });
+                return true;
+            }
+            if matches!(outcome, Outcome::Wait) {
+                return false;
+            }
+            (known.waits, known.missing) = (false, Missing::Unknown);
+            outcome = answer::answer(bytes, Transport::Udp, known, &mut self.out);
+        }
+        match outcome {
+            Outcome::Forward(asked) => {
+                let forwarder = self.view.forwarder();
+                forwarder.upstreams.refresh(self.line.now);
+                let version = forwarder.upstreams.version();
+                if version != self.plan_version {
+                    self.plan = forwarder.upstreams.plan().unshared();
+                    self.plan_version = version;
+                }
+                let party = self.view.party(client.ip());
+                let is_unknown = known.missing == Missing::Unknown;
+                let asked = Forwarded { asked: &asked, client, to, party, is_unknown };
+                forward(asked, &self.plan, &mut self.relay, &mut self.line, &mut self.out);
+            }
+            outcome => {
+                if self.handler.conclude(outcome) {
+                    self.line.outbox.push(&self.out, client, to);
+                }
+            }
+        }
+        true
+    }
+
+    fn wake_when_reliable(&self) {
+        let (handler, mailbox) = (self.handler.clone(), self.mailbox.clone());
+        self.runtime.spawn(async move {
+            handler.grow_reliable().await;
+            mailbox.wake();
+        });
+    }
+
+    fn wake_after(&self, pause: Duration) {
+        let mailbox = self.mailbox.clone();
+        self.runtime.spawn(async move {
+            tokio::time::sleep(pause).await;
+            mailbox.wake();
+        });
+    }
+}
+
+/// A question for other resolvers.
+struct Forwarded<'a> {
+    asked: &'a Asked<'a>,
+    client: SocketAddr,
+    to: To,
+    party: Party,
+    is_unknown: bool,
+}
+
+/// Has the relay ask.
+fn forward(
+    forwarded: Forwarded<'_>,
+    plan: &Plan,
+    relay: &mut Relay,
+    line: &mut Line,
+    out: &mut Vec<u8>,
+) {
+    let Forwarded { asked, client, to, party, is_unknown } = forwarded;
+    let now = line.now;
+    let mut asker = Asker::new(client, to, party, asked, now);
+    asker.is_unknown = is_unknown;
+    let why = if relay.is_probe(&asked.name) {
+        ForwardError::OwnProbe
+    } else if let Some(route) = plan.of(&asked.name) {
+        // Whoever wants to know may not wait for the end.
+        let waits = || Origin::Nowhere("no resolver has answered in time".to_owned());
+        line.handler.origins.note(asked.id(), asked.question(), waits);
+        return relay.ask(asked, route, asker, now, line);
+    } else {
+        ForwardError::NoUpstream
+    };
+    reply::error(out, asked, Code::ServFail, asked.max_payload().min(OUR_PAYLOAD).into());
+    line.answer(&asker, asked.question(), out, End::Failed(&why));
+}
