@@ -2,8 +2,9 @@
 
 use anyhow::Error;
 
-use crate::report::{Better, Contender, Figure, Goal, Point};
-use crate::stats::Spread;
+use crate::random::{self, Random};
+use crate::report::{Better, Contender, Figure, Goal, Outcome, Point};
+use crate::stats::{Interval, Spread};
 
 /// A suite's findings, not yet a report.
 #[derive(Default)]
@@ -20,6 +21,9 @@ pub struct Draft {
     pub goals: Vec<Goal>,
     /// What the reader has to know beside the numbers.
     pub notes: Vec<String>,
+    /// The seed of the order within rounds.
+    pub seed: u64,
+    random: Random,
 }
 
 /// A quantity, whoever has it.
@@ -44,10 +48,69 @@ pub enum Demand {
     AtMost(f64),
 }
 
+/// The share of the slowest contender's saturation at which latency is measured. Well below the 70%
+/// from which on the length of a queue, rather than a path, is what takes time.
+const AT_RATE: f64 = 0.6;
+
+/// A rate that everybody who is compared keeps up with.
+pub struct FixedRate {
+    /// Per second, in whole numbers.
+    pub rate: f64,
+    /// What each can do, by name.
+    saturation: Vec<(String, f64)>,
+}
+
+impl FixedRate {
+    /// From what each contender could do under a condition, in the median of its rounds; `None` where that
+    /// is nothing.
+    pub fn of(draft: &Draft, saturation: Quantity, condition: &str) -> Option<FixedRate> {
+        let rows = &draft.find(saturation.name, condition)?.rows;
+        let median = |rounds: &[Option<f64>]| Spread::of(rounds.iter().copied().flatten());
+        let saturation: Vec<(String, f64)> = rows
+            .iter()
+            .filter_map(|row| Some((row.contender.clone(), median(&row.rounds)?.median)))
+            .collect();
+        let slowest = saturation.iter().map(|(_, rate)| *rate).fold(f64::INFINITY, f64::min);
+        let rate = (slowest * AT_RATE).round();
+        (rate.is_finite() && rate > 0.0).then_some(FixedRate { rate, saturation })
+    }
+
+    /// Adds to the draft how much of its own saturation this rate is for each contender, in percent.
+    pub fn add_utilisation(&self, draft: &mut Draft, quantity: Quantity, condition: &str) {
+        for (contender, saturation) in &self.saturation {
+            let percent = 100.0 * self.rate / saturation;
+            draft.add(quantity, condition, contender, 0, Some(percent));
+        }
+    }
+}
+
+impl Demand {
+    fn text(self) -> String {
+        match self {
+            Demand::AtLeast(goal) => format!("at least {goal}"),
+            Demand::AtMost(goal) => format!("at most {goal}"),
+        }
+    }
+
+    fn judge(self, Interval { low, high, .. }: Interval) -> Outcome {
+        let (all, any) = match self {
+            Demand::AtLeast(goal) => (low >= goal, high >= goal),
+            Demand::AtMost(goal) => (high <= goal, low <= goal),
+        };
+        match (all, any) {
+            (true, _) => Outcome::Reached,
+            (false, true) => Outcome::Undecided,
+            (false, false) => Outcome::Missed,
+        }
+    }
+}
+
 impl Draft {
     /// An empty one.
     pub fn new(title: &str, n_rounds: usize) -> Draft {
-        Draft { title: title.into(), n_rounds, ..Draft::default() }
+        let seed = random::run_seed();
+        let random = Random::new(seed);
+        Draft { title: title.into(), n_rounds, seed, random, ..Draft::default() }
     }
 
     /// Adds one round's sample of a contender; `None` where it failed.
@@ -109,18 +172,41 @@ impl Draft {
         self.figures.iter().find(|figure| figure.name == name && figure.condition == condition)
     }
 
-    /// Adds a goal for a ratio or a number; `None` where it couldn't be measured. The median counts.
-    pub fn goal(&mut self, what: &str, demand: Demand, is: Option<Spread>, unit: &str) {
-        let (goal, is_reached) = match demand {
-            Demand::AtLeast(goal) => (format!("at least {goal}"), is.map(|is| is.median >= goal)),
-            Demand::AtMost(goal) => (format!("at most {goal}"), is.map(|is| is.median <= goal)),
-        };
+    /// Adds a goal for what was found in rounds, such as ratios: the interval of their median decides.
+    pub fn goal(&mut self, what: &str, demand: Demand, rounds: &[f64], unit: &str) {
+        let spread = Spread::of(rounds.iter().copied());
+        let interval = Interval::of(rounds.iter().copied());
         let unit = if unit.is_empty() { String::new() } else { format!(" {unit}") };
-        let is = is.map_or("not measured".to_owned(), |is| {
-            let [median, least, most] = [is.median, is.least, is.most].map(short);
-            format!("{median}{unit} ({least} to {most})")
-        });
-        self.goals.push(Goal { what: what.into(), goal: goal + &unit, is, is_reached });
+        let is = match (interval, spread) {
+            (Some(Interval { median, low, high }), _) => {
+                let [median, low, high] = [median, low, high].map(short);
+                format!("{median}{unit} ({low} to {high})")
+            }
+            (None, Some(spread)) => format!("{}{unit}, of few rounds", short(spread.median)),
+            (None, None) => "not measured".to_owned(),
+        };
+        let outcome = match (interval, spread) {
+            (Some(interval), _) => demand.judge(interval),
+            (None, Some(_)) => Outcome::Undecided,
+            (None, None) => Outcome::NotMeasured,
+        };
+        self.goals.push(Goal { what: what.into(), goal: demand.text() + &unit, is, outcome });
+    }
+
+    /// Adds a goal for a count that leaves nothing to chance, such as of failures in all rounds; `None`
+    /// where it wasn't counted.
+    pub fn goal_of_count(&mut self, what: &str, demand: Demand, count: Option<f64>) {
+        let outcome = count.map_or(Outcome::NotMeasured, |n| demand.judge(Interval::exact(n)));
+        let is = count.map_or("not measured".to_owned(), |n| format!("{n}"));
+        self.goals.push(Goal { what: what.into(), goal: demand.text(), is, outcome });
+    }
+
+    /// Contenders in the order of one round, which is random: who comes first meets another machine than
+    /// who comes last.
+    pub fn shuffled<T>(&mut self, contenders: impl IntoIterator<Item = T>) -> Vec<T> {
+        let mut order: Vec<T> = contenders.into_iter().collect();
+        self.random.shuffle(&mut order);
+        order
     }
 
     fn figure(&mut self, quantity: Quantity, condition: &str, point: Option<Point>) -> &mut Figure {
@@ -146,7 +232,9 @@ fn short(value: f64) -> String {
     let digits = match value.abs() {
         size if size >= 100.0 => 0,
         size if size >= 10.0 => 1,
-        _ => 2,
+        size if size >= 2.0 => 2,
+        // As ratios are, of which a percent may decide.
+        _ => 3,
     };
     format!("{value:.digits$}")
 }
@@ -159,6 +247,26 @@ mod tests {
         Quantity { name: "rate", unit: "requests/s", better: Better::Higher, base: "direct" };
 
     #[test]
+    fn the_fixed_rate_is_a_share_of_the_slowests() {
+        let mut draft = Draft::new("a test", 3);
+        assert!(FixedRate::of(&draft, RATE, "kept").is_none());
+        for (round, direct, proxy) in
+            [(0, 100.0, None), (1, 90.0, Some(40.0)), (2, 80.0, Some(60.0))]
+        {
+            draft.add(RATE, "kept", "direct", round, Some(direct));
+            draft.add(RATE, "kept", "a proxy", round, proxy);
+        }
+        let fixed = FixedRate::of(&draft, RATE, "kept").expect("a rate");
+        assert_eq!(fixed.rate, 30.0);
+        let utilisation = Quantity { name: "utilisation", unit: "%", ..RATE };
+        fixed.add_utilisation(&mut draft, utilisation, "kept, 30");
+        let figure = draft.find("utilisation", "kept, 30").expect("a figure");
+        let percent = |name: &str| figure.row(name).and_then(|row| row.rounds[0]);
+        assert_eq!(percent("a proxy"), Some(60.0));
+        assert_eq!(percent("direct").map(f64::round), Some(33.0));
+    }
+
+    #[test]
     fn samples_become_ratios_and_goals() {
         let mut draft = Draft::new("a test", 2);
         for (round, direct, nohop) in [(0, 100.0, Some(99.0)), (1, 50.0, None)] {
@@ -166,13 +274,28 @@ mod tests {
             draft.add(RATE, "kept", "nohop", round, nohop);
         }
         draft.finish();
-        let ratio = draft.find("rate", "kept").and_then(|figure| figure.ratio("nohop", "direct"));
-        draft.goal("kept", Demand::AtLeast(0.995), ratio, "");
-        draft.goal("absent", Demand::AtMost(1.0), None, "ms");
-        let goals: Vec<_> = draft.goals.iter().map(|g| (&*g.is, &*g.goal, g.is_reached)).collect();
+        let ratios = draft.find("rate", "kept").map(|figure| figure.ratios("nohop", "direct"));
+        let ratios = ratios.unwrap_or_default();
+        assert_eq!(ratios, [0.99]);
+        draft.goal("few", Demand::AtLeast(0.98), &ratios, "");
+        draft.goal("absent", Demand::AtMost(1.0), &[], "ms");
+        draft.goal_of_count("failures", Demand::AtMost(0.0), Some(1.0));
+        // Around 0.99, a percent to either side.
+        let rounds: Vec<f64> = (0..21).map(|n| 0.98 + f64::from(n) / 1e3).collect();
+        for goal in [0.97, 0.99, 1.01] {
+            draft.goal("many", Demand::AtLeast(goal), &rounds, "");
+        }
+        draft.goal("many", Demand::AtMost(1.01), &rounds, "");
+        let goals: Vec<_> = draft.goals.iter().map(|g| (&*g.is, &*g.goal, g.outcome)).collect();
+        let many = "0.990 (0.986 to 0.994)";
         let expected = [
-            ("0.99 (0.99 to 0.99)", "at least 0.995", Some(false)),
-            ("not measured", "at most 1 ms", None),
+            ("0.990, of few rounds", "at least 0.98", Outcome::Undecided),
+            ("not measured", "at most 1 ms", Outcome::NotMeasured),
+            ("1", "at most 0", Outcome::Missed),
+            (many, "at least 0.97", Outcome::Reached),
+            (many, "at least 0.99", Outcome::Undecided),
+            (many, "at least 1.01", Outcome::Missed),
+            (many, "at most 1.01", Outcome::Reached),
         ];
         assert_eq!(goals, expected);
     }

@@ -13,8 +13,8 @@ use lb_bench::compare::{self, Options, Part};
 use lb_bench::machine::Machine;
 use lb_bench::peers::Conntrack;
 use lb_bench::progress::duration;
-use lb_bench::report::Report;
-use lb_bench::suites::{SUITES, Suite};
+use lb_bench::report::{Goal, Report};
+use lb_bench::suites::{SUITES, Suite, check};
 use lb_bench::{random, terminal, write};
 use lb_tests::{process, run, undo};
 
@@ -35,6 +35,12 @@ struct Arguments {
     /// Fewer and shorter rounds, fewer conditions
     #[arg(long)]
     quick: bool,
+    /// Go on though the machine is busy, or `check` failed
+    #[arg(long)]
+    force: bool,
+    /// The seed of the order within rounds; another one each time where none is given
+    #[arg(long)]
+    seed: Option<u64>,
     /// Where reports are written
     #[arg(long, value_name = "DIR", default_value = "bench/results")]
     out: PathBuf,
@@ -124,6 +130,7 @@ fn main() -> ExitCode {
 fn run_compare(options: &Options) -> Result<ExitCode> {
     const PROGRAMS: [&str; 5] = ["bpftool", "dig", "dnsmasq", "dnsperf", "taskset"];
     preflight::check(PROGRAMS, &options.out)?;
+    preflight::is_idle(true)?;
     undo::on_signals().context("handle signals")?;
     compare::run(options)
 }
@@ -133,6 +140,10 @@ fn run_all(arguments: &Arguments) -> Result<ExitCode> {
         if arguments.suites.is_empty() { SUITES.to_vec() } else { arguments.suites.clone() };
     let programs = suites.iter().flat_map(|suite| suite.programs.iter().copied());
     preflight::check(programs, &arguments.out)?;
+    preflight::is_idle(arguments.quick || arguments.force)?;
+    if let Some(seed) = arguments.seed {
+        random::choose_run_seed(seed);
+    }
     undo::on_signals().context("handle signals")?;
     let _conntrack = Conntrack::enlarge()?;
     let machine = Machine::look();
@@ -141,9 +152,25 @@ fn run_all(arguments: &Arguments) -> Result<ExitCode> {
     for (idx, suite) in suites.iter().enumerate() {
         let elapsed = duration(start.elapsed().as_secs_f64());
         eprintln!("== {} ({} of {}, {elapsed} so far)", suite.name, idx + 1, suites.len());
-        if let Err(error) = run_one(suite, arguments.quick, &arguments.out, &machine) {
-            eprintln!("{} failed: {error:#}\n{}", suite.name, process::last_words());
-            n_failed += 1;
+        match run_one(suite, arguments.quick, &arguments.out, &machine) {
+            Ok(goals) if suite.name != "check" || check::is_passed(&goals) => {}
+            Ok(_) => {
+                n_failed += 1;
+                eprintln!(
+                    "check failed: this machine, as it is now, can't tell the differences that the suites \
+                     look for"
+                );
+                // A look is a look. What is to be published isn't worth its time here.
+                if !arguments.quick && !arguments.force && suites.len() > 1 {
+                    anyhow::bail!(
+                        "the other suites don't run: use a quieter machine, or --force them"
+                    );
+                }
+            }
+            Err(error) => {
+                eprintln!("{} failed: {error:#}\n{}", suite.name, process::last_words());
+                n_failed += 1;
+            }
         }
     }
     let took = duration(start.elapsed().as_secs_f64());
@@ -151,7 +178,7 @@ fn run_all(arguments: &Arguments) -> Result<ExitCode> {
     Ok(if n_failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-fn run_one(suite: &Suite, is_quick: bool, out: &Path, machine: &Machine) -> Result<()> {
+fn run_one(suite: &Suite, is_quick: bool, out: &Path, machine: &Machine) -> Result<Vec<Goal>> {
     let start = Instant::now();
     let draft = (suite.run)(is_quick)?;
     let report = Report {
@@ -160,6 +187,7 @@ fn run_one(suite: &Suite, is_quick: bool, out: &Path, machine: &Machine) -> Resu
         date: run::words("date", "+%F")?.trim().to_owned(),
         is_quick,
         n_rounds: draft.n_rounds,
+        seed: draft.seed,
         took_s: start.elapsed().as_secs_f64(),
         machine: machine.clone(),
         contenders: draft.contenders,
@@ -171,5 +199,5 @@ fn run_one(suite: &Suite, is_quick: bool, out: &Path, machine: &Machine) -> Resu
     for path in write::write(&report, out)? {
         println!("{}", path.display());
     }
-    Ok(())
+    Ok(report.goals)
 }

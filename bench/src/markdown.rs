@@ -1,7 +1,7 @@
 //! A report as Markdown, which reads well raw, too.
 
 use crate::number::{self, NONE};
-use crate::report::{Contender, Figure, Goal, Report, Sheet};
+use crate::report::{Contender, Figure, Goal, Outcome, Report, Sheet};
 
 /// Where the text finds what it links to.
 #[derive(Clone, Debug, Default)]
@@ -55,8 +55,8 @@ fn how_to_read(report: &Report, sheets: &[Sheet]) -> String {
     let has_ratios = sheets.iter().any(|sheet| !sheet.bases().is_empty());
     let cell = match (has_ratios, report.n_rounds > 1) {
         (true, true) => {
-            "median (ratio to the base, taken round by round; its least–most). Where there is no \
-             ratio: median (least–most)"
+            "median (ratio to the base, taken round by round; its 95% interval, or of fewer than six \
+             rounds its least–most). Where there is no ratio: median (least–most)"
         }
         (true, false) => "value (ratio to the base)",
         (false, true) => "median (least–most)",
@@ -68,10 +68,11 @@ fn how_to_read(report: &Report, sheets: &[Sheet]) -> String {
 fn goals(goals: &[Goal]) -> String {
     let mut rows = vec![["goal", "aim", "measured", ""].map(str::to_owned).to_vec()];
     for goal in goals {
-        let outcome = match goal.is_reached {
-            Some(true) => "reached",
-            Some(false) => "**missed**",
-            None => "not measured",
+        let outcome = match goal.outcome {
+            Outcome::Reached => "reached",
+            Outcome::Missed => "**missed**",
+            Outcome::Undecided => "undecided",
+            Outcome::NotMeasured => "not measured",
         };
         let is = if goal.is.is_empty() { NONE } else { &goal.is };
         rows.push([&goal.what, &goal.goal, is, outcome].map(inline).to_vec());
@@ -174,7 +175,7 @@ mod tests {
         let expected = "\
 # http: What an HTTP request costs
 
-2026-11-25, 3 interleaved rounds, in 93 s.
+2026-11-25, 3 interleaved rounds in random order (seed 7), in 93 s.
 
 - Machine: AMD EPYC, 2 CPUs, 23.5 GiB
 - Kernel: 6.12.9 #1 SMP
@@ -192,8 +193,8 @@ mod tests {
 
 ## Figures
 
-Each cell: median (ratio to the base, taken round by round; its least–most). Where there is no \
-ratio: median (least–most).
+Each cell: median (ratio to the base, taken round by round; its 95% interval, or of fewer than six \
+rounds its least–most). Where there is no ratio: median (least–most).
 
 ### keep-alive
 

@@ -55,15 +55,18 @@ pub fn tick(value: f64, unit: &str) -> String {
     if value == 0.0 { "0".to_owned() } else { format!("{}{unit}", count(value)) }
 }
 
-/// A table's cell: the median, the ratio to the base, and the spread of that, or of the value where
-/// there is no ratio: `121k (0.99; 0.95–1.02)`, `122k (118k–125k)`.
+/// A table's cell: the median, the ratio to the base, and the 95% interval of that, or its spread where
+/// there are few rounds, or the spread of the value where there is no ratio: `121k (0.99; 0.95–1.02)`, `122k (118k–125k)`.
 pub fn cell(row: Option<&Row>, unit: &str) -> String {
-    let Some(Row { spread: Some(spread), ratio: ratios, .. }) = row else { return NONE.to_owned() };
+    let Some(Row { spread: Some(spread), ratio: ratios, interval, .. }) = row else {
+        return NONE.to_owned();
+    };
     let median = humane(spread.median, unit);
     match ratios {
         Some(ratios) if is_spread(ratios) => {
-            let (least, most) = (ratio(ratios.least), ratio(ratios.most));
-            format!("{median} ({}; {least}–{most})", ratio(ratios.median))
+            let (low, high) = interval
+                .map_or((ratios.least, ratios.most), |interval| (interval.low, interval.high));
+            format!("{median} ({}; {}–{})", ratio(ratios.median), ratio(low), ratio(high))
         }
         Some(ratios) => format!("{median} ({})", ratio(ratios.median)),
         None if is_spread(spread) => {
@@ -134,6 +137,7 @@ fn significant(value: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::stats::Interval;
 
     #[test]
     fn three_digits_and_a_prefix() {
@@ -214,7 +218,8 @@ mod tests {
     fn cells() {
         let spread = |median, least, most| Some(Spread { median, least, most });
         let cell = |spread, ratio| {
-            let row = Row { contender: String::new(), rounds: vec![], spread, ratio };
+            let row =
+                Row { contender: String::new(), rounds: vec![], spread, ratio, interval: None };
             super::cell(Some(&row), "requests/s")
         };
         for (value, ratio, expected) in [
@@ -227,5 +232,13 @@ mod tests {
             assert_eq!(cell(value, ratio), expected);
         }
         assert_eq!(super::cell(None, "us"), "–");
+        let row = Row {
+            contender: String::new(),
+            rounds: vec![],
+            spread: spread(121e3, 118e3, 125e3),
+            ratio: spread(0.99, 0.90, 1.10),
+            interval: Some(Interval { median: 0.99, low: 0.98, high: 1.0 }),
+        };
+        assert_eq!(super::cell(Some(&row), "requests/s"), "121k (0.99; 0.98–1.00)");
     }
 }

@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::Path;
 use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use lb_tests::run;
@@ -47,6 +48,47 @@ pub fn check(programs: impl IntoIterator<Item = &'static str>, out: &Path) -> Re
     writable(out)
 }
 
+/// How busy the processors may be before a run, and how long they are looked at.
+const MOST_BUSY: f64 = 0.1;
+const LOOK: Duration = Duration::from_secs(1);
+
+/// That the processors have nothing else to do; where they have, and `is_tolerated`, it only says so. The
+/// load average wouldn't do: it is high for minutes after the harness was compiled.
+///
+/// # Errors
+/// When they are busy.
+pub fn is_idle(is_tolerated: bool) -> Result<()> {
+    let before = processor_times()?;
+    thread::sleep(LOOK);
+    let busy = busy_share(before, processor_times()?);
+    if busy <= MOST_BUSY {
+        return Ok(());
+    }
+    let percent = busy * 100.0;
+    let text = format!("the processors are {percent:.0}% busy with something else");
+    ensure!(
+        is_tolerated,
+        "{text}, which every figure would have in it: stop that, or go on with --force"
+    );
+    eprintln!("warning: {text}, which every figure will have in it");
+    Ok(())
+}
+
+/// What all processors have spent so far, idle and in all, in ticks.
+fn processor_times() -> Result<[u64; 2]> {
+    let stat = fs::read_to_string("/proc/stat").context("read /proc/stat")?;
+    let words = stat.lines().next().unwrap_or_default().split_whitespace().skip(1);
+    let ticks: Vec<u64> = words.filter_map(|word| word.parse().ok()).collect();
+    // user nice system idle iowait irq softirq steal; guests' are in user and nice already.
+    let idle = ticks.iter().skip(3).take(2).sum();
+    Ok([idle, ticks.iter().take(8).sum()])
+}
+
+fn busy_share([idle_before, all_before]: [u64; 2], [idle, all]: [u64; 2]) -> f64 {
+    let all = all.saturating_sub(all_before);
+    if all == 0 { 0.0 } else { 1.0 - idle.saturating_sub(idle_before) as f64 / all as f64 }
+}
+
 /// That files can be written to a directory, which is made where it isn't there.
 fn writable(dir: &Path) -> Result<()> {
     let probe = dir.join(format!(".probe-{}", std::process::id()));
@@ -56,4 +98,17 @@ fn writable(dir: &Path) -> Result<()> {
         .with_context(|| {
             format!("{} can't be written to; name another place by --out", dir.display())
         })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_share_of_the_time() {
+        assert_eq!(busy_share([100, 400], [150, 600]), 0.75);
+        assert_eq!(busy_share([100, 400], [100, 400]), 0.0);
+        let [idle, all] = processor_times().expect("this machine's");
+        assert!(0 < idle && idle < all, "{idle} of {all}");
+    }
 }

@@ -1,9 +1,10 @@
 //! Random numbers that a seed repeats: the order of contenders, and what statistics draw.
 
 use std::hash::{BuildHasher, Hasher, RandomState};
+use std::sync::OnceLock;
 
 /// SplitMix64 (Steele, Lea, Flood 2014).
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Random(u64);
 
 impl Random {
@@ -33,6 +34,19 @@ impl Random {
             items.swap(last, self.below(last + 1));
         }
     }
+}
+
+static RUN_SEED: OnceLock<u64> = OnceLock::new();
+
+/// The seed of this run, which every suite's order begins with; one that nobody chose, unless
+/// [`choose_run_seed`] came before.
+pub fn run_seed() -> u64 {
+    *RUN_SEED.get_or_init(any_seed)
+}
+
+/// Chooses the seed of this run, once, before any suite.
+pub fn choose_run_seed(seed: u64) {
+    RUN_SEED.get_or_init(|| seed);
 }
 
 /// A seed that nobody chose, of few digits so that it can be typed again.

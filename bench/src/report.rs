@@ -4,7 +4,7 @@ use serde::Serialize;
 
 use crate::machine::Machine;
 use crate::number;
-use crate::stats::Spread;
+use crate::stats::{self, Interval, Spread};
 
 /// All that one run of a suite found.
 #[derive(Clone, Debug, Serialize)]
@@ -19,6 +19,8 @@ pub struct Report {
     pub is_quick: bool,
     /// The number of interleaved rounds.
     pub n_rounds: usize,
+    /// The seed of the order in which contenders take turns within a round.
+    pub seed: u64,
     /// How long it took, in seconds, preparations included.
     pub took_s: f64,
     /// Where it ran.
@@ -96,6 +98,8 @@ pub struct Row {
     pub spread: Option<Spread>,
     /// Of the rounds' ratios to the base; `None` where there is none, and for the base itself.
     pub ratio: Option<Spread>,
+    /// The 95% interval of the median of those ratios; `None` of few rounds, too.
+    pub interval: Option<Interval>,
 }
 
 /// A goal, and what came of it.
@@ -105,10 +109,24 @@ pub struct Goal {
     pub what: String,
     /// Such as `at least 0.99`.
     pub goal: String,
-    /// What was measured, such as `0.98 (0.95 to 1.01)`.
+    /// What was measured, with its 95% interval, such as `0.98 (0.95 to 1.01)`.
     pub is: String,
-    /// Whether that is as good as the goal; `None` where it could not be measured.
-    pub is_reached: Option<bool>,
+    /// Whether that is as good as the goal.
+    pub outcome: Outcome,
+}
+
+/// Whether a goal is reached, as far as the interval tells.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    /// The whole interval is as good as the goal.
+    Reached,
+    /// No part of it is.
+    Missed,
+    /// Some of it is; or there were too few rounds for an interval.
+    Undecided,
+    /// There is no number.
+    NotMeasured,
 }
 
 /// The figures of one name: one table, and one picture.
@@ -150,7 +168,13 @@ impl Figure {
             Some(row_idx) => &mut self.rows[row_idx],
             None => {
                 let contender = contender.to_owned();
-                self.rows.push(Row { contender, rounds: vec![], spread: None, ratio: None });
+                self.rows.push(Row {
+                    contender,
+                    rounds: vec![],
+                    spread: None,
+                    ratio: None,
+                    interval: None,
+                });
                 let last_idx = self.rows.len() - 1;
                 &mut self.rows[last_idx]
             }
@@ -166,16 +190,16 @@ impl Figure {
         let base = self.row(&self.base).map(|row| row.rounds.clone());
         for row in &mut self.rows {
             row.spread = Spread::of(row.rounds.iter().copied().flatten());
-            row.ratio = base
-                .as_ref()
-                .filter(|_| row.contender != self.base)
-                .and_then(|base| Spread::of_ratios(&row.rounds, base));
+            let base = base.as_ref().filter(|_| row.contender != self.base);
+            row.ratio = base.and_then(|base| Spread::of_ratios(&row.rounds, base));
+            row.interval = base.and_then(|base| Interval::of_ratios(&row.rounds, base));
         }
     }
 
-    /// The ratio of one contender to another, whatever the base.
-    pub fn ratio(&self, contender: &str, to: &str) -> Option<Spread> {
-        Spread::of_ratios(&self.row(contender)?.rounds, &self.row(to)?.rounds)
+    /// The rounds' ratios of one contender to another, whatever the base.
+    pub fn ratios(&self, contender: &str, to: &str) -> Vec<f64> {
+        let rounds = |name| self.row(name).map_or(&[][..], |row| &row.rounds);
+        stats::ratios(rounds(contender), rounds(to)).collect()
     }
 }
 
@@ -258,7 +282,7 @@ impl Report {
     pub fn rounds(&self) -> String {
         let rounds = match self.n_rounds {
             1 => "one round".to_owned(),
-            n => format!("{n} interleaved rounds"),
+            n => format!("{n} interleaved rounds in random order (seed {})", self.seed),
         };
         if self.is_quick {
             format!("QUICK RUN of {rounds}, which is for a look and not for quoting")

@@ -1,7 +1,7 @@
 //! Made-up reports for the tests of what renders them.
 
 use crate::machine::Machine;
-use crate::report::{Better, Contender, Figure, Goal, Point, Report};
+use crate::report::{Better, Contender, Figure, Goal, Outcome, Point, Report};
 
 /// One name, two conditions, three contenders.
 pub fn small() -> Report {
@@ -23,9 +23,14 @@ pub fn small() -> Report {
     second.rows.retain(|row| row.contender != "HAProxy tcp");
     report.figures = vec![figure, second];
     report.goals = vec![
-        goal("keep-alive, nohop over direct", "at least 0.99", "0.99 (0.99 to 1.01)", Some(true)),
-        goal("a new connection, nohop over direct", "at least 0.995", "0.99", Some(false)),
-        goal("streams, nohop over direct", "at least 0.99", "", None),
+        goal(
+            "keep-alive, nohop over direct",
+            "at least 0.99",
+            "0.99 (0.99 to 1.01)",
+            Outcome::Reached,
+        ),
+        goal("a new connection, nohop over direct", "at least 0.995", "0.99", Outcome::Missed),
+        goal("streams, nohop over direct", "at least 0.99", "", Outcome::NotMeasured),
     ];
     report.contenders[2].version = "HAProxy 3.0.2".to_owned();
     report.contenders[2].config = "bench/peers/haproxy-tcp.cfg".to_owned();
@@ -147,6 +152,7 @@ fn report(suite: &str, names: &[&str]) -> Report {
         date: "2026-11-25".to_owned(),
         is_quick: false,
         n_rounds: 3,
+        seed: 7,
         took_s: 93.0,
         machine: Machine {
             cpu: "AMD EPYC".to_owned(),
@@ -181,6 +187,6 @@ fn figure(name: &str, condition: &str, unit: &str, better: Better) -> Figure {
     }
 }
 
-fn goal(what: &str, goal: &str, is: &str, is_reached: Option<bool>) -> Goal {
-    Goal { what: what.to_owned(), goal: goal.to_owned(), is: is.to_owned(), is_reached }
+fn goal(what: &str, goal: &str, is: &str, outcome: Outcome) -> Goal {
+    Goal { what: what.to_owned(), goal: goal.to_owned(), is: is.to_owned(), outcome }
 }

@@ -88,6 +88,11 @@ impl Interval {
         Interval::of(ratios(these, those))
     }
 
+    /// Of a count that no other run could find otherwise: it is its own interval.
+    pub fn exact(value: f64) -> Interval {
+        Interval { median: value, low: value, high: value }
+    }
+
     /// Whether a value lies within.
     pub fn has(&self, value: f64) -> bool {
         self.low <= value && value <= self.high
@@ -95,7 +100,7 @@ impl Interval {
 }
 
 /// The ratios of the rounds that both have.
-fn ratios(these: &[Option<f64>], those: &[Option<f64>]) -> impl Iterator<Item = f64> {
+pub fn ratios(these: &[Option<f64>], those: &[Option<f64>]) -> impl Iterator<Item = f64> {
     let pairs = these.iter().zip(those).filter_map(|(this, that)| Some(((*this)?, (*that)?)));
     pairs.filter(|(_, that)| *that != 0.0).map(|(this, that)| this / that)
 }

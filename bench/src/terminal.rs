@@ -1,7 +1,7 @@
 //! A report as plain text for a terminal.
 
 use crate::number::{self, NONE};
-use crate::report::{Figure, Report, Row, Sheet};
+use crate::report::{Figure, Outcome, Report, Row, Sheet};
 
 /// How many columns a terminal has at least, as far as tables care.
 const WIDTH: usize = 100;
@@ -30,10 +30,11 @@ pub fn render(report: &Report) -> String {
         text += "\nGoals\n";
     }
     for goal in &report.goals {
-        let outcome = match goal.is_reached {
-            Some(true) => "reached",
-            Some(false) => "NOT reached",
-            None => "not measured",
+        let outcome = match goal.outcome {
+            Outcome::Reached => "reached",
+            Outcome::Missed => "NOT reached",
+            Outcome::Undecided => "undecided",
+            Outcome::NotMeasured => "not measured",
         };
         let is = if goal.is.is_empty() { NONE } else { &goal.is };
         text += &format!("  {outcome:<12}  {}: {}, is {is}\n", goal.what, goal.goal);
@@ -155,7 +156,7 @@ mod tests {
     fn a_small_report() {
         let expected = "\
 http: What an HTTP request costs
-3 interleaved rounds, AMD EPYC, 2 CPUs, 23.5 GiB, Linux 6.12.9, Debian GNU/Linux 12 (bookworm), \
+3 interleaved rounds in random order (seed 7), AMD EPYC, 2 CPUs, 23.5 GiB, Linux 6.12.9, Debian GNU/Linux 12 (bookworm), \
 commit 23dc178
 
 keep-alive (requests/s, higher is better; ratios to direct)

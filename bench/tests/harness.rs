@@ -140,12 +140,15 @@ fn interrupted() -> Result<()> {
     Ok(())
 }
 
-/// That the check runs and tells; what it tells depends on the machine, so that is no test.
+/// That the check runs and tells, and fails the run where it doesn't pass; whether it does depends on the
+/// machine, so that is no test.
 fn checks_itself() -> Result<()> {
     let scratch = Scratch::new("results")?;
     let mut command = Command::new(HARNESS);
     command.args(["check", "--quick", "--out"]).arg(scratch.path());
-    run::stdout(command)?;
+    let Output { status, stdout, stderr } = run::output(command)?;
+    let said = String::from_utf8_lossy(&[stdout, stderr].concat()).into_owned();
+    let mut is_passed = false;
     let mut extensions = Vec::new();
     for entry in fs::read_dir(scratch.path())? {
         let path = entry?.path();
@@ -157,14 +160,18 @@ fn checks_itself() -> Result<()> {
             let listed: Vec<_> =
                 listed.filter_map(|contender| contender["name"].as_str()).collect();
             ensure!(listed == names, "{listed:?}");
-            let measured = |goal: &Value| !goal["is_reached"].is_null();
+            let measured = |goal: &Value| goal["outcome"] != "not_measured";
             let goals = report["goals"].as_array().context("no goals")?;
             ensure!(goals.len() == 4 && goals.iter().all(measured), "{goals:?}");
+            is_passed = goals.iter().all(|goal| goal["outcome"] == "reached");
         }
         extensions.push(extension);
     }
     extensions.sort_unstable();
     ensure!(extensions == ["json", "md", "svg", "svg"], "{extensions:?}");
+    // The exit code and a sentence tell which it was.
+    ensure!(status.success() == is_passed, "{status}: {said}");
+    ensure!(said.contains("check failed: ") != is_passed, "{said}");
     Ok(())
 }
 

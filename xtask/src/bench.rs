@@ -56,7 +56,7 @@ pub enum Suite {
 ///
 /// # Errors
 /// Without root rights, on one processor, when setup lacks something, or when a suite fails.
-pub fn run(suites: &[Suite], quick: bool) -> Result<()> {
+pub fn run(suites: &[Suite], quick: bool, force: bool, seed: Option<u64>) -> Result<()> {
     look_around()?;
     crate::setup::run(crate::setup::Purpose::Test)?;
     let (alone, compared): (Vec<Suite>, Vec<Suite>) =
@@ -71,6 +71,8 @@ pub fn run(suites: &[Suite], quick: bool) -> Result<()> {
     let names = compared.iter().filter_map(|suite| suite.to_possible_value());
     let mut arguments: Vec<String> = names.map(|value| value.get_name().to_owned()).collect();
     arguments.extend(quick.then(|| "--quick".to_owned()));
+    arguments.extend(force.then(|| "--force".to_owned()));
+    arguments.extend(seed.map(|seed| format!("--seed={seed}")));
     become_harness(&arguments)
 }
 

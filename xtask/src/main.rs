@@ -61,6 +61,12 @@ enum Task {
         /// Fewer and shorter rounds
         #[arg(long)]
         quick: bool,
+        /// Go on though the machine is busy, or `check` failed
+        #[arg(long)]
+        force: bool,
+        /// The seed of the order within rounds; another one each time where none is given
+        #[arg(long)]
+        seed: Option<u64>,
     },
     /// Fuzz what reads Consul's answers, the configuration, the static catalog and DNS messages
     Fuzz {
@@ -114,7 +120,9 @@ fn run(task: Task) -> Result<ExitCode> {
         Task::Bench { task: Some(bench::Task::Compare { arguments }), .. } => {
             bench::compare(&arguments)?;
         }
-        Task::Bench { task: None, suites, quick } => bench::run(&suites, quick)?,
+        Task::Bench { task: None, suites, quick, force, seed } => {
+            bench::run(&suites, quick, force, seed)?;
+        }
         Task::Fuzz { target, seconds } => fuzz::run(target.as_deref(), seconds)?,
         Task::Test { filter } => return Ok(test::run(filter.as_deref())),
         Task::Vm { kernel } => return vm::run(kernel),

@@ -120,7 +120,7 @@ pub const NGINX: &str = "nginx stream";
 pub const NFTABLES: &str = "nftables";
 
 /// All that can be compared, in the order in which rounds go through them.
-pub const PEERS: [Peer; 9] = [
+pub const PEERS: [Peer; 8] = [
     Peer {
         name: DIRECT,
         config: "",
@@ -183,13 +183,6 @@ pub const PEERS: [Peer; 9] = [
         version: uncommon::traefik_version,
         start: uncommon::start_traefik,
     },
-    Peer {
-        name: "Fabio tcp",
-        config: "bench/peers/fabio.properties",
-        protocols: &[Protocol::Tcp, Protocol::Http],
-        version: uncommon::fabio_version,
-        start: uncommon::start_fabio,
-    },
 ];
 
 impl Peer {
@@ -246,8 +239,8 @@ impl Running {
     }
 }
 
-/// The workers or threads of each server: half of the processors, so that those who dial and those who
-/// answer have as many.
+/// The workers or threads of those who make load and of those who answer: half of the processors each.
+/// What stands between has its own default, a thread a processor, as nohop's daemon has.
 pub fn n_workers() -> usize {
     (thread::available_parallelism().map_or(1, usize::from) / 2).max(1)
 }

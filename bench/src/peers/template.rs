@@ -9,11 +9,9 @@ use minijinja::{Environment, UndefinedBehavior, Value, context};
 use super::{Protocol, Services, n_workers};
 
 /// The files, which are compiled in so that a built harness needs no checkout.
-const FILES: [(&str, &str); 15] = [
+const FILES: [(&str, &str); 13] = [
     ("backend.conf", include_str!("../../peers/backend.conf")),
     ("dnsmasq.conf", include_str!("../../peers/dnsmasq.conf")),
-    ("fabio-routes", include_str!("../../peers/fabio-routes")),
-    ("fabio.properties", include_str!("../../peers/fabio.properties")),
     ("haproxy-http.cfg", include_str!("../../peers/haproxy-http.cfg")),
     ("haproxy-reload.cfg", include_str!("../../peers/haproxy-reload.cfg")),
     ("haproxy-runtime.cfg", include_str!("../../peers/haproxy-runtime.cfg")),

@@ -21,17 +21,6 @@ pub fn start_traefik(node: &Node, services: &Services) -> Result<Running> {
     start(node, "traefik", &[&argument], services, scratch)
 }
 
-pub fn fabio_version() -> Result<String> {
-    first_line("fabio", "-v")
-}
-
-pub fn start_fabio(node: &Node, services: &Services) -> Result<Running> {
-    let scratch = Scratch::new("fabio")?;
-    render("fabio-routes", services, frontend, scratch.path())?;
-    let config = render("fabio.properties", services, frontend, scratch.path())?;
-    start(node, "fabio", &["-cfg", &config.display().to_string()], services, scratch)
-}
-
 fn start(
     node: &Node,
     program: &str,
@@ -41,7 +30,7 @@ fn start(
 ) -> Result<Running> {
     add_frontends(node)?;
     let mut command = node.hop_place().command(find(program)?);
-    command.args(arguments).env("GOMAXPROCS", super::n_workers().to_string());
+    command.args(arguments);
     let process = Process::spawn(program, command)?;
     let addresses: Vec<_> = (0..services.services.len()).map(frontend).collect();
     let last = addresses[addresses.len() - 1];

@@ -11,8 +11,8 @@ use crate::draft::{Demand, Draft, Quantity};
 use crate::node::{Layout, Node};
 use crate::peers::{DIRECT, frontend, start_backend};
 use crate::progress::Progress;
-use crate::report::{Better, Contender, Goal};
-use crate::stats::Spread;
+use crate::report::{Better, Contender, Goal, Outcome};
+use crate::stats::Interval;
 use crate::tools;
 
 const AGAIN: &str = "direct again";
@@ -24,6 +24,9 @@ const DELAY: Duration = Duration::from_millis(2);
 /// By how much of it the measured difference may be off: what another program in the path costs by
 /// itself comes on top of the delay.
 const TOLERANCE: f64 = 0.25;
+
+/// How far from 1 the interval of two equals may reach: what the harness is to be able to tell.
+const RESOLUTION: f64 = 0.05;
 
 const LATENCY: Quantity =
     Quantity { name: "latency, median", unit: "us", better: Better::Lower, base: DIRECT };
@@ -76,12 +79,12 @@ fn delay(node: &Node, backend: std::net::SocketAddrV4) -> Result<Process> {
 /// When a contender can't be started, or a sample fails: a harness that can't measure these measures
 /// nothing.
 pub fn run(is_quick: bool) -> Result<Draft> {
-    let (n_rounds, n_saturating) = if is_quick { (7, 3) } else { (15, 9) };
+    let (n_rounds, n_saturating) = if is_quick { (7, 6) } else { (15, 15) };
     let mut draft = Draft::new(
         "Can the harness tell a difference, and does it tell none where there is none?",
         n_rounds,
     );
-    let n_steps = n_rounds * 3 + n_saturating * 2;
+    let n_steps = (n_rounds + 1) * 3 + n_saturating * 2;
     let mut progress = Progress::new("check", n_steps);
     progress.preparing("direct, twice, and a path with a delay");
     let sites = [DIRECT, AGAIN, DELAYED].map(Site::start);
@@ -90,8 +93,9 @@ pub fn run(is_quick: bool) -> Result<Draft> {
         let (name, version) = (site.name.to_owned(), String::new());
         draft.contenders.push(Contender { name, version, config: String::new(), absent: None });
     }
-    for round in 0..n_rounds {
-        for site in &sites {
+    // The first round warms up, and isn't counted.
+    for round in 0..=n_rounds {
+        for site in draft.shuffled(&sites) {
             progress.step(&format!("{AT_RATE}: {}", site.name));
             let arguments = format!(
                 "http {} --rate 500 --seconds 0.25 --connections 4 --warmup-ms 50",
@@ -99,11 +103,13 @@ pub fn run(is_quick: bool) -> Result<Draft> {
             );
             let found = tools::load(site.node.client_place(), &arguments)?;
             let median_us = tools::number(&found, "/latency_us/p50")?;
-            draft.add(LATENCY, AT_RATE, site.name, round, Some(median_us));
+            if let Some(round) = round.checked_sub(1) {
+                draft.add(LATENCY, AT_RATE, site.name, round, Some(median_us));
+            }
         }
     }
     for round in 0..n_saturating {
-        for site in sites.iter().filter(|site| site.name != DELAYED) {
+        for site in draft.shuffled(sites.iter().filter(|site| site.name != DELAYED)) {
             progress.step(&format!("{SATURATED}: {}", site.name));
             let found = tools::wrk(site.node.client_place(), site.address, 32, true, 1)?;
             draft.add(RATE, SATURATED, site.name, round, Some(found.rate));
@@ -122,20 +128,59 @@ fn judge(draft: &mut Draft) {
     let added = latency.as_ref().and_then(|latency| {
         let (delayed, direct) = (latency.row(DELAYED)?, latency.row(DIRECT)?);
         let pairs = delayed.rounds.iter().zip(&direct.rounds);
-        Spread::of(pairs.filter_map(|(delayed, direct)| Some((*delayed)? - (*direct)?)))
+        Some(pairs.filter_map(|(delayed, direct)| Some((*delayed)? - (*direct)?)).collect())
     });
+    let added: Vec<f64> = added.unwrap_or_default();
     let what = format!("a path that is {delay_us} us longer is slower by");
-    draft.goal(&what, Demand::AtLeast(delay_us), added, "us");
-    draft.goal(&what, Demand::AtMost(delay_us * (1.0 + TOLERANCE)), added, "us");
+    draft.goal(&what, Demand::AtLeast(delay_us), &added, "us");
+    draft.goal(&what, Demand::AtMost(delay_us * (1.0 + TOLERANCE)), &added, "us");
     for (what, figure) in [("latency", latency), ("requests a second", rate)] {
-        let ratio = figure.and_then(|figure| figure.ratio(AGAIN, DIRECT));
-        draft.goals.push(Goal {
-            what: format!("{what}, direct over direct"),
-            goal: "1.00 within the spread".into(),
-            is: ratio.map_or("not measured".into(), |ratio| {
-                format!("{:.3} ({:.3} to {:.3})", ratio.median, ratio.least, ratio.most)
-            }),
-            is_reached: ratio.map(|ratio| ratio.least <= 1.0 && 1.0 <= ratio.most),
-        });
+        let ratios = figure.map(|figure| figure.ratios(AGAIN, DIRECT)).unwrap_or_default();
+        draft.goals.push(equal(what, Interval::of(ratios)));
+    }
+}
+
+/// The goal that two equals are equal, and that a difference of a few percent would have been seen.
+fn equal(what: &str, ratio: Option<Interval>) -> Goal {
+    let (is, outcome) = match ratio {
+        None => ("not measured".to_owned(), Outcome::NotMeasured),
+        Some(ratio) => {
+            let Interval { median, low, high } = ratio;
+            let is = format!("{median:.3} ({low:.3} to {high:.3})");
+            let is_narrow = low >= 1.0 - RESOLUTION && high <= 1.0 + RESOLUTION;
+            match (ratio.has(1.0), is_narrow) {
+                (true, true) => (is, Outcome::Reached),
+                (true, false) => (is + ", too wide to tell", Outcome::Missed),
+                (false, _) => (is + ", equals differ", Outcome::Missed),
+            }
+        }
+    };
+    let goal = format!("has 1 in it, and stays within {:.0}% of it", RESOLUTION * 100.0);
+    Goal { what: format!("{what}, direct over direct: the interval"), goal, is, outcome }
+}
+
+/// Whether a check that has run allows to believe what other suites find.
+pub fn is_passed(goals: &[Goal]) -> bool {
+    goals.iter().all(|goal| goal.outcome == Outcome::Reached)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn equals_have_to_be_equal_and_the_interval_narrow() {
+        for (low, high, expected, text) in [
+            (0.99, 1.02, Outcome::Reached, "1.005 (0.990 to 1.020)"),
+            (0.90, 1.11, Outcome::Missed, "too wide to tell"),
+            (1.01, 1.02, Outcome::Missed, "equals differ"),
+        ] {
+            let goal = equal("x", Some(Interval { median: f64::midpoint(low, high), low, high }));
+            assert_eq!(goal.outcome, expected, "{low} to {high}");
+            assert!(goal.is.contains(text), "{}", goal.is);
+            assert_eq!(is_passed(&[goal]), expected == Outcome::Reached);
+        }
+        assert_eq!(equal("x", None).outcome, Outcome::NotMeasured);
+        assert!(!is_passed(&[equal("x", None)]));
     }
 }

@@ -17,7 +17,7 @@ use crate::node::{Layout, Node};
 use crate::peers::{self, DIRECT, Guard, NOHOP, Peer, Protocol, Running, Service, Services};
 use crate::progress::Progress;
 use crate::report::Better;
-use crate::stats::Spread;
+use crate::stats::ratios;
 use crate::tools;
 
 /// The quantities of one curve.
@@ -104,6 +104,7 @@ pub fn run(is_quick: bool) -> Result<Draft> {
         "connect() to a proxy returns when the proxy's kernel has accepted, not when a backend has: \
          the first byte, which the backend sends by itself, is what compares",
     );
+    draft.note("in turn: every service is dialled, and as often as any other");
     draft.note(
         "one dial after another, from one process; all on one host; the contenders take turns at each \
          point of a curve, but one point comes after the other",
@@ -112,7 +113,7 @@ pub fn run(is_quick: bool) -> Result<Draft> {
     let points =
         points.chain(plan.n_backends.iter().map(|n| ("backends", *n, N_EACH, *n, &BY_BACKENDS)));
     let points: Vec<_> = points.collect();
-    let mut progress = Progress::new("connect", points.len() * plan.n_rounds * able.len());
+    let mut progress = Progress::new("connect", points.len() * (plan.n_rounds + 1) * able.len());
     for (axis, at, n_services, n_backends, quantities) in points {
         progress.preparing(&format!("{n_services} services of {n_backends} backends"));
         let services = services(n_services, n_backends);
@@ -123,10 +124,12 @@ pub fn run(is_quick: bool) -> Result<Draft> {
                 Err(error) => draft.failed(peer.name, &format!("{at} {axis}"), &error),
             }
         }
-        for round in 0..plan.n_rounds {
-            for site in &sites {
+        // The first round warms up, and isn't counted.
+        for round in 0..=plan.n_rounds {
+            for site in draft.shuffled(&sites) {
                 progress.step(&format!("{at} {axis}: {}", site.peer.name));
                 let measured = site.measure(plan.n_dials);
+                let Some(round) = round.checked_sub(1) else { continue };
                 if let Err(error) = &measured {
                     draft.failed(site.peer.name, &format!("{at} {axis}"), error);
                 }
@@ -147,6 +150,11 @@ pub fn run(is_quick: bool) -> Result<Draft> {
     draft.finish();
     judge(&mut draft, plan.n_services);
     Ok(draft)
+}
+
+/// How many dials go to all services in turn: so many at least, and each service as often as any other.
+fn n_in_turn(n_dials: u32, n_services: u32) -> u32 {
+    n_dials.next_multiple_of(n_services.max(1))
 }
 
 /// So many services with so many backends each, all different as far as there are addresses.
@@ -192,11 +200,14 @@ impl Site {
     }
 
     fn measure(&self, n_dials: u32) -> Result<Measured> {
-        let in_turn = self.dial(&format!("@{}", self.targets.display()), n_dials)?;
+        let n_services = u32::try_from(self.running.addresses.len())?;
+        let n_in_turn = n_in_turn(n_dials, n_services);
+        let in_turn = self.dial(&format!("@{}", self.targets.display()), n_in_turn)?;
         let one = self.dial(&self.running.addresses[0].to_string(), n_dials / 2)?;
         let program_ns = match self.running.guards() {
             [Guard::Nohop(_), ..] => {
-                let act = || self.dial(&format!("@{}", self.targets.display()), n_dials).map(drop);
+                let targets = format!("@{}", self.targets.display());
+                let act = || self.dial(&targets, n_in_turn).map(drop);
                 bpf::mean_ns(&self.node.client, &[bpf::CONNECT4], act)?.first().copied()
             }
             _ => None,
@@ -233,15 +244,27 @@ fn judge(draft: &mut Draft, n_services: &[usize]) {
     ] {
         let ratio = rounds(draft, quantity, most)
             .zip(rounds(draft, quantity, fewest))
-            .and_then(|(most, fewest)| Spread::of_ratios(&most, &fewest));
+            .map(|(most, fewest)| ratios(&most, &fewest).collect::<Vec<_>>());
         let what = format!("{what}, {most} services over {fewest}, in turn");
-        draft.goal(&what, Demand::AtMost(1.2), ratio, "");
+        draft.goal(&what, Demand::AtMost(1.2), &ratio.unwrap_or_default(), "");
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_service_is_dialled_as_often() {
+        for (n_dials, n_services, expected) in
+            [(2_500, 10_000, 10_000), (2_500, 1_000, 3_000), (600, 10, 600), (600, 1, 600)]
+        {
+            assert_eq!(n_in_turn(n_dials, n_services), expected);
+            let mut counts = vec![0; n_services as usize];
+            (0..expected).for_each(|n| counts[(n * STRIDE % n_services) as usize] += 1);
+            assert!(counts.iter().all(|count| *count == expected / n_services), "{n_services}");
+        }
+    }
 
     #[test]
     fn services_have_backends_of_their_own() {

@@ -1,4 +1,4 @@
-//! HTTP: requests a second as many as can be, latency at a rate that all can keep up with, and the
+//! HTTP: requests a second as many as can be, latency at a rate well below what the slowest can do, and the
 //! processor time that a million requests cost.
 
 use std::time::Duration;
@@ -7,14 +7,13 @@ use anyhow::{Context, Result};
 use lb_tests::process::Process;
 use lb_tests::scratch::Scratch;
 
-use crate::draft::{Demand, Draft, Quantity};
+use crate::draft::{Demand, Draft, FixedRate, Quantity};
 use crate::node::{CpuTimes, Layout, Node};
 use crate::peers::{
     self, DIRECT, HAPROXY_TCP, NOHOP, Peer, Protocol, Running, Services, start_backend,
 };
 use crate::progress::Progress;
 use crate::report::Better;
-use crate::stats::Spread;
 use crate::tools;
 
 const RATE: Quantity = Quantity {
@@ -36,29 +35,34 @@ const HOP_CPU: Quantity = Quantity {
     base: "",
 };
 const P50: Quantity = Quantity {
-    name: "latency, median, at 60% of direct's rate",
+    name: "latency, median, at 60% of the slowest's rate",
     unit: "us",
     better: Better::Lower,
     base: DIRECT,
 };
-const P99: Quantity = Quantity { name: "latency, 99th percentile, at 60% of direct's rate", ..P50 };
+const P99: Quantity =
+    Quantity { name: "latency, 99th percentile, at 60% of the slowest's rate", ..P50 };
 const P999: Quantity =
-    Quantity { name: "latency, 99.9th percentile, at 60% of direct's rate", ..P50 };
+    Quantity { name: "latency, 99.9th percentile, at 60% of the slowest's rate", ..P50 };
 const KEPT_UP: Quantity = Quantity {
-    name: "answers a second, where 60% of direct's rate is asked for",
+    name: "answers a second, where 60% of the slowest's rate is asked for",
     unit: "requests/s",
     better: Better::Higher,
     base: DIRECT,
+};
+
+const UTILISATION: Quantity = Quantity {
+    name: "utilisation at 60% of the slowest's rate",
+    unit: "%",
+    better: Better::Lower,
+    base: "",
 };
 
 /// The number of backends, each at an address of its own.
 const N_BACKENDS: usize = 4;
 
 /// The connections by which the fixed rate is asked for.
-const N_AT_RATE: usize = 64;
-
-/// The share of direct's saturation that is the fixed rate.
-const AT_RATE: f64 = 0.6;
+const N_AT_RATE: usize = 32;
 
 /// How connections are used.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -101,7 +105,7 @@ pub fn run(is_quick: bool) -> Result<Draft> {
     let (able, contenders) = peers::able(Protocol::Http);
     draft.contenders = contenders;
     let n_conditions: usize = plan.layouts.iter().map(|(_, each)| 2 * (each.len() + 1)).sum();
-    let mut progress = Progress::new("http", n_conditions * able.len() * plan.n_rounds);
+    let mut progress = Progress::new("http", n_conditions * able.len() * (plan.n_rounds + 1));
     for &(layout, n_connections) in plan.layouts {
         progress.preparing(layout.name());
         let sites = start(&able, layout, &mut draft);
@@ -162,8 +166,9 @@ fn saturate(
     n_rounds: usize,
     progress: &mut Progress,
 ) {
-    for round in 0..n_rounds {
-        for site in sites {
+    // The first round warms up, and isn't counted.
+    for round in 0..=n_rounds {
+        for site in draft.shuffled(sites) {
             let name = site.peer.name;
             progress.step(&format!("{condition}: {name}"));
             let address = site.running.address(round);
@@ -177,6 +182,7 @@ fn saturate(
                     (None, CpuTimes::default())
                 }
             };
+            let Some(round) = round.checked_sub(1) else { continue };
             let found = found.filter(|found| found.n_answered > 0);
             if let Some(found) = found.filter(|found| found.n_failed * 1_000 > found.n_answered) {
                 let percent =
@@ -202,20 +208,19 @@ fn at_rate(
     plan: &Plan,
     progress: &mut Progress,
 ) -> Result<()> {
-    // Direct's rate as it was with as many connections as come closest.
+    // Saturation as it was with as many connections as come closest.
     let n_near = n_connections.iter().copied().filter(|n| *n <= N_AT_RATE).max();
     let condition = uses.condition(layout, n_near.context("a plan without connections")?);
-    let direct = draft.find(RATE.name, &condition).and_then(|figure| figure.row(DIRECT));
-    let direct = direct.and_then(|row| Spread::of(row.rounds.iter().copied().flatten()));
-    let Some(direct) = direct else {
-        draft.note(format!("{condition}: no fixed rate, since direct has none"));
+    let Some(fixed) = FixedRate::of(draft, RATE, &condition) else {
+        draft.note(format!("{condition}: no fixed rate, since nobody has one"));
         return Ok(());
     };
-    let rate = (direct.median * AT_RATE).round();
+    let rate = fixed.rate;
     let condition = format!("{}, {rate} requests/s", uses.condition(layout, N_AT_RATE));
+    fixed.add_utilisation(draft, UTILISATION, &condition);
     let close = if uses == Use::Kept { "" } else { " --close" };
     for round in 0..plan.n_rounds {
-        for site in sites {
+        for site in draft.shuffled(sites) {
             let name = site.peer.name;
             progress.step(&format!("{condition}: {name}"));
             let arguments = format!(
@@ -261,7 +266,8 @@ fn judge(draft: &mut Draft) {
     let condition = |uses: Use| uses.condition(Layout::OneHost, 32);
     let (kept, each) = (condition(Use::Kept), condition(Use::OneRequest));
     let ratio = |draft: &Draft, quantity: Quantity, condition: &str, to: &str| {
-        draft.find(quantity.name, condition).and_then(|figure| figure.ratio(NOHOP, to))
+        let figure = draft.find(quantity.name, condition);
+        figure.map(|figure| figure.ratios(NOHOP, to)).unwrap_or_default()
     };
     let goals = [
         (
@@ -303,6 +309,6 @@ fn judge(draft: &mut Draft) {
     ];
     for (what, quantity, condition, to, demand) in goals {
         let is = ratio(draft, quantity, condition, to);
-        draft.goal(&format!("{what} (one host, 32 connections)"), demand, is, "");
+        draft.goal(&format!("{what} (one host, 32 connections)"), demand, &is, "");
     }
 }

@@ -88,7 +88,7 @@ pub fn run(is_quick: bool) -> Result<Draft> {
         let condition = format!("{n_services} services");
         let mut are_slow = BTreeSet::new();
         for round in 0..n_rounds {
-            for (name, load) in LOADERS {
+            for (name, load) in draft.shuffled(LOADERS) {
                 if !able.iter().any(|peer| peer.name == name) {
                     continue;
                 }

@@ -89,7 +89,7 @@ pub fn run(is_quick: bool) -> Result<Draft> {
         let sites = start(&able, layout, &mut draft);
         for &n_streams in plan.n_streams {
             for round in 0..plan.n_rounds {
-                for site in &sites {
+                for site in draft.shuffled(&sites) {
                     let condition = condition(layout, n_streams);
                     progress.step(&format!("{condition}: {}", site.peer.name));
                     site.sample(&mut draft, &condition, round, (n_streams, plan.seconds));

@@ -8,12 +8,11 @@ use anyhow::Result;
 use lb_tests::process::Process;
 use serde_json::Value;
 
-use crate::draft::{Draft, Quantity};
+use crate::draft::{Draft, FixedRate, Quantity};
 use crate::node::{CpuTimes, Layout, Node};
 use crate::peers::{self, DIRECT, Peer, Protocol, Running, Services};
 use crate::progress::Progress;
 use crate::report::Better;
-use crate::stats::Spread;
 use crate::tools;
 
 const RATE: Quantity = Quantity {
@@ -35,17 +34,25 @@ const HOP_CPU: Quantity = Quantity {
     base: "",
 };
 const P50: Quantity = Quantity {
-    name: "latency, median, at 50% of direct's rate",
+    name: "latency, median, at 60% of the slowest's rate",
     unit: "us",
     better: Better::Lower,
     base: DIRECT,
 };
-const P99: Quantity = Quantity { name: "latency, 99th percentile, at 50% of direct's rate", ..P50 };
+const P99: Quantity =
+    Quantity { name: "latency, 99th percentile, at 60% of the slowest's rate", ..P50 };
 const KEPT_UP: Quantity = Quantity {
-    name: "answers a second, where 50% of direct's rate is asked for",
+    name: "answers a second, where 60% of the slowest's rate is asked for",
     unit: "datagrams/s",
     better: Better::Higher,
     base: DIRECT,
+};
+
+const UTILISATION: Quantity = Quantity {
+    name: "utilisation at 60% of the slowest's rate",
+    unit: "%",
+    better: Better::Lower,
+    base: "",
 };
 
 /// The number of backends, each at an address of its own.
@@ -57,9 +64,6 @@ const N_SOCKETS: usize = 8;
 
 /// The datagrams that each socket has under way at a time.
 const WINDOW: usize = 4;
-
-/// The share of direct's saturation that is the fixed rate.
-const AT_RATE: f64 = 0.5;
 
 /// How long a backend may take to listen.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -104,18 +108,18 @@ pub fn run(is_quick: bool) -> Result<Draft> {
     let (able, contenders) = peers::able(Protocol::Udp);
     draft.contenders = contenders;
     let n_conditions = plan.layouts.len() * 2 * 2;
-    let mut progress = Progress::new("udp", n_conditions * able.len() * plan.n_rounds);
+    let mut progress = Progress::new("udp", n_conditions * able.len() * (plan.n_rounds + 1));
     for &layout in plan.layouts {
         progress.preparing(layout.name());
         let sites = start(&able, layout, &mut draft);
         for uses in [Use::Connected, Use::Unconnected] {
             let condition = uses.condition(layout);
             saturate(&mut draft, &sites, (layout, uses), &plan, &mut progress);
-            match rate(&draft, &condition) {
+            match FixedRate::of(&draft, RATE, &condition) {
                 Some(rate) => {
-                    at_rate(&mut draft, &sites, (&condition, uses, rate), &plan, &mut progress)
+                    at_rate(&mut draft, &sites, (&condition, uses, &rate), &plan, &mut progress);
                 }
-                None => draft.note(format!("{condition}: no fixed rate, since direct has none")),
+                None => draft.note(format!("{condition}: no fixed rate, since nobody has one")),
             }
         }
     }
@@ -183,8 +187,9 @@ fn saturate(
 ) {
     let condition = uses.condition(layout);
     let mut wrongs = vec![Wrong::default(); sites.len()];
-    for round in 0..plan.n_rounds {
-        for (site, wrong) in sites.iter().zip(&mut wrongs) {
+    // The first round warms up, and isn't counted.
+    for round in 0..=plan.n_rounds {
+        for (site, wrong) in draft.shuffled(sites.iter().zip(&mut wrongs)) {
             let name = site.peer.name;
             progress.step(&format!("{condition}: {name}"));
             let pace = format!("--window {WINDOW}");
@@ -195,6 +200,7 @@ fn saturate(
                     (None, CpuTimes::default())
                 }
             };
+            let Some(round) = round.checked_sub(1) else { continue };
             let number = |path: &str| found.as_ref().and_then(|f| tools::number(f, path).ok());
             let n_answered = number("/answered").filter(|n_answered| *n_answered > 0.0);
             let per_million = |time: Duration| Some(time.as_secs_f64() / n_answered? * 1e6);
@@ -210,24 +216,19 @@ fn saturate(
     tell(draft, sites, &wrongs, &condition);
 }
 
-/// The fixed rate under a condition, from direct's saturation there; in datagrams a second.
-fn rate(draft: &Draft, condition: &str) -> Option<f64> {
-    let direct = draft.find(RATE.name, condition)?.row(DIRECT)?;
-    let direct = Spread::of(direct.rounds.iter().copied().flatten())?;
-    Some((direct.median * AT_RATE).round()).filter(|rate| *rate > 0.0)
-}
-
 fn at_rate(
     draft: &mut Draft,
     sites: &[Site],
-    (condition, uses, rate): (&str, Use, f64),
+    (condition, uses, fixed): (&str, Use, &FixedRate),
     plan: &Plan,
     progress: &mut Progress,
 ) {
+    let rate = fixed.rate;
     let condition = format!("{condition}, {rate} datagrams/s");
+    fixed.add_utilisation(draft, UTILISATION, &condition);
     let mut wrongs = vec![Wrong::default(); sites.len()];
     for round in 0..plan.n_rounds {
-        for (site, wrong) in sites.iter().zip(&mut wrongs) {
+        for (site, wrong) in draft.shuffled(sites.iter().zip(&mut wrongs)) {
             let name = site.peer.name;
             progress.step(&format!("{condition}: {name}"));
             let found = site.ask(uses, &format!("--rate {rate}"), plan.seconds);
@@ -321,17 +322,5 @@ mod tests {
         let expected = "3 of 27 datagrams lost, 1 answered from an address that wasn't asked, \
                         4 times the error refused";
         assert_eq!(wrong.text().as_deref(), Some(expected));
-    }
-
-    #[test]
-    fn the_fixed_rate_is_a_share_of_directs() {
-        let mut draft = Draft::new("a test", 3);
-        let condition = Use::Connected.condition(Layout::OneHost);
-        assert_eq!(condition, "one host, connected, 8 sockets");
-        assert_eq!(rate(&draft, &condition), None);
-        for (round, value) in [None, Some(1_000.0), Some(3_000.0)].into_iter().enumerate() {
-            draft.add(RATE, &condition, DIRECT, round, value);
-        }
-        assert_eq!(rate(&draft, &condition), Some(1_000.0));
     }
 }

@@ -30,6 +30,8 @@ const LIVE: u32 = 1;
 const ECHO: u32 = 2;
 const DEAD: u32 = 3;
 
+const STRIDE: u32 = 7_919;
+
 const GOALS: [Goal; 7] = [
     Goal::AtMost(150.0, "no VIP"),
     Goal::Over(200.0, "a VIP among 10,000", "storage alone"),
@@ -98,11 +100,7 @@ fn measure(object: &Path, n_rounds: usize, n_calls: usize) -> Figures {
     let (few, many) = (table(FEW, &backends), table(MANY, &backends));
     let (few, many) = (&few, &many);
 
-    let in_turn = move |n_services: u32| {
-        // A stride that is prime to the number of services meets each of them, far apart.
-        let dialled = (0..n_calls as u32).map(move |call| call * 7_919 % (n_services - DEAD));
-        dialled.map(|service_idx| vip(DEAD + service_idx))
-    };
+    let in_turn = move |n_services: u32| in_turn(n_services - DEAD, n_calls as u32);
     let again = move |address: SocketAddrV4| std::iter::repeat_n(address, n_calls);
     let echo = &echo;
     let connect4 = "nohop_connect4";
@@ -156,6 +154,13 @@ fn measure(object: &Path, n_rounds: usize, n_calls: usize) -> Figures {
         figures.add(cases.iter().map(Case::mean_ns));
     }
     figures
+}
+
+/// All VIPs whose backends refuse, each as often as any other and in so many dials at least: far from one
+/// to the next, by a stride that is prime to their number.
+fn in_turn(n_vips: u32, n_calls: u32) -> impl Iterator<Item = SocketAddrV4> {
+    let n_dials = n_calls.next_multiple_of(n_vips);
+    (0..n_dials).map(move |call| vip(DEAD + call * STRIDE % n_vips))
 }
 
 struct Backends {

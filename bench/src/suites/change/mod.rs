@@ -157,7 +157,8 @@ pub fn run(is_quick: bool) -> Result<Draft> {
         n = shares::N_INSTANCES,
     );
     for round in 0..plan.n_rounds {
-        for site in sites.iter_mut().filter(|site| site.name != HAPROXY_HTTP) {
+        let others = sites.iter_mut().filter(|site| site.name != HAPROXY_HTTP);
+        for site in draft.shuffled(others) {
             progress.step(&format!("{}: single changes", site.name));
             let n = if site.name == SRV { plan.n_single_srv } else { plan.n_single };
             let found = note_failure(&mut draft, site.name, SINGLE, single::measure(site, n));
@@ -165,7 +166,8 @@ pub fn run(is_quick: bool) -> Result<Draft> {
         }
     }
     for round in 0..plan.n_rounds {
-        for site in sites.iter_mut().filter(|site| site.name != HAPROXY_HTTP) {
+        let others = sites.iter_mut().filter(|site| site.name != HAPROXY_HTTP);
+        for site in draft.shuffled(others) {
             progress.step(&format!("{}: rolling deploy", site.name));
             let found = deploy::measure(site, plan.n_deploy);
             let found = note_failure(&mut draft, site.name, &deploy_condition, found);
@@ -173,7 +175,7 @@ pub fn run(is_quick: bool) -> Result<Draft> {
         }
     }
     for round in 0..plan.n_rounds {
-        for site in &mut sites {
+        for site in draft.shuffled(&mut sites) {
             let name = match site.name {
                 RUNTIME => HAPROXY_TCP,
                 NOHOP | HAPROXY_HTTP => site.name,
@@ -286,35 +288,30 @@ fn add_deploy(
 }
 
 fn judge(draft: &mut Draft, n_deploy: usize, deploy_condition: &str) {
-    let spread = |name: &str, condition: &str| {
-        draft.find(name, condition).and_then(|figure| figure.row(NOHOP)).and_then(|row| row.spread)
-    };
-    let arrival = spread(ARRIVAL.name, SINGLE);
     let figure = draft.find(ARRIVAL.name, SINGLE);
-    let ratio = figure.and_then(|figure| figure.ratio(NOHOP, RUNTIME));
-    // Of zeros the median of rounds would say too little: here the sum of all counts.
+    let arrival = figure.and_then(|figure| figure.row(NOHOP)).map(|row| row.rounds.clone());
+    let arrival: Vec<f64> = arrival.unwrap_or_default().into_iter().flatten().collect();
+    let ratios = figure.map(|figure| figure.ratios(NOHOP, RUNTIME)).unwrap_or_default();
     let figure = draft.find(FAILED.name, deploy_condition);
     let rounds = figure.and_then(|figure| figure.row(NOHOP)).map(|row| row.rounds.clone());
     let rounds: Vec<f64> = rounds.unwrap_or_default().into_iter().flatten().collect();
-    let failed = Spread::of(rounds.iter().copied())
-        .map(|spread| Spread { median: rounds.iter().sum(), ..spread });
+    let failed = (!rounds.is_empty()).then(|| rounds.iter().sum());
     draft.goal(
         "registration to the first dial that lands on the new backend, nohop's median",
         Demand::AtMost(10.0),
-        arrival,
+        &arrival,
         "ms",
     );
     draft.goal(
         "the same, nohop over HAProxy's Runtime API by the same blocking query",
         Demand::AtMost(1.0),
-        ratio,
+        &ratios,
         "",
     );
-    draft.goal(
+    draft.goal_of_count(
         &format!("nohop's failed requests during {n_deploy} changes, in all rounds together"),
         Demand::AtMost(0.0),
         failed,
-        "",
     );
 }
 
