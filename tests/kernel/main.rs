@@ -12,6 +12,7 @@ mod left_alone;
 mod lockdown;
 mod obstacles;
 mod odd_sockets;
+mod options;
 mod pins;
 mod ports;
 mod proof;
@@ -147,6 +148,9 @@ const TRIALS: &[KernelTrial] = &[
     since((5, 10), "fast_open_reaches_a_backend", odd_sockets::fast_open),
     since((5, 10), "mptcp_reaches_a_backend", odd_sockets::mptcp),
     since((5, 10), "mptcp_connects_again", odd_sockets::mptcp_again),
+    since((5, 10), "options_have_the_same_outcome", options::have_the_same_outcome),
+    once("unusable_sources_fail_alike", options::unusable_sources_fail_alike),
+    since((5, 10), "a_ring_is_no_way_around", options::a_ring_is_no_way_around),
     since(
         (5, 10),
         "a_connected_socket_that_names_its_vip_follows_its_connection",
