@@ -1,10 +1,27 @@
 //! What the verifier goes through to accept the programs: docs/verifier.md has it for each kernel.
 
+use lb_userspace::plane::{Options, Refusal};
+
 use crate::bed::Bed;
+
+/// The configuration that leaves the programs the most to do: both pools, pins far apart, and every
+/// exclusion.
+fn all_of_it(options: &mut Options) {
+    options.vip.pool6 = Some("fd77::/64".parse().unwrap());
+    for (name, pin) in [("web", "127.0.0.1:80"), ("dns", "10.0.0.1:53")] {
+        options.vip.pins.insert(name.to_owned(), pin.parse().unwrap());
+    }
+    let never = |nth| options.scope.join(format!("never{nth}"));
+    options.plane.exclude_cgroups = (0..16).map(never).collect();
+}
 
 /// `cargo xtask vm` and `cargo xtask test` read these lines.
 pub fn instructions_are_told() {
-    let bed = Bed::new();
+    drop(Bed::with(|options| {
+        all_of_it(options);
+        options.refusal = Some(Refusal::PortZero);
+    }));
+    let bed = Bed::with(all_of_it);
     let kernel = crate::running_kernel();
     let (major, minor) = kernel;
     println!();
