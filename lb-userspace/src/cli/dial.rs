@@ -31,7 +31,13 @@ pub fn sentence(fqdn: &str, service: &Service) -> String {
                 .to_owned(),
         );
     } else if n_v6 > 0 {
-        clauses.push(format!("{n_v6} of them at IPv6 addresses, for dials from IPv6 sockets only"));
+        let by = match service.vip6 {
+            Some(vip6) => format!("which only connections to {vip6} reach"),
+            None => "which get nothing while others are at IPv4 addresses: only connections to an \
+                     address of `vip.pool6` would reach both"
+                .to_owned(),
+        };
+        clauses.push(format!("{n_v6} of them at IPv6 addresses, {by}"));
     }
     if n_v6 > 0 && service.protocols.udp() {
         let vip = service.vip;
@@ -152,7 +158,8 @@ mod tests {
                 Ports::only([53]),
                 Udp,
                 "at port 53 by UDP goes to one of 2 healthy backends, at random by weight; 1 of \
-                 them at IPv6 addresses, for dials from IPv6 sockets only; UDP sent to 127.128.0.1 \
+                 them at IPv6 addresses, which get nothing while others are at IPv4 addresses: only \
+                 connections to an address of `vip.pool6` would reach both; UDP sent to 127.128.0.1 \
                  without a connect reaches IPv4 backends only; any other port or TCP is refused",
             ),
         ];
@@ -169,5 +176,9 @@ mod tests {
         let service = Service { vip6: Some("fd00::1".parse().unwrap()), ..service(&[]) };
         let expected = "a dial to w (127.128.0.1 or fd00::1) at port 80 by TCP";
         assert_eq!(target("w", &service), expected);
+        let mixed = self::service(&["10.0.0.7:1", "[2001:db8::7]:1"]);
+        let text = sentence("w", &Service { vip6: service.vip6, ..mixed });
+        let clause = "1 of them at IPv6 addresses, which only connections to fd00::1 reach; ";
+        assert!(text.contains(clause), "{text}");
     }
 }
