@@ -15,6 +15,7 @@ mod container_namespace;
 mod critical_backend_leaves;
 mod curl_by_name;
 mod detached_by_hand;
+mod foreign_route;
 mod forwarding;
 mod four_capabilities;
 mod hooks_watched;
@@ -72,6 +73,7 @@ const STORIES: &[(&str, Story)] = &[
     ("detached_by_hand", detached_by_hand::story),
     ("dig_by_name", resolvers::dig),
     ("dnsmasq_in_front", resolvers::dnsmasq),
+    ("foreign_route", foreign_route::story),
     ("forwarding", forwarding::story),
     ("four_capabilities", four_capabilities::story),
     ("hooks_watched", hooks_watched::story),

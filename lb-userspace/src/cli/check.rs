@@ -11,7 +11,7 @@ use crate::catalog;
 use crate::config::{Config, ConfigErrors, Source, cgroup};
 use crate::dns::{self, DnsError};
 use crate::plane::{
-    Features, Limit, Safety, exclusion_problems, find_obstacle, is_bpffs, look_at_pins,
+    Features, Limit, Safety, exclusion_problems, find_obstacle, is_bpffs, look_at_pins, route,
 };
 
 /// The whole report.
@@ -76,6 +76,7 @@ pub fn check(config: Result<Config, ConfigErrors>, admin: Option<&str>) -> Repor
     checks.push(finding("hooks", true, hooks(&config)));
     let bridges = hairpin(Path::new("/sys/class/net"));
     checks.extend(bridges.map(|found| finding("bridges", false, found)));
+    checks.push(finding("routes", false, routes(&config)));
     checks.push(finding("bpffs", true, bpffs(&config.bpffs)));
     checks.push(finding("mode of bpffs", false, bpffs_mode(&config.bpffs)));
     let effective = effective_capabilities();
@@ -202,6 +203,25 @@ fn hooks(config: &Config) -> Found {
         // What that needs is said elsewhere.
         Err(error) => Ok(format!("not looked at: {error}")),
     }
+}
+
+/// Whether another's route lets VIPs reach something where no hook runs.
+fn routes(config: &Config) -> Found {
+    let pools: Vec<_> = config.vip.pools().collect();
+    let mut holes = Vec::new();
+    for &pool in &pools {
+        match block_on(route::holes(pool)) {
+            Ok(Ok(found)) => holes.extend(found),
+            Ok(Err(error)) => return Ok(format!("not looked at: {error}")),
+            Err(error) => return Ok(format!("not looked at: {error}")),
+        }
+    }
+    let Some(hole) = holes.first() else {
+        let pools: Vec<_> = pools.iter().map(ToString::to_string).collect();
+        return Ok(format!("none but ours leads to {}", pools.join(", ")));
+    };
+    let (detail, fix) = hole.split_once("; ").unwrap_or((hole, ""));
+    wrong(detail, fix)
 }
 
 fn parse_release(release: &str) -> Option<(u32, u32)> {

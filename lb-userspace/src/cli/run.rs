@@ -366,13 +366,21 @@ impl Daemon {
 
     /// Puts the unreachable routes back, should somebody have flushed them.
     async fn keep_unreachable(&self) {
+        let mut problems = Vec::new();
         for pool in self.config.vip.pools() {
             match route::add_unreachable(pool).await {
                 Ok(true) => tracing::warn!("the route that keeps {pool} unreachable was gone"),
                 Ok(false) => {}
-                Err(error) => tracing::error!("{error}"),
+                // That is one of the holes.
+                Err(route::RouteError::Taken { .. }) => {}
+                Err(error) => problems.push(error.to_string()),
+            }
+            match route::holes(pool).await {
+                Ok(holes) => problems.extend(holes),
+                Err(error) => problems.push(error.to_string()),
             }
         }
+        self.plane.set_route_problems(problems);
     }
 
     /// Writes the book of VIPs where it lacks something, while the daemon goes on.

@@ -1,13 +1,19 @@
 //! The route that keeps a VIP from reaching anything where no hook translates it.
 //!
 //! Without it, 127.128.0.1 is as much this host as 127.0.0.1 is, and a server on 0.0.0.0:80 accepts
-//! a dial to it. An IPv6 VIP would leave by the default route. Hooked dials are rewritten before the
-//! kernel looks for a route.
+//! a connection to it. An IPv6 VIP would leave by the default route. Hooked connections are
+//! rewritten before the kernel looks for a route.
+//!
+//! The kernel answers EEXIST to a second route of the same destination and metric, whatever its
+//! type. So what is there is read: another type in its place, and more specific routes, let VIPs
+//! reach something.
 
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use futures_util::TryStreamExt;
 use ipnet::IpNet;
-use rtnetlink::packet_route::route::{RouteMessage, RouteType};
+use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteType};
 use rtnetlink::{Handle, RouteMessageBuilder};
 
 /// Why the route couldn't be changed.
@@ -29,15 +35,147 @@ pub enum RouteError {
         /// What the kernel said.
         source: Box<rtnetlink::Error>,
     },
+    /// The routes couldn't be read.
+    #[error("can't read the routes: {0}")]
+    Unreadable(#[source] Box<rtnetlink::Error>),
+    /// Another route is in its place.
+    #[error(
+        "the route `{route}` is in the place of `unreachable {pool} table local`, so where no hook \
+         runs a VIP would reach it; remove it: {}", route.removal()
+    )]
+    Taken {
+        /// The destination.
+        pool: IpNet,
+        /// The other route.
+        route: Route,
+    },
+}
+
+/// A route of the table `local`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Route {
+    kind: Kind,
+    destination: IpNet,
+    metric: u32,
+}
+
+/// What becomes of packets by a route.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// They reach something; as `ip route` names the type.
+    Reaching(&'static str),
+    /// They are refused, with whatever error.
+    Refusing(&'static str),
+    /// Those that no connection goes by.
+    Ignored,
+}
+
+impl Kind {
+    fn of(kind: RouteType) -> Kind {
+        match kind {
+            RouteType::Unreachable => Kind::Refusing("unreachable"),
+            RouteType::BlackHole => Kind::Refusing("blackhole"),
+            RouteType::Prohibit => Kind::Refusing("prohibit"),
+            RouteType::Local => Kind::Reaching("local"),
+            RouteType::Unicast => Kind::Reaching("unicast"),
+            RouteType::Nat => Kind::Reaching("nat"),
+            // It goes on with the next table.
+            RouteType::Throw => Kind::Reaching("throw"),
+            _ => Kind::Ignored,
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Kind::Reaching(name) | Kind::Refusing(name) => name,
+            Kind::Ignored => "",
+        }
+    }
+}
+
+impl Route {
+    fn of(message: &RouteMessage) -> Option<Route> {
+        let table = u32::from(message.header.table);
+        let mut found = (None, 0, table);
+        for attribute in &message.attributes {
+            match attribute {
+                RouteAttribute::Destination(RouteAddress::Inet(address)) => {
+                    found.0 = Some(IpAddr::V4(*address));
+                }
+                RouteAttribute::Destination(RouteAddress::Inet6(address)) => {
+                    found.0 = Some(IpAddr::V6(*address));
+                }
+                RouteAttribute::Priority(metric) => found.1 = *metric,
+                RouteAttribute::Table(table) => found.2 = *table,
+                _ => {}
+            }
+        }
+        // A default route has no destination, and is never more specific than the pool.
+        let (Some(address), metric, table) = found else { return None };
+        let destination = IpNet::new(address, message.header.destination_prefix_length).ok()?;
+        let kind = Kind::of(message.header.kind);
+        (table == u32::from(libc::RT_TABLE_LOCAL)).then_some(Route { kind, destination, metric })
+    }
+
+    /// The command that removes it.
+    pub fn removal(&self) -> String {
+        let Route { destination, metric, .. } = self;
+        let (family, kind) = (if is_v6(destination) { "-6 " } else { "" }, self.kind.name());
+        let metric = if *metric == 0 { String::new() } else { format!(" metric {metric}") };
+        let remove = format!("ip {family}route del {kind} {destination}{metric} table local");
+        let is_address = destination.prefix_len() == destination.max_prefix_len();
+        if kind == "local" && is_address {
+            let address = destination.addr();
+            return format!("{remove} (or the address itself: ip addr show to {address})");
+        }
+        remove
+    }
+}
+
+fn is_v6(net: &IpNet) -> bool {
+    matches!(net, IpNet::V6(_))
+}
+
+/// As `ip route` has it.
+impl fmt::Display for Route {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {} table local", self.kind.name(), self.destination)
+    }
+}
+
+/// What is wrong with the routes of a pool.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Judged {
+    /// What is in the place of the unreachable route.
+    in_place: Option<Route>,
+    /// More specific routes that reach something.
+    holes: Vec<Route>,
+}
+
+/// Judges the routes of the table `local`.
+fn judge(pool: IpNet, routes: &[Route]) -> Judged {
+    let reaches = |route: &&Route| matches!(route.kind, Kind::Reaching(_));
+    let here = routes.iter().filter(|route| route.destination == pool);
+    let first = here.min_by_key(|route| route.metric).filter(reaches).copied();
+    let is_within = |route: &&Route| {
+        pool.contains(&route.destination) && route.destination.prefix_len() > pool.prefix_len()
+    };
+    let holes = routes.iter().filter(is_within).filter(reaches).copied().collect();
+    Judged { in_place: first, holes }
 }
 
 /// Makes `pool` unreachable in this network namespace. Returns whether the route had to be added.
 ///
 /// # Errors
-/// When the kernel refuses.
+/// When the kernel refuses, or another route is in its place.
 pub async fn add_unreachable(pool: IpNet) -> Result<bool, RouteError> {
     with_handle(async |handle| {
-        tolerate(handle.route().add(message(pool)).execute().await, libc::EEXIST, "add", pool)
+        let added = handle.route().add(message(pool)).execute().await;
+        let added = tolerate(added, libc::EEXIST, "add", pool)?;
+        match judge(pool, &local_routes(&handle, pool).await?).in_place {
+            Some(route) => Err(RouteError::Taken { pool, route }),
+            None => Ok(added),
+        }
     })
     .await
 }
@@ -53,16 +191,42 @@ pub async fn remove_unreachable(pool: IpNet) -> Result<bool, RouteError> {
     .await
 }
 
-async fn with_handle(
-    work: impl AsyncFnOnce(Handle) -> Result<bool, RouteError>,
-) -> Result<bool, RouteError> {
+/// What lets addresses of `pool` reach something where no hook runs: each with the fix.
+///
+/// # Errors
+/// When the routes can't be read.
+pub async fn holes(pool: IpNet) -> Result<Vec<String>, RouteError> {
+    let routes = with_handle(async |handle| local_routes(&handle, pool).await).await?;
+    let Judged { in_place, holes } = judge(pool, &routes);
+    let told = |route: Route| {
+        format!(
+            "the route `{route}` lets addresses of {pool} reach it where no hook runs; remove it: {}",
+            route.removal()
+        )
+    };
+    Ok(in_place.into_iter().chain(holes).map(told).collect())
+}
+
+async fn local_routes(handle: &Handle, pool: IpNet) -> Result<Vec<Route>, RouteError> {
+    let all = match pool {
+        IpNet::V4(_) => RouteMessageBuilder::<Ipv4Addr>::new().build(),
+        IpNet::V6(_) => RouteMessageBuilder::<Ipv6Addr>::new().build(),
+    };
+    let unreadable = |error| RouteError::Unreadable(Box::new(error));
+    let routes: Vec<RouteMessage> =
+        handle.route().get(all).execute().try_collect().await.map_err(unreadable)?;
+    Ok(routes.iter().filter_map(Route::of).collect())
+}
+
+async fn with_handle<T>(
+    work: impl AsyncFnOnce(Handle) -> Result<T, RouteError>,
+) -> Result<T, RouteError> {
     let (connection, handle, _) = rtnetlink::new_connection().map_err(RouteError::Socket)?;
     let connection = tokio::spawn(connection);
     let result = work(handle).await;
     connection.abort();
     result
 }
-
 fn message(pool: IpNet) -> RouteMessage {
     match pool {
         IpNet::V4(pool) => RouteMessageBuilder::<Ipv4Addr>::new()
@@ -88,5 +252,64 @@ fn tolerate(
         Err(rtnetlink::Error::NetlinkError(message)) if message.raw_code() == -errno => Ok(false),
         Err(source) => Err(RouteError::Refused { action, pool, source: Box::new(source) }),
         Ok(()) => Ok(true),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn route(kind: RouteType, destination: &str, metric: u32) -> Route {
+        Route { kind: Kind::of(kind), destination: destination.parse().unwrap(), metric }
+    }
+
+    #[test]
+    fn what_lets_vips_reach_something() {
+        use RouteType::*;
+        let (pool, pool6) = ("127.128.0.0/9", "fd77::/64");
+        let ours = route(Unreachable, pool, 0);
+        // Routes; which of them is in the place of ours, and which are holes in it.
+        type Row<'a> = (&'a str, &'a [Route], Option<usize>, &'a [usize]);
+        let rows: [Row<'_>; 10] = [
+            (pool, &[], None, &[]),
+            (pool, &[ours, route(Local, "127.0.0.0/8", 0)], None, &[]),
+            (pool, &[route(Local, pool, 0)], Some(0), &[]),
+            (pool, &[ours, route(Local, pool, 5)], None, &[]),
+            (pool, &[route(Unreachable, pool, 5), route(Throw, pool, 0)], Some(1), &[]),
+            (pool, &[route(BlackHole, pool, 0), route(Prohibit, "127.130.0.0/16", 0)], None, &[]),
+            (pool, &[ours, route(Local, "127.128.0.5/32", 0)], None, &[1]),
+            (pool, &[ours, route(Unicast, "127.200.0.0/16", 7)], None, &[1]),
+            (pool, &[ours, route(Broadcast, "127.255.255.255/32", 0)], None, &[]),
+            (pool6, &[route(Unreachable, pool6, 1024), route(Local, pool6, 0)], Some(1), &[]),
+        ];
+        for (pool, routes, in_place, holes) in rows {
+            let expected = Judged {
+                in_place: in_place.map(|at| routes[at]),
+                holes: holes.iter().map(|&at| routes[at]).collect(),
+            };
+            assert_eq!(judge(pool.parse().unwrap(), routes), expected, "{routes:?}");
+        }
+    }
+
+    #[test]
+    fn the_fix_is_named() {
+        let table = [
+            (
+                route(RouteType::Local, "127.128.0.0/9", 0),
+                "ip route del local 127.128.0.0/9 table local",
+            ),
+            (
+                route(RouteType::Unicast, "fd77::/64", 1024),
+                "ip -6 route del unicast fd77::/64 metric 1024 table local",
+            ),
+            (
+                route(RouteType::Local, "127.128.0.5/32", 0),
+                "ip route del local 127.128.0.5/32 table local (or the address itself: ip addr \
+                 show to 127.128.0.5)",
+            ),
+        ];
+        for (route, expected) in table {
+            assert_eq!(route.removal(), expected);
+        }
     }
 }

@@ -59,6 +59,8 @@ struct Watched {
     waiting: Option<String>,
     /// What an operator should know of whose connections are translated.
     notes: Vec<String>,
+    /// What lets VIPs reach something where no hook runs.
+    routes: Vec<String>,
 }
 
 /// Whether dials are translated, as far as the daemon knows.
@@ -192,6 +194,15 @@ impl SharedPlane {
         false
     }
 
+    /// Takes note of what is wrong with the routes; the log shows what is new.
+    pub fn set_route_problems(&self, problems: Vec<String>) {
+        let mut watched = lock(&self.watched);
+        for problem in problems.iter().filter(|problem| !watched.routes.contains(problem)) {
+            tracing::error!("{problem}");
+        }
+        watched.routes = problems;
+    }
+
     /// Proves by a dial from inside the scope that the hooks run. It blocks for up to two seconds.
     pub fn prove(&self) {
         let (prober, are_ours) = {
@@ -254,6 +265,7 @@ impl SharedPlane {
         hooks.attached &= watched.waiting.is_none();
         hooks.problems.extend(watched.waiting.clone());
         hooks.problems.extend(watched.notes.iter().cloned());
+        hooks.problems.extend(watched.routes.iter().cloned());
         hooks.translate = hooks.attached && mode == Mode::Translate;
         hooks
     }

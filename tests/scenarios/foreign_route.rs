@@ -1,0 +1,48 @@
+//! Somebody else's route lets VIPs reach this host where no hook runs: in the place of the
+//! unreachable route it keeps nohop from starting, beside it it is a problem. Both are named.
+
+use anyhow::{Result, ensure};
+use lb_tests::bpffs::Bpffs;
+use lb_tests::run;
+
+use crate::cluster::{Catalog, Nodes, SOON};
+
+const POOL: &str = "127.128.0.0/9";
+
+pub fn story() -> Result<()> {
+    let nodes = Nodes::new()?;
+    let helloworld = nodes.helloworld("helloworld")?;
+    let catalog = Catalog::new(&[("helloworld", &[helloworld.address])])?;
+    let outside = nodes.client.outside();
+    let directory = catalog.directory();
+    let bpffs = Bpffs::new()?;
+
+    for kind in ["local", "throw"] {
+        let route = format!("{kind} {POOL}");
+        let device = if kind == "local" { " dev lo" } else { "" };
+        nodes.client.ip(&format!("route add {route}{device} table local"))?;
+        let mut command = outside.command("timeout");
+        command.arg("10").arg(run::built("nohop")?).arg("run").arg("--catalog").arg(catalog.path());
+        command.arg("--cgroup").arg(nodes.cgroup.path()).arg("--state-dir").arg(&directory);
+        command.arg("--bpffs").arg(bpffs.path().join("nohop"));
+        command.arg("--admin-listen").arg(format!("unix:{}/other.sock", directory.display()));
+        let output = run::output(command)?;
+        let text = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.code() == Some(1), "{kind}: {}\n{text}", output.status);
+        let fix = format!("ip route del {route} table local");
+        ensure!(text.contains("is in the place of") && text.contains(&fix), "{kind}: {text}");
+        nodes.client.ip(&format!("route del {route} table local"))?;
+    }
+
+    let nohop = nodes.nohop(&catalog.config())?;
+    let hole = "local 127.130.0.0/16";
+    nodes.client.ip(&format!("route add {hole} dev lo table local"))?;
+    let has_hole = |status: &serde_json::Value| status["problems"].to_string().contains(hole);
+    let status = nohop.wait_for_status(SOON, has_hole)?;
+    ensure!(status["ready"] == true, "{status:#}");
+    let check = String::from_utf8_lossy(&nohop.cli("check")?.stdout).into_owned();
+    ensure!(check.contains(&format!("ip route del {hole} table local")), "{check}");
+    nodes.client.ip(&format!("route del {hole} table local"))?;
+    nohop.wait_for_status(SOON, |status| !has_hole(status))?;
+    Ok(())
+}
