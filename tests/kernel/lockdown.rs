@@ -39,7 +39,7 @@ pub fn it_is_reported() {
     let place = Place::new();
     let dir = std::path::Path::new("/run/lockdown");
     fs::create_dir_all(dir).unwrap();
-    fs::write(dir.join("catalog.toml"), "").unwrap();
+    fs::write(dir.join("catalog.toml"), "service = []\n").unwrap();
     let socket = format!("unix:{}/admin.sock", dir.display());
     let config = format!(
         "cgroup = {:?}\nbpffs = {:?}\nstate_dir = {:?}\nadmin.listen = [{socket:?}]\n\
@@ -66,14 +66,19 @@ pub fn it_is_reported() {
         .spawn()
         .unwrap();
     let mut lines = BufReader::new(daemon.stderr.take().unwrap()).lines();
-    let started = lines.by_ref().map_while(Result::ok).any(|line| line.contains("answering *."));
+    let mut seen = Vec::new();
+    let started = lines.by_ref().map_while(Result::ok).any(|line| {
+        let is_last = line.contains("answering *.");
+        seen.push(line);
+        is_last
+    });
     let status = nohop(&["status"]);
     rustix::process::kill_process(
         rustix::process::Pid::from_child(&daemon),
         rustix::process::Signal::TERM,
     )
     .unwrap();
-    let rest: Vec<String> = lines.map_while(Result::ok).collect();
+    seen.extend(lines.map_while(Result::ok));
     daemon.wait().unwrap();
-    assert!(started && status.contains(LOCKED), "{status}\n{rest:?}");
+    assert!(started && status.contains(LOCKED), "{status}\n{seen:?}");
 }
