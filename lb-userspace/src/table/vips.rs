@@ -164,6 +164,26 @@ struct Entry {
     released: Option<SystemTime>,
 }
 
+/// The entries in a file's text. A later version, which this one was started over, may have other
+/// keys beside them, or all of them below a key `names`: what isn't an entry is ignored.
+fn entries(text: &[u8]) -> Result<BTreeMap<Arc<str>, Entry>, serde_json::Error> {
+    use serde_json::{Value, from_slice, from_value};
+    let problem = match from_slice(text) {
+        Ok(entries) => return Ok(entries),
+        Err(problem) => problem,
+    };
+    let Ok(Value::Object(mut all)) = from_slice(text) else { return Err(problem) };
+    // A service may be called `names`, too: then it has an address.
+    if let Some(Value::Object(names)) = all.get_mut("names")
+        && !names.get("vip").is_some_and(Value::is_string)
+    {
+        all = std::mem::take(names);
+    }
+    let entry = |(name, value): (String, Value)| Some((name.into(), from_value(value).ok()?));
+    let entries: BTreeMap<_, _> = all.into_iter().filter_map(entry).collect();
+    if entries.is_empty() { Err(problem) } else { Ok(entries) }
+}
+
 /// The book: every name that has an address, or had one.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Vips {
@@ -215,8 +235,7 @@ impl Vips {
     /// What is wrong with the text.
     pub(crate) fn parse(text: &[u8], pools: Pools) -> Result<Vips, serde_json::Error> {
         let mut vips = Vips::new(pools);
-        let names: BTreeMap<Arc<str>, Entry> = serde_json::from_slice(text)?;
-        names.into_iter().for_each(|(name, entry)| vips.admit(name, entry));
+        entries(text)?.into_iter().for_each(|(name, entry)| vips.admit(name, entry));
         Ok(vips)
     }
 
@@ -553,6 +572,25 @@ mod tests {
         std::fs::write(&path, "{\"web\":").unwrap();
         assert_eq!(Vips::read(&path, pool).unwrap(), Vips::new(pool));
         assert!(path.with_extension("corrupt").exists());
+    }
+
+    #[test]
+    fn a_later_versions_book_keeps_its_addresses() {
+        let pool = pools("127.128.0.0/9", None);
+        let entry = r#"{"vip":"127.128.0.7","since":3}"#;
+        for text in [
+            format!(r#"{{"web":{entry}}}"#),
+            format!(r#"{{"version":2,"web":{entry},"odd":{{"vips":[]}}}}"#),
+            format!(r#"{{"version":2,"names":{{"web":{entry}}},"pools":[1]}}"#),
+            format!(r#"{{"version":2,"web":{entry},"names":{{"vip":"127.128.0.8"}}}}"#),
+        ] {
+            let mut vips = Vips::parse(text.as_bytes(), pool).unwrap();
+            let vip = vips.assign(&name("web"), EPOCH).unwrap();
+            assert_eq!(vip.v4, Ipv4Addr::new(127, 128, 0, 7), "{text}");
+        }
+        for text in [r#"{"version":2}"#, "[]", r#"{"names":{"web":7}}"#] {
+            Vips::parse(text.as_bytes(), pool).unwrap_err();
+        }
     }
 
     #[test]
