@@ -5,6 +5,7 @@
 mod acls;
 mod agent_cut_off;
 mod all_critical_refuses_and_recovers;
+mod another_hosts_loopback;
 mod bad_records;
 mod cgroup_namespace;
 mod chosen_instances;
@@ -62,6 +63,7 @@ const STORIES: &[(&str, Story)] = &[
     ("acls", acls::story),
     ("agent_cut_off", agent_cut_off::story),
     ("all_critical_refuses_and_recovers", all_critical_refuses_and_recovers::story),
+    ("another_hosts_loopback", another_hosts_loopback::story),
     ("bad_records", bad_records::story),
     ("cgroup_namespace", cgroup_namespace::story),
     ("chosen_instances", chosen_instances::story),

@@ -1,4 +1,5 @@
-//! The services of a file: an edit is applied, a broken edit changes nothing and is reported.
+//! The services of a file: an edit is applied, a broken edit changes nothing and is reported, also
+//! where the daemon starts anew while it is there.
 
 use anyhow::{Result, ensure};
 
@@ -8,7 +9,7 @@ pub fn story() -> Result<()> {
     let nodes = Nodes::new()?;
     let (one, two) = (nodes.helloworld("one")?, nodes.helloworld("two")?);
     let catalog = Catalog::new(&[("helloworld", &[one.address])])?;
-    let nohop = nodes.nohop(&catalog.config())?;
+    let mut nohop = nodes.nohop(&catalog.config())?;
     ensure!(nodes.curl("helloworld")? == "hello from one\n");
     let first_vip = vip(&nohop, "helloworld")?;
 
@@ -26,6 +27,26 @@ pub fn story() -> Result<()> {
     ensure!(status["ready"] == true && status["catalog"]["state"] == "failing", "{status:#}");
     let dials = nodes.dial(first_vip, 100)?;
     ensure!(dials.errors.is_empty() && dials.answers.len() == 2, "{dials:?}");
+
+    ensure!(nohop.end()?.success());
+    nohop.start_again()?;
+    let status = nohop.status()?;
+    ensure!(status["problems"].to_string().contains("catalog.toml:1"), "{status:#}");
+    ensure!(nodes.curl("second")? == "hello from two\n");
+    let dials = nodes.dial(first_vip, 100)?;
+    ensure!(dials.errors.is_empty() && dials.answers.len() == 2, "{dials:?}");
+
+    // As templates write it.
+    catalog.write(&format!(
+        "\u{feff}[[service]]\r\nname = \"helloworld\"\r\nbackend = [{{ address = \"{0}\" }}]\r\n  \
+         [[service]]\r\n  name = \"second\"\r\n  backend = [{{ address = \"{0}\" }}]\r\n[[ service ]]\r\n\
+         name = \"third\"\r\nbackend = [{{ address = \"{0}\" }}]\r\n",
+        one.address
+    ))?;
+    nohop.wait_for_backends("third", 1, SOON)?;
+    for name in ["helloworld", "second", "third"] {
+        ensure!(nodes.curl(name)? == "hello from one\n", "{name}");
+    }
 
     catalog.set(&[("helloworld", &[two.address])])?;
     nohop.wait_for_backends("helloworld", 1, SOON)?;

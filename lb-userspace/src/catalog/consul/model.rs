@@ -228,11 +228,17 @@ impl Model {
 
     /// Takes what Consul says of a live service. A name that has gone meanwhile is ignored.
     pub fn set_service(&mut self, name: &Arc<str>, heard: Heard, now: Instant) {
+        let Some(entry) = self.services.get_mut(name) else { return };
+        entry.answered_at = Some(now);
+        self.is_dirty |= !std::mem::replace(&mut entry.is_followed, entry.is_live);
+        self.judge(name, heard, now);
+    }
+
+    /// Judges what Consul said, now or when it answered last.
+    fn judge(&mut self, name: &Arc<str>, heard: Heard, now: Instant) {
         let is_in_use = self.is_in_use(name);
         let Some(entry) = self.services.get_mut(name) else { return };
         let is_inherited = is_in_use && matches!(entry.known, Known::Pending);
-        entry.answered_at = Some(now);
-        self.is_dirty |= !std::mem::replace(&mut entry.is_followed, entry.is_live);
         self.held_back.remove(name);
         let Heard { instances: Some(instances), unchecked } = &heard else {
             self.is_dirty |= !matches!(entry.known, Known::NoService);
@@ -273,11 +279,7 @@ impl Model {
         let due = self.held_back.iter().filter(|(_, (until, _))| *until <= now);
         let due: Vec<_> = due.map(|(name, (_, heard))| (name.clone(), heard.clone())).collect();
         for (name, heard) in due {
-            let answered_at = self.services.get(&name).and_then(|entry| entry.answered_at);
-            self.set_service(&name, heard, now);
-            if let Some(entry) = self.services.get_mut(&name) {
-                entry.answered_at = answered_at;
-            }
+            self.judge(&name, heard, now);
         }
     }
 

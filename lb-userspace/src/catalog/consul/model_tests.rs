@@ -304,3 +304,20 @@ fn only_the_agents_own_node_is_this_one() {
         assert_eq!(catalog["a"].instances[0].local, expected, "{node:?} {record:?}");
     }
 }
+
+#[test]
+fn a_release_is_no_answer_of_consul() {
+    let (mut model, _) = synced(&["a"]);
+    let now = Instant::now();
+    let instances = vec![instance("n1", "1"), instance("n1", "2")];
+    let unchecked = vec![("n1".to_owned(), "2".to_owned())];
+    model.set_service(&"a".into(), Heard { instances: Some(instances), unchecked }, now);
+    let until = model.next_release().expect("the newcomer is held back");
+    // It was used by nobody for a while, and Consul hasn't answered since.
+    model.set_live("a", false);
+    model.set_live("a", true);
+    model.release(until);
+    let catalog = model.take().unwrap();
+    assert_eq!((n_serving(&catalog["a"].instances), catalog["a"].watch), (2, Watch::Cold));
+    assert_eq!(model.exists("a"), None);
+}
