@@ -21,8 +21,9 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use super::kernel::Board;
 
 /// How long the child may take: it is another program's start and two system calls, but the cgroup
-/// that it enters may be frozen, or out of memory or processor time.
-const TIMEOUT: Duration = Duration::from_secs(2);
+/// that it enters may be frozen, or out of memory or processor time. Less than the time from one
+/// proof to the next, since two at once would expect each other's socket.
+const TIMEOUT: Duration = Duration::from_secs(4);
 /// The hidden command by which the binary connects from inside another cgroup.
 const COMMAND: &str = "probe-dial";
 /// The port doesn't matter.
@@ -149,7 +150,7 @@ fn wait_for(fd: PollFd<'_>, deadline: Instant) -> io::Result<()> {
     let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
     match poll(&mut [fd], Some(&timeout)) {
         Ok(0) => Err(io::Error::other(
-            "a process that entered the cgroup didn't get to connect within 2 s: is the cgroup \
+            "a process that entered the cgroup didn't get to connect within 4 s: is the cgroup \
              frozen (cgroup.freeze), or without processor time?",
         )),
         Ok(_) => Ok(()),
