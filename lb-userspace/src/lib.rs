@@ -6,6 +6,7 @@ pub mod catalog;
 pub mod cli;
 pub mod config;
 pub mod dns;
+mod durable;
 #[cfg(any(fuzzing, test))]
 pub mod fuzzing;
 pub mod plane;

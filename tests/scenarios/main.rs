@@ -16,6 +16,7 @@ mod container_namespace;
 mod critical_backend_leaves;
 mod curl_by_name;
 mod detached_by_hand;
+mod disk;
 mod foreign_route;
 mod forwarding;
 mod four_capabilities;
@@ -74,6 +75,8 @@ const STORIES: &[(&str, Story)] = &[
     ("curl_by_name", curl_by_name::story),
     ("detached_by_hand", detached_by_hand::story),
     ("dig_by_name", resolvers::dig),
+    ("disk_full", disk::full),
+    ("disk_stalled", disk::stalled),
     ("dnsmasq_in_front", resolvers::dnsmasq),
     ("foreign_route", foreign_route::story),
     ("forwarding", forwarding::story),
@@ -103,6 +106,7 @@ const STORIES: &[(&str, Story)] = &[
     ("tag_removed", tag_removed::story),
     ("tls_rotated", tls_rotated::story),
     ("udp_echo", udp_echo::story),
+    ("unread_log", disk::unread_log),
     ("upgraded_under_load", upgraded_under_load::story),
     ("way_out", way_out::story),
     ("way_out_by_key", way_out::by_key),

@@ -15,5 +15,6 @@ pub mod nohop;
 pub mod process;
 pub mod run;
 pub mod scratch;
+pub mod tmpfs;
 pub mod udp;
 pub mod undo;

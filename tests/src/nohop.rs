@@ -117,13 +117,18 @@ impl Nohop {
         let config_file = dir.join("nohop.toml");
         let bpffs = Bpffs::new()?;
         // Keys that every release knows: `bench compare` starts older ones, too.
-        let own = format!(
-            "cgroup = {:?}\nbpffs = {:?}\nstate_dir = {:?}\nadmin.listen = [{:?}]\n",
+        let mut own = format!(
+            "cgroup = {:?}\nbpffs = {:?}\n",
             scope,
             bpffs.path().join("nohop"),
-            dir.join("state"),
-            admin(dir)
         );
+        // Where a story doesn't choose them itself.
+        if !config.contains("state_dir") {
+            own += &format!("state_dir = {:?}\n", dir.join("state"));
+        }
+        if !config.contains("admin.listen") {
+            own += &format!("admin.listen = [{:?}]\n", admin(dir));
+        }
         write_config(&config_file, &own, config)?;
         let inotify = watch(dir)?;
         let process = spawn(&command, host, &config_file)?;
@@ -151,6 +156,23 @@ impl Nohop {
         let inotify = watch(self.scratch.path())?;
         self.process = spawn(&self.command, &self.host, &self.scratch.path().join("nohop.toml"))?;
         self.wait_until_listening(&inotify)
+    }
+
+    /// Starts the daemon again, once it has ended, with stderr in a file or a FIFO, and waits until it
+    /// is ready.
+    ///
+    /// # Errors
+    /// When it isn't ready in time.
+    pub fn start_again_with_stderr(&mut self, stderr: &Path) -> Result<()> {
+        let inotify = watch(self.scratch.path())?;
+        let config_file = self.scratch.path().join("nohop.toml");
+        let mut command = self.host.outside().command("sh");
+        command.args([OsStr::new("-c"), OsStr::new(r#"exec "$1" run --config "$2" 2>"$3""#)]);
+        command.arg("sh").arg(&self.binary).arg(config_file).arg(stderr);
+        command.env("RUST_LOG", "debug");
+        self.process = Process::spawn("nohop", command)?;
+        self.wait_until_listening(&inotify)?;
+        self.wait_until_ready()
     }
 
     /// Replaces the configuration that [`Nohop::start`] was given, for the next start.

@@ -6,7 +6,7 @@
 //! boot nothing is believed anyway, because Nomad reuses ports.
 
 use std::collections::BTreeMap;
-use std::io::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -15,6 +15,7 @@ use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
 use super::memory::{Agent, Memory, Remembered};
+use crate::durable;
 use crate::table::Instance;
 
 /// The file's name, within the state directory.
@@ -132,16 +133,10 @@ pub fn write(path: &Path, memory: &Memory) -> Result<(), WriteError> {
     let write = || -> io::Result<()> {
         let body = serde_json::to_vec(&body)?;
         let head = Head { version: VERSION, boot: boot()?, crc32: crc32fast::hash(&body) };
-        let directory = path.parent().unwrap_or(Path::new("."));
-        std::fs::create_dir_all(directory)?;
-        let mut file = tempfile::NamedTempFile::new_in(directory)?;
-        serde_json::to_writer(&mut file, &head)?;
-        file.write_all(b"\n")?;
-        file.write_all(&body)?;
-        file.as_file().sync_all()?;
-        file.persist(path)?;
-        // So that the new name outlives a loss of power, too.
-        std::fs::File::open(directory)?.sync_all()
+        let mut contents = serde_json::to_vec(&head)?;
+        contents.push(b'\n');
+        contents.extend(body);
+        durable::replace(path, &contents)
     };
     write().map_err(|source| WriteError { path: path.into(), source })
 }

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::net::SocketAddr;
 use std::path::Path;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::admin::{api, client};
 use crate::catalog;
@@ -15,7 +15,7 @@ use crate::plane::{
 };
 
 /// The whole report.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Report {
     /// Whether everything that is required is there.
     pub ok: bool,
@@ -24,10 +24,10 @@ pub struct Report {
 }
 
 /// One thing that nohop needs.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Finding {
     /// What it is.
-    pub what: &'static str,
+    pub what: String,
     /// Whether it is there.
     pub ok: bool,
     /// Whether nohop can't do without it.
@@ -41,13 +41,13 @@ pub struct Finding {
 /// What was found, or what is wrong and how to mend it.
 type Found = Result<String, (String, String)>;
 
-fn finding(what: &'static str, required: bool, found: Found) -> Finding {
+fn finding(what: &str, required: bool, found: Found) -> Finding {
     let ok = found.is_ok();
     let (detail, mend) = match found {
         Ok(detail) => (detail, String::new()),
         Err(wrong) => wrong,
     };
-    Finding { what, ok, required, detail, mend }
+    Finding { what: what.to_owned(), ok, required, detail, mend }
 }
 
 fn wrong<T>(detail: impl Into<String>, mend: impl Into<String>) -> Result<T, (String, String)> {
@@ -61,7 +61,10 @@ pub fn check(config: Result<Config, ConfigErrors>, admin: Option<&str>) -> Repor
         true,
         match &config {
             Ok(_) => Ok("no mistakes".to_owned()),
-            Err(errors) => wrong(errors.to_string(), "correct the lines above"),
+            Err(ConfigErrors(errors)) => {
+                let errors: Vec<String> = errors.iter().map(ToString::to_string).collect();
+                wrong(errors.join("; "), "correct these")
+            }
         },
     )];
     let config = config.unwrap_or_default();

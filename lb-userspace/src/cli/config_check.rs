@@ -3,14 +3,14 @@
 use std::path::Path;
 use std::process::ExitCode;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
-use super::{USAGE, environment, write};
+use super::{USAGE, environment, say, write};
 use crate::catalog;
 use crate::config::{Config, Overrides};
 
 /// What was found.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 struct Report {
     ok: bool,
     /// Each with its place and the mend.
@@ -32,7 +32,7 @@ pub fn config_check(file: &Path, json: bool) -> anyhow::Result<ExitCode> {
     if json || report.ok {
         write(json, &report, |_| format!("{} is fine\n", file.display()))?;
     } else {
-        report.problems.iter().for_each(|problem| eprintln!("{problem}"));
+        report.problems.iter().for_each(|problem| say(problem));
     }
     Ok(if report.ok { ExitCode::SUCCESS } else { ExitCode::from(USAGE) })
 }

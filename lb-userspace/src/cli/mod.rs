@@ -5,28 +5,31 @@ mod check;
 mod config_check;
 mod dial;
 mod dns;
+mod holdback;
 mod instance;
+mod log;
 mod metrics;
 mod reload;
 mod run;
 mod show;
+mod terminal;
 mod unload;
 mod view;
 mod way_out;
 
-use std::io::{IsTerminal, Write};
+use std::io::Write;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use anyhow::Context;
 use clap::Parser;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use tracing_subscriber::EnvFilter;
 
 use crate::admin::{api, client};
 use crate::config::{Config, ConfigErrors, Overrides};
 use crate::plane::probe;
-use args::{Arguments, ClientArguments, Command, ConfigArguments, ConfigCommand, LogFormat};
+use args::{Arguments, ClientArguments, Command, ConfigArguments, ConfigCommand};
 use dns::DnsCommand;
 
 /// Something failed.
@@ -37,27 +40,31 @@ const USAGE: u8 = 2;
 /// Runs the command that the arguments name. Exit codes: 0, 1 for a failure, 2 for a mistake in the
 /// usage or the configuration.
 pub fn main() -> ExitCode {
-    match command(Arguments::parse().command) {
+    let code = match command(Arguments::parse().command) {
         Ok(code) => code,
         Err(error) => {
             // What is wrong with a configuration comes a line each, and needs no headline.
             match error.downcast_ref::<ConfigErrors>() {
-                Some(errors) => eprintln!("{errors}"),
-                None => eprintln!("error: {}", chain(&error)),
+                Some(ConfigErrors(errors)) => {
+                    errors.iter().for_each(|problem| say(&problem.to_string()));
+                }
+                None => format!("error: {}", chain(&error)).lines().for_each(say),
             }
             let usage = error.is::<ConfigErrors>()
                 || error.is::<crate::catalog::CatalogError>()
                 || matches!(error.downcast_ref(), Some(client::ClientError::Address { .. }));
             ExitCode::from(if usage { USAGE } else { FAILURE })
         }
-    }
+    };
+    log::drain();
+    code
 }
 
 fn command(command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Run { config, log_format, on_exit } => {
-            log(log_format);
-            let read = Box::new(move || load(config.clone(), on_exit.clone()));
+            log::start(log_format).context("can't start a thread")?;
+            let read = Arc::new(move || load(config.clone(), on_exit.clone()));
             run::run(read()?, read)?;
         }
         Command::Check { config, client } => {
@@ -82,7 +89,7 @@ fn command(command: Command) -> anyhow::Result<ExitCode> {
         }
         Command::Dns { command: DnsCommand::Setup { way, apply, undo, root, config } } => {
             let text = dns::setup(way, apply, undo, &root, &load(*config, None)?)?;
-            write_text(&text)?;
+            write_text(&terminal::escape_lines(&text))?;
         }
         Command::Dns { command: DnsCommand::Query { name, kind, server, client } } => {
             print(&client, &dns::query(&name, &kind, server, &client)?, dns::lookup_text)?;
@@ -150,7 +157,7 @@ fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
 }
 
 /// Prints a document for a person, or as JSON. A reader that has seen enough is no failure.
-fn print<T: Serialize>(
+fn print<T: Serialize + DeserializeOwned>(
     client: &ClientArguments,
     document: &T,
     text: impl Fn(&T) -> String,
@@ -159,16 +166,21 @@ fn print<T: Serialize>(
 }
 
 /// The same, where there is no daemon to find.
-fn write<T: Serialize>(
+fn write<T: Serialize + DeserializeOwned>(
     json: bool,
     document: &T,
     text: impl Fn(&T) -> String,
 ) -> anyhow::Result<()> {
     let text = match json {
-        true => serde_json::to_string_pretty(document)? + "\n",
-        false => text(document),
+        true => terminal::escape_json(&serde_json::to_string_pretty(document)?) + "\n",
+        false => terminal::show(document, text)?,
     };
     write_text(&text)
+}
+
+/// Prints one line to stderr, or hands it to the log where there is one.
+fn say(message: &str) {
+    log::say(&terminal::escape(message));
 }
 
 fn write_text(text: &str) -> anyhow::Result<()> {
@@ -177,19 +189,6 @@ fn write_text(text: &str) -> anyhow::Result<()> {
             Err(error).context("can't write to stdout")
         }
         _ => Ok(()),
-    }
-}
-
-fn log(format: LogFormat) {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    let lines = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_target(false)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_writer(std::io::stderr);
-    match format {
-        LogFormat::Text => lines.init(),
-        LogFormat::Json => lines.json().init(),
     }
 }
 

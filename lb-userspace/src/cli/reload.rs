@@ -2,17 +2,18 @@
 
 use std::fmt::Display;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use tokio::sync::oneshot;
 
 use super::args::ClientArguments;
-use super::{FAILURE, USAGE, environment, print, runtime};
+use super::{FAILURE, USAGE, environment, print, runtime, say};
 use crate::admin::{api, client};
 use crate::config::change::{Change, changes};
 use crate::config::{Config, ConfigErrors};
 
 /// Reads file, environment and flags again, as at the start.
-pub type Read = Box<dyn Fn() -> Result<Config, ConfigErrors> + Send>;
+pub type Read = Arc<dyn Fn() -> Result<Config, ConfigErrors> + Send + Sync>;
 
 /// Where the daemon is to say what became of a reload.
 pub type Request = oneshot::Sender<api::Reload>;
@@ -23,9 +24,9 @@ pub type Request = oneshot::Sender<api::Reload>;
 /// The mistakes, or the keys that need a restart, as the answer to whoever asked.
 pub fn plan(
     running: &Config,
-    read: &dyn Fn() -> Result<Config, ConfigErrors>,
+    wanted: Result<Config, ConfigErrors>,
 ) -> Result<(Config, api::Reload), api::Reload> {
-    let wanted = read().map_err(|errors| refuse(errors.0))?;
+    let wanted = wanted.map_err(|errors| refuse(errors.0))?;
     let changes = changes(running, &wanted);
     let ok = changes.iter().all(|change| change.restart.is_none());
     let changes = changes.into_iter().map(shown).collect();
@@ -60,7 +61,7 @@ pub fn ask(client: &ClientArguments) -> anyhow::Result<ExitCode> {
     if reload.ok || client.json {
         print(client, &reload, |reload| lines(reload).join("\n") + "\n")?;
     } else {
-        lines(&reload).iter().for_each(|line| eprintln!("{line}"));
+        lines(&reload).iter().for_each(|line| say(line));
     }
     Ok(match (reload.ok, reload.problems.is_empty()) {
         (true, _) => ExitCode::SUCCESS,
@@ -91,24 +92,22 @@ mod tests {
     use super::*;
     use crate::config::Problem;
 
-    fn config(change: impl Fn(&mut Config)) -> impl Fn() -> Result<Config, ConfigErrors> {
-        move || {
-            let mut config = Config::default();
-            change(&mut config);
-            Ok(config)
-        }
+    fn config(change: impl Fn(&mut Config)) -> Result<Config, ConfigErrors> {
+        let mut config = Config::default();
+        change(&mut config);
+        Ok(config)
     }
 
     #[test]
     fn all_comes_into_force_or_nothing() {
         let running = Config::default();
-        let (wanted, reload) = plan(&running, &config(|config| config.dns.ttl = 5)).unwrap();
+        let (wanted, reload) = plan(&running, config(|config| config.dns.ttl = 5)).unwrap();
         assert_eq!(wanted.dns.ttl, 5);
         assert_eq!(lines(&reload), ["dns.ttl: 30 -> 5"]);
 
         let refused = plan(
             &running,
-            &config(|config| {
+            config(|config| {
                 config.dns.ttl = 5;
                 config.plane.max_services = 7;
             }),
@@ -120,15 +119,15 @@ mod tests {
         ];
         assert_eq!(lines(&refused.unwrap_err()), expected);
 
-        let (_, reload) = plan(&running, &config(|_| {})).unwrap();
+        let (_, reload) = plan(&running, config(|_| {})).unwrap();
         assert_eq!(lines(&reload), ["nothing differs"]);
     }
 
     #[test]
     fn a_faulty_configuration_is_told_in_full() {
         let problem = |what: &str| Problem { place: None, key: None, what: what.into() };
-        let read = || Err(ConfigErrors(vec![problem("one"), problem("two")]));
-        let reload = plan(&Config::default(), &read).unwrap_err();
+        let faulty = Err(ConfigErrors(vec![problem("one"), problem("two")]));
+        let reload = plan(&Config::default(), faulty).unwrap_err();
         assert_eq!(lines(&reload), ["one", "two", "nothing was changed"]);
         assert!(!reload.ok && reload.problems.len() == 2);
     }

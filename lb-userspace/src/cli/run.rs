@@ -1,8 +1,8 @@
 //! `nohop run`: the daemon. It brings the parts up, leads each catalog to the kernel and then to the
 //! readers, and takes the parts down again.
 
-use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
@@ -10,20 +10,22 @@ use aya_log::EbpfLogger;
 use rustix::event::{PollFd, PollFlags};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, watch};
-use tokio::task::AbortHandle;
+use tokio::task::{AbortHandle, JoinHandle};
 use tokio::time::{Instant, Interval, MissedTickBehavior};
 
+use super::holdback::Holdback;
 use super::metrics::PROPAGATION_BUCKETS;
 use super::reload::{self, Request};
 use super::view::DaemonView;
-use super::way_out::WayOut;
+use super::way_out::{OffFile, WayOut};
 use crate::admin::api;
 use crate::admin::exposition::Histogram;
 use crate::catalog::resolve::Resolver;
 use crate::catalog::{Demand, Edition};
-use crate::config::{Config, OnExit, cgroup};
+use crate::config::{Config, ConfigErrors, OnExit, Problem, cgroup};
 use crate::plane::{Mode, Options, Plane, Reports, SharedPlane, route};
-use crate::table::vips::{Book, Page, PoolUse, Vips};
+use crate::table::book::{Book, Written};
+use crate::table::vips::{PoolUse, Pools, Vips};
 use crate::table::{Builder, Diff, Table, diff};
 use crate::{admin, catalog, dns};
 
@@ -42,6 +44,12 @@ const USAGE_TICK: Duration = Duration::from_secs(60);
 /// How often names that couldn't have an address are tried again: addresses come free a day after
 /// they were given up.
 const REJECTED_TICK: Duration = Duration::from_secs(60 * 60);
+
+/// How long the start waits for the book of VIPs to be read.
+const BOOK_PATIENCE: Duration = Duration::from_secs(2);
+
+/// How long a stop waits for the book of VIPs to be written.
+const LAST_WRITE: Duration = Duration::from_millis(200);
 
 /// The reloads that may wait for their turn.
 const MAX_RELOADS: usize = 8;
@@ -74,6 +82,9 @@ async fn daemon(config: Config, read: reload::Read) -> anyhow::Result<()> {
     outcome
 }
 
+/// What was read for a reload.
+type Wanted = Result<Config, ConfigErrors>;
+
 /// The parts, and what leads from one to the next.
 struct Daemon {
     config: Config,
@@ -84,11 +95,18 @@ struct Daemon {
     resolver: Resolver,
     tag: watch::Sender<String>,
     builder: Builder,
-    book: Arc<Book>,
+    book: Arc<Mutex<Book>>,
+    written: watch::Receiver<Written>,
+    /// The last table that was built; DNS may lack it for a moment.
+    latest: Arc<Table>,
+    holdback: Holdback,
     pool: watch::Sender<PoolUse>,
     propagation: Arc<Mutex<Histogram>>,
     plane: Arc<SharedPlane>,
     way_out: WayOut,
+    off_file: OffFile,
+    /// The configuration that is being read, and who wants to know what becomes of it.
+    reading: Option<(JoinHandle<Wanted>, Option<Request>)>,
     table: watch::Sender<Arc<Table>>,
     attached: watch::Sender<bool>,
     generation: watch::Sender<u64>,
@@ -107,13 +125,13 @@ impl Daemon {
         let dns_addresses = dns_sockets.addresses().to_vec();
 
         let vips_path = config.state_dir.join("vips.json");
-        let mut vips = Vips::read(&vips_path, (&config.vip).into())?;
-        let book = Arc::new(Book::new(&vips_path));
-        book.write(&vips.page())?;
+        let mut vips = read_book(&vips_path, (&config.vip).into()).await;
+        let book = Book::start(&vips_path).context("can't start a thread")?;
         for pool in config.vip.pools() {
             route::add_unreachable(pool).await?;
         }
-        let mut way_out = WayOut::new(&config);
+        let off_file = OffFile::watch(&config).await.context("can't start a thread")?;
+        let mut way_out = WayOut::new(&config, off_file.is_there());
         let is_shadow = way_out.mode(false) != Mode::Translate;
         // Nothing after this fails, but for want of threads or file descriptors: then what is attached
         // stays, as after a crash.
@@ -151,6 +169,8 @@ impl Daemon {
         let (reloads_out, reloads) = mpsc::channel(MAX_RELOADS);
         let (tag_out, tag) = watch::channel(config.catalog.tag.clone());
         let (pool_out, pool) = watch::channel(vips.pool_use(SystemTime::now()));
+        let written = book.written();
+        let book = Arc::new(Mutex::new(book));
         let propagation = Arc::new(Mutex::new(Histogram::new(&PROPAGATION_BUCKETS)));
         let demand = source.demand.clone();
         let (dns, vip) = (&config.dns, &config.vip);
@@ -171,6 +191,7 @@ impl Daemon {
             stats: source.stats.clone(),
             tag,
             pool,
+            book: book.clone(),
             propagation: propagation.clone(),
             generation,
             reloads: reloads_out,
@@ -194,10 +215,15 @@ impl Daemon {
             tag: tag_out,
             builder,
             book,
+            written,
+            latest: Arc::default(),
+            holdback: Holdback::default(),
             pool: pool_out,
             propagation,
             plane,
             way_out,
+            off_file,
+            reading: None,
             table: table_out,
             attached: attached_out,
             generation: generation_out,
@@ -231,12 +257,30 @@ impl Daemon {
                     self.builder.set_hosts(hosts);
                     tokio::task::block_in_place(|| self.take_again());
                 }
-                Some(request) = self.reloads.recv() => {
-                    let reload = self.reload().await;
-                    // Whoever asked may have gone.
-                    let _ = request.send(reload);
+                Some(request) = self.reloads.recv(), if self.reading.is_none() => {
+                    self.read_again(Some(request));
                 }
-                _ = signals.hangup.recv() => drop(self.reload().await),
+                _ = signals.hangup.recv(), if self.reading.is_none() => self.read_again(None),
+                (wanted, request) = read(&mut self.reading) => {
+                    let reload = self.reload(wanted).await;
+                    if let Some(request) = request {
+                        // The client may have gone.
+                        let _ = request.send(reload);
+                    }
+                }
+                Ok(()) = self.written.changed() => {
+                    let edition = self.written.borrow_and_update().edition;
+                    let table = self.holdback.acknowledge(edition);
+                    self.publish(table);
+                }
+                () = until(self.holdback.due()) => {
+                    let table = self.holdback.expire(std::time::Instant::now());
+                    self.publish(table);
+                }
+                () = self.off_file.changed() => {
+                    self.way_out.see_file(self.off_file.is_there());
+                    self.decide_mode();
+                }
                 Ok(()) = self.source.off.changed() => self.decide_mode(),
                 Ok(()) = self.source.hopeless.changed() => {
                     anyhow::bail!("discovery hung again and again, so another process has to try")
@@ -265,29 +309,39 @@ impl Daemon {
         }
     }
 
-    /// Leads a catalog to the kernel and then to the readers: the kernel knows a name before DNS
-    /// tells it to anybody, and so does the book of VIPs. The book comes second, because a change of
-    /// other services must not wait for the disk; should the daemon end in between, the next one
-    /// finds the name in the maps, or nobody was told of it.
+    /// Leads a catalog to the kernel, and then to the readers: the kernel knows a name before DNS
+    /// answers it, and so does the file of the book of VIPs, as far as its disk is fast enough (see
+    /// [`Holdback`]). Nothing here waits for a disk.
     fn take(&mut self, edition: &Edition) {
         // It has said by now whether anything is to be translated.
         self.way_out.hear();
         self.decide_mode();
-        let last = self.table.borrow().clone();
+        let last = self.latest.clone();
         let Some(next) = self.builder.next(&last, &edition.catalog, SystemTime::now()) else {
             return;
         };
         self.resolver.want(self.builder.hostnames());
         self.plane.apply(&next.table);
         let took = edition.heard_at.elapsed().as_secs_f64();
-        self.propagation.lock().unwrap_or_else(PoisonError::into_inner).observe(took);
+        lock(&self.propagation).observe(took);
         if next.vips_given {
-            write(&self.book, &self.builder.vips().page());
+            self.keep_book();
         }
         log_change(&last, &next.table);
-        let generation = next.table.generation;
-        self.table.send_replace(next.table);
-        self.generation.send_replace(generation);
+        self.latest = next.table.clone();
+        let (given, written) = (self.builder.vips().given(), self.written.borrow().edition);
+        let now = std::time::Instant::now();
+        let table = self.holdback.offer(next.table, given, written, now);
+        self.publish(table);
+    }
+
+    /// Has DNS and the admin interface go by a table.
+    fn publish(&self, table: Option<Arc<Table>>) {
+        if let Some(table) = table {
+            let generation = table.generation;
+            self.table.send_replace(table);
+            self.generation.send_replace(generation);
+        }
     }
 
     /// Leads the last catalog through once more, since something beside it has changed just now.
@@ -298,16 +352,21 @@ impl Daemon {
         }
     }
 
-    /// Reads the configuration again, and takes over what differs: all of it, or nothing.
-    async fn reload(&mut self) -> api::Reload {
-        let reload = self.try_reload().await.unwrap_or_else(|refused| refused);
+    /// Has the configuration read again, while the daemon goes on: files may take their time.
+    fn read_again(&mut self, request: Option<Request>) {
+        let read = self.read.clone();
+        self.reading = Some((tokio::task::spawn_blocking(move || read()), request));
+    }
+
+    /// Takes over what differs in the configuration that was read: all of it, or nothing.
+    async fn reload(&mut self, wanted: Wanted) -> api::Reload {
+        let reload = self.try_reload(wanted).await.unwrap_or_else(|refused| refused);
         reload::log(&reload);
         reload
     }
 
-    async fn try_reload(&mut self) -> Result<api::Reload, api::Reload> {
-        let (config, reload) =
-            tokio::task::block_in_place(|| reload::plan(&self.config, &self.read))?;
+    async fn try_reload(&mut self, wanted: Wanted) -> Result<api::Reload, api::Reload> {
+        let (config, reload) = reload::plan(&self.config, wanted)?;
         let last = std::mem::replace(&mut self.config, config);
         // A source that can't start keeps everything as it was, so it comes first.
         if (&last.catalog, &last.consul) != (&self.config.catalog, &self.config.consul) {
@@ -354,13 +413,11 @@ impl Daemon {
         if !self.plane.look_after() {
             self.attached.send_replace(false);
         }
-        self.way_out.look();
         self.decide_mode();
         self.pool.send_replace(self.builder.vips().pool_use(SystemTime::now()));
         self.keep_book();
         if self.plane.is_behind() {
-            let last = self.table.borrow().clone();
-            self.plane.apply(&last);
+            self.plane.apply(&self.latest);
         }
     }
 
@@ -383,18 +440,26 @@ impl Daemon {
         self.plane.set_route_problems(problems);
     }
 
-    /// Writes the book of VIPs where it lacks something, while the daemon goes on.
+    /// Has the book of VIPs written where its file lacks something.
     fn keep_book(&self) {
-        if self.book.lacks(self.builder.vips().edition()) {
-            let (book, page) = (self.book.clone(), self.builder.vips().page());
-            tokio::task::spawn_blocking(move || write(&book, &page));
+        let vips = self.builder.vips();
+        let mut book = lock(&self.book);
+        if book.lacks(vips.edition()) {
+            book.submit(vips.page());
         }
     }
 
     /// Takes the parts down, and the kernel side where the configuration wants that.
-    async fn stop(self) {
+    async fn stop(mut self) {
         self.admin.abort();
-        tokio::join!(self.source.stop(), self.dns.stop());
+        self.keep_book();
+        let edition = self.builder.vips().edition();
+        let is_written = self.written.wait_for(|written| written.edition >= edition);
+        let written = tokio::time::timeout(LAST_WRITE, is_written);
+        let (written, ..) = tokio::join!(written, self.source.stop(), self.dns.stop());
+        if written.is_err() {
+            tracing::warn!("stopping before the book of VIPs is written: its disk doesn't answer");
+        }
         // The view may be alive in a request that is being answered, so the plane is taken apart
         // in place.
         let scope = self.scope.display();
@@ -411,10 +476,47 @@ impl Daemon {
     }
 }
 
-fn write(book: &Book, page: &Page) {
-    if let Err(error) = book.write(page) {
-        tracing::error!("{error}; until it is mended, a restart may change addresses");
+/// The book that an earlier run wrote. Where it can't be read, or the disk doesn't answer, the daemon
+/// starts all the same: the kernel's maps know the addresses that are in use, and names that need one
+/// find most again by their hash.
+async fn read_book(path: &Path, pools: Pools) -> Vips {
+    let file = path.to_owned();
+    let reading = tokio::task::spawn_blocking(move || Vips::read(&file, pools));
+    let problem = match tokio::time::timeout(BOOK_PATIENCE, reading).await {
+        Ok(Ok(Ok(vips))) => return vips,
+        Ok(Ok(Err(error))) => error.to_string(),
+        Ok(Err(error)) => error.to_string(),
+        Err(_) => format!("can't read {}: the disk doesn't answer", path.display()),
+    };
+    tracing::error!("{problem}; names that the kernel doesn't know may get other addresses");
+    Vips::unwritten(pools)
+}
+
+/// The configuration, once it was read, and who wants to know what becomes of it; never, while none
+/// is being read.
+async fn read(
+    reading: &mut Option<(JoinHandle<Wanted>, Option<Request>)>,
+) -> (Wanted, Option<Request>) {
+    let Some((task, _)) = reading else { return std::future::pending().await };
+    let wanted = task.await.unwrap_or_else(|error| {
+        let what = format!("reading the configuration failed: {error}");
+        Err(ConfigErrors(vec![Problem { place: None, key: None, what }]))
+    });
+    let request = reading.take().and_then(|(_, request)| request);
+    (wanted, request)
+}
+
+/// Waits until a moment; for ever without one.
+async fn until(moment: Option<std::time::Instant>) {
+    match moment {
+        Some(moment) => tokio::time::sleep_until(moment.into()).await,
+        None => std::future::pending().await,
     }
+}
+
+/// A panic while it was locked leaves what is in it consistent.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Ticks from `after` on; one that comes late delays those that follow.

@@ -6,15 +6,16 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::dial;
 use super::metrics::{Readings, exposition};
 use super::reload::{self, Request};
+use super::{dial, log};
 use crate::admin::exposition::Histogram;
 use crate::admin::{View, api};
 use crate::catalog::{self, Health, Watches};
 use crate::config::Unrouted;
 use crate::dns::{self, Inquirer};
 use crate::plane::{COUNTERS, Counters, Indices, Mode, SharedPlane};
+use crate::table::book::Book;
 use crate::table::vips::PoolUse;
 use crate::table::{Service, Table, Watch};
 
@@ -31,6 +32,7 @@ pub struct DaemonView {
     pub(super) stats: Arc<catalog::Stats>,
     pub(super) tag: watch::Receiver<String>,
     pub(super) pool: watch::Receiver<PoolUse>,
+    pub(super) book: Arc<Mutex<Book>>,
     pub(super) propagation: Arc<Mutex<Histogram>>,
     pub(super) generation: watch::Receiver<u64>,
     pub(super) reloads: mpsc::Sender<Request>,
@@ -47,6 +49,8 @@ impl View for DaemonView {
         }
         problems.extend(hooks.problems);
         problems.extend(self.inquirer.problems());
+        problems.extend(self.book.lock().unwrap_or_else(PoisonError::into_inner).problem());
+        problems.extend(dropped(log::n_dropped()));
         let errors = self.plane.errors();
         problems.extend(refused(&errors));
         let n_rejected = table.rejected.len();
@@ -217,6 +221,13 @@ fn watch_status(watches: &Watches) -> api::WatchStatus {
         requests_per_hour: watches.budget_requests,
         bytes_per_hour: watches.budget_bytes,
     }
+}
+
+/// That lines of the log were lost.
+fn dropped(n_dropped: u64) -> Option<String> {
+    let what = "lines of the log were dropped since the start: stderr isn't read fast enough, see \
+                the journal's or the pipe's reader";
+    (n_dropped > 0).then(|| format!("{n_dropped} {what}"))
 }
 
 /// The services that the kernel doesn't have as the table wants them: one problem for each, or one

@@ -1,10 +1,74 @@
 //! The way out: what has dials only counted, so that every application dials as it would without
 //! nohop.
 
+use std::io;
 use std::path::PathBuf;
+use std::time::Duration;
+
+use tokio::sync::watch;
 
 use crate::config::Config;
 use crate::plane::Mode;
+
+/// How often the file is looked for.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// How long the start waits for the first look: a disk that doesn't answer keeps no daemon down.
+const FIRST_LOOK: Duration = Duration::from_secs(2);
+
+/// Whether the file is there, as a thread of its own sees it: on a disk that stalls, looking takes as
+/// long as the disk does.
+#[derive(Debug)]
+pub struct OffFile(watch::Receiver<Option<bool>>);
+
+impl OffFile {
+    /// Starts to look, and waits for the first look, but no longer than 2 s.
+    ///
+    /// # Errors
+    /// When there is no thread to be had.
+    pub async fn watch(config: &Config) -> io::Result<OffFile> {
+        let path = path(config);
+        OffFile::watch_with(LOOK, FIRST_LOOK, move || path.try_exists().ok()).await
+    }
+
+    async fn watch_with(
+        period: Duration,
+        patience: Duration,
+        look: impl Fn() -> Option<bool> + Send + 'static,
+    ) -> io::Result<OffFile> {
+        let (out, mut seen) = watch::channel(None);
+        let work = move || {
+            while !out.is_closed() {
+                // Where it can't be told, what was seen last counts.
+                if let Some(is_there) = look() {
+                    out.send_if_modified(|seen| seen.replace(is_there) != Some(is_there));
+                }
+                std::thread::sleep(period);
+            }
+        };
+        std::thread::Builder::new().name("off-file".into()).spawn(work)?;
+        if tokio::time::timeout(patience, seen.wait_for(Option::is_some)).await.is_err() {
+            tracing::error!("the state directory's disk doesn't answer: starting without it");
+        }
+        Ok(OffFile(seen))
+    }
+
+    /// Waits for the file to come or go.
+    pub async fn changed(&mut self) {
+        if self.0.changed().await.is_err() {
+            std::future::pending().await
+        }
+    }
+
+    /// Whether it is there.
+    pub fn is_there(&self) -> bool {
+        self.0.borrow().unwrap_or(false)
+    }
+}
+
+fn path(config: &Config) -> PathBuf {
+    config.state_dir.join("off")
+}
 
 /// All that can say that nothing is to be translated, but for the source. One of them is enough.
 #[derive(Debug)]
@@ -19,17 +83,10 @@ pub struct WayOut {
 }
 
 impl WayOut {
-    /// Looks for the file once.
-    pub fn new(config: &Config) -> WayOut {
-        let file = config.state_dir.join("off");
-        let mut way_out = WayOut {
-            is_configured: config.shadow,
-            file,
-            is_file_there: false,
-            is_inherited: false,
-        };
-        way_out.look();
-        way_out
+    /// What the configuration says, and whether the file is there.
+    pub fn new(config: &Config, is_file_there: bool) -> WayOut {
+        let (file, is_configured) = (path(config), config.shadow);
+        WayOut { is_configured, file, is_file_there, is_inherited: false }
     }
 
     /// Takes what the configuration says now.
@@ -37,9 +94,9 @@ impl WayOut {
         self.is_configured = shadow;
     }
 
-    /// Looks for the file. Where that can't be told, what was seen last counts.
-    pub fn look(&mut self) {
-        self.is_file_there = self.file.try_exists().unwrap_or(self.is_file_there);
+    /// Takes whether the file is there.
+    pub fn see_file(&mut self, is_there: bool) {
+        self.is_file_there = is_there;
     }
 
     /// Takes it that an earlier daemon left dials only counted, until the source was heard.
@@ -82,6 +139,9 @@ impl WayOut {
 mod tests {
     use super::*;
 
+    const SHORT: Duration = Duration::from_millis(1);
+    const LONG: Duration = Duration::from_secs(60);
+
     #[test]
     fn any_reason_is_enough_and_each_is_named() {
         let cases: [(bool, bool, bool, bool, &[&str]); 6] = [
@@ -106,24 +166,45 @@ mod tests {
         }
     }
 
-    #[test]
-    fn the_file_is_looked_for() {
+    #[tokio::test]
+    async fn the_file_is_looked_for() {
         let dir = tempfile::tempdir().unwrap();
         let config = Config { state_dir: dir.path().into(), ..Config::default() };
-        let mut way_out = WayOut::new(&config);
+        let path = path(&config);
+        let look = {
+            let path = path.clone();
+            move || path.try_exists().ok()
+        };
+        let mut file = OffFile::watch_with(SHORT, LONG, look).await.unwrap();
+        let mut way_out = WayOut::new(&config, file.is_there());
         assert_eq!(way_out.mode(false), Mode::Translate);
-        std::fs::write(dir.path().join("off"), "").unwrap();
-        assert_ne!(WayOut::new(&config).mode(false), Mode::Translate);
-        way_out.look();
+        std::fs::write(&path, "").unwrap();
+        file.changed().await;
+        way_out.see_file(file.is_there());
         assert_ne!(way_out.mode(false), Mode::Translate);
-        std::fs::remove_file(dir.path().join("off")).unwrap();
-        way_out.look();
+        let again = OffFile::watch(&config).await.unwrap();
+        assert_ne!(WayOut::new(&config, again.is_there()).mode(false), Mode::Translate);
+        std::fs::remove_file(&path).unwrap();
+        file.changed().await;
+        way_out.see_file(file.is_there());
         assert_eq!(way_out.mode(false), Mode::Translate);
+    }
+
+    #[tokio::test]
+    async fn a_disk_that_does_not_answer_keeps_no_daemon_down() {
+        let (hold, held) = std::sync::mpsc::channel::<()>();
+        let look = move || {
+            let _ = held.recv();
+            None
+        };
+        let file = OffFile::watch_with(SHORT, SHORT, look).await.unwrap();
+        assert!(!file.is_there());
+        drop(hold);
     }
 
     #[test]
     fn what_was_inherited_holds_until_the_source_was_heard() {
-        let mut way_out = WayOut::new(&Config::default());
+        let mut way_out = WayOut::new(&Config::default(), false);
         way_out.inherit();
         assert_ne!(way_out.mode(false), Mode::Translate);
         way_out.hear();

@@ -4,6 +4,7 @@
 //! judges each instance, gives each name its VIP, and shares what didn't change with the table
 //! before.
 
+pub mod book;
 mod build;
 mod dialled;
 mod diff;

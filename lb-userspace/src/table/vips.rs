@@ -5,10 +5,10 @@
 //! directory before an address is used.
 
 use std::collections::{BTreeMap, HashMap};
-use std::io::{self, Write};
+use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
@@ -22,6 +22,11 @@ pub const REST: Duration = Duration::from_secs(24 * 60 * 60);
 /// How long the book knows a name that gave its address up: many times what a service is away for,
 /// so that one that comes back has the address that it had.
 const FORGOTTEN: Duration = Duration::from_secs(30 * 24 * 60 * 60);
+
+/// The most names that gave their addresses up and that the book knows, those of the last
+/// [`REST`] not among them: a site that makes up thousands of names a day would have a book of
+/// megabytes else, which is written as a whole for each new name.
+const MAX_RELEASED: usize = 16_384;
 
 /// Why a name has no address.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -51,6 +56,13 @@ pub struct BookError {
     source: io::Error,
 }
 
+impl BookError {
+    /// That the file at `path` can't be written.
+    pub(super) fn write(path: &Path, source: io::Error) -> BookError {
+        BookError { action: "write", path: path.to_owned(), source }
+    }
+}
+
 /// The book as it is written, at one edition.
 #[derive(Debug)]
 pub struct Page {
@@ -58,47 +70,21 @@ pub struct Page {
     text: Vec<u8>,
 }
 
-/// The file that the book is written to.
-#[derive(Debug)]
-pub struct Book {
-    path: PathBuf,
-    /// The edition in the file; `None` while it isn't known.
-    written: Mutex<Option<u64>>,
-}
-
-impl Book {
-    /// The book in this file, of which nothing is known yet.
-    pub fn new(path: &Path) -> Book {
-        Book { path: path.into(), written: Mutex::default() }
+impl Page {
+    /// This text, at this edition.
+    #[cfg(test)]
+    pub(super) fn new(edition: u64, text: Vec<u8>) -> Page {
+        Page { edition, text }
     }
 
-    /// Whether the file lacks this edition.
-    pub fn lacks(&self, edition: u64) -> bool {
-        self.written().is_none_or(|written| written < edition)
+    /// Its edition, as [`Vips::edition`].
+    pub fn edition(&self) -> u64 {
+        self.edition
     }
 
-    /// Writes a page: whole, or not at all, and not over a later one.
-    ///
-    /// # Errors
-    /// When the directory can't be written to.
-    pub fn write(&self, page: &Page) -> Result<(), BookError> {
-        let mut written = self.written();
-        if written.is_some_and(|written| written >= page.edition) {
-            return Ok(());
-        }
-        let error = |source| BookError { action: "write", path: self.path.clone(), source };
-        let directory = self.path.parent().unwrap_or(Path::new("."));
-        std::fs::create_dir_all(directory).map_err(error)?;
-        let mut file = tempfile::NamedTempFile::new_in(directory).map_err(error)?;
-        file.write_all(&page.text).map_err(error)?;
-        file.as_file().sync_all().map_err(error)?;
-        file.persist(&self.path).map_err(|problem| error(problem.error))?;
-        *written = Some(page.edition);
-        Ok(())
-    }
-
-    fn written(&self) -> MutexGuard<'_, Option<u64>> {
-        self.written.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The file's contents.
+    pub fn text(&self) -> &[u8] {
+        &self.text
     }
 }
 
@@ -201,32 +187,35 @@ impl Vips {
         Vips { pools, names: BTreeMap::new(), holders: HashMap::new(), edition: 0, given: 0 }
     }
 
+    /// An empty book that has to be written.
+    pub fn unwritten(pools: Pools) -> Vips {
+        Vips { edition: 1, ..Vips::new(pools) }
+    }
+
     /// Reads the book that an earlier run wrote. There being none is fine; one that can't be
     /// understood is set aside under another name, and the hash finds most addresses again.
-    /// Addresses that aren't in their pool any more are dropped.
+    /// Addresses that aren't in their pool any more are dropped. The edition is 0 where the file has
+    /// the whole book, else 1.
     ///
     /// # Errors
     /// When the file is there and can't be read.
     pub fn read(path: &Path, pools: Pools) -> Result<Vips, BookError> {
-        let error = |action| move |source| BookError { action, path: path.into(), source };
-        let mut vips = Vips::new(pools);
+        let unwritten = || Vips::unwritten(pools);
         let text = match std::fs::read(path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(vips),
-            result => result.map_err(error("read"))?,
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(unwritten()),
+            Err(source) => return Err(BookError { action: "read", path: path.into(), source }),
         };
-        match Vips::parse(&text, pools) {
-            Ok(book) => vips = book,
-            Err(problem) => {
-                let aside = path.with_extension("corrupt");
-                std::fs::rename(path, &aside).map_err(error("set aside"))?;
-                tracing::warn!(
-                    "{} can't be understood ({problem}): set aside as {}; addresses are found anew",
-                    path.display(),
-                    aside.display()
-                );
-            }
-        }
-        Ok(vips)
+        Vips::parse(&text, pools).or_else(|problem| {
+            let aside = path.with_extension("corrupt");
+            let what = match std::fs::rename(path, &aside) {
+                Ok(()) => format!("set aside as {}", aside.display()),
+                Err(error) => format!("it can't be set aside either ({error})"),
+            };
+            let path = path.display();
+            tracing::warn!("{path} can't be parsed ({problem}): {what}; VIPs are allocated again");
+            Ok(unwritten())
+        })
     }
 
     /// The book in a file's text.
@@ -267,6 +256,8 @@ impl Vips {
         });
         if let (Some(vip), false) = (vip, self.names.contains_key(name)) {
             self.admit(name.clone(), Entry { vip, vip6, released: None });
+            // The file lacks it.
+            self.edition += u64::from(self.names.contains_key(name));
         }
     }
 
@@ -334,14 +325,24 @@ impl Vips {
         }
     }
 
-    /// Forgets the names that gave their addresses up longer ago than [`FORGOTTEN`]; else a site that
-    /// makes up new names would have a book that only grows.
+    /// Forgets the names that gave their addresses up longer ago than [`FORGOTTEN`], and of those
+    /// that did longer ago than [`REST`] all but the last [`MAX_RELEASED`]; else a site that makes up
+    /// new names would have a book that only grows.
     pub fn forget(&mut self, now: SystemTime) {
+        let since = |released: SystemTime| now.duration_since(released).unwrap_or_default();
+        let mut ages: Vec<Duration> =
+            self.names.values().filter_map(|entry| entry.released.map(since)).collect();
+        ages.retain(|age| *age >= REST);
+        let limit = if ages.len() > MAX_RELEASED {
+            let (_, age, _) = ages.select_nth_unstable(MAX_RELEASED);
+            (*age).min(FORGOTTEN)
+        } else {
+            FORGOTTEN
+        };
         let holders = &mut self.holders;
         let n_before = self.names.len();
         self.names.retain(|_, entry| {
-            let since = entry.released.map(|at| now.duration_since(at).unwrap_or_default());
-            let stays = since.is_none_or(|since| since < FORGOTTEN);
+            let stays = entry.released.is_none_or(|released| since(released) < limit);
             if !stays {
                 holders.remove(&entry.vip.into());
                 entry.vip6.and_then(|vip6| holders.remove(&vip6.into()));
@@ -458,6 +459,7 @@ fn fnv1a(bytes: &[u8]) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::durable;
     use proptest::prelude::*;
 
     const EPOCH: SystemTime = SystemTime::UNIX_EPOCH;
@@ -560,17 +562,14 @@ mod tests {
         let given = vips.given();
         vips.release("db", EPOCH);
         assert!(vips.given() == given && vips.edition() > given);
-        let book = Book::new(&path);
-        book.write(&vips.page()).unwrap();
-        assert!(!book.lacks(vips.edition()) && book.lacks(vips.edition() + 1));
-        book.write(&Page { edition: given, text: "late".into() }).unwrap();
+        durable::replace(&path, vips.page().text()).unwrap();
         let read = Vips::read(&path, pool).unwrap();
         assert_eq!((&read.names, &read.holders), (&vips.names, &vips.holders));
         let elsewhere = Vips::read(&path, pools("127.64.0.0/16", None)).unwrap();
         assert_eq!(elsewhere.names.len(), 0, "addresses outside the pool are dropped");
 
         std::fs::write(&path, "{\"web\":").unwrap();
-        assert_eq!(Vips::read(&path, pool).unwrap(), Vips::new(pool));
+        assert_eq!(Vips::read(&path, pool).unwrap(), Vips { edition: 1, ..Vips::new(pool) });
         assert!(path.with_extension("corrupt").exists());
     }
 
@@ -594,6 +593,35 @@ mod tests {
     }
 
     #[test]
+    fn what_only_the_kernel_knew_is_written() {
+        let mut vips = vips("127.128.0.0/9");
+        vips.claim(&name("web"), &["127.128.0.9".parse().unwrap()]);
+        assert_eq!(vips.edition(), 1);
+        // What is known already, or is outside the pool, changes nothing.
+        vips.claim(&name("web"), &["127.128.0.10".parse().unwrap()]);
+        vips.claim(&name("db"), &["127.0.0.1".parse().unwrap()]);
+        assert_eq!(vips.edition(), 1);
+    }
+
+    #[test]
+    fn a_book_of_many_former_names_forgets_the_oldest_of_those_that_rested() {
+        let mut vips = vips("127.128.0.0/9");
+        let second = Duration::from_secs(1);
+        for nth in 0..MAX_RELEASED as u32 + 100 {
+            let each = name(&format!("preview-{nth}"));
+            vips.assign(&each, EPOCH).unwrap();
+            vips.release(&each, EPOCH + second * nth);
+        }
+        let last = EPOCH + second * (MAX_RELEASED as u32 + 99);
+        vips.forget(last);
+        assert_eq!(vips.names.len(), MAX_RELEASED + 100, "none has rested for a day");
+        vips.forget(last + REST);
+        assert_eq!(vips.names.len(), MAX_RELEASED);
+        assert!(!vips.names.contains_key("preview-99") && vips.names.contains_key("preview-100"));
+        assert_eq!(vips.holders.len(), MAX_RELEASED);
+    }
+
+    #[test]
     fn ipv6_comes_to_an_old_book_and_stays_in_it_without_a_pool() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("vips.json");
@@ -602,7 +630,7 @@ mod tests {
             let mut vips = Vips::read(&path, pools("127.128.0.0/9", pool6)).unwrap();
             let vip = vips.assign(&name("web"), EPOCH).unwrap();
             assert_eq!(vip.v4, Ipv4Addr::new(127, 128, 0, 7));
-            Book::new(&path).write(&vips.page()).unwrap();
+            durable::replace(&path, vips.page().text()).unwrap();
             (vip.v6, vips.edition())
         };
         assert_eq!(assign(None), (None, 0));

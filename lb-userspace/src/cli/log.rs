@@ -1,0 +1,349 @@
+//! The log: lines go to stderr by a thread of their own, so that a pipe that isn't read, or a
+//! journal that stalls, holds up no other thread. What doesn't fit into the queue is counted.
+
+use std::collections::VecDeque;
+use std::ffi::OsStr;
+use std::io::{self, IsTerminal, Write};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
+
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::LevelFilter;
+use tracing_subscriber::fmt::MakeWriter;
+
+use super::args::LogFormat;
+use super::terminal;
+
+/// The most bytes that wait for stderr; what comes beyond them is dropped.
+const MAX_QUEUED: usize = 1 << 20;
+
+/// The longest line, in bytes; what is longer is cut off.
+const MAX_LINE: usize = 16 << 10;
+
+/// What stands for an event of JSON that is longer than that.
+const TOO_LONG: &str = r#"{"level":"WARN","fields":{"message":"a line too long was left out"}}"#;
+
+/// The filter where RUST_LOG names none.
+const DEFAULT_FILTER: &str = "info";
+
+/// The crates whose events can be asked for by name alone.
+const MODULES: [&str; 5] = ["aya", "hyper", "lb_userspace", "nohop", "rustls"];
+
+/// How long the end of the process waits for the lines that are left.
+const LAST_WAIT: Duration = Duration::from_millis(200);
+
+/// The queue of the daemon, once it logs.
+static QUEUE: OnceLock<Queue> = OnceLock::new();
+
+/// Lines on their way to stderr.
+#[derive(Clone, Debug, Default)]
+struct Queue(Arc<Shared>);
+
+#[derive(Debug, Default)]
+struct Shared {
+    lines: Mutex<Lines>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Lines {
+    lines: VecDeque<Vec<u8>>,
+    n_bytes: usize,
+    /// Lines that were dropped, since the start.
+    n_dropped: u64,
+    /// Those of them that the log itself doesn't say yet.
+    n_unreported: u64,
+    is_writing: bool,
+}
+
+impl Queue {
+    /// A queue and the thread that empties it into `out`.
+    fn start(mut out: impl Write + Send + 'static) -> io::Result<Queue> {
+        let queue = Queue::default();
+        let of_thread = queue.clone();
+        std::thread::Builder::new().name("log".into()).spawn(move || {
+            loop {
+                let line = of_thread.take();
+                // Nobody is left to be told of an error here.
+                let is_lost = out.write_all(&line).and_then(|()| out.flush()).is_err();
+                of_thread.wrote(is_lost);
+            }
+        })?;
+        Ok(queue)
+    }
+
+    /// Queues a line, or counts it where there is no room.
+    fn push(&self, line: &[u8]) {
+        let mut lines = self.lock();
+        if lines.n_bytes + line.len() > MAX_QUEUED {
+            lines.n_dropped += 1;
+            lines.n_unreported += 1;
+            return;
+        }
+        lines.n_bytes += line.len();
+        lines.lines.push_back(line.to_vec());
+        drop(lines);
+        self.0.changed.notify_all();
+    }
+
+    fn take(&self) -> Vec<u8> {
+        let waits = |lines: &mut Lines| lines.lines.is_empty();
+        let waited = self.0.changed.wait_while(self.lock(), waits);
+        let mut lines = waited.unwrap_or_else(PoisonError::into_inner);
+        let mut line = lines.lines.pop_front().unwrap_or_default();
+        lines.n_bytes -= line.len();
+        lines.is_writing = true;
+        let n_unreported = std::mem::take(&mut lines.n_unreported);
+        if n_unreported > 0 {
+            line.extend(
+                format!(
+                    "{n_unreported} lines of the log were dropped: stderr isn't read fast enough\n"
+                )
+                .into_bytes(),
+            );
+        }
+        line
+    }
+
+    fn wrote(&self, is_lost: bool) {
+        let mut lines = self.lock();
+        lines.is_writing = false;
+        lines.n_dropped += u64::from(is_lost);
+        drop(lines);
+        self.0.changed.notify_all();
+    }
+
+    /// Waits until all is written, but no longer than `limit`.
+    fn drain(&self, limit: Duration) {
+        let waits = |lines: &mut Lines| !lines.lines.is_empty() || lines.is_writing;
+        // Whether all was written or the time is over, the process ends.
+        let _ = self.0.changed.wait_timeout_while(self.lock(), limit, waits);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Lines> {
+        self.0.lines.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What lines look like, and so what in them is the subscriber's own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Style {
+    Plain,
+    /// With a terminal's sequences; the subscriber escapes those in what it is given.
+    Coloured,
+    Json,
+}
+
+/// Writes one event.
+struct Event<'a> {
+    queue: &'a Queue,
+    style: Style,
+}
+
+impl Write for Event<'_> {
+    /// The subscriber writes each event by one call.
+    fn write(&mut self, event: &[u8]) -> io::Result<usize> {
+        self.queue.push(line(event, self.style).as_bytes());
+        Ok(event.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// An event as one line: a line break from elsewhere would forge another.
+fn line(event: &[u8], style: Style) -> String {
+    let event = event.strip_suffix(b"\n").unwrap_or(event);
+    let is_cut = event.len() > MAX_LINE;
+    let text = String::from_utf8_lossy(&event[..event.len().min(MAX_LINE)]);
+    let mut line = match style {
+        Style::Plain => terminal::escape(&text),
+        Style::Coloured => terminal::escape_but_sequences(&text),
+        // A part of a document is none.
+        Style::Json if is_cut => TOO_LONG.to_owned(),
+        Style::Json => terminal::escape_json(&text),
+    };
+    line.push('\n');
+    line
+}
+
+struct Events {
+    queue: Queue,
+    style: Style,
+}
+
+impl<'a> MakeWriter<'a> for Events {
+    type Writer = Event<'a>;
+
+    fn make_writer(&'a self) -> Event<'a> {
+        Event { queue: &self.queue, style: self.style }
+    }
+}
+
+/// The filter in RUST_LOG, or the default and what is wrong with the variable. A bare word that is no
+/// level is read as a module by the library, and would silence everything else: `RUST_LOG=wran`.
+fn filter(variable: Option<&OsStr>) -> (EnvFilter, Option<String>) {
+    let default = || EnvFilter::new(DEFAULT_FILTER);
+    let Some(variable) = variable.filter(|value| !value.is_empty()) else {
+        return (default(), None);
+    };
+    let wrong = |what: String| {
+        let text = variable.to_string_lossy();
+        let complaint = format!(
+            "RUST_LOG: '{text}' is ignored ({what}): write a level (error, warn, info, debug, \
+             trace, off) or MODULE=LEVEL, separated by commas; logging at {DEFAULT_FILTER}"
+        );
+        (default(), Some(complaint))
+    };
+    let Some(text) = variable.to_str() else { return wrong("it isn't UTF-8".to_owned()) };
+    let is_level = |word: &str| word.parse::<LevelFilter>().is_ok();
+    let mut words = text.split(',').map(str::trim).filter(|word| !word.is_empty());
+    let stray = words.find(|word| {
+        let is_module = word.contains("::") || MODULES.contains(word);
+        !word.contains(['=', '[']) && !is_level(word) && !is_module
+    });
+    if let Some(stray) = stray {
+        return wrong(format!("{stray} is no level"));
+    }
+    EnvFilter::try_new(text).map_or_else(|error| wrong(error.to_string()), |filter| (filter, None))
+}
+
+/// Starts to log to stderr, by the filter in RUST_LOG. Where that can't be used, the log says so and
+/// is as without it.
+///
+/// # Errors
+/// When there is no thread to be had.
+pub fn start(format: LogFormat) -> io::Result<()> {
+    let (filter, complaint) = filter(std::env::var_os("RUST_LOG").as_deref());
+    let queue = Queue::start(io::stderr())?;
+    // A process logs once.
+    let _ = QUEUE.set(queue.clone());
+    let is_terminal = io::stderr().is_terminal();
+    let style = match (format, is_terminal) {
+        (LogFormat::Json, _) => Style::Json,
+        (LogFormat::Text, true) => Style::Coloured,
+        (LogFormat::Text, false) => Style::Plain,
+    };
+    let lines = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_target(false)
+        .with_ansi(is_terminal)
+        .with_writer(Events { queue, style });
+    match format {
+        LogFormat::Text => lines.init(),
+        LogFormat::Json => lines.json().init(),
+    }
+    // The default hook writes to stderr itself, and would wait for it.
+    std::panic::set_hook(Box::new(|panic| tracing::error!("{panic}")));
+    if let Some(complaint) = complaint {
+        tracing::warn!("{complaint}");
+    }
+    Ok(())
+}
+
+/// Prints a message of the process itself: by the queue once it logs, else directly.
+pub fn say(message: &str) {
+    match QUEUE.get() {
+        Some(queue) => queue.push(format!("{message}\n").as_bytes()),
+        None => eprintln!("{message}"),
+    }
+}
+
+/// The lines of the log that were dropped, since the start.
+pub fn n_dropped() -> u64 {
+    QUEUE.get().map_or(0, |queue| queue.lock().n_dropped)
+}
+
+/// Waits a moment for the lines that are left.
+pub fn drain() {
+    if let Some(queue) = QUEUE.get() {
+        queue.drain(LAST_WAIT);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    /// A stderr that takes one line whenever it is told to.
+    struct Stalled {
+        turns: mpsc::Receiver<()>,
+        out: mpsc::Sender<String>,
+    }
+
+    impl Write for Stalled {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.turns.recv().map_err(io::Error::other)?;
+            self.out.send(String::from_utf8_lossy(bytes).into_owned()).map_err(io::Error::other)?;
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_stderr_that_is_not_read_holds_nobody_up_and_what_is_lost_is_counted() {
+        let ((turn, turns), (out, written)) = (mpsc::channel(), mpsc::channel());
+        let queue = Queue::start(Stalled { turns, out }).unwrap();
+        let long = vec![b'x'; MAX_QUEUED / 8];
+        for _ in 0..20 {
+            queue.push(&long); // returns at once
+        }
+        // The thread may have taken one of them already.
+        let n_dropped = queue.lock().n_dropped;
+        assert!((11..=12).contains(&n_dropped), "{n_dropped}");
+        for _ in 0..2 {
+            turn.send(()).unwrap();
+        }
+        let lines: String = written.iter().take(2).collect();
+        assert!(lines.contains("lines of the log were dropped"), "it says so itself");
+        drop(turn);
+        queue.drain(Duration::from_secs(60));
+        assert!(queue.lock().lines.is_empty());
+    }
+
+    #[test]
+    fn an_event_is_one_line() {
+        let forged = "INFO web: \u{202e}a\n2026-01-01 ERROR b\u{1b}[2J\n".as_bytes();
+        let plain = line(forged, Style::Plain);
+        assert_eq!(plain, "INFO web: \\u{202e}a\\n2026-01-01 ERROR b\\u{1b}[2J\n");
+        let coloured = line("\u{1b}[32mINFO\u{1b}[0m a\nb\n".as_bytes(), Style::Coloured);
+        assert_eq!(coloured, "\u{1b}[32mINFO\u{1b}[0m a\\nb\n");
+        assert_eq!(line(b"{\"a\":\"b\\n\"}\n", Style::Json), "{\"a\":\"b\\n\"}\n");
+        let long = vec![b'x'; 2 * MAX_LINE];
+        assert_eq!(line(&long, Style::Plain).len(), MAX_LINE + 1);
+        serde_json::from_str::<serde_json::Value>(&line(&long, Style::Json)).unwrap();
+    }
+
+    #[test]
+    fn a_filter_that_cannot_be_used_is_named() {
+        let good = [
+            "info",
+            "DEBUG",
+            "warn,lb_userspace::dns=trace",
+            "off",
+            "nohop",
+            "hyper=info",
+            "0",
+            "",
+        ];
+        for text in good {
+            assert_eq!(filter(Some(OsStr::new(text))).1, None, "{text}");
+        }
+        assert_eq!(filter(None).1, None);
+        for text in ["wran", "info,debgu", "lb_userspace=loud", "[", "info;debug"] {
+            let (filter, complaint) = filter(Some(OsStr::new(text)));
+            let complaint = complaint.unwrap_or_else(|| panic!("{text} is taken"));
+            assert!(
+                complaint.starts_with(&format!("RUST_LOG: '{text}' is ignored")),
+                "{complaint}"
+            );
+            assert_eq!(filter.to_string(), DEFAULT_FILTER);
+        }
+    }
+}
