@@ -11,3 +11,4 @@ mod durable;
 pub mod fuzzing;
 pub mod plane;
 pub mod table;
+mod terminal;

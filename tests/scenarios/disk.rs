@@ -114,7 +114,8 @@ pub fn unread_log() -> Result<()> {
     let mut is_lost = false;
     for round in 0..400 {
         let backends = [if round % 2 == 0 { two.address } else { one.address }];
-        let mut services: Vec<_> = names.iter().map(|name| (name.as_str(), &backends[..])).collect();
+        let mut services: Vec<_> =
+            names.iter().map(|name| (name.as_str(), &backends[..])).collect();
         services.push(("web", &backends));
         catalog.set(&services)?;
         let expected = backends[0].to_string();

@@ -168,7 +168,7 @@ impl Nohop {
         let config_file = self.scratch.path().join("nohop.toml");
         let mut command = self.host.outside().command("sh");
         command.args([OsStr::new("-c"), OsStr::new(r#"exec "$1" run --config "$2" 2>"$3""#)]);
-        command.arg("sh").arg(&self.binary).arg(config_file).arg(stderr);
+        command.arg("sh").arg(run::built("nohop")?).arg(config_file).arg(stderr);
         command.env("RUST_LOG", "debug");
         self.process = Process::spawn("nohop", command)?;
         self.wait_until_listening(&inotify)?;

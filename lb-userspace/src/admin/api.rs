@@ -20,6 +20,10 @@ pub struct Status {
     pub pid: u32,
     /// The generation of the table in force.
     pub generation: u64,
+    /// The revision of this document, for `?after=`: it grows with every change of it but those of
+    /// ages and counts, also from one daemon to the next.
+    #[serde(default)]
+    pub revision: u64,
     /// Discovery.
     pub catalog: CatalogStatus,
     /// The number of services.

@@ -2,12 +2,20 @@
 
 use std::fs;
 use std::io::{self, ErrorKind};
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use tokio::net::{TcpListener, UnixListener};
 
 use crate::config::AdminAddress;
+
+/// Who may use the socket: root and its group.
+const MODE: u32 = 0o660;
+
+/// The connections that may wait to be accepted.
+const BACKLOG: i32 = 128;
 
 /// Why an address can't be listened on, with the mend.
 #[derive(Debug, thiserror::Error)]
@@ -97,9 +105,12 @@ fn bind_one(address: &AdminAddress) -> Result<Listener, BindError> {
         AdminAddress::Unix(path) => {
             make_directory(path)?;
             clear_stale(path, address)?;
-            let listener = std::os::unix::net::UnixListener::bind(path).map_err(refused)?;
+            let socket = bind_unix(path).map_err(refused)?;
             let file = SocketFile::new(path);
-            fs::set_permissions(path, fs::Permissions::from_mode(0o660)).map_err(refused)?;
+            fs::set_permissions(path, fs::Permissions::from_mode(MODE)).map_err(refused)?;
+            // Only now can anybody connect, and only those who may.
+            rustix::net::listen(&socket, BACKLOG).map_err(|error| refused(error.into()))?;
+            let listener = std::os::unix::net::UnixListener::from(socket);
             listener.set_nonblocking(true).map_err(refused)?;
             Ok(Listener::Unix(UnixListener::from_std(listener).map_err(refused)?, file))
         }
@@ -109,6 +120,25 @@ fn bind_one(address: &AdminAddress) -> Result<Listener, BindError> {
             Ok(Listener::Tcp(TcpListener::from_std(listener).map_err(refused)?))
         }
     }
+}
+
+/// Binds a socket to a path. Its file has at most the rights of [`MODE`] from the first moment: Linux
+/// gives it those of the socket's own inode, less the umask (unix_bind_bsd in net/unix/af_unix.c).
+fn bind_unix(path: &Path) -> io::Result<OwnedFd> {
+    use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, socket_with};
+    let flags = SocketFlags::CLOEXEC;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    rustix::fs::fchmod(&socket, rustix::fs::Mode::from_raw_mode(MODE))?;
+    bind(&socket, &SocketAddrUnix::new(path)?)?;
+    Ok(socket)
+}
+
+/// The addresses of TCP that others than this host may reach.
+pub fn exposed(addresses: &[AdminAddress]) -> impl Iterator<Item = SocketAddr> {
+    addresses.iter().filter_map(|address| match address {
+        AdminAddress::Tcp(address) if !address.ip().to_canonical().is_loopback() => Some(*address),
+        _ => None,
+    })
 }
 
 fn make_directory(path: &Path) -> Result<(), BindError> {
@@ -158,6 +188,37 @@ mod tests {
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o660);
         drop(listeners);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_socket_is_never_more_open_than_it_should_be() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("admin.sock");
+        let umask = rustix::process::umask(rustix::fs::Mode::empty());
+        let socket = bind_unix(&path);
+        rustix::process::umask(umask);
+        // Before anything was done about its rights, and not to be connected to yet.
+        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, MODE);
+        assert!(std::os::unix::net::UnixStream::connect(&path).is_err());
+        drop(socket.unwrap());
+    }
+
+    #[test]
+    fn what_others_may_reach_is_known() {
+        let table = [
+            ("unix:/run/nohop/admin.sock", false),
+            ("127.0.0.1:9153", false),
+            ("127.1.2.3:9153", false),
+            ("[::1]:9153", false),
+            ("[::ffff:127.0.0.1]:9153", false),
+            ("0.0.0.0:9153", true),
+            ("[::]:9153", true),
+            ("10.0.0.7:9153", true),
+        ];
+        for (address, expected) in table {
+            let addresses = [address.parse().unwrap()];
+            assert_eq!(exposed(&addresses).count() == 1, expected, "{address}");
+        }
     }
 
     #[tokio::test]

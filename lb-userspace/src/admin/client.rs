@@ -18,6 +18,9 @@ pub const DEFAULT_ADDRESS: &str = "unix:/run/nohop/admin.sock";
 /// How long the daemon may take over an answer.
 const TIME_LIMIT: Duration = Duration::from_secs(5);
 
+/// How long it may take over a change: a reload waits for files, and for Consul to let go.
+const CHANGE_LIMIT: Duration = Duration::from_secs(60);
+
 /// Why the daemon's word can't be had, with the mend.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
@@ -48,10 +51,24 @@ pub enum ClientError {
         address: AdminAddress,
     },
     /// It takes too long.
-    #[error("the daemon at {address} doesn't answer within {} s", TIME_LIMIT.as_secs())]
+    #[error("the daemon at {address} doesn't answer within {} s", limit.as_secs())]
     TimeLimit {
         /// The address.
         address: AdminAddress,
+        /// How long it had.
+        limit: Duration,
+    },
+    /// It takes too long, and may be at it still.
+    #[error(
+        "the daemon at {address} hasn't answered within {} s: it may still do what it was asked for; \
+         its log says what becomes of it",
+        limit.as_secs()
+    )]
+    UnknownOutcome {
+        /// The address.
+        address: AdminAddress,
+        /// How long it had.
+        limit: Duration,
     },
     /// The answer broke off.
     #[error("no answer comes from {address}: is it nohop that listens there?")]
@@ -83,6 +100,13 @@ pub enum ClientError {
     },
 }
 
+impl ClientError {
+    /// Whether it may be otherwise in a moment, as while a daemon starts.
+    pub fn may_pass(&self) -> bool {
+        !matches!(self, ClientError::Address { .. } | ClientError::Forbidden { .. })
+    }
+}
+
 /// The daemon's address: the flag `--admin`, else NOHOP_ADMIN, else [`DEFAULT_ADDRESS`].
 ///
 /// # Errors
@@ -109,27 +133,50 @@ pub async fn get<T: DeserializeOwned>(
     address: &AdminAddress,
     path: &str,
 ) -> Result<T, ClientError> {
-    document(address, Request::get(path)).await
+    get_within(address, path, TIME_LIMIT).await
+}
+
+/// As [`get`], with another limit than 5 s, for a request that waits.
+///
+/// # Errors
+/// As for [`get`].
+pub async fn get_within<T: DeserializeOwned>(
+    address: &AdminAddress,
+    path: &str,
+    limit: Duration,
+) -> Result<T, ClientError> {
+    let late = |address| ClientError::TimeLimit { address, limit };
+    document(address, Request::get(path), limit, late).await
 }
 
 /// Has something done, and reads the document that tells of it.
 ///
 /// # Errors
-/// As for [`get`].
+/// As for [`get`], but after a minute: then the daemon may still do it.
 pub async fn post<T: DeserializeOwned>(
     address: &AdminAddress,
     path: &str,
 ) -> Result<T, ClientError> {
-    document(address, Request::post(path)).await
+    post_within(address, path, CHANGE_LIMIT).await
+}
+
+async fn post_within<T: DeserializeOwned>(
+    address: &AdminAddress,
+    path: &str,
+    limit: Duration,
+) -> Result<T, ClientError> {
+    let late = |address| ClientError::UnknownOutcome { address, limit };
+    document(address, Request::post(path), limit, late).await
 }
 
 async fn document<T: DeserializeOwned>(
     address: &AdminAddress,
     request: request::Builder,
+    limit: Duration,
+    late: impl Fn(AdminAddress) -> ClientError,
 ) -> Result<T, ClientError> {
-    let limited = tokio::time::timeout(TIME_LIMIT, ask(address, request)).await;
-    let answer =
-        limited.map_err(|_| ClientError::TimeLimit { address: address.clone() }).flatten()?;
+    let limited = tokio::time::timeout(limit, ask(address, request)).await;
+    let answer = limited.map_err(|_| late(address.clone())).flatten()?;
     if answer.headers.get("content-type").is_none_or(|kind| kind != JSON) {
         return Err(ClientError::Refused {
             address: address.clone(),
@@ -148,10 +195,12 @@ async fn ask(address: &AdminAddress, request: request::Builder) -> Result<Answer
     };
     let answer = match address {
         AdminAddress::Unix(socket) => {
-            exchange(UnixStream::connect(socket).await.map_err(unreachable)?, request).await
+            exchange(UnixStream::connect(socket).await.map_err(unreachable)?, request, "nohop")
+                .await
         }
         AdminAddress::Tcp(address) => {
-            exchange(TcpStream::connect(address).await.map_err(unreachable)?, request).await
+            let stream = TcpStream::connect(address).await.map_err(unreachable)?;
+            exchange(stream, request, &address.to_string()).await
         }
     };
     answer.map_err(|source| ClientError::Exchange { address: address.clone(), source })
@@ -175,5 +224,19 @@ mod tests {
         }
         let error = find(None, &|_| Some("x".into())).unwrap_err().to_string();
         assert!(error.starts_with("NOHOP_ADMIN: 'x' is no address"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_change_that_takes_too_long_is_not_called_failed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("admin.sock");
+        // It accepts, and never answers.
+        let _listener = tokio::net::UnixListener::bind(&path).unwrap();
+        let (address, limit) = (AdminAddress::Unix(path), Duration::from_millis(1));
+        let late = post_within::<serde_json::Value>(&address, "/v1/reload", limit).await;
+        let late = late.unwrap_err().to_string();
+        assert!(late.contains("may still do what it was asked for"), "{late}");
+        let late = get_within::<serde_json::Value>(&address, "/v1/status", limit).await;
+        assert!(late.unwrap_err().to_string().contains("doesn't answer within"));
     }
 }

@@ -39,18 +39,17 @@ pub enum ExchangeError {
     Body(String),
 }
 
-/// Sends a request without a body and reads the answer to its end.
+/// Sends a request without a body to `host`, and reads the answer to its end.
 ///
 /// # Errors
 /// When the connection breaks before that.
 pub async fn exchange(
     stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
     request: request::Builder,
+    host: &str,
 ) -> Result<Answer, ExchangeError> {
-    let request = request
-        .header("host", "nohop")
-        .body(Empty::<Bytes>::new())
-        .map_err(ExchangeError::Request)?;
+    let request =
+        request.header("host", host).body(Empty::<Bytes>::new()).map_err(ExchangeError::Request)?;
     let (mut sender, connection) =
         http1::handshake(TokioIo::new(stream)).await.map_err(ExchangeError::Connection)?;
     let read = async move {

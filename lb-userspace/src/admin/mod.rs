@@ -3,10 +3,14 @@
 pub mod api;
 mod bind;
 pub mod client;
+mod documents;
 pub mod exposition;
 pub mod http;
+mod origin;
 mod route;
 mod server;
+mod slow;
 
-pub use bind::{BindError, Listener, bind};
+pub use bind::{BindError, Listener, bind, exposed};
+pub use documents::At;
 pub use server::{View, serve};

@@ -14,8 +14,9 @@ POST /v1/reload
 GET /metrics
 GET /healthz
 GET /readyz
-On the others of /v1: ?after=GENERATION answers once the table is past that generation, or after &wait=SECONDS \
-(60 by default, at most 600).
+GET answers HEAD, too. /v1/dns and POST are answered on the unix socket only. On the others of /v1,
+?after=REVISION (of X-Nohop-Revision, or of `revision` in the status) answers once anything has
+changed since, or after &wait=SECONDS (60 by default, at most 600; over TCP at most 60).
 ";
 
 /// How long `?after=` waits when `wait` doesn't say.
@@ -24,7 +25,7 @@ const DEFAULT_WAIT: Duration = Duration::from_secs(60);
 const MAX_WAIT_SECONDS: u64 = 600;
 
 /// What is asked for.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Route {
     Status,
     Services,
@@ -36,7 +37,16 @@ pub(super) enum Route {
     Ready,
 }
 
-/// When to answer: once the generation is greater, or when the time is over.
+impl Route {
+    /// Whether it does more than to show something: a lookup asks Consul and other resolvers, and is
+    /// answered whatever `dns.allow` says.
+    pub(super) fn has_effects(&self) -> bool {
+        matches!(self, Route::Reload | Route::LookUp { .. })
+    }
+}
+
+/// When to answer: once something has changed since a revision (see [`super::At::is_past`]), or when
+/// the time is over.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Wait {
     pub(super) after: u64,
@@ -47,9 +57,9 @@ pub(super) struct Wait {
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum RouteError {
     #[error("only {0} is answered here")]
-    Method(Method),
-    #[error("over TCP nothing can be changed: use the unix socket, or SIGHUP")]
-    ReadOnly,
+    Method(&'static str),
+    #[error("over TCP nothing is changed or looked up: use the unix socket")]
+    UnixOnly,
     #[error("no such path. What there is:\n{ROUTES}")]
     Path,
     #[error("{name}: '{value}' is wrong; {mend}")]
@@ -68,7 +78,7 @@ pub(super) fn route(
         "/v1/dns" if *method == Method::GET => {
             return Ok((look_up(query.unwrap_or_default())?, None));
         }
-        "/v1/dns" => return Err(RouteError::Method(Method::GET)),
+        "/v1/dns" => return Err(RouteError::Method("GET")),
         "/v1/reload" => Route::Reload,
         "/metrics" => Route::Metrics,
         "/healthz" => Route::Health,
@@ -78,8 +88,11 @@ pub(super) fn route(
             _ => return Err(RouteError::Path),
         },
     };
-    let allowed = if route == Route::Reload { Method::POST } else { Method::GET };
-    if *method != allowed {
+    let (is_allowed, allowed) = match route {
+        Route::Reload => (*method == Method::POST, "POST"),
+        _ => (*method == Method::GET || *method == Method::HEAD, "GET, HEAD"),
+    };
+    if !is_allowed {
         return Err(RouteError::Method(allowed));
     }
     if matches!(route, Route::Metrics) {
@@ -114,7 +127,7 @@ fn wait(query: &str) -> Result<Option<Wait>, RouteError> {
             |mend| RouteError::Query { name: name.to_owned(), value: value.to_owned(), mend };
         let number = value.parse::<u64>();
         match name {
-            "after" => after = Some(number.map_err(|_| wrong("write a generation"))?),
+            "after" => after = Some(number.map_err(|_| wrong("write a revision"))?),
             "wait" => match number {
                 Ok(seconds) if seconds <= MAX_WAIT_SECONDS => limit = Duration::from_secs(seconds),
                 _ => return Err(wrong("write seconds, 0 to 600")),
@@ -220,9 +233,11 @@ mod tests {
     #[test]
     fn each_path_has_one_method() {
         let only = |method| Err(RouteError::Method(method));
-        assert_eq!(route(&Method::POST, "/healthz", None), only(Method::GET));
-        assert_eq!(route(&Method::GET, "/v1/reload", None), only(Method::POST));
+        assert_eq!(route(&Method::POST, "/healthz", None), only("GET, HEAD"));
+        assert_eq!(route(&Method::GET, "/v1/reload", None), only("POST"));
         assert_eq!(route(&Method::POST, "/v1/reload", None), Ok((Route::Reload, None)));
+        assert_eq!(route(&Method::HEAD, "/metrics", None), Ok((Route::Metrics, None)));
+        assert_eq!(route(&Method::HEAD, "/v1/dns", Some("name=a")), only("GET"));
         assert_eq!(route(&Method::POST, "/nowhere", None), Err(RouteError::Path));
     }
 

@@ -8,7 +8,9 @@ use std::time::Duration;
 
 use http_body_util::Full;
 use hyper::body::{Bytes, Incoming};
-use hyper::header::{ALLOW, CONTENT_TYPE, HeaderValue};
+use hyper::header::{
+    ALLOW, CACHE_CONTROL, CONTENT_TYPE, HeaderValue, RETRY_AFTER, X_CONTENT_TYPE_OPTIONS,
+};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Request, Response, StatusCode};
@@ -20,11 +22,24 @@ use tokio::task::JoinSet;
 
 use super::api;
 use super::bind::Listener;
+use super::documents::{At, Document, Documents};
 use super::exposition;
+use super::origin::{Foreign, check_host, check_site};
 use super::route::{Route, RouteError, Wait, route};
+use super::slow::KeptUp;
+use crate::terminal;
 
-/// The most connections at any time; those that wait for a generation count.
-const MAX_CONNECTIONS: usize = 128;
+/// The most connections of each unix socket, and of each address of TCP: they don't take one
+/// another's, so a stranger at a port can't lock root out of the socket.
+const MAX_CONNECTIONS: [usize; 2] = [128, 64];
+/// Those of them that may wait for a change at any time.
+const MAX_WAITING: [usize; 2] = [96, 16];
+/// The documents that may be in memory for each.
+const MAX_DOCUMENTS: [usize; 2] = [8, 4];
+/// For how long a document may serve others over TCP. Over the unix socket each is new.
+const SHARED_FOR: Duration = Duration::from_secs(1);
+/// The longest wait for a change over TCP.
+const MAX_TCP_WAIT: Duration = Duration::from_secs(60);
 /// How long a client may take over the head of a request, the pause before it included.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 /// What one connection too many is told.
@@ -32,11 +47,16 @@ const BUSY: &[u8] =
     b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\ncontent-length: 0\r\n\r\n";
 /// How long one connection too many may take over its request.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(1);
+/// The most of those; further ones are closed at once.
+const MAX_BUSY: usize = 16;
 /// The pause after a connection couldn't be accepted, for one because files ran out.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// The header that says which generation of the table an answer shows.
 pub const GENERATION_HEADER: &str = "x-nohop-generation";
+
+/// The header that says which revision of the status an answer shows, for `?after=`.
+pub const REVISION_HEADER: &str = "x-nohop-revision";
 
 /// What the admin interface shows.
 pub trait View: Send + Sync + 'static {
@@ -54,70 +74,127 @@ pub trait View: Send + Sync + 'static {
     ) -> impl Future<Output = Result<api::Lookup, String>> + Send;
     /// What is counted, as an exposition.
     fn metrics(&self) -> String;
-    /// The generation of the table, as it grows.
-    fn generation(&self) -> watch::Receiver<u64>;
+    /// The table's generation and the status' revision, as they grow.
+    fn at(&self) -> watch::Receiver<At>;
     /// Reads the configuration again, and takes over what differs.
     fn reload(&self) -> impl Future<Output = api::Reload> + Send;
 }
 
-/// Answers on every listener, until it is dropped.
-pub async fn serve<V: View>(listeners: Vec<Listener>, view: Arc<V>) {
-    let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+/// What the clients of a listener may do, and how much of it at a time.
+struct Access {
+    /// Whether they may change anything, and ask for what has effects. Who may use the unix socket
+    /// its file's rights say; TCP is for whoever can reach it, a web page in a browser too.
+    may_change: bool,
+    /// The names under which TCP may be addressed, beside addresses; `None` for the unix socket.
+    hosts: Option<watch::Receiver<Vec<String>>>,
+    connections: Arc<Semaphore>,
+    busy: Arc<Semaphore>,
+    waiting: Semaphore,
+    max_wait: Duration,
+    documents: Documents,
+}
+
+impl Access {
+    fn of(listener: &Listener, hosts: &watch::Receiver<Vec<String>>) -> Access {
+        let (kind, hosts, max_wait, shared_for) = match listener {
+            Listener::Unix(..) => (0, None, Duration::MAX, Duration::ZERO),
+            Listener::Tcp(_) => (1, Some(hosts.clone()), MAX_TCP_WAIT, SHARED_FOR),
+        };
+        Access {
+            may_change: hosts.is_none(),
+            hosts,
+            connections: Arc::new(Semaphore::new(MAX_CONNECTIONS[kind])),
+            busy: Arc::new(Semaphore::new(MAX_BUSY)),
+            waiting: Semaphore::new(MAX_WAITING[kind]),
+            max_wait,
+            documents: Documents::new(MAX_DOCUMENTS[kind], shared_for),
+        }
+    }
+}
+
+/// Answers on every listener, until it is dropped. `hosts` are the names under which those of TCP
+/// may be addressed.
+pub async fn serve<V: View>(
+    listeners: Vec<Listener>,
+    hosts: watch::Receiver<Vec<String>>,
+    view: Arc<V>,
+) {
     let mut accepts = JoinSet::new();
     for listener in listeners {
-        accepts.spawn(accept(listener, Arc::clone(&view), Arc::clone(&slots)));
+        let access = Arc::new(Access::of(&listener, &hosts));
+        accepts.spawn(accept(listener, access, Arc::clone(&view)));
     }
     while accepts.join_next().await.is_some() {}
     pending().await
 }
 
-async fn accept<V: View>(listener: Listener, view: Arc<V>, slots: Arc<Semaphore>) {
+async fn accept<V: View>(listener: Listener, access: Arc<Access>, view: Arc<V>) {
     let mut connections = JoinSet::new();
+    let mut is_failing = false;
     loop {
         let accepted = match &listener {
             Listener::Unix(listener, _) => {
                 let stream = listener.accept().await;
-                stream.map(|(stream, _)| spawn(&mut connections, stream, true, &view, &slots))
+                stream.map(|(stream, _)| spawn(&mut connections, stream, &access, &view))
             }
             Listener::Tcp(listener) => {
                 let stream = listener.accept().await;
-                stream.map(|(stream, _)| spawn(&mut connections, stream, false, &view, &slots))
+                stream.map(|(stream, _)| spawn(&mut connections, stream, &access, &view))
             }
         };
-        if let Err(error) = accepted {
-            tracing::warn!(%error, "the admin interface can't accept a connection");
-            tokio::time::sleep(ACCEPT_PAUSE).await;
-        }
         while connections.try_join_next().is_some() {}
+        let Err(error) = accepted else {
+            is_failing = false;
+            continue;
+        };
+        // The client's own failure: the next connection is another's (accept(2)).
+        if matches!(error.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset)
+        {
+            continue;
+        }
+        if !std::mem::replace(&mut is_failing, true) {
+            tracing::warn!(%error, "the admin interface can't accept connections");
+        }
+        tokio::time::sleep(ACCEPT_PAUSE).await;
     }
 }
 
 fn spawn<V: View>(
     connections: &mut JoinSet<()>,
     mut stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
-    may_change: bool,
+    access: &Arc<Access>,
     view: &Arc<V>,
-    slots: &Arc<Semaphore>,
 ) {
-    let view = Arc::clone(view);
-    let Ok(slot) = Arc::clone(slots).try_acquire_owned() else {
+    let (access, view) = (Arc::clone(access), Arc::clone(view));
+    let Ok(slot) = Arc::clone(&access.connections).try_acquire_owned() else {
+        let Ok(place) = Arc::clone(&access.busy).try_acquire_owned() else { return };
         connections.spawn(async move {
-            // An answer is lost where the request before it stays unread.
-            let _ = tokio::time::timeout(BUSY_TIMEOUT, stream.read(&mut [0; 4096])).await;
-            let _: io::Result<()> = stream.write_all(BUSY).await;
+            let _place = place;
+            let refuse = async {
+                // An answer is lost where the request before it stays unread.
+                let _ = stream.read(&mut [0; 4096]).await;
+                let _: io::Result<()> = stream.write_all(BUSY).await;
+            };
+            let _ = tokio::time::timeout(BUSY_TIMEOUT, refuse).await;
         });
         return;
     };
     connections.spawn(async move {
         let _slot = slot;
         let service = service_fn(|request: Request<Incoming>| {
-            let view = Arc::clone(&view);
-            async move { Ok::<_, Infallible>(answer(&request, may_change, view).await) }
+            let (access, view) = (Arc::clone(&access), Arc::clone(&view));
+            async move {
+                let mut response = answer(&request, &access, view).await;
+                let headers = response.headers_mut();
+                headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+                headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+                Ok::<_, Infallible>(response)
+            }
         });
         let served = http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(HEADER_TIMEOUT)
-            .serve_connection(TokioIo::new(stream), service)
+            .serve_connection(TokioIo::new(KeptUp::new(stream)), service)
             .await;
         if let Err(error) = served {
             tracing::debug!(%error, "a connection to the admin interface broke");
@@ -125,114 +202,163 @@ fn spawn<V: View>(
     });
 }
 
-/// Answers a request of somebody who may, or may not, change anything. Who may use the unix socket
-/// its file's rights say; TCP is for whoever can reach it, a web page in a browser too.
+/// Answers a request. The answer to HEAD is the one to GET, of which hyper sends the head alone.
 async fn answer<V: View>(
     request: &Request<Incoming>,
-    may_change: bool,
+    access: &Access,
     view: Arc<V>,
 ) -> Response<Full<Bytes>> {
-    let uri = request.uri();
+    let (uri, headers) = (request.uri(), request.headers());
+    let is_known = match &access.hosts {
+        Some(hosts) => check_host(uri, request.version(), headers, &hosts.borrow()),
+        None => Ok(()),
+    };
+    if let Err(foreign) = is_known.and_then(|()| check_site(headers)) {
+        let status = match foreign {
+            Foreign::NoHost => StatusCode::BAD_REQUEST,
+            Foreign::Host(_) | Foreign::CrossSite => StatusCode::FORBIDDEN,
+        };
+        return text(status, &format!("{foreign}\n"));
+    }
     let (route, wait) = match route(request.method(), uri.path(), uri.query()) {
         Ok(asked) => asked,
         Err(error) => return refusal(&error),
     };
-    if route == Route::Reload && !may_change {
-        return refusal(&RouteError::ReadOnly);
+    if route.has_effects() && !access.may_change {
+        return refusal(&RouteError::UnixOnly);
     }
+    let mut now = view.at();
     if route == Route::Reload {
         let reload = view.reload().await;
-        let generation = *view.generation().borrow();
         let status = match (reload.ok, reload.problems.is_empty()) {
             (true, _) => StatusCode::OK,
             (false, false) => StatusCode::BAD_REQUEST,
             (false, true) => StatusCode::CONFLICT,
         };
-        return json(status, generation, &reload);
+        let at = *now.borrow();
+        return response(json(status, &reload), at);
     }
-    let mut generation = view.generation();
     if let Some(Wait { after, limit }) = wait {
-        // Whether the generation came or the time is over, the answer is the table as it is.
-        let _ = tokio::time::timeout(limit, generation.wait_for(|now| *now > after)).await;
+        let Ok(_place) = access.waiting.try_acquire() else { return too_many_wait() };
+        let start = *now.borrow_and_update();
+        let limit = limit.min(access.max_wait);
+        // Whether it has changed or the time is over, the answer is what is now.
+        let _ = tokio::time::timeout(limit, now.wait_for(|now| now.is_past(after, start))).await;
     }
-    let generation = *generation.borrow();
+    let at = *now.borrow();
     if let Route::LookUp { name, kind } = &route {
         return match view.look_up(name, kind).await {
-            Ok(lookup) => json(StatusCode::OK, generation, &lookup),
-            Err(wrong) => text(StatusCode::BAD_REQUEST, format!("{wrong}\n")),
+            Ok(lookup) => response(json(StatusCode::OK, &lookup), at),
+            Err(wrong) => text(StatusCode::BAD_REQUEST, &format!("{wrong}\n")),
         };
     }
-    // A view waits for whoever changes the maps, and a large one takes a while to write down:
-    // nothing for the threads that DNS is answered on.
-    let shown = tokio::task::spawn_blocking(move || show(route, generation, &*view)).await;
-    shown.unwrap_or_else(|error| text(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")))
+    if route == Route::Health {
+        return text(StatusCode::OK, "ok\n");
+    }
+    let rendered = access.documents.get(&route, at, || async {
+        let route = route.clone();
+        // A view waits for whoever changes the maps, and a large one takes a while to write down:
+        // nothing for the threads that DNS is answered on.
+        let shown = tokio::task::spawn_blocking(move || show(&route, &*view)).await;
+        shown
+            .unwrap_or_else(|error| plain(StatusCode::INTERNAL_SERVER_ERROR, &format!("{error}\n")))
+    });
+    match rendered.await {
+        Some(Document { status, media_type, at, body }) => respond(status, media_type, at, body),
+        None => busy("too many answers are being read"),
+    }
 }
 
-fn show<V: View>(route: Route, generation: u64, view: &V) -> Response<Full<Bytes>> {
+/// A status, a media type and a body.
+type Shown = (StatusCode, &'static str, Vec<u8>);
+
+fn show<V: View>(route: &Route, view: &V) -> Shown {
     match route {
-        Route::Status => json(StatusCode::OK, generation, &view.status()),
-        Route::Services => json(StatusCode::OK, generation, &view.services()),
+        Route::Status => json(StatusCode::OK, &view.status()),
+        Route::Services => json(StatusCode::OK, &view.services()),
         Route::Explain(name) => {
-            let explanation = view.explain(&name);
+            let explanation = view.explain(name);
             let status = match explanation.service {
                 Some(_) => StatusCode::OK,
                 None => StatusCode::NOT_FOUND,
             };
-            json(status, generation, &explanation)
+            json(status, &explanation)
         }
-        Route::Metrics => {
-            let mut response = text(StatusCode::OK, view.metrics());
-            let media_type = HeaderValue::from_static(exposition::MEDIA_TYPE);
-            response.headers_mut().insert(CONTENT_TYPE, media_type);
-            response
-        }
+        Route::Metrics => (StatusCode::OK, exposition::MEDIA_TYPE, view.metrics().into_bytes()),
         Route::Ready => {
             let status = view.status();
             if status.ready {
-                return text(StatusCode::OK, "ready\n".to_owned());
+                return plain(StatusCode::OK, "ready\n");
             }
-            let problems = status.problems.join("\n");
-            text(StatusCode::SERVICE_UNAVAILABLE, format!("not ready\n{problems}\n"))
+            let problems: Vec<String> =
+                status.problems.iter().map(|problem| terminal::escape(problem)).collect();
+            let problems = problems.join("\n");
+            plain(StatusCode::SERVICE_UNAVAILABLE, &format!("not ready\n{problems}\n"))
         }
-        Route::Health | Route::Reload | Route::LookUp { .. } => {
-            text(StatusCode::OK, "ok\n".to_owned())
-        }
+        Route::Health | Route::Reload | Route::LookUp { .. } => plain(StatusCode::OK, "ok\n"),
     }
+}
+
+fn too_many_wait() -> Response<Full<Bytes>> {
+    busy("too many requests wait for a change (?after=)")
+}
+
+fn busy(why: &str) -> Response<Full<Bytes>> {
+    let mut response = text(StatusCode::SERVICE_UNAVAILABLE, &format!("{why}: try again later\n"));
+    response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
+    response
 }
 
 fn refusal(error: &RouteError) -> Response<Full<Bytes>> {
     let status = match error {
         RouteError::Method(_) => StatusCode::METHOD_NOT_ALLOWED,
-        RouteError::ReadOnly => StatusCode::FORBIDDEN,
+        RouteError::UnixOnly => StatusCode::FORBIDDEN,
         RouteError::Path => StatusCode::NOT_FOUND,
         RouteError::Query { .. } => StatusCode::BAD_REQUEST,
     };
-    let mut response = text(status, format!("{error}\n"));
-    if let RouteError::Method(allowed) = error
-        && let Ok(allowed) = HeaderValue::from_str(allowed.as_str())
-    {
-        response.headers_mut().insert(ALLOW, allowed);
+    let mut response = text(status, &format!("{error}\n"));
+    if let RouteError::Method(allowed) = error {
+        response.headers_mut().insert(ALLOW, HeaderValue::from_static(allowed));
     }
     response
 }
 
-fn json(status: StatusCode, generation: u64, document: &impl Serialize) -> Response<Full<Bytes>> {
-    let mut response = match serde_json::to_vec(document) {
-        Ok(body) => Response::new(Full::new(Bytes::from(body))),
-        Err(error) => return text(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
-    };
+fn json(status: StatusCode, document: &impl Serialize) -> Shown {
+    match serde_json::to_vec(document) {
+        Ok(body) => (status, super::http::JSON, body),
+        Err(error) => plain(StatusCode::INTERNAL_SERVER_ERROR, &format!("{error}\n")),
+    }
+}
+
+/// Lines for people, in whose terminal they may end.
+fn plain(status: StatusCode, lines: &str) -> Shown {
+    (status, "text/plain; charset=utf-8", terminal::escape_lines(lines).into_bytes())
+}
+
+fn text(status: StatusCode, lines: &str) -> Response<Full<Bytes>> {
+    let (status, media_type, body) = plain(status, lines);
+    let mut response = Response::new(Full::new(Bytes::from(body)));
     *response.status_mut() = status;
-    let headers = response.headers_mut();
-    headers.insert(CONTENT_TYPE, HeaderValue::from_static(super::http::JSON));
-    headers.insert(GENERATION_HEADER, generation.into());
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(media_type));
     response
 }
 
-fn text(status: StatusCode, body: String) -> Response<Full<Bytes>> {
-    let mut response = Response::new(Full::new(Bytes::from(body)));
+fn response((status, media_type, body): Shown, at: At) -> Response<Full<Bytes>> {
+    respond(status, media_type, at, body.into())
+}
+
+fn respond(
+    status: StatusCode,
+    media_type: &'static str,
+    at: At,
+    body: Bytes,
+) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::new(body));
     *response.status_mut() = status;
-    let plain = HeaderValue::from_static("text/plain; charset=utf-8");
-    response.headers_mut().insert(CONTENT_TYPE, plain);
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static(media_type));
+    headers.insert(GENERATION_HEADER, at.generation.into());
+    headers.insert(REVISION_HEADER, at.revision.into());
     response
 }
 
@@ -246,12 +372,13 @@ mod tests {
     use crate::table::{Ports, Protocols};
 
     /// A daemon that knows the service `web` and isn't ready before generation 1.
-    struct Fake(watch::Sender<u64>);
+    struct Fake(watch::Sender<At>);
 
     impl View for Fake {
         fn status(&self) -> api::Status {
-            let generation = *self.0.borrow();
+            let At { generation, revision } = *self.0.borrow();
             api::Status {
+                revision,
                 ready: generation > 0,
                 problems: if generation > 0 { vec![] } else { vec!["no table; wait".into()] },
                 version: "1".into(),
@@ -313,7 +440,7 @@ mod tests {
             "nohop_ready 1\n".into()
         }
 
-        fn generation(&self) -> watch::Receiver<u64> {
+        fn at(&self) -> watch::Receiver<At> {
             self.0.subscribe()
         }
 
@@ -321,6 +448,33 @@ mod tests {
             let problems = vec!["f:3: dns.ttl: is wrong".into()];
             api::Reload { ok: false, problems, changes: vec![] }
         }
+    }
+
+    /// A moment: the table's generation, and the revisions since the daemon's first.
+    fn at(generation: u64, revision: u64) -> At {
+        At { generation, revision: At::FIRST_REVISION + revision }
+    }
+
+    fn hosts() -> watch::Receiver<Vec<String>> {
+        watch::channel(vec!["nohop.example".to_owned()]).1
+    }
+
+    /// A server of TCP alone.
+    async fn over_tcp(view: Fake) -> (std::net::SocketAddr, JoinSet<()>) {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let mut server = JoinSet::new();
+        server.spawn(serve(vec![Listener::Tcp(listener)], hosts(), Arc::new(view)));
+        (address, server)
+    }
+
+    /// What the server writes to a request as it stands, until it closes.
+    async fn raw(stream: impl AsyncRead + AsyncWrite + Unpin, request: &str) -> String {
+        let mut stream = stream;
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer).await.unwrap();
+        String::from_utf8(answer).unwrap()
     }
 
     struct Daemon {
@@ -335,8 +489,8 @@ mod tests {
             let dir = tempfile::tempdir().unwrap();
             let path = dir.path().join("admin.sock");
             let listeners = bind(&[AdminAddress::Unix(path.clone())]).unwrap();
-            let view = Arc::new(Fake(watch::Sender::new(0)));
-            let server = tokio::spawn(serve(listeners, Arc::clone(&view)));
+            let view = Arc::new(Fake(watch::Sender::new(at(0, 0))));
+            let server = tokio::spawn(serve(listeners, hosts(), Arc::clone(&view)));
             Daemon { path, view, server, _dir: dir }
         }
 
@@ -347,7 +501,7 @@ mod tests {
         async fn exchange(&self, method: &str, path: &str) -> http::Answer {
             let stream = tokio::net::UnixStream::connect(&self.path).await.unwrap();
             let request = Request::builder().method(method).uri(path);
-            http::exchange(stream, request).await.unwrap()
+            http::exchange(stream, request, "nohop").await.unwrap()
         }
     }
 
@@ -377,33 +531,137 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn who_comes_by_tcp_changes_nothing() {
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
-        let view = Arc::new(Fake(watch::Sender::new(1)));
-        let server = tokio::spawn(serve(vec![Listener::Tcp(listener)], view));
-        for (method, path, status) in [("GET", "/v1/status", 200), ("POST", "/v1/reload", 403)] {
+    async fn tcp_changes_nothing_and_is_addressed_by_a_known_name() {
+        let (address, _server) = over_tcp(Fake(watch::Sender::new(at(1, 1)))).await;
+        let local = format!("Host: {address}");
+        let table = [
+            ("GET /v1/status", &*local, 200),
+            ("GET /metrics", "Host: localhost", 200),
+            ("GET /metrics", "Host: nohop.example:9153", 200),
+            ("POST /v1/reload", &local, 403),
+            ("GET /v1/dns?name=web.service", &local, 403),
+            ("GET /v1/status", "Host: evil.example", 403),
+            ("GET /v1/status", "Host: localhost\r\nOrigin: http://evil.example", 403),
+            ("GET /metrics", "Host: localhost\r\nSec-Fetch-Site: cross-site", 403),
+            ("GET /v1/status", "X-Host: none", 400),
+            ("GET http://evil.example/v1/status", "Host: localhost", 403),
+        ];
+        for (request, header, status) in table {
             let stream = tokio::net::TcpStream::connect(address).await.unwrap();
-            let request = Request::builder().method(method).uri(path);
-            let answer = http::exchange(stream, request).await.unwrap();
-            assert_eq!(answer.status.as_u16(), status, "{method} {path}");
+            let request = format!("{request} HTTP/1.1\r\n{header}\r\nConnection: close\r\n\r\n");
+            let answer = raw(stream, &request).await;
+            assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{request}{answer}");
+            let head = answer.to_lowercase();
+            assert!(head.contains("\r\nx-content-type-options: nosniff\r\n"), "{answer}");
+            assert!(head.contains("\r\ncache-control: no-store\r\n"), "{answer}");
         }
-        server.abort();
     }
 
     #[tokio::test]
-    async fn an_answer_waits_for_its_generation() {
+    async fn a_head_is_answered_without_a_body() {
+        let daemon = Daemon::start();
+        for (path, status) in
+            [("/healthz", 200), ("/v1/services", 200), ("/readyz", 503), ("/metrics", 200)]
+        {
+            let get = daemon.exchange("GET", path).await;
+            let stream = tokio::net::UnixStream::connect(&daemon.path).await.unwrap();
+            let head = format!("HEAD {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+            let answer = raw(stream, &head).await.to_lowercase();
+            assert!(answer.starts_with(&format!("http/1.1 {status} ")), "{path}: {answer}");
+            assert!(
+                answer.contains(&format!("\r\ncontent-length: {}\r\n", get.body.len())),
+                "{answer}"
+            );
+            assert!(answer.ends_with("\r\n\r\n"), "{answer}");
+        }
+        let refused = daemon.exchange("HEAD", "/v1/reload").await;
+        assert_eq!(
+            (refused.status.as_u16(), &refused.headers[ALLOW]),
+            (405, &HeaderValue::from_static("POST"))
+        );
+        let refused = daemon.exchange("POST", "/healthz").await;
+        assert_eq!(refused.headers[ALLOW], "GET, HEAD");
+    }
+
+    #[tokio::test]
+    async fn an_answer_waits_for_a_change() {
         let daemon = Daemon::start();
         let address = daemon.address();
-        let waiting = tokio::spawn(async move {
-            client::get::<api::Status>(&address, "/v1/status?after=0").await.unwrap()
-        });
         let now = daemon.exchange("GET", "/v1/status?after=0&wait=0").await;
         assert_eq!(now.headers[GENERATION_HEADER], "0");
-        daemon.view.0.send_replace(1);
-        assert_eq!(waiting.await.unwrap().generation, 1);
-        let now = daemon.exchange("GET", "/readyz").await;
-        assert_eq!(now.status, 200);
+        let revision = now.headers[REVISION_HEADER].to_str().unwrap().to_owned();
+        let get = |after: String| {
+            let address = address.clone();
+            let path = format!("/v1/status?after={after}&wait=600");
+            tokio::spawn(async move { client::get::<api::Status>(&address, &path).await.unwrap() })
+        };
+        // The table has another generation, or something else has changed: whichever was given, both
+        // are seen.
+        let waiting = [get("0".into()), get(revision.clone())];
+        while daemon.view.0.receiver_count() < 2 {
+            tokio::task::yield_now().await;
+        }
+        daemon.view.0.send_replace(at(0, 1));
+        for each in waiting {
+            assert_eq!(each.await.unwrap().revision, at(0, 1).revision);
+        }
+        daemon.view.0.send_replace(at(1, 2));
+        // What is past is answered at once, and so is what an earlier daemon may have said.
+        let later = at(0, 1 << 40).revision.to_string();
+        for after in ["0".into(), revision, "437".into(), later] {
+            assert_eq!(get(after).await.unwrap().generation, 1);
+        }
+        assert_eq!(daemon.exchange("GET", "/readyz").await.status, 200);
+    }
+
+    #[tokio::test]
+    async fn those_that_wait_take_no_place_from_others() {
+        let (address, _server) = over_tcp(Fake(watch::Sender::new(at(1, 0)))).await;
+        let request = "GET /v1/status?after=1&wait=600 HTTP/1.1\r\nHost: localhost\r\n\r\n";
+        let (n_waiting, n_refused) = (MAX_WAITING[1], MAX_CONNECTIONS[1] - 1 - MAX_WAITING[1]);
+        let mut answers = JoinSet::new();
+        for _ in 0..n_waiting + n_refused {
+            answers.spawn(async move {
+                let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
+                stream.write_all(request.as_bytes()).await.unwrap();
+                let mut answer = [0; 12];
+                stream.read_exact(&mut answer).await.unwrap();
+                // Kept open, since a connection that waits counts as well.
+                (answer, stream)
+            });
+        }
+        // All but those that may wait are refused, whichever came first.
+        let mut refused = Vec::new();
+        while refused.len() < n_refused {
+            let (answer, stream) = answers.join_next().await.unwrap().unwrap();
+            assert_eq!(&answer, b"HTTP/1.1 503");
+            refused.push(stream);
+        }
+        assert_eq!(answers.len(), n_waiting);
+        let stream = tokio::net::TcpStream::connect(address).await.unwrap();
+        let close = "GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
+        assert!(raw(stream, close).await.contains("nohop_ready 1"));
+    }
+
+    #[tokio::test]
+    async fn tcp_takes_no_connection_from_the_unix_socket() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("admin.sock");
+        let tcp = "127.0.0.1:0".parse().unwrap();
+        let listeners = bind(&[AdminAddress::Unix(path.clone()), AdminAddress::Tcp(tcp)]).unwrap();
+        let address = listeners.iter().find_map(|listener| match listener {
+            Listener::Tcp(listener) => listener.local_addr().ok(),
+            Listener::Unix(..) => None,
+        });
+        let view = Arc::new(Fake(watch::Sender::new(at(1, 0))));
+        let server = tokio::spawn(serve(listeners, hosts(), view));
+        let mut held = Vec::new();
+        for _ in 0..2 * MAX_CONNECTIONS[0] {
+            held.push(tokio::net::TcpStream::connect(address.unwrap()).await.unwrap());
+        }
+        let status = client::get::<api::Status>(&AdminAddress::Unix(path), "/v1/status").await;
+        assert_eq!(status.unwrap().generation, 1);
+        server.abort();
     }
 
     #[tokio::test]
@@ -431,7 +689,7 @@ mod tests {
     async fn one_connection_too_many_is_turned_away() {
         let daemon = Daemon::start();
         let mut held = Vec::new();
-        for _ in 0..MAX_CONNECTIONS {
+        for _ in 0..MAX_CONNECTIONS[0] {
             held.push(tokio::net::UnixStream::connect(&daemon.path).await.unwrap());
         }
         let answer = daemon.exchange("GET", "/healthz").await;

@@ -40,8 +40,14 @@ pub enum Command {
         #[command(flatten)]
         client: ClientArguments,
     },
-    /// One screen: ready or not and why, the source, the maps
+    /// One screen: ready or not and why, the source, the maps; exit code 1 when not ready
     Status {
+        /// Wait until the daemon is ready; also for one that isn't there yet
+        #[arg(long)]
+        wait_ready: bool,
+        /// How long --wait-ready waits at most, in seconds
+        #[arg(long, value_name = "SECONDS", default_value_t = 60, requires = "wait_ready")]
+        timeout: u64,
         /// How to find the daemon
         #[command(flatten)]
         client: ClientArguments,

@@ -12,7 +12,7 @@ use tracing_subscriber::filter::LevelFilter;
 use tracing_subscriber::fmt::MakeWriter;
 
 use super::args::LogFormat;
-use super::terminal;
+use crate::terminal;
 
 /// The most bytes that wait for stderr; what comes beyond them is dropped.
 const MAX_QUEUED: usize = 1 << 20;

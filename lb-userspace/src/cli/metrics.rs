@@ -21,6 +21,9 @@ pub(super) const PROPAGATION_BUCKETS: [f64; 14] =
 pub struct Readings {
     pub(super) is_ready: bool,
     pub(super) is_attached: bool,
+    pub(super) is_shadow: bool,
+    /// Lines of the log that were dropped.
+    pub(super) log_dropped: u64,
     pub(super) generation: u64,
     pub(super) has_problem: bool,
     /// The time since the source last answered, in seconds.
@@ -98,6 +101,12 @@ fn daemon(text: &mut Exposition, readings: &Readings) {
     text.single("nohop_ready", Kind::Gauge, help, u8::from(readings.is_ready));
     let help = "Whether every hook is attached and seen to run (1), or not (0).";
     text.single("nohop_plane_attached", Kind::Gauge, help, u8::from(readings.is_attached));
+    let help = "What becomes of dials: of translate and shadow (dials are only counted) one is 1.";
+    let mut family = text.family("nohop_mode", Kind::Gauge, help);
+    family.sample(&[("mode", "translate")], u8::from(!readings.is_shadow));
+    family.sample(&[("mode", "shadow")], u8::from(readings.is_shadow));
+    let help = "Lines of the log that were dropped because stderr isn't read fast enough.";
+    text.single("nohop_log_dropped_total", Kind::Counter, help, readings.log_dropped);
     let help = "The generation of the table in force; 0 before the first.";
     text.single("nohop_generation", Kind::Gauge, help, readings.generation);
     let help = "The time from the news of a change to the maps that dials read.";
@@ -214,6 +223,8 @@ mod tests {
         Readings {
             is_ready: true,
             is_attached: false,
+            is_shadow: true,
+            log_dropped: 8,
             generation: 7,
             has_problem: true,
             catalog_age: Some(1.5),
@@ -254,6 +265,9 @@ mod tests {
         let table = [
             ("nohop_ready", 1.0),
             ("nohop_plane_attached", 0.0),
+            (r#"nohop_mode{mode="translate"}"#, 0.0),
+            (r#"nohop_mode{mode="shadow"}"#, 1.0),
+            ("nohop_log_dropped_total", 8.0),
             ("nohop_generation", 7.0),
             ("nohop_catalog_problem", 1.0),
             ("nohop_catalog_age_seconds", 1.5),

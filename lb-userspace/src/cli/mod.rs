@@ -9,10 +9,11 @@ mod holdback;
 mod instance;
 mod log;
 mod metrics;
+mod notify;
 mod reload;
+mod revision;
 mod run;
 mod show;
-mod terminal;
 mod unload;
 mod view;
 mod way_out;
@@ -20,6 +21,7 @@ mod way_out;
 use std::io::Write;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use clap::Parser;
@@ -29,6 +31,7 @@ use serde::de::DeserializeOwned;
 use crate::admin::{api, client};
 use crate::config::{Config, ConfigErrors, Overrides};
 use crate::plane::probe;
+use crate::terminal;
 use args::{Arguments, ClientArguments, Command, ConfigArguments, ConfigCommand};
 use dns::DnsCommand;
 
@@ -36,6 +39,13 @@ use dns::DnsCommand;
 const FAILURE: u8 = 1;
 /// The command line or the configuration is wrong; clap uses the same.
 const USAGE: u8 = 2;
+
+/// The longest that one request waits for a change.
+const LONGEST_WAIT: Duration = Duration::from_secs(5);
+/// How long the daemon may take over an answer beside that.
+const ANSWER: Duration = Duration::from_secs(5);
+/// Between two tries to reach a daemon that isn't there yet.
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// Runs the command that the arguments name. Exit codes: 0, 1 for a failure, 2 for a mistake in the
 /// usage or the configuration.
@@ -72,9 +82,13 @@ fn command(command: Command) -> anyhow::Result<ExitCode> {
             print(&client, &report, check::text)?;
             return Ok(if report.ok { ExitCode::SUCCESS } else { ExitCode::from(FAILURE) });
         }
-        Command::Status { client } => {
-            let status: api::Status = ask(&client, "/v1/status")?;
+        Command::Status { wait_ready, timeout, client } => {
+            let status = match wait_ready {
+                true => wait_until_ready(&client, Duration::from_secs(timeout))?,
+                false => ask(&client, "/v1/status")?,
+            };
             print(&client, &status, show::status)?;
+            return Ok(if status.ready { ExitCode::SUCCESS } else { ExitCode::from(FAILURE) });
         }
         Command::Services { client } => {
             let services: Vec<api::Service> = ask(&client, "/v1/services")?;
@@ -150,6 +164,31 @@ fn environment(name: &str) -> Option<String> {
 fn ask<T: DeserializeOwned>(client: &ClientArguments, path: &str) -> anyhow::Result<T> {
     let address = client::find(client.admin.as_deref(), &environment)?;
     Ok(runtime()?.block_on(client::get(&address, path))?)
+}
+
+/// The status once the daemon is ready, or as it is when the time is over. A daemon that isn't there
+/// yet may come.
+fn wait_until_ready(client: &ClientArguments, limit: Duration) -> anyhow::Result<api::Status> {
+    let address = client::find(client.admin.as_deref(), &environment)?;
+    let deadline = Instant::now() + limit;
+    runtime()?.block_on(async {
+        let mut path = "/v1/status".to_owned();
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let wait = left.min(LONGEST_WAIT);
+            let status = client::get_within::<api::Status>(&address, &path, wait + ANSWER).await;
+            match status {
+                Ok(status) if status.ready || left.is_zero() => return Ok(status),
+                Ok(status) => {
+                    let seconds = left.min(LONGEST_WAIT).as_secs().max(1);
+                    path = format!("/v1/status?after={}&wait={seconds}", status.revision);
+                }
+                Err(error) if left.is_zero() || !error.may_pass() => return Err(error.into()),
+                // There is no event for a socket that nobody made yet.
+                Err(_) => tokio::time::sleep(PAUSE.min(left)).await,
+            }
+        }
+    })
 }
 
 fn runtime() -> std::io::Result<tokio::runtime::Runtime> {

@@ -15,11 +15,13 @@ use tokio::time::{Instant, Interval, MissedTickBehavior};
 
 use super::holdback::Holdback;
 use super::metrics::PROPAGATION_BUCKETS;
+use super::notify::Notify;
 use super::reload::{self, Request};
+use super::revision;
 use super::view::DaemonView;
 use super::way_out::{OffFile, WayOut};
-use crate::admin::api;
 use crate::admin::exposition::Histogram;
+use crate::admin::{At, api};
 use crate::catalog::resolve::Resolver;
 use crate::catalog::{Demand, Edition};
 use crate::config::{Config, ConfigErrors, OnExit, Problem, cgroup};
@@ -109,9 +111,12 @@ struct Daemon {
     reading: Option<(JoinHandle<Wanted>, Option<Request>)>,
     table: watch::Sender<Arc<Table>>,
     attached: watch::Sender<bool>,
-    generation: watch::Sender<u64>,
+    at: Arc<watch::Sender<At>>,
+    hosts: watch::Sender<Vec<String>>,
     dns: dns::Server,
     admin: AbortHandle,
+    revision: AbortHandle,
+    notify: Notify,
 }
 
 impl Daemon {
@@ -160,7 +165,7 @@ impl Daemon {
 
         let (table_out, table) = watch::channel(Arc::new(Table::default()));
         let (attached_out, attached) = watch::channel(true);
-        let (generation_out, generation) = watch::channel(0);
+        let (at_out, at) = watch::channel(At::start());
         let counters = plane.counters();
         let plane = Arc::new(SharedPlane::new(plane));
         tokio::task::block_in_place(|| plane.prove());
@@ -193,10 +198,19 @@ impl Daemon {
             pool,
             book: book.clone(),
             propagation: propagation.clone(),
-            generation,
+            at,
             reloads: reloads_out,
         };
-        let admin = tokio::spawn(admin::serve(admin_listeners, Arc::new(view))).abort_handle();
+        for address in admin::exposed(&config.admin.listen) {
+            tracing::warn!(
+                "admin.listen: who can reach {address} can read what `nohop status` and `nohop \
+                 services` show; a firewall, or an address of 127.0.0.0/8, keeps others out"
+            );
+        }
+        let (view, at) = (Arc::new(view), Arc::new(at_out));
+        let revision = tokio::spawn(revision::follow(view.clone(), at.clone())).abort_handle();
+        let (hosts_out, hosts) = watch::channel(config.admin.hosts.clone());
+        let admin = tokio::spawn(admin::serve(admin_listeners, hosts, view)).abort_handle();
         for address in dns_addresses {
             tracing::info!("answering *.{} on {address}", config.dns.domain);
         }
@@ -226,9 +240,12 @@ impl Daemon {
             reading: None,
             table: table_out,
             attached: attached_out,
-            generation: generation_out,
+            at,
+            hosts: hosts_out,
             dns,
             admin,
+            revision,
+            notify: Notify::of_environment(),
         })
     }
 
@@ -263,6 +280,7 @@ impl Daemon {
                 _ = signals.hangup.recv(), if self.reading.is_none() => self.read_again(None),
                 (wanted, request) = read(&mut self.reading) => {
                     let reload = self.reload(wanted).await;
+                    self.notify.reloaded();
                     if let Some(request) = request {
                         // The client may have gone.
                         let _ = request.send(reload);
@@ -340,7 +358,7 @@ impl Daemon {
         if let Some(table) = table {
             let generation = table.generation;
             self.table.send_replace(table);
-            self.generation.send_replace(generation);
+            self.at.send_modify(|at| *at = At { generation, revision: at.revision + 1 });
         }
     }
 
@@ -354,6 +372,7 @@ impl Daemon {
 
     /// Has the configuration read again, while the daemon goes on: files may take their time.
     fn read_again(&mut self, request: Option<Request>) {
+        self.notify.reloading();
         let read = self.read.clone();
         self.reading = Some((tokio::task::spawn_blocking(move || read()), request));
     }
@@ -376,6 +395,7 @@ impl Daemon {
             }
             self.tag.send_replace(self.config.catalog.tag.clone());
         }
+        self.hosts.send_replace(self.config.admin.hosts.clone());
         if last.dns != self.config.dns {
             self.dns.reconfigure(&self.config.dns);
         }
@@ -414,11 +434,17 @@ impl Daemon {
             self.attached.send_replace(false);
         }
         self.decide_mode();
+        self.notify.alive(self.attached_and_synced());
         self.pool.send_replace(self.builder.vips().pool_use(SystemTime::now()));
         self.keep_book();
         if self.plane.is_behind() {
             self.plane.apply(&self.latest);
         }
+    }
+
+    /// Whether names are answered, for systemd.
+    fn attached_and_synced(&self) -> bool {
+        *self.attached.borrow() && self.table.borrow().is_synced()
     }
 
     /// Puts the unreachable routes back, should somebody have flushed them.
@@ -451,7 +477,9 @@ impl Daemon {
 
     /// Takes the parts down, and the kernel side where the configuration wants that.
     async fn stop(mut self) {
+        self.notify.stopping();
         self.admin.abort();
+        self.revision.abort();
         self.keep_book();
         let edition = self.builder.vips().edition();
         let is_written = self.written.wait_for(|written| written.edition >= edition);

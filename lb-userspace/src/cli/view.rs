@@ -10,7 +10,7 @@ use super::metrics::{Readings, exposition};
 use super::reload::{self, Request};
 use super::{dial, log};
 use crate::admin::exposition::Histogram;
-use crate::admin::{View, api};
+use crate::admin::{At, View, api};
 use crate::catalog::{self, Health, Watches};
 use crate::config::Unrouted;
 use crate::dns::{self, Inquirer};
@@ -34,12 +34,14 @@ pub struct DaemonView {
     pub(super) pool: watch::Receiver<PoolUse>,
     pub(super) book: Arc<Mutex<Book>>,
     pub(super) propagation: Arc<Mutex<Histogram>>,
-    pub(super) generation: watch::Receiver<u64>,
+    pub(super) at: watch::Receiver<At>,
     pub(super) reloads: mpsc::Sender<Request>,
 }
 
 impl View for DaemonView {
     fn status(&self) -> api::Status {
+        // First, since what is read after it may be newer: then it is asked for once more.
+        let revision = self.at.borrow().revision;
         let table = self.table.borrow().clone();
         let hooks = self.plane.hooks();
         let (health, watches) = (self.health.borrow().clone(), self.stats.watches());
@@ -84,6 +86,7 @@ impl View for DaemonView {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
             generation: table.generation,
+            revision,
             catalog: api::CatalogStatus {
                 source: health.source.to_owned(),
                 state: state.to_owned(),
@@ -160,6 +163,8 @@ impl View for DaemonView {
         exposition(&Readings {
             is_ready: table.is_synced() && hooks.translate,
             is_attached: hooks.attached,
+            is_shadow: self.plane.mode() != Mode::Translate,
+            log_dropped: log::n_dropped(),
             generation: table.generation,
             has_problem: health.problem.is_some(),
             catalog_age: catalog_age(&health),
@@ -180,8 +185,8 @@ impl View for DaemonView {
         })
     }
 
-    fn generation(&self) -> watch::Receiver<u64> {
-        self.generation.clone()
+    fn at(&self) -> watch::Receiver<At> {
+        self.at.clone()
     }
 
     async fn reload(&self) -> api::Reload {
@@ -246,6 +251,11 @@ fn refused(errors: &BTreeMap<Arc<str>, String>) -> Vec<String> {
 }
 
 impl DaemonView {
+    /// How the source fares, as it changes.
+    pub fn health(&self) -> watch::Receiver<Health> {
+        self.health.clone()
+    }
+
     fn service(&self, service: &Service) -> api::Service {
         // A service that the kernel never had has no counters.
         let indices = self.plane.indices(&service.name);

@@ -159,6 +159,7 @@ pub(super) const KEYS: &[(&str, Option<&str>, Show)] = &[
     ("admin.listen", Some(LISTENS), |config| {
         list(&config.admin.listen, |address: &AdminAddress| text(address))
     }),
+    ("admin.hosts", None, |config| list(&config.admin.hosts, |host| text(host))),
 ];
 
 fn token(config: &Config) -> String {

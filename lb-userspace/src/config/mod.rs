@@ -232,6 +232,8 @@ pub struct PlaneConfig {
 pub struct AdminConfig {
     /// Where it listens.
     pub listen: Vec<AdminAddress>,
+    /// The names under which a TCP address may be asked, beside localhost and addresses.
+    pub hosts: Vec<String>,
 }
 
 /// An address of the admin interface, written `unix:PATH` or `ADDR:PORT`.
@@ -286,7 +288,10 @@ impl Default for Config {
                 max_backends: 131_072,
                 exclude_cgroups: Vec::new(),
             },
-            admin: AdminConfig { listen: vec![AdminAddress::Unix("/run/nohop/admin.sock".into())] },
+            admin: AdminConfig {
+                listen: vec![AdminAddress::Unix("/run/nohop/admin.sock".into())],
+                hosts: Vec::new(),
+            },
         }
     }
 }

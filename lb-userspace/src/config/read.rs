@@ -296,6 +296,10 @@ pub(super) const KEYS: &[(&str, Apply)] = &[
         let listen = value.list(|each| each.text(str::parse::<AdminAddress>));
         set(&mut draft.config.admin.listen, listen)
     }),
+    ("admin.hosts", |draft, value| {
+        let hosts = value.list_or_none(|each| each.text(address::domain));
+        set(&mut draft.config.admin.hosts, hosts)
+    }),
     ("plane.algorithm", later),
 ];
 

@@ -71,6 +71,7 @@ fn the_defaults_written_out_are_the_defaults() {
         exclude_cgroups = []
         [admin]
         listen = ["unix:/run/nohop/admin.sock"]
+        hosts = []
     "#;
     assert_eq!(check(text), Ok(Config::default()));
 }
@@ -126,6 +127,7 @@ fn every_key_is_taken() {
         exclude_cgroups = ["system.slice/consul.service", "/sys/fs/cgroup/a/"]
         [admin]
         listen = ["127.0.0.1:9000", "unix:/a.sock"]
+        hosts = ["Nohop.example"]
     "#;
     let expected = Config {
         cgroup: Some("/sys/fs/cgroup/web".into()),
@@ -196,6 +198,7 @@ fn every_key_is_taken() {
                 AdminAddress::Tcp("127.0.0.1:9000".parse().unwrap()),
                 AdminAddress::Unix("/a.sock".into()),
             ],
+            hosts: vec!["nohop.example".into()],
         },
     };
     assert_eq!(check(text), Ok(expected));
@@ -393,6 +396,12 @@ fn what_is_wrong_is_named_with_its_line_and_its_mend() {
             "dns.forward = 'google'",
             &[
                 "f:1: dns.forward: 'google' is no nameserver; write ADDR or ADDR:PORT, a list of these, or \"resolv.conf\"",
+            ],
+        ),
+        (
+            "admin.hosts = ['nohop:9153']",
+            &[
+                "f:1: admin.hosts: 'nohop:9153' is no DNS name; write labels of letters, digits, - and _ between dots",
             ],
         ),
         (

@@ -1,0 +1,166 @@
+//! A stream whose reader has to keep up.
+
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::time::{Instant, Sleep};
+
+/// How long a client that we wait for has to take what is due, again and again.
+const PERIOD: Duration = Duration::from_secs(10);
+
+/// The bytes that it has to take within it, where there are so many: 6.5 kB a second.
+const MIN_BYTES: usize = 64 << 10;
+
+/// A stream that fails once its reader takes less than so much in a time while there is more for it;
+/// a client that reads nothing would keep its connection and its document else, for as long as its
+/// kernel answers.
+pub(super) struct KeptUp<S> {
+    stream: S,
+    period: Duration,
+    /// While the reader is behind, or was when this period began.
+    behind: Option<Behind>,
+}
+
+struct Behind {
+    until: Pin<Box<Sleep>>,
+    n_bytes: usize,
+}
+
+impl<S> KeptUp<S> {
+    pub(super) fn new(stream: S) -> KeptUp<S> {
+        KeptUp::within(stream, PERIOD)
+    }
+
+    fn within(stream: S, period: Duration) -> KeptUp<S> {
+        KeptUp { stream, period, behind: None }
+    }
+
+    /// What becomes of a write that the stream answered so.
+    fn judge(
+        &mut self,
+        context: &mut Context<'_>,
+        written: Poll<io::Result<usize>>,
+    ) -> Poll<io::Result<usize>> {
+        let is_pending = written.is_pending();
+        if self.behind.is_none() && is_pending {
+            let until = Box::pin(tokio::time::sleep(self.period));
+            self.behind = Some(Behind { until, n_bytes: 0 });
+        }
+        let Some(behind) = &mut self.behind else { return written };
+        if let Poll::Ready(Ok(n)) = written {
+            behind.n_bytes += n;
+        }
+        while behind.until.as_mut().poll(context).is_ready() {
+            if !is_pending {
+                self.behind = None;
+                return written;
+            }
+            if behind.n_bytes < MIN_BYTES {
+                return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+            }
+            behind.n_bytes = 0;
+            behind.until.as_mut().reset(Instant::now() + self.period);
+        }
+        written
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for KeptUp<S> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(context, buffer)
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for KeptUp<S> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.stream).poll_write(context, bytes);
+        self.judge(context, written)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.stream).poll_write_vectored(context, slices);
+        self.judge(context, written)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(context)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
+
+    use super::*;
+
+    const SHORT: Duration = Duration::from_millis(20);
+
+    #[tokio::test]
+    async fn a_reader_that_takes_nothing_is_left() {
+        let (stream, _reader) = duplex(1024);
+        let mut stream = KeptUp::within(stream, SHORT);
+        stream.write_all(&[0; 1024]).await.unwrap();
+        let error = stream.write_all(&[0; 1]).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+    }
+
+    #[tokio::test]
+    async fn a_reader_that_takes_a_byte_now_and_then_is_left() {
+        let (stream, mut reader) = duplex(1024);
+        let mut stream = KeptUp::within(stream, SHORT);
+        let trickle = async {
+            // It ends with the stream.
+            while reader.read_u8().await.is_ok() {
+                tokio::time::sleep(SHORT / 4).await;
+            }
+        };
+        let write = async {
+            let error = stream.write_all(&vec![0; 1 << 20]).await.unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+            drop(stream);
+        };
+        tokio::join!(trickle, write);
+    }
+
+    #[tokio::test]
+    async fn a_reader_that_keeps_up_is_served() {
+        let (stream, mut reader) = duplex(64 << 10);
+        let mut stream = KeptUp::within(stream, Duration::from_secs(60));
+        let all = vec![7; 4 << 20];
+        let (written, read) = tokio::join!(
+            async {
+                stream.write_all(&all).await?;
+                stream.shutdown().await
+            },
+            async {
+                let mut read = Vec::new();
+                reader.read_to_end(&mut read).await.map(|_| read.len())
+            }
+        );
+        written.unwrap();
+        assert_eq!(read.unwrap(), all.len());
+    }
+}

@@ -1,0 +1,151 @@
+//! The revision of the status: it grows when anything in it changes but ages and counts, whichever
+//! part it comes from, so that `?after=` wakes for all of them.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+
+use super::view::DaemonView;
+use crate::admin::{At, View, api};
+
+/// How often the status is looked at: most of its parts have no event.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// The least time between two looks, however often the source answers.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// Follows the status for as long as the daemon lives.
+pub async fn follow(view: Arc<DaemonView>, at: Arc<watch::Sender<At>>) {
+    let mut health = view.health();
+    let mut last = None;
+    loop {
+        let looked = view.clone();
+        // A view waits for whoever changes the maps.
+        if let Ok(now) = tokio::task::spawn_blocking(move || lasting(looked.status())).await {
+            if last.as_ref().is_some_and(|last| *last != now) {
+                at.send_modify(|at| at.revision += 1);
+            }
+            last = Some(now);
+        }
+        tokio::time::sleep(PAUSE).await;
+        let _ = tokio::time::timeout(LOOK - PAUSE, health.changed()).await;
+    }
+}
+
+/// What in a status lasts until something happens.
+fn lasting(status: api::Status) -> api::Status {
+    let catalog = api::CatalogStatus {
+        age_seconds: None,
+        watches: None,
+        facts: status.catalog.facts.iter().map(|fact| without_figures(fact)).collect(),
+        problem: status.catalog.problem.as_deref().map(without_figures),
+        ..status.catalog
+    };
+    let counted = |upstream: api::UpstreamStatus| api::UpstreamStatus {
+        sent: 0,
+        results: Default::default(),
+        mean_ms: None,
+        ..upstream
+    };
+    let upstreams = status.dns.upstreams.into_iter().map(counted).collect();
+    let dns = api::DnsStatus { upstreams, ..status.dns };
+    let plane = api::PlaneStatus { maps: Vec::new(), counters: Default::default(), ..status.plane };
+    api::Status {
+        problems: status.problems.iter().map(|problem| without_figures(problem)).collect(),
+        revision: 0,
+        // A table's change has been counted already.
+        generation: 0,
+        services: 0,
+        backends: 0,
+        pool: api::PoolStatus::default(),
+        catalog,
+        dns,
+        plane,
+        ..status
+    }
+}
+
+/// A sentence without its numbers: most are ages.
+fn without_figures(sentence: &str) -> String {
+    sentence.chars().filter(|character| !character.is_ascii_digit()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn upstream(sent: u64) -> api::UpstreamStatus {
+        api::UpstreamStatus {
+            address: ([127, 0, 0, 1], 53).into(),
+            state: "up".into(),
+            sent,
+            results: [("answered".to_owned(), sent)].into(),
+            mean_ms: Some(sent as f64),
+        }
+    }
+
+    fn status() -> api::Status {
+        api::Status {
+            ready: true,
+            problems: vec!["something detached a hook 3 s ago".into()],
+            version: "1".into(),
+            pid: 1,
+            generation: 4,
+            revision: 5,
+            catalog: api::CatalogStatus {
+                source: "consul".into(),
+                state: "live".into(),
+                age_seconds: Some(1.0),
+                facts: vec![],
+                problem: None,
+                watches: None,
+            },
+            services: 1,
+            backends: 2,
+            dns: api::DnsStatus {
+                listen: vec![],
+                domain: "service".into(),
+                upstreams: vec![upstream(0)],
+            },
+            pool: api::PoolStatus::default(),
+            plane: api::PlaneStatus::default(),
+        }
+    }
+
+    #[test]
+    fn what_grows_by_itself_is_no_change_and_all_else_is() {
+        let counted = api::Status {
+            problems: vec!["something detached a hook 14 s ago".into()],
+            catalog: api::CatalogStatus {
+                age_seconds: Some(2.0),
+                watches: Some(api::WatchStatus::default()),
+                ..status().catalog
+            },
+            dns: api::DnsStatus { upstreams: vec![upstream(9)], ..status().dns },
+            plane: api::PlaneStatus {
+                counters: [("probes".to_owned(), 7)].into(),
+                maps: vec![api::MapStatus { name: "SLOTS".into(), entries: 1, capacity: 2 }],
+                ..status().plane
+            },
+            ..status()
+        };
+        assert_eq!(lasting(counted), lasting(status()));
+        let changes: [fn(&mut api::Status); 9] = [
+            |status| status.ready = false,
+            |status| status.problems.clear(),
+            |status| status.problems.push("the hooks aren't attached".into()),
+            |status| status.catalog.state = "failing".into(),
+            |status| status.catalog.problem = Some("no agent".into()),
+            |status| status.plane.attached = true,
+            |status| status.plane.mode = "shadow".into(),
+            |status| status.plane.refused_services = 1,
+            |status| status.dns.upstreams[0].state = "out".into(),
+        ];
+        for (nth, change) in changes.into_iter().enumerate() {
+            let mut changed = status();
+            change(&mut changed);
+            assert_ne!(lasting(changed), lasting(status()), "change {nth}");
+        }
+    }
+}
