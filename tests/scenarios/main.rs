@@ -30,6 +30,7 @@ mod maintenance;
 mod more_than_fits;
 mod not_a_vip_untouched;
 mod not_ready_before_consul;
+mod operators_view;
 mod passed_sockets;
 mod pinned_address;
 mod port_reused;
@@ -40,6 +41,7 @@ mod reloaded_between_consuls;
 mod reloaded_live;
 mod resolvers;
 mod restarted_without_consul;
+mod rules;
 mod servers;
 mod services_never_mix;
 mod state_lost;
@@ -90,6 +92,7 @@ const STORIES: &[(&str, Story)] = &[
     ("more_than_fits", more_than_fits::story),
     ("not_a_vip_untouched", not_a_vip_untouched::story),
     ("not_ready_before_consul", not_ready_before_consul::story),
+    ("operators_view", operators_view::story),
     ("pinned_address", pinned_address::story),
     ("port_reused", port_reused::story),
     ("ports_from_meta", ports_from_meta::story),
@@ -123,6 +126,7 @@ const STORIES_OF_PROGRAMS: &[(&str, &[&str], Story)] = &[
     ("node_by_name", &["node"], clients_by_name::node),
     ("passed_sockets", &["python3"], passed_sockets::story),
     ("postgres", &["psql", "initdb", "postgres"], postgres::story),
+    ("prometheus_rules", &["promtool"], rules::story),
     ("python_by_name", &["python3"], clients_by_name::python),
     ("systemd_resolved_by_name", &["systemd-resolved"], resolvers::systemd_resolved),
 ];

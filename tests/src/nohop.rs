@@ -117,11 +117,7 @@ impl Nohop {
         let config_file = dir.join("nohop.toml");
         let bpffs = Bpffs::new()?;
         // Keys that every release knows: `bench compare` starts older ones, too.
-        let mut own = format!(
-            "cgroup = {:?}\nbpffs = {:?}\n",
-            scope,
-            bpffs.path().join("nohop"),
-        );
+        let mut own = format!("cgroup = {:?}\nbpffs = {:?}\n", scope, bpffs.path().join("nohop"),);
         // Where a story doesn't choose them itself.
         if !config.contains("state_dir") {
             own += &format!("state_dir = {:?}\n", dir.join("state"));
@@ -260,6 +256,14 @@ impl Nohop {
     /// When the daemon doesn't answer.
     pub fn status(&self) -> Result<Value> {
         Ok(self.get("/v1/status")?.body)
+    }
+
+    /// The document of a GET request for this path, with its query.
+    ///
+    /// # Errors
+    /// When the daemon doesn't answer.
+    pub fn document(&self, path: &str) -> Result<Value> {
+        Ok(self.get(path)?.body)
     }
 
     /// The document of `GET /v1/services`.

@@ -6,9 +6,9 @@ mod consul;
 pub mod fuzz;
 pub mod kernels;
 mod linker;
-mod resolved;
 mod rust;
 mod system;
+mod unpacked;
 
 use std::env;
 use std::fs;
@@ -70,9 +70,12 @@ pub fn run(purpose: Purpose) -> Result<()> {
     if purpose >= Purpose::Test {
         let (clients, left_out) = system::provide_clients();
         println!("ok: clients that a few scenarios need: {clients}");
-        match resolved::provide() {
-            Ok(found) => println!("ok: systemd-resolved: {found}"),
-            Err(error) => println!("skipped: systemd-resolved, and its scenario: {error:#}"),
+        for program in unpacked::ALL {
+            let name = program.name;
+            match program.provide() {
+                Ok(found) => println!("ok: {name}: {found}"),
+                Err(error) => println!("skipped: {name}, and its scenario: {error:#}"),
+            }
         }
         for reason in left_out {
             println!("skipped: the scenarios that need it: {reason}");

@@ -1,0 +1,85 @@
+//! What an operator sees: exit codes of `nohop status`, text from Consul that would command a
+//! terminal, and requests that wait for a change, whatever it is that changes.
+
+use std::fs;
+
+use anyhow::{Context, Result, ensure};
+use lb_tests::consul::{Consul, instance};
+use lb_tests::nohop::Nohop;
+use lb_tests::run;
+use serde_json::Value;
+
+use crate::cluster::{CLIENT, Nodes, SOON};
+
+/// An id that forges a line, clears the screen, and turns the direction of what follows.
+const FORGED: &str = "web-1\n  healthy    10.9.9.9:1\u{1b}[2J\u{9b}31m\u{202e}";
+
+pub fn story() -> Result<()> {
+    let nodes = Nodes::new()?;
+    let mut nohop = Nohop::start_unready(&nodes.client, &nodes.cgroup, "")?;
+    for arguments in ["status", "status --json", "status --wait-ready --timeout 0"] {
+        let output = nohop.cli(arguments)?;
+        ensure!(output.status.code() == Some(1), "{arguments}: {output:?}");
+    }
+    let mut consul = Consul::server(&nodes.client, "client", CLIENT)?;
+    let helloworld = nodes.helloworld("helloworld")?;
+    consul.register(&instance("helloworld", FORGED, helloworld.address))?;
+    let output = nohop.cli("status --wait-ready --json")?;
+    ensure!(output.status.success(), "{output:?}");
+    ensure!(serde_json::from_slice::<Value>(&output.stdout)?["ready"] == true);
+    nohop.wait_for_backends("helloworld", 1, SOON)?;
+    ensure!(nohop.cli("status")?.status.success());
+
+    for arguments in ["services", "explain helloworld"] {
+        let text = String::from_utf8(nohop.cli(arguments)?.stdout)?;
+        ensure!(
+            text.contains(r"web-1\n  healthy    10.9.9.9:1\u{1b}[2J\u{9b}31m\u{202e}"),
+            "{text}"
+        );
+        let is_plain = |c: char| c == '\n' || !c.is_control() && c != '\u{202e}';
+        ensure!(text.chars().all(is_plain), "{text:?}");
+    }
+    let json = String::from_utf8(nohop.cli("services --json")?.stdout)?;
+    ensure!(!json.contains(['\u{1b}', '\u{9b}', '\u{202e}']), "{json:?}");
+    let services: Value = serde_json::from_str(&json)?;
+    ensure!(services[0]["backends"][0]["id"] == FORGED, "{services:#}");
+
+    // A request that waits is answered after each kind of change, none of which is the table's.
+    let link = nohop.pin("links/nohop_connect4")?;
+    let before = revision(&nohop.status()?)?;
+    run::words("bpftool", &format!("link detach pinned {}", link.display()))?;
+    let before = wait_for(&nohop, before, |status| {
+        status["problems"].to_string().contains("something detached")
+    })?;
+    let off = nohop.state_dir().join("off");
+    fs::write(&off, "")?;
+    let before = wait_for(&nohop, before, |status| status["plane"]["mode"] == "shadow")?;
+    fs::remove_file(&off)?;
+    let before = wait_for(&nohop, before, |status| status["plane"]["mode"] == "translate")?;
+    consul.kill();
+    wait_for(&nohop, before, |status| status["catalog"]["state"] == "failing")?;
+
+    // An earlier daemon's revision is past at once.
+    let earlier = revision(&nohop.status()?)?;
+    ensure!(nohop.end()?.success());
+    nohop.start_again_unready()?;
+    let later = revision(&nohop.document(&format!("/v1/status?after={earlier}&wait=600"))?)?;
+    ensure!(later > earlier, "{later} after {earlier}");
+    Ok(())
+}
+
+/// Follows the status from a revision on until something holds of it, and returns the revision then.
+/// The requests would wait for ten minutes, which is more than the client does.
+fn wait_for(nohop: &Nohop, mut after: u64, holds: impl Fn(&Value) -> bool) -> Result<u64> {
+    loop {
+        let status = nohop.document(&format!("/v1/status?after={after}&wait=600"))?;
+        after = revision(&status)?;
+        if holds(&status) {
+            return Ok(after);
+        }
+    }
+}
+
+fn revision(status: &Value) -> Result<u64> {
+    status["revision"].as_u64().with_context(|| format!("no revision in {status:#}"))
+}
