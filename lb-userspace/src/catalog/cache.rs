@@ -67,6 +67,8 @@ struct Body {
     agent: Option<Agent>,
     off: bool,
     names_at: Option<Millis>,
+    #[serde(default)]
+    names_filtered: bool,
     services: BTreeMap<Arc<str>, Line>,
 }
 
@@ -76,8 +78,23 @@ struct Line {
     answered: Option<Millis>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     used: Option<Millis>,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    filtered: bool,
     #[serde(default, skip_serializing_if = "<[_]>::is_empty")]
     instances: Arc<[Instance]>,
+}
+
+/// How long the machine has been suspended since it was booted.
+pub fn suspended() -> Duration {
+    let read = |clock| {
+        let time = clock_gettime(clock);
+        Duration::new(
+            u64::try_from(time.tv_sec).unwrap_or(0),
+            u32::try_from(time.tv_nsec).unwrap_or(0),
+        )
+    };
+    let awake = read(ClockId::Monotonic);
+    read(ClockId::Boottime).saturating_sub(awake)
 }
 
 /// The same moment on both clocks.
@@ -119,6 +136,7 @@ pub fn write(path: &Path, memory: &Memory) -> Result<(), WriteError> {
         let line = Line {
             answered: remembered.answered_at.map(|at| now.millis(at)),
             used: remembered.used_at.map(|at| now.millis(at)),
+            filtered: remembered.filtered,
             instances: remembered.instances.clone(),
         };
         (name.clone(), line)
@@ -128,6 +146,7 @@ pub fn write(path: &Path, memory: &Memory) -> Result<(), WriteError> {
         agent: memory.agent.clone(),
         off: memory.off,
         names_at: memory.names_at.map(|at| now.millis(at)),
+        names_filtered: memory.names_filtered,
         services: services.collect(),
     };
     let write = || -> io::Result<()> {
@@ -202,6 +221,7 @@ fn remember(body: Body, now: Now, max_age: Duration) -> Memory {
         let remembered = Remembered {
             instances: if answered_at.is_some() { line.instances } else { Arc::default() },
             answered_at,
+            filtered: line.filtered,
             used_at: line.used.and_then(|at| now.instant(at, Duration::MAX)),
         };
         (name, remembered)
@@ -211,6 +231,7 @@ fn remember(body: Body, now: Now, max_age: Duration) -> Memory {
         agent: body.agent,
         off: body.off,
         names_at: body.names_at.and_then(|at| now.instant(at, max_age)),
+        names_filtered: body.names_filtered,
         services: services.collect(),
     }
 }
@@ -238,13 +259,18 @@ mod tests {
             standing: Standing::Out("check `c` is critical".into()),
             says: Says { ports: Some("80".into()), protocol: None },
         };
-        let web =
-            Remembered { instances: [instance].into(), answered_at: Some(now), used_at: Some(now) };
+        let web = Remembered {
+            instances: [instance].into(),
+            answered_at: Some(now),
+            used_at: Some(now),
+            filtered: true,
+        };
         Memory {
             origin: "here".into(),
             agent: Some("n1".into()),
             off: true,
             names_at: Some(now),
+            names_filtered: true,
             services: [("web".into(), web), ("cold".into(), Remembered::default())].into(),
         }
     }

@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
-use tokio::sync::{Notify, mpsc, oneshot};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 use super::Stats;
 
@@ -22,10 +22,24 @@ pub struct Demand(Arc<Shared>);
 
 #[derive(Debug, Default)]
 struct Shared {
-    listener: RwLock<Option<mpsc::Sender<Wish>>>,
+    listener: RwLock<Option<Listener>>,
     uses: Mutex<BTreeSet<Arc<str>>>,
     used: Notify,
     stats: Arc<Stats>,
+}
+
+/// The way to the source that listens.
+#[derive(Clone, Debug)]
+pub(super) struct Listener {
+    wishes: mpsc::Sender<Wish>,
+    end: watch::Receiver<()>,
+}
+
+impl Listener {
+    /// Waits until the source has ended, and all that it had, connections included, is closed.
+    pub(super) async fn ended(mut self) {
+        while self.end.changed().await.is_ok() {}
+    }
 }
 
 /// What somebody wants.
@@ -63,6 +77,7 @@ pub enum Lookup {
 pub struct Wishes {
     queue: mpsc::Receiver<Wish>,
     shared: Arc<Shared>,
+    end: Option<watch::Sender<()>>,
 }
 
 impl Demand {
@@ -74,8 +89,10 @@ impl Demand {
     /// Where a source receives it from now on; the former receiver gets nothing more.
     pub fn listen(&self) -> Wishes {
         let (wishes, queue) = mpsc::channel(MAX_LOOKUPS);
-        *self.0.listener.write().unwrap_or_else(PoisonError::into_inner) = Some(wishes);
-        Wishes { queue, shared: self.0.clone() }
+        let (ends, end) = watch::channel(());
+        let listener = Some(Listener { wishes, end });
+        *self.0.listener.write().unwrap_or_else(PoisonError::into_inner) = listener;
+        Wishes { queue, shared: self.0.clone(), end: Some(ends) }
     }
 
     /// Whether a source listens; else nothing that is reported makes a difference.
@@ -101,7 +118,7 @@ impl Demand {
     /// The same, and waits until the source has looked the name up. The caller sets the limit; past
     /// it the outcome is [`Lookup::Unknown`]. Where no source listens, the catalog is all there is.
     pub async fn look_up(&self, name: &str) -> Lookup {
-        let Some(wishes) = self.listener() else { return Lookup::Absent };
+        let Some(Listener { wishes, .. }) = self.listener() else { return Lookup::Absent };
         let (done, looked_up) = oneshot::channel();
         let wanted = Wanted { name: name.into(), done: Some(done) };
         if wishes.try_send(Wish::Service(wanted)).is_err() {
@@ -114,15 +131,15 @@ impl Demand {
     /// Waits until the source has left what the next one begins with, or can't. The caller sets the
     /// limit.
     pub(super) async fn leave(&self) {
-        let Some(wishes) = self.listener() else { return };
+        let Some(Listener { wishes, .. }) = self.listener() else { return };
         let (done, left) = oneshot::channel();
         if wishes.send(Wish::Leave(done)).await.is_ok() {
             let _ = left.await;
         }
     }
 
-    /// The sender to the source that listens now.
-    pub(super) fn listener(&self) -> Option<mpsc::Sender<Wish>> {
+    /// The way to the source that listens now.
+    pub(super) fn listener(&self) -> Option<Listener> {
         self.0.listener.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
@@ -130,14 +147,19 @@ impl Demand {
 impl Wishes {
     /// Reports that this source publishes all it has, so that no lookup finds more.
     pub fn decline(self) {
-        let Wishes { queue, shared } = self;
+        let Wishes { queue, shared, .. } = self;
         let mut listener = shared.listener.write().unwrap_or_else(PoisonError::into_inner);
         drop(queue);
         // Another source may listen by now.
-        if listener.as_ref().is_some_and(mpsc::Sender::is_closed) {
+        if listener.as_ref().is_some_and(|listener| listener.wishes.is_closed()) {
             *listener = None;
             shared.uses.lock().unwrap_or_else(PoisonError::into_inner).clear();
         }
+    }
+
+    /// What is to be dropped once all that the source had is gone; [`Listener::ended`] waits for it.
+    pub fn take_end(&mut self) -> Option<watch::Sender<()>> {
+        self.end.take()
     }
 
     /// The next wish; `None` once nothing more can come. It loses nothing where it is cancelled.

@@ -19,6 +19,8 @@ pub struct Memory {
     pub off: bool,
     /// When the list of names was answered last; `None` where it never was.
     pub names_at: Option<Instant>,
+    /// Whether that answer left something out for the token's sake.
+    pub names_filtered: bool,
     /// Every name of the list, and what is known of it.
     pub services: BTreeMap<Arc<str>, Remembered>,
 }
@@ -53,6 +55,8 @@ pub struct Remembered {
     pub instances: Arc<[Instance]>,
     /// When the source last answered for them.
     pub answered_at: Option<Instant>,
+    /// Whether the answer that brought them left something out for the token's sake.
+    pub filtered: bool,
     /// When somebody on this node last used it.
     pub used_at: Option<Instant>,
 }

@@ -194,7 +194,7 @@ impl Handle {
         let former = self.demand.listener();
         self.keeper.0.shutdown().await;
         if let Some(former) = former {
-            let _ = tokio::time::timeout(LEAVING, former.closed()).await;
+            let _ = tokio::time::timeout(LEAVING, former.ended()).await;
         }
     }
 

@@ -1,15 +1,16 @@
 //! Where a source puts what it knows.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch::{Receiver, Sender};
 
+use super::cache::suspended;
 use super::memory::Memory;
 use super::{Catalog, Edition, Health, Stats, Watches};
 use crate::config::Expired;
-use crate::table::{Diff, Listing, Standing, diff};
+use crate::table::{Diff, Listing, Standing, Watch, diff};
 
 /// The sending side of what a `Handle` receives, as one life of a source has it: once the source
 /// has been started again, what its former life says counts no more.
@@ -34,8 +35,12 @@ struct State {
     life: u64,
     /// The catalog as the source said it, before its age is held against it.
     said: Option<Edition>,
-    /// Whether the catalog is too old to serve.
-    is_refused: bool,
+    /// When the source last answered for each service of the catalog, as far as it ever did.
+    answered: BTreeMap<Arc<str>, Instant>,
+    /// The services whose instances are too old to serve.
+    refused: BTreeSet<Arc<str>>,
+    /// How long the machine has been suspended, when that was last noticed.
+    suspended: Duration,
     problems: Problems,
     facts: BTreeMap<&'static str, String>,
     memory: Option<Arc<Memory>>,
@@ -63,7 +68,7 @@ impl Output {
             }),
             off: Sender::new(false),
             stats: Arc::default(),
-            state: Mutex::default(),
+            state: Mutex::new(State { suspended: suspended(), ..State::default() }),
         };
         Output { shared: Arc::new(shared), life: 0 }
     }
@@ -107,17 +112,43 @@ impl Output {
 
     /// Publishes a catalog whose news came at `heard_at`, unless it says what the last one says.
     pub fn publish(&self, catalog: Catalog, heard_at: Instant) {
+        self.publish_aged(Some(catalog), heard_at, Vec::new());
+    }
+
+    /// As [`Output::publish`], where there is a catalog; and the source answered for the services
+    /// `answered`, at these times: what it said of them is in this catalog or the last one, so that
+    /// they aren't too old any more from here on.
+    pub fn publish_aged(
+        &self,
+        catalog: Option<Catalog>,
+        heard_at: Instant,
+        answered: Vec<(Arc<str>, Instant)>,
+    ) {
         let Some(mut state) = self.living() else { return };
-        let is_same = |last: &Edition| {
-            let Diff { changed, gone } = diff(&last.catalog, &catalog, |one, other| one == other);
-            changed.is_empty() && gone.is_empty()
-        };
-        if state.said.as_ref().is_some_and(is_same) {
-            return;
+        let n_refused = state.refused.len();
+        for (name, at) in answered {
+            state.refused.remove(&name);
+            state.answered.insert(name, at);
         }
-        tracing::debug!(services = catalog.len(), "the catalog changed");
-        state.said = Some(Edition { catalog: Arc::new(catalog), heard_at });
-        self.send(&state);
+        let mut has_changed = state.refused.len() != n_refused;
+        if let Some(catalog) = catalog {
+            let is_same = |last: &Edition| {
+                let Diff { changed, gone } =
+                    diff(&last.catalog, &catalog, |one, other| one == other);
+                changed.is_empty() && gone.is_empty()
+            };
+            if !state.said.as_ref().is_some_and(is_same) {
+                tracing::debug!(services = catalog.len(), "the catalog changed");
+                let catalog = Arc::new(catalog);
+                state.answered.retain(|name, _| catalog.contains_key(name));
+                state.refused.retain(|name| catalog.contains_key(name));
+                state.said = Some(Edition { catalog, heard_at });
+                has_changed = true;
+            }
+        }
+        if has_changed {
+            self.send(&state);
+        }
     }
 
     /// The catalog published last, as the source said it.
@@ -125,12 +156,12 @@ impl Output {
         self.state().said.as_ref().map(|edition| edition.catalog.clone())
     }
 
-    /// Says that the source answered.
+    /// Says that the source answered about the catalog: for which services, [`Output::publish_aged`]
+    /// tells.
     pub fn answered(&self, now: Instant) {
-        let Some(mut state) = self.living() else { return };
-        self.shared.health.send_modify(|health| health.last_answer = Some(now));
-        state.problems.age = None;
-        self.refuse(&mut state, false);
+        if self.living().is_some() {
+            self.shared.health.send_modify(|health| health.last_answer = Some(now));
+        }
     }
 
     /// Says when the source answered an earlier daemon, whose catalog serves.
@@ -181,23 +212,55 @@ impl Output {
         self.tell(&state.problems, None);
     }
 
-    /// Holds the catalog's age against it: past `max_age` that is a problem, and dials are refused
-    /// where `expired` wants that.
-    pub fn look_at_age(&self, now: Instant, max_age: Duration, expired: Expired) {
+    /// Holds the age of each service's instances against them: past `max_age` that is a problem where
+    /// they are followed, and connects to the service are refused where `expired` wants that. What
+    /// else the source answers has no part in it. The clock of an [`Instant`] stands still while the
+    /// machine is suspended; `suspended` is for how long it was, in all.
+    pub fn look_at_age(
+        &self,
+        now: Instant,
+        suspended: Duration,
+        max_age: Duration,
+        expired: Expired,
+    ) {
         let mut state = self.state();
-        let last_answer = self.shared.health.borrow().last_answer;
-        let is_old = last_answer.is_some_and(|at| now.saturating_duration_since(at) > max_age);
-        state.problems.age = is_old.then(|| {
-            let what = match expired {
-                Expired::Serve => "its last catalog goes on serving",
-                Expired::Refuse => "dials are refused",
+        let asleep = suspended.saturating_sub(state.suspended);
+        // The two clocks aren't read at the same moment.
+        if asleep > Duration::from_secs(1) {
+            state.suspended = suspended;
+            let earlier = |at: &mut Instant| *at = at.checked_sub(asleep).unwrap_or(*at);
+            state.answered.values_mut().for_each(earlier);
+            self.shared.health.send_modify(|health| {
+                health.last_answer.iter_mut().for_each(earlier);
+            });
+        }
+        let is_old = |at: Instant| now.saturating_duration_since(at) > max_age;
+        let source_is_old = self.shared.health.borrow().last_answer.is_some_and(is_old);
+        let old = state.answered.iter().filter(|(_, at)| is_old(**at));
+        let old: BTreeSet<Arc<str>> = old.map(|(name, _)| name.clone()).collect();
+        let catalog = state.said.as_ref().map(|edition| &edition.catalog);
+        let watch = |name: &Arc<str>| catalog?.get(name).map(|listing| listing.watch);
+        let mut live = old.iter().filter(|name| watch(name) == Some(Watch::Live));
+        let what = match (source_is_old, live.next(), live.count()) {
+            (true, ..) => Some(String::new()),
+            (false, Some(name), 0) => Some(format!(" for `{name}`")),
+            (false, Some(name), n) => Some(format!(" for `{name}` and {n} more services")),
+            (false, None, _) => None,
+        };
+        state.problems.age = what.map(|what| {
+            let then = match expired {
+                Expired::Serve => "what was known last goes on serving",
+                Expired::Refuse => "connects are refused",
             };
             format!(
-                "Consul last answered longer ago than catalog.max_age ({max_age:?}): {what}, as \
-                 catalog.expired says"
+                "Consul last answered{what} longer ago than catalog.max_age ({max_age:?}): {then}, \
+                 as catalog.expired says"
             )
         });
-        self.refuse(&mut state, is_old && expired == Expired::Refuse);
+        let refused = if expired == Expired::Refuse { old } else { BTreeSet::new() };
+        if std::mem::replace(&mut state.refused, refused.clone()) != refused {
+            self.send(&state);
+        }
         self.tell(&state.problems, None);
     }
 
@@ -213,16 +276,13 @@ impl Output {
         self.state().memory.clone()
     }
 
-    fn refuse(&self, state: &mut State, is_refused: bool) {
-        if std::mem::replace(&mut state.is_refused, is_refused) != is_refused {
-            self.send(state);
-        }
-    }
-
     fn send(&self, state: &State) {
-        let edition = state.said.clone().map(|edition| match state.is_refused {
-            false => edition,
-            true => Edition { catalog: Arc::new(refused(&edition.catalog)), ..edition },
+        let edition = state.said.clone().map(|edition| match state.refused.is_empty() {
+            true => edition,
+            false => {
+                let catalog = Arc::new(refused(&edition.catalog, &state.refused));
+                Edition { catalog, ..edition }
+            }
         });
         self.shared.catalog.send_replace(edition);
     }
@@ -259,26 +319,28 @@ impl Output {
     }
 }
 
-/// The catalog with every instance out.
-fn refused(catalog: &Catalog) -> Catalog {
-    const WHY: &str = "Consul hasn't answered for longer than catalog.max_age, and \
+/// The catalog with every instance of these services out.
+fn refused(catalog: &Catalog, names: &BTreeSet<Arc<str>>) -> Catalog {
+    const WHY: &str = "Consul hasn't answered for the service for longer than catalog.max_age, and \
                        catalog.expired is `refuse`";
-    let refuse = |listing: &Listing| {
-        let mut instances = listing.instances.to_vec();
-        for instance in &mut instances {
+    let mut catalog = catalog.clone();
+    for name in names {
+        let Some(Listing { instances, .. }) = catalog.get_mut(name) else { continue };
+        let mut refused = instances.to_vec();
+        for instance in &mut refused {
             if !matches!(instance.standing, Standing::Out(_)) {
                 instance.standing = Standing::Out(WHY.into());
             }
         }
-        Listing { instances: instances.into(), watch: listing.watch }
-    };
-    catalog.iter().map(|(name, listing)| (name.clone(), refuse(listing))).collect()
+        *instances = refused.into();
+    }
+    catalog
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::table::{Home, Instance, Says, Watch};
+    use crate::table::{Home, Instance, Says};
 
     fn catalog() -> Catalog {
         let instance = Instance {
@@ -296,31 +358,77 @@ mod tests {
         [("web".into(), listing)].into()
     }
 
+    /// `web`, `db` and a `cold` one, each of an instance that serves.
+    fn three() -> Catalog {
+        let listing = catalog()["web"].clone();
+        let cold = Listing { watch: Watch::Cold, ..listing.clone() };
+        [("web".into(), listing.clone()), ("db".into(), listing), ("cold".into(), cold)].into()
+    }
+
+    fn all(at: Instant) -> Vec<(Arc<str>, Instant)> {
+        ["web", "db", "cold"].map(|name| (Arc::from(name), at)).into()
+    }
+
     #[test]
-    fn what_is_too_old_alarms_and_is_refused_until_the_source_answers() {
+    fn what_is_too_old_alarms_and_is_refused_until_the_source_answers_for_it() {
+        const SECOND: Duration = Duration::from_secs(1);
         let start = Instant::now();
-        let max_age = Duration::from_secs(60);
-        for (expired, serves_when_old) in [(Expired::Serve, true), (Expired::Refuse, false)] {
+        let (max_age, base) = (60 * SECOND, suspended());
+        for expired in [Expired::Serve, Expired::Refuse] {
             let output = Output::new("consul");
             let (published, health, _) = output.subscribe();
-            let serves = || {
+            let serving = || {
                 let edition = published.borrow().clone().unwrap();
-                edition.catalog["web"].instances[0].standing == Standing::Serving
+                let serves = |listing: &Listing| {
+                    listing.instances.iter().any(|instance| instance.standing.serves())
+                };
+                let serving = edition.catalog.iter().filter(|(_, listing)| serves(listing));
+                serving.map(|(name, _)| name.to_string()).collect::<Vec<_>>().join(" ")
             };
-            output.publish(catalog(), start);
+            let look = |after: Duration, suspended: Duration| {
+                output.look_at_age(start + after, base + suspended, max_age, expired);
+                health.borrow().problem.clone().unwrap_or_default()
+            };
+            let if_refused = |refused: &str| match expired {
+                Expired::Serve => "cold db web".to_owned(),
+                Expired::Refuse => refused.to_owned(),
+            };
+            output.publish_aged(Some(three()), start, all(start));
             output.answered(start);
-            output.look_at_age(start + max_age, max_age, expired);
-            assert_eq!((serves(), health.borrow().problem.clone()), (true, None));
+            assert_eq!(
+                (look(max_age, Duration::ZERO), serving()),
+                ("".into(), "cold db web".into())
+            );
 
-            output.look_at_age(start + max_age * 2, max_age, expired);
-            assert_eq!(serves(), serves_when_old);
-            assert!(health.borrow().problem.as_ref().unwrap().contains("catalog.max_age (60s)"));
-            output.publish(catalog(), start);
-            assert_eq!(serves(), serves_when_old);
+            // One answers all the time, which makes no other one younger.
+            output.publish_aged(None, start, vec![("db".into(), start + max_age)]);
+            output.answered(start + max_age);
+            let problem = look(max_age + SECOND, Duration::ZERO);
+            assert!(
+                problem.contains("for `web` longer ago than catalog.max_age (60s)"),
+                "{problem}"
+            );
+            assert_eq!(serving(), if_refused("db"));
+            output.answered(start + max_age + SECOND);
+            assert_eq!(serving(), if_refused("db"), "what is asked beside says nothing of it");
 
-            output.answered(start + max_age * 2);
-            output.set_problem(None, false);
-            assert_eq!((serves(), health.borrow().problem.clone()), (true, None));
+            // Its own answer does, together with what it said.
+            let at = start + max_age + SECOND;
+            output.publish_aged(Some(three()), at, vec![("web".into(), at)]);
+            assert_eq!(serving(), if_refused("db web"));
+            assert_eq!(look(max_age + SECOND, Duration::ZERO), "");
+
+            // Nothing answers; or the machine slept.
+            let problem = look(2 * max_age + 2 * SECOND, Duration::ZERO);
+            assert!(problem.contains("answered longer ago"), "{problem}");
+            assert_eq!(serving(), if_refused(""));
+            let later = start + 3 * max_age;
+            output.publish_aged(None, later, all(later));
+            output.answered(later);
+            assert_eq!(look(3 * max_age, Duration::ZERO), "");
+            assert_eq!(serving(), "cold db web");
+            assert_ne!(look(3 * max_age, 2 * max_age), "");
+            assert_eq!(serving(), if_refused(""));
         }
     }
 

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{oneshot, watch};
 use tokio::time::{Interval, MissedTickBehavior};
 
+use super::cache::suspended;
 use super::demand::Wishes;
 use super::{Demand, Output};
 use crate::config::{CatalogConfig, Expired};
@@ -85,7 +86,8 @@ pub async fn keep(
         let end = loop {
             looks.tick().await;
             if let Some(ageing) = ageing {
-                output.look_at_age(Instant::now(), ageing.max_age, ageing.expired);
+                let (now, asleep) = (Instant::now(), suspended());
+                output.look_at_age(now, asleep, ageing.max_age, ageing.expired);
             }
             if failures.forget(Instant::now(), limits.memory) {
                 output.set_life_problem(failures.alarm());
@@ -167,16 +169,18 @@ impl Life {
     fn start(
         source: &Source,
         output: Output,
-        wishes: Wishes,
+        mut wishes: Wishes,
         beat: Duration,
     ) -> std::io::Result<Life> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let n_beats = Arc::new(AtomicU64::new(0));
         let (stop, stopped) = oneshot::channel::<()>();
-        let (at_end, alive) = oneshot::channel();
+        let (at_end, alive) = oneshot::channel::<()>();
         let (source, beats) = (source.clone(), n_beats.clone());
         std::thread::Builder::new().name("catalog".into()).spawn(move || {
-            let _at_end: oneshot::Sender<()> = at_end;
+            // Dropped after the runtime, with which the connections go.
+            let _ends = (wishes.take_end(), at_end);
+            let runtime = runtime;
             runtime.block_on(async {
                 tokio::select! {
                     _ = stopped => {}

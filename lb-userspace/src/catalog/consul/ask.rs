@@ -37,8 +37,8 @@ pub enum About {
 /// What the answer said, with its index.
 #[derive(Debug)]
 pub enum Said {
-    /// The names that have the tag.
-    Names(BTreeSet<Arc<str>>),
+    /// The names.
+    Names(List),
     /// Whether nothing is to be translated.
     Switch(bool),
     /// Which node this is, by the agent.
@@ -47,6 +47,22 @@ pub enum Said {
     Service(Heard),
     /// The service's name as it was registered; `None` where there is no such service.
     Lookup(Option<Arc<str>>),
+}
+
+/// The list of names.
+#[derive(Clone, Debug, Default)]
+pub struct List {
+    /// Those that have the tag.
+    pub tagged: BTreeSet<Arc<str>>,
+    /// The others.
+    pub others: BTreeSet<Arc<str>>,
+}
+
+impl List {
+    /// Whether the name is there, with the tag or without.
+    pub fn has(&self, name: &str) -> bool {
+        self.tagged.contains(name) || self.others.contains(name)
+    }
 }
 
 /// An answer that counts.
@@ -177,12 +193,15 @@ fn heard(records: Vec<Record>, rules: &CatalogConfig) -> Heard {
 /// The body of `/v1/catalog/services`: the tags that any instance of a name has.
 pub(super) type Names = BTreeMap<Arc<str>, Option<Vec<String>>>;
 
-pub(super) fn tagged(names: Names, tag: &str) -> BTreeSet<Arc<str>> {
-    names
-        .into_iter()
-        .filter(|(_, tags)| tags.iter().flatten().any(|has| has == tag))
-        .map(|(name, _)| name)
-        .collect()
+pub(super) fn tagged(names: Names, tag: &str) -> List {
+    let mut list = List::default();
+    for (name, tags) in names {
+        match tags.iter().flatten().any(|has| has == tag) {
+            true => list.tagged.insert(name),
+            false => list.others.insert(name),
+        };
+    }
+    list
 }
 
 /// The part of `/v1/agent/self` that says which node this is.

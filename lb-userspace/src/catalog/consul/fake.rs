@@ -109,6 +109,17 @@ impl Fake {
         self.set(NAMES, index, json!(names));
     }
 
+    /// As [`Fake::set`], of an answer that says that something is left out for the token's sake, which
+    /// it says until [`Fake::break_path`] ends that.
+    pub fn set_filtered(&self, path: &str, index: u64, body: Value) {
+        self.state.send_modify(|state| {
+            state.index.insert(path.into(), index);
+            state.body.insert(path.into(), body);
+            let header = Fault::Header("X-Consul-Results-Filtered-By-ACLs: true");
+            state.fault.insert(path.into(), header);
+        });
+    }
+
     pub fn break_path(&self, path: &str, fault: Option<Fault>) {
         self.state.send_modify(|state| {
             match fault {

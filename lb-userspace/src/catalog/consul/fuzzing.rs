@@ -13,7 +13,11 @@ use crate::table::Instance;
 pub fn read(body: &[u8]) -> BTreeMap<Arc<str>, Vec<Instance>> {
     let rules = Config::default().catalog;
     if let Ok(names) = serde_json::from_slice::<Names>(body) {
-        return tagged(names, &rules.tag).into_iter().map(|name| (name, Vec::new())).collect();
+        return tagged(names, &rules.tag)
+            .tagged
+            .into_iter()
+            .map(|name| (name, Vec::new()))
+            .collect();
     }
     let records = serde_json::from_slice(body).map_or_else(|_| Vec::new(), |Records(all)| all);
     let instances = health::instances(records, &rules).unwrap_or_default();

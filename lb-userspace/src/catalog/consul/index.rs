@@ -17,12 +17,22 @@ pub enum Ask {
 /// What an answer is worth.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// It is news.
+    /// It is whole and not from the past: its body counts, whatever its index. Consul's indexes don't
+    /// move with its ACLs, the bodies do (consul's issue 5651).
     Apply,
-    /// It is what is known already.
-    Unchanged,
     /// It may be from the past: ask again before believing it.
     Confirm,
+}
+
+/// How an answer's index stands to that of the answer applied before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Moved {
+    /// Beyond it, or there is nothing to compare.
+    On,
+    /// It is the same: nothing has changed in Consul's state.
+    Not,
+    /// Below it.
+    Back,
 }
 
 /// The place of one watch in Consul's history.
@@ -30,11 +40,15 @@ pub enum Verdict {
 pub struct Cursor {
     known: u64,
     ask: Ask,
+    /// The index of the answer noted last; 0 where it had none.
+    last: u64,
+    /// The index of the answer applied last; 0 before that.
+    applied: u64,
 }
 
 impl Default for Cursor {
     fn default() -> Self {
-        Cursor { known: 0, ask: Ask::Now }
+        Cursor { known: 0, ask: Ask::Now, last: 0, applied: 0 }
     }
 }
 
@@ -44,28 +58,45 @@ impl Cursor {
         self.ask
     }
 
-    /// Takes note of a good answer and of its X-Consul-Index.
+    /// Takes note of a good answer and of its X-Consul-Index. Without one, or with 0, a question can't
+    /// be held back for news: the next one doesn't ask for that, and is the caller's to pace.
     pub fn answered(&mut self, index: Option<u64>) -> Verdict {
-        let index = index.unwrap_or(0);
-        if self.ask != Ask::Consistently && self.known > 0 && index < self.known {
+        self.last = index.unwrap_or(0);
+        if self.ask != Ask::Consistently && index.is_some_and(|index| index < self.known) {
             self.doubt();
             return Verdict::Confirm;
         }
-        let is_known = self.ask == Ask::After(index);
-        // Index 0 would not block, so a server that sends it would be asked without pause.
-        self.known = index.max(1);
-        self.ask = Ask::After(self.known);
-        if is_known { Verdict::Unchanged } else { Verdict::Apply }
+        self.known = self.last;
+        self.ask = match self.last {
+            0 => Ask::Now,
+            index => Ask::After(index),
+        };
+        Verdict::Apply
+    }
+
+    /// Notes that the answer noted last is applied.
+    pub fn applied(&mut self) {
+        self.applied = self.last;
+    }
+
+    /// How the index of the answer noted last stands to that of the one applied last.
+    pub fn moved(&self) -> Moved {
+        match (self.last, self.applied) {
+            (0, _) | (_, 0) => Moved::On,
+            (last, applied) if last < applied => Moved::Back,
+            (last, applied) if last == applied => Moved::Not,
+            _ => Moved::On,
+        }
     }
 
     /// Doesn't believe the answer noted last: it is asked for again.
     pub fn doubt(&mut self) {
-        *self = Cursor { known: 0, ask: Ask::Consistently };
+        (self.known, self.ask) = (0, Ask::Consistently);
     }
 
-    /// Takes note of a failure: the next question doesn't block, so that it shows at once whether
-    /// Consul is back.
-    pub fn failed(&mut self) {
+    /// Has the next question answered at once: after a failure, so that it shows whether Consul is
+    /// back, and where another token may read more, or less.
+    pub fn restart(&mut self) {
         if let Ask::After(_) = self.ask {
             self.ask = Ask::Now;
         }
@@ -96,10 +127,10 @@ mod tests {
                 ],
             ),
             (
-                "the wait ran out",
+                "the wait ran out, and the body counts all the same",
                 &[
                     (Answer(Some(7)), Some(Apply), After(7)),
-                    (Answer(Some(7)), Some(Unchanged), After(7)),
+                    (Answer(Some(7)), Some(Apply), After(7)),
                 ],
             ),
             (
@@ -111,18 +142,20 @@ mod tests {
                 ],
             ),
             (
-                "below 1 is confirmed, and the next question blocks",
+                "below 1 is confirmed, and the next question doesn't block",
                 &[
                     (Answer(Some(7)), Some(Apply), After(7)),
                     (Answer(Some(0)), Some(Confirm), Consistently),
-                    (Answer(Some(0)), Some(Apply), After(1)),
+                    (Answer(Some(0)), Some(Apply), Now),
                 ],
             ),
             (
                 "no index at all",
                 &[
-                    (Answer(None), Some(Apply), After(1)),
-                    (Answer(None), Some(Confirm), Consistently),
+                    (Answer(None), Some(Apply), Now),
+                    (Answer(None), Some(Apply), Now),
+                    (Answer(Some(7)), Some(Apply), After(7)),
+                    (Answer(None), Some(Apply), Now),
                 ],
             ),
             (
@@ -159,11 +192,33 @@ mod tests {
                 let got = match step {
                     Answer(index) => Some(cursor.answered(*index)),
                     Failure => {
-                        cursor.failed();
+                        cursor.restart();
                         None
                     }
                 };
                 assert_eq!((got, cursor.ask()), (*verdict, *ask), "{name}, step {n}");
+            }
+        }
+    }
+
+    #[test]
+    fn an_index_is_compared_with_what_was_applied_however_often_it_was_doubted() {
+        let mut cursor = Cursor::default();
+        for (index, is_applied, moved) in [
+            (Some(7), true, Moved::On),
+            (Some(7), false, Moved::Not),
+            (Some(9), false, Moved::On),
+            (Some(3), false, Moved::Back),
+            (Some(3), false, Moved::Back),
+            (None, false, Moved::On),
+            (Some(9), true, Moved::On),
+            (Some(9), true, Moved::Not),
+        ] {
+            cursor.answered(index);
+            assert_eq!(cursor.moved(), moved, "{index:?}");
+            match is_applied {
+                true => cursor.applied(),
+                false => cursor.doubt(),
             }
         }
     }

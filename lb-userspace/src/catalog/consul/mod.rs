@@ -9,6 +9,7 @@ mod address;
 mod ask;
 mod backoff;
 mod client;
+mod doubt;
 #[cfg(test)]
 mod fake;
 #[cfg(any(fuzzing, test))]
@@ -22,6 +23,7 @@ mod schedule;
 mod supervisor;
 #[cfg(test)]
 mod tests;
+mod token;
 mod tracker;
 
 use std::path::PathBuf;
@@ -40,9 +42,12 @@ pub struct Timing {
     pub connect: Duration,
     /// An answer that isn't held back for news.
     pub answer: Duration,
-    /// A question that Consul holds back for news. Consul's own default is 5 minutes; an agent that
-    /// hangs is found out after one and a half of these.
+    /// A question that Consul holds back for news, once the run has lasted as long. Consul's own
+    /// default is 5 minutes, but proxies and load balancers give up after one, and it adds up to
+    /// 1/16; an agent that hangs is found out after one and a half of these.
     pub wait: Duration,
+    /// The same at the start of a run.
+    pub first_wait: Duration,
     /// The same, where there are more live services than connections, so that watches take turns. A
     /// service is then asked about every `turn` x services / connections. Shorter turns would be
     /// more questions to Consul's servers (31 a second from each node, at 2 s and 61 connections).
@@ -55,6 +60,16 @@ pub struct Timing {
     /// Up to this long an answer that takes too much away waits until it is confirmed, by a read
     /// that costs Consul's leader a round: a whole fleet would ask at once.
     pub doubt: Duration,
+    /// Up to this long what takes too much away isn't applied though it was confirmed, where something
+    /// speaks against it.
+    pub distrust: Duration,
+    /// How long Consul may hold a question meanwhile: that its ACLs changed wakes none.
+    pub withheld: Duration,
+    /// How long a service whose name has gone from the list is still known, without instances: as
+    /// long as Nomad takes to start its task again.
+    pub linger: Duration,
+    /// How often the token file is read for another token.
+    pub token: Duration,
     /// How long Consul has to answer a new daemon, before what the last one knew is published.
     pub patience: Duration,
     /// How long the first catalog waits for services that don't answer.
@@ -71,11 +86,16 @@ impl Default for Timing {
         Timing {
             connect: Duration::from_secs(2),
             answer: Duration::from_secs(10),
-            wait: Duration::from_secs(60),
+            wait: Duration::from_secs(45),
+            first_wait: Duration::from_secs(1),
             turn: Duration::from_secs(2),
             names: Duration::from_secs(10),
             switch: Duration::from_secs(5),
             doubt: Duration::from_millis(100),
+            distrust: Duration::from_secs(5 * 60),
+            withheld: Duration::from_secs(10),
+            linger: Duration::from_secs(5 * 60),
+            token: Duration::from_secs(1),
             patience: Duration::from_secs(2),
             stragglers: Duration::from_secs(10),
             in_use: Duration::from_secs(60),

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::doubt::{Doubts, Signs, Weight, is_mass};
 use super::held::{Held, Key};
 use super::schedule::is_shrink;
 use crate::catalog::Catalog;
@@ -11,11 +12,11 @@ use crate::catalog::memory::{Agent, Memory, Remembered};
 use crate::table::{Instance, Listing, Watch};
 
 /// The state that watches bring together. Pure: it neither asks nor publishes.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Model {
     node: Node,
     has_names: bool,
-    /// Whether the switch has said, or may not say, whether anything is to be translated.
+    /// Whether the switch was read, or may not be read.
     has_switch: bool,
     /// What the kernel serves, in lower case: the first catalog isn't to take it away for want of
     /// an answer.
@@ -23,6 +24,10 @@ pub struct Model {
     services: BTreeMap<Arc<str>, Entry>,
     /// What was said of services some of whose instances are held back, and until when.
     held_back: BTreeMap<Arc<str>, (Instant, Heard)>,
+    /// What takes too much away to be believed.
+    doubts: Doubts,
+    /// Whether the list of names that was applied last left something out for the token's sake.
+    is_list_filtered: bool,
     problems: BTreeMap<Subject, String>,
     nothing: Arc<[Instance]>,
     /// Whether the catalog has changed since it was taken.
@@ -41,7 +46,8 @@ pub struct Heard {
 }
 
 impl Heard {
-    fn n_serving(&self) -> usize {
+    /// How many of them serve.
+    pub fn n_serving(&self) -> usize {
         self.instances.as_deref().map_or(0, n_serving)
     }
 }
@@ -83,6 +89,8 @@ struct Entry {
     answered_at: Option<Instant>,
     /// The bytes of the last answer.
     n_bytes: Option<usize>,
+    /// Whether the answer that was applied last left something out for the token's sake.
+    is_filtered: bool,
     /// Whether it has been in a catalog that was taken.
     is_shown: bool,
     held: Held,
@@ -108,6 +116,8 @@ pub enum Subject {
     Agent,
     /// The switch `nohop/off`.
     Switch,
+    /// Answers that aren't applied, since they take too much away.
+    Doubt,
     /// The number of connections.
     Connections,
     /// One service.
@@ -118,9 +128,23 @@ const AGENT_DENIED: &str = "instances on a loopback address are unroutable, sinc
                             may not read which node this is: it needs agent:read as well";
 
 impl Model {
-    /// One that is told which services, in lower case, the kernel serves.
-    pub fn new(in_use: BTreeSet<Arc<str>>) -> Self {
-        Model { in_use, ..Model::default() }
+    /// One that is told which services, in lower case, the kernel serves, and for how long what takes
+    /// too much away is doubted.
+    pub fn new(in_use: BTreeSet<Arc<str>>, distrust: Duration) -> Self {
+        Model {
+            node: Node::default(),
+            has_names: false,
+            has_switch: false,
+            in_use,
+            services: BTreeMap::new(),
+            held_back: BTreeMap::new(),
+            doubts: Doubts::new(distrust),
+            is_list_filtered: false,
+            problems: BTreeMap::new(),
+            nothing: Arc::default(),
+            is_dirty: false,
+            is_synced: false,
+        }
     }
 
     /// Begins with what an earlier life of the source left; nothing of it counts as an answer.
@@ -129,12 +153,17 @@ impl Model {
             self.node = Node::Named(agent.clone());
         }
         for (name, remembered) in &memory.services {
-            let mut entry = Entry { answered_at: remembered.answered_at, ..Entry::default() };
+            let mut entry = Entry {
+                answered_at: remembered.answered_at,
+                is_filtered: remembered.filtered,
+                ..Entry::default()
+            };
             if remembered.answered_at.is_some() {
                 entry.known.learn(remembered.instances.to_vec(), &self.node);
             }
             self.services.insert(name.clone(), entry);
         }
+        self.is_list_filtered = memory.names_filtered;
         self.is_dirty = true;
     }
 
@@ -145,24 +174,28 @@ impl Model {
                 Known::Service { instances, .. } => (instances.clone(), entry.answered_at),
                 Known::Pending | Known::NoService => (self.nothing.clone(), None),
             };
-            (name.clone(), Remembered { instances, answered_at, used_at: None })
+            let filtered = entry.is_filtered;
+            (name.clone(), Remembered { instances, answered_at, used_at: None, filtered })
         });
         let agent = match &self.node {
             Node::Named(agent) => Some(agent.clone()),
             Node::Unknown | Node::Denied | Node::Elsewhere(_) => None,
         };
-        Memory { agent, services: services.collect(), ..Memory::default() }
+        let names_filtered = self.is_list_filtered;
+        Memory { agent, services: services.collect(), names_filtered, ..Memory::default() }
     }
 
     /// Takes the list of the names that have the tag.
     pub fn set_names(&mut self, names: &BTreeSet<Arc<str>>) {
         let (problems, held_back) = (&mut self.problems, &mut self.held_back);
+        let doubts = &mut self.doubts;
         let n_before = self.services.len();
         self.services.retain(|name, _| {
             let stays = names.contains(name);
             if !stays {
                 problems.remove(&Subject::Service(name.clone()));
                 held_back.remove(name);
+                doubts.settle(Some(name));
             }
             stays
         });
@@ -193,6 +226,104 @@ impl Model {
         is_shrink(n_before, heard.n_serving())
     }
 
+    /// Weighs what was heard of a service against what is known of it.
+    pub fn weigh(&mut self, name: &Arc<str>, heard: &Heard, signs: Signs) -> Weight {
+        let entry = self.services.get(name);
+        let (vanishes, was_filtered) =
+            entry.map_or((false, false), |entry| (entry.vanishes(heard), entry.is_filtered));
+        let weight = match (vanishes, self.is_shrink(name, heard) && !signs.is_sure) {
+            (true, _) => {
+                let serving = self.services.iter().filter(|(_, entry)| entry.n_serving() > 0);
+                let serving: Vec<Arc<str>> = serving.map(|(name, _)| name.clone()).collect();
+                let serving = serving.into_iter();
+                self.doubts.weigh_service(name, signs, was_filtered, serving)
+            }
+            (false, is_unsure) => {
+                self.doubts.settle(Some(name));
+                if is_unsure { Weight::Confirm } else { Weight::Apply }
+            }
+        };
+        for (name, instances) in self.doubts.take_back(signs.now) {
+            if let Some(entry) = self.services.get_mut(&name) {
+                self.is_dirty |= entry.known.learn(instances.to_vec(), &self.node);
+            }
+        }
+        if let (Weight::Apply, Some(entry)) = (weight, self.services.get_mut(name)) {
+            entry.is_filtered = signs.is_filtered;
+        }
+        self.report_doubts();
+        weight
+    }
+
+    /// Weighs a list of names, which is `is_loss`: of the names `listed` before those in `there` are
+    /// there yet, with the tag or without. `is_hidden` says that Consul's own service has vanished.
+    pub fn weigh_names(
+        &mut self,
+        listed: &BTreeSet<Arc<str>>,
+        there: &dyn Fn(&Arc<str>) -> bool,
+        is_loss: bool,
+        is_hidden: bool,
+        signs: Signs,
+    ) -> Weight {
+        let gone: Vec<&Arc<str>> = listed.iter().filter(|name| !there(name)).collect();
+        let n_serving = self.services.values().filter(|entry| entry.n_serving() > 0).count();
+        let serves = |name: &&&Arc<str>| {
+            self.services.get(**name).is_some_and(|entry| entry.n_serving() > 0)
+        };
+        let n_lost = gone.iter().filter(serves).count();
+        let vanishes = n_lost > 0 || is_shrink(listed.len(), listed.len() - gone.len());
+        let weight = match (is_loss && vanishes, is_loss && !signs.is_sure) {
+            (true, _) => {
+                let is_mass = is_mass(gone.len(), listed.len()) || is_mass(n_lost, n_serving);
+                self.doubts.weigh_names(signs, self.is_list_filtered, is_hidden, is_mass)
+            }
+            (false, is_unsure) => {
+                self.doubts.settle(None);
+                if is_unsure { Weight::Confirm } else { Weight::Apply }
+            }
+        };
+        if weight == Weight::Apply {
+            self.is_list_filtered = signs.is_filtered;
+        }
+        self.report_doubts();
+        weight
+    }
+
+    /// Whether Consul's answers are doubted, so that a "no" of it isn't one.
+    pub fn has_doubts(&self) -> bool {
+        self.doubts.any()
+    }
+
+    fn report_doubts(&mut self) {
+        match self.doubts.problem() {
+            Some(problem) => drop(self.problems.insert(Subject::Doubt, problem)),
+            None => drop(self.problems.remove(&Subject::Doubt)),
+        }
+    }
+
+    /// Takes the instances of a name that has gone from the list, and is kept for a while. Returns
+    /// whether it is kept: only a service is.
+    pub fn empty(&mut self, name: &Arc<str>, now: Instant) -> bool {
+        let Some(entry) = self.services.get_mut(name) else { return false };
+        self.held_back.remove(name);
+        if let Known::Service { instances, .. } = &entry.known
+            && entry.n_serving() > 0
+        {
+            self.doubts.lost(name, instances.clone(), now);
+        }
+        self.is_dirty |= match entry.known {
+            Known::Service { .. } => entry.known.learn(Vec::new(), &self.node),
+            Known::Pending | Known::NoService => false,
+        };
+        !matches!(entry.known, Known::NoService)
+    }
+
+    /// Whether any instance of the service is known.
+    pub fn has_instances(&self, name: &str) -> bool {
+        let known = self.services.get(name).map(|entry| &entry.known);
+        matches!(known, Some(Known::Service { instances, .. }) if !instances.is_empty())
+    }
+
     /// Whether a list of names lacks one that serves, so that it isn't to be believed unconfirmed.
     pub fn would_lose(&self, names: &BTreeSet<Arc<str>>) -> bool {
         let mut known = self.services.iter().filter(|(name, _)| !names.contains(*name));
@@ -209,7 +340,7 @@ impl Model {
     /// The instances that serve as far as is known: one, where only the kernel knows any.
     fn n_served(&self, name: &str, entry: &Entry) -> usize {
         match &entry.known {
-            Known::Service { instances, .. } => n_serving(instances),
+            Known::Service { .. } => entry.n_serving(),
             Known::Pending => usize::from(self.is_in_use(name)),
             Known::NoService => 0,
         }
@@ -221,7 +352,12 @@ impl Model {
             && (self.in_use.contains(name) || self.in_use.contains(&*name.to_lowercase()))
     }
 
-    /// Notes that the switch has said, or may not say, whether anything is to be translated.
+    /// Whether the switch was read, or may not be read.
+    pub fn has_switch(&self) -> bool {
+        self.has_switch
+    }
+
+    /// Notes that the switch was read, or may not be read.
     pub fn hear_switch(&mut self) {
         self.has_switch = true;
     }
@@ -231,10 +367,15 @@ impl Model {
         let Some(entry) = self.services.get_mut(name) else { return };
         entry.answered_at = Some(now);
         self.is_dirty |= !std::mem::replace(&mut entry.is_followed, entry.is_live);
+        if entry.vanishes(&heard)
+            && let Known::Service { instances, .. } = &entry.known
+        {
+            self.doubts.lost(name, instances.clone(), now);
+        }
         self.judge(name, heard, now);
     }
 
-    /// Judges what Consul said, now or when it answered last.
+    /// Takes in what was heard, with those held back whose time has not come.
     fn judge(&mut self, name: &Arc<str>, heard: Heard, now: Instant) {
         let is_in_use = self.is_in_use(name);
         let Some(entry) = self.services.get_mut(name) else { return };
@@ -262,13 +403,6 @@ impl Model {
         }
     }
 
-    /// Notes that Consul has no news of a live service.
-    pub fn confirm(&mut self, name: &str, now: Instant) {
-        if let Some(entry) = self.services.get_mut(name) {
-            entry.answered_at = Some(now);
-        }
-    }
-
     /// When instances that are held back are to be judged anew.
     pub fn next_release(&self) -> Option<Instant> {
         self.held_back.values().map(|(until, _)| *until).min()
@@ -279,6 +413,7 @@ impl Model {
         let due = self.held_back.iter().filter(|(_, (until, _))| *until <= now);
         let due: Vec<_> = due.map(|(name, (_, heard))| (name.clone(), heard.clone())).collect();
         for (name, heard) in due {
+            // Consul has answered nothing new.
             self.judge(&name, heard, now);
         }
     }
@@ -423,7 +558,7 @@ impl Model {
     /// Whether Consul doesn't answer, rather than that something is wrong with an answer.
     pub fn is_failing(&self) -> bool {
         // The switch, since it is always asked for, and the names only every ten seconds.
-        [Subject::Names, Subject::Agent, Subject::Switch]
+        [Subject::Names, Subject::Agent, Subject::Switch, Subject::Doubt]
             .iter()
             .any(|subject| self.problems.contains_key(subject))
     }
@@ -441,7 +576,11 @@ impl Model {
         for (subject, problem) in &self.problems {
             let name = match subject {
                 Subject::Service(name) => Some(name.as_ref()),
-                Subject::Names | Subject::Agent | Subject::Switch | Subject::Connections => None,
+                Subject::Names
+                | Subject::Agent
+                | Subject::Switch
+                | Subject::Doubt
+                | Subject::Connections => None,
             };
             if complaints.iter().any(|(said, _)| said == problem) {
                 continue;
@@ -471,6 +610,21 @@ impl Model {
         self.services
             .values()
             .any(|entry| matches!(entry.known, Known::Service { has_loopback: true, .. }))
+    }
+}
+
+impl Entry {
+    fn n_serving(&self) -> usize {
+        match &self.known {
+            Known::Service { instances, .. } => n_serving(instances),
+            Known::Pending | Known::NoService => 0,
+        }
+    }
+
+    /// Whether most of what serves isn't even listed by this answer.
+    fn vanishes(&self, heard: &Heard) -> bool {
+        let listed = heard.instances.as_ref().map(Vec::len);
+        listed.is_some_and(|n_listed| is_shrink(self.n_serving(), n_listed))
     }
 }
 

@@ -1,8 +1,11 @@
 //! The model, by what it publishes after what it was told.
 
+use super::super::index::Moved;
 use super::*;
 use crate::table::Standing;
 use crate::table::{Home, Says};
+
+const DISTRUST: Duration = Duration::from_secs(300);
 
 fn names(list: &[&str]) -> BTreeSet<Arc<str>> {
     list.iter().map(|name| Arc::from(*name)).collect()
@@ -28,7 +31,7 @@ fn heard(instances: Vec<Instance>) -> Heard {
 
 /// One that knows what the switch says.
 fn hearing() -> Model {
-    let mut model = Model::default();
+    let mut model = Model::new(BTreeSet::new(), DISTRUST);
     model.hear_switch();
     model
 }
@@ -56,7 +59,7 @@ fn synced(services: &[&str]) -> (Model, Catalog) {
 
 #[test]
 fn nothing_is_published_before_all_that_is_live_has_answered() {
-    let mut model = Model::default();
+    let mut model = Model::new(BTreeSet::new(), DISTRUST);
     with_names(&mut model, &["a", "b"]);
     model.set_names(&names(&["a", "b", "cold"]));
     assert!(model.take().is_none());
@@ -100,7 +103,7 @@ fn stragglers_are_named_and_join_later() {
 
 #[test]
 fn what_the_kernel_serves_is_not_left_out_for_want_of_an_answer() {
-    let mut model = Model::new(names(&["weba", "gone"]));
+    let mut model = Model::new(names(&["weba", "gone"]), DISTRUST);
     model.hear_switch();
     model.set_node(Node::Named("n1".into()));
     assert!(model.would_lose(&names(&["WebA"])), "gone is missing");
@@ -115,7 +118,7 @@ fn what_the_kernel_serves_is_not_left_out_for_want_of_an_answer() {
     set(&mut model, "WebA", vec![instance("n1", "1")]);
     assert_eq!(model.take().unwrap().len(), 2);
 
-    let mut model = Model::new(names(&["weba"]));
+    let mut model = Model::new(names(&["weba"]), DISTRUST);
     with_names(&mut model, &["WebA"]);
     model.stop_waiting(true);
     assert!(model.take().is_some(), "there is an end to it");
@@ -212,6 +215,80 @@ fn an_instance_without_its_checks_serves_after_a_moment() {
 }
 
 #[test]
+fn what_is_released_is_no_answer_of_consul() {
+    let (mut model, _) = synced(&["a"]);
+    let now = Instant::now();
+    let both = vec![instance("n1", "1"), instance("n1", "2")];
+    let heard = Heard { instances: Some(both), unchecked: vec![("n1".into(), "2".into())] };
+    model.set_service(&"a".into(), heard, now);
+    // It went cold, and is used again, but hasn't been answered for since.
+    model.set_live("a", false);
+    model.set_live("a", true);
+    model.release(model.next_release().unwrap());
+    let catalog = model.take().unwrap();
+    assert_eq!((catalog["a"].watch, model.exists("a")), (Watch::Cold, None));
+    assert_eq!(n_serving(&catalog["a"].instances), 2);
+}
+
+fn signs(now: Instant, is_sure: bool, moved: Moved) -> Signs {
+    Signs { now, is_sure, is_filtered: false, moved }
+}
+
+#[test]
+fn what_turns_critical_is_out_at_once_whatever_speaks_against_it() {
+    let (mut model, _) = synced(&["a", "b", "c", "d"]);
+    let now = Instant::now();
+    let mut critical = instance("n1", "1");
+    critical.standing = Standing::Out("critical".into());
+    for name in ["a", "b", "c", "d"] {
+        for (is_sure, expected) in [(false, Weight::Confirm), (true, Weight::Apply)] {
+            let signs = signs(now, is_sure, Moved::Back);
+            let got = model.weigh(&name.into(), &heard(vec![critical.clone()]), signs);
+            assert_eq!(got, expected, "{name}");
+        }
+    }
+    assert_eq!(model.problem(), None);
+}
+
+#[test]
+fn all_that_goes_within_a_minute_comes_back_and_goes_after_five() {
+    let (mut model, first) = synced(&["a", "b", "c"]);
+    let start = Instant::now();
+    let gone = |model: &mut Model, name: &str, now: Instant, is_sure: bool| {
+        let name: Arc<str> = name.into();
+        let weight = model.weigh(&name, &heard(Vec::new()), signs(now, is_sure, Moved::On));
+        if weight == Weight::Apply {
+            model.set_service(&name, heard(Vec::new()), now);
+        }
+        weight
+    };
+    let second = Duration::from_secs(1);
+    assert_eq!(gone(&mut model, "a", start, true), Weight::Apply);
+    assert_eq!(gone(&mut model, "b", start + 20 * second, true), Weight::Apply);
+    let catalog = model.take().unwrap();
+    let serving = |catalog: &Catalog| catalog.values().filter(|l| !l.instances.is_empty()).count();
+    assert_eq!(serving(&catalog), 1);
+    assert_eq!(gone(&mut model, "c", start + 40 * second, true), Weight::Withhold);
+    let catalog = model.take().unwrap();
+    assert_eq!(serving(&catalog), 3);
+    assert_eq!(catalog["a"].instances, first["a"].instances);
+    let problem = model.problem().unwrap();
+    assert!(problem.contains("`a` and 2 more services: they all went at once"), "{problem}");
+    assert!(model.is_failing());
+    // One that is whole again is out of it; of the others it is true after all.
+    let whole = heard(vec![instance("n1", "7")]);
+    let signs = signs(start + 50 * second, false, Moved::On);
+    assert_eq!(model.weigh(&"b".into(), &whole, signs), Weight::Apply);
+    let end = start + 40 * second + DISTRUST;
+    for name in ["a", "c"] {
+        assert_eq!(gone(&mut model, name, end - second, true), Weight::Withhold);
+        assert_eq!(gone(&mut model, name, end, false), Weight::Confirm);
+        assert_eq!(gone(&mut model, name, end, true), Weight::Apply);
+    }
+    assert_eq!(model.problem(), None);
+}
+
+#[test]
 fn a_new_node_name_moves_what_is_local() {
     let (mut model, _) = synced(&["a"]);
     model.set_node(Node::Named("n2".into()));
@@ -258,7 +335,7 @@ fn what_the_kernel_serves_already_is_not_held_back_at_a_restart() {
     };
     // (what the kernel serves, which of both instances serve at first)
     for (in_use, expected) in [(&["web"][..], 2), (&[], 1)] {
-        let mut model = Model::new(names(in_use));
+        let mut model = Model::new(names(in_use), DISTRUST);
         model.hear_switch();
         model.set_node(Node::Named("n1".into()));
         with_names(&mut model, &["Web"]);

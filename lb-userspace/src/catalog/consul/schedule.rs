@@ -31,8 +31,12 @@ pub struct Rules {
     pub policy: WatchPolicy,
     /// The most connections at any time; at least 4.
     pub max_connections: usize,
-    /// How long Consul may hold a question.
+    /// How long Consul may hold a question, once the run has lasted as long.
     pub wait: Duration,
+    /// The same at the start of a run.
+    pub first_wait: Duration,
+    /// The same, of a question whose last answer wasn't trusted.
+    pub withheld_wait: Duration,
     /// The same, while there are more live services than connections.
     pub turn: Duration,
 }
@@ -74,6 +78,7 @@ pub struct Shift {
 #[derive(Debug)]
 pub struct Schedule {
     rules: Rules,
+    started: Instant,
     names: BTreeSet<Arc<str>>,
     /// The last use of names that were used within [`LINGER`].
     used: BTreeMap<Arc<str>, Instant>,
@@ -101,6 +106,7 @@ impl Schedule {
     pub fn new(rules: Rules, now: Instant) -> Self {
         Schedule {
             rules,
+            started: now,
             names: BTreeSet::new(),
             used: BTreeMap::new(),
             live: BTreeMap::new(),
@@ -196,6 +202,32 @@ impl Schedule {
         &self.names
     }
 
+    /// How long Consul may hold a question that is asked now, watches that take turns aside: no longer
+    /// than the run has lasted, or a second. An agent keeps the connection of a question whose asker
+    /// has gone until the wait is over (consul's issue 8524), out of 200 for each client address; so
+    /// runs that end soon, of a daemon that crashes again and again or is reloaded, leave hardly more
+    /// questions behind than one of them asks.
+    pub fn wait(&self, now: Instant) -> Duration {
+        let lasted = now.saturating_duration_since(self.started);
+        lasted.max(self.rules.first_wait).min(self.rules.wait)
+    }
+
+    /// The same, of the question that a tracker is about to ask.
+    pub fn wait_of(&self, tracker: &Tracker, now: Instant) -> Duration {
+        match tracker.is_withheld() {
+            true => self.wait(now).min(self.rules.withheld_wait),
+            false => self.wait(now),
+        }
+    }
+
+    /// Has all live services asked about again, since Consul may answer another token otherwise.
+    pub fn restart(&mut self, now: Instant) {
+        for live in self.live.values_mut() {
+            live.tracker.restart(now);
+        }
+        self.ask_agent(now);
+    }
+
     /// The connections that live services share.
     pub fn n_shared(&self) -> usize {
         self.rules.max_connections.saturating_sub(N_RESERVED).max(1)
@@ -218,6 +250,11 @@ impl Schedule {
             return Some(self.brief(Job::Agent, Ask::Now));
         }
         let has_shared = self.n_held < n_shared;
+        let withheld_wait = self.rules.withheld_wait;
+        let wait = match self.is_short() {
+            true => self.wait(now).min(self.rules.turn),
+            false => self.wait(now),
+        };
         let due = self.live.iter_mut().filter(|(_, live)| {
             let is_due = live.tracker.due().is_some_and(|due| due <= now);
             is_due && (has_shared || !is_held(live.tracker.ask()))
@@ -227,11 +264,16 @@ impl Schedule {
         let is_urgent = |live: &Live| !is_held(live.tracker.ask());
         match first {
             Some((name, live)) if self.lookups.is_empty() || is_urgent(live) => {
-                live.tracker.begin(now);
                 let (job, ask) = (Job::Service(name.clone(), live.stint), live.tracker.ask());
+                let wait = match is_held(ask) {
+                    false => Duration::ZERO,
+                    true if live.tracker.is_withheld() => wait.min(withheld_wait),
+                    true => wait,
+                };
+                live.tracker.begin(now, wait);
                 Some(match is_held(ask) {
                     false => self.brief(job, ask),
-                    true => self.held(job, ask),
+                    true => self.held(job, ask, wait),
                 })
             }
             _ => {
@@ -246,9 +288,8 @@ impl Schedule {
         Turn { job, ask, wait: Duration::ZERO, is_held: false }
     }
 
-    fn held(&mut self, job: Job, ask: Ask) -> Turn {
+    fn held(&mut self, job: Job, ask: Ask, wait: Duration) -> Turn {
         self.n_held += 1;
-        let wait = if self.is_short() { self.rules.turn } else { self.rules.wait };
         Turn { job, ask, wait, is_held: true }
     }
 
@@ -306,7 +347,14 @@ mod tests {
     const S: Duration = Duration::from_secs(1);
 
     fn schedule(policy: WatchPolicy, max_connections: usize, now: Instant) -> Schedule {
-        let rules = Rules { policy, max_connections, wait: 60 * S, turn: 2 * S };
+        let rules = Rules {
+            policy,
+            max_connections,
+            wait: 60 * S,
+            first_wait: 60 * S,
+            withheld_wait: 10 * S,
+            turn: 2 * S,
+        };
         let mut schedule = Schedule::new(rules, now);
         // The agent has been asked.
         assert_eq!(schedule.next(now).unwrap().job, Job::Agent);
@@ -398,6 +446,23 @@ mod tests {
         assert_eq!(schedule.next(now), None, "the last connection is in use");
         schedule.ended(false);
         assert_eq!(schedule.next(now).unwrap().job, Job::Lookup("made-up".into()));
+    }
+
+    #[test]
+    fn runs_that_end_soon_leave_hardly_more_questions_than_one_of_them_asks() {
+        let start = Instant::now();
+        let mut schedule = schedule(WatchPolicy::All, 64, start);
+        (schedule.rules.wait, schedule.rules.first_wait) = (45 * S, S);
+        for (lasted, wait) in [(0, 1), (1, 1), (2, 2), (44, 44), (45, 45), (1_000_000, 45)] {
+            assert_eq!(schedule.wait(start + lasted * S), wait * S, "after {lasted} s");
+        }
+        // However long each run of a loop lasts, from one question a connection at its very end:
+        // Consul adds up to 1/16.
+        for lasted in 1..300 {
+            let held = schedule.wait(start + lasted * S).mul_f64(17.0 / 16.0);
+            let n_former = held.as_secs_f64() / f64::from(lasted);
+            assert!(n_former < 2.0, "{n_former} former runs, each of {lasted} s");
+        }
     }
 
     #[test]

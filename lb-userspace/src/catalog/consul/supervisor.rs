@@ -15,9 +15,11 @@ use super::absent::Absent;
 use super::ask::{About, Answer, Failure, How, Said, ask};
 use super::backoff::Backoff;
 use super::client::Client;
+use super::doubt::{Signs, Weight};
 use super::index::{Ask, Verdict};
 use super::model::{Heard, Model, Node, Subject};
 use super::schedule::{Job, Rules, Schedule, Turn};
+use super::token::TokenWatch;
 use super::tracker::Tracker;
 use super::{Settings, Timing};
 use crate::catalog::demand::{Lookup, Wish, Wishes};
@@ -66,6 +68,8 @@ pub struct Supervisor {
     /// When the next of them may give way.
     yields_at: Instant,
     names: Tracker,
+    /// The questions about the names and the switch that are under way.
+    of_all: [Option<AbortHandle>; 2],
     has_failed: bool,
     /// The bytes of the list of names when it was last read.
     names_bytes: usize,
@@ -78,6 +82,12 @@ pub struct Supervisor {
     listed: BTreeSet<Arc<str>>,
     /// Names that were looked up and found, and that the list doesn't have yet.
     unlisted: BTreeSet<Arc<str>>,
+    /// Names that have gone from the list a moment ago, and until when they are known yet.
+    gone: BTreeMap<Arc<str>, Instant>,
+    /// Whether Consul's own service was in the list.
+    lists_consul: bool,
+    /// The services that have been answered for, and aren't reported yet.
+    answered: Vec<(Arc<str>, Instant)>,
     /// The names that have upper case in them, by how DNS knows them: to DNS all of them, and the one
     /// in lower case, are one service.
     folded: BTreeMap<String, Vec<Arc<str>>>,
@@ -90,6 +100,7 @@ pub struct Supervisor {
     give_up_at: Option<Instant>,
     heard_at: Option<Instant>,
     last_answer: Option<Instant>,
+    token: TokenWatch,
     tidied: Instant,
     saved: Instant,
     is_unsaved: bool,
@@ -106,6 +117,8 @@ impl Supervisor {
             policy: settings.catalog.watch,
             max_connections: settings.consul.max_connections,
             wait: settings.timing.wait,
+            first_wait: settings.timing.first_wait,
+            withheld_wait: settings.timing.withheld,
             turn: settings.timing.turn,
         };
         // What is known first is left at once.
@@ -117,22 +130,25 @@ impl Supervisor {
                 settings.timing.connect,
                 output.clone(),
             )),
-            settings,
             output,
             tasks: JoinSet::new(),
             under_way: HashMap::new(),
             held: BTreeMap::new(),
             yields_at: now,
             names: Tracker::new(now),
+            of_all: [None, None],
             has_failed: false,
             names_bytes: 0,
             switch: Tracker::new(now),
             is_off: false,
             agent_backoff: Backoff::default(),
             schedule: Schedule::new(rules, now),
-            model: Model::new(in_use),
+            model: Model::new(in_use, settings.timing.distrust),
             listed: BTreeSet::new(),
             unlisted: BTreeSet::new(),
+            gone: BTreeMap::new(),
+            lists_consul: false,
+            answered: Vec::new(),
             folded: BTreeMap::new(),
             absent: Absent::new(now),
             waiting: BTreeMap::new(),
@@ -142,11 +158,13 @@ impl Supervisor {
             give_up_at: None,
             heard_at: None,
             last_answer: None,
+            token: TokenWatch::start(settings.consul.token.as_ref(), settings.timing.token),
             tidied: now,
             saved,
             is_unsaved: false,
             saving: None,
             leaving: Vec::new(),
+            settings,
         };
         for name in std::mem::take(&mut this.settings.in_use) {
             this.schedule.used(name, now);
@@ -170,6 +188,10 @@ impl Supervisor {
         self.output.set_off(memory.off);
         self.output.answered_earlier(names_at);
         self.model.seed(&memory);
+        let answered = memory.services.iter();
+        let answered =
+            answered.filter_map(|(name, known)| Some((name.clone(), known.answered_at?)));
+        self.answered.extend(answered);
         self.listed = memory.services.keys().cloned().collect();
     }
 
@@ -186,6 +208,7 @@ impl Supervisor {
                     }
                 }
                 Some(wish) = wishes.recv() => self.hear(wish),
+                () = self.token.changed() => self.ask_again(),
                 () = tokio::time::sleep_until(wake_at) => {}
             }
             // Before anything is published, so that who is in it counts as used.
@@ -203,14 +226,18 @@ impl Supervisor {
     fn ask_what_is_due(&mut self) {
         let now = Instant::now();
         let is_due = |tracker: &Tracker| tracker.due().is_some_and(|due| due <= now);
-        let wait = self.timing().wait;
         if is_due(&self.names) {
-            self.names.begin(now);
-            self.start(Purpose::Names, About::Names, self.names.ask(), wait, false);
+            let wait = self.schedule.wait_of(&self.names, now);
+            self.names.begin(now, wait);
+            let question = self.start(Purpose::Names, About::Names, self.names.ask(), wait, false);
+            self.of_all[0] = Some(question);
         }
         if is_due(&self.switch) {
-            self.switch.begin(now);
-            self.start(Purpose::Switch, About::Switch, self.switch.ask(), wait, false);
+            let wait = self.schedule.wait_of(&self.switch, now);
+            self.switch.begin(now, wait);
+            let question =
+                self.start(Purpose::Switch, About::Switch, self.switch.ask(), wait, false);
+            self.of_all[1] = Some(question);
         }
         while let Some(Turn { job, ask, wait, is_held }) = self.schedule.next(now) {
             let about = match &job {
@@ -222,7 +249,31 @@ impl Supervisor {
         }
     }
 
-    fn start(&mut self, purpose: Purpose, about: About, at: Ask, wait: Duration, is_held: bool) {
+    /// Asks everything again, since the token that was asked with so far isn't the one that counts: a
+    /// question that Consul holds would be answered for the old one. Up to that many connections more
+    /// than usual stay open at the agent until the waits of those questions are over.
+    fn ask_again(&mut self) {
+        let now = Instant::now();
+        for question in std::mem::take(&mut self.held).into_values() {
+            question.handle.abort();
+        }
+        for question in self.of_all.iter().flatten() {
+            question.abort();
+        }
+        self.names.restart(now);
+        self.switch.restart(now);
+        self.schedule.restart(now);
+        self.absent = Absent::new(now);
+    }
+
+    fn start(
+        &mut self,
+        purpose: Purpose,
+        about: About,
+        at: Ask,
+        wait: Duration,
+        is_held: bool,
+    ) -> AbortHandle {
         let (client, catalog) = (self.client.clone(), self.settings.catalog.clone());
         let how = How { ask: at, wait, limit: self.timing().answer };
         let name = match (&about, is_held) {
@@ -232,8 +283,9 @@ impl Supervisor {
         let handle = self.tasks.spawn(async move { ask(&client, &about, how, &catalog).await });
         self.under_way.insert(handle.id(), UnderWay { purpose, is_held });
         if let Some(name) = name {
-            self.held.insert(name, HeldQuestion { handle, wait });
+            self.held.insert(name, HeldQuestion { handle: handle.clone(), wait });
         }
+        handle
     }
 
     /// When there is something to do, should nothing come until then.
@@ -243,6 +295,7 @@ impl Supervisor {
         at.extend(self.switch.due());
         at.extend(self.schedule.next_due());
         at.extend(self.model.next_release());
+        at.extend(self.gone.values().min());
         if !self.model.is_synced() {
             at.extend(self.give_up_at);
             if self.has_memory {
@@ -275,8 +328,6 @@ impl Supervisor {
         if let Some(Ok(answer)) = &asked
             && !matches!(answer.said, Said::Agent(_))
         {
-            self.output.answered(answer.heard_at);
-            self.last_answer = Some(answer.heard_at);
             self.heard_at.get_or_insert(answer.heard_at);
         }
         match (purpose, asked) {
@@ -297,8 +348,9 @@ impl Supervisor {
                     }
                 }
             }
-            // Only questions about services are ever dropped.
-            (_, None) => {}
+            (Purpose::Names, None) => self.names.dropped(now),
+            (Purpose::Switch, None) => self.switch.dropped(now),
+            (Purpose::Turn(Job::Agent | Job::Lookup(_)), None) => {} // never dropped
         }
     }
 
@@ -350,16 +402,32 @@ impl Supervisor {
         let doubt = self.timing().doubt;
         let Some(tracker) = self.schedule.tracker(&name, stint) else { return };
         let problem = match asked {
-            Ok(Answer { index, said: Said::Service(heard), n_bytes, .. }) => {
+            Ok(Answer { index, said: Said::Service(heard), n_bytes, is_filtered, heard_at }) => {
                 self.model.set_size(&name, n_bytes);
                 let is_sure = tracker.ask() == Ask::Consistently;
                 match tracker.answered(index, now, fastrand::f64()) {
-                    Verdict::Apply if !is_sure && self.model.is_shrink(&name, &heard) => {
-                        tracker.doubt(now, doubt.mul_f64(fastrand::f64()));
-                        self.output.stats().count_shrink_held();
+                    Verdict::Apply => {
+                        let signs = Signs { now, is_sure, is_filtered, moved: tracker.moved() };
+                        match self.model.weigh(&name, &heard, signs) {
+                            Weight::Apply => {
+                                tracker.applied();
+                                self.answered.push((name.clone(), heard_at));
+                                self.believe(heard_at);
+                                self.apply(&name, heard, now);
+                            }
+                            Weight::Confirm => {
+                                // Whether anything serves is worth a burst of a fleet's questions.
+                                let is_all = heard.n_serving() == 0;
+                                let doubt = if is_all { doubt } else { doubt * 10 };
+                                tracker.doubt(now, doubt.mul_f64(fastrand::f64()));
+                                self.output.stats().count_shrink_held();
+                            }
+                            Weight::Withhold => {
+                                tracker.withhold();
+                                self.tell(&name, Lookup::Unknown);
+                            }
+                        }
                     }
-                    Verdict::Apply => self.apply(&name, heard, now),
-                    Verdict::Unchanged => self.model.confirm(&name, now),
                     Verdict::Confirm => tracing::info!(
                         %name,
                         index,
@@ -379,12 +447,19 @@ impl Supervisor {
         self.model.set_problem(Subject::Service(name), problem);
     }
 
+    /// Notes that Consul has answered about the catalog, and is believed.
+    fn believe(&mut self, heard_at: Instant) {
+        self.output.answered(heard_at);
+        self.last_answer = Some(heard_at);
+    }
+
     fn apply(&mut self, name: &Arc<str>, heard: Heard, now: Instant) {
         let is_gone = heard.instances.as_ref().is_none_or(Vec::is_empty);
-        if is_gone && self.unlisted.remove(name) {
-            return self.set_names(self.listed.clone());
-        }
         self.model.set_service(name, heard, now);
+        if is_gone && self.unlisted.remove(name) {
+            self.linger(name, now);
+            self.set_names(self.listed.clone());
+        }
     }
 
     fn hear(&mut self, wish: Wish) {
@@ -401,6 +476,7 @@ impl Supervisor {
             self.shift(now);
         }
         self.model.release(now);
+        self.end_lingering(now);
         if now.saturating_duration_since(self.tidied) >= TIDY {
             self.tidied = now;
             if let Some(last_answer) = self.last_answer {
@@ -420,9 +496,12 @@ impl Supervisor {
             }
         }
         let heard_at = self.heard_at.take();
-        if let Some(catalog) = self.model.take() {
-            self.output.publish(catalog, heard_at.unwrap_or(now));
-            self.is_unsaved = true;
+        let catalog = self.model.take();
+        self.is_unsaved |= catalog.is_some();
+        // What was answered for is young once the answers are published, and no sooner.
+        if self.model.is_synced() {
+            let answered = std::mem::take(&mut self.answered);
+            self.output.publish_aged(catalog, heard_at.unwrap_or(now), answered);
         }
         if self.model.is_synced() {
             let answered: Vec<_> = self

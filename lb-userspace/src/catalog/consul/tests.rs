@@ -20,10 +20,15 @@ fn timing() -> Timing {
         connect: Duration::from_secs(2),
         answer: Duration::from_millis(300),
         wait: Duration::from_secs(60),
+        first_wait: Duration::from_secs(60),
         turn: Duration::from_millis(50),
         names: Duration::ZERO,
         switch: Duration::from_millis(10),
         doubt: Duration::from_millis(10),
+        distrust: Duration::ZERO,
+        withheld: Duration::from_millis(20),
+        linger: Duration::ZERO,
+        token: Duration::from_millis(10),
         patience: Duration::from_secs(2),
         stragglers: Duration::from_millis(200),
         in_use: LIMIT,
@@ -506,7 +511,7 @@ async fn the_switch_is_followed_and_keeps_its_place_through_errors() {
     fake.break_path(off::PATH, Some(Fault::Status(404, "")));
     handle.off.wait_for(|off| !*off).await.unwrap();
     let asked = format!("{}?consistent", off::PATH);
-    assert_eq!(fake.n_asked(&asked), 1, "that it is on again is confirmed");
+    assert_eq!(fake.n_asked(&asked), 2, "that it is on again is confirmed, as it was at the start");
     says(&mut handle, None).await;
     fake.break_path(off::PATH, Some(Fault::Status(403, "Permission denied")));
     let denied = handle.health.wait_for(|health| !health.facts.is_empty());
@@ -521,7 +526,7 @@ async fn one_stale_answer_does_not_switch_translation_on() {
     handle.off.wait_for(|off| *off).await.unwrap();
     let asked = format!("{}?consistent", off::PATH);
     // A server that is behind says there is no key, with an older index or a newer one.
-    for (n, index) in [(1, 30), (2, 50)] {
+    for (n, index) in [(2, 30), (3, 50)] {
         fake.set(off::PATH, index, json!([{"Value": null}]));
         fake.break_question(&asked, Some(Fault::Hang));
         fake.break_path(off::PATH, Some(Fault::Body("null")));
@@ -657,6 +662,272 @@ async fn another_source_finds_the_former_ones_connections_closed() {
     assert!(state.most_connections <= before + 1, "{} after {before}", state.most_connections);
     handle.keeper.0.abort_all();
     tokio::time::timeout(LIMIT, handle.keeper.ended()).await.expect("its end is seen");
+}
+
+/// Held questions come back soon, and what is doubted stays so.
+fn watchful() -> Timing {
+    let wait = Duration::from_millis(200);
+    Timing { wait, first_wait: wait, distrust: LIMIT * 10, ..timing() }
+}
+
+/// As [`synced`], with these services of one instance each.
+async fn synced_with(all: &[&str], timing: Timing) -> (Fake, Handle) {
+    let fake = Fake::start().await;
+    fake.set_names(10, all);
+    for name in all {
+        fake.set(&service(name), 20, json!([instance("n1", "1", 1)]));
+    }
+    let consul = ConsulConfig { max_connections: 32, ..config(fake.address) };
+    let mut handle = follow(consul, timing);
+    shows(&mut handle, |catalog| names(catalog) == all).await;
+    says(&mut handle, None).await;
+    (fake, handle)
+}
+
+fn n_serving(catalog: &Catalog) -> usize {
+    catalog.values().filter(|listing| !listing.instances.is_empty()).count()
+}
+
+#[tokio::test]
+async fn a_body_counts_whatever_its_index() {
+    let (fake, mut handle) = synced_with(&["web"], watchful()).await;
+    // As after a policy was widened: an instance, and a name, that the token may see now.
+    fake.set(&service("web"), 20, json!([instance("n1", "1", 1), instance("n1", "2", 2)]));
+    shows(&mut handle, |catalog| ports(catalog, "web") == [1, 2]).await;
+    fake.set(&service("db"), 20, json!([instance("n1", "1", 5432)]));
+    fake.set_names(10, &["db", "web"]);
+    shows(&mut handle, |catalog| names(catalog) == ["db", "web"]).await;
+    // One that only replaces another.
+    fake.set(&service("db"), 20, json!([instance("n1", "2", 5433)]));
+    shows(&mut handle, |catalog| ports(catalog, "db") == [5433]).await;
+}
+
+#[tokio::test]
+async fn what_goes_while_the_index_stands_still_is_reported_and_not_applied() {
+    let (fake, mut handle) = synced_with(&["db", "web"], watchful()).await;
+    fake.set(&service("web"), 20, json!([]));
+    says(&mut handle, Some("lack instances of `web`: nothing has changed in its state")).await;
+    assert!(handle.health.borrow().is_failing);
+    assert_eq!(handle.demand.look_up("made-up").await, Lookup::Unknown);
+    fake.set_names(10, &["db"]);
+    // An index that moves, for whatever reason, doesn't give the rights back.
+    fake.set(&service("web"), 21, json!([]));
+    let asked = format!("{}?index=21&wait=20ms", service("web"));
+    fake.state.subscribe().wait_for(|state| state.asked.contains_key(&asked)).await.unwrap();
+    assert_eq!(n_serving(&handle.catalog.borrow().as_ref().unwrap().catalog), 2);
+    fake.set_names(10, &["db", "web"]);
+    fake.set(&service("web"), 21, json!([instance("n1", "1", 2)]));
+    shows(&mut handle, |catalog| ports(catalog, "web") == [2]).await;
+    says(&mut handle, None).await;
+    // And where it is so for long enough, it is true.
+    let (fake, mut handle) = synced_with(&["db", "web"], timing()).await;
+    fake.set_names(11, &["db"]);
+    fake.set(&service("web"), 5, json!([]));
+    shows(&mut handle, |catalog| names(catalog) == ["db"]).await;
+}
+
+#[tokio::test]
+async fn what_consul_begins_to_leave_out_for_the_tokens_sake_stays() {
+    let (fake, mut handle) = synced_with(&["web"], watchful()).await;
+    fake.set_filtered(&service("web"), 21, json!([]));
+    fake.set_filtered(NAMES, 11, json!({}));
+    says(&mut handle, Some("leaves out what the token may not read, as it didn't")).await;
+    // Another name joins nevertheless.
+    fake.set(&service("db"), 30, json!([instance("n1", "1", 5432)]));
+    fake.set_filtered(NAMES, 12, json!({"db": ["routed"]}));
+    let catalog = shows(&mut handle, |catalog| n_serving(catalog) == 2).await;
+    assert_eq!(ports(&catalog, "web"), [1]);
+    for path in [NAMES.into(), service("web")] {
+        fake.break_path(&path, None);
+    }
+    fake.set(&service("web"), 22, json!([instance("n1", "1", 2)]));
+    fake.set_names(13, &["db", "web"]);
+    shows(&mut handle, |catalog| ports(catalog, "web") == [2]).await;
+    says(&mut handle, None).await;
+}
+
+#[tokio::test]
+async fn a_token_that_always_saw_less_is_believed() {
+    let fake = Fake::start().await;
+    fake.set_filtered(&service("web"), 20, json!([instance("n1", "1", 1)]));
+    fake.set_filtered(NAMES, 10, json!({"web": ["routed"]}));
+    let mut handle = follow(config(fake.address), watchful());
+    shows(&mut handle, |catalog| names(catalog) == ["web"]).await;
+    fake.set_filtered(&service("web"), 21, json!([]));
+    shows(&mut handle, |catalog| n_serving(catalog) == 0).await;
+    fake.set_filtered(NAMES, 11, json!({}));
+    shows(&mut handle, Catalog::is_empty).await;
+}
+
+#[tokio::test]
+async fn servers_that_lost_their_state_take_nothing_away() {
+    let (fake, mut handle) = synced_with(&["web"], watchful()).await;
+    fake.set(NAMES, 3, json!({"consul": []}));
+    fake.set(&service("web"), 2, json!([]));
+    says(&mut handle, Some("its servers seem to have lost their state")).await;
+    assert_eq!(handle.demand.look_up("made-up").await, Lookup::Unknown);
+    assert_eq!(n_serving(&handle.catalog.borrow().as_ref().unwrap().catalog), 1);
+    // Its agents register what they have once more.
+    fake.set(&service("web"), 7, json!([instance("n1", "1", 2)]));
+    fake.set(NAMES, 8, json!({"consul": [], "web": ["routed"]}));
+    shows(&mut handle, |catalog| ports(catalog, "web") == [2]).await;
+    says(&mut handle, None).await;
+}
+
+#[tokio::test]
+async fn a_list_that_lost_even_consul_is_not_believed() {
+    let (fake, mut handle) = synced_with(&["web"], watchful()).await;
+    fake.set(NAMES, 11, json!({"consul": [], "web": ["routed"]}));
+    let asked = format!("{NAMES}?index=11&wait=200ms");
+    fake.state.subscribe().wait_for(|state| state.asked.contains_key(&asked)).await.unwrap();
+    fake.set(NAMES, 12, json!({}));
+    fake.set(&service("web"), 21, json!([]));
+    says(&mut handle, Some("Consul's answers lack")).await;
+    assert_eq!(names(&handle.catalog.borrow().as_ref().unwrap().catalog), ["web"]);
+}
+
+#[tokio::test]
+async fn all_that_serves_goes_at_once_only_after_a_while() {
+    let all = ["a", "b", "c", "d"];
+    let (fake, mut handle) = synced_with(&all, watchful()).await;
+    for name in all {
+        fake.set(&service(name), 21, json!([]));
+    }
+    fake.set_names(11, &[]);
+    says(&mut handle, Some("they all went at once")).await;
+    shows(&mut handle, |catalog| n_serving(catalog) == 4).await;
+
+    // A job that is stopped is none of that, nor is one whose checks all fail.
+    let (fake, mut handle) = synced_with(&all, watchful()).await;
+    fake.set(&service("a"), 21, json!([]));
+    fake.set_names(11, &all[1..]);
+    shows(&mut handle, |catalog| names(catalog) == all[1..]).await;
+    let mut critical = instance("n1", "1", 1);
+    critical["Checks"][0]["Status"] = json!("critical");
+    for name in &all[1..] {
+        fake.set(&service(name), 22, json!([critical]));
+    }
+    let is_out =
+        |catalog: &Catalog| catalog.values().all(|listing| !listing.instances[0].standing.serves());
+    shows(&mut handle, is_out).await;
+    assert!(handle.health.borrow().problem.is_none());
+}
+
+#[tokio::test]
+async fn a_name_that_goes_is_known_for_a_while_and_serves_again_at_once() {
+    let (fake, mut handle) =
+        synced_with(&["db", "web"], Timing { linger: LIMIT, ..timing() }).await;
+    fake.set(&service("web"), 21, json!([]));
+    fake.set_names(11, &["db"]);
+    let asked = format!("{NAMES}?index=11&wait=60000ms");
+    fake.state.subscribe().wait_for(|state| state.asked.contains_key(&asked)).await.unwrap();
+    let catalog = shows(&mut handle, |catalog| n_serving(catalog) == 1).await;
+    assert_eq!(names(&catalog), ["db", "web"]);
+    assert_eq!(handle.demand.look_up("web").await, Lookup::Exists);
+    assert_eq!(handle.demand.look_up("made-up").await, Lookup::Absent);
+    // Before the list has it again.
+    fake.set(&service("web"), 22, json!([instance("n1", "1", 2)]));
+    shows(&mut handle, |catalog| ports(catalog, "web") == [2]).await;
+    fake.set_names(12, &["db", "web"]);
+    let asked = format!("{NAMES}?index=12&wait=60000ms");
+    fake.state.subscribe().wait_for(|state| state.asked.contains_key(&asked)).await.unwrap();
+    // One that the list takes away, though its own answer came first or not at all.
+    fake.set_names(13, &["db"]);
+    let catalog = shows(&mut handle, |catalog| n_serving(catalog) == 1).await;
+    assert_eq!(names(&catalog), ["db", "web"]);
+    // That a tag was taken away is somebody's wish.
+    fake.set_names(14, &["db", "web"]);
+    fake.set(&service("web"), 23, json!([instance("n1", "1", 3)]));
+    shows(&mut handle, |catalog| ports(catalog, "web") == [3]).await;
+    fake.set(NAMES, 15, json!({"db": ["routed"], "web": ["other"]}));
+    shows(&mut handle, |catalog| names(catalog) == ["db"]).await;
+
+    let linger = Duration::from_millis(50);
+    let (fake, mut handle) = synced_with(&["db", "web"], Timing { linger, ..timing() }).await;
+    fake.set(&service("web"), 21, json!([]));
+    fake.set_names(11, &["db"]);
+    shows(&mut handle, |catalog| names(catalog) == ["db"]).await;
+    assert_eq!(handle.demand.look_up("web").await, Lookup::Absent);
+}
+
+#[tokio::test]
+async fn another_token_in_its_file_has_all_that_is_held_asked_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("token");
+    std::fs::write(&path, "first").unwrap();
+    let fake = Fake::start().await;
+    fake.set_names(10, &["web"]);
+    fake.set(&service("web"), 20, json!([instance("n1", "web-1", 1)]));
+    let token = Some(crate::config::Token::File(path.clone()));
+    let mut handle = follow(ConsulConfig { token, ..config(fake.address) }, timing());
+    shows(&mut handle, |catalog| names(catalog) == ["web"]).await;
+    let held = [
+        format!("{NAMES}?index=10&wait=60000ms"),
+        format!("{}?index=20&wait=60000ms", service("web")),
+        format!("{}?index=1&wait=60000ms", off::PATH),
+    ];
+    let is_held = |state: &super::fake::State| held.iter().all(|q| state.asked.contains_key(q));
+    fake.state.subscribe().wait_for(is_held).await.unwrap();
+    let n_asked = |state: &super::fake::State| {
+        [NAMES, &service("web"), off::PATH, AGENT].map(|path| state.asked.get(path).copied())
+    };
+    let before = n_asked(&fake.state.borrow());
+    std::fs::write(&path, "second").unwrap();
+    let is_again =
+        |state: &super::fake::State| n_asked(state).iter().zip(&before).all(|(n, was)| n > was);
+    let again = fake.state.subscribe().wait_for(is_again).await.is_ok();
+    assert!(again);
+    says(&mut handle, None).await;
+}
+
+#[tokio::test]
+async fn no_question_is_held_for_longer_than_the_run_has_lasted() {
+    let first_wait = Duration::from_millis(20);
+    let start = std::time::Instant::now();
+    let (fake, _handle) = synced_with(&["web"], Timing { first_wait, ..timing() }).await;
+    let waits = |state: &super::fake::State| {
+        let asked = state.asked.keys().filter_map(|question| question.split_once("&wait="));
+        let waits = asked.map(|(_, wait)| wait.strip_suffix("ms").unwrap().parse::<u64>().unwrap());
+        waits.collect::<std::collections::BTreeSet<_>>()
+    };
+    let grew = |state: &super::fake::State| waits(state).len() > 5;
+    let mut state = fake.state.subscribe();
+    let seen = tokio::time::timeout(LIMIT, state.wait_for(grew)).await;
+    let longest = *waits(&seen.expect("longer waits").unwrap()).last().unwrap();
+    assert!(u128::from(longest) <= start.elapsed().as_millis(), "{longest} ms");
+}
+
+#[tokio::test]
+async fn what_another_consul_said_of_the_switch_holds_until_this_one_is_sure() {
+    let (fake, mut handle, _) = synced().await;
+    fake.set(off::PATH, 40, json!([{"Value": null}]));
+    handle.off.wait_for(|off| *off).await.unwrap();
+    let other = Fake::start().await;
+    other.set(off::PATH, 7, json!(null));
+    let asked = format!("{}?consistent", off::PATH);
+    other.break_question(&asked, Some(Fault::Hang));
+    follow_in(&mut handle, settings(config(other.address), WatchPolicy::All, timing()));
+    other.state.subscribe().wait_for(|state| state.asked.contains_key(&asked)).await.unwrap();
+    assert!(*handle.off.borrow());
+    other.break_question(&asked, None);
+    let on = tokio::time::timeout(LIMIT, handle.off.wait_for(|off| !*off)).await;
+    on.expect("translation").unwrap();
+}
+
+#[tokio::test]
+async fn the_switch_makes_no_catalog_younger() {
+    let (fake, mut handle, _) = synced().await;
+    for path in [NAMES.into(), service("web")] {
+        fake.break_path(&path, Some(Fault::Status(500, "rpc error making call: EOF")));
+        says(&mut handle, Some("rpc error")).await;
+    }
+    let before = handle.health.borrow().last_answer;
+    for (index, off) in [(41, true), (42, false), (43, true)] {
+        let body = if off { json!([{"Value": null}]) } else { json!(null) };
+        fake.set(off::PATH, index, body);
+        handle.off.wait_for(|is| *is == off).await.unwrap();
+    }
+    assert_eq!(handle.health.borrow().last_answer, before);
 }
 
 #[test]

@@ -5,12 +5,19 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::super::absent::Decision;
-use super::super::ask::{Answer, Said};
+use super::super::ask::{Answer, List, Said};
+use super::super::doubt::{Signs, Weight};
 use super::super::index::{Ask, Verdict};
 use super::super::model::Subject;
 use super::super::schedule::is_shrink;
 use super::{Asked, Supervisor};
 use crate::catalog::demand::{Lookup, Wanted};
+
+/// Under which name Consul's servers are listed themselves.
+const CONSUL: &str = "consul";
+
+/// The names that have gone and are known yet, at most.
+const MAX_GONE: usize = 1024;
 
 /// Those who wait for a name, at most; for more it is unknown.
 const MAX_WAITING: usize = 4096;
@@ -18,23 +25,11 @@ const MAX_WAITING: usize = 4096;
 impl Supervisor {
     pub(super) fn take_names(&mut self, asked: Asked, now: Instant) {
         let problem = match asked {
-            Ok(Answer { index, said: Said::Names(names), n_bytes, .. }) => {
+            Ok(Answer { index, said: Said::Names(list), n_bytes, is_filtered, heard_at }) => {
                 let is_sure = self.names.ask() == Ask::Consistently;
-                let verdict = self.names.answered(index, now, fastrand::f64());
-                let n_kept = names.iter().filter(|name| self.listed.contains(*name)).count();
-                let is_loss = || is_shrink(self.listed.len(), n_kept) || self.would_lose(&names);
-                let is_doubtful = verdict == Verdict::Apply && !is_sure && is_loss();
-                match verdict {
-                    Verdict::Apply if is_doubtful => {
-                        self.output.stats().count_shrink_held();
-                        self.names.doubt(now, self.timing().doubt.mul_f64(fastrand::f64()));
-                    }
-                    Verdict::Apply => self.set_names(names),
-                    Verdict::Unchanged | Verdict::Confirm => {}
-                }
-                if !is_doubtful && verdict != Verdict::Confirm {
-                    let jitter = 1.0 + fastrand::f64() / 5.0;
-                    self.names.hold_until(now + self.timing().names.mul_f64(jitter));
+                if self.names.answered(index, now, fastrand::f64()) == Verdict::Apply {
+                    let signs = Signs { now, is_sure, is_filtered, moved: self.names.moved() };
+                    self.weigh_names(list, signs, heard_at);
                 }
                 self.names_bytes = n_bytes;
                 None
@@ -48,19 +43,84 @@ impl Supervisor {
         self.note(Subject::Names, problem, now);
     }
 
-    /// Whether a list of names takes away what serves. What was looked up beside the list stays
-    /// until its own answer.
-    fn would_lose(&self, names: &BTreeSet<Arc<str>>) -> bool {
-        match self.unlisted.is_empty() {
-            true => self.model.would_lose(names),
-            false => self.model.would_lose(&names.union(&self.unlisted).cloned().collect()),
+    fn weigh_names(&mut self, list: List, signs: Signs, heard_at: Instant) {
+        let (listed, now) = (&self.listed, signs.now);
+        let n_kept = list.tagged.iter().filter(|name| listed.contains(*name)).count();
+        let is_loss = is_shrink(listed.len(), n_kept) || self.would_lose(&list.tagged);
+        let is_hidden = self.lists_consul && !list.has(CONSUL);
+        let there = |name: &Arc<str>| list.has(name) || self.unlisted.contains(name);
+        match self.model.weigh_names(listed, &there, is_loss, is_hidden, signs) {
+            Weight::Apply => {
+                self.names.applied();
+                self.lists_consul = list.has(CONSUL);
+                self.believe(heard_at);
+                self.take_list(list, now);
+            }
+            Weight::Confirm => {
+                self.output.stats().count_shrink_held();
+                return self.names.doubt(now, self.timing().doubt.mul_f64(fastrand::f64()));
+            }
+            // What is new is no loss.
+            Weight::Withhold => {
+                self.names.withhold();
+                self.set_names(self.listed.union(&list.tagged).cloned().collect());
+            }
         }
+        let jitter = 1.0 + fastrand::f64() / 5.0;
+        self.names.hold_until(now + self.timing().names.mul_f64(jitter));
+    }
+
+    /// Takes a list of names. What has gone from it altogether stays known for a while, without
+    /// instances: Nomad takes a service away while it starts its task again, and "no such name" would
+    /// outlive that in caches. A name that only lost the tag goes at once.
+    fn take_list(&mut self, list: List, now: Instant) {
+        let gone: Vec<Arc<str>> =
+            self.listed.iter().filter(|name| !list.has(name)).cloned().collect();
+        for name in gone {
+            self.linger(&name, now);
+        }
+        self.gone.retain(|name, _| !list.has(name));
+        self.set_names(list.tagged);
+    }
+
+    /// Keeps a name for a while that has gone; its instances are gone.
+    pub(super) fn linger(&mut self, name: &Arc<str>, now: Instant) {
+        if self.gone.len() < MAX_GONE && self.model.empty(name, now) {
+            self.gone.insert(name.clone(), now + self.timing().linger);
+        }
+    }
+
+    /// Lets go of the names whose time is over. One that is registered again, and not listed yet, is
+    /// as one that was looked up.
+    pub(super) fn end_lingering(&mut self, now: Instant) {
+        let n_gone = self.gone.len();
+        let (model, unlisted) = (&self.model, &mut self.unlisted);
+        self.gone.retain(|name, until| {
+            let stays = *until > now;
+            if !stays && model.has_instances(name) {
+                unlisted.insert(name.clone());
+            }
+            stays
+        });
+        if self.gone.len() != n_gone {
+            self.set_names(self.listed.clone());
+        }
+    }
+
+    /// Whether a list of names takes away what serves. What was looked up beside the list, or is
+    /// registered again, stays until its own answer.
+    fn would_lose(&self, names: &BTreeSet<Arc<str>>) -> bool {
+        if self.unlisted.is_empty() && self.gone.is_empty() {
+            return self.model.would_lose(names);
+        }
+        let besides = self.unlisted.iter().chain(self.gone.keys());
+        self.model.would_lose(&names.iter().chain(besides).cloned().collect())
     }
 
     pub(super) fn set_names(&mut self, names: BTreeSet<Arc<str>>) {
         self.unlisted.retain(|name| !names.contains(name));
         self.folded.clear();
-        let all = names.iter().chain(&self.unlisted);
+        let all = names.iter().chain(&self.unlisted).chain(self.gone.keys());
         for name in all.filter(|name| name.bytes().any(|octet| octet.is_ascii_uppercase())) {
             self.folded.entry(name.to_ascii_lowercase()).or_default().push(name.clone());
         }
@@ -78,7 +138,8 @@ impl Supervisor {
             }
         }
         self.listed.clone_from(&names);
-        let all: BTreeSet<_> = names.into_iter().chain(self.unlisted.iter().cloned()).collect();
+        let unlisted = self.unlisted.iter().chain(self.gone.keys()).cloned();
+        let all: BTreeSet<_> = names.into_iter().chain(unlisted).collect();
         self.model.set_names(&all);
         self.schedule.set_names(all);
         if self.give_up_at.is_none() {
@@ -88,9 +149,10 @@ impl Supervisor {
 
     pub(super) fn take_lookup(&mut self, name: Arc<str>, asked: Asked, now: Instant) {
         self.looking_up.remove(&name);
+        let has_doubts = self.model.has_doubts();
         match asked {
             // One that is left out for the token's sake may well be there.
-            Ok(Answer { said: Said::Lookup(None), is_filtered: false, .. }) => {
+            Ok(Answer { said: Said::Lookup(None), is_filtered: false, .. }) if !has_doubts => {
                 self.absent.note(name.clone(), now);
                 self.tell(&name, Lookup::Absent);
             }
@@ -137,7 +199,7 @@ impl Supervisor {
         }
         match self.absent.decide(&wish.name, now) {
             Decision::Absent => {
-                if let Some(done) = wish.done {
+                if let (Some(done), false) = (wish.done, self.model.has_doubts()) {
                     let _ = done.send(Lookup::Absent);
                 }
             }

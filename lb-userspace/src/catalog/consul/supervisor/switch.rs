@@ -16,14 +16,15 @@ impl Supervisor {
         let problem = match asked {
             Ok(Answer { index, said: Said::Switch(is_off), .. }) => {
                 let is_sure = self.switch.ask() == Ask::Consistently;
+                // What this run hasn't read itself an earlier one may have, of another Consul perhaps.
+                let may_be_off = self.is_off || !self.model.has_switch();
                 match self.switch.answered(index, now, fastrand::f64()) {
                     // One stale answer in an election must not translate what somebody wants left
                     // alone; the other way round it does no harm.
-                    Verdict::Apply if self.is_off && !is_off && !is_sure => {
+                    Verdict::Apply if may_be_off && !is_off && !is_sure => {
                         self.switch.doubt(now, self.timing().doubt.mul_f64(fastrand::f64()));
                     }
                     Verdict::Apply => self.turn(is_off, now),
-                    Verdict::Unchanged => self.switch.hold_until(now + SWITCH_PAUSE),
                     Verdict::Confirm => tracing::info!(
                         index,
                         "Consul's index of nohop/off went backwards; asking again before believing it"
