@@ -3,6 +3,7 @@
 
 mod apt;
 mod consul;
+mod envoy;
 pub mod fuzz;
 pub mod kernels;
 mod linker;
@@ -107,6 +108,10 @@ pub fn run_for_vms() -> Result<()> {
 /// When something can't be had, with the way to get it.
 pub fn run_for_bench() -> Result<()> {
     println!("ok: benchmarks: {}", system::provide_for_bench()?);
+    match envoy::provide() {
+        Ok(found) => println!("ok: Envoy: {found}"),
+        Err(error) => println!("left out: Envoy, which the benchmarks list as absent: {error:#}"),
+    }
     Ok(())
 }
 

@@ -1,6 +1,7 @@
 //! Those who are compared, each started on a node with a configuration that its own experts would
 //! accept: the files in `bench/peers`.
 
+mod envoy;
 mod haproxy;
 mod nginx;
 mod nohop;
@@ -120,7 +121,7 @@ pub const NGINX: &str = "nginx stream";
 pub const NFTABLES: &str = "nftables";
 
 /// All that can be compared, in the order in which rounds go through them.
-pub const PEERS: [Peer; 8] = [
+pub const PEERS: [Peer; 10] = [
     Peer {
         name: DIRECT,
         config: "",
@@ -161,6 +162,20 @@ pub const PEERS: [Peer; 8] = [
         protocols: &[Protocol::Tcp, Protocol::Http, Protocol::Udp],
         version: nginx::version,
         start: nginx::start,
+    },
+    Peer {
+        name: "Envoy",
+        config: "bench/peers/envoy.yaml",
+        protocols: &[Protocol::Tcp, Protocol::Http],
+        version: envoy::version,
+        start: envoy::start,
+    },
+    Peer {
+        name: "Envoy mesh, mTLS",
+        config: "bench/peers/envoy-client.yaml",
+        protocols: &[Protocol::Tcp, Protocol::Http],
+        version: envoy::version,
+        start: envoy::start_mesh,
     },
     Peer {
         name: NFTABLES,

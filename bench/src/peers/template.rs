@@ -1,5 +1,6 @@
 //! Filling in the files of `bench/peers`.
 
+use std::collections::BTreeSet;
 use std::net::SocketAddrV4;
 use std::path::{Path, PathBuf};
 
@@ -9,9 +10,12 @@ use minijinja::{Environment, UndefinedBehavior, Value, context};
 use super::{Protocol, Services, n_workers};
 
 /// The files, which are compiled in so that a built harness needs no checkout.
-const FILES: [(&str, &str); 13] = [
+const FILES: [(&str, &str); 16] = [
     ("backend.conf", include_str!("../../peers/backend.conf")),
     ("dnsmasq.conf", include_str!("../../peers/dnsmasq.conf")),
+    ("envoy-client.yaml", include_str!("../../peers/envoy-client.yaml")),
+    ("envoy-server.yaml", include_str!("../../peers/envoy-server.yaml")),
+    ("envoy.yaml", include_str!("../../peers/envoy.yaml")),
     ("haproxy-http.cfg", include_str!("../../peers/haproxy-http.cfg")),
     ("haproxy-reload.cfg", include_str!("../../peers/haproxy-reload.cfg")),
     ("haproxy-runtime.cfg", include_str!("../../peers/haproxy-runtime.cfg")),
@@ -59,6 +63,8 @@ pub fn rendered(
         let address = Address::value(frontend(idx));
         context! { name => &service.name, address, backends, is_udp }
     });
+    let all_backends: BTreeSet<SocketAddrV4> =
+        services.services.iter().flat_map(|service| service.backends.iter().copied()).collect();
     let mut environment = Environment::new();
     environment.set_undefined_behavior(UndefinedBehavior::Strict);
     environment.set_keep_trailing_newline(true);
@@ -69,6 +75,8 @@ pub fn rendered(
     let values = context! {
         services => each.collect::<Vec<Value>>(),
         n_workers => n_workers(),
+        backends => all_backends.into_iter().map(Address::value).collect::<Vec<Value>>(),
+        is_http => services.protocol == Protocol::Http,
         dir => dir.display().to_string(),
         modules => "/usr/lib/nginx/modules",
         check,
@@ -78,7 +86,12 @@ pub fn rendered(
     filled.with_context(|| format!("fill in bench/peers/{file}"))
 }
 
-/// An address, which is written whole or by its parts `ip` and `port`.
+/// Where a backend's sidecar listens in a mesh, beside the backend: ports that no suite uses.
+pub fn mesh_port(backend: SocketAddrV4) -> u16 {
+    backend.port().wrapping_add(20_000)
+}
+
+/// An address, which is written whole or by its parts `ip`, `port` and, in a mesh, `mesh_port`.
 #[derive(Debug)]
 struct Address(SocketAddrV4);
 
@@ -93,6 +106,7 @@ impl minijinja::value::Object for Address {
         match key.as_str()? {
             "ip" => Some(Value::from(self.0.ip().to_string())),
             "port" => Some(Value::from(self.0.port())),
+            "mesh_port" => Some(Value::from(mesh_port(self.0))),
             _ => None,
         }
     }

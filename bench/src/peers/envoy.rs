@@ -1,0 +1,90 @@
+//! Envoy: one hop without TLS, and the two hops of a mesh with certificates on both sides.
+
+use std::fs;
+use std::net::SocketAddrV4;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use lb_tests::net::Place;
+use lb_tests::process::Process;
+use lb_tests::run;
+use lb_tests::scratch::Scratch;
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+
+use super::{
+    Guard, Protocol, Running, Services, add_frontends, await_bound, frontend, render, template,
+};
+use crate::node::Node;
+
+pub fn version() -> Result<String> {
+    let mut command = std::process::Command::new(run::installed("envoy")?);
+    command.arg("--version");
+    let said = run::stdout(command)?;
+    // `envoy  version: COMMIT/1.40.0/Clean/RELEASE/BoringSSL`
+    let version = said.trim().split('/').nth(1).context("envoy tells no version")?;
+    Ok(format!("Envoy {version}"))
+}
+
+pub fn start(node: &Node, services: &Services) -> Result<Running> {
+    let files = Scratch::new("envoy")?;
+    add_frontends(node)?;
+    let config = render("envoy.yaml", services, frontend, files.path())?;
+    let process = spawn("envoy", node.hop_place(), &config)?;
+    let addresses = await_frontends(node, &process, services)?;
+    Ok(Running::new(addresses, vec![Guard::Process(process), Guard::Files(files)]))
+}
+
+/// Both sidecars count as what stands between, wherever they run.
+pub fn start_mesh(node: &Node, services: &Services) -> Result<Running> {
+    let files = Scratch::new("envoy")?;
+    add_frontends(node)?;
+    write_certificates(files.path())?;
+    let config = render("envoy-server.yaml", services, frontend, files.path())?;
+    let server = spawn("envoy server", node.backend_host().inside(&node.hop), &config)?;
+    let backends = services.services.iter().flat_map(|service| &service.backends);
+    let last = *backends.last().context("services without backends")?;
+    let public = SocketAddrV4::new(*last.ip(), template::mesh_port(last));
+    await_bound(node.backend_host().inside(&node.hop), &server, Protocol::Tcp, public)?;
+    let config = render("envoy-client.yaml", services, frontend, files.path())?;
+    let client = spawn("envoy client", node.hop_place(), &config)?;
+    let addresses = await_frontends(node, &client, services)?;
+    let guards = vec![Guard::Process(client), Guard::Process(server), Guard::Files(files)];
+    Ok(Running::new(addresses, guards))
+}
+
+fn spawn(name: &str, place: Place<'_>, config: &Path) -> Result<Process> {
+    let mut command = place.command(run::installed("envoy")?);
+    command.arg("-c").arg(config).args(["--log-level", "error", "--disable-hot-restart"]);
+    let n_cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    command.args(["--concurrency", &n_cpus.to_string()]);
+    Process::spawn(name, command)
+}
+
+fn await_frontends(
+    node: &Node,
+    process: &Process,
+    services: &Services,
+) -> Result<Vec<SocketAddrV4>> {
+    let addresses: Vec<_> = (0..services.services.len()).map(frontend).collect();
+    let last = *addresses.last().context("no services")?;
+    await_bound(node.hop_place(), process, Protocol::Tcp, last)?;
+    Ok(addresses)
+}
+
+/// A CA, and a certificate of its for each side: `ca.pem`, `client.pem`, `server.pem` and their keys.
+fn write_certificates(dir: &Path) -> Result<()> {
+    let mut ca = CertificateParams::new(vec![])?;
+    ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let ca = CertifiedIssuer::self_signed(ca, KeyPair::generate()?)?;
+    let write = |name: &str, pem: String| {
+        fs::write(dir.join(name), pem).with_context(|| format!("write {name}"))
+    };
+    write("ca.pem", ca.pem())?;
+    for (side, name) in [("client", "client.mesh"), ("server", "web.mesh")] {
+        let key = KeyPair::generate()?;
+        let certificate = CertificateParams::new(vec![name.into()])?.signed_by(&key, &ca)?;
+        write(&format!("{side}.pem"), certificate.pem())?;
+        write(&format!("{side}.key"), key.serialize_pem())?;
+    }
+    Ok(())
+}
