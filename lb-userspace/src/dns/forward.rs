@@ -11,9 +11,7 @@ use tracing::debug;
 
 use super::exchange::Outgoing;
 use super::loops::Loops;
-use super::mailbox::Alarm;
 use super::message::Asked;
-use super::probe;
 use super::received::Received;
 use super::relay::{ForwardError, Limits, Party};
 use super::reply::OUR_PAYLOAD;
@@ -70,23 +68,20 @@ impl Drop for Place {
 }
 
 impl Forwarder {
-    /// Starts to probe the upstreams, too, for as long as the forwarder lives; `alarm` wakes the
-    /// threads when a probe has found something.
-    ///
-    /// # Panics
-    ///
-    /// Outside a tokio runtime.
-    pub(super) fn start(upstreams: Upstreams, limits: Limits, alarm: Alarm) -> Arc<Forwarder> {
-        let forwarder = Arc::new(Forwarder {
+    /// One that goes by these upstreams; [`super::probe`] is to probe them.
+    pub(super) fn new(upstreams: Upstreams, limits: Limits) -> Arc<Forwarder> {
+        Arc::new(Forwarder {
             upstreams,
             limits,
             loops: Arc::default(),
             in_flight: Arc::default(),
             suspicion: Arc::default(),
-        });
-        let suspicion = Arc::clone(&forwarder.suspicion);
-        tokio::spawn(probe::watch(Arc::downgrade(&forwarder), suspicion, alarm));
-        forwarder
+        })
+    }
+
+    /// Waits until something is suspicious.
+    pub(super) fn suspicion(&self) -> Arc<Notify> {
+        Arc::clone(&self.suspicion)
     }
 
     /// Has the prober look at what is suspicious.

@@ -10,9 +10,9 @@ use hickory_proto::op::{Edns, Message, OpCode, Query, ResponseCode};
 use hickory_proto::rr::{Name, RecordType};
 
 use super::exchange::{ExchangeError, Outgoing};
+use super::handler::Handler;
 use super::message::{Asked, HEADER_LEN};
 use super::origin::Origin;
-use super::server::Handler;
 use super::upstream::Reading;
 use crate::config::Unrouted;
 

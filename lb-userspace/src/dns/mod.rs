@@ -11,6 +11,7 @@ mod clients;
 mod exchange;
 mod forward;
 pub mod fuzzing;
+mod handler;
 mod interfaces;
 mod lookup;
 mod loops;

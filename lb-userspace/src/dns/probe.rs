@@ -27,7 +27,15 @@ type Target = (SocketAddr, Transport);
 /// Probes for as long as the forwarder lives: suspects at once, those that are out every 2 s, and
 /// each way once a minute for circles. Threads are woken by `alarm` when one is out, or a circle was
 /// found, so that no question waits for it any longer.
-pub(super) async fn watch(forwarder: Weak<Forwarder>, suspicion: Arc<Notify>, alarm: Alarm) {
+///
+/// # Panics
+/// Outside a tokio runtime.
+pub(super) fn start(forwarder: &Arc<Forwarder>, alarm: Alarm) {
+    let suspicion = forwarder.suspicion();
+    tokio::spawn(watch(Arc::downgrade(forwarder), suspicion, alarm));
+}
+
+async fn watch(forwarder: Weak<Forwarder>, suspicion: Arc<Notify>, alarm: Alarm) {
     let Some(mut found) = forwarder.upgrade().map(|forwarder| forwarder.loops.found()) else {
         return;
     };

@@ -192,8 +192,7 @@ fn scope_id(scope: &str) -> io::Result<u32> {
     if let Ok(index) = scope.parse() {
         return Ok(index);
     }
-    let index = fs::read_to_string(format!("/sys/class/net/{scope}/ifindex"))?;
-    index.trim().parse().map_err(io::Error::other)
+    Ok(nix::net::if_::if_nametoindex(scope)?)
 }
 
 #[cfg(test)]

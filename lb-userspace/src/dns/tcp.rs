@@ -16,8 +16,8 @@ use tokio::task::JoinSet;
 use tracing::{debug, warn};
 
 use super::clients;
+use super::handler::Handler;
 use super::message::HEADER_LEN;
-use super::server::Handler;
 use super::sockets::Transport;
 use super::udp::MAX_QUESTION_LEN;
 

@@ -15,13 +15,13 @@ use tokio::sync::watch;
 use tracing::{debug, warn};
 
 use super::answer::{self, Known, Missing, Outcome};
+use super::handler::{Handler, Settled, View};
 use super::mailbox::{Mailbox, Returned};
 use super::message::Asked;
 use super::origin::Origin;
 use super::ports::{self, Ports};
 use super::relay::{Asker, End, ForwardError, Party, Port, Relay, Wire};
 use super::reply::{self, Code, OUR_PAYLOAD};
-use super::server::{DRAIN, Handler, Settled, View};
 use super::sockets::Transport;
 use super::udp::{Endpoint, Inbox, Outbox, To};
 use super::upstreams::Plan;
@@ -29,6 +29,9 @@ use super::upstreams::Plan;
 /// What events are about: the listener, the mailbox, or the port of that number.
 const LISTENER: u64 = 0;
 const MAILBOX: u64 = 1;
+
+/// How long a stop lets what is under way end by itself.
+pub(super) const DRAIN: Duration = Duration::from_millis(300);
 
 /// How long a socket rests that can't be read.
 const REST: Duration = Duration::from_millis(100);
