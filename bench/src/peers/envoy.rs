@@ -9,7 +9,7 @@ use lb_tests::net::Place;
 use lb_tests::process::Process;
 use lb_tests::run;
 use lb_tests::scratch::Scratch;
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
 
 use super::{
     Guard, Protocol, Running, Services, add_frontends, await_bound, frontend, render, template,
@@ -75,6 +75,8 @@ fn await_frontends(
 fn write_certificates(dir: &Path) -> Result<()> {
     let mut ca = CertificateParams::new(vec![])?;
     ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    // BoringSSL takes a certificate for self-signed whose issuer has the same name as itself.
+    ca.distinguished_name.push(DnType::CommonName, "nohop bench CA");
     let ca = CertifiedIssuer::self_signed(ca, KeyPair::generate()?)?;
     let write = |name: &str, pem: String| {
         fs::write(dir.join(name), pem).with_context(|| format!("write {name}"))

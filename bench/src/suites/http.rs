@@ -183,7 +183,14 @@ fn saturate(
                 }
             };
             let Some(round) = round.checked_sub(1) else { continue };
-            let found = found.filter(|found| found.n_answered > 0);
+            // Who fails most requests has no rate: answering 503 is fast.
+            let found = found.filter(|found| {
+                let is_good = found.n_answered > 0 && found.n_failed * 10 < found.n_answered;
+                if !is_good {
+                    draft.note(format!("{name}, {condition}: most requests failed in a round"));
+                }
+                is_good
+            });
             if let Some(found) = found.filter(|found| found.n_failed * 1_000 > found.n_answered) {
                 let percent =
                     100.0 * found.n_failed as f64 / (found.n_answered + found.n_failed) as f64;
