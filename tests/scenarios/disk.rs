@@ -8,13 +8,14 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use lb_tests::consul::{Consul, instance};
 use lb_tests::nohop::Nohop;
 use lb_tests::scratch::Scratch;
 use lb_tests::tmpfs::Tmpfs;
 use rustix::fs::{CWD, FileType, Mode, OFlags, mknodat, open};
 use serde_json::Value;
 
-use crate::cluster::{Catalog, Nodes, SOON, vip};
+use crate::cluster::{CLIENT, Catalog, Nodes, SOON, vip};
 
 /// Longer than a write that failed waits for its next try.
 const TRIED_AGAIN: Duration = Duration::from_secs(35);
@@ -87,11 +88,20 @@ pub fn stalled() -> Result<()> {
     nohop.start_again()?;
     ensure!(vip(&nohop, "new-2")? == before);
 
-    // A book that can't be read keeps it down as little.
+    // Neither a book nor a last catalog that can't be read keeps it down.
     ensure!(nohop.end()?.success());
     fifo(&state.path().join("vips.json"))?;
     nohop.start_again()?;
     ensure!(vip(&nohop, "new-2")? == before && nodes.curl("new-2")? == "hello from two\n");
+    ensure!(nohop.end()?.success());
+    let consul = Consul::server(&nodes.client, "client", CLIENT)?;
+    consul.register(&instance("one", "one", one.address))?;
+    fifo(&state.path().join("catalog.json"))?;
+    fifo(&state.path().join(".catalog.json.tmp"))?;
+    nohop.configure(&format!("state_dir = {:?}\n", state.path()))?;
+    nohop.start_again()?;
+    nohop.wait_for_backends("one", 1, SOON)?;
+    ensure!(nodes.curl("one")? == "hello from one\n" && nohop.end()?.success());
     Ok(())
 }
 

@@ -171,21 +171,12 @@ pub fn try_out(config: &Config) -> Result<Handle, CatalogError> {
 }
 
 impl Handle {
-    /// Puts the source that the configuration names in the place of the one that runs. The services
-    /// `in_use` are live from the start, as for [`spawn`].
-    ///
-    /// # Errors
-    /// As [`check`]; then the former source goes on as if nothing had been.
-    pub async fn reconfigure(
-        &mut self,
-        config: &Config,
-        in_use: Vec<Arc<str>>,
-    ) -> Result<(), CatalogError> {
-        check(config)?;
+    /// Puts the source that the configuration names, which has passed [`check`], in the place of the
+    /// one that runs. The services `in_use` are live from the start, as for [`spawn`].
+    pub async fn reconfigure(&mut self, config: &Config, in_use: Vec<Arc<str>>) {
         self.leave().await;
         self.end().await;
         self.keep(config, in_use, true);
-        Ok(())
     }
 
     /// Ends the source that runs, so that the next one finds its connections free and is the only

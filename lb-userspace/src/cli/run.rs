@@ -370,11 +370,19 @@ impl Daemon {
         }
     }
 
-    /// Has the configuration read again, while the daemon goes on: files may take their time.
+    /// Has the configuration read again, and the static catalog that it names where that is news,
+    /// while the daemon goes on: files may take their time.
     fn read_again(&mut self, request: Option<Request>) {
         self.notify.reloading();
-        let read = self.read.clone();
-        self.reading = Some((tokio::task::spawn_blocking(move || read()), request));
+        let (read, running) = (self.read.clone(), self.config.catalog.clone());
+        let reading = tokio::task::spawn_blocking(move || {
+            let wanted = read()?;
+            if wanted.catalog != running {
+                catalog::check(&wanted).map_err(|error| problem(error.to_string()))?;
+            }
+            Ok(wanted)
+        });
+        self.reading = Some((reading, request));
     }
 
     /// Takes over what differs in the configuration that was read: all of it, or nothing.
@@ -387,12 +395,8 @@ impl Daemon {
     async fn try_reload(&mut self, wanted: Wanted) -> Result<api::Reload, api::Reload> {
         let (config, reload) = reload::plan(&self.config, wanted)?;
         let last = std::mem::replace(&mut self.config, config);
-        // A source that can't start keeps everything as it was, so it comes first.
         if (&last.catalog, &last.consul) != (&self.config.catalog, &self.config.consul) {
-            if let Err(error) = self.source.reconfigure(&self.config, self.plane.in_use()).await {
-                self.config = last;
-                return Err(reload::refuse([error]));
-            }
+            self.source.reconfigure(&self.config, self.plane.in_use()).await;
             self.tag.send_replace(self.config.catalog.tag.clone());
         }
         self.hosts.send_replace(self.config.admin.hosts.clone());
@@ -526,12 +530,15 @@ async fn read(
     reading: &mut Option<(JoinHandle<Wanted>, Option<Request>)>,
 ) -> (Wanted, Option<Request>) {
     let Some((task, _)) = reading else { return std::future::pending().await };
-    let wanted = task.await.unwrap_or_else(|error| {
-        let what = format!("reading the configuration failed: {error}");
-        Err(ConfigErrors(vec![Problem { place: None, key: None, what }]))
-    });
+    let wanted = task
+        .await
+        .unwrap_or_else(|error| Err(problem(format!("reading the configuration failed: {error}"))));
     let request = reading.take().and_then(|(_, request)| request);
     (wanted, request)
+}
+
+fn problem(what: String) -> ConfigErrors {
+    ConfigErrors(vec![Problem { place: None, key: None, what }])
 }
 
 /// Waits until a moment; for ever without one.

@@ -31,6 +31,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::demand::Wishes;
+use super::memory::Memory;
 use super::{Output, cache};
 use crate::config::{CatalogConfig, Config, ConsulConfig};
 use supervisor::Supervisor;
@@ -141,10 +142,26 @@ impl Settings {
     }
 }
 
+/// What an earlier daemon left. A disk that doesn't answer is waited for no longer than Consul is: the
+/// source's thread must not hang with it, which would end the daemon (see `supervise`).
+async fn read_cache(settings: &Settings) -> Option<Memory> {
+    let (path, max_age) = (settings.cache.clone()?, settings.catalog.max_age);
+    let shown = path.display().to_string();
+    let reading = tokio::task::spawn_blocking(move || cache::read(&path, max_age));
+    match tokio::time::timeout(settings.timing.patience, reading).await {
+        Ok(read) => read.ok().flatten(),
+        Err(_) => {
+            tracing::error!("can't read {shown}: the disk doesn't answer; starting without it");
+            None
+        }
+    }
+}
+
 /// Follows Consul for ever.
 pub async fn run(settings: Settings, output: Output, wishes: Wishes) {
-    let memory = output.memory().map(|memory| (*memory).clone());
-    let memory =
-        memory.or_else(|| cache::read(settings.cache.as_deref()?, settings.catalog.max_age));
+    let memory = match output.memory() {
+        Some(memory) => Some((*memory).clone()),
+        None => read_cache(&settings).await,
+    };
     Supervisor::new(settings, output, memory.unwrap_or_default()).run(wishes).await;
 }
