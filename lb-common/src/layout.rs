@@ -267,7 +267,8 @@ pub struct Probe {
 }
 
 /// The value of `EXCLUDED`: a cgroup whose processes, and those of the cgroups below it, are left
-/// alone. The daemon alone writes it.
+/// alone. The daemon alone writes it: the level first, so that a cgroup is never read with the level of
+/// its predecessor. The first entry of zeros ends the list; see [`ExcludedCgroup::HOLE`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ExcludedCgroup {
@@ -275,6 +276,12 @@ pub struct ExcludedCgroup {
     pub cgroup_id: u64,
     /// Its depth below the root of the hierarchy, which has 0.
     pub level: u64,
+}
+
+impl ExcludedCgroup {
+    /// An entry that excludes nothing and has others behind it: what is excluded keeps its place when
+    /// a cgroup before it goes.
+    pub const HOLE: ExcludedCgroup = ExcludedCgroup { cgroup_id: 0, level: u64::MAX };
 }
 
 /// Events that no service owns: the indices of `COUNTERS`, and behind those the ones of `EVENTS`, which

@@ -253,10 +253,16 @@ pub fn show_probe(cookie: u64, tgid: u64, netns: u64) {
     }
 }
 
-/// A cgroup that is left alone; `None` past the last one.
+/// A cgroup that is left alone, or a hole, whose id is 0; `None` past the last one. It is a copy: the
+/// daemon may write another one there meanwhile.
 #[inline(always)]
-pub fn excluded(index: u32) -> Option<&'static ExcludedCgroup> {
-    EXCLUDED.get(index).filter(|excluded| excluded.cgroup_id != 0)
+pub fn excluded(index: u32) -> Option<ExcludedCgroup> {
+    let entry = EXCLUDED.get_ptr(index)?;
+    // SAFETY: an array's element stays, and its words are aligned.
+    let cgroup_id = unsafe { (&raw const (*entry).cgroup_id).read_volatile() };
+    // SAFETY: as above.
+    let level = unsafe { (&raw const (*entry).level).read_volatile() };
+    (cgroup_id != 0 || level != 0).then_some(ExcludedCgroup { cgroup_id, level })
 }
 
 /// Counts a dial of `service` that goes to `backend`.

@@ -340,6 +340,9 @@ pub fn is_excluded() -> bool {
     }
     for index in 0..MAX_EXCLUDED as u32 {
         let Some(excluded) = maps::excluded(index) else { return false };
+        if excluded.cgroup_id == 0 {
+            continue;
+        }
         // SAFETY: the helper takes any level, and says 0 where there is none.
         let ancestor = unsafe { bpf_get_current_ancestor_cgroup_id(excluded.level as i32) };
         if ancestor == excluded.cgroup_id {

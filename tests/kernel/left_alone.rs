@@ -131,6 +131,37 @@ pub fn excluded_by_pattern() {
     }
 }
 
+/// The cgroups before and behind one that goes stay excluded, and another takes its place.
+pub fn excluded_behind_a_hole() {
+    let servers = Servers::start();
+    let mut bed = Bed::with(|options| {
+        options.plane.exclude_cgroups = vec![options.scope.join("t-*")];
+    });
+    servers.serve(&mut bed);
+    let own = bed.cgroup.path.clone();
+    let cgroup = |n: u32| own.join(format!("t-{n}"));
+    let answer = |n: u32| {
+        enter(&cgroup(n));
+        let answer = servers.answer();
+        enter(&own);
+        answer
+    };
+    (1..=4).for_each(|n| fs::create_dir(cgroup(n)).unwrap());
+    bed.plane.mend();
+    assert_eq!([1, 2, 3, 4].map(answer), ['v'; 4]);
+    fs::remove_dir(cgroup(1)).unwrap();
+    bed.plane.mend();
+    assert_eq!([2, 3, 4].map(answer), ['v'; 3], "behind the first, which is gone");
+    fs::remove_dir(cgroup(3)).unwrap();
+    bed.plane.mend();
+    assert_eq!([2, 4].map(answer), ['v'; 2], "behind two holes");
+    assert_eq!(servers.answer(), 'b', "beside them");
+    fs::create_dir(cgroup(5)).unwrap();
+    bed.plane.mend();
+    assert_eq!([2, 4, 5].map(answer), ['v'; 3]);
+    [2, 4, 5].into_iter().for_each(|n| fs::remove_dir(cgroup(n)).unwrap());
+}
+
 /// More cgroups match than there is room for: the ones that aren't excluded are named, and those that
 /// are stay so, whatever comes before them by name, and over a restart.
 pub fn more_excluded_than_fit() {

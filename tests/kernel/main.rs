@@ -132,6 +132,7 @@ const TRIALS: &[KernelTrial] = &[
     since((5, 10), "a_frozen_scope_is_reported", proof::a_frozen_scope_is_reported),
     since((5, 10), "excluded_cgroups_are_left_alone", left_alone::excluded_cgroups),
     since((5, 10), "cgroups_are_excluded_by_pattern", left_alone::excluded_by_pattern),
+    since((5, 10), "what_is_behind_a_hole_stays_excluded", left_alone::excluded_behind_a_hole),
     once("more_excluded_than_fit_is_told", left_alone::more_excluded_than_fit),
     since((5, 10), "the_daemon_is_left_alone", left_alone::the_daemon),
     since((5, 10), "a_cold_service_is_reported_once", reports::a_cold_service_is_reported_once),

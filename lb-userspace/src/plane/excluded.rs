@@ -172,6 +172,11 @@ impl Found {
                 None => left_out.push(path.display().to_string()),
             }
         }
+        // The programs look no further than the first entry of zeros.
+        let n_used = places.iter().rposition(|place| place.cgroup_id != 0).map_or(0, |at| at + 1);
+        for place in places[..n_used].iter_mut().filter(|place| place.cgroup_id == 0) {
+            *place = ExcludedCgroup::HOLE;
+        }
         if !left_out.is_empty() {
             let n_more = left_out.len().saturating_sub(N_NAMED);
             let named = left_out[..left_out.len().min(N_NAMED)].join(", ");
@@ -270,6 +275,15 @@ mod tests {
         assert_eq!((left[1], left[15]), (entry(12), entry(26)));
         assert_eq!(left.iter().filter(|place| place.cgroup_id != 0).count(), 2);
         assert!(two.problems.is_empty());
+        // Only what is behind the last one ends the list.
+        let holes = left.iter().filter(|place| **place == ExcludedCgroup::HOLE).count();
+        assert_eq!(holes, 14);
+        let mut one = some([12]);
+        let left = one.place(&left);
+        assert_eq!(left[..3], [ExcludedCgroup::HOLE, entry(12), ExcludedCgroup::default()]);
+        // A hole is a free place.
+        let mut again = some([12, 13]);
+        assert_eq!(again.place(&left)[..3], [entry(13), entry(12), ExcludedCgroup::default()]);
     }
 
     /// The limit of the configuration is that of the map.

@@ -223,8 +223,8 @@ impl Board {
         for (index, (next, _)) in
             excluded.iter().zip(&former).enumerate().filter(|(_, (next, former))| next != former)
         {
-            // Without an id an entry says nothing, whatever its level.
-            self.excluded.store(index * 2, 0);
+            // Between the two the former cgroup has another's level, at which no process finds it: it
+            // goes anyway. Without an id in between the entry could be taken for the last one.
             self.excluded.store(index * 2 + 1, next.level);
             self.excluded.store(index * 2, next.cgroup_id);
         }
