@@ -54,10 +54,10 @@ pub fn an_exclusive_program_is_named() {
             }
             assert_eq!(n_attached(scope), n_before, "{}", scope.display());
             assert!(!place.options.bpffs.exists());
-            assert_eq!(find_obstacle(scope).unwrap().unwrap().hook, hook);
+            assert_eq!(find_obstacle(scope, &place.options.bpffs).unwrap().unwrap().hook, hook);
         }
         bpftool(&["cgroup", "detach", at, hook, "pinned", &pinned]);
-        assert_eq!(find_obstacle(&below).unwrap(), None);
+        assert_eq!(find_obstacle(&below, &place.options.bpffs).unwrap(), None);
     }
 }
 
@@ -71,6 +71,7 @@ pub fn an_exclusive_program_is_named_later() {
     let pinned = foreign_program(&place, "nohop_connect4");
     place.options.scope = below.clone();
     let mut plane = place.start_attached();
+    plane.apply(&table(Vec::new())).unwrap();
     let link = place.pin("v2/links/nohop_connect4");
     bpftool(&["link", "detach", "pinned", link.to_str().unwrap()]);
     let at = own.to_str().unwrap();
@@ -79,6 +80,18 @@ pub fn an_exclusive_program_is_named_later() {
     assert!(problem.contains("holds the hook connect4 of"), "{problem}");
     bpftool(&["cgroup", "detach", at, "connect4", "pinned", &pinned]);
     assert!(plane.mend().holds());
+    // Our links were there first and hold: a restart gives them other programs, and attaches nothing.
+    bpftool(&["cgroup", "attach", at, "connect4", "pinned", &pinned]);
+    drop(plane);
+    let mut plane = place.start_attached();
+    assert!(plane.are_hooks_ours() && plane.mend().holds());
+    // Without one of them it is an obstacle again.
+    bpftool(&["link", "detach", "pinned", link.to_str().unwrap()]);
+    drop(plane);
+    let error = Plane::start(&place.options).unwrap_err().to_string();
+    assert!(error.contains("holds the hook connect4 of"), "{error}");
+    bpftool(&["cgroup", "detach", at, "connect4", "pinned", &pinned]);
+    plane = place.start_attached();
     plane.detach();
 }
 

@@ -200,7 +200,7 @@ fn hooks(config: &Config) -> Found {
     let Some(scope) = config.cgroup.clone().or_else(cgroup::find_cgroup2_root) else {
         return Ok("not looked at: there is no cgroup v2".to_owned());
     };
-    match find_obstacle(&scope) {
+    match find_obstacle(&scope, &config.bpffs) {
         Ok(None) => Ok(format!("nothing holds those of {} exclusively", scope.display())),
         Ok(Some(obstacle)) => wrong(obstacle.to_string(), obstacle.fix()),
         // What that needs is said elsewhere.

@@ -12,7 +12,7 @@ use aya::Ebpf;
 use super::PlaneError;
 use super::bpf::{AttachType, CgroupLink};
 use super::object::program;
-use super::pins::{PinnedLink, Pins, unpin};
+use super::pins::{self, PinnedLink, Pins, unpin};
 use super::{cause, obstacles};
 
 /// A program and where it is attached.
@@ -77,6 +77,17 @@ pub fn are_live(pins: &Pins, scope: &Scope) -> Result<bool, PlaneError> {
         hook_of(pinned)
             .is_some_and(|hook| holds(&pinned.link, &HOOKS[hook], scope).unwrap_or(false))
     }))
+}
+
+/// The programs that a link pinned in `bpffs` holds at its hook of `scope`, as far as can be seen.
+pub fn live(bpffs: &Path, scope: &Path) -> BTreeSet<&'static str> {
+    let Ok(scope) = open_scope(scope) else { return BTreeSet::new() };
+    let links = pins::links_in(bpffs).unwrap_or_default();
+    let is_live = |pinned: &PinnedLink| {
+        let hook = &HOOKS[hook_of(pinned)?];
+        holds(&pinned.link, hook, &scope).unwrap_or(false).then_some(hook.program)
+    };
+    links.iter().filter_map(is_live).collect()
 }
 
 /// What translates back goes last; what this version doesn't know is some later hook.
@@ -225,7 +236,8 @@ impl Links {
     fn attach_error(&self, hook: &Hook, source: io::Error) -> PlaneError {
         // The kernel has one error for both a missing capability and another program's hook.
         if source.kind() == io::ErrorKind::PermissionDenied
-            && let Ok(Some(obstacle)) = obstacles::find(&self.scope)
+            && let Ok(Some(obstacle)) =
+                obstacles::find(&self.scope, |each| each.program == hook.program)
         {
             return PlaneError::Held(obstacle);
         }

@@ -60,7 +60,7 @@ pub use features::{Features, Limit};
 pub use kernel::{Counters, ServiceCounters};
 pub use lb_common::{Refusal, UdpConnects};
 pub use links::Attachment;
-pub use obstacles::{Obstacle, find as find_obstacle};
+pub use obstacles::Obstacle;
 pub use pins::{PinError, Safety, is_bpffs, look as look_at_pins};
 pub use reconcile::{ApplyError, Indices, Pressure};
 pub use reports::Reports;
@@ -272,7 +272,7 @@ impl Plane {
         let note = cgroup::inspect(&options.scope)?;
         let scope = links::open_scope(&options.scope)?;
         // Before anything is made. Where the kernel can't be asked, attaching shows it.
-        if let Ok(Some(obstacle)) = find_obstacle(&options.scope) {
+        if let Ok(Some(obstacle)) = find_obstacle(&options.scope, &options.bpffs) {
             return Err(PlaneError::Held(obstacle));
         }
         let mut features = Features::probe()?;
@@ -682,6 +682,16 @@ fn undo_start(
         pins.remove_all()?;
     }
     Ok(())
+}
+
+/// What keeps our programs from `scope`; `None` where nothing does. Hooks where links pinned in
+/// `bpffs` hold need no new one.
+///
+/// # Errors
+/// When the kernel can't be asked, such as for lack of CAP_NET_ADMIN.
+pub fn find_obstacle(scope: &Path, bpffs: &Path) -> io::Result<Option<Obstacle>> {
+    let live = links::live(bpffs, scope);
+    obstacles::find(scope, |hook| !live.contains(hook.program))
 }
 
 /// Detaches and removes whatever a daemon left pinned in `bpffs`. Returns the number of links.

@@ -12,7 +12,7 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
 use super::bpf::{AttachedPrograms, attached_programs, program_name};
-use super::links::HOOKS;
+use super::links::{HOOKS, Hook};
 use crate::config::cgroup;
 
 const BPF_F_ALLOW_OVERRIDE: u32 = 1;
@@ -57,16 +57,18 @@ impl fmt::Display for Obstacle {
     }
 }
 
-/// What keeps our programs from `scope`; `None` where nothing does.
+/// What keeps our programs from those hooks of `scope` where one has to be attached; `None` where
+/// nothing does. A link that is there takes another program (BPF_LINK_UPDATE) whatever came after it:
+/// `__cgroup_bpf_replace` asks for no other's consent.
 ///
 /// # Errors
 /// When the kernel can't be asked, such as for lack of CAP_NET_ADMIN.
-pub fn find(scope: &Path) -> io::Result<Option<Obstacle>> {
+pub fn find(scope: &Path, is_needed: impl Fn(&Hook) -> bool) -> io::Result<Option<Obstacle>> {
     let scope = std::fs::canonicalize(scope)?;
     let is_cgroup = |dir: &&Path| cgroup::is_cgroup2(dir).unwrap_or(false);
     let levels: Vec<&Path> = scope.ancestors().take_while(is_cgroup).collect();
     let opened = levels.iter().map(File::open).collect::<io::Result<Vec<_>>>()?;
-    for hook in &HOOKS {
+    for hook in HOOKS.iter().filter(|hook| is_needed(hook)) {
         let attached = opened
             .iter()
             .map(|cgroup| attached_programs(cgroup.as_fd(), hook.attach_type))

@@ -313,21 +313,11 @@ impl Pins {
         let own = self.own_layout();
         let mut layouts = self.layouts()?;
         layouts.sort_by_key(|dir| *dir != own);
-        let mut links = Vec::new();
-        for layout in layouts {
-            collect_links(&layout, 0, &mut links)?;
-        }
-        Ok(links)
+        collect_all_links(&layouts)
     }
 
-    /// The directories of layouts that are ours.
     fn layouts(&self) -> Result<Vec<PathBuf>, PinError> {
-        let is_layout = |path: &PathBuf| {
-            let name = path.file_name().unwrap_or_default().to_string_lossy();
-            name.strip_prefix('v').is_some_and(|number| number.parse::<u16>().is_ok())
-                && is_ours(path)
-        };
-        Ok(entries(&self.dir)?.into_iter().filter(is_layout).collect())
+        layouts(&self.dir)
     }
 
     /// Takes away what other layouts have pinned.
@@ -632,6 +622,31 @@ fn free_name(dir: &Path, uid: u32) -> PathBuf {
 fn has_links(dir: &Path) -> bool {
     let mut links = Vec::new();
     collect_links(dir, 0, &mut links).is_err() || !links.is_empty()
+}
+
+/// The directories of layouts in `dir` that are ours.
+fn layouts(dir: &Path) -> Result<Vec<PathBuf>, PinError> {
+    let is_layout = |path: &PathBuf| {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        name.strip_prefix('v').is_some_and(|number| number.parse::<u16>().is_ok()) && is_ours(path)
+    };
+    Ok(entries(dir)?.into_iter().filter(is_layout).collect())
+}
+
+/// Every link that is pinned in `dir` under any layout, without a lock and with nothing made.
+///
+/// # Errors
+/// When something that isn't a link lies where links are, or the file system refuses.
+pub fn links_in(dir: &Path) -> Result<Vec<PinnedLink>, PinError> {
+    collect_all_links(&layouts(dir)?)
+}
+
+fn collect_all_links(layouts: &[PathBuf]) -> Result<Vec<PinnedLink>, PinError> {
+    let mut links = Vec::new();
+    for layout in layouts {
+        collect_links(layout, 0, &mut links)?;
+    }
+    Ok(links)
 }
 
 /// Adds every link that is pinned in a directory or below.
