@@ -236,6 +236,7 @@ const TRIALS: &[KernelTrial] = &[
     locked_down("lockdown_lets_nohop_serve", lockdown::it_serves),
     locked_down("lockdown_is_reported", lockdown::it_is_reported),
     since((5, 10), "verified_instructions_are_told", verifier::instructions_are_told),
+    since((5, 10), "a_probe_needs_no_locked_memory", verifier::a_probe_needs_no_locked_memory),
 ];
 
 fn main() -> std::process::ExitCode {

@@ -31,3 +31,16 @@ pub fn instructions_are_told() {
         println!("verifier: {major}.{minor} {program} {told}");
     }
 }
+
+/// Before 5.11 programs count as locked memory, of which a process may have 64 KiB by default.
+pub fn a_probe_needs_no_locked_memory() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let before = getrlimit(Resource::Memlock);
+    setrlimit(Resource::Memlock, Rlimit { current: Some(0), ..before }).unwrap();
+    let probed = lb_userspace::plane::Features::probe();
+    let limit = getrlimit(Resource::Memlock);
+    setrlimit(Resource::Memlock, before).unwrap();
+    probed.unwrap();
+    // As far as this process may.
+    assert_eq!(limit.current, limit.maximum);
+}

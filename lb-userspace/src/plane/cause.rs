@@ -64,8 +64,9 @@ impl Machine {
                     self.missing.join(", ")
                 );
             }
-            (Step::Map, libc::EPERM) if old_memlock => {
-                "before 5.11 maps count as locked memory: raise RLIMIT_MEMLOCK \
+            // A program is charged before the verifier sees it.
+            (Step::Map | Step::Program { has_log: false }, libc::EPERM) if old_memlock => {
+                "before 5.11 maps and programs count as locked memory: raise RLIMIT_MEMLOCK \
                  (LimitMEMLOCK=infinity)"
             }
             (_, libc::EPERM) => {
@@ -144,7 +145,10 @@ mod tests {
             (Step::Attach, libc::EPERM, &none[1..2], (6, 1), "it lacks CAP_NET_ADMIN:"),
             (Step::Map, libc::EPERM, all, (5, 10), "RLIMIT_MEMLOCK"),
             (Step::Map, libc::EPERM, all, (6, 1), "seccomp"),
-            (program(false), libc::EPERM, all, (5, 10), "seccomp"),
+            (program(false), libc::EPERM, all, (5, 10), "RLIMIT_MEMLOCK"),
+            (program(true), libc::EPERM, all, (5, 10), "seccomp"),
+            (program(false), libc::EPERM, all, (6, 1), "seccomp"),
+            (Step::Attach, libc::EPERM, all, (5, 10), "seccomp"),
             (program(true), libc::EACCES, none, (6, 1), "verifier rejects it"),
             (program(true), libc::EINVAL, all, (6, 1), "verifier rejects it"),
             (program(true), libc::E2BIG, all, (6, 1), "verifier rejects it"),

@@ -126,12 +126,14 @@ pub struct Features {
 }
 
 impl Features {
-    /// Asks the running kernel.
+    /// Asks the running kernel. Lifts this process's limit of locked memory for that, and for what is
+    /// loaded after it.
     ///
     /// # Errors
     /// When the kernel doesn't take even an empty program, or fails otherwise than by having no such
     /// helper.
     pub fn probe() -> Result<Features, PlaneError> {
+        lift_memory_limit();
         let machine = Machine::look();
         let load = |trial: Trial, attach_type| load_trial(&trial.instructions(), attach_type);
         let bits = btf::socket_bits();
@@ -191,6 +193,16 @@ impl Features {
         }
         Ok(Features { refusal, sockets, limits })
     }
+}
+
+/// Before 5.11 programs (`__bpf_prog_charge`) and maps count as locked memory. Without
+/// CAP_SYS_RESOURCE the limit can be raised as far as the hard one. Where that isn't enough, loading
+/// says so.
+fn lift_memory_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let hard = getrlimit(Resource::Memlock).maximum;
+    let limits = [None, hard].map(|limit| Rlimit { current: limit, maximum: limit });
+    let _ = limits.into_iter().any(|limit| setrlimit(Resource::Memlock, limit).is_ok());
 }
 
 /// Tries again what a signal interrupted, a few times.

@@ -265,10 +265,6 @@ impl Plane {
     /// directory, or the kernel refuses for lack of a feature or of privileges. Then an earlier
     /// daemon's plane goes on, and nothing new is left behind.
     pub fn start(options: &Options) -> Result<Plane, PlaneError> {
-        // Before 5.11 map memory counts against this limit. Where it can't be raised, loading says so.
-        let unlimited = rustix::process::Rlimit { current: None, maximum: None };
-        let _ = rustix::process::setrlimit(rustix::process::Resource::Memlock, unlimited);
-
         let note = cgroup::inspect(&options.scope)?;
         let scope = links::open_scope(&options.scope)?;
         // Before anything is made. Where the kernel can't be asked, attaching shows it.
