@@ -8,7 +8,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use lb_userspace::config::PlaneConfig;
-use lb_userspace::plane::{Indices, Plane, unload};
+use lb_userspace::plane::{Indices, Plane, SharedPlane, unload};
 use lb_userspace::table::{Protocols, Service};
 
 use crate::bed::{OTHER_VIP, Place, Server, VIP, backend, dial, service, table};
@@ -71,15 +71,23 @@ pub fn maps_that_hold_less_are_not_used() {
     // It grew while nobody looked: 5 entries, of 4.
     let mut grown = web(2);
     grown.backends.extend((1..=3).map(|port| backend(([10, 0, 0, 1], port).into(), 1)));
-    let error = plane.apply(&table(vec![web(1), grown])).unwrap_err().to_string();
+    let error = plane.apply(&table(vec![web(1), grown.clone()])).unwrap_err().to_string();
     for part in ["1 of the services that are served", "s2", "raise plane.max_backends"] {
         assert!(error.contains(part), "no {part:?} in {error}");
     }
     assert!(!plane.are_hooks_ours());
+    let shared = SharedPlane::new(plane);
+    shared.apply(&table(vec![web(1), grown]));
+    shared.look_after();
+    let hooks = shared.hooks();
+    assert!(hooks.attached && hooks.translate, "names are answered: {hooks:?}");
+    assert!(hooks.waiting.is_some() && shared.is_behind());
     assert!([1, 2].iter().all(|&n| dial((vip(n), 80)).is_ok()), "the former maps serve");
     // A table that fits is switched to.
-    apply(&mut plane, vec![web(1), web(2)]);
-    assert!(plane.are_hooks_ours() && dial((vip(2), 80)).is_ok());
+    shared.apply(&table(vec![web(1), web(2)]));
+    let hooks = shared.hooks();
+    assert!(hooks.translate && hooks.waiting.is_none() && !shared.is_behind(), "{hooks:?}");
+    assert!(dial((vip(2), 80)).is_ok());
 }
 
 /// Enough dials that a gap of a millisecond would be met.

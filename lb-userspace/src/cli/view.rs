@@ -303,7 +303,8 @@ impl DaemonView {
         if !table.is_synced() {
             return format!("{fqdn} gets SERVFAIL: discovery has not answered in full yet");
         }
-        if !self.plane.hooks().attached {
+        let hooks = self.plane.hooks();
+        if !hooks.attached {
             let scope = self.scope.display();
             return format!("{fqdn} gets SERVFAIL: the hooks aren't attached to {scope}");
         }
@@ -326,6 +327,12 @@ impl DaemonView {
                 ),
             };
         };
+        if let Some(waiting) = hooks.waiting {
+            let target = dial::target(&fqdn, service);
+            return format!(
+                "{target} goes by the table that an earlier daemon knew last: {waiting}"
+            );
+        }
         if let Some(error) = self.plane.error(name) {
             let served = match self.plane.indices(name) {
                 Some(_) => "goes by the service's former state",

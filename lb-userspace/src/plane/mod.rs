@@ -30,7 +30,7 @@ mod shapes;
 mod shared;
 mod usage;
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
@@ -50,7 +50,7 @@ use kernel::{Board, KernelMaps};
 use links::{Links, Scope};
 use object::load;
 use pins::{PinnedMaps, Pins};
-use reconcile::{AdoptError, Reconciler};
+use reconcile::{AdoptError, Reconciler, Served};
 use shapes::{Sizes, socket_shapes};
 use usage::Usage;
 
@@ -110,12 +110,11 @@ pub enum PlaneError {
         /// What the kernel said.
         source: io::Error,
     },
-    /// New maps hold less than those that they are to replace.
+    /// New maps hold less than those that they are to replace, which serve on.
     #[error(
-        "the new maps have no room for {n_services} of the services that are served, such as {name}: \
-         {reason}"
+        "the new maps don't hold {n_services} of the services that are served, such as {name}: {reason}"
     )]
-    NoRoom {
+    HoldsLess {
         /// How many services they lack.
         n_services: usize,
         /// One of them.
@@ -394,14 +393,16 @@ impl Plane {
     /// the reason; their former state serves on, and the next call tries them again.
     ///
     /// # Errors
-    /// When the maps were new and the hooks couldn't be switched to them, or a service that the former
-    /// ones serve has no room in them: the former ones go on.
+    /// When the maps were new and the hooks couldn't be switched to them, or don't lead to a service
+    /// from everywhere that the former ones do ([`PlaneError::HoldsLess`]): the former ones go on.
     pub fn apply(&mut self, table: &Table) -> Result<BTreeMap<Arc<str>, ApplyError>, PlaneError> {
         let errors = self.reconciler.apply(table);
         // What holds less must not take the place of what works.
-        let unserved = self.reconciler.unserved(&errors);
-        if let Some((name, error)) = unserved.first_key_value() {
-            return Err(PlaneError::NoRoom {
+        let unserved = self.reconciler.unserved(table, &errors);
+        if let Some((name, error)) = unserved.first_key_value()
+            && self.are_others_live()
+        {
+            return Err(PlaneError::HoldsLess {
                 n_services: unserved.len(),
                 name: name.to_string(),
                 reason: error.to_string(),
@@ -419,6 +420,14 @@ impl Plane {
         }
         self.reconciler.forget_served();
         Ok(errors)
+    }
+
+    /// Whether an earlier daemon's hooks serve the scope. Where the pins can't be read they may.
+    fn are_others_live(&self) -> bool {
+        !self.links.are_ours()
+            && links::open_scope(self.links.scope())
+                .and_then(|scope| links::are_live(&self.pins, &scope))
+                .unwrap_or(true)
     }
 
     /// Whether the maps are an earlier daemon's.
@@ -574,7 +583,7 @@ struct Fitted {
     /// Why the sizes aren't the configuration's.
     note: Option<String>,
     /// The services that the earlier maps serve, where these were looked at.
-    served: HashSet<Arc<str>>,
+    served: Served,
     /// Over the earlier maps, where those are used on although other sizes are configured.
     loaded: Option<Loaded>,
 }
@@ -588,7 +597,7 @@ impl Fitted {
         is_live: bool,
     ) -> Result<Fitted, PlaneError> {
         let wanted = Sizes::of(&options.plane, &options.vip);
-        let as_wanted = Fitted { sizes: wanted, note: None, served: HashSet::new(), loaded: None };
+        let as_wanted = Fitted { sizes: wanted, note: None, served: Served::new(), loaded: None };
         let earlier = Sizes::pinned(&pins.maps()).filter(|earlier| is_live && *earlier != wanted);
         let Some(earlier) = earlier else { return Ok(as_wanted) };
         if !pins.are_there(&pins.maps(), &earlier.shapes())? {

@@ -124,6 +124,9 @@ impl LeftUdp {
     }
 }
 
+/// Services that have backends in some maps, each with its frontends there.
+pub type Served = HashMap<Arc<str>, HashSet<FrontendKey>>;
+
 /// What was given up and may still be read.
 #[derive(Debug, Default)]
 struct Resting {
@@ -185,9 +188,9 @@ pub struct Reconciler<M> {
     next_generation: u32,
     /// Backends that left a service which is dialled by UDP, each with the service.
     left_udp: HashSet<(Arc<str>, SocketAddr)>,
-    /// The services that former maps serve, in the place of which these are to be used: they come
-    /// first where room is short.
-    served: HashSet<Arc<str>>,
+    /// The services that former maps serve, in the place of which these are to be used, each with its
+    /// frontends there: they come first where room is short.
+    served: Served,
     /// Services with frontends in [`Held::given_up`].
     suspended: BTreeSet<Arc<str>>,
     /// UDP frontends that a service gave up, each with a backend that it kept.
@@ -220,7 +223,7 @@ impl<M: Maps> Reconciler<M> {
             frontends6: room("FRONTENDS6", sizes.frontends6),
             next_generation: first_generation.max(1),
             left_udp: HashSet::new(),
-            served: HashSet::new(),
+            served: Served::new(),
             suspended: BTreeSet::new(),
             given_up_udp: HashSet::new(),
         }
@@ -243,7 +246,7 @@ impl<M: Maps> Reconciler<M> {
         });
         let mut changed = changed;
         if !self.served.is_empty() {
-            changed.sort_by_key(|(name, _)| !self.served.contains(*name));
+            changed.sort_by_key(|(name, _)| !self.served.contains_key(*name));
         }
         let gone: Vec<Arc<str>> = gone.into_iter().cloned().collect();
         // Before the first `put`, which may give one of those frontends to another service.
@@ -401,25 +404,37 @@ impl<M: Maps> Reconciler<M> {
         self.held.iter().map(|(name, held)| (name, held.service_idx))
     }
 
-    /// The services that have backends in the maps.
-    pub fn served(&self) -> HashSet<Arc<str>> {
+    /// The services that have backends in the maps, each with its frontends.
+    pub fn served(&self) -> Served {
         let serving = self.held.iter().filter(|(_, held)| !held.backends.is_empty());
-        serving.map(|(name, _)| name.clone()).collect()
+        let frontends = |held: &Held| held.frontends.keys().copied().collect();
+        serving.map(|(name, held)| (name.clone(), frontends(held))).collect()
     }
 
     /// Puts these services before others, until [`Reconciler::forget_served`]: former maps, which
     /// these are to replace, serve them.
-    pub fn prefer_served(&mut self, served: HashSet<Arc<str>>) {
+    pub fn prefer_served(&mut self, served: Served) {
         self.served = served;
     }
 
-    /// Those of the services that former maps serve of which these lack the state that was to be
-    /// applied.
+    /// Those of the services in `errors` that the former maps serve and these wouldn't: `table` wants a
+    /// frontend which leads to the service there, and to nothing here. What these hold of a service
+    /// may be behind the table all the same.
     pub fn unserved<'a>(
         &self,
+        table: &Table,
         errors: &'a BTreeMap<Arc<str>, ApplyError>,
     ) -> BTreeMap<&'a Arc<str>, &'a ApplyError> {
-        errors.iter().filter(|(name, _)| self.served.contains(*name)).collect()
+        let is_unserved = |name: &Arc<str>| {
+            let (Some(served), Some(service)) = (self.served.get(name), table.services.get(name))
+            else {
+                return false;
+            };
+            let held = self.held.get(name);
+            let is_here = |frontend| held.is_some_and(|held| held.frontends.contains_key(frontend));
+            frontends(service, 0).keys().any(|key| served.contains(key) && !is_here(key))
+        };
+        errors.iter().filter(|(name, _)| is_unserved(name)).collect()
     }
 
     /// Forgets which services former maps served: these are used now.

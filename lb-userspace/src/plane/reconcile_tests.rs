@@ -703,6 +703,45 @@ fn a_full_map_is_one_services_error_and_the_former_state_serves() {
     assert!(run.change(1, Some(&set(&[5]))).is_empty(), "room enough once the old ones are gone");
 }
 
+/// New maps take the place of former ones unless a service would be lost by it, whole or at a frontend.
+#[test]
+fn what_is_served_is_lost_only_where_the_new_maps_lead_nowhere() {
+    let key =
+        |port| FrontendKey { address: Ipv4Addr::new(127, 128, 0, 1).into(), port, protocol: 6 };
+    let wants = |backends: &[u8], ports: &[u16], generation| {
+        let mut service = Service::clone(&service(1, &set(backends), generation));
+        service.ports = Ports::only(ports.iter().copied());
+        Some(service)
+    };
+    // The tables one after the other, of which the last meets refusals: the service as each wants it,
+    // the refused operations, whether something is lost.
+    type Tables = Vec<Option<Service>>;
+    let table: [(&str, Tables, &[usize], bool); 6] = [
+        ("too large from the first", vec![wants(&[0, 1, 2, 4], &[80], 1)], &[], true),
+        ("grew", vec![wants(&[0], &[80], 1), wants(&[0, 1, 2, 4], &[80], 2)], &[], false),
+        ("a frontend that is served", vec![wants(&[0], &[80], 1)], &[0], true),
+        ("a new frontend", vec![wants(&[0], &[80, 81], 1)], &[1], false),
+        ("one that it gives up", vec![wants(&[0], &[81], 1)], &[0], false),
+        ("a removal", vec![wants(&[0], &[80], 1), None], &[0], false),
+    ];
+    for (case, tables, refused, expected) in table {
+        let mut run = Run::new(Sizes { backends: 3, ..SIZES });
+        run.maps.0.borrow_mut().is_blind = true;
+        run.reconciler.prefer_served(Served::from([("s1".into(), HashSet::from([key(80)]))]));
+        let mut errors = BTreeMap::new();
+        let last = tables.len() - 1;
+        for (at, service) in tables.into_iter().enumerate() {
+            run.table.services =
+                service.into_iter().map(|s| (s.name.clone(), Arc::new(s))).collect();
+            run.maps.0.borrow_mut().refuse(refused.iter().copied().filter(|_| at == last));
+            errors = run.reconciler.apply(&run.table);
+        }
+        assert_eq!(errors.len(), 1, "{case}");
+        let unserved = run.reconciler.unserved(&run.table, &errors);
+        assert_eq!(!unserved.is_empty(), expected, "{case}: {unserved:?}");
+    }
+}
+
 #[test]
 fn what_the_kernel_refuses_is_tried_again() {
     let mut run = Run::new(SIZES);

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::probe::Proof;
-use super::{ApplyError, Indices, Plane, Pressure};
+use super::{ApplyError, Indices, Plane, PlaneError, Pressure};
 use crate::table::{Table, diff};
 
 /// How long `status` tells of hooks that were detached and attached again.
@@ -56,22 +56,77 @@ struct Watched {
     /// When hooks were last found detached, and which.
     lost: Option<(Instant, String)>,
     /// Why new maps don't count yet.
-    waiting: Option<String>,
+    waiting: Option<Waiting>,
     /// What an operator should know of whose connections are translated.
     notes: Vec<String>,
     /// What lets VIPs reach something where no hook runs.
     routes: Vec<String>,
 }
 
+/// Why the hooks still run an earlier daemon's programs.
+#[derive(Clone, Debug)]
+struct Waiting {
+    why: String,
+    /// Whether all of those are where they should be; else the switch stopped half-way.
+    serves: bool,
+}
+
+impl Waiting {
+    fn of(error: &PlaneError) -> Waiting {
+        Waiting {
+            why: format!("the hooks still run an earlier daemon's programs and table: {error}"),
+            serves: matches!(error, PlaneError::HoldsLess { .. }),
+        }
+    }
+}
+
 /// Whether dials are translated, as far as the daemon knows.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Hooks {
-    /// Whether every hook is attached, and nothing showed that it doesn't run.
+    /// Whether every hook is attached, an earlier daemon's or this one's, and nothing showed that it
+    /// doesn't run.
     pub attached: bool,
     /// Whether a dial would be translated: the hooks are attached, and dials aren't only counted.
     pub translate: bool,
+    /// Why they still are an earlier daemon's, with the table that it knew last.
+    pub waiting: Option<String>,
     /// What an operator should know.
     pub problems: Vec<String>,
+}
+
+impl Watched {
+    /// Whether dials are translated.
+    fn hooks(&self, mode: &Mode) -> Hooks {
+        let mut hooks = Hooks { attached: self.problem.is_none(), ..Hooks::default() };
+        if let Mode::Shadow { why } = mode {
+            hooks.problems.push(format!(
+                "dials are only counted, none is translated, and names get SERVFAIL: {why}"
+            ));
+        }
+        if let Some(problem) = &self.problem {
+            hooks.problems.push(format!("the hooks aren't attached: {problem}"));
+        }
+        if let Some((reason, is_disproof)) = &self.unproven {
+            hooks.attached &= !is_disproof;
+            hooks.problems.push(reason.clone());
+        }
+        if let Some((at, what)) = &self.lost
+            && at.elapsed() < TELLS
+        {
+            let ago = at.elapsed().as_secs();
+            let then = if self.problem.is_none() { "; it was attached again" } else { "" };
+            hooks.problems.push(format!("{what} {ago} s ago{then}"));
+        }
+        if let Some(Waiting { why, serves }) = &self.waiting {
+            hooks.attached &= serves;
+            hooks.problems.push(why.clone());
+            hooks.waiting = Some(why.clone());
+        }
+        hooks.problems.extend(self.notes.iter().cloned());
+        hooks.problems.extend(self.routes.iter().cloned());
+        hooks.translate = hooks.attached && *mode == Mode::Translate;
+        hooks
+    }
 }
 
 impl SharedPlane {
@@ -95,13 +150,13 @@ impl SharedPlane {
     /// As [`Plane::apply`]; what couldn't be applied is logged once, and kept for those who ask.
     pub fn apply(&self, table: &Table) {
         let applied = lock(&self.plane).apply(table);
-        let waiting = applied.as_ref().err().map(|error| {
-            format!("the hooks still run an earlier daemon's programs and table: {error}")
-        });
-        if let Some(waiting) = &waiting {
-            tracing::error!("{waiting}");
+        let waiting = applied.as_ref().err().map(Waiting::of);
+        let former = std::mem::replace(&mut lock(&self.watched).waiting, waiting.clone());
+        if let Some(Waiting { why, .. }) = &waiting
+            && former.is_none_or(|former| former.why != *why)
+        {
+            tracing::error!("{why}");
         }
-        lock(&self.watched).waiting = waiting;
         let errors = applied.unwrap_or_default();
         let may_pass = errors.values().any(ApplyError::may_pass);
         let reasons: BTreeMap<Arc<str>, String> =
@@ -240,34 +295,7 @@ impl SharedPlane {
 
     /// Whether dials are translated.
     pub fn hooks(&self) -> Hooks {
-        let watched = lock(&self.watched);
-        let mut hooks = Hooks { attached: watched.problem.is_none(), ..Hooks::default() };
-        let mode = self.mode();
-        if let Mode::Shadow { why } = &mode {
-            hooks.problems.push(format!(
-                "dials are only counted, none is translated, and names get SERVFAIL: {why}"
-            ));
-        }
-        if let Some(problem) = &watched.problem {
-            hooks.problems.push(format!("the hooks aren't attached: {problem}"));
-        }
-        if let Some((reason, is_disproof)) = &watched.unproven {
-            hooks.attached &= !is_disproof;
-            hooks.problems.push(reason.clone());
-        }
-        if let Some((at, what)) = &watched.lost
-            && at.elapsed() < TELLS
-        {
-            let ago = at.elapsed().as_secs();
-            let then = if watched.problem.is_none() { "; it was attached again" } else { "" };
-            hooks.problems.push(format!("{what} {ago} s ago{then}"));
-        }
-        hooks.attached &= watched.waiting.is_none();
-        hooks.problems.extend(watched.waiting.clone());
-        hooks.problems.extend(watched.notes.iter().cloned());
-        hooks.problems.extend(watched.routes.iter().cloned());
-        hooks.translate = hooks.attached && mode == Mode::Translate;
-        hooks
+        lock(&self.watched).hooks(&self.mode())
     }
 
     /// Has dials translated or only counted from now on; the log hears of each change.
@@ -315,4 +343,35 @@ impl SharedPlane {
 /// A panic while it was locked leaves what is in it consistent: every step is.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hooks(waiting: Option<PlaneError>, problem: Option<&str>) -> Hooks {
+        let waiting = waiting.as_ref().map(Waiting::of);
+        let problem = problem.map(str::to_owned);
+        Watched { waiting, problem, ..Watched::default() }.hooks(&Mode::Translate)
+    }
+
+    /// An earlier daemon's hooks serve as well as this one's: names are answered while they do.
+    #[test]
+    fn names_are_answered_while_the_hooks_are_an_earlier_daemons() {
+        let holds_less = || PlaneError::HoldsLess {
+            n_services: 1,
+            name: "web".to_owned(),
+            reason: "BACKENDS is full".to_owned(),
+        };
+        let waiting = hooks(Some(holds_less()), None);
+        assert!(waiting.attached && waiting.translate, "{waiting:?}");
+        let why = waiting.waiting.unwrap();
+        assert!(why.contains("earlier daemon's programs and table"), "{why}");
+        assert_eq!(waiting.problems, [why]);
+
+        let halfway = PlaneError::Object { missing: "nohop_connect4" };
+        assert!(!hooks(Some(halfway), None).attached, "a switch that stopped half-way");
+        assert!(!hooks(Some(holds_less()), Some("gone")).attached);
+        assert!(hooks(None, None).translate);
+    }
 }
