@@ -236,7 +236,7 @@ impl Handle {
         self.hopeless = is_hopeless;
         self.keeper = Keeper::default();
         // From here on the former source isn't heard.
-        let output = self.output.next_source(name);
+        let output = self.output.next_source(name, ageing.is_some());
         let demand = self.demand.clone();
         let limits = Limits::default();
         let keeper = supervise::keep(name, source, output, demand, ageing, limits, hopeless);

@@ -39,6 +39,9 @@ struct State {
     answered: BTreeMap<Arc<str>, Instant>,
     /// The services whose instances are too old to serve.
     refused: BTreeSet<Arc<str>>,
+    /// Whether the next catalog is that of a source which doesn't age, so that the former one's age
+    /// is over with it.
+    ends_age: bool,
     /// How long the machine has been suspended, when that was last noticed.
     suspended: Duration,
     problems: Problems,
@@ -88,10 +91,12 @@ impl Output {
     }
 
     /// The same for another source, which starts with a clean slate: of the former one only the
-    /// catalog, and the word on whether to translate, hold until it has its own.
-    pub fn next_source(&self, source: &'static str) -> Output {
+    /// catalog, with its age, and the word on whether to translate, hold until it has its own. `ages`
+    /// says whether that catalog is looked at for its age, too.
+    pub fn next_source(&self, source: &'static str, ages: bool) -> Output {
         {
             let mut state = self.state();
+            state.ends_age = !ages;
             state.problems.life = None;
             self.tell(&state.problems, None);
             self.shared.stats.set_watches(Watches::default());
@@ -126,6 +131,12 @@ impl Output {
     ) {
         let Some(mut state) = self.living() else { return };
         let n_refused = state.refused.len();
+        if catalog.is_some() && std::mem::take(&mut state.ends_age) {
+            state.refused.clear();
+            state.answered.clear();
+            state.problems.age = None;
+            self.tell(&state.problems, None);
+        }
         for (name, at) in answered {
             state.refused.remove(&name);
             state.answered.insert(name, at);
@@ -456,9 +467,42 @@ mod tests {
         first.stats().set_watches(Watches { live: 7, ..Watches::default() });
         let second = first.next_life("consul");
         assert_eq!(health.borrow().problem.as_deref(), Some("it hung"));
-        second.next_source("file");
+        second.next_source("file", false);
         assert_eq!(health.borrow().problem, None);
         assert_eq!(first.stats().watches(), Watches::default());
+    }
+
+    #[test]
+    fn the_age_of_a_former_source_ends_with_the_catalog_of_one_that_does_not_age() {
+        let (start, max_age) = (Instant::now(), Duration::from_secs(60));
+        for expired in [Expired::Serve, Expired::Refuse] {
+            let consul = Output::new("consul");
+            let (published, health, _) = consul.subscribe();
+            let serves = || {
+                let edition = published.borrow().clone().unwrap();
+                edition.catalog["web"].instances[0].standing.serves()
+            };
+            let look = |output: &Output, after: Duration| {
+                output.look_at_age(start + after, suspended(), max_age, expired);
+                health.borrow().problem.is_some()
+            };
+            consul.publish_aged(Some(catalog()), start, vec![("web".into(), start)]);
+            consul.answered(start);
+            assert!(look(&consul, max_age * 2));
+            assert_eq!(serves(), expired == Expired::Serve);
+
+            // Another one that ages has to answer for itself.
+            let other = consul.next_source("consul", true);
+            other.publish(catalog(), start + max_age * 2);
+            assert!(look(&other, max_age * 2));
+            assert_eq!(serves(), expired == Expired::Serve);
+
+            let file = other.next_source("file", false);
+            assert!(health.borrow().problem.is_some(), "until it has a catalog");
+            file.publish(catalog(), start + max_age * 2);
+            assert_eq!(health.borrow().problem, None);
+            assert!(serves());
+        }
     }
 
     #[test]
