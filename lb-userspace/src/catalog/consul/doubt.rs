@@ -40,7 +40,8 @@ pub enum Weight {
     Apply,
     /// It is asked for again, of a leader that has made sure of being one.
     Confirm,
-    /// It isn't applied: what was known before serves. It is asked for again soon.
+    /// It takes nothing away: what was known before serves beside what it lists. It is asked for
+    /// again soon.
     Withhold,
 }
 
@@ -126,25 +127,34 @@ impl Doubts {
         weigh(&mut self.names, signs, sign, self.distrust)
     }
 
-    /// Weighs an answer in which most of a service has vanished. `serving` are the names of all
-    /// services that have instances which serve.
+    /// Weighs an answer in which most of a service has vanished. `serves` says whether anything that
+    /// it lists serves, `serving` are the names of all services that have instances which serve.
     pub fn weigh_service(
         &mut self,
         name: &Arc<str>,
         signs: Signs,
         was_filtered: bool,
+        serves: bool,
         serving: impl Iterator<Item = Arc<str>>,
     ) -> Weight {
         let now = signs.now;
-        self.suspects.insert(name.clone(), now);
+        if serves {
+            self.suspects.remove(name);
+        } else {
+            self.suspects.insert(name.clone(), now);
+        }
         let is_recent = |at: &Instant| now.saturating_duration_since(*at) <= WINDOW;
         self.suspects.retain(|_, at| is_recent(at));
         self.lost.retain(|_, (at, _)| is_recent(at));
+        // A job that runs again has new instances, and what it had is dead. Only where Consul's state
+        // can't have changed that way is what the answer lists not all that there is.
+        let counts = |reason| !serves || reason == Reason::Filtered || signs.moved != Moved::On;
         let sign = by_itself(signs, was_filtered)
             // Of what Consul itself says of the list it would say the same of the service.
             .or(self.names.map(|doubt| doubt.reason).filter(|reason| *reason != Reason::Filtered))
-            .or_else(|| self.is_mass(serving).then_some(Reason::Mass));
-        let before = self.services.get(name).copied();
+            .or_else(|| self.is_mass(serving).then_some(Reason::Mass))
+            .filter(|reason| counts(*reason));
+        let before = self.services.get(name).copied().filter(|doubt| counts(doubt.reason));
         let mut doubt = before;
         let weight = weigh(&mut doubt, signs, sign, self.distrust);
         let is_mass = doubt.is_some_and(|doubt| doubt.reason == Reason::Mass);
@@ -303,7 +313,8 @@ mod tests {
                 for other in others {
                     doubts.suspects.insert((*other).into(), start);
                 }
-                let got = doubts.weigh_service(&"a".into(), signs, was_filtered, names(&["a"]));
+                let got =
+                    doubts.weigh_service(&"a".into(), signs, was_filtered, false, names(&["a"]));
                 assert_eq!(got, of_service, "the service: {what}");
             }
         }
@@ -344,7 +355,7 @@ mod tests {
             let mut doubts = Doubts::new(DISTRUST);
             doubts.weigh_names(signs(now, true, is_filtered, moved), false, false, false);
             let signs = signs(now, true, false, Moved::On);
-            let got = doubts.weigh_service(&"a".into(), signs, false, names(&["a"]));
+            let got = doubts.weigh_service(&"a".into(), signs, false, false, names(&["a"]));
             assert_eq!(got, of_service, "{is_filtered} {moved:?}");
         }
     }
@@ -369,7 +380,7 @@ mod tests {
                 let now = start + Duration::from_secs(*after);
                 let serving = all[n..].iter().cloned();
                 let signs = signs(now, true, false, Moved::On);
-                match doubts.weigh_service(&all[n], signs, false, serving) {
+                match doubts.weigh_service(&all[n], signs, false, false, serving) {
                     Apply => doubts.lost(&all[n], Arc::default(), now),
                     _ => back.extend(doubts.take_back(now)),
                 }

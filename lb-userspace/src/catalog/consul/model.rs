@@ -93,6 +93,8 @@ struct Entry {
     is_filtered: bool,
     /// Whether it has been in a catalog that was taken.
     is_shown: bool,
+    /// What an answer that is withheld was to take away from: it serves beside what that lists.
+    before: Option<Arc<[Instance]>>,
     held: Held,
 }
 
@@ -236,7 +238,8 @@ impl Model {
                 let serving = self.services.iter().filter(|(_, entry)| entry.n_serving() > 0);
                 let serving: Vec<Arc<str>> = serving.map(|(name, _)| name.clone()).collect();
                 let serving = serving.into_iter();
-                self.doubts.weigh_service(name, signs, was_filtered, serving)
+                let serves = heard.n_serving() > 0;
+                self.doubts.weigh_service(name, signs, was_filtered, serves, serving)
             }
             (false, is_unsure) => {
                 self.doubts.settle(Some(name));
@@ -306,6 +309,7 @@ impl Model {
     pub fn empty(&mut self, name: &Arc<str>, now: Instant) -> bool {
         let Some(entry) = self.services.get_mut(name) else { return false };
         self.held_back.remove(name);
+        entry.before = None;
         if let Known::Service { instances, .. } = &entry.known
             && entry.n_serving() > 0
         {
@@ -368,11 +372,35 @@ impl Model {
         entry.answered_at = Some(now);
         self.is_dirty |= !std::mem::replace(&mut entry.is_followed, entry.is_live);
         if entry.vanishes(&heard)
+            && heard.n_serving() == 0
             && let Known::Service { instances, .. } = &entry.known
         {
             self.doubts.lost(name, instances.clone(), now);
         }
+        entry.before = None;
         self.judge(name, heard, now);
+    }
+
+    /// Takes what an answer lists that is withheld, and nothing away. Who has the name, or the address
+    /// and port, of one that is listed is the one that is listed.
+    pub fn withhold(&mut self, name: &Arc<str>, heard: Heard, now: Instant) {
+        let Some(entry) = self.services.get_mut(name) else { return };
+        let (Some(mut all), Known::Service { instances, .. }) = (heard.instances, &entry.known)
+        else {
+            return;
+        };
+        let before = entry.before.get_or_insert_with(|| instances.clone());
+        let missing: Vec<Instance> = {
+            let listed: BTreeSet<_> = all.iter().map(|one| (&one.node, &one.id)).collect();
+            let taken: BTreeSet<_> = all.iter().map(|one| (&one.address, one.port)).collect();
+            let missing = before.iter().filter(|one| {
+                !listed.contains(&(&one.node, &one.id))
+                    && !taken.contains(&(&one.address, one.port))
+            });
+            missing.cloned().collect()
+        };
+        all.extend(missing);
+        self.judge(name, Heard { instances: Some(all), ..heard }, now);
     }
 
     /// Takes in what was heard, with those held back whose time has not come.
@@ -621,10 +649,12 @@ impl Entry {
         }
     }
 
-    /// Whether most of what serves isn't even listed by this answer.
+    /// Whether most of what serves, or served before an answer was withheld, isn't even listed by this
+    /// answer.
     fn vanishes(&self, heard: &Heard) -> bool {
         let listed = heard.instances.as_ref().map(Vec::len);
-        listed.is_some_and(|n_listed| is_shrink(self.n_serving(), n_listed))
+        let n_before = self.before.as_deref().map_or_else(|| self.n_serving(), n_serving);
+        listed.is_some_and(|n_listed| is_shrink(n_before, n_listed))
     }
 }
 

@@ -288,6 +288,87 @@ fn all_that_goes_within_a_minute_comes_back_and_goes_after_five() {
     assert_eq!(model.problem(), None);
 }
 
+/// Instances of these ids, each at a port of its own, of which those from 100 on are critical.
+fn instances(ids: impl IntoIterator<Item = i64>) -> Heard {
+    let one = |id: i64| {
+        let mut one = Instance { port: 1000 + id, ..instance("n1", &id.to_string()) };
+        if id >= 100 {
+            one.standing = Standing::Out("critical".into());
+        }
+        one
+    };
+    heard(ids.into_iter().map(one).collect())
+}
+
+/// As the source does with an answer of a leader that is sure.
+fn answer(model: &mut Model, name: &str, heard: &Heard, signs: Signs) -> Weight {
+    let name: Arc<str> = name.into();
+    let weight = model.weigh(&name, heard, signs);
+    match weight {
+        Weight::Apply => model.set_service(&name, heard.clone(), signs.now),
+        Weight::Withhold => model.withhold(&name, heard.clone(), signs.now),
+        Weight::Confirm => panic!("it was sure"),
+    }
+    weight
+}
+
+/// The ports of those that serve.
+fn serving_ports(model: &Model, name: &str) -> Vec<i64> {
+    let Known::Service { instances, .. } = &model.services[name].known else { return Vec::new() };
+    let serving = instances.iter().filter(|instance| instance.standing.serves());
+    let mut ports: Vec<i64> = serving.map(|instance| i64::from(instance.port)).collect();
+    ports.sort_unstable();
+    ports
+}
+
+#[test]
+fn jobs_that_run_again_serve_where_they_are_now() {
+    let (mut model, _) = synced(&["a", "b", "c"]);
+    let now = Instant::now();
+    let signs = signs(now, true, Moved::On);
+    for name in ["a", "b", "c"] {
+        answer(&mut model, name, &instances(0..10), signs);
+    }
+    for (name, expected) in [("a", Weight::Apply), ("b", Weight::Apply), ("c", Weight::Withhold)] {
+        assert_eq!(answer(&mut model, name, &instances([]), signs), expected, "{name}");
+    }
+    for name in ["a", "b", "c"] {
+        assert_eq!(serving_ports(&model, name), (1000..1010).collect::<Vec<_>>());
+        // New ones that aren't healthy yet leave it at that; what has their port is gone.
+        let mut critical = instances([100, 101]);
+        critical.instances.as_mut().unwrap()[0].port = 1000;
+        assert_eq!(answer(&mut model, name, &critical, signs), Weight::Withhold, "{name}");
+        assert_eq!(serving_ports(&model, name), (1001..1010).collect::<Vec<_>>());
+        // Those that are take over.
+        assert_eq!(answer(&mut model, name, &instances(20..24), signs), Weight::Apply, "{name}");
+        assert_eq!(serving_ports(&model, name), (1020..1024).collect::<Vec<_>>());
+    }
+    assert_eq!(model.problem(), None);
+}
+
+#[test]
+fn what_is_left_out_serves_beside_what_is_listed() {
+    let now = Instant::now();
+    let filtered = Signs { is_filtered: true, ..signs(now, true, Moved::On) };
+    for signs in [filtered, signs(now, true, Moved::Not), signs(now, true, Moved::Back)] {
+        let (mut model, _) = synced(&["a"]);
+        let sure = Signs { is_filtered: false, moved: Moved::On, ..signs };
+        answer(&mut model, "a", &instances(0..10), sure);
+        // One is listed yet, one is new, and another one turned critical.
+        let mut some = instances([0, 1, 20]);
+        some.instances.as_mut().unwrap()[1].standing = Standing::Out("critical".into());
+        assert_eq!(answer(&mut model, "a", &some, signs), Weight::Withhold, "{signs:?}");
+        let expected: Vec<i64> = [1000].into_iter().chain(1002..1010).chain([1020]).collect();
+        assert_eq!(serving_ports(&model, "a"), expected, "{signs:?}");
+        // What was new is no more part of what is missing.
+        assert_eq!(answer(&mut model, "a", &instances([0, 1]), signs), Weight::Withhold);
+        assert_eq!(serving_ports(&model, "a"), (1000..1010).collect::<Vec<_>>(), "{signs:?}");
+        assert_eq!(answer(&mut model, "a", &instances(20..26), signs), Weight::Apply);
+        assert_eq!(serving_ports(&model, "a"), (1020..1026).collect::<Vec<_>>(), "{signs:?}");
+        assert_eq!(model.problem(), None);
+    }
+}
+
 #[test]
 fn a_new_node_name_moves_what_is_local() {
     let (mut model, _) = synced(&["a"]);

@@ -424,6 +424,7 @@ impl Supervisor {
                             }
                             Weight::Withhold => {
                                 tracker.withhold();
+                                self.model.withhold(&name, heard, now);
                                 self.tell(&name, Lookup::Unknown);
                             }
                         }

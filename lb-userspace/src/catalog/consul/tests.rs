@@ -747,6 +747,16 @@ async fn what_consul_begins_to_leave_out_for_the_tokens_sake_stays() {
 }
 
 #[tokio::test]
+async fn what_is_new_serves_beside_what_consul_leaves_out() {
+    let (fake, mut handle) = synced_with(&["web"], watchful()).await;
+    let three = [1, 2, 3].map(|n| instance("n1", &n.to_string(), n));
+    fake.set(&service("web"), 21, json!(three));
+    shows(&mut handle, |catalog| ports(catalog, "web") == [1, 2, 3]).await;
+    fake.set_filtered(&service("web"), 22, json!([instance("n1", "9", 9)]));
+    shows(&mut handle, |catalog| ports(catalog, "web") == [1, 2, 3, 9]).await;
+}
+
+#[tokio::test]
 async fn a_token_that_always_saw_less_is_believed() {
     let fake = Fake::start().await;
     fake.set_filtered(&service("web"), 20, json!([instance("n1", "1", 1)]));
