@@ -2,6 +2,7 @@
 //! nothing away; a new one in its file counts without a restart.
 
 use std::fs;
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -24,22 +25,13 @@ const NARROW: &str = r#"service "helloworld" { policy = "read" } node_prefix "" 
 /// Longer than nohop lets pass between two looks at the list of names.
 const NAMES: Duration = Duration::from_secs(20);
 
+/// Longer than a question is held, which is no longer than the daemon has run, and the list's turn.
+const CHANGED: Duration = Duration::from_secs(90);
+
 pub fn story() -> Result<()> {
     let scratch = Scratch::new("token")?;
     let file = scratch.path().join("token");
-    let setup = Setup {
-        consul: json!({ "acl": {
-            "enabled": true,
-            "default_policy": "deny",
-            "down_policy": "extend-cache",
-            "token_ttl": "1s",
-            "policy_ttl": "1s",
-            "tokens": { "master": ROOT, "agent": ROOT },
-        }}),
-        agent: Value::Null,
-        token: Some(ROOT.into()),
-        nohop: format!("consul.token_file = {file:?}\n"),
-    };
+    let setup = setup(&file);
     let mut narrow_id = String::new();
     let mut servers = Servers::with(&setup, |consul| {
         let (accessor, secret) = token(consul, "narrow", NARROW)?;
@@ -76,6 +68,64 @@ pub fn story() -> Result<()> {
         servers.nohop.wait_for_backends("hidden", 1, NAMES)?;
         servers.news_arrive("newcomer-1")
     })
+}
+
+/// The rules of one token change, and nothing else does: Consul's indexes stand still (consul#5651).
+/// What it may read no more goes on serving, and is told; what it may read from then on is there.
+pub fn policies() -> Result<()> {
+    let scratch = Scratch::new("token")?;
+    let file = scratch.path().join("token");
+    let mut policy_id = String::new();
+    let mut servers = Servers::with(&setup(&file), |consul| {
+        let (_, secret) = token(consul, "changing", NARROW)?;
+        let policies = consul.get("/v1/acl/policies")?;
+        let mut policies = policies.as_array().into_iter().flatten();
+        let changing = policies.find(|policy| policy["Name"] == "changing");
+        let id = changing.and_then(|policy| policy["ID"].as_str());
+        policy_id = id.context("no policy `changing`")?.to_owned();
+        fs::write(&file, secret).context("write the token")
+    })?;
+    let hidden = servers.nodes.helloworld("hidden-0")?;
+    servers.backend_agent.register(&instance("hidden", "hidden-0", hidden.address))?;
+    let rules = |servers: &Servers, rules: &str| {
+        let policy = json!({ "ID": policy_id, "Name": "changing", "Rules": rules });
+        servers.servers[0].put(&format!("/v1/acl/policy/{policy_id}"), &policy)
+    };
+    servers.none_lost(|servers, _| {
+        // Another service becomes visible. Nobody asks DNS for it, which would have it looked up.
+        rules(servers, ALL)?;
+        let has_hidden = |services: &Value| n_healthy(services, "hidden") == 1;
+        servers.nohop.wait_until(CHANGED, has_hidden)?;
+
+        // Nodes become invisible, and with them all instances.
+        rules(servers, r#"service_prefix "" { policy = "read" }"#)?;
+        let lacks = |status: &Value| status["problems"].to_string().contains("answers lack");
+        let status = servers.nohop.wait_for_status(CHANGED, lacks)?;
+        ensure!(status["ready"] == true, "{status:#}");
+        let services = servers.nohop.services()?;
+        ensure!(n_healthy(&services, "helloworld") == 2 && has_hidden(&services), "{services:#}");
+
+        rules(servers, ALL)?;
+        servers.nohop.wait_for_status(CHANGED, |status| !lacks(status) && is_live(status))?;
+        servers.news_arrive("newcomer-1")
+    })
+}
+
+/// A cluster with ACLs, and nohop with the token in `file`.
+fn setup(file: &Path) -> Setup {
+    Setup {
+        consul: json!({ "acl": {
+            "enabled": true,
+            "default_policy": "deny",
+            "down_policy": "extend-cache",
+            "token_ttl": "1s",
+            "policy_ttl": "1s",
+            "tokens": { "master": ROOT, "agent": ROOT },
+        }}),
+        agent: Value::Null,
+        token: Some(ROOT.into()),
+        nohop: format!("consul.token_file = {file:?}\n"),
+    }
 }
 
 /// Makes a token with these rules. Returns its accessor's id, and the secret.

@@ -63,6 +63,7 @@ use libtest_mimic::{Arguments, Completion, Failed, Trial};
 type Story = fn() -> Result<()>;
 
 const STORIES: &[(&str, Story)] = &[
+    ("acl_policies", acls::policies),
     ("acls", acls::story),
     ("agent_cut_off", agent_cut_off::story),
     ("all_critical_refuses_and_recovers", all_critical_refuses_and_recovers::story),
