@@ -87,6 +87,9 @@ enum Task {
         /// Only on this one, such as 6.1
         #[arg(long)]
         kernel: Option<Version>,
+        /// Only count the instructions that the verifier goes through, for docs/verifier.md
+        #[arg(long)]
+        counts: bool,
     },
 }
 
@@ -125,7 +128,7 @@ fn run(task: Task) -> Result<ExitCode> {
         }
         Task::Fuzz { target, seconds } => fuzz::run(target.as_deref(), seconds)?,
         Task::Test { filter } => return Ok(test::run(filter.as_deref())),
-        Task::Vm { kernel } => return vm::run(kernel),
+        Task::Vm { kernel, counts } => return vm::run(kernel, counts),
     }
     Ok(ExitCode::SUCCESS)
 }

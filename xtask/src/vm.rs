@@ -30,15 +30,16 @@ const LOCKDOWN_TRIALS: &str = "lockdown";
 /// Each VM has one processor.
 const N_AT_ONCE: usize = 2;
 
-/// Runs setup, then the tests on every kernel, or only on `kernel`; as root also the part of them
+/// Runs setup, then the tests on every kernel, or only on `kernel`, and all of them or only the one
+/// that `counts` the verifier's work; as root also the part of them
 /// that tells of the verifier, on the running kernel. Brings docs/verifier.md up to date.
 ///
 /// # Errors
 /// When setup lacks something, or docs/verifier.md can't be written.
-pub fn run(kernel: Option<Version>) -> Result<ExitCode> {
+pub fn run(kernel: Option<Version>, counts: bool) -> Result<ExitCode> {
     setup::run(setup::Purpose::Test)?;
     let mut tally = Tally::default();
-    run_matrix(&mut tally, kernel, None);
+    run_matrix(&mut tally, kernel, counts.then_some(verifier::TRIAL));
     if kernel.is_none() {
         ask_running_kernel(&mut tally);
     }

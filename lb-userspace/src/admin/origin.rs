@@ -17,7 +17,8 @@ pub(super) enum Foreign {
     #[error("HTTP/1.1 wants one Host header")]
     NoHost,
     #[error(
-        "Host: '{0}' is neither an IP address nor localhost: use one, or add the name to admin.hosts"
+        "Host: '{0}' is no IP address, nor localhost or this machine's name: use one, or add the name to \
+         admin.hosts"
     )]
     Host(String),
     #[error("requests of pages of another site aren't answered")]
@@ -67,7 +68,8 @@ pub(super) fn check_site(headers: &HeaderMap) -> Result<(), Foreign> {
     Ok(())
 }
 
-/// Whether a Host, with or without a port, is an address or a name of ours.
+/// Whether a Host, with or without a port, is an address or a name of ours: this machine's host name
+/// (`uname -n`) is nobody else's to resolve.
 fn is_own(host: &str, hosts: &[String]) -> bool {
     let name = match host.strip_prefix('[') {
         Some(rest) => match rest.split_once(']') {
@@ -85,7 +87,12 @@ fn is_own(host: &str, hosts: &[String]) -> bool {
     };
     let name = name.strip_suffix('.').unwrap_or(name);
     let is = |own: &str| own.eq_ignore_ascii_case(name);
-    name.parse::<IpAddr>().is_ok() || is("localhost") || hosts.iter().any(|own| is(own))
+    let host_name = rustix::system::uname();
+    let is_machine = host_name.nodename().to_str().is_ok_and(is);
+    name.parse::<IpAddr>().is_ok()
+        || is("localhost")
+        || is_machine
+        || hosts.iter().any(|own| is(own))
 }
 
 fn is_port(text: &str) -> bool {
@@ -125,6 +132,9 @@ mod tests {
         ] {
             assert!(own(host), "{host}");
         }
+        let host_name = rustix::system::uname().nodename().to_string_lossy().into_owned();
+        assert!(own(&host_name) && own(&format!("{host_name}:9153")), "{host_name}");
+        assert!(!own(&format!("{host_name}.evil.example")), "{host_name}");
         for host in [
             "evil.example",
             "evil.example:9153",

@@ -214,6 +214,10 @@ async fn answer<V: View>(
         None => Ok(()),
     };
     if let Err(foreign) = is_known.and_then(|()| check_site(headers)) {
+        // Once: a scraper that asks by a name that isn't known should show, a stranger not fill the log.
+        static REPORTED: std::sync::Once = std::sync::Once::new();
+        REPORTED
+            .call_once(|| tracing::warn!("a request to the admin interface is refused: {foreign}"));
         let status = match foreign {
             Foreign::NoHost => StatusCode::BAD_REQUEST,
             Foreign::Host(_) | Foreign::CrossSite => StatusCode::FORBIDDEN,

@@ -47,10 +47,17 @@ const ANSWER: Duration = Duration::from_secs(5);
 /// Between two tries to reach a daemon that isn't there yet.
 const PAUSE: Duration = Duration::from_millis(100);
 
+/// How long `run` waits before it exits for a mistake in the configuration, under a service manager:
+/// that starts it again at once, where it doesn't pace restarts or a lookup waits in a socket.
+const MISTAKE_PAUSE: Duration = Duration::from_secs(5);
+
 /// Runs the command that the arguments name. Exit codes: 0, 1 for a failure, 2 for a mistake in the
 /// usage or the configuration.
 pub fn main() -> ExitCode {
-    let code = match command(Arguments::parse().command) {
+    let arguments = Arguments::parse();
+    let is_service = matches!(arguments.command, Command::Run { .. })
+        && ["NOTIFY_SOCKET", "LISTEN_PID"].iter().any(|name| std::env::var_os(name).is_some());
+    let code = match command(arguments.command) {
         Ok(code) => code,
         Err(error) => {
             // What is wrong with a configuration comes a line each, and needs no headline.
@@ -63,6 +70,9 @@ pub fn main() -> ExitCode {
             let usage = error.is::<ConfigErrors>()
                 || error.is::<crate::catalog::CatalogError>()
                 || matches!(error.downcast_ref(), Some(client::ClientError::Address { .. }));
+            if usage && is_service {
+                std::thread::sleep(MISTAKE_PAUSE);
+            }
             ExitCode::from(if usage { USAGE } else { FAILURE })
         }
     };
