@@ -362,6 +362,7 @@ mod tests {
             weight: 1,
             local: false,
             home: Home::default(),
+            node_address: None,
             standing: Standing::Serving,
             says: Says::default(),
         };

@@ -47,6 +47,13 @@ impl Hosts {
         self.bridges.iter().find(|bridge| bridge.network.contains(&address))
     }
 
+    /// Whether a node of this address is on that bridge, in any of its networks: a virtual machine
+    /// or a container with an agent of its own.
+    pub(super) fn is_on(&self, bridge: &Bridge, node: IpAddr) -> bool {
+        let mut networks = self.bridges.iter().filter(|other| other.name == bridge.name);
+        networks.any(|bridge| bridge.network.contains(&node))
+    }
+
     /// Where the instance is and, where its address is a name, a note on that.
     ///
     /// # Errors

@@ -50,6 +50,10 @@ pub struct Instance {
     /// What tells its node from others of the same name.
     #[serde(default)]
     pub home: Home,
+    /// Its node's own address, where it is known: where that is on a bridge of this host, so is the
+    /// instance.
+    #[serde(default)]
+    pub node_address: Option<IpAddr>,
     /// Whether the source's own rules let it serve.
     pub standing: Standing,
     /// What it says of the service as a whole.

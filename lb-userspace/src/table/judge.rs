@@ -3,7 +3,7 @@
 use std::net::{IpAddr, SocketAddr};
 
 use super::vips::Pools;
-use super::{Backend, Excluded, Hosts, Instance, Standing, State};
+use super::{Backend, Bridge, Excluded, Hosts, Instance, Standing, State};
 
 /// An instance's place in the table.
 #[derive(Debug, PartialEq, Eq)]
@@ -59,7 +59,11 @@ fn route(
     if let Some(reason) = misleads(address, instance) {
         return Err(reason);
     }
-    if let Some(bridge) = hosts.bridge_around(address).filter(|_| !instance.local) {
+    // Its node may be a guest or a container of this host.
+    let is_here = |bridge: &&Bridge| {
+        instance.local || instance.node_address.is_some_and(|node| hosts.is_on(bridge, node))
+    };
+    if let Some(bridge) = hosts.bridge_around(address).filter(|bridge| !is_here(bridge)) {
         return Err(format!(
             "{address} is on a bridge of node `{}`, and {} is this host's own bridge `{}`, so it \
              would lead to another instance here: register an address that is routed{}",
@@ -150,7 +154,7 @@ pub fn check_name(name: &str) -> Result<(), String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::table::{Bridge, Home, Host, Says};
+    use crate::table::{Home, Host, Says};
 
     fn instance(address: &str, port: i64) -> Instance {
         Instance {
@@ -161,6 +165,7 @@ mod tests {
             weight: 1,
             local: false,
             home: Home::default(),
+            node_address: None,
             standing: Standing::Serving,
             says: Says::default(),
         }
@@ -190,7 +195,12 @@ mod tests {
         };
         Hosts {
             names: hosts.into_iter().map(|(name, host)| (name.to_owned(), host)).collect(),
-            bridges: vec![bridge("docker0", "172.17.0.0/16"), bridge("nomad", "fd17::/64")],
+            bridges: vec![
+                bridge("docker0", "172.17.0.0/16"),
+                bridge("nomad", "fd17::/64"),
+                bridge("virbr0", "192.168.122.0/24"),
+                bridge("virbr0", "fd22::/64"),
+            ],
         }
     }
 
@@ -320,6 +330,37 @@ mod tests {
             let backend = judged(&Instance { local: true, ..instance(address, 80) });
             let got = (backend.address, backend.state, backend.host_only);
             assert_eq!(got, (Some(expected.parse().unwrap()), State::Healthy, false));
+        }
+    }
+
+    #[test]
+    fn nodes_on_a_bridge_of_this_host_are_reached_there() {
+        // (the node's own address, the instance's, whether it can be reached)
+        for (node, address, expected) in [
+            // An agent in a container, whose services are in containers beside it.
+            (Some("172.17.0.2"), "172.17.0.3", true),
+            (Some("172.17.0.2"), "172.17.0.2", true),
+            // A guest that is a node of its own, by either family.
+            (Some("192.168.122.50"), "192.168.122.50", true),
+            (Some("192.168.122.50"), "::ffff:192.168.122.51", true),
+            (Some("192.168.122.50"), "fd22::50", true),
+            (Some("fd22::50"), "192.168.122.50", true),
+            (Some("fd22::50"), "fd22::50", true),
+            // Another host's bridge of the same network.
+            (Some("10.0.0.7"), "172.17.0.3", false),
+            (Some("fd00::7"), "172.17.0.3", false),
+            (None, "172.17.0.3", false),
+            // A guest's own bridge of a network that this host has, too.
+            (Some("192.168.122.50"), "172.17.0.3", false),
+            (Some("172.17.0.2"), "fd17::5", false),
+            // What isn't on a bridge is reached whatever its node's address.
+            (Some("172.17.0.2"), "10.0.0.7", true),
+        ] {
+            let node_address = node.map(|node| node.parse().unwrap());
+            let backend = judged(&Instance { node_address, ..instance(address, 80) });
+            let reason = backend.reason.unwrap_or_default();
+            assert_eq!(backend.address.is_some(), expected, "{node:?} {address}: {reason}");
+            assert!(!backend.host_only);
         }
     }
 

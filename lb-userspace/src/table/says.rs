@@ -102,6 +102,7 @@ mod tests {
                 weight: 1,
                 local: false,
                 home: Home::default(),
+                node_address: None,
                 standing,
                 says: Says { ports, protocol: None },
             }

@@ -8,7 +8,7 @@ use serde::{Deserialize, Deserializer};
 
 use super::address::{self, Offers};
 use crate::config::{CatalogConfig, HealthPolicy};
-use crate::table::{Home, Instance, Says, Standing};
+use crate::table::{Home, Instance, Says, Standing, parse_ip};
 
 /// The most instances that a service may have: many times what is known of any, and a bound on the
 /// memory that an answer takes, since an empty record has two bytes there and some 300 here.
@@ -220,6 +220,7 @@ fn instance(record: Record, rules: &CatalogConfig) -> Instance {
     let mut says = |key: &str| service.meta.remove(key).flatten().filter(|_| is_of_service);
     Instance {
         home: Home::new(&node.id, &node.datacenter, &node.partition),
+        node_address: parse_ip(&node.address),
         node: node.node,
         id: service.id,
         address,
@@ -495,6 +496,23 @@ mod tests {
             let records = [records, vec![serde_json::from_str(other).unwrap()]].concat();
             let Says { ports, protocol } = instances(records, &rules()).unwrap().remove(0).says;
             assert_eq!((ports.as_deref(), protocol.as_deref()), expected, "{json}");
+        }
+    }
+
+    #[test]
+    fn the_nodes_own_address_is_kept_beside_the_services() {
+        for (node, expected) in [
+            (r#"{"Address":"172.17.0.2"}"#, Some([172, 17, 0, 2].into())),
+            (r#"{"Address":"::ffff:172.17.0.2"}"#, Some([172, 17, 0, 2].into())),
+            (r#"{"Address":"db.example.com"}"#, None),
+            (r#"{"Address":null}"#, None),
+            ("null", None),
+        ] {
+            let service = r#""Service":{"Tags":["routed"],"Address":"172.17.0.3"}"#;
+            let json = format!(r#"[{{"Node":{node},{service}}}]"#);
+            let instance = instances(parse(&json), &rules()).unwrap().remove(0);
+            let got = (instance.node_address, &*instance.address);
+            assert_eq!(got, (expected, "172.17.0.3"), "{node}");
         }
     }
 

@@ -20,6 +20,7 @@ fn instance(node: &str, id: &str) -> Instance {
         weight: 1,
         local: false,
         home: Home::default(),
+        node_address: None,
         standing: Standing::Serving,
         says: Says::default(),
     }

@@ -173,6 +173,7 @@ impl Reader<'_> {
             weight: weight?,
             local: true,
             home: Home::default(),
+            node_address: None,
             standing: Standing::Serving,
             says: says.clone(),
         })
