@@ -209,6 +209,10 @@ const TRIALS: &[KernelTrial] = &[
         trust::a_lock_of_another_user_is_no_daemons,
     ),
     once("a_lock_is_named", trust::a_lock_is_named),
+    once(
+        "a_symlink_of_another_user_is_moved_aside",
+        trust::a_symlink_of_another_user_is_moved_aside,
+    ),
     since(
         (5, 10),
         "a_directory_of_another_user_is_moved_aside",

@@ -164,12 +164,13 @@ fn storage(value_size: u32) -> OwnedFd {
 pub fn foreign_directories_stay() {
     let server = Server::start(b'a');
     let place = Place::new();
-    let foreign = [place.pin("v7/maps/precious"), place.pin("v8"), place.pin("other")];
+    let names = ["v7/maps/precious", "v8", "other", "v9", "v10/maps"];
+    let foreign = names.map(|name| place.pin(name));
     let ours = place.start_attached();
     drop(ours);
     fs::create_dir_all(&foreign[0]).unwrap();
     fs::create_dir_all(foreign[1].join("links")).unwrap();
-    fs::create_dir_all(&foreign[2]).unwrap();
+    foreign[2..].iter().for_each(|dir| fs::create_dir_all(dir).unwrap());
     let classifier = program(3, 0, 0);
     pin(&classifier, &foreign[1].join("links/theirs"));
     let mut plane = place.start_attached_or_waiting();

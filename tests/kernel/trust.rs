@@ -11,18 +11,21 @@ use rustix::fs::{FlockOperation, flock};
 use crate::bed::{Place, Server, VIP, dial, service, table};
 
 const FLAG: &str = "--lock";
+/// The locking process ends, and another one that has its descriptor goes on.
+const FORK: &str = "--fork";
 const NOBODY: u32 = 65534;
 
 /// An unprivileged process that has locked a directory, until it is dropped.
 struct Locker(Child);
 
 impl Locker {
-    fn start(dir: &Path) -> Locker {
+    fn start(dir: &Path, options: &[&str]) -> Locker {
         use std::io::Read;
         use std::os::unix::process::CommandExt;
         let mut child = Command::new("/proc/self/exe")
             .arg(FLAG)
             .arg(dir)
+            .args(options)
             .uid(NOBODY)
             .gid(NOBODY)
             .stdin(Stdio::piped())
@@ -38,6 +41,8 @@ impl Drop for Locker {
     fn drop(&mut self) {
         drop(self.0.stdin.take());
         let _ = self.0.wait();
+        // A process that goes on in its place closes this when it ends.
+        let _ = self.0.stdout.as_mut().map(|end| std::io::Read::read(end, &mut [0]));
     }
 }
 
@@ -50,6 +55,13 @@ pub fn asked_for() -> Option<ExitCode> {
     }
     let dir = fs::File::open(arguments.next()?).unwrap();
     flock(&dir, FlockOperation::LockExclusive).unwrap();
+    if arguments.next().as_deref() == Some(FORK) {
+        // cat has this process's stdin and stdout, and by its stderr the lock.
+        Command::new("cat").stderr(dir).spawn().unwrap();
+        std::io::stdout().write_all(&[0]).unwrap();
+        std::io::stdout().flush().unwrap();
+        return Some(ExitCode::SUCCESS);
+    }
     std::io::stdout().write_all(&[0]).unwrap();
     std::io::stdout().flush().unwrap();
     let _ = std::io::stdin().read(&mut [0]);
@@ -85,25 +97,66 @@ pub fn an_open_directory_is_closed() {
     assert_serves(&place);
 }
 
-/// A process of another user opened the directory while that was possible, and locks it.
+/// A process of another user opened the directory while that was possible, and locks it. That it ends
+/// and leaves the lock to another one, and takes the names that a directory may get, changes nothing.
 pub fn a_lock_of_another_user_is_no_daemons() {
+    for (options, taken) in
+        [(&[][..], None), (&[FORK], None), (&[], Some("nohop-aside")), (&[], Some("nohop-aside-1"))]
+    {
+        let place = Place::new();
+        let (server, mut plane) = (Server::start(b'a'), place.start());
+        plane.apply(&table(vec![service("web", VIP, &[(server.address, 1)])])).unwrap();
+        let before = plane.indices("web");
+        plane.keep();
+        drop(plane);
+        let bpffs = place.options.bpffs.clone();
+        set_mode(bpffs.parent().unwrap(), 0o1777);
+        set_mode(&bpffs, 0o755);
+        let taken = taken.map(|name| bpffs.with_file_name(name));
+        if let Some(taken) = &taken {
+            fs::create_dir_all(taken.join("theirs")).unwrap();
+            chown(taken, Some(NOBODY), Some(NOBODY)).unwrap();
+        }
+        let mut locker = Locker::start(&bpffs, options);
+        if options == [FORK] {
+            let stdin = locker.0.stdin.take();
+            assert!(locker.0.wait().unwrap().success());
+            locker.0.stdin = stdin;
+        }
+        let mut plane = Plane::start(&place.options)
+            .unwrap_or_else(|error| panic!("{options:?}, {taken:?}: {error}"));
+        plane.keep();
+        assert!(plane.is_adopted(), "what is pinned has moved along");
+        assert_eq!(plane.indices("web"), before);
+        assert_eq!(dial((VIP, 80)).unwrap(), 'a');
+        assert!(plane.mend().holds());
+        let beside = fs::read_dir(bpffs.parent().unwrap()).unwrap();
+        let names = beside.map(|entry| entry.unwrap().path());
+        let left: Vec<_> = names
+            .filter(|path| {
+                path.to_str().unwrap().contains("-aside") && Some(path) != taken.as_ref()
+            })
+            .collect();
+        assert!(left.is_empty(), "{left:?}");
+        assert!(taken.is_none_or(|taken| taken.join("theirs").exists()));
+        plane.detach();
+    }
+}
+
+/// Another user's link of the file system has the name: it is moved aside, wherever it leads.
+pub fn a_symlink_of_another_user_is_moved_aside() {
     let place = Place::new();
-    let (server, mut plane) = (Server::start(b'a'), place.start());
-    plane.apply(&table(vec![service("web", VIP, &[(server.address, 1)])])).unwrap();
-    let before = plane.indices("web");
-    drop(plane);
-    let bpffs = place.options.bpffs.clone();
+    let bpffs = &place.options.bpffs;
     set_mode(bpffs.parent().unwrap(), 0o1777);
-    set_mode(&bpffs, 0o755);
-    let _locker = Locker::start(&bpffs);
-    let mut plane = Plane::start(&place.options).unwrap();
-    plane.keep();
-    assert!(plane.is_adopted(), "what is pinned has moved along");
-    assert_eq!(plane.indices("web"), before);
-    assert_eq!(dial((VIP, 80)).unwrap(), 'a');
-    assert!(plane.mend().holds());
-    assert!(!bpffs.with_file_name("nohop-aside").exists());
-    plane.detach();
+    let on_bpffs = bpffs.with_file_name("theirs");
+    fs::create_dir(&on_bpffs).unwrap();
+    for (n, target) in [(1, Path::new("/proc")), (2, Path::new("/nowhere")), (3, &on_bpffs)] {
+        std::os::unix::fs::symlink(target, bpffs).unwrap();
+        std::os::unix::fs::lchown(bpffs, Some(NOBODY), Some(NOBODY)).unwrap();
+        assert_serves(&place);
+        let aside = bpffs.with_file_name(format!("nohop-of-uid-{NOBODY}-{n}"));
+        assert_eq!(fs::read_link(&aside).unwrap(), target);
+    }
 }
 
 /// A process of root's that is no daemon holds the lock: it is named.

@@ -11,7 +11,8 @@ use crate::catalog;
 use crate::config::{Config, ConfigErrors, Source, cgroup};
 use crate::dns::{self, DnsError};
 use crate::plane::{
-    Features, Limit, Safety, exclusion_problems, find_obstacle, is_bpffs, look_at_pins, route,
+    Features, Limit, Safety, exclusion_problems, find_obstacle, is_bpffs, look_at_pins,
+    nearest_directory, route,
 };
 
 /// The whole report.
@@ -326,8 +327,7 @@ fn hairpin(net: &Path) -> Option<Found> {
 
 fn bpffs(dir: &Path) -> Found {
     let conventional = Path::new("/sys/fs/bpf");
-    let existing = dir.ancestors().find(|ancestor| ancestor.exists()).unwrap_or(conventional);
-    if is_bpffs(existing) {
+    if is_bpffs(nearest_directory(dir)) {
         return match look_at_pins(dir) {
             Ok(_) => Ok(dir.display().to_string()),
             Err(error) => {

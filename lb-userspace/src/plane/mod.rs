@@ -61,7 +61,7 @@ pub use kernel::{Counters, ServiceCounters};
 pub use lb_common::{Refusal, UdpConnects};
 pub use links::Attachment;
 pub use obstacles::Obstacle;
-pub use pins::{PinError, Safety, is_bpffs, look as look_at_pins};
+pub use pins::{PinError, Safety, is_bpffs, look as look_at_pins, nearest as nearest_directory};
 pub use reconcile::{ApplyError, Indices, Pressure};
 pub use reports::Reports;
 pub use shared::{Hooks, Mode, SharedPlane};

@@ -3,7 +3,7 @@
 //! `DIR/vN/maps` and `DIR/vN/links` belong to layout N; `DIR/sockets` has the sockets' storage,
 //! whose format never changes. A lock on DIR keeps a second daemon away. What is there is compared
 //! before it is used: a name alone says nothing. A directory is ours if it has our mark in it, or,
-//! since earlier versions left none, pins of ours; others are never removed.
+//! since earlier versions left none, pins of ours; others are never removed, though empty.
 //!
 //! Whoever can write to DIR can take the hooks away, and whoever can open it can lock it. So DIR is
 //! closed to others, and what lies above it must not be another user's to rename.
@@ -38,6 +38,14 @@ const MAX_DEPTH: usize = 8;
 /// How long a daemon that has ended may still have the lock: a child that it was about to start has
 /// a copy of the descriptor until it runs its own program.
 const RELEASING: Duration = Duration::from_millis(300);
+
+/// How long a daemon that can't be seen may be silent before it counts as ended. It beats every second.
+const SILENCE: Duration = Duration::from_secs(30);
+/// The inode of the initial process namespace: PROC_PID_INIT_INO of linux/proc_ns.h.
+const INITIAL_PID_NAMESPACE: u64 = 0xEFFF_FFFC;
+
+/// What the name of a directory ends in that gives way to another one of its name; a number follows.
+const ASIDE: &str = "-aside";
 
 /// Why the pins can't be used.
 #[derive(Debug, thiserror::Error)]
@@ -229,7 +237,7 @@ impl Pins {
     /// When the file system refuses.
     pub fn make_directories(&self) -> Result<(), PinError> {
         for dir in [self.sockets(), self.own_layout()] {
-            if !is_ours(&dir) {
+            if !is_ours(&dir) && !is_free(&dir) {
                 return Err(PinError::ForeignDirectory { dir });
             }
             make_private(&dir.join(MARK))?;
@@ -360,24 +368,34 @@ fn lock(dir: &Path) -> Result<File, PinError> {
                 }
                 Err(rustix::io::Errno::WOULDBLOCK) => {
                     let daemon = holder(dir);
+                    let pid = daemon.map(|daemon| daemon.pid);
                     let holders = lock_holders(&lock);
-                    if holders.is_empty()
-                        || holders.iter().any(|holder| daemon == Some(holder.pid.into()))
-                    {
-                        return Err(PinError::Taken { dir: dir.into(), pid: daemon });
+                    let is_daemons = match holders.is_empty() {
+                        // It is in another process namespace, or has ended and left its descriptor
+                        // to another process.
+                        true => daemon.is_some_and(Said::is_live),
+                        false => holders.iter().any(|holder| pid == Some(holder.pid.into())),
+                    };
+                    if is_daemons || holders.is_empty() && has_replaced {
+                        return Err(PinError::Taken { dir: dir.into(), pid });
                     }
                     // It opened the directory before it was closed to others: what is locked then
                     // is another directory than the one of this name.
                     let own = rustix::process::geteuid().as_raw();
                     if !has_replaced && holders.iter().all(|holder| ![0, own].contains(&holder.uid))
                     {
-                        let Holder { pid, command, uid } = &holders[0];
+                        let who = match holders.first() {
+                            Some(Holder { pid, command, uid }) => {
+                                format!("process {pid} ({command}, of uid {uid})")
+                            }
+                            None => "a process that can't be seen, and is no daemon,".to_owned(),
+                        };
                         let shown = dir.display();
                         tracing::warn!(
-                            "process {pid} ({command}, of uid {uid}) has locked {shown}: the pins \
-                             move to a new directory of that name"
+                            "{who} has locked {shown}: the pins move to a new directory of that name"
                         );
-                        fs::rename(dir, aside(dir)).map_err(io_error("rename", dir))?;
+                        let place = free_name(dir, ASIDE);
+                        fs::rename(dir, place).map_err(io_error("rename", dir))?;
                         make_private(dir)?;
                         reclaim(dir)?;
                         has_replaced = true;
@@ -392,28 +410,28 @@ fn lock(dir: &Path) -> Result<File, PinError> {
     }
 }
 
-/// Where a directory goes that gives way to another one of its name.
-fn aside(dir: &Path) -> PathBuf {
-    let mut name = dir.as_os_str().to_owned();
-    name.push("-aside");
-    name.into()
-}
-
-/// Moves back what is in the directory that gave way; an earlier daemon may have been killed between.
+/// Moves back what is in the directories that gave way; an earlier daemon may have been killed
+/// between. Another user may have made others with such names.
 fn reclaim(dir: &Path) -> Result<(), PinError> {
-    let aside = aside(dir);
     let own = rustix::process::geteuid().as_raw();
-    if !fs::symlink_metadata(&aside).is_ok_and(|found| found.is_dir() && found.uid() == own) {
-        return Ok(());
-    }
-    for entry in entries(&aside)? {
-        let place = dir.join(entry.file_name().unwrap_or_default());
-        if !place.exists() {
-            fs::rename(&entry, &place).map_err(io_error("rename", &entry))?;
+    let (Some(parent), Some(name)) = (dir.parent(), dir.file_name()) else { return Ok(()) };
+    let prefix = format!("{}{ASIDE}", name.to_string_lossy());
+    let is_aside = |path: &PathBuf| {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let number = name.strip_prefix(&prefix).map(|rest| rest.strip_prefix('-').unwrap_or(rest));
+        number.is_some_and(|number| number.bytes().all(|byte| byte.is_ascii_digit()))
+            && fs::symlink_metadata(path).is_ok_and(|found| found.is_dir() && found.uid() == own)
+    };
+    for aside in entries(parent)?.iter().filter(|path| is_aside(path)) {
+        for entry in entries(aside)? {
+            let place = dir.join(entry.file_name().unwrap_or_default());
+            if !place.exists() {
+                fs::rename(&entry, &place).map_err(io_error("rename", &entry))?;
+            }
         }
+        // What is there twice stays.
+        let _ = fs::remove_dir(aside);
     }
-    // What is there twice stays.
-    let _ = fs::remove_dir(&aside);
     Ok(())
 }
 
@@ -471,10 +489,14 @@ impl Access {
         Ok(Access { is_directory: metadata.is_dir(), uid: metadata.uid(), mode: metadata.mode() })
     }
 
+    fn is_foreign(self, own: u32) -> bool {
+        ![0, own].contains(&self.uid)
+    }
+
     /// What is wrong with a directory above the pins, if anything is.
     fn wrong_above(self, own: u32) -> Option<String> {
         const STICKY: u32 = 0o1000;
-        if ![0, own].contains(&self.uid) {
+        if self.is_foreign(own) {
             return Some(format!("is another user's (uid {})", self.uid));
         }
         let is_open = self.mode & 0o022 != 0 && self.mode & STICKY == 0;
@@ -486,7 +508,7 @@ impl Access {
         if !self.is_directory {
             return Some(Wrong::NoDirectory);
         }
-        if ![0, own].contains(&self.uid) {
+        if self.is_foreign(own) {
             return Some(Wrong::Foreign);
         }
         (self.mode & 0o077 != 0).then_some(Wrong::Open)
@@ -581,7 +603,11 @@ fn make_safe(dir: &Path) -> Result<(), PinError> {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             Err(error) => return Err(io_error("make", dir)(error)),
         }
-        let access = Access::of(dir).map_err(io_error("look at", dir))?;
+        let access = match Access::of(dir) {
+            // Another user may take it away again, too.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            access => access.map_err(io_error("look at", dir))?,
+        };
         match access.wrong(own) {
             None => return Ok(()),
             Some(Wrong::Open) if dir != root => {
@@ -589,12 +615,12 @@ fn make_safe(dir: &Path) -> Result<(), PinError> {
                 return closed.map_err(|_| unsafe_error(dir, Wrong::Open, access));
             }
             // Without a link in it, it is no daemon's of another user, and only in the way.
-            Some(Wrong::Foreign) if !has_links(dir) => {
-                let place = free_name(dir, access.uid);
-                fs::rename(dir, &place).map_err(|_| unsafe_error(dir, Wrong::Foreign, access))?;
+            Some(wrong) if access.is_foreign(own) && !(access.is_directory && has_links(dir)) => {
+                let place = free_name(dir, &format!("-of-uid-{}", access.uid));
+                fs::rename(dir, &place).map_err(|_| unsafe_error(dir, wrong, access))?;
                 tracing::warn!(
-                    "{}, a directory of uid {}, was in the way: it is {} now; close the file \
-                     system to others: chmod 700 {}",
+                    "{}, which uid {} made, was in the way: it is {} now; close the file system to \
+                     others: chmod 700 {}",
                     dir.display(),
                     access.uid,
                     place.display(),
@@ -608,14 +634,17 @@ fn make_safe(dir: &Path) -> Result<(), PinError> {
     Err(unsafe_error(dir, Wrong::Foreign, access))
 }
 
-/// A name beside `dir` that nothing has.
-fn free_name(dir: &Path, uid: u32) -> PathBuf {
+/// A name beside `dir` that nothing has: `dir`'s with `suffix` and a number.
+fn free_name(dir: &Path, suffix: &str) -> PathBuf {
     let name = |n: u32| {
         let mut name = dir.as_os_str().to_owned();
-        name.push(format!("-of-uid-{uid}-{n}"));
+        name.push(format!("{suffix}-{n}"));
         PathBuf::from(name)
     };
-    (1..1000).map(name).find(|name| fs::symlink_metadata(name).is_err()).unwrap_or_else(|| name(0))
+    // Whoever takes them all can't know the last one.
+    let mut names = (1..1000).map(name);
+    let free = names.find(|name| fs::symlink_metadata(name).is_err());
+    free.unwrap_or_else(|| name(fastrand::u32(1000..)))
 }
 
 /// Whether a link is pinned anywhere below; what can't be read may be one.
@@ -682,23 +711,26 @@ fn collect_links(dir: &Path, depth: usize, links: &mut Vec<PinnedLink>) -> Resul
 }
 
 /// Whether a directory is ours to use and to remove: it has our mark in it, or pins that have names
-/// of ours, or nothing at all.
+/// of ours.
 fn is_ours(dir: &Path) -> bool {
     const MAPS: [&str; 6] = ["FRONTENDS", "SERVICES", "BACKENDS", "DAEMON", "PEERS", "FLOWS"];
-    let names = |dir: &Path| {
-        let paths = entries(dir).unwrap_or_default();
-        let name = |path: PathBuf| path.file_name().unwrap_or_default().to_string_lossy().into();
-        paths.into_iter().map(name).collect::<Vec<String>>()
-    };
-    let here = names(dir);
-    let (maps, links) = (names(&dir.join("maps")), names(&dir.join("links")));
-    let is_empty = here.iter().all(|name| name == "maps" || name == "links")
-        && maps.is_empty()
-        && links.is_empty();
-    is_empty
-        || here.iter().any(|name| name == MARK || MAPS.contains(&name.as_str()))
+    let (here, maps, links) = (names(dir), names(&dir.join("maps")), names(&dir.join("links")));
+    here.iter().any(|name| name == MARK || MAPS.contains(&name.as_str()))
         || maps.iter().any(|name| MAPS.contains(&name.as_str()))
         || links.iter().any(|name| name.starts_with("nohop_"))
+}
+
+/// Whether a directory is free for our pins: nothing is in it but what we would make there.
+fn is_free(dir: &Path) -> bool {
+    names(dir).iter().all(|name| name == "maps" || name == "links")
+        && names(&dir.join("maps")).is_empty()
+        && names(&dir.join("links")).is_empty()
+}
+
+fn names(dir: &Path) -> Vec<String> {
+    let paths = entries(dir).unwrap_or_default();
+    let name = |path: PathBuf| path.file_name().unwrap_or_default().to_string_lossy().into();
+    paths.into_iter().map(name).collect()
 }
 
 /// Maps that are pinned, kept so that they can be pinned again.
@@ -790,23 +822,53 @@ fn described(map_type: u32, key_size: u32, value_size: u32, flags: u32) -> Strin
     )
 }
 
-/// The process that holds a directory's pins, as it says itself: the one that said so last.
-fn holder(dir: &Path) -> Option<u64> {
+/// What a daemon says of itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Said {
+    heartbeat_ns: u64,
+    pid: u64,
+    /// Its number in the kernel, as far as it has learnt that.
+    tgid: u64,
+}
+
+impl Said {
+    /// Whether the daemon still runs, as far as that can be seen.
+    fn is_live(self) -> bool {
+        let all_are_seen = fs::metadata("/proc/self/ns/pid")
+            .is_ok_and(|namespace| namespace.ino() == INITIAL_PID_NAMESPACE);
+        let is_seen = || Path::new(&format!("/proc/{}", self.tgid)).exists();
+        let age = super::monotonic_ns().saturating_sub(self.heartbeat_ns);
+        u128::from(age) < SILENCE.as_nanos() && (!all_are_seen || is_seen())
+    }
+}
+
+/// The daemon that holds a directory's pins, as it says itself: the one that said so last.
+fn holder(dir: &Path) -> Option<Said> {
     let said = |layout: PathBuf| {
         let map = MapData::from_pin(layout.join("maps/DAEMON")).ok()?;
         let daemon: aya::maps::Array<_, [u8; size_of::<Daemon>()]> =
             aya::maps::Map::from_map_data(map).ok()?.try_into().ok()?;
         let value = daemon.get(&0, 0).ok()?;
         let word = |at: usize| u64::from_ne_bytes(std::array::from_fn(|byte| value[at + byte]));
-        Some((word(offset_of!(Daemon, heartbeat_ns)), word(offset_of!(Daemon, pid))))
+        Some(Said {
+            heartbeat_ns: word(offset_of!(Daemon, heartbeat_ns)),
+            pid: word(offset_of!(Daemon, pid)),
+            tgid: word(offset_of!(Daemon, tgid)),
+        })
     };
     let said = entries(dir).ok()?.into_iter().filter_map(said);
-    said.filter(|&(_, pid)| pid != 0).max().map(|(_, pid)| pid)
+    said.filter(|said| said.pid != 0).max()
+}
+
+/// The directory itself, or the nearest one above it that is there. A symlink in its place counts for
+/// nothing: whoever made it chose where it leads.
+pub fn nearest(dir: &Path) -> &Path {
+    let is_there = |path: &&Path| path.exists() && !(*path == dir && path.is_symlink());
+    dir.ancestors().find(is_there).unwrap_or(Path::new("/"))
 }
 
 fn ensure_bpffs(dir: &Path) -> Result<(), PinError> {
-    let existing = dir.ancestors().find(|ancestor| ancestor.exists()).unwrap_or(Path::new("/"));
-    if is_bpffs(existing) {
+    if is_bpffs(nearest(dir)) {
         return Ok(());
     }
     let mount_point = Path::new(CONVENTIONAL_MOUNT);
@@ -908,18 +970,19 @@ mod tests {
             for path in paths {
                 fs::create_dir_all(dir.join(path)).unwrap();
             }
-            is_ours(&dir)
+            (is_ours(&dir), is_free(&dir))
         };
-        let table: [(&[&str], bool); 9] = [
-            (&[], true),
-            (&["maps", "links"], true),
-            (&["nohop", "whatever/precious"], true),
-            (&["maps/DAEMON", "maps/UNKNOWN"], true),
-            (&["links/nohop_edge"], true),
-            (&["PEERS"], true),
-            (&["maps/precious"], false),
-            (&["links/edge"], false),
-            (&["something"], false),
+        let table: [(&[&str], (bool, bool)); 9] = [
+            // Anybody's: it may be used, where our own layout goes, and isn't removed elsewhere.
+            (&[], (false, true)),
+            (&["maps", "links"], (false, true)),
+            (&["nohop", "whatever/precious"], (true, false)),
+            (&["maps/DAEMON", "maps/UNKNOWN"], (true, false)),
+            (&["links/nohop_edge"], (true, false)),
+            (&["PEERS"], (true, false)),
+            (&["maps/precious"], (false, false)),
+            (&["links/edge"], (false, false)),
+            (&["something"], (false, false)),
         ];
         for (paths, expected) in table {
             assert_eq!(ours(paths), expected, "{paths:?}");
