@@ -258,7 +258,7 @@ impl SharedPlane {
         watched.routes = problems;
     }
 
-    /// Proves by a dial from inside the scope that the hooks run. It blocks for up to two seconds.
+    /// Proves by a dial from inside the scope that the hooks run. It blocks for up to four seconds.
     pub fn prove(&self) {
         let (prober, are_ours) = {
             let plane = lock(&self.plane);
