@@ -281,10 +281,13 @@ impl<M: Maps> Reconciler<M> {
             frontend.protocol == IPPROTO_UDP && !wanted.contains_key(frontend)
         };
         let given_up: Vec<_> = held.frontends.keys().filter(is_given_up).copied().collect();
+        let is_suspended = !held.given_up.is_empty();
+        // What couldn't be removed and is wanted again isn't given up any more.
+        held.given_up.retain(|frontend| !wanted.contains_key(frontend));
         if given_up.is_empty() {
             return;
         }
-        if held.given_up.is_empty() {
+        if !is_suspended {
             held.backends.values().for_each(|&idx| self.maps.retire_backend(idx));
         }
         let new = given_up.into_iter().filter(|frontend| !held.given_up.contains(frontend));

@@ -485,17 +485,22 @@ struct Change {
     refused: BTreeSet<usize>,
     /// After how many steps the daemon is killed.
     killed_after: Option<usize>,
+    /// Whether the next table comes before what was refused was tried again.
+    is_hasty: bool,
 }
 
 fn changes() -> impl Strategy<Value = Vec<Change>> {
     let backends = prop::option::weighted(0.8, prop::collection::btree_set(0..8u8, 0..4));
     let refused = prop::collection::btree_set(0..12usize, 0..4);
     let killed_after = prop::option::weighted(0.2, 0..30usize);
-    let change = (0..4u8, backends, any::<bool>(), 0..8u8, refused, killed_after);
-    let change =
-        change.prop_map(|(s, backends, has_second_port, pin_owner, refused, killed_after)| {
-            Change { s, backends, has_second_port, pin_owner, refused, killed_after }
-        });
+    let is_hasty = prop::bool::weighted(0.4);
+    let change = (0..4u8, backends, any::<bool>(), 0..8u8, refused, killed_after, is_hasty);
+    let change = change.prop_map(
+        |(s, backends, has_second_port, pin_owner, refused, killed_after, is_hasty)| {
+            let is_hasty = is_hasty && killed_after.is_none();
+            Change { s, backends, has_second_port, pin_owner, refused, killed_after, is_hasty }
+        },
+    );
     prop::collection::vec(change, 1..40)
 }
 
@@ -509,7 +514,9 @@ proptest! {
         let sizes = Sizes { services: 4, frontends: 20, frontends6: 10, ..SIZES };
         let mut run = Run::new(sizes);
         let mut wanted = BTreeMap::<u8, (BTreeSet<u8>, bool)>::new();
-        for Change { s, backends, has_second_port, pin_owner, refused, killed_after } in changes {
+        for change in changes {
+            let Change { s, backends, has_second_port, pin_owner, refused, killed_after, is_hasty } =
+                change;
             let before = wanted.get(&s).map(|(backends, _)| backends.clone()).unwrap_or_default();
             match backends {
                 Some(backends) => drop(wanted.insert(s, (backends, has_second_port))),
@@ -539,6 +546,9 @@ proptest! {
             let errors = run.reconciler.apply(&run.table);
             prop_assert!(errors.values().all(ApplyError::may_pass), "{errors:?}");
             run.maps.0.borrow_mut().refuse([]);
+            if is_hasty {
+                continue;
+            }
             if killed_after.is_some() {
                 run.restart(&sizes);
             }
@@ -546,6 +556,59 @@ proptest! {
             prop_assert!(errors.is_empty(), "{errors:?}");
             run.check_exact();
         }
+    }
+}
+
+proptest! {
+    /// Whatever was refused in between, of a table after which nothing is, every backend has a
+    /// generation, so that datagrams follow their flows.
+    #[test]
+    fn flows_hold_after_whatever_was_refused(
+        changes in prop::collection::vec(
+            (any::<bool>(), any::<bool>(), prop::option::of(0..4usize)),
+            1..12
+        )
+    ) {
+        let mut run = Run::new(Sizes { frontends: 12, frontends6: 8, ..SIZES });
+        run.maps.0.borrow_mut().is_blind = true;
+        for (has_second_port, has_pin, refused) in changes {
+            let mut service = pinned(1, &set(&[0, 1]), has_pin);
+            service.ports = Ports::only(if has_second_port { vec![80, 81] } else { vec![80] });
+            run.table.services.insert(service.name.clone(), Arc::new(service));
+            run.maps.0.borrow_mut().refuse(refused);
+            let errors = run.reconciler.apply(&run.table);
+            if refused.is_none() {
+                prop_assert!(errors.is_empty(), "{errors:?}");
+                run.check_exact();
+            }
+        }
+    }
+}
+
+/// A port that couldn't be taken away and is wanted again: flows hold again, as before.
+#[test]
+fn a_udp_port_that_is_wanted_again_is_not_given_up() {
+    let backends = set(&[0]);
+    let sizes = Sizes { frontends: 12, frontends6: 8, ..SIZES };
+    // The kernel refuses the first removal of the two protocols' or the second.
+    for refused in [0, 1] {
+        let mut run = Run::new(sizes);
+        run.maps.0.borrow_mut().allowed.insert(1, [visible(&set(&[])), visible(&backends)]);
+        let mut put = |ports: Vec<u16>, refused: Option<usize>| {
+            let mut service = pinned(1, &backends, false);
+            service.ports = Ports::only(ports);
+            run.table.services.insert(service.name.clone(), Arc::new(service));
+            run.maps.0.borrow_mut().refuse(refused);
+            let n_errors = run.reconciler.apply(&run.table).len();
+            assert_eq!(n_errors, usize::from(refused.is_some()));
+            let backend_idx = run.reconciler.indices("s1").unwrap().backends[&address(1, 0)];
+            run.maps.0.borrow().backends[&backend_idx].generation
+        };
+        put(vec![80, 81], None);
+        assert_eq!(put(vec![80], Some(refused)), 0, "81 is still there, and given up");
+        assert_ne!(put(vec![80, 81], None), 0, "the flows stay suspended: {refused}");
+        run.check_exact();
+        assert_eq!(run.reconciler.take_left_udp(), LeftUdp::default());
     }
 }
 
