@@ -40,10 +40,11 @@ struct Shared {
 /// What connected sockets are looked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Left {
-    /// Those of a backend that left a service.
+    /// Those of a backend that left a service, which isn't known any more.
     Backend(SocketAddr),
-    /// Those that connected to a frontend, which a service gave up, and got this backend of it. Port
-    /// 0 of the frontend stands for all ports.
+    /// Those that connected to a frontend and got this backend, which it leads to no more. Others by the
+    /// same backend's address came by a service that still has it. Port 0 of the frontend stands for
+    /// all ports.
     Frontend { frontend: SocketAddr, backend: SocketAddr },
 }
 

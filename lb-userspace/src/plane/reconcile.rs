@@ -81,8 +81,9 @@ struct Held {
     backends: HashMap<SocketAddr, u32>,
     frontends: BTreeMap<FrontendKey, Target>,
     blocks: Vec<Block>,
-    /// Whether sockets may remember backends of it: it has, or had, a UDP frontend.
-    has_udp: bool,
+    /// The UDP frontends by which sockets may have come to its backends: those that it has, and those
+    /// it had until their sockets were seen to.
+    udp: BTreeSet<FrontendKey>,
     /// The UDP frontends that it gives up. While there are any, its backends have no generation, so
     /// that each datagram goes by the maps alone and no socket remembers where.
     given_up: Vec<FrontendKey>,
@@ -96,13 +97,15 @@ impl Held {
             backends: HashMap::new(),
             frontends: BTreeMap::new(),
             blocks: Vec::new(),
-            has_udp: false,
+            udp: BTreeSet::new(),
             given_up: Vec::new(),
         }
     }
 
     fn insert_frontend(&mut self, frontend: FrontendKey, target: Target) {
-        self.has_udp |= frontend.protocol == IPPROTO_UDP;
+        if frontend.protocol == IPPROTO_UDP {
+            self.udp.insert(frontend);
+        }
         self.frontends.insert(frontend, target);
     }
 }
@@ -110,10 +113,10 @@ impl Held {
 /// What connected UDP sockets may still be connected to, though a new connection would not be.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct LeftUdp {
-    /// Backends that left a service.
+    /// Backends that left a service which isn't known any more.
     pub backends: HashSet<SocketAddr>,
-    /// Frontends that a service gave up, each with a backend that the service still has. Port 0
-    /// stands for all ports.
+    /// Frontends, each with a backend that it led to and leads to no more: the backend left the
+    /// service, or the service gave the frontend up. Port 0 stands for all ports.
     pub frontends: HashSet<(SocketAddr, SocketAddr)>,
 }
 
@@ -186,8 +189,9 @@ pub struct Reconciler<M> {
     frontends: Room,
     frontends6: Room,
     next_generation: u32,
-    /// Backends that left a service which is dialled by UDP, each with the service.
-    left_udp: HashSet<(Arc<str>, SocketAddr)>,
+    /// Backends that left a service which is dialled by UDP, each with the service and the frontends
+    /// that led there; the service has no name where it isn't known any more.
+    left_udp: HashMap<(Arc<str>, SocketAddr), BTreeSet<FrontendKey>>,
     /// The services that former maps serve, in the place of which these are to be used, each with its
     /// frontends there: they come first where room is short.
     served: Served,
@@ -222,7 +226,7 @@ impl<M: Maps> Reconciler<M> {
             frontends: room("FRONTENDS", sizes.frontends),
             frontends6: room("FRONTENDS6", sizes.frontends6),
             next_generation: first_generation.max(1),
-            left_udp: HashSet::new(),
+            left_udp: HashMap::new(),
             served: Served::new(),
             suspended: BTreeSet::new(),
             given_up_udp: HashSet::new(),
@@ -326,6 +330,7 @@ impl<M: Maps> Reconciler<M> {
             }
             let frontends = &held.frontends;
             for frontend in held.given_up.drain(..).filter(|key| !frontends.contains_key(key)) {
+                held.udp.remove(&frontend);
                 let backends = held.backends.keys();
                 self.given_up_udp.extend(backends.map(|&backend| (shown(&frontend), backend)));
             }
@@ -375,12 +380,18 @@ impl<M: Maps> Reconciler<M> {
         let is_back = |name: &Arc<str>, address: &SocketAddr| {
             self.held.get(name).is_some_and(|held| held.backends.contains_key(address))
         };
-        let left = std::mem::take(&mut self.left_udp).into_iter();
-        let left = left.filter(|(name, address)| !is_back(name, address));
-        LeftUdp {
-            backends: left.map(|(_, address)| address).collect(),
-            frontends: std::mem::take(&mut self.given_up_udp),
+        let mut left_udp = LeftUdp { frontends: self.given_up_udp.clone(), ..LeftUdp::default() };
+        for ((name, backend), frontends) in &self.left_udp {
+            if name.is_empty() {
+                left_udp.backends.insert(*backend);
+            } else if !is_back(name, backend) {
+                let frontends = frontends.iter().map(|frontend| (shown(frontend), *backend));
+                left_udp.frontends.extend(frontends);
+            }
         }
+        self.given_up_udp.clear();
+        self.left_udp.clear();
+        left_udp
     }
 
     /// The indices of a service that is in the maps.
@@ -551,13 +562,13 @@ impl<M: Maps> Reconciler<M> {
 
         self.resting.blocks.extend(std::mem::replace(&mut held.blocks, blocks));
         let stay: HashSet<SocketAddr> = healthy.iter().map(|backend| backend.address).collect();
-        let has_udp = held.has_udp;
         for (address, backend_idx) in held.backends.extract_if(|address, _| !stay.contains(address))
         {
             self.maps.retire_backend(backend_idx);
             self.resting.backends.push(backend_idx);
-            if has_udp {
-                self.left_udp.insert((service.name.clone(), address));
+            if !held.udp.is_empty() {
+                let left = self.left_udp.entry((service.name.clone(), address)).or_default();
+                left.extend(&held.udp);
             }
         }
 
@@ -654,12 +665,12 @@ impl<M: Maps> Reconciler<M> {
         // Should it come back before its frontends are gone, it is put anew.
         held.applied = None;
         self.maps.publish(held.service_idx, ServiceEntry::default());
-        let (name, has_udp) = (Arc::<str>::from(name), held.has_udp);
+        let name = Arc::<str>::from(name);
         for (address, backend_idx) in held.backends.drain() {
             self.maps.retire_backend(backend_idx);
             self.resting.backends.push(backend_idx);
-            if has_udp {
-                self.left_udp.insert((name.clone(), address));
+            if !held.udp.is_empty() {
+                self.left_udp.entry((name.clone(), address)).or_default().extend(&held.udp);
             }
         }
         self.resting.blocks.append(&mut held.blocks);

@@ -612,6 +612,42 @@ fn a_udp_port_that_is_wanted_again_is_not_given_up() {
     }
 }
 
+/// Services that share an instance: only who came to it by the service that lost it is disconnected,
+/// by whichever of its frontends, also one that goes with the same table; and whoever came by another
+/// stays, though its backends' generations were renewed.
+#[test]
+fn a_backend_leaves_one_of_the_services_that_share_it() {
+    let shared: SocketAddr = "10.0.0.9:80".parse().unwrap();
+    let named = |s: u8, ports: &[u16], has_shared: bool| {
+        let mut service = pinned(s, &set(&[0, 1]), false);
+        service.ports = Ports::only(ports.iter().copied());
+        service.vip6 = None;
+        service.backends[0].address = Some(address(s, 0));
+        service.backends[1].address = Some(shared);
+        service.backends.truncate(if has_shared { 2 } else { 1 });
+        (service.name.clone(), Arc::new(service))
+    };
+    let mut run = Run::new(Sizes { frontends: 12, ..SIZES });
+    run.maps.0.borrow_mut().is_blind = true;
+    let mut put = |services: Vec<(Arc<str>, Arc<Service>)>| {
+        run.table.services = services.into_iter().collect();
+        assert!(run.reconciler.apply(&run.table).is_empty());
+        let left = run.reconciler.take_left_udp();
+        assert_eq!(left.backends, HashSet::new(), "the service is known");
+        left.frontends
+    };
+    let vip = |s: u8, port: u16| SocketAddr::from(([127, 128, 0, s], port));
+    put(vec![named(1, &[53, 54], true), named(2, &[53, 54], true)]);
+    let gave_up = put(vec![named(1, &[53], true), named(2, &[53, 54], true)]);
+    assert_eq!(gave_up, HashSet::from([(vip(1, 54), shared), (vip(1, 54), address(1, 0))]));
+    let left = put(vec![named(1, &[53], true), named(2, &[53], false)]);
+    let expected = [(vip(2, 53), shared), (vip(2, 54), shared), (vip(2, 54), address(2, 0))];
+    assert_eq!(left, HashSet::from(expected));
+    // Ports that went earlier are no part of it.
+    let left = put(vec![named(2, &[53], false)]);
+    assert_eq!(left, HashSet::from([(vip(1, 53), shared), (vip(1, 53), address(1, 0))]));
+}
+
 /// A pin of both protocols moves: no socket that remembers the former service's backends follows
 /// them, and whoever is connected to one of them by the pin is disconnected; nobody else.
 #[test]

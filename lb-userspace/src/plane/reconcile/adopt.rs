@@ -83,7 +83,7 @@ impl<M: Maps> Reconciler<M> {
             if backend.generation == 0 {
                 self.maps.renew_backend(backend_idx, self.next_generation);
                 self.next_generation = next(self.next_generation);
-                self.left_udp.insert(("".into(), socket_address(&backend)));
+                self.left_udp.entry(("".into(), socket_address(&backend))).or_default();
             }
         }
     }
@@ -144,7 +144,7 @@ impl<M: Maps> Reconciler<M> {
             if backend.port != 0 {
                 // Whose it was isn't known any more. The earlier daemon may have ended before it had
                 // disconnected the sockets.
-                self.left_udp.insert(("".into(), socket_address(&backend)));
+                self.left_udp.entry(("".into(), socket_address(&backend))).or_default();
             }
         }
         // A program may be at work on what was just found free.
