@@ -52,13 +52,13 @@ pub fn backend_gone(ctx: &SockAddrContext, backend_idx: u32) {
     }
 }
 
-/// A socket sends to more VIPs than it can remember, all the time.
+/// A socket sends to more VIPs and ports than it can remember, all the time.
 #[inline(always)]
 pub fn flows_full(ctx: &SockAddrContext) {
     if is_due(Kind::FlowsFull) {
         warn!(
             ctx,
-            "a UDP socket sends to more than eight VIPs: the replies of one show its backend"
+            "a UDP socket sends to more than eight VIPs and ports: the replies of one show its backend"
         );
     }
 }

@@ -185,8 +185,8 @@ fn dials(text: &mut Exposition, readings: &Readings) {
             family.sample(&[("service", &**name), ("reason", reason)], n);
         }
     }
-    let help = "Datagrams of UDP sockets that send to more than eight VIPs at a time: the next one \
-                may go to another backend.";
+    let help = "Datagrams of UDP sockets that send to more than eight VIPs and ports at a time: the \
+                next one may go to another backend.";
     text.single("nohop_flows_full_total", Kind::Counter, help, readings.flows_full);
 }
 

@@ -623,14 +623,18 @@ fn too_small(options: &Options, wanted: &Sizes, kept: &Sizes, in_use: &Sizes) ->
              for {kept}, so that none is lost; raise the key, or restart once there are fewer"
         )
     };
-    if kept.services > wanted.services || kept.frontends > wanted.frontends {
-        let n = in_use.services;
-        return Some(said("max_services", max_services, n, "services", kept.services));
-    }
-    (kept.backends > wanted.backends || kept.slots > wanted.slots).then(|| {
-        let room = kept.backends / ENTRIES_PER_BACKEND;
-        said("max_backends", max_backends, in_use.backends, "backends", room)
-    })
+    let (services, backends) = (("max_services", max_services), ("max_backends", max_backends));
+    // Of backends and slots there is room for those that a change replaces, too.
+    let maps = [
+        (services, "services", [wanted, kept, in_use].map(|of| of.services), 1),
+        (services, "frontends", [wanted, kept, in_use].map(|of| of.frontends), 1),
+        (services, "IPv6 frontends", [wanted, kept, in_use].map(|of| of.frontends6), 1),
+        (backends, "backends", [wanted, kept, in_use].map(|of| of.backends), ENTRIES_PER_BACKEND),
+        (backends, "slots", [wanted, kept, in_use].map(|of| of.slots), 2),
+    ];
+    maps.into_iter().find(|(_, _, [wanted, kept, _], _)| kept > wanted).map(
+        |((key, value), what, [_, kept, in_use], per)| said(key, value, in_use, what, kept / per),
+    )
 }
 
 /// The object in the kernel, not yet attached.
@@ -735,4 +739,36 @@ pub const COUNTERS: [(&str, Counter); N_COUNTERS] = [
 fn monotonic_ns() -> u64 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What is short is what the note names.
+    #[test]
+    fn too_small_names_what_is_short() {
+        let config = Config::default();
+        let options = Options::of(&config, Path::new("/"));
+        let wanted = Sizes { services: 4, frontends: 8, frontends6: 8, slots: 32, backends: 16 };
+        let in_use = Sizes { services: 3, frontends: 9, frontends6: 10, slots: 40, backends: 7 };
+        let table = [
+            (
+                Sizes { services: 5, ..wanted },
+                "the 3 services that are served: the kernel keeps room for 5",
+            ),
+            (Sizes { frontends: 16, ..wanted }, "the 9 frontends that"),
+            (Sizes { frontends6: 16, ..wanted }, "the 10 IPv6 frontends that"),
+            (
+                Sizes { slots: 128, ..wanted },
+                "plane.max_backends = 131072 has no room for the 40 slots",
+            ),
+            (Sizes { backends: 64, ..wanted }, "the 7 backends that"),
+        ];
+        for (kept, expected) in table {
+            let note = too_small(&options, &wanted, &kept, &in_use).unwrap();
+            assert!(note.contains(expected), "no {expected:?} in {note}");
+        }
+        assert_eq!(too_small(&options, &wanted, &wanted, &in_use), None);
+    }
 }
