@@ -66,6 +66,13 @@ struct Doubt {
     until: Option<Instant>,
 }
 
+impl Doubt {
+    /// Whether its end hasn't come; after that it is for the next answer to confirm.
+    fn holds(&self, now: Instant) -> bool {
+        self.until.is_none_or(|until| until > now)
+    }
+}
+
 /// All doubts there are.
 #[derive(Clone, Debug)]
 pub struct Doubts {
@@ -95,11 +102,18 @@ impl Doubts {
     }
 
     /// Whether anything is doubted, so that a "no" of Consul isn't one either.
-    pub fn any(&self) -> bool {
-        self.names.is_some() || !self.services.is_empty()
+    pub fn any(&self, now: Instant) -> bool {
+        let mut all = self.names.iter().chain(self.services.values());
+        all.any(|doubt| doubt.holds(now))
     }
 
-    /// Notes that the list of names, or the service of this name, is whole again, or gone.
+    /// Whether the service of this name is doubted.
+    pub fn has(&self, name: &str, now: Instant) -> bool {
+        self.services.get(name).is_some_and(|doubt| doubt.holds(now))
+    }
+
+    /// Notes that the list of names, or the service of this name, is whole again, gone, or asked for
+    /// no more.
     pub fn settle(&mut self, name: Option<&str>) {
         match name {
             None => self.names = None,
@@ -194,10 +208,12 @@ impl Doubts {
     }
 
     /// What is doubted and why, with the fix; `None` where nothing is.
-    pub fn problem(&self) -> Option<String> {
-        let first = self.services.iter().min_by_key(|(_, doubt)| doubt.reason);
-        let doubt = self.names.or(first.map(|(_, doubt)| *doubt))?;
-        let what = match (first, self.services.len()) {
+    pub fn problem(&self, now: Instant) -> Option<String> {
+        let services = self.services.iter().filter(|(_, doubt)| doubt.holds(now));
+        let first = services.clone().min_by_key(|(_, doubt)| doubt.reason);
+        let names = self.names.filter(|doubt| doubt.holds(now));
+        let doubt = names.or(first.map(|(_, doubt)| *doubt))?;
+        let what = match (first, services.count()) {
             (None, _) => "names that it listed before".into(),
             (Some((name, _)), 1) => format!("instances of `{name}`"),
             (Some((name, _)), n) => format!("instances of `{name}` and {} more services", n - 1),
@@ -252,7 +268,7 @@ fn weigh(
     // What Consul itself gave for a reason holds for as long as it does so.
     let is_over = |doubt: &Doubt| doubt.reason == Reason::Filtered && !signs.is_filtered;
     *doubt = doubt.filter(|doubt| !is_over(doubt));
-    let is_due = doubt.map(|doubt| doubt.until.is_some_and(|until| until <= signs.now));
+    let is_due = doubt.map(|doubt| !doubt.holds(signs.now));
     match (is_due, sign) {
         (Some(false), _) => Weight::Withhold,
         (Some(true) | None, _) if !signs.is_sure => Weight::Confirm,
@@ -342,7 +358,7 @@ mod tests {
         for (is_filtered, expected) in [(true, Withhold), (false, Apply)] {
             let signs = signs(start, true, is_filtered, Moved::On);
             assert_eq!(doubts.weigh_names(signs, false, false, false), expected);
-            assert_eq!(doubts.problem().is_some(), is_filtered);
+            assert_eq!(doubts.problem(start).is_some(), is_filtered);
         }
     }
 
@@ -386,7 +402,9 @@ mod tests {
                 }
             }
             assert_eq!(back.len(), expected, "{after:?} of {n_serving}");
-            assert_eq!(doubts.any(), expected > 0, "{after:?} of {n_serving}");
+            let (last, what) = (start + 61 * S, format!("{after:?} of {n_serving}"));
+            assert_eq!(doubts.any(last), expected > 0, "{what}");
+            assert!(!doubts.any(last + DISTRUST) && doubts.problem(last + DISTRUST).is_none());
         }
     }
 }

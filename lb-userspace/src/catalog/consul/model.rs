@@ -93,6 +93,8 @@ struct Entry {
     is_filtered: bool,
     /// Whether it has been in a catalog that was taken.
     is_shown: bool,
+    /// Whether the list of names took its instances, and no answer has been applied since.
+    is_emptied: bool,
     /// What an answer that is withheld was to take away from: it serves beside what that lists.
     before: Option<Arc<[Instance]>>,
     held: Held,
@@ -218,6 +220,9 @@ impl Model {
         }
         self.is_dirty |= std::mem::take(&mut entry.is_followed);
         if !is_live {
+            // Nothing is asked any more that could end a doubt.
+            entry.before = None;
+            self.doubts.settle(Some(name));
             self.problems.remove(&Subject::Service(name.into()));
         }
     }
@@ -254,7 +259,7 @@ impl Model {
         if let (Weight::Apply, Some(entry)) = (weight, self.services.get_mut(name)) {
             entry.is_filtered = signs.is_filtered;
         }
-        self.report_doubts();
+        self.report_doubts(signs.now);
         weight
     }
 
@@ -288,17 +293,23 @@ impl Model {
         if weight == Weight::Apply {
             self.is_list_filtered = signs.is_filtered;
         }
-        self.report_doubts();
+        self.report_doubts(signs.now);
         weight
     }
 
     /// Whether Consul's answers are doubted, so that a "no" of it isn't one.
-    pub fn has_doubts(&self) -> bool {
-        self.doubts.any()
+    pub fn has_doubts(&self, now: Instant) -> bool {
+        self.doubts.any(now)
     }
 
-    fn report_doubts(&mut self) {
-        match self.doubts.problem() {
+    /// Whether it is doubted that this service is gone.
+    pub fn is_doubted(&self, name: &str, now: Instant) -> bool {
+        self.doubts.has(name, now)
+    }
+
+    /// Reports what is doubted as a problem, and no more what isn't.
+    pub fn report_doubts(&mut self, now: Instant) {
+        match self.doubts.problem(now) {
             Some(problem) => drop(self.problems.insert(Subject::Doubt, problem)),
             None => drop(self.problems.remove(&Subject::Doubt)),
         }
@@ -310,7 +321,9 @@ impl Model {
         let Some(entry) = self.services.get_mut(name) else { return false };
         self.held_back.remove(name);
         entry.before = None;
+        entry.is_emptied = true;
         if let Known::Service { instances, .. } = &entry.known
+            && entry.is_live
             && entry.n_serving() > 0
         {
             self.doubts.lost(name, instances.clone(), now);
@@ -322,10 +335,12 @@ impl Model {
         !matches!(entry.known, Known::NoService)
     }
 
-    /// Whether any instance of the service is known.
-    pub fn has_instances(&self, name: &str) -> bool {
-        let known = self.services.get(name).map(|entry| &entry.known);
-        matches!(known, Some(Known::Service { instances, .. }) if !instances.is_empty())
+    /// Whether Consul has named an instance of a service since the list of names took it away.
+    pub fn is_back(&self, name: &str) -> bool {
+        let Some(entry) = self.services.get(name).filter(|entry| !entry.is_emptied) else {
+            return false;
+        };
+        matches!(&entry.known, Known::Service { instances, .. } if !instances.is_empty())
     }
 
     /// Whether a list of names lacks one that serves, so that it isn't to be believed unconfirmed.
@@ -377,7 +392,7 @@ impl Model {
         {
             self.doubts.lost(name, instances.clone(), now);
         }
-        entry.before = None;
+        (entry.before, entry.is_emptied) = (None, false);
         self.judge(name, heard, now);
     }
 

@@ -348,6 +348,43 @@ fn jobs_that_run_again_serve_where_they_are_now() {
 }
 
 #[test]
+fn what_is_asked_for_no_more_is_not_doubted_nor_taken_back() {
+    let (mut model, _) = synced(&["a", "b", "c", "d", "e"]);
+    let now = Instant::now();
+    let sure = signs(now, true, Moved::On);
+    let filtered = Signs { is_filtered: true, ..sure };
+    assert_eq!(answer(&mut model, "a", &instances([]), filtered), Weight::Withhold);
+    assert!(model.has_doubts(now) && model.is_failing());
+    model.set_live("a", false);
+    model.report_doubts(now);
+    assert!(!model.has_doubts(now) && !model.is_failing());
+
+    // One that went cold after it was gone, one that was cold when the list lost it, and one that is
+    // live.
+    assert_eq!(answer(&mut model, "b", &instances([]), sure), Weight::Apply);
+    model.set_live("b", false);
+    for (name, is_live) in [("c", false), ("d", true)] {
+        model.set_live(name, is_live);
+        assert!(model.empty(&name.into(), now));
+    }
+    model.set_live("a", true);
+    assert_eq!(answer(&mut model, "a", &instances([]), sure), Weight::Apply);
+    assert_eq!(answer(&mut model, "e", &instances([]), sure), Weight::Withhold);
+    let n_known = ["a", "b", "c", "d", "e"].map(|name| serving_ports(&model, name).len());
+    assert_eq!(n_known, [1, 0, 0, 1, 1]);
+    // What was taken back isn't registered again for that.
+    assert!(model.is_doubted("d", now) && !model.is_back("d"));
+    assert_eq!(answer(&mut model, "d", &instances([1]), sure), Weight::Apply);
+    assert!(!model.is_doubted("d", now) && model.is_back("d"));
+
+    // Consul says no more, and the time is over.
+    let end = now + DISTRUST;
+    assert!(model.has_doubts(end - Duration::from_secs(1)));
+    model.report_doubts(end);
+    assert!(!model.has_doubts(end) && !model.is_doubted("a", end) && !model.is_failing());
+}
+
+#[test]
 fn what_is_left_out_serves_beside_what_is_listed() {
     let now = Instant::now();
     let filtered = Signs { is_filtered: true, ..signs(now, true, Moved::On) };

@@ -516,6 +516,7 @@ impl Supervisor {
             }
         }
         self.release_waiting();
+        self.model.report_doubts(now);
         self.output.set_problem(self.model.problem(), self.model.is_failing());
         self.output.stats().set_watches(self.watches(now));
         self.save(now);

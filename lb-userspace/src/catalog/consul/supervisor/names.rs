@@ -10,7 +10,7 @@ use super::super::doubt::{Signs, Weight};
 use super::super::index::{Ask, Verdict};
 use super::super::model::Subject;
 use super::super::schedule::is_shrink;
-use super::{Asked, Supervisor};
+use super::{Asked, Supervisor, TIDY};
 use crate::catalog::demand::{Lookup, Wanted};
 
 /// Under which name Consul's servers are listed themselves.
@@ -91,13 +91,16 @@ impl Supervisor {
     }
 
     /// Lets go of the names whose time is over. One that is registered again, and not listed yet, is
-    /// as one that was looked up.
+    /// as one that was looked up; one of which that is doubted stays for as long.
     pub(super) fn end_lingering(&mut self, now: Instant) {
         let n_gone = self.gone.len();
         let (model, unlisted) = (&self.model, &mut self.unlisted);
         self.gone.retain(|name, until| {
+            if *until <= now && model.is_doubted(name, now) {
+                *until = now + TIDY;
+            }
             let stays = *until > now;
-            if !stays && model.has_instances(name) {
+            if !stays && model.is_back(name) {
                 unlisted.insert(name.clone());
             }
             stays
@@ -149,7 +152,7 @@ impl Supervisor {
 
     pub(super) fn take_lookup(&mut self, name: Arc<str>, asked: Asked, now: Instant) {
         self.looking_up.remove(&name);
-        let has_doubts = self.model.has_doubts();
+        let has_doubts = self.model.has_doubts(now);
         match asked {
             // One that is left out for the token's sake may well be there.
             Ok(Answer { said: Said::Lookup(None), is_filtered: false, .. }) if !has_doubts => {
@@ -199,7 +202,7 @@ impl Supervisor {
         }
         match self.absent.decide(&wish.name, now) {
             Decision::Absent => {
-                if let (Some(done), false) = (wish.done, self.model.has_doubts()) {
+                if let (Some(done), false) = (wish.done, self.model.has_doubts(now)) {
                     let _ = done.send(Lookup::Absent);
                 }
             }
