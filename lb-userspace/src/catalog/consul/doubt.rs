@@ -219,28 +219,37 @@ impl Doubts {
             (Some((name, _)), n) => format!("instances of `{name}` and {} more services", n - 1),
         };
         let distrust = self.distrust;
-        let (why, until) = match doubt.reason {
+        let (why, then) = match doubt.reason {
             Reason::Filtered => (
                 "it leaves out what the token may not read, as it didn't before",
-                "while that is so".into(),
+                "What was known serves while that is so; give the token service:read and node:read, \
+                 or see why Consul can't resolve it; if it is meant to read less, stop the daemon, \
+                 remove catalog.json from its state directory and start it"
+                    .into(),
             ),
             Reason::Hidden => (
                 "nothing has changed in its state, so the token seems to read less than before",
-                format!("for {distrust:?} at most"),
+                format!(
+                    "What was known serves for {distrust:?} at most; give the token service:read and \
+                     node:read, or see why Consul can't resolve it"
+                ),
             ),
             Reason::Rewound => (
                 "its index went backwards, so its servers seem to have lost their state",
-                format!("for {distrust:?} at most"),
+                format!(
+                    "What was known serves for {distrust:?} at most; look at Consul's servers"
+                ),
             ),
-            Reason::Mass => ("they all went at once", format!("for {distrust:?} at most")),
+            Reason::Mass => (
+                "they all went at once",
+                format!(
+                    "If they were stopped on purpose, there is nothing to do: this ends by itself \
+                     {distrust:?} after they went, and until then what was known serves; if not, \
+                     look at Consul's servers"
+                ),
+            ),
         };
-        let fix = match doubt.reason {
-            Reason::Filtered | Reason::Hidden => {
-                "give the token service:read and node:read, or see why Consul can't resolve it"
-            }
-            Reason::Rewound | Reason::Mass => "look at Consul's servers",
-        };
-        Some(format!("Consul's answers lack {what}: {why}. What was known serves {until}; {fix}"))
+        Some(format!("Consul's answers lack {what}: {why}. {then}"))
     }
 }
 

@@ -274,7 +274,13 @@ fn all_that_goes_within_a_minute_comes_back_and_goes_after_five() {
     assert_eq!(serving(&catalog), 3);
     assert_eq!(catalog["a"].instances, first["a"].instances);
     let problem = model.problem().unwrap();
-    assert!(problem.contains("`a` and 2 more services: they all went at once"), "{problem}");
+    assert!(
+        problem.contains(
+            "`a` and 2 more services: they all went at once. If they were stopped on purpose, there \
+             is nothing to do: this ends by itself 300s after"
+        ),
+        "{problem}"
+    );
     assert!(model.is_failing());
     // One that is whole again is out of it; of the others it is true after all.
     let whole = heard(vec![instance("n1", "7")]);
