@@ -42,6 +42,16 @@ pub enum ScopeError {
         /// A mount that is visible.
         mount: PathBuf,
     },
+    /// The root is visible from inside a cgroup namespace, by a mount from outside.
+    #[error(
+        "this process is in a cgroup namespace of its own, and {} shows the whole cgroup v2 hierarchy \
+         all the same; to serve the whole node there, say --cgroup {}, or name the part that is \
+         meant", .mount.display(), .mount.display()
+    )]
+    FromOutside {
+        /// The mount.
+        mount: PathBuf,
+    },
     /// Only parts of the hierarchy are mounted.
     #[error(
         "{} shows only a part of the cgroup v2 hierarchy (it is a bind mount of {}), and the node's other \
@@ -141,26 +151,37 @@ pub fn is_namespace_initial() -> bool {
     std::fs::metadata("/proc/self/ns/cgroup").map_or(true, |ns| ns.st_ino() == INITIAL_NAMESPACE)
 }
 
-/// Whether a mount shows the whole hierarchy.
-fn is_whole(mount: &Mount) -> bool {
-    let is_root = || std::fs::metadata(&mount.point).is_ok_and(|dir| dir.st_ino() == ROOT_INODE);
-    mount.root == Path::new("/") && (is_root() || is_namespace_initial())
+/// Whether a mount begins at the hierarchy's root, as seen from wherever.
+fn is_at_root(mount: &Mount) -> bool {
+    std::fs::metadata(&mount.point).is_ok_and(|dir| dir.st_ino() == ROOT_INODE)
 }
 
 /// The cgroup that is served by default: the root of the whole hierarchy.
 ///
 /// # Errors
-/// When that isn't visible: then the wrong processes would be served.
+/// When that isn't visible, or only by a mount from outside this process's cgroup namespace: then the
+/// wrong processes might be served.
 pub fn default_scope() -> Result<PathBuf, ScopeError> {
-    let mounts = mounts();
-    if let Some(whole) = mounts.iter().find(|mount| is_whole(mount)) {
+    whole(mounts(), is_at_root, is_namespace_initial())
+}
+
+fn whole(
+    mounts: Vec<Mount>,
+    is_at_root: impl Fn(&Mount) -> bool,
+    is_initial: bool,
+) -> Result<PathBuf, ScopeError> {
+    let is_whole =
+        |mount: &&Mount| mount.root == Path::new("/") && (is_initial || is_at_root(mount));
+    if let Some(whole) = mounts.iter().find(is_whole) {
         return Ok(whole.point.clone());
     }
-    match mounts.into_iter().next() {
+    let from_outside = mounts.iter().find(|mount| !is_initial && is_at_root(mount)).cloned();
+    match from_outside.or_else(|| mounts.into_iter().next()) {
         None => Err(ScopeError::NoHierarchy),
-        Some(Mount { point, .. }) if !is_namespace_initial() => {
-            Err(ScopeError::Namespaced { mount: point })
+        Some(mount) if !is_initial && is_at_root(&mount) => {
+            Err(ScopeError::FromOutside { mount: mount.point })
         }
+        Some(Mount { point, .. }) if !is_initial => Err(ScopeError::Namespaced { mount: point }),
         Some(Mount { point, root }) => {
             Err(ScopeError::Part { mount: point, root: root.display().to_string() })
         }
@@ -224,19 +245,31 @@ pub fn check_exclusions(patterns: &[PathBuf]) -> Result<(), ScopeError> {
 
 /// How many levels below the hierarchy's root a mount begins; `None` when that can't be known.
 pub fn depth(mount: &Mount) -> Option<usize> {
-    let namespace = match is_namespace_initial() {
-        true => 0,
+    let namespace = || match is_namespace_initial() {
+        true => Some(0),
         false => namespace_depth(
             &std::fs::read_to_string("/proc/2/stat").ok()?,
             &std::fs::read_to_string("/proc/2/cgroup").ok()?,
-        )?,
+        ),
     };
+    depth_by(mount, is_at_root(mount), namespace)
+}
+
+fn depth_by(
+    mount: &Mount,
+    is_at_root: bool,
+    namespace: impl FnOnce() -> Option<usize>,
+) -> Option<usize> {
+    // Whatever it is called in this namespace.
+    if is_at_root {
+        return Some(0);
+    }
     let below = |depth: usize, part: Component<'_>| match part {
         Component::Normal(_) => Some(depth + 1),
         Component::ParentDir => depth.checked_sub(1),
         _ => Some(depth),
     };
-    mount.root.components().try_fold(namespace, below)
+    mount.root.components().try_fold(namespace()?, below)
 }
 
 /// How many levels below the root this process's cgroup namespace begins, by what /proc says of
@@ -317,6 +350,41 @@ mod tests {
         ];
         for (stat, cgroup, expected) in table {
             assert_eq!(namespace_depth(stat, cgroup), expected, "{stat} {cgroup}");
+        }
+    }
+
+    #[test]
+    fn the_whole_is_found_or_what_hides_it() {
+        let mount = |root: &str| Mount { point: "/a".into(), root: root.into() };
+        let rows = [
+            (mount("/"), true, true, "/a"),
+            (mount("/"), true, false, "/a"),
+            (mount("/"), false, false, "/a shows only a part"),
+            (mount("/x"), false, false, "cgroup namespace of its own, and the node's"),
+            (mount("/x"), false, true, "it is a bind mount of /x"),
+            (mount("/.."), true, false, "shows the whole cgroup v2 hierarchy all the same; to"),
+            (mount("/../.."), true, false, "--cgroup /a"),
+        ];
+        for (mount, is_at_root, is_initial, expected) in rows {
+            let found = whole(vec![mount.clone()], |_| is_at_root, is_initial);
+            let found = found.map_or_else(|error| error.to_string(), |at| at.display().to_string());
+            assert!(found.contains(expected), "{mount:?} {is_at_root} {is_initial}: {found}");
+        }
+    }
+
+    #[test]
+    fn a_mounts_depth() {
+        let mount = |root: &str| Mount { point: "/a".into(), root: root.into() };
+        let rows = [
+            ("/..", true, None, Some(0)),
+            ("/..", true, Some(4), Some(0)),
+            ("/../x", false, Some(2), Some(2)),
+            ("/x/y", false, Some(0), Some(2)),
+            ("/..", false, Some(0), None),
+            ("/", false, None, None),
+        ];
+        for (root, is_at_root, namespace, expected) in rows {
+            assert_eq!(depth_by(&mount(root), is_at_root, || namespace), expected, "{root}");
         }
     }
 
