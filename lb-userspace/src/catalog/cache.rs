@@ -257,6 +257,7 @@ mod tests {
             local: true,
             home: Home::new("9d75", "dc1", ""),
             node_address: Some([10, 0, 0, 1].into()),
+            may_be_local: false,
             standing: Standing::Out("check `c` is critical".into()),
             says: Says { ports: Some("80".into()), protocol: None },
         };

@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, UdpSocket};
+use std::path::Path;
 
 use futures_util::{Stream, StreamExt, TryStreamExt};
 use ipnet::IpNet;
@@ -18,6 +19,64 @@ pub fn is_own(address: IpAddr) -> bool {
     // Where the system doesn't say, it is taken for another host's.
     address.is_loopback()
         || getifaddrs().is_ok_and(|mut all| all.any(|one| ip(&one.address) == Some(address)))
+}
+
+/// This host's addresses, by which its node is known where no agent says which it is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Own {
+    addresses: BTreeSet<IpAddr>,
+    /// The networks of its bridges, whoever else is on them.
+    bridges: BTreeSet<IpNet>,
+}
+
+impl Own {
+    /// Those that it has now; none where the system doesn't say.
+    pub fn read() -> Own {
+        let mut own = Own::default();
+        for one in getifaddrs().into_iter().flatten() {
+            let Some(address) = ip(&one.address).filter(|address| is_one_hosts(*address)) else {
+                continue;
+            };
+            own.addresses.insert(address);
+            let network = ip(&one.netmask).and_then(|mask| IpNet::with_netmask(address, mask).ok());
+            // net/bridge/br_sysfs_br.c
+            let sysfs = Path::new("/sys/class/net").join(&one.interface_name).join("bridge");
+            own.bridges.extend(network.filter(|_| sysfs.exists()).map(|network| network.trunc()));
+        }
+        own
+    }
+
+    /// Whether the node of this address is this host's.
+    pub fn has(&self, node: IpAddr) -> bool {
+        self.addresses.contains(&node)
+    }
+
+    /// Whether the address is on a bridge of this host that its node isn't on.
+    pub fn is_on_bridge(&self, address: IpAddr, node: Option<IpAddr>) -> bool {
+        self.bridges.iter().any(|bridge| {
+            bridge.contains(&address) && !node.is_some_and(|node| bridge.contains(&node))
+        })
+    }
+
+    /// One with these addresses, and these networks of bridges.
+    #[cfg(test)]
+    pub fn of(addresses: &[&str], bridges: &[&str]) -> Own {
+        let addresses = addresses.iter().map(|address| address.parse().unwrap()).collect();
+        let bridges = bridges.iter().map(|network| network.parse().unwrap()).collect();
+        Own { addresses, bridges }
+    }
+}
+
+/// Whether no two hosts of a network can have the address.
+fn is_one_hosts(address: IpAddr) -> bool {
+    !address.is_loopback() && !is_link_local(address)
+}
+
+fn is_link_local(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(address) => address.is_link_local(),
+        IpAddr::V6(address) => address.is_unicast_link_local(),
+    }
 }
 
 fn ip(address: &Option<nix::sys::socket::SockaddrStorage>) -> Option<IpAddr> {
@@ -143,10 +202,6 @@ fn networks(
     let leads_on = |name: &str| {
         networks.iter().any(|(bridge, own)| bridge.name == name && Some(*own) == uplink)
     };
-    let is_link_local = |ip: IpAddr| match ip {
-        IpAddr::V4(ip) => ip.is_link_local(),
-        IpAddr::V6(ip) => ip.is_unicast_link_local(),
-    };
     let private =
         networks.iter().filter(|(bridge, own)| !leads_on(&bridge.name) && !is_link_local(*own));
     private.map(|(bridge, _)| bridge.clone()).collect()
@@ -188,6 +243,15 @@ mod tests {
         for others in ["192.0.2.77", "2001:db8::77", "0.0.0.0"] {
             assert!(!is_own(others.parse().unwrap()), "{others}");
         }
+    }
+
+    #[test]
+    fn loopback_tells_no_host_from_another() {
+        let own = Own::read();
+        for address in ["127.0.0.1", "::1", "fe80::1", "169.254.1.1"] {
+            assert!(!own.has(address.parse().unwrap()), "{address}");
+        }
+        assert!(own.addresses.iter().all(|address| is_own(*address)));
     }
 
     #[tokio::test]

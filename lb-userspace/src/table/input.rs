@@ -54,6 +54,9 @@ pub struct Instance {
     /// instance.
     #[serde(default)]
     pub node_address: Option<IpAddr>,
+    /// Whether it may run on this node, though that isn't certain enough for its loopback address.
+    #[serde(default)]
+    pub may_be_local: bool,
     /// Whether the source's own rules let it serve.
     pub standing: Standing,
     /// What it says of the service as a whole.

@@ -61,7 +61,8 @@ fn route(
     }
     // Its node may be a guest or a container of this host.
     let is_here = |bridge: &&Bridge| {
-        instance.local || instance.node_address.is_some_and(|node| hosts.is_on(bridge, node))
+        let may_be_local = instance.local || instance.may_be_local;
+        may_be_local || instance.node_address.is_some_and(|node| hosts.is_on(bridge, node))
     };
     if let Some(bridge) = hosts.bridge_around(address).filter(|bridge| !is_here(bridge)) {
         return Err(format!(
@@ -100,10 +101,14 @@ fn misleads(address: IpAddr, instance: &Instance) -> Option<String> {
             "{address} is link-local, so it needs a zone, and each node has its own: register an \
              address that is routed"
         )),
-        IpAddr::V4(address) if address.is_link_local() && !instance.local => Some(format!(
-            "{address} is link-local, so it is another host's on each link: register an address \
+        IpAddr::V4(address)
+            if address.is_link_local() && !(instance.local || instance.may_be_local) =>
+        {
+            Some(format!(
+                "{address} is link-local, so it is another host's on each link: register an address \
              that is routed{WHICH_NODE}"
-        )),
+            ))
+        }
         _ => None,
     }
 }
@@ -166,6 +171,7 @@ mod tests {
             local: false,
             home: Home::default(),
             node_address: None,
+            may_be_local: false,
             standing: Standing::Serving,
             says: Says::default(),
         }
@@ -327,10 +333,14 @@ mod tests {
             ("fd17::5", "[fd17::5]:80"),
             ("169.254.7.7", "169.254.7.7:80"),
         ] {
-            let backend = judged(&Instance { local: true, ..instance(address, 80) });
-            let got = (backend.address, backend.state, backend.host_only);
-            assert_eq!(got, (Some(expected.parse().unwrap()), State::Healthy, false));
+            for (local, may_be_local) in [(true, false), (false, true)] {
+                let backend = judged(&Instance { local, may_be_local, ..instance(address, 80) });
+                let got = (backend.address, backend.state, backend.host_only);
+                assert_eq!(got, (Some(expected.parse().unwrap()), State::Healthy, false));
+            }
         }
+        let backend = judged(&Instance { may_be_local: true, ..instance("127.0.0.1", 80) });
+        assert_eq!(backend.address, None, "its loopback may be another's");
     }
 
     #[test]

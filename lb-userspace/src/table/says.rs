@@ -103,6 +103,7 @@ mod tests {
                 local: false,
                 home: Home::default(),
                 node_address: None,
+                may_be_local: false,
                 standing,
                 says: Says { ports, protocol: None },
             }

@@ -236,20 +236,24 @@ struct Member {
 
 /// Which node this is. The agent is this host's where it is asked over a unix socket or at an address
 /// of this host, and has one itself: behind a tunnel, a proxy or a container's published port is
-/// another network namespace, whose loopback isn't ours.
+/// another network namespace, whose loopback isn't ours. Behind NAT it may be this host's all the
+/// same.
 fn node(agent: AgentSelf, peer: Option<IpAddr>, is_own: impl Fn(IpAddr) -> bool) -> Node {
     let AgentConfig { node_name, node_id, datacenter, partition } = agent.config;
     if let Some(peer) = peer.filter(|peer| !is_own(*peer)) {
-        return Node::Elsewhere(format!("{peer}, where it is asked, is another host's"));
-    }
-    let address = agent.member.and_then(|member| parse_ip(&member.addr?));
-    let address = address.filter(|address| !address.is_unspecified());
-    if let Some(address) = address.filter(|address| !is_own(*address)) {
-        return Node::Elsewhere(format!("its own address, {address}, is none of this host's"));
+        let why = format!("{peer}, where it is asked, is another host's");
+        return Node::Elsewhere { why, may_be_here: None };
     }
     let text = |text: Option<String>| text.unwrap_or_default();
     let home = Home::new(&text(node_id), &text(datacenter), &text(partition));
-    Node::Named(Agent { name: node_name, home })
+    let named = Agent { name: node_name, home };
+    let address = agent.member.and_then(|member| parse_ip(&member.addr?));
+    let address = address.filter(|address| !address.is_unspecified());
+    if let Some(address) = address.filter(|address| !is_own(*address)) {
+        let why = format!("its advertise_addr, {address}, is none of this host's addresses");
+        return Node::Elsewhere { why, may_be_here: Some(named) };
+    }
+    Node::Named(named)
 }
 
 #[cfg(test)]
@@ -286,7 +290,14 @@ mod tests {
             let expected = Agent { name: "n1".into(), home: Home::new("9d75", "", "") };
             match is_here {
                 true => assert_eq!(got, Node::Named(expected), "{peer:?} {json}"),
-                false => assert!(matches!(got, Node::Elsewhere(_)), "{peer:?} {json}"),
+                false => {
+                    let is_asked_here = peer.is_none_or(|peer| peer != "10.0.0.2");
+                    let may_be_here = is_asked_here.then_some(expected);
+                    assert!(
+                        matches!(&got, Node::Elsewhere { may_be_here: got, .. } if *got == may_be_here),
+                        "{peer:?} {json}: {got:?}"
+                    );
+                }
             }
         }
     }

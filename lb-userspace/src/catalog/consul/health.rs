@@ -221,6 +221,7 @@ fn instance(record: Record, rules: &CatalogConfig) -> Instance {
     Instance {
         home: Home::new(&node.id, &node.datacenter, &node.partition),
         node_address: parse_ip(&node.address),
+        may_be_local: false,
         node: node.node,
         id: service.id,
         address,

@@ -128,6 +128,7 @@ mod tests {
             local: false,
             home: Home::default(),
             node_address: None,
+            may_be_local: false,
             standing: Standing::Serving,
             says: Says::default(),
         }

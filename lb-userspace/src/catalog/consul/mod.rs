@@ -69,6 +69,8 @@ pub struct Timing {
     /// How long a service whose name has gone from the list is still known, without instances: as
     /// long as Nomad takes to start its task again.
     pub linger: Duration,
+    /// Between two questions to the agent which node this is, while that isn't known for certain.
+    pub agent: Duration,
     /// How often the token file is read for another token.
     pub token: Duration,
     /// How long Consul has to answer a new daemon, before what the last one knew is published.
@@ -96,6 +98,7 @@ impl Default for Timing {
             distrust: Duration::from_secs(5 * 60),
             withheld: Duration::from_secs(10),
             linger: Duration::from_secs(5 * 60),
+            agent: Duration::from_secs(60),
             token: Duration::from_secs(1),
             patience: Duration::from_secs(2),
             stragglers: Duration::from_secs(10),

@@ -8,6 +8,7 @@ use super::doubt::{Doubts, Signs, Weight, is_mass};
 use super::held::{Held, Key};
 use super::schedule::is_shrink;
 use crate::catalog::Catalog;
+use crate::catalog::host::Own;
 use crate::catalog::memory::{Agent, Memory, Remembered};
 use crate::table::{Instance, Listing, Watch};
 
@@ -64,18 +65,45 @@ pub enum Node {
     Unknown,
     /// This one.
     Named(Agent),
-    /// None that is known: the agent is another host's, for this reason.
-    Elsewhere(String),
-    /// The token may not know it.
-    Denied,
+    /// None that is known: the agent isn't this host's.
+    Elsewhere {
+        /// By what that is seen.
+        why: String,
+        /// The agent's node, where it may be this one all the same: behind NAT.
+        may_be_here: Option<Agent>,
+    },
+    /// The token may not know it: it is the node whose own address this host has.
+    Denied(Own),
 }
 
 impl Node {
     /// Says of each instance whether it runs on this node.
     fn mark_local(&self, instances: &mut [Instance]) {
         for instance in instances {
-            instance.local = matches!(self, Node::Named(agent) if agent.has(instance));
+            instance.local = match self {
+                // What an earlier life of the source found stands until the agent has answered.
+                Node::Unknown => instance.local,
+                Node::Named(agent) => agent.has(instance),
+                Node::Elsewhere { .. } => false,
+                Node::Denied(own) => instance.node_address.is_some_and(|node| own.has(node)),
+            };
+            instance.may_be_local = match self {
+                Node::Unknown => instance.may_be_local,
+                Node::Elsewhere { may_be_here: Some(agent), .. } => agent.has(instance),
+                Node::Named(_) | Node::Elsewhere { .. } | Node::Denied(_) => false,
+            };
         }
+    }
+
+    /// Whether one of the instances can't be reached, and might be if the token could read which
+    /// node this is.
+    fn is_missed(&self, instances: &[Instance]) -> bool {
+        let Node::Denied(own) = self else { return false };
+        instances.iter().filter(|instance| !instance.local).any(|instance| {
+            instance.ip().is_some_and(|address| {
+                address.is_loopback() || own.is_on_bridge(address, instance.node_address)
+            })
+        })
     }
 }
 
@@ -108,7 +136,7 @@ enum Known {
     /// All who bear this name are proxies and the like.
     NoService,
     /// These instances.
-    Service { instances: Arc<[Instance]>, has_loopback: bool },
+    Service { instances: Arc<[Instance]>, needs_agent: bool },
 }
 
 /// What a problem is about, the most telling first.
@@ -128,8 +156,9 @@ pub enum Subject {
     Service(Arc<str>),
 }
 
-const AGENT_DENIED: &str = "instances on a loopback address are unroutable, since the Consul token \
-                            may not read which node this is: it needs agent:read as well";
+const AGENT_DENIED: &str = "instances on a loopback address, or in the network of a bridge of this \
+                            host, are unroutable, since the Consul token may not read which node \
+                            this is: it needs agent:read as well";
 
 impl Model {
     /// One that is told which services, in lower case, the kernel serves, and for how long what takes
@@ -183,7 +212,7 @@ impl Model {
         });
         let agent = match &self.node {
             Node::Named(agent) => Some(agent.clone()),
-            Node::Unknown | Node::Denied | Node::Elsewhere(_) => None,
+            Node::Unknown | Node::Denied(_) | Node::Elsewhere { .. } => None,
         };
         let names_filtered = self.is_list_filtered;
         Memory { agent, services: services.collect(), names_filtered, ..Memory::default() }
@@ -479,7 +508,7 @@ impl Model {
     /// Takes the agent's word on which node it is.
     pub fn set_node(&mut self, node: Node) {
         // A name that is known stays: a token that may no more read it changes no node's name.
-        if self.node == node || matches!((&self.node, &node), (Node::Named(_), Node::Denied)) {
+        if self.node == node || matches!((&self.node, &node), (Node::Named(_), Node::Denied(_))) {
             return;
         }
         self.node = node;
@@ -633,7 +662,7 @@ impl Model {
                 _ => n_more += 1,
             }
         }
-        if self.node == Node::Denied && self.has_loopback() {
+        if self.needs_agent() {
             complaints.push((AGENT_DENIED, None));
         }
         let mut lines: Vec<String> = complaints
@@ -649,10 +678,10 @@ impl Model {
         (!lines.is_empty()).then(|| lines.join("; "))
     }
 
-    fn has_loopback(&self) -> bool {
+    fn needs_agent(&self) -> bool {
         self.services
             .values()
-            .any(|entry| matches!(entry.known, Known::Service { has_loopback: true, .. }))
+            .any(|entry| matches!(entry.known, Known::Service { needs_agent: true, .. }))
     }
 }
 
@@ -679,15 +708,14 @@ impl Known {
     fn learn(&mut self, mut instances: Vec<Instance>, node: &Node) -> bool {
         node.mark_local(&mut instances);
         instances.sort();
-        if let Known::Service { instances: last, .. } = self
+        let is_missed = node.is_missed(&instances);
+        if let Known::Service { instances: last, needs_agent } = self
             && **last == *instances
         {
+            *needs_agent = is_missed;
             return false;
         }
-        let has_loopback = instances
-            .iter()
-            .any(|instance| instance.ip().is_some_and(|address| address.is_loopback()));
-        *self = Known::Service { instances: instances.into(), has_loopback };
+        *self = Known::Service { instances: instances.into(), needs_agent: is_missed };
         true
     }
 }

@@ -21,6 +21,7 @@ fn instance(node: &str, id: &str) -> Instance {
         local: false,
         home: Home::default(),
         node_address: None,
+        may_be_local: false,
         standing: Standing::Serving,
         says: Says::default(),
     }
@@ -81,7 +82,7 @@ fn nothing_is_published_before_all_that_is_live_has_answered() {
 #[test]
 fn an_empty_list_of_names_is_a_catalog() {
     let mut model = hearing();
-    model.set_node(Node::Denied);
+    model.set_node(Node::Denied(Own::default()));
     model.set_names(&names(&[]));
     assert_eq!(model.take(), Some(Catalog::new()));
 }
@@ -424,13 +425,13 @@ fn a_new_node_name_moves_what_is_local() {
 fn a_node_that_is_known_stays_known() {
     let mut model = hearing();
     with_names(&mut model, &["a"]);
-    model.set_node(Node::Denied);
+    model.set_node(Node::Denied(Own::default()));
     set(&mut model, "a", vec![instance("n1", "1")]);
     assert!(!model.take().unwrap()["a"].instances[0].local);
     assert_eq!(model.problem().unwrap(), AGENT_DENIED);
     model.set_node(Node::Named("n1".into()));
     assert!(model.take().unwrap()["a"].instances[0].local);
-    model.set_node(Node::Denied);
+    model.set_node(Node::Denied(Own::default()));
     assert!(model.take().is_none(), "an error takes nothing away");
     assert_eq!((model.problem(), model.is_failing()), (None, false));
 }
@@ -484,8 +485,8 @@ fn only_the_agents_own_node_is_this_one() {
         (Node::Named(agent()), "n1", Home::new("9d75", "dc2", ""), false),
         (Node::Named(agent()), "n1", Home::new("aaaa", "dc1", ""), false),
         (Node::Named(agent()), "n1", Home::new("9d75", "dc1", "team"), false),
-        (Node::Elsewhere("it isn't here".into()), "n1", here, false),
-        (Node::Denied, "n1", here, false),
+        (Node::Elsewhere { why: "it isn't here".into(), may_be_here: None }, "n1", here, false),
+        (Node::Denied(Own::default()), "n1", here, false),
         (Node::Unknown, "n1", here, false),
     ] {
         let mut model = hearing();
@@ -504,6 +505,67 @@ fn only_the_agents_own_node_is_this_one() {
         model.serve_memory();
         let catalog = model.take().unwrap();
         assert_eq!(catalog["a"].instances[0].local, expected, "{node:?} {record:?}");
+    }
+}
+
+#[test]
+fn without_the_right_to_ask_the_nodes_address_says_which_it_is() {
+    let own = || Own::of(&["10.0.0.1", "fd00::1", "172.17.0.1"], &["172.17.0.0/16"]);
+    // (the node's address, the instance's, whether it is this node's, whether that needs a right)
+    for (node, address, is_local, needs_agent) in [
+        (Some("10.0.0.1"), "172.17.0.5", true, false),
+        (Some("10.0.0.1"), "127.0.0.1", true, false),
+        (Some("fd00::1"), "127.0.0.1", true, false),
+        (Some("10.0.0.2"), "127.0.0.1", false, true),
+        (Some("10.0.0.2"), "172.17.0.5", false, true),
+        (Some("10.0.0.2"), "10.0.0.2", false, false),
+        // A container with an agent of its own: the table reaches it.
+        (Some("172.17.0.2"), "172.17.0.5", false, false),
+        (None, "127.0.0.1", false, true),
+        (None, "10.0.0.1", false, false),
+        // The loopback is every node's.
+        (Some("127.0.0.1"), "127.0.0.1", false, true),
+    ] {
+        let mut model = hearing();
+        with_names(&mut model, &["a"]);
+        let node_address = node.map(|node| node.parse().unwrap());
+        let address = address.to_owned();
+        let record = Instance { node_address, address, ..instance("n1", "1") };
+        set(&mut model, "a", vec![record.clone()]);
+        model.set_node(Node::Denied(Own::default()));
+        model.set_node(Node::Denied(own()));
+        let catalog = model.take().unwrap();
+        assert_eq!(catalog["a"].instances[0].local, is_local, "{record:?}");
+        let problem = model.problem();
+        assert_eq!(problem.as_deref(), needs_agent.then_some(AGENT_DENIED), "{record:?}");
+        // And in the next daemon, while Consul is silent.
+        let mut next = Model::new(BTreeSet::new(), DISTRUST);
+        let mut memory = model.memory();
+        memory.services.values_mut().for_each(|web| web.answered_at = Some(Instant::now()));
+        next.seed(&memory);
+        next.serve_memory();
+        assert_eq!(next.take().unwrap()["a"].instances[0].local, is_local, "{record:?}");
+    }
+}
+
+#[test]
+fn an_agent_behind_nat_takes_only_the_loopback_from_its_node() {
+    let elsewhere = |may_be_here| Node::Elsewhere { why: "NAT".into(), may_be_here };
+    for (node, record, expected) in [
+        (elsewhere(Some("n1".into())), "n1", true),
+        (elsewhere(Some("n1".into())), "n2", false),
+        (elsewhere(None), "n1", false),
+    ] {
+        let mut model = hearing();
+        with_names(&mut model, &["a"]);
+        set(&mut model, "a", vec![instance(record, "1")]);
+        model.set_node(node.clone());
+        let catalog = model.take().unwrap();
+        let got = &catalog["a"].instances[0];
+        assert_eq!((got.local, got.may_be_local), (false, expected), "{node:?} {record}");
+        model.set_node(Node::Named("n2".into()));
+        let catalog = model.take().unwrap_or(catalog);
+        assert!(!catalog["a"].instances[0].may_be_local);
     }
 }
 

@@ -23,10 +23,11 @@ use super::token::TokenWatch;
 use super::tracker::Tracker;
 use super::{Settings, Timing};
 use crate::catalog::demand::{Lookup, Wish, Wishes};
+use crate::catalog::host::Own;
 use crate::catalog::memory::Memory;
 use crate::catalog::{Output, Watches};
 
-/// How often a token that may not read the agent's name, or the switch, is tried again.
+/// How often a token that may not read the switch is tried again.
 const DENIED_PAUSE: Duration = Duration::from_secs(60);
 
 /// How often what has grown old is looked for.
@@ -374,20 +375,32 @@ impl Supervisor {
             Ok(Answer { said: Said::Agent(node), .. }) => {
                 self.agent_backoff.reset();
                 let fact = match &node {
-                    Node::Elsewhere(why) => Some(format!(
+                    Node::Elsewhere { why, may_be_here } => Some(format!(
                         "Consul's agent isn't this host's ({why}): instances on loopback addresses \
-                         are unroutable; ask the agent of this host"
+                         are unroutable; ask the agent of this host{}",
+                        match may_be_here {
+                            Some(_) => {
+                                ", or, where it is, give it an advertise_addr that this host has \
+                                 (that of NAT is for advertise_addr_wan)"
+                            }
+                            None => "",
+                        }
                     )),
                     _ => None,
                 };
+                if fact.is_some() {
+                    // An address may come later: of a VPN, of keepalived.
+                    self.schedule.ask_agent(now + self.timing().agent);
+                }
                 self.output.set_fact("agent", fact);
                 self.model.set_node(node);
                 None
             }
             Ok(_) => return,
             Err(Failure { is_denied: true, .. }) => {
-                self.model.set_node(Node::Denied);
-                self.schedule.ask_agent(now + DENIED_PAUSE);
+                self.output.set_fact("agent", None);
+                self.model.set_node(Node::Denied(Own::read()));
+                self.schedule.ask_agent(now + self.timing().agent);
                 None
             }
             Err(Failure { problem, .. }) => {

@@ -28,6 +28,7 @@ fn timing() -> Timing {
         distrust: Duration::ZERO,
         withheld: Duration::from_millis(20),
         linger: Duration::ZERO,
+        agent: Duration::from_millis(10),
         token: Duration::from_millis(10),
         patience: Duration::from_secs(2),
         stragglers: Duration::from_millis(200),
@@ -1087,4 +1088,23 @@ async fn a_node_of_the_same_name_in_another_datacenter_is_not_this_one() {
         let facts = handle.health.borrow().facts.join(" ");
         assert_eq!(facts.contains("192.0.2.77"), agent == elsewhere, "{facts}");
     }
+}
+
+#[tokio::test]
+async fn an_agents_address_may_come_to_this_host_later() {
+    let fake = Fake::start().await;
+    let config_of = json!({"NodeName": "n1"});
+    fake.set(AGENT, 1, json!({"Config": config_of, "Member": {"Addr": "192.0.2.77"}}));
+    fake.set_names(10, &["web"]);
+    fake.set(&service("web"), 20, json!([instance("n1", "web-1", 1)]));
+    let mut handle = follow(config(fake.address), timing());
+    let catalog = shows(&mut handle, |catalog| names(catalog) == ["web"]).await;
+    let got = &catalog["web"].instances[0];
+    assert_eq!((got.local, got.may_be_local), (false, true));
+    let facts = handle.health.borrow().facts.join(" ");
+    assert!(facts.contains("its advertise_addr, 192.0.2.77,"), "{facts}");
+    // To ask is all that tells it: nothing has failed.
+    fake.set(AGENT, 1, json!({"Config": config_of, "Member": {"Addr": "127.0.0.1"}}));
+    shows(&mut handle, |catalog| catalog["web"].instances[0].local).await;
+    assert!(handle.health.borrow().facts.is_empty());
 }

@@ -174,6 +174,7 @@ impl Reader<'_> {
             local: true,
             home: Home::default(),
             node_address: None,
+            may_be_local: false,
             standing: Standing::Serving,
             says: says.clone(),
         })
