@@ -490,6 +490,14 @@ impl Model {
         }
     }
 
+    /// Notes that the machine was suspended for so long, for which the clock of an [`Instant`] stands
+    /// still: what was answered before is older by as much.
+    pub fn slept(&mut self, asleep: Duration) {
+        for at in self.services.values_mut().filter_map(|entry| entry.answered_at.as_mut()) {
+            *at = at.checked_sub(asleep).unwrap_or(*at);
+        }
+    }
+
     /// Forgets the instances of cold services that Consul told more than `max_age` before it last
     /// answered anything: another service may have their ports by now. While Consul is silent no
     /// more is forgotten: what becomes of a catalog as a whole is `catalog.expired`'s affair.

@@ -187,6 +187,19 @@ fn a_service_that_goes_cold_keeps_its_instances_until_they_are_old() {
 }
 
 #[test]
+fn a_cold_service_ages_while_the_machine_is_suspended() {
+    let (mut model, _) = synced(&["a"]);
+    let (now, max_age) = (Instant::now(), Duration::from_secs(60));
+    model.set_live("a", false);
+    model.slept(max_age / 2);
+    model.forget(now, max_age);
+    assert_eq!(model.take().unwrap()["a"].instances.len(), 1);
+    model.slept(max_age);
+    model.forget(now, max_age);
+    assert!(model.take().unwrap()["a"].instances.is_empty());
+}
+
+#[test]
 fn memory_serves_until_the_answers_come() {
     let (model, first) = synced(&["a", "b"]);
     let mut next = hearing();
@@ -324,7 +337,7 @@ fn answer(model: &mut Model, name: &str, heard: &Heard, signs: Signs) -> Weight 
 fn serving_ports(model: &Model, name: &str) -> Vec<i64> {
     let Known::Service { instances, .. } = &model.services[name].known else { return Vec::new() };
     let serving = instances.iter().filter(|instance| instance.standing.serves());
-    let mut ports: Vec<i64> = serving.map(|instance| i64::from(instance.port)).collect();
+    let mut ports: Vec<i64> = serving.map(|instance| instance.port).collect();
     ports.sort_unstable();
     ports
 }

@@ -22,6 +22,7 @@ use super::schedule::{Job, Rules, Schedule, Turn};
 use super::token::TokenWatch;
 use super::tracker::Tracker;
 use super::{Settings, Timing};
+use crate::catalog::cache::suspended;
 use crate::catalog::demand::{Lookup, Wish, Wishes};
 use crate::catalog::host::Own;
 use crate::catalog::memory::Memory;
@@ -101,6 +102,8 @@ pub struct Supervisor {
     give_up_at: Option<Instant>,
     heard_at: Option<Instant>,
     last_answer: Option<Instant>,
+    /// How long the machine has been suspended, when that was last noticed.
+    suspended: Duration,
     token: TokenWatch,
     tidied: Instant,
     saved: Instant,
@@ -159,6 +162,7 @@ impl Supervisor {
             give_up_at: None,
             heard_at: None,
             last_answer: None,
+            suspended: suspended(),
             token: TokenWatch::start(settings.consul.token.as_ref(), settings.timing.token),
             tidied: now,
             saved,
@@ -310,7 +314,21 @@ impl Supervisor {
         at.into_iter().min().unwrap_or(self.tidied)
     }
 
+    /// Makes what was heard before the machine was suspended older by that.
+    fn wake_up(&mut self) {
+        let suspended = suspended();
+        let asleep = suspended.saturating_sub(self.suspended);
+        // The two clocks aren't read at the same moment.
+        if asleep > Duration::from_secs(1) {
+            self.suspended = suspended;
+            self.model.slept(asleep);
+            self.last_answer = self.last_answer.map(|at| at.checked_sub(asleep).unwrap_or(at));
+        }
+    }
+
     fn take(&mut self, ended: Result<(task::Id, Asked), JoinError>) {
+        // Before its answer counts as one of now.
+        self.wake_up();
         let now = Instant::now();
         let (id, asked) = match ended {
             Ok((id, asked)) => (id, Some(asked)),
