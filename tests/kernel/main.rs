@@ -29,6 +29,8 @@ mod trust;
 mod udp;
 mod verifier;
 
+use std::sync::Mutex;
+
 use libtest_mimic::{Arguments, Completion, Trial};
 
 /// A kernel's version: major and minor.
@@ -243,6 +245,14 @@ const TRIALS: &[KernelTrial] = &[
     since((5, 10), "a_probe_needs_no_locked_memory", verifier::a_probe_needs_no_locked_memory),
 ];
 
+/// Why the trial that runs can't be played here.
+static SKIPPED: Mutex<Option<&'static str>> = Mutex::new(None);
+
+/// Has the trial that calls this and returns counted as skipped, for the reason.
+fn skip(reason: &'static str) {
+    *SKIPPED.lock().unwrap() = Some(reason);
+}
+
 fn main() -> std::process::ExitCode {
     if let Some(address) = dialler::asked_for() {
         return dialler::run(address);
@@ -270,6 +280,9 @@ fn main() -> std::process::ExitCode {
                 return Ok(Completion::ignored_with(format!("needs kernel {major}.{minor}")));
             }
             (trial.run)();
+            if let Some(reason) = SKIPPED.lock().unwrap().take() {
+                return Ok(Completion::ignored_with(reason));
+            }
             Ok(Completion::Completed)
         })
         .with_kind("kernel")

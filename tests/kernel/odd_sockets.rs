@@ -58,13 +58,15 @@ pub fn fast_open() {
 }
 
 /// A socket of MPTCP is made of sockets that the kernel makes.
+const NO_MPTCP: &str = "this kernel was built without MPTCP";
+
 pub fn mptcp() {
     let server = Server::start(b'a');
     let mut bed = Bed::new();
     bed.apply(vec![service("web", VIP, &[(server.address, 1)])]);
     for way in ways(VIP, 80) {
         let socket = match socket(family(way), SocketType::STREAM, Some(ipproto::MPTCP)) {
-            Err(Errno::PROTONOSUPPORT | Errno::NOPROTOOPT) => return, // this kernel was built without
+            Err(Errno::PROTONOSUPPORT | Errno::NOPROTOOPT) => return crate::skip(NO_MPTCP),
             socket => socket.unwrap(),
         };
         rustix::net::connect(&socket, &way).unwrap_or_else(|error| panic!("{way}: {error}"));
@@ -85,7 +87,7 @@ pub fn mptcp_again() {
     bed.apply(vec![service("web", VIP, &[(dead.into(), 1)])]);
     for way in ways(VIP, 80) {
         let socket = match socket(family(way), SocketType::STREAM, Some(ipproto::MPTCP)) {
-            Err(Errno::PROTONOSUPPORT | Errno::NOPROTOOPT) => return,
+            Err(Errno::PROTONOSUPPORT | Errno::NOPROTOOPT) => return crate::skip(NO_MPTCP),
             socket => socket.unwrap(),
         };
         assert_eq!(rustix::net::connect(&socket, &way), Err(Errno::CONNREFUSED));
