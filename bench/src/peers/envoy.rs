@@ -21,7 +21,11 @@ pub fn version() -> Result<String> {
     command.arg("--version");
     let said = run::stdout(command)?;
     // `envoy  version: COMMIT/1.40.0/Clean/RELEASE/BoringSSL`
-    let version = said.trim().split('/').nth(1).context("envoy tells no version")?;
+    let version = said
+        .split("version:")
+        .nth(1)
+        .and_then(|build| build.split('/').nth(1))
+        .context("envoy tells no version")?;
     Ok(format!("Envoy {version}"))
 }
 
