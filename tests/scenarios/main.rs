@@ -13,6 +13,7 @@ mod clients_by_name;
 mod cluster;
 mod consul_killed_and_restarted;
 mod container_namespace;
+mod crash_loop;
 mod critical_backend_leaves;
 mod curl_by_name;
 mod detached_by_hand;
@@ -74,6 +75,7 @@ const STORIES: &[(&str, Story)] = &[
     ("consul_as_resolver", resolvers::consul),
     ("consul_killed_and_restarted", consul_killed_and_restarted::story),
     ("container_namespace", container_namespace::story),
+    ("crash_loop", crash_loop::story),
     ("critical_backend_leaves", critical_backend_leaves::story),
     ("curl_by_name", curl_by_name::story),
     ("detached_by_hand", detached_by_hand::story),
