@@ -45,8 +45,9 @@ pub enum ScopeError {
     /// The root is visible from inside a cgroup namespace, by a mount from outside.
     #[error(
         "this process is in a cgroup namespace of its own, and {} shows the whole cgroup v2 hierarchy \
-         all the same; to serve the whole node there, say --cgroup {}, or name the part that is \
-         meant", .mount.display(), .mount.display()
+         all the same; start it in the host's (docker run --cgroupns=host, in Nomad's docker driver \
+         cgroupns = \"host\"), or name what is to be served: --cgroup {} for the whole node",
+        .mount.display(), .mount.display()
     )]
     FromOutside {
         /// The mount.
@@ -362,7 +363,7 @@ mod tests {
             (mount("/"), false, false, "/a shows only a part"),
             (mount("/x"), false, false, "cgroup namespace of its own, and the node's"),
             (mount("/x"), false, true, "it is a bind mount of /x"),
-            (mount("/.."), true, false, "shows the whole cgroup v2 hierarchy all the same; to"),
+            (mount("/.."), true, false, "shows the whole cgroup v2 hierarchy all the same; start"),
             (mount("/../.."), true, false, "--cgroup /a"),
         ];
         for (mount, is_at_root, is_initial, expected) in rows {
