@@ -20,9 +20,11 @@ pub fn nohop_connect6(ctx: SockAddrContext) -> i32 {
         Ok(()) => PROCEED,
         Err(Refused) => context::refuse(|| {
             // Nothing can listen on port 0. A UDP socket that sends there by IPv4's form gets EINVAL
-            // instead, and a TCP one may have no route to IPv6.
-            let by_ipv4 =
-                context::address6(&ctx).to_v4().is_some() && context::protocol(&ctx) == IPPROTO_TCP;
+            // instead, and a TCP one may have no route to IPv6, or by its source no way there
+            // (ip6_dst_lookup_tail(): EAFNOSUPPORT).
+            let is_ipv4 = |address: Address| address.to_v4().is_some();
+            let by_ipv4 = context::protocol(&ctx) == IPPROTO_TCP
+                && (is_ipv4(context::address6(&ctx)) || is_ipv4(context::source6(&ctx)));
             let loopback = if by_ipv4 { Address::v4([127, 0, 0, 1]) } else { LOOPBACK6 };
             context::set6(&ctx, loopback, 0);
             PROCEED

@@ -255,7 +255,13 @@ pub fn sockets_bound_to_a_family_stay_in_it() {
                     }
                 } else {
                     let error = bound.dial(how, by_ipv6).expect_err(&what);
-                    assert_eq!(error.kind(), ErrorKind::ConnectionRefused, "{what}: {error}");
+                    // Before 6.1 a program can't name the error, and no address is both within
+                    // reach of a UDP socket with an IPv4 source and refused by its kernel.
+                    let is_named = how == Use::Tcp
+                        || !matches!(bound, Bound::Mapped)
+                        || crate::running_kernel() >= (6, 1);
+                    let is_refused = error.kind() == ErrorKind::ConnectionRefused;
+                    assert!(is_refused || !is_named, "{what}: {error}");
                     n_refused += u64::from(how == Use::Tcp);
                 }
                 let counted = bed.plane.counters().service(service);

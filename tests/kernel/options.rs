@@ -349,11 +349,12 @@ pub fn have_the_same_outcome() {
     let mut n_compared = 0;
     let mut unanswered = Vec::new();
     for row in ROWS {
-        let mut n_answered = 0;
+        let (mut n_made, mut n_answered) = (0, 0);
         for (way, kind) in
             row.ways.iter().flat_map(|way| row.kinds.iter().map(move |kind| (*way, *kind)))
         {
             let direct = play(row, way, kind, servers.direct(way));
+            n_made += usize::from(make(row, way, kind).is_ok());
             n_answered += usize::from(direct.answer.is_ok());
             let vip = match way {
                 Way::Ipv6 => SocketAddr::from((VIP6, 80)),
@@ -384,7 +385,8 @@ pub fn have_the_same_outcome() {
                 }
             }
         }
-        if n_answered == 0 {
+        // A kernel that was built without the protocol makes no such socket.
+        if n_made > 0 && n_answered == 0 {
             unanswered.push(row.name);
         }
     }
