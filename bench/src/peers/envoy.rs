@@ -16,6 +16,10 @@ use super::{
 };
 use crate::node::Node;
 
+/// The file beside its configuration from which [`serve_eds`] has Envoy learn its endpoints. It reads it
+/// again when another one is renamed over it.
+pub const ENDPOINTS: &str = "envoy-endpoints.yaml";
+
 pub fn version() -> Result<String> {
     let mut command = std::process::Command::new(run::installed("envoy")?);
     command.arg("--version");
@@ -30,12 +34,38 @@ pub fn version() -> Result<String> {
 }
 
 pub fn start(node: &Node, services: &Services) -> Result<Running> {
+    let Served { process, addresses, files } =
+        serve(node, services, "envoy.yaml", Scratch::new("envoy")?)?;
+    Ok(Running::new(addresses, vec![Guard::Process(process), Guard::Files(files)]))
+}
+
+/// An Envoy that serves as one hop.
+pub struct Served {
+    /// It.
+    pub process: Process,
+    /// Where it listens for the services, in their order.
+    pub addresses: Vec<SocketAddrV4>,
+    /// Where its configuration is.
+    pub files: Scratch,
+}
+
+/// Starts it on a node with the endpoints in [`ENDPOINTS`], which are these services' backends at first,
+/// and waits until it serves.
+///
+/// # Errors
+/// When it doesn't in time.
+pub fn serve_eds(node: &Node, services: &Services) -> Result<Served> {
     let files = Scratch::new("envoy")?;
+    render(ENDPOINTS, services, frontend, files.path())?;
+    serve(node, services, "envoy-eds.yaml", files)
+}
+
+fn serve(node: &Node, services: &Services, file: &str, files: Scratch) -> Result<Served> {
     add_frontends(node)?;
-    let config = render("envoy.yaml", services, frontend, files.path())?;
+    let config = render(file, services, frontend, files.path())?;
     let process = spawn("envoy", node.hop_place(), &config)?;
     let addresses = await_frontends(node, &process, services)?;
-    Ok(Running::new(addresses, vec![Guard::Process(process), Guard::Files(files)]))
+    Ok(Served { process, addresses, files })
 }
 
 /// Both sidecars count as what stands between, wherever they run.
@@ -71,7 +101,7 @@ fn await_frontends(
 ) -> Result<Vec<SocketAddrV4>> {
     let addresses: Vec<_> = (0..services.services.len()).map(frontend).collect();
     let last = *addresses.last().context("no services")?;
-    await_bound(node.hop_place(), process, Protocol::Tcp, last)?;
+    await_bound(node.hop_place(), process, services.protocol, last)?;
     Ok(addresses)
 }
 

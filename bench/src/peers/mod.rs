@@ -23,6 +23,9 @@ use lb_tests::scratch::Scratch;
 use crate::node::Node;
 use crate::report::Contender;
 
+pub use envoy::{
+    ENDPOINTS as ENVOY_ENDPOINTS, Served as ServedByEnvoy, serve_eds as serve_envoy_eds,
+};
 pub use haproxy::{
     Haproxy, NOTIFY as HAPROXY_NOTIFY, Served as ServedByHaproxy, serve as serve_haproxy,
 };
@@ -115,6 +118,8 @@ pub const NOHOP: &str = "nohop";
 pub const HAPROXY_TCP: &str = "HAProxy tcp";
 /// HAProxy, which understands HTTP.
 pub const HAPROXY_HTTP: &str = "HAProxy http";
+/// Envoy, as one hop.
+pub const ENVOY: &str = "Envoy";
 /// nginx's stream module.
 pub const NGINX: &str = "nginx stream";
 /// Destination NAT by nftables.
@@ -164,9 +169,9 @@ pub const PEERS: [Peer; 10] = [
         start: nginx::start,
     },
     Peer {
-        name: "Envoy",
+        name: ENVOY,
         config: "bench/peers/envoy.yaml",
-        protocols: &[Protocol::Tcp, Protocol::Http],
+        protocols: &[Protocol::Tcp, Protocol::Http, Protocol::Udp],
         version: envoy::version,
         start: envoy::start,
     },

@@ -10,10 +10,12 @@ use minijinja::{Environment, UndefinedBehavior, Value, context};
 use super::{Protocol, Services, n_workers};
 
 /// The files, which are compiled in so that a built harness needs no checkout.
-const FILES: [(&str, &str); 16] = [
+const FILES: [(&str, &str); 18] = [
     ("backend.conf", include_str!("../../peers/backend.conf")),
     ("dnsmasq.conf", include_str!("../../peers/dnsmasq.conf")),
     ("envoy-client.yaml", include_str!("../../peers/envoy-client.yaml")),
+    ("envoy-eds.yaml", include_str!("../../peers/envoy-eds.yaml")),
+    ("envoy-endpoints.yaml", include_str!("../../peers/envoy-endpoints.yaml")),
     ("envoy-server.yaml", include_str!("../../peers/envoy-server.yaml")),
     ("envoy.yaml", include_str!("../../peers/envoy.yaml")),
     ("haproxy-http.cfg", include_str!("../../peers/haproxy-http.cfg")),

@@ -1,5 +1,5 @@
-//! The programs that tell HAProxy what Consul knows: by its configuration and a reload, and by its
-//! Runtime API. Both wait on the same blocking query.
+//! The programs that bring Consul's instances to HAProxy, by its configuration and a reload or by its
+//! Runtime API, and to Envoy, by a file of endpoints. All wait on the same blocking query.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::io::{Read, Write};
@@ -13,7 +13,7 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use super::SERVICE;
 use super::blocking::{Blocking, Instances};
-use crate::peers::{HAPROXY_NOTIFY, Protocol, Services, frontend, rendered};
+use crate::peers::{ENVOY_ENDPOINTS, HAPROXY_NOTIFY, Protocol, Services, frontend, rendered};
 
 /// The slots that `bench/peers/haproxy-runtime.cfg` declares.
 const N_SLOTS: usize = 40;
@@ -21,10 +21,11 @@ const N_SLOTS: usize = 40;
 /// How long HAProxy may take to answer.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// The program `follow reload DIR MASTER_PID` or `follow runtime SOCKET`; it runs until it is ended.
+/// The program `follow reload DIR MASTER_PID`, `follow runtime SOCKET` or `follow eds DIR`; it runs until
+/// it is ended.
 ///
 /// # Errors
-/// When Consul or HAProxy fails it.
+/// When Consul or HAProxy fails it, or `DIR` can't be written to.
 pub fn program(arguments: &[&str]) -> Result<()> {
     match arguments[..] {
         ["reload", dir, master] => {
@@ -32,7 +33,8 @@ pub fn program(arguments: &[&str]) -> Result<()> {
             reload(Path::new(dir), master)
         }
         ["runtime", socket] => runtime(Path::new(socket)),
-        _ => bail!("usage: follow reload DIR MASTER_PID | follow runtime SOCKET"),
+        ["eds", dir] => eds(Path::new(dir)),
+        _ => bail!("usage: follow reload DIR MASTER_PID | follow runtime SOCKET | follow eds DIR"),
     }
 }
 
@@ -48,7 +50,7 @@ fn reload(dir: &Path, master: Pid) -> Result<()> {
         if rendered.as_ref() == Some(&instances) {
             continue;
         }
-        write_config(dir, &instances)?;
+        replace(dir, super::RELOAD_CONFIG, &instances)?;
         kill_process(master, Signal::USR2).context("signal HAProxy's master")?;
         for state in ["RELOADING=1", "READY=1"] {
             await_state(&told, state)?;
@@ -69,13 +71,27 @@ fn await_state(told: &UnixDatagram, state: &str) -> Result<()> {
     }
 }
 
-/// Replaces the file in one step: HAProxy may be reading it.
-fn write_config(dir: &Path, instances: &Instances) -> Result<()> {
+/// Replaces the file of endpoints, which Envoy watches. Where renames come faster than Envoy reads, it
+/// reads the newest, so there is nothing to wait for.
+fn eds(dir: &Path) -> Result<()> {
+    let mut blocking = Blocking::new(SERVICE)?;
+    let mut rendered = None;
+    loop {
+        let instances = blocking.next()?;
+        if rendered.as_ref() != Some(&instances) {
+            replace(dir, ENVOY_ENDPOINTS, &instances)?;
+            rendered = Some(instances);
+        }
+    }
+}
+
+/// Replaces a file of `bench/peers` in one step: the proxy may be reading it.
+fn replace(dir: &Path, file: &str, instances: &Instances) -> Result<()> {
     let mut services = Services::one(Protocol::Tcp, instances.values().copied().collect());
     services.services[0].name = SERVICE.into();
-    let text = rendered(super::RELOAD_CONFIG, &services, frontend, dir)?;
-    let (fresh, file) = (dir.join("fresh"), dir.join(super::RELOAD_CONFIG));
-    std::fs::write(&fresh, text).and_then(|()| std::fs::rename(&fresh, &file))?;
+    let text = rendered(file, &services, frontend, dir)?;
+    let fresh = dir.join("fresh");
+    std::fs::write(&fresh, text).and_then(|()| std::fs::rename(&fresh, dir.join(file)))?;
     Ok(())
 }
 
@@ -187,5 +203,15 @@ mod tests {
             let text = rendered(file, &services, frontend, Path::new("/tmp")).expect(file);
             assert!(text.contains(&format!("server-template s 1-{N_SLOTS} ")), "{text}");
         }
+    }
+
+    #[test]
+    fn envoy_watches_the_file_that_is_replaced() {
+        let services = Services::one(Protocol::Tcp, vec![]);
+        let dir = Path::new("/tmp/x");
+        let text = rendered("envoy-eds.yaml", &services, frontend, dir).expect("filled in");
+        let watched =
+            format!("path_config_source: {{ path: {}/{ENVOY_ENDPOINTS} }}", dir.display());
+        assert!(text.contains(&watched), "{text}");
     }
 }

@@ -16,7 +16,7 @@ use anyhow::{Context, Result, ensure};
 
 use crate::draft::{Demand, Draft, Quantity};
 use crate::node::{Layout, Node};
-use crate::peers::{HAPROXY_HTTP, HAPROXY_TCP, NOHOP, PEERS, Protocol};
+use crate::peers::{ENVOY, HAPROXY_HTTP, HAPROXY_TCP, NOHOP, PEERS, Protocol};
 use crate::progress::Progress;
 use crate::report::{Better, Contender};
 use crate::stats::{Spread, quantile};
@@ -33,13 +33,15 @@ const RELOAD_CONFIG: &str = "haproxy-reload.cfg";
 const SRV: &str = "HAProxy SRV";
 const RELOAD: &str = "HAProxy reload";
 const RUNTIME: &str = "HAProxy runtime";
+const EDS: &str = "Envoy EDS";
 
 /// Who learns of changes in which way. The last two take part in the shares alone.
-const ALL: [(&str, Kind, &str); 6] = [
+const ALL: [(&str, Kind, &str); 7] = [
     (NOHOP, Kind::Nohop, ""),
     (SRV, Kind::Srv, "bench/peers/haproxy-srv.cfg"),
     (RELOAD, Kind::Reload, "bench/peers/haproxy-reload.cfg"),
     (RUNTIME, Kind::Runtime(Protocol::Tcp), "bench/peers/haproxy-runtime.cfg"),
+    (EDS, Kind::Eds, "bench/peers/envoy-eds.yaml"),
     (HAPROXY_TCP, Kind::Runtime(Protocol::Tcp), "bench/peers/haproxy-runtime.cfg"),
     (HAPROXY_HTTP, Kind::Runtime(Protocol::Http), "bench/peers/haproxy-runtime.cfg"),
 ];
@@ -135,10 +137,10 @@ pub fn helper(arguments: &[String]) -> Option<Result<()>> {
 pub fn run(is_quick: bool) -> Result<Draft> {
     let plan = if is_quick { QUICK } else { FULL };
     let title = "change: from Consul's word to the dials that go by it, beside HAProxy by SRV records, \
-                 by a reload and by its Runtime API";
+                 by a reload and by its Runtime API, and Envoy by EDS from a file";
     let mut draft = Draft::new(title, plan.n_rounds);
     draft.contenders = ALL.iter().map(contender).collect();
-    let mut progress = Progress::new("change", plan.n_rounds * (4 + 4 + 3));
+    let mut progress = Progress::new("change", plan.n_rounds * (5 + 5 + 3));
     progress.preparing("a Consul for each contender");
     let mut sites = start(&mut draft)?;
     let deploy_condition = format!(
@@ -199,7 +201,11 @@ pub fn run(is_quick: bool) -> Result<Draft> {
 
 /// As a report lists it: HAProxy is the same one each time.
 fn contender(&(name, kind, config): &(&str, Kind, &str)) -> Contender {
-    let program = if kind == Kind::Nohop { NOHOP } else { HAPROXY_TCP };
+    let program = match kind {
+        Kind::Nohop => NOHOP,
+        Kind::Srv | Kind::Reload | Kind::Runtime(_) => HAPROXY_TCP,
+        Kind::Eds => ENVOY,
+    };
     let peer = PEERS.iter().find(|peer| peer.name == program).map(|peer| peer.contender());
     let (version, absent) = match peer {
         Some(peer) => (peer.version, peer.absent),
@@ -325,12 +331,16 @@ fn explain(draft: &mut Draft) {
     draft.note(format!(
         "Single changes of one service are {} ms apart at least. nohop's watch of a service asks Consul \
          twice at once and then every 250 ms, so of changes that come faster, as in the rolling deploy, \
-         it applies several together; HAProxy's followers here have no such limit.",
+         it applies several together; the followers of HAProxy and Envoy here have no such limit.",
         single::LIFE.as_millis()
     ));
     draft.note(
         "Instances are registered with the agent, which is also the server (`consul agent -dev`), with a \
          TTL check that passes. HAProxy asks Consul's DNS once a second (`timeout resolve`, `hold valid`).",
+    );
+    draft.note(
+        "Envoy EDS reads its endpoints from a file, which a follower renames into place; a control plane \
+         that streams them to it, as Consul's mesh does for sidecars, is not measured.",
     );
     draft.note(format!(
         "{HAPROXY_TCP} and {HAPROXY_HTTP} are driven by the Runtime API. HAProxy's configurations say \

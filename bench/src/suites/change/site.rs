@@ -18,7 +18,9 @@ use serde_json::json;
 use super::instances::{Crew, Member};
 use super::{RELOAD_CONFIG, SERVICE};
 use crate::node::Node;
-use crate::peers::{Guard, Protocol, ServedByHaproxy, Services, serve_haproxy};
+use crate::peers::{
+    Guard, Protocol, ServedByEnvoy, ServedByHaproxy, Services, serve_envoy_eds, serve_haproxy,
+};
 use crate::tools;
 
 /// How long a change may take until dials show it.
@@ -35,6 +37,8 @@ pub enum Kind {
     Reload,
     /// HAProxy, whose slots a follower fills.
     Runtime(Protocol),
+    /// Envoy, which reads a file of endpoints that a follower writes.
+    Eds,
 }
 
 /// A contender on its node. Dropped in this order.
@@ -127,37 +131,13 @@ fn register(scratch: &Scratch, member: &Member) -> Result<()> {
 impl Kind {
     /// Starts the contender: where it is dialled, and what is kept as long as it runs.
     fn start(self, node: &Node) -> Result<(SocketAddrV4, Vec<Guard>)> {
-        let (file, protocol) = match self {
-            Kind::Nohop => return start_nohop(node),
-            Kind::Srv => ("haproxy-srv.cfg", Protocol::Tcp),
-            Kind::Reload => (RELOAD_CONFIG, Protocol::Tcp),
-            Kind::Runtime(protocol) => ("haproxy-runtime.cfg", protocol),
-        };
-        let mode = if self == Kind::Reload { "-Ws" } else { "-W" };
-        let services = Services::one(protocol, vec![]);
-        let ServedByHaproxy { haproxy, addresses, files } =
-            serve_haproxy(node, &services, file, mode)?;
-        let api = files.path().join("haproxy.sock");
-        await_worker(&api)?;
-        let dir = files.path().display().to_string();
-        let words = match self {
-            Kind::Nohop | Kind::Srv => None,
-            Kind::Reload => {
-                let master = haproxy.process.pid().as_raw_nonzero().to_string();
-                Some(vec!["follow".to_owned(), "reload".to_owned(), dir, master])
-            }
-            Kind::Runtime(_) => {
-                Some(vec!["follow".to_owned(), "runtime".to_owned(), api.display().to_string()])
-            }
-        };
-        let mut guards = Vec::new();
-        if let Some(words) = words {
-            let mut command = node.hop_place().command(std::env::current_exe()?);
-            command.args(words);
-            guards.push(Guard::Process(Process::spawn("follower", command)?));
+        match self {
+            Kind::Nohop => start_nohop(node),
+            Kind::Srv => start_haproxy(node, "haproxy-srv.cfg", Protocol::Tcp, self),
+            Kind::Reload => start_haproxy(node, RELOAD_CONFIG, Protocol::Tcp, self),
+            Kind::Runtime(protocol) => start_haproxy(node, "haproxy-runtime.cfg", protocol, self),
+            Kind::Eds => start_envoy(node),
         }
-        guards.extend([Guard::Process(haproxy.process), Guard::Files(files)]);
-        Ok((addresses[0], guards))
     }
 }
 
@@ -169,6 +149,44 @@ fn start_nohop(node: &Node) -> Result<(SocketAddrV4, Vec<Guard>)> {
     let vip = lb_tests::nohop::service(&services, SERVICE).and_then(|s| s["vip"].as_str());
     let vip = vip.context("nohop has no VIP for the service")?.parse()?;
     Ok((SocketAddrV4::new(vip, 80), vec![Guard::Nohop(Box::new(nohop))]))
+}
+
+fn start_haproxy(
+    node: &Node,
+    file: &str,
+    protocol: Protocol,
+    kind: Kind,
+) -> Result<(SocketAddrV4, Vec<Guard>)> {
+    let mode = if kind == Kind::Reload { "-Ws" } else { "-W" };
+    let services = Services::one(protocol, vec![]);
+    let ServedByHaproxy { haproxy, addresses, files } = serve_haproxy(node, &services, file, mode)?;
+    let api = files.path().join("haproxy.sock");
+    await_worker(&api)?;
+    let mut guards = Vec::new();
+    match kind {
+        Kind::Reload => {
+            let master = haproxy.process.pid().as_raw_nonzero().to_string();
+            guards.push(follow(node, &["reload".as_ref(), files.path(), master.as_ref()])?);
+        }
+        Kind::Runtime(_) => guards.push(follow(node, &["runtime".as_ref(), &api])?),
+        Kind::Nohop | Kind::Srv | Kind::Eds => {}
+    }
+    guards.extend([Guard::Process(haproxy.process), Guard::Files(files)]);
+    Ok((addresses[0], guards))
+}
+
+fn start_envoy(node: &Node) -> Result<(SocketAddrV4, Vec<Guard>)> {
+    let services = Services::one(Protocol::Tcp, vec![]);
+    let ServedByEnvoy { process, addresses, files } = serve_envoy_eds(node, &services)?;
+    let follower = follow(node, &["eds".as_ref(), files.path()])?;
+    Ok((addresses[0], vec![follower, Guard::Process(process), Guard::Files(files)]))
+}
+
+/// Starts a follower beside what it drives.
+fn follow(node: &Node, arguments: &[&Path]) -> Result<Guard> {
+    let mut command = node.hop_place().command(std::env::current_exe()?);
+    command.arg("follow").args(arguments);
+    Ok(Guard::Process(Process::spawn("follower", command)?))
 }
 
 /// Waits until HAProxy's worker answers: from then on its master knows the signal to reload.
