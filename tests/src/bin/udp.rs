@@ -80,6 +80,7 @@ fn ask(dialled: SocketAddr, is_connected: bool, n_sockets: usize) -> io::Result<
                 Ok(name) => drop(answered_by.insert(name)),
                 Err(error) if asker.is_told(&error)? => {
                     asker.n_told += 1;
+                    asker.discard_queued()?;
                     asker.socket.connect(dialled)?;
                 }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => counts.n_lost += 1,
@@ -110,6 +111,14 @@ impl Asker {
         let reason = self.socket.take_error()?;
         let mut reasons = reason.iter().chain([error]);
         Ok(reasons.any(|error| error.kind() == ErrorKind::ConnectionAborted))
+    }
+
+    /// Discards what came before the backend left: once the socket is connected again, it would be
+    /// shown as its sender's, not as the VIP's.
+    fn discard_queued(&self) -> io::Result<()> {
+        self.socket.set_nonblocking(true)?;
+        while self.socket.recv(&mut [0; 1024]).is_ok() {}
+        self.socket.set_nonblocking(false)
     }
 
     /// Asks once, and returns the name of who answered.
