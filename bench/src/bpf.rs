@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use lb_tests::cgroup::Cgroup;
-use lb_tests::run;
-use lb_tests::undo::Undo;
+use lb_tests::cmd;
+use lb_tests::cleanup::Undo;
 use serde_json::Value;
 
 /// The attach types of hooks, as bpftool names them.
@@ -77,7 +77,7 @@ pub fn maps_mb(pins: &Path) -> Result<f64> {
 }
 
 fn bpftool(words: &str) -> Result<Value> {
-    let said = run::words("bpftool", &format!("--json {words}"))?;
+    let said = cmd::words("bpftool", &format!("--json {words}"))?;
     serde_json::from_str(&said).with_context(|| format!("bpftool {words}: {said}"))
 }
 

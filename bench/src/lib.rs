@@ -3,11 +3,11 @@
 
 mod bpf;
 pub mod compare;
-pub mod draft;
+pub mod report_builder;
 pub mod machine;
 pub mod markdown;
 pub mod node;
-pub mod number;
+pub mod format;
 pub mod peers;
 pub mod progress;
 pub mod random;
@@ -15,9 +15,9 @@ pub mod report;
 pub mod stats;
 pub mod suites;
 pub mod svg;
-pub mod terminal;
-pub mod tools;
-pub mod write;
+pub mod console;
+pub mod generators;
+pub mod output;
 
 #[cfg(test)]
 mod sample;

@@ -15,8 +15,8 @@ use lb_bench::peers::Conntrack;
 use lb_bench::progress::duration;
 use lb_bench::report::{Goal, Report};
 use lb_bench::suites::{SUITES, Suite, check};
-use lb_bench::{random, terminal, write};
-use lb_tests::{process, run, undo};
+use lb_bench::{random, console, output};
+use lb_tests::{process, cmd, cleanup};
 
 /// nohop side by side with everything that it replaces.
 #[derive(Parser)]
@@ -131,7 +131,7 @@ fn run_compare(options: &Options) -> Result<ExitCode> {
     const PROGRAMS: [&str; 5] = ["bpftool", "dig", "dnsmasq", "dnsperf", "taskset"];
     preflight::check(PROGRAMS, &options.out)?;
     preflight::is_idle(true)?;
-    undo::on_signals().context("handle signals")?;
+    cleanup::on_signals().context("handle signals")?;
     compare::run(options)
 }
 
@@ -144,7 +144,7 @@ fn run_all(arguments: &Arguments) -> Result<ExitCode> {
     if let Some(seed) = arguments.seed {
         random::choose_run_seed(seed);
     }
-    undo::on_signals().context("handle signals")?;
+    cleanup::on_signals().context("handle signals")?;
     let _conntrack = Conntrack::enlarge()?;
     let machine = Machine::look();
     let start = Instant::now();
@@ -184,7 +184,7 @@ fn run_one(suite: &Suite, is_quick: bool, out: &Path, machine: &Machine) -> Resu
     let report = Report {
         suite: suite.name.into(),
         title: draft.title,
-        date: run::words("date", "+%F")?.trim().to_owned(),
+        date: cmd::words("date", "+%F")?.trim().to_owned(),
         is_quick,
         n_rounds: draft.n_rounds,
         seed: draft.seed,
@@ -195,8 +195,8 @@ fn run_one(suite: &Suite, is_quick: bool, out: &Path, machine: &Machine) -> Resu
         goals: draft.goals,
         notes: draft.notes,
     };
-    print!("{}", terminal::render(&report));
-    for path in write::write(&report, out)? {
+    print!("{}", console::render(&report));
+    for path in output::write(&report, out)? {
         println!("{}", path.display());
     }
     Ok(report.goals)

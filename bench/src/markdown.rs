@@ -1,6 +1,6 @@
 //! A report as Markdown, which reads well raw, too.
 
-use crate::number::{self, NONE};
+use crate::format::{self, NONE};
 use crate::report::{Contender, Figure, Goal, Outcome, Report, Sheet};
 
 /// Where the text finds what it links to.
@@ -93,7 +93,7 @@ fn figures(sheet: &Sheet, links: &Links) -> String {
     rows[0].extend(sheet.contenders.iter().map(|name| inline(name)));
     for figure in &sheet.figures {
         let mut row = vec![inline(&condition(sheet, figure))];
-        let cells = sheet.contenders.iter().map(|name| number::cell(figure.row(name), sheet.unit));
+        let cells = sheet.contenders.iter().map(|name| format::cell(figure.row(name), sheet.unit));
         row.extend(cells);
         rows.push(row);
     }
@@ -109,7 +109,7 @@ fn figures(sheet: &Sheet, links: &Links) -> String {
 fn condition(sheet: &Sheet, figure: &Figure) -> String {
     match &figure.point {
         Some(point) if sheet.axis.is_some() && figure.condition.is_empty() => {
-            number::count(point.value)
+            format::count(point.value)
         }
         _ => figure.label(),
     }

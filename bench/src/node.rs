@@ -197,7 +197,7 @@ fn set_all(place: Place<'_>) -> Result<()> {
         SETTINGS.iter().map(|(key, value)| format!("echo '{value}' > /proc/sys/{key}")).collect();
     let mut sh = place.command("sh");
     sh.args(["-ec", &script.join("\n")]);
-    lb_tests::run::stdout(sh).map(drop).context("set up a node's network")
+    lb_tests::cmd::stdout(sh).map(drop).context("set up a node's network")
 }
 
 #[cfg(test)]

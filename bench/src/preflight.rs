@@ -6,7 +6,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use lb_tests::run;
+use lb_tests::cmd;
 
 /// The programs of this build, which have to lie beside the harness.
 const BUILT: [&str; 3] = ["nohop", "nohop-load", "helloworld"];
@@ -30,7 +30,7 @@ pub fn check(programs: impl IntoIterator<Item = &'static str>, out: &Path) -> Re
          figure would measure that; use a machine with two or more, or a wider `taskset`"
     );
     for program in BUILT {
-        run::built(program)?;
+        cmd::built(program)?;
     }
     let mut programs: Vec<&str> = SYSTEM.into_iter().chain(programs).collect();
     programs.sort_unstable();

@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use crate::machine::Machine;
-use crate::number;
+use crate::format;
 use crate::stats::{self, Interval, Spread};
 
 /// All that one run of a suite found.
@@ -151,7 +151,7 @@ impl Figure {
     pub fn label(&self) -> String {
         match &self.point {
             Some(point) if self.condition.is_empty() => {
-                format!("{} {}", number::count(point.value), point.axis)
+                format!("{} {}", format::count(point.value), point.axis)
             }
             _ => self.condition.clone(),
         }

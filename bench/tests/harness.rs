@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use lb_tests::process::Process;
-use lb_tests::scratch::Scratch;
-use lb_tests::{process, run, undo};
+use lb_tests::tempdir::Scratch;
+use lb_tests::{process, cmd, cleanup};
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use rustix::process::Signal;
 use serde_json::Value;
@@ -40,7 +40,7 @@ fn main() -> ExitCode {
     if !is_root {
         eprintln!("The harness's tests are ignored: needs root: run `cargo xtask test`");
     }
-    if let Err(error) = undo::on_signals() {
+    if let Err(error) = cleanup::on_signals() {
         eprintln!("Can't handle signals: {error}");
         return ExitCode::FAILURE;
     }
@@ -53,7 +53,7 @@ fn main() -> ExitCode {
 fn tell(programs: &[&str], story: Story) -> Result<Completion, Failed> {
     let absent = programs.iter().find_map(|program| lb_bench::peers::find(program).err());
     if let Some(absent) = absent {
-        return run::skip(&absent.to_string());
+        return cmd::skip(&absent.to_string());
     }
     story().map_err(|error| Failed::from(format!("{error:?}\n{}", process::last_words())))?;
     Ok(Completion::Completed)
@@ -132,7 +132,7 @@ fn interrupted() -> Result<()> {
     // Whatever it started has its files below a folder of that name.
     let mut ps = Command::new("ps");
     ps.args(["-eo", "args"]);
-    let running = run::stdout(ps)?;
+    let running = cmd::stdout(ps)?;
     let left = running.lines().find(|line| line.contains(&mark));
     ensure!(left.is_none(), "left running: {left:?}");
     ensure!(!mounts.contains(&mark), "left mounted: {mounts}");
@@ -146,7 +146,7 @@ fn checks_itself() -> Result<()> {
     let scratch = Scratch::new("results")?;
     let mut command = Command::new(HARNESS);
     command.args(["check", "--quick", "--out"]).arg(scratch.path());
-    let Output { status, stdout, stderr } = run::output(command)?;
+    let Output { status, stdout, stderr } = cmd::output(command)?;
     let said = String::from_utf8_lossy(&[stdout, stderr].concat()).into_owned();
     let mut is_passed = false;
     let mut extensions = Vec::new();
@@ -179,7 +179,7 @@ fn compares_with_no_nohop() -> Result<()> {
     for (new, text) in [("/nonexistent", "find /nonexistent"), ("/bin/false", "isn't a nohop")] {
         let mut command = Command::new(HARNESS);
         let scratch = Scratch::new("results")?;
-        command.arg("compare").arg(run::built("nohop")?).arg(new);
+        command.arg("compare").arg(cmd::built("nohop")?).arg(new);
         command.arg("--out").arg(scratch.path());
         refuses(command, 1, &[text])?;
     }
@@ -190,7 +190,7 @@ fn compares_with_no_nohop() -> Result<()> {
 /// both passes.
 fn a_bigger_binary_is_worse() -> Result<()> {
     let scratch = Scratch::new("results")?;
-    let (nohop, bigger) = (run::built("nohop")?, scratch.path().join("bigger"));
+    let (nohop, bigger) = (cmd::built("nohop")?, scratch.path().join("bigger"));
     let script = format!(
         "#!/bin/sh\n[ \"$1\" != run ] || echo 'plane.max_backends = 262144' >> \"$3\"\nexec {} \"$@\"\n",
         nohop.display()

@@ -7,7 +7,7 @@ use lb_common::Address;
 use crate::context::{self, Endpoint, PROCEED, Refused};
 use crate::maps::Reach;
 use crate::translate::{Call, choose4, may_be_ours};
-use crate::{peers, voice};
+use crate::{revnat, log};
 
 /// Attached to BPF_CGROUP_INET4_CONNECT.
 #[cgroup_sock_addr(connect4)]
@@ -27,17 +27,17 @@ fn try_connect4(ctx: &SockAddrContext) -> Result<(), Refused> {
     let address = context::address4(ctx);
     let dialled = Endpoint { address: Address::v4(address), port: context::port(ctx) };
     if !may_be_ours(address) {
-        peers::forget(ctx, &dialled, || context::peer4(ctx));
+        revnat::forget(ctx, &dialled, || context::peer4(ctx));
         return Ok(());
     }
     let Some(choice) = choose4(ctx, address, Call::Connect, || Reach::Ipv4)? else {
-        peers::forget(ctx, &dialled, || context::peer4(ctx));
+        revnat::forget(ctx, &dialled, || context::peer4(ctx));
         return Ok(());
     };
     let Some(backend) = choice.backend.address.to_v4() else {
-        return Err(voice::inconsistent(ctx, choice.service));
+        return Err(log::inconsistent(ctx, choice.service));
     };
     context::set4(ctx, backend, choice.backend.port);
-    peers::remember(ctx, choice.peer(dialled), choice.socket, || context::peer4(ctx));
+    revnat::remember(ctx, choice.peer(dialled), choice.socket, || context::peer4(ctx));
     Ok(())
 }

@@ -7,8 +7,8 @@ use lb_common::{Address, IPPROTO_TCP};
 
 use crate::context::{self, Endpoint, PROCEED, Refused};
 use crate::maps::Reach;
-use crate::peers;
-use crate::settings;
+use crate::revnat;
+use crate::config;
 use crate::translate::{Call, choose4, choose6, may_be_ours};
 
 const LOOPBACK6: Address = Address { octets: [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1] };
@@ -39,17 +39,17 @@ fn try_connect6(ctx: &SockAddrContext) -> Result<(), Refused> {
         Some(address) if may_be_ours(address) => {
             choose4(ctx, address, Call::Connect, || reach_by_ipv4(ctx))?
         }
-        None if settings::in_pool6(&dialled.address) => {
+        None if config::in_pool6(&dialled.address) => {
             choose6(ctx, &dialled, Call::Connect, |only| reach_by_ipv6(ctx, only))?
         }
         _ => None,
     };
     let Some(choice) = choice else {
-        peers::forget(ctx, &dialled, || context::peer6(ctx));
+        revnat::forget(ctx, &dialled, || context::peer6(ctx));
         return Ok(());
     };
     context::set6(ctx, choice.backend.address, choice.backend.port);
-    peers::remember(ctx, choice.peer(dialled), choice.socket, || context::peer6(ctx));
+    revnat::remember(ctx, choice.peer(dialled), choice.socket, || context::peer6(ctx));
     Ok(())
 }
 

@@ -7,7 +7,7 @@ use aya_ebpf::helpers::bpf_set_retval;
 use aya_ebpf::programs::SockAddrContext;
 use lb_common::{Address, Peer};
 
-use crate::settings;
+use crate::config;
 
 /// The kernel goes on with the address as it now is.
 pub const PROCEED: i32 = 1;
@@ -192,7 +192,7 @@ pub struct Refused;
 /// EPERM, unless `divert` sends the call to where ECONNREFUSED comes from.
 #[inline(always)]
 pub fn refuse(divert: impl FnOnce() -> i32) -> i32 {
-    if settings::can_set_errno() {
+    if config::can_set_errno() {
         // SAFETY: the helper takes any errno.
         unsafe { bpf_set_retval(-ECONNREFUSED) };
         return FAIL;

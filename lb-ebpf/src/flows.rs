@@ -10,7 +10,7 @@ use lb_common::{Address, Counter, Peer, flow_clock};
 
 use crate::context::Endpoint;
 use crate::translate::is_excluded;
-use crate::{maps, peers, settings, voice};
+use crate::{maps, revnat, config, log};
 
 /// Where a datagram goes.
 #[derive(Clone, Copy)]
@@ -30,12 +30,12 @@ pub fn follow(ctx: &SockAddrContext, dialled: &Endpoint) -> Option<Followed> {
     let index = flows.current(&dialled.address, dialled.port)?;
     flows.touch(index, now());
     let found = *flows.flow(index);
-    if found.layout == settings::layout() && maps::is_in_table(found.backend_idx, found.generation)
+    if found.layout == config::layout() && maps::is_in_table(found.backend_idx, found.generation)
     {
         return Some(Followed { backend: found.backend, port: found.backend_port });
     }
     maps::count(Counter::BackendGone);
-    voice::backend_gone(ctx, found.backend_idx);
+    log::backend_gone(ctx, found.backend_idx);
     None
 }
 
@@ -48,12 +48,12 @@ pub fn keep(ctx: &SockAddrContext, flow: &Peer) {
         Some(flows) => {
             if !flows.keep(flow, now()) {
                 maps::count(Counter::FlowsFull);
-                voice::flows_full(ctx);
+                log::flows_full(ctx);
             }
         }
         None => {
             maps::count(Counter::NoStorage);
-            voice::no_storage(ctx);
+            log::no_storage(ctx);
         }
     }
 }
@@ -76,7 +76,7 @@ pub fn pass(ctx: &SockAddrContext, address: &Endpoint, peer: impl FnOnce() -> En
 #[inline(always)]
 pub fn shown(ctx: &SockAddrContext, sender: &Endpoint, peer: &Endpoint) -> Endpoint {
     if sender.is(peer) {
-        return peers::shown(ctx, sender);
+        return revnat::shown(ctx, sender);
     }
     // What others sent came before the socket was connected, or connected to this peer.
     // SAFETY: as above.
@@ -86,7 +86,7 @@ pub fn shown(ctx: &SockAddrContext, sender: &Endpoint, peer: &Endpoint) -> Endpo
         let flow = flows.flow(index);
         return Endpoint { address: flow.frontend, port: flow.frontend_port };
     }
-    if peer.port == 0 { *sender } else { peers::formerly_shown(ctx, sender) }
+    if peer.port == 0 { *sender } else { revnat::formerly_shown(ctx, sender) }
 }
 
 /// What a flow's use is dated by.

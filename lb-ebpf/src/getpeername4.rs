@@ -5,14 +5,14 @@ use aya_ebpf::programs::SockAddrContext;
 use lb_common::Address;
 
 use crate::context::{self, Endpoint, PROCEED};
-use crate::peers;
+use crate::revnat;
 
 /// Attached to BPF_CGROUP_INET4_GETPEERNAME. It runs on every accept() too.
 #[cgroup_sock_addr(getpeername4)]
 pub fn nohop_getpeer4(ctx: SockAddrContext) -> i32 {
     let peer =
         Endpoint { address: Address::v4(context::address4(&ctx)), port: context::port(&ctx) };
-    let shown = peers::shown(&ctx, &peer);
+    let shown = revnat::shown(&ctx, &peer);
     // An IPv4 socket dialled an IPv4 address.
     if let Some(address) = shown.address.to_v4() {
         context::set4(&ctx, address, shown.port);

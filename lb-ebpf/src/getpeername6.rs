@@ -4,13 +4,13 @@ use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
 
 use crate::context::{self, Endpoint, PROCEED};
-use crate::peers;
+use crate::revnat;
 
 /// Attached to BPF_CGROUP_INET6_GETPEERNAME. It runs on every accept() too.
 #[cgroup_sock_addr(getpeername6)]
 pub fn nohop_getpeer6(ctx: SockAddrContext) -> i32 {
     let peer = Endpoint { address: context::address6(&ctx), port: context::port(&ctx) };
-    let shown = peers::shown(&ctx, &peer);
+    let shown = revnat::shown(&ctx, &peer);
     context::set6(&ctx, shown.address, shown.port);
     PROCEED
 }

@@ -15,15 +15,15 @@ mod flows;
 mod getpeername4;
 mod getpeername6;
 mod maps;
-mod peers;
+mod revnat;
 mod random;
 mod recvmsg4;
 mod recvmsg6;
 mod sendmsg4;
 mod sendmsg6;
-mod settings;
+mod config;
 mod translate;
-mod voice;
+mod log;
 
 #[unsafe(link_section = "license")]
 #[unsafe(no_mangle)]

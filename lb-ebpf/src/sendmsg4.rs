@@ -9,7 +9,7 @@ use lb_common::Address;
 use crate::context::{self, Endpoint, FAIL, PROCEED, Refused};
 use crate::maps::Reach;
 use crate::translate::{self, Call, choose4, may_be_ours};
-use crate::{flows, peers, voice};
+use crate::{flows, revnat, log};
 
 /// Attached to BPF_CGROUP_UDP4_SENDMSG.
 #[cgroup_sock_addr(sendmsg4)]
@@ -34,7 +34,7 @@ fn try_sendmsg4(ctx: &SockAddrContext) -> Result<(), Refused> {
             // What a connection became isn't looked up again.
             return Ok(());
         }
-        if peers::association(ctx, &peer)
+        if revnat::association(ctx, &peer)
             .is_some_and(|kept| kept.was_dialled_as(&dialled.address, dialled.port))
         {
             // udp_sendmsg() can't send to IPv6.
@@ -56,7 +56,7 @@ fn try_sendmsg4(ctx: &SockAddrContext) -> Result<(), Refused> {
         return Ok(());
     };
     let Some(backend) = choice.backend.address.to_v4() else {
-        return Err(voice::inconsistent(ctx, choice.service));
+        return Err(log::inconsistent(ctx, choice.service));
     };
     context::set4(ctx, backend, choice.backend.port);
     flows::keep(ctx, &choice.peer(dialled));

@@ -7,7 +7,7 @@ use aya_ebpf::programs::SockAddrContext;
 use crate::context::{self, Endpoint, FAIL, PROCEED, Refused};
 use crate::maps::Reach;
 use crate::translate::{self, Call, choose6};
-use crate::{flows, peers, settings};
+use crate::{flows, revnat, config};
 
 /// Attached to BPF_CGROUP_UDP6_SENDMSG.
 #[cgroup_sock_addr(sendmsg6)]
@@ -21,7 +21,7 @@ pub fn nohop_sendmsg6(ctx: SockAddrContext) -> i32 {
 #[inline(always)]
 fn try_sendmsg6(ctx: &SockAddrContext) -> Result<(), Refused> {
     let dialled = Endpoint { address: context::address6(ctx), port: context::port(ctx) };
-    if !settings::in_pool6(&dialled.address) {
+    if !config::in_pool6(&dialled.address) {
         flows::pass(ctx, &dialled, || context::peer6(ctx));
         return Ok(());
     }
@@ -30,7 +30,7 @@ fn try_sendmsg6(ctx: &SockAddrContext) -> Result<(), Refused> {
         if peer.is(&dialled) {
             return Ok(());
         }
-        if peers::association(ctx, &peer)
+        if revnat::association(ctx, &peer)
             .is_some_and(|kept| kept.was_dialled_as(&dialled.address, dialled.port))
         {
             if peer.address.to_v4().is_some() {

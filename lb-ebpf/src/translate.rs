@@ -14,7 +14,7 @@ use lb_common::{
 
 use crate::context::{self, Endpoint, Refused};
 use crate::maps::{self, DaemonWords, Reach};
-use crate::{random, settings, voice};
+use crate::{random, config, log};
 
 /// How long the daemon's word that it lives is taken for true.
 const HEARTBEAT_LASTS_NS: u64 = 10_000_000_000;
@@ -58,7 +58,7 @@ impl Choice {
             backend: self.backend.address,
             frontend_port: dialled.port,
             backend_port: self.backend.port,
-            layout: settings::layout(),
+            layout: config::layout(),
             naming: 0,
             backend_idx: self.backend_idx,
             generation: self.backend.generation,
@@ -69,7 +69,7 @@ impl Choice {
 /// Whether a dial to an IPv4 address may be ours. What is no VIP pays for this alone.
 #[inline(always)]
 pub fn may_be_ours(address: [u8; 4]) -> bool {
-    settings::in_pool(address) || settings::may_be_pin(address)
+    config::in_pool(address) || config::may_be_pin(address)
 }
 
 /// Where a dial to an IPv4 address goes; `None` when it passes untouched.
@@ -86,10 +86,10 @@ pub fn choose4(
     }
     let target = target4(ctx, address, protocol);
     if target.is_none() {
-        if !settings::in_pool(address) {
+        if !config::in_pool(address) {
             return Ok(None);
         }
-        if settings::is_pools_own(address) {
+        if config::is_pools_own(address) {
             show_probe(ctx);
             return if maps::is_shadow() { Ok(None) } else { Err(Refused) };
         }
@@ -118,7 +118,7 @@ pub fn choose6(
 fn target4(ctx: &SockAddrContext, address: [u8; 4], protocol: u8) -> Option<Target> {
     let mut frontend = Frontend { address, port: context::port(ctx), protocol, padding: 0 };
     let target = maps::target(&frontend);
-    if target.is_some() || !settings::in_pool(address) || settings::is_pools_own(address) {
+    if target.is_some() || !config::in_pool(address) || config::is_pools_own(address) {
         return target;
     }
     frontend.port = ANY_PORT;
@@ -189,7 +189,7 @@ fn choose_backend(
     };
     let service = target.service;
     let scopes = maps::scopes(service, reach(is_ipv6_only))
-        .ok_or_else(|| voice::inconsistent(ctx, service))?;
+        .ok_or_else(|| log::inconsistent(ctx, service))?;
     // Asking where a dial comes from is spared where it makes no difference. One of the two words
     // may be newer than the other: if they are the same, each is what either dial is to have.
     let from_host = target.host_only == 0 && !scopes.differ()
@@ -213,7 +213,7 @@ fn choose_backend(
     }
     let backend_idx =
         choose(random::next(), region.n_slots, |slot| maps::slot(region.first_slot + slot))
-            .ok_or_else(|| voice::inconsistent(ctx, service))?;
+            .ok_or_else(|| log::inconsistent(ctx, service))?;
     match maps::backend(backend_idx) {
         Some(backend) if backend.port != 0 => {
             if is_udp_connect {
@@ -223,7 +223,7 @@ fn choose_backend(
             }
             Ok(Some(Choice { service, backend_idx, backend, socket }))
         }
-        _ => Err(voice::inconsistent(ctx, service)),
+        _ => Err(log::inconsistent(ctx, service)),
     }
 }
 
@@ -270,8 +270,8 @@ fn is_daemons(daemon: DaemonWords) -> bool {
 /// (IPV6_V6ONLY, net.ipv6.bindv6only).
 #[inline(always)]
 fn whose(ctx: &SockAddrContext, asks_ipv6_only: bool) -> (Socket, bool) {
-    let (kernel_offset, kernel_mask) = settings::kernel_socket_bit().unwrap_or_default();
-    let ipv6_only = if asks_ipv6_only { settings::ipv6_only_bit() } else { None };
+    let (kernel_offset, kernel_mask) = config::kernel_socket_bit().unwrap_or_default();
+    let ipv6_only = if asks_ipv6_only { config::ipv6_only_bit() } else { None };
     let (only_offset, only_mask) = ipv6_only.unwrap_or_default();
     let is_tcp = context::protocol(ctx) == IPPROTO_TCP;
     let (mut kernel, mut only) = (0, 0);
@@ -292,7 +292,7 @@ fn whose(ctx: &SockAddrContext, asks_ipv6_only: bool) -> (Socket, bool) {
         return (Socket::Application, is_ipv6_only);
     }
     // The kernel also makes the TCP sockets that an application's MPTCP socket consists of.
-    match settings::subflow_offset() {
+    match config::subflow_offset() {
         Some(offset) if is_tcp && byte_of_socket(ctx, offset) != 0 => {
             (Socket::Subflow, is_ipv6_only)
         }
@@ -335,7 +335,7 @@ fn byte_of_socket(ctx: &SockAddrContext, offset: u32) -> u8 {
 /// Whether the process is in a cgroup that is left alone, or below one.
 #[inline(always)]
 pub fn is_excluded() -> bool {
-    if !settings::has_excluded() {
+    if !config::has_excluded() {
         return false;
     }
     for index in 0..MAX_EXCLUDED as u32 {

@@ -9,6 +9,6 @@ pub mod dns;
 mod durable;
 #[cfg(any(fuzzing, test))]
 pub mod fuzzing;
-pub mod plane;
+pub mod datapath;
 pub mod table;
 mod terminal;

@@ -1,6 +1,6 @@
 //! How long a table takes into the kernel's maps, and how much memory they have, at full size.
 
-#[path = "../kernel/bed.rs"]
+#[path = "../kernel/fixture.rs"]
 #[expect(dead_code, clippy::unwrap_used, reason = "the kernel tests' bed, of which they use more")]
 mod bed;
 
@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use aya::maps::MapInfo;
-use bed::{Bed, service};
+use fixture::{Bed, service};
 use lb_userspace::table::{Service, Table};
 
 /// All that the default configuration has room for.
@@ -75,7 +75,7 @@ fn apply(bed: &mut Bed, services: &BTreeMap<Arc<str>, Arc<Service>>) -> Duration
 
 /// A service with backends of its own, one of which is another in each round.
 fn web(service_idx: u32, n_backends: u32, round: u32) -> (Arc<str>, Arc<Service>) {
-    let vip = Ipv4Addr::from(u32::from(bed::VIP) + service_idx);
+    let vip = Ipv4Addr::from(u32::from(fixture::VIP) + service_idx);
     let [_, b, c, d] = service_idx.to_be_bytes();
     let address = |backend_idx: u32| {
         let port = if backend_idx == 0 { 8_000 + round } else { 8_000 } as u16;

@@ -9,7 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use lb_userspace::plane::diag::{Connected, DiagError, Report, disconnect};
+use lb_userspace::datapath::diag::{Connected, DiagError, Report, disconnect};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt::{set_socket_reuseport, socket_cookie};
 use rustix::net::{

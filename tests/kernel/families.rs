@@ -4,12 +4,12 @@ use std::io::{self, ErrorKind};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
 use std::time::Duration;
 
-use lb_userspace::plane::{Refusal, ServiceCounters};
+use lb_userspace::datapath::{Refusal, ServiceCounters};
 use lb_userspace::table::{Protocols, Service};
 use rustix::net::sockopt::set_ipv6_v6only;
 use rustix::net::{AddressFamily, SocketType, bind};
 
-use crate::bed::{
+use crate::fixture::{
     Bed, Echo, OTHER_VIP, OTHER_VIP6, Server, VIP, VIP6, ask, client, dial, dial_udp, event,
     loopback, service, ways,
 };

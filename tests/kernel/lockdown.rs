@@ -4,7 +4,7 @@ use std::fs;
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
 
-use crate::bed::{Place, Server, VIP, ask, client, dial, dial_udp, service, table, ways};
+use crate::fixture::{Place, Server, VIP, ask, client, dial, dial_udp, service, table, ways};
 use lb_userspace::table::Protocols;
 
 /// Whether the running kernel is locked down as far as it goes.
@@ -16,7 +16,7 @@ pub fn is_locked_down() -> bool {
 /// The programs load and translate, for every kind of socket, and what is missing is known.
 pub fn it_serves() {
     let (server, place) = (Server::start(b'a'), Place::new());
-    let echo = crate::bed::Echo::on(b'a', server.address);
+    let echo = crate::fixture::Echo::on(b'a', server.address);
     let mut plane = place.start();
     let mut web = service("web", VIP, &[(server.address, 1)]);
     web.protocols = Protocols::Both;

@@ -3,12 +3,12 @@
 //! The whole process enters that cgroup, so the trials run one after another.
 #![expect(clippy::unwrap_used, reason = "a trial that can't go on fails")]
 
-mod bed;
-mod changes;
-mod dialler;
+mod fixture;
+mod atomic_updates;
+mod connector;
 mod disconnect;
 mod families;
-mod left_alone;
+mod bypass;
 mod lockdown;
 mod obstacles;
 mod odd_sockets;
@@ -19,11 +19,11 @@ mod proof;
 mod refusal;
 mod reports;
 mod rollback;
-mod scope;
+mod netns_scope;
 mod shadow;
 mod soak;
 mod stress;
-mod survival;
+mod restart;
 mod translation;
 mod trust;
 mod udp;
@@ -72,15 +72,15 @@ const TRIALS: &[KernelTrial] = &[
     since((5, 10), "maps_are_readable", translation::maps_are_readable),
     since((6, 1), "refused_by_errno", refusal::by_errno),
     since((5, 10), "refused_by_port_zero", refusal::by_port_zero),
-    since((5, 10), "a_pin_counts_on_the_host", scope::a_pin_counts_on_the_host),
-    since((5, 10), "a_pin_counts_for_datagrams", scope::a_pin_counts_for_datagrams),
-    since((5, 10), "a_moved_pin_is_followed_by_nobody", scope::a_moved_pin_is_followed_by_nobody),
-    since((5, 10), "a_pin_passes_elsewhere", scope::a_pin_passes_elsewhere),
-    since((5, 10), "loopback_backends_are_the_hosts", scope::loopback_backends_are_the_hosts),
-    since((5, 10), "detached_is_gone", scope::detached_is_gone),
-    since((5, 10), "no_cgroup_is_an_error", scope::no_cgroup_is_an_error),
-    since((5, 10), "swaps_are_atomic", changes::swaps_are_atomic),
-    since((5, 10), "services_never_mix", changes::services_never_mix),
+    since((5, 10), "a_pin_counts_on_the_host", netns_scope::a_pin_counts_on_the_host),
+    since((5, 10), "a_pin_counts_for_datagrams", netns_scope::a_pin_counts_for_datagrams),
+    since((5, 10), "a_moved_pin_is_followed_by_nobody", netns_scope::a_moved_pin_is_followed_by_nobody),
+    since((5, 10), "a_pin_passes_elsewhere", netns_scope::a_pin_passes_elsewhere),
+    since((5, 10), "loopback_backends_are_the_hosts", netns_scope::loopback_backends_are_the_hosts),
+    since((5, 10), "detached_is_gone", netns_scope::detached_is_gone),
+    since((5, 10), "no_cgroup_is_an_error", netns_scope::no_cgroup_is_an_error),
+    since((5, 10), "swaps_are_atomic", atomic_updates::swaps_are_atomic),
+    since((5, 10), "services_never_mix", atomic_updates::services_never_mix),
     since((5, 10), "only_the_chosen_are_disconnected", disconnect::only_the_chosen),
     since((5, 10), "a_disconnected_application_notices", disconnect::the_application_notices),
     since((5, 10), "disconnected_in_another_namespace", disconnect::in_another_namespace),
@@ -132,11 +132,11 @@ const TRIALS: &[KernelTrial] = &[
     since((5, 10), "a_proof_cant_be_forged", proof::a_proof_cant_be_forged),
     once("a_proof_corrects_the_namespace", proof::a_proof_corrects_the_namespace),
     since((5, 10), "a_frozen_scope_is_reported", proof::a_frozen_scope_is_reported),
-    since((5, 10), "excluded_cgroups_are_left_alone", left_alone::excluded_cgroups),
-    since((5, 10), "cgroups_are_excluded_by_pattern", left_alone::excluded_by_pattern),
-    since((5, 10), "what_is_behind_a_hole_stays_excluded", left_alone::excluded_behind_a_hole),
-    once("more_excluded_than_fit_is_told", left_alone::more_excluded_than_fit),
-    since((5, 10), "the_daemon_is_left_alone", left_alone::the_daemon),
+    since((5, 10), "excluded_cgroups_are_left_alone", bypass::excluded_cgroups),
+    since((5, 10), "cgroups_are_excluded_by_pattern", bypass::excluded_by_pattern),
+    since((5, 10), "what_is_behind_a_hole_stays_excluded", bypass::excluded_behind_a_hole),
+    once("more_excluded_than_fit_is_told", bypass::more_excluded_than_fit),
+    since((5, 10), "the_daemon_is_left_alone", bypass::the_daemon),
     since((5, 10), "a_cold_service_is_reported_once", reports::a_cold_service_is_reported_once),
     since((5, 10), "a_refused_dial_is_reported", reports::a_refused_dial_is_reported),
     since((5, 10), "a_restart_asks_for_reports_anew", reports::a_restart_asks_anew),
@@ -192,15 +192,15 @@ const TRIALS: &[KernelTrial] = &[
     ),
     since((5, 10), "a_mapped_connect_stays_with_ipv4", families::a_mapped_connect_stays_with_ipv4),
     since((5, 10), "address_lookups_are_no_dials", families::address_lookups_are_no_dials),
-    since((5, 10), "a_restart_loses_no_dial", survival::a_restart_loses_no_dial),
-    since((5, 10), "a_new_layout_takes_over", survival::a_new_layout_takes_over),
-    once("lower_sizes_take_nothing_away", survival::lower_sizes_take_nothing_away),
-    once("maps_that_hold_less_are_not_used", survival::maps_that_hold_less_are_not_used),
-    once("other_sizes_take_over", survival::other_sizes_take_over),
-    once("a_crash_in_the_middle_serves_on", survival::a_crash_in_the_middle_serves_on),
-    once("half_written_pins_serve_on", survival::half_written_pins_serve_on),
-    once("spoilt_maps_are_made_anew", survival::spoilt_maps_are_made_anew),
-    since((5, 10), "unload_removes_everything", survival::unload_removes_everything),
+    since((5, 10), "a_restart_loses_no_dial", restart::a_restart_loses_no_dial),
+    since((5, 10), "a_new_layout_takes_over", restart::a_new_layout_takes_over),
+    once("lower_sizes_take_nothing_away", restart::lower_sizes_take_nothing_away),
+    once("maps_that_hold_less_are_not_used", restart::maps_that_hold_less_are_not_used),
+    once("other_sizes_take_over", restart::other_sizes_take_over),
+    once("a_crash_in_the_middle_serves_on", restart::a_crash_in_the_middle_serves_on),
+    once("half_written_pins_serve_on", restart::half_written_pins_serve_on),
+    once("spoilt_maps_are_made_anew", restart::spoilt_maps_are_made_anew),
+    since((5, 10), "unload_removes_everything", restart::unload_removes_everything),
     since((5, 10), "an_exclusive_program_is_named", obstacles::an_exclusive_program_is_named),
     once("an_exclusive_program_is_named_later", obstacles::an_exclusive_program_is_named_later),
     since((5, 10), "programs_that_share_are_no_obstacle", obstacles::programs_that_share_are_none),
@@ -254,8 +254,8 @@ fn skip(reason: &'static str) {
 }
 
 fn main() -> std::process::ExitCode {
-    if let Some(address) = dialler::asked_for() {
-        return dialler::run(address);
+    if let Some(address) = connector::asked_for() {
+        return connector::run(address);
     }
     if let Some(code) = proof::asked_for().or_else(trust::asked_for) {
         return code;
@@ -271,7 +271,7 @@ fn main() -> std::process::ExitCode {
     let kernel = running_kernel();
     let is_locked_down = lockdown::is_locked_down();
     let is_here = |trial: &&KernelTrial| {
-        (!trial.locked_down || is_locked_down) && (trial.on_each || !bed::is_emulated())
+        (!trial.locked_down || is_locked_down) && (trial.on_each || !fixture::is_emulated())
     };
     let trials = TRIALS.iter().filter(is_here).map(|trial| {
         Trial::ignorable_test(trial.name, move || {

@@ -4,9 +4,9 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use lb_userspace::plane::{Plane, find_obstacle};
+use lb_userspace::datapath::{Plane, find_obstacle};
 
-use crate::bed::{Place, Server, VIP, dial, service, table};
+use crate::fixture::{Place, Server, VIP, dial, service, table};
 use crate::pins::{bpftool, number};
 
 /// Pins some program for a hook, as another agent's, which is one of ours with another owner.

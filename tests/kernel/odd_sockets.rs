@@ -9,7 +9,7 @@ use lb_userspace::table::Protocols;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SendFlags, SocketType, ipproto, sendto, socket};
 
-use crate::bed::{Bed, Echo, Server, VIP, ask, client, dial, event, service, ways};
+use crate::fixture::{Bed, Echo, Server, VIP, ask, client, dial, event, service, ways};
 use crate::disconnect::leave;
 
 /// Without memory for a socket's storage a dial goes on, and the backend shows.
@@ -82,7 +82,7 @@ pub fn mptcp() {
 
 /// An MPTCP socket may connect elsewhere after a failure; what it named before doesn't show.
 pub fn mptcp_again() {
-    let (server, dead) = (Server::start(b'p'), crate::bed::dead());
+    let (server, dead) = (Server::start(b'p'), crate::fixture::dead());
     let mut bed = Bed::new();
     bed.apply(vec![service("web", VIP, &[(dead.into(), 1)])]);
     for way in ways(VIP, 80) {

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use rustix::net::{AddressFamily, SocketType, bind, connect, connect_unspec, socket};
 
-use crate::bed::{Bed, OTHER_VIP, VIP, VIP6, loopback, ways};
+use crate::fixture::{Bed, OTHER_VIP, VIP, VIP6, loopback, ways};
 use crate::disconnect::leave;
 use crate::families::dual;
 
@@ -324,7 +324,7 @@ impl Drop for Servers {
     fn drop(&mut self) {
         for address in self.addresses {
             let _ = TcpStream::connect(address).and_then(|mut stream| stream.write_all(b"!"));
-            let _ = crate::bed::client(address).send_to(b"end", address);
+            let _ = crate::fixture::client(address).send_to(b"end", address);
         }
     }
 }

@@ -6,10 +6,10 @@ use std::mem::MaybeUninit;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use lb_userspace::plane::{Plane, unload};
+use lb_userspace::datapath::{Plane, unload};
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 
-use crate::bed::{Bed, Place, Server, VIP, dial, service, table};
+use crate::fixture::{Bed, Place, Server, VIP, dial, service, table};
 
 /// In the order in which they are attached.
 const PROGRAMS: [&str; 8] = [

@@ -4,7 +4,7 @@ use std::net::{SocketAddr, TcpStream};
 
 use lb_userspace::table::{Ports, Protocols};
 
-use crate::bed::{Bed, Echo, Server, VIP, VIP6, ask, client, dial, dial_udp, event, service, ways};
+use crate::fixture::{Bed, Echo, Server, VIP, VIP6, ask, client, dial, dial_udp, event, service, ways};
 
 fn vips(port: u16) -> [SocketAddr; 3] {
     let [plain, mapped] = ways(VIP, port);

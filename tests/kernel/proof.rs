@@ -6,11 +6,11 @@ use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::path::Path;
 use std::process::{Child, Command, ExitCode, Stdio};
 
-use lb_userspace::plane::Plane;
-use lb_userspace::plane::probe::{Proof, Seen, connect_inside};
+use lb_userspace::datapath::Plane;
+use lb_userspace::datapath::probe::{Proof, Seen, connect_inside};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
-use crate::bed::{Bed, Place, Server, VIP, dial, service};
+use crate::fixture::{Bed, Place, Server, VIP, dial, service};
 
 const FLAG: &str = "--spray";
 /// The daemon's hidden command, which it runs from its own executable: here, this one.
@@ -78,7 +78,7 @@ fn spray(cgroup: &Path) {
     assert!(is_nobody, "{}", std::io::Error::last_os_error());
     // On a machine with one processor the process that proves must get its turn in time.
     // SAFETY: a plain system call.
-    let _ = unsafe { libc::nice(if crate::bed::is_emulated() { 19 } else { 0 }) };
+    let _ = unsafe { libc::nice(if crate::fixture::is_emulated() { 19 } else { 0 }) };
     for thread in 0..N_THREADS {
         std::thread::spawn(move || {
             let socket = UdpSocket::bind("0.0.0.0:0").unwrap();

@@ -4,10 +4,10 @@
 use std::io::ErrorKind;
 use std::net::Ipv4Addr;
 
-use lb_userspace::plane::{COUNTERS, Refusal};
+use lb_userspace::datapath::{COUNTERS, Refusal};
 use lb_userspace::table::Ports;
 
-use crate::bed::{Bed, OTHER_VIP, Server, VIP, dial, service};
+use crate::fixture::{Bed, OTHER_VIP, Server, VIP, dial, service};
 
 pub fn by_errno() {
     refused_by(Refusal::Errno);

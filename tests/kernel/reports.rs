@@ -3,11 +3,11 @@
 
 use std::net::SocketAddr;
 
-use lb_userspace::plane::Reports;
+use lb_userspace::datapath::Reports;
 use lb_userspace::table::{Service, Watch};
 
-use crate::bed::{Bed, OTHER_VIP, Place, Server, VIP, VIP6, dial, loopback, service, table, ways};
-use crate::families::{Use, dual, servers};
+use crate::fixture::{Bed, OTHER_VIP, Place, Server, VIP, VIP6, dial, loopback, service, table, ways};
+use crate::families::{Use, dual, ha_cluster};
 
 /// All that was reported since the last call.
 fn heard(reports: &mut Reports) -> Vec<String> {

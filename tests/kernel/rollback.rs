@@ -6,9 +6,9 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use lb_userspace::plane::{Plane, unload};
+use lb_userspace::datapath::{Plane, unload};
 
-use crate::bed::{Place, Server, VIP, dial, service, table};
+use crate::fixture::{Place, Server, VIP, dial, service, table};
 use crate::disconnect::bpf;
 use crate::pins::bpftool;
 

@@ -4,15 +4,15 @@
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream};
 
-use lb_userspace::plane::ServiceCounters;
+use lb_userspace::datapath::ServiceCounters;
 use lb_userspace::table::Ports;
 
-use crate::bed::{
+use crate::fixture::{
     Bed, OTHER_VIP, Place, Server, VIP, VIP6, ask, client, dial, event, loopback, service, table,
     ways,
 };
 use crate::families::{Use, dual};
-use crate::left_alone::Servers;
+use crate::bypass::Servers;
 
 fn counted(bed: &Bed) -> ServiceCounters {
     bed.plane.counters().service(bed.plane.indices("web").unwrap().service)
@@ -112,7 +112,7 @@ pub fn lets_connections_go_on() {
 pub fn outlives_the_daemon() {
     let servers = Servers::start();
     let mut place = Place::new();
-    let apply = |plane: &mut lb_userspace::plane::Plane| {
+    let apply = |plane: &mut lb_userspace::datapath::Plane| {
         assert!(plane.apply(&table(vec![servers.service()])).unwrap().is_empty());
     };
     let mut plane = place.start();

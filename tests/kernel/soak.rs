@@ -6,10 +6,10 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::Instant;
 
-use lb_userspace::plane::Plane;
+use lb_userspace::datapath::Plane;
 use lb_userspace::table::{Ports, Protocols, Service, Table};
 
-use crate::bed::{OTHER_VIP, Place, Server, VIP, dial, service, table};
+use crate::fixture::{OTHER_VIP, Place, Server, VIP, dial, service, table};
 
 /// Small maps are filled: each service that doesn't fit is told, what served before serves on, and
 /// once there is room all is well.

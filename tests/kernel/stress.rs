@@ -6,14 +6,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use lb_userspace::plane::Plane;
+use lb_userspace::datapath::Plane;
 use lb_userspace::table::{Service, Table};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::net::sockopt::set_socket_linger;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
 
-use crate::bed::{Place, VIP, service};
+use crate::fixture::{Place, VIP, service};
 
 const N_DIALLERS: usize = 3;
 const N_LISTENERS: usize = 64;

@@ -6,7 +6,7 @@ use std::process::Command;
 
 use rustix::net::{AddressFamily, SocketType};
 
-use crate::bed::{Bed, Server, VIP, dead, dial, n_dials, service};
+use crate::fixture::{Bed, Server, VIP, dead, dial, n_dials, service};
 
 pub fn a_dial_reaches_a_backend() {
     let server = Server::start(b'a');

@@ -5,10 +5,10 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::Path;
 use std::process::{Child, Command, ExitCode, Stdio};
 
-use lb_userspace::plane::{Plane, unload};
+use lb_userspace::datapath::{Plane, unload};
 use rustix::fs::{FlockOperation, flock};
 
-use crate::bed::{Place, Server, VIP, dial, service, table};
+use crate::fixture::{Place, Server, VIP, dial, service, table};
 
 const FLAG: &str = "--lock";
 /// The locking process ends, and another one that has its descriptor goes on.

@@ -1,8 +1,8 @@
 //! What the verifier goes through to accept the programs: docs/verifier.md has it for each kernel.
 
-use lb_userspace::plane::{Options, Refusal};
+use lb_userspace::datapath::{Options, Refusal};
 
-use crate::bed::Bed;
+use crate::fixture::Bed;
 
 /// The configuration that leaves the programs the most to do: both pools, pins far apart, and every
 /// exclusion.
@@ -37,7 +37,7 @@ pub fn a_probe_needs_no_locked_memory() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let before = getrlimit(Resource::Memlock);
     setrlimit(Resource::Memlock, Rlimit { current: Some(0), ..before }).unwrap();
-    let probed = lb_userspace::plane::Features::probe();
+    let probed = lb_userspace::datapath::Features::probe();
     let limit = getrlimit(Resource::Memlock);
     setrlimit(Resource::Memlock, before).unwrap();
     probed.unwrap();

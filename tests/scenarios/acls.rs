@@ -8,11 +8,11 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use lb_tests::consul::{Consul, instance};
 use lb_tests::nohop::n_healthy;
-use lb_tests::scratch::Scratch;
+use lb_tests::tempdir::Scratch;
 use serde_json::{Value, json};
 
 use crate::cluster::SOON;
-use crate::servers::{Servers, Setup, is_failing, is_live};
+use crate::ha_cluster::{Servers, Setup, is_failing, is_live};
 
 /// The token of the agents and of this story.
 const ROOT: &str = "5ca1ab1e-0000-4000-8000-000000000001";

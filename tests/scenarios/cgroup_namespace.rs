@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use lb_tests::bpffs::Bpffs;
 use lb_tests::helloworld::dial;
 use lb_tests::nohop::Nohop;
-use lb_tests::run;
+use lb_tests::cmd;
 
 use crate::cluster::{Catalog, Nodes, attached, vip};
 
@@ -53,7 +53,7 @@ pub fn story() -> Result<()> {
     let mut curl = nodes.client.outside().command("sh");
     curl.args(["-c", script, "sh"]).arg(&excluded);
     curl.args(["curl", "-sS", "--max-time", "5"]).arg(format!("http://{address}/"));
-    let output = run::output(curl)?;
+    let output = cmd::output(curl)?;
     let text = String::from_utf8_lossy(&output.stderr);
     ensure!(!output.status.success() && output.stdout.is_empty(), "excluded: {output:?}");
     ensure!(text.contains("No route") || text.contains("connect"), "excluded: {text}");
@@ -69,11 +69,11 @@ fn refused_by_default(nodes: &Nodes, catalog: &Catalog, script: &str, root: &Pat
     for words in ["run", "check"] {
         let mut command = nodes.client.outside().command("timeout");
         command.args(["20", "sh", "-c", script, "sh"]).arg(nodes.cgroup.path()).arg(root);
-        command.arg(run::built("nohop")?).arg(words);
+        command.arg(cmd::built("nohop")?).arg(words);
         command.arg("--catalog").arg(catalog.path()).arg("--state-dir").arg(&directory);
         command.arg("--bpffs").arg(bpffs.path().join("nohop"));
         command.arg(format!("--admin-listen=unix:{}/other.sock", directory.display()));
-        let output = run::output(command)?;
+        let output = cmd::output(command)?;
         let text = [output.stdout, output.stderr].concat();
         let text = String::from_utf8_lossy(&text);
         ensure!(output.status.code() == Some(1), "{words}, {script}: {}\n{text}", output.status);

@@ -12,8 +12,8 @@ use lb_tests::consul::{Consul, instance};
 use lb_tests::helloworld::{Dials, Helloworld, dial};
 use lb_tests::net::{Host, Place};
 use lb_tests::nohop::{Nohop, service};
-use lb_tests::run;
-use lb_tests::scratch::Scratch;
+use lb_tests::cmd;
+use lb_tests::tempdir::Scratch;
 
 /// How long nohop may take to follow Consul, where a story doesn't measure it: a new name that nobody
 /// asks for shows with the next list of names, 12 s later at most.
@@ -164,6 +164,6 @@ impl Catalog {
 
 /// What `bpftool` says is attached to a cgroup.
 pub fn attached(cgroup: &Cgroup) -> Result<Vec<String>> {
-    let shown = run::words("bpftool", &format!("cgroup show {}", cgroup.path().display()))?;
+    let shown = cmd::words("bpftool", &format!("cgroup show {}", cgroup.path().display()))?;
     Ok(shown.lines().skip(1).map(String::from).collect())
 }

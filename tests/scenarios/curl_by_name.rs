@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use anyhow::{Result, ensure};
-use lb_tests::run;
+use lb_tests::cmd;
 
 use crate::cluster::Cluster;
 
@@ -14,7 +14,7 @@ pub fn story() -> Result<()> {
 
     let mut curl = nodes.inside().command("curl");
     curl.args(["-sS", "--max-time", "20", "--header", "Connection: close"]);
-    let answers = run::stdout({
+    let answers = cmd::stdout({
         curl.arg("http://helloworld.service/?[1-60]");
         curl
     })?;

@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use lb_tests::consul::{Consul, instance};
 use lb_tests::nohop::Nohop;
-use lb_tests::scratch::Scratch;
+use lb_tests::tempdir::Scratch;
 use lb_tests::tmpfs::Tmpfs;
 use rustix::fs::{CWD, FileType, Mode, OFlags, mknodat, open};
 use serde_json::Value;

@@ -3,7 +3,7 @@
 
 use anyhow::{Result, ensure};
 use lb_tests::bpffs::Bpffs;
-use lb_tests::run;
+use lb_tests::cmd;
 
 use crate::cluster::{Catalog, Nodes, SOON};
 
@@ -22,11 +22,11 @@ pub fn story() -> Result<()> {
         let device = if kind == "local" { " dev lo" } else { "" };
         nodes.client.ip(&format!("route add {route}{device} table local"))?;
         let mut command = outside.command("timeout");
-        command.arg("10").arg(run::built("nohop")?).arg("run").arg("--catalog").arg(catalog.path());
+        command.arg("10").arg(cmd::built("nohop")?).arg("run").arg("--catalog").arg(catalog.path());
         command.arg("--cgroup").arg(nodes.cgroup.path()).arg("--state-dir").arg(&directory);
         command.arg("--bpffs").arg(bpffs.path().join("nohop"));
         command.arg("--admin-listen").arg(format!("unix:{}/other.sock", directory.display()));
-        let output = run::output(command)?;
+        let output = cmd::output(command)?;
         let text = String::from_utf8_lossy(&output.stderr);
         ensure!(output.status.code() == Some(1), "{kind}: {}\n{text}", output.status);
         let fix = format!("ip route del {route} table local");

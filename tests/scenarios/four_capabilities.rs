@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, ensure};
 use lb_tests::bpffs::Bpffs;
 use lb_tests::process::Process;
-use lb_tests::run;
+use lb_tests::cmd;
 
 use crate::cluster::{Catalog, Nodes, SOON};
 
@@ -18,7 +18,7 @@ pub fn story() -> Result<()> {
     let mut command = nodes.client.outside().command("setpriv");
     command.arg(format!("--bounding-set=-all,{CAPABILITIES}"));
     command.arg(format!("--inh-caps=-all,{CAPABILITIES}"));
-    command.arg(run::built("nohop")?).arg("run").arg("--catalog").arg(catalog.path());
+    command.arg(cmd::built("nohop")?).arg("run").arg("--catalog").arg(catalog.path());
     let bpffs = Bpffs::new()?;
     command.arg("--bpffs").arg(bpffs.path().join("nohop"));
     command.arg("--state-dir").arg(&directory).arg("--cgroup").arg(nodes.cgroup.path());

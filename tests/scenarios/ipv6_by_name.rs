@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use lb_tests::nohop::service;
 use lb_tests::process::Process;
-use lb_tests::run;
+use lb_tests::cmd;
 
 use crate::cluster::{Catalog, Nodes};
 
@@ -18,7 +18,7 @@ pub fn story() -> Result<()> {
         host.ip(&format!("addr add {address} dev eth0 nodad"))?;
     }
     let over_v4 = nodes.helloworld("v4")?;
-    let mut command = nodes.backend.outside().command(run::built("helloworld")?);
+    let mut command = nodes.backend.outside().command(cmd::built("helloworld")?);
     command.args(["--listen", "[fd99::2]:8080", "--name", "v6"]);
     let over_v6 = Process::spawn("helloworld v6", command)?;
     over_v6.wait_for_line(&["listening on "], Duration::from_secs(10))?;
@@ -35,7 +35,7 @@ pub fn story() -> Result<()> {
     let curl = |family: &str, name: &str| {
         let mut curl = nodes.inside().command("curl");
         curl.args([family, "-sS", "--max-time", "5"]).arg(format!("http://{name}.service/"));
-        run::output(curl)
+        cmd::output(curl)
     };
     let mut answers: Vec<String> = Vec::new();
     for _ in 0..32 {
@@ -63,7 +63,7 @@ pub fn story() -> Result<()> {
     let vip6 = only6.and_then(|service| service["vip6"].as_str()).unwrap_or_default();
     let mut curl = nodes.client.outside().command("curl");
     curl.args(["-gsS", "--max-time", "5"]).arg(format!("http://[{vip6}]/"));
-    let output = run::output(curl)?;
+    let output = cmd::output(curl)?;
     ensure!(!output.status.success() && output.stdout.is_empty(), "{output:?}");
     let route = nodes.client.ip("-6 route show table local type unreachable")?;
     ensure!(route.contains(POOL6), "{route}");

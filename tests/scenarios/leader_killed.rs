@@ -4,7 +4,7 @@
 use anyhow::Result;
 
 use crate::cluster::SOON;
-use crate::servers::{Servers, is_failing, is_live};
+use crate::ha_cluster::{Servers, is_failing, is_live};
 
 pub fn story() -> Result<()> {
     let mut servers = Servers::new()?;

@@ -3,12 +3,12 @@
 #![forbid(unsafe_code)]
 
 mod acls;
-mod agent_cut_off;
+mod agent_partition;
 mod all_critical_refuses_and_recovers;
 mod another_hosts_loopback;
-mod bad_records;
+mod invalid_records;
 mod cgroup_namespace;
-mod chosen_instances;
+mod instance_filter;
 mod clients_by_name;
 mod cluster;
 mod consul_killed_and_restarted;
@@ -16,49 +16,49 @@ mod container_namespace;
 mod crash_loop;
 mod critical_backend_leaves;
 mod curl_by_name;
-mod detached_by_hand;
+mod external_detach;
 mod disk;
 mod foreign_route;
 mod forwarding;
 mod four_capabilities;
-mod hooks_watched;
+mod cgroup_recreated;
 mod ipv6_by_name;
-mod kernel_has_a_voice;
+mod bpf_log;
 mod killed_under_load;
 mod leader_killed;
 mod load;
 mod maintenance;
-mod more_than_fits;
-mod not_a_vip_untouched;
+mod map_full;
+mod non_vip_passthrough;
 mod not_ready_before_consul;
 mod operators_view;
-mod passed_sockets;
+mod socket_activation;
 mod pinned_address;
 mod port_reused;
 mod ports_from_meta;
 mod postgres;
 mod refuses_to_start;
-mod reloaded_between_consuls;
+mod reload_source;
 mod reloaded_live;
 mod resolvers;
 mod restarted_without_consul;
 mod rules;
-mod servers;
+mod ha_cluster;
 mod services_never_mix;
-mod state_lost;
+mod state_dir_lost;
 mod static_catalog;
 mod stops_on_signals;
 mod tag_removed;
 mod tls_rotated;
 mod udp_echo;
 mod upgraded_under_load;
-mod way_out;
+mod shadow_mode;
 mod wildcard_server_never_reached;
 
 use std::process::ExitCode;
 
 use anyhow::Result;
-use lb_tests::{process, run, undo};
+use lb_tests::{process, cmd, cleanup};
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
 type Story = fn() -> Result<()>;
@@ -66,19 +66,19 @@ type Story = fn() -> Result<()>;
 const STORIES: &[(&str, Story)] = &[
     ("acl_policies", acls::policies),
     ("acls", acls::story),
-    ("agent_cut_off", agent_cut_off::story),
+    ("agent_cut_off", agent_partition::story),
     ("all_critical_refuses_and_recovers", all_critical_refuses_and_recovers::story),
     ("another_hosts_loopback", another_hosts_loopback::story),
-    ("bad_records", bad_records::story),
+    ("bad_records", invalid_records::story),
     ("cgroup_namespace", cgroup_namespace::story),
-    ("chosen_instances", chosen_instances::story),
+    ("chosen_instances", instance_filter::story),
     ("consul_as_resolver", resolvers::consul),
     ("consul_killed_and_restarted", consul_killed_and_restarted::story),
     ("container_namespace", container_namespace::story),
     ("crash_loop", crash_loop::story),
     ("critical_backend_leaves", critical_backend_leaves::story),
     ("curl_by_name", curl_by_name::story),
-    ("detached_by_hand", detached_by_hand::story),
+    ("detached_by_hand", external_detach::story),
     ("dig_by_name", resolvers::dig),
     ("disk_full", disk::full),
     ("disk_stalled", disk::stalled),
@@ -86,26 +86,26 @@ const STORIES: &[(&str, Story)] = &[
     ("foreign_route", foreign_route::story),
     ("forwarding", forwarding::story),
     ("four_capabilities", four_capabilities::story),
-    ("hooks_watched", hooks_watched::story),
+    ("hooks_watched", cgroup_recreated::story),
     ("ipv6_by_name", ipv6_by_name::story),
-    ("kernel_has_a_voice", kernel_has_a_voice::story),
+    ("kernel_has_a_voice", bpf_log::story),
     ("killed_under_load", killed_under_load::story),
     ("leader_killed", leader_killed::story),
     ("maintenance", maintenance::story),
-    ("more_than_fits", more_than_fits::story),
-    ("not_a_vip_untouched", not_a_vip_untouched::story),
+    ("more_than_fits", map_full::story),
+    ("not_a_vip_untouched", non_vip_passthrough::story),
     ("not_ready_before_consul", not_ready_before_consul::story),
     ("operators_view", operators_view::story),
     ("pinned_address", pinned_address::story),
     ("port_reused", port_reused::story),
     ("ports_from_meta", ports_from_meta::story),
     ("refuses_to_start", refuses_to_start::story),
-    ("reloaded_between_consuls", reloaded_between_consuls::story),
+    ("reloaded_between_consuls", reload_source::story),
     ("reloaded_live", reloaded_live::story),
     ("resolvers_in_a_circle", resolvers::circle),
     ("restarted_without_consul", restarted_without_consul::story),
     ("services_never_mix", services_never_mix::story),
-    ("state_lost", state_lost::story),
+    ("state_lost", state_dir_lost::story),
     ("static_catalog", static_catalog::story),
     ("stops_on_signals", stops_on_signals::story),
     ("strangers_refused", resolvers::strangers),
@@ -114,8 +114,8 @@ const STORIES: &[(&str, Story)] = &[
     ("udp_echo", udp_echo::story),
     ("unread_log", disk::unread_log),
     ("upgraded_under_load", upgraded_under_load::story),
-    ("way_out", way_out::story),
-    ("way_out_by_key", way_out::by_key),
+    ("way_out", shadow_mode::story),
+    ("way_out_by_key", shadow_mode::by_key),
     ("wildcard_server_never_reached", wildcard_server_never_reached::story),
 ];
 
@@ -127,7 +127,7 @@ const STORIES_OF_PROGRAMS: &[(&str, &[&str], Story)] = &[
     ("kdig_by_name", &["kdig"], resolvers::kdig),
     ("musl_by_name", &["musl-gcc"], resolvers::musl),
     ("node_by_name", &["node"], clients_by_name::node),
-    ("passed_sockets", &["python3"], passed_sockets::story),
+    ("passed_sockets", &["python3"], socket_activation::story),
     ("postgres", &["psql", "initdb", "postgres"], postgres::story),
     ("prometheus_rules", &["promtool"], rules::story),
     ("python_by_name", &["python3"], clients_by_name::python),
@@ -142,7 +142,7 @@ fn main() -> ExitCode {
     if !is_root {
         eprintln!("The scenarios are ignored: needs root: run `cargo xtask test`");
     }
-    if let Err(error) = undo::on_signals() {
+    if let Err(error) = cleanup::on_signals() {
         eprintln!("Can't handle signals: {error}");
         return ExitCode::FAILURE;
     }
@@ -156,8 +156,8 @@ fn main() -> ExitCode {
 
 /// Tells a story, where the programs that it needs are installed; CI has to have them.
 fn tell(programs: &[&str], story: Story) -> Result<Completion, Failed> {
-    if let Some(absent) = programs.iter().find_map(|program| run::installed(program).err()) {
-        return run::skip(&absent.to_string());
+    if let Some(absent) = programs.iter().find_map(|program| cmd::installed(program).err()) {
+        return cmd::skip(&absent.to_string());
     }
     story().map_err(|error| Failed::from(format!("{error:?}\n{}", process::last_words())))?;
     Ok(Completion::Completed)

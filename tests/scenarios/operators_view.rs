@@ -6,7 +6,7 @@ use std::fs;
 use anyhow::{Context, Result, ensure};
 use lb_tests::consul::{Consul, instance};
 use lb_tests::nohop::Nohop;
-use lb_tests::run;
+use lb_tests::cmd;
 use serde_json::Value;
 
 use crate::cluster::{CLIENT, Nodes, SOON};
@@ -47,7 +47,7 @@ pub fn story() -> Result<()> {
     // A request that waits is answered after each kind of change, none of which is the table's.
     let link = nohop.pin("links/nohop_connect4")?;
     let before = revision(&nohop.status()?)?;
-    run::words("bpftool", &format!("link detach pinned {}", link.display()))?;
+    cmd::words("bpftool", &format!("link detach pinned {}", link.display()))?;
     let before = wait_for(&nohop, before, |status| {
         status["problems"].to_string().contains("something detached")
     })?;

@@ -9,7 +9,7 @@ use lb_tests::helloworld::Helloworld;
 use serde_json::Value;
 
 use crate::cluster::SOON;
-use crate::servers::{Servers, Setup, is_failing, is_live};
+use crate::ha_cluster::{Servers, Setup, is_failing, is_live};
 
 pub fn story() -> Result<()> {
     let mut servers = Servers::with(&Setup::default(), |_| Ok(()))?;

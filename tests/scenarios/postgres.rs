@@ -9,8 +9,8 @@ use anyhow::{Context, Result, ensure};
 use lb_tests::consul::instance;
 use lb_tests::net::Place;
 use lb_tests::process::Process;
-use lb_tests::run;
-use lb_tests::scratch::Scratch;
+use lb_tests::cmd;
+use lb_tests::tempdir::Scratch;
 use serde_json::json;
 
 use crate::cluster::{BACKEND, Cluster, SOON};
@@ -32,10 +32,10 @@ pub fn story() -> Result<()> {
     cluster.nohop.wait_for_backends("pg", 1, SOON)?;
 
     let ask = |query: &str| {
-        let mut psql = cluster.nodes.inside().command(run::installed("psql")?);
+        let mut psql = cluster.nodes.inside().command(cmd::installed("psql")?);
         psql.args(["-h", "pg.service", "-p", "5432", "-U", "postgres", "-At", "-c", query]);
         psql.env("PGCONNECT_TIMEOUT", "10");
-        run::stdout(psql)
+        cmd::stdout(psql)
     };
     ensure!(ask("select 1")? == "1\n");
     let place = ask("select inet_server_addr(), inet_server_port()")?;
@@ -49,7 +49,7 @@ fn serve(place: Place<'_>, scratch: &Scratch) -> Result<Process> {
     let data = scratch.path().join("data");
     let mut initdb = as_nobody(place, "initdb")?;
     initdb.args(["-U", "postgres", "--auth=trust", "--no-sync", "-D"]).arg(&data);
-    run::stdout(initdb)?;
+    cmd::stdout(initdb)?;
     fs::write(data.join("pg_hba.conf"), "host all all 10.99.0.0/24 trust\n")
         .context("let the client node in")?;
     let mut postgres = as_nobody(place, "postgres")?;
@@ -64,7 +64,7 @@ fn as_nobody(place: Place<'_>, program: &str) -> Result<Command> {
     let mut command = place.command("setpriv");
     let id = NOBODY.to_string();
     command.args(["--reuid", &id, "--regid", &id, "--clear-groups"]);
-    command.arg(run::installed(program)?);
+    command.arg(cmd::installed(program)?);
     // It speaks English, and needs nobody's home.
     command.env("LC_ALL", "C").env("HOME", "/").current_dir("/");
     Ok(command)

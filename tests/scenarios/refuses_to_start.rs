@@ -3,7 +3,7 @@
 
 use anyhow::{Result, ensure};
 use lb_tests::bpffs::Bpffs;
-use lb_tests::run;
+use lb_tests::cmd;
 
 use crate::cluster::{Catalog, Nodes, attached};
 
@@ -50,10 +50,10 @@ pub fn story() -> Result<()> {
     ];
     for (under, flags, words) in cases {
         let mut command = nodes.client.outside().command("timeout");
-        command.arg("10").args(under.split(' ')).arg(run::built("nohop")?).arg("run");
+        command.arg("10").args(under.split(' ')).arg(cmd::built("nohop")?).arg("run");
         command.arg("--catalog").arg(catalog.path()).arg("--state-dir").arg(&directory);
         command.args(flags.split(' '));
-        let output = run::output(command)?;
+        let output = cmd::output(command)?;
         let text = String::from_utf8_lossy(&output.stderr);
         ensure!(output.status.code() == Some(1), "{under} {flags}: {}\n{text}", output.status);
         ensure!(words.iter().all(|word| text.contains(word)), "{under} {flags}: {text}");

@@ -9,8 +9,8 @@ use lb_tests::consul;
 use lb_tests::helloworld::Helloworld;
 use lb_tests::nohop::Nohop;
 use lb_tests::process::Process;
-use lb_tests::run;
-use lb_tests::scratch::Scratch;
+use lb_tests::cmd;
+use lb_tests::tempdir::Scratch;
 
 use crate::cluster::{Catalog, Nodes, vip};
 
@@ -109,7 +109,7 @@ pub fn musl() -> Result<()> {
     let scratch = Scratch::new("musl")?;
     let program = scratch.path().join("lookup");
     let source = concat!(env!("CARGO_MANIFEST_DIR"), "/clients/lookup.c");
-    run::words("musl-gcc", &format!("-static -O1 -o {} {source}", program.display()))?;
+    cmd::words("musl-gcc", &format!("-static -O1 -o {} {source}", program.display()))?;
     let stage = Stage::new("")?;
     stage.each_finds_the_vip(&program.display().to_string(), &["helloworld.service"])?;
     let absent = stage.nodes.inside().run(&program, "absent.service");
@@ -260,7 +260,7 @@ pub fn systemd_resolved() -> Result<()> {
 
 fn resolved(stage: &Stage, etc: &Path) -> Result<Process> {
     let mut command = stage.nodes.client.outside().command("sh");
-    command.args(["-c", RESOLVED, "sh"]).arg(etc).arg(run::installed("systemd-resolved")?);
+    command.args(["-c", RESOLVED, "sh"]).arg(etc).arg(cmd::installed("systemd-resolved")?);
     command.env("SYSTEMD_LOG_LEVEL", "debug").env("SYSTEMD_LOG_TARGET", "console");
     let resolved = Process::spawn("systemd-resolved", command)?;
     resolved.wait_for_line(&["Creating stub listener"], PATIENCE)?;

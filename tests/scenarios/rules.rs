@@ -4,8 +4,8 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use lb_tests::run;
-use lb_tests::scratch::Scratch;
+use lb_tests::cmd;
+use lb_tests::tempdir::Scratch;
 
 const RULES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../contrib/prometheus/nohop.rules.yml");
 
@@ -23,14 +23,14 @@ const NODES: [(&str, &[&str], &[&str]); 5] = [
 ];
 
 pub fn story() -> Result<()> {
-    let promtool = run::installed("promtool")?;
+    let promtool = cmd::installed("promtool")?;
     let promtool = promtool.to_str().context("a path in UTF-8")?;
-    run::words(promtool, &format!("check rules {RULES}"))?;
+    cmd::words(promtool, &format!("check rules {RULES}"))?;
 
     let scratch = Scratch::new("rules")?;
     let file = scratch.path().join("test.yml");
     std::fs::write(&file, test(Path::new(RULES)))?;
-    let output = run::words(promtool, &format!("test rules {}", file.display()))?;
+    let output = cmd::words(promtool, &format!("test rules {}", file.display()))?;
     ensure!(output.contains("SUCCESS"), "{output}");
     Ok(())
 }

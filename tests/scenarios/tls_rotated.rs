@@ -5,12 +5,12 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use lb_tests::scratch::Scratch;
+use lb_tests::tempdir::Scratch;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use serde_json::{Value, json};
 
 use crate::cluster::SOON;
-use crate::servers::{Servers, Setup, is_failing, is_live};
+use crate::ha_cluster::{Servers, Setup, is_failing, is_live};
 
 pub fn story() -> Result<()> {
     let scratch = Scratch::new("tls")?;

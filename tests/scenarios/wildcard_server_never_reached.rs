@@ -4,7 +4,7 @@ use std::net::{Ipv4Addr, SocketAddrV4};
 
 use anyhow::{Result, ensure};
 use lb_tests::helloworld::{Helloworld, dial};
-use lb_tests::run;
+use lb_tests::cmd;
 
 use crate::cluster::{Catalog, Nodes, vip};
 
@@ -35,7 +35,7 @@ pub fn story() -> Result<()> {
     }
     let mut curl = nodes.inside().command("curl");
     curl.args(["-sS", "-g", "--max-time", "5"]).arg(format!("http://[::ffff:{}]/", full.ip()));
-    let output = run::output(curl)?;
+    let output = cmd::output(curl)?;
     ensure!(output.stdout == b"hello from helloworld\n", "a dual-stack socket: {output:?}");
     for address in [empty, unassigned, other_port, full] {
         let dials = dial(outside, address, 20)?;

@@ -6,8 +6,8 @@ use std::sync::Once;
 use anyhow::{Context, Result};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
-use crate::scratch::{Scratch, sweep};
-use crate::undo::Undo;
+use crate::tempdir::{Scratch, sweep};
+use crate::cleanup::Undo;
 
 const ROLE: &str = "bpf";
 

@@ -9,8 +9,8 @@ use anyhow::{Context, Result};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::scratch;
-use crate::undo::Undo;
+use crate::tempdir;
+use crate::cleanup::Undo;
 
 /// How long a killed process may take to leave its cgroup.
 const LEAVING: Duration = Duration::from_secs(5);
@@ -29,7 +29,7 @@ impl Cgroup {
     pub fn new() -> Result<Cgroup> {
         let root = root()?;
         sweep(&root);
-        let path = root.join(scratch::name("cgroup"));
+        let path = root.join(tempdir::name("cgroup"));
         let undo = Undo::new({
             let path = path.clone();
             move || remove(&path)
@@ -57,7 +57,7 @@ fn root() -> Result<PathBuf> {
 /// Removes the cgroups that killed runs left behind, once in this process.
 fn sweep(root: &Path) {
     static ONCE: Once = Once::new();
-    ONCE.call_once(|| scratch::sweep(root, |name| remove(&root.join(name))));
+    ONCE.call_once(|| tempdir::sweep(root, |name| remove(&root.join(name))));
 }
 
 /// Removes a cgroup with the processes in it, if it exists.

@@ -12,8 +12,8 @@ use serde_json::{Value, json};
 
 use crate::net::Host;
 use crate::process::Process;
-use crate::run;
-use crate::scratch::Scratch;
+use crate::cmd;
+use crate::tempdir::Scratch;
 
 /// How long an agent may take to be of use.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -208,7 +208,7 @@ impl Consul {
     /// # Errors
     /// When it can't be run.
     pub fn version(&self) -> Result<String> {
-        let text = run::words(&program()?.display().to_string(), "version")?;
+        let text = cmd::words(&program()?.display().to_string(), "version")?;
         Ok(text.lines().next().unwrap_or_default().to_owned())
     }
 
@@ -217,7 +217,7 @@ impl Consul {
     /// # Errors
     /// When the agent doesn't answer with 200 and JSON.
     pub fn get(&self, path: &str) -> Result<Value> {
-        let body = run::stdout(self.curl(path))?;
+        let body = cmd::stdout(self.curl(path))?;
         serde_json::from_str(&body).with_context(|| format!("{path} answered {body:?}"))
     }
 
@@ -228,7 +228,7 @@ impl Consul {
     pub fn put(&self, path: &str, body: &Value) -> Result<()> {
         let mut command = self.curl(path);
         command.args(["--request", "PUT", "--data-binary", &body.to_string()]);
-        run::stdout(command).map(drop)
+        cmd::stdout(command).map(drop)
     }
 
     /// PUTs to a path, and returns what the agent answers.
@@ -238,7 +238,7 @@ impl Consul {
     pub fn put_for(&self, path: &str, body: &Value) -> Result<Value> {
         let mut command = self.curl(path);
         command.args(["--request", "PUT", "--data-binary", &body.to_string()]);
-        let answer = run::stdout(command)?;
+        let answer = cmd::stdout(command)?;
         serde_json::from_str(&answer).with_context(|| format!("{path} answered {answer:?}"))
     }
 
@@ -249,7 +249,7 @@ impl Consul {
     pub fn delete(&self, path: &str) -> Result<()> {
         let mut command = self.curl(path);
         command.args(["--request", "DELETE"]);
-        run::stdout(command).map(drop)
+        cmd::stdout(command).map(drop)
     }
 
     /// Registers an instance with this agent; [`instance`] makes one.
@@ -294,7 +294,7 @@ impl Consul {
         while Instant::now() < deadline {
             let mut command = self.curl(&format!("{path}?index={index}&wait=5s"));
             command.arg("--include");
-            let answer = run::stdout(command)?;
+            let answer = cmd::stdout(command)?;
             let (head, body) = answer.split_once("\r\n\r\n").context("an answer without a head")?;
             let value = serde_json::from_str(body).with_context(|| format!("{path}: {body:?}"))?;
             if predicate(&value) {

@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use crate::net::Place;
 use crate::process::Process;
-use crate::run;
+use crate::cmd;
 
 /// A server that answers every HTTP request with `hello from NAME`.
 pub struct Helloworld {
@@ -25,7 +25,7 @@ impl Helloworld {
     /// # Errors
     /// When it can't listen there.
     pub fn start(place: Place<'_>, name: &str, listen: &str) -> Result<Helloworld> {
-        let mut command = place.command(run::built("helloworld")?);
+        let mut command = place.command(cmd::built("helloworld")?);
         command.args(["--listen", listen, "--name", name]);
         let process = Process::spawn(&format!("helloworld {name}"), command)?;
         let line = process.wait_for_line(&["listening on "], Duration::from_secs(10))?;
@@ -64,7 +64,7 @@ impl Dials {
 pub fn dial(place: Place<'_>, address: impl Into<SocketAddr>, n_times: u32) -> Result<Dials> {
     let address = address.into();
     let report =
-        place.run(run::built("dial")?, &format!("{address} --times {n_times} --threads 4"))?;
+        place.run(cmd::built("dial")?, &format!("{address} --times {n_times} --threads 4"))?;
     let report: Value = serde_json::from_str(&report).context("read the dialer's report")?;
     let counts = |key: &str| -> Result<BTreeMap<String, u64>> {
         Ok(serde_json::from_value(report[key].clone())?)

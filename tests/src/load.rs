@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use crate::net::Place;
 use crate::process::Process;
-use crate::run;
+use crate::cmd;
 
 /// Enough that a connection that takes long holds no other one up.
 const N_THREADS: u32 = 64;
@@ -50,7 +50,7 @@ impl Load {
     /// # Errors
     /// When the client can't be started.
     pub fn start(place: Place<'_>, address: impl Into<SocketAddr>, rate: u32) -> Result<Load> {
-        let mut command = place.command(run::built("load")?);
+        let mut command = place.command(cmd::built("load")?);
         let arguments = format!(
             "{} --rate {rate} --at-most {MAX_SECONDS} --threads {N_THREADS}",
             address.into()

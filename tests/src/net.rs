@@ -10,9 +10,9 @@ use anyhow::{Context, Result};
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::cgroup::Cgroup;
-use crate::run;
-use crate::scratch::{self, Scratch};
-use crate::undo::Undo;
+use crate::cmd;
+use crate::tempdir::{self, Scratch};
+use crate::cleanup::Undo;
 
 /// Where `ip netns` keeps the namespaces.
 const NAMESPACES: &str = "/run/netns";
@@ -42,13 +42,13 @@ impl Host {
     /// Without the right to make namespaces.
     pub fn new(role: &str) -> Result<Arc<Host>> {
         sweep();
-        let namespace = scratch::name(role);
+        let namespace = tempdir::name(role);
         let scratch = Scratch::new(role)?;
         let undo = Undo::new({
             let namespace = namespace.clone();
             move || remove(&namespace)
         });
-        run::words("ip", &format!("netns add {namespace}"))?;
+        cmd::words("ip", &format!("netns add {namespace}"))?;
         let host = Host { namespace, n_interfaces: AtomicU32::new(0), scratch, _undo: undo };
         host.ip("link set lo up")?;
         host.set_resolv_conf("nameserver 127.0.0.1\n")?;
@@ -102,7 +102,7 @@ impl Host {
     /// # Errors
     /// When `ip` fails.
     pub fn ip(&self, arguments: &str) -> Result<String> {
-        run::words("ip", &format!("-n {} {arguments}", self.namespace))
+        cmd::words("ip", &format!("-n {} {arguments}", self.namespace))
     }
 
     /// Replaces what the programs of this host find in /etc/resolv.conf.
@@ -152,7 +152,7 @@ impl Place<'_> {
     pub fn run(&self, program: impl AsRef<Path>, arguments: &str) -> Result<String> {
         let mut command = self.command(program);
         command.args(arguments.split_whitespace());
-        run::stdout(command)
+        cmd::stdout(command)
     }
 
     /// What a person types, in front of a program, to run it here.
@@ -181,7 +181,7 @@ impl Place<'_> {
 /// Removes the namespaces that killed runs left behind, once in this process.
 fn sweep() {
     static ONCE: Once = Once::new();
-    ONCE.call_once(|| scratch::sweep(Path::new(NAMESPACES), remove));
+    ONCE.call_once(|| tempdir::sweep(Path::new(NAMESPACES), remove));
 }
 
 /// Removes a namespace with the processes in it, if it exists.
@@ -189,11 +189,11 @@ fn remove(namespace: &str) {
     if !Path::new(NAMESPACES).join(namespace).exists() {
         return;
     }
-    let pids = run::words("ip", &format!("netns pids {namespace}")).unwrap_or_default();
+    let pids = cmd::words("ip", &format!("netns pids {namespace}")).unwrap_or_default();
     for pid in pids.lines().filter_map(|pid| Pid::from_raw(pid.parse().ok()?)) {
         let _ = kill_process(pid, Signal::KILL);
     }
-    if let Err(error) = run::words("ip", &format!("netns delete {namespace}")) {
+    if let Err(error) = cmd::words("ip", &format!("netns delete {namespace}")) {
         eprintln!("the network namespace {namespace} stays: {error:#}");
     }
 }

@@ -22,8 +22,8 @@ use crate::bpffs::Bpffs;
 use crate::cgroup::Cgroup;
 use crate::net::Host;
 use crate::process::Process;
-use crate::run;
-use crate::scratch::Scratch;
+use crate::cmd;
+use crate::tempdir::Scratch;
 
 /// How long the daemon may take to listen, and then to be ready.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -73,7 +73,7 @@ impl Nohop {
     /// # Errors
     /// When it doesn't in time.
     pub fn start_unready(host: &Arc<Host>, cgroup: &Cgroup, config: &str) -> Result<Nohop> {
-        Nohop::start_command(vec![run::built("nohop")?.into()], host, cgroup.path(), config)
+        Nohop::start_command(vec![cmd::built("nohop")?.into()], host, cgroup.path(), config)
     }
 
     /// Starts this executable, another release's perhaps, and waits until it is ready.
@@ -102,7 +102,7 @@ impl Nohop {
         scope: &Path,
         config: &str,
     ) -> Result<Nohop> {
-        let command = under.iter().map(OsString::from).chain([run::built("nohop")?.into()]);
+        let command = under.iter().map(OsString::from).chain([cmd::built("nohop")?.into()]);
         Nohop::start_command(command.collect(), host, scope, config)
     }
 
@@ -164,7 +164,7 @@ impl Nohop {
         let config_file = self.scratch.path().join("nohop.toml");
         let mut command = self.host.outside().command("sh");
         command.args([OsStr::new("-c"), OsStr::new(r#"exec "$1" run --config "$2" 2>"$3""#)]);
-        command.arg("sh").arg(run::built("nohop")?).arg(config_file).arg(stderr);
+        command.arg("sh").arg(cmd::built("nohop")?).arg(config_file).arg(stderr);
         command.env("RUST_LOG", "debug");
         self.process = Process::spawn("nohop", command)?;
         self.wait_until_listening(&inotify)?;
@@ -313,7 +313,7 @@ impl Nohop {
     fn ask_for(&self, service: &str) -> Result<()> {
         let mut command = self.host.outside().command("dig");
         command.args(["+time=1", "+tries=1", "@127.0.0.1", &format!("{service}.service")]);
-        run::output(command).map(drop)
+        cmd::output(command).map(drop)
     }
 
     /// Waits until `predicate` holds of the status.
@@ -337,7 +337,7 @@ impl Nohop {
         let binary = self.command.last().context("a program")?;
         let mut command = self.host.outside().command(binary);
         command.env("NOHOP_ADMIN", admin(self.scratch.path())).args(arguments.split_whitespace());
-        run::output(command)
+        cmd::output(command)
     }
 
     /// The address of its admin interface, as the clients of `nohop` want it.

@@ -14,7 +14,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 
-use crate::undo::Undo;
+use crate::cleanup::Undo;
 
 /// The lines of output that are kept.
 const MAX_LINES: usize = 10_000;

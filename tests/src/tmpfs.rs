@@ -5,8 +5,8 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
-use crate::scratch::Scratch;
-use crate::undo::Undo;
+use crate::tempdir::Scratch;
+use crate::cleanup::Undo;
 
 /// A mounted tmpfs; needs root.
 pub struct Tmpfs {

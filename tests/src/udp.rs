@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use crate::net::Place;
 use crate::process::Process;
-use crate::run;
+use crate::cmd;
 
 /// A server that answers each datagram with its name and the datagram.
 pub struct Echo {
@@ -25,7 +25,7 @@ impl Echo {
     /// # Errors
     /// When it can't listen there.
     pub fn start(place: Place<'_>, name: &str, listen: &str) -> Result<Echo> {
-        let mut command = place.command(run::built("udp")?);
+        let mut command = place.command(cmd::built("udp")?);
         command.args(["serve", listen, name]);
         let process = Process::spawn(&format!("udp {name}"), command)?;
         let line = process.wait_for_line(&["listening on "], Duration::from_secs(10))?;
@@ -69,7 +69,7 @@ impl Askers {
         n_sockets: u64,
     ) -> Result<Askers> {
         let how = if are_connected { "connected" } else { "unconnected" };
-        let mut command = place.command(run::built("udp")?);
+        let mut command = place.command(cmd::built("udp")?);
         command.args(["ask", &address.into().to_string(), how, &n_sockets.to_string()]);
         Ok(Askers { process: Process::spawn(&format!("udp {how}"), command)?, n_sockets })
     }

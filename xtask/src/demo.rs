@@ -14,7 +14,7 @@ use lb_tests::consul::{Consul, instance};
 use lb_tests::helloworld::Helloworld;
 use lb_tests::net::Host;
 use lb_tests::nohop::{Nohop, service};
-use lb_tests::{run, undo};
+use lb_tests::{cmd, cleanup};
 use serde_json::json;
 
 /// How long nohop may take to follow Consul before the demo gives up.
@@ -40,7 +40,7 @@ pub fn demo(keep: bool) -> Result<()> {
         sudo.arg(std::env::current_exe()?).args(["demo", "--built"]).args(keep.then_some("--keep"));
         return Err(sudo.exec()).context("start sudo; as root the demo runs without");
     }
-    undo::on_signals()?;
+    cleanup::on_signals()?;
     let mut demo = Demo::start()?;
     demo.play()?;
     if keep {
@@ -49,7 +49,7 @@ pub fn demo(keep: bool) -> Result<()> {
         println!("{} bash", inside.shell_prefix());
         println!("\nThere: `curl http://helloworld.service/`, and `nohop services` after");
         println!("export NOHOP_ADMIN={}", demo.nohop.admin());
-        println!("export PATH=$PATH:{}", directory(&run::built("nohop")?));
+        println!("export PATH=$PATH:{}", directory(&cmd::built("nohop")?));
         loop {
             thread::park(); // the signal's handler cleans up and ends the process
         }
@@ -148,7 +148,7 @@ impl Demo {
         println!("{}", prompt(&format!("{program} {arguments}")));
         let mut command = self.host.inside(&self.cgroup).command(program);
         command.args(arguments.split(' '));
-        let output = run::output(command)?;
+        let output = cmd::output(command)?;
         let text = [output.stdout, output.stderr].concat();
         let text = String::from_utf8_lossy(&text).into_owned();
         println!("{}", text.trim_end());
@@ -160,7 +160,7 @@ impl Demo {
         let pin = self.nohop.pin(&format!("maps/{name}"))?;
         let dump = format!("map dump pinned {}", pin.display());
         println!("{}", prompt(&format!("bpftool {dump}")));
-        let dump = run::words("bpftool", &dump)?;
+        let dump = cmd::words("bpftool", &dump)?;
         println!("{}", dump.split_whitespace().collect::<Vec<_>>().join(" "));
         Ok(())
     }

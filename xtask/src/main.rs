@@ -7,7 +7,7 @@ mod demo;
 mod fuzz;
 mod process;
 mod setup;
-mod tally;
+mod test_report;
 mod test;
 mod vm;
 

@@ -5,7 +5,7 @@ use std::process::{Command, ExitCode};
 use anyhow::{Context, Result, anyhow};
 
 use crate::process::{self, is_root};
-use crate::tally::Tally;
+use crate::test_report::Tally;
 use crate::vm;
 
 /// Runs the checks and the tests, or only the tests whose name contains `filter`. The last line

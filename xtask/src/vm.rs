@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 
 use crate::setup::kernels::{self, Kernel, Kernels, Version};
-use crate::tally::Tally;
+use crate::test_report::Tally;
 use crate::{compile, process, setup};
 use boot::Mode;
 use initramfs::Archive;

@@ -11,9 +11,9 @@ use rustix::net::sockopt::set_tcp_nodelay;
 use rustix::net::{RecvFlags, SendFlags, Shutdown, SocketFlags, accept_with, recv, send, shutdown};
 
 use crate::clock::now_ns;
-use crate::poller::{ENDED, Poller, STREAM};
+use crate::epoll::{ENDED, Poller, STREAM};
 use crate::say_listening;
-use crate::{greet, stream};
+use crate::{banner_server, stream};
 
 /// The most that waits in one direction of a connection, in bytes. What is beyond stays in the kernel.
 const MAX_WAITING: usize = 4 * 1024 * 1024;
@@ -44,7 +44,7 @@ impl Delay {
     /// # Errors
     /// When it can't listen there.
     pub fn run(&self) -> anyhow::Result<()> {
-        let listener = greet::listen(self.address)?;
+        let listener = banner_server::listen(self.address)?;
         say_listening(listener.local_addr()?);
         serve(listener, self.backend, self.delay_us * 1000)
     }
@@ -301,7 +301,7 @@ mod tests {
                 thread::spawn(move || serve_one(stream.unwrap()));
             }
         });
-        let listener = greet::listen("127.0.0.1:0".parse().unwrap()).unwrap();
+        let listener = banner_server::listen("127.0.0.1:0".parse().unwrap()).unwrap();
         let address = listener.local_addr().unwrap();
         thread::spawn(move || serve(listener, backend_address, DELAY.as_nanos() as u64));
         address
@@ -358,7 +358,7 @@ mod tests {
         let backend = TcpListener::bind("127.0.0.1:0").unwrap();
         let backend_address = backend.local_addr().unwrap();
         drop(backend);
-        let listener = greet::listen("127.0.0.1:0".parse().unwrap()).unwrap();
+        let listener = banner_server::listen("127.0.0.1:0".parse().unwrap()).unwrap();
         let address = listener.local_addr().unwrap();
         thread::spawn(move || serve(listener, backend_address, 0));
         let mut stream = TcpStream::connect(address).unwrap();

@@ -6,16 +6,16 @@
 mod answer;
 mod clock;
 mod delay;
-mod dial;
+mod connect;
 mod echo;
-mod failures;
-mod greet;
+mod errors;
+mod banner_server;
 mod http;
 mod latency;
 mod limits;
-mod poller;
+mod epoll;
 mod probe;
-mod schedule;
+mod pacer;
 mod stream;
 mod udp;
 
@@ -39,9 +39,9 @@ enum Command {
     /// HTTP requests at a fixed rate, whatever became of those before
     Http(http::Http),
     /// Dials one after another, and what each step of them takes
-    Dial(dial::Dial),
+    Dial(connect::Dial),
     /// Serves: writes a byte to whoever connects, and hangs up
-    Greet(greet::Greet),
+    Greet(banner_server::Greet),
     /// Serves: sends each datagram back
     Echo(echo::Echo),
     /// Datagrams that are to come back

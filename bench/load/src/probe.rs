@@ -18,9 +18,9 @@ use serde_json::{Value, json};
 
 use crate::answer::Answer;
 use crate::clock::{MILLISECOND_NS, SECOND_NS, now_ns};
-use crate::failures::{self, Failures, Name};
+use crate::errors::{self, Failures, Name};
 use crate::limits::seconds;
-use crate::poller::timespec;
+use crate::epoll::timespec;
 use crate::stream;
 
 /// How long a dial may take, from connect to the end of the answer.
@@ -111,7 +111,7 @@ impl From<io::Error> for Problem {
 
 impl From<Errno> for Problem {
     fn from(errno: Errno) -> Problem {
-        Problem::Dial(failures::of_errno(errno))
+        Problem::Dial(errors::of_errno(errno))
     }
 }
 
@@ -163,15 +163,15 @@ impl<W: Write> Prober<'_, W> {
                 whole = answer.end().map(|complete| (complete.status, lossy(complete.name)));
             } else if whole.is_none() {
                 let fed = answer.feed(&buffer[..n_received]);
-                let complete = fed.map_err(|_| Problem::Dial(failures::MALFORMED))?;
+                let complete = fed.map_err(|_| Problem::Dial(errors::MALFORMED))?;
                 whole = complete.map(|complete| (complete.status, lossy(complete.name)));
             }
             if is_end {
                 return match whole {
-                    None => Err(Problem::Dial(failures::CLOSED)),
-                    Some((200, name)) if name.is_empty() => Err(Problem::Dial(failures::MALFORMED)),
+                    None => Err(Problem::Dial(errors::CLOSED)),
+                    Some((200, name)) if name.is_empty() => Err(Problem::Dial(errors::MALFORMED)),
                     Some((200, name)) => Ok(name),
-                    Some((status, _)) => Err(Problem::Dial(failures::of_status(status))),
+                    Some((status, _)) => Err(Problem::Dial(errors::of_status(status))),
                 };
             }
         }
@@ -188,7 +188,7 @@ impl<W: Write> Prober<'_, W> {
             let now_ns = now_ns();
             let left_ns = deadline_ns.saturating_sub(now_ns);
             if left_ns == 0 {
-                return Err(Problem::Dial(failures::TIMEOUT));
+                return Err(Problem::Dial(errors::TIMEOUT));
             }
             let timeout = timespec(left_ns.min(SLICE_NS));
             match poll(&mut [PollFd::new(socket, flags)], Some(&timeout)) {

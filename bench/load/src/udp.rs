@@ -10,11 +10,11 @@ use rustix::net::sockopt::{set_socket_recv_buffer_size, set_socket_send_buffer_s
 use serde_json::{Value, json};
 
 use crate::clock::{MILLISECOND_NS, SECOND_NS, now_ns};
-use crate::failures::{self, Failures};
+use crate::errors::{self, Failures};
 use crate::latency::Latency;
 use crate::limits::{rate, seconds};
-use crate::poller::Poller;
-use crate::schedule::Schedule;
+use crate::epoll::Poller;
+use crate::pacer::Schedule;
 
 /// After so long one of a window is lost, and the next one takes its place.
 const LOST_WINDOW_NS: u64 = 200 * MILLISECOND_NS;
@@ -303,7 +303,7 @@ impl Client {
     /// Counts an error, and connects a socket again that isn't connected any more.
     fn take_note(&mut self, socket_idx: usize, error: &io::Error) {
         let is_busy = error.kind() == ErrorKind::WouldBlock;
-        let name = if is_busy { "other_EAGAIN".into() } else { failures::of_error(error) };
+        let name = if is_busy { "other_EAGAIN".into() } else { errors::of_error(error) };
         let left = ["other_ECONNABORTED", "other_EDESTADDRREQ", "other_ENOTCONN"];
         if self.is_connected && left.contains(&name.as_ref()) {
             // Where that fails, the next send says so.

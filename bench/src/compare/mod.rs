@@ -19,11 +19,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use clap::ValueEnum;
-use lb_tests::run;
+use lb_tests::cmd;
 use serde::Serialize;
 
 use crate::machine::Machine;
-use crate::number;
+use crate::format;
 use crate::progress::{Progress, duration};
 use crate::random::Random;
 use crate::report::Better;
@@ -148,7 +148,7 @@ impl Quantity {
     }
 
     fn name(self, n_services: usize) -> String {
-        self.describe().2.replace("MANY", &number::count(n_services as f64))
+        self.describe().2.replace("MANY", &format::count(n_services as f64))
     }
 
     fn better(self) -> Better {
@@ -260,7 +260,7 @@ pub struct Compared {
 pub fn run(options: &Options) -> Result<ExitCode> {
     let binary = |path: &PathBuf| -> Result<Binary> {
         let path = fs::canonicalize(path).with_context(|| format!("find {}", path.display()))?;
-        let version = run::words(&path.display().to_string(), "--version")
+        let version = cmd::words(&path.display().to_string(), "--version")
             .with_context(|| format!("{} isn't a nohop that runs here", path.display()))?;
         Ok(Binary { path, version: version.trim().to_owned() })
     };
@@ -288,7 +288,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     let comparison = Comparison {
         old,
         new,
-        date: run::words("date", "+%F")?.trim().to_owned(),
+        date: cmd::words("date", "+%F")?.trim().to_owned(),
         is_quick: options.is_quick,
         seed: options.seed,
         machine,
@@ -433,13 +433,13 @@ fn render(comparison: &Comparison) -> String {
         let median = |samples: &[Option<f64>]| {
             let spread = Spread::of(samples.iter().copied().flatten());
             spread.map_or_else(
-                || number::NONE.into(),
-                |spread| number::humane(spread.median, quantity.unit),
+                || format::NONE.into(),
+                |spread| format::humane(spread.median, quantity.unit),
             )
         };
         let interval = |ratio: Option<Interval>| {
             ratio.map_or_else(
-                || number::NONE.to_owned(),
+                || format::NONE.to_owned(),
                 |ratio| format!("{:.3} ({:.3}-{:.3})", ratio.median, ratio.low, ratio.high),
             )
         };

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use lb_tests::nohop::Nohop;
 use lb_tests::process::Process;
-use lb_tests::run;
-use lb_tests::scratch::Scratch;
+use lb_tests::cmd;
+use lb_tests::tempdir::Scratch;
 use serde_json::Value;
 
 use super::{Options, Part, Quantity, Samples};
@@ -19,7 +19,7 @@ use crate::node::{Layout, Node};
 use crate::peers::{Protocol, Service, Services, frontend, rendered};
 use crate::suites::dns::{dnsperf, pin, site as dns};
 use crate::suites::scale;
-use crate::tools;
+use crate::generators;
 
 /// The services of the smaller of the two daemons.
 const N_FEW: usize = 10;
@@ -117,7 +117,7 @@ impl Daemon {
             .into_iter()
             .chain([["echo".to_owned(), echo.to_string()]]);
         for arguments in servers {
-            let mut command = node.backend_place().command(tools::load_program()?);
+            let mut command = node.backend_place().command(generators::load_program()?);
             command.args(arguments);
             helpers.push(Process::spawn("server", command)?);
         }
@@ -160,11 +160,11 @@ impl Daemon {
         fs::write(&file, lines.join("\n")).context("write the addresses to dial")?;
         let n_dials = N_DIALS.div_ceil(targets.len()) * targets.len();
         let arguments = format!("dial @{} --times {n_dials} --stride {STRIDE}", file.display());
-        let found = tools::load(self.node.client_place(), &arguments)?;
+        let found = generators::load(self.node.client_place(), &arguments)?;
         let failed = found["failed"].as_object().context("nohop-load tells no `failed`")?;
         let n_failed: u64 = failed.values().filter_map(Value::as_u64).sum();
         ensure!(n_failed == 0, "{n_failed} of {n_dials} dials failed: {}", found["failed"]);
-        tools::number(&found, "/connect_ns/p50")
+        generators::number(&found, "/connect_ns/p50")
     }
 
     /// What the connect hook costs for dials of these, in ns.
@@ -180,9 +180,9 @@ impl Daemon {
             "udp {} --seconds {UDP_SECONDS} --sockets 1 --window 1 --unconnected",
             self.echo
         );
-        let found = tools::load(self.node.client_place(), &arguments)?;
+        let found = generators::load(self.node.client_place(), &arguments)?;
         ensure!(found["lost"] == 0, "datagrams were lost: {found}");
-        tools::number(&found, "/latency_us/p50")
+        generators::number(&found, "/latency_us/p50")
     }
 
     fn udp(&self, samples: &mut Samples) -> Result<()> {
@@ -230,7 +230,7 @@ impl Daemon {
         if turn == 0 {
             // All of its threads have one processor, and dnsperf with the other resolver the other.
             let pid = self.nohop.process.pid().as_raw_nonzero();
-            run::words("taskset", &format!("-a -c -p {} {pid}", pin::number(pin::SERVER)?))?;
+            cmd::words("taskset", &format!("-a -c -p {} {pid}", pin::number(pin::SERVER)?))?;
             dns::await_answer(self.node.hop_place(), DNS, "n0.example", dns::UPSTREAM_ANSWER)?;
         }
         let zone = questions("service", &mut (0..self.vips.len()).map(name))?;

@@ -7,8 +7,8 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use lb_tests::net::Place;
 use lb_tests::process::Process;
-use lb_tests::run;
-use lb_tests::scratch::Scratch;
+use lb_tests::cmd;
+use lb_tests::tempdir::Scratch;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
 
 use super::{
@@ -21,9 +21,9 @@ use crate::node::Node;
 pub const ENDPOINTS: &str = "envoy-endpoints.yaml";
 
 pub fn version() -> Result<String> {
-    let mut command = std::process::Command::new(run::installed("envoy")?);
+    let mut command = std::process::Command::new(cmd::installed("envoy")?);
     command.arg("--version");
-    let said = run::stdout(command)?;
+    let said = cmd::stdout(command)?;
     // `envoy  version: COMMIT/1.40.0/Clean/RELEASE/BoringSSL`
     let version = said
         .split("version:")
@@ -87,7 +87,7 @@ pub fn start_mesh(node: &Node, services: &Services) -> Result<Running> {
 }
 
 fn spawn(name: &str, place: Place<'_>, config: &Path) -> Result<Process> {
-    let mut command = place.command(run::installed("envoy")?);
+    let mut command = place.command(cmd::installed("envoy")?);
     command.arg("-c").arg(config).args(["--log-level", "error", "--disable-hot-restart"]);
     let n_cpus = std::thread::available_parallelism().map_or(1, usize::from);
     command.args(["--concurrency", &n_cpus.to_string()]);

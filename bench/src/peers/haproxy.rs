@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use lb_tests::process::Process;
-use lb_tests::scratch::Scratch;
+use lb_tests::tempdir::Scratch;
 
 use super::{
     Guard, Running, Services, add_frontends, await_bound, find, first_line, frontend, render,

@@ -5,9 +5,9 @@ mod envoy;
 mod haproxy;
 mod nginx;
 mod nohop;
-mod rules;
+mod nft_ipvs;
 mod template;
-mod uncommon;
+mod optional_peers;
 
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::path::PathBuf;
@@ -17,8 +17,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use lb_tests::net::Place;
 use lb_tests::process::Process;
-use lb_tests::run;
-use lb_tests::scratch::Scratch;
+use lb_tests::cmd;
+use lb_tests::tempdir::Scratch;
 
 use crate::node::Node;
 use crate::report::Contender;
@@ -31,7 +31,7 @@ pub use haproxy::{
 };
 pub use nginx::start_backend;
 pub use nohop::{Served, serve as serve_nohop, serve_with as serve_nohop_with};
-pub use rules::{Conntrack, route_frontends};
+pub use nft_ipvs::{Conntrack, route_frontends};
 pub use template::{render, rendered};
 
 /// What is spoken with a service.
@@ -186,22 +186,22 @@ pub const PEERS: [Peer; 10] = [
         name: NFTABLES,
         config: "bench/peers/nftables.nft",
         protocols: &[Protocol::Tcp, Protocol::Http, Protocol::Udp],
-        version: rules::nftables_version,
-        start: rules::start_nftables,
+        version: nft_ipvs::nftables_version,
+        start: nft_ipvs::start_nftables,
     },
     Peer {
         name: "IPVS",
         config: "bench/peers/ipvs.rules",
         protocols: &[Protocol::Tcp, Protocol::Http, Protocol::Udp],
-        version: rules::ipvs_version,
-        start: rules::start_ipvs,
+        version: nft_ipvs::ipvs_version,
+        start: nft_ipvs::start_ipvs,
     },
     Peer {
         name: "Traefik tcp",
         config: "bench/peers/traefik.yml",
         protocols: &[Protocol::Tcp, Protocol::Http, Protocol::Udp],
-        version: uncommon::traefik_version,
-        start: uncommon::start_traefik,
+        version: optional_peers::traefik_version,
+        start: optional_peers::start_traefik,
     },
 ];
 
@@ -310,7 +310,7 @@ fn first_line(program: &str, argument: &str) -> Result<String> {
     let path = find(program)?;
     let mut command = std::process::Command::new(path);
     command.arg(argument);
-    let output = run::output(command)?;
+    let output = cmd::output(command)?;
     let said = [output.stdout, output.stderr].concat();
     let said = String::from_utf8_lossy(&said);
     let Some(line) = said.lines().find(|line| !line.trim().is_empty()) else {

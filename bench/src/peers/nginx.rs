@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::{Result, ensure};
 use lb_tests::net::Place;
 use lb_tests::process::Process;
-use lb_tests::scratch::Scratch;
+use lb_tests::tempdir::Scratch;
 
 use super::{
     Guard, Protocol, Running, Services, add_frontends, await_bound, find, first_line, frontend,

@@ -5,16 +5,16 @@ use std::net::SocketAddrV4;
 
 use anyhow::{Context, Result};
 use lb_tests::nohop::Nohop;
-use lb_tests::run;
-use lb_tests::scratch::Scratch;
+use lb_tests::cmd;
+use lb_tests::tempdir::Scratch;
 
 use super::{Guard, Running, Services, frontend, render};
 use crate::node::Node;
 
 pub fn version() -> Result<String> {
-    let mut command = std::process::Command::new(run::built("nohop")?);
+    let mut command = std::process::Command::new(cmd::built("nohop")?);
     command.arg("--version");
-    Ok(run::stdout(command)?.trim().to_owned())
+    Ok(cmd::stdout(command)?.trim().to_owned())
 }
 
 pub fn start(node: &Node, services: &Services) -> Result<Running> {

@@ -5,15 +5,15 @@ use std::time::Duration;
 
 use anyhow::Result;
 use lb_tests::process::Process;
-use lb_tests::scratch::Scratch;
+use lb_tests::tempdir::Scratch;
 
-use crate::draft::{Demand, Draft, Quantity};
+use crate::report_builder::{Demand, Draft, Quantity};
 use crate::node::{Layout, Node};
 use crate::peers::{DIRECT, frontend, start_backend};
 use crate::progress::Progress;
 use crate::report::{Better, Contender, Goal, Outcome};
 use crate::stats::Interval;
-use crate::tools;
+use crate::generators;
 
 const AGAIN: &str = "direct again";
 const DELAYED: &str = "delayed";
@@ -64,7 +64,7 @@ impl Site {
 
 fn delay(node: &Node, backend: std::net::SocketAddrV4) -> Result<Process> {
     node.client_host().ip("addr add 10.96.0.1/16 dev lo")?;
-    let mut command = node.hop_place().command(tools::load_program()?);
+    let mut command = node.hop_place().command(generators::load_program()?);
     let listen = frontend(0).to_string();
     command.args(["delay", &listen, &backend.to_string()]);
     command.args(["--delay-us", &DELAY.as_micros().to_string()]);
@@ -101,8 +101,8 @@ pub fn run(is_quick: bool) -> Result<Draft> {
                 "http {} --rate 500 --seconds 0.25 --connections 4 --warmup-ms 50",
                 site.address
             );
-            let found = tools::load(site.node.client_place(), &arguments)?;
-            let median_us = tools::number(&found, "/latency_us/p50")?;
+            let found = generators::load(site.node.client_place(), &arguments)?;
+            let median_us = generators::number(&found, "/latency_us/p50")?;
             if let Some(round) = round.checked_sub(1) {
                 draft.add(LATENCY, AT_RATE, site.name, round, Some(median_us));
             }
@@ -111,7 +111,7 @@ pub fn run(is_quick: bool) -> Result<Draft> {
     for round in 0..n_saturating {
         for site in draft.shuffled(sites.iter().filter(|site| site.name != DELAYED)) {
             progress.step(&format!("{SATURATED}: {}", site.name));
-            let found = tools::wrk(site.node.client_place(), site.address, 32, true, 1)?;
+            let found = generators::wrk(site.node.client_place(), site.address, 32, true, 1)?;
             draft.add(RATE, SATURATED, site.name, round, Some(found.rate));
         }
     }

@@ -8,17 +8,17 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use lb_tests::process::Process;
-use lb_tests::scratch::Scratch;
+use lb_tests::tempdir::Scratch;
 use serde_json::Value;
 
 use crate::bpf;
-use crate::draft::{Demand, Draft, Quantity};
+use crate::report_builder::{Demand, Draft, Quantity};
 use crate::node::{Layout, Node};
 use crate::peers::{self, DIRECT, Guard, NOHOP, Peer, Protocol, Running, Service, Services};
 use crate::progress::Progress;
 use crate::report::Better;
 use crate::stats::ratios;
-use crate::tools;
+use crate::generators;
 
 /// The quantities of one curve.
 struct Quantities {
@@ -185,7 +185,7 @@ impl Site {
         let node = Node::new(Layout::OneHost)?;
         let mut servers = Vec::new();
         for port in FIRST_PORT..FIRST_PORT + N_PORTS {
-            let mut command = node.backend_place().command(tools::load_program()?);
+            let mut command = node.backend_place().command(generators::load_program()?);
             command.args(["greet", &format!("0.0.0.0:{port}")]);
             let server = Process::spawn("greet", command)?;
             server.wait_for_line(&["listening on "], Duration::from_secs(10))?;
@@ -213,10 +213,10 @@ impl Site {
             _ => None,
         };
         Ok(Measured {
-            connect_ns: tools::number(&in_turn, "/connect_ns/p50")?,
-            one_ns: tools::number(&one, "/connect_ns/p50")?,
-            first_byte_ns: tools::number(&in_turn, "/first_byte_ns/p50")?,
-            close_ns: tools::number(&in_turn, "/close_ns/p50")?,
+            connect_ns: generators::number(&in_turn, "/connect_ns/p50")?,
+            one_ns: generators::number(&one, "/connect_ns/p50")?,
+            first_byte_ns: generators::number(&in_turn, "/first_byte_ns/p50")?,
+            close_ns: generators::number(&in_turn, "/close_ns/p50")?,
             program_ns,
         })
     }
@@ -224,7 +224,7 @@ impl Site {
     /// Dials one after another; a sample in which some of them fail is none.
     fn dial(&self, targets: &str, n_dials: u32) -> Result<Value> {
         let arguments = format!("dial {targets} --times {n_dials} --stride {STRIDE}");
-        let found = tools::load(self.node.client_place(), &arguments)?;
+        let found = generators::load(self.node.client_place(), &arguments)?;
         let failed = found["failed"].as_object().context("nohop-load tells no `failed`")?;
         let n_failed: u64 = failed.values().filter_map(Value::as_u64).sum();
         ensure!(n_failed == 0, "{n_failed} of {n_dials} dials failed: {}", found["failed"]);

@@ -13,12 +13,12 @@ use lb_tests::consul::{self, Consul};
 use lb_tests::helloworld::Helloworld;
 use lb_tests::nohop::{self, Nohop};
 use lb_tests::process::Process;
-use lb_tests::run;
-use lb_tests::scratch::Scratch;
+use lb_tests::cmd;
+use lb_tests::tempdir::Scratch;
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use crate::draft::{Draft, Quantity};
+use crate::report_builder::{Draft, Quantity};
 use crate::node::{Layout, Node};
 use crate::peers::{
     self, DIRECT, Guard, HAPROXY_HTTP, HAPROXY_TCP, NFTABLES, NGINX, NOHOP, Peer, Protocol,
@@ -26,7 +26,7 @@ use crate::peers::{
 };
 use crate::progress::Progress;
 use crate::report::{Better, Contender, Row};
-use crate::tools;
+use crate::generators;
 
 const FAILED: Quantity =
     Quantity { name: "failed requests", unit: "%", better: Better::Lower, base: "" };
@@ -230,7 +230,7 @@ fn with_checks(contender: &Contender) -> Option<Contender> {
 fn consul_version() -> Result<String> {
     let mut command = Command::new(consul::program()?);
     command.arg("version");
-    Ok(run::stdout(command)?.lines().next().unwrap_or_default().to_owned())
+    Ok(cmd::stdout(command)?.lines().next().unwrap_or_default().to_owned())
 }
 
 /// A round: what the generator found of each contender with each fault.
@@ -283,10 +283,10 @@ impl Site {
         let place = self.node.client_place();
         let before =
             format!("http {} --rate 100 --seconds 0.3 --connections 16 --close", self.address);
-        let before = tools::load(place, &before)?;
-        let n_failed = tools::number(&before, "/n_failed")?;
+        let before = generators::load(place, &before)?;
+        let n_failed = generators::number(&before, "/n_failed")?;
         ensure!(n_failed == 0.0, "requests fail before any backend does: {}", before["failed"]);
-        let mut command = place.command(tools::load_program()?);
+        let mut command = place.command(generators::load_program()?);
         command.args(["http", &self.address.to_string(), "--rate", &RATE.to_string(), "--close"]);
         let with_warm_up = seconds as u64 + WARM_UP.as_secs();
         command.args(["--seconds", &with_warm_up.to_string(), "--connections", "256"]);
@@ -396,7 +396,7 @@ fn add(
     found: Option<&Value>,
 ) {
     let condition = format!("{}, the first {seconds} s", fault.name());
-    let number = |path: &str| found.and_then(|found| tools::number(found, path).ok());
+    let number = |path: &str| found.and_then(|found| generators::number(found, path).ok());
     let percent = |path: &str| Some(100.0 * number(path)? / number("/asked").filter(|n| *n > 0.0)?);
     draft.add(FAILED, &condition, contender, round, percent("/n_failed"));
     draft.add(SLOW, &condition, contender, round, percent("/n_slow"));

@@ -5,16 +5,16 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use lb_tests::process::Process;
-use lb_tests::scratch::Scratch;
+use lb_tests::tempdir::Scratch;
 
-use crate::draft::{Demand, Draft, FixedRate, Quantity};
+use crate::report_builder::{Demand, Draft, FixedRate, Quantity};
 use crate::node::{CpuTimes, Layout, Node};
 use crate::peers::{
     self, DIRECT, HAPROXY_TCP, NOHOP, Peer, Protocol, Running, Services, start_backend,
 };
 use crate::progress::Progress;
 use crate::report::Better;
-use crate::tools;
+use crate::generators;
 
 const RATE: Quantity = Quantity {
     name: "requests a second, as many as can be",
@@ -174,7 +174,7 @@ fn saturate(
             let address = site.running.address(round);
             let place = site.node.client_place();
             let found =
-                site.with_cpu(|| tools::wrk(place, address, n_connections, uses == Use::Kept, 1));
+                site.with_cpu(|| generators::wrk(place, address, n_connections, uses == Use::Kept, 1));
             let (found, cpu) = match found {
                 Ok((found, cpu)) => (Some(found), cpu),
                 Err(error) => {
@@ -235,13 +235,13 @@ fn at_rate(
                 site.running.address(round),
                 plan.rate_seconds
             );
-            let found = tools::load(site.node.client_place(), &arguments);
+            let found = generators::load(site.node.client_place(), &arguments);
             if let Err(error) = &found {
                 draft.failed(name, &condition, error);
             }
             let found = found.ok();
             let number =
-                |path: &str| found.as_ref().and_then(|found| tools::number(found, path).ok());
+                |path: &str| found.as_ref().and_then(|found| generators::number(found, path).ok());
             for (quantity, path) in [
                 (P50, "/latency_us/p50"),
                 (P99, "/latency_us/p99"),

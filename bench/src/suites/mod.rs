@@ -12,7 +12,7 @@ pub mod udp;
 
 use anyhow::Result;
 
-use crate::draft::Draft;
+use crate::report_builder::Draft;
 
 /// A suite.
 #[derive(Clone, Copy, Debug)]

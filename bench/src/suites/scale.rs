@@ -9,12 +9,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use lb_tests::http;
 use lb_tests::nohop::Nohop;
-use lb_tests::run;
-use lb_tests::scratch::Scratch;
+use lb_tests::cmd;
+use lb_tests::tempdir::Scratch;
 use rustix::process::Signal;
 
 use crate::bpf;
-use crate::draft::{Draft, Quantity};
+use crate::report_builder::{Draft, Quantity};
 use crate::node::{Layout, Node};
 use crate::peers::{
     self, HAPROXY_NOTIFY, HAPROXY_TCP, Haproxy, NFTABLES, NOHOP, Protocol, Service, Services,
@@ -230,7 +230,7 @@ fn load_nftables(node: &Node, [before, after]: [&Services; 2]) -> Result<Loaded>
     let nft = |file: &Path| -> Result<Duration> {
         let mut command = node.hop_place().command(peers::find("bash")?);
         command.args(["-c", TIMED_NFT, "bash"]).arg(peers::find("nft")?).arg(file);
-        let said = run::stdout(command)?;
+        let said = cmd::stdout(command)?;
         let took_us = said.trim().parse().with_context(|| format!("bash says {said:?}"))?;
         Ok(Duration::from_micros(took_us))
     };

@@ -6,10 +6,10 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use lb_tests::net::Place;
 use lb_tests::process::Process;
-use lb_tests::run;
+use lb_tests::cmd;
 use serde_json::Value;
 
-use crate::draft::{Draft, Quantity};
+use crate::report_builder::{Draft, Quantity};
 use crate::node::{CpuTimes, Layout, Node};
 use crate::peers::{self, DIRECT, Peer, Protocol, Running, Services};
 use crate::progress::Progress;
@@ -102,7 +102,7 @@ pub fn run(is_quick: bool) -> Result<Draft> {
 }
 
 fn note_iperf3(draft: &mut Draft) -> Result<()> {
-    let said = run::words("iperf3", "--version")?;
+    let said = cmd::words("iperf3", "--version")?;
     let version = said.lines().next().unwrap_or_default().trim();
     draft.note(format!("generator and backend: {version}"));
     if is_single_threaded(version) {
@@ -197,7 +197,7 @@ fn transfer(
     command.args([&(seconds + SPARE_S).to_string(), "iperf3", "-J", "--connect-timeout", "2000"]);
     command.args(["-c", &address.ip().to_string(), "-p", &address.port().to_string()]);
     command.args(["-P", &n_streams.to_string(), "-t", &seconds.to_string()]);
-    let output = run::output(command)?;
+    let output = cmd::output(command)?;
     ensure!(output.status.code() != Some(124), "iperf3 doesn't end {SPARE_S} s after it should");
     read_iperf3(&String::from_utf8_lossy(&output.stdout))
 }

@@ -8,12 +8,12 @@ use anyhow::Result;
 use lb_tests::process::Process;
 use serde_json::Value;
 
-use crate::draft::{Draft, FixedRate, Quantity};
+use crate::report_builder::{Draft, FixedRate, Quantity};
 use crate::node::{CpuTimes, Layout, Node};
 use crate::peers::{self, DIRECT, Peer, Protocol, Running, Services};
 use crate::progress::Progress;
 use crate::report::Better;
-use crate::tools;
+use crate::generators;
 
 const RATE: Quantity = Quantity {
     name: "datagrams a second, as many as can be",
@@ -146,7 +146,7 @@ impl Site {
         // One at 0.0.0.0 would answer unconnected sockets from an address that they didn't ask.
         let mut backends = Vec::new();
         for address in &addresses {
-            let mut echo = node.backend_place().command(tools::load_program()?);
+            let mut echo = node.backend_place().command(generators::load_program()?);
             echo.args(["echo", &address.to_string()]);
             backends.push(Process::spawn("echo", echo)?);
         }
@@ -167,7 +167,7 @@ impl Site {
             addresses.join(" "),
             if uses == Use::Unconnected { " --unconnected" } else { "" }
         );
-        tools::load(self.node.client_place(), &arguments)
+        generators::load(self.node.client_place(), &arguments)
     }
 
     /// What `act` found, and the processor time that it took.
@@ -201,7 +201,7 @@ fn saturate(
                 }
             };
             let Some(round) = round.checked_sub(1) else { continue };
-            let number = |path: &str| found.as_ref().and_then(|f| tools::number(f, path).ok());
+            let number = |path: &str| found.as_ref().and_then(|f| generators::number(f, path).ok());
             let n_answered = number("/answered").filter(|n_answered| *n_answered > 0.0);
             let per_million = |time: Duration| Some(time.as_secs_f64() / n_answered? * 1e6);
             let rate = n_answered.and(number("/rate"));
@@ -236,7 +236,7 @@ fn at_rate(
                 draft.failed(name, &condition, error);
             }
             let found = found.ok();
-            let number = |path: &str| found.as_ref().and_then(|f| tools::number(f, path).ok());
+            let number = |path: &str| found.as_ref().and_then(|f| generators::number(f, path).ok());
             let has_any = number("/answered").is_some_and(|n_answered| n_answered > 0.0);
             for (quantity, path) in
                 [(P50, "/latency_us/p50"), (P99, "/latency_us/p99"), (KEPT_UP, "/rate")]

@@ -1,8 +1,8 @@
 //! Bars: a group for each condition, and in it a thin bar for each contender.
 
-use super::ink::{Anchor, Ink, width, wrap};
+use super::canvas::{Anchor, Ink, width, wrap};
 use super::{LABEL, LEFT, RIGHT, short};
-use crate::number;
+use crate::format;
 use crate::report::{Figure, Row, Sheet};
 use crate::stats::Spread;
 
@@ -164,12 +164,12 @@ impl Label {
             return Label { value: "no sample".to_owned(), soft: String::new() };
         };
         let mut soft = match row.ratio {
-            Some(ratio) => format!(" · {}×", number::ratio(ratio.median)),
+            Some(ratio) => format!(" · {}×", format::ratio(ratio.median)),
             None => String::new(),
         };
         if spread.most > high {
-            soft += &format!(" · up to {}", number::humane(spread.most, &figure.unit));
+            soft += &format!(" · up to {}", format::humane(spread.most, &figure.unit));
         }
-        Label { value: number::humane(spread.median, &figure.unit), soft }
+        Label { value: format::humane(spread.median, &figure.unit), soft }
     }
 }

@@ -1,10 +1,10 @@
 //! Curves: a line for each contender over the points of an axis.
 
-use super::hue::Hue;
-use super::ink::{Anchor, Ink, width};
+use super::palette::Hue;
+use super::canvas::{Anchor, Ink, width};
 use super::scale::{log_ticks, settle, ticks};
 use super::{LABEL, LEFT, RIGHT, short};
-use crate::number;
+use crate::format;
 use crate::report::{Row, Sheet};
 use crate::stats::Spread;
 
@@ -46,7 +46,7 @@ pub fn draw(ink: &mut Ink, sheet: &Sheet, axis_name: &str, y: f64) -> f64 {
     let (top, bottom) = (y + 14.0, y + 14.0 + HEIGHT.max(curves.len() as f64 * PITCH));
     let axis = Axis::of(&curves, top, bottom);
     let tick_labels: Vec<String> =
-        axis.ticks.iter().map(|tick| number::tick(*tick, sheet.unit)).collect();
+        axis.ticks.iter().map(|tick| format::tick(*tick, sheet.unit)).collect();
     let left = LEFT + tick_labels.iter().map(|label| width(label, LABEL)).fold(0.0, f64::max) + 8.0;
     let labels: Vec<(String, String)> =
         curves.iter().map(|curve| label(curve, sheet.unit)).collect();
@@ -123,9 +123,9 @@ fn values(sheet: &Sheet) -> Vec<f64> {
 /// What stands at a line's end: the name, and its last value.
 fn label(curve: &Curve, unit: &str) -> (String, String) {
     let last = curve.points.last().map(|last| {
-        let value = number::humane(last.spread.median, unit);
+        let value = format::humane(last.spread.median, unit);
         match last.row.ratio {
-            Some(ratio) => format!("  {value} · {}×", number::ratio(ratio.median)),
+            Some(ratio) => format!("  {value} · {}×", format::ratio(ratio.median)),
             None => format!("  {value}"),
         }
     });
@@ -165,11 +165,11 @@ fn line(ink: &mut Ink, curve: &Curve, axis: &Axis, places: &Places, curve_idx: u
 fn x_axis(ink: &mut Ink, values: &[f64], places: &Places, y: f64) {
     ink.line("axis", (places.left, y), (places.right, y));
     let mut from = f64::NEG_INFINITY;
-    let last = values.last().map(|value| (places.middle(*value), number::count(*value)));
+    let last = values.last().map(|value| (places.middle(*value), format::count(*value)));
     for (idx, value) in values.iter().enumerate() {
         let x = places.middle(*value);
         ink.line("axis", (x, y), (x, y + 5.0));
-        let label = number::count(*value);
+        let label = format::count(*value);
         let half = width(&label, LABEL) / 2.0;
         // The last one always has its label.
         let to = match &last {

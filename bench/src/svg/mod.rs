@@ -5,13 +5,13 @@
 
 mod bars;
 mod curves;
-mod hue;
-mod ink;
+mod palette;
+mod canvas;
 mod scale;
 
 use crate::report::{Better, Report, Sheet};
-use hue::Hue;
-use ink::{Anchor, Ink, width, wrap};
+use palette::Hue;
+use canvas::{Anchor, Ink, width, wrap};
 
 /// The picture's width; its height is what the content needs.
 const WIDTH: f64 = 760.0;
@@ -159,7 +159,7 @@ fn document(sheet: &Sheet, hues: &[Hue], height: f64, ink: &Ink) -> String {
         sheet.contenders.join(", "),
         conditions.join("; ")
     );
-    let (title, description) = (ink::escape(sheet.name), ink::escape(&description));
+    let (title, description) = (canvas::escape(sheet.name), canvas::escape(&description));
     format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{WIDTH}\" height=\"{height:.0}\" \
          viewBox=\"0 0 {WIDTH} {height:.0}\" role=\"img\" aria-labelledby=\"title desc\">\n\

@@ -7,7 +7,7 @@ use hyper::{Request, StatusCode};
 use serde::de::DeserializeOwned;
 use tokio::net::{TcpStream, UnixStream};
 
-use super::http::{Answer, ExchangeError, JSON, exchange};
+use super::http::{Answer, ExchangeError, JSON, upstream_query};
 use crate::config::AdminAddress;
 
 pub use super::route::{explain_path, lookup_path};

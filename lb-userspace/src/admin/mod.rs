@@ -4,7 +4,7 @@ pub mod api;
 mod bind;
 pub mod client;
 mod documents;
-pub mod exposition;
+pub mod prometheus;
 pub mod http;
 mod origin;
 mod route;

@@ -23,7 +23,7 @@ use tokio::task::JoinSet;
 use super::api;
 use super::bind::Listener;
 use super::documents::{At, Document, Documents};
-use super::exposition;
+use super::prometheus;
 use super::origin::{Foreign, check_host, check_site};
 use super::route::{Route, RouteError, Wait, route};
 use super::slow::KeptUp;
@@ -288,7 +288,7 @@ fn show<V: View>(route: &Route, view: &V) -> Shown {
             };
             json(status, &explanation)
         }
-        Route::Metrics => (StatusCode::OK, exposition::MEDIA_TYPE, view.metrics().into_bytes()),
+        Route::Metrics => (StatusCode::OK, prometheus::MEDIA_TYPE, view.metrics().into_bytes()),
         Route::Ready => {
             let status = view.status();
             if status.ready {

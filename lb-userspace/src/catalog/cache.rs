@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
-use super::memory::{Agent, Memory, Remembered};
+use super::snapshot::{Agent, Memory, Remembered};
 use crate::durable;
 use crate::table::Instance;
 

@@ -5,17 +5,17 @@
 
 mod cache;
 mod consul;
-mod demand;
+mod usage;
 mod file;
 #[cfg(any(fuzzing, test))]
 pub(crate) mod fuzzing;
 mod host;
-mod memory;
+mod snapshot;
 mod output;
 pub mod resolve;
 mod stamp;
 mod stats;
-mod supervise;
+mod supervisor;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -27,13 +27,13 @@ use tokio::task::JoinSet;
 
 use crate::config::{Config, Source};
 use crate::table::Listing;
-pub use demand::{Demand, Lookup};
+pub use usage::{Demand, Lookup};
 #[cfg(test)]
-pub(crate) use demand::{Wanted, Wish};
+pub(crate) use usage::{Wanted, Wish};
 pub use stats::{Stats, Watches};
 
 use output::Output;
-use supervise::{Ageing, Limits, Source as Life};
+use supervisor::{Ageing, Limits, Source as Life};
 
 /// How long a source may take to leave what the next one begins with: a clean stop takes less than a
 /// second in all.
@@ -239,7 +239,7 @@ impl Handle {
         let output = self.output.next_source(name, ageing.is_some());
         let demand = self.demand.clone();
         let limits = Limits::default();
-        let keeper = supervise::keep(name, source, output, demand, ageing, limits, hopeless);
+        let keeper = supervisor::keep(name, source, output, demand, ageing, limits, hopeless);
         self.keeper.0.spawn(keeper);
     }
 }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch::{Receiver, Sender};
 
 use super::cache::suspended;
-use super::memory::Memory;
+use super::snapshot::Memory;
 use super::{Catalog, Edition, Health, Stats, Watches};
 use crate::config::Expired;
 use crate::table::{Diff, Listing, Standing, Watch, diff};

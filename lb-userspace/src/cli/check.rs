@@ -10,7 +10,7 @@ use crate::admin::{api, client};
 use crate::catalog;
 use crate::config::{Config, ConfigErrors, Source, cgroup};
 use crate::dns::{self, DnsError};
-use crate::plane::{
+use crate::datapath::{
     Features, Limit, Safety, exclusion_problems, find_obstacle, is_bpffs, look_at_pins,
     nearest_directory, route,
 };

@@ -6,10 +6,10 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use crate::admin::exposition::{Exposition, Histogram, Kind};
+use crate::admin::prometheus::{Exposition, Histogram, Kind};
 use crate::catalog::Watches;
 use crate::dns;
-use crate::plane::{Pressure, ServiceCounters};
+use crate::datapath::{Pressure, ServiceCounters};
 use crate::table::vips::PoolUse;
 
 /// The ends of the buckets of `nohop_propagation_seconds`; 5 and 25 ms are goals.
@@ -214,7 +214,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::admin::exposition::strict;
+    use crate::admin::prometheus::strict;
 
     fn readings(n_services: u32) -> Readings {
         let name = |idx| (Arc::from(format!("web-{idx}")), ServiceCounters::default());

@@ -13,10 +13,10 @@ mod notify;
 mod reload;
 mod revision;
 mod run;
-mod show;
+mod format;
 mod unload;
 mod view;
-mod way_out;
+mod shadow_mode;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -30,7 +30,7 @@ use serde::de::DeserializeOwned;
 
 use crate::admin::{api, client};
 use crate::config::{Config, ConfigErrors, Overrides};
-use crate::plane::probe;
+use crate::datapath::probe;
 use crate::terminal;
 use args::{Arguments, ClientArguments, Command, ConfigArguments, ConfigCommand};
 use dns::DnsCommand;
@@ -85,7 +85,7 @@ fn command(command: Command) -> anyhow::Result<ExitCode> {
         Command::Run { config, log_format, on_exit } => {
             log::start(log_format).context("can't start a thread")?;
             let read = Arc::new(move || load(config.clone(), on_exit.clone()));
-            run::run(read()?, read)?;
+            cmd::run(read()?, read)?;
         }
         Command::Check { config, client } => {
             let report = check::check(load(config, None), client.admin.as_deref());
@@ -97,16 +97,16 @@ fn command(command: Command) -> anyhow::Result<ExitCode> {
                 true => wait_until_ready(&client, Duration::from_secs(timeout))?,
                 false => ask(&client, "/v1/status")?,
             };
-            print(&client, &status, show::status)?;
+            print(&client, &status, format::status)?;
             return Ok(if status.ready { ExitCode::SUCCESS } else { ExitCode::from(FAILURE) });
         }
         Command::Services { client } => {
             let services: Vec<api::Service> = ask(&client, "/v1/services")?;
-            print(&client, &services, |services| show::services(services))?;
+            print(&client, &services, |services| format::services(services))?;
         }
         Command::Explain { name, client } => {
             let explanation: api::Explanation = ask(&client, &client::explain_path(&name))?;
-            print(&client, &explanation, show::explanation)?;
+            print(&client, &explanation, format::explanation)?;
             if explanation.service.is_none() {
                 return Ok(ExitCode::from(FAILURE));
             }

@@ -9,7 +9,7 @@ use tokio::sync::oneshot;
 use super::args::ClientArguments;
 use super::{FAILURE, USAGE, environment, print, runtime, say};
 use crate::admin::{api, client};
-use crate::config::change::{Change, changes};
+use crate::config::diff::{Change, atomic_updates};
 use crate::config::{Config, ConfigErrors};
 
 /// Reads file, environment and flags again, as at the start.

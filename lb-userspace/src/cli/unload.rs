@@ -3,7 +3,7 @@
 use serde_json::json;
 
 use crate::config::Config;
-use crate::plane::{self, route};
+use crate::datapath::{self, route};
 
 /// Detaches the pinned programs and removes the pins; with `all`, removes the unreachable route too.
 ///
@@ -11,7 +11,7 @@ use crate::plane::{self, route};
 /// When a daemon still runs on the pins, or the kernel refuses.
 pub fn unload(config: &Config, all: bool, as_json: bool) -> anyhow::Result<()> {
     let bpffs = &config.bpffs;
-    let n_detached = plane::unload(bpffs)?;
+    let n_detached = datapath::unload(bpffs)?;
     let mut removed = Vec::new();
     if all {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;

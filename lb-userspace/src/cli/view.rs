@@ -6,15 +6,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::metrics::{Readings, exposition};
+use super::metrics::{Readings, prometheus};
 use super::reload::{self, Request};
 use super::{dial, log};
-use crate::admin::exposition::Histogram;
+use crate::admin::prometheus::Histogram;
 use crate::admin::{At, View, api};
 use crate::catalog::{self, Health, Watches};
 use crate::config::Unrouted;
 use crate::dns::{self, Inquirer};
-use crate::plane::{COUNTERS, Counters, Indices, Mode, SharedPlane};
+use crate::datapath::{COUNTERS, Counters, Indices, Mode, SharedPlane};
 use crate::table::book::Book;
 use crate::table::vips::PoolUse;
 use crate::table::{Service, Table, Watch};

@@ -8,8 +8,8 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 
 use super::address;
-use super::document::{Read, Value};
-use super::read::{Draft, Overrides};
+use super::toml_value::{Read, Value};
+use super::parse::{Draft, Overrides};
 
 /// How to reach the Consul agent.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -2,12 +2,12 @@
 
 mod address;
 pub mod cgroup;
-pub mod change;
+pub mod diff;
 pub mod consul;
-mod document;
-mod problem;
-mod read;
-mod relations;
+mod toml_value;
+mod diagnostic;
+mod parse;
+mod validate;
 #[cfg(test)]
 mod tests;
 
@@ -19,8 +19,8 @@ use std::time::Duration;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 pub use consul::{BasicAuth, ConsulAddress, ConsulConfig, TlsConfig, Token};
-pub use problem::{ConfigErrors, Place, Problem};
-pub use read::Overrides;
+pub use diagnostic::{ConfigErrors, Place, Problem};
+pub use parse::Overrides;
 
 /// Where the configuration is read from when `--config` doesn't say.
 pub const DEFAULT_PATH: &str = "/etc/nohop/nohop.toml";

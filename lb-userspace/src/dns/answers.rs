@@ -11,8 +11,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpStream, UdpSocket};
 use tokio::sync::watch;
 
-use super::answer::Missing::{self, Absent, LookUp, Unknown};
-use super::answer::{Known, Outcome, Snapshot, Zone, answer};
+use super::resolve::Missing::{self, Absent, LookUp, Unknown};
+use super::resolve::{Known, Outcome, Snapshot, Zone, resolve};
 use super::{Server, Transport, bind};
 use crate::catalog::Demand;
 use crate::config::{Config, DnsConfig, Forward, Unrouted};

@@ -9,12 +9,12 @@ use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tracing::debug;
 
-use super::exchange::Outgoing;
-use super::loops::Loops;
+use super::upstream_query::Outgoing;
+use super::loop_detection::Loops;
 use super::message::Asked;
-use super::received::Received;
+use super::response::Received;
 use super::relay::{ForwardError, Limits, Party};
-use super::reply::OUR_PAYLOAD;
+use super::encode::OUR_PAYLOAD;
 use super::sockets::Transport;
 use super::upstream::{Outcome, Reading, State, Upstream};
 use super::upstreams::{Route, Upstreams};

@@ -5,10 +5,10 @@ use std::sync::Arc;
 
 use hickory_proto::op::Message;
 
-use super::answer::Missing::{Absent, LookUp, Unknown};
-use super::answer::{Known, MAX_UDP_LEN, Outcome, Snapshot, Zone, answer};
+use super::resolve::Missing::{Absent, LookUp, Unknown};
+use super::resolve::{Known, MAX_UDP_LEN, Outcome, Snapshot, Zone, resolve};
 use super::message::{Asked, HEADER_LEN};
-use super::received::{PassOn, Received};
+use super::response::{PassOn, Received};
 use super::sockets::Transport;
 use crate::config::Config;
 use crate::table::{Ports, Protocols, Service, Table, Watch};

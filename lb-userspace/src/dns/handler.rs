@@ -10,17 +10,17 @@ use hickory_proto::op::ResponseCode;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tracing::debug;
 
-use super::answer::{self, Known, MAX_UDP_LEN, Missing, Outcome, Snapshot, Zone};
-use super::clients::{self, Admission, Clients};
+use super::resolve::{self, Known, MAX_UDP_LEN, Missing, Outcome, Snapshot, Zone};
+use super::acl::{self, Admission, Clients};
 use super::forward::Forwarder;
 use super::message::Asked;
 use super::origin::{Origin, Origins};
-use super::received::PassOn;
+use super::response::PassOn;
 use super::relay::Party;
-use super::reply::{self, Code};
+use super::encode::{self, Code};
 use super::sockets::Transport;
 use super::stats::Stats;
-use super::told::Told;
+use super::usage_limiter::Told;
 use crate::catalog::{Demand, Lookup};
 use crate::config::Unrouted;
 use crate::table::{Service, Table, Watch};
@@ -89,7 +89,7 @@ impl Ways {
     /// Who a client's questions count as.
     fn party(&self, client: IpAddr) -> Party {
         let client = client.to_canonical();
-        (!self.clients.is_own(client)).then(|| clients::party(client))
+        (!self.clients.is_own(client)).then(|| acl::party(client))
     }
 }
 
@@ -218,7 +218,7 @@ impl Handler {
         };
         self.stats.count_own(Code::Refused);
         let mut out = Vec::new();
-        reply::error(&mut out, &asked, Code::Refused, max_len(&asked, transport));
+        encode::error(&mut out, &asked, Code::Refused, max_len(&asked, transport));
         Some(Some(out))
     }
 
@@ -273,7 +273,7 @@ impl Handler {
             let attached = *self.attached.borrow();
             let missing = found.unwrap_or_else(|| self.missing());
             let known = Known { zone: &ways.zone, snapshot: &snapshot, attached, waits, missing };
-            match answer::answer(bytes, transport, known, &mut out) {
+            match resolve::answer(bytes, transport, known, &mut out) {
                 Outcome::Wait => {
                     self.grow_reliable().await;
                     waits = false;
@@ -346,7 +346,7 @@ impl Handler {
         match ways.forwarder.over_tcp(asked, party).await {
             Ok((answer, ..)) if is_unknown && answer.code() == ResponseCode::NXDomain => {
                 note(Origin::Nowhere("whether it is a service is unknown".to_owned()));
-                reply::error(&mut out, asked, Code::ServFail, max_len(asked, Transport::Tcp));
+                encode::error(&mut out, asked, Code::ServFail, max_len(asked, Transport::Tcp));
                 self.stats.count_own(Code::ServFail);
             }
             Ok((answer, upstream, is_in_zone)) => {
@@ -362,7 +362,7 @@ impl Handler {
             Err(error) => {
                 debug!("not forwarded: {error}");
                 note(Origin::Nowhere(error.to_string()));
-                reply::error(&mut out, asked, Code::ServFail, max_len(asked, Transport::Tcp));
+                encode::error(&mut out, asked, Code::ServFail, max_len(asked, Transport::Tcp));
                 self.stats.count_own(Code::ServFail);
             }
         }

@@ -6,33 +6,33 @@
 //! connections. Nothing here waits for the source of discovery, but for a
 //! moment where it follows services as they are used: what isn't known yet is SERVFAIL, at once.
 
-mod answer;
-mod clients;
-mod exchange;
+mod resolve;
+mod acl;
+mod upstream_query;
 mod forward;
 pub mod fuzzing;
 mod handler;
 mod interfaces;
-mod lookup;
-mod loops;
+mod debug_query;
+mod loop_detection;
 mod mailbox;
 mod message;
 mod origin;
-mod passed;
+mod socket_activation;
 mod ports;
 mod probe;
 mod random;
-mod received;
+mod response;
 mod relay;
-mod reply;
+mod encode;
 mod resolv_conf;
 mod reverse;
 mod server;
 mod sockets;
 mod stats;
-mod suffix;
+mod domain;
 mod tcp;
-mod told;
+mod usage_limiter;
 mod udp;
 mod upstream;
 mod upstreams;
@@ -43,7 +43,7 @@ mod answers;
 #[cfg(test)]
 mod tests;
 
-pub use lookup::{Inquirer, LookupError, ask};
+pub use debug_query::{Inquirer, LookupError, ask};
 pub use origin::Origin;
 pub use server::Server;
 pub use sockets::{DnsError, Sockets, Transport, bind, try_bind};

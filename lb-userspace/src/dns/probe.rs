@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
 
-use super::exchange::Outgoing;
+use super::upstream_query::Outgoing;
 use super::forward::Forwarder;
-use super::loops::{Question, Way};
+use super::loop_detection::{Question, Way};
 use super::mailbox::Alarm;
 use super::sockets::Transport;
 use super::upstream::{State, Upstream};

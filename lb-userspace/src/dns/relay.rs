@@ -15,10 +15,10 @@ use std::time::{Duration, Instant};
 
 use hickory_proto::op::ResponseCode;
 
-use super::loops::Loops;
+use super::loop_detection::Loops;
 use super::message::{Asked, Client, HEADER_LEN, WireName};
-use super::received::{PassOn, Received, Unusable};
-use super::reply::{self, Code, OUR_PAYLOAD};
+use super::response::{PassOn, Received, Unusable};
+use super::encode::{self, Code, OUR_PAYLOAD};
 use super::sockets::Transport;
 use super::udp::To;
 use super::upstream::{Outcome, State, Upstream};
@@ -78,7 +78,7 @@ pub(super) enum ForwardError {
 /// A local port: a socket that is connected to one upstream.
 pub(super) type Port = u32;
 
-/// The client that a place belongs to, by [`super::clients::party`]; `None` is this host, whose
+/// The client that a place belongs to, by [`super::acl::party`]; `None` is this host, whose
 /// processes share its addresses.
 pub(super) type Party = Option<u64>;
 
@@ -866,7 +866,7 @@ impl Slot {
         }
         out.clear();
         if let Ok(asked) = Asked::read(&message) {
-            reply::error(out, &asked, code, max_len);
+            encode::error(out, &asked, code, max_len);
         }
     }
 }
@@ -899,7 +899,7 @@ mod tests {
     use hickory_proto::rr::rdata::A;
     use hickory_proto::rr::{Name, RData, Record, RecordType};
 
-    use super::super::clients;
+    use super::super::acl;
     use super::super::upstream::Upstream;
     use super::*;
 
@@ -1248,8 +1248,8 @@ mod tests {
     fn one_client_takes_no_more_than_its_share() {
         let limits = Limits { max_waiting: 16, ..Limits::default() };
         let mut rig = Rig::new(1, limits);
-        let greedy = Some(clients::party("10.0.0.1".parse().unwrap()));
-        let modest = Some(clients::party("10.0.0.2".parse().unwrap()));
+        let greedy = Some(acl::party("10.0.0.1".parse().unwrap()));
+        let modest = Some(acl::party("10.0.0.2".parse().unwrap()));
         rig.ask(0, "good.", 1, modest);
         for id in 0..100 {
             rig.ask(1 + u64::from(id), &format!("n{id}."), id, greedy);

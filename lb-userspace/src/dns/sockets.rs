@@ -8,7 +8,7 @@ use std::os::fd::OwnedFd;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
 use tracing::info;
 
-use super::passed::{self, PassedError};
+use super::socket_activation::{self, PassedError};
 use crate::config::DnsConfig;
 
 /// How often a port is tried that must be free for both transports, where the kernel may choose.
@@ -148,7 +148,7 @@ impl Sockets {
 /// Says of the first address that can't be had why, and what to do; or what is wrong with the
 /// sockets that were passed.
 pub async fn bind(config: &DnsConfig) -> Result<Sockets, DnsError> {
-    let passed = passed::take()?.unwrap_or_default();
+    let passed = socket_activation::take()?.unwrap_or_default();
     if !passed.addresses.is_empty() {
         let addresses: Vec<_> = passed.addresses.iter().map(ToString::to_string).collect();
         info!("listening on {}, as systemd says", addresses.join(", "));

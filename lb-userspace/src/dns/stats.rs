@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use hickory_proto::op::ResponseCode;
 
-use super::reply::Code;
+use super::encode::Code;
 
 /// What is counted, by the names that IANA's registry of DNS parameters has for response codes;
 /// `other` for those that no resolver of today answers with, so that nobody can make labels without

@@ -15,7 +15,7 @@ use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 use tracing::{debug, warn};
 
-use super::clients;
+use super::acl;
 use super::handler::Handler;
 use super::message::HEADER_LEN;
 use super::sockets::Transport;
@@ -247,7 +247,7 @@ impl Handler {
         let clients = self.clients();
         match clients.is_own(client) {
             true => Some(None),
-            false => clients.is_served(client).then(|| Some(clients::party(client))),
+            false => clients.is_served(client).then(|| Some(acl::party(client))),
         }
     }
 

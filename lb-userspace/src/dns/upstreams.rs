@@ -10,10 +10,10 @@ use std::time::{Duration, Instant};
 use tracing::warn;
 
 use super::interfaces::Interfaces;
-use super::loops::Way;
+use super::loop_detection::Way;
 use super::message::WireName;
 use super::resolv_conf::ResolvConf;
-use super::suffix::Suffix;
+use super::domain::Suffix;
 use super::upstream::Upstream;
 use crate::config::{DnsConfig, Forward, Unrouted};
 

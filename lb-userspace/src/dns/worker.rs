@@ -14,14 +14,14 @@ use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tracing::{debug, warn};
 
-use super::answer::{self, Known, Missing, Outcome};
+use super::resolve::{self, Known, Missing, Outcome};
 use super::handler::{Handler, Settled, View};
 use super::mailbox::{Mailbox, Returned};
 use super::message::Asked;
 use super::origin::Origin;
 use super::ports::{self, Ports};
 use super::relay::{Asker, End, ForwardError, Party, Port, Relay, Wire};
-use super::reply::{self, Code, OUR_PAYLOAD};
+use super::encode::{self, Code, OUR_PAYLOAD};
 use super::sockets::Transport;
 use super::udp::{Endpoint, Inbox, Outbox, To};
 use super::upstreams::Plan;
@@ -365,7 +365,7 @@ impl Core {
         missing: Missing,
     ) -> bool {
         let mut known = Known { waits, missing, ..self.view.known() };
-        let mut outcome = answer::answer(bytes, Transport::Udp, known, &mut self.out);
+        let mut outcome = resolve::answer(bytes, Transport::Udp, known, &mut self.out);
         if matches!(outcome, Outcome::Wait | Outcome::Warm(_)) {
             if let Some(place) = self.handler.place() {
                 let (handler, endpoint) = (self.handler.clone(), self.endpoint.clone());
@@ -394,7 +394,7 @@ impl Core {
                 return false;
             }
             (known.waits, known.missing) = (false, Missing::Unknown);
-            outcome = answer::answer(bytes, Transport::Udp, known, &mut self.out);
+            outcome = resolve::answer(bytes, Transport::Udp, known, &mut self.out);
         }
         match outcome {
             Outcome::Forward(asked) => {
@@ -467,6 +467,6 @@ fn forward(
     } else {
         ForwardError::NoUpstream
     };
-    reply::error(out, asked, Code::ServFail, asked.max_payload().min(OUR_PAYLOAD).into());
+    encode::error(out, asked, Code::ServFail, asked.max_payload().min(OUR_PAYLOAD).into());
     line.answer(&asker, asked.question(), out, End::Failed(&why));
 }

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use super::endpoints::Endpoints;
-use super::judge::{Verdict, check_name, judge};
-use super::says::{Heard, hear};
+use super::validate::{Verdict, check_name, validate};
+use super::merge::{Heard, hear};
 use super::vips::{PoolExhausted, Pools, Vips};
 use super::{Diff, Hosts, Instance, Listing, Ports, Protocols, Service, Table, Watch, diff};
 use crate::config::VipConfig;

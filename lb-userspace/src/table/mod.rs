@@ -6,13 +6,13 @@
 
 pub mod book;
 mod build;
-mod dialled;
+mod ports;
 mod diff;
 mod endpoints;
-mod hosts;
+mod resolved_hosts;
 mod input;
-mod judge;
-mod says;
+mod validate;
+mod merge;
 pub mod vips;
 
 use std::collections::BTreeMap;
@@ -22,12 +22,12 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 pub use build::{Builder, Next};
-pub use dialled::{MAX_PORTS, Ports, Protocols};
+pub use ports::{MAX_PORTS, Ports, Protocols};
 pub use diff::{Diff, diff};
-pub use hosts::{Bridge, Host, Hosts};
+pub use resolved_hosts::{Bridge, Host, Hosts};
 pub use input::{Home, Instance, Listing, Standing, Watch, parse_ip};
-pub use judge::may_be_reached;
-pub use says::Says;
+pub use validate::may_be_reached;
+pub use merge::Says;
 
 /// One state of the world, as this node should present it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 
 use aya::Ebpf;
 use aya::programs::{CgroupAttachMode, CgroupSock, CgroupSockAddr, Program};
-use lb_tests::scratch;
+use lb_tests::tempdir;
 use lb_userspace::config::cgroup;
-use lb_userspace::plane::Cost;
+use lb_userspace::datapath::Cost;
 
 /// What is measured, the program, and the one in whose cgroup it works: its own name, or that of
 /// the program whose entries it releases.
@@ -58,7 +58,7 @@ impl Compared {
         let mut cgroups = Vec::new();
         for (_, program, of) in PROGRAMS {
             if program == of {
-                let path = root.join(scratch::name(of));
+                let path = root.join(tempdir::name(of));
                 std::fs::create_dir(&path).expect("root makes a cgroup");
                 cgroups.push(Cgroup { of, path });
             }

@@ -1,7 +1,7 @@
 //! The price of one dial and of one datagram, by the kernel's BPF statistics: nohop's programs, and
 //! others to compare them with, all in one interleaved run.
 
-#[path = "../../kernel/bed.rs"]
+#[path = "../../kernel/fixture.rs"]
 #[expect(dead_code, clippy::unwrap_used, reason = "the kernel tests' bed, of which they use more")]
 mod bed;
 mod compared;
@@ -12,10 +12,10 @@ use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use bed::{Bed, Server, service};
+use fixture::{Bed, Server, service};
 use compared::Compared;
 use figures::{Figures, Goal};
-use lb_userspace::plane::{Cost, Measuring};
+use lb_userspace::datapath::{Cost, Measuring};
 use lb_userspace::table::{Protocols, Service};
 
 /// The numbers of services.
@@ -89,7 +89,7 @@ impl<'a> Case<'a> {
 
 fn measure(object: &Path, n_rounds: usize, n_calls: usize) -> Figures {
     // A socket belongs to the cgroup in which it is made: these to none that is measured.
-    let (dead, server) = (bed::dead(), Server::start(b'a'));
+    let (dead, server) = (fixture::dead(), Server::start(b'a'));
     let echo = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).expect("a socket");
     let Ok(SocketAddr::V4(echo_address)) = echo.local_addr() else { unreachable!() };
     let SocketAddr::V4(live) = server.address else { unreachable!() };
@@ -170,7 +170,7 @@ struct Backends {
 }
 
 fn vip(service_idx: u32) -> SocketAddrV4 {
-    SocketAddrV4::new(Ipv4Addr::from(u32::from(bed::VIP) + service_idx), 80)
+    SocketAddrV4::new(Ipv4Addr::from(u32::from(fixture::VIP) + service_idx), 80)
 }
 
 /// A plane with that many services, at consecutive VIPs.

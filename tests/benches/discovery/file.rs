@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use lb_tests::cgroup::Cgroup;
 use lb_tests::net::Host;
 use lb_tests::nohop::Nohop;
-use lb_tests::scratch::Scratch;
+use lb_tests::tempdir::Scratch;
 
 use crate::maps::{Maps, Watcher};
 use crate::site::{cpu_s, memory_mb, propagation};

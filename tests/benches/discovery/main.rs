@@ -10,7 +10,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Result;
-use lb_tests::{process, undo};
+use lb_tests::{process, cleanup};
 
 /// Measures and tells; its argument is whether quickly.
 type Measure = fn(bool) -> Result<()>;
@@ -20,7 +20,7 @@ fn main() -> ExitCode {
         eprintln!("can't run: it makes network namespaces, which needs root");
         return ExitCode::FAILURE;
     }
-    if let Err(error) = undo::on_signals() {
+    if let Err(error) = cleanup::on_signals() {
         eprintln!("can't handle signals: {error}");
         return ExitCode::FAILURE;
     }
@@ -30,7 +30,7 @@ fn main() -> ExitCode {
     let release = rustix::system::uname();
     println!("Linux {}", release.release().to_string_lossy());
     let parts: [(&str, Measure); 4] = [
-        ("changes", changes::measure),
+        ("changes", atomic_updates::measure),
         ("file", file::measure),
         ("many", many::five_thousand),
         ("names", many::a_hundred_thousand),

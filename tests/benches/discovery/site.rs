@@ -10,7 +10,7 @@ use lb_tests::consul::Consul;
 use lb_tests::http::ask;
 use lb_tests::net::Host;
 use lb_tests::nohop::Nohop;
-use lb_tests::scratch::Scratch;
+use lb_tests::tempdir::Scratch;
 use serde_json::{Value, json};
 
 /// The address of the host.

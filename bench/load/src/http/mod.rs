@@ -14,10 +14,10 @@ use serde_json::Value;
 
 use crate::answer::Answer;
 use crate::clock::{MILLISECOND_NS, now_ns};
-use crate::failures::{self, Name};
+use crate::errors::{self, Name};
 use crate::limits::{path, rate, seconds};
-use crate::poller::{ENDED, Poller, STREAM};
-use crate::schedule::Schedule;
+use crate::epoll::{ENDED, Poller, STREAM};
+use crate::pacer::Schedule;
 use crate::stream;
 use tally::Tally;
 
@@ -210,7 +210,7 @@ impl Client {
                 if connection.due_ns + self.timeout_ns > now_ns {
                     break;
                 }
-                self.fail(first.connection_idx, now_ns, failures::TIMEOUT);
+                self.fail(first.connection_idx, now_ns, errors::TIMEOUT);
             }
             self.in_flight.pop_front();
         }
@@ -234,7 +234,7 @@ impl Client {
         let Some(due_ns) = self.schedule.take(now_ns) else { return Ok(false) };
         self.tally.asked(due_ns);
         if due_ns + self.timeout_ns <= now_ns {
-            self.tally.failed(due_ns, now_ns, failures::TIMEOUT);
+            self.tally.failed(due_ns, now_ns, errors::TIMEOUT);
             return Ok(true);
         }
         self.tally.sent(due_ns, now_ns);
@@ -248,7 +248,7 @@ impl Client {
             }
         }
         if let Err(errno) = self.open(due_ns) {
-            self.tally.failed(due_ns, now_ns, failures::of_errno(errno));
+            self.tally.failed(due_ns, now_ns, errors::of_errno(errno));
         }
         Ok(true)
     }
@@ -301,7 +301,7 @@ impl Client {
                         Ok(()) => connection.state = State::Waiting,
                         Err(Errno::AGAIN) => {}
                         Err(errno) => {
-                            self.fail(connection_idx, now_ns(), failures::of_errno(errno));
+                            self.fail(connection_idx, now_ns(), errors::of_errno(errno));
                         }
                     }
                 }
@@ -335,12 +335,12 @@ impl Client {
                 Ok((n_received, _)) => n_received,
                 Err(Errno::AGAIN) => return,
                 Err(Errno::INTR) => continue,
-                Err(errno) => break failures::of_errno(errno),
+                Err(errno) => break errors::of_errno(errno),
             };
             let now_ns = now_ns();
             let fed = match n_received {
-                0 => connection.answer.end().map(Some).ok_or(failures::CLOSED),
-                n => connection.answer.feed(&self.buffer[..n]).map_err(|_| failures::MALFORMED),
+                0 => connection.answer.end().map(Some).ok_or(errors::CLOSED),
+                n => connection.answer.feed(&self.buffer[..n]).map_err(|_| errors::MALFORMED),
             };
             match fed {
                 Ok(Some(complete)) => {
@@ -348,7 +348,7 @@ impl Client {
                     match complete.status {
                         200 => self.tally.answered(due_ns, now_ns, complete.name),
                         status => {
-                            self.tally.failed(due_ns, now_ns, failures::of_status(status));
+                            self.tally.failed(due_ns, now_ns, errors::of_status(status));
                         }
                     }
                     let is_kept = self.is_keeping && complete.keep_alive && !has_ended;

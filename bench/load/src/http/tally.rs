@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use serde_json::{Value, json};
 
 use crate::clock::{SECOND_NS, seconds};
-use crate::failures::{Failures, Name};
+use crate::errors::{Failures, Name};
 use crate::latency::Latency;
 
 /// The most servers that are told apart.
@@ -150,8 +150,8 @@ impl Tally {
 mod tests {
     use super::*;
     use crate::clock::MILLISECOND_NS;
-    use crate::failures;
-    use crate::schedule::Schedule;
+    use crate::errors;
+    use crate::pacer::Schedule;
 
     #[test]
     fn requests_due_while_the_server_stalls_count_their_waiting() {
@@ -189,10 +189,10 @@ mod tests {
             tally.asked(due_ns);
             tally.sent(due_ns, 3 * SECOND_NS);
         }
-        tally.failed(0, SECOND_NS, failures::CLOSED);
+        tally.failed(0, SECOND_NS, errors::CLOSED);
         tally.answered(SECOND_NS - 1, SECOND_NS, b"b1");
         tally.asked(SECOND_NS);
-        tally.failed(SECOND_NS, 2 * SECOND_NS, failures::of_status(503));
+        tally.failed(SECOND_NS, 2 * SECOND_NS, errors::of_status(503));
         let report = tally.to_json();
         assert_eq!((&report["asked"], &report["asked_warmup"]), (&json!(1), &json!(2)));
         assert_eq!((&report["answered"], &report["n_failed"]), (&json!(0), &json!(1)));

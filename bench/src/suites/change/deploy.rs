@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use super::instances::Member;
+use super::backends::Member;
 use super::site::Site;
 use crate::node::CpuTimes;
-use crate::tools;
+use crate::generators;
 
 /// The instances at any time, or one more.
 pub const N_INSTANCES: usize = 10;
@@ -60,7 +60,7 @@ pub fn measure(site: &mut Site, n_changes: usize) -> Result<Deploy> {
     let acts = schedule(&site.crew.members, &new.members);
     let before = site.node.cpu_times()?;
     let (found, done) = thread::scope(|scope| {
-        let load = scope.spawn(|| tools::load(site.node.client_place(), &arguments));
+        let load = scope.spawn(|| generators::load(site.node.client_place(), &arguments));
         thread::sleep(LEAD);
         let done = play(site, &acts);
         (load.join(), done)

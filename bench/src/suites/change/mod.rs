@@ -3,10 +3,10 @@
 
 mod blocking;
 mod deploy;
-mod followers;
-mod instances;
-mod shares;
-mod single;
+mod haproxy_sync;
+mod backends;
+mod rebalance;
+mod single_change;
 mod site;
 
 use std::thread;
@@ -14,14 +14,14 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::draft::{Demand, Draft, Quantity};
+use crate::report_builder::{Demand, Draft, Quantity};
 use crate::node::{Layout, Node};
 use crate::peers::{ENVOY, HAPROXY_HTTP, HAPROXY_TCP, NOHOP, PEERS, Protocol};
 use crate::progress::Progress;
 use crate::report::{Better, Contender};
 use crate::stats::{Spread, quantile};
-use crate::tools;
-use single::Delays;
+use crate::generators;
+use single_change::Delays;
 use site::{Kind, Site};
 
 /// The only service.
@@ -124,8 +124,8 @@ const QUICK: Plan = Plan {
 pub fn helper(arguments: &[String]) -> Option<Result<()>> {
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match words.split_first()? {
-        (&"follow", rest) => Some(followers::program(rest)),
-        (&"instances", rest) => Some(instances::program(rest)),
+        (&"follow", rest) => Some(haproxy_sync::program(rest)),
+        (&"instances", rest) => Some(backends::program(rest)),
         _ => None,
     }
 }
@@ -154,16 +154,16 @@ pub fn run(is_quick: bool) -> Result<Draft> {
     );
     let share_condition = format!(
         "one host, {n} instances become {}, {} connections kept alive",
-        2 * shares::N_INSTANCES,
-        shares::N_CONNECTIONS,
-        n = shares::N_INSTANCES,
+        2 * rebalance::N_INSTANCES,
+        rebalance::N_CONNECTIONS,
+        n = rebalance::N_INSTANCES,
     );
     for round in 0..plan.n_rounds {
         let others = sites.iter_mut().filter(|site| site.name != HAPROXY_HTTP);
         for site in draft.shuffled(others) {
             progress.step(&format!("{}: single changes", site.name));
             let n = if site.name == SRV { plan.n_single_srv } else { plan.n_single };
-            let found = note_failure(&mut draft, site.name, SINGLE, single::measure(site, n));
+            let found = note_failure(&mut draft, site.name, SINGLE, single_change::measure(site, n));
             add_single(&mut draft, site.name, round, found.as_ref());
         }
     }
@@ -184,7 +184,7 @@ pub fn run(is_quick: bool) -> Result<Draft> {
                 _ => continue,
             };
             progress.step(&format!("{name}: shares"));
-            let found = shares::measure(site, plan.counted);
+            let found = rebalance::measure(site, plan.counted);
             let found = note_failure(&mut draft, name, &share_condition, found);
             if let Some((_, n_failed)) = found.filter(|(_, n_failed)| *n_failed > 0.0) {
                 draft.note(format!("{name}, {share_condition}: {n_failed} requests failed"));
@@ -277,7 +277,7 @@ fn add_deploy(
     round: usize,
     found: Option<&deploy::Deploy>,
 ) {
-    let number = |path: &str| found.and_then(|deploy| tools::number(&deploy.found, path).ok());
+    let number = |path: &str| found.and_then(|deploy| generators::number(&deploy.found, path).ok());
     let count = |kind: &str| number(&format!("/failed/{kind}")).unwrap_or(0.0);
     draft.add(FAILED, condition, name, round, number("/n_failed"));
     let n_reset = found.map(|_| count("reset") + count("closed"));
@@ -332,7 +332,7 @@ fn explain(draft: &mut Draft) {
         "Single changes of one service are {} ms apart at least. nohop's watch of a service asks Consul \
          twice at once and then every 250 ms, so of changes that come faster, as in the rolling deploy, \
          it applies several together; the followers of HAProxy and Envoy here have no such limit.",
-        single::LIFE.as_millis()
+        single_change::LIFE.as_millis()
     ));
     draft.note(
         "Instances are registered with the agent, which is also the server (`consul agent -dev`), with a \

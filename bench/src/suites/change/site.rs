@@ -12,16 +12,16 @@ use lb_tests::consul::{self, Consul};
 use lb_tests::http::ask;
 use lb_tests::nohop::Nohop;
 use lb_tests::process::Process;
-use lb_tests::scratch::Scratch;
+use lb_tests::tempdir::Scratch;
 use serde_json::json;
 
-use super::instances::{Crew, Member};
+use super::backends::{Crew, Member};
 use super::{RELOAD_CONFIG, SERVICE};
 use crate::node::Node;
 use crate::peers::{
     Guard, Protocol, ServedByEnvoy, ServedByHaproxy, Services, serve_envoy_eds, serve_haproxy,
 };
-use crate::tools;
+use crate::generators;
 
 /// How long a change may take until dials show it.
 pub const PATIENCE: Duration = Duration::from_secs(15);
@@ -217,7 +217,7 @@ impl Probe {
     /// Dials the site's service every 0.5 ms.
     pub fn start(site: &Site) -> Result<Probe> {
         let files = Scratch::new("probe")?;
-        let mut command = site.node.client_place().command(tools::load_program()?);
+        let mut command = site.node.client_place().command(generators::load_program()?);
         command.args(["probe", &site.address.to_string(), "--interval-us", "500", "--log"]);
         command.arg(files.path().join("log"));
         let process = Process::spawn("nohop-load probe", command)?;

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use lb_tests::net::Place;
-use lb_tests::run;
+use lb_tests::cmd;
 
 use super::pin;
 use crate::stats::quantile;
@@ -62,7 +62,7 @@ fn start((place, address): At<'_>, questions: &Path, arguments: &str) -> Result<
     // What it writes for each query goes to a file, so that nobody else has to run to take it.
     let file = questions.with_extension("told");
     command.stdout(File::create(&file).with_context(|| format!("make {}", file.display()))?);
-    let output = pin::on(pin::CLIENT, || run::output(command))?;
+    let output = pin::on(pin::CLIENT, || cmd::output(command))?;
     let errors = String::from_utf8_lossy(&output.stderr).into_owned();
     ensure!(output.status.success(), "dnsperf failed, {}: {errors}", output.status);
     fs::read_to_string(&file).with_context(|| format!("read {}", file.display()))

@@ -11,7 +11,7 @@ use std::thread;
 
 use anyhow::{Result, ensure};
 
-use crate::draft::{Demand, Draft, FixedRate, Quantity};
+use crate::report_builder::{Demand, Draft, FixedRate, Quantity};
 use crate::peers::NOHOP;
 use crate::progress::Progress;
 use crate::report::{Better, Contender};

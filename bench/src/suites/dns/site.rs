@@ -12,8 +12,8 @@ use anyhow::{Context, Result, bail, ensure};
 use lb_tests::consul::{self, Consul};
 use lb_tests::net::Place;
 use lb_tests::process::Process;
-use lb_tests::run;
-use lb_tests::scratch::Scratch;
+use lb_tests::cmd;
+use lb_tests::tempdir::Scratch;
 use serde_json::{Value, json};
 
 use super::{dnsperf, pin};
@@ -112,13 +112,13 @@ pub fn nohop_version() -> Result<String> {
 }
 
 pub fn dnsmasq_version() -> Result<String> {
-    let said = run::words("dnsmasq", "--version")?;
+    let said = cmd::words("dnsmasq", "--version")?;
     let line = said.lines().next().unwrap_or_default();
     Ok(line.split("  ").next().unwrap_or(line).to_owned())
 }
 
 pub fn consul_version() -> Result<String> {
-    let said = run::words(&consul::program()?.display().to_string(), "version")?;
+    let said = cmd::words(&consul::program()?.display().to_string(), "version")?;
     Ok(said.lines().next().unwrap_or_default().to_owned())
 }
 
@@ -224,7 +224,7 @@ pub fn await_answer(place: Place<'_>, at: SocketAddrV4, name: &str, expected: &s
         let mut dig = place.command("dig");
         let (server, port) = (format!("@{}", at.ip()), at.port().to_string());
         dig.args(["+time=1", "+tries=1", "+short", &server, "-p", &port, name, "A"]);
-        said = String::from_utf8_lossy(&run::output(dig)?.stdout).trim().to_owned();
+        said = String::from_utf8_lossy(&cmd::output(dig)?.stdout).trim().to_owned();
         if said.parse::<Ipv4Addr>().is_ok() {
             ensure!(expected.is_empty() || said == expected, "{name} is {said} at {at}");
             return Ok(());

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::ask::{Names, tagged};
+use super::queries::{Names, tagged};
 use super::health::{self, Records};
 use crate::config::Config;
 use crate::table::Instance;

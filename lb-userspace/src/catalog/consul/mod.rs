@@ -4,23 +4,23 @@
 //! Questions are tasks that only bring answers; the supervisor owns the schedule, which says what is
 //! asked next, and the model, which says what is published. An error takes nothing out of it.
 
-mod absent;
+mod negative_cache;
 mod address;
-mod ask;
+mod queries;
 mod backoff;
 mod client;
 mod doubt;
 #[cfg(test)]
-mod fake;
+mod test_server;
 #[cfg(any(fuzzing, test))]
 pub mod fuzzing;
 mod health;
-mod held;
+mod hold_down;
 mod index;
 mod model;
-mod off;
+mod kill_switch;
 mod schedule;
-mod supervisor;
+mod watcher;
 #[cfg(test)]
 mod tests;
 mod token;
@@ -30,11 +30,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::demand::Wishes;
-use super::memory::Memory;
+use super::usage::Wishes;
+use super::snapshot::Memory;
 use super::{Output, cache};
 use crate::config::{CatalogConfig, Config, ConsulConfig};
-use supervisor::Supervisor;
+use watcher::Supervisor;
 
 /// How long everything may take.
 #[derive(Clone, Copy, Debug)]

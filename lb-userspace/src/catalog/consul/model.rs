@@ -5,11 +5,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::doubt::{Doubts, Signs, Weight, is_mass};
-use super::held::{Held, Key};
+use super::hold_down::{Held, Key};
 use super::schedule::is_shrink;
 use crate::catalog::Catalog;
 use crate::catalog::host::Own;
-use crate::catalog::memory::{Agent, Memory, Remembered};
+use crate::catalog::snapshot::{Agent, Memory, Remembered};
 use crate::table::{Instance, Listing, Watch};
 
 /// The state that watches bring together. Pure: it neither asks nor publishes.

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde_json::json;
 
-use super::fake::{AGENT, Fake, Fault, NAMES, instance, service};
+use super::test_server::{AGENT, Fake, Fault, NAMES, instance, service};
 use super::*;
 use crate::catalog::file::follow::Follower;
 use crate::catalog::{Catalog, Handle, Lookup};
@@ -419,7 +419,7 @@ async fn a_new_name_with_upper_case_is_one_service_before_the_list_has_it_and_af
 #[tokio::test]
 async fn an_unknown_name_is_answered_at_once_while_consul_is_down() {
     let (fake, mut handle, _) = synced().await;
-    for path in [NAMES, off::PATH, AGENT] {
+    for path in [NAMES, kill_switch::PATH, AGENT] {
         fake.break_path(path, Some(Fault::Close));
     }
     says(&mut handle, Some("lost")).await;
@@ -504,17 +504,17 @@ async fn a_great_loss_is_confirmed_before_it_counts() {
 async fn the_switch_is_followed_and_keeps_its_place_through_errors() {
     let (fake, mut handle, _) = synced().await;
     assert!(!*handle.off.borrow());
-    fake.set(off::PATH, 40, json!([{"Value": null}]));
+    fake.set(kill_switch::PATH, 40, json!([{"Value": null}]));
     handle.off.wait_for(|off| *off).await.unwrap();
-    fake.break_path(off::PATH, Some(Fault::Status(500, "no leader")));
+    fake.break_path(kill_switch::PATH, Some(Fault::Status(500, "no leader")));
     says(&mut handle, Some("no leader")).await;
     assert!(*handle.off.borrow());
-    fake.break_path(off::PATH, Some(Fault::Status(404, "")));
+    fake.break_path(kill_switch::PATH, Some(Fault::Status(404, "")));
     handle.off.wait_for(|off| !*off).await.unwrap();
-    let asked = format!("{}?consistent", off::PATH);
+    let asked = format!("{}?consistent", kill_switch::PATH);
     assert_eq!(fake.n_asked(&asked), 2, "that it is on again is confirmed, as it was at the start");
     says(&mut handle, None).await;
-    fake.break_path(off::PATH, Some(Fault::Status(403, "Permission denied")));
+    fake.break_path(kill_switch::PATH, Some(Fault::Status(403, "Permission denied")));
     let denied = handle.health.wait_for(|health| !health.facts.is_empty());
     let denied = tokio::time::timeout(LIMIT, denied).await.expect("a fact").unwrap().clone();
     assert!(denied.facts[0].contains("key:read") && denied.problem.is_none(), "{denied:?}");
@@ -523,18 +523,18 @@ async fn the_switch_is_followed_and_keeps_its_place_through_errors() {
 #[tokio::test]
 async fn one_stale_answer_does_not_switch_translation_on() {
     let (fake, mut handle, _) = synced().await;
-    fake.set(off::PATH, 40, json!([{"Value": null}]));
+    fake.set(kill_switch::PATH, 40, json!([{"Value": null}]));
     handle.off.wait_for(|off| *off).await.unwrap();
-    let asked = format!("{}?consistent", off::PATH);
+    let asked = format!("{}?consistent", kill_switch::PATH);
     // A server that is behind says there is no key, with an older index or a newer one.
     for (n, index) in [(2, 30), (3, 50)] {
-        fake.set(off::PATH, index, json!([{"Value": null}]));
+        fake.set(kill_switch::PATH, index, json!([{"Value": null}]));
         fake.break_question(&asked, Some(Fault::Hang));
-        fake.break_path(off::PATH, Some(Fault::Body("null")));
-        let is_asked = |state: &super::fake::State| state.asked.get(&asked) >= Some(&n);
+        fake.break_path(kill_switch::PATH, Some(Fault::Body("null")));
+        let is_asked = |state: &super::test_server::State| state.asked.get(&asked) >= Some(&n);
         fake.state.subscribe().wait_for(is_asked).await.unwrap();
         assert!(*handle.off.borrow());
-        fake.break_path(off::PATH, None);
+        fake.break_path(kill_switch::PATH, None);
         fake.break_question(&asked, None);
     }
     assert!(*handle.off.borrow());
@@ -543,8 +543,8 @@ async fn one_stale_answer_does_not_switch_translation_on() {
 #[tokio::test]
 async fn nothing_is_published_before_the_switch_has_said_whether_to_translate() {
     let fake = Fake::start().await;
-    fake.set(off::PATH, 40, json!([{"Value": null}]));
-    fake.break_path(off::PATH, Some(Fault::Status(500, "no leader")));
+    fake.set(kill_switch::PATH, 40, json!([{"Value": null}]));
+    fake.break_path(kill_switch::PATH, Some(Fault::Status(500, "no leader")));
     fake.set_names(10, &["web"]);
     fake.set(&service("web"), 20, json!([instance("n1", "web-1", 1)]));
     let timing = Timing { stragglers: LIMIT, ..timing() };
@@ -553,7 +553,7 @@ async fn nothing_is_published_before_the_switch_has_said_whether_to_translate() 
     let asked = format!("{}?index=20&wait=60000ms", service("web"));
     fake.state.subscribe().wait_for(|state| state.asked.contains_key(&asked)).await.unwrap();
     assert!(handle.catalog.borrow().is_none());
-    fake.break_path(off::PATH, None);
+    fake.break_path(kill_switch::PATH, None);
     shows(&mut handle, |catalog| names(catalog) == ["web"]).await;
     assert!(*handle.off.borrow(), "by then it is known");
 }
@@ -561,10 +561,10 @@ async fn nothing_is_published_before_the_switch_has_said_whether_to_translate() 
 #[tokio::test]
 async fn what_another_consul_said_of_the_switch_does_not_hold_where_the_token_may_not_read_it() {
     let (fake, mut handle, _) = synced().await;
-    fake.set(off::PATH, 40, json!([{"Value": null}]));
+    fake.set(kill_switch::PATH, 40, json!([{"Value": null}]));
     handle.off.wait_for(|off| *off).await.unwrap();
     let other = Fake::start().await;
-    other.break_path(off::PATH, Some(Fault::Status(403, "Permission denied")));
+    other.break_path(kill_switch::PATH, Some(Fault::Status(403, "Permission denied")));
     follow_in(&mut handle, settings(config(other.address), WatchPolicy::All, timing()));
     let off = tokio::time::timeout(LIMIT, handle.off.wait_for(|off| !*off)).await;
     off.expect("translation").unwrap();
@@ -574,7 +574,7 @@ async fn what_another_consul_said_of_the_switch_does_not_hold_where_the_token_ma
 async fn a_switch_that_fails_keeps_nobody_from_a_cold_service() {
     let (fake, mut handle) = cold().await;
     shows(&mut handle, |catalog| names(catalog) == ["db", "web"]).await;
-    fake.break_path(off::PATH, Some(Fault::Status(500, "no leader")));
+    fake.break_path(kill_switch::PATH, Some(Fault::Status(500, "no leader")));
     says(&mut handle, Some("no leader")).await;
     assert_eq!(handle.demand.look_up("web").await, Lookup::Exists);
 }
@@ -582,7 +582,7 @@ async fn a_switch_that_fails_keeps_nobody_from_a_cold_service() {
 #[tokio::test]
 async fn an_agent_that_only_knows_itself_is_no_answer() {
     let fake = Fake::start().await;
-    for path in [NAMES, off::PATH] {
+    for path in [NAMES, kill_switch::PATH] {
         fake.break_path(path, Some(Fault::Status(500, "no leader")));
     }
     let mut handle = follow(config(fake.address), timing());
@@ -654,7 +654,7 @@ async fn another_source_finds_the_former_ones_connections_closed() {
     };
     let before = fake.state.borrow().most_connections;
     handle.reconfigure(&config, vec!["web".into()]).await;
-    let is_asked = |state: &super::fake::State| state.asked.get(&service("web")) >= Some(&2);
+    let is_asked = |state: &super::test_server::State| state.asked.get(&service("web")) >= Some(&2);
     let is_live =
         tokio::time::timeout(LIMIT, fake.state.subscribe().wait_for(is_asked)).await.is_ok();
     assert!(is_live, "what the kernel serves is live without anybody's asking");
@@ -875,17 +875,17 @@ async fn another_token_in_its_file_has_all_that_is_held_asked_again() {
     let held = [
         format!("{NAMES}?index=10&wait=60000ms"),
         format!("{}?index=20&wait=60000ms", service("web")),
-        format!("{}?index=1&wait=60000ms", off::PATH),
+        format!("{}?index=1&wait=60000ms", kill_switch::PATH),
     ];
-    let is_held = |state: &super::fake::State| held.iter().all(|q| state.asked.contains_key(q));
+    let is_held = |state: &super::test_server::State| held.iter().all(|q| state.asked.contains_key(q));
     fake.state.subscribe().wait_for(is_held).await.unwrap();
-    let n_asked = |state: &super::fake::State| {
-        [NAMES, &service("web"), off::PATH, AGENT].map(|path| state.asked.get(path).copied())
+    let n_asked = |state: &super::test_server::State| {
+        [NAMES, &service("web"), kill_switch::PATH, AGENT].map(|path| state.asked.get(path).copied())
     };
     let before = n_asked(&fake.state.borrow());
     std::fs::write(&path, "second").unwrap();
     let is_again =
-        |state: &super::fake::State| n_asked(state).iter().zip(&before).all(|(n, was)| n > was);
+        |state: &super::test_server::State| n_asked(state).iter().zip(&before).all(|(n, was)| n > was);
     let again = fake.state.subscribe().wait_for(is_again).await.is_ok();
     assert!(again);
     says(&mut handle, None).await;
@@ -896,12 +896,12 @@ async fn no_question_is_held_for_longer_than_the_run_has_lasted() {
     let first_wait = Duration::from_millis(20);
     let start = std::time::Instant::now();
     let (fake, _handle) = synced_with(&["web"], Timing { first_wait, ..timing() }).await;
-    let waits = |state: &super::fake::State| {
+    let waits = |state: &super::test_server::State| {
         let asked = state.asked.keys().filter_map(|question| question.split_once("&wait="));
         let waits = asked.map(|(_, wait)| wait.strip_suffix("ms").unwrap().parse::<u64>().unwrap());
         waits.collect::<std::collections::BTreeSet<_>>()
     };
-    let grew = |state: &super::fake::State| waits(state).len() > 5;
+    let grew = |state: &super::test_server::State| waits(state).len() > 5;
     let mut state = fake.state.subscribe();
     let seen = tokio::time::timeout(LIMIT, state.wait_for(grew)).await;
     let longest = *waits(&seen.expect("longer waits").unwrap()).last().unwrap();
@@ -911,11 +911,11 @@ async fn no_question_is_held_for_longer_than_the_run_has_lasted() {
 #[tokio::test]
 async fn what_another_consul_said_of_the_switch_holds_until_this_one_is_sure() {
     let (fake, mut handle, _) = synced().await;
-    fake.set(off::PATH, 40, json!([{"Value": null}]));
+    fake.set(kill_switch::PATH, 40, json!([{"Value": null}]));
     handle.off.wait_for(|off| *off).await.unwrap();
     let other = Fake::start().await;
-    other.set(off::PATH, 7, json!(null));
-    let asked = format!("{}?consistent", off::PATH);
+    other.set(kill_switch::PATH, 7, json!(null));
+    let asked = format!("{}?consistent", kill_switch::PATH);
     other.break_question(&asked, Some(Fault::Hang));
     follow_in(&mut handle, settings(config(other.address), WatchPolicy::All, timing()));
     other.state.subscribe().wait_for(|state| state.asked.contains_key(&asked)).await.unwrap();
@@ -935,7 +935,7 @@ async fn the_switch_makes_no_catalog_younger() {
     let before = handle.health.borrow().last_answer;
     for (index, off) in [(41, true), (42, false), (43, true)] {
         let body = if off { json!([{"Value": null}]) } else { json!(null) };
-        fake.set(off::PATH, index, body);
+        fake.set(kill_switch::PATH, index, body);
         handle.off.wait_for(|is| *is == off).await.unwrap();
     }
     assert_eq!(handle.health.borrow().last_answer, before);
@@ -974,7 +974,7 @@ async fn what_was_known_serves_a_new_daemon_while_consul_is_down() {
     shows(&mut first, |catalog| names(catalog) == ["db", "web"]).await;
     assert_eq!(first.demand.look_up("web").await, Lookup::Exists);
     let path = cache.clone().unwrap();
-    let holds = |memory: Option<crate::catalog::memory::Memory>| {
+    let holds = |memory: Option<crate::catalog::snapshot::Memory>| {
         memory.is_some_and(|memory| !memory.services["web"].instances.is_empty())
     };
     let mut follower = Follower::new(&path).unwrap();

@@ -10,7 +10,7 @@ use std::process::Command;
 use tempfile::NamedTempFile;
 
 use super::resolved::{self, Settings};
-use super::text::{ANCHOR, DROP_IN, MARK, negative_trust_anchor, resolved_drop_in};
+use super::instructions::{ANCHOR, DROP_IN, MARK, negative_trust_anchor, resolved_drop_in};
 use super::{Target, upstream};
 use crate::config::DnsConfig;
 

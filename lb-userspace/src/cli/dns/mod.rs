@@ -2,10 +2,10 @@
 
 mod apply;
 mod host;
-mod look;
+mod detect;
 mod query;
 mod resolved;
-mod text;
+mod instructions;
 mod upstream;
 
 use std::net::{Ipv4Addr, SocketAddr};
@@ -155,7 +155,7 @@ impl Target {
             remote: known.find(|address| !is_loopback(address)).copied(),
             domain: config.domain.clone(),
             pools,
-            has_dummy: look::has_dummy(root),
+            has_dummy: detect::has_dummy(root),
         }
     }
 }
@@ -184,9 +184,9 @@ pub fn setup(
             apply::apply(root, &target, &config.dns)?
         }
         [Way::SystemdResolved] if undo => apply::undo(root, &target)?,
-        [] => look::advice(&look::look(root)),
+        [] => detect::advice(&detect::look(root)),
         ways => {
-            let texts: Vec<_> = ways.iter().map(|way| text::text(*way, &target)).collect();
+            let texts: Vec<_> = ways.iter().map(|way| instructions::text(*way, &target)).collect();
             texts.join("\n")
         }
     })

@@ -4,7 +4,7 @@ use std::fs;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::Path;
 
-use super::look::nameservers;
+use super::detect::nameservers;
 use super::resolved::{List, server_ip};
 use crate::config::{DnsConfig, Forward};
 

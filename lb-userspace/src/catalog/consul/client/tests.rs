@@ -15,7 +15,7 @@ use tokio_rustls::TlsAcceptor;
 
 use super::error::Busy;
 use super::*;
-use crate::catalog::consul::fake::{Fake, Fault, NAMES};
+use crate::catalog::consul::test_server::{Fake, Fault, NAMES};
 use crate::config::TlsConfig;
 
 const LIMIT: Duration = Duration::from_secs(20);

@@ -1,0 +1,141 @@
+//! Instances: servers with names and addresses of their own, many of them started at once.
+//!
+//! Entering a namespace costs more than the server itself does, so one program enters and starts all.
+
+use std::io::{BufRead, BufReader};
+use std::net::SocketAddrV4;
+use std::os::fd::OwnedFd;
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use lb_tests::process::Process;
+use lb_tests::cmd;
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+
+use crate::node::Node;
+
+/// How long instances may take to start, and to end.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// What the program says once all listen.
+const STARTED: &str = "all listen";
+
+/// Instances that were started together; what is alive of them ends with this.
+pub struct Crew {
+    /// Them, in the order of their numbers.
+    pub members: Vec<Member>,
+    process: Process,
+}
+
+/// An instance at work.
+#[derive(Clone, Debug)]
+pub struct Member {
+    /// Its name, under which it is registered, and by which it answers.
+    pub name: String,
+    /// Where it listens.
+    pub address: SocketAddrV4,
+    // Unlike an id, it never comes to mean another process.
+    pidfd: Arc<OwnedFd>,
+}
+
+impl Crew {
+    /// Starts `n` instances, numbered from `first` on, and waits until they listen.
+    ///
+    /// # Errors
+    /// When one can't.
+    pub fn start(node: &Node, first: usize, n: usize) -> Result<Crew> {
+        let mut command = node.backend_place().command(std::env::current_exe()?);
+        command.args(["instances", &first.to_string(), &n.to_string()]);
+        let process = Process::spawn("instances", command)?;
+        let line = process.wait_for_line(&[STARTED], PATIENCE)?;
+        let pids = line.trim_start_matches(STARTED).split_whitespace();
+        let pids: Vec<Pid> = pids.filter_map(|pid| Pid::from_raw(pid.parse().ok()?)).collect();
+        ensure!(pids.len() == n, "{n} instances were to start: {line}");
+        let member = |(idx, pid)| -> Result<Member> {
+            let pidfd = pidfd_open(pid, PidfdFlags::empty()).context("open a pidfd")?;
+            Ok(Member { name: name(idx), address: address(idx), pidfd: Arc::new(pidfd) })
+        };
+        let members = (first..).zip(pids).map(member).collect::<Result<_>>()?;
+        Ok(Crew { members, process })
+    }
+}
+
+impl Drop for Crew {
+    fn drop(&mut self) {
+        self.members.iter().for_each(Member::kill);
+        let _ = self.process.wait_for_exit(PATIENCE);
+    }
+}
+
+impl Member {
+    /// Ends it, as a crash would: its connections are reset, and dials refused.
+    pub fn kill(&self) {
+        let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
+    }
+
+    /// One that isn't at work: ending it ends nothing.
+    #[cfg(test)]
+    pub fn unborn(name: &str) -> Member {
+        let null = std::fs::File::open("/dev/null").expect("there is one");
+        Member { name: name.into(), address: address(0), pidfd: Arc::new(null.into()) }
+    }
+
+    /// The first line of its answers.
+    pub fn answer(&self) -> String {
+        format!("hello from {}", self.name)
+    }
+}
+
+fn name(idx: usize) -> String {
+    format!("i-{idx:05}")
+}
+
+fn address(idx: usize) -> SocketAddrV4 {
+    Node::backend(idx, 8080)
+}
+
+/// The program `instances FIRST N`: starts them, says their process ids, and ends after the last one.
+///
+/// # Errors
+/// When one doesn't start.
+pub fn program(arguments: &[&str]) -> Result<()> {
+    let [first, n] = arguments[..] else { anyhow::bail!("usage: instances FIRST N") };
+    let (first, n): (usize, usize) = (first.parse()?, n.parse()?);
+    let mut started = Started(Vec::new());
+    for idx in first..first + n {
+        started.0.push(start(idx)?);
+    }
+    for child in &mut started.0 {
+        let stdout = child.stdout.take().context("a server without output")?;
+        let mut line = String::new();
+        BufReader::new(stdout).read_line(&mut line)?;
+        ensure!(line.starts_with("listening on "), "a server doesn't listen: {line:?}");
+    }
+    let pids: Vec<String> = started.0.iter().map(|child| child.id().to_string()).collect();
+    println!("{STARTED} {}", pids.join(" "));
+    for child in &mut started.0 {
+        child.wait()?;
+    }
+    Ok(())
+}
+
+fn start(idx: usize) -> Result<Child> {
+    let mut command = Command::new(cmd::built("helloworld")?);
+    command.args(["--listen", &address(idx).to_string(), "--name", &name(idx)]);
+    let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn();
+    child.with_context(|| format!("start {command:?}"))
+}
+
+/// Children that end with this, also when it fails half-way.
+struct Started(Vec<Child>);
+
+impl Drop for Started {
+    fn drop(&mut self) {
+        for child in &mut self.0 {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}

@@ -1,0 +1,153 @@
+//! What a connected socket remembers of its dial.
+//!
+//! A hook runs before the kernel connects, and isn't told whether that succeeded. A UDP socket that
+//! is connected stays so when a further connect() fails, so what it remembers of the association that
+//! it has is kept beside what it is to have next. Whichever of the two names the peer that the kernel
+//! has is the one that is true.
+
+use aya_ebpf::helpers::generated::{bpf_sk_storage_get, bpf_skc_to_mptcp_sock};
+use aya_ebpf::programs::SockAddrContext;
+use lb_common::{Counter, IPPROTO_UDP, Peer};
+
+use crate::context::{self, Endpoint};
+use crate::translate::Socket;
+use crate::{maps, config, log};
+
+/// Keeps what was dialled. Where there is no memory for it the dial goes on. `connected` is what a UDP
+/// socket is connected to until now.
+#[inline(always)]
+pub fn remember(
+    ctx: &SockAddrContext,
+    peer: Peer,
+    socket: Socket,
+    connected: impl FnOnce() -> Endpoint,
+) {
+    // Made as zeros, which say nothing, and written once: a value for the kernel to begin with would
+    // be copied twice, and storage that was there already has an earlier dial in it.
+    // SAFETY: a non-null pointer is to this socket's own storage, which only hooks of this socket
+    // read and write, and they run with it locked.
+    match unsafe { maps::PEERS.get_or_insert_ptr_mut(ctx, None).as_mut() } {
+        Some(kept) => {
+            if context::protocol(ctx) == IPPROTO_UDP {
+                set_aside(ctx, kept, &connected(), &Endpoint::of_backend(&peer));
+            }
+            *kept = peer;
+        }
+        None => {
+            maps::count(Counter::NoStorage);
+            log::no_storage(ctx);
+        }
+    }
+    if let Socket::Subflow = socket {
+        remember_outside(ctx, peer);
+    }
+}
+
+/// Forgets an earlier dial: the socket goes to `address` itself. Most sockets have nothing to forget.
+#[inline(always)]
+pub fn forget(ctx: &SockAddrContext, address: &Endpoint, connected: impl FnOnce() -> Endpoint) {
+    // SAFETY: as above.
+    let Some(kept) = (unsafe { maps::PEERS.get_ptr_mut(ctx).as_mut() }) else { return };
+    if context::protocol(ctx) == IPPROTO_UDP {
+        set_aside(ctx, kept, &connected(), address);
+    } else {
+        forget_outside(ctx);
+    }
+    *kept = Peer::default();
+}
+
+/// Sees to it that what is remembered of the association that a UDP socket has outlives `kept`, which
+/// is about to be written, until the socket is connected to `next`.
+#[inline(always)]
+fn set_aside(ctx: &SockAddrContext, kept: &Peer, connected: &Endpoint, next: &Endpoint) {
+    let is_kept = kept.backend_port != 0;
+    // SAFETY: as above.
+    let former = unsafe {
+        if is_kept && connected.port != 0 {
+            maps::FORMER_PEERS.get_or_insert_ptr_mut(ctx, None).as_mut()
+        } else {
+            maps::FORMER_PEERS.get_ptr_mut(ctx).as_mut()
+        }
+    };
+    let Some(former) = former else { return };
+    let is_former = former.was_sent_to(&connected.address, connected.port)
+        && !kept.was_sent_to(&connected.address, connected.port);
+    if !is_former && is_kept {
+        *former = *kept;
+    }
+    // What it is to be connected to by another name, or by none.
+    if former.was_sent_to(&next.address, next.port) {
+        *former = Peer::default();
+    }
+}
+
+/// What a connected socket remembers of its association with `peer`, if it dialled a VIP.
+#[inline(always)]
+pub fn association(ctx: &SockAddrContext, peer: &Endpoint) -> Option<&'static Peer> {
+    // SAFETY: as above; the storage lives as long as the socket, which is longer than the program
+    // runs.
+    unsafe {
+        let kept = maps::PEERS.get_ptr_mut(ctx).as_ref()?;
+        if kept.was_sent_to(&peer.address, peer.port) {
+            return Some(kept);
+        }
+    }
+    if context::protocol(ctx) == IPPROTO_UDP { former(ctx, peer) } else { None }
+}
+
+#[inline(always)]
+fn former(ctx: &SockAddrContext, peer: &Endpoint) -> Option<&'static Peer> {
+    // SAFETY: as above.
+    let former = unsafe { maps::FORMER_PEERS.get_ptr_mut(ctx).as_ref() };
+    former.filter(|former| former.was_sent_to(&peer.address, peer.port))
+}
+
+/// What the application should see of the socket's peer: what was dialled, if the peer is the
+/// backend that the dial became, or the peer itself.
+#[inline(always)]
+pub fn shown(ctx: &SockAddrContext, peer: &Endpoint) -> Endpoint {
+    // What was kept is about another dial if the peer is another one.
+    association(ctx, peer).map_or(*peer, Endpoint::of_frontend)
+}
+
+/// The same for a sender that the socket was connected to before.
+#[inline(always)]
+pub fn formerly_shown(ctx: &SockAddrContext, sender: &Endpoint) -> Endpoint {
+    former(ctx, sender).map_or(*sender, Endpoint::of_frontend)
+}
+
+/// Keeps the same for the MPTCP socket that a subflow is of: connect() runs the hook on the subflow,
+/// and getpeername() on the other.
+#[inline(always)]
+fn remember_outside(ctx: &SockAddrContext, peer: Peer) {
+    if let Some(kept) = outside(ctx, true) {
+        *kept = peer;
+    }
+}
+
+#[inline(always)]
+fn forget_outside(ctx: &SockAddrContext) {
+    if let Some(kept) = outside(ctx, false) {
+        *kept = Peer::default();
+    }
+}
+
+/// What the MPTCP socket remembers that this socket is a subflow of, if it is one and the kernel lets
+/// a program know (`bpf_skc_to_mptcp_sock`, 5.19).
+#[inline(always)]
+fn outside(ctx: &SockAddrContext, create: bool) -> Option<&'static mut Peer> {
+    if !config::has_mptcp() {
+        return None;
+    }
+    // SAFETY: the helpers take the context's own socket, and one that the kernel knows; a non-null
+    // pointer is to the MPTCP socket's own storage, which lives as long as that does.
+    unsafe {
+        let mptcp = bpf_skc_to_mptcp_sock(context::socket(ctx).cast());
+        if mptcp.is_null() {
+            return None;
+        }
+        let map = (&raw const maps::PEERS).cast_mut().cast();
+        let value = core::ptr::null_mut();
+        bpf_sk_storage_get(map, mptcp.cast(), value, u64::from(create)).cast::<Peer>().as_mut()
+    }
+}

@@ -1,0 +1,318 @@
+//! Keeps a source alive: it runs on a thread of its own, and a heartbeat tells whether it still does.
+//!
+//! A thread of its own, since nothing can end a loop that never yields, and so that reading a large
+//! answer holds up nobody else. A life that panics or stops beating is left behind: what it says
+//! counts no more (see `Output::next_life`), and another begins.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use tokio::sync::{oneshot, watch};
+use tokio::time::{Interval, MissedTickBehavior};
+
+use super::cache::suspended;
+use super::usage::Wishes;
+use super::{Demand, Output};
+use crate::config::{CatalogConfig, Expired};
+
+/// What begins a life of a source, on the thread and the runtime that are its own.
+pub type Source = Arc<dyn Fn(Output, Wishes) -> Pin<Box<dyn Future<Output = ()>>> + Send + Sync>;
+
+/// How patient the supervision is.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// How often a life beats, and is looked at.
+    pub beat: Duration,
+    /// The looks in a row without a beat that make a life count as hung. Looks rather than a time,
+    /// since a machine that was paused as a whole looks only once.
+    pub n_silent: u32,
+    /// How long a source that ended stays down.
+    pub pause: Duration,
+    /// So many hung lives within [`Limits::memory`] are one too many.
+    pub n_hung: usize,
+    /// How long a life that hung or ended is held against the source.
+    pub memory: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Limits {
+            beat: Duration::from_secs(1),
+            n_silent: 10,
+            pause: Duration::from_secs(1),
+            n_hung: 3,
+            memory: Duration::from_secs(60 * 60),
+        }
+    }
+}
+
+/// When a catalog of the source is too old, and what then; `None` for one that doesn't age.
+#[derive(Clone, Copy, Debug)]
+pub struct Ageing {
+    max_age: Duration,
+    expired: Expired,
+}
+
+impl From<&CatalogConfig> for Ageing {
+    fn from(config: &CatalogConfig) -> Self {
+        Ageing { max_age: config.max_age, expired: config.expired }
+    }
+}
+
+/// Keeps the source running until it has hung too often, which `hopeless` is told.
+pub async fn keep(
+    name: &'static str,
+    source: Source,
+    mut output: Output,
+    demand: Demand,
+    ageing: Option<Ageing>,
+    limits: Limits,
+    hopeless: watch::Sender<bool>,
+) {
+    let mut failures = Failures::default();
+    loop {
+        output = output.next_life(name);
+        let mut life = match Life::start(&source, output.clone(), demand.listen(), limits.beat) {
+            Ok(life) => life,
+            Err(error) => {
+                tracing::error!("the catalog's source can't have a thread ({error})");
+                tokio::time::sleep(limits.pause).await;
+                continue;
+            }
+        };
+        let mut looks = ticks(limits.beat);
+        let end = loop {
+            looks.tick().await;
+            if let Some(ageing) = ageing {
+                let (now, asleep) = (Instant::now(), suspended());
+                output.look_at_age(now, asleep, ageing.max_age, ageing.expired);
+            }
+            if failures.forget(Instant::now(), limits.memory) {
+                output.set_life_problem(failures.alarm());
+            }
+            if let Some(end) = life.look(limits.n_silent) {
+                break end;
+            }
+        };
+        match end {
+            End::Ended => {
+                tracing::error!("the catalog's source ended; starting it again");
+                failures.ended_at.push(Instant::now());
+                output.set_life_problem(failures.alarm());
+            }
+            End::Hung => {
+                let silence = limits.beat * limits.n_silent;
+                tracing::error!("the catalog's source gave no sign for {silence:?}; starting anew");
+                failures.hung_at.push(Instant::now());
+                output.set_life_problem(failures.alarm());
+                if failures.hung_at.len() >= limits.n_hung {
+                    let _ = hopeless.send(true);
+                    return;
+                }
+            }
+        }
+        tokio::time::sleep(limits.pause).await;
+    }
+}
+
+/// The lives that failed lately: as many as the pause between two of them allows.
+#[derive(Debug, Default)]
+struct Failures {
+    hung_at: Vec<Instant>,
+    /// Those that panicked, or ended in another way.
+    ended_at: Vec<Instant>,
+}
+
+impl Failures {
+    /// Forgets those that are longer ago than `memory`, and says whether there were any.
+    fn forget(&mut self, now: Instant, memory: Duration) -> bool {
+        let n_before = self.hung_at.len() + self.ended_at.len();
+        for at in [&mut self.hung_at, &mut self.ended_at] {
+            at.retain(|at| now.saturating_duration_since(*at) <= memory);
+        }
+        self.hung_at.len() + self.ended_at.len() < n_before
+    }
+
+    fn alarm(&self) -> Option<String> {
+        let kinds = [("hung", self.hung_at.len()), ("ended", self.ended_at.len())];
+        let told = kinds.into_iter().filter(|(_, n)| *n > 0);
+        let told: Vec<String> = told.map(|(what, n)| format!("{what} {n} times")).collect();
+        (!told.is_empty()).then(|| {
+            format!(
+                "discovery {} within the hour and was started again: its log before that says on \
+                 what",
+                told.join(" and ")
+            )
+        })
+    }
+}
+
+/// One life of a source; dropping it ends it, if it yet listens.
+struct Life {
+    n_beats: Arc<AtomicU64>,
+    seen: u64,
+    n_silent: u32,
+    /// Closed when the thread ends, however it does.
+    alive: oneshot::Receiver<()>,
+    _stop: oneshot::Sender<()>,
+}
+
+/// How a life came to its end.
+enum End {
+    Ended,
+    Hung,
+}
+
+impl Life {
+    fn start(
+        source: &Source,
+        output: Output,
+        mut wishes: Wishes,
+        beat: Duration,
+    ) -> std::io::Result<Life> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let n_beats = Arc::new(AtomicU64::new(0));
+        let (stop, stopped) = oneshot::channel::<()>();
+        let (at_end, alive) = oneshot::channel::<()>();
+        let (source, beats) = (source.clone(), n_beats.clone());
+        std::thread::Builder::new().name("catalog".into()).spawn(move || {
+            // Dropped after the runtime, with which the connections go.
+            let _ends = (wishes.take_end(), at_end);
+            let runtime = runtime;
+            runtime.block_on(async {
+                tokio::select! {
+                    _ = stopped => {}
+                    () = source(output, wishes) => {}
+                    () = heart(&beats, beat) => {}
+                }
+            });
+        })?;
+        Ok(Life { n_beats, seen: 0, n_silent: 0, alive, _stop: stop })
+    }
+
+    /// Looks whether it has ended, or hasn't beaten at so many looks.
+    fn look(&mut self, n_silent: u32) -> Option<End> {
+        if let Err(oneshot::error::TryRecvError::Closed) = self.alive.try_recv() {
+            return Some(End::Ended);
+        }
+        let n_beats = self.n_beats.load(Ordering::Relaxed);
+        self.n_silent = if n_beats == self.seen { self.n_silent + 1 } else { 0 };
+        self.seen = n_beats;
+        (self.n_silent >= n_silent).then_some(End::Hung)
+    }
+}
+
+async fn heart(n_beats: &AtomicU64, beat: Duration) {
+    let mut ticks = ticks(beat);
+    loop {
+        ticks.tick().await;
+        n_beats.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+fn ticks(period: Duration) -> Interval {
+    let mut ticks = tokio::time::interval(period);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    ticks
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicU32;
+
+    use super::*;
+    use crate::catalog::Catalog;
+
+    fn limits() -> Limits {
+        Limits {
+            beat: Duration::from_millis(20),
+            n_silent: 10,
+            pause: Duration::ZERO,
+            ..Limits::default()
+        }
+    }
+
+    /// A source whose first `n` lives end as `fails` does.
+    fn failing(n: u32, fails: fn(&AtomicU32)) -> (Source, Arc<AtomicU32>) {
+        let n_lives = Arc::new(AtomicU32::new(0));
+        let counted = n_lives.clone();
+        let source: Source = Arc::new(move |output, _| {
+            let n_lives = n_lives.clone();
+            Box::pin(async move {
+                if n_lives.fetch_add(1, Ordering::Relaxed) < n {
+                    fails(&n_lives);
+                    // It comes to itself too late to be heard.
+                    output.set_problem(Some("an old life".into()), true);
+                }
+                output.publish(Catalog::new(), Instant::now());
+                std::future::pending().await
+            })
+        });
+        (source, counted)
+    }
+
+    fn panics(_: &AtomicU32) {
+        panic!("so that it is started again");
+    }
+
+    /// Loops without ever yielding, until another life has begun.
+    fn loops(n_lives: &AtomicU32) {
+        let n = n_lives.load(Ordering::Relaxed);
+        while n_lives.load(Ordering::Relaxed) == n {
+            std::hint::spin_loop();
+        }
+    }
+
+    #[tokio::test]
+    async fn a_life_that_panics_or_loops_is_followed_by_another() {
+        // A panic may take its time, where it tells the log how it came to be.
+        let patient = Limits { n_silent: 3000, ..limits() };
+        let table = [(panics as fn(&AtomicU32), patient, "ended"), (loops, limits(), "hung")];
+        for (fails, limits, alarm) in table {
+            let (source, n_lives) = failing(1, fails);
+            let output = Output::new("file");
+            let (mut catalog, health, _) = output.subscribe();
+            let (hopeless, _) = watch::channel(false);
+            let demand = Demand::default();
+            let keeper = tokio::spawn(keep("file", source, output, demand, None, limits, hopeless));
+            catalog.wait_for(Option::is_some).await.unwrap();
+            assert!(n_lives.load(Ordering::Relaxed) >= 2);
+            let problem = health.borrow().problem.clone();
+            assert!(problem.as_ref().is_some_and(|problem| problem.contains(alarm)), "{problem:?}");
+            keeper.abort();
+        }
+    }
+
+    #[test]
+    fn what_failed_is_told_for_an_hour() {
+        let start = Instant::now();
+        let memory = Limits::default().memory;
+        let mut failures = Failures::default();
+        assert_eq!(failures.alarm(), None);
+        failures.hung_at.push(start);
+        failures.ended_at.push(start + memory / 2);
+        assert!(!failures.forget(start + memory, memory));
+        let alarm = failures.alarm().unwrap();
+        assert!(alarm.starts_with("discovery hung 1 times and ended 1 times"), "{alarm}");
+        assert!(failures.forget(start + memory + memory / 4, memory));
+        assert!(failures.alarm().unwrap().starts_with("discovery ended 1 times"));
+        assert!(failures.forget(start + memory * 2, memory));
+        assert_eq!(failures.alarm(), None);
+    }
+
+    #[tokio::test]
+    async fn the_third_life_that_hangs_is_the_last() {
+        let (source, n_lives) = failing(u32::MAX, |n_lives| {
+            while n_lives.load(Ordering::Relaxed) < 100 {
+                std::hint::spin_loop();
+            }
+        });
+        let (hopeless, mut is_hopeless) = watch::channel(false);
+        let output = Output::new("file");
+        keep("file", source, output, Demand::default(), None, limits(), hopeless).await;
+        assert!(*is_hopeless.borrow_and_update());
+        assert_eq!(n_lives.fetch_add(100, Ordering::Relaxed), 3);
+    }
+}

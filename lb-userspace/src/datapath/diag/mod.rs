@@ -1,0 +1,317 @@
+//! Disconnecting UDP sockets from outside: connected UDP passes no hook when it sends, so a socket
+//! whose backend has left goes on sending there until somebody takes its connection away.
+//!
+//! [`disconnect`] has the kernel abort exactly chosen sockets: the application's next call, or the
+//! one that it waits in, fails once with ECONNABORTED. After that the socket has no destination and,
+//! unless the application bound it, no port; it can be connected again.
+//!
+//! What a socket's storage says is read through a descriptor that is borrowed from a process that
+//! has it: the kernel lists sockets with their storage (INET_DIAG_REQ_SK_BPF_STORAGES) for TCP only,
+//! since `inet_sk_diag_fill` is done with a socket of any other protocol before it comes to storage.
+//! So it is on 5.10, 6.1, 6.12, 6.18 and 7.2.
+
+mod netns;
+mod procfs;
+mod sock_diag;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::{Duration, Instant};
+
+use sock_diag::{Family, SockDiag};
+
+pub use sock_diag::Connected;
+
+/// How often the suspects are looked for at most. Those that were not disconnected at once are tried
+/// again: a socket can be hidden behind one with equal addresses and ports (SO_REUSEPORT), and it
+/// can be on its way from one process to another.
+const MAX_ROUNDS: usize = 4;
+
+/// How long one call may go on entering namespaces and starting rounds.
+const MAX_DURATION: Duration = Duration::from_secs(10);
+
+/// What [`disconnect`] did.
+#[derive(Debug, Default)]
+pub struct Report {
+    /// The network namespaces whose sockets were listed.
+    pub n_namespaces: usize,
+    /// The sockets that `is_gone` was asked about, and that were disconnected or spared.
+    pub n_examined: usize,
+    /// The sockets that were disconnected.
+    pub n_disconnected: usize,
+    /// What stayed undone. The next call tries again.
+    pub errors: Vec<DiagError>,
+}
+
+/// Why sockets couldn't be examined or disconnected.
+#[derive(Debug, thiserror::Error)]
+pub enum DiagError {
+    /// The processes can't be listed.
+    #[error("can't list the processes in /proc: {0}")]
+    Processes(#[source] io::Error),
+    /// No thread to enter namespaces with.
+    #[error("can't start a thread: {0}")]
+    Thread(#[source] io::Error),
+    /// A namespace can't be entered.
+    #[error(
+        "can't enter the network namespace net:[{namespace}]: {source}; it needs CAP_SYS_ADMIN"
+    )]
+    Enter {
+        /// The namespace's inode.
+        namespace: u64,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The sockets can't be listed.
+    #[error(
+        "can't list the UDP sockets of net:[{namespace}]: {source}; it needs the kernel module \
+         udp_diag"
+    )]
+    List {
+        /// The namespace's inode.
+        namespace: u64,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// `is_gone` failed.
+    #[error("can't read the storage of the UDP socket {cookie:#x}: {source}")]
+    Examine {
+        /// The socket's cookie.
+        cookie: u64,
+        /// What `is_gone` said.
+        source: io::Error,
+    },
+    /// A socket can't be disconnected.
+    #[error(
+        "can't disconnect the UDP socket {cookie:#x} of net:[{namespace}]: {source}; it needs \
+         CAP_NET_ADMIN and a kernel with CONFIG_INET_DIAG_DESTROY"
+    )]
+    Destroy {
+        /// The namespace's inode.
+        namespace: u64,
+        /// The socket's cookie.
+        cookie: u64,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// Suspects are still connected: no process that has them could be found, or others with equal
+    /// addresses and ports hide them.
+    #[error(
+        "{n_sockets} UDP sockets, such as {cookie:#x} of net:[{namespace}] to {destination}, \
+         couldn't be reached{}; it needs CAP_SYS_PTRACE, CAP_DAC_READ_SEARCH and \
+         kernel.yama.ptrace_scope below 3",
+        .refused.as_ref().map_or(String::new(), |refused| format!(": {refused}"))
+    )]
+    Unreached {
+        /// How many there are.
+        n_sockets: usize,
+        /// The namespace of one of them.
+        namespace: u64,
+        /// The cookie of that one.
+        cookie: u64,
+        /// What that one is connected to.
+        destination: std::net::SocketAddr,
+        /// What the kernel said when a descriptor was last to be borrowed, if it refused.
+        refused: Option<io::Error>,
+    },
+    /// The time was up.
+    #[error("disconnecting UDP sockets was given up after {} s", MAX_DURATION.as_secs())]
+    TimedOut,
+}
+
+/// Disconnects the connected UDP sockets, IPv4 and IPv6, for which first `is_suspect` and then
+/// `is_gone` is true, in every network namespace that a thread is in.
+///
+/// `is_suspect` sees every connected UDP socket of the host and has to be cheap and narrow, such as
+/// "connected to an address that has just left the table": to examine a suspect, all processes are
+/// searched for a descriptor of it. `is_gone` then gets a descriptor of the socket itself, to read
+/// its storage by; to say that the socket has no storage it returns false.
+///
+/// Blocks: for some milliseconds where there is no suspect, else for as long as it takes to read
+/// all the links in /proc/*/fd. Sockets that aren't connected are never touched; what vanishes
+/// meanwhile is no error. Needs CAP_SYS_ADMIN, CAP_SYS_PTRACE, CAP_NET_ADMIN and, for other users'
+/// processes, CAP_DAC_READ_SEARCH. Minimum kernel: 5.6.
+///
+/// Not reached: a socket whose namespace no thread is in any more; a socket that only a message
+/// under way or an io_uring holds, or a process whose first thread has ended; and one that shares
+/// addresses and ports with a socket that stays connected. All but the first are reported.
+pub fn disconnect(
+    is_suspect: impl Fn(&Connected) -> bool + Send,
+    is_gone: impl FnMut(&Connected, BorrowedFd<'_>) -> io::Result<bool> + Send,
+) -> Report {
+    // The thread ends in another namespace than it started in, so it can't be one of a pool.
+    std::thread::scope(|scope| {
+        let work = || disconnect_everywhere(is_suspect, is_gone);
+        match std::thread::Builder::new().name("disconnect".to_owned()).spawn_scoped(scope, work) {
+            Ok(thread) => thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
+            Err(error) => Report { errors: vec![DiagError::Thread(error)], ..Report::default() },
+        }
+    })
+}
+
+/// A network namespace, and the sockets in it that are still to be examined or disconnected.
+#[derive(Debug)]
+struct Place {
+    /// The namespace's inode.
+    namespace: u64,
+    /// Belongs to that namespace, wherever the thread is now.
+    sock_diag: SockDiag,
+    suspects: Vec<Connected>,
+}
+
+impl Place {
+    /// Looks for the suspects anew.
+    fn list(&mut self, is_suspect: impl Fn(&Connected) -> bool) -> Result<(), DiagError> {
+        self.suspects.clear();
+        for family in [Family::V4, Family::V6] {
+            let sockets = self.sock_diag.connected_udp(family);
+            let sockets =
+                sockets.map_err(|source| DiagError::List { namespace: self.namespace, source })?;
+            self.suspects.extend(sockets.into_iter().filter(&is_suspect));
+        }
+        Ok(())
+    }
+}
+
+/// Moves the calling thread.
+fn disconnect_everywhere(
+    is_suspect: impl Fn(&Connected) -> bool,
+    is_gone: impl FnMut(&Connected, BorrowedFd<'_>) -> io::Result<bool>,
+) -> Report {
+    let deadline = Instant::now() + MAX_DURATION;
+    let mut report = Report::default();
+    let result = find_suspects(&is_suspect, deadline, &mut report).and_then(|places| {
+        disconnect_in_rounds(places, is_suspect, is_gone, deadline, &mut report)
+    });
+    report.errors.extend(result.err());
+    report
+}
+
+/// Returns the namespaces with suspects in them. Moves the calling thread.
+fn find_suspects(
+    is_suspect: impl Fn(&Connected) -> bool,
+    deadline: Instant,
+    report: &mut Report,
+) -> Result<Vec<Place>, DiagError> {
+    let mut places = Vec::new();
+    for namespace in netns::all().map_err(DiagError::Processes)? {
+        if Instant::now() > deadline {
+            report.errors.push(DiagError::TimedOut);
+            break;
+        }
+        match suspects_in(&namespace, &is_suspect) {
+            Ok(Some(place)) => {
+                report.n_namespaces += 1;
+                places.push(place);
+            }
+            Ok(None) => {}
+            // The others are done all the same.
+            Err(error) => report.errors.push(error),
+        }
+        // Each keeps a descriptor.
+        places.retain(|place| !place.suspects.is_empty());
+    }
+    Ok(places)
+}
+
+fn disconnect_in_rounds(
+    mut places: Vec<Place>,
+    is_suspect: impl Fn(&Connected) -> bool,
+    mut is_gone: impl FnMut(&Connected, BorrowedFd<'_>) -> io::Result<bool>,
+    deadline: Instant,
+    report: &mut Report,
+) -> Result<(), DiagError> {
+    let mut spared = BTreeSet::new();
+    let mut refused = None;
+    for round in 0..MAX_ROUNDS {
+        if places.is_empty() {
+            return Ok(());
+        }
+        if round > 0 && Instant::now() > deadline {
+            return Err(DiagError::TimedOut);
+        }
+        refused = disconnect_suspects(&mut places, &mut is_gone, &mut spared, report)?;
+        for place in &mut places {
+            let is_suspect =
+                |socket: &Connected| is_suspect(socket) && !spared.contains(&socket.cookie);
+            // The others are done all the same.
+            report.errors.extend(place.list(is_suspect).err());
+        }
+        places.retain(|place| !place.suspects.is_empty());
+    }
+    let first = places.first().and_then(|place| Some((place.namespace, place.suspects.first()?)));
+    match first {
+        None => Ok(()),
+        Some((namespace, &Connected { cookie, destination, .. })) => {
+            let n_sockets = places.iter().map(|place| place.suspects.len()).sum();
+            Err(DiagError::Unreached { n_sockets, namespace, cookie, destination, refused })
+        }
+    }
+}
+
+/// Moves the calling thread to a namespace and lists its suspects; `None` when no thread is in it
+/// any more.
+fn suspects_in(
+    namespace: &netns::Namespace,
+    is_suspect: impl Fn(&Connected) -> bool,
+) -> Result<Option<Place>, DiagError> {
+    let inode = namespace.inode;
+    if !namespace.enter().map_err(|source| DiagError::Enter { namespace: inode, source })? {
+        return Ok(None);
+    }
+    let sock_diag =
+        SockDiag::open().map_err(|source| DiagError::List { namespace: inode, source })?;
+    let mut place = Place { namespace: inode, sock_diag, suspects: Vec::new() };
+    place.list(is_suspect)?;
+    Ok(Some(place))
+}
+
+/// Examines each suspect that a process has open, and disconnects it or adds its cookie to `spared`;
+/// also where that fails, which the report has then: a socket that can't be examined keeps no other
+/// from being disconnected. Returns what the kernel said if it refused a descriptor.
+fn disconnect_suspects(
+    places: &mut [Place],
+    mut is_gone: impl FnMut(&Connected, BorrowedFd<'_>) -> io::Result<bool>,
+    spared: &mut BTreeSet<u64>,
+    report: &mut Report,
+) -> Result<Option<io::Error>, DiagError> {
+    let mut suspects = BTreeMap::new();
+    let mut inodes = BTreeSet::new();
+    for (place_idx, place) in places.iter_mut().enumerate() {
+        for socket in place.suspects.drain(..) {
+            inodes.insert(u64::from(socket.inode));
+            suspects.insert(socket.cookie, (place_idx, socket));
+        }
+    }
+    procfs::borrow_sockets(inodes, |cookie, descriptor| {
+        // Inodes are used again, cookies aren't.
+        let Some((place_idx, socket)) = suspects.remove(&cookie) else { return };
+        match is_gone(&socket, descriptor.as_fd()) {
+            Ok(true) => {}
+            Ok(false) => {
+                report.n_examined += 1;
+                spared.insert(cookie);
+                return;
+            }
+            Err(source) => {
+                report.errors.push(DiagError::Examine { cookie, source });
+                spared.insert(cookie);
+                return;
+            }
+        }
+        let Place { namespace, ref mut sock_diag, .. } = places[place_idx];
+        match sock_diag.destroy(&socket) {
+            Ok(true) => {
+                report.n_examined += 1;
+                report.n_disconnected += 1;
+            }
+            // It changed or is hidden: the next round tells.
+            Ok(false) => {}
+            Err(source) => {
+                report.errors.push(DiagError::Destroy { namespace, cookie, source });
+                spared.insert(cookie);
+            }
+        }
+    })
+}

@@ -1,0 +1,62 @@
+//! The network namespaces of this host, and going there.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+
+use super::procfs;
+
+/// A network namespace that some thread is in.
+#[derive(Debug)]
+pub struct Namespace {
+    /// What `readlink /proc/self/ns/net` shows. Unique while the namespace exists.
+    pub inode: u64,
+    /// The `ns/net` of each thread in it: any will do, and any may vanish.
+    links: Vec<PathBuf>,
+}
+
+/// The network namespaces of all threads in this process's /proc.
+///
+/// Threads and not only processes, because a runtime's threads may sit in namespaces that its first
+/// one isn't in, and because the first one may have ended.
+///
+/// # Errors
+/// When /proc can't be read. Threads that end meanwhile are no error.
+pub fn all() -> io::Result<Vec<Namespace>> {
+    let mut links_by_inode = BTreeMap::<u64, Vec<PathBuf>>::new();
+    for pid in procfs::all()? {
+        let threads = format!("/proc/{}/task", pid.as_raw_nonzero());
+        let Ok(threads) = fs::read_dir(threads) else { continue };
+        for thread in threads.flatten() {
+            let link = thread.path().join("ns/net");
+            if let Ok(metadata) = fs::metadata(&link) {
+                links_by_inode.entry(metadata.ino()).or_default().push(link);
+            }
+        }
+    }
+    let namespaces = links_by_inode.into_iter();
+    Ok(namespaces.map(|(inode, links)| Namespace { inode, links }).collect())
+}
+
+impl Namespace {
+    /// Moves the calling thread there. Returns false when no thread is in the namespace any more.
+    ///
+    /// # Errors
+    /// EPERM without CAP_SYS_ADMIN.
+    pub fn enter(&self) -> io::Result<bool> {
+        for link in &self.links {
+            let Ok(file) = File::open(link) else { continue };
+            // The thread may have moved on, or its number may be another's by now.
+            if file.metadata()?.ino() == self.inode {
+                move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network))?;
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+}

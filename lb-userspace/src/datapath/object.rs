@@ -1,0 +1,131 @@
+//! The object: what it is told of this kernel and of the configuration, and how it is loaded.
+
+use std::net::Ipv4Addr;
+
+use aya::programs::{CgroupSockAddr, ProgramError};
+use aya::{Ebpf, EbpfLoader, include_bytes_aligned};
+use lb_common::Address;
+
+use super::btf::Bit;
+use super::cause::is_transient;
+use super::features::{Features, N_ATTEMPTS};
+use super::links::HOOKS;
+use super::pins::Pins;
+use super::map_specs::{Sizes, socket_shapes};
+use super::{Options, PlaneError};
+
+static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/nohop-ebpf"));
+
+/// Loads the object over the maps in `pins`, which makes those that aren't there. The constants
+/// follow from `features`, so there is one attempt, and an error of it is an error.
+///
+/// # Errors
+/// When the kernel refuses, for lack of a feature, of memory or of privileges.
+pub fn load(
+    options: &Options,
+    sizes: &Sizes,
+    pins: &Pins,
+    features: &Features,
+) -> Result<Ebpf, PlaneError> {
+    let pool = options.vip.pool;
+    let (pins_network, pins_mask) = network_around(options.vip.pins.values().map(|pin| *pin.ip()));
+    let (network, mask) = (u32::from(pool.network()), u32::from(pool.netmask()));
+    let pool6 = options.vip.pool6.map(|pool| [pool.network().octets(), pool.netmask().octets()]);
+    let pool6 = pool6.unwrap_or_default().map(|octets| Address { octets }.words());
+    let [[network6_high, network6_low], [mask6_high, mask6_low]] = pool6;
+    let Bit { offset, mask: kernel_socket_mask } = features.sockets.kernel.unwrap_or_default();
+    let Bit { offset: subflow_offset, .. } = features.sockets.subflow.unwrap_or_default();
+    let ipv6_only = features.sockets.ipv6_only.unwrap_or_default();
+    let has_mptcp = u32::from(features.sockets.has_mptcp);
+    let layout = u32::from(options.layout);
+    let has_excluded = u32::from(!options.plane.exclude_cgroups.is_empty());
+    let mut loader = EbpfLoader::new();
+    let refusal = features.refusal as u32;
+    for shape in sizes.shapes() {
+        loader.map_max_entries(shape.name, shape.max_entries);
+        loader.map_pin_path(shape.name, pins.maps().join(shape.name));
+    }
+    for shape in socket_shapes() {
+        loader.map_pin_path(shape.name, pins.sockets().join(shape.name));
+    }
+    loader.override_global("MAP_LAYOUT", &layout, true);
+    loader.override_global("POOL_NETWORK", &network, true);
+    loader.override_global("POOL_MASK", &mask, true);
+    loader.override_global("PINS_NETWORK", &pins_network, true);
+    loader.override_global("PINS_MASK", &pins_mask, true);
+    loader.override_global("POOL6_NETWORK_HIGH", &network6_high, true);
+    loader.override_global("POOL6_NETWORK_LOW", &network6_low, true);
+    loader.override_global("POOL6_MASK_HIGH", &mask6_high, true);
+    loader.override_global("POOL6_MASK_LOW", &mask6_low, true);
+    loader.override_global("REFUSAL", &refusal, true);
+    loader.override_global("HAS_EXCLUDED", &has_excluded, true);
+    loader.override_global("KERNEL_SOCKET_OFFSET", &offset, true);
+    loader.override_global("KERNEL_SOCKET_MASK", &kernel_socket_mask, true);
+    loader.override_global("SUBFLOW_OFFSET", &subflow_offset, true);
+    loader.override_global("IPV6_ONLY_OFFSET", &ipv6_only.offset, true);
+    loader.override_global("IPV6_ONLY_MASK", &ipv6_only.mask, true);
+    loader.override_global("HAS_MPTCP", &has_mptcp, true);
+    // Not pinned, and as large as the one of services.
+    loader.map_max_entries("UDP_CONNECTS", sizes.services);
+    let mut ebpf = loader.load(OBJECT).map_err(PlaneError::Load)?;
+    for hook in &HOOKS {
+        load_program(&mut ebpf, hook.program)?;
+    }
+    Ok(ebpf)
+}
+
+/// Loads a program; what a signal interrupts (EAGAIN from `bpf_check`) is tried again.
+fn load_program(ebpf: &mut Ebpf, name: &'static str) -> Result<(), PlaneError> {
+    let mut n_left = N_ATTEMPTS;
+    loop {
+        n_left -= 1;
+        match program(ebpf, name)?.load() {
+            Err(ProgramError::LoadError { io_error, .. })
+                if n_left > 0 && is_transient(&io_error) => {}
+            result => {
+                return result.map_err(|source| PlaneError::Program { program: name, source });
+            }
+        }
+    }
+}
+
+/// A program of the object.
+///
+/// # Errors
+/// When the object has none of this name.
+pub fn program<'a>(
+    ebpf: &'a mut Ebpf,
+    name: &'static str,
+) -> Result<&'a mut CgroupSockAddr, PlaneError> {
+    let program = ebpf.program_mut(name).ok_or(PlaneError::Object { missing: name })?;
+    program.try_into().map_err(|_| PlaneError::Object { missing: name })
+}
+
+/// The smallest network that these addresses are in, and its netmask; 0 of 32 bits for none.
+fn network_around(addresses: impl Iterator<Item = Ipv4Addr>) -> (u32, u32) {
+    let networks = addresses.map(|address| (u32::from(address), u32::MAX));
+    let around = networks.reduce(|(network, mask), (address, _)| {
+        let n_differing = 32 - (network ^ (address & mask)).leading_zeros();
+        let mask = mask & u32::MAX.checked_shl(n_differing).unwrap_or(0);
+        (network & mask, mask)
+    });
+    around.unwrap_or((0, u32::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_network_around_pins() {
+        let around = |addresses: &[[u8; 4]]| {
+            let (network, mask) = network_around(addresses.iter().map(|&octets| octets.into()));
+            (Ipv4Addr::from(network).octets(), mask.count_ones())
+        };
+        assert_eq!(around(&[]), ([0; 4], 32));
+        assert_eq!(around(&[[127, 0, 0, 1]]), ([127, 0, 0, 1], 32));
+        assert_eq!(around(&[[127, 0, 0, 1], [127, 0, 0, 2], [127, 0, 0, 1]]), ([127, 0, 0, 0], 30));
+        assert_eq!(around(&[[10, 0, 0, 1], [10, 255, 0, 1], [10, 0, 3, 0]]), ([10, 0, 0, 0], 8));
+        assert_eq!(around(&[[10, 0, 0, 1], [200, 0, 0, 1]]), ([0; 4], 0));
+    }
+}

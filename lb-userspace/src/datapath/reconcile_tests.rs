@@ -1,0 +1,970 @@
+//! The reconciler against maps that play the kernel: after every single step they let readers look,
+//! fresh ones and ones that are half-way, and check what each would dial.
+
+use std::cell::RefCell;
+use std::collections::BTreeSet;
+use std::net::{Ipv4Addr, Ipv6Addr};
+use std::rc::Rc;
+
+use lb_common::Slot;
+use proptest::prelude::*;
+
+use super::*;
+use crate::datapath::map_specs::Sizes;
+use crate::table::{Backend as TableBackend, Protocols, State};
+
+/// The address of backend `x` of service `s`: it tells whose it is. Some have IPv6 ones.
+fn address(s: u8, x: u8) -> SocketAddr {
+    let ip = match x % 4 {
+        3 => Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, s.into(), x.into()).into(),
+        _ => Ipv4Addr::new(10, 0, s, x).into(),
+    };
+    SocketAddr::new(ip, 80)
+}
+
+/// Whose backend has this address, and which it is.
+fn identity(address: &Address) -> (u8, u8) {
+    match address.to_v4() {
+        Some([_, _, owner, x]) => (owner, x),
+        None => (address.octets[13], address.octets[15]),
+    }
+}
+
+fn is_host_only(x: u8) -> bool {
+    x % 5 == 4
+}
+
+/// Service `s` has the VIP 127.128.0.s.
+fn service(s: u8, backends: &BTreeSet<u8>, generation: u64) -> Arc<Service> {
+    let backend = |&x: &u8| TableBackend {
+        address: Some(address(s, x)),
+        shown_address: String::new(),
+        node: String::new(),
+        id: String::new(),
+        weight: u16::from(x) + 1,
+        state: State::Healthy,
+        reason: None,
+        host_only: is_host_only(x),
+    };
+    Arc::new(Service {
+        name: format!("s{s}").into(),
+        vip: Ipv4Addr::new(127, 128, 0, s),
+        vip6: s.is_multiple_of(2).then(|| Ipv6Addr::new(0xfd77, 0, 0, 0, 0, 0, 0, s.into())),
+        ports: if s == 3 { Ports::Any } else { Ports::only([80]) },
+        protocols: if s == 4 { Protocols::Both } else { Protocols::Tcp },
+        pin: None,
+        backends: backends.iter().map(backend).collect(),
+        excluded: Vec::new(),
+        notes: Vec::new(),
+        watch: Default::default(),
+        generation,
+    })
+}
+
+/// What each kind of dial may reach of these backends, in the order of a service's regions.
+type Visible = [BTreeSet<u8>; ServiceEntry::N_REGIONS];
+
+fn visible(backends: &BTreeSet<u8>) -> Visible {
+    let set = |from_host: bool, reach: fn(u8) -> bool| {
+        let fits = |x: &u8| (from_host || !is_host_only(*x)) && reach(*x);
+        backends.iter().copied().filter(fits).collect()
+    };
+    let [ipv4, ipv6, all]: [fn(u8) -> bool; 3] = [|x| x % 4 != 3, |x| x % 4 == 3, |_| true];
+    [
+        set(true, ipv4),
+        set(true, ipv6),
+        set(true, all),
+        set(false, ipv4),
+        set(false, ipv6),
+        set(false, all),
+    ]
+}
+
+#[derive(Default)]
+struct Model {
+    frontends: HashMap<FrontendKey, Target>,
+    services: HashMap<u32, ServiceEntry>,
+    names: HashMap<u32, Name>,
+    slots: HashMap<u32, Slot>,
+    backends: HashMap<u32, Backend>,
+    /// Readers that stopped after finding a target, or a region, with the service they are about.
+    at_target: Vec<(FrontendKey, u8, Target)>,
+    at_region: Vec<(u8, Region)>,
+    /// What sockets remember of datagrams: the frontend, the index and generation of the backend, and
+    /// whose backend that was.
+    flows: BTreeSet<(FrontendKey, u32, u32, u8)>,
+    /// What each service may show, set by the test before it applies a table: before and after.
+    allowed: HashMap<u8, [Visible; 2]>,
+    /// What was said of awaited dials, in order.
+    awaited: Vec<(u32, bool)>,
+    n_waits: usize,
+    n_steps: usize,
+    /// No reader looks: the test is about something else.
+    is_blind: bool,
+    /// The operations that fail, of those that the kernel may refuse, numbered from the next one on.
+    fails: BTreeSet<usize>,
+    n_fallible: usize,
+    /// The number of steps until the daemon is killed: it does nothing any more.
+    lives_for: Option<usize>,
+}
+
+impl Model {
+    /// Whether the kernel refuses the operation that comes now.
+    fn refuses(&mut self) -> bool {
+        self.n_fallible += 1;
+        self.fails.contains(&(self.n_fallible - 1))
+    }
+
+    /// Has these of the operations from now on fail, and no others.
+    fn refuse(&mut self, fails: impl IntoIterator<Item = usize>) {
+        self.n_fallible = 0;
+        self.fails = fails.into_iter().collect();
+    }
+
+    /// What a socket may remember that sent to `frontend` while that led to `target`.
+    fn remember(&mut self, frontend: FrontendKey, target: Target) {
+        if frontend.protocol != IPPROTO_UDP {
+            return;
+        }
+        for region in self.services[&target.service].regions() {
+            for slot_idx in region.first_slot..region.first_slot + region.n_slots {
+                let backend_idx = self.slots[&slot_idx].backend;
+                let backend = self.backends[&backend_idx];
+                let (owner, _) = identity(&backend.address);
+                if backend.generation != 0 {
+                    self.flows.insert((frontend, backend_idx, backend.generation, owner));
+                }
+            }
+        }
+    }
+
+    /// Every socket that follows what it remembers goes where the frontend leads to now.
+    fn check_flows(&self) {
+        for &(frontend, backend_idx, generation, owner) in &self.flows {
+            let backend = self.backends[&backend_idx];
+            if backend.generation != generation {
+                continue;
+            }
+            let target = self.frontends.get(&frontend);
+            let target = target.unwrap_or_else(|| panic!("{frontend:?} is gone, yet followed"));
+            let regions = self.services[&target.service].regions();
+            let (of, x) = identity(&backend.address);
+            assert_eq!(of, owner, "{backend_idx} is another service's now");
+            let is_reached = regions.iter().any(|&region| self.reach(of, region).contains(&x));
+            assert!(is_reached, "what was sent to {frontend:?} goes on to a backend of s{of}");
+        }
+    }
+
+    /// All that a dial through `region` can reach; each has to be a backend of service `s`.
+    fn reach(&self, s: u8, region: Region) -> BTreeSet<u8> {
+        let slots = region.first_slot..region.first_slot + region.n_slots;
+        slots
+            .flat_map(|slot_idx| {
+                let slot = self.slots[&slot_idx];
+                let alias = self.slots[&(region.first_slot + u32::from(slot.alias))];
+                [slot.backend, alias.backend]
+            })
+            .map(|backend_idx| {
+                let (owner, x) = identity(&self.backends[&backend_idx].address);
+                assert_eq!(owner, s, "a dial to s{s} reached s{owner}");
+                x
+            })
+            .collect()
+    }
+
+    fn look(&mut self) {
+        for (frontend, s, target) in self.at_target.clone() {
+            for region in self.services[&target.service].regions() {
+                self.reach(s, region);
+            }
+            self.remember(frontend, target);
+        }
+        for &(s, region) in &self.at_region {
+            self.reach(s, region);
+        }
+        for (frontend, target) in self.frontends.clone() {
+            self.remember(frontend, target);
+            let s = match frontend.address {
+                // A pin, which isn't of the services' pools.
+                IpAddr::V4(pin) if pin.octets()[1] != 128 => {
+                    let octets = self.names[&target.service].octets;
+                    self.at_target.push((frontend, octets[1] - b'0', target));
+                    continue;
+                }
+                IpAddr::V4(vip) => vip.octets()[3],
+                IpAddr::V6(vip) => vip.octets()[15],
+            };
+            let allowed = self.allowed[&s].clone();
+            for (kind, region) in self.services[&target.service].regions().into_iter().enumerate() {
+                let reached = self.reach(s, region);
+                assert!(
+                    reached == allowed[0][kind] || reached == allowed[1][kind],
+                    "s{s} shows {reached:?}, which is neither of {allowed:?}"
+                );
+                self.at_region.push((s, region));
+            }
+            self.at_target.push((frontend, s, target));
+        }
+        // Enough half-way readers to catch an early reuse, few enough to stay quick.
+        let n_targets = self.at_target.len();
+        self.at_target.drain(..n_targets.saturating_sub(60));
+        let n_regions = self.at_region.len();
+        self.at_region.drain(..n_regions.saturating_sub(60));
+    }
+
+    /// The backends that a socket which remembers them would find in the table.
+    fn in_table(&self) -> BTreeSet<u32> {
+        let in_table = self.backends.iter().filter(|(_, backend)| backend.generation != 0);
+        in_table.map(|(&backend_idx, _)| backend_idx).collect()
+    }
+}
+
+#[derive(Clone, Default)]
+struct FakeMaps(Rc<RefCell<Model>>);
+
+impl FakeMaps {
+    fn step<R: Default>(&self, change: impl FnOnce(&mut Model) -> R) -> R {
+        let mut model = self.0.borrow_mut();
+        match &mut model.lives_for {
+            Some(0) => return R::default(),
+            Some(steps) => *steps -= 1,
+            None => {}
+        }
+        let result = change(&mut model);
+        model.n_steps += 1;
+        if !model.is_blind {
+            model.look();
+        }
+        result
+    }
+}
+
+impl FakeMaps {
+    fn step_that_may_fail(&self, change: impl FnOnce(&mut Model)) -> io::Result<()> {
+        let is_refused = self.step(|model| {
+            let is_refused = model.refuses();
+            if !is_refused {
+                change(model);
+            }
+            is_refused
+        });
+        if is_refused { Err(io::Error::from_raw_os_error(libc::ENOMEM)) } else { Ok(()) }
+    }
+}
+
+impl Maps for FakeMaps {
+    fn insert_frontend(&mut self, frontend: FrontendKey, target: Target) -> io::Result<()> {
+        self.step_that_may_fail(|model| {
+            model.frontends.insert(frontend, target);
+        })
+    }
+
+    fn remove_frontend(&mut self, frontend: &FrontendKey) -> io::Result<()> {
+        self.step_that_may_fail(|model| {
+            model.frontends.remove(frontend);
+        })
+    }
+
+    fn write_backend(&mut self, backend_idx: u32, backend: Backend) {
+        self.step(|model| {
+            model.backends.insert(backend_idx, backend);
+        });
+    }
+
+    fn retire_backend(&mut self, backend_idx: u32) {
+        self.step(|model| model.backends.entry(backend_idx).or_default().generation = 0);
+    }
+
+    fn renew_backend(&mut self, backend_idx: u32, generation: u32) {
+        self.step(|model| model.backends.entry(backend_idx).or_default().generation = generation);
+    }
+
+    fn write_slots(&mut self, first_slot: u32, slots: &[Slot]) {
+        for (slot_idx, &slot) in (first_slot..).zip(slots) {
+            self.step(|model| {
+                model.slots.insert(slot_idx, slot);
+            });
+        }
+    }
+
+    fn name_service(&mut self, service_idx: u32, name: Name) {
+        self.step(|model| {
+            model.names.insert(service_idx, name);
+        });
+    }
+
+    fn publish(&mut self, service_idx: u32, service: ServiceEntry) {
+        self.step(|model| {
+            model.services.insert(service_idx, service);
+        });
+    }
+
+    fn await_dial(&mut self, service_idx: u32, is_awaited: bool) {
+        self.step(|model| model.awaited.push((service_idx, is_awaited)));
+    }
+
+    fn wait_for_readers(&mut self) {
+        let mut model = self.0.borrow_mut();
+        model.n_waits += 1;
+        model.at_target.clear();
+        model.at_region.clear();
+    }
+
+    fn frontends(&self) -> io::Result<Vec<(FrontendKey, Target)>> {
+        Ok(self.0.borrow().frontends.iter().map(|(&key, &target)| (key, target)).collect())
+    }
+
+    fn service(&self, service_idx: u32) -> ServiceEntry {
+        self.0.borrow().services.get(&service_idx).copied().unwrap_or_default()
+    }
+
+    fn name(&self, service_idx: u32) -> Name {
+        self.0.borrow().names.get(&service_idx).copied().unwrap_or(Name { octets: [0; 64] })
+    }
+
+    fn slot(&self, slot_idx: u32) -> Slot {
+        self.0.borrow().slots.get(&slot_idx).copied().unwrap_or_default()
+    }
+
+    fn backend(&self, backend_idx: u32) -> Backend {
+        self.0.borrow().backends.get(&backend_idx).copied().unwrap_or_default()
+    }
+}
+
+const SIZES: Sizes = Sizes { services: 5, frontends: 6, frontends6: 5, slots: 4096, backends: 24 };
+
+struct Run {
+    maps: FakeMaps,
+    reconciler: Reconciler<FakeMaps>,
+    table: Table,
+    n_restarts: u32,
+}
+
+impl Run {
+    fn new(sizes: Sizes) -> Run {
+        let maps = FakeMaps::default();
+        let reconciler = Reconciler::new(maps.clone(), &sizes, 1);
+        Run { maps, reconciler, table: Table::default(), n_restarts: 0 }
+    }
+
+    /// Changes one service (`None`: removes it) and applies.
+    fn change(&mut self, s: u8, backends: Option<&BTreeSet<u8>>) -> BTreeMap<Arc<str>, ApplyError> {
+        self.table.generation += 1;
+        let name: Arc<str> = format!("s{s}").into();
+        let after = visible(backends.unwrap_or(&BTreeSet::new()));
+        {
+            let mut model = self.maps.0.borrow_mut();
+            let allowed = model.allowed.entry(s).or_default();
+            allowed[0] = std::mem::replace(&mut allowed[1], after);
+        }
+        match backends {
+            Some(backends) => {
+                let service = service(s, backends, self.table.generation);
+                self.table.services.insert(name, service);
+            }
+            None => drop(self.table.services.remove(&name)),
+        }
+        self.reconciler.apply(&self.table)
+    }
+
+    /// Puts another daemon in the place of this one.
+    fn restart(&mut self, sizes: &Sizes) {
+        self.maps.0.borrow_mut().lives_for = None;
+        self.n_restarts += 1;
+        let first_generation = self.n_restarts * 10_000;
+        self.reconciler = Reconciler::adopt(self.maps.clone(), sizes, first_generation).unwrap();
+    }
+
+    /// What the last table needs, and no more, is what the maps hold.
+    fn check_exact(&self) {
+        let model = self.maps.0.borrow();
+        model.check_flows();
+        let wanted: BTreeSet<_> =
+            self.table.services.values().flat_map(|s| frontends(s, 0).into_keys()).collect();
+        assert_eq!(model.frontends.keys().copied().collect::<BTreeSet<_>>(), wanted);
+        let n_backends: usize =
+            self.table.services.values().map(|service| service.backends.len()).sum();
+        assert_eq!(model.in_table().len(), n_backends);
+        let n_shown = model.services.values().filter(|s| **s != ServiceEntry::default()).count();
+        let n_serving = self.table.services.values().filter(|s| !s.backends.is_empty()).count();
+        assert_eq!(n_shown, n_serving);
+    }
+}
+
+fn set(xs: &[u8]) -> BTreeSet<u8> {
+    xs.iter().copied().collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+    #[test]
+    fn readers_never_see_a_mix(
+        changes in prop::collection::vec(
+            (0..5u8, prop::option::weighted(0.8, prop::collection::btree_set(0..12u8, 0..4))),
+            1..120
+        )
+    ) {
+        let mut run = Run::new(SIZES);
+        for (s, backends) in changes {
+            let errors = run.change(s, backends.as_ref());
+            prop_assert!(errors.is_empty(), "{errors:?}");
+            run.check_exact();
+            // A second application of the same table changes nothing.
+            let n_waits = run.maps.0.borrow().n_waits;
+            prop_assert!(run.reconciler.apply(&run.table).is_empty());
+            prop_assert_eq!(run.maps.0.borrow().n_waits, n_waits);
+        }
+        // Removing all and recycling leaves nothing in use.
+        for s in 0..5 {
+            run.change(s, None);
+        }
+        run.reconciler.recycle();
+        for (map, pressure) in run.reconciler.pressure() {
+            prop_assert_eq!(pressure.used, 0, "{}", map);
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+    /// A daemon is killed after any step; the next one goes on from what it finds.
+    #[test]
+    fn a_daemon_may_be_killed_at_any_step(
+        changes in prop::collection::vec(
+            (
+                0..5u8,
+                prop::option::weighted(0.8, prop::collection::btree_set(0..12u8, 0..4)),
+                prop::option::weighted(0.3, 0..20usize),
+            ),
+            1..60
+        )
+    ) {
+        let mut run = Run::new(SIZES);
+        for (s, backends, killed_after) in changes {
+            run.maps.0.borrow_mut().lives_for = killed_after;
+            let errors = run.change(s, backends.as_ref());
+            prop_assert!(errors.is_empty(), "{errors:?}");
+            if killed_after.is_some() {
+                let before = indices(&run.reconciler);
+                run.restart(&SIZES);
+                let errors = run.reconciler.apply(&run.table);
+                prop_assert!(errors.is_empty(), "{errors:?}");
+                for (name, after) in indices(&run.reconciler) {
+                    let same = name == format!("s{s}") || before[&name] == after;
+                    prop_assert!(same, "{name} had {:?}, has {after:?}", before[&name]);
+                }
+            }
+            run.check_exact();
+        }
+        for s in 0..5 {
+            run.change(s, None);
+        }
+        run.reconciler.recycle();
+        for (map, pressure) in run.reconciler.pressure() {
+            prop_assert_eq!(pressure.used, 0, "{}", map);
+        }
+    }
+}
+
+/// A service of both protocols, with the pin or without.
+fn pinned(s: u8, backends: &BTreeSet<u8>, has_pin: bool) -> Service {
+    let mut service = Service::clone(&service(s, backends, 1));
+    service.protocols = Protocols::Both;
+    service.pin = has_pin.then(|| "127.0.0.1:53".parse().unwrap());
+    service
+}
+
+/// A change of a table: a service's backends and ports, and whose the pin is then.
+#[derive(Clone, Debug)]
+struct Change {
+    s: u8,
+    backends: Option<BTreeSet<u8>>,
+    has_second_port: bool,
+    pin_owner: u8,
+    /// The operations that the kernel refuses meanwhile.
+    refused: BTreeSet<usize>,
+    /// After how many steps the daemon is killed.
+    killed_after: Option<usize>,
+    /// Whether the next table comes before what was refused was tried again.
+    is_hasty: bool,
+}
+
+fn changes() -> impl Strategy<Value = Vec<Change>> {
+    let backends = prop::option::weighted(0.8, prop::collection::btree_set(0..8u8, 0..4));
+    let refused = prop::collection::btree_set(0..12usize, 0..4);
+    let killed_after = prop::option::weighted(0.2, 0..30usize);
+    let is_hasty = prop::bool::weighted(0.4);
+    let change = (0..4u8, backends, any::<bool>(), 0..8u8, refused, killed_after, is_hasty);
+    let change = change.prop_map(
+        |(s, backends, has_second_port, pin_owner, refused, killed_after, is_hasty)| {
+            let is_hasty = is_hasty && killed_after.is_none();
+            Change { s, backends, has_second_port, pin_owner, refused, killed_after, is_hasty }
+        },
+    );
+    prop::collection::vec(change, 1..40)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+    /// The kernel may refuse any operation, the pin may move with any table, and a daemon may be
+    /// killed at any step: readers never see a mix, and what was refused comes with a later try. No
+    /// socket follows what it remembers of a frontend to a service that hasn't got it any more.
+    #[test]
+    fn any_operation_may_fail(changes in changes()) {
+        let sizes = Sizes { services: 4, frontends: 20, frontends6: 10, ..SIZES };
+        let mut run = Run::new(sizes);
+        let mut wanted = BTreeMap::<u8, (BTreeSet<u8>, bool)>::new();
+        for change in changes {
+            let Change { s, backends, has_second_port, pin_owner, refused, killed_after, is_hasty } =
+                change;
+            let before = wanted.get(&s).map(|(backends, _)| backends.clone()).unwrap_or_default();
+            match backends {
+                Some(backends) => drop(wanted.insert(s, (backends, has_second_port))),
+                None => drop(wanted.remove(&s)),
+            }
+            let after = wanted.get(&s).map(|(backends, _)| backends.clone()).unwrap_or_default();
+            for (&s, (backends, has_second_port)) in &wanted {
+                let mut service = pinned(s, backends, s == pin_owner);
+                if *has_second_port {
+                    service.ports = Ports::only([80, 81]);
+                }
+                let is_same = run.table.services.get(&service.name).is_some_and(|last| {
+                    (&last.pin, &last.ports, &last.backends)
+                        == (&service.pin, &service.ports, &service.backends)
+                });
+                if !is_same {
+                    run.table.services.insert(service.name.clone(), Arc::new(service));
+                }
+            }
+            run.table.services.retain(|name, _| wanted.keys().any(|s| **name == *format!("s{s}")));
+            {
+                let mut model = run.maps.0.borrow_mut();
+                model.allowed.insert(s, [visible(&before), visible(&after)]);
+                model.refuse(refused);
+                model.lives_for = killed_after;
+            }
+            let errors = run.reconciler.apply(&run.table);
+            prop_assert!(errors.values().all(ApplyError::may_pass), "{errors:?}");
+            run.maps.0.borrow_mut().refuse([]);
+            if is_hasty {
+                continue;
+            }
+            if killed_after.is_some() {
+                run.restart(&sizes);
+            }
+            let errors = run.reconciler.apply(&run.table);
+            prop_assert!(errors.is_empty(), "{errors:?}");
+            run.check_exact();
+        }
+    }
+}
+
+proptest! {
+    /// Whatever was refused in between, of a table after which nothing is, every backend has a
+    /// generation, so that datagrams follow their flows.
+    #[test]
+    fn flows_hold_after_whatever_was_refused(
+        changes in prop::collection::vec(
+            (any::<bool>(), any::<bool>(), prop::option::of(0..4usize)),
+            1..12
+        )
+    ) {
+        let mut run = Run::new(Sizes { frontends: 12, frontends6: 8, ..SIZES });
+        run.maps.0.borrow_mut().is_blind = true;
+        for (has_second_port, has_pin, refused) in changes {
+            let mut service = pinned(1, &set(&[0, 1]), has_pin);
+            service.ports = Ports::only(if has_second_port { vec![80, 81] } else { vec![80] });
+            run.table.services.insert(service.name.clone(), Arc::new(service));
+            run.maps.0.borrow_mut().refuse(refused);
+            let errors = run.reconciler.apply(&run.table);
+            if refused.is_none() {
+                prop_assert!(errors.is_empty(), "{errors:?}");
+                run.check_exact();
+            }
+        }
+    }
+}
+
+/// A port that couldn't be taken away and is wanted again: flows hold again, as before.
+#[test]
+fn a_udp_port_that_is_wanted_again_is_not_given_up() {
+    let backends = set(&[0]);
+    let sizes = Sizes { frontends: 12, frontends6: 8, ..SIZES };
+    // The kernel refuses the first removal of the two protocols' or the second.
+    for refused in [0, 1] {
+        let mut run = Run::new(sizes);
+        run.maps.0.borrow_mut().allowed.insert(1, [visible(&set(&[])), visible(&backends)]);
+        let mut put = |ports: Vec<u16>, refused: Option<usize>| {
+            let mut service = pinned(1, &backends, false);
+            service.ports = Ports::only(ports);
+            run.table.services.insert(service.name.clone(), Arc::new(service));
+            run.maps.0.borrow_mut().refuse(refused);
+            let n_errors = run.reconciler.apply(&run.table).len();
+            assert_eq!(n_errors, usize::from(refused.is_some()));
+            let backend_idx = run.reconciler.indices("s1").unwrap().backends[&address(1, 0)];
+            run.maps.0.borrow().backends[&backend_idx].generation
+        };
+        put(vec![80, 81], None);
+        assert_eq!(put(vec![80], Some(refused)), 0, "81 is still there, and given up");
+        assert_ne!(put(vec![80, 81], None), 0, "the flows stay suspended: {refused}");
+        run.check_exact();
+        assert_eq!(run.reconciler.take_left_udp(), LeftUdp::default());
+    }
+}
+
+/// Services that share an instance: only who came to it by the service that lost it is disconnected,
+/// by whichever of its frontends, also one that goes with the same table; and whoever came by another
+/// stays, though its backends' generations were renewed.
+#[test]
+fn a_backend_leaves_one_of_the_services_that_share_it() {
+    let shared: SocketAddr = "10.0.0.9:80".parse().unwrap();
+    let named = |s: u8, ports: &[u16], has_shared: bool| {
+        let mut service = pinned(s, &set(&[0, 1]), false);
+        service.ports = Ports::only(ports.iter().copied());
+        service.vip6 = None;
+        service.backends[0].address = Some(address(s, 0));
+        service.backends[1].address = Some(shared);
+        service.backends.truncate(if has_shared { 2 } else { 1 });
+        (service.name.clone(), Arc::new(service))
+    };
+    let mut run = Run::new(Sizes { frontends: 12, ..SIZES });
+    run.maps.0.borrow_mut().is_blind = true;
+    let mut put = |services: Vec<(Arc<str>, Arc<Service>)>| {
+        run.table.services = services.into_iter().collect();
+        assert!(run.reconciler.apply(&run.table).is_empty());
+        let left = run.reconciler.take_left_udp();
+        assert_eq!(left.backends, HashSet::new(), "the service is known");
+        left.frontends
+    };
+    let vip = |s: u8, port: u16| SocketAddr::from(([127, 128, 0, s], port));
+    put(vec![named(1, &[53, 54], true), named(2, &[53, 54], true)]);
+    let gave_up = put(vec![named(1, &[53], true), named(2, &[53, 54], true)]);
+    assert_eq!(gave_up, HashSet::from([(vip(1, 54), shared), (vip(1, 54), address(1, 0))]));
+    let left = put(vec![named(1, &[53], true), named(2, &[53], false)]);
+    let expected = [(vip(2, 53), shared), (vip(2, 54), shared), (vip(2, 54), address(2, 0))];
+    assert_eq!(left, HashSet::from(expected));
+    // Ports that went earlier are no part of it.
+    let left = put(vec![named(2, &[53], false)]);
+    assert_eq!(left, HashSet::from([(vip(1, 53), shared), (vip(1, 53), address(1, 0))]));
+}
+
+/// A pin of both protocols moves: no socket that remembers the former service's backends follows
+/// them, and whoever is connected to one of them by the pin is disconnected; nobody else.
+#[test]
+fn a_moved_udp_pin_is_followed_by_nobody() {
+    let backends = set(&[0]);
+    for (from, to) in [(1, 2), (2, 1)] {
+        let mut run = Run::new(Sizes { frontends: 12, frontends6: 8, ..SIZES });
+        for s in [1, 2] {
+            run.maps.0.borrow_mut().allowed.insert(s, [visible(&set(&[])), visible(&backends)]);
+        }
+        let mut put = |owner: u8| {
+            for s in [1, 2] {
+                let service = pinned(s, &backends, s == owner);
+                run.table.services.insert(service.name.clone(), Arc::new(service));
+            }
+            assert!(run.reconciler.apply(&run.table).is_empty());
+            run.check_exact();
+            let name = format!("s{from}");
+            let backend_idx = run.reconciler.indices(&name).unwrap().backends[&address(from, 0)];
+            (run.maps.0.borrow().backends[&backend_idx].generation, run.reconciler.take_left_udp())
+        };
+        let (before, nothing) = put(from);
+        assert_eq!(nothing, LeftUdp::default());
+        let (after, left) = put(to);
+        assert_ne!(before, after, "from s{from} to s{to}: the socket follows its flow");
+        let pin = "127.0.0.1:53".parse().unwrap();
+        assert_eq!(left.frontends, HashSet::from([(pin, address(from, 0))]));
+        assert_eq!(left.backends, HashSet::new());
+    }
+}
+
+/// What stops half-way is not taken for applied, whatever state is wanted next.
+#[test]
+fn a_half_applied_service_is_put_again() {
+    let mut run = Run::new(SIZES);
+    run.change(1, Some(&set(&[0])));
+    let former = run.table.services["s1"].clone();
+    let mut next = Service::clone(&service(1, &set(&[1]), 2));
+    next.ports = Ports::only([80, 81]);
+    run.maps.0.borrow_mut().allowed.insert(1, [visible(&set(&[0])), visible(&set(&[1]))]);
+    run.maps.0.borrow_mut().refuse([0]);
+    run.table.services.insert("s1".into(), Arc::new(next));
+    assert!(run.reconciler.apply(&run.table).contains_key("s1"));
+    // The table goes back to the very state that was applied before.
+    run.table.services.insert("s1".into(), former);
+    assert!(run.reconciler.apply(&run.table).is_empty());
+    run.check_exact();
+    let service_idx = run.reconciler.indices("s1").unwrap().service;
+    let region = run.maps.0.borrow().services[&service_idx].host.all;
+    assert_eq!(run.maps.0.borrow().reach(1, region), set(&[0]));
+}
+
+fn indices(reconciler: &Reconciler<FakeMaps>) -> BTreeMap<String, Indices> {
+    let names = reconciler.names().map(|(name, _)| name);
+    names.map(|name| (name.to_string(), reconciler.indices(name).unwrap())).collect()
+}
+
+#[test]
+fn a_dial_is_awaited_once_in_each_cold_spell() {
+    let mut run = Run::new(SIZES);
+    let live = |backends: &[u8]| (*service(0, &backends.iter().copied().collect(), 1)).clone();
+    let cold = |backends: &[u8]| Service { watch: Watch::Cold, ..live(backends) };
+    run.maps.0.borrow_mut().is_blind = true;
+    let restarted = |run: &mut Run| {
+        run.restart(&SIZES);
+        cold(&[1])
+    };
+    // What comes next, and the word that is written for it: of which service, and whether it awaits.
+    type Step<'a> = (&'a dyn Fn(&mut Run) -> Service, &'a [(u32, bool)]);
+    let steps: [Step; 7] = [
+        (&|_| cold(&[1]), &[(0, true)]),
+        (&|_| cold(&[1, 2]), &[]),
+        (&|_| live(&[1, 2]), &[(0, false)]),
+        (&|_| live(&[1]), &[]),
+        (&|_| cold(&[1]), &[(0, true)]),
+        (&restarted, &[(0, true)]),
+        (&|_| cold(&[]), &[]),
+    ];
+    for (step, (next, expected)) in steps.iter().enumerate() {
+        let next = next(&mut run);
+        run.table.services.insert(next.name.clone(), Arc::new(next));
+        assert!(run.reconciler.apply(&run.table).is_empty());
+        let awaited = std::mem::take(&mut run.maps.0.borrow_mut().awaited);
+        assert_eq!(awaited, *expected, "step {step}");
+    }
+}
+
+#[test]
+fn maps_that_something_else_wrote_to_are_not_taken_over() {
+    type Spoil = fn(&mut Model);
+    let spoils: [(&str, Spoil); 7] = [
+        ("aren't its own", |model| {
+            let beyond = Region { first_slot: u32::MAX - 255, n_slots: 256 };
+            model.services.values_mut().for_each(|service| service.host.all = beyond);
+        }),
+        ("isn't its own", |model| {
+            model.slots.values_mut().for_each(|slot| slot.backend = 0);
+        }),
+        ("has no name", |model| model.names.clear()),
+        ("isn't there", |model| model.backends.clear()),
+        ("aren't its own", |model| {
+            model.slots.values_mut().for_each(|slot| slot.alias = 9);
+        }),
+        ("aren't its own", |model| {
+            let shown = model.services[&0];
+            model.services.insert(1, shown);
+        }),
+        ("no service 7", |model| {
+            model.frontends.values_mut().for_each(|target| target.service = 7);
+        }),
+    ];
+    for (expected, spoil) in spoils {
+        let mut run = Run::new(SIZES);
+        run.change(1, Some(&set(&[0])));
+        run.change(2, Some(&set(&[1])));
+        spoil(&mut run.maps.0.borrow_mut());
+        let error = Reconciler::adopt(run.maps.clone(), &SIZES, 1).err().unwrap().to_string();
+        assert!(error.contains(expected), "{error}");
+    }
+}
+
+#[test]
+fn ordinary_changes_wait_for_nobody() {
+    let mut run = Run::new(Sizes { slots: 1 << 16, backends: 4096, ..SIZES });
+    run.change(1, Some(&set(&[0, 1])));
+    for x in 2..50 {
+        run.change(1, Some(&set(&[x - 1, x])));
+    }
+    run.change(1, None);
+    assert_eq!(run.maps.0.borrow().n_waits, 0);
+    // The kernel recycles deleted elements at once, so the next insertion has to wait.
+    run.change(2, Some(&set(&[0])));
+    assert_eq!(run.maps.0.borrow().n_waits, 1);
+}
+
+#[test]
+fn a_full_map_is_one_services_error_and_the_former_state_serves() {
+    let mut run = Run::new(Sizes { backends: 3, ..SIZES });
+    assert!(run.change(1, Some(&set(&[0, 1]))).is_empty());
+    let before = run.maps.0.borrow().services.clone();
+    let errors = run.change(1, Some(&set(&[0, 1, 2, 3])));
+    assert_eq!(
+        errors["s1"].to_string(),
+        "BACKENDS is full (3 entries): raise plane.max_backends in the configuration and restart"
+    );
+    assert_eq!(run.maps.0.borrow().services, before);
+    let names = |errors: BTreeMap<Arc<str>, ApplyError>| errors.into_keys().collect::<Vec<_>>();
+    assert_eq!(names(run.change(2, Some(&set(&[0])))), [Arc::from("s1")], "only s1 is at fault");
+    assert!(run.change(2, None).contains_key("s1"));
+    // `allowed` knows only the last two states; the one that serves is older.
+    run.maps.0.borrow_mut().allowed.entry(1).or_default()[1] = visible(&set(&[0, 1]));
+    assert!(run.change(1, Some(&set(&[5]))).is_empty(), "room enough once the old ones are gone");
+}
+
+/// New maps take the place of former ones unless a service would be lost by it, whole or at a frontend.
+#[test]
+fn what_is_served_is_lost_only_where_the_new_maps_lead_nowhere() {
+    let key =
+        |port| FrontendKey { address: Ipv4Addr::new(127, 128, 0, 1).into(), port, protocol: 6 };
+    let wants = |backends: &[u8], ports: &[u16], generation| {
+        let mut service = Service::clone(&service(1, &set(backends), generation));
+        service.ports = Ports::only(ports.iter().copied());
+        Some(service)
+    };
+    // The tables one after the other, of which the last meets refusals: the service as each wants it,
+    // the refused operations, whether something is lost.
+    type Tables = Vec<Option<Service>>;
+    let table: [(&str, Tables, &[usize], bool); 6] = [
+        ("too large from the first", vec![wants(&[0, 1, 2, 4], &[80], 1)], &[], true),
+        ("grew", vec![wants(&[0], &[80], 1), wants(&[0, 1, 2, 4], &[80], 2)], &[], false),
+        ("a frontend that is served", vec![wants(&[0], &[80], 1)], &[0], true),
+        ("a new frontend", vec![wants(&[0], &[80, 81], 1)], &[1], false),
+        ("one that it gives up", vec![wants(&[0], &[81], 1)], &[0], false),
+        ("a removal", vec![wants(&[0], &[80], 1), None], &[0], false),
+    ];
+    for (case, tables, refused, expected) in table {
+        let mut run = Run::new(Sizes { backends: 3, ..SIZES });
+        run.maps.0.borrow_mut().is_blind = true;
+        run.reconciler.prefer_served(Served::from([("s1".into(), HashSet::from([key(80)]))]));
+        let mut errors = BTreeMap::new();
+        let last = tables.len() - 1;
+        for (at, service) in tables.into_iter().enumerate() {
+            run.table.services =
+                service.into_iter().map(|s| (s.name.clone(), Arc::new(s))).collect();
+            run.maps.0.borrow_mut().refuse(refused.iter().copied().filter(|_| at == last));
+            errors = run.reconciler.apply(&run.table);
+        }
+        assert_eq!(errors.len(), 1, "{case}");
+        let unserved = run.reconciler.unserved(&run.table, &errors);
+        assert_eq!(!unserved.is_empty(), expected, "{case}: {unserved:?}");
+    }
+}
+
+#[test]
+fn what_the_kernel_refuses_is_tried_again() {
+    let mut run = Run::new(SIZES);
+    run.maps.0.borrow_mut().refuse([0]);
+    let errors = run.change(1, Some(&set(&[0])));
+    assert!(errors["s1"].to_string().contains("127.128.0.1:80"), "{errors:?}");
+    assert!(run.reconciler.apply(&run.table).is_empty());
+    assert_eq!(run.maps.0.borrow().frontends.len(), 1);
+}
+
+#[test]
+fn too_many_backends_are_refused_by_number() {
+    let mut run = Run::new(Sizes { backends: 10_000, slots: 16_384, ..SIZES });
+    let all: BTreeSet<u8> = (0..=255).collect();
+    let one = service(1, &all, 1);
+    let mut many = Service::clone(&one);
+    many.backends = one.backends.iter().cycle().take(4097).cloned().collect();
+    run.table.services.insert("s1".into(), Arc::new(many));
+    let errors = run.reconciler.apply(&run.table);
+    assert_eq!(errors["s1"].to_string(), "it has 4097 healthy backends; a service can have 4096");
+}
+
+/// A pin that the configuration gives to another service, whichever of the two comes first.
+#[test]
+fn a_frontend_moves_between_services() {
+    let pin = "127.0.0.1:80".parse().unwrap();
+    let mut run = Run::new(SIZES);
+    for s in [1, 2] {
+        run.change(s, Some(&set(&[0])));
+    }
+    let pinned_to = |s: u8| {
+        let mut service = Service::clone(&service(s, &set(&[0]), 1));
+        service.pin = Some(pin);
+        Arc::new(service)
+    };
+    for s in [2, 1, 2] {
+        let other = 3 - s;
+        run.table.services.insert("s1".into(), service(1, &set(&[0]), 1));
+        run.table.services.insert("s2".into(), service(2, &set(&[0]), 1));
+        run.table.services.insert(format!("s{s}").into(), pinned_to(s));
+        let errors = run.reconciler.apply(&run.table);
+        assert!(errors.is_empty(), "{errors:?}");
+        run.check_exact();
+        let key = FrontendKey { address: pin.ip().to_owned().into(), port: 80, protocol: 6 };
+        let owner = run.maps.0.borrow().frontends[&key].service;
+        assert_eq!(owner, run.reconciler.indices(&format!("s{s}")).unwrap().service);
+        assert_ne!(owner, run.reconciler.indices(&format!("s{other}")).unwrap().service);
+    }
+}
+
+/// A full map is no reason to wait for readers again and again: nothing rests.
+#[test]
+fn what_stays_refused_waits_for_nobody() {
+    let mut run = Run::new(Sizes { services: 1, ..SIZES });
+    run.change(1, Some(&set(&[0])));
+    assert_eq!(run.change(2, Some(&set(&[0]))).len(), 1);
+    let n_waits = run.maps.0.borrow().n_waits;
+    for _ in 0..10 {
+        assert_eq!(run.reconciler.apply(&run.table).len(), 1);
+    }
+    assert_eq!(run.maps.0.borrow().n_waits, n_waits);
+}
+
+/// What one service needs, another gives up in the same table.
+#[test]
+fn room_that_a_table_makes_is_room_for_it() {
+    let mut run = Run::new(Sizes { services: 1, ..SIZES });
+    run.change(2, Some(&set(&[0])));
+    run.maps.0.borrow_mut().allowed.entry(1).or_default()[1] = visible(&set(&[0]));
+    run.maps.0.borrow_mut().allowed.entry(2).or_default()[1] = visible(&set(&[]));
+    run.table.services = BTreeMap::from([("s1".into(), service(1, &set(&[0]), 2))]);
+    assert!(run.reconciler.apply(&run.table).is_empty());
+    run.check_exact();
+}
+
+/// The kernel's share of a change is the changed service's size, whatever the table's.
+#[test]
+fn a_change_costs_what_its_service_does() {
+    let n_steps = |n_services: u16| {
+        let sizes = Sizes {
+            services: 16_384,
+            frontends: 65_536,
+            frontends6: 1,
+            slots: 1 << 19,
+            backends: 1 << 18,
+        };
+        let mut run = Run::new(sizes);
+        run.maps.0.borrow_mut().is_blind = true;
+        let of = |n: u16, backends: &[u8]| {
+            let [high, low] = n.to_be_bytes();
+            let mut service = Service::clone(&service(1, &set(backends), 1));
+            service.name = format!("s{n}").into();
+            service.vip = Ipv4Addr::new(127, 128, high, low);
+            (service.name.clone(), Arc::new(service))
+        };
+        run.table.services = (0..n_services).map(|n| of(n, &[0, 1, 2])).collect();
+        assert!(run.reconciler.apply(&run.table).is_empty());
+        let before = run.maps.0.borrow().n_steps;
+        run.table.services.extend([of(7, &[0, 1, 4])]);
+        assert!(run.reconciler.apply(&run.table).is_empty());
+        run.maps.0.borrow().n_steps - before
+    };
+    // A backend's entry, 3 slots for each of the 3 kinds of dial that differ (the new backend is
+    // the host's), the service's word, the retired backend.
+    let few = n_steps(10);
+    assert!(few < 15, "{few}");
+    assert_eq!(n_steps(10_000), few);
+}
+
+/// However many services change their ports, the table waits for readers once.
+#[test]
+fn moved_ports_wait_once() {
+    let mut run = Run::new(Sizes { frontends: 20, frontends6: 20, ..SIZES });
+    let ported = |s: u8, port: u16| {
+        let mut service = Service::clone(&service(s, &set(&[0]), port.into()));
+        service.ports = Ports::only([port]);
+        (service.name.clone(), Arc::new(service))
+    };
+    (1..5).for_each(|s| drop(run.change(s, Some(&set(&[0])))));
+    for port in 81..85 {
+        run.table.services = (1..5).map(|s| ported(s, port)).collect();
+        let n_waits = run.maps.0.borrow().n_waits;
+        assert!(run.reconciler.apply(&run.table).is_empty());
+        assert!(run.maps.0.borrow().n_waits <= n_waits + 1);
+        run.check_exact();
+    }
+}

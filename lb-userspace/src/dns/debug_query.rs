@@ -1,0 +1,216 @@
+//! A lookup of our own, that goes the way of everybody's and tells where its answer came from.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use hickory_proto::ProtoError;
+use hickory_proto::op::{Edns, Message, OpCode, Query, ResponseCode};
+use hickory_proto::rr::{Name, RecordType};
+
+use super::upstream_query::{ExchangeError, Outgoing};
+use super::handler::Handler;
+use super::message::{Asked, HEADER_LEN};
+use super::origin::Origin;
+use super::upstream::Reading;
+use crate::config::Unrouted;
+
+/// How long a lookup may take: less than a client of the admin interface waits.
+const TIME_LIMIT: Duration = Duration::from_millis(4500);
+
+/// The size of UDP answers that a lookup takes: that of the DNS flag day of 2020.
+const MAX_PAYLOAD: u16 = 1232;
+
+/// Why a lookup has no answer.
+#[derive(Debug, thiserror::Error)]
+pub enum LookupError {
+    /// The name is none.
+    #[error("'{name}' is no name: {source}")]
+    Name {
+        /// What was asked for.
+        name: String,
+        /// What is wrong with it.
+        source: ProtoError,
+    },
+    /// The type is none.
+    #[error("'{kind}' is no type of record: write A, AAAA, SRV, PTR, TXT and so on")]
+    Type {
+        /// What was asked for.
+        kind: String,
+    },
+    /// Nothing came.
+    #[error("no answer comes from {server} within {} s", TIME_LIMIT.as_secs_f64())]
+    Silent {
+        /// Who was asked.
+        server: SocketAddr,
+    },
+    /// What came is no answer.
+    #[error("no answer comes from {server}: {what}")]
+    Exchange {
+        /// Who was asked.
+        server: SocketAddr,
+        /// What happened.
+        what: String,
+    },
+}
+
+/// Who asks the running server, and what is wrong with its upstreams.
+#[derive(Clone, Debug)]
+pub struct Inquirer {
+    handler: Arc<Handler>,
+    server: SocketAddr,
+    /// What a test replaces.
+    pub(super) time_limit: Duration,
+}
+
+impl Inquirer {
+    pub(super) fn new(handler: Arc<Handler>, server: SocketAddr) -> Inquirer {
+        Inquirer { handler, server, time_limit: TIME_LIMIT }
+    }
+
+    /// What is wrong with the upstreams, each with the mend.
+    pub fn problems(&self) -> Vec<String> {
+        self.handler.forwarder().problems()
+    }
+
+    /// What is known of each upstream, in the order in which they are asked.
+    pub fn upstreams(&self) -> Vec<Reading> {
+        self.handler.forwarder().readings()
+    }
+
+    /// What names of the zone get that no service has.
+    pub fn unrouted(&self) -> Unrouted {
+        self.handler.unrouted()
+    }
+
+    /// Looks a name up, through the server's own socket. Where other resolvers take longer than
+    /// 4.5 s, that is the answer: SERVFAIL, from nowhere.
+    ///
+    /// # Errors
+    /// When name or type are none, or the server itself doesn't answer.
+    pub async fn look_up(&self, name: &str, kind: &str) -> Result<(Message, Origin), LookupError> {
+        let question = question(name, kind)?;
+        let message = message(&question);
+        let query = Lookup::new(&message, self.server)?;
+        let watched = self.handler.origins.watch(message.metadata.id, query.question());
+        let asked = query.exchange(true);
+        let silent = LookupError::Silent { server: self.server };
+        let answered = tokio::time::timeout(self.time_limit, asked).await;
+        match answered.unwrap_or(Err(silent)) {
+            Err(LookupError::Silent { .. }) if watched.origin() != Origin::Own => {
+                let mut answer = Message::response(message.metadata.id, OpCode::Query);
+                answer.add_query(question).metadata.response_code = ResponseCode::ServFail;
+                Ok((answer, watched.origin()))
+            }
+            answer => answer.map(|answer| (answer, watched.origin())),
+        }
+    }
+}
+
+/// Asks any server over UDP, and over TCP where the answer is cut off.
+///
+/// # Errors
+/// When name or type are none, or the server doesn't answer within 4.5 s.
+pub async fn ask(server: SocketAddr, name: &str, kind: &str) -> Result<Message, LookupError> {
+    let question = question(name, kind)?;
+    let message = message(&question);
+    let query = Lookup::new(&message, server)?;
+    let answered = tokio::time::timeout(TIME_LIMIT, query.exchange(false)).await;
+    answered.unwrap_or(Err(LookupError::Silent { server }))
+}
+
+fn question(name: &str, kind: &str) -> Result<Query, LookupError> {
+    let wrong = |source| LookupError::Name { name: name.to_owned(), source };
+    let mut parsed = Name::from_ascii(name).map_err(wrong)?;
+    parsed.set_fqdn(true);
+    let wrong = |_| LookupError::Type { kind: kind.to_owned() };
+    let kind: RecordType = kind.to_uppercase().parse().map_err(wrong)?;
+    Ok(Query::query(parsed, kind))
+}
+
+fn message(question: &Query) -> Message {
+    let mut message = Message::query();
+    message.add_query(question.clone()).metadata.recursion_desired = true;
+    let mut edns = Edns::new();
+    edns.set_max_payload(MAX_PAYLOAD);
+    message.set_edns(edns);
+    message
+}
+
+/// A query for one server.
+struct Lookup {
+    bytes: Vec<u8>,
+    id: u16,
+    question_len: usize,
+    server: SocketAddr,
+}
+
+impl Lookup {
+    fn new(message: &Message, server: SocketAddr) -> Result<Lookup, LookupError> {
+        let wrong = |what: String| LookupError::Exchange { server, what };
+        let bytes = message.to_vec().map_err(|error| wrong(error.to_string()))?;
+        let question_len = Asked::read(&bytes).map(|asked| asked.question().len());
+        let question_len = question_len.map_err(|error| wrong(format!("{error:?}")))?;
+        Ok(Lookup { bytes, id: message.metadata.id, question_len, server })
+    }
+
+    fn question(&self) -> &[u8] {
+        &self.bytes[HEADER_LEN..HEADER_LEN + self.question_len]
+    }
+
+    /// `keep_id`: the id is how the server tells this question from others.
+    async fn exchange(&self, keep_id: bool) -> Result<Message, LookupError> {
+        let server = self.server;
+        let wrong = |what: String| LookupError::Exchange { server, what };
+        let (bytes, question_len) = (self.bytes.clone(), self.question_len);
+        let outgoing = match keep_id {
+            true => Outgoing::with_id(bytes, question_len, self.id),
+            false => Outgoing::new(bytes, question_len),
+        };
+        let exchange = async {
+            let answer = outgoing.over_udp(server).await?;
+            match answer.is_truncated() {
+                true => outgoing.over_tcp(server).await,
+                false => Ok(answer),
+            }
+        };
+        match exchange.await {
+            Ok(answer) => answer
+                .message()
+                .map_err(|error| wrong(format!("the answer can't be taken apart: {error}"))),
+            Err(ExchangeError::Io(error)) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                Err(wrong("nobody listens there".to_owned()))
+            }
+            Err(error) => Err(wrong(error.to_string())),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn questions() {
+        let table = [
+            ("web.service", "a", "web.service. IN A"),
+            ("web.service.", "SRV", "web.service. IN SRV"),
+            ("Web.Service", "AAAA", "Web.Service. IN AAAA"),
+            (".", "NS", ". IN NS"),
+        ];
+        for (name, kind, expected) in table {
+            assert_eq!(question(name, kind).unwrap().to_string(), expected);
+        }
+        let long = format!("{}.service", "x".repeat(64));
+        let errors = [
+            ("a..b", "A", "'a..b' is no name"),
+            (long.as_str(), "A", "is no name"),
+            ("web", "B", "'B' is no type of record: write A,"),
+        ];
+        for (name, kind, expected) in errors {
+            let error = question(name, kind).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        }
+    }
+}

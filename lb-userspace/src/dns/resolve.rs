@@ -1,0 +1,462 @@
+//! What the server says to a message: from its bytes and the table to the answer's, without I/O.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, Ipv6Addr};
+use std::sync::{Arc, OnceLock};
+
+use ipnet::IpNet;
+
+use super::loop_detection;
+use super::message::{Asked, WireName};
+use super::encode::{self, Code, QUESTION, Reply, Section};
+use super::reverse::{self, Reversed};
+use super::sockets::Transport;
+use crate::config::{DnsConfig, Unrouted};
+use crate::table::{Backend, Ports, Protocols, Service, Table, Watch};
+
+/// How long others may remember that something does not exist, in seconds: short, so that a
+/// service that comes up is found soon after somebody asked for it too early.
+const NEGATIVE_TTL: u32 = 5;
+
+/// The longest answer over UDP, whatever size the client allows: what we say that we take ourselves.
+/// A longer one would come in fragments, of which all but the first can be forged without knowing
+/// port and id, and would make more of a query with a forged sender.
+pub(super) const MAX_UDP_LEN: u16 = encode::OUR_PAYLOAD;
+
+/// The port that SRV tells of a service that listens on 80 or on every port.
+const HTTP: u16 = 80;
+
+/// Types and a class of RFC 1035, 3596 and 2782.
+mod number {
+    pub(super) const A: u16 = 1;
+    pub(super) const NS: u16 = 2;
+    pub(super) const SOA: u16 = 6;
+    pub(super) const PTR: u16 = 12;
+    pub(super) const AAAA: u16 = 28;
+    pub(super) const SRV: u16 = 33;
+    pub(super) const IXFR: u16 = 251;
+    pub(super) const AXFR: u16 = 252;
+    pub(super) const ANY: u16 = 255;
+    /// The class of the internet.
+    pub(super) const IN: u16 = 1;
+}
+
+/// What of the names is ours, and how it is answered.
+#[derive(Clone, Debug)]
+pub(super) struct Zone {
+    /// The domain on the wire, in lower case.
+    domain: Box<[u8]>,
+    n_labels: usize,
+    ttl: u32,
+    unrouted: Unrouted,
+    /// Where VIPs come from, whose names are ours too.
+    pools: Box<[IpNet]>,
+}
+
+/// A table, with what is worked out from it when somebody asks.
+#[derive(Debug)]
+pub(super) struct Snapshot {
+    pub(super) table: Arc<Table>,
+    by_address: OnceLock<HashMap<IpAddr, Arc<Service>>>,
+}
+
+/// What is known at this moment.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Known<'a> {
+    pub(super) zone: &'a Zone,
+    pub(super) snapshot: &'a Snapshot,
+    /// Whether dials to VIPs are translated now.
+    pub(super) attached: bool,
+    /// Whether the zone may be waited for, where it can't be relied on yet.
+    pub(super) waits: bool,
+    /// What becomes of a name that the table doesn't have live.
+    pub(super) missing: Missing,
+}
+
+/// What becomes of a name of the zone that the table doesn't have, or not live.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Missing {
+    /// It is looked up before it is answered.
+    LookUp,
+    /// It is answered by the table, which is all that there is.
+    Absent,
+    /// It is answered by the table; what the table doesn't have may exist all the same.
+    Unknown,
+}
+
+/// What becomes of a message.
+#[derive(Clone, Debug)]
+pub(super) enum Outcome<'m, 'k> {
+    /// Nothing: it is no question.
+    Drop,
+    /// The answer is in the buffer; where it is about a service that is live, this one is in use.
+    Reply(Code, Option<&'k Service>),
+    /// It is another resolver's to answer.
+    Forward(Asked<'m>),
+    /// It is about the zone, which can't be relied on yet.
+    Wait,
+    /// It is about the service of this name, in lower case, which isn't live, or is none.
+    Warm(String),
+}
+
+/// What a name in the zone is.
+enum Named<'a> {
+    Service(&'a [u8]),
+    /// `_NAME._tcp` or `_NAME._udp`.
+    Served(&'a [u8], Protocols),
+    /// A name above others, with nothing of its own.
+    Between,
+    /// None of ours.
+    Nothing,
+}
+
+impl Snapshot {
+    pub(super) fn new(table: Arc<Table>) -> Snapshot {
+        Snapshot { table, by_address: OnceLock::new() }
+    }
+
+    fn at(&self, address: IpAddr) -> Option<&Service> {
+        let by_address = self.by_address.get_or_init(|| {
+            let addresses = |service: &Arc<Service>| {
+                let vip6 = service.vip6.map(|vip6| (vip6.into(), service.clone()));
+                std::iter::once((service.vip.into(), service.clone())).chain(vip6)
+            };
+            self.table.services.values().flat_map(addresses).collect()
+        });
+        by_address.get(&address).map(|service| &**service)
+    }
+}
+
+/// Decides what becomes of the message `bytes`, and writes the answer into `out` where there is one.
+pub(super) fn answer<'m, 'k>(
+    bytes: &'m [u8],
+    transport: Transport,
+    known: Known<'k>,
+    out: &mut Vec<u8>,
+) -> Outcome<'m, 'k> {
+    let asked = match Asked::read(bytes) {
+        Ok(asked) => asked,
+        Err(why) => {
+            let code = encode::to_unreadable(out, bytes, why);
+            return code.map_or(Outcome::Drop, |code| Outcome::Reply(code, None));
+        }
+    };
+    let max_len = match transport {
+        Transport::Udp => asked.max_payload().min(MAX_UDP_LEN).into(),
+        Transport::Tcp => usize::from(u16::MAX),
+    };
+    let mut error = |code| {
+        encode::error(out, &asked, code, max_len);
+        Outcome::Reply(code, None)
+    };
+    if asked.edns.is_some_and(|edns| edns.version != 0) {
+        return error(Code::BadVers);
+    }
+    // Other classes have other trees of names, of which we know none; a transfer is more than one
+    // message, and nobody's to have here.
+    let is_transfer = matches!(asked.query_type, number::AXFR | number::IXFR);
+    if asked.query_class != number::IN || is_transfer {
+        return error(Code::Refused);
+    }
+
+    let Known { zone, snapshot, .. } = known;
+    let below = zone.depth_of(&asked.name);
+    let reversed = below.is_none().then(|| reverse::look(&asked.name, &zone.pools)).flatten();
+    if below.is_none() && reversed.is_none() {
+        return Outcome::Forward(asked);
+    }
+    let forwards = zone.unrouted == Unrouted::Forward;
+    // One that came back is heard whatever state the zone is in.
+    if forwards && asked.name.label(1).is_some_and(loop_detection::is_label) {
+        return Outcome::Forward(asked);
+    }
+    if !snapshot.table.is_synced() || !known.attached {
+        if known.waits {
+            return Outcome::Wait;
+        }
+        // Never NXDOMAIN: others would remember it.
+        return error(Code::ServFail);
+    }
+    let named = below.map(|depth| (zone.named(&asked.name, depth), depth));
+    if let Some((named, _)) = &named {
+        match (known.missing, named.not_live(&snapshot.table)) {
+            (Missing::LookUp, Some((name, _))) => {
+                return Outcome::Warm(String::from_utf8_lossy(name).to_ascii_lowercase());
+            }
+            _ if forwards && !named.is_ours(&snapshot.table) => return Outcome::Forward(asked),
+            // Never NXDOMAIN for want of an answer: others would remember it.
+            (Missing::Unknown, Some((_, None))) => return error(Code::ServFail),
+            _ => {}
+        }
+    }
+    let mut writer = Writer { zone, asked: &asked, snapshot, reply: Reply::new(out, &asked) };
+    let (code, used) = match (named, reversed) {
+        (Some((named, depth)), _) => {
+            let service = named.service(&snapshot.table);
+            (writer.in_zone(&named, service, depth), service.filter(|service| is_live(service)))
+        }
+        (None, Some((reversed, depth))) => (writer.in_reverse(reversed, depth), None),
+        (None, None) => return Outcome::Forward(asked),
+    };
+    writer.reply.finish(code, true, max_len);
+    Outcome::Reply(code, used)
+}
+
+/// The IPv6 VIP, where a client can use it. Datagrams of a socket that isn't connected can't: the
+/// kernel sends none from an IPv6 address to an IPv4 backend (`udpv6_sendmsg` refuses what
+/// `BPF_CGROUP_UDP6_SENDMSG` maps). Clients that take the first address of a name, which is the
+/// IPv6 one by RFC 6724, would be refused though the IPv4 VIP serves them.
+fn vip6(service: &Service) -> Option<Ipv6Addr> {
+    let has_udp = service.protocols != Protocols::Tcp;
+    let is_ipv6 = |backend: &Backend| backend.address.is_some_and(|address| address.is_ipv6());
+    service.vip6.filter(|_| !has_udp || service.healthy().any(is_ipv6))
+}
+
+fn is_live(service: &Service) -> bool {
+    service.watch == Watch::Live
+}
+
+impl Zone {
+    /// The zone of `config`, and the names of the addresses in `pools`.
+    pub(super) fn new(config: &DnsConfig, pools: impl IntoIterator<Item = IpNet>) -> Zone {
+        let labels: Vec<&str> = config.domain.split('.').filter(|part| !part.is_empty()).collect();
+        let mut domain = Vec::new();
+        for label in &labels {
+            domain.push(label.len() as u8); // the configuration has checked it
+            domain.extend(label.to_ascii_lowercase().bytes());
+        }
+        domain.push(0);
+        Zone {
+            domain: domain.into(),
+            n_labels: labels.len(),
+            ttl: config.ttl,
+            unrouted: config.unrouted,
+            pools: pools.into_iter().collect(),
+        }
+    }
+
+    /// How long what other resolvers answer about names of the zone may be remembered, and what they
+    /// deny, in seconds.
+    pub(super) fn max_ttls(&self) -> (u32, u32) {
+        (self.ttl, NEGATIVE_TTL)
+    }
+
+    /// What names get that no routed service has.
+    pub(super) fn unrouted(&self) -> Unrouted {
+        self.unrouted
+    }
+
+    /// Where VIPs come from.
+    pub(super) fn pools(&self) -> &[IpNet] {
+        &self.pools
+    }
+
+    /// How many labels `name` has below the zone: 0 for the zone itself, `None` outside of it.
+    fn depth_of(&self, name: &WireName<'_>) -> Option<usize> {
+        let depth = name.n_labels().checked_sub(self.n_labels)?;
+        // Lengths are below 64, where ASCII has no letters.
+        name.suffix(depth).eq_ignore_ascii_case(&self.domain).then_some(depth)
+    }
+
+    /// What a name is that is `depth` labels below the zone.
+    fn named<'a>(&self, name: &WireName<'a>, depth: usize) -> Named<'a> {
+        let protocol = |label: &[u8]| match label {
+            label if label.eq_ignore_ascii_case(b"_tcp") => Some(Protocols::Tcp),
+            label if label.eq_ignore_ascii_case(b"_udp") => Some(Protocols::Udp),
+            _ => None,
+        };
+        match (depth, name.label(0), name.label(1)) {
+            (0, ..) => Named::Between,
+            (1, Some(label), _) if protocol(label).is_some() => Named::Between,
+            (1, Some(label), _) => Named::Service(label),
+            (2, Some([b'_', service @ ..]), Some(label)) if !service.is_empty() => {
+                protocol(label).map_or(Named::Nothing, |by| Named::Served(service, by))
+            }
+            _ => Named::Nothing,
+        }
+    }
+}
+
+impl Named<'_> {
+    /// Whether the name is that of a service of `table`, or above all. Names below a service aren't:
+    /// the resolver that served the zone before may have them, as Consul has `TAG.NAME`.
+    fn is_ours(&self, table: &Table) -> bool {
+        match *self {
+            Named::Service(name) | Named::Served(name, _) => in_table(name, table).is_some(),
+            Named::Nothing => false,
+            Named::Between => true,
+        }
+    }
+
+    /// The label of the service that the name is about, where the table doesn't have it live, and the
+    /// service that is answered instead: one that isn't live, where the name fits what is known of it.
+    fn not_live<'n, 't>(&'n self, table: &'t Table) -> Option<(&'n [u8], Option<&'t Service>)> {
+        let (Named::Service(name) | Named::Served(name, _)) = self else { return None };
+        match in_table(name, table) {
+            Some(service) if is_live(service) => None,
+            _ => Some((name, self.service(table))),
+        }
+    }
+
+    /// The service that the name is about, where there is one, dialled so.
+    fn service<'t>(&self, table: &'t Table) -> Option<&'t Service> {
+        let (name, protocols) = match *self {
+            Named::Service(name) => (name, None),
+            Named::Served(name, protocols) => (name, Some(protocols)),
+            Named::Between | Named::Nothing => return None,
+        };
+        let service = in_table(name, table)?;
+        let is_dialled_so = protocols
+            .is_none_or(|by| service.protocols == by || service.protocols == Protocols::Both);
+        is_dialled_so.then_some(service)
+    }
+}
+
+/// The service of that name, in any case.
+fn in_table<'t>(name: &[u8], table: &'t Table) -> Option<&'t Service> {
+    // In a buffer, as this is done for every question.
+    let mut buffer = [0; 63];
+    let lower = buffer.get_mut(..name.len())?;
+    lower.copy_from_slice(name);
+    lower.make_ascii_lowercase();
+    table.services.get(std::str::from_utf8(lower).ok()?).map(|service| &**service)
+}
+
+/// Writes the sections of an answer.
+struct Writer<'a> {
+    zone: &'a Zone,
+    asked: &'a Asked<'a>,
+    snapshot: &'a Snapshot,
+    reply: Reply<'a>,
+}
+
+impl Writer<'_> {
+    /// Whether records of `record_type` are asked for by their type.
+    fn wants(&self, record_type: u16) -> bool {
+        self.asked.query_type == record_type
+    }
+
+    fn in_zone(&mut self, named: &Named<'_>, service: Option<&Service>, depth: usize) -> Code {
+        match (named, service) {
+            _ if depth == 0 => self.apex(0),
+            (Named::Service(_), Some(service)) => self.service(service),
+            (Named::Served(..), Some(service)) => self.served(service),
+            (Named::Between, _) => self.nothing(Code::NoError, depth),
+            _ => self.nothing(Code::NxDomain, depth),
+        }
+    }
+
+    fn in_reverse(&mut self, reversed: Reversed, depth: usize) -> Code {
+        match reversed {
+            Reversed::Apex => self.apex(depth),
+            Reversed::Between => self.nothing(Code::NoError, depth),
+            Reversed::Nothing => self.nothing(Code::NxDomain, depth),
+            Reversed::Address(address) => match self.snapshot.at(address) {
+                None => self.nothing(Code::NxDomain, depth),
+                Some(service) if self.wants(number::PTR) || self.wants(number::ANY) => {
+                    let len = [service.name.len() as u8]; // a label
+                    let name: [&[u8]; 3] = [&len, service.name.as_bytes(), &self.zone.domain];
+                    self.reply.record(Section::Answer, QUESTION, number::PTR, self.zone.ttl, &name);
+                    Code::NoError
+                }
+                Some(_) => self.nothing(Code::NoError, depth),
+            },
+        }
+    }
+
+    /// `NAME`: its addresses, or where it is served. Also while no backend is healthy: "no such
+    /// name" would outlive the outage in caches.
+    fn service(&mut self, service: &Service) -> Code {
+        match self.asked.query_type {
+            // Of all there is, as little as may be (RFC 8482, section 4.1).
+            number::A | number::ANY => self.address(Section::Answer, QUESTION, service.vip.into()),
+            number::AAAA if let Some(vip6) = vip6(service) => {
+                self.address(Section::Answer, QUESTION, vip6.into());
+            }
+            number::SRV => self.srv(service, self.asked.name.suffix(0)),
+            _ => return self.nothing(Code::NoError, 1),
+        }
+        Code::NoError
+    }
+
+    /// `_NAME._tcp`: where it is served (RFC 2782).
+    fn served(&mut self, service: &Service) -> Code {
+        if !self.wants(number::SRV) && !self.wants(number::ANY) {
+            return self.nothing(Code::NoError, 2);
+        }
+        // The service's own name, in the question's case.
+        let Some([_, label @ ..]) = self.asked.name.label(0) else {
+            return self.nothing(Code::NxDomain, 2);
+        };
+        let mut target = [0; 256];
+        let suffix = self.asked.name.suffix(2);
+        let len = 1 + label.len() + suffix.len(); // shorter than the question's name
+        target[0] = label.len() as u8;
+        target[1..=label.len()].copy_from_slice(label);
+        target[1 + label.len()..len].copy_from_slice(suffix);
+        self.srv(service, &target[..len]);
+        Code::NoError
+    }
+
+    fn srv(&mut self, service: &Service, target: &[u8]) {
+        let port = match &service.ports {
+            Ports::Only(ports) if !ports.contains(&HTTP) => ports.first().copied().unwrap_or(HTTP),
+            _ => HTTP,
+        };
+        let [high, low] = port.to_be_bytes();
+        let place: &[u8] = &[0, 1, 0, 1, high, low]; // priority 1, weight 1
+        let ttl = self.zone.ttl;
+        let data = self.reply.record(Section::Answer, QUESTION, number::SRV, ttl, &[place, target]);
+        let owner = data + place.len() as u16;
+        self.address(Section::Additional, owner, service.vip.into());
+        if let Some(vip6) = vip6(service) {
+            self.address(Section::Additional, owner, vip6.into());
+        }
+    }
+
+    fn address(&mut self, section: Section, owner: u16, address: IpAddr) {
+        let ttl = self.zone.ttl;
+        match address {
+            IpAddr::V4(vip) => self.reply.record(section, owner, number::A, ttl, &[&vip.octets()]),
+            IpAddr::V6(vip6) => {
+                self.reply.record(section, owner, number::AAAA, ttl, &[&vip6.octets()])
+            }
+        };
+    }
+
+    /// The top of a zone, `depth` labels above the question's name.
+    fn apex(&mut self, depth: usize) -> Code {
+        match self.asked.query_type {
+            number::SOA | number::ANY => self.soa(Section::Answer, depth),
+            number::NS => {
+                let name = self.asked.name.suffix(depth);
+                self.reply.record(Section::Answer, QUESTION, number::NS, self.zone.ttl, &[name]);
+            }
+            _ => return self.nothing(Code::NoError, depth),
+        }
+        Code::NoError
+    }
+
+    /// There is nothing of that kind, or nothing at all; the SOA says for how long to believe it.
+    fn nothing(&mut self, code: Code, depth: usize) -> Code {
+        self.soa(Section::Authority, depth);
+        code
+    }
+
+    /// The SOA of the zone that begins `depth` labels above the question's name, with the names
+    /// that RFC 6303, section 3, gives to a zone that nobody else serves: the zone is its own
+    /// primary, and nobody is responsible.
+    fn soa(&mut self, section: Section, depth: usize) {
+        let apex = self.asked.name.suffix_offset(depth);
+        let primary = (0xc000 | apex).to_be_bytes();
+        let mut numbers = [0; 20];
+        let serial = self.snapshot.table.generation as u32; // RFC 1982: a serial wraps
+        for (bytes, number) in
+            numbers.chunks_exact_mut(4).zip([serial, 3600, 1200, 604_800, NEGATIVE_TTL])
+        {
+            bytes.copy_from_slice(&number.to_be_bytes());
+        }
+        let data: [&[u8]; 3] = [&primary, b"\x06nobody\x07invalid\x00", &numbers];
+        self.reply.record(section, apex, number::SOA, NEGATIVE_TTL, &data);
+    }
+}

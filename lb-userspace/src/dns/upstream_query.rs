@@ -1,0 +1,121 @@
+//! One question to one resolver and its answer, where that is rare enough for a socket of its own:
+//! over TCP, probes, and the lookups of the command line. The caller sets the time limit.
+
+use std::io;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpStream, UdpSocket};
+use tracing::debug;
+
+use super::message::{HEADER_LEN, RD};
+use super::random::Random;
+use super::response::{Received, Unusable};
+use super::sockets::Transport;
+
+/// The room for an answer over UDP: more than any resolver is told that we take, as some send more,
+/// and a byte that shows that there was more still.
+const BUFFER_LEN: usize = 4097;
+
+/// Why a resolver gave no answer.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ExchangeError {
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    #[error(transparent)]
+    Unusable(#[from] Unusable),
+}
+
+/// A query as it goes to a resolver.
+#[derive(Clone, Debug)]
+pub(super) struct Outgoing {
+    bytes: Vec<u8>,
+    id: u16,
+    question_len: usize,
+}
+
+impl Outgoing {
+    /// The query `bytes`, whose question is `question_len` long, under a random id.
+    pub(super) fn new(bytes: Vec<u8>, question_len: usize) -> Outgoing {
+        Outgoing::with_id(bytes, question_len, Random::new().u16())
+    }
+
+    /// The same, under this id.
+    pub(super) fn with_id(mut bytes: Vec<u8>, question_len: usize, id: u16) -> Outgoing {
+        for (byte, id_byte) in bytes.iter_mut().zip(id.to_be_bytes()) {
+            *byte = id_byte;
+        }
+        Outgoing { bytes, id, question_len }
+    }
+
+    /// A query for nothing but this question.
+    pub(super) fn of(question: &[u8], recursion_desired: bool) -> Outgoing {
+        let rd = if recursion_desired { RD } else { 0 };
+        let header = [0, 0, rd, 0, 0, 1, 0, 0, 0, 0, 0, 0];
+        Outgoing::new([&header, question].concat(), question.len())
+    }
+
+    /// Asks over UDP or TCP.
+    pub(super) async fn over(
+        &self,
+        transport: Transport,
+        server: SocketAddr,
+    ) -> Result<Received<'static>, ExchangeError> {
+        match transport {
+            Transport::Udp => self.over_udp(server).await,
+            Transport::Tcp => self.over_tcp(server).await,
+        }
+    }
+
+    /// Asks over UDP, from a port that the kernel draws, and takes answers of `server` alone.
+    /// Messages that are no answer to this question are ignored.
+    pub(super) async fn over_udp(
+        &self,
+        server: SocketAddr,
+    ) -> Result<Received<'static>, ExchangeError> {
+        let local = match server {
+            SocketAddr::V4(_) => SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)),
+            SocketAddr::V6(_) => SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0)),
+        };
+        let socket = UdpSocket::bind(local).await?;
+        socket.connect(server).await?;
+        socket.send(&self.bytes).await?;
+        let mut buffer = vec![0; BUFFER_LEN];
+        loop {
+            let len = socket.recv(&mut buffer).await?;
+            if len == BUFFER_LEN {
+                buffer[2] |= 0x02; // the kernel cut it off
+            }
+            match self.check(&buffer[..len]) {
+                Err(error @ (Unusable::Id | Unusable::Question)) => {
+                    debug!(%server, %error, "a message of the resolver is ignored");
+                }
+                checked => return Ok(checked?.into_owned()),
+            }
+        }
+    }
+
+    /// Asks over TCP.
+    pub(super) async fn over_tcp(
+        &self,
+        server: SocketAddr,
+    ) -> Result<Received<'static>, ExchangeError> {
+        let mut stream = TcpStream::connect(server).await?;
+        let len = u16::try_from(self.bytes.len()).map_err(io::Error::other)?;
+        let message = [&len.to_be_bytes(), &self.bytes[..]].concat();
+        stream.write_all(&message).await?; // in one piece: some servers read no second one
+
+        let mut answer = vec![0; usize::from(stream.read_u16().await?)];
+        stream.read_exact(&mut answer).await?;
+        Ok(self.check(&answer)?.into_owned())
+    }
+
+    /// Whether `bytes` are an answer to this query, and which.
+    pub(super) fn check<'a>(&self, bytes: &'a [u8]) -> Result<Received<'a>, Unusable> {
+        if bytes.get(..2) != Some(&self.id.to_be_bytes()) {
+            return Err(Unusable::Id);
+        }
+        let question = self.bytes.get(HEADER_LEN..HEADER_LEN + self.question_len);
+        Received::read(bytes, question.unwrap_or_default())
+    }
+}

@@ -1,0 +1,237 @@
+//! Who is left alone: excluded cgroups, the daemon, the kernel's own sockets. Their dials pass
+//! untouched, and land on a server that listens on the VIP itself.
+
+use std::fs;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use lb_userspace::datapath::Plane;
+use lb_userspace::table::{Ports, Protocols, Service};
+
+use crate::fixture::{
+    Bed, Echo, Place, Server, VIP, ask, client, dial, dial_udp, event, service, table, ways,
+};
+use crate::disconnect::bpf;
+
+/// Servers behind the VIP: `b`; and on the VIP itself: `v`.
+pub struct Servers {
+    backend: (Server, Echo),
+    own: (Server, Echo),
+}
+
+impl Servers {
+    pub fn start() -> Servers {
+        let pair = |letter, address: Ipv4Addr| {
+            let server = Server::on(letter, (address, 0));
+            let echo = Echo::on(letter, server.address);
+            (server, echo)
+        };
+        let backend = pair(b'b', Ipv4Addr::LOCALHOST);
+        let own = pair(b'v', VIP);
+        Servers { backend, own }
+    }
+
+    pub fn serve(&self, bed: &mut Bed) {
+        bed.apply(vec![self.service()]);
+    }
+
+    /// The service of both protocols that leads to the servers behind the VIP.
+    pub fn service(&self) -> Service {
+        let mut web = service("web", VIP, &[(self.backend.0.address, 1)]);
+        web.protocols = Protocols::Both;
+        web.ports = Ports::only([self.port()]);
+        web
+    }
+
+    /// The port that they are dialled at.
+    pub fn port(&self) -> u16 {
+        self.own.0.address.port()
+    }
+
+    /// The servers behind the VIP.
+    pub fn behind(&self) -> SocketAddr {
+        self.backend.0.address
+    }
+
+    /// What answers this process now, whatever the socket.
+    pub fn answer(&self) -> char {
+        let mut answers = Vec::new();
+        for way in ways(VIP, self.port()) {
+            answers.extend([dial(way).unwrap(), dial_udp(way).unwrap()]);
+            answers.push(ask(&client(way), way).unwrap().0);
+        }
+        answers.dedup();
+        assert_eq!(answers.len(), 1, "{answers:?}");
+        answers[0]
+    }
+}
+
+fn enter(cgroup: &Path) {
+    fs::write(cgroup.join("cgroup.procs"), "0").unwrap();
+}
+
+pub fn excluded_cgroups() {
+    // They end after the hooks, which they would else miss each other by.
+    let servers = Servers::start();
+    let mut bed = Bed::with(|options| {
+        options.plane.exclude_cgroups =
+            vec![options.scope.join("never"), options.scope.join("excluded")];
+    });
+    let (own, excluded) = (bed.cgroup.path.clone(), bed.cgroup.path.join("excluded"));
+    let below = excluded.join("a/b");
+    let beside = own.join("beside");
+    servers.serve(&mut bed);
+    fs::create_dir(&beside).unwrap();
+    // A cgroup that is made again is another one by the same name.
+    for _ in 0..2 {
+        fs::create_dir_all(&below).unwrap();
+        assert!(bed.plane.mend().holds());
+        for (cgroup, expected) in
+            [(&own, 'b'), (&excluded, 'v'), (&below, 'v'), (&beside, 'b'), (&own, 'b')]
+        {
+            enter(cgroup);
+            let n_left_alone = event(&bed, "left_alone");
+            assert_eq!(servers.answer(), expected, "{}", cgroup.display());
+            assert_eq!(event(&bed, "left_alone") > n_left_alone, expected == 'v');
+        }
+        for cgroup in [&below, &excluded.join("a"), &excluded] {
+            fs::remove_dir(cgroup).unwrap();
+        }
+    }
+    fs::remove_dir(beside).unwrap();
+}
+
+/// Cgroups that no configuration can name before they are there, as Nomad's are.
+pub fn excluded_by_pattern() {
+    let servers = Servers::start();
+    let mut bed = Bed::with(|options| {
+        let patterns = ["*.slice/*/*.envoy-*.scope", "gone"];
+        options.plane.exclude_cgroups =
+            patterns.map(|pattern| options.scope.join(pattern)).to_vec();
+    });
+    servers.serve(&mut bed);
+    let own = bed.cgroup.path.clone();
+    let share = own.join("nomad.slice/share.slice");
+    let [web, envoy, other] = ["39e2.web.scope", "39e2.envoy-web.scope", "17.envoy-api.scope"]
+        .map(|scope| share.join(scope));
+    for (cgroup, is_excluded) in [(&web, false), (&envoy, true), (&other, true)] {
+        fs::create_dir_all(cgroup).unwrap();
+        bed.plane.mend();
+        enter(cgroup);
+        assert_eq!(servers.answer() == 'v', is_excluded, "{}", cgroup.display());
+        enter(&own);
+    }
+    let notes: Vec<&String> = bed.plane.notes().collect();
+    let named = |note: &String| note.contains("no cgroup matches") && note.contains("/gone'");
+    assert!(matches!(notes[..], [note] if named(note)), "{notes:?}");
+    for cgroup in [&web, &envoy, &other] {
+        fs::remove_dir(cgroup).unwrap();
+    }
+}
+
+/// The cgroups before and behind one that goes stay excluded, and another takes its place.
+pub fn excluded_behind_a_hole() {
+    let servers = Servers::start();
+    let mut bed = Bed::with(|options| {
+        options.plane.exclude_cgroups = vec![options.scope.join("t-*")];
+    });
+    servers.serve(&mut bed);
+    let own = bed.cgroup.path.clone();
+    let cgroup = |n: u32| own.join(format!("t-{n}"));
+    let answer = |n: u32| {
+        enter(&cgroup(n));
+        let answer = servers.answer();
+        enter(&own);
+        answer
+    };
+    (1..=4).for_each(|n| fs::create_dir(cgroup(n)).unwrap());
+    bed.plane.mend();
+    assert_eq!([1, 2, 3, 4].map(answer), ['v'; 4]);
+    fs::remove_dir(cgroup(1)).unwrap();
+    bed.plane.mend();
+    assert_eq!([2, 3, 4].map(answer), ['v'; 3], "behind the first, which is gone");
+    fs::remove_dir(cgroup(3)).unwrap();
+    bed.plane.mend();
+    assert_eq!([2, 4].map(answer), ['v'; 2], "behind two holes");
+    assert_eq!(servers.answer(), 'b', "beside them");
+    fs::create_dir(cgroup(5)).unwrap();
+    bed.plane.mend();
+    assert_eq!([2, 4, 5].map(answer), ['v'; 3]);
+    [2, 4, 5].into_iter().for_each(|n| fs::remove_dir(cgroup(n)).unwrap());
+}
+
+/// More cgroups match than there is room for: the ones that aren't excluded are named, and those that
+/// are stay so, whatever comes before them by name, and over a restart.
+pub fn more_excluded_than_fit() {
+    let servers = Servers::start();
+    let mut place = Place::new();
+    let own = place.cgroup.path.clone();
+    place.options.plane.exclude_cgroups = vec![own.join("t-*")];
+    let start = || {
+        let mut plane = place.start();
+        assert!(plane.apply(&table(vec![servers.service()])).unwrap().is_empty());
+        plane
+    };
+    let mut plane = start();
+    let cgroup = |n: u32| own.join(format!("t-{n:02}"));
+    let answer = |n: u32| {
+        enter(&cgroup(n));
+        let answer = servers.answer();
+        enter(&own);
+        answer
+    };
+    (11..=27).for_each(|n| fs::create_dir(cgroup(n)).unwrap());
+    plane.mend();
+    assert_eq!([11, 26, 27].map(answer), ['v', 'v', 'b']);
+    fs::create_dir(cgroup(10)).unwrap();
+    plane.mend();
+    let is_told = |plane: &Plane| {
+        let notes: Vec<&String> = plane.notes().collect();
+        let parts = ["matches 18 cgroups", "16 at most", "/t-10, ", "/t-27 are translated"];
+        parts.iter().all(|part| notes.iter().any(|note| note.contains(part)))
+    };
+    assert!(is_told(&plane), "{:?}", plane.notes().collect::<Vec<_>>());
+    assert_eq!([10, 11, 26, 27].map(answer), ['b', 'v', 'v', 'b']);
+    // The next daemon goes on with the same ones.
+    drop(plane);
+    let mut plane = start();
+    assert!(is_told(&plane), "{:?}", plane.notes().collect::<Vec<_>>());
+    assert_eq!([10, 11, 26, 27].map(answer), ['b', 'v', 'v', 'b']);
+    // One that goes makes room for another.
+    fs::remove_dir(cgroup(11)).unwrap();
+    plane.mend();
+    assert_eq!([10, 26, 27].map(answer), ['v', 'v', 'b']);
+    [10].into_iter().chain(12..=27).for_each(|n| fs::remove_dir(cgroup(n)).unwrap());
+}
+
+pub fn the_daemon() {
+    let servers = Servers::start();
+    let mut bed = Bed::as_daemon(|_| {});
+    servers.serve(&mut bed);
+    assert_eq!(servers.answer(), 'v');
+    assert_ne!(event(&bed, "left_alone"), 0);
+    // A daemon that died leaves its number to another process.
+    grow_old(&bed.options.bpffs.join("v2/maps/DAEMON"));
+    assert_eq!(servers.answer(), 'b');
+    bed.plane.beat(None);
+    assert_eq!(servers.answer(), 'v');
+}
+
+/// Sets the daemon's heartbeat back by 11 seconds.
+fn grow_old(map: &Path) {
+    const BPF_MAP_LOOKUP_ELEM: libc::c_int = 1;
+    const BPF_MAP_UPDATE_ELEM: libc::c_int = 2;
+    const BPF_OBJ_GET: libc::c_int = 7;
+    let path = std::ffi::CString::new(map.as_os_str().as_bytes()).unwrap();
+    let map = bpf(BPF_OBJ_GET, &[path.as_ptr() as u64, 0]).unwrap();
+    // SAFETY: the kernel has just made this descriptor for us.
+    let map = unsafe { OwnedFd::from_raw_fd(map) };
+    let (key, mut daemon) = (0u32, [0u64; 8]);
+    let attr = [map.as_raw_fd() as u64, &raw const key as u64, &raw mut daemon as u64, 0];
+    bpf(BPF_MAP_LOOKUP_ELEM, &attr).unwrap();
+    let [heartbeat_ns, ..] = &mut daemon;
+    *heartbeat_ns -= 11_000_000_000;
+    bpf(BPF_MAP_UPDATE_ELEM, &attr).unwrap();
+}

@@ -1,0 +1,157 @@
+//! Whom the plane is for: which network namespace, which cgroup, and for how long.
+
+use std::io::ErrorKind;
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
+
+use lb_tests::bpffs::Bpffs;
+use lb_userspace::datapath::Plane;
+use lb_userspace::table::Protocols;
+
+use crate::fixture::{
+    Bed, Echo, OTHER_VIP, Server, VIP, ask, client, dead, dial, dial_udp, hear, service, ways,
+};
+
+/// The cookie of a namespace that this process isn't in.
+const ANOTHER_NETNS: u64 = u64::MAX;
+
+fn pin_of(address: SocketAddr) -> SocketAddrV4 {
+    let SocketAddr::V4(address) = address else { panic!("{address} is no IPv4 address") };
+    address
+}
+
+pub fn a_pin_counts_on_the_host() {
+    let (server, pin) = (Server::start(b'a'), dead());
+    let neighbour = Server::start(b'n');
+    let mut bed = Bed::with_pin(pin);
+    let mut web = service("web", VIP, &[(server.address, 1)]);
+    web.pin = Some(pin);
+    bed.apply(vec![web]);
+    for way in ways(*pin.ip(), pin.port()) {
+        assert_eq!(dial(way).unwrap(), 'a', "{way}");
+    }
+    assert_eq!(dial((VIP, 80)).unwrap(), 'a', "the VIP works beside it");
+    for way in ways(*pin.ip(), neighbour.address.port()) {
+        assert_eq!(dial(way).unwrap(), 'n', "another port of the pinned address");
+    }
+}
+
+pub fn a_pin_counts_for_datagrams() {
+    let [server, shadowed, neighbour] = [b'a', b's', b'n'].map(Echo::start);
+    let (pin, other) = (pin_of(shadowed.address), neighbour.address.port());
+    let mut bed = Bed::with_pin(pin);
+    let mut web = service("web", VIP, &[(server.address, 1)]);
+    web.protocols = Protocols::Udp;
+    web.pin = Some(pin);
+    bed.apply(vec![web]);
+    for way in ways(*pin.ip(), pin.port()) {
+        assert_eq!(ask(&client(way), way).unwrap(), ('a', way));
+        assert_eq!(dial_udp(way).unwrap(), 'a', "{way}");
+    }
+    for way in ways(*pin.ip(), other) {
+        assert_eq!(ask(&client(way), way).unwrap(), ('n', way), "another port");
+        assert_eq!(dial_udp(way).unwrap(), 'n', "another port: {way}");
+    }
+}
+
+/// A pin that moves to another service, whichever of the two comes first by name: whoever remembers
+/// the former service's backend goes to the new one's; whoever is connected to it is disconnected.
+pub fn a_moved_pin_is_followed_by_nobody() {
+    for (from, to) in [("web", "api"), ("api", "web")] {
+        let [former, latter] = [b'f', b'l'].map(Echo::start);
+        let pin = dead();
+        let mut bed = Bed::with(|options| {
+            options.vip.pins.insert("web".to_owned(), pin);
+        });
+        let mut services = |owner: &str| {
+            let of = |name, vip, server: &Echo| {
+                let mut service = service(name, vip, &[(server.address, 1)]);
+                service.protocols = Protocols::Both;
+                service.pin = (name == owner).then_some(pin);
+                service
+            };
+            bed.apply(vec![of(from, VIP, &former), of(to, OTHER_VIP, &latter)]);
+        };
+        services(from);
+        let way = SocketAddr::from(pin);
+        let (unconnected, connected, by_vip) = (client(way), client(way), client(way));
+        assert_eq!(ask(&unconnected, way).unwrap(), ('f', way));
+        connected.connect(way).unwrap();
+        by_vip.connect((VIP, 80)).unwrap();
+        services(to);
+        assert_eq!(ask(&unconnected, way).unwrap(), ('l', way), "{from} to {to}");
+        assert_eq!(dial_udp(way).unwrap(), 'l');
+        let aborted = connected.recv(&mut [0]).unwrap_err();
+        assert_eq!(aborted.kind(), ErrorKind::ConnectionAborted, "{from} to {to}");
+        by_vip.send(b"?").unwrap();
+        assert_eq!(
+            hear(&by_vip).unwrap().0,
+            'f',
+            "{from} keeps its VIP, and who is connected to it"
+        );
+    }
+}
+
+pub fn a_pin_passes_elsewhere() {
+    let (server, own) = (Server::start(b'a'), Server::start(b'o'));
+    let own_echo = Echo::on(b'o', own.address);
+    let pin = pin_of(own.address);
+    let mut bed = Bed::with(|options| {
+        options.host_netns = Some(ANOTHER_NETNS);
+        options.vip.pins.insert("web".to_owned(), pin);
+    });
+    let mut web = service("web", VIP, &[(server.address, 1)]);
+    web.protocols = Protocols::Both;
+    web.pin = Some(pin);
+    bed.apply(vec![web]);
+    for way in ways(Ipv4Addr::LOCALHOST, own_echo.address.port()) {
+        assert_eq!(dial(way).unwrap(), 'o', "{way}");
+        assert_eq!(dial_udp(way).unwrap(), 'o', "{way}");
+        assert_eq!(ask(&client(way), way).unwrap(), ('o', way));
+    }
+}
+
+pub fn loopback_backends_are_the_hosts() {
+    let (near, far) = (Server::start(b'n'), Server::start(b'f'));
+    let (near_echo, far_echo) = (Echo::on(b'n', near.address), Echo::on(b'f', far.address));
+    let mut web = service("web", VIP, &[(near_echo.address, 1), (far_echo.address, 1)]);
+    web.protocols = Protocols::Both;
+    web.backends[0].host_only = true;
+    let mut bed = Bed::on_host(ANOTHER_NETNS);
+    bed.apply(vec![web.clone()]);
+    for way in ways(VIP, 80) {
+        for _ in 0..32 {
+            assert_eq!(dial(way).unwrap(), 'f', "{way}");
+            assert_eq!(dial_udp(way).unwrap(), 'f', "{way}");
+            assert_eq!(ask(&client(way), way).unwrap(), ('f', way));
+        }
+    }
+    web.backends.truncate(1);
+    bed.apply(vec![web]);
+    for way in ways(VIP, 80) {
+        assert_eq!(dial(way).unwrap_err().kind(), ErrorKind::ConnectionRefused);
+        assert_eq!(dial_udp(way).unwrap_err().kind(), ErrorKind::ConnectionRefused);
+        assert!(client(way).send_to(b"?", way).is_err());
+    }
+}
+
+pub fn detached_is_gone() {
+    let mut bed = Bed::new();
+    bed.apply(vec![]);
+    assert!(bed.plane.mend().holds());
+    assert_eq!(dial((VIP, 80)).unwrap_err().kind(), ErrorKind::ConnectionRefused);
+    bed.plane.detach();
+    let wildcard = Server::on(b'w', (Ipv4Addr::UNSPECIFIED, 0));
+    assert_eq!(dial((VIP, wildcard.address.port())).unwrap(), 'w');
+}
+
+pub fn no_cgroup_is_an_error() {
+    let mut options = Bed::new().options.clone();
+    for (scope, mend) in [("/nonexistent", "--cgroup"), ("/tmp", "cgroup v2")] {
+        let bpffs = Bpffs::new().unwrap();
+        options.bpffs = bpffs.path().join("nohop");
+        options.scope = scope.into();
+        let error = Plane::start(&options).unwrap_err().to_string();
+        assert!(error.contains(scope) && error.contains(mend), "{error}");
+        assert!(!options.bpffs.exists(), "nothing is left behind");
+    }
+}

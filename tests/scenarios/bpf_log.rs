@@ -1,0 +1,33 @@
+//! What the programs in the kernel have to say in rare cases is in the daemon's log, once a second at
+//! most; and what they met is refused and counted, not sent somewhere.
+
+use anyhow::{Result, ensure};
+use lb_tests::cmd;
+
+use crate::cluster::{Catalog, Nodes, SOON, vip};
+
+const SAYS: &str = "leads to a backend that isn't there";
+
+pub fn story() -> Result<()> {
+    let nodes = Nodes::new()?;
+    let helloworld = nodes.helloworld("helloworld")?;
+    let catalog = Catalog::new(&[("helloworld", &[helloworld.address])])?;
+    let nohop = nodes.nohop(&catalog.config())?;
+    let vip = vip(&nohop, "helloworld")?;
+    ensure!(nodes.dial(vip, 100)?.all_answered(|answer| answer == "hello from helloworld"));
+    ensure!(!nohop.process.tail().contains(SAYS), "nothing is said of an ordinary dial");
+
+    // Somebody writes to the maps: the one backend's entry is emptied.
+    let backends = nohop.pin("maps/BACKENDS")?;
+    let nothing = "0 ".repeat(32);
+    let update = format!("map update pinned {} key 0 0 0 0 value {nothing}", backends.display());
+    cmd::words("bpftool", update.trim())?;
+    let dials = nodes.dial(vip, 100)?;
+    ensure!(dials.all_failed_with("ConnectionRefused"), "{dials:?}");
+    nohop.process.wait_for_line(&[SAYS], SOON)?;
+    let n_said = nohop.process.tail().matches(SAYS).count();
+    ensure!(n_said <= 3, "said {n_said} times");
+    let status = nohop.status()?;
+    ensure!(status["plane"]["counters"]["inconsistent"] == 100, "{status:#}");
+    Ok(())
+}

@@ -1,0 +1,55 @@
+//! The cgroup disappears under a running daemon, and comes back: until the hooks are attached to it
+//! again the daemon isn't ready and names get SERVFAIL, so that nobody dials into the void.
+
+use std::fs;
+
+use anyhow::{Context, Result, ensure};
+use lb_tests::cmd;
+use serde_json::Value;
+
+use crate::cluster::{Catalog, Nodes, SOON, attached};
+
+pub fn story() -> Result<()> {
+    let nodes = Nodes::new()?;
+    let helloworld = nodes.helloworld("helloworld")?;
+    let catalog = Catalog::new(&[("helloworld", &[helloworld.address])])?;
+    let nohop = nodes.nohop(&catalog.config())?;
+    let outside = nodes.client.outside();
+    let readyz = || {
+        let socket = nohop.admin().trim_start_matches("unix:").to_owned();
+        let code = "-s -o /dev/null -w %{http_code}";
+        outside.run("curl", &format!("{code} --unix-socket {socket} http://nohop/readyz"))
+    };
+    let dig = || outside.run("dig", "+time=5 +tries=1 helloworld.service");
+
+    // The daemon isn't in the cgroup that it serves: a child of it has dialled from inside, and left
+    // nothing behind.
+    let dump = format!("-j map dump pinned {}", nohop.pin("maps/PROBE")?.display());
+    let probe: Value = serde_json::from_str(&cmd::words("bpftool", &dump)?)?;
+    let seen = &probe[0]["formatted"]["value"];
+    let prober = seen["tgid"].as_i64().with_context(|| format!("no process: {probe}"))?;
+    let daemon = i64::from(nohop.process.pid().as_raw_nonzero().get());
+    ensure!(prober > 0 && prober != daemon, "{probe}");
+    ensure!(!nodes.cgroup.path().join("nohop-probe").exists());
+    ensure!(readyz()? == "200" && dig()?.contains("status: NOERROR"));
+
+    fs::remove_dir(nodes.cgroup.path()).context("remove the cgroup")?;
+    let status = nohop.wait_for_status(SOON, |status| status["plane"]["attached"] == false)?;
+    ensure!(status["ready"] == false, "{status:#}");
+    let cgroup = nodes.cgroup.path().display().to_string();
+    ensure!(status["problems"].to_string().contains(&cgroup), "{status:#}");
+    ensure!(readyz()? == "503", "{}", readyz()?);
+    ensure!(dig()?.contains("status: SERVFAIL"), "{}", dig()?);
+    let text = String::from_utf8(nohop.cli("status")?.stdout)?;
+    for part in ["NOT READY", "NOT ATTACHED to", "can't open the cgroup"] {
+        ensure!(text.contains(part), "no {part:?} in:\n{text}");
+    }
+
+    fs::create_dir(nodes.cgroup.path()).context("make the cgroup again")?;
+    let status = nohop.wait_for_status(SOON, |status| status["ready"] == true)?;
+    ensure!(status["problems"].to_string().contains("attached again"), "{status:#}");
+    ensure!(readyz()? == "200" && dig()?.contains("status: NOERROR"));
+    ensure!(attached(&nodes.cgroup)?.len() == 8, "{:?}", attached(&nodes.cgroup)?);
+    ensure!(nodes.curl("helloworld")? == "hello from helloworld\n");
+    Ok(())
+}

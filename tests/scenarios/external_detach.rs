@@ -1,0 +1,48 @@
+//! Somebody detaches a hook under a running daemon: it attaches it again, and says so. `nohop unload`
+//! is refused while the daemon runs, and takes everything away once it has ended.
+
+use anyhow::{Result, ensure};
+use lb_tests::cmd;
+
+use crate::cluster::{Catalog, Nodes, SOON, attached, vip};
+
+pub fn story() -> Result<()> {
+    let nodes = Nodes::new()?;
+    let helloworld = nodes.helloworld("helloworld")?;
+    let catalog = Catalog::new(&[("helloworld", &[helloworld.address])])?;
+    let nohop = nodes.nohop(&catalog.config())?;
+    let vip = vip(&nohop, "helloworld")?;
+
+    let link = nohop.pin("links/nohop_connect4")?;
+    cmd::words("bpftool", &format!("link detach pinned {}", link.display()))?;
+    let status = nohop.wait_for_status(SOON, |status| {
+        status["problems"].to_string().contains("something detached nohop_connect4")
+    })?;
+    ensure!(status["problems"].to_string().contains("attached again"), "{status:#}");
+    ensure!(status["ready"] == true, "{status:#}");
+    ensure!(nodes.curl("helloworld")? == "hello from helloworld\n");
+
+    let unload = format!("unload --bpffs {}", nohop.pins().display());
+    let refused = nohop.cli(&unload)?;
+    let text = String::from_utf8_lossy(&refused.stderr);
+    let pid = nohop.process.pid().as_raw_nonzero();
+    ensure!(!refused.status.success() && text.contains(&format!("process {pid}")), "{text}");
+    ensure!(nohop.end()?.success());
+    ensure!(nodes.dial(vip, 10)?.all_answered(|answer| answer == "hello from helloworld"));
+
+    let output = nohop.cli(&unload)?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    ensure!(output.status.success() && text.contains("detached 8 programs"), "{output:?}");
+    ensure!(attached(&nodes.cgroup)?.is_empty());
+    ensure!(!nohop.pins().exists());
+    let dials = nodes.dial(vip, 10)?;
+    ensure!(dials.errors.get("HostUnreachable") == Some(&10), "{dials:?}");
+
+    let route = || nodes.client.ip("route show table local type unreachable");
+    ensure!(route()?.contains("127.128.0.0/9"), "{}", route()?);
+    let output = nohop.cli(&format!("{unload} --all"))?;
+    ensure!(output.status.success(), "{output:?}");
+    ensure!(route()?.is_empty(), "{}", route()?);
+    ensure!(nohop.cli(&format!("{unload} --all --json"))?.status.success(), "again is no error");
+    Ok(())
+}
