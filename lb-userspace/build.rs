@@ -47,7 +47,7 @@ fn main() {
     }
     match cargo.status() {
         Ok(status) if status.success() => {}
-        Ok(_) => fail("the kernel object didn't build; `cargo xtask setup` mends a missing tool"),
+        Ok(_) => fail("the kernel object didn't build; `cargo xtask setup` fixes a missing tool"),
         Err(error) => {
             fail(&format!("can't run rustup ({error}): install it from https://rustup.rs"))
         }

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use lb_tests::cgroup::Cgroup;
-use lb_tests::cmd;
 use lb_tests::cleanup::Undo;
+use lb_tests::cmd;
 use serde_json::Value;
 
 /// The attach types of hooks, as bpftool names them.

@@ -4,8 +4,8 @@ use std::net::SocketAddrV4;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
-use lb_tests::net::Place;
 use lb_tests::cmd;
+use lb_tests::net::Place;
 use serde_json::Value;
 
 use crate::peers::n_workers;

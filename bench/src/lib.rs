@@ -3,21 +3,21 @@
 
 mod bpf;
 pub mod compare;
-pub mod report_builder;
+pub mod console;
+pub mod format;
+pub mod generators;
 pub mod machine;
 pub mod markdown;
 pub mod node;
-pub mod format;
+pub mod output;
 pub mod peers;
 pub mod progress;
 pub mod random;
 pub mod report;
+pub mod report_builder;
 pub mod stats;
 pub mod suites;
 pub mod svg;
-pub mod console;
-pub mod generators;
-pub mod output;
 
 #[cfg(test)]
 mod sample;

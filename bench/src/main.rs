@@ -15,8 +15,8 @@ use lb_bench::peers::Conntrack;
 use lb_bench::progress::duration;
 use lb_bench::report::{Goal, Report};
 use lb_bench::suites::{SUITES, Suite, check};
-use lb_bench::{random, console, output};
-use lb_tests::{process, cmd, cleanup};
+use lb_bench::{console, output, random};
+use lb_tests::{cleanup, cmd, process};
 
 /// nohop side by side with everything that it replaces.
 #[derive(Parser)]

@@ -31,7 +31,7 @@ impl Layout {
     }
 }
 
-/// The client's address, from which it dials.
+/// The client's address, from which it connects to.
 pub const CLIENT: Ipv4Addr = Ipv4Addr::new(10, 97, 0, 1);
 const SERVER: Ipv4Addr = Ipv4Addr::new(10, 97, 0, 2);
 
@@ -47,14 +47,14 @@ const SETTINGS: [(&str, &str); 7] = [
     ("net/core/somaxconn", "65535"),
     ("net/ipv4/tcp_max_syn_backlog", "65535"),
     ("net/ipv4/tcp_syncookies", "0"),
-    // Addresses are not to be dialled away from by a path's former losses.
+    // Addresses are not to be connected to away from by a path's former losses.
     ("net/ipv4/tcp_no_metrics_save", "1"),
 ];
 
 /// A client's host, the host of its backends, and a cgroup for each part, by which its processor time
 /// is told.
 pub struct Node {
-    /// Whose programs dial.
+    /// Whose programs connect.
     pub client: Cgroup,
     /// What stands between, if anything does.
     pub hop: Cgroup,
@@ -67,7 +67,7 @@ pub struct Node {
 /// The processor time that each part of a node has had so far.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct CpuTimes {
-    /// Of the programs that dial.
+    /// Of the programs that connection.
     pub client: Duration,
     /// Of what stands between.
     pub hop: Duration,
@@ -113,7 +113,7 @@ impl Node {
         Ok(node)
     }
 
-    /// The host that dials, for whoever sets up its network.
+    /// The host that connects to, for whoever sets up its network.
     pub fn client_host(&self) -> &Arc<Host> {
         &self.client_host
     }

@@ -101,7 +101,7 @@ mod tests {
     }
 
     #[test]
-    fn errors_name_the_path_and_the_mend() {
+    fn errors_name_the_path_and_the_fix() {
         let scratch = Scratch::new("write-errors");
         fs::create_dir_all(&scratch.0).unwrap();
         let file = scratch.0.join("file");

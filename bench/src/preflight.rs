@@ -26,7 +26,7 @@ pub fn check(programs: impl IntoIterator<Item = &'static str>, out: &Path) -> Re
     let n_cpus = thread::available_parallelism().map_or(1, usize::from);
     ensure!(
         n_cpus >= 2,
-        "only one processor may be used: who dials and who answers would wait for each other, and every \
+        "only one processor may be used: who connects and who answers would wait for each other, and every \
          figure would measure that; use a machine with two or more, or a wider `taskset`"
     );
     for program in BUILT {

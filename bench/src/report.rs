@@ -2,8 +2,8 @@
 
 use serde::Serialize;
 
-use crate::machine::Machine;
 use crate::format;
+use crate::machine::Machine;
 use crate::stats::{self, Interval, Spread};
 
 /// All that one run of a suite found.

@@ -84,12 +84,12 @@ pub fn large() -> Report {
         report.figures.extend([requests, latency]);
     }
     for services in [1.0, 100.0, 1000.0, 10_000.0] {
-        let mut dial = figure("Time to connect, by number of services", "", "us", Better::Lower);
+        let mut connect = figure("Time to connect, by number of services", "", "us", Better::Lower);
         let mut table = figure("Time to update all services", "", "ms", Better::Lower);
         for n in 0..4 {
             for round in 0..7 {
                 let value = noisy(48.0 + 1.5 * f64::from(n) + services / 4000.0, 0.08);
-                dial.add(names[n as usize], round, Some(value));
+                connect.add(names[n as usize], round, Some(value));
             }
         }
         for (name, factor) in names.iter().zip(factors) {
@@ -97,10 +97,10 @@ pub fn large() -> Report {
                 table.add(name, round, Some(noisy(services / factor.powi(3), 0.5)));
             }
         }
-        for figure in [&mut dial, &mut table] {
+        for figure in [&mut connect, &mut table] {
             figure.point = Some(Point { axis: "services".to_owned(), value: services });
         }
-        report.figures.extend([dial, table]);
+        report.figures.extend([connect, table]);
     }
     report.figures.sort_by_key(|figure| figure.point.is_some());
     report.figures.iter_mut().for_each(Figure::finish);

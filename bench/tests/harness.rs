@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use lb_tests::process::Process;
 use lb_tests::tempdir::Scratch;
-use lb_tests::{process, cmd, cleanup};
+use lb_tests::{cleanup, cmd, process};
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use rustix::process::Signal;
 use serde_json::Value;
@@ -192,7 +192,7 @@ fn a_bigger_binary_is_worse() -> Result<()> {
     let scratch = Scratch::new("results")?;
     let (nohop, bigger) = (cmd::built("nohop")?, scratch.path().join("bigger"));
     let script = format!(
-        "#!/bin/sh\n[ \"$1\" != run ] || echo 'plane.max_backends = 262144' >> \"$3\"\nexec {} \"$@\"\n",
+        "#!/bin/sh\n[ \"$1\" != run ] || echo 'datapath.max_backends = 262144' >> \"$3\"\nexec {} \"$@\"\n",
         nohop.display()
     );
     fs::write(&bigger, script)?;

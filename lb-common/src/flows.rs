@@ -3,16 +3,16 @@
 
 use crate::Address;
 
-/// The value of `PEERS`: what a connected socket dialled, and what it became. Also one entry of
+/// The value of `PEERS`: what a connected socket connected, and what it became. Also one entry of
 /// [`Flows`].
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Peer {
-    /// What the application dialled.
+    /// What the application connected.
     pub frontend: Address,
     /// Where it was sent.
     pub backend: Address,
-    /// The port that the application dialled.
+    /// The port that the application connected.
     pub frontend_port: u16,
     /// The port it was sent to.
     pub backend_port: u16,
@@ -28,9 +28,9 @@ pub struct Peer {
 }
 
 impl Peer {
-    /// Whether this was dialled as `address` and `port`.
+    /// Whether this was connected to as `address` and `port`.
     #[inline(always)]
-    pub fn was_dialled_as(&self, address: &Address, port: u16) -> bool {
+    pub fn matches_vip(&self, address: &Address, port: u16) -> bool {
         self.frontend_port == port && self.frontend == *address
     }
 
@@ -96,7 +96,7 @@ impl Flows {
         let mut index = 0;
         while index < N_FLOWS {
             let flow = self.flow(index);
-            if flow.generation != 0 && flow.was_dialled_as(address, port) {
+            if flow.generation != 0 && flow.matches_vip(address, port) {
                 break;
             }
             index += 1;

@@ -34,7 +34,7 @@ pub const IPPROTO_UDP: u8 = 17;
 /// The port of a frontend that stands for every port without a frontend of its own.
 pub const ANY_PORT: u16 = 0;
 
-/// The key of `FRONTENDS`: what an application dials by IPv4.
+/// The key of `FRONTENDS`: what an application connects to by IPv4.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Frontend {
@@ -48,7 +48,7 @@ pub struct Frontend {
     pub padding: u8,
 }
 
-/// The key of `FRONTENDS6`: what an application dials by IPv6.
+/// The key of `FRONTENDS6`: what an application connects to by IPv6.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Frontend6 {
@@ -80,11 +80,11 @@ pub struct Region {
     /// The index of the first slot.
     pub first_slot: u32,
     /// The number of slots, which is the number of backends: 0..=[`MAX_SERVICE_BACKENDS`].
-    /// 0 means that dials are refused.
+    /// 0 means that connects to are refused.
     pub n_slots: u32,
 }
 
-/// What dials choose from, by the addresses that their sockets can reach.
+/// What connections choose from, by the addresses that their sockets can reach.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Regions {
@@ -98,13 +98,13 @@ pub struct Regions {
     pub all: Region,
 }
 
-/// What dials of a service choose from, within [`ServiceLine`].
+/// What connections of a service choose from, within [`ServiceLine`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Service {
-    /// What a dial from the host's network namespace chooses from.
+    /// What a connection from the host's network namespace chooses from.
     pub host: Regions,
-    /// What a dial from any other network namespace chooses from: the same, but for backends on
+    /// What a connection from any other network namespace chooses from: the same, but for backends on
     /// the host's loopback, which would be another machine's loopback there.
     pub elsewhere: Regions,
 }
@@ -120,16 +120,16 @@ impl Service {
     }
 }
 
-/// The value of `SERVICES`: all that a dial touches of a service, in one cache line.
+/// The value of `SERVICES`: all that a connection touches of a service, in one cache line.
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ServiceLine {
-    /// What dials choose from. The daemon writes it.
+    /// What connections choose from. The daemon writes it.
     pub service: Service,
-    /// Dials that were sent to a backend: connects by TCP, and choices for datagrams. It only grows.
-    pub dials: u64,
-    /// 1 where the next dial is to be reported ([`Report`]), because the daemon doesn't follow the
-    /// service's instances. The daemon writes it; the dial that was reported makes it 0.
+    /// Connects that were sent to a backend: connects by TCP, and choices for datagrams. It only grows.
+    pub connects: u64,
+    /// 1 where the next connection is to be reported ([`Report`]), because the daemon doesn't follow the
+    /// service's instances. The daemon writes it; the connection that was reported makes it 0.
     pub is_awaited: u64,
 }
 
@@ -163,14 +163,14 @@ pub struct Backend {
     pub generation: u32,
 }
 
-/// The value of `BACKENDS`: all that a dial touches of a backend, half a cache line.
+/// The value of `BACKENDS`: all that a connection touches of a backend, half a cache line.
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct BackendLine {
     /// Where to connect to. The daemon writes it.
     pub backend: Backend,
-    /// Dials that were sent there. It only grows, until the entry is another backend's.
-    pub dials: u64,
+    /// Connects that were sent there. It only grows, until the entry is another backend's.
+    pub connects: u64,
 }
 
 /// The value of `NAMES`: a service's name, for people who look at the maps, and for a daemon that
@@ -182,7 +182,7 @@ pub struct Name {
     pub octets: [u8; 64],
 }
 
-/// The value of `UNSENT`: dials of a service that weren't sent to a backend. All only grow.
+/// The value of `UNSENT`: connections of a service that weren't sent to a backend. All only grow.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Unsent {
@@ -190,13 +190,13 @@ pub struct Unsent {
     pub no_backend: u64,
     /// Refused, because this socket can't reach any of the backends by its address family.
     pub family: u64,
-    /// Passed untouched, because dials were only counted ([`Daemon::is_shadow`]).
+    /// Passed untouched, because connections were only counted ([`Daemon::is_shadow`]).
     pub shadowed: u64,
 }
 
 /// The value of `UDP_CONNECTS`: connect() of a service's VIP by UDP sockets, which tells nothing of
 /// datagrams: whoever looks up a name (getaddrinfo(), RFC 6724) connects a socket to each address and
-/// sends nothing. So they are counted apart from dials and refusals. All only grow, from the start of
+/// sends nothing. So they are counted apart from connections and refusals. All only grow, from the start of
 /// each daemon: the map isn't pinned.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -223,8 +223,8 @@ pub struct Report {
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reason {
-    /// A dial of a service whose dial was awaited ([`ServiceLine::is_awaited`]).
-    Dialled = 1,
+    /// A connection of a service whose connection was awaited ([`ServiceLine::is_awaited`]).
+    Connected = 1,
 }
 
 /// The value of `DAEMON`: what the daemon says of itself. It alone writes it. One cache line.
@@ -243,11 +243,11 @@ pub struct Daemon {
     pub host_netns: u64,
     /// The daemon's process id, as it sees it.
     pub pid: u64,
-    /// The same as the kernel sees it: its dials are left alone.
+    /// The same as the kernel sees it: its connections are left alone.
     pub tgid: u64,
     /// 1 once the maps have held a whole table: before that nothing may be switched to them.
     pub is_filled: u64,
-    /// 1 while dials are only counted and pass untouched; 0 while they are translated.
+    /// 1 while connections are only counted and pass untouched; 0 while they are translated.
     pub is_shadow: u64,
 }
 
@@ -289,23 +289,23 @@ impl ExcludedCgroup {
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Counter {
-    /// Dials into the pool that no frontend matches: an address that was never given to a service,
+    /// Connects into the pool that no frontend matches: an address that was never given to a service,
     /// or a port that isn't one of the service's. They were refused. A UDP socket's connect() isn't among
     /// them, see [`Counter::UdpNoFrontend`].
     RefusedNoFrontend = 0,
-    /// Dials whose socket storage couldn't be had. They went on; `getpeername` shows the backend.
+    /// Connects whose socket storage couldn't be had. They went on; `getpeername` shows the backend.
     NoStorage = 1,
-    /// Dials that met a slot or a backend that isn't there, which can't happen unless the maps
+    /// Connects that met a slot or a backend that isn't there, which can't happen unless the maps
     /// were written by somebody else. They were refused.
     Inconsistent = 2,
-    /// Dials to frontends that passed untouched: of the kernel's own sockets, of excluded cgroups,
+    /// Connects to frontends that passed untouched: of the kernel's own sockets, of excluded cgroups,
     /// of the daemon.
-    LeftAlone = 3,
+    Bypassed = 3,
     /// Choices made again because the backend that a socket had kept left the table.
     BackendGone = 4,
-    /// Dials to frontends that passed untouched because dials were only counted.
+    /// Connects to frontends that passed untouched because connections were only counted.
     Shadowed = 5,
-    /// Dials into the pool that no frontend matches, and that passed untouched for that reason: they
+    /// Connects into the pool that no frontend matches, and that passed untouched for that reason: they
     /// would have been refused.
     ShadowedNoFrontend = 6,
     /// connect() of UDP sockets into the pool that no frontend matches: address lookups, mostly, which
@@ -321,7 +321,7 @@ pub const N_PINNED_COUNTERS: usize = 7;
 /// The number of [`Counter`]s.
 pub const N_COUNTERS: usize = 9;
 
-/// How a program refuses a dial with ECONNREFUSED.
+/// How a program refuses a connection with ECONNREFUSED.
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Refusal {
@@ -340,8 +340,8 @@ const _: () = {
     assert!(size_of::<Service>() == 8 * Service::N_REGIONS);
     assert!(size_of::<Slot>() == 8 && align_of::<Slot>() == 8);
     assert!(size_of::<Backend>() == 24 && offset_of!(Backend, generation) == 20);
-    assert!(size_of::<ServiceLine>() == 64 && offset_of!(ServiceLine, dials) == 48);
-    assert!(size_of::<BackendLine>() == 32 && offset_of!(BackendLine, dials) == 24);
+    assert!(size_of::<ServiceLine>() == 64 && offset_of!(ServiceLine, connects) == 48);
+    assert!(size_of::<BackendLine>() == 32 && offset_of!(BackendLine, connects) == 24);
     assert!(size_of::<Daemon>() == 64 && size_of::<Probe>() == 24);
     assert!(size_of::<Unsent>() == 24 && size_of::<Report>() == 8);
     assert!(size_of::<UdpConnects>() == 24);

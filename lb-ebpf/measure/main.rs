@@ -1,5 +1,5 @@
 //! Programs to compare nohop's with: what a hook costs that does nothing, and ways for a socket to
-//! keep what it dialled. The benchmarks load them; the daemon doesn't know them.
+//! keep what it connected. The benchmarks load them; the daemon doesn't know them.
 #![no_std]
 #![no_main]
 #![feature(asm_experimental_arch)]
@@ -230,7 +230,7 @@ pub fn two_reads(ctx: SockAddrContext) -> i32 {
 }
 
 /// One read, as nohop does it: the socket's address is the context's own, negated twice. Fails the
-/// dial if it is another one than the kernel's context has.
+/// connect if it is another one than the kernel's context has.
 #[cgroup_sock_addr(connect4)]
 pub fn one_read(ctx: SockAddrContext) -> i32 {
     // SAFETY: a valid context, one instruction on one register, and a helper that reads safely.

@@ -74,7 +74,7 @@ pub fn in_pool(address: [u8; 4]) -> bool {
     u32::from_be_bytes(address) & setting!(POOL_MASK) == setting!(POOL_NETWORK)
 }
 
-/// Whether `address` is near the pins, so that it has to be looked up. It spares other dials that.
+/// Whether `address` is near the pins, so that it has to be looked up. It spares other connections that.
 #[inline(always)]
 pub fn may_be_pin(address: [u8; 4]) -> bool {
     u32::from_be_bytes(address) & setting!(PINS_MASK) == setting!(PINS_NETWORK)

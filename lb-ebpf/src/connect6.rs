@@ -1,14 +1,14 @@
-//! connect() of an IPv6 socket, TCP or UDP. `::ffff:a.b.c.d`, which is how dual-stack clients dial
+//! connect() of an IPv6 socket, TCP or UDP. `::ffff:a.b.c.d`, which is how dual-stack clients connect
 //! IPv4, is looked up as the IPv4 address that it is.
 
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
 use lb_common::{Address, IPPROTO_TCP};
 
+use crate::config;
 use crate::context::{self, Endpoint, PROCEED, Refused};
 use crate::maps::Reach;
 use crate::revnat;
-use crate::config;
 use crate::translate::{Call, choose4, choose6, may_be_ours};
 
 const LOOPBACK6: Address = Address { octets: [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1] };
@@ -34,22 +34,22 @@ pub fn nohop_connect6(ctx: SockAddrContext) -> i32 {
 
 #[inline(always)]
 fn try_connect6(ctx: &SockAddrContext) -> Result<(), Refused> {
-    let dialled = Endpoint { address: context::address6(ctx), port: context::port(ctx) };
-    let choice = match dialled.address.to_v4() {
+    let connected = Endpoint { address: context::address6(ctx), port: context::port(ctx) };
+    let choice = match connected.address.to_v4() {
         Some(address) if may_be_ours(address) => {
             choose4(ctx, address, Call::Connect, || reach_by_ipv4(ctx))?
         }
-        None if config::in_pool6(&dialled.address) => {
-            choose6(ctx, &dialled, Call::Connect, |only| reach_by_ipv6(ctx, only))?
+        None if config::in_pool6(&connected.address) => {
+            choose6(ctx, &connected, Call::Connect, |only| reach_by_ipv6(ctx, only))?
         }
         _ => None,
     };
     let Some(choice) = choice else {
-        revnat::forget(ctx, &dialled, || context::peer6(ctx));
+        revnat::forget(ctx, &connected, || context::peer6(ctx));
         return Ok(());
     };
     context::set6(ctx, choice.backend.address, choice.backend.port);
-    revnat::remember(ctx, choice.peer(dialled), choice.socket, || context::peer6(ctx));
+    revnat::remember(ctx, choice.peer(connected), choice.socket, || context::peer6(ctx));
     Ok(())
 }
 

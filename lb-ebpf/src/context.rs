@@ -16,7 +16,7 @@ pub const FAIL: i32 = 0;
 
 const ECONNREFUSED: i32 = 111;
 
-/// An address and port, such as where a dial goes.
+/// An address and port, such as where a connection goes.
 #[derive(Clone, Copy)]
 pub struct Endpoint {
     pub address: Address,
@@ -30,7 +30,7 @@ impl Endpoint {
         self.port == other.port && self.address == other.address
     }
 
-    /// What was dialled.
+    /// What was connected to.
     #[inline(always)]
     pub fn of_frontend(peer: &Peer) -> Endpoint {
         Endpoint { address: peer.frontend, port: peer.frontend_port }
@@ -185,7 +185,7 @@ pub fn set6(ctx: &SockAddrContext, address: Address, port: u16) {
     write!(u32::from(port.to_be()) => ctx.user_port);
 }
 
-/// A dial that must not reach anything.
+/// A connection that must not reach anything.
 pub struct Refused;
 
 /// Makes the call fail with ECONNREFUSED, where the kernel lets a program say so. Before 6.1 it is

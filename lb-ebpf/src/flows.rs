@@ -10,7 +10,7 @@ use lb_common::{Address, Counter, Peer, flow_clock};
 
 use crate::context::Endpoint;
 use crate::translate::is_excluded;
-use crate::{maps, revnat, config, log};
+use crate::{config, log, maps, revnat};
 
 /// Where a datagram goes.
 #[derive(Clone, Copy)]
@@ -21,17 +21,16 @@ pub struct Followed {
 
 /// The backend that earlier datagrams to the same VIP went to, while it is in the table.
 #[inline(always)]
-pub fn follow(ctx: &SockAddrContext, dialled: &Endpoint) -> Option<Followed> {
+pub fn follow(ctx: &SockAddrContext, connected: &Endpoint) -> Option<Followed> {
     if is_excluded() || maps::is_shadow() {
         return None;
     }
     // SAFETY: a non-null pointer is to this socket's own storage, and the socket is locked.
     let flows = unsafe { maps::FLOWS.get_ptr_mut(ctx).as_mut() }?;
-    let index = flows.current(&dialled.address, dialled.port)?;
+    let index = flows.current(&connected.address, connected.port)?;
     flows.touch(index, now());
     let found = *flows.flow(index);
-    if found.layout == config::layout() && maps::is_in_table(found.backend_idx, found.generation)
-    {
+    if found.layout == config::layout() && maps::is_in_table(found.backend_idx, found.generation) {
         return Some(Followed { backend: found.backend, port: found.backend_port });
     }
     maps::count(Counter::BackendGone);

@@ -1,4 +1,4 @@
-//! getpeername() of an IPv4 socket: the application sees what it dialled.
+//! getpeername() of an IPv4 socket: the application sees what it connected.
 
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
@@ -13,7 +13,7 @@ pub fn nohop_getpeer4(ctx: SockAddrContext) -> i32 {
     let peer =
         Endpoint { address: Address::v4(context::address4(&ctx)), port: context::port(&ctx) };
     let shown = revnat::shown(&ctx, &peer);
-    // An IPv4 socket dialled an IPv4 address.
+    // An IPv4 socket connected an IPv4 address.
     if let Some(address) = shown.address.to_v4() {
         context::set4(&ctx, address, shown.port);
     }

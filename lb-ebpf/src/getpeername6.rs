@@ -1,4 +1,4 @@
-//! getpeername() of an IPv6 socket: the application sees what it dialled.
+//! getpeername() of an IPv6 socket: the application sees what it connected.
 
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;

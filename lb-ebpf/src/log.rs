@@ -1,5 +1,5 @@
 //! What the programs have to say in rare cases, to the daemon's log. Never on the way of an ordinary
-//! dial, and never more than once a second for each kind.
+//! connect, and never more than once a second for each kind.
 
 use aya_ebpf::bindings::BPF_F_MMAPABLE;
 use aya_ebpf::btf_maps::Array;
@@ -31,7 +31,10 @@ enum Kind {
 pub fn inconsistent(ctx: &SockAddrContext, service: u32) -> Refused {
     maps::count(Counter::Inconsistent);
     if is_due(Kind::Inconsistent) {
-        warn!(ctx, "service {} leads to a backend that isn't there: dials are refused", service);
+        warn!(
+            ctx,
+            "service {} leads to a backend that isn't there: connections are refused", service
+        );
     }
     Refused
 }
@@ -40,7 +43,10 @@ pub fn inconsistent(ctx: &SockAddrContext, service: u32) -> Refused {
 #[inline(always)]
 pub fn no_storage(ctx: &SockAddrContext) {
     if is_due(Kind::NoStorage) {
-        warn!(ctx, "no socket storage: a dial goes on, and will show its backend as the peer");
+        warn!(
+            ctx,
+            "no socket storage: a connection goes on, and will show its backend as the peer"
+        );
     }
 }
 

@@ -8,22 +8,22 @@
 #![feature(asm_experimental_arch, core_intrinsics)]
 #![allow(internal_features)]
 
+mod config;
 mod connect4;
 mod connect6;
 mod context;
 mod flows;
 mod getpeername4;
 mod getpeername6;
+mod log;
 mod maps;
-mod revnat;
 mod random;
 mod recvmsg4;
 mod recvmsg6;
+mod revnat;
 mod sendmsg4;
 mod sendmsg6;
-mod config;
 mod translate;
-mod log;
 
 #[unsafe(link_section = "license")]
 #[unsafe(no_mangle)]

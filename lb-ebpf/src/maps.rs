@@ -55,10 +55,10 @@ static EXCLUDED: Array<ExcludedCgroup, MAX_EXCLUDED, MMAPABLE> = Array::new();
 /// its own, and asks anew.
 #[btf_map]
 static REPORTS: RingBuf<Report, 65_536> = RingBuf::new();
-/// What each connected socket dialled. It lives and dies with the socket.
+/// What each connected socket connected. It lives and dies with the socket.
 #[btf_map]
 pub static PEERS: SkStorage<Peer> = SkStorage::new();
-/// What a UDP socket dialled before, while `PEERS` says what it dialled last: that connect() may have
+/// What a UDP socket connected before, while `PEERS` says what it connected last: that connect() may have
 /// failed. It lives and dies with the socket.
 #[btf_map]
 pub static FORMER_PEERS: SkStorage<Peer> = SkStorage::new();
@@ -86,7 +86,7 @@ fn copy_target(target: *const Target) -> Target {
     unsafe { core::mem::transmute::<u64, Target>(target.cast::<u64>().read_volatile()) }
 }
 
-/// What a dial can reach by its addresses.
+/// What a connection can reach by its addresses.
 #[derive(Clone, Copy, PartialEq)]
 pub enum Reach {
     /// IPv4 backends.
@@ -101,8 +101,8 @@ pub enum Reach {
     All,
 }
 
-/// A service's slots, for dials from the host's network namespace and for those from elsewhere; and
-/// whether the daemon waits for a dial.
+/// A service's slots, for connections from the host's network namespace and for those from elsewhere; and
+/// whether the daemon waits for a connection.
 #[derive(Clone, Copy)]
 pub struct Scopes {
     pub host: Region,
@@ -111,7 +111,7 @@ pub struct Scopes {
 }
 
 impl Scopes {
-    /// Whether it matters where a dial comes from.
+    /// Whether it matters where a connection comes from.
     #[inline(always)]
     pub fn differ(&self) -> bool {
         word(self.host) != word(self.elsewhere)
@@ -219,7 +219,7 @@ words! {
     host_netns
     /// The daemon's process.
     tgid
-    /// Whether dials are only counted.
+    /// Whether connections are only counted.
     is_shadow
 }
 
@@ -229,7 +229,7 @@ pub fn daemon() -> Option<DaemonWords> {
     DAEMON.get_ptr(0).map(DaemonWords)
 }
 
-/// Whether dials are only counted. It is asked of dials to the pools and the pins alone.
+/// Whether connections are only counted. It is asked of connections to the pools and the pins alone.
 #[inline(always)]
 pub fn is_shadow() -> bool {
     daemon().is_some_and(|daemon| daemon.is_shadow() != 0)
@@ -265,21 +265,21 @@ pub fn excluded(index: u32) -> Option<ExcludedCgroup> {
     (cgroup_id != 0 || level != 0).then_some(ExcludedCgroup { cgroup_id, level })
 }
 
-/// Counts a dial of `service` that goes to `backend`.
+/// Counts a connection of `service` that goes to `backend`.
 #[inline(always)]
-pub fn count_dial(service: u32, backend: u32) {
+pub fn count_connect(service: u32, backend: u32) {
     // SAFETY: an array's element stays; this word of it is written by atomic addition only.
     unsafe {
         if let Some(line) = SERVICES.get_ptr_mut(service) {
-            add_one(&raw mut (*line).dials);
+            add_one(&raw mut (*line).connects);
         }
         if let Some(line) = BACKENDS.get_ptr_mut(backend) {
-            add_one(&raw mut (*line).dials);
+            add_one(&raw mut (*line).connects);
         }
     }
 }
 
-/// Counts a dial of `service` that is refused: for want of any backend, or of one that this
+/// Counts a connection of `service` that is refused: for want of any backend, or of one that this
 /// socket's address family can reach.
 #[inline(always)]
 pub fn count_refused(service: u32, by_family: bool) {
@@ -306,7 +306,7 @@ pub fn count_udp_connect(service: u32, refused_by_family: Option<bool>) {
     }
 }
 
-/// Counts a dial of `service` that passes untouched because dials are only counted.
+/// Counts a connection of `service` that passes untouched because connections are only counted.
 #[inline(always)]
 pub fn count_shadowed(service: u32) {
     if let Some(unsent) = UNSENT.get_ptr_mut(service) {
@@ -315,14 +315,14 @@ pub fn count_shadowed(service: u32) {
     }
 }
 
-/// Tells the daemon of a dial that it waits for. Where there is no room, the next one does.
+/// Tells the daemon of a connection that it waits for. Where there is no room, the next one does.
 #[inline(always)]
-pub fn report_dial(service: u32) {
-    let report = Report { service, reason: Reason::Dialled as u32 };
+pub fn report_connect(service: u32) {
+    let report = Report { service, reason: Reason::Connected as u32 };
     if REPORTS.output(report, 0).is_ok()
         && let Some(line) = SERVICES.get_ptr_mut(service)
     {
-        // SAFETY: an array's element stays, and this is an aligned word of it. Two dials that come
+        // SAFETY: an array's element stays, and this is an aligned word of it. Two connections that come
         // at once are both reported, which is no harm.
         unsafe { (&raw mut (*line).is_awaited).write_volatile(0) };
     }

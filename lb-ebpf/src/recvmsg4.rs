@@ -13,7 +13,7 @@ pub fn nohop_recvmsg4(ctx: SockAddrContext) -> i32 {
     let sender =
         Endpoint { address: Address::v4(context::address4(&ctx)), port: context::port(&ctx) };
     let shown = flows::shown(&ctx, &sender, &context::peer4(&ctx));
-    // An IPv4 socket dialled an IPv4 address.
+    // An IPv4 socket connected an IPv4 address.
     if let Some(address) = shown.address.to_v4() {
         context::set4(&ctx, address, shown.port);
     }

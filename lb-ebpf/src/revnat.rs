@@ -1,4 +1,4 @@
-//! What a connected socket remembers of its dial.
+//! What a connected socket remembers of its connection.
 //!
 //! A hook runs before the kernel connects, and isn't told whether that succeeded. A UDP socket that
 //! is connected stays so when a further connect() fails, so what it remembers of the association that
@@ -11,9 +11,9 @@ use lb_common::{Counter, IPPROTO_UDP, Peer};
 
 use crate::context::{self, Endpoint};
 use crate::translate::Socket;
-use crate::{maps, config, log};
+use crate::{config, log, maps};
 
-/// Keeps what was dialled. Where there is no memory for it the dial goes on. `connected` is what a UDP
+/// Keeps what was connected to. Where there is no memory for it the connection goes on. `connected` is what a UDP
 /// socket is connected to until now.
 #[inline(always)]
 pub fn remember(
@@ -23,7 +23,7 @@ pub fn remember(
     connected: impl FnOnce() -> Endpoint,
 ) {
     // Made as zeros, which say nothing, and written once: a value for the kernel to begin with would
-    // be copied twice, and storage that was there already has an earlier dial in it.
+    // be copied twice, and storage that was there already has an earlier connect in it.
     // SAFETY: a non-null pointer is to this socket's own storage, which only hooks of this socket
     // read and write, and they run with it locked.
     match unsafe { maps::PEERS.get_or_insert_ptr_mut(ctx, None).as_mut() } {
@@ -43,7 +43,7 @@ pub fn remember(
     }
 }
 
-/// Forgets an earlier dial: the socket goes to `address` itself. Most sockets have nothing to forget.
+/// Forgets an earlier connect: the socket goes to `address` itself. Most sockets have nothing to forget.
 #[inline(always)]
 pub fn forget(ctx: &SockAddrContext, address: &Endpoint, connected: impl FnOnce() -> Endpoint) {
     // SAFETY: as above.
@@ -81,7 +81,7 @@ fn set_aside(ctx: &SockAddrContext, kept: &Peer, connected: &Endpoint, next: &En
     }
 }
 
-/// What a connected socket remembers of its association with `peer`, if it dialled a VIP.
+/// What a connected socket remembers of its association with `peer`, if it connected a VIP.
 #[inline(always)]
 pub fn association(ctx: &SockAddrContext, peer: &Endpoint) -> Option<&'static Peer> {
     // SAFETY: as above; the storage lives as long as the socket, which is longer than the program
@@ -102,11 +102,11 @@ fn former(ctx: &SockAddrContext, peer: &Endpoint) -> Option<&'static Peer> {
     former.filter(|former| former.was_sent_to(&peer.address, peer.port))
 }
 
-/// What the application should see of the socket's peer: what was dialled, if the peer is the
-/// backend that the dial became, or the peer itself.
+/// What the application should see of the socket's peer: what was connected to, if the peer is the
+/// backend that the connection became, or the peer itself.
 #[inline(always)]
 pub fn shown(ctx: &SockAddrContext, peer: &Endpoint) -> Endpoint {
-    // What was kept is about another dial if the peer is another one.
+    // What was kept is about another connection if the peer is another one.
     association(ctx, peer).map_or(*peer, Endpoint::of_frontend)
 }
 

@@ -1,4 +1,4 @@
-//! From what an application dials to the backend that the dial goes to.
+//! From what an application connects to to the backend that the connection goes to.
 
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::helpers::generated::{bpf_skc_to_tcp_sock, bpf_skc_to_udp6_sock};
@@ -14,12 +14,12 @@ use lb_common::{
 
 use crate::context::{self, Endpoint, Refused};
 use crate::maps::{self, DaemonWords, Reach};
-use crate::{random, config, log};
+use crate::{config, log, random};
 
 /// How long the daemon's word that it lives is taken for true.
 const HEARTBEAT_LASTS_NS: u64 = 10_000_000_000;
 
-/// Where a dial goes.
+/// Where a connection goes.
 #[derive(Clone, Copy)]
 pub struct Choice {
     pub service: u32,
@@ -29,7 +29,7 @@ pub struct Choice {
     pub socket: Socket,
 }
 
-/// What dials.
+/// What connections.
 #[derive(Clone, Copy, PartialEq)]
 pub enum Call {
     /// connect(). Of a UDP socket it is counted apart: it may never send.
@@ -52,11 +52,11 @@ pub enum Socket {
 impl Choice {
     /// What a socket that was sent there remembers.
     #[inline(always)]
-    pub fn peer(&self, dialled: Endpoint) -> Peer {
+    pub fn peer(&self, connected: Endpoint) -> Peer {
         Peer {
-            frontend: dialled.address,
+            frontend: connected.address,
             backend: self.backend.address,
-            frontend_port: dialled.port,
+            frontend_port: connected.port,
             backend_port: self.backend.port,
             layout: config::layout(),
             naming: 0,
@@ -66,13 +66,13 @@ impl Choice {
     }
 }
 
-/// Whether a dial to an IPv4 address may be ours. What is no VIP pays for this alone.
+/// Whether a connection to an IPv4 address may be ours. What is no VIP pays for this alone.
 #[inline(always)]
 pub fn may_be_ours(address: [u8; 4]) -> bool {
     config::in_pool(address) || config::may_be_pin(address)
 }
 
-/// Where a dial to an IPv4 address goes; `None` when it passes untouched.
+/// Where a connection to an IPv4 address goes; `None` when it passes untouched.
 #[inline(always)]
 pub fn choose4(
     ctx: &SockAddrContext,
@@ -97,12 +97,12 @@ pub fn choose4(
     choose_backend(ctx, target, call, false, |_| reach())
 }
 
-/// Where a dial to an address of the IPv6 pool goes; `None` when it passes untouched. `reach` is told
+/// Where a connection to an address of the IPv6 pool goes; `None` when it passes untouched. `reach` is told
 /// of a socket that connects whether it is closed to IPv4.
 #[inline(always)]
 pub fn choose6(
     ctx: &SockAddrContext,
-    dialled: &Endpoint,
+    connected: &Endpoint,
     call: Call,
     reach: impl FnOnce(bool) -> Reach,
 ) -> Result<Option<Choice>, Refused> {
@@ -110,7 +110,7 @@ pub fn choose6(
     if protocol != IPPROTO_TCP && protocol != IPPROTO_UDP {
         return Ok(None);
     }
-    choose_backend(ctx, target6(dialled, protocol), call, call == Call::Connect, reach)
+    choose_backend(ctx, target6(connected, protocol), call, call == Call::Connect, reach)
 }
 
 /// The service behind an IPv4 address and the context's port.
@@ -127,9 +127,9 @@ fn target4(ctx: &SockAddrContext, address: [u8; 4], protocol: u8) -> Option<Targ
 
 /// The service behind an IPv6 address and port.
 #[inline(always)]
-fn target6(dialled: &Endpoint, protocol: u8) -> Option<Target> {
-    let address = dialled.address.octets;
-    let mut frontend = Frontend6 { address, port: dialled.port, protocol, padding: 0 };
+fn target6(connected: &Endpoint, protocol: u8) -> Option<Target> {
+    let address = connected.address.octets;
+    let mut frontend = Frontend6 { address, port: connected.port, protocol, padding: 0 };
     let target = maps::target6(&frontend);
     if target.is_some() {
         return target;
@@ -146,8 +146,8 @@ pub fn refuse_family4(ctx: &SockAddrContext, address: [u8; 4]) -> Refused {
 
 /// Refuses a datagram to an IPv6 VIP: the socket is connected to an instance at an IPv4 address by it.
 #[inline(always)]
-pub fn refuse_family6(dialled: &Endpoint) -> Refused {
-    refuse_family(target6(dialled, IPPROTO_UDP))
+pub fn refuse_family6(connected: &Endpoint) -> Refused {
+    refuse_family(target6(connected, IPPROTO_UDP))
 }
 
 #[inline(always)]
@@ -169,12 +169,12 @@ fn choose_backend(
 ) -> Result<Option<Choice>, Refused> {
     let Some(daemon) = maps::daemon() else { return Ok(None) };
     if is_daemons(daemon) {
-        maps::count(Counter::LeftAlone);
+        maps::count(Counter::Bypassed);
         return Ok(None);
     }
     let (socket, is_ipv6_only) = whose(ctx, asks_ipv6_only);
     if socket == Socket::Kernel || is_excluded() {
-        maps::count(Counter::LeftAlone);
+        maps::count(Counter::Bypassed);
         return Ok(None);
     }
     let is_udp_connect = call == Call::Connect && context::protocol(ctx) == IPPROTO_UDP;
@@ -190,8 +190,8 @@ fn choose_backend(
     let service = target.service;
     let scopes = maps::scopes(service, reach(is_ipv6_only))
         .ok_or_else(|| log::inconsistent(ctx, service))?;
-    // Asking where a dial comes from is spared where it makes no difference. One of the two words
-    // may be newer than the other: if they are the same, each is what either dial is to have.
+    // Asking where a connection comes from is spared where it makes no difference. One of the two words
+    // may be newer than the other: if they are the same, each is what either connect is to have.
     let from_host = target.host_only == 0 && !scopes.differ()
         // SAFETY: the context is valid.
         || unsafe { bpf_get_netns_cookie(ctx.as_ptr()) } == daemon.host_netns();
@@ -199,7 +199,7 @@ fn choose_backend(
         return Ok(None);
     }
     if scopes.is_awaited {
-        maps::report_dial(service);
+        maps::report_connect(service);
     }
     let region = if from_host { scopes.host } else { scopes.elsewhere };
     if region.n_slots == 0 {
@@ -219,7 +219,7 @@ fn choose_backend(
             if is_udp_connect {
                 maps::count_udp_connect(service, None);
             } else {
-                maps::count_dial(service, backend_idx);
+                maps::count_connect(service, backend_idx);
             }
             Ok(Some(Choice { service, backend_idx, backend, socket }))
         }
@@ -227,7 +227,7 @@ fn choose_backend(
     }
 }
 
-/// Counts a dial that passes because dials are only counted, if it had not passed anyway.
+/// Counts a connection that passes because connections are only counted, if it had not passed anyway.
 #[inline(always)]
 fn count_shadowed(
     ctx: &SockAddrContext,
@@ -258,7 +258,7 @@ fn has_others(ctx: &SockAddrContext, daemon: DaemonWords, service: u32) -> bool 
     })
 }
 
-/// Whether the daemon itself dials. Once it is gone, another process may get its number.
+/// Whether the daemon itself connections. Once it is gone, another process may get its number.
 #[inline(always)]
 fn is_daemons(daemon: DaemonWords) -> bool {
     bpf_get_current_pid_tgid() >> 32 == daemon.tgid()

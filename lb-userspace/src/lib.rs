@@ -5,10 +5,10 @@ pub mod admin;
 pub mod catalog;
 pub mod cli;
 pub mod config;
+pub mod datapath;
 pub mod dns;
 mod durable;
 #[cfg(any(fuzzing, test))]
 pub mod fuzzing;
-pub mod datapath;
 pub mod table;
 mod terminal;

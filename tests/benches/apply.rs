@@ -2,7 +2,7 @@
 
 #[path = "../kernel/fixture.rs"]
 #[expect(dead_code, clippy::unwrap_used, reason = "the kernel tests' bed, of which they use more")]
-mod bed;
+mod fixture;
 
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -67,7 +67,7 @@ fn first_sync(n_services: u32, n_backends: u32) -> Duration {
 fn apply(bed: &mut Bed, services: &BTreeMap<Arc<str>, Arc<Service>>) -> Duration {
     let table = Table { generation: 1, services: services.clone(), ..Table::default() };
     let start = Instant::now();
-    let errors = bed.plane.apply(&table).expect("the kernel takes the table");
+    let errors = bed.datapath.apply(&table).expect("the kernel takes the table");
     let took = start.elapsed();
     assert!(errors.is_empty(), "{errors:?}");
     took
@@ -98,7 +98,7 @@ fn verdict<T: PartialOrd + std::fmt::Debug>(is: T, goal: Option<T>) -> String {
     format!("; at most {goal:?}: {verdict}")
 }
 
-/// All maps of the plane, as the kernel tells of them in fdinfo: those that this process holds open
+/// All maps of the datapath, as the kernel tells of them in fdinfo: those that this process holds open
 /// already, and those that are pinned.
 fn report_memory(bed: &Bed) {
     let pinned = walk(&bed.options.bpffs);

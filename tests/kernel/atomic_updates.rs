@@ -1,10 +1,13 @@
 //! What readers see while tables change: the old or the new, and nobody else's.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use crate::fixture::{Bed, OTHER_VIP, Server, VIP, dial, n_dials, service};
+use crate::fixture::{Bed, OTHER_VIP, Server, VIP, connect, n_connects, service};
 
-/// Two dialling threads against a table that swaps all of a service's backends without a pause.
+/// The most connections of one client of [`swaps_are_atomic`].
+const MAX_CONNECTS: usize = 200_000;
+
+/// Two connecting threads against a table that swaps all of a service's backends without a pause.
 pub fn swaps_are_atomic() {
     let servers = [b'a', b'b', b'c', b'd'].map(Server::start);
     let outsider = Server::start(b'x');
@@ -14,35 +17,40 @@ pub fn swaps_are_atomic() {
     let other = service("other", OTHER_VIP, &[(outsider.address, 1)]);
     bed.apply(vec![service("web", VIP, &sets[0]), other.clone()]);
     let done = AtomicBool::new(false);
+    let n_swaps = AtomicUsize::new(0);
+    // A slow machine needs more connections until as many swaps have met them; the bound ends a hang.
+    let is_enough = |n: usize| {
+        n >= n_connects()
+            && (n_swaps.load(Ordering::Relaxed) > n_connects() / 10 || n >= MAX_CONNECTS)
+    };
     std::thread::scope(|scope| {
-        let dialling = [(); 2].map(|()| {
+        let connecting = [(); 2].map(|()| {
             scope.spawn(|| {
-                for n in 0..n_dials() {
+                for n in (0..).take_while(|n| !is_enough(*n)) {
                     let answer =
-                        dial((VIP, 80)).unwrap_or_else(|error| panic!("dial {n}: {error}"));
-                    assert!("abcd".contains(answer), "dial {n} reached {answer}");
+                        connect((VIP, 80)).unwrap_or_else(|error| panic!("connect {n}: {error}"));
+                    assert!("abcd".contains(answer), "connect {n} reached {answer}");
                 }
             })
         });
         let swapping = scope.spawn(|| {
-            let mut n_swaps = 0;
             while !done.load(Ordering::Relaxed) {
-                n_swaps += 1;
-                bed.apply(vec![service("web", VIP, &sets[n_swaps % 2]), other.clone()]);
+                let n = n_swaps.fetch_add(1, Ordering::Relaxed);
+                bed.apply(vec![service("web", VIP, &sets[n % 2]), other.clone()]);
             }
-            n_swaps
         });
-        let results = dialling.map(|thread| thread.join());
+        let results = connecting.map(|thread| thread.join());
         done.store(true, Ordering::Relaxed);
-        let n_swaps = swapping.join().unwrap();
+        swapping.join().unwrap();
         for result in results {
             result.unwrap();
         }
-        assert!(n_swaps > n_dials() / 10, "{n_swaps} swaps are too few to prove anything");
     });
+    let n_swaps = n_swaps.into_inner();
+    assert!(n_swaps > n_connects() / 10, "{n_swaps} swaps during {MAX_CONNECTS} connections");
 }
 
-/// Two services that come, change and go, each dialled all the while: a dial gets its own service's
+/// Two services that come, change and go, each connected all the while: a connection gets its own service's
 /// backend or is refused.
 pub fn services_never_mix() {
     let servers = [b'a', b'b', b'c', b'd'].map(Server::start);
@@ -51,18 +59,21 @@ pub fn services_never_mix() {
     let mut bed = Bed::new();
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
-        let dialling = [(VIP, "ab"), (OTHER_VIP, "cd")].map(|(vip, allowed)| {
+        let connecting = [(VIP, "ab"), (OTHER_VIP, "cd")].map(|(vip, allowed)| {
             scope.spawn(move || {
                 let mut n_answers = 0;
-                for n in 0..n_dials() {
-                    match dial((vip, 80)) {
+                for n in 0..n_connects() {
+                    match connect((vip, 80)) {
                         Ok(answer) => {
-                            assert!(allowed.contains(answer), "dial {n} of {vip} reached {answer}");
+                            assert!(
+                                allowed.contains(answer),
+                                "connect {n} of {vip} reached {answer}"
+                            );
                             n_answers += 1;
                         }
                         Err(error) => {
                             let kind = std::io::ErrorKind::ConnectionRefused;
-                            assert_eq!(error.kind(), kind, "dial {n} of {vip}");
+                            assert_eq!(error.kind(), kind, "connect {n} of {vip}");
                         }
                     }
                 }
@@ -83,11 +94,11 @@ pub fn services_never_mix() {
                 bed.apply(services);
             }
         });
-        let results = dialling.map(|thread| thread.join());
+        let results = connecting.map(|thread| thread.join());
         done.store(true, Ordering::Relaxed);
         changing.join().unwrap();
         for result in results {
-            assert!(result.unwrap() > 0, "some dials are answered");
+            assert!(result.unwrap() > 0, "some connections are answered");
         }
     });
 }

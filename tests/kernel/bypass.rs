@@ -1,4 +1,4 @@
-//! Who is left alone: excluded cgroups, the daemon, the kernel's own sockets. Their dials pass
+//! Who is left alone: excluded cgroups, the daemon, the kernel's own sockets. Their connections pass
 //! untouched, and land on a server that listens on the VIP itself.
 
 use std::fs;
@@ -7,13 +7,13 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use lb_userspace::datapath::Plane;
+use lb_userspace::datapath::Datapath;
 use lb_userspace::table::{Ports, Protocols, Service};
 
-use crate::fixture::{
-    Bed, Echo, Place, Server, VIP, ask, client, dial, dial_udp, event, service, table, ways,
-};
 use crate::disconnect::bpf;
+use crate::fixture::{
+    Bed, Echo, Place, Server, VIP, ask, client, connect, connect_udp, event, service, table, ways,
+};
 
 /// Servers behind the VIP: `b`; and on the VIP itself: `v`.
 pub struct Servers {
@@ -45,7 +45,7 @@ impl Servers {
         web
     }
 
-    /// The port that they are dialled at.
+    /// The port that they are connected to at.
     pub fn port(&self) -> u16 {
         self.own.0.address.port()
     }
@@ -59,7 +59,7 @@ impl Servers {
     pub fn answer(&self) -> char {
         let mut answers = Vec::new();
         for way in ways(VIP, self.port()) {
-            answers.extend([dial(way).unwrap(), dial_udp(way).unwrap()]);
+            answers.extend([connect(way).unwrap(), connect_udp(way).unwrap()]);
             answers.push(ask(&client(way), way).unwrap().0);
         }
         answers.dedup();
@@ -76,7 +76,7 @@ pub fn excluded_cgroups() {
     // They end after the hooks, which they would else miss each other by.
     let servers = Servers::start();
     let mut bed = Bed::with(|options| {
-        options.plane.exclude_cgroups =
+        options.datapath.exclude_cgroups =
             vec![options.scope.join("never"), options.scope.join("excluded")];
     });
     let (own, excluded) = (bed.cgroup.path.clone(), bed.cgroup.path.join("excluded"));
@@ -87,14 +87,14 @@ pub fn excluded_cgroups() {
     // A cgroup that is made again is another one by the same name.
     for _ in 0..2 {
         fs::create_dir_all(&below).unwrap();
-        assert!(bed.plane.mend().holds());
+        assert!(bed.datapath.fix().holds());
         for (cgroup, expected) in
             [(&own, 'b'), (&excluded, 'v'), (&below, 'v'), (&beside, 'b'), (&own, 'b')]
         {
             enter(cgroup);
-            let n_left_alone = event(&bed, "left_alone");
+            let n_bypassed = event(&bed, "bypassed");
             assert_eq!(servers.answer(), expected, "{}", cgroup.display());
-            assert_eq!(event(&bed, "left_alone") > n_left_alone, expected == 'v');
+            assert_eq!(event(&bed, "bypassed") > n_bypassed, expected == 'v');
         }
         for cgroup in [&below, &excluded.join("a"), &excluded] {
             fs::remove_dir(cgroup).unwrap();
@@ -108,7 +108,7 @@ pub fn excluded_by_pattern() {
     let servers = Servers::start();
     let mut bed = Bed::with(|options| {
         let patterns = ["*.slice/*/*.envoy-*.scope", "gone"];
-        options.plane.exclude_cgroups =
+        options.datapath.exclude_cgroups =
             patterns.map(|pattern| options.scope.join(pattern)).to_vec();
     });
     servers.serve(&mut bed);
@@ -118,12 +118,12 @@ pub fn excluded_by_pattern() {
         .map(|scope| share.join(scope));
     for (cgroup, is_excluded) in [(&web, false), (&envoy, true), (&other, true)] {
         fs::create_dir_all(cgroup).unwrap();
-        bed.plane.mend();
+        bed.datapath.fix();
         enter(cgroup);
         assert_eq!(servers.answer() == 'v', is_excluded, "{}", cgroup.display());
         enter(&own);
     }
-    let notes: Vec<&String> = bed.plane.notes().collect();
+    let notes: Vec<&String> = bed.datapath.notes().collect();
     let named = |note: &String| note.contains("no cgroup matches") && note.contains("/gone'");
     assert!(matches!(notes[..], [note] if named(note)), "{notes:?}");
     for cgroup in [&web, &envoy, &other] {
@@ -135,7 +135,7 @@ pub fn excluded_by_pattern() {
 pub fn excluded_behind_a_hole() {
     let servers = Servers::start();
     let mut bed = Bed::with(|options| {
-        options.plane.exclude_cgroups = vec![options.scope.join("t-*")];
+        options.datapath.exclude_cgroups = vec![options.scope.join("t-*")];
     });
     servers.serve(&mut bed);
     let own = bed.cgroup.path.clone();
@@ -147,17 +147,17 @@ pub fn excluded_behind_a_hole() {
         answer
     };
     (1..=4).for_each(|n| fs::create_dir(cgroup(n)).unwrap());
-    bed.plane.mend();
+    bed.datapath.fix();
     assert_eq!([1, 2, 3, 4].map(answer), ['v'; 4]);
     fs::remove_dir(cgroup(1)).unwrap();
-    bed.plane.mend();
+    bed.datapath.fix();
     assert_eq!([2, 3, 4].map(answer), ['v'; 3], "behind the first, which is gone");
     fs::remove_dir(cgroup(3)).unwrap();
-    bed.plane.mend();
+    bed.datapath.fix();
     assert_eq!([2, 4].map(answer), ['v'; 2], "behind two holes");
     assert_eq!(servers.answer(), 'b', "beside them");
     fs::create_dir(cgroup(5)).unwrap();
-    bed.plane.mend();
+    bed.datapath.fix();
     assert_eq!([2, 4, 5].map(answer), ['v'; 3]);
     [2, 4, 5].into_iter().for_each(|n| fs::remove_dir(cgroup(n)).unwrap());
 }
@@ -168,13 +168,13 @@ pub fn more_excluded_than_fit() {
     let servers = Servers::start();
     let mut place = Place::new();
     let own = place.cgroup.path.clone();
-    place.options.plane.exclude_cgroups = vec![own.join("t-*")];
+    place.options.datapath.exclude_cgroups = vec![own.join("t-*")];
     let start = || {
-        let mut plane = place.start();
-        assert!(plane.apply(&table(vec![servers.service()])).unwrap().is_empty());
-        plane
+        let mut datapath = place.start();
+        assert!(datapath.apply(&table(vec![servers.service()])).unwrap().is_empty());
+        datapath
     };
-    let mut plane = start();
+    let mut datapath = start();
     let cgroup = |n: u32| own.join(format!("t-{n:02}"));
     let answer = |n: u32| {
         enter(&cgroup(n));
@@ -183,25 +183,25 @@ pub fn more_excluded_than_fit() {
         answer
     };
     (11..=27).for_each(|n| fs::create_dir(cgroup(n)).unwrap());
-    plane.mend();
+    datapath.fix();
     assert_eq!([11, 26, 27].map(answer), ['v', 'v', 'b']);
     fs::create_dir(cgroup(10)).unwrap();
-    plane.mend();
-    let is_told = |plane: &Plane| {
-        let notes: Vec<&String> = plane.notes().collect();
+    datapath.fix();
+    let is_told = |datapath: &Datapath| {
+        let notes: Vec<&String> = datapath.notes().collect();
         let parts = ["matches 18 cgroups", "16 at most", "/t-10, ", "/t-27 are translated"];
         parts.iter().all(|part| notes.iter().any(|note| note.contains(part)))
     };
-    assert!(is_told(&plane), "{:?}", plane.notes().collect::<Vec<_>>());
+    assert!(is_told(&datapath), "{:?}", datapath.notes().collect::<Vec<_>>());
     assert_eq!([10, 11, 26, 27].map(answer), ['b', 'v', 'v', 'b']);
     // The next daemon goes on with the same ones.
-    drop(plane);
-    let mut plane = start();
-    assert!(is_told(&plane), "{:?}", plane.notes().collect::<Vec<_>>());
+    drop(datapath);
+    let mut datapath = start();
+    assert!(is_told(&datapath), "{:?}", datapath.notes().collect::<Vec<_>>());
     assert_eq!([10, 11, 26, 27].map(answer), ['b', 'v', 'v', 'b']);
     // One that goes makes room for another.
     fs::remove_dir(cgroup(11)).unwrap();
-    plane.mend();
+    datapath.fix();
     assert_eq!([10, 26, 27].map(answer), ['v', 'v', 'b']);
     [10].into_iter().chain(12..=27).for_each(|n| fs::remove_dir(cgroup(n)).unwrap());
 }
@@ -211,11 +211,11 @@ pub fn the_daemon() {
     let mut bed = Bed::as_daemon(|_| {});
     servers.serve(&mut bed);
     assert_eq!(servers.answer(), 'v');
-    assert_ne!(event(&bed, "left_alone"), 0);
+    assert_ne!(event(&bed, "bypassed"), 0);
     // A daemon that died leaves its number to another process.
     grow_old(&bed.options.bpffs.join("v2/maps/DAEMON"));
     assert_eq!(servers.answer(), 'b');
-    bed.plane.beat(None);
+    bed.datapath.beat(None);
     assert_eq!(servers.answer(), 'v');
 }
 

@@ -1,4 +1,4 @@
-//! A process that dials one address all the time, from several threads: an application, as this
+//! A process that connects to one address all the time, from several threads: an application, as this
 //! process is none while it is a daemon.
 
 use std::cell::Cell;
@@ -11,13 +11,13 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use crate::fixture::dial;
+use crate::fixture::connect;
 
-const FLAG: &str = "--dial";
+const FLAG: &str = "--connect";
 const N_THREADS: usize = 2;
-/// How long the dials that are waited for may take.
+/// How long the connections that are waited for may take.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// What stands for a dial that failed.
+/// What stands for a connection that failed.
 const FAILED: char = '!';
 
 /// The letters of the servers that answered, and how often each did.
@@ -25,9 +25,9 @@ type Answers = BTreeMap<char, u64>;
 
 /// The process, until it is dropped.
 ///
-/// A byte to its stdin begins a new epoch. For each dial it writes the server's letter, and the
-/// epoch in which the dial began.
-pub struct Dialler {
+/// A byte to its stdin begins a new epoch. For each connection it writes the server's letter, and the
+/// epoch in which the connection began.
+pub struct Connector {
     child: Child,
     stdin: Option<ChildStdin>,
     epoch: Cell<u8>,
@@ -35,8 +35,8 @@ pub struct Dialler {
     reader: Option<JoinHandle<()>>,
 }
 
-impl Dialler {
-    pub fn start(address: impl Into<SocketAddr>) -> Dialler {
+impl Connector {
+    pub fn start(address: impl Into<SocketAddr>) -> Connector {
         let mut child = Command::new("/proc/self/exe")
             .args([FLAG, &address.into().to_string()])
             .stdin(Stdio::piped())
@@ -55,13 +55,14 @@ impl Dialler {
                 shared.1.notify_all();
             }
         });
-        let dialler = Dialler { child, stdin, epoch: Cell::new(0), answers, reader: Some(reader) };
+        let connector =
+            Connector { child, stdin, epoch: Cell::new(0), answers, reader: Some(reader) };
         // Until the child runs its own program it holds our descriptors, and with them our locks.
-        dialler.more(1);
-        dialler
+        connector.more(1);
+        connector
     }
 
-    /// Waits for `n` dials that begin after the call, and returns the letters of who answered.
+    /// Waits for `n` connections that begin after the call, and returns the letters of who answered.
     pub fn more(&self, n: u64) -> String {
         self.epoch.set(self.epoch.get() + 1);
         self.stdin.as_ref().unwrap().write_all(&[0]).unwrap();
@@ -72,16 +73,16 @@ impl Dialler {
                 is_short(answers.entry(self.epoch.get()).or_default())
             })
             .unwrap();
-        assert!(!waited.timed_out(), "no {n} dials in {PATIENCE:?}: {answers:?}");
+        assert!(!waited.timed_out(), "no {n} connections in {PATIENCE:?}: {answers:?}");
         answers[&self.epoch.get()].keys().collect()
     }
 
-    /// Ends it; no dial may have failed. Returns the letters of who answered.
+    /// Ends it; no connection may have failed. Returns the letters of who answered.
     pub fn stop(mut self) -> String {
         self.end();
         let answers = self.answers.0.lock().unwrap();
         let letters: BTreeSet<char> = answers.values().flat_map(Answers::keys).copied().collect();
-        assert!(!letters.contains(&FAILED), "dials failed: {answers:?}");
+        assert!(!letters.contains(&FAILED), "connections failed: {answers:?}");
         letters.into_iter().collect()
     }
 
@@ -92,19 +93,19 @@ impl Dialler {
     }
 }
 
-impl Drop for Dialler {
+impl Drop for Connector {
     fn drop(&mut self) {
         self.end();
     }
 }
 
-/// The address to dial, if this process was started as one that dials.
+/// The address to connect to, if this process was started as one that connects to.
 pub fn asked_for() -> Option<SocketAddr> {
     let mut arguments = std::env::args().skip(1);
     (arguments.next()? == FLAG).then(|| arguments.next()?.parse().ok()).flatten()
 }
 
-/// Dials until stdin ends.
+/// Connects until stdin ends.
 pub fn run(address: SocketAddr) -> ExitCode {
     let epoch = Arc::new(AtomicU8::new(0));
     for _ in 0..N_THREADS {
@@ -112,8 +113,8 @@ pub fn run(address: SocketAddr) -> ExitCode {
         std::thread::spawn(move || {
             loop {
                 let epoch = epoch.load(Ordering::SeqCst);
-                let letter = dial(address).unwrap_or_else(|error| {
-                    eprintln!("a dial failed: {error}");
+                let letter = connect(address).unwrap_or_else(|error| {
+                    eprintln!("a connection failed: {error}");
                     FAILED
                 });
                 let mut stdout = std::io::stdout().lock();

@@ -10,7 +10,7 @@ use rustix::net::sockopt::set_ipv6_v6only;
 use rustix::net::{AddressFamily, SocketType, bind};
 
 use crate::fixture::{
-    Bed, Echo, OTHER_VIP, OTHER_VIP6, Server, VIP, VIP6, ask, client, dial, dial_udp, event,
+    Bed, Echo, OTHER_VIP, OTHER_VIP6, Server, VIP, VIP6, ask, client, connect, connect_udp, event,
     loopback, service, ways,
 };
 
@@ -25,15 +25,15 @@ pub enum Use {
 impl Use {
     pub const ALL: [Use; 3] = [Use::Tcp, Use::ConnectedUdp, Use::Udp];
 
-    /// The letter that answers. It comes from where it was dialled.
-    pub fn dial(self, address: SocketAddr) -> io::Result<char> {
+    /// The letter that answers. It comes from where it was connected to.
+    pub fn connect(self, address: SocketAddr) -> io::Result<char> {
         match self {
             Use::Tcp => {
                 let stream = TcpStream::connect(address)?;
                 assert_eq!(stream.peer_addr()?, address, "getpeername");
-                dial(address)
+                connect(address)
             }
-            Use::ConnectedUdp => dial_udp(address),
+            Use::ConnectedUdp => connect_udp(address),
             Use::Udp => {
                 let (letter, from) = ask(&client(address), address)?;
                 assert_eq!(from, address, "the sender of the reply");
@@ -64,7 +64,7 @@ pub fn servers(letter: u8, on: SocketAddr) -> (Server, Echo) {
     (server, echo)
 }
 
-/// Every kind of socket, way of dialling and set of backends.
+/// Every kind of socket, way of connecting and set of backends.
 pub fn sockets_reach_what_their_family_can() {
     let (ipv4, _ipv4) = servers(b'4', loopback(VIP));
     let (ipv6, _ipv6) = servers(b'6', loopback(VIP6));
@@ -86,7 +86,7 @@ pub fn sockets_reach_what_their_family_can() {
     let (mut n_refused, mut n_connects_refused) = (0, 0);
     for (letters, backends) in sets {
         bed.apply(vec![dual("web", VIP, VIP6, &backends)]);
-        let service = bed.plane.indices("web").unwrap().service;
+        let service = bed.datapath.indices("web").unwrap().service;
         for (address, reached) in reach {
             for (how, groups) in Use::ALL.into_iter().zip(reached) {
                 let of = |group: &&str| letters.chars().filter(|l| group.contains(*l)).collect();
@@ -95,19 +95,19 @@ pub fn sockets_reach_what_their_family_can() {
                 let expected = expected.unwrap_or_default();
                 let what = format!("{how:?} to {address}, backends {letters}");
                 if expected.is_empty() {
-                    let error = how.dial(address).expect_err(&what);
-                    assert!(how.is_refusal(&error, bed.plane.refusal()), "{what}: {error}");
+                    let error = how.connect(address).expect_err(&what);
+                    assert!(how.is_refusal(&error, bed.datapath.refusal()), "{what}: {error}");
                     n_refused += u64::from(how != Use::ConnectedUdp);
                     n_connects_refused += u64::from(how == Use::ConnectedUdp);
                 } else {
-                    // The chance that one of two doesn't come in 40 dials is 2^-39.
+                    // The chance that one of two doesn't come in 40 connections is 2^-39.
                     let mut seen: Vec<char> =
-                        (0..40).map(|_| how.dial(address).expect(&what)).collect();
+                        (0..40).map(|_| how.connect(address).expect(&what)).collect();
                     seen.sort_unstable();
                     seen.dedup();
                     assert_eq!(String::from_iter(seen), expected, "{what}");
                 }
-                let refused = bed.plane.counters().service(service);
+                let refused = bed.datapath.counters().service(service);
                 assert_eq!((refused.refused_family, refused.refused), (n_refused, 0), "{what}");
                 assert_eq!(refused.udp_connects.family, n_connects_refused, "{what}");
                 assert_eq!(refused.udp_connects.no_backend, 0, "{what}");
@@ -125,7 +125,7 @@ pub fn refused_by_port_zero() {
     refused_by(Refusal::PortZero);
 }
 
-/// Whatever the socket, a dial into a pool that no frontend matches is refused, and so is one of a
+/// Whatever the socket, a connection into a pool that no frontend matches is refused, and so is one of a
 /// service without backends.
 fn refused_by(refusal: Refusal) {
     // They would take whatever is let through.
@@ -151,18 +151,18 @@ fn refused_by(refusal: Refusal) {
     ];
     for how in Use::ALL {
         for address in empty.into_iter().chain(unassigned) {
-            let error = how.dial(address).expect_err("it is refused");
+            let error = how.connect(address).expect_err("it is refused");
             assert!(how.is_refusal(&error, refusal), "{how:?} to {address}: {error:?}");
         }
     }
     assert_eq!(event(&bed, "refused_no_frontend"), 2 * unassigned.len() as u64);
     assert_eq!(event(&bed, "udp_no_frontend"), unassigned.len() as u64);
-    let service = bed.plane.indices("empty").unwrap().service;
-    let counted = bed.plane.counters().service(service);
+    let service = bed.datapath.indices("empty").unwrap().service;
+    let counted = bed.datapath.counters().service(service);
     assert_eq!(counted.refused, 2 * empty.len() as u64);
     assert_eq!(counted.udp_connects.no_backend, empty.len() as u64);
     let local = SocketAddr::from((Ipv6Addr::LOCALHOST, port));
-    assert_eq!(Use::ALL.map(|how| how.dial(local).unwrap()), ['w'; 3], "no VIP passes");
+    assert_eq!(Use::ALL.map(|how| how.connect(local).unwrap()), ['w'; 3], "no VIP passes");
 }
 
 /// Without a pool, an IPv6 address is nobody's.
@@ -170,7 +170,7 @@ pub fn without_a_pool_ipv6_passes() {
     let (server, _echo) = servers(b'a', loopback(VIP6));
     let mut bed = Bed::new();
     bed.apply(vec![service("web", VIP, &[])]);
-    assert_eq!(Use::ALL.map(|how| how.dial(server.address).unwrap()), ['a'; 3]);
+    assert_eq!(Use::ALL.map(|how| how.connect(server.address).unwrap()), ['a'; 3]);
 }
 
 /// A plain IPv4 address and its mapped form lead to the same backends: to those at IPv4 addresses
@@ -188,7 +188,7 @@ pub fn a_mapped_connect_stays_with_ipv4() {
         bed.apply(vec![dual("web", VIP, VIP6, backends)]);
         for how in [Use::Tcp, Use::ConnectedUdp] {
             for _ in 0..20 {
-                assert_eq!(how.dial(mapped).unwrap(), expected, "{how:?} {backends:?}");
+                assert_eq!(how.connect(mapped).unwrap(), expected, "{how:?} {backends:?}");
             }
         }
     }
@@ -207,7 +207,7 @@ enum Bound {
 
 impl Bound {
     /// Connects a socket, and returns the letter that answers.
-    fn dial(self, how: Use, address: SocketAddr) -> io::Result<char> {
+    fn connect(self, how: Use, address: SocketAddr) -> io::Result<char> {
         let socket_type = if how == Use::Tcp { SocketType::STREAM } else { SocketType::DGRAM };
         let socket = rustix::net::socket(AddressFamily::INET6, socket_type, None)?;
         match self {
@@ -241,7 +241,7 @@ pub fn sockets_bound_to_a_family_stay_in_it() {
     let mut n_refused = 0;
     for backends in [[ipv4.address, ipv6.address].as_slice(), &[ipv4.address], &[ipv6.address]] {
         bed.apply(vec![dual("web", VIP, VIP6, backends)]);
-        let service = bed.plane.indices("web").unwrap().service;
+        let service = bed.datapath.indices("web").unwrap().service;
         for (bound, reached, letter) in [
             (Bound::V6Only, ipv6.address, '6'),
             (Bound::Ipv6, ipv6.address, '6'),
@@ -251,10 +251,10 @@ pub fn sockets_bound_to_a_family_stay_in_it() {
                 let what = format!("{bound:?}, {how:?}, {backends:?}");
                 if backends.contains(&reached) {
                     for _ in 0..12 {
-                        assert_eq!(bound.dial(how, by_ipv6).expect(&what), letter, "{what}");
+                        assert_eq!(bound.connect(how, by_ipv6).expect(&what), letter, "{what}");
                     }
                 } else {
-                    let error = bound.dial(how, by_ipv6).expect_err(&what);
+                    let error = bound.connect(how, by_ipv6).expect_err(&what);
                     // Before 6.1 a program can't name the error, and no address is both within
                     // reach of a UDP socket with an IPv4 source and refused by its kernel.
                     let is_named = how == Use::Tcp
@@ -264,7 +264,7 @@ pub fn sockets_bound_to_a_family_stay_in_it() {
                     assert!(is_refused || !is_named, "{what}: {error}");
                     n_refused += u64::from(how == Use::Tcp);
                 }
-                let counted = bed.plane.counters().service(service);
+                let counted = bed.datapath.counters().service(service);
                 assert_eq!((counted.refused_family, counted.refused), (n_refused, 0), "{what}");
             }
         }
@@ -274,7 +274,7 @@ pub fn sockets_bound_to_a_family_stay_in_it() {
 
 /// getaddrinfo(), musl and Go's resolver connect a UDP socket to each address, to see from which
 /// source it is reached, and send nothing.
-pub fn address_lookups_are_no_dials() {
+pub fn address_lookups_are_no_connects() {
     let (server, _echo) = servers(b'4', loopback(VIP));
     let mut bed = Bed::with_pool6();
     let [plain, mapped] = ways(VIP, 80);
@@ -292,16 +292,16 @@ pub fn address_lookups_are_no_dials() {
             let mut web = dual("web", VIP, VIP6, backends);
             web.protocols = protocols;
             bed.apply(vec![web]);
-            let service = bed.plane.indices("web").unwrap().service;
-            let before = bed.plane.counters().service(service);
+            let service = bed.datapath.indices("web").unwrap().service;
+            let before = bed.datapath.counters().service(service);
             // glibc takes the service's own port, Go 9, musl 65535.
             for port in [80, 9, 65_535] {
                 look_up(port);
                 n_lookups += if port == 80 && protocols.udp() { 0 } else { 3 };
             }
-            let after = bed.plane.counters().service(service);
+            let after = bed.datapath.counters().service(service);
             let what = format!("{protocols:?} {backends:?}");
-            let told = |it: ServiceCounters| (it.dials, it.refused, it.refused_family);
+            let told = |it: ServiceCounters| (it.connects, it.refused, it.refused_family);
             assert_eq!(told(after), told(before), "{what}");
             let connects = after.udp_connects;
             let n = connects.connects + connects.no_backend + connects.family;

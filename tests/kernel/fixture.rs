@@ -1,4 +1,4 @@
-//! What each trial stands on: a cgroup that this process is in, a plane attached to it, servers on
+//! What each trial stands on: a cgroup that this process is in, a datapath attached to it, servers on
 //! loopback that say who they are, and tables.
 
 use std::io::{self, Read, Write};
@@ -15,7 +15,7 @@ use lb_tests::bpffs::Bpffs;
 use lb_tests::tempdir;
 use lb_userspace::config::{Config, cgroup};
 use lb_userspace::datapath::probe::Proof;
-use lb_userspace::datapath::{COUNTERS, Options, Plane, Refusal};
+use lb_userspace::datapath::{COUNTERS, Datapath, Options, Refusal};
 use lb_userspace::table::{Backend, Ports, Protocols, Service, State, Table};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
@@ -60,7 +60,7 @@ fn wait_until_empty(cgroup: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Where planes live: a cgroup with this process in it, and a directory for pins. Whatever daemons
+/// Where datapaths live: a cgroup with this process in it, and a directory for pins. Whatever daemons
 /// left there goes when this is dropped.
 pub struct Place {
     pub options: Options,
@@ -75,44 +75,44 @@ impl Place {
         options.bpffs = bpffs.path().join("nohop");
         if is_emulated() {
             // Maps of the full size take seconds there.
-            (options.plane.max_services, options.plane.max_backends) = (64, 1_024);
+            (options.datapath.max_services, options.datapath.max_backends) = (64, 1_024);
         }
         Place { options, cgroup, _bpffs: bpffs }
     }
 
-    /// Starts a daemon's plane.
-    pub fn start(&self) -> Plane {
-        let plane = self.start_as_daemon();
-        // This process is no daemon: its dials are what is tested.
-        plane.keep();
-        plane
+    /// Starts a daemon's datapath.
+    pub fn start(&self) -> Datapath {
+        let datapath = self.start_as_daemon();
+        // This process is no daemon: its connections are what is tested.
+        datapath.keep();
+        datapath
     }
 
-    /// Starts a daemon's plane for a scope that this process may not be in: it proves nothing.
-    pub fn start_attached(&self) -> Plane {
-        let plane = self.start_attached_or_waiting();
-        assert!(plane.are_hooks_ours());
-        plane
+    /// Starts a daemon's datapath for a scope that this process may not be in: it proves nothing.
+    pub fn start_attached(&self) -> Datapath {
+        let datapath = self.start_attached_or_waiting();
+        assert!(datapath.are_hooks_ours());
+        datapath
     }
 
     /// The same, where the hooks may be an earlier daemon's until the first table.
-    pub fn start_attached_or_waiting(&self) -> Plane {
-        let plane = Plane::start(&self.options).unwrap();
-        plane.keep();
-        plane
+    pub fn start_attached_or_waiting(&self) -> Datapath {
+        let datapath = Datapath::start(&self.options).unwrap();
+        datapath.keep();
+        datapath
     }
 
     /// The same, and this process passes for the daemon.
-    pub fn start_as_daemon(&self) -> Plane {
-        let plane = Plane::start(&self.options).unwrap();
-        // Before 5.14 only a dial tells the network namespace's cookie.
-        if self.options.host_netns.is_none() && plane.are_hooks_ours() {
-            match plane.prober().probe() {
-                Proof::Runs(seen) => plane.learn(seen),
-                other => panic!("a dial from this process doesn't meet the hooks: {other:?}"),
+    pub fn start_as_daemon(&self) -> Datapath {
+        let datapath = Datapath::start(&self.options).unwrap();
+        // Before 5.14 only a connection tells the network namespace's cookie.
+        if self.options.host_netns.is_none() && datapath.are_hooks_ours() {
+            match datapath.prober().probe() {
+                Proof::Runs(seen) => datapath.learn(seen),
+                other => panic!("a connection from this process doesn't meet the hooks: {other:?}"),
             }
         }
-        plane
+        datapath
     }
 
     /// The path of something that is pinned, such as `v2/links/nohop_connect4`.
@@ -131,10 +131,10 @@ fn remove(cgroup: &Path) {
     let _ = std::fs::remove_dir(cgroup);
 }
 
-/// A plane that is attached to this process's own cgroup, with pins of its own. All of it goes when
-/// this is dropped, the plane first.
+/// A datapath that is attached to this process's own cgroup, with pins of its own. All of it goes when
+/// this is dropped, the datapath first.
 pub struct Bed {
-    pub plane: Plane,
+    pub datapath: Datapath,
     pub options: Options,
     pub cgroup: OwnCgroup,
     _bpffs: Bpffs,
@@ -152,8 +152,8 @@ impl Bed {
 
     /// With maps of a few entries.
     pub fn small() -> Bed {
-        Bed::with(|Options { plane, .. }| {
-            (plane.max_services, plane.max_backends) = (16, 64);
+        Bed::with(|Options { datapath, .. }| {
+            (datapath.max_services, datapath.max_backends) = (16, 64);
         })
     }
 
@@ -168,15 +168,15 @@ impl Bed {
         })
     }
 
-    /// A plane with both pools: [`VIP6`] is of the second.
+    /// A datapath with both pools: [`VIP6`] is of the second.
     pub fn with_pool6() -> Bed {
         Bed::with(|options| options.vip.pool6 = Some(POOL6.parse().unwrap()))
     }
 
-    /// A plane by the default configuration, but for what `change` does to it.
+    /// A datapath by the default configuration, but for what `change` does to it.
     pub fn with(change: impl FnOnce(&mut Options)) -> Bed {
         let bed = Bed::as_daemon(change);
-        bed.plane.keep();
+        bed.datapath.keep();
         bed
     }
 
@@ -184,13 +184,13 @@ impl Bed {
     pub fn as_daemon(change: impl FnOnce(&mut Options)) -> Bed {
         let mut place = Place::new();
         change(&mut place.options);
-        let plane = place.start_as_daemon();
+        let datapath = place.start_as_daemon();
         let Place { options, cgroup, _bpffs } = place;
-        Bed { plane, options, cgroup, _bpffs }
+        Bed { datapath, options, cgroup, _bpffs }
     }
 
     pub fn apply(&mut self, services: Vec<Service>) {
-        let errors = self.plane.apply(&table(services)).unwrap();
+        let errors = self.datapath.apply(&table(services)).unwrap();
         assert!(errors.is_empty(), "{errors:?}");
     }
 }
@@ -206,12 +206,12 @@ pub fn table(services: Vec<Service>) -> Table {
 pub fn event(bed: &Bed, name: &str) -> u64 {
     let counter = COUNTERS.iter().find(|(named, _)| *named == name);
     let (_, counter) = counter.unwrap_or_else(|| panic!("nothing counts {name}"));
-    bed.plane.counters().event(*counter)
+    bed.datapath.counters().event(*counter)
 }
 
 impl Drop for Bed {
     fn drop(&mut self) {
-        self.plane.detach();
+        self.datapath.detach();
     }
 }
 
@@ -307,9 +307,9 @@ impl Drop for Server {
     }
 }
 
-/// How often to dial for what only many dials show: 10,000 times, or fewer where the processor is
+/// How often to connect to for what only many connections show: 10,000 times, or fewer where the processor is
 /// emulated, which is slow.
-pub fn n_dials() -> usize {
+pub fn n_connects() -> usize {
     if is_emulated() { 1_000 } else { 10_000 }
 }
 
@@ -318,8 +318,8 @@ pub fn is_emulated() -> bool {
     std::env::var_os("NOHOP_EMULATED").is_some()
 }
 
-/// Dials, and returns the letter of the server that answered.
-pub fn dial(address: impl Into<SocketAddr>) -> io::Result<char> {
+/// Connects, and returns the letter of the server that answered.
+pub fn connect(address: impl Into<SocketAddr>) -> io::Result<char> {
     let mut letter = [0];
     TcpStream::connect(address.into())?.read_exact(&mut letter)?;
     Ok(letter[0].into())
@@ -389,7 +389,7 @@ pub fn hear(socket: &UdpSocket) -> io::Result<(char, SocketAddr)> {
 }
 
 /// Connects a UDP socket, sends a datagram and returns the letter that comes back.
-pub fn dial_udp(address: SocketAddr) -> io::Result<char> {
+pub fn connect_udp(address: SocketAddr) -> io::Result<char> {
     let socket = client(address);
     socket.connect(address)?;
     socket.send(b"?")?;

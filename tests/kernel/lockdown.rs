@@ -4,7 +4,7 @@ use std::fs;
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
 
-use crate::fixture::{Place, Server, VIP, ask, client, dial, dial_udp, service, table, ways};
+use crate::fixture::{Place, Server, VIP, ask, client, connect, connect_udp, service, table, ways};
 use lb_userspace::table::Protocols;
 
 /// Whether the running kernel is locked down as far as it goes.
@@ -17,19 +17,19 @@ pub fn is_locked_down() -> bool {
 pub fn it_serves() {
     let (server, place) = (Server::start(b'a'), Place::new());
     let echo = crate::fixture::Echo::on(b'a', server.address);
-    let mut plane = place.start();
+    let mut datapath = place.start();
     let mut web = service("web", VIP, &[(server.address, 1)]);
     web.protocols = Protocols::Both;
-    plane.apply(&table(vec![web])).unwrap();
+    datapath.apply(&table(vec![web])).unwrap();
     for way in ways(VIP, 80) {
-        assert_eq!(dial(way).unwrap(), 'a', "{way}");
-        assert_eq!(dial_udp(way).unwrap(), 'a', "{way}");
+        assert_eq!(connect(way).unwrap(), 'a', "{way}");
+        assert_eq!(connect_udp(way).unwrap(), 'a', "{way}");
         assert_eq!(ask(&client(way), way).unwrap(), ('a', way));
     }
-    let limits: Vec<String> = plane.limits().iter().map(ToString::to_string).collect();
+    let limits: Vec<String> = datapath.limits().iter().map(ToString::to_string).collect();
     assert_eq!(limits.len(), 1, "{limits:?}");
     assert!(limits[0].contains("lockdown=confidentiality"), "{limits:?}");
-    plane.detach();
+    datapath.detach();
     drop(echo);
 }
 

@@ -3,13 +3,14 @@
 //! The whole process enters that cgroup, so the trials run one after another.
 #![expect(clippy::unwrap_used, reason = "a trial that can't go on fails")]
 
-mod fixture;
 mod atomic_updates;
+mod bypass;
 mod connector;
 mod disconnect;
 mod families;
-mod bypass;
+mod fixture;
 mod lockdown;
+mod netns_scope;
 mod obstacles;
 mod odd_sockets;
 mod options;
@@ -18,12 +19,11 @@ mod ports;
 mod proof;
 mod refusal;
 mod reports;
+mod restart;
 mod rollback;
-mod netns_scope;
 mod shadow;
 mod soak;
 mod stress;
-mod restart;
 mod translation;
 mod trust;
 mod udp;
@@ -64,17 +64,21 @@ const fn once(name: &'static str, run: fn()) -> KernelTrial {
 }
 
 const TRIALS: &[KernelTrial] = &[
-    since((5, 10), "a_dial_reaches_a_backend", translation::a_dial_reaches_a_backend),
+    since((5, 10), "a_connect_reaches_a_backend", translation::a_connect_reaches_a_backend),
     once("weights_are_shares", translation::weights_are_shares),
     since((5, 10), "the_peer_is_forgotten", translation::the_peer_is_forgotten),
     since((5, 10), "what_is_no_vip_passes", translation::what_is_no_vip_passes),
-    since((5, 10), "dials_are_counted", translation::dials_are_counted),
+    since((5, 10), "connects_are_counted", translation::connects_are_counted),
     since((5, 10), "maps_are_readable", translation::maps_are_readable),
     since((6, 1), "refused_by_errno", refusal::by_errno),
     since((5, 10), "refused_by_port_zero", refusal::by_port_zero),
     since((5, 10), "a_pin_counts_on_the_host", netns_scope::a_pin_counts_on_the_host),
     since((5, 10), "a_pin_counts_for_datagrams", netns_scope::a_pin_counts_for_datagrams),
-    since((5, 10), "a_moved_pin_is_followed_by_nobody", netns_scope::a_moved_pin_is_followed_by_nobody),
+    since(
+        (5, 10),
+        "a_moved_pin_is_followed_by_nobody",
+        netns_scope::a_moved_pin_is_followed_by_nobody,
+    ),
     since((5, 10), "a_pin_passes_elsewhere", netns_scope::a_pin_passes_elsewhere),
     since((5, 10), "loopback_backends_are_the_hosts", netns_scope::loopback_backends_are_the_hosts),
     since((5, 10), "detached_is_gone", netns_scope::detached_is_gone),
@@ -125,29 +129,29 @@ const TRIALS: &[KernelTrial] = &[
     since((5, 10), "each_port_leads_to_the_backend", ports::each_port_leads_to_the_backend),
     since(
         (5, 10),
-        "any_port_replies_from_the_dialled_one",
-        ports::any_port_replies_from_the_dialled_one,
+        "any_port_replies_from_the_connected_one",
+        ports::any_port_replies_from_the_connected_one,
     ),
     since((5, 10), "protocols_are_honoured", ports::protocols_are_honoured),
     since((5, 10), "a_proof_cant_be_forged", proof::a_proof_cant_be_forged),
     once("a_proof_corrects_the_namespace", proof::a_proof_corrects_the_namespace),
     since((5, 10), "a_frozen_scope_is_reported", proof::a_frozen_scope_is_reported),
-    since((5, 10), "excluded_cgroups_are_left_alone", bypass::excluded_cgroups),
+    since((5, 10), "excluded_cgroups_are_bypassed", bypass::excluded_cgroups),
     since((5, 10), "cgroups_are_excluded_by_pattern", bypass::excluded_by_pattern),
     since((5, 10), "what_is_behind_a_hole_stays_excluded", bypass::excluded_behind_a_hole),
     once("more_excluded_than_fit_is_told", bypass::more_excluded_than_fit),
-    since((5, 10), "the_daemon_is_left_alone", bypass::the_daemon),
+    since((5, 10), "the_daemon_is_bypassed", bypass::the_daemon),
     since((5, 10), "a_cold_service_is_reported_once", reports::a_cold_service_is_reported_once),
-    since((5, 10), "a_refused_dial_is_reported", reports::a_refused_dial_is_reported),
+    since((5, 10), "a_refused_connect_is_reported", reports::a_refused_connect_is_reported),
     since((5, 10), "a_restart_asks_for_reports_anew", reports::a_restart_asks_anew),
     once("usage_is_told", reports::usage_is_told),
-    since((5, 10), "a_shadow_leaves_dials_untouched", shadow::leaves_dials_untouched),
+    since((5, 10), "a_shadow_leaves_connects_untouched", shadow::leaves_connects_untouched),
     since((5, 10), "a_shadow_leaves_ipv6_untouched", shadow::leaves_ipv6_untouched),
     since((5, 10), "a_shadow_refuses_nothing", shadow::refuses_nothing),
     since((5, 10), "a_shadow_lets_connections_go_on", shadow::lets_connections_go_on),
     since((5, 10), "a_shadow_outlives_the_daemon", shadow::outlives_the_daemon),
     once("a_shadow_counts_pins_on_the_host_alone", shadow::counts_pins_on_the_host_alone),
-    since((6, 8), "dials_go_on_without_storage", odd_sockets::dials_go_on_without_storage),
+    since((6, 8), "connects_go_on_without_storage", odd_sockets::connects_go_on_without_storage),
     since((5, 10), "fast_open_reaches_a_backend", odd_sockets::fast_open),
     since((5, 10), "mptcp_reaches_a_backend", odd_sockets::mptcp),
     since((5, 10), "mptcp_connects_again", odd_sockets::mptcp_again),
@@ -191,8 +195,8 @@ const TRIALS: &[KernelTrial] = &[
         families::sockets_bound_to_a_family_stay_in_it,
     ),
     since((5, 10), "a_mapped_connect_stays_with_ipv4", families::a_mapped_connect_stays_with_ipv4),
-    since((5, 10), "address_lookups_are_no_dials", families::address_lookups_are_no_dials),
-    since((5, 10), "a_restart_loses_no_dial", restart::a_restart_loses_no_dial),
+    since((5, 10), "address_lookups_are_no_connects", families::address_lookups_are_no_connects),
+    since((5, 10), "a_restart_loses_no_connect", restart::a_restart_loses_no_connect),
     since((5, 10), "a_new_layout_takes_over", restart::a_new_layout_takes_over),
     once("lower_sizes_take_nothing_away", restart::lower_sizes_take_nothing_away),
     once("maps_that_hold_less_are_not_used", restart::maps_that_hold_less_are_not_used),
@@ -231,14 +235,14 @@ const TRIALS: &[KernelTrial] = &[
     once("another_cgroup_is_left", pins::another_cgroup_is_left),
     once("a_wrong_cgroup_leaves_all", pins::a_wrong_cgroup_leaves_all),
     once("no_bpffs_is_an_error", pins::no_bpffs_is_an_error),
-    since((5, 10), "lost_links_are_mended", pins::lost_links_are_mended),
-    once("lost_pins_are_mended", pins::lost_pins_are_mended),
-    since((5, 10), "a_lost_cgroup_is_mended", pins::a_lost_cgroup_is_mended),
+    since((5, 10), "lost_links_are_fixed", pins::lost_links_are_fixed),
+    once("lost_pins_are_fixed", pins::lost_pins_are_fixed),
+    since((5, 10), "a_lost_cgroup_is_fixed", pins::a_lost_cgroup_is_fixed),
     since((5, 10), "hooks_come_and_go_in_order", pins::hooks_come_and_go_in_order),
     once("the_heartbeat_is_readable", pins::the_heartbeat_is_readable),
     once("full_maps_refuse_by_service", soak::full_maps_refuse_by_service),
     once("a_soak_leaks_nothing", soak::a_soak_leaks_nothing),
-    once("a_million_dials_meet_no_wrong_one", stress::a_million_dials_meet_no_wrong_one),
+    once("a_million_connects_meet_no_wrong_one", stress::a_million_connects_meet_no_wrong_one),
     locked_down("lockdown_lets_nohop_serve", lockdown::it_serves),
     locked_down("lockdown_is_reported", lockdown::it_is_reported),
     since((5, 10), "verified_instructions_are_told", verifier::instructions_are_told),

@@ -1,14 +1,14 @@
-//! Whom the plane is for: which network namespace, which cgroup, and for how long.
+//! Whom the datapath is for: which network namespace, which cgroup, and for how long.
 
 use std::io::ErrorKind;
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 
 use lb_tests::bpffs::Bpffs;
-use lb_userspace::datapath::Plane;
+use lb_userspace::datapath::Datapath;
 use lb_userspace::table::Protocols;
 
 use crate::fixture::{
-    Bed, Echo, OTHER_VIP, Server, VIP, ask, client, dead, dial, dial_udp, hear, service, ways,
+    Bed, Echo, OTHER_VIP, Server, VIP, ask, client, connect, connect_udp, dead, hear, service, ways,
 };
 
 /// The cookie of a namespace that this process isn't in.
@@ -27,11 +27,11 @@ pub fn a_pin_counts_on_the_host() {
     web.pin = Some(pin);
     bed.apply(vec![web]);
     for way in ways(*pin.ip(), pin.port()) {
-        assert_eq!(dial(way).unwrap(), 'a', "{way}");
+        assert_eq!(connect(way).unwrap(), 'a', "{way}");
     }
-    assert_eq!(dial((VIP, 80)).unwrap(), 'a', "the VIP works beside it");
+    assert_eq!(connect((VIP, 80)).unwrap(), 'a', "the VIP works beside it");
     for way in ways(*pin.ip(), neighbour.address.port()) {
-        assert_eq!(dial(way).unwrap(), 'n', "another port of the pinned address");
+        assert_eq!(connect(way).unwrap(), 'n', "another port of the pinned address");
     }
 }
 
@@ -45,11 +45,11 @@ pub fn a_pin_counts_for_datagrams() {
     bed.apply(vec![web]);
     for way in ways(*pin.ip(), pin.port()) {
         assert_eq!(ask(&client(way), way).unwrap(), ('a', way));
-        assert_eq!(dial_udp(way).unwrap(), 'a', "{way}");
+        assert_eq!(connect_udp(way).unwrap(), 'a', "{way}");
     }
     for way in ways(*pin.ip(), other) {
         assert_eq!(ask(&client(way), way).unwrap(), ('n', way), "another port");
-        assert_eq!(dial_udp(way).unwrap(), 'n', "another port: {way}");
+        assert_eq!(connect_udp(way).unwrap(), 'n', "another port: {way}");
     }
 }
 
@@ -79,7 +79,7 @@ pub fn a_moved_pin_is_followed_by_nobody() {
         by_vip.connect((VIP, 80)).unwrap();
         services(to);
         assert_eq!(ask(&unconnected, way).unwrap(), ('l', way), "{from} to {to}");
-        assert_eq!(dial_udp(way).unwrap(), 'l');
+        assert_eq!(connect_udp(way).unwrap(), 'l');
         let aborted = connected.recv(&mut [0]).unwrap_err();
         assert_eq!(aborted.kind(), ErrorKind::ConnectionAborted, "{from} to {to}");
         by_vip.send(b"?").unwrap();
@@ -104,8 +104,8 @@ pub fn a_pin_passes_elsewhere() {
     web.pin = Some(pin);
     bed.apply(vec![web]);
     for way in ways(Ipv4Addr::LOCALHOST, own_echo.address.port()) {
-        assert_eq!(dial(way).unwrap(), 'o', "{way}");
-        assert_eq!(dial_udp(way).unwrap(), 'o', "{way}");
+        assert_eq!(connect(way).unwrap(), 'o', "{way}");
+        assert_eq!(connect_udp(way).unwrap(), 'o', "{way}");
         assert_eq!(ask(&client(way), way).unwrap(), ('o', way));
     }
 }
@@ -120,16 +120,16 @@ pub fn loopback_backends_are_the_hosts() {
     bed.apply(vec![web.clone()]);
     for way in ways(VIP, 80) {
         for _ in 0..32 {
-            assert_eq!(dial(way).unwrap(), 'f', "{way}");
-            assert_eq!(dial_udp(way).unwrap(), 'f', "{way}");
+            assert_eq!(connect(way).unwrap(), 'f', "{way}");
+            assert_eq!(connect_udp(way).unwrap(), 'f', "{way}");
             assert_eq!(ask(&client(way), way).unwrap(), ('f', way));
         }
     }
     web.backends.truncate(1);
     bed.apply(vec![web]);
     for way in ways(VIP, 80) {
-        assert_eq!(dial(way).unwrap_err().kind(), ErrorKind::ConnectionRefused);
-        assert_eq!(dial_udp(way).unwrap_err().kind(), ErrorKind::ConnectionRefused);
+        assert_eq!(connect(way).unwrap_err().kind(), ErrorKind::ConnectionRefused);
+        assert_eq!(connect_udp(way).unwrap_err().kind(), ErrorKind::ConnectionRefused);
         assert!(client(way).send_to(b"?", way).is_err());
     }
 }
@@ -137,21 +137,21 @@ pub fn loopback_backends_are_the_hosts() {
 pub fn detached_is_gone() {
     let mut bed = Bed::new();
     bed.apply(vec![]);
-    assert!(bed.plane.mend().holds());
-    assert_eq!(dial((VIP, 80)).unwrap_err().kind(), ErrorKind::ConnectionRefused);
-    bed.plane.detach();
+    assert!(bed.datapath.fix().holds());
+    assert_eq!(connect((VIP, 80)).unwrap_err().kind(), ErrorKind::ConnectionRefused);
+    bed.datapath.detach();
     let wildcard = Server::on(b'w', (Ipv4Addr::UNSPECIFIED, 0));
-    assert_eq!(dial((VIP, wildcard.address.port())).unwrap(), 'w');
+    assert_eq!(connect((VIP, wildcard.address.port())).unwrap(), 'w');
 }
 
 pub fn no_cgroup_is_an_error() {
     let mut options = Bed::new().options.clone();
-    for (scope, mend) in [("/nonexistent", "--cgroup"), ("/tmp", "cgroup v2")] {
+    for (scope, fix) in [("/nonexistent", "--cgroup"), ("/tmp", "cgroup v2")] {
         let bpffs = Bpffs::new().unwrap();
         options.bpffs = bpffs.path().join("nohop");
         options.scope = scope.into();
-        let error = Plane::start(&options).unwrap_err().to_string();
-        assert!(error.contains(scope) && error.contains(mend), "{error}");
+        let error = Datapath::start(&options).unwrap_err().to_string();
+        assert!(error.contains(scope) && error.contains(fix), "{error}");
         assert!(!options.bpffs.exists(), "nothing is left behind");
     }
 }

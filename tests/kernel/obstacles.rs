@@ -4,22 +4,22 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use lb_userspace::datapath::{Plane, find_obstacle};
+use lb_userspace::datapath::{Datapath, find_obstacle};
 
-use crate::fixture::{Place, Server, VIP, dial, service, table};
+use crate::fixture::{Place, Server, VIP, connect, service, table};
 use crate::pins::{bpftool, number};
 
 /// Pins some program for a hook, as another agent's, which is one of ours with another owner.
 fn foreign_program(place: &Place, program: &str) -> String {
-    let plane = place.start();
+    let datapath = place.start();
     let link = place.pin(&format!("v2/links/{program}"));
     let shown = bpftool(&["-j", "link", "show", "pinned", link.to_str().unwrap()]);
     let id = number(&shown, "prog_id").to_string();
     let path = place.options.bpffs.with_file_name("foreign");
     let _ = fs::remove_file(&path);
     bpftool(&["prog", "pin", "id", &id, path.to_str().unwrap()]);
-    let mut plane = plane;
-    plane.detach();
+    let mut datapath = datapath;
+    datapath.detach();
     path.to_str().unwrap().to_owned()
 }
 
@@ -44,7 +44,7 @@ pub fn an_exclusive_program_is_named() {
         for scope in [&own, &below] {
             place.options.scope = scope.clone();
             let n_before = n_attached(scope);
-            let error = Plane::start(&place.options).unwrap_err().to_string();
+            let error = Datapath::start(&place.options).unwrap_err().to_string();
             for part in [
                 &format!("another program ({program}, id "),
                 &format!("holds the hook {hook} of {at} exclusively"),
@@ -70,29 +70,29 @@ pub fn an_exclusive_program_is_named_later() {
     place.options.scope = own.clone();
     let pinned = foreign_program(&place, "nohop_connect4");
     place.options.scope = below.clone();
-    let mut plane = place.start_attached();
-    plane.apply(&table(Vec::new())).unwrap();
+    let mut datapath = place.start_attached();
+    datapath.apply(&table(Vec::new())).unwrap();
     let link = place.pin("v2/links/nohop_connect4");
     bpftool(&["link", "detach", "pinned", link.to_str().unwrap()]);
     let at = own.to_str().unwrap();
     bpftool(&["cgroup", "attach", at, "connect4", "pinned", &pinned]);
-    let problem = plane.mend().problem.unwrap();
+    let problem = datapath.fix().problem.unwrap();
     assert!(problem.contains("holds the hook connect4 of"), "{problem}");
     bpftool(&["cgroup", "detach", at, "connect4", "pinned", &pinned]);
-    assert!(plane.mend().holds());
+    assert!(datapath.fix().holds());
     // Our links were there first and hold: a restart gives them other programs, and attaches nothing.
     bpftool(&["cgroup", "attach", at, "connect4", "pinned", &pinned]);
-    drop(plane);
-    let mut plane = place.start_attached();
-    assert!(plane.are_hooks_ours() && plane.mend().holds());
+    drop(datapath);
+    let mut datapath = place.start_attached();
+    assert!(datapath.are_hooks_ours() && datapath.fix().holds());
     // Without one of them it is an obstacle again.
     bpftool(&["link", "detach", "pinned", link.to_str().unwrap()]);
-    drop(plane);
-    let error = Plane::start(&place.options).unwrap_err().to_string();
+    drop(datapath);
+    let error = Datapath::start(&place.options).unwrap_err().to_string();
     assert!(error.contains("holds the hook connect4 of"), "{error}");
     bpftool(&["cgroup", "detach", at, "connect4", "pinned", &pinned]);
-    plane = place.start_attached();
-    plane.detach();
+    datapath = place.start_attached();
+    datapath.detach();
 }
 
 /// Those that share the hook, or let it be overridden from below, are no obstacle.
@@ -108,12 +108,12 @@ pub fn programs_that_share_are_none() {
         let at = own.to_str().unwrap();
         bpftool(&["cgroup", "attach", at, "getpeername6", "pinned", &pinned, flag]);
         place.options.scope = scope.clone();
-        let mut plane = place.start_attached();
-        plane.apply(&table(vec![service("web", VIP, &[(server.address, 1)])])).unwrap();
+        let mut datapath = place.start_attached();
+        datapath.apply(&table(vec![service("web", VIP, &[(server.address, 1)])])).unwrap();
         if scope == &own {
-            assert_eq!(dial((VIP, 80)).unwrap(), 'a');
+            assert_eq!(connect((VIP, 80)).unwrap(), 'a');
         }
-        plane.detach();
+        datapath.detach();
         bpftool(&["cgroup", "detach", at, "getpeername6", "pinned", &pinned]);
     }
 }

@@ -9,15 +9,15 @@ use lb_userspace::table::Protocols;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SendFlags, SocketType, ipproto, sendto, socket};
 
-use crate::fixture::{Bed, Echo, Server, VIP, ask, client, dial, event, service, ways};
 use crate::disconnect::leave;
+use crate::fixture::{Bed, Echo, Server, VIP, ask, client, connect, event, service, ways};
 
-/// Without memory for a socket's storage a dial goes on, and the backend shows.
-pub fn dials_go_on_without_storage() {
+/// Without memory for a socket's storage a connection goes on, and the backend shows.
+pub fn connects_go_on_without_storage() {
     let mut bed = Bed::new();
     // A namespace of its own has its own limit.
     std::thread::scope(|scope| {
-        let dialling = || {
+        let connecting = || {
             leave();
             let server = Server::start(b'a');
             let _echo = Echo::on(b'a', server.address);
@@ -28,18 +28,18 @@ pub fn dials_go_on_without_storage() {
             for way in ways(VIP, 80) {
                 let backend = ways(Ipv4Addr::LOCALHOST, server.address.port());
                 let backend = if way.is_ipv4() { backend[0] } else { backend[1] };
-                assert_eq!(dial(way).unwrap(), 'a', "{way}");
+                assert_eq!(connect(way).unwrap(), 'a', "{way}");
                 let peer = TcpStream::connect(way).unwrap().peer_addr().unwrap();
                 assert_eq!(peer, backend, "{way}");
                 assert_eq!(ask(&client(way), way).unwrap(), ('a', backend));
             }
         };
-        scope.spawn(dialling).join().unwrap();
+        scope.spawn(connecting).join().unwrap();
     });
     assert_eq!(event(&bed, "no_socket_storage"), 6);
 }
 
-/// sendto() with MSG_FASTOPEN dials, too.
+/// sendto() with MSG_FASTOPEN connections, too.
 pub fn fast_open() {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let mut bed = Bed::new();
@@ -77,7 +77,7 @@ pub fn mptcp() {
         let shows_vip = crate::running_kernel() >= (5, 19);
         assert_eq!(stream.peer_addr().unwrap() == way, shows_vip, "{way}");
     }
-    assert_eq!(event(&bed, "left_alone"), 0);
+    assert_eq!(event(&bed, "bypassed"), 0);
 }
 
 /// An MPTCP socket may connect elsewhere after a failure; what it named before doesn't show.
@@ -99,7 +99,7 @@ pub fn mptcp_again() {
         assert_eq!(stream.peer_addr().unwrap(), own);
         drop(listener);
     }
-    assert_eq!(dial(server.address).unwrap(), 'p');
+    assert_eq!(connect(server.address).unwrap(), 'p');
 }
 
 fn family(address: SocketAddr) -> AddressFamily {

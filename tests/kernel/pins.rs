@@ -6,10 +6,10 @@ use std::mem::MaybeUninit;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use lb_userspace::datapath::{Plane, unload};
+use lb_userspace::datapath::{Datapath, unload};
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 
-use crate::fixture::{Bed, Place, Server, VIP, dial, service, table};
+use crate::fixture::{Bed, Place, Server, VIP, connect, service, table};
 
 /// In the order in which they are attached.
 const PROGRAMS: [&str; 8] = [
@@ -42,7 +42,7 @@ pub fn number(json: &str, key: &str) -> u64 {
 fn serving(server: &Server) -> Bed {
     let mut bed = Bed::new();
     bed.apply(vec![service("web", VIP, &[(server.address, 1)])]);
-    assert_eq!(dial((VIP, 80)).unwrap(), 'a');
+    assert_eq!(connect((VIP, 80)).unwrap(), 'a');
     bed
 }
 
@@ -53,17 +53,17 @@ fn pin(bed: &Bed, name: &str) -> PathBuf {
 pub fn two_daemons_are_one_too_many() {
     let server = Server::start(b'a');
     let mut place = Place::new();
-    let mut first = Plane::start(&place.options).unwrap();
+    let mut first = Datapath::start(&place.options).unwrap();
     first.apply(&table(vec![service("web", VIP, &[(server.address, 1)])])).unwrap();
     let pid = std::process::id();
     for layout in [2, 3] {
         place.options.layout = layout;
-        let error = Plane::start(&place.options).unwrap_err().to_string();
+        let error = Datapath::start(&place.options).unwrap_err().to_string();
         assert!(error.contains(&format!("process {pid},")), "{error}");
     }
     assert!(!place.pin("v3").exists());
     first.keep();
-    assert_eq!(dial((VIP, 80)).unwrap(), 'a', "the first goes on");
+    assert_eq!(connect((VIP, 80)).unwrap(), 'a', "the first goes on");
 }
 
 /// Pins something of another program at a path.
@@ -92,8 +92,8 @@ pub fn what_is_foreign_is_refused() {
     ];
     for (name, spoil) in spoils {
         let mut place = Place::new();
-        let mut plane = place.start();
-        plane.apply(&table(vec![service("web", VIP, &[(server.address, 1)])])).unwrap();
+        let mut datapath = place.start();
+        datapath.apply(&table(vec![service("web", VIP, &[(server.address, 1)])])).unwrap();
         let path = place.pin(name).to_str().unwrap().to_owned();
         // The link stays attached by another pin.
         if name.ends_with("connect4") {
@@ -104,7 +104,7 @@ pub fn what_is_foreign_is_refused() {
             let id = number(&shown, "id").to_string();
             bpftool(&["link", "pin", "id", &id, aside.to_str().unwrap()]);
         }
-        drop(plane);
+        drop(datapath);
         let _ = fs::remove_file(&path);
         spoil(&path);
         for layout in [2, 3] {
@@ -112,9 +112,9 @@ pub fn what_is_foreign_is_refused() {
                 continue; // a map of another layout is never used
             }
             place.options.layout = layout;
-            let error = Plane::start(&place.options).unwrap_err().to_string();
+            let error = Datapath::start(&place.options).unwrap_err().to_string();
             assert!(error.contains(&path) && error.contains("another program"), "{error}");
-            assert_eq!(dial((VIP, 80)).unwrap(), 'a', "{name}");
+            assert_eq!(connect((VIP, 80)).unwrap(), 'a', "{name}");
             assert!(Path::new(&path).exists(), "{name} isn't ours to remove");
         }
     }
@@ -133,13 +133,13 @@ pub fn a_later_layout_is_replaced() {
     fs::rename(links.join("nohop_sendmsg6"), links.join("nohop_unheard_of")).unwrap();
     fs::create_dir(place.pin("v9/something")).unwrap();
     place.options.layout = 2;
-    let mut plane = place.start();
-    assert!(!plane.are_hooks_ours());
-    assert_eq!(dial((VIP, 80)).unwrap(), 'a');
-    plane.apply(&table(web)).unwrap();
+    let mut datapath = place.start();
+    assert!(!datapath.are_hooks_ours());
+    assert_eq!(connect((VIP, 80)).unwrap(), 'a');
+    datapath.apply(&table(web)).unwrap();
     assert!(!place.pin("v9").exists());
-    assert!(plane.mend().holds());
-    assert_eq!(dial((VIP, 80)).unwrap(), 'a');
+    assert!(datapath.fix().holds());
+    assert_eq!(connect((VIP, 80)).unwrap(), 'a');
     let n_attached = bpftool(&["cgroup", "show", place.cgroup.path.to_str().unwrap()]);
     let n_attached = n_attached.lines().filter(|line| line.contains("nohop_")).count();
     assert_eq!(n_attached, PROGRAMS.len());
@@ -152,22 +152,22 @@ pub fn another_cgroup_is_left() {
     let below = place.cgroup.path.join("below");
     fs::create_dir(&below).unwrap();
     place.options.scope = below.clone();
-    let mut plane = Plane::start(&place.options).unwrap();
-    plane.apply(&table(vec![service("web", VIP, &[(server.address, 1)])])).unwrap();
-    let before = plane.indices("web");
-    dial((VIP, 80)).unwrap_err();
-    drop(plane);
+    let mut datapath = Datapath::start(&place.options).unwrap();
+    datapath.apply(&table(vec![service("web", VIP, &[(server.address, 1)])])).unwrap();
+    let before = datapath.indices("web");
+    connect((VIP, 80)).unwrap_err();
+    drop(datapath);
     let attached = |cgroup: &Path| {
         let shown = bpftool(&["cgroup", "show", cgroup.to_str().unwrap()]);
         shown.lines().filter(|line| line.contains("nohop_")).count()
     };
     assert_eq!(attached(&below), PROGRAMS.len());
     place.options.scope = place.cgroup.path.clone();
-    let plane = place.start();
-    assert!(plane.is_adopted(), "the maps serve on");
-    assert_eq!(plane.indices("web"), before);
+    let datapath = place.start();
+    assert!(datapath.is_adopted(), "the maps serve on");
+    assert_eq!(datapath.indices("web"), before);
     assert_eq!((attached(&below), attached(&place.cgroup.path)), (0, PROGRAMS.len()));
-    assert_eq!(dial((VIP, 80)).unwrap(), 'a');
+    assert_eq!(connect((VIP, 80)).unwrap(), 'a');
     fs::remove_dir(&below).unwrap();
 }
 
@@ -175,15 +175,15 @@ pub fn another_cgroup_is_left() {
 pub fn a_wrong_cgroup_leaves_all() {
     let server = Server::start(b'a');
     let mut place = Place::new();
-    let mut plane = place.start();
-    plane.apply(&table(vec![service("web", VIP, &[(server.address, 1)])])).unwrap();
-    drop(plane);
+    let mut datapath = place.start();
+    datapath.apply(&table(vec![service("web", VIP, &[(server.address, 1)])])).unwrap();
+    drop(datapath);
     let own = place.options.scope.clone();
     for wrong in ["/tmp", "/nonexistent"] {
         place.options.scope = wrong.into();
-        let error = Plane::start(&place.options).unwrap_err().to_string();
+        let error = Datapath::start(&place.options).unwrap_err().to_string();
         assert!(error.contains(wrong), "{error}");
-        assert_eq!(dial((VIP, 80)).unwrap(), 'a', "{wrong}");
+        assert_eq!(connect((VIP, 80)).unwrap(), 'a', "{wrong}");
     }
     place.options.scope = own;
     assert!(place.start().is_adopted());
@@ -193,7 +193,7 @@ pub fn a_wrong_cgroup_leaves_all() {
 pub fn no_bpffs_is_an_error() {
     let mut place = Place::new();
     place.options.bpffs = "/run/nohop-kernel-test".into();
-    let error = Plane::start(&place.options).unwrap_err().to_string();
+    let error = Datapath::start(&place.options).unwrap_err().to_string();
     assert!(
         error.contains("mount -t bpf -o mode=0700") && error.contains("/run/nohop-kernel-test"),
         "{error}"
@@ -203,7 +203,7 @@ pub fn no_bpffs_is_an_error() {
 }
 
 /// Somebody detaches links.
-pub fn lost_links_are_mended() {
+pub fn lost_links_are_fixed() {
     let server = Server::start(b'a');
     let mut bed = serving(&server);
     for lost in [&PROGRAMS[..1], &PROGRAMS[6..7], &PROGRAMS] {
@@ -211,67 +211,67 @@ pub fn lost_links_are_mended() {
             let link = pin(&bed, &format!("v2/links/{program}"));
             bpftool(&["link", "detach", "pinned", link.to_str().unwrap()]);
         }
-        let attachment = bed.plane.mend();
+        let attachment = bed.datapath.fix();
         assert!(attachment.holds());
         assert!(attachment.lost.iter().eq(lost.iter().collect::<std::collections::BTreeSet<_>>()));
-        assert_eq!(dial((VIP, 80)).unwrap(), 'a');
-        let attachment = bed.plane.mend();
+        assert_eq!(connect((VIP, 80)).unwrap(), 'a');
+        let attachment = bed.datapath.fix();
         assert!(attachment.holds() && attachment.lost.is_empty(), "{attachment:?}");
     }
 }
 
 /// Somebody removes pins, which detaches nothing while the daemon lives.
-pub fn lost_pins_are_mended() {
+pub fn lost_pins_are_fixed() {
     let server = Server::start(b'a');
     let place = Place::new();
-    let (options, mut plane) = (&place.options, place.start());
-    plane.apply(&table(vec![service("web", VIP, &[(server.address, 1)])])).unwrap();
-    let before = plane.indices("web");
+    let (options, mut datapath) = (&place.options, place.start());
+    datapath.apply(&table(vec![service("web", VIP, &[(server.address, 1)])])).unwrap();
+    let before = datapath.indices("web");
     for lost in ["v2/links/nohop_recvmsg4", "v2/maps/SLOTS", "sockets", "v2", ""] {
         let path = options.bpffs.join(lost);
         if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) }.unwrap();
-        let attachment = plane.mend();
+        let attachment = datapath.fix();
         assert!(attachment.holds() && attachment.lost.is_empty(), "{attachment:?}");
         assert!(path.exists());
         assert!(unload(&options.bpffs).is_err(), "{lost}: still locked");
-        drop(plane);
-        assert_eq!(dial((VIP, 80)).unwrap(), 'a', "{lost}: it survives the daemon");
-        plane = place.start();
-        assert!(plane.is_adopted(), "{lost}");
-        assert_eq!(plane.indices("web"), before);
+        drop(datapath);
+        assert_eq!(connect((VIP, 80)).unwrap(), 'a', "{lost}: it survives the daemon");
+        datapath = place.start();
+        assert!(datapath.is_adopted(), "{lost}");
+        assert_eq!(datapath.indices("web"), before);
     }
 }
 
 /// The cgroup is removed and made again.
-pub fn a_lost_cgroup_is_mended() {
+pub fn a_lost_cgroup_is_fixed() {
     let server = Server::start(b'a');
     let mut place = Place::new();
     let below = place.cgroup.path.join("below");
     fs::create_dir(&below).unwrap();
     place.options.scope = below.clone();
-    let mut plane = Plane::start(&place.options).unwrap();
-    plane.keep();
-    plane.apply(&table(vec![service("web", VIP, &[(server.address, 1)])])).unwrap();
+    let mut datapath = Datapath::start(&place.options).unwrap();
+    datapath.keep();
+    datapath.apply(&table(vec![service("web", VIP, &[(server.address, 1)])])).unwrap();
     fs::remove_dir(&below).unwrap();
     for _ in 0..2 {
-        let problem = plane.mend().problem.unwrap();
+        let problem = datapath.fix().problem.unwrap();
         assert!(problem.contains(below.to_str().unwrap()), "{problem}");
     }
     fs::create_dir(&below).unwrap();
-    let attachment = plane.mend();
+    let attachment = datapath.fix();
     assert!(attachment.holds() && attachment.lost.len() == PROGRAMS.len(), "{attachment:?}");
     fs::write(below.join("cgroup.procs"), "0").unwrap();
-    let answer = dial((VIP, 80));
+    let answer = connect((VIP, 80));
     fs::write(place.cgroup.path.join("cgroup.procs"), "0").unwrap();
     assert_eq!(answer.unwrap(), 'a');
-    drop(plane);
+    drop(datapath);
     fs::remove_dir(&below).unwrap();
 }
 
 /// What translates back is attached before and detached after what translates.
 pub fn hooks_come_and_go_in_order() {
     let place = Place::new();
-    let plane = place.start();
+    let datapath = place.start();
     let ids: Vec<u64> = PROGRAMS
         .iter()
         .map(|program| {
@@ -282,15 +282,15 @@ pub fn hooks_come_and_go_in_order() {
     assert!(ids.is_sorted(), "the kernel numbers links as they come: {ids:?}");
     // Each pin goes right after its link was detached.
     let backwards: Vec<_> = PROGRAMS.iter().rev().collect();
-    let mut plane = Some(plane);
+    let mut datapath = Some(datapath);
     for by_daemon in [true, false] {
-        let mut plane = plane.take().unwrap_or_else(|| place.start());
+        let mut datapath = datapath.take().unwrap_or_else(|| place.start());
         let events = inotify::init(CreateFlags::NONBLOCK).unwrap();
         inotify::add_watch(&events, place.pin("v2/links"), WatchFlags::DELETE).unwrap();
         if by_daemon {
-            plane.detach();
+            datapath.detach();
         } else {
-            drop(plane);
+            drop(datapath);
             assert_eq!(unload(&place.options.bpffs).unwrap(), PROGRAMS.len());
         }
         let mut buffer = [MaybeUninit::uninit(); 4096];
@@ -306,21 +306,21 @@ pub fn hooks_come_and_go_in_order() {
 /// How old the table is, an operator and a program can read by field name.
 pub fn the_heartbeat_is_readable() {
     let place = Place::new();
-    let mut plane = place.start();
-    plane.apply(&table(vec![])).unwrap();
+    let mut datapath = place.start();
+    datapath.apply(&table(vec![])).unwrap();
     let path = place.pin("v2/maps/DAEMON");
     let read = || {
         let dump = bpftool(&["-j", "map", "dump", "pinned", path.to_str().unwrap()]);
         ["heartbeat_ns", "table_ns", "table_generation"].map(|field| number(&dump, field))
     };
-    plane.beat(None);
+    datapath.beat(None);
     let [heartbeat, table_time, generation] = read();
     assert!(heartbeat > 0 && table_time == 0 && generation == 1, "nothing is known of the table");
-    plane.beat(Some(std::time::Duration::from_secs(2)));
+    datapath.beat(Some(std::time::Duration::from_secs(2)));
     let [later, table_time, _] = read();
     assert!(later > heartbeat);
     assert_eq!(later - table_time, 2_000_000_000);
-    plane.beat(Some(std::time::Duration::ZERO));
+    datapath.beat(Some(std::time::Duration::ZERO));
     let [last, newer, _] = read();
     assert!(last > later && newer == last);
 }

@@ -4,7 +4,9 @@ use std::net::{SocketAddr, TcpStream};
 
 use lb_userspace::table::{Ports, Protocols};
 
-use crate::fixture::{Bed, Echo, Server, VIP, VIP6, ask, client, dial, dial_udp, event, service, ways};
+use crate::fixture::{
+    Bed, Echo, Server, VIP, VIP6, ask, client, connect, connect_udp, event, service, ways,
+};
 
 fn vips(port: u16) -> [SocketAddr; 3] {
     let [plain, mapped] = ways(VIP, port);
@@ -17,17 +19,17 @@ pub fn each_port_leads_to_the_backend() {
     let mut bed = Bed::with_pool6();
     let mut web = service("web", VIP, &[(server.address, 1)]);
     (web.protocols, web.vip6) = (Protocols::Both, Some(VIP6));
-    for (ports, dialled) in [
+    for (ports, connected) in [
         (Ports::only([80, 443, 5432]), [80, 443, 5432].as_slice()),
         (Ports::Any, &[1, 80, 53, 8080, u16::MAX]),
     ] {
         web.ports = ports;
         bed.apply(vec![web.clone()]);
-        for address in dialled.iter().flat_map(|&port| vips(port)) {
+        for address in connected.iter().flat_map(|&port| vips(port)) {
             let stream = TcpStream::connect(address).unwrap();
             assert_eq!(stream.peer_addr().unwrap(), address);
-            assert_eq!(dial(address).unwrap(), 'a', "{address}");
-            assert_eq!(dial_udp(address).unwrap(), 'a', "{address}");
+            assert_eq!(connect(address).unwrap(), 'a', "{address}");
+            assert_eq!(connect_udp(address).unwrap(), 'a', "{address}");
             // An IPv4 backend can't be sent to by an IPv6 address.
             if address.ip().to_canonical().is_ipv4() {
                 assert_eq!(ask(&client(address), address).unwrap(), ('a', address));
@@ -37,12 +39,12 @@ pub fn each_port_leads_to_the_backend() {
     web.ports = Ports::only([80]);
     bed.apply(vec![web]);
     for address in vips(443) {
-        dial(address).expect_err("the ports that were given up are refused");
+        connect(address).expect_err("the ports that were given up are refused");
     }
 }
 
 /// One socket that sends to several ports of a VIP gets each reply from the port it sent to.
-pub fn any_port_replies_from_the_dialled_one() {
+pub fn any_port_replies_from_the_connected_one() {
     let servers = [b'a', b'b'].map(Echo::start);
     let mut bed = Bed::new();
     let backends = servers.each_ref().map(|server| (server.address, 1));
@@ -52,8 +54,8 @@ pub fn any_port_replies_from_the_dialled_one() {
     for way in ways(VIP, 0) {
         let socket = client(way);
         for port in [53, 80, 443, 53, 80, 443] {
-            let dialled = SocketAddr::from((way.ip(), port));
-            assert_eq!(ask(&socket, dialled).unwrap().1, dialled);
+            let connected = SocketAddr::from((way.ip(), port));
+            assert_eq!(ask(&socket, connected).unwrap().1, connected);
         }
     }
 }
@@ -69,7 +71,7 @@ pub fn protocols_are_honoured() {
         web.protocols = protocols;
         bed.apply(vec![web.clone()]);
         for address in vips(80) {
-            let answers = [dial(address), dial_udp(address)];
+            let answers = [connect(address), connect_udp(address)];
             for (answer, serves) in answers.into_iter().zip([protocols.tcp(), protocols.udp()]) {
                 assert_eq!(answer.is_ok(), serves, "{protocols:?} {address}: {answer:?}");
             }

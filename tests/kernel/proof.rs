@@ -6,15 +6,15 @@ use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::path::Path;
 use std::process::{Child, Command, ExitCode, Stdio};
 
-use lb_userspace::datapath::Plane;
+use lb_userspace::datapath::Datapath;
 use lb_userspace::datapath::probe::{Proof, Seen, connect_inside};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
-use crate::fixture::{Bed, Place, Server, VIP, dial, service};
+use crate::fixture::{Bed, Place, Server, VIP, connect, service};
 
 const FLAG: &str = "--spray";
 /// The daemon's hidden command, which it runs from its own executable: here, this one.
-const PROBE: &str = "probe-dial";
+const PROBE: &str = "probe-connect";
 const NOBODY: u32 = 65534;
 const N_THREADS: usize = 2;
 const N_PROOFS: usize = 20;
@@ -98,8 +98,8 @@ fn spray(cgroup: &Path) {
     let _ = std::io::stdin().read(&mut [0]);
 }
 
-fn proof(plane: &Plane) -> Seen {
-    match plane.prober().probe() {
+fn proof(datapath: &Datapath) -> Seen {
+    match datapath.prober().probe() {
         Proof::Runs(seen) => seen,
         other => panic!("the hooks run: {other:?}"),
     }
@@ -112,16 +112,16 @@ pub fn a_proof_cant_be_forged() {
     // The daemon is in the scope and connects itself, or is above it and a child of it connects.
     for scope in [place.cgroup.path.clone(), below] {
         place.options.scope = scope.clone();
-        let mut plane = Plane::start(&place.options).unwrap();
-        let expected = proof(&plane);
+        let mut datapath = Datapath::start(&place.options).unwrap();
+        let expected = proof(&datapath);
         let sprayer = Sprayer::start(&scope);
         for n in 0..N_PROOFS {
-            let Seen { seen, is_own } = proof(&plane);
+            let Seen { seen, is_own } = proof(&datapath);
             assert_eq!(seen.netns, expected.seen.netns, "proof {n} is the other process's");
             assert_eq!((seen.tgid == expected.seen.tgid, is_own), (is_own, expected.is_own));
         }
         drop(sprayer);
-        plane.detach();
+        datapath.detach();
     }
 }
 
@@ -134,10 +134,10 @@ pub fn a_proof_corrects_the_namespace() {
     let mut web = service("web", VIP, &[(server.address, 1)]);
     web.backends.iter_mut().for_each(|backend| backend.host_only = true);
     bed.apply(vec![web]);
-    dial((VIP, 80)).unwrap_err();
-    bed.plane.learn(proof(&bed.plane));
-    bed.plane.keep();
-    assert_eq!(dial((VIP, 80)).unwrap(), 'a');
+    connect((VIP, 80)).unwrap_err();
+    bed.datapath.learn(proof(&bed.datapath));
+    bed.datapath.keep();
+    assert_eq!(connect((VIP, 80)).unwrap(), 'a');
 }
 
 /// A process that enters the scope gets no processor time: the daemon goes on.
@@ -146,12 +146,12 @@ pub fn a_frozen_scope_is_reported() {
     let below = place.cgroup.path.join("below");
     std::fs::create_dir(&below).unwrap();
     place.options.scope = below.clone();
-    let mut plane = Plane::start(&place.options).unwrap();
+    let mut datapath = Datapath::start(&place.options).unwrap();
     std::fs::write(below.join("cgroup.freeze"), "1").unwrap();
-    let proof = plane.prober().probe();
+    let proof = datapath.prober().probe();
     std::fs::write(below.join("cgroup.freeze"), "0").unwrap();
     let Proof::Unknown(reason) = proof else { panic!("{proof:?}") };
     assert!(reason.contains("cgroup.freeze"), "{reason}");
     assert!(!below.join("nohop-probe").exists());
-    plane.detach();
+    datapath.detach();
 }

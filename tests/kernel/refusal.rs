@@ -7,7 +7,7 @@ use std::net::Ipv4Addr;
 use lb_userspace::datapath::{COUNTERS, Refusal};
 use lb_userspace::table::Ports;
 
-use crate::fixture::{Bed, OTHER_VIP, Server, VIP, dial, service};
+use crate::fixture::{Bed, OTHER_VIP, Server, VIP, connect, service};
 
 pub fn by_errno() {
     refused_by(Refusal::Errno);
@@ -20,7 +20,11 @@ pub fn by_port_zero() {
 fn refused_by(refusal: Refusal) {
     let wildcard = Server::on(b'w', (Ipv4Addr::UNSPECIFIED, 0));
     let port = wildcard.address.port();
-    assert_eq!(dial((VIP, port)).unwrap(), 'w', "without nohop it accepts a dial to any VIP");
+    assert_eq!(
+        connect((VIP, port)).unwrap(),
+        'w',
+        "without nohop it accepts a connection to any VIP"
+    );
 
     let mut bed = Bed::refusing_by(refusal);
     let mut without_backend = service("web", VIP, &[]);
@@ -31,13 +35,13 @@ fn refused_by(refusal: Refusal) {
         ("a port that isn't the service's", (VIP, port ^ 1)),
         ("an address that no service has", (OTHER_VIP, port)),
     ] {
-        let error = dial(address).expect_err(what);
+        let error = connect(address).expect_err(what);
         assert_eq!(error.kind(), ErrorKind::ConnectionRefused, "{what}");
     }
-    assert_eq!(dial((Ipv4Addr::LOCALHOST, port)).unwrap(), 'w', "127.0.0.1 is no VIP");
+    assert_eq!(connect((Ipv4Addr::LOCALHOST, port)).unwrap(), 'w', "127.0.0.1 is no VIP");
 
-    let counters = bed.plane.counters();
-    assert_eq!(counters.service(bed.plane.indices("web").unwrap().service).refused, 1);
+    let counters = bed.datapath.counters();
+    assert_eq!(counters.service(bed.datapath.indices("web").unwrap().service).refused, 1);
     let events = COUNTERS.map(|(name, counter)| (name, counters.event(counter)));
     for (name, n) in events {
         assert_eq!(n, if name == "refused_no_frontend" { 2 } else { 0 }, "{name}");

@@ -7,12 +7,12 @@ use std::process::Command;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use lb_userspace::config::PlaneConfig;
-use lb_userspace::datapath::{Indices, Plane, SharedPlane, unload};
+use lb_userspace::config::DatapathConfig;
+use lb_userspace::datapath::{Datapath, Indices, SharedDatapath, unload};
 use lb_userspace::table::{Protocols, Service};
 
-use crate::fixture::{OTHER_VIP, Place, Server, VIP, backend, dial, service, table};
-use crate::connector::Dialler;
+use crate::connector::Connector;
+use crate::fixture::{OTHER_VIP, Place, Server, VIP, backend, connect, service, table};
 
 /// Sizes that are lowered below what is served take nothing away; lowered to what is served, they come
 /// into use, and what is served comes before what is new.
@@ -21,38 +21,44 @@ pub fn lower_sizes_take_nothing_away() {
     let vip = |n: u8| Ipv4Addr::new(127, 200, 0, n);
     let web = |n: u8| service(&format!("s{n}"), vip(n), &[(server.address, 1)]);
     let all = || (1..=6).map(web).collect::<Vec<_>>();
-    let are_served = || (1..=6).all(|n| dial((vip(n), 80)).is_ok_and(|letter| letter == 's'));
-    let notes = |plane: &Plane| plane.notes().cloned().collect::<Vec<_>>().join("\n");
+    let are_served = || (1..=6).all(|n| connect((vip(n), 80)).is_ok_and(|letter| letter == 's'));
+    let notes = |datapath: &Datapath| datapath.notes().cloned().collect::<Vec<_>>().join("\n");
     // By name it comes before those that are served.
     let new = || service("a", vip(9), &[(server.address, 1)]);
-    type Lower = fn(&mut PlaneConfig);
+    type Lower = fn(&mut DatapathConfig);
     let lowered: [(Lower, &str); 2] = [
-        (|plane| plane.max_services = 4, "plane.max_services = 4 has no room for the 6 services"),
-        (|plane| plane.max_backends = 5, "plane.max_backends = 5 has no room for the 6 backends"),
+        (
+            |datapath| datapath.max_services = 4,
+            "datapath.max_services = 4 has no room for the 6 services",
+        ),
+        (
+            |datapath| datapath.max_backends = 5,
+            "datapath.max_backends = 5 has no room for the 6 backends",
+        ),
     ];
     for (lower, expected) in lowered {
         let mut place = Place::new();
-        (place.options.plane.max_services, place.options.plane.max_backends) = (16, 64);
-        let mut plane = place.start();
-        apply(&mut plane, all());
-        drop(plane);
-        lower(&mut place.options.plane);
-        let mut plane = place.start();
-        assert!(notes(&plane).contains(expected), "{}", notes(&plane));
+        (place.options.datapath.max_services, place.options.datapath.max_backends) = (16, 64);
+        let mut datapath = place.start();
+        apply(&mut datapath, all());
+        drop(datapath);
+        lower(&mut place.options.datapath);
+        let mut datapath = place.start();
+        assert!(notes(&datapath).contains(expected), "{}", notes(&datapath));
         assert!(are_served(), "{expected}: before the first table");
-        apply(&mut plane, all());
+        apply(&mut datapath, all());
         assert!(are_served(), "{expected}: after the first table");
-        plane.mend();
-        drop(plane);
+        datapath.fix();
+        drop(datapath);
 
         // What is served fits now, and nothing else.
-        (place.options.plane.max_services, place.options.plane.max_backends) = (6, 64);
-        let mut plane = place.start();
-        assert_eq!(notes(&plane), "");
-        let errors = plane.apply(&table([vec![new()], all()].concat())).unwrap();
+        (place.options.datapath.max_services, place.options.datapath.max_backends) = (6, 64);
+        let mut datapath = place.start();
+        assert_eq!(notes(&datapath), "");
+        let errors = datapath.apply(&table([vec![new()], all()].concat())).unwrap();
         assert_eq!(errors.keys().map(|name| &**name).collect::<Vec<_>>(), ["a"], "{errors:?}");
-        assert!(are_served() && plane.are_hooks_ours());
-        plane.detach();
+        assert!(are_served() && datapath.are_hooks_ours());
+        datapath.detach();
     }
 }
 
@@ -62,49 +68,49 @@ pub fn maps_that_hold_less_are_not_used() {
     let vip = |n: u8| Ipv4Addr::new(127, 200, 0, n);
     let web = |n: u8| service(&format!("s{n}"), vip(n), &[(server.address, 1)]);
     let mut place = Place::new();
-    (place.options.plane.max_services, place.options.plane.max_backends) = (16, 64);
-    let mut plane = place.start();
-    apply(&mut plane, vec![web(1), web(2)]);
-    drop(plane);
-    place.options.plane.max_backends = 2;
-    let mut plane = place.start();
+    (place.options.datapath.max_services, place.options.datapath.max_backends) = (16, 64);
+    let mut datapath = place.start();
+    apply(&mut datapath, vec![web(1), web(2)]);
+    drop(datapath);
+    place.options.datapath.max_backends = 2;
+    let mut datapath = place.start();
     // It grew while nobody looked: 5 entries, of 4.
     let mut grown = web(2);
     grown.backends.extend((1..=3).map(|port| backend(([10, 0, 0, 1], port).into(), 1)));
-    let error = plane.apply(&table(vec![web(1), grown.clone()])).unwrap_err().to_string();
-    for part in ["1 of the services that are served", "s2", "raise plane.max_backends"] {
+    let error = datapath.apply(&table(vec![web(1), grown.clone()])).unwrap_err().to_string();
+    for part in ["1 of the services that are served", "s2", "raise datapath.max_backends"] {
         assert!(error.contains(part), "no {part:?} in {error}");
     }
-    assert!(!plane.are_hooks_ours());
-    let shared = SharedPlane::new(plane);
+    assert!(!datapath.are_hooks_ours());
+    let shared = SharedDatapath::new(datapath);
     shared.apply(&table(vec![web(1), grown]));
     shared.look_after();
     let hooks = shared.hooks();
     assert!(hooks.attached && hooks.translate, "names are answered: {hooks:?}");
     assert!(hooks.waiting.is_some() && shared.is_behind());
-    assert!([1, 2].iter().all(|&n| dial((vip(n), 80)).is_ok()), "the former maps serve");
+    assert!([1, 2].iter().all(|&n| connect((vip(n), 80)).is_ok()), "the former maps serve");
     // A table that fits is switched to.
     shared.apply(&table(vec![web(1), web(2)]));
     let hooks = shared.hooks();
     assert!(hooks.translate && hooks.waiting.is_none() && !shared.is_behind(), "{hooks:?}");
-    assert!(dial((vip(2), 80)).is_ok());
+    assert!(connect((vip(2), 80)).is_ok());
 }
 
-/// Enough dials that a gap of a millisecond would be met.
-const N_DIALS: u64 = 300;
+/// Enough connections that a gap of a millisecond would be met.
+const N_CONNECTS: u64 = 300;
 
-fn indices(plane: &Plane) -> BTreeMap<String, Indices> {
-    let names = plane.names().into_iter();
-    names.map(|(name, _)| (name.to_string(), plane.indices(&name).unwrap())).collect()
+fn indices(datapath: &Datapath) -> BTreeMap<String, Indices> {
+    let names = datapath.names().into_iter();
+    names.map(|(name, _)| (name.to_string(), datapath.indices(&name).unwrap())).collect()
 }
 
-fn apply(plane: &mut Plane, services: Vec<Service>) {
-    let errors = plane.apply(&table(services)).unwrap();
+fn apply(datapath: &mut Datapath, services: Vec<Service>) {
+    let errors = datapath.apply(&table(services)).unwrap();
     assert!(errors.is_empty(), "{errors:?}");
 }
 
-/// The daemon is killed while applications dial, and started again.
-pub fn a_restart_loses_no_dial() {
+/// The daemon is killed while applications connect, and started again.
+pub fn a_restart_loses_no_connect() {
     let servers = [b'a', b'b', b'c'].map(Server::start);
     let [web, other] = [(VIP, "web", &servers[..2]), (OTHER_VIP, "other", &servers[2..])].map(
         |(vip, name, of)| {
@@ -113,32 +119,32 @@ pub fn a_restart_loses_no_dial() {
         },
     );
     let place = Place::new();
-    let mut plane = place.start();
-    assert!(!plane.is_adopted());
-    apply(&mut plane, vec![web.clone(), other.clone()]);
-    let (before, names) = (indices(&plane), plane.names());
-    let dialler = Dialler::start((VIP, 80));
-    dialler.more(N_DIALS);
+    let mut datapath = place.start();
+    assert!(!datapath.is_adopted());
+    apply(&mut datapath, vec![web.clone(), other.clone()]);
+    let (before, names) = (indices(&datapath), datapath.names());
+    let connector = Connector::start((VIP, 80));
+    connector.more(N_CONNECTS);
 
-    drop(plane);
-    dialler.more(N_DIALS);
-    let mut plane = place.start();
-    dialler.more(N_DIALS);
-    assert!(plane.is_adopted() && plane.are_hooks_ours());
-    assert_eq!(indices(&plane), before, "the same ids");
-    assert_eq!(plane.names(), names, "the same VIPs");
-    assert_eq!(dial((OTHER_VIP, 80)).unwrap(), 'c', "nothing is pruned before the first table");
+    drop(datapath);
+    connector.more(N_CONNECTS);
+    let mut datapath = place.start();
+    connector.more(N_CONNECTS);
+    assert!(datapath.is_adopted() && datapath.are_hooks_ours());
+    assert_eq!(indices(&datapath), before, "the same ids");
+    assert_eq!(datapath.names(), names, "the same VIPs");
+    assert_eq!(connect((OTHER_VIP, 80)).unwrap(), 'c', "nothing is pruned before the first table");
 
-    apply(&mut plane, vec![web.clone()]);
-    dialler.more(N_DIALS);
-    assert_eq!(indices(&plane)["web"], before["web"], "what stays keeps its ids");
-    assert_eq!(plane.names().len(), 1, "what isn't in the table is pruned");
-    dial((OTHER_VIP, 80)).unwrap_err();
-    plane.mend();
-    let pressure: BTreeMap<_, _> = plane.pressure().into_iter().collect();
+    apply(&mut datapath, vec![web.clone()]);
+    connector.more(N_CONNECTS);
+    assert_eq!(indices(&datapath)["web"], before["web"], "what stays keeps its ids");
+    assert_eq!(datapath.names().len(), 1, "what isn't in the table is pruned");
+    connect((OTHER_VIP, 80)).unwrap_err();
+    datapath.fix();
+    let pressure: BTreeMap<_, _> = datapath.pressure().into_iter().collect();
     assert_eq!(pressure["BACKENDS"].used, 2);
     assert_eq!(pressure["FRONTENDS"].used, 1);
-    assert_eq!(dialler.stop(), "ab");
+    assert_eq!(connector.stop(), "ab");
 }
 
 /// Answers datagrams with what they say, until one is empty.
@@ -168,7 +174,7 @@ impl Drop for Echo {
     }
 }
 
-/// Sockets that were opened through a plane.
+/// Sockets that were opened through a datapath.
 struct Opened {
     stream: TcpStream,
     connected: UdpSocket,
@@ -210,32 +216,32 @@ fn takes_over(change: fn(&mut Place)) {
     mirror.protocols = Protocols::Udp;
     let with = |server: &Server| vec![service("web", VIP, &[(server.address, 1)]), mirror.clone()];
     let mut place = Place::new();
-    let mut plane = place.start();
-    apply(&mut plane, with(&old));
-    let dialler = Dialler::start((VIP, 80));
+    let mut datapath = place.start();
+    apply(&mut datapath, with(&old));
+    let connector = Connector::start((VIP, 80));
     let opened = Opened::open();
     opened.check(|| ());
 
-    drop(plane);
+    drop(datapath);
     change(&mut place);
-    let mut plane = place.start();
-    assert!(!plane.is_adopted() && !plane.are_hooks_ours());
+    let mut datapath = place.start();
+    assert!(!datapath.is_adopted() && !datapath.are_hooks_ours());
     opened.check(|| ());
-    assert_eq!(dialler.more(N_DIALS), "o", "the old table serves");
-    opened.check(|| apply(&mut plane, with(&new)));
-    assert!(plane.are_hooks_ours());
-    assert_eq!(dialler.more(N_DIALS), "n", "then the new one");
+    assert_eq!(connector.more(N_CONNECTS), "o", "the old table serves");
+    opened.check(|| apply(&mut datapath, with(&new)));
+    assert!(datapath.are_hooks_ours());
+    assert_eq!(connector.more(N_CONNECTS), "n", "then the new one");
     opened.check(|| ());
     opened.check(|| ());
 
     // The next one finds what it expects.
-    drop(plane);
-    let mut plane = place.start();
-    assert!(plane.is_adopted());
-    apply(&mut plane, with(&new));
+    drop(datapath);
+    let mut datapath = place.start();
+    assert!(datapath.is_adopted());
+    apply(&mut datapath, with(&new));
     opened.check(|| ());
-    dialler.more(N_DIALS);
-    dialler.stop();
+    connector.more(N_CONNECTS);
+    connector.stop();
 }
 
 pub fn a_new_layout_takes_over() {
@@ -243,7 +249,7 @@ pub fn a_new_layout_takes_over() {
 }
 
 pub fn other_sizes_take_over() {
-    takes_over(|place| place.options.plane.max_services = 100);
+    takes_over(|place| place.options.datapath.max_services = 100);
 }
 
 /// The directories of layouts that are there.
@@ -261,27 +267,27 @@ pub fn a_crash_in_the_middle_serves_on() {
     let web = |server: &Server| vec![service("web", VIP, &[(server.address, 1)])];
     for next_layout in [3, 2] {
         let mut place = Place::new();
-        let mut plane = place.start();
-        apply(&mut plane, web(&old));
-        let before = indices(&plane);
-        let dialler = Dialler::start((VIP, 80));
-        drop(plane);
+        let mut datapath = place.start();
+        apply(&mut datapath, web(&old));
+        let before = indices(&datapath);
+        let connector = Connector::start((VIP, 80));
+        drop(datapath);
         place.options.layout = 3;
         drop(place.start());
         assert_eq!(layouts(&place), ["v2", "v3"]);
-        dialler.more(N_DIALS);
+        connector.more(N_CONNECTS);
 
         place.options.layout = next_layout;
-        let mut plane = place.start();
-        assert_eq!(plane.is_adopted(), next_layout == 2);
-        assert_eq!(dialler.more(N_DIALS), "o");
-        if plane.is_adopted() {
-            assert_eq!(indices(&plane), before);
+        let mut datapath = place.start();
+        assert_eq!(datapath.is_adopted(), next_layout == 2);
+        assert_eq!(connector.more(N_CONNECTS), "o");
+        if datapath.is_adopted() {
+            assert_eq!(indices(&datapath), before);
         }
-        apply(&mut plane, web(&new));
+        apply(&mut datapath, web(&new));
         assert_eq!(layouts(&place), [format!("v{next_layout}")]);
-        assert_eq!(dialler.more(N_DIALS), "n");
-        dialler.stop();
+        assert_eq!(connector.more(N_CONNECTS), "n");
+        connector.stop();
     }
 }
 
@@ -294,21 +300,21 @@ pub fn half_written_pins_serve_on() {
     let web = |server: &Server| vec![service("web", VIP, &[(server.address, 1)])];
     for missing in ["v2/maps/BACKENDS", "v2/maps/DAEMON", "v2/maps", "sockets/PEERS", "sockets"] {
         let place = Place::new();
-        let mut plane = place.start();
-        apply(&mut plane, web(&old));
-        let dialler = Dialler::start((VIP, 80));
-        drop(plane);
+        let mut datapath = place.start();
+        apply(&mut datapath, web(&old));
+        let connector = Connector::start((VIP, 80));
+        drop(datapath);
         remove(&place.pin(missing)).unwrap();
         for _ in 0..2 {
-            let plane = place.start();
-            assert_eq!(plane.is_adopted(), missing.starts_with("sockets"), "{missing}");
-            assert_eq!(dialler.more(N_DIALS), "o", "{missing}");
+            let datapath = place.start();
+            assert_eq!(datapath.is_adopted(), missing.starts_with("sockets"), "{missing}");
+            assert_eq!(connector.more(N_CONNECTS), "o", "{missing}");
         }
-        let mut plane = place.start();
-        apply(&mut plane, web(&new));
+        let mut datapath = place.start();
+        apply(&mut datapath, web(&new));
         assert!(place.pin(missing).exists());
-        assert_eq!(dialler.more(N_DIALS), "n", "{missing}");
-        dialler.stop();
+        assert_eq!(connector.more(N_CONNECTS), "n", "{missing}");
+        connector.stop();
     }
 }
 
@@ -318,9 +324,9 @@ pub fn spoilt_maps_are_made_anew() {
     let web = |server: &Server| vec![service("web", VIP, &[(server.address, 1)])];
     for (map, value_size) in [("NAMES", 64), ("SERVICES", 64), ("SLOTS", 8), ("BACKENDS", 32)] {
         let place = Place::new();
-        let mut plane = place.start();
-        apply(&mut plane, web(&old));
-        drop(plane);
+        let mut datapath = place.start();
+        apply(&mut datapath, web(&old));
+        drop(datapath);
         let path = place.pin(&format!("v2/maps/{map}"));
         let status = Command::new("bpftool")
             .args(["map", "update", "pinned", path.to_str().unwrap(), "key", "0", "0", "0", "0"])
@@ -329,11 +335,11 @@ pub fn spoilt_maps_are_made_anew() {
             .status()
             .unwrap();
         assert!(status.success(), "{map}");
-        let mut plane = place.start();
-        assert!(!plane.is_adopted(), "{map}");
-        assert!(plane.names().is_empty());
-        apply(&mut plane, web(&new));
-        assert_eq!(dial((VIP, 80)).unwrap(), 'n', "{map}");
+        let mut datapath = place.start();
+        assert!(!datapath.is_adopted(), "{map}");
+        assert!(datapath.names().is_empty());
+        apply(&mut datapath, web(&new));
+        assert_eq!(connect((VIP, 80)).unwrap(), 'n', "{map}");
     }
 }
 
@@ -341,14 +347,14 @@ pub fn spoilt_maps_are_made_anew() {
 pub fn unload_removes_everything() {
     let server = Server::start(b'a');
     let place = Place::new();
-    let mut plane = place.start();
-    apply(&mut plane, vec![service("web", VIP, &[(server.address, 1)])]);
+    let mut datapath = place.start();
+    apply(&mut datapath, vec![service("web", VIP, &[(server.address, 1)])]);
     let refused = unload(&place.options.bpffs).unwrap_err().to_string();
     assert!(refused.contains("another nohop"), "{refused}");
-    assert_eq!(dial((VIP, 80)).unwrap(), 'a');
-    drop(plane);
+    assert_eq!(connect((VIP, 80)).unwrap(), 'a');
+    drop(datapath);
     assert_eq!(unload(&place.options.bpffs).unwrap(), 8);
     assert!(!place.options.bpffs.exists());
-    dial((VIP, 80)).unwrap_err();
+    connect((VIP, 80)).unwrap_err();
     assert_eq!(unload(&place.options.bpffs).unwrap(), 0, "a second time");
 }

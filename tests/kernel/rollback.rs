@@ -6,10 +6,10 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use lb_userspace::datapath::{Plane, unload};
+use lb_userspace::datapath::{Datapath, unload};
 
-use crate::fixture::{Place, Server, VIP, dial, service, table};
 use crate::disconnect::bpf;
+use crate::fixture::{Place, Server, VIP, connect, service, table};
 use crate::pins::bpftool;
 
 const BPF_MAP_CREATE: libc::c_int = 0;
@@ -83,9 +83,9 @@ fn in_own_namespace<T: Send>(work: impl FnOnce() -> T + Send) -> T {
 /// A later version's pins: its own maps and links, and more links than ours.
 fn later(place: &mut Place, server: &Server) {
     place.options.layout = 9;
-    let mut plane = place.start_attached();
-    plane.apply(&table(vec![service("web", VIP, &[(server.address, 1)])])).unwrap();
-    drop(plane);
+    let mut datapath = place.start_attached();
+    datapath.apply(&table(vec![service("web", VIP, &[(server.address, 1)])])).unwrap();
+    drop(datapath);
     place.options.layout = 2;
     let units = place.pin("v9/units/edge/links");
     fs::create_dir_all(&units).unwrap();
@@ -107,13 +107,13 @@ pub fn over_links_of_every_kind() {
     let server = Server::start(b'a');
     let mut place = Place::new();
     later(&mut place, &server);
-    let mut plane = place.start_attached_or_waiting();
-    assert!(!plane.are_hooks_ours());
-    assert_eq!(dial((VIP, 80)).unwrap(), 'a', "the later version's hooks go on until then");
-    plane.apply(&table(vec![service("web", VIP, &[(server.address, 1)])])).unwrap();
-    assert!(plane.are_hooks_ours() && !place.pin("v9").exists());
-    assert_eq!(dial((VIP, 80)).unwrap(), 'a');
-    plane.detach();
+    let mut datapath = place.start_attached_or_waiting();
+    assert!(!datapath.are_hooks_ours());
+    assert_eq!(connect((VIP, 80)).unwrap(), 'a', "the later version's hooks go on until then");
+    datapath.apply(&table(vec![service("web", VIP, &[(server.address, 1)])])).unwrap();
+    assert!(datapath.are_hooks_ours() && !place.pin("v9").exists());
+    assert_eq!(connect((VIP, 80)).unwrap(), 'a');
+    datapath.detach();
 }
 
 pub fn unload_ends_links_of_every_kind() {
@@ -122,7 +122,7 @@ pub fn unload_ends_links_of_every_kind() {
     later(&mut place, &server);
     assert!(unload(&place.options.bpffs).unwrap() >= 8 + 3);
     assert!(!place.options.bpffs.exists());
-    dial((VIP, 80)).unwrap_err();
+    connect((VIP, 80)).unwrap_err();
 }
 
 /// A later version's socket storage has another size.
@@ -130,16 +130,16 @@ pub fn over_another_storage() {
     let server = Server::start(b'a');
     let place = Place::new();
     let web = || vec![service("web", VIP, &[(server.address, 1)])];
-    let mut plane = place.start_attached();
-    plane.apply(&table(web())).unwrap();
-    drop(plane);
+    let mut datapath = place.start_attached();
+    datapath.apply(&table(web())).unwrap();
+    drop(datapath);
     let peers = place.pin("sockets/PEERS");
     fs::remove_file(&peers).unwrap();
     pin(&storage(96), &peers);
-    let mut plane = place.start_attached_or_waiting();
-    plane.apply(&table(web())).unwrap();
-    assert_eq!(dial((VIP, 80)).unwrap(), 'a');
-    plane.detach();
+    let mut datapath = place.start_attached_or_waiting();
+    datapath.apply(&table(web())).unwrap();
+    assert_eq!(connect((VIP, 80)).unwrap(), 'a');
+    datapath.detach();
 }
 
 /// A socket storage whose values have this many bytes.
@@ -173,10 +173,10 @@ pub fn foreign_directories_stay() {
     foreign[2..].iter().for_each(|dir| fs::create_dir_all(dir).unwrap());
     let classifier = program(3, 0, 0);
     pin(&classifier, &foreign[1].join("links/theirs"));
-    let mut plane = place.start_attached_or_waiting();
-    plane.apply(&table(vec![service("web", VIP, &[(server.address, 1)])])).unwrap();
-    assert_eq!(dial((VIP, 80)).unwrap(), 'a');
-    drop(plane);
+    let mut datapath = place.start_attached_or_waiting();
+    datapath.apply(&table(vec![service("web", VIP, &[(server.address, 1)])])).unwrap();
+    assert_eq!(connect((VIP, 80)).unwrap(), 'a');
+    drop(datapath);
     assert_eq!(unload(&place.options.bpffs).unwrap(), 8);
     assert!(foreign.iter().all(|dir| dir.exists()));
     assert!(foreign[1].join("links/theirs").exists());
@@ -184,7 +184,7 @@ pub fn foreign_directories_stay() {
 
     // Where our own layout should be, it is in the way.
     fs::create_dir_all(place.pin("v2/maps/precious")).unwrap();
-    let error = Plane::start(&place.options).unwrap_err().to_string();
+    let error = Datapath::start(&place.options).unwrap_err().to_string();
     assert!(error.contains("v2 has no pins of nohop's in it"), "{error}");
     assert!(place.pin("v2/maps/precious").exists());
 }

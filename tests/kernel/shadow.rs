@@ -1,4 +1,4 @@
-//! While dials are only counted, each passes untouched, and lands on a server that listens on the
+//! While connections are only counted, each passes untouched, and lands on a server that listens on the
 //! VIP itself; what was translated before goes on.
 
 use std::io::{ErrorKind, Read, Write};
@@ -7,19 +7,19 @@ use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream};
 use lb_userspace::datapath::ServiceCounters;
 use lb_userspace::table::Ports;
 
-use crate::fixture::{
-    Bed, OTHER_VIP, Place, Server, VIP, VIP6, ask, client, dial, event, loopback, service, table,
-    ways,
-};
-use crate::families::{Use, dual};
 use crate::bypass::Servers;
+use crate::families::{Use, dual};
+use crate::fixture::{
+    Bed, OTHER_VIP, Place, Server, VIP, VIP6, ask, client, connect, event, loopback, service,
+    table, ways,
+};
 
 fn counted(bed: &Bed) -> ServiceCounters {
-    bed.plane.counters().service(bed.plane.indices("web").unwrap().service)
+    bed.datapath.counters().service(bed.datapath.indices("web").unwrap().service)
 }
 
 /// TCP and UDP, connected and not, there and back.
-pub fn leaves_dials_untouched() {
+pub fn leaves_connects_untouched() {
     let servers = Servers::start();
     let mut bed = Bed::new();
     servers.serve(&mut bed);
@@ -27,15 +27,15 @@ pub fn leaves_dials_untouched() {
         assert_eq!(servers.answer(), 'b');
         let before = counted(&bed);
         let n_shadowed = event(&bed, "shadowed");
-        bed.plane.set_shadow(true);
+        bed.datapath.set_shadow(true);
         assert_eq!(servers.answer(), 'v', "at once");
         let now = counted(&bed);
-        // Six sockets dial once each. To the kernel the datagram of the one that is connected to the
+        // Six sockets connect once each. To the kernel the datagram of the one that is connected to the
         // mapped address names it as well, which is none of our business.
         assert_eq!(now.shadowed, before.shadowed + 6, "round {round}");
         assert_eq!(event(&bed, "shadowed"), n_shadowed + 6);
         assert_eq!(ServiceCounters { shadowed: before.shadowed, ..now }, before);
-        bed.plane.set_shadow(false);
+        bed.datapath.set_shadow(false);
     }
     assert_eq!(servers.answer(), 'b', "and back");
 }
@@ -45,18 +45,18 @@ pub fn leaves_ipv6_untouched() {
     let backend = Server::on(b'b', loopback(VIP6));
     bed.apply(vec![dual("web", VIP, VIP6, &[backend.address])]);
     let address = SocketAddr::from((VIP6, 80));
-    assert_eq!(dial(address).unwrap(), 'b');
+    assert_eq!(connect(address).unwrap(), 'b');
     let before = counted(&bed);
-    bed.plane.set_shadow(true);
+    bed.datapath.set_shadow(true);
     for how in Use::ALL {
         // No route leads there.
-        let error = how.dial(address).unwrap_err();
+        let error = how.connect(address).unwrap_err();
         assert_ne!(error.kind(), ErrorKind::ConnectionRefused, "{how:?}: {error}");
     }
     let now = counted(&bed);
     assert_eq!(now, ServiceCounters { shadowed: before.shadowed + 3, ..before });
-    bed.plane.set_shadow(false);
-    assert_eq!(dial(address).unwrap(), 'b');
+    bed.datapath.set_shadow(false);
+    assert_eq!(connect(address).unwrap(), 'b');
 }
 
 /// What would be refused for want of a backend or of a frontend passes too.
@@ -67,17 +67,17 @@ pub fn refuses_nothing() {
     let mut web = service("web", VIP, &[]);
     web.ports = Ports::only([port]);
     bed.apply(vec![web]);
-    bed.plane.set_shadow(true);
+    bed.datapath.set_shadow(true);
     let pools_own = Ipv4Addr::new(127, 128, 0, 0);
     for address in [VIP, OTHER_VIP, pools_own] {
-        assert_eq!(dial((address, port)).unwrap(), 'w', "{address}");
+        assert_eq!(connect((address, port)).unwrap(), 'w', "{address}");
     }
     assert_eq!(counted(&bed), ServiceCounters { shadowed: 1, ..ServiceCounters::default() });
     assert_eq!((event(&bed, "shadowed"), event(&bed, "shadowed_no_frontend")), (1, 1));
     assert_eq!(event(&bed, "refused_no_frontend"), 0);
-    bed.plane.set_shadow(false);
+    bed.datapath.set_shadow(false);
     for address in [VIP, OTHER_VIP] {
-        dial((address, port)).unwrap_err();
+        connect((address, port)).unwrap_err();
     }
 }
 
@@ -88,22 +88,22 @@ pub fn lets_connections_go_on() {
     let mut bed = Bed::new();
     let stream_service = service("stream", OTHER_VIP, &[(listener.local_addr().unwrap(), 1)]);
     bed.apply(vec![servers.service(), stream_service]);
-    let dialled = SocketAddr::from((OTHER_VIP, 80));
-    let mut stream = TcpStream::connect(dialled).unwrap();
+    let connected = SocketAddr::from((OTHER_VIP, 80));
+    let mut stream = TcpStream::connect(connected).unwrap();
     let (mut accepted, _) = listener.accept().unwrap();
     let [vip, _] = ways(VIP, servers.port());
     let socket = client(vip);
     assert_eq!(ask(&socket, vip).unwrap(), ('b', vip));
 
-    bed.plane.set_shadow(true);
+    bed.datapath.set_shadow(true);
     let mut letter = [0];
     accepted.write_all(b"x").unwrap();
     stream.read_exact(&mut letter).unwrap();
-    assert_eq!((letter, stream.peer_addr().unwrap()), (*b"x", dialled));
+    assert_eq!((letter, stream.peer_addr().unwrap()), (*b"x", connected));
     assert_eq!(ask(&socket, vip).unwrap(), ('v', vip), "its flow isn't followed");
     let behind = servers.behind();
     assert_eq!(ask(&socket, behind).unwrap(), ('b', behind), "a datagram by its own address");
-    bed.plane.set_shadow(false);
+    bed.datapath.set_shadow(false);
     assert_eq!(ask(&socket, vip).unwrap(), ('b', vip), "it is again");
 }
 
@@ -112,32 +112,32 @@ pub fn lets_connections_go_on() {
 pub fn outlives_the_daemon() {
     let servers = Servers::start();
     let mut place = Place::new();
-    let apply = |plane: &mut lb_userspace::datapath::Plane| {
-        assert!(plane.apply(&table(vec![servers.service()])).unwrap().is_empty());
+    let apply = |datapath: &mut lb_userspace::datapath::Datapath| {
+        assert!(datapath.apply(&table(vec![servers.service()])).unwrap().is_empty());
     };
-    let mut plane = place.start();
-    apply(&mut plane);
-    plane.set_shadow(true);
-    drop(plane);
+    let mut datapath = place.start();
+    apply(&mut datapath);
+    datapath.set_shadow(true);
+    drop(datapath);
     assert_eq!(servers.answer(), 'v', "without a daemon");
-    let mut plane = place.start();
-    assert!(plane.is_adopted() && plane.is_shadow());
+    let mut datapath = place.start();
+    assert!(datapath.is_adopted() && datapath.is_shadow());
     assert_eq!(servers.answer(), 'v');
-    apply(&mut plane);
-    plane.beat(None);
+    apply(&mut datapath);
+    datapath.beat(None);
     assert_eq!(servers.answer(), 'v', "with a table");
-    plane.set_shadow(false);
+    datapath.set_shadow(false);
     assert_eq!(servers.answer(), 'b');
 
-    drop(plane);
+    drop(datapath);
     place.options.is_shadow = true;
     for layout in [2, 3] {
         place.options.layout = layout;
-        let mut plane = place.start();
-        if plane.are_hooks_ours() {
+        let mut datapath = place.start();
+        if datapath.are_hooks_ours() {
             assert_eq!(servers.answer(), 'v', "layout {layout}");
         }
-        apply(&mut plane);
+        apply(&mut datapath);
         assert_eq!(servers.answer(), 'v', "layout {layout}");
     }
 }
@@ -155,8 +155,8 @@ pub fn counts_pins_on_the_host_alone() {
         let mut web = service("web", VIP, &[(behind.address, 1)]);
         web.pin = Some(SocketAddrV4::new(*pin.ip(), pin.port()));
         bed.apply(vec![web]);
-        bed.plane.set_shadow(true);
-        assert_eq!(dial(pin).unwrap(), 'v');
+        bed.datapath.set_shadow(true);
+        assert_eq!(connect(pin).unwrap(), 'v');
         assert_eq!(counted(&bed).shadowed, n_shadowed);
     }
 }

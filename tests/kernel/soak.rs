@@ -6,19 +6,19 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::Instant;
 
-use lb_userspace::datapath::Plane;
+use lb_userspace::datapath::Datapath;
 use lb_userspace::table::{Ports, Protocols, Service, Table};
 
-use crate::fixture::{OTHER_VIP, Place, Server, VIP, dial, service, table};
+use crate::fixture::{OTHER_VIP, Place, Server, VIP, connect, service, table};
 
 /// Small maps are filled: each service that doesn't fit is told, what served before serves on, and
 /// once there is room all is well.
 pub fn full_maps_refuse_by_service() {
     let (server, other) = (Server::start(b'a'), Server::start(b'b'));
     let mut place = Place::new();
-    place.options.plane.max_services = 2;
-    place.options.plane.max_backends = 8;
-    let mut plane = place.start();
+    place.options.datapath.max_services = 2;
+    place.options.datapath.max_backends = 8;
+    let mut datapath = place.start();
     let far = |n: u16| (SocketAddr::from(([10, 0, 0, 1], n + 1)), 1);
     let web = service("web", VIP, &[(server.address, 1)]);
     let mut many = service("web", VIP, &(0..17).map(far).collect::<Vec<_>>());
@@ -26,25 +26,25 @@ pub fn full_maps_refuse_by_service() {
     let second = service("second", OTHER_VIP, &[(other.address, 1)]);
     let third = service("third", Ipv4Addr::new(127, 200, 0, 3), &[(server.address, 1)]);
 
-    assert!(plane.apply(&table(vec![web.clone()])).unwrap().is_empty());
-    let errors = plane.apply(&table(vec![many, second.clone(), third.clone()])).unwrap();
+    assert!(datapath.apply(&table(vec![web.clone()])).unwrap().is_empty());
+    let errors = datapath.apply(&table(vec![many, second.clone(), third.clone()])).unwrap();
     let told: Vec<_> = errors.iter().map(|(name, error)| format!("{name}: {error}")).collect();
     let [services, backends] = [
-        "third: SERVICES is full (2 entries): raise plane.max_services in the configuration and \
+        "third: SERVICES is full (2 entries): raise datapath.max_services in the configuration and \
          restart",
-        "web: BACKENDS is full (16 entries): raise plane.max_backends in the configuration and \
+        "web: BACKENDS is full (16 entries): raise datapath.max_backends in the configuration and \
          restart",
     ];
     assert_eq!(told, [services, backends]);
-    assert_eq!(dial((VIP, 80)).unwrap(), 'a', "the former state serves");
-    assert_eq!(dial((OTHER_VIP, 80)).unwrap(), 'b', "the others are as they should be");
-    dial((Ipv4Addr::new(127, 200, 0, 3), 80)).unwrap_err();
-    let pressure: BTreeMap<_, _> = plane.pressure().into_iter().collect();
+    assert_eq!(connect((VIP, 80)).unwrap(), 'a', "the former state serves");
+    assert_eq!(connect((OTHER_VIP, 80)).unwrap(), 'b', "the others are as they should be");
+    connect((Ipv4Addr::new(127, 200, 0, 3), 80)).unwrap_err();
+    let pressure: BTreeMap<_, _> = datapath.pressure().into_iter().collect();
     assert_eq!((pressure["SERVICES"].used, pressure["SERVICES"].capacity), (2, 2));
 
-    assert!(plane.apply(&table(vec![web, third])).unwrap().is_empty(), "one goes, one comes");
-    assert_eq!(dial((VIP, 80)).unwrap(), 'a');
-    assert_eq!(dial((Ipv4Addr::new(127, 200, 0, 3), 80)).unwrap(), 'a');
+    assert!(datapath.apply(&table(vec![web, third])).unwrap().is_empty(), "one goes, one comes");
+    assert_eq!(connect((VIP, 80)).unwrap(), 'a');
+    assert_eq!(connect((Ipv4Addr::new(127, 200, 0, 3), 80)).unwrap(), 'a');
 }
 
 /// xorshift64*, Vigna 2016.
@@ -127,9 +127,9 @@ pub fn a_soak_leaks_nothing() {
     let mut random = Random(SEED);
     let mut place = Place::new();
     // Room for what is used at once, so that it is used again and again.
-    place.options.plane.max_services = 256;
-    place.options.plane.max_backends = 4_096;
-    let mut plane = place.start();
+    place.options.datapath.max_services = 256;
+    place.options.datapath.max_backends = 4_096;
+    let mut datapath = place.start();
     let mut table = Table::default();
     let begin = Instant::now();
     let mut n_done = 0;
@@ -144,30 +144,30 @@ pub fn a_soak_leaks_nothing() {
             }
         }
         table.generation += 1;
-        let errors = plane.apply(&table).unwrap();
+        let errors = datapath.apply(&table).unwrap();
         assert!(errors.is_empty(), "change {n_done}: {errors:?}");
         if random.below(50) == 0 {
-            drop(plane);
-            plane = place.start();
-            assert!(plane.is_adopted());
+            drop(datapath);
+            datapath = place.start();
+            assert!(datapath.is_adopted());
         }
     }
     println!("{:.1} s", begin.elapsed().as_secs_f64());
-    assert!(plane.apply(&table).unwrap().is_empty());
+    assert!(datapath.apply(&table).unwrap().is_empty());
     check_exact(&place, &table);
-    is_empty_after_all(&mut plane, &table);
+    is_empty_after_all(&mut datapath, &table);
 }
 
-fn is_empty_after_all(plane: &mut Plane, last: &Table) {
-    plane.mend();
+fn is_empty_after_all(datapath: &mut Datapath, last: &Table) {
+    datapath.fix();
     let used: BTreeMap<_, _> =
-        plane.pressure().into_iter().map(|(map, pressure)| (map, pressure.used)).collect();
+        datapath.pressure().into_iter().map(|(map, pressure)| (map, pressure.used)).collect();
     let n_backends: usize = last.services.values().map(|service| service.backends.len()).sum();
     assert_eq!(used["BACKENDS"] as usize, n_backends);
     assert_eq!(used["SERVICES"] as usize, last.services.len());
-    assert!(plane.apply(&table(Vec::new())).unwrap().is_empty());
-    plane.mend();
-    for (map, pressure) in plane.pressure() {
+    assert!(datapath.apply(&table(Vec::new())).unwrap().is_empty());
+    datapath.fix();
+    for (map, pressure) in datapath.pressure() {
         assert_eq!(pressure.used, 0, "{map}");
     }
 }

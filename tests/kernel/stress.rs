@@ -1,4 +1,4 @@
-//! A million dials, while the service's backends are swapped again and again.
+//! A million connections, while the service's backends are swapped again and again.
 
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener};
 use std::os::fd::OwnedFd;
@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use lb_userspace::datapath::Plane;
+use lb_userspace::datapath::Datapath;
 use lb_userspace::table::{Service, Table};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
@@ -15,15 +15,15 @@ use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
 
 use crate::fixture::{Place, VIP, service};
 
-const N_DIALLERS: usize = 3;
+const N_CLIENTS: usize = 3;
 const N_LISTENERS: usize = 64;
 /// The number of backends of each set.
 const N_BACKENDS: usize = 3;
 /// Between the swaps that are aimed at.
 const PAUSE: Duration = Duration::from_micros(400);
-/// The dials for each swap, at most.
-const MAX_DIALS_A_SWAP: u64 = 100;
-/// A dial that saw so many sets at most tells something: more than half of the servers are wrong.
+/// The connections for each swap, at most.
+const MAX_CONNECTS_A_SWAP: u64 = 100;
+/// A connection that saw so many sets at most tells something: more than half of the servers are wrong.
 const N_TELLING: u64 = 8;
 
 /// The set of swap `k`: no two that follow each other share a server.
@@ -38,49 +38,55 @@ struct Swaps {
     done: AtomicBool,
 }
 
-/// What one thread's dials met.
+/// What one thread's connections met.
 #[derive(Debug, Default)]
 struct Met {
-    n_dials: u64,
+    n_connects: u64,
     n_telling: u64,
     most_sets: u64,
 }
 
-pub fn a_million_dials_meet_no_wrong_one() {
-    let n_dials: u64 = 1_000_000;
+pub fn a_million_connects_meet_no_wrong_one() {
+    let n_connects: u64 = 1_000_000;
     let listeners: Vec<TcpListener> =
         (0..N_LISTENERS).map(|_| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap()).collect();
     let mut place = Place::new();
     // So few that what is given up is soon used again.
-    place.options.plane.max_backends = 1_024;
-    let mut plane = place.start();
+    place.options.datapath.max_backends = 1_024;
+    let mut datapath = place.start();
     let tables = tables(&listeners);
     let swaps = Swaps {
         begun: AtomicU64::new(0),
         finished: AtomicU64::new(0),
         done: AtomicBool::new(false),
     };
-    assert!(plane.apply(&tables[0]).unwrap().is_empty());
+    assert!(datapath.apply(&tables[0]).unwrap().is_empty());
     std::thread::scope(|scope| {
         let serving = scope.spawn(|| serve(&listeners, &swaps.done));
-        let swapping = scope.spawn(|| swap(&mut plane, &tables, &swaps));
-        let dialling = [(); N_DIALLERS]
-            .map(|()| scope.spawn(|| dial_all(n_dials.div_ceil(N_DIALLERS as u64), &swaps)));
-        let met = dialling.map(|thread| thread.join());
+        let swapping = scope.spawn(|| swap(&mut datapath, &tables, &swaps));
+        let connecting = [(); N_CLIENTS]
+            .map(|()| scope.spawn(|| connect_all(n_connects.div_ceil(N_CLIENTS as u64), &swaps)));
+        let met = connecting.map(|thread| thread.join());
         swaps.done.store(true, Ordering::SeqCst);
         swapping.join().unwrap();
         serving.join().unwrap();
         let met = met.map(Result::unwrap);
         let n_swaps = swaps.finished.load(Ordering::SeqCst);
-        let [n_dials, n_telling] = [|met: &Met| met.n_dials, |met: &Met| met.n_telling]
+        let [n_connects, n_telling] = [|met: &Met| met.n_connects, |met: &Met| met.n_telling]
             .map(|n| met.iter().map(n).sum::<u64>());
         let most_sets = met.iter().map(|met| met.most_sets).max();
         println!(
-            "{n_dials} dials, {n_swaps} swaps; {n_telling} dials saw {N_TELLING} sets at most, none \
+            "{n_connects} connects, {n_swaps} swaps; {n_telling} connects saw {N_TELLING} sets at most, none \
              more than {most_sets:?}"
         );
-        assert!(n_swaps * MAX_DIALS_A_SWAP >= n_dials, "{n_swaps} swaps, {n_dials} dials");
-        assert!(n_telling * 2 > n_dials, "{n_telling} of {n_dials} dials tell anything");
+        assert!(
+            n_swaps * MAX_CONNECTS_A_SWAP >= n_connects,
+            "{n_swaps} swaps, {n_connects} connections"
+        );
+        assert!(
+            n_telling * 2 > n_connects,
+            "{n_telling} of {n_connects} connections tell anything"
+        );
     });
 }
 
@@ -98,15 +104,15 @@ fn tables(listeners: &[TcpListener]) -> Vec<Table> {
     (0..N_LISTENERS as u64).map(table).collect()
 }
 
-/// Swaps until the dials are done, at an even pace.
-fn swap(plane: &mut Plane, tables: &[Table], swaps: &Swaps) {
+/// Swaps until the connections are done, at an even pace.
+fn swap(datapath: &mut Datapath, tables: &[Table], swaps: &Swaps) {
     let begin = Instant::now();
     for k in 1.. {
         if swaps.done.load(Ordering::SeqCst) {
             return;
         }
         swaps.begun.store(k, Ordering::SeqCst);
-        let errors = plane.apply(&tables[k as usize % tables.len()]).unwrap();
+        let errors = datapath.apply(&tables[k as usize % tables.len()]).unwrap();
         assert!(errors.is_empty(), "{errors:?}");
         swaps.finished.store(k, Ordering::SeqCst);
         let next = begin + PAUSE * k as u32;
@@ -114,14 +120,17 @@ fn swap(plane: &mut Plane, tables: &[Table], swaps: &Swaps) {
     }
 }
 
-fn dial_all(n_dials: u64, swaps: &Swaps) -> Met {
-    let mut met = Met { n_dials, ..Met::default() };
-    for n in 0..n_dials {
+fn connect_all(n_connects: u64, swaps: &Swaps) -> Met {
+    let mut met = Met { n_connects, ..Met::default() };
+    for n in 0..n_connects {
         let finished = swaps.finished.load(Ordering::SeqCst);
-        let reached = dial_quickly().unwrap_or_else(|errno| panic!("dial {n}: {errno}"));
+        let reached = connect_quickly().unwrap_or_else(|errno| panic!("connect {n}: {errno}"));
         let begun = swaps.begun.load(Ordering::SeqCst);
         let is_right = (finished..=begun).any(|k| set(k).any(|idx| idx == reached));
-        assert!(is_right, "dial {n} reached {reached}, of none of the sets {finished}..={begun}");
+        assert!(
+            is_right,
+            "connect {n} reached {reached}, of none of the sets {finished}..={begun}"
+        );
         let n_sets = begun - finished + 1;
         met.n_telling += u64::from(n_sets <= N_TELLING);
         met.most_sets = met.most_sets.max(n_sets);
@@ -129,8 +138,8 @@ fn dial_all(n_dials: u64, swaps: &Swaps) -> Met {
     met
 }
 
-/// Dials the VIP, and returns the number that the server sent.
-fn dial_quickly() -> rustix::io::Result<usize> {
+/// Connects the VIP, and returns the number that the server sent.
+fn connect_quickly() -> rustix::io::Result<usize> {
     let socket = rustix::net::socket(AddressFamily::INET, SocketType::STREAM, None)?;
     rustix::net::connect(&socket, &SocketAddrV4::new(VIP, 80))?;
     let mut number = [0];
@@ -160,6 +169,6 @@ fn serve(listeners: &[TcpListener], done: &AtomicBool) {
             }
         }
         // Those of clients that have gone cost nothing to close.
-        open.drain(..open.len().saturating_sub(N_DIALLERS));
+        open.drain(..open.len().saturating_sub(N_CLIENTS));
     }
 }

@@ -1,4 +1,4 @@
-//! What a dial becomes, and what the application sees of it.
+//! What a connection becomes, and what the application sees of it.
 
 use std::collections::BTreeMap;
 use std::net::{SocketAddr, SocketAddrV4, TcpStream};
@@ -6,15 +6,15 @@ use std::process::Command;
 
 use rustix::net::{AddressFamily, SocketType};
 
-use crate::fixture::{Bed, Server, VIP, dead, dial, n_dials, service};
+use crate::fixture::{Bed, Server, VIP, connect, dead, n_connects, service};
 
-pub fn a_dial_reaches_a_backend() {
+pub fn a_connect_reaches_a_backend() {
     let server = Server::start(b'a');
     let mut bed = Bed::new();
     bed.apply(vec![service("web", VIP, &[(server.address, 1)])]);
     let stream = TcpStream::connect((VIP, 80)).unwrap();
     assert_eq!(stream.peer_addr().unwrap(), SocketAddr::from((VIP, 80)), "getpeername");
-    assert_eq!(dial((VIP, 80)).unwrap(), 'a');
+    assert_eq!(connect((VIP, 80)).unwrap(), 'a');
 }
 
 pub fn weights_are_shares() {
@@ -23,20 +23,20 @@ pub fn weights_are_shares() {
     let backends: Vec<_> = servers.iter().map(|server| server.address).zip([1, 2, 5]).collect();
     bed.apply(vec![service("web", VIP, &backends)]);
     let mut n_answers = BTreeMap::<char, u32>::new();
-    let n_dials = n_dials() as u32;
-    for _ in 0..n_dials {
-        *n_answers.entry(dial((VIP, 80)).unwrap()).or_default() += 1;
+    let n_connects = n_connects() as u32;
+    for _ in 0..n_connects {
+        *n_answers.entry(connect((VIP, 80)).unwrap()).or_default() += 1;
     }
     // Of the binomial distribution, 5 standard deviations where they are largest, at one half.
-    let tolerance = (5.0 * f64::from(n_dials).sqrt() / 2.0) as u32;
+    let tolerance = (5.0 * f64::from(n_connects).sqrt() / 2.0) as u32;
     for (letter, share) in [('a', 1), ('b', 2), ('c', 5)] {
-        let (n, expected) = (n_answers[&letter], n_dials * share / 8);
+        let (n, expected) = (n_answers[&letter], n_connects * share / 8);
         let off = n.abs_diff(expected);
-        assert!(off < tolerance, "{letter}: {n} of {n_dials}, expected {expected}");
+        assert!(off < tolerance, "{letter}: {n} of {n_connects}, expected {expected}");
     }
 }
 
-/// A socket may dial again after a failure; what it dialled before mustn't show.
+/// A socket may connect to again after a failure; what it connected before mustn't show.
 pub fn the_peer_is_forgotten() {
     let (server, dead) = (Server::start(b'p'), dead());
     let mut bed = Bed::new();
@@ -55,20 +55,20 @@ pub fn what_is_no_vip_passes() {
     bed.apply(vec![service("web", VIP, &[(dead().into(), 1)])]);
     let stream = TcpStream::connect(server.address).unwrap();
     assert_eq!(stream.peer_addr().unwrap(), server.address);
-    assert_eq!(dial(server.address).unwrap(), 'p');
+    assert_eq!(connect(server.address).unwrap(), 'p');
 }
 
-pub fn dials_are_counted() {
+pub fn connects_are_counted() {
     let server = Server::start(b'a');
     let mut bed = Bed::new();
     bed.apply(vec![service("web", VIP, &[(server.address, 1)])]);
     for _ in 0..7 {
-        dial((VIP, 80)).unwrap();
+        connect((VIP, 80)).unwrap();
     }
-    let (counters, indices) = (bed.plane.counters(), bed.plane.indices("web").unwrap());
+    let (counters, indices) = (bed.datapath.counters(), bed.datapath.indices("web").unwrap());
     let stats = counters.service(indices.service);
-    assert_eq!((stats.dials, stats.refused), (7, 0));
-    assert_eq!(counters.backend_dials(indices.backends[&server.address]), 7);
+    assert_eq!((stats.connects, stats.refused), (7, 0));
+    assert_eq!(counters.backend_connects(indices.backends[&server.address]), 7);
 }
 
 /// An operator reads the maps with bpftool, by field name.

@@ -5,10 +5,10 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::Path;
 use std::process::{Child, Command, ExitCode, Stdio};
 
-use lb_userspace::datapath::{Plane, unload};
+use lb_userspace::datapath::{Datapath, unload};
 use rustix::fs::{FlockOperation, flock};
 
-use crate::fixture::{Place, Server, VIP, dial, service, table};
+use crate::fixture::{Place, Server, VIP, connect, service, table};
 
 const FLAG: &str = "--lock";
 /// The locking process ends, and another one that has its descriptor goes on.
@@ -80,14 +80,14 @@ fn set_mode(path: &Path, mode: u32) {
 /// The daemon works in a directory that is in the given state.
 fn assert_serves(place: &Place) {
     let server = Server::start(b'a');
-    let mut plane = Plane::start(&place.options).unwrap();
-    plane.keep();
-    plane.apply(&table(vec![service("web", VIP, &[(server.address, 1)])])).unwrap();
-    assert_eq!(dial((VIP, 80)).unwrap(), 'a');
+    let mut datapath = Datapath::start(&place.options).unwrap();
+    datapath.keep();
+    datapath.apply(&table(vec![service("web", VIP, &[(server.address, 1)])])).unwrap();
+    assert_eq!(connect((VIP, 80)).unwrap(), 'a');
     for dir in ["", "v2", "v2/maps", "v2/links", "sockets"] {
         assert_eq!(mode(&place.pin(dir)), 0o700, "{dir:?}");
     }
-    plane.detach();
+    datapath.detach();
 }
 
 /// An earlier version, or an operator, left the directory open.
@@ -105,11 +105,11 @@ pub fn a_lock_of_another_user_is_no_daemons() {
         [(&[][..], None), (&[FORK], None), (&[], Some("nohop-aside")), (&[], Some("nohop-aside-1"))]
     {
         let place = Place::new();
-        let (server, mut plane) = (Server::start(b'a'), place.start());
-        plane.apply(&table(vec![service("web", VIP, &[(server.address, 1)])])).unwrap();
-        let before = plane.indices("web");
-        plane.keep();
-        drop(plane);
+        let (server, mut datapath) = (Server::start(b'a'), place.start());
+        datapath.apply(&table(vec![service("web", VIP, &[(server.address, 1)])])).unwrap();
+        let before = datapath.indices("web");
+        datapath.keep();
+        drop(datapath);
         let bpffs = place.options.bpffs.clone();
         set_mode(bpffs.parent().unwrap(), 0o1777);
         set_mode(&bpffs, 0o755);
@@ -124,13 +124,13 @@ pub fn a_lock_of_another_user_is_no_daemons() {
             assert!(locker.0.wait().unwrap().success());
             locker.0.stdin = stdin;
         }
-        let mut plane = Plane::start(&place.options)
+        let mut datapath = Datapath::start(&place.options)
             .unwrap_or_else(|error| panic!("{options:?}, {taken:?}: {error}"));
-        plane.keep();
-        assert!(plane.is_adopted(), "what is pinned has moved along");
-        assert_eq!(plane.indices("web"), before);
-        assert_eq!(dial((VIP, 80)).unwrap(), 'a');
-        assert!(plane.mend().holds());
+        datapath.keep();
+        assert!(datapath.is_adopted(), "what is pinned has moved along");
+        assert_eq!(datapath.indices("web"), before);
+        assert_eq!(connect((VIP, 80)).unwrap(), 'a');
+        assert!(datapath.fix().holds());
         let beside = fs::read_dir(bpffs.parent().unwrap()).unwrap();
         let names = beside.map(|entry| entry.unwrap().path());
         let left: Vec<_> = names
@@ -140,7 +140,7 @@ pub fn a_lock_of_another_user_is_no_daemons() {
             .collect();
         assert!(left.is_empty(), "{left:?}");
         assert!(taken.is_none_or(|taken| taken.join("theirs").exists()));
-        plane.detach();
+        datapath.detach();
     }
 }
 
@@ -173,7 +173,7 @@ pub fn a_lock_is_named() {
         .spawn()
         .unwrap();
     std::io::Read::read_exact(holder.stdout.as_mut().unwrap(), &mut [0]).unwrap();
-    let error = Plane::start(&place.options).unwrap_err().to_string();
+    let error = Datapath::start(&place.options).unwrap_err().to_string();
     drop(holder.stdin.take());
     holder.wait().unwrap();
     let expected = format!("process {} (flock, of uid 0) has locked", holder.id());
@@ -209,14 +209,14 @@ pub fn what_isnt_safe_is_refused() {
     ] {
         chown(&above, Some(uid), None).unwrap();
         set_mode(&above, mode);
-        let error = Plane::start(&place.options).unwrap_err().to_string();
+        let error = Datapath::start(&place.options).unwrap_err().to_string();
         assert!(error.contains(expected) && error.contains("above"), "{error}");
         assert!(!place.options.bpffs.exists());
     }
     // The file system's root is for others, too: it isn't ours to close.
     place.options.bpffs = mount.clone();
     set_mode(&mount, 0o1777);
-    let error = Plane::start(&place.options).unwrap_err().to_string();
+    let error = Datapath::start(&place.options).unwrap_err().to_string();
     assert!(error.contains("chmod 700") && error.contains("below it with --bpffs"), "{error}");
     assert_eq!(mode(&mount), 0o1777);
     set_mode(&mount, 0o700);
@@ -227,6 +227,6 @@ pub fn what_isnt_safe_is_refused() {
     // A link of the file system's may lead anywhere.
     place.options.bpffs = mount.join("elsewhere");
     std::os::unix::fs::symlink(&mount, &place.options.bpffs).unwrap();
-    let error = Plane::start(&place.options).unwrap_err().to_string();
+    let error = Datapath::start(&place.options).unwrap_err().to_string();
     assert!(error.contains("is no directory"), "{error}");
 }

@@ -13,13 +13,13 @@ use lb_userspace::table::{Protocols, Service};
 use rustix::event::{PollFd, PollFlags};
 use rustix::net::connect_unspec;
 
+use crate::disconnect::bpf;
 use crate::fixture::{
-    Bed, Echo, OTHER_VIP, OTHER_VIP6, VIP, VIP6, ask, client, dial_udp, event, hear, loopback,
+    Bed, Echo, OTHER_VIP, OTHER_VIP6, VIP, VIP6, ask, client, connect_udp, event, hear, loopback,
     service, ways,
 };
-use crate::disconnect::bpf;
 
-/// A service that is dialled by UDP at port 80.
+/// A service that is connected to by UDP at port 80.
 fn udp_service(name: &str, vip: Ipv4Addr, servers: &[SocketAddr]) -> Service {
     let backends: Vec<_> = servers.iter().map(|&address| (address, 1)).collect();
     Service { protocols: Protocols::Udp, ..service(name, vip, &backends) }
@@ -41,7 +41,7 @@ pub fn datagrams_reach_a_backend() {
     let mut bed = Bed::new();
     bed.apply(vec![udp_service("web", VIP, &[server.address])]);
     for way in ways(VIP, 80) {
-        assert_eq!(dial_udp(way).unwrap(), 'a', "{way}");
+        assert_eq!(connect_udp(way).unwrap(), 'a', "{way}");
         let unconnected = client(way);
         assert_eq!(ask(&unconnected, way).unwrap(), ('a', way));
         assert_eq!(unconnected.peer_addr().unwrap_err().kind(), ErrorKind::NotConnected);
@@ -70,8 +70,8 @@ pub fn a_socket_keeps_its_backends() {
             }
         }
         for name in names {
-            let service = bed.plane.indices(name).unwrap().service;
-            assert_eq!(bed.plane.counters().service(service).dials, 1, "{name}");
+            let service = bed.datapath.indices(name).unwrap().service;
+            assert_eq!(bed.datapath.counters().service(service).connects, 1, "{name}");
         }
     }
 }
@@ -105,8 +105,8 @@ pub fn a_datagram_after_a_departure_goes_elsewhere() {
 const OTHER_VIP_80: SocketAddr = SocketAddr::V4(SocketAddrV4::new(OTHER_VIP, 80));
 
 pub fn sockets_of_a_backend_that_left_are_disconnected() {
-    let dialled = ways(VIP, 80).into_iter().chain([SocketAddr::from((VIP6, 80))]);
-    for (way, on) in dialled.zip([loopback(VIP), loopback(VIP), loopback(VIP6)]) {
+    let connected = ways(VIP, 80).into_iter().chain([SocketAddr::from((VIP6, 80))]);
+    for (way, on) in connected.zip([loopback(VIP), loopback(VIP), loopback(VIP6)]) {
         let [former, present] = [Echo::on(b'f', on), Echo::on(b'p', on)];
         let mut bed = Bed::with_pool6();
         let mut web = udp_service("web", VIP, &[former.address]);
@@ -157,7 +157,7 @@ pub fn a_socket_that_goes_elsewhere_tells_the_truth() {
         connect_unspec(&dissolved).unwrap();
         assert_eq!(dissolved.peer_addr().unwrap_err().kind(), ErrorKind::NotConnected);
         assert_eq!(ask(&dissolved, neighbour).unwrap(), ('n', neighbour));
-        assert_eq!(ask(&dissolved, backend).unwrap(), ('b', backend), "dialled by itself");
+        assert_eq!(ask(&dissolved, backend).unwrap(), ('b', backend), "connected by itself");
         assert_eq!(ask(&dissolved, way).unwrap(), ('b', way));
 
         for (elsewhere, letter) in [(neighbour, 'n'), (backend, 'b')] {
@@ -334,7 +334,7 @@ pub fn a_connect_that_fails_changes_nothing() {
             (SocketAddr::V4(address), SocketAddr::V6(_)) => ways(*address.ip(), address.port())[1],
             (address, _) => address,
         };
-        let by_errno = bed.plane.refusal() == lb_userspace::datapath::Refusal::Errno;
+        let by_errno = bed.datapath.refusal() == lb_userspace::datapath::Refusal::Errno;
         // Before 6.1 a connect() that is refused leads to port 0, and succeeds.
         let failing = [Some(vip(2)), by_errno.then_some(vip(3)), Some(as_named(far))];
         for failing in failing.into_iter().flatten() {
@@ -533,7 +533,7 @@ pub fn a_connections_datagrams_are_translated_once() {
         assert_eq!(ask(&socket, way).unwrap(), ('i', way));
     }
     for way in ways(*pin.ip(), pin.port()) {
-        assert_eq!(dial_udp(way).unwrap(), 'b', "the pin leads to its service");
+        assert_eq!(connect_udp(way).unwrap(), 'b', "the pin leads to its service");
         assert_eq!(ask(&client(way), way).unwrap(), ('b', way));
     }
 }
@@ -547,7 +547,7 @@ pub fn what_a_writer_gets_after_its_backend_left() {
         let socket = client(way);
         socket.connect(way).unwrap();
         bed.apply(vec![udp_service("web", VIP, &[present.address])]);
-        // It is disconnected by a thread of the plane's.
+        // It is disconnected by a thread of the datapath's.
         let mut poll = [PollFd::new(&socket, PollFlags::ERR)];
         rustix::event::poll(&mut poll, None).unwrap();
         for _ in 0..3 {

@@ -12,7 +12,7 @@ fn all_of_it(options: &mut Options) {
         options.vip.pins.insert(name.to_owned(), pin.parse().unwrap());
     }
     let never = |nth| options.scope.join(format!("never{nth}"));
-    options.plane.exclude_cgroups = (0..16).map(never).collect();
+    options.datapath.exclude_cgroups = (0..16).map(never).collect();
 }
 
 /// `cargo xtask vm` and `cargo xtask test` read these lines.
@@ -25,7 +25,7 @@ pub fn instructions_are_told() {
     let kernel = crate::running_kernel();
     let (major, minor) = kernel;
     println!();
-    for (program, n_instructions) in bed.plane.verified_instructions().unwrap() {
+    for (program, n_instructions) in bed.datapath.verified_instructions().unwrap() {
         assert_eq!(n_instructions.is_some(), kernel >= (5, 16), "{program}");
         let told = n_instructions.map_or("-".to_owned(), |n| n.to_string());
         println!("verifier: {major}.{minor} {program} {told}");

@@ -1,4 +1,4 @@
-//! While every backend is critical a dial is refused and the name still answers; a backend that
+//! While every backend is critical a connection is refused and the name still answers; a backend that
 //! recovers serves again.
 
 use anyhow::{Result, ensure};
@@ -13,14 +13,14 @@ pub fn story() -> Result<()> {
     cluster.server.fail("helloworld-0")?;
     cluster.server.fail("helloworld-1")?;
     nohop.wait_for_backends("helloworld", 0, SOON)?;
-    let dials = nodes.dial(vip, 50)?;
-    ensure!(dials.all_failed_with("ConnectionRefused"), "{dials:?}");
+    let connects = nodes.connect(vip, 50)?;
+    ensure!(connects.all_failed_with("ConnectionRefused"), "{connects:?}");
     let answer = nodes.dig("+short helloworld.service")?;
     ensure!(answer.trim() == vip.ip().to_string(), "{answer}");
 
     cluster.server.pass("helloworld-1")?;
     nohop.wait_for_backends("helloworld", 1, SOON)?;
-    let dials = nodes.dial(vip, 50)?;
-    ensure!(dials.all_answered(|answer| answer == "hello from helloworld-1"), "{dials:?}");
+    let connects = nodes.connect(vip, 50)?;
+    ensure!(connects.all_answered(|answer| answer == "hello from helloworld-1"), "{connects:?}");
     Ok(())
 }

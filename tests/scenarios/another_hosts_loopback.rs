@@ -29,8 +29,8 @@ pub fn story() -> Result<()> {
         ensure!(backend["state"] == "unroutable", "{backend:#}");
         ensure!(reason.contains("loopback of node `backend`"), "{backend:#}");
     }
-    let dials = nodes.dial(vip(&nohop, "web")?, 20)?;
-    ensure!(dials.all_failed_with("ConnectionRefused"), "{dials:?}");
+    let connects = nodes.connect(vip(&nohop, "web")?, 20)?;
+    ensure!(connects.all_failed_with("ConnectionRefused"), "{connects:?}");
     let facts = nohop.status()?["catalog"]["facts"].to_string();
     ensure!(facts.contains(BACKEND) && facts.contains("isn't this host's"), "{facts}");
     Ok(())

@@ -14,20 +14,20 @@ pub fn story() -> Result<()> {
     let catalog = Catalog::new(&[("helloworld", &[helloworld.address])])?;
     let nohop = nodes.nohop(&catalog.config())?;
     let vip = vip(&nohop, "helloworld")?;
-    ensure!(nodes.dial(vip, 100)?.all_answered(|answer| answer == "hello from helloworld"));
-    ensure!(!nohop.process.tail().contains(SAYS), "nothing is said of an ordinary dial");
+    ensure!(nodes.connect(vip, 100)?.all_answered(|answer| answer == "hello from helloworld"));
+    ensure!(!nohop.process.tail().contains(SAYS), "nothing is said of an ordinary connection");
 
     // Somebody writes to the maps: the one backend's entry is emptied.
     let backends = nohop.pin("maps/BACKENDS")?;
     let nothing = "0 ".repeat(32);
     let update = format!("map update pinned {} key 0 0 0 0 value {nothing}", backends.display());
     cmd::words("bpftool", update.trim())?;
-    let dials = nodes.dial(vip, 100)?;
-    ensure!(dials.all_failed_with("ConnectionRefused"), "{dials:?}");
+    let connects = nodes.connect(vip, 100)?;
+    ensure!(connects.all_failed_with("ConnectionRefused"), "{connects:?}");
     nohop.process.wait_for_line(&[SAYS], SOON)?;
     let n_said = nohop.process.tail().matches(SAYS).count();
     ensure!(n_said <= 3, "said {n_said} times");
     let status = nohop.status()?;
-    ensure!(status["plane"]["counters"]["inconsistent"] == 100, "{status:#}");
+    ensure!(status["datapath"]["counters"]["inconsistent"] == 100, "{status:#}");
     Ok(())
 }

@@ -7,9 +7,9 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use lb_tests::bpffs::Bpffs;
-use lb_tests::helloworld::dial;
-use lb_tests::nohop::Nohop;
 use lb_tests::cmd;
+use lb_tests::helloworld::connect;
+use lb_tests::nohop::Nohop;
 
 use crate::cluster::{Catalog, Nodes, attached, vip};
 
@@ -36,7 +36,7 @@ pub fn story() -> Result<()> {
     fs::create_dir_all(&excluded)?;
     let [own, root_text] = [container.path(), root].map(|path| path.display().to_string());
     let under = ["sh", "-c", CONTAINED, "sh", &own, &root_text];
-    let config = "plane.exclude_cgroups = [\"*/*.envoy-*.scope\", \"gone.slice\"]\n";
+    let config = "datapath.exclude_cgroups = [\"*/*.envoy-*.scope\", \"gone.slice\"]\n";
     let nohop = Nohop::start_under(&nodes.client, &under, root, &(catalog.config() + config))?;
     nohop.wait_until_ready()?;
     let status = nohop.status()?;
@@ -46,8 +46,11 @@ pub fn story() -> Result<()> {
     }
     ensure!(nodes.curl("helloworld")? == "hello from helloworld\n", "the container's own process");
     let address = vip(&nohop, "helloworld")?;
-    let dials = dial(nodes.client.outside(), address, 5)?;
-    ensure!(dials.all_failed_with("HostUnreachable"), "the node's other processes: {dials:?}");
+    let connects = connect(nodes.client.outside(), address, 5)?;
+    ensure!(
+        connects.all_failed_with("HostUnreachable"),
+        "the node's other processes: {connections:?}"
+    );
     // From inside the namespace a cgroup's depth is not what its path shows.
     let script = r#"echo 0 > "$1/cgroup.procs" && shift && exec "$@""#;
     let mut curl = nodes.client.outside().command("sh");
@@ -58,7 +61,7 @@ pub fn story() -> Result<()> {
     ensure!(!output.status.success() && output.stdout.is_empty(), "excluded: {output:?}");
     ensure!(text.contains("No route") || text.contains("connect"), "excluded: {text}");
     let status = nohop.status()?;
-    ensure!(status["plane"]["counters"]["left_alone"] != 0, "{status:#}");
+    ensure!(status["datapath"]["counters"]["bypassed"] != 0, "{status:#}");
     Ok(())
 }
 

@@ -1,5 +1,5 @@
 //! The cgroup disappears under a running daemon, and comes back: until the hooks are attached to it
-//! again the daemon isn't ready and names get SERVFAIL, so that nobody dials into the void.
+//! again the daemon isn't ready and names get SERVFAIL, so that nobody connections into the void.
 
 use std::fs;
 
@@ -22,7 +22,7 @@ pub fn story() -> Result<()> {
     };
     let dig = || outside.run("dig", "+time=5 +tries=1 helloworld.service");
 
-    // The daemon isn't in the cgroup that it serves: a child of it has dialled from inside, and left
+    // The daemon isn't in the cgroup that it serves: a child of it has connected from inside, and left
     // nothing behind.
     let dump = format!("-j map dump pinned {}", nohop.pin("maps/PROBE")?.display());
     let probe: Value = serde_json::from_str(&cmd::words("bpftool", &dump)?)?;
@@ -34,7 +34,7 @@ pub fn story() -> Result<()> {
     ensure!(readyz()? == "200" && dig()?.contains("status: NOERROR"));
 
     fs::remove_dir(nodes.cgroup.path()).context("remove the cgroup")?;
-    let status = nohop.wait_for_status(SOON, |status| status["plane"]["attached"] == false)?;
+    let status = nohop.wait_for_status(SOON, |status| status["datapath"]["attached"] == false)?;
     ensure!(status["ready"] == false, "{status:#}");
     let cgroup = nodes.cgroup.path().display().to_string();
     ensure!(status["problems"].to_string().contains(&cgroup), "{status:#}");

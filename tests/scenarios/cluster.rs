@@ -8,11 +8,11 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use lb_tests::cgroup::Cgroup;
+use lb_tests::cmd;
 use lb_tests::consul::{Consul, instance};
-use lb_tests::helloworld::{Dials, Helloworld, dial};
+use lb_tests::helloworld::{Connects, Helloworld, connect};
 use lb_tests::net::{Host, Place};
 use lb_tests::nohop::{Nohop, service};
-use lb_tests::cmd;
 use lb_tests::tempdir::Scratch;
 
 /// How long nohop may take to follow Consul, where a story doesn't measure it: a new name that nobody
@@ -62,9 +62,9 @@ impl Nodes {
         self.inside().run("curl", &format!("-sS --max-time 5 http://{name}.service/"))
     }
 
-    /// Dials from where nohop serves.
-    pub fn dial(&self, address: SocketAddrV4, n_times: u32) -> Result<Dials> {
-        dial(self.inside(), address, n_times)
+    /// Connects from where nohop serves.
+    pub fn connect(&self, address: SocketAddrV4, n_times: u32) -> Result<Connects> {
+        connect(self.inside(), address, n_times)
     }
 }
 
@@ -105,13 +105,13 @@ impl Cluster {
         self.nohop.wait_for_backends(service, n, SOON).map(drop)
     }
 
-    /// Where a service is dialled.
+    /// Where a service is connected to.
     pub fn vip(&self, name: &str) -> Result<SocketAddrV4> {
         vip(&self.nohop, name)
     }
 }
 
-/// Where a service is dialled on the node of this daemon, at port 80.
+/// Where a service is connected to on the node of this daemon, at port 80.
 pub fn vip(nohop: &Nohop, name: &str) -> Result<SocketAddrV4> {
     let services = nohop.services()?;
     let vip = service(&services, name).and_then(|service| service["vip"].as_str()?.parse().ok());

@@ -15,8 +15,8 @@ pub fn story() -> Result<()> {
     let is_failing = |status: &serde_json::Value| status["catalog"]["state"] == "failing";
     let status = cluster.nohop.wait_for_status(SOON, is_failing)?;
     ensure!(status["ready"] == true, "{status:#}");
-    let dials = cluster.nodes.dial(vip, 100)?;
-    ensure!(dials.errors.is_empty() && dials.answers.len() == 2, "{dials:?}");
+    let connects = cluster.nodes.connect(vip, 100)?;
+    ensure!(connects.errors.is_empty() && connects.answers.len() == 2, "{connects:?}");
     ensure!(cluster.nodes.curl("helloworld")?.starts_with("hello from helloworld-"));
     let meanwhile = cluster.nohop.services()?;
     ensure!(meanwhile[0]["generation"] == before[0]["generation"], "{meanwhile:#}");
@@ -25,8 +25,11 @@ pub fn story() -> Result<()> {
     let unchanged = |cluster: &Cluster, when: &str| {
         let after = cluster.nohop.services()?;
         ensure!(after[0]["generation"] == before[0]["generation"], "{when}: {after:#}");
-        let dials = cluster.nodes.dial(vip, 100)?;
-        ensure!(dials.errors.is_empty() && dials.answers.len() == 2, "{when}: {dials:?}");
+        let connects = cluster.nodes.connect(vip, 100)?;
+        ensure!(
+            connects.errors.is_empty() && connects.answers.len() == 2,
+            "{when}: {connections:?}"
+        );
         Ok(())
     };
     cluster.agent.restart()?;
@@ -46,10 +49,10 @@ pub fn story() -> Result<()> {
     let newcomer = cluster.nodes.helloworld("newcomer")?;
     cluster.server.register(&instance("helloworld", "newcomer", newcomer.address))?;
     cluster.nohop.wait_for_backends("helloworld", 3, SOON)?;
-    let dials = cluster.nodes.dial(vip, 100)?;
+    let connects = cluster.nodes.connect(vip, 100)?;
     ensure!(
-        dials.errors.is_empty() && dials.answers.contains_key("hello from newcomer"),
-        "{dials:?}"
+        connects.errors.is_empty() && connects.answers.contains_key("hello from newcomer"),
+        "{connects:?}"
     );
     Ok(())
 }

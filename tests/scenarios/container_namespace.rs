@@ -4,7 +4,7 @@
 use std::net::{Ipv4Addr, SocketAddrV4};
 
 use anyhow::{Result, ensure};
-use lb_tests::helloworld::{Helloworld, dial};
+use lb_tests::helloworld::{Helloworld, connect};
 use lb_tests::net::Host;
 
 use crate::cluster::{Catalog, Nodes, vip};
@@ -33,14 +33,17 @@ pub fn story() -> Result<()> {
         (local_vip, "hello from local"),
         (PIN, "hello from remote"),
     ] {
-        let dials = nodes.dial(address, 20)?;
-        ensure!(dials.all_answered(|a| a == answer), "host, {address}: {dials:?}");
+        let connects = nodes.connect(address, 20)?;
+        ensure!(connects.all_answered(|a| a == answer), "host, {address}: {connections:?}");
     }
     for (address, answer) in [(remote_vip, "hello from remote"), (PIN, "hello from container")] {
-        let dials = dial(inside, address, 20)?;
-        ensure!(dials.all_answered(|a| a == answer), "container, {address}: {dials:?}");
+        let connects = connect(inside, address, 20)?;
+        ensure!(connects.all_answered(|a| a == answer), "container, {address}: {connections:?}");
     }
-    let dials = dial(inside, local_vip, 20)?;
-    ensure!(dials.all_failed_with("ConnectionRefused"), "container, {local_vip}: {dials:?}");
+    let connects = connect(inside, local_vip, 20)?;
+    ensure!(
+        connects.all_failed_with("ConnectionRefused"),
+        "container, {local_vip}: {connections:?}"
+    );
     Ok(())
 }

@@ -24,9 +24,9 @@ pub fn story() -> Result<()> {
         ["hello from helloworld-0", "hello from helloworld-1", "hello from helloworld-2"];
     ensure!(answered == BTreeSet::from(expected), "{answered:?}");
 
-    // The application sees the address that it dialled.
-    let dials = nodes.dial(vip, 20)?;
-    ensure!(dials.peers.keys().eq([&vip.to_string()]), "{dials:?}");
+    // The application sees the address that it connected.
+    let connects = nodes.connect(vip, 20)?;
+    ensure!(connects.peers.keys().eq([&vip.to_string()]), "{connects:?}");
 
     let by_udp = nodes.dig("+short helloworld.service")?;
     let by_tcp = nodes.dig("+short +tcp HelloWorld.service")?;

@@ -73,9 +73,9 @@ pub fn stalled() -> Result<()> {
         let backend = if round % 2 == 0 { two.address } else { one.address };
         catalog.set(&[("one", &[backend]), (&name, &[backend])])?;
         nohop.wait_for_backends(&name, 1, SOON)?;
-        let dials = nodes.dial(vip(&nohop, "one")?, 20)?;
+        let connects = nodes.connect(vip(&nohop, "one")?, 20)?;
         let expected = if round % 2 == 0 { "two" } else { "one" };
-        ensure!(dials.errors.is_empty() && dials.answers.len() == 1, "{dials:?}");
+        ensure!(connects.errors.is_empty() && connects.answers.len() == 1, "{connects:?}");
         ensure!(nodes.curl(&name)? == format!("hello from {expected}\n"));
     }
     let names_it = |status: &Value| status["problems"].to_string().contains("doesn't answer");
@@ -135,9 +135,9 @@ pub fn unread_log() -> Result<()> {
         })?;
         is_lost = lost(&nohop.status()?);
         if is_lost {
-            let dials = nodes.dial(vip(&nohop, "web")?, 20)?;
+            let connects = nodes.connect(vip(&nohop, "web")?, 20)?;
             let answer = if round % 2 == 0 { "hello from two\n" } else { "hello from one\n" };
-            ensure!(dials.errors.is_empty(), "{dials:?}");
+            ensure!(connects.errors.is_empty(), "{connects:?}");
             ensure!(nodes.curl("web")? == answer);
             break;
         }

@@ -28,15 +28,15 @@ pub fn story() -> Result<()> {
     let pid = nohop.process.pid().as_raw_nonzero();
     ensure!(!refused.status.success() && text.contains(&format!("process {pid}")), "{text}");
     ensure!(nohop.end()?.success());
-    ensure!(nodes.dial(vip, 10)?.all_answered(|answer| answer == "hello from helloworld"));
+    ensure!(nodes.connect(vip, 10)?.all_answered(|answer| answer == "hello from helloworld"));
 
     let output = nohop.cli(&unload)?;
     let text = String::from_utf8_lossy(&output.stdout);
     ensure!(output.status.success() && text.contains("detached 8 programs"), "{output:?}");
     ensure!(attached(&nodes.cgroup)?.is_empty());
     ensure!(!nohop.pins().exists());
-    let dials = nodes.dial(vip, 10)?;
-    ensure!(dials.errors.get("HostUnreachable") == Some(&10), "{dials:?}");
+    let connects = nodes.connect(vip, 10)?;
+    ensure!(connects.errors.get("HostUnreachable") == Some(&10), "{connects:?}");
 
     let route = || nodes.client.ip("route show table local type unreachable");
     ensure!(route()?.contains("127.128.0.0/9"), "{}", route()?);

@@ -2,8 +2,8 @@
 
 use anyhow::{Context, Result, ensure};
 use lb_tests::bpffs::Bpffs;
-use lb_tests::process::Process;
 use lb_tests::cmd;
+use lb_tests::process::Process;
 
 use crate::cluster::{Catalog, Nodes, SOON};
 

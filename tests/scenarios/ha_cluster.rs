@@ -1,5 +1,5 @@
 //! What the stories of Consul's bad days are played on: three servers, a node with backends and a node
-//! with nohop, on a switch. What is dialled goes over a cable of its own, so that Consul's network can
+//! with nohop, on a switch. What is connected to goes over a cable of its own, so that Consul's network can
 //! fail by itself.
 
 use std::net::SocketAddrV4;
@@ -129,7 +129,7 @@ impl Servers {
         self.switch.ip(&format!("link set {} {state}", self.agent_port)).map(drop)
     }
 
-    /// Waits until news arrive: a backend `id` of helloworld comes, is dialled, and goes.
+    /// Waits until news arrive: a backend `id` of helloworld comes, is connected to, and goes.
     pub fn news_arrive(&mut self, id: &str) -> Result<()> {
         let before = lb_tests::nohop::n_healthy(&self.nohop.services()?, "helloworld");
         let newcomer = self.nodes.helloworld(id)?;
@@ -137,12 +137,12 @@ impl Servers {
         self.nohop.wait_for_backends("helloworld", before + 1, SOON * 3)?;
         self.backend_agent.deregister(id)?;
         self.nohop.wait_for_backends("helloworld", before, SOON * 3)?;
-        // It may still be dialled by who chose it a moment ago.
+        // It may still be connected to by who chose it a moment ago.
         self.helloworlds.push(newcomer);
         Ok(())
     }
 
-    /// Where a service is dialled.
+    /// Where a service is connected to.
     pub fn vip(&self, name: &str) -> Result<SocketAddrV4> {
         vip(&self.nohop, name)
     }

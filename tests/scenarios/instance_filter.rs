@@ -1,5 +1,5 @@
 //! What the operator chooses counts: an instance in warning serves with its weight for that, one
-//! without the wanted Meta is out, and one whose address is a name is dialled at what it stands for.
+//! without the wanted Meta is out, and one whose address is a name is connected to at what it stands for.
 
 use anyhow::{Result, ensure};
 use lb_tests::consul::instance;
@@ -57,11 +57,11 @@ pub fn story() -> Result<()> {
     for part in ["is warning", "`localhost` is 127.0.0.1", "has `stage` = `test`, not `live`"] {
         ensure!(text.contains(part), "no {part:?} in:\n{text}");
     }
-    let dials = cluster.nodes.dial(cluster.vip("web")?, 200)?;
+    let connects = cluster.nodes.connect(cluster.vip("web")?, 200)?;
     ensure!(
-        dials.all_answered(|a| a == "hello from warned" || a == "hello from named"),
-        "{dials:?}"
+        connects.all_answered(|a| a == "hello from warned" || a == "hello from named"),
+        "{connects:?}"
     );
-    ensure!(dials.answers.len() == 2, "both serve: {dials:?}");
+    ensure!(connects.answers.len() == 2, "both serve: {connections:?}");
     Ok(())
 }

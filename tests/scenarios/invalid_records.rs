@@ -1,4 +1,4 @@
-//! What Consul holds and nobody can dial is left out, `nohop explain` says why, and the good
+//! What Consul holds and nobody can connect to is left out, `nohop explain` says why, and the good
 //! instance beside it serves.
 
 use anyhow::{Result, ensure};
@@ -76,7 +76,7 @@ pub fn story() -> Result<()> {
         let text = String::from_utf8_lossy(&output.stdout);
         ensure!(text.contains(expected), "nohop explain {name}: {text}");
     }
-    let dials = cluster.nodes.dial(cluster.vip("helloworld")?, 100)?;
-    ensure!(dials.errors.is_empty() && dials.answers.len() == 2, "{dials:?}");
+    let connects = cluster.nodes.connect(cluster.vip("helloworld")?, 100)?;
+    ensure!(connects.errors.is_empty() && connects.answers.len() == 2, "{connects:?}");
     Ok(())
 }

@@ -4,9 +4,9 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
+use lb_tests::cmd;
 use lb_tests::nohop::service;
 use lb_tests::process::Process;
-use lb_tests::cmd;
 
 use crate::cluster::{Catalog, Nodes};
 

@@ -30,7 +30,7 @@ pub fn story() -> Result<()> {
             nohop.process.wait_for_line(&["took over what was attached"], SOON)?;
             nohop.wait_for_backends("helloworld", present.len(), SOON)?;
             let status = nohop.status()?;
-            ensure!(status["plane"]["adopted"] == true, "{status:#}");
+            ensure!(status["datapath"]["adopted"] == true, "{status:#}");
             ensure!(crate::cluster::vip(&nohop, "helloworld")? == vip);
             // And a change in the daemon's lifetime.
             catalog.set(&[("helloworld", &all[1..])])?;

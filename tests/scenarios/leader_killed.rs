@@ -1,5 +1,5 @@
 //! Consul's leader dies, and the others elect another; then all servers and agents die at once and come
-//! back. No dial is lost, and afterwards news arrive.
+//! back. No connection is lost, and afterwards news arrive.
 
 use anyhow::Result;
 

@@ -23,8 +23,8 @@ pub fn story() -> Result<()> {
     cluster.nohop.wait_for_backends("helloworld", 2, SOON)?;
     let explanation = cluster.nohop.explain("helloworld")?;
     ensure!(reasons(&explanation) == ["helloworld-1 service maintenance"], "{explanation:#}");
-    let dials = cluster.nodes.dial(vip, 100)?;
-    ensure!(dials.all_answered(|answer| answer != "hello from helloworld-1"), "{dials:?}");
+    let connects = cluster.nodes.connect(vip, 100)?;
+    ensure!(connects.all_answered(|answer| answer != "hello from helloworld-1"), "{connects:?}");
 
     maint("-disable -service=helloworld-1")?;
     cluster.nohop.wait_for_backends("helloworld", 3, SOON)?;
@@ -35,11 +35,11 @@ pub fn story() -> Result<()> {
     let reasons = reasons(&explanation);
     let last = reasons.last().context("nothing is out")?;
     ensure!(reasons.len() == 3 && last.ends_with("node maintenance"), "{explanation:#}");
-    let dials = cluster.nodes.dial(vip, 10)?;
-    ensure!(dials.all_failed_with("ConnectionRefused"), "{dials:?}");
+    let connects = cluster.nodes.connect(vip, 10)?;
+    ensure!(connects.all_failed_with("ConnectionRefused"), "{connects:?}");
 
     maint("-disable")?;
     cluster.nohop.wait_for_backends("helloworld", 3, SOON)?;
-    ensure!(cluster.nodes.dial(vip, 100)?.errors.is_empty());
+    ensure!(cluster.nodes.connect(vip, 100)?.errors.is_empty());
     Ok(())
 }

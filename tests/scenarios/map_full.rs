@@ -14,30 +14,32 @@ pub fn story() -> Result<()> {
     let names = ["a", "b", "c", "d", "e", "f", "g", "h", "i"];
     let services = names.map(|name| (name, &backends[..]));
     let catalog = Catalog::new(&services[..N_FIT])?;
-    let config = format!("{}plane.max_services = {N_FIT}\n", catalog.config());
+    let config = format!("{}datapath.max_services = {N_FIT}\n", catalog.config());
     let nohop = nodes.nohop(&config)?;
 
     catalog.set(&services)?;
     let n_refused = names.len() - N_FIT;
-    let status =
-        nohop.wait_for_status(SOON, |status| status["plane"]["refused_services"] == n_refused)?;
+    let status = nohop
+        .wait_for_status(SOON, |status| status["datapath"]["refused_services"] == n_refused)?;
     ensure!(status["ready"] == true, "what fits is served: {status:#}");
     let text = String::from_utf8(nohop.cli("status")?.stdout)?;
-    for part in ["5 services aren't in the kernel", "(e, f, g, …)", "raise plane.max_services"] {
+    for part in ["5 services aren't in the kernel", "(e, f, g, …)", "raise datapath.max_services"]
+    {
         ensure!(text.contains(part), "no {part:?} in:\n{text}");
     }
     for name in &names[..N_FIT] {
         ensure!(nodes.curl(name)? == "hello from helloworld\n");
     }
     for name in &names[N_FIT..] {
-        let dials = nodes.dial(vip(&nohop, name)?, 5)?;
-        ensure!(dials.all_failed_with("ConnectionRefused"), "{name}: {dials:?}");
+        let connects = nodes.connect(vip(&nohop, name)?, 5)?;
+        ensure!(connects.all_failed_with("ConnectionRefused"), "{name}: {connections:?}");
     }
     let explained = String::from_utf8(nohop.cli("explain i")?.stdout)?;
     ensure!(explained.contains("is refused with ECONNREFUSED: SERVICES is full"), "{explained}");
 
     catalog.set(&services[n_refused..])?;
-    let status = nohop.wait_for_status(SOON, |status| status["plane"]["refused_services"] == 0)?;
+    let status =
+        nohop.wait_for_status(SOON, |status| status["datapath"]["refused_services"] == 0)?;
     ensure!(status["problems"] == serde_json::json!([]), "{status:#}");
     for name in &names[n_refused..] {
         ensure!(nodes.curl(name)? == "hello from helloworld\n", "{name}");

@@ -1,4 +1,4 @@
-//! A dial to an address that is no VIP is what it would be without nohop.
+//! A connection to an address that is no VIP is what it would be without nohop.
 
 use std::net::{Ipv4Addr, SocketAddrV4};
 
@@ -20,16 +20,16 @@ pub fn story() -> Result<()> {
         (remote.address, "hello from remote"),
         (local.address, "hello from local"),
     ] {
-        let dials = nodes.dial(address, 20)?;
-        ensure!(dials.all_answered(|a| a == answer), "{address}: {dials:?}");
-        ensure!(dials.peers.keys().eq([&address.to_string()]), "{address}: {dials:?}");
+        let connects = nodes.connect(address, 20)?;
+        ensure!(connects.all_answered(|a| a == answer), "{address}: {connections:?}");
+        ensure!(connects.peers.keys().eq([&address.to_string()]), "{address}: {connections:?}");
     }
     // Where nobody listens.
     for ip in [Ipv4Addr::new(10, 99, 0, 2), Ipv4Addr::LOCALHOST] {
-        let dials = nodes.dial(SocketAddrV4::new(ip, 80), 5)?;
-        ensure!(dials.all_failed_with("ConnectionRefused"), "{ip}: {dials:?}");
+        let connects = nodes.connect(SocketAddrV4::new(ip, 80), 5)?;
+        ensure!(connects.all_failed_with("ConnectionRefused"), "{ip}: {connections:?}");
     }
     let services = nohop.services()?;
-    ensure!(services[0]["dials"] == 0 && services[0]["refused"] == 0, "{services:#}");
+    ensure!(services[0]["connects"] == 0 && services[0]["refused"] == 0, "{services:#}");
     Ok(())
 }

@@ -4,9 +4,9 @@
 use std::fs;
 
 use anyhow::{Context, Result, ensure};
+use lb_tests::cmd;
 use lb_tests::consul::{Consul, instance};
 use lb_tests::nohop::Nohop;
-use lb_tests::cmd;
 use serde_json::Value;
 
 use crate::cluster::{CLIENT, Nodes, SOON};
@@ -53,9 +53,9 @@ pub fn story() -> Result<()> {
     })?;
     let off = nohop.state_dir().join("off");
     fs::write(&off, "")?;
-    let before = wait_for(&nohop, before, |status| status["plane"]["mode"] == "shadow")?;
+    let before = wait_for(&nohop, before, |status| status["datapath"]["mode"] == "shadow")?;
     fs::remove_file(&off)?;
-    let before = wait_for(&nohop, before, |status| status["plane"]["mode"] == "translate")?;
+    let before = wait_for(&nohop, before, |status| status["datapath"]["mode"] == "translate")?;
     consul.kill();
     wait_for(&nohop, before, |status| status["catalog"]["state"] == "failing")?;
 

@@ -3,7 +3,7 @@
 use std::net::{Ipv4Addr, SocketAddrV4};
 
 use anyhow::{Result, ensure};
-use lb_tests::helloworld::{Helloworld, dial};
+use lb_tests::helloworld::{Helloworld, connect};
 
 use crate::cluster::Cluster;
 
@@ -14,17 +14,23 @@ pub fn story() -> Result<()> {
     let (nodes, outside) = (&cluster.nodes, cluster.nodes.client.outside());
 
     for address in [PIN, cluster.vip("helloworld")?] {
-        let dials = nodes.dial(address, 20)?;
-        ensure!(dials.all_answered(|answer| answer == "hello from helloworld-0"), "{dials:?}");
-        ensure!(dials.peers.keys().eq([&address.to_string()]), "{dials:?}");
+        let connects = nodes.connect(address, 20)?;
+        ensure!(
+            connects.all_answered(|answer| answer == "hello from helloworld-0"),
+            "{connects:?}"
+        );
+        ensure!(connects.peers.keys().eq([&address.to_string()]), "{connects:?}");
     }
-    let dials = dial(outside, PIN, 5)?;
-    ensure!(dials.all_failed_with("ConnectionRefused"), "outside of the cgroup: {dials:?}");
+    let connects = connect(outside, PIN, 5)?;
+    ensure!(
+        connects.all_failed_with("ConnectionRefused"),
+        "outside of the cgroup: {connections:?}"
+    );
 
     let leader = nodes.inside().run("curl", "-sS http://127.0.0.1:8500/v1/status/leader")?;
     ensure!(leader.contains("10.99.0.2:"), "{leader}");
     let neighbour = Helloworld::start(outside, "neighbour", "127.0.0.1:0")?;
-    let dials = nodes.dial(neighbour.address, 20)?;
-    ensure!(dials.all_answered(|answer| answer == "hello from neighbour"), "{dials:?}");
+    let connects = nodes.connect(neighbour.address, 20)?;
+    ensure!(connects.all_answered(|answer| answer == "hello from neighbour"), "{connects:?}");
     Ok(())
 }

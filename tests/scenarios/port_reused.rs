@@ -1,5 +1,5 @@
 //! While Consul is down, a port goes from an instance of one service to one of another, as Nomad's ports
-//! do. Services that live elsewhere lose nothing, and when Consul is back no dial goes to the wrong one.
+//! do. Services that live elsewhere lose nothing, and when Consul is back no connection goes to the wrong one.
 //! A daemon that starts meanwhile serves what it remembers, unless that is too old: then names
 //! get SERVFAIL, and the kernel goes on by what it has.
 
@@ -42,8 +42,8 @@ pub fn story() -> Result<()> {
         servers.nohop.wait_for_status(SOON * 2, is_live)?;
         servers.nohop.wait_for_backends("helloworld", 3, SOON * 2)?;
         servers.nohop.wait_for_backends("mail", 1, SOON * 2)?;
-        let dials = servers.nodes.dial(mail, 200)?;
-        ensure!(dials.all_answered(|answer| answer == "hello from mail-0"), "{dials:?}");
+        let connects = servers.nodes.connect(mail, 200)?;
+        ensure!(connects.all_answered(|answer| answer == "hello from mail-0"), "{connects:?}");
         Ok(())
     })?;
 

@@ -1,4 +1,4 @@
-//! A service says its ports in Consul's Meta: it is dialled at those and at no other, and what its
+//! A service says its ports in Consul's Meta: it is connected to at those and at no other, and what its
 //! instances contradict each other in is decided by the majority and told.
 
 use std::net::SocketAddrV4;
@@ -21,10 +21,13 @@ pub fn story() -> Result<()> {
     cluster.nohop.wait_for_backends("db", 1, SOON)?;
     let vip = *cluster.vip("db")?.ip();
     for port in [81, 5432] {
-        let dials = cluster.nodes.dial(SocketAddrV4::new(vip, port), 5)?;
-        ensure!(dials.errors.is_empty() && !dials.answers.is_empty(), "port {port}: {dials:?}");
+        let connects = cluster.nodes.connect(SocketAddrV4::new(vip, port), 5)?;
+        ensure!(
+            connects.errors.is_empty() && !connects.answers.is_empty(),
+            "port {port}: {connections:?}"
+        );
     }
-    let other_port = cluster.nodes.dial(SocketAddrV4::new(vip, 80), 5)?;
+    let other_port = cluster.nodes.connect(SocketAddrV4::new(vip, 80), 5)?;
     ensure!(other_port.all_failed_with("ConnectionRefused"), "{other_port:?}");
 
     register("db-2", json!({ "nohop-ports": "82" }))?;
@@ -42,7 +45,7 @@ pub fn story() -> Result<()> {
     for part in ["port 82 by TCP", "`82` (2): `82` counts", "`icmp` is no protocol"] {
         ensure!(text.contains(part), "no {part:?} in:\n{text}");
     }
-    let dials = cluster.nodes.dial(SocketAddrV4::new(vip, 82), 5)?;
-    ensure!(dials.errors.is_empty(), "{dials:?}");
+    let connects = cluster.nodes.connect(SocketAddrV4::new(vip, 82), 5)?;
+    ensure!(connects.errors.is_empty(), "{connects:?}");
     Ok(())
 }

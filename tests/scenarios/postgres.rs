@@ -6,10 +6,10 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use lb_tests::cmd;
 use lb_tests::consul::instance;
 use lb_tests::net::Place;
 use lb_tests::process::Process;
-use lb_tests::cmd;
 use lb_tests::tempdir::Scratch;
 use serde_json::json;
 

@@ -1,4 +1,4 @@
-//! What keeps nohop from running is said with the mend, and changes nothing: the daemon that runs
+//! What keeps nohop from running is said with the fix, and changes nothing: the daemon that runs
 //! already serves on.
 
 use anyhow::{Result, ensure};

@@ -38,7 +38,7 @@ pub fn story() -> Result<()> {
 
     nohop.configure(&(second.config() + "dns.ttl = 9\nplane.max_services = 7\n"))?;
     let (code, text) = said(&nohop.cli("reload")?);
-    ensure!(code == Some(1) && text.contains("plane.max_services: 16384 -> 7 needs"), "{text}");
+    ensure!(code == Some(1) && text.contains("datapath.max_services: 16384 -> 7 needs"), "{text}");
     nohop.configure(&(second.config() + "dns.ttl = 9\ndns.tll = 9\nvip.ports = [0]\n"))?;
     let (code, text) = said(&nohop.cli("reload")?);
     ensure!(code == Some(2) && text.contains("nothing was changed"), "{text}");
@@ -57,10 +57,10 @@ pub fn story() -> Result<()> {
         let line = metrics.lines().find_map(|line| line.strip_prefix(sample)?.strip_prefix(' '));
         line.with_context(|| format!("no {sample} in:\n{metrics}"))?.parse().context("a number")
     };
-    for sample in ["nohop_ready", "nohop_plane_attached"] {
+    for sample in ["nohop_ready", "nohop_datapath_attached"] {
         ensure!(value(sample)? == 1.0, "{sample}");
     }
-    ensure!(value("nohop_dials_total{service=\"helloworld\"}")? >= outcome.n_asked as f64);
+    ensure!(value("nohop_connects_total{service=\"helloworld\"}")? >= outcome.n_asked as f64);
     ensure!(value("nohop_propagation_seconds_count")? >= 2.0);
     ensure!(value("nohop_dns_queries_total{rcode=\"NOERROR\"}")? >= 3.0);
     ensure!(value("nohop_map_entries{map=\"SERVICES\"}")? == 2.0);

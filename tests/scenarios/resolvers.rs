@@ -5,11 +5,11 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
+use lb_tests::cmd;
 use lb_tests::consul;
 use lb_tests::helloworld::Helloworld;
 use lb_tests::nohop::Nohop;
 use lb_tests::process::Process;
-use lb_tests::cmd;
 use lb_tests::tempdir::Scratch;
 
 use crate::cluster::{Catalog, Nodes, vip};

@@ -1,4 +1,4 @@
-//! The daemon is restarted while Consul is away: it is ready, names are answered, dials go where
+//! The daemon is restarted while Consul is away: it is ready, names are answered, connections go where
 //! they went, and the status tells how old that is.
 
 use anyhow::{Result, ensure};
@@ -15,13 +15,13 @@ pub fn story() -> Result<()> {
     cluster.nohop.start_again()?;
     let status = cluster.nohop.wait_for_status(SOON, |s| s["catalog"]["state"] == "failing")?;
     ensure!(status["catalog"]["age_seconds"].as_f64().is_some_and(|age| age > 0.0), "{status:#}");
-    let dials = cluster.nodes.dial(vip, 100)?;
-    ensure!(dials.errors.is_empty() && dials.answers.len() == 2, "{dials:?}");
+    let connects = cluster.nodes.connect(vip, 100)?;
+    ensure!(connects.errors.is_empty() && connects.answers.len() == 2, "{connects:?}");
     ensure!(cluster.nodes.curl("helloworld")?.starts_with("hello from helloworld-"));
 
     cluster.agent.restart()?;
     cluster.nohop.wait_for_status(SOON, |status| status["catalog"]["state"] == "live")?;
-    let dials = cluster.nodes.dial(vip, 100)?;
-    ensure!(dials.errors.is_empty() && dials.answers.len() == 2, "{dials:?}");
+    let connects = cluster.nodes.connect(vip, 100)?;
+    ensure!(connects.errors.is_empty() && connects.answers.len() == 2, "{connects:?}");
     Ok(())
 }

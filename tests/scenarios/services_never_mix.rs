@@ -1,17 +1,17 @@
-//! Two services churn while each is dialled 10,000 times: every dial is answered, by its own.
+//! Two services churn while each is connected to 10,000 times: every connection is answered, by its own.
 
 use std::net::SocketAddrV4;
 use std::thread;
 
 use anyhow::{Context, Result, ensure};
 use lb_tests::consul::instance;
-use lb_tests::helloworld::Dials;
+use lb_tests::helloworld::Connects;
 
 use crate::cluster::Cluster;
 
-/// Dials to each service, at least this many rounds of them, and on until the table has changed
+/// Connects to each service, at least this many rounds of them, and on until the table has changed
 /// this often.
-const N_DIALS_A_ROUND: u32 = 1_000;
+const N_CONNECTS_A_ROUND: u32 = 1_000;
 const N_ROUNDS: usize = 10;
 const N_CHANGES: u64 = 20;
 
@@ -26,33 +26,33 @@ pub fn story() -> Result<()> {
     let cluster = &cluster;
 
     thread::scope(|scope| -> Result<()> {
-        let dialers = [(a_vip, "hello from a-"), (b_vip, "hello from b-")]
-            .map(|(vip, own)| scope.spawn(move || dial_through(cluster, vip, own)));
+        let clients = [(a_vip, "hello from a-"), (b_vip, "hello from b-")]
+            .map(|(vip, own)| scope.spawn(move || connect_through(cluster, vip, own)));
         // The last two of each service come and go, the first one stays.
         let churned = [("a", 1), ("b", 4), ("a", 2), ("b", 5)].into_iter().cycle();
-        for (name, i) in churned.take_while(|_| !dialers.iter().all(|d| d.is_finished())) {
+        for (name, i) in churned.take_while(|_| !clients.iter().all(|d| d.is_finished())) {
             let id = format!("{name}-{}", i % 3);
             cluster.server.deregister(&id)?;
             cluster.server.register(&instance(name, &id, cluster.helloworlds[i].address))?;
         }
-        dialers.into_iter().try_for_each(|dialer| dialer.join().expect("a dialer panicked"))
+        clients.into_iter().try_for_each(|client| client.join().expect("a client panicked"))
     })
 }
 
-/// Dials a service while the table changes; each answer has to begin with `own`.
-fn dial_through(cluster: &Cluster, vip: SocketAddrV4, own: &str) -> Result<()> {
+/// Connects a service while the table changes; each answer has to begin with `own`.
+fn connect_through(cluster: &Cluster, vip: SocketAddrV4, own: &str) -> Result<()> {
     let generation = || -> Result<u64> {
         cluster.nohop.status()?["generation"].as_u64().context("a status without a generation")
     };
     let enough = generation()? + N_CHANGES;
     let mut n_rounds = 0;
     while n_rounds < N_ROUNDS || generation()? < enough {
-        let dials: Dials = cluster.nodes.dial(vip, N_DIALS_A_ROUND)?;
-        ensure!(dials.all_answered(|answer| answer.starts_with(own)), "{own}: {dials:?}");
-        let n_answers: u64 = dials.answers.values().sum();
-        ensure!(n_answers == u64::from(N_DIALS_A_ROUND), "{own}: {dials:?}");
+        let connects: Connects = cluster.nodes.connect(vip, N_CONNECTS_A_ROUND)?;
+        ensure!(connects.all_answered(|answer| answer.starts_with(own)), "{own}: {connections:?}");
+        let n_answers: u64 = connects.answers.values().sum();
+        ensure!(n_answers == u64::from(N_CONNECTS_A_ROUND), "{own}: {connections:?}");
         n_rounds += 1;
-        ensure!(n_rounds < MAX_ROUNDS, "the table doesn't change while it is dialled");
+        ensure!(n_rounds < MAX_ROUNDS, "the table doesn't change while it is connected to");
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! The way out: `--shadow`, a file, a key of Consul. Dials are only counted then and names get
+//! The way out: `--shadow`, a file, a key of Consul. Connects are only counted then and names get
 //! SERVFAIL, within seconds and without a restart; and so it goes back.
 
 use std::fs;
@@ -17,19 +17,19 @@ pub fn story() -> Result<()> {
     let shadow = format!("shadow = true\n{}", catalog.config());
     let mut nohop = Nohop::start_unready(&nodes.client, &nodes.cgroup, &shadow)?;
     let status = nohop.wait_for_status(SOON, |status| status["services"] == 1)?;
-    ensure!(status["plane"]["mode"] == "shadow" && status["plane"]["attached"] == true);
-    ensure!(status["plane"]["mode_reason"].to_string().contains("--shadow"), "{status:#}");
+    ensure!(status["datapath"]["mode"] == "shadow" && status["datapath"]["attached"] == true);
+    ensure!(status["datapath"]["mode_reason"].to_string().contains("--shadow"), "{status:#}");
     let vip = vip(&nohop, "helloworld")?;
     nothing_is_translated(&nodes, &nohop, vip)?;
-    ensure!(dials(&nohop)? == (0, 10));
+    ensure!(connects(&nohop)? == (0, 10));
     let text = String::from_utf8(nohop.cli("status")?.stdout)?;
     ensure!(
-        text.contains("NOT READY") && text.contains("shadow: dials are only counted"),
+        text.contains("NOT READY") && text.contains("shadow: connections are only counted"),
         "{text}"
     );
     let text = String::from_utf8(nohop.cli("services")?.stdout)?;
-    ensure!(text.contains("dials 0, refused 0, 10 only counted"), "{text}");
-    ensure!(nohop.explain("helloworld")?["dial"].to_string().contains("SERVFAIL"));
+    ensure!(text.contains("connections 0, refused 0, 10 only counted"), "{text}");
+    ensure!(nohop.explain("helloworld")?["connect"].to_string().contains("SERVFAIL"));
 
     // Now in earnest.
     ensure!(nohop.end()?.success());
@@ -39,7 +39,7 @@ pub fn story() -> Result<()> {
 
     let off = nohop.state_dir().join("off");
     let seen = |mode: &str| -> Result<Value> {
-        nohop.wait_for_status(SOON, |status| status["plane"]["mode"] == mode)
+        nohop.wait_for_status(SOON, |status| status["datapath"]["mode"] == mode)
     };
     fs::write(&off, "")?;
     let status = seen("shadow")?;
@@ -53,7 +53,7 @@ pub fn story() -> Result<()> {
     fs::write(&off, "")?;
     seen("shadow")?;
     nohop.crash()?;
-    ensure!(nodes.dial(vip, 10)?.all_failed_with("HostUnreachable"));
+    ensure!(nodes.connect(vip, 10)?.all_failed_with("HostUnreachable"));
     nohop.start_again_unready()?;
     nohop.wait_for_status(SOON, |status| status["services"] == 1)?;
     nothing_is_translated(&nodes, &nohop, vip)?;
@@ -68,7 +68,7 @@ pub fn by_key() -> Result<()> {
     let (nodes, vip) = (&cluster.nodes, cluster.vip("helloworld")?);
     everything_is_translated(nodes, &cluster.nohop, vip)?;
     cluster.server.put("/v1/kv/nohop/off", &json!("now"))?;
-    let is_shadow = |status: &Value| status["plane"]["mode"] == "shadow";
+    let is_shadow = |status: &Value| status["datapath"]["mode"] == "shadow";
     let status = cluster.nohop.wait_for_status(SOON, is_shadow)?;
     ensure!(status["problems"].to_string().contains("nohop/off"), "{status:#}");
     nothing_is_translated(nodes, &cluster.nohop, vip)?;
@@ -79,30 +79,30 @@ pub fn by_key() -> Result<()> {
 
 fn everything_is_translated(nodes: &Nodes, nohop: &Nohop, vip: SocketAddrV4) -> Result<()> {
     let status = nohop.status()?;
-    ensure!(status["plane"]["mode"] == "translate" && status["ready"] == true, "{status:#}");
-    ensure!(status["plane"]["mode_reason"].is_null(), "{status:#}");
-    let dials = nodes.dial(vip, 10)?;
-    ensure!(dials.all_answered(|answer| answer.starts_with("hello from")), "{dials:?}");
+    ensure!(status["datapath"]["mode"] == "translate" && status["ready"] == true, "{status:#}");
+    ensure!(status["datapath"]["mode_reason"].is_null(), "{status:#}");
+    let connects = nodes.connect(vip, 10)?;
+    ensure!(connects.all_answered(|answer| answer.starts_with("hello from")), "{connects:?}");
     ensure!(nodes.curl("helloworld")?.starts_with("hello from"));
     Ok(())
 }
 
-/// Dials end at the route, as they would without nohop; the resolver is told to ask elsewhere.
+/// Connects end at the route, as they would without nohop; the resolver is told to ask elsewhere.
 fn nothing_is_translated(nodes: &Nodes, nohop: &Nohop, vip: SocketAddrV4) -> Result<()> {
     let status = nohop.status()?;
-    ensure!(status["plane"]["mode"] == "shadow" && status["ready"] == false, "{status:#}");
-    let (sent, counted) = dials(nohop)?;
-    let failed = nodes.dial(vip, 10)?;
+    ensure!(status["datapath"]["mode"] == "shadow" && status["ready"] == false, "{status:#}");
+    let (sent, counted) = connects(nohop)?;
+    let failed = nodes.connect(vip, 10)?;
     ensure!(failed.all_failed_with("HostUnreachable"), "{failed:?}");
-    ensure!(dials(nohop)? == (sent, counted + 10), "{:?}", dials(nohop)?);
+    ensure!(connects(nohop)? == (sent, counted + 10), "{:?}", connects(nohop)?);
     let answer = nodes.dig("helloworld.service")?;
     ensure!(answer.contains("status: SERVFAIL"), "{answer}");
     Ok(())
 }
 
-/// The dials of helloworld that were sent to a backend, and those that were only counted.
-fn dials(nohop: &Nohop) -> Result<(u64, u64)> {
+/// The connections of helloworld that were sent to a backend, and those that were only counted.
+fn connects(nohop: &Nohop) -> Result<(u64, u64)> {
     let services = nohop.services()?;
     let count = |what: &str| service(&services, "helloworld").and_then(|it| it[what].as_u64());
-    Ok((count("dials").unwrap_or(0), count("shadowed").unwrap_or(0)))
+    Ok((count("connects").unwrap_or(0), count("shadowed").unwrap_or(0)))
 }

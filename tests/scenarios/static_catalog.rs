@@ -15,7 +15,7 @@ pub fn story() -> Result<()> {
 
     catalog.set(&[("helloworld", &[one.address, two.address]), ("second", &[two.address])])?;
     nohop.wait_for_backends("helloworld", 2, SOON)?;
-    ensure!(nodes.dial(first_vip, 100)?.answers.len() == 2);
+    ensure!(nodes.connect(first_vip, 100)?.answers.len() == 2);
     ensure!(nodes.curl("second")? == "hello from two\n");
 
     catalog.write("[[service]\nname = 7")?;
@@ -25,16 +25,16 @@ pub fn story() -> Result<()> {
     let status = nohop.wait_for_status(SOON, has_problem)?;
     ensure!(status["problems"].to_string().contains("catalog.toml"), "{status:#}");
     ensure!(status["ready"] == true && status["catalog"]["state"] == "failing", "{status:#}");
-    let dials = nodes.dial(first_vip, 100)?;
-    ensure!(dials.errors.is_empty() && dials.answers.len() == 2, "{dials:?}");
+    let connects = nodes.connect(first_vip, 100)?;
+    ensure!(connects.errors.is_empty() && connects.answers.len() == 2, "{connects:?}");
 
     ensure!(nohop.end()?.success());
     nohop.start_again()?;
     let status = nohop.status()?;
     ensure!(status["problems"].to_string().contains("catalog.toml:1"), "{status:#}");
     ensure!(nodes.curl("second")? == "hello from two\n");
-    let dials = nodes.dial(first_vip, 100)?;
-    ensure!(dials.errors.is_empty() && dials.answers.len() == 2, "{dials:?}");
+    let connects = nodes.connect(first_vip, 100)?;
+    ensure!(connects.errors.is_empty() && connects.answers.len() == 2, "{connects:?}");
 
     // As templates write it.
     catalog.write(&format!(

@@ -19,7 +19,7 @@ pub fn story() -> Result<()> {
 
     let answer = cluster.nodes.dig("helloworld.service")?;
     ensure!(answer.contains("status: NXDOMAIN"), "{answer}");
-    let dials = cluster.nodes.dial(vip, 20)?;
-    ensure!(dials.all_failed_with("ConnectionRefused"), "{dials:?}");
+    let connects = cluster.nodes.connect(vip, 20)?;
+    ensure!(connects.all_failed_with("ConnectionRefused"), "{connects:?}");
     Ok(())
 }

@@ -21,19 +21,19 @@ pub fn story() -> Result<()> {
             ensure!(nohop.end()?.success());
             nohop.start_again()?;
             let status = nohop.status()?;
-            ensure!(status["plane"]["adopted"] == true, "{status:#}");
+            ensure!(status["datapath"]["adopted"] == true, "{status:#}");
             let text = String::from_utf8(nohop.cli("status")?.stdout)?;
             ensure!(text.contains("taken over from an earlier daemon"), "{text}");
         }
         load.wait_until_second(15)?;
         ensure!(nohop.end()?.success());
         catalog.set(&[("helloworld", &both[..1])])?;
-        nohop.configure(&(catalog.config() + "plane.max_services = 32768\n"))?;
+        nohop.configure(&(catalog.config() + "datapath.max_services = 32768\n"))?;
         nohop.start_again()?;
         nohop.wait_for_backends("helloworld", 1, SOON)?;
         let status = nohop.status()?;
-        let maps = status["plane"]["maps"].to_string();
-        ensure!(status["plane"]["adopted"] == false && maps.contains("32768"), "{status:#}");
+        let maps = status["datapath"]["maps"].to_string();
+        ensure!(status["datapath"]["adopted"] == false && maps.contains("32768"), "{status:#}");
         ensure!(crate::cluster::vip(&nohop, "helloworld")? == vip);
         Ok(())
     })?;

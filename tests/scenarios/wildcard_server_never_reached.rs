@@ -1,10 +1,10 @@
-//! A server of the client host that listens on every address never gets a dial to a VIP.
+//! A server of the client host that listens on every address never gets a connection to a VIP.
 
 use std::net::{Ipv4Addr, SocketAddrV4};
 
 use anyhow::{Result, ensure};
-use lb_tests::helloworld::{Helloworld, dial};
 use lb_tests::cmd;
+use lb_tests::helloworld::{Helloworld, connect};
 
 use crate::cluster::{Catalog, Nodes, vip};
 
@@ -25,21 +25,24 @@ pub fn story() -> Result<()> {
     let mut pool = (1..).map(|i| SocketAddrV4::new(Ipv4Addr::new(127, 222, 0, i), 80));
     let unassigned = pool.find(|address| ![full, empty].contains(address)).unwrap_or(empty);
 
-    let reached = nodes.dial(SocketAddrV4::new(Ipv4Addr::LOCALHOST, 80), 5)?;
+    let reached = nodes.connect(SocketAddrV4::new(Ipv4Addr::LOCALHOST, 80), 5)?;
     ensure!(reached.all_answered(|answer| answer == "hello from wildcard"), "{reached:?}");
-    let served = nodes.dial(full, 20)?;
+    let served = nodes.connect(full, 20)?;
     ensure!(served.all_answered(|answer| answer == "hello from helloworld"), "{served:?}");
     for address in [empty, unassigned, other_port] {
-        let dials = nodes.dial(address, 20)?;
-        ensure!(dials.all_failed_with("ConnectionRefused"), "{address}, inside: {dials:?}");
+        let connects = nodes.connect(address, 20)?;
+        ensure!(
+            connects.all_failed_with("ConnectionRefused"),
+            "{address}, inside: {connections:?}"
+        );
     }
     let mut curl = nodes.inside().command("curl");
     curl.args(["-sS", "-g", "--max-time", "5"]).arg(format!("http://[::ffff:{}]/", full.ip()));
     let output = cmd::output(curl)?;
     ensure!(output.stdout == b"hello from helloworld\n", "a dual-stack socket: {output:?}");
     for address in [empty, unassigned, other_port, full] {
-        let dials = dial(outside, address, 20)?;
-        ensure!(dials.all_failed_with("HostUnreachable"), "{address}, outside: {dials:?}");
+        let connects = connect(outside, address, 20)?;
+        ensure!(connects.all_failed_with("HostUnreachable"), "{address}, outside: {connections:?}");
     }
     Ok(())
 }

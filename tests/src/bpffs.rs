@@ -6,8 +6,8 @@ use std::sync::Once;
 use anyhow::{Context, Result};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
-use crate::tempdir::{Scratch, sweep};
 use crate::cleanup::Undo;
+use crate::tempdir::{Scratch, sweep};
 
 const ROLE: &str = "bpf";
 

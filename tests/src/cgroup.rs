@@ -9,8 +9,8 @@ use anyhow::{Context, Result};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::tempdir;
 use crate::cleanup::Undo;
+use crate::tempdir;
 
 /// How long a killed process may take to leave its cgroup.
 const LEAVING: Duration = Duration::from_secs(5);
@@ -65,7 +65,7 @@ fn remove(path: &Path) {
     if !path.exists() {
         return;
     }
-    // Such as the one that nohop dials from, if it was killed at that moment.
+    // Such as the one that nohop connections from, if it was killed at that moment.
     let below = fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path());
     below.filter(|entry| entry.is_dir()).for_each(|cgroup| remove(&cgroup));
     if let Err(error) = empty(path).and_then(|()| Ok(fs::remove_dir(path)?)) {

@@ -10,9 +10,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
+use crate::cmd;
 use crate::net::Host;
 use crate::process::Process;
-use crate::cmd;
 use crate::tempdir::Scratch;
 
 /// How long an agent may take to be of use.

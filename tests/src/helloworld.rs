@@ -1,4 +1,4 @@
-//! The backends of the tests, and the dialer that counts which of them answered.
+//! The backends of the tests, and the client that counts which of them answered.
 
 use std::collections::BTreeMap;
 use std::net::{SocketAddr, SocketAddrV4};
@@ -7,9 +7,9 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use serde_json::Value;
 
+use crate::cmd;
 use crate::net::Place;
 use crate::process::Process;
-use crate::cmd;
 
 /// A server that answers every HTTP request with `hello from NAME`.
 pub struct Helloworld {
@@ -34,9 +34,9 @@ impl Helloworld {
     }
 }
 
-/// What became of a number of dials.
+/// What became of a number of connections.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub struct Dials {
+pub struct Connects {
     /// How often each answer came.
     pub answers: BTreeMap<String, u64>,
     /// How often each `std::io::ErrorKind` came.
@@ -45,7 +45,7 @@ pub struct Dials {
     pub peers: BTreeMap<String, u64>,
 }
 
-impl Dials {
+impl Connects {
     /// Whether each of them ended in this error.
     pub fn all_failed_with(&self, error: &str) -> bool {
         self.answers.is_empty() && self.errors.keys().eq([error])
@@ -57,17 +57,17 @@ impl Dials {
     }
 }
 
-/// Dials `address` a number of times, several dials at once, each with a request.
+/// Connects `address` a number of times, several connections at once, each with a request.
 ///
 /// # Errors
-/// When the dialer doesn't work; a failed dial is none.
-pub fn dial(place: Place<'_>, address: impl Into<SocketAddr>, n_times: u32) -> Result<Dials> {
+/// When the client doesn't work; a failed connection is none.
+pub fn connect(place: Place<'_>, address: impl Into<SocketAddr>, n_times: u32) -> Result<Connects> {
     let address = address.into();
     let report =
-        place.run(cmd::built("dial")?, &format!("{address} --times {n_times} --threads 4"))?;
-    let report: Value = serde_json::from_str(&report).context("read the dialer's report")?;
+        place.run(cmd::built("connect")?, &format!("{address} --times {n_times} --threads 4"))?;
+    let report: Value = serde_json::from_str(&report).context("read the client's report")?;
     let counts = |key: &str| -> Result<BTreeMap<String, u64>> {
         Ok(serde_json::from_value(report[key].clone())?)
     };
-    Ok(Dials { answers: counts("answers")?, errors: counts("errors")?, peers: counts("peers")? })
+    Ok(Connects { answers: counts("answers")?, errors: counts("errors")?, peers: counts("peers")? })
 }

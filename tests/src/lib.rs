@@ -6,6 +6,8 @@
 
 pub mod bpffs;
 pub mod cgroup;
+pub mod cleanup;
+pub mod cmd;
 pub mod consul;
 pub mod helloworld;
 pub mod http;
@@ -13,8 +15,6 @@ pub mod load;
 pub mod net;
 pub mod nohop;
 pub mod process;
-pub mod cmd;
 pub mod tempdir;
 pub mod tmpfs;
 pub mod udp;
-pub mod cleanup;

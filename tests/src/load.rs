@@ -8,9 +8,9 @@ use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
 use serde_json::Value;
 
+use crate::cmd;
 use crate::net::Place;
 use crate::process::Process;
-use crate::cmd;
 
 /// Enough that a connection that takes long holds no other one up.
 const N_THREADS: u32 = 64;

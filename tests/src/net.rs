@@ -10,9 +10,9 @@ use anyhow::{Context, Result};
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::cgroup::Cgroup;
+use crate::cleanup::Undo;
 use crate::cmd;
 use crate::tempdir::{self, Scratch};
-use crate::cleanup::Undo;
 
 /// Where `ip netns` keeps the namespaces.
 const NAMESPACES: &str = "/run/netns";

@@ -20,9 +20,9 @@ use serde_json::Value;
 
 use crate::bpffs::Bpffs;
 use crate::cgroup::Cgroup;
+use crate::cmd;
 use crate::net::Host;
 use crate::process::Process;
-use crate::cmd;
 use crate::tempdir::Scratch;
 
 /// How long the daemon may take to listen, and then to be ready.
@@ -297,7 +297,7 @@ impl Nohop {
     pub fn wait_for_backends(&self, service: &str, n: usize, limit: Duration) -> Result<Value> {
         let deadline = Instant::now() + limit;
         loop {
-            // A new name is known at once where somebody asks for it, as whoever dials it would.
+            // A new name is known at once where somebody asks for it, as whoever connections it would.
             self.ask_for(service)?;
             let left = deadline.saturating_duration_since(Instant::now());
             let waited = self.wait_until(left.min(Duration::from_secs(2)), |services| {

@@ -5,8 +5,8 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
-use crate::tempdir::Scratch;
 use crate::cleanup::Undo;
+use crate::tempdir::Scratch;
 
 /// A mounted tmpfs; needs root.
 pub struct Tmpfs {

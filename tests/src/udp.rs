@@ -7,9 +7,9 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use serde_json::Value;
 
+use crate::cmd;
 use crate::net::Place;
 use crate::process::Process;
-use crate::cmd;
 
 /// A server that answers each datagram with its name and the datagram.
 pub struct Echo {

@@ -32,11 +32,11 @@ pub enum Suite {
     Http,
     /// Bulk TCP
     Throughput,
-    /// The price of one dial, by the number of services and of backends
+    /// The price of one connection, by the number of services and of backends
     Connect,
     /// Datagrams a second, and their latency
     Udp,
-    /// From a change in Consul to the first dial that goes by it
+    /// From a change in Consul to the first connection that goes by it
     Change,
     /// Time to load and to change, and memory, by the number of services
     Scale,
@@ -44,7 +44,7 @@ pub enum Suite {
     Dns,
     /// A backend that refuses, and one that drops packets
     Failure,
-    /// nohop alone: where the nanoseconds of a dial and a datagram go
+    /// nohop alone: where the nanoseconds of a connection and a datagram go
     Cost,
     /// nohop alone: how long a table takes into the kernel, and how much memory it has there
     Apply,
@@ -106,7 +106,7 @@ fn look_around() -> Result<()> {
     let n_cpus = thread::available_parallelism().map_or(1, usize::from);
     ensure!(
         n_cpus >= 2,
-        "only one processor may be used: who dials and who answers would wait for each other; use a machine with two or more"
+        "only one processor may be used: who connects to and who answers would wait for each other; use a machine with two or more"
     );
     Ok(())
 }

@@ -14,7 +14,7 @@ use lb_tests::consul::{Consul, instance};
 use lb_tests::helloworld::Helloworld;
 use lb_tests::net::Host;
 use lb_tests::nohop::{Nohop, service};
-use lb_tests::{cmd, cleanup};
+use lb_tests::{cleanup, cmd};
 use serde_json::json;
 
 /// How long nohop may take to follow Consul before the demo gives up.

@@ -7,8 +7,8 @@ mod demo;
 mod fuzz;
 mod process;
 mod setup;
-mod test_report;
 mod test;
+mod test_report;
 mod vm;
 
 use std::path::Path;

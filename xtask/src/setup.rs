@@ -115,9 +115,9 @@ pub fn run_for_bench() -> Result<()> {
     Ok(())
 }
 
-/// Adds to an error what it stopped and how to mend it.
-fn with_mend<T>(result: Result<T>, stopped: &str, mend: &str) -> Result<T> {
-    result.map_err(|error| anyhow!("{stopped}: {error:#}\n  to mend it: {mend}"))
+/// Adds to an error what it stopped and how to fix it.
+fn with_fix<T>(result: Result<T>, stopped: &str, fix: &str) -> Result<T> {
+    result.map_err(|error| anyhow!("{stopped}: {error:#}\n  to fix it: {fix}"))
 }
 
 /// Says what a step that takes a while is about to do.

@@ -1,4 +1,4 @@
-//! `dial`: what a dial costs, one after another.
+//! `connect`: what a connection costs, one after another.
 
 use std::fs;
 use std::net::SocketAddr;
@@ -20,19 +20,19 @@ const PATIENCE: Duration = Duration::from_secs(3);
 
 /// Asked for on the command line.
 #[derive(Args, Clone, Debug)]
-pub struct Dial {
-    /// Whom to dial: an address, or a file with one on each line
+pub struct Connect {
+    /// Whom to connect to: an address, or a file with one on each line
     #[arg(value_name = "@FILE|ADDR:PORT", value_parser = Targets::parse)]
     pub targets: Targets,
-    /// How many dials
+    /// How many connections
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..=100_000_000))]
     pub times: u64,
-    /// Lines from one dial to the next; after the last line comes the first
+    /// Lines from one connection to the next; after the last line comes the first
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=1_000_000_000))]
     pub stride: u64,
 }
 
-/// Whom to dial; never nobody.
+/// Whom to connect to; never nobody.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Targets(Vec<SocketAddr>);
 
@@ -58,15 +58,15 @@ impl Targets {
     }
 }
 
-/// What one dial took, in nanoseconds.
+/// What one connection took, in nanoseconds.
 struct Times {
     connect_ns: u64,
     first_byte_ns: u64,
     close_ns: u64,
 }
 
-impl Dial {
-    /// Dials, and reports.
+impl Connect {
+    /// Connects, and reports.
     ///
     /// # Errors
     /// Never.
@@ -78,7 +78,7 @@ impl Dial {
         let mut close = Latency::fine()?;
         for n in 0..self.times {
             let address_idx = (n * self.stride % addresses.len() as u64) as usize;
-            match dial(addresses[address_idx]) {
+            match connect_once(addresses[address_idx]) {
                 Ok(times) => {
                     connect.record(times.connect_ns);
                     first_byte.record(times.first_byte_ns);
@@ -97,8 +97,8 @@ impl Dial {
     }
 }
 
-/// Dials once. What it takes to set the timeouts isn't part of a dial, and isn't counted.
-fn dial(address: SocketAddr) -> Result<Times, Name> {
+/// Connects once. What it takes to set the timeouts isn't part of a connection, and isn't counted.
+fn connect_once(address: SocketAddr) -> Result<Times, Name> {
     let start_ns = now_ns();
     let socket = net::socket_with(family(address), SocketType::STREAM, SocketFlags::CLOEXEC, None)
         .map_err(errors::of_errno)?;
@@ -106,7 +106,7 @@ fn dial(address: SocketAddr) -> Result<Times, Name> {
     for timeout in [Timeout::Send, Timeout::Recv] {
         set_socket_timeout(&socket, timeout, Some(PATIENCE)).map_err(errors::of_errno)?;
     }
-    let dialled_ns = now_ns();
+    let began_ns = now_ns();
     net::connect(&socket, &address).map_err(|errno| match errno {
         // So a blocking connect says that its time is over.
         Errno::INPROGRESS => errors::TIMEOUT,
@@ -123,8 +123,8 @@ fn dial(address: SocketAddr) -> Result<Times, Name> {
     }
     drop(socket);
     Ok(Times {
-        connect_ns: socket_ns + (connected_ns - dialled_ns),
-        first_byte_ns: socket_ns + (received_ns - dialled_ns),
+        connect_ns: socket_ns + (connected_ns - began_ns),
+        first_byte_ns: socket_ns + (received_ns - began_ns),
         close_ns: now_ns() - received_ns,
     })
 }
@@ -138,7 +138,7 @@ mod tests {
     use crate::banner_server;
 
     #[test]
-    fn a_greeter_is_dialled() {
+    fn a_greeter_is_connected() {
         let listener = banner_server::listen("127.0.0.1:0".parse().unwrap()).unwrap();
         let greeter = listener.local_addr().unwrap();
         thread::spawn(move || banner_server::serve(&listener));
@@ -147,7 +147,7 @@ mod tests {
         drop(silent);
         // Of three lines each second one, and from the start again: 0 2 1 0 2 1.
         let targets = Targets(vec![greeter, greeter, nobody]);
-        let report = Dial { targets, times: 6, stride: 2 }.run().unwrap();
+        let report = Connect { targets, times: 6, stride: 2 }.run().unwrap();
         assert_eq!(report["times"], 6);
         assert_eq!(report["failed"]["refused"], 2, "{report}");
         let p50 = |name: &str| report[name]["p50"].as_f64().unwrap();

@@ -4,18 +4,18 @@
 #![forbid(unsafe_code)]
 
 mod answer;
-mod clock;
-mod delay;
-mod connect;
-mod echo;
-mod errors;
 mod banner_server;
+mod clock;
+mod connect;
+mod delay;
+mod echo;
+mod epoll;
+mod errors;
 mod http;
 mod latency;
 mod limits;
-mod epoll;
-mod probe;
 mod pacer;
+mod probe;
 mod stream;
 mod udp;
 
@@ -38,15 +38,15 @@ struct Arguments {
 enum Command {
     /// HTTP requests at a fixed rate, whatever became of those before
     Http(http::Http),
-    /// Dials one after another, and what each step of them takes
-    Dial(connect::Dial),
+    /// Connects one after another, and what each step of them takes
+    Connect(connect::Connect),
     /// Serves: writes a byte to whoever connects, and hangs up
     Greet(banner_server::Greet),
     /// Serves: sends each datagram back
     Echo(echo::Echo),
     /// Datagrams that are to come back
     Udp(udp::Udp),
-    /// Dials an address again and again, and logs who answers
+    /// Connects an address again and again, and logs who answers
     Probe(probe::Probe),
     /// Serves: forwards to another server, later than it could
     Delay(delay::Delay),
@@ -63,7 +63,7 @@ fn main() -> anyhow::Result<()> {
             }
             report(&http.run()?)
         }
-        Command::Dial(dial) => report(&dial.run()?),
+        Command::Connect(connect) => report(&connect.run()?),
         Command::Greet(greet) => greet.run(),
         Command::Echo(echo) => echo.run(),
         Command::Udp(udp) => report(&udp.run()?),

@@ -1,4 +1,4 @@
-//! `probe`: who answers an address, dial by dial, and from when on and until when.
+//! `probe`: who answers an address, connect by connect, and from when on and until when.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -18,12 +18,12 @@ use serde_json::{Value, json};
 
 use crate::answer::Answer;
 use crate::clock::{MILLISECOND_NS, SECOND_NS, now_ns};
+use crate::epoll::timespec;
 use crate::errors::{self, Failures, Name};
 use crate::limits::seconds;
-use crate::epoll::timespec;
 use crate::stream;
 
-/// How long a dial may take, from connect to the end of the answer.
+/// How long a connection may take, from connect to the end of the answer.
 const PATIENCE_NS: u64 = SECOND_NS;
 
 /// A name that hasn't answered for so long is silent.
@@ -40,14 +40,14 @@ const REQUEST: &[u8] = b"GET / HTTP/1.0\r\n\r\n";
 /// Asked for on the command line.
 #[derive(Args, Clone, Debug)]
 pub struct Probe {
-    /// Whom to dial
+    /// Whom to connect to
     #[arg(value_name = "ADDR:PORT")]
     pub address: SocketAddr,
-    /// Where a line for each dial goes: when it began and ended in nanoseconds of CLOCK_MONOTONIC,
+    /// Where a line for each connection goes: when it began and ended in nanoseconds of CLOCK_MONOTONIC,
     /// and the name that answered, or `!` and what went wrong
     #[arg(long, value_name = "FILE")]
     pub log: PathBuf,
-    /// Microseconds from one dial to the next
+    /// Microseconds from one connection to the next
     #[arg(long, default_value_t = 500, value_parser = clap::value_parser!(u64).range(1..=60_000_000))]
     pub interval_us: u64,
     /// Ends after so many seconds
@@ -56,7 +56,7 @@ pub struct Probe {
 }
 
 impl Probe {
-    /// Dials until its time is over, and reports.
+    /// Connects until its time is over, and reports.
     ///
     /// # Errors
     /// When the log, or `out`, can't be written.
@@ -69,19 +69,19 @@ impl Probe {
         let end_ns = start_ns + (self.seconds * SECOND_NS as f64) as u64;
         let (names, failures) = (Names::default(), Failures::of_streams());
         let mut prober = Prober { log, out, names, failures, flushed_ns: start_ns };
-        let mut n_dials = 0;
+        let mut n_connects = 0;
         let mut due_ns = start_ns;
         while due_ns < end_ns {
             prober.sleep_until(due_ns)?;
-            prober.dial(self.address)?;
-            n_dials += 1;
-            // After a dial that took long it just goes on: what was due meanwhile isn't dialled.
+            prober.connect(self.address)?;
+            n_connects += 1;
+            // After a connection that took long it just goes on: what was due meanwhile isn't connected to.
             due_ns = now_ns().max(due_ns + self.interval_us * 1000);
         }
         prober.log.flush()?;
         let names = prober.names.0.iter().map(|(name, seen)| (name.clone(), seen.n.into()));
         Ok(json!({
-            "dials": n_dials,
+            "connects": n_connects,
             "failed": prober.failures.to_json(),
             "servers": names.collect::<serde_json::Map<_, _>>(),
         }))
@@ -96,9 +96,9 @@ struct Prober<'a, W> {
     flushed_ns: u64,
 }
 
-/// What ends a dial without a name.
+/// What ends a connection without a name.
 enum Problem {
-    Dial(Name),
+    Connect(Name),
     /// The log or the output can't be written: that ends the probe.
     Own(io::Error),
 }
@@ -111,12 +111,12 @@ impl From<io::Error> for Problem {
 
 impl From<Errno> for Problem {
     fn from(errno: Errno) -> Problem {
-        Problem::Dial(errors::of_errno(errno))
+        Problem::Connect(errors::of_errno(errno))
     }
 }
 
 impl<W: Write> Prober<'_, W> {
-    fn dial(&mut self, address: SocketAddr) -> io::Result<()> {
+    fn connect(&mut self, address: SocketAddr) -> io::Result<()> {
         let start_ns = now_ns();
         let answered = self.ask(address, start_ns + PATIENCE_NS);
         let end_ns = now_ns();
@@ -127,7 +127,7 @@ impl<W: Write> Prober<'_, W> {
                     self.announce("first", &name)?;
                 }
             }
-            Err(Problem::Dial(failure)) => {
+            Err(Problem::Connect(failure)) => {
                 writeln!(self.log, "{start_ns} {end_ns} !{failure}")?;
                 self.failures.add(failure);
             }
@@ -136,7 +136,7 @@ impl<W: Write> Prober<'_, W> {
         self.tick(end_ns)
     }
 
-    /// Dials, and returns the name of who answers.
+    /// Connects, and returns the name of who answers.
     fn ask(&mut self, address: SocketAddr, deadline_ns: u64) -> Result<String, Problem> {
         let socket = stream::connect(address)?;
         loop {
@@ -163,15 +163,17 @@ impl<W: Write> Prober<'_, W> {
                 whole = answer.end().map(|complete| (complete.status, lossy(complete.name)));
             } else if whole.is_none() {
                 let fed = answer.feed(&buffer[..n_received]);
-                let complete = fed.map_err(|_| Problem::Dial(errors::MALFORMED))?;
+                let complete = fed.map_err(|_| Problem::Connect(errors::MALFORMED))?;
                 whole = complete.map(|complete| (complete.status, lossy(complete.name)));
             }
             if is_end {
                 return match whole {
-                    None => Err(Problem::Dial(errors::CLOSED)),
-                    Some((200, name)) if name.is_empty() => Err(Problem::Dial(errors::MALFORMED)),
+                    None => Err(Problem::Connect(errors::CLOSED)),
+                    Some((200, name)) if name.is_empty() => {
+                        Err(Problem::Connect(errors::MALFORMED))
+                    }
                     Some((200, name)) => Ok(name),
-                    Some((status, _)) => Err(Problem::Dial(errors::of_status(status))),
+                    Some((status, _)) => Err(Problem::Connect(errors::of_status(status))),
                 };
             }
         }
@@ -188,7 +190,7 @@ impl<W: Write> Prober<'_, W> {
             let now_ns = now_ns();
             let left_ns = deadline_ns.saturating_sub(now_ns);
             if left_ns == 0 {
-                return Err(Problem::Dial(errors::TIMEOUT));
+                return Err(Problem::Connect(errors::TIMEOUT));
             }
             let timeout = timespec(left_ns.min(SLICE_NS));
             match poll(&mut [PollFd::new(socket, flags)], Some(&timeout)) {
@@ -318,7 +320,7 @@ mod tests {
         let lines: Vec<Vec<&str>> = lines.lines().map(|line| line.split(' ').collect()).collect();
         let names: Vec<&str> = lines.iter().map(|line| line[2]).collect();
         assert_eq!(names[..4], ["b1", "b2", "!status_503", "!closed"]);
-        assert_eq!(report["dials"], names.len());
+        assert_eq!(report["connects"], names.len());
         let mut before_ns = 0;
         for line in &lines {
             let [start_ns, end_ns] = [0, 1].map(|idx| line[idx].parse::<u64>().unwrap());

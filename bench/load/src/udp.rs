@@ -10,10 +10,10 @@ use rustix::net::sockopt::{set_socket_recv_buffer_size, set_socket_send_buffer_s
 use serde_json::{Value, json};
 
 use crate::clock::{MILLISECOND_NS, SECOND_NS, now_ns};
+use crate::epoll::Poller;
 use crate::errors::{self, Failures};
 use crate::latency::Latency;
 use crate::limits::{rate, seconds};
-use crate::epoll::Poller;
 use crate::pacer::Schedule;
 
 /// After so long one of a window is lost, and the next one takes its place.

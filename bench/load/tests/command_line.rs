@@ -49,9 +49,9 @@ fn bad_arguments_exit_with_2_and_name_the_input() {
         ("http 127.0.0.1:1 --rate 1 --seconds 1", "--connections"),
         ("http 127.0.0.1:1 --rate 1 --seconds 1 --connections 1 --path x", "begins with '/'"),
         ("http 127.0.0.1:1 --rate 1 --seconds 1 --connections 1 --warmup-ms 1000", "--warmup-ms"),
-        ("dial 127.0.0.1 --times 1", "give ADDR:PORT, or @FILE"),
-        ("dial @/nonexistent --times 1", "@/nonexistent"),
-        ("dial 127.0.0.1:1 --times 0", "--times"),
+        ("connect 127.0.0.1 --times 1", "give ADDR:PORT, or @FILE"),
+        ("connect @/nonexistent --times 1", "@/nonexistent"),
+        ("connect 127.0.0.1:1 --times 0", "--times"),
         ("greet 127.0.0.1", "127.0.0.1"),
         ("echo x", "'x'"),
         ("udp 127.0.0.1:1 --seconds 1 --sockets 1", "--window"),
@@ -75,8 +75,8 @@ fn servers_say_where_they_listen_and_clients_report_in_one_line() {
     let proxy = Server::start(&format!("delay 127.0.0.1:0 {} --delay-us 1000", greeter.address));
     let echoer = Server::start("echo 127.0.0.1:0");
     let table = [
-        (format!("dial {} --times 10", greeter.address), "times", 10),
-        (format!("dial {} --times 10", proxy.address), "times", 10),
+        (format!("connect {} --times 10", greeter.address), "times", 10),
+        (format!("connect {} --times 10", proxy.address), "times", 10),
         (
             format!("udp {} --seconds 0.1 --sockets 1 --rate 100 --size 9", echoer.address),
             "answered",

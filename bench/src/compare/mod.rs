@@ -22,8 +22,8 @@ use clap::ValueEnum;
 use lb_tests::cmd;
 use serde::Serialize;
 
-use crate::machine::Machine;
 use crate::format;
+use crate::machine::Machine;
 use crate::progress::{Progress, duration};
 use crate::random::Random;
 use crate::report::Better;

@@ -7,19 +7,19 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use lb_tests::cmd;
 use lb_tests::nohop::Nohop;
 use lb_tests::process::Process;
-use lb_tests::cmd;
 use lb_tests::tempdir::Scratch;
 use serde_json::Value;
 
 use super::{Options, Part, Quantity, Samples};
 use crate::bpf;
+use crate::generators;
 use crate::node::{Layout, Node};
 use crate::peers::{Protocol, Service, Services, frontend, rendered};
 use crate::suites::dns::{dnsperf, pin, site as dns};
 use crate::suites::scale;
-use crate::generators;
 
 /// The services of the smaller of the two daemons.
 const N_FEW: usize = 10;
@@ -32,14 +32,14 @@ const ECHO_IDX: usize = 60_500;
 /// The port of the backend that a change of the catalog moves, before and after.
 const CHANGED_PORTS: [u16; 2] = [PORT, PORT + 1];
 
-/// What dials stride by: prime to the number of services, so that they meet each, far apart.
+/// What connections stride by: prime to the number of services, so that they meet each, far apart.
 const STRIDE: usize = 7_919;
 
 /// In how many turns the binaries alternate within a round; together they go through all services.
 pub const N_TURNS: usize = 4;
 
-/// The least number of dials of one turn.
-const N_DIALS: usize = 250;
+/// The least number of connections of one turn.
+const N_CONNECTS: usize = 250;
 
 /// How long datagrams are exchanged, and dnsperf asks, in one turn, in seconds.
 const UDP_SECONDS: f64 = 0.1;
@@ -152,25 +152,30 @@ impl Daemon {
         Ok(Daemon { nohop, _helpers: helpers, vips, echo, catalogs, start, start_cpu, files, node })
     }
 
-    /// Dials each of these as often as any other, [`N_DIALS`] times at least in all, one after another.
+    /// Connects each of these as often as any other, [`N_CONNECTS`] times at least in all, one after another.
     /// Returns the median of connect(), in ns.
-    fn dial(&self, targets: &[SocketAddrV4]) -> Result<f64> {
+    fn connect(&self, targets: &[SocketAddrV4]) -> Result<f64> {
         let file = self.files.path().join("targets");
         let lines: Vec<String> = targets.iter().map(SocketAddrV4::to_string).collect();
-        fs::write(&file, lines.join("\n")).context("write the addresses to dial")?;
-        let n_dials = N_DIALS.div_ceil(targets.len()) * targets.len();
-        let arguments = format!("dial @{} --times {n_dials} --stride {STRIDE}", file.display());
+        fs::write(&file, lines.join("\n")).context("write the addresses to connect to")?;
+        let n_connects = N_CONNECTS.div_ceil(targets.len()) * targets.len();
+        let arguments =
+            format!("connect @{} --times {n_connects} --stride {STRIDE}", file.display());
         let found = generators::load(self.node.client_place(), &arguments)?;
         let failed = found["failed"].as_object().context("nohop-load tells no `failed`")?;
         let n_failed: u64 = failed.values().filter_map(Value::as_u64).sum();
-        ensure!(n_failed == 0, "{n_failed} of {n_dials} dials failed: {}", found["failed"]);
+        ensure!(
+            n_failed == 0,
+            "{n_failed} of {n_connects} connections failed: {}",
+            found["failed"]
+        );
         generators::number(&found, "/connect_ns/p50")
     }
 
-    /// What the connect hook costs for dials of these, in ns.
+    /// What the connect hook costs for connections of these, in ns.
     fn hook_ns(&self, targets: &[SocketAddrV4]) -> Result<f64> {
-        let dial = || self.dial(targets).map(drop);
-        let means = bpf::mean_ns(&self.node.client, &[bpf::CONNECT4], dial)?;
+        let connect = || self.connect(targets).map(drop);
+        let means = bpf::mean_ns(&self.node.client, &[bpf::CONNECT4], connect)?;
         means.first().copied().context("a mean")
     }
 
@@ -262,10 +267,10 @@ impl Daemon {
 
 fn connect(few: &Daemon, many: &Daemon, turn: usize, samples: &mut Samples) -> Result<()> {
     let share: Vec<SocketAddrV4> = many.vips.iter().copied().skip(turn).step_by(N_TURNS).collect();
-    // Fewer services than turns are all dialled in each.
+    // Fewer services than turns are all connected in each.
     let share = if share.is_empty() { &many.vips } else { &share };
-    samples.add(Quantity::ConnectFew, few.dial(&few.vips)?);
-    samples.add(Quantity::ConnectMany, many.dial(share)?);
+    samples.add(Quantity::ConnectFew, few.connect(&few.vips)?);
+    samples.add(Quantity::ConnectMany, many.connect(share)?);
     samples.add(Quantity::HitFew, few.hook_ns(&few.vips)?);
     samples.add(Quantity::HitMany, many.hook_ns(share)?);
     samples.add(Quantity::Miss, many.hook_ns(&[Node::backend(0, PORT)])?);

@@ -5,9 +5,9 @@ use std::net::SocketAddrV4;
 use std::path::Path;
 
 use anyhow::{Context, Result};
+use lb_tests::cmd;
 use lb_tests::net::Place;
 use lb_tests::process::Process;
-use lb_tests::cmd;
 use lb_tests::tempdir::Scratch;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
 

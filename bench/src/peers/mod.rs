@@ -3,11 +3,11 @@
 
 mod envoy;
 mod haproxy;
+mod nft_ipvs;
 mod nginx;
 mod nohop;
-mod nft_ipvs;
-mod template;
 mod optional_peers;
+mod template;
 
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::path::PathBuf;
@@ -15,9 +15,9 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use lb_tests::cmd;
 use lb_tests::net::Place;
 use lb_tests::process::Process;
-use lb_tests::cmd;
 use lb_tests::tempdir::Scratch;
 
 use crate::node::Node;
@@ -29,9 +29,9 @@ pub use envoy::{
 pub use haproxy::{
     Haproxy, NOTIFY as HAPROXY_NOTIFY, Served as ServedByHaproxy, serve as serve_haproxy,
 };
+pub use nft_ipvs::{Conntrack, route_frontends};
 pub use nginx::start_backend;
 pub use nohop::{Served, serve as serve_nohop, serve_with as serve_nohop_with};
-pub use nft_ipvs::{Conntrack, route_frontends};
 pub use template::{render, rendered};
 
 /// What is spoken with a service.
@@ -75,7 +75,7 @@ impl Services {
 
 /// A balancer at work; when this is dropped it ends.
 pub struct Running {
-    /// Where a client dials each service, in their order. Of one service that is dialled directly,
+    /// Where a client connects to each service, in their order. Of one service that is connected to directly,
     /// the backends.
     pub addresses: Vec<SocketAddrV4>,
     /// What is kept as long as it runs.
@@ -110,7 +110,7 @@ pub struct Peer {
 const LOOK: Duration = Duration::from_millis(10);
 const N_LOOKS: u32 = 6_000;
 
-/// Nobody in between: the client dials the first backend.
+/// Nobody in between: the client connects to the first backend.
 pub const DIRECT: &str = "direct";
 /// This project.
 pub const NOHOP: &str = "nohop";
@@ -247,7 +247,7 @@ impl Running {
         &self.guards
     }
 
-    /// Where to dial the only service for the `nth` time: who dials directly goes through the backends,
+    /// Where to connect to the only service for the `nth` time: who connects to directly goes through the backends,
     /// so that it finds as many addresses, and so as many free ports, as the balancers do.
     pub fn address(&self, nth: usize) -> SocketAddrV4 {
         self.addresses[nth % self.addresses.len()]

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::net::SocketAddrV4;
 
 use anyhow::{Context, Result};
-use lb_tests::nohop::Nohop;
 use lb_tests::cmd;
+use lb_tests::nohop::Nohop;
 use lb_tests::tempdir::Scratch;
 
 use super::{Guard, Running, Services, frontend, render};

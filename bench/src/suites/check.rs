@@ -7,13 +7,13 @@ use anyhow::Result;
 use lb_tests::process::Process;
 use lb_tests::tempdir::Scratch;
 
-use crate::report_builder::{Demand, Draft, Quantity};
+use crate::generators;
 use crate::node::{Layout, Node};
 use crate::peers::{DIRECT, frontend, start_backend};
 use crate::progress::Progress;
 use crate::report::{Better, Contender, Goal, Outcome};
+use crate::report_builder::{Demand, Draft, Quantity};
 use crate::stats::Interval;
-use crate::generators;
 
 const AGAIN: &str = "direct again";
 const DELAYED: &str = "delayed";

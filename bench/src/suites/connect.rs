@@ -1,4 +1,4 @@
-//! The price of one dial, by the number of services and of backends: as the process that dials sees it,
+//! The price of one connection, by the number of services and of backends: as the process that connects to sees it,
 //! and as the kernel counts nohop's program.
 
 use std::fs;
@@ -12,13 +12,13 @@ use lb_tests::tempdir::Scratch;
 use serde_json::Value;
 
 use crate::bpf;
-use crate::report_builder::{Demand, Draft, Quantity};
+use crate::generators;
 use crate::node::{Layout, Node};
 use crate::peers::{self, DIRECT, Guard, NOHOP, Peer, Protocol, Running, Service, Services};
 use crate::progress::Progress;
 use crate::report::Better;
+use crate::report_builder::{Demand, Draft, Quantity};
 use crate::stats::ratios;
-use crate::generators;
 
 /// The quantities of one curve.
 struct Quantities {
@@ -52,7 +52,7 @@ const BY_BACKENDS: Quantities = Quantities {
     program: Quantity { base: "", ..ns("nohop's program, by BPF statistics, by backends") },
 };
 
-/// What a dial of all services in turn strides by: prime to their number, so that it meets each of
+/// What a connection of all services in turn strides by: prime to their number, so that it meets each of
 /// them, far apart.
 const STRIDE: u32 = 7_919;
 
@@ -63,19 +63,19 @@ const N_PORTS: u16 = 2;
 
 struct Plan {
     n_rounds: usize,
-    n_dials: u32,
+    n_connects: u32,
     n_services: &'static [usize],
     n_backends: &'static [usize],
 }
 
 const FULL: Plan = Plan {
     n_rounds: 7,
-    n_dials: 2_500,
+    n_connects: 2_500,
     n_services: &[10, 100, 1_000, 10_000],
     n_backends: &[1, 10, 100, 1_000],
 };
 const QUICK: Plan =
-    Plan { n_rounds: 3, n_dials: 600, n_services: &[10, 1_000], n_backends: &[1, 100] };
+    Plan { n_rounds: 3, n_connects: 600, n_services: &[10, 1_000], n_backends: &[1, 100] };
 
 /// The services of the curve by backends, and the backends of the curve by services.
 const N_EACH: usize = 10;
@@ -85,7 +85,7 @@ struct Site {
     peer: Peer,
     running: Running,
     _servers: Vec<Process>,
-    /// The addresses to dial, a line each.
+    /// The addresses to connect to, a line each.
     targets: PathBuf,
     _files: Scratch,
     node: Node,
@@ -97,16 +97,16 @@ struct Site {
 /// When nothing can be measured at all.
 pub fn run(is_quick: bool) -> Result<Draft> {
     let plan = if is_quick { QUICK } else { FULL };
-    let mut draft = Draft::new("The price of one dial", plan.n_rounds);
+    let mut draft = Draft::new("The price of one connection", plan.n_rounds);
     let (able, contenders) = peers::able(Protocol::Tcp);
     draft.contenders = contenders;
     draft.note(
         "connect() to a proxy returns when the proxy's kernel has accepted, not when a backend has: \
          the first byte, which the backend sends by itself, is what compares",
     );
-    draft.note("in turn: every service is dialled, and as often as any other");
+    draft.note("in turn: every service is connected to, and as often as any other");
     draft.note(
-        "one dial after another, from one process; all on one host; the contenders take turns at each \
+        "one connect after another, from one process; all on one host; the contenders take turns at each \
          point of a curve, but one point comes after the other",
     );
     let points = plan.n_services.iter().map(|n| ("services", *n, *n, N_EACH, &BY_SERVICES));
@@ -128,7 +128,7 @@ pub fn run(is_quick: bool) -> Result<Draft> {
         for round in 0..=plan.n_rounds {
             for site in draft.shuffled(&sites) {
                 progress.step(&format!("{at} {axis}: {}", site.peer.name));
-                let measured = site.measure(plan.n_dials);
+                let measured = site.measure(plan.n_connects);
                 let Some(round) = round.checked_sub(1) else { continue };
                 if let Err(error) = &measured {
                     draft.failed(site.peer.name, &format!("{at} {axis}"), error);
@@ -152,9 +152,9 @@ pub fn run(is_quick: bool) -> Result<Draft> {
     Ok(draft)
 }
 
-/// How many dials go to all services in turn: so many at least, and each service as often as any other.
-fn n_in_turn(n_dials: u32, n_services: u32) -> u32 {
-    n_dials.next_multiple_of(n_services.max(1))
+/// How many connections go to all services in turn: so many at least, and each service as often as any other.
+fn n_in_turn(n_connects: u32, n_services: u32) -> u32 {
+    n_connects.next_multiple_of(n_services.max(1))
 }
 
 /// So many services with so many backends each, all different as far as there are addresses.
@@ -195,19 +195,19 @@ impl Site {
         let files = Scratch::new("targets")?;
         let targets = files.path().join("targets");
         let lines: Vec<String> = running.addresses.iter().map(SocketAddrV4::to_string).collect();
-        fs::write(&targets, lines.join("\n")).context("write the addresses to dial")?;
+        fs::write(&targets, lines.join("\n")).context("write the addresses to connect to")?;
         Ok(Site { peer, running, _servers: servers, targets, _files: files, node })
     }
 
-    fn measure(&self, n_dials: u32) -> Result<Measured> {
+    fn measure(&self, n_connects: u32) -> Result<Measured> {
         let n_services = u32::try_from(self.running.addresses.len())?;
-        let n_in_turn = n_in_turn(n_dials, n_services);
-        let in_turn = self.dial(&format!("@{}", self.targets.display()), n_in_turn)?;
-        let one = self.dial(&self.running.addresses[0].to_string(), n_dials / 2)?;
+        let n_in_turn = n_in_turn(n_connects, n_services);
+        let in_turn = self.connect(&format!("@{}", self.targets.display()), n_in_turn)?;
+        let one = self.connect(&self.running.addresses[0].to_string(), n_connects / 2)?;
         let program_ns = match self.running.guards() {
             [Guard::Nohop(_), ..] => {
                 let targets = format!("@{}", self.targets.display());
-                let act = || self.dial(&targets, n_in_turn).map(drop);
+                let act = || self.connect(&targets, n_in_turn).map(drop);
                 bpf::mean_ns(&self.node.client, &[bpf::CONNECT4], act)?.first().copied()
             }
             _ => None,
@@ -221,13 +221,17 @@ impl Site {
         })
     }
 
-    /// Dials one after another; a sample in which some of them fail is none.
-    fn dial(&self, targets: &str, n_dials: u32) -> Result<Value> {
-        let arguments = format!("dial {targets} --times {n_dials} --stride {STRIDE}");
+    /// Connects one after another; a sample in which some of them fail is none.
+    fn connect(&self, targets: &str, n_connects: u32) -> Result<Value> {
+        let arguments = format!("connect {targets} --times {n_connects} --stride {STRIDE}");
         let found = generators::load(self.node.client_place(), &arguments)?;
         let failed = found["failed"].as_object().context("nohop-load tells no `failed`")?;
         let n_failed: u64 = failed.values().filter_map(Value::as_u64).sum();
-        ensure!(n_failed == 0, "{n_failed} of {n_dials} dials failed: {}", found["failed"]);
+        ensure!(
+            n_failed == 0,
+            "{n_failed} of {n_connects} connections failed: {}",
+            found["failed"]
+        );
         Ok(found)
     }
 }
@@ -255,11 +259,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_service_is_dialled_as_often() {
-        for (n_dials, n_services, expected) in
+    fn every_service_is_connected_as_often() {
+        for (n_connects, n_services, expected) in
             [(2_500, 10_000, 10_000), (2_500, 1_000, 3_000), (600, 10, 600), (600, 1, 600)]
         {
-            assert_eq!(n_in_turn(n_dials, n_services), expected);
+            assert_eq!(n_in_turn(n_connects, n_services), expected);
             let mut counts = vec![0; n_services as usize];
             (0..expected).for_each(|n| counts[(n * STRIDE % n_services) as usize] += 1);
             assert!(counts.iter().all(|count| *count == expected / n_services), "{n_services}");

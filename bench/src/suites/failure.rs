@@ -9,16 +9,16 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
+use lb_tests::cmd;
 use lb_tests::consul::{self, Consul};
 use lb_tests::helloworld::Helloworld;
 use lb_tests::nohop::{self, Nohop};
 use lb_tests::process::Process;
-use lb_tests::cmd;
 use lb_tests::tempdir::Scratch;
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use crate::report_builder::{Draft, Quantity};
+use crate::generators;
 use crate::node::{Layout, Node};
 use crate::peers::{
     self, DIRECT, Guard, HAPROXY_HTTP, HAPROXY_TCP, NFTABLES, NGINX, NOHOP, Peer, Protocol,
@@ -26,7 +26,7 @@ use crate::peers::{
 };
 use crate::progress::Progress;
 use crate::report::{Better, Contender, Row};
-use crate::generators;
+use crate::report_builder::{Draft, Quantity};
 
 const FAILED: Quantity =
     Quantity { name: "failed requests", unit: "%", better: Better::Lower, base: "" };
@@ -87,7 +87,7 @@ const NOTES: [&str; 9] = [
     "a backend that refuses is a process that was killed; one that drops packets is behind a rule on \
      its host that drops all that is sent to it, open connections included",
     "nine of the ten backends are one nginx at nine addresses",
-    "nohop and nftables are not on the way of a connection: a dial that fails is the client's to \
+    "nohop and nftables are not on the way of a connection: a connect that fails is the client's to \
      repeat; proxies repeat it themselves (HAProxy: retries 3, redispatch; nginx: its default)",
     "nohop itself doesn't check, it follows Consul; with checks: a TCP check each second and with a \
      timeout of one at a Consul agent on the client's host, where one failure makes an instance \

@@ -7,14 +7,14 @@ use anyhow::{Context, Result};
 use lb_tests::process::Process;
 use lb_tests::tempdir::Scratch;
 
-use crate::report_builder::{Demand, Draft, FixedRate, Quantity};
+use crate::generators;
 use crate::node::{CpuTimes, Layout, Node};
 use crate::peers::{
     self, DIRECT, HAPROXY_TCP, NOHOP, Peer, Protocol, Running, Services, start_backend,
 };
 use crate::progress::Progress;
 use crate::report::Better;
-use crate::generators;
+use crate::report_builder::{Demand, Draft, FixedRate, Quantity};
 
 const RATE: Quantity = Quantity {
     name: "requests a second, as many as can be",
@@ -173,8 +173,8 @@ fn saturate(
             progress.step(&format!("{condition}: {name}"));
             let address = site.running.address(round);
             let place = site.node.client_place();
-            let found =
-                site.with_cpu(|| generators::wrk(place, address, n_connections, uses == Use::Kept, 1));
+            let found = site
+                .with_cpu(|| generators::wrk(place, address, n_connections, uses == Use::Kept, 1));
             let (found, cpu) = match found {
                 Ok((found, cpu)) => (Some(found), cpu),
                 Err(error) => {

@@ -7,14 +7,13 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use lb_tests::cmd;
 use lb_tests::http;
 use lb_tests::nohop::Nohop;
-use lb_tests::cmd;
 use lb_tests::tempdir::Scratch;
 use rustix::process::Signal;
 
 use crate::bpf;
-use crate::report_builder::{Draft, Quantity};
 use crate::node::{Layout, Node};
 use crate::peers::{
     self, HAPROXY_NOTIFY, HAPROXY_TCP, Haproxy, NFTABLES, NOHOP, Protocol, Service, Services,
@@ -22,6 +21,7 @@ use crate::peers::{
 };
 use crate::progress::Progress;
 use crate::report::Better;
+use crate::report_builder::{Draft, Quantity};
 
 const LOAD: Quantity = Quantity {
     name: "from nothing to serving all",

@@ -4,16 +4,16 @@ use std::net::SocketAddrV4;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use lb_tests::cmd;
 use lb_tests::net::Place;
 use lb_tests::process::Process;
-use lb_tests::cmd;
 use serde_json::Value;
 
-use crate::report_builder::{Draft, Quantity};
 use crate::node::{CpuTimes, Layout, Node};
 use crate::peers::{self, DIRECT, Peer, Protocol, Running, Services};
 use crate::progress::Progress;
 use crate::report::Better;
+use crate::report_builder::{Draft, Quantity};
 
 const RATE: Quantity =
     Quantity { name: "bulk TCP", unit: "Gbit/s", better: Better::Higher, base: DIRECT };

@@ -8,12 +8,12 @@ use anyhow::Result;
 use lb_tests::process::Process;
 use serde_json::Value;
 
-use crate::report_builder::{Draft, FixedRate, Quantity};
+use crate::generators;
 use crate::node::{CpuTimes, Layout, Node};
 use crate::peers::{self, DIRECT, Peer, Protocol, Running, Services};
 use crate::progress::Progress;
 use crate::report::Better;
-use crate::generators;
+use crate::report_builder::{Draft, FixedRate, Quantity};
 
 const RATE: Quantity = Quantity {
     name: "datagrams a second, as many as can be",

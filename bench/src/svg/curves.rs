@@ -1,7 +1,7 @@
 //! Curves: a line for each contender over the points of an axis.
 
-use super::palette::Hue;
 use super::canvas::{Anchor, Ink, width};
+use super::palette::Hue;
 use super::scale::{log_ticks, settle, ticks};
 use super::{LABEL, LEFT, RIGHT, short};
 use crate::format;

@@ -4,14 +4,14 @@
 //! follows the reader's choice of light or dark.
 
 mod bars;
+mod canvas;
 mod curves;
 mod palette;
-mod canvas;
 mod scale;
 
 use crate::report::{Better, Report, Sheet};
-use palette::Hue;
 use canvas::{Anchor, Ink, width, wrap};
+use palette::Hue;
 
 /// The picture's width; its height is what the content needs.
 const WIDTH: f64 = 760.0;

@@ -10,9 +10,9 @@ use crate::table::{Excluded, Ports, Protocols, State, Watch};
 /// `GET /v1/status`
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Status {
-    /// Whether names are answered and dials translated: the plane is attached, the catalog synced.
+    /// Whether names are answered and connects to translated: the datapath is attached, the catalog synced.
     pub ready: bool,
-    /// Why it isn't ready, or what else is wrong, each with the mend.
+    /// Why it isn't ready, or what else is wrong, each with the fix.
     pub problems: Vec<String>,
     /// The daemon's version.
     pub version: String,
@@ -36,7 +36,7 @@ pub struct Status {
     #[serde(default)]
     pub pool: PoolStatus,
     /// The kernel side.
-    pub plane: PlaneStatus,
+    pub datapath: DatapathStatus,
 }
 
 /// Discovery, within [`Status`].
@@ -53,7 +53,7 @@ pub struct CatalogStatus {
     /// not read.
     #[serde(default)]
     pub facts: Vec<String>,
-    /// What is wrong with it, with the mend.
+    /// What is wrong with it, with the fix.
     #[serde(default)]
     pub problem: Option<String>,
     /// What is followed, where the source doesn't follow everything by itself.
@@ -157,7 +157,7 @@ pub enum Origin {
 
 /// The kernel side, within [`Status`].
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct PlaneStatus {
+pub struct DatapathStatus {
     /// Whether every hook is attached to the cgroup, as the kernel says.
     pub attached: bool,
     /// Whether the maps, with the table in them, were taken over from an earlier daemon.
@@ -165,10 +165,10 @@ pub struct PlaneStatus {
     pub adopted: bool,
     /// The cgroup whose processes are served.
     pub cgroup: String,
-    /// `translate`, or `shadow` while dials are only counted and names get SERVFAIL.
+    /// `translate`, or `shadow` while connections are only counted and names get SERVFAIL.
     #[serde(default)]
     pub mode: String,
-    /// Why dials are only counted; `null` while they are translated.
+    /// Why connections are only counted; `null` while they are translated.
     #[serde(default)]
     pub mode_reason: Option<String>,
     /// What this kernel lacks, without which nohop works all the same.
@@ -183,7 +183,7 @@ pub struct PlaneStatus {
     pub counters: BTreeMap<String, u64>,
 }
 
-/// One map, within [`PlaneStatus`].
+/// One map, within [`DatapathStatus`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MapStatus {
     /// The map's name, as `bpftool map` shows it.
@@ -207,7 +207,7 @@ pub struct Service {
     /// One more address, in the host's network namespace only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pin: Option<SocketAddrV4>,
-    /// The ports it is dialled at: a list of numbers, or `"any"`.
+    /// The ports it is connected to at: a list of numbers, or `"any"`.
     pub ports: Ports,
     /// `tcp`, `udp` or `both`.
     pub protocol: Protocols,
@@ -223,14 +223,14 @@ pub struct Service {
     /// Why the kernel doesn't have this state of it, when it doesn't; then its former state serves.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
-    /// Dials that were sent to a backend, since the start; connect() by UDP sockets not among them.
-    pub dials: u64,
-    /// Dials that were refused because there was no backend for them, since the start.
+    /// Connects that were sent to a backend, since the start; connect() by UDP sockets not among them.
+    pub connects: u64,
+    /// Connects that were refused because there was no backend for them, since the start.
     pub refused: u64,
-    /// Dials that were refused because their sockets' address family can reach none of the backends.
+    /// Connects that were refused because their sockets' address family can reach none of the backends.
     #[serde(default)]
     pub refused_family: u64,
-    /// Dials that passed untouched because dials were only counted, since the start.
+    /// Connects that passed untouched because connections were only counted, since the start.
     #[serde(default)]
     pub shadowed: u64,
     /// connect() by UDP sockets that led to a backend, since the daemon's start: of applications that
@@ -240,7 +240,7 @@ pub struct Service {
     /// The same that were refused.
     #[serde(default)]
     pub udp_connects_refused: u64,
-    /// The instances that dials may reach, and those that can't be reached from here.
+    /// The instances that connects to may reach, and those that can't be reached from here.
     pub backends: Vec<Backend>,
 }
 
@@ -259,7 +259,7 @@ pub struct Backend {
     pub state: State,
     /// Why, where that isn't plain.
     pub reason: Option<String>,
-    /// Dials that it was chosen for, since it came.
+    /// Connects that it was chosen for, since it came.
     pub connects: u64,
 }
 
@@ -268,8 +268,8 @@ pub struct Backend {
 pub struct Explanation {
     /// The name that was asked for.
     pub name: String,
-    /// What a dial would get, in a sentence.
-    pub dial: String,
+    /// What a connection would get, in a sentence.
+    pub connect: String,
     /// The service, where the name is one.
     pub service: Option<Service>,
     /// The instances that are out.
@@ -281,7 +281,7 @@ pub struct Explanation {
 pub struct Reload {
     /// Whether the configuration is in force; otherwise nothing changed.
     pub ok: bool,
-    /// What is wrong with the configuration, each with its place and the mend.
+    /// What is wrong with the configuration, each with its place and the fix.
     pub problems: Vec<String>,
     /// The keys that differ from what is in force, or was before.
     pub changes: Vec<ChangedKey>,

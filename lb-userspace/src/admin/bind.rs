@@ -17,7 +17,7 @@ const MODE: u32 = 0o660;
 /// The connections that may wait to be accepted.
 const BACKLOG: i32 = 128;
 
-/// Why an address can't be listened on, with the mend.
+/// Why an address can't be listened on, with the fix.
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
     /// A daemon answers there.

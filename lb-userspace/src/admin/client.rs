@@ -7,7 +7,7 @@ use hyper::{Request, StatusCode};
 use serde::de::DeserializeOwned;
 use tokio::net::{TcpStream, UnixStream};
 
-use super::http::{Answer, ExchangeError, JSON, upstream_query};
+use super::http::{Answer, ExchangeError, JSON, exchange};
 use crate::config::AdminAddress;
 
 pub use super::route::{explain_path, lookup_path};
@@ -21,7 +21,7 @@ const TIME_LIMIT: Duration = Duration::from_secs(5);
 /// How long it may take over a change: a reload waits for files, and for Consul to let go.
 const CHANGE_LIMIT: Duration = Duration::from_secs(60);
 
-/// Why the daemon's word can't be had, with the mend.
+/// Why the daemon's word can't be had, with the fix.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// The address is no address.
@@ -29,7 +29,7 @@ pub enum ClientError {
     Address {
         /// Where it was given: `--admin` or `NOHOP_ADMIN`.
         name: &'static str,
-        /// What is wrong; the mend.
+        /// What is wrong; the fix.
         what: String,
     },
     /// Nobody listens.

@@ -30,7 +30,7 @@ pub(super) fn check_host(
     uri: &Uri,
     version: Version,
     headers: &HeaderMap,
-    resolved_hosts: &[String],
+    hosts: &[String],
 ) -> Result<(), Foreign> {
     let mut given = headers.get_all(HOST).iter();
     match (given.next(), given.next()) {

@@ -62,8 +62,8 @@ pub(super) enum RouteError {
     UnixOnly,
     #[error("no such path. What there is:\n{ROUTES}")]
     Path,
-    #[error("{name}: '{value}' is wrong; {mend}")]
-    Query { name: String, value: String, mend: &'static str },
+    #[error("{name}: '{value}' is wrong; {fix}")]
+    Query { name: String, value: String, fix: &'static str },
 }
 
 /// Reads method, path and query.
@@ -109,13 +109,13 @@ fn look_up(query: &str) -> Result<Route, RouteError> {
             ("name", value) => name = Some(decode(value)),
             ("type", value) => kind = decode(value),
             (name, value) => {
-                let mend = "the query may hold name and type";
-                return Err(RouteError::Query { name: name.into(), value: value.into(), mend });
+                let fix = "the query may hold name and type";
+                return Err(RouteError::Query { name: name.into(), value: value.into(), fix });
             }
         }
     }
-    let mend = "write the name to look up";
-    let name = name.ok_or(RouteError::Query { name: "name".into(), value: "".into(), mend })?;
+    let fix = "write the name to look up";
+    let name = name.ok_or(RouteError::Query { name: "name".into(), value: "".into(), fix })?;
     Ok(Route::LookUp { name, kind })
 }
 
@@ -123,8 +123,7 @@ fn wait(query: &str) -> Result<Option<Wait>, RouteError> {
     let (mut after, mut limit) = (None, DEFAULT_WAIT);
     for pair in query.split('&').filter(|pair| !pair.is_empty()) {
         let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
-        let wrong =
-            |mend| RouteError::Query { name: name.to_owned(), value: value.to_owned(), mend };
+        let wrong = |fix| RouteError::Query { name: name.to_owned(), value: value.to_owned(), fix };
         let number = value.parse::<u64>();
         match name {
             "after" => after = Some(number.map_err(|_| wrong("write a revision"))?),

@@ -23,8 +23,8 @@ use tokio::task::JoinSet;
 use super::api;
 use super::bind::Listener;
 use super::documents::{At, Document, Documents};
-use super::prometheus;
 use super::origin::{Foreign, check_host, check_site};
+use super::prometheus;
 use super::route::{Route, RouteError, Wait, route};
 use super::slow::KeptUp;
 use crate::terminal;
@@ -400,7 +400,7 @@ mod tests {
                 services: 1,
                 backends: 0,
                 dns: api::DnsStatus { listen: vec![], domain: "service".into(), upstreams: vec![] },
-                plane: api::PlaneStatus::default(),
+                datapath: api::DatapathStatus::default(),
             }
         }
 
@@ -417,7 +417,7 @@ mod tests {
                 generation: 1,
                 watch: Default::default(),
                 error: None,
-                dials: 0,
+                connects: 0,
                 refused: 0,
                 refused_family: 0,
                 shadowed: 0,
@@ -430,7 +430,7 @@ mod tests {
         fn explain(&self, name: &str) -> api::Explanation {
             api::Explanation {
                 name: name.into(),
-                dial: "a sentence".into(),
+                connect: "a sentence".into(),
                 service: self.services().into_iter().find(|service| service.name == name),
                 excluded: vec![],
             }

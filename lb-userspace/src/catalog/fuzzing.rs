@@ -30,7 +30,7 @@ pub fn cache(bytes: &[u8]) {
     cache::fuzz(bytes);
 }
 
-/// Makes a table of the services, and looks whether it is one that the plane may have.
+/// Makes a table of the services, and looks whether it is one that the datapath may have.
 fn tabulate(catalog: &Catalog) {
     let vip = Config::default().vip;
     let mut builder = Builder::new(&vip, Vips::new((&vip).into()));
@@ -41,8 +41,8 @@ fn tabulate(catalog: &Catalog) {
     for (name, service) in &table.services {
         assert!(vip.pool.contains(&service.vip), "{name} is at {}", service.vip);
         for backend in &service.backends {
-            let is_dialled = backend.state != State::Unroutable;
-            assert_eq!(backend.address.is_some(), is_dialled, "{name}: {backend:?}");
+            let is_connected = backend.state != State::Unroutable;
+            assert_eq!(backend.address.is_some(), is_connected, "{name}: {backend:?}");
             assert!(backend.weight > 0, "{name}: {backend:?}");
         }
     }

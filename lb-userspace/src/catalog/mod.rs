@@ -5,17 +5,17 @@
 
 mod cache;
 mod consul;
-mod usage;
 mod file;
 #[cfg(any(fuzzing, test))]
 pub(crate) mod fuzzing;
 mod host;
-mod snapshot;
 mod output;
 pub mod resolve;
+mod snapshot;
 mod stamp;
 mod stats;
 mod supervisor;
+mod usage;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -27,10 +27,10 @@ use tokio::task::JoinSet;
 
 use crate::config::{Config, Source};
 use crate::table::Listing;
+pub use stats::{Stats, Watches};
 pub use usage::{Demand, Lookup};
 #[cfg(test)]
 pub(crate) use usage::{Wanted, Wish};
-pub use stats::{Stats, Watches};
 
 use output::Output;
 use supervisor::{Ageing, Limits, Source as Life};
@@ -59,7 +59,7 @@ pub struct Edition {
 pub struct Health {
     /// The source's name: `consul` or `file`.
     pub source: &'static str,
-    /// What is wrong now, with the mend; `None` while all is well.
+    /// What is wrong now, with the fix; `None` while all is well.
     pub problem: Option<String>,
     /// Whether the problem is that the source doesn't answer, so that the last catalog serves.
     pub is_failing: bool,

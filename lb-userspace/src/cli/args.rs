@@ -31,7 +31,7 @@ pub enum Command {
         #[arg(long, value_name = "keep|detach")]
         on_exit: Option<String>,
     },
-    /// Say of everything that nohop needs whether it is there, and how to mend it
+    /// Say of everything that nohop needs whether it is there, and how to fix it
     Check {
         /// Where its configuration comes from
         #[command(flatten)]
@@ -58,7 +58,7 @@ pub enum Command {
         #[command(flatten)]
         client: ClientArguments,
     },
-    /// Why each instance of a service is in or out, and what a dial would get
+    /// Why each instance of a service is in or out, and what a connection would get
     Explain {
         /// The service, with or without the domain
         name: String,
@@ -84,12 +84,12 @@ pub enum Command {
         #[command(subcommand)]
         command: ConfigCommand,
     },
-    /// Dial once from inside a cgroup: how the daemon proves that its hooks run there
+    /// Connect once from inside a cgroup: how the daemon proves that its hooks run there
     #[command(hide = true)]
-    ProbeDial {
+    ProbeConnect {
         /// The cgroup to enter
         cgroup: PathBuf,
-        /// Where to dial
+        /// Where to connect to
         address: SocketAddr,
     },
     /// Detach the programs and remove all pins, after the daemon has ended

@@ -1,4 +1,4 @@
-//! `nohop check`: what nohop needs, whether it is there, and how to mend it.
+//! `nohop check`: what nohop needs, whether it is there, and how to fix it.
 
 use std::fmt::Write as _;
 use std::net::SocketAddr;
@@ -9,11 +9,11 @@ use serde::{Deserialize, Serialize};
 use crate::admin::{api, client};
 use crate::catalog;
 use crate::config::{Config, ConfigErrors, Source, cgroup};
-use crate::dns::{self, DnsError};
 use crate::datapath::{
     Features, Limit, Safety, exclusion_problems, find_obstacle, is_bpffs, look_at_pins,
     nearest_directory, route,
 };
+use crate::dns::{self, DnsError};
 
 /// The whole report.
 #[derive(Debug, Serialize, Deserialize)]
@@ -36,23 +36,23 @@ pub struct Finding {
     /// What was found.
     pub detail: String,
     /// What to do about it; empty where nothing needs doing.
-    pub mend: String,
+    pub fix: String,
 }
 
-/// What was found, or what is wrong and how to mend it.
+/// What was found, or what is wrong and how to fix it.
 type Found = Result<String, (String, String)>;
 
 fn finding(what: &str, required: bool, found: Found) -> Finding {
     let ok = found.is_ok();
-    let (detail, mend) = match found {
+    let (detail, fix) = match found {
         Ok(detail) => (detail, String::new()),
         Err(wrong) => wrong,
     };
-    Finding { what: what.to_owned(), ok, required, detail, mend }
+    Finding { what: what.to_owned(), ok, required, detail, fix }
 }
 
-fn wrong<T>(detail: impl Into<String>, mend: impl Into<String>) -> Result<T, (String, String)> {
-    Err((detail.into(), mend.into()))
+fn wrong<T>(detail: impl Into<String>, fix: impl Into<String>) -> Result<T, (String, String)> {
+    Err((detail.into(), fix.into()))
 }
 
 /// Looks at everything, whatever is missing.
@@ -95,8 +95,8 @@ pub fn check(config: Result<Config, ConfigErrors>, admin: Option<&str>) -> Repor
     let (found, warning, facts) = source(&config);
     checks.push(finding("catalog", true, found));
     if let Some(warning) = warning {
-        let mend = "it routes all the same; see what it says".to_owned();
-        checks.push(finding("catalog warning", false, Err((warning, mend))));
+        let fix = "it routes all the same; see what it says".to_owned();
+        checks.push(finding("catalog warning", false, Err((warning, fix))));
     }
     let through = through_resolver(admin, daemon.as_ref().ok());
     checks.push(finding("lookups of this machine", false, through));
@@ -104,8 +104,8 @@ pub fn check(config: Result<Config, ConfigErrors>, admin: Option<&str>) -> Repor
         checks.push(finding("resolv.conf", false, Err(found)));
     }
     for fact in facts {
-        let mend = "nothing, where that is meant".to_owned();
-        checks.push(finding("catalog fact", false, Err((fact, mend))));
+        let fix = "nothing, where that is meant".to_owned();
+        checks.push(finding("catalog fact", false, Err((fact, fix))));
     }
     checks.push(finding(
         "daemon",
@@ -122,16 +122,16 @@ pub fn check(config: Result<Config, ConfigErrors>, admin: Option<&str>) -> Repor
 /// The report for people.
 pub fn text(report: &Report) -> String {
     let mut text = String::new();
-    for Finding { what, ok, required, detail, mend } in &report.checks {
+    for Finding { what, ok, required, detail, fix } in &report.checks {
         let mark = match (ok, required) {
             (true, _) => "ok  ",
-            (false, true) => "MISS",
+            (false, true) => "FAIL",
             (false, false) => "note",
         };
         // Writing to a string can't fail.
         let _ = writeln!(text, "{mark}  {what}: {detail}");
-        if !mend.is_empty() {
-            let _ = writeln!(text, "        mend: {mend}");
+        if !fix.is_empty() {
+            let _ = writeln!(text, "        fix: {fix}");
         }
     }
     let verdict = if report.ok { "nohop can run here" } else { "nohop can't run here yet" };
@@ -267,13 +267,13 @@ fn namespace(config: &Config) -> Option<Found> {
 
 /// What is wrong and, after a semicolon, what to do.
 fn in_two(text: &str) -> Found {
-    let (detail, mend) = text.split_once("; ").unwrap_or((text, ""));
-    wrong(detail, mend)
+    let (detail, fix) = text.split_once("; ").unwrap_or((text, ""));
+    wrong(detail, fix)
 }
 
 /// The cgroups that are to be left alone.
 fn exclusions(config: &Config) -> Vec<(bool, Found)> {
-    let patterns = &config.plane.exclude_cgroups;
+    let patterns = &config.datapath.exclude_cgroups;
     if patterns.is_empty() {
         return Vec::new();
     }
@@ -438,8 +438,8 @@ fn dns_port(address: SocketAddr, listen: &[SocketAddr], daemon: Option<&api::Sta
     }
     // What is wrong, and after it what to do.
     let text = error.to_string();
-    let (detail, mend) = text.split_once("; ").unwrap_or((&text, ""));
-    wrong(detail, mend)
+    let (detail, fix) = text.split_once("; ").unwrap_or((&text, ""));
+    wrong(detail, fix)
 }
 
 /// What systemd says of nohop.socket; nothing where there is none.
@@ -479,7 +479,7 @@ fn through_resolver(admin: Option<&str>, daemon: Option<&api::Status>) -> Found 
         let found = std::net::ToSocketAddrs::to_socket_addrs(&asked);
         let _ = sender.send(found.map(|found| found.map(|each| each.ip()).collect::<Vec<_>>()));
     });
-    let mend = "point the machine's resolver at nohop: nohop dns setup says how";
+    let fix = "point the machine's resolver at nohop: nohop dns setup says how";
     match receiver.recv_timeout(LOOKUP_LIMIT) {
         Ok(Ok(found)) if found.contains(&service.vip.into()) => {
             Ok(format!("{name} is {}, through the machine's own resolver", service.vip))
@@ -487,12 +487,12 @@ fn through_resolver(admin: Option<&str>, daemon: Option<&api::Status>) -> Found 
         Ok(Ok(found)) => {
             let found: Vec<_> = found.iter().map(ToString::to_string).collect();
             let found = found.join(", ");
-            wrong(format!("{name} is {found} here, and not its VIP {}", service.vip), mend)
+            wrong(format!("{name} is {found} here, and not its VIP {}", service.vip), fix)
         }
         Ok(Err(error)) => {
-            wrong(format!("the machine's resolver doesn't know {name}: {error}"), mend)
+            wrong(format!("the machine's resolver doesn't know {name}: {error}"), fix)
         }
-        Err(_) => wrong(format!("the machine's resolver gives no answer for {name} in 5 s"), mend),
+        Err(_) => wrong(format!("the machine's resolver gives no answer for {name} in 5 s"), fix),
     }
 }
 
@@ -502,7 +502,7 @@ const SOURCE_LIMIT: std::time::Duration = std::time::Duration::from_secs(5);
 /// Asks the source as the daemon does, so that what it would meet is what is said here. What is
 /// wrong and keeps nothing from working comes second, and then what should be known besides.
 fn source(config: &Config) -> (Found, Option<String>, Vec<String>) {
-    let mend = match &config.catalog.source {
+    let fix = match &config.catalog.source {
         Source::Consul => "see that the agent runs, and consul.address and the token",
         Source::File(_) => "correct the file",
     };
@@ -520,7 +520,7 @@ fn source(config: &Config) -> (Found, Option<String>, Vec<String>) {
         let health = source.health.borrow().clone();
         Ok((n_services, health.problem, health.facts))
     });
-    let wrong = |detail| (wrong(detail, mend), None, Vec::new());
+    let wrong = |detail| (wrong(detail, fix), None, Vec::new());
     match asked.flatten() {
         Ok((Some(n_services), warning, facts)) => {
             (Ok(format!("{n_services} services to route")), warning, facts)
@@ -542,10 +542,10 @@ mod tests {
         let text = text(&Report { ok: true, checks: findings });
         for part in [
             "note  refusal by ECONNREFUSED: this kernel has no bpf_set_retval",
-            "mend: boot a kernel from 6.1 on",
+            "fix: boot a kernel from 6.1 on",
             "ok    BTF: ",
             "note  reading the kernel's memory: the kernel is locked down (lockdown=confidentiality)",
-            "mend: nothing, unless the kernel itself (NFS",
+            "fix: nothing, unless the kernel itself (NFS",
         ] {
             assert!(text.contains(part), "no {part:?} in:\n{text}");
         }
@@ -575,10 +575,10 @@ mod tests {
         port("nomad", "veth4", "0");
         port("nomad", "veth5", "0");
         port("cni0", "veth6", "0");
-        let (detail, mend) = hairpin(net.path()).unwrap().unwrap_err();
+        let (detail, fix) = hairpin(net.path()).unwrap().unwrap_err();
         assert!(detail.contains("cni0 (1 of its ports), nomad (2 of its ports)"), "{detail}");
         assert!(detail.contains("its own service"), "{detail}");
-        assert!(mend.contains("bridge_network_hairpin_mode = true"), "{mend}");
+        assert!(fix.contains("bridge_network_hairpin_mode = true"), "{fix}");
     }
 
     #[test]
@@ -610,9 +610,9 @@ mod tests {
     fn ports() {
         let udp = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
         let taken = udp.local_addr().unwrap();
-        let (detail, mend) = dns_port(taken, &[taken], None).unwrap_err();
+        let (detail, fix) = dns_port(taken, &[taken], None).unwrap_err();
         assert_eq!(detail, format!("can't listen on {taken} (udp): address in use"));
-        assert!(mend.starts_with("see who holds it with ss -ulpn"), "{mend}");
+        assert!(fix.starts_with("see who holds it with ss -ulpn"), "{fix}");
         // Of documentation (RFC 5737): one that isn't there yet.
         let absent = SocketAddr::from(([192, 0, 2, 1], 0));
         assert_eq!(dns_port(absent, &[absent], None), Ok("192.0.2.1:0 is free".to_owned()));
@@ -636,11 +636,11 @@ mod tests {
     }
 
     #[test]
-    fn a_required_miss_is_said_with_its_mend() {
+    fn a_required_miss_is_said_with_its_fix() {
         let found = wrong("it is gone", "bring it back");
         let checks = vec![finding("thing", true, found), finding("other", false, Ok("yes".into()))];
         let text = text(&Report { ok: false, checks });
-        assert!(text.contains("MISS  thing: it is gone\n        mend: bring it back\n"), "{text}");
+        assert!(text.contains("FAIL  thing: it is gone\n        fix: bring it back\n"), "{text}");
         assert!(text.contains("ok    other: yes\n") && text.contains("can't run"), "{text}");
     }
 }

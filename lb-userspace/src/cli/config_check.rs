@@ -13,7 +13,7 @@ use crate::config::{Config, Overrides};
 #[derive(Debug, Serialize, Deserialize)]
 struct Report {
     ok: bool,
-    /// Each with its place and the mend.
+    /// Each with its place and the fix.
     problems: Vec<String>,
 }
 

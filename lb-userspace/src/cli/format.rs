@@ -40,23 +40,26 @@ pub fn status(status: &Status) -> String {
     for upstream in &status.dns.upstreams {
         line(&mut text, format!("          {}", upstream_line(upstream)));
     }
-    let attached = if status.plane.attached { "attached to" } else { "NOT ATTACHED to" };
-    let adopted = if status.plane.adopted { ", taken over from an earlier daemon" } else { "" };
-    line(&mut text, format!("plane     {attached} {}{adopted}", status.plane.cgroup));
-    if let Some(why) = &status.plane.mode_reason {
-        line(&mut text, format!("          {}: dials are only counted: {why}", status.plane.mode));
+    let attached = if status.datapath.attached { "attached to" } else { "NOT ATTACHED to" };
+    let adopted = if status.datapath.adopted { ", taken over from an earlier daemon" } else { "" };
+    line(&mut text, format!("datapath     {attached} {}{adopted}", status.datapath.cgroup));
+    if let Some(why) = &status.datapath.mode_reason {
+        line(
+            &mut text,
+            format!("          {}: connections are only counted: {why}", status.datapath.mode),
+        );
     }
-    for limit in &status.plane.limits {
+    for limit in &status.datapath.limits {
         line(&mut text, format!("          {limit}"));
     }
-    if status.plane.refused_services > 0 {
-        let n = status.plane.refused_services;
+    if status.datapath.refused_services > 0 {
+        let n = status.datapath.refused_services;
         line(&mut text, format!("          {n} services aren't in the kernel as they should be"));
     }
-    for map in &status.plane.maps {
+    for map in &status.datapath.maps {
         line(&mut text, format!("          {}", pressure(map)));
     }
-    for (name, n) in status.plane.counters.iter().filter(|(_, n)| **n > 0) {
+    for (name, n) in status.datapath.counters.iter().filter(|(_, n)| **n > 0) {
         line(&mut text, format!("          {name}: {n}"));
     }
     text
@@ -106,7 +109,7 @@ pub fn services(services: &[Service]) -> String {
 /// `nohop explain NAME`
 pub fn explanation(explanation: &Explanation) -> String {
     let mut text = String::new();
-    line(&mut text, format!("{}\n", explanation.dial));
+    line(&mut text, format!("{}\n", explanation.connect));
     if let Some(each) = &explanation.service {
         service(&mut text, each, each.name.len());
     }
@@ -138,12 +141,12 @@ fn service(text: &mut String, service: &Service, width: usize) {
     line(
         text,
         format!(
-            "{:<width$}  {}:{ports}{vip6}{pin}  {}, {}, dials {}, refused {}{by_family}{shadowed}{udp_connects}",
+            "{:<width$}  {}:{ports}{vip6}{pin}  {}, {}, connections {}, refused {}{by_family}{shadowed}{udp_connects}",
             service.name,
             service.vip,
             service.protocol,
             service.algorithm,
-            service.dials,
+            service.connects,
             service.refused
         ),
     );
@@ -154,7 +157,7 @@ fn service(text: &mut String, service: &Service, width: usize) {
         line(text, format!("  ! the kernel doesn't have this state of it: {error}"));
     }
     if service.backends.is_empty() {
-        line(text, "  no backend: dials are refused".to_owned());
+        line(text, "  no backend: connections are refused".to_owned());
     }
     for backend in &service.backends {
         line(text, format!("  {}", self::backend(backend, &service.name)));
@@ -216,7 +219,7 @@ mod tests {
             generation: 1,
             error: None,
             watch: Watch::Live,
-            dials: 7,
+            connects: 7,
             refused: 0,
             refused_family: 0,
             shadowed: 0,
@@ -236,7 +239,7 @@ mod tests {
 
     #[test]
     fn services_are_one_block_each() {
-        let text = "helloworld  127.186.3.9:80  tcp, random, dials 7, refused 0\n  \
+        let text = "helloworld  127.186.3.9:80  tcp, random, connects 7, refused 0\n  \
                     healthy    10.0.0.7:23456         n1/h1  weight 1  connects 7\n";
         assert_eq!(services(&[helloworld()]), text);
         assert_eq!(services(&[]), "no services\n");
@@ -249,7 +252,7 @@ mod tests {
             udp_connects_refused: 2,
             ..helloworld()
         };
-        let text = "helloworld  127.186.3.9:any and [fd00::9]:any  both, random, dials 7, \
+        let text = "helloworld  127.186.3.9:any and [fd00::9]:any  both, random, connects 7, \
                     refused 0, UDP connects 5, refused 2\n  ~ something is odd\n";
         assert!(services(&[odd]).starts_with(text));
     }
@@ -265,8 +268,8 @@ mod tests {
             id: id.replace("39e2", "40e2"),
             reason: "check `web` is critical".into(),
         }];
-        let (name, dial) = (service.name.clone(), "a dial goes somewhere".into());
-        let text = explanation(&Explanation { name, dial, service: Some(service), excluded });
+        let (name, connect) = (service.name.clone(), "a connection goes somewhere".into());
+        let text = explanation(&Explanation { name, connect, service: Some(service), excluded });
         assert!(text.contains("  n1/alloc 39e25890 web  weight 1  "), "{text}");
         assert!(text.contains("  n2/alloc 40e25890 web  check `web`"), "{text}");
     }
@@ -275,7 +278,7 @@ mod tests {
     fn an_explanation_says_why_an_instance_is_out() {
         let text = explanation(&Explanation {
             name: "helloworld".into(),
-            dial: "a dial goes somewhere".into(),
+            connect: "a connection goes somewhere".into(),
             service: Some(helloworld()),
             excluded: vec![Excluded {
                 address: "10.0.0.8:1".into(),
@@ -284,7 +287,7 @@ mod tests {
                 reason: "check `web` is critical".into(),
             }],
         });
-        assert!(text.starts_with("a dial goes somewhere\n\nhelloworld"), "{text}");
+        assert!(text.starts_with("a connection goes somewhere\n\nhelloworld"), "{text}");
         let last = "  out        10.0.0.8:1             n2/h2  check `web` is critical\n";
         assert!(text.ends_with(last), "{text}");
     }

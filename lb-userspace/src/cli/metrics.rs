@@ -1,15 +1,15 @@
 //! `GET /metrics`: what the daemon counts, by the names that dashboards and alerts rely on.
 //!
 //! Nothing is told of single backends, and nothing of services that this node doesn't follow and
-//! has never dialled: 5,000 nodes that name 5,000 services each would be 25 million series.
+//! has never connected to: 5,000 nodes that name 5,000 services each would be 25 million series.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::admin::prometheus::{Exposition, Histogram, Kind};
 use crate::catalog::Watches;
-use crate::dns;
 use crate::datapath::{Pressure, ServiceCounters};
+use crate::dns;
 use crate::table::vips::PoolUse;
 
 /// The ends of the buckets of `nohop_propagation_seconds`; 5 and 25 ms are goals.
@@ -34,10 +34,10 @@ pub struct Readings {
     /// Lookups and uses that discovery was too busy to receive.
     pub(super) demand_dropped: u64,
     pub(super) watches: Watches,
-    /// The time from the source's news to the maps that dials read, in seconds.
+    /// The time from the source's news to the maps that connects to read, in seconds.
     pub(super) propagation: Histogram,
     pub(super) services: Vec<(Arc<str>, ServiceCounters)>,
-    /// Dials to addresses of the pool that no service has.
+    /// Connects to addresses of the pool that no service has.
     pub(super) refused_no_frontend: u64,
     pub(super) udp_no_frontend: u64,
     pub(super) flows_full: u64,
@@ -52,7 +52,7 @@ pub fn exposition(readings: &Readings) -> String {
     let mut text = Exposition::default();
     daemon(&mut text, readings);
     discovery(&mut text, readings);
-    dials(&mut text, readings);
+    connects(&mut text, readings);
     room(&mut text, readings);
     let help = "Answers to DNS questions, forwarded ones included, by response code.";
     let mut family = text.family("nohop_dns_queries_total", Kind::Counter, help);
@@ -97,11 +97,11 @@ fn daemon(text: &mut Exposition, readings: &Readings) {
     let help = "The daemon's version; always 1.";
     let version = [("version", env!("CARGO_PKG_VERSION"))];
     text.family("nohop_build_info", Kind::Gauge, help).sample(&version, 1);
-    let help = "Whether names are answered and dials translated (1), or not (0).";
+    let help = "Whether names are answered and connects to translated (1), or not (0).";
     text.single("nohop_ready", Kind::Gauge, help, u8::from(readings.is_ready));
     let help = "Whether every hook is attached and seen to run (1), or not (0).";
-    text.single("nohop_plane_attached", Kind::Gauge, help, u8::from(readings.is_attached));
-    let help = "What becomes of dials: of translate and shadow (dials are only counted) one is 1.";
+    text.single("nohop_datapath_attached", Kind::Gauge, help, u8::from(readings.is_attached));
+    let help = "What becomes of connections: of translate and shadow (connections are only counted) one is 1.";
     let mut family = text.family("nohop_mode", Kind::Gauge, help);
     family.sample(&[("mode", "translate")], u8::from(!readings.is_shadow));
     family.sample(&[("mode", "shadow")], u8::from(readings.is_shadow));
@@ -109,7 +109,7 @@ fn daemon(text: &mut Exposition, readings: &Readings) {
     text.single("nohop_log_dropped_total", Kind::Counter, help, readings.log_dropped);
     let help = "The generation of the table in force; 0 before the first.";
     text.single("nohop_generation", Kind::Gauge, help, readings.generation);
-    let help = "The time from the news of a change to the maps that dials read.";
+    let help = "The time from the news of a change to the maps that connects to read.";
     text.histogram("nohop_propagation_seconds", help, &readings.propagation);
 }
 
@@ -152,15 +152,15 @@ fn discovery(text: &mut Exposition, readings: &Readings) {
     }
 }
 
-fn dials(text: &mut Exposition, readings: &Readings) {
-    let help = "Dials that were sent to a backend: connects by TCP, and choices for datagrams.";
-    let mut family = text.family("nohop_dials_total", Kind::Counter, help);
+fn connects(text: &mut Exposition, readings: &Readings) {
+    let help = "Connects that were sent to a backend: connects by TCP, and choices for datagrams.";
+    let mut family = text.family("nohop_connects_total", Kind::Counter, help);
     for (name, counters) in &readings.services {
-        family.sample(&[("service", name)], counters.dials);
+        family.sample(&[("service", name)], counters.connects);
     }
-    let help = "Dials that were refused: no_backend (none is healthy), family (the socket's \
+    let help = "Connects that were refused: no_backend (none is healthy), family (the socket's \
                 address family reaches none), no_frontend (no service has the address and port).";
-    let mut family = text.family("nohop_dials_refused_total", Kind::Counter, help);
+    let mut family = text.family("nohop_connects_refused_total", Kind::Counter, help);
     let no_frontend = [("service", ""), ("reason", "no_frontend")];
     family.sample(&no_frontend, readings.refused_no_frontend);
     for (name, counters) in &readings.services {
@@ -176,7 +176,7 @@ fn dials(text: &mut Exposition, readings: &Readings) {
             family.sample(&[("service", name)], udp_connects.connects);
         }
     }
-    let help = "The same that were refused, by the reasons of nohop_dials_refused_total.";
+    let help = "The same that were refused, by the reasons of nohop_connects_refused_total.";
     let mut family = text.family("nohop_udp_connects_refused_total", Kind::Counter, help);
     family.sample(&no_frontend, readings.udp_no_frontend);
     for (name, ServiceCounters { udp_connects, .. }) in &readings.services {
@@ -264,7 +264,7 @@ mod tests {
         let samples = strict::read(&exposition(&readings(1))).unwrap();
         let table = [
             ("nohop_ready", 1.0),
-            ("nohop_plane_attached", 0.0),
+            ("nohop_datapath_attached", 0.0),
             (r#"nohop_mode{mode="translate"}"#, 0.0),
             (r#"nohop_mode{mode="shadow"}"#, 1.0),
             ("nohop_log_dropped_total", 8.0),
@@ -285,10 +285,10 @@ mod tests {
             (r#"nohop_propagation_seconds_bucket{le="0.002"}"#, 0.0),
             (r#"nohop_propagation_seconds_bucket{le="0.005"}"#, 1.0),
             (r#"nohop_propagation_seconds_bucket{le="+Inf"}"#, 1.0),
-            (r#"nohop_dials_total{service="web-0"}"#, 0.0),
-            (r#"nohop_dials_refused_total{service="",reason="no_frontend"}"#, 5.0),
-            (r#"nohop_dials_refused_total{service="web-0",reason="no_backend"}"#, 0.0),
-            (r#"nohop_dials_refused_total{service="web-0",reason="family"}"#, 0.0),
+            (r#"nohop_connects_total{service="web-0"}"#, 0.0),
+            (r#"nohop_connects_refused_total{service="",reason="no_frontend"}"#, 5.0),
+            (r#"nohop_connects_refused_total{service="web-0",reason="no_backend"}"#, 0.0),
+            (r#"nohop_connects_refused_total{service="web-0",reason="family"}"#, 0.0),
             (r#"nohop_udp_connects_refused_total{service="",reason="no_frontend"}"#, 6.0),
             ("nohop_flows_full_total", 7.0),
             (r#"nohop_map_entries{map="SLOTS"}"#, 10.0),

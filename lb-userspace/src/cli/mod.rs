@@ -3,8 +3,9 @@
 mod args;
 mod check;
 mod config_check;
-mod dial;
+mod connection;
 mod dns;
+mod format;
 mod holdback;
 mod instance;
 mod log;
@@ -13,10 +14,9 @@ mod notify;
 mod reload;
 mod revision;
 mod run;
-mod format;
+mod shadow_mode;
 mod unload;
 mod view;
-mod shadow_mode;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -85,7 +85,7 @@ fn command(command: Command) -> anyhow::Result<ExitCode> {
         Command::Run { config, log_format, on_exit } => {
             log::start(log_format).context("can't start a thread")?;
             let read = Arc::new(move || load(config.clone(), on_exit.clone()));
-            cmd::run(read()?, read)?;
+            run::run(read()?, read)?;
         }
         Command::Check { config, client } => {
             let report = check::check(load(config, None), client.admin.as_deref());
@@ -122,7 +122,7 @@ fn command(command: Command) -> anyhow::Result<ExitCode> {
         Command::Config { command: ConfigCommand::Check { file, json } } => {
             return config_check::config_check(&file, json);
         }
-        Command::ProbeDial { cgroup, address } => probe::connect_inside(&cgroup, address)
+        Command::ProbeConnect { cgroup, address } => probe::connect_inside(&cgroup, address)
             .with_context(|| format!("can't enter {}", cgroup.display()))?,
         Command::Unload { config, all, json } => unload::unload(&load(config, None)?, all, json)?,
     }

@@ -9,7 +9,7 @@ use tokio::sync::oneshot;
 use super::args::ClientArguments;
 use super::{FAILURE, USAGE, environment, print, runtime, say};
 use crate::admin::{api, client};
-use crate::config::diff::{Change, atomic_updates};
+use crate::config::diff::{Change, changes};
 use crate::config::{Config, ConfigErrors};
 
 /// Reads file, environment and flags again, as at the start.
@@ -109,12 +109,12 @@ mod tests {
             &running,
             config(|config| {
                 config.dns.ttl = 5;
-                config.plane.max_services = 7;
+                config.datapath.max_services = 7;
             }),
         );
         let expected = [
             "dns.ttl: 30 -> 5",
-            "plane.max_services: 16384 -> 7 needs a restart: the maps are made at the start",
+            "datapath.max_services: 16384 -> 7 needs a restart: the maps are made at the start",
             "nothing was changed",
         ];
         assert_eq!(lines(&refused.unwrap_err()), expected);

@@ -50,7 +50,8 @@ fn lasting(status: api::Status) -> api::Status {
     };
     let upstreams = status.dns.upstreams.into_iter().map(counted).collect();
     let dns = api::DnsStatus { upstreams, ..status.dns };
-    let plane = api::PlaneStatus { maps: Vec::new(), counters: Default::default(), ..status.plane };
+    let datapath =
+        api::DatapathStatus { maps: Vec::new(), counters: Default::default(), ..status.datapath };
     api::Status {
         problems: status.problems.iter().map(|problem| without_figures(problem)).collect(),
         revision: 0,
@@ -61,7 +62,7 @@ fn lasting(status: api::Status) -> api::Status {
         pool: api::PoolStatus::default(),
         catalog,
         dns,
-        plane,
+        datapath,
         ..status
     }
 }
@@ -109,7 +110,7 @@ mod tests {
                 upstreams: vec![upstream(0)],
             },
             pool: api::PoolStatus::default(),
-            plane: api::PlaneStatus::default(),
+            datapath: api::DatapathStatus::default(),
         }
     }
 
@@ -123,10 +124,10 @@ mod tests {
                 ..status().catalog
             },
             dns: api::DnsStatus { upstreams: vec![upstream(9)], ..status().dns },
-            plane: api::PlaneStatus {
+            datapath: api::DatapathStatus {
                 counters: [("probes".to_owned(), 7)].into(),
                 maps: vec![api::MapStatus { name: "SLOTS".into(), entries: 1, capacity: 2 }],
-                ..status().plane
+                ..status().datapath
             },
             ..status()
         };
@@ -137,9 +138,9 @@ mod tests {
             |status| status.problems.push("the hooks aren't attached".into()),
             |status| status.catalog.state = "failing".into(),
             |status| status.catalog.problem = Some("no agent".into()),
-            |status| status.plane.attached = true,
-            |status| status.plane.mode = "shadow".into(),
-            |status| status.plane.refused_services = 1,
+            |status| status.datapath.attached = true,
+            |status| status.datapath.mode = "shadow".into(),
+            |status| status.datapath.refused_services = 1,
             |status| status.dns.upstreams[0].state = "out".into(),
         ];
         for (nth, change) in changes.into_iter().enumerate() {

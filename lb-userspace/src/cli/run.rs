@@ -18,14 +18,14 @@ use super::metrics::PROPAGATION_BUCKETS;
 use super::notify::Notify;
 use super::reload::{self, Request};
 use super::revision;
-use super::view::DaemonView;
 use super::shadow_mode::{OffFile, WayOut};
+use super::view::DaemonView;
 use crate::admin::prometheus::Histogram;
 use crate::admin::{At, api};
 use crate::catalog::resolve::Resolver;
 use crate::catalog::{Demand, Edition};
 use crate::config::{Config, ConfigErrors, OnExit, Problem, cgroup};
-use crate::datapath::{Mode, Options, Plane, Reports, SharedPlane, route};
+use crate::datapath::{Datapath, Mode, Options, Reports, SharedDatapath, route};
 use crate::table::book::{Book, Written};
 use crate::table::vips::{PoolUse, Pools, Vips};
 use crate::table::{Builder, Diff, Table, diff};
@@ -34,13 +34,13 @@ use crate::{admin, catalog, dns};
 /// How often the attachment is looked at, and what failed is tried again.
 const TICK: Duration = Duration::from_secs(1);
 
-/// How often a dial of our own proves that the hooks run.
+/// How often a connection of our own proves that the hooks run.
 const PROOF_TICK: Duration = Duration::from_secs(5);
 
 /// How often the unreachable route is put back, should somebody have flushed it.
 const ROUTE_TICK: Duration = Duration::from_secs(10);
 
-/// How often the source is told which services were dialled.
+/// How often the source is told which services were connected to.
 const USAGE_TICK: Duration = Duration::from_secs(60);
 
 /// How often names that couldn't have an address are tried again: addresses come free a day after
@@ -104,7 +104,7 @@ struct Daemon {
     holdback: Holdback,
     pool: watch::Sender<PoolUse>,
     propagation: Arc<Mutex<Histogram>>,
-    plane: Arc<SharedPlane>,
+    datapath: Arc<SharedDatapath>,
     way_out: WayOut,
     off_file: OffFile,
     /// The configuration that is being read, and who wants to know what becomes of it.
@@ -140,22 +140,22 @@ impl Daemon {
         let is_shadow = way_out.mode(false) != Mode::Translate;
         // Nothing after this fails, but for want of threads or file descriptors: then what is attached
         // stays, as after a crash.
-        let mut plane = Plane::start(&Options { is_shadow, ..Options::of(&config, &scope) })?;
-        if plane.is_shadow() && !is_shadow {
+        let mut datapath = Datapath::start(&Options { is_shadow, ..Options::of(&config, &scope) })?;
+        if datapath.is_shadow() && !is_shadow {
             way_out.inherit();
         }
         // A state directory that was lost takes no address from a name that the kernel knows.
-        for (name, addresses) in plane.names() {
+        for (name, addresses) in datapath.names() {
             vips.claim(&name, &addresses);
         }
         // The first table must not take away what the kernel serves, for want of having asked.
-        let mut source = catalog::spawn(&config, plane.in_use())?;
-        let how = if plane.is_adopted() { "took over what was attached" } else { "attached" };
+        let mut source = catalog::spawn(&config, datapath.in_use())?;
+        let how = if datapath.is_adopted() { "took over what was attached" } else { "attached" };
         tracing::info!(cgroup = %scope.display(), pool = %config.vip.pool, "{how}");
-        if let Some(voice) = plane.take_voice() {
+        if let Some(voice) = datapath.take_voice() {
             std::thread::spawn(|| listen(voice));
         }
-        match plane.take_reports() {
+        match datapath.take_reports() {
             Ok(reports) => {
                 let demand = source.demand.clone();
                 drop(std::thread::spawn(move || heed(reports, &demand)));
@@ -166,11 +166,11 @@ impl Daemon {
         let (table_out, table) = watch::channel(Arc::new(Table::default()));
         let (attached_out, attached) = watch::channel(true);
         let (at_out, at) = watch::channel(At::start());
-        let counters = plane.counters();
-        let plane = Arc::new(SharedPlane::new(plane));
-        tokio::task::block_in_place(|| plane.prove());
-        plane.set_mode(way_out.mode(*source.off.borrow()));
-        attached_out.send_replace(plane.hooks().translate);
+        let counters = datapath.counters();
+        let datapath = Arc::new(SharedDatapath::new(datapath));
+        tokio::task::block_in_place(|| datapath.prove());
+        datapath.set_mode(way_out.mode(*source.off.borrow()));
+        attached_out.send_replace(datapath.hooks().translate);
         let (reloads_out, reloads) = mpsc::channel(MAX_RELOADS);
         let (tag_out, tag) = watch::channel(config.catalog.tag.clone());
         let (pool_out, pool) = watch::channel(vips.pool_use(SystemTime::now()));
@@ -189,7 +189,7 @@ impl Daemon {
             },
             dns_stats: dns.stats(),
             scope: scope.clone(),
-            plane: plane.clone(),
+            datapath: datapath.clone(),
             counters,
             table,
             health: source.health.clone(),
@@ -234,7 +234,7 @@ impl Daemon {
             holdback: Holdback::default(),
             pool: pool_out,
             propagation,
-            plane,
+            datapath,
             way_out,
             off_file,
             reading: None,
@@ -312,8 +312,8 @@ impl Daemon {
                 ),
                 _ = tick.tick() => tokio::task::block_in_place(|| self.look_after()),
                 _ = proof_tick.tick() => {
-                    let plane = self.plane.clone();
-                    tokio::task::spawn_blocking(move || plane.prove());
+                    let datapath = self.datapath.clone();
+                    tokio::task::spawn_blocking(move || datapath.prove());
                 }
                 _ = route_tick.tick() => self.keep_unreachable().await,
                 _ = usage_tick.tick() => self.tell_usage(),
@@ -339,7 +339,7 @@ impl Daemon {
             return;
         };
         self.resolver.want(self.builder.hostnames());
-        self.plane.apply(&next.table);
+        self.datapath.apply(&next.table);
         let took = edition.heard_at.elapsed().as_secs_f64();
         lock(&self.propagation).observe(took);
         if next.vips_given {
@@ -396,7 +396,7 @@ impl Daemon {
         let (config, reload) = reload::plan(&self.config, wanted)?;
         let last = std::mem::replace(&mut self.config, config);
         if (&last.catalog, &last.consul) != (&self.config.catalog, &self.config.consul) {
-            self.source.reconfigure(&self.config, self.plane.in_use()).await;
+            self.source.reconfigure(&self.config, self.datapath.in_use()).await;
             self.tag.send_replace(self.config.catalog.tag.clone());
         }
         self.hosts.send_replace(self.config.admin.hosts.clone());
@@ -412,20 +412,20 @@ impl Daemon {
         Ok(reload)
     }
 
-    /// Has dials translated or only counted, by all that can say so; DNS follows.
+    /// Has connections translated or only counted, by all that can say so; DNS follows.
     fn decide_mode(&mut self) {
         let is_source_off = *self.source.off.borrow_and_update();
-        self.plane.set_mode(self.way_out.mode(is_source_off));
+        self.datapath.set_mode(self.way_out.mode(is_source_off));
         self.attached.send_if_modified(|was| {
-            let translate = self.plane.hooks().translate;
+            let translate = self.datapath.hooks().translate;
             std::mem::replace(was, translate) != translate
         });
     }
 
-    /// Tells the source which services were dialled lately, also by an address that an application
+    /// Tells the source which services were connected to lately, also by an address that an application
     /// has remembered for days.
     fn tell_usage(&self) {
-        for name in self.plane.dialled_since_last() {
+        for name in self.datapath.active_since_last() {
             self.source.demand.used(&name);
         }
     }
@@ -433,16 +433,16 @@ impl Daemon {
     /// Sees to what has to be seen to all the time, and tries again what failed.
     fn look_after(&mut self) {
         let age = self.source.health.borrow().last_answer.map(|at| at.elapsed());
-        self.plane.beat(age);
-        if !self.plane.look_after() {
+        self.datapath.beat(age);
+        if !self.datapath.look_after() {
             self.attached.send_replace(false);
         }
         self.decide_mode();
         self.notify.alive(self.attached_and_synced());
         self.pool.send_replace(self.builder.vips().pool_use(SystemTime::now()));
         self.keep_book();
-        if self.plane.is_behind() {
-            self.plane.apply(&self.latest);
+        if self.datapath.is_behind() {
+            self.datapath.apply(&self.latest);
         }
     }
 
@@ -467,7 +467,7 @@ impl Daemon {
                 Err(error) => problems.push(error.to_string()),
             }
         }
-        self.plane.set_route_problems(problems);
+        self.datapath.set_route_problems(problems);
     }
 
     /// Has the book of VIPs written where its file lacks something.
@@ -492,17 +492,17 @@ impl Daemon {
         if written.is_err() {
             tracing::warn!("stopping before the book of VIPs is written: its disk doesn't answer");
         }
-        // The view may be alive in a request that is being answered, so the plane is taken apart
+        // The view may be alive in a request that is being answered, so the datapath is taken apart
         // in place.
         let scope = self.scope.display();
         match self.config.on_exit {
             OnExit::Keep => {
                 tracing::info!("stopping: {scope} goes on being served");
-                self.plane.keep();
+                self.datapath.keep();
             }
             OnExit::Detach => {
                 tracing::info!("stopping: detaching from {scope}");
-                self.plane.detach();
+                self.datapath.detach();
             }
         }
     }
@@ -573,12 +573,12 @@ fn listen(mut voice: EbpfLogger<&'static dyn log::Log>) {
     }
 }
 
-/// Tells the source of each dial of a service that it doesn't follow, for as long as the daemon
+/// Tells the source of each connection of a service that it doesn't follow, for as long as the daemon
 /// lives.
 fn heed(mut reports: Reports, demand: &Demand) {
     loop {
         while let Some(name) = reports.next_name() {
-            tracing::debug!("{name} is cold, and was dialled");
+            tracing::debug!("{name} is cold, and was connected to");
             demand.used(&name);
         }
         match rustix::event::poll(&mut [PollFd::new(&reports, PollFlags::IN)], None) {
@@ -596,7 +596,7 @@ fn scope(config: &Config) -> anyhow::Result<PathBuf> {
     };
     // Before anything else is touched.
     cgroup::inspect(&scope)?;
-    cgroup::check_exclusions(&config.plane.exclude_cgroups)?;
+    cgroup::check_exclusions(&config.datapath.exclude_cgroups)?;
     Ok(scope)
 }
 

@@ -1,4 +1,4 @@
-//! The way out: what has dials only counted, so that every application dials as it would without
+//! The way out: what has connections only counted, so that every application connects to as it would without
 //! nohop.
 
 use std::io;
@@ -99,7 +99,7 @@ impl WayOut {
         self.is_file_there = is_there;
     }
 
-    /// Takes it that an earlier daemon left dials only counted, until the source was heard.
+    /// Takes it that an earlier daemon left connections only counted, until the source was heard.
     pub fn inherit(&mut self) {
         self.is_inherited = true;
     }
@@ -109,7 +109,7 @@ impl WayOut {
         self.is_inherited = false;
     }
 
-    /// What is to become of dials, by these reasons and by what the source says.
+    /// What is to become of connections, by these reasons and by what the source says.
     pub fn mode(&self, is_source_off: bool) -> Mode {
         let file = self.file.display();
         let reasons = [

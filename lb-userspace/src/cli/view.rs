@@ -6,15 +6,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::metrics::{Readings, prometheus};
+use super::metrics::{Readings, exposition};
 use super::reload::{self, Request};
-use super::{dial, log};
+use super::{connection, log};
 use crate::admin::prometheus::Histogram;
 use crate::admin::{At, View, api};
 use crate::catalog::{self, Health, Watches};
 use crate::config::Unrouted;
+use crate::datapath::{COUNTERS, Counters, Indices, Mode, SharedDatapath};
 use crate::dns::{self, Inquirer};
-use crate::datapath::{COUNTERS, Counters, Indices, Mode, SharedPlane};
 use crate::table::book::Book;
 use crate::table::vips::PoolUse;
 use crate::table::{Service, Table, Watch};
@@ -25,7 +25,7 @@ pub struct DaemonView {
     pub(super) inquirer: Inquirer,
     pub(super) dns_stats: Arc<dns::Stats>,
     pub(super) scope: PathBuf,
-    pub(super) plane: Arc<SharedPlane>,
+    pub(super) datapath: Arc<SharedDatapath>,
     pub(super) counters: Counters,
     pub(super) table: watch::Receiver<Arc<Table>>,
     pub(super) health: watch::Receiver<Health>,
@@ -43,7 +43,7 @@ impl View for DaemonView {
         // First, since what is read after it may be newer: then it is asked for once more.
         let revision = self.at.borrow().revision;
         let table = self.table.borrow().clone();
-        let hooks = self.plane.hooks();
+        let hooks = self.datapath.hooks();
         let (health, watches) = (self.health.borrow().clone(), self.stats.watches());
         let mut problems: Vec<String> = health.problem.iter().cloned().collect();
         if !table.is_synced() {
@@ -53,7 +53,7 @@ impl View for DaemonView {
         problems.extend(self.inquirer.problems());
         problems.extend(self.book.lock().unwrap_or_else(PoisonError::into_inner).problem());
         problems.extend(dropped(log::n_dropped()));
-        let errors = self.plane.errors();
+        let errors = self.datapath.errors();
         problems.extend(refused(&errors));
         let n_rejected = table.rejected.len();
         if n_rejected > 0 {
@@ -67,7 +67,7 @@ impl View for DaemonView {
             (true, true) => "failing",
         };
         let pool = *self.pool.borrow();
-        let maps = self.plane.pressure().into_iter().map(|(name, pressure)| api::MapStatus {
+        let maps = self.datapath.pressure().into_iter().map(|(name, pressure)| api::MapStatus {
             name: name.to_owned(),
             entries: pressure.used.into(),
             capacity: pressure.capacity.into(),
@@ -76,7 +76,7 @@ impl View for DaemonView {
             .iter()
             .map(|&(name, counter)| (name.to_owned(), self.counters.event(counter)))
             .collect::<BTreeMap<_, _>>();
-        let (mode, mode_reason) = match self.plane.mode() {
+        let (mode, mode_reason) = match self.datapath.mode() {
             Mode::Translate => ("translate", None),
             Mode::Shadow { why } => ("shadow", Some(why)),
         };
@@ -102,13 +102,13 @@ impl View for DaemonView {
                 ..self.dns.clone()
             },
             pool: api::PoolStatus { used: pool.used, resting: pool.resting, size: pool.size },
-            plane: api::PlaneStatus {
+            datapath: api::DatapathStatus {
                 attached: hooks.attached,
-                adopted: self.plane.is_adopted(),
+                adopted: self.datapath.is_adopted(),
                 cgroup: self.scope.display().to_string(),
                 mode: mode.to_owned(),
                 mode_reason,
-                limits: self.plane.limits(),
+                limits: self.datapath.limits(),
                 maps: maps.collect(),
                 refused_services: errors.len(),
                 counters,
@@ -128,7 +128,7 @@ impl View for DaemonView {
         let service = table.services.get(name);
         api::Explanation {
             name: name.to_owned(),
-            dial: self.dial(name, &table),
+            connect: self.connect(name, &table),
             service: service.map(|service| self.service(service)),
             excluded: service.map(|service| service.excluded.clone()).unwrap_or_default(),
         }
@@ -145,11 +145,11 @@ impl View for DaemonView {
         let table = self.table.borrow().clone();
         let (health, watches) = (self.health.borrow().clone(), self.stats.watches());
         let stats = &self.stats;
-        let hooks = self.plane.hooks();
+        let hooks = self.datapath.hooks();
         let is_live = |name: &Arc<str>| {
             table.services.get(name).is_some_and(|service| service.watch == Watch::Live)
         };
-        let services = self.plane.service_indices().into_iter();
+        let services = self.datapath.service_indices().into_iter();
         let services = services.map(|(name, service_idx)| {
             let counters = self.counters.service(service_idx);
             (name, counters)
@@ -163,7 +163,7 @@ impl View for DaemonView {
         exposition(&Readings {
             is_ready: table.is_synced() && hooks.translate,
             is_attached: hooks.attached,
-            is_shadow: self.plane.mode() != Mode::Translate,
+            is_shadow: self.datapath.mode() != Mode::Translate,
             log_dropped: log::n_dropped(),
             generation: table.generation,
             has_problem: health.problem.is_some(),
@@ -178,7 +178,7 @@ impl View for DaemonView {
             refused_no_frontend: events.get("refused_no_frontend").copied().unwrap_or_default(),
             udp_no_frontend: events.get("udp_no_frontend").copied().unwrap_or_default(),
             flows_full: events.get("flows_full").copied().unwrap_or_default(),
-            maps: self.plane.pressure(),
+            maps: self.datapath.pressure(),
             dns_answers: self.dns_stats.snapshot(),
             dns_upstreams: self.inquirer.upstreams(),
             pool: *self.pool.borrow(),
@@ -258,7 +258,7 @@ impl DaemonView {
 
     fn service(&self, service: &Service) -> api::Service {
         // A service that the kernel never had has no counters.
-        let indices = self.plane.indices(&service.name);
+        let indices = self.datapath.indices(&service.name);
         let (stats, backends) = match indices {
             Some(Indices { service, backends }) => (self.counters.service(service), backends),
             None => Default::default(),
@@ -272,7 +272,7 @@ impl DaemonView {
                 weight: backend.weight,
                 state: backend.state,
                 reason: backend.reason.clone(),
-                connects: backend_idx.map_or(0, |&idx| self.counters.backend_dials(idx)),
+                connects: backend_idx.map_or(0, |&idx| self.counters.backend_connects(idx)),
             }
         });
         api::Service {
@@ -286,8 +286,8 @@ impl DaemonView {
             generation: service.generation,
             watch: service.watch,
             notes: service.notes.clone(),
-            error: self.plane.error(&service.name),
-            dials: stats.dials,
+            error: self.datapath.error(&service.name),
+            connects: stats.connects,
             refused: stats.refused,
             refused_family: stats.refused_family,
             shadowed: stats.shadowed,
@@ -297,20 +297,20 @@ impl DaemonView {
         }
     }
 
-    /// What a dial would get, in a sentence.
-    fn dial(&self, name: &str, table: &Table) -> String {
+    /// What a connection would get, in a sentence.
+    fn connect(&self, name: &str, table: &Table) -> String {
         let fqdn = format!("{name}.{}", self.dns.domain);
         if !table.is_synced() {
             return format!("{fqdn} gets SERVFAIL: discovery has not answered in full yet");
         }
-        let hooks = self.plane.hooks();
+        let hooks = self.datapath.hooks();
         if !hooks.attached {
             let scope = self.scope.display();
             return format!("{fqdn} gets SERVFAIL: the hooks aren't attached to {scope}");
         }
-        if let Mode::Shadow { why } = self.plane.mode() {
+        if let Mode::Shadow { why } = self.datapath.mode() {
             return format!(
-                "{fqdn} gets SERVFAIL: dials are only counted, none is translated: {why}"
+                "{fqdn} gets SERVFAIL: connections are only counted, none is translated: {why}"
             );
         }
         let rejected = table.rejected.iter().find(|(given, _)| given.to_lowercase() == name);
@@ -328,19 +328,19 @@ impl DaemonView {
             };
         };
         if let Some(waiting) = hooks.waiting {
-            let target = dial::target(&fqdn, service);
+            let target = connection::target(&fqdn, service);
             return format!(
                 "{target} goes by the table that an earlier daemon knew last: {waiting}"
             );
         }
-        if let Some(error) = self.plane.error(name) {
-            let served = match self.plane.indices(name) {
+        if let Some(error) = self.datapath.error(name) {
+            let served = match self.datapath.indices(name) {
                 Some(_) => "goes by the service's former state",
                 None => "is refused with ECONNREFUSED",
             };
-            return format!("{} {served}: {error}", dial::target(&fqdn, service));
+            return format!("{} {served}: {error}", connection::target(&fqdn, service));
         }
-        let mut sentence = dial::sentence(&fqdn, service);
+        let mut sentence = connection::sentence(&fqdn, service);
         if let Some((given, reason)) = rejected {
             sentence += &format!("; `{given}` is left out: {reason}");
         }

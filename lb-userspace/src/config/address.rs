@@ -1,4 +1,4 @@
-//! The small texts of the configuration: addresses, names and the pool, each with its own mend.
+//! The small texts of the configuration: addresses, names and the pool, each with its own fix.
 
 use std::fmt;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4};
@@ -13,7 +13,7 @@ use super::{AdminAddress, ConsulAddress};
 /// The length of a unix socket's path, in bytes, that the kernel has room for.
 const MAX_SOCKET_PATH: usize = 107;
 
-/// What is wrong with a text, and the mend.
+/// What is wrong with a text, and the fix.
 type Fault = String;
 
 impl FromStr for AdminAddress {
@@ -47,7 +47,7 @@ impl fmt::Display for AdminAddress {
     }
 }
 
-/// `ADDR:PORT`, with a port to dial.
+/// `ADDR:PORT`, with a port to connect to.
 pub(super) fn socket_address(text: &str) -> Result<SocketAddr, Fault> {
     match text.parse::<SocketAddr>() {
         Ok(address) if address.port() != 0 => Ok(address),
@@ -70,12 +70,12 @@ pub(super) fn nameserver(text: &str) -> Result<SocketAddr, Fault> {
 /// `IPv4:PORT` of a pin.
 pub(super) fn pin(text: &str) -> Result<SocketAddrV4, Fault> {
     match text.parse::<SocketAddrV4>() {
-        Ok(pin) if pin.port() != 0 && is_dialled(*pin.ip()) => Ok(pin),
-        _ => Err(format!("'{text}' can't be dialled; write IPv4:PORT, such as 127.0.0.1:80")),
+        Ok(pin) if pin.port() != 0 && is_connected(*pin.ip()) => Ok(pin),
+        _ => Err(format!("'{text}' can't be connected to; write IPv4:PORT, such as 127.0.0.1:80")),
     }
 }
 
-fn is_dialled(ip: Ipv4Addr) -> bool {
+fn is_connected(ip: Ipv4Addr) -> bool {
     !ip.is_unspecified() && !ip.is_multicast() && !ip.is_broadcast()
 }
 

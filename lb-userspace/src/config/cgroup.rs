@@ -96,7 +96,7 @@ pub enum ScopeError {
     },
     /// Cgroups can't be excluded.
     #[error(
-        "plane.exclude_cgroups can't be honoured: from inside a cgroup namespace it isn't known how \
+        "datapath.exclude_cgroups can't be honoured: from inside a cgroup namespace it isn't known how \
          deep in the hierarchy a cgroup is; start nohop with --cgroupns=host, or with the host's \
          processes visible (--pid=host)"
     )]

@@ -8,8 +8,8 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 
 use super::address;
-use super::toml_value::{Read, Value};
 use super::parse::{Draft, Overrides};
+use super::toml_value::{Read, Value};
 
 /// How to reach the Consul agent.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -304,7 +304,7 @@ pub(super) fn check_tls(draft: &mut Draft) {
 /// The certificates in a PEM file, at least one.
 ///
 /// # Errors
-/// What is wrong with the file, and the mend, to be read after its path.
+/// What is wrong with the file, and the fix, to be read after its path.
 pub fn read_certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
     let pem = read(path)?;
     let certificates: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem).collect();
@@ -319,7 +319,7 @@ pub fn read_certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, St
 /// The private key in a PEM file.
 ///
 /// # Errors
-/// What is wrong with the file, and the mend, to be read after its path.
+/// What is wrong with the file, and the fix, to be read after its path.
 pub fn read_key(path: &Path) -> Result<PrivateKeyDer<'static>, String> {
     PrivateKeyDer::from_pem_slice(&read(path)?).map_err(|_| {
         "holds no private key in PEM; write one without a passphrase that begins with -----BEGIN \

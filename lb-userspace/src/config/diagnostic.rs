@@ -17,14 +17,14 @@ pub enum Place {
     Outside(&'static str),
 }
 
-/// One thing that is wrong, with the mend.
+/// One thing that is wrong, with the fix.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problem {
     /// Where the value stands; `None` when the file as a whole is meant.
     pub place: Option<Place>,
     /// The key, such as `dns.listen`; `None` where the text isn't TOML.
     pub key: Option<String>,
-    /// What is wrong; the mend.
+    /// What is wrong; the fix.
     pub what: String,
 }
 

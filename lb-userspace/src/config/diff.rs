@@ -149,12 +149,12 @@ pub(super) const KEYS: &[(&str, Option<&str>, Show)] = &[
         })
     }),
     ("dns.client_rate", None, |config| config.dns.client_rate.to_string()),
-    ("plane.max_services", Some(MAPS), |config| config.plane.max_services.to_string()),
-    ("plane.max_backends", Some(MAPS), |config| config.plane.max_backends.to_string()),
+    ("datapath.max_services", Some(MAPS), |config| config.datapath.max_services.to_string()),
+    ("datapath.max_backends", Some(MAPS), |config| config.datapath.max_backends.to_string()),
     (
-        "plane.exclude_cgroups",
+        "datapath.exclude_cgroups",
         Some("the programs know at the start how many there are"),
-        |config| list(&config.plane.exclude_cgroups, |cgroup| text(cgroup.display())),
+        |config| list(&config.datapath.exclude_cgroups, |cgroup| text(cgroup.display())),
     ),
     ("admin.listen", Some(LISTENS), |config| {
         list(&config.admin.listen, |address: &AdminAddress| text(address))
@@ -203,7 +203,7 @@ mod tests {
     fn every_key_of_the_file_is_compared() {
         // It has one value only in this version.
         let known =
-            |key: &str| key == "plane.algorithm" || KEYS.iter().any(|(known, ..)| *known == key);
+            |key: &str| key == "datapath.algorithm" || KEYS.iter().any(|(known, ..)| *known == key);
         let missing: Vec<_> =
             parse::KEYS.iter().map(|(key, _)| *key).filter(|key| !known(key)).collect();
         assert!(missing.is_empty(), "say in change.rs of each whether it can change: {missing:?}");

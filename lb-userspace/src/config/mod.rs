@@ -2,14 +2,14 @@
 
 mod address;
 pub mod cgroup;
-pub mod diff;
 pub mod consul;
-mod toml_value;
 mod diagnostic;
+pub mod diff;
 mod parse;
-mod validate;
 #[cfg(test)]
 mod tests;
+mod toml_value;
+mod validate;
 
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
@@ -40,7 +40,7 @@ pub struct Config {
     pub state_dir: PathBuf,
     /// What becomes of the kernel side when the daemon ends.
     pub on_exit: OnExit,
-    /// Whether dials are only counted, and none is translated.
+    /// Whether connections are only counted, and none is translated.
     pub shadow: bool,
     /// `[catalog]`
     pub catalog: CatalogConfig,
@@ -50,8 +50,8 @@ pub struct Config {
     pub vip: VipConfig,
     /// `[dns]`
     pub dns: DnsConfig,
-    /// `[plane]`
-    pub plane: PlaneConfig,
+    /// `[datapath]`
+    pub datapath: DatapathConfig,
     /// `[admin]`
     pub admin: AdminConfig,
 }
@@ -76,7 +76,7 @@ pub struct CatalogConfig {
     pub meta: BTreeMap<String, String>,
     /// How well an instance has to be to be routed.
     pub health: HealthPolicy,
-    /// Which of its addresses an instance is dialled at.
+    /// Which of its addresses an instance is connected to at.
     pub address: AddressChoice,
     /// Which services' instances are followed.
     pub watch: WatchPolicy,
@@ -96,7 +96,7 @@ pub enum HealthPolicy {
     Warning,
 }
 
-/// Which of its addresses an instance is dialled at.
+/// Which of its addresses an instance is connected to at.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum AddressChoice {
     /// Its own.
@@ -132,7 +132,7 @@ pub enum Expired {
     /// It goes on serving.
     #[default]
     Serve,
-    /// Dials are refused.
+    /// Connects are refused.
     Refuse,
 }
 
@@ -217,7 +217,7 @@ pub enum Forward {
 
 /// The kernel side.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PlaneConfig {
+pub struct DatapathConfig {
     /// The number of services that the maps have room for.
     pub max_services: u32,
     /// The number of backends, over all services, that the maps have room for.
@@ -283,7 +283,7 @@ impl Default for Config {
                 allow: vec![Allowed::Local],
                 client_rate: 10_000,
             },
-            plane: PlaneConfig {
+            datapath: DatapathConfig {
                 max_services: 16_384,
                 max_backends: 131_072,
                 exclude_cgroups: Vec::new(),

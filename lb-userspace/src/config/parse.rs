@@ -273,13 +273,13 @@ pub(super) const KEYS: &[(&str, Apply)] = &[
     ("dns.client_rate", |draft, value| {
         set(&mut draft.config.dns.client_rate, value.integer(0..=10_000_000))
     }),
-    ("plane.max_services", |draft, value| {
-        set(&mut draft.config.plane.max_services, value.integer(1..=1_000_000))
+    ("datapath.max_services", |draft, value| {
+        set(&mut draft.config.datapath.max_services, value.integer(1..=1_000_000))
     }),
-    ("plane.max_backends", |draft, value| {
-        set(&mut draft.config.plane.max_backends, value.integer(1..=8_000_000))
+    ("datapath.max_backends", |draft, value| {
+        set(&mut draft.config.datapath.max_backends, value.integer(1..=8_000_000))
     }),
-    ("plane.exclude_cgroups", |draft, value| {
+    ("datapath.exclude_cgroups", |draft, value| {
         let cgroups = value.list_or_none(|each| each.text(cgroup))?;
         // How many a pattern matches only the running system can tell.
         let n_named = cgroups.iter().filter(|cgroup| !is_pattern(cgroup)).count();
@@ -290,7 +290,7 @@ pub(super) const KEYS: &[(&str, Apply)] = &[
                  cgroup that several of them are below"
             )),
         };
-        set(&mut draft.config.plane.exclude_cgroups, cgroups)
+        set(&mut draft.config.datapath.exclude_cgroups, cgroups)
     }),
     ("admin.listen", |draft, value| {
         let listen = value.list(|each| each.text(str::parse::<AdminAddress>));
@@ -300,7 +300,7 @@ pub(super) const KEYS: &[(&str, Apply)] = &[
         let hosts = value.list_or_none(|each| each.text(address::domain));
         set(&mut draft.config.admin.hosts, hosts)
     }),
-    ("plane.algorithm", later),
+    ("datapath.algorithm", later),
 ];
 
 fn set<T>(target: &mut T, value: Read<T>) -> Read<()> {
@@ -459,7 +459,7 @@ impl Draft {
     fn read_value(&mut self, text: &str, bad_places: &[Place], value: Value) {
         let offset = value.value.span().start;
         let Some((key, apply)) = KEYS.iter().find(|(key, _)| *key == value.key) else {
-            let what = format!("unknown key; {}", mend_of_unknown(&value.key));
+            let what = format!("unknown key; {}", fix_of_unknown(&value.key));
             return self.reject(text, bad_places, Fault { key: value.key, offset, what });
         };
         let place = self.place(text.as_bytes(), offset);
@@ -594,7 +594,7 @@ fn section(key: &str) -> Option<&str> {
 }
 
 /// What an unknown key was meant to be.
-fn mend_of_unknown(unknown: &str) -> String {
+fn fix_of_unknown(unknown: &str) -> String {
     let leaf = |key: &str| key.rsplit('.').next().map(str::to_owned);
     let distance = |key: &str| match edits(unknown, key) {
         // The right key in the wrong section.

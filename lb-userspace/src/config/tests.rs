@@ -65,7 +65,7 @@ fn the_defaults_written_out_are_the_defaults() {
         unrouted = "nxdomain"
         allow = ["local"]
         client_rate = 10000
-        [plane]
+        [datapath]
         max_services = 16384
         max_backends = 131072
         exclude_cgroups = []
@@ -121,7 +121,7 @@ fn every_key_is_taken() {
         unrouted = "forward"
         allow = ["10.1.2.3/8", "fd00::1", "local"]
         client_rate = 0
-        [plane]
+        [datapath]
         max_services = 100
         max_backends = 200
         exclude_cgroups = ["system.slice/consul.service", "/sys/fs/cgroup/a/"]
@@ -188,7 +188,7 @@ fn every_key_is_taken() {
             ],
             client_rate: 0,
         },
-        plane: PlaneConfig {
+        datapath: DatapathConfig {
             max_services: 100,
             max_backends: 200,
             exclude_cgroups: vec!["system.slice/consul.service".into(), "/sys/fs/cgroup/a".into()],
@@ -205,7 +205,7 @@ fn every_key_is_taken() {
 }
 
 #[test]
-fn what_is_wrong_is_named_with_its_line_and_its_mend() {
+fn what_is_wrong_is_named_with_its_line_and_its_fix() {
     let table: &[(&str, &[&str])] = &[
         // Not TOML.
         ("state_dir = ", &["f:1: not TOML: string values must be quoted, expected literal string"]),
@@ -224,7 +224,10 @@ fn what_is_wrong_is_named_with_its_line_and_its_mend() {
             "catalog.health = 'any'",
             &["f:1: catalog.health: 'any' can't be done; write \"passing\" or \"warning\""],
         ),
-        ("plane.algorithm = 'least'", &["f:1: plane.algorithm: not in this version; remove it"]),
+        (
+            "datapath.algorithm = 'least'",
+            &["f:1: datapath.algorithm: not in this version; remove it"],
+        ),
         // Wrong types.
         ("dns = 5", &["f:1: dns: expected a table, found an integer; write [dns]"]),
         ("[dns]\nttl = '30'", &["f:2: dns.ttl: expected an integer, found a string"]),
@@ -254,8 +257,8 @@ fn what_is_wrong_is_named_with_its_line_and_its_mend() {
             ],
         ),
         (
-            "plane.max_services = 0",
-            &["f:1: plane.max_services: 0 is out of range; write a number from 1 to 1000000"],
+            "datapath.max_services = 0",
+            &["f:1: datapath.max_services: 0 is out of range; write a number from 1 to 1000000"],
         ),
         (
             "vip.pool = '10.0.0.0/8'",
@@ -290,28 +293,28 @@ fn what_is_wrong_is_named_with_its_line_and_its_mend() {
         ("on_exit = 'stay'", &["f:1: on_exit: 'stay' can't be done; write keep or detach"]),
         ("bpffs = 'b'", &["f:1: bpffs: 'b' is no full path; write one that begins with /"]),
         (
-            "plane.exclude_cgroups = ['/', '',\n'a/../..', 'a', './a', 'a']",
+            "datapath.exclude_cgroups = ['/', '',\n'a/../..', 'a', './a', 'a']",
             &[
-                "f:1: plane.exclude_cgroups: '/' names no cgroup below the root; write one such as 'system.slice'",
-                "f:1: plane.exclude_cgroups: '' names no cgroup below the root; write one such as 'system.slice'",
-                "f:2: plane.exclude_cgroups: 'a/../..' names no cgroup below the root; write one such as 'system.slice'",
-                "f:2: plane.exclude_cgroups: this element is there twice; remove one",
+                "f:1: datapath.exclude_cgroups: '/' names no cgroup below the root; write one such as 'system.slice'",
+                "f:1: datapath.exclude_cgroups: '' names no cgroup below the root; write one such as 'system.slice'",
+                "f:2: datapath.exclude_cgroups: 'a/../..' names no cgroup below the root; write one such as 'system.slice'",
+                "f:2: datapath.exclude_cgroups: this element is there twice; remove one",
             ],
         ),
         (
-            "plane.exclude_cgroups = ['nomad.slice/**/a', '*/a?', 'nomad.slice/*/*.envoy-*.scope']",
+            "datapath.exclude_cgroups = ['nomad.slice/**/a', '*/a?', 'nomad.slice/*/*.envoy-*.scope']",
             &[
-                "f:1: plane.exclude_cgroups: 'nomad.slice/**/a' has a '**', which would span directories; write a '*' for each level, as in 'nomad.slice/*/*.envoy-*.scope'",
+                "f:1: datapath.exclude_cgroups: 'nomad.slice/**/a' has a '**', which would span directories; write a '*' for each level, as in 'nomad.slice/*/*.envoy-*.scope'",
             ],
         ),
         (
-            "plane.exclude_cgroups = ['*', 'a','b','c','d','e','f','g','h','i','j','k','l','m','n','o','p','q']",
+            "datapath.exclude_cgroups = ['*', 'a','b','c','d','e','f','g','h','i','j','k','l','m','n','o','p','q']",
             &[
-                "f:1: plane.exclude_cgroups: names 17 cgroups; 16 at most can be excluded: name a cgroup that several of them are below",
+                "f:1: datapath.exclude_cgroups: names 17 cgroups; 16 at most can be excluded: name a cgroup that several of them are below",
             ],
         ),
         (
-            "plane.exclude_cgroups = ['*', 'a','b','c','d','e','f','g','h','i','j','k','l','m','n','o','p']",
+            "datapath.exclude_cgroups = ['*', 'a','b','c','d','e','f','g','h','i','j','k','l','m','n','o','p']",
             &[],
         ),
         ("vip.pool = 'x'", &["f:1: vip.pool: 'x' is no network; write one such as 127.128.0.0/9"]),
@@ -435,14 +438,14 @@ fn what_is_wrong_is_named_with_its_line_and_its_mend() {
         (
             "\nvip.pool = '127.9.0.0/24'",
             &[
-                "f:2: vip.pool: 127.9.0.0/24 has 254 usable addresses and plane.max_services is 16384; widen the pool, or set max_services = 254 or less",
+                "f:2: vip.pool: 127.9.0.0/24 has 254 usable addresses and datapath.max_services is 16384; widen the pool, or set max_services = 254 or less",
             ],
         ),
         ("vip.pool = '127.9.0.0/24'\nplane.max_services = 254", &[]),
         (
             "vip.pool6 = 'fd00::/120'",
             &[
-                "f:1: vip.pool6: fd00::/120 has 254 usable addresses and plane.max_services is 16384; widen the pool, or set max_services = 254 or less",
+                "f:1: vip.pool6: fd00::/120 has 254 usable addresses and datapath.max_services is 16384; widen the pool, or set max_services = 254 or less",
             ],
         ),
         (

@@ -12,7 +12,7 @@ pub(super) struct Fault {
     pub(super) key: String,
     /// The place in the text, in bytes.
     pub(super) offset: usize,
-    /// What is wrong; the mend.
+    /// What is wrong; the fix.
     pub(super) what: String,
 }
 

@@ -20,14 +20,14 @@ pub(super) fn check(draft: &mut Draft) {
 }
 
 fn pool_has_room(draft: &mut Draft) {
-    let (pool, wanted) = (draft.config.vip.pool, draft.config.plane.max_services);
+    let (pool, wanted) = (draft.config.vip.pool, draft.config.datapath.max_services);
     // The first address names the network and the last is its broadcast address.
     let usable = (1_u64 << (32 - pool.prefix_len())).saturating_sub(2);
     if usable < u64::from(wanted) {
         draft.contradiction(
-            &["vip.pool", "plane.max_services"],
+            &["vip.pool", "datapath.max_services"],
             format!(
-                "{pool} has {usable} usable addresses and plane.max_services is {wanted}; widen \
+                "{pool} has {usable} usable addresses and datapath.max_services is {wanted}; widen \
                  the pool, or set max_services = {} or less",
                 usable.max(1)
             ),
@@ -37,13 +37,13 @@ fn pool_has_room(draft: &mut Draft) {
 
 fn pool6_has_room(draft: &mut Draft) {
     let Some(pool6) = draft.config.vip.pool6 else { return };
-    let wanted = draft.config.plane.max_services;
+    let wanted = draft.config.datapath.max_services;
     let usable = (1_u128 << (128 - pool6.prefix_len())) - 2;
     if usable < u128::from(wanted) {
         draft.contradiction(
-            &["vip.pool6", "plane.max_services"],
+            &["vip.pool6", "datapath.max_services"],
             format!(
-                "{pool6} has {usable} usable addresses and plane.max_services is {wanted}; widen \
+                "{pool6} has {usable} usable addresses and datapath.max_services is {wanted}; widen \
                  the pool, or set max_services = {usable} or less"
             ),
         );
@@ -145,7 +145,7 @@ fn names_go_one_way(draft: &mut Draft) {
     }
 }
 
-/// The addresses that the daemon listens on or dials, each with its key.
+/// The addresses that the daemon listens on or connections, each with its key.
 fn own_addresses(draft: &Draft) -> Vec<(&'static str, SocketAddr)> {
     let config = &draft.config;
     let mut addresses: Vec<(&str, SocketAddr)> = Vec::new();

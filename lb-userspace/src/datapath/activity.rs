@@ -1,4 +1,4 @@
-//! Which services are dialled, by the counters that the programs keep.
+//! Which services are connected to, by the counters that the programs keep.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -23,22 +23,22 @@ impl Usage {
         Usage { counters, last }
     }
 
-    /// The names of these services, each given with its index, of which more dials are counted than
+    /// The names of these services, each given with its index, of which more connections are counted than
     /// at the last look.
-    pub fn dialled_since_last<'a>(
+    pub fn active_since_last<'a>(
         &mut self,
         services: impl Iterator<Item = (&'a Arc<str>, u32)>,
     ) -> Vec<Arc<str>> {
         let former = std::mem::take(&mut self.last);
-        let mut dialled = Vec::new();
+        let mut connected = Vec::new();
         for (name, service_idx) in services {
-            let n_dials = self.counters.service(service_idx).all();
+            let n_connects = self.counters.service(service_idx).all();
             // A service that is new, or came again, is counted from 0.
-            if former.get(name).copied().unwrap_or(0) != n_dials && n_dials > 0 {
-                dialled.push(name.clone());
+            if former.get(name).copied().unwrap_or(0) != n_connects && n_connects > 0 {
+                connected.push(name.clone());
             }
-            self.last.insert(name.clone(), n_dials);
+            self.last.insert(name.clone(), n_connects);
         }
-        dialled
+        connected
     }
 }

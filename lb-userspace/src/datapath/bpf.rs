@@ -129,7 +129,7 @@ impl CgroupLink {
         bpf(BPF_OBJ_PIN, &[low, high, self.0.as_raw_fd() as u32, 0]).map(drop)
     }
 
-    /// Puts another program in the place of the present one: no dial finds neither, or both.
+    /// Puts another program in the place of the present one: no connection finds neither, or both.
     ///
     /// # Errors
     /// ENOLINK once the link was detached.

@@ -35,7 +35,7 @@ fn find_in(mounts: &[Mount], patterns: &[PathBuf]) -> Found {
     for pattern in patterns {
         match matches(mounts, pattern) {
             Ok(matches) if matches.is_empty() => found.problems.push(format!(
-                "plane.exclude_cgroups: no cgroup matches '{}' now; nothing is excluded by it",
+                "datapath.exclude_cgroups: no cgroup matches '{}' now; nothing is excluded by it",
                 pattern.display()
             )),
             Ok(matches) => {
@@ -54,7 +54,7 @@ fn find_in(mounts: &[Mount], patterns: &[PathBuf]) -> Found {
 /// The cgroups that one pattern matches, by path.
 fn matches(mounts: &[Mount], pattern: &Path) -> Result<Vec<(PathBuf, ExcludedCgroup)>, String> {
     let problem = |what: String| {
-        Err(format!("plane.exclude_cgroups: '{}' excludes nothing: {what}", pattern.display()))
+        Err(format!("datapath.exclude_cgroups: '{}' excludes nothing: {what}", pattern.display()))
     };
     // The mount that a full path is below. Segments of a mount's path are never patterns.
     let whole = match pattern.is_absolute() {
@@ -182,7 +182,7 @@ impl Found {
             let named = left_out[..left_out.len().min(N_NAMED)].join(", ");
             let more = if n_more > 0 { format!(" and {n_more} more") } else { String::new() };
             self.problems.push(format!(
-                "plane.exclude_cgroups matches {} cgroups, and {MAX_EXCLUDED} at most can be excluded: \
+                "datapath.exclude_cgroups matches {} cgroups, and {MAX_EXCLUDED} at most can be excluded: \
                  connections from {named}{more} are translated; exclude a cgroup that they are below",
                 self.cgroups.len()
             ));
@@ -260,7 +260,7 @@ mod tests {
         assert_eq!(
             more.problems,
             [
-                "plane.exclude_cgroups matches 30 cgroups, and 16 at most can be excluded: connections \
+                "datapath.exclude_cgroups matches 30 cgroups, and 16 at most can be excluded: connections \
               from c1, c2, c3 and 11 more are translated; exclude a cgroup that they are below"
             ]
         );

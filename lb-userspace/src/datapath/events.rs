@@ -1,4 +1,4 @@
-//! What the programs report: dials of services whose instances nobody follows.
+//! What the programs report: connections of services whose instances nobody follows.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
@@ -7,10 +7,10 @@ use aya::Ebpf;
 use aya::maps::{MapData, RingBuf};
 use lb_common::Reason;
 
-use super::PlaneError;
+use super::DatapathError;
 use super::kernel::Names;
 
-/// What tells of dials of services that are [`Cold`](crate::table::Watch::Cold): each once, until it
+/// What tells of connections of services that are [`Cold`](crate::table::Watch::Cold): each once, until it
 /// was live in between. It can be polled.
 pub struct Reports {
     ring: RingBuf<MapData>,
@@ -19,13 +19,13 @@ pub struct Reports {
 
 impl Reports {
     /// Takes the map of a loaded object.
-    pub(super) fn take(ebpf: &mut Ebpf, names: Names) -> Result<Reports, PlaneError> {
-        let map = ebpf.take_map("REPORTS").ok_or(PlaneError::Object { missing: "REPORTS" })?;
-        let ring = RingBuf::try_from(map).map_err(|source| PlaneError::Map { source })?;
+    pub(super) fn take(ebpf: &mut Ebpf, names: Names) -> Result<Reports, DatapathError> {
+        let map = ebpf.take_map("REPORTS").ok_or(DatapathError::Object { missing: "REPORTS" })?;
+        let ring = RingBuf::try_from(map).map_err(|source| DatapathError::Map { source })?;
         Ok(Reports { ring, names })
     }
 
-    /// The name of the next service that was dialled; `None` when nothing more was reported.
+    /// The name of the next service that was connected to; `None` when nothing more was reported.
     ///
     /// A service that was removed meanwhile may be told by the name that its index has now.
     pub fn next_name(&mut self) -> Option<Arc<str>> {
@@ -33,7 +33,7 @@ impl Reports {
             let &[a, b, c, d, e, f, g, h] = &*report else { continue };
             let reason = u32::from_ne_bytes([e, f, g, h]);
             let service_idx = u32::from_ne_bytes([a, b, c, d]);
-            if reason == Reason::Dialled as u32
+            if reason == Reason::Connected as u32
                 && let Some(name) = self.names.name(service_idx)
             {
                 return Some(name);

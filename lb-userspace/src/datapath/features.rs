@@ -10,7 +10,7 @@ use std::io;
 
 use lb_common::Refusal;
 
-use super::PlaneError;
+use super::DatapathError;
 use super::bpf::{AttachType, Rejected, load_trial};
 use super::btf::{self, SocketBits};
 use super::cause::{Machine, Step, is_transient};
@@ -132,7 +132,7 @@ impl Features {
     /// # Errors
     /// When the kernel doesn't take even an empty program, or fails otherwise than by having no such
     /// helper.
-    pub fn probe() -> Result<Features, PlaneError> {
+    pub fn probe() -> Result<Features, DatapathError> {
         lift_memory_limit();
         let machine = Machine::look();
         let load = |trial: Trial, attach_type| load_trial(&trial.instructions(), attach_type);
@@ -146,13 +146,13 @@ impl Features {
         bits: io::Result<SocketBits>,
         lockdown: Option<String>,
         machine: &Machine,
-    ) -> Result<Features, PlaneError> {
+    ) -> Result<Features, DatapathError> {
         let mut has = |trial, attach_type| {
             let loaded = retried(|| load(trial, attach_type), |rejected| &rejected.error);
             match loaded {
                 Ok(()) => Ok(true),
                 Err(rejected) if trial != Trial::Empty && rejected.is_for_no_helper() => Ok(false),
-                Err(Rejected { error, log }) => Err(PlaneError::Probe {
+                Err(Rejected { error, log }) => Err(DatapathError::Probe {
                     fix: machine.fix(Step::Program { has_log: !log.is_empty() }, &error),
                     source: error,
                     log,
@@ -179,7 +179,7 @@ impl Features {
             Ok(_) if machine.lacks("CAP_PERFMON") => {
                 let source = io::Error::from_raw_os_error(libc::EPERM);
                 let fix = machine.fix(Step::Program { has_log: false }, &source);
-                return Err(PlaneError::Probe { fix, source, log: String::new() });
+                return Err(DatapathError::Probe { fix, source, log: String::new() });
             }
             Ok(bits) => {
                 if has(Trial::ReadKernel, AttachType::Connect4)? {
@@ -275,7 +275,7 @@ mod tests {
             let features = Features::by(load, Ok(bits()), locked(), &root());
             let found = match features {
                 Ok(features) => Ok(features.limits),
-                Err(PlaneError::Probe { source, .. }) => Err(source.raw_os_error().unwrap()),
+                Err(DatapathError::Probe { source, .. }) => Err(source.raw_os_error().unwrap()),
                 Err(other) => panic!("{other}"),
             };
             assert_eq!(found, expected, "{trial:?} {errno} {log:?}");

@@ -1,4 +1,4 @@
-//! The plane as the daemon's parts share it: one applies tables and looks after the hooks, others
+//! The datapath as the daemon's parts share it: one applies tables and looks after the hooks, others
 //! ask.
 
 use std::collections::BTreeMap;
@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::probe::Proof;
-use super::{ApplyError, Indices, Plane, PlaneError, Pressure};
+use super::{ApplyError, Datapath, DatapathError, Indices, Pressure};
 use crate::table::{Table, diff};
 
 /// How long `status` tells of hooks that were detached and attached again.
@@ -15,7 +15,7 @@ const TELLS: Duration = Duration::from_secs(60);
 /// The services that the log names when the kernel doesn't have them, of those that a table adds.
 const MAX_NAMED: usize = 10;
 
-/// What becomes of dials to VIPs.
+/// What becomes of connections to VIPs.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Mode {
     /// They are translated.
@@ -28,10 +28,10 @@ pub enum Mode {
     },
 }
 
-/// A plane, and what is wrong with it.
+/// A datapath, and what is wrong with it.
 #[derive(Debug)]
-pub struct SharedPlane {
-    plane: Mutex<Plane>,
+pub struct SharedDatapath {
+    datapath: Mutex<Datapath>,
     errors: Mutex<Errors>,
     watched: Mutex<Watched>,
     mode: Mutex<Mode>,
@@ -51,7 +51,7 @@ struct Errors {
 struct Watched {
     /// Why hooks aren't where they should be.
     problem: Option<String>,
-    /// Why the last dial of our own didn't prove that they run, and whether it proved the opposite.
+    /// Why the last connection of our own didn't prove that they run, and whether it proved the opposite.
     unproven: Option<(String, bool)>,
     /// When hooks were last found detached, and which.
     lost: Option<(Instant, String)>,
@@ -72,21 +72,21 @@ struct Waiting {
 }
 
 impl Waiting {
-    fn of(error: &PlaneError) -> Waiting {
+    fn of(error: &DatapathError) -> Waiting {
         Waiting {
             why: format!("the hooks still run an earlier daemon's programs and table: {error}"),
-            serves: matches!(error, PlaneError::HoldsLess { .. }),
+            serves: matches!(error, DatapathError::HoldsLess { .. }),
         }
     }
 }
 
-/// Whether dials are translated, as far as the daemon knows.
+/// Whether connections are translated, as far as the daemon knows.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Hooks {
     /// Whether every hook is attached, an earlier daemon's or this one's, and nothing showed that it
     /// doesn't run.
     pub attached: bool,
-    /// Whether a dial would be translated: the hooks are attached, and dials aren't only counted.
+    /// Whether a connection would be translated: the hooks are attached, and connects to aren't only counted.
     pub translate: bool,
     /// Why they still are an earlier daemon's, with the table that it knew last.
     pub waiting: Option<String>,
@@ -95,12 +95,12 @@ pub struct Hooks {
 }
 
 impl Watched {
-    /// Whether dials are translated.
+    /// Whether connections are translated.
     fn hooks(&self, mode: &Mode) -> Hooks {
         let mut hooks = Hooks { attached: self.problem.is_none(), ..Hooks::default() };
         if let Mode::Shadow { why } = mode {
             hooks.problems.push(format!(
-                "dials are only counted, none is translated, and names get SERVFAIL: {why}"
+                "connections are only counted, none is translated, and names get SERVFAIL: {why}"
             ));
         }
         if let Some(problem) = &self.problem {
@@ -129,27 +129,27 @@ impl Watched {
     }
 }
 
-impl SharedPlane {
-    /// Shares `plane`.
-    pub fn new(plane: Plane) -> SharedPlane {
-        let mode = if plane.is_shadow() {
+impl SharedDatapath {
+    /// Shares `datapath`.
+    pub fn new(datapath: Datapath) -> SharedDatapath {
+        let mode = if datapath.is_shadow() {
             Mode::Shadow { why: "it began so".to_owned() }
         } else {
             Mode::Translate
         };
-        let notes: Vec<String> = plane.notes().cloned().collect();
+        let notes: Vec<String> = datapath.notes().cloned().collect();
         notes.iter().for_each(|note| tracing::warn!("{note}"));
-        SharedPlane {
-            plane: Mutex::new(plane),
+        SharedDatapath {
+            datapath: Mutex::new(datapath),
             errors: Mutex::default(),
             watched: Mutex::new(Watched { notes, ..Watched::default() }),
             mode: Mutex::new(mode),
         }
     }
 
-    /// As [`Plane::apply`]; what couldn't be applied is logged once, and kept for those who ask.
+    /// As [`Datapath::apply`]; what couldn't be applied is logged once, and kept for those who ask.
     pub fn apply(&self, table: &Table) {
-        let applied = lock(&self.plane).apply(table);
+        let applied = lock(&self.datapath).apply(table);
         let waiting = applied.as_ref().err().map(Waiting::of);
         let former = std::mem::replace(&mut lock(&self.watched).waiting, waiting.clone());
         if let Some(Waiting { why, .. }) = &waiting
@@ -188,44 +188,44 @@ impl SharedPlane {
         lock(&self.errors).reasons.get(name).cloned()
     }
 
-    /// As [`Plane::indices`].
+    /// As [`Datapath::indices`].
     pub fn indices(&self, name: &str) -> Option<Indices> {
-        lock(&self.plane).indices(name)
+        lock(&self.datapath).indices(name)
     }
 
-    /// As [`Plane::service_indices`].
+    /// As [`Datapath::service_indices`].
     pub fn service_indices(&self) -> Vec<(Arc<str>, u32)> {
-        lock(&self.plane).service_indices()
+        lock(&self.datapath).service_indices()
     }
 
-    /// As [`Plane::is_adopted`].
+    /// As [`Datapath::is_adopted`].
     pub fn is_adopted(&self) -> bool {
-        lock(&self.plane).is_adopted()
+        lock(&self.datapath).is_adopted()
     }
 
-    /// As [`Plane::limits`], in words.
+    /// As [`Datapath::limits`], in words.
     pub fn limits(&self) -> Vec<String> {
-        lock(&self.plane).limits().iter().map(ToString::to_string).collect()
+        lock(&self.datapath).limits().iter().map(ToString::to_string).collect()
     }
 
-    /// As [`Plane::pressure`].
+    /// As [`Datapath::pressure`].
     pub fn pressure(&self) -> Vec<(&'static str, Pressure)> {
-        lock(&self.plane).pressure()
+        lock(&self.datapath).pressure()
     }
 
-    /// As [`Plane::beat`].
+    /// As [`Datapath::beat`].
     pub fn beat(&self, table_age: Option<Duration>) {
-        lock(&self.plane).beat(table_age);
+        lock(&self.datapath).beat(table_age);
     }
 
     /// Looks at every link, and attaches again what somebody detached. Returns whether all hooks had
     /// been where they should be.
     pub fn look_after(&self) -> bool {
-        let mut plane = lock(&self.plane);
-        let attachment = plane.mend();
-        let scope = plane.scope().display().to_string();
-        let notes: Vec<String> = plane.notes().cloned().collect();
-        drop(plane);
+        let mut datapath = lock(&self.datapath);
+        let attachment = datapath.fix();
+        let scope = datapath.scope().display().to_string();
+        let notes: Vec<String> = datapath.notes().cloned().collect();
+        drop(datapath);
         let mut watched = lock(&self.watched);
         for note in notes.iter().filter(|note| !watched.notes.contains(note)) {
             tracing::warn!("{note}");
@@ -258,11 +258,11 @@ impl SharedPlane {
         watched.routes = problems;
     }
 
-    /// Proves by a dial from inside the scope that the hooks run. It blocks for up to four seconds.
+    /// Proves by a connection from inside the scope that the hooks run. It blocks for up to four seconds.
     pub fn prove(&self) {
         let (prober, are_ours) = {
-            let plane = lock(&self.plane);
-            (plane.prober(), plane.are_hooks_ours())
+            let datapath = lock(&self.datapath);
+            (datapath.prober(), datapath.are_hooks_ours())
         };
         // An earlier daemon's programs don't report here.
         if !are_ours {
@@ -270,73 +270,75 @@ impl SharedPlane {
         }
         let unproven = match prober.probe() {
             Proof::Runs(probe) => {
-                lock(&self.plane).learn(probe);
+                lock(&self.datapath).learn(probe);
                 None
             }
             Proof::Misses => Some((
-                "a dial of our own from inside the cgroup didn't meet the hooks: is --cgroup below \
+                "a connect of our own from inside the cgroup didn't meet the hooks: is --cgroup below \
                  the hierarchy's real root, and not hidden by a cgroup namespace?"
                     .to_owned(),
                 true,
             )),
             Proof::Unknown(reason) => {
-                Some((format!("can't dial from inside the cgroup: {reason}"), false))
+                Some((format!("can't connect to from inside the cgroup: {reason}"), false))
             }
         };
         let mut watched = lock(&self.watched);
         if watched.unproven != unproven {
             match &unproven {
                 Some((reason, _)) => tracing::warn!("{reason}"),
-                None => tracing::info!("a dial of our own meets the hooks again"),
+                None => tracing::info!("a connection of our own meets the hooks again"),
             }
             watched.unproven = unproven;
         }
     }
 
-    /// Whether dials are translated.
+    /// Whether connections are translated.
     pub fn hooks(&self) -> Hooks {
         lock(&self.watched).hooks(&self.mode())
     }
 
-    /// Has dials translated or only counted from now on; the log hears of each change.
+    /// Has connections translated or only counted from now on; the log hears of each change.
     pub fn set_mode(&self, mode: Mode) {
         let mut last = lock(&self.mode);
         if *last == mode {
             return;
         }
         match &mode {
-            Mode::Translate => tracing::warn!("dials are translated from now on"),
+            Mode::Translate => tracing::warn!("connections are translated from now on"),
             Mode::Shadow { why } => {
-                tracing::warn!("dials are only counted from now on, none is translated: {why}");
+                tracing::warn!(
+                    "connections are only counted from now on, none is translated: {why}"
+                );
             }
         }
-        lock(&self.plane).set_shadow(mode != Mode::Translate);
+        lock(&self.datapath).set_shadow(mode != Mode::Translate);
         *last = mode;
     }
 
-    /// What becomes of dials.
+    /// What becomes of connections.
     pub fn mode(&self) -> Mode {
         lock(&self.mode).clone()
     }
 
-    /// As [`Plane::in_use`].
+    /// As [`Datapath::in_use`].
     pub fn in_use(&self) -> Vec<Arc<str>> {
-        lock(&self.plane).in_use()
+        lock(&self.datapath).in_use()
     }
 
-    /// As [`Plane::dialled_since_last`].
-    pub fn dialled_since_last(&self) -> Vec<Arc<str>> {
-        lock(&self.plane).dialled_since_last()
+    /// As [`Datapath::active_since_last`].
+    pub fn active_since_last(&self) -> Vec<Arc<str>> {
+        lock(&self.datapath).active_since_last()
     }
 
-    /// As [`Plane::keep`].
+    /// As [`Datapath::keep`].
     pub fn keep(&self) {
-        lock(&self.plane).keep();
+        lock(&self.datapath).keep();
     }
 
-    /// As [`Plane::detach`].
+    /// As [`Datapath::detach`].
     pub fn detach(&self) {
-        lock(&self.plane).detach();
+        lock(&self.datapath).detach();
     }
 }
 
@@ -349,7 +351,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 mod tests {
     use super::*;
 
-    fn hooks(waiting: Option<PlaneError>, problem: Option<&str>) -> Hooks {
+    fn hooks(waiting: Option<DatapathError>, problem: Option<&str>) -> Hooks {
         let waiting = waiting.as_ref().map(Waiting::of);
         let problem = problem.map(str::to_owned);
         Watched { waiting, problem, ..Watched::default() }.hooks(&Mode::Translate)
@@ -358,7 +360,7 @@ mod tests {
     /// An earlier daemon's hooks serve as well as this one's: names are answered while they do.
     #[test]
     fn names_are_answered_while_the_hooks_are_an_earlier_daemons() {
-        let holds_less = || PlaneError::HoldsLess {
+        let holds_less = || DatapathError::HoldsLess {
             n_services: 1,
             name: "web".to_owned(),
             reason: "BACKENDS is full".to_owned(),
@@ -369,7 +371,7 @@ mod tests {
         assert!(why.contains("earlier daemon's programs and table"), "{why}");
         assert_eq!(waiting.problems, [why]);
 
-        let halfway = PlaneError::Object { missing: "nohop_connect4" };
+        let halfway = DatapathError::Object { missing: "nohop_connect4" };
         assert!(!hooks(Some(halfway), None).attached, "a switch that stopped half-way");
         assert!(!hooks(Some(holds_less()), Some("gone")).attached);
         assert!(hooks(None, None).translate);

@@ -17,7 +17,7 @@ use lb_common::{
     UdpConnects,
 };
 
-use super::PlaneError;
+use super::DatapathError;
 use super::bpf::ProgramWait;
 use super::maps::{FrontendKey, Maps};
 
@@ -34,8 +34,8 @@ unsafe impl Send for Words {}
 unsafe impl Sync for Words {}
 
 impl Words {
-    fn map(map: &MapData) -> Result<Words, PlaneError> {
-        let info = map.info().map_err(|source| PlaneError::Map { source })?;
+    fn map(map: &MapData) -> Result<Words, DatapathError> {
+        let info = map.info().map_err(|source| DatapathError::Map { source })?;
         let n_words = info.max_entries() as usize * info.value_size() as usize / 8;
         let protection = rustix::mm::ProtFlags::READ | rustix::mm::ProtFlags::WRITE;
         // SAFETY: a fresh mapping, at an address of the kernel's choice, aliases nothing.
@@ -50,11 +50,11 @@ impl Words {
                 0,
             )
         };
-        let start = start.map_err(|errno| PlaneError::Mmap {
+        let start = start.map_err(|errno| DatapathError::Mmap {
             map: info.name_as_str().unwrap_or("?").to_owned(),
             source: errno.into(),
         })?;
-        let start = NonNull::new(start.cast()).ok_or(PlaneError::Mmap {
+        let start = NonNull::new(start.cast()).ok_or(DatapathError::Mmap {
             map: "null".to_owned(),
             source: io::ErrorKind::Other.into(),
         })?;
@@ -96,9 +96,9 @@ impl Drop for Words {
     }
 }
 
-/// The words of a [`ServiceLine`]: its regions, the dials, and whether one is awaited.
+/// The words of a [`ServiceLine`]: its regions, the connections, and whether one is awaited.
 const SERVICE_WORDS: usize = size_of::<ServiceLine>() / 8;
-/// The words of a [`BackendLine`]: two of address, one of port and generation, the dials.
+/// The words of a [`BackendLine`]: two of address, one of port and generation, the connections.
 const BACKEND_WORDS: usize = size_of::<BackendLine>() / 8;
 
 /// What the programs count.
@@ -115,13 +115,13 @@ pub struct Counters {
 /// What is counted of a service; all only grow.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ServiceCounters {
-    /// Dials that were sent to a backend: connects by TCP, and choices for datagrams.
-    pub dials: u64,
-    /// Dials that were refused because there was no backend at all for them.
+    /// Connects that were sent to a backend: connects by TCP, and choices for datagrams.
+    pub connects: u64,
+    /// Connects that were refused because there was no backend at all for them.
     pub refused: u64,
-    /// Dials that were refused because the socket's address family reaches none of the backends.
+    /// Connects that were refused because the socket's address family reaches none of the backends.
     pub refused_family: u64,
-    /// Dials that passed untouched because dials were only counted.
+    /// Connects that passed untouched because connections were only counted.
     pub shadowed: u64,
     /// connect() by UDP sockets, since the daemon's start: apart, since address lookups make them and
     /// send nothing.
@@ -129,28 +129,28 @@ pub struct ServiceCounters {
 }
 
 impl ServiceCounters {
-    /// All dials, whatever became of them.
+    /// All connections, whatever became of them.
     pub fn all(&self) -> u64 {
-        let ServiceCounters { dials, refused, refused_family, shadowed, udp_connects } = self;
-        let UdpConnects { connects, no_backend, family } = udp_connects;
-        dials + refused + refused_family + shadowed + connects + no_backend + family
+        let ServiceCounters { connects, refused, refused_family, shadowed, udp_connects } = self;
+        let UdpConnects { connects: by_udp, no_backend, family } = udp_connects;
+        connects + refused + refused_family + shadowed + by_udp + no_backend + family
     }
 }
 
 impl Counters {
     /// The counters of a service, by its index.
     pub fn service(&self, service_idx: u32) -> ServiceCounters {
-        let [.., dials, _is_awaited] = self.services.load_element::<SERVICE_WORDS>(service_idx);
+        let [.., connects, _is_awaited] = self.services.load_element::<SERVICE_WORDS>(service_idx);
         let [refused, refused_family, shadowed] = self.unsent.load_element(service_idx);
-        let [connects, no_backend, family] = self.udp_connects.load_element(service_idx);
-        let udp_connects = UdpConnects { connects, no_backend, family };
-        ServiceCounters { dials, refused, refused_family, shadowed, udp_connects }
+        let [by_udp, no_backend, family] = self.udp_connects.load_element(service_idx);
+        let udp_connects = UdpConnects { connects: by_udp, no_backend, family };
+        ServiceCounters { connects, refused, refused_family, shadowed, udp_connects }
     }
 
-    /// The dials of a backend, by its index.
-    pub fn backend_dials(&self, backend_idx: u32) -> u64 {
-        let [.., dials] = self.backends.load_element::<BACKEND_WORDS>(backend_idx);
-        dials
+    /// The connections of a backend, by its index.
+    pub fn backend_connects(&self, backend_idx: u32) -> u64 {
+        let [.., connects] = self.backends.load_element::<BACKEND_WORDS>(backend_idx);
+        connects
     }
 
     /// An event that no service owns.
@@ -272,12 +272,12 @@ pub struct KernelMaps {
 
 impl KernelMaps {
     /// Takes the maps of a loaded object.
-    pub fn take(ebpf: &mut Ebpf) -> Result<KernelMaps, PlaneError> {
+    pub fn take(ebpf: &mut Ebpf) -> Result<KernelMaps, DatapathError> {
         let mut map =
-            |name: &'static str| ebpf.take_map(name).ok_or(PlaneError::Object { missing: name });
+            |name: &'static str| ebpf.take_map(name).ok_or(DatapathError::Object { missing: name });
         let mut array = |name: &'static str| match map(name)? {
             Map::Array(data) => Words::map(&data),
-            _ => Err(PlaneError::Object { missing: name }),
+            _ => Err(DatapathError::Object { missing: name }),
         };
         let services = Arc::new(array("SERVICES")?);
         let slots = array("SLOTS")?;
@@ -296,7 +296,7 @@ impl KernelMaps {
             probe: Arc::new(array("PROBE")?),
             excluded: Arc::new(array("EXCLUDED")?),
         };
-        let map_error = |source| PlaneError::Map { source };
+        let map_error = |source| DatapathError::Map { source };
         let frontends = HashMap::try_from(map("FRONTENDS")?).map_err(map_error)?;
         let frontends6 = HashMap::try_from(map("FRONTENDS6")?).map_err(map_error)?;
         let program_wait = ProgramWait::new()
@@ -398,7 +398,7 @@ impl Maps for KernelMaps {
         }
     }
 
-    fn await_dial(&mut self, service_idx: u32, is_awaited: bool) {
+    fn await_connect(&mut self, service_idx: u32, is_awaited: bool) {
         let word_idx = service_idx as usize * SERVICE_WORDS + SERVICE_WORDS - 1;
         self.services.store(word_idx, is_awaited.into());
     }
@@ -455,7 +455,7 @@ impl Maps for KernelMaps {
     }
 
     fn backend(&self, backend_idx: u32) -> Backend {
-        let [high, low, word, _dials] = self.backends.load_element(backend_idx);
+        let [high, low, word, _connects] = self.backends.load_element(backend_idx);
         let mut octets = [0; 16];
         octets[..8].copy_from_slice(&high.to_ne_bytes());
         octets[8..].copy_from_slice(&low.to_ne_bytes());

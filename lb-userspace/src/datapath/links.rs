@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use aya::Ebpf;
 
-use super::PlaneError;
+use super::DatapathError;
 use super::bpf::{AttachType, CgroupLink};
 use super::object::program;
 use super::pins::{self, PinnedLink, Pins, unpin};
@@ -48,8 +48,8 @@ pub struct Scope {
 ///
 /// # Errors
 /// When the directory can't be opened.
-pub fn open_scope(scope: &Path) -> Result<Scope, PlaneError> {
-    let error = |source| PlaneError::Cgroup { cgroup: scope.into(), source };
+pub fn open_scope(scope: &Path) -> Result<Scope, DatapathError> {
+    let error = |source| DatapathError::Cgroup { cgroup: scope.into(), source };
     let directory = File::open(scope).map_err(error)?;
     let cgroup_id = directory.metadata().map_err(error)?.st_ino();
     Ok(Scope { directory, cgroup_id })
@@ -71,7 +71,7 @@ fn hook_of(pinned: &PinnedLink) -> Option<usize> {
 ///
 /// # Errors
 /// When the pins can't be read.
-pub fn are_live(pins: &Pins, scope: &Scope) -> Result<bool, PlaneError> {
+pub fn are_live(pins: &Pins, scope: &Scope) -> Result<bool, DatapathError> {
     let links = pins.all_links()?;
     Ok(links.iter().any(|pinned| {
         hook_of(pinned)
@@ -100,7 +100,7 @@ fn sort_for_detaching(links: &mut [PinnedLink]) {
 ///
 /// # Errors
 /// When the kernel refuses.
-pub fn detach_pinned(pins: &Pins) -> Result<usize, PlaneError> {
+pub fn detach_pinned(pins: &Pins) -> Result<usize, DatapathError> {
     let mut links = pins.all_links()?;
     sort_for_detaching(&mut links);
     for link in &links {
@@ -111,10 +111,10 @@ pub fn detach_pinned(pins: &Pins) -> Result<usize, PlaneError> {
 
 /// Detaches a pinned link and takes the pin away. A later version's hook may be of a kind that can't
 /// be detached: it ends with its pin.
-fn end(PinnedLink { path, link, .. }: &PinnedLink) -> Result<(), PlaneError> {
+fn end(PinnedLink { path, link, .. }: &PinnedLink) -> Result<(), DatapathError> {
     if let Err(source) = link.detach() {
         if link.joined().is_ok_and(|joined| joined.is_some()) {
-            return Err(PlaneError::Link { action: "detach", link: path.clone(), source });
+            return Err(DatapathError::Link { action: "detach", link: path.clone(), source });
         }
         tracing::debug!("{} ends with its pin: {source}", path.display());
     }
@@ -137,7 +137,7 @@ impl Attachment {
     }
 }
 
-/// The links of a plane.
+/// The links of a datapath.
 #[derive(Debug)]
 pub struct Links {
     scope: PathBuf,
@@ -156,17 +156,17 @@ impl Links {
         &self.scope
     }
 
-    /// Whether the hooks run this plane's programs.
+    /// Whether the hooks run this datapath's programs.
     pub fn are_ours(&self) -> bool {
         !self.links.is_empty()
     }
 
     /// Makes the hooks run these programs: an earlier daemon's links get them in place, so that no
-    /// dial finds a gap; others are made. Then nothing but these is left pinned.
+    /// connect finds a gap; others are made. Then nothing but these is left pinned.
     ///
     /// # Errors
     /// When the kernel refuses; the next call goes on where this one stopped.
-    pub fn switch(&mut self, ebpf: &mut Ebpf, pins: &Pins) -> Result<(), PlaneError> {
+    pub fn switch(&mut self, ebpf: &mut Ebpf, pins: &Pins) -> Result<(), DatapathError> {
         let scope = open_scope(&self.scope)?;
         let mut earlier = pins.all_links()?;
         let mut links = Vec::new();
@@ -212,11 +212,16 @@ impl Links {
         Ok(pins.remove_other_layouts()?)
     }
 
-    fn replace(&self, ebpf: &mut Ebpf, hook: &Hook, link: &CgroupLink) -> Result<(), PlaneError> {
+    fn replace(
+        &self,
+        ebpf: &mut Ebpf,
+        hook: &Hook,
+        link: &CgroupLink,
+    ) -> Result<(), DatapathError> {
         let attach_error = |source| self.attach_error(hook, source);
         let loaded = program(ebpf, hook.program)?.fd();
         let loaded =
-            loaded.map_err(|source| PlaneError::Program { program: hook.program, source })?;
+            loaded.map_err(|source| DatapathError::Program { program: hook.program, source })?;
         link.replace(loaded.as_fd()).map_err(attach_error)
     }
 
@@ -225,41 +230,41 @@ impl Links {
         ebpf: &mut Ebpf,
         hook: &Hook,
         scope: &Scope,
-    ) -> Result<CgroupLink, PlaneError> {
+    ) -> Result<CgroupLink, DatapathError> {
         let loaded = program(ebpf, hook.program)?.fd();
         let loaded =
-            loaded.map_err(|source| PlaneError::Program { program: hook.program, source })?;
+            loaded.map_err(|source| DatapathError::Program { program: hook.program, source })?;
         CgroupLink::attach(loaded.as_fd(), scope.directory.as_fd(), hook.attach_type)
             .map_err(|source| self.attach_error(hook, source))
     }
 
-    fn attach_error(&self, hook: &Hook, source: io::Error) -> PlaneError {
+    fn attach_error(&self, hook: &Hook, source: io::Error) -> DatapathError {
         // The kernel has one error for both a missing capability and another program's hook.
         if source.kind() == io::ErrorKind::PermissionDenied
             && let Ok(Some(obstacle)) =
                 obstacles::find(&self.scope, |each| each.program == hook.program)
         {
-            return PlaneError::Held(obstacle);
+            return DatapathError::Held(obstacle);
         }
         let fix = cause::Machine::look().fix(cause::Step::Attach, &source);
-        PlaneError::Attach { program: hook.program, cgroup: self.scope.clone(), source, fix }
+        DatapathError::Attach { program: hook.program, cgroup: self.scope.clone(), source, fix }
     }
 
     /// Looks at every link; attaches and pins again what isn't attached or pinned any more.
-    pub fn mend(&mut self, ebpf: &mut Ebpf, pins: &Pins) -> Attachment {
+    pub fn fix(&mut self, ebpf: &mut Ebpf, pins: &Pins) -> Attachment {
         let mut attachment = Attachment::default();
-        if let Err(error) = self.try_mend(ebpf, pins, &mut attachment.lost) {
+        if let Err(error) = self.try_fix(ebpf, pins, &mut attachment.lost) {
             attachment.problem = Some(error.to_string());
         }
         attachment
     }
 
-    fn try_mend(
+    fn try_fix(
         &mut self,
         ebpf: &mut Ebpf,
         pins: &Pins,
         lost: &mut BTreeSet<&'static str>,
-    ) -> Result<(), PlaneError> {
+    ) -> Result<(), DatapathError> {
         let scope = open_scope(&self.scope)?;
         for (index, hook) in HOOKS.iter().enumerate().take(self.links.len()) {
             let path = pins.link(hook.program);
@@ -291,7 +296,11 @@ impl Links {
 }
 
 /// Pins a link, in the place of whatever link is pinned there.
-fn pin_at(link: &CgroupLink, path: &Path) -> Result<(), PlaneError> {
+fn pin_at(link: &CgroupLink, path: &Path) -> Result<(), DatapathError> {
     unpin(path)?;
-    link.pin(path).map_err(|source| PlaneError::Link { action: "pin", link: path.into(), source })
+    link.pin(path).map_err(|source| DatapathError::Link {
+        action: "pin",
+        link: path.into(),
+        source,
+    })
 }

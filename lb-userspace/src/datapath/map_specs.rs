@@ -10,7 +10,7 @@ use lb_common::{
 };
 
 use super::pins::MapShape;
-use crate::config::{PlaneConfig, VipConfig};
+use crate::config::{DatapathConfig, VipConfig};
 
 /// The sizes of the maps, in entries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,7 +29,7 @@ pub struct Sizes {
 
 impl Sizes {
     /// Those of a configuration.
-    pub fn of(config: &PlaneConfig, vip: &VipConfig) -> Sizes {
+    pub fn of(config: &DatapathConfig, vip: &VipConfig) -> Sizes {
         let slots = config.max_backends.saturating_mul(SLOTS_PER_BACKEND);
         let frontends = config.max_services.saturating_mul(FRONTENDS_PER_SERVICE);
         Sizes {

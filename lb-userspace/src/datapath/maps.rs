@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use lb_common::{Backend, Name, Service, Slot, Target};
 
-/// What an application dials, as a key of `FRONTENDS` or `FRONTENDS6`.
+/// What an application connects to, as a key of `FRONTENDS` or `FRONTENDS6`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct FrontendKey {
     /// The VIP, or a pinned address.
@@ -51,8 +51,8 @@ pub trait Maps {
     /// Lets readers see a service's new slots: each of its regions by one store.
     fn publish(&mut self, service_idx: u32, service: Service);
 
-    /// Has the next dial of a service reported, or none.
-    fn await_dial(&mut self, service_idx: u32, is_awaited: bool);
+    /// Has the next connection of a service reported, or none.
+    fn await_connect(&mut self, service_idx: u32, is_awaited: bool);
 
     /// Waits until every program that was running has ended.
     fn wait_for_readers(&mut self);

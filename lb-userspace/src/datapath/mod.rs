@@ -1,34 +1,34 @@
-//! The plane: the kernel side, kept in step with the table.
+//! The datapath: the kernel side, kept in step with the table.
 //!
 //! Only this part knows aya and lb-common, and only here does the order of bytes matter.
-//! [`Plane::start`] brings the programs into the kernel, or takes over what an earlier daemon left
-//! there, [`Plane::apply`] brings the maps to a table, and [`Plane::mend`] sees to it that the hooks
+//! [`Datapath::start`] brings the programs into the kernel, or takes over what an earlier daemon left
+//! there, [`Datapath::apply`] brings the maps to a table, and [`Datapath::fix`] sees to it that the hooks
 //! stay where they are.
 
+mod activity;
 mod alias;
 mod bpf;
 mod btf;
-mod cause;
-mod prog_stats;
-pub mod diag;
+mod buddy;
 mod bypass;
+mod cause;
+pub mod diag;
+mod events;
 mod features;
-mod socket_terminator;
+mod handle;
 mod ids;
 mod kernel;
 mod links;
+mod map_specs;
 mod maps;
 mod object;
 mod obstacles;
 mod pins;
 pub mod probe;
+mod prog_stats;
 mod reconcile;
-mod buddy;
-mod events;
 pub mod route;
-mod map_specs;
-mod handle;
-mod activity;
+mod socket_terminator;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -42,33 +42,33 @@ use aya::{Ebpf, EbpfError};
 use lb_common::{Counter, Daemon, ENTRIES_PER_BACKEND, LAYOUT, N_COUNTERS};
 
 use crate::config::cgroup::{self, ScopeError};
-use crate::config::{Config, PlaneConfig, VipConfig};
+use crate::config::{Config, DatapathConfig, VipConfig};
 use crate::table::Table;
+use activity::Usage;
 use cause::{Machine, Step};
-use socket_terminator::Disconnector;
 use kernel::{Board, KernelMaps};
 use links::{Links, Scope};
+use map_specs::{Sizes, socket_shapes};
 use object::load;
 use pins::{PinnedMaps, Pins};
 use reconcile::{AdoptError, Reconciler, Served};
-use map_specs::{Sizes, socket_shapes};
-use activity::Usage;
+use socket_terminator::Disconnector;
 
 pub use bpf::netns_cookie;
-pub use prog_stats::{Cost, Measuring};
+pub use events::Reports;
 pub use features::{Features, Limit};
+pub use handle::{Hooks, Mode, SharedDatapath};
 pub use kernel::{Counters, ServiceCounters};
 pub use lb_common::{Refusal, UdpConnects};
 pub use links::Attachment;
 pub use obstacles::Obstacle;
 pub use pins::{PinError, Safety, is_bpffs, look as look_at_pins, nearest as nearest_directory};
+pub use prog_stats::{Cost, Measuring};
 pub use reconcile::{ApplyError, Indices, Pressure};
-pub use events::Reports;
-pub use handle::{Hooks, Mode, SharedPlane};
 
 /// Why the kernel side can't be had.
 #[derive(Debug, thiserror::Error)]
-pub enum PlaneError {
+pub enum DatapathError {
     /// The kernel didn't take the object.
     #[error("the kernel refused the eBPF object; {fix}", fix = fix_of_load(.0))]
     Load(#[source] EbpfError),
@@ -193,11 +193,11 @@ fn after(log: &str) -> String {
     if log.is_empty() { String::new() } else { format!("\n{log}") }
 }
 
-/// What a plane is made from.
+/// What a datapath is made from.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// The sizes of the maps, and the cgroups that are left alone.
-    pub plane: PlaneConfig,
+    pub datapath: DatapathConfig,
     /// The pools.
     pub vip: VipConfig,
     /// The directory for the pins, on a BPF file system.
@@ -206,12 +206,12 @@ pub struct Options {
     pub scope: PathBuf,
     /// The layout's version. Another than today's is for tests of taking over.
     pub layout: u16,
-    /// How to refuse a dial; `None` for the best that this kernel has.
+    /// How to refuse a connection; `None` for the best that this kernel has.
     pub refusal: Option<Refusal>,
     /// The cookie of the host's network namespace; `None` for the one of this process.
     pub host_netns: Option<u64>,
-    /// Whether dials are only counted from the first one on. If not, what an earlier daemon left
-    /// holds until [`Plane::set_shadow`] says otherwise.
+    /// Whether connections are only counted from the first one on. If not, what an earlier daemon left
+    /// holds until [`Datapath::set_shadow`] says otherwise.
     pub is_shadow: bool,
 }
 
@@ -219,7 +219,7 @@ impl Options {
     /// The options of a configuration.
     pub fn of(config: &Config, scope: &Path) -> Options {
         Options {
-            plane: config.plane.clone(),
+            datapath: config.datapath.clone(),
             vip: config.vip.clone(),
             bpffs: config.bpffs.clone(),
             scope: scope.into(),
@@ -233,7 +233,7 @@ impl Options {
 
 /// The kernel side.
 #[derive(Debug)]
-pub struct Plane {
+pub struct Datapath {
     ebpf: Ebpf,
     reconciler: Reconciler<KernelMaps>,
     counters: Counters,
@@ -252,23 +252,23 @@ pub struct Plane {
     is_adopted: bool,
 }
 
-impl Plane {
+impl Datapath {
     /// Loads the programs, over the maps that an earlier daemon pinned or over new ones, and
     /// attaches them: in the place of the earlier ones where there are any. New maps that replace
-    /// others count only once [`Plane::apply`] has filled them.
+    /// others count only once [`Datapath::apply`] has filled them.
     ///
     /// Minimum kernel: 5.10.
     ///
     /// # Errors
     /// When another daemon has the pins, something else has their names, the scope is no cgroup v2
     /// directory, or the kernel refuses for lack of a feature or of privileges. Then an earlier
-    /// daemon's plane goes on, and nothing new is left behind.
-    pub fn start(options: &Options) -> Result<Plane, PlaneError> {
+    /// daemon's datapath goes on, and nothing new is left behind.
+    pub fn start(options: &Options) -> Result<Datapath, DatapathError> {
         let note = cgroup::inspect(&options.scope)?;
         let scope = links::open_scope(&options.scope)?;
         // Before anything is made. Where the kernel can't be asked, attaching shows it.
         if let Ok(Some(obstacle)) = find_obstacle(&options.scope, &options.bpffs) {
-            return Err(PlaneError::Held(obstacle));
+            return Err(DatapathError::Held(obstacle));
         }
         let mut features = Features::probe()?;
         if let Some(refusal) = options.refusal {
@@ -277,9 +277,9 @@ impl Plane {
         let pins = Pins::open(&options.bpffs, options.layout)?;
         let (was_empty, had_links) = (pins.is_empty()?, !pins.all_links()?.is_empty());
         let storages = pins.take_other_storages()?;
-        let started = Plane::start_over(pins, &scope, options, features).map(|mut plane| {
-            plane.notes.extend(note);
-            plane
+        let started = Datapath::start_over(pins, &scope, options, features).map(|mut datapath| {
+            datapath.notes.extend(note);
+            datapath
         });
         if started.is_err()
             && let Err(error) = undo_start(options, storages, had_links, was_empty)
@@ -296,7 +296,7 @@ impl Plane {
         scope: &Scope,
         options: &Options,
         features: Features,
-    ) -> Result<Plane, PlaneError> {
+    ) -> Result<Datapath, DatapathError> {
         pins.make_directories()?;
         pins.are_there(&pins.sockets(), &socket_shapes())?;
         let is_live = links::are_live(&pins, scope)?;
@@ -326,7 +326,7 @@ impl Plane {
         let map_names = sizes.shapes().into_iter().map(|shape| pins.maps().join(shape.name));
         let socket_names = socket_shapes().map(|shape| pins.sockets().join(shape.name));
         let pinned_maps = PinnedMaps::open(map_names.chain(socket_names))?;
-        let mut plane = Plane {
+        let mut datapath = Datapath {
             ebpf,
             reconciler,
             counters,
@@ -337,25 +337,25 @@ impl Plane {
             pinned_maps,
             disconnector,
             features,
-            excluded: options.plane.exclude_cgroups.clone(),
+            excluded: options.datapath.exclude_cgroups.clone(),
             notes: note.into_iter().collect(),
             exclusions: Vec::new(),
             pool_network: options.vip.pool.network(),
             is_adopted,
         };
-        plane.introduce(options.host_netns);
-        // Before a dial can meet programs of ours.
+        datapath.introduce(options.host_netns);
+        // Before a connection can meet programs of ours.
         if options.is_shadow {
-            plane.set_shadow(true);
+            datapath.set_shadow(true);
         }
-        plane.look_up_excluded();
+        datapath.look_up_excluded();
         // What is empty must not take the place of what works.
         if is_adopted || !is_live {
-            let switched = plane.links.switch(&mut plane.ebpf, &plane.pins);
+            let switched = datapath.links.switch(&mut datapath.ebpf, &datapath.pins);
             // The maps may be read on, and another process get our number.
-            switched.inspect_err(|_| plane.keep())?;
+            switched.inspect_err(|_| datapath.keep())?;
         }
-        Ok(plane)
+        Ok(datapath)
     }
 
     /// Says who this daemon is.
@@ -365,7 +365,7 @@ impl Plane {
             Ok(cookie) => daemon.host_netns = cookie,
             Err(error) => tracing::info!(
                 "this kernel doesn't tell the network namespace's cookie ({error}): it is learnt \
-                 from a dial"
+                 from a connect"
             ),
         }
         daemon.pid = std::process::id().into();
@@ -394,15 +394,18 @@ impl Plane {
     ///
     /// # Errors
     /// When the maps were new and the hooks couldn't be switched to them, or don't lead to a service
-    /// from everywhere that the former ones do ([`PlaneError::HoldsLess`]): the former ones go on.
-    pub fn apply(&mut self, table: &Table) -> Result<BTreeMap<Arc<str>, ApplyError>, PlaneError> {
+    /// from everywhere that the former ones do ([`DatapathError::HoldsLess`]): the former ones go on.
+    pub fn apply(
+        &mut self,
+        table: &Table,
+    ) -> Result<BTreeMap<Arc<str>, ApplyError>, DatapathError> {
         let errors = self.reconciler.apply(table);
         // What holds less must not take the place of what works.
         let unserved = self.reconciler.unserved(table, &errors);
         if let Some((name, error)) = unserved.first_key_value()
             && self.are_others_live()
         {
-            return Err(PlaneError::HoldsLess {
+            return Err(DatapathError::HoldsLess {
                 n_services: unserved.len(),
                 name: name.to_string(),
                 reason: error.to_string(),
@@ -449,11 +452,11 @@ impl Plane {
 
     /// Looks at every link and pin, and attaches and pins again what somebody took away. Frees what
     /// the last changes gave up.
-    pub fn mend(&mut self) -> Attachment {
+    pub fn fix(&mut self) -> Attachment {
         self.look_up_excluded();
         self.reconciler.recycle();
-        let pinned = self.pins.mend().and_then(|()| self.pinned_maps.mend());
-        let mut attachment = self.links.mend(&mut self.ebpf, &self.pins);
+        let pinned = self.pins.fix().and_then(|()| self.pinned_maps.fix());
+        let mut attachment = self.links.fix(&mut self.ebpf, &self.pins);
         if let Err(error) = pinned {
             attachment.problem.get_or_insert(error.to_string());
         }
@@ -476,7 +479,7 @@ impl Plane {
         self.links.scope()
     }
 
-    /// Whether the hooks run this plane's programs, and not an earlier daemon's.
+    /// Whether the hooks run this datapath's programs, and not an earlier daemon's.
     pub fn are_hooks_ours(&self) -> bool {
         self.links.are_ours()
     }
@@ -498,28 +501,28 @@ impl Plane {
         }
     }
 
-    /// Has dials only counted from now on, or translated; at once, without a reload.
+    /// Has connections only counted from now on, or translated; at once, without a reload.
     pub fn set_shadow(&self, is_shadow: bool) {
         let daemon = Daemon { is_shadow: is_shadow.into(), ..self.board.daemon() };
         self.board.set_daemon(daemon);
     }
 
-    /// Whether dials are only counted.
+    /// Whether connections are only counted.
     pub fn is_shadow(&self) -> bool {
         self.board.daemon().is_shadow != 0
     }
 
-    /// The services that were dialled since the last call or, at first, since the start; those that
-    /// were refused or only counted too. Datagrams of a flow that goes on are no dials.
-    pub fn dialled_since_last(&mut self) -> Vec<Arc<str>> {
-        self.usage.dialled_since_last(self.reconciler.services())
+    /// The services that were connected to since the last call or, at first, since the start; those that
+    /// were refused or only counted too. Datagrams of a flow that goes on are no connections.
+    pub fn active_since_last(&mut self) -> Vec<Arc<str>> {
+        self.usage.active_since_last(self.reconciler.services())
     }
 
-    /// What tells of dials of services that aren't followed, once.
+    /// What tells of connections of services that aren't followed, once.
     ///
     /// # Errors
     /// When it was taken already, or can't be mapped into memory.
-    pub fn take_reports(&mut self) -> Result<Reports, PlaneError> {
+    pub fn take_reports(&mut self) -> Result<Reports, DatapathError> {
         let names = self.reconciler.maps_mut().names();
         Reports::take(&mut self.ebpf, names)
     }
@@ -544,7 +547,7 @@ impl Plane {
         self.counters.clone()
     }
 
-    /// How this kernel refuses a dial.
+    /// How this kernel refuses a connection.
     pub fn refusal(&self) -> Refusal {
         self.features.refusal
     }
@@ -595,8 +598,8 @@ impl Fitted {
         pins: &Pins,
         features: &Features,
         is_live: bool,
-    ) -> Result<Fitted, PlaneError> {
-        let wanted = Sizes::of(&options.plane, &options.vip);
+    ) -> Result<Fitted, DatapathError> {
+        let wanted = Sizes::of(&options.datapath, &options.vip);
         let as_wanted = Fitted { sizes: wanted, note: None, served: Served::new(), loaded: None };
         let earlier = Sizes::pinned(&pins.maps()).filter(|earlier| is_live && *earlier != wanted);
         let Some(earlier) = earlier else { return Ok(as_wanted) };
@@ -616,10 +619,10 @@ impl Fitted {
 
 /// What is wrong with sizes that have no room for what is in use.
 fn too_small(options: &Options, wanted: &Sizes, kept: &Sizes, in_use: &Sizes) -> Option<String> {
-    let PlaneConfig { max_services, max_backends, .. } = options.plane;
+    let DatapathConfig { max_services, max_backends, .. } = options.datapath;
     let said = |key: &str, value: u32, n: u32, of: &str, kept: u32| {
         format!(
-            "plane.{key} = {value} has no room for the {n} {of} that are served: the kernel keeps room \
+            "datapath.{key} = {value} has no room for the {n} {of} that are served: the kernel keeps room \
              for {kept}, so that none is lost; raise the key, or restart once there are fewer"
         )
     };
@@ -651,7 +654,7 @@ impl Loaded {
         pins: &Pins,
         features: &Features,
         is_live: bool,
-    ) -> Result<Option<Loaded>, PlaneError> {
+    ) -> Result<Option<Loaded>, DatapathError> {
         let mut ebpf = load(options, sizes, pins, features)?;
         let maps = KernelMaps::take(&mut ebpf)?;
         // An earlier daemon died while it filled new maps; the hooks read the former ones.
@@ -668,7 +671,7 @@ impl Loaded {
         }
     }
 
-    fn over_new(mut ebpf: Ebpf, sizes: &Sizes) -> Result<Loaded, PlaneError> {
+    fn over_new(mut ebpf: Ebpf, sizes: &Sizes) -> Result<Loaded, DatapathError> {
         let maps = KernelMaps::take(&mut ebpf)?;
         let reconciler = Reconciler::new(maps, sizes, fastrand::u32(..));
         Ok(Loaded { ebpf, reconciler })
@@ -681,7 +684,7 @@ fn undo_start(
     storages: PinnedMaps,
     had_links: bool,
     was_empty: bool,
-) -> Result<(), PlaneError> {
+) -> Result<(), DatapathError> {
     let Some(pins) = Pins::open_existing(&options.bpffs)? else { return Ok(()) };
     storages.put_back()?;
     if !had_links {
@@ -707,14 +710,14 @@ pub fn find_obstacle(scope: &Path, bpffs: &Path) -> io::Result<Option<Obstacle>>
 ///
 /// # Errors
 /// When a daemon still runs there, or the kernel refuses.
-pub fn unload(bpffs: &Path) -> Result<usize, PlaneError> {
+pub fn unload(bpffs: &Path) -> Result<usize, DatapathError> {
     let Some(pins) = Pins::open_existing(bpffs)? else { return Ok(0) };
     let n_links = links::detach_pinned(&pins)?;
     pins.remove_all()?;
     Ok(n_links)
 }
 
-/// What keeps `plane.exclude_cgroups` from excluding what it names: patterns that match nothing now,
+/// What keeps `datapath.exclude_cgroups` from excluding what it names: patterns that match nothing now,
 /// and cgroups that there is no room for.
 pub fn exclusion_problems(patterns: &[PathBuf]) -> Vec<String> {
     let mut found = bypass::find(patterns);
@@ -727,7 +730,7 @@ pub const COUNTERS: [(&str, Counter); N_COUNTERS] = [
     ("refused_no_frontend", Counter::RefusedNoFrontend),
     ("no_socket_storage", Counter::NoStorage),
     ("inconsistent", Counter::Inconsistent),
-    ("left_alone", Counter::LeftAlone),
+    ("bypassed", Counter::Bypassed),
     ("backend_gone", Counter::BackendGone),
     ("shadowed", Counter::Shadowed),
     ("shadowed_no_frontend", Counter::ShadowedNoFrontend),
@@ -761,7 +764,7 @@ mod tests {
             (Sizes { frontends6: 16, ..wanted }, "the 10 IPv6 frontends that"),
             (
                 Sizes { slots: 128, ..wanted },
-                "plane.max_backends = 131072 has no room for the 40 slots",
+                "datapath.max_backends = 131072 has no room for the 40 slots",
             ),
             (Sizes { backends: 64, ..wanted }, "the 7 backends that"),
         ];

@@ -10,9 +10,9 @@ use super::btf::Bit;
 use super::cause::is_transient;
 use super::features::{Features, N_ATTEMPTS};
 use super::links::HOOKS;
-use super::pins::Pins;
 use super::map_specs::{Sizes, socket_shapes};
-use super::{Options, PlaneError};
+use super::pins::Pins;
+use super::{DatapathError, Options};
 
 static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/nohop-ebpf"));
 
@@ -26,7 +26,7 @@ pub fn load(
     sizes: &Sizes,
     pins: &Pins,
     features: &Features,
-) -> Result<Ebpf, PlaneError> {
+) -> Result<Ebpf, DatapathError> {
     let pool = options.vip.pool;
     let (pins_network, pins_mask) = network_around(options.vip.pins.values().map(|pin| *pin.ip()));
     let (network, mask) = (u32::from(pool.network()), u32::from(pool.netmask()));
@@ -38,7 +38,7 @@ pub fn load(
     let ipv6_only = features.sockets.ipv6_only.unwrap_or_default();
     let has_mptcp = u32::from(features.sockets.has_mptcp);
     let layout = u32::from(options.layout);
-    let has_excluded = u32::from(!options.plane.exclude_cgroups.is_empty());
+    let has_excluded = u32::from(!options.datapath.exclude_cgroups.is_empty());
     let mut loader = EbpfLoader::new();
     let refusal = features.refusal as u32;
     for shape in sizes.shapes() {
@@ -67,7 +67,7 @@ pub fn load(
     loader.override_global("HAS_MPTCP", &has_mptcp, true);
     // Not pinned, and as large as the one of services.
     loader.map_max_entries("UDP_CONNECTS", sizes.services);
-    let mut ebpf = loader.load(OBJECT).map_err(PlaneError::Load)?;
+    let mut ebpf = loader.load(OBJECT).map_err(DatapathError::Load)?;
     for hook in &HOOKS {
         load_program(&mut ebpf, hook.program)?;
     }
@@ -75,7 +75,7 @@ pub fn load(
 }
 
 /// Loads a program; what a signal interrupts (EAGAIN from `bpf_check`) is tried again.
-fn load_program(ebpf: &mut Ebpf, name: &'static str) -> Result<(), PlaneError> {
+fn load_program(ebpf: &mut Ebpf, name: &'static str) -> Result<(), DatapathError> {
     let mut n_left = N_ATTEMPTS;
     loop {
         n_left -= 1;
@@ -83,7 +83,7 @@ fn load_program(ebpf: &mut Ebpf, name: &'static str) -> Result<(), PlaneError> {
             Err(ProgramError::LoadError { io_error, .. })
                 if n_left > 0 && is_transient(&io_error) => {}
             result => {
-                return result.map_err(|source| PlaneError::Program { program: name, source });
+                return result.map_err(|source| DatapathError::Program { program: name, source });
             }
         }
     }
@@ -96,9 +96,9 @@ fn load_program(ebpf: &mut Ebpf, name: &'static str) -> Result<(), PlaneError> {
 pub fn program<'a>(
     ebpf: &'a mut Ebpf,
     name: &'static str,
-) -> Result<&'a mut CgroupSockAddr, PlaneError> {
-    let program = ebpf.program_mut(name).ok_or(PlaneError::Object { missing: name })?;
-    program.try_into().map_err(|_| PlaneError::Object { missing: name })
+) -> Result<&'a mut CgroupSockAddr, DatapathError> {
+    let program = ebpf.program_mut(name).ok_or(DatapathError::Object { missing: name })?;
+    program.try_into().map_err(|_| DatapathError::Object { missing: name })
 }
 
 /// The smallest network that these addresses are in, and its netmask; 0 of 32 bits for none.

@@ -273,7 +273,7 @@ impl Pins {
     ///
     /// # Errors
     /// When the file system refuses, or another daemon has a directory that took the place of ours.
-    pub fn mend(&mut self) -> Result<(), PinError> {
+    pub fn fix(&mut self) -> Result<(), PinError> {
         let number = |metadata: io::Result<fs::Metadata>| metadata.map(|found| found.ino()).ok();
         if number(fs::metadata(&self.dir)) != number(self.lock.metadata()) {
             self.lock = lock(&self.dir)?;
@@ -754,7 +754,7 @@ impl PinnedMaps {
     ///
     /// # Errors
     /// When the file system refuses.
-    pub fn mend(&self) -> Result<(), PinError> {
+    pub fn fix(&self) -> Result<(), PinError> {
         let PinnedMaps(maps) = self;
         maps.iter().filter(|(path, _)| !path.exists()).try_for_each(|(path, map)| {
             map.pin(path).map_err(|error| io_error("pin", path)(io::Error::other(error)))
@@ -770,7 +770,7 @@ impl PinnedMaps {
     pub fn put_back(&self) -> Result<(), PinError> {
         let PinnedMaps(maps) = self;
         maps.iter().try_for_each(|(path, _)| unpin(path))?;
-        self.mend()
+        self.fix()
     }
 }
 

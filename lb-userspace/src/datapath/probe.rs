@@ -25,7 +25,7 @@ use super::kernel::Board;
 /// proof to the next, since two at once would expect each other's socket.
 const TIMEOUT: Duration = Duration::from_secs(4);
 /// The hidden command by which the binary connects from inside another cgroup.
-const COMMAND: &str = "probe-dial";
+const COMMAND: &str = "probe-connect";
 /// The port doesn't matter.
 const PORT: u16 = 1;
 

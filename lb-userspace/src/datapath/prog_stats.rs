@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use super::links::{HOOKS, Hook};
-use super::{Plane, PlaneError};
+use super::{Datapath, DatapathError};
 
 /// The kernel counts the run time of every BPF program for as long as this lives.
 #[derive(Debug)]
@@ -39,7 +39,7 @@ impl Cost {
     }
 }
 
-impl Plane {
+impl Datapath {
     /// The programs, each with how many instructions the verifier went through, every path of its
     /// own; `None` where the kernel doesn't tell.
     ///
@@ -47,11 +47,11 @@ impl Plane {
     ///
     /// # Errors
     /// When the kernel knows nothing of a program.
-    pub fn verified_instructions(&self) -> Result<Vec<(&'static str, Option<u32>)>, PlaneError> {
+    pub fn verified_instructions(&self) -> Result<Vec<(&'static str, Option<u32>)>, DatapathError> {
         let verified = |&Hook { program, .. }: &Hook| {
-            let failed = |source| PlaneError::Program { program, source };
+            let failed = |source| DatapathError::Program { program, source };
             let loaded = self.ebpf.program(program);
-            let loaded = loaded.ok_or(PlaneError::Object { missing: program })?;
+            let loaded = loaded.ok_or(DatapathError::Object { missing: program })?;
             let info = loaded.info().map_err(failed)?;
             Ok((program, info.verified_instruction_count()))
         };
@@ -62,9 +62,10 @@ impl Plane {
     ///
     /// # Errors
     /// When there is no such program, or the kernel doesn't tell.
-    pub fn cost(&self, program: &'static str) -> Result<Cost, PlaneError> {
-        let failed = |source| PlaneError::Program { program, source };
-        let loaded = self.ebpf.program(program).ok_or(PlaneError::Object { missing: program })?;
+    pub fn cost(&self, program: &'static str) -> Result<Cost, DatapathError> {
+        let failed = |source| DatapathError::Program { program, source };
+        let loaded =
+            self.ebpf.program(program).ok_or(DatapathError::Object { missing: program })?;
         let info = loaded.info().map_err(failed)?;
         Ok(Cost { n_runs: info.run_count(), run_time: info.run_time() })
     }

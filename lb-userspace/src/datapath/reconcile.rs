@@ -18,10 +18,10 @@ use lb_common::{
 };
 
 use super::alias;
-use super::ids::Ids;
-use super::maps::{FrontendKey, Maps};
 use super::buddy::{Block, Regions};
+use super::ids::Ids;
 use super::map_specs::Sizes;
+use super::maps::{FrontendKey, Maps};
 use crate::table::{Diff, Ports, Service, Table, Watch, diff};
 
 pub use adopt::AdoptError;
@@ -189,7 +189,7 @@ pub struct Reconciler<M> {
     frontends: Room,
     frontends6: Room,
     next_generation: u32,
-    /// Backends that left a service which is dialled by UDP, each with the service and the frontends
+    /// Backends that left a service which is connected to by UDP, each with the service and the frontends
     /// that led there; the service has no name where it isn't known any more.
     left_udp: HashMap<(Arc<str>, SocketAddr), BTreeSet<FrontendKey>>,
     /// The services that former maps serve, in the place of which these are to be used, each with its
@@ -374,7 +374,7 @@ impl<M: Maps> Reconciler<M> {
         self.remove_stale(errors);
     }
 
-    /// What, since the last call, left a service which is dialled by UDP, and has not come back to
+    /// What, since the last call, left a service which is connected to by UDP, and has not come back to
     /// it.
     pub fn take_left_udp(&mut self) -> LeftUdp {
         let is_back = |name: &Arc<str>, address: &SocketAddr| {
@@ -507,7 +507,7 @@ impl<M: Maps> Reconciler<M> {
             self.recycle();
         }
         if self.backends.available() < n_fresh {
-            return Err(full("BACKENDS", self.backends.capacity(), "plane.max_backends"));
+            return Err(full("BACKENDS", self.backends.capacity(), "datapath.max_backends"));
         }
         self.check_room_for_frontends(service)?;
         let service_idx = match self.held.get(&service.name) {
@@ -557,7 +557,7 @@ impl<M: Maps> Reconciler<M> {
         self.maps.publish(service_idx, choices.entry(&regions));
         // A service that stays cold was asked for already: one report is enough.
         if former.is_none_or(|former| former.watch != service.watch) {
-            self.maps.await_dial(service_idx, service.watch == Watch::Cold);
+            self.maps.await_connect(service_idx, service.watch == Watch::Cold);
         }
 
         self.resting.blocks.extend(std::mem::replace(&mut held.blocks, blocks));
@@ -603,7 +603,7 @@ impl<M: Maps> Reconciler<M> {
             let is_ipv4 = room.map == self.frontends.map;
             let n_fresh = fresh.iter().filter(|fresh| fresh.address.is_ipv4() == is_ipv4).count();
             if room.used + n_fresh as u32 > room.capacity {
-                return Err(full(room.map, room.capacity, "plane.max_services"));
+                return Err(full(room.map, room.capacity, "datapath.max_services"));
             }
         }
         Ok(())
@@ -690,7 +690,7 @@ impl<M: Maps> Reconciler<M> {
     }
 
     fn no_service_left(&self) -> ApplyError {
-        full("SERVICES", self.services.capacity(), "plane.max_services")
+        full("SERVICES", self.services.capacity(), "datapath.max_services")
     }
 
     /// Takes a block for each distinct choice: all of them, or none.
@@ -706,7 +706,7 @@ impl<M: Maps> Reconciler<M> {
                 Some(block) => blocks.push(block),
                 None => {
                     blocks.into_iter().for_each(|block| self.regions.give_back(block));
-                    return Err(full("SLOTS", self.regions.capacity(), "plane.max_backends"));
+                    return Err(full("SLOTS", self.regions.capacity(), "datapath.max_backends"));
                 }
             }
         }
@@ -727,7 +727,7 @@ impl<M: Maps> Reconciler<M> {
     }
 }
 
-/// What each kind of dial chooses from, as positions in the list of healthy backends. Kinds that
+/// What each kind of connection chooses from, as positions in the list of healthy backends. Kinds that
 /// choose from the same ones share them.
 struct Choices {
     distinct: Vec<Vec<usize>>,

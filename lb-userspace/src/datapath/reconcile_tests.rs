@@ -1,5 +1,5 @@
 //! The reconciler against maps that play the kernel: after every single step they let readers look,
-//! fresh ones and ones that are half-way, and check what each would dial.
+//! fresh ones and ones that are half-way, and check what each would connect to.
 
 use std::cell::RefCell;
 use std::collections::BTreeSet;
@@ -61,7 +61,7 @@ fn service(s: u8, backends: &BTreeSet<u8>, generation: u64) -> Arc<Service> {
     })
 }
 
-/// What each kind of dial may reach of these backends, in the order of a service's regions.
+/// What each kind of connection may reach of these backends, in the order of a service's regions.
 type Visible = [BTreeSet<u8>; ServiceEntry::N_REGIONS];
 
 fn visible(backends: &BTreeSet<u8>) -> Visible {
@@ -95,7 +95,7 @@ struct Model {
     flows: BTreeSet<(FrontendKey, u32, u32, u8)>,
     /// What each service may show, set by the test before it applies a table: before and after.
     allowed: HashMap<u8, [Visible; 2]>,
-    /// What was said of awaited dials, in order.
+    /// What was said of awaited connections, in order.
     awaited: Vec<(u32, bool)>,
     n_waits: usize,
     n_steps: usize,
@@ -155,7 +155,7 @@ impl Model {
         }
     }
 
-    /// All that a dial through `region` can reach; each has to be a backend of service `s`.
+    /// All that a connection through `region` can reach; each has to be a backend of service `s`.
     fn reach(&self, s: u8, region: Region) -> BTreeSet<u8> {
         let slots = region.first_slot..region.first_slot + region.n_slots;
         slots
@@ -166,7 +166,7 @@ impl Model {
             })
             .map(|backend_idx| {
                 let (owner, x) = identity(&self.backends[&backend_idx].address);
-                assert_eq!(owner, s, "a dial to s{s} reached s{owner}");
+                assert_eq!(owner, s, "a connection to s{s} reached s{owner}");
                 x
             })
             .collect()
@@ -299,7 +299,7 @@ impl Maps for FakeMaps {
         });
     }
 
-    fn await_dial(&mut self, service_idx: u32, is_awaited: bool) {
+    fn await_connect(&mut self, service_idx: u32, is_awaited: bool) {
         self.step(|model| model.awaited.push((service_idx, is_awaited)));
     }
 
@@ -706,7 +706,7 @@ fn indices(reconciler: &Reconciler<FakeMaps>) -> BTreeMap<String, Indices> {
 }
 
 #[test]
-fn a_dial_is_awaited_once_in_each_cold_spell() {
+fn a_connect_is_awaited_once_in_each_cold_spell() {
     let mut run = Run::new(SIZES);
     let live = |backends: &[u8]| (*service(0, &backends.iter().copied().collect(), 1)).clone();
     let cold = |backends: &[u8]| Service { watch: Watch::Cold, ..live(backends) };
@@ -791,7 +791,7 @@ fn a_full_map_is_one_services_error_and_the_former_state_serves() {
     let errors = run.change(1, Some(&set(&[0, 1, 2, 3])));
     assert_eq!(
         errors["s1"].to_string(),
-        "BACKENDS is full (3 entries): raise plane.max_backends in the configuration and restart"
+        "BACKENDS is full (3 entries): raise datapath.max_backends in the configuration and restart"
     );
     assert_eq!(run.maps.0.borrow().services, before);
     let names = |errors: BTreeMap<Arc<str>, ApplyError>| errors.into_keys().collect::<Vec<_>>();
@@ -943,7 +943,7 @@ fn a_change_costs_what_its_service_does() {
         assert!(run.reconciler.apply(&run.table).is_empty());
         run.maps.0.borrow().n_steps - before
     };
-    // A backend's entry, 3 slots for each of the 3 kinds of dial that differ (the new backend is
+    // A backend's entry, 3 slots for each of the 3 kinds of connection that differ (the new backend is
     // the host's), the service's word, the retired backend.
     let few = n_steps(10);
     assert!(few < 15, "{few}");

@@ -157,7 +157,7 @@ impl Disconnector {
                     Err(error) => return Err(std::io::Error::other(error)),
                 }
             }
-            // It dialled the address itself.
+            // It connected the address itself.
             Ok(false)
         };
         let report = diag::disconnect(is_suspect, is_gone);
@@ -207,7 +207,7 @@ impl Remembered {
 /// backend it remembers has now.
 fn is_gone(peer: &Remembered, generation: u32, left: &HashSet<Left>) -> bool {
     let Remembered { frontend, backend, .. } = *peer;
-    // A dial that met an entry while it was retired remembers no generation.
+    // A connection that met an entry while it was retired remembers no generation.
     if peer.generation != 0 && peer.generation == generation {
         return false;
     }

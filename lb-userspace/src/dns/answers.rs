@@ -12,7 +12,7 @@ use tokio::net::{TcpStream, UdpSocket};
 use tokio::sync::watch;
 
 use super::resolve::Missing::{self, Absent, LookUp, Unknown};
-use super::resolve::{Known, Outcome, Snapshot, Zone, resolve};
+use super::resolve::{Known, Outcome, Snapshot, Zone, answer};
 use super::{Server, Transport, bind};
 use crate::catalog::Demand;
 use crate::config::{Config, DnsConfig, Forward, Unrouted};

@@ -9,11 +9,11 @@ use hickory_proto::ProtoError;
 use hickory_proto::op::{Edns, Message, OpCode, Query, ResponseCode};
 use hickory_proto::rr::{Name, RecordType};
 
-use super::upstream_query::{ExchangeError, Outgoing};
 use super::handler::Handler;
 use super::message::{Asked, HEADER_LEN};
 use super::origin::Origin;
 use super::upstream::Reading;
+use super::upstream_query::{ExchangeError, Outgoing};
 use crate::config::Unrouted;
 
 /// How long a lookup may take: less than a client of the admin interface waits.
@@ -69,7 +69,7 @@ impl Inquirer {
         Inquirer { handler, server, time_limit: TIME_LIMIT }
     }
 
-    /// What is wrong with the upstreams, each with the mend.
+    /// What is wrong with the upstreams, each with the fix.
     pub fn problems(&self) -> Vec<String> {
         self.handler.forwarder().problems()
     }

@@ -9,14 +9,14 @@ use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tracing::debug;
 
-use super::upstream_query::Outgoing;
+use super::encode::OUR_PAYLOAD;
 use super::loop_detection::Loops;
 use super::message::Asked;
-use super::response::Received;
 use super::relay::{ForwardError, Limits, Party};
-use super::encode::OUR_PAYLOAD;
+use super::response::Received;
 use super::sockets::Transport;
 use super::upstream::{Outcome, Reading, State, Upstream};
+use super::upstream_query::Outgoing;
 use super::upstreams::{Route, Upstreams};
 
 /// The questions over TCP that may be under way, and those of one client, unless it is this host.
@@ -95,7 +95,7 @@ impl Forwarder {
         self.loops.is_probe(&asked.name)
     }
 
-    /// What is wrong with the upstreams, each with the mend.
+    /// What is wrong with the upstreams, each with the fix.
     pub(super) fn problems(&self) -> Vec<String> {
         self.loops.problems(&self.upstreams.plan().ways())
     }

@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use hickory_proto::op::Message;
 
-use super::resolve::Missing::{Absent, LookUp, Unknown};
-use super::resolve::{Known, MAX_UDP_LEN, Outcome, Snapshot, Zone, resolve};
 use super::message::{Asked, HEADER_LEN};
+use super::resolve::Missing::{Absent, LookUp, Unknown};
+use super::resolve::{Known, MAX_UDP_LEN, Outcome, Snapshot, Zone, answer};
 use super::response::{PassOn, Received};
 use super::sockets::Transport;
 use crate::config::Config;

@@ -10,14 +10,14 @@ use hickory_proto::op::ResponseCode;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tracing::debug;
 
-use super::resolve::{self, Known, MAX_UDP_LEN, Missing, Outcome, Snapshot, Zone};
 use super::acl::{self, Admission, Clients};
+use super::encode::{self, Code};
 use super::forward::Forwarder;
 use super::message::Asked;
 use super::origin::{Origin, Origins};
-use super::response::PassOn;
 use super::relay::Party;
-use super::encode::{self, Code};
+use super::resolve::{self, Known, MAX_UDP_LEN, Missing, Outcome, Snapshot, Zone};
+use super::response::PassOn;
 use super::sockets::Transport;
 use super::stats::Stats;
 use super::usage_limiter::Told;

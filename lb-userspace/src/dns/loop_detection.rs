@@ -205,7 +205,7 @@ impl Loops {
         let _ = found.wait_for(|()| self.is_circular(way)).await;
     }
 
-    /// What is wrong, with the mend. That systemd-resolved leads back here is as it should be,
+    /// What is wrong, with the fix. That systemd-resolved leads back here is as it should be,
     /// where there are others of `ways` behind it.
     pub(super) fn problems(&self, ways: &[Way]) -> Vec<String> {
         let state = self.lock();

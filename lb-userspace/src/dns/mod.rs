@@ -6,36 +6,36 @@
 //! connections. Nothing here waits for the source of discovery, but for a
 //! moment where it follows services as they are used: what isn't known yet is SERVFAIL, at once.
 
-mod resolve;
 mod acl;
-mod upstream_query;
+mod debug_query;
+mod domain;
+mod encode;
 mod forward;
 pub mod fuzzing;
 mod handler;
 mod interfaces;
-mod debug_query;
 mod loop_detection;
 mod mailbox;
 mod message;
 mod origin;
-mod socket_activation;
 mod ports;
 mod probe;
 mod random;
-mod response;
 mod relay;
-mod encode;
 mod resolv_conf;
+mod resolve;
+mod response;
 mod reverse;
 mod server;
+mod socket_activation;
 mod sockets;
 mod stats;
-mod domain;
 mod tcp;
-mod usage_limiter;
 mod udp;
 mod upstream;
+mod upstream_query;
 mod upstreams;
+mod usage_limiter;
 mod worker;
 
 #[cfg(test)]

@@ -8,12 +8,12 @@ use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
 
-use super::upstream_query::Outgoing;
 use super::forward::Forwarder;
 use super::loop_detection::{Question, Way};
 use super::mailbox::Alarm;
 use super::sockets::Transport;
 use super::upstream::{State, Upstream};
+use super::upstream_query::Outgoing;
 
 /// How often an upstream that is out is asked whether it answers again.
 const RETRY: Duration = Duration::from_secs(2);

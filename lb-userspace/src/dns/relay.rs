@@ -15,10 +15,10 @@ use std::time::{Duration, Instant};
 
 use hickory_proto::op::ResponseCode;
 
+use super::encode::{self, Code, OUR_PAYLOAD};
 use super::loop_detection::Loops;
 use super::message::{Asked, Client, HEADER_LEN, WireName};
 use super::response::{PassOn, Received, Unusable};
-use super::encode::{self, Code, OUR_PAYLOAD};
 use super::sockets::Transport;
 use super::udp::To;
 use super::upstream::{Outcome, State, Upstream};

@@ -6,9 +6,9 @@ use std::sync::{Arc, OnceLock};
 
 use ipnet::IpNet;
 
+use super::encode::{self, Code, QUESTION, Reply, Section};
 use super::loop_detection;
 use super::message::{Asked, WireName};
-use super::encode::{self, Code, QUESTION, Reply, Section};
 use super::reverse::{self, Reversed};
 use super::sockets::Transport;
 use crate::config::{DnsConfig, Unrouted};
@@ -65,7 +65,7 @@ pub(super) struct Snapshot {
 pub(super) struct Known<'a> {
     pub(super) zone: &'a Zone,
     pub(super) snapshot: &'a Snapshot,
-    /// Whether dials to VIPs are translated now.
+    /// Whether connections to VIPs are translated now.
     pub(super) attached: bool,
     /// Whether the zone may be waited for, where it can't be relied on yet.
     pub(super) waits: bool,
@@ -298,7 +298,7 @@ impl Named<'_> {
         }
     }
 
-    /// The service that the name is about, where there is one, dialled so.
+    /// The service that the name is about, where there is one, connected so.
     fn service<'t>(&self, table: &'t Table) -> Option<&'t Service> {
         let (name, protocols) = match *self {
             Named::Service(name) => (name, None),
@@ -306,9 +306,9 @@ impl Named<'_> {
             Named::Between | Named::Nothing => return None,
         };
         let service = in_table(name, table)?;
-        let is_dialled_so = protocols
+        let is_connected_so = protocols
             .is_none_or(|by| service.protocols == by || service.protocols == Protocols::Both);
-        is_dialled_so.then_some(service)
+        is_connected_so.then_some(service)
     }
 }
 

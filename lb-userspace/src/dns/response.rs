@@ -6,10 +6,10 @@ use std::borrow::Cow;
 use hickory_proto::op::{Message, ResponseCode};
 use hickory_proto::serialize::binary::DecodeError;
 
+use super::encode::{Code, OUR_PAYLOAD, put_opt};
 use super::message::{
     AD, AD_AND_CD, Client, HEADER_LEN, OPT_PAYLOAD, Opt, Question, RD, Rest, bound_ttls,
 };
-use super::encode::{Code, OUR_PAYLOAD, put_opt};
 
 /// In the third byte of a header.
 const AA: u8 = 0x04;

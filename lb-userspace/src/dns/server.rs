@@ -15,21 +15,21 @@ use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use tracing::warn;
 
-use super::resolve::{Snapshot, Zone};
 use super::acl::Clients;
+use super::debug_query::Inquirer;
 use super::forward::Forwarder;
 use super::handler::{Handler, MAX_WAITING, Ways};
-use super::debug_query::Inquirer;
 use super::mailbox::{Alarm, Mailbox};
 use super::origin::Origins;
 use super::probe;
 use super::relay::Limits;
+use super::resolve::{Snapshot, Zone};
 use super::sockets::{DnsError, Sockets};
 use super::stats::Stats;
 use super::tcp::{self, Connections};
-use super::usage_limiter::Told;
 use super::udp::Endpoint;
 use super::upstreams::{Registry, Upstreams};
+use super::usage_limiter::Told;
 use super::worker::{DRAIN, Worker};
 use crate::catalog::Demand;
 use crate::config::{DnsConfig, VipConfig};
@@ -84,7 +84,7 @@ impl Default for Surroundings {
 
 impl Server {
     /// Serves `sockets`. Each answer comes from the `table` of that moment, whose addresses come
-    /// from the pools of `vip`; while `attached` is false, dials to VIPs would go astray, so the
+    /// from the pools of `vip`; while `attached` is false, connections to VIPs would go astray, so the
     /// zone answers SERVFAIL.
     ///
     /// # Errors

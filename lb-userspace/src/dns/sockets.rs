@@ -279,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn errors_say_the_mend() {
+    fn errors_say_the_fix() {
         let table = [
             (
                 io::ErrorKind::AddrInUse,

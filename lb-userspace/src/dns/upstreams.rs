@@ -9,11 +9,11 @@ use std::time::{Duration, Instant};
 
 use tracing::warn;
 
+use super::domain::Suffix;
 use super::interfaces::Interfaces;
 use super::loop_detection::Way;
 use super::message::WireName;
 use super::resolv_conf::ResolvConf;
-use super::domain::Suffix;
 use super::upstream::Upstream;
 use crate::config::{DnsConfig, Forward, Unrouted};
 

@@ -14,14 +14,14 @@ use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tracing::{debug, warn};
 
-use super::resolve::{self, Known, Missing, Outcome};
+use super::encode::{self, Code, OUR_PAYLOAD};
 use super::handler::{Handler, Settled, View};
 use super::mailbox::{Mailbox, Returned};
 use super::message::Asked;
 use super::origin::Origin;
 use super::ports::{self, Ports};
 use super::relay::{Asker, End, ForwardError, Party, Port, Relay, Wire};
-use super::encode::{self, Code, OUR_PAYLOAD};
+use super::resolve::{self, Known, Missing, Outcome};
 use super::sockets::Transport;
 use super::udp::{Endpoint, Inbox, Outbox, To};
 use super::upstreams::Plan;

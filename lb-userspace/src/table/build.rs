@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use super::endpoints::Endpoints;
-use super::validate::{Verdict, check_name, validate};
 use super::merge::{Heard, hear};
+use super::validate::{Verdict, check_name, judge};
 use super::vips::{PoolExhausted, Pools, Vips};
 use super::{Diff, Hosts, Instance, Listing, Ports, Protocols, Service, Table, Watch, diff};
 use crate::config::VipConfig;
@@ -512,7 +512,7 @@ mod tests {
     }
 
     #[test]
-    fn a_service_is_dialled_as_its_instances_say() {
+    fn a_service_is_connected_as_its_instances_say() {
         let mut builder = builder();
         let mut catalog = catalog(&[("a", &["10.0.0.1"])]);
         let first = builder.next(&Table::default(), &catalog, NOW).unwrap().table;

@@ -24,7 +24,7 @@ pub enum Watch {
     /// Every change arrives.
     #[default]
     Live,
-    /// Nobody here used it lately, so what is known of it may be old, or nothing: a lookup or a dial
+    /// Nobody here used it lately, so what is known of it may be old, or nothing: a lookup or a connection
     /// makes it live.
     Cold,
 }

@@ -13,9 +13,9 @@ use super::{Instance, Ports, Protocols};
 /// proxy of it).
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Says {
-    /// The ports it is dialled at, such as `80,5432` or `any`.
+    /// The ports it is connected to at, such as `80,5432` or `any`.
     pub ports: Option<String>,
-    /// The protocols it is dialled with: `tcp`, `udp` or `both`.
+    /// The protocols it is connected to with: `tcp`, `udp` or `both`.
     pub protocol: Option<String>,
 }
 
@@ -30,7 +30,7 @@ pub struct Heard {
     pub notes: Vec<String>,
 }
 
-/// Hears all instances, whatever their health: what a service is dialled at must not depend on it.
+/// Hears all instances, whatever their health: what a service is connected to at must not depend on it.
 /// What isn't an instance of the service, such as a sidecar, has nothing to say (see [`Says`]).
 pub fn hear(instances: &[Instance]) -> Heard {
     let voices: Vec<&Instance> = instances.iter().collect();

@@ -6,13 +6,13 @@
 
 pub mod book;
 mod build;
-mod ports;
 mod diff;
 mod endpoints;
-mod resolved_hosts;
 mod input;
-mod validate;
 mod merge;
+mod ports;
+mod resolved_hosts;
+mod validate;
 pub mod vips;
 
 use std::collections::BTreeMap;
@@ -22,12 +22,12 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 pub use build::{Builder, Next};
-pub use ports::{MAX_PORTS, Ports, Protocols};
 pub use diff::{Diff, diff};
-pub use resolved_hosts::{Bridge, Host, Hosts};
 pub use input::{Home, Instance, Listing, Standing, Watch, parse_ip};
-pub use validate::may_be_reached;
 pub use merge::Says;
+pub use ports::{MAX_PORTS, Ports, Protocols};
+pub use resolved_hosts::{Bridge, Host, Hosts};
+pub use validate::may_be_reached;
 
 /// One state of the world, as this node should present it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -56,13 +56,13 @@ pub struct Service {
     pub vip: Ipv4Addr,
     /// Its IPv6 address on this node, where `vip.pool6` is set.
     pub vip6: Option<Ipv6Addr>,
-    /// The ports it is dialled at.
+    /// The ports it is connected to at.
     pub ports: Ports,
-    /// The transport protocols it is dialled with.
+    /// The transport protocols it is connected to with.
     pub protocols: Protocols,
     /// One more address, in the host's network namespace only.
     pub pin: Option<SocketAddrV4>,
-    /// The instances that dials may reach, ordered, and those that can't be reached from here.
+    /// The instances that connects to may reach, ordered, and those that can't be reached from here.
     pub backends: Vec<Backend>,
     /// The instances that are out, each with the reason.
     pub excluded: Vec<Excluded>,
@@ -85,7 +85,7 @@ impl Service {
                 == (backends, excluded, notes, watch)
     }
 
-    /// The backends that dials may reach.
+    /// The backends that connects to may reach.
     pub fn healthy(&self) -> impl Iterator<Item = &Backend> {
         self.backends.iter().filter(|backend| backend.state.is_reached())
     }
@@ -94,7 +94,7 @@ impl Service {
 /// An instance that serves, as far as its source knows.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Backend {
-    /// Where dials go; `None` for an unroutable one.
+    /// Where connections go; `None` for an unroutable one.
     pub address: Option<SocketAddr>,
     /// The address as the source gave it, with the port.
     pub shown_address: String,
@@ -109,7 +109,7 @@ pub struct Backend {
     /// Why it is in this state, where that isn't plain.
     pub reason: Option<String>,
     /// Whether its address is this host's loopback, so that only the host's network namespace can
-    /// dial it.
+    /// connect it.
     pub host_only: bool,
 }
 

@@ -1,4 +1,4 @@
-//! How a service is dialled: its ports and its transport protocols, and how both are written.
+//! How a service is connected to: its ports and its transport protocols, and how both are written.
 
 use std::fmt;
 use std::str::FromStr;
@@ -9,7 +9,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 /// The most ports that a service may list: each is an entry of the kernel's maps.
 pub const MAX_PORTS: usize = 64;
 
-/// The ports a service is dialled at.
+/// The ports a service is connected to at.
 ///
 /// As text `any`, or numbers with commas between them; in JSON `"any"`, or a list of numbers.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,7 +45,7 @@ impl fmt::Display for Ports {
 impl FromStr for Ports {
     type Err = String;
 
-    /// Blanks don't count. What is wrong is said with the mend.
+    /// Blanks don't count. What is wrong is said with the fix.
     fn from_str(text: &str) -> Result<Ports, String> {
         if text.trim() == "any" {
             return Ok(Ports::Any);
@@ -99,7 +99,7 @@ impl<'de> Deserialize<'de> for Ports {
     }
 }
 
-/// The transport protocols a service is dialled with.
+/// The transport protocols a service is connected to with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Protocols {
@@ -136,7 +136,7 @@ impl fmt::Display for Protocols {
 impl FromStr for Protocols {
     type Err = String;
 
-    /// Blanks around it don't count. What is wrong is said with the mend.
+    /// Blanks around it don't count. What is wrong is said with the fix.
     fn from_str(text: &str) -> Result<Protocols, String> {
         match text.trim() {
             "tcp" => Ok(Protocols::Tcp),

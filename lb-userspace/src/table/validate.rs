@@ -41,7 +41,7 @@ pub fn judge(instance: &Instance, pools: &Pools, hosts: &Hosts) -> Verdict {
     Verdict::In(Backend { address, shown_address, node, id, weight, state, reason, host_only })
 }
 
-/// Where dials to the instance go, with a note where it has a name for an address; or why none can.
+/// Where connections to the instance go, with a note where it has a name for an address; or why none can.
 fn route(
     instance: &Instance,
     pools: &Pools,
@@ -49,7 +49,9 @@ fn route(
 ) -> Result<(SocketAddr, Option<String>), String> {
     let (address, note) = hosts.find(instance)?;
     let port = match u16::try_from(instance.port) {
-        Ok(0) => return Err("port 0 can't be dialled: register the port it listens on".to_owned()),
+        Ok(0) => {
+            return Err("port 0 can't be connected to: register the port it listens on".to_owned());
+        }
         Ok(port) => port,
         Err(_) => return Err(format!("port {} isn't one: 1 to 65535 are", instance.port)),
     };
@@ -139,7 +141,7 @@ fn weight(given: i64) -> (u16, Option<String>) {
 /// and ends with a letter or digit.
 ///
 /// # Errors
-/// What is wrong with it, and the mend.
+/// What is wrong with it, and the fix.
 pub fn check_name(name: &str) -> Result<(), String> {
     let inner = |octet: u8| octet.is_ascii_alphanumeric() || octet == b'-' || octet == b'_';
     let outer = |octet: Option<&u8>| octet.is_some_and(u8::is_ascii_alphanumeric);
@@ -218,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn what_can_be_dialled_is_healthy() {
+    fn what_can_be_connected_is_healthy() {
         for (address, expected) in [
             ("10.0.0.7", "10.0.0.7:23456"),
             ("2001:db8::7", "[2001:db8::7]:23456"),
@@ -238,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_dialled_is_unroutable_and_says_why() {
+    fn what_cannot_be_connected_is_unroutable_and_says_why() {
         for (address, port, why) in [
             ("10.0.0.7", 0, "port 0"),
             ("10.0.0.7", -1, "port -1"),
@@ -288,7 +290,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_is_dialled_at_what_it_stands_for() {
+    fn a_name_is_connected_at_what_it_stands_for() {
         for (name, address, note) in [
             ("db.example.com", "10.0.0.9:80", "`db.example.com` is 10.0.0.9"),
             ("DB.example.com", "10.0.0.9:80", "`db.example.com` is 10.0.0.9"),

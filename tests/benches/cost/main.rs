@@ -1,20 +1,20 @@
-//! The price of one dial and of one datagram, by the kernel's BPF statistics: nohop's programs, and
+//! The price of one connection and of one datagram, by the kernel's BPF statistics: nohop's programs, and
 //! others to compare them with, all in one interleaved run.
 
-#[path = "../../kernel/fixture.rs"]
-#[expect(dead_code, clippy::unwrap_used, reason = "the kernel tests' bed, of which they use more")]
-mod bed;
 mod compared;
 mod figures;
+#[path = "../../kernel/fixture.rs"]
+#[expect(dead_code, clippy::unwrap_used, reason = "the kernel tests' bed, of which they use more")]
+mod fixture;
 mod traffic;
 
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use fixture::{Bed, Server, service};
 use compared::Compared;
 use figures::{Figures, Goal};
+use fixture::{Bed, Server, service};
 use lb_userspace::datapath::{Cost, Measuring};
 use lb_userspace::table::{Protocols, Service};
 
@@ -73,7 +73,7 @@ struct Case<'a> {
 
 impl<'a> Case<'a> {
     fn of(bed: &'a Bed, program: &'static str, name: &'static str, work: impl Fn() + 'a) -> Self {
-        let cost = move || bed.plane.cost(program).expect("the kernel tells");
+        let cost = move || bed.datapath.cost(program).expect("the kernel tells");
         let cgroup = bed.cgroup.path.clone();
         Case { name, cgroup, cost: Box::new(cost), work: Box::new(work) }
     }
@@ -111,24 +111,24 @@ fn measure(object: &Path, n_rounds: usize, n_calls: usize) -> Figures {
             name,
             cgroup: compared.cgroup(of).to_owned(),
             cost: Box::new(move || compared.cost(program)),
-            work: Box::new(move || traffic::dial(again(dead))),
+            work: Box::new(move || traffic::connect(again(dead))),
         })
         .collect();
     cases.extend([
-        Case::of(many, connect4, "no VIP", move || traffic::dial(again(dead))),
-        Case::of(many, connect4, "no backends", move || traffic::dial(again(vip(EMPTY)))),
-        Case::of(many, connect4, "dialled again", move || traffic::redial(vip(DEAD), n_calls)),
-        Case::of(few, connect4, "a VIP among 10", move || traffic::dial(again(vip(DEAD)))),
-        Case::of(many, connect4, "a VIP among 10,000", move || traffic::dial(again(vip(DEAD)))),
-        Case::of(few, connect4, "VIPs of 10", move || traffic::dial(in_turn(FEW))),
-        Case::of(many, connect4, "VIPs of 10,000", move || traffic::dial(in_turn(MANY))),
+        Case::of(many, connect4, "no VIP", move || traffic::connect(again(dead))),
+        Case::of(many, connect4, "no backends", move || traffic::connect(again(vip(EMPTY)))),
+        Case::of(many, connect4, "connected again", move || traffic::reconnect(vip(DEAD), n_calls)),
+        Case::of(few, connect4, "a VIP among 10", move || traffic::connect(again(vip(DEAD)))),
+        Case::of(many, connect4, "a VIP among 10,000", move || traffic::connect(again(vip(DEAD)))),
+        Case::of(few, connect4, "VIPs of 10", move || traffic::connect(in_turn(FEW))),
+        Case::of(many, connect4, "VIPs of 10,000", move || traffic::connect(in_turn(MANY))),
         Case::of(many, "nohop_connect6", "a mapped VIP", move || {
-            traffic::dial_mapped(again(vip(DEAD)));
+            traffic::connect_mapped(again(vip(DEAD)));
         }),
-        Case::of(many, connect4, "answered: a VIP", move || traffic::dial(again(vip(LIVE)))),
+        Case::of(many, connect4, "answered: a VIP", move || traffic::connect(again(vip(LIVE)))),
         Case::of(many, connect4, "answered: no VIP", {
             let live = backends.live;
-            move || traffic::dial(again(live))
+            move || traffic::connect(again(live))
         }),
         Case::of(many, getpeer4, "getpeername: a VIP", move || traffic::ask(vip(LIVE), n_calls)),
         Case::of(many, getpeer4, "getpeername: no VIP", {
@@ -156,11 +156,11 @@ fn measure(object: &Path, n_rounds: usize, n_calls: usize) -> Figures {
     figures
 }
 
-/// All VIPs whose backends refuse, each as often as any other and in so many dials at least: far from one
+/// All VIPs whose backends refuse, each as often as any other and in so many connections at least: far from one
 /// to the next, by a stride that is prime to their number.
 fn in_turn(n_vips: u32, n_calls: u32) -> impl Iterator<Item = SocketAddrV4> {
-    let n_dials = n_calls.next_multiple_of(n_vips);
-    (0..n_dials).map(move |call| vip(DEAD + call * STRIDE % n_vips))
+    let n_connects = n_calls.next_multiple_of(n_vips);
+    (0..n_connects).map(move |call| vip(DEAD + call * STRIDE % n_vips))
 }
 
 struct Backends {
@@ -173,7 +173,7 @@ fn vip(service_idx: u32) -> SocketAddrV4 {
     SocketAddrV4::new(Ipv4Addr::from(u32::from(fixture::VIP) + service_idx), 80)
 }
 
-/// A plane with that many services, at consecutive VIPs.
+/// A datapath with that many services, at consecutive VIPs.
 fn table(n_services: u32, backends: &Backends) -> Bed {
     let web = |service_idx: u32| -> Service {
         let of_its_own = |backend_idx: u8| {

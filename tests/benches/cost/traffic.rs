@@ -1,31 +1,31 @@
-//! What applications do: dials, and datagrams.
+//! What applications do: connections, and datagrams.
 
 use std::io::ErrorKind;
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, SocketAddrV6, TcpStream, UdpSocket};
 
 use rustix::net::{AddressFamily, SocketType, connect, socket};
 
-/// Dials each address once, on a socket of its own. Whether anybody answers doesn't matter, but no
+/// Connects each address once, on a socket of its own. Whether anybody answers doesn't matter, but no
 /// program may forbid it.
-pub fn dial(addresses: impl Iterator<Item = SocketAddrV4>) {
+pub fn connect(addresses: impl Iterator<Item = SocketAddrV4>) {
     for address in addresses {
         let refusal = TcpStream::connect(address).map_err(|error| error.kind()).err();
         assert_ne!(refusal, Some(ErrorKind::PermissionDenied), "{address}");
     }
 }
 
-/// The same from IPv6 sockets, which dial `::ffff:a.b.c.d`.
-pub fn dial_mapped(addresses: impl Iterator<Item = SocketAddrV4>) {
+/// The same from IPv6 sockets, which connect `::ffff:a.b.c.d`.
+pub fn connect_mapped(addresses: impl Iterator<Item = SocketAddrV4>) {
     let mapped = |address: SocketAddrV4| {
         SocketAddrV6::new(address.ip().to_ipv6_mapped(), address.port(), 0, 0)
     };
     addresses.for_each(|address| drop(TcpStream::connect(mapped(address))));
 }
 
-/// Dials an address that refuses, again and again on one socket.
-pub fn redial(address: SocketAddrV4, n_dials: usize) {
+/// Connects an address that refuses, again and again on one socket.
+pub fn reconnect(address: SocketAddrV4, n_connects: usize) {
     let socket = socket(AddressFamily::INET, SocketType::STREAM, None).expect("a socket");
-    for _ in 0..n_dials {
+    for _ in 0..n_connects {
         let refused = connect(&socket, &address);
         assert_eq!(refused, Err(rustix::io::Errno::CONNREFUSED));
     }

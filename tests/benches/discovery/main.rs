@@ -1,4 +1,4 @@
-//! How discovery does at size: a real Consul, the daemon as it ships, and the maps that a dial reads.
+//! How discovery does at size: a real Consul, the daemon as it ships, and the maps that a connection reads.
 
 mod changes;
 mod file;
@@ -10,7 +10,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Result;
-use lb_tests::{process, cleanup};
+use lb_tests::{cleanup, process};
 
 /// Measures and tells; its argument is whether quickly.
 type Measure = fn(bool) -> Result<()>;
@@ -30,7 +30,7 @@ fn main() -> ExitCode {
     let release = rustix::system::uname();
     println!("Linux {}", release.release().to_string_lossy());
     let parts: [(&str, Measure); 4] = [
-        ("changes", atomic_updates::measure),
+        ("changes", changes::measure),
         ("file", file::measure),
         ("many", many::five_thousand),
         ("names", many::a_hundred_thousand),

@@ -28,16 +28,16 @@ pub fn five_thousand(quick: bool) -> Result<()> {
     tell("started -> ready", start.elapsed().as_secs_f64(), "s", Some(5.0));
 
     let mut n_connections = site.n_connections()?;
-    let mut dials = Vec::new();
+    let mut connects = Vec::new();
     for idx in 0..N_USED {
-        // Each name is cold at its first dial, and live at its second.
-        dials.push([dial(&site, idx)?, dial(&site, idx)?]);
+        // Each name is cold at its first connection, and live at its second.
+        connects.push([connect(&site, idx)?, connect(&site, idx)?]);
         n_connections = n_connections.max(site.n_connections()?);
     }
-    let column = |nth: usize| dials.iter().map(|pair| pair[nth]).collect::<Vec<f64>>();
+    let column = |nth: usize| connects.iter().map(|pair| pair[nth]).collect::<Vec<f64>>();
     let (cold, warm) = (column(0), column(1));
-    let over: Vec<f64> = dials.iter().map(|[cold, warm]| cold - warm).collect();
-    tell("a cold service's first dial by name, median", quantile(&cold, 0.5), "ms", None);
+    let over: Vec<f64> = connects.iter().map(|[cold, warm]| cold - warm).collect();
+    tell("a cold service's first connection by name, median", quantile(&cold, 0.5), "ms", None);
     tell("a warm one's, median", quantile(&warm, 0.5), "ms", None);
     tell("what cold costs more, median", quantile(&over, 0.5), "ms", Some(20.0));
     tell("what cold costs more, most", quantile(&over, 1.0), "ms", None);
@@ -75,12 +75,12 @@ pub fn a_hundred_thousand(_quick: bool) -> Result<()> {
     tell("refusals, resets and failures of Consul", n_bad_answers(&nohop)?, "", None);
     println!("  it says: {}", status["problems"]);
     // One that found room goes on.
-    ensure!(dial(&site, 0).is_err(), "nothing listens there");
+    ensure!(connect(&site, 0).is_err(), "nothing listens there");
     Ok(())
 }
 
-/// The time of curl's dial by name, its question to DNS included, in ms.
-fn dial(site: &Site, idx: usize) -> Result<f64> {
+/// The time of curl's connect by name, its question to DNS included, in ms.
+fn connect(site: &Site, idx: usize) -> Result<f64> {
     let words = format!("-sS -o /dev/null -w %{{time_connect}} http://{}.service/", name(idx));
     let time = site.host.inside(&site.cgroup).run("curl", &words)?;
     Ok(ms(Duration::from_secs_f64(time.trim().parse().context(time.clone())?)))

@@ -1,4 +1,4 @@
-//! The daemon's pinned maps, as a dial finds them.
+//! The daemon's pinned maps, as a connection finds them.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -14,7 +14,7 @@ use lb_tests::nohop::Nohop;
 /// How often the maps are looked at: what a measured time may be too long by.
 const LOOK: Duration = Duration::from_micros(200);
 
-/// A service's regions, which lead to its backends, and two words that tell of dials.
+/// A service's regions, which lead to its backends, and two words that tell of connections.
 type Line = [u64; 8];
 const N_REGIONS: usize = 6;
 

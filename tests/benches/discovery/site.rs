@@ -80,7 +80,7 @@ impl Site {
         self.put("/v1/catalog/register", &body)
     }
 
-    /// Asks DNS for services, as whoever dials them would.
+    /// Asks DNS for services, as whoever connections them would.
     pub fn use_names<'a>(&self, names: impl Iterator<Item = &'a str>) -> Result<()> {
         let names: Vec<String> = names.map(|name| format!("{name}.service")).collect();
         for some in names.chunks(20) {

@@ -1,4 +1,4 @@
-//! `dial ADDR:PORT --times N --threads T`: dials N times, each time with a request, and prints one
+//! `connect ADDR:PORT --times N --threads T`: connections N times, each time with a request, and prints one
 //! JSON document: how often each answer came, each error, and each peer address.
 #![forbid(unsafe_code)]
 
@@ -18,7 +18,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// The most that is read of an answer, in bytes.
 const MAX_ANSWER: u64 = 64 * 1024;
 
-/// The most dials at once.
+/// The most connections at once.
 const MAX_THREADS: u32 = 64;
 
 #[derive(Default)]
@@ -30,13 +30,13 @@ struct Counts {
 
 fn main() -> ExitCode {
     let Some((address, n_times, n_threads)) = parse(&std::env::args().collect::<Vec<_>>()) else {
-        eprintln!("usage: dial ADDR:PORT --times N --threads T (T at most {MAX_THREADS})");
+        eprintln!("usage: connect ADDR:PORT --times N --threads T (T at most {MAX_THREADS})");
         return ExitCode::from(2);
     };
     let n_left = AtomicU32::new(n_times);
     let counts = thread::scope(|scope| {
         let threads: Vec<_> =
-            (0..n_threads).map(|_| scope.spawn(|| dial_all(address, &n_left))).collect();
+            (0..n_threads).map(|_| scope.spawn(|| connect_all(address, &n_left))).collect();
         threads
             .into_iter()
             .filter_map(|thread| thread.join().ok())
@@ -54,8 +54,8 @@ fn parse(arguments: &[String]) -> Option<(SocketAddr, u32, u32)> {
     named.then_some((address.parse().ok()?, n_times.parse().ok()?, n_threads))
 }
 
-/// Dials until nothing is left to do.
-fn dial_all(address: SocketAddr, n_left: &AtomicU32) -> Counts {
+/// Connects until nothing is left to do.
+fn connect_all(address: SocketAddr, n_left: &AtomicU32) -> Counts {
     let mut counts = Counts::default();
     let take_one = |n: u32| n.checked_sub(1);
     while n_left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take_one).is_ok() {

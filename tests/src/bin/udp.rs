@@ -27,9 +27,9 @@ fn main() -> io::Result<()> {
     let address = |text: &str| text.parse::<SocketAddr>().map_err(|_| usage());
     match words[..] {
         ["serve", listen, name] => serve(address(listen)?, name),
-        ["ask", dialled, how, n] => {
+        ["ask", connected, how, n] => {
             let is_connected = how == "connected";
-            ask(address(dialled)?, is_connected, n.parse().map_err(|_| usage())?)
+            ask(address(connected)?, is_connected, n.parse().map_err(|_| usage())?)
         }
         _ => Err(usage()),
     }
@@ -61,12 +61,12 @@ struct Asker {
     n_told: u64,
 }
 
-fn ask(dialled: SocketAddr, is_connected: bool, n_sockets: usize) -> io::Result<()> {
+fn ask(connected: SocketAddr, is_connected: bool, n_sockets: usize) -> io::Result<()> {
     let mut askers = Vec::new();
     for _ in 0..n_sockets {
         let socket = UdpSocket::bind("0.0.0.0:0")?;
         if is_connected {
-            socket.connect(dialled)?;
+            socket.connect(connected)?;
         }
         askers.push(Asker { socket, n_told: 0 });
     }
@@ -76,12 +76,12 @@ fn ask(dialled: SocketAddr, is_connected: bool, n_sockets: usize) -> io::Result<
         for asker in &mut askers {
             counts.n_asked += 1;
             let question = counts.n_asked.to_string();
-            match asker.ask(dialled, is_connected, &question, &mut counts.n_strange) {
+            match asker.ask(connected, is_connected, &question, &mut counts.n_strange) {
                 Ok(name) => drop(answered_by.insert(name)),
                 Err(error) if asker.is_told(&error)? => {
                     asker.n_told += 1;
                     asker.discard_queued()?;
-                    asker.socket.connect(dialled)?;
+                    asker.socket.connect(connected)?;
                 }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => counts.n_lost += 1,
                 Err(error) => {
@@ -124,7 +124,7 @@ impl Asker {
     /// Asks once, and returns the name of who answered.
     fn ask(
         &self,
-        dialled: SocketAddr,
+        connected: SocketAddr,
         is_connected: bool,
         question: &str,
         n_strange: &mut u64,
@@ -132,7 +132,7 @@ impl Asker {
         if is_connected {
             self.socket.send(question.as_bytes())?;
         } else {
-            self.socket.send_to(question.as_bytes(), dialled)?;
+            self.socket.send_to(question.as_bytes(), connected)?;
         }
         let deadline = Instant::now() + PATIENCE;
         let mut datagram = [0; 1024];
@@ -143,7 +143,7 @@ impl Asker {
             }
             self.socket.set_read_timeout(Some(left))?;
             let (length, from) = self.socket.recv_from(&mut datagram)?;
-            if from != dialled {
+            if from != connected {
                 // Taken out of its queue in the moment in which the socket was told.
                 if let Some(told) = self.socket.take_error()? {
                     return Err(told);

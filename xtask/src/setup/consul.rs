@@ -9,17 +9,17 @@ use std::process::Command;
 use anyhow::{Context, Result, anyhow, bail};
 
 use super::apt::Apt;
-use super::{Draft, announce, cache_dir, link_tool, with_mend};
+use super::{Draft, announce, cache_dir, link_tool, with_fix};
 use crate::process::{self, find, is_executable};
 
-const MEND: &str = "set NOHOP_CONSUL to a consul binary, a .deb of it or a folder that holds one \
+const FIX: &str = "set NOHOP_CONSUL to a consul binary, a .deb of it or a folder that holds one \
                     of the two, or put consul on PATH (https://developer.hashicorp.com/consul)";
 
 pub fn provide() -> Result<String> {
     let (consul, version) = match env::var_os("NOHOP_CONSUL").map(PathBuf::from) {
         Some(given) => {
             let stopped = format!("NOHOP_CONSUL={} doesn't serve", given.display());
-            with_mend(given_consul(&given).and_then(with_version), &stopped, MEND)?
+            with_fix(given_consul(&given).and_then(with_version), &stopped, FIX)?
         }
         None => ordinary_consul()?,
     };
@@ -56,7 +56,7 @@ fn ordinary_consul() -> Result<(PathBuf, String)> {
             Err(error) => tried.push(format!("{way}: {error:#}")),
         }
     }
-    with_mend(Err(anyhow!("{}", tried.join("; "))), "nothing serves", MEND)
+    with_fix(Err(anyhow!("{}", tried.join("; "))), "nothing serves", FIX)
 }
 
 fn with_version(consul: PathBuf) -> Result<(PathBuf, String)> {

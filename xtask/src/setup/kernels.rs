@@ -11,10 +11,10 @@ use std::str::FromStr;
 use anyhow::{Context, Result, bail};
 
 use super::apt::Apt;
-use super::{Draft, announce, cache_dir, with_mend};
+use super::{Draft, announce, cache_dir, with_fix};
 use crate::process;
 
-const MEND: &str =
+const FIX: &str =
     "set NOHOP_KERNELS to a folder of VERSION/vmlinuz and VERSION/modules/, or unset it";
 
 /// The releases whose newest cloud kernels are taken: 5.10, 6.1, 6.12, and what is new.
@@ -95,7 +95,7 @@ fn given(folder: &Path) -> Result<Vec<Kernel>> {
         }
         Ok(found)
     });
-    with_mend(found, &stopped, MEND)
+    with_fix(found, &stopped, FIX)
 }
 
 /// The kernels that lie in `folder` as VERSION/vmlinuz and VERSION/modules/.

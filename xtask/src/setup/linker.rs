@@ -10,7 +10,7 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 
 use super::rust::Nightly;
-use super::{announce, cache_dir, link_tool, with_mend};
+use super::{announce, cache_dir, link_tool, with_fix};
 use crate::process;
 
 const VERSION: &str = "0.13.0";
@@ -37,12 +37,12 @@ pub fn provide(nightly: &Nightly) -> Result<String> {
         "building bpf-linker {VERSION} against the nightly's LLVM {} (about a minute)",
         nightly.llvm_major
     ));
-    let mend = format!(
+    let fix = format!(
         "follow what is said above and run setup again, or put a bpf-linker {VERSION} on PATH that \
          links to a shared LLVM {} or later",
         nightly.llvm_major
     );
-    with_mend(build(nightly, &place), "it didn't build", &mend)?;
+    with_fix(build(nightly, &place), "it didn't build", &fix)?;
     if !works(&cached) {
         bail!("{} was built but doesn't run: remove {}", cached.display(), place.display());
     }

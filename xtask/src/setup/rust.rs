@@ -7,10 +7,10 @@ use std::process::Command;
 
 use anyhow::{Context, Result, anyhow, bail};
 
-use super::{Draft, announce, with_mend};
+use super::{Draft, announce, with_fix};
 use crate::process;
 
-const SOURCE_MEND: &str = "set NOHOP_RUST_SRC to a rust-src tarball, a folder that holds one, or \
+const SOURCE_FIX: &str = "set NOHOP_RUST_SRC to a rust-src tarball, a folder that holds one, or \
                            a folder that holds library/";
 
 /// The nightly compiler that builds the object.
@@ -27,7 +27,7 @@ impl Nightly {
         if process::find("rustup").is_none() {
             bail!("rustup isn't on PATH: install it from https://rustup.rs");
         }
-        let version = with_mend(
+        let version = with_fix(
             process::output(process::nightly("rustc").arg("-vV")),
             "rustup has no nightly that works",
             "rustup toolchain install nightly --profile minimal",
@@ -67,7 +67,7 @@ pub fn provide_source(nightly: &Nightly) -> Result<String> {
         announce(&format!("unpacking the standard library's source from {}", given.display()));
         fs::create_dir_all(&home).with_context(|| format!("can't create {}", home.display()))?;
         let stopped = format!("NOHOP_RUST_SRC={} doesn't serve", given.display());
-        with_mend(unpack(&given, &library), &stopped, SOURCE_MEND)?;
+        with_fix(unpack(&given, &library), &stopped, SOURCE_FIX)?;
         fs::write(&stamp, &nightly.commit)
             .with_context(|| format!("can't write {}", stamp.display()))?;
         return Ok(format!("unpacked {}", given.display()));
@@ -80,7 +80,7 @@ pub fn provide_source(nightly: &Nightly) -> Result<String> {
     }
     let add = ["component", "add", "rust-src", "--toolchain", "nightly"];
     let added = process::output(Command::new("rustup").args(add));
-    with_mend(added, "rustup can't provide it", SOURCE_MEND)?;
+    with_fix(added, "rustup can't provide it", SOURCE_FIX)?;
     if !is_library(&library) {
         bail!(
             "rustup says that rust-src is installed, but {} isn't there: run `rustup component \

@@ -5,7 +5,7 @@ use std::process::Command;
 
 use anyhow::{Result, anyhow, bail};
 
-use super::{Purpose, announce, with_mend};
+use super::{Purpose, announce, with_fix};
 use crate::process::{self, find, is_executable, is_root};
 
 /// Program, and the Debian packages that bring it.
@@ -142,11 +142,11 @@ fn provide_tools(tools: &[(&'static str, &'static str)]) -> Result<String> {
     let by_hand = format!("install them by hand (as Debian's packages: {names})");
     if find("apt-get").is_none() {
         let unable = Err(anyhow!("setup installs with apt-get only, which isn't there"));
-        return with_mend(unable, &stopped, &by_hand);
+        return with_fix(unable, &stopped, &by_hand);
     }
 
     announce(&format!("installing {names} with apt-get"));
-    with_mend(install(&packages), &stopped, &by_hand)?;
+    with_fix(install(&packages), &stopped, &by_hand)?;
     let still = self::absent(tools);
     if !still.is_empty() {
         let tools = still.iter().map(|(tool, _)| *tool).collect::<Vec<_>>().join(", ");

@@ -14,9 +14,9 @@ use serde_json::Value;
 
 use crate::answer::Answer;
 use crate::clock::{MILLISECOND_NS, now_ns};
+use crate::epoll::{ENDED, Poller, STREAM};
 use crate::errors::{self, Name};
 use crate::limits::{path, rate, seconds};
-use crate::epoll::{ENDED, Poller, STREAM};
 use crate::pacer::Schedule;
 use crate::stream;
 use tally::Tally;

@@ -10,8 +10,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use lb_tests::process::Process;
 use lb_tests::cmd;
+use lb_tests::process::Process;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use crate::node::Node;
@@ -70,7 +70,7 @@ impl Drop for Crew {
 }
 
 impl Member {
-    /// Ends it, as a crash would: its connections are reset, and dials refused.
+    /// Ends it, as a crash would: its connections are reset, and connects to refused.
     pub fn kill(&self) {
         let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
     }

@@ -8,8 +8,8 @@ use serde_json::Value;
 
 use super::backends::Member;
 use super::site::Site;
-use crate::node::CpuTimes;
 use crate::generators;
+use crate::node::CpuTimes;
 
 /// The instances at any time, or one more.
 pub const N_INSTANCES: usize = 10;

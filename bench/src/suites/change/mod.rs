@@ -1,10 +1,10 @@
-//! Change: from Consul's word to the dials that go by it, a rolling deploy under load, and what new
+//! Change: from Consul's word to the connections that go by it, a rolling deploy under load, and what new
 //! instances get of clients that keep their connections.
 
+mod backends;
 mod blocking;
 mod deploy;
 mod haproxy_sync;
-mod backends;
 mod rebalance;
 mod single_change;
 mod site;
@@ -14,13 +14,13 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::report_builder::{Demand, Draft, Quantity};
+use crate::generators;
 use crate::node::{Layout, Node};
 use crate::peers::{ENVOY, HAPROXY_HTTP, HAPROXY_TCP, NOHOP, PEERS, Protocol};
 use crate::progress::Progress;
 use crate::report::{Better, Contender};
+use crate::report_builder::{Demand, Draft, Quantity};
 use crate::stats::{Spread, quantile};
-use crate::generators;
 use single_change::Delays;
 use site::{Kind, Site};
 
@@ -47,21 +47,21 @@ const ALL: [(&str, Kind, &str); 7] = [
 ];
 
 const ARRIVAL: Quantity = Quantity {
-    name: "registration to the first dial that lands on the new backend, median",
+    name: "registration to the first connection that lands on the new backend, median",
     unit: "ms",
     better: Better::Lower,
     base: RUNTIME,
 };
 const LONGEST_ARRIVAL: Quantity = Quantity {
-    name: "registration to the first dial that lands on the new backend, longest of a round",
+    name: "registration to the first connection that lands on the new backend, longest of a round",
     ..ARRIVAL
 };
 const DEPARTURE: Quantity = Quantity {
-    name: "deregistration to the last dial that lands on the backend, median",
+    name: "deregistration to the last connection that lands on the backend, median",
     ..ARRIVAL
 };
 const LONGEST_DEPARTURE: Quantity = Quantity {
-    name: "deregistration to the last dial that lands on the backend, longest of a round",
+    name: "deregistration to the last connection that lands on the backend, longest of a round",
     ..ARRIVAL
 };
 const FAILED: Quantity = Quantity {
@@ -90,7 +90,7 @@ const SHARE: Quantity = Quantity {
     base: "",
 };
 
-const SINGLE: &str = "one host, one instance becomes two and one again, a dial every 0.5 ms";
+const SINGLE: &str = "one host, one instance becomes two and one again, a connection every 0.5 ms";
 
 /// What a run goes through.
 struct Plan {
@@ -136,7 +136,7 @@ pub fn helper(arguments: &[String]) -> Option<Result<()>> {
 /// When nothing can be measured at all.
 pub fn run(is_quick: bool) -> Result<Draft> {
     let plan = if is_quick { QUICK } else { FULL };
-    let title = "change: from Consul's word to the dials that go by it, beside HAProxy by SRV records, \
+    let title = "change: from Consul's word to the connects that go by it, beside HAProxy by SRV records, \
                  by a reload and by its Runtime API, and Envoy by EDS from a file";
     let mut draft = Draft::new(title, plan.n_rounds);
     draft.contenders = ALL.iter().map(contender).collect();
@@ -163,7 +163,8 @@ pub fn run(is_quick: bool) -> Result<Draft> {
         for site in draft.shuffled(others) {
             progress.step(&format!("{}: single changes", site.name));
             let n = if site.name == SRV { plan.n_single_srv } else { plan.n_single };
-            let found = note_failure(&mut draft, site.name, SINGLE, single_change::measure(site, n));
+            let found =
+                note_failure(&mut draft, site.name, SINGLE, single_change::measure(site, n));
             add_single(&mut draft, site.name, round, found.as_ref());
         }
     }
@@ -267,7 +268,7 @@ fn add_single(draft: &mut Draft, name: &str, round: usize, found: Option<&Delays
     draft.add(DEPARTURE, SINGLE, name, round, departures.and_then(median));
     draft.add(LONGEST_DEPARTURE, SINGLE, name, round, departures.and_then(longest));
     if let Some(found) = found.filter(|found| found.n_failed > 0) {
-        draft.note(format!("{name}, {SINGLE}: {} dials failed in a round", found.n_failed));
+        draft.note(format!("{name}, {SINGLE}: {} connections failed in a round", found.n_failed));
     }
 }
 
@@ -303,7 +304,7 @@ fn judge(draft: &mut Draft, n_deploy: usize, deploy_condition: &str) {
     let rounds: Vec<f64> = rounds.unwrap_or_default().into_iter().flatten().collect();
     let failed = (!rounds.is_empty()).then(|| rounds.iter().sum());
     draft.goal(
-        "registration to the first dial that lands on the new backend, nohop's median",
+        "registration to the first connection that lands on the new backend, nohop's median",
         Demand::AtMost(10.0),
         &arrival,
         "ms",

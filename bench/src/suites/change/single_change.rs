@@ -1,4 +1,4 @@
-//! One change at a time: from the registration to the first dial that lands on the new backend, and from
+//! One change at a time: from the registration to the first connection that lands on the new backend, and from
 //! the deregistration to the last one.
 
 use std::thread;
@@ -9,7 +9,7 @@ use rustix::time::{ClockId, clock_gettime};
 
 use super::site::{Probe, Site};
 
-/// How long an instance is registered once dials land on it, so that changes of one service are some
+/// How long an instance is registered once connections land on it, so that changes of one service are some
 /// time apart.
 pub const LIFE: Duration = Duration::from_millis(300);
 
@@ -23,11 +23,11 @@ struct Change {
 /// How long each change of a round took, in milliseconds.
 #[derive(Debug, Default, PartialEq)]
 pub struct Delays {
-    /// From the registration sent to the start of the first dial that lands on the new backend.
+    /// From the registration sent to the start of the first connection that lands on the new backend.
     pub arrival_ms: Vec<f64>,
-    /// From the deregistration sent to the start of the last dial that does; 0 where none came after.
+    /// From the deregistration sent to the start of the last connection that does; 0 where none came after.
     pub departure_ms: Vec<f64>,
-    /// Dials that failed meanwhile.
+    /// Connects that failed meanwhile.
     pub n_failed: usize,
 }
 
@@ -62,28 +62,29 @@ fn now_ns() -> u64 {
 
 /// Looks for the changes in a probe's log.
 fn delays(log: &str, changes: &[Change]) -> Result<Delays> {
-    let mut dials = Vec::new();
+    let mut connects = Vec::new();
     let mut n_failed = 0;
     for line in log.lines() {
-        let dial = || -> Option<(u64, &str)> {
+        let connect = || -> Option<(u64, &str)> {
             let mut parts = line.splitn(3, ' ');
             let start_ns = parts.next()?.parse().ok()?;
             parts.next()?;
             Some((start_ns, parts.next()?))
         };
         // The last line may be half written.
-        let Some((start_ns, answer)) = dial() else { continue };
+        let Some((start_ns, answer)) = connect() else { continue };
         match answer.starts_with('!') {
             true => n_failed += 1,
-            false => dials.push((start_ns, answer)),
+            false => connects.push((start_ns, answer)),
         }
     }
     let mut delays = Delays { n_failed, ..Delays::default() };
     let ms = |from_ns: u64, to_ns: u64| to_ns.saturating_sub(from_ns) as f64 / 1e6;
     for change in changes {
-        let mut its = dials.iter().filter(|(_, answer)| *answer == change.answer);
+        let mut its = connects.iter().filter(|(_, answer)| *answer == change.answer);
         let (first_ns, _) = its.next().with_context(|| format!("no {:?}", change.answer))?;
-        let (last_ns, _) = its.next_back().context("only one dial landed on a new backend")?;
+        let (last_ns, _) =
+            its.next_back().context("only one connection landed on a new backend")?;
         ensure!(*last_ns >= *first_ns, "a probe's log goes back in time");
         delays.arrival_ms.push(ms(change.registered_ns, *first_ns));
         delays.departure_ms.push(ms(change.deregistered_ns, *last_ns));

@@ -17,13 +17,13 @@ use serde_json::json;
 
 use super::backends::{Crew, Member};
 use super::{RELOAD_CONFIG, SERVICE};
+use crate::generators;
 use crate::node::Node;
 use crate::peers::{
     Guard, Protocol, ServedByEnvoy, ServedByHaproxy, Services, serve_envoy_eds, serve_haproxy,
 };
-use crate::generators;
 
-/// How long a change may take until dials show it.
+/// How long a change may take until connections show it.
 pub const PATIENCE: Duration = Duration::from_secs(15);
 
 /// How a contender learns of changes.
@@ -45,7 +45,7 @@ pub enum Kind {
 pub struct Site {
     /// Its name.
     pub name: &'static str,
-    /// Where its clients dial the service.
+    /// Where its clients connect the service.
     pub address: SocketAddrV4,
     /// The instances that are registered.
     pub crew: Crew,
@@ -104,7 +104,7 @@ impl Site {
         ask(&socket(&self.scratch), "PUT", &path, "").map(drop)
     }
 
-    /// Replaces all instances by `n` new ones, and waits until dials reach all of these and none else.
+    /// Replaces all instances by `n` new ones, and waits until connections reach all of these and none else.
     pub fn renew(&mut self, n: usize) -> Result<()> {
         let crew = self.recruit(n)?;
         let probe = Probe::start(self)?;
@@ -129,7 +129,7 @@ fn register(scratch: &Scratch, member: &Member) -> Result<()> {
 }
 
 impl Kind {
-    /// Starts the contender: where it is dialled, and what is kept as long as it runs.
+    /// Starts the contender: where it is connected to, and what is kept as long as it runs.
     fn start(self, node: &Node) -> Result<(SocketAddrV4, Vec<Guard>)> {
         match self {
             Kind::Nohop => start_nohop(node),
@@ -207,14 +207,14 @@ fn await_worker(api: &Path) -> Result<()> {
     bail!("HAProxy's Runtime API doesn't answer")
 }
 
-/// Dials without end, and tells who answers.
+/// Connects without end, and tells who answers.
 pub struct Probe {
     process: Process,
     files: Scratch,
 }
 
 impl Probe {
-    /// Dials the site's service every 0.5 ms.
+    /// Connects the site's service every 0.5 ms.
     pub fn start(site: &Site) -> Result<Probe> {
         let files = Scratch::new("probe")?;
         let mut command = site.node.client_place().command(generators::load_program()?);
@@ -240,7 +240,7 @@ impl Probe {
         self.process.wait_for_line(&[&line], PATIENCE).map(drop)
     }
 
-    /// Ends it, and returns what it noted of each dial.
+    /// Ends it, and returns what it noted of each connection.
     pub fn stop(self) -> Result<String> {
         // What it noted is in the file after 50 ms at most.
         thread::sleep(Duration::from_millis(60));

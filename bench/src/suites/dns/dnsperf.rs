@@ -5,8 +5,8 @@ use std::net::SocketAddrV4;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use lb_tests::net::Place;
 use lb_tests::cmd;
+use lb_tests::net::Place;
 
 use super::pin;
 use crate::stats::quantile;

@@ -11,10 +11,10 @@ use std::thread;
 
 use anyhow::{Result, ensure};
 
-use crate::report_builder::{Demand, Draft, FixedRate, Quantity};
 use crate::peers::NOHOP;
 use crate::progress::Progress;
 use crate::report::{Better, Contender};
+use crate::report_builder::{Demand, Draft, FixedRate, Quantity};
 
 use site::{CONSUL, DNSMASQ, Site};
 

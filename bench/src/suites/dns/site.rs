@@ -9,10 +9,10 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use lb_tests::cmd;
 use lb_tests::consul::{self, Consul};
 use lb_tests::net::Place;
 use lb_tests::process::Process;
-use lb_tests::cmd;
 use lb_tests::tempdir::Scratch;
 use serde_json::{Value, json};
 

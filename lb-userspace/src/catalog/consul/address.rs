@@ -1,4 +1,4 @@
-//! Which of the addresses of an instance and its node it is dialled at.
+//! Which of the addresses of an instance and its node it is connected to at.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;

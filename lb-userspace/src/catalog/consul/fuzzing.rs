@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::queries::{Names, tagged};
 use super::health::{self, Records};
+use super::queries::{Names, tagged};
 use crate::config::Config;
 use crate::table::Instance;
 

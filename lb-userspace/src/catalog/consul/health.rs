@@ -190,7 +190,7 @@ where
 }
 
 /// The instances among the records, or `None` where there are records and all belong to proxies,
-/// gateways and the like (any non-empty Kind): such a name is no service to dial. Beside others
+/// gateways and the like (any non-empty Kind): such a name is no service to connect to. Beside others
 /// such a record is out.
 ///
 /// `local` is left false: who this node is, only the model knows.

@@ -4,34 +4,34 @@
 //! Questions are tasks that only bring answers; the supervisor owns the schedule, which says what is
 //! asked next, and the model, which says what is published. An error takes nothing out of it.
 
-mod negative_cache;
 mod address;
-mod queries;
 mod backoff;
 mod client;
 mod doubt;
-#[cfg(test)]
-mod test_server;
 #[cfg(any(fuzzing, test))]
 pub mod fuzzing;
 mod health;
 mod hold_down;
 mod index;
-mod model;
 mod kill_switch;
+mod model;
+mod negative_cache;
+mod queries;
 mod schedule;
-mod watcher;
+#[cfg(test)]
+mod test_server;
 #[cfg(test)]
 mod tests;
 mod token;
 mod tracker;
+mod watcher;
 
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::usage::Wishes;
 use super::snapshot::Memory;
+use super::usage::Wishes;
 use super::{Output, cache};
 use crate::config::{CatalogConfig, Config, ConsulConfig};
 use watcher::Supervisor;

@@ -12,8 +12,8 @@ use super::client::{Client, QueryError, Question, percent_encode};
 use super::health::{self, Record, Records};
 use super::hold_down;
 use super::index::Ask;
-use super::model::{Heard, Node};
 use super::kill_switch;
+use super::model::{Heard, Node};
 use crate::catalog::host;
 use crate::catalog::snapshot::Agent;
 use crate::config::CatalogConfig;
@@ -83,7 +83,7 @@ pub struct Answer {
 /// Why there is none.
 #[derive(Debug)]
 pub struct Failure {
-    /// The cause, with the mend.
+    /// The cause, with the fix.
     pub problem: String,
     /// Whether the token isn't allowed to know.
     pub is_denied: bool,
@@ -124,8 +124,10 @@ pub async fn ask(
             get(client, "/v1/catalog/services".into(), how, said).await
         }
         About::Switch => {
-            get(client, kill_switch::PATH.into(), how, |entries, _| Said::Switch(kill_switch::is_off(&entries)))
-                .await
+            get(client, kill_switch::PATH.into(), how, |entries, _| {
+                Said::Switch(kill_switch::is_off(&entries))
+            })
+            .await
         }
         About::Agent => {
             let said = |agent, peer| Said::Agent(node(agent, peer, host::is_own));

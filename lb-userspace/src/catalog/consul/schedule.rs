@@ -107,7 +107,7 @@ impl Schedule {
         Schedule {
             rules,
             started: now,
-            service_list: BTreeSet::new(),
+            names: BTreeSet::new(),
             used: BTreeMap::new(),
             live: BTreeMap::new(),
             has_all: false,
@@ -120,7 +120,7 @@ impl Schedule {
     }
 
     /// Takes the names that there are.
-    pub fn set_names(&mut self, service_list: BTreeSet<Arc<str>>) {
+    pub fn set_names(&mut self, names: BTreeSet<Arc<str>>) {
         self.names = names;
     }
 

@@ -163,7 +163,7 @@ async fn new_words_of_a_check_publish_nothing() {
 }
 
 #[tokio::test]
-async fn no_failure_takes_anything_away_and_each_is_named_and_mends() {
+async fn no_failure_takes_anything_away_and_each_is_named_and_fixes() {
     let faults = [
         (Fault::Status(403, "ACL not found"), "403, `ACL not found`"),
         (Fault::Status(500, "No cluster leader\nmore"), "`No cluster leader`"),
@@ -877,15 +877,18 @@ async fn another_token_in_its_file_has_all_that_is_held_asked_again() {
         format!("{}?index=20&wait=60000ms", service("web")),
         format!("{}?index=1&wait=60000ms", kill_switch::PATH),
     ];
-    let is_held = |state: &super::test_server::State| held.iter().all(|q| state.asked.contains_key(q));
+    let is_held =
+        |state: &super::test_server::State| held.iter().all(|q| state.asked.contains_key(q));
     fake.state.subscribe().wait_for(is_held).await.unwrap();
     let n_asked = |state: &super::test_server::State| {
-        [NAMES, &service("web"), kill_switch::PATH, AGENT].map(|path| state.asked.get(path).copied())
+        [NAMES, &service("web"), kill_switch::PATH, AGENT]
+            .map(|path| state.asked.get(path).copied())
     };
     let before = n_asked(&fake.state.borrow());
     std::fs::write(&path, "second").unwrap();
-    let is_again =
-        |state: &super::test_server::State| n_asked(state).iter().zip(&before).all(|(n, was)| n > was);
+    let is_again = |state: &super::test_server::State| {
+        n_asked(state).iter().zip(&before).all(|(n, was)| n > was)
+    };
     let again = fake.state.subscribe().wait_for(is_again).await.is_ok();
     assert!(again);
     says(&mut handle, None).await;

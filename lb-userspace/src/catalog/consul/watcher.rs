@@ -1,7 +1,7 @@
 //! Brings the questions, the schedule and the model together.
 
-mod service_list;
 mod persist;
+mod service_list;
 mod switch;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -11,21 +11,21 @@ use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
 use tokio::task::{self, AbortHandle, JoinError, JoinSet};
 
-use super::negative_cache::Absent;
-use super::queries::{About, Answer, Failure, How, Said, queries};
 use super::backoff::Backoff;
 use super::client::Client;
 use super::doubt::{Signs, Weight};
 use super::index::{Ask, Verdict};
 use super::model::{Heard, Model, Node, Subject};
+use super::negative_cache::Absent;
+use super::queries::{About, Answer, Failure, How, Said, ask};
 use super::schedule::{Job, Rules, Schedule, Turn};
 use super::token::TokenWatch;
 use super::tracker::Tracker;
 use super::{Settings, Timing};
 use crate::catalog::cache::suspended;
-use crate::catalog::usage::{Lookup, Wish, Wishes};
 use crate::catalog::host::Own;
 use crate::catalog::snapshot::Memory;
+use crate::catalog::usage::{Lookup, Wish, Wishes};
 use crate::catalog::{Output, Watches};
 
 /// How often a token that may not read the switch is tried again.

@@ -180,7 +180,7 @@ impl Reader<'_> {
         })
     }
 
-    /// The ports a service is dialled at, as text again, for the table to read.
+    /// The ports a service is connected to at, as text again, for the table to read.
     fn ports(&mut self, value: &Spanned<DeValue<'_>>, whose: &str) -> Option<String> {
         let port = |value: &Spanned<DeValue<'_>>| {
             let number = value.get_ref().as_integer()?;
@@ -204,7 +204,7 @@ impl Reader<'_> {
         ports.map(|ports| ports.to_string())
     }
 
-    /// The protocols a service is dialled with, as text again, for the table to read.
+    /// The protocols a service is connected to with, as text again, for the table to read.
     fn protocol(&mut self, value: &Spanned<DeValue<'_>>, whose: &str) -> Option<String> {
         let protocols = value.get_ref().as_str().and_then(|text| text.parse::<Protocols>().ok());
         if protocols.is_none() {

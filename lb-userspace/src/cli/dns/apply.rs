@@ -9,8 +9,8 @@ use std::process::Command;
 
 use tempfile::NamedTempFile;
 
-use super::resolved::{self, Settings};
 use super::instructions::{ANCHOR, DROP_IN, MARK, negative_trust_anchor, resolved_drop_in};
+use super::resolved::{self, Settings};
 use super::{Target, upstream};
 use crate::config::DnsConfig;
 

@@ -1,11 +1,11 @@
 //! `nohop dns`: how a machine's own resolver comes to ask nohop, and what nohop answers.
 
 mod apply;
-mod host;
 mod detect;
+mod host;
+mod instructions;
 mod query;
 mod resolved;
-mod instructions;
 mod upstream;
 
 use std::net::{Ipv4Addr, SocketAddr};

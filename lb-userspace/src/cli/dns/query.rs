@@ -43,12 +43,12 @@ pub(super) fn ask_zone(target: &Target) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let answer = runtime
         .block_on(dns::ask(*local, domain, "SOA"))
-        .context("nothing was changed: start nohop first, or mend dns.listen")?;
+        .context("nothing was changed: start nohop first, or fix dns.listen")?;
     let code = answer.metadata.response_code;
     anyhow::ensure!(
         matches!(code, ResponseCode::NoError | ResponseCode::ServFail),
         "nothing was changed: {local} says {code} of the zone {domain}, so it isn't nohop: see \
-         who it is with ss -ulpn 'sport = :{}', and mend dns.listen",
+         who it is with ss -ulpn 'sport = :{}', and fix dns.listen",
         local.port()
     );
     Ok(())

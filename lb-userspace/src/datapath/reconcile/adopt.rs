@@ -12,10 +12,10 @@ use std::sync::Arc;
 use lb_common::{Backend, Region, Service as ServiceEntry, Target};
 
 use super::{Held, Reconciler, next};
-use crate::datapath::ids::Ids;
-use crate::datapath::maps::{FrontendKey, Maps};
 use crate::datapath::buddy::Block;
+use crate::datapath::ids::Ids;
 use crate::datapath::map_specs::Sizes;
+use crate::datapath::maps::{FrontendKey, Maps};
 
 /// Why maps can't be taken over.
 #[derive(Debug, thiserror::Error)]

@@ -7,12 +7,12 @@ use std::time::Duration;
 
 use hyper::StatusCode;
 
-/// Why there is no answer, with the mend.
+/// Why there is no answer, with the fix.
 #[derive(Debug, thiserror::Error)]
 pub enum QueryError {
     /// No connection.
     #[error(
-        "can't reach Consul at {address} ({source}): start its agent, or mend consul.address or \
+        "can't reach Consul at {address} ({source}): start its agent, or fix consul.address or \
          CONSUL_HTTP_ADDR"
     )]
     Unreachable {
@@ -24,7 +24,7 @@ pub enum QueryError {
     /// The files for TLS can't be used.
     #[error("can't speak TLS with Consul: {what}")]
     TlsFile {
-        /// The key, the file, what is wrong with it, and the mend.
+        /// The key, the file, what is wrong with it, and the fix.
         what: String,
     },
     /// One side doesn't accept the other's certificate, or doesn't speak TLS at all.
@@ -143,7 +143,7 @@ pub enum QueryError {
         source: serde_path_to_error::Error<serde_json::Error>,
     },
     /// The token file can't be read.
-    #[error("can't read the Consul token from {path} ({source}): mend consul.token_file")]
+    #[error("can't read the Consul token from {path} ({source}): fix consul.token_file")]
     TokenFile {
         /// The file.
         path: PathBuf,

@@ -40,7 +40,7 @@ impl Tls {
         if !config.verify {
             tracing::warn!(
                 "the certificate of the Consul agent isn't verified: whoever is between may read \
-                 the token and send dials anywhere; set consul.ca_file and verify = true"
+                 the token and send connects anywhere; set consul.ca_file and verify = true"
             );
         }
         Tls { config, read: Mutex::default() }
@@ -49,7 +49,7 @@ impl Tls {
     /// The certificates as their files have them now.
     ///
     /// # Errors
-    /// What is wrong with a file, and the mend.
+    /// What is wrong with a file, and the fix.
     pub fn client(&self) -> Result<Arc<ClientConfig>, String> {
         let mut read = self.read.lock().unwrap_or_else(PoisonError::into_inner);
         // Looked at before they are read: one that changes meanwhile is read again next time.

@@ -53,7 +53,7 @@ impl Supervisor {
         let Some(path) = self.settings.cache.clone() else { return };
         let write = move || {
             if let Err(error) = cache::write(&path, &memory) {
-                tracing::error!("{error}; until it is mended, a restart needs Consul");
+                tracing::error!("{error}; until it is fixed, a restart needs Consul");
             }
         };
         self.saving = Some(task::spawn(async move {

@@ -4,11 +4,11 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::super::negative_cache::Decision;
-use super::super::queries::{Answer, List, Said};
 use super::super::doubt::{Signs, Weight};
 use super::super::index::{Ask, Verdict};
 use super::super::model::Subject;
+use super::super::negative_cache::Decision;
+use super::super::queries::{Answer, List, Said};
 use super::super::schedule::is_shrink;
 use super::{Asked, Supervisor, TIDY};
 use crate::catalog::usage::{Lookup, Wanted};

@@ -2,10 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use super::super::queries::{Answer, Failure, Said};
 use super::super::index::{Ask, Verdict};
-use super::super::model::Subject;
 use super::super::kill_switch;
+use super::super::model::Subject;
+use super::super::queries::{Answer, Failure, Said};
 use super::{Asked, DENIED_PAUSE, Supervisor};
 
 /// The least time between two reads of the switch.

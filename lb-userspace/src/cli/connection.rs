@@ -1,10 +1,10 @@
-//! What a dial to a service gets, in a sentence: as far as the table says it.
+//! What a connection to a service gets, in a sentence: as far as the table says it.
 
 use std::net::SocketAddr;
 
 use crate::table::{Backend, Ports, Protocols, Service};
 
-/// What a dial gets by this state of the service.
+/// What a connection gets by this state of the service.
 pub fn sentence(fqdn: &str, service: &Service) -> String {
     let healthy: Vec<&Backend> = service.healthy().collect();
     let target = target(fqdn, service);
@@ -19,7 +19,7 @@ pub fn sentence(fqdn: &str, service: &Service) -> String {
     let n_host_only = healthy.iter().filter(|backend| backend.host_only).count();
     if n_host_only > 0 {
         clauses.push(format!(
-            "{n_host_only} of them on this host's loopback, for dials from its own network \
+            "{n_host_only} of them on this host's loopback, for connects from its own network \
              namespace only"
         ));
     }
@@ -49,7 +49,7 @@ pub fn sentence(fqdn: &str, service: &Service) -> String {
     clauses.join("; ")
 }
 
-/// A dial, and all that it may be to: the name, its addresses, ports and protocols.
+/// A connection, and all that it may be to: the name, its addresses, ports and protocols.
 pub fn target(fqdn: &str, service: &Service) -> String {
     let vip6 = service.vip6.map(|vip6| format!(" or {vip6}")).unwrap_or_default();
     let ports = match &service.ports {
@@ -64,7 +64,7 @@ pub fn target(fqdn: &str, service: &Service) -> String {
         Protocols::Udp => "UDP",
         Protocols::Both => "TCP or UDP",
     };
-    format!("a dial to {fqdn} ({}{vip6}) at {ports} by {protocols}", service.vip)
+    format!("a connection to {fqdn} ({}{vip6}) at {ports} by {protocols}", service.vip)
 }
 
 /// What the service's addresses refuse in any case.
@@ -121,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_dial_gets() {
+    fn what_a_connect_gets() {
         use Protocols::*;
         let (v4, v6) = ("10.0.0.7:1", "[2001:db8::7]:1");
         let rows: &[(&[&str], Ports, Protocols, &str)] = &[
@@ -143,7 +143,7 @@ mod tests {
                 Ports::Any,
                 Both,
                 "at any port by TCP or UDP goes to one of 2 healthy backends, at random by weight; \
-                 1 of them on this host's loopback, for dials from its own network namespace only",
+                 1 of them on this host's loopback, for connects from its own network namespace only",
             ),
             (
                 &[v6],
@@ -166,7 +166,7 @@ mod tests {
         for (backends, ports, protocols, expected) in rows {
             let service =
                 Service { ports: ports.clone(), protocols: *protocols, ..service(backends) };
-            let expected = format!("a dial to web.service (127.128.0.1) {expected}");
+            let expected = format!("a connection to web.service (127.128.0.1) {expected}");
             assert_eq!(sentence("web.service", &service), expected);
         }
     }
@@ -174,7 +174,7 @@ mod tests {
     #[test]
     fn both_addresses_are_named() {
         let service = Service { vip6: Some("fd00::1".parse().unwrap()), ..service(&[]) };
-        let expected = "a dial to w (127.128.0.1 or fd00::1) at port 80 by TCP";
+        let expected = "a connection to w (127.128.0.1 or fd00::1) at port 80 by TCP";
         assert_eq!(target("w", &service), expected);
         let mixed = self::service(&["10.0.0.7:1", "[2001:db8::7]:1"]);
         let text = sentence("w", &Service { vip6: service.vip6, ..mixed });
