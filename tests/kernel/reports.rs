@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use lb_userspace::datapath::Reports;
 use lb_userspace::table::{Service, Watch};
 
-use crate::families::{Use, dual, ha_cluster};
+use crate::families::{Use, dual, servers};
 use crate::fixture::{
     Bed, OTHER_VIP, Place, Server, VIP, VIP6, connect, loopback, service, table, ways,
 };

@@ -49,7 +49,7 @@ pub fn story() -> Result<()> {
     let connects = connect(nodes.client.outside(), address, 5)?;
     ensure!(
         connects.all_failed_with("HostUnreachable"),
-        "the node's other processes: {connections:?}"
+        "the node's other processes: {connects:?}"
     );
     // From inside the namespace a cgroup's depth is not what its path shows.
     let script = r#"echo 0 > "$1/cgroup.procs" && shift && exec "$@""#;

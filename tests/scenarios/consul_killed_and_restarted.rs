@@ -26,10 +26,7 @@ pub fn story() -> Result<()> {
         let after = cluster.nohop.services()?;
         ensure!(after[0]["generation"] == before[0]["generation"], "{when}: {after:#}");
         let connects = cluster.nodes.connect(vip, 100)?;
-        ensure!(
-            connects.errors.is_empty() && connects.answers.len() == 2,
-            "{when}: {connections:?}"
-        );
+        ensure!(connects.errors.is_empty() && connects.answers.len() == 2, "{when}: {connects:?}");
         Ok(())
     };
     cluster.agent.restart()?;

@@ -34,16 +34,13 @@ pub fn story() -> Result<()> {
         (PIN, "hello from remote"),
     ] {
         let connects = nodes.connect(address, 20)?;
-        ensure!(connects.all_answered(|a| a == answer), "host, {address}: {connections:?}");
+        ensure!(connects.all_answered(|a| a == answer), "host, {address}: {connects:?}");
     }
     for (address, answer) in [(remote_vip, "hello from remote"), (PIN, "hello from container")] {
         let connects = connect(inside, address, 20)?;
-        ensure!(connects.all_answered(|a| a == answer), "container, {address}: {connections:?}");
+        ensure!(connects.all_answered(|a| a == answer), "container, {address}: {connects:?}");
     }
     let connects = connect(inside, local_vip, 20)?;
-    ensure!(
-        connects.all_failed_with("ConnectionRefused"),
-        "container, {local_vip}: {connections:?}"
-    );
+    ensure!(connects.all_failed_with("ConnectionRefused"), "container, {local_vip}: {connects:?}");
     Ok(())
 }

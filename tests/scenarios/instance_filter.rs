@@ -62,6 +62,6 @@ pub fn story() -> Result<()> {
         connects.all_answered(|a| a == "hello from warned" || a == "hello from named"),
         "{connects:?}"
     );
-    ensure!(connects.answers.len() == 2, "both serve: {connections:?}");
+    ensure!(connects.answers.len() == 2, "both serve: {connects:?}");
     Ok(())
 }

@@ -32,7 +32,7 @@ pub fn story() -> Result<()> {
     }
     for name in &names[N_FIT..] {
         let connects = nodes.connect(vip(&nohop, name)?, 5)?;
-        ensure!(connects.all_failed_with("ConnectionRefused"), "{name}: {connections:?}");
+        ensure!(connects.all_failed_with("ConnectionRefused"), "{name}: {connects:?}");
     }
     let explained = String::from_utf8(nohop.cli("explain i")?.stdout)?;
     ensure!(explained.contains("is refused with ECONNREFUSED: SERVICES is full"), "{explained}");

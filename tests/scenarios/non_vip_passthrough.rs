@@ -21,13 +21,13 @@ pub fn story() -> Result<()> {
         (local.address, "hello from local"),
     ] {
         let connects = nodes.connect(address, 20)?;
-        ensure!(connects.all_answered(|a| a == answer), "{address}: {connections:?}");
-        ensure!(connects.peers.keys().eq([&address.to_string()]), "{address}: {connections:?}");
+        ensure!(connects.all_answered(|a| a == answer), "{address}: {connects:?}");
+        ensure!(connects.peers.keys().eq([&address.to_string()]), "{address}: {connects:?}");
     }
     // Where nobody listens.
     for ip in [Ipv4Addr::new(10, 99, 0, 2), Ipv4Addr::LOCALHOST] {
         let connects = nodes.connect(SocketAddrV4::new(ip, 80), 5)?;
-        ensure!(connects.all_failed_with("ConnectionRefused"), "{ip}: {connections:?}");
+        ensure!(connects.all_failed_with("ConnectionRefused"), "{ip}: {connects:?}");
     }
     let services = nohop.services()?;
     ensure!(services[0]["connects"] == 0 && services[0]["refused"] == 0, "{services:#}");

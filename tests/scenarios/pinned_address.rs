@@ -22,10 +22,7 @@ pub fn story() -> Result<()> {
         ensure!(connects.peers.keys().eq([&address.to_string()]), "{connects:?}");
     }
     let connects = connect(outside, PIN, 5)?;
-    ensure!(
-        connects.all_failed_with("ConnectionRefused"),
-        "outside of the cgroup: {connections:?}"
-    );
+    ensure!(connects.all_failed_with("ConnectionRefused"), "outside of the cgroup: {connects:?}");
 
     let leader = nodes.inside().run("curl", "-sS http://127.0.0.1:8500/v1/status/leader")?;
     ensure!(leader.contains("10.99.0.2:"), "{leader}");

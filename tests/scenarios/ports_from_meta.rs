@@ -24,7 +24,7 @@ pub fn story() -> Result<()> {
         let connects = cluster.nodes.connect(SocketAddrV4::new(vip, port), 5)?;
         ensure!(
             connects.errors.is_empty() && !connects.answers.is_empty(),
-            "port {port}: {connections:?}"
+            "port {port}: {connects:?}"
         );
     }
     let other_port = cluster.nodes.connect(SocketAddrV4::new(vip, 80), 5)?;

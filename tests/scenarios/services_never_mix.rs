@@ -48,9 +48,9 @@ fn connect_through(cluster: &Cluster, vip: SocketAddrV4, own: &str) -> Result<()
     let mut n_rounds = 0;
     while n_rounds < N_ROUNDS || generation()? < enough {
         let connects: Connects = cluster.nodes.connect(vip, N_CONNECTS_A_ROUND)?;
-        ensure!(connects.all_answered(|answer| answer.starts_with(own)), "{own}: {connections:?}");
+        ensure!(connects.all_answered(|answer| answer.starts_with(own)), "{own}: {connects:?}");
         let n_answers: u64 = connects.answers.values().sum();
-        ensure!(n_answers == u64::from(N_CONNECTS_A_ROUND), "{own}: {connections:?}");
+        ensure!(n_answers == u64::from(N_CONNECTS_A_ROUND), "{own}: {connects:?}");
         n_rounds += 1;
         ensure!(n_rounds < MAX_ROUNDS, "the table doesn't change while it is connected to");
     }

@@ -31,10 +31,7 @@ pub fn story() -> Result<()> {
     ensure!(served.all_answered(|answer| answer == "hello from helloworld"), "{served:?}");
     for address in [empty, unassigned, other_port] {
         let connects = nodes.connect(address, 20)?;
-        ensure!(
-            connects.all_failed_with("ConnectionRefused"),
-            "{address}, inside: {connections:?}"
-        );
+        ensure!(connects.all_failed_with("ConnectionRefused"), "{address}, inside: {connects:?}");
     }
     let mut curl = nodes.inside().command("curl");
     curl.args(["-sS", "-g", "--max-time", "5"]).arg(format!("http://[::ffff:{}]/", full.ip()));
@@ -42,7 +39,7 @@ pub fn story() -> Result<()> {
     ensure!(output.stdout == b"hello from helloworld\n", "a dual-stack socket: {output:?}");
     for address in [empty, unassigned, other_port, full] {
         let connects = connect(outside, address, 20)?;
-        ensure!(connects.all_failed_with("HostUnreachable"), "{address}, outside: {connections:?}");
+        ensure!(connects.all_failed_with("HostUnreachable"), "{address}, outside: {connects:?}");
     }
     Ok(())
 }

@@ -111,24 +111,28 @@ fn measure(object: &Path, n_rounds: usize, n_calls: usize) -> Figures {
             name,
             cgroup: compared.cgroup(of).to_owned(),
             cost: Box::new(move || compared.cost(program)),
-            work: Box::new(move || traffic::connect(again(dead))),
+            work: Box::new(move || traffic::connect_each(again(dead))),
         })
         .collect();
     cases.extend([
-        Case::of(many, connect4, "no VIP", move || traffic::connect(again(dead))),
-        Case::of(many, connect4, "no backends", move || traffic::connect(again(vip(EMPTY)))),
+        Case::of(many, connect4, "no VIP", move || traffic::connect_each(again(dead))),
+        Case::of(many, connect4, "no backends", move || traffic::connect_each(again(vip(EMPTY)))),
         Case::of(many, connect4, "connected again", move || traffic::reconnect(vip(DEAD), n_calls)),
-        Case::of(few, connect4, "a VIP among 10", move || traffic::connect(again(vip(DEAD)))),
-        Case::of(many, connect4, "a VIP among 10,000", move || traffic::connect(again(vip(DEAD)))),
-        Case::of(few, connect4, "VIPs of 10", move || traffic::connect(in_turn(FEW))),
-        Case::of(many, connect4, "VIPs of 10,000", move || traffic::connect(in_turn(MANY))),
+        Case::of(few, connect4, "a VIP among 10", move || traffic::connect_each(again(vip(DEAD)))),
+        Case::of(many, connect4, "a VIP among 10,000", move || {
+            traffic::connect_each(again(vip(DEAD)))
+        }),
+        Case::of(few, connect4, "VIPs of 10", move || traffic::connect_each(in_turn(FEW))),
+        Case::of(many, connect4, "VIPs of 10,000", move || traffic::connect_each(in_turn(MANY))),
         Case::of(many, "nohop_connect6", "a mapped VIP", move || {
             traffic::connect_mapped(again(vip(DEAD)));
         }),
-        Case::of(many, connect4, "answered: a VIP", move || traffic::connect(again(vip(LIVE)))),
+        Case::of(many, connect4, "answered: a VIP", move || {
+            traffic::connect_each(again(vip(LIVE)))
+        }),
         Case::of(many, connect4, "answered: no VIP", {
             let live = backends.live;
-            move || traffic::connect(again(live))
+            move || traffic::connect_each(again(live))
         }),
         Case::of(many, getpeer4, "getpeername: a VIP", move || traffic::ask(vip(LIVE), n_calls)),
         Case::of(many, getpeer4, "getpeername: no VIP", {

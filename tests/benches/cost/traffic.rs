@@ -7,7 +7,7 @@ use rustix::net::{AddressFamily, SocketType, connect, socket};
 
 /// Connects each address once, on a socket of its own. Whether anybody answers doesn't matter, but no
 /// program may forbid it.
-pub fn connect(addresses: impl Iterator<Item = SocketAddrV4>) {
+pub fn connect_each(addresses: impl Iterator<Item = SocketAddrV4>) {
     for address in addresses {
         let refusal = TcpStream::connect(address).map_err(|error| error.kind()).err();
         assert_ne!(refusal, Some(ErrorKind::PermissionDenied), "{address}");
