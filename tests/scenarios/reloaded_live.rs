@@ -36,7 +36,7 @@ pub fn story() -> Result<()> {
     ensure!(new_port == "hello from 2\n", "{new_port}");
     ensure!(ttl(&nodes)? == "7");
 
-    nohop.configure(&(second.config() + "dns.ttl = 9\nplane.max_services = 7\n"))?;
+    nohop.configure(&(second.config() + "dns.ttl = 9\ndatapath.max_services = 7\n"))?;
     let (code, text) = said(&nohop.cli("reload")?);
     ensure!(code == Some(1) && text.contains("datapath.max_services: 16384 -> 7 needs"), "{text}");
     nohop.configure(&(second.config() + "dns.ttl = 9\ndns.tll = 9\nvip.ports = [0]\n"))?;

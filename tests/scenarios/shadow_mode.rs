@@ -28,7 +28,7 @@ pub fn story() -> Result<()> {
         "{text}"
     );
     let text = String::from_utf8(nohop.cli("services")?.stdout)?;
-    ensure!(text.contains("connections 0, refused 0, 10 only counted"), "{text}");
+    ensure!(text.contains("connects 0, refused 0, 10 only counted"), "{text}");
     ensure!(nohop.explain("helloworld")?["connect"].to_string().contains("SERVFAIL"));
 
     // Now in earnest.

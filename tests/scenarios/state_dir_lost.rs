@@ -10,7 +10,7 @@ use lb_tests::nohop::Nohop;
 use crate::cluster::{Catalog, Nodes, SOON};
 
 /// So small a pool, for so many names, that some don't get the address that is their first choice.
-const SMALL: &str = "vip.pool = \"127.128.0.0/24\"\nplane.max_services = 200\n";
+const SMALL: &str = "vip.pool = \"127.128.0.0/24\"\ndatapath.max_services = 200\n";
 const N_SERVICES: usize = 150;
 
 pub fn story() -> Result<()> {

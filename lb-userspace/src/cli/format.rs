@@ -141,7 +141,7 @@ fn service(text: &mut String, service: &Service, width: usize) {
     line(
         text,
         format!(
-            "{:<width$}  {}:{ports}{vip6}{pin}  {}, {}, connections {}, refused {}{by_family}{shadowed}{udp_connects}",
+            "{:<width$}  {}:{ports}{vip6}{pin}  {}, {}, connects {}, refused {}{by_family}{shadowed}{udp_connects}",
             service.name,
             service.vip,
             service.protocol,

@@ -441,7 +441,7 @@ fn what_is_wrong_is_named_with_its_line_and_its_fix() {
                 "f:2: vip.pool: 127.9.0.0/24 has 254 usable addresses and datapath.max_services is 16384; widen the pool, or set max_services = 254 or less",
             ],
         ),
-        ("vip.pool = '127.9.0.0/24'\nplane.max_services = 254", &[]),
+        ("vip.pool = '127.9.0.0/24'\ndatapath.max_services = 254", &[]),
         (
             "vip.pool6 = 'fd00::/120'",
             &[
