@@ -3,9 +3,12 @@
 //! lb-ebpf is a workspace of its own: it needs a nightly compiler, the standard library's source
 //! and a bpf-linker built against that nightly's LLVM. `cargo xtask setup` provides all three.
 
+#[path = "../xtask/src/setup/toolchain.rs"]
+#[allow(dead_code)] // setup has more use for it
+mod toolchain;
+
 use std::env;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 fn main() {
     let object_dir = Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("lb-ebpf");
@@ -26,37 +29,46 @@ fn main() {
         fail(&format!("{} isn't there: run `cargo xtask setup` first", linker.display()));
     }
 
+    let name = toolchain::name();
+    println!("cargo:rerun-if-env-changed=NOHOP_NIGHTLY");
+    check_compiler(&name);
+
     let out_dir = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     let target_dir = out_dir.join("object");
-    let mut cargo = Command::new("rustup");
-    cargo.args(["run", "nightly", "cargo", "build", "--release", "--locked"]);
-    cargo.args(["--bin", "nohop-ebpf", "--target-dir"]);
+    let mut cargo = toolchain::command("cargo");
+    cargo.args(["build", "--release", "--locked", "--bin", "nohop-ebpf", "--target-dir"]);
     cargo.arg(&target_dir).current_dir(&object_dir);
-    // What this build's cargo set for itself would reach the other one: its compiler, its flags.
-    for inherited in [
-        "CARGO",
-        "CARGO_BUILD_TARGET",
-        "CARGO_ENCODED_RUSTFLAGS",
-        "RUSTC",
-        "RUSTC_WORKSPACE_WRAPPER",
-        "RUSTC_WRAPPER",
-        "RUSTFLAGS",
-        "RUSTUP_TOOLCHAIN",
-    ] {
-        cargo.env_remove(inherited);
-    }
     match cargo.status() {
         Ok(status) if status.success() => {}
         Ok(_) => fail("the kernel object didn't build; `cargo xtask setup` fixes a missing tool"),
-        Err(error) => {
-            fail(&format!("can't run rustup ({error}): install it from https://rustup.rs"))
-        }
+        Err(error) => no_rustup(&error),
     }
 
     let object = target_dir.join("bpfel-unknown-none/release/nohop-ebpf");
     if let Err(error) = std::fs::copy(&object, out_dir.join("nohop-ebpf")) {
         fail(&format!("can't copy {}: {error}", object.display()));
     }
+}
+
+/// Fails where the nightly can't build the object, instead of far into its build.
+fn check_compiler(name: &str) {
+    let output = toolchain::command("rustc").arg("-vV").output().unwrap_or_else(|e| no_rustup(&e));
+    if !output.status.success() {
+        let printed = String::from_utf8_lossy(&output.stderr);
+        let reason = printed.lines().next().unwrap_or_default();
+        fail(&format!(
+            "rustup has no `{name}` ({reason}): `rustup toolchain install {name} --profile minimal \
+             --component rust-src`, then `cargo xtask setup`"
+        ));
+    }
+    let printed = String::from_utf8_lossy(&output.stdout);
+    if let Err(why) = toolchain::Compiler::read(name, &printed) {
+        fail(&why);
+    }
+}
+
+fn no_rustup(error: &std::io::Error) -> ! {
+    fail(&format!("can't run rustup ({error}): install it from https://rustup.rs"))
 }
 
 fn fail(why: &str) -> ! {

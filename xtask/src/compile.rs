@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use crate::process;
-use crate::setup::{self, Purpose};
+use crate::setup::{self, Purpose, toolchain};
 
 /// What a build leaves behind.
 pub struct Built {
@@ -80,7 +80,7 @@ pub fn harness() -> Result<PathBuf> {
 /// When the build fails.
 pub fn measured_object() -> Result<PathBuf> {
     let target = crate::root().join("target/measure");
-    let mut cargo = process::nightly("cargo");
+    let mut cargo = toolchain::command("cargo");
     cargo.args(["build", "--release", "--locked", "--bin", "nohop-measure", "--target-dir"]);
     process::stream(cargo.arg(&target).current_dir(crate::root().join("lb-ebpf")))?;
     Ok(target.join("bpfel-unknown-none/release/nohop-measure"))

@@ -34,7 +34,10 @@ pub fn run(target: Option<&str>, seconds: u64) -> Result<()> {
         let found = crate::root().join("fuzz/target/found").join(name);
         fs::create_dir_all(&found).with_context(|| format!("can't make {}", found.display()))?;
         let mut fuzz = Command::new("rustup");
-        fuzz.args(["run", "nightly"]).arg(&cargo_fuzz).args(["run", name]).arg(&found);
+        fuzz.args(["run", &setup::toolchain::name()])
+            .arg(&cargo_fuzz)
+            .args(["run", name])
+            .arg(&found);
         fuzz.arg(crate::root().join("fuzz/corpus").join(name));
         fuzz.arg("--").arg(format!("-max_total_time={seconds}"));
         fuzz.arg(format!("-max_len={MAX_LEN}")).args(["-timeout=10", "-rss_limit_mb=2048"]);

@@ -5,6 +5,8 @@ mod bench;
 mod compile;
 mod demo;
 mod fuzz;
+#[cfg(test)]
+mod links;
 mod process;
 mod setup;
 mod test;

@@ -45,25 +45,6 @@ fn shown(command: &Command) -> String {
     words.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ")
 }
 
-/// The nightly's `program`, without what the cargo that started this one says to its children.
-pub fn nightly(program: &str) -> Command {
-    let mut command = Command::new("rustup");
-    command.args(["run", "nightly", program]);
-    for inherited in [
-        "CARGO",
-        "CARGO_BUILD_TARGET",
-        "CARGO_ENCODED_RUSTFLAGS",
-        "RUSTC",
-        "RUSTC_WORKSPACE_WRAPPER",
-        "RUSTC_WRAPPER",
-        "RUSTFLAGS",
-        "RUSTUP_TOOLCHAIN",
-    ] {
-        command.env_remove(inherited);
-    }
-    command
-}
-
 /// Where the program `name` is; the folders of the system's own tools count also for a user whose
 /// PATH lacks them.
 pub fn find(name: &str) -> Option<PathBuf> {

@@ -3,13 +3,16 @@
 
 mod apt;
 mod consul;
+pub mod deny;
 mod envoy;
 pub mod fuzz;
 pub mod kernels;
 mod linker;
 mod rust;
 mod system;
+pub mod toolchain;
 mod unpacked;
+mod wheel;
 
 use std::env;
 use std::fs;
@@ -21,6 +24,7 @@ use anyhow::{Context, Result, anyhow, bail};
 
 pub const AFTER_HELP: &str = "\
 Looked at first:
+  NOHOP_NIGHTLY   rustup's name of the nightly compiler; `nightly` where it is unset
   NOHOP_RUST_SRC  the standard library's source for the nightly: a rust-src tarball, or a folder
                   that holds one, or that holds library/
   NOHOP_CONSUL    a consul binary, a .deb of it, or a folder that holds one of the two

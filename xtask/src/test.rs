@@ -5,6 +5,7 @@ use std::process::{Command, ExitCode};
 use anyhow::{Context, Result, anyhow};
 
 use crate::process::{self, is_root};
+use crate::setup::{self, toolchain};
 use crate::test_report::Tally;
 use crate::vm;
 
@@ -12,9 +13,9 @@ use crate::vm;
 /// says how many passed.
 pub fn run(filter: Option<&str>) -> ExitCode {
     let mut tally = Tally::default();
-    match crate::setup::run(crate::setup::Purpose::Test) {
+    match setup::run(setup::Purpose::Test) {
         Ok(()) => {
-            if let Err(error) = crate::setup::run_for_bench() {
+            if let Err(error) = setup::run_for_bench() {
                 tally.skip("the harness's tests that need them", &format!("{error:#}"));
             }
             run_phases(&mut tally, filter);
@@ -38,6 +39,7 @@ fn run_phases(tally: &mut Tally, filter: Option<&str>) {
         let clippy = ["clippy", "--workspace", "--all-targets"];
         tally.command("lints", cargo(&clippy).args(lints));
         lint_object(tally, &lints);
+        check_dependencies(tally);
     }
 
     run_tests(tally, filter);
@@ -76,14 +78,43 @@ fn run_tests(tally: &mut Tally, filter: Option<&str>) {
 
 /// A nightly may come without clippy.
 fn lint_object(tally: &mut Tally, lints: &[&str]) {
-    if process::output(process::nightly("cargo-clippy").arg("--version")).is_err() {
-        let fix = "`rustup component add clippy --toolchain nightly` adds it";
+    if process::output(toolchain::command("cargo-clippy").arg("--version")).is_err() {
+        let name = toolchain::name();
+        let fix = format!("`rustup component add clippy --toolchain {name}` adds it");
         tally.skip("lints of the object", &format!("the nightly has no clippy: {fix}"));
         return;
     }
-    let mut clippy = process::nightly("cargo");
+    let mut clippy = toolchain::command("cargo");
     clippy.args(["clippy", "--release", "--locked"]).args(lints);
     tally.command("lints of the object", clippy.current_dir(crate::root().join("lb-ebpf")));
+}
+
+/// Licences, duplicates, sources and advisories of all dependencies, by deny.toml.
+fn check_dependencies(tally: &mut Tally) {
+    let name = "dependencies, by cargo-deny";
+    let deny = match setup::deny::provide() {
+        Ok(deny) => deny,
+        Err(error) => return tally.skip(name, &format!("{error:#}")),
+    };
+    let deny = |manifest: &str, arguments: &[&str]| {
+        let mut command = Command::new(&deny);
+        command.args(["--manifest-path", manifest, "--config", "deny.toml"]).args(arguments);
+        command.current_dir(crate::root());
+        command
+    };
+    for manifest in ["Cargo.toml", "lb-ebpf/Cargo.toml"] {
+        let check = ["check", "--hide-inclusion-graph", "bans", "licenses", "sources"];
+        tally.command(&format!("{name}: {manifest}"), &mut deny(manifest, &check));
+    }
+    // Their database lies in a Git repository, which not every network lets through.
+    let name = "advisories, by cargo-deny";
+    match process::output(&mut deny("Cargo.toml", &["fetch", "db"])) {
+        Ok(_) => {
+            let check = ["check", "--disable-fetch", "advisories"];
+            tally.command(name, &mut deny("Cargo.toml", &check));
+        }
+        Err(error) => tally.skip_offline(name, &format!("{error:#}")),
+    }
 }
 
 fn cargo(arguments: &[&str]) -> Command {

@@ -15,19 +15,20 @@ use crate::process;
 
 const VERSION: &str = "0.13.0";
 
-/// The LLVM versions that this bpf-linker can be built against (its cargo features).
-const LLVM_MAJORS: std::ops::RangeInclusive<u32> = 21..=23;
-
 pub fn provide(nightly: &Nightly) -> Result<String> {
     let place = cache_dir()?.join(format!("bpf-linker-{VERSION}-{}", nightly.short_commit()));
     let cached = place.join("bin/bpf-linker");
     if works(&cached) {
         link_tool("bpf-linker", &cached)?;
-        return Ok(format!("{VERSION} for LLVM {}, {}", nightly.llvm_major, cached.display()));
+        return Ok(format!(
+            "{VERSION} for LLVM {}, {}",
+            nightly.compiler.llvm_major,
+            cached.display()
+        ));
     }
     if let Some(found) = process::find("bpf-linker")
         && works(&found)
-        && linked_llvm_major(&found).is_some_and(|major| major >= nightly.llvm_major)
+        && linked_llvm_major(&found).is_some_and(|major| major >= nightly.compiler.llvm_major)
     {
         link_tool("bpf-linker", &found)?;
         return Ok(format!("{VERSION} from PATH, {}", found.display()));
@@ -35,12 +36,12 @@ pub fn provide(nightly: &Nightly) -> Result<String> {
 
     announce(&format!(
         "building bpf-linker {VERSION} against the nightly's LLVM {} (about a minute)",
-        nightly.llvm_major
+        nightly.compiler.llvm_major
     ));
     let fix = format!(
         "follow what is said above and run setup again, or put a bpf-linker {VERSION} on PATH that \
          links to a shared LLVM {} or later",
-        nightly.llvm_major
+        nightly.compiler.llvm_major
     );
     with_fix(build(nightly, &place), "it didn't build", &fix)?;
     if !works(&cached) {
@@ -71,16 +72,6 @@ fn llvm_major(text: &str) -> Option<u32> {
 }
 
 fn build(nightly: &Nightly, place: &Path) -> Result<()> {
-    if !LLVM_MAJORS.contains(&nightly.llvm_major) {
-        bail!(
-            "the nightly has LLVM {}, bpf-linker {VERSION} knows {} to {}: install a nightly with \
-             one of these, or raise the version in {}",
-            nightly.llvm_major,
-            LLVM_MAJORS.start(),
-            LLVM_MAJORS.end(),
-            file!()
-        );
-    }
     let lib = nightly.sysroot.join("lib");
     let prefix = place.join("llvm");
     let link = prefix.join("lib/libLLVM.so");
@@ -91,7 +82,11 @@ fn build(nightly: &Nightly, place: &Path) -> Result<()> {
 
     let mut cargo = Command::new("cargo");
     cargo.args(["install", "bpf-linker", "--version", VERSION, "--locked", "--force"]);
-    cargo.args(["--no-default-features", "--features", &format!("llvm-{}", nightly.llvm_major)]);
+    cargo.args([
+        "--no-default-features",
+        "--features",
+        &format!("llvm-{}", nightly.compiler.llvm_major),
+    ]);
     cargo.arg("--root").arg(place);
     for inherited in ["CARGO_BUILD_TARGET", "CARGO_ENCODED_RUSTFLAGS", "CARGO_TARGET_DIR"] {
         cargo.env_remove(inherited);

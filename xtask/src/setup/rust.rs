@@ -5,8 +5,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Error, Result, bail};
 
+use super::toolchain::{self, Compiler};
 use super::{Draft, announce, with_fix};
 use crate::process;
 
@@ -16,39 +17,30 @@ const SOURCE_FIX: &str = "set NOHOP_RUST_SRC to a rust-src tarball, a folder tha
 /// The nightly compiler that builds the object.
 pub struct Nightly {
     pub sysroot: PathBuf,
-    pub commit: String,
-    pub llvm_major: u32,
+    pub compiler: Compiler,
 }
 
 impl Nightly {
     /// # Errors
-    /// When there is no rustup, or it has no nightly.
+    /// When there is no rustup, it has no nightly, or the nightly can't build the object.
     pub fn find() -> Result<Self> {
         if process::find("rustup").is_none() {
             bail!("rustup isn't on PATH: install it from https://rustup.rs");
         }
+        let name = toolchain::name();
         let version = with_fix(
-            process::output(process::nightly("rustc").arg("-vV")),
-            "rustup has no nightly that works",
-            "rustup toolchain install nightly --profile minimal",
+            process::output(toolchain::command("rustc").arg("-vV")),
+            &format!("rustup has no `{name}` that works"),
+            &format!("rustup toolchain install {name} --profile minimal --component rust-src"),
         )?;
-        let sysroot = process::output(process::nightly("rustc").args(["--print", "sysroot"]))?;
-        let field = |name: &str| {
-            let value = version.lines().find_map(|line| line.strip_prefix(name));
-            value.map(str::trim).ok_or_else(|| anyhow!("`rustc -vV` has no {name:?}: {version}"))
-        };
-        let llvm = field("LLVM version:")?;
-        let llvm_major = llvm.split('.').next().and_then(|major| major.parse().ok());
-        Ok(Self {
-            sysroot: PathBuf::from(sysroot.trim()),
-            commit: field("commit-hash:")?.to_owned(),
-            llvm_major: llvm_major.with_context(|| format!("{llvm:?} is no LLVM version"))?,
-        })
+        let compiler = Compiler::read(&name, &version).map_err(Error::msg)?;
+        let sysroot = process::output(toolchain::command("rustc").args(["--print", "sysroot"]))?;
+        Ok(Self { sysroot: PathBuf::from(sysroot.trim()), compiler })
     }
 
     /// The first nine digits of the commit, as `rustc -V` has them.
     pub fn short_commit(&self) -> &str {
-        self.commit.get(..9).unwrap_or(&self.commit)
+        self.compiler.commit.get(..9).unwrap_or(&self.compiler.commit)
     }
 }
 
@@ -58,7 +50,7 @@ pub fn provide_source(nightly: &Nightly) -> Result<String> {
     // Source that setup unpacked bears the compiler it was for; rustup keeps its own up to date.
     let stamp = home.join(".nohop-nightly");
     let stamped = fs::read_to_string(&stamp).ok();
-    let stale = stamped.as_ref().is_some_and(|commit| *commit != nightly.commit);
+    let stale = stamped.as_ref().is_some_and(|commit| *commit != nightly.compiler.commit);
     if is_library(&library) && !stale {
         return Ok(library.display().to_string());
     }
@@ -68,23 +60,24 @@ pub fn provide_source(nightly: &Nightly) -> Result<String> {
         fs::create_dir_all(&home).with_context(|| format!("can't create {}", home.display()))?;
         let stopped = format!("NOHOP_RUST_SRC={} doesn't serve", given.display());
         with_fix(unpack(&given, &library), &stopped, SOURCE_FIX)?;
-        fs::write(&stamp, &nightly.commit)
+        fs::write(&stamp, &nightly.compiler.commit)
             .with_context(|| format!("can't write {}", stamp.display()))?;
         return Ok(format!("unpacked {}", given.display()));
     }
 
-    announce("rustup component add rust-src --toolchain nightly");
+    let name = toolchain::name();
+    announce(&format!("rustup component add rust-src --toolchain {name}"));
     if stamped.is_some() {
         // rustup refuses to install over files that aren't its own.
         fs::remove_dir_all(&home).with_context(|| format!("can't remove {}", home.display()))?;
     }
-    let add = ["component", "add", "rust-src", "--toolchain", "nightly"];
+    let add = ["component", "add", "rust-src", "--toolchain", &name];
     let added = process::output(Command::new("rustup").args(add));
     with_fix(added, "rustup can't provide it", SOURCE_FIX)?;
     if !is_library(&library) {
         bail!(
             "rustup says that rust-src is installed, but {} isn't there: run `rustup component \
-             remove rust-src --toolchain nightly`, then setup again",
+             remove rust-src --toolchain {name}`, then setup again",
             library.display()
         );
     }
