@@ -45,7 +45,7 @@ pub fn story() -> Result<()> {
         load.wait_until_second(1)?;
         let answer = servers.nodes.dig("@127.0.0.1 +noall +comments hidden.service")?;
         ensure!(answer.contains("NXDOMAIN"), "{answer}");
-        let facts = servers.nohop.status()?["catalog"]["facts"].to_string();
+        let facts = servers.nohop.status()?["sources"][0]["facts"].to_string();
         ensure!(facts.contains("key:read"), "{facts}");
 
         // Revoked.

@@ -31,7 +31,7 @@ pub fn story() -> Result<()> {
     }
     let connects = nodes.connect(vip(&nohop, "web")?, 20)?;
     ensure!(connects.all_failed_with("ConnectionRefused"), "{connects:?}");
-    let facts = nohop.status()?["catalog"]["facts"].to_string();
+    let facts = nohop.status()?["sources"][0]["facts"].to_string();
     ensure!(facts.contains(BACKEND) && facts.contains("isn't this host's"), "{facts}");
     Ok(())
 }

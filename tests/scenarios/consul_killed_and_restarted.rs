@@ -12,7 +12,7 @@ pub fn story() -> Result<()> {
     let before = cluster.nohop.services()?;
 
     cluster.agent.kill();
-    let is_failing = |status: &serde_json::Value| status["catalog"]["state"] == "failing";
+    let is_failing = |status: &serde_json::Value| status["sources"][0]["state"] == "failing";
     let status = cluster.nohop.wait_for_status(SOON, is_failing)?;
     ensure!(status["ready"] == true, "{status:#}");
     let connects = cluster.nodes.connect(vip, 100)?;
@@ -21,7 +21,7 @@ pub fn story() -> Result<()> {
     let meanwhile = cluster.nohop.services()?;
     ensure!(meanwhile[0]["generation"] == before[0]["generation"], "{meanwhile:#}");
 
-    let is_live = |status: &serde_json::Value| status["catalog"]["state"] == "live";
+    let is_live = |status: &serde_json::Value| status["sources"][0]["state"] == "live";
     let unchanged = |cluster: &Cluster, when: &str| {
         let after = cluster.nohop.services()?;
         ensure!(after[0]["generation"] == before[0]["generation"], "{when}: {after:#}");

@@ -28,7 +28,7 @@ pub fn story() -> Result<()> {
     for _ in 0..N_CRASHES {
         cluster.nohop.crash()?;
         cluster.nohop.start_again()?;
-        let is_live = |status: &Value| status["catalog"]["state"] == "live";
+        let is_live = |status: &Value| status["sources"][0]["state"] == "live";
         cluster.nohop.wait_for_status(SOON, is_live)?;
     }
     // As Nomad asks it.

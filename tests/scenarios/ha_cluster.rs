@@ -168,10 +168,10 @@ fn is_ours(answer: &str) -> bool {
 
 /// Whether a status says that Consul doesn't answer.
 pub fn is_failing(status: &Value) -> bool {
-    status["catalog"]["state"] == "failing"
+    status["sources"][0]["state"] == "failing"
 }
 
 /// Whether a status says that Consul answers.
 pub fn is_live(status: &Value) -> bool {
-    status["catalog"]["state"] == "live"
+    status["sources"][0]["state"] == "live"
 }

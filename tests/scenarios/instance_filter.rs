@@ -44,7 +44,7 @@ pub fn story() -> Result<()> {
     let backend = |services: &Value, id: &str| {
         let backends = service(services, "web").map(|web| web["backends"].clone());
         let backends = backends.as_ref().and_then(Value::as_array);
-        backends.and_then(|all| all.iter().find(|backend| backend["id"] == id)).cloned()
+        backends.and_then(|all| all.iter().find(|backend| backend["instance"] == id)).cloned()
     };
     let services = cluster.nohop.wait_until(SOON, |services| {
         let state = |id| backend(services, id).map(|backend| backend["state"].clone());

@@ -61,7 +61,7 @@ pub fn story() -> Result<()> {
     let mut known = entries(&explained["service"]["backends"]);
     known.extend(entries(&explained["excluded"]));
     for (id, _, word) in &bad {
-        let found = known.iter().find(|entry| entry["id"] == *id);
+        let found = known.iter().find(|entry| entry["instance"] == *id);
         let reason = found.map(|entry| entry["reason"].to_string()).unwrap_or_default();
         ensure!(reason.to_lowercase().contains(word), "{id}: {reason:?} in {explained:#}");
         ensure!(found.is_some_and(|entry| entry["state"] != "healthy"), "{id}: {explained:#}");

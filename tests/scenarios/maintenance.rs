@@ -16,7 +16,7 @@ pub fn story() -> Result<()> {
     };
     let reasons = |explanation: &Value| -> Vec<String> {
         let out = explanation["excluded"].as_array().into_iter().flatten();
-        out.map(|out| format!("{} {}", out["id"], out["reason"]).replace('"', "")).collect()
+        out.map(|out| format!("{} {}", out["instance"], out["reason"]).replace('"', "")).collect()
     };
 
     maint("-enable -service=helloworld-1 -reason=upgrade")?;

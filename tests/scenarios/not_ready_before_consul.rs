@@ -13,7 +13,10 @@ pub fn story() -> Result<()> {
     let nohop = Nohop::start_unready(&nodes.client, &nodes.cgroup, "")?;
     let named = |status: &Value| status["problems"].to_string().contains("127.0.0.1:8500");
     let status = nohop.wait_for_status(SOON, named)?;
-    ensure!(status["ready"] == false && status["catalog"]["state"] == "connecting", "{status:#}");
+    ensure!(
+        status["ready"] == false && status["sources"][0]["state"] == "connecting",
+        "{status:#}"
+    );
     let answer = nodes.dig("helloworld.service")?;
     ensure!(answer.contains("status: SERVFAIL"), "{answer}");
 

@@ -42,7 +42,7 @@ pub fn story() -> Result<()> {
     let json = String::from_utf8(nohop.cli("services --json")?.stdout)?;
     ensure!(!json.contains(['\u{1b}', '\u{9b}', '\u{202e}']), "{json:?}");
     let services: Value = serde_json::from_str(&json)?;
-    ensure!(services[0]["backends"][0]["id"] == FORGED, "{services:#}");
+    ensure!(services[0]["backends"][0]["instance"] == FORGED, "{services:#}");
 
     // A request that waits is answered after each kind of change, none of which is the table's.
     let link = nohop.pin("links/nohop_connect4")?;
@@ -57,7 +57,7 @@ pub fn story() -> Result<()> {
     fs::remove_file(&off)?;
     let before = wait_for(&nohop, before, |status| status["datapath"]["mode"] == "translate")?;
     consul.kill();
-    wait_for(&nohop, before, |status| status["catalog"]["state"] == "failing")?;
+    wait_for(&nohop, before, |status| status["sources"][0]["state"] == "failing")?;
 
     // An earlier daemon's revision is past at once.
     let earlier = revision(&nohop.status()?)?;

@@ -57,7 +57,7 @@ pub fn story() -> Result<()> {
         let line = metrics.lines().find_map(|line| line.strip_prefix(sample)?.strip_prefix(' '));
         line.with_context(|| format!("no {sample} in:\n{metrics}"))?.parse().context("a number")
     };
-    for sample in ["nohop_ready", "nohop_datapath_attached"] {
+    for sample in ["nohop_ready", "nohop_datapath_attached{unit=\"connect\"}"] {
         ensure!(value(sample)? == 1.0, "{sample}");
     }
     ensure!(value("nohop_connects_total{service=\"helloworld\"}")? >= outcome.n_asked as f64);

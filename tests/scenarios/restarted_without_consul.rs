@@ -13,14 +13,17 @@ pub fn story() -> Result<()> {
     cluster.agent.kill();
     ensure!(cluster.nohop.end()?.success());
     cluster.nohop.start_again()?;
-    let status = cluster.nohop.wait_for_status(SOON, |s| s["catalog"]["state"] == "failing")?;
-    ensure!(status["catalog"]["age_seconds"].as_f64().is_some_and(|age| age > 0.0), "{status:#}");
+    let status = cluster.nohop.wait_for_status(SOON, |s| s["sources"][0]["state"] == "failing")?;
+    ensure!(
+        status["sources"][0]["age_seconds"].as_f64().is_some_and(|age| age > 0.0),
+        "{status:#}"
+    );
     let connects = cluster.nodes.connect(vip, 100)?;
     ensure!(connects.errors.is_empty() && connects.answers.len() == 2, "{connects:?}");
     ensure!(cluster.nodes.curl("helloworld")?.starts_with("hello from helloworld-"));
 
     cluster.agent.restart()?;
-    cluster.nohop.wait_for_status(SOON, |status| status["catalog"]["state"] == "live")?;
+    cluster.nohop.wait_for_status(SOON, |status| status["sources"][0]["state"] == "live")?;
     let connects = cluster.nodes.connect(vip, 100)?;
     ensure!(connects.errors.is_empty() && connects.answers.len() == 2, "{connects:?}");
     Ok(())

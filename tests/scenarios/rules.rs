@@ -13,13 +13,17 @@ const RULES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../contrib/prometheus/
 const NODES: [(&str, &[&str], &[&str]); 5] = [
     (
         "good",
-        &["nohop_ready 1x60", "nohop_mode{mode=\"shadow\"} 0x60", "nohop_datapath_attached 1x60"],
+        &[
+            "nohop_ready 1x60",
+            "nohop_mode{mode=\"shadow\"} 0x60",
+            "nohop_datapath_attached{unit=\"connect\"} 1x60",
+        ],
         &[],
     ),
     ("down", &["nohop_ready 0x60", "nohop_mode{mode=\"shadow\"} 0x60"], &["NohopNotReady"]),
     ("shadow", &["nohop_ready 0x60", "nohop_mode{mode=\"shadow\"} 1x60"], &[]),
-    ("once", &["nohop_datapath_attached 1x58 0 1"], &[]),
-    ("detached", &["nohop_datapath_attached 1x50 0x10"], &["NohopDetached"]),
+    ("once", &["nohop_datapath_attached{unit=\"connect\"} 1x58 0 1"], &[]),
+    ("detached", &["nohop_datapath_attached{unit=\"connect\"} 1x50 0x10"], &["NohopDetached"]),
 ];
 
 pub fn story() -> Result<()> {

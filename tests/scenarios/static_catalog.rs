@@ -24,7 +24,7 @@ pub fn story() -> Result<()> {
     };
     let status = nohop.wait_for_status(SOON, has_problem)?;
     ensure!(status["problems"].to_string().contains("catalog.toml"), "{status:#}");
-    ensure!(status["ready"] == true && status["catalog"]["state"] == "failing", "{status:#}");
+    ensure!(status["ready"] == true && status["sources"][0]["state"] == "failing", "{status:#}");
     let connects = nodes.connect(first_vip, 100)?;
     ensure!(connects.errors.is_empty() && connects.answers.len() == 2, "{connects:?}");
 
@@ -50,7 +50,7 @@ pub fn story() -> Result<()> {
 
     catalog.set(&[("helloworld", &[two.address])])?;
     nohop.wait_for_backends("helloworld", 1, SOON)?;
-    nohop.wait_for_status(SOON, |status| status["catalog"]["state"] == "live")?;
+    nohop.wait_for_status(SOON, |status| status["sources"][0]["state"] == "live")?;
     ensure!(vip(&nohop, "helloworld")? == first_vip);
     ensure!(nodes.curl("helloworld")? == "hello from two\n");
     Ok(())

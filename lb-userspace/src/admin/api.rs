@@ -24,47 +24,46 @@ pub struct Status {
     /// ages and counts, also from one daemon to the next.
     #[serde(default)]
     pub revision: u64,
-    /// Discovery.
-    pub catalog: CatalogStatus,
+    /// The sources of the catalog.
+    pub sources: Vec<SourceStatus>,
     /// The number of services.
     pub services: usize,
     /// The number of healthy backends, over all services.
     pub backends: usize,
     /// The DNS server.
     pub dns: DnsStatus,
-    /// The addresses that services get.
+    /// How `vip.pool` is used.
     #[serde(default)]
     pub pool: PoolStatus,
     /// The kernel side.
     pub datapath: DatapathStatus,
 }
 
-/// Discovery, within [`Status`].
+/// A source of the catalog, within [`Status`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct CatalogStatus {
+pub struct SourceStatus {
     /// `consul` or `file`.
-    pub source: String,
+    pub name: String,
     /// `connecting` before the first sync, then `live`, or `failing` while the source doesn't answer
-    /// and the last table serves.
+    /// and the last table stays in use.
     pub state: String,
     /// Seconds since the source last answered; `null` before that.
     pub age_seconds: Option<f64>,
-    /// What should be known and is no problem, such as that Consul leaves out what the token may
-    /// not read.
+    /// Information that is no problem, such as that Consul filters its responses by ACLs.
     #[serde(default)]
     pub facts: Vec<String>,
     /// What is wrong with it, with the fix.
     #[serde(default)]
     pub problem: Option<String>,
-    /// What is followed, where the source doesn't follow everything by itself.
+    /// What is watched, where the source doesn't watch everything by itself.
     #[serde(default)]
     pub watches: Option<WatchStatus>,
 }
 
-/// What a source follows and what that costs, within [`CatalogStatus`].
+/// What a source watches and what that costs, within [`SourceStatus`].
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct WatchStatus {
-    /// The services whose instances are followed.
+    /// The services whose instances are watched.
     pub live: usize,
     /// The others.
     pub cold: usize,
@@ -74,9 +73,9 @@ pub struct WatchStatus {
     pub max_connections: usize,
     /// Seconds since the live service that waits longest for its turn was answered.
     pub oldest_age_seconds: Option<f64>,
-    /// The most requests that this node makes in an hour, by reckoning.
+    /// The most requests that this node makes in an hour, calculated.
     pub requests_per_hour: u64,
-    /// The most bytes that it reads in an hour, by reckoning.
+    /// The most bytes that it reads in an hour, calculated.
     pub bytes_per_hour: u64,
 }
 
@@ -86,8 +85,8 @@ pub struct PoolStatus {
     /// The addresses of services.
     pub used: usize,
     /// Those that a service gave up less than a day ago.
-    pub resting: usize,
-    /// All that there are for services.
+    pub quarantined: usize,
+    /// All usable addresses of the pool.
     pub size: usize,
 }
 
@@ -96,7 +95,7 @@ pub struct PoolStatus {
 pub struct DnsStatus {
     /// The addresses it listens on, UDP and TCP.
     pub listen: Vec<SocketAddr>,
-    /// The zone that is ours.
+    /// The zone that it answers itself.
     pub domain: String,
     /// The resolvers that other names are forwarded to, those of the longest domain first.
     #[serde(default)]
@@ -133,13 +132,13 @@ pub struct Lookup {
     /// Those that go along.
     pub additionals: Vec<String>,
     /// Where the answer came from, where that is known.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub origin: Option<Origin>,
     /// The resolver it came from, where it was forwarded.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub upstream: Option<String>,
     /// Why no resolver answered, where none did.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub reason: Option<String>,
 }
 
@@ -158,7 +157,7 @@ pub enum Origin {
 /// The kernel side, within [`Status`].
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct DatapathStatus {
-    /// Whether every hook is attached to the cgroup, as the kernel says.
+    /// Whether every hook is attached to the cgroup.
     pub attached: bool,
     /// Whether the maps, with the table in them, were taken over from an earlier daemon.
     #[serde(default)]
@@ -171,7 +170,10 @@ pub struct DatapathStatus {
     /// Why connections are only counted; `null` while they are translated.
     #[serde(default)]
     pub mode_reason: Option<String>,
-    /// What this kernel lacks, without which nohop works all the same.
+    /// The units of the datapath.
+    #[serde(default)]
+    pub units: Vec<UnitStatus>,
+    /// Optional features that this kernel lacks.
     #[serde(default)]
     pub limits: Vec<String>,
     /// How full the maps are.
@@ -179,8 +181,18 @@ pub struct DatapathStatus {
     /// The number of services that the kernel doesn't have as the table wants them.
     #[serde(default)]
     pub refused_services: usize,
-    /// Events that no service owns, by name, since the start.
+    /// Events that belong to no service, by name, since the start.
     pub counters: BTreeMap<String, u64>,
+}
+
+/// A set of programs and maps that are attached, upgraded and detached together, within
+/// [`DatapathStatus`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UnitStatus {
+    /// The unit's name.
+    pub name: String,
+    /// Whether all of it is attached and a connection has shown that it runs.
+    pub attached: bool,
 }
 
 /// One map, within [`DatapathStatus`].
@@ -202,10 +214,10 @@ pub struct Service {
     /// Its address on this node.
     pub vip: Ipv4Addr,
     /// Its IPv6 address on this node, where there is one.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub vip6: Option<Ipv6Addr>,
     /// One more address, in the host's network namespace only.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub pin: Option<SocketAddrV4>,
     /// The ports it is connected to at: a list of numbers, or `"any"`.
     pub ports: Ports,
@@ -218,10 +230,10 @@ pub struct Service {
     /// Whether the source follows its instances: `live` or `cold`.
     pub watch: Watch,
     /// What is odd about what its instances say of it.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(default)]
     pub notes: Vec<String>,
     /// Why the kernel doesn't have this state of it, when it doesn't; then its former state serves.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub error: Option<String>,
     /// Connects that were sent to a backend, since the start; connect() by UDP sockets not among them.
     pub connects: u64,
@@ -251,8 +263,8 @@ pub struct Backend {
     pub address: String,
     /// The node it runs on.
     pub node: String,
-    /// The instance's name, unique within its node.
-    pub id: String,
+    /// The id that the source has for the instance, unique within its node.
+    pub instance: String,
     /// Its share of new connections, beside the other weights.
     pub weight: u16,
     /// What may be done with it.
@@ -297,6 +309,6 @@ pub struct ChangedKey {
     /// The new one.
     pub to: String,
     /// Why it can't change without a restart of the daemon; one such key keeps all others back.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub restart: Option<String>,
 }

@@ -4,7 +4,8 @@ use std::fmt::Write;
 
 use super::instance::known_as;
 use crate::admin::api::{
-    Backend, Explanation, MapStatus, PoolStatus, Service, Status, UpstreamStatus, WatchStatus,
+    Backend, Explanation, MapStatus, PoolStatus, Service, SourceStatus, Status, UpstreamStatus,
+    WatchStatus,
 };
 
 /// `nohop status`
@@ -15,16 +16,18 @@ pub fn status(status: &Status) -> String {
     for problem in &status.problems {
         line(&mut text, format!("  ! {problem}"));
     }
-    let age = match status.catalog.age_seconds {
-        Some(seconds) => format!("answered {} ago", duration(seconds)),
-        None => "never answered".to_owned(),
-    };
-    line(&mut text, format!("catalog   {} {}, {age}", status.catalog.source, status.catalog.state));
-    for fact in &status.catalog.facts {
-        line(&mut text, format!("          {fact}"));
-    }
-    if let Some(watches) = &status.catalog.watches {
-        watch_lines(watches).into_iter().for_each(|shown| line(&mut text, shown));
+    for SourceStatus { name, state, age_seconds, facts, watches, .. } in &status.sources {
+        let age = match age_seconds {
+            Some(seconds) => format!("last answer {} ago", duration(*seconds)),
+            None => "no answer yet".to_owned(),
+        };
+        line(&mut text, format!("source    {name} {state}, {age}"));
+        for fact in facts {
+            line(&mut text, format!("          {fact}"));
+        }
+        if let Some(watches) = watches {
+            watch_lines(watches).into_iter().for_each(|shown| line(&mut text, shown));
+        }
     }
     let (services, backends) = (status.services, status.backends);
     let generation = status.generation;
@@ -32,9 +35,12 @@ pub fn status(status: &Status) -> String {
         &mut text,
         format!("table     generation {generation}: {services} services, {backends} backends"),
     );
-    let PoolStatus { used, resting, size } = status.pool;
-    let rest = if resting > 0 { format!(", {resting} rest for a day") } else { String::new() };
-    line(&mut text, format!("vip.pool  {used} of {size} addresses used{rest}"));
+    let PoolStatus { used, quarantined, size } = status.pool;
+    let quarantined = match quarantined {
+        0 => String::new(),
+        n => format!(", {n} in quarantine for a day"),
+    };
+    line(&mut text, format!("vip.pool  {used} of {size} addresses used{quarantined}"));
     let listen: Vec<_> = status.dns.listen.iter().map(ToString::to_string).collect();
     line(&mut text, format!("dns       *.{} on {}", status.dns.domain, listen.join(", ")));
     for upstream in &status.dns.upstreams {
@@ -166,7 +172,7 @@ fn service(text: &mut String, service: &Service, width: usize) {
 
 fn backend(backend: &Backend, service: &str) -> String {
     let state = format!("{:?}", backend.state).to_lowercase();
-    let id = known_as(&backend.id, service);
+    let id = known_as(&backend.instance, service);
     let place = place(&backend.address, &backend.node, &id);
     let reason = backend.reason.as_ref().map(|reason| format!("  {reason}")).unwrap_or_default();
     let (weight, connects) = (backend.weight, backend.connects);
@@ -228,7 +234,7 @@ mod tests {
             backends: vec![Backend {
                 address: "10.0.0.7:23456".into(),
                 node: "n1".into(),
-                id: "h1".into(),
+                instance: "h1".into(),
                 weight: 1,
                 state: State::Healthy,
                 reason: None,
@@ -261,7 +267,7 @@ mod tests {
     fn instances_of_nomad_are_shown_as_allocations() {
         let mut service = helloworld();
         let id = "_nomad-task-39e25890-23fb-7513-b98f-97a5310046ad-group-web-helloworld-http";
-        service.backends[0].id = id.into();
+        service.backends[0].instance = id.into();
         let excluded = vec![Excluded {
             address: "10.0.0.8:1".into(),
             node: "n2".into(),

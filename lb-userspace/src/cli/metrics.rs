@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use super::view::UNIT;
 use crate::admin::prometheus::{Exposition, Histogram, Kind};
 use crate::catalog::Watches;
 use crate::datapath::{Pressure, ServiceCounters};
@@ -20,6 +21,8 @@ pub(super) const PROPAGATION_BUCKETS: [f64; 14] =
 #[derive(Debug)]
 pub struct Readings {
     pub(super) is_ready: bool,
+    /// The name of the catalog's source.
+    pub(super) source: &'static str,
     pub(super) is_attached: bool,
     pub(super) is_shadow: bool,
     /// Lines of the log that were dropped.
@@ -37,10 +40,8 @@ pub struct Readings {
     /// The time from the source's news to the maps that connects to read, in seconds.
     pub(super) propagation: Histogram,
     pub(super) services: Vec<(Arc<str>, ServiceCounters)>,
-    /// Connects to addresses of the pool that no service has.
-    pub(super) refused_no_frontend: u64,
-    pub(super) udp_no_frontend: u64,
-    pub(super) flows_full: u64,
+    /// What belongs to no service, by name.
+    pub(super) events: BTreeMap<&'static str, u64>,
     pub(super) maps: Vec<(&'static str, Pressure)>,
     pub(super) dns_answers: BTreeMap<String, u64>,
     pub(super) dns_upstreams: Vec<dns::Reading>,
@@ -100,7 +101,8 @@ fn daemon(text: &mut Exposition, readings: &Readings) {
     let help = "Whether names are answered and connects to translated (1), or not (0).";
     text.single("nohop_ready", Kind::Gauge, help, u8::from(readings.is_ready));
     let help = "Whether every hook is attached and seen to run (1), or not (0).";
-    text.single("nohop_datapath_attached", Kind::Gauge, help, u8::from(readings.is_attached));
+    let mut family = text.family("nohop_datapath_attached", Kind::Gauge, help);
+    family.sample(&[("unit", UNIT)], u8::from(readings.is_attached));
     let help = "What becomes of connections: of translate and shadow (connections are only counted) one is 1.";
     let mut family = text.family("nohop_mode", Kind::Gauge, help);
     family.sample(&[("mode", "translate")], u8::from(!readings.is_shadow));
@@ -114,37 +116,61 @@ fn daemon(text: &mut Exposition, readings: &Readings) {
 }
 
 fn discovery(text: &mut Exposition, readings: &Readings) {
+    let source = ("source", readings.source);
     let help = "The time since the source of the catalog last answered; absent before that.";
     let mut family = text.family("nohop_catalog_age_seconds", Kind::Gauge, help);
     if let Some(age) = readings.catalog_age {
-        family.sample(&[], age);
+        family.sample(&[source], age);
     }
     let help = "Whether something is wrong with the source (1): see nohop status.";
-    text.single("nohop_catalog_problem", Kind::Gauge, help, u8::from(readings.has_problem));
-    let help = "Answers of Consul by HTTP status, or by what came instead of one.";
-    let mut family = text.family("nohop_consul_requests_total", Kind::Counter, help);
+    let has_problem = u8::from(readings.has_problem);
+    text.family("nohop_source_problem", Kind::Gauge, help).sample(&[source], has_problem);
+    let help = "Requests to the source by HTTP status, or by what came instead of a response.";
+    let mut family = text.family("nohop_source_requests_total", Kind::Counter, help);
     for (code, n) in &readings.requests {
-        family.sample(&[("code", code)], n);
+        family.sample(&[source, ("code", code)], n);
     }
-    let help = "Bytes of the bodies of Consul's answers.";
-    let name = "nohop_consul_received_bytes_total";
-    text.single(name, Kind::Counter, help, readings.received_bytes);
-    let help = "Answers that took away too many instances to be believed unconfirmed.";
-    text.single("nohop_shrink_held_total", Kind::Counter, help, readings.shrinks_held);
+    let watches = &readings.watches;
+    for (name, kind, value, help) in [
+        (
+            "nohop_source_received_bytes_total",
+            Kind::Counter,
+            readings.received_bytes,
+            "Bytes of the bodies of the source's responses.",
+        ),
+        (
+            "nohop_source_suspicious_total",
+            Kind::Counter,
+            readings.shrinks_held,
+            "Responses that removed so many instances that they were confirmed before they applied.",
+        ),
+        (
+            "nohop_source_connections",
+            Kind::Gauge,
+            watches.connections as u64,
+            "Open connections to the source.",
+        ),
+        (
+            "nohop_source_max_requests_per_hour",
+            Kind::Gauge,
+            watches.budget_requests,
+            "Requests to the source in an hour while nothing changes, calculated.",
+        ),
+        (
+            "nohop_source_max_bytes_per_hour",
+            Kind::Gauge,
+            watches.budget_bytes,
+            "Bytes of the source's responses in an hour while nothing changes, calculated.",
+        ),
+    ] {
+        text.family(name, kind, help).sample(&[source], value);
+    }
     let help = "Lookups and uses of services that discovery was too busy to receive.";
     text.single("nohop_demand_dropped_total", Kind::Counter, help, readings.demand_dropped);
-    let watches = &readings.watches;
-    let help = "Services whose instances are followed (live), and the others (cold).";
+    let help = "Services whose instances are watched (live), and the others (cold).";
     let mut family = text.family("nohop_watches", Kind::Gauge, help);
     family.sample(&[("state", "live")], watches.live);
     family.sample(&[("state", "cold")], watches.cold);
-    let help = "Connections to Consul's agent that are open.";
-    text.single("nohop_consul_connections", Kind::Gauge, help, watches.connections);
-    let help = "Requests to Consul in an hour, by reckoning, while nothing changes.";
-    let name = "nohop_consul_budget_requests_per_hour";
-    text.single(name, Kind::Gauge, help, watches.budget_requests);
-    let help = "Bytes of Consul's answers in an hour, by reckoning, while nothing changes.";
-    text.single("nohop_consul_budget_bytes_per_hour", Kind::Gauge, help, watches.budget_bytes);
     let help = "The time since the live service that waits longest for its turn was answered.";
     let mut family = text.family("nohop_watch_oldest_age_seconds", Kind::Gauge, help);
     if let Some(age) = watches.oldest_age {
@@ -162,7 +188,8 @@ fn connects(text: &mut Exposition, readings: &Readings) {
                 address family reaches none), no_frontend (no service has the address and port).";
     let mut family = text.family("nohop_connects_refused_total", Kind::Counter, help);
     let no_frontend = [("service", ""), ("reason", "no_frontend")];
-    family.sample(&no_frontend, readings.refused_no_frontend);
+    let event = |name| readings.events.get(name).copied().unwrap_or_default();
+    family.sample(&no_frontend, event("refused_no_frontend"));
     for (name, counters) in &readings.services {
         let because = |reason| [("service", &**name), ("reason", reason)];
         family.sample(&because("no_backend"), counters.refused);
@@ -178,16 +205,19 @@ fn connects(text: &mut Exposition, readings: &Readings) {
     }
     let help = "The same that were refused, by the reasons of nohop_connects_refused_total.";
     let mut family = text.family("nohop_udp_connects_refused_total", Kind::Counter, help);
-    family.sample(&no_frontend, readings.udp_no_frontend);
+    family.sample(&no_frontend, event("udp_no_frontend"));
     for (name, ServiceCounters { udp_connects, .. }) in &readings.services {
         let reasons = [("no_backend", udp_connects.no_backend), ("family", udp_connects.family)];
         for (reason, n) in reasons.into_iter().filter(|(_, n)| *n > 0) {
             family.sample(&[("service", &**name), ("reason", reason)], n);
         }
     }
-    let help = "Datagrams of UDP sockets that send to more than eight VIPs and ports at a time: the \
-                next one may go to another backend.";
-    text.single("nohop_flows_full_total", Kind::Counter, help, readings.flows_full);
+    let help =
+        "What the programs in the kernel count for no service in particular, as in nohop status.";
+    let mut family = text.family("nohop_datapath_events_total", Kind::Counter, help);
+    for (event, n) in &readings.events {
+        family.sample(&[("event", event)], n);
+    }
 }
 
 fn room(text: &mut Exposition, readings: &Readings) {
@@ -202,10 +232,11 @@ fn room(text: &mut Exposition, readings: &Readings) {
         family.sample(&[("map", map)], pressure.capacity);
     }
     let pool = &readings.pool;
-    let help = "Addresses of vip.pool: used, resting for a day after a name gave them up, free.";
+    let help =
+        "Addresses of vip.pool: used, quarantined for a day after a name gave them up, free.";
     let mut family = text.family("nohop_vip_pool_addresses", Kind::Gauge, help);
     family.sample(&[("state", "used")], pool.used);
-    family.sample(&[("state", "resting")], pool.resting);
+    family.sample(&[("state", "quarantined")], pool.resting);
     family.sample(&[("state", "free")], pool.free());
 }
 
@@ -222,6 +253,7 @@ mod tests {
         propagation.observe(0.003);
         Readings {
             is_ready: true,
+            source: "consul",
             is_attached: false,
             is_shadow: true,
             log_dropped: 8,
@@ -242,9 +274,7 @@ mod tests {
             },
             propagation,
             services: (0..n_services).map(name).collect(),
-            refused_no_frontend: 5,
-            udp_no_frontend: 6,
-            flows_full: 7,
+            events: [("refused_no_frontend", 5), ("udp_no_frontend", 6), ("flows_full", 7)].into(),
             maps: vec![("SLOTS", Pressure { used: 10, capacity: 40 })],
             dns_answers: BTreeMap::from([("NXDOMAIN".into(), 6)]),
             dns_upstreams: vec![dns::Reading {
@@ -264,23 +294,23 @@ mod tests {
         let samples = strict::read(&exposition(&readings(1))).unwrap();
         let table = [
             ("nohop_ready", 1.0),
-            ("nohop_datapath_attached", 0.0),
+            (r#"nohop_datapath_attached{unit="connect"}"#, 0.0),
             (r#"nohop_mode{mode="translate"}"#, 0.0),
             (r#"nohop_mode{mode="shadow"}"#, 1.0),
             ("nohop_log_dropped_total", 8.0),
             ("nohop_generation", 7.0),
-            ("nohop_catalog_problem", 1.0),
-            ("nohop_catalog_age_seconds", 1.5),
-            (r#"nohop_consul_requests_total{code="200"}"#, 9.0),
-            (r#"nohop_consul_requests_total{code="reset"}"#, 1.0),
-            ("nohop_consul_received_bytes_total", 1_099_511_627_776.0),
-            ("nohop_shrink_held_total", 2.0),
+            (r#"nohop_source_problem{source="consul"}"#, 1.0),
+            (r#"nohop_catalog_age_seconds{source="consul"}"#, 1.5),
+            (r#"nohop_source_requests_total{source="consul",code="200"}"#, 9.0),
+            (r#"nohop_source_requests_total{source="consul",code="reset"}"#, 1.0),
+            (r#"nohop_source_received_bytes_total{source="consul"}"#, 1_099_511_627_776.0),
+            (r#"nohop_source_suspicious_total{source="consul"}"#, 2.0),
             ("nohop_demand_dropped_total", 3.0),
             (r#"nohop_watches{state="live"}"#, 3.0),
             (r#"nohop_watches{state="cold"}"#, 4.0),
-            ("nohop_consul_connections", 5.0),
-            ("nohop_consul_budget_requests_per_hour", 420.0),
-            ("nohop_consul_budget_bytes_per_hour", 0.0),
+            (r#"nohop_source_connections{source="consul"}"#, 5.0),
+            (r#"nohop_source_max_requests_per_hour{source="consul"}"#, 420.0),
+            (r#"nohop_source_max_bytes_per_hour{source="consul"}"#, 0.0),
             ("nohop_watch_oldest_age_seconds", 0.25),
             (r#"nohop_propagation_seconds_bucket{le="0.002"}"#, 0.0),
             (r#"nohop_propagation_seconds_bucket{le="0.005"}"#, 1.0),
@@ -290,7 +320,7 @@ mod tests {
             (r#"nohop_connects_refused_total{service="web-0",reason="no_backend"}"#, 0.0),
             (r#"nohop_connects_refused_total{service="web-0",reason="family"}"#, 0.0),
             (r#"nohop_udp_connects_refused_total{service="",reason="no_frontend"}"#, 6.0),
-            ("nohop_flows_full_total", 7.0),
+            (r#"nohop_datapath_events_total{event="flows_full"}"#, 7.0),
             (r#"nohop_map_entries{map="SLOTS"}"#, 10.0),
             (r#"nohop_map_capacity{map="SLOTS"}"#, 40.0),
             (r#"nohop_vip_pool_addresses{state="free"}"#, 7.0),

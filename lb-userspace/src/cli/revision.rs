@@ -35,12 +35,12 @@ pub async fn follow(view: Arc<DaemonView>, at: Arc<watch::Sender<At>>) {
 
 /// What in a status lasts until something happens.
 fn lasting(status: api::Status) -> api::Status {
-    let catalog = api::CatalogStatus {
+    let source = |source: api::SourceStatus| api::SourceStatus {
         age_seconds: None,
         watches: None,
-        facts: status.catalog.facts.iter().map(|fact| without_figures(fact)).collect(),
-        problem: status.catalog.problem.as_deref().map(without_figures),
-        ..status.catalog
+        facts: source.facts.iter().map(|fact| without_figures(fact)).collect(),
+        problem: source.problem.as_deref().map(without_figures),
+        ..source
     };
     let counted = |upstream: api::UpstreamStatus| api::UpstreamStatus {
         sent: 0,
@@ -60,7 +60,7 @@ fn lasting(status: api::Status) -> api::Status {
         services: 0,
         backends: 0,
         pool: api::PoolStatus::default(),
-        catalog,
+        sources: status.sources.into_iter().map(source).collect(),
         dns,
         datapath,
         ..status
@@ -86,6 +86,17 @@ mod tests {
         }
     }
 
+    fn source(age_seconds: f64, watches: Option<api::WatchStatus>) -> api::SourceStatus {
+        api::SourceStatus {
+            name: "consul".into(),
+            state: "live".into(),
+            age_seconds: Some(age_seconds),
+            facts: vec![],
+            problem: None,
+            watches,
+        }
+    }
+
     fn status() -> api::Status {
         api::Status {
             ready: true,
@@ -94,14 +105,7 @@ mod tests {
             pid: 1,
             generation: 4,
             revision: 5,
-            catalog: api::CatalogStatus {
-                source: "consul".into(),
-                state: "live".into(),
-                age_seconds: Some(1.0),
-                facts: vec![],
-                problem: None,
-                watches: None,
-            },
+            sources: vec![source(1.0, None)],
             services: 1,
             backends: 2,
             dns: api::DnsStatus {
@@ -118,11 +122,7 @@ mod tests {
     fn what_grows_by_itself_is_no_change_and_all_else_is() {
         let counted = api::Status {
             problems: vec!["something detached a hook 14 s ago".into()],
-            catalog: api::CatalogStatus {
-                age_seconds: Some(2.0),
-                watches: Some(api::WatchStatus::default()),
-                ..status().catalog
-            },
+            sources: vec![source(2.0, Some(api::WatchStatus::default()))],
             dns: api::DnsStatus { upstreams: vec![upstream(9)], ..status().dns },
             datapath: api::DatapathStatus {
                 counters: [("probes".to_owned(), 7)].into(),
@@ -136,8 +136,8 @@ mod tests {
             |status| status.ready = false,
             |status| status.problems.clear(),
             |status| status.problems.push("the hooks aren't attached".into()),
-            |status| status.catalog.state = "failing".into(),
-            |status| status.catalog.problem = Some("no agent".into()),
+            |status| status.sources[0].state = "failing".into(),
+            |status| status.sources[0].problem = Some("no agent".into()),
             |status| status.datapath.attached = true,
             |status| status.datapath.mode = "shadow".into(),
             |status| status.datapath.refused_services = 1,

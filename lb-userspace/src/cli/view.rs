@@ -19,6 +19,9 @@ use crate::table::book::Book;
 use crate::table::vips::PoolUse;
 use crate::table::{Service, Table, Watch};
 
+/// The only unit of the datapath.
+pub(super) const UNIT: &str = "connect";
+
 /// The running daemon, as far as the admin interface needs it.
 pub struct DaemonView {
     pub(super) dns: api::DnsStatus,
@@ -87,27 +90,28 @@ impl View for DaemonView {
             pid: std::process::id(),
             generation: table.generation,
             revision,
-            catalog: api::CatalogStatus {
-                source: health.source.to_owned(),
+            sources: vec![api::SourceStatus {
+                name: health.source.to_owned(),
                 state: state.to_owned(),
                 age_seconds: health.last_answer.map(|at| at.elapsed().as_secs_f64()),
                 facts: health.facts,
                 problem: health.problem,
                 watches: (watches != Watches::default()).then(|| watch_status(&watches)),
-            },
+            }],
             services: table.services.len(),
             backends: table.services.values().map(|service| service.healthy().count()).sum(),
             dns: api::DnsStatus {
                 upstreams: self.inquirer.upstreams().iter().map(upstream_status).collect(),
                 ..self.dns.clone()
             },
-            pool: api::PoolStatus { used: pool.used, resting: pool.resting, size: pool.size },
+            pool: api::PoolStatus { used: pool.used, quarantined: pool.resting, size: pool.size },
             datapath: api::DatapathStatus {
                 attached: hooks.attached,
                 adopted: self.datapath.is_adopted(),
                 cgroup: self.scope.display().to_string(),
                 mode: mode.to_owned(),
                 mode_reason,
+                units: vec![api::UnitStatus { name: UNIT.to_owned(), attached: hooks.attached }],
                 limits: self.datapath.limits(),
                 maps: maps.collect(),
                 refused_services: errors.len(),
@@ -175,9 +179,8 @@ impl View for DaemonView {
             watches,
             propagation,
             services: told,
-            refused_no_frontend: events.get("refused_no_frontend").copied().unwrap_or_default(),
-            udp_no_frontend: events.get("udp_no_frontend").copied().unwrap_or_default(),
-            flows_full: events.get("flows_full").copied().unwrap_or_default(),
+            source: health.source,
+            events,
             maps: self.datapath.pressure(),
             dns_answers: self.dns_stats.snapshot(),
             dns_upstreams: self.inquirer.upstreams(),
@@ -268,7 +271,7 @@ impl DaemonView {
             api::Backend {
                 address: backend.shown_address.clone(),
                 node: backend.node.clone(),
-                id: backend.id.clone(),
+                instance: backend.id.clone(),
                 weight: backend.weight,
                 state: backend.state,
                 reason: backend.reason.clone(),

@@ -139,7 +139,8 @@ pub struct Excluded {
     pub address: String,
     /// The node it runs on.
     pub node: String,
-    /// The instance's name, unique within its node.
+    /// The instance's id, unique within its node.
+    #[serde(rename = "instance")]
     pub id: String,
     /// Why it is out.
     pub reason: String,

@@ -87,7 +87,7 @@ fn connect(site: &Site, idx: usize) -> Result<f64> {
 }
 
 fn n_bad_answers(nohop: &Nohop) -> Result<f64> {
-    let answers = metrics(nohop, "nohop_consul_requests_total")?;
+    let answers = metrics(nohop, "nohop_source_requests_total")?;
     // The switch nohop/off isn't there: that is no failure.
     let is_good = |code: &str| ["\"200\"", "\"404\""].iter().any(|good| code.contains(good));
     Ok(answers.iter().filter(|(code, _)| !is_good(code)).fold(0.0, |sum, (_, n)| sum + n))
