@@ -132,7 +132,7 @@ fn service(text: &mut String, service: &Service, width: usize) {
     let vip6 = service.vip6.map(|vip6| format!(" and [{vip6}]:{ports}")).unwrap_or_default();
     let by_family = match service.refused_family {
         0 => String::new(),
-        n => format!(", {n} for want of a backend that their address family reaches"),
+        n => format!(", {n} because of their address family"),
     };
     let shadowed = match service.shadowed {
         0 => String::new(),
