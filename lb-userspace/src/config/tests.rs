@@ -747,11 +747,11 @@ fn a_file_that_was_named_must_be_there() {
 }
 
 #[test]
-fn the_readme_shows_the_defaults() {
-    let readme = include_str!("../../../README.md");
-    let start = readme.find("cgroup = \"auto\"").unwrap();
-    let text = readme[start..].split("```").next().unwrap();
-    let path = Path::new("README.md");
+fn the_page_shows_the_defaults() {
+    let page = include_str!("../../../docs/configuration.md");
+    let start = page.find("cgroup = \"auto\"").unwrap();
+    let text = page[start..].split("```").next().unwrap();
+    let path = Path::new("configuration.md");
     let config = Config::parse(path, text.as_bytes(), Overrides::default(), &|_| None).unwrap();
     assert_eq!(config, Config::default());
 }
