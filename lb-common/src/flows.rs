@@ -7,7 +7,7 @@ use crate::Address;
 /// [`Flows`].
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Peer {
+pub struct RevNat {
     /// What the application connected.
     pub frontend: Address,
     /// Where it was sent.
@@ -27,7 +27,7 @@ pub struct Peer {
     pub generation: u32,
 }
 
-impl Peer {
+impl RevNat {
     /// Whether this was connected to as `address` and `port`.
     #[inline(always)]
     pub fn matches_vip(&self, address: &Address, port: u16) -> bool {
@@ -44,7 +44,7 @@ impl Peer {
 /// The number of flows that a socket remembers.
 pub const N_FLOWS: usize = 8;
 
-/// [`Peer::naming`] of a flow that was kept by a version which left it zero: the one used last names the
+/// [`RevNat::naming`] of a flow that was kept by a version which left it zero: the one used last names the
 /// replies, unless another flow of the same backend does.
 pub const UNDECIDED: u16 = 0;
 /// The last datagram to the backend was this flow's.
@@ -85,13 +85,13 @@ pub struct Flows {
     /// versions wrote is the clock of that send, which orders flows, and passes for long ago.
     pub used: [u32; N_FLOWS],
     /// The flows.
-    pub flows: [Peer; N_FLOWS],
+    pub flows: [RevNat; N_FLOWS],
 }
 
 impl Flows {
     /// The flow to a VIP and port that new datagrams follow.
     #[inline(always)]
-    pub fn current(&self, address: &Address, port: u16) -> Option<usize> {
+    pub fn lookup_fwd(&self, address: &Address, port: u16) -> Option<usize> {
         // By index: the verifier can't follow an iterator, which compares pointers.
         let mut index = 0;
         while index < N_FLOWS {
@@ -107,7 +107,7 @@ impl Flows {
     /// The flow that a reply from `address` and `port` belongs to: the one that sent there last. `None`
     /// if the socket sent there by itself since.
     #[inline(always)]
-    pub fn replied(&self, address: &Address, port: u16) -> Option<usize> {
+    pub fn lookup_rev(&self, address: &Address, port: u16) -> Option<usize> {
         // No `None` yet: the verifier of 5.10 finds that its other half is read and was never written.
         let mut found = N_FLOWS;
         let mut found_age = u32::MAX;
@@ -132,7 +132,7 @@ impl Flows {
 
     /// A flow by its index. Masked, so that nothing has to be proved of the index.
     #[inline(always)]
-    pub fn flow(&self, index: usize) -> &Peer {
+    pub fn flow(&self, index: usize) -> &RevNat {
         &self.flows[index & (N_FLOWS - 1)]
     }
 
@@ -140,7 +140,7 @@ impl Flows {
     /// only, else the one that was used longest ago, if that was [`FLOW_IDLE`] ago. `None` while all
     /// are in use.
     #[inline(always)]
-    pub fn place(&self, now: u32) -> Option<usize> {
+    pub fn victim(&self, now: u32) -> Option<usize> {
         let mut place = 0;
         let mut dispensable = 0;
         let mut index = 0;
@@ -165,7 +165,7 @@ impl Flows {
 
     /// Notes that a flow is used now.
     #[inline(always)]
-    pub fn touch(&mut self, index: usize, now: u32) {
+    pub fn mark_used(&mut self, index: usize, now: u32) {
         let index = index & (N_FLOWS - 1);
         self.clock = now;
         self.used[index] = now;
@@ -192,24 +192,24 @@ impl Flows {
     /// Keeps a new flow. The former one to the same VIP and port, if any, is kept for its replies.
     /// Returns whether there was room: flows in use don't give way.
     #[inline(always)]
-    pub fn keep(&mut self, flow: &Peer, now: u32) -> bool {
-        if let Some(former) = self.current(&flow.frontend, flow.frontend_port) {
+    pub fn insert(&mut self, flow: &RevNat, now: u32) -> bool {
+        if let Some(former) = self.lookup_fwd(&flow.frontend, flow.frontend_port) {
             self.flows[former & (N_FLOWS - 1)].generation = 0;
         }
-        let Some(place) = self.place(now) else {
+        let Some(place) = self.victim(now) else {
             self.supersede(&flow.backend, flow.backend_port);
             return false;
         };
         let place = place & (N_FLOWS - 1);
         self.flows[place] = *flow;
-        self.touch(place, now);
+        self.mark_used(place, now);
         true
     }
 }
 
 const _: () = {
     use core::mem::{offset_of, size_of};
-    assert!(size_of::<Peer>() == 48 && offset_of!(Peer, generation) == 44);
+    assert!(size_of::<RevNat>() == 48 && offset_of!(RevNat, generation) == 44);
     assert!(size_of::<Flows>() == 424 && offset_of!(Flows, flows) == 40);
     assert!(N_FLOWS.is_power_of_two());
 };
@@ -218,24 +218,24 @@ const _: () = {
 mod tests {
     use super::*;
 
-    fn flow(vip: u8, backend: u8) -> Peer {
-        Peer {
+    fn flow(vip: u8, backend: u8) -> RevNat {
+        RevNat {
             frontend: Address::v4([127, 128, 0, vip]),
             backend: Address::v4([10, 0, 0, backend]),
             frontend_port: 53,
             backend_port: 5353,
             generation: u32::from(backend),
-            ..Peer::default()
+            ..RevNat::default()
         }
     }
 
     fn sent_to(flows: &Flows, vip: u8) -> Option<u8> {
-        let index = flows.current(&Address::v4([127, 128, 0, vip]), 53)?;
+        let index = flows.lookup_fwd(&Address::v4([127, 128, 0, vip]), 53)?;
         Some(flows.flows[index].backend.octets[15])
     }
 
     fn came_from(flows: &Flows, backend: u8) -> Option<u8> {
-        let index = flows.replied(&Address::v4([10, 0, 0, backend]), 5353)?;
+        let index = flows.lookup_rev(&Address::v4([10, 0, 0, backend]), 5353)?;
         Some(flows.flows[index].frontend.octets[15])
     }
 
@@ -244,7 +244,7 @@ mod tests {
     }
 
     fn touch(flows: &mut Flows, vip_: u8, now: u32) {
-        flows.touch(flows.current(&vip(vip_), 53).unwrap(), now);
+        flows.mark_used(flows.lookup_fwd(&vip(vip_), 53).unwrap(), now);
     }
 
     const NOW: u32 = 5_000;
@@ -253,7 +253,7 @@ mod tests {
     fn a_flow_is_found_both_ways() {
         let mut flows = Flows::default();
         assert_eq!((sent_to(&flows, 1), came_from(&flows, 7)), (None, None));
-        assert!(flows.keep(&flow(1, 7), NOW));
+        assert!(flows.insert(&flow(1, 7), NOW));
         assert_eq!((sent_to(&flows, 1), came_from(&flows, 7)), (Some(7), Some(1)));
         assert_eq!((sent_to(&flows, 2), came_from(&flows, 8)), (None, None));
     }
@@ -262,7 +262,7 @@ mod tests {
     fn late_replies_of_a_former_backend_still_come_from_the_vip() {
         let mut flows = Flows::default();
         for backend in 1..=5 {
-            assert!(flows.keep(&flow(1, backend), NOW));
+            assert!(flows.insert(&flow(1, backend), NOW));
         }
         assert_eq!(sent_to(&flows, 1), Some(5));
         for backend in 1..=5 {
@@ -274,31 +274,31 @@ mod tests {
     fn former_flows_give_way_first_then_the_one_idle_longest_and_none_in_use() {
         let mut flows = Flows::default();
         for vip in 1..=4 {
-            assert!(flows.keep(&flow(vip, 10 + vip), NOW));
+            assert!(flows.insert(&flow(vip, 10 + vip), NOW));
         }
         for backend in 20..=90 {
-            assert!(flows.keep(&flow(4, backend), NOW));
+            assert!(flows.insert(&flow(4, backend), NOW));
         }
         for vip in 1..=3 {
             assert_eq!(sent_to(&flows, vip), Some(10 + vip), "the last VIPs stay");
         }
         for vip in 5..=8 {
-            assert!(flows.keep(&flow(vip, 10 + vip), NOW + 10));
+            assert!(flows.insert(&flow(vip, 10 + vip), NOW + 10));
         }
-        assert!(!flows.keep(&flow(9, 19), NOW + FLOW_IDLE - 1), "all are in use");
+        assert!(!flows.insert(&flow(9, 19), NOW + FLOW_IDLE - 1), "all are in use");
         for vip in 1..=8 {
             assert!(sent_to(&flows, vip).is_some(), "VIP {vip}");
         }
         // One whose backend left makes room for itself.
-        assert!(flows.keep(&flow(3, 33), NOW + FLOW_IDLE - 1));
+        assert!(flows.insert(&flow(3, 33), NOW + FLOW_IDLE - 1));
         assert_eq!(sent_to(&flows, 3), Some(33));
         let later = NOW + FLOW_IDLE;
         touch(&mut flows, 1, later);
-        assert!(flows.keep(&flow(9, 19), later));
+        assert!(flows.insert(&flow(9, 19), later));
         assert_eq!(sent_to(&flows, 2), None, "used longest ago");
-        assert!(flows.keep(&flow(10, 20), later));
+        assert!(flows.insert(&flow(10, 20), later));
         assert_eq!(sent_to(&flows, 4), None, "the next one");
-        assert!(!flows.keep(&flow(11, 21), later), "the others are in use");
+        assert!(!flows.insert(&flow(11, 21), later), "the others are in use");
         for vip in [1, 3, 5, 6, 7, 8, 9, 10] {
             assert!(sent_to(&flows, vip).is_some(), "VIP {vip}");
         }
@@ -307,8 +307,8 @@ mod tests {
     #[test]
     fn of_two_vips_with_one_backend_the_last_used_gets_the_reply() {
         let mut flows = Flows::default();
-        flows.keep(&flow(1, 7), NOW);
-        flows.keep(&flow(2, 7), NOW);
+        flows.insert(&flow(1, 7), NOW);
+        flows.insert(&flow(2, 7), NOW);
         assert_eq!(came_from(&flows, 7), Some(2));
         for vip in [1, 2, 2, 1, 1, 2, 1] {
             // Within one unit of the clock.
@@ -321,9 +321,9 @@ mod tests {
     fn after_a_direct_datagram_the_reply_is_nobodys() {
         let mut flows = Flows::default();
         let direct = Address::v4([10, 0, 0, 7]);
-        flows.keep(&flow(1, 7), NOW);
-        flows.keep(&flow(2, 7), NOW);
-        flows.keep(&flow(3, 8), NOW);
+        flows.insert(&flow(1, 7), NOW);
+        flows.insert(&flow(2, 7), NOW);
+        flows.insert(&flow(3, 8), NOW);
         flows.supersede(&direct, 5353);
         assert_eq!((came_from(&flows, 7), came_from(&flows, 8)), (None, Some(3)));
         flows.supersede(&direct, 53);
@@ -339,9 +339,9 @@ mod tests {
     fn one_that_finds_no_place_doesnt_borrow_a_name() {
         let mut flows = Flows::default();
         for vip in 1..=8 {
-            flows.keep(&flow(vip, 10 + vip), NOW);
+            flows.insert(&flow(vip, 10 + vip), NOW);
         }
-        assert!(!flows.keep(&flow(9, 11), NOW));
+        assert!(!flows.insert(&flow(9, 11), NOW));
         assert_eq!(came_from(&flows, 11), None, "the last datagram there was the ninth's");
         touch(&mut flows, 1, NOW);
         assert_eq!(came_from(&flows, 11), Some(1));
@@ -354,7 +354,7 @@ mod tests {
             let mut flows = Flows { clock, ..Flows::default() };
             for nth in 1..=8u8 {
                 let earlier =
-                    Peer { naming: UNDECIDED, ..flow(nth, if nth < 3 { 7 } else { 10 + nth }) };
+                    RevNat { naming: UNDECIDED, ..flow(nth, if nth < 3 { 7 } else { 10 + nth }) };
                 flows.flows[usize::from(nth) - 1] = earlier;
                 // The first was used last but one, the second last.
                 let age = if nth < 3 { 2 - nth } else { nth };
@@ -370,10 +370,10 @@ mod tests {
         for start in [0, 1, u32::MAX - 2, u32::MAX] {
             let mut flows = Flows::default();
             for nth in 1..=8u8 {
-                assert!(flows.keep(&flow(nth, 10 + nth), start.wrapping_add(nth.into())));
+                assert!(flows.insert(&flow(nth, 10 + nth), start.wrapping_add(nth.into())));
             }
-            assert!(!flows.keep(&flow(9, 19), start.wrapping_add(FLOW_IDLE)), "start {start}");
-            assert!(flows.keep(&flow(9, 19), start.wrapping_add(1 + FLOW_IDLE)), "start {start}");
+            assert!(!flows.insert(&flow(9, 19), start.wrapping_add(FLOW_IDLE)), "start {start}");
+            assert!(flows.insert(&flow(9, 19), start.wrapping_add(1 + FLOW_IDLE)), "start {start}");
             assert_eq!(sent_to(&flows, 1), None, "start {start}");
         }
     }

@@ -7,7 +7,7 @@
 use crate::Address;
 
 /// The version of this layout, in the paths of the pins. It grows when a map is added, removed or
-/// changed; the sockets' storage ([`crate::Peer`], [`crate::Flows`]) is frozen and not part of it.
+/// changed; the sockets' storage ([`crate::RevNat`], [`crate::Flows`]) is frozen and not part of it.
 pub const LAYOUT: u16 = 2;
 
 /// The number of services that the maps have room for unless the configuration says otherwise.
@@ -65,7 +65,7 @@ pub struct Frontend6 {
 /// The value of `FRONTENDS` and `FRONTENDS6`: the service behind a frontend. One word.
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Target {
+pub struct ServiceRef {
     /// The index into `SERVICES`, `UNSENT` and `NAMES`.
     pub service: u32,
     /// 1 where the frontend counts in the host's network namespace only, as a pin does; else 0.
@@ -76,7 +76,7 @@ pub struct Target {
 /// storing it swaps a service's backends at once.
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub struct Region {
+pub struct SlotRange {
     /// The index of the first slot.
     pub first_slot: u32,
     /// The number of slots, which is the number of backends: 0..=[`MAX_SERVICE_BACKENDS`].
@@ -87,35 +87,35 @@ pub struct Region {
 /// What connections choose from, by the addresses that their sockets can reach.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Regions {
+pub struct BackendSets {
     /// The backends with IPv4 addresses: by an IPv4 VIP, in its mapped form too.
-    pub ipv4: Region,
+    pub ipv4: SlotRange,
     /// The backends with IPv6 addresses: by an IPv6 VIP, for datagrams and for sockets that can't reach
     /// IPv4.
-    pub ipv6: Region,
+    pub ipv6: SlotRange,
     /// All: for other AF_INET6 sockets that connect to an IPv6 VIP, and by a mapped one where there
     /// are none at IPv4 addresses.
-    pub all: Region,
+    pub all: SlotRange,
 }
 
-/// What connections of a service choose from, within [`ServiceLine`].
+/// What connections of a service choose from, within [`ServiceEntry`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Service {
+pub struct Group {
     /// What a connection from the host's network namespace chooses from.
-    pub host: Regions,
+    pub host: BackendSets,
     /// What a connection from any other network namespace chooses from: the same, but for backends on
     /// the host's loopback, which would be another machine's loopback there.
-    pub elsewhere: Regions,
+    pub elsewhere: BackendSets,
 }
 
-impl Service {
+impl Group {
     /// The number of regions.
     pub const N_REGIONS: usize = 6;
 
     /// The regions, in the order in which they lie in memory.
-    pub fn regions(self) -> [Region; Service::N_REGIONS] {
-        let Service { host, elsewhere } = self;
+    pub fn regions(self) -> [SlotRange; Group::N_REGIONS] {
+        let Group { host, elsewhere } = self;
         [host.ipv4, host.ipv6, host.all, elsewhere.ipv4, elsewhere.ipv6, elsewhere.all]
     }
 }
@@ -123,14 +123,14 @@ impl Service {
 /// The value of `SERVICES`: all that a connection touches of a service, in one cache line.
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct ServiceLine {
+pub struct ServiceEntry {
     /// What connections choose from. The daemon writes it.
-    pub service: Service,
+    pub service: Group,
     /// Connects that were sent to a backend: connects by TCP, and choices for datagrams. It only grows.
     pub connects: u64,
-    /// 1 where the next connection is to be reported ([`Report`]), because the daemon doesn't follow the
+    /// 1 where the next connection is to be reported ([`Event`]), because the daemon doesn't follow the
     /// service's instances. The daemon writes it; the connection that was reported makes it 0.
-    pub is_awaited: u64,
+    pub report_next: u64,
 }
 
 /// The value of `SLOTS`: one column of an alias table (Walker 1977, in Vose's form of 1991).
@@ -145,7 +145,7 @@ pub struct Slot {
     pub threshold: u16,
 }
 
-/// Where to connect to, within [`BackendLine`].
+/// Where to connect to, within [`BackendEntry`].
 ///
 /// It is written before anything leads to it, and never again while a reader may know it, but for
 /// the generation, which is a word of its own.
@@ -166,7 +166,7 @@ pub struct Backend {
 /// The value of `BACKENDS`: all that a connection touches of a backend, half a cache line.
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct BackendLine {
+pub struct BackendEntry {
     /// Where to connect to. The daemon writes it.
     pub backend: Backend,
     /// Connects that were sent there. It only grows, until the entry is another backend's.
@@ -177,7 +177,7 @@ pub struct BackendLine {
 /// takes them over.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Name {
+pub struct ServiceName {
     /// ASCII, filled up with zeros.
     pub octets: [u8; 64],
 }
@@ -185,12 +185,12 @@ pub struct Name {
 /// The value of `UNSENT`: connections of a service that weren't sent to a backend. All only grow.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Unsent {
+pub struct RefusedStats {
     /// Refused, because there was no backend at all for them.
     pub no_backend: u64,
     /// Refused, because this socket can't reach any of the backends by its address family.
     pub family: u64,
-    /// Passed untouched, because connections were only counted ([`Daemon::is_shadow`]).
+    /// Passed untouched, because connections were only counted ([`Control::is_shadow`]).
     pub shadowed: u64,
 }
 
@@ -212,18 +212,18 @@ pub struct UdpConnects {
 /// What the programs send to the daemon through `REPORTS`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Report {
+pub struct Event {
     /// The index into `SERVICES` of the service that it is about.
     pub service: u32,
-    /// A [`Reason`].
+    /// A [`EventKind`].
     pub reason: u32,
 }
 
 /// Why something is reported.
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Reason {
-    /// A connection of a service whose connection was awaited ([`ServiceLine::is_awaited`]).
+pub enum EventKind {
+    /// A connection of a service whose connection was awaited ([`ServiceEntry::report_next`]).
     Connected = 1,
 }
 
@@ -232,7 +232,7 @@ pub enum Reason {
 /// Times are in nanoseconds of CLOCK_MONOTONIC, which is `bpf_ktime_get_ns`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Daemon {
+pub struct Control {
     /// When the daemon last said that it lives.
     pub heartbeat_ns: u64,
     /// When the table was last known to be right.
@@ -246,7 +246,7 @@ pub struct Daemon {
     /// The same as the kernel sees it: its connections are left alone.
     pub tgid: u64,
     /// 1 once the maps have held a whole table: before that nothing may be switched to them.
-    pub is_filled: u64,
+    pub is_synced: u64,
     /// 1 while connections are only counted and pass untouched; 0 while they are translated.
     pub is_shadow: u64,
 }
@@ -268,20 +268,20 @@ pub struct Probe {
 
 /// The value of `EXCLUDED`: a cgroup whose processes, and those of the cgroups below it, are left
 /// alone. The daemon alone writes it: the level first, so that a cgroup is never read with the level of
-/// its predecessor. The first entry of zeros ends the list; see [`ExcludedCgroup::HOLE`].
+/// its predecessor. The first entry of zeros ends the list; see [`BypassCgroup::HOLE`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct ExcludedCgroup {
+pub struct BypassCgroup {
     /// The cgroup's id, its directory's inode; 0 for an entry that isn't used.
     pub cgroup_id: u64,
     /// Its depth below the root of the hierarchy, which has 0.
     pub level: u64,
 }
 
-impl ExcludedCgroup {
+impl BypassCgroup {
     /// An entry that excludes nothing and has others behind it: what is excluded keeps its place when
     /// a cgroup before it goes.
-    pub const HOLE: ExcludedCgroup = ExcludedCgroup { cgroup_id: 0, level: u64::MAX };
+    pub const HOLE: BypassCgroup = BypassCgroup { cgroup_id: 0, level: u64::MAX };
 }
 
 /// Events that no service owns: the indices of `COUNTERS`, and behind those the ones of `EVENTS`, which
@@ -294,7 +294,7 @@ pub enum Counter {
     /// them, see [`Counter::UdpNoFrontend`].
     RefusedNoFrontend = 0,
     /// Connects whose socket storage couldn't be had. They went on; `getpeername` shows the backend.
-    NoStorage = 1,
+    StorageAllocFailed = 1,
     /// Connects that met a slot or a backend that isn't there, which can't happen unless the maps
     /// were written by somebody else. They were refused.
     Inconsistent = 2,
@@ -302,7 +302,7 @@ pub enum Counter {
     /// of the daemon.
     Bypassed = 3,
     /// Choices made again because the backend that a socket had kept left the table.
-    BackendGone = 4,
+    StaleBackend = 4,
     /// Connects to frontends that passed untouched because connections were only counted.
     Shadowed = 5,
     /// Connects into the pool that no frontend matches, and that passed untouched for that reason: they
@@ -324,7 +324,7 @@ pub const N_COUNTERS: usize = 9;
 /// How a program refuses a connection with ECONNREFUSED.
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Refusal {
+pub enum RejectMethod {
     /// `bpf_set_retval`. Kernel 6.1 and later.
     Errno = 0,
     /// By a rewrite to loopback's port 0, where nothing can listen; `sendto` gets EPERM. Any kernel.
@@ -335,15 +335,15 @@ const _: () = {
     use core::mem::{align_of, offset_of, size_of};
     assert!(size_of::<Frontend>() == 8 && offset_of!(Frontend, port) == 4);
     assert!(size_of::<Frontend6>() == 20);
-    assert!(size_of::<Target>() == 8 && align_of::<Target>() == 8);
-    assert!(size_of::<Region>() == 8 && align_of::<Region>() == 8);
-    assert!(size_of::<Service>() == 8 * Service::N_REGIONS);
+    assert!(size_of::<ServiceRef>() == 8 && align_of::<ServiceRef>() == 8);
+    assert!(size_of::<SlotRange>() == 8 && align_of::<SlotRange>() == 8);
+    assert!(size_of::<Group>() == 8 * Group::N_REGIONS);
     assert!(size_of::<Slot>() == 8 && align_of::<Slot>() == 8);
     assert!(size_of::<Backend>() == 24 && offset_of!(Backend, generation) == 20);
-    assert!(size_of::<ServiceLine>() == 64 && offset_of!(ServiceLine, connects) == 48);
-    assert!(size_of::<BackendLine>() == 32 && offset_of!(BackendLine, connects) == 24);
-    assert!(size_of::<Daemon>() == 64 && size_of::<Probe>() == 24);
-    assert!(size_of::<Unsent>() == 24 && size_of::<Report>() == 8);
+    assert!(size_of::<ServiceEntry>() == 64 && offset_of!(ServiceEntry, connects) == 48);
+    assert!(size_of::<BackendEntry>() == 32 && offset_of!(BackendEntry, connects) == 24);
+    assert!(size_of::<Control>() == 64 && size_of::<Probe>() == 24);
+    assert!(size_of::<RefusedStats>() == 24 && size_of::<Event>() == 8);
     assert!(size_of::<UdpConnects>() == 24);
     // A slot's alias is an index into its own region.
     assert!(MAX_SERVICE_BACKENDS <= 1 << 16);

@@ -14,7 +14,7 @@ use aya_ebpf::helpers::{
 };
 use aya_ebpf::macros::{btf_map, cgroup_sock, cgroup_sock_addr};
 use aya_ebpf::programs::{SockAddrContext, SockContext};
-use lb_common::Peer;
+use lb_common::RevNat;
 
 const PROCEED: i32 = 1;
 const N_SOCKETS: usize = 65_536;
@@ -33,19 +33,19 @@ struct Place {
     padding: u32,
     /// The socket that has it, 0 for none.
     cookie: u64,
-    peer: Peer,
+    peer: RevNat,
 }
 
 #[btf_map]
-static WHOLE: SkStorage<Peer> = SkStorage::new();
+static WHOLE: SkStorage<RevNat> = SkStorage::new();
 #[btf_map]
-static SECOND: SkStorage<Peer> = SkStorage::new();
+static SECOND: SkStorage<RevNat> = SkStorage::new();
 #[btf_map]
 static SMALL: SkStorage<Small> = SkStorage::new();
 #[btf_map]
-static BY_COOKIE: HashMap<u64, Peer, N_SOCKETS> = HashMap::new();
+static BY_COOKIE: HashMap<u64, RevNat, N_SOCKETS> = HashMap::new();
 #[btf_map]
-static RECENT: LruHashMap<u64, Peer, N_SOCKETS> = LruHashMap::new();
+static RECENT: LruHashMap<u64, RevNat, N_SOCKETS> = LruHashMap::new();
 #[btf_map]
 static PLACES: Array<Place, N_SOCKETS> = Array::new();
 #[btf_map]
@@ -245,8 +245,8 @@ pub fn one_read(ctx: SockAddrContext) -> i32 {
 
 /// A peer that isn't all zeros, so that the compiler can't know that it needn't copy it.
 #[inline(always)]
-fn peer() -> Peer {
-    Peer { frontend_port: 80, backend_port: 8080, generation: 1, ..Peer::default() }
+fn peer() -> RevNat {
+    RevNat { frontend_port: 80, backend_port: 8080, generation: 1, ..RevNat::default() }
 }
 
 #[inline(always)]

@@ -1,7 +1,7 @@
 //! What the daemon sets when it loads the object: constants to the verifier, which drops the code
 //! that they rule out.
 
-use lb_common::{Address, LAYOUT, Refusal};
+use lb_common::{Address, LAYOUT, RejectMethod};
 
 /// The layout that the maps have.
 #[unsafe(no_mangle)]
@@ -30,9 +30,9 @@ static POOL6_MASK_HIGH: u64 = 0;
 /// The other 8 octets.
 #[unsafe(no_mangle)]
 static POOL6_MASK_LOW: u64 = 0;
-/// A [`Refusal`].
+/// A [`RejectMethod`].
 #[unsafe(no_mangle)]
-static REFUSAL: u32 = Refusal::Errno as u32;
+static REFUSAL: u32 = RejectMethod::Errno as u32;
 /// 1 where some cgroups are left alone.
 #[unsafe(no_mangle)]
 static HAS_EXCLUDED: u32 = 0;
@@ -101,7 +101,7 @@ pub fn in_pool6(address: &Address) -> bool {
 /// Whether this kernel has `bpf_set_retval` for these programs.
 #[inline(always)]
 pub fn can_set_errno() -> bool {
-    setting!(REFUSAL) == Refusal::Errno as u32
+    setting!(REFUSAL) == RejectMethod::Errno as u32
 }
 
 /// Whether some cgroups are left alone.

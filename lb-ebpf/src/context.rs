@@ -5,7 +5,7 @@
 use aya_ebpf::bindings::bpf_sock;
 use aya_ebpf::helpers::bpf_set_retval;
 use aya_ebpf::programs::SockAddrContext;
-use lb_common::{Address, Peer};
+use lb_common::{Address, RevNat};
 
 use crate::config;
 
@@ -32,13 +32,13 @@ impl Endpoint {
 
     /// What was connected to.
     #[inline(always)]
-    pub fn of_frontend(peer: &Peer) -> Endpoint {
+    pub fn of_frontend(peer: &RevNat) -> Endpoint {
         Endpoint { address: peer.frontend, port: peer.frontend_port }
     }
 
     /// Where it was sent.
     #[inline(always)]
-    pub fn of_backend(peer: &Peer) -> Endpoint {
+    pub fn of_backend(peer: &RevNat) -> Endpoint {
         Endpoint { address: peer.backend, port: peer.backend_port }
     }
 }

@@ -6,7 +6,7 @@
 
 use aya_ebpf::helpers::bpf_ktime_get_ns;
 use aya_ebpf::programs::SockAddrContext;
-use lb_common::{Address, Counter, Peer, flow_clock};
+use lb_common::{Address, Counter, RevNat, flow_clock};
 
 use crate::context::Endpoint;
 use crate::translate::is_excluded;
@@ -27,13 +27,13 @@ pub fn follow(ctx: &SockAddrContext, connected: &Endpoint) -> Option<Followed> {
     }
     // SAFETY: a non-null pointer is to this socket's own storage, and the socket is locked.
     let flows = unsafe { maps::FLOWS.get_ptr_mut(ctx).as_mut() }?;
-    let index = flows.current(&connected.address, connected.port)?;
-    flows.touch(index, now());
+    let index = flows.lookup_fwd(&connected.address, connected.port)?;
+    flows.mark_used(index, now());
     let found = *flows.flow(index);
     if found.layout == config::layout() && maps::is_in_table(found.backend_idx, found.generation) {
         return Some(Followed { backend: found.backend, port: found.backend_port });
     }
-    maps::count(Counter::BackendGone);
+    maps::count(Counter::StaleBackend);
     log::backend_gone(ctx, found.backend_idx);
     None
 }
@@ -41,17 +41,17 @@ pub fn follow(ctx: &SockAddrContext, connected: &Endpoint) -> Option<Followed> {
 /// Keeps where a datagram goes, for those after it and for the replies. Where there is no memory
 /// for it, or all flows of the socket are in use, it goes on, and the next one may go elsewhere.
 #[inline(always)]
-pub fn keep(ctx: &SockAddrContext, flow: &Peer) {
+pub fn keep(ctx: &SockAddrContext, flow: &RevNat) {
     // SAFETY: as above. Without a value, the storage begins as zeros.
     match unsafe { maps::FLOWS.get_or_insert_ptr_mut(ctx, None).as_mut() } {
         Some(flows) => {
-            if !flows.keep(flow, now()) {
+            if !flows.insert(flow, now()) {
                 maps::count(Counter::FlowsFull);
                 log::flows_full(ctx);
             }
         }
         None => {
-            maps::count(Counter::NoStorage);
+            maps::count(Counter::StorageAllocFailed);
             log::no_storage(ctx);
         }
     }
@@ -80,7 +80,7 @@ pub fn shown(ctx: &SockAddrContext, sender: &Endpoint, peer: &Endpoint) -> Endpo
     // What others sent came before the socket was connected, or connected to this peer.
     // SAFETY: as above.
     if let Some(flows) = unsafe { maps::FLOWS.get_ptr_mut(ctx).as_mut() }
-        && let Some(index) = flows.replied(&sender.address, sender.port)
+        && let Some(index) = flows.lookup_rev(&sender.address, sender.port)
     {
         let flow = flows.flow(index);
         return Endpoint { address: flow.frontend, port: flow.frontend_port };

@@ -21,8 +21,8 @@ static SAID: Array<u64, 4, { BPF_F_MMAPABLE as usize }> = Array::new();
 #[repr(u32)]
 enum Kind {
     Inconsistent = 0,
-    NoStorage = 1,
-    BackendGone = 2,
+    StorageAllocFailed = 1,
+    StaleBackend = 2,
     FlowsFull = 3,
 }
 
@@ -42,7 +42,7 @@ pub fn inconsistent(ctx: &SockAddrContext, service: u32) -> Refused {
 /// A socket has no memory left for its storage.
 #[inline(always)]
 pub fn no_storage(ctx: &SockAddrContext) {
-    if is_due(Kind::NoStorage) {
+    if is_due(Kind::StorageAllocFailed) {
         warn!(
             ctx,
             "no socket storage: a connection goes on, and will show its backend as the peer"
@@ -53,7 +53,7 @@ pub fn no_storage(ctx: &SockAddrContext) {
 /// A socket's backend left the table.
 #[inline(always)]
 pub fn backend_gone(ctx: &SockAddrContext, backend_idx: u32) {
-    if is_due(Kind::BackendGone) {
+    if is_due(Kind::StaleBackend) {
         info!(ctx, "backend {} is gone: a socket's datagrams go to another one", backend_idx);
     }
 }

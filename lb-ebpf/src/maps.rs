@@ -9,10 +9,10 @@ use aya_ebpf::btf_maps::{Array, HashMap, RingBuf, SkStorage};
 use aya_ebpf::macros::btf_map;
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
 use lb_common::{
-    Backend, BackendLine, Counter, DEFAULT_MAX_BACKENDS, DEFAULT_MAX_SERVICES, Daemon,
-    ENTRIES_PER_BACKEND, ExcludedCgroup, FRONTENDS_PER_SERVICE, Flows, Frontend, Frontend6,
-    MAX_EXCLUDED, N_COUNTERS, N_PINNED_COUNTERS, Name, Peer, Probe, Reason, Region, Regions,
-    Report, SLOTS_PER_BACKEND, ServiceLine, Slot, Target, UdpConnects, Unsent,
+    Backend, BackendEntry, BackendSets, BypassCgroup, Control, Counter, DEFAULT_MAX_BACKENDS,
+    DEFAULT_MAX_SERVICES, ENTRIES_PER_BACKEND, Event, EventKind, FRONTENDS_PER_SERVICE, Flows,
+    Frontend, Frontend6, MAX_EXCLUDED, N_COUNTERS, N_PINNED_COUNTERS, Probe, RefusedStats, RevNat,
+    SLOTS_PER_BACKEND, ServiceEntry, ServiceName, ServiceRef, Slot, SlotRange, UdpConnects,
 };
 
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
@@ -23,20 +23,20 @@ const N_SLOTS: usize = (DEFAULT_MAX_BACKENDS * SLOTS_PER_BACKEND) as usize;
 const N_BACKENDS: usize = (DEFAULT_MAX_BACKENDS * ENTRIES_PER_BACKEND) as usize;
 
 #[btf_map]
-static FRONTENDS: HashMap<Frontend, Target, N_FRONTENDS> = HashMap::new();
+static FRONTENDS: HashMap<Frontend, ServiceRef, N_FRONTENDS> = HashMap::new();
 #[btf_map]
-static FRONTENDS6: HashMap<Frontend6, Target, N_FRONTENDS> = HashMap::new();
+static FRONTENDS6: HashMap<Frontend6, ServiceRef, N_FRONTENDS> = HashMap::new();
 #[btf_map]
-static SERVICES: Array<ServiceLine, N_SERVICES, MMAPABLE> = Array::new();
+static SERVICES: Array<ServiceEntry, N_SERVICES, MMAPABLE> = Array::new();
 #[btf_map]
 static SLOTS: Array<Slot, N_SLOTS, MMAPABLE> = Array::new();
 #[btf_map]
-static BACKENDS: Array<BackendLine, N_BACKENDS, MMAPABLE> = Array::new();
+static BACKENDS: Array<BackendEntry, N_BACKENDS, MMAPABLE> = Array::new();
 /// The programs don't read it; here, so that it is part of the object like the others.
 #[btf_map]
-static NAMES: Array<Name, N_SERVICES, MMAPABLE> = Array::new();
+static NAMES: Array<ServiceName, N_SERVICES, MMAPABLE> = Array::new();
 #[btf_map]
-static UNSENT: Array<Unsent, N_SERVICES, MMAPABLE> = Array::new();
+static UNSENT: Array<RefusedStats, N_SERVICES, MMAPABLE> = Array::new();
 #[btf_map]
 static COUNTERS: Array<u64, N_PINNED_COUNTERS, MMAPABLE> = Array::new();
 /// Counters that came after the layout. Neither this nor the next is pinned: to a version that doesn't
@@ -46,44 +46,44 @@ static EVENTS: Array<u64, N_EVENTS, MMAPABLE> = Array::new();
 #[btf_map]
 static UDP_CONNECTS: Array<UdpConnects, N_SERVICES, MMAPABLE> = Array::new();
 #[btf_map]
-static DAEMON: Array<Daemon, 1, MMAPABLE> = Array::new();
+static DAEMON: Array<Control, 1, MMAPABLE> = Array::new();
 #[btf_map]
 static PROBE: Array<Probe, 1, MMAPABLE> = Array::new();
 #[btf_map]
-static EXCLUDED: Array<ExcludedCgroup, MAX_EXCLUDED, MMAPABLE> = Array::new();
+static EXCLUDED: Array<BypassCgroup, MAX_EXCLUDED, MMAPABLE> = Array::new();
 /// What the daemon hears at once: 4,096 of them at most wait for it. It isn't pinned: each daemon has
 /// its own, and asks anew.
 #[btf_map]
-static REPORTS: RingBuf<Report, 65_536> = RingBuf::new();
+static REPORTS: RingBuf<Event, 65_536> = RingBuf::new();
 /// What each connected socket connected. It lives and dies with the socket.
 #[btf_map]
-pub static PEERS: SkStorage<Peer> = SkStorage::new();
+pub static PEERS: SkStorage<RevNat> = SkStorage::new();
 /// What a UDP socket connected before, while `PEERS` says what it connected last: that connect() may have
 /// failed. It lives and dies with the socket.
 #[btf_map]
-pub static FORMER_PEERS: SkStorage<Peer> = SkStorage::new();
+pub static FORMER_PEERS: SkStorage<RevNat> = SkStorage::new();
 /// Where the datagrams of each socket went. It lives and dies with the socket.
 #[btf_map]
 pub static FLOWS: SkStorage<Flows> = SkStorage::new();
 
 /// The service behind a frontend.
 #[inline(always)]
-pub fn target(frontend: &Frontend) -> Option<Target> {
+pub fn target(frontend: &Frontend) -> Option<ServiceRef> {
     FRONTENDS.get_ptr(frontend).map(copy_target)
 }
 
 /// The service behind an IPv6 frontend.
 #[inline(always)]
-pub fn target6(frontend: &Frontend6) -> Option<Target> {
+pub fn target6(frontend: &Frontend6) -> Option<ServiceRef> {
     FRONTENDS6.get_ptr(frontend).map(copy_target)
 }
 
 #[inline(always)]
-fn copy_target(target: *const Target) -> Target {
+fn copy_target(target: *const ServiceRef) -> ServiceRef {
     // SAFETY: the kernel may recycle the element once it is deleted, so it is copied out at once,
     // as the one word that it is. The daemon inserts nothing between a deletion and the end of the
     // readers that may have seen the element, so the word is this frontend's.
-    unsafe { core::mem::transmute::<u64, Target>(target.cast::<u64>().read_volatile()) }
+    unsafe { core::mem::transmute::<u64, ServiceRef>(target.cast::<u64>().read_volatile()) }
 }
 
 /// What a connection can reach by its addresses.
@@ -105,9 +105,9 @@ pub enum Reach {
 /// whether the daemon waits for a connection.
 #[derive(Clone, Copy)]
 pub struct Scopes {
-    pub host: Region,
-    pub elsewhere: Region,
-    pub is_awaited: bool,
+    pub host: SlotRange,
+    pub elsewhere: SlotRange,
+    pub report_next: bool,
 }
 
 impl Scopes {
@@ -119,7 +119,7 @@ impl Scopes {
 }
 
 #[inline(always)]
-fn word(region: Region) -> u64 {
+fn word(region: SlotRange) -> u64 {
     u64::from(region.first_slot) << 32 | u64::from(region.n_slots)
 }
 
@@ -131,15 +131,15 @@ pub fn scopes(service: u32, reach: Reach) -> Option<Scopes> {
     unsafe {
         let host = region(&raw const (*service).service.host, reach);
         let elsewhere = region(&raw const (*service).service.elsewhere, reach);
-        let is_awaited = (&raw const (*service).is_awaited).read_volatile() != 0;
-        Some(Scopes { host, elsewhere, is_awaited })
+        let report_next = (&raw const (*service).report_next).read_volatile() != 0;
+        Some(Scopes { host, elsewhere, report_next })
     }
 }
 
 /// # Safety
 /// `regions` is part of an array's element.
 #[inline(always)]
-unsafe fn region(regions: *const Regions, reach: Reach) -> Region {
+unsafe fn region(regions: *const BackendSets, reach: Reach) -> SlotRange {
     // SAFETY: an array's element stays.
     unsafe {
         match reach {
@@ -161,10 +161,10 @@ unsafe fn region(regions: *const Regions, reach: Reach) -> Region {
 /// # Safety
 /// `region` is part of an array's element.
 #[inline(always)]
-unsafe fn load(region: *const Region) -> Region {
+unsafe fn load(region: *const SlotRange) -> SlotRange {
     // SAFETY: an array's element stays; the daemon replaces each region by one aligned store, and
     // this is one aligned load.
-    unsafe { core::mem::transmute::<u64, Region>(region.cast::<u64>().read_volatile()) }
+    unsafe { core::mem::transmute::<u64, SlotRange>(region.cast::<u64>().read_volatile()) }
 }
 
 /// A slot. Its region is not written again while a program that found it may still run.
@@ -188,7 +188,7 @@ pub fn backend(index: u32) -> Option<Backend> {
 #[inline(always)]
 pub fn is_in_table(backend_idx: u32, generation: u32) -> bool {
     // SAFETY: the pointer is to an aligned word of an array's element, which stays.
-    let now = |line: *const BackendLine| unsafe {
+    let now = |line: *const BackendEntry| unsafe {
         (&raw const (*line).backend.generation).read_volatile()
     };
     BACKENDS.get_ptr(backend_idx).is_some_and(|line| now(line) == generation)
@@ -196,11 +196,11 @@ pub fn is_in_table(backend_idx: u32, generation: u32) -> bool {
 
 /// What the daemon says of itself, word by word as it is now.
 #[derive(Clone, Copy)]
-pub struct DaemonWords(*const Daemon);
+pub struct ControlWords(*const Control);
 
 macro_rules! words {
     ($($(#[$doc:meta])* $word:ident)*) => {
-        impl DaemonWords {
+        impl ControlWords {
             $($(#[$doc])*
             #[inline(always)]
             pub fn $word(self) -> u64 {
@@ -225,8 +225,8 @@ words! {
 
 /// What the daemon says of itself.
 #[inline(always)]
-pub fn daemon() -> Option<DaemonWords> {
-    DAEMON.get_ptr(0).map(DaemonWords)
+pub fn daemon() -> Option<ControlWords> {
+    DAEMON.get_ptr(0).map(ControlWords)
 }
 
 /// Whether connections are only counted. It is asked of connections to the pools and the pins alone.
@@ -256,13 +256,13 @@ pub fn show_probe(cookie: u64, tgid: u64, netns: u64) {
 /// A cgroup that is left alone, or a hole, whose id is 0; `None` past the last one. It is a copy: the
 /// daemon may write another one there meanwhile.
 #[inline(always)]
-pub fn excluded(index: u32) -> Option<ExcludedCgroup> {
+pub fn excluded(index: u32) -> Option<BypassCgroup> {
     let entry = EXCLUDED.get_ptr(index)?;
     // SAFETY: an array's element stays, and its words are aligned.
     let cgroup_id = unsafe { (&raw const (*entry).cgroup_id).read_volatile() };
     // SAFETY: as above.
     let level = unsafe { (&raw const (*entry).level).read_volatile() };
-    (cgroup_id != 0 || level != 0).then_some(ExcludedCgroup { cgroup_id, level })
+    (cgroup_id != 0 || level != 0).then_some(BypassCgroup { cgroup_id, level })
 }
 
 /// Counts a connection of `service` that goes to `backend`.
@@ -318,13 +318,13 @@ pub fn count_shadowed(service: u32) {
 /// Tells the daemon of a connection that it waits for. Where there is no room, the next one does.
 #[inline(always)]
 pub fn report_connect(service: u32) {
-    let report = Report { service, reason: Reason::Connected as u32 };
+    let report = Event { service, reason: EventKind::Connected as u32 };
     if REPORTS.output(report, 0).is_ok()
         && let Some(line) = SERVICES.get_ptr_mut(service)
     {
         // SAFETY: an array's element stays, and this is an aligned word of it. Two connections that come
         // at once are both reported, which is no harm.
-        unsafe { (&raw mut (*line).is_awaited).write_volatile(0) };
+        unsafe { (&raw mut (*line).report_next).write_volatile(0) };
     }
 }
 

@@ -7,7 +7,7 @@
 
 use aya_ebpf::helpers::generated::{bpf_sk_storage_get, bpf_skc_to_mptcp_sock};
 use aya_ebpf::programs::SockAddrContext;
-use lb_common::{Counter, IPPROTO_UDP, Peer};
+use lb_common::{Counter, IPPROTO_UDP, RevNat};
 
 use crate::context::{self, Endpoint};
 use crate::translate::Socket;
@@ -18,7 +18,7 @@ use crate::{config, log, maps};
 #[inline(always)]
 pub fn remember(
     ctx: &SockAddrContext,
-    peer: Peer,
+    peer: RevNat,
     socket: Socket,
     connected: impl FnOnce() -> Endpoint,
 ) {
@@ -34,7 +34,7 @@ pub fn remember(
             *kept = peer;
         }
         None => {
-            maps::count(Counter::NoStorage);
+            maps::count(Counter::StorageAllocFailed);
             log::no_storage(ctx);
         }
     }
@@ -53,13 +53,13 @@ pub fn forget(ctx: &SockAddrContext, address: &Endpoint, connected: impl FnOnce(
     } else {
         forget_outside(ctx);
     }
-    *kept = Peer::default();
+    *kept = RevNat::default();
 }
 
 /// Sees to it that what is remembered of the association that a UDP socket has outlives `kept`, which
 /// is about to be written, until the socket is connected to `next`.
 #[inline(always)]
-fn set_aside(ctx: &SockAddrContext, kept: &Peer, connected: &Endpoint, next: &Endpoint) {
+fn set_aside(ctx: &SockAddrContext, kept: &RevNat, connected: &Endpoint, next: &Endpoint) {
     let is_kept = kept.backend_port != 0;
     // SAFETY: as above.
     let former = unsafe {
@@ -77,13 +77,13 @@ fn set_aside(ctx: &SockAddrContext, kept: &Peer, connected: &Endpoint, next: &En
     }
     // What it is to be connected to by another name, or by none.
     if former.was_sent_to(&next.address, next.port) {
-        *former = Peer::default();
+        *former = RevNat::default();
     }
 }
 
 /// What a connected socket remembers of its association with `peer`, if it connected a VIP.
 #[inline(always)]
-pub fn association(ctx: &SockAddrContext, peer: &Endpoint) -> Option<&'static Peer> {
+pub fn association(ctx: &SockAddrContext, peer: &Endpoint) -> Option<&'static RevNat> {
     // SAFETY: as above; the storage lives as long as the socket, which is longer than the program
     // runs.
     unsafe {
@@ -96,7 +96,7 @@ pub fn association(ctx: &SockAddrContext, peer: &Endpoint) -> Option<&'static Pe
 }
 
 #[inline(always)]
-fn former(ctx: &SockAddrContext, peer: &Endpoint) -> Option<&'static Peer> {
+fn former(ctx: &SockAddrContext, peer: &Endpoint) -> Option<&'static RevNat> {
     // SAFETY: as above.
     let former = unsafe { maps::FORMER_PEERS.get_ptr_mut(ctx).as_ref() };
     former.filter(|former| former.was_sent_to(&peer.address, peer.port))
@@ -119,7 +119,7 @@ pub fn formerly_shown(ctx: &SockAddrContext, sender: &Endpoint) -> Endpoint {
 /// Keeps the same for the MPTCP socket that a subflow is of: connect() runs the hook on the subflow,
 /// and getpeername() on the other.
 #[inline(always)]
-fn remember_outside(ctx: &SockAddrContext, peer: Peer) {
+fn remember_outside(ctx: &SockAddrContext, peer: RevNat) {
     if let Some(kept) = outside(ctx, true) {
         *kept = peer;
     }
@@ -128,14 +128,14 @@ fn remember_outside(ctx: &SockAddrContext, peer: Peer) {
 #[inline(always)]
 fn forget_outside(ctx: &SockAddrContext) {
     if let Some(kept) = outside(ctx, false) {
-        *kept = Peer::default();
+        *kept = RevNat::default();
     }
 }
 
 /// What the MPTCP socket remembers that this socket is a subflow of, if it is one and the kernel lets
 /// a program know (`bpf_skc_to_mptcp_sock`, 5.19).
 #[inline(always)]
-fn outside(ctx: &SockAddrContext, create: bool) -> Option<&'static mut Peer> {
+fn outside(ctx: &SockAddrContext, create: bool) -> Option<&'static mut RevNat> {
     if !config::has_mptcp() {
         return None;
     }
@@ -148,6 +148,6 @@ fn outside(ctx: &SockAddrContext, create: bool) -> Option<&'static mut Peer> {
         }
         let map = (&raw const maps::PEERS).cast_mut().cast();
         let value = core::ptr::null_mut();
-        bpf_sk_storage_get(map, mptcp.cast(), value, u64::from(create)).cast::<Peer>().as_mut()
+        bpf_sk_storage_get(map, mptcp.cast(), value, u64::from(create)).cast::<RevNat>().as_mut()
     }
 }

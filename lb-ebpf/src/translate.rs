@@ -8,12 +8,12 @@ use aya_ebpf::helpers::{
 };
 use aya_ebpf::programs::SockAddrContext;
 use lb_common::{
-    ANY_PORT, Backend, Counter, Frontend, Frontend6, IPPROTO_TCP, IPPROTO_UDP, MAX_EXCLUDED, Peer,
-    Target, choose,
+    ANY_PORT, Backend, Counter, Frontend, Frontend6, IPPROTO_TCP, IPPROTO_UDP, MAX_EXCLUDED,
+    RevNat, ServiceRef, choose,
 };
 
 use crate::context::{self, Endpoint, Refused};
-use crate::maps::{self, DaemonWords, Reach};
+use crate::maps::{self, ControlWords, Reach};
 use crate::{config, log, random};
 
 /// How long the daemon's word that it lives is taken for true.
@@ -52,8 +52,8 @@ pub enum Socket {
 impl Choice {
     /// What a socket that was sent there remembers.
     #[inline(always)]
-    pub fn peer(&self, connected: Endpoint) -> Peer {
-        Peer {
+    pub fn peer(&self, connected: Endpoint) -> RevNat {
+        RevNat {
             frontend: connected.address,
             backend: self.backend.address,
             frontend_port: connected.port,
@@ -115,7 +115,7 @@ pub fn choose6(
 
 /// The service behind an IPv4 address and the context's port.
 #[inline(always)]
-fn target4(ctx: &SockAddrContext, address: [u8; 4], protocol: u8) -> Option<Target> {
+fn target4(ctx: &SockAddrContext, address: [u8; 4], protocol: u8) -> Option<ServiceRef> {
     let mut frontend = Frontend { address, port: context::port(ctx), protocol, padding: 0 };
     let target = maps::target(&frontend);
     if target.is_some() || !config::in_pool(address) || config::is_pools_own(address) {
@@ -127,7 +127,7 @@ fn target4(ctx: &SockAddrContext, address: [u8; 4], protocol: u8) -> Option<Targ
 
 /// The service behind an IPv6 address and port.
 #[inline(always)]
-fn target6(connected: &Endpoint, protocol: u8) -> Option<Target> {
+fn target6(connected: &Endpoint, protocol: u8) -> Option<ServiceRef> {
     let address = connected.address.octets;
     let mut frontend = Frontend6 { address, port: connected.port, protocol, padding: 0 };
     let target = maps::target6(&frontend);
@@ -151,9 +151,9 @@ pub fn refuse_family6(connected: &Endpoint) -> Refused {
 }
 
 #[inline(always)]
-fn refuse_family(target: Option<Target>) -> Refused {
+fn refuse_family(target: Option<ServiceRef>) -> Refused {
     match target {
-        Some(Target { service, .. }) => maps::count_refused(service, true),
+        Some(ServiceRef { service, .. }) => maps::count_refused(service, true),
         None => maps::count(Counter::RefusedNoFrontend),
     }
     Refused
@@ -162,7 +162,7 @@ fn refuse_family(target: Option<Target>) -> Refused {
 #[inline(always)]
 fn choose_backend(
     ctx: &SockAddrContext,
-    target: Option<Target>,
+    target: Option<ServiceRef>,
     call: Call,
     asks_ipv6_only: bool,
     reach: impl FnOnce(bool) -> Reach,
@@ -198,7 +198,7 @@ fn choose_backend(
     if target.host_only != 0 && !from_host {
         return Ok(None);
     }
-    if scopes.is_awaited {
+    if scopes.report_next {
         maps::report_connect(service);
     }
     let region = if from_host { scopes.host } else { scopes.elsewhere };
@@ -231,11 +231,11 @@ fn choose_backend(
 #[inline(always)]
 fn count_shadowed(
     ctx: &SockAddrContext,
-    daemon: DaemonWords,
-    target: Option<Target>,
+    daemon: ControlWords,
+    target: Option<ServiceRef>,
     is_udp_connect: bool,
 ) {
-    let Some(Target { service, host_only }) = target else {
+    let Some(ServiceRef { service, host_only }) = target else {
         let shadowed = Counter::ShadowedNoFrontend;
         maps::count(if is_udp_connect { Counter::UdpNoFrontend } else { shadowed });
         return;
@@ -249,7 +249,7 @@ fn count_shadowed(
 
 /// Whether a service that has no backend for this socket's address family has some for others.
 #[inline(always)]
-fn has_others(ctx: &SockAddrContext, daemon: DaemonWords, service: u32) -> bool {
+fn has_others(ctx: &SockAddrContext, daemon: ControlWords, service: u32) -> bool {
     maps::scopes(service, Reach::All).is_some_and(|all| {
         // SAFETY: the context is valid.
         let from_host = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) } == daemon.host_netns();
@@ -260,7 +260,7 @@ fn has_others(ctx: &SockAddrContext, daemon: DaemonWords, service: u32) -> bool 
 
 /// Whether the daemon itself connections. Once it is gone, another process may get its number.
 #[inline(always)]
-fn is_daemons(daemon: DaemonWords) -> bool {
+fn is_daemons(daemon: ControlWords) -> bool {
     bpf_get_current_pid_tgid() >> 32 == daemon.tgid()
         // SAFETY: the helper has no preconditions.
         && unsafe { bpf_ktime_get_ns() }.wrapping_sub(daemon.heartbeat_ns()) < HEARTBEAT_LASTS_NS

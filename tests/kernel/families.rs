@@ -4,7 +4,7 @@ use std::io::{self, ErrorKind};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
 use std::time::Duration;
 
-use lb_userspace::datapath::{Refusal, ServiceCounters};
+use lb_userspace::datapath::{RejectMethod, ServiceCounters};
 use lb_userspace::table::{Protocols, Service};
 use rustix::net::sockopt::set_ipv6_v6only;
 use rustix::net::{AddressFamily, SocketType, bind};
@@ -43,9 +43,9 @@ impl Use {
     }
 
     /// Whether that is how this use of a socket is refused.
-    fn is_refusal(self, error: &io::Error, refusal: Refusal) -> bool {
+    fn is_refusal(self, error: &io::Error, refusal: RejectMethod) -> bool {
         match (self, refusal) {
-            (Use::Udp, Refusal::PortZero) => error.kind() == ErrorKind::PermissionDenied,
+            (Use::Udp, RejectMethod::PortZero) => error.kind() == ErrorKind::PermissionDenied,
             _ => error.kind() == ErrorKind::ConnectionRefused,
         }
     }
@@ -118,16 +118,16 @@ pub fn sockets_reach_what_their_family_can() {
 }
 
 pub fn refused_by_errno() {
-    refused_by(Refusal::Errno);
+    refused_by(RejectMethod::Errno);
 }
 
 pub fn refused_by_port_zero() {
-    refused_by(Refusal::PortZero);
+    refused_by(RejectMethod::PortZero);
 }
 
 /// Whatever the socket, a connection into a pool that no frontend matches is refused, and so is one of a
 /// service without backends.
-fn refused_by(refusal: Refusal) {
+fn refused_by(refusal: RejectMethod) {
     // They would take whatever is let through.
     let wildcard = Server::on(b'w', (Ipv6Addr::UNSPECIFIED, 0));
     let port = wildcard.address.port();

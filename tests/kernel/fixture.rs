@@ -15,7 +15,7 @@ use lb_tests::bpffs::Bpffs;
 use lb_tests::tempdir;
 use lb_userspace::config::{Config, cgroup};
 use lb_userspace::datapath::probe::Proof;
-use lb_userspace::datapath::{COUNTERS, Datapath, Options, Refusal};
+use lb_userspace::datapath::{COUNTERS, Datapath, Options, RejectMethod};
 use lb_userspace::table::{Backend, Ports, Protocols, Service, State, Table};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
@@ -157,7 +157,7 @@ impl Bed {
         })
     }
 
-    pub fn refusing_by(refusal: Refusal) -> Bed {
+    pub fn refusing_by(refusal: RejectMethod) -> Bed {
         Bed::with(|options| options.refusal = Some(refusal))
     }
 

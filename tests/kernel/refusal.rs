@@ -4,20 +4,20 @@
 use std::io::ErrorKind;
 use std::net::Ipv4Addr;
 
-use lb_userspace::datapath::{COUNTERS, Refusal};
+use lb_userspace::datapath::{COUNTERS, RejectMethod};
 use lb_userspace::table::Ports;
 
 use crate::fixture::{Bed, OTHER_VIP, Server, VIP, connect, service};
 
 pub fn by_errno() {
-    refused_by(Refusal::Errno);
+    refused_by(RejectMethod::Errno);
 }
 
 pub fn by_port_zero() {
-    refused_by(Refusal::PortZero);
+    refused_by(RejectMethod::PortZero);
 }
 
-fn refused_by(refusal: Refusal) {
+fn refused_by(refusal: RejectMethod) {
     let wildcard = Server::on(b'w', (Ipv4Addr::UNSPECIFIED, 0));
     let port = wildcard.address.port();
     assert_eq!(

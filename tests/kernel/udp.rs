@@ -334,7 +334,7 @@ pub fn a_connect_that_fails_changes_nothing() {
             (SocketAddr::V4(address), SocketAddr::V6(_)) => ways(*address.ip(), address.port())[1],
             (address, _) => address,
         };
-        let by_errno = bed.datapath.refusal() == lb_userspace::datapath::Refusal::Errno;
+        let by_errno = bed.datapath.refusal() == lb_userspace::datapath::RejectMethod::Errno;
         // Before 6.1 a connect() that is refused leads to port 0, and succeeds.
         let failing = [Some(vip(2)), by_errno.then_some(vip(3)), Some(as_named(far))];
         for failing in failing.into_iter().flatten() {

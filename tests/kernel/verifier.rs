@@ -1,6 +1,6 @@
 //! What the verifier goes through to accept the programs: docs/verifier.md has it for each kernel.
 
-use lb_userspace::datapath::{Options, Refusal};
+use lb_userspace::datapath::{Options, RejectMethod};
 
 use crate::fixture::Bed;
 
@@ -19,7 +19,7 @@ fn all_of_it(options: &mut Options) {
 pub fn instructions_are_told() {
     drop(Bed::with(|options| {
         all_of_it(options);
-        options.refusal = Some(Refusal::PortZero);
+        options.refusal = Some(RejectMethod::PortZero);
     }));
     let bed = Bed::with(all_of_it);
     let kernel = crate::running_kernel();

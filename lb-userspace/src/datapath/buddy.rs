@@ -25,18 +25,18 @@ impl Block {
 
 /// The free runs of slots, by order.
 #[derive(Debug)]
-pub struct Regions {
+pub struct SlotAllocator {
     free: [BTreeSet<u32>; MAX_ORDER as usize + 1],
     capacity: u32,
 }
 
-impl Regions {
+impl SlotAllocator {
     /// All free: as many of `n_slots` slots as make whole runs of the largest order.
-    pub fn new(n_slots: u32) -> Regions {
+    pub fn new(n_slots: u32) -> SlotAllocator {
         let mut free: [BTreeSet<u32>; MAX_ORDER as usize + 1] = Default::default();
         let capacity = n_slots - n_slots % MAX_SERVICE_BACKENDS;
         free[MAX_ORDER as usize] = (0..capacity).step_by(MAX_SERVICE_BACKENDS as usize).collect();
-        Regions { free, capacity }
+        SlotAllocator { free, capacity }
     }
 
     /// The number of slots, free or not.
@@ -111,7 +111,7 @@ mod tests {
         fn runs_never_overlap_and_nothing_leaks(
             steps in prop::collection::vec((any::<bool>(), 1..=4096u32, any::<prop::sample::Index>()), 1..300)
         ) {
-            let mut regions = Regions::new(16 * MAX_SERVICE_BACKENDS);
+            let mut regions = SlotAllocator::new(16 * MAX_SERVICE_BACKENDS);
             let mut held: Vec<Block> = Vec::new();
             for (take, n_slots, which) in steps {
                 if take {
@@ -140,10 +140,10 @@ mod tests {
         fn claimed_runs_are_those_that_were_taken(
             sizes in prop::collection::vec(1..=4096u32, 1..40)
         ) {
-            let mut regions = Regions::new(64 * MAX_SERVICE_BACKENDS);
+            let mut regions = SlotAllocator::new(64 * MAX_SERVICE_BACKENDS);
             let taken: Vec<_> =
                 sizes.iter().map(|&n_slots| (regions.take(n_slots).unwrap(), n_slots)).collect();
-            let mut again = Regions::new(64 * MAX_SERVICE_BACKENDS);
+            let mut again = SlotAllocator::new(64 * MAX_SERVICE_BACKENDS);
             for (block, n_slots) in taken {
                 let same = Block::of(block.first_slot, n_slots);
                 prop_assert_eq!(same, Some(block));
@@ -156,7 +156,7 @@ mod tests {
 
     #[test]
     fn full_is_none() {
-        let mut regions = Regions::new(MAX_SERVICE_BACKENDS);
+        let mut regions = SlotAllocator::new(MAX_SERVICE_BACKENDS);
         assert!(regions.take(4096).is_some());
         assert!(regions.take(1).is_none());
     }

@@ -5,7 +5,7 @@ use std::os::linux::fs::MetadataExt;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 
-use lb_common::{ExcludedCgroup, MAX_EXCLUDED};
+use lb_common::{BypassCgroup, MAX_EXCLUDED};
 
 use crate::config::cgroup::{self, Mount};
 
@@ -17,7 +17,7 @@ const N_NAMED: usize = 3;
 pub struct Found {
     /// The cgroups that exist and are matched, in the order of the patterns and, of one pattern, by
     /// path.
-    cgroups: Vec<(PathBuf, ExcludedCgroup)>,
+    cgroups: Vec<(PathBuf, BypassCgroup)>,
     /// What an operator should know: patterns that match nothing, and why.
     pub problems: Vec<String>,
 }
@@ -52,7 +52,7 @@ fn find_in(mounts: &[Mount], patterns: &[PathBuf]) -> Found {
 }
 
 /// The cgroups that one pattern matches, by path.
-fn matches(mounts: &[Mount], pattern: &Path) -> Result<Vec<(PathBuf, ExcludedCgroup)>, String> {
+fn matches(mounts: &[Mount], pattern: &Path) -> Result<Vec<(PathBuf, BypassCgroup)>, String> {
     let problem = |what: String| {
         Err(format!("datapath.exclude_cgroups: '{}' excludes nothing: {what}", pattern.display()))
     };
@@ -94,7 +94,7 @@ fn matches(mounts: &[Mount], pattern: &Path) -> Result<Vec<(PathBuf, ExcludedCgr
         let is_cgroup = cgroup::is_cgroup2(&path).unwrap_or(false);
         is_cgroup.then_some(())?;
         let level = level as u64;
-        Some((path, ExcludedCgroup { cgroup_id: metadata.st_ino(), level }))
+        Some((path, BypassCgroup { cgroup_id: metadata.st_ino(), level }))
     };
     Ok(paths.into_iter().filter_map(excluded).collect())
 }
@@ -155,8 +155,8 @@ impl Found {
     /// The entries of `EXCLUDED` for these cgroups, where `present` are its entries now: a cgroup
     /// that is excluded already stays, at its place; others fill the places that are free. Notes which
     /// ones there was no place for.
-    pub fn place(&mut self, present: &[ExcludedCgroup]) -> [ExcludedCgroup; MAX_EXCLUDED] {
-        let mut places = [ExcludedCgroup::default(); MAX_EXCLUDED];
+    pub fn place(&mut self, present: &[BypassCgroup]) -> [BypassCgroup; MAX_EXCLUDED] {
+        let mut places = [BypassCgroup::default(); MAX_EXCLUDED];
         for (place, present) in places.iter_mut().zip(present) {
             if self.cgroups.iter().any(|(_, excluded)| excluded == present) {
                 *place = *present;
@@ -175,7 +175,7 @@ impl Found {
         // The programs look no further than the first entry of zeros.
         let n_used = places.iter().rposition(|place| place.cgroup_id != 0).map_or(0, |at| at + 1);
         for place in places[..n_used].iter_mut().filter(|place| place.cgroup_id == 0) {
-            *place = ExcludedCgroup::HOLE;
+            *place = BypassCgroup::HOLE;
         }
         if !left_out.is_empty() {
             let n_more = left_out.len().saturating_sub(N_NAMED);
@@ -246,8 +246,8 @@ mod tests {
         Found { cgroups: ids.into_iter().map(cgroup).collect(), problems: Vec::new() }
     }
 
-    fn entry(cgroup_id: u64) -> ExcludedCgroup {
-        ExcludedCgroup { cgroup_id, level: 2 }
+    fn entry(cgroup_id: u64) -> BypassCgroup {
+        BypassCgroup { cgroup_id, level: 2 }
     }
 
     /// What is excluded stays so, at its place, whatever comes before it in the list.
@@ -276,14 +276,14 @@ mod tests {
         assert_eq!(left.iter().filter(|place| place.cgroup_id != 0).count(), 2);
         assert!(two.problems.is_empty());
         // Only what is behind the last one ends the list.
-        let holes = left.iter().filter(|place| **place == ExcludedCgroup::HOLE).count();
+        let holes = left.iter().filter(|place| **place == BypassCgroup::HOLE).count();
         assert_eq!(holes, 14);
         let mut one = some([12]);
         let left = one.place(&left);
-        assert_eq!(left[..3], [ExcludedCgroup::HOLE, entry(12), ExcludedCgroup::default()]);
+        assert_eq!(left[..3], [BypassCgroup::HOLE, entry(12), BypassCgroup::default()]);
         // A hole is a free place.
         let mut again = some([12, 13]);
-        assert_eq!(again.place(&left)[..3], [entry(13), entry(12), ExcludedCgroup::default()]);
+        assert_eq!(again.place(&left)[..3], [entry(13), entry(12), BypassCgroup::default()]);
     }
 
     /// The limit of the configuration is that of the map.

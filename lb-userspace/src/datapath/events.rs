@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use aya::Ebpf;
 use aya::maps::{MapData, RingBuf};
-use lb_common::Reason;
+use lb_common::EventKind;
 
 use super::DatapathError;
 use super::kernel::Names;
@@ -33,7 +33,7 @@ impl Reports {
             let &[a, b, c, d, e, f, g, h] = &*report else { continue };
             let reason = u32::from_ne_bytes([e, f, g, h]);
             let service_idx = u32::from_ne_bytes([a, b, c, d]);
-            if reason == Reason::Connected as u32
+            if reason == EventKind::Connected as u32
                 && let Some(name) = self.names.name(service_idx)
             {
                 return Some(name);

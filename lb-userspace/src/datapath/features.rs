@@ -8,7 +8,7 @@
 use std::fmt;
 use std::io;
 
-use lb_common::Refusal;
+use lb_common::RejectMethod;
 
 use super::DatapathError;
 use super::bpf::{AttachType, Rejected, load_trial};
@@ -118,7 +118,7 @@ impl fmt::Display for Limit {
 #[derive(Clone, Debug)]
 pub struct Features {
     /// How programs refuse a connection.
-    pub refusal: Refusal,
+    pub refusal: RejectMethod,
     /// Where a socket shows that it is the kernel's own.
     pub sockets: SocketBits,
     /// What is missing.
@@ -160,14 +160,14 @@ impl Features {
             }
         };
         let mut limits = Vec::new();
-        let mut refusal = Refusal::Errno;
+        let mut refusal = RejectMethod::Errno;
         for attach_type in REFUSING {
             has(Trial::Empty, attach_type)?;
             if !has(Trial::SetRetval, attach_type)? {
-                refusal = Refusal::PortZero;
+                refusal = RejectMethod::PortZero;
             }
         }
-        if refusal == Refusal::PortZero {
+        if refusal == RejectMethod::PortZero {
             limits.push(Limit::PortZero);
         }
         let mut sockets = SocketBits::default();
@@ -291,7 +291,7 @@ mod tests {
             if is_interrupted { rejected(libc::EAGAIN, "") } else { Ok(()) }
         };
         let features = Features::by(load, Ok(bits()), None, &root()).unwrap();
-        assert_eq!((features.refusal, features.limits), (Refusal::Errno, vec![]));
+        assert_eq!((features.refusal, features.limits), (RejectMethod::Errno, vec![]));
         assert_eq!(features.sockets.kernel, bits().kernel);
     }
 

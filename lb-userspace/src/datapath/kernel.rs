@@ -12,8 +12,8 @@ use std::time::Duration;
 use aya::Ebpf;
 use aya::maps::{HashMap, Map, MapData, MapError};
 use lb_common::{
-    Address, Backend, BackendLine, Counter, Daemon, ExcludedCgroup, MAX_EXCLUDED,
-    N_PINNED_COUNTERS, Name, Probe, Region, Regions, Service, ServiceLine, Slot, Target,
+    Address, Backend, BackendEntry, BackendSets, BypassCgroup, Control, Counter, Group,
+    MAX_EXCLUDED, N_PINNED_COUNTERS, Probe, ServiceEntry, ServiceName, ServiceRef, Slot, SlotRange,
     UdpConnects,
 };
 
@@ -23,18 +23,18 @@ use super::maps::{FrontendKey, Maps};
 
 /// An array map whose values are words, mapped into memory.
 #[derive(Debug)]
-struct Words {
+struct AtomicArray {
     start: NonNull<AtomicU64>,
     n_words: usize,
 }
 
 // SAFETY: the mapping belongs to the value until it is dropped, and is only used as atomics.
-unsafe impl Send for Words {}
+unsafe impl Send for AtomicArray {}
 // SAFETY: as above.
-unsafe impl Sync for Words {}
+unsafe impl Sync for AtomicArray {}
 
-impl Words {
-    fn map(map: &MapData) -> Result<Words, DatapathError> {
+impl AtomicArray {
+    fn map(map: &MapData) -> Result<AtomicArray, DatapathError> {
         let info = map.info().map_err(|source| DatapathError::Map { source })?;
         let n_words = info.max_entries() as usize * info.value_size() as usize / 8;
         let protection = rustix::mm::ProtFlags::READ | rustix::mm::ProtFlags::WRITE;
@@ -58,7 +58,7 @@ impl Words {
             map: "null".to_owned(),
             source: io::ErrorKind::Other.into(),
         })?;
-        Ok(Words { start, n_words })
+        Ok(AtomicArray { start, n_words })
     }
 
     fn words(&self) -> &[AtomicU64] {
@@ -89,27 +89,27 @@ impl Words {
     }
 }
 
-impl Drop for Words {
+impl Drop for AtomicArray {
     fn drop(&mut self) {
         // SAFETY: nothing borrows the mapping any more. There is nothing to do about a failure.
         let _ = unsafe { rustix::mm::munmap(self.start.as_ptr().cast(), self.n_words * 8) };
     }
 }
 
-/// The words of a [`ServiceLine`]: its regions, the connections, and whether one is awaited.
-const SERVICE_WORDS: usize = size_of::<ServiceLine>() / 8;
-/// The words of a [`BackendLine`]: two of address, one of port and generation, the connections.
-const BACKEND_WORDS: usize = size_of::<BackendLine>() / 8;
+/// The words of a [`ServiceEntry`]: its regions, the connections, and whether one is awaited.
+const SERVICE_WORDS: usize = size_of::<ServiceEntry>() / 8;
+/// The words of a [`BackendEntry`]: two of address, one of port and generation, the connections.
+const BACKEND_WORDS: usize = size_of::<BackendEntry>() / 8;
 
 /// What the programs count.
 #[derive(Clone, Debug)]
 pub struct Counters {
-    services: Arc<Words>,
-    unsent: Arc<Words>,
-    backends: Arc<Words>,
-    counters: Arc<Words>,
-    events: Arc<Words>,
-    udp_connects: Arc<Words>,
+    services: Arc<AtomicArray>,
+    unsent: Arc<AtomicArray>,
+    backends: Arc<AtomicArray>,
+    counters: Arc<AtomicArray>,
+    events: Arc<AtomicArray>,
+    udp_connects: Arc<AtomicArray>,
 }
 
 /// What is counted of a service; all only grow.
@@ -164,35 +164,35 @@ impl Counters {
 
 /// The maps by which the daemon and the programs speak of themselves.
 #[derive(Clone, Debug)]
-pub struct Board {
-    daemon: Arc<Words>,
-    probe: Arc<Words>,
-    excluded: Arc<Words>,
+pub struct ControlBlock {
+    daemon: Arc<AtomicArray>,
+    probe: Arc<AtomicArray>,
+    excluded: Arc<AtomicArray>,
 }
 
-impl Board {
+impl ControlBlock {
     /// What a daemon, this one or an earlier one, says of itself.
-    pub fn daemon(&self) -> Daemon {
-        let [heartbeat_ns, table_ns, table_generation, host_netns, pid, tgid, is_filled, is_shadow] =
+    pub fn daemon(&self) -> Control {
+        let [heartbeat_ns, table_ns, table_generation, host_netns, pid, tgid, is_synced, is_shadow] =
             self.daemon.load_element(0);
-        Daemon {
+        Control {
             heartbeat_ns,
             table_ns,
             table_generation,
             host_netns,
             pid,
             tgid,
-            is_filled,
+            is_synced,
             is_shadow,
         }
     }
 
     /// Says something else of this daemon.
-    pub fn set_daemon(&self, daemon: Daemon) {
-        let Daemon { heartbeat_ns, table_ns, table_generation, host_netns, .. } = daemon;
-        let Daemon { pid, tgid, is_filled, is_shadow, .. } = daemon;
+    pub fn set_daemon(&self, daemon: Control) {
+        let Control { heartbeat_ns, table_ns, table_generation, host_netns, .. } = daemon;
+        let Control { pid, tgid, is_synced, is_shadow, .. } = daemon;
         let words =
-            [heartbeat_ns, table_ns, table_generation, host_netns, pid, tgid, is_filled, is_shadow];
+            [heartbeat_ns, table_ns, table_generation, host_netns, pid, tgid, is_synced, is_shadow];
         self.daemon.store_element(0, words);
     }
 
@@ -210,15 +210,15 @@ impl Board {
     }
 
     /// The cgroups that are left alone.
-    pub fn excluded(&self) -> [ExcludedCgroup; MAX_EXCLUDED] {
+    pub fn excluded(&self) -> [BypassCgroup; MAX_EXCLUDED] {
         std::array::from_fn(|index| {
             let [cgroup_id, level] = self.excluded.load_element(index as u32);
-            ExcludedCgroup { cgroup_id, level }
+            BypassCgroup { cgroup_id, level }
         })
     }
 
     /// Leaves these cgroups alone, and no others.
-    pub fn set_excluded(&self, excluded: &[ExcludedCgroup; MAX_EXCLUDED]) {
+    pub fn set_excluded(&self, excluded: &[BypassCgroup; MAX_EXCLUDED]) {
         let former = self.excluded();
         for (index, (next, _)) in
             excluded.iter().zip(&former).enumerate().filter(|(_, (next, former))| next != former)
@@ -233,9 +233,9 @@ impl Board {
 
 /// Tells which backends are in the table.
 #[derive(Clone, Debug)]
-pub struct Liveness(Arc<Words>);
+pub struct Generations(Arc<AtomicArray>);
 
-impl Liveness {
+impl Generations {
     /// The generation of the backend with this index; 0 for one that isn't in the table.
     pub fn generation(&self, backend_idx: u32) -> u32 {
         halves(self.0.load(backend_idx as usize * BACKEND_WORDS + 2))[1]
@@ -244,12 +244,12 @@ impl Liveness {
 
 /// Tells the names of services.
 #[derive(Clone, Debug)]
-pub struct Names(Arc<Words>);
+pub struct Names(Arc<AtomicArray>);
 
 impl Names {
     /// The name of the service with this index; `None` where there is none.
     pub fn name(&self, service_idx: u32) -> Option<Arc<str>> {
-        let Name { octets } = name_entry(&self.0, service_idx);
+        let ServiceName { octets } = name_entry(&self.0, service_idx);
         let name = octets.split(|&octet| octet == 0).next().unwrap_or_default();
         let name = std::str::from_utf8(name).unwrap_or_default();
         (!name.is_empty()).then(|| name.into())
@@ -261,12 +261,12 @@ impl Names {
 pub struct KernelMaps {
     frontends: HashMap<MapData, [u8; 8], [u8; 8]>,
     frontends6: HashMap<MapData, [u8; 20], [u8; 8]>,
-    services: Arc<Words>,
-    slots: Words,
-    backends: Arc<Words>,
-    names: Arc<Words>,
+    services: Arc<AtomicArray>,
+    slots: AtomicArray,
+    backends: Arc<AtomicArray>,
+    names: Arc<AtomicArray>,
     counters: Counters,
-    board: Board,
+    board: ControlBlock,
     program_wait: Option<ProgramWait>,
 }
 
@@ -276,7 +276,7 @@ impl KernelMaps {
         let mut map =
             |name: &'static str| ebpf.take_map(name).ok_or(DatapathError::Object { missing: name });
         let mut array = |name: &'static str| match map(name)? {
-            Map::Array(data) => Words::map(&data),
+            Map::Array(data) => AtomicArray::map(&data),
             _ => Err(DatapathError::Object { missing: name }),
         };
         let services = Arc::new(array("SERVICES")?);
@@ -291,7 +291,7 @@ impl KernelMaps {
             events: Arc::new(array("EVENTS")?),
             udp_connects: Arc::new(array("UDP_CONNECTS")?),
         };
-        let board = Board {
+        let board = ControlBlock {
             daemon: Arc::new(array("DAEMON")?),
             probe: Arc::new(array("PROBE")?),
             excluded: Arc::new(array("EXCLUDED")?),
@@ -323,8 +323,8 @@ impl KernelMaps {
     }
 
     /// A handle that tells which backends are in the table.
-    pub fn liveness(&self) -> Liveness {
-        Liveness(self.backends.clone())
+    pub fn generations(&self) -> Generations {
+        Generations(self.backends.clone())
     }
 
     /// A handle that tells the names of services.
@@ -333,13 +333,13 @@ impl KernelMaps {
     }
 
     /// A handle to what the two sides say of themselves.
-    pub fn board(&self) -> Board {
+    pub fn board(&self) -> ControlBlock {
         self.board.clone()
     }
 }
 
 impl Maps for KernelMaps {
-    fn insert_frontend(&mut self, frontend: FrontendKey, target: Target) -> io::Result<()> {
+    fn insert_frontend(&mut self, frontend: FrontendKey, target: ServiceRef) -> io::Result<()> {
         let value = pair(target.service, target.host_only).to_ne_bytes();
         match frontend.address {
             IpAddr::V4(address) => {
@@ -384,26 +384,26 @@ impl Maps for KernelMaps {
         }
     }
 
-    fn name_service(&mut self, service_idx: u32, name: Name) {
+    fn set_name(&mut self, service_idx: u32, name: ServiceName) {
         self.names.store_element(service_idx, name_words(name));
-        self.services.store(service_idx as usize * SERVICE_WORDS + Service::N_REGIONS, 0);
+        self.services.store(service_idx as usize * SERVICE_WORDS + Group::N_REGIONS, 0);
         self.counters.unsent.store_element(service_idx, [0; 3]);
         self.counters.udp_connects.store_element(service_idx, [0; 3]);
     }
 
-    fn publish(&mut self, service_idx: u32, service: Service) {
+    fn publish(&mut self, service_idx: u32, service: Group) {
         let words = service.regions().map(|region| pair(region.first_slot, region.n_slots));
         for (word_idx, word) in (service_idx as usize * SERVICE_WORDS..).zip(words) {
             self.services.store(word_idx, word);
         }
     }
 
-    fn await_connect(&mut self, service_idx: u32, is_awaited: bool) {
+    fn request_event(&mut self, service_idx: u32, report_next: bool) {
         let word_idx = service_idx as usize * SERVICE_WORDS + SERVICE_WORDS - 1;
-        self.services.store(word_idx, is_awaited.into());
+        self.services.store(word_idx, report_next.into());
     }
 
-    fn wait_for_readers(&mut self) {
+    fn synchronize_rcu(&mut self) {
         let waited = self.program_wait.as_ref().map(ProgramWait::wait);
         if !matches!(waited, Some(Ok(()))) {
             // A program runs for about a microsecond.
@@ -411,7 +411,7 @@ impl Maps for KernelMaps {
         }
     }
 
-    fn frontends(&self) -> io::Result<Vec<(FrontendKey, Target)>> {
+    fn frontends(&self) -> io::Result<Vec<(FrontendKey, ServiceRef)>> {
         let mut all = Vec::new();
         for entry in self.frontends.iter() {
             let ([a, b, c, d, e, f, protocol, _], value) = entry.map_err(io_error)?;
@@ -429,19 +429,19 @@ impl Maps for KernelMaps {
         Ok(all)
     }
 
-    fn service(&self, service_idx: u32) -> Service {
+    fn service(&self, service_idx: u32) -> Group {
         let [a, b, c, d, e, f, ..] =
             self.services.load_element::<SERVICE_WORDS>(service_idx).map(|word| {
                 let [first_slot, n_slots] = halves(word);
-                Region { first_slot, n_slots }
+                SlotRange { first_slot, n_slots }
             });
-        Service {
-            host: Regions { ipv4: a, ipv6: b, all: c },
-            elsewhere: Regions { ipv4: d, ipv6: e, all: f },
+        Group {
+            host: BackendSets { ipv4: a, ipv6: b, all: c },
+            elsewhere: BackendSets { ipv4: d, ipv6: e, all: f },
         }
     }
 
-    fn name(&self, service_idx: u32) -> Name {
+    fn name(&self, service_idx: u32) -> ServiceName {
         name_entry(&self.names, service_idx)
     }
 
@@ -490,9 +490,9 @@ fn key6(frontend: &FrontendKey, address: Ipv6Addr) -> [u8; 20] {
     key
 }
 
-fn target(value: [u8; 8]) -> Target {
+fn target(value: [u8; 8]) -> ServiceRef {
     let [service, host_only] = halves(u64::from_ne_bytes(value));
-    Target { service, host_only }
+    ServiceRef { service, host_only }
 }
 
 /// Two fields of 4 bytes, in the order in which they lie in memory.
@@ -519,16 +519,16 @@ fn backend_word(backend: &Backend) -> u64 {
     u64::from_ne_bytes([a, b, c, d, e, f, g, h])
 }
 
-fn name_entry(names: &Words, service_idx: u32) -> Name {
+fn name_entry(names: &AtomicArray, service_idx: u32) -> ServiceName {
     let words: [u64; 8] = names.load_element(service_idx);
     let mut octets = [0; 64];
     for (to, word) in octets.chunks_exact_mut(8).zip(words) {
         to.copy_from_slice(&word.to_ne_bytes());
     }
-    Name { octets }
+    ServiceName { octets }
 }
 
-fn name_words(name: Name) -> [u64; 8] {
+fn name_words(name: ServiceName) -> [u64; 8] {
     let mut words = [0; 8];
     for (word, octets) in words.iter_mut().zip(name.octets.chunks_exact(8)) {
         let mut bytes = [0; 8];

@@ -4,9 +4,9 @@ use std::path::Path;
 
 use aya::maps::MapData;
 use lb_common::{
-    BackendLine, Daemon, ENTRIES_PER_BACKEND, ExcludedCgroup, FRONTENDS_PER_SERVICE, Flows,
-    Frontend, Frontend6, MAX_EXCLUDED, MAX_SERVICE_BACKENDS, N_PINNED_COUNTERS, Name, Peer, Probe,
-    SLOTS_PER_BACKEND, ServiceLine, Slot, Target, Unsent,
+    BackendEntry, BypassCgroup, Control, ENTRIES_PER_BACKEND, FRONTENDS_PER_SERVICE, Flows,
+    Frontend, Frontend6, MAX_EXCLUDED, MAX_SERVICE_BACKENDS, N_PINNED_COUNTERS, Probe,
+    RefusedStats, RevNat, SLOTS_PER_BACKEND, ServiceEntry, ServiceName, ServiceRef, Slot,
 };
 
 use super::pins::MapShape;
@@ -86,7 +86,7 @@ impl Sizes {
             name,
             map_type: HASH,
             key_size: key_size as u32,
-            value_size: size_of::<Target>() as u32,
+            value_size: size_of::<ServiceRef>() as u32,
             max_entries,
             flags: 0,
         };
@@ -101,15 +101,15 @@ impl Sizes {
         vec![
             hash("FRONTENDS", size_of::<Frontend>(), self.frontends),
             hash("FRONTENDS6", size_of::<Frontend6>(), self.frontends6),
-            array("SERVICES", size_of::<ServiceLine>(), self.services),
+            array("SERVICES", size_of::<ServiceEntry>(), self.services),
             array("SLOTS", size_of::<Slot>(), self.slots),
-            array("BACKENDS", size_of::<BackendLine>(), self.backends),
-            array("NAMES", size_of::<Name>(), self.services),
-            array("UNSENT", size_of::<Unsent>(), self.services),
+            array("BACKENDS", size_of::<BackendEntry>(), self.backends),
+            array("NAMES", size_of::<ServiceName>(), self.services),
+            array("UNSENT", size_of::<RefusedStats>(), self.services),
             array("COUNTERS", 8, N_PINNED_COUNTERS as u32),
-            array("DAEMON", size_of::<Daemon>(), 1),
+            array("DAEMON", size_of::<Control>(), 1),
             array("PROBE", size_of::<Probe>(), 1),
-            array("EXCLUDED", size_of::<ExcludedCgroup>(), MAX_EXCLUDED as u32),
+            array("EXCLUDED", size_of::<BypassCgroup>(), MAX_EXCLUDED as u32),
         ]
     }
 }
@@ -121,8 +121,8 @@ pub const SK_STORAGE: u32 = 24;
 pub fn socket_shapes() -> [MapShape; 3] {
     const NO_PREALLOC: u32 = 1;
     let storages = [
-        ("PEERS", size_of::<Peer>()),
-        ("FORMER_PEERS", size_of::<Peer>()),
+        ("PEERS", size_of::<RevNat>()),
+        ("FORMER_PEERS", size_of::<RevNat>()),
         ("FLOWS", size_of::<Flows>()),
     ];
     storages.map(|(name, value_size)| MapShape {

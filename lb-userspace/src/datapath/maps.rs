@@ -3,7 +3,7 @@
 use std::io;
 use std::net::IpAddr;
 
-use lb_common::{Backend, Name, Service, Slot, Target};
+use lb_common::{Backend, Group, ServiceName, ServiceRef, Slot};
 
 /// What an application connects to, as a key of `FRONTENDS` or `FRONTENDS6`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -23,7 +23,7 @@ pub trait Maps {
     ///
     /// # Errors
     /// When the kernel refuses, such as E2BIG for a full map; then nothing has changed.
-    fn insert_frontend(&mut self, frontend: FrontendKey, target: Target) -> io::Result<()>;
+    fn insert_frontend(&mut self, frontend: FrontendKey, target: ServiceRef) -> io::Result<()>;
 
     /// Makes `frontend` lead nowhere; one that is absent is no error.
     ///
@@ -46,28 +46,28 @@ pub trait Maps {
     fn write_slots(&mut self, first_slot: u32, slots: &[Slot]);
 
     /// Names a service that no reader knows yet, and resets its counters.
-    fn name_service(&mut self, service_idx: u32, name: Name);
+    fn set_name(&mut self, service_idx: u32, name: ServiceName);
 
     /// Lets readers see a service's new slots: each of its regions by one store.
-    fn publish(&mut self, service_idx: u32, service: Service);
+    fn publish(&mut self, service_idx: u32, service: Group);
 
     /// Has the next connection of a service reported, or none.
-    fn await_connect(&mut self, service_idx: u32, is_awaited: bool);
+    fn request_event(&mut self, service_idx: u32, report_next: bool);
 
     /// Waits until every program that was running has ended.
-    fn wait_for_readers(&mut self);
+    fn synchronize_rcu(&mut self);
 
     /// All frontends.
     ///
     /// # Errors
     /// When the kernel refuses.
-    fn frontends(&self) -> io::Result<Vec<(FrontendKey, Target)>>;
+    fn frontends(&self) -> io::Result<Vec<(FrontendKey, ServiceRef)>>;
 
     /// A service's regions.
-    fn service(&self, service_idx: u32) -> Service;
+    fn service(&self, service_idx: u32) -> Group;
 
     /// A service's name.
-    fn name(&self, service_idx: u32) -> Name;
+    fn name(&self, service_idx: u32) -> ServiceName;
 
     /// A slot.
     fn slot(&self, slot_idx: u32) -> Slot;

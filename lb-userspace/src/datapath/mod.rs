@@ -39,14 +39,14 @@ use std::time::Duration;
 
 use aya::programs::ProgramError;
 use aya::{Ebpf, EbpfError};
-use lb_common::{Counter, Daemon, ENTRIES_PER_BACKEND, LAYOUT, N_COUNTERS};
+use lb_common::{Control, Counter, ENTRIES_PER_BACKEND, LAYOUT, N_COUNTERS};
 
 use crate::config::cgroup::{self, ScopeError};
 use crate::config::{Config, DatapathConfig, VipConfig};
 use crate::table::Table;
 use activity::Usage;
 use cause::{Machine, Step};
-use kernel::{Board, KernelMaps};
+use kernel::{ControlBlock, KernelMaps};
 use links::{Links, Scope};
 use map_specs::{Sizes, socket_shapes};
 use object::load;
@@ -59,7 +59,7 @@ pub use events::Reports;
 pub use features::{Features, Limit};
 pub use handle::{Hooks, Mode, SharedDatapath};
 pub use kernel::{Counters, ServiceCounters};
-pub use lb_common::{Refusal, UdpConnects};
+pub use lb_common::{RejectMethod, UdpConnects};
 pub use links::Attachment;
 pub use obstacles::Obstacle;
 pub use pins::{PinError, Safety, is_bpffs, look as look_at_pins, nearest as nearest_directory};
@@ -207,7 +207,7 @@ pub struct Options {
     /// The layout's version. Another than today's is for tests of taking over.
     pub layout: u16,
     /// How to refuse a connection; `None` for the best that this kernel has.
-    pub refusal: Option<Refusal>,
+    pub refusal: Option<RejectMethod>,
     /// The cookie of the host's network namespace; `None` for the one of this process.
     pub host_netns: Option<u64>,
     /// Whether connections are only counted from the first one on. If not, what an earlier daemon left
@@ -238,7 +238,7 @@ pub struct Datapath {
     reconciler: Reconciler<KernelMaps>,
     counters: Counters,
     usage: Usage,
-    board: Board,
+    board: ControlBlock,
     links: Links,
     pins: Pins,
     pinned_maps: PinnedMaps,
@@ -322,7 +322,7 @@ impl Datapath {
         let (counters, board) = (maps.counters(), maps.board());
         let usage = Usage::begin(reconciler.services(), counters.clone());
         let maps = reconciler.maps_mut();
-        let disconnector = Disconnector::new(maps.liveness(), pins.sockets());
+        let disconnector = Disconnector::new(maps.generations(), pins.sockets());
         let map_names = sizes.shapes().into_iter().map(|shape| pins.maps().join(shape.name));
         let socket_names = socket_shapes().map(|shape| pins.sockets().join(shape.name));
         let pinned_maps = PinnedMaps::open(map_names.chain(socket_names))?;
@@ -413,8 +413,8 @@ impl Datapath {
         }
         self.disconnector.disconnect(self.reconciler.take_left_udp());
         let daemon = self.board.daemon();
-        self.board.set_daemon(Daemon {
-            is_filled: 1,
+        self.board.set_daemon(Control {
+            is_synced: 1,
             table_generation: table.generation,
             ..daemon
         });
@@ -497,13 +497,13 @@ impl Datapath {
         let tgid = if probe.is_own { probe.seen.tgid } else { daemon.tgid };
         let host_netns = probe.seen.netns;
         if (tgid, host_netns) != (daemon.tgid, daemon.host_netns) {
-            self.board.set_daemon(Daemon { tgid, host_netns, ..daemon });
+            self.board.set_daemon(Control { tgid, host_netns, ..daemon });
         }
     }
 
     /// Has connections only counted from now on, or translated; at once, without a reload.
     pub fn set_shadow(&self, is_shadow: bool) {
-        let daemon = Daemon { is_shadow: is_shadow.into(), ..self.board.daemon() };
+        let daemon = Control { is_shadow: is_shadow.into(), ..self.board.daemon() };
         self.board.set_daemon(daemon);
     }
 
@@ -548,7 +548,7 @@ impl Datapath {
     }
 
     /// How this kernel refuses a connection.
-    pub fn refusal(&self) -> Refusal {
+    pub fn refusal(&self) -> RejectMethod {
         self.features.refusal
     }
 
@@ -567,7 +567,7 @@ impl Datapath {
     /// Leaves everything as it is, for the next daemon.
     pub fn keep(&self) {
         // Another process may get our number.
-        self.board.set_daemon(Daemon { pid: 0, tgid: 0, ..self.board.daemon() });
+        self.board.set_daemon(Control { pid: 0, tgid: 0, ..self.board.daemon() });
     }
 
     /// Detaches the programs, what translates back last, and takes all pins away. It is no error if
@@ -658,7 +658,7 @@ impl Loaded {
         let mut ebpf = load(options, sizes, pins, features)?;
         let maps = KernelMaps::take(&mut ebpf)?;
         // An earlier daemon died while it filled new maps; the hooks read the former ones.
-        if is_live && maps.board().daemon().is_filled == 0 {
+        if is_live && maps.board().daemon().is_synced == 0 {
             return Ok(None);
         }
         match Reconciler::adopt(maps, sizes, fastrand::u32(..)) {
@@ -728,10 +728,10 @@ pub fn exclusion_problems(patterns: &[PathBuf]) -> Vec<String> {
 /// The counters that no service owns, with the names they have in `status`.
 pub const COUNTERS: [(&str, Counter); N_COUNTERS] = [
     ("refused_no_frontend", Counter::RefusedNoFrontend),
-    ("no_socket_storage", Counter::NoStorage),
+    ("no_socket_storage", Counter::StorageAllocFailed),
     ("inconsistent", Counter::Inconsistent),
     ("bypassed", Counter::Bypassed),
-    ("backend_gone", Counter::BackendGone),
+    ("backend_gone", Counter::StaleBackend),
     ("shadowed", Counter::Shadowed),
     ("shadowed_no_frontend", Counter::ShadowedNoFrontend),
     ("udp_no_frontend", Counter::UdpNoFrontend),

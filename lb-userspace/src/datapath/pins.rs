@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use aya::maps::MapData;
-use lb_common::Daemon;
+use lb_common::Control;
 use rustix::fs::FlockOperation;
 
 use super::bpf::{CgroupLink, Pinned};
@@ -846,14 +846,14 @@ impl Said {
 fn holder(dir: &Path) -> Option<Said> {
     let said = |layout: PathBuf| {
         let map = MapData::from_pin(layout.join("maps/DAEMON")).ok()?;
-        let daemon: aya::maps::Array<_, [u8; size_of::<Daemon>()]> =
+        let daemon: aya::maps::Array<_, [u8; size_of::<Control>()]> =
             aya::maps::Map::from_map_data(map).ok()?.try_into().ok()?;
         let value = daemon.get(&0, 0).ok()?;
         let word = |at: usize| u64::from_ne_bytes(std::array::from_fn(|byte| value[at + byte]));
         Some(Said {
-            heartbeat_ns: word(offset_of!(Daemon, heartbeat_ns)),
-            pid: word(offset_of!(Daemon, pid)),
-            tgid: word(offset_of!(Daemon, tgid)),
+            heartbeat_ns: word(offset_of!(Control, heartbeat_ns)),
+            pid: word(offset_of!(Control, pid)),
+            tgid: word(offset_of!(Control, tgid)),
         })
     };
     let said = entries(dir).ok()?.into_iter().filter_map(said);

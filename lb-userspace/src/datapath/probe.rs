@@ -18,7 +18,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{AddressFamily, SocketType, connect, socket, sockopt};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
-use super::kernel::Board;
+use super::kernel::ControlBlock;
 
 /// How long the child may take: it is another program's start and two system calls, but the cgroup
 /// that it enters may be frozen, or out of memory or processor time. Less than the time from one
@@ -32,7 +32,7 @@ const PORT: u16 = 1;
 /// Connects from inside a cgroup.
 #[derive(Debug)]
 pub struct Prober {
-    board: Board,
+    board: ControlBlock,
     address: Ipv4Addr,
     scope: PathBuf,
 }
@@ -59,7 +59,7 @@ pub enum Proof {
 
 impl Prober {
     /// A prober that connects to `address`, the pool's own, from inside `scope`.
-    pub fn new(board: Board, address: Ipv4Addr, scope: &Path) -> Prober {
+    pub fn new(board: ControlBlock, address: Ipv4Addr, scope: &Path) -> Prober {
         Prober { board, address, scope: scope.into() }
     }
 

@@ -13,12 +13,12 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use lb_common::{
-    ANY_PORT, Address, Backend, IPPROTO_TCP, IPPROTO_UDP, MAX_SERVICE_BACKENDS, Name, Region,
-    Regions as RegionWords, Service as ServiceEntry, Target,
+    ANY_PORT, Address, Backend, BackendSets, Group, IPPROTO_TCP, IPPROTO_UDP, MAX_SERVICE_BACKENDS,
+    ServiceName, ServiceRef, SlotRange,
 };
 
 use super::alias;
-use super::buddy::{Block, Regions};
+use super::buddy::{Block, SlotAllocator};
 use super::ids::Ids;
 use super::map_specs::Sizes;
 use super::maps::{FrontendKey, Maps};
@@ -79,7 +79,7 @@ struct Held {
     applied: Option<Arc<Service>>,
     service_idx: u32,
     backends: HashMap<SocketAddr, u32>,
-    frontends: BTreeMap<FrontendKey, Target>,
+    frontends: BTreeMap<FrontendKey, ServiceRef>,
     blocks: Vec<Block>,
     /// The UDP frontends by which sockets may have come to its backends: those that it has, and those
     /// it had until their sockets were seen to.
@@ -102,7 +102,7 @@ impl Held {
         }
     }
 
-    fn insert_frontend(&mut self, frontend: FrontendKey, target: Target) {
+    fn insert_frontend(&mut self, frontend: FrontendKey, target: ServiceRef) {
         if frontend.protocol == IPPROTO_UDP {
             self.udp.insert(frontend);
         }
@@ -185,7 +185,7 @@ pub struct Reconciler<M> {
     resting: Resting,
     services: Ids,
     backends: Ids,
-    regions: Regions,
+    regions: SlotAllocator,
     frontends: Room,
     frontends6: Room,
     next_generation: u32,
@@ -222,7 +222,7 @@ impl<M: Maps> Reconciler<M> {
             resting: Resting::default(),
             services: Ids::new(sizes.services),
             backends: Ids::new(sizes.backends),
-            regions: Regions::new(sizes.slots),
+            regions: SlotAllocator::new(sizes.slots),
             frontends: room("FRONTENDS", sizes.frontends),
             frontends6: room("FRONTENDS6", sizes.frontends6),
             next_generation: first_generation.max(1),
@@ -525,7 +525,7 @@ impl<M: Maps> Reconciler<M> {
         };
 
         let held = self.held.entry(service.name.clone()).or_insert_with(|| {
-            self.maps.name_service(service_idx, name_entry(&service.name));
+            self.maps.set_name(service_idx, name_entry(&service.name));
             Held::new(service_idx)
         });
         // From here on the maps hold neither the former state nor yet the next one. Should this stop
@@ -552,12 +552,12 @@ impl<M: Maps> Reconciler<M> {
                 .collect();
             self.maps.write_slots(block.first_slot, &alias::table(&weights));
             let n_slots = members.len() as u32;
-            regions.push(Region { first_slot: block.first_slot, n_slots });
+            regions.push(SlotRange { first_slot: block.first_slot, n_slots });
         }
         self.maps.publish(service_idx, choices.entry(&regions));
         // A service that stays cold was asked for already: one report is enough.
         if former.is_none_or(|former| former.watch != service.watch) {
-            self.maps.await_connect(service_idx, service.watch == Watch::Cold);
+            self.maps.request_event(service_idx, service.watch == Watch::Cold);
         }
 
         self.resting.blocks.extend(std::mem::replace(&mut held.blocks, blocks));
@@ -664,7 +664,7 @@ impl<M: Maps> Reconciler<M> {
         let Some(held) = self.held.get_mut(name) else { return Ok(()) };
         // Should it come back before its frontends are gone, it is put anew.
         held.applied = None;
-        self.maps.publish(held.service_idx, ServiceEntry::default());
+        self.maps.publish(held.service_idx, Group::default());
         let name = Arc::<str>::from(name);
         for (address, backend_idx) in held.backends.drain() {
             self.maps.retire_backend(backend_idx);
@@ -718,7 +718,7 @@ impl<M: Maps> Reconciler<M> {
         if self.resting.is_empty() {
             return;
         }
-        self.maps.wait_for_readers();
+        self.maps.synchronize_rcu();
         let Resting { services, backends, blocks, frontends: _ } =
             std::mem::take(&mut self.resting);
         services.into_iter().for_each(|service_idx| self.services.give_back(service_idx));
@@ -731,8 +731,8 @@ impl<M: Maps> Reconciler<M> {
 /// choose from the same ones share them.
 struct Choices {
     distinct: Vec<Vec<usize>>,
-    /// For each region, in the order of [`ServiceEntry::regions`], which of `distinct` it is.
-    which: [Option<usize>; ServiceEntry::N_REGIONS],
+    /// For each region, in the order of [`Group::regions`], which of `distinct` it is.
+    which: [Option<usize>; Group::N_REGIONS],
 }
 
 impl Choices {
@@ -761,12 +761,12 @@ impl Choices {
     }
 
     /// The service's entry, where `regions` are those of `distinct`.
-    fn entry(&self, regions: &[Region]) -> ServiceEntry {
+    fn entry(&self, regions: &[SlotRange]) -> Group {
         let region = |which: Option<usize>| which.map(|which| regions[which]).unwrap_or_default();
         let [a, b, c, d, e, f] = self.which.map(region);
-        ServiceEntry {
-            host: RegionWords { ipv4: a, ipv6: b, all: c },
-            elsewhere: RegionWords { ipv4: d, ipv6: e, all: f },
+        Group {
+            host: BackendSets { ipv4: a, ipv6: b, all: c },
+            elsewhere: BackendSets { ipv4: d, ipv6: e, all: f },
         }
     }
 }
@@ -775,7 +775,7 @@ fn full(map: &'static str, capacity: u32, key: &'static str) -> ApplyError {
     ApplyError::Full { map, capacity, key }
 }
 
-fn frontends(service: &Service, service_idx: u32) -> BTreeMap<FrontendKey, Target> {
+fn frontends(service: &Service, service_idx: u32) -> BTreeMap<FrontendKey, ServiceRef> {
     let protocols = [
         service.protocols.tcp().then_some(IPPROTO_TCP),
         service.protocols.udp().then_some(IPPROTO_UDP),
@@ -792,7 +792,7 @@ fn frontends(service: &Service, service_idx: u32) -> BTreeMap<FrontendKey, Targe
         .flat_map(|(address, port, host_only)| {
             protocols.into_iter().flatten().map(move |protocol| {
                 let frontend = FrontendKey { address, port, protocol };
-                (frontend, Target { service: service_idx, host_only })
+                (frontend, ServiceRef { service: service_idx, host_only })
             })
         })
         .collect()
@@ -816,12 +816,12 @@ fn backend_entry(address: SocketAddr, generation: u32) -> Backend {
 }
 
 /// A name has 63 octets at most, so that one zero at least ends it.
-fn name_entry(name: &str) -> Name {
+fn name_entry(name: &str) -> ServiceName {
     let mut octets = [0; 64];
     for (to, from) in octets.iter_mut().zip(name.bytes().take(63)) {
         *to = from;
     }
-    Name { octets }
+    ServiceName { octets }
 }
 
 #[cfg(test)]

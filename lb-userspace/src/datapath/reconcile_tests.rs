@@ -62,7 +62,7 @@ fn service(s: u8, backends: &BTreeSet<u8>, generation: u64) -> Arc<Service> {
 }
 
 /// What each kind of connection may reach of these backends, in the order of a service's regions.
-type Visible = [BTreeSet<u8>; ServiceEntry::N_REGIONS];
+type Visible = [BTreeSet<u8>; Group::N_REGIONS];
 
 fn visible(backends: &BTreeSet<u8>) -> Visible {
     let set = |from_host: bool, reach: fn(u8) -> bool| {
@@ -82,14 +82,14 @@ fn visible(backends: &BTreeSet<u8>) -> Visible {
 
 #[derive(Default)]
 struct Model {
-    frontends: HashMap<FrontendKey, Target>,
-    services: HashMap<u32, ServiceEntry>,
-    names: HashMap<u32, Name>,
+    frontends: HashMap<FrontendKey, ServiceRef>,
+    services: HashMap<u32, Group>,
+    names: HashMap<u32, ServiceName>,
     slots: HashMap<u32, Slot>,
     backends: HashMap<u32, Backend>,
     /// Readers that stopped after finding a target, or a region, with the service they are about.
-    at_target: Vec<(FrontendKey, u8, Target)>,
-    at_region: Vec<(u8, Region)>,
+    at_target: Vec<(FrontendKey, u8, ServiceRef)>,
+    at_region: Vec<(u8, SlotRange)>,
     /// What sockets remember of datagrams: the frontend, the index and generation of the backend, and
     /// whose backend that was.
     flows: BTreeSet<(FrontendKey, u32, u32, u8)>,
@@ -122,7 +122,7 @@ impl Model {
     }
 
     /// What a socket may remember that sent to `frontend` while that led to `target`.
-    fn remember(&mut self, frontend: FrontendKey, target: Target) {
+    fn remember(&mut self, frontend: FrontendKey, target: ServiceRef) {
         if frontend.protocol != IPPROTO_UDP {
             return;
         }
@@ -156,7 +156,7 @@ impl Model {
     }
 
     /// All that a connection through `region` can reach; each has to be a backend of service `s`.
-    fn reach(&self, s: u8, region: Region) -> BTreeSet<u8> {
+    fn reach(&self, s: u8, region: SlotRange) -> BTreeSet<u8> {
         let slots = region.first_slot..region.first_slot + region.n_slots;
         slots
             .flat_map(|slot_idx| {
@@ -253,7 +253,7 @@ impl FakeMaps {
 }
 
 impl Maps for FakeMaps {
-    fn insert_frontend(&mut self, frontend: FrontendKey, target: Target) -> io::Result<()> {
+    fn insert_frontend(&mut self, frontend: FrontendKey, target: ServiceRef) -> io::Result<()> {
         self.step_that_may_fail(|model| {
             model.frontends.insert(frontend, target);
         })
@@ -287,39 +287,39 @@ impl Maps for FakeMaps {
         }
     }
 
-    fn name_service(&mut self, service_idx: u32, name: Name) {
+    fn set_name(&mut self, service_idx: u32, name: ServiceName) {
         self.step(|model| {
             model.names.insert(service_idx, name);
         });
     }
 
-    fn publish(&mut self, service_idx: u32, service: ServiceEntry) {
+    fn publish(&mut self, service_idx: u32, service: Group) {
         self.step(|model| {
             model.services.insert(service_idx, service);
         });
     }
 
-    fn await_connect(&mut self, service_idx: u32, is_awaited: bool) {
-        self.step(|model| model.awaited.push((service_idx, is_awaited)));
+    fn request_event(&mut self, service_idx: u32, report_next: bool) {
+        self.step(|model| model.awaited.push((service_idx, report_next)));
     }
 
-    fn wait_for_readers(&mut self) {
+    fn synchronize_rcu(&mut self) {
         let mut model = self.0.borrow_mut();
         model.n_waits += 1;
         model.at_target.clear();
         model.at_region.clear();
     }
 
-    fn frontends(&self) -> io::Result<Vec<(FrontendKey, Target)>> {
+    fn frontends(&self) -> io::Result<Vec<(FrontendKey, ServiceRef)>> {
         Ok(self.0.borrow().frontends.iter().map(|(&key, &target)| (key, target)).collect())
     }
 
-    fn service(&self, service_idx: u32) -> ServiceEntry {
+    fn service(&self, service_idx: u32) -> Group {
         self.0.borrow().services.get(&service_idx).copied().unwrap_or_default()
     }
 
-    fn name(&self, service_idx: u32) -> Name {
-        self.0.borrow().names.get(&service_idx).copied().unwrap_or(Name { octets: [0; 64] })
+    fn name(&self, service_idx: u32) -> ServiceName {
+        self.0.borrow().names.get(&service_idx).copied().unwrap_or(ServiceName { octets: [0; 64] })
     }
 
     fn slot(&self, slot_idx: u32) -> Slot {
@@ -385,7 +385,7 @@ impl Run {
         let n_backends: usize =
             self.table.services.values().map(|service| service.backends.len()).sum();
         assert_eq!(model.in_table().len(), n_backends);
-        let n_shown = model.services.values().filter(|s| **s != ServiceEntry::default()).count();
+        let n_shown = model.services.values().filter(|s| **s != Group::default()).count();
         let n_serving = self.table.services.values().filter(|s| !s.backends.is_empty()).count();
         assert_eq!(n_shown, n_serving);
     }
@@ -740,7 +740,7 @@ fn maps_that_something_else_wrote_to_are_not_taken_over() {
     type Spoil = fn(&mut Model);
     let spoils: [(&str, Spoil); 7] = [
         ("aren't its own", |model| {
-            let beyond = Region { first_slot: u32::MAX - 255, n_slots: 256 };
+            let beyond = SlotRange { first_slot: u32::MAX - 255, n_slots: 256 };
             model.services.values_mut().for_each(|service| service.host.all = beyond);
         }),
         ("isn't its own", |model| {

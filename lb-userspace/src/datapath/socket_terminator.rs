@@ -9,10 +9,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use aya::maps::{Map, MapData, MapError, SkStorage};
-use lb_common::Peer;
+use lb_common::RevNat;
 
 use super::diag::{self, Connected};
-use super::kernel::Liveness;
+use super::kernel::Generations;
 use super::reconcile::LeftUdp;
 
 /// How many walks look for the sockets of a backend at most.
@@ -25,7 +25,7 @@ const AGAIN: Duration = Duration::from_secs(1);
 /// Disconnects sockets, in a thread of its own, while there are any to disconnect.
 #[derive(Clone, Debug)]
 pub struct Disconnector {
-    liveness: Liveness,
+    generations: Generations,
     /// Where the sockets' storages are pinned.
     storages: PathBuf,
     shared: Arc<Mutex<Shared>>,
@@ -85,8 +85,8 @@ impl Queue {
 
 impl Disconnector {
     /// A disconnector that reads what sockets remember from the maps that are pinned in `storages`.
-    pub fn new(liveness: Liveness, storages: PathBuf) -> Disconnector {
-        Disconnector { liveness, storages, shared: Arc::default() }
+    pub fn new(generations: Generations, storages: PathBuf) -> Disconnector {
+        Disconnector { generations, storages, shared: Arc::default() }
     }
 
     /// Disconnects the sockets of what left soon, and returns at once.
@@ -133,7 +133,7 @@ impl Disconnector {
     fn disconnect_now(&self, left: &HashSet<Left>) -> bool {
         let open = |name| {
             let map = MapData::from_pin(self.storages.join(name)).and_then(Map::from_map_data);
-            map.and_then(SkStorage::<_, [u8; size_of::<Peer>()]>::try_from)
+            map.and_then(SkStorage::<_, [u8; size_of::<RevNat>()]>::try_from)
         };
         let (peers, former) = match (open("PEERS"), open("FORMER_PEERS")) {
             (Ok(peers), Ok(former)) => (peers, former),
@@ -150,7 +150,7 @@ impl Disconnector {
             for storage in [&peers, &former] {
                 match storage.get(&descriptor, 0).map(|peer| Remembered::of(&peer)) {
                     Ok(peer) if peer.backend == canonical(socket.destination) => {
-                        let generation = self.liveness.generation(peer.backend_idx);
+                        let generation = self.generations.generation(peer.backend_idx);
                         return Ok(is_gone(&peer, generation, left));
                     }
                     Ok(_) | Err(MapError::KeyNotFound) => {}
@@ -182,7 +182,7 @@ struct Remembered {
 }
 
 impl Remembered {
-    fn of(peer: &[u8; size_of::<Peer>()]) -> Remembered {
+    fn of(peer: &[u8; size_of::<RevNat>()]) -> Remembered {
         let address = |at: usize| -> [u8; 16] { std::array::from_fn(|byte| peer[at + byte]) };
         let port = |at: usize| u16::from_ne_bytes([peer[at], peer[at + 1]]);
         let word = |at: usize| u32::from_ne_bytes(std::array::from_fn(|byte| peer[at + byte]));
@@ -190,15 +190,15 @@ impl Remembered {
             |address: [u8; 16], port: u16| canonical(SocketAddr::from((address, port)));
         Remembered {
             frontend: socket_address(
-                address(offset_of!(Peer, frontend)),
-                port(offset_of!(Peer, frontend_port)),
+                address(offset_of!(RevNat, frontend)),
+                port(offset_of!(RevNat, frontend_port)),
             ),
             backend: socket_address(
-                address(offset_of!(Peer, backend)),
-                port(offset_of!(Peer, backend_port)),
+                address(offset_of!(RevNat, backend)),
+                port(offset_of!(RevNat, backend_port)),
             ),
-            backend_idx: word(offset_of!(Peer, backend_idx)),
-            generation: word(offset_of!(Peer, generation)),
+            backend_idx: word(offset_of!(RevNat, backend_idx)),
+            generation: word(offset_of!(RevNat, generation)),
         }
     }
 }

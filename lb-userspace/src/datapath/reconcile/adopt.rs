@@ -9,7 +9,7 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
-use lb_common::{Backend, Region, Service as ServiceEntry, Target};
+use lb_common::{Backend, Group, ServiceRef, SlotRange};
 
 use super::{Held, Reconciler, next};
 use crate::datapath::buddy::Block;
@@ -43,7 +43,7 @@ impl<M: Maps> Reconciler<M> {
     /// When the maps can't be read, or hold what no daemon can have left there.
     pub fn adopt(maps: M, sizes: &Sizes, first_generation: u32) -> Result<Self, AdoptError> {
         let mut this = Reconciler::new(maps, sizes, first_generation);
-        let mut by_service: BTreeMap<u32, BTreeMap<FrontendKey, Target>> = BTreeMap::new();
+        let mut by_service: BTreeMap<u32, BTreeMap<FrontendKey, ServiceRef>> = BTreeMap::new();
         for (frontend, target) in this.maps.frontends()? {
             this.room(&frontend).used += 1;
             by_service.entry(target.service).or_default().insert(frontend, target);
@@ -99,7 +99,7 @@ impl<M: Maps> Reconciler<M> {
         if name.is_empty() {
             return Err(inconsistent(format!("service {service_idx} has no name")));
         }
-        let regions: HashSet<Region> =
+        let regions: HashSet<SlotRange> =
             self.maps.service(service_idx).regions().into_iter().collect();
         let mut held = Held::new(service_idx);
         for region in regions.into_iter().filter(|region| region.n_slots > 0) {
@@ -128,12 +128,12 @@ impl<M: Maps> Reconciler<M> {
     fn clear_leftovers(
         &mut self,
         sizes: &Sizes,
-        by_service: &BTreeMap<u32, BTreeMap<FrontendKey, Target>>,
+        by_service: &BTreeMap<u32, BTreeMap<FrontendKey, ServiceRef>>,
         used_backends: &HashSet<u32>,
     ) {
         for service_idx in (0..sizes.services).filter(|idx| !by_service.contains_key(idx)) {
-            if self.maps.service(service_idx) != ServiceEntry::default() {
-                self.maps.publish(service_idx, ServiceEntry::default());
+            if self.maps.service(service_idx) != Group::default() {
+                self.maps.publish(service_idx, Group::default());
             }
         }
         for backend_idx in (0..sizes.backends).filter(|idx| !used_backends.contains(idx)) {
@@ -148,7 +148,7 @@ impl<M: Maps> Reconciler<M> {
             }
         }
         // A program may be at work on what was just found free.
-        self.maps.wait_for_readers();
+        self.maps.synchronize_rcu();
     }
 }
 
