@@ -44,7 +44,7 @@ pub struct Readings {
     pub(super) events: BTreeMap<&'static str, u64>,
     pub(super) maps: Vec<(&'static str, Pressure)>,
     pub(super) dns_answers: BTreeMap<String, u64>,
-    pub(super) dns_upstreams: Vec<dns::Reading>,
+    pub(super) dns_upstreams: Vec<dns::UpstreamStats>,
     pub(super) pool: PoolUse,
 }
 
@@ -65,7 +65,7 @@ pub fn exposition(readings: &Readings) -> String {
 }
 
 fn upstreams(text: &mut Exposition, readings: &Readings) {
-    let named: Vec<(String, &dns::Reading)> = readings
+    let named: Vec<(String, &dns::UpstreamStats)> = readings
         .dns_upstreams
         .iter()
         .map(|upstream| (upstream.address.to_string(), upstream))
@@ -73,7 +73,8 @@ fn upstreams(text: &mut Exposition, readings: &Readings) {
     let help = "Whether a resolver that names are forwarded to answers (1), or is asked last (0).";
     let mut family = text.family("nohop_dns_upstream_up", Kind::Gauge, help);
     for (address, upstream) in &named {
-        family.sample(&[("upstream", address)], u8::from(upstream.state != dns::State::Out));
+        family
+            .sample(&[("upstream", address)], u8::from(upstream.state != dns::UpstreamState::Out));
     }
     let help = "Queries to a resolver by result: answered, refused (SERVFAIL, REFUSED, NOTIMP), \
                 timeout, unreachable.";
@@ -277,9 +278,9 @@ mod tests {
             events: [("refused_no_frontend", 5), ("udp_no_frontend", 6), ("flows_full", 7)].into(),
             maps: vec![("SLOTS", Pressure { used: 10, capacity: 40 })],
             dns_answers: BTreeMap::from([("NXDOMAIN".into(), 6)]),
-            dns_upstreams: vec![dns::Reading {
+            dns_upstreams: vec![dns::UpstreamStats {
                 address: "192.0.2.1:53".parse().unwrap(),
-                state: dns::State::Out,
+                state: dns::UpstreamState::Out,
                 sent: 12,
                 results: [("answered", 3), ("refused", 1), ("timeout", 2), ("unreachable", 4)],
                 buckets: [0, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1],

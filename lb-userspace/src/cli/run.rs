@@ -113,7 +113,7 @@ struct Daemon {
     attached: watch::Sender<bool>,
     at: Arc<watch::Sender<At>>,
     hosts: watch::Sender<Vec<String>>,
-    dns: dns::Server,
+    dns: dns::DnsServer,
     admin: AbortHandle,
     revision: AbortHandle,
     notify: Notify,
@@ -179,9 +179,9 @@ impl Daemon {
         let propagation = Arc::new(Mutex::new(Histogram::new(&PROPAGATION_BUCKETS)));
         let demand = source.demand.clone();
         let (dns, vip) = (&config.dns, &config.vip);
-        let dns = dns::Server::start(dns_sockets, dns, vip, table.clone(), attached, demand)?;
+        let dns = dns::DnsServer::start(dns_sockets, dns, vip, table.clone(), attached, demand)?;
         let view = DaemonView {
-            inquirer: dns.inquirer(),
+            debug_client: dns.debug_client(),
             dns: api::DnsStatus {
                 listen: dns_addresses.clone(),
                 domain: config.dns.domain.clone(),
@@ -257,7 +257,7 @@ impl Daemon {
         let mut route_tick = ticks(ROUTE_TICK, Duration::ZERO);
         let mut usage_tick = ticks(USAGE_TICK, USAGE_TICK);
         let mut rejected_tick = ticks(REJECTED_TICK, REJECTED_TICK);
-        let mut deaf = std::pin::pin!(self.dns.deaf());
+        let mut deaf = std::pin::pin!(self.dns.listener_failed());
         loop {
             tokio::select! {
                 _ = signals.term.recv() => return Ok(()),

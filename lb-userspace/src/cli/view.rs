@@ -14,7 +14,7 @@ use crate::admin::{At, View, api};
 use crate::catalog::{self, Health, Watches};
 use crate::config::Unrouted;
 use crate::datapath::{COUNTERS, Counters, Indices, Mode, SharedDatapath};
-use crate::dns::{self, Inquirer};
+use crate::dns::{self, DebugClient};
 use crate::table::book::Book;
 use crate::table::vips::PoolUse;
 use crate::table::{Service, Table, Watch};
@@ -25,8 +25,8 @@ pub(super) const UNIT: &str = "connect";
 /// The running daemon, as far as the admin interface needs it.
 pub struct DaemonView {
     pub(super) dns: api::DnsStatus,
-    pub(super) inquirer: Inquirer,
-    pub(super) dns_stats: Arc<dns::Stats>,
+    pub(super) debug_client: DebugClient,
+    pub(super) dns_stats: Arc<dns::DnsStats>,
     pub(super) scope: PathBuf,
     pub(super) datapath: Arc<SharedDatapath>,
     pub(super) counters: Counters,
@@ -53,7 +53,7 @@ impl View for DaemonView {
             problems.push(format!("no full answer from {} yet: names get SERVFAIL", health.source));
         }
         problems.extend(hooks.problems);
-        problems.extend(self.inquirer.problems());
+        problems.extend(self.debug_client.problems());
         problems.extend(self.book.lock().unwrap_or_else(PoisonError::into_inner).problem());
         problems.extend(dropped(log::n_dropped()));
         let errors = self.datapath.errors();
@@ -101,7 +101,7 @@ impl View for DaemonView {
             services: table.services.len(),
             backends: table.services.values().map(|service| service.healthy().count()).sum(),
             dns: api::DnsStatus {
-                upstreams: self.inquirer.upstreams().iter().map(upstream_status).collect(),
+                upstreams: self.debug_client.upstreams().iter().map(upstream_status).collect(),
                 ..self.dns.clone()
             },
             pool: api::PoolStatus { used: pool.used, quarantined: pool.resting, size: pool.size },
@@ -139,7 +139,7 @@ impl View for DaemonView {
     }
 
     async fn look_up(&self, name: &str, kind: &str) -> Result<api::Lookup, String> {
-        match self.inquirer.look_up(name, kind).await {
+        match self.debug_client.look_up(name, kind).await {
             Ok((answer, origin)) => Ok(super::dns::document(&answer, Some(origin))),
             Err(error) => Err(error.to_string()),
         }
@@ -183,7 +183,7 @@ impl View for DaemonView {
             events,
             maps: self.datapath.pressure(),
             dns_answers: self.dns_stats.snapshot(),
-            dns_upstreams: self.inquirer.upstreams(),
+            dns_upstreams: self.debug_client.upstreams(),
             pool: *self.pool.borrow(),
         })
     }
@@ -202,7 +202,7 @@ impl View for DaemonView {
     }
 }
 
-fn upstream_status(upstream: &dns::Reading) -> api::UpstreamStatus {
+fn upstream_status(upstream: &dns::UpstreamStats) -> api::UpstreamStatus {
     let n_answers: u64 = upstream.buckets.iter().sum();
     api::UpstreamStatus {
         address: upstream.address,
@@ -318,7 +318,7 @@ impl DaemonView {
         }
         let rejected = table.rejected.iter().find(|(given, _)| given.to_lowercase() == name);
         let Some(service) = table.services.get(name) else {
-            let answer = match self.inquirer.unrouted() {
+            let answer = match self.debug_client.unrouted() {
                 Unrouted::Nxdomain => "doesn't exist",
                 Unrouted::Forward => "is forwarded to other resolvers (dns.unrouted)",
             };

@@ -33,7 +33,7 @@ pub(super) enum Admission {
 /// The clients that are served. The host itself, by its loopback addresses and those that it listens
 /// on, is always among them and never limited, as all its processes share them.
 #[derive(Debug)]
-pub(super) struct Clients {
+pub(super) struct Acl {
     /// The listeners' addresses, from which this host's own processes ask them.
     own: Box<[IpAddr]>,
     /// Whether there is a listener for any address, so that all addresses of this host are its.
@@ -43,25 +43,25 @@ pub(super) struct Clients {
     counts_local: bool,
     /// What this host's interfaces have, and when that was read.
     local: RwLock<(Instant, Interfaces)>,
-    buckets: Option<Buckets>,
+    buckets: Option<TokenBuckets>,
     start: Instant,
 }
 
-impl Clients {
+impl Acl {
     /// As `dns.allow` and `dns.client_rate` say, of a server that listens on `own`.
-    pub(super) fn new(config: &DnsConfig, own: &[SocketAddr]) -> Clients {
+    pub(super) fn new(config: &DnsConfig, own: &[SocketAddr]) -> Acl {
         let network = |allowed: &Allowed| match allowed {
             Allowed::Network(network) => Some(*network),
             Allowed::Local => None,
         };
         let start = Instant::now();
-        Clients {
+        Acl {
             own: own.iter().map(|listener| listener.ip().to_canonical()).collect(),
             is_anywhere: own.iter().any(|listener| listener.ip().is_unspecified()),
             networks: config.allow.iter().filter_map(network).collect(),
             counts_local: config.allow.contains(&Allowed::Local),
             local: RwLock::new((start, Interfaces::read())),
-            buckets: Buckets::new(config.client_rate),
+            buckets: TokenBuckets::new(config.client_rate),
             start,
         }
     }
@@ -120,7 +120,7 @@ impl Clients {
 }
 
 /// What counts as one client: an IPv6 host has all addresses of its /64 to choose from.
-pub(super) fn party(client: IpAddr) -> u64 {
+pub(super) fn client_key(client: IpAddr) -> u64 {
     match client {
         IpAddr::V4(v4) => u64::from(u32::from(v4)),
         IpAddr::V6(v6) => (u128::from(v6) >> 64) as u64,
@@ -133,7 +133,7 @@ pub(super) fn party(client: IpAddr) -> u64 {
 /// Clients may share a bucket: then they share a rate. Which do is drawn at the start, so nobody
 /// can choose to share that of another.
 #[derive(Debug)]
-struct Buckets {
+struct TokenBuckets {
     /// How long a query counts, in nanoseconds.
     interval_ns: u64,
     /// When each is full again, in nanoseconds since the start.
@@ -141,17 +141,18 @@ struct Buckets {
     hasher: RandomState,
 }
 
-impl Buckets {
+impl TokenBuckets {
     /// Buckets for `rate` queries a second; none where any number will do.
-    fn new(rate: u32) -> Option<Buckets> {
+    fn new(rate: u32) -> Option<TokenBuckets> {
         let interval_ns = 1_000_000_000u64.checked_div(rate.into())?;
         let full_at_ns = (0..N_BUCKETS).map(|_| AtomicU64::new(0)).collect();
-        Some(Buckets { interval_ns, full_at_ns, hasher: RandomState::new() })
+        Some(TokenBuckets { interval_ns, full_at_ns, hasher: RandomState::new() })
     }
 
     /// Takes a token of `client`'s, where there is one.
     fn take(&self, client: IpAddr, now: Duration) -> bool {
-        let bucket = &self.full_at_ns[self.hasher.hash_one(party(client)) as usize % N_BUCKETS];
+        let bucket =
+            &self.full_at_ns[self.hasher.hash_one(client_key(client)) as usize % N_BUCKETS];
         let now_ns = now.as_nanos() as u64; // 584 years
         let taken = bucket.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |full_at_ns| {
             let after_ns = full_at_ns.max(now_ns) + self.interval_ns;
@@ -186,7 +187,7 @@ mod tests {
         for local in [false, true] {
             let mut allow: Vec<Allowed> = networks.iter().map(network).collect();
             allow.extend(local.then_some(Allowed::Local));
-            let clients = Clients::new(
+            let clients = Acl::new(
                 &DnsConfig { allow, ..Config::default().dns },
                 &["203.0.113.53:53".parse().unwrap()],
             );
@@ -208,7 +209,7 @@ mod tests {
         ];
         for (listener, client, is_own) in rows {
             let config = DnsConfig { allow: Vec::new(), client_rate: 1, ..Config::default().dns };
-            let clients = Clients::new(&config, &[listener.parse().unwrap()]);
+            let clients = Acl::new(&config, &[listener.parse().unwrap()]);
             // As if an interface had it.
             let local = Interfaces { addresses: vec![address], ..Interfaces::default() };
             *clients.local.write().unwrap() = (Instant::now(), local);
@@ -220,7 +221,7 @@ mod tests {
 
     #[test]
     fn a_client_has_its_rate_and_a_second_of_it_at_once() {
-        let buckets = Buckets::new(100).unwrap();
+        let buckets = TokenBuckets::new(100).unwrap();
         let (one, other) = ("10.0.0.1".parse().unwrap(), "10.0.0.2".parse().unwrap());
         let taken = |client, at| (0..1000).filter(|_| buckets.take(client, at)).count();
         let at = Duration::from_millis;
@@ -233,6 +234,6 @@ mod tests {
         let shares = buckets.hasher.hash_one(u64::from(0x0a00_0001u32)) as usize % N_BUCKETS
             == buckets.hasher.hash_one(u64::from(0x0a00_0002u32)) as usize % N_BUCKETS;
         assert_eq!(taken(other, at(60_000)), if shares { 0 } else { 100 });
-        assert!(Buckets::new(0).is_none());
+        assert!(TokenBuckets::new(0).is_none());
     }
 }

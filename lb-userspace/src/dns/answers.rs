@@ -12,8 +12,8 @@ use tokio::net::{TcpStream, UdpSocket};
 use tokio::sync::watch;
 
 use super::resolve::Missing::{self, Absent, LookUp, Unknown};
-use super::resolve::{Known, Outcome, Snapshot, Zone, answer};
-use super::{Server, Transport, bind};
+use super::resolve::{Resolution, ResolveContext, TableSnapshot, Zone, answer};
+use super::{DnsServer, Transport, bind};
 use crate::catalog::Demand;
 use crate::config::{Config, DnsConfig, Forward, Unrouted};
 use crate::table::{Backend, Ports, Protocols, Service, State, Table, Watch};
@@ -139,7 +139,7 @@ async fn ask(transport: Transport, server: SocketAddr, bytes: &[u8]) -> Vec<u8> 
 }
 
 /// A server on `ip`, which forwards to `upstream`.
-async fn serve(ip: &str, upstream: Option<SocketAddr>) -> (Server, SocketAddr) {
+async fn serve(ip: &str, upstream: Option<SocketAddr>) -> (DnsServer, SocketAddr) {
     let config = DnsConfig {
         listen: vec![SocketAddr::new(ip.parse().unwrap(), 0)],
         forward: Forward::Servers(upstream.into_iter().collect()),
@@ -151,7 +151,7 @@ async fn serve(ip: &str, upstream: Option<SocketAddr>) -> (Server, SocketAddr) {
     let mut vip = Config::default().vip;
     vip.pool6 = Some(POOLS[1].parse().unwrap());
     let (table, attached) = (watch::channel(Arc::new(table(7))).1, watch::channel(true).1);
-    let server = Server::start(sockets, &config, &vip, table, attached, Demand::default());
+    let server = DnsServer::start(sockets, &config, &vip, table, attached, Demand::default());
     (server.unwrap(), address)
 }
 
@@ -220,15 +220,16 @@ fn outcome(
     attached: bool,
     missing: Missing,
 ) -> String {
-    let (zone, snapshot) = (zone(config), Snapshot::new(Arc::new(table(generation))));
-    let known = Known { zone: &zone, snapshot: &snapshot, attached, waits: false, missing };
+    let (zone, snapshot) = (zone(config), TableSnapshot::new(Arc::new(table(generation))));
+    let known =
+        ResolveContext { zone: &zone, snapshot: &snapshot, attached, waits: false, missing };
     let mut out = Vec::new();
     match answer(bytes, Transport::Udp, known, &mut out) {
-        Outcome::Drop => "drop".into(),
-        Outcome::Forward(_) => "forward".into(),
-        Outcome::Wait => "wait".into(),
-        Outcome::Warm(name) => format!("warm {name}"),
-        Outcome::Reply(code, used) => {
+        Resolution::Drop => "drop".into(),
+        Resolution::Forward(_) => "forward".into(),
+        Resolution::Wait => "wait".into(),
+        Resolution::Warm(name) => format!("warm {name}"),
+        Resolution::Reply(code, used) => {
             let used = used.map(|service| format!(" {}", service.name)).unwrap_or_default();
             format!("{code:?}{used}")
         }
@@ -369,11 +370,11 @@ proptest! {
         tcp in any::<bool>(),
     ) {
         let zone = zone(&Config::default().dns);
-        let snapshot = Snapshot::new(Arc::new(table(7)));
-        let known = Known { zone: &zone, snapshot: &snapshot, attached: true, waits: false, missing: Absent };
+        let snapshot = TableSnapshot::new(Arc::new(table(7)));
+        let known = ResolveContext { zone: &zone, snapshot: &snapshot, attached: true, waits: false, missing: Absent };
         let transport = if tcp { Transport::Tcp } else { Transport::Udp };
         let mut out = Vec::new();
-        if let Outcome::Reply(..) = answer(&bytes, transport, known, &mut out) {
+        if let Resolution::Reply(..) = answer(&bytes, transport, known, &mut out) {
             assert_eq!(out[..2], bytes[..2]);
             assert_eq!(out[2] & 0x80, 0x80);
             assert!(tcp || out.len() <= 4096);
@@ -393,9 +394,14 @@ fn what_does_not_fit() {
     let mut service = Service::clone(&table.services["six"]);
     service.name = name.as_str().into();
     table.services.insert(name.as_str().into(), Arc::new(service));
-    let (zone, snapshot) = (zone(&config), Snapshot::new(Arc::new(table)));
-    let known =
-        Known { zone: &zone, snapshot: &snapshot, attached: true, waits: false, missing: Absent };
+    let (zone, snapshot) = (zone(&config), TableSnapshot::new(Arc::new(table)));
+    let known = ResolveContext {
+        zone: &zone,
+        snapshot: &snapshot,
+        attached: true,
+        waits: false,
+        missing: Absent,
+    };
     let asked = query(&format!("{name}.{domain}."), "SRV");
     for (transport, is_cut) in [(Transport::Udp, true), (Transport::Tcp, false)] {
         let mut out = Vec::new();

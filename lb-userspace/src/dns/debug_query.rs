@@ -10,10 +10,10 @@ use hickory_proto::op::{Edns, Message, OpCode, Query, ResponseCode};
 use hickory_proto::rr::{Name, RecordType};
 
 use super::handler::Handler;
-use super::message::{Asked, HEADER_LEN};
-use super::origin::Origin;
-use super::upstream::Reading;
-use super::upstream_query::{ExchangeError, Outgoing};
+use super::message::{ClientQuery, HEADER_LEN};
+use super::origin::AnswerOrigin;
+use super::upstream::UpstreamStats;
+use super::upstream_query::{UpstreamQuery, UpstreamQueryError};
 use crate::config::Unrouted;
 
 /// How long a lookup may take: less than a client of the admin interface waits.
@@ -24,7 +24,7 @@ const MAX_PAYLOAD: u16 = 1232;
 
 /// Why a lookup has no answer.
 #[derive(Debug, thiserror::Error)]
-pub enum LookupError {
+pub enum DebugQueryError {
     /// The name is none.
     #[error("'{name}' is no name: {source}")]
     Name {
@@ -57,16 +57,16 @@ pub enum LookupError {
 
 /// Who asks the running server, and what is wrong with its upstreams.
 #[derive(Clone, Debug)]
-pub struct Inquirer {
+pub struct DebugClient {
     handler: Arc<Handler>,
     server: SocketAddr,
     /// What a test replaces.
     pub(super) time_limit: Duration,
 }
 
-impl Inquirer {
-    pub(super) fn new(handler: Arc<Handler>, server: SocketAddr) -> Inquirer {
-        Inquirer { handler, server, time_limit: TIME_LIMIT }
+impl DebugClient {
+    pub(super) fn new(handler: Arc<Handler>, server: SocketAddr) -> DebugClient {
+        DebugClient { handler, server, time_limit: TIME_LIMIT }
     }
 
     /// What is wrong with the upstreams, each with the fix.
@@ -75,7 +75,7 @@ impl Inquirer {
     }
 
     /// What is known of each upstream, in the order in which they are asked.
-    pub fn upstreams(&self) -> Vec<Reading> {
+    pub fn upstreams(&self) -> Vec<UpstreamStats> {
         self.handler.forwarder().readings()
     }
 
@@ -89,16 +89,20 @@ impl Inquirer {
     ///
     /// # Errors
     /// When name or type are none, or the server itself doesn't answer.
-    pub async fn look_up(&self, name: &str, kind: &str) -> Result<(Message, Origin), LookupError> {
+    pub async fn look_up(
+        &self,
+        name: &str,
+        kind: &str,
+    ) -> Result<(Message, AnswerOrigin), DebugQueryError> {
         let question = question(name, kind)?;
         let message = message(&question);
-        let query = Lookup::new(&message, self.server)?;
+        let query = DebugQuery::new(&message, self.server)?;
         let watched = self.handler.origins.watch(message.metadata.id, query.question());
         let asked = query.exchange(true);
-        let silent = LookupError::Silent { server: self.server };
+        let silent = DebugQueryError::Silent { server: self.server };
         let answered = tokio::time::timeout(self.time_limit, asked).await;
         match answered.unwrap_or(Err(silent)) {
-            Err(LookupError::Silent { .. }) if watched.origin() != Origin::Own => {
+            Err(DebugQueryError::Silent { .. }) if watched.origin() != AnswerOrigin::Own => {
                 let mut answer = Message::response(message.metadata.id, OpCode::Query);
                 answer.add_query(question).metadata.response_code = ResponseCode::ServFail;
                 Ok((answer, watched.origin()))
@@ -112,19 +116,19 @@ impl Inquirer {
 ///
 /// # Errors
 /// When name or type are none, or the server doesn't answer within 4.5 s.
-pub async fn ask(server: SocketAddr, name: &str, kind: &str) -> Result<Message, LookupError> {
+pub async fn ask(server: SocketAddr, name: &str, kind: &str) -> Result<Message, DebugQueryError> {
     let question = question(name, kind)?;
     let message = message(&question);
-    let query = Lookup::new(&message, server)?;
+    let query = DebugQuery::new(&message, server)?;
     let answered = tokio::time::timeout(TIME_LIMIT, query.exchange(false)).await;
-    answered.unwrap_or(Err(LookupError::Silent { server }))
+    answered.unwrap_or(Err(DebugQueryError::Silent { server }))
 }
 
-fn question(name: &str, kind: &str) -> Result<Query, LookupError> {
-    let wrong = |source| LookupError::Name { name: name.to_owned(), source };
+fn question(name: &str, kind: &str) -> Result<Query, DebugQueryError> {
+    let wrong = |source| DebugQueryError::Name { name: name.to_owned(), source };
     let mut parsed = Name::from_ascii(name).map_err(wrong)?;
     parsed.set_fqdn(true);
-    let wrong = |_| LookupError::Type { kind: kind.to_owned() };
+    let wrong = |_| DebugQueryError::Type { kind: kind.to_owned() };
     let kind: RecordType = kind.to_uppercase().parse().map_err(wrong)?;
     Ok(Query::query(parsed, kind))
 }
@@ -139,20 +143,20 @@ fn message(question: &Query) -> Message {
 }
 
 /// A query for one server.
-struct Lookup {
+struct DebugQuery {
     bytes: Vec<u8>,
     id: u16,
     question_len: usize,
     server: SocketAddr,
 }
 
-impl Lookup {
-    fn new(message: &Message, server: SocketAddr) -> Result<Lookup, LookupError> {
-        let wrong = |what: String| LookupError::Exchange { server, what };
+impl DebugQuery {
+    fn new(message: &Message, server: SocketAddr) -> Result<DebugQuery, DebugQueryError> {
+        let wrong = |what: String| DebugQueryError::Exchange { server, what };
         let bytes = message.to_vec().map_err(|error| wrong(error.to_string()))?;
-        let question_len = Asked::read(&bytes).map(|asked| asked.question().len());
+        let question_len = ClientQuery::read(&bytes).map(|asked| asked.question().len());
         let question_len = question_len.map_err(|error| wrong(format!("{error:?}")))?;
-        Ok(Lookup { bytes, id: message.metadata.id, question_len, server })
+        Ok(DebugQuery { bytes, id: message.metadata.id, question_len, server })
     }
 
     fn question(&self) -> &[u8] {
@@ -160,13 +164,13 @@ impl Lookup {
     }
 
     /// `keep_id`: the id is how the server tells this question from others.
-    async fn exchange(&self, keep_id: bool) -> Result<Message, LookupError> {
+    async fn exchange(&self, keep_id: bool) -> Result<Message, DebugQueryError> {
         let server = self.server;
-        let wrong = |what: String| LookupError::Exchange { server, what };
+        let wrong = |what: String| DebugQueryError::Exchange { server, what };
         let (bytes, question_len) = (self.bytes.clone(), self.question_len);
         let outgoing = match keep_id {
-            true => Outgoing::with_id(bytes, question_len, self.id),
-            false => Outgoing::new(bytes, question_len),
+            true => UpstreamQuery::with_id(bytes, question_len, self.id),
+            false => UpstreamQuery::new(bytes, question_len),
         };
         let exchange = async {
             let answer = outgoing.over_udp(server).await?;
@@ -179,7 +183,9 @@ impl Lookup {
             Ok(answer) => answer
                 .message()
                 .map_err(|error| wrong(format!("the answer can't be taken apart: {error}"))),
-            Err(ExchangeError::Io(error)) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            Err(UpstreamQueryError::Io(error))
+                if error.kind() == io::ErrorKind::ConnectionRefused =>
+            {
                 Err(wrong("nobody listens there".to_owned()))
             }
             Err(error) => Err(wrong(error.to_string())),

@@ -4,15 +4,15 @@ use super::message::WireName;
 
 /// A domain as it is on the wire, in lower case.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Suffix {
+pub(super) struct Domain {
     wire: Box<[u8]>,
     n_labels: usize,
 }
 
-impl Suffix {
+impl Domain {
     /// Reads a domain such as `service` or `lb.example`; dots at the ends don't count. The
     /// configuration has checked the length of its labels.
-    pub(super) fn new(domain: &str) -> Suffix {
+    pub(super) fn new(domain: &str) -> Domain {
         let mut wire = Vec::new();
         let mut n_labels = 0;
         for label in domain.split('.').filter(|label| !label.is_empty()) {
@@ -21,7 +21,7 @@ impl Suffix {
             n_labels += 1;
         }
         wire.push(0);
-        Suffix { wire: wire.into(), n_labels }
+        Domain { wire: wire.into(), n_labels }
     }
 
     /// The number of labels.
@@ -37,7 +37,7 @@ impl Suffix {
     }
 
     /// Whether this domain is `other` or lies below it.
-    pub(super) fn is_within(&self, other: &Suffix) -> bool {
+    pub(super) fn is_within(&self, other: &Domain) -> bool {
         WireName::read(&self.wire).is_some_and(|name| other.has(&name))
     }
 }
@@ -63,12 +63,12 @@ mod tests {
             ("", "", true),
         ];
         for (domain, name, expected) in table {
-            let name = Suffix::new(name);
-            assert_eq!(name.is_within(&Suffix::new(domain)), expected, "{name:?} in {domain:?}");
+            let name = Domain::new(name);
+            assert_eq!(name.is_within(&Domain::new(domain)), expected, "{name:?} in {domain:?}");
             let mut shouted = name.wire.to_vec();
             shouted.make_ascii_uppercase();
             let shouted = WireName::read(&shouted).unwrap();
-            assert_eq!(Suffix::new(domain).has(&shouted), expected, "{name:?} in {domain:?}");
+            assert_eq!(Domain::new(domain).has(&shouted), expected, "{name:?} in {domain:?}");
         }
     }
 }

@@ -1,18 +1,8 @@
 //! An answer as it goes over the wire, written into a buffer that is used again and again.
 
-use super::message::{Asked, HEADER_LEN, Unreadable};
+use hickory_proto::op::ResponseCode;
 
-/// The response codes that we give ourselves, by IANA's numbers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Code {
-    NoError = 0,
-    FormErr = 1,
-    ServFail = 2,
-    NxDomain = 3,
-    NotImp = 4,
-    Refused = 5,
-    BadVers = 16,
-}
+use super::message::{ClientQuery, HEADER_LEN, MalformedQuery};
 
 /// The size of UDP messages that we say we take: the one that resolvers agreed on at the DNS flag
 /// day of 2020, because it passes nearly everywhere in one piece.
@@ -34,20 +24,20 @@ pub(super) enum Section {
 
 /// An answer that is being written, section by section.
 #[derive(Debug)]
-pub(super) struct Reply<'a> {
+pub(super) struct ResponseWriter<'a> {
     out: &'a mut Vec<u8>,
-    asked: &'a Asked<'a>,
+    query: &'a ClientQuery<'a>,
     counts: [u16; 3],
     /// Where the additional records begin, once there is one.
     additionals: Option<usize>,
 }
 
-impl<'a> Reply<'a> {
-    /// Begins an answer to `asked` in `out`, with the question as it was asked.
-    pub(super) fn new(out: &'a mut Vec<u8>, asked: &'a Asked<'a>) -> Reply<'a> {
+impl<'a> ResponseWriter<'a> {
+    /// Begins an answer to `query` in `out`, with the question as it was asked.
+    pub(super) fn new(out: &'a mut Vec<u8>, query: &'a ClientQuery<'a>) -> ResponseWriter<'a> {
         out.clear();
-        out.extend_from_slice(asked.head());
-        Reply { out, asked, counts: [0; 3], additionals: None }
+        out.extend_from_slice(query.head());
+        ResponseWriter { out, query, counts: [0; 3], additionals: None }
     }
 
     /// Adds a record of class IN for the name at `owner` in the message; `data` in pieces. Returns
@@ -79,8 +69,8 @@ impl<'a> Reply<'a> {
 
     /// Ends the answer, within `max_len` bytes: without the additional records where it would be
     /// longer, and where that isn't enough without any, so that the asker comes back over TCP.
-    pub(super) fn finish(mut self, code: Code, authoritative: bool, max_len: usize) {
-        let opt_len = if self.asked.edns.is_some() { OPT_LEN } else { 0 };
+    pub(super) fn finish(mut self, code: ResponseCode, authoritative: bool, max_len: usize) {
+        let opt_len = if self.query.edns.is_some() { OPT_LEN } else { 0 };
         let mut truncated = false;
         if self.out.len() + opt_len > max_len
             && let Some(begin) = self.additionals
@@ -89,12 +79,12 @@ impl<'a> Reply<'a> {
             self.counts[Section::Additional as usize] = 0;
         }
         if self.out.len() + opt_len > max_len {
-            self.out.truncate(self.asked.head().len());
+            self.out.truncate(self.query.head().len());
             self.counts = [0; 3];
             truncated = true;
         }
-        if let Some(edns) = self.asked.edns {
-            put_opt(self.out, (code as u16 >> 4) as u8, edns.dnssec_ok);
+        if let Some(edns) = self.query.edns {
+            put_opt(self.out, (u16::from(code) >> 4) as u8, edns.dnssec_ok);
             self.counts[Section::Additional as usize] += 1;
         }
         let aa = if authoritative { 0x04 } else { 0 };
@@ -103,17 +93,26 @@ impl<'a> Reply<'a> {
     }
 }
 
-/// Writes an answer that is a code alone, to `asked`.
-pub(super) fn error(out: &mut Vec<u8>, asked: &Asked<'_>, code: Code, max_len: usize) {
-    Reply::new(out, asked).finish(code, false, max_len);
+/// Writes an answer that is a code alone, to `query`.
+pub(super) fn error(
+    out: &mut Vec<u8>,
+    query: &ClientQuery<'_>,
+    code: ResponseCode,
+    max_len: usize,
+) {
+    ResponseWriter::new(out, query).finish(code, false, max_len);
 }
 
 /// Writes the answer to a message that is no question; there is none to whoever sent no question.
-pub(super) fn to_unreadable(out: &mut Vec<u8>, bytes: &[u8], why: Unreadable) -> Option<Code> {
+pub(super) fn to_unreadable(
+    out: &mut Vec<u8>,
+    bytes: &[u8],
+    why: MalformedQuery,
+) -> Option<ResponseCode> {
     let code = match why {
-        Unreadable::NoQuestion => return None,
-        Unreadable::OpCode => Code::NotImp,
-        Unreadable::Format => Code::FormErr,
+        MalformedQuery::NoQuestion => return None,
+        MalformedQuery::OpCode => ResponseCode::NotImp,
+        MalformedQuery::Format => ResponseCode::FormErr,
     };
     out.clear();
     out.extend_from_slice(bytes.get(..HEADER_LEN)?);
@@ -131,13 +130,13 @@ pub(super) fn put_opt(out: &mut Vec<u8>, code_high: u8, dnssec_ok: bool) {
 }
 
 /// Makes the question's header, at the begin of `out`, that of the answer.
-fn put_header(out: &mut [u8], code: Code, aa_tc: u8, n_questions: u8, counts: [u16; 3]) {
+fn put_header(out: &mut [u8], code: ResponseCode, aa_tc: u8, n_questions: u8, counts: [u16; 3]) {
     const OP_CODE_AND_RD: u8 = 0x79;
     const QR: u8 = 0x80;
     const RA: u8 = 0x80;
     const CD: u8 = 0x10;
     out[2] = QR | (out[2] & OP_CODE_AND_RD) | aa_tc;
-    out[3] = RA | (out[3] & CD) | (code as u8 & 0x0f);
+    out[3] = RA | (out[3] & CD) | (u16::from(code) as u8 & 0x0f);
     out[4..6].copy_from_slice(&[0, n_questions]);
     for (idx, count) in counts.into_iter().enumerate() {
         out[6 + 2 * idx..8 + 2 * idx].copy_from_slice(&count.to_be_bytes());

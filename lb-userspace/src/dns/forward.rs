@@ -10,14 +10,14 @@ use tokio::task::JoinSet;
 use tracing::debug;
 
 use super::encode::OUR_PAYLOAD;
-use super::loop_detection::Loops;
-use super::message::Asked;
-use super::relay::{ForwardError, Limits, Party};
-use super::response::Received;
+use super::loop_detection::LoopDetector;
+use super::message::ClientQuery;
+use super::relay::{ClientKey, ForwardError, ForwardLimits};
+use super::response::UpstreamResponse;
 use super::sockets::Transport;
-use super::upstream::{Outcome, Reading, State, Upstream};
-use super::upstream_query::Outgoing;
-use super::upstreams::{Route, Upstreams};
+use super::upstream::{QueryOutcome, Upstream, UpstreamState, UpstreamStats};
+use super::upstream_query::UpstreamQuery;
+use super::upstreams::{UpstreamRoute, Upstreams};
 
 /// The questions over TCP that may be under way, and those of one client, unless it is this host.
 const MAX_IN_FLIGHT: usize = 512;
@@ -27,8 +27,8 @@ const MAX_IN_FLIGHT_EACH: usize = MAX_IN_FLIGHT / 4;
 #[derive(Debug)]
 pub(super) struct Forwarder {
     pub(super) upstreams: Upstreams,
-    pub(super) limits: Limits,
-    pub(super) loops: Arc<Loops>,
+    pub(super) limits: ForwardLimits,
+    pub(super) loops: Arc<LoopDetector>,
     in_flight: Arc<InFlight>,
     /// Wakes the prober.
     suspicion: Arc<Notify>,
@@ -36,40 +36,40 @@ pub(super) struct Forwarder {
 
 /// The questions over TCP that are under way.
 #[derive(Debug, Default)]
-struct InFlight(Mutex<HashMap<Party, usize>>);
+struct InFlight(Mutex<HashMap<ClientKey, usize>>);
 
 /// One of them, until this is dropped.
 #[derive(Debug)]
-struct Place(Arc<InFlight>, Party);
+struct InFlightGuard(Arc<InFlight>, ClientKey);
 
 impl InFlight {
     /// A place for one more; `None` where there are enough.
-    fn place(self: &Arc<Self>, party: Party) -> Option<Place> {
-        let mut parties = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let n_all: usize = parties.values().sum();
-        let n = parties.get(&party).copied().unwrap_or_default();
-        if n_all >= MAX_IN_FLIGHT || party.is_some() && n >= MAX_IN_FLIGHT_EACH {
+    fn place(self: &Arc<Self>, client_key: ClientKey) -> Option<InFlightGuard> {
+        let mut client_keys = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let n_all: usize = client_keys.values().sum();
+        let n = client_keys.get(&client_key).copied().unwrap_or_default();
+        if n_all >= MAX_IN_FLIGHT || client_key.is_some() && n >= MAX_IN_FLIGHT_EACH {
             return None;
         }
-        parties.insert(party, n + 1);
-        drop(parties);
-        Some(Place(Arc::clone(self), party))
+        client_keys.insert(client_key, n + 1);
+        drop(client_keys);
+        Some(InFlightGuard(Arc::clone(self), client_key))
     }
 }
 
-impl Drop for Place {
+impl Drop for InFlightGuard {
     fn drop(&mut self) {
-        let mut parties = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
-        match parties.get_mut(&self.1) {
+        let mut client_keys = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match client_keys.get_mut(&self.1) {
             Some(n) if *n > 1 => *n -= 1,
-            _ => drop(parties.remove(&self.1)),
+            _ => drop(client_keys.remove(&self.1)),
         }
     }
 }
 
 impl Forwarder {
     /// One that goes by these upstreams; [`super::probe`] is to probe them.
-    pub(super) fn new(upstreams: Upstreams, limits: Limits) -> Arc<Forwarder> {
+    pub(super) fn new(upstreams: Upstreams, limits: ForwardLimits) -> Arc<Forwarder> {
         Arc::new(Forwarder {
             upstreams,
             limits,
@@ -91,19 +91,19 @@ impl Forwarder {
 
     /// Whether a question that isn't going to be forwarded is a probe of ours; then it is noted that
     /// it came back.
-    pub(super) fn is_probe(&self, asked: &Asked<'_>) -> bool {
-        self.loops.is_probe(&asked.name)
+    pub(super) fn is_probe(&self, query: &ClientQuery<'_>) -> bool {
+        self.loops.is_probe(&query.name)
     }
 
     /// What is wrong with the upstreams, each with the fix.
     pub(super) fn problems(&self) -> Vec<String> {
-        self.loops.problems(&self.upstreams.plan().ways())
+        self.loops.problems(&self.upstreams.plan().paths())
     }
 
     /// What is shown of each upstream.
-    pub(super) fn readings(&self) -> Vec<Reading> {
+    pub(super) fn readings(&self) -> Vec<UpstreamStats> {
         let plan = self.upstreams.plan();
-        let mut readings: Vec<Reading> = Vec::new();
+        let mut readings: Vec<UpstreamStats> = Vec::new();
         for upstream in plan.upstreams() {
             if !readings.iter().any(|known| known.address == upstream.address) {
                 readings.push(upstream.read());
@@ -122,19 +122,19 @@ impl Forwarder {
     /// When none answers in time.
     pub(super) async fn over_tcp(
         &self,
-        asked: &Asked<'_>,
-        party: Party,
-    ) -> Result<(Received<'static>, Arc<Upstream>, bool), ForwardError> {
-        if self.is_probe(asked) {
+        query: &ClientQuery<'_>,
+        client_key: ClientKey,
+    ) -> Result<(UpstreamResponse<'static>, Arc<Upstream>, bool), ForwardError> {
+        if self.is_probe(query) {
             return Err(ForwardError::OwnProbe);
         }
-        let _place = self.in_flight.place(party).ok_or(ForwardError::Busy)?;
+        let _place = self.in_flight.place(client_key).ok_or(ForwardError::Busy)?;
         self.upstreams.refresh(Instant::now());
         let plan = self.upstreams.plan();
-        let route = plan.of(&asked.name).ok_or(ForwardError::NoUpstream)?;
-        let mut query = Vec::new();
-        asked.forwarded(OUR_PAYLOAD, &mut query);
-        let outgoing = Arc::new(Outgoing::new(query, asked.question().len()));
+        let route = plan.of(&query.name).ok_or(ForwardError::NoUpstream)?;
+        let mut bytes = Vec::new();
+        query.forwarded(OUR_PAYLOAD, &mut bytes);
+        let outgoing = Arc::new(UpstreamQuery::new(bytes, query.question().len()));
         let mut n_asked = 0;
         for _ in 0..self.limits.n_rounds {
             let order = self.order(route);
@@ -153,43 +153,44 @@ impl Forwarder {
     }
 
     /// The places in the route of those to ask, those that are out last.
-    fn order(&self, route: &Route) -> Vec<usize> {
+    fn order(&self, route: &UpstreamRoute) -> Vec<usize> {
         let mut order: Vec<usize> = (0..route.upstreams.len()).collect();
-        order.sort_by_key(|rank| route.upstreams[*rank].state(Transport::Tcp) == State::Out);
-        order.retain(|rank| !self.loops.is_circular(&route.way(&route.upstreams[*rank])));
+        order
+            .sort_by_key(|rank| route.upstreams[*rank].state(Transport::Tcp) == UpstreamState::Out);
+        order.retain(|rank| !self.loops.is_looping(&route.path(&route.upstreams[*rank])));
         order
     }
 
     /// Asks each upstream once, until one has answered.
     async fn round(
         &self,
-        route: &Route,
+        route: &UpstreamRoute,
         order: Vec<usize>,
-        outgoing: &Arc<Outgoing>,
-    ) -> Option<(usize, Received<'static>)> {
+        outgoing: &Arc<UpstreamQuery>,
+    ) -> Option<(usize, UpstreamResponse<'static>)> {
         let (mut next, mut tries) = (order.into_iter(), JoinSet::new());
         let mut waiting: Vec<usize> = Vec::new();
-        let mut held: Option<(usize, Received<'static>)> = None;
+        let mut fallback: Option<(usize, UpstreamResponse<'static>)> = None;
         loop {
-            if let Some((rank, answer)) = &held
+            if let Some((rank, answer)) = &fallback
                 && answer.is_negative()
                 && !waiting.iter().any(|other| {
                     let state = route.upstreams[*other].state(Transport::Tcp);
-                    other < rank && state != State::Out
+                    other < rank && state != UpstreamState::Out
                 })
             {
-                return held;
+                return fallback;
             }
-            let is_denied = held.as_ref().is_some_and(|(_, answer)| answer.is_negative());
+            let is_denied = fallback.as_ref().is_some_and(|(_, answer)| answer.is_negative());
             if waiting.is_empty() && next.as_slice().is_empty() {
-                return held;
+                return fallback;
             }
             let is_doubtful = waiting
                 .iter()
-                .all(|rank| route.upstreams[*rank].state(Transport::Tcp) == State::Out);
+                .all(|rank| route.upstreams[*rank].state(Transport::Tcp) == UpstreamState::Out);
             let is_suspect = waiting
                 .iter()
-                .any(|rank| route.upstreams[*rank].state(Transport::Tcp) == State::Suspect);
+                .any(|rank| route.upstreams[*rank].state(Transport::Tcp) == UpstreamState::Suspect);
             if is_doubtful
                 && !is_denied
                 && let Some(rank) = next.next()
@@ -202,15 +203,15 @@ impl Forwarder {
                 Some(Ok((rank, answer))) = tries.join_next() => {
                     waiting.retain(|other| *other != rank);
                     match answer {
-                        Some(answer) if answer.is_refusal() => {
-                            held.get_or_insert((rank, answer));
+                        Some(answer) if answer.is_failure() => {
+                            fallback.get_or_insert((rank, answer));
                         }
                         Some(answer) if answer.is_negative() => {
-                            let is_better = held
+                            let is_better = fallback
                                 .as_ref()
-                                .is_none_or(|(known, held)| !held.is_negative() || rank < *known);
+                                .is_none_or(|(known, fallback)| !fallback.is_negative() || rank < *known);
                             if is_better {
-                                held = Some((rank, answer));
+                                fallback = Some((rank, answer));
                             }
                         }
                         Some(answer) => return Some((rank, answer)),
@@ -231,38 +232,38 @@ impl Forwarder {
     /// Asks one upstream; `None` where it gives no answer in time.
     fn begin(
         &self,
-        route: &Route,
+        route: &UpstreamRoute,
         rank: usize,
-        outgoing: &Arc<Outgoing>,
-        tries: &mut JoinSet<(usize, Option<Received<'static>>)>,
+        outgoing: &Arc<UpstreamQuery>,
+        tries: &mut JoinSet<(usize, Option<UpstreamResponse<'static>>)>,
     ) {
-        let (upstream, way) =
-            (Arc::clone(&route.upstreams[rank]), route.way(&route.upstreams[rank]));
+        let (upstream, path) =
+            (Arc::clone(&route.upstreams[rank]), route.path(&route.upstreams[rank]));
         let (outgoing, patience) = (Arc::clone(outgoing), self.limits.patience);
         let (loops, suspicion) = (Arc::clone(&self.loops), Arc::clone(&self.suspicion));
         upstream.sent(0);
         tries.spawn(async move {
-            let asked = Instant::now();
+            let query = Instant::now();
             let answer = tokio::select! {
                 answer = tokio::time::timeout(patience, outgoing.over_tcp(upstream.address)) => answer,
                 // Its question may be the one that it waits for itself.
-                () = loops.leads_back(&way) => return (rank, None),
+                () = loops.wait_looping(&path) => return (rank, None),
             };
             let now = Instant::now();
             match answer {
                 Ok(Ok(answer)) => {
-                    let is_refusal = answer.is_refusal();
-                    let outcome = if is_refusal { Outcome::Refused } else { Outcome::Answered };
-                    upstream.answered(Transport::Tcp, 0, outcome, now, now - asked);
+                    let is_failure = answer.is_failure();
+                    let outcome = if is_failure { QueryOutcome::Refused } else { QueryOutcome::Answered };
+                    upstream.answered(Transport::Tcp, 0, outcome, now, now - query);
                     return (rank, Some(answer));
                 }
                 Ok(Err(error)) => {
                     debug!(server = %upstream.address, %error, "a resolver gave no answer");
-                    upstream.failed(0, Outcome::Unreachable);
+                    upstream.failed(0, QueryOutcome::Unreachable);
                 }
-                Err(_) => upstream.failed(0, Outcome::TimedOut),
+                Err(_) => upstream.failed(0, QueryOutcome::TimedOut),
             }
-            if upstream.is_late(Transport::Tcp, asked) {
+            if upstream.is_late(Transport::Tcp, query) {
                 suspicion.notify_one();
             }
             (rank, None)
@@ -277,7 +278,8 @@ mod tests {
     #[test]
     fn one_client_leaves_places_for_others() {
         let in_flight = Arc::new(InFlight::default());
-        let take = |party, n| (0..n).filter_map(|_| in_flight.place(party)).collect::<Vec<_>>();
+        let take =
+            |client_key, n| (0..n).filter_map(|_| in_flight.place(client_key)).collect::<Vec<_>>();
         let greedy = take(Some(1), MAX_IN_FLIGHT);
         assert_eq!(greedy.len(), MAX_IN_FLIGHT_EACH);
         let host = take(None, MAX_IN_FLIGHT);

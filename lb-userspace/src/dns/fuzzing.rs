@@ -5,10 +5,10 @@ use std::sync::Arc;
 
 use hickory_proto::op::Message;
 
-use super::message::{Asked, HEADER_LEN};
+use super::message::{ClientQuery, HEADER_LEN};
 use super::resolve::Missing::{Absent, LookUp, Unknown};
-use super::resolve::{Known, MAX_UDP_LEN, Outcome, Snapshot, Zone, answer};
-use super::response::{PassOn, Received};
+use super::resolve::{MAX_UDP_RESPONSE, Resolution, ResolveContext, TableSnapshot, Zone, answer};
+use super::response::{RelayOptions, UpstreamResponse};
 use super::sockets::Transport;
 use crate::config::Config;
 use crate::table::{Ports, Protocols, Service, Table, Watch};
@@ -16,7 +16,7 @@ use crate::table::{Ports, Protocols, Service, Table, Watch};
 /// A client's message, over both transports: nothing is answered that is no question, and an answer
 /// has the question's id and name, fits, and can be read.
 pub fn question(bytes: &[u8]) {
-    let snapshot = Snapshot::new(Arc::new(table()));
+    let snapshot = TableSnapshot::new(Arc::new(table()));
     let pools = ["127.128.0.0/9", "fd00::/64"].iter().filter_map(|pool| pool.parse().ok());
     let zone = Zone::new(&Config::default().dns, pools);
     let is_question = bytes.len() >= HEADER_LEN && bytes[2] & 0x80 == 0;
@@ -29,21 +29,22 @@ pub fn question(bytes: &[u8]) {
             (false, true, Absent),
             (false, false, LookUp),
         ] {
-            let known = Known { zone: &zone, snapshot: &snapshot, attached, waits, missing };
+            let known =
+                ResolveContext { zone: &zone, snapshot: &snapshot, attached, waits, missing };
             match answer(bytes, transport, known, &mut out) {
-                Outcome::Drop => {}
-                Outcome::Reply(..) => {
+                Resolution::Drop => {}
+                Resolution::Reply(..) => {
                     assert!(is_question, "an answer is answered");
                     check(bytes, &out, max_len(bytes, transport));
                     assert!(Message::from_vec(&out).is_ok(), "{out:?}");
                 }
-                Outcome::Forward(asked) => {
-                    let mut query = Vec::new();
-                    asked.forwarded(MAX_UDP_LEN, &mut query);
-                    assert!(Asked::read(&query).is_ok(), "{asked:?}");
+                Resolution::Forward(query) => {
+                    let mut bytes = Vec::new();
+                    query.forwarded(MAX_UDP_RESPONSE, &mut bytes);
+                    assert!(ClientQuery::read(&bytes).is_ok(), "{query:?}");
                 }
-                Outcome::Wait => assert!(waits),
-                Outcome::Warm(name) => {
+                Resolution::Wait => assert!(waits),
+                Resolution::Warm(name) => {
                     assert!(missing == LookUp && name == name.to_ascii_lowercase());
                 }
             }
@@ -56,19 +57,19 @@ pub fn question(bytes: &[u8]) {
 pub fn upstream(bytes: &[u8]) {
     for client in [&b""[..], EDNS] {
         let n_more = u8::from(!client.is_empty());
-        let asked = [&[9, 9, 1, 0, 0, 1, 0, 0, 0, 0, 0, n_more], EXAMPLE, client].concat();
-        let Ok(answer) = Received::read(bytes, EXAMPLE) else { continue };
-        let Ok(asked_again) = Asked::read(&asked) else { continue };
+        let query = [&[9, 9, 1, 0, 0, 1, 0, 0, 0, 0, 0, n_more], EXAMPLE, client].concat();
+        let Ok(answer) = UpstreamResponse::read(bytes, EXAMPLE) else { continue };
+        let Ok(asked_again) = ClientQuery::read(&query) else { continue };
         for (transport, max_ttls) in
             [(Transport::Udp, None), (Transport::Tcp, None), (Transport::Tcp, Some((30, 5)))]
         {
-            let max_len = max_len(&asked, transport);
+            let max_len = max_len(&query, transport);
             let mut reply = Vec::new();
-            let how = PassOn { max_len, keeps_ad: false, max_ttls };
-            answer.pass_on(&asked_again.client(), how, &mut reply);
-            check(&asked, &reply, max_len);
+            let how = RelayOptions { max_len, keeps_ad: false, max_ttls };
+            answer.relay_to(&asked_again.client(), how, &mut reply);
+            check(&query, &reply, max_len);
             // Its records are the other resolver's, whatever hickory thinks of them.
-            assert!(Received::read(&reply, EXAMPLE).is_ok(), "{reply:?}");
+            assert!(UpstreamResponse::read(&reply, EXAMPLE).is_ok(), "{reply:?}");
         }
     }
 }
@@ -80,9 +81,9 @@ const EXAMPLE: &[u8] = b"\x07Example\x03com\x00\x00\x01\x00\x01";
 const EDNS: &[u8] = &[0, 0, 41, 4, 208, 0, 0, 0, 0, 0, 0];
 
 fn max_len(bytes: &[u8], transport: Transport) -> usize {
-    match (transport, Asked::read(bytes)) {
+    match (transport, ClientQuery::read(bytes)) {
         (Transport::Tcp, _) => u16::MAX.into(),
-        (Transport::Udp, Ok(asked)) => asked.max_payload().min(MAX_UDP_LEN).into(),
+        (Transport::Udp, Ok(query)) => query.max_payload().min(MAX_UDP_RESPONSE).into(),
         (Transport::Udp, Err(_)) => 512,
     }
 }
@@ -91,8 +92,8 @@ fn check(question: &[u8], reply: &[u8], max_len: usize) {
     assert!(reply.len() <= max_len, "{} bytes where {max_len} fit", reply.len());
     assert_eq!(reply[..2], question[..2], "another id");
     assert!(reply[2] & 0x80 != 0 && (reply[2] ^ question[2]) & 0x79 == 0, "{:02x}", reply[2]);
-    if let Ok(asked) = Asked::read(question) {
-        let head = &asked.head()[HEADER_LEN..];
+    if let Ok(query) = ClientQuery::read(question) {
+        let head = &query.head()[HEADER_LEN..];
         assert!(reply[HEADER_LEN..].starts_with(head), "another question: {reply:?}");
     }
 }

@@ -10,24 +10,26 @@ use hickory_proto::op::ResponseCode;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tracing::debug;
 
-use super::acl::{self, Admission, Clients};
-use super::encode::{self, Code};
+use super::acl::{self, Acl, Admission};
+use super::encode;
 use super::forward::Forwarder;
-use super::message::Asked;
-use super::origin::{Origin, Origins};
-use super::relay::Party;
-use super::resolve::{self, Known, MAX_UDP_LEN, Missing, Outcome, Snapshot, Zone};
-use super::response::PassOn;
+use super::message::ClientQuery;
+use super::origin::{AnswerOrigin, OriginTracker};
+use super::relay::ClientKey;
+use super::resolve::{
+    self, MAX_UDP_RESPONSE, Missing, Resolution, ResolveContext, TableSnapshot, Zone,
+};
+use super::response::RelayOptions;
 use super::sockets::Transport;
-use super::stats::Stats;
-use super::usage_limiter::Told;
+use super::stats::{DnsStats, Dropped};
+use super::usage_limiter::UsageLimiter;
 use crate::catalog::{Demand, Lookup};
 use crate::config::Unrouted;
 use crate::table::{Service, Table, Watch};
 
 /// How long an answer waits for a service that isn't live. After that a name that the table has is
 /// answered as it stands there, and another one is unknown.
-const WARMING: Duration = Duration::from_millis(250);
+const FETCH_TIMEOUT: Duration = Duration::from_millis(250);
 
 /// The UDP questions that wait for the zone at one time: what is beyond is answered at once, as well
 /// as can be, or stays in the socket while the zone is waited for after the start.
@@ -35,31 +37,31 @@ pub(super) const MAX_WAITING: usize = 1024;
 
 /// What may be replaced while the server runs.
 #[derive(Debug)]
-pub(super) struct Ways {
+pub(super) struct Reloadable {
     pub(super) zone: Zone,
-    pub(super) clients: Arc<Clients>,
+    pub(super) clients: Arc<Acl>,
     pub(super) forwarder: Arc<Forwarder>,
 }
 
 /// What one thread knows of everything that may change, so that it takes no lock for each message.
 #[derive(Debug)]
-pub(super) struct View {
-    ways: Arc<Ways>,
+pub(super) struct ThreadView {
+    ways: Arc<Reloadable>,
     version: u64,
     table: watch::Receiver<Arc<Table>>,
-    snapshot: Arc<Snapshot>,
+    snapshot: Arc<TableSnapshot>,
     attached: watch::Receiver<bool>,
     is_attached: bool,
 }
 
-impl View {
+impl ThreadView {
     /// The forwarder.
     pub(super) fn forwarder(&self) -> &Forwarder {
         &self.ways.forwarder
     }
 
     /// What may be replaced.
-    pub(super) fn ways(&self) -> &Ways {
+    pub(super) fn ways(&self) -> &Reloadable {
         &self.ways
     }
 
@@ -69,33 +71,39 @@ impl View {
     }
 
     /// Whether the zone can be answered for.
-    pub(super) fn is_reliable(&self) -> bool {
+    pub(super) fn is_ready(&self) -> bool {
         self.is_attached && self.snapshot.table.is_synced()
     }
 
     /// What the zone's answers come from; nothing is waited for.
-    pub(super) fn known(&self) -> Known<'_> {
+    pub(super) fn known(&self) -> ResolveContext<'_> {
         let (zone, snapshot) = (&self.ways.zone, &*self.snapshot);
-        Known { zone, snapshot, attached: self.is_attached, waits: false, missing: Missing::Absent }
+        ResolveContext {
+            zone,
+            snapshot,
+            attached: self.is_attached,
+            waits: false,
+            missing: Missing::Absent,
+        }
     }
 
     /// Who a client's questions count as.
-    pub(super) fn party(&self, client: IpAddr) -> Party {
-        self.ways.party(client)
+    pub(super) fn client_key(&self, client: IpAddr) -> ClientKey {
+        self.ways.client_key(client)
     }
 }
 
-impl Ways {
+impl Reloadable {
     /// Who a client's questions count as.
-    fn party(&self, client: IpAddr) -> Party {
+    fn client_key(&self, client: IpAddr) -> ClientKey {
         let client = client.to_canonical();
-        (!self.clients.is_own(client)).then(|| acl::party(client))
+        (!self.clients.is_own(client)).then(|| acl::client_key(client))
     }
 }
 
 /// What a message that waited comes to.
 #[derive(Debug)]
-pub(super) enum Settled {
+pub(super) enum Deferred {
     Answer(Vec<u8>),
     /// It is another resolver's to answer, but perhaps the name of a service all the same.
     Forward {
@@ -107,25 +115,25 @@ pub(super) enum Settled {
 /// Answers messages, whichever way they come.
 #[derive(Debug)]
 pub(super) struct Handler {
-    pub(super) ways: RwLock<Arc<Ways>>,
+    pub(super) ways: RwLock<Arc<Reloadable>>,
     /// Of the ways.
     pub(super) version: AtomicU64,
     pub(super) table: watch::Receiver<Arc<Table>>,
     /// Of the table that was there at the last question.
-    pub(super) snapshot: RwLock<Arc<Snapshot>>,
+    pub(super) snapshot: RwLock<Arc<TableSnapshot>>,
     pub(super) attached: watch::Receiver<bool>,
     pub(super) demand: Demand,
-    pub(super) told: Told,
+    pub(super) usage_limiter: UsageLimiter,
     /// Until when the zone is waited for.
-    pub(super) reliable_by: Instant,
+    pub(super) ready_by: Instant,
     pub(super) waiting: Arc<Semaphore>,
     /// The questions whose origin is watched.
-    pub(super) origins: Origins,
-    pub(super) stats: Arc<Stats>,
+    pub(super) origins: OriginTracker,
+    pub(super) stats: Arc<DnsStats>,
 }
 
 impl Handler {
-    pub(super) fn ways(&self) -> Arc<Ways> {
+    pub(super) fn ways(&self) -> Arc<Reloadable> {
         self.ways.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
@@ -135,7 +143,7 @@ impl Handler {
     }
 
     /// Who is answered.
-    pub(super) fn clients(&self) -> Arc<Clients> {
+    pub(super) fn clients(&self) -> Arc<Acl> {
         self.ways().clients.clone()
     }
 
@@ -150,17 +158,17 @@ impl Handler {
     }
 
     /// What a thread knows to begin with.
-    pub(super) fn view(&self) -> View {
+    pub(super) fn view(&self) -> ThreadView {
         let version = self.version.load(Ordering::Acquire);
         let (mut table, mut attached) = (self.table.clone(), self.attached.clone());
         table.mark_unchanged();
         attached.mark_unchanged();
         let (snapshot, is_attached) = (self.snapshot(), *attached.borrow_and_update());
-        View { ways: self.ways(), version, table, snapshot, attached, is_attached }
+        ThreadView { ways: self.ways(), version, table, snapshot, attached, is_attached }
     }
 
     /// Brings a thread's knowledge up to date. Returns whether the configuration is another one.
-    pub(super) fn refresh(&self, view: &mut View) -> bool {
+    pub(super) fn refresh(&self, view: &mut ThreadView) -> bool {
         // An error says that there will be no further change.
         if view.table.has_changed().unwrap_or(false) {
             view.table.mark_unchanged();
@@ -182,7 +190,7 @@ impl Handler {
         self.ways().zone.unrouted()
     }
 
-    fn snapshot(&self) -> Arc<Snapshot> {
+    fn snapshot(&self) -> Arc<TableSnapshot> {
         let table = self.table.borrow();
         {
             let snapshot = self.snapshot.read().unwrap_or_else(PoisonError::into_inner);
@@ -190,7 +198,7 @@ impl Handler {
                 return snapshot.clone();
             }
         }
-        let snapshot = Arc::new(Snapshot::new(table.clone()));
+        let snapshot = Arc::new(TableSnapshot::new(table.clone()));
         drop(table);
         *self.snapshot.write().unwrap_or_else(PoisonError::into_inner) = snapshot.clone();
         snapshot
@@ -199,7 +207,7 @@ impl Handler {
     /// What a client gets that isn't served, or not now; `None` for one that is.
     pub(super) fn refusal(
         &self,
-        ways: &Ways,
+        ways: &Reloadable,
         bytes: &[u8],
         transport: Transport,
         client: IpAddr,
@@ -209,102 +217,103 @@ impl Handler {
             return None;
         }
         if admission == Admission::Limited {
-            self.stats.count("limited");
+            self.stats.count_dropped(Dropped::RateLimited);
             return Some(None);
         }
-        let Ok(asked) = Asked::read(bytes) else {
-            self.stats.count("malformed");
+        let Ok(query) = ClientQuery::read(bytes) else {
+            self.stats.count_dropped(Dropped::Malformed);
             return Some(None);
         };
-        self.stats.count_own(Code::Refused);
+        self.stats.count(ResponseCode::Refused);
         let mut out = Vec::new();
-        encode::error(&mut out, &asked, Code::Refused, max_len(&asked, transport));
+        encode::error(&mut out, &query, ResponseCode::Refused, max_len(&query, transport));
         Some(Some(out))
     }
 
     /// Counts what became of a message, and tells of the service that it uses. Returns whether
     /// it was answered.
-    pub(super) fn conclude(&self, outcome: Outcome<'_, '_>) -> bool {
+    pub(super) fn finish_answer(&self, outcome: Resolution<'_, '_>) -> bool {
         let code = match outcome {
-            Outcome::Drop => {
-                self.stats.count("malformed");
+            Resolution::Drop => {
+                self.stats.count_dropped(Dropped::Malformed);
                 return false;
             }
-            Outcome::Reply(code, used) => {
+            Resolution::Reply(code, used) => {
                 if let Some(service) = used {
-                    self.tell(service);
+                    self.report_usage(service);
                 }
                 code
             }
             // Not where they weren't allowed, and those are for the caller.
-            Outcome::Wait | Outcome::Warm(_) | Outcome::Forward(_) => return false,
+            Resolution::Wait | Resolution::Warm(_) | Resolution::Forward(_) => return false,
         };
-        self.stats.count_own(code);
+        self.stats.count(code);
         true
     }
 
     /// Says that a service is used, now and then.
-    fn tell(&self, service: &Service) {
-        if self.demand.is_heard() && self.told.is_due(&service.name) {
+    fn report_usage(&self, service: &Service) {
+        if self.demand.is_heard() && self.usage_limiter.is_due(&service.name) {
             self.demand.used(&service.name);
         }
     }
 
     /// The answer to a message over TCP, in a while; `None` where there is none.
     pub(super) async fn reply(&self, bytes: &[u8], client: IpAddr) -> Option<Vec<u8>> {
-        match self.settle(bytes, Transport::Tcp).await {
-            Settled::Answer(answer) => Some(answer),
-            Settled::Nothing => None,
-            Settled::Forward { is_unknown } => {
-                let asked = Asked::read(bytes).ok()?; // it was read before
+        match self.resolve_deferred(bytes, Transport::Tcp).await {
+            Deferred::Answer(answer) => Some(answer),
+            Deferred::Nothing => None,
+            Deferred::Forward { is_unknown } => {
+                let query = ClientQuery::read(bytes).ok()?; // it was read before
                 let ways = self.ways();
-                Some(self.forward(&ways, &asked, ways.party(client), is_unknown).await)
+                Some(self.forward(&ways, &query, ways.client_key(client), is_unknown).await)
             }
         }
     }
 
     /// What a message comes to, in a while.
-    pub(super) async fn settle(&self, bytes: &[u8], transport: Transport) -> Settled {
+    pub(super) async fn resolve_deferred(&self, bytes: &[u8], transport: Transport) -> Deferred {
         let mut out = Vec::new();
         let mut found = None;
-        let mut waits = self.is_early();
+        let mut waits = self.in_startup_grace();
         loop {
             let (ways, snapshot) = (self.ways(), self.snapshot());
             let attached = *self.attached.borrow();
             let missing = found.unwrap_or_else(|| self.missing());
-            let known = Known { zone: &ways.zone, snapshot: &snapshot, attached, waits, missing };
+            let known =
+                ResolveContext { zone: &ways.zone, snapshot: &snapshot, attached, waits, missing };
             match resolve::answer(bytes, transport, known, &mut out) {
-                Outcome::Wait => {
-                    self.grow_reliable().await;
+                Resolution::Wait => {
+                    self.wait_ready().await;
                     waits = false;
                 }
-                Outcome::Warm(name) => {
-                    found = Some(self.warm(&name).await);
+                Resolution::Warm(name) => {
+                    found = Some(self.wait_live(&name).await);
                 }
-                Outcome::Forward(_) => {
-                    return Settled::Forward { is_unknown: found == Some(Missing::Unknown) };
+                Resolution::Forward(_) => {
+                    return Deferred::Forward { is_unknown: found == Some(Missing::Unknown) };
                 }
                 outcome => {
-                    let is_answered = self.conclude(outcome);
-                    return if is_answered { Settled::Answer(out) } else { Settled::Nothing };
+                    let is_answered = self.finish_answer(outcome);
+                    return if is_answered { Deferred::Answer(out) } else { Deferred::Nothing };
                 }
             }
         }
     }
 
     /// Whether the start is so near that the zone is waited for.
-    pub(super) fn is_early(&self) -> bool {
-        Instant::now() < self.reliable_by
+    pub(super) fn in_startup_grace(&self) -> bool {
+        Instant::now() < self.ready_by
     }
 
     /// Waits for the zone, for as long as that is done after the start.
-    pub(super) async fn grow_reliable(&self) {
+    pub(super) async fn wait_ready(&self) {
         let (mut table, mut attached) = (self.table.clone(), self.attached.clone());
         let reliable = async {
             let _ = table.wait_for(|table| table.is_synced()).await;
             let _ = attached.wait_for(|attached| *attached).await;
         };
-        let _ = tokio::time::timeout_at(self.reliable_by.into(), reliable).await;
+        let _ = tokio::time::timeout_at(self.ready_by.into(), reliable).await;
     }
 
     /// What becomes of a name that the table doesn't have live.
@@ -313,7 +322,7 @@ impl Handler {
     }
 
     /// Waits a moment for a service that isn't live, and returns what is known of its name then.
-    async fn warm(&self, name: &str) -> Missing {
+    async fn wait_live(&self, name: &str) -> Missing {
         let mut table = self.table.clone();
         let is_live = |table: &Arc<Table>| {
             table.services.get(name).is_some_and(|service| service.watch == Watch::Live)
@@ -325,7 +334,7 @@ impl Handler {
             }
             lookup
         };
-        match tokio::time::timeout(WARMING, warming).await {
+        match tokio::time::timeout(FETCH_TIMEOUT, warming).await {
             Ok(Lookup::Absent) => Missing::Absent,
             // One that exists is in the table, or can't be served.
             Ok(Lookup::Exists | Lookup::Unknown) | Err(_) => Missing::Unknown,
@@ -336,34 +345,44 @@ impl Handler {
     /// all that is known (`is_unknown`), the other resolver's "no such name" doesn't hold either.
     async fn forward(
         &self,
-        ways: &Ways,
-        asked: &Asked<'_>,
-        party: Party,
+        ways: &Reloadable,
+        query: &ClientQuery<'_>,
+        client_key: ClientKey,
         is_unknown: bool,
     ) -> Vec<u8> {
         let mut out = Vec::new();
-        let note = |origin| self.origins.note(asked.id(), asked.question(), || origin);
-        match ways.forwarder.over_tcp(asked, party).await {
+        let note = |origin| self.origins.note(query.id(), query.question(), || origin);
+        match ways.forwarder.over_tcp(query, client_key).await {
             Ok((answer, ..)) if is_unknown && answer.code() == ResponseCode::NXDomain => {
-                note(Origin::Nowhere("whether it is a service is unknown".to_owned()));
-                encode::error(&mut out, asked, Code::ServFail, max_len(asked, Transport::Tcp));
-                self.stats.count_own(Code::ServFail);
+                note(AnswerOrigin::Nowhere("whether it is a service is unknown".to_owned()));
+                encode::error(
+                    &mut out,
+                    query,
+                    ResponseCode::ServFail,
+                    max_len(query, Transport::Tcp),
+                );
+                self.stats.count(ResponseCode::ServFail);
             }
             Ok((answer, upstream, is_in_zone)) => {
-                note(Origin::Upstream(upstream.address));
-                self.stats.count_forwarded(answer.code());
-                let how = PassOn {
-                    max_len: max_len(asked, Transport::Tcp),
+                note(AnswerOrigin::Upstream(upstream.address));
+                self.stats.count(answer.code());
+                let how = RelayOptions {
+                    max_len: max_len(query, Transport::Tcp),
                     keeps_ad: upstream.keeps_ad(),
                     max_ttls: is_in_zone.then(|| ways.zone.max_ttls()),
                 };
-                answer.pass_on(&asked.client(), how, &mut out);
+                answer.relay_to(&query.client(), how, &mut out);
             }
             Err(error) => {
                 debug!("not forwarded: {error}");
-                note(Origin::Nowhere(error.to_string()));
-                encode::error(&mut out, asked, Code::ServFail, max_len(asked, Transport::Tcp));
-                self.stats.count_own(Code::ServFail);
+                note(AnswerOrigin::Nowhere(error.to_string()));
+                encode::error(
+                    &mut out,
+                    query,
+                    ResponseCode::ServFail,
+                    max_len(query, Transport::Tcp),
+                );
+                self.stats.count(ResponseCode::ServFail);
             }
         }
         out
@@ -371,9 +390,9 @@ impl Handler {
 }
 
 /// The longest message that the client takes.
-fn max_len(asked: &Asked<'_>, transport: Transport) -> usize {
+fn max_len(query: &ClientQuery<'_>, transport: Transport) -> usize {
     match transport {
-        Transport::Udp => asked.max_payload().min(MAX_UDP_LEN).into(),
+        Transport::Udp => query.max_payload().min(MAX_UDP_RESPONSE).into(),
         Transport::Tcp => usize::from(u16::MAX),
     }
 }

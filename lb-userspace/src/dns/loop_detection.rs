@@ -40,7 +40,7 @@ const A_IN: [u8; 4] = [0, 1, 0, 1];
 
 /// An upstream, for the names of one domain: it may treat other domains in another way.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Way {
+pub(super) struct UpstreamPath {
     /// The domain of a route, or the zone where some of its names are forwarded; empty for all names
     /// without one.
     pub(super) domain: Arc<str>,
@@ -50,8 +50,8 @@ pub(super) struct Way {
 
 /// What the probes have found.
 #[derive(Debug, Default)]
-pub(super) struct Loops {
-    state: Mutex<State>,
+pub(super) struct LoopDetector {
+    state: Mutex<LoopState>,
     /// Whether there are circular ways at all, so that others cost no lock.
     any: AtomicBool,
     /// Told of each way that is found to lead back here.
@@ -59,17 +59,17 @@ pub(super) struct Loops {
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct LoopState {
     /// The probes that may still come by, each under the first label of its name.
-    probes: HashMap<u128, Probe>,
+    probes: HashMap<u128, PendingProbe>,
     /// The ways whose probes came back.
-    circular: HashSet<Way>,
+    circular: HashSet<UpstreamPath>,
     /// When each way was probed last.
-    probed: HashMap<Way, Probed>,
+    probed: HashMap<UpstreamPath, ProbeRecord>,
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Probed {
+struct ProbeRecord {
     at: Instant,
     /// Whether an answer came that didn't come by here.
     is_good: bool,
@@ -77,15 +77,15 @@ struct Probed {
 
 /// A question that shows whether an upstream leads back here.
 #[derive(Clone, Debug)]
-pub(super) struct Question {
+pub(super) struct ProbeQuery {
     token: u128,
     /// Name, type and class, on the wire.
     pub(super) wire: Vec<u8>,
 }
 
-impl Question {
+impl ProbeQuery {
     /// One for a name below `domain` that nobody can guess.
-    fn new(token: u128, domain: &str) -> Question {
+    fn new(token: u128, domain: &str) -> ProbeQuery {
         let mut wire = Vec::new();
         let label = format!("{token:032x}");
         let labels = [&*label, LABEL].into_iter().chain(domain.split('.'));
@@ -95,64 +95,64 @@ impl Question {
         }
         wire.push(0);
         wire.extend(A_IN);
-        Question { token, wire }
+        ProbeQuery { token, wire }
     }
 
     /// One that no circle is found by, for a resolver that is to show that it answers at all.
-    pub(super) fn sign_of_life() -> Question {
-        Question::new(Random::new().u128(), PRIVATE)
+    pub(super) fn sign_of_life() -> ProbeQuery {
+        ProbeQuery::new(Random::new().u128(), PRIVATE)
     }
 }
 
 #[derive(Debug)]
-struct Probe {
-    way: Way,
+struct PendingProbe {
+    path: UpstreamPath,
     came_back: bool,
 }
 
-impl Loops {
+impl LoopDetector {
     /// The question to send on a way at `now`; `None` where its name would be too long.
-    pub(super) fn probe(&self, way: &Way, now: Instant) -> Option<Question> {
+    pub(super) fn probe(&self, path: &UpstreamPath, now: Instant) -> Option<ProbeQuery> {
         let token = Random::new().u128();
-        let domain = if way.domain.is_empty() { PRIVATE } else { &way.domain };
-        let question = Question::new(token, domain);
+        let domain = if path.domain.is_empty() { PRIVATE } else { &path.domain };
+        let question = ProbeQuery::new(token, domain);
         let mut state = self.lock();
-        state.probed.insert(way.clone(), Probed { at: now, is_good: false });
+        state.probed.insert(path.clone(), ProbeRecord { at: now, is_good: false });
         WireName::read(&question.wire)?;
         if state.probes.len() >= MAX_PROBES {
             state.probes.clear();
         }
-        state.probes.insert(token, Probe { way: way.clone(), came_back: false });
+        state.probes.insert(token, PendingProbe { path: path.clone(), came_back: false });
         Some(question)
     }
 
     /// Whether a way is to be probed at `now`: once a minute, and sooner where it looks suspicious
     /// and no answer has shown within that minute that it is a good one.
-    pub(super) fn is_due(&self, way: &Way, is_suspicious: bool, now: Instant) -> bool {
+    pub(super) fn is_due(&self, path: &UpstreamPath, is_suspicious: bool, now: Instant) -> bool {
         let state = self.lock();
-        let Some(probed) = state.probed.get(way) else { return true };
+        let Some(probed) = state.probed.get(path) else { return true };
         let age = now.saturating_duration_since(probed.at);
         age >= PERIOD || is_suspicious && !probed.is_good && age >= SUSPICION_PERIOD
     }
 
     /// Whether a name that we are asked for is that of a probe: then its way leads back here.
     pub(super) fn is_probe(&self, name: &WireName<'_>) -> bool {
-        if !name.label(1).is_some_and(is_label) {
+        if !name.label(1).is_some_and(is_probe_label) {
             return false;
         }
         let Some(token) = name.label(0).and_then(token) else { return false };
         let mut state = self.lock();
         let Some(probe) = state.probes.get_mut(&token) else { return false };
         probe.came_back = true;
-        let way = probe.way.clone();
-        if let Some(probed) = state.probed.get_mut(&way) {
+        let path = probe.path.clone();
+        if let Some(probed) = state.probed.get_mut(&path) {
             probed.is_good = false;
         }
-        let is_new = state.circular.insert(way.clone());
+        let is_new = state.circular.insert(path.clone());
         self.any.store(true, Ordering::Release);
         drop(state);
         if is_new {
-            warn!("{}", problem(&way));
+            warn!("{}", problem(&path));
             self.found.send_replace(());
         }
         true
@@ -160,26 +160,28 @@ impl Loops {
 
     /// Notes that a probe was answered; where it didn't come by here, its way is a good one. (One
     /// without an answer may still come by.)
-    pub(super) fn answered(&self, probe: &Question) {
+    pub(super) fn answered(&self, probe: &ProbeQuery) {
         let mut state = self.lock();
-        let Some(Probe { way, came_back }) = state.probes.remove(&probe.token) else { return };
+        let Some(PendingProbe { path, came_back }) = state.probes.remove(&probe.token) else {
+            return;
+        };
         if came_back {
             return;
         }
-        if let Some(probed) = state.probed.get_mut(&way) {
+        if let Some(probed) = state.probed.get_mut(&path) {
             probed.is_good = true;
         }
-        if state.circular.remove(&way) {
-            info!("{} no longer leads back to this server: it is asked again", way.server);
+        if state.circular.remove(&path) {
+            info!("{} no longer leads back to this server: it is asked again", path.server);
         }
         self.any.store(!state.circular.is_empty(), Ordering::Release);
     }
 
     /// Forgets the ways that there no longer are.
-    pub(super) fn keep(&self, ways: &[Way]) {
+    pub(super) fn retain_paths(&self, paths: &[UpstreamPath]) {
         let mut state = self.lock();
-        state.circular.retain(|way| ways.contains(way));
-        state.probed.retain(|way, _| ways.contains(way));
+        state.circular.retain(|path| paths.contains(path));
+        state.probed.retain(|path, _| paths.contains(path));
         self.any.store(!state.circular.is_empty(), Ordering::Release);
     }
 
@@ -194,43 +196,43 @@ impl Loops {
     }
 
     /// Whether the upstream leads back here.
-    pub(super) fn is_circular(&self, way: &Way) -> bool {
-        self.any() && self.lock().circular.contains(way)
+    pub(super) fn is_looping(&self, path: &UpstreamPath) -> bool {
+        self.any() && self.lock().circular.contains(path)
     }
 
     /// Waits until the upstream is found to lead back here.
-    pub(super) async fn leads_back(&self, way: &Way) {
+    pub(super) async fn wait_looping(&self, path: &UpstreamPath) {
         let mut found = self.found.subscribe();
         // The sender lives as long as this.
-        let _ = found.wait_for(|()| self.is_circular(way)).await;
+        let _ = found.wait_for(|()| self.is_looping(path)).await;
     }
 
     /// What is wrong, with the fix. That systemd-resolved leads back here is as it should be,
-    /// where there are others of `ways` behind it.
-    pub(super) fn problems(&self, ways: &[Way]) -> Vec<String> {
+    /// where there are others of `paths` behind it.
+    pub(super) fn problems(&self, paths: &[UpstreamPath]) -> Vec<String> {
         let state = self.lock();
-        let has_other = |way: &Way| {
-            let others = ways.iter().filter(|other| other.domain == way.domain);
+        let has_other = |path: &UpstreamPath| {
+            let others = paths.iter().filter(|other| other.domain == path.domain);
             others.into_iter().any(|other| !state.circular.contains(other))
         };
-        let is_problem = |way: &&Way| !(is_stub(&way.server) && has_other(way));
+        let is_problem = |path: &&UpstreamPath| !(is_stub(&path.server) && has_other(path));
         let mut problems: Vec<_> = state.circular.iter().filter(is_problem).map(problem).collect();
         problems.sort();
         problems
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, LoopState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// Whether this label marks the names of probes, as the second one.
-pub(super) fn is_label(label: &[u8]) -> bool {
+pub(super) fn is_probe_label(label: &[u8]) -> bool {
     label.eq_ignore_ascii_case(LABEL.as_bytes())
 }
 
-fn problem(way: &Way) -> String {
-    let Way { domain, server } = way;
+fn problem(path: &UpstreamPath) -> String {
+    let UpstreamPath { domain, server } = path;
     let (names, key) = match domain.is_empty() {
         true => ("names outside the zone".to_owned(), "dns.forward"),
         false => (format!("names below {domain}"), "dns.routes"),
@@ -253,26 +255,26 @@ mod tests {
     use super::*;
 
     /// The probe's name, as a client might ask for it.
-    fn is_probe(loops: &Loops, wire: &[u8]) -> bool {
+    fn is_probe(loops: &LoopDetector, wire: &[u8]) -> bool {
         loops.is_probe(&WireName::read(wire).unwrap())
     }
 
-    fn text(question: &Question) -> String {
+    fn text(question: &ProbeQuery) -> String {
         String::from_utf8_lossy(&question.wire).into_owned()
     }
 
-    fn probe(loops: &Loops, way: &Way) -> Question {
-        loops.probe(way, Instant::now()).unwrap()
+    fn probe(loops: &LoopDetector, path: &UpstreamPath) -> ProbeQuery {
+        loops.probe(path, Instant::now()).unwrap()
     }
 
-    fn way(domain: &str, last: u8) -> Way {
-        Way { domain: domain.into(), server: SocketAddr::from(([192, 0, 2, last], 53)) }
+    fn path(domain: &str, last: u8) -> UpstreamPath {
+        UpstreamPath { domain: domain.into(), server: SocketAddr::from(([192, 0, 2, last], 53)) }
     }
 
     #[test]
     fn a_probe_that_comes_back_marks_its_way_alone() {
-        let loops = Loops::default();
-        let (a, b, consul) = (way("", 1), way("", 2), way("consul", 1));
+        let loops = LoopDetector::default();
+        let (a, b, consul) = (path("", 1), path("", 2), path("consul", 1));
         let asked = probe(&loops, &a);
         let name = |domain: &str| format!("\nnohop-loop{domain}\0\0\u{1}\0\u{1}");
         assert!(text(&asked).ends_with(&name("\u{8}internal")), "{asked:?}");
@@ -281,7 +283,7 @@ mod tests {
         let shouted = asked.wire.to_ascii_uppercase();
         assert!(is_probe(&loops, &shouted), "some resolvers change a name's case");
         assert!(loops.any());
-        assert!(loops.is_circular(&a) && !loops.is_circular(&b) && !loops.is_circular(&consul));
+        assert!(loops.is_looping(&a) && !loops.is_looping(&b) && !loops.is_looping(&consul));
         assert_eq!(
             loops.problems(&[a.clone(), b.clone()]),
             [
@@ -291,26 +293,27 @@ mod tests {
         );
 
         loops.answered(&asked);
-        assert!(loops.is_circular(&a));
+        assert!(loops.is_looping(&a));
         let asked = probe(&loops, &a);
         loops.answered(&asked);
-        assert!(!loops.is_circular(&a) && !is_probe(&loops, &asked.wire) && !loops.any());
+        assert!(!loops.is_looping(&a) && !is_probe(&loops, &asked.wire) && !loops.any());
     }
 
     #[test]
     fn systemd_resolved_may_lead_back_where_others_stand_behind_it() {
-        let loops = Loops::default();
-        let stub = Way { domain: "".into(), server: SocketAddr::from(([127, 0, 0, 53], 53)) };
+        let loops = LoopDetector::default();
+        let stub =
+            UpstreamPath { domain: "".into(), server: SocketAddr::from(([127, 0, 0, 53], 53)) };
         assert!(is_probe(&loops, &probe(&loops, &stub).wire));
         assert_eq!(loops.problems(std::slice::from_ref(&stub)).len(), 1);
-        assert_eq!(loops.problems(&[stub.clone(), way("consul", 1)]).len(), 1);
-        assert_eq!(loops.problems(&[stub.clone(), way("", 1)]).len(), 0);
+        assert_eq!(loops.problems(&[stub.clone(), path("consul", 1)]).len(), 1);
+        assert_eq!(loops.problems(&[stub.clone(), path("", 1)]).len(), 0);
     }
 
     #[test]
     fn names_that_are_no_probes() {
-        let loops = Loops::default();
-        let token = text(&probe(&loops, &way("", 1)))[1..33].to_owned();
+        let loops = LoopDetector::default();
+        let token = text(&probe(&loops, &path("", 1)))[1..33].to_owned();
         let other = "0".repeat(32);
         for (first, second, third) in [
             ("example", "com", ""),
@@ -334,31 +337,31 @@ mod tests {
 
     #[test]
     fn what_is_remembered_is_bounded_and_follows_the_configuration() {
-        let loops = Loops::default();
+        let loops = LoopDetector::default();
         for _ in 0..3 * MAX_PROBES {
-            probe(&loops, &way("", 1));
+            probe(&loops, &path("", 1));
         }
         assert!(loops.lock().probes.len() <= MAX_PROBES);
-        assert!(is_probe(&loops, &probe(&loops, &way("", 1)).wire));
-        loops.keep(&[way("", 1), way("", 2)]);
-        assert!(loops.is_circular(&way("", 1)));
-        loops.keep(&[way("", 2)]);
-        assert!(!loops.is_circular(&way("", 1)));
+        assert!(is_probe(&loops, &probe(&loops, &path("", 1)).wire));
+        loops.retain_paths(&[path("", 1), path("", 2)]);
+        assert!(loops.is_looping(&path("", 1)));
+        loops.retain_paths(&[path("", 2)]);
+        assert!(!loops.is_looping(&path("", 1)));
     }
 
     #[test]
     fn a_way_that_was_proven_is_left_in_peace_for_a_minute() {
-        let (loops, start) = (Loops::default(), Instant::now());
+        let (loops, start) = (LoopDetector::default(), Instant::now());
         let at = |seconds| start + Duration::from_secs(seconds);
-        let way = way("", 1);
-        let due = |seconds| [false, true].map(|suspect| loops.is_due(&way, suspect, at(seconds)));
+        let path = path("", 1);
+        let due = |seconds| [false, true].map(|suspect| loops.is_due(&path, suspect, at(seconds)));
         assert_eq!(due(0), [true, true]);
-        let asked = loops.probe(&way, at(0)).unwrap();
+        let asked = loops.probe(&path, at(0)).unwrap();
         assert_eq!([due(4), due(5), due(60)], [[false, false], [false, true], [true, true]]);
         loops.answered(&asked);
         assert_eq!([due(59), due(60)], [[false, false], [true, true]]);
         // One that came by here is none, whatever its answer was.
-        let asked = loops.probe(&way, at(60)).unwrap();
+        let asked = loops.probe(&path, at(60)).unwrap();
         assert!(is_probe(&loops, &asked.wire));
         loops.answered(&asked);
         assert_eq!(due(66), [false, true]);

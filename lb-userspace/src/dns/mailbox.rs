@@ -8,14 +8,14 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use rustix::event::{EventfdFlags, eventfd};
 
-use super::udp::To;
+use super::udp::LocalAddress;
 
 /// A client's message that waited for the zone, and is to be forwarded after all.
 #[derive(Debug)]
-pub(super) struct Returned {
+pub(super) struct RequeuedQuery {
     pub(super) bytes: Vec<u8>,
     pub(super) client: SocketAddr,
-    pub(super) to: To,
+    pub(super) to: LocalAddress,
     /// Whether it may be about a service for all that is known.
     pub(super) is_unknown: bool,
 }
@@ -25,7 +25,7 @@ pub(super) struct Returned {
 pub(super) struct Mailbox {
     event: OwnedFd,
     is_stopped: AtomicBool,
-    returned: Mutex<Vec<Returned>>,
+    returned: Mutex<Vec<RequeuedQuery>>,
 }
 
 impl Mailbox {
@@ -51,13 +51,13 @@ impl Mailbox {
     }
 
     /// Gives a message back.
-    pub(super) fn give_back(&self, returned: Returned) {
+    pub(super) fn give_back(&self, returned: RequeuedQuery) {
         self.returned.lock().unwrap_or_else(PoisonError::into_inner).push(returned);
         self.wake();
     }
 
     /// Notes that the thread is awake. Returns what was given back.
-    pub(super) fn take(&self) -> Vec<Returned> {
+    pub(super) fn take(&self) -> Vec<RequeuedQuery> {
         let _ = rustix::io::read(&self.event, &mut [0; 8]);
         std::mem::take(&mut self.returned.lock().unwrap_or_else(PoisonError::into_inner))
     }
@@ -76,9 +76,9 @@ impl AsFd for Mailbox {
 
 /// Wakes all threads.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Alarm(Arc<Mutex<Vec<Weak<Mailbox>>>>);
+pub(super) struct WorkerWakers(Arc<Mutex<Vec<Weak<Mailbox>>>>);
 
-impl Alarm {
+impl WorkerWakers {
     /// One more thread to wake.
     pub(super) fn add(&self, mailbox: &Arc<Mailbox>) {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::downgrade(mailbox));

@@ -36,7 +36,7 @@ pub(super) const OPT_PAYLOAD: usize = 3;
 
 /// Why a message is no question that can be dealt with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Unreadable {
+pub(super) enum MalformedQuery {
     /// It isn't a question at all: whoever answered it could be led into answering answers, or
     /// anything.
     NoQuestion,
@@ -48,12 +48,12 @@ pub(super) enum Unreadable {
 
 /// A message that asks one question.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Asked<'a> {
+pub(super) struct ClientQuery<'a> {
     bytes: &'a [u8],
     pub(super) name: WireName<'a>,
     pub(super) query_type: u16,
     pub(super) query_class: u16,
-    pub(super) edns: Option<AskedEdns>,
+    pub(super) edns: Option<EdnsInfo>,
 }
 
 /// The question of a message, at its place after the header.
@@ -68,7 +68,7 @@ impl<'a> Question<'a> {
     /// Reads the question that follows the header of the message `bytes`.
     pub(super) fn read(bytes: &'a [u8]) -> Option<Question<'a>> {
         let name = WireName::read(bytes.get(HEADER_LEN..)?)?;
-        let mut rest = Rest { bytes, offset: HEADER_LEN + name.bytes.len() };
+        let mut rest = Cursor { bytes, offset: HEADER_LEN + name.bytes.len() };
         Some(Question { name, query_type: rest.u16()?, query_class: rest.u16()? })
     }
 
@@ -80,7 +80,7 @@ impl<'a> Question<'a> {
 
 /// What an answer repeats of its question.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Client<'a> {
+pub(super) struct ClientEcho<'a> {
     pub(super) id: u16,
     pub(super) recursion_desired: bool,
     /// In the client's case.
@@ -90,7 +90,7 @@ pub(super) struct Client<'a> {
 
 /// What an OPT record says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct AskedEdns {
+pub(super) struct EdnsInfo {
     pub(super) version: u8,
     pub(super) dnssec_ok: bool,
     /// The size of UDP messages that it takes; at least 512.
@@ -99,8 +99,8 @@ pub(super) struct AskedEdns {
 
 /// An OPT record in its message.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Opt {
-    pub(super) edns: AskedEdns,
+pub(super) struct OptRecord {
+    pub(super) edns: EdnsInfo,
     /// Where it begins.
     pub(super) begin: usize,
     /// The additional records before it.
@@ -117,27 +117,27 @@ pub(super) struct WireName<'a> {
     begins: [u8; MAX_LABELS],
 }
 
-impl<'a> Asked<'a> {
+impl<'a> ClientQuery<'a> {
     /// Reads a message. What it can't use it skips: records other than OPT, options, trailing bytes.
-    pub(super) fn read(bytes: &'a [u8]) -> Result<Asked<'a>, Unreadable> {
-        let header: &[u8; HEADER_LEN] = bytes.first_chunk().ok_or(Unreadable::NoQuestion)?;
+    pub(super) fn read(bytes: &'a [u8]) -> Result<ClientQuery<'a>, MalformedQuery> {
+        let header: &[u8; HEADER_LEN] = bytes.first_chunk().ok_or(MalformedQuery::NoQuestion)?;
         if header[2] & 0x80 != 0 {
-            return Err(Unreadable::NoQuestion);
+            return Err(MalformedQuery::NoQuestion);
         }
         if header[2] & 0x78 != 0 {
-            return Err(Unreadable::OpCode);
+            return Err(MalformedQuery::OpCode);
         }
         let count = |idx: usize| u16::from_be_bytes([header[idx], header[idx + 1]]);
         if count(4) != 1 {
-            return Err(Unreadable::Format);
+            return Err(MalformedQuery::Format);
         }
-        let question = Question::read(bytes).ok_or(Unreadable::NoQuestion)?;
+        let question = Question::read(bytes).ok_or(MalformedQuery::NoQuestion)?;
         let Question { name, query_type, query_class } = question;
-        let mut rest = Rest { bytes, offset: question.end() };
+        let mut rest = Cursor { bytes, offset: question.end() };
         let n_others = u32::from(count(6)) + u32::from(count(8));
-        let opt = rest.opt(n_others, count(10)).ok_or(Unreadable::Format)?;
+        let opt = rest.opt(n_others, count(10)).ok_or(MalformedQuery::Format)?;
         let edns = opt.map(|opt| opt.edns);
-        Ok(Asked { bytes, name, query_type, query_class, edns })
+        Ok(ClientQuery { bytes, name, query_type, query_class, edns })
     }
 
     /// Writes the query that goes to other resolvers, with the id 0: the question, RD, AD, CD and
@@ -175,8 +175,8 @@ impl<'a> Asked<'a> {
     }
 
     /// What an answer to this message repeats of it.
-    pub(super) fn client(&self) -> Client<'a> {
-        Client {
+    pub(super) fn client(&self) -> ClientEcho<'a> {
+        ClientEcho {
             id: self.id(),
             recursion_desired: self.bytes[2] & RD != 0,
             question: self.question(),
@@ -253,12 +253,12 @@ impl<'a> WireName<'a> {
 }
 
 /// What follows `offset` in a message.
-pub(super) struct Rest<'a> {
+pub(super) struct Cursor<'a> {
     pub(super) bytes: &'a [u8],
     pub(super) offset: usize,
 }
 
-impl<'a> Rest<'a> {
+impl<'a> Cursor<'a> {
     fn take(&mut self, len: usize) -> Option<&'a [u8]> {
         let taken = self.bytes.get(self.offset..)?.get(..len)?;
         self.offset += len;
@@ -271,7 +271,7 @@ impl<'a> Rest<'a> {
 
     /// The OPT record, where it is among the additional records, after as many others; `None` where
     /// those can't be read. Afterwards `offset` is behind the last record.
-    pub(super) fn opt(&mut self, n_others: u32, n_additionals: u16) -> Option<Option<Opt>> {
+    pub(super) fn opt(&mut self, n_others: u32, n_additionals: u16) -> Option<Option<OptRecord>> {
         for _ in 0..n_others {
             self.record()?;
         }
@@ -280,7 +280,7 @@ impl<'a> Rest<'a> {
             let begin = self.offset;
             if let Some(edns) = self.record()? {
                 // RFC 6891, section 6.1.1: more than one is an error.
-                if opt.replace(Opt { edns, begin, n_before }).is_some() {
+                if opt.replace(OptRecord { edns, begin, n_before }).is_some() {
                     return None;
                 }
             }
@@ -289,7 +289,7 @@ impl<'a> Rest<'a> {
     }
 
     /// Steps over a record, whatever its data is; what it says where it is OPT.
-    fn record(&mut self) -> Option<Option<AskedEdns>> {
+    fn record(&mut self) -> Option<Option<EdnsInfo>> {
         let is_root = self.bytes.get(self.offset) == Some(&0);
         self.name()?;
         let record = self.take(RECORD_LEN)?;
@@ -298,7 +298,7 @@ impl<'a> Rest<'a> {
         if field(0) != OPT {
             return Some(None);
         }
-        is_root.then_some(Some(AskedEdns {
+        is_root.then_some(Some(EdnsInfo {
             version: record[5],
             dnssec_ok: record[6] & 0x80 != 0,
             max_payload: field(2).max(PLAIN_PAYLOAD),
@@ -337,7 +337,7 @@ pub(super) fn bound_ttls(
     };
     for (n_records, most) in sections {
         for _ in 0..n_records {
-            let mut rest = Rest { bytes: message, offset };
+            let mut rest = Cursor { bytes: message, offset };
             rest.name()?;
             let record_type = rest.u16()?;
             let ttl = rest.offset + 2;
@@ -389,10 +389,10 @@ mod tests {
         let pointing: &[u8] = &[0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 0, 0, 1, 9];
         let (longest, too_long) = (name_of_len(255), name_of_len(256));
         let edns = |version, dnssec_ok, max_payload| {
-            Ok(Some(AskedEdns { version, dnssec_ok, max_payload }))
+            Ok(Some(EdnsInfo { version, dnssec_ok, max_payload }))
         };
-        let (garbled, format) = (Err(Unreadable::NoQuestion), Err(Unreadable::Format));
-        type Read = Result<Option<AskedEdns>, Unreadable>;
+        let (garbled, format) = (Err(MalformedQuery::NoQuestion), Err(MalformedQuery::Format));
+        type Read = Result<Option<EdnsInfo>, MalformedQuery>;
         let rows: [(&str, Vec<u8>, Read); 22] = [
             ("a question", message([1, 0, 0, 0], &[web, A_IN]), Ok(None)),
             ("EDNS", message([1, 0, 0, 1], &[web, A_IN, opt]), edns(0, true, 1232)),
@@ -417,25 +417,25 @@ mod tests {
             (
                 "half a header",
                 message([1, 0, 0, 0], &[])[..11].to_vec(),
-                Err(Unreadable::NoQuestion),
+                Err(MalformedQuery::NoQuestion),
             ),
-            ("nothing", Vec::new(), Err(Unreadable::NoQuestion)),
+            ("nothing", Vec::new(), Err(MalformedQuery::NoQuestion)),
         ];
         for (what, bytes, expected) in rows {
-            assert_eq!(Asked::read(&bytes).map(|asked| asked.edns), expected, "{what}");
+            assert_eq!(ClientQuery::read(&bytes).map(|asked| asked.edns), expected, "{what}");
         }
 
         let mut answer = message([1, 0, 0, 0], &[web, A_IN]);
         answer[2] |= 0x80;
-        assert_eq!(Asked::read(&answer).err(), Some(Unreadable::NoQuestion));
+        assert_eq!(ClientQuery::read(&answer).err(), Some(MalformedQuery::NoQuestion));
         answer[2] = 2 << 3;
-        assert_eq!(Asked::read(&answer).err(), Some(Unreadable::OpCode));
+        assert_eq!(ClientQuery::read(&answer).err(), Some(MalformedQuery::OpCode));
     }
 
     #[test]
     fn a_name_in_parts() {
         let bytes = message([1, 0, 0, 0], &[b"\x03wEb\x07service\x00", A_IN]);
-        let asked = Asked::read(&bytes).unwrap();
+        let asked = ClientQuery::read(&bytes).unwrap();
         assert_eq!(asked.name.n_labels(), 2);
         let labels: [Option<&[u8]>; 3] = [Some(b"wEb"), Some(b"service"), None];
         assert_eq!([0, 1, 2].map(|idx| asked.name.label(idx)), labels);
@@ -464,7 +464,7 @@ mod tests {
             [(&plain, None), (&signed, Some(0x80)), (&other, Some(0x80)), (&without, Some(0))];
         let mut out = Vec::new();
         for (bytes, dnssec_ok) in rows {
-            let asked = Asked::read(bytes).unwrap();
+            let asked = ClientQuery::read(bytes).unwrap();
             asked.forwarded(1232, &mut out);
             let edns = dnssec_ok.map(|dnssec_ok| opt(1232, dnssec_ok, b"")).unwrap_or_default();
             let n_more = u8::from(dnssec_ok.is_some());
@@ -472,11 +472,11 @@ mod tests {
             expected[..2].fill(0);
             assert_eq!(out, expected);
         }
-        let flags = rows.map(|(bytes, _)| Asked::read(bytes).unwrap().forwarded_flags());
+        let flags = rows.map(|(bytes, _)| ClientQuery::read(bytes).unwrap().forwarded_flags());
         assert_eq!(flags, [1, 7, 7, 3]);
         let mut checked = plain.clone();
         checked[3] = 0x10;
-        assert_eq!(Asked::read(&checked).unwrap().forwarded_flags(), 0x11);
+        assert_eq!(ClientQuery::read(&checked).unwrap().forwarded_flags(), 0x11);
     }
 
     #[test]

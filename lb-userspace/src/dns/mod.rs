@@ -18,7 +18,7 @@ mod loop_detection;
 mod mailbox;
 mod message;
 mod origin;
-mod ports;
+
 mod probe;
 mod random;
 mod relay;
@@ -28,6 +28,7 @@ mod response;
 mod reverse;
 mod server;
 mod socket_activation;
+mod socket_pool;
 mod sockets;
 mod stats;
 mod tcp;
@@ -43,9 +44,9 @@ mod answers;
 #[cfg(test)]
 mod tests;
 
-pub use debug_query::{Inquirer, LookupError, ask};
-pub use origin::Origin;
-pub use server::Server;
+pub use debug_query::{DebugClient, DebugQueryError, ask};
+pub use origin::AnswerOrigin;
+pub use server::DnsServer;
 pub use sockets::{DnsError, Sockets, Transport, bind, try_bind};
-pub use stats::Stats;
-pub use upstream::{BUCKETS_US, Reading, State};
+pub use stats::DnsStats;
+pub use upstream::{BUCKETS_US, UpstreamState, UpstreamStats};

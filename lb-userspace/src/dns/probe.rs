@@ -9,11 +9,11 @@ use tokio::sync::Notify;
 use tokio::task::JoinSet;
 
 use super::forward::Forwarder;
-use super::loop_detection::{Question, Way};
-use super::mailbox::Alarm;
+use super::loop_detection::{ProbeQuery, UpstreamPath};
+use super::mailbox::WorkerWakers;
 use super::sockets::Transport;
-use super::upstream::{State, Upstream};
-use super::upstream_query::Outgoing;
+use super::upstream::{Upstream, UpstreamState};
+use super::upstream_query::UpstreamQuery;
 
 /// How often an upstream that is out is asked whether it answers again.
 const RETRY: Duration = Duration::from_secs(2);
@@ -22,7 +22,7 @@ const RETRY: Duration = Duration::from_secs(2);
 const TICK: Duration = Duration::from_secs(1);
 
 /// What is probed: an upstream by one transport.
-type Target = (SocketAddr, Transport);
+type ProbeTarget = (SocketAddr, Transport);
 
 /// Probes for as long as the forwarder lives: suspects at once, those that are out every 2 s, and
 /// each way once a minute for circles. Threads are woken by `alarm` when one is out, or a circle was
@@ -30,17 +30,17 @@ type Target = (SocketAddr, Transport);
 ///
 /// # Panics
 /// Outside a tokio runtime.
-pub(super) fn start(forwarder: &Arc<Forwarder>, alarm: Alarm) {
+pub(super) fn start(forwarder: &Arc<Forwarder>, alarm: WorkerWakers) {
     let suspicion = forwarder.suspicion();
     tokio::spawn(watch(Arc::downgrade(forwarder), suspicion, alarm));
 }
 
-async fn watch(forwarder: Weak<Forwarder>, suspicion: Arc<Notify>, alarm: Alarm) {
+async fn watch(forwarder: Weak<Forwarder>, suspicion: Arc<Notify>, alarm: WorkerWakers) {
     let Some(mut found) = forwarder.upgrade().map(|forwarder| forwarder.loops.found()) else {
         return;
     };
-    let mut probes: JoinSet<Option<Target>> = JoinSet::new();
-    let (mut under_way, mut asked) = (HashSet::new(), HashMap::<Target, Instant>::new());
+    let mut probes: JoinSet<Option<ProbeTarget>> = JoinSet::new();
+    let (mut under_way, mut asked) = (HashSet::new(), HashMap::<ProbeTarget, Instant>::new());
     let mut is_suspicious = false;
     loop {
         {
@@ -48,16 +48,18 @@ async fn watch(forwarder: Weak<Forwarder>, suspicion: Arc<Notify>, alarm: Alarm)
             let now = Instant::now();
             forwarder.upstreams.refresh(now);
             let plan = forwarder.upstreams.plan();
-            let ways = plan.ways();
-            forwarder.loops.keep(&ways);
-            asked.retain(|(address, _), _| ways.iter().any(|way| way.server == *address));
+            let paths = plan.paths();
+            forwarder.loops.retain_paths(&paths);
+            asked.retain(|(address, _), _| paths.iter().any(|path| path.server == *address));
             for upstream in plan.upstreams() {
                 for transport in [Transport::Udp, Transport::Tcp] {
                     let target = (upstream.address, transport);
                     let is_due = match upstream.state(transport) {
-                        State::Up => false,
-                        State::Suspect => true,
-                        State::Out => asked.get(&target).is_none_or(|at| now - *at >= RETRY),
+                        UpstreamState::Up => false,
+                        UpstreamState::Suspect => true,
+                        UpstreamState::Out => {
+                            asked.get(&target).is_none_or(|at| now - *at >= RETRY)
+                        }
                     };
                     if is_due && under_way.insert(target) {
                         asked.insert(target, now);
@@ -70,16 +72,16 @@ async fn watch(forwarder: Weak<Forwarder>, suspicion: Arc<Notify>, alarm: Alarm)
                     }
                 }
             }
-            for way in ways {
-                let upstream = plan.upstreams().find(|upstream| upstream.address == way.server);
-                let is_up =
-                    upstream.is_some_and(|upstream| upstream.state(Transport::Udp) == State::Up);
-                if forwarder.loops.is_due(&way, is_suspicious || !is_up, now)
-                    && let Some(question) = forwarder.loops.probe(&way, now)
+            for path in paths {
+                let upstream = plan.upstreams().find(|upstream| upstream.address == path.server);
+                let is_up = upstream
+                    .is_some_and(|upstream| upstream.state(Transport::Udp) == UpstreamState::Up);
+                if forwarder.loops.is_due(&path, is_suspicious || !is_up, now)
+                    && let Some(question) = forwarder.loops.probe(&path, now)
                 {
                     let (forwarder, upstream) = (Arc::clone(&forwarder), upstream.cloned());
                     probes.spawn(async move {
-                        ask_for_circle(&forwarder, &way, upstream, &question).await;
+                        ask_for_circle(&forwarder, &path, upstream, &question).await;
                         None
                     });
                 }
@@ -108,11 +110,11 @@ async fn ask_for_life(
     upstream: &Upstream,
     transport: Transport,
     patience: Duration,
-    alarm: &Alarm,
+    alarm: &WorkerWakers,
 ) {
     let asked = Instant::now();
-    let [recursive, plain] =
-        [true, false].map(|recursion| Outgoing::of(&Question::sign_of_life().wire, recursion));
+    let [recursive, plain] = [true, false]
+        .map(|recursion| UpstreamQuery::of(&ProbeQuery::sign_of_life().wire, recursion));
     let exchange = async {
         let (mut recursive, mut plain) = (
             std::pin::pin!(recursive.over(transport, upstream.address)),
@@ -140,12 +142,12 @@ async fn ask_for_life(
 /// Whether a way leads back here: then the question arrives at our own server.
 async fn ask_for_circle(
     forwarder: &Forwarder,
-    way: &Way,
+    path: &UpstreamPath,
     upstream: Option<Arc<Upstream>>,
-    question: &Question,
+    question: &ProbeQuery,
 ) {
-    let outgoing = Outgoing::of(&question.wire, true);
-    let exchange = outgoing.over_udp(way.server);
+    let outgoing = UpstreamQuery::of(&question.wire, true);
+    let exchange = outgoing.over_udp(path.server);
     if let Ok(Ok(_)) = tokio::time::timeout(forwarder.limits.patience, exchange).await {
         if let Some(upstream) = upstream {
             upstream.is_alive(Transport::Udp, Instant::now());

@@ -1,9 +1,9 @@
 //! Questions for other resolvers over UDP, from the client's message to the resolver's answer: a
 //! state machine without I/O, of which each thread has its own. What it sends and answers goes
-//! through a [`Wire`]; the time is an argument.
+//! through a [`RelayIo`]; the time is an argument.
 //!
 //! A question goes to the first upstream of its route that isn't out, and to the next one where no
-//! answer has come after [`Limits::hedge`], without giving the first one up (a hedged request).
+//! answer has come after [`ForwardLimits::hedge`], without giving the first one up (a hedged request).
 //! Questions that are the same share one query (singleflight). What an upstream denies counts once
 //! no better one may still know.
 
@@ -15,14 +15,14 @@ use std::time::{Duration, Instant};
 
 use hickory_proto::op::ResponseCode;
 
-use super::encode::{self, Code, OUR_PAYLOAD};
-use super::loop_detection::Loops;
-use super::message::{Asked, Client, HEADER_LEN, WireName};
-use super::response::{PassOn, Received, Unusable};
+use super::encode::{self, OUR_PAYLOAD};
+use super::loop_detection::LoopDetector;
+use super::message::{ClientEcho, ClientQuery, HEADER_LEN, WireName};
+use super::response::{RelayOptions, ResponseError, UpstreamResponse};
 use super::sockets::Transport;
-use super::udp::To;
-use super::upstream::{Outcome, State, Upstream};
-use super::upstreams::Route;
+use super::udp::LocalAddress;
+use super::upstream::{QueryOutcome, Upstream, UpstreamState};
+use super::upstreams::UpstreamRoute;
 
 /// From so many clients of one question on there may be a circle, which is looked for.
 const N_SUSPICIOUS: usize = 8;
@@ -36,7 +36,7 @@ const SHARE: usize = 4;
 
 /// How much is tried, and for how long.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Limits {
+pub(super) struct ForwardLimits {
     /// How long one round of questions to all upstreams may take.
     pub(super) patience: Duration,
     /// How often the list of upstreams is gone through.
@@ -45,7 +45,7 @@ pub(super) struct Limits {
     pub(super) max_waiting: usize,
 }
 
-impl Limits {
+impl ForwardLimits {
     /// How long the next upstream waits for the one before: 400 ms, and 50 ms for a suspect. That is
     /// time enough for one that is there, so that what the next one knows of this site's names
     /// doesn't count by chance.
@@ -54,9 +54,9 @@ impl Limits {
     }
 }
 
-impl Default for Limits {
-    fn default() -> Limits {
-        Limits { patience: Duration::from_secs(2), n_rounds: 2, max_waiting: 1024 }
+impl Default for ForwardLimits {
+    fn default() -> ForwardLimits {
+        ForwardLimits { patience: Duration::from_secs(2), n_rounds: 2, max_waiting: 1024 }
     }
 }
 
@@ -76,33 +76,33 @@ pub(super) enum ForwardError {
 }
 
 /// A local port: a socket that is connected to one upstream.
-pub(super) type Port = u32;
+pub(super) type SocketId = u32;
 
-/// The client that a place belongs to, by [`super::acl::party`]; `None` is this host, whose
+/// The client that a place belongs to, by [`super::acl::client_key`]; `None` is this host, whose
 /// processes share its addresses.
-pub(super) type Party = Option<u64>;
+pub(super) type ClientKey = Option<u64>;
 
 /// The sockets, as far as the relay needs them.
-pub(super) trait Wire {
+pub(super) trait RelayIo {
     /// Draws a port that is connected to `server`, for one more query; `None` where there is none to
     /// be had.
-    fn draw(&mut self, server: SocketAddr) -> Option<Port>;
+    fn draw(&mut self, server: SocketAddr) -> Option<SocketId>;
     /// Draws an id.
     fn id(&mut self) -> u16;
     /// Sends a query.
-    fn send(&mut self, port: Port, message: &[u8]);
+    fn send(&mut self, port: SocketId, message: &[u8]);
     /// One query of the port is done with.
-    fn done(&mut self, port: Port);
+    fn done(&mut self, port: SocketId);
     /// A message came that answers no query of the port. Whether there were so many that somebody
     /// may be guessing: then the port isn't drawn any more.
-    fn mismatch(&mut self, port: Port) -> bool;
+    fn mismatch(&mut self, port: SocketId) -> bool;
     /// Answers a client.
-    fn answer(&mut self, asker: &Asker, question: &[u8], message: &[u8], end: End<'_>);
+    fn answer(&mut self, waiter: &Waiter, question: &[u8], message: &[u8], end: Completion<'_>);
 }
 
 /// How a question ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum End<'a> {
+pub(super) enum Completion<'a> {
     /// By the answer of an upstream, with its response code.
     Answered(SocketAddr, ResponseCode),
     /// The client is to ask over TCP.
@@ -113,13 +113,13 @@ pub(super) enum End<'a> {
 
 /// A client that waits.
 #[derive(Clone, Debug)]
-pub(super) struct Asker {
+pub(super) struct Waiter {
     pub(super) client: SocketAddr,
     /// The address of ours that it asked.
-    pub(super) to: To,
+    pub(super) to: LocalAddress,
     /// The id of its message.
     pub(super) id: u16,
-    pub(super) party: Party,
+    pub(super) client_key: ClientKey,
     /// The longest answer that it takes.
     pub(super) max_len: u16,
     /// Whether the name may be that of a service of ours, for all that is known: then no resolver's
@@ -130,43 +130,43 @@ pub(super) struct Asker {
     since: Instant,
 }
 
-impl Asker {
-    /// The client at `client`, which asked `asked`.
+impl Waiter {
+    /// The client at `client`, which asked `query`.
     pub(super) fn new(
         client: SocketAddr,
-        to: To,
-        party: Party,
-        asked: &Asked<'_>,
+        to: LocalAddress,
+        client_key: ClientKey,
+        query: &ClientQuery<'_>,
         now: Instant,
-    ) -> Asker {
-        let max_len = asked.max_payload().min(OUR_PAYLOAD);
-        let (id, is_unknown, question) = (asked.id(), false, None);
-        Asker { client, to, id, party, max_len, is_unknown, question, since: now }
+    ) -> Waiter {
+        let max_len = query.max_payload().min(OUR_PAYLOAD);
+        let (id, is_unknown, question) = (query.id(), false, None);
+        Waiter { client, to, id, client_key, max_len, is_unknown, question, since: now }
     }
 }
 
 /// A query that was sent, until its answer.
 #[derive(Debug)]
-struct Flight {
+struct InFlightQuery {
     slot: u32,
     generation: u32,
-    route: Arc<Route>,
+    route: Arc<UpstreamRoute>,
     rank: u8,
     sent: Instant,
 }
 
 /// One of the queries of a question.
 #[derive(Clone, Copy, Debug)]
-struct Try {
+struct Attempt {
     rank: u8,
-    key: Key,
+    key: FlightKey,
     sent: Instant,
     is_waiting: bool,
 }
 
 /// An answer that is given where none that is better comes.
 #[derive(Debug)]
-struct Held {
+struct FallbackAnswer {
     rank: u8,
     bytes: Box<[u8]>,
     /// There is no such thing; else the upstream can't or won't answer.
@@ -183,7 +183,7 @@ struct Slot {
     hash: u64,
     message: Vec<u8>,
     question_len: usize,
-    route: Option<Arc<Route>>,
+    route: Option<Arc<UpstreamRoute>>,
     /// The places of the upstreams in the route, in the order of this round.
     order: Vec<u8>,
     next: usize,
@@ -191,23 +191,23 @@ struct Slot {
     round_began: Instant,
     /// When it is looked at next, within the round.
     next_hedge: Instant,
-    tries: Vec<Try>,
-    held: Option<Held>,
-    askers: Vec<Asker>,
+    tries: Vec<Attempt>,
+    fallback: Option<FallbackAnswer>,
+    waiters: Vec<Waiter>,
     n_moves: u8,
 }
 
 /// A port and an id.
-type Key = u64;
+type FlightKey = u64;
 
 /// A slot that something was planned for.
 type SlotRef = (u32, u32);
 
 /// For keys that are random by themselves.
 #[derive(Debug, Default)]
-struct Spread(u64);
+struct FibonacciHasher(u64);
 
-impl Hasher for Spread {
+impl Hasher for FibonacciHasher {
     fn write(&mut self, bytes: &[u8]) {
         bytes.iter().for_each(|byte| self.write_u64(u64::from(*byte)));
     }
@@ -222,22 +222,22 @@ impl Hasher for Spread {
     }
 }
 
-type ByNumber<T> = HashMap<u64, T, BuildHasherDefault<Spread>>;
+type NumberMap<T> = HashMap<u64, T, BuildHasherDefault<FibonacciHasher>>;
 
 /// The questions under way of one thread.
 #[derive(Debug)]
 pub(super) struct Relay {
-    limits: Limits,
-    loops: Arc<Loops>,
-    /// The bounds on what is forwarded of our own zone, as [`PassOn`] has them.
+    limits: ForwardLimits,
+    loops: Arc<LoopDetector>,
+    /// The bounds on what is forwarded of our own zone, as [`RelayOptions`] has them.
     max_ttls: (u32, u32),
     /// Where this thread counts.
     shard: usize,
     slots: Vec<Slot>,
     free: Vec<u32>,
-    flights: ByNumber<Flight>,
+    flights: NumberMap<InFlightQuery>,
     /// By the hash of the question; where two have the same, the second isn't shared.
-    by_question: ByNumber<u32>,
+    by_question: NumberMap<u32>,
     hasher: RandomState,
     /// When each slot is looked at next: after the time for a hedge, that for one behind a suspect,
     /// and at the end of a round. Each of these times is the same for all, so they are in order.
@@ -245,9 +245,9 @@ pub(super) struct Relay {
     suspects: VecDeque<(Instant, SlotRef)>,
     rounds: VecDeque<(Instant, SlotRef)>,
     /// Queries whose question has ended, until when an answer would still be theirs.
-    late: VecDeque<(Instant, Key)>,
+    late: VecDeque<(Instant, FlightKey)>,
     n_waiting: usize,
-    parties: HashMap<Party, usize>,
+    client_keys: HashMap<ClientKey, usize>,
     is_suspicious: bool,
     out: Vec<u8>,
 }
@@ -255,8 +255,8 @@ pub(super) struct Relay {
 impl Relay {
     /// An empty one, of the thread that counts at `shard`.
     pub(super) fn new(
-        limits: Limits,
-        loops: Arc<Loops>,
+        limits: ForwardLimits,
+        loops: Arc<LoopDetector>,
         max_ttls: (u32, u32),
         shard: usize,
     ) -> Relay {
@@ -275,14 +275,14 @@ impl Relay {
             rounds: VecDeque::new(),
             late: VecDeque::new(),
             n_waiting: 0,
-            parties: HashMap::new(),
+            client_keys: HashMap::new(),
             is_suspicious: false,
             out: Vec::new(),
         }
     }
 
     /// Goes by another configuration from now on. Questions that are under way keep their route.
-    pub(super) fn reconfigure(&mut self, loops: Arc<Loops>, max_ttls: (u32, u32)) {
+    pub(super) fn reconfigure(&mut self, loops: Arc<LoopDetector>, max_ttls: (u32, u32)) {
         (self.loops, self.max_ttls) = (loops, max_ttls);
     }
 
@@ -315,42 +315,48 @@ impl Relay {
     /// Asks the upstreams of `route` for what a client wants.
     pub(super) fn ask(
         &mut self,
-        asked: &Asked<'_>,
-        route: &Arc<Route>,
-        mut asker: Asker,
+        query: &ClientQuery<'_>,
+        route: &Arc<UpstreamRoute>,
+        mut waiter: Waiter,
         now: Instant,
-        wire: &mut impl Wire,
+        wire: &mut impl RelayIo,
     ) {
-        self.make_room(asker.party, now, wire);
-        let (question, flags) = (asked.question(), asked.forwarded_flags());
+        self.evict_for(waiter.client_key, now, wire);
+        let (question, flags) = (query.question(), query.forwarded_flags());
         let hash = self.hash(question, flags);
         if let Some(&idx) = self.by_question.get(&hash) {
             let slot = &mut self.slots[idx as usize];
             let ours = &slot.message[HEADER_LEN..HEADER_LEN + slot.question_len];
             if slot.flags == flags && is_same(ours, question) {
-                asker.question = (ours != question).then(|| question.into());
-                self.is_suspicious |= slot.askers.len() + 1 >= N_SUSPICIOUS;
-                self.count(asker.party, true);
-                self.slots[idx as usize].askers.push(asker);
+                waiter.question = (ours != question).then(|| question.into());
+                self.is_suspicious |= slot.waiters.len() + 1 >= N_SUSPICIOUS;
+                self.count(waiter.client_key, true);
+                self.slots[idx as usize].waiters.push(waiter);
                 return;
             }
         }
-        self.count(asker.party, true);
+        self.count(waiter.client_key, true);
         let idx = self.free.pop().unwrap_or_else(|| {
             self.slots.push(Slot::new(now));
             (self.slots.len() - 1) as u32 // one for each place at most
         });
         let slot = &mut self.slots[idx as usize];
-        asked.forwarded(OUR_PAYLOAD, &mut slot.message);
+        query.forwarded(OUR_PAYLOAD, &mut slot.message);
         (slot.question_len, slot.flags, slot.hash) = (question.len(), flags, hash);
         slot.route = Some(Arc::clone(route));
-        slot.askers.push(asker);
+        slot.waiters.push(waiter);
         self.by_question.entry(hash).or_insert(idx);
-        self.begin_round(idx, 0, now, wire);
+        self.start_round(idx, 0, now, wire);
     }
 
     /// Takes a message that came to `port`.
-    pub(super) fn receive(&mut self, port: Port, bytes: &[u8], now: Instant, wire: &mut impl Wire) {
+    pub(super) fn receive(
+        &mut self,
+        port: SocketId,
+        bytes: &[u8],
+        now: Instant,
+        wire: &mut impl RelayIo,
+    ) {
         let Some(&[high, low]) = bytes.first_chunk() else {
             return self.mismatch(port, now, wire);
         };
@@ -358,7 +364,7 @@ impl Relay {
         let Some(flight) = self.flights.get(&key) else {
             return self.mismatch(port, now, wire);
         };
-        let Flight { slot: idx, generation, rank, sent, .. } = *flight;
+        let InFlightQuery { slot: idx, generation, rank, sent, .. } = *flight;
         let route = Arc::clone(&flight.route);
         let upstream = &*route.upstreams[usize::from(rank)];
         let took = now.saturating_duration_since(sent);
@@ -367,67 +373,69 @@ impl Relay {
             || !slot.tries.iter().any(|each| each.key == key && each.is_waiting);
         if is_late {
             // It was of no use, but the upstream answers.
-            let outcome = Outcome::Answered;
+            let outcome = QueryOutcome::Answered;
             upstream.answered(Transport::Udp, self.shard, outcome, now, took);
-            self.land(key, wire);
+            self.forget(key, wire);
             return;
         }
         let question = &slot.message[HEADER_LEN..HEADER_LEN + slot.question_len];
-        let received = match Received::read(bytes, question) {
+        let received = match UpstreamResponse::read(bytes, question) {
             Ok(received) => Some(received),
-            Err(Unusable::Format) => None,
-            Err(Unusable::Id | Unusable::Question) => return self.mismatch(port, now, wire),
+            Err(ResponseError::Format) => None,
+            Err(ResponseError::Id | ResponseError::Question) => {
+                return self.mismatch(port, now, wire);
+            }
         };
-        let is_refusal = received.as_ref().is_none_or(Received::is_refusal);
-        let outcome = if is_refusal { Outcome::Refused } else { Outcome::Answered };
+        let is_failure = received.as_ref().is_none_or(UpstreamResponse::is_failure);
+        let outcome = if is_failure { QueryOutcome::Refused } else { QueryOutcome::Answered };
         upstream.answered(Transport::Udp, self.shard, outcome, now, took);
         for each in slot.tries.iter_mut().filter(|each| each.key == key) {
             each.is_waiting = false;
         }
         let mut hold = |is_negative| {
-            let held = Held { rank, bytes: bytes.into(), is_negative };
-            let is_better = slot.held.as_ref().is_none_or(|known| match is_negative {
+            let fallback = FallbackAnswer { rank, bytes: bytes.into(), is_negative };
+            let is_better = slot.fallback.as_ref().is_none_or(|known| match is_negative {
                 true => !known.is_negative || rank < known.rank,
                 false => false,
             });
             if is_better {
-                slot.held = Some(held);
+                slot.fallback = Some(fallback);
             }
         };
         match received {
-            Some(_) if is_refusal => hold(false),
+            Some(_) if is_failure => hold(false),
             Some(received) if received.is_negative() => hold(true),
             Some(received) => {
-                self.land(key, wire);
+                self.forget(key, wire);
                 return self.finish(idx, &received, upstream, now, wire);
             }
             None => {}
         }
-        self.land(key, wire);
-        match is_refusal {
-            true => self.advance(idx, now, wire),
+        self.forget(key, wire);
+        match is_failure {
+            true => self.ask_next(idx, now, wire),
             false => self.settle(idx, now, wire),
         }
     }
 
     /// Notes that a port's upstream can't be reached, as the kernel reports of a connected socket:
     /// all that was asked on it goes to the next upstream.
-    pub(super) fn unreachable(&mut self, port: Port, now: Instant, wire: &mut impl Wire) {
+    pub(super) fn unreachable(&mut self, port: SocketId, now: Instant, wire: &mut impl RelayIo) {
         for key in self.keys_of(port) {
             let Some(flight) = self.flights.get(&key) else { continue };
             let (idx, generation) = (flight.slot, flight.generation);
             let upstream = &flight.route.upstreams[usize::from(flight.rank)];
-            upstream.failed(self.shard, Outcome::Unreachable);
+            upstream.failed(self.shard, QueryOutcome::Unreachable);
             self.is_suspicious |= upstream.is_late(Transport::Udp, flight.sent);
-            self.land(key, wire);
-            if self.give_up(idx, generation, key) {
-                self.advance(idx, now, wire);
+            self.forget(key, wire);
+            if self.cancel_attempt(idx, generation, key) {
+                self.ask_next(idx, now, wire);
             }
         }
     }
 
     /// Does what is due.
-    pub(super) fn expire(&mut self, now: Instant, wire: &mut impl Wire) {
+    pub(super) fn expire(&mut self, now: Instant, wire: &mut impl RelayIo) {
         while let Some((_, slot)) = pop_due(&mut self.hedges, now) {
             self.hedge(slot, now, wire);
         }
@@ -439,7 +447,7 @@ impl Relay {
             let end = slot.round_began + self.limits.patience;
             // It may have gone on to the next round before.
             if slot.generation == generation && now >= end {
-                self.note_late(idx, now);
+                self.mark_late(idx, now);
                 self.end_round(idx, now, wire);
             }
         }
@@ -451,14 +459,14 @@ impl Relay {
                 .filter(|flight| self.slots[flight.slot as usize].generation != flight.generation);
             if let Some(flight) = ended {
                 let upstream = &flight.route.upstreams[usize::from(flight.rank)];
-                upstream.failed(self.shard, Outcome::TimedOut);
-                self.land(key, wire);
+                upstream.failed(self.shard, QueryOutcome::TimedOut);
+                self.forget(key, wire);
             }
         }
     }
 
     /// Looks at all questions again: an upstream is out, or was found to lead back here.
-    pub(super) fn recheck(&mut self, now: Instant, wire: &mut impl Wire) {
+    pub(super) fn recheck(&mut self, now: Instant, wire: &mut impl RelayIo) {
         for idx in 0..self.slots.len() as u32 {
             let slot = &mut self.slots[idx as usize];
             let Some(route) = slot.route.clone() else { continue };
@@ -466,12 +474,12 @@ impl Relay {
                 for each in &mut slot.tries {
                     let upstream = &route.upstreams[usize::from(each.rank)];
                     // Its question may be the one that it waits for itself.
-                    each.is_waiting &= !self.loops.is_circular(&route.way(upstream));
+                    each.is_waiting &= !self.loops.is_looping(&route.path(upstream));
                 }
             }
             match slot.tries.iter().any(|each| each.is_waiting) {
                 true => self.settle(idx, now, wire),
-                false => self.advance(idx, now, wire),
+                false => self.ask_next(idx, now, wire),
             }
         }
     }
@@ -484,8 +492,8 @@ impl Relay {
         self.hasher.hash_one((&*lower, flags))
     }
 
-    fn count(&mut self, party: Party, is_more: bool) {
-        let n = self.parties.entry(party).or_default();
+    fn count(&mut self, client_key: ClientKey, is_more: bool) {
+        let n = self.client_keys.entry(client_key).or_default();
         if is_more {
             *n += 1;
             self.n_waiting += 1;
@@ -493,62 +501,68 @@ impl Relay {
             *n -= 1;
             self.n_waiting -= 1;
             if *n == 0 {
-                self.parties.remove(&party);
+                self.client_keys.remove(&client_key);
             }
         }
     }
 
-    /// Sees to it that there is a place for one more of `party`. The question that waits longest
+    /// Sees to it that there is a place for one more of `client_key`. The question that waits longest
     /// goes: of the party itself where that has its share, else of the one that has most. Those that
     /// take long for good reasons are rare; those that never end fill any table (unbound does the
     /// same under "jostle").
-    fn make_room(&mut self, party: Party, now: Instant, wire: &mut impl Wire) {
-        let n = self.parties.get(&party).copied().unwrap_or_default();
+    fn evict_for(&mut self, client_key: ClientKey, now: Instant, wire: &mut impl RelayIo) {
+        let n = self.client_keys.get(&client_key).copied().unwrap_or_default();
         let most = self.limits.max_waiting.max(1);
-        let victim = match party {
-            Some(_) if n >= most.div_ceil(SHARE) => party,
+        let victim = match client_key {
+            Some(_) if n >= most.div_ceil(SHARE) => client_key,
             _ if self.n_waiting >= most => {
-                let most = self.parties.iter().max_by_key(|(_, n)| **n);
-                most.map_or(party, |(party, _)| *party)
+                let most = self.client_keys.iter().max_by_key(|(_, n)| **n);
+                most.map_or(client_key, |(client_key, _)| *client_key)
             }
             _ => return,
         };
-        let askers = self.slots.iter().zip(0u32..).flat_map(|(slot, idx)| {
-            slot.askers.iter().enumerate().map(move |(place, asker)| (asker, idx, place))
+        let waiters = self.slots.iter().zip(0u32..).flat_map(|(slot, idx)| {
+            slot.waiters.iter().enumerate().map(move |(place, waiter)| (waiter, idx, place))
         });
-        let oldest = askers.filter(|(asker, ..)| asker.party == victim);
-        let Some((_, idx, place)) = oldest.min_by_key(|(asker, ..)| asker.since) else { return };
+        let oldest = waiters.filter(|(waiter, ..)| waiter.client_key == victim);
+        let Some((_, idx, place)) = oldest.min_by_key(|(waiter, ..)| waiter.since) else { return };
         self.is_suspicious = true;
         let slot = &mut self.slots[idx as usize];
-        if slot.askers.len() == 1 {
-            self.note_late(idx, now);
+        if slot.waiters.len() == 1 {
+            self.mark_late(idx, now);
             return self.fail(idx, &ForwardError::Busy, now, wire);
         }
-        let asker = slot.askers.swap_remove(place);
-        self.apologize(idx, &asker, Code::ServFail, End::Failed(&ForwardError::Busy), wire);
-        self.count(asker.party, false);
+        let waiter = slot.waiters.swap_remove(place);
+        self.answer_error(
+            idx,
+            &waiter,
+            ResponseCode::ServFail,
+            Completion::Failed(&ForwardError::Busy),
+            wire,
+        );
+        self.count(waiter.client_key, false);
     }
 
-    fn begin_round(&mut self, idx: u32, round: u8, now: Instant, wire: &mut impl Wire) {
+    fn start_round(&mut self, idx: u32, round: u8, now: Instant, wire: &mut impl RelayIo) {
         let slot = &mut self.slots[idx as usize];
         let Some(route) = &slot.route else { return };
         (slot.round, slot.round_began, slot.next) = (round, now, 0);
         slot.order.clear();
         slot.order.extend(0..route.upstreams.len().min(usize::from(u8::MAX)) as u8);
         let state = |rank: &u8| route.upstreams[usize::from(*rank)].state(Transport::Udp);
-        slot.order.sort_by_key(|rank| state(rank) == State::Out);
+        slot.order.sort_by_key(|rank| state(rank) == UpstreamState::Out);
         if self.loops.any() {
-            let is_circular =
-                |rank: u8| self.loops.is_circular(&route.way(&route.upstreams[usize::from(rank)]));
-            slot.order.retain(|rank| !is_circular(*rank));
+            let is_looping =
+                |rank: u8| self.loops.is_looping(&route.path(&route.upstreams[usize::from(rank)]));
+            slot.order.retain(|rank| !is_looping(*rank));
         }
         let (generation, end) = (slot.generation, now + self.limits.patience);
-        self.advance(idx, now, wire);
-        self.look_again(idx, generation, end, now);
+        self.ask_next(idx, now, wire);
+        self.schedule(idx, generation, end, now);
     }
 
     /// Plans when to look at a question that is still under way.
-    fn look_again(&mut self, idx: u32, generation: u32, end: Instant, now: Instant) {
+    fn schedule(&mut self, idx: u32, generation: u32, end: Instant, now: Instant) {
         let slot = &mut self.slots[idx as usize];
         let Some(route) = slot.route.as_ref().filter(|_| slot.generation == generation) else {
             return;
@@ -556,13 +570,13 @@ impl Relay {
         if slot.round_began + self.limits.patience != end {
             return; // it went on to the next round, which has planned
         }
-        let is_suspect = |each: &Try| {
+        let is_suspect = |each: &Attempt| {
             let upstream = &route.upstreams[usize::from(each.rank)];
-            upstream.state(Transport::Udp) == State::Suspect
+            upstream.state(Transport::Udp) == UpstreamState::Suspect
         };
         let is_suspect = slot.tries.last().is_some_and(is_suspect);
         let at = now + self.limits.hedge(is_suspect);
-        if (slot.next < slot.order.len() || slot.held.is_some() || now == slot.round_began)
+        if (slot.next < slot.order.len() || slot.fallback.is_some() || now == slot.round_began)
             && at < end
         {
             slot.next_hedge = at;
@@ -575,33 +589,33 @@ impl Relay {
     }
 
     /// Asks the next upstream, and the one after it where it will hardly answer.
-    fn advance(&mut self, idx: u32, now: Instant, wire: &mut impl Wire) {
+    fn ask_next(&mut self, idx: u32, now: Instant, wire: &mut impl RelayIo) {
         loop {
             let slot = &mut self.slots[idx as usize];
             let Some(route) = slot.route.clone() else { return };
-            if slot.held.as_ref().is_some_and(|held| held.is_negative) {
+            if slot.fallback.as_ref().is_some_and(|fallback| fallback.is_negative) {
                 break; // those further down would only be asked for names of this site
             }
             let Some(&rank) = slot.order.get(slot.next) else { break };
             slot.next += 1;
             let upstream = &route.upstreams[usize::from(rank)];
-            if self.loops.any() && self.loops.is_circular(&route.way(upstream)) {
+            if self.loops.any() && self.loops.is_looping(&route.path(upstream)) {
                 continue;
             }
             let is_sent = self.send(idx, rank, now, wire);
-            if is_sent && upstream.state(Transport::Udp) != State::Out {
+            if is_sent && upstream.state(Transport::Udp) != UpstreamState::Out {
                 break;
             }
         }
         self.settle(idx, now, wire);
     }
 
-    fn send(&mut self, idx: u32, rank: u8, now: Instant, wire: &mut impl Wire) -> bool {
+    fn send(&mut self, idx: u32, rank: u8, now: Instant, wire: &mut impl RelayIo) -> bool {
         let slot = &mut self.slots[idx as usize];
         let Some(route) = &slot.route else { return false };
         let upstream = &route.upstreams[usize::from(rank)];
         let Some(port) = wire.draw(upstream.address) else {
-            upstream.failed(self.shard, Outcome::Unreachable);
+            upstream.failed(self.shard, QueryOutcome::Unreachable);
             self.is_suspicious |= upstream.is_late(Transport::Udp, now);
             return false;
         };
@@ -614,25 +628,25 @@ impl Relay {
         slot.message[..2].copy_from_slice(&id.to_be_bytes());
         wire.send(port, &slot.message);
         upstream.sent(self.shard);
-        slot.tries.push(Try { rank, key, sent: now, is_waiting: true });
+        slot.tries.push(Attempt { rank, key, sent: now, is_waiting: true });
         let (generation, route) = (slot.generation, Arc::clone(route));
-        self.flights.insert(key, Flight { slot: idx, generation, route, rank, sent: now });
+        self.flights.insert(key, InFlightQuery { slot: idx, generation, route, rank, sent: now });
         true
     }
 
     /// A while after a question was sent: is it the upstream that is slow?
-    fn hedge(&mut self, (idx, generation): SlotRef, now: Instant, wire: &mut impl Wire) {
+    fn hedge(&mut self, (idx, generation): SlotRef, now: Instant, wire: &mut impl RelayIo) {
         let slot = &self.slots[idx as usize];
         if slot.generation != generation || now < slot.next_hedge {
             return; // it has ended, or gone on to the next round
         }
         let end = slot.round_began + self.limits.patience;
-        self.note_late(idx, now);
-        self.advance(idx, now, wire);
-        self.look_again(idx, generation, end, now);
+        self.mark_late(idx, now);
+        self.ask_next(idx, now, wire);
+        self.schedule(idx, generation, end, now);
     }
 
-    fn note_late(&mut self, idx: u32, now: Instant) {
+    fn mark_late(&mut self, idx: u32, now: Instant) {
         let slot = &self.slots[idx as usize];
         let Some(route) = &slot.route else { return };
         for each in slot.tries.iter().filter(|each| each.is_waiting) {
@@ -644,23 +658,25 @@ impl Relay {
     }
 
     /// Ends the question where nothing better can come.
-    fn settle(&mut self, idx: u32, now: Instant, wire: &mut impl Wire) {
+    fn settle(&mut self, idx: u32, now: Instant, wire: &mut impl RelayIo) {
         let slot = &self.slots[idx as usize];
         let Some(route) = &slot.route else { return };
-        let Limits { patience, .. } = self.limits;
+        let ForwardLimits { patience, .. } = self.limits;
         let hedge = self.limits.hedge(false);
-        let waits =
-            |each: &&Try| each.is_waiting && now.saturating_duration_since(each.sent) < patience;
-        if let Some(held) = slot.held.as_ref().filter(|held| held.is_negative) {
+        let waits = |each: &&Attempt| {
+            each.is_waiting && now.saturating_duration_since(each.sent) < patience
+        };
+        if let Some(fallback) = slot.fallback.as_ref().filter(|fallback| fallback.is_negative) {
             // An upstream further down may not know what a better one does, such as the names of
             // this site; one that is out has had its time.
-            let may_know = |each: &Try| {
+            let may_know = |each: &Attempt| {
                 let state = route.upstreams[usize::from(each.rank)].state(Transport::Udp);
-                each.rank < held.rank
-                    && (state != State::Out || now.saturating_duration_since(each.sent) < hedge)
+                each.rank < fallback.rank
+                    && (state != UpstreamState::Out
+                        || now.saturating_duration_since(each.sent) < hedge)
             };
             if !slot.tries.iter().filter(waits).any(may_know) {
-                self.give_held(idx, now, wire);
+                self.answer_fallback(idx, now, wire);
             }
             return;
         }
@@ -669,26 +685,28 @@ impl Relay {
         }
     }
 
-    fn end_round(&mut self, idx: u32, now: Instant, wire: &mut impl Wire) {
+    fn end_round(&mut self, idx: u32, now: Instant, wire: &mut impl RelayIo) {
         let slot = &self.slots[idx as usize];
-        if slot.held.is_some() {
-            return self.give_held(idx, now, wire);
+        if slot.fallback.is_some() {
+            return self.answer_fallback(idx, now, wire);
         }
         let n_asked = slot.order.len();
         let round = slot.round + 1;
         match n_asked {
             0 => self.fail(idx, &ForwardError::NoUpstream, now, wire),
-            _ if round < self.limits.n_rounds => self.begin_round(idx, round, now, wire),
+            _ if round < self.limits.n_rounds => self.start_round(idx, round, now, wire),
             n_asked => self.fail(idx, &ForwardError::Unanswered(n_asked), now, wire),
         }
     }
 
-    fn give_held(&mut self, idx: u32, now: Instant, wire: &mut impl Wire) {
+    fn answer_fallback(&mut self, idx: u32, now: Instant, wire: &mut impl RelayIo) {
         let slot = &mut self.slots[idx as usize];
-        let (Some(held), Some(route)) = (slot.held.take(), slot.route.clone()) else { return };
-        let upstream = &route.upstreams[usize::from(held.rank)];
+        let (Some(fallback), Some(route)) = (slot.fallback.take(), slot.route.clone()) else {
+            return;
+        };
+        let upstream = &route.upstreams[usize::from(fallback.rank)];
         let question: Box<[u8]> = slot.message[HEADER_LEN..HEADER_LEN + slot.question_len].into();
-        match Received::read(&held.bytes, &question) {
+        match UpstreamResponse::read(&fallback.bytes, &question) {
             Ok(received) => self.finish(idx, &received, upstream, now, wire),
             Err(_) => self.fail(idx, &ForwardError::Unanswered(1), now, wire), // it was read before
         }
@@ -698,72 +716,72 @@ impl Relay {
     fn finish(
         &mut self,
         idx: u32,
-        received: &Received<'_>,
+        received: &UpstreamResponse<'_>,
         upstream: &Upstream,
         now: Instant,
-        wire: &mut impl Wire,
+        wire: &mut impl RelayIo,
     ) {
         let slot = &mut self.slots[idx as usize];
         let Some(route) = &slot.route else { return };
         let question = &slot.message[HEADER_LEN..HEADER_LEN + slot.question_len];
-        let end = End::Answered(upstream.address, received.code());
+        let end = Completion::Answered(upstream.address, received.code());
         let keeps_ad = upstream.keeps_ad();
         let max_ttls = route.is_in_zone.then_some(self.max_ttls);
-        for asker in &slot.askers {
-            let client = Client {
-                id: asker.id,
+        for waiter in &slot.waiters {
+            let client = ClientEcho {
+                id: waiter.id,
                 recursion_desired: slot.flags & 1 != 0,
-                question: asker.question.as_deref().unwrap_or(question),
+                question: waiter.question.as_deref().unwrap_or(question),
                 has_edns: slot.flags & 2 != 0,
             };
-            if asker.is_unknown && received.code() == ResponseCode::NXDomain {
-                slot.error(asker, Code::ServFail, asker.max_len.into(), &mut self.out);
-                let why = End::Failed(&ForwardError::Unknown);
-                wire.answer(asker, client.question, &self.out, why);
+            if waiter.is_unknown && received.code() == ResponseCode::NXDomain {
+                slot.error(waiter, ResponseCode::ServFail, waiter.max_len.into(), &mut self.out);
+                let why = Completion::Failed(&ForwardError::Unknown);
+                wire.answer(waiter, client.question, &self.out, why);
                 continue;
             }
-            let how = PassOn { max_len: asker.max_len.into(), keeps_ad, max_ttls };
-            received.pass_on(&client, how, &mut self.out);
-            wire.answer(asker, client.question, &self.out, end);
+            let how = RelayOptions { max_len: waiter.max_len.into(), keeps_ad, max_ttls };
+            received.relay_to(&client, how, &mut self.out);
+            wire.answer(waiter, client.question, &self.out, end);
         }
         self.end(idx, now);
     }
 
-    fn fail(&mut self, idx: u32, why: &ForwardError, now: Instant, wire: &mut impl Wire) {
-        self.apologize_all(idx, Code::ServFail, End::Failed(why), now, wire);
+    fn fail(&mut self, idx: u32, why: &ForwardError, now: Instant, wire: &mut impl RelayIo) {
+        self.answer_error_all(idx, ResponseCode::ServFail, Completion::Failed(why), now, wire);
     }
 
-    fn apologize_all(
+    fn answer_error_all(
         &mut self,
         idx: u32,
-        code: Code,
-        end: End<'_>,
+        code: ResponseCode,
+        end: Completion<'_>,
         now: Instant,
-        wire: &mut impl Wire,
+        wire: &mut impl RelayIo,
     ) {
-        let askers = std::mem::take(&mut self.slots[idx as usize].askers);
-        for asker in &askers {
-            self.apologize(idx, asker, code, end, wire);
+        let waiters = std::mem::take(&mut self.slots[idx as usize].waiters);
+        for waiter in &waiters {
+            self.answer_error(idx, waiter, code, end, wire);
         }
-        self.slots[idx as usize].askers = askers;
+        self.slots[idx as usize].waiters = waiters;
         self.end(idx, now);
     }
 
     /// Tells one client that there is no answer, or none over UDP.
-    fn apologize(
+    fn answer_error(
         &mut self,
         idx: u32,
-        asker: &Asker,
-        code: Code,
-        end: End<'_>,
-        wire: &mut impl Wire,
+        waiter: &Waiter,
+        code: ResponseCode,
+        end: Completion<'_>,
+        wire: &mut impl RelayIo,
     ) {
         let slot = &self.slots[idx as usize];
         // What doesn't fit is truncated.
-        let max_len = if end == End::Truncated { 0 } else { asker.max_len.into() };
-        slot.error(asker, code, max_len, &mut self.out);
+        let max_len = if end == Completion::Truncated { 0 } else { waiter.max_len.into() };
+        slot.error(waiter, code, max_len, &mut self.out);
         let ours = &slot.message[HEADER_LEN..HEADER_LEN + slot.question_len];
-        wire.answer(asker, asker.question.as_deref().unwrap_or(ours), &self.out, end);
+        wire.answer(waiter, waiter.question.as_deref().unwrap_or(ours), &self.out, end);
     }
 
     /// Gives the slot back. Its queries that have no answer yet are waited for a while still: an
@@ -776,33 +794,33 @@ impl Relay {
             }
         }
         slot.generation = slot.generation.wrapping_add(1);
-        (slot.route, slot.held, slot.n_moves) = (None, None, 0);
+        (slot.route, slot.fallback, slot.n_moves) = (None, None, 0);
         if self.by_question.get(&slot.hash) == Some(&idx) {
             self.by_question.remove(&slot.hash);
         }
-        let askers = std::mem::take(&mut slot.askers);
-        for asker in &askers {
-            self.count(asker.party, false);
+        let waiters = std::mem::take(&mut slot.waiters);
+        for waiter in &waiters {
+            self.count(waiter.client_key, false);
         }
         let slot = &mut self.slots[idx as usize];
-        slot.askers = askers;
-        slot.askers.clear();
+        slot.waiters = waiters;
+        slot.waiters.clear();
         self.free.push(idx);
     }
 
     /// Forgets a query.
-    fn land(&mut self, key: Key, wire: &mut impl Wire) {
+    fn forget(&mut self, key: FlightKey, wire: &mut impl RelayIo) {
         if self.flights.remove(&key).is_some() {
             wire.done(port_of(key));
         }
     }
 
-    fn keys_of(&self, port: Port) -> Vec<Key> {
+    fn keys_of(&self, port: SocketId) -> Vec<FlightKey> {
         self.flights.keys().copied().filter(|key| port_of(*key) == port).collect()
     }
 
     /// Waits for a query no longer; whether its question is still under way.
-    fn give_up(&mut self, idx: u32, generation: u32, key: Key) -> bool {
+    fn cancel_attempt(&mut self, idx: u32, generation: u32, key: FlightKey) -> bool {
         let slot = &mut self.slots[idx as usize];
         let mut tries = slot.tries.iter_mut();
         slot.generation == generation
@@ -814,23 +832,23 @@ impl Relay {
 
     /// Ignores a message that fits no query. Where there are many on one port, somebody may have
     /// found it and be guessing ids: what was asked on it is asked again on another.
-    fn mismatch(&mut self, port: Port, now: Instant, wire: &mut impl Wire) {
+    fn mismatch(&mut self, port: SocketId, now: Instant, wire: &mut impl RelayIo) {
         if !wire.mismatch(port) {
             return;
         }
         for key in self.keys_of(port) {
             let Some(flight) = self.flights.get(&key) else { continue };
             let (idx, generation, rank) = (flight.slot, flight.generation, flight.rank);
-            self.land(key, wire);
-            if !self.give_up(idx, generation, key) {
+            self.forget(key, wire);
+            if !self.cancel_attempt(idx, generation, key) {
                 continue;
             }
             let slot = &mut self.slots[idx as usize];
             slot.n_moves += 1;
             if slot.n_moves > MAX_MOVES {
-                self.apologize_all(idx, Code::NoError, End::Truncated, now, wire);
+                self.answer_error_all(idx, ResponseCode::NoError, Completion::Truncated, now, wire);
             } else if !self.send(idx, rank, now, wire) {
-                self.advance(idx, now, wire);
+                self.ask_next(idx, now, wire);
             }
         }
     }
@@ -851,22 +869,22 @@ impl Slot {
             round_began: now,
             next_hedge: now,
             tries: Vec::new(),
-            held: None,
-            askers: Vec::new(),
+            fallback: None,
+            waiters: Vec::new(),
             n_moves: 0,
         }
     }
 
     /// Writes the answer to a client that is a code alone, truncated where it is too long.
-    fn error(&self, asker: &Asker, code: Code, max_len: usize, out: &mut Vec<u8>) {
+    fn error(&self, waiter: &Waiter, code: ResponseCode, max_len: usize, out: &mut Vec<u8>) {
         let mut message = self.message.clone();
-        message[..2].copy_from_slice(&asker.id.to_be_bytes());
-        if let Some(theirs) = &asker.question {
+        message[..2].copy_from_slice(&waiter.id.to_be_bytes());
+        if let Some(theirs) = &waiter.question {
             message[HEADER_LEN..HEADER_LEN + self.question_len].copy_from_slice(theirs);
         }
         out.clear();
-        if let Ok(asked) = Asked::read(&message) {
-            encode::error(out, &asked, code, max_len);
+        if let Ok(query) = ClientQuery::read(&message) {
+            encode::error(out, &query, code, max_len);
         }
     }
 }
@@ -881,12 +899,12 @@ fn is_same(one: &[u8], other: &[u8]) -> bool {
     }
 }
 
-fn key(port: Port, id: u16) -> Key {
+fn key(port: SocketId, id: u16) -> FlightKey {
     u64::from(port) << 16 | u64::from(id)
 }
 
-fn port_of(key: Key) -> Port {
-    (key >> 16) as Port
+fn port_of(key: FlightKey) -> SocketId {
+    (key >> 16) as SocketId
 }
 
 fn pop_due<T>(queue: &mut VecDeque<(Instant, T)>, now: Instant) -> Option<(Instant, T)> {
@@ -914,24 +932,24 @@ mod tests {
         log: Vec<String>,
         ports: Vec<SocketAddr>,
         /// What was sent last for each name to each upstream.
-        sent: HashMap<(String, usize), (Port, Message)>,
+        sent: HashMap<(String, usize), (SocketId, Message)>,
         n_in_flight: usize,
         n_mismatches: u32,
         n_sent: u32,
     }
 
-    impl Wire for Notes {
-        fn draw(&mut self, server: SocketAddr) -> Option<Port> {
+    impl RelayIo for Notes {
+        fn draw(&mut self, server: SocketAddr) -> Option<SocketId> {
             self.n_in_flight += 1;
             self.ports.push(server);
-            Some(self.ports.len() as Port - 1)
+            Some(self.ports.len() as SocketId - 1)
         }
 
         fn id(&mut self) -> u16 {
             7 // as if by chance
         }
 
-        fn send(&mut self, port: Port, message: &[u8]) {
+        fn send(&mut self, port: SocketId, message: &[u8]) {
             let message = Message::from_vec(message).unwrap();
             let name = message.queries[0].name.to_string();
             let rank = (0..).find(|rank| server(*rank) == self.ports[port as usize]).unwrap();
@@ -940,26 +958,26 @@ mod tests {
             self.n_sent += 1;
         }
 
-        fn done(&mut self, _port: Port) {
+        fn done(&mut self, _port: SocketId) {
             self.n_in_flight -= 1;
         }
 
-        fn mismatch(&mut self, _port: Port) -> bool {
+        fn mismatch(&mut self, _port: SocketId) -> bool {
             self.n_mismatches += 1;
             self.n_mismatches.is_multiple_of(3)
         }
 
-        fn answer(&mut self, asker: &Asker, _: &[u8], message: &[u8], end: End<'_>) {
+        fn answer(&mut self, waiter: &Waiter, _: &[u8], message: &[u8], end: Completion<'_>) {
             let message = Message::from_vec(message).unwrap();
-            assert_eq!(message.metadata.id, asker.id);
+            assert_eq!(message.metadata.id, waiter.id);
             let data = message.answers.first().map(|record| record.data.to_string());
             let last = data.as_deref().and_then(|data| data.rsplit('.').next()).unwrap_or_default();
             let shown = match end {
-                End::Truncated => "TC".to_owned(),
-                End::Failed(ForwardError::Busy) => "Busy".to_owned(),
+                Completion::Truncated => "TC".to_owned(),
+                Completion::Failed(ForwardError::Busy) => "Busy".to_owned(),
                 _ => format!("{:?}", message.metadata.response_code),
             };
-            assert_eq!(message.metadata.truncation, end == End::Truncated);
+            assert_eq!(message.metadata.truncation, end == Completion::Truncated);
             self.log.push(format!("{}={shown}{last}", message.queries[0].name));
         }
     }
@@ -967,16 +985,16 @@ mod tests {
     struct Rig {
         relay: Relay,
         notes: Notes,
-        route: Arc<Route>,
+        route: Arc<UpstreamRoute>,
         start: Instant,
     }
 
     impl Rig {
-        fn new(n_upstreams: usize, limits: Limits) -> Rig {
+        fn new(n_upstreams: usize, limits: ForwardLimits) -> Rig {
             let start = Instant::now();
             let upstream = |rank| Arc::new(Upstream::new(server(rank), start));
             let upstreams = (0..n_upstreams).map(upstream).collect();
-            let route = Route { domain: "".into(), is_in_zone: false, upstreams };
+            let route = UpstreamRoute { domain: "".into(), is_in_zone: false, upstreams };
             let relay = Relay::new(limits, Arc::default(), (30, 5), 0);
             Rig { relay, notes: Notes::default(), route: Arc::new(route), start }
         }
@@ -985,31 +1003,31 @@ mod tests {
             self.start + Duration::from_millis(ms)
         }
 
-        fn ask(&mut self, ms: u64, name: &str, id: u16, party: Party) {
+        fn ask(&mut self, ms: u64, name: &str, id: u16, client_key: ClientKey) {
             let mut message = Message::query();
             message.metadata.id = id;
             message.add_query(Query::query(Name::from_ascii(name).unwrap(), RecordType::A));
             let bytes = message.to_vec().unwrap();
-            let asked = Asked::read(&bytes).unwrap();
+            let query = ClientQuery::read(&bytes).unwrap();
             let now = self.at(ms);
             let client = SocketAddr::from(([127, 0, 0, 1], id));
-            let asker = Asker::new(client, To::Bound, party, &asked, now);
-            self.relay.ask(&asked, &self.route, asker, now, &mut self.notes);
+            let waiter = Waiter::new(client, LocalAddress::Bound, client_key, &query, now);
+            self.relay.ask(&query, &self.route, waiter, now, &mut self.notes);
         }
 
         fn reply(&mut self, ms: u64, rank: usize, name: &str, what: &str) {
-            let (port, asked) = &self.notes.sent[&(name.to_owned(), rank)];
+            let (port, query) = &self.notes.sent[&(name.to_owned(), rank)];
             let code = match what {
                 "ok" | "nothing" => ResponseCode::NoError,
                 "nx" => ResponseCode::NXDomain,
                 "fail" => ResponseCode::ServFail,
                 other => panic!("{other}"),
             };
-            let mut message = Message::error_msg(asked.metadata.id, OpCode::Query, code);
-            message.add_query(asked.queries[0].clone());
+            let mut message = Message::error_msg(query.metadata.id, OpCode::Query, code);
+            message.add_query(query.queries[0].clone());
             if what == "ok" {
                 let data = RData::A(A::new(192, 0, 2, rank as u8 + 1));
-                let name = asked.queries[0].name.clone();
+                let name = query.queries[0].name.clone();
                 message.add_answer(Record::from_rdata(name, 9, data));
             }
             let (port, bytes) = (*port, message.to_vec().unwrap());
@@ -1023,7 +1041,7 @@ mod tests {
                 let now = self.at(ms + n * 400);
                 self.relay.expire(now, &mut self.notes);
             }
-            assert!(self.relay.is_idle() && self.relay.parties.is_empty());
+            assert!(self.relay.is_idle() && self.relay.client_keys.is_empty());
             assert!(self.relay.flights.is_empty() && self.relay.by_question.is_empty());
             assert_eq!(self.notes.n_in_flight, 0);
         }
@@ -1048,8 +1066,8 @@ mod tests {
                         self.route.upstreams[rank(number)].is_alive(Transport::Udp, now);
                     }
                     ["circle", number] => {
-                        let way = self.route.way(&self.route.upstreams[rank(number)]);
-                        let probe = self.relay.loops.probe(&way, now).unwrap();
+                        let path = self.route.path(&self.route.upstreams[rank(number)]);
+                        let probe = self.relay.loops.probe(&path, now).unwrap();
                         assert!(self.relay.is_probe(&WireName::read(&probe.wire).unwrap()));
                         self.relay.recheck(now, &mut self.notes);
                     }
@@ -1187,7 +1205,7 @@ mod tests {
                 ],
             ),
             (
-                "all are out: all are asked, and the first is back by its answer",
+                "all are out: all are query, and the first is back by its answer",
                 &[
                     (0, "out 1", ""),
                     (0, "out 2", ""),
@@ -1199,7 +1217,7 @@ mod tests {
                 ],
             ),
             (
-                "a circle is left, and what it was asked goes to the next one",
+                "a circle is left, and what it was query goes to the next one",
                 &[
                     (0, "ask a.", "a.>1"),
                     (5, "circle 1", "a.>2"),
@@ -1219,7 +1237,7 @@ mod tests {
             ),
         ];
         for (what, rows) in stories {
-            let mut rig = Rig::new(3, Limits::default());
+            let mut rig = Rig::new(3, ForwardLimits::default());
             rig.check(what, rows);
             rig.end(100_000_000);
             assert_eq!(rig.relay.deadline(), None, "{what}");
@@ -1228,7 +1246,7 @@ mod tests {
 
     #[test]
     fn many_ask_the_same_and_one_query_goes_out() {
-        let mut rig = Rig::new(2, Limits::default());
+        let mut rig = Rig::new(2, ForwardLimits::default());
         for id in 0..20 {
             rig.ask(0, if id % 2 == 0 { "hot.example." } else { "HOT.example." }, id, None);
         }
@@ -1246,10 +1264,10 @@ mod tests {
 
     #[test]
     fn one_client_takes_no_more_than_its_share() {
-        let limits = Limits { max_waiting: 16, ..Limits::default() };
+        let limits = ForwardLimits { max_waiting: 16, ..ForwardLimits::default() };
         let mut rig = Rig::new(1, limits);
-        let greedy = Some(acl::party("10.0.0.1".parse().unwrap()));
-        let modest = Some(acl::party("10.0.0.2".parse().unwrap()));
+        let greedy = Some(acl::client_key("10.0.0.1".parse().unwrap()));
+        let modest = Some(acl::client_key("10.0.0.2".parse().unwrap()));
         rig.ask(0, "good.", 1, modest);
         for id in 0..100 {
             rig.ask(1 + u64::from(id), &format!("n{id}."), id, greedy);
@@ -1273,7 +1291,7 @@ mod tests {
 
     #[test]
     fn a_host_whose_names_hang_goes_on_with_those_that_do_not() {
-        let mut rig = Rig::new(1, Limits { max_waiting: 64, ..Limits::default() });
+        let mut rig = Rig::new(1, ForwardLimits { max_waiting: 64, ..ForwardLimits::default() });
         let mut n_answered = 0;
         for ms in 0..2000u64 {
             let now = rig.at(ms);
@@ -1293,7 +1311,7 @@ mod tests {
 
     #[test]
     fn guesses_find_another_port_or_none_at_all() {
-        let mut rig = Rig::new(1, Limits::default());
+        let mut rig = Rig::new(1, ForwardLimits::default());
         rig.ask(0, "a.", 1, None);
         let (mut seen, mut port) = (vec![0], 0);
         for guess in 0..12u8 {
@@ -1308,7 +1326,7 @@ mod tests {
         assert_eq!(rig.notes.n_in_flight, 0);
 
         // The right id with another question is a guess as well; the late answer of an upstream isn't.
-        let mut rig = Rig::new(2, Limits::default());
+        let mut rig = Rig::new(2, ForwardLimits::default());
         rig.ask(0, "a.", 1, None);
         let bytes = [0, 7, 0x80, 0, 0, 1, 0, 0, 0, 0, 0, 0, 1, b'b', 0, 0, 1, 0, 1];
         let now = rig.at(1);
@@ -1326,10 +1344,10 @@ mod tests {
     #[test]
     fn what_is_forwarded_of_our_own_zone_is_soon_asked_again() {
         for (is_in_zone, expected) in [(false, 9), (true, 3)] {
-            let mut rig = Rig::new(1, Limits::default());
-            let Route { domain, upstreams, .. } = Route::clone(&rig.route);
-            rig.route = Arc::new(Route { domain, is_in_zone, upstreams });
-            rig.relay = Relay::new(Limits::default(), Arc::default(), (3, 5), 0);
+            let mut rig = Rig::new(1, ForwardLimits::default());
+            let UpstreamRoute { domain, upstreams, .. } = UpstreamRoute::clone(&rig.route);
+            rig.route = Arc::new(UpstreamRoute { domain, is_in_zone, upstreams });
+            rig.relay = Relay::new(ForwardLimits::default(), Arc::default(), (3, 5), 0);
             rig.ask(0, "web.service.", 1, None);
             rig.reply(1, 0, "web.service.", "ok");
             let answer = Message::from_vec(&rig.relay.out).unwrap();
@@ -1340,15 +1358,15 @@ mod tests {
     #[test]
     fn no_resolver_denies_what_may_be_a_service() {
         for (what, expected) in [("nx", "new.=ServFail"), ("ok", "new.=NoError1")] {
-            let mut rig = Rig::new(1, Limits::default());
+            let mut rig = Rig::new(1, ForwardLimits::default());
             let mut message = Message::query();
             message.add_query(Query::query(Name::from_ascii("new.").unwrap(), RecordType::A));
             let bytes = message.to_vec().unwrap();
-            let asked = Asked::read(&bytes).unwrap();
+            let query = ClientQuery::read(&bytes).unwrap();
             let client = SocketAddr::from(([127, 0, 0, 1], 1));
-            let asker = Asker::new(client, To::Bound, None, &asked, rig.start);
-            let asker = Asker { is_unknown: true, ..asker };
-            rig.relay.ask(&asked, &rig.route, asker, rig.start, &mut rig.notes);
+            let waiter = Waiter::new(client, LocalAddress::Bound, None, &query, rig.start);
+            let waiter = Waiter { is_unknown: true, ..waiter };
+            rig.relay.ask(&query, &rig.route, waiter, rig.start, &mut rig.notes);
             rig.reply(1, 0, "new.", what);
             assert_eq!(rig.notes.log[1..], [expected]);
         }

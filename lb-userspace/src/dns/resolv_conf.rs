@@ -24,11 +24,11 @@ pub(super) struct ResolvConf {
     path: PathBuf,
     /// Where systemd-resolved tells whom it asks itself.
     uplinks: PathBuf,
-    read: Mutex<Read>,
+    read: Mutex<Cached>,
 }
 
 #[derive(Debug, Default)]
-struct Read {
+struct Cached {
     /// The versions of the two files that were read; `None` before that.
     stamp: Option<[Stamp; 2]>,
     /// The versions that couldn't be read, and when that was tried last.
@@ -91,7 +91,7 @@ impl ResolvConf {
         let path = self.path.display();
         match read.update(stamp, Instant::now(), || self.named()) {
             Update::None => {}
-            Update::Read => {
+            Update::Cached => {
                 read.servers = read.servers.iter().copied().filter(keep).collect();
                 debug!(servers = ?read.servers, "read {path}");
                 if read.servers.is_empty() {
@@ -125,12 +125,12 @@ impl ResolvConf {
 #[derive(Debug)]
 enum Update {
     None,
-    Read,
+    Cached,
     /// It can't be read; told once for each version.
     Failed(io::Error),
 }
 
-impl Read {
+impl Cached {
     /// Whether this version is to be read: another one than was read last, or one that couldn't be
     /// read a while ago.
     fn is_due(&self, stamp: [Stamp; 2], now: Instant) -> bool {
@@ -152,8 +152,8 @@ impl Read {
         let has_failed = self.failed.filter(|(failed, _)| *failed == stamp);
         match named() {
             Ok(servers) => {
-                *self = Read { stamp: Some(stamp), failed: None, servers: servers.into() };
-                Update::Read
+                *self = Cached { stamp: Some(stamp), failed: None, servers: servers.into() };
+                Update::Cached
             }
             Err(error) => {
                 self.failed = Some((stamp, now));
@@ -258,7 +258,7 @@ mod tests {
     fn what_could_not_be_read_is_tried_again() {
         let [old, new] = [1, 2].map(|last| SocketAddr::from(([192, 0, 2, last], 53)));
         let start = Instant::now();
-        let mut read = Read::default();
+        let mut read = Cached::default();
         let versions = [1, 2].map(|inode| [Stamp { inode, ..Stamp::default() }; 2]);
         let fault = || io::Error::from(io::ErrorKind::Interrupted);
         // The version, when, what comes of reading, whether that is asked, told and what there is.
@@ -276,7 +276,7 @@ mod tests {
             let named = || named.map(|server| vec![server]).ok_or_else(fault);
             let told = match read.update(versions[version], now, named) {
                 Update::None => "-",
-                Update::Read => "read",
+                Update::Cached => "read",
                 Update::Failed(_) => "failed",
             };
             assert_eq!((told, &*read.servers), (expected, &[server][..]), "{at_ms}");

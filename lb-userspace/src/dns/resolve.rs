@@ -4,12 +4,13 @@ use std::collections::HashMap;
 use std::net::{IpAddr, Ipv6Addr};
 use std::sync::{Arc, OnceLock};
 
+use hickory_proto::op::ResponseCode;
 use ipnet::IpNet;
 
-use super::encode::{self, Code, QUESTION, Reply, Section};
+use super::encode::{self, QUESTION, ResponseWriter, Section};
 use super::loop_detection;
-use super::message::{Asked, WireName};
-use super::reverse::{self, Reversed};
+use super::message::{ClientQuery, WireName};
+use super::reverse::{self, ReverseName};
 use super::sockets::Transport;
 use crate::config::{DnsConfig, Unrouted};
 use crate::table::{Backend, Ports, Protocols, Service, Table, Watch};
@@ -21,7 +22,7 @@ const NEGATIVE_TTL: u32 = 5;
 /// The longest answer over UDP, whatever size the client allows: what we say that we take ourselves.
 /// A longer one would come in fragments, of which all but the first can be forged without knowing
 /// port and id, and would make more of a query with a forged sender.
-pub(super) const MAX_UDP_LEN: u16 = encode::OUR_PAYLOAD;
+pub(super) const MAX_UDP_RESPONSE: u16 = encode::OUR_PAYLOAD;
 
 /// The port that SRV tells of a service that listens on 80 or on every port.
 const HTTP: u16 = 80;
@@ -55,16 +56,16 @@ pub(super) struct Zone {
 
 /// A table, with what is worked out from it when somebody asks.
 #[derive(Debug)]
-pub(super) struct Snapshot {
+pub(super) struct TableSnapshot {
     pub(super) table: Arc<Table>,
     by_address: OnceLock<HashMap<IpAddr, Arc<Service>>>,
 }
 
 /// What is known at this moment.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Known<'a> {
+pub(super) struct ResolveContext<'a> {
     pub(super) zone: &'a Zone,
-    pub(super) snapshot: &'a Snapshot,
+    pub(super) snapshot: &'a TableSnapshot,
     /// Whether connections to VIPs are translated now.
     pub(super) attached: bool,
     /// Whether the zone may be waited for, where it can't be relied on yet.
@@ -86,13 +87,13 @@ pub(super) enum Missing {
 
 /// What becomes of a message.
 #[derive(Clone, Debug)]
-pub(super) enum Outcome<'m, 'k> {
+pub(super) enum Resolution<'m, 'k> {
     /// Nothing: it is no question.
     Drop,
     /// The answer is in the buffer; where it is about a service that is live, this one is in use.
-    Reply(Code, Option<&'k Service>),
+    Reply(ResponseCode, Option<&'k Service>),
     /// It is another resolver's to answer.
-    Forward(Asked<'m>),
+    Forward(ClientQuery<'m>),
     /// It is about the zone, which can't be relied on yet.
     Wait,
     /// It is about the service of this name, in lower case, which isn't live, or is none.
@@ -100,7 +101,7 @@ pub(super) enum Outcome<'m, 'k> {
 }
 
 /// What a name in the zone is.
-enum Named<'a> {
+enum ZoneName<'a> {
     Service(&'a [u8]),
     /// `_NAME._tcp` or `_NAME._udp`.
     Served(&'a [u8], Protocols),
@@ -110,9 +111,9 @@ enum Named<'a> {
     Nothing,
 }
 
-impl Snapshot {
-    pub(super) fn new(table: Arc<Table>) -> Snapshot {
-        Snapshot { table, by_address: OnceLock::new() }
+impl TableSnapshot {
+    pub(super) fn new(table: Arc<Table>) -> TableSnapshot {
+        TableSnapshot { table, by_address: OnceLock::new() }
     }
 
     fn at(&self, address: IpAddr) -> Option<&Service> {
@@ -131,75 +132,76 @@ impl Snapshot {
 pub(super) fn answer<'m, 'k>(
     bytes: &'m [u8],
     transport: Transport,
-    known: Known<'k>,
+    known: ResolveContext<'k>,
     out: &mut Vec<u8>,
-) -> Outcome<'m, 'k> {
-    let asked = match Asked::read(bytes) {
-        Ok(asked) => asked,
+) -> Resolution<'m, 'k> {
+    let query = match ClientQuery::read(bytes) {
+        Ok(query) => query,
         Err(why) => {
             let code = encode::to_unreadable(out, bytes, why);
-            return code.map_or(Outcome::Drop, |code| Outcome::Reply(code, None));
+            return code.map_or(Resolution::Drop, |code| Resolution::Reply(code, None));
         }
     };
     let max_len = match transport {
-        Transport::Udp => asked.max_payload().min(MAX_UDP_LEN).into(),
+        Transport::Udp => query.max_payload().min(MAX_UDP_RESPONSE).into(),
         Transport::Tcp => usize::from(u16::MAX),
     };
     let mut error = |code| {
-        encode::error(out, &asked, code, max_len);
-        Outcome::Reply(code, None)
+        encode::error(out, &query, code, max_len);
+        Resolution::Reply(code, None)
     };
-    if asked.edns.is_some_and(|edns| edns.version != 0) {
-        return error(Code::BadVers);
+    if query.edns.is_some_and(|edns| edns.version != 0) {
+        return error(ResponseCode::BADVERS);
     }
     // Other classes have other trees of names, of which we know none; a transfer is more than one
     // message, and nobody's to have here.
-    let is_transfer = matches!(asked.query_type, number::AXFR | number::IXFR);
-    if asked.query_class != number::IN || is_transfer {
-        return error(Code::Refused);
+    let is_transfer = matches!(query.query_type, number::AXFR | number::IXFR);
+    if query.query_class != number::IN || is_transfer {
+        return error(ResponseCode::Refused);
     }
 
-    let Known { zone, snapshot, .. } = known;
-    let below = zone.depth_of(&asked.name);
-    let reversed = below.is_none().then(|| reverse::look(&asked.name, &zone.pools)).flatten();
+    let ResolveContext { zone, snapshot, .. } = known;
+    let below = zone.depth_of(&query.name);
+    let reversed = below.is_none().then(|| reverse::classify(&query.name, &zone.pools)).flatten();
     if below.is_none() && reversed.is_none() {
-        return Outcome::Forward(asked);
+        return Resolution::Forward(query);
     }
     let forwards = zone.unrouted == Unrouted::Forward;
     // One that came back is heard whatever state the zone is in.
-    if forwards && asked.name.label(1).is_some_and(loop_detection::is_label) {
-        return Outcome::Forward(asked);
+    if forwards && query.name.label(1).is_some_and(loop_detection::is_probe_label) {
+        return Resolution::Forward(query);
     }
     if !snapshot.table.is_synced() || !known.attached {
         if known.waits {
-            return Outcome::Wait;
+            return Resolution::Wait;
         }
         // Never NXDOMAIN: others would remember it.
-        return error(Code::ServFail);
+        return error(ResponseCode::ServFail);
     }
-    let named = below.map(|depth| (zone.named(&asked.name, depth), depth));
+    let named = below.map(|depth| (zone.named(&query.name, depth), depth));
     if let Some((named, _)) = &named {
         match (known.missing, named.not_live(&snapshot.table)) {
             (Missing::LookUp, Some((name, _))) => {
-                return Outcome::Warm(String::from_utf8_lossy(name).to_ascii_lowercase());
+                return Resolution::Warm(String::from_utf8_lossy(name).to_ascii_lowercase());
             }
-            _ if forwards && !named.is_ours(&snapshot.table) => return Outcome::Forward(asked),
+            _ if forwards && !named.is_ours(&snapshot.table) => return Resolution::Forward(query),
             // Never NXDOMAIN for want of an answer: others would remember it.
-            (Missing::Unknown, Some((_, None))) => return error(Code::ServFail),
+            (Missing::Unknown, Some((_, None))) => return error(ResponseCode::ServFail),
             _ => {}
         }
     }
-    let mut writer = Writer { zone, asked: &asked, snapshot, reply: Reply::new(out, &asked) };
+    let mut writer =
+        AnswerWriter { zone, query: &query, snapshot, reply: ResponseWriter::new(out, &query) };
     let (code, used) = match (named, reversed) {
         (Some((named, depth)), _) => {
             let service = named.service(&snapshot.table);
             (writer.in_zone(&named, service, depth), service.filter(|service| is_live(service)))
         }
         (None, Some((reversed, depth))) => (writer.in_reverse(reversed, depth), None),
-        (None, None) => return Outcome::Forward(asked),
+        (None, None) => return Resolution::Forward(query),
     };
     writer.reply.finish(code, true, max_len);
-    Outcome::Reply(code, used)
+    Resolution::Reply(code, used)
 }
 
 /// The IPv6 VIP, where a client can use it. Datagrams of a socket that isn't connected can't: the
@@ -259,39 +261,39 @@ impl Zone {
     }
 
     /// What a name is that is `depth` labels below the zone.
-    fn named<'a>(&self, name: &WireName<'a>, depth: usize) -> Named<'a> {
+    fn named<'a>(&self, name: &WireName<'a>, depth: usize) -> ZoneName<'a> {
         let protocol = |label: &[u8]| match label {
             label if label.eq_ignore_ascii_case(b"_tcp") => Some(Protocols::Tcp),
             label if label.eq_ignore_ascii_case(b"_udp") => Some(Protocols::Udp),
             _ => None,
         };
         match (depth, name.label(0), name.label(1)) {
-            (0, ..) => Named::Between,
-            (1, Some(label), _) if protocol(label).is_some() => Named::Between,
-            (1, Some(label), _) => Named::Service(label),
+            (0, ..) => ZoneName::Between,
+            (1, Some(label), _) if protocol(label).is_some() => ZoneName::Between,
+            (1, Some(label), _) => ZoneName::Service(label),
             (2, Some([b'_', service @ ..]), Some(label)) if !service.is_empty() => {
-                protocol(label).map_or(Named::Nothing, |by| Named::Served(service, by))
+                protocol(label).map_or(ZoneName::Nothing, |by| ZoneName::Served(service, by))
             }
-            _ => Named::Nothing,
+            _ => ZoneName::Nothing,
         }
     }
 }
 
-impl Named<'_> {
+impl ZoneName<'_> {
     /// Whether the name is that of a service of `table`, or above all. Names below a service aren't:
     /// the resolver that served the zone before may have them, as Consul has `TAG.NAME`.
     fn is_ours(&self, table: &Table) -> bool {
         match *self {
-            Named::Service(name) | Named::Served(name, _) => in_table(name, table).is_some(),
-            Named::Nothing => false,
-            Named::Between => true,
+            ZoneName::Service(name) | ZoneName::Served(name, _) => in_table(name, table).is_some(),
+            ZoneName::Nothing => false,
+            ZoneName::Between => true,
         }
     }
 
     /// The label of the service that the name is about, where the table doesn't have it live, and the
     /// service that is answered instead: one that isn't live, where the name fits what is known of it.
     fn not_live<'n, 't>(&'n self, table: &'t Table) -> Option<(&'n [u8], Option<&'t Service>)> {
-        let (Named::Service(name) | Named::Served(name, _)) = self else { return None };
+        let (ZoneName::Service(name) | ZoneName::Served(name, _)) = self else { return None };
         match in_table(name, table) {
             Some(service) if is_live(service) => None,
             _ => Some((name, self.service(table))),
@@ -301,9 +303,9 @@ impl Named<'_> {
     /// The service that the name is about, where there is one, connected so.
     fn service<'t>(&self, table: &'t Table) -> Option<&'t Service> {
         let (name, protocols) = match *self {
-            Named::Service(name) => (name, None),
-            Named::Served(name, protocols) => (name, Some(protocols)),
-            Named::Between | Named::Nothing => return None,
+            ZoneName::Service(name) => (name, None),
+            ZoneName::Served(name, protocols) => (name, Some(protocols)),
+            ZoneName::Between | ZoneName::Nothing => return None,
         };
         let service = in_table(name, table)?;
         let is_connected_so = protocols
@@ -323,79 +325,84 @@ fn in_table<'t>(name: &[u8], table: &'t Table) -> Option<&'t Service> {
 }
 
 /// Writes the sections of an answer.
-struct Writer<'a> {
+struct AnswerWriter<'a> {
     zone: &'a Zone,
-    asked: &'a Asked<'a>,
-    snapshot: &'a Snapshot,
-    reply: Reply<'a>,
+    query: &'a ClientQuery<'a>,
+    snapshot: &'a TableSnapshot,
+    reply: ResponseWriter<'a>,
 }
 
-impl Writer<'_> {
+impl AnswerWriter<'_> {
     /// Whether records of `record_type` are asked for by their type.
     fn wants(&self, record_type: u16) -> bool {
-        self.asked.query_type == record_type
+        self.query.query_type == record_type
     }
 
-    fn in_zone(&mut self, named: &Named<'_>, service: Option<&Service>, depth: usize) -> Code {
+    fn in_zone(
+        &mut self,
+        named: &ZoneName<'_>,
+        service: Option<&Service>,
+        depth: usize,
+    ) -> ResponseCode {
         match (named, service) {
             _ if depth == 0 => self.apex(0),
-            (Named::Service(_), Some(service)) => self.service(service),
-            (Named::Served(..), Some(service)) => self.served(service),
-            (Named::Between, _) => self.nothing(Code::NoError, depth),
-            _ => self.nothing(Code::NxDomain, depth),
+            (ZoneName::Service(_), Some(service)) => self.service(service),
+            (ZoneName::Served(..), Some(service)) => self.served(service),
+            (ZoneName::Between, _) => self.nothing(ResponseCode::NoError, depth),
+            _ => self.nothing(ResponseCode::NXDomain, depth),
         }
     }
 
-    fn in_reverse(&mut self, reversed: Reversed, depth: usize) -> Code {
+    fn in_reverse(&mut self, reversed: ReverseName, depth: usize) -> ResponseCode {
         match reversed {
-            Reversed::Apex => self.apex(depth),
-            Reversed::Between => self.nothing(Code::NoError, depth),
-            Reversed::Nothing => self.nothing(Code::NxDomain, depth),
-            Reversed::Address(address) => match self.snapshot.at(address) {
-                None => self.nothing(Code::NxDomain, depth),
+            ReverseName::Apex => self.apex(depth),
+            ReverseName::Between => self.nothing(ResponseCode::NoError, depth),
+            ReverseName::Nothing => self.nothing(ResponseCode::NXDomain, depth),
+            ReverseName::Address(address) => match self.snapshot.at(address) {
+                None => self.nothing(ResponseCode::NXDomain, depth),
                 Some(service) if self.wants(number::PTR) || self.wants(number::ANY) => {
                     let len = [service.name.len() as u8]; // a label
                     let name: [&[u8]; 3] = [&len, service.name.as_bytes(), &self.zone.domain];
                     self.reply.record(Section::Answer, QUESTION, number::PTR, self.zone.ttl, &name);
-                    Code::NoError
+                    ResponseCode::NoError
                 }
-                Some(_) => self.nothing(Code::NoError, depth),
+                Some(_) => self.nothing(ResponseCode::NoError, depth),
             },
         }
     }
 
     /// `NAME`: its addresses, or where it is served. Also while no backend is healthy: "no such
     /// name" would outlive the outage in caches.
-    fn service(&mut self, service: &Service) -> Code {
-        match self.asked.query_type {
+    fn service(&mut self, service: &Service) -> ResponseCode {
+        match self.query.query_type {
             // Of all there is, as little as may be (RFC 8482, section 4.1).
             number::A | number::ANY => self.address(Section::Answer, QUESTION, service.vip.into()),
             number::AAAA if let Some(vip6) = vip6(service) => {
                 self.address(Section::Answer, QUESTION, vip6.into());
             }
-            number::SRV => self.srv(service, self.asked.name.suffix(0)),
-            _ => return self.nothing(Code::NoError, 1),
+            number::SRV => self.srv(service, self.query.name.suffix(0)),
+            _ => return self.nothing(ResponseCode::NoError, 1),
         }
-        Code::NoError
+        ResponseCode::NoError
     }
 
     /// `_NAME._tcp`: where it is served (RFC 2782).
-    fn served(&mut self, service: &Service) -> Code {
+    fn served(&mut self, service: &Service) -> ResponseCode {
         if !self.wants(number::SRV) && !self.wants(number::ANY) {
-            return self.nothing(Code::NoError, 2);
+            return self.nothing(ResponseCode::NoError, 2);
         }
         // The service's own name, in the question's case.
-        let Some([_, label @ ..]) = self.asked.name.label(0) else {
-            return self.nothing(Code::NxDomain, 2);
+        let Some([_, label @ ..]) = self.query.name.label(0) else {
+            return self.nothing(ResponseCode::NXDomain, 2);
         };
         let mut target = [0; 256];
-        let suffix = self.asked.name.suffix(2);
+        let suffix = self.query.name.suffix(2);
         let len = 1 + label.len() + suffix.len(); // shorter than the question's name
         target[0] = label.len() as u8;
         target[1..=label.len()].copy_from_slice(label);
         target[1 + label.len()..len].copy_from_slice(suffix);
         self.srv(service, &target[..len]);
-        Code::NoError
+        ResponseCode::NoError
     }
 
     fn srv(&mut self, service: &Service, target: &[u8]) {
@@ -425,20 +432,20 @@ impl Writer<'_> {
     }
 
     /// The top of a zone, `depth` labels above the question's name.
-    fn apex(&mut self, depth: usize) -> Code {
-        match self.asked.query_type {
+    fn apex(&mut self, depth: usize) -> ResponseCode {
+        match self.query.query_type {
             number::SOA | number::ANY => self.soa(Section::Answer, depth),
             number::NS => {
-                let name = self.asked.name.suffix(depth);
+                let name = self.query.name.suffix(depth);
                 self.reply.record(Section::Answer, QUESTION, number::NS, self.zone.ttl, &[name]);
             }
-            _ => return self.nothing(Code::NoError, depth),
+            _ => return self.nothing(ResponseCode::NoError, depth),
         }
-        Code::NoError
+        ResponseCode::NoError
     }
 
     /// There is nothing of that kind, or nothing at all; the SOA says for how long to believe it.
-    fn nothing(&mut self, code: Code, depth: usize) -> Code {
+    fn nothing(&mut self, code: ResponseCode, depth: usize) -> ResponseCode {
         self.soa(Section::Authority, depth);
         code
     }
@@ -447,7 +454,7 @@ impl Writer<'_> {
     /// that RFC 6303, section 3, gives to a zone that nobody else serves: the zone is its own
     /// primary, and nobody is responsible.
     fn soa(&mut self, section: Section, depth: usize) {
-        let apex = self.asked.name.suffix_offset(depth);
+        let apex = self.query.name.suffix_offset(depth);
         let primary = (0xc000 | apex).to_be_bytes();
         let mut numbers = [0; 20];
         let serial = self.snapshot.table.generation as u32; // RFC 1982: a serial wraps

@@ -6,9 +6,9 @@ use std::borrow::Cow;
 use hickory_proto::op::{Message, ResponseCode};
 use hickory_proto::serialize::binary::DecodeError;
 
-use super::encode::{Code, OUR_PAYLOAD, put_opt};
+use super::encode::{OUR_PAYLOAD, put_opt};
 use super::message::{
-    AD, AD_AND_CD, Client, HEADER_LEN, OPT_PAYLOAD, Opt, Question, RD, Rest, bound_ttls,
+    AD, AD_AND_CD, ClientEcho, Cursor, HEADER_LEN, OPT_PAYLOAD, OptRecord, Question, RD, bound_ttls,
 };
 
 /// In the third byte of a header.
@@ -21,12 +21,17 @@ const OP_CODE: u8 = 0x78;
 const RA: u8 = 0x80;
 const CODE: u8 = 0x0f;
 
+/// Response codes, in those bits.
+const NO_ERROR: u8 = 0;
+const SERV_FAIL: u8 = 2;
+const NX_DOMAIN: u8 = 3;
+
 /// Where an OPT record has the upper bits of the response code.
 const OPT_CODE: usize = 5;
 
 /// Why a message is no answer to a question.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub(super) enum Unusable {
+pub(super) enum ResponseError {
     #[error("the answer can't be read: it ends within a record, or has two OPT records")]
     Format,
     #[error("the answer has another id, or is none")]
@@ -37,17 +42,17 @@ pub(super) enum Unusable {
 
 /// An answer whose header, question and lengths are as they should be.
 #[derive(Clone, Debug)]
-pub(super) struct Received<'a> {
+pub(super) struct UpstreamResponse<'a> {
     /// Up to the end of the last record.
     bytes: Cow<'a, [u8]>,
     /// Where the question ends, or the header where there is none.
     head_len: usize,
-    opt: Option<Opt>,
+    opt: Option<OptRecord>,
 }
 
 /// How an answer goes on to a client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct PassOn {
+pub(super) struct RelayOptions {
     /// The longest message that the client takes.
     pub(super) max_len: usize,
     /// Whether the resolver's word that data is authentic is passed on.
@@ -56,45 +61,51 @@ pub(super) struct PassOn {
     pub(super) max_ttls: Option<(u32, u32)>,
 }
 
-impl<'a> Received<'a> {
+impl<'a> UpstreamResponse<'a> {
     /// Reads the answer `bytes` to a question: name, type and class on the wire.
     ///
     /// # Errors
     /// When it is none, is to another question, or ends within a record without saying that it was
     /// cut off.
-    pub(super) fn read(bytes: &'a [u8], question: &[u8]) -> Result<Received<'a>, Unusable> {
-        let header: &[u8; HEADER_LEN] = bytes.first_chunk().ok_or(Unusable::Id)?;
+    pub(super) fn read(
+        bytes: &'a [u8],
+        question: &[u8],
+    ) -> Result<UpstreamResponse<'a>, ResponseError> {
+        let header: &[u8; HEADER_LEN] = bytes.first_chunk().ok_or(ResponseError::Id)?;
         if header[2] & QR == 0 {
-            return Err(Unusable::Id);
+            return Err(ResponseError::Id);
         }
         let count = |idx: usize| u16::from_be_bytes([header[idx], header[idx + 1]]);
         // An error may come without the question, from a server that couldn't read it.
-        let may_omit =
-            ![Code::NoError, Code::NxDomain].map(|code| code as u8).contains(&(header[3] & CODE));
+        let may_omit = !matches!(header[3] & CODE, NO_ERROR | NX_DOMAIN);
         let head_len = match (count(4), Question::read(bytes)) {
-            _ if header[2] & OP_CODE != 0 => return Err(Unusable::Question),
+            _ if header[2] & OP_CODE != 0 => return Err(ResponseError::Question),
             (1, Some(theirs)) if is_same(&bytes[HEADER_LEN..theirs.end()], question) => {
                 theirs.end()
             }
             (0, _) if may_omit => HEADER_LEN,
-            _ => return Err(Unusable::Question),
+            _ => return Err(ResponseError::Question),
         };
-        let mut rest = Rest { bytes, offset: head_len };
+        let mut rest = Cursor { bytes, offset: head_len };
         match rest.opt(u32::from(count(6)) + u32::from(count(8)), count(10)) {
-            Some(opt) => Ok(Received { bytes: bytes[..rest.offset].into(), head_len, opt }),
+            Some(opt) => Ok(UpstreamResponse { bytes: bytes[..rest.offset].into(), head_len, opt }),
             // Cut off in the middle of a record, as some do: its header and question still count.
             None if header[2] & TC != 0 => {
                 let mut head = bytes[..head_len].to_vec();
                 head[6..HEADER_LEN].fill(0); // the numbers of records
-                Ok(Received { bytes: head.into(), head_len, opt: None })
+                Ok(UpstreamResponse { bytes: head.into(), head_len, opt: None })
             }
-            None => Err(Unusable::Format),
+            None => Err(ResponseError::Format),
         }
     }
 
     /// The same, on its own.
-    pub(super) fn into_owned(self) -> Received<'static> {
-        Received { bytes: self.bytes.into_owned().into(), head_len: self.head_len, opt: self.opt }
+    pub(super) fn into_owned(self) -> UpstreamResponse<'static> {
+        UpstreamResponse {
+            bytes: self.bytes.into_owned().into(),
+            head_len: self.head_len,
+            opt: self.opt,
+        }
     }
 
     /// Its response code.
@@ -108,7 +119,7 @@ impl<'a> Received<'a> {
     }
 
     /// Whether it says that this resolver can't or won't answer.
-    pub(super) fn is_refusal(&self) -> bool {
+    pub(super) fn is_failure(&self) -> bool {
         matches!(self.code(), ResponseCode::ServFail | ResponseCode::Refused | ResponseCode::NotImp)
     }
 
@@ -131,7 +142,7 @@ impl<'a> Received<'a> {
 
     /// Writes the message for the client who asked: the same, but for what belongs to one hop, and
     /// cut off where it is longer than the client takes.
-    pub(super) fn pass_on(&self, client: &Client<'_>, how: PassOn, out: &mut Vec<u8>) {
+    pub(super) fn relay_to(&self, client: &ClientEcho<'_>, how: RelayOptions, out: &mut Vec<u8>) {
         out.clear();
         let [id_high, id_low] = client.id.to_be_bytes();
         let (mut flags, mut code) = (self.bytes[2] & (AA | TC), self.bytes[3] & CODE);
@@ -151,7 +162,7 @@ impl<'a> Received<'a> {
             _ => out.extend_from_slice(&self.bytes[head_len..]),
         }
         match (&self.opt, client.has_edns) {
-            (Some(_), false) if self.code_high() > 0 => code = Code::ServFail as u8,
+            (Some(_), false) if self.code_high() > 0 => code = SERV_FAIL,
             (Some(opt), true) if has_question => {
                 out[opt.begin + OPT_PAYLOAD..][..2].copy_from_slice(&OUR_PAYLOAD.to_be_bytes());
             }
@@ -183,9 +194,9 @@ impl<'a> Received<'a> {
 }
 
 /// Whether two questions on the wire are the same; case doesn't count in their names.
-fn is_same(theirs: &[u8], asked: &[u8]) -> bool {
+fn is_same(theirs: &[u8], query: &[u8]) -> bool {
     let (Some((their_name, their_kind)), Some((name, kind))) =
-        (theirs.split_last_chunk::<4>(), asked.split_last_chunk::<4>())
+        (theirs.split_last_chunk::<4>(), query.split_last_chunk::<4>())
     else {
         return false;
     };
@@ -194,13 +205,17 @@ fn is_same(theirs: &[u8], asked: &[u8]) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::super::message::Asked;
+    use super::super::message::ClientQuery;
     use super::*;
 
-    fn pass_on(received: &Received<'_>, asked: &Asked<'_>, max_len: usize) -> Vec<u8> {
+    fn relay_to(
+        received: &UpstreamResponse<'_>,
+        query: &ClientQuery<'_>,
+        max_len: usize,
+    ) -> Vec<u8> {
         let mut out = Vec::new();
-        let how = PassOn { max_len, keeps_ad: true, max_ttls: None };
-        received.pass_on(&asked.client(), how, &mut out);
+        let how = RelayOptions { max_len, keeps_ad: true, max_ttls: None };
+        received.relay_to(&query.client(), how, &mut out);
         out
     }
 
@@ -230,12 +245,12 @@ mod tests {
         ];
         for (what, record) in rows {
             let theirs = message([0x81, 0x80], [1, 1, 0, 1], &[question, &record, ecs]);
-            let received = Received::read(&theirs, question).unwrap();
+            let received = UpstreamResponse::read(&theirs, question).unwrap();
             for (client, expected_records) in [(CLIENT_OPT, 1), (&[], 0)] {
-                let asked =
+                let query =
                     message([1, 0], [1, 0, 0, !client.is_empty() as u8], &[question, client]);
-                let asked = Asked::read(&asked).unwrap();
-                let passed = pass_on(&received, &asked, 1232);
+                let query = ClientQuery::read(&query).unwrap();
+                let passed = relay_to(&received, &query, 1232);
                 assert_eq!(passed[..4], [7, 7, 0x81, 0x80], "{what}");
                 assert_eq!(
                     passed[4..HEADER_LEN],
@@ -250,7 +265,7 @@ mod tests {
                     let at = passed.len() - ecs.len() + OPT_PAYLOAD;
                     assert_eq!(passed[at..at + 2], OUR_PAYLOAD.to_be_bytes(), "{what}");
                 }
-                assert!(Received::read(&passed, question).is_ok(), "{what}");
+                assert!(UpstreamResponse::read(&passed, question).is_ok(), "{what}");
             }
         }
     }
@@ -309,12 +324,12 @@ mod tests {
             ),
         ];
         for (what, theirs, edns, max_len, expected) in rows {
-            let asked = asks(edns);
-            let received = Received::read(&theirs, question).unwrap();
-            let passed = pass_on(&received, &Asked::read(&asked).unwrap(), max_len);
+            let query = asks(edns);
+            let received = UpstreamResponse::read(&theirs, question).unwrap();
+            let passed = relay_to(&received, &ClientQuery::read(&query).unwrap(), max_len);
             assert_eq!(passed[2..HEADER_LEN], expected, "{what}");
             assert!(passed.len() <= max_len && passed[HEADER_LEN..].starts_with(shouted), "{what}");
-            assert!(Received::read(&passed, question).is_ok(), "{what}");
+            assert!(UpstreamResponse::read(&passed, question).is_ok(), "{what}");
         }
     }
 
@@ -322,12 +337,16 @@ mod tests {
     fn the_word_that_data_is_authentic_is_cleared() {
         let question: &[u8] = &[NAME, &[0, 1, 0, 1]].concat();
         let theirs = message([0x81, 0xb0], [1, 0, 0, 0], &[question]);
-        let received = Received::read(&theirs, question).unwrap();
-        let asked = message([1, 0x30], [1, 0, 0, 0], &[question]);
-        let client = Asked::read(&asked).unwrap().client();
+        let received = UpstreamResponse::read(&theirs, question).unwrap();
+        let query = message([1, 0x30], [1, 0, 0, 0], &[question]);
+        let client = ClientQuery::read(&query).unwrap().client();
         let mut out = Vec::new();
         for (keeps_ad, expected) in [(true, 0xb0), (false, 0x90)] {
-            received.pass_on(&client, PassOn { max_len: 512, keeps_ad, max_ttls: None }, &mut out);
+            received.relay_to(
+                &client,
+                RelayOptions { max_len: 512, keeps_ad, max_ttls: None },
+                &mut out,
+            );
             assert_eq!(out[3], expected, "{keeps_ad}");
         }
     }
@@ -335,11 +354,11 @@ mod tests {
     #[test]
     fn answers_are_checked() {
         let question = |name: &[u8], kind: u8| [name, &[0, kind, 0, 1]].concat();
-        let asked = question(b"\x07Example\x03com\x00", 1);
+        let query = question(b"\x07Example\x03com\x00", 1);
         let answer = |questions: &[&[u8]], code: u8| {
             message([0x81, code], [questions.len() as u8, 0, 0, 0], questions)
         };
-        let good = answer(&[&asked], 0);
+        let good = answer(&[&query], 0);
         let with = |idx: usize, byte: u8| {
             let mut bytes = good.clone();
             bytes[idx] = byte;
@@ -349,27 +368,32 @@ mod tests {
         // Types that differ as letters do in case.
         let (upper, lower) = (question(NAME, b'A'), question(NAME, b'a'));
         let table = [
-            ("good", &asked, good.clone(), Ok(())),
-            ("another case", &asked, answer(&[&question(NAME, 1)], 0), Ok(())),
-            ("no response", &asked, with(2, 0), Err(Unusable::Id)),
-            ("another opcode", &asked, with(2, 0x80 | 5 << 3), Err(Unusable::Question)),
-            ("another name", &asked, answer(&[&other_name], 0), Err(Unusable::Question)),
-            ("another type", &asked, answer(&[&question(NAME, 28)], 0), Err(Unusable::Question)),
-            ("a type in another case", &upper, answer(&[&lower], 0), Err(Unusable::Question)),
-            ("two questions", &asked, answer(&[&asked, &asked], 0), Err(Unusable::Question)),
-            ("no question", &asked, answer(&[], 3), Err(Unusable::Question)),
-            ("an error alone", &asked, answer(&[], 1), Ok(())),
-            ("records missing", &asked, with(7, 3), Err(Unusable::Format)),
-            ("nothing", &asked, Vec::new(), Err(Unusable::Id)),
-            ("half a header", &asked, good[..6].to_vec(), Err(Unusable::Id)),
+            ("good", &query, good.clone(), Ok(())),
+            ("another case", &query, answer(&[&question(NAME, 1)], 0), Ok(())),
+            ("no response", &query, with(2, 0), Err(ResponseError::Id)),
+            ("another opcode", &query, with(2, 0x80 | 5 << 3), Err(ResponseError::Question)),
+            ("another name", &query, answer(&[&other_name], 0), Err(ResponseError::Question)),
+            (
+                "another type",
+                &query,
+                answer(&[&question(NAME, 28)], 0),
+                Err(ResponseError::Question),
+            ),
+            ("a type in another case", &upper, answer(&[&lower], 0), Err(ResponseError::Question)),
+            ("two questions", &query, answer(&[&query, &query], 0), Err(ResponseError::Question)),
+            ("no question", &query, answer(&[], 3), Err(ResponseError::Question)),
+            ("an error alone", &query, answer(&[], 1), Ok(())),
+            ("records missing", &query, with(7, 3), Err(ResponseError::Format)),
+            ("nothing", &query, Vec::new(), Err(ResponseError::Id)),
+            ("half a header", &query, good[..6].to_vec(), Err(ResponseError::Id)),
         ];
-        for (what, asked, bytes, expected) in table {
-            assert_eq!(Received::read(&bytes, asked).map(drop), expected, "{what}");
+        for (what, query, bytes, expected) in table {
+            assert_eq!(UpstreamResponse::read(&bytes, query).map(drop), expected, "{what}");
         }
 
         let mut cut_off = with(7, 3);
         cut_off[2] |= TC;
-        let received = Received::read(&cut_off, &asked).unwrap();
+        let received = UpstreamResponse::read(&cut_off, &query).unwrap();
         assert!(received.is_truncated() && received.message().unwrap().answers.is_empty());
         assert!(!received.is_negative());
     }

@@ -9,7 +9,7 @@ use super::message::WireName;
 
 /// What a name within our part of the reverse tree is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Reversed {
+pub(super) enum ReverseName {
     /// The top of a zone.
     Apex,
     /// A name above addresses, with nothing of its own.
@@ -21,14 +21,14 @@ pub(super) enum Reversed {
 }
 
 /// How a family writes its addresses as names.
-struct Family {
+struct ReverseTree {
     suffix: [&'static [u8]; 2],
     n_digits: usize,
     digit_bits: usize,
 }
 
-const V4: Family = Family { suffix: [b"in-addr", b"arpa"], n_digits: 4, digit_bits: 8 };
-const V6: Family = Family { suffix: [b"ip6", b"arpa"], n_digits: 32, digit_bits: 4 };
+const V4: ReverseTree = ReverseTree { suffix: [b"in-addr", b"arpa"], n_digits: 4, digit_bits: 8 };
+const V6: ReverseTree = ReverseTree { suffix: [b"ip6", b"arpa"], n_digits: 32, digit_bits: 4 };
 
 /// What `name` is where it is within `pools`, and the number of its labels below the top of its
 /// zone; `None` where it is somebody else's.
@@ -36,12 +36,12 @@ const V6: Family = Family { suffix: [b"ip6", b"arpa"], n_digits: 32, digit_bits:
 /// A zone ends where a label does, so a pool is as many zones as it takes, such as 128 for a /9:
 /// `128.127.in-addr.arpa` to `255.127.in-addr.arpa`. Of a pool smaller than the last label but one
 /// only the addresses are ours, and their zone is that label's.
-pub(super) fn look(name: &WireName<'_>, pools: &[IpNet]) -> Option<(Reversed, usize)> {
-    pools.iter().find_map(|pool| look_in(name, *pool))
+pub(super) fn classify(name: &WireName<'_>, pools: &[IpNet]) -> Option<(ReverseName, usize)> {
+    pools.iter().find_map(|pool| classify_in(name, *pool))
 }
 
-fn look_in(name: &WireName<'_>, pool: IpNet) -> Option<(Reversed, usize)> {
-    let Family { suffix, n_digits, digit_bits } = if pool.addr().is_ipv4() { V4 } else { V6 };
+fn classify_in(name: &WireName<'_>, pool: IpNet) -> Option<(ReverseName, usize)> {
+    let ReverseTree { suffix, n_digits, digit_bits } = if pool.addr().is_ipv4() { V4 } else { V6 };
     let n_labels = name.n_labels().checked_sub(suffix.len())?;
     let is_ours = |idx: usize, label: &[u8]| {
         name.label(n_labels + idx).is_some_and(|theirs| theirs.eq_ignore_ascii_case(label))
@@ -62,7 +62,7 @@ fn look_in(name: &WireName<'_>, pool: IpNet) -> Option<(Reversed, usize)> {
             None if place < n_zone_digits => return None,
             None => {
                 let is_within = pool.contains(&address(pool, value));
-                return is_within.then_some((Reversed::Nothing, depth));
+                return is_within.then_some((ReverseName::Nothing, depth));
             }
         }
     }
@@ -72,10 +72,10 @@ fn look_in(name: &WireName<'_>, pool: IpNet) -> Option<(Reversed, usize)> {
         return None;
     }
     Some(match n_labels {
-        n if n == n_zone_digits => (Reversed::Apex, depth),
-        n if n < n_digits => (Reversed::Between, depth),
-        n if n == n_digits => (Reversed::Address(address), depth),
-        _ => (Reversed::Nothing, depth),
+        n if n == n_zone_digits => (ReverseName::Apex, depth),
+        n if n < n_digits => (ReverseName::Between, depth),
+        n if n == n_digits => (ReverseName::Address(address), depth),
+        _ => (ReverseName::Nothing, depth),
     })
 }
 
@@ -99,7 +99,7 @@ fn digit(label: &[u8], bits: usize) -> Option<u128> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::message::Asked;
+    use super::super::message::ClientQuery;
     use super::*;
 
     /// The question for the name `text`.
@@ -149,8 +149,8 @@ mod tests {
         ];
         for (pool, name, expected) in rows {
             let bytes = question(name);
-            let asked = Asked::read(&bytes).unwrap();
-            let looked = look(&asked.name, &[pool.parse().unwrap()]);
+            let query = ClientQuery::read(&bytes).unwrap();
+            let looked = classify(&query.name, &[pool.parse().unwrap()]);
             let shown = looked.map_or("-".into(), |(is, depth)| format!("{is:?} {depth}"));
             assert_eq!(shown, expected, "{name} in {pool}");
         }

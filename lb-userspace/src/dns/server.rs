@@ -15,21 +15,21 @@ use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use tracing::warn;
 
-use super::acl::Clients;
-use super::debug_query::Inquirer;
+use super::acl::Acl;
+use super::debug_query::DebugClient;
 use super::forward::Forwarder;
-use super::handler::{Handler, MAX_WAITING, Ways};
-use super::mailbox::{Alarm, Mailbox};
-use super::origin::Origins;
+use super::handler::{Handler, MAX_WAITING, Reloadable};
+use super::mailbox::{Mailbox, WorkerWakers};
+use super::origin::OriginTracker;
 use super::probe;
-use super::relay::Limits;
-use super::resolve::{Snapshot, Zone};
+use super::relay::ForwardLimits;
+use super::resolve::{TableSnapshot, Zone};
 use super::sockets::{DnsError, Sockets};
-use super::stats::Stats;
+use super::stats::DnsStats;
 use super::tcp::{self, Connections};
-use super::udp::Endpoint;
-use super::upstreams::{Registry, Upstreams};
-use super::usage_limiter::Told;
+use super::udp::UdpEndpoint;
+use super::upstreams::{UpstreamRegistry, Upstreams};
+use super::usage_limiter::UsageLimiter;
 use super::worker::{DRAIN, Worker};
 use crate::catalog::Demand;
 use crate::config::{DnsConfig, VipConfig};
@@ -44,16 +44,16 @@ const STOP_TIMEOUT: Duration = Duration::from_millis(500);
 const GRACE: Duration = Duration::from_secs(2);
 
 /// The DNS server, which answers from when it is started until it is stopped or dropped.
-pub struct Server {
+pub struct DnsServer {
     handler: Arc<Handler>,
     own: Vec<SocketAddr>,
     resolv_conf: PathBuf,
-    limits: Limits,
+    limits: ForwardLimits,
     /// What is known of upstreams, whatever the configuration is.
-    registry: Registry,
+    registry: UpstreamRegistry,
     /// Of the threads.
     mailboxes: Vec<Arc<Mailbox>>,
-    alarm: Alarm,
+    alarm: WorkerWakers,
     stopped: watch::Sender<bool>,
     /// Whether nothing more is read.
     closing: watch::Sender<bool>,
@@ -65,24 +65,24 @@ pub struct Server {
 
 /// What a test replaces.
 #[derive(Debug)]
-pub(super) struct Surroundings {
+pub(super) struct ServerOptions {
     pub(super) resolv_conf: PathBuf,
-    pub(super) limits: Limits,
+    pub(super) limits: ForwardLimits,
     /// How long a TCP client is waited for.
-    pub(super) tcp_patience: Duration,
+    pub(super) tcp_idle_timeout: Duration,
 }
 
-impl Default for Surroundings {
-    fn default() -> Surroundings {
-        Surroundings {
+impl Default for ServerOptions {
+    fn default() -> ServerOptions {
+        ServerOptions {
             resolv_conf: "/etc/resolv.conf".into(),
-            limits: Limits::default(),
-            tcp_patience: tcp::PATIENCE,
+            limits: ForwardLimits::default(),
+            tcp_idle_timeout: tcp::IDLE_TIMEOUT,
         }
     }
 }
 
-impl Server {
+impl DnsServer {
     /// Serves `sockets`. Each answer comes from the `table` of that moment, whose addresses come
     /// from the pools of `vip`; while `attached` is false, connections to VIPs would go astray, so the
     /// zone answers SERVFAIL.
@@ -99,32 +99,40 @@ impl Server {
         table: watch::Receiver<Arc<Table>>,
         attached: watch::Receiver<bool>,
         demand: Demand,
-    ) -> Result<Server, DnsError> {
+    ) -> Result<DnsServer, DnsError> {
         let pools: Vec<IpNet> = vip.pools().collect();
-        Server::start_in(Surroundings::default(), sockets, config, &pools, table, attached, demand)
+        DnsServer::start_in(
+            ServerOptions::default(),
+            sockets,
+            config,
+            &pools,
+            table,
+            attached,
+            demand,
+        )
     }
 
     pub(super) fn start_in(
-        surroundings: Surroundings,
+        options: ServerOptions,
         sockets: Sockets,
         config: &DnsConfig,
         pools: &[IpNet],
         table: watch::Receiver<Arc<Table>>,
         attached: watch::Receiver<bool>,
         demand: Demand,
-    ) -> Result<Server, DnsError> {
-        let Surroundings { resolv_conf, limits, tcp_patience } = surroundings;
+    ) -> Result<DnsServer, DnsError> {
+        let ServerOptions { resolv_conf, limits, tcp_idle_timeout } = options;
         let own = sockets.addresses().to_vec();
         let grace = if sockets.were_passed { GRACE } else { Duration::ZERO };
-        let (registry, alarm) = (Registry::default(), Alarm::default());
+        let (registry, alarm) = (UpstreamRegistry::default(), WorkerWakers::default());
         let upstreams = Upstreams::new(config, &own, resolv_conf.clone(), registry.clone());
         let forwarder = Forwarder::new(upstreams, limits);
         probe::start(&forwarder, alarm.clone());
-        let snapshot = Arc::new(Snapshot::new(table.borrow().clone()));
+        let snapshot = Arc::new(TableSnapshot::new(table.borrow().clone()));
         let handler = Arc::new(Handler {
-            ways: RwLock::new(Arc::new(Ways {
+            ways: RwLock::new(Arc::new(Reloadable {
                 zone: Zone::new(config, pools.iter().copied()),
-                clients: Arc::new(Clients::new(config, &own)),
+                clients: Arc::new(Acl::new(config, &own)),
                 forwarder,
             })),
             version: AtomicU64::new(0),
@@ -132,10 +140,10 @@ impl Server {
             snapshot: RwLock::new(snapshot),
             attached,
             demand,
-            told: Told::default(),
-            reliable_by: Instant::now() + grace,
+            usage_limiter: UsageLimiter::default(),
+            ready_by: Instant::now() + grace,
             waiting: Arc::new(Semaphore::new(MAX_WAITING)),
-            origins: Origins::default(),
+            origins: OriginTracker::default(),
             stats: Arc::default(),
         });
 
@@ -147,13 +155,13 @@ impl Server {
         for listener in sockets.tcp {
             let listener = TcpListener::from_std(listener).map_err(DnsError::Start)?;
             let (handler, connections) = (handler.clone(), connections.clone());
-            let (closing, ends) = (closing.subscribe(), Ends(ended.clone()));
+            let (closing, ends) = (closing.subscribe(), ExitNotifier(ended.clone()));
             listeners.spawn(async move {
                 let _ends = ends;
-                tcp::serve(listener, handler, connections, tcp_patience, closing).await;
+                tcp::serve(listener, handler, connections, tcp_idle_timeout, closing).await;
             });
         }
-        let mut server = Server {
+        let mut server = DnsServer {
             handler,
             own,
             resolv_conf,
@@ -178,8 +186,8 @@ impl Server {
         let mailbox = Arc::new(Mailbox::new()?);
         self.mailboxes.push(mailbox.clone());
         self.alarm.add(&mailbox);
-        let (endpoint, stopped) = (Endpoint::new(socket)?, self.stopped.subscribe());
-        let (handler, ends) = (self.handler.clone(), Ends(self.ended.clone()));
+        let (endpoint, stopped) = (UdpEndpoint::new(socket)?, self.stopped.subscribe());
+        let (handler, ends) = (self.handler.clone(), ExitNotifier(self.ended.clone()));
         let runtime = Handle::current();
         let (started, start) = std::sync::mpsc::sync_channel(1);
         let thread = std::thread::Builder::new().name("dns".into()).spawn(move || {
@@ -209,9 +217,9 @@ impl Server {
         let forwarder = Forwarder::new(upstreams, self.limits);
         probe::start(&forwarder, alarm);
         let pools = self.handler.ways().zone.pools().to_vec();
-        let ways = Ways {
+        let ways = Reloadable {
             zone: Zone::new(config, pools),
-            clients: Arc::new(Clients::new(config, &self.own)),
+            clients: Arc::new(Acl::new(config, &self.own)),
             forwarder,
         };
         *self.handler.ways.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(ways);
@@ -219,22 +227,22 @@ impl Server {
     }
 
     /// Who asks this server.
-    pub fn inquirer(&self) -> Inquirer {
+    pub fn debug_client(&self) -> DebugClient {
         let nobody = SocketAddr::from(([127, 0, 0, 1], 53));
         // An address that the host doesn't have yet would give no answer.
         let loopback = self.own.iter().find(|address| address.ip().is_loopback());
         let server = loopback.or(self.own.first()).unwrap_or(&nobody);
-        Inquirer::new(self.handler.clone(), *server)
+        DebugClient::new(self.handler.clone(), *server)
     }
 
     /// What it has counted, and goes on counting.
-    pub fn stats(&self) -> Arc<Stats> {
+    pub fn stats(&self) -> Arc<DnsStats> {
         self.handler.stats.clone()
     }
 
     /// Waits until one of those who serve the sockets has ended, which none does before the stop
     /// but by a fault of ours: then its listener is deaf.
-    pub fn deaf(&self) -> impl Future<Output = ()> + Send + use<> {
+    pub fn listener_failed(&self) -> impl Future<Output = ()> + Send + use<> {
         let mut ended = self.ended.subscribe();
         async move {
             if ended.wait_for(|ended| *ended).await.is_err() {
@@ -271,7 +279,7 @@ impl Server {
     }
 }
 
-impl Drop for Server {
+impl Drop for DnsServer {
     fn drop(&mut self) {
         self.mailboxes.iter().for_each(|mailbox| mailbox.stop());
         self.closing.send_replace(true);
@@ -280,9 +288,9 @@ impl Drop for Server {
 }
 
 /// Tells when it is dropped, in a panic too.
-struct Ends(watch::Sender<bool>);
+struct ExitNotifier(watch::Sender<bool>);
 
-impl Drop for Ends {
+impl Drop for ExitNotifier {
     fn drop(&mut self) {
         self.0.send_replace(true);
     }
@@ -294,13 +302,13 @@ mod tests {
 
     #[tokio::test]
     async fn a_thread_that_panics_is_told_of() {
-        let (ended, mut told) = watch::channel(false);
-        let ends = Ends(ended);
+        let (ended, mut usage_limiter) = watch::channel(false);
+        let ends = ExitNotifier(ended);
         let thread = std::thread::spawn(move || {
             let _ends = ends;
             panic!("as a fault of ours would");
         });
         assert!(thread.join().is_err());
-        assert!(*told.wait_for(|ended| *ended).await.unwrap());
+        assert!(*usage_limiter.wait_for(|ended| *ended).await.unwrap());
     }
 }

@@ -10,7 +10,7 @@ use super::sockets::{Sockets, Transport, n_sockets};
 
 /// What is wrong with the sockets that were passed.
 #[derive(Debug, thiserror::Error)]
-pub enum PassedError {
+pub enum ActivationError {
     /// One is neither a datagram nor a listening stream socket of the internet.
     #[error(
         "systemd passed a socket (number {number}) that DNS can't be served on: {source}; let the \
@@ -36,14 +36,14 @@ pub enum PassedError {
 }
 
 /// Takes the sockets that this process was started with; `None` where there are none.
-pub(super) fn take() -> Result<Option<Sockets>, PassedError> {
+pub(super) fn take() -> Result<Option<Sockets>, ActivationError> {
     let mut passed = ListenFd::from_env();
     if passed.len() == 0 {
         return Ok(None);
     }
     let (mut udp, mut tcp) = (Vec::new(), Vec::new());
     for number in 0..passed.len() {
-        let fault = |source| PassedError::Kind { number, source };
+        let fault = |source| ActivationError::Kind { number, source };
         // One that isn't of this kind stays where it is.
         match passed.take_udp_socket(number) {
             Ok(socket) => udp.extend(socket),
@@ -54,27 +54,29 @@ pub(super) fn take() -> Result<Option<Sockets>, PassedError> {
 }
 
 /// Finds the addresses of `udp` and `tcp`, which have to be the same.
-fn pair(udp: Vec<UdpSocket>, tcp: Vec<TcpListener>) -> Result<Sockets, PassedError> {
+fn pair(udp: Vec<UdpSocket>, tcp: Vec<TcpListener>) -> Result<Sockets, ActivationError> {
     let address = |number, result: io::Result<SocketAddr>| {
-        result.map_err(|source| PassedError::Kind { number, source })
+        result.map_err(|source| ActivationError::Kind { number, source })
     };
     let mut udp_addresses = Vec::new();
     for (number, socket) in udp.iter().enumerate() {
-        socket.set_nonblocking(true).map_err(|source| PassedError::Kind { number, source })?;
+        socket.set_nonblocking(true).map_err(|source| ActivationError::Kind { number, source })?;
         udp_addresses.push(address(number, socket.local_addr())?);
     }
     let mut addresses = Vec::new();
     for (number, listener) in tcp.iter().enumerate() {
-        listener.set_nonblocking(true).map_err(|source| PassedError::Kind { number, source })?;
+        listener
+            .set_nonblocking(true)
+            .map_err(|source| ActivationError::Kind { number, source })?;
         let address = address(number, listener.local_addr())?;
         if !udp_addresses.contains(&address) {
-            return Err(PassedError::Half { address, missing: Transport::Udp });
+            return Err(ActivationError::Half { address, missing: Transport::Udp });
         }
         addresses.push(address);
     }
     for &address in &udp_addresses {
         if !addresses.contains(&address) {
-            return Err(PassedError::Half { address, missing: Transport::Tcp });
+            return Err(ActivationError::Half { address, missing: Transport::Tcp });
         }
     }
     let udp = share(udp, &udp_addresses)?;
@@ -83,14 +85,17 @@ fn pair(udp: Vec<UdpSocket>, tcp: Vec<TcpListener>) -> Result<Sockets, PassedErr
 
 /// Where systemd passed one socket of an address, several threads read it; several of them, which
 /// `ReusePort=yes` allows, have a thread each.
-fn share(sockets: Vec<UdpSocket>, addresses: &[SocketAddr]) -> Result<Vec<UdpSocket>, PassedError> {
+fn share(
+    sockets: Vec<UdpSocket>,
+    addresses: &[SocketAddr],
+) -> Result<Vec<UdpSocket>, ActivationError> {
     let mut shared = Vec::new();
     for (number, (socket, address)) in sockets.into_iter().zip(addresses).enumerate() {
         let n_passed = addresses.iter().filter(|other| *other == address).count();
         let n_more = if n_passed == 1 { n_sockets() - 1 } else { 0 };
         for _ in 0..n_more {
             let clone = socket.try_clone();
-            shared.push(clone.map_err(|source| PassedError::Kind { number, source })?);
+            shared.push(clone.map_err(|source| ActivationError::Kind { number, source })?);
         }
         shared.push(socket);
     }

@@ -8,7 +8,7 @@ use std::os::fd::OwnedFd;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
 use tracing::info;
 
-use super::socket_activation::{self, PassedError};
+use super::socket_activation::{self, ActivationError};
 use crate::config::DnsConfig;
 
 /// How often a port is tried that must be free for both transports, where the kernel may choose.
@@ -76,7 +76,7 @@ pub enum DnsError {
     },
     /// The sockets that systemd passed can't be served.
     #[error(transparent)]
-    Passed(#[from] PassedError),
+    Passed(#[from] ActivationError),
     /// The kernel won't let the sockets be served.
     #[error("can't serve DNS: {0}; raise the limits on open files and threads")]
     Start(#[source] io::Error),

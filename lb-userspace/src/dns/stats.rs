@@ -1,17 +1,13 @@
-//! What the DNS server counts, for metrics.
+//! Counters of the DNS server, for metrics.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use hickory_proto::op::ResponseCode;
 
-use super::encode::Code;
-
-/// What is counted, by the names that IANA's registry of DNS parameters has for response codes;
-/// `other` for those that no resolver of today answers with, so that nobody can make labels without
-/// end. The last two got no answer: what was no question, and what came from a client beyond its
-/// rate.
-const COUNTED: [&str; 11] = [
+/// The labels of the counters: response codes by their names in IANA's registry of DNS parameters,
+/// `other` for all further ones, so that the number of labels is bounded, and the [`Dropped`] messages.
+const LABELS: [&str; 11] = [
     "NOERROR",
     "FORMERR",
     "SERVFAIL",
@@ -25,57 +21,51 @@ const COUNTED: [&str; 11] = [
     "limited",
 ];
 
-/// The answers since the daemon started, forwarded ones included, and the messages that got none.
-#[derive(Debug, Default)]
-pub struct Stats {
-    counts: [AtomicU64; COUNTED.len()],
+/// Why a message got no response; each is the place of its label.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Dropped {
+    /// It was no query.
+    Malformed = 9,
+    /// Its client exceeds `dns.client_rate`.
+    RateLimited = 10,
 }
 
-impl Stats {
-    /// Counts an answer by its response code, such as `NXDOMAIN`, or a message without one as
-    /// `malformed` or `limited`.
-    pub fn count(&self, what: &str) {
-        let place = COUNTED.iter().position(|counted| *counted == what);
-        // `other`
-        let place = place.unwrap_or(COUNTED.len() - 3);
-        self.counts[place].fetch_add(1, Ordering::Relaxed);
-    }
+/// The responses since the daemon started, forwarded ones included, and the messages without one.
+#[derive(Debug, Default)]
+pub struct DnsStats {
+    counts: [AtomicU64; LABELS.len()],
+}
 
-    /// The counts that aren't 0, by what was counted.
+impl DnsStats {
+    /// The counters that aren't 0, by label.
     pub fn snapshot(&self) -> BTreeMap<String, u64> {
-        COUNTED
+        LABELS
             .iter()
             .zip(&self.counts)
-            .map(|(name, count)| ((*name).to_owned(), count.load(Ordering::Relaxed)))
+            .map(|(label, count)| ((*label).to_owned(), count.load(Ordering::Relaxed)))
             .filter(|(_, count)| *count > 0)
             .collect()
     }
 
-    /// Counts an answer of our own.
-    pub(super) fn count_own(&self, code: Code) {
-        self.count(match code {
-            Code::NoError => "NOERROR",
-            Code::FormErr => "FORMERR",
-            Code::ServFail => "SERVFAIL",
-            Code::NxDomain => "NXDOMAIN",
-            Code::NotImp => "NOTIMP",
-            Code::Refused => "REFUSED",
-            Code::BadVers => "BADVERS",
-        });
+    /// Counts a response, our own or another resolver's.
+    pub(super) fn count(&self, code: ResponseCode) {
+        let idx = match code {
+            ResponseCode::NoError => 0,
+            ResponseCode::FormErr => 1,
+            ResponseCode::ServFail => 2,
+            ResponseCode::NXDomain => 3,
+            ResponseCode::NotImp => 4,
+            ResponseCode::Refused => 5,
+            ResponseCode::BADVERS => 6,
+            ResponseCode::YXDomain => 7,
+            _ => 8,
+        };
+        self.counts[idx].fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Counts an answer of another resolver.
-    pub(super) fn count_forwarded(&self, code: ResponseCode) {
-        self.count(match code {
-            ResponseCode::NoError => "NOERROR",
-            ResponseCode::FormErr => "FORMERR",
-            ResponseCode::ServFail => "SERVFAIL",
-            ResponseCode::NXDomain => "NXDOMAIN",
-            ResponseCode::NotImp => "NOTIMP",
-            ResponseCode::Refused => "REFUSED",
-            ResponseCode::YXDomain => "YXDOMAIN",
-            _ => "other",
-        });
+    /// Counts a message without a response.
+    pub(super) fn count_dropped(&self, why: Dropped) {
+        self.counts[why as usize].fetch_add(1, Ordering::Relaxed);
     }
 }
 
@@ -85,15 +75,16 @@ mod tests {
 
     #[test]
     fn every_label_is_bounded() {
-        let stats = Stats::default();
-        stats.count("NXDOMAIN");
-        stats.count("NXDOMAIN");
-        stats.count("limited");
-        stats.count("whatever");
-        stats.count_own(Code::BadVers);
-        stats.count_forwarded(ResponseCode::Unknown(3000));
+        let stats = DnsStats::default();
+        stats.count(ResponseCode::NXDomain);
+        stats.count(ResponseCode::NXDomain);
+        stats.count_dropped(Dropped::Malformed);
+        stats.count_dropped(Dropped::RateLimited);
+        stats.count(ResponseCode::BADVERS);
+        stats.count(ResponseCode::Unknown(3000));
         let counted: Vec<_> = stats.snapshot().into_iter().collect();
-        let expected = [("BADVERS", 1), ("NXDOMAIN", 2), ("limited", 1), ("other", 2)];
+        let expected =
+            [("BADVERS", 1), ("NXDOMAIN", 2), ("limited", 1), ("malformed", 1), ("other", 1)];
         assert_eq!(counted, expected.map(|(name, n)| (name.to_owned(), n)));
     }
 }

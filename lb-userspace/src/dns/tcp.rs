@@ -34,30 +34,27 @@ const MAX_PIPELINED: usize = 8;
 
 /// How long a client may take to send a question, counted from the last answer while none is under
 /// way, and to take an answer.
-pub(super) const PATIENCE: Duration = Duration::from_secs(10);
+pub(super) const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long a listener rests that can't accept, such as for want of file descriptors.
-const REST: Duration = Duration::from_millis(100);
-
-/// Whose a connection is: this host's, or that of another client, by its party.
-type Owner = Option<u64>;
+const BACKOFF: Duration = Duration::from_millis(100);
 
 /// The connections that are open.
 #[derive(Debug, Default)]
 pub(super) struct Connections {
-    open: Mutex<Open>,
+    open: Mutex<ConnectionTable>,
 }
 
 /// Each by its number, in the order in which they came.
 #[derive(Debug, Default)]
-struct Open {
+struct ConnectionTable {
     last: u64,
-    by_number: BTreeMap<u64, Connection>,
+    by_number: BTreeMap<u64, ConnectionEntry>,
 }
 
 #[derive(Debug)]
-struct Connection {
-    owner: Owner,
+struct ConnectionEntry {
+    owner: Option<u64>,
     /// Since when it waits for a question; `None` while one is answered.
     idle_since: Option<Instant>,
     /// Ends it.
@@ -66,7 +63,7 @@ struct Connection {
 
 /// One of the connections, until it is dropped.
 #[derive(Debug)]
-struct Place {
+struct ConnectionGuard {
     connections: Arc<Connections>,
     number: u64,
     end: Arc<Notify>,
@@ -74,29 +71,30 @@ struct Place {
 
 impl Connections {
     /// A place for one more, for which an idle one may have to go; `None` where all are busy.
-    fn place(self: &Arc<Self>, owner: Owner) -> Option<Place> {
+    fn place(self: &Arc<Self>, owner: Option<u64>) -> Option<ConnectionGuard> {
         let mut open = self.lock();
         if owner.is_some() {
-            open.make_room(MAX_CONNECTIONS_EACH, |other| other == owner)?;
+            open.evict_for(MAX_CONNECTIONS_EACH, |other| other == owner)?;
         }
-        open.make_room(MAX_CONNECTIONS, |other| other.is_some() == owner.is_some())?;
+        open.evict_for(MAX_CONNECTIONS, |other| other.is_some() == owner.is_some())?;
         open.last += 1;
         let (number, end) = (open.last, Arc::new(Notify::new()));
-        let connection = Connection { owner, idle_since: Some(Instant::now()), end: end.clone() };
+        let connection =
+            ConnectionEntry { owner, idle_since: Some(Instant::now()), end: end.clone() };
         open.by_number.insert(number, connection);
         drop(open);
-        Some(Place { connections: Arc::clone(self), number, end })
+        Some(ConnectionGuard { connections: Arc::clone(self), number, end })
     }
 
-    fn lock(&self) -> MutexGuard<'_, Open> {
+    fn lock(&self) -> MutexGuard<'_, ConnectionTable> {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Open {
+impl ConnectionTable {
     /// Sees to it that fewer than `most` are open of those whose owners are `such`; `None` where none
     /// of them is idle.
-    fn make_room(&mut self, most: usize, such: impl Fn(Owner) -> bool) -> Option<()> {
+    fn evict_for(&mut self, most: usize, such: impl Fn(Option<u64>) -> bool) -> Option<()> {
         let those = || self.by_number.iter().filter(|(_, connection)| such(connection.owner));
         if those().count() < most {
             return Some(());
@@ -109,7 +107,7 @@ impl Open {
     }
 }
 
-impl Place {
+impl ConnectionGuard {
     /// Says whether a question is being answered. Returns whether the place is still there.
     fn set_busy(&self, is_busy: bool) -> bool {
         let mut open = self.connections.lock();
@@ -119,7 +117,7 @@ impl Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for ConnectionGuard {
     fn drop(&mut self) {
         self.connections.lock().by_number.remove(&self.number);
     }
@@ -144,7 +142,7 @@ pub(super) async fn serve(
             Ok(accepted) => accepted,
             Err(error) => {
                 warn!("a DNS connection can't be accepted: {error}");
-                tokio::time::sleep(REST).await;
+                tokio::time::sleep(BACKOFF).await;
                 continue;
             }
         };
@@ -159,7 +157,9 @@ pub(super) async fn serve(
         };
         let (handler, stops) = (Arc::clone(&handler), stops.clone());
         open.spawn(async move {
-            if let Err(error) = converse(stream, client, &handler, &place, patience, stops).await {
+            if let Err(error) =
+                serve_connection(stream, client, &handler, &place, patience, stops).await
+            {
                 debug!(%client, %error, "a connection ended");
             }
         });
@@ -169,11 +169,11 @@ pub(super) async fn serve(
 }
 
 /// Answers what a client asks. One that doesn't go on sending and reading is cut off.
-async fn converse(
+async fn serve_connection(
     stream: TcpStream,
     client: IpAddr,
     handler: &Arc<Handler>,
-    place: &Place,
+    place: &ConnectionGuard,
     patience: Duration,
     mut stops: watch::Receiver<bool>,
 ) -> io::Result<()> {
@@ -243,11 +243,11 @@ async fn read(stream: &mut OwnedReadHalf) -> io::Result<Vec<u8>> {
 
 impl Handler {
     /// Whose a connection of this client's is; `None` where it isn't served.
-    fn owner(&self, client: IpAddr) -> Option<Owner> {
+    fn owner(&self, client: IpAddr) -> Option<Option<u64>> {
         let clients = self.clients();
         match clients.is_own(client) {
             true => Some(None),
-            false => clients.is_served(client).then(|| Some(acl::party(client))),
+            false => clients.is_served(client).then(|| Some(acl::client_key(client))),
         }
     }
 
@@ -268,7 +268,8 @@ mod tests {
     fn who_makes_room_for_whom() {
         let connections = Arc::new(Connections::default());
         let place = |owner| connections.place(owner);
-        let is_open = |place: &Place| connections.lock().by_number.contains_key(&place.number);
+        let is_open =
+            |place: &ConnectionGuard| connections.lock().by_number.contains_key(&place.number);
         let host: Vec<_> = (0..MAX_CONNECTIONS).map(|_| place(None).unwrap()).collect();
         // Four clients take all that there is for others.
         let mut others = Vec::new();

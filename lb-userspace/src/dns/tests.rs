@@ -15,9 +15,9 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-use super::relay::Limits;
-use super::server::Surroundings;
-use super::{Origin, Server, Sockets, State, Transport, bind};
+use super::relay::ForwardLimits;
+use super::server::ServerOptions;
+use super::{AnswerOrigin, DnsServer, Sockets, Transport, UpstreamState, bind};
 use crate::catalog::Demand;
 use crate::config::{Config, DnsConfig, Forward};
 use crate::table::{Ports, Protocols, Service, Table};
@@ -30,7 +30,7 @@ const LONG: Duration = Duration::from_secs(10);
 
 /// A server, and what it depends on.
 struct Rig {
-    server: Server,
+    server: DnsServer,
     address: SocketAddr,
     table: watch::Sender<Arc<Table>>,
     attached: watch::Sender<bool>,
@@ -41,21 +41,21 @@ impl Rig {
     async fn new(servers: &[SocketAddr]) -> Rig {
         let forward = Forward::Servers(servers.to_vec());
         let config = DnsConfig { forward, ..Config::default().dns };
-        Rig::with(config, Surroundings::default()).await
+        Rig::with(config, ServerOptions::default()).await
     }
 
-    async fn with(config: DnsConfig, surroundings: Surroundings) -> Rig {
-        Rig::with_demand(config, surroundings, Demand::default()).await
+    async fn with(config: DnsConfig, options: ServerOptions) -> Rig {
+        Rig::with_demand(config, options, Demand::default()).await
     }
 
-    async fn with_demand(mut config: DnsConfig, surroundings: Surroundings, demand: Demand) -> Rig {
+    async fn with_demand(mut config: DnsConfig, options: ServerOptions, demand: Demand) -> Rig {
         config.listen = vec![SocketAddr::from(([127, 0, 0, 1], 0))];
         let sockets = bind(&config).await.unwrap();
         let address = sockets.addresses()[0];
         let (table, table_rx) = watch::channel(Arc::new(web(1)));
         let (attached, attached_rx) = watch::channel(true);
         let server =
-            Server::start_in(surroundings, sockets, &config, &[], table_rx, attached_rx, demand)
+            DnsServer::start_in(options, sockets, &config, &[], table_rx, attached_rx, demand)
                 .unwrap();
         Rig { server, address, table, attached }
     }
@@ -140,15 +140,15 @@ async fn read_message(stream: &mut TcpStream) -> std::io::Result<Vec<u8>> {
 }
 
 /// A resolver that answers as the test wants, over UDP and TCP, until it is dropped.
-struct Upstream {
+struct FakeUpstream {
     address: SocketAddr,
     asked: mpsc::UnboundedReceiver<(Transport, Message)>,
     _tasks: JoinSet<()>,
 }
 
-impl Upstream {
+impl FakeUpstream {
     /// A resolver whose messages for each question come from `answers`.
-    async fn new<F>(answers: F) -> Upstream
+    async fn new<F>(answers: F) -> FakeUpstream
     where
         F: Fn(Transport, &Message) -> Vec<Message> + Clone + Send + 'static,
     {
@@ -166,17 +166,17 @@ impl Upstream {
             let listener = TcpListener::from_std(listener).unwrap();
             tasks.spawn(Self::serve_tcp(listener, answers.clone(), sender.clone()));
         }
-        Upstream { address, asked, _tasks: tasks }
+        FakeUpstream { address, asked, _tasks: tasks }
     }
 
     /// A resolver that knows one address, for every name.
-    async fn of(ip: [u8; 4]) -> Upstream {
-        Upstream::new(move |_, asked| vec![answer(asked, ip)]).await
+    async fn of(ip: [u8; 4]) -> FakeUpstream {
+        FakeUpstream::new(move |_, asked| vec![answer(asked, ip)]).await
     }
 
     /// A resolver that hears and says nothing.
-    async fn silent() -> Upstream {
-        Upstream::new(|_, _| Vec::new()).await
+    async fn silent() -> FakeUpstream {
+        FakeUpstream::new(|_, _| Vec::new()).await
     }
 
     async fn serve_udp<F>(
@@ -249,9 +249,9 @@ fn long_answer(asked: &Message, n: usize) -> Message {
     message
 }
 
-fn quick() -> Surroundings {
-    let limits = Limits { patience: Duration::from_millis(200), ..Limits::default() };
-    Surroundings { limits, ..Surroundings::default() }
+fn quick() -> ServerOptions {
+    let limits = ForwardLimits { patience: Duration::from_millis(200), ..ForwardLimits::default() };
+    ServerOptions { limits, ..ServerOptions::default() }
 }
 
 #[tokio::test]
@@ -362,7 +362,7 @@ async fn malformed_messages_do_no_harm() {
 
 #[tokio::test]
 async fn other_names_are_forwarded_as_they_came() {
-    let mut upstream = Upstream::new(|_, asked| {
+    let mut upstream = FakeUpstream::new(|_, asked| {
         let mut message = answer(asked, [192, 0, 2, 7]);
         message.metadata.response_code = ResponseCode::NXDomain;
         message.metadata.authentic_data = true;
@@ -409,7 +409,7 @@ async fn other_names_are_forwarded_as_they_came() {
 
 #[tokio::test]
 async fn wrong_answers_are_ignored() {
-    let upstream = Upstream::new(|_, asked| {
+    let upstream = FakeUpstream::new(|_, asked| {
         let mut wrong_id = answer(asked, [192, 0, 2, 66]);
         wrong_id.metadata.id ^= 1;
         let mut wrong_question = answer(asked, [192, 0, 2, 67]);
@@ -424,7 +424,7 @@ async fn wrong_answers_are_ignored() {
 
 #[tokio::test]
 async fn a_truncated_answer_is_passed_on_and_tcp_gets_it_all() {
-    let upstream = Upstream::new(|transport, asked| {
+    let upstream = FakeUpstream::new(|transport, asked| {
         let full = long_answer(asked, 20);
         vec![if transport == Transport::Udp { full.truncate() } else { full }]
     })
@@ -441,7 +441,7 @@ async fn a_truncated_answer_is_passed_on_and_tcp_gets_it_all() {
 #[tokio::test]
 async fn udp_answers_keep_to_the_clients_size() {
     // This resolver gives its own size as 512, as some do, whatever it sends.
-    let upstream = Upstream::new(|_, asked| {
+    let upstream = FakeUpstream::new(|_, asked| {
         let mut message = long_answer(asked, 3);
         message.edns = asked.edns.clone().map(|mut edns| {
             edns.set_max_payload(512);
@@ -466,10 +466,10 @@ async fn udp_answers_keep_to_the_clients_size() {
 #[tokio::test]
 async fn the_next_resolver_stands_in() {
     let closed = UdpSocket::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
-    let refusing = Upstream::new(|_, asked| vec![code(asked, ResponseCode::Refused)]).await;
-    let failing = Upstream::new(|_, asked| vec![code(asked, ResponseCode::ServFail)]).await;
-    let silent = Upstream::silent().await;
-    let good = Upstream::of([192, 0, 2, 7]).await;
+    let refusing = FakeUpstream::new(|_, asked| vec![code(asked, ResponseCode::Refused)]).await;
+    let failing = FakeUpstream::new(|_, asked| vec![code(asked, ResponseCode::ServFail)]).await;
+    let silent = FakeUpstream::silent().await;
+    let good = FakeUpstream::of([192, 0, 2, 7]).await;
     let (refusing, failing) = (refusing.address, failing.address);
     let (silent, good) = (silent.address, good.address);
     let rows: [(&[SocketAddr], &str); 8] = [
@@ -493,9 +493,9 @@ async fn the_next_resolver_stands_in() {
 #[tokio::test]
 async fn routes_go_by_the_longest_suffix() {
     let (consul, dc2, other) = (
-        Upstream::of([192, 0, 2, 1]).await,
-        Upstream::of([192, 0, 2, 2]).await,
-        Upstream::of([192, 0, 2, 3]).await,
+        FakeUpstream::of([192, 0, 2, 1]).await,
+        FakeUpstream::of([192, 0, 2, 2]).await,
+        FakeUpstream::of([192, 0, 2, 3]).await,
     );
     let config = DnsConfig {
         forward: Forward::Servers(vec![other.address]),
@@ -514,7 +514,8 @@ async fn routes_go_by_the_longest_suffix() {
 
 #[tokio::test]
 async fn what_is_reconfigured_counts_from_the_next_question_on() {
-    let (first, second) = (Upstream::of([192, 0, 2, 1]).await, Upstream::of([192, 0, 2, 2]).await);
+    let (first, second) =
+        (FakeUpstream::of([192, 0, 2, 1]).await, FakeUpstream::of([192, 0, 2, 2]).await);
     let rig = Rig::new(&[first.address]).await;
     assert_eq!(rig.lookup("example.com.").await, "NoError 192.0.2.1");
     let forward = Forward::Servers(vec![second.address]);
@@ -542,7 +543,7 @@ async fn nothing_is_forwarded_to_ourselves() {
     let (table, table_rx) = watch::channel(Arc::new(web(1)));
     let (attached, attached_rx) = watch::channel(true);
     let (vip, demand) = (Config::default().vip, Demand::default());
-    let server = Server::start(sockets, &config, &vip, table_rx, attached_rx, demand).unwrap();
+    let server = DnsServer::start(sockets, &config, &vip, table_rx, attached_rx, demand).unwrap();
     let rig = Rig { server, address, table, attached };
     // At once, so not after the patience for a resolver that doesn't answer.
     for name in ["example.com.", "web.service.consul."] {
@@ -555,8 +556,8 @@ async fn nothing_is_forwarded_to_ourselves() {
 async fn resolv_conf_without_a_nameserver_fails_at_once() {
     let dir = tempfile::tempdir().unwrap();
     for resolv_conf in [dir.path().join("absent"), PathBuf::from("/dev/null")] {
-        let surroundings = Surroundings { resolv_conf, ..Surroundings::default() };
-        let rig = Rig::with(Config::default().dns, surroundings).await;
+        let options = ServerOptions { resolv_conf, ..ServerOptions::default() };
+        let rig = Rig::with(Config::default().dns, options).await;
         let answer = timeout(Duration::from_secs(1), rig.lookup("example.com.")).await.unwrap();
         assert_eq!(answer, "ServFail");
         assert_eq!(rig.lookup("web.service.").await, "NoError 127.128.0.1");
@@ -565,11 +566,11 @@ async fn resolv_conf_without_a_nameserver_fails_at_once() {
 
 #[tokio::test]
 async fn what_is_in_flight_is_bounded_and_the_oldest_goes_first() {
-    let mut silent = Upstream::silent().await;
+    let mut silent = FakeUpstream::silent().await;
     let config =
         DnsConfig { forward: Forward::Servers(vec![silent.address]), ..Config::default().dns };
-    let limits = Limits { patience: LONG, max_waiting: 1, ..Limits::default() };
-    let rig = Rig::with(config, Surroundings { limits, ..Surroundings::default() }).await;
+    let limits = ForwardLimits { patience: LONG, max_waiting: 1, ..ForwardLimits::default() };
+    let rig = Rig::with(config, ServerOptions { limits, ..ServerOptions::default() }).await;
 
     // From one socket, so that one thread has both.
     let client = UdpSocket::bind("127.0.0.1:0").await.unwrap();
@@ -589,7 +590,7 @@ async fn what_is_in_flight_is_bounded_and_the_oldest_goes_first() {
 #[tokio::test]
 async fn answers_over_udp_fit_into_one_packet() {
     // This resolver sends as much as the client takes, whatever it is told.
-    let mut upstream = Upstream::new(|_, asked| vec![long_answer(asked, 15)]).await;
+    let mut upstream = FakeUpstream::new(|_, asked| vec![long_answer(asked, 15)]).await;
     let rig = Rig::new(&[upstream.address]).await;
     for (name, is_truncated) in [("example.com.", true), ("web.service.", false)] {
         let asked = with_edns(query(name, RecordType::TXT), 0, 4096);
@@ -605,7 +606,7 @@ async fn answers_over_udp_fit_into_one_packet() {
 
 #[tokio::test]
 async fn a_stop_frees_the_port() {
-    let mut silent = Upstream::silent().await;
+    let mut silent = FakeUpstream::silent().await;
     let rig = Rig::new(&[silent.address]).await;
     // A forward under way, and a TCP connection that stays open.
     let waiting = UdpSocket::bind("127.0.0.1:0").await.unwrap();
@@ -623,9 +624,9 @@ async fn a_stop_frees_the_port() {
 
 #[tokio::test]
 async fn tcp_clients_that_dawdle_are_cut_off() {
-    let surroundings =
-        Surroundings { tcp_patience: Duration::from_millis(200), ..Surroundings::default() };
-    let rig = Rig::with(Config::default().dns, surroundings).await;
+    let options =
+        ServerOptions { tcp_idle_timeout: Duration::from_millis(200), ..ServerOptions::default() };
+    let rig = Rig::with(Config::default().dns, options).await;
     let question = query("web.service.", RecordType::A).to_vec().unwrap();
     let half = [&[0, question.len() as u8], &question[..20]].concat();
     for begun in [&[][..], &[0], &half] {
@@ -639,7 +640,7 @@ async fn tcp_clients_that_dawdle_are_cut_off() {
 
 #[tokio::test]
 async fn a_slow_name_holds_up_no_other_on_its_connection() {
-    let mut silent = Upstream::silent().await;
+    let mut silent = FakeUpstream::silent().await;
     let rig = Rig::new(&[silent.address]).await;
     let mut stream = TcpStream::connect(rig.address).await.unwrap();
     // As many as are answered at one time, but for one; the last name is ours.
@@ -658,7 +659,7 @@ async fn a_slow_name_holds_up_no_other_on_its_connection() {
 
 #[tokio::test]
 async fn a_tcp_client_that_ended_its_side_gets_its_answers() {
-    let upstream = Upstream::of([192, 0, 2, 7]).await;
+    let upstream = FakeUpstream::of([192, 0, 2, 7]).await;
     let rig = Rig::new(&[upstream.address]).await;
     let mut stream = TcpStream::connect(rig.address).await.unwrap();
     for name in ["example.com.", "web.service.", "example.org."] {

@@ -21,7 +21,7 @@ const BATCH: usize = 32;
 
 /// A socket that is served.
 #[derive(Debug)]
-pub(super) struct Endpoint {
+pub(super) struct UdpEndpoint {
     socket: UdpSocket,
     /// Whether it is bound to every address, so that each message says to which it came.
     takes_any: bool,
@@ -29,32 +29,32 @@ pub(super) struct Endpoint {
 
 /// The address of ours that a message came to, where the socket has several.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum To {
+pub(super) enum LocalAddress {
     Bound,
     V4(nix::libc::in_pktinfo),
     V6(nix::libc::in6_pktinfo),
 }
 
 /// Buffers for what clients send.
-pub(super) struct Inbox {
+pub(super) struct RecvBatch {
     buffers: Vec<u8>,
     headers: MultiHeaders<SockaddrStorage>,
     /// The length of each message that was received, who sent it, and where to.
-    pub(super) received: Vec<(usize, SocketAddr, To)>,
+    pub(super) received: Vec<(usize, SocketAddr, LocalAddress)>,
 }
 
 /// Answers that wait to be sent.
 #[derive(Debug, Default)]
-pub(super) struct Outbox {
+pub(super) struct SendBatch {
     bytes: Vec<u8>,
-    answers: Vec<(std::ops::Range<usize>, SocketAddr, To)>,
+    answers: Vec<(std::ops::Range<usize>, SocketAddr, LocalAddress)>,
 }
 
-impl Inbox {
+impl RecvBatch {
     /// Empty ones.
-    pub(super) fn new() -> Inbox {
+    pub(super) fn new() -> RecvBatch {
         let control = nix::cmsg_space!(nix::libc::in_pktinfo, nix::libc::in6_pktinfo);
-        Inbox {
+        RecvBatch {
             buffers: vec![0; BATCH * MAX_QUESTION_LEN],
             headers: MultiHeaders::preallocate(BATCH, Some(control)),
             received: Vec::new(),
@@ -68,27 +68,27 @@ impl Inbox {
     }
 }
 
-impl Outbox {
+impl SendBatch {
     /// Adds an answer.
-    pub(super) fn push(&mut self, message: &[u8], client: SocketAddr, from: To) {
+    pub(super) fn push(&mut self, message: &[u8], client: SocketAddr, from: LocalAddress) {
         let begin = self.bytes.len();
         self.bytes.extend_from_slice(message);
         self.answers.push((begin..self.bytes.len(), client, from));
     }
 }
 
-impl AsFd for Endpoint {
+impl AsFd for UdpEndpoint {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
 }
 
-impl Endpoint {
+impl UdpEndpoint {
     /// Makes `socket` ready.
     ///
     /// # Errors
     /// Where the kernel won't.
-    pub(super) fn new(socket: UdpSocket) -> io::Result<Endpoint> {
+    pub(super) fn new(socket: UdpSocket) -> io::Result<UdpEndpoint> {
         socket.set_nonblocking(true)?;
         let address = socket.local_addr()?;
         match address.ip() {
@@ -96,14 +96,14 @@ impl Endpoint {
             IpAddr::V4(_) => setsockopt(&socket, sockopt::Ipv4PacketInfo, &true)?,
             IpAddr::V6(_) => setsockopt(&socket, sockopt::Ipv6RecvPacketInfo, &true)?,
         }
-        Ok(Endpoint { socket, takes_any: address.ip().is_unspecified() })
+        Ok(UdpEndpoint { socket, takes_any: address.ip().is_unspecified() })
     }
 
     /// Receives the messages that have come, as many as fit.
     ///
     /// # Errors
     /// Where there is none, or the socket can't be read.
-    pub(super) fn receive(&self, inbox: &mut Inbox) -> io::Result<()> {
+    pub(super) fn receive(&self, inbox: &mut RecvBatch) -> io::Result<()> {
         inbox.received.clear();
         let mut buffers: Vec<[IoSliceMut<'_>; 1]> = inbox
             .buffers
@@ -113,12 +113,12 @@ impl Endpoint {
         let (fd, flags) = (self.socket.as_raw_fd(), MsgFlags::MSG_DONTWAIT);
         for message in recvmmsg(fd, &mut inbox.headers, &mut buffers, flags, None)? {
             let client = message.address.as_ref().and_then(socket_address);
-            let mut to = To::Bound;
+            let mut to = LocalAddress::Bound;
             if self.takes_any {
                 for control in message.cmsgs()? {
                     match control {
-                        ControlMessageOwned::Ipv4PacketInfo(info) => to = To::V4(info),
-                        ControlMessageOwned::Ipv6PacketInfo(info) => to = To::V6(info),
+                        ControlMessageOwned::Ipv4PacketInfo(info) => to = LocalAddress::V4(info),
+                        ControlMessageOwned::Ipv6PacketInfo(info) => to = LocalAddress::V6(info),
                         _ => {}
                     }
                 }
@@ -131,9 +131,10 @@ impl Endpoint {
     }
 
     /// Sends all answers. What the kernel can't take now is lost: the client asks again.
-    pub(super) fn flush(&self, outbox: &mut Outbox) {
-        let bound =
-            |answer: &(std::ops::Range<usize>, SocketAddr, To)| matches!(answer.2, To::Bound);
+    pub(super) fn flush(&self, outbox: &mut SendBatch) {
+        let bound = |answer: &(std::ops::Range<usize>, SocketAddr, LocalAddress)| {
+            matches!(answer.2, LocalAddress::Bound)
+        };
         for batch in outbox.answers.chunk_by(|one, other| bound(one) && bound(other)) {
             for batch in batch.chunks(BATCH) {
                 self.send_batch(&outbox.bytes, batch);
@@ -143,7 +144,11 @@ impl Endpoint {
         outbox.answers.clear();
     }
 
-    fn send_batch(&self, bytes: &[u8], batch: &[(std::ops::Range<usize>, SocketAddr, To)]) {
+    fn send_batch(
+        &self,
+        bytes: &[u8],
+        batch: &[(std::ops::Range<usize>, SocketAddr, LocalAddress)],
+    ) {
         if let [(range, client, from)] = batch {
             return self.send(&bytes[range.clone()], *client, *from);
         }
@@ -176,15 +181,15 @@ impl Endpoint {
 
     /// Sends an answer, from the address that was asked. It is lost where the kernel can't take it
     /// now: the client asks again.
-    pub(super) fn send(&self, bytes: &[u8], client: SocketAddr, from: To) {
+    pub(super) fn send(&self, bytes: &[u8], client: SocketAddr, from: LocalAddress) {
         let sent = match from {
-            To::Bound => self.socket.send_to(bytes, client),
-            To::V4(mut info) => {
+            LocalAddress::Bound => self.socket.send_to(bytes, client),
+            LocalAddress::V4(mut info) => {
                 // The address counts; the way is the kernel's to choose.
                 info.ipi_ifindex = 0;
                 self.send_from(bytes, client, ControlMessage::Ipv4PacketInfo(&info))
             }
-            To::V6(mut info) => {
+            LocalAddress::V6(mut info) => {
                 let is_link_local = info.ipi6_addr.s6_addr[..2] == [0xfe, 0x80];
                 if !is_link_local {
                     info.ipi6_ifindex = 0;

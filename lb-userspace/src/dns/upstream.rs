@@ -15,13 +15,13 @@ use super::sockets::Transport;
 /// How many threads count apart, so that they don't contend for one cache line.
 const N_SHARDS: usize = 8;
 
-/// The ends of the buckets of [`Reading::seconds`], in microseconds.
+/// The ends of the buckets of [`UpstreamStats::seconds`], in microseconds.
 pub const BUCKETS_US: [u64; 12] =
     [250, 500, 1_000, 2_500, 5_000, 10_000, 25_000, 50_000, 100_000, 250_000, 500_000, 1_000_000];
 
 /// Whether an upstream answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum State {
+pub enum UpstreamState {
     /// It answers, as far as is known.
     Up,
     /// It left a question unanswered and has answered nothing since: a probe decides.
@@ -30,20 +30,20 @@ pub enum State {
     Out,
 }
 
-impl State {
+impl UpstreamState {
     /// The word for it in status and metrics.
     pub fn word(self) -> &'static str {
         match self {
-            State::Up => "up",
-            State::Suspect => "suspect",
-            State::Out => "out",
+            UpstreamState::Up => "up",
+            UpstreamState::Suspect => "suspect",
+            UpstreamState::Out => "out",
         }
     }
 }
 
 /// What became of a query to an upstream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Outcome {
+pub(super) enum QueryOutcome {
     /// An answer of use came.
     Answered,
     /// It can't or won't answer: SERVFAIL, REFUSED or NOTIMP.
@@ -54,7 +54,7 @@ pub(super) enum Outcome {
     Unreachable,
 }
 
-/// The words for [`Outcome`] in metrics, in its order.
+/// The words for [`QueryOutcome`] in metrics, in its order.
 const OUTCOMES: [&str; 4] = ["answered", "refused", "timeout", "unreachable"];
 
 /// An upstream resolver, shared by all who ask it.
@@ -64,14 +64,14 @@ pub(super) struct Upstream {
     pub(super) address: SocketAddr,
     /// The instant that times are counted from.
     born: Instant,
-    udp: Health,
-    tcp: Health,
-    shards: [Shard; N_SHARDS],
+    udp: TransportHealth,
+    tcp: TransportHealth,
+    shards: [CounterShard; N_SHARDS],
 }
 
 /// By transport, as there are resolvers that speak no TCP.
 #[derive(Debug, Default)]
-struct Health {
+struct TransportHealth {
     state: AtomicU8,
     /// The last answer, in microseconds since `born`, plus one; 0 before the first.
     answered_us: AtomicU64,
@@ -80,7 +80,7 @@ struct Health {
 /// What one thread counts.
 #[derive(Debug, Default)]
 #[repr(align(128))] // two cache lines: the prefetcher takes pairs
-struct Shard {
+struct CounterShard {
     sent: AtomicU64,
     outcomes: [AtomicU64; OUTCOMES.len()],
     /// Of the answers, by the time they took; the last one is beyond all bounds.
@@ -90,11 +90,11 @@ struct Shard {
 
 /// What is shown of an upstream.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Reading {
+pub struct UpstreamStats {
     /// Where it is asked.
     pub address: SocketAddr,
     /// Whether it answers over UDP.
-    pub state: State,
+    pub state: UpstreamState,
     /// Queries that were sent.
     pub sent: u64,
     /// Queries by result: `answered`, `refused`, `timeout`, `unreachable`.
@@ -119,11 +119,11 @@ impl Upstream {
     }
 
     /// Whether it answers.
-    pub(super) fn state(&self, transport: Transport) -> State {
+    pub(super) fn state(&self, transport: Transport) -> UpstreamState {
         match self.health(transport).state.load(Ordering::Relaxed) {
-            0 => State::Up,
-            1 => State::Suspect,
-            _ => State::Out,
+            0 => UpstreamState::Up,
+            1 => UpstreamState::Suspect,
+            _ => UpstreamState::Out,
         }
     }
 
@@ -137,7 +137,7 @@ impl Upstream {
         &self,
         transport: Transport,
         shard: usize,
-        outcome: Outcome,
+        outcome: QueryOutcome,
         now: Instant,
         took: Duration,
     ) {
@@ -156,45 +156,47 @@ impl Upstream {
         // A millisecond more or less makes no difference; a write for each answer would.
         let now_us = self.us(now);
         if now_us.saturating_sub(health.answered_us.load(Ordering::Relaxed)) > 1000
-            || self.state(transport) != State::Up
+            || self.state(transport) != UpstreamState::Up
         {
             health.answered_us.store(now_us, Ordering::Relaxed);
-            if health.state.swap(State::Up as u8, Ordering::Relaxed) == State::Out as u8 {
+            if health.state.swap(UpstreamState::Up as u8, Ordering::Relaxed)
+                == UpstreamState::Out as u8
+            {
                 tracing::info!("the resolver {} ({transport}) answers again", self.address);
             }
         }
     }
 
     /// Counts a query that got no answer.
-    pub(super) fn failed(&self, shard: usize, outcome: Outcome) {
+    pub(super) fn failed(&self, shard: usize, outcome: QueryOutcome) {
         self.shard(shard).outcomes[outcome as usize].fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Notes that a question which was sent at `asked` has no answer yet, after what usually takes
+    /// Notes that a question which was sent at `sent_at` has no answer yet, after what usually takes
     /// one. Returns whether that makes a suspect of the resolver, which a probe is to decide about.
-    pub(super) fn is_late(&self, transport: Transport, asked: Instant) -> bool {
+    pub(super) fn is_late(&self, transport: Transport, sent_at: Instant) -> bool {
         let health = self.health(transport);
         // What it answered since then shows that it is the name which is slow.
-        if health.answered_us.load(Ordering::Relaxed) >= self.us(asked) {
+        if health.answered_us.load(Ordering::Relaxed) >= self.us(sent_at) {
             return false;
         }
-        let (up, suspect) = (State::Up as u8, State::Suspect as u8);
+        let (up, suspect) = (UpstreamState::Up as u8, UpstreamState::Suspect as u8);
         health.state.compare_exchange(up, suspect, Ordering::Relaxed, Ordering::Relaxed).is_ok()
     }
 
-    /// Notes that a probe which was sent at `asked` got no answer in time. Returns whether the
+    /// Notes that a probe which was sent at `sent_at` got no answer in time. Returns whether the
     /// resolver is out by that.
-    pub(super) fn is_unproven(&self, transport: Transport, asked: Instant) -> bool {
+    pub(super) fn is_unproven(&self, transport: Transport, sent_at: Instant) -> bool {
         let health = self.health(transport);
-        if health.answered_us.load(Ordering::Relaxed) >= self.us(asked) {
+        if health.answered_us.load(Ordering::Relaxed) >= self.us(sent_at) {
             return false;
         }
-        let (suspect, out) = (State::Suspect as u8, State::Out as u8);
+        let (suspect, out) = (UpstreamState::Suspect as u8, UpstreamState::Out as u8);
         let order = Ordering::Relaxed;
         let is_new = health.state.compare_exchange(suspect, out, order, order).is_ok();
         if is_new {
             tracing::warn!(
-                "the resolver {} ({transport}) doesn't answer: it is asked last until it does",
+                "the resolver {} ({transport}) doesn't answer: it is sent_at last until it does",
                 self.address
             );
         }
@@ -202,14 +204,14 @@ impl Upstream {
     }
 
     /// What is shown of it.
-    pub(super) fn read(&self) -> Reading {
-        let sum = |count: fn(&Shard) -> &AtomicU64| {
+    pub(super) fn read(&self) -> UpstreamStats {
+        let sum = |count: fn(&CounterShard) -> &AtomicU64| {
             self.shards.iter().map(|shard| count(shard).load(Ordering::Relaxed)).sum::<u64>()
         };
-        let each = |read: &dyn Fn(&Shard) -> &AtomicU64| {
+        let each = |read: &dyn Fn(&CounterShard) -> &AtomicU64| {
             self.shards.iter().map(|shard| read(shard).load(Ordering::Relaxed)).sum::<u64>()
         };
-        Reading {
+        UpstreamStats {
             address: self.address,
             state: self.state(Transport::Udp),
             sent: sum(|shard| &shard.sent),
@@ -221,14 +223,14 @@ impl Upstream {
         }
     }
 
-    fn health(&self, transport: Transport) -> &Health {
+    fn health(&self, transport: Transport) -> &TransportHealth {
         match transport {
             Transport::Udp => &self.udp,
             Transport::Tcp => &self.tcp,
         }
     }
 
-    fn shard(&self, idx: usize) -> &Shard {
+    fn shard(&self, idx: usize) -> &CounterShard {
         &self.shards[idx % N_SHARDS]
     }
 
@@ -249,24 +251,25 @@ mod tests {
         let took = Duration::from_millis(1);
         let upstream = Upstream::new(SocketAddr::from(([192, 0, 2, 1], 53)), start);
         let state = || upstream.state(Transport::Udp);
-        let answers = |ms| upstream.answered(Transport::Udp, 0, Outcome::Answered, at(ms), took);
+        let answers =
+            |ms| upstream.answered(Transport::Udp, 0, QueryOutcome::Answered, at(ms), took);
         let is_late = |ms| upstream.is_late(Transport::Udp, at(ms));
         let is_unproven = |ms| upstream.is_unproven(Transport::Udp, at(ms));
 
         // Slow names: something else was answered meanwhile, or the probe is.
         answers(10);
-        assert!(!is_late(5) && state() == State::Up);
-        assert!(is_late(20) && state() == State::Suspect);
+        assert!(!is_late(5) && state() == UpstreamState::Up);
+        assert!(is_late(20) && state() == UpstreamState::Suspect);
         assert!(!is_late(21), "it is a suspect already");
         upstream.is_alive(Transport::Udp, at(430));
-        assert!(!is_unproven(420) && state() == State::Up);
+        assert!(!is_unproven(420) && state() == UpstreamState::Up);
 
         // Dead: no time that passes brings it back.
-        assert!(is_late(500) && is_unproven(900) && state() == State::Out);
-        assert!(!is_late(1000) && !is_unproven(100_000_000) && state() == State::Out);
-        assert_eq!(upstream.state(Transport::Tcp), State::Up);
+        assert!(is_late(500) && is_unproven(900) && state() == UpstreamState::Out);
+        assert!(!is_late(1000) && !is_unproven(100_000_000) && state() == UpstreamState::Out);
+        assert_eq!(upstream.state(Transport::Tcp), UpstreamState::Up);
         answers(100_000_001);
-        assert_eq!(state(), State::Up);
+        assert_eq!(state(), UpstreamState::Up);
 
         let reading = upstream.read();
         assert_eq!(reading.results[0], ("answered", 2));
@@ -294,6 +297,6 @@ mod tests {
         let upstream = Upstream::new(SocketAddr::from(([192, 0, 2, 1], 53)), start);
         // A probe for circles that gets lost demotes nobody.
         assert!(!upstream.is_unproven(Transport::Udp, start + Duration::from_secs(1)));
-        assert_eq!(upstream.state(Transport::Udp), State::Up);
+        assert_eq!(upstream.state(Transport::Udp), UpstreamState::Up);
     }
 }

@@ -10,7 +10,7 @@ use tracing::debug;
 
 use super::message::{HEADER_LEN, RD};
 use super::random::Random;
-use super::response::{Received, Unusable};
+use super::response::{ResponseError, UpstreamResponse};
 use super::sockets::Transport;
 
 /// The room for an answer over UDP: more than any resolver is told that we take, as some send more,
@@ -19,40 +19,40 @@ const BUFFER_LEN: usize = 4097;
 
 /// Why a resolver gave no answer.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum ExchangeError {
+pub(super) enum UpstreamQueryError {
     #[error(transparent)]
     Io(#[from] io::Error),
     #[error(transparent)]
-    Unusable(#[from] Unusable),
+    ResponseError(#[from] ResponseError),
 }
 
 /// A query as it goes to a resolver.
 #[derive(Clone, Debug)]
-pub(super) struct Outgoing {
+pub(super) struct UpstreamQuery {
     bytes: Vec<u8>,
     id: u16,
     question_len: usize,
 }
 
-impl Outgoing {
+impl UpstreamQuery {
     /// The query `bytes`, whose question is `question_len` long, under a random id.
-    pub(super) fn new(bytes: Vec<u8>, question_len: usize) -> Outgoing {
-        Outgoing::with_id(bytes, question_len, Random::new().u16())
+    pub(super) fn new(bytes: Vec<u8>, question_len: usize) -> UpstreamQuery {
+        UpstreamQuery::with_id(bytes, question_len, Random::new().u16())
     }
 
     /// The same, under this id.
-    pub(super) fn with_id(mut bytes: Vec<u8>, question_len: usize, id: u16) -> Outgoing {
+    pub(super) fn with_id(mut bytes: Vec<u8>, question_len: usize, id: u16) -> UpstreamQuery {
         for (byte, id_byte) in bytes.iter_mut().zip(id.to_be_bytes()) {
             *byte = id_byte;
         }
-        Outgoing { bytes, id, question_len }
+        UpstreamQuery { bytes, id, question_len }
     }
 
     /// A query for nothing but this question.
-    pub(super) fn of(question: &[u8], recursion_desired: bool) -> Outgoing {
+    pub(super) fn of(question: &[u8], recursion_desired: bool) -> UpstreamQuery {
         let rd = if recursion_desired { RD } else { 0 };
         let header = [0, 0, rd, 0, 0, 1, 0, 0, 0, 0, 0, 0];
-        Outgoing::new([&header, question].concat(), question.len())
+        UpstreamQuery::new([&header, question].concat(), question.len())
     }
 
     /// Asks over UDP or TCP.
@@ -60,7 +60,7 @@ impl Outgoing {
         &self,
         transport: Transport,
         server: SocketAddr,
-    ) -> Result<Received<'static>, ExchangeError> {
+    ) -> Result<UpstreamResponse<'static>, UpstreamQueryError> {
         match transport {
             Transport::Udp => self.over_udp(server).await,
             Transport::Tcp => self.over_tcp(server).await,
@@ -72,7 +72,7 @@ impl Outgoing {
     pub(super) async fn over_udp(
         &self,
         server: SocketAddr,
-    ) -> Result<Received<'static>, ExchangeError> {
+    ) -> Result<UpstreamResponse<'static>, UpstreamQueryError> {
         let local = match server {
             SocketAddr::V4(_) => SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)),
             SocketAddr::V6(_) => SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0)),
@@ -87,7 +87,7 @@ impl Outgoing {
                 buffer[2] |= 0x02; // the kernel cut it off
             }
             match self.check(&buffer[..len]) {
-                Err(error @ (Unusable::Id | Unusable::Question)) => {
+                Err(error @ (ResponseError::Id | ResponseError::Question)) => {
                     debug!(%server, %error, "a message of the resolver is ignored");
                 }
                 checked => return Ok(checked?.into_owned()),
@@ -99,7 +99,7 @@ impl Outgoing {
     pub(super) async fn over_tcp(
         &self,
         server: SocketAddr,
-    ) -> Result<Received<'static>, ExchangeError> {
+    ) -> Result<UpstreamResponse<'static>, UpstreamQueryError> {
         let mut stream = TcpStream::connect(server).await?;
         let len = u16::try_from(self.bytes.len()).map_err(io::Error::other)?;
         let message = [&len.to_be_bytes(), &self.bytes[..]].concat();
@@ -111,11 +111,11 @@ impl Outgoing {
     }
 
     /// Whether `bytes` are an answer to this query, and which.
-    pub(super) fn check<'a>(&self, bytes: &'a [u8]) -> Result<Received<'a>, Unusable> {
+    pub(super) fn check<'a>(&self, bytes: &'a [u8]) -> Result<UpstreamResponse<'a>, ResponseError> {
         if bytes.get(..2) != Some(&self.id.to_be_bytes()) {
-            return Err(Unusable::Id);
+            return Err(ResponseError::Id);
         }
         let question = self.bytes.get(HEADER_LEN..HEADER_LEN + self.question_len);
-        Received::read(bytes, question.unwrap_or_default())
+        UpstreamResponse::read(bytes, question.unwrap_or_default())
     }
 }

@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 
 use tracing::warn;
 
-use super::domain::Suffix;
+use super::domain::Domain;
 use super::interfaces::Interfaces;
-use super::loop_detection::Way;
+use super::loop_detection::UpstreamPath;
 use super::message::WireName;
 use super::resolv_conf::ResolvConf;
 use super::upstream::Upstream;
@@ -26,9 +26,9 @@ const RESOLV_CONF_AGE: Duration = Duration::from_millis(100);
 
 /// The upstreams that are known, by address: what is known of one outlives a reload.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Registry(Arc<Mutex<HashMap<SocketAddr, Arc<Upstream>>>>);
+pub(super) struct UpstreamRegistry(Arc<Mutex<HashMap<SocketAddr, Arc<Upstream>>>>);
 
-impl Registry {
+impl UpstreamRegistry {
     fn get(&self, address: SocketAddr) -> Arc<Upstream> {
         let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let upstream =
@@ -37,7 +37,7 @@ impl Registry {
     }
 
     /// Drops those that aren't asked any more.
-    fn keep(&self, plan: &Plan) {
+    fn keep(&self, plan: &RoutePlan) {
         let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         known.retain(|address, _| plan.upstreams().any(|upstream| upstream.address == *address));
     }
@@ -51,11 +51,11 @@ pub(super) struct Upstreams {
     /// Our own zone, where names that we don't know are forwarded: resolvers may send its names
     /// elsewhere than those around it, such as back to us.
     zone: Option<Arc<str>>,
-    others: Others,
+    others: DefaultUpstreams,
     /// The addresses that we listen on.
     own: Vec<SocketAddr>,
-    registry: Registry,
-    plan: RwLock<Arc<Plan>>,
+    registry: UpstreamRegistry,
+    plan: RwLock<Arc<RoutePlan>>,
     /// Of the plan.
     version: AtomicU64,
     born: Instant,
@@ -65,21 +65,21 @@ pub(super) struct Upstreams {
 
 /// Where all other names go.
 #[derive(Debug)]
-enum Others {
+enum DefaultUpstreams {
     Fixed(Vec<SocketAddr>),
     ResolvConf(Box<ResolvConf>),
 }
 
 /// Who is asked for which names, as of one moment.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Plan {
+pub(super) struct RoutePlan {
     /// The longest domain first; the last one has all names.
-    routes: Vec<(Suffix, Arc<Route>)>,
+    routes: Vec<(Domain, Arc<UpstreamRoute>)>,
 }
 
 /// Where the names of a domain go.
 #[derive(Clone, Debug)]
-pub(super) struct Route {
+pub(super) struct UpstreamRoute {
     /// The domain of `dns.routes`, or the zone; empty for all other names.
     pub(super) domain: Arc<str>,
     /// Whether its names lie in our own zone.
@@ -88,26 +88,26 @@ pub(super) struct Route {
     pub(super) upstreams: Box<[Arc<Upstream>]>,
 }
 
-impl Route {
+impl UpstreamRoute {
     /// The way to one of its upstreams.
-    pub(super) fn way(&self, upstream: &Upstream) -> Way {
-        Way { domain: Arc::clone(&self.domain), server: upstream.address }
+    pub(super) fn path(&self, upstream: &Upstream) -> UpstreamPath {
+        UpstreamPath { domain: Arc::clone(&self.domain), server: upstream.address }
     }
 }
 
-impl Plan {
+impl RoutePlan {
     /// The route for `name`.
-    pub(super) fn of(&self, name: &WireName<'_>) -> Option<&Arc<Route>> {
+    pub(super) fn of(&self, name: &WireName<'_>) -> Option<&Arc<UpstreamRoute>> {
         self.routes.iter().find(|(suffix, _)| suffix.has(name)).map(|(_, route)| route)
     }
 
     /// Every way that a question may take from here.
-    pub(super) fn ways(&self) -> Vec<Way> {
-        let ways = self
+    pub(super) fn paths(&self) -> Vec<UpstreamPath> {
+        let paths = self
             .routes
             .iter()
-            .flat_map(|(_, route)| route.upstreams.iter().map(|upstream| route.way(upstream)));
-        ways.collect()
+            .flat_map(|(_, route)| route.upstreams.iter().map(|upstream| route.path(upstream)));
+        paths.collect()
     }
 
     /// The upstreams of all routes; one that several routes have comes several times.
@@ -116,11 +116,11 @@ impl Plan {
     }
 
     /// A copy whose counts of references no other thread touches.
-    pub(super) fn unshared(&self) -> Plan {
-        let copy = |(suffix, route): &(Suffix, Arc<Route>)| {
-            (suffix.clone(), Arc::new(Route::clone(route)))
+    pub(super) fn unshared(&self) -> RoutePlan {
+        let copy = |(suffix, route): &(Domain, Arc<UpstreamRoute>)| {
+            (suffix.clone(), Arc::new(UpstreamRoute::clone(route)))
         };
-        Plan { routes: self.routes.iter().map(copy).collect() }
+        RoutePlan { routes: self.routes.iter().map(copy).collect() }
     }
 }
 
@@ -130,7 +130,7 @@ impl Upstreams {
         config: &DnsConfig,
         own: &[SocketAddr],
         resolv_conf: PathBuf,
-        registry: Registry,
+        registry: UpstreamRegistry,
     ) -> Upstreams {
         let interfaces = Interfaces::read();
         let is_ours = |server: &SocketAddr| is_ourselves(*server, own, &interfaces);
@@ -145,9 +145,9 @@ impl Upstreams {
             routes.push((Arc::from(domain.trim_matches('.')), *server));
         }
         let others = match &config.forward {
-            Forward::ResolvConf => {
-                Others::ResolvConf(ResolvConf::new(resolv_conf, RESOLVED_UPLINKS.into()).into())
-            }
+            Forward::ResolvConf => DefaultUpstreams::ResolvConf(
+                ResolvConf::new(resolv_conf, RESOLVED_UPLINKS.into()).into(),
+            ),
             Forward::Servers(servers) => {
                 if servers.iter().all(is_ours) {
                     warn!(
@@ -155,7 +155,7 @@ impl Upstreams {
                          fail; name one there, or set it to \"resolv.conf\""
                     );
                 }
-                Others::Fixed(servers.clone())
+                DefaultUpstreams::Fixed(servers.clone())
             }
         };
         let zone = (config.unrouted == Unrouted::Forward)
@@ -181,13 +181,13 @@ impl Upstreams {
     }
 
     /// Who is asked for which names now.
-    pub(super) fn plan(&self) -> Arc<Plan> {
+    pub(super) fn plan(&self) -> Arc<RoutePlan> {
         self.plan.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Takes up a change of resolv.conf, which is looked at ten times a second at most.
     pub(super) fn refresh(&self, now: Instant) {
-        let Others::ResolvConf(file) = &self.others else { return };
+        let DefaultUpstreams::ResolvConf(file) = &self.others else { return };
         let now_us = now.saturating_duration_since(self.born).as_micros() as u64;
         let looked_us = self.looked_us.load(Ordering::Relaxed);
         if now_us.saturating_sub(looked_us) < RESOLV_CONF_AGE.as_micros() as u64 {
@@ -206,15 +206,15 @@ impl Upstreams {
         let route = |domain: &Arc<str>, servers: &[SocketAddr]| {
             let others =
                 servers.iter().filter(|server| !is_ourselves(**server, &self.own, &interfaces));
-            let suffix = Suffix::new(domain);
+            let suffix = Domain::new(domain);
             let is_in_zone =
-                self.zone.as_ref().is_some_and(|zone| suffix.is_within(&Suffix::new(zone)));
+                self.zone.as_ref().is_some_and(|zone| suffix.is_within(&Domain::new(zone)));
             let upstreams = others.map(|server| self.registry.get(*server)).collect();
-            (suffix, Arc::new(Route { domain: Arc::clone(domain), is_in_zone, upstreams }))
+            (suffix, Arc::new(UpstreamRoute { domain: Arc::clone(domain), is_in_zone, upstreams }))
         };
         let others = match &self.others {
-            Others::Fixed(servers) => servers.clone(),
-            Others::ResolvConf(file) => {
+            DefaultUpstreams::Fixed(servers) => servers.clone(),
+            DefaultUpstreams::ResolvConf(file) => {
                 file.servers(|server| !is_ourselves(*server, &self.own, &interfaces)).to_vec()
             }
         };
@@ -223,18 +223,18 @@ impl Upstreams {
         routes.push(route(&Arc::default(), &others));
         routes.sort_by_key(|(suffix, _)| std::cmp::Reverse(suffix.n_labels()));
         if let Some(zone) = &self.zone {
-            let suffix = Suffix::new(zone);
+            let suffix = Domain::new(zone);
             // The zone's names go where those around it do, unless it has a route of its own.
             let around = routes.iter().position(|(around, _)| suffix.is_within(around));
             if let Some(around) = around.filter(|around| routes[*around].0 != suffix) {
                 let upstreams = routes[around].1.upstreams.clone();
                 let domain = Arc::clone(zone);
-                let zone = Route { domain, is_in_zone: true, upstreams };
+                let zone = UpstreamRoute { domain, is_in_zone: true, upstreams };
                 routes.insert(around, (suffix, Arc::new(zone)));
                 routes.sort_by_key(|(suffix, _)| std::cmp::Reverse(suffix.n_labels()));
             }
         }
-        let plan = Plan { routes };
+        let plan = RoutePlan { routes };
         self.registry.keep(&plan);
         *self.plan.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(plan);
         self.version.fetch_add(1, Ordering::Release);
@@ -315,7 +315,8 @@ mod tests {
             ]),
             ..Config::default().dns
         };
-        let upstreams = Upstreams::new(&config, &[own], PathBuf::new(), Registry::default());
+        let upstreams =
+            Upstreams::new(&config, &[own], PathBuf::new(), UpstreamRegistry::default());
         let table = [
             ("web.service.consul.", "127.0.0.1:8600"),
             ("CONSUL.", "127.0.0.1:8600"),
@@ -330,9 +331,9 @@ mod tests {
             assert_eq!(shown.join(" "), expected, "{name}");
         }
 
-        let ways = upstreams.plan().ways();
+        let paths = upstreams.plan().paths();
         let shown: Vec<_> =
-            ways.iter().map(|way| format!("{} {}", way.domain, way.server)).collect();
+            paths.iter().map(|path| format!("{} {}", path.domain, path.server)).collect();
         assert_eq!(
             shown,
             [
@@ -355,13 +356,14 @@ mod tests {
                 routes: routes.iter().map(route).collect(),
                 ..Config::default().dns
             };
-            let upstreams = Upstreams::new(&config, &[], PathBuf::new(), Registry::default());
-            let ways = upstreams.plan().ways();
+            let upstreams =
+                Upstreams::new(&config, &[], PathBuf::new(), UpstreamRegistry::default());
+            let paths = upstreams.plan().paths();
             let (domain, servers) = asked(&upstreams, &format!("unknown.{domain}."));
-            let way = Way { domain: domain.into(), server: servers[0] };
-            assert!(ways.contains(&way), "{way:?}");
-            let shown = |way: &Way| format!("{} {}", way.domain, way.server.ip());
-            (shown(&way), ways.iter().map(shown).collect::<Vec<_>>().join(", "))
+            let path = UpstreamPath { domain: domain.into(), server: servers[0] };
+            assert!(paths.contains(&path), "{path:?}");
+            let shown = |path: &UpstreamPath| format!("{} {}", path.domain, path.server.ip());
+            (shown(&path), paths.iter().map(shown).collect::<Vec<_>>().join(", "))
         };
         let rows: [(Unrouted, &str, &[&str], &str, &str); 4] = [
             (Unrouted::Nxdomain, "lb", &[], " 192.0.2.1", " 192.0.2.1"),
@@ -375,8 +377,8 @@ mod tests {
             ),
             (Unrouted::Forward, "lb", &["lb"], "lb 192.0.2.8", "lb 192.0.2.8,  192.0.2.1"),
         ];
-        for (unrouted, domain, routes, way, ways) in rows {
-            let expected = (way.to_owned(), ways.to_owned());
+        for (unrouted, domain, routes, path, paths) in rows {
+            let expected = (path.to_owned(), paths.to_owned());
             assert_eq!(shown(unrouted, domain, routes), expected, "{domain} {routes:?}");
         }
     }

@@ -16,20 +16,20 @@ const TIME_BITS: u32 = 24;
 /// Remembers each service at a place of its own, as a fingerprint of its name and the minute in
 /// which it was told of. Services that share a place are told of more often, which does no harm.
 #[derive(Debug)]
-pub(super) struct Told {
+pub(super) struct UsageLimiter {
     places: Box<[AtomicU64]>,
     hasher: RandomState,
     start: Instant,
 }
 
-impl Default for Told {
-    fn default() -> Told {
+impl Default for UsageLimiter {
+    fn default() -> UsageLimiter {
         let places = (0..N_PLACES).map(|_| AtomicU64::new(0)).collect();
-        Told { places, hasher: RandomState::new(), start: Instant::now() }
+        UsageLimiter { places, hasher: RandomState::new(), start: Instant::now() }
     }
 }
 
-impl Told {
+impl UsageLimiter {
     /// Whether it is time to tell of the service; then it counts as told.
     pub(super) fn is_due(&self, name: &str) -> bool {
         self.is_due_after(name, self.start.elapsed().as_secs())
@@ -51,7 +51,7 @@ mod tests {
 
     #[test]
     fn once_a_minute() {
-        let told = Told::default();
+        let told = UsageLimiter::default();
         let rows = [("a", 0, true), ("a", 59, false), ("a", 60, true), ("a", 61, false)];
         for (name, seconds, expected) in rows {
             assert_eq!(told.is_due_after(name, seconds), expected, "{name} after {seconds} s");

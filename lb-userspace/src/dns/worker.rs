@@ -7,6 +7,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use hickory_proto::op::ResponseCode;
 use rustix::event::epoll;
 use rustix::io::Errno;
 use rustix::time::Timespec;
@@ -14,17 +15,17 @@ use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tracing::{debug, warn};
 
-use super::encode::{self, Code, OUR_PAYLOAD};
-use super::handler::{Handler, Settled, View};
-use super::mailbox::{Mailbox, Returned};
-use super::message::Asked;
-use super::origin::Origin;
-use super::ports::{self, Ports};
-use super::relay::{Asker, End, ForwardError, Party, Port, Relay, Wire};
-use super::resolve::{self, Known, Missing, Outcome};
+use super::encode::{self, OUR_PAYLOAD};
+use super::handler::{Deferred, Handler, ThreadView};
+use super::mailbox::{Mailbox, RequeuedQuery};
+use super::message::ClientQuery;
+use super::origin::AnswerOrigin;
+use super::relay::{ClientKey, Completion, ForwardError, Relay, RelayIo, SocketId, Waiter};
+use super::resolve::{self, Missing, Resolution, ResolveContext};
+use super::socket_pool::{self, SocketPool};
 use super::sockets::Transport;
-use super::udp::{Endpoint, Inbox, Outbox, To};
-use super::upstreams::Plan;
+use super::udp::{LocalAddress, RecvBatch, SendBatch, UdpEndpoint};
+use super::upstreams::RoutePlan;
 
 /// What events are about: the listener, the mailbox, or the port of that number.
 const LISTENER: u64 = 0;
@@ -34,7 +35,7 @@ const MAILBOX: u64 = 1;
 pub(super) const DRAIN: Duration = Duration::from_millis(300);
 
 /// How long a socket rests that can't be read.
-const REST: Duration = Duration::from_millis(100);
+const BACKOFF: Duration = Duration::from_millis(100);
 
 /// How often is looked for sockets that were open for long enough.
 const CLOSE_PERIOD: Duration = Duration::from_secs(5);
@@ -44,78 +45,78 @@ const N_EVENTS: usize = 64;
 
 /// The thread's own of everything.
 pub(super) struct Worker {
-    endpoint: Arc<Endpoint>,
+    endpoint: Arc<UdpEndpoint>,
     mailbox: Arc<Mailbox>,
-    inbox: Inbox,
+    inbox: RecvBatch,
     /// Which of the messages in `inbox` is next.
     next: usize,
     /// Whether the listener isn't read, because a message waits for a place.
     is_paused: bool,
-    core: Core,
+    core: WorkerCore,
 }
 
 /// What deals with a message, apart from the buffers that it is in.
-struct Core {
+struct WorkerCore {
     handler: Arc<Handler>,
-    view: View,
+    view: ThreadView,
     runtime: Handle,
     /// Ends tasks.
     stopped: watch::Receiver<bool>,
-    endpoint: Arc<Endpoint>,
+    endpoint: Arc<UdpEndpoint>,
     mailbox: Arc<Mailbox>,
-    plan: Plan,
+    plan: RoutePlan,
     plan_version: u64,
     relay: Relay,
-    line: Line,
+    line: WorkerIo,
     out: Vec<u8>,
 }
 
 /// The sockets, as the relay sees them.
-struct Line {
+struct WorkerIo {
     handler: Arc<Handler>,
-    ports: Ports,
-    outbox: Outbox,
+    sockets: SocketPool,
+    outbox: SendBatch,
     now: Instant,
 }
 
-impl Wire for Line {
-    fn draw(&mut self, server: SocketAddr) -> Option<Port> {
-        self.ports.draw(server, self.now)
+impl RelayIo for WorkerIo {
+    fn draw(&mut self, server: SocketAddr) -> Option<SocketId> {
+        self.sockets.draw(server, self.now)
     }
 
     fn id(&mut self) -> u16 {
-        self.ports.id()
+        self.sockets.id()
     }
 
-    fn send(&mut self, port: Port, message: &[u8]) {
-        self.ports.send(port, message);
+    fn send(&mut self, port: SocketId, message: &[u8]) {
+        self.sockets.send(port, message);
     }
 
-    fn done(&mut self, port: Port) {
-        self.ports.done(port);
+    fn done(&mut self, port: SocketId) {
+        self.sockets.done(port);
     }
 
-    fn mismatch(&mut self, port: Port) -> bool {
-        self.ports.mismatch(port)
+    fn mismatch(&mut self, port: SocketId) -> bool {
+        self.sockets.mismatch(port)
     }
 
-    fn answer(&mut self, asker: &Asker, question: &[u8], message: &[u8], end: End<'_>) {
+    fn answer(&mut self, waiter: &Waiter, question: &[u8], message: &[u8], end: Completion<'_>) {
         match end {
-            End::Answered(_, code) => self.handler.stats.count_forwarded(code),
-            End::Truncated => self.handler.stats.count_own(Code::NoError),
-            End::Failed(why) => {
-                debug!(client = %asker.client, "not forwarded: {why}");
-                self.handler.stats.count_own(Code::ServFail);
+            Completion::Answered(_, code) => self.handler.stats.count(code),
+            Completion::Truncated => self.handler.stats.count(ResponseCode::NoError),
+            Completion::Failed(why) => {
+                debug!(client = %waiter.client, "not forwarded: {why}");
+                self.handler.stats.count(ResponseCode::ServFail);
             }
         }
-        self.handler.origins.note(asker.id, question, || match end {
-            End::Answered(server, _) => Origin::Upstream(server),
-            End::Truncated => {
-                Origin::Nowhere("too many messages came that weren't the answer".to_owned())
+        self.handler.origins.note(waiter.id, question, || match end {
+            Completion::Answered(server, _) => AnswerOrigin::Upstream(server),
+            Completion::Truncated => {
+                AnswerOrigin::Nowhere("too many messages came that weren't the answer".to_owned())
             }
-            End::Failed(why) => Origin::Nowhere(why.to_string()),
+            Completion::Failed(why) => AnswerOrigin::Nowhere(why.to_string()),
         });
-        self.outbox.push(message, asker.client, asker.to);
+        self.outbox.push(message, waiter.client, waiter.to);
     }
 }
 
@@ -126,7 +127,7 @@ impl Worker {
     /// Where the kernel has no more file descriptors.
     pub(super) fn new(
         handler: Arc<Handler>,
-        endpoint: Endpoint,
+        endpoint: UdpEndpoint,
         mailbox: Arc<Mailbox>,
         stopped: watch::Receiver<bool>,
         shard: usize,
@@ -139,32 +140,32 @@ impl Worker {
         let view = handler.view();
         let forwarder = view.forwarder();
         let relay = Relay::new(forwarder.limits, forwarder.loops.clone(), view.max_ttls(), shard);
-        let line = Line {
+        let line = WorkerIo {
             handler: handler.clone(),
-            ports: Ports::new(epoll),
-            outbox: Outbox::default(),
+            sockets: SocketPool::new(epoll),
+            outbox: SendBatch::default(),
             now: Instant::now(),
         };
-        let core = Core {
+        let core = WorkerCore {
             handler,
             view,
             runtime: Handle::current(),
             stopped,
             endpoint: endpoint.clone(),
             mailbox: mailbox.clone(),
-            plan: Plan::default(),
+            plan: RoutePlan::default(),
             plan_version: 0,
             relay,
             line,
             out: Vec::new(),
         };
-        Ok(Worker { endpoint, mailbox, inbox: Inbox::new(), next: 0, is_paused: false, core })
+        Ok(Worker { endpoint, mailbox, inbox: RecvBatch::new(), next: 0, is_paused: false, core })
     }
 
     /// Serves until it is stopped, and then for [`DRAIN`] at most while a client waits.
     pub(super) fn run(mut self) {
         let mut events = Vec::with_capacity(N_EVENTS);
-        let (mut upstream, mut unreachable) = (ports::Inbox::default(), Vec::new());
+        let (mut upstream, mut unreachable) = (socket_pool::ReceiveBuffer::default(), Vec::new());
         let mut next_close = Instant::now() + CLOSE_PERIOD;
         let mut rest_until: Option<Instant> = None;
         let mut drained_by: Option<Instant> = None;
@@ -182,14 +183,14 @@ impl Worker {
                         if let Err(error) = self.receive() {
                             warn!("a DNS socket can't be read for a moment: {error}");
                             self.pause();
-                            rest_until = Some(now + REST);
+                            rest_until = Some(now + BACKOFF);
                         }
                     }
                     MAILBOX => self.read_mailbox(now),
                     port => {
-                        let port = port as Port; // it was made of one
-                        let Core { relay, line, .. } = &mut self.core;
-                        match line.ports.receive(port, &mut upstream) {
+                        let port = port as SocketId; // it was made of one
+                        let WorkerCore { relay, line, .. } = &mut self.core;
+                        match line.sockets.receive(port, &mut upstream) {
                             Ok(()) => {
                                 for message in upstream.iter() {
                                     relay.receive(port, message, now, line);
@@ -207,12 +208,12 @@ impl Worker {
                 rest_until = None;
                 self.resume();
             }
-            let Core { relay, line, .. } = &mut self.core;
+            let WorkerCore { relay, line, .. } = &mut self.core;
             relay.expire(now, line);
             // A question that went to an upstream which isn't there goes to the next one, and so on:
             // no further than the routes are long, as each port fails once.
             loop {
-                line.ports.flush(&mut unreachable);
+                line.sockets.flush(&mut unreachable);
                 let Some(port) = unreachable.pop() else { break };
                 relay.unreachable(port, now, line);
             }
@@ -221,7 +222,7 @@ impl Worker {
                 self.core.view.forwarder().suspect();
             }
             if now >= next_close {
-                self.core.line.ports.close_old(now);
+                self.core.line.sockets.close_old(now);
                 next_close = now + CLOSE_PERIOD;
             }
             if self.mailbox.is_stopped() {
@@ -240,11 +241,11 @@ impl Worker {
         let limit = deadline.map(|at| at.saturating_duration_since(Instant::now()));
         let limit = limit.and_then(|limit| Timespec::try_from(limit).ok());
         let room = rustix::buffer::spare_capacity(events);
-        match epoll::wait(self.core.line.ports.epoll(), room, limit.as_ref()) {
+        match epoll::wait(self.core.line.sockets.epoll(), room, limit.as_ref()) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(error) => {
                 warn!("a DNS socket can't be waited for: {error}");
-                std::thread::sleep(REST);
+                std::thread::sleep(BACKOFF);
             }
         }
     }
@@ -286,7 +287,7 @@ impl Worker {
         for returned in self.mailbox.take() {
             self.core.take_returned(&returned);
         }
-        let Core { relay, line, .. } = &mut self.core;
+        let WorkerCore { relay, line, .. } = &mut self.core;
         relay.recheck(now, line);
         if self.is_paused && !self.mailbox.is_stopped() {
             self.resume();
@@ -296,7 +297,7 @@ impl Worker {
     fn pause(&mut self) {
         if !self.is_paused {
             self.is_paused = true;
-            let forgotten = epoll::delete(self.core.line.ports.epoll(), &self.endpoint);
+            let forgotten = epoll::delete(self.core.line.sockets.epoll(), &self.endpoint);
             debug_assert!(forgotten.is_ok(), "{forgotten:?}");
         }
     }
@@ -305,14 +306,14 @@ impl Worker {
         if !self.is_paused || self.mailbox.is_stopped() {
             return;
         }
-        match listen(self.core.line.ports.epoll(), &self.endpoint) {
+        match listen(self.core.line.sockets.epoll(), &self.endpoint) {
             Ok(()) => {
                 self.is_paused = false;
                 self.take_received();
             }
             Err(error) => {
                 warn!("a DNS socket can't be waited for: {error}");
-                self.core.wake_after(REST);
+                self.core.wake_after(BACKOFF);
             }
         }
     }
@@ -320,12 +321,12 @@ impl Worker {
 
 /// Waits for the listener. Where several threads have one socket, as systemd passes it, a message
 /// wakes one of them.
-fn listen(epoll: impl AsFd, endpoint: &Endpoint) -> rustix::io::Result<()> {
+fn listen(epoll: impl AsFd, endpoint: &UdpEndpoint) -> rustix::io::Result<()> {
     let flags = epoll::EventFlags::IN | epoll::EventFlags::EXCLUSIVE;
     epoll::add(epoll, endpoint, epoll::EventData::new_u64(LISTENER), flags)
 }
 
-impl Core {
+impl WorkerCore {
     /// Takes up what has changed.
     fn refresh(&mut self) {
         if self.handler.refresh(&mut self.view) {
@@ -337,7 +338,7 @@ impl Core {
 
     /// Deals with a client's message. Returns whether it could be: else there is no place for it to
     /// wait in for the zone, which will be there soon.
-    fn take(&mut self, bytes: &[u8], client: SocketAddr, to: To) -> bool {
+    fn take(&mut self, bytes: &[u8], client: SocketAddr, to: LocalAddress) -> bool {
         let refusal = self.handler.refusal(self.view.ways(), bytes, Transport::Udp, client.ip());
         if let Some(refusal) = refusal {
             if let Some(refusal) = refusal {
@@ -345,13 +346,13 @@ impl Core {
             }
             return true;
         }
-        let waits = !self.view.is_reliable() && self.handler.is_early();
+        let waits = !self.view.is_ready() && self.handler.in_startup_grace();
         self.dispatch(bytes, client, to, waits, self.handler.missing())
     }
 
     /// Deals with a message that has waited, by what is known now.
-    fn take_returned(&mut self, returned: &Returned) {
-        let Returned { bytes, client, to, is_unknown } = returned;
+    fn take_returned(&mut self, returned: &RequeuedQuery) {
+        let RequeuedQuery { bytes, client, to, is_unknown } = returned;
         let missing = if *is_unknown { Missing::Unknown } else { Missing::Absent };
         self.dispatch(bytes, *client, *to, false, missing);
     }
@@ -360,28 +361,28 @@ impl Core {
         &mut self,
         bytes: &[u8],
         client: SocketAddr,
-        to: To,
+        to: LocalAddress,
         waits: bool,
         missing: Missing,
     ) -> bool {
-        let mut known = Known { waits, missing, ..self.view.known() };
+        let mut known = ResolveContext { waits, missing, ..self.view.known() };
         let mut outcome = resolve::answer(bytes, Transport::Udp, known, &mut self.out);
-        if matches!(outcome, Outcome::Wait | Outcome::Warm(_)) {
+        if matches!(outcome, Resolution::Wait | Resolution::Warm(_)) {
             if let Some(place) = self.handler.place() {
                 let (handler, endpoint) = (self.handler.clone(), self.endpoint.clone());
                 let (bytes, mailbox) = (bytes.to_vec(), self.mailbox.clone());
                 let mut stopped = self.stopped.clone();
                 self.runtime.spawn(async move {
-                    let settled = tokio::select! {
-                        settled = handler.settle(&bytes, Transport::Udp) => settled,
-                        _ = stopped.wait_for(|stopped| *stopped) => Settled::Nothing,
+                    let deferred = tokio::select! {
+                        deferred = handler.resolve_deferred(&bytes, Transport::Udp) => deferred,
+                        _ = stopped.wait_for(|stopped| *stopped) => Deferred::Nothing,
                     };
-                    match settled {
-                        Settled::Answer(answer) => endpoint.send(&answer, client, to),
-                        Settled::Forward { is_unknown } => {
-                            mailbox.give_back(Returned { bytes, client, to, is_unknown });
+                    match deferred {
+                        Deferred::Answer(answer) => endpoint.send(&answer, client, to),
+                        Deferred::Forward { is_unknown } => {
+                            mailbox.give_back(RequeuedQuery { bytes, client, to, is_unknown });
                         }
-                        Settled::Nothing => {}
+                        Deferred::Nothing => {}
                     }
                     // The socket goes first, so that a stop which has all places back has freed the
                     // port.
@@ -390,14 +391,14 @@ impl Core {
                 });
                 return true;
             }
-            if matches!(outcome, Outcome::Wait) {
+            if matches!(outcome, Resolution::Wait) {
                 return false;
             }
             (known.waits, known.missing) = (false, Missing::Unknown);
             outcome = resolve::answer(bytes, Transport::Udp, known, &mut self.out);
         }
         match outcome {
-            Outcome::Forward(asked) => {
+            Resolution::Forward(query) => {
                 let forwarder = self.view.forwarder();
                 forwarder.upstreams.refresh(self.line.now);
                 let version = forwarder.upstreams.version();
@@ -405,13 +406,13 @@ impl Core {
                     self.plan = forwarder.upstreams.plan().unshared();
                     self.plan_version = version;
                 }
-                let party = self.view.party(client.ip());
+                let client_key = self.view.client_key(client.ip());
                 let is_unknown = known.missing == Missing::Unknown;
-                let asked = Forwarded { asked: &asked, client, to, party, is_unknown };
-                forward(asked, &self.plan, &mut self.relay, &mut self.line, &mut self.out);
+                let query = ForwardRequest { query: &query, client, to, client_key, is_unknown };
+                forward(query, &self.plan, &mut self.relay, &mut self.line, &mut self.out);
             }
             outcome => {
-                if self.handler.conclude(outcome) {
+                if self.handler.finish_answer(outcome) {
                     self.line.outbox.push(&self.out, client, to);
                 }
             }
@@ -422,7 +423,7 @@ impl Core {
     fn wake_when_reliable(&self) {
         let (handler, mailbox) = (self.handler.clone(), self.mailbox.clone());
         self.runtime.spawn(async move {
-            handler.grow_reliable().await;
+            handler.wait_ready().await;
             mailbox.wake();
         });
     }
@@ -437,36 +438,36 @@ impl Core {
 }
 
 /// A question for other resolvers.
-struct Forwarded<'a> {
-    asked: &'a Asked<'a>,
+struct ForwardRequest<'a> {
+    query: &'a ClientQuery<'a>,
     client: SocketAddr,
-    to: To,
-    party: Party,
+    to: LocalAddress,
+    client_key: ClientKey,
     is_unknown: bool,
 }
 
 /// Has the relay ask.
 fn forward(
-    forwarded: Forwarded<'_>,
-    plan: &Plan,
+    forwarded: ForwardRequest<'_>,
+    plan: &RoutePlan,
     relay: &mut Relay,
-    line: &mut Line,
+    line: &mut WorkerIo,
     out: &mut Vec<u8>,
 ) {
-    let Forwarded { asked, client, to, party, is_unknown } = forwarded;
+    let ForwardRequest { query, client, to, client_key, is_unknown } = forwarded;
     let now = line.now;
-    let mut asker = Asker::new(client, to, party, asked, now);
-    asker.is_unknown = is_unknown;
-    let why = if relay.is_probe(&asked.name) {
+    let mut waiter = Waiter::new(client, to, client_key, query, now);
+    waiter.is_unknown = is_unknown;
+    let why = if relay.is_probe(&query.name) {
         ForwardError::OwnProbe
-    } else if let Some(route) = plan.of(&asked.name) {
+    } else if let Some(route) = plan.of(&query.name) {
         // Whoever wants to know may not wait for the end.
-        let waits = || Origin::Nowhere("no resolver has answered in time".to_owned());
-        line.handler.origins.note(asked.id(), asked.question(), waits);
-        return relay.ask(asked, route, asker, now, line);
+        let waits = || AnswerOrigin::Nowhere("no resolver has answered in time".to_owned());
+        line.handler.origins.note(query.id(), query.question(), waits);
+        return relay.ask(query, route, waiter, now, line);
     } else {
         ForwardError::NoUpstream
     };
-    encode::error(out, asked, Code::ServFail, asked.max_payload().min(OUR_PAYLOAD).into());
-    line.answer(&asker, asked.question(), out, End::Failed(&why));
+    encode::error(out, query, ResponseCode::ServFail, query.max_payload().min(OUR_PAYLOAD).into());
+    line.answer(&waiter, query.question(), out, Completion::Failed(&why));
 }

@@ -55,15 +55,17 @@ pub(super) fn ask_zone(target: &Target) -> anyhow::Result<()> {
 }
 
 /// The document of an answer, and of where it came from.
-pub fn document(answer: &Message, origin: Option<dns::Origin>) -> api::Lookup {
+pub fn document(answer: &Message, origin: Option<dns::AnswerOrigin>) -> api::Lookup {
     let show = |records: &[Record]| records.iter().map(ToString::to_string).collect();
     let (origin, upstream, reason) = match origin {
         None => (None, None, None),
-        Some(dns::Origin::Own) => (Some(api::Origin::Table), None, None),
-        Some(dns::Origin::Upstream(server)) => {
+        Some(dns::AnswerOrigin::Own) => (Some(api::Origin::Table), None, None),
+        Some(dns::AnswerOrigin::Upstream(server)) => {
             (Some(api::Origin::Upstream), Some(server.to_string()), None)
         }
-        Some(dns::Origin::Nowhere(reason)) => (Some(api::Origin::Nowhere), None, Some(reason)),
+        Some(dns::AnswerOrigin::Nowhere(reason)) => {
+            (Some(api::Origin::Nowhere), None, Some(reason))
+        }
     };
     api::Lookup {
         question: answer.queries.first().map(ToString::to_string).unwrap_or_default(),

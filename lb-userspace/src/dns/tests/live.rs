@@ -8,12 +8,12 @@ use crate::config::Unrouted;
 
 #[tokio::test]
 async fn all_but_listeners_and_domain_can_be_reconfigured() {
-    let [first, second, consul] = [1, 2, 3].map(|last| Upstream::of([192, 0, 2, last]));
+    let [first, second, consul] = [1, 2, 3].map(|last| FakeUpstream::of([192, 0, 2, last]));
     let (first, second, consul) = (first.await, second.await, consul.await);
     let rig = Rig::new(&[first.address]).await;
-    let inquirer = rig.server.inquirer();
+    let debug_client = rig.server.debug_client();
     assert_eq!(rig.lookup("nobody.service.").await, "NXDomain");
-    assert_eq!(inquirer.unrouted(), Unrouted::Nxdomain);
+    assert_eq!(debug_client.unrouted(), Unrouted::Nxdomain);
 
     rig.server.reconfigure(&DnsConfig {
         forward: Forward::Servers(vec![second.address]),
@@ -33,9 +33,9 @@ async fn all_but_listeners_and_domain_can_be_reconfigured() {
     for (name, expected) in rows {
         assert_eq!(rig.lookup(name).await, expected, "{name}");
     }
-    assert_eq!(inquirer.unrouted(), Unrouted::Forward);
-    let (_, origin) = inquirer.look_up("example.com", "A").await.unwrap();
-    assert_eq!(origin, Origin::Upstream(second.address));
+    assert_eq!(debug_client.unrouted(), Unrouted::Forward);
+    let (_, origin) = debug_client.look_up("example.com", "A").await.unwrap();
+    assert_eq!(origin, AnswerOrigin::Upstream(second.address));
 }
 
 /// A source that has an answer for `absent` alone; `rejected` exists but never comes into the table.
@@ -59,8 +59,8 @@ fn reluctant(demand: &Demand) -> JoinSet<()> {
 
 #[tokio::test]
 async fn only_what_the_source_answered_so_does_not_exist() {
-    let nothing = Upstream::new(|_, asked| vec![code(asked, ResponseCode::NXDomain)]).await;
-    let something = Upstream::of([192, 0, 2, 7]).await;
+    let nothing = FakeUpstream::new(|_, asked| vec![code(asked, ResponseCode::NXDomain)]).await;
+    let something = FakeUpstream::of([192, 0, 2, 7]).await;
     let demand = Demand::default();
     let _source = reluctant(&demand);
     use Unrouted::{Forward as Elsewhere, Nxdomain};
@@ -71,7 +71,7 @@ async fn only_what_the_source_answered_so_does_not_exist() {
     ] {
         let forward = Forward::Servers(vec![upstream.address]);
         let config = DnsConfig { forward, unrouted, ..Config::default().dns };
-        let rig = Rig::with_demand(config, Surroundings::default(), demand.clone()).await;
+        let rig = Rig::with_demand(config, ServerOptions::default(), demand.clone()).await;
         assert_eq!(rig.lookup("absent.service.").await, absent, "{unrouted:?}");
         for name in ["failed", "slow", "rejected"] {
             let got = rig.lookup(&format!("{name}.service.")).await;
@@ -86,7 +86,7 @@ async fn a_flood_of_names_makes_none_of_them_absent() {
     let demand = Demand::default();
     let _source = reluctant(&demand);
     let config = Config::default().dns;
-    let rig = Rig::with_demand(config, Surroundings::default(), demand).await;
+    let rig = Rig::with_demand(config, ServerOptions::default(), demand).await;
     let client = UdpSocket::bind("127.0.0.1:0").await.unwrap();
     client.connect(rig.address).await.unwrap();
     let receive = async {
@@ -126,9 +126,8 @@ async fn questions_that_passed_sockets_kept_wait_for_the_zone() {
     client.send(&query("web.service.", RecordType::A).to_vec().unwrap()).await.unwrap();
     let (table, table_rx) = watch::channel(Arc::new(Table::default()));
     let (attached, attached_rx) = watch::channel(false);
-    let (surroundings, demand) = (Surroundings::default(), Demand::default());
-    let server =
-        Server::start_in(surroundings, sockets, &config, &[], table_rx, attached_rx, demand);
+    let (options, demand) = (ServerOptions::default(), Demand::default());
+    let server = DnsServer::start_in(options, sockets, &config, &[], table_rx, attached_rx, demand);
     let rig = Rig { server: server.unwrap(), address, table, attached };
     assert_eq!(rig.lookup("example.com.").await, "ServFail", "names of others don't wait");
     rig.table.send_replace(Arc::new(web(1)));
@@ -157,9 +156,9 @@ async fn more_than_can_wait_for_the_zone_stay_in_the_socket() {
     let address = sockets.addresses()[0];
     let (table, table_rx) = watch::channel(Arc::new(Table::default()));
     let (_attached, attached_rx) = watch::channel(true);
-    let surroundings = Surroundings::default();
-    let _server = Server::start_in(
-        surroundings,
+    let options = ServerOptions::default();
+    let _server = DnsServer::start_in(
+        options,
         sockets,
         &config,
         &[],
@@ -192,7 +191,7 @@ async fn more_than_can_wait_for_the_zone_stay_in_the_socket() {
 
 #[tokio::test]
 async fn a_resolver_that_cuts_off_and_then_stalls_over_tcp_costs_its_patience() {
-    let stalls = Upstream::new(|transport, asked| match transport {
+    let stalls = FakeUpstream::new(|transport, asked| match transport {
         Transport::Udp => vec![asked_truncated(asked)],
         Transport::Tcp => Vec::new(),
     })
@@ -214,12 +213,12 @@ fn asked_truncated(asked: &Message) -> Message {
 
 #[tokio::test]
 async fn a_tcp_client_that_never_reads_is_cut_off() {
-    let talks = Upstream::new(|_, asked| vec![long_answer(asked, 300)]).await;
+    let talks = FakeUpstream::new(|_, asked| vec![long_answer(asked, 300)]).await;
     let config =
         DnsConfig { forward: Forward::Servers(vec![talks.address]), ..Config::default().dns };
-    let surroundings =
-        Surroundings { tcp_patience: Duration::from_millis(200), ..Surroundings::default() };
-    let rig = Rig::with(config, surroundings).await;
+    let options =
+        ServerOptions { tcp_idle_timeout: Duration::from_millis(200), ..ServerOptions::default() };
+    let rig = Rig::with(config, options).await;
     let mut stream = TcpStream::connect(rig.address).await.unwrap();
     let question = query("example.com.", RecordType::TXT).to_vec().unwrap();
     // Their answers, of 60 kB each, are more than the kernel keeps for the two of them.

@@ -39,19 +39,24 @@ async fn relay(target: SocketAddr, domain: &str) -> (SocketAddr, JoinSet<()>) {
 }
 
 /// A server that listens on `sockets` and forwards to `servers`.
-fn serve(sockets: Sockets, servers: &[SocketAddr], limits: Limits) -> Rig {
+fn serve(sockets: Sockets, servers: &[SocketAddr], limits: ForwardLimits) -> Rig {
     serve_as(sockets, servers, limits, Unrouted::Nxdomain)
 }
 
-fn serve_as(sockets: Sockets, servers: &[SocketAddr], limits: Limits, unrouted: Unrouted) -> Rig {
+fn serve_as(
+    sockets: Sockets,
+    servers: &[SocketAddr],
+    limits: ForwardLimits,
+    unrouted: Unrouted,
+) -> Rig {
     let address = sockets.addresses()[0];
     let forward = Forward::Servers(servers.to_vec());
     let config = DnsConfig { forward, unrouted, ..Config::default().dns };
     let (table, table_rx) = watch::channel(Arc::new(web(1)));
     let (attached, attached_rx) = watch::channel(true);
-    let surroundings = Surroundings { limits, ..Surroundings::default() };
-    let server = Server::start_in(
-        surroundings,
+    let options = ServerOptions { limits, ..ServerOptions::default() };
+    let server = DnsServer::start_in(
+        options,
         sockets,
         &config,
         &[],
@@ -73,15 +78,15 @@ async fn a_circle_of_resolvers_is_found_and_left_out() {
     let sockets = any_sockets().await;
     let (near, _near_tasks) = relay(sockets.addresses()[0], ".").await;
     let (far, _far_tasks) = relay(near, ".").await;
-    let good = Upstream::of([192, 0, 2, 7]).await;
-    let rig = serve(sockets, &[far, good.address], Limits::default());
+    let good = FakeUpstream::of([192, 0, 2, 7]).await;
+    let rig = serve(sockets, &[far, good.address], ForwardLimits::default());
     // The circle costs no patience: its question comes back, fails, and the next one is asked.
     let start = Instant::now();
     assert_eq!(rig.lookup("example.com.").await, "NoError 192.0.2.7");
-    assert!(start.elapsed() < Limits::default().patience, "{:?}", start.elapsed());
+    assert!(start.elapsed() < ForwardLimits::default().patience, "{:?}", start.elapsed());
     let problems = timeout(LONG, async {
         loop {
-            let problems = rig.server.inquirer().problems();
+            let problems = rig.server.debug_client().problems();
             if !problems.is_empty() {
                 return problems;
             }
@@ -97,17 +102,17 @@ async fn a_circle_of_resolvers_is_found_and_left_out() {
 async fn a_circle_alone_is_servfail_and_no_storm() {
     let sockets = any_sockets().await;
     let (near, _tasks) = relay(sockets.addresses()[0], ".").await;
-    let rig = serve(sockets, &[near], Limits::default());
+    let rig = serve(sockets, &[near], ForwardLimits::default());
     let start = Instant::now();
     assert_eq!(rig.lookup("example.com.").await, "ServFail");
-    assert!(start.elapsed() < Limits::default().patience, "{:?}", start.elapsed());
+    assert!(start.elapsed() < ForwardLimits::default().patience, "{:?}", start.elapsed());
 }
 
 /// Waits until an upstream is in this state.
-async fn becomes(rig: &Rig, server: SocketAddr, state: State) {
-    let inquirer = rig.server.inquirer();
+async fn becomes(rig: &Rig, server: SocketAddr, state: UpstreamState) {
+    let debug_client = rig.server.debug_client();
     let is_so = || {
-        let readings = inquirer.upstreams();
+        let readings = debug_client.upstreams();
         readings.iter().any(|upstream| upstream.address == server && upstream.state == state)
     };
     let changed = async {
@@ -121,31 +126,31 @@ async fn becomes(rig: &Rig, server: SocketAddr, state: State) {
 #[tokio::test]
 async fn a_dead_resolver_is_asked_last_until_it_answers() {
     let (revive, is_alive) = watch::channel(false);
-    let mut first = Upstream::new(move |_, asked| {
+    let mut first = FakeUpstream::new(move |_, asked| {
         if *is_alive.borrow() { vec![answer(asked, [192, 0, 2, 1])] } else { Vec::new() }
     })
     .await;
-    let good = Upstream::of([192, 0, 2, 7]).await;
+    let good = FakeUpstream::of([192, 0, 2, 7]).await;
     let servers = [first.address, good.address];
     let rig = serve(any_sockets().await, &servers, quick().limits);
     // One name is enough, asked again and again, as a node's only application may.
     assert_eq!(rig.lookup("a.example.").await, "NoError 192.0.2.7");
-    becomes(&rig, first.address, State::Out).await;
+    becomes(&rig, first.address, UpstreamState::Out).await;
     while first.asked.try_recv().is_ok() {}
     for _ in 0..20 {
         assert_eq!(rig.lookup("a.example.").await, "NoError 192.0.2.7");
     }
     assert!(first.asked.try_recv().is_err(), "it was asked again");
     revive.send_replace(true);
-    becomes(&rig, first.address, State::Up).await;
+    becomes(&rig, first.address, UpstreamState::Up).await;
     assert_eq!(rig.lookup("a.example.").await, "NoError 192.0.2.1");
 }
 
 #[tokio::test]
 async fn names_that_all_differ_lose_nothing_behind_a_dead_resolver() {
-    let silent = Upstream::silent().await;
-    let good = Upstream::of([192, 0, 2, 7]).await;
-    let rig = serve(any_sockets().await, &[silent.address, good.address], Limits::default());
+    let silent = FakeUpstream::silent().await;
+    let good = FakeUpstream::of([192, 0, 2, 7]).await;
+    let rig = serve(any_sockets().await, &[silent.address, good.address], ForwardLimits::default());
     let client = UdpSocket::bind("127.0.0.1:0").await.unwrap();
     client.connect(rig.address).await.unwrap();
     let mut buffer = [0; 512];
@@ -166,9 +171,9 @@ async fn names_that_all_differ_lose_nothing_behind_a_dead_resolver() {
 
 #[tokio::test]
 async fn the_next_resolver_stands_in_over_tcp_too() {
-    let silent = Upstream::silent().await;
-    let refusing = Upstream::new(|_, asked| vec![code(asked, ResponseCode::Refused)]).await;
-    let good = Upstream::of([192, 0, 2, 7]).await;
+    let silent = FakeUpstream::silent().await;
+    let refusing = FakeUpstream::new(|_, asked| vec![code(asked, ResponseCode::Refused)]).await;
+    let good = FakeUpstream::of([192, 0, 2, 7]).await;
     let closed = UdpSocket::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
     let servers = [silent.address, closed, refusing.address, good.address];
     let rig = serve(any_sockets().await, &servers, quick().limits);
@@ -184,43 +189,43 @@ async fn the_next_resolver_stands_in_over_tcp_too() {
 #[tokio::test]
 async fn a_resolver_that_is_not_there_is_passed_over() {
     let closed = UdpSocket::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
-    let good = Upstream::of([192, 0, 2, 7]).await;
-    let patient = Limits { patience: 5 * LONG, ..Limits::default() };
+    let good = FakeUpstream::of([192, 0, 2, 7]).await;
+    let patient = ForwardLimits { patience: 5 * LONG, ..ForwardLimits::default() };
     let rig = serve(any_sockets().await, &[closed, good.address], patient);
     // An ICMP message is as good as an answer: no patience of 10 s ends.
     assert_eq!(rig.lookup("a.example.").await, "NoError 192.0.2.7");
-    becomes(&rig, closed, State::Out).await;
+    becomes(&rig, closed, UpstreamState::Out).await;
     assert_eq!(rig.lookup("b.example.").await, "NoError 192.0.2.7");
 }
 
 #[tokio::test]
 async fn a_name_that_fails_leaves_its_resolver_in_its_place() {
-    let first = Upstream::new(|_, asked| {
+    let first = FakeUpstream::new(|_, asked| {
         let is_slow = asked.queries[0].name.to_string() == "slow.example.";
         if is_slow { Vec::new() } else { vec![answer(asked, [192, 0, 2, 1])] }
     })
     .await;
-    let public = Upstream::of([192, 0, 2, 2]).await;
+    let public = FakeUpstream::of([192, 0, 2, 2]).await;
     let servers = [first.address, public.address];
-    let limits = Limits { patience: LONG / 2, ..Limits::default() };
+    let limits = ForwardLimits { patience: LONG / 2, ..ForwardLimits::default() };
     let rig = serve(any_sockets().await, &servers, limits);
     for _ in 0..3 {
         assert_eq!(rig.lookup("slow.example.").await, "NoError 192.0.2.2");
     }
-    becomes(&rig, first.address, State::Up).await;
+    becomes(&rig, first.address, UpstreamState::Up).await;
     assert_eq!(rig.lookup("internal.example.").await, "NoError 192.0.2.1");
 }
 
 #[tokio::test]
 async fn the_next_resolver_denies_nothing_that_the_first_knows() {
-    let internal = Upstream::new(|_, asked| {
+    let internal = FakeUpstream::new(|_, asked| {
         let is_slow = asked.queries[0].name.to_string().starts_with("slow");
         if is_slow { Vec::new() } else { vec![answer(asked, [192, 0, 2, 1])] }
     })
     .await;
-    let public = Upstream::new(|_, asked| vec![code(asked, ResponseCode::NXDomain)]).await;
+    let public = FakeUpstream::new(|_, asked| vec![code(asked, ResponseCode::NXDomain)]).await;
     let servers = [internal.address, public.address];
-    let limits = Limits { patience: LONG / 2, ..Limits::default() };
+    let limits = ForwardLimits { patience: LONG / 2, ..ForwardLimits::default() };
     let rig = serve(any_sockets().await, &servers, limits);
     assert_eq!(rig.lookup("slow.example.").await, "NXDomain");
     assert_eq!(rig.lookup("internal.example.").await, "NoError 192.0.2.1");
@@ -235,13 +240,13 @@ async fn what_is_forwarded_of_the_zone_is_soon_asked_again() {
         message.authorities.push(Record::from_rdata(asked.queries[0].name.clone(), 3600, data));
         message
     };
-    let upstream = Upstream::new(move |_, asked| {
+    let upstream = FakeUpstream::new(move |_, asked| {
         let is_known = asked.queries[0].name.to_string().starts_with("known");
         vec![if is_known { answer(asked, [192, 0, 2, 1]) } else { soa(asked) }]
     })
     .await;
     let servers = [upstream.address];
-    let rig = serve_as(any_sockets().await, &servers, Limits::default(), Unrouted::Forward);
+    let rig = serve_as(any_sockets().await, &servers, ForwardLimits::default(), Unrouted::Forward);
     for transport in [Transport::Udp, Transport::Tcp] {
         let answer = rig.ask(transport, &query("known.service.", RecordType::A)).await;
         assert_eq!(answer.answers[0].ttl, 30, "that of dns.ttl");
@@ -257,9 +262,9 @@ async fn what_is_forwarded_of_the_zone_is_soon_asked_again() {
 #[tokio::test]
 async fn a_name_that_everybody_wants_is_asked_for_once() {
     const N: u16 = 200; // answers that a socket keeps until they are read
-    let mut silent = Upstream::silent().await;
-    let good = Upstream::of([192, 0, 2, 7]).await;
-    let limits = Limits { patience: Duration::from_secs(2), ..Limits::default() };
+    let mut silent = FakeUpstream::silent().await;
+    let good = FakeUpstream::of([192, 0, 2, 7]).await;
+    let limits = ForwardLimits { patience: Duration::from_secs(2), ..ForwardLimits::default() };
     let rig = serve(any_sockets().await, &[silent.address, good.address], limits);
     let client = UdpSocket::bind("127.0.0.1:0").await.unwrap();
     client.connect(rig.address).await.unwrap();
@@ -286,15 +291,15 @@ async fn a_name_that_everybody_wants_is_asked_for_once() {
 async fn a_circle_of_the_zone_alone_is_found() {
     let sockets = any_sockets().await;
     let (delegates, _tasks) = relay(sockets.addresses()[0], "service.").await;
-    let good = Upstream::of([192, 0, 2, 7]).await;
+    let good = FakeUpstream::of([192, 0, 2, 7]).await;
     let servers = [delegates, good.address];
-    let rig = serve_as(sockets, &servers, Limits::default(), Unrouted::Forward);
+    let rig = serve_as(sockets, &servers, ForwardLimits::default(), Unrouted::Forward);
     let start = Instant::now();
     assert_eq!(rig.lookup("unknown.service.").await, "NoError 192.0.2.7");
-    assert!(start.elapsed() < Limits::default().patience, "{:?}", start.elapsed());
+    assert!(start.elapsed() < ForwardLimits::default().patience, "{:?}", start.elapsed());
     let problems = timeout(LONG, async {
         loop {
-            let problems = rig.server.inquirer().problems();
+            let problems = rig.server.debug_client().problems();
             if !problems.is_empty() {
                 return problems;
             }
@@ -325,7 +330,7 @@ async fn answers_from_elsewhere_and_late_ones_are_ignored() {
             let _ = elsewhere.send_to(&lie, client).await;
         }
     });
-    let good = Upstream::of([192, 0, 2, 7]).await;
+    let good = FakeUpstream::of([192, 0, 2, 7]).await;
     let rig = serve(any_sockets().await, &[address, good.address], quick().limits);
     assert_eq!(rig.lookup("example.com.").await, "NoError 192.0.2.7");
     assert_eq!(rig.lookup("example.org.").await, "NoError 192.0.2.7");
@@ -333,16 +338,16 @@ async fn answers_from_elsewhere_and_late_ones_are_ignored() {
 
 #[tokio::test]
 async fn a_lookup_that_takes_too_long_tells_why() {
-    let mut silent = Upstream::silent().await;
-    let patient = Limits { patience: LONG, ..Limits::default() };
+    let mut silent = FakeUpstream::silent().await;
+    let patient = ForwardLimits { patience: LONG, ..ForwardLimits::default() };
     let rig = serve(any_sockets().await, &[silent.address], patient);
-    let mut inquirer = rig.server.inquirer();
-    inquirer.time_limit = Duration::from_secs(1);
-    let (answer, origin) = inquirer.look_up("example.com", "A").await.unwrap();
+    let mut debug_client = rig.server.debug_client();
+    debug_client.time_limit = Duration::from_secs(1);
+    let (answer, origin) = debug_client.look_up("example.com", "A").await.unwrap();
     silent.next_asked().await;
     assert_eq!(answer.metadata.response_code, ResponseCode::ServFail);
     assert_eq!(answer.queries[0].to_string(), "example.com. IN A");
-    assert_eq!(origin, Origin::Nowhere("no resolver has answered in time".to_owned()));
+    assert_eq!(origin, AnswerOrigin::Nowhere("no resolver has answered in time".to_owned()));
 }
 
 #[tokio::test]
@@ -351,23 +356,23 @@ async fn who_asks_prefers_loopback() {
     let listen = ["192.0.2.1:0", "127.0.0.1:0"].map(|text| text.parse().unwrap()).to_vec();
     let sockets = bind(&DnsConfig { listen, ..Config::default().dns }).await.unwrap();
     let rig = serve(sockets, &[], quick().limits);
-    let (answer, _) = rig.server.inquirer().look_up("web.service", "A").await.unwrap();
+    let (answer, _) = rig.server.debug_client().look_up("web.service", "A").await.unwrap();
     assert_eq!(answer.answers.len(), 1);
 }
 
 #[tokio::test]
 async fn a_lookup_of_our_own_tells_where_the_answer_came_from() {
-    let good = Upstream::of([192, 0, 2, 7]).await;
+    let good = FakeUpstream::of([192, 0, 2, 7]).await;
     let rig = serve(any_sockets().await, &[good.address], quick().limits);
-    let inquirer = rig.server.inquirer();
-    let (answer, origin) = inquirer.look_up("web.service", "A").await.unwrap();
-    assert_eq!((answer.answers.len(), origin), (1, Origin::Own));
-    let (answer, origin) = inquirer.look_up("example.com", "a").await.unwrap();
-    assert_eq!((answer.answers.len(), origin), (1, Origin::Upstream(good.address)));
+    let debug_client = rig.server.debug_client();
+    let (answer, origin) = debug_client.look_up("web.service", "A").await.unwrap();
+    assert_eq!((answer.answers.len(), origin), (1, AnswerOrigin::Own));
+    let (answer, origin) = debug_client.look_up("example.com", "a").await.unwrap();
+    assert_eq!((answer.answers.len(), origin), (1, AnswerOrigin::Upstream(good.address)));
 
-    let silent = Upstream::silent().await;
+    let silent = FakeUpstream::silent().await;
     let rig = serve(any_sockets().await, &[silent.address], quick().limits);
-    let (answer, origin) = rig.server.inquirer().look_up("example.com", "A").await.unwrap();
+    let (answer, origin) = rig.server.debug_client().look_up("example.com", "A").await.unwrap();
     assert_eq!(answer.metadata.response_code, ResponseCode::ServFail);
-    assert_eq!(origin, Origin::Nowhere("none of 1 resolvers answered".to_owned()));
+    assert_eq!(origin, AnswerOrigin::Nowhere("none of 1 resolvers answered".to_owned()));
 }

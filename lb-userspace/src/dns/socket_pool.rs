@@ -22,7 +22,7 @@ use rustix::net::{
 use tracing::debug;
 
 use super::random::Random;
-use super::relay::Port;
+use super::relay::SocketId;
 
 /// The sockets for each upstream.
 const N_PORTS: usize = 16;
@@ -42,10 +42,10 @@ pub(super) const BATCH: usize = 32;
 const ANSWER_LEN: usize = 4097;
 
 /// The numbers in epoll below that of the first port.
-pub(super) const N_RESERVED: Port = 2;
+pub(super) const N_RESERVED: SocketId = 2;
 
 #[derive(Debug)]
-struct Socket {
+struct PooledSocket {
     socket: OwnedFd,
     server: SocketAddr,
     opened: Instant,
@@ -57,25 +57,25 @@ struct Socket {
 
 /// The sockets of one thread.
 #[derive(Debug)]
-pub(super) struct Ports {
+pub(super) struct SocketPool {
     epoll: OwnedFd,
     random: Random,
-    sockets: HashMap<Port, Socket>,
+    sockets: HashMap<SocketId, PooledSocket>,
     /// Those that are drawn from, by place.
-    pools: HashMap<SocketAddr, [Option<Port>; N_PORTS]>,
+    pools: HashMap<SocketAddr, [Option<SocketId>; N_PORTS]>,
     /// The draw of this batch: all its queries to one upstream leave in one system call.
-    drawn: HashMap<SocketAddr, Port>,
-    last: Port,
-    queue: Vec<(Port, std::ops::Range<usize>)>,
+    drawn: HashMap<SocketAddr, SocketId>,
+    last: SocketId,
+    queue: Vec<(SocketId, std::ops::Range<usize>)>,
     queued: Vec<u8>,
     buffers: Vec<u8>,
     headers: MultiHeaders<()>,
 }
 
-impl Ports {
+impl SocketPool {
     /// None yet; they are waited for with `epoll`.
-    pub(super) fn new(epoll: OwnedFd) -> Ports {
-        Ports {
+    pub(super) fn new(epoll: OwnedFd) -> SocketPool {
+        SocketPool {
             epoll,
             random: Random::new(),
             sockets: HashMap::new(),
@@ -101,7 +101,7 @@ impl Ports {
 
     /// Draws a socket that is connected to `server` for one more query; `None` where there is none
     /// to be had.
-    pub(super) fn draw(&mut self, server: SocketAddr, now: Instant) -> Option<Port> {
+    pub(super) fn draw(&mut self, server: SocketAddr, now: Instant) -> Option<SocketId> {
         let port = match self.drawn.get(&server) {
             Some(&port) => port,
             None => {
@@ -115,7 +115,7 @@ impl Ports {
         Some(port)
     }
 
-    fn draw_anew(&mut self, server: SocketAddr, now: Instant) -> Option<Port> {
+    fn draw_anew(&mut self, server: SocketAddr, now: Instant) -> Option<SocketId> {
         let place = self.random.below(N_PORTS);
         let port = self.pools.get(&server).and_then(|pool| pool[place]);
         if let Some(port) = port {
@@ -140,7 +140,7 @@ impl Ports {
         }
     }
 
-    fn open(&mut self, server: SocketAddr, now: Instant) -> io::Result<Port> {
+    fn open(&mut self, server: SocketAddr, now: Instant) -> io::Result<SocketId> {
         let family = if server.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket = rustix::net::socket_with(family, SocketType::DGRAM, flags, None)?;
@@ -158,13 +158,13 @@ impl Ports {
         let opened = now;
         self.sockets.insert(
             port,
-            Socket { socket, server, opened, n_uses, n_in_flight, n_mismatches, is_retired },
+            PooledSocket { socket, server, opened, n_uses, n_in_flight, n_mismatches, is_retired },
         );
         Ok(port)
     }
 
     /// Draws a socket no more, and closes it once its last query is done with.
-    fn retire(&mut self, port: Port) {
+    fn retire(&mut self, port: SocketId) {
         let Some(socket) = self.sockets.get_mut(&port) else { return };
         socket.is_retired = true;
         let (server, is_idle) = (socket.server, socket.n_in_flight == 0);
@@ -183,7 +183,7 @@ impl Ports {
     }
 
     /// One query of a socket is done with.
-    pub(super) fn done(&mut self, port: Port) {
+    pub(super) fn done(&mut self, port: SocketId) {
         let Some(socket) = self.sockets.get_mut(&port) else { return };
         socket.n_in_flight = socket.n_in_flight.saturating_sub(1);
         if socket.is_retired && socket.n_in_flight == 0 {
@@ -193,7 +193,7 @@ impl Ports {
 
     /// Counts a message that answers no query of the socket. Whether it was the last that the socket
     /// is used for.
-    pub(super) fn mismatch(&mut self, port: Port) -> bool {
+    pub(super) fn mismatch(&mut self, port: SocketId) -> bool {
         let Some(socket) = self.sockets.get_mut(&port) else { return false };
         socket.n_mismatches += 1;
         let is_last = socket.n_mismatches >= MAX_MISMATCHES && !socket.is_retired;
@@ -207,14 +207,15 @@ impl Ports {
 
     /// Closes the sockets that were open for long enough and wait for nothing.
     pub(super) fn close_old(&mut self, now: Instant) {
-        let is_old = |socket: &Socket| now.saturating_duration_since(socket.opened) >= MAX_AGE;
+        let is_old =
+            |socket: &PooledSocket| now.saturating_duration_since(socket.opened) >= MAX_AGE;
         let old = self.sockets.iter().filter(|(_, socket)| is_old(socket) && !socket.is_retired);
-        let old: Vec<Port> = old.map(|(port, _)| *port).collect();
+        let old: Vec<SocketId> = old.map(|(port, _)| *port).collect();
         old.into_iter().for_each(|port| self.retire(port));
     }
 
     /// Puts a query behind those of this batch.
-    pub(super) fn send(&mut self, port: Port, message: &[u8]) {
+    pub(super) fn send(&mut self, port: SocketId, message: &[u8]) {
         let begin = self.queued.len();
         self.queued.extend_from_slice(message);
         self.queue.push((port, begin..self.queued.len()));
@@ -222,7 +223,7 @@ impl Ports {
 
     /// Sends the batch, those of each socket in one system call. Adds the sockets whose upstream
     /// can't be reached to `unreachable`; other queries that can't be sent are lost, as on the way.
-    pub(super) fn flush(&mut self, unreachable: &mut Vec<Port>) {
+    pub(super) fn flush(&mut self, unreachable: &mut Vec<SocketId>) {
         self.drawn.clear();
         self.queue.sort_by_key(|(port, _)| *port); // stable
         for batch in self.queue.chunk_by(|(one, _), (other, _)| one == other) {
@@ -247,7 +248,11 @@ impl Ports {
     ///
     /// # Errors
     /// When the upstream can't be reached, as an ICMP message reported.
-    pub(super) fn receive(&mut self, port: Port, inbox: &mut Inbox) -> Result<(), Errno> {
+    pub(super) fn receive(
+        &mut self,
+        port: SocketId,
+        inbox: &mut ReceiveBuffer,
+    ) -> Result<(), Errno> {
         inbox.messages.clear();
         let Some(socket) = self.sockets.get(&port) else { return Ok(()) };
         let fd = socket.socket.as_raw_fd();
@@ -274,12 +279,12 @@ impl Ports {
 
 /// Messages that were received, in a buffer that is used again.
 #[derive(Debug, Default)]
-pub(super) struct Inbox {
+pub(super) struct ReceiveBuffer {
     bytes: Vec<u8>,
     messages: Vec<std::ops::Range<usize>>,
 }
 
-impl Inbox {
+impl ReceiveBuffer {
     fn push(&mut self, message: &[u8]) {
         if self.messages.is_empty() {
             self.bytes.clear();
