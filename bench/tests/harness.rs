@@ -5,7 +5,6 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, ExitCode, Output};
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use lb_tests::process::Process;
@@ -113,9 +112,9 @@ fn interrupted() -> Result<()> {
     command.args(["check", "--quick", "--out"]).arg(scratch.path());
     let harness = Process::spawn("nohop-bench", command)?;
     let pid = harness.pid();
-    harness.wait_for_line(&["check 1/"], Duration::from_secs(30))?;
+    harness.wait_for_line(&["check 1/"])?;
     harness.signal(Signal::INT)?;
-    let status = harness.wait_for_exit(Duration::from_secs(20))?;
+    let status = harness.wait_for_exit()?;
     ensure!(status.code() == Some(128 + 2), "{status}");
 
     let mark = format!("nohop-{}-", pid.as_raw_nonzero());

@@ -5,7 +5,6 @@ use anyhow::{Result, ensure};
 use lb_tests::consul::instance;
 use lb_tests::nohop::n_healthy;
 
-use crate::cluster::SOON;
 use crate::ha_cluster::{Servers, is_live};
 
 pub fn story() -> Result<()> {
@@ -24,13 +23,13 @@ pub fn story() -> Result<()> {
         let services = servers.nohop.services()?;
         ensure!(n_healthy(&services, "helloworld") == 2, "the agent isn't cut off: {services:#}");
         servers.plug("up")?;
-        servers.nohop.wait_for_backends("helloworld", 3, SOON * 3)?;
+        servers.nohop.wait_for_backends("helloworld", 3)?;
         servers.helloworlds.push(unseen);
         servers.news_arrive("newcomer-1")?;
 
         for _ in 0..2 {
             servers.agent.restart()?;
-            servers.nohop.wait_for_status(SOON, is_live)?;
+            servers.nohop.wait_for_status(is_live)?;
         }
         servers.news_arrive("newcomer-2")
     })

@@ -6,7 +6,7 @@ use lb_tests::consul::{Consul, instance};
 use lb_tests::helloworld::Helloworld;
 use serde_json::{Value, json};
 
-use crate::cluster::{BACKEND, Nodes, SOON, vip};
+use crate::cluster::{BACKEND, Nodes, vip};
 
 pub fn story() -> Result<()> {
     let nodes = Nodes::new()?;
@@ -23,7 +23,7 @@ pub fn story() -> Result<()> {
         let backends = services[0]["backends"].as_array();
         backends.is_some_and(|backends| backends.len() == 3)
     };
-    let services = nohop.wait_until(SOON, is_listed)?;
+    let services = nohop.wait_until(is_listed)?;
     for backend in services[0]["backends"].as_array().into_iter().flatten() {
         let reason = backend["reason"].to_string();
         ensure!(backend["state"] == "unroutable", "{backend:#}");

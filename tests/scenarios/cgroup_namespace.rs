@@ -55,7 +55,7 @@ pub fn story() -> Result<()> {
     let script = r#"echo 0 > "$1/cgroup.procs" && shift && exec "$@""#;
     let mut curl = nodes.client.outside().command("sh");
     curl.args(["-c", script, "sh"]).arg(&excluded);
-    curl.args(["curl", "-sS", "--max-time", "5"]).arg(format!("http://{address}/"));
+    curl.args(["curl", "-sS", "--max-time", "60"]).arg(format!("http://{address}/"));
     let output = cmd::output(curl)?;
     let text = String::from_utf8_lossy(&output.stderr);
     ensure!(!output.status.success() && output.stdout.is_empty(), "excluded: {output:?}");
@@ -71,7 +71,7 @@ fn refused_by_default(nodes: &Nodes, catalog: &Catalog, script: &str, root: &Pat
     let directory = catalog.directory();
     for words in ["run", "check"] {
         let mut command = nodes.client.outside().command("timeout");
-        command.args(["20", "sh", "-c", script, "sh"]).arg(nodes.cgroup.path()).arg(root);
+        command.args(["120", "sh", "-c", script, "sh"]).arg(nodes.cgroup.path()).arg(root);
         command.arg(cmd::built("nohop")?).arg(words);
         command.arg("--catalog").arg(catalog.path()).arg("--state-dir").arg(&directory);
         command.arg("--bpffs").arg(bpffs.path().join("nohop"));

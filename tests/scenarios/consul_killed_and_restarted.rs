@@ -4,7 +4,7 @@
 use anyhow::{Result, ensure};
 use lb_tests::consul::instance;
 
-use crate::cluster::{Cluster, SOON};
+use crate::cluster::Cluster;
 
 pub fn story() -> Result<()> {
     let mut cluster = Cluster::new(2)?;
@@ -13,7 +13,7 @@ pub fn story() -> Result<()> {
 
     cluster.agent.kill();
     let is_failing = |status: &serde_json::Value| status["sources"][0]["state"] == "failing";
-    let status = cluster.nohop.wait_for_status(SOON, is_failing)?;
+    let status = cluster.nohop.wait_for_status(is_failing)?;
     ensure!(status["ready"] == true, "{status:#}");
     let connects = cluster.nodes.connect(vip, 100)?;
     ensure!(connects.errors.is_empty() && connects.answers.len() == 2, "{connects:?}");
@@ -30,14 +30,14 @@ pub fn story() -> Result<()> {
         Ok(())
     };
     cluster.agent.restart()?;
-    cluster.nohop.wait_for_status(SOON, is_live)?;
+    cluster.nohop.wait_for_status(is_live)?;
     unchanged(&cluster, "the agent is back")?;
 
     cluster.server.kill();
-    cluster.nohop.wait_for_status(SOON, is_failing)?;
+    cluster.nohop.wait_for_status(is_failing)?;
     unchanged(&cluster, "the server is away")?;
     cluster.server.restart()?;
-    cluster.nohop.wait_for_status(SOON, is_live)?;
+    cluster.nohop.wait_for_status(is_live)?;
 
     // The server's agent owns the checks, which to it are critical until their next heartbeat.
     for check in ["helloworld-0", "helloworld-1"] {
@@ -45,7 +45,7 @@ pub fn story() -> Result<()> {
     }
     let newcomer = cluster.nodes.helloworld("newcomer")?;
     cluster.server.register(&instance("helloworld", "newcomer", newcomer.address))?;
-    cluster.nohop.wait_for_backends("helloworld", 3, SOON)?;
+    cluster.nohop.wait_for_backends("helloworld", 3)?;
     let connects = cluster.nodes.connect(vip, 100)?;
     ensure!(
         connects.errors.is_empty() && connects.answers.contains_key("hello from newcomer"),

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use lb_tests::consul::instance;
 use serde_json::Value;
 
-use crate::cluster::{Cluster, SOON};
+use crate::cluster::Cluster;
 
 /// As many as are all followed (`catalog.watch = "auto"`).
 const N_SERVICES: usize = 30;
@@ -24,12 +24,12 @@ pub fn story() -> Result<()> {
         cluster.server.register(&instance(&name, &name, cluster.helloworlds[0].address))?;
     }
     let has_all = |services: &Value| services.as_array().is_some_and(|all| all.len() == N_SERVICES);
-    cluster.nohop.wait_until(SOON, has_all)?;
+    cluster.nohop.wait_until(has_all)?;
     for _ in 0..N_CRASHES {
         cluster.nohop.crash()?;
         cluster.nohop.start_again()?;
         let is_live = |status: &Value| status["sources"][0]["state"] == "live";
-        cluster.nohop.wait_for_status(SOON, is_live)?;
+        cluster.nohop.wait_for_status(is_live)?;
     }
     // As Nomad asks it.
     let leader = cluster.agent.get("/v1/status/leader").context("another client of the agent")?;

@@ -4,7 +4,7 @@
 use anyhow::{Result, ensure};
 use lb_tests::nohop::n_healthy;
 
-use crate::cluster::{Cluster, SOON};
+use crate::cluster::Cluster;
 
 pub fn story() -> Result<()> {
     let cluster = Cluster::new(2)?;
@@ -14,7 +14,7 @@ pub fn story() -> Result<()> {
 
     cluster.server.fail("helloworld-0")?;
     // Without a lookup, which would have nohop ask Consul.
-    cluster.nohop.wait_until(SOON, |services| n_healthy(services, "helloworld") == 1)?;
+    cluster.nohop.wait_until(|services| n_healthy(services, "helloworld") == 1)?;
 
     let connects = cluster.nodes.connect(vip, 200)?;
     ensure!(connects.all_answered(|answer| answer == "hello from helloworld-1"), "{connects:?}");

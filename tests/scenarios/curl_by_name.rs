@@ -13,7 +13,7 @@ pub fn story() -> Result<()> {
     let vip = cluster.vip("helloworld")?;
 
     let mut curl = nodes.inside().command("curl");
-    curl.args(["-sS", "--max-time", "20", "--header", "Connection: close"]);
+    curl.args(["-sS", "--max-time", "60", "--header", "Connection: close"]);
     let answers = cmd::stdout({
         curl.arg("http://helloworld.service/?[1-60]");
         curl

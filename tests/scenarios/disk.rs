@@ -5,7 +5,6 @@
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::Path;
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use lb_tests::consul::{Consul, instance};
@@ -15,10 +14,7 @@ use lb_tests::tmpfs::Tmpfs;
 use rustix::fs::{CWD, FileType, Mode, OFlags, mknodat, open};
 use serde_json::Value;
 
-use crate::cluster::{CLIENT, Catalog, Nodes, SOON, vip};
-
-/// Longer than a write that failed waits for its next try.
-const TRIED_AGAIN: Duration = Duration::from_secs(35);
+use crate::cluster::{CLIENT, Catalog, Nodes, vip};
 
 pub fn full() -> Result<()> {
     let nodes = Nodes::new()?;
@@ -36,17 +32,17 @@ pub fn full() -> Result<()> {
         let problems = status["problems"].to_string();
         problems.contains("vips.json") && problems.contains("No space left")
     };
-    let status = nohop.wait_for_status(SOON, names_it)?;
+    let status = nohop.wait_for_status(names_it)?;
     ensure!(status["ready"] == true, "{status:#}");
 
     // A new name is answered, a backend that leaves is left.
     catalog.set(&[("one", &[two.address]), ("two", &[two.address])])?;
-    nohop.wait_for_backends("two", 1, SOON)?;
+    nohop.wait_for_backends("two", 1)?;
     ensure!(nodes.curl("two")? == "hello from two\n" && nodes.curl("one")? == "hello from two\n");
 
     // Once there is room, the addresses are written by themselves.
     fs::remove_file(&filler)?;
-    nohop.wait_for_status(TRIED_AGAIN, |status| {
+    nohop.wait_for_status(|status| {
         status["problems"].as_array().is_some_and(|problems| problems.is_empty())
     })?;
     let book = fs::read_to_string(disk.path().join("vips.json"))?;
@@ -72,17 +68,17 @@ pub fn stalled() -> Result<()> {
         let name = format!("new-{round}");
         let backend = if round % 2 == 0 { two.address } else { one.address };
         catalog.set(&[("one", &[backend]), (&name, &[backend])])?;
-        nohop.wait_for_backends(&name, 1, SOON)?;
+        nohop.wait_for_backends(&name, 1)?;
         let connects = nodes.connect(vip(&nohop, "one")?, 20)?;
         let expected = if round % 2 == 0 { "two" } else { "one" };
         ensure!(connects.errors.is_empty() && connects.answers.len() == 1, "{connects:?}");
         ensure!(nodes.curl(&name)? == format!("hello from {expected}\n"));
     }
     let names_it = |status: &Value| status["problems"].to_string().contains("doesn't answer");
-    let status = nohop.wait_for_status(SOON, names_it)?;
+    let status = nohop.wait_for_status(names_it)?;
     ensure!(status["ready"] == true, "{status:#}");
 
-    // It stops within a second, and the next one finds the addresses in the kernel.
+    // It stops all the same, and the next one finds the addresses in the kernel.
     let before = vip(&nohop, "new-2")?;
     ensure!(nohop.end()?.success());
     nohop.start_again()?;
@@ -100,7 +96,7 @@ pub fn stalled() -> Result<()> {
     fifo(&state.path().join(".catalog.json.tmp"))?;
     nohop.configure(&format!("state_dir = {:?}\n", state.path()))?;
     nohop.start_again()?;
-    nohop.wait_for_backends("one", 1, SOON)?;
+    nohop.wait_for_backends("one", 1)?;
     ensure!(nodes.curl("one")? == "hello from one\n" && nohop.end()?.success());
     Ok(())
 }
@@ -129,7 +125,7 @@ pub fn unread_log() -> Result<()> {
         services.push(("web", &backends));
         catalog.set(&services)?;
         let expected = backends[0].to_string();
-        nohop.wait_until(SOON, |services| {
+        nohop.wait_until(|services| {
             let web = lb_tests::nohop::service(services, "web");
             web.is_some_and(|web| web["backends"][0]["address"] == *expected)
         })?;

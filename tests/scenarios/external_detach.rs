@@ -4,7 +4,7 @@
 use anyhow::{Result, ensure};
 use lb_tests::cmd;
 
-use crate::cluster::{Catalog, Nodes, SOON, attached, vip};
+use crate::cluster::{Catalog, Nodes, attached, vip};
 
 pub fn story() -> Result<()> {
     let nodes = Nodes::new()?;
@@ -15,7 +15,7 @@ pub fn story() -> Result<()> {
 
     let link = nohop.pin("links/nohop_connect4")?;
     cmd::words("bpftool", &format!("link detach pinned {}", link.display()))?;
-    let status = nohop.wait_for_status(SOON, |status| {
+    let status = nohop.wait_for_status(|status| {
         status["problems"].to_string().contains("something detached nohop_connect4")
     })?;
     ensure!(status["problems"].to_string().contains("attached again"), "{status:#}");

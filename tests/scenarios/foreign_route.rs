@@ -5,7 +5,7 @@ use anyhow::{Result, ensure};
 use lb_tests::bpffs::Bpffs;
 use lb_tests::cmd;
 
-use crate::cluster::{Catalog, Nodes, SOON};
+use crate::cluster::{Catalog, Nodes};
 
 const POOL: &str = "127.128.0.0/9";
 
@@ -22,7 +22,12 @@ pub fn story() -> Result<()> {
         let device = if kind == "local" { " dev lo" } else { "" };
         nodes.client.ip(&format!("route add {route}{device} table local"))?;
         let mut command = outside.command("timeout");
-        command.arg("10").arg(cmd::built("nohop")?).arg("run").arg("--catalog").arg(catalog.path());
+        command
+            .arg("120")
+            .arg(cmd::built("nohop")?)
+            .arg("run")
+            .arg("--catalog")
+            .arg(catalog.path());
         command.arg("--cgroup").arg(nodes.cgroup.path()).arg("--state-dir").arg(&directory);
         command.arg("--bpffs").arg(bpffs.path().join("nohop"));
         command.arg("--admin-listen").arg(format!("unix:{}/other.sock", directory.display()));
@@ -38,11 +43,11 @@ pub fn story() -> Result<()> {
     let hole = "local 127.130.0.0/16";
     nodes.client.ip(&format!("route add {hole} dev lo table local"))?;
     let has_hole = |status: &serde_json::Value| status["problems"].to_string().contains(hole);
-    let status = nohop.wait_for_status(SOON, has_hole)?;
+    let status = nohop.wait_for_status(has_hole)?;
     ensure!(status["ready"] == true, "{status:#}");
     let check = String::from_utf8_lossy(&nohop.cli("check")?.stdout).into_owned();
     ensure!(check.contains(&format!("ip route del {hole} table local")), "{check}");
     nodes.client.ip(&format!("route del {hole} table local"))?;
-    nohop.wait_for_status(SOON, |status| !has_hole(status))?;
+    nohop.wait_for_status(|status| !has_hole(status))?;
     Ok(())
 }

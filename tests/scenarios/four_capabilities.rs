@@ -5,7 +5,7 @@ use lb_tests::bpffs::Bpffs;
 use lb_tests::cmd;
 use lb_tests::process::Process;
 
-use crate::cluster::{Catalog, Nodes, SOON};
+use crate::cluster::{Catalog, Nodes};
 
 const CAPABILITIES: &str = "+bpf,+net_admin,+perfmon,+net_bind_service";
 
@@ -24,7 +24,7 @@ pub fn story() -> Result<()> {
     command.arg("--state-dir").arg(&directory).arg("--cgroup").arg(nodes.cgroup.path());
     command.arg("--admin-listen").arg(format!("unix:{}/admin.sock", directory.display()));
     let nohop = Process::spawn("nohop", command)?;
-    nohop.wait_for_line(&["helloworld"], SOON)?;
+    nohop.wait_for_line(&["helloworld"])?;
 
     ensure!(nodes.curl("helloworld")? == "hello from helloworld\n");
     let status = format!("/proc/{}/status", nohop.pid().as_raw_nonzero());

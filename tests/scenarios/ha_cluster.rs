@@ -13,7 +13,7 @@ use lb_tests::net::Host;
 use lb_tests::nohop::Nohop;
 use serde_json::{Value, json};
 
-use crate::cluster::{Nodes, SOON, vip};
+use crate::cluster::{Nodes, vip};
 use crate::load::under_load;
 
 const SERVERS: [(&str, &str); 3] = [("s1", "10.98.0.1"), ("s2", "10.98.0.2"), ("s3", "10.98.0.3")];
@@ -113,7 +113,7 @@ impl Servers {
             self.backend_agent.register(&instance(service, &id, helloworld.address))?;
             self.helloworlds.push(helloworld);
         }
-        self.nohop.wait_for_backends(service, n, SOON).map(drop)
+        self.nohop.wait_for_backends(service, n).map(drop)
     }
 
     /// The index, in `servers`, of the leader.
@@ -134,9 +134,9 @@ impl Servers {
         let before = lb_tests::nohop::n_healthy(&self.nohop.services()?, "helloworld");
         let newcomer = self.nodes.helloworld(id)?;
         self.backend_agent.register(&instance("helloworld", id, newcomer.address))?;
-        self.nohop.wait_for_backends("helloworld", before + 1, SOON * 3)?;
+        self.nohop.wait_for_backends("helloworld", before + 1)?;
         self.backend_agent.deregister(id)?;
-        self.nohop.wait_for_backends("helloworld", before, SOON * 3)?;
+        self.nohop.wait_for_backends("helloworld", before)?;
         // It may still be connected to by who chose it a moment ago.
         self.helloworlds.push(newcomer);
         Ok(())

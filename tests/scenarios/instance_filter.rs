@@ -7,7 +7,7 @@ use lb_tests::helloworld::Helloworld;
 use lb_tests::nohop::service;
 use serde_json::{Value, json};
 
-use crate::cluster::{Cluster, SOON};
+use crate::cluster::Cluster;
 
 const CONFIG: &str = "catalog.health = \"warning\"\ncatalog.meta = { stage = \"live\" }\n";
 
@@ -46,7 +46,7 @@ pub fn story() -> Result<()> {
         let backends = backends.as_ref().and_then(Value::as_array);
         backends.and_then(|all| all.iter().find(|backend| backend["instance"] == id)).cloned()
     };
-    let services = cluster.nohop.wait_until(SOON, |services| {
+    let services = cluster.nohop.wait_until(|services| {
         let state = |id| backend(services, id).map(|backend| backend["state"].clone());
         state("warned") == Some("warning".into()) && state("named") == Some("healthy".into())
     })?;

@@ -5,7 +5,7 @@ use anyhow::{Result, ensure};
 use lb_tests::consul::instance;
 use serde_json::{Value, json};
 
-use crate::cluster::{Cluster, SOON};
+use crate::cluster::Cluster;
 
 pub fn story() -> Result<()> {
     let cluster = Cluster::new(1)?;
@@ -52,9 +52,9 @@ pub fn story() -> Result<()> {
     // What is registered last arrives last.
     let last = cluster.nodes.helloworld("last")?;
     consul.register(&instance("helloworld", "last", last.address))?;
-    cluster.nohop.wait_for_backends("helloworld", 2, SOON)?;
+    cluster.nohop.wait_for_backends("helloworld", 2)?;
     let named = |status: &Value| status["problems"].to_string().contains("no.label");
-    cluster.nohop.wait_for_status(SOON, named)?;
+    cluster.nohop.wait_for_status(named)?;
 
     let explained = cluster.nohop.explain("helloworld")?;
     let entries = |list: &serde_json::Value| list.as_array().cloned().unwrap_or_default();

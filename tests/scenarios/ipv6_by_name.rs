@@ -1,8 +1,6 @@
 //! A service with instances at IPv4 and IPv6 addresses, and an IPv6 VIP: curl reaches it by name over
 //! either family, and whoever can't reach an IPv6 instance gets the other one.
 
-use std::time::Duration;
-
 use anyhow::{Result, ensure};
 use lb_tests::cmd;
 use lb_tests::nohop::service;
@@ -21,7 +19,7 @@ pub fn story() -> Result<()> {
     let mut command = nodes.backend.outside().command(cmd::built("helloworld")?);
     command.args(["--listen", "[fd99::2]:8080", "--name", "v6"]);
     let over_v6 = Process::spawn("helloworld v6", command)?;
-    over_v6.wait_for_line(&["listening on "], Duration::from_secs(10))?;
+    over_v6.wait_for_line(&["listening on "])?;
     let catalog = Catalog::new(&[])?;
     catalog.write(&format!(
         "[[service]]\nname = \"both\"\n[[service.backend]]\naddress = \"{}\"\n\
@@ -34,7 +32,7 @@ pub fn story() -> Result<()> {
     ensure!(nodes.dig("+short AAAA both.service")?.starts_with("fd6e:6f68:6f70::"));
     let curl = |family: &str, name: &str| {
         let mut curl = nodes.inside().command("curl");
-        curl.args([family, "-sS", "--max-time", "5"]).arg(format!("http://{name}.service/"));
+        curl.args([family, "-sS", "--max-time", "60"]).arg(format!("http://{name}.service/"));
         cmd::output(curl)
     };
     let mut answers: Vec<String> = Vec::new();
@@ -62,7 +60,7 @@ pub fn story() -> Result<()> {
     // Where no hook runs, a VIP leads nowhere, and not out by some route.
     let vip6 = only6.and_then(|service| service["vip6"].as_str()).unwrap_or_default();
     let mut curl = nodes.client.outside().command("curl");
-    curl.args(["-gsS", "--max-time", "5"]).arg(format!("http://[{vip6}]/"));
+    curl.args(["-gsS", "--max-time", "60"]).arg(format!("http://[{vip6}]/"));
     let output = cmd::output(curl)?;
     ensure!(!output.status.success() && output.stdout.is_empty(), "{output:?}");
     let route = nodes.client.ip("-6 route show table local type unreachable")?;

@@ -3,7 +3,7 @@
 
 use anyhow::{Result, ensure};
 
-use crate::cluster::{Catalog, Nodes, SOON, vip};
+use crate::cluster::{Catalog, Nodes, vip};
 use crate::load::{RATE, under_load};
 
 /// The daemon is killed at each of these seconds of the load.
@@ -27,14 +27,14 @@ pub fn story() -> Result<()> {
             let present = &all[..2 + round % 3];
             catalog.set(&[("helloworld", present)])?;
             nohop.start_again()?;
-            nohop.process.wait_for_line(&["took over what was attached"], SOON)?;
-            nohop.wait_for_backends("helloworld", present.len(), SOON)?;
+            nohop.process.wait_for_line(&["took over what was attached"])?;
+            nohop.wait_for_backends("helloworld", present.len())?;
             let status = nohop.status()?;
             ensure!(status["datapath"]["adopted"] == true, "{status:#}");
             ensure!(crate::cluster::vip(&nohop, "helloworld")? == vip);
             // And a change in the daemon's lifetime.
             catalog.set(&[("helloworld", &all[1..])])?;
-            nohop.wait_for_backends("helloworld", 3, SOON)?;
+            nohop.wait_for_backends("helloworld", 3)?;
         }
         Ok(())
     })?;

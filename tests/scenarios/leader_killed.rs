@@ -3,7 +3,6 @@
 
 use anyhow::Result;
 
-use crate::cluster::SOON;
 use crate::ha_cluster::{Servers, is_failing, is_live};
 
 pub fn story() -> Result<()> {
@@ -18,14 +17,14 @@ pub fn story() -> Result<()> {
         for consul in servers.servers.iter_mut().chain([&mut servers.agent]) {
             consul.kill();
         }
-        servers.nohop.wait_for_status(SOON, is_failing)?;
+        servers.nohop.wait_for_status(is_failing)?;
         for consul in servers.servers.iter_mut().chain([&mut servers.agent]) {
             consul.spawn()?;
         }
         for consul in servers.servers.iter().chain([&servers.agent]) {
             consul.wait_until_ready()?;
         }
-        servers.nohop.wait_for_status(SOON * 3, is_live)?;
+        servers.nohop.wait_for_status(is_live)?;
         servers.news_arrive("newcomer-2")
     })
 }

@@ -5,7 +5,7 @@ use anyhow::{Context, Result, ensure};
 use lb_tests::consul::program;
 use serde_json::Value;
 
-use crate::cluster::{Cluster, SOON};
+use crate::cluster::Cluster;
 
 pub fn story() -> Result<()> {
     let cluster = Cluster::new(3)?;
@@ -20,17 +20,17 @@ pub fn story() -> Result<()> {
     };
 
     maint("-enable -service=helloworld-1 -reason=upgrade")?;
-    cluster.nohop.wait_for_backends("helloworld", 2, SOON)?;
+    cluster.nohop.wait_for_backends("helloworld", 2)?;
     let explanation = cluster.nohop.explain("helloworld")?;
     ensure!(reasons(&explanation) == ["helloworld-1 service maintenance"], "{explanation:#}");
     let connects = cluster.nodes.connect(vip, 100)?;
     ensure!(connects.all_answered(|answer| answer != "hello from helloworld-1"), "{connects:?}");
 
     maint("-disable -service=helloworld-1")?;
-    cluster.nohop.wait_for_backends("helloworld", 3, SOON)?;
+    cluster.nohop.wait_for_backends("helloworld", 3)?;
 
     maint("-enable -reason=reboot")?;
-    cluster.nohop.wait_for_backends("helloworld", 0, SOON)?;
+    cluster.nohop.wait_for_backends("helloworld", 0)?;
     let explanation = cluster.nohop.explain("helloworld")?;
     let reasons = reasons(&explanation);
     let last = reasons.last().context("nothing is out")?;
@@ -39,7 +39,7 @@ pub fn story() -> Result<()> {
     ensure!(connects.all_failed_with("ConnectionRefused"), "{connects:?}");
 
     maint("-disable")?;
-    cluster.nohop.wait_for_backends("helloworld", 3, SOON)?;
+    cluster.nohop.wait_for_backends("helloworld", 3)?;
     ensure!(cluster.nodes.connect(vip, 100)?.errors.is_empty());
     Ok(())
 }

@@ -3,7 +3,7 @@
 
 use anyhow::{Result, ensure};
 
-use crate::cluster::{Catalog, Nodes, SOON, vip};
+use crate::cluster::{Catalog, Nodes, vip};
 
 const N_FIT: usize = 4;
 
@@ -19,8 +19,8 @@ pub fn story() -> Result<()> {
 
     catalog.set(&services)?;
     let n_refused = names.len() - N_FIT;
-    let status = nohop
-        .wait_for_status(SOON, |status| status["datapath"]["refused_services"] == n_refused)?;
+    let status =
+        nohop.wait_for_status(|status| status["datapath"]["refused_services"] == n_refused)?;
     ensure!(status["ready"] == true, "what fits is served: {status:#}");
     let text = String::from_utf8(nohop.cli("status")?.stdout)?;
     for part in ["5 services aren't in the kernel", "(e, f, g, …)", "raise datapath.max_services"]
@@ -38,8 +38,7 @@ pub fn story() -> Result<()> {
     ensure!(explained.contains("is refused with ECONNREFUSED: SERVICES is full"), "{explained}");
 
     catalog.set(&services[n_refused..])?;
-    let status =
-        nohop.wait_for_status(SOON, |status| status["datapath"]["refused_services"] == 0)?;
+    let status = nohop.wait_for_status(|status| status["datapath"]["refused_services"] == 0)?;
     ensure!(status["problems"] == serde_json::json!([]), "{status:#}");
     for name in &names[n_refused..] {
         ensure!(nodes.curl(name)? == "hello from helloworld\n", "{name}");

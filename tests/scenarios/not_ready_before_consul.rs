@@ -6,13 +6,13 @@ use lb_tests::consul::{Consul, instance};
 use lb_tests::nohop::Nohop;
 use serde_json::Value;
 
-use crate::cluster::{CLIENT, Nodes, SOON};
+use crate::cluster::{CLIENT, Nodes};
 
 pub fn story() -> Result<()> {
     let nodes = Nodes::new()?;
     let nohop = Nohop::start_unready(&nodes.client, &nodes.cgroup, "")?;
     let named = |status: &Value| status["problems"].to_string().contains("127.0.0.1:8500");
-    let status = nohop.wait_for_status(SOON, named)?;
+    let status = nohop.wait_for_status(named)?;
     ensure!(
         status["ready"] == false && status["sources"][0]["state"] == "connecting",
         "{status:#}"
@@ -24,7 +24,7 @@ pub fn story() -> Result<()> {
     let helloworld = nodes.helloworld("helloworld")?;
     consul.register(&instance("helloworld", "helloworld", helloworld.address))?;
     nohop.wait_until_ready()?;
-    nohop.wait_for_backends("helloworld", 1, SOON)?;
+    nohop.wait_for_backends("helloworld", 1)?;
     ensure!(nodes.curl("helloworld")? == "hello from helloworld\n");
     Ok(())
 }

@@ -9,7 +9,7 @@ use lb_tests::consul::{Consul, instance};
 use lb_tests::nohop::Nohop;
 use serde_json::Value;
 
-use crate::cluster::{CLIENT, Nodes, SOON};
+use crate::cluster::{CLIENT, Nodes};
 
 /// An id that forges a line, clears the screen, and turns the direction of what follows.
 const FORGED: &str = "web-1\n  healthy    10.9.9.9:1\u{1b}[2J\u{9b}31m\u{202e}";
@@ -27,7 +27,7 @@ pub fn story() -> Result<()> {
     let output = nohop.cli("status --wait-ready --json")?;
     ensure!(output.status.success(), "{output:?}");
     ensure!(serde_json::from_slice::<Value>(&output.stdout)?["ready"] == true);
-    nohop.wait_for_backends("helloworld", 1, SOON)?;
+    nohop.wait_for_backends("helloworld", 1)?;
     ensure!(nohop.cli("status")?.status.success());
 
     for arguments in ["services", "explain helloworld"] {

@@ -8,7 +8,6 @@ use lb_tests::consul::instance;
 use lb_tests::helloworld::Helloworld;
 use serde_json::Value;
 
-use crate::cluster::SOON;
 use crate::ha_cluster::{Servers, Setup, is_failing, is_live};
 
 pub fn story() -> Result<()> {
@@ -18,7 +17,7 @@ pub fn story() -> Result<()> {
     servers.none_lost(|servers, load| {
         load.wait_until_second(1)?;
         servers.agent.kill();
-        servers.nohop.wait_for_status(SOON * 2, is_failing)?;
+        servers.nohop.wait_for_status(is_failing)?;
 
         // mail-1 ends, and its port goes to a new instance of helloworld.
         let last = servers.helloworlds.pop();
@@ -31,17 +30,17 @@ pub fn story() -> Result<()> {
         servers.backend_agent.register(&instance("helloworld", "newcomer-1", newcomer.address))?;
         servers.helloworlds.push(newcomer);
 
-        // A daemon that starts now remembers what the last one knew, but for its last 3 s.
-        load.wait_until_second(6)?;
+        // A daemon that starts now remembers what the last one has written.
+        servers.nohop.wait_for_state("catalog.json", "mail-1")?;
         servers.nohop.crash()?;
         servers.nohop.start_again()?;
         let services = servers.nohop.services()?;
         ensure!(services.as_array().is_some_and(|services| services.len() == 2), "{services:#}");
 
         servers.agent.restart()?;
-        servers.nohop.wait_for_status(SOON * 2, is_live)?;
-        servers.nohop.wait_for_backends("helloworld", 3, SOON * 2)?;
-        servers.nohop.wait_for_backends("mail", 1, SOON * 2)?;
+        servers.nohop.wait_for_status(is_live)?;
+        servers.nohop.wait_for_backends("helloworld", 3)?;
+        servers.nohop.wait_for_backends("mail", 1)?;
         let connects = servers.nodes.connect(mail, 200)?;
         ensure!(connects.all_answered(|answer| answer == "hello from mail-0"), "{connects:?}");
         Ok(())
@@ -53,7 +52,7 @@ pub fn story() -> Result<()> {
     servers.nohop.configure("catalog.max_age = \"1s\"\n")?;
     servers.nohop.start_again_unready()?;
     let knows_nothing = |status: &Value| status["problems"].to_string().contains("no full answer");
-    let status = servers.nohop.wait_for_status(SOON, knows_nothing)?;
+    let status = servers.nohop.wait_for_status(knows_nothing)?;
     ensure!(status["ready"] == false, "{status:#}");
     Ok(())
 }

@@ -8,7 +8,7 @@ use lb_tests::consul::instance;
 use lb_tests::nohop::service;
 use serde_json::{Value, json};
 
-use crate::cluster::{Cluster, SOON};
+use crate::cluster::Cluster;
 
 pub fn story() -> Result<()> {
     let cluster = Cluster::new(1)?;
@@ -18,7 +18,7 @@ pub fn story() -> Result<()> {
         cluster.server.register(&instance)
     };
     register("db-1", json!({ "nohop-ports": "81, 5432", "version": "3" }))?;
-    cluster.nohop.wait_for_backends("db", 1, SOON)?;
+    cluster.nohop.wait_for_backends("db", 1)?;
     let vip = *cluster.vip("db")?.ip();
     for port in [81, 5432] {
         let connects = cluster.nodes.connect(SocketAddrV4::new(vip, port), 5)?;
@@ -37,7 +37,7 @@ pub fn story() -> Result<()> {
         let notes = service(services, "db").map(|db| db["notes"].to_string());
         notes.is_some_and(|notes| notes.contains("`82` (2)") && notes.contains("db-3"))
     };
-    let services = cluster.nohop.wait_until(SOON, has_all)?;
+    let services = cluster.nohop.wait_until(has_all)?;
     let db = service(&services, "db").cloned().unwrap_or_default();
     ensure!(db["ports"] == json!([82]) && db["protocol"] == "tcp", "{db:#}");
     let explained = cluster.nohop.cli("explain db")?;

@@ -3,7 +3,6 @@
 use std::fs;
 use std::os::unix::fs::chown;
 use std::process::Command;
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use lb_tests::cmd;
@@ -13,7 +12,7 @@ use lb_tests::process::Process;
 use lb_tests::tempdir::Scratch;
 use serde_json::json;
 
-use crate::cluster::{BACKEND, Cluster, SOON};
+use crate::cluster::{BACKEND, Cluster};
 
 /// Where the server listens.
 const PORT: u16 = 23456;
@@ -29,12 +28,12 @@ pub fn story() -> Result<()> {
     let mut pg = instance("pg", "pg-1", address);
     pg["Meta"] = json!({ "nohop-ports": "5432" });
     cluster.server.register(&pg)?;
-    cluster.nohop.wait_for_backends("pg", 1, SOON)?;
+    cluster.nohop.wait_for_backends("pg", 1)?;
 
     let ask = |query: &str| {
         let mut psql = cluster.nodes.inside().command(cmd::installed("psql")?);
         psql.args(["-h", "pg.service", "-p", "5432", "-U", "postgres", "-At", "-c", query]);
-        psql.env("PGCONNECT_TIMEOUT", "10");
+        psql.env("PGCONNECT_TIMEOUT", "60");
         cmd::stdout(psql)
     };
     ensure!(ask("select 1")? == "1\n");
@@ -56,7 +55,7 @@ fn serve(place: Place<'_>, scratch: &Scratch) -> Result<Process> {
     postgres.arg("-D").arg(&data).arg("-k").arg(scratch.path());
     postgres.args(["-h", BACKEND, "-p", &PORT.to_string(), "-F"]);
     let server = Process::spawn("postgres", postgres)?;
-    server.wait_for_line(&["ready to accept connections"], Duration::from_secs(30))?;
+    server.wait_for_line(&["ready to accept connections"])?;
     Ok(server)
 }
 

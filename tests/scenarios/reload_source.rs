@@ -5,7 +5,7 @@ use anyhow::{Result, ensure};
 use lb_tests::consul::{Consul, instance};
 use serde_json::{Value, json};
 
-use crate::cluster::{BACKEND, CLIENT, Cluster, SOON};
+use crate::cluster::{BACKEND, CLIENT, Cluster};
 use crate::load::{RATE, under_load};
 
 pub fn story() -> Result<()> {
@@ -36,9 +36,9 @@ pub fn story() -> Result<()> {
         cluster.nohop.configure(config)?;
         let reload = cluster.nohop.cli("reload")?;
         ensure!(reload.status.success(), "{reload:?}");
-        cluster.nohop.wait_for_backends("second", 1, SOON).map(drop)
+        cluster.nohop.wait_for_backends("second", 1).map(drop)
     })?;
     ensure!(cluster.vip("helloworld")? == vip);
     ensure!(cluster.nodes.curl("second")? == "hello from helloworld-0\n");
-    cluster.nohop.wait_for_status(SOON, |status| status["ready"] == true).map(drop)
+    cluster.nohop.wait_for_status(|status| status["ready"] == true).map(drop)
 }

@@ -3,7 +3,7 @@
 
 use anyhow::{Result, ensure};
 
-use crate::cluster::{Cluster, SOON};
+use crate::cluster::Cluster;
 
 pub fn story() -> Result<()> {
     let mut cluster = Cluster::new(2)?;
@@ -13,7 +13,7 @@ pub fn story() -> Result<()> {
     cluster.agent.kill();
     ensure!(cluster.nohop.end()?.success());
     cluster.nohop.start_again()?;
-    let status = cluster.nohop.wait_for_status(SOON, |s| s["sources"][0]["state"] == "failing")?;
+    let status = cluster.nohop.wait_for_status(|s| s["sources"][0]["state"] == "failing")?;
     ensure!(
         status["sources"][0]["age_seconds"].as_f64().is_some_and(|age| age > 0.0),
         "{status:#}"
@@ -23,7 +23,7 @@ pub fn story() -> Result<()> {
     ensure!(cluster.nodes.curl("helloworld")?.starts_with("hello from helloworld-"));
 
     cluster.agent.restart()?;
-    cluster.nohop.wait_for_status(SOON, |status| status["sources"][0]["state"] == "live")?;
+    cluster.nohop.wait_for_status(|status| status["sources"][0]["state"] == "live")?;
     let connects = cluster.nodes.connect(vip, 100)?;
     ensure!(connects.errors.is_empty() && connects.answers.len() == 2, "{connects:?}");
     Ok(())

@@ -8,7 +8,7 @@ use anyhow::{Result, ensure};
 use lb_tests::nohop::{Nohop, service};
 use serde_json::{Value, json};
 
-use crate::cluster::{Catalog, Cluster, Nodes, SOON, vip};
+use crate::cluster::{Catalog, Cluster, Nodes, vip};
 
 pub fn story() -> Result<()> {
     let nodes = Nodes::new()?;
@@ -16,7 +16,7 @@ pub fn story() -> Result<()> {
     let catalog = Catalog::new(&[("helloworld", &[helloworld.address])])?;
     let shadow = format!("shadow = true\n{}", catalog.config());
     let mut nohop = Nohop::start_unready(&nodes.client, &nodes.cgroup, &shadow)?;
-    let status = nohop.wait_for_status(SOON, |status| status["services"] == 1)?;
+    let status = nohop.wait_for_status(|status| status["services"] == 1)?;
     ensure!(status["datapath"]["mode"] == "shadow" && status["datapath"]["attached"] == true);
     ensure!(status["datapath"]["mode_reason"].to_string().contains("--shadow"), "{status:#}");
     let vip = vip(&nohop, "helloworld")?;
@@ -39,7 +39,7 @@ pub fn story() -> Result<()> {
 
     let off = nohop.state_dir().join("off");
     let seen = |mode: &str| -> Result<Value> {
-        nohop.wait_for_status(SOON, |status| status["datapath"]["mode"] == mode)
+        nohop.wait_for_status(|status| status["datapath"]["mode"] == mode)
     };
     fs::write(&off, "")?;
     let status = seen("shadow")?;
@@ -55,7 +55,7 @@ pub fn story() -> Result<()> {
     nohop.crash()?;
     ensure!(nodes.connect(vip, 10)?.all_failed_with("HostUnreachable"));
     nohop.start_again_unready()?;
-    nohop.wait_for_status(SOON, |status| status["services"] == 1)?;
+    nohop.wait_for_status(|status| status["services"] == 1)?;
     nothing_is_translated(&nodes, &nohop, vip)?;
     fs::remove_file(&off)?;
     nohop.wait_until_ready()?;
@@ -69,7 +69,7 @@ pub fn by_key() -> Result<()> {
     everything_is_translated(nodes, &cluster.nohop, vip)?;
     cluster.server.put("/v1/kv/nohop/off", &json!("now"))?;
     let is_shadow = |status: &Value| status["datapath"]["mode"] == "shadow";
-    let status = cluster.nohop.wait_for_status(SOON, is_shadow)?;
+    let status = cluster.nohop.wait_for_status(is_shadow)?;
     ensure!(status["problems"].to_string().contains("nohop/off"), "{status:#}");
     nothing_is_translated(nodes, &cluster.nohop, vip)?;
     cluster.server.delete("/v1/kv/nohop/off")?;

@@ -7,7 +7,7 @@ use std::fs;
 use anyhow::{Context, Result, ensure};
 use lb_tests::nohop::Nohop;
 
-use crate::cluster::{Catalog, Nodes, SOON};
+use crate::cluster::{Catalog, Nodes};
 
 /// So small a pool, for so many names, that some don't get the address that is their first choice.
 const SMALL: &str = "vip.pool = \"127.128.0.0/24\"\ndatapath.max_services = 200\n";
@@ -24,7 +24,7 @@ pub fn story() -> Result<()> {
     let catalog = Catalog::new(&services[N_SERVICES / 2..])?;
     let mut nohop = nodes.nohop(&(catalog.config() + SMALL))?;
     catalog.set(&services)?;
-    nohop.wait_until(SOON, |list| list.as_array().is_some_and(|l| l.len() == N_SERVICES))?;
+    nohop.wait_until(|list| list.as_array().is_some_and(|l| l.len() == N_SERVICES))?;
     let before = vips(&nohop)?;
 
     ensure!(nohop.end()?.success());

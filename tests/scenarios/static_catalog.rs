@@ -3,7 +3,7 @@
 
 use anyhow::{Result, ensure};
 
-use crate::cluster::{Catalog, Nodes, SOON, vip};
+use crate::cluster::{Catalog, Nodes, vip};
 
 pub fn story() -> Result<()> {
     let nodes = Nodes::new()?;
@@ -14,7 +14,7 @@ pub fn story() -> Result<()> {
     let first_vip = vip(&nohop, "helloworld")?;
 
     catalog.set(&[("helloworld", &[one.address, two.address]), ("second", &[two.address])])?;
-    nohop.wait_for_backends("helloworld", 2, SOON)?;
+    nohop.wait_for_backends("helloworld", 2)?;
     ensure!(nodes.connect(first_vip, 100)?.answers.len() == 2);
     ensure!(nodes.curl("second")? == "hello from two\n");
 
@@ -22,7 +22,7 @@ pub fn story() -> Result<()> {
     let has_problem = |status: &serde_json::Value| {
         status["problems"].as_array().is_some_and(|problems| !problems.is_empty())
     };
-    let status = nohop.wait_for_status(SOON, has_problem)?;
+    let status = nohop.wait_for_status(has_problem)?;
     ensure!(status["problems"].to_string().contains("catalog.toml"), "{status:#}");
     ensure!(status["ready"] == true && status["sources"][0]["state"] == "failing", "{status:#}");
     let connects = nodes.connect(first_vip, 100)?;
@@ -43,14 +43,14 @@ pub fn story() -> Result<()> {
          name = \"third\"\r\nbackend = [{{ address = \"{0}\" }}]\r\n",
         one.address
     ))?;
-    nohop.wait_for_backends("third", 1, SOON)?;
+    nohop.wait_for_backends("third", 1)?;
     for name in ["helloworld", "second", "third"] {
         ensure!(nodes.curl(name)? == "hello from one\n", "{name}");
     }
 
     catalog.set(&[("helloworld", &[two.address])])?;
-    nohop.wait_for_backends("helloworld", 1, SOON)?;
-    nohop.wait_for_status(SOON, |status| status["sources"][0]["state"] == "live")?;
+    nohop.wait_for_backends("helloworld", 1)?;
+    nohop.wait_for_status(|status| status["sources"][0]["state"] == "live")?;
     ensure!(vip(&nohop, "helloworld")? == first_vip);
     ensure!(nodes.curl("helloworld")? == "hello from two\n");
     Ok(())

@@ -5,7 +5,7 @@ use lb_tests::consul::instance;
 use lb_tests::nohop::service;
 use serde_json::json;
 
-use crate::cluster::{Cluster, SOON};
+use crate::cluster::Cluster;
 
 pub fn story() -> Result<()> {
     let cluster = Cluster::new(1)?;
@@ -15,7 +15,7 @@ pub fn story() -> Result<()> {
     let mut untagged = instance("helloworld", "helloworld-0", cluster.helloworlds[0].address);
     untagged["Tags"] = json!(["other"]);
     cluster.server.register(&untagged)?;
-    cluster.nohop.wait_until(SOON, |services| service(services, "helloworld").is_none())?;
+    cluster.nohop.wait_until(|services| service(services, "helloworld").is_none())?;
 
     let answer = cluster.nodes.dig("helloworld.service")?;
     ensure!(answer.contains("status: NXDOMAIN"), "{answer}");

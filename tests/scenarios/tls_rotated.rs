@@ -9,7 +9,6 @@ use lb_tests::tempdir::Scratch;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use serde_json::{Value, json};
 
-use crate::cluster::SOON;
 use crate::ha_cluster::{Servers, Setup, is_failing, is_live};
 
 pub fn story() -> Result<()> {
@@ -41,9 +40,9 @@ pub fn story() -> Result<()> {
         issue(scratch.path())?;
         // So that each side needs what is new.
         servers.agent.kill();
-        servers.nohop.wait_for_status(SOON, is_failing)?;
+        servers.nohop.wait_for_status(is_failing)?;
         servers.agent.restart()?;
-        servers.nohop.wait_for_status(SOON * 2, is_live)?;
+        servers.nohop.wait_for_status(is_live)?;
         servers.news_arrive("newcomer-1")?;
 
         // An agent that another authority vouches for isn't believed.
@@ -53,7 +52,7 @@ pub fn story() -> Result<()> {
             fs::copy(other.path().join(name), at(name)).context("replace the certificate")?;
         }
         servers.agent.restart()?;
-        let status = servers.nohop.wait_for_status(SOON, is_failing)?;
+        let status = servers.nohop.wait_for_status(is_failing)?;
         ensure!(status["ready"] == true, "{status:#}");
         let problems = status["problems"].to_string();
         ensure!(problems.contains("certificate"), "{problems}");

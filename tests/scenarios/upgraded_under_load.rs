@@ -4,7 +4,7 @@
 
 use anyhow::{Result, ensure};
 
-use crate::cluster::{Catalog, Nodes, SOON, vip};
+use crate::cluster::{Catalog, Nodes, vip};
 use crate::load::{RATE, under_load};
 
 pub fn story() -> Result<()> {
@@ -30,7 +30,7 @@ pub fn story() -> Result<()> {
         catalog.set(&[("helloworld", &both[..1])])?;
         nohop.configure(&(catalog.config() + "datapath.max_services = 32768\n"))?;
         nohop.start_again()?;
-        nohop.wait_for_backends("helloworld", 1, SOON)?;
+        nohop.wait_for_backends("helloworld", 1)?;
         let status = nohop.status()?;
         let maps = status["datapath"]["maps"].to_string();
         ensure!(status["datapath"]["adopted"] == false && maps.contains("32768"), "{status:#}");

@@ -34,7 +34,7 @@ pub fn story() -> Result<()> {
         ensure!(connects.all_failed_with("ConnectionRefused"), "{address}, inside: {connects:?}");
     }
     let mut curl = nodes.inside().command("curl");
-    curl.args(["-sS", "-g", "--max-time", "5"]).arg(format!("http://[::ffff:{}]/", full.ip()));
+    curl.args(["-sS", "-g", "--max-time", "60"]).arg(format!("http://[::ffff:{}]/", full.ip()));
     let output = cmd::output(curl)?;
     ensure!(output.stdout == b"hello from helloworld\n", "a dual-stack socket: {output:?}");
     for address in [empty, unassigned, other_port, full] {

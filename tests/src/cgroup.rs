@@ -3,17 +3,14 @@
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::sync::Once;
-use std::time::Duration;
 
 use anyhow::{Context, Result};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, Signal, kill_process};
 
+use crate::TIMEOUT;
 use crate::cleanup::Undo;
 use crate::tempdir;
-
-/// How long a killed process may take to leave its cgroup.
-const LEAVING: Duration = Duration::from_secs(5);
 
 /// A directory of its own below the cgroup v2 mount.
 pub struct Cgroup {
@@ -83,7 +80,7 @@ fn empty(path: &Path) -> Result<()> {
             let _ = kill_process(pid, Signal::KILL);
         }
         let mut fds = [PollFd::new(&events_file, PollFlags::PRI)];
-        let n_ready = poll(&mut fds, Some(&Timespec::try_from(LEAVING)?))?;
+        let n_ready = poll(&mut fds, Some(&Timespec::try_from(TIMEOUT)?))?;
         anyhow::ensure!(n_ready > 0, "a killed process doesn't leave");
     }
     Ok(())

@@ -5,18 +5,16 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
+use crate::TIMEOUT;
 use crate::cmd;
 use crate::net::Host;
 use crate::process::Process;
 use crate::tempdir::Scratch;
-
-/// How long an agent may take to be of use.
-const PATIENCE: Duration = Duration::from_secs(30);
 
 /// What an agent logs once the catalog has its node, so that there is a leader, too.
 const READY: [&str; 2] = ["Synced node info", "Node info in sync"];
@@ -69,6 +67,8 @@ impl Consul {
             let mut config = json!({
                 "server": true,
                 "bootstrap_expect": hosts.len(),
+                // A leader keeps its office also where the machine stalls for a second.
+                "performance": { "raft_multiplier": if hosts.len() > 1 { 3 } else { 1 } },
                 "retry_join": addresses,
                 "retry_interval": "250ms",
             });
@@ -142,9 +142,14 @@ impl Consul {
             "leave_on_terminate": false,
             "skip_leave_on_interrupt": true,
             "log_level": "debug",
-            // A cluster of two on one machine: find out and agree faster than the defaults.
+            // On one machine agents agree faster than the defaults. A busy one is no reason to take
+            // a node for dead, and with it its instances: only after half a minute's silence.
             "performance": { "raft_multiplier": 1 },
-            "gossip_lan": { "gossip_interval": "50ms", "probe_interval": "500ms" },
+            "gossip_lan": {
+                "gossip_interval": "50ms",
+                "probe_interval": "1s",
+                "suspicion_mult": 30,
+            },
         });
         merge(&mut config, role);
         let (host, scratch) = (Arc::clone(host), Scratch::new("consul")?);
@@ -193,7 +198,7 @@ impl Consul {
     /// When it isn't in time.
     pub fn wait_until_ready(&self) -> Result<()> {
         let process = self.process.as_ref().context("the agent doesn't run")?;
-        process.wait_for_line(&READY, PATIENCE)?;
+        process.wait_for_line(&READY)?;
         let name = self.config["node_name"].as_str().unwrap_or_default();
         let passing = |checks: &Value| {
             let mut checks = checks.as_array().into_iter().flatten();
@@ -289,7 +294,7 @@ impl Consul {
     /// # Errors
     /// When it doesn't in time.
     pub fn wait_for(&self, path: &str, predicate: impl Fn(&Value) -> bool) -> Result<Value> {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         let mut index = 0;
         while Instant::now() < deadline {
             let mut command = self.curl(&format!("{path}?index={index}&wait=5s"));
@@ -304,12 +309,12 @@ impl Consul {
             let found = headers.find(|(name, _)| name.eq_ignore_ascii_case("X-Consul-Index"));
             index = found.and_then(|(_, value)| value.parse().ok()).unwrap_or(0);
         }
-        bail!("{path} isn't as expected after {PATIENCE:?}: {}", self.get(path)?)
+        bail!("{path} isn't as expected after {TIMEOUT:?}: {}", self.get(path)?)
     }
 
     fn curl(&self, path: &str) -> Command {
         let mut command = self.host.outside().command("curl");
-        command.args(["--silent", "--show-error", "--fail-with-body", "--max-time", "20"]);
+        command.args(["--silent", "--show-error", "--fail-with-body", "--max-time", "60"]);
         if let Some(token) = &self.token {
             command.args(["--header", &format!("X-Consul-Token: {token}")]);
         }

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::net::{SocketAddr, SocketAddrV4};
-use std::time::Duration;
 
 use anyhow::{Context, Result};
 use serde_json::Value;
@@ -28,7 +27,7 @@ impl Helloworld {
         let mut command = place.command(cmd::built("helloworld")?);
         command.args(["--listen", listen, "--name", name]);
         let process = Process::spawn(&format!("helloworld {name}"), command)?;
-        let line = process.wait_for_line(&["listening on "], Duration::from_secs(10))?;
+        let line = process.wait_for_line(&["listening on "])?;
         let address = line.trim_start_matches("listening on ").parse().context(line.clone())?;
         Ok(Helloworld { address, process })
     }

@@ -3,12 +3,10 @@
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
-/// How long an answer may take.
-const PATIENCE: Duration = Duration::from_secs(20);
+use crate::TIMEOUT;
 
 /// One request; HTTP/1.0, so that the answer is simply what comes until the end. Returns its body.
 ///
@@ -17,7 +15,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 pub fn ask(socket: &Path, method: &str, path: &str, body: &str) -> Result<String> {
     let connected = UnixStream::connect(socket);
     let mut stream = connected.with_context(|| format!("connect to {}", socket.display()))?;
-    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_read_timeout(Some(TIMEOUT))?;
     let n_bytes = body.len();
     write!(stream, "{method} {path} HTTP/1.0\r\nContent-Length: {n_bytes}\r\n\r\n{body}")?;
     let mut answer = String::new();

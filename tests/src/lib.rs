@@ -4,6 +4,8 @@
 //! interrupted (`undo`).
 #![forbid(unsafe_code)]
 
+use std::time::Duration;
+
 pub mod bpffs;
 pub mod cgroup;
 pub mod cleanup;
@@ -18,3 +20,7 @@ pub mod process;
 pub mod tempdir;
 pub mod tmpfs;
 pub mod udp;
+
+/// How long anything may take that a test waits for: many times what it takes on a busy machine with
+/// two slow processors. Nothing that goes well waits for it to pass, and nothing measures speed by it.
+pub const TIMEOUT: Duration = Duration::from_secs(120);

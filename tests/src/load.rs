@@ -8,6 +8,7 @@ use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
 use serde_json::Value;
 
+use crate::TIMEOUT;
 use crate::cmd;
 use crate::net::Place;
 use crate::process::Process;
@@ -15,11 +16,8 @@ use crate::process::Process;
 /// Enough that a connection that takes long holds no other one up.
 const N_THREADS: u32 = 64;
 
-/// The longest that a load runs, in seconds: a scenario that takes longer fails.
-const MAX_SECONDS: u32 = 180;
-
-/// How long the client may take to reach what is waited for, beyond its schedule.
-const SLACK: Duration = Duration::from_secs(30);
+/// The longest that a load runs, in seconds of its schedule: a scenario that takes longer fails.
+const MAX_SECONDS: u32 = 1_000;
 
 /// Connections that are being opened.
 pub struct Load {
@@ -36,10 +34,9 @@ pub struct Outcome {
     pub answers: BTreeMap<String, u64>,
     /// How often each `std::io::ErrorKind` came.
     pub errors: BTreeMap<String, u64>,
-    /// How long the slowest took, from `connect` to the end of its answer.
-    pub slowest: Duration,
-    /// How late the latest was opened.
-    pub most_behind: Duration,
+    /// How often a SYN was sent again, which the kernel does when nothing has answered for 1 s
+    /// (TCP_TIMEOUT_INIT).
+    pub n_syn_retransmits: u64,
     /// How long all took.
     pub took: Duration,
 }
@@ -59,14 +56,15 @@ impl Load {
         Ok(Load { process: Process::spawn("load", command)?, rate })
     }
 
-    /// Waits until as many connections were opened as belong to `n_seconds`, from the start on.
+    /// Waits until as many connections were opened as belong to `n_seconds`, from the start on. A
+    /// machine that is too slow for the rate takes longer than that.
     ///
     /// # Errors
-    /// When it takes much longer than that, or the client ends.
+    /// When it takes ten times as long and [`TIMEOUT`], or the client ends.
     pub fn wait_until_second(&self, n_seconds: u32) -> Result<()> {
         let line = format!("opened {}", self.rate * n_seconds);
-        let limit = Duration::from_secs(n_seconds.into()) + SLACK;
-        self.process.wait_for_line(&[&line], limit).map(drop)
+        let limit = TIMEOUT + 10 * Duration::from_secs(n_seconds.into());
+        self.process.wait_for_line_within(limit, &[&line]).map(drop)
     }
 
     /// Opens connections for another second at least, so that what has just happened is met by
@@ -74,8 +72,7 @@ impl Load {
     ///
     /// # Errors
     /// When the client has ended before the call: then what happened after that met no
-    /// connections. When it opened far fewer connections than its rate asks for, or one of them is
-    /// unaccounted for.
+    /// connections. When one of them is unaccounted for.
     pub fn finish(self) -> Result<Outcome> {
         let last = self.process.last_line().unwrap_or_default();
         let n_opened: u32 = match last.strip_prefix("opened ") {
@@ -85,25 +82,23 @@ impl Load {
         };
         self.wait_until_second(n_opened / self.rate + 2)?;
         self.process.signal(Signal::TERM)?;
-        let line = self.process.wait_for_line(&["\"asked\""], SLACK)?;
+        let line = self.process.wait_for_line(&["\"asked\""])?;
         let report: Value = serde_json::from_str(&line).context(line)?;
         ensure!(report["was_stopped"] == true, "the load ended before the scenario did: {report}");
         let counts = |key: &str| -> Result<BTreeMap<String, u64>> {
             Ok(serde_json::from_value(report[key].clone())?)
         };
-        let ms = |key: &str| Duration::from_millis(report[key].as_u64().unwrap_or(u64::MAX));
+        let number =
+            |key: &str| report[key].as_u64().with_context(|| format!("no {key}: {report}"));
         let outcome = Outcome {
-            n_asked: report["asked"].as_u64().context("a report without a number")?,
+            n_asked: number("asked")?,
             answers: counts("answers")?,
             errors: counts("errors")?,
-            slowest: ms("slowest_ms"),
-            most_behind: ms("most_behind_ms"),
-            took: ms("took_ms"),
+            n_syn_retransmits: number("syn_retransmits")?,
+            took: Duration::from_millis(number("took_ms")?),
         };
         let n_ended: u64 = outcome.answers.values().chain(outcome.errors.values()).sum();
         ensure!(n_ended == outcome.n_asked, "{n_ended} ended: {outcome:?}");
-        let rate = outcome.n_asked as f64 / outcome.took.as_secs_f64();
-        ensure!(rate > f64::from(self.rate) / 2.0, "{rate:.0} a second of {}", self.rate);
         Ok(outcome)
     }
 }

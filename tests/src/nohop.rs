@@ -18,6 +18,7 @@ use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 use rustix::process::Signal;
 use serde_json::Value;
 
+use crate::TIMEOUT;
 use crate::bpffs::Bpffs;
 use crate::cgroup::Cgroup;
 use crate::cmd;
@@ -25,15 +26,8 @@ use crate::net::Host;
 use crate::process::Process;
 use crate::tempdir::Scratch;
 
-/// How long the daemon may take to listen, and then to be ready.
-const PATIENCE: Duration = Duration::from_secs(20);
-
 /// How long one blocking request waits, in seconds.
 const WAIT_S: u64 = 5;
-
-/// How long the daemon may take to stop: a moment, and what a busy machine adds. Systemd would wait for
-/// 90 s (`TimeoutStopSec=`).
-pub const STOP_LIMIT: Duration = Duration::from_secs(10);
 
 /// A daemon on a host, that serves a cgroup.
 pub struct Nohop {
@@ -184,22 +178,42 @@ impl Nohop {
         self.scratch.path().join("state")
     }
 
+    /// Waits until a file of the state directory, such as `catalog.json`, contains this text.
+    ///
+    /// # Errors
+    /// When it doesn't within [`TIMEOUT`].
+    pub fn wait_for_state(&self, name: &str, text: &str) -> Result<()> {
+        let dir = self.state_dir();
+        let inotify = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
+        // The daemon renames a file that is complete into its place.
+        inotify::add_watch(&inotify, &dir, WatchFlags::MOVED_TO)?;
+        let deadline = Instant::now() + TIMEOUT;
+        let mut buffer = [MaybeUninit::uninit(); 4096];
+        while !fs::read_to_string(dir.join(name)).is_ok_and(|found| found.contains(text)) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            ensure!(!left.is_zero(), "no {text:?} in {name} after {TIMEOUT:?}");
+            poll(&mut [PollFd::new(&inotify, PollFlags::IN)], Some(&Timespec::try_from(left)?))?;
+            let _ = inotify::Reader::new(&inotify, &mut buffer).next();
+        }
+        Ok(())
+    }
+
     /// Ends the daemon, as a crash would, and waits until it has ended.
     ///
     /// # Errors
     /// When it doesn't end.
     pub fn crash(&self) -> Result<()> {
         self.process.signal(Signal::KILL)?;
-        self.process.wait_for_exit(PATIENCE).map(drop)
+        self.process.wait_for_exit().map(drop)
     }
 
     /// Ends the daemon with SIGTERM, and keeps what is needed to start it again.
     ///
     /// # Errors
-    /// When it doesn't end within [`STOP_LIMIT`].
+    /// When it doesn't end within [`TIMEOUT`].
     pub fn end(&self) -> Result<ExitStatus> {
         self.process.signal(Signal::TERM)?;
-        self.process.wait_for_exit(STOP_LIMIT)
+        self.process.wait_for_exit()
     }
 
     /// Where the daemon pins maps and links.
@@ -219,7 +233,7 @@ impl Nohop {
     }
 
     fn wait_until_listening(&self, inotify: &OwnedFd) -> Result<()> {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         let mut buffer = [MaybeUninit::uninit(); 4096];
         loop {
             match UnixStream::connect(self.socket()) {
@@ -237,7 +251,7 @@ impl Nohop {
                 }
             }
             if Instant::now() > deadline {
-                bail!("it doesn't listen after {PATIENCE:?}\n{}", self.process.tail());
+                bail!("it doesn't listen after {TIMEOUT:?}\n{}", self.process.tail());
             }
         }
     }
@@ -247,7 +261,7 @@ impl Nohop {
     /// # Errors
     /// When it doesn't in time.
     pub fn wait_until_ready(&self) -> Result<()> {
-        self.wait("/v1/status", PATIENCE, |status| status["ready"] == true).map(drop)
+        self.wait("/v1/status", TIMEOUT, |status| status["ready"] == true).map(drop)
     }
 
     /// The document of `GET /v1/status`.
@@ -285,24 +299,23 @@ impl Nohop {
     /// Waits until `predicate` holds of the list of services.
     ///
     /// # Errors
-    /// When it doesn't within `limit`.
-    pub fn wait_until(&self, limit: Duration, predicate: impl Fn(&Value) -> bool) -> Result<Value> {
-        self.wait("/v1/services", limit, predicate)
+    /// When it doesn't within [`TIMEOUT`].
+    pub fn wait_until(&self, predicate: impl Fn(&Value) -> bool) -> Result<Value> {
+        self.wait("/v1/services", TIMEOUT, predicate)
     }
 
     /// Waits until the service has this many healthy backends; none, too, when it doesn't exist.
     ///
     /// # Errors
-    /// When it hasn't within `limit`.
-    pub fn wait_for_backends(&self, service: &str, n: usize, limit: Duration) -> Result<Value> {
-        let deadline = Instant::now() + limit;
+    /// When it hasn't within [`TIMEOUT`].
+    pub fn wait_for_backends(&self, service: &str, n: usize) -> Result<Value> {
+        let deadline = Instant::now() + TIMEOUT;
         loop {
             // A new name is known at once where somebody asks for it, as whoever connections it would.
             self.ask_for(service)?;
             let left = deadline.saturating_duration_since(Instant::now());
-            let waited = self.wait_until(left.min(Duration::from_secs(2)), |services| {
-                n_healthy(services, service) == n
-            });
+            let has_them = |services: &Value| n_healthy(services, service) == n;
+            let waited = self.wait("/v1/services", left.min(Duration::from_secs(2)), has_them);
             if waited.is_ok() || Instant::now() >= deadline {
                 return waited;
             }
@@ -319,13 +332,9 @@ impl Nohop {
     /// Waits until `predicate` holds of the status.
     ///
     /// # Errors
-    /// When it doesn't within `limit`.
-    pub fn wait_for_status(
-        &self,
-        limit: Duration,
-        predicate: impl Fn(&Value) -> bool,
-    ) -> Result<Value> {
-        self.wait("/v1/status", limit, predicate)
+    /// When it doesn't within [`TIMEOUT`].
+    pub fn wait_for_status(&self, predicate: impl Fn(&Value) -> bool) -> Result<Value> {
+        self.wait("/v1/status", TIMEOUT, predicate)
     }
 
     /// Runs a command of `nohop`, such as `services --json`, against this daemon.
@@ -348,7 +357,7 @@ impl Nohop {
     /// Stops the daemon with SIGTERM.
     ///
     /// # Errors
-    /// When it doesn't end within [`STOP_LIMIT`].
+    /// When it doesn't end within [`TIMEOUT`].
     pub fn stop(self) -> Result<ExitStatus> {
         self.stop_with(Signal::TERM)
     }
@@ -356,10 +365,10 @@ impl Nohop {
     /// Stops the daemon with this signal.
     ///
     /// # Errors
-    /// When it doesn't end within [`STOP_LIMIT`].
+    /// When it doesn't end within [`TIMEOUT`].
     pub fn stop_with(self, signal: Signal) -> Result<ExitStatus> {
         self.process.signal(signal)?;
-        self.process.wait_for_exit(STOP_LIMIT)
+        self.process.wait_for_exit()
     }
 
     /// Ends the daemon at once, as a crash would.
@@ -400,7 +409,7 @@ impl Nohop {
     fn get(&self, path: &str) -> Result<Answer> {
         let ask = || -> Result<String> {
             let mut stream = UnixStream::connect(self.socket())?;
-            stream.set_read_timeout(Some(Duration::from_secs(WAIT_S) + PATIENCE))?;
+            stream.set_read_timeout(Some(Duration::from_secs(WAIT_S) + TIMEOUT))?;
             write!(stream, "GET {path} HTTP/1.0\r\nHost: nohop\r\n\r\n")?;
             let mut answer = String::new();
             stream.read_to_string(&mut answer)?;

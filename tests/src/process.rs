@@ -14,6 +14,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 
+use crate::TIMEOUT;
 use crate::cleanup::Undo;
 
 /// The lines of output that are kept.
@@ -88,8 +89,16 @@ impl Process {
     /// the call count.
     ///
     /// # Errors
+    /// When the process ends its output, or [`TIMEOUT`] passes, without such a line.
+    pub fn wait_for_line(&self, texts: &[&str]) -> Result<String> {
+        self.wait_for_line_within(TIMEOUT, texts)
+    }
+
+    /// The same with a limit of its own.
+    ///
+    /// # Errors
     /// When the process ends its output, or `limit` passes, without such a line.
-    pub fn wait_for_line(&self, texts: &[&str], limit: Duration) -> Result<String> {
+    pub fn wait_for_line_within(&self, limit: Duration, texts: &[&str]) -> Result<String> {
         let deadline = Instant::now() + limit;
         let mut written = self.output.lock();
         loop {
@@ -124,23 +133,36 @@ impl Process {
     /// Waits for the end of the process.
     ///
     /// # Errors
-    /// When `limit` passes before.
-    pub fn wait_for_exit(&self, limit: Duration) -> Result<ExitStatus> {
-        let mut fds = [PollFd::new(&self.pidfd, PollFlags::IN)];
-        let n_ready = poll(&mut fds, Some(&Timespec::try_from(limit)?)).context("poll a pidfd")?;
-        if n_ready == 0 {
-            bail!("{} still runs after {limit:?}\n{}", self.name, self.tail());
+    /// When [`TIMEOUT`] passes before.
+    pub fn wait_for_exit(&self) -> Result<ExitStatus> {
+        if !self.ends_within(TIMEOUT)? {
+            bail!("{} still runs after {TIMEOUT:?}\n{}", self.name, self.tail());
         }
         lock(&self.child).wait().with_context(|| format!("wait for {}", self.name))
+    }
+
+    /// Waits for the end of the process, `limit` at most: whether it came.
+    ///
+    /// # Errors
+    /// When it can't be waited for.
+    pub fn ends_within(&self, limit: Duration) -> Result<bool> {
+        let mut fds = [PollFd::new(&self.pidfd, PollFlags::IN)];
+        let n_ready = poll(&mut fds, Some(&Timespec::try_from(limit)?)).context("poll a pidfd")?;
+        Ok(n_ready > 0)
     }
 
     /// Asks the process to end with SIGTERM, and waits.
     ///
     /// # Errors
-    /// When it doesn't within `limit`; then it is killed.
-    pub fn stop(self, limit: Duration) -> Result<ExitStatus> {
+    /// When it doesn't within [`TIMEOUT`]; then it is killed.
+    pub fn stop(self) -> Result<ExitStatus> {
         self.signal(Signal::TERM)?;
-        self.wait_for_exit(limit)
+        self.wait_for_exit()
+    }
+
+    /// How many lines of its output so far contain this text.
+    pub fn n_lines_with(&self, text: &str) -> usize {
+        self.output.lock().lines.iter().filter(|line| line.contains(text)).count()
     }
 
     /// Ends the process at once, as a crash would.

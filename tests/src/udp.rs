@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::net::{SocketAddr, SocketAddrV4};
-use std::time::Duration;
 
 use anyhow::{Context, Result};
 use serde_json::Value;
@@ -28,7 +27,7 @@ impl Echo {
         let mut command = place.command(cmd::built("udp")?);
         command.args(["serve", listen, name]);
         let process = Process::spawn(&format!("udp {name}"), command)?;
-        let line = process.wait_for_line(&["listening on "], Duration::from_secs(10))?;
+        let line = process.wait_for_line(&["listening on "])?;
         let address = line.trim_start_matches("listening on ").parse().context(line.clone())?;
         Ok(Echo { address, process })
     }
@@ -94,7 +93,7 @@ impl Askers {
     }
 
     fn round(&self, text: &str) -> Result<Round> {
-        Round::read(&self.process.wait_for_line(&[text], Duration::from_secs(20))?)
+        Round::read(&self.process.wait_for_line(&[text])?)
     }
 }
 

@@ -6,7 +6,6 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use lb_tests::cgroup::Cgroup;
@@ -16,9 +15,6 @@ use lb_tests::net::Host;
 use lb_tests::nohop::{Nohop, service};
 use lb_tests::{cleanup, cmd};
 use serde_json::json;
-
-/// How long nohop may take to follow Consul before the demo gives up.
-const LIMIT: Duration = Duration::from_secs(10);
 
 /// What a person needs to enter the demo and look around.
 struct Demo {
@@ -80,7 +76,7 @@ impl Demo {
 
         heading("nohop, which attaches to the cgroup and answers DNS at 127.0.0.1");
         let nohop = Nohop::start(&host, &cgroup, "")?;
-        nohop.wait_for_backends("helloworld", backends.len(), LIMIT)?;
+        nohop.wait_for_backends("helloworld", backends.len())?;
         println!("ready, pid {}", nohop.process.pid().as_raw_nonzero());
         Ok(Demo { nohop, backends, _consul: consul, cgroup, host })
     }
@@ -102,7 +98,7 @@ impl Demo {
         let n_left = self.backends.len();
         println!("{}", prompt(&format!("kill -9 {}   # alice", victim.process.pid())));
         victim.process.kill();
-        self.nohop.wait_for_backends("helloworld", n_left, LIMIT)?;
+        self.nohop.wait_for_backends("helloworld", n_left)?;
         for _ in 0..4 {
             let answer = self.curl_hello()?;
             ensure!(!answer.contains("alice"), "a dead backend answered");

@@ -49,7 +49,6 @@ const DNS_SECONDS: f64 = 0.15;
 const N_FORWARDED: usize = 1_500;
 
 const DNS: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::LOCALHOST, 53);
-const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Daemons of one binary, just started, each on a node of its own.
 pub struct Site {
@@ -122,7 +121,7 @@ impl Daemon {
             helpers.push(Process::spawn("server", command)?);
         }
         for server in &helpers {
-            server.wait_for_line(&["listening on "], PATIENCE)?;
+            server.wait_for_line(&["listening on "])?;
         }
         helpers.push(pin::on(pin::CLIENT, || dns::start_upstream(&node))?);
 
@@ -221,7 +220,7 @@ impl Daemon {
         let start = Instant::now();
         fs::rename(edited, file.join("nohop.toml")).context("rename the edited catalog")?;
         let is_newer = |status: &Value| status["generation"].as_u64() > generation;
-        self.nohop.wait_for_status(PATIENCE, is_newer)?;
+        self.nohop.wait_for_status(is_newer)?;
         Ok(start.elapsed())
     }
 

@@ -298,7 +298,7 @@ fn await_bound(
         if bound.split_whitespace().any(|word| word == at || word == any) {
             return Ok(());
         }
-        if process.wait_for_exit(LOOK).is_ok() {
+        if process.ends_within(LOOK)? {
             bail!("it ended\n{}", process.tail());
         }
     }

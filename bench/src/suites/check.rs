@@ -69,7 +69,7 @@ fn delay(node: &Node, backend: std::net::SocketAddrV4) -> Result<Process> {
     command.args(["delay", &listen, &backend.to_string()]);
     command.args(["--delay-us", &DELAY.as_micros().to_string()]);
     let process = Process::spawn("delay", command)?;
-    process.wait_for_line(&["listening on "], Duration::from_secs(10))?;
+    process.wait_for_line(&["listening on "])?;
     Ok(process)
 }
 

@@ -4,7 +4,6 @@
 use std::fs;
 use std::net::SocketAddrV4;
 use std::path::PathBuf;
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use lb_tests::process::Process;
@@ -188,7 +187,7 @@ impl Site {
             let mut command = node.backend_place().command(generators::load_program()?);
             command.args(["greet", &format!("0.0.0.0:{port}")]);
             let server = Process::spawn("greet", command)?;
-            server.wait_for_line(&["listening on "], Duration::from_secs(10))?;
+            server.wait_for_line(&["listening on "])?;
             servers.push(server);
         }
         let running = peer.start(&node, services)?;

@@ -298,7 +298,7 @@ impl Site {
         thread::sleep(WARM_UP);
         self.fail(ready)?;
         let limit = Duration::from_secs(with_warm_up) + PATIENCE + SPARE;
-        let found = load.wait_for_line(&["\"asked\""], limit)?;
+        let found = load.wait_for_line_within(limit, &["\"asked\""])?;
         serde_json::from_str(&found).with_context(|| format!("what nohop-load says: {found}"))
     }
 
@@ -355,7 +355,7 @@ fn start_nohop_by_consul(node: &Node, backends: &[SocketAddrV4]) -> Result<(Runn
     }
     let nohop = Nohop::start(node.client_host(), &node.client, "")?;
     node.adopt_hop(&nohop.process)?;
-    let services = nohop.wait_for_backends(SERVICE, backends.len(), Duration::from_secs(20))?;
+    let services = nohop.wait_for_backends(SERVICE, backends.len())?;
     let vip = nohop::service(&services, SERVICE).and_then(|service| service["vip"].as_str());
     let vip = vip.and_then(|vip| vip.parse().ok()).context("nohop tells no VIP of the service")?;
     let address = SocketAddrV4::new(vip, 80);
@@ -370,7 +370,7 @@ fn await_program(process: &Process, name: &str) -> Result<()> {
         if fs::read_to_string(&comm).is_ok_and(|comm| comm.trim() == name) {
             return Ok(());
         }
-        if process.wait_for_exit(LOOK).is_ok() {
+        if process.ends_within(LOOK)? {
             bail!("it ended\n{}", process.tail());
         }
     }

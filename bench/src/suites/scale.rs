@@ -163,7 +163,7 @@ fn load_nohop(node: &Node, [before, after]: [&Services; 2]) -> Result<Loaded> {
     let generation = nohop.status()?["generation"].as_u64();
     let start = Instant::now();
     fs::rename(edited, catalog).context("rename the edited catalog")?;
-    nohop.wait_for_status(PATIENCE, |status| status["generation"].as_u64() > generation)?;
+    nohop.wait_for_status(|status| status["generation"].as_u64() > generation)?;
     let change = start.elapsed();
     let kernel_mb = Some(bpf::maps_mb(&nohop.pins())?);
     Ok(Loaded { load, first_sync_ms, change, resident_mb, kernel_mb })

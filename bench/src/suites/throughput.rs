@@ -181,7 +181,7 @@ fn start_server(node: &Node) -> Result<Process> {
     let mut command = node.backend_place().command("iperf3");
     command.args(["-s", "-B", &at.ip().to_string(), "-p", &PORT.to_string(), "--forceflush"]);
     let process = Process::spawn("iperf3", command)?;
-    process.wait_for_line(&["Server listening"], Duration::from_secs(10))?;
+    process.wait_for_line(&["Server listening"])?;
     Ok(process)
 }
 

@@ -65,9 +65,6 @@ const N_SOCKETS: usize = 8;
 /// The datagrams that each socket has under way at a time.
 const WINDOW: usize = 4;
 
-/// How long a backend may take to listen.
-const PATIENCE: Duration = Duration::from_secs(10);
-
 /// How sockets are used.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Use {
@@ -151,7 +148,7 @@ impl Site {
             backends.push(Process::spawn("echo", echo)?);
         }
         for backend in &backends {
-            backend.wait_for_line(&["listening on "], PATIENCE)?;
+            backend.wait_for_line(&["listening on "])?;
         }
         let running = peer.start(&node, &Services::one(Protocol::Udp, addresses))?;
         Ok(Site { peer, running, _backends: backends, node })

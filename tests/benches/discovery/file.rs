@@ -42,9 +42,7 @@ pub fn measure(quick: bool) -> Result<()> {
         let start = Instant::now();
         fs::rename(&edited, &path)?;
         // It counts a table once that is in the maps.
-        nohop.wait_for_status(Duration::from_secs(20), |status| {
-            status["generation"].as_u64() > generation.as_u64()
-        })?;
+        nohop.wait_for_status(|status| status["generation"].as_u64() > generation.as_u64())?;
         let after = propagation(&nohop)?;
         own.push((after.0 - before.0) / (after.1 - before.1));
         let seen = watcher.stop()?;

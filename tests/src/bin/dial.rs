@@ -12,8 +12,8 @@ use std::time::Duration;
 
 use serde_json::json;
 
-/// How long a connection, and each read, may take.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// How long a connection, and each read, may take before it counts as failed.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// The most that is read of an answer, in bytes.
 const MAX_ANSWER: u64 = 64 * 1024;

@@ -10,7 +10,7 @@ use std::time::Duration;
 const N_THREADS: usize = 64;
 
 /// How long a connection may be silent.
-const PATIENCE: Duration = Duration::from_secs(5);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The longest head of a request, in bytes.
 const MAX_HEAD: u64 = 16 * 1024;

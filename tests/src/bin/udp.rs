@@ -14,8 +14,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-/// How long an answer may take.
-const PATIENCE: Duration = Duration::from_secs(1);
+/// How long an answer may take before it counts as lost.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Between two rounds.
 const PAUSE: Duration = Duration::from_millis(10);

@@ -7,7 +7,6 @@ use std::net::SocketAddrV4;
 use std::os::fd::OwnedFd;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use lb_tests::cmd;
@@ -15,9 +14,6 @@ use lb_tests::process::Process;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use crate::node::Node;
-
-/// How long instances may take to start, and to end.
-const PATIENCE: Duration = Duration::from_secs(20);
 
 /// What the program says once all listen.
 const STARTED: &str = "all listen";
@@ -49,7 +45,7 @@ impl Crew {
         let mut command = node.backend_place().command(std::env::current_exe()?);
         command.args(["instances", &first.to_string(), &n.to_string()]);
         let process = Process::spawn("instances", command)?;
-        let line = process.wait_for_line(&[STARTED], PATIENCE)?;
+        let line = process.wait_for_line(&[STARTED])?;
         let pids = line.trim_start_matches(STARTED).split_whitespace();
         let pids: Vec<Pid> = pids.filter_map(|pid| Pid::from_raw(pid.parse().ok()?)).collect();
         ensure!(pids.len() == n, "{n} instances were to start: {line}");
@@ -65,7 +61,7 @@ impl Crew {
 impl Drop for Crew {
     fn drop(&mut self) {
         self.members.iter().for_each(Member::kill);
-        let _ = self.process.wait_for_exit(PATIENCE);
+        let _ = self.process.wait_for_exit();
     }
 }
 

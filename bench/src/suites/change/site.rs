@@ -145,7 +145,7 @@ impl Kind {
 fn start_nohop(node: &Node) -> Result<(SocketAddrV4, Vec<Guard>)> {
     let nohop = Nohop::start(node.client_host(), &node.client, "")?;
     node.adopt_hop(&nohop.process)?;
-    let services = nohop.wait_for_backends(SERVICE, 1, PATIENCE)?;
+    let services = nohop.wait_for_backends(SERVICE, 1)?;
     let vip = lb_tests::nohop::service(&services, SERVICE).and_then(|s| s["vip"].as_str());
     let vip = vip.context("nohop has no VIP for the service")?.parse()?;
     Ok((SocketAddrV4::new(vip, 80), vec![Guard::Nohop(Box::new(nohop))]))
@@ -221,7 +221,7 @@ impl Probe {
         command.args(["probe", &site.address.to_string(), "--interval-us", "500", "--log"]);
         command.arg(files.path().join("log"));
         let process = Process::spawn("nohop-load probe", command)?;
-        process.wait_for_line(&["probing"], PATIENCE)?;
+        process.wait_for_line(&["probing"])?;
         Ok(Probe { process, files })
     }
 
@@ -237,7 +237,7 @@ impl Probe {
 
     fn await_line(&self, what: &str, member: &Member) -> Result<()> {
         let line = format!("{what} {}", member.answer());
-        self.process.wait_for_line(&[&line], PATIENCE).map(drop)
+        self.process.wait_for_line(&[&line]).map(drop)
     }
 
     /// Ends it, and returns what it noted of each connection.
