@@ -31,9 +31,7 @@ pub fn measure(quick: bool) -> Result<()> {
     let nohop = site.nohop("catalog.watch = \"used\"\n")?;
     let live: Vec<String> = (0..N_LIVE).map(name).collect();
     site.use_names(live.iter().map(|name| &**name))?;
-    nohop.wait_for_status(|status| {
-        status["sources"][0]["watches"]["live"] == N_LIVE
-    })?;
+    nohop.wait_for_status(|status| status["sources"][0]["watches"]["live"] == N_LIVE)?;
     // Beyond the buckets of the watches, which the first answers emptied.
     thread::sleep(Duration::from_secs(1));
 
