@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
-use super::snapshot::{Agent, Memory, Remembered};
+use super::snapshot::{Agent, SavedCatalog, SavedService};
 use crate::durable;
 use crate::table::Instance;
 
@@ -130,7 +130,7 @@ impl Now {
 ///
 /// # Errors
 /// When the directory can't be written to.
-pub fn write(path: &Path, memory: &Memory) -> Result<(), WriteError> {
+pub fn write(path: &Path, memory: &SavedCatalog) -> Result<(), WriteError> {
     let now = Now::get();
     let services = memory.services.iter().map(|(name, remembered)| {
         let line = Line {
@@ -162,7 +162,7 @@ pub fn write(path: &Path, memory: &Memory) -> Result<(), WriteError> {
 
 /// Reads what an earlier daemon left, as far as it is of this boot and not older than `max_age`. A
 /// file that can't be understood is set aside as `catalog.corrupt`; nothing about it is fatal.
-pub fn read(path: &Path, max_age: Duration) -> Option<Memory> {
+pub fn read(path: &Path, max_age: Duration) -> Option<SavedCatalog> {
     let bytes = match std::fs::read(path) {
         Ok(bytes) => bytes,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return None,
@@ -215,10 +215,10 @@ pub fn fuzz(bytes: &[u8]) {
     }
 }
 
-fn remember(body: Body, now: Now, max_age: Duration) -> Memory {
+fn remember(body: Body, now: Now, max_age: Duration) -> SavedCatalog {
     let services = body.services.into_iter().map(|(name, line)| {
         let answered_at = line.answered.and_then(|at| now.instant(at, max_age));
-        let remembered = Remembered {
+        let remembered = SavedService {
             instances: if answered_at.is_some() { line.instances } else { Arc::default() },
             answered_at,
             filtered: line.filtered,
@@ -226,7 +226,7 @@ fn remember(body: Body, now: Now, max_age: Duration) -> Memory {
         };
         (name, remembered)
     });
-    Memory {
+    SavedCatalog {
         origin: body.origin,
         agent: body.agent,
         off: body.off,
@@ -247,7 +247,7 @@ mod tests {
 
     const HOUR: Duration = Duration::from_secs(3600);
 
-    fn memory(now: Instant) -> Memory {
+    fn memory(now: Instant) -> SavedCatalog {
         let instance = Instance {
             node: "n1".into(),
             id: "1".into(),
@@ -261,19 +261,19 @@ mod tests {
             standing: Standing::Out("check `c` is critical".into()),
             says: Says { ports: Some("80".into()), protocol: None },
         };
-        let web = Remembered {
+        let web = SavedService {
             instances: [instance].into(),
             answered_at: Some(now),
             used_at: Some(now),
             filtered: true,
         };
-        Memory {
+        SavedCatalog {
             origin: "here".into(),
             agent: Some("n1".into()),
             off: true,
             names_at: Some(now),
             names_filtered: true,
-            services: [("web".into(), web), ("cold".into(), Remembered::default())].into(),
+            services: [("web".into(), web), ("cold".into(), SavedService::default())].into(),
         }
     }
 

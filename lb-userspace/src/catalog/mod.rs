@@ -9,7 +9,7 @@ mod file;
 #[cfg(any(fuzzing, test))]
 pub(crate) mod fuzzing;
 mod host;
-mod output;
+mod publisher;
 pub mod resolve;
 mod snapshot;
 mod stamp;
@@ -28,16 +28,16 @@ use tokio::task::JoinSet;
 use crate::config::{Config, Source};
 use crate::table::Listing;
 pub use stats::{Stats, Watches};
-pub use usage::{Demand, Lookup};
+pub use usage::{Lookup, UsageSender};
 #[cfg(test)]
-pub(crate) use usage::{Wanted, Wish};
+pub(crate) use usage::{LookupRequest, SourceCommand};
 
-use output::Output;
-use supervisor::{Ageing, Limits, Source as Life};
+use publisher::Publisher;
+use supervisor::{RestartPolicy, Source as Run, Staleness};
 
 /// How long a source may take to leave what the next one begins with: a clean stop takes less than a
 /// second in all.
-const LEAVING: Duration = Duration::from_millis(300);
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_millis(300);
 
 /// All that a source knows: the instances of each routed service, by the service's name.
 ///
@@ -47,11 +47,11 @@ pub type Catalog = BTreeMap<Arc<str>, Listing>;
 
 /// A catalog as it was published.
 #[derive(Clone, Debug)]
-pub struct Edition {
+pub struct Published {
     /// What the source knows.
     pub catalog: Arc<Catalog>,
     /// When the news in it arrived here.
-    pub heard_at: Instant,
+    pub news_at: Instant,
 }
 
 /// How a source fares, for `status` and for logs.
@@ -78,30 +78,30 @@ pub struct Health {
 #[derive(Debug)]
 pub struct Handle {
     /// The last catalog; `None` before the first full sync. It wakes only for a change.
-    pub catalog: watch::Receiver<Option<Edition>>,
+    pub catalog: watch::Receiver<Option<Published>>,
     /// How the source fares. It wakes at every answer.
     pub health: watch::Receiver<Health>,
     /// Whether the source says that nothing is to be translated (Consul's key `nohop/off`).
     pub off: watch::Receiver<bool>,
     /// Where to say that a service is used.
-    pub demand: Demand,
+    pub demand: UsageSender,
     /// What the source counts.
     pub stats: Arc<Stats>,
     /// Whether the source has hung so often that only another process can help.
-    pub hopeless: watch::Receiver<bool>,
+    pub gave_up: watch::Receiver<bool>,
     /// Who keeps the source running.
-    pub keeper: Keeper,
-    output: Output,
+    pub supervisor: SupervisorHandle,
+    output: Publisher,
 }
 
 /// The task that keeps a source running; dropping it ends the source.
 #[derive(Debug, Default)]
-pub struct Keeper(JoinSet<()>);
+pub struct SupervisorHandle(JoinSet<()>);
 
-impl Keeper {
-    /// Waits until nobody keeps the source running any more, which only a defect or a hopeless
+impl SupervisorHandle {
+    /// Waits until the source is no longer kept running, which only a defect or a hopeless
     /// source brings about. What became of it is in the log.
-    pub async fn ended(&mut self) {
+    pub async fn join(&mut self) {
         self.0.join_next().await;
     }
 }
@@ -147,12 +147,12 @@ fn kept(config: &Config, path: &Path) -> file::Kept {
 /// # Errors
 /// As [`check_first`].
 pub fn spawn(config: &Config, in_use: Vec<Arc<str>>) -> Result<Handle, CatalogError> {
-    let output = Output::new(name(&config.catalog.source));
+    let output = Publisher::new(name(&config.catalog.source));
     if let Source::File(path) = &config.catalog.source {
         file::load_first(path, &kept(config, path), &output)?;
     }
     let mut handle = Handle::of(output);
-    handle.keep(config, in_use, true);
+    handle.start(config, in_use, true);
     Ok(handle)
 }
 
@@ -160,13 +160,13 @@ pub fn spawn(config: &Config, in_use: Vec<Arc<str>>) -> Result<Handle, CatalogEr
 ///
 /// # Errors
 /// As [`check`].
-pub fn try_out(config: &Config) -> Result<Handle, CatalogError> {
-    let output = Output::new(name(&config.catalog.source));
+pub fn dry_run(config: &Config) -> Result<Handle, CatalogError> {
+    let output = Publisher::new(name(&config.catalog.source));
     if let Source::File(path) = &config.catalog.source {
         file::load(path, &output)?;
     }
     let mut handle = Handle::of(output);
-    handle.keep(config, Vec::new(), false);
+    handle.start(config, Vec::new(), false);
     Ok(handle)
 }
 
@@ -174,73 +174,83 @@ impl Handle {
     /// Puts the source that the configuration names, which has passed [`check`], in the place of the
     /// one that runs. The services `in_use` are live from the start, as for [`spawn`].
     pub async fn reconfigure(&mut self, config: &Config, in_use: Vec<Arc<str>>) {
-        self.leave().await;
+        self.flush().await;
         self.end().await;
-        self.keep(config, in_use, true);
+        self.start(config, in_use, true);
     }
 
     /// Ends the source that runs, so that the next one finds its connections free and is the only
     /// one that listens. One that hangs is left behind.
     async fn end(&mut self) {
-        let former = self.demand.listener();
-        self.keeper.0.shutdown().await;
+        let former = self.demand.channel();
+        self.supervisor.0.shutdown().await;
         if let Some(former) = former {
-            let _ = tokio::time::timeout(LEAVING, former.ended()).await;
+            let _ = tokio::time::timeout(SHUTDOWN_TIMEOUT, former.closed()).await;
         }
     }
 
     /// Ends the source, which leaves first what the next daemon begins with.
     pub async fn stop(self) {
-        self.leave().await;
+        self.flush().await;
     }
 
-    async fn leave(&self) {
-        if tokio::time::timeout(LEAVING, self.demand.leave()).await.is_err() {
+    async fn flush(&self) {
+        if tokio::time::timeout(SHUTDOWN_TIMEOUT, self.demand.flush()).await.is_err() {
             tracing::warn!(
                 "discovery is too busy to write down what it knew: a moment of it is lost"
             );
         }
     }
 
-    fn of(output: Output) -> Handle {
+    fn of(output: Publisher) -> Handle {
         let (catalog, health, off) = output.subscribe();
         let stats = output.stats().clone();
-        let (demand, hopeless) = (Demand::new(stats.clone()), watch::channel(false).1);
-        Handle { catalog, health, off, demand, stats, output, hopeless, keeper: Keeper::default() }
+        let (demand, gave_up) = (UsageSender::new(stats.clone()), watch::channel(false).1);
+        Handle {
+            catalog,
+            health,
+            off,
+            demand,
+            stats,
+            output,
+            gave_up,
+            supervisor: SupervisorHandle::default(),
+        }
     }
 
-    fn keep(&mut self, config: &Config, in_use: Vec<Arc<str>>, is_cached: bool) {
+    fn start(&mut self, config: &Config, in_use: Vec<Arc<str>>, is_cached: bool) {
         let name = name(&config.catalog.source);
         match &config.catalog.source {
             Source::Consul => {
                 let settings = consul::Settings::of(config, in_use, is_cached);
-                let source: Life = Arc::new(move |output, wishes| {
+                let source: Run = Arc::new(move |output, wishes| {
                     Box::pin(consul::run(settings.clone(), output, wishes))
                 });
-                self.keep_source(name, source, Some((&config.catalog).into()));
+                self.run_source(name, source, Some((&config.catalog).into()));
             }
             Source::File(path) => {
                 let kept = is_cached.then(|| kept(config, path));
                 let path = path.clone();
-                let source: Life = Arc::new(move |output, wishes| {
+                let source: Run = Arc::new(move |output, wishes| {
                     wishes.decline();
                     Box::pin(file::run(path.clone(), kept.clone(), output))
                 });
-                self.keep_source(name, source, None);
+                self.run_source(name, source, None);
             }
         }
     }
 
-    fn keep_source(&mut self, name: &'static str, source: Life, ageing: Option<Ageing>) {
-        let (hopeless, is_hopeless) = watch::channel(false);
-        self.hopeless = is_hopeless;
-        self.keeper = Keeper::default();
+    fn run_source(&mut self, name: &'static str, source: Run, staleness: Option<Staleness>) {
+        let (gave_up, is_hopeless) = watch::channel(false);
+        self.gave_up = is_hopeless;
+        self.supervisor = SupervisorHandle::default();
         // From here on the former source isn't heard.
-        let output = self.output.next_source(name, ageing.is_some());
+        let output = self.output.next_source(name, staleness.is_some());
         let demand = self.demand.clone();
-        let limits = Limits::default();
-        let keeper = supervisor::keep(name, source, output, demand, ageing, limits, hopeless);
-        self.keeper.0.spawn(keeper);
+        let limits = RestartPolicy::default();
+        let supervising =
+            supervisor::supervise(name, source, output, demand, staleness, limits, gave_up);
+        self.supervisor.0.spawn(supervising);
     }
 }
 

@@ -10,7 +10,7 @@ use crate::table::{Home, Instance};
 
 /// What a source knew, for the next one to begin with.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Memory {
+pub struct SavedCatalog {
     /// Whom it asked, and for what. Of another origin only the uses count.
     pub origin: String,
     /// Which node this is, where the source has it.
@@ -22,7 +22,7 @@ pub struct Memory {
     /// Whether that answer left something out for the token's sake.
     pub names_filtered: bool,
     /// Every name of the list, and what is known of it.
-    pub services: BTreeMap<Arc<str>, Remembered>,
+    pub services: BTreeMap<Arc<str>, SavedService>,
 }
 
 /// The node whose agent is asked, where that agent is this host's.
@@ -50,7 +50,7 @@ impl From<&str> for Agent {
 
 /// What is remembered of one service.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Remembered {
+pub struct SavedService {
     /// Its instances; none where they were never known.
     pub instances: Arc<[Instance]>,
     /// When the source last answered for them.

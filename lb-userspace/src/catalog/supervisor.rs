@@ -2,7 +2,7 @@
 //!
 //! A thread of its own, since nothing can end a loop that never yields, and so that reading a large
 //! answer holds up nobody else. A life that panics or stops beating is left behind: what it says
-//! counts no more (see `Output::next_life`), and another begins.
+//! counts no more (see `Publisher::new_epoch`), and another begins.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -13,32 +13,33 @@ use tokio::sync::{oneshot, watch};
 use tokio::time::{Interval, MissedTickBehavior};
 
 use super::cache::suspended;
-use super::usage::Wishes;
-use super::{Demand, Output};
+use super::usage::UsageReceiver;
+use super::{Publisher, UsageSender};
 use crate::config::{CatalogConfig, Expired};
 
 /// What begins a life of a source, on the thread and the runtime that are its own.
-pub type Source = Arc<dyn Fn(Output, Wishes) -> Pin<Box<dyn Future<Output = ()>>> + Send + Sync>;
+pub type Source =
+    Arc<dyn Fn(Publisher, UsageReceiver) -> Pin<Box<dyn Future<Output = ()>>> + Send + Sync>;
 
 /// How patient the supervision is.
 #[derive(Clone, Copy, Debug)]
-pub struct Limits {
+pub struct RestartPolicy {
     /// How often a life beats, and is looked at.
     pub beat: Duration,
-    /// The looks in a row without a beat that make a life count as hung. Looks rather than a time,
-    /// since a machine that was paused as a whole looks only once.
+    /// The ticks in a row without a beat that make a life count as hung. Ticks rather than a time,
+    /// since a machine that was paused as a whole ticks only once.
     pub n_silent: u32,
     /// How long a source that ended stays down.
     pub pause: Duration,
-    /// So many hung lives within [`Limits::memory`] are one too many.
+    /// So many hung lives within [`RestartPolicy::memory`] are one too many.
     pub n_hung: usize,
     /// How long a life that hung or ended is held against the source.
     pub memory: Duration,
 }
 
-impl Default for Limits {
+impl Default for RestartPolicy {
     fn default() -> Self {
-        Limits {
+        RestartPolicy {
             beat: Duration::from_secs(1),
             n_silent: 10,
             pause: Duration::from_secs(1),
@@ -50,31 +51,32 @@ impl Default for Limits {
 
 /// When a catalog of the source is too old, and what then; `None` for one that doesn't age.
 #[derive(Clone, Copy, Debug)]
-pub struct Ageing {
+pub struct Staleness {
     max_age: Duration,
     expired: Expired,
 }
 
-impl From<&CatalogConfig> for Ageing {
+impl From<&CatalogConfig> for Staleness {
     fn from(config: &CatalogConfig) -> Self {
-        Ageing { max_age: config.max_age, expired: config.expired }
+        Staleness { max_age: config.max_age, expired: config.expired }
     }
 }
 
-/// Keeps the source running until it has hung too often, which `hopeless` is told.
-pub async fn keep(
+/// Keeps the source running until it has hung too often, which `gave_up` is told.
+pub async fn supervise(
     name: &'static str,
     source: Source,
-    mut output: Output,
-    demand: Demand,
-    ageing: Option<Ageing>,
-    limits: Limits,
-    hopeless: watch::Sender<bool>,
+    mut output: Publisher,
+    demand: UsageSender,
+    staleness: Option<Staleness>,
+    limits: RestartPolicy,
+    gave_up: watch::Sender<bool>,
 ) {
-    let mut failures = Failures::default();
+    let mut failures = RestartHistory::default();
     loop {
-        output = output.next_life(name);
-        let mut life = match Life::start(&source, output.clone(), demand.listen(), limits.beat) {
+        output = output.new_epoch(name);
+        let mut life = match SourceRun::start(&source, output.clone(), demand.listen(), limits.beat)
+        {
             Ok(life) => life,
             Err(error) => {
                 tracing::error!("the catalog's source can't have a thread ({error})");
@@ -82,33 +84,33 @@ pub async fn keep(
                 continue;
             }
         };
-        let mut looks = ticks(limits.beat);
+        let mut ticks = ticks(limits.beat);
         let end = loop {
-            looks.tick().await;
-            if let Some(ageing) = ageing {
+            ticks.tick().await;
+            if let Some(staleness) = staleness {
                 let (now, asleep) = (Instant::now(), suspended());
-                output.look_at_age(now, asleep, ageing.max_age, ageing.expired);
+                output.check_age(now, asleep, staleness.max_age, staleness.expired);
             }
             if failures.forget(Instant::now(), limits.memory) {
-                output.set_life_problem(failures.alarm());
+                output.set_supervisor_problem(failures.problem());
             }
-            if let Some(end) = life.look(limits.n_silent) {
+            if let Some(end) = life.poll(limits.n_silent) {
                 break end;
             }
         };
         match end {
-            End::Ended => {
+            ExitReason::Ended => {
                 tracing::error!("the catalog's source ended; starting it again");
                 failures.ended_at.push(Instant::now());
-                output.set_life_problem(failures.alarm());
+                output.set_supervisor_problem(failures.problem());
             }
-            End::Hung => {
+            ExitReason::Hung => {
                 let silence = limits.beat * limits.n_silent;
                 tracing::error!("the catalog's source gave no sign for {silence:?}; starting anew");
                 failures.hung_at.push(Instant::now());
-                output.set_life_problem(failures.alarm());
+                output.set_supervisor_problem(failures.problem());
                 if failures.hung_at.len() >= limits.n_hung {
-                    let _ = hopeless.send(true);
+                    let _ = gave_up.send(true);
                     return;
                 }
             }
@@ -119,13 +121,13 @@ pub async fn keep(
 
 /// The lives that failed lately: as many as the pause between two of them allows.
 #[derive(Debug, Default)]
-struct Failures {
+struct RestartHistory {
     hung_at: Vec<Instant>,
     /// Those that panicked, or ended in another way.
     ended_at: Vec<Instant>,
 }
 
-impl Failures {
+impl RestartHistory {
     /// Forgets those that are longer ago than `memory`, and says whether there were any.
     fn forget(&mut self, now: Instant, memory: Duration) -> bool {
         let n_before = self.hung_at.len() + self.ended_at.len();
@@ -135,7 +137,7 @@ impl Failures {
         self.hung_at.len() + self.ended_at.len() < n_before
     }
 
-    fn alarm(&self) -> Option<String> {
+    fn problem(&self) -> Option<String> {
         let kinds = [("hung", self.hung_at.len()), ("ended", self.ended_at.len())];
         let told = kinds.into_iter().filter(|(_, n)| *n > 0);
         let told: Vec<String> = told.map(|(what, n)| format!("{what} {n} times")).collect();
@@ -150,8 +152,8 @@ impl Failures {
 }
 
 /// One life of a source; dropping it ends it, if it yet listens.
-struct Life {
-    n_beats: Arc<AtomicU64>,
+struct SourceRun {
+    n_heartbeats: Arc<AtomicU64>,
     seen: u64,
     n_silent: u32,
     /// Closed when the thread ends, however it does.
@@ -160,23 +162,23 @@ struct Life {
 }
 
 /// How a life came to its end.
-enum End {
+enum ExitReason {
     Ended,
     Hung,
 }
 
-impl Life {
+impl SourceRun {
     fn start(
         source: &Source,
-        output: Output,
-        mut wishes: Wishes,
+        output: Publisher,
+        mut wishes: UsageReceiver,
         beat: Duration,
-    ) -> std::io::Result<Life> {
+    ) -> std::io::Result<SourceRun> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let n_beats = Arc::new(AtomicU64::new(0));
+        let n_heartbeats = Arc::new(AtomicU64::new(0));
         let (stop, stopped) = oneshot::channel::<()>();
         let (at_end, alive) = oneshot::channel::<()>();
-        let (source, beats) = (source.clone(), n_beats.clone());
+        let (source, beats) = (source.clone(), n_heartbeats.clone());
         std::thread::Builder::new().name("catalog".into()).spawn(move || {
             // Dropped after the runtime, with which the connections go.
             let _ends = (wishes.take_end(), at_end);
@@ -185,30 +187,30 @@ impl Life {
                 tokio::select! {
                     _ = stopped => {}
                     () = source(output, wishes) => {}
-                    () = heart(&beats, beat) => {}
+                    () = heartbeat(&beats, beat) => {}
                 }
             });
         })?;
-        Ok(Life { n_beats, seen: 0, n_silent: 0, alive, _stop: stop })
+        Ok(SourceRun { n_heartbeats, seen: 0, n_silent: 0, alive, _stop: stop })
     }
 
-    /// Looks whether it has ended, or hasn't beaten at so many looks.
-    fn look(&mut self, n_silent: u32) -> Option<End> {
+    /// Checks whether it has ended, or hasn't beaten at so many ticks.
+    fn poll(&mut self, n_silent: u32) -> Option<ExitReason> {
         if let Err(oneshot::error::TryRecvError::Closed) = self.alive.try_recv() {
-            return Some(End::Ended);
+            return Some(ExitReason::Ended);
         }
-        let n_beats = self.n_beats.load(Ordering::Relaxed);
-        self.n_silent = if n_beats == self.seen { self.n_silent + 1 } else { 0 };
-        self.seen = n_beats;
-        (self.n_silent >= n_silent).then_some(End::Hung)
+        let n_heartbeats = self.n_heartbeats.load(Ordering::Relaxed);
+        self.n_silent = if n_heartbeats == self.seen { self.n_silent + 1 } else { 0 };
+        self.seen = n_heartbeats;
+        (self.n_silent >= n_silent).then_some(ExitReason::Hung)
     }
 }
 
-async fn heart(n_beats: &AtomicU64, beat: Duration) {
+async fn heartbeat(n_heartbeats: &AtomicU64, beat: Duration) {
     let mut ticks = ticks(beat);
     loop {
         ticks.tick().await;
-        n_beats.fetch_add(1, Ordering::Relaxed);
+        n_heartbeats.fetch_add(1, Ordering::Relaxed);
     }
 }
 
@@ -225,12 +227,12 @@ mod tests {
     use super::*;
     use crate::catalog::Catalog;
 
-    fn limits() -> Limits {
-        Limits {
+    fn limits() -> RestartPolicy {
+        RestartPolicy {
             beat: Duration::from_millis(20),
             n_silent: 10,
             pause: Duration::ZERO,
-            ..Limits::default()
+            ..RestartPolicy::default()
         }
     }
 
@@ -268,15 +270,16 @@ mod tests {
     #[tokio::test]
     async fn a_life_that_panics_or_loops_is_followed_by_another() {
         // A panic may take its time, where it tells the log how it came to be.
-        let patient = Limits { n_silent: 3000, ..limits() };
+        let patient = RestartPolicy { n_silent: 3000, ..limits() };
         let table = [(panics as fn(&AtomicU32), patient, "ended"), (loops, limits(), "hung")];
         for (fails, limits, alarm) in table {
             let (source, n_lives) = failing(1, fails);
-            let output = Output::new("file");
+            let output = Publisher::new("file");
             let (mut catalog, health, _) = output.subscribe();
-            let (hopeless, _) = watch::channel(false);
-            let demand = Demand::default();
-            let keeper = tokio::spawn(keep("file", source, output, demand, None, limits, hopeless));
+            let (gave_up, _) = watch::channel(false);
+            let demand = UsageSender::default();
+            let keeper =
+                tokio::spawn(supervise("file", source, output, demand, None, limits, gave_up));
             catalog.wait_for(Option::is_some).await.unwrap();
             assert!(n_lives.load(Ordering::Relaxed) >= 2);
             let problem = health.borrow().problem.clone();
@@ -288,18 +291,18 @@ mod tests {
     #[test]
     fn what_failed_is_told_for_an_hour() {
         let start = Instant::now();
-        let memory = Limits::default().memory;
-        let mut failures = Failures::default();
-        assert_eq!(failures.alarm(), None);
+        let memory = RestartPolicy::default().memory;
+        let mut failures = RestartHistory::default();
+        assert_eq!(failures.problem(), None);
         failures.hung_at.push(start);
         failures.ended_at.push(start + memory / 2);
         assert!(!failures.forget(start + memory, memory));
-        let alarm = failures.alarm().unwrap();
+        let alarm = failures.problem().unwrap();
         assert!(alarm.starts_with("discovery hung 1 times and ended 1 times"), "{alarm}");
         assert!(failures.forget(start + memory + memory / 4, memory));
-        assert!(failures.alarm().unwrap().starts_with("discovery ended 1 times"));
+        assert!(failures.problem().unwrap().starts_with("discovery ended 1 times"));
         assert!(failures.forget(start + memory * 2, memory));
-        assert_eq!(failures.alarm(), None);
+        assert_eq!(failures.problem(), None);
     }
 
     #[tokio::test]
@@ -309,9 +312,9 @@ mod tests {
                 std::hint::spin_loop();
             }
         });
-        let (hopeless, mut is_hopeless) = watch::channel(false);
-        let output = Output::new("file");
-        keep("file", source, output, Demand::default(), None, limits(), hopeless).await;
+        let (gave_up, mut is_hopeless) = watch::channel(false);
+        let output = Publisher::new("file");
+        supervise("file", source, output, UsageSender::default(), None, limits(), gave_up).await;
         assert!(*is_hopeless.borrow_and_update());
         assert_eq!(n_lives.fetch_add(100, Ordering::Relaxed), 3);
     }

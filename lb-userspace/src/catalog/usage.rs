@@ -18,11 +18,11 @@ const MAX_USES: usize = 65_536;
 /// Where to report that a service is used. A source that follows everything declines it. It stays
 /// good when the source is started again, or gives way to another.
 #[derive(Clone, Debug, Default)]
-pub struct Demand(Arc<Shared>);
+pub struct UsageSender(Arc<Shared>);
 
 #[derive(Debug, Default)]
 struct Shared {
-    listener: RwLock<Option<Listener>>,
+    channel: RwLock<Option<SourceChannel>>,
     uses: Mutex<BTreeSet<Arc<str>>>,
     used: Notify,
     stats: Arc<Stats>,
@@ -30,34 +30,34 @@ struct Shared {
 
 /// The way to the source that listens.
 #[derive(Clone, Debug)]
-pub(super) struct Listener {
-    wishes: mpsc::Sender<Wish>,
+pub(super) struct SourceChannel {
+    wishes: mpsc::Sender<SourceCommand>,
     end: watch::Receiver<()>,
 }
 
-impl Listener {
+impl SourceChannel {
     /// Waits until the source has ended, and all that it had, connections included, is closed.
-    pub(super) async fn ended(mut self) {
+    pub(super) async fn closed(mut self) {
         while self.end.changed().await.is_ok() {}
     }
 }
 
 /// What somebody wants.
 #[derive(Debug)]
-pub enum Wish {
+pub enum SourceCommand {
     /// A service.
-    Service(Wanted),
+    Lookup(LookupRequest),
     /// That the source leaves what the next one begins with; told once that is written.
-    Leave(oneshot::Sender<()>),
+    Flush(oneshot::Sender<()>),
 }
 
 /// A service that somebody wants.
 #[derive(Debug)]
-pub struct Wanted {
+pub struct LookupRequest {
     /// Its name, in lower case; perhaps there is none of that name.
     pub name: Arc<str>,
     /// Receives what the source found; dropped where it can't know.
-    pub done: Option<oneshot::Sender<Lookup>>,
+    pub reply: Option<oneshot::Sender<Lookup>>,
 }
 
 /// What a source knows of a name that was looked up.
@@ -72,38 +72,38 @@ pub enum Lookup {
     Unknown,
 }
 
-/// The receiving side of a [`Demand`], for one run of a source.
+/// The receiving side of a [`UsageSender`], for one run of a source.
 #[derive(Debug)]
-pub struct Wishes {
-    queue: mpsc::Receiver<Wish>,
+pub struct UsageReceiver {
+    queue: mpsc::Receiver<SourceCommand>,
     shared: Arc<Shared>,
     end: Option<watch::Sender<()>>,
 }
 
-impl Demand {
+impl UsageSender {
     /// A demand that counts in `stats` what it has to drop.
     pub fn new(stats: Arc<Stats>) -> Self {
-        Demand(Arc::new(Shared { stats, ..Shared::default() }))
+        UsageSender(Arc::new(Shared { stats, ..Shared::default() }))
     }
 
     /// Where a source receives it from now on; the former receiver gets nothing more.
-    pub fn listen(&self) -> Wishes {
+    pub fn listen(&self) -> UsageReceiver {
         let (wishes, queue) = mpsc::channel(MAX_LOOKUPS);
         let (ends, end) = watch::channel(());
-        let listener = Some(Listener { wishes, end });
-        *self.0.listener.write().unwrap_or_else(PoisonError::into_inner) = listener;
-        Wishes { queue, shared: self.0.clone(), end: Some(ends) }
+        let channel = Some(SourceChannel { wishes, end });
+        *self.0.channel.write().unwrap_or_else(PoisonError::into_inner) = channel;
+        UsageReceiver { queue, shared: self.0.clone(), end: Some(ends) }
     }
 
     /// Whether a source listens; else nothing that is reported makes a difference.
-    pub fn is_heard(&self) -> bool {
-        self.0.listener.read().unwrap_or_else(PoisonError::into_inner).is_some()
+    pub fn is_connected(&self) -> bool {
+        self.0.channel.read().unwrap_or_else(PoisonError::into_inner).is_some()
     }
 
     /// Notes that the service `name`, in lower case, is in use: it becomes live, or stays so. While
     /// the source is busy, or is being started again, the names wait: each once, 65,536 at most.
     pub fn used(&self, name: &str) {
-        if !self.is_heard() {
+        if !self.is_connected() {
             return;
         }
         let mut uses = self.0.uses.lock().unwrap_or_else(PoisonError::into_inner);
@@ -118,10 +118,10 @@ impl Demand {
     /// The same, and waits until the source has looked the name up. The caller sets the limit; past
     /// it the outcome is [`Lookup::Unknown`]. Where no source listens, the catalog is all there is.
     pub async fn look_up(&self, name: &str) -> Lookup {
-        let Some(Listener { wishes, .. }) = self.listener() else { return Lookup::Absent };
-        let (done, looked_up) = oneshot::channel();
-        let wanted = Wanted { name: name.into(), done: Some(done) };
-        if wishes.try_send(Wish::Service(wanted)).is_err() {
+        let Some(SourceChannel { wishes, .. }) = self.channel() else { return Lookup::Absent };
+        let (reply, looked_up) = oneshot::channel();
+        let wanted = LookupRequest { name: name.into(), reply: Some(reply) };
+        if wishes.try_send(SourceCommand::Lookup(wanted)).is_err() {
             self.0.stats.count_demand_dropped();
             return Lookup::Unknown;
         }
@@ -130,40 +130,40 @@ impl Demand {
 
     /// Waits until the source has left what the next one begins with, or can't. The caller sets the
     /// limit.
-    pub(super) async fn leave(&self) {
-        let Some(Listener { wishes, .. }) = self.listener() else { return };
-        let (done, left) = oneshot::channel();
-        if wishes.send(Wish::Leave(done)).await.is_ok() {
+    pub(super) async fn flush(&self) {
+        let Some(SourceChannel { wishes, .. }) = self.channel() else { return };
+        let (reply, left) = oneshot::channel();
+        if wishes.send(SourceCommand::Flush(reply)).await.is_ok() {
             let _ = left.await;
         }
     }
 
     /// The way to the source that listens now.
-    pub(super) fn listener(&self) -> Option<Listener> {
-        self.0.listener.read().unwrap_or_else(PoisonError::into_inner).clone()
+    pub(super) fn channel(&self) -> Option<SourceChannel> {
+        self.0.channel.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 
-impl Wishes {
+impl UsageReceiver {
     /// Reports that this source publishes all it has, so that no lookup finds more.
     pub fn decline(self) {
-        let Wishes { queue, shared, .. } = self;
-        let mut listener = shared.listener.write().unwrap_or_else(PoisonError::into_inner);
+        let UsageReceiver { queue, shared, .. } = self;
+        let mut channel = shared.channel.write().unwrap_or_else(PoisonError::into_inner);
         drop(queue);
         // Another source may listen by now.
-        if listener.as_ref().is_some_and(|listener| listener.wishes.is_closed()) {
-            *listener = None;
+        if channel.as_ref().is_some_and(|channel| channel.wishes.is_closed()) {
+            *channel = None;
             shared.uses.lock().unwrap_or_else(PoisonError::into_inner).clear();
         }
     }
 
-    /// What is to be dropped once all that the source had is gone; [`Listener::ended`] waits for it.
+    /// What is to be dropped once all that the source had is gone; [`SourceChannel::closed`] waits for it.
     pub fn take_end(&mut self) -> Option<watch::Sender<()>> {
         self.end.take()
     }
 
     /// The next wish; `None` once nothing more can come. It loses nothing where it is cancelled.
-    pub async fn recv(&mut self) -> Option<Wish> {
+    pub async fn recv(&mut self) -> Option<SourceCommand> {
         loop {
             if let Some(wish) = self.next_use() {
                 return Some(wish);
@@ -176,13 +176,13 @@ impl Wishes {
     }
 
     /// The next wish, if there is one already.
-    pub fn try_recv(&mut self) -> Option<Wish> {
+    pub fn try_recv(&mut self) -> Option<SourceCommand> {
         self.next_use().or_else(|| self.queue.try_recv().ok())
     }
 
-    fn next_use(&self) -> Option<Wish> {
+    fn next_use(&self) -> Option<SourceCommand> {
         let name = self.shared.uses.lock().unwrap_or_else(PoisonError::into_inner).pop_first()?;
-        Some(Wish::Service(Wanted { name, done: None }))
+        Some(SourceCommand::Lookup(LookupRequest { name, reply: None }))
     }
 }
 
@@ -196,7 +196,7 @@ mod tests {
     #[test]
     fn a_use_is_lost_neither_in_a_flood_of_lookups_nor_among_many_nor_between_two_runs() {
         let stats = Arc::new(Stats::default());
-        let demand = Demand::new(stats.clone());
+        let demand = UsageSender::new(stats.clone());
         drop(demand.listen());
         demand.used("between-two-runs");
         let mut wishes = demand.listen();
@@ -213,7 +213,7 @@ mod tests {
         }
         let mut used = 0;
         while let Some(wish) = wishes.try_recv() {
-            if let Wish::Service(Wanted { done: None, .. }) = wish {
+            if let SourceCommand::Lookup(LookupRequest { reply: None, .. }) = wish {
                 used += 1;
             }
         }
@@ -232,7 +232,7 @@ mod tests {
     #[test]
     fn uses_have_a_bound_and_are_counted_beyond_it() {
         let stats = Arc::new(Stats::default());
-        let demand = Demand::new(stats.clone());
+        let demand = UsageSender::new(stats.clone());
         let _wishes = demand.listen();
         for n in 0..MAX_USES + 7 {
             demand.used(&format!("s{n}"));
@@ -243,11 +243,11 @@ mod tests {
 
     #[tokio::test]
     async fn a_source_that_publishes_all_it_has_is_not_asked() {
-        let demand = Demand::default();
+        let demand = UsageSender::default();
         let first = demand.listen();
         let second = demand.listen();
         first.decline();
-        assert!(demand.is_heard(), "the second one listens");
+        assert!(demand.is_connected(), "the second one listens");
         second.decline();
         demand.used("web");
         assert_eq!(demand.look_up("web").await, Lookup::Absent);

@@ -507,7 +507,7 @@ fn source(config: &Config) -> (Found, Option<String>, Vec<String>) {
         Source::File(_) => "correct the file",
     };
     let asked = block_on(async {
-        let mut source = catalog::try_out(config).map_err(|error| error.to_string())?;
+        let mut source = catalog::dry_run(config).map_err(|error| error.to_string())?;
         let answered = async {
             tokio::select! {
                 _ = source.catalog.wait_for(Option::is_some) => {}

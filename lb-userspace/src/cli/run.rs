@@ -23,7 +23,7 @@ use super::view::DaemonView;
 use crate::admin::prometheus::Histogram;
 use crate::admin::{At, api};
 use crate::catalog::resolve::Resolver;
-use crate::catalog::{Demand, Edition};
+use crate::catalog::{Published, UsageSender};
 use crate::config::{Config, ConfigErrors, OnExit, Problem, cgroup};
 use crate::datapath::{Datapath, Mode, Options, Reports, SharedDatapath, route};
 use crate::table::book::{Book, Written};
@@ -300,10 +300,10 @@ impl Daemon {
                     self.decide_mode();
                 }
                 Ok(()) = self.source.off.changed() => self.decide_mode(),
-                Ok(()) = self.source.hopeless.changed() => {
+                Ok(()) = self.source.gave_up.changed() => {
                     anyhow::bail!("discovery hung again and again, so another process has to try")
                 }
-                () = self.source.keeper.ended() => {
+                () = self.source.supervisor.join() => {
                     anyhow::bail!("nobody looks after discovery any more: see the log")
                 }
                 () = &mut deaf => anyhow::bail!(
@@ -330,7 +330,7 @@ impl Daemon {
     /// Leads a catalog to the kernel, and then to the readers: the kernel knows a name before DNS
     /// answers it, and so does the file of the book of VIPs, as far as its disk is fast enough (see
     /// [`Holdback`]). Nothing here waits for a disk.
-    fn take(&mut self, edition: &Edition) {
+    fn take(&mut self, edition: &Published) {
         // It has said by now whether anything is to be translated.
         self.way_out.hear();
         self.decide_mode();
@@ -340,7 +340,7 @@ impl Daemon {
         };
         self.resolver.want(self.builder.hostnames());
         self.datapath.apply(&next.table);
-        let took = edition.heard_at.elapsed().as_secs_f64();
+        let took = edition.news_at.elapsed().as_secs_f64();
         lock(&self.propagation).observe(took);
         if next.vips_given {
             self.keep_book();
@@ -366,7 +366,7 @@ impl Daemon {
     fn take_again(&mut self) {
         let edition = self.source.catalog.borrow().clone();
         if let Some(edition) = edition {
-            self.take(&Edition { heard_at: std::time::Instant::now(), ..edition });
+            self.take(&Published { news_at: std::time::Instant::now(), ..edition });
         }
     }
 
@@ -575,7 +575,7 @@ fn listen(mut voice: EbpfLogger<&'static dyn log::Log>) {
 
 /// Tells the source of each connection of a service that it doesn't follow, for as long as the daemon
 /// lives.
-fn heed(mut reports: Reports, demand: &Demand) {
+fn heed(mut reports: Reports, demand: &UsageSender) {
     loop {
         while let Some(name) = reports.next_name() {
             tracing::debug!("{name} is cold, and was connected to");

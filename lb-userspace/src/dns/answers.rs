@@ -14,7 +14,7 @@ use tokio::sync::watch;
 use super::resolve::Missing::{self, Absent, LookUp, Unknown};
 use super::resolve::{Resolution, ResolveContext, TableSnapshot, Zone, answer};
 use super::{DnsServer, Transport, bind};
-use crate::catalog::Demand;
+use crate::catalog::UsageSender;
 use crate::config::{Config, DnsConfig, Forward, Unrouted};
 use crate::table::{Backend, Ports, Protocols, Service, State, Table, Watch};
 
@@ -151,7 +151,7 @@ async fn serve(ip: &str, upstream: Option<SocketAddr>) -> (DnsServer, SocketAddr
     let mut vip = Config::default().vip;
     vip.pool6 = Some(POOLS[1].parse().unwrap());
     let (table, attached) = (watch::channel(Arc::new(table(7))).1, watch::channel(true).1);
-    let server = DnsServer::start(sockets, &config, &vip, table, attached, Demand::default());
+    let server = DnsServer::start(sockets, &config, &vip, table, attached, UsageSender::default());
     (server.unwrap(), address)
 }
 

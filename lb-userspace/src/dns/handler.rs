@@ -23,7 +23,7 @@ use super::response::RelayOptions;
 use super::sockets::Transport;
 use super::stats::{DnsStats, Dropped};
 use super::usage_limiter::UsageLimiter;
-use crate::catalog::{Demand, Lookup};
+use crate::catalog::{Lookup, UsageSender};
 use crate::config::Unrouted;
 use crate::table::{Service, Table, Watch};
 
@@ -122,7 +122,7 @@ pub(super) struct Handler {
     /// Of the table that was there at the last question.
     pub(super) snapshot: RwLock<Arc<TableSnapshot>>,
     pub(super) attached: watch::Receiver<bool>,
-    pub(super) demand: Demand,
+    pub(super) demand: UsageSender,
     pub(super) usage_limiter: UsageLimiter,
     /// Until when the zone is waited for.
     pub(super) ready_by: Instant,
@@ -253,7 +253,7 @@ impl Handler {
 
     /// Says that a service is used, now and then.
     fn report_usage(&self, service: &Service) {
-        if self.demand.is_heard() && self.usage_limiter.is_due(&service.name) {
+        if self.demand.is_connected() && self.usage_limiter.is_due(&service.name) {
             self.demand.used(&service.name);
         }
     }
@@ -318,7 +318,7 @@ impl Handler {
 
     /// What becomes of a name that the table doesn't have live.
     pub(super) fn missing(&self) -> Missing {
-        if self.demand.is_heard() { Missing::LookUp } else { Missing::Absent }
+        if self.demand.is_connected() { Missing::LookUp } else { Missing::Absent }
     }
 
     /// Waits a moment for a service that isn't live, and returns what is known of its name then.

@@ -31,7 +31,7 @@ use super::udp::UdpEndpoint;
 use super::upstreams::{UpstreamRegistry, Upstreams};
 use super::usage_limiter::UsageLimiter;
 use super::worker::{DRAIN, Worker};
-use crate::catalog::Demand;
+use crate::catalog::UsageSender;
 use crate::config::{DnsConfig, VipConfig};
 use crate::table::Table;
 
@@ -98,7 +98,7 @@ impl DnsServer {
         vip: &VipConfig,
         table: watch::Receiver<Arc<Table>>,
         attached: watch::Receiver<bool>,
-        demand: Demand,
+        demand: UsageSender,
     ) -> Result<DnsServer, DnsError> {
         let pools: Vec<IpNet> = vip.pools().collect();
         DnsServer::start_in(
@@ -119,7 +119,7 @@ impl DnsServer {
         pools: &[IpNet],
         table: watch::Receiver<Arc<Table>>,
         attached: watch::Receiver<bool>,
-        demand: Demand,
+        demand: UsageSender,
     ) -> Result<DnsServer, DnsError> {
         let ServerOptions { resolv_conf, limits, tcp_idle_timeout } = options;
         let own = sockets.addresses().to_vec();

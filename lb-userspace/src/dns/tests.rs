@@ -18,7 +18,7 @@ use tokio::time::timeout;
 use super::relay::ForwardLimits;
 use super::server::ServerOptions;
 use super::{AnswerOrigin, DnsServer, Sockets, Transport, UpstreamState, bind};
-use crate::catalog::Demand;
+use crate::catalog::UsageSender;
 use crate::config::{Config, DnsConfig, Forward};
 use crate::table::{Ports, Protocols, Service, Table};
 
@@ -45,10 +45,14 @@ impl Rig {
     }
 
     async fn with(config: DnsConfig, options: ServerOptions) -> Rig {
-        Rig::with_demand(config, options, Demand::default()).await
+        Rig::with_demand(config, options, UsageSender::default()).await
     }
 
-    async fn with_demand(mut config: DnsConfig, options: ServerOptions, demand: Demand) -> Rig {
+    async fn with_demand(
+        mut config: DnsConfig,
+        options: ServerOptions,
+        demand: UsageSender,
+    ) -> Rig {
         config.listen = vec![SocketAddr::from(([127, 0, 0, 1], 0))];
         let sockets = bind(&config).await.unwrap();
         let address = sockets.addresses()[0];
@@ -542,7 +546,7 @@ async fn nothing_is_forwarded_to_ourselves() {
     };
     let (table, table_rx) = watch::channel(Arc::new(web(1)));
     let (attached, attached_rx) = watch::channel(true);
-    let (vip, demand) = (Config::default().vip, Demand::default());
+    let (vip, demand) = (Config::default().vip, UsageSender::default());
     let server = DnsServer::start(sockets, &config, &vip, table_rx, attached_rx, demand).unwrap();
     let rig = Rig { server, address, table, attached };
     // At once, so not after the patience for a resolver that doesn't answer.

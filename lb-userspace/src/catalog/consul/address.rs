@@ -8,7 +8,7 @@ use crate::table::parse_ip;
 
 /// The addresses that a service, or a node, offers.
 #[derive(Clone, Debug, Default)]
-pub struct Offers<'a> {
+pub struct Candidates<'a> {
     /// `Address`; it may be empty, or a name.
     pub own: &'a str,
     /// `TaggedAddresses`, by tag, each with its port where it has one.
@@ -33,8 +33,8 @@ enum Family {
 /// That there is none of the family.
 pub fn choose(
     choice: AddressChoice,
-    service: &Offers,
-    node: &Offers,
+    service: &Candidates,
+    node: &Candidates,
 ) -> Result<(String, Option<i64>), String> {
     let (tag, family) = match choice {
         AddressChoice::Lan => (None, None),
@@ -44,9 +44,9 @@ pub fn choose(
         AddressChoice::WanIpv4 => (Some("wan_ipv4"), Some(Family::V4)),
         AddressChoice::WanIpv6 => (Some("wan_ipv6"), Some(Family::V6)),
     };
-    let candidates = [service, node].into_iter().flat_map(|offers| {
-        let tagged = tag.and_then(|tag| offers.tagged.get(tag).copied());
-        tagged.into_iter().chain([(offers.own, None)])
+    let candidates = [service, node].into_iter().flat_map(|candidates| {
+        let tagged = tag.and_then(|tag| candidates.tagged.get(tag).copied());
+        tagged.into_iter().chain([(candidates.own, None)])
     });
     let is_fit = |address: &str| {
         let of = parse_ip(address).map(|address| match address {
@@ -67,24 +67,24 @@ pub fn choose(
 mod tests {
     use super::*;
 
-    fn offers<'a>(own: &'a str, tagged: &[(&'a str, &'a str, Option<i64>)]) -> Offers<'a> {
+    fn candidates<'a>(own: &'a str, tagged: &[(&'a str, &'a str, Option<i64>)]) -> Candidates<'a> {
         let tagged = tagged.iter().map(|(tag, address, port)| (*tag, (*address, *port)));
-        Offers { own, tagged: tagged.collect() }
+        Candidates { own, tagged: tagged.collect() }
     }
 
     #[test]
     fn goes_from_the_service_to_its_node() {
         use AddressChoice::*;
-        let (none, node) = (offers("", &[]), offers("10.0.0.1", &[]));
-        let own = offers("10.0.0.7", &[]);
-        let named = offers("db.example.com", &[]);
+        let (none, node) = (candidates("", &[]), candidates("10.0.0.1", &[]));
+        let own = candidates("10.0.0.7", &[]);
+        let named = candidates("db.example.com", &[]);
         let wide =
-            offers("10.0.0.7", &[("wan", "192.0.2.7", Some(8080)), ("lan", "10.9.9.9", None)]);
-        let wide_node = offers("10.0.0.1", &[("wan", "192.0.2.1", None)]);
-        let dual = offers("10.0.0.7", &[("lan_ipv6", "2001:db8::7", None)]);
-        let dual_node = offers("10.0.0.1", &[("wan_ipv6", "2001:db8::1", None)]);
-        let mapped = offers("::ffff:10.0.0.8", &[]);
-        let bracketed = offers("[2001:db8::8]", &[]);
+            candidates("10.0.0.7", &[("wan", "192.0.2.7", Some(8080)), ("lan", "10.9.9.9", None)]);
+        let wide_node = candidates("10.0.0.1", &[("wan", "192.0.2.1", None)]);
+        let dual = candidates("10.0.0.7", &[("lan_ipv6", "2001:db8::7", None)]);
+        let dual_node = candidates("10.0.0.1", &[("wan_ipv6", "2001:db8::1", None)]);
+        let mapped = candidates("::ffff:10.0.0.8", &[]);
+        let bracketed = candidates("[2001:db8::8]", &[]);
         let table = [
             (LanIpv4, &mapped, &node, Ok(("::ffff:10.0.0.8", None))),
             (LanIpv6, &mapped, &node, Err("has no `lan_ipv6` address")),

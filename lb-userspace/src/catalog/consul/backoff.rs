@@ -35,14 +35,14 @@ const INTERVAL: Duration = Duration::from_millis(250);
 /// Kept as the time at which the bucket is full again (the generic cell rate algorithm of
 /// ATM Forum's Traffic Management 4.0).
 #[derive(Clone, Copy, Debug)]
-pub struct Bucket {
+pub struct TokenBucket {
     full_at: Instant,
 }
 
-impl Bucket {
+impl TokenBucket {
     /// A full bucket.
     pub fn new(now: Instant) -> Self {
-        Bucket { full_at: now }
+        TokenBucket { full_at: now }
     }
 
     /// Takes a token, and says how long to wait until it may be spent.
@@ -74,7 +74,7 @@ mod tests {
     #[test]
     fn two_at_once_then_one_every_quarter_second() {
         let start = Instant::now();
-        let mut bucket = Bucket::new(start);
+        let mut bucket = TokenBucket::new(start);
         // (asked at, may go on after), in milliseconds
         let table = [(0, 0), (0, 0), (0, 250), (250, 250), (900, 0), (900, 100), (5000, 0)];
         for (n, (asked_at, pause)) in table.into_iter().enumerate() {

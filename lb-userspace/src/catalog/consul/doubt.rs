@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::index::Moved;
+use super::index::IndexMove;
 use crate::table::Instance;
 
 /// So long after one another services count as having vanished at once. Watches whose wait is over
@@ -22,7 +22,7 @@ const N_MASS: usize = 3;
 
 /// What speaks of an answer beside its body.
 #[derive(Clone, Copy, Debug)]
-pub struct Signs {
+pub struct Evidence {
     /// When it came.
     pub now: Instant,
     /// Whether a leader gave it that has made sure of being one.
@@ -30,12 +30,12 @@ pub struct Signs {
     /// Whether Consul said that it left something out for the token's sake.
     pub is_filtered: bool,
     /// How its index stands to that of the last answer that was applied.
-    pub moved: Moved,
+    pub moved: IndexMove,
 }
 
 /// What is done with an answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Weight {
+pub enum Assessment {
     /// It is applied.
     Apply,
     /// It is asked for again, of a leader that has made sure of being one.
@@ -130,11 +130,11 @@ impl Doubts {
     /// much has vanished at once.
     pub fn weigh_names(
         &mut self,
-        signs: Signs,
+        signs: Evidence,
         was_filtered: bool,
         is_hidden: bool,
         is_mass: bool,
-    ) -> Weight {
+    ) -> Assessment {
         let sign = by_itself(signs, was_filtered)
             .or(is_hidden.then_some(Reason::Hidden))
             .or(is_mass.then_some(Reason::Mass));
@@ -146,11 +146,11 @@ impl Doubts {
     pub fn weigh_service(
         &mut self,
         name: &Arc<str>,
-        signs: Signs,
+        signs: Evidence,
         was_filtered: bool,
         serves: bool,
         serving: impl Iterator<Item = Arc<str>>,
-    ) -> Weight {
+    ) -> Assessment {
         let now = signs.now;
         if serves {
             self.suspects.remove(name);
@@ -162,7 +162,8 @@ impl Doubts {
         self.lost.retain(|_, (at, _)| is_recent(at));
         // A job that runs again has new instances, and what it had is dead. Only where Consul's state
         // can't have changed that way is what the answer lists not all that there is.
-        let counts = |reason| !serves || reason == Reason::Filtered || signs.moved != Moved::On;
+        let counts =
+            |reason| !serves || reason == Reason::Filtered || signs.moved != IndexMove::Forward;
         let sign = by_itself(signs, was_filtered)
             // Of what Consul itself says of the list it would say the same of the service.
             .or(self.names.map(|doubt| doubt.reason).filter(|reason| *reason != Reason::Filtered))
@@ -259,51 +260,51 @@ pub fn is_mass(n_gone: usize, n_all: usize) -> bool {
 }
 
 /// What an answer says against itself.
-fn by_itself(signs: Signs, was_filtered: bool) -> Option<Reason> {
+fn by_itself(signs: Evidence, was_filtered: bool) -> Option<Reason> {
     match signs.moved {
         _ if signs.is_filtered && !was_filtered => Some(Reason::Filtered),
-        Moved::Not => Some(Reason::Hidden),
-        Moved::Back => Some(Reason::Rewound),
-        Moved::On => None,
+        IndexMove::None => Some(Reason::Hidden),
+        IndexMove::Backward => Some(Reason::Rewound),
+        IndexMove::Forward => None,
     }
 }
 
 fn weigh(
     doubt: &mut Option<Doubt>,
-    signs: Signs,
+    signs: Evidence,
     sign: Option<Reason>,
     distrust: Duration,
-) -> Weight {
+) -> Assessment {
     // What Consul itself gave for a reason holds for as long as it does so.
     let is_over = |doubt: &Doubt| doubt.reason == Reason::Filtered && !signs.is_filtered;
     *doubt = doubt.filter(|doubt| !is_over(doubt));
     let is_due = doubt.map(|doubt| !doubt.holds(signs.now));
     match (is_due, sign) {
-        (Some(false), _) => Weight::Withhold,
-        (Some(true) | None, _) if !signs.is_sure => Weight::Confirm,
+        (Some(false), _) => Assessment::Withhold,
+        (Some(true) | None, _) if !signs.is_sure => Assessment::Confirm,
         (Some(true), _) | (None, None) => {
             *doubt = None;
-            Weight::Apply
+            Assessment::Apply
         }
         (None, Some(reason)) => {
             let until = (reason != Reason::Filtered).then(|| signs.now + distrust);
             *doubt = Some(Doubt { reason, until });
-            Weight::Withhold
+            Assessment::Withhold
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use Weight::*;
+    use Assessment::*;
 
     use super::*;
 
     const S: Duration = Duration::from_secs(1);
     const DISTRUST: Duration = Duration::from_secs(300);
 
-    fn signs(now: Instant, is_sure: bool, is_filtered: bool, moved: Moved) -> Signs {
-        Signs { now, is_sure, is_filtered, moved }
+    fn signs(now: Instant, is_sure: bool, is_filtered: bool, moved: IndexMove) -> Evidence {
+        Evidence { now, is_sure, is_filtered, moved }
     }
 
     fn names(list: &[&str]) -> impl Iterator<Item = Arc<str>> {
@@ -315,14 +316,14 @@ mod tests {
         let start = Instant::now();
         // (filtered, filtered before, the index, Consul's own name is gone, much at once: list, service)
         let table = [
-            (false, false, Moved::On, false, false, Apply, Apply),
-            (true, true, Moved::On, false, false, Apply, Apply),
-            (true, false, Moved::On, false, false, Withhold, Withhold),
-            (false, false, Moved::Not, false, false, Withhold, Withhold),
-            (true, true, Moved::Not, false, false, Withhold, Withhold),
-            (false, false, Moved::Back, false, false, Withhold, Withhold),
-            (false, false, Moved::On, true, false, Withhold, Apply),
-            (false, false, Moved::On, false, true, Withhold, Withhold),
+            (false, false, IndexMove::Forward, false, false, Apply, Apply),
+            (true, true, IndexMove::Forward, false, false, Apply, Apply),
+            (true, false, IndexMove::Forward, false, false, Withhold, Withhold),
+            (false, false, IndexMove::None, false, false, Withhold, Withhold),
+            (true, true, IndexMove::None, false, false, Withhold, Withhold),
+            (false, false, IndexMove::Backward, false, false, Withhold, Withhold),
+            (false, false, IndexMove::Forward, true, false, Withhold, Apply),
+            (false, false, IndexMove::Forward, false, true, Withhold, Withhold),
         ];
         for (is_filtered, was_filtered, moved, is_hidden, is_mass, of_list, of_service) in table {
             let what = format!("{is_filtered} {was_filtered} {moved:?} {is_hidden} {is_mass}");
@@ -348,9 +349,11 @@ mod tests {
     #[test]
     fn a_doubt_ends_by_itself_except_where_consul_gives_the_reason() {
         let start = Instant::now();
-        for (is_filtered, moved, at_the_end) in
-            [(true, Moved::On, Withhold), (false, Moved::Not, Apply), (false, Moved::Back, Apply)]
-        {
+        for (is_filtered, moved, at_the_end) in [
+            (true, IndexMove::Forward, Withhold),
+            (false, IndexMove::None, Apply),
+            (false, IndexMove::Backward, Apply),
+        ] {
             let mut doubts = Doubts::new(DISTRUST);
             let mut weigh = |after, is_sure, is_filtered| {
                 let signs = signs(start + after, is_sure, is_filtered, moved);
@@ -365,7 +368,7 @@ mod tests {
         // Once Consul doesn't give the reason any more, the answer is as good as another.
         let mut doubts = Doubts::new(DISTRUST);
         for (is_filtered, expected) in [(true, Withhold), (false, Apply)] {
-            let signs = signs(start, true, is_filtered, Moved::On);
+            let signs = signs(start, true, is_filtered, IndexMove::Forward);
             assert_eq!(doubts.weigh_names(signs, false, false, false), expected);
             assert_eq!(doubts.problem(start).is_some(), is_filtered);
         }
@@ -375,11 +378,11 @@ mod tests {
     fn a_list_that_is_doubted_casts_doubt_on_what_vanishes_from_a_service() {
         let now = Instant::now();
         for (is_filtered, moved, of_service) in
-            [(false, Moved::Back, Withhold), (true, Moved::On, Apply)]
+            [(false, IndexMove::Backward, Withhold), (true, IndexMove::Forward, Apply)]
         {
             let mut doubts = Doubts::new(DISTRUST);
             doubts.weigh_names(signs(now, true, is_filtered, moved), false, false, false);
-            let signs = signs(now, true, false, Moved::On);
+            let signs = signs(now, true, false, IndexMove::Forward);
             let got = doubts.weigh_service(&"a".into(), signs, false, false, names(&["a"]));
             assert_eq!(got, of_service, "{is_filtered} {moved:?}");
         }
@@ -404,7 +407,7 @@ mod tests {
             for (n, after) in after.iter().enumerate() {
                 let now = start + Duration::from_secs(*after);
                 let serving = all[n..].iter().cloned();
-                let signs = signs(now, true, false, Moved::On);
+                let signs = signs(now, true, false, IndexMove::Forward);
                 match doubts.weigh_service(&all[n], signs, false, false, serving) {
                     Apply => doubts.lost(&all[n], Arc::default(), now),
                     _ => back.extend(doubts.take_back(now)),

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::health::{self, Records};
-use super::queries::{Names, tagged};
+use super::query::{Names, tagged};
 use crate::config::Config;
 use crate::table::Instance;
 

@@ -6,7 +6,7 @@ use std::fmt;
 use serde::de::{Error, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
-use super::address::{self, Offers};
+use super::address::{self, Candidates};
 use crate::config::{CatalogConfig, HealthPolicy};
 use crate::table::{Home, Instance, Says, Standing, parse_ip};
 
@@ -54,16 +54,16 @@ impl<'de> Visitor<'de> for ReadRecords {
 #[serde(rename_all = "PascalCase")]
 pub struct Record {
     #[serde(default, deserialize_with = "or_default")]
-    node: Node,
+    node: RawNode,
     #[serde(default, deserialize_with = "or_default")]
-    service: Service,
+    service: RawService,
     #[serde(default, deserialize_with = "or_default")]
-    checks: Checks,
+    checks: RawChecks,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "PascalCase")]
-struct Node {
+struct RawNode {
     #[serde(default, rename = "ID", deserialize_with = "or_default")]
     id: String,
     #[serde(default, deserialize_with = "or_default")]
@@ -80,7 +80,7 @@ struct Node {
 
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "PascalCase")]
-struct Service {
+struct RawService {
     #[serde(default, deserialize_with = "or_default")]
     kind: String,
     #[serde(default, deserialize_with = "or_default")]
@@ -96,9 +96,9 @@ struct Service {
     #[serde(default, deserialize_with = "or_default")]
     ports: Vec<NamedPort>,
     #[serde(default, deserialize_with = "or_default")]
-    tagged_addresses: BTreeMap<String, Option<Tagged>>,
+    tagged_addresses: BTreeMap<String, Option<RawTagged>>,
     #[serde(default, deserialize_with = "or_default")]
-    weights: Weights,
+    weights: RawWeights,
     #[serde(default, deserialize_with = "or_default")]
     meta: BTreeMap<String, Option<String>>,
 }
@@ -116,7 +116,7 @@ struct NamedPort {
 /// A further address of a service.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "PascalCase")]
-struct Tagged {
+struct RawTagged {
     #[serde(default, deserialize_with = "or_default")]
     address: String,
     #[serde(default, deserialize_with = "or_default")]
@@ -125,14 +125,14 @@ struct Tagged {
 
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "PascalCase")]
-struct Weights {
+struct RawWeights {
     passing: Option<i64>,
     warning: Option<i64>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "PascalCase")]
-struct Check {
+struct RawCheck {
     #[serde(default, rename = "CheckID", deserialize_with = "or_default")]
     id: String,
     #[serde(default, deserialize_with = "or_default")]
@@ -146,14 +146,14 @@ struct Check {
 
 /// What the checks come to, folded as they are read: however many there are, they take no memory.
 #[derive(Clone, Debug, Default)]
-struct Checks {
+struct RawChecks {
     /// The one that doesn't pass and explains the most.
-    worst: Option<Check>,
+    worst: Option<RawCheck>,
     /// Whether one is of the instance itself.
     has_own: bool,
 }
 
-impl<'de> Deserialize<'de> for Checks {
+impl<'de> Deserialize<'de> for RawChecks {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         deserializer.deserialize_seq(ReadChecks)
     }
@@ -162,17 +162,17 @@ impl<'de> Deserialize<'de> for Checks {
 struct ReadChecks;
 
 impl<'de> Visitor<'de> for ReadChecks {
-    type Value = Checks;
+    type Value = RawChecks;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("a list of checks")
     }
 
-    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Checks, A::Error> {
-        let mut checks = Checks::default();
-        while let Some(check) = list.next_element::<Check>()? {
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<RawChecks, A::Error> {
+        let mut checks = RawChecks::default();
+        while let Some(check) = list.next_element::<RawCheck>()? {
             checks.has_own |= !check.service_id.is_empty();
-            let is_worse = |worst: &Check| check.rank() < worst.rank();
+            let is_worse = |worst: &RawCheck| check.rank() < worst.rank();
             if check.status != "passing" && checks.worst.as_ref().is_none_or(is_worse) {
                 checks.worst = Some(check);
             }
@@ -203,7 +203,8 @@ pub fn instances(records: Vec<Record>, rules: &CatalogConfig) -> Option<Vec<Inst
 
 fn instance(record: Record, rules: &CatalogConfig) -> Instance {
     let mut standing = standing(&record, rules);
-    let chosen = address::choose(rules.address, &record.service.offers(), &record.node.offers());
+    let chosen =
+        address::choose(rules.address, &record.service.candidates(), &record.node.candidates());
     if let (Err(reason), true) = (&chosen, standing.serves()) {
         standing = Standing::Out(reason.clone());
     }
@@ -255,7 +256,7 @@ impl Record {
     }
 }
 
-impl Service {
+impl RawService {
     /// The port: `Port`, or where it says nothing the default one of `Ports`, else the first.
     fn port(&self) -> i64 {
         let default = self.ports.iter().find(|port| port.default).or(self.ports.first());
@@ -265,23 +266,23 @@ impl Service {
         }
     }
 
-    fn offers(&self) -> Offers<'_> {
+    fn candidates(&self) -> Candidates<'_> {
         let tagged = self.tagged_addresses.iter().filter_map(|(tag, tagged)| {
-            let Tagged { address, port } = tagged.as_ref()?;
+            let RawTagged { address, port } = tagged.as_ref()?;
             // Port 0 says nothing of the port.
             Some((tag.as_str(), (address.as_str(), (*port != 0).then_some(*port))))
         });
-        Offers { own: &self.address, tagged: tagged.collect() }
+        Candidates { own: &self.address, tagged: tagged.collect() }
     }
 }
 
-impl Node {
-    fn offers(&self) -> Offers<'_> {
+impl RawNode {
+    fn candidates(&self) -> Candidates<'_> {
         let tagged = self
             .tagged_addresses
             .iter()
             .filter_map(|(tag, address)| Some((tag.as_str(), (address.as_deref()?, None))));
-        Offers { own: &self.address, tagged: tagged.collect() }
+        Candidates { own: &self.address, tagged: tagged.collect() }
     }
 }
 
@@ -322,7 +323,7 @@ fn standing(record: &Record, rules: &CatalogConfig) -> Standing {
     }
 }
 
-impl Check {
+impl RawCheck {
     fn is_node_maintenance(&self) -> bool {
         self.id == "_node_maintenance"
     }

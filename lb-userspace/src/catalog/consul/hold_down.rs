@@ -11,15 +11,15 @@ use crate::table::{Instance, Standing, may_be_reached};
 pub const HOLD: Duration = Duration::from_secs(3);
 
 /// An instance: its node, and its name there.
-pub type Key = (String, String);
+pub type InstanceKey = (String, String);
 
 /// The instances of one service that look too good, and since when.
 #[derive(Clone, Debug, Default)]
-pub struct Held {
-    since: BTreeMap<Key, Instant>,
+pub struct HoldDown {
+    since: BTreeMap<InstanceKey, Instant>,
 }
 
-impl Held {
+impl HoldDown {
     /// Takes those of the `unchecked` out that haven't been seen so for [`HOLD`], while another
     /// instance serves: to refuse is worse than an instance that may not be up yet. Returns when to
     /// judge again. Those that served in `known` went through this, or had their checks taken away:
@@ -27,24 +27,24 @@ impl Held {
     pub fn judge(
         &mut self,
         instances: &mut [Instance],
-        unchecked: &[Key],
+        unchecked: &[InstanceKey],
         known: &[Instance],
         now: Instant,
     ) -> Option<Instant> {
         // An answer has up to 65,536 instances, so each is looked up, never searched for.
-        let unchecked: HashSet<Name> = unchecked.iter().map(Name::of_key).collect();
-        self.since.retain(|key, _| unchecked.contains(&Name::of_key(key)));
+        let unchecked: HashSet<KeyRef> = unchecked.iter().map(KeyRef::of_key).collect();
+        self.since.retain(|key, _| unchecked.contains(&KeyRef::of_key(key)));
         if unchecked.is_empty() {
             return None;
         }
         let served = known.iter().filter(|instance| instance.standing.serves());
-        let served: HashSet<Name> = served.map(Name::of).collect();
+        let served: HashSet<KeyRef> = served.map(KeyRef::of).collect();
         let (mut newcomers, mut others_serve) = (Vec::new(), false);
         for (idx, instance) in instances.iter().enumerate() {
             if !instance.standing.serves() {
                 continue;
             }
-            let name = Name::of(instance);
+            let name = KeyRef::of(instance);
             if unchecked.contains(&name) && !served.contains(&name) {
                 let key = (instance.node.clone(), instance.id.clone());
                 let until = *self.since.entry(key).or_insert(now) + HOLD;
@@ -69,28 +69,28 @@ impl Held {
 
 /// An instance's key, to look it up by.
 #[derive(Clone, Copy, Debug, Eq)]
-struct Name<'a> {
+struct KeyRef<'a> {
     node: &'a str,
     id: &'a str,
 }
 
-impl<'a> Name<'a> {
-    fn of(instance: &'a Instance) -> Name<'a> {
-        Name { node: &instance.node, id: &instance.id }
+impl<'a> KeyRef<'a> {
+    fn of(instance: &'a Instance) -> KeyRef<'a> {
+        KeyRef { node: &instance.node, id: &instance.id }
     }
 
-    fn of_key((node, id): &'a Key) -> Name<'a> {
-        Name { node, id }
+    fn of_key((node, id): &'a InstanceKey) -> KeyRef<'a> {
+        KeyRef { node, id }
     }
 }
 
-impl Hash for Name<'_> {
+impl Hash for KeyRef<'_> {
     fn hash<H: Hasher>(&self, state: &mut H) {
         (self.node, self.id).hash(state);
     }
 }
 
-impl PartialEq for Name<'_> {
+impl PartialEq for KeyRef<'_> {
     fn eq(&self, other: &Self) -> bool {
         #[cfg(test)]
         tests::N_COMPARED.with(|n| n.set(n.get() + 1));
@@ -99,7 +99,7 @@ impl PartialEq for Name<'_> {
 }
 
 /// Those without a check of their own, where others have one. `has_check` tells of each.
-pub fn unchecked(has_check: impl Iterator<Item = (Key, bool)> + Clone) -> Vec<Key> {
+pub fn unchecked(has_check: impl Iterator<Item = (InstanceKey, bool)> + Clone) -> Vec<InstanceKey> {
     if !has_check.clone().any(|(_, has_check)| has_check) {
         return Vec::new();
     }
@@ -134,7 +134,7 @@ mod tests {
         }
     }
 
-    fn key(id: &str) -> Key {
+    fn key(id: &str) -> InstanceKey {
         ("n1".into(), id.into())
     }
 
@@ -149,7 +149,7 @@ mod tests {
         ];
         for (has_check, expected) in table {
             let given = ["a", "b", "c"].map(key).into_iter().zip(has_check);
-            let expected: Vec<Key> = expected.iter().map(|id| key(id)).collect();
+            let expected: Vec<InstanceKey> = expected.iter().map(|id| key(id)).collect();
             assert_eq!(unchecked(given), expected, "{has_check:?}");
         }
         assert_eq!(unchecked([(key("a"), false)].into_iter()), [], "it has no siblings");
@@ -159,7 +159,7 @@ mod tests {
     fn a_newcomer_waits_for_its_check_and_counts_without_it_in_the_end() {
         let start = Instant::now();
         let known = [instance("old")];
-        let mut held = Held::default();
+        let mut held = HoldDown::default();
         let suspects = [key("new"), key("old")];
         // (after, who serves, whether it is to be judged anew)
         let ms = Duration::from_millis;
@@ -205,7 +205,7 @@ mod tests {
         ];
         for (other, is_held) in cases {
             let mut instances = [other.clone(), instance("new"), instance("newer")];
-            let mut held = Held::default();
+            let mut held = HoldDown::default();
             let suspects = [key("new"), key("newer")];
             let again_at = held.judge(&mut instances, &suspects, &[], Instant::now());
             assert_eq!(again_at.is_some(), is_held, "{other:?}");
@@ -222,8 +222,8 @@ mod tests {
             (0..n).map(|nth| format!("_nomad-task-{nth:08}-group-web-web-http")).collect();
         let mut instances: Vec<Instance> = ids.iter().map(|id| instance(id)).collect();
         let known = instances[..n / 2].to_vec();
-        let suspects: Vec<Key> = ids[1..].iter().map(|id| key(id)).collect();
-        let mut held = Held::default();
+        let suspects: Vec<InstanceKey> = ids[1..].iter().map(|id| key(id)).collect();
+        let mut held = HoldDown::default();
         for _ in 0..2 {
             N_COMPARED.with(|compared| compared.set(0));
             held.judge(&mut instances, &suspects, &known, Instant::now());

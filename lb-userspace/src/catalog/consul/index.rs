@@ -5,18 +5,18 @@
 
 /// How the next question is to be asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ask {
+pub enum ReadMode {
     /// Without an index: Consul answers at once.
-    Now,
+    Plain,
     /// Without an index, and by a leader that has made sure of being one.
-    Consistently,
+    Consistent,
     /// Once the state is newer than this index.
-    After(u64),
+    Blocking(u64),
 }
 
 /// What an answer is worth.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Verdict {
+pub enum IndexCheck {
     /// It is whole and not from the past: its body counts, whatever its index. Consul's indexes don't
     /// move with its ACLs, the bodies do (consul's issue 5651).
     Apply,
@@ -26,20 +26,20 @@ pub enum Verdict {
 
 /// How an answer's index stands to that of the answer applied before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Moved {
+pub enum IndexMove {
     /// Beyond it, or there is nothing to compare.
-    On,
+    Forward,
     /// It is the same: nothing has changed in Consul's state.
-    Not,
+    None,
     /// Below it.
-    Back,
+    Backward,
 }
 
 /// The place of one watch in Consul's history.
 #[derive(Clone, Copy, Debug)]
 pub struct Cursor {
     known: u64,
-    ask: Ask,
+    ask: ReadMode,
     /// The index of the answer noted last; 0 where it had none.
     last: u64,
     /// The index of the answer applied last; 0 before that.
@@ -48,30 +48,30 @@ pub struct Cursor {
 
 impl Default for Cursor {
     fn default() -> Self {
-        Cursor { known: 0, ask: Ask::Now, last: 0, applied: 0 }
+        Cursor { known: 0, ask: ReadMode::Plain, last: 0, applied: 0 }
     }
 }
 
 impl Cursor {
     /// How to ask next.
-    pub fn ask(&self) -> Ask {
+    pub fn ask(&self) -> ReadMode {
         self.ask
     }
 
     /// Takes note of a good answer and of its X-Consul-Index. Without one, or with 0, a question can't
     /// be held back for news: the next one doesn't ask for that, and is the caller's to pace.
-    pub fn answered(&mut self, index: Option<u64>) -> Verdict {
+    pub fn answered(&mut self, index: Option<u64>) -> IndexCheck {
         self.last = index.unwrap_or(0);
-        if self.ask != Ask::Consistently && index.is_some_and(|index| index < self.known) {
+        if self.ask != ReadMode::Consistent && index.is_some_and(|index| index < self.known) {
             self.doubt();
-            return Verdict::Confirm;
+            return IndexCheck::Confirm;
         }
         self.known = self.last;
         self.ask = match self.last {
-            0 => Ask::Now,
-            index => Ask::After(index),
+            0 => ReadMode::Plain,
+            index => ReadMode::Blocking(index),
         };
-        Verdict::Apply
+        IndexCheck::Apply
     }
 
     /// Notes that the answer noted last is applied.
@@ -80,25 +80,25 @@ impl Cursor {
     }
 
     /// How the index of the answer noted last stands to that of the one applied last.
-    pub fn moved(&self) -> Moved {
+    pub fn moved(&self) -> IndexMove {
         match (self.last, self.applied) {
-            (0, _) | (_, 0) => Moved::On,
-            (last, applied) if last < applied => Moved::Back,
-            (last, applied) if last == applied => Moved::Not,
-            _ => Moved::On,
+            (0, _) | (_, 0) => IndexMove::Forward,
+            (last, applied) if last < applied => IndexMove::Backward,
+            (last, applied) if last == applied => IndexMove::None,
+            _ => IndexMove::Forward,
         }
     }
 
     /// Doesn't believe the answer noted last: it is asked for again.
     pub fn doubt(&mut self) {
-        (self.known, self.ask) = (0, Ask::Consistently);
+        (self.known, self.ask) = (0, ReadMode::Consistent);
     }
 
     /// Has the next question answered at once: after a failure, so that it shows whether Consul is
     /// back, and where another token may read more, or less.
     pub fn restart(&mut self) {
-        if let Ask::After(_) = self.ask {
-            self.ask = Ask::Now;
+        if let ReadMode::Blocking(_) = self.ask {
+            self.ask = ReadMode::Plain;
         }
     }
 }
@@ -109,89 +109,89 @@ mod tests {
 
     enum Step {
         Answer(Option<u64>),
-        Failure,
+        QueryFailure,
     }
-    use Ask::*;
+    use IndexCheck::*;
+    use ReadMode::*;
     use Step::*;
-    use Verdict::*;
 
     #[test]
     fn follows_the_rules_of_blocking_queries() {
-        type Row = (&'static str, &'static [(Step, Option<Verdict>, Ask)]);
+        type Row = (&'static str, &'static [(Step, Option<IndexCheck>, ReadMode)]);
         let table: &[Row] = &[
             (
                 "forwards",
                 &[
-                    (Answer(Some(7)), Some(Apply), After(7)),
-                    (Answer(Some(9)), Some(Apply), After(9)),
+                    (Answer(Some(7)), Some(Apply), Blocking(7)),
+                    (Answer(Some(9)), Some(Apply), Blocking(9)),
                 ],
             ),
             (
                 "the wait ran out, and the body counts all the same",
                 &[
-                    (Answer(Some(7)), Some(Apply), After(7)),
-                    (Answer(Some(7)), Some(Apply), After(7)),
+                    (Answer(Some(7)), Some(Apply), Blocking(7)),
+                    (Answer(Some(7)), Some(Apply), Blocking(7)),
                 ],
             ),
             (
                 "backwards is confirmed, and then believed",
                 &[
-                    (Answer(Some(7)), Some(Apply), After(7)),
-                    (Answer(Some(3)), Some(Confirm), Consistently),
-                    (Answer(Some(3)), Some(Apply), After(3)),
+                    (Answer(Some(7)), Some(Apply), Blocking(7)),
+                    (Answer(Some(3)), Some(Confirm), Consistent),
+                    (Answer(Some(3)), Some(Apply), Blocking(3)),
                 ],
             ),
             (
                 "below 1 is confirmed, and the next question doesn't block",
                 &[
-                    (Answer(Some(7)), Some(Apply), After(7)),
-                    (Answer(Some(0)), Some(Confirm), Consistently),
-                    (Answer(Some(0)), Some(Apply), Now),
+                    (Answer(Some(7)), Some(Apply), Blocking(7)),
+                    (Answer(Some(0)), Some(Confirm), Consistent),
+                    (Answer(Some(0)), Some(Apply), Plain),
                 ],
             ),
             (
                 "no index at all",
                 &[
-                    (Answer(None), Some(Apply), Now),
-                    (Answer(None), Some(Apply), Now),
-                    (Answer(Some(7)), Some(Apply), After(7)),
-                    (Answer(None), Some(Apply), Now),
+                    (Answer(None), Some(Apply), Plain),
+                    (Answer(None), Some(Apply), Plain),
+                    (Answer(Some(7)), Some(Apply), Blocking(7)),
+                    (Answer(None), Some(Apply), Plain),
                 ],
             ),
             (
                 "a failure asks at once, and still knows the past when it sees it",
                 &[
-                    (Answer(Some(7)), Some(Apply), After(7)),
-                    (Failure, None, Now),
-                    (Failure, None, Now),
-                    (Answer(Some(3)), Some(Confirm), Consistently),
+                    (Answer(Some(7)), Some(Apply), Blocking(7)),
+                    (QueryFailure, None, Plain),
+                    (QueryFailure, None, Plain),
+                    (Answer(Some(3)), Some(Confirm), Consistent),
                 ],
             ),
             (
                 "a failure while confirming confirms again",
                 &[
-                    (Answer(Some(7)), Some(Apply), After(7)),
-                    (Answer(Some(3)), Some(Confirm), Consistently),
-                    (Failure, None, Consistently),
-                    (Answer(Some(3)), Some(Apply), After(3)),
+                    (Answer(Some(7)), Some(Apply), Blocking(7)),
+                    (Answer(Some(3)), Some(Confirm), Consistent),
+                    (QueryFailure, None, Consistent),
+                    (Answer(Some(3)), Some(Apply), Blocking(3)),
                 ],
             ),
             (
                 "the same index after a failure is looked at again",
                 &[
-                    (Answer(Some(7)), Some(Apply), After(7)),
-                    (Failure, None, Now),
-                    (Answer(Some(7)), Some(Apply), After(7)),
+                    (Answer(Some(7)), Some(Apply), Blocking(7)),
+                    (QueryFailure, None, Plain),
+                    (Answer(Some(7)), Some(Apply), Blocking(7)),
                 ],
             ),
         ];
         for (name, steps) in table {
             let mut cursor = Cursor::default();
-            assert_eq!(cursor.ask(), Now, "{name}");
+            assert_eq!(cursor.ask(), Plain, "{name}");
             for (n, (step, verdict, ask)) in steps.iter().enumerate() {
                 let got = match step {
                     Answer(index) => Some(cursor.answered(*index)),
-                    Failure => {
+                    QueryFailure => {
                         cursor.restart();
                         None
                     }
@@ -205,14 +205,14 @@ mod tests {
     fn an_index_is_compared_with_what_was_applied_however_often_it_was_doubted() {
         let mut cursor = Cursor::default();
         for (index, is_applied, moved) in [
-            (Some(7), true, Moved::On),
-            (Some(7), false, Moved::Not),
-            (Some(9), false, Moved::On),
-            (Some(3), false, Moved::Back),
-            (Some(3), false, Moved::Back),
-            (None, false, Moved::On),
-            (Some(9), true, Moved::On),
-            (Some(9), true, Moved::Not),
+            (Some(7), true, IndexMove::Forward),
+            (Some(7), false, IndexMove::None),
+            (Some(9), false, IndexMove::Forward),
+            (Some(3), false, IndexMove::Backward),
+            (Some(3), false, IndexMove::Backward),
+            (None, false, IndexMove::Forward),
+            (Some(9), true, IndexMove::Forward),
+            (Some(9), true, IndexMove::None),
         ] {
             cursor.answered(index);
             assert_eq!(cursor.moved(), moved, "{index:?}");

@@ -16,23 +16,23 @@ mod index;
 mod kill_switch;
 mod model;
 mod negative_cache;
-mod queries;
+mod poller;
+mod query;
 mod schedule;
 #[cfg(test)]
 mod test_server;
 #[cfg(test)]
 mod tests;
 mod token;
-mod tracker;
 mod watcher;
 
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::snapshot::Memory;
-use super::usage::Wishes;
-use super::{Output, cache};
+use super::snapshot::SavedCatalog;
+use super::usage::UsageReceiver;
+use super::{Publisher, cache};
 use crate::config::{CatalogConfig, Config, ConsulConfig};
 use watcher::Supervisor;
 
@@ -147,7 +147,7 @@ impl Settings {
 
 /// What an earlier daemon left. A disk that doesn't answer is waited for no longer than Consul is: the
 /// source's thread must not hang with it, which would end the daemon (see `supervise`).
-async fn read_cache(settings: &Settings) -> Option<Memory> {
+async fn read_cache(settings: &Settings) -> Option<SavedCatalog> {
     let (path, max_age) = (settings.cache.clone()?, settings.catalog.max_age);
     let shown = path.display().to_string();
     let reading = tokio::task::spawn_blocking(move || cache::read(&path, max_age));
@@ -161,7 +161,7 @@ async fn read_cache(settings: &Settings) -> Option<Memory> {
 }
 
 /// Follows Consul for ever.
-pub async fn run(settings: Settings, output: Output, wishes: Wishes) {
+pub async fn run(settings: Settings, output: Publisher, wishes: UsageReceiver) {
     let memory = match output.memory() {
         Some(memory) => Some((*memory).clone()),
         None => read_cache(&settings).await,

@@ -4,12 +4,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::doubt::{Doubts, Signs, Weight, is_mass};
-use super::hold_down::{Held, Key};
+use super::doubt::{Assessment, Doubts, Evidence, is_mass};
+use super::hold_down::{HoldDown, InstanceKey};
 use super::schedule::is_shrink;
 use crate::catalog::Catalog;
 use crate::catalog::host::Own;
-use crate::catalog::snapshot::{Agent, Memory, Remembered};
+use crate::catalog::snapshot::{Agent, SavedCatalog, SavedService};
 use crate::table::{Instance, Listing, Watch};
 
 /// The state that watches bring together. Pure: it neither asks nor publishes.
@@ -24,7 +24,7 @@ pub struct Model {
     in_use: BTreeSet<Arc<str>>,
     services: BTreeMap<Arc<str>, Entry>,
     /// What was said of services some of whose instances are held back, and until when.
-    held_back: BTreeMap<Arc<str>, (Instant, Heard)>,
+    held_back: BTreeMap<Arc<str>, (Instant, ServiceAnswer)>,
     /// What takes too much away to be believed.
     doubts: Doubts,
     /// Whether the list of names that was applied last left something out for the token's sake.
@@ -39,14 +39,14 @@ pub struct Model {
 
 /// What Consul says of one service.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Heard {
+pub struct ServiceAnswer {
     /// Its instances; `None` where the name is no routed service's.
     pub instances: Option<Vec<Instance>>,
     /// Those that have no check of their own, where others have one.
-    pub unchecked: Vec<Key>,
+    pub unchecked: Vec<InstanceKey>,
 }
 
-impl Heard {
+impl ServiceAnswer {
     /// How many of them serve.
     pub fn n_serving(&self) -> usize {
         self.instances.as_deref().map_or(0, n_serving)
@@ -125,7 +125,7 @@ struct Entry {
     is_emptied: bool,
     /// What an answer that is withheld was to take away from: it serves beside what that lists.
     before: Option<Arc<[Instance]>>,
-    held: Held,
+    held: HoldDown,
 }
 
 #[derive(Debug, Default)]
@@ -181,7 +181,7 @@ impl Model {
     }
 
     /// Begins with what an earlier life of the source left; nothing of it counts as an answer.
-    pub fn seed(&mut self, memory: &Memory) {
+    pub fn seed(&mut self, memory: &SavedCatalog) {
         if let (Node::Unknown, Some(agent)) = (&self.node, &memory.agent) {
             self.node = Node::Named(agent.clone());
         }
@@ -201,21 +201,26 @@ impl Model {
     }
 
     /// What another life of the source may begin with.
-    pub fn memory(&self) -> Memory {
+    pub fn memory(&self) -> SavedCatalog {
         let services = self.services.iter().map(|(name, entry)| {
             let (instances, answered_at) = match &entry.known {
                 Known::Service { instances, .. } => (instances.clone(), entry.answered_at),
                 Known::Pending | Known::NoService => (self.nothing.clone(), None),
             };
             let filtered = entry.is_filtered;
-            (name.clone(), Remembered { instances, answered_at, used_at: None, filtered })
+            (name.clone(), SavedService { instances, answered_at, used_at: None, filtered })
         });
         let agent = match &self.node {
             Node::Named(agent) => Some(agent.clone()),
             Node::Unknown | Node::Denied(_) | Node::Elsewhere { .. } => None,
         };
         let names_filtered = self.is_list_filtered;
-        Memory { agent, services: services.collect(), names_filtered, ..Memory::default() }
+        SavedCatalog {
+            agent,
+            services: services.collect(),
+            names_filtered,
+            ..SavedCatalog::default()
+        }
     }
 
     /// Takes the list of the names that have the tag.
@@ -257,13 +262,13 @@ impl Model {
     }
 
     /// Whether what was heard is a loss too large to be believed unconfirmed.
-    pub fn is_shrink(&self, name: &str, heard: &Heard) -> bool {
+    pub fn is_shrink(&self, name: &str, heard: &ServiceAnswer) -> bool {
         let n_before = self.services.get(name).map_or(0, |entry| self.n_served(name, entry));
         is_shrink(n_before, heard.n_serving())
     }
 
     /// Weighs what was heard of a service against what is known of it.
-    pub fn weigh(&mut self, name: &Arc<str>, heard: &Heard, signs: Signs) -> Weight {
+    pub fn weigh(&mut self, name: &Arc<str>, heard: &ServiceAnswer, signs: Evidence) -> Assessment {
         let entry = self.services.get(name);
         let (vanishes, was_filtered) =
             entry.map_or((false, false), |entry| (entry.vanishes(heard), entry.is_filtered));
@@ -277,7 +282,7 @@ impl Model {
             }
             (false, is_unsure) => {
                 self.doubts.settle(Some(name));
-                if is_unsure { Weight::Confirm } else { Weight::Apply }
+                if is_unsure { Assessment::Confirm } else { Assessment::Apply }
             }
         };
         for (name, instances) in self.doubts.take_back(signs.now) {
@@ -285,7 +290,7 @@ impl Model {
                 self.is_dirty |= entry.known.learn(instances.to_vec(), &self.node);
             }
         }
-        if let (Weight::Apply, Some(entry)) = (weight, self.services.get_mut(name)) {
+        if let (Assessment::Apply, Some(entry)) = (weight, self.services.get_mut(name)) {
             entry.is_filtered = signs.is_filtered;
         }
         self.report_doubts(signs.now);
@@ -300,8 +305,8 @@ impl Model {
         there: &dyn Fn(&Arc<str>) -> bool,
         is_loss: bool,
         is_hidden: bool,
-        signs: Signs,
-    ) -> Weight {
+        signs: Evidence,
+    ) -> Assessment {
         let gone: Vec<&Arc<str>> = listed.iter().filter(|name| !there(name)).collect();
         let n_serving = self.services.values().filter(|entry| entry.n_serving() > 0).count();
         let serves = |name: &&&Arc<str>| {
@@ -316,10 +321,10 @@ impl Model {
             }
             (false, is_unsure) => {
                 self.doubts.settle(None);
-                if is_unsure { Weight::Confirm } else { Weight::Apply }
+                if is_unsure { Assessment::Confirm } else { Assessment::Apply }
             }
         };
-        if weight == Weight::Apply {
+        if weight == Assessment::Apply {
             self.is_list_filtered = signs.is_filtered;
         }
         self.report_doubts(signs.now);
@@ -411,7 +416,7 @@ impl Model {
     }
 
     /// Takes what Consul says of a live service. A name that has gone meanwhile is ignored.
-    pub fn set_service(&mut self, name: &Arc<str>, heard: Heard, now: Instant) {
+    pub fn set_service(&mut self, name: &Arc<str>, heard: ServiceAnswer, now: Instant) {
         let Some(entry) = self.services.get_mut(name) else { return };
         entry.answered_at = Some(now);
         self.is_dirty |= !std::mem::replace(&mut entry.is_followed, entry.is_live);
@@ -427,7 +432,7 @@ impl Model {
 
     /// Takes what an answer lists that is withheld, and nothing away. Who has the name, or the address
     /// and port, of one that is listed is the one that is listed.
-    pub fn withhold(&mut self, name: &Arc<str>, heard: Heard, now: Instant) {
+    pub fn withhold(&mut self, name: &Arc<str>, heard: ServiceAnswer, now: Instant) {
         let Some(entry) = self.services.get_mut(name) else { return };
         let (Some(mut all), Known::Service { instances, .. }) = (heard.instances, &entry.known)
         else {
@@ -444,16 +449,16 @@ impl Model {
             missing.cloned().collect()
         };
         all.extend(missing);
-        self.judge(name, Heard { instances: Some(all), ..heard }, now);
+        self.judge(name, ServiceAnswer { instances: Some(all), ..heard }, now);
     }
 
     /// Takes in what was heard, with those held back whose time has not come.
-    fn judge(&mut self, name: &Arc<str>, heard: Heard, now: Instant) {
+    fn judge(&mut self, name: &Arc<str>, heard: ServiceAnswer, now: Instant) {
         let is_in_use = self.is_in_use(name);
         let Some(entry) = self.services.get_mut(name) else { return };
         let is_inherited = is_in_use && matches!(entry.known, Known::Pending);
         self.held_back.remove(name);
-        let Heard { instances: Some(instances), unchecked } = &heard else {
+        let ServiceAnswer { instances: Some(instances), unchecked } = &heard else {
             self.is_dirty |= !matches!(entry.known, Known::NoService);
             entry.known = Known::NoService;
             return;
@@ -703,7 +708,7 @@ impl Entry {
 
     /// Whether most of what serves, or served before an answer was withheld, isn't even listed by this
     /// answer.
-    fn vanishes(&self, heard: &Heard) -> bool {
+    fn vanishes(&self, heard: &ServiceAnswer) -> bool {
         let listed = heard.instances.as_ref().map(Vec::len);
         let n_before = self.before.as_deref().map_or_else(|| self.n_serving(), n_serving);
         listed.is_some_and(|n_listed| is_shrink(n_before, n_listed))

@@ -1,6 +1,6 @@
 //! The model, by what it publishes after what it was told.
 
-use super::super::index::Moved;
+use super::super::index::IndexMove;
 use super::*;
 use crate::table::Standing;
 use crate::table::{Home, Says};
@@ -27,8 +27,8 @@ fn instance(node: &str, id: &str) -> Instance {
     }
 }
 
-fn heard(instances: Vec<Instance>) -> Heard {
-    Heard { instances: Some(instances), unchecked: Vec::new() }
+fn heard(instances: Vec<Instance>) -> ServiceAnswer {
+    ServiceAnswer { instances: Some(instances), unchecked: Vec::new() }
 }
 
 /// One that knows what the switch says.
@@ -66,7 +66,7 @@ fn nothing_is_published_before_all_that_is_live_has_answered() {
     model.set_names(&names(&["a", "b", "cold"]));
     assert!(model.take().is_none());
     set(&mut model, "a", vec![instance("n1", "1")]);
-    model.set_service(&"b".into(), Heard::default(), Instant::now());
+    model.set_service(&"b".into(), ServiceAnswer::default(), Instant::now());
     assert!(model.take().is_none(), "the node's name is missing");
     model.set_node(Node::Named("n1".into()));
     assert!(model.take().is_none(), "the switch hasn't said whether to translate");
@@ -220,7 +220,7 @@ fn an_instance_without_its_checks_serves_after_a_moment() {
     let (mut model, _) = synced(&["a"]);
     let now = Instant::now();
     let both = vec![instance("n1", "1"), instance("n1", "2")];
-    let heard = Heard { instances: Some(both), unchecked: vec![("n1".into(), "2".into())] };
+    let heard = ServiceAnswer { instances: Some(both), unchecked: vec![("n1".into(), "2".into())] };
     model.set_service(&"a".into(), heard, now);
     assert_eq!(n_serving(&model.take().unwrap()["a"].instances), 1);
     let at = model.next_release().unwrap();
@@ -234,7 +234,7 @@ fn what_is_released_is_no_answer_of_consul() {
     let (mut model, _) = synced(&["a"]);
     let now = Instant::now();
     let both = vec![instance("n1", "1"), instance("n1", "2")];
-    let heard = Heard { instances: Some(both), unchecked: vec![("n1".into(), "2".into())] };
+    let heard = ServiceAnswer { instances: Some(both), unchecked: vec![("n1".into(), "2".into())] };
     model.set_service(&"a".into(), heard, now);
     // It went cold, and is used again, but hasn't been answered for since.
     model.set_live("a", false);
@@ -245,8 +245,8 @@ fn what_is_released_is_no_answer_of_consul() {
     assert_eq!(n_serving(&catalog["a"].instances), 2);
 }
 
-fn signs(now: Instant, is_sure: bool, moved: Moved) -> Signs {
-    Signs { now, is_sure, is_filtered: false, moved }
+fn signs(now: Instant, is_sure: bool, moved: IndexMove) -> Evidence {
+    Evidence { now, is_sure, is_filtered: false, moved }
 }
 
 #[test]
@@ -256,8 +256,8 @@ fn what_turns_critical_is_out_at_once_whatever_speaks_against_it() {
     let mut critical = instance("n1", "1");
     critical.standing = Standing::Out("critical".into());
     for name in ["a", "b", "c", "d"] {
-        for (is_sure, expected) in [(false, Weight::Confirm), (true, Weight::Apply)] {
-            let signs = signs(now, is_sure, Moved::Back);
+        for (is_sure, expected) in [(false, Assessment::Confirm), (true, Assessment::Apply)] {
+            let signs = signs(now, is_sure, IndexMove::Backward);
             let got = model.weigh(&name.into(), &heard(vec![critical.clone()]), signs);
             assert_eq!(got, expected, "{name}");
         }
@@ -271,19 +271,20 @@ fn all_that_goes_within_a_minute_comes_back_and_goes_after_five() {
     let start = Instant::now();
     let gone = |model: &mut Model, name: &str, now: Instant, is_sure: bool| {
         let name: Arc<str> = name.into();
-        let weight = model.weigh(&name, &heard(Vec::new()), signs(now, is_sure, Moved::On));
-        if weight == Weight::Apply {
+        let weight =
+            model.weigh(&name, &heard(Vec::new()), signs(now, is_sure, IndexMove::Forward));
+        if weight == Assessment::Apply {
             model.set_service(&name, heard(Vec::new()), now);
         }
         weight
     };
     let second = Duration::from_secs(1);
-    assert_eq!(gone(&mut model, "a", start, true), Weight::Apply);
-    assert_eq!(gone(&mut model, "b", start + 20 * second, true), Weight::Apply);
+    assert_eq!(gone(&mut model, "a", start, true), Assessment::Apply);
+    assert_eq!(gone(&mut model, "b", start + 20 * second, true), Assessment::Apply);
     let catalog = model.take().unwrap();
     let serving = |catalog: &Catalog| catalog.values().filter(|l| !l.instances.is_empty()).count();
     assert_eq!(serving(&catalog), 1);
-    assert_eq!(gone(&mut model, "c", start + 40 * second, true), Weight::Withhold);
+    assert_eq!(gone(&mut model, "c", start + 40 * second, true), Assessment::Withhold);
     let catalog = model.take().unwrap();
     assert_eq!(serving(&catalog), 3);
     assert_eq!(catalog["a"].instances, first["a"].instances);
@@ -298,19 +299,19 @@ fn all_that_goes_within_a_minute_comes_back_and_goes_after_five() {
     assert!(model.is_failing());
     // One that is whole again is out of it; of the others it is true after all.
     let whole = heard(vec![instance("n1", "7")]);
-    let signs = signs(start + 50 * second, false, Moved::On);
-    assert_eq!(model.weigh(&"b".into(), &whole, signs), Weight::Apply);
+    let signs = signs(start + 50 * second, false, IndexMove::Forward);
+    assert_eq!(model.weigh(&"b".into(), &whole, signs), Assessment::Apply);
     let end = start + 40 * second + DISTRUST;
     for name in ["a", "c"] {
-        assert_eq!(gone(&mut model, name, end - second, true), Weight::Withhold);
-        assert_eq!(gone(&mut model, name, end, false), Weight::Confirm);
-        assert_eq!(gone(&mut model, name, end, true), Weight::Apply);
+        assert_eq!(gone(&mut model, name, end - second, true), Assessment::Withhold);
+        assert_eq!(gone(&mut model, name, end, false), Assessment::Confirm);
+        assert_eq!(gone(&mut model, name, end, true), Assessment::Apply);
     }
     assert_eq!(model.problem(), None);
 }
 
 /// Instances of these ids, each at a port of its own, of which those from 100 on are critical.
-fn instances(ids: impl IntoIterator<Item = i64>) -> Heard {
+fn instances(ids: impl IntoIterator<Item = i64>) -> ServiceAnswer {
     let one = |id: i64| {
         let mut one = Instance { port: 1000 + id, ..instance("n1", &id.to_string()) };
         if id >= 100 {
@@ -322,13 +323,13 @@ fn instances(ids: impl IntoIterator<Item = i64>) -> Heard {
 }
 
 /// As the source does with an answer of a leader that is sure.
-fn answer(model: &mut Model, name: &str, heard: &Heard, signs: Signs) -> Weight {
+fn answer(model: &mut Model, name: &str, heard: &ServiceAnswer, signs: Evidence) -> Assessment {
     let name: Arc<str> = name.into();
     let weight = model.weigh(&name, heard, signs);
     match weight {
-        Weight::Apply => model.set_service(&name, heard.clone(), signs.now),
-        Weight::Withhold => model.withhold(&name, heard.clone(), signs.now),
-        Weight::Confirm => panic!("it was sure"),
+        Assessment::Apply => model.set_service(&name, heard.clone(), signs.now),
+        Assessment::Withhold => model.withhold(&name, heard.clone(), signs.now),
+        Assessment::Confirm => panic!("it was sure"),
     }
     weight
 }
@@ -346,11 +347,13 @@ fn serving_ports(model: &Model, name: &str) -> Vec<i64> {
 fn jobs_that_run_again_serve_where_they_are_now() {
     let (mut model, _) = synced(&["a", "b", "c"]);
     let now = Instant::now();
-    let signs = signs(now, true, Moved::On);
+    let signs = signs(now, true, IndexMove::Forward);
     for name in ["a", "b", "c"] {
         answer(&mut model, name, &instances(0..10), signs);
     }
-    for (name, expected) in [("a", Weight::Apply), ("b", Weight::Apply), ("c", Weight::Withhold)] {
+    for (name, expected) in
+        [("a", Assessment::Apply), ("b", Assessment::Apply), ("c", Assessment::Withhold)]
+    {
         assert_eq!(answer(&mut model, name, &instances([]), signs), expected, "{name}");
     }
     for name in ["a", "b", "c"] {
@@ -358,10 +361,14 @@ fn jobs_that_run_again_serve_where_they_are_now() {
         // New ones that aren't healthy yet leave it at that; what has their port is gone.
         let mut critical = instances([100, 101]);
         critical.instances.as_mut().unwrap()[0].port = 1000;
-        assert_eq!(answer(&mut model, name, &critical, signs), Weight::Withhold, "{name}");
+        assert_eq!(answer(&mut model, name, &critical, signs), Assessment::Withhold, "{name}");
         assert_eq!(serving_ports(&model, name), (1001..1010).collect::<Vec<_>>());
         // Those that are take over.
-        assert_eq!(answer(&mut model, name, &instances(20..24), signs), Weight::Apply, "{name}");
+        assert_eq!(
+            answer(&mut model, name, &instances(20..24), signs),
+            Assessment::Apply,
+            "{name}"
+        );
         assert_eq!(serving_ports(&model, name), (1020..1024).collect::<Vec<_>>());
     }
     assert_eq!(model.problem(), None);
@@ -371,9 +378,9 @@ fn jobs_that_run_again_serve_where_they_are_now() {
 fn what_is_asked_for_no_more_is_not_doubted_nor_taken_back() {
     let (mut model, _) = synced(&["a", "b", "c", "d", "e"]);
     let now = Instant::now();
-    let sure = signs(now, true, Moved::On);
-    let filtered = Signs { is_filtered: true, ..sure };
-    assert_eq!(answer(&mut model, "a", &instances([]), filtered), Weight::Withhold);
+    let sure = signs(now, true, IndexMove::Forward);
+    let filtered = Evidence { is_filtered: true, ..sure };
+    assert_eq!(answer(&mut model, "a", &instances([]), filtered), Assessment::Withhold);
     assert!(model.has_doubts(now) && model.is_failing());
     model.set_live("a", false);
     model.report_doubts(now);
@@ -381,20 +388,20 @@ fn what_is_asked_for_no_more_is_not_doubted_nor_taken_back() {
 
     // One that went cold after it was gone, one that was cold when the list lost it, and one that is
     // live.
-    assert_eq!(answer(&mut model, "b", &instances([]), sure), Weight::Apply);
+    assert_eq!(answer(&mut model, "b", &instances([]), sure), Assessment::Apply);
     model.set_live("b", false);
     for (name, is_live) in [("c", false), ("d", true)] {
         model.set_live(name, is_live);
         assert!(model.empty(&name.into(), now));
     }
     model.set_live("a", true);
-    assert_eq!(answer(&mut model, "a", &instances([]), sure), Weight::Apply);
-    assert_eq!(answer(&mut model, "e", &instances([]), sure), Weight::Withhold);
+    assert_eq!(answer(&mut model, "a", &instances([]), sure), Assessment::Apply);
+    assert_eq!(answer(&mut model, "e", &instances([]), sure), Assessment::Withhold);
     let n_known = ["a", "b", "c", "d", "e"].map(|name| serving_ports(&model, name).len());
     assert_eq!(n_known, [1, 0, 0, 1, 1]);
     // What was taken back isn't registered again for that.
     assert!(model.is_doubted("d", now) && !model.is_back("d"));
-    assert_eq!(answer(&mut model, "d", &instances([1]), sure), Weight::Apply);
+    assert_eq!(answer(&mut model, "d", &instances([1]), sure), Assessment::Apply);
     assert!(!model.is_doubted("d", now) && model.is_back("d"));
 
     // Consul says no more, and the time is over.
@@ -407,21 +414,23 @@ fn what_is_asked_for_no_more_is_not_doubted_nor_taken_back() {
 #[test]
 fn what_is_left_out_serves_beside_what_is_listed() {
     let now = Instant::now();
-    let filtered = Signs { is_filtered: true, ..signs(now, true, Moved::On) };
-    for signs in [filtered, signs(now, true, Moved::Not), signs(now, true, Moved::Back)] {
+    let filtered = Evidence { is_filtered: true, ..signs(now, true, IndexMove::Forward) };
+    for signs in
+        [filtered, signs(now, true, IndexMove::None), signs(now, true, IndexMove::Backward)]
+    {
         let (mut model, _) = synced(&["a"]);
-        let sure = Signs { is_filtered: false, moved: Moved::On, ..signs };
+        let sure = Evidence { is_filtered: false, moved: IndexMove::Forward, ..signs };
         answer(&mut model, "a", &instances(0..10), sure);
         // One is listed yet, one is new, and another one turned critical.
         let mut some = instances([0, 1, 20]);
         some.instances.as_mut().unwrap()[1].standing = Standing::Out("critical".into());
-        assert_eq!(answer(&mut model, "a", &some, signs), Weight::Withhold, "{signs:?}");
+        assert_eq!(answer(&mut model, "a", &some, signs), Assessment::Withhold, "{signs:?}");
         let expected: Vec<i64> = [1000].into_iter().chain(1002..1010).chain([1020]).collect();
         assert_eq!(serving_ports(&model, "a"), expected, "{signs:?}");
         // What was new is no more part of what is missing.
-        assert_eq!(answer(&mut model, "a", &instances([0, 1]), signs), Weight::Withhold);
+        assert_eq!(answer(&mut model, "a", &instances([0, 1]), signs), Assessment::Withhold);
         assert_eq!(serving_ports(&model, "a"), (1000..1010).collect::<Vec<_>>(), "{signs:?}");
-        assert_eq!(answer(&mut model, "a", &instances(20..26), signs), Weight::Apply);
+        assert_eq!(answer(&mut model, "a", &instances(20..26), signs), Assessment::Apply);
         assert_eq!(serving_ports(&model, "a"), (1020..1026).collect::<Vec<_>>(), "{signs:?}");
         assert_eq!(model.problem(), None);
     }
@@ -470,7 +479,7 @@ fn what_the_kernel_serves_already_is_not_held_back_at_a_restart() {
     let checked = || {
         let instances = vec![instance("n1", "checked"), instance("n1", "unchecked")];
         let unchecked = vec![("n1".to_owned(), "unchecked".to_owned())];
-        Heard { instances: Some(instances), unchecked }
+        ServiceAnswer { instances: Some(instances), unchecked }
     };
     // (what the kernel serves, which of both instances serve at first)
     for (in_use, expected) in [(&["web"][..], 2), (&[], 1)] {
@@ -588,7 +597,7 @@ fn a_release_is_no_answer_of_consul() {
     let now = Instant::now();
     let instances = vec![instance("n1", "1"), instance("n1", "2")];
     let unchecked = vec![("n1".to_owned(), "2".to_owned())];
-    model.set_service(&"a".into(), Heard { instances: Some(instances), unchecked }, now);
+    model.set_service(&"a".into(), ServiceAnswer { instances: Some(instances), unchecked }, now);
     let until = model.next_release().expect("the newcomer is held back");
     // It was used by nobody for a while, and Consul hasn't answered since.
     model.set_live("a", false);

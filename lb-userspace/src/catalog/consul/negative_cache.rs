@@ -17,7 +17,7 @@ const INTERVAL: Duration = Duration::from_millis(200);
 
 /// What is known of absent names, and how many more may be looked up.
 #[derive(Debug)]
-pub struct Absent {
+pub struct NegativeCache {
     seen: HashMap<Arc<str>, Instant>,
     /// When the bucket of lookups is full again.
     full_at: Instant,
@@ -25,7 +25,7 @@ pub struct Absent {
 
 /// What becomes of a name that isn't in the list.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Decision {
+pub enum LookupDecision {
     /// It is looked up.
     LookUp,
     /// It was, in vain.
@@ -34,23 +34,23 @@ pub enum Decision {
     TooMany,
 }
 
-impl Absent {
+impl NegativeCache {
     /// Nothing known, and a full bucket.
     pub fn new(now: Instant) -> Self {
-        Absent { seen: HashMap::new(), full_at: now }
+        NegativeCache { seen: HashMap::new(), full_at: now }
     }
 
     /// Decides on a name.
-    pub fn decide(&mut self, name: &str, now: Instant) -> Decision {
+    pub fn decide(&mut self, name: &str, now: Instant) -> LookupDecision {
         if self.seen.get(name).is_some_and(|at| now.saturating_duration_since(*at) < REMEMBERED) {
-            return Decision::Absent;
+            return LookupDecision::Absent;
         }
         let full_at = self.full_at.max(now) + INTERVAL;
         if full_at - now > INTERVAL * BURST {
-            return Decision::TooMany;
+            return LookupDecision::TooMany;
         }
         self.full_at = full_at;
-        Decision::LookUp
+        LookupDecision::LookUp
     }
 
     /// Notes that there is no service of this name.
@@ -71,15 +71,15 @@ mod tests {
     #[test]
     fn a_flood_of_made_up_names_asks_little() {
         let start = Instant::now();
-        let mut absent = Absent::new(start);
+        let mut absent = NegativeCache::new(start);
         let mut n_looked_up = 0;
         for n in 0..10_000 {
             let now = start + Duration::from_millis(n);
             let name = format!("made-up-{n}");
             match absent.decide(&name, now) {
-                Decision::LookUp => n_looked_up += 1,
-                Decision::TooMany => {}
-                Decision::Absent => panic!("{name} was never asked for"),
+                LookupDecision::LookUp => n_looked_up += 1,
+                LookupDecision::TooMany => {}
+                LookupDecision::Absent => panic!("{name} was never asked for"),
             }
             absent.note(name.into(), now);
         }
@@ -90,10 +90,10 @@ mod tests {
     #[test]
     fn an_absent_name_is_remembered_for_a_moment() {
         let start = Instant::now();
-        let mut absent = Absent::new(start);
+        let mut absent = NegativeCache::new(start);
         absent.note("gone".into(), start);
         for (after, expected) in
-            [(0, Decision::Absent), (1, Decision::Absent), (2, Decision::LookUp)]
+            [(0, LookupDecision::Absent), (1, LookupDecision::Absent), (2, LookupDecision::LookUp)]
         {
             let now = start + Duration::from_secs(after);
             assert_eq!(absent.decide("gone", now), expected, "after {after} s");

@@ -7,8 +7,8 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::index::Ask;
-use super::tracker::Tracker;
+use super::index::ReadMode;
+use super::poller::Poller;
 use crate::config::WatchPolicy;
 
 /// How long after its last use a service stays live.
@@ -55,10 +55,10 @@ pub enum Job {
 /// A question to be asked now.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Turn {
-    /// About what.
+    /// What it is about.
     pub job: Job,
     /// How.
-    pub ask: Ask,
+    pub ask: ReadMode,
     /// How long Consul may hold it.
     pub wait: Duration,
     /// Whether it may be held, rather than being answered at once.
@@ -96,7 +96,7 @@ pub struct Schedule {
 
 #[derive(Clone, Copy, Debug)]
 struct Live {
-    tracker: Tracker,
+    poller: Poller,
     stint: u64,
     since: Instant,
 }
@@ -172,7 +172,7 @@ impl Schedule {
         }
         for name in &shift.started {
             self.n_stints += 1;
-            let live = Live { tracker: Tracker::new(now), stint: self.n_stints, since: now };
+            let live = Live { poller: Poller::new(now), stint: self.n_stints, since: now };
             self.live.insert(name.clone(), live);
         }
         shift
@@ -212,9 +212,9 @@ impl Schedule {
         lasted.max(self.rules.first_wait).min(self.rules.wait)
     }
 
-    /// The same, of the question that a tracker is about to ask.
-    pub fn wait_of(&self, tracker: &Tracker, now: Instant) -> Duration {
-        match tracker.is_withheld() {
+    /// The same, of the question that a poller is about to ask.
+    pub fn wait_of(&self, poller: &Poller, now: Instant) -> Duration {
+        match poller.is_withheld() {
             true => self.wait(now).min(self.rules.withheld_wait),
             false => self.wait(now),
         }
@@ -223,7 +223,7 @@ impl Schedule {
     /// Has all live services asked about again, since Consul may answer another token otherwise.
     pub fn restart(&mut self, now: Instant) {
         for live in self.live.values_mut() {
-            live.tracker.restart(now);
+            live.poller.restart(now);
         }
         self.ask_agent(now);
     }
@@ -247,7 +247,7 @@ impl Schedule {
         }
         if self.agent_due.is_some_and(|due| due <= now) {
             self.agent_due = None;
-            return Some(self.brief(Job::Agent, Ask::Now));
+            return Some(self.brief(Job::Agent, ReadMode::Plain));
         }
         let has_shared = self.n_held < n_shared;
         let withheld_wait = self.rules.withheld_wait;
@@ -256,21 +256,21 @@ impl Schedule {
             false => self.wait(now),
         };
         let due = self.live.iter_mut().filter(|(_, live)| {
-            let is_due = live.tracker.due().is_some_and(|due| due <= now);
-            is_due && (has_shared || !is_held(live.tracker.ask()))
+            let is_due = live.poller.due().is_some_and(|due| due <= now);
+            is_due && (has_shared || !is_held(live.poller.ask()))
         });
         let first =
-            due.min_by_key(|(_, live)| (is_held(live.tracker.ask()), live.tracker.answered_at()));
-        let is_urgent = |live: &Live| !is_held(live.tracker.ask());
+            due.min_by_key(|(_, live)| (is_held(live.poller.ask()), live.poller.answered_at()));
+        let is_urgent = |live: &Live| !is_held(live.poller.ask());
         match first {
             Some((name, live)) if self.lookups.is_empty() || is_urgent(live) => {
-                let (job, ask) = (Job::Service(name.clone(), live.stint), live.tracker.ask());
+                let (job, ask) = (Job::Service(name.clone(), live.stint), live.poller.ask());
                 let wait = match is_held(ask) {
                     false => Duration::ZERO,
-                    true if live.tracker.is_withheld() => wait.min(withheld_wait),
+                    true if live.poller.is_withheld() => wait.min(withheld_wait),
                     true => wait,
                 };
-                live.tracker.begin(now, wait);
+                live.poller.begin(now, wait);
                 Some(match is_held(ask) {
                     false => self.brief(job, ask),
                     true => self.held(job, ask, wait),
@@ -278,17 +278,17 @@ impl Schedule {
             }
             _ => {
                 let name = self.lookups.pop_front()?;
-                Some(self.brief(Job::Lookup(name), Ask::Now))
+                Some(self.brief(Job::Lookup(name), ReadMode::Plain))
             }
         }
     }
 
-    fn brief(&mut self, job: Job, ask: Ask) -> Turn {
+    fn brief(&mut self, job: Job, ask: ReadMode) -> Turn {
         self.n_brief += 1;
         Turn { job, ask, wait: Duration::ZERO, is_held: false }
     }
 
-    fn held(&mut self, job: Job, ask: Ask, wait: Duration) -> Turn {
+    fn held(&mut self, job: Job, ask: ReadMode, wait: Duration) -> Turn {
         self.n_held += 1;
         Turn { job, ask, wait, is_held: true }
     }
@@ -302,8 +302,8 @@ impl Schedule {
         let due = self
             .live
             .values()
-            .filter(|live| has_shared || !is_held(live.tracker.ask()))
-            .filter_map(|live| live.tracker.due());
+            .filter(|live| has_shared || !is_held(live.poller.ask()))
+            .filter_map(|live| live.poller.due());
         due.chain(self.agent_due).min()
     }
 
@@ -314,21 +314,21 @@ impl Schedule {
     }
 
     /// The watch of a service that a job was about, if it is of this stint.
-    pub fn tracker(&mut self, name: &str, stint: u64) -> Option<&mut Tracker> {
-        self.live.get_mut(name).filter(|live| live.stint == stint).map(|live| &mut live.tracker)
+    pub fn poller(&mut self, name: &str, stint: u64) -> Option<&mut Poller> {
+        self.live.get_mut(name).filter(|live| live.stint == stint).map(|live| &mut live.poller)
     }
 
     /// How long ago the live service was answered that waits longest; `None` where there is none.
     /// One that never was counts from when it went live.
     pub fn oldest_age(&self, now: Instant) -> Option<Duration> {
         let answered = self.live.values();
-        let answered = answered.map(|live| live.tracker.answered_at().unwrap_or(live.since));
+        let answered = answered.map(|live| live.poller.answered_at().unwrap_or(live.since));
         answered.min().map(|at| now.saturating_duration_since(at))
     }
 }
 
-fn is_held(ask: Ask) -> bool {
-    matches!(ask, Ask::After(_))
+fn is_held(ask: ReadMode) -> bool {
+    matches!(ask, ReadMode::Blocking(_))
 }
 
 /// Whether so many that serve, of so many before, are a loss too large to be believed unconfirmed.
@@ -430,18 +430,18 @@ mod tests {
             schedule.shift(now);
             let turn = schedule.next(now).unwrap();
             let Job::Service(name, stint) = &turn.job else { panic!("{turn:?}") };
-            assert_eq!(turn.ask, Ask::Now);
+            assert_eq!(turn.ask, ReadMode::Plain);
             schedule.ended(turn.is_held);
-            schedule.tracker(name, *stint).unwrap().answered(Some(7), now, 0.0);
+            schedule.poller(name, *stint).unwrap().answered(Some(7), now, 0.0);
             let turn = schedule.next(now).unwrap();
-            assert_eq!((turn.ask, turn.wait), (Ask::After(7), 60 * S));
+            assert_eq!((turn.ask, turn.wait), (ReadMode::Blocking(7), 60 * S));
         }
         assert_eq!(schedule.next(now), None, "both connections are held");
         schedule.used("s0002".into(), now);
         schedule.shift(now);
         assert!(schedule.is_short());
         let turn = schedule.next(now).unwrap();
-        assert_eq!((turn.ask, turn.is_held), (Ask::Now, false));
+        assert_eq!((turn.ask, turn.is_held), (ReadMode::Plain, false));
         assert!(schedule.look_up("made-up".into()));
         assert_eq!(schedule.next(now), None, "the last connection is in use");
         schedule.ended(false);
@@ -522,17 +522,17 @@ mod tests {
                 let turn = under_way.remove(idx);
                 schedule.ended(turn.is_held);
                 let Job::Service(name, stint) = turn.job else { continue };
-                let tracker = schedule.tracker(&name, stint).unwrap();
+                let poller = schedule.poller(&name, stint).unwrap();
                 match what {
-                    0 => tracker.failed(now, 1.0),
-                    1 => tracker.doubt_after_answer(now),
-                    _ => drop(tracker.answered(Some(7), now, 0.0)),
+                    0 => poller.failed(now, 1.0),
+                    1 => poller.doubt_after_answer(now),
+                    _ => drop(poller.answered(Some(7), now, 0.0)),
                 }
             }
             // Turns come round: nobody waits for much longer than a round, and the pauses after
             // failures, take.
             let round = u32::try_from(n_names + 1).unwrap() * S;
-            let ages = schedule.live.values().map(|live| match live.tracker.answered_at() {
+            let ages = schedule.live.values().map(|live| match live.poller.answered_at() {
                 Some(at) => now - at,
                 None => now - start,
             });
@@ -541,7 +541,7 @@ mod tests {
         }
     }
 
-    impl Tracker {
+    impl Poller {
         fn doubt_after_answer(&mut self, now: Instant) {
             self.answered(Some(7), now, 0.0);
             self.doubt(now, Duration::ZERO);

@@ -72,7 +72,7 @@ pub fn instance(node: &str, id: &str, port: u16) -> Value {
     json!({
         "Node": {"Node": node, "Address": "10.0.0.1"},
         "Service": {"ID": id, "Tags": ["routed"], "Port": port},
-        "Checks": [{"CheckID": "c", "Name": "web", "Status": "passing", "Output": "fine"}],
+        "Checks": [{"CheckID": "c", "Name": "web", "Status": "passing", "Publisher": "fine"}],
     })
 }
 

@@ -8,7 +8,7 @@ use serde_json::json;
 
 use super::test_server::{AGENT, Fake, Fault, NAMES, instance, service};
 use super::*;
-use crate::catalog::file::follow::Follower;
+use crate::catalog::file::follow::Watcher;
 use crate::catalog::{Catalog, Handle, Lookup};
 use crate::config::{ConsulAddress, WatchPolicy};
 use crate::table::{Says, Standing, Watch};
@@ -55,7 +55,7 @@ fn settings(consul: ConsulConfig, watch: WatchPolicy, timing: Timing) -> Setting
 }
 
 fn follow_as(settings: Settings) -> Handle {
-    let mut handle = Handle::of(Output::new("consul"));
+    let mut handle = Handle::of(Publisher::new("consul"));
     follow_in(&mut handle, settings);
     handle
 }
@@ -65,12 +65,12 @@ fn follow_in(handle: &mut Handle, settings: Settings) {
     let source = Arc::new(move |output, wishes| {
         Box::pin(run(settings.clone(), output, wishes)) as Pin<Box<dyn Future<Output = ()>>>
     });
-    handle.keep_source("consul", source, None);
+    handle.run_source("consul", source, None);
 }
 
 async fn shows(handle: &mut Handle, is_it: impl Fn(&Catalog) -> bool) -> Arc<Catalog> {
     let seen =
-        handle.catalog.wait_for(|edition| edition.as_ref().is_some_and(|e| is_it(&e.catalog)));
+        handle.catalog.wait_for(|published| published.as_ref().is_some_and(|e| is_it(&e.catalog)));
     let seen = tokio::time::timeout(LIMIT, seen).await.expect("the catalog").unwrap();
     seen.clone().unwrap().catalog
 }
@@ -154,7 +154,7 @@ async fn new_words_of_a_check_publish_nothing() {
     let (fake, mut handle, _) = synced().await;
     handle.catalog.mark_unchanged();
     let mut talkative = instance("n1", "web-1", 1);
-    talkative["Checks"][0]["Output"] = json!("still fine");
+    talkative["Checks"][0]["Publisher"] = json!("still fine");
     fake.set(&service("web"), 21, json!([talkative]));
     // What is asked after index 21 was asked once 21 had been taken in.
     let asked = format!("{}?index=21&wait=60000ms", service("web"));
@@ -661,11 +661,11 @@ async fn another_source_finds_the_former_ones_connections_closed() {
     assert_eq!(handle.demand.look_up("web").await, Lookup::Exists);
     let state = fake.state.borrow().clone();
     assert!(state.most_connections <= before + 1, "{} after {before}", state.most_connections);
-    handle.keeper.0.abort_all();
-    tokio::time::timeout(LIMIT, handle.keeper.ended()).await.expect("its end is seen");
+    handle.supervisor.0.abort_all();
+    tokio::time::timeout(LIMIT, handle.supervisor.join()).await.expect("its end is seen");
 }
 
-/// Held questions come back soon, and what is doubted stays so.
+/// Long polls come back soon, and what is doubted stays so.
 fn watchful() -> Timing {
     let wait = Duration::from_millis(200);
     Timing { wait, first_wait: wait, distrust: LIMIT * 10, ..timing() }
@@ -977,10 +977,10 @@ async fn what_was_known_serves_a_new_daemon_while_consul_is_down() {
     shows(&mut first, |catalog| names(catalog) == ["db", "web"]).await;
     assert_eq!(first.demand.look_up("web").await, Lookup::Exists);
     let path = cache.clone().unwrap();
-    let holds = |memory: Option<crate::catalog::snapshot::Memory>| {
+    let holds = |memory: Option<crate::catalog::snapshot::SavedCatalog>| {
         memory.is_some_and(|memory| !memory.services["web"].instances.is_empty())
     };
-    let mut follower = Follower::new(&path).unwrap();
+    let mut follower = Watcher::new(&path).unwrap();
     while !holds(cache::read(&path, LIMIT)) {
         tokio::time::timeout(LIMIT, follower.changed())
             .await

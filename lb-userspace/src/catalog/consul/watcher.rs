@@ -13,20 +13,20 @@ use tokio::task::{self, AbortHandle, JoinError, JoinSet};
 
 use super::backoff::Backoff;
 use super::client::Client;
-use super::doubt::{Signs, Weight};
-use super::index::{Ask, Verdict};
-use super::model::{Heard, Model, Node, Subject};
-use super::negative_cache::Absent;
-use super::queries::{About, Answer, Failure, How, Said, ask};
+use super::doubt::{Assessment, Evidence};
+use super::index::{IndexCheck, ReadMode};
+use super::model::{Model, Node, ServiceAnswer, Subject};
+use super::negative_cache::NegativeCache;
+use super::poller::Poller;
+use super::query::{Answer, Query, QueryFailure, QueryOptions, Response, ask};
 use super::schedule::{Job, Rules, Schedule, Turn};
 use super::token::TokenWatch;
-use super::tracker::Tracker;
 use super::{Settings, Timing};
 use crate::catalog::cache::suspended;
 use crate::catalog::host::Own;
-use crate::catalog::snapshot::Memory;
-use crate::catalog::usage::{Lookup, Wish, Wishes};
-use crate::catalog::{Output, Watches};
+use crate::catalog::snapshot::SavedCatalog;
+use crate::catalog::usage::{Lookup, SourceCommand, UsageReceiver};
+use crate::catalog::{Publisher, Watches};
 
 /// How often a token that may not read the switch is tried again.
 const DENIED_PAUSE: Duration = Duration::from_secs(60);
@@ -57,25 +57,25 @@ enum Purpose {
     Turn(Job),
 }
 
-type Asked = Result<Answer, Failure>;
+type Asked = Result<Answer, QueryFailure>;
 
 pub struct Supervisor {
     client: Arc<Client>,
     settings: Settings,
-    output: Output,
+    output: Publisher,
     tasks: JoinSet<Asked>,
     under_way: HashMap<task::Id, UnderWay>,
     /// The questions about services that Consul may hold.
     held: BTreeMap<Arc<str>, HeldQuestion>,
     /// When the next of them may give way.
     yields_at: Instant,
-    names: Tracker,
+    names: Poller,
     /// The questions about the names and the switch that are under way.
     of_all: [Option<AbortHandle>; 2],
     has_failed: bool,
     /// The bytes of the list of names when it was last read.
     names_bytes: usize,
-    switch: Tracker,
+    switch: Poller,
     is_off: bool,
     agent_backoff: Backoff,
     schedule: Schedule,
@@ -93,14 +93,14 @@ pub struct Supervisor {
     /// The names that have upper case in them, by how DNS knows them: to DNS all of them, and the one
     /// in lower case, are one service.
     folded: BTreeMap<String, Vec<Arc<str>>>,
-    absent: Absent,
+    absent: NegativeCache,
     waiting: BTreeMap<Arc<str>, Vec<oneshot::Sender<Lookup>>>,
     /// The names that are being looked up.
     looking_up: BTreeSet<Arc<str>>,
     started: Instant,
     has_memory: bool,
     give_up_at: Option<Instant>,
-    heard_at: Option<Instant>,
+    news_at: Option<Instant>,
     last_answer: Option<Instant>,
     /// How long the machine has been suspended, when that was last noticed.
     suspended: Duration,
@@ -115,7 +115,7 @@ pub struct Supervisor {
 
 impl Supervisor {
     /// One that begins with what an earlier life left.
-    pub fn new(settings: Settings, output: Output, memory: Memory) -> Self {
+    pub fn new(settings: Settings, output: Publisher, memory: SavedCatalog) -> Self {
         let now = Instant::now();
         let rules = Rules {
             policy: settings.catalog.watch,
@@ -139,11 +139,11 @@ impl Supervisor {
             under_way: HashMap::new(),
             held: BTreeMap::new(),
             yields_at: now,
-            names: Tracker::new(now),
+            names: Poller::new(now),
             of_all: [None, None],
             has_failed: false,
             names_bytes: 0,
-            switch: Tracker::new(now),
+            switch: Poller::new(now),
             is_off: false,
             agent_backoff: Backoff::default(),
             schedule: Schedule::new(rules, now),
@@ -154,13 +154,13 @@ impl Supervisor {
             lists_consul: false,
             answered: Vec::new(),
             folded: BTreeMap::new(),
-            absent: Absent::new(now),
+            absent: NegativeCache::new(now),
             waiting: BTreeMap::new(),
             looking_up: BTreeSet::new(),
             started: now,
             has_memory: false,
             give_up_at: None,
-            heard_at: None,
+            news_at: None,
             last_answer: None,
             suspended: suspended(),
             token: TokenWatch::start(settings.consul.token.as_ref(), settings.timing.token),
@@ -178,7 +178,7 @@ impl Supervisor {
         this
     }
 
-    fn begin_with(&mut self, memory: Memory) {
+    fn begin_with(&mut self, memory: SavedCatalog) {
         for (name, remembered) in &memory.services {
             if let Some(at) = remembered.used_at {
                 self.schedule.used(name.clone(), at);
@@ -200,7 +200,7 @@ impl Supervisor {
         self.listed = memory.services.keys().cloned().collect();
     }
 
-    pub async fn run(mut self, mut wishes: Wishes) {
+    pub async fn run(mut self, mut wishes: UsageReceiver) {
         loop {
             self.ask_what_is_due();
             let wake_at = tokio::time::Instant::from_std(self.wake_at());
@@ -230,25 +230,25 @@ impl Supervisor {
 
     fn ask_what_is_due(&mut self) {
         let now = Instant::now();
-        let is_due = |tracker: &Tracker| tracker.due().is_some_and(|due| due <= now);
+        let is_due = |poller: &Poller| poller.due().is_some_and(|due| due <= now);
         if is_due(&self.names) {
             let wait = self.schedule.wait_of(&self.names, now);
             self.names.begin(now, wait);
-            let question = self.start(Purpose::Names, About::Names, self.names.ask(), wait, false);
+            let question = self.start(Purpose::Names, Query::Names, self.names.ask(), wait, false);
             self.of_all[0] = Some(question);
         }
         if is_due(&self.switch) {
             let wait = self.schedule.wait_of(&self.switch, now);
             self.switch.begin(now, wait);
             let question =
-                self.start(Purpose::Switch, About::Switch, self.switch.ask(), wait, false);
+                self.start(Purpose::Switch, Query::Switch, self.switch.ask(), wait, false);
             self.of_all[1] = Some(question);
         }
         while let Some(Turn { job, ask, wait, is_held }) = self.schedule.next(now) {
             let about = match &job {
-                Job::Agent => About::Agent,
-                Job::Service(name, _) => About::Service(name.clone()),
-                Job::Lookup(name) => About::Lookup(name.clone()),
+                Job::Agent => Query::Agent,
+                Job::Service(name, _) => Query::Service(name.clone()),
+                Job::Lookup(name) => Query::Lookup(name.clone()),
             };
             self.start(Purpose::Turn(job), about, ask, wait, is_held);
         }
@@ -268,21 +268,21 @@ impl Supervisor {
         self.names.restart(now);
         self.switch.restart(now);
         self.schedule.restart(now);
-        self.absent = Absent::new(now);
+        self.absent = NegativeCache::new(now);
     }
 
     fn start(
         &mut self,
         purpose: Purpose,
-        about: About,
-        at: Ask,
+        about: Query,
+        at: ReadMode,
         wait: Duration,
         is_held: bool,
     ) -> AbortHandle {
         let (client, catalog) = (self.client.clone(), self.settings.catalog.clone());
-        let how = How { ask: at, wait, limit: self.timing().answer };
+        let how = QueryOptions { ask: at, wait, limit: self.timing().answer };
         let name = match (&about, is_held) {
-            (About::Service(name), true) => Some(name.clone()),
+            (Query::Service(name), true) => Some(name.clone()),
             _ => None,
         };
         let handle = self.tasks.spawn(async move { ask(&client, &about, how, &catalog).await });
@@ -335,7 +335,7 @@ impl Supervisor {
             Err(error) if error.is_panic() => {
                 tracing::error!("a question to Consul panicked ({error})");
                 let problem = "reading Consul's answer failed in nohop itself: see the log".into();
-                (error.id(), Some(Err(Failure { problem, is_denied: false })))
+                (error.id(), Some(Err(QueryFailure { problem, is_denied: false })))
             }
             Err(error) => (error.id(), None),
         };
@@ -345,9 +345,9 @@ impl Supervisor {
         }
         // What the agent says of itself it says without a server.
         if let Some(Ok(answer)) = &asked
-            && !matches!(answer.said, Said::Agent(_))
+            && !matches!(answer.said, Response::Agent(_))
         {
-            self.heard_at.get_or_insert(answer.heard_at);
+            self.news_at.get_or_insert(answer.news_at);
         }
         match (purpose, asked) {
             (Purpose::Names, Some(asked)) => self.take_names(asked, now),
@@ -361,8 +361,8 @@ impl Supervisor {
                 match asked {
                     Some(asked) => self.take_service(name, stint, asked, now),
                     None => {
-                        if let Some(tracker) = self.schedule.tracker(&name, stint) {
-                            tracker.dropped(now);
+                        if let Some(poller) = self.schedule.poller(&name, stint) {
+                            poller.dropped(now);
                         }
                     }
                 }
@@ -390,7 +390,7 @@ impl Supervisor {
 
     fn take_agent(&mut self, asked: Asked, now: Instant) {
         let problem = match asked {
-            Ok(Answer { said: Said::Agent(node), .. }) => {
+            Ok(Answer { said: Response::Agent(node), .. }) => {
                 self.agent_backoff.reset();
                 let fact = match &node {
                     Node::Elsewhere { why, may_be_here } => Some(format!(
@@ -410,18 +410,18 @@ impl Supervisor {
                     // An address may come later: of a VPN, of keepalived.
                     self.schedule.ask_agent(now + self.timing().agent);
                 }
-                self.output.set_fact("agent", fact);
+                self.output.set_notice("agent", fact);
                 self.model.set_node(node);
                 None
             }
             Ok(_) => return,
-            Err(Failure { is_denied: true, .. }) => {
-                self.output.set_fact("agent", None);
+            Err(QueryFailure { is_denied: true, .. }) => {
+                self.output.set_notice("agent", None);
                 self.model.set_node(Node::Denied(Own::read()));
                 self.schedule.ask_agent(now + self.timing().agent);
                 None
             }
-            Err(Failure { problem, .. }) => {
+            Err(QueryFailure { problem, .. }) => {
                 self.schedule.ask_agent(now + self.agent_backoff.pause(fastrand::f64()));
                 Some(problem)
             }
@@ -431,36 +431,36 @@ impl Supervisor {
 
     fn take_service(&mut self, name: Arc<str>, stint: u64, asked: Asked, now: Instant) {
         let doubt = self.timing().doubt;
-        let Some(tracker) = self.schedule.tracker(&name, stint) else { return };
+        let Some(poller) = self.schedule.poller(&name, stint) else { return };
         let problem = match asked {
-            Ok(Answer { index, said: Said::Service(heard), n_bytes, is_filtered, heard_at }) => {
+            Ok(Answer { index, said: Response::Service(heard), n_bytes, is_filtered, news_at }) => {
                 self.model.set_size(&name, n_bytes);
-                let is_sure = tracker.ask() == Ask::Consistently;
-                match tracker.answered(index, now, fastrand::f64()) {
-                    Verdict::Apply => {
-                        let signs = Signs { now, is_sure, is_filtered, moved: tracker.moved() };
+                let is_sure = poller.ask() == ReadMode::Consistent;
+                match poller.answered(index, now, fastrand::f64()) {
+                    IndexCheck::Apply => {
+                        let signs = Evidence { now, is_sure, is_filtered, moved: poller.moved() };
                         match self.model.weigh(&name, &heard, signs) {
-                            Weight::Apply => {
-                                tracker.applied();
-                                self.answered.push((name.clone(), heard_at));
-                                self.believe(heard_at);
+                            Assessment::Apply => {
+                                poller.applied();
+                                self.answered.push((name.clone(), news_at));
+                                self.believe(news_at);
                                 self.apply(&name, heard, now);
                             }
-                            Weight::Confirm => {
+                            Assessment::Confirm => {
                                 // Whether anything serves is worth a burst of a fleet's questions.
                                 let is_all = heard.n_serving() == 0;
                                 let doubt = if is_all { doubt } else { doubt * 10 };
-                                tracker.doubt(now, doubt.mul_f64(fastrand::f64()));
+                                poller.doubt(now, doubt.mul_f64(fastrand::f64()));
                                 self.output.stats().count_shrink_held();
                             }
-                            Weight::Withhold => {
-                                tracker.withhold();
+                            Assessment::Withhold => {
+                                poller.withhold();
                                 self.model.withhold(&name, heard, now);
                                 self.tell(&name, Lookup::Unknown);
                             }
                         }
                     }
-                    Verdict::Confirm => tracing::info!(
+                    IndexCheck::Confirm => tracing::info!(
                         %name,
                         index,
                         "Consul's index went backwards; asking again before believing it"
@@ -470,7 +470,7 @@ impl Supervisor {
             }
             Ok(_) => return,
             Err(failure) => {
-                tracker.failed(now, fastrand::f64());
+                poller.failed(now, fastrand::f64());
                 // They can't be told, and need not wait for that.
                 self.waiting.remove(&name);
                 Some(failure.problem)
@@ -480,12 +480,12 @@ impl Supervisor {
     }
 
     /// Notes that Consul has answered about the catalog, and is believed.
-    fn believe(&mut self, heard_at: Instant) {
-        self.output.answered(heard_at);
-        self.last_answer = Some(heard_at);
+    fn believe(&mut self, news_at: Instant) {
+        self.output.answered(news_at);
+        self.last_answer = Some(news_at);
     }
 
-    fn apply(&mut self, name: &Arc<str>, heard: Heard, now: Instant) {
+    fn apply(&mut self, name: &Arc<str>, heard: ServiceAnswer, now: Instant) {
         let is_gone = heard.instances.as_ref().is_none_or(Vec::is_empty);
         self.model.set_service(name, heard, now);
         if is_gone && self.unlisted.remove(name) {
@@ -494,10 +494,10 @@ impl Supervisor {
         }
     }
 
-    fn hear(&mut self, wish: Wish) {
+    fn hear(&mut self, wish: SourceCommand) {
         match wish {
-            Wish::Service(wanted) => self.want(wanted),
-            Wish::Leave(done) => self.leaving.push(done),
+            SourceCommand::Lookup(wanted) => self.want(wanted),
+            SourceCommand::Flush(done) => self.leaving.push(done),
         }
     }
 
@@ -527,13 +527,13 @@ impl Supervisor {
                 self.give_up_at = Some(now + self.timing().stragglers.min(in_use));
             }
         }
-        let heard_at = self.heard_at.take();
+        let news_at = self.news_at.take();
         let catalog = self.model.take();
         self.is_unsaved |= catalog.is_some();
         // What was answered for is young once the answers are published, and no sooner.
         if self.model.is_synced() {
             let answered = std::mem::take(&mut self.answered);
-            self.output.publish_aged(catalog, heard_at.unwrap_or(now), answered);
+            self.output.publish_aged(catalog, news_at.unwrap_or(now), answered);
         }
         if self.model.is_synced() {
             let answered: Vec<_> = self

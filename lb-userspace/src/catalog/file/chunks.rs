@@ -3,7 +3,7 @@
 //! TOML is a sequence of lines that each say something whole, and `[[service]]` at the beginning of
 //! one starts the next service. Where every part of a text between two of these can be read by
 //! itself, and has one service, the parts together say what the whole text says. Where one can't
-//! (such a line may be within a string of several lines), has a mistake, or has further services (a
+//! (such a line may be within a string of several lines), has an error, or has further services (a
 //! header may be indented, or have spaces in it), the whole text is read at once.
 //!
 //! That isn't for speed alone: the tree of a whole text of 6 MB takes more memory than all else.
@@ -11,7 +11,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::parse::{Mistake, parse, without_mark};
+use super::parse::{Diagnostic, parse, without_mark};
 use crate::catalog::Catalog;
 use crate::table::{Instance, Listing, Watch};
 
@@ -25,8 +25,8 @@ impl Chunks {
     /// Reads a text. A service that is the same as in `last` is the same object.
     ///
     /// # Errors
-    /// All mistakes, by line.
-    pub fn read(&mut self, text: &str, last: &Catalog) -> Result<Catalog, Vec<Mistake>> {
+    /// All errors, by line.
+    pub fn read(&mut self, text: &str, last: &Catalog) -> Result<Catalog, Vec<Diagnostic>> {
         let text = without_mark(text);
         if let Some(catalog) = self.read_parts(text, last) {
             return Ok(catalog);
@@ -56,7 +56,7 @@ impl Chunks {
             self.0.insert(part, (name, listing));
             n_parts += 1;
         }
-        // Two of one name are a mistake.
+        // Two of one name are an error.
         (catalog.len() == n_parts).then_some(catalog)
     }
 }
@@ -95,7 +95,7 @@ mod tests {
     const A: &str = "[[service]]\nname = \"a\"\n[[service.backend]]\naddress = \"10.0.0.1:80\"\n";
     const B: &str = "[[service]]\nname = \"b\" # [[service]]\n  [[service.backend]]\n  address = \"10.0.0.2:80\"";
 
-    fn whole(text: &str) -> Result<Catalog, Vec<Mistake>> {
+    fn whole(text: &str) -> Result<Catalog, Vec<Diagnostic>> {
         let none = Catalog::new();
         let services = parse(text)?.into_iter();
         Ok(services.map(|(name, instances)| shared(name, instances, &none)).collect())

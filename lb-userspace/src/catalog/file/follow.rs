@@ -16,7 +16,7 @@ const MAX_LINKS: usize = 40;
 type Step = (PathBuf, OsString);
 
 /// Watches directories rather than the file, because editors replace files.
-pub struct Follower {
+pub struct Watcher {
     path: PathBuf,
     inotify: AsyncFd<Inotify>,
     watched: HashMap<WatchDescriptor, Place>,
@@ -28,7 +28,7 @@ struct Place {
     names: HashSet<OsString>,
 }
 
-impl Follower {
+impl Watcher {
     /// Changes from now on count.
     ///
     /// # Errors
@@ -41,7 +41,7 @@ impl Follower {
         )]
         let inotify = AsyncFd::new(Inotify::init()?)?;
         let path = std::path::absolute(path)?;
-        let mut follower = Follower { path, inotify, watched: HashMap::new() };
+        let mut follower = Watcher { path, inotify, watched: HashMap::new() };
         follower.watch()?;
         Ok(follower)
     }
@@ -49,7 +49,7 @@ impl Follower {
     /// Waits until the file may have changed.
     ///
     /// # Errors
-    /// As for [`Follower::new`].
+    /// As for [`Watcher::new`].
     pub async fn changed(&mut self) -> io::Result<()> {
         let mut buffer = [0; 4096];
         loop {

@@ -13,7 +13,7 @@ pub mod fuzzing {
     use super::parse::parse;
     use crate::catalog::Catalog;
 
-    /// The services, or the number of mistakes; read part by part it says the same as at once.
+    /// The services, or the number of errors; read part by part it says the same as at once.
     pub fn read(text: &str) -> Result<Catalog, usize> {
         let catalog = Chunks::default().read(text, &Catalog::new());
         match (&catalog, parse(text)) {
@@ -23,7 +23,7 @@ pub mod fuzzing {
             }
             (parts, whole) => assert_eq!(parts.as_ref().err(), whole.as_ref().err()),
         }
-        catalog.map_err(|mistakes| mistakes.len())
+        catalog.map_err(|diagnostics| diagnostics.len())
     }
 }
 
@@ -34,11 +34,11 @@ use std::time::{Duration, Instant};
 use tokio::task;
 
 use super::stamp::{Stamp, stamp};
-use super::{Catalog, Output};
+use super::{Catalog, Publisher};
 use chunks::Chunks;
-use follow::Follower;
+use follow::Watcher;
 pub use kept::Kept;
-use parse::Mistake;
+use parse::Diagnostic;
 
 /// How often a file is looked at that can't be watched.
 const POLL: Duration = Duration::from_secs(1);
@@ -57,32 +57,32 @@ pub enum FileError {
         /// What the system says.
         source: io::Error,
     },
-    /// It has mistakes.
-    #[error("{}", list(.path, .mistakes))]
-    Mistakes {
+    /// It has errors.
+    #[error("{}", list(.path, .diagnostics))]
+    Diagnostics {
         /// The file.
         path: PathBuf,
         /// All of them, by line.
-        mistakes: Vec<Mistake>,
+        diagnostics: Vec<Diagnostic>,
     },
 }
 
-fn list(path: &Path, mistakes: &[Mistake]) -> String {
-    let lines = mistakes
+fn list(path: &Path, diagnostics: &[Diagnostic]) -> String {
+    let lines = diagnostics
         .iter()
-        .map(|mistake| format!("{}:{}: {}", path.display(), mistake.line, mistake.what));
+        .map(|diagnostic| format!("{}:{}: {}", path.display(), diagnostic.line, diagnostic.what));
     lines.collect::<Vec<_>>().join("\n")
 }
 
 /// Reads the file and publishes it; what didn't change keeps its allocation.
 ///
 /// # Errors
-/// It can't be read, or it has mistakes. Then nothing is published.
-pub fn load(path: &Path, output: &Output) -> Result<(), FileError> {
+/// It can't be read, or it has errors. Then nothing is published.
+pub fn load(path: &Path, output: &Publisher) -> Result<(), FileError> {
     load_again(path, output, &mut Chunks::default()).map(drop)
 }
 
-fn load_again(path: &Path, output: &Output, chunks: &mut Chunks) -> Result<String, FileError> {
+fn load_again(path: &Path, output: &Publisher, chunks: &mut Chunks) -> Result<String, FileError> {
     let text = read(path)?;
     publish(path, &text, output, chunks)?;
     output.answered(Instant::now());
@@ -94,7 +94,7 @@ fn load_again(path: &Path, output: &Output, chunks: &mut Chunks) -> Result<Strin
 ///
 /// # Errors
 /// As [`load`], where there is no copy either.
-pub fn load_first(path: &Path, kept: &Kept, output: &Output) -> Result<(), FileError> {
+pub fn load_first(path: &Path, kept: &Kept, output: &Publisher) -> Result<(), FileError> {
     let Err(error) = load(path, output) else { return Ok(()) };
     let is_kept = kept
         .read()
@@ -112,7 +112,7 @@ pub fn load_first(path: &Path, kept: &Kept, output: &Output) -> Result<(), FileE
 /// # Errors
 /// As [`load`].
 pub fn check(path: &Path) -> Result<(), FileError> {
-    is_good(&read(path)?).map_err(|mistakes| mistaken(path, mistakes))
+    is_good(&read(path)?).map_err(|diagnostics| diagnosed(path, diagnostics))
 }
 
 /// The same at the start, when a good copy serves as well.
@@ -130,33 +130,38 @@ fn read(path: &Path) -> Result<String, FileError> {
     std::fs::read_to_string(path).map_err(|source| FileError::Read { path: path.into(), source })
 }
 
-fn is_good(text: &str) -> Result<(), Vec<Mistake>> {
+fn is_good(text: &str) -> Result<(), Vec<Diagnostic>> {
     Chunks::default().read(text, &Catalog::new()).map(drop)
 }
 
-fn publish(path: &Path, text: &str, output: &Output, chunks: &mut Chunks) -> Result<(), FileError> {
+fn publish(
+    path: &Path,
+    text: &str,
+    output: &Publisher,
+    chunks: &mut Chunks,
+) -> Result<(), FileError> {
     let last = output.last().unwrap_or_default();
-    let catalog = chunks.read(text, &last).map_err(|mistakes| mistaken(path, mistakes))?;
+    let catalog = chunks.read(text, &last).map_err(|diagnostics| diagnosed(path, diagnostics))?;
     output.publish(catalog, Instant::now());
     Ok(())
 }
 
-fn mistaken(path: &Path, mistakes: Vec<Mistake>) -> FileError {
-    FileError::Mistakes { path: path.into(), mistakes }
+fn diagnosed(path: &Path, diagnostics: Vec<Diagnostic>) -> FileError {
+    FileError::Diagnostics { path: path.into(), diagnostics }
 }
 
 /// Follows the file for ever. While it can't be used, its last catalog stays. `kept` is where its
 /// good texts are kept.
-pub async fn run(path: PathBuf, kept: Option<Kept>, output: Output) {
-    follow_with(path, kept, output, Follower::new, POLL).await;
+pub async fn run(path: PathBuf, kept: Option<Kept>, output: Publisher) {
+    follow_with(path, kept, output, Watcher::new, POLL).await;
 }
 
 /// The same, with what watches a file; one that can't be watched is looked at every `poll`.
 async fn follow_with(
     path: PathBuf,
     kept: Option<Kept>,
-    output: Output,
-    watch: impl Fn(&Path) -> io::Result<Follower>,
+    output: Publisher,
+    watch: impl Fn(&Path) -> io::Result<Watcher>,
     poll: Duration,
 ) {
     output.set_off(false);
@@ -168,13 +173,13 @@ async fn follow_with(
             follower = match watch(&path) {
                 Ok(follower) => Some(follower),
                 Err(error) => {
-                    output.set_fact("watch", Some(cannot_watch(&path, &error)));
+                    output.set_notice("watch", Some(cannot_watch(&path, &error)));
                     None
                 }
             };
         }
         if follower.is_some() {
-            output.set_fact("watch", None);
+            output.set_notice("watch", None);
         }
         let seen = stamp(&path);
         let problem = match load_again(&path, &output, &mut chunks) {
@@ -346,7 +351,7 @@ mod tests {
             let mut handle = follow(&path).unwrap();
             shows(&mut handle, services).await;
             // The copy is there once its directory has it.
-            let mut seen = Follower::new(kept.path()).unwrap();
+            let mut seen = Watcher::new(kept.path()).unwrap();
             while kept.read() != Some(text(services)) {
                 seen.changed().await.unwrap();
             }
@@ -379,14 +384,14 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("catalog.toml");
         fs::write(&path, text(&["a"])).unwrap();
-        let output = Output::new("file");
+        let output = Publisher::new("file");
         let (mut catalog, health, _) = output.subscribe();
         let none = |_: &Path| Err(io::Error::from_raw_os_error(libc::EMFILE));
         let following = follow_with(path.clone(), None, output, none, Duration::from_millis(5));
         let test = async {
             let mut shows = async |services: &[&str]| {
-                let is_it = |edition: &Option<crate::catalog::Edition>| {
-                    edition
+                let is_it = |published: &Option<crate::catalog::Published>| {
+                    published
                         .as_ref()
                         .is_some_and(|e| e.catalog.keys().map(|n| &**n).eq(services.to_vec()))
                 };

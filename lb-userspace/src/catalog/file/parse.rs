@@ -13,7 +13,7 @@ use crate::table::{Home, Instance, MAX_PORTS, Ports, Protocols, Says, Standing};
 
 /// Something wrong with a static catalog.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Mistake {
+pub struct Diagnostic {
     /// The line, from 1.
     pub line: usize,
     /// What is wrong there, with the service where there is one.
@@ -23,25 +23,25 @@ pub struct Mistake {
 /// The services of a static catalog, by name, in lower case.
 pub type Services = BTreeMap<Arc<str>, Vec<Instance>>;
 
-/// Reads a static catalog. A text without the key `service` is a mistake, since that is what a file
+/// Reads a static catalog. A text without the key `service` is an error, since that is what a file
 /// looks like that is being written; a catalog without services is `service = []`.
 ///
 /// # Errors
-/// All mistakes, by line.
-pub fn parse(text: &str) -> Result<Services, Vec<Mistake>> {
+/// All errors, by line.
+pub fn parse(text: &str) -> Result<Services, Vec<Diagnostic>> {
     let text = without_mark(text);
-    let mut reader = Reader { text, mistakes: Vec::new(), lines: OnceCell::new() };
+    let mut reader = Reader { text, diagnostics: Vec::new(), lines: OnceCell::new() };
     let (root, syntax) = DeTable::parse_recoverable(text);
     for error in syntax {
-        reader.mistake(&error.span().unwrap_or(0..0), error.message().to_owned());
+        reader.diagnostic(&error.span().unwrap_or(0..0), error.message().to_owned());
     }
     let mut services = Services::new();
     // After a syntax error the rest may be misread, and be blamed for what isn't wrong.
-    if reader.mistakes.is_empty() {
+    if reader.diagnostics.is_empty() {
         services = reader.root(root.get_ref());
     }
-    reader.mistakes.sort_by_key(|mistake| mistake.line);
-    if reader.mistakes.is_empty() { Ok(services) } else { Err(reader.mistakes) }
+    reader.diagnostics.sort_by_key(|diagnostic| diagnostic.line);
+    if reader.diagnostics.is_empty() { Ok(services) } else { Err(reader.diagnostics) }
 }
 
 /// The text without the byte order mark that some editors begin a file with.
@@ -51,15 +51,15 @@ pub fn without_mark(text: &str) -> &str {
 
 struct Reader<'a> {
     text: &'a str,
-    mistakes: Vec<Mistake>,
-    /// Where the lines end; looked for once, since a text may have a mistake in each of them.
+    diagnostics: Vec<Diagnostic>,
+    /// Where the lines end; looked for once, since a text may have a error in each of them.
     lines: OnceCell<Vec<usize>>,
 }
 
 impl Reader<'_> {
-    fn mistake(&mut self, at: &Range<usize>, what: String) {
+    fn diagnostic(&mut self, at: &Range<usize>, what: String) {
         let line = self.line(at);
-        self.mistakes.push(Mistake { line, what });
+        self.diagnostics.push(Diagnostic { line, what });
     }
 
     fn line(&self, at: &Range<usize>) -> usize {
@@ -70,7 +70,7 @@ impl Reader<'_> {
     fn root(&mut self, root: &DeTable<'_>) -> Services {
         self.check_keys(root, &["service"], "");
         let Some(list) = root.get("service") else {
-            self.mistake(
+            self.diagnostic(
                 &(0..0),
                 "the key `service` is missing; a catalog without services is `service = []`".into(),
             );
@@ -82,7 +82,7 @@ impl Reader<'_> {
             let Some((name, instances)) = self.service(table, &span) else { continue };
             if let Some(first) = spans.insert(name.clone(), span.clone()) {
                 let first = self.line(&first);
-                self.mistake(
+                self.diagnostic(
                     &span,
                     format!("service `{name}` is there twice, first in line {first}"),
                 );
@@ -106,7 +106,7 @@ impl Reader<'_> {
         let whose = match &name {
             Ok(name) => format!("service `{name}`: "),
             Err((span, what)) => {
-                self.mistake(span, (*what).into());
+                self.diagnostic(span, (*what).into());
                 String::new()
             }
         };
@@ -123,7 +123,7 @@ impl Reader<'_> {
                 let Some(instance) = self.backend(table, &span, &whose, &says) else { continue };
                 if !ids.insert(instance.id.clone()) {
                     let id = &instance.id;
-                    self.mistake(&span, format!("{whose}backend {id} is there twice"));
+                    self.diagnostic(&span, format!("{whose}backend {id} is there twice"));
                 }
                 instances.push(instance);
             }
@@ -147,12 +147,12 @@ impl Reader<'_> {
             if number.is_none() {
                 let given = &self.text[weight.span()];
                 let what = format!("{whose}weight {given} isn't a whole number from 1 to 65535");
-                self.mistake(&weight.span(), what);
+                self.diagnostic(&weight.span(), what);
             }
             number
         });
         let Some(address) = table.get("address") else {
-            self.mistake(span, format!("{whose}a backend without `address`"));
+            self.diagnostic(span, format!("{whose}a backend without `address`"));
             return None;
         };
         let parsed = address.get_ref().as_str().and_then(|text| text.parse::<SocketAddr>().ok());
@@ -162,7 +162,7 @@ impl Reader<'_> {
                 "{whose}address {given} isn't an IP address with a port, such as \
                  \"10.0.0.7:23456\" or \"[2001:db8::7]:23456\""
             );
-            self.mistake(&address.span(), what);
+            self.diagnostic(&address.span(), what);
             return None;
         };
         Some(Instance {
@@ -199,7 +199,7 @@ impl Reader<'_> {
                 "{whose}`ports` must be a list of numbers from 1 to 65535, at least one and at \
                  most {MAX_PORTS}, such as [5432], or \"any\""
             );
-            self.mistake(&value.span(), what);
+            self.diagnostic(&value.span(), what);
         }
         ports.map(|ports| ports.to_string())
     }
@@ -209,7 +209,7 @@ impl Reader<'_> {
         let protocols = value.get_ref().as_str().and_then(|text| text.parse::<Protocols>().ok());
         if protocols.is_none() {
             let what = format!("{whose}`protocol` must be \"tcp\", \"udp\" or \"both\"");
-            self.mistake(&value.span(), what);
+            self.diagnostic(&value.span(), what);
         }
         protocols.map(|protocols| protocols.to_string())
     }
@@ -220,7 +220,7 @@ impl Reader<'_> {
             if !known.contains(&name) {
                 let known = known.join("`, `");
                 let what = format!("{whose}unknown key `{name}`; there is `{known}`");
-                self.mistake(&key.span(), what);
+                self.diagnostic(&key.span(), what);
             }
         }
     }
@@ -232,14 +232,14 @@ impl Reader<'_> {
         written: &str,
     ) -> Vec<(&'t DeTable<'i>, Range<usize>)> {
         let Some(entries) = list.get_ref().as_array() else {
-            self.mistake(&list.span(), format!("{what} must be written {written}"));
+            self.diagnostic(&list.span(), format!("{what} must be written {written}"));
             return Vec::new();
         };
         let mut tables = Vec::new();
         for entry in entries.iter() {
             match entry.get_ref().as_table() {
                 Some(table) => tables.push((table, entry.span())),
-                None => self.mistake(&entry.span(), format!("{what} must be written {written}")),
+                None => self.diagnostic(&entry.span(), format!("{what} must be written {written}")),
             }
         }
         tables
@@ -347,9 +347,9 @@ mod tests {
             .collect();
         let text = format!("[[service]]\nname = \"a\"\nbackend = [\n{backends}]\n");
         assert_eq!(parse(&text).unwrap()["a"].len(), n);
-        let mistakes = parse(&text.replace("address", "adress")).unwrap_err();
-        assert_eq!(mistakes.len(), 2 * n);
-        assert_eq!((mistakes[0].line, mistakes.last().unwrap().line), (4, n + 3));
+        let diagnostics = parse(&text.replace("address", "adress")).unwrap_err();
+        assert_eq!(diagnostics.len(), 2 * n);
+        assert_eq!((diagnostics[0].line, diagnostics.last().unwrap().line), (4, n + 3));
     }
 
     #[test]
@@ -410,7 +410,7 @@ mod tests {
             let got: Vec<String> = parse(text)
                 .unwrap_err()
                 .into_iter()
-                .map(|mistake| format!("{}: {}", mistake.line, mistake.what))
+                .map(|diagnostic| format!("{}: {}", diagnostic.line, diagnostic.what))
                 .collect();
             assert_eq!(got.len(), expected.len(), "{text}\n{got:#?}");
             for (got, expected) in got.iter().zip(*expected) {

@@ -3,7 +3,7 @@
 use tokio::io::Interest;
 
 use super::*;
-use crate::catalog::{Lookup, Wanted, Wish};
+use crate::catalog::{Lookup, LookupRequest, SourceCommand};
 use crate::config::Unrouted;
 
 #[tokio::test]
@@ -39,18 +39,20 @@ async fn all_but_listeners_and_domain_can_be_reconfigured() {
 }
 
 /// A source that has an answer for `absent` alone; `rejected` exists but never comes into the table.
-fn reluctant(demand: &Demand) -> JoinSet<()> {
+fn reluctant(demand: &UsageSender) -> JoinSet<()> {
     let mut wishes = demand.listen();
     let mut tasks = JoinSet::new();
     tasks.spawn(async move {
         let mut kept = Vec::new();
         while let Some(wish) = wishes.recv().await {
-            let Wish::Service(Wanted { name, done: Some(done) }) = wish else { continue };
+            let SourceCommand::Lookup(LookupRequest { name, reply: Some(reply) }) = wish else {
+                continue;
+            };
             match &*name {
-                "absent" => drop(done.send(Lookup::Absent)),
-                "rejected" => drop(done.send(Lookup::Exists)),
-                "failed" => drop(done),
-                _ => kept.push(done),
+                "absent" => drop(reply.send(Lookup::Absent)),
+                "rejected" => drop(reply.send(Lookup::Exists)),
+                "failed" => drop(reply),
+                _ => kept.push(reply),
             }
         }
     });
@@ -61,7 +63,7 @@ fn reluctant(demand: &Demand) -> JoinSet<()> {
 async fn only_what_the_source_answered_so_does_not_exist() {
     let nothing = FakeUpstream::new(|_, asked| vec![code(asked, ResponseCode::NXDomain)]).await;
     let something = FakeUpstream::of([192, 0, 2, 7]).await;
-    let demand = Demand::default();
+    let demand = UsageSender::default();
     let _source = reluctant(&demand);
     use Unrouted::{Forward as Elsewhere, Nxdomain};
     for (unrouted, upstream, absent, other) in [
@@ -83,7 +85,7 @@ async fn only_what_the_source_answered_so_does_not_exist() {
 #[tokio::test]
 async fn a_flood_of_names_makes_none_of_them_absent() {
     const N: u16 = 1300; // 1,024 can wait
-    let demand = Demand::default();
+    let demand = UsageSender::default();
     let _source = reluctant(&demand);
     let config = Config::default().dns;
     let rig = Rig::with_demand(config, ServerOptions::default(), demand).await;
@@ -126,7 +128,7 @@ async fn questions_that_passed_sockets_kept_wait_for_the_zone() {
     client.send(&query("web.service.", RecordType::A).to_vec().unwrap()).await.unwrap();
     let (table, table_rx) = watch::channel(Arc::new(Table::default()));
     let (attached, attached_rx) = watch::channel(false);
-    let (options, demand) = (ServerOptions::default(), Demand::default());
+    let (options, demand) = (ServerOptions::default(), UsageSender::default());
     let server = DnsServer::start_in(options, sockets, &config, &[], table_rx, attached_rx, demand);
     let rig = Rig { server: server.unwrap(), address, table, attached };
     assert_eq!(rig.lookup("example.com.").await, "ServFail", "names of others don't wait");
@@ -164,7 +166,7 @@ async fn more_than_can_wait_for_the_zone_stay_in_the_socket() {
         &[],
         table_rx,
         attached_rx,
-        Demand::default(),
+        UsageSender::default(),
     )
     .unwrap();
     let mut clients = Vec::new();

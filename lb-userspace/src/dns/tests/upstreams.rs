@@ -62,7 +62,7 @@ fn serve_as(
         &[],
         table_rx,
         attached_rx,
-        Demand::default(),
+        UsageSender::default(),
     )
     .unwrap();
     Rig { server, address, table, attached }

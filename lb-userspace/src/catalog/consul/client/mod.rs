@@ -19,8 +19,8 @@ use hyper::{Request, Response, StatusCode};
 use serde::de::DeserializeOwned;
 use tokio::sync::Semaphore;
 
-use super::index::Ask;
-use crate::catalog::output::Output;
+use super::index::ReadMode;
+use crate::catalog::publisher::Publisher;
 use crate::config::{BasicAuth, ConsulAddress, ConsulConfig, Token};
 use connection::Connection;
 pub use error::QueryError;
@@ -56,8 +56,8 @@ pub struct Question {
     /// The path, percent-encoded.
     pub path: String,
     /// Where in Consul's history.
-    pub ask: Ask,
-    /// How long Consul may hold a question that asks for what comes [`Ask::After`] an index.
+    pub ask: ReadMode,
+    /// How long Consul may hold a question that asks for news: a [`ReadMode::Blocking`] one.
     pub wait: Duration,
 }
 
@@ -79,7 +79,7 @@ pub struct Answer<T> {
 impl Client {
     /// A client that connects within `connect_limit` or gives up, and counts in the output's
     /// [`Stats`](crate::catalog::Stats).
-    pub fn new(config: &ConsulConfig, connect_limit: Duration, output: Output) -> Self {
+    pub fn new(config: &ConsulConfig, connect_limit: Duration, output: Publisher) -> Self {
         let scope = [
             ("dc", &config.datacenter),
             ("ns", &config.namespace),
@@ -209,9 +209,9 @@ impl Client {
     fn path_and_query(&self, question: &Question) -> String {
         let mut parameters = Vec::new();
         match question.ask {
-            Ask::Now => {}
-            Ask::Consistently => parameters.push("consistent".into()),
-            Ask::After(index) => {
+            ReadMode::Plain => {}
+            ReadMode::Consistent => parameters.push("consistent".into()),
+            ReadMode::Blocking(index) => {
                 parameters.push(format!("index={index}&wait={}ms", question.wait.as_millis()));
             }
         }

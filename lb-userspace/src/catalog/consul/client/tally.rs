@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use hyper::StatusCode;
 
 use super::error::QueryError;
-use crate::catalog::output::Output;
+use crate::catalog::publisher::Publisher;
 
 /// The most filtered paths that are remembered; past that only their number is wrong.
 const MAX_FILTERED: usize = 1000;
@@ -20,14 +20,14 @@ const FILTERED_LASTS: Duration = Duration::from_secs(5 * 60);
 /// filters always, and legitimately: so it is a fact and no problem.
 #[derive(Debug)]
 pub struct Tally {
-    output: Output,
+    output: Publisher,
     /// The paths whose last answer was filtered, and when it came.
     filtered: Mutex<BTreeMap<String, Instant>>,
 }
 
 impl Tally {
     /// A tally that tells `output`.
-    pub fn new(output: Output) -> Self {
+    pub fn new(output: Publisher) -> Self {
         Tally { output, filtered: Mutex::default() }
     }
 
@@ -62,7 +62,7 @@ impl Tally {
             is_news = true;
         }
         if is_news {
-            self.output.set_fact("filtered", fact(&filtered));
+            self.output.set_notice("filtered", fact(&filtered));
         }
     }
 }
@@ -85,7 +85,7 @@ mod tests {
 
     #[test]
     fn a_path_that_is_asked_for_no_more_is_forgotten() {
-        let output = Output::new("consul");
+        let output = Publisher::new("consul");
         let (_, health, _) = output.subscribe();
         let facts = || health.borrow().facts.join(" ");
         let (tally, start) = (Tally::new(output), Instant::now());

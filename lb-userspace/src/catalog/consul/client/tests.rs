@@ -21,11 +21,11 @@ use crate::config::TlsConfig;
 const LIMIT: Duration = Duration::from_secs(20);
 
 fn question(path: &str) -> Question {
-    Question { path: path.into(), ask: Ask::Now, wait: Duration::ZERO }
+    Question { path: path.into(), ask: ReadMode::Plain, wait: Duration::ZERO }
 }
 
-fn client(config: ConsulConfig) -> (Client, Output) {
-    let output = Output::new("consul");
+fn client(config: ConsulConfig) -> (Client, Publisher) {
+    let output = Publisher::new("consul");
     (Client::new(&config, LIMIT, output.clone()), output)
 }
 
@@ -47,13 +47,17 @@ fn names_are_percent_encoded() {
 fn asks_with_index_wait_and_scope() {
     // (datacenter, namespace, partition)
     let table = [
-        (["", "", ""], Ask::Now, "/p"),
-        (["", "", ""], Ask::Consistently, "/p?consistent"),
-        (["", "", ""], Ask::After(7), "/p?index=7&wait=300000ms"),
-        (["eu 1", "", ""], Ask::Now, "/p?dc=eu%201"),
-        (["eu", "", ""], Ask::After(7), "/p?index=7&wait=300000ms&dc=eu"),
-        (["", "team", "part"], Ask::Now, "/p?ns=team&partition=part"),
-        (["eu", "team", "part"], Ask::Consistently, "/p?consistent&dc=eu&ns=team&partition=part"),
+        (["", "", ""], ReadMode::Plain, "/p"),
+        (["", "", ""], ReadMode::Consistent, "/p?consistent"),
+        (["", "", ""], ReadMode::Blocking(7), "/p?index=7&wait=300000ms"),
+        (["eu 1", "", ""], ReadMode::Plain, "/p?dc=eu%201"),
+        (["eu", "", ""], ReadMode::Blocking(7), "/p?index=7&wait=300000ms&dc=eu"),
+        (["", "team", "part"], ReadMode::Plain, "/p?ns=team&partition=part"),
+        (
+            ["eu", "team", "part"],
+            ReadMode::Consistent,
+            "/p?consistent&dc=eu&ns=team&partition=part",
+        ),
     ];
     for ([datacenter, namespace, partition], ask, expected) in table {
         let config = ConsulConfig {
@@ -394,7 +398,7 @@ async fn a_leaf_in_ca_file_is_accepted_without_its_authority_and_its_sibling_is_
 async fn an_answer_that_is_not_consuls_names_the_cause_and_the_fix() {
     let fake = Fake::start().await;
     let auth = || Some(BasicAuth::new("me:secret").unwrap());
-    let moved = "HTTP/1.1 301 Moved\r\nLocation: https://consul.example/\r\n";
+    let moved = "HTTP/1.1 301 IndexMove\r\nLocation: https://consul.example/\r\n";
     let cases = [
         (
             Fault::Status(401, "Authorization Required"),

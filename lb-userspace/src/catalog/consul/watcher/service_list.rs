@@ -4,14 +4,14 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::super::doubt::{Signs, Weight};
-use super::super::index::{Ask, Verdict};
+use super::super::doubt::{Assessment, Evidence};
+use super::super::index::{IndexCheck, ReadMode};
 use super::super::model::Subject;
-use super::super::negative_cache::Decision;
-use super::super::queries::{Answer, List, Said};
+use super::super::negative_cache::LookupDecision;
+use super::super::query::{Answer, List, Response};
 use super::super::schedule::is_shrink;
 use super::{Asked, Supervisor, TIDY};
-use crate::catalog::usage::{Lookup, Wanted};
+use crate::catalog::usage::{Lookup, LookupRequest};
 
 /// Under which name Consul's servers are listed themselves.
 const CONSUL: &str = "consul";
@@ -25,11 +25,11 @@ const MAX_WAITING: usize = 4096;
 impl Supervisor {
     pub(super) fn take_names(&mut self, asked: Asked, now: Instant) {
         let problem = match asked {
-            Ok(Answer { index, said: Said::Names(list), n_bytes, is_filtered, heard_at }) => {
-                let is_sure = self.names.ask() == Ask::Consistently;
-                if self.names.answered(index, now, fastrand::f64()) == Verdict::Apply {
-                    let signs = Signs { now, is_sure, is_filtered, moved: self.names.moved() };
-                    self.weigh_names(list, signs, heard_at);
+            Ok(Answer { index, said: Response::Names(list), n_bytes, is_filtered, news_at }) => {
+                let is_sure = self.names.ask() == ReadMode::Consistent;
+                if self.names.answered(index, now, fastrand::f64()) == IndexCheck::Apply {
+                    let signs = Evidence { now, is_sure, is_filtered, moved: self.names.moved() };
+                    self.weigh_names(list, signs, news_at);
                 }
                 self.names_bytes = n_bytes;
                 None
@@ -43,25 +43,25 @@ impl Supervisor {
         self.note(Subject::Names, problem, now);
     }
 
-    fn weigh_names(&mut self, list: List, signs: Signs, heard_at: Instant) {
+    fn weigh_names(&mut self, list: List, signs: Evidence, news_at: Instant) {
         let (listed, now) = (&self.listed, signs.now);
         let n_kept = list.tagged.iter().filter(|name| listed.contains(*name)).count();
         let is_loss = is_shrink(listed.len(), n_kept) || self.would_lose(&list.tagged);
         let is_hidden = self.lists_consul && !list.has(CONSUL);
         let there = |name: &Arc<str>| list.has(name) || self.unlisted.contains(name);
         match self.model.weigh_names(listed, &there, is_loss, is_hidden, signs) {
-            Weight::Apply => {
+            Assessment::Apply => {
                 self.names.applied();
                 self.lists_consul = list.has(CONSUL);
-                self.believe(heard_at);
+                self.believe(news_at);
                 self.take_list(list, now);
             }
-            Weight::Confirm => {
+            Assessment::Confirm => {
                 self.output.stats().count_shrink_held();
                 return self.names.doubt(now, self.timing().doubt.mul_f64(fastrand::f64()));
             }
             // What is new is no loss.
-            Weight::Withhold => {
+            Assessment::Withhold => {
                 self.names.withhold();
                 self.set_names(self.listed.union(&list.tagged).cloned().collect());
             }
@@ -155,11 +155,11 @@ impl Supervisor {
         let has_doubts = self.model.has_doubts(now);
         match asked {
             // One that is left out for the token's sake may well be there.
-            Ok(Answer { said: Said::Lookup(None), is_filtered: false, .. }) if !has_doubts => {
+            Ok(Answer { said: Response::Lookup(None), is_filtered: false, .. }) if !has_doubts => {
                 self.absent.note(name.clone(), now);
                 self.tell(&name, Lookup::Absent);
             }
-            Ok(Answer { said: Said::Lookup(Some(registered)), .. }) => {
+            Ok(Answer { said: Response::Lookup(Some(registered)), .. }) => {
                 let waiting = self.waiting.remove(&name).unwrap_or_default();
                 self.waiting.entry(registered.clone()).or_default().extend(waiting);
                 if !self.listed.contains(&registered) {
@@ -174,7 +174,7 @@ impl Supervisor {
     }
 
     /// Hears that a name is in use.
-    pub(super) fn want(&mut self, wish: Wanted) {
+    pub(super) fn want(&mut self, wish: LookupRequest) {
         let now = Instant::now();
         let variants = self.folded.get(&*wish.name).into_iter().flatten();
         let names = self.schedule.names().get(&wish.name).into_iter().chain(variants);
@@ -183,7 +183,7 @@ impl Supervisor {
             for name in names {
                 self.schedule.used(name, now);
             }
-            if wish.done.is_some() && !self.model.is_cut_off() {
+            if wish.reply.is_some() && !self.model.is_cut_off() {
                 self.wait(name, wish);
             }
             return;
@@ -201,13 +201,13 @@ impl Supervisor {
             return self.wait(wish.name.clone(), wish);
         }
         match self.absent.decide(&wish.name, now) {
-            Decision::Absent => {
-                if let (Some(done), false) = (wish.done, self.model.has_doubts(now)) {
+            LookupDecision::Absent => {
+                if let (Some(done), false) = (wish.reply, self.model.has_doubts(now)) {
                     let _ = done.send(Lookup::Absent);
                 }
             }
-            Decision::TooMany => {}
-            Decision::LookUp => {
+            LookupDecision::TooMany => {}
+            LookupDecision::LookUp => {
                 if self.schedule.look_up(wish.name.clone()) {
                     self.looking_up.insert(wish.name.clone());
                     self.wait(wish.name.clone(), wish);
@@ -216,9 +216,9 @@ impl Supervisor {
         }
     }
 
-    fn wait(&mut self, name: Arc<str>, wish: Wanted) {
+    fn wait(&mut self, name: Arc<str>, wish: LookupRequest) {
         let n_waiting: usize = self.waiting.values().map(Vec::len).sum();
-        if let (Some(done), true) = (wish.done, n_waiting < MAX_WAITING) {
+        if let (Some(done), true) = (wish.reply, n_waiting < MAX_WAITING) {
             let waiting = self.waiting.entry(name).or_default();
             waiting.retain(|done| !done.is_closed());
             waiting.push(done);

@@ -2,10 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use super::super::index::{Ask, Verdict};
+use super::super::index::{IndexCheck, ReadMode};
 use super::super::kill_switch;
 use super::super::model::Subject;
-use super::super::queries::{Answer, Failure, Said};
+use super::super::query::{Answer, QueryFailure, Response};
 use super::{Asked, DENIED_PAUSE, Supervisor};
 
 /// The least time between two reads of the switch.
@@ -14,33 +14,33 @@ const SWITCH_PAUSE: Duration = Duration::from_secs(1);
 impl Supervisor {
     pub(super) fn take_switch(&mut self, asked: Asked, now: Instant) {
         let problem = match asked {
-            Ok(Answer { index, said: Said::Switch(is_off), .. }) => {
-                let is_sure = self.switch.ask() == Ask::Consistently;
+            Ok(Answer { index, said: Response::Switch(is_off), .. }) => {
+                let is_sure = self.switch.ask() == ReadMode::Consistent;
                 // What this run hasn't read itself an earlier one may have, of another Consul perhaps.
                 let may_be_off = self.is_off || !self.model.has_switch();
                 match self.switch.answered(index, now, fastrand::f64()) {
                     // One stale answer in an election must not translate what somebody wants left
                     // alone; the other way round it does no harm.
-                    Verdict::Apply if may_be_off && !is_off && !is_sure => {
+                    IndexCheck::Apply if may_be_off && !is_off && !is_sure => {
                         self.switch.doubt(now, self.timing().doubt.mul_f64(fastrand::f64()));
                     }
-                    Verdict::Apply => self.turn(is_off, now),
-                    Verdict::Confirm => tracing::info!(
+                    IndexCheck::Apply => self.turn(is_off, now),
+                    IndexCheck::Confirm => tracing::info!(
                         index,
                         "Consul's index of nohop/off went backwards; asking again before believing it"
                     ),
                 }
-                self.output.set_fact(kill_switch::PATH, None);
+                self.output.set_notice(kill_switch::PATH, None);
                 None
             }
             Ok(_) => return,
-            Err(Failure { problem, is_denied }) => {
+            Err(QueryFailure { problem, is_denied }) => {
                 self.switch.failed(now, fastrand::f64());
                 if is_denied {
                     // Whoever gives no right to the key doesn't use it, but should know that.
                     let fact = "Consul's key nohop/off can't switch this node, since the token may \
                                 not read it: it needs key:read for nohop/off";
-                    self.output.set_fact(kill_switch::PATH, Some(fact.into()));
+                    self.output.set_notice(kill_switch::PATH, Some(fact.into()));
                     self.switch.hold_until(now + DENIED_PAUSE);
                     // What another Consul said doesn't hold for this one.
                     self.output.set_off(self.is_off);

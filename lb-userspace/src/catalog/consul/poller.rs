@@ -2,8 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use super::backoff::{Backoff, Bucket};
-use super::index::{Ask, Cursor, Moved, Verdict};
+use super::backoff::{Backoff, TokenBucket};
+use super::index::{Cursor, IndexCheck, IndexMove, ReadMode};
 
 /// Between two questions that Consul doesn't hold back for news: its answers have no index, as behind
 /// a proxy that drops the header, or come at once though nothing is new. Up to a fifth more.
@@ -11,9 +11,9 @@ const POLL: Duration = Duration::from_secs(5);
 
 /// The state of one watch, between its questions and while one is under way.
 #[derive(Clone, Copy, Debug)]
-pub struct Tracker {
+pub struct Poller {
     cursor: Cursor,
-    bucket: Bucket,
+    bucket: TokenBucket,
     backoff: Backoff,
     due: Instant,
     /// When the question under way was asked, and for how long it may be held.
@@ -25,12 +25,12 @@ pub struct Tracker {
     is_withheld: bool,
 }
 
-impl Tracker {
+impl Poller {
     /// One that may ask at once.
     pub fn new(now: Instant) -> Self {
-        Tracker {
+        Poller {
             cursor: Cursor::default(),
-            bucket: Bucket::new(now),
+            bucket: TokenBucket::new(now),
             backoff: Backoff::default(),
             due: now,
             asking: None,
@@ -41,7 +41,7 @@ impl Tracker {
     }
 
     /// How the next question is to be asked, or the one under way was.
-    pub fn ask(&self) -> Ask {
+    pub fn ask(&self) -> ReadMode {
         self.cursor.ask()
     }
 
@@ -69,22 +69,22 @@ impl Tracker {
     }
 
     /// Takes note of a good answer. `random` is in 0..1.
-    pub fn answered(&mut self, index: Option<u64>, now: Instant, random: f64) -> Verdict {
+    pub fn answered(&mut self, index: Option<u64>, now: Instant, random: f64) -> IndexCheck {
         let (is_outdated, asking, asked) = (self.is_outdated, self.asking, self.ask());
         self.dropped(now);
         self.answered_at = Some(now);
         let verdict = self.cursor.answered(index);
         match verdict {
-            Verdict::Apply => {
+            IndexCheck::Apply => {
                 self.backoff.reset();
                 let is_early =
                     asking.is_some_and(|(at, wait)| now.saturating_duration_since(at) < wait / 2);
-                let blocks = self.ask() != Ask::Now && !(is_early && self.ask() == asked);
+                let blocks = self.ask() != ReadMode::Plain && !(is_early && self.ask() == asked);
                 if !blocks {
                     self.due = self.due.max(now + POLL.mul_f64(1.0 + random / 5.0));
                 }
             }
-            Verdict::Confirm => self.due = self.due.max(now + self.backoff.pause(random)),
+            IndexCheck::Confirm => self.due = self.due.max(now + self.backoff.pause(random)),
         }
         if is_outdated {
             self.cursor.restart();
@@ -110,7 +110,7 @@ impl Tracker {
     }
 
     /// How the index of the answer that just came stands to that of the one applied last.
-    pub fn moved(&self) -> Moved {
+    pub fn moved(&self) -> IndexMove {
         self.cursor.moved()
     }
 
@@ -157,15 +157,15 @@ mod tests {
     /// before it had index 7 and this one took so long.
     fn due_after(index: Option<u64>, took: Duration) -> u128 {
         let start = Instant::now();
-        let mut tracker = Tracker::new(start);
-        tracker.begin(start, Duration::ZERO);
-        tracker.answered(Some(7), start, 0.0);
-        tracker.applied();
+        let mut poller = Poller::new(start);
+        poller.begin(start, Duration::ZERO);
+        poller.answered(Some(7), start, 0.0);
+        poller.applied();
         let asked = start + 10 * S;
-        tracker.begin(asked, 40 * S);
+        poller.begin(asked, 40 * S);
         let now = asked + took;
-        assert_eq!(tracker.answered(index, now, 0.0), Verdict::Apply);
-        (tracker.due().unwrap() - now).as_millis()
+        assert_eq!(poller.answered(index, now, 0.0), IndexCheck::Apply);
+        (poller.due().unwrap() - now).as_millis()
     }
 
     #[test]
@@ -186,21 +186,21 @@ mod tests {
     #[test]
     fn with_another_token_what_is_under_way_is_asked_again() {
         let start = Instant::now();
-        let mut tracker = Tracker::new(start);
+        let mut poller = Poller::new(start);
         // One that waits, one that is under way and is answered, one that is dropped.
-        tracker.answered(Some(7), start, 0.0);
-        tracker.hold_until(start + 60 * S);
-        tracker.restart(start);
-        assert_eq!((tracker.ask(), tracker.due()), (Ask::Now, Some(start)));
+        poller.answered(Some(7), start, 0.0);
+        poller.hold_until(start + 60 * S);
+        poller.restart(start);
+        assert_eq!((poller.ask(), poller.due()), (ReadMode::Plain, Some(start)));
         for is_dropped in [false, true] {
-            tracker.begin(start + S, 40 * S);
-            tracker.restart(start + S);
+            poller.begin(start + S, 40 * S);
+            poller.restart(start + S);
             match is_dropped {
-                true => tracker.dropped(start + S),
-                false => drop(tracker.answered(Some(7), start + S, 0.0)),
+                true => poller.dropped(start + S),
+                false => drop(poller.answered(Some(7), start + S, 0.0)),
             }
-            assert_eq!(tracker.ask(), Ask::Now);
-            assert!(tracker.due().unwrap() <= start + 2 * S);
+            assert_eq!(poller.ask(), ReadMode::Plain);
+            assert!(poller.due().unwrap() <= start + 2 * S);
         }
     }
 }

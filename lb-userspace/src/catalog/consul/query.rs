@@ -11,9 +11,9 @@ use serde::de::DeserializeOwned;
 use super::client::{Client, QueryError, Question, percent_encode};
 use super::health::{self, Record, Records};
 use super::hold_down;
-use super::index::Ask;
+use super::index::ReadMode;
 use super::kill_switch;
-use super::model::{Heard, Node};
+use super::model::{Node, ServiceAnswer};
 use crate::catalog::host;
 use crate::catalog::snapshot::Agent;
 use crate::config::CatalogConfig;
@@ -21,7 +21,7 @@ use crate::table::{Home, parse_ip};
 
 /// What a question is about.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum About {
+pub enum Query {
     /// The list of names.
     Names,
     /// The switch.
@@ -36,7 +36,7 @@ pub enum About {
 
 /// What the answer said, with its index.
 #[derive(Debug)]
-pub enum Said {
+pub enum Response {
     /// The names.
     Names(List),
     /// Whether nothing is to be translated.
@@ -44,7 +44,7 @@ pub enum Said {
     /// Which node this is, by the agent.
     Agent(Node),
     /// What there is of the service.
-    Service(Heard),
+    Service(ServiceAnswer),
     /// The service's name as it was registered; `None` where there is no such service.
     Lookup(Option<Arc<str>>),
 }
@@ -71,36 +71,36 @@ pub struct Answer {
     /// X-Consul-Index.
     pub index: Option<u64>,
     /// What it said.
-    pub said: Said,
+    pub said: Response,
     /// The bytes of its body.
     pub n_bytes: usize,
     /// Whether Consul left something out of it for the token's sake, and said so.
     pub is_filtered: bool,
     /// When it was there.
-    pub heard_at: Instant,
+    pub news_at: Instant,
 }
 
 /// Why there is none.
 #[derive(Debug)]
-pub struct Failure {
+pub struct QueryFailure {
     /// The cause, with the fix.
     pub problem: String,
     /// Whether the token isn't allowed to know.
     pub is_denied: bool,
 }
 
-impl From<QueryError> for Failure {
+impl From<QueryError> for QueryFailure {
     fn from(error: QueryError) -> Self {
         let is_denied = matches!(error, QueryError::Denied { .. });
-        Failure { problem: error.to_string(), is_denied }
+        QueryFailure { problem: error.to_string(), is_denied }
     }
 }
 
 /// How to ask.
 #[derive(Clone, Copy, Debug)]
-pub struct How {
+pub struct QueryOptions {
     /// Where in Consul's history.
-    pub ask: Ask,
+    pub ask: ReadMode,
     /// How long Consul may hold the question.
     pub wait: Duration,
     /// How long an answer that isn't held may take. One that is counts as lost after 1.5 times its
@@ -114,33 +114,33 @@ pub struct How {
 /// As the client's.
 pub async fn ask(
     client: &Client,
-    about: &About,
-    how: How,
+    about: &Query,
+    how: QueryOptions,
     rules: &CatalogConfig,
-) -> Result<Answer, Failure> {
+) -> Result<Answer, QueryFailure> {
     match about {
-        About::Names => {
-            let said = |names, _| Said::Names(tagged(names, &rules.tag));
+        Query::Names => {
+            let said = |names, _| Response::Names(tagged(names, &rules.tag));
             get(client, "/v1/catalog/services".into(), how, said).await
         }
-        About::Switch => {
+        Query::Switch => {
             get(client, kill_switch::PATH.into(), how, |entries, _| {
-                Said::Switch(kill_switch::is_off(&entries))
+                Response::Switch(kill_switch::is_off(&entries))
             })
             .await
         }
-        About::Agent => {
-            let said = |agent, peer| Said::Agent(node(agent, peer, host::is_own));
+        Query::Agent => {
+            let said = |agent, peer| Response::Agent(node(agent, peer, host::is_own));
             get(client, "/v1/agent/self".into(), how, said).await
         }
-        About::Service(name) => {
+        Query::Service(name) => {
             get(client, health(name), how, |Records(records), _| {
-                Said::Service(heard(records, rules))
+                Response::Service(heard(records, rules))
             })
             .await
         }
-        About::Lookup(name) => {
-            let said = |Records(records), _| Said::Lookup(registered(records, rules, name));
+        Query::Lookup(name) => {
+            let said = |Records(records), _| Response::Lookup(registered(records, rules, name));
             get(client, health(name), how, said).await
         }
     }
@@ -153,14 +153,14 @@ fn health(name: &str) -> String {
 async fn get<T: DeserializeOwned>(
     client: &Client,
     path: String,
-    how: How,
-    said: impl FnOnce(T, Option<IpAddr>) -> Said,
-) -> Result<Answer, Failure> {
+    how: QueryOptions,
+    said: impl FnOnce(T, Option<IpAddr>) -> Response,
+) -> Result<Answer, QueryFailure> {
     // The schedule keeps to the connections that there are, so no question waits for one here.
     let question = Question { path, ask: how.ask, wait: how.wait };
     let limit = match how.ask {
-        Ask::After(_) => (how.wait * 3 / 2).max(how.limit),
-        Ask::Now | Ask::Consistently => how.limit,
+        ReadMode::Blocking(_) => (how.wait * 3 / 2).max(how.limit),
+        ReadMode::Plain | ReadMode::Consistent => how.limit,
     };
     let answer = client.get::<T>(&question, limit).await?;
     Ok(Answer {
@@ -168,7 +168,7 @@ async fn get<T: DeserializeOwned>(
         said: said(answer.body, answer.peer),
         n_bytes: answer.n_bytes,
         is_filtered: answer.is_filtered,
-        heard_at: Instant::now(),
+        news_at: Instant::now(),
     })
 }
 
@@ -183,13 +183,13 @@ fn registered(records: Vec<Record>, rules: &CatalogConfig, asked: &Arc<str>) -> 
 
 /// A name that none of whose instances has the tag is no routed service's; one without any
 /// instances may be, until the list of names says otherwise.
-fn heard(records: Vec<Record>, rules: &CatalogConfig) -> Heard {
+fn heard(records: Vec<Record>, rules: &CatalogConfig) -> ServiceAnswer {
     if !records.is_empty() && !records.iter().any(|record| record.has_tag(&rules.tag)) {
-        return Heard::default();
+        return ServiceAnswer::default();
     }
     let unchecked =
         hold_down::unchecked(records.iter().map(|record| (record.key(), record.has_own_check())));
-    Heard { instances: health::instances(records, rules), unchecked }
+    ServiceAnswer { instances: health::instances(records, rules), unchecked }
 }
 
 /// The body of `/v1/catalog/services`: the tags that any instance of a name has.

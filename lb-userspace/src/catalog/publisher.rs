@@ -7,22 +7,22 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch::{Receiver, Sender};
 
 use super::cache::suspended;
-use super::snapshot::Memory;
-use super::{Catalog, Edition, Health, Stats, Watches};
+use super::snapshot::SavedCatalog;
+use super::{Catalog, Health, Published, Stats, Watches};
 use crate::config::Expired;
 use crate::table::{Diff, Listing, Standing, Watch, diff};
 
 /// The sending side of what a `Handle` receives, as one life of a source has it: once the source
 /// has been started again, what its former life says counts no more.
 #[derive(Clone, Debug)]
-pub struct Output {
+pub struct Publisher {
     shared: Arc<Shared>,
     life: u64,
 }
 
 #[derive(Debug)]
 struct Shared {
-    catalog: Sender<Option<Edition>>,
+    catalog: Sender<Option<Published>>,
     health: Sender<Health>,
     off: Sender<bool>,
     stats: Arc<Stats>,
@@ -34,7 +34,7 @@ struct State {
     /// The life that counts.
     life: u64,
     /// The catalog as the source said it, before its age is held against it.
-    said: Option<Edition>,
+    said: Option<Published>,
     /// When the source last answered for each service of the catalog, as far as it ever did.
     answered: BTreeMap<Arc<str>, Instant>,
     /// The services whose instances are too old to serve.
@@ -46,7 +46,7 @@ struct State {
     suspended: Duration,
     problems: Problems,
     facts: BTreeMap<&'static str, String>,
-    memory: Option<Arc<Memory>>,
+    memory: Option<Arc<SavedCatalog>>,
 }
 
 /// What is wrong, by who found out.
@@ -57,7 +57,7 @@ struct Problems {
     age: Option<String>,
 }
 
-impl Output {
+impl Publisher {
     /// The output of the source of this name, with nothing said yet.
     pub fn new(source: &'static str) -> Self {
         let shared = Shared {
@@ -73,12 +73,12 @@ impl Output {
             stats: Arc::default(),
             state: Mutex::new(State { suspended: suspended(), ..State::default() }),
         };
-        Output { shared: Arc::new(shared), life: 0 }
+        Publisher { shared: Arc::new(shared), life: 0 }
     }
 
     /// The same for the next life of a source, perhaps another one. Nothing that a former life
     /// says arrives from here on; what it said stays.
-    pub fn next_life(&self, source: &'static str) -> Output {
+    pub fn new_epoch(&self, source: &'static str) -> Publisher {
         let mut state = self.state();
         state.life += 1;
         // It finds out for itself.
@@ -87,13 +87,13 @@ impl Output {
             health.facts.clear();
             std::mem::replace(&mut health.source, source) != source
         });
-        Output { shared: self.shared.clone(), life: state.life }
+        Publisher { shared: self.shared.clone(), life: state.life }
     }
 
     /// The same for another source, which starts with a clean slate: of the former one only the
     /// catalog, with its age, and the word on whether to translate, hold until it has its own. `ages`
     /// says whether that catalog is looked at for its age, too.
-    pub fn next_source(&self, source: &'static str, ages: bool) -> Output {
+    pub fn next_source(&self, source: &'static str, ages: bool) -> Publisher {
         {
             let mut state = self.state();
             state.ends_age = !ages;
@@ -101,11 +101,11 @@ impl Output {
             self.tell(&state.problems, None);
             self.shared.stats.set_watches(Watches::default());
         }
-        self.next_life(source)
+        self.new_epoch(source)
     }
 
     /// The receiving side.
-    pub fn subscribe(&self) -> (Receiver<Option<Edition>>, Receiver<Health>, Receiver<bool>) {
+    pub fn subscribe(&self) -> (Receiver<Option<Published>>, Receiver<Health>, Receiver<bool>) {
         let Shared { catalog, health, off, .. } = &*self.shared;
         (catalog.subscribe(), health.subscribe(), off.subscribe())
     }
@@ -115,21 +115,21 @@ impl Output {
         &self.shared.stats
     }
 
-    /// Publishes a catalog whose news came at `heard_at`, unless it says what the last one says.
-    pub fn publish(&self, catalog: Catalog, heard_at: Instant) {
-        self.publish_aged(Some(catalog), heard_at, Vec::new());
+    /// Publishes a catalog whose news came at `news_at`, unless it says what the last one says.
+    pub fn publish(&self, catalog: Catalog, news_at: Instant) {
+        self.publish_aged(Some(catalog), news_at, Vec::new());
     }
 
-    /// As [`Output::publish`], where there is a catalog; and the source answered for the services
+    /// As [`Publisher::publish`], where there is a catalog; and the source answered for the services
     /// `answered`, at these times: what it said of them is in this catalog or the last one, so that
     /// they aren't too old any more from here on.
     pub fn publish_aged(
         &self,
         catalog: Option<Catalog>,
-        heard_at: Instant,
+        news_at: Instant,
         answered: Vec<(Arc<str>, Instant)>,
     ) {
-        let Some(mut state) = self.living() else { return };
+        let Some(mut state) = self.current() else { return };
         let n_refused = state.refused.len();
         if catalog.is_some() && std::mem::take(&mut state.ends_age) {
             state.refused.clear();
@@ -143,7 +143,7 @@ impl Output {
         }
         let mut has_changed = state.refused.len() != n_refused;
         if let Some(catalog) = catalog {
-            let is_same = |last: &Edition| {
+            let is_same = |last: &Published| {
                 let Diff { changed, gone } =
                     diff(&last.catalog, &catalog, |one, other| one == other);
                 changed.is_empty() && gone.is_empty()
@@ -153,7 +153,7 @@ impl Output {
                 let catalog = Arc::new(catalog);
                 state.answered.retain(|name, _| catalog.contains_key(name));
                 state.refused.retain(|name| catalog.contains_key(name));
-                state.said = Some(Edition { catalog, heard_at });
+                state.said = Some(Published { catalog, news_at });
                 has_changed = true;
             }
         }
@@ -164,20 +164,20 @@ impl Output {
 
     /// The catalog published last, as the source said it.
     pub fn last(&self) -> Option<Arc<Catalog>> {
-        self.state().said.as_ref().map(|edition| edition.catalog.clone())
+        self.state().said.as_ref().map(|published| published.catalog.clone())
     }
 
-    /// Says that the source answered about the catalog: for which services, [`Output::publish_aged`]
+    /// Says that the source answered about the catalog: for which services, [`Publisher::publish_aged`]
     /// tells.
     pub fn answered(&self, now: Instant) {
-        if self.living().is_some() {
+        if self.current().is_some() {
             self.shared.health.send_modify(|health| health.last_answer = Some(now));
         }
     }
 
     /// Says when the source answered an earlier daemon, whose catalog serves.
     pub fn answered_earlier(&self, at: Instant) {
-        if self.living().is_some() {
+        if self.current().is_some() {
             self.shared.health.send_modify(|health| {
                 health.last_answer.get_or_insert(at);
             });
@@ -186,15 +186,15 @@ impl Output {
 
     /// Says whether nothing is to be translated.
     pub fn set_off(&self, off: bool) {
-        if self.living().is_some() {
+        if self.current().is_some() {
             self.shared.off.send_if_modified(|was| std::mem::replace(was, off) != off);
         }
     }
 
     /// Says what should be known of `subject` and is no problem, or that there is nothing to know;
     /// the log hears of what is new.
-    pub fn set_fact(&self, subject: &'static str, fact: Option<String>) {
-        let Some(mut state) = self.living() else { return };
+    pub fn set_notice(&self, subject: &'static str, fact: Option<String>) {
+        let Some(mut state) = self.current() else { return };
         match fact {
             Some(fact) => state.facts.insert(subject, fact),
             None => state.facts.remove(subject),
@@ -211,13 +211,13 @@ impl Output {
     /// Says what is wrong, or that nothing is, and whether the source doesn't answer; the log hears
     /// of the first problem and of its end.
     pub fn set_problem(&self, problem: Option<String>, is_failing: bool) {
-        let Some(mut state) = self.living() else { return };
+        let Some(mut state) = self.current() else { return };
         state.problems.source = problem;
         self.tell(&state.problems, Some(is_failing));
     }
 
     /// Says what is wrong with the source's life rather than with what it hears.
-    pub fn set_life_problem(&self, problem: Option<String>) {
+    pub fn set_supervisor_problem(&self, problem: Option<String>) {
         let mut state = self.state();
         state.problems.life = problem;
         self.tell(&state.problems, None);
@@ -227,7 +227,7 @@ impl Output {
     /// they are followed, and connects to the service are refused where `expired` wants that. What
     /// else the source answers has no part in it. The clock of an [`Instant`] stands still while the
     /// machine is suspended; `suspended` is for how long it was, in all.
-    pub fn look_at_age(
+    pub fn check_age(
         &self,
         now: Instant,
         suspended: Duration,
@@ -249,7 +249,7 @@ impl Output {
         let source_is_old = self.shared.health.borrow().last_answer.is_some_and(is_old);
         let old = state.answered.iter().filter(|(_, at)| is_old(**at));
         let old: BTreeSet<Arc<str>> = old.map(|(name, _)| name.clone()).collect();
-        let catalog = state.said.as_ref().map(|edition| &edition.catalog);
+        let catalog = state.said.as_ref().map(|published| &published.catalog);
         let watch = |name: &Arc<str>| catalog?.get(name).map(|listing| listing.watch);
         let mut live = old.iter().filter(|name| watch(name) == Some(Watch::Live));
         let what = match (source_is_old, live.next(), live.count()) {
@@ -276,26 +276,26 @@ impl Output {
     }
 
     /// Keeps what the source's next life begins with.
-    pub fn remember(&self, memory: Arc<Memory>) {
-        if let Some(mut state) = self.living() {
+    pub fn remember(&self, memory: Arc<SavedCatalog>) {
+        if let Some(mut state) = self.current() {
             state.memory = Some(memory);
         }
     }
 
     /// What an earlier life of the source left.
-    pub fn memory(&self) -> Option<Arc<Memory>> {
+    pub fn memory(&self) -> Option<Arc<SavedCatalog>> {
         self.state().memory.clone()
     }
 
     fn send(&self, state: &State) {
-        let edition = state.said.clone().map(|edition| match state.refused.is_empty() {
-            true => edition,
+        let published = state.said.clone().map(|published| match state.refused.is_empty() {
+            true => published,
             false => {
-                let catalog = Arc::new(refused(&edition.catalog, &state.refused));
-                Edition { catalog, ..edition }
+                let catalog = Arc::new(refused(&published.catalog, &state.refused));
+                Published { catalog, ..published }
             }
         });
-        self.shared.catalog.send_replace(edition);
+        self.shared.catalog.send_replace(published);
     }
 
     fn tell(&self, problems: &Problems, is_failing: Option<bool>) {
@@ -321,7 +321,7 @@ impl Output {
     }
 
     /// The state, for a life that counts.
-    fn living(&self) -> Option<MutexGuard<'_, State>> {
+    fn current(&self) -> Option<MutexGuard<'_, State>> {
         Some(self.state()).filter(|state| state.life == self.life)
     }
 
@@ -388,18 +388,18 @@ mod tests {
         let start = Instant::now();
         let (max_age, base) = (60 * SECOND, suspended());
         for expired in [Expired::Serve, Expired::Refuse] {
-            let output = Output::new("consul");
+            let output = Publisher::new("consul");
             let (published, health, _) = output.subscribe();
             let serving = || {
-                let edition = published.borrow().clone().unwrap();
+                let published = published.borrow().clone().unwrap();
                 let serves = |listing: &Listing| {
                     listing.instances.iter().any(|instance| instance.standing.serves())
                 };
-                let serving = edition.catalog.iter().filter(|(_, listing)| serves(listing));
+                let serving = published.catalog.iter().filter(|(_, listing)| serves(listing));
                 serving.map(|(name, _)| name.to_string()).collect::<Vec<_>>().join(" ")
             };
             let look = |after: Duration, suspended: Duration| {
-                output.look_at_age(start + after, base + suspended, max_age, expired);
+                output.check_age(start + after, base + suspended, max_age, expired);
                 health.borrow().problem.clone().unwrap_or_default()
             };
             let if_refused = |refused: &str| match expired {
@@ -447,27 +447,27 @@ mod tests {
 
     #[test]
     fn facts_stand_beside_each_other_until_another_life_finds_its_own() {
-        let output = Output::new("consul");
+        let output = Publisher::new("consul");
         let (_, health, _) = output.subscribe();
         let facts = || health.borrow().facts.clone();
-        output.set_fact("names", Some("few".into()));
-        output.set_fact("off", Some("denied".into()));
+        output.set_notice("names", Some("few".into()));
+        output.set_notice("off", Some("denied".into()));
         assert_eq!(facts(), ["few", "denied"]);
-        output.set_fact("names", None);
+        output.set_notice("names", None);
         assert_eq!(facts(), ["denied"]);
-        let second = output.next_life("file");
-        output.set_fact("off", Some("late".into()));
-        second.set_fact("names", None);
+        let second = output.new_epoch("file");
+        output.set_notice("off", Some("late".into()));
+        second.set_notice("names", None);
         assert!(facts().is_empty());
     }
 
     #[test]
     fn another_source_is_not_blamed_for_the_former_one() {
-        let first = Output::new("consul");
+        let first = Publisher::new("consul");
         let (_, health, _) = first.subscribe();
-        first.set_life_problem(Some("it hung".into()));
+        first.set_supervisor_problem(Some("it hung".into()));
         first.stats().set_watches(Watches { live: 7, ..Watches::default() });
-        let second = first.next_life("consul");
+        let second = first.new_epoch("consul");
         assert_eq!(health.borrow().problem.as_deref(), Some("it hung"));
         second.next_source("file", false);
         assert_eq!(health.borrow().problem, None);
@@ -478,14 +478,14 @@ mod tests {
     fn the_age_of_a_former_source_ends_with_the_catalog_of_one_that_does_not_age() {
         let (start, max_age) = (Instant::now(), Duration::from_secs(60));
         for expired in [Expired::Serve, Expired::Refuse] {
-            let consul = Output::new("consul");
+            let consul = Publisher::new("consul");
             let (published, health, _) = consul.subscribe();
             let serves = || {
-                let edition = published.borrow().clone().unwrap();
-                edition.catalog["web"].instances[0].standing.serves()
+                let published = published.borrow().clone().unwrap();
+                published.catalog["web"].instances[0].standing.serves()
             };
-            let look = |output: &Output, after: Duration| {
-                output.look_at_age(start + after, suspended(), max_age, expired);
+            let look = |output: &Publisher, after: Duration| {
+                output.check_age(start + after, suspended(), max_age, expired);
                 health.borrow().problem.is_some()
             };
             consul.publish_aged(Some(catalog()), start, vec![("web".into(), start)]);
@@ -509,9 +509,9 @@ mod tests {
 
     #[test]
     fn a_former_life_says_nothing_any_more() {
-        let first = Output::new("consul");
+        let first = Publisher::new("consul");
         let (published, health, off) = first.subscribe();
-        let second = first.next_life("consul");
+        let second = first.new_epoch("consul");
         first.publish(catalog(), Instant::now());
         first.answered(Instant::now());
         first.set_off(true);
