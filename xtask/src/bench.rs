@@ -95,7 +95,8 @@ pub fn compare(arguments: &[String]) -> Result<()> {
 /// Becomes the harness, so that whoever interrupts it waits until all is cleaned up.
 fn become_harness(arguments: &[String]) -> Result<()> {
     let mut harness = Command::new(compile::harness()?);
-    Err(harness.args(arguments).current_dir(crate::root()).exec()).context("start the harness")
+    Err(harness.args(arguments).current_dir(crate::repository::root()).exec())
+        .context("start the harness")
 }
 
 fn look_around() -> Result<()> {
@@ -123,7 +124,7 @@ fn run_alone(suite: Suite, quick: bool) -> Result<()> {
         // The daemon as it ships, and the backends, which it finds beside itself.
         compile::build(crate::setup::Purpose::Build, true)?;
     }
-    process::stream(cargo.current_dir(crate::root()))
+    process::stream(cargo.current_dir(crate::repository::root()))
 }
 
 impl Suite {

@@ -48,8 +48,8 @@ pub fn build(purpose: Purpose, release: bool) -> Result<Built> {
         _ => {}
     })?;
     Ok(Built {
-        object: object.context("cargo told of no kernel object")?,
-        nohop: nohop.context("cargo told of no binary nohop")?,
+        object: object.context("cargo reported no kernel object")?,
+        nohop: nohop.context("cargo reported no binary nohop")?,
         helpers,
     })
 }
@@ -71,7 +71,7 @@ pub fn harness() -> Result<PathBuf> {
             harness = message["executable"].as_str().map(PathBuf::from).or(harness.take());
         }
     })?;
-    harness.context("cargo told of no binary nohop-bench")
+    harness.context("cargo reported no binary nohop-bench")
 }
 
 /// Builds the programs that benchmarks compare nohop's with.
@@ -79,10 +79,10 @@ pub fn harness() -> Result<PathBuf> {
 /// # Errors
 /// When the build fails.
 pub fn measured_object() -> Result<PathBuf> {
-    let target = crate::root().join("target/measure");
+    let target = crate::repository::root().join("target/measure");
     let mut cargo = toolchain::command("cargo");
     cargo.args(["build", "--release", "--locked", "--bin", "nohop-measure", "--target-dir"]);
-    process::stream(cargo.arg(&target).current_dir(crate::root().join("lb-ebpf")))?;
+    process::stream(cargo.arg(&target).current_dir(crate::repository::root().join("lb-ebpf")))?;
     Ok(target.join("bpfel-unknown-none/release/nohop-measure"))
 }
 
@@ -99,7 +99,7 @@ pub fn kernel_tests() -> Result<PathBuf> {
             kernel_tests = message["executable"].as_str().map(PathBuf::from);
         }
     })?;
-    kernel_tests.context("cargo told of no test `kernel`")
+    kernel_tests.context("cargo reported no test `kernel`")
 }
 
 /// Builds the daemon, as tests run it.
@@ -115,23 +115,23 @@ pub fn nohop() -> Result<PathBuf> {
             nohop = message["executable"].as_str().map(PathBuf::from).or(nohop.take());
         }
     })?;
-    nohop.context("cargo told of no binary nohop")
+    nohop.context("cargo reported no binary nohop")
 }
 
 /// Runs a build, and gives each message of cargo's to `read`.
 fn messages(mut cargo: Command, mut read: impl FnMut(&Value)) -> Result<()> {
     let mut cargo = cargo
         .arg("--message-format=json-render-diagnostics")
-        .current_dir(crate::root())
+        .current_dir(crate::repository::root())
         .stdout(Stdio::piped())
         .spawn()
         .context("can't run cargo: install it from https://rustup.rs")?;
     let stdout = cargo.stdout.take().context("cargo has no standard output")?;
     for line in BufReader::new(stdout).lines() {
-        read(&serde_json::from_str(&line?).context("cargo speaks no JSON")?);
+        read(&serde_json::from_str(&line?).context("can't parse cargo's JSON")?);
     }
     if !cargo.wait()?.success() {
-        bail!("the build failed: cargo says why above");
+        bail!("the build failed: cargo's messages above have the reason");
     }
     Ok(())
 }
@@ -140,7 +140,7 @@ fn messages(mut cargo: Command, mut read: impl FnMut(&Value)) -> Result<()> {
 fn package(message: &Value) -> Option<&'static str> {
     let id = message["package_id"].as_str()?;
     let path = id.strip_prefix("path+file://")?.split('#').next()?;
-    match Path::new(path).strip_prefix(crate::root()).ok()?.to_str()? {
+    match Path::new(path).strip_prefix(crate::repository::root()).ok()?.to_str()? {
         "lb-userspace" => Some("lb-userspace"),
         "tests" => Some("lb-tests"),
         _ => None,

@@ -87,7 +87,7 @@ impl Demo {
             self.curl_hello()?;
         }
 
-        heading("What nohop knows, and what is in the kernel");
+        heading("What nohop reports, and what is in the kernel");
         let services = self.nohop.cli("services")?;
         println!("{}", prompt("nohop services"));
         println!("{}", String::from_utf8_lossy(&services.stdout).trim_end());
@@ -104,7 +104,7 @@ impl Demo {
             ensure!(!answer.contains("alice"), "a dead backend answered");
         }
 
-        heading("nohop is killed: the kernel goes on, and the next one takes over");
+        heading("nohop is killed: the kernel keeps working, and the next daemon takes over");
         println!("{}", prompt(&format!("kill -9 {}   # nohop", self.nohop.process.pid())));
         let vip = self.vip()?;
         self.nohop.crash()?;

@@ -10,7 +10,7 @@ const FOREIGN: [&str; 5] = [".git", ".tools", "found", "results", "target"];
 #[test]
 fn every_link_leads_somewhere() {
     let mut pages = Vec::new();
-    find_pages(crate::root(), &mut pages);
+    find_pages(crate::repository::root(), &mut pages);
     assert!(pages.len() > 10, "only {} pages found", pages.len());
     let broken: Vec<String> = pages.iter().flat_map(|page| broken_links(page)).collect();
     assert!(broken.is_empty(), "broken links:\n{}", broken.join("\n"));
@@ -30,7 +30,7 @@ fn find_pages(folder: &Path, pages: &mut Vec<PathBuf>) {
 
 fn broken_links(page: &Path) -> Vec<String> {
     let text = fs::read_to_string(page).unwrap();
-    let shown = page.strip_prefix(crate::root()).unwrap_or(page).display();
+    let shown = page.strip_prefix(crate::repository::root()).unwrap_or(page).display();
     let mut broken = Vec::new();
     for (line, target) in targets(&text) {
         let (path, anchor) = target.split_once('#').unwrap_or((&target, ""));

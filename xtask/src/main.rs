@@ -6,14 +6,16 @@ mod compile;
 mod demo;
 mod fuzz;
 #[cfg(test)]
+mod imports;
+#[cfg(test)]
 mod links;
 mod process;
+mod repository;
 mod setup;
 mod test;
 mod test_report;
 mod vm;
 
-use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Result;
@@ -45,7 +47,7 @@ enum Task {
     },
     /// The main job, in a namespace and cgroup of its own: Consul, three helloworlds, nohop, curl
     Demo {
-        /// Leave it running, and say how to enter
+        /// Leave it running, and print how to enter
         #[arg(long)]
         keep: bool,
         /// It is built already; for the part that sudo runs
@@ -63,7 +65,7 @@ enum Task {
         /// Fewer and shorter rounds
         #[arg(long)]
         quick: bool,
-        /// Go on though the machine is busy, or `check` failed
+        /// Continue although the machine is busy or `check` failed
         #[arg(long)]
         force: bool,
         /// The seed of the order within rounds; another one each time where none is given
@@ -133,10 +135,4 @@ fn run(task: Task) -> Result<ExitCode> {
         Task::Vm { kernel, counts } => return vm::run(kernel, counts),
     }
     Ok(ExitCode::SUCCESS)
-}
-
-/// The root of the repository.
-fn root() -> &'static Path {
-    let manifest_dir = Path::new(env!("CARGO_MANIFEST_DIR"));
-    manifest_dir.parent().unwrap_or(manifest_dir)
 }

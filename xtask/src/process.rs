@@ -1,4 +1,4 @@
-//! Other programs: where they are, what they say, with whose rights they run.
+//! Other programs: where they are, what they print, with whose rights they run.
 
 use std::env;
 use std::fs;
@@ -14,13 +14,13 @@ use anyhow::{Context, Result, bail};
 /// When it can't be started or fails; the error ends with the last lines it wrote.
 pub fn output(command: &mut Command) -> Result<String> {
     let shown = shown(command);
-    // A backtrace would push what the program says out of the lines kept.
+    // A backtrace would push the program's own message out of the lines kept.
     command.stdin(Stdio::null()).env_remove("RUST_BACKTRACE");
     let output = command.output().with_context(|| format!("can't run `{shown}`"))?;
     if !output.status.success() {
-        let said = [output.stdout, output.stderr].concat();
-        let said = String::from_utf8_lossy(&said);
-        let lines: Vec<_> = said.lines().filter(|line| !line.trim().is_empty()).collect();
+        let printed = [output.stdout, output.stderr].concat();
+        let printed = String::from_utf8_lossy(&printed);
+        let lines: Vec<_> = printed.lines().filter(|line| !line.trim().is_empty()).collect();
         let tail = lines[lines.len().saturating_sub(5)..].join("\n    ");
         bail!("`{shown}` failed ({}):\n    {tail}", output.status);
     }

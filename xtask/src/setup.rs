@@ -1,7 +1,8 @@
-//! Takes a bare machine to one that builds and tests. Each step looks before it acts, so running
+//! Takes a bare machine to one that builds and tests. Each step checks before it acts, so running
 //! it again is cheap and changes nothing.
 
 mod apt;
+mod common;
 mod consul;
 pub mod deny;
 mod envoy;
@@ -15,31 +16,20 @@ mod unpacked;
 mod wheel;
 
 use std::env;
-use std::fs;
-use std::os::unix::fs::symlink;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Result, bail};
+
+pub use common::Purpose;
 
 pub const AFTER_HELP: &str = "\
-Looked at first:
+Looked up first:
   NOHOP_NIGHTLY   rustup's name of the nightly compiler; `nightly` where it is unset
   NOHOP_RUST_SRC  the standard library's source for the nightly: a rust-src tarball, or a folder
                   that holds one, or that holds library/
   NOHOP_CONSUL    a consul binary, a .deb of it, or a folder that holds one of the two
   NOHOP_KERNELS   a folder of VERSION/vmlinuz and VERSION/modules/";
-
-/// What a machine is prepared for. Each needs what those before it need, too.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Purpose {
-    /// To build the object and the binary.
-    Build,
-    /// To run the demo.
-    Demo,
-    /// To run the tests, which also need other programs' clients and servers.
-    Test,
-}
 
 /// Provides everything that `purpose` needs, and nothing else.
 ///
@@ -97,7 +87,7 @@ pub fn run(purpose: Purpose) -> Result<()> {
     bail!("not ready; what is missing, and how to get it:\n- {}", missing.join("\n- "));
 }
 
-/// Provides what VMs need beside that.
+/// Provides what VMs need in addition.
 ///
 /// # Errors
 /// When something can't be had, with the way to get it.
@@ -106,7 +96,7 @@ pub fn run_for_vms() -> Result<()> {
     Ok(())
 }
 
-/// Provides what the benchmarks need beside that.
+/// Provides what the benchmarks need in addition.
 ///
 /// # Errors
 /// When something can't be had, with the way to get it.
@@ -117,72 +107,4 @@ pub fn run_for_bench() -> Result<()> {
         Err(error) => println!("left out: Envoy, which the benchmarks list as absent: {error:#}"),
     }
     Ok(())
-}
-
-/// Adds to an error what it stopped and how to fix it.
-fn with_fix<T>(result: Result<T>, stopped: &str, fix: &str) -> Result<T> {
-    result.map_err(|error| anyhow!("{stopped}: {error:#}\n  to fix it: {fix}"))
-}
-
-/// Says what a step that takes a while is about to do.
-fn announce(what: &str) {
-    println!("..: {what}");
-}
-
-/// The folder of what setup builds and unpacks, shared by all working copies.
-fn cache_dir() -> Result<PathBuf> {
-    let absolute = |name| env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
-    let caches = match absolute("XDG_CACHE_HOME") {
-        Some(caches) => caches,
-        None => absolute("HOME").context("neither XDG_CACHE_HOME nor HOME is set")?.join(".cache"),
-    };
-    let dir = caches.join("nohop");
-    fs::create_dir_all(&dir).with_context(|| format!("can't create {}", dir.display()))?;
-    Ok(dir)
-}
-
-/// Makes `.tools/NAME` point at `target`, in one step, and leaves it alone when it already does:
-/// cargo would build the object anew for a link that is newer.
-fn link_tool(name: &str, target: &Path) -> Result<()> {
-    let tools = crate::root().join(".tools");
-    let link = tools.join(name);
-    if fs::read_link(&link).is_ok_and(|current| current == target) {
-        return Ok(());
-    }
-    let fresh = tools.join(format!(".{name}.{}", std::process::id()));
-    fs::create_dir_all(&tools)
-        .and_then(|()| symlink(target, &fresh))
-        .and_then(|()| fs::rename(&fresh, &link))
-        .with_context(|| format!("can't link {} to {}", link.display(), target.display()))
-}
-
-/// A folder that is filled beside its final place, so that a half-filled one is never seen there.
-/// Removed on drop.
-struct Draft(PathBuf);
-
-impl Draft {
-    /// An empty folder beside `place`.
-    fn beside(place: &Path) -> Result<Self> {
-        let name = place.file_name().unwrap_or_default().to_string_lossy();
-        let dir = place.with_file_name(format!(".{name}.{}", std::process::id()));
-        fs::create_dir_all(&dir).with_context(|| format!("can't create {}", dir.display()))?;
-        Ok(Self(dir))
-    }
-
-    /// Moves `what`, a path inside the draft, to `place`, over what may lie there.
-    fn publish(&self, what: &Path, place: &Path) -> Result<()> {
-        if place.exists() {
-            let old = self.0.join(".old");
-            fs::rename(place, &old)
-                .with_context(|| format!("can't move {} away", place.display()))?;
-        }
-        fs::rename(what, place).with_context(|| format!("can't put {} in place", place.display()))
-    }
-}
-
-impl Drop for Draft {
-    fn drop(&mut self) {
-        // What can't be removed now lies under a dot and harms nobody.
-        let _ = fs::remove_dir_all(&self.0);
-    }
 }

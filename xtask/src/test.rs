@@ -1,4 +1,4 @@
-//! Everything that must hold, in one run that goes on past failures and ends with the counts.
+//! All checks in one run, which continues after failures and ends with the counts.
 
 use std::process::{Command, ExitCode};
 
@@ -10,7 +10,7 @@ use crate::test_report::Tally;
 use crate::vm;
 
 /// Runs the checks and the tests, or only the tests whose name contains `filter`. The last line
-/// says how many passed.
+/// has the counts.
 pub fn run(filter: Option<&str>) -> ExitCode {
     let mut tally = Tally::default();
     match setup::run(setup::Purpose::Test) {
@@ -86,7 +86,10 @@ fn lint_object(tally: &mut Tally, lints: &[&str]) {
     }
     let mut clippy = toolchain::command("cargo");
     clippy.args(["clippy", "--release", "--locked"]).args(lints);
-    tally.command("lints of the object", clippy.current_dir(crate::root().join("lb-ebpf")));
+    tally.command(
+        "lints of the object",
+        clippy.current_dir(crate::repository::root().join("lb-ebpf")),
+    );
 }
 
 /// Licences, duplicates, sources and advisories of all dependencies, by deny.toml.
@@ -99,7 +102,7 @@ fn check_dependencies(tally: &mut Tally) {
     let deny = |manifest: &str, arguments: &[&str]| {
         let mut command = Command::new(&deny);
         command.args(["--manifest-path", manifest, "--config", "deny.toml"]).args(arguments);
-        command.current_dir(crate::root());
+        command.current_dir(crate::repository::root());
         command
     };
     for manifest in ["Cargo.toml", "lb-ebpf/Cargo.toml"] {
@@ -119,7 +122,7 @@ fn check_dependencies(tally: &mut Tally) {
 
 fn cargo(arguments: &[&str]) -> Command {
     let mut command = Command::new("cargo");
-    command.args(arguments).current_dir(crate::root());
+    command.args(arguments).current_dir(crate::repository::root());
     command
 }
 

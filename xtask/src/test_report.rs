@@ -1,4 +1,4 @@
-//! What tests have said so far: each phase's results, added up.
+//! The results of each phase of the tests, added up.
 
 use std::io::{BufRead, BufReader};
 use std::process::{Command, ExitCode, Stdio};
@@ -16,7 +16,7 @@ pub struct Tally {
     pub skipped: u64,
     /// The phases that failed.
     pub failures: Vec<String>,
-    /// What the in-kernel tests said of the verifier.
+    /// What the in-kernel tests reported about the verifier.
     pub verified: verifier::Table,
 }
 
@@ -39,7 +39,7 @@ impl Tally {
         self.phase(name, |on_line| lines(command, on_line));
     }
 
-    /// `run` runs tests, tells of every line they write, and returns whether they succeeded.
+    /// `run` runs tests, passes every line of their output on, and returns whether they succeeded.
     pub fn phase(&mut self, name: &str, run: impl FnOnce(&mut dyn FnMut(&str)) -> Result<bool>) {
         println!("\n== {name}");
         let failed_before = self.failed;
@@ -55,7 +55,7 @@ impl Tally {
         }
     }
 
-    /// Adds up what a line of a test runner says; returns whether it was a closing one.
+    /// Adds up a test runner's line; returns whether it was a result line.
     fn read(&mut self, line: &str) -> bool {
         self.verified.read(line);
         let result = parse_result(line);

@@ -31,8 +31,8 @@ const LOCKDOWN_TRIALS: &str = "lockdown";
 const N_AT_ONCE: usize = 2;
 
 /// Runs setup, then the tests on every kernel, or only on `kernel`, and all of them or only the one
-/// that `counts` the verifier's work; as root also the part of them
-/// that tells of the verifier, on the running kernel. Brings docs/verifier.md up to date.
+/// that `counts` the verifier's instructions; as root also that one on the running kernel. Updates
+/// docs/verifier.md.
 ///
 /// # Errors
 /// When setup lacks something, or docs/verifier.md can't be written.
@@ -74,11 +74,11 @@ fn try_matrix(tally: &mut Tally, only: Option<Version>, filter: Option<&str>) ->
         ensure!(!found.is_empty(), "there is no kernel {only}, only {}", versions.join(", "));
     }
     if found.is_empty() {
-        return Ok(()); // what is missing was said
+        return Ok(()); // what is missing was reported
     }
     setup::run_for_vms()?;
 
-    let folder = crate::root().join("target/vm");
+    let folder = crate::repository::root().join("target/vm");
     let common = tests_archive(&kernel_tests, &folder)?;
     let mut starts: Vec<Start> =
         found.iter().map(|kernel| Start { kernel, mode: Mode::Plain, filter }).collect();

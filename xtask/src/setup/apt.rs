@@ -6,7 +6,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
-use super::{Draft, cache_dir};
+use super::common::{Draft, cache_dir};
 use crate::process;
 
 /// An apt, and a folder to download to, removed on drop.
@@ -31,16 +31,16 @@ impl Apt {
             bail!("no Debian mirror among the apt sources");
         }
         let mut apt = Self::of_system()?;
-        let dir = apt.draft.0.display();
+        let dir = apt.draft.path().display();
         apt.options = vec![
             format!("Dir::Etc::sourcelist={dir}/sources.list"),
             "Dir::Etc::sourceparts=/dev/null".to_owned(),
             format!("Dir::State::lists={dir}/lists"),
             format!("Dir::Cache={dir}/cache"),
             "Acquire::Languages=none".to_owned(),
-            // An archived release is no longer signed anew.
+            // The signatures of an archived release have expired.
             "Acquire::Check-Valid-Until=false".to_owned(),
-            // These folders belong to whoever runs setup, not to apt's user.
+            // These folders belong to the user who runs setup, not to apt's.
             "APT::Sandbox::User=root".to_owned(),
         ];
         let mut tried = Vec::new();
@@ -54,7 +54,7 @@ impl Apt {
     }
 
     fn update(&self, source: &str) -> Result<()> {
-        let dir = &self.draft.0;
+        let dir = &self.draft.path();
         fs::write(dir.join("sources.list"), format!("{source}\n"))?;
         fs::create_dir_all(dir.join("lists/partial"))?;
         fs::create_dir_all(dir.join("cache/archives/partial"))?;
@@ -70,7 +70,7 @@ impl Apt {
 
     /// Downloads a package; the file goes when this does.
     pub fn download(&self, package: &str) -> Result<PathBuf> {
-        let dir = &self.draft.0;
+        let dir = &self.draft.path();
         let mut apt_get = self.command("apt-get");
         process::output(apt_get.args(["-qq", "download", package]).current_dir(dir))?;
         let begin = format!("{package}_");
@@ -88,7 +88,7 @@ impl Apt {
     }
 }
 
-/// The text of all files that tell apt where packages come from.
+/// The text of all of apt's source lists.
 fn apt_sources() -> String {
     let parts = fs::read_dir("/etc/apt/sources.list.d").into_iter().flatten();
     let files = parts.filter_map(|entry| Some(entry.ok()?.path()));

@@ -9,7 +9,7 @@ use std::process::Command;
 use anyhow::{Context, Result, anyhow, bail};
 
 use super::apt::Apt;
-use super::{Draft, announce, cache_dir, link_tool, with_fix};
+use super::common::{Draft, announce, cache_dir, link_tool, with_fix};
 use crate::process::{self, find, is_executable};
 
 const FIX: &str = "set NOHOP_CONSUL to a consul binary, a .deb of it or a folder that holds one \
@@ -60,10 +60,10 @@ fn ordinary_consul() -> Result<(PathBuf, String)> {
 }
 
 fn with_version(consul: PathBuf) -> Result<(PathBuf, String)> {
-    let said = process::output(Command::new(&consul).arg("version"))?;
-    let version = said.lines().next().unwrap_or_default();
+    let printed = process::output(Command::new(&consul).arg("version"))?;
+    let version = printed.lines().next().unwrap_or_default();
     if !version.starts_with("Consul v") {
-        bail!("`{} version` says {version:?}", consul.display());
+        bail!("`{} version` prints {version:?}", consul.display());
     }
     Ok((consul, version.to_owned()))
 }
@@ -120,8 +120,8 @@ fn unpack(deb: &Path) -> Result<PathBuf> {
     }
     announce(&format!("unpacking {}", deb.display()));
     let draft = Draft::beside(&place)?;
-    process::output(Command::new("dpkg-deb").arg("-x").arg(deb).arg(&draft.0))?;
-    let bin = draft.0.join("usr/bin");
+    process::output(Command::new("dpkg-deb").arg("-x").arg(deb).arg(&draft.path()))?;
+    let bin = draft.path().join("usr/bin");
     if !is_executable(&bin.join("consul")) {
         bail!("{} holds no usr/bin/consul", deb.display());
     }

@@ -5,7 +5,7 @@ use std::process::Command;
 
 use anyhow::Result;
 
-use super::link_tool;
+use super::common::link_tool;
 use super::wheel::Wheel;
 use crate::process::{self, find};
 

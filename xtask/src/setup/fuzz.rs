@@ -5,7 +5,7 @@ use std::process::Command;
 
 use anyhow::{Result, bail};
 
-use super::{announce, cache_dir};
+use super::common::{announce, cache_dir};
 use crate::process;
 
 const VERSION: &str = "0.13.1";

@@ -11,7 +11,7 @@ use std::str::FromStr;
 use anyhow::{Context, Result, bail};
 
 use super::apt::Apt;
-use super::{Draft, announce, cache_dir, with_fix};
+use super::common::{Draft, announce, cache_dir, with_fix};
 use crate::process;
 
 const FIX: &str =
@@ -131,7 +131,7 @@ fn of_debian(release: &str) -> Result<Vec<Kernel>> {
     let parent = place.parent().context("the cache has no folder")?;
     fs::create_dir_all(parent).with_context(|| format!("can't create {}", parent.display()))?;
     let draft = Draft::beside(&place)?;
-    let unpacked = draft.0.join("packages");
+    let unpacked = draft.path().join("packages");
     // Since Debian 14 the image depends on two packages that hold the files.
     let parts = ["image", "binary", "modules"].map(|part| format!("linux-{part}-{name}"));
     for part in parts.iter().filter(|part| packages.contains(part)) {
@@ -146,12 +146,12 @@ fn of_debian(release: &str) -> Result<Vec<Kernel>> {
     let modules = find([lib.clone(), format!("usr/{lib}")])?;
     let vmlinuz = find([boot, format!("usr/{lib}/vmlinuz")])?;
 
-    let kernel = draft.0.join("kernels").join(version.to_string());
+    let kernel = draft.path().join("kernels").join(version.to_string());
     fs::create_dir_all(&kernel)
         .and_then(|()| fs::rename(vmlinuz, kernel.join("vmlinuz")))
         .and_then(|()| fs::rename(modules, kernel.join("modules")))
         .with_context(|| format!("can't fill {}", kernel.display()))?;
-    draft.publish(&draft.0.join("kernels"), &place)?;
+    draft.publish(&draft.path().join("kernels"), &place)?;
     in_folder(&place)
 }
 

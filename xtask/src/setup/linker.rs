@@ -9,8 +9,8 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
+use super::common::{announce, cache_dir, link_tool, with_fix};
 use super::rust::Nightly;
-use super::{announce, cache_dir, link_tool, with_fix};
 use crate::process;
 
 const VERSION: &str = "0.13.0";
@@ -39,7 +39,7 @@ pub fn provide(nightly: &Nightly) -> Result<String> {
         nightly.compiler.llvm_major
     ));
     let fix = format!(
-        "follow what is said above and run setup again, or put a bpf-linker {VERSION} on PATH that \
+        "follow the message above and run setup again, or put a bpf-linker {VERSION} on PATH that \
          links to a shared LLVM {} or later",
         nightly.compiler.llvm_major
     );
@@ -54,11 +54,11 @@ pub fn provide(nightly: &Nightly) -> Result<String> {
 /// Whether `linker` starts (it may lack its LLVM) and is of the version that setup builds.
 fn works(linker: &Path) -> bool {
     process::output(Command::new(linker).arg("--version"))
-        .is_ok_and(|said| said.trim() == format!("bpf-linker {VERSION}"))
+        .is_ok_and(|printed| printed.trim() == format!("bpf-linker {VERSION}"))
 }
 
 /// The major version of the LLVM library that `linker` loads; none when LLVM is part of it, as
-/// nothing tells the version then.
+/// the version can't be determined then.
 fn linked_llvm_major(linker: &Path) -> Option<u32> {
     let libraries = process::output(Command::new("ldd").arg(linker)).ok()?;
     llvm_major(&libraries)
@@ -100,7 +100,7 @@ fn build(nightly: &Nightly, place: &Path) -> Result<()> {
     process::stream(&mut cargo)
 }
 
-/// The nightly's LLVM library. Beside it lies a linker script of a similar name, a line long.
+/// The nightly's LLVM library. Next to it is a linker script of a similar name, a line long.
 fn shared_llvm(lib: &Path) -> std::io::Result<PathBuf> {
     let mut libraries = Vec::new();
     for entry in fs::read_dir(lib)? {

@@ -7,8 +7,8 @@ use std::process::Command;
 
 use anyhow::{Context, Error, Result, bail};
 
+use super::common::{Draft, announce, with_fix};
 use super::toolchain::{self, Compiler};
-use super::{Draft, announce, with_fix};
 use crate::process;
 
 const SOURCE_FIX: &str = "set NOHOP_RUST_SRC to a rust-src tarball, a folder that holds one, or \
@@ -92,16 +92,16 @@ fn is_library(dir: &Path) -> bool {
 fn unpack(given: &Path, library: &Path) -> Result<()> {
     let draft = Draft::beside(library)?;
     if let Some(folder) = find_library(given, 2) {
-        let copy = draft.0.join("library");
+        let copy = draft.path().join("library");
         process::output(Command::new("cp").arg("-r").arg(&folder).arg(&copy))?;
         return draft.publish(&copy, library);
     }
 
     let tarball = find_tarball(given)?;
     let extract = ["--extract", "--no-same-owner", "--file"];
-    process::output(Command::new("tar").args(extract).arg(&tarball).arg("-C").arg(&draft.0))?;
+    process::output(Command::new("tar").args(extract).arg(&tarball).arg("-C").arg(&draft.path()))?;
     // rustup's own tarball holds it at rust-src-nightly/rust-src/lib/rustlib/src/rust/library.
-    let folder = find_library(&draft.0, 8)
+    let folder = find_library(&draft.path(), 8)
         .with_context(|| format!("{} holds no library/core", tarball.display()))?;
     draft.publish(&folder, library)
 }

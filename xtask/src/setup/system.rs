@@ -5,7 +5,7 @@ use std::process::Command;
 
 use anyhow::{Result, anyhow, bail};
 
-use super::{Purpose, announce, with_fix};
+use super::common::{Purpose, announce, with_fix};
 use crate::process::{self, find, is_executable, is_root};
 
 /// Program, and the Debian packages that bring it.
@@ -26,7 +26,7 @@ const DEMO_TOOLS: &[(&str, &str)] = &[
 const TEST_TOOLS: &[(&str, &str)] =
     &[("dnsmasq", "dnsmasq-base"), ("dnsperf", "dnsperf"), ("setpriv", "util-linux")];
 
-/// What VMs need beside that.
+/// What VMs need in addition.
 const VM_TOOLS: &[(&str, &str)] = &[
     ("busybox", "busybox-static"),
     ("ldd", "libc-bin"),
@@ -35,7 +35,7 @@ const VM_TOOLS: &[(&str, &str)] = &[
     ("timeout", "coreutils"),
 ];
 
-/// What the benchmarks need beside that: load generators, and those who are compared.
+/// What the benchmarks need in addition: load generators and peers.
 const BENCH_TOOLS: &[(&str, &str)] = &[
     ("haproxy", "haproxy"),
     ("iperf3", "iperf3"),
@@ -49,7 +49,7 @@ const BENCH_TOOLS: &[(&str, &str)] = &[
 /// Those of them that Debian would start at the next boot.
 const BENCH_SERVICES: [&str; 2] = ["haproxy", "nginx"];
 
-/// Installs without starting services: Debian starts what it installs, unless this program says no.
+/// Installs without starting services: Debian starts what it installs, unless this program refuses.
 const INSTALL: &str = "\
 policy=/usr/sbin/policy-rc.d
 if [ ! -e $policy ]; then
@@ -58,7 +58,7 @@ if [ ! -e $policy ]; then
 fi
 DEBIAN_FRONTEND=noninteractive apt-get -qq --yes install --no-install-recommends \"$@\"";
 
-/// What a few scenarios need beside that: they are left out where it can't be had.
+/// What a few scenarios need in addition; they are skipped where it isn't available.
 const CLIENTS: &[(&str, &str)] = &[
     ("dnsperf", "dnsperf"),
     ("drill", "ldnsutils"),
@@ -91,9 +91,7 @@ pub fn provide_for_bench() -> Result<String> {
     let provided = provide_tools(BENCH_TOOLS)?;
     if !fresh.is_empty() && find("systemctl").is_some() {
         let names = fresh.join(" ");
-        announce(&format!(
-            "telling systemd not to start {names} at boot: the benchmarks start their own"
-        ));
+        announce(&format!("disabling {names} at boot in systemd: the benchmarks start their own"));
         process::output(as_root("systemctl").arg("disable").args(fresh))?;
     }
     Ok(provided)
@@ -114,16 +112,17 @@ pub fn provide_clients() -> (String, Vec<String>) {
     (there.join(", "), left_out)
 }
 
-/// Debian's PostgreSQL makes and starts a server when it is installed, unless it is told not to; the
+/// Debian's PostgreSQL makes and starts a server when it is installed, unless configured otherwise; the
 /// scenarios start one of their own.
 fn prepare(program: &str) -> Result<()> {
     const DIR: &str = "/etc/postgresql-common/createcluster.d";
     if program != "postgres" || is_there(program) {
         return Ok(());
     }
-    let tell = format!("mkdir -p {DIR} && echo 'create_main_cluster = false' > {DIR}/nohop.conf");
-    announce(&format!("telling {DIR}/nohop.conf that PostgreSQL is to start no server"));
-    process::output(as_root("sh").args(["-c", &tell])).map(drop)
+    let command =
+        format!("mkdir -p {DIR} && echo 'create_main_cluster = false' > {DIR}/nohop.conf");
+    announce(&format!("writing {DIR}/nohop.conf, so that PostgreSQL starts no server"));
+    process::output(as_root("sh").args(["-c", &command])).map(drop)
 }
 
 fn provide_tools(tools: &[(&'static str, &'static str)]) -> Result<String> {

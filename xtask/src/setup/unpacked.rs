@@ -7,7 +7,7 @@ use std::process::Command;
 use anyhow::{Result, bail};
 
 use super::apt::Apt;
-use super::{Draft, announce, cache_dir, link_tool};
+use super::common::{Draft, announce, cache_dir, link_tool};
 use crate::process::{self, is_executable};
 
 /// A program that a scenario needs.
@@ -55,8 +55,8 @@ impl Unpacked {
         let apt = Apt::of_system()?;
         let deb = apt.download(package)?;
         let draft = Draft::beside(&place)?;
-        process::output(Command::new("dpkg-deb").arg("-x").arg(&deb).arg(&draft.0))?;
-        let mut found = self.within.iter().map(|dir| draft.0.join(dir));
+        process::output(Command::new("dpkg-deb").arg("-x").arg(&deb).arg(&draft.path()))?;
+        let mut found = self.within.iter().map(|dir| draft.path().join(dir));
         match found.find(|dir| is_executable(&dir.join(name))) {
             Some(dir) => draft.publish(&dir, &place)?,
             None => bail!("{} holds no {name}", deb.display()),

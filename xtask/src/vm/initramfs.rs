@@ -105,20 +105,20 @@ fn read(file: &Path) -> Result<Vec<u8>> {
 fn libraries(program: &Path) -> Result<Vec<PathBuf>> {
     let ldd = Command::new("ldd").arg(program).env("LC_ALL", "C").output();
     let ldd = ldd.context("can't run `ldd`")?;
-    let said = String::from_utf8_lossy(&[ldd.stdout, ldd.stderr].concat()).into_owned();
-    if said.contains("not a dynamic executable") {
+    let printed = String::from_utf8_lossy(&[ldd.stdout, ldd.stderr].concat()).into_owned();
+    if printed.contains("not a dynamic executable") {
         return Ok(Vec::new());
     }
-    if !ldd.status.success() || said.contains("not found") {
-        bail!("`ldd {}` doesn't find all libraries: {said}", program.display());
+    if !ldd.status.success() || printed.contains("not found") {
+        bail!("`ldd {}` doesn't find all libraries: {printed}", program.display());
     }
-    Ok(library_paths(&said))
+    Ok(library_paths(&printed))
 }
 
 /// The paths in what ldd says: `libc.so.6 => /lib/libc.so.6 (0x…)`, `/lib64/ld.so (0x…)`.
-fn library_paths(said: &str) -> Vec<PathBuf> {
+fn library_paths(printed: &str) -> Vec<PathBuf> {
     let words =
-        said.lines().filter_map(|line| line.split_whitespace().find(|w| w.starts_with('/')));
+        printed.lines().filter_map(|line| line.split_whitespace().find(|w| w.starts_with('/')));
     words.map(PathBuf::from).collect()
 }
 
@@ -170,7 +170,7 @@ fn uncompressed(file: &Path) -> Result<Vec<u8>> {
     Ok(xz.stdout)
 }
 
-/// What a module says that it depends on, in its section `.modinfo` of `key=value` and zero bytes.
+/// A module's dependencies, from its section `.modinfo` of `key=value` and zero bytes.
 fn dependencies(module: &[u8]) -> Vec<String> {
     const KEY: &[u8] = b"\0depends=";
     let Some(start) = module.windows(KEY.len()).position(|window| window == KEY) else {
@@ -219,10 +219,10 @@ mod tests {
 
     #[test]
     fn libraries_are_read_from_what_ldd_says() {
-        let said = "\tlinux-vdso.so.1 (0x00007f29bab19000)\n\
+        let printed = "\tlinux-vdso.so.1 (0x00007f29bab19000)\n\
                     \tlibc.so.6 => /lib/x86_64-linux-gnu/libc.so.6 (0x00007f29ba21e000)\n\
                     \t/lib64/ld-linux-x86-64.so.2 (0x00007f29bab1b000)\n";
-        let paths = library_paths(said);
+        let paths = library_paths(printed);
         let expected = ["/lib/x86_64-linux-gnu/libc.so.6", "/lib64/ld-linux-x86-64.so.2"];
         assert_eq!(paths, expected.map(std::path::PathBuf::from));
         assert!(library_paths("\tstatically linked\n").is_empty());

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::setup::kernels::Version;
 
-/// The in-kernel test that tells.
+/// The in-kernel test that reports it.
 pub const TRIAL: &str = "verified_instructions_are_told";
 
 /// What begins a line of that test: `verifier: 6.1 nohop_connect4 1234`.
@@ -24,21 +24,21 @@ const HEADING: &str = "\
 
 The kernel's verifier follows every path through a program before it accepts it, and gives up at a \
 million instructions. This is how many it went through for each program, on each kernel; `-` where \
-the kernel doesn't tell (before 5.16).
+the kernel doesn't report it (before 5.16).
 
 `sudo -E cargo xtask vm` writes this file; `cargo xtask test` fails when a number has moved by more \
 than 5%.
 ";
 
-/// Counts by kernel and program; `None` where the kernel doesn't tell.
+/// Counts by kernel and program; `None` where the kernel doesn't report it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Table(BTreeMap<Version, BTreeMap<String, Option<u64>>>);
 
 impl Table {
-    /// Takes in what a line of the tests says, if it says something of the verifier.
+    /// Reads a line of the tests' output, if it is about the verifier.
     pub fn read(&mut self, line: &str) {
-        let Some((_, said)) = line.split_once(MARK) else { return };
-        let words: Vec<_> = said.split_whitespace().collect();
+        let Some((_, reported)) = line.split_once(MARK) else { return };
+        let words: Vec<_> = reported.split_whitespace().collect();
         if let [kernel, program, count] = words[..]
             && let Ok(kernel) = kernel.parse()
         {
@@ -75,7 +75,7 @@ impl Table {
         self.0.values().flat_map(BTreeMap::keys).map(String::as_str).collect()
     }
 
-    /// Where `measured` is something else than this table says. Kernels that only one of the two
+    /// Where `measured` differs from this table. Kernels that only one of the two
     /// knows don't count.
     fn differences(&self, measured: &Table) -> Vec<String> {
         let mut differences = Vec::new();
@@ -131,7 +131,7 @@ impl fmt::Display for Table {
 }
 
 fn file() -> PathBuf {
-    crate::root().join("docs/verifier.md")
+    crate::repository::root().join("docs/verifier.md")
 }
 
 fn kept() -> Result<Table> {
