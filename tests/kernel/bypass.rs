@@ -87,7 +87,7 @@ pub fn excluded_cgroups() {
     // A cgroup that is made again is another one by the same name.
     for _ in 0..2 {
         fs::create_dir_all(&below).unwrap();
-        assert!(bed.datapath.fix().holds());
+        assert!(bed.datapath.fix().is_complete());
         for (cgroup, expected) in
             [(&own, 'b'), (&excluded, 'v'), (&below, 'v'), (&beside, 'b'), (&own, 'b')]
         {

@@ -27,6 +27,7 @@ mod stress;
 mod translation;
 mod trust;
 mod udp;
+mod units;
 mod verifier;
 
 use std::sync::Mutex;
@@ -245,6 +246,9 @@ const TRIALS: &[KernelTrial] = &[
     once("a_million_connects_meet_no_wrong_one", stress::a_million_connects_meet_no_wrong_one),
     locked_down("lockdown_lets_nohop_serve", lockdown::it_serves),
     locked_down("lockdown_is_reported", lockdown::it_is_reported),
+    once("an_optional_unit_fails_alone", units::an_optional_unit_fails_alone),
+    once("a_required_unit_is_a_condition", units::a_required_unit_is_a_condition),
+    once("a_unit_waits_for_its_first_table", units::a_unit_waits_for_its_first_table),
     since((5, 10), "verified_instructions_are_told", verifier::instructions_are_told),
     since((5, 10), "a_probe_needs_no_locked_memory", verifier::a_probe_needs_no_locked_memory),
 ];

@@ -137,7 +137,7 @@ pub fn loopback_backends_are_the_hosts() {
 pub fn detached_is_gone() {
     let mut bed = Bed::new();
     bed.apply(vec![]);
-    assert!(bed.datapath.fix().holds());
+    assert!(bed.datapath.fix().is_complete());
     assert_eq!(connect((VIP, 80)).unwrap_err().kind(), ErrorKind::ConnectionRefused);
     bed.datapath.detach();
     let wildcard = Server::on(b'w', (Ipv4Addr::UNSPECIFIED, 0));

@@ -10,7 +10,7 @@ use crate::fixture::{Place, Server, VIP, connect, service, table};
 use crate::pins::{bpftool, number};
 
 /// Pins some program for a hook, as another agent's, which is one of ours with another owner.
-fn foreign_program(place: &Place, program: &str) -> String {
+pub fn foreign_program(place: &Place, program: &str) -> String {
     let datapath = place.start();
     let link = place.pin(&format!("v2/links/{program}"));
     let shown = bpftool(&["-j", "link", "show", "pinned", link.to_str().unwrap()]);
@@ -79,12 +79,12 @@ pub fn an_exclusive_program_is_named_later() {
     let problem = datapath.fix().problem.unwrap();
     assert!(problem.contains("holds the hook connect4 of"), "{problem}");
     bpftool(&["cgroup", "detach", at, "connect4", "pinned", &pinned]);
-    assert!(datapath.fix().holds());
+    assert!(datapath.fix().is_complete());
     // Our links were there first and hold: a restart gives them other programs, and attaches nothing.
     bpftool(&["cgroup", "attach", at, "connect4", "pinned", &pinned]);
     drop(datapath);
     let mut datapath = place.start_attached();
-    assert!(datapath.are_hooks_ours() && datapath.fix().holds());
+    assert!(datapath.are_hooks_ours() && datapath.fix().is_complete());
     // Without one of them it is an obstacle again.
     bpftool(&["link", "detach", "pinned", link.to_str().unwrap()]);
     drop(datapath);

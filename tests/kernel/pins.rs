@@ -6,22 +6,15 @@ use std::mem::MaybeUninit;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use lb_userspace::datapath::{Datapath, unload};
+use lb_userspace::datapath::{Datapath, UNITS, hooks, unload};
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 
 use crate::fixture::{Bed, Place, Server, VIP, connect, service, table};
 
-/// In the order in which they are attached.
-const PROGRAMS: [&str; 8] = [
-    "nohop_getpeer4",
-    "nohop_getpeer6",
-    "nohop_recvmsg4",
-    "nohop_recvmsg6",
-    "nohop_sendmsg4",
-    "nohop_sendmsg6",
-    "nohop_connect4",
-    "nohop_connect6",
-];
+/// The programs, in the order in which they are attached.
+pub fn programs() -> Vec<&'static str> {
+    hooks(UNITS).map(|hook| hook.program).collect()
+}
 
 pub fn bpftool(arguments: &[&str]) -> String {
     let output = Command::new("bpftool").args(arguments).output().unwrap();
@@ -138,11 +131,11 @@ pub fn a_later_layout_is_replaced() {
     assert_eq!(connect((VIP, 80)).unwrap(), 'a');
     datapath.apply(&table(web)).unwrap();
     assert!(!place.pin("v9").exists());
-    assert!(datapath.fix().holds());
+    assert!(datapath.fix().is_complete());
     assert_eq!(connect((VIP, 80)).unwrap(), 'a');
     let n_attached = bpftool(&["cgroup", "show", place.cgroup.path.to_str().unwrap()]);
     let n_attached = n_attached.lines().filter(|line| line.contains("nohop_")).count();
-    assert_eq!(n_attached, PROGRAMS.len());
+    assert_eq!(n_attached, programs().len());
 }
 
 /// The operator serves another cgroup from now on: the former one is left.
@@ -161,12 +154,12 @@ pub fn another_cgroup_is_left() {
         let shown = bpftool(&["cgroup", "show", cgroup.to_str().unwrap()]);
         shown.lines().filter(|line| line.contains("nohop_")).count()
     };
-    assert_eq!(attached(&below), PROGRAMS.len());
+    assert_eq!(attached(&below), programs().len());
     place.options.scope = place.cgroup.path.clone();
     let datapath = place.start();
     assert!(datapath.is_adopted(), "the maps serve on");
     assert_eq!(datapath.indices("web"), before);
-    assert_eq!((attached(&below), attached(&place.cgroup.path)), (0, PROGRAMS.len()));
+    assert_eq!((attached(&below), attached(&place.cgroup.path)), (0, programs().len()));
     assert_eq!(connect((VIP, 80)).unwrap(), 'a');
     fs::remove_dir(&below).unwrap();
 }
@@ -206,17 +199,18 @@ pub fn no_bpffs_is_an_error() {
 pub fn lost_links_are_fixed() {
     let server = Server::start(b'a');
     let mut bed = serving(&server);
-    for lost in [&PROGRAMS[..1], &PROGRAMS[6..7], &PROGRAMS] {
-        for program in lost {
+    for lost in [vec!["nohop_getpeer4"], vec!["nohop_connect4"], programs()] {
+        let lost: std::collections::BTreeSet<_> = lost.into_iter().collect();
+        for program in &lost {
             let link = pin(&bed, &format!("v2/links/{program}"));
             bpftool(&["link", "detach", "pinned", link.to_str().unwrap()]);
         }
         let attachment = bed.datapath.fix();
-        assert!(attachment.holds());
-        assert!(attachment.lost.iter().eq(lost.iter().collect::<std::collections::BTreeSet<_>>()));
+        assert!(attachment.is_complete());
+        assert_eq!(attachment.lost, lost);
         assert_eq!(connect((VIP, 80)).unwrap(), 'a');
         let attachment = bed.datapath.fix();
-        assert!(attachment.holds() && attachment.lost.is_empty(), "{attachment:?}");
+        assert!(attachment.is_complete() && attachment.lost.is_empty(), "{attachment:?}");
     }
 }
 
@@ -231,7 +225,7 @@ pub fn lost_pins_are_fixed() {
         let path = options.bpffs.join(lost);
         if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) }.unwrap();
         let attachment = datapath.fix();
-        assert!(attachment.holds() && attachment.lost.is_empty(), "{attachment:?}");
+        assert!(attachment.is_complete() && attachment.lost.is_empty(), "{attachment:?}");
         assert!(path.exists());
         assert!(unload(&options.bpffs).is_err(), "{lost}: still locked");
         drop(datapath);
@@ -259,7 +253,10 @@ pub fn a_lost_cgroup_is_fixed() {
     }
     fs::create_dir(&below).unwrap();
     let attachment = datapath.fix();
-    assert!(attachment.holds() && attachment.lost.len() == PROGRAMS.len(), "{attachment:?}");
+    assert!(
+        attachment.is_complete() && attachment.lost.len() == programs().len(),
+        "{attachment:?}"
+    );
     fs::write(below.join("cgroup.procs"), "0").unwrap();
     let answer = connect((VIP, 80));
     fs::write(place.cgroup.path.join("cgroup.procs"), "0").unwrap();
@@ -272,7 +269,10 @@ pub fn a_lost_cgroup_is_fixed() {
 pub fn hooks_come_and_go_in_order() {
     let place = Place::new();
     let datapath = place.start();
-    let ids: Vec<u64> = PROGRAMS
+    let translates_back = |name: &&str| name.contains("getpeer") || name.contains("recvmsg");
+    let connect = UNITS[0].hooks.iter().map(|hook| hook.program);
+    assert!(connect.is_sorted_by_key(|name| !translates_back(&name)));
+    let ids: Vec<u64> = programs()
         .iter()
         .map(|program| {
             let path = place.pin(&format!("v2/links/{program}"));
@@ -281,7 +281,7 @@ pub fn hooks_come_and_go_in_order() {
         .collect();
     assert!(ids.is_sorted(), "the kernel numbers links as they come: {ids:?}");
     // Each pin goes right after its link was detached.
-    let backwards: Vec<_> = PROGRAMS.iter().rev().collect();
+    let backwards: Vec<_> = programs().into_iter().rev().collect();
     let mut datapath = Some(datapath);
     for by_daemon in [true, false] {
         let mut datapath = datapath.take().unwrap_or_else(|| place.start());
@@ -291,7 +291,7 @@ pub fn hooks_come_and_go_in_order() {
             datapath.detach();
         } else {
             drop(datapath);
-            assert_eq!(unload(&place.options.bpffs).unwrap(), PROGRAMS.len());
+            assert_eq!(unload(&place.options.bpffs).unwrap(), programs().len());
         }
         let mut buffer = [MaybeUninit::uninit(); 4096];
         let mut reader = inotify::Reader::new(&events, &mut buffer);

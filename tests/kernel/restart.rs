@@ -13,6 +13,7 @@ use lb_userspace::table::{Protocols, Service};
 
 use crate::connector::Connector;
 use crate::fixture::{OTHER_VIP, Place, Server, VIP, backend, connect, service, table};
+use crate::pins::programs;
 
 /// Sizes that are lowered below what is served take nothing away; lowered to what is served, they come
 /// into use, and what is served comes before what is new.
@@ -353,7 +354,7 @@ pub fn unload_removes_everything() {
     assert!(refused.contains("another nohop"), "{refused}");
     assert_eq!(connect((VIP, 80)).unwrap(), 'a');
     drop(datapath);
-    assert_eq!(unload(&place.options.bpffs).unwrap(), 8);
+    assert_eq!(unload(&place.options.bpffs).unwrap(), programs().len());
     assert!(!place.options.bpffs.exists());
     connect((VIP, 80)).unwrap_err();
     assert_eq!(unload(&place.options.bpffs).unwrap(), 0, "a second time");

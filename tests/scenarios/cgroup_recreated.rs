@@ -5,6 +5,7 @@ use std::fs;
 
 use anyhow::{Context, Result, ensure};
 use lb_tests::cmd;
+use lb_userspace::datapath::{UNITS, hooks};
 use serde_json::Value;
 
 use crate::cluster::{Catalog, Nodes, attached};
@@ -49,7 +50,11 @@ pub fn story() -> Result<()> {
     let status = nohop.wait_for_status(|status| status["ready"] == true)?;
     ensure!(status["problems"].to_string().contains("attached again"), "{status:#}");
     ensure!(readyz()? == "200" && dig()?.contains("status: NOERROR"));
-    ensure!(attached(&nodes.cgroup)?.len() == 8, "{:?}", attached(&nodes.cgroup)?);
+    ensure!(
+        attached(&nodes.cgroup)?.len() == hooks(UNITS).count(),
+        "{:?}",
+        attached(&nodes.cgroup)?
+    );
     ensure!(nodes.curl("helloworld")? == "hello from helloworld\n");
     Ok(())
 }

@@ -2,6 +2,7 @@
 //! nothing.
 
 use anyhow::{Result, ensure};
+use lb_userspace::datapath::{UNITS, hooks};
 use rustix::process::Signal;
 
 use crate::cluster::{Catalog, Nodes, attached};
@@ -23,6 +24,10 @@ pub fn story() -> Result<()> {
     }
     let nohop = nodes.nohop(&catalog.config())?;
     ensure!(nohop.end()?.success());
-    ensure!(attached(&nodes.cgroup)?.len() == 8, "{:?}", attached(&nodes.cgroup)?);
+    ensure!(
+        attached(&nodes.cgroup)?.len() == hooks(UNITS).count(),
+        "{:?}",
+        attached(&nodes.cgroup)?
+    );
     Ok(())
 }

@@ -170,7 +170,7 @@ pub struct DatapathStatus {
     /// Why connections are only counted; `null` while they are translated.
     #[serde(default)]
     pub mode_reason: Option<String>,
-    /// The units of the datapath.
+    /// The units that the kernel side is made of, in the order in which they are attached.
     #[serde(default)]
     pub units: Vec<UnitStatus>,
     /// Optional features that this kernel lacks.
@@ -185,14 +185,15 @@ pub struct DatapathStatus {
     pub counters: BTreeMap<String, u64>,
 }
 
-/// A set of programs and maps that are attached, upgraded and detached together, within
-/// [`DatapathStatus`].
+/// Programs, maps and attachments that load, fail and upgrade together, within [`DatapathStatus`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UnitStatus {
     /// The unit's name.
     pub name: String,
-    /// Whether all of it is attached and a connection has shown that it runs.
-    pub attached: bool,
+    /// `attached`; `waiting` while its hooks still run an earlier daemon's programs; `failed`.
+    pub state: String,
+    /// Why it isn't attached; `null` while it is.
+    pub reason: Option<String>,
 }
 
 /// One map, within [`DatapathStatus`].

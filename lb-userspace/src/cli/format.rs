@@ -4,8 +4,8 @@ use std::fmt::Write;
 
 use super::instance::known_as;
 use crate::admin::api::{
-    Backend, Explanation, MapStatus, PoolStatus, Service, SourceStatus, Status, UpstreamStatus,
-    WatchStatus,
+    Backend, Explanation, MapStatus, PoolStatus, Service, SourceStatus, Status, UnitStatus,
+    UpstreamStatus, WatchStatus,
 };
 
 /// `nohop status`
@@ -54,6 +54,11 @@ pub fn status(status: &Status) -> String {
             &mut text,
             format!("          {}: connections are only counted: {why}", status.datapath.mode),
         );
+    }
+    for UnitStatus { name, state, reason } in &status.datapath.units {
+        if let Some(reason) = reason {
+            line(&mut text, format!("          unit {name}: {state}: {reason}"));
+        }
     }
     for limit in &status.datapath.limits {
         line(&mut text, format!("          {limit}"));

@@ -6,7 +6,6 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::view::UNIT;
 use crate::admin::prometheus::{Exposition, Histogram, Kind};
 use crate::catalog::Watches;
 use crate::datapath::{Pressure, ServiceCounters};
@@ -23,7 +22,8 @@ pub struct Readings {
     pub(super) is_ready: bool,
     /// The name of the catalog's source.
     pub(super) source: &'static str,
-    pub(super) is_attached: bool,
+    /// Each with whether it is attached.
+    pub(super) units: Vec<(&'static str, bool)>,
     pub(super) is_shadow: bool,
     /// Lines of the log that were dropped.
     pub(super) log_dropped: u64,
@@ -101,9 +101,11 @@ fn daemon(text: &mut Exposition, readings: &Readings) {
     text.family("nohop_build_info", Kind::Gauge, help).sample(&version, 1);
     let help = "Whether names are answered and connects to translated (1), or not (0).";
     text.single("nohop_ready", Kind::Gauge, help, u8::from(readings.is_ready));
-    let help = "Whether every hook is attached and seen to run (1), or not (0).";
+    let help = "Whether every hook of a unit is attached and seen to run (1), or not (0).";
     let mut family = text.family("nohop_datapath_attached", Kind::Gauge, help);
-    family.sample(&[("unit", UNIT)], u8::from(readings.is_attached));
+    for (unit, is_attached) in &readings.units {
+        family.sample(&[("unit", unit)], u8::from(*is_attached));
+    }
     let help = "What becomes of connections: of translate and shadow (connections are only counted) one is 1.";
     let mut family = text.family("nohop_mode", Kind::Gauge, help);
     family.sample(&[("mode", "translate")], u8::from(!readings.is_shadow));
@@ -255,7 +257,7 @@ mod tests {
         Readings {
             is_ready: true,
             source: "consul",
-            is_attached: false,
+            units: vec![("connect", false)],
             is_shadow: true,
             log_dropped: 8,
             generation: 7,

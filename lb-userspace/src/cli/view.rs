@@ -13,14 +13,11 @@ use crate::admin::prometheus::Histogram;
 use crate::admin::{At, View, api};
 use crate::catalog::{self, Health, Watches};
 use crate::config::Unrouted;
-use crate::datapath::{COUNTERS, Counters, Indices, Mode, SharedDatapath};
+use crate::datapath::{COUNTERS, Counters, Indices, Mode, SharedDatapath, UnitState};
 use crate::dns::{self, DebugClient};
 use crate::table::book::Book;
 use crate::table::vips::PoolUse;
 use crate::table::{Service, Table, Watch};
-
-/// The only unit of the datapath.
-pub(super) const UNIT: &str = "connect";
 
 /// The running daemon, as far as the admin interface needs it.
 pub struct DaemonView {
@@ -70,6 +67,11 @@ impl View for DaemonView {
             (true, true) => "failing",
         };
         let pool = *self.pool.borrow();
+        let units = self.datapath.unit_status().into_iter().map(|unit| api::UnitStatus {
+            name: unit.name.to_owned(),
+            state: unit.state.name().to_owned(),
+            reason: unit.reason,
+        });
         let maps = self.datapath.pressure().into_iter().map(|(name, pressure)| api::MapStatus {
             name: name.to_owned(),
             entries: pressure.used.into(),
@@ -111,7 +113,7 @@ impl View for DaemonView {
                 cgroup: self.scope.display().to_string(),
                 mode: mode.to_owned(),
                 mode_reason,
-                units: vec![api::UnitStatus { name: UNIT.to_owned(), attached: hooks.attached }],
+                units: units.collect(),
                 limits: self.datapath.limits(),
                 maps: maps.collect(),
                 refused_services: errors.len(),
@@ -150,6 +152,13 @@ impl View for DaemonView {
         let (health, watches) = (self.health.borrow().clone(), self.stats.watches());
         let stats = &self.stats;
         let hooks = self.datapath.hooks();
+        let units = self.datapath.unit_status().into_iter().map(|unit| {
+            let is_attached = match unit.is_required {
+                true => hooks.attached,
+                false => unit.state == UnitState::Attached,
+            };
+            (unit.name, is_attached)
+        });
         let is_live = |name: &Arc<str>| {
             table.services.get(name).is_some_and(|service| service.watch == Watch::Live)
         };
@@ -166,7 +175,7 @@ impl View for DaemonView {
         let propagation = self.propagation.lock().unwrap_or_else(PoisonError::into_inner).clone();
         exposition(&Readings {
             is_ready: table.is_synced() && hooks.translate,
-            is_attached: hooks.attached,
+            units: units.collect(),
             is_shadow: self.datapath.mode() != Mode::Translate,
             log_dropped: log::n_dropped(),
             generation: table.generation,

@@ -1,6 +1,6 @@
-//! What aya doesn't offer: cgroup links that are pinned, asked whether they still hold, and given
-//! another program in place; what else is attached to a cgroup; programs of a few instructions that
-//! show what the verifier takes; and the cookie of a network namespace.
+//! What aya doesn't offer: links that are pinned, queried, and given another program in place; what
+//! else is attached to a cgroup; programs of a few instructions that show what the verifier accepts;
+//! a wait for running programs; and the cookie of a network namespace.
 #![allow(unsafe_code)]
 
 use std::ffi::CString;
@@ -22,88 +22,78 @@ const BPF_LINK_UPDATE: libc::c_int = 29;
 const BPF_LINK_DETACH: libc::c_int = 34;
 const BPF_LINK_TYPE_CGROUP: u32 = 3;
 
-/// Where a program is attached; from linux/bpf.h.
+/// Where in its target a program is attached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u32)]
-pub enum AttachType {
-    /// BPF_CGROUP_INET4_CONNECT
-    Connect4 = 10,
-    /// BPF_CGROUP_INET6_CONNECT
-    Connect6 = 11,
-    /// BPF_CGROUP_UDP4_SENDMSG
-    SendMsg4 = 14,
-    /// BPF_CGROUP_UDP6_SENDMSG
-    SendMsg6 = 15,
-    /// BPF_CGROUP_UDP4_RECVMSG
-    RecvMsg4 = 19,
-    /// BPF_CGROUP_UDP6_RECVMSG
-    RecvMsg6 = 20,
-    /// BPF_CGROUP_INET4_GETPEERNAME
-    GetPeerName4 = 29,
-    /// BPF_CGROUP_INET6_GETPEERNAME
-    GetPeerName6 = 30,
+pub struct AttachType {
+    /// Its number in linux/bpf.h.
+    pub number: u32,
+    /// Its name, as every version of bpftool takes it.
+    pub name: &'static str,
 }
 
 impl AttachType {
-    /// The hook's name, as every version of bpftool takes it.
-    pub fn name(self) -> &'static str {
-        match self {
-            AttachType::Connect4 => "connect4",
-            AttachType::Connect6 => "connect6",
-            AttachType::SendMsg4 => "sendmsg4",
-            AttachType::SendMsg6 => "sendmsg6",
-            AttachType::RecvMsg4 => "recvmsg4",
-            AttachType::RecvMsg6 => "recvmsg6",
-            AttachType::GetPeerName4 => "getpeername4",
-            AttachType::GetPeerName6 => "getpeername6",
-        }
-    }
+    /// BPF_CGROUP_INET4_CONNECT
+    pub const CONNECT4: AttachType = AttachType { number: 10, name: "connect4" };
+    /// BPF_CGROUP_INET6_CONNECT
+    pub const CONNECT6: AttachType = AttachType { number: 11, name: "connect6" };
+    /// BPF_CGROUP_UDP4_SENDMSG
+    pub const SENDMSG4: AttachType = AttachType { number: 14, name: "sendmsg4" };
+    /// BPF_CGROUP_UDP6_SENDMSG
+    pub const SENDMSG6: AttachType = AttachType { number: 15, name: "sendmsg6" };
+    /// BPF_CGROUP_UDP4_RECVMSG
+    pub const RECVMSG4: AttachType = AttachType { number: 19, name: "recvmsg4" };
+    /// BPF_CGROUP_UDP6_RECVMSG
+    pub const RECVMSG6: AttachType = AttachType { number: 20, name: "recvmsg6" };
+    /// BPF_CGROUP_INET4_GETPEERNAME
+    pub const GETPEERNAME4: AttachType = AttachType { number: 29, name: "getpeername4" };
+    /// BPF_CGROUP_INET6_GETPEERNAME
+    pub const GETPEERNAME6: AttachType = AttachType { number: 30, name: "getpeername6" };
 }
 
-/// A program's attachment to a cgroup, or, where it was found pinned, to whatever a later version
-/// attaches programs to. It ends with the last descriptor and pin.
+/// A program's attachment (`bpf_link`). It ends with the last descriptor and pin.
 #[derive(Debug)]
-pub struct CgroupLink(OwnedFd);
+pub struct Link(OwnedFd);
 
-/// What is found pinned where a link should be.
+/// What is pinned where a link should be.
 #[derive(Debug)]
-pub enum Pinned {
-    /// A link, of whatever kind.
-    Link(CgroupLink),
-    /// Something else, as fdinfo has it.
+pub enum PinnedObject {
+    /// A link, of any kind.
+    Link(Link),
+    /// Something else, as fdinfo describes it.
     Other(String),
 }
 
-/// What a link joins.
+/// What a cgroup link is attached to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Joined {
+pub struct LinkInfo {
     /// The cgroup's id, which is its directory's inode; 0 once the link was detached.
     pub cgroup_id: u64,
-    /// Where in it, an [`AttachType`].
+    /// Where in it: the number of an [`AttachType`].
     pub attach_type: u32,
 }
 
-impl CgroupLink {
-    /// Attaches a program to a cgroup, beside whatever is there. Kernel 5.7 and later.
+impl Link {
+    /// Attaches a program to a target, such as a cgroup, in addition to what is attached there.
+    /// Kernel 5.7 and later.
     ///
     /// # Errors
     /// EBADF for a directory that is no cgroup v2 one, EPERM without CAP_NET_ADMIN and CAP_BPF.
     pub fn attach(
         program: BorrowedFd<'_>,
-        cgroup: BorrowedFd<'_>,
+        target: BorrowedFd<'_>,
         attach_type: AttachType,
-    ) -> io::Result<CgroupLink> {
-        let (program, cgroup) = (program.as_raw_fd() as u32, cgroup.as_raw_fd() as u32);
-        let fd = bpf(BPF_LINK_CREATE, &[program, cgroup, attach_type as u32, 0])?;
+    ) -> io::Result<Link> {
+        let (program, target) = (program.as_raw_fd() as u32, target.as_raw_fd() as u32);
+        let fd = bpf(BPF_LINK_CREATE, &[program, target, attach_type.number, 0])?;
         // SAFETY: the kernel has just made this descriptor for us.
-        Ok(CgroupLink(unsafe { OwnedFd::from_raw_fd(fd) }))
+        Ok(Link(unsafe { OwnedFd::from_raw_fd(fd) }))
     }
 
-    /// What is pinned at `path`; `None` when there is nothing.
+    /// The object that is pinned at `path`; `None` when there is none.
     ///
     /// # Errors
     /// When the kernel refuses, such as EPERM for something that isn't a BPF object.
-    pub fn pinned(path: &Path) -> io::Result<Option<Pinned>> {
+    pub fn pinned(path: &Path) -> io::Result<Option<PinnedObject>> {
         let name = CString::new(path.as_os_str().as_bytes())?;
         let [low, high] = halves(name.as_ptr() as u64);
         let fd = match bpf(BPF_OBJ_GET, &[low, high, 0, 0]) {
@@ -116,7 +106,7 @@ impl CgroupLink {
         let kind = about.lines().find(|line| line.contains("_type:")).unwrap_or("no type");
         let kind = kind.split_whitespace().collect::<Vec<_>>().join(" ");
         let is_link = kind.starts_with("link_type:");
-        Ok(Some(if is_link { Pinned::Link(CgroupLink(fd)) } else { Pinned::Other(kind) }))
+        Ok(Some(if is_link { PinnedObject::Link(Link(fd)) } else { PinnedObject::Other(kind) }))
     }
 
     /// Pins the link, so that it outlives this process.
@@ -129,7 +119,7 @@ impl CgroupLink {
         bpf(BPF_OBJ_PIN, &[low, high, self.0.as_raw_fd() as u32, 0]).map(drop)
     }
 
-    /// Puts another program in the place of the present one: no connection finds neither, or both.
+    /// Replaces the program in place: no call meets neither program, or both.
     ///
     /// # Errors
     /// ENOLINK once the link was detached.
@@ -138,11 +128,11 @@ impl CgroupLink {
         bpf(BPF_LINK_UPDATE, &[link, program.as_raw_fd() as u32, 0, 0]).map(drop)
     }
 
-    /// What the link joins; `None` when it isn't a cgroup link.
+    /// What the link is attached to; `None` when it isn't a cgroup link.
     ///
     /// # Errors
     /// When the kernel refuses.
-    pub fn joined(&self) -> io::Result<Option<Joined>> {
+    pub fn info(&self) -> io::Result<Option<LinkInfo>> {
         // struct bpf_link_info: type, id, prog_id, (padding,) then cgroup { cgroup_id, attach_type }.
         let mut info = [0u64; 8];
         let [low, high] = halves(info.as_mut_ptr() as u64);
@@ -150,8 +140,8 @@ impl CgroupLink {
         bpf(BPF_OBJ_GET_INFO_BY_FD, &[self.0.as_raw_fd() as u32, size, low, high])?;
         let [link_type, _id] = halves(info[0]);
         let [attach_type, _] = halves(info[3]);
-        let joined = Joined { cgroup_id: info[2], attach_type };
-        Ok((link_type == BPF_LINK_TYPE_CGROUP).then_some(joined))
+        let attached = LinkInfo { cgroup_id: info[2], attach_type };
+        Ok((link_type == BPF_LINK_TYPE_CGROUP).then_some(attached))
     }
 
     /// Detaches the program, whoever holds the link. Links of some kinds (tracing, iterators) can't
@@ -184,7 +174,7 @@ pub fn attached_programs(
     let mut ids = [0u32; 64];
     let [low, high] = halves(ids.as_mut_ptr() as u64);
     let (cgroup, n) = (cgroup.as_raw_fd() as u32, ids.len() as u32);
-    let mut attr = attr_of(&[cgroup, attach_type as u32, 0, 0, low, high, n]);
+    let mut attr = attr_of(&[cgroup, attach_type.number, 0, 0, low, high, n]);
     bpf_by(BPF_PROG_QUERY, &mut attr)?;
     // The kernel has written to the fourth word and to the seventh.
     let ([_, flags], [n, _]) = (halves(attr[1]), halves(attr[3]));
@@ -254,7 +244,7 @@ pub fn load_trial(instructions: &[u64], attach_type: AttachType) -> Result<(), R
         log_low,
         log_high,
     ]);
-    attr[17] = attach_type as u32;
+    attr[17] = attach_type.number;
     match bpf(BPF_PROG_LOAD, &attr) {
         Ok(fd) => {
             // SAFETY: the kernel has just made this descriptor for us.

@@ -3,11 +3,10 @@
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
-use aya::Ebpf;
-use aya::maps::{MapData, RingBuf};
+use aya::maps::{Map, MapData, RingBuf};
 use lb_common::EventKind;
 
-use super::DatapathError;
+use super::error::DatapathError;
 use super::kernel::Names;
 
 /// What tells of connections of services that are [`Cold`](crate::table::Watch::Cold): each once, until it
@@ -18,9 +17,8 @@ pub struct Reports {
 }
 
 impl Reports {
-    /// Takes the map of a loaded object.
-    pub(super) fn take(ebpf: &mut Ebpf, names: Names) -> Result<Reports, DatapathError> {
-        let map = ebpf.take_map("REPORTS").ok_or(DatapathError::Object { missing: "REPORTS" })?;
+    /// Reads from the map `REPORTS`.
+    pub(super) fn new(map: Map, names: Names) -> Result<Reports, DatapathError> {
         let ring = RingBuf::try_from(map).map_err(|source| DatapathError::Map { source })?;
         Ok(Reports { ring, names })
     }

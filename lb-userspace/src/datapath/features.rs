@@ -10,17 +10,17 @@ use std::io;
 
 use lb_common::RejectMethod;
 
-use super::DatapathError;
 use super::bpf::{AttachType, Rejected, load_trial};
 use super::btf::{self, SocketBits};
 use super::cause::{Machine, Step, is_transient};
+use super::error::DatapathError;
 
 /// How often what a signal interrupted is tried: as often as libbpf does (PROG_LOAD_ATTEMPTS).
 pub const N_ATTEMPTS: usize = 5;
 
 /// Where programs refuse.
 const REFUSING: [AttachType; 4] =
-    [AttachType::Connect4, AttachType::Connect6, AttachType::SendMsg4, AttachType::SendMsg6];
+    [AttachType::CONNECT4, AttachType::CONNECT6, AttachType::SENDMSG4, AttachType::SENDMSG6];
 
 /// Where the kernel shows how far it is locked down; kernel_lockdown(7).
 const LOCKDOWN: &str = "/sys/kernel/security/lockdown";
@@ -182,7 +182,7 @@ impl Features {
                 return Err(DatapathError::Probe { fix, source, log: String::new() });
             }
             Ok(bits) => {
-                if has(Trial::ReadKernel, AttachType::Connect4)? {
+                if has(Trial::ReadKernel, AttachType::CONNECT4)? {
                     sockets = bits;
                 } else {
                     // This one is read by the type of the socket's structure, without the helper.
@@ -253,7 +253,7 @@ mod tests {
             (Trial::SetRetval, None, libc::EINVAL, no_helper, Ok(vec![PortZero])),
             (
                 Trial::SetRetval,
-                Some(AttachType::SendMsg6),
+                Some(AttachType::SENDMSG6),
                 libc::EINVAL,
                 no_helper,
                 Ok(vec![PortZero]),

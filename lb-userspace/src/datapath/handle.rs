@@ -5,8 +5,11 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use super::control::Datapath;
+use super::error::DatapathError;
 use super::probe::Proof;
-use super::{ApplyError, Datapath, DatapathError, Indices, Pressure};
+use super::reconcile::{ApplyError, Indices, Pressure};
+use super::units::UnitStatus;
 use crate::table::{Table, diff};
 
 /// How long `status` tells of hooks that were detached and attached again.
@@ -206,6 +209,11 @@ impl SharedDatapath {
     /// As [`Datapath::limits`], in words.
     pub fn limits(&self) -> Vec<String> {
         lock(&self.datapath).limits().iter().map(ToString::to_string).collect()
+    }
+
+    /// As [`Datapath::unit_status`].
+    pub fn unit_status(&self) -> Vec<UnitStatus> {
+        lock(&self.datapath).unit_status()
     }
 
     /// As [`Datapath::pressure`].

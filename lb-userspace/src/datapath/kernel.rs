@@ -17,8 +17,8 @@ use lb_common::{
     UdpConnects,
 };
 
-use super::DatapathError;
 use super::bpf::ProgramWait;
+use super::error::DatapathError;
 use super::maps::{FrontendKey, Maps};
 
 /// An array map whose values are words, mapped into memory.

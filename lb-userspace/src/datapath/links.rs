@@ -1,5 +1,6 @@
-//! The hooks: what attaches the programs to the scope, looks after them and hands them over.
+//! The units in the kernel: what attaches their programs, watches the links and hands them over.
 
+use std::cmp::Reverse;
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
@@ -9,111 +10,92 @@ use std::path::{Path, PathBuf};
 
 use aya::Ebpf;
 
-use super::DatapathError;
-use super::bpf::{AttachType, CgroupLink};
-use super::object::program;
+use super::bpf::Link;
+use super::error::DatapathError;
+use super::object::program_fd;
 use super::pins::{self, PinnedLink, Pins, unpin};
+use super::units::{Hook, Target, UNITS, Unit, UnitState, UnitStatus, hooks};
 use super::{cause, obstacles};
-
-/// A program and where it is attached.
-#[derive(Clone, Copy, Debug)]
-pub struct Hook {
-    /// The program's name in the object.
-    pub program: &'static str,
-    /// Where it is attached.
-    pub attach_type: AttachType,
-}
-
-/// The hooks, in the order in which they are attached: what translates back comes first, so that no
-/// translated socket is ever without it. They are detached in the opposite order.
-pub const HOOKS: [Hook; 8] = [
-    Hook { program: "nohop_getpeer4", attach_type: AttachType::GetPeerName4 },
-    Hook { program: "nohop_getpeer6", attach_type: AttachType::GetPeerName6 },
-    Hook { program: "nohop_recvmsg4", attach_type: AttachType::RecvMsg4 },
-    Hook { program: "nohop_recvmsg6", attach_type: AttachType::RecvMsg6 },
-    Hook { program: "nohop_sendmsg4", attach_type: AttachType::SendMsg4 },
-    Hook { program: "nohop_sendmsg6", attach_type: AttachType::SendMsg6 },
-    Hook { program: "nohop_connect4", attach_type: AttachType::Connect4 },
-    Hook { program: "nohop_connect6", attach_type: AttachType::Connect6 },
-];
 
 /// The cgroup that is served.
 #[derive(Debug)]
-pub struct Scope {
+pub struct ServedCgroup {
     directory: File,
     cgroup_id: u64,
 }
 
-/// Opens the cgroup that is served.
-///
-/// # Errors
-/// When the directory can't be opened.
-pub fn open_scope(scope: &Path) -> Result<Scope, DatapathError> {
-    let error = |source| DatapathError::Cgroup { cgroup: scope.into(), source };
-    let directory = File::open(scope).map_err(error)?;
-    let cgroup_id = directory.metadata().map_err(error)?.st_ino();
-    Ok(Scope { directory, cgroup_id })
+impl ServedCgroup {
+    /// Opens it.
+    ///
+    /// # Errors
+    /// When the directory can't be opened.
+    pub fn open(scope: &Path) -> Result<ServedCgroup, DatapathError> {
+        let error = |source| DatapathError::Cgroup { cgroup: scope.into(), source };
+        let directory = File::open(scope).map_err(error)?;
+        let cgroup_id = directory.metadata().map_err(error)?.st_ino();
+        Ok(ServedCgroup { directory, cgroup_id })
+    }
+
+    /// Whether a link is attached to this hook's target.
+    fn has(&self, link: &Link, hook: &Hook) -> io::Result<bool> {
+        let Target::Cgroup(attach_type) = hook.target;
+        Ok(link.info()?.is_some_and(|info| {
+            info.cgroup_id == self.cgroup_id && info.attach_type == attach_type.number
+        }))
+    }
 }
 
-/// Whether `link` is this hook's, and holds in `scope`.
-fn holds(link: &CgroupLink, hook: &Hook, scope: &Scope) -> io::Result<bool> {
-    let joined = link.joined()?;
-    Ok(joined.is_some_and(|joined| {
-        joined.cgroup_id == scope.cgroup_id && joined.attach_type == hook.attach_type as u32
-    }))
+/// The hook that a pinned link has the name of.
+fn hook_of(pinned: &PinnedLink) -> Option<(usize, &'static Hook)> {
+    hooks(UNITS).enumerate().find(|(_, hook)| pinned.name == hook.program)
 }
 
-fn hook_of(pinned: &PinnedLink) -> Option<usize> {
-    HOOKS.iter().position(|hook| pinned.name.to_str() == Some(hook.program))
+/// The programs among these links that are attached to their hook's target.
+fn attached(links: &[PinnedLink], cgroup: &ServedCgroup) -> BTreeSet<&'static str> {
+    let attached = |pinned: &PinnedLink| {
+        let (_, hook) = hook_of(pinned)?;
+        cgroup.has(&pinned.link, hook).unwrap_or(false).then_some(hook.program)
+    };
+    links.iter().filter_map(attached).collect()
 }
 
-/// Whether an earlier daemon's hooks serve this scope.
+/// Whether an earlier daemon's hooks serve this cgroup.
 ///
 /// # Errors
 /// When the pins can't be read.
-pub fn are_live(pins: &Pins, scope: &Scope) -> Result<bool, DatapathError> {
-    let links = pins.all_links()?;
-    Ok(links.iter().any(|pinned| {
-        hook_of(pinned)
-            .is_some_and(|hook| holds(&pinned.link, &HOOKS[hook], scope).unwrap_or(false))
-    }))
+pub fn are_attached(pins: &Pins, cgroup: &ServedCgroup) -> Result<bool, DatapathError> {
+    Ok(!attached(&pins.all_links()?, cgroup).is_empty())
 }
 
-/// The programs that a link pinned in `bpffs` holds at its hook of `scope`, as far as can be seen.
-pub fn live(bpffs: &Path, scope: &Path) -> BTreeSet<&'static str> {
-    let Ok(scope) = open_scope(scope) else { return BTreeSet::new() };
-    let links = pins::links_in(bpffs).unwrap_or_default();
-    let is_live = |pinned: &PinnedLink| {
-        let hook = &HOOKS[hook_of(pinned)?];
-        holds(&pinned.link, hook, &scope).unwrap_or(false).then_some(hook.program)
-    };
-    links.iter().filter_map(is_live).collect()
+/// The programs of links pinned in `bpffs` that are attached to their hook of `scope`, as far as
+/// that can be read.
+pub fn find_attached(bpffs: &Path, scope: &Path) -> BTreeSet<&'static str> {
+    let Ok(cgroup) = ServedCgroup::open(scope) else { return BTreeSet::new() };
+    attached(&pins::links_in(bpffs).unwrap_or_default(), &cgroup)
 }
 
-/// What translates back goes last; what this version doesn't know is some later hook.
+/// The order of attaching reversed. A hook that this version doesn't know is a later version's, and
+/// goes first.
 fn sort_for_detaching(links: &mut [PinnedLink]) {
-    links.sort_by_key(|pinned| std::cmp::Reverse(hook_of(pinned).unwrap_or(HOOKS.len())));
+    links.sort_by_key(|pinned| Reverse(hook_of(pinned).map_or(usize::MAX, |(idx, _)| idx)));
 }
 
-/// Detaches every link that is pinned, under whatever layout: what translates back goes last.
-/// Returns how many there were.
+/// Detaches every pinned link of every layout. Returns how many there were.
 ///
 /// # Errors
 /// When the kernel refuses.
 pub fn detach_pinned(pins: &Pins) -> Result<usize, DatapathError> {
     let mut links = pins.all_links()?;
     sort_for_detaching(&mut links);
-    for link in &links {
-        end(link)?;
-    }
+    links.iter().try_for_each(end)?;
     Ok(links.len())
 }
 
-/// Detaches a pinned link and takes the pin away. A later version's hook may be of a kind that can't
-/// be detached: it ends with its pin.
+/// Detaches a pinned link and removes the pin. A later version's hook may be of a kind that can't be
+/// detached: it ends with its pin.
 fn end(PinnedLink { path, link, .. }: &PinnedLink) -> Result<(), DatapathError> {
     if let Err(source) = link.detach() {
-        if link.joined().is_ok_and(|joined| joined.is_some()) {
+        if link.info().is_ok_and(|info| info.is_some()) {
             return Err(DatapathError::Link { action: "detach", link: path.clone(), source });
         }
         tracing::debug!("{} ends with its pin: {source}", path.display());
@@ -121,34 +103,68 @@ fn end(PinnedLink { path, link, .. }: &PinnedLink) -> Result<(), DatapathError> 
     Ok(unpin(path)?)
 }
 
-/// Whether the hooks are where they should be.
+/// What a look at the hooks found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Attachment {
-    /// The programs that were found detached, which are attached again unless there is a problem.
+    /// The programs that were found detached. They are attached again unless there is a problem.
     pub lost: BTreeSet<&'static str>,
-    /// Why they couldn't be attached again.
+    /// Why hooks of a required unit couldn't be attached again.
     pub problem: Option<String>,
 }
 
 impl Attachment {
-    /// Whether all hooks run now.
-    pub fn holds(&self) -> bool {
+    /// Whether all hooks of the required units run now.
+    pub fn is_complete(&self) -> bool {
         self.problem.is_none()
     }
 }
 
-/// The links of a datapath.
+/// A unit of this daemon.
 #[derive(Debug)]
-pub struct Links {
-    scope: PathBuf,
-    /// In the order of [`HOOKS`]; empty while the hooks are still an earlier daemon's.
-    links: Vec<CgroupLink>,
+struct LoadedUnit {
+    unit: &'static Unit,
+    /// Its programs; `None` where the kernel refused them.
+    ebpf: Option<Ebpf>,
+    /// Its links, in the order of its hooks; empty while it isn't attached.
+    links: Vec<Link>,
+    /// Why it isn't loaded or attached.
+    problem: Option<String>,
 }
 
-impl Links {
-    /// None yet, for `scope`.
-    pub fn new(scope: &Path) -> Links {
-        Links { scope: scope.into(), links: Vec::new() }
+/// The units of a datapath.
+#[derive(Debug)]
+pub struct Units {
+    scope: PathBuf,
+    units: Vec<LoadedUnit>,
+    /// Whether the hooks run this datapath's programs, and not an earlier daemon's.
+    are_switched: bool,
+}
+
+impl Units {
+    /// Loads `units` for `scope`, of which the first is loaded already. Nothing is attached yet.
+    ///
+    /// # Errors
+    /// When the kernel refuses a required one.
+    pub fn load(
+        scope: &Path,
+        units: &'static [Unit],
+        first: Ebpf,
+        load: impl Fn(&Unit) -> Result<Ebpf, DatapathError>,
+    ) -> Result<Units, DatapathError> {
+        let mut first = Some(first);
+        let mut loaded = Vec::new();
+        for unit in units {
+            let ebpf = first.take().map_or_else(|| load(unit), Ok);
+            let (ebpf, problem) = match ebpf {
+                Ok(ebpf) => (Some(ebpf), None),
+                Err(error) if unit.is_required => return Err(error),
+                Err(error) => (None, Some(error.to_string())),
+            };
+            let mut this = LoadedUnit { unit, ebpf, links: Vec::new(), problem: None };
+            this.set_problem(problem);
+            loaded.push(this);
+        }
+        Ok(Units { scope: scope.into(), units: loaded, are_switched: false })
     }
 
     /// The cgroup that is served.
@@ -156,53 +172,68 @@ impl Links {
         &self.scope
     }
 
-    /// Whether the hooks run this datapath's programs.
-    pub fn are_ours(&self) -> bool {
-        !self.links.is_empty()
+    /// Whether the hooks run this datapath's programs, and not an earlier daemon's.
+    pub fn are_switched(&self) -> bool {
+        self.are_switched
+    }
+
+    /// The names of the programs that are loaded.
+    pub fn programs(&self) -> impl Iterator<Item = &'static str> {
+        let loaded = self.units.iter().filter(|unit| unit.ebpf.is_some());
+        loaded.flat_map(|unit| unit.unit.hooks).map(|hook| hook.program)
+    }
+
+    /// The programs and maps that are loaded, in the order of the units.
+    pub fn loaded(&self) -> impl Iterator<Item = &Ebpf> {
+        self.units.iter().filter_map(|unit| unit.ebpf.as_ref())
+    }
+
+    /// The same, to change.
+    pub fn loaded_mut(&mut self) -> impl Iterator<Item = &mut Ebpf> {
+        self.units.iter_mut().filter_map(|unit| unit.ebpf.as_mut())
+    }
+
+    /// How each unit does.
+    pub fn status(&self) -> Vec<UnitStatus> {
+        let status = |LoadedUnit { unit, problem, .. }: &LoadedUnit| {
+            let (state, reason) = match problem {
+                Some(problem) => (UnitState::Failed, Some(problem.clone())),
+                None if !self.are_switched => {
+                    let reason = "the hooks still run an earlier daemon's programs";
+                    (UnitState::Waiting, Some(reason.to_owned()))
+                }
+                None => (UnitState::Attached, None),
+            };
+            let Unit { name, is_required, .. } = **unit;
+            UnitStatus { name, is_required, state, reason }
+        };
+        self.units.iter().map(status).collect()
     }
 
     /// Makes the hooks run these programs: an earlier daemon's links get them in place, so that no
-    /// connect finds a gap; others are made. Then nothing but these is left pinned.
+    /// connection is missed; others are made. Then nothing but these is left pinned.
     ///
     /// # Errors
-    /// When the kernel refuses; the next call goes on where this one stopped.
-    pub fn switch(&mut self, ebpf: &mut Ebpf, pins: &Pins) -> Result<(), DatapathError> {
-        let scope = open_scope(&self.scope)?;
+    /// When the kernel refuses a required unit; the next call continues where this one stopped.
+    pub fn switch(&mut self, pins: &Pins) -> Result<(), DatapathError> {
+        let cgroup = ServedCgroup::open(&self.scope)?;
         let mut earlier = pins.all_links()?;
-        let mut links = Vec::new();
-        for hook in &HOOKS {
-            let is_this = |pinned: &PinnedLink| {
-                pinned.name == hook.program && holds(&pinned.link, hook, &scope).unwrap_or(false)
-            };
-            let found = earlier.iter().position(is_this).map(|at| earlier.swap_remove(at));
-            let path = pins.link(hook.program);
-            let link = match found {
-                Some(PinnedLink { path: at, link, .. })
-                    if self.replace(ebpf, hook, &link).is_ok() =>
-                {
-                    if at != path {
-                        pin_at(&link, &path)?;
-                    }
-                    link
-                }
-                _ => {
-                    let link = self.attach(ebpf, hook, &scope)?;
-                    pin_at(&link, &path)?;
-                    link
-                }
-            };
-            links.push(link);
+        for unit in self.units.iter_mut().filter(|unit| unit.ebpf.is_some()) {
+            match unit.attach(&self.scope, &cgroup, pins, &mut earlier) {
+                Err(error) if unit.unit.is_required => return Err(error),
+                attached => unit.set_problem(attached.err().map(|error| error.to_string())),
+            }
         }
-        self.links = links;
-        // What is left, such as the links to another cgroup, ends here, what translates back last.
+        self.are_switched = true;
+        // The rest, such as links to another cgroup, ends here.
         sort_for_detaching(&mut earlier);
+        let attached = self.units.iter().filter(|unit| !unit.links.is_empty());
+        let attached = attached.flat_map(|unit| unit.unit.hooks);
+        let own: BTreeSet<PathBuf> = attached.map(|hook| pins.link(hook.program)).collect();
         for pinned in earlier {
-            let PinnedLink { name, path, link } = &pinned;
-            let is_own =
-                HOOKS.iter().any(|hook| name == hook.program && *path == pins.link(hook.program));
-            if is_own {
-                // Its pin is the new link's by now.
-                if let Err(error) = link.detach() {
+            // The pin is the new link's by now.
+            if own.contains(&pinned.path) {
+                if let Err(error) = pinned.link.detach() {
                     tracing::debug!("a link couldn't be detached: {error}");
                 }
             } else {
@@ -212,78 +243,118 @@ impl Links {
         Ok(pins.remove_other_layouts()?)
     }
 
-    fn replace(
-        &self,
-        ebpf: &mut Ebpf,
-        hook: &Hook,
-        link: &CgroupLink,
-    ) -> Result<(), DatapathError> {
-        let attach_error = |source| self.attach_error(hook, source);
-        let loaded = program(ebpf, hook.program)?.fd();
-        let loaded =
-            loaded.map_err(|source| DatapathError::Program { program: hook.program, source })?;
-        link.replace(loaded.as_fd()).map_err(attach_error)
-    }
-
-    fn attach(
-        &self,
-        ebpf: &mut Ebpf,
-        hook: &Hook,
-        scope: &Scope,
-    ) -> Result<CgroupLink, DatapathError> {
-        let loaded = program(ebpf, hook.program)?.fd();
-        let loaded =
-            loaded.map_err(|source| DatapathError::Program { program: hook.program, source })?;
-        CgroupLink::attach(loaded.as_fd(), scope.directory.as_fd(), hook.attach_type)
-            .map_err(|source| self.attach_error(hook, source))
-    }
-
-    fn attach_error(&self, hook: &Hook, source: io::Error) -> DatapathError {
-        // The kernel has one error for both a missing capability and another program's hook.
-        if source.kind() == io::ErrorKind::PermissionDenied
-            && let Ok(Some(obstacle)) =
-                obstacles::find(&self.scope, |each| each.program == hook.program)
-        {
-            return DatapathError::Held(obstacle);
-        }
-        let fix = cause::Machine::look().fix(cause::Step::Attach, &source);
-        DatapathError::Attach { program: hook.program, cgroup: self.scope.clone(), source, fix }
-    }
-
-    /// Looks at every link; attaches and pins again what isn't attached or pinned any more.
-    pub fn fix(&mut self, ebpf: &mut Ebpf, pins: &Pins) -> Attachment {
+    /// Checks every link; attaches and pins again what isn't attached or pinned any more. A unit
+    /// that couldn't be attached is tried again.
+    pub fn fix(&mut self, pins: &Pins) -> Attachment {
         let mut attachment = Attachment::default();
-        if let Err(error) = self.try_fix(ebpf, pins, &mut attachment.lost) {
-            attachment.problem = Some(error.to_string());
+        if !self.are_switched {
+            return attachment;
+        }
+        let cgroup = ServedCgroup::open(&self.scope);
+        // Where the kernel refused the programs it would refuse them again.
+        for unit in self.units.iter_mut().filter(|unit| unit.ebpf.is_some()) {
+            let fixed = match &cgroup {
+                Ok(cgroup) => unit.fix(&self.scope, cgroup, pins, &mut attachment.lost),
+                Err(error) => Err(error.to_string()),
+            };
+            unit.set_problem(fixed.err());
+            if unit.unit.is_required && attachment.problem.is_none() {
+                attachment.problem.clone_from(&unit.problem);
+            }
         }
         attachment
     }
 
-    fn try_fix(
-        &mut self,
-        ebpf: &mut Ebpf,
-        pins: &Pins,
-        lost: &mut BTreeSet<&'static str>,
-    ) -> Result<(), DatapathError> {
-        let scope = open_scope(&self.scope)?;
-        for (index, hook) in HOOKS.iter().enumerate().take(self.links.len()) {
-            let path = pins.link(hook.program);
-            // A kernel that doesn't say is no reason to attach twice.
-            if !holds(&self.links[index], hook, &scope).unwrap_or(true) {
-                lost.insert(hook.program);
-                self.links[index] = self.attach(ebpf, hook, &scope)?;
-                pin_at(&self.links[index], &path)?;
-            } else if !path.exists() {
-                pin_at(&self.links[index], &path)?;
-            }
+    /// Detaches the programs in the opposite order, and removes the links' pins. A link that is
+    /// detached already is no error.
+    pub fn detach(&mut self, pins: &Pins) {
+        for unit in self.units.iter_mut().rev() {
+            unit.detach(pins);
         }
-        Ok(())
+        self.are_switched = false;
+    }
+}
+
+impl LoadedUnit {
+    /// Sets why it doesn't run. Of units that aren't required the log shows what is new.
+    fn set_problem(&mut self, problem: Option<String>) {
+        if let Some(new) = problem.as_ref().filter(|_| self.problem != problem)
+            && !self.unit.is_required
+        {
+            tracing::warn!("the unit {} doesn't run: {new}", self.unit.name);
+        }
+        self.problem = problem;
     }
 
-    /// Detaches the programs, what translates back last, and takes the pins away. It is no error if
-    /// somebody did already.
-    pub fn detach(&mut self, pins: &Pins) {
-        for (link, hook) in self.links.iter().zip(&HOOKS).rev() {
+    /// Attaches the unit, by links of `earlier` where there are any of its hooks. One that isn't
+    /// required is detached as a whole where a hook of it can't be attached.
+    fn attach(
+        &mut self,
+        scope: &Path,
+        cgroup: &ServedCgroup,
+        pins: &Pins,
+        earlier: &mut Vec<PinnedLink>,
+    ) -> Result<(), DatapathError> {
+        let Some(ebpf) = &self.ebpf else { return Ok(()) };
+        let mut attach = |hook: &Hook| -> Result<Link, DatapathError> {
+            let is_this = |pinned: &PinnedLink| {
+                pinned.name == hook.program && cgroup.has(&pinned.link, hook).unwrap_or(false)
+            };
+            let found = earlier.iter().position(is_this).map(|at| earlier.swap_remove(at));
+            let path = pins.link(hook.program);
+            if let Some(PinnedLink { path: at, link, .. }) = found
+                && link.replace(program_fd(ebpf, hook.program)?).is_ok()
+            {
+                if at != path {
+                    pin_at(&link, &path)?;
+                }
+                return Ok(link);
+            }
+            let link = attach_hook(ebpf, hook, scope, cgroup)?;
+            pin_at(&link, &path)?;
+            Ok(link)
+        };
+        let mut links = Vec::new();
+        let attached = self.unit.hooks.iter().try_for_each(|hook| {
+            links.push(attach(hook)?);
+            Ok(())
+        });
+        if attached.is_ok() {
+            self.links = links;
+        } else if !self.unit.is_required {
+            self.links = links;
+            self.detach(pins);
+        }
+        attached
+    }
+
+    fn fix(
+        &mut self,
+        scope: &Path,
+        cgroup: &ServedCgroup,
+        pins: &Pins,
+        lost: &mut BTreeSet<&'static str>,
+    ) -> Result<(), String> {
+        let Some(ebpf) = &self.ebpf else { return Ok(()) };
+        let fixed = if self.links.is_empty() {
+            self.attach(scope, cgroup, pins, &mut Vec::new())
+        } else {
+            self.links.iter_mut().zip(self.unit.hooks).try_for_each(|(link, hook)| {
+                let path = pins.link(hook.program);
+                // A kernel that doesn't answer is no reason to attach twice.
+                let is_attached = cgroup.has(link, hook).unwrap_or(true);
+                if !is_attached {
+                    lost.insert(hook.program);
+                    *link = attach_hook(ebpf, hook, scope, cgroup)?;
+                }
+                if is_attached && path.exists() { Ok(()) } else { pin_at(link, &path) }
+            })
+        };
+        fixed.map_err(|error| error.to_string())
+    }
+
+    fn detach(&mut self, pins: &Pins) {
+        for (link, hook) in self.links.drain(..).zip(self.unit.hooks).rev() {
             if let Err(error) = link.detach() {
                 tracing::debug!("a link couldn't be detached: {error}");
             }
@@ -291,12 +362,32 @@ impl Links {
                 tracing::warn!("{error}");
             }
         }
-        self.links.clear();
     }
 }
 
-/// Pins a link, in the place of whatever link is pinned there.
-fn pin_at(link: &CgroupLink, path: &Path) -> Result<(), DatapathError> {
+/// Attaches a program to its hook's target by a new link.
+fn attach_hook(
+    ebpf: &Ebpf,
+    hook: &Hook,
+    scope: &Path,
+    cgroup: &ServedCgroup,
+) -> Result<Link, DatapathError> {
+    let program = program_fd(ebpf, hook.program)?;
+    let Target::Cgroup(attach_type) = hook.target;
+    Link::attach(program, cgroup.directory.as_fd(), attach_type).map_err(|source| {
+        // The kernel has one error for both a missing capability and another program's hook.
+        if source.kind() == io::ErrorKind::PermissionDenied
+            && let Ok(Some(obstacle)) = obstacles::find(scope, [hook])
+        {
+            return DatapathError::Obstacle(obstacle);
+        }
+        let fix = cause::Machine::look().fix(cause::Step::Attach, &source);
+        DatapathError::Attach { program: hook.program, cgroup: scope.into(), source, fix }
+    })
+}
+
+/// Pins a link, in the place of any link that is pinned there.
+fn pin_at(link: &Link, path: &Path) -> Result<(), DatapathError> {
     unpin(path)?;
     link.pin(path).map_err(|source| DatapathError::Link {
         action: "pin",

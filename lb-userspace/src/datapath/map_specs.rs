@@ -9,8 +9,24 @@ use lb_common::{
     RefusedStats, RevNat, SLOTS_PER_BACKEND, ServiceEntry, ServiceName, ServiceRef, Slot,
 };
 
-use super::pins::MapShape;
 use crate::config::{DatapathConfig, VipConfig};
+
+/// What a pinned map has to be.
+#[derive(Clone, Copy, Debug)]
+pub struct MapShape {
+    /// Its name, in the object and of the pin.
+    pub name: &'static str,
+    /// The kernel's number of its type; from linux/bpf.h.
+    pub map_type: u32,
+    /// In bytes.
+    pub key_size: u32,
+    /// In bytes.
+    pub value_size: u32,
+    /// The number of entries.
+    pub max_entries: u32,
+    /// BPF_F_*.
+    pub flags: u32,
+}
 
 /// The sizes of the maps, in entries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,27 +1,30 @@
 //! The object: what it is told of this kernel and of the configuration, and how it is loaded.
 
 use std::net::Ipv4Addr;
+use std::os::fd::{AsFd, BorrowedFd};
 
-use aya::programs::{CgroupSockAddr, ProgramError};
+use aya::programs::{Program, ProgramError};
 use aya::{Ebpf, EbpfLoader, include_bytes_aligned};
 use lb_common::Address;
 
 use super::btf::Bit;
 use super::cause::is_transient;
+use super::error::DatapathError;
 use super::features::{Features, N_ATTEMPTS};
-use super::links::HOOKS;
 use super::map_specs::{Sizes, socket_shapes};
+use super::options::Options;
 use super::pins::Pins;
-use super::{DatapathError, Options};
+use super::units::Unit;
 
 static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/nohop-ebpf"));
 
-/// Loads the object over the maps in `pins`, which makes those that aren't there. The constants
-/// follow from `features`, so there is one attempt, and an error of it is an error.
+/// Loads a unit's programs over the maps in `pins`, and creates the maps that aren't there. The
+/// constants follow from `features`, so there is one attempt, and an error of it is an error.
 ///
 /// # Errors
 /// When the kernel refuses, for lack of a feature, of memory or of privileges.
 pub fn load(
+    unit: &Unit,
     options: &Options,
     sizes: &Sizes,
     pins: &Pins,
@@ -68,7 +71,7 @@ pub fn load(
     // Not pinned, and as large as the one of services.
     loader.map_max_entries("UDP_CONNECTS", sizes.services);
     let mut ebpf = loader.load(OBJECT).map_err(DatapathError::Load)?;
-    for hook in &HOOKS {
+    for hook in unit.hooks {
         load_program(&mut ebpf, hook.program)?;
     }
     Ok(ebpf)
@@ -76,10 +79,15 @@ pub fn load(
 
 /// Loads a program; what a signal interrupts (EAGAIN from `bpf_check`) is tried again.
 fn load_program(ebpf: &mut Ebpf, name: &'static str) -> Result<(), DatapathError> {
+    let program = ebpf.program_mut(name).ok_or(DatapathError::Object { missing: name })?;
+    let mut load = || match program {
+        Program::CgroupSockAddr(program) => program.load(),
+        _ => Err(ProgramError::UnexpectedProgramType),
+    };
     let mut n_left = N_ATTEMPTS;
     loop {
         n_left -= 1;
-        match program(ebpf, name)?.load() {
+        match load() {
             Err(ProgramError::LoadError { io_error, .. })
                 if n_left > 0 && is_transient(&io_error) => {}
             result => {
@@ -89,16 +97,14 @@ fn load_program(ebpf: &mut Ebpf, name: &'static str) -> Result<(), DatapathError
     }
 }
 
-/// A program of the object.
+/// A loaded program of the object.
 ///
 /// # Errors
-/// When the object has none of this name.
-pub fn program<'a>(
-    ebpf: &'a mut Ebpf,
-    name: &'static str,
-) -> Result<&'a mut CgroupSockAddr, DatapathError> {
-    let program = ebpf.program_mut(name).ok_or(DatapathError::Object { missing: name })?;
-    program.try_into().map_err(|_| DatapathError::Object { missing: name })
+/// When the object has none of this name, or it isn't loaded.
+pub fn program_fd<'a>(ebpf: &'a Ebpf, name: &'static str) -> Result<BorrowedFd<'a>, DatapathError> {
+    let program = ebpf.program(name).ok_or(DatapathError::Object { missing: name })?;
+    let fd = program.fd().map_err(|source| DatapathError::Program { program: name, source })?;
+    Ok(fd.as_fd())
 }
 
 /// The smallest network that these addresses are in, and its netmask; 0 of 32 bits for none.

@@ -12,7 +12,7 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
 use super::bpf::{AttachedPrograms, attached_programs, program_name};
-use super::links::{HOOKS, Hook};
+use super::units::{Hook, Target};
 use crate::config::cgroup;
 
 const BPF_F_ALLOW_OVERRIDE: u32 = 1;
@@ -57,27 +57,30 @@ impl fmt::Display for Obstacle {
     }
 }
 
-/// What keeps our programs from those hooks of `scope` where one has to be attached; `None` where
-/// nothing does. A link that is there takes another program (BPF_LINK_UPDATE) whatever came after it:
+/// What keeps our programs from these hooks of `scope`; `None` where nothing does. A link that is there takes another program (BPF_LINK_UPDATE) whatever came after it:
 /// `__cgroup_bpf_replace` asks for no other's consent.
 ///
 /// # Errors
 /// When the kernel can't be asked, such as for lack of CAP_NET_ADMIN.
-pub fn find(scope: &Path, is_needed: impl Fn(&Hook) -> bool) -> io::Result<Option<Obstacle>> {
+pub fn find<'a>(
+    scope: &Path,
+    hooks: impl IntoIterator<Item = &'a Hook>,
+) -> io::Result<Option<Obstacle>> {
     let scope = std::fs::canonicalize(scope)?;
     let is_cgroup = |dir: &&Path| cgroup::is_cgroup2(dir).unwrap_or(false);
     let levels: Vec<&Path> = scope.ancestors().take_while(is_cgroup).collect();
     let opened = levels.iter().map(File::open).collect::<io::Result<Vec<_>>>()?;
-    for hook in HOOKS.iter().filter(|hook| is_needed(hook)) {
+    for hook in hooks {
+        let Target::Cgroup(attach_type) = hook.target;
         let attached = opened
             .iter()
-            .map(|cgroup| attached_programs(cgroup.as_fd(), hook.attach_type))
+            .map(|cgroup| attached_programs(cgroup.as_fd(), attach_type))
             .collect::<io::Result<Vec<_>>>()?;
         if let Some(at) = refusing_level(&attached) {
             let program_id = attached[at].ids.first().copied().unwrap_or(0);
             return Ok(Some(Obstacle {
                 cgroup: levels[at].into(),
-                hook: hook.attach_type.name(),
+                hook: attach_type.name,
                 program_id,
                 name: program_name(program_id).ok().filter(|name| !name.is_empty()),
             }));

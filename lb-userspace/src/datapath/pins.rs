@@ -20,8 +20,8 @@ use aya::maps::MapData;
 use lb_common::Control;
 use rustix::fs::FlockOperation;
 
-use super::bpf::{CgroupLink, Pinned};
-use super::map_specs::{SK_STORAGE, socket_shapes};
+use super::bpf::{Link, PinnedObject};
+use super::map_specs::{MapShape, SK_STORAGE, socket_shapes};
 
 /// The magic number of a BPF file system; linux/magic.h calls it BPF_FS_MAGIC.
 const BPF_FS_MAGIC: u64 = 0xcafe_4a11;
@@ -150,23 +150,6 @@ fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> PinE
     move |source| PinError::Io { action, path, source }
 }
 
-/// What a pinned map has to be.
-#[derive(Clone, Copy, Debug)]
-pub struct MapShape {
-    /// Its name, in the object and of the pin.
-    pub name: &'static str,
-    /// The kernel's number of its type; from linux/bpf.h.
-    pub map_type: u32,
-    /// In bytes.
-    pub key_size: u32,
-    /// In bytes.
-    pub value_size: u32,
-    /// The number of entries.
-    pub max_entries: u32,
-    /// BPF_F_*.
-    pub flags: u32,
-}
-
 /// How a pin compares with what it has to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fit {
@@ -227,8 +210,8 @@ impl Pins {
     }
 
     /// Where a link of this layout is pinned.
-    pub fn link(&self, name: &str) -> PathBuf {
-        self.links().join(name)
+    pub fn link(&self, program: &str) -> PathBuf {
+        self.links().join(program)
     }
 
     /// Makes the directories.
@@ -694,17 +677,17 @@ fn collect_links(dir: &Path, depth: usize, links: &mut Vec<PinnedLink>) -> Resul
         if kind.is_symlink() {
             continue;
         }
-        match CgroupLink::pinned(&path).map_err(io_error("open", &path))? {
-            Some(Pinned::Link(link)) => {
+        match Link::pinned(&path).map_err(io_error("open", &path))? {
+            Some(PinnedObject::Link(link)) => {
                 let name = path.file_name().unwrap_or_default().to_owned();
                 links.push(PinnedLink { name, path, link });
             }
-            Some(Pinned::Other(found)) if dir.ends_with("links") => {
+            Some(PinnedObject::Other(found)) if dir.ends_with("links") => {
                 let expected = "a link".to_owned();
                 let found = format!("a BPF object of {found}");
                 return Err(PinError::Foreign { path, found, expected });
             }
-            Some(Pinned::Other(_)) | None => {}
+            Some(PinnedObject::Other(_)) | None => {}
         }
     }
     Ok(())
@@ -782,7 +765,7 @@ pub struct PinnedLink {
     /// The pin.
     pub path: PathBuf,
     /// The link.
-    pub link: CgroupLink,
+    pub link: Link,
 }
 
 /// Takes a pin away; one that is absent is no error.
@@ -837,9 +820,15 @@ impl Said {
         let all_are_seen = fs::metadata("/proc/self/ns/pid")
             .is_ok_and(|namespace| namespace.ino() == INITIAL_PID_NAMESPACE);
         let is_seen = || Path::new(&format!("/proc/{}", self.tgid)).exists();
-        let age = super::monotonic_ns().saturating_sub(self.heartbeat_ns);
+        let age = monotonic_ns().saturating_sub(self.heartbeat_ns);
         u128::from(age) < SILENCE.as_nanos() && (!all_are_seen || is_seen())
     }
+}
+
+/// CLOCK_MONOTONIC in nanoseconds, which the programs read too (`bpf_ktime_get_ns`).
+pub fn monotonic_ns() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }
 
 /// The daemon that holds a directory's pins, as it says itself: the one that said so last.

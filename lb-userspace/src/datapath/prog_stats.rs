@@ -4,8 +4,10 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
-use super::links::{HOOKS, Hook};
-use super::{Datapath, DatapathError};
+use aya::programs::ProgramInfo;
+
+use super::control::Datapath;
+use super::error::DatapathError;
 
 /// The kernel counts the run time of every BPF program for as long as this lives.
 #[derive(Debug)]
@@ -48,25 +50,22 @@ impl Datapath {
     /// # Errors
     /// When the kernel knows nothing of a program.
     pub fn verified_instructions(&self) -> Result<Vec<(&'static str, Option<u32>)>, DatapathError> {
-        let verified = |&Hook { program, .. }: &Hook| {
-            let failed = |source| DatapathError::Program { program, source };
-            let loaded = self.ebpf.program(program);
-            let loaded = loaded.ok_or(DatapathError::Object { missing: program })?;
-            let info = loaded.info().map_err(failed)?;
-            Ok((program, info.verified_instruction_count()))
-        };
-        HOOKS.iter().map(verified).collect()
+        let verified = |program| Ok((program, self.info(program)?.verified_instruction_count()));
+        self.units.programs().map(verified).collect()
     }
 
     /// What a program has cost.
     ///
     /// # Errors
-    /// When there is no such program, or the kernel doesn't tell.
+    /// When there is no such program, or the kernel doesn't report it.
     pub fn cost(&self, program: &'static str) -> Result<Cost, DatapathError> {
-        let failed = |source| DatapathError::Program { program, source };
-        let loaded =
-            self.ebpf.program(program).ok_or(DatapathError::Object { missing: program })?;
-        let info = loaded.info().map_err(failed)?;
+        let info = self.info(program)?;
         Ok(Cost { n_runs: info.run_count(), run_time: info.run_time() })
+    }
+
+    fn info(&self, program: &'static str) -> Result<ProgramInfo, DatapathError> {
+        let loaded = self.units.loaded().find_map(|ebpf| ebpf.program(program));
+        let loaded = loaded.ok_or(DatapathError::Object { missing: program })?;
+        loaded.info().map_err(|source| DatapathError::Program { program, source })
     }
 }

@@ -1,0 +1,49 @@
+//! What a datapath is made from.
+
+use std::path::{Path, PathBuf};
+
+use lb_common::{LAYOUT, RejectMethod};
+
+use super::units::{UNITS, Unit};
+use crate::config::{Config, DatapathConfig, VipConfig};
+
+/// What a datapath is made from.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The sizes of the maps, and the cgroups that are bypassed.
+    pub datapath: DatapathConfig,
+    /// The pools.
+    pub vip: VipConfig,
+    /// The directory for the pins, on a BPF file system.
+    pub bpffs: PathBuf,
+    /// The cgroup whose processes are served.
+    pub scope: PathBuf,
+    /// The layout's version. Another than today's is for tests of taking over.
+    pub layout: u16,
+    /// The units. Others than [`UNITS`] are for tests.
+    pub units: &'static [Unit],
+    /// How to refuse a connection; `None` for the best that this kernel has.
+    pub refusal: Option<RejectMethod>,
+    /// The cookie of the host's network namespace; `None` for the one of this process.
+    pub host_netns: Option<u64>,
+    /// Whether connections are only counted from the first one on. If not, an earlier daemon's mode
+    /// stays until [`set_shadow`](super::Datapath::set_shadow) changes it.
+    pub is_shadow: bool,
+}
+
+impl Options {
+    /// The options of a configuration.
+    pub fn of(config: &Config, scope: &Path) -> Options {
+        Options {
+            datapath: config.datapath.clone(),
+            vip: config.vip.clone(),
+            bpffs: config.bpffs.clone(),
+            scope: scope.into(),
+            layout: LAYOUT,
+            units: UNITS,
+            refusal: None,
+            host_netns: None,
+            is_shadow: config.shadow,
+        }
+    }
+}
