@@ -10,5 +10,6 @@ pub mod dns;
 mod durable;
 #[cfg(any(fuzzing, test))]
 pub mod fuzzing;
+pub mod ordmap;
 pub mod table;
 mod terminal;

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use aya::maps::MapInfo;
 use fixture::{Bed, service};
+use lb_userspace::ordmap::OrdMap;
 use lb_userspace::table::{Service, Table};
 
 /// All that the default configuration has room for.
@@ -33,7 +34,7 @@ fn main() -> ExitCode {
     report("first sync of 10,000 services with 10 backends each", first, None);
 
     let mut bed = Bed::new();
-    let mut services = BTreeMap::new();
+    let mut services = OrdMap::new();
     services.extend((0..N_SERVICES).map(|idx| web(idx, N_BACKENDS, 0)));
     apply(&mut bed, &services);
     let mut changes = Vec::new();
@@ -64,7 +65,7 @@ fn first_sync(n_services: u32, n_backends: u32) -> Duration {
     apply(&mut Bed::new(), &services)
 }
 
-fn apply(bed: &mut Bed, services: &BTreeMap<Arc<str>, Arc<Service>>) -> Duration {
+fn apply(bed: &mut Bed, services: &OrdMap<Arc<str>, Arc<Service>>) -> Duration {
     let table = Table { generation: 1, services: services.clone(), ..Table::default() };
     let start = Instant::now();
     let errors = bed.datapath.apply(&table).expect("the kernel takes the table");

@@ -243,7 +243,7 @@ fn boot() -> io::Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::table::{Home, Says, Standing};
+    use crate::table::{HealthStatus, NodeIdentity, ServiceMeta};
 
     const HOUR: Duration = Duration::from_secs(3600);
 
@@ -255,11 +255,11 @@ mod tests {
             port: 80,
             weight: 1,
             local: true,
-            home: Home::new("9d75", "dc1", ""),
+            node_identity: NodeIdentity::new("9d75", "dc1", ""),
             node_address: Some([10, 0, 0, 1].into()),
             may_be_local: false,
-            standing: Standing::Out("check `c` is critical".into()),
-            says: Says { ports: Some("80".into()), protocol: None },
+            health: HealthStatus::Out("check `c` is critical".into()),
+            meta: ServiceMeta { ports: Some("80".into()), protocol: None },
         };
         let web = SavedService {
             instances: [instance].into(),

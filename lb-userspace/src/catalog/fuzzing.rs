@@ -6,12 +6,12 @@ use std::time::SystemTime;
 use super::{Catalog, cache, consul, file};
 use crate::config::Config;
 use crate::table::vips::Vips;
-use crate::table::{Builder, Instance, Listing, State, Table, Watch};
+use crate::table::{Builder, Instance, ServiceId, ServiceRecord, State, Table, Watch};
 
 /// An answer of Consul.
 pub fn consul(bytes: &[u8]) {
     let listed = |(name, instances): (Arc<str>, Vec<Instance>)| {
-        (name, Listing { instances: instances.into(), watch: Watch::Live })
+        (ServiceId::new(name), ServiceRecord::new(instances.into(), Watch::Live))
     };
     tabulate(&consul::fuzzing::read(bytes).into_iter().map(listed).collect());
 }
@@ -38,7 +38,7 @@ fn tabulate(catalog: &Catalog) {
     let table = next.map(|next| next.table).unwrap_or_default();
     // Names that differ in case are one service.
     assert!(table.services.len() + table.rejected.len() <= catalog.len());
-    for (name, service) in &table.services {
+    for (name, service) in table.services.iter() {
         assert!(vip.pool.contains(&service.vip), "{name} is at {}", service.vip);
         for backend in &service.backends {
             let is_connected = backend.state != State::Unroutable;

@@ -17,7 +17,6 @@ mod stats;
 mod supervisor;
 mod usage;
 
-use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -26,7 +25,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use crate::config::{Config, Source};
-use crate::table::Listing;
+pub use crate::table::Catalog;
 pub use stats::{Stats, Watches};
 pub use usage::{Lookup, UsageSender};
 #[cfg(test)]
@@ -39,17 +38,11 @@ use supervisor::{RestartPolicy, Source as Run, Staleness};
 /// second in all.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_millis(300);
 
-/// All that a source knows: the instances of each routed service, by the service's name.
-///
-/// A service whose instances are all unfit is there, with its instances; one that nobody tags any
-/// more is not.
-pub type Catalog = BTreeMap<Arc<str>, Listing>;
-
 /// A catalog as it was published.
 #[derive(Clone, Debug)]
 pub struct Published {
     /// What the source knows.
-    pub catalog: Arc<Catalog>,
+    pub catalog: Catalog,
     /// When the news in it arrived here.
     pub news_at: Instant,
 }

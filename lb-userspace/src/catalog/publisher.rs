@@ -10,7 +10,8 @@ use super::cache::suspended;
 use super::snapshot::SavedCatalog;
 use super::{Catalog, Health, Published, Stats, Watches};
 use crate::config::Expired;
-use crate::table::{Diff, Listing, Standing, Watch, diff};
+use crate::ordmap::Diff;
+use crate::table::{HealthStatus, InstanceGroup, ServiceId, ServiceRecord, Watch};
 
 /// The sending side of what a `Handle` receives, as one life of a source has it: once the source
 /// has been started again, what its former life says counts no more.
@@ -137,22 +138,25 @@ impl Publisher {
             state.problems.age = None;
             self.tell(&state.problems, None);
         }
+        let last = state.said.as_ref().map(|published| published.catalog.clone());
+        let known = catalog.as_ref().or(last.as_ref());
         for (name, at) in answered {
             state.refused.remove(&name);
-            state.answered.insert(name, at);
+            if known.is_none_or(|known| known.contains_key(&ServiceId::new(name.clone()))) {
+                state.answered.insert(name, at);
+            }
         }
         let mut has_changed = state.refused.len() != n_refused;
         if let Some(catalog) = catalog {
-            let is_same = |last: &Published| {
-                let Diff { changed, gone } =
-                    diff(&last.catalog, &catalog, |one, other| one == other);
-                changed.is_empty() && gone.is_empty()
-            };
-            if !state.said.as_ref().is_some_and(is_same) {
+            let is_first = last.is_none();
+            let last = last.unwrap_or_default();
+            let Diff { changed, gone } = last.diff(&catalog);
+            if is_first || !(changed.is_empty() && gone.is_empty()) {
                 tracing::debug!(services = catalog.len(), "the catalog changed");
-                let catalog = Arc::new(catalog);
-                state.answered.retain(|name, _| catalog.contains_key(name));
-                state.refused.retain(|name| catalog.contains_key(name));
+                for (id, _) in gone {
+                    state.answered.remove(&id.name);
+                    state.refused.remove(&id.name);
+                }
                 state.said = Some(Published { catalog, news_at });
                 has_changed = true;
             }
@@ -163,7 +167,7 @@ impl Publisher {
     }
 
     /// The catalog published last, as the source said it.
-    pub fn last(&self) -> Option<Arc<Catalog>> {
+    pub fn last(&self) -> Option<Catalog> {
         self.state().said.as_ref().map(|published| published.catalog.clone())
     }
 
@@ -250,7 +254,9 @@ impl Publisher {
         let old = state.answered.iter().filter(|(_, at)| is_old(**at));
         let old: BTreeSet<Arc<str>> = old.map(|(name, _)| name.clone()).collect();
         let catalog = state.said.as_ref().map(|published| &published.catalog);
-        let watch = |name: &Arc<str>| catalog?.get(name).map(|listing| listing.watch);
+        let watch = |name: &Arc<str>| {
+            catalog?.get(&ServiceId::new(name.clone())).map(|record| record.watch)
+        };
         let mut live = old.iter().filter(|name| watch(name) == Some(Watch::Live));
         let what = match (source_is_old, live.next(), live.count()) {
             (true, ..) => Some(String::new()),
@@ -291,7 +297,7 @@ impl Publisher {
         let published = state.said.clone().map(|published| match state.refused.is_empty() {
             true => published,
             false => {
-                let catalog = Arc::new(refused(&published.catalog, &state.refused));
+                let catalog = refused(&published.catalog, &state.refused);
                 Published { catalog, ..published }
             }
         });
@@ -336,14 +342,18 @@ fn refused(catalog: &Catalog, names: &BTreeSet<Arc<str>>) -> Catalog {
                        catalog.expired is `refuse`";
     let mut catalog = catalog.clone();
     for name in names {
-        let Some(Listing { instances, .. }) = catalog.get_mut(name) else { continue };
-        let mut refused = instances.to_vec();
-        for instance in &mut refused {
-            if !matches!(instance.standing, Standing::Out(_)) {
-                instance.standing = Standing::Out(WHY.into());
+        let id = ServiceId::new(name.clone());
+        let Some(record) = catalog.get(&id) else { continue };
+        let refused = |group: &InstanceGroup| {
+            let mut instances = group.instances.to_vec();
+            for instance in instances.iter_mut().filter(|instance| instance.health.serves()) {
+                instance.health = HealthStatus::Out(WHY.into());
             }
-        }
-        *instances = refused.into();
+            InstanceGroup { instances: instances.into(), ..group.clone() }
+        };
+        let groups = record.groups.iter().map(refused).collect();
+        let record = ServiceRecord { groups, watch: record.watch };
+        catalog.insert(id, record);
     }
     catalog
 }
@@ -351,7 +361,7 @@ fn refused(catalog: &Catalog, names: &BTreeSet<Arc<str>>) -> Catalog {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::table::{Home, Instance, Says};
+    use crate::table::{Instance, NodeIdentity, ServiceMeta};
 
     fn catalog() -> Catalog {
         let instance = Instance {
@@ -361,21 +371,22 @@ mod tests {
             port: 80,
             weight: 1,
             local: false,
-            home: Home::default(),
+            node_identity: NodeIdentity::default(),
             node_address: None,
             may_be_local: false,
-            standing: Standing::Serving,
-            says: Says::default(),
+            health: HealthStatus::Serving,
+            meta: ServiceMeta::default(),
         };
-        let listing = Listing { instances: [instance].into(), watch: Watch::Live };
-        [("web".into(), listing)].into()
+        let record = ServiceRecord::new([instance].into(), Watch::Live);
+        [(ServiceId::new("web"), record)].into_iter().collect()
     }
 
     /// `web`, `db` and a `cold` one, each of an instance that serves.
     fn three() -> Catalog {
-        let listing = catalog()["web"].clone();
-        let cold = Listing { watch: Watch::Cold, ..listing.clone() };
-        [("web".into(), listing.clone()), ("db".into(), listing), ("cold".into(), cold)].into()
+        let record = catalog()["web"].clone();
+        let cold = ServiceRecord { watch: Watch::Cold, ..record.clone() };
+        let all = [("web", record.clone()), ("db", record), ("cold", cold)];
+        all.into_iter().map(|(name, record)| (ServiceId::new(name), record)).collect()
     }
 
     fn all(at: Instant) -> Vec<(Arc<str>, Instant)> {
@@ -392,11 +403,11 @@ mod tests {
             let (published, health, _) = output.subscribe();
             let serving = || {
                 let published = published.borrow().clone().unwrap();
-                let serves = |listing: &Listing| {
-                    listing.instances.iter().any(|instance| instance.standing.serves())
+                let serves = |record: &ServiceRecord| {
+                    record.instances().any(|instance| instance.health.serves())
                 };
-                let serving = published.catalog.iter().filter(|(_, listing)| serves(listing));
-                serving.map(|(name, _)| name.to_string()).collect::<Vec<_>>().join(" ")
+                let serving = published.catalog.iter().filter(|(_, record)| serves(record));
+                serving.map(|(id, _)| id.name.to_string()).collect::<Vec<_>>().join(" ")
             };
             let look = |after: Duration, suspended: Duration| {
                 output.check_age(start + after, base + suspended, max_age, expired);
@@ -482,7 +493,7 @@ mod tests {
             let (published, health, _) = consul.subscribe();
             let serves = || {
                 let published = published.borrow().clone().unwrap();
-                published.catalog["web"].instances[0].standing.serves()
+                published.catalog["web"].groups[0].instances[0].health.serves()
             };
             let look = |output: &Publisher, after: Duration| {
                 output.check_age(start + after, suspended(), max_age, expired);

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
-use crate::table::{Home, Instance};
+use crate::table::{Instance, NodeIdentity};
 
 /// What a source knew, for the next one to begin with.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -31,20 +31,21 @@ pub struct Agent {
     /// The node's name.
     pub name: String,
     /// What tells it from others of the same name.
-    pub home: Home,
+    #[serde(rename = "home")]
+    pub node_identity: NodeIdentity,
 }
 
 impl Agent {
     /// Whether the instance runs on this node.
     pub fn has(&self, instance: &Instance) -> bool {
-        self.name == instance.node && self.home.agrees_with(instance.home)
+        self.name == instance.node && self.node_identity.agrees_with(instance.node_identity)
     }
 }
 
 #[cfg(test)]
 impl From<&str> for Agent {
     fn from(name: &str) -> Agent {
-        Agent { name: name.into(), home: Home::default() }
+        Agent { name: name.into(), node_identity: NodeIdentity::default() }
     }
 }
 

@@ -26,9 +26,10 @@ use crate::catalog::resolve::Resolver;
 use crate::catalog::{Published, UsageSender};
 use crate::config::{Config, ConfigErrors, OnExit, Problem, cgroup};
 use crate::datapath::{Datapath, Mode, Options, Reports, SharedDatapath, route};
+use crate::ordmap::Diff;
 use crate::table::book::{Book, Written};
 use crate::table::vips::{PoolUse, Pools, Vips};
-use crate::table::{Builder, Diff, Table, diff};
+use crate::table::{Builder, Table};
 use crate::{admin, catalog, dns};
 
 /// How often the attachment is looked at, and what failed is tried again.
@@ -338,7 +339,9 @@ impl Daemon {
         let Some(next) = self.builder.next(&last, &edition.catalog, SystemTime::now()) else {
             return;
         };
-        self.resolver.want(self.builder.hostnames());
+        if let Some(hostnames) = next.hostnames {
+            self.resolver.want(hostnames);
+        }
         self.datapath.apply(&next.table);
         let took = edition.news_at.elapsed().as_secs_f64();
         lock(&self.propagation).observe(took);
@@ -601,7 +604,7 @@ fn scope(config: &Config) -> anyhow::Result<PathBuf> {
 }
 
 fn log_change(last: &Table, next: &Table) {
-    let Diff { changed, gone } = diff(&last.services, &next.services, Arc::ptr_eq);
+    let Diff { changed, gone } = last.services.diff(&next.services);
     let is_much = changed.len() + gone.len() > MAX_NAMED;
     if is_much {
         let (n_changed, n_gone) = (changed.len(), gone.len());
@@ -621,14 +624,14 @@ fn log_change(last: &Table, next: &Table) {
             }
         }
     }
-    for name in gone {
+    for (name, _) in gone {
         if is_much {
             tracing::debug!("{name} is gone");
         } else {
             tracing::info!("{name} is gone");
         }
     }
-    let rejected = diff(&last.rejected, &next.rejected, |one, other| one == other).changed;
+    let rejected = last.rejected.diff(&next.rejected).changed;
     for (name, reason) in rejected.iter().take(MAX_NAMED) {
         tracing::warn!("{name}: {reason}");
     }

@@ -10,7 +10,7 @@ use super::error::DatapathError;
 use super::probe::Proof;
 use super::reconcile::{ApplyError, Indices, Pressure};
 use super::units::UnitStatus;
-use crate::table::{Table, diff};
+use crate::table::Table;
 
 /// How long `status` tells of hooks that were detached and attached again.
 const TELLS: Duration = Duration::from_secs(60);
@@ -165,7 +165,9 @@ impl SharedDatapath {
         let reasons: BTreeMap<Arc<str>, String> =
             errors.into_iter().map(|(name, error)| (name, error.to_string())).collect();
         let mut last = lock(&self.errors);
-        let new = diff(&last.reasons, &reasons, |one, other| one == other).changed;
+        let is_new =
+            |(name, reason): &(&Arc<str>, &String)| last.reasons.get(*name) != Some(*reason);
+        let new: Vec<_> = reasons.iter().filter(is_new).collect();
         for (name, reason) in new.iter().take(MAX_NAMED) {
             tracing::error!("{name}: {reason}");
         }

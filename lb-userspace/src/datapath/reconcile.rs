@@ -22,7 +22,8 @@ use super::buddy::{Block, SlotAllocator};
 use super::ids::Ids;
 use super::map_specs::Sizes;
 use super::maps::{FrontendKey, Maps};
-use crate::table::{Diff, Ports, Service, Table, Watch, diff};
+use crate::ordmap::{Diff, OrdMap};
+use crate::table::{Ports, Service, Table, Watch};
 
 pub use adopt::AdoptError;
 
@@ -75,8 +76,9 @@ impl ApplyError {
 /// What the maps hold of one service.
 #[derive(Debug)]
 struct Held {
-    /// The state of it that was applied last; `None` while its first is not complete.
-    applied: Option<Arc<Service>>,
+    /// Whether its source followed it in the state that was applied last; `None` while its first isn't
+    /// complete.
+    watch: Option<Watch>,
     service_idx: u32,
     backends: HashMap<SocketAddr, u32>,
     frontends: BTreeMap<FrontendKey, ServiceRef>,
@@ -92,7 +94,7 @@ struct Held {
 impl Held {
     fn new(service_idx: u32) -> Held {
         Held {
-            applied: None,
+            watch: None,
             service_idx,
             backends: HashMap::new(),
             frontends: BTreeMap::new(),
@@ -177,6 +179,10 @@ struct Healthy {
 #[derive(Debug)]
 pub struct Reconciler<M> {
     maps: M,
+    /// The services of the table that was applied last.
+    seen: OrdMap<Arc<str>, Arc<Service>>,
+    /// Those of which the maps may hold something else: what failed, or an earlier daemon left.
+    behind: BTreeSet<Arc<str>>,
     held: BTreeMap<Arc<str>, Held>,
     /// Whose each frontend is.
     owners: HashMap<FrontendKey, Arc<str>>,
@@ -216,6 +222,8 @@ impl<M: Maps> Reconciler<M> {
         let room = |map, capacity| Room { map, used: 0, capacity };
         Reconciler {
             maps,
+            seen: OrdMap::new(),
+            behind: BTreeSet::new(),
             held: BTreeMap::new(),
             owners: HashMap::new(),
             stale: Vec::new(),
@@ -245,21 +253,28 @@ impl<M: Maps> Reconciler<M> {
     /// never missing under both names.
     pub fn apply(&mut self, table: &Table) -> BTreeMap<Arc<str>, ApplyError> {
         let mut errors = BTreeMap::new();
-        let Diff { changed, gone } = diff(&self.held, &table.services, |held, service| {
-            held.applied.as_ref().is_some_and(|applied| Arc::ptr_eq(applied, service))
-        });
-        let mut changed = changed;
-        if !self.served.is_empty() {
-            changed.sort_by_key(|(name, _)| !self.served.contains_key(*name));
+        let Diff { changed, gone } = self.seen.diff(&table.services);
+        // Should this stop half-way, the next call begins with all of these.
+        self.behind.extend(changed.iter().map(|(name, _)| Arc::clone(name)));
+        self.behind.extend(gone.iter().map(|(name, _)| Arc::clone(name)));
+        self.seen = table.services.clone();
+        let (mut changed, mut gone) = (Vec::new(), Vec::new());
+        for name in &self.behind {
+            match table.services.get(name) {
+                Some(service) => changed.push(service),
+                None => gone.push(name.clone()),
+            }
         }
-        let gone: Vec<Arc<str>> = gone.into_iter().cloned().collect();
+        if !self.served.is_empty() {
+            changed.sort_by_key(|service| !self.served.contains_key(&service.name));
+        }
         // Before the first `put`, which may give one of those frontends to another service.
-        for (_, service) in &changed {
+        for service in &changed {
             self.suspend_flows(service);
         }
-        for (name, service) in changed {
+        for service in changed {
             if let Err(error) = self.put(service) {
-                errors.insert(name.clone(), error);
+                errors.insert(service.name.clone(), error);
             }
         }
         self.remove_stale(&mut errors);
@@ -272,6 +287,7 @@ impl<M: Maps> Reconciler<M> {
             self.retry_what_lacked_room(table, &mut errors);
         }
         self.resume_flows(&errors);
+        self.behind = errors.keys().cloned().collect();
         errors
     }
 
@@ -344,10 +360,7 @@ impl<M: Maps> Reconciler<M> {
             let is_own = |key: &FrontendKey| self.owners.get(key) == Some(&name);
             let stale: Vec<FrontendKey> = stale.into_iter().filter(is_own).collect();
             if let Err(error) = self.remove_frontends(&name, &stale) {
-                // The next table puts it anew, and tries again.
-                if let Some(held) = self.held.get_mut(&name) {
-                    held.applied = None;
-                }
+                // The next table tries again.
                 errors.insert(name, error);
             }
         }
@@ -482,7 +495,7 @@ impl<M: Maps> Reconciler<M> {
     }
 
     /// Adds or changes one service.
-    fn put(&mut self, service: &Arc<Service>) -> Result<(), ApplyError> {
+    fn put(&mut self, service: &Service) -> Result<(), ApplyError> {
         // A catalog may have many times the services that there is room for.
         let has_none_left = self.services.available() == 0 && self.resting.services.is_empty();
         if has_none_left && !self.held.contains_key(&service.name) {
@@ -528,9 +541,7 @@ impl<M: Maps> Reconciler<M> {
             self.maps.set_name(service_idx, name_entry(&service.name));
             Held::new(service_idx)
         });
-        // From here on the maps hold neither the former state nor yet the next one. Should this stop
-        // half-way, whatever state comes next has to be put, the former one too.
-        let former = held.applied.take();
+        let former_watch = held.watch.take();
         for &Healthy { address, .. } in &healthy {
             if !held.backends.contains_key(&address)
                 && let Some(backend_idx) = self.backends.take()
@@ -556,7 +567,7 @@ impl<M: Maps> Reconciler<M> {
         }
         self.maps.publish(service_idx, choices.entry(&regions));
         // A service that stays cold was asked for already: one report is enough.
-        if former.is_none_or(|former| former.watch != service.watch) {
+        if former_watch != Some(service.watch) {
             self.maps.request_event(service_idx, service.watch == Watch::Cold);
         }
 
@@ -574,7 +585,7 @@ impl<M: Maps> Reconciler<M> {
 
         self.put_frontends(service, service_idx)?;
         if let Some(held) = self.held.get_mut(&service.name) {
-            held.applied = Some(service.clone());
+            held.watch = Some(service.watch);
         }
         Ok(())
     }
@@ -662,8 +673,7 @@ impl<M: Maps> Reconciler<M> {
 
     fn remove(&mut self, name: &str) -> Result<(), ApplyError> {
         let Some(held) = self.held.get_mut(name) else { return Ok(()) };
-        // Should it come back before its frontends are gone, it is put anew.
-        held.applied = None;
+        held.watch = None;
         self.maps.publish(held.service_idx, Group::default());
         let name = Arc::<str>::from(name);
         for (address, backend_idx) in held.backends.drain() {

@@ -72,7 +72,7 @@ fn table(generation: u64) -> Table {
         (name, service)
     });
     let services = services.collect();
-    Table { generation, services, rejected: BTreeMap::new() }
+    Table { generation, services, ..Table::default() }
 }
 
 fn zone(config: &DnsConfig) -> Zone {

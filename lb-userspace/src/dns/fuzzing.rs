@@ -1,6 +1,5 @@
 //! Messages from the network, for fuzzers: what clients ask, and what other resolvers answer.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use hickory_proto::op::Message;
@@ -121,5 +120,5 @@ fn table() -> Table {
         };
         (name, Arc::new(service))
     });
-    Table { generation: 1, services: services.collect(), rejected: BTreeMap::new() }
+    Table { generation: 1, services: services.collect(), ..Table::default() }
 }

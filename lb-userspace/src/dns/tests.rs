@@ -114,8 +114,8 @@ fn web(generation: u64) -> Table {
         watch: Default::default(),
         generation,
     };
-    let services = BTreeMap::from([("web".into(), Arc::new(service))]);
-    Table { generation, services, rejected: BTreeMap::new() }
+    let services = [("web".into(), Arc::new(service))].into();
+    Table { generation, services, ..Table::default() }
 }
 
 fn query(name: &str, query_type: RecordType) -> Message {

@@ -6,11 +6,14 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use super::endpoints::Endpoints;
-use super::merge::{Heard, hear};
-use super::validate::{Verdict, check_name, judge};
+use super::merge::{MergedMeta, merge_meta};
+use super::validate::{Validation, check_name, validate};
 use super::vips::{PoolExhausted, Pools, Vips};
-use super::{Diff, Hosts, Instance, Listing, Ports, Protocols, Service, Table, Watch, diff};
+use super::{
+    Catalog, Hosts, Instance, Ports, Protocols, Service, ServiceId, ServiceRecord, Table, Watch,
+};
 use crate::config::VipConfig;
+use crate::ordmap::Diff;
 
 /// Builds tables, each from a catalog and what the last one had.
 #[derive(Debug)]
@@ -19,14 +22,16 @@ pub struct Builder {
     ports: Ports,
     pins: BTreeMap<String, SocketAddrV4>,
     vips: Vips,
-    /// What the last table was built from, by the name that the catalog has.
-    sources: BTreeMap<Arc<str>, Listing>,
-    /// The names of the catalog with upper case in them, by the name in lower case.
-    variants: BTreeMap<Arc<str>, BTreeSet<Arc<str>>>,
+    /// The catalog that the last table was built from.
+    seen: Catalog,
+    /// The services whose names aren't the table's (upper case, several labels), by the table's name.
+    variants: BTreeMap<Arc<str>, BTreeSet<ServiceId>>,
     /// What names that stand for addresses stand for.
     hosts: Arc<Hosts>,
     /// The names that each service's instances have for addresses, where they have some.
     hostnames: BTreeMap<Arc<str>, Vec<String>>,
+    /// Whether they changed since the last table.
+    has_new_hostnames: bool,
     /// The services to be built again whatever the catalog has, by name in lower case.
     revisit: BTreeSet<Arc<str>>,
     /// The names in lower case for which the pool has no address.
@@ -43,12 +48,13 @@ const RETRY: Duration = Duration::from_secs(60);
 
 /// The next table, where it differs from the last one.
 #[derive(Debug)]
-pub struct Next {
+pub struct NextTable {
     /// The table.
     pub table: Arc<Table>,
-    /// Whether a name got an address, so that the book of VIPs has to be written before anybody is
-    /// told of it.
+    /// Whether a name got an address: the VIPs have to be recorded before the table is published.
     pub vips_given: bool,
+    /// The names that instances have for addresses, where they differ from those of the last table.
+    pub hostnames: Option<BTreeSet<String>>,
 }
 
 impl Builder {
@@ -59,10 +65,11 @@ impl Builder {
             ports: Ports::only(config.ports.iter().copied()),
             pins: config.pins.iter().map(|(name, pin)| (name.to_lowercase(), *pin)).collect(),
             vips,
-            sources: BTreeMap::new(),
+            seen: Catalog::new(),
             variants: BTreeMap::new(),
             hosts: Arc::default(),
             hostnames: BTreeMap::new(),
+            has_new_hostnames: false,
             revisit: BTreeSet::new(),
             exhausted: BTreeSet::new(),
             retry_at: SystemTime::UNIX_EPOCH,
@@ -71,13 +78,7 @@ impl Builder {
         }
     }
 
-    /// The names that instances of the last table have for addresses.
-    pub fn hostnames(&self) -> BTreeSet<String> {
-        self.hostnames.values().flatten().cloned().collect()
-    }
-
-    /// Takes in what these names stand for, and this host's bridges; it counts from the next table
-    /// on.
+    /// Sets what these names stand for, and this host's bridges, from the next table on.
     pub fn set_hosts(&mut self, hosts: Arc<Hosts>) {
         let former = std::mem::replace(&mut self.hosts, hosts);
         if former.bridges != self.hosts.bridges {
@@ -95,7 +96,7 @@ impl Builder {
     }
 
     fn revisit_all(&mut self) {
-        self.revisit.extend(self.sources.keys().map(folded));
+        self.revisit.extend(self.seen.keys().map(folded));
     }
 
     /// As [`Vips::forget`].
@@ -108,52 +109,35 @@ impl Builder {
         &self.vips
     }
 
-    /// The table after `last`, which this builder made. Services whose instances are the same object
-    /// as before are shared with it. `None` when nothing differs.
-    ///
-    /// Only what changed is built, whatever else the catalog has: a change costs a walk over both
-    /// catalogs, and the services that it is about.
-    pub fn next(
-        &mut self,
-        last: &Table,
-        catalog: &BTreeMap<Arc<str>, Listing>,
-        now: SystemTime,
-    ) -> Option<Next> {
+    /// The table after `last`, which this builder made; `None` when nothing differs. What didn't change
+    /// is shared with `last`: a change costs what it changes, whatever else the catalog has.
+    pub fn next(&mut self, last: &Table, catalog: &Catalog, now: SystemTime) -> Option<NextTable> {
         let given_before = self.vips.given();
-        let Diff { changed, gone } = diff(&self.sources, catalog, is_same_source);
-        let changed: Vec<_> =
-            changed.into_iter().map(|(given, listing)| (given.clone(), listing.clone())).collect();
-        let gone: Vec<Arc<str>> = gone.into_iter().cloned().collect();
-
+        let seen = std::mem::replace(&mut self.seen, catalog.clone());
+        let Diff { changed, gone } = seen.diff(catalog);
         let mut touched = std::mem::take(&mut self.revisit);
         if !self.exhausted.is_empty() && (!gone.is_empty() || now >= self.retry_at) {
             touched.append(&mut self.exhausted);
             self.retry_at = now + RETRY;
         }
-        let mut table = Table {
-            generation: last.generation + 1,
-            services: last.services.clone(),
-            rejected: last.rejected.clone(),
-        };
+        let mut table = Table { generation: last.generation + 1, ..last.clone() };
         let mut differs = !last.is_synced();
-        for (given, listing) in changed {
-            let name = folded(&given);
-            if name != given {
-                self.variants.entry(name.clone()).or_default().insert(given.clone());
+        for (id, _) in changed {
+            let name = folded(id);
+            if name != id.name {
+                self.variants.entry(name.clone()).or_default().insert(id.clone());
             }
-            self.sources.insert(given, listing);
             touched.insert(name);
         }
-        for given in gone {
-            let name = folded(&given);
+        for (id, _) in gone {
+            let name = folded(id);
             if let Some(variants) = self.variants.get_mut(&name) {
-                variants.remove(&given);
+                variants.remove(id);
                 if variants.is_empty() {
                     self.variants.remove(&name);
                 }
             }
-            self.sources.remove(&given);
-            differs |= table.rejected.remove(&given).is_some();
+            differs |= table.rejected.remove(&id.dns_name()).is_some();
             touched.insert(name);
         }
         #[cfg(test)]
@@ -171,30 +155,33 @@ impl Builder {
             }
         }
         let vips_given = self.vips.given() != given_before;
-        differs.then(|| Next { table: Arc::new(table), vips_given })
+        let hostnames = std::mem::take(&mut self.has_new_hostnames)
+            .then(|| self.hostnames.values().flatten().cloned().collect());
+        differs.then(|| NextTable { table: Arc::new(table), vips_given, hostnames })
     }
 
-    /// Builds the service of a name in lower case from all names of the catalog that DNS can't tell
-    /// from it, and returns whether anything differs.
+    /// Builds the service of a name in lower case from all services of the catalog that DNS can't tell
+    /// apart, and returns whether anything differs.
     fn build(&mut self, table: &mut Table, name: &Arc<str>, last: &Table, now: SystemTime) -> bool {
         let mut differs = false;
-        let variants = self.variants.get(name).into_iter().flatten();
-        let givens = variants.chain(self.sources.get_key_value(name).map(|(given, _)| given));
-        let mut same = Vec::new();
-        for given in givens.cloned() {
-            match check_name(&given) {
-                Ok(()) => same.push(given),
-                Err(reason) => differs |= reject(table, &given, reason),
+        let plain = ServiceId::new(name.clone());
+        let plain = self.seen.contains_key(&plain).then_some(plain);
+        let ids = self.variants.get(name).into_iter().flatten().cloned().chain(plain);
+        let mut valid: Vec<ServiceId> = Vec::new();
+        for id in ids.collect::<Vec<_>>() {
+            match check_name(&id.name) {
+                Ok(()) => valid.push(id),
+                Err(reason) => differs |= reject(table, &id, reason),
             }
         }
-        let Some(first) = same.first() else {
+        let Some(first) = valid.first() else {
             return self.forget(table, name, now) || differs;
         };
         let former = last.services.get(name);
-        match self.service(name, &same, former, table.generation, now) {
+        match self.service(name, &valid, former, table.generation, now) {
             Ok(service) => {
-                for given in &same {
-                    differs |= table.rejected.remove(given).is_some();
+                for id in &valid {
+                    differs |= table.rejected.remove(&id.dns_name()).is_some();
                 }
                 if !former.is_some_and(|former| Arc::ptr_eq(former, &service)) {
                     table.services.insert(name.clone(), service);
@@ -212,40 +199,40 @@ impl Builder {
 
     /// Takes a name in lower case out, and returns whether it was a service.
     fn forget(&mut self, table: &mut Table, name: &Arc<str>, now: SystemTime) -> bool {
-        self.hostnames.remove(name);
+        self.has_new_hostnames |= self.hostnames.remove(name).is_some();
         self.vips.release(name, now);
         table.services.remove(name).is_some()
     }
 
-    /// What the catalog has under these names, which are one service's: all instances, each once.
-    fn listing(&self, names: &[Arc<str>]) -> Listing {
-        let mut listings: Vec<&Listing> =
-            names.iter().filter_map(|name| self.sources.get(name)).collect();
-        if let [listing] = listings[..] {
-            return listing.clone();
+    /// What the catalog has of these, which are one service: all instances, each once.
+    fn record(&self, ids: &[ServiceId]) -> ServiceRecord {
+        let mut records: Vec<&ServiceRecord> =
+            ids.iter().filter_map(|id| self.seen.get(id)).collect();
+        if let [record] = records[..] {
+            return record.clone();
         }
         // What the source follows overrides what it knew of the same instance some time ago.
-        listings.sort_by_key(|listing| listing.watch == Watch::Live);
-        let watch = listings.last().map(|listing| listing.watch).unwrap_or_default();
-        let instances = listings.iter().flat_map(|listing| listing.instances.iter());
+        records.sort_by_key(|record| record.watch == Watch::Live);
+        let watch = records.last().map(|record| record.watch).unwrap_or_default();
+        let instances = records.iter().flat_map(|record| record.instances());
         let by_key = instances.map(|instance| ((&instance.node, &instance.id), instance));
         let by_key: BTreeMap<_, _> = by_key.collect();
-        Listing { instances: by_key.into_values().cloned().collect(), watch }
+        ServiceRecord::new(by_key.into_values().cloned().collect(), watch)
     }
 
     fn service(
         &mut self,
         name: &Arc<str>,
-        givens: &[Arc<str>],
+        ids: &[ServiceId],
         former: Option<&Arc<Service>>,
         generation: u64,
         now: SystemTime,
     ) -> Result<Arc<Service>, PoolExhausted> {
         let vip = self.vips.assign(name, now)?;
-        let Listing { instances, watch } = &self.listing(givens);
-        let Heard { ports, protocols, mut notes } = hear(instances);
-        if let [_, _, ..] = givens {
-            let shown: Vec<_> = givens.iter().map(|given| format!("`{given}`")).collect();
+        let record = self.record(ids);
+        let MergedMeta { ports, protocols, mut notes } = merge_meta(record.instances());
+        if let [_, _, ..] = ids {
+            let shown: Vec<_> = ids.iter().map(|id| format!("`{}`", id.dns_name())).collect();
             notes.push(format!(
                 "{} are one service, since DNS doesn't tell them apart",
                 shown.join(" and ")
@@ -266,22 +253,26 @@ impl Builder {
             backends: Vec::new(),
             excluded: Vec::new(),
             notes,
-            watch: *watch,
+            watch: record.watch,
             generation,
         };
         let mut endpoints = Endpoints::default();
-        for instance in instances.iter() {
-            match judge(instance, &self.pools, &self.hosts) {
-                Verdict::In(backend) => endpoints.add(backend),
-                Verdict::Out(excluded) => service.excluded.push(excluded),
+        for instance in record.instances() {
+            match validate(instance, &self.pools, &self.hosts) {
+                Validation::In(backend) => endpoints.add(backend),
+                Validation::Out(excluded) => service.excluded.push(excluded),
             }
         }
         service.backends = endpoints.backends();
-        let hostnames = instances.iter().filter(|instance| instance.standing.serves());
+        let hostnames = record.instances().filter(|instance| instance.health.serves());
         let hostnames: Vec<String> = hostnames.filter_map(Instance::hostname).collect();
-        match hostnames.is_empty() {
-            true => drop(self.hostnames.remove(name)),
-            false => drop(self.hostnames.insert(name.clone(), hostnames)),
+        let former_names = self.hostnames.get(name).map_or(&[][..], |names| &names[..]);
+        if *former_names != *hostnames {
+            self.has_new_hostnames = true;
+            match hostnames.is_empty() {
+                true => drop(self.hostnames.remove(name)),
+                false => drop(self.hostnames.insert(name.clone(), hostnames)),
+            }
         }
         match former {
             Some(former) if former.is_same(&service) => Ok(former.clone()),
@@ -290,23 +281,19 @@ impl Builder {
     }
 }
 
-/// The name as DNS has it, which doesn't see the case of letters.
-fn folded(given: &Arc<str>) -> Arc<str> {
-    match given.bytes().any(|octet| octet.is_ascii_uppercase()) {
-        true => given.to_ascii_lowercase().into(),
-        false => given.clone(),
+/// The name as the table has it: DNS ignores the case of letters (RFC 4343).
+fn folded(id: &ServiceId) -> Arc<str> {
+    let name = id.dns_name();
+    match name.bytes().any(|octet| octet.is_ascii_uppercase()) {
+        true => name.to_ascii_lowercase().into(),
+        false => name,
     }
 }
 
-/// Notes why a name can't be had, and returns whether that is news.
-fn reject(table: &mut Table, given: &Arc<str>, reason: String) -> bool {
-    let former = table.rejected.insert(given.clone(), reason);
-    former.as_ref() != table.rejected.get(given)
-}
-
-/// Whether both are the same object: sources share what didn't change.
-fn is_same_source(one: &Listing, other: &Listing) -> bool {
-    Arc::ptr_eq(&one.instances, &other.instances) && one.watch == other.watch
+/// Notes why a name can't be had, and returns whether that is new.
+fn reject(table: &mut Table, id: &ServiceId, reason: String) -> bool {
+    let reason: Arc<str> = reason.into();
+    table.rejected.insert(id.dns_name(), reason.clone()) != Some(reason)
 }
 
 #[cfg(test)]
@@ -315,9 +302,9 @@ mod tests {
 
     use super::*;
     use crate::config::Config;
-    use crate::table::{Bridge, Home, Host, Says, Standing, State};
+    use crate::table::{Bridge, HealthStatus, Host, NodeIdentity, ServiceMeta, State};
 
-    fn catalog(text: &[(&str, &[&str])]) -> BTreeMap<Arc<str>, Listing> {
+    fn catalog(text: &[(&str, &[&str])]) -> Catalog {
         let instance = |address: &&str| Instance {
             node: "n1".into(),
             id: (*address).into(),
@@ -325,17 +312,27 @@ mod tests {
             port: 8080,
             weight: 1,
             local: false,
-            home: Home::default(),
+            node_identity: NodeIdentity::default(),
             node_address: None,
             may_be_local: false,
-            standing: Standing::Serving,
-            says: Says::default(),
+            health: HealthStatus::Serving,
+            meta: ServiceMeta::default(),
         };
-        let listing = |addresses: &&[&str]| Listing {
-            instances: addresses.iter().map(instance).collect(),
-            watch: Watch::Live,
-        };
-        text.iter().map(|(name, addresses)| (Arc::from(*name), listing(addresses))).collect()
+        let record = |addresses: &&[&str]| record(addresses.iter().map(instance).collect());
+        text.iter().map(|(name, addresses)| (id(name), record(addresses))).collect()
+    }
+
+    fn id(name: &str) -> ServiceId {
+        ServiceId::new(name)
+    }
+
+    fn record(instances: Vec<Instance>) -> ServiceRecord {
+        ServiceRecord::new(instances.into(), Watch::Live)
+    }
+
+    /// The instances of a service, to be changed.
+    fn instances(catalog: &Catalog, name: &str) -> Vec<Instance> {
+        catalog[name].instances().cloned().collect()
     }
 
     fn builder() -> Builder {
@@ -349,9 +346,9 @@ mod tests {
     #[test]
     fn an_empty_catalog_makes_a_first_table_and_then_nothing() {
         let mut builder = builder();
-        let first = builder.next(&Table::default(), &BTreeMap::new(), NOW).unwrap();
+        let first = builder.next(&Table::default(), &Catalog::new(), NOW).unwrap();
         assert!(first.table.is_synced() && !first.vips_given);
-        assert!(builder.next(&first.table, &BTreeMap::new(), NOW).is_none());
+        assert!(builder.next(&first.table, &Catalog::new(), NOW).is_none());
     }
 
     #[test]
@@ -360,14 +357,14 @@ mod tests {
         let mut catalog = catalog(&[("a", &["10.0.0.1"]), ("b", &["10.0.0.2"])]);
         let first = builder.next(&Table::default(), &catalog, NOW).unwrap();
         assert!(first.vips_given);
-        catalog.extend(self::catalog(&[("b", &["10.0.0.3"])]));
+        catalog.insert(id("b"), self::catalog(&[("b", &["10.0.0.3"])])["b"].clone());
         let second = builder.next(&first.table, &catalog, NOW).unwrap();
         assert!(!second.vips_given);
         assert!(Arc::ptr_eq(&first.table.services["a"], &second.table.services["a"]));
         assert_eq!(second.table.services["b"].generation, 2);
         assert_eq!(second.table.services["b"].vip, first.table.services["b"].vip);
         // The same content in a new object is no change either.
-        catalog.extend(self::catalog(&[("b", &["10.0.0.3"])]));
+        catalog.insert(id("b"), self::catalog(&[("b", &["10.0.0.3"])])["b"].clone());
         assert!(builder.next(&second.table, &catalog, NOW).is_none());
     }
 
@@ -376,7 +373,7 @@ mod tests {
         let mut builder = builder();
         let with = catalog(&[("a", &["10.0.0.1"])]);
         let first = builder.next(&Table::default(), &with, NOW).unwrap();
-        let second = builder.next(&first.table, &BTreeMap::new(), NOW).unwrap();
+        let second = builder.next(&first.table, &Catalog::new(), NOW).unwrap();
         assert!(second.table.services.is_empty() && !second.vips_given);
         let third = builder.next(&second.table, &with, NOW).unwrap();
         assert!(!third.vips_given, "the book has it still");
@@ -418,11 +415,10 @@ mod tests {
             ("WEB", &[]),
             ("web", &["10.0.0.2", "10.0.0.3"]),
         ]);
-        both.get_mut("Web").unwrap().watch = Watch::Cold;
         // What is followed overrides what was known of the same instance.
-        let mut known = both["Web"].instances.to_vec();
-        known[1].standing = Standing::Out("it was critical".into());
-        both.get_mut("Web").unwrap().instances = known.into();
+        let mut known = instances(&both, "Web");
+        known[1].health = HealthStatus::Out("it was critical".into());
+        both.insert(id("Web"), ServiceRecord::new(known.into(), Watch::Cold));
         let table = builder.next(&Table::default(), &both, NOW).unwrap().table;
         assert!(table.rejected.is_empty(), "{:?}", table.rejected);
         let service = &table.services["web"];
@@ -431,12 +427,12 @@ mod tests {
         let note = "`WEB` and `Web` and `web` are one service, since DNS doesn't tell them apart";
         assert_eq!(service.notes, [note]);
 
-        both.remove("web");
+        both.remove(&id("web"));
         let table = builder.next(&table, &both, NOW).unwrap().table;
         let service = &table.services["web"];
         assert_eq!((addresses(service), service.excluded.len()), (vec!["10.0.0.1".into()], 1));
-        both.remove("Web");
-        both.remove("WEB");
+        both.remove(&id("Web"));
+        both.remove(&id("WEB"));
         let table = builder.next(&table, &both, NOW).unwrap().table;
         assert!(table.services.is_empty() && table.rejected.is_empty());
     }
@@ -452,7 +448,8 @@ mod tests {
         let mut last = builder.next(&Table::default(), &catalog, NOW).unwrap().table;
         assert_eq!(last.rejected.len(), 2);
         for changed in ["s7", "Camel", "web", "Foo.Bar"] {
-            catalog.extend(self::catalog(&[(changed, &["10.0.0.2"])]));
+            let other = self::catalog(&[(changed, &["10.0.0.2"])]);
+            catalog.insert(id(changed), other[changed].clone());
             let next = builder.next(&last, &catalog, NOW);
             assert_eq!(builder.n_built, 1, "{changed}");
             last = next.map_or(last, |next| next.table);
@@ -478,7 +475,7 @@ mod tests {
     #[test]
     fn one_endpoint_that_several_register_is_one_backend() {
         let mut builder = builder();
-        let mut catalog = catalog(&[("db", &["10.0.0.9", "10.0.0.10", "::ffff:10.0.0.9"])]);
+        let catalog = catalog(&[("db", &["10.0.0.9", "10.0.0.10", "::ffff:10.0.0.9"])]);
         let first = builder.next(&Table::default(), &catalog, NOW).unwrap().table;
         let backends = &first.services["db"].backends;
         assert_eq!(addresses(&first.services["db"]), ["10.0.0.9", "10.0.0.10"]);
@@ -486,16 +483,14 @@ mod tests {
         assert_eq!(backends[1].reason, None);
         // Either can go: the endpoint stays.
         for gone in [0, 2] {
-            let mut instances = catalog["db"].instances.to_vec();
-            instances.remove(gone);
-            let listing = Listing { instances: instances.into(), watch: Watch::Live };
-            let fewer = BTreeMap::from([("db".into(), listing)]);
+            let mut fewer = instances(&catalog, "db");
+            fewer.remove(gone);
+            let fewer = [(id("db"), record(fewer))].into_iter().collect();
             let mut builder = self::builder();
             let table = builder.next(&Table::default(), &fewer, NOW).unwrap().table;
             assert!(addresses(&table.services["db"]).contains(&"10.0.0.9".to_owned()));
         }
-        catalog.clear();
-        builder.next(&first, &catalog, NOW).unwrap();
+        builder.next(&first, &Catalog::new(), NOW).unwrap();
     }
 
     #[test]
@@ -519,10 +514,9 @@ mod tests {
         let service = &first.services["a"];
         assert_eq!((&service.ports, service.protocols), (&Ports::only([80]), Protocols::Tcp));
 
-        let mut instance = catalog["a"].instances[0].clone();
-        instance.says = Says { ports: Some("any".into()), protocol: Some("icmp".into()) };
-        let listing = Listing { instances: [instance].into(), watch: Watch::Live };
-        catalog.insert("a".into(), listing);
+        let mut instance = instances(&catalog, "a").remove(0);
+        instance.meta = ServiceMeta { ports: Some("any".into()), protocol: Some("icmp".into()) };
+        catalog.insert(id("a"), record(vec![instance]));
         let second = builder.next(&first, &catalog, NOW).unwrap().table;
         let service = &second.services["a"];
         assert_eq!((&service.ports, service.protocols), (&Ports::Any, Protocols::Tcp));
@@ -530,9 +524,9 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever the catalogs, a builder that patches says what one says that begins anew.
+        /// Whatever the catalogs, a builder that has seen others builds what a new one builds.
         #[test]
-        fn a_patched_table_is_the_rebuilt_one(
+        fn a_table_does_not_depend_on_the_tables_before(
             catalogs in prop::collection::vec(
                 prop::collection::btree_map(
                     prop::sample::select(vec!["a", "b", "B", "c.d", "C.d", "e", "E", "f"]),
@@ -544,27 +538,19 @@ mod tests {
         ) {
             let mut builder = builder();
             let mut last = Arc::new(Table::default());
-            let mut shared = BTreeMap::<Arc<str>, Listing>::new();
             for entries in catalogs {
-                let fresh = |(name, address): (&str, &str)| catalog(&[(name, &[address])]);
-                let all: BTreeMap<_, _> = entries.into_iter().flat_map(fresh).collect();
-                // As sources do it: what didn't change is the same object.
-                shared = all
-                    .into_iter()
-                    .map(|(name, listing)| match shared.get(&name) {
-                        Some(known) if *known == listing => (name, known.clone()),
-                        _ => (name, listing),
-                    })
-                    .collect();
-                if let Some(next) = builder.next(&last, &shared, NOW) {
+                let all: Vec<_> = entries.iter().map(|(name, address)| (*name, [*address])).collect();
+                let all: Vec<_> = all.iter().map(|(name, address)| (*name, &address[..])).collect();
+                let catalog = catalog(&all);
+                if let Some(next) = builder.next(&last, &catalog, NOW) {
                     last = next.table;
                 }
-                let anew = self::builder().next(&Table::default(), &shared, NOW).unwrap().table;
-                prop_assert_eq!(&last.rejected, &anew.rejected);
-                prop_assert!(last.services.keys().eq(anew.services.keys()));
-                for (name, service) in &last.services {
-                    prop_assert_eq!(&service.backends, &anew.services[name].backends);
-                    prop_assert_eq!(&service.excluded, &anew.services[name].excluded);
+                let fresh = self::builder().next(&Table::default(), &catalog, NOW).unwrap().table;
+                prop_assert_eq!(&last.rejected, &fresh.rejected);
+                prop_assert!(last.services.keys().eq(fresh.services.keys()));
+                for (name, service) in last.services.iter() {
+                    prop_assert_eq!(&service.backends, &fresh.services[&**name].backends);
+                    prop_assert_eq!(&service.excluded, &fresh.services[&**name].excluded);
                 }
             }
         }
@@ -574,10 +560,9 @@ mod tests {
     fn other_ports_go_to_the_services_that_name_none() {
         let mut builder = builder();
         let mut catalog = catalog(&[("a", &["10.0.0.1"]), ("b", &["10.0.0.2"])]);
-        let mut instance = catalog["b"].instances[0].clone();
-        instance.says = Says { ports: Some("5432".into()), protocol: None };
-        let listing = Listing { instances: [instance].into(), watch: Watch::Live };
-        catalog.insert("b".into(), listing);
+        let mut instance = instances(&catalog, "b").remove(0);
+        instance.meta = ServiceMeta { ports: Some("5432".into()), protocol: None };
+        catalog.insert(id("b"), record(vec![instance]));
         let first = builder.next(&Table::default(), &catalog, NOW).unwrap().table;
         builder.set_ports(&[80, 8080]);
         let second = builder.next(&first, &catalog, NOW).unwrap().table;
@@ -599,8 +584,9 @@ mod tests {
     fn names_are_asked_for_and_what_they_stand_for_moves_their_service_alone() {
         let mut builder = builder();
         let both = catalog(&[("a", &["db.example", "10.0.0.1"]), ("b", &["10.0.0.2"])]);
-        let first = builder.next(&Table::default(), &both, NOW).unwrap().table;
-        assert_eq!(builder.hostnames(), ["db.example".to_owned()].into());
+        let NextTable { table: first, hostnames, .. } =
+            builder.next(&Table::default(), &both, NOW).unwrap();
+        assert_eq!(hostnames, Some(["db.example".to_owned()].into()));
         assert_eq!(first.services["a"].healthy().count(), 1);
         assert!(builder.next(&first, &both, NOW).is_none());
 
@@ -610,15 +596,16 @@ mod tests {
             Arc::new(Hosts { names, ..Hosts::default() })
         };
         builder.set_hosts(hosts("10.0.0.9"));
-        let second = builder.next(&first, &both, NOW).unwrap().table;
+        let NextTable { table: second, hostnames, .. } = builder.next(&first, &both, NOW).unwrap();
+        assert_eq!(hostnames, None, "they are the same names");
         assert_eq!(addresses(&second.services["a"]), ["10.0.0.9", "10.0.0.1"]);
         assert!(Arc::ptr_eq(&first.services["b"], &second.services["b"]));
         builder.set_hosts(hosts("10.0.0.9"));
         assert!(builder.next(&second, &both, NOW).is_none());
 
         let without = catalog(&[("b", &["10.0.0.2"])]);
-        builder.next(&second, &without, NOW).unwrap();
-        assert!(builder.hostnames().is_empty());
+        let third = builder.next(&second, &without, NOW).unwrap();
+        assert_eq!(third.hostnames, Some(BTreeSet::new()));
     }
 
     #[test]

@@ -1,20 +1,86 @@
-//! What a source of discovery says of one instance, before the table judges it.
+//! What a source of discovery reports, before the table validates it.
 
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::Says;
+use super::ServiceMeta;
+use crate::ordmap::OrdMap;
 
-/// What a source says of one service.
+/// All that the sources report: what is known of each service.
+///
+/// A service whose instances are all unfit is there, with its instances; one that isn't tagged any more
+/// is not.
+pub type Catalog = OrdMap<ServiceId, ServiceRecord>;
+
+/// Which service a source reports: the identity that stays while everything else about it changes.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ServiceId {
+    /// The name, as registered.
+    pub name: Arc<str>,
+    /// The tag that its instances have to have; `None` for all instances of the name.
+    pub subset: Option<Arc<str>>,
+    /// The datacenter or namespace that it is of; `None` for what a source asks about by itself.
+    pub origin: Option<Arc<str>>,
+}
+
+impl ServiceId {
+    /// The service of this name, with all its instances.
+    pub fn new(name: impl Into<Arc<str>>) -> ServiceId {
+        ServiceId { name: name.into(), subset: None, origin: None }
+    }
+
+    /// The name below the domain that stands for it: `NAME`, `SUBSET.NAME` or `NAME.ORIGIN`.
+    pub fn dns_name(&self) -> Arc<str> {
+        let labels = [self.subset.as_ref(), Some(&self.name), self.origin.as_ref()];
+        let labels: Vec<&str> = labels.into_iter().flatten().map(|label| &**label).collect();
+        match labels[..] {
+            [_] => self.name.clone(),
+            _ => labels.join(".").into(),
+        }
+    }
+}
+
+#[cfg(test)]
+impl std::ops::Index<&str> for Catalog {
+    type Output = ServiceRecord;
+
+    fn index(&self, name: &str) -> &ServiceRecord {
+        self.get(&ServiceId::new(name)).expect("a service of this name")
+    }
+}
+
+/// What a source reports of one service.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Listing {
-    /// Its instances, fit or not. What didn't change is the same allocation from one catalog to the
-    /// next.
-    pub instances: Arc<[Instance]>,
+pub struct ServiceRecord {
+    /// Its instances by where they come from, in the order in which they are to be used; at least one
+    /// group.
+    pub groups: Arc<[InstanceGroup]>,
     /// Whether the source follows them.
     pub watch: Watch,
+}
+
+/// The instances of a service in one place.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct InstanceGroup {
+    /// The datacenter or namespace; `None` for what a source asks about by itself.
+    pub origin: Option<Arc<str>>,
+    /// The instances, fit or not. What didn't change is the same allocation from one catalog to the
+    /// next.
+    pub instances: Arc<[Instance]>,
+}
+
+impl ServiceRecord {
+    /// A service with these instances in its one group.
+    pub fn new(instances: Arc<[Instance]>, watch: Watch) -> ServiceRecord {
+        ServiceRecord { groups: [InstanceGroup { origin: None, instances }].into(), watch }
+    }
+
+    /// The instances of all groups, in their order.
+    pub fn instances(&self) -> impl Iterator<Item = &Instance> {
+        self.groups.iter().flat_map(|group| group.instances.iter())
+    }
 }
 
 /// Whether a source follows the instances of a service.
@@ -29,10 +95,10 @@ pub enum Watch {
     Cold,
 }
 
-/// One instance of a service, in the source's words.
+/// One instance of a service, as its source reports it.
 ///
-/// The values are as the source gave them, in range or not: it is the table that says what can be
-/// routed to, in one place and for all sources.
+/// The values are unchecked: the table decides what can be routed to, in one place for all sources.
+/// Where a field's name differs from its key in `catalog.json`, the key is that of earlier versions.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Instance {
     /// The node that the instance runs on; empty where the source knows of no nodes.
@@ -48,8 +114,8 @@ pub struct Instance {
     /// Whether the instance runs on this node, so that its loopback address is this host's.
     pub local: bool,
     /// What tells its node from others of the same name.
-    #[serde(default)]
-    pub home: Home,
+    #[serde(default, rename = "home")]
+    pub node_identity: NodeIdentity,
     /// Its node's own address, where it is known: where that is on a bridge of this host, so is the
     /// instance.
     #[serde(default)]
@@ -58,15 +124,17 @@ pub struct Instance {
     #[serde(default)]
     pub may_be_local: bool,
     /// Whether the source's own rules let it serve.
-    pub standing: Standing,
-    /// What it says of the service as a whole.
-    pub says: Says,
+    #[serde(rename = "standing")]
+    pub health: HealthStatus,
+    /// What it declares about the service as a whole.
+    #[serde(rename = "says")]
+    pub meta: ServiceMeta,
 }
 
 /// What tells nodes of one name apart: checksums of the node's id, its datacenter and its admin
 /// partition, since the texts would take more memory than the rest of an instance.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct Home {
+pub struct NodeIdentity {
     /// 0 where it isn't known.
     id: u32,
     /// 0 where it isn't known.
@@ -75,19 +143,19 @@ pub struct Home {
     partition: u32,
 }
 
-impl Home {
+impl NodeIdentity {
     /// That of a node; empty texts aren't known, and the empty partition is the default one.
-    pub fn new(id: &str, datacenter: &str, partition: &str) -> Home {
+    pub fn new(id: &str, datacenter: &str, partition: &str) -> NodeIdentity {
         let sum = |text: &str| match text {
             "" => 0,
             text => crc32fast::hash(text.to_ascii_lowercase().as_bytes()).max(1),
         };
         let partition = if partition.eq_ignore_ascii_case("default") { "" } else { partition };
-        Home { id: sum(id), datacenter: sum(datacenter), partition: sum(partition) }
+        NodeIdentity { id: sum(id), datacenter: sum(datacenter), partition: sum(partition) }
     }
 
     /// Whether both can be the same node, where their names are the same.
-    pub fn agrees_with(self, other: Home) -> bool {
+    pub fn agrees_with(self, other: NodeIdentity) -> bool {
         let agrees = |one: u32, other: u32| one == other || one == 0 || other == 0;
         agrees(self.id, other.id)
             && agrees(self.datacenter, other.datacenter)
@@ -114,9 +182,9 @@ pub fn parse_ip(text: &str) -> Option<IpAddr> {
     Some(address.to_canonical())
 }
 
-/// A source's own verdict on an instance.
+/// Whether an instance may serve, by the rules of its source.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub enum Standing {
+pub enum HealthStatus {
     /// It may serve.
     Serving,
     /// It may serve, with the weight that it has for this (such as ``check `web` is warning``).
@@ -125,10 +193,10 @@ pub enum Standing {
     Out(String),
 }
 
-impl Standing {
+impl HealthStatus {
     /// Whether it may serve.
     pub fn serves(&self) -> bool {
-        matches!(self, Standing::Serving | Standing::Warning(_))
+        matches!(self, HealthStatus::Serving | HealthStatus::Warning(_))
     }
 }
 
@@ -137,8 +205,20 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_services_identity_has_a_dns_name() {
+        let (web, some) = (ServiceId::new("Web"), |label: &str| Some(Arc::from(label)));
+        for (id, name) in [
+            (web.clone(), "Web"),
+            (ServiceId { subset: some("v2"), ..web.clone() }, "v2.Web"),
+            (ServiceId { origin: some("dc2"), ..web.clone() }, "Web.dc2"),
+        ] {
+            assert_eq!(&*id.dns_name(), name);
+        }
+    }
+
+    #[test]
     fn nodes_of_one_name_are_told_apart_by_what_both_say() {
-        let here = Home::new("9D75-1", "dc1", "");
+        let here = NodeIdentity::new("9D75-1", "dc1", "");
         // (id, datacenter, partition, whether it can be the same node)
         for (id, datacenter, partition, expected) in [
             ("9d75-1", "dc1", "", true),
@@ -152,7 +232,7 @@ mod tests {
             ("9d75-1", "dc1", "team", false),
             ("", "", "team", false),
         ] {
-            let other = Home::new(id, datacenter, partition);
+            let other = NodeIdentity::new(id, datacenter, partition);
             assert_eq!(here.agrees_with(other), expected, "{id} {datacenter} {partition}");
             assert_eq!(other.agrees_with(here), expected, "{id} {datacenter} {partition}");
         }

@@ -1,12 +1,11 @@
 //! The table: the desired state, one immutable snapshot that every part reads.
 //!
 //! It knows neither Consul nor maps nor DNS. [`Builder`] turns a catalog into the next table: it
-//! judges each instance, gives each name its VIP, and shares what didn't change with the table
-//! before.
+//! validates each instance, gives each name its VIP, and shares what didn't change with the table
+//! before. What is observed of a service (errors, ejections) stands beside the table, never in it.
 
 pub mod book;
 mod build;
-mod diff;
 mod endpoints;
 mod input;
 mod merge;
@@ -15,16 +14,19 @@ mod resolved_hosts;
 mod validate;
 pub mod vips;
 
-use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-pub use build::{Builder, Next};
-pub use diff::{Diff, diff};
-pub use input::{Home, Instance, Listing, Standing, Watch, parse_ip};
-pub use merge::Says;
+use crate::ordmap::OrdMap;
+
+pub use build::{Builder, NextTable};
+pub use input::{
+    Catalog, HealthStatus, Instance, InstanceGroup, NodeIdentity, ServiceId, ServiceRecord, Watch,
+    parse_ip,
+};
+pub use merge::ServiceMeta;
 pub use ports::{MAX_PORTS, Ports, Protocols};
 pub use resolved_hosts::{Bridge, Host, Hosts};
 pub use validate::may_be_reached;
@@ -34,10 +36,10 @@ pub use validate::may_be_reached;
 pub struct Table {
     /// The table's number: 0 before the first sync, then it grows with each change.
     pub generation: u64,
-    /// The services, by name in lower case.
-    pub services: BTreeMap<Arc<str>, Arc<Service>>,
+    /// The services, by the name that DNS answers (below the domain, in lower case).
+    pub services: OrdMap<Arc<str>, Arc<Service>>,
     /// Names that the catalog has and that can't be had here, each with the reason.
-    pub rejected: BTreeMap<Arc<str>, String>,
+    pub rejected: OrdMap<Arc<str>, Arc<str>>,
 }
 
 impl Table {

@@ -3,11 +3,11 @@
 use std::net::{IpAddr, SocketAddr};
 
 use super::vips::Pools;
-use super::{Backend, Bridge, Excluded, Hosts, Instance, Standing, State};
+use super::{Backend, Bridge, Excluded, HealthStatus, Hosts, Instance, State};
 
 /// An instance's place in the table.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Verdict {
+pub enum Validation {
     /// It serves, and can be reached from here or not.
     In(Backend),
     /// It gets nothing, by its source's verdict.
@@ -15,18 +15,23 @@ pub enum Verdict {
 }
 
 /// Judges one instance. `pools` is where VIPs come from, and `hosts` what names stand for.
-pub fn judge(instance: &Instance, pools: &Pools, hosts: &Hosts) -> Verdict {
+pub fn validate(instance: &Instance, pools: &Pools, hosts: &Hosts) -> Validation {
     let shown_address = if instance.address.contains(':') && !instance.address.starts_with('[') {
         format!("[{}]:{}", instance.address, instance.port)
     } else {
         format!("{}:{}", instance.address, instance.port)
     };
     let (node, id) = (instance.node.clone(), instance.id.clone());
-    if let Standing::Out(reason) = &instance.standing {
-        return Verdict::Out(Excluded { address: shown_address, node, id, reason: reason.clone() });
+    if let HealthStatus::Out(reason) = &instance.health {
+        return Validation::Out(Excluded {
+            address: shown_address,
+            node,
+            id,
+            reason: reason.clone(),
+        });
     }
-    let (state, warning) = match &instance.standing {
-        Standing::Warning(reason) => (State::Warning, Some(reason.clone())),
+    let (state, warning) = match &instance.health {
+        HealthStatus::Warning(reason) => (State::Warning, Some(reason.clone())),
         _ => (State::Healthy, None),
     };
     let (weight, odd_weight) = weight(instance.weight);
@@ -38,7 +43,7 @@ pub fn judge(instance: &Instance, pools: &Pools, hosts: &Hosts) -> Verdict {
         Err(reason) => (None, State::Unroutable, Some(reason)),
     };
     let host_only = address.is_some_and(|address| address.ip().is_loopback());
-    Verdict::In(Backend { address, shown_address, node, id, weight, state, reason, host_only })
+    Validation::In(Backend { address, shown_address, node, id, weight, state, reason, host_only })
 }
 
 /// Where connections to the instance go, with a note where it has a name for an address; or why none can.
@@ -161,7 +166,7 @@ pub fn check_name(name: &str) -> Result<(), String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::table::{Home, Host, Says};
+    use crate::table::{Host, NodeIdentity, ServiceMeta};
 
     fn instance(address: &str, port: i64) -> Instance {
         Instance {
@@ -171,11 +176,11 @@ mod tests {
             port,
             weight: 1,
             local: false,
-            home: Home::default(),
+            node_identity: NodeIdentity::default(),
             node_address: None,
             may_be_local: false,
-            standing: Standing::Serving,
-            says: Says::default(),
+            health: HealthStatus::Serving,
+            meta: ServiceMeta::default(),
         }
     }
 
@@ -212,10 +217,10 @@ mod tests {
         }
     }
 
-    fn judged(instance: &Instance) -> Backend {
-        match judge(instance, &pools(), &hosts()) {
-            Verdict::In(backend) => backend,
-            Verdict::Out(out) => panic!("{out:?}"),
+    fn valid(instance: &Instance) -> Backend {
+        match validate(instance, &pools(), &hosts()) {
+            Validation::In(backend) => backend,
+            Validation::Out(out) => panic!("{out:?}"),
         }
     }
 
@@ -230,7 +235,7 @@ mod tests {
             ("172.18.0.5", "172.18.0.5:23456"),
             ("240.0.0.7", "240.0.0.7:23456"),
         ] {
-            let backend = judged(&instance(address, 23456));
+            let backend = valid(&instance(address, 23456));
             assert_eq!(backend.address, Some(expected.parse().unwrap()), "{address}");
             assert_eq!(
                 (backend.state, backend.reason, backend.host_only),
@@ -282,7 +287,7 @@ mod tests {
             ("[fd17::5]", 80, "fd17::/64 is this host's own bridge `nomad`"),
             ("bridged.example.com", 80, "this host's own bridge `docker0`"),
         ] {
-            let backend = judged(&instance(address, port));
+            let backend = valid(&instance(address, port));
             assert_eq!((backend.state, backend.address), (State::Unroutable, None), "{address}");
             let reason = backend.reason.unwrap();
             assert!(reason.contains(why), "{address}:{port}: {reason}");
@@ -300,7 +305,7 @@ mod tests {
                 "`many.example.com.` is 10.0.0.10, one of several addresses",
             ),
         ] {
-            let backend = judged(&instance(name, 80));
+            let backend = valid(&instance(name, 80));
             assert_eq!(backend.address, Some(address.parse().unwrap()));
             assert_eq!(
                 (backend.shown_address, backend.state),
@@ -312,18 +317,18 @@ mod tests {
 
     #[test]
     fn an_instance_in_warning_is_reached_and_says_why() {
-        let standing = Standing::Warning("check `web` is warning".into());
-        let backend = judged(&Instance { standing: standing.clone(), ..instance("10.0.0.7", 80) });
+        let health = HealthStatus::Warning("check `web` is warning".into());
+        let backend = valid(&Instance { health: health.clone(), ..instance("10.0.0.7", 80) });
         assert_eq!((backend.state, backend.state.is_reached()), (State::Warning, true));
         assert_eq!(backend.reason.as_deref(), Some("check `web` is warning"));
-        let backend = judged(&Instance { standing, ..instance("10.0.0.7", 0) });
+        let backend = valid(&Instance { health, ..instance("10.0.0.7", 0) });
         assert_eq!((backend.state, backend.state.is_reached()), (State::Unroutable, false));
     }
 
     #[test]
     fn this_nodes_loopback_is_for_the_host_alone() {
         for address in ["127.0.0.1", "::1", "::ffff:127.0.0.1"] {
-            let backend = judged(&Instance { local: true, ..instance(address, 8080) });
+            let backend = valid(&Instance { local: true, ..instance(address, 8080) });
             assert_eq!((backend.state, backend.host_only), (State::Healthy, true), "{address}");
         }
     }
@@ -336,12 +341,12 @@ mod tests {
             ("169.254.7.7", "169.254.7.7:80"),
         ] {
             for (local, may_be_local) in [(true, false), (false, true)] {
-                let backend = judged(&Instance { local, may_be_local, ..instance(address, 80) });
+                let backend = valid(&Instance { local, may_be_local, ..instance(address, 80) });
                 let got = (backend.address, backend.state, backend.host_only);
                 assert_eq!(got, (Some(expected.parse().unwrap()), State::Healthy, false));
             }
         }
-        let backend = judged(&Instance { may_be_local: true, ..instance("127.0.0.1", 80) });
+        let backend = valid(&Instance { may_be_local: true, ..instance("127.0.0.1", 80) });
         assert_eq!(backend.address, None, "its loopback may be another's");
     }
 
@@ -369,7 +374,7 @@ mod tests {
             (Some("172.17.0.2"), "10.0.0.7", true),
         ] {
             let node_address = node.map(|node| node.parse().unwrap());
-            let backend = judged(&Instance { node_address, ..instance(address, 80) });
+            let backend = valid(&Instance { node_address, ..instance(address, 80) });
             let reason = backend.reason.unwrap_or_default();
             assert_eq!(backend.address.is_some(), expected, "{node:?} {address}: {reason}");
             assert!(!backend.host_only);
@@ -397,7 +402,7 @@ mod tests {
     #[test]
     fn odd_weights_are_brought_into_range_and_noted() {
         for (given, weight) in [(-5, 1), (0, 1), (1, 1), (65_535, 65_535), (1 << 40, 65_535)] {
-            let backend = judged(&Instance { weight: given, ..instance("10.0.0.7", 80) });
+            let backend = valid(&Instance { weight: given, ..instance("10.0.0.7", 80) });
             assert_eq!((backend.state, backend.weight), (State::Healthy, weight));
             assert_eq!(backend.reason.is_some(), i64::from(weight) != given, "{given}");
         }
@@ -405,9 +410,9 @@ mod tests {
 
     #[test]
     fn a_sources_verdict_stands() {
-        let standing = Standing::Out("check `web` is critical".into());
-        let out = judge(&Instance { standing, ..instance("", 0) }, &pools(), &hosts());
-        assert!(matches!(out, Verdict::Out(out) if out.reason == "check `web` is critical"));
+        let health = HealthStatus::Out("check `web` is critical".into());
+        let out = validate(&Instance { health, ..instance("", 0) }, &pools(), &hosts());
+        assert!(matches!(out, Validation::Out(out) if out.reason == "check `web` is critical"));
     }
 
     #[test]

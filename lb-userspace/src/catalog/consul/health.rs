@@ -8,7 +8,7 @@ use serde::{Deserialize, Deserializer};
 
 use super::address::{self, Candidates};
 use crate::config::{CatalogConfig, HealthPolicy};
-use crate::table::{Home, Instance, Says, Standing, parse_ip};
+use crate::table::{HealthStatus, Instance, NodeIdentity, ServiceMeta, parse_ip};
 
 /// The most instances that a service may have: many times what is known of any, and a bound on the
 /// memory that an answer takes, since an empty record has two bytes there and some 300 here.
@@ -206,7 +206,7 @@ fn instance(record: Record, rules: &CatalogConfig) -> Instance {
     let chosen =
         address::choose(rules.address, &record.service.candidates(), &record.node.candidates());
     if let (Err(reason), true) = (&chosen, standing.serves()) {
-        standing = Standing::Out(reason.clone());
+        standing = HealthStatus::Out(reason.clone());
     }
     let is_of_service = foreign(&record, rules).is_none();
     let Record { node, mut service, .. } = record;
@@ -215,12 +215,12 @@ fn instance(record: Record, rules: &CatalogConfig) -> Instance {
         Err(_) => (service.address.clone(), service.port()),
     };
     let weight = match standing {
-        Standing::Warning(_) => service.weights.warning,
-        Standing::Serving | Standing::Out(_) => service.weights.passing,
+        HealthStatus::Warning(_) => service.weights.warning,
+        HealthStatus::Serving | HealthStatus::Out(_) => service.weights.passing,
     };
     let mut says = |key: &str| service.meta.remove(key).flatten().filter(|_| is_of_service);
     Instance {
-        home: Home::new(&node.id, &node.datacenter, &node.partition),
+        node_identity: NodeIdentity::new(&node.id, &node.datacenter, &node.partition),
         node_address: parse_ip(&node.address),
         may_be_local: false,
         node: node.node,
@@ -229,8 +229,8 @@ fn instance(record: Record, rules: &CatalogConfig) -> Instance {
         port,
         weight: weight.unwrap_or(1),
         local: false,
-        standing,
-        says: Says { ports: says("nohop-ports"), protocol: says("nohop-protocol") },
+        health: standing,
+        meta: ServiceMeta { ports: says("nohop-ports"), protocol: says("nohop-protocol") },
     }
 }
 
@@ -308,18 +308,18 @@ fn foreign(record: &Record, rules: &CatalogConfig) -> Option<String> {
 
 /// The verdict of the kind, the tag, the Meta and the checks. Outputs and times of checks have no
 /// part in it, so that a check that only changed its words changes nothing.
-fn standing(record: &Record, rules: &CatalogConfig) -> Standing {
+fn standing(record: &Record, rules: &CatalogConfig) -> HealthStatus {
     if let Some(reason) = foreign(record, rules) {
-        return Standing::Out(reason);
+        return HealthStatus::Out(reason);
     }
-    let Some(check) = &record.checks.worst else { return Standing::Serving };
+    let Some(check) = &record.checks.worst else { return HealthStatus::Serving };
     let complaint = check.complaint();
     match rules.health {
         HealthPolicy::Warning if check.is_warning() => match record.service.weights.warning {
-            Some(0) => Standing::Out(format!("{complaint}, and its weight is 0 then")),
-            _ => Standing::Warning(complaint),
+            Some(0) => HealthStatus::Out(format!("{complaint}, and its weight is 0 then")),
+            _ => HealthStatus::Warning(complaint),
         },
-        HealthPolicy::Passing | HealthPolicy::Warning => Standing::Out(complaint),
+        HealthPolicy::Passing | HealthPolicy::Warning => HealthStatus::Out(complaint),
     }
 }
 
@@ -387,9 +387,9 @@ mod tests {
         let got: Vec<String> = instances
             .iter()
             .map(|i| {
-                let standing = match &i.standing {
-                    Standing::Serving => "serving",
-                    Standing::Warning(reason) | Standing::Out(reason) => reason,
+                let standing = match &i.health {
+                    HealthStatus::Serving => "serving",
+                    HealthStatus::Warning(reason) | HealthStatus::Out(reason) => reason,
                 };
                 format!("{}/{} {}:{} x{}: {standing}", i.node, i.id, i.address, i.port, i.weight)
             })
@@ -452,9 +452,9 @@ mod tests {
         for (json, expected) in table {
             let records = vec![serde_json::from_str(json).unwrap()];
             let instance = instances(records, &rules()).unwrap().remove(0);
-            let standing = match instance.standing {
-                Standing::Serving => "serving".into(),
-                Standing::Warning(reason) | Standing::Out(reason) => reason,
+            let standing = match instance.health {
+                HealthStatus::Serving => "serving".into(),
+                HealthStatus::Warning(reason) | HealthStatus::Out(reason) => reason,
             };
             let got =
                 format!("{}:{} x{} {standing}", instance.address, instance.port, instance.weight);
@@ -496,7 +496,8 @@ mod tests {
             let records = vec![serde_json::from_str(json).unwrap()];
             let other = r#"{"Service":{"Tags":["routed"]}}"#;
             let records = [records, vec![serde_json::from_str(other).unwrap()]].concat();
-            let Says { ports, protocol } = instances(records, &rules()).unwrap().remove(0).says;
+            let ServiceMeta { ports, protocol } =
+                instances(records, &rules()).unwrap().remove(0).meta;
             assert_eq!((ports.as_deref(), protocol.as_deref()), expected, "{json}");
         }
     }
@@ -590,10 +591,10 @@ mod tests {
                 });
                 let records = vec![serde_json::from_value(json).unwrap()];
                 let instance = instances(records, rules).unwrap().remove(0);
-                let standing = match instance.standing {
-                    Standing::Serving => "serving",
-                    Standing::Warning(_) => "warning",
-                    Standing::Out(_) => "out",
+                let standing = match instance.health {
+                    HealthStatus::Serving => "serving",
+                    HealthStatus::Warning(_) => "warning",
+                    HealthStatus::Out(_) => "out",
                 };
                 let got = format!("x{} {standing}", instance.weight);
                 assert_eq!(got, expected, "{weights} {statuses}");
@@ -607,7 +608,7 @@ mod tests {
         let json = r#"[{"Service":{"Tags":["routed"]},
                         "Checks":[{"CheckID":"_node_maintenance","Status":"warning"}]}]"#;
         let instance = instances(parse(json), &warning).unwrap().remove(0);
-        assert_eq!(instance.standing, Standing::Out("node maintenance".into()));
+        assert_eq!(instance.health, HealthStatus::Out("node maintenance".into()));
     }
 
     #[test]
@@ -622,8 +623,9 @@ mod tests {
             ("null", Some("its Meta lacks `stage` = `live`")),
         ] {
             let json = format!(r#"[{{"Service":{{"Tags":["routed"],"Meta":{meta}}}}}]"#);
-            let standing = instances(parse(&json), &rules).unwrap().remove(0).standing;
-            let expected = expected.map_or(Standing::Serving, |why| Standing::Out(why.into()));
+            let standing = instances(parse(&json), &rules).unwrap().remove(0).health;
+            let expected =
+                expected.map_or(HealthStatus::Serving, |why| HealthStatus::Out(why.into()));
             assert_eq!(standing, expected, "{meta}");
         }
     }
@@ -642,8 +644,9 @@ mod tests {
             let records = vec![serde_json::from_str(json).unwrap()];
             let instance = instances(records, &rules).unwrap().remove(0);
             assert_eq!((&*instance.address, instance.port), (expected.0, expected.1), "{choice:?}");
-            let standing = expected.2.map_or(Standing::Serving, |why| Standing::Out(why.into()));
-            assert_eq!(instance.standing, standing, "{choice:?}");
+            let standing =
+                expected.2.map_or(HealthStatus::Serving, |why| HealthStatus::Out(why.into()));
+            assert_eq!(instance.health, standing, "{choice:?}");
         }
     }
 }

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::hash::{Hash, Hasher};
 use std::time::{Duration, Instant};
 
-use crate::table::{Instance, Standing, may_be_reached};
+use crate::table::{HealthStatus, Instance, may_be_reached};
 
 /// How long an instance without checks of its own, whose siblings have some, is held back.
 pub const HOLD: Duration = Duration::from_secs(3);
@@ -37,11 +37,11 @@ impl HoldDown {
         if unchecked.is_empty() {
             return None;
         }
-        let served = known.iter().filter(|instance| instance.standing.serves());
+        let served = known.iter().filter(|instance| instance.health.serves());
         let served: HashSet<KeyRef> = served.map(KeyRef::of).collect();
         let (mut newcomers, mut others_serve) = (Vec::new(), false);
         for (idx, instance) in instances.iter().enumerate() {
-            if !instance.standing.serves() {
+            if !instance.health.serves() {
                 continue;
             }
             let name = KeyRef::of(instance);
@@ -59,7 +59,7 @@ impl HoldDown {
             return None;
         }
         for &(idx, _) in &newcomers {
-            instances[idx].standing = Standing::Out(format!(
+            instances[idx].health = HealthStatus::Out(format!(
                 "has no check yet, as others of the service have: held back for {HOLD:?}"
             ));
         }
@@ -111,7 +111,7 @@ mod tests {
     use std::cell::Cell;
 
     use super::*;
-    use crate::table::{Home, Says};
+    use crate::table::{NodeIdentity, ServiceMeta};
 
     thread_local! {
         /// How many names were compared.
@@ -126,11 +126,11 @@ mod tests {
             port: 80,
             weight: 1,
             local: false,
-            home: Home::default(),
+            node_identity: NodeIdentity::default(),
             node_address: None,
             may_be_local: false,
-            standing: Standing::Serving,
-            says: Says::default(),
+            health: HealthStatus::Serving,
+            meta: ServiceMeta::default(),
         }
     }
 
@@ -171,7 +171,7 @@ mod tests {
         ] {
             let mut instances = [instance("new"), instance("old")];
             let again_at = held.judge(&mut instances, &suspects, &known, start + ms(after));
-            let serving = instances.iter().filter(|i| i.standing == Standing::Serving);
+            let serving = instances.iter().filter(|i| i.health == HealthStatus::Serving);
             let serving: Vec<&str> = serving.map(|i| &*i.id).collect();
             assert_eq!(serving.join(" "), expected, "after {after} ms");
             assert_eq!(again_at, again.then_some(start + HOLD), "after {after} ms");
@@ -185,8 +185,8 @@ mod tests {
 
     #[test]
     fn a_newcomer_is_held_back_only_while_another_can_serve() {
-        let out = Standing::Out("check `web` is critical".into());
-        let warning = Standing::Warning("check `web` is warning".into());
+        let out = HealthStatus::Out("check `web` is critical".into());
+        let warning = HealthStatus::Warning("check `web` is warning".into());
         let other = |change: fn(&mut Instance)| {
             let mut other = instance("old");
             change(&mut other);
@@ -194,9 +194,9 @@ mod tests {
         };
         let cases: [(Instance, bool); 8] = [
             (instance("old"), true),
-            (Instance { standing: warning, ..instance("old") }, true),
+            (Instance { health: warning, ..instance("old") }, true),
             (other(|other| other.address = "db.example.com".into()), true),
-            (Instance { standing: out, ..instance("old") }, false),
+            (Instance { health: out, ..instance("old") }, false),
             // What serves by Consul and can't be reached from here serves nobody.
             (other(|other| other.port = 0), false),
             (other(|other| other.address = "127.0.0.1".into()), false),
@@ -210,7 +210,7 @@ mod tests {
             let again_at = held.judge(&mut instances, &suspects, &[], Instant::now());
             assert_eq!(again_at.is_some(), is_held, "{other:?}");
             for newcomer in &instances[1..] {
-                assert_eq!(!newcomer.standing.serves(), is_held, "{other:?}");
+                assert_eq!(!newcomer.health.serves(), is_held, "{other:?}");
             }
         }
     }
@@ -230,6 +230,6 @@ mod tests {
             let n_compared = N_COMPARED.with(Cell::get);
             assert!(n_compared < 10 * n, "{n_compared} comparisons of {n} instances");
         }
-        assert_eq!(instances.iter().filter(|i| !i.standing.serves()).count(), n / 2);
+        assert_eq!(instances.iter().filter(|i| !i.health.serves()).count(), n / 2);
     }
 }

@@ -10,7 +10,7 @@ use super::schedule::is_shrink;
 use crate::catalog::Catalog;
 use crate::catalog::host::Own;
 use crate::catalog::snapshot::{Agent, SavedCatalog, SavedService};
-use crate::table::{Instance, Listing, Watch};
+use crate::table::{Instance, ServiceId, ServiceRecord, Watch};
 
 /// The state that watches bring together. Pure: it neither asks nor publishes.
 #[derive(Debug)]
@@ -54,7 +54,7 @@ impl ServiceAnswer {
 }
 
 fn n_serving(instances: &[Instance]) -> usize {
-    instances.iter().filter(|instance| instance.standing.serves()).count()
+    instances.iter().filter(|instance| instance.health.serves()).count()
 }
 
 /// Which node this is: that of the agent that is asked, where it is this host's.
@@ -613,7 +613,7 @@ impl Model {
                 Known::NoService => return None,
             };
             entry.is_shown = true;
-            Some((name.clone(), Listing { instances, watch }))
+            Some((ServiceId::new(name.clone()), ServiceRecord::new(instances, watch)))
         });
         Some(known.collect())
     }

@@ -2,8 +2,8 @@
 
 use super::super::index::IndexMove;
 use super::*;
-use crate::table::Standing;
-use crate::table::{Home, Says};
+use crate::table::HealthStatus;
+use crate::table::{NodeIdentity, ServiceMeta};
 
 const DISTRUST: Duration = Duration::from_secs(300);
 
@@ -19,11 +19,11 @@ fn instance(node: &str, id: &str) -> Instance {
         port: 80,
         weight: 1,
         local: false,
-        home: Home::default(),
+        node_identity: NodeIdentity::default(),
         node_address: None,
         may_be_local: false,
-        standing: Standing::Serving,
-        says: Says::default(),
+        health: HealthStatus::Serving,
+        meta: ServiceMeta::default(),
     }
 }
 
@@ -73,9 +73,12 @@ fn nothing_is_published_before_all_that_is_live_has_answered() {
     model.hear_switch();
     let catalog = model.take().unwrap();
     assert_eq!(catalog.len(), 2, "b is a proxy's name");
-    assert!(catalog["a"].instances[0].local);
+    assert!(catalog["a"].groups[0].instances[0].local);
     assert_eq!(catalog["a"].watch, Watch::Live);
-    assert_eq!((catalog["cold"].instances.len(), catalog["cold"].watch), (0, Watch::Cold));
+    assert_eq!(
+        (catalog["cold"].groups[0].instances.len(), catalog["cold"].watch),
+        (0, Watch::Cold)
+    );
     assert!(model.take().is_none());
 }
 
@@ -147,9 +150,10 @@ fn what_did_not_change_is_shared_or_not_published_at_all() {
 
     set(&mut model, "a", vec![instance("n2", "1"), instance("n1", "2")]);
     let second = model.take().unwrap();
-    assert!(Arc::ptr_eq(&first["b"].instances, &second["b"].instances));
-    assert!(!Arc::ptr_eq(&first["a"].instances, &second["a"].instances));
-    let order: Vec<_> = second["a"].instances.iter().map(|i| (&*i.node, &*i.id, i.local)).collect();
+    assert!(Arc::ptr_eq(&first["b"].groups[0].instances, &second["b"].groups[0].instances));
+    assert!(!Arc::ptr_eq(&first["a"].groups[0].instances, &second["a"].groups[0].instances));
+    let order: Vec<_> =
+        second["a"].groups[0].instances.iter().map(|i| (&*i.node, &*i.id, i.local)).collect();
     assert_eq!(order, [("n1", "2", true), ("n2", "1", false)]);
 }
 
@@ -157,7 +161,7 @@ fn what_did_not_change_is_shared_or_not_published_at_all() {
 fn a_name_that_goes_takes_its_service_along() {
     let (mut model, _) = synced(&["a", "b"]);
     model.set_names(&names(&["b"]));
-    assert!(model.take().unwrap().keys().eq(&[Arc::from("b")]));
+    assert!(model.take().unwrap().keys().eq(&[ServiceId::new("b")]));
     set(&mut model, "a", vec![instance("n1", "1")]);
     model.set_problem(Subject::Service("a".into()), Some("late".into()));
     assert!(model.take().is_none());
@@ -171,14 +175,17 @@ fn a_service_that_goes_cold_keeps_its_instances_until_they_are_old() {
     model.set_live("a", false);
     let second = model.take().unwrap();
     assert_eq!((second["a"].watch, second["b"].watch), (Watch::Cold, Watch::Live));
-    assert!(Arc::ptr_eq(&first["a"].instances, &second["a"].instances));
+    assert!(Arc::ptr_eq(&first["a"].groups[0].instances, &second["a"].groups[0].instances));
     assert_eq!(model.exists("a"), None);
 
     model.forget(now + max_age / 2, max_age);
     assert!(model.take().is_none());
     model.forget(now + max_age * 2, max_age);
     let third = model.take().unwrap();
-    assert_eq!((third["a"].instances.len(), third["b"].instances.len()), (0, 1));
+    assert_eq!(
+        (third["a"].groups[0].instances.len(), third["b"].groups[0].instances.len()),
+        (0, 1)
+    );
 
     model.set_live("a", true);
     assert!(model.take().is_none(), "nothing is known of it yet");
@@ -193,10 +200,10 @@ fn a_cold_service_ages_while_the_machine_is_suspended() {
     model.set_live("a", false);
     model.slept(max_age / 2);
     model.forget(now, max_age);
-    assert_eq!(model.take().unwrap()["a"].instances.len(), 1);
+    assert_eq!(model.take().unwrap()["a"].groups[0].instances.len(), 1);
     model.slept(max_age);
     model.forget(now, max_age);
-    assert!(model.take().unwrap()["a"].instances.is_empty());
+    assert!(model.take().unwrap()["a"].groups[0].instances.is_empty());
 }
 
 #[test]
@@ -207,7 +214,7 @@ fn memory_serves_until_the_answers_come() {
     assert!(next.take().is_none(), "Consul has the first word");
     next.serve_memory();
     let served = next.take().unwrap();
-    assert_eq!(served["a"].instances, first["a"].instances);
+    assert_eq!(served["a"].groups[0].instances, first["a"].groups[0].instances);
     assert_eq!(served["a"].watch, Watch::Cold);
     assert!(next.is_shrink("a", &heard(Vec::new())));
     with_names(&mut next, &["a"]);
@@ -222,10 +229,10 @@ fn an_instance_without_its_checks_serves_after_a_moment() {
     let both = vec![instance("n1", "1"), instance("n1", "2")];
     let heard = ServiceAnswer { instances: Some(both), unchecked: vec![("n1".into(), "2".into())] };
     model.set_service(&"a".into(), heard, now);
-    assert_eq!(n_serving(&model.take().unwrap()["a"].instances), 1);
+    assert_eq!(n_serving(&model.take().unwrap()["a"].groups[0].instances), 1);
     let at = model.next_release().unwrap();
     model.release(at);
-    assert_eq!(n_serving(&model.take().unwrap()["a"].instances), 2);
+    assert_eq!(n_serving(&model.take().unwrap()["a"].groups[0].instances), 2);
     assert_eq!(model.next_release(), None);
 }
 
@@ -242,7 +249,7 @@ fn what_is_released_is_no_answer_of_consul() {
     model.release(model.next_release().unwrap());
     let catalog = model.take().unwrap();
     assert_eq!((catalog["a"].watch, model.exists("a")), (Watch::Cold, None));
-    assert_eq!(n_serving(&catalog["a"].instances), 2);
+    assert_eq!(n_serving(&catalog["a"].groups[0].instances), 2);
 }
 
 fn signs(now: Instant, is_sure: bool, moved: IndexMove) -> Evidence {
@@ -254,7 +261,7 @@ fn what_turns_critical_is_out_at_once_whatever_speaks_against_it() {
     let (mut model, _) = synced(&["a", "b", "c", "d"]);
     let now = Instant::now();
     let mut critical = instance("n1", "1");
-    critical.standing = Standing::Out("critical".into());
+    critical.health = HealthStatus::Out("critical".into());
     for name in ["a", "b", "c", "d"] {
         for (is_sure, expected) in [(false, Assessment::Confirm), (true, Assessment::Apply)] {
             let signs = signs(now, is_sure, IndexMove::Backward);
@@ -282,12 +289,13 @@ fn all_that_goes_within_a_minute_comes_back_and_goes_after_five() {
     assert_eq!(gone(&mut model, "a", start, true), Assessment::Apply);
     assert_eq!(gone(&mut model, "b", start + 20 * second, true), Assessment::Apply);
     let catalog = model.take().unwrap();
-    let serving = |catalog: &Catalog| catalog.values().filter(|l| !l.instances.is_empty()).count();
+    let serving =
+        |catalog: &Catalog| catalog.values().filter(|l| !l.groups[0].instances.is_empty()).count();
     assert_eq!(serving(&catalog), 1);
     assert_eq!(gone(&mut model, "c", start + 40 * second, true), Assessment::Withhold);
     let catalog = model.take().unwrap();
     assert_eq!(serving(&catalog), 3);
-    assert_eq!(catalog["a"].instances, first["a"].instances);
+    assert_eq!(catalog["a"].groups[0].instances, first["a"].groups[0].instances);
     let problem = model.problem().unwrap();
     assert!(
         problem.contains(
@@ -315,7 +323,7 @@ fn instances(ids: impl IntoIterator<Item = i64>) -> ServiceAnswer {
     let one = |id: i64| {
         let mut one = Instance { port: 1000 + id, ..instance("n1", &id.to_string()) };
         if id >= 100 {
-            one.standing = Standing::Out("critical".into());
+            one.health = HealthStatus::Out("critical".into());
         }
         one
     };
@@ -337,7 +345,7 @@ fn answer(model: &mut Model, name: &str, heard: &ServiceAnswer, signs: Evidence)
 /// The ports of those that serve.
 fn serving_ports(model: &Model, name: &str) -> Vec<i64> {
     let Known::Service { instances, .. } = &model.services[name].known else { return Vec::new() };
-    let serving = instances.iter().filter(|instance| instance.standing.serves());
+    let serving = instances.iter().filter(|instance| instance.health.serves());
     let mut ports: Vec<i64> = serving.map(|instance| instance.port).collect();
     ports.sort_unstable();
     ports
@@ -423,7 +431,7 @@ fn what_is_left_out_serves_beside_what_is_listed() {
         answer(&mut model, "a", &instances(0..10), sure);
         // One is listed yet, one is new, and another one turned critical.
         let mut some = instances([0, 1, 20]);
-        some.instances.as_mut().unwrap()[1].standing = Standing::Out("critical".into());
+        some.instances.as_mut().unwrap()[1].health = HealthStatus::Out("critical".into());
         assert_eq!(answer(&mut model, "a", &some, signs), Assessment::Withhold, "{signs:?}");
         let expected: Vec<i64> = [1000].into_iter().chain(1002..1010).chain([1020]).collect();
         assert_eq!(serving_ports(&model, "a"), expected, "{signs:?}");
@@ -440,7 +448,7 @@ fn what_is_left_out_serves_beside_what_is_listed() {
 fn a_new_node_name_moves_what_is_local() {
     let (mut model, _) = synced(&["a"]);
     model.set_node(Node::Named("n2".into()));
-    assert!(!model.take().unwrap()["a"].instances[0].local);
+    assert!(!model.take().unwrap()["a"].groups[0].instances[0].local);
 }
 
 #[test]
@@ -449,10 +457,10 @@ fn a_node_that_is_known_stays_known() {
     with_names(&mut model, &["a"]);
     model.set_node(Node::Denied(Own::default()));
     set(&mut model, "a", vec![instance("n1", "1")]);
-    assert!(!model.take().unwrap()["a"].instances[0].local);
+    assert!(!model.take().unwrap()["a"].groups[0].instances[0].local);
     assert_eq!(model.problem().unwrap(), AGENT_DENIED);
     model.set_node(Node::Named("n1".into()));
-    assert!(model.take().unwrap()["a"].instances[0].local);
+    assert!(model.take().unwrap()["a"].groups[0].instances[0].local);
     model.set_node(Node::Denied(Own::default()));
     assert!(model.take().is_none(), "an error takes nothing away");
     assert_eq!((model.problem(), model.is_failing()), (None, false));
@@ -490,7 +498,7 @@ fn what_the_kernel_serves_already_is_not_held_back_at_a_restart() {
         let now = Instant::now();
         model.set_service(&"Web".into(), checked(), now);
         let catalog = model.take().unwrap();
-        assert_eq!(n_serving(&catalog["Web"].instances), expected, "{in_use:?}");
+        assert_eq!(n_serving(&catalog["Web"].groups[0].instances), expected, "{in_use:?}");
         model.set_service(&"Web".into(), checked(), now);
         assert_eq!(model.next_release().is_none(), expected == 2);
     }
@@ -498,15 +506,15 @@ fn what_the_kernel_serves_already_is_not_held_back_at_a_restart() {
 
 #[test]
 fn only_the_agents_own_node_is_this_one() {
-    let here = Home::new("9d75", "dc1", "");
-    let agent = || Agent { name: "n1".into(), home: here };
-    for (node, record, home, expected) in [
+    let here = NodeIdentity::new("9d75", "dc1", "");
+    let agent = || Agent { name: "n1".into(), node_identity: here };
+    for (node, record, node_identity, expected) in [
         (Node::Named(agent()), "n1", here, true),
-        (Node::Named(agent()), "n1", Home::default(), true),
+        (Node::Named(agent()), "n1", NodeIdentity::default(), true),
         (Node::Named(agent()), "n2", here, false),
-        (Node::Named(agent()), "n1", Home::new("9d75", "dc2", ""), false),
-        (Node::Named(agent()), "n1", Home::new("aaaa", "dc1", ""), false),
-        (Node::Named(agent()), "n1", Home::new("9d75", "dc1", "team"), false),
+        (Node::Named(agent()), "n1", NodeIdentity::new("9d75", "dc2", ""), false),
+        (Node::Named(agent()), "n1", NodeIdentity::new("aaaa", "dc1", ""), false),
+        (Node::Named(agent()), "n1", NodeIdentity::new("9d75", "dc1", "team"), false),
         (Node::Elsewhere { why: "it isn't here".into(), may_be_here: None }, "n1", here, false),
         (Node::Denied(Own::default()), "n1", here, false),
         (Node::Unknown, "n1", here, false),
@@ -514,11 +522,11 @@ fn only_the_agents_own_node_is_this_one() {
         let mut model = hearing();
         model.set_node(node.clone());
         with_names(&mut model, &["a"]);
-        let record = Instance { home, ..instance(record, "1") };
+        let record = Instance { node_identity, ..instance(record, "1") };
         set(&mut model, "a", vec![record.clone()]);
         model.serve_memory();
         let catalog = model.take().unwrap();
-        assert_eq!(catalog["a"].instances[0].local, expected, "{node:?} {record:?}");
+        assert_eq!(catalog["a"].groups[0].instances[0].local, expected, "{node:?} {record:?}");
         // And where the node is known after the record.
         let mut model = hearing();
         with_names(&mut model, &["a"]);
@@ -526,7 +534,7 @@ fn only_the_agents_own_node_is_this_one() {
         model.set_node(node.clone());
         model.serve_memory();
         let catalog = model.take().unwrap();
-        assert_eq!(catalog["a"].instances[0].local, expected, "{node:?} {record:?}");
+        assert_eq!(catalog["a"].groups[0].instances[0].local, expected, "{node:?} {record:?}");
     }
 }
 
@@ -557,7 +565,7 @@ fn without_the_right_to_ask_the_nodes_address_says_which_it_is() {
         model.set_node(Node::Denied(Own::default()));
         model.set_node(Node::Denied(own()));
         let catalog = model.take().unwrap();
-        assert_eq!(catalog["a"].instances[0].local, is_local, "{record:?}");
+        assert_eq!(catalog["a"].groups[0].instances[0].local, is_local, "{record:?}");
         let problem = model.problem();
         assert_eq!(problem.as_deref(), needs_agent.then_some(AGENT_DENIED), "{record:?}");
         // And in the next daemon, while Consul is silent.
@@ -566,7 +574,7 @@ fn without_the_right_to_ask_the_nodes_address_says_which_it_is() {
         memory.services.values_mut().for_each(|web| web.answered_at = Some(Instant::now()));
         next.seed(&memory);
         next.serve_memory();
-        assert_eq!(next.take().unwrap()["a"].instances[0].local, is_local, "{record:?}");
+        assert_eq!(next.take().unwrap()["a"].groups[0].instances[0].local, is_local, "{record:?}");
     }
 }
 
@@ -583,11 +591,11 @@ fn an_agent_behind_nat_takes_only_the_loopback_from_its_node() {
         set(&mut model, "a", vec![instance(record, "1")]);
         model.set_node(node.clone());
         let catalog = model.take().unwrap();
-        let got = &catalog["a"].instances[0];
+        let got = &catalog["a"].groups[0].instances[0];
         assert_eq!((got.local, got.may_be_local), (false, expected), "{node:?} {record}");
         model.set_node(Node::Named("n2".into()));
         let catalog = model.take().unwrap_or(catalog);
-        assert!(!catalog["a"].instances[0].may_be_local);
+        assert!(!catalog["a"].groups[0].instances[0].may_be_local);
     }
 }
 
@@ -604,6 +612,9 @@ fn a_release_is_no_answer_of_consul() {
     model.set_live("a", true);
     model.release(until);
     let catalog = model.take().unwrap();
-    assert_eq!((n_serving(&catalog["a"].instances), catalog["a"].watch), (2, Watch::Cold));
+    assert_eq!(
+        (n_serving(&catalog["a"].groups[0].instances), catalog["a"].watch),
+        (2, Watch::Cold)
+    );
     assert_eq!(model.exists("a"), None);
 }

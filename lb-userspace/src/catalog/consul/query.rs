@@ -17,7 +17,7 @@ use super::model::{Node, ServiceAnswer};
 use crate::catalog::host;
 use crate::catalog::snapshot::Agent;
 use crate::config::CatalogConfig;
-use crate::table::{Home, parse_ip};
+use crate::table::{NodeIdentity, parse_ip};
 
 /// What a question is about.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -247,8 +247,8 @@ fn node(agent: AgentSelf, peer: Option<IpAddr>, is_own: impl Fn(IpAddr) -> bool)
         return Node::Elsewhere { why, may_be_here: None };
     }
     let text = |text: Option<String>| text.unwrap_or_default();
-    let home = Home::new(&text(node_id), &text(datacenter), &text(partition));
-    let named = Agent { name: node_name, home };
+    let node_identity = NodeIdentity::new(&text(node_id), &text(datacenter), &text(partition));
+    let named = Agent { name: node_name, node_identity };
     let address = agent.member.and_then(|member| parse_ip(&member.addr?));
     let address = address.filter(|address| !address.is_unspecified());
     if let Some(address) = address.filter(|address| !is_own(*address)) {
@@ -289,7 +289,8 @@ mod tests {
             let json = format!(r#"{{"Config":{{"NodeName":"n1","NodeID":"9d75"}}{member}}}"#);
             let agent = serde_json::from_str(&json).unwrap();
             let got = node(agent, peer.map(|peer| peer.parse().unwrap()), is_own);
-            let expected = Agent { name: "n1".into(), home: Home::new("9d75", "", "") };
+            let expected =
+                Agent { name: "n1".into(), node_identity: NodeIdentity::new("9d75", "", "") };
             match is_here {
                 true => assert_eq!(got, Node::Named(expected), "{peer:?} {json}"),
                 false => {

@@ -11,7 +11,7 @@ use super::*;
 use crate::catalog::file::follow::Watcher;
 use crate::catalog::{Catalog, Handle, Lookup};
 use crate::config::{ConsulAddress, WatchPolicy};
-use crate::table::{Says, Standing, Watch};
+use crate::table::{HealthStatus, ServiceMeta, Watch};
 
 const LIMIT: Duration = Duration::from_secs(20);
 
@@ -68,7 +68,7 @@ fn follow_in(handle: &mut Handle, settings: Settings) {
     handle.run_source("consul", source, None);
 }
 
-async fn shows(handle: &mut Handle, is_it: impl Fn(&Catalog) -> bool) -> Arc<Catalog> {
+async fn shows(handle: &mut Handle, is_it: impl Fn(&Catalog) -> bool) -> Catalog {
     let seen =
         handle.catalog.wait_for(|published| published.as_ref().is_some_and(|e| is_it(&e.catalog)));
     let seen = tokio::time::timeout(LIMIT, seen).await.expect("the catalog").unwrap();
@@ -90,22 +90,22 @@ async fn says(handle: &mut Handle, what: Option<&str>) {
 }
 
 fn names(catalog: &Catalog) -> Vec<&str> {
-    catalog.keys().map(|name| &**name).collect()
+    catalog.keys().map(|id| &*id.name).collect()
 }
 
 fn ports(catalog: &Catalog, name: &str) -> Vec<i64> {
-    catalog[name].instances.iter().map(|instance| instance.port).collect()
+    catalog[name].groups[0].instances.iter().map(|instance| instance.port).collect()
 }
 
 /// A Consul with `web`, of one instance, and a source that has synced with it.
-async fn synced() -> (Fake, Handle, Arc<Catalog>) {
+async fn synced() -> (Fake, Handle, Catalog) {
     let fake = Fake::start().await;
     fake.set_names(10, &["web"]);
     fake.set(&service("web"), 20, json!([instance("n1", "web-1", 1)]));
     let mut handle = follow(config(fake.address), timing());
     let catalog = shows(&mut handle, |catalog| names(catalog) == ["web"]).await;
     assert_eq!(ports(&catalog, "web"), [1]);
-    assert!(catalog["web"].instances[0].local);
+    assert!(catalog["web"].groups[0].instances[0].local);
     says(&mut handle, None).await;
     (fake, handle, catalog)
 }
@@ -116,14 +116,15 @@ async fn follows_names_and_instances() {
     fake.set(&service("db"), 30, json!([instance("n2", "db-1", 5432)]));
     fake.set_names(11, &["db", "web"]);
     let second = shows(&mut handle, |catalog| names(catalog) == ["db", "web"]).await;
-    assert!(Arc::ptr_eq(&first["web"].instances, &second["web"].instances));
-    assert!(!second["db"].instances[0].local);
+    assert!(Arc::ptr_eq(&first["web"].groups[0].instances, &second["web"].groups[0].instances));
+    assert!(!second["db"].groups[0].instances[0].local);
 
     let mut critical = instance("n1", "web-1", 1);
     critical["Checks"][0]["Status"] = json!("critical");
     fake.set(&service("web"), 31, json!([critical]));
     let is_out = |catalog: &Catalog| {
-        catalog["web"].instances[0].standing == Standing::Out("check `web` is critical".into())
+        catalog["web"].groups[0].instances[0].health
+            == HealthStatus::Out("check `web` is critical".into())
     };
     shows(&mut handle, is_out).await;
 
@@ -143,10 +144,13 @@ async fn new_meta_is_published_where_it_is_ours() {
     fake.set(&service("web"), 21, with_meta(json!({"version": "3"})));
     let meta = json!({"version": "4", "nohop-ports": "80,5432", "nohop-protocol": "both"});
     fake.set(&service("web"), 22, with_meta(meta));
-    let told = Says { ports: Some("80,5432".into()), protocol: Some("both".into()) };
-    shows(&mut handle, |catalog| catalog["web"].instances[0].says == told).await;
+    let told = ServiceMeta { ports: Some("80,5432".into()), protocol: Some("both".into()) };
+    shows(&mut handle, |catalog| catalog["web"].groups[0].instances[0].meta == told).await;
     fake.set(&service("web"), 23, with_meta(json!(null)));
-    shows(&mut handle, |catalog| catalog["web"].instances[0].says == Says::default()).await;
+    shows(&mut handle, |catalog| {
+        catalog["web"].groups[0].instances[0].meta == ServiceMeta::default()
+    })
+    .await;
 }
 
 #[tokio::test]
@@ -183,7 +187,10 @@ async fn no_failure_takes_anything_away_and_each_is_named_and_fixes() {
             says(&mut handle, Some(what)).await;
             let now = handle.catalog.borrow().clone().unwrap();
             assert!(
-                Arc::ptr_eq(&now.catalog["web"].instances, &first["web"].instances),
+                Arc::ptr_eq(
+                    &now.catalog["web"].groups[0].instances,
+                    &first["web"].groups[0].instances
+                ),
                 "{fault:?} on {path}"
             );
             fake.break_path(&path, None);
@@ -278,7 +285,7 @@ async fn a_token_that_may_not_know_the_agent_makes_nothing_local() {
     fake.set(&service("web"), 20, json!([loopback]));
     let mut handle = follow(config(fake.address), timing());
     let catalog = shows(&mut handle, |catalog| names(catalog) == ["web"]).await;
-    assert!(!catalog["web"].instances[0].local);
+    assert!(!catalog["web"].groups[0].instances[0].local);
     says(&mut handle, Some("agent:read")).await;
 }
 
@@ -359,7 +366,7 @@ async fn what_nobody_uses_is_cold_and_asked_for_by_nobody() {
     let (fake, mut handle) = cold().await;
     let first = shows(&mut handle, |catalog| names(catalog) == ["db", "web"]).await;
     assert!(first.values().all(|listing| listing.watch == Watch::Cold));
-    assert!(first.values().all(|listing| listing.instances.is_empty()));
+    assert!(first.values().all(|listing| listing.groups[0].instances.is_empty()));
 
     assert_eq!(handle.demand.look_up("web").await, Lookup::Exists);
     // By then it is published.
@@ -413,7 +420,7 @@ async fn a_new_name_with_upper_case_is_one_service_before_the_list_has_it_and_af
     fake.set_names(11, &["New", "db", "web"]);
     let asked = format!("{NAMES}?index=11&wait=60000ms");
     fake.state.subscribe().wait_for(|state| state.asked.contains_key(&asked)).await.unwrap();
-    assert!(Arc::ptr_eq(&catalog, &handle.catalog.borrow().clone().unwrap().catalog));
+    assert_eq!(catalog, handle.catalog.borrow().clone().unwrap().catalog);
 }
 
 #[tokio::test]
@@ -491,7 +498,7 @@ async fn a_great_loss_is_confirmed_before_it_counts() {
     assert_eq!((fake.n_asked(&asked), handle.stats.shrinks_held()), (0, 0), "half isn't more");
 
     fake.set(&service("web"), 23, json!([]));
-    shows(&mut handle, |catalog| catalog["web"].instances.is_empty()).await;
+    shows(&mut handle, |catalog| catalog["web"].groups[0].instances.is_empty()).await;
     assert_eq!((fake.n_asked(&asked), handle.stats.shrinks_held()), (1, 1));
 
     fake.set_names(11, &[]);
@@ -686,7 +693,7 @@ async fn synced_with(all: &[&str], timing: Timing) -> (Fake, Handle) {
 }
 
 fn n_serving(catalog: &Catalog) -> usize {
-    catalog.values().filter(|listing| !listing.instances.is_empty()).count()
+    catalog.values().filter(|listing| !listing.groups[0].instances.is_empty()).count()
 }
 
 #[tokio::test]
@@ -818,8 +825,9 @@ async fn all_that_serves_goes_at_once_only_after_a_while() {
     for name in &all[1..] {
         fake.set(&service(name), 22, json!([critical]));
     }
-    let is_out =
-        |catalog: &Catalog| catalog.values().all(|listing| !listing.instances[0].standing.serves());
+    let is_out = |catalog: &Catalog| {
+        catalog.values().all(|listing| !listing.groups[0].instances[0].health.serves())
+    };
     shows(&mut handle, is_out).await;
     assert!(handle.health.borrow().problem.is_none());
 }
@@ -1047,7 +1055,7 @@ async fn a_use_of_a_name_makes_all_of_it_live_whatever_their_case() {
     let mut handle = follow_as(settings(config(fake.address), WatchPolicy::Used, timing()));
     let live = |catalog: &Catalog| {
         let live = catalog.iter().filter(|(_, listing)| listing.watch == Watch::Live);
-        live.map(|(name, _)| name.to_string()).collect::<Vec<_>>()
+        live.map(|(id, _)| id.name.to_string()).collect::<Vec<_>>()
     };
     let catalog = shows(&mut handle, |catalog| catalog.len() == 4).await;
     assert_eq!(live(&catalog), [""; 0]);
@@ -1086,7 +1094,7 @@ async fn a_node_of_the_same_name_in_another_datacenter_is_not_this_one() {
         fake.set(&service("web"), 20, json!(records));
         let mut handle = follow(config(fake.address), timing());
         let catalog = shows(&mut handle, |catalog| names(catalog) == ["web"]).await;
-        let local = catalog["web"].instances.iter().filter(|instance| instance.local);
+        let local = catalog["web"].groups[0].instances.iter().filter(|instance| instance.local);
         assert_eq!(local.map(|instance| &*instance.id).collect::<Vec<_>>(), expected);
         let facts = handle.health.borrow().facts.join(" ");
         assert_eq!(facts.contains("192.0.2.77"), agent == elsewhere, "{facts}");
@@ -1102,12 +1110,12 @@ async fn an_agents_address_may_come_to_this_host_later() {
     fake.set(&service("web"), 20, json!([instance("n1", "web-1", 1)]));
     let mut handle = follow(config(fake.address), timing());
     let catalog = shows(&mut handle, |catalog| names(catalog) == ["web"]).await;
-    let got = &catalog["web"].instances[0];
+    let got = &catalog["web"].groups[0].instances[0];
     assert_eq!((got.local, got.may_be_local), (false, true));
     let facts = handle.health.borrow().facts.join(" ");
     assert!(facts.contains("its advertise_addr, 192.0.2.77,"), "{facts}");
     // To ask is all that tells it: nothing has failed.
     fake.set(AGENT, 1, json!({"Config": config_of, "Member": {"Addr": "127.0.0.1"}}));
-    shows(&mut handle, |catalog| catalog["web"].instances[0].local).await;
+    shows(&mut handle, |catalog| catalog["web"].groups[0].instances[0].local).await;
     assert!(handle.health.borrow().facts.is_empty());
 }

@@ -13,27 +13,28 @@ use std::sync::Arc;
 
 use super::parse::{Diagnostic, parse, without_mark};
 use crate::catalog::Catalog;
-use crate::table::{Instance, Listing, Watch};
+use crate::table::{Instance, ServiceId, ServiceRecord, Watch};
 
 const START: &str = "[[service]]";
 
 /// The services of the last text, by the part of it that says each.
 #[derive(Debug, Default)]
-pub struct Chunks(HashMap<Box<str>, (Arc<str>, Listing)>);
+pub struct Chunks(HashMap<Box<str>, (ServiceId, ServiceRecord)>);
 
 impl Chunks {
-    /// Reads a text. A service that is the same as in `last` is the same object.
+    /// Reads a text. What is the same as in `last` is shared with it.
     ///
     /// # Errors
     /// All errors, by line.
     pub fn read(&mut self, text: &str, last: &Catalog) -> Result<Catalog, Vec<Diagnostic>> {
         let text = without_mark(text);
         if let Some(catalog) = self.read_parts(text, last) {
-            return Ok(catalog);
+            return Ok(catalog.sharing(last));
         }
         self.0.clear();
         let services = parse(text)?;
-        Ok(services.into_iter().map(|(name, instances)| shared(name, instances, last)).collect())
+        let entries = services.into_iter().map(|(name, instances)| entry(name, instances, last));
+        Ok(entries.collect::<Catalog>().sharing(last))
     }
 
     /// Reads a text part by part; `None` where only the whole text tells what it says.
@@ -41,7 +42,7 @@ impl Chunks {
         let mut known = std::mem::take(&mut self.0);
         let (mut catalog, mut n_parts) = (Catalog::new(), 0);
         for part in parts(text)? {
-            let (part, (name, listing)) = match known.remove_entry(part) {
+            let (part, (id, record)) = match known.remove_entry(part) {
                 Some(known) => known,
                 None => {
                     let mut services = parse(part).ok()?;
@@ -49,11 +50,11 @@ impl Chunks {
                     if !services.is_empty() {
                         return None;
                     }
-                    (part.into(), shared(name, instances, last))
+                    (part.into(), entry(name, instances, last))
                 }
             };
-            catalog.insert(name.clone(), listing.clone());
-            self.0.insert(part, (name, listing));
+            catalog.insert(id.clone(), record.clone());
+            self.0.insert(part, (id, record));
             n_parts += 1;
         }
         // Two of one name are an error.
@@ -62,10 +63,11 @@ impl Chunks {
 }
 
 /// The entry of a catalog, that of the last one where it says the same.
-fn shared(name: Arc<str>, instances: Vec<Instance>, last: &Catalog) -> (Arc<str>, Listing) {
-    match last.get_key_value(&name) {
-        Some((name, known)) if *known.instances == *instances => (name.clone(), known.clone()),
-        _ => (name, Listing { instances: instances.into(), watch: Watch::Live }),
+fn entry(name: Arc<str>, instances: Vec<Instance>, last: &Catalog) -> (ServiceId, ServiceRecord) {
+    let id = ServiceId::new(name);
+    match last.get_key_value(&id) {
+        Some((id, known)) if known.instances().eq(&instances) => (id.clone(), known.clone()),
+        _ => (id, ServiceRecord::new(instances.into(), Watch::Live)),
     }
 }
 
@@ -98,7 +100,7 @@ mod tests {
     fn whole(text: &str) -> Result<Catalog, Vec<Diagnostic>> {
         let none = Catalog::new();
         let services = parse(text)?.into_iter();
-        Ok(services.map(|(name, instances)| shared(name, instances, &none)).collect())
+        Ok(services.map(|(name, instances)| entry(name, instances, &none)).collect())
     }
 
     #[test]
@@ -179,8 +181,8 @@ mod tests {
 
     #[test]
     fn what_stays_the_same_is_the_same_object() {
-        let is_same = |one: &Catalog, other: &Catalog, name| {
-            Arc::ptr_eq(&one[name].instances, &other[name].instances)
+        let is_same = |one: &Catalog, other: &Catalog, name: &str| {
+            Arc::ptr_eq(&one[name].groups, &other[name].groups)
         };
         let (mut chunks, text) = (Chunks::default(), format!("{A}{B}"));
         let first = chunks.read(&text, &Catalog::new()).unwrap();

@@ -18,7 +18,8 @@ pub mod fuzzing {
         let catalog = Chunks::default().read(text, &Catalog::new());
         match (&catalog, parse(text)) {
             (Ok(catalog), Ok(whole)) => {
-                let parts = catalog.iter().map(|(name, listing)| (name, &*listing.instances));
+                let parts =
+                    catalog.iter().map(|(id, record)| (&id.name, &*record.groups[0].instances));
                 assert!(parts.eq(whole.iter().map(|(name, instances)| (name, &**instances))));
             }
             (parts, whole) => assert_eq!(parts.as_ref().err(), whole.as_ref().err()),
@@ -273,11 +274,11 @@ mod tests {
             .collect()
     }
 
-    async fn shows(handle: &mut Handle, services: &[&str]) -> Arc<Catalog> {
+    async fn shows(handle: &mut Handle, services: &[&str]) -> Catalog {
         let seen = handle.catalog.wait_for(|catalog| {
             catalog
                 .as_ref()
-                .is_some_and(|e| e.catalog.keys().map(|name| &**name).eq(services.to_vec()))
+                .is_some_and(|e| e.catalog.keys().map(|id| &*id.name).eq(services.to_vec()))
         });
         let limit = std::time::Duration::from_secs(10);
         let seen = tokio::time::timeout(limit, seen).await.expect("the catalog").unwrap();
@@ -321,7 +322,7 @@ mod tests {
 
         fs::write(&path, text(&["a", "b"])).unwrap();
         let second = shows(&mut handle, &["a", "b"]).await;
-        assert!(Arc::ptr_eq(&first["a"].instances, &second["a"].instances));
+        assert!(Arc::ptr_eq(&first["a"].groups, &second["a"].groups));
 
         for (bad, what) in [("[[service", "catalog.toml:1: "), ("", "`service` is missing")] {
             fs::write(&path, bad).unwrap();
@@ -329,7 +330,7 @@ mod tests {
         }
         fs::remove_file(&path).unwrap();
         says(&mut handle, Some("can't read")).await;
-        assert!(Arc::ptr_eq(&shows(&mut handle, &["a", "b"]).await, &second));
+        assert_eq!(shows(&mut handle, &["a", "b"]).await, second);
 
         let new = dir.path().join("catalog.toml.new");
         fs::write(&new, text(&["c"])).unwrap();
@@ -393,7 +394,7 @@ mod tests {
                 let is_it = |published: &Option<crate::catalog::Published>| {
                     published
                         .as_ref()
-                        .is_some_and(|e| e.catalog.keys().map(|n| &**n).eq(services.to_vec()))
+                        .is_some_and(|e| e.catalog.keys().map(|id| &*id.name).eq(services.to_vec()))
                 };
                 catalog.wait_for(is_it).await.unwrap();
             };

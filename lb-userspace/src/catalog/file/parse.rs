@@ -9,7 +9,9 @@ use std::sync::Arc;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-use crate::table::{Home, Instance, MAX_PORTS, Ports, Protocols, Says, Standing};
+use crate::table::{
+    HealthStatus, Instance, MAX_PORTS, NodeIdentity, Ports, Protocols, ServiceMeta,
+};
 
 /// Something wrong with a static catalog.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -111,7 +113,7 @@ impl Reader<'_> {
             }
         };
         self.check_keys(table, &["name", "ports", "protocol", "backend"], &whose);
-        let says = Says {
+        let meta = ServiceMeta {
             ports: table.get("ports").and_then(|ports| self.ports(ports, &whose)),
             protocol: table.get("protocol").and_then(|protocol| self.protocol(protocol, &whose)),
         };
@@ -120,7 +122,7 @@ impl Reader<'_> {
         if let Some(list) = table.get("backend") {
             let what = format!("{whose}`backend`");
             for (table, span) in self.tables(list, &what, "[[service.backend]]") {
-                let Some(instance) = self.backend(table, &span, &whose, &says) else { continue };
+                let Some(instance) = self.backend(table, &span, &whose, &meta) else { continue };
                 if !ids.insert(instance.id.clone()) {
                     let id = &instance.id;
                     self.diagnostic(&span, format!("{whose}backend {id} is there twice"));
@@ -137,7 +139,7 @@ impl Reader<'_> {
         table: &DeTable<'_>,
         span: &Range<usize>,
         whose: &str,
-        says: &Says,
+        meta: &ServiceMeta,
     ) -> Option<Instance> {
         self.check_keys(table, &["address", "weight"], whose);
         let weight = table.get("weight").map_or(Some(1), |weight| {
@@ -172,11 +174,11 @@ impl Reader<'_> {
             port: parsed.port().into(),
             weight: weight?,
             local: true,
-            home: Home::default(),
+            node_identity: NodeIdentity::default(),
             node_address: None,
             may_be_local: false,
-            standing: Standing::Serving,
-            says: says.clone(),
+            health: HealthStatus::Serving,
+            meta: meta.clone(),
         })
     }
 
@@ -283,8 +285,8 @@ mod tests {
                 ("", "[2001:db8::7]:80", "2001:db8::7", 80, 1, true)
             ]
         );
-        let says = Says { ports: Some("80,5432".into()), protocol: Some("both".into()) };
-        assert!(services["helloworld"].iter().all(|instance| instance.says == says));
+        let meta = ServiceMeta { ports: Some("80,5432".into()), protocol: Some("both".into()) };
+        assert!(services["helloworld"].iter().all(|instance| instance.meta == meta));
         assert!(services["idle"].is_empty());
         assert_eq!(parse("service = []"), Ok(Services::new()));
     }

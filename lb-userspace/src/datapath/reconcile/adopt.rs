@@ -67,6 +67,7 @@ impl<M: Maps> Reconciler<M> {
                 return Err(inconsistent(format!("two services have the name {name}")));
             }
         }
+        this.behind = this.held.keys().cloned().collect();
         this.services = Ids::with_used(sizes.services, |idx| by_service.contains_key(&idx));
         this.backends = Ids::with_used(sizes.backends, |idx| used_backends.contains(&idx));
         this.clear_leftovers(sizes, &by_service, &used_backends);
