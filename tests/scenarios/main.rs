@@ -11,6 +11,7 @@ mod cgroup_namespace;
 mod cgroup_recreated;
 mod clients_by_name;
 mod cluster;
+mod consul_connections;
 mod consul_killed_and_restarted;
 mod container_namespace;
 mod crash_loop;
@@ -73,6 +74,7 @@ const STORIES: &[(&str, Story)] = &[
     ("cgroup_namespace", cgroup_namespace::story),
     ("chosen_instances", instance_filter::story),
     ("consul_as_resolver", resolvers::consul),
+    ("consul_connections", consul_connections::story),
     ("consul_killed_and_restarted", consul_killed_and_restarted::story),
     ("container_namespace", container_namespace::story),
     ("crash_loop", crash_loop::story),

@@ -1,11 +1,9 @@
-//! What counts as an answer: the body within its limits, the status, and what the headers say.
+//! What a valid response is: the body within its limits, the status, and the headers.
 
 use std::time::Duration;
 
-use http_body_util::BodyExt;
-use hyper::StatusCode;
-use hyper::body::{Body, Incoming};
-use hyper::header::{HeaderMap, LOCATION};
+use reqwest::header::{HeaderMap, LOCATION};
+use reqwest::{Response, StatusCode};
 use serde::de::DeserializeOwned;
 use tokio::sync::Semaphore;
 
@@ -28,17 +26,15 @@ pub const N_LARGE: usize = 2;
 const MAX_LAST_CONTACT: Duration = Duration::from_secs(60);
 
 /// Reads a body. Beyond [`LARGE`] it waits for one of the turns that `large` has.
-pub async fn read(mut body: Incoming, large: &Semaphore) -> Result<Vec<u8>, QueryError> {
+pub async fn read(mut response: Response, large: &Semaphore) -> Result<Vec<u8>, QueryError> {
     let too_large = QueryError::TooLarge { limit: BODY_LIMIT };
-    let length = body.size_hint().exact().unwrap_or(0);
+    let length = response.content_length().unwrap_or(0);
     if length > BODY_LIMIT as u64 {
         return Err(too_large);
     }
     let mut turn = None;
     let mut bytes = Vec::with_capacity((length as usize).min(LARGE));
-    while let Some(frame) = body.frame().await {
-        let frame = frame.map_err(|source| QueryError::Cut { source })?;
-        let Ok(data) = frame.into_data() else { continue };
+    while let Some(data) = response.chunk().await.map_err(|source| QueryError::Cut { source })? {
         if bytes.len() + data.len() > BODY_LIMIT {
             return Err(too_large);
         }
@@ -50,7 +46,7 @@ pub async fn read(mut body: Incoming, large: &Semaphore) -> Result<Vec<u8>, Quer
     Ok(bytes)
 }
 
-/// Takes the body apart.
+/// Parses the body.
 pub fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, QueryError> {
     let mut json = serde_json::Deserializer::from_slice(body);
     let shape = |source| QueryError::Shape { source };
@@ -61,7 +57,7 @@ pub fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, QueryError> {
     Ok(parsed)
 }
 
-/// What Go's server answers, on port 8501, to those that speak no TLS.
+/// Go's response, on port 8501, to a request without TLS.
 const WANTS_TLS: &str = "HTTP request to an HTTPS server";
 
 /// Refuses every status but 200. `address` was asked, and `has_auth` with a user and a password.
@@ -76,27 +72,28 @@ pub fn check_status(
         return Ok(());
     }
     let text = String::from_utf8_lossy(&body[..body.len().min(1024)]);
-    let said: String = text.lines().next().unwrap_or_default().trim().chars().take(200).collect();
+    let message: String =
+        text.lines().next().unwrap_or_default().trim().chars().take(200).collect();
     let to = headers.get(LOCATION).and_then(|to| to.to_str().ok());
     Err(match code {
-        StatusCode::UNAUTHORIZED => QueryError::Unauthorized { said, has_auth },
-        StatusCode::FORBIDDEN => QueryError::Denied { said },
-        StatusCode::BAD_REQUEST if said.contains(WANTS_TLS) => {
+        StatusCode::UNAUTHORIZED => QueryError::Unauthorized { message, has_auth },
+        StatusCode::FORBIDDEN => QueryError::Denied { message },
+        StatusCode::BAD_REQUEST if message.contains(WANTS_TLS) => {
             QueryError::WantsTls { address: address.to_string() }
         }
         StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE => {
-            QueryError::Busy { busy: Busy::Status { code, said } }
+            QueryError::Busy { busy: Busy::Status { code, message } }
         }
         code if code.is_redirection() && to.is_some() => QueryError::Redirected {
             address: address.to_string(),
             to: to.unwrap_or_default().chars().take(200).collect(),
         },
-        _ => QueryError::Status { code, said },
+        _ => QueryError::Status { code, message },
     })
 }
 
-/// Refuses the answer of an agent that hears no leader, which `discovery_max_stale` can bring, and
-/// of a server that heard it long ago. Streamed answers always say so, leader or not (Consul's
+/// Refuses the response of an agent without a leader, which `discovery_max_stale` can bring, and
+/// of a server whose last contact with it is long ago. Streamed ones always report none (Consul's
 /// issue 9776).
 pub fn check_leader(headers: &HeaderMap) -> Result<(), QueryError> {
     if header(headers, "x-consul-query-backend") == Some("streaming") {
@@ -112,7 +109,7 @@ pub fn check_leader(headers: &HeaderMap) -> Result<(), QueryError> {
     }
 }
 
-/// Whether Consul left out what the token may not read (agents from about 1.11 on say so).
+/// Whether Consul left out what the token may not read (agents from about 1.11 on report it).
 pub fn is_filtered(headers: &HeaderMap) -> bool {
     header(headers, "x-consul-results-filtered-by-acls") == Some("true")
 }
@@ -128,7 +125,7 @@ fn header<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
 
 #[cfg(test)]
 mod tests {
-    use hyper::header::HeaderValue;
+    use reqwest::header::HeaderValue;
 
     use super::*;
 

@@ -5,21 +5,22 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use hyper::StatusCode;
+use reqwest::StatusCode;
 
 /// Why there is no answer, with the fix.
 #[derive(Debug, thiserror::Error)]
 pub enum QueryError {
     /// No connection.
     #[error(
-        "can't reach Consul at {address} ({source}): start its agent, or fix consul.address or \
-         CONSUL_HTTP_ADDR"
+        "can't reach Consul at {address} ({}): start its agent, or fix consul.address or \
+         CONSUL_HTTP_ADDR",
+        root_cause(.source)
     )]
     Unreachable {
         /// Where it should be.
         address: String,
-        /// What the system says.
-        source: io::Error,
+        /// Why not.
+        source: reqwest::Error,
     },
     /// The files for TLS can't be used.
     #[error("can't speak TLS with Consul: {what}")]
@@ -59,7 +60,7 @@ pub enum QueryError {
     },
     /// 401, which Consul itself never answers.
     #[error(
-        "a proxy before Consul denies access (401, `{said}`): {}",
+        "a proxy before Consul denies access (401, `{message}`): {}",
         if *.has_auth {
             "it doesn't accept the user and password of CONSUL_HTTP_AUTH"
         } else {
@@ -68,7 +69,7 @@ pub enum QueryError {
     )]
     Unauthorized {
         /// The first line of the body.
-        said: String,
+        message: String,
         /// Whether a user and a password were sent.
         has_auth: bool,
     },
@@ -76,7 +77,7 @@ pub enum QueryError {
     /// limit of connections.
     #[error("{busy}: asking again more slowly")]
     Busy {
-        /// How it said so.
+        /// How it reported it.
         busy: Busy,
     },
     /// The answer didn't come in time.
@@ -97,20 +98,20 @@ pub enum QueryError {
     },
     /// 403.
     #[error(
-        "Consul denies access (403, `{said}`): the token needs service:read and node:read; see \
+        "Consul denies access (403, `{message}`): the token needs service:read and node:read; see \
          consul.token_file and CONSUL_HTTP_TOKEN"
     )]
     Denied {
         /// The first line of the body.
-        said: String,
+        message: String,
     },
     /// Another status that isn't 200.
-    #[error("Consul failed ({code}, `{said}`): look at its agent's log")]
+    #[error("Consul failed ({code}, `{message}`): look at its agent's log")]
     Status {
         /// The status.
         code: StatusCode,
         /// The first line of the body.
-        said: String,
+        message: String,
     },
     /// An answer of an agent that hears no leader: of any age, perhaps empty.
     #[error("Consul's servers have no leader: look at `consul operator raft list-peers`")]
@@ -125,10 +126,10 @@ pub enum QueryError {
         age: Duration,
     },
     /// The body ended early.
-    #[error("Consul's answer was cut short ({source})")]
+    #[error("Consul's answer was cut short ({})", root_cause(.source))]
     Cut {
-        /// What the HTTP side says.
-        source: hyper::Error,
+        /// Why.
+        source: reqwest::Error,
     },
     /// The body is larger than what is read.
     #[error("Consul's answer is larger than {limit} bytes")]
@@ -154,36 +155,37 @@ pub enum QueryError {
     #[error("the Consul token is empty or holds bytes that a token can't")]
     BadToken,
     /// The address or the path makes no HTTP request.
-    #[error("consul.address `{address}` can't be asked ({source})")]
+    #[error("consul.address `{address}` is no address of HTTP ({})", root_cause(.source))]
     BadRequest {
         /// Where Consul is.
         address: String,
         /// What the HTTP side says.
-        source: hyper::http::Error,
+        source: reqwest::Error,
     },
 }
 
-/// How Consul says that it has too much to do.
+/// How Consul reports that it has too much to do.
 #[derive(Debug, thiserror::Error)]
 pub enum Busy {
     /// By 429 or 503.
-    #[error("Consul is busy ({code}, `{said}`)")]
+    #[error("Consul is busy ({code}, `{message}`)")]
     Status {
         /// The status.
         code: StatusCode,
         /// The first line of the body.
-        said: String,
+        message: String,
     },
     /// By closing a connection before it answered.
     #[error(
-        "the connection to Consul at {address} was lost before an answer ({source}); where that \
-         goes on, raise the agent's limits.http_max_conns_per_client"
+        "the connection to Consul at {address} was lost before an answer ({}); where that goes on, \
+         raise the agent's limits.http_max_conns_per_client",
+        root_cause(.source)
     )]
     Reset {
         /// Where Consul is.
         address: String,
-        /// What the HTTP side says.
-        source: hyper::Error,
+        /// Why.
+        source: reqwest::Error,
     },
 }
 
@@ -212,29 +214,47 @@ impl QueryError {
         }
     }
 
-    /// A handshake that failed.
-    pub fn of_tls(address: String, source: io::Error) -> QueryError {
-        let by_tls = source.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
-        let fix = by_tls.map_or(ANY_FILE, fix);
-        QueryError::Tls { address, source: source.into(), fix }
-    }
-
-    /// What a connection that ended before an answer means: that TLS failed, or that the agent has
-    /// too many connections. With TLS 1.3 the agent says only after the handshake that it doesn't
-    /// accept a certificate.
-    pub fn of_lost(address: String, source: hyper::Error) -> QueryError {
-        let mut cause: Option<&(dyn Error + 'static)> = Some(&source);
-        while let Some(error) = cause {
-            let inner = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
-            let by_tls = inner.and_then(|inner| inner.downcast_ref::<rustls::Error>());
-            if let Some(by_tls) = by_tls.or_else(|| error.downcast_ref()) {
-                let fix = fix(by_tls);
-                return QueryError::Tls { address, source: by_tls.clone().into(), fix };
-            }
-            cause = error.source();
+    /// A request without a response. Over a connection that was made it means that the agent has too
+    /// many of them, or that TLS failed: with TLS 1.3 an agent reports only after the handshake that
+    /// it doesn't accept a certificate.
+    pub fn of_failed(address: String, source: reqwest::Error) -> QueryError {
+        if let Some(error) = find::<rustls::Error>(&source) {
+            return QueryError::Tls { address, fix: fix(error), source: error.clone().into() };
         }
-        QueryError::Busy { busy: Busy::Reset { address, source } }
+        if source.is_builder() {
+            return QueryError::BadRequest { address, source };
+        }
+        if !source.is_connect() {
+            return QueryError::Busy { busy: Busy::Reset { address, source } };
+        }
+        let is_handshake = find::<io::Error>(&source)
+            .is_some_and(|error| error.kind() == io::ErrorKind::UnexpectedEof);
+        match is_handshake {
+            true => {
+                let source = root_cause(&source).to_string().into();
+                QueryError::Tls { address, source, fix: ANY_FILE }
+            }
+            false => QueryError::Unreachable { address, source },
+        }
     }
+}
+
+/// The first error of type `T` among an error and its causes.
+fn find<'a, T: Error + 'static>(error: &'a (dyn Error + 'static)) -> Option<&'a T> {
+    causes(error).find_map(|cause| cause.downcast_ref())
+}
+
+/// What reqwest wraps it in only names the request.
+fn root_cause<'a>(error: &'a (dyn Error + 'static)) -> &'a (dyn Error + 'static) {
+    causes(error).last().unwrap_or(error)
+}
+
+/// An error and its causes; an [`io::Error`]'s own cause is what it wraps, which its `source` skips.
+fn causes<'a>(error: &'a (dyn Error + 'static)) -> impl Iterator<Item = &'a (dyn Error + 'static)> {
+    std::iter::successors(Some(error), |&error: &&'a (dyn Error + 'static)| {
+        let wrapped = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
+        wrapped.map(|wrapped| wrapped as &(dyn Error + 'static)).or_else(|| error.source())
+    })
 }
 
 const ANY_FILE: &str = "see consul.ca_file, consul.tls_server_name, consul.cert_file and \

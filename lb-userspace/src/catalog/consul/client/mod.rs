@@ -1,29 +1,26 @@
-//! One question to the Consul agent, and its answer: HTTP, TLS, tokens, limits, errors.
+//! One request to the Consul agent, and its response: HTTP, TLS, tokens, limits, errors.
 
 mod answer;
-mod connection;
 mod error;
+mod pool;
 mod tally;
 #[cfg(test)]
 mod tests;
 mod tls;
 
 use std::net::IpAddr;
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use http_body_util::Empty;
-use hyper::body::{Bytes, Incoming};
-use hyper::header::{ACCEPT, AUTHORIZATION, HOST, HeaderValue, USER_AGENT};
-use hyper::{Request, Response, StatusCode};
+use reqwest::StatusCode;
+use reqwest::header::{ACCEPT, AUTHORIZATION, HOST, HeaderMap, HeaderValue};
 use serde::de::DeserializeOwned;
 use tokio::sync::Semaphore;
 
 use super::index::ReadMode;
 use crate::catalog::publisher::Publisher;
 use crate::config::{BasicAuth, ConsulAddress, ConsulConfig, Token};
-use connection::Connection;
 pub use error::QueryError;
+use pool::{Connection, Pool};
 use tally::Tally;
 use tls::Tls;
 
@@ -33,20 +30,19 @@ const BODY_TIME: Duration = Duration::from_secs(10);
 
 /// A client of one Consul agent, with a limit on its connections.
 ///
-/// An HTTP/1 connection carries one question at a time, and a blocking query holds it for minutes;
-/// so there are as many connections as questions under way, and they are used again. Whoever asks
-/// keeps to the limit on them.
+/// An HTTP/1 connection carries one request at a time, and a blocking query holds it for minutes;
+/// so there are as many connections as requests under way, and they are used again.
 pub struct Client {
     address: ConsulAddress,
-    tls: Tls,
+    origin: String,
+    pool: Pool,
     token: Option<Token>,
-    auth: Option<BasicAuth>,
-    /// What each question asks for besides, such as `dc=eu`.
+    /// What each request has.
+    headers: HeaderMap,
+    /// What each request asks for besides, such as `dc=eu`.
     scope: Vec<String>,
-    connect_limit: Duration,
     body_limit: Duration,
     large: Semaphore,
-    idle: Mutex<Vec<Connection>>,
     tally: Tally,
 }
 
@@ -86,16 +82,21 @@ impl Client {
             ("partition", &config.partition),
         ];
         let scope = scope.into_iter().filter(|(_, value)| !value.is_empty());
+        let pool = Pool::new(
+            config.address.clone(),
+            Tls::new(config.tls.clone()),
+            connect_limit,
+            config.max_connections,
+        );
         Client {
             address: config.address.clone(),
-            tls: Tls::new(config.tls.clone()),
+            origin: pool.origin(),
+            pool,
             token: config.token.clone(),
-            auth: config.auth.clone(),
+            headers: headers(&config.address, config.auth.as_ref()),
             scope: scope.map(|(key, value)| format!("{key}={}", percent_encode(value))).collect(),
-            connect_limit,
             body_limit: BODY_TIME,
             large: Semaphore::new(answer::N_LARGE),
-            idle: Mutex::default(),
             tally: Tally::new(output),
         }
     }
@@ -115,7 +116,7 @@ impl Client {
             .unwrap_or_else(|_| Err(QueryError::Hung { address: self.address.to_string(), limit }));
         self.tally.count(&answer);
         if let Err(QueryError::Tls { .. }) = answer {
-            self.tls.forget();
+            self.pool.invalidate_tls();
         }
         answer.map(|(_, answer)| answer)
     }
@@ -124,86 +125,52 @@ impl Client {
         &self,
         question: &Question,
     ) -> Result<(StatusCode, Answer<T>), QueryError> {
-        let (response, connection) = self.send(question).await?;
-        let (head, body) = response.into_parts();
+        // Dropped in the other order, so that the connection is closed before another may be opened.
+        let (connection, response) = self.send(question).await?;
+        let (status, headers) = (response.status(), response.headers().clone());
+        let peer = response.remote_addr().map(|peer| peer.ip().to_canonical());
         let limit = self.body_limit;
         let body =
-            tokio::time::timeout(limit, answer::read(body, &self.large)).await.unwrap_or_else(
+            tokio::time::timeout(limit, answer::read(response, &self.large)).await.unwrap_or_else(
                 |_| Err(QueryError::Slow { address: self.address.to_string(), limit }),
             )?;
         self.tally.count_bytes(body.len());
-        let peer = connection.peer;
-        self.keep(connection);
+        self.pool.put(connection).await;
         // A key that isn't there has an index all the same, so that one can wait for it.
-        let is_absent =
-            head.status == StatusCode::NOT_FOUND && question.path.starts_with("/v1/kv/");
+        let is_absent = status == StatusCode::NOT_FOUND && question.path.starts_with("/v1/kv/");
         let body = if is_absent { b"null".to_vec() } else { body };
         if !is_absent {
-            let has_auth = self.auth.is_some();
-            answer::check_status(head.status, &head.headers, &body, &self.address, has_auth)?;
+            let has_auth = self.headers.contains_key(AUTHORIZATION);
+            answer::check_status(status, &headers, &body, &self.address, has_auth)?;
         }
-        answer::check_leader(&head.headers)?;
-        let is_filtered = answer::is_filtered(&head.headers);
+        answer::check_leader(&headers)?;
+        let is_filtered = answer::is_filtered(&headers);
         self.tally.note(&question.path, is_filtered, Instant::now());
-        let index = answer::index(&head.headers);
+        let index = answer::index(&headers);
         let n_bytes = body.len();
         let body = answer::parse(&body)?;
-        Ok((head.status, Answer { index, body, n_bytes, is_filtered, peer }))
+        Ok((status, Answer { index, body, n_bytes, is_filtered, peer }))
     }
 
     async fn send(
         &self,
         question: &Question,
-    ) -> Result<(Response<Incoming>, Connection), QueryError> {
+    ) -> Result<(Connection, reqwest::Response), QueryError> {
         let token = self.token().await?;
+        let url = format!("{}{}", self.origin, self.path_and_query(question));
         loop {
-            let (mut connection, is_reused) = match self.idle() {
-                Some(connection) => (connection, true),
-                None => {
-                    let limit = self.connect_limit;
-                    (Connection::open(&self.address, &self.tls, limit).await?, false)
-                }
-            };
-            let request = self.request(question, token.clone())?;
-            match connection.send(request).await {
-                Ok(response) => return Ok((response, connection)),
-                // Consul may have closed it meanwhile, and a GET can be asked twice.
-                Err(_) if is_reused => {}
-                Err(source) => return Err(QueryError::of_lost(self.address.to_string(), source)),
+            let connection = self.pool.get().await?;
+            let mut request = connection.http.get(&url).headers(self.headers.clone());
+            if let Some(token) = &token {
+                request = request.header("X-Consul-Token", token);
+            }
+            match request.send().await {
+                Ok(response) => return Ok((connection, response)),
+                // Consul may have closed it meanwhile, and a GET can be sent twice.
+                Err(_) if connection.is_reused => {}
+                Err(source) => return Err(QueryError::of_failed(self.address.to_string(), source)),
             }
         }
-    }
-
-    fn idle(&self) -> Option<Connection> {
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop()
-    }
-
-    fn keep(&self, connection: Connection) {
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner).push(connection);
-    }
-
-    fn request(
-        &self,
-        question: &Question,
-        token: Option<HeaderValue>,
-    ) -> Result<Request<Empty<Bytes>>, QueryError> {
-        let host = match &self.address {
-            ConsulAddress::Http(authority) | ConsulAddress::Https(authority) => authority,
-            ConsulAddress::Unix(_) => "localhost",
-        };
-        let mut request = Request::get(self.path_and_query(question))
-            .header(HOST, host)
-            .header(ACCEPT, "application/json")
-            .header(USER_AGENT, concat!("nohop/", env!("CARGO_PKG_VERSION")));
-        if let Some(token) = token {
-            request = request.header("X-Consul-Token", token);
-        }
-        if let Some(auth) = &self.auth {
-            request = request.header(AUTHORIZATION, auth.header());
-        }
-        request
-            .body(Empty::new())
-            .map_err(|source| QueryError::BadRequest { address: self.address.to_string(), source })
     }
 
     fn path_and_query(&self, question: &Question) -> String {
@@ -240,6 +207,24 @@ impl Client {
         value.set_sensitive(true);
         Ok(Some(value))
     }
+}
+
+fn headers(address: &ConsulAddress, auth: Option<&BasicAuth>) -> HeaderMap {
+    let mut headers = HeaderMap::new();
+    headers.insert(ACCEPT, HeaderValue::from_static("application/json"));
+    // The URL may have another host: see `Pool::origin`.
+    if let ConsulAddress::Https(authority) = address
+        && let Ok(host) = HeaderValue::from_str(authority)
+    {
+        headers.insert(HOST, host);
+    }
+    if let Some(auth) = auth
+        && let Ok(mut value) = HeaderValue::try_from(auth.header())
+    {
+        value.set_sensitive(true);
+        headers.insert(AUTHORIZATION, value);
+    }
+    headers
 }
 
 /// Encodes all but the unreserved characters of RFC 3986.

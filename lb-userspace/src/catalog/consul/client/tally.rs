@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use hyper::StatusCode;
+use reqwest::StatusCode;
 
 use super::error::QueryError;
 use crate::catalog::publisher::Publisher;

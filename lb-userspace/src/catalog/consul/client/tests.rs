@@ -432,7 +432,7 @@ async fn an_answer_that_is_not_consuls_names_the_cause_and_the_fix() {
     let headers = |lines: &str| {
         let lines = lines.lines().skip(1).filter_map(|line| line.split_once(": "));
         let lines = lines.map(|(key, value)| (key.parse().unwrap(), value.parse().unwrap()));
-        lines.collect::<hyper::HeaderMap>()
+        lines.collect::<reqwest::header::HeaderMap>()
     };
     let address = ConsulAddress::Http("c:80".into());
     let code = StatusCode::MOVED_PERMANENTLY;
@@ -519,7 +519,7 @@ async fn rotated_certificates_count_without_a_restart() {
 
 #[test]
 fn a_connection_that_was_reset_is_busy_and_says_which_limit() {
-    let message = Busy::Status { code: hyper::StatusCode::TOO_MANY_REQUESTS, said: "slow".into() };
+    let message = Busy::Status { code: StatusCode::TOO_MANY_REQUESTS, message: "slow".into() };
     let error = QueryError::Busy { busy: message };
     let expected = "Consul is busy (429 Too Many Requests, `slow`): asking again more slowly";
     assert_eq!(error.to_string(), expected);

@@ -1,4 +1,4 @@
-//! TLS with the agent: which certificates are believed and shown, read anew when their files change.
+//! TLS with the agent: which certificates are trusted and shown, read again when their files change.
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -10,7 +10,8 @@ use rustls::crypto::{CryptoProvider, ring, verify_tls12_signature, verify_tls13_
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::ParsedCertificate;
 use rustls::{
-    CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme,
+    CertificateError, ClientConfig, ConfigBuilder, DigitallySignedStruct, RootCertStore,
+    SignatureScheme, WantsVerifier,
 };
 
 use super::error::is_authority_as_agent;
@@ -21,7 +22,7 @@ use crate::config::consul::{read_certificates, read_key};
 /// The most files of a directory of authorities that are read.
 const MAX_CA_FILES: usize = 1024;
 
-/// TLS as it was configured, and what its files said when they were last read.
+/// TLS as it was configured, and what its files had when they were last read.
 #[derive(Debug)]
 pub struct Tls {
     config: TlsConfig,
@@ -59,28 +60,30 @@ impl Tls {
         }
         let client = Arc::new(self.read_files()?);
         if read.is_some() {
-            tracing::info!("read the certificates for Consul anew, since their files changed");
+            tracing::info!("read the certificates for Consul again, since their files changed");
         }
         *read = Some(Files { stamps, client: client.clone() });
         Ok(client)
     }
 
-    /// Forgets what the files said, since a handshake failed by it.
-    pub fn forget(&self) {
+    /// Reads the files again next time, since a handshake failed by what they had.
+    pub fn invalidate(&self) {
         *self.read.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
-    /// Who has to be at the other end, by the configuration or else by the address's host.
+    /// The name that the agent's certificate must have: the configured one, or else the host of
+    /// `authority`.
     ///
     /// # Errors
-    /// That it is no name that a certificate can bear.
+    /// That it is no name that a certificate can have.
     pub fn server_name(&self, authority: &str) -> Result<ServerName<'static>, String> {
         let host = authority.rsplit_once(':').map_or(authority, |(host, _)| host);
         let host = host.trim_start_matches('[').trim_end_matches(']');
-        let name = self.config.server_name.as_deref().unwrap_or(host);
-        ServerName::try_from(name.to_owned()).map_err(|_| {
-            format!("`{name}` can't be in a certificate; set consul.tls_server_name to what is")
-        })
+        self.configured_name()?.map_or_else(|| parse_name(host), Ok)
+    }
+
+    fn configured_name(&self) -> Result<Option<ServerName<'static>>, String> {
+        self.config.server_name.as_deref().map(parse_name).transpose()
     }
 
     fn stamps(&self) -> Vec<Stamp> {
@@ -93,22 +96,19 @@ impl Tls {
     fn read_files(&self) -> Result<ClientConfig, String> {
         let TlsConfig { cert_file, key_file, verify, .. } = &self.config;
         let provider = Arc::new(ring::default_provider());
-        let builder = ClientConfig::builder_with_provider(provider.clone())
-            .with_safe_default_protocol_versions()
-            .map_err(|error| format!("TLS can't be set up ({error})"))?
-            .dangerous();
-        let builder = builder.with_custom_certificate_verifier(match verify {
-            true => {
-                let certificates = self.certificates()?;
-                let listed = certificates.iter().cloned().collect();
-                let roots = roots(certificates)?;
-                let inner = WebPkiServerVerifier::builder_with_provider(roots.into(), provider)
-                    .build()
-                    .map_err(|error| format!("the authorities can't be used ({error})"))?;
-                Arc::new(AcceptListed { inner, listed })
-            }
-            false => Arc::new(AcceptAll(provider)),
-        });
+        let builder =
+            builder(provider.clone())?.dangerous().with_custom_certificate_verifier(match verify {
+                true => {
+                    let certificates = self.certificates()?;
+                    let listed = certificates.iter().cloned().collect();
+                    let roots = roots(certificates)?;
+                    let inner = WebPkiServerVerifier::builder_with_provider(roots.into(), provider)
+                        .build()
+                        .map_err(|error| format!("the authorities can't be used ({error})"))?;
+                    Arc::new(AcceptListed { inner, listed, name: self.configured_name()? })
+                }
+                false => Arc::new(AcceptAll(provider)),
+            });
         let mut client = match (cert_file, key_file) {
             (Some(cert), Some(key)) => {
                 let chain = named("consul.cert_file", cert, read_certificates)?;
@@ -125,6 +125,16 @@ impl Tls {
         };
         client.alpn_protocols = vec![b"http/1.1".to_vec()];
         Ok(client)
+    }
+
+    /// A configuration that accepts no certificate, for connections without TLS.
+    ///
+    /// # Errors
+    /// As [`Tls::client`], which no provider of ours brings about.
+    pub fn unused() -> Result<Arc<ClientConfig>, String> {
+        let builder = builder(Arc::new(ring::default_provider()))?;
+        let builder = builder.with_root_certificates(RootCertStore::empty());
+        Ok(Arc::new(builder.with_no_client_auth()))
     }
 
     /// The certificates of the authorities that are trusted.
@@ -148,6 +158,20 @@ impl Tls {
     }
 }
 
+fn builder(
+    provider: Arc<CryptoProvider>,
+) -> Result<ConfigBuilder<ClientConfig, WantsVerifier>, String> {
+    ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .map_err(|error| format!("TLS can't be set up ({error})"))
+}
+
+fn parse_name(name: &str) -> Result<ServerName<'static>, String> {
+    ServerName::try_from(name.to_owned()).map_err(|_| {
+        format!("`{name}` can't be in a certificate; set consul.tls_server_name to what is")
+    })
+}
+
 fn roots(certificates: Vec<CertificateDer<'static>>) -> Result<RootCertStore, String> {
     let mut roots = RootCertStore::empty();
     let (n_added, _) = roots.add_parsable_certificates(certificates);
@@ -159,7 +183,7 @@ fn roots(certificates: Vec<CertificateDer<'static>>) -> Result<RootCertStore, St
     }
 }
 
-/// Says of which key and which file a reader speaks.
+/// Adds the key and the file to a reader's error.
 fn named<T>(
     key: &str,
     path: &Path,
@@ -177,8 +201,8 @@ fn files_in(path: &Path) -> std::io::Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// Whether a certificate is refused for who signed it: nobody who is known, or, where an authority has
-/// the signer's name, not that one.
+/// Whether a certificate is refused for who signed it: an unknown authority, or, where a known one has
+/// its name, another one.
 fn is_of_chain(cause: &CertificateError) -> bool {
     matches!(cause, CertificateError::UnknownIssuer | CertificateError::BadSignature)
         || is_authority_as_agent(cause)
@@ -191,6 +215,9 @@ fn is_of_chain(cause: &CertificateError) -> bool {
 struct AcceptListed {
     inner: Arc<WebPkiServerVerifier>,
     listed: HashSet<CertificateDer<'static>>,
+    /// The configured name. It may be an IP address, which a URL can't have in the place of the
+    /// address to connect to.
+    name: Option<ServerName<'static>>,
 }
 
 impl ServerCertVerifier for AcceptListed {
@@ -202,6 +229,7 @@ impl ServerCertVerifier for AcceptListed {
         ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
+        let server_name = self.name.as_ref().unwrap_or(server_name);
         let verified = self.inner.verify_server_cert(
             end_entity,
             intermediates,
@@ -245,8 +273,7 @@ impl ServerCertVerifier for AcceptListed {
     }
 }
 
-/// Believes whoever answers, by the operator's wish; that he holds the key of what he shows is
-/// still asked for.
+/// Accepts any certificate (`consul.verify = false`); the handshake's signature is still verified.
 #[derive(Debug)]
 struct AcceptAll(Arc<CryptoProvider>);
 
