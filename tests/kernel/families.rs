@@ -221,7 +221,7 @@ impl Bound {
             io::Read::read_exact(&mut TcpStream::from(socket), &mut letter)?;
         } else {
             let socket = UdpSocket::from(socket);
-            socket.set_read_timeout(Some(Duration::from_secs(5)))?;
+            socket.set_read_timeout(Some(Duration::from_secs(30)))?;
             // Before 6.1 this is what is refused.
             socket.send(b"?")?;
             socket.recv(&mut letter)?;

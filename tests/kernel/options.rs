@@ -296,7 +296,7 @@ impl Servers {
                     let Ok(mut stream) = stream else { return };
                     let client = stream.peer_addr().map(|address| address.ip().to_canonical());
                     let mut request = [0];
-                    let _ = stream.set_read_timeout(Some(Duration::from_secs(5)));
+                    let _ = stream.set_read_timeout(Some(Duration::from_secs(30)));
                     if let (Ok(client), Ok(())) = (client, stream.read_exact(&mut request)) {
                         if request == *b"!" {
                             return;

@@ -186,7 +186,7 @@ impl Opened {
     fn open() -> Opened {
         let [connected, unconnected] = [(); 2].map(|()| {
             let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
-            socket.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+            socket.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
             socket
         });
         connected.connect((OTHER_VIP, 80)).unwrap();

@@ -4,7 +4,7 @@ use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use lb_userspace::datapath::Datapath;
 use lb_userspace::table::{Service, Table};
@@ -19,10 +19,9 @@ const N_CLIENTS: usize = 3;
 const N_LISTENERS: usize = 64;
 /// The number of backends of each set.
 const N_BACKENDS: usize = 3;
-/// Between the swaps that are aimed at.
-const PAUSE: Duration = Duration::from_micros(400);
-/// The connections for each swap, at most.
-const MAX_CONNECTS_A_SWAP: u64 = 100;
+/// The connections for each swap: swaps and connections wait for each other, so that neither a slow
+/// machine nor its scheduler decides what is tried.
+const CONNECTS_A_SWAP: std::ops::RangeInclusive<u64> = 8..=100;
 /// A connection that saw so many sets at most tells something: more than half of the servers are wrong.
 const N_TELLING: u64 = 8;
 
@@ -35,7 +34,17 @@ fn set(k: u64) -> impl Iterator<Item = usize> {
 struct Swaps {
     begun: AtomicU64,
     finished: AtomicU64,
+    n_connects: AtomicU64,
     done: AtomicBool,
+}
+
+/// Sets the flag when it is dropped.
+struct End<'a>(&'a AtomicBool);
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
 }
 
 /// What one thread's connections met.
@@ -58,6 +67,7 @@ pub fn a_million_connects_meet_no_wrong_one() {
     let swaps = Swaps {
         begun: AtomicU64::new(0),
         finished: AtomicU64::new(0),
+        n_connects: AtomicU64::new(0),
         done: AtomicBool::new(false),
     };
     assert!(datapath.apply(&tables[0]).unwrap().is_empty());
@@ -80,7 +90,7 @@ pub fn a_million_connects_meet_no_wrong_one() {
              more than {most_sets:?}"
         );
         assert!(
-            n_swaps * MAX_CONNECTS_A_SWAP >= n_connects,
+            (n_swaps + 1) * CONNECTS_A_SWAP.end() >= n_connects,
             "{n_swaps} swaps, {n_connects} connections"
         );
         assert!(
@@ -104,26 +114,37 @@ fn tables(listeners: &[TcpListener]) -> Vec<Table> {
     (0..N_LISTENERS as u64).map(table).collect()
 }
 
-/// Swaps until the connections are done, at an even pace.
+/// Swaps until the connections are done.
 fn swap(datapath: &mut Datapath, tables: &[Table], swaps: &Swaps) {
-    let begin = Instant::now();
+    // Also where it panics: the connections wait for it.
+    let _end = End(&swaps.done);
     for k in 1.. {
-        if swaps.done.load(Ordering::SeqCst) {
+        let is_done = || swaps.done.load(Ordering::SeqCst);
+        while swaps.n_connects.load(Ordering::SeqCst) < k * CONNECTS_A_SWAP.start() && !is_done() {
+            std::thread::yield_now();
+        }
+        if is_done() {
             return;
         }
         swaps.begun.store(k, Ordering::SeqCst);
         let errors = datapath.apply(&tables[k as usize % tables.len()]).unwrap();
         assert!(errors.is_empty(), "{errors:?}");
         swaps.finished.store(k, Ordering::SeqCst);
-        let next = begin + PAUSE * k as u32;
-        std::thread::sleep(next.saturating_duration_since(Instant::now()));
     }
 }
 
 fn connect_all(n_connects: u64, swaps: &Swaps) -> Met {
     let mut met = Met { n_connects, ..Met::default() };
     for n in 0..n_connects {
-        let finished = swaps.finished.load(Ordering::SeqCst);
+        let n_before = swaps.n_connects.fetch_add(1, Ordering::SeqCst);
+        let finished = loop {
+            let finished = swaps.finished.load(Ordering::SeqCst);
+            let is_done = swaps.done.load(Ordering::SeqCst);
+            if n_before < (finished + 1) * CONNECTS_A_SWAP.end() || is_done {
+                break finished;
+            }
+            std::thread::yield_now();
+        };
         let reached = connect_quickly().unwrap_or_else(|errno| panic!("connect {n}: {errno}"));
         let begun = swaps.begun.load(Ordering::SeqCst);
         let is_right = (finished..=begun).any(|k| set(k).any(|idx| idx == reached));

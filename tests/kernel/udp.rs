@@ -28,7 +28,7 @@ fn udp_service(name: &str, vip: Ipv4Addr, servers: &[SocketAddr]) -> Service {
 /// A socket that a trial answers from by hand.
 fn server(family_of: SocketAddr) -> UdpSocket {
     let socket = UdpSocket::bind(loopback(family_of.ip())).unwrap();
-    socket.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    socket.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
     socket
 }
 

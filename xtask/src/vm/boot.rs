@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use crate::setup::kernels::{Kernel, Version};
 
 /// How long a VM may take, in seconds.
-const LIMIT_SECONDS: u32 = 600;
+const LIMIT_SECONDS: u32 = 1200;
 
 /// What `timeout` exits with when the time was up.
 const TIMED_OUT: i32 = 124;
