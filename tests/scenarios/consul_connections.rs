@@ -15,7 +15,7 @@ use lb_tests::nohop::{Nohop, n_healthy};
 use rustix::process::Pid;
 use serde_json::json;
 
-use crate::cluster::{CLIENT, Nodes, SOON};
+use crate::cluster::{CLIENT, Nodes};
 use crate::ha_cluster::{is_failing, is_live};
 
 const MAX_CONNECTIONS: usize = 8;
@@ -42,9 +42,9 @@ pub fn story() -> Result<()> {
     changes_arrive(&nohop, agent, 2)?;
 
     agent.kill();
-    nohop.wait_for_status(SOON, is_failing)?;
+    nohop.wait_for_status(is_failing)?;
     agent.restart()?;
-    nohop.wait_for_status(SOON * 2, is_live)?;
+    nohop.wait_for_status(is_live)?;
     // Their checks are critical until the next heartbeat.
     for service in 0..N_SERVICES {
         for n in 1..=2 {
@@ -85,7 +85,7 @@ fn all_have(nohop: &Nohop, n: usize) -> Result<()> {
     let have = |services: &serde_json::Value| {
         (0..N_SERVICES).all(|idx| n_healthy(services, &format!("service-{idx}")) == n)
     };
-    nohop.wait_until(SOON * 4, have).map(drop)
+    nohop.wait_until(have).map(drop)
 }
 
 /// Counts a process's connections to the agent, again and again.

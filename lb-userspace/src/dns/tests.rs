@@ -554,7 +554,8 @@ async fn nothing_is_forwarded_to_ourselves() {
     let (attached, attached_rx) = watch::channel(true);
     let usage = UsageSender::default();
     let server =
-        DnsServer::start_in(patient(), sockets, &config, &[], table_rx, attached_rx, usage).unwrap();
+        DnsServer::start_in(patient(), sockets, &config, &[], table_rx, attached_rx, usage)
+            .unwrap();
     let rig = Rig { server, address, table, attached };
     for name in ["example.com.", "web.service.consul."] {
         assert_eq!(rig.lookup(name).await, "ServFail", "{name}");

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
-use super::client::{Client, QueryError, Question, percent_encode};
+use super::client::{ApiRequest, Client, QueryError, percent_encode};
 use super::health::{self, Record, Records};
 use super::hold_down;
 use super::index::ReadMode;
@@ -157,12 +157,12 @@ async fn get<T: DeserializeOwned>(
     said: impl FnOnce(T, Option<IpAddr>) -> Response,
 ) -> Result<Answer, QueryFailure> {
     // The schedule keeps to the connections that there are, so no question waits for one here.
-    let question = Question { path, ask: how.ask, wait: how.wait };
+    let request = ApiRequest { path, ask: how.ask, wait: how.wait };
     let limit = match how.ask {
         ReadMode::Blocking(_) => (how.wait * 3 / 2).max(how.limit),
         ReadMode::Plain | ReadMode::Consistent => how.limit,
     };
-    let answer = client.get::<T>(&question, limit).await?;
+    let answer = client.get::<T>(&request, limit).await?;
     Ok(Answer {
         index: answer.index,
         said: said(answer.body, answer.peer),

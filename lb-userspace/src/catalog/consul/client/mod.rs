@@ -1,9 +1,9 @@
 //! One request to the Consul agent, and its response: HTTP, TLS, tokens, limits, errors.
 
-mod answer;
 mod error;
 mod pool;
-mod tally;
+mod response;
+mod stats;
 #[cfg(test)]
 mod tests;
 mod tls;
@@ -21,11 +21,11 @@ use crate::catalog::publisher::Publisher;
 use crate::config::{BasicAuth, ConsulAddress, ConsulConfig, Token};
 pub use error::QueryError;
 use pool::{Connection, Pool};
-use tally::Tally;
+use stats::ResponseStats;
 use tls::Tls;
 
-/// How long the body of an answer may take once its head is there. What Consul holds back for news
-/// it holds back before the head.
+/// How long the body of a response may take after its head. Consul holds a blocking query before the
+/// head.
 const BODY_TIME: Duration = Duration::from_secs(10);
 
 /// A client of one Consul agent, with a limit on its connections.
@@ -39,36 +39,36 @@ pub struct Client {
     token: Option<Token>,
     /// What each request has.
     headers: HeaderMap,
-    /// What each request asks for besides, such as `dc=eu`.
+    /// Query parameters of each request, such as `dc=eu`.
     scope: Vec<String>,
     body_limit: Duration,
     large: Semaphore,
-    tally: Tally,
+    stats: ResponseStats,
 }
 
-/// What to ask.
+/// A request to the API.
 #[derive(Clone, Debug)]
-pub struct Question {
+pub struct ApiRequest {
     /// The path, percent-encoded.
     pub path: String,
     /// Where in Consul's history.
     pub ask: ReadMode,
-    /// How long Consul may hold a question that asks for news: a [`ReadMode::Blocking`] one.
+    /// How long Consul may hold a [`ReadMode::Blocking`] request.
     pub wait: Duration,
 }
 
-/// What Consul said.
+/// Consul's response.
 #[derive(Clone, Debug)]
-pub struct Answer<T> {
+pub struct ApiResponse<T> {
     /// X-Consul-Index.
     pub index: Option<u64>,
     /// The body.
     pub body: T,
     /// Its bytes.
     pub n_bytes: usize,
-    /// Whether Consul left out what the token may not read, and said so.
+    /// Whether Consul reported that it left out what the token may not read.
     pub is_filtered: bool,
-    /// The address that answered; `None` where it was a unix socket.
+    /// The address of the agent; `None` for a unix socket.
     pub peer: Option<IpAddr>,
 }
 
@@ -96,25 +96,25 @@ impl Client {
             headers: headers(&config.address, config.auth.as_ref()),
             scope: scope.map(|(key, value)| format!("{key}={}", percent_encode(value))).collect(),
             body_limit: BODY_TIME,
-            large: Semaphore::new(answer::N_LARGE),
-            tally: Tally::new(output),
+            large: Semaphore::new(response::N_LARGE),
+            stats: ResponseStats::new(output),
         }
     }
 
-    /// Asks, and waits at most `limit` for all of the answer.
+    /// Sends a request, and waits at most `limit` for the whole response.
     ///
     /// # Errors
-    /// Every way in which the answer isn't a whole 200 with a body of the right shape. A key of the
+    /// Every way in which the response isn't a whole 200 with a body of the right shape. A key of the
     /// key-value store that isn't there is no error but null.
     pub async fn get<T: DeserializeOwned>(
         &self,
-        question: &Question,
+        request: &ApiRequest,
         limit: Duration,
-    ) -> Result<Answer<T>, QueryError> {
-        let answer = tokio::time::timeout(limit, self.exchange(question))
+    ) -> Result<ApiResponse<T>, QueryError> {
+        let answer = tokio::time::timeout(limit, self.exchange(request))
             .await
             .unwrap_or_else(|_| Err(QueryError::Hung { address: self.address.to_string(), limit }));
-        self.tally.count(&answer);
+        self.stats.count(&answer);
         if let Err(QueryError::Tls { .. }) = answer {
             self.pool.invalidate_tls();
         }
@@ -123,48 +123,49 @@ impl Client {
 
     async fn exchange<T: DeserializeOwned>(
         &self,
-        question: &Question,
-    ) -> Result<(StatusCode, Answer<T>), QueryError> {
+        request: &ApiRequest,
+    ) -> Result<(StatusCode, ApiResponse<T>), QueryError> {
         // Dropped in the other order, so that the connection is closed before another may be opened.
-        let (connection, response) = self.send(question).await?;
+        let (connection, response) = self.send(request).await?;
         let (status, headers) = (response.status(), response.headers().clone());
         let peer = response.remote_addr().map(|peer| peer.ip().to_canonical());
         let limit = self.body_limit;
-        let body =
-            tokio::time::timeout(limit, answer::read(response, &self.large)).await.unwrap_or_else(
-                |_| Err(QueryError::Slow { address: self.address.to_string(), limit }),
-            )?;
-        self.tally.count_bytes(body.len());
+        let body = tokio::time::timeout(limit, response::read(response, &self.large))
+            .await
+            .unwrap_or_else(|_| {
+                Err(QueryError::Slow { address: self.address.to_string(), limit })
+            })?;
+        self.stats.count_bytes(body.len());
         self.pool.put(connection).await;
         // A key that isn't there has an index all the same, so that one can wait for it.
-        let is_absent = status == StatusCode::NOT_FOUND && question.path.starts_with("/v1/kv/");
+        let is_absent = status == StatusCode::NOT_FOUND && request.path.starts_with("/v1/kv/");
         let body = if is_absent { b"null".to_vec() } else { body };
         if !is_absent {
             let has_auth = self.headers.contains_key(AUTHORIZATION);
-            answer::check_status(status, &headers, &body, &self.address, has_auth)?;
+            response::check_status(status, &headers, &body, &self.address, has_auth)?;
         }
-        answer::check_leader(&headers)?;
-        let is_filtered = answer::is_filtered(&headers);
-        self.tally.note(&question.path, is_filtered, Instant::now());
-        let index = answer::index(&headers);
+        response::check_leader(&headers)?;
+        let is_filtered = response::is_filtered(&headers);
+        self.stats.note(&request.path, is_filtered, Instant::now());
+        let index = response::index(&headers);
         let n_bytes = body.len();
-        let body = answer::parse(&body)?;
-        Ok((status, Answer { index, body, n_bytes, is_filtered, peer }))
+        let body = response::parse(&body)?;
+        Ok((status, ApiResponse { index, body, n_bytes, is_filtered, peer }))
     }
 
     async fn send(
         &self,
-        question: &Question,
+        request: &ApiRequest,
     ) -> Result<(Connection, reqwest::Response), QueryError> {
         let token = self.token().await?;
-        let url = format!("{}{}", self.origin, self.path_and_query(question));
+        let url = format!("{}{}", self.origin, self.path_and_query(request));
         loop {
             let connection = self.pool.get().await?;
-            let mut request = connection.http.get(&url).headers(self.headers.clone());
+            let mut builder = connection.http.get(&url).headers(self.headers.clone());
             if let Some(token) = &token {
-                request = request.header("X-Consul-Token", token);
+                builder = builder.header("X-Consul-Token", token);
             }
-            match request.send().await {
+            match builder.send().await {
                 Ok(response) => return Ok((connection, response)),
                 // Consul may have closed it meanwhile, and a GET can be sent twice.
                 Err(_) if connection.is_reused => {}
@@ -173,23 +174,23 @@ impl Client {
         }
     }
 
-    fn path_and_query(&self, question: &Question) -> String {
+    fn path_and_query(&self, request: &ApiRequest) -> String {
         let mut parameters = Vec::new();
-        match question.ask {
+        match request.ask {
             ReadMode::Plain => {}
             ReadMode::Consistent => parameters.push("consistent".into()),
             ReadMode::Blocking(index) => {
-                parameters.push(format!("index={index}&wait={}ms", question.wait.as_millis()));
+                parameters.push(format!("index={index}&wait={}ms", request.wait.as_millis()));
             }
         }
         parameters.extend(self.scope.iter().cloned());
         match parameters.is_empty() {
-            true => question.path.clone(),
-            false => format!("{}?{}", question.path, parameters.join("&")),
+            true => request.path.clone(),
+            false => format!("{}?{}", request.path, parameters.join("&")),
         }
     }
 
-    /// The token; a file is read anew for each question, so that a rotated token counts at once.
+    /// The token; a file is read again for each request, so that a rotated token takes effect at once.
     async fn token(&self) -> Result<Option<HeaderValue>, QueryError> {
         let token = match &self.token {
             None => return Ok(None),

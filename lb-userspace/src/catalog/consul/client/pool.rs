@@ -181,3 +181,32 @@ impl Drop for Permit {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt;
+
+    use super::*;
+    use crate::config::TlsConfig;
+
+    #[tokio::test]
+    async fn there_are_no_more_connections_than_allowed() {
+        let address = ConsulAddress::Http("127.0.0.1:1".into());
+        let pool = Pool::new(address, Tls::new(TlsConfig::default()), Duration::from_secs(1), 2);
+        let (first, second) = (pool.get().await.unwrap(), pool.get().await.unwrap());
+        assert!(!first.is_reused && !second.is_reused);
+        assert!(pool.get().now_or_never().is_none());
+        pool.put(first).await;
+        let third = pool.get().await.unwrap();
+        assert!(third.is_reused);
+        drop(second);
+        assert!(pool.get().now_or_never().is_none(), "it isn't closed yet");
+        assert!(!pool.get().await.unwrap().is_reused);
+    }
+
+    #[test]
+    fn a_connector_connects_once() {
+        let connect = once();
+        assert!(connect(()).is_ok() && connect.clone()(()).is_err());
+    }
+}

@@ -20,8 +20,8 @@ use crate::config::TlsConfig;
 
 const LIMIT: Duration = Duration::from_secs(20);
 
-fn question(path: &str) -> Question {
-    Question { path: path.into(), ask: ReadMode::Plain, wait: Duration::ZERO }
+fn request(path: &str) -> ApiRequest {
+    ApiRequest { path: path.into(), ask: ReadMode::Plain, wait: Duration::ZERO }
 }
 
 fn client(config: ConsulConfig) -> (Client, Publisher) {
@@ -67,8 +67,8 @@ fn asks_with_index_wait_and_scope() {
             ..ConsulConfig::default()
         };
         let wait = Duration::from_secs(300);
-        let question = Question { ask, wait, ..question("/p") };
-        assert_eq!(client(config).0.path_and_query(&question), expected);
+        let request = ApiRequest { ask, wait, ..request("/p") };
+        assert_eq!(client(config).0.path_and_query(&request), expected);
     }
 }
 
@@ -100,7 +100,7 @@ async fn every_answer_is_counted_by_its_kind() {
             client.body_limit = LIMIT;
         }
         let limit = if let Some(Fault::Hang) = fault { Duration::from_millis(300) } else { LIMIT };
-        let answer = client.get::<BTreeMap>(&question(NAMES), limit).await;
+        let answer = client.get::<BTreeMap>(&request(NAMES), limit).await;
         assert_eq!(answer.is_err(), fault.is_some(), "{fault:?}");
         let is_busy = matches!(answer, Err(QueryError::Busy { .. }));
         assert_eq!(is_busy, ["429", "503", "reset"].contains(&code), "{fault:?}: {answer:?}");
@@ -115,7 +115,7 @@ async fn every_answer_is_counted_by_its_kind() {
     // Nobody listens.
     let free = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
     let (client, output) = client(config(free));
-    client.get::<Value>(&question(NAMES), LIMIT).await.unwrap_err();
+    client.get::<Value>(&request(NAMES), LIMIT).await.unwrap_err();
     assert_eq!(output.stats().requests()["unreachable"], 1);
 }
 
@@ -126,7 +126,7 @@ async fn a_body_that_is_too_large_is_not_even_begun_where_it_says_so() {
     let fake = Fake::start().await;
     fake.break_path(NAMES, Some(Fault::Header("Content-Length: 99999999999")));
     let (client, _) = client(config(fake.address));
-    let answer = client.get::<Value>(&question(NAMES), LIMIT).await;
+    let answer = client.get::<Value>(&request(NAMES), LIMIT).await;
     assert!(matches!(answer, Err(QueryError::TooLarge { .. })), "{answer:?}");
 }
 
@@ -138,11 +138,11 @@ async fn what_the_token_may_not_read_is_a_fact() {
     let facts = || health.borrow().facts.clone();
     let filtered = Fault::Header("X-Consul-Results-Filtered-By-ACLs: true");
     fake.break_path(NAMES, Some(filtered));
-    client.get::<Value>(&question(NAMES), LIMIT).await.unwrap();
+    client.get::<Value>(&request(NAMES), LIMIT).await.unwrap();
     assert!(facts()[0].contains(&format!("from {NAMES}: ")), "{:?}", facts());
     assert_eq!(health.borrow().problem, None);
     fake.break_path(NAMES, None);
-    client.get::<Value>(&question(NAMES), LIMIT).await.unwrap();
+    client.get::<Value>(&request(NAMES), LIMIT).await.unwrap();
     assert_eq!(facts(), [""; 0]);
 }
 
@@ -151,7 +151,7 @@ async fn a_key_that_is_not_there_is_null() {
     let fake = Fake::start().await;
     fake.break_path("/v1/kv/nohop/off", Some(Fault::Status(404, "")));
     let (client, output) = client(config(fake.address));
-    let answer = client.get::<Value>(&question("/v1/kv/nohop/off"), LIMIT).await.unwrap();
+    let answer = client.get::<Value>(&request("/v1/kv/nohop/off"), LIMIT).await.unwrap();
     assert_eq!((answer.body, answer.index), (Value::Null, Some(1)));
     assert_eq!(output.stats().requests()["404"], 1);
 }
@@ -164,7 +164,7 @@ async fn a_token_file_that_is_empty_asks_nothing() {
     let fake = Fake::start().await;
     let token = Some(Token::File(path));
     let (client, output) = client(ConsulConfig { token, ..config(fake.address) });
-    let answer = client.get::<Value>(&question(NAMES), LIMIT).await;
+    let answer = client.get::<Value>(&request(NAMES), LIMIT).await;
     assert!(matches!(answer, Err(QueryError::BadToken)), "{answer:?}");
     assert!(output.stats().requests().is_empty());
 }
@@ -182,7 +182,7 @@ async fn a_unix_socket_is_asked() {
     });
     let (client, _) =
         client(ConsulConfig { address: ConsulAddress::Unix(path), ..ConsulConfig::default() });
-    client.get::<Value>(&question(NAMES), LIMIT).await.unwrap();
+    client.get::<Value>(&request(NAMES), LIMIT).await.unwrap();
 }
 
 /// Answers one question with an empty object, and closes.
@@ -272,24 +272,25 @@ impl Authority {
                 }
             }
         });
-        Server { address, _task: task }
+        Server { host: "127.0.0.1", port: address.port(), _task: task }
     }
 }
 
 struct Server {
-    address: SocketAddr,
+    host: &'static str,
+    port: u16,
     _task: JoinSet<()>,
 }
 
 impl Server {
     fn config(&self, tls: TlsConfig) -> ConsulConfig {
-        let address = ConsulAddress::Https(self.address.to_string());
+        let address = ConsulAddress::Https(format!("{}:{}", self.host, self.port));
         ConsulConfig { address, tls, ..ConsulConfig::default() }
     }
 }
 
 async fn ask(client: &Client) -> Result<(), String> {
-    let answer = client.get::<Value>(&question(NAMES), LIMIT).await;
+    let answer = client.get::<Value>(&request(NAMES), LIMIT).await;
     answer.map(drop).map_err(|error| error.to_string())
 }
 
@@ -301,7 +302,9 @@ async fn the_agent_must_be_who_it_should_be() {
     let by_name = ours.serve("server.dc1.consul", None).await;
     let by_address = ours.serve("127.0.0.1", None).await;
     let ca = |authority: &Authority| Some(authority.path("ca.pem"));
+    let by_host = Server { host: "localhost", ..ours.serve("127.0.0.1", None).await };
     let named = Some("server.dc1.consul".to_owned());
+    let addressed = Some("127.0.0.1".to_owned());
     let none = TlsConfig::default();
     let table = [
         (&by_address, TlsConfig { ca_file: ca(&ours), ..none.clone() }, None),
@@ -318,6 +321,7 @@ async fn the_agent_must_be_who_it_should_be() {
         ),
         (&by_name, TlsConfig { ca_file: ca(&ours), server_name: named, ..none.clone() }, None),
         (&by_name, TlsConfig { verify: false, ..none.clone() }, None),
+        (&by_host, TlsConfig { ca_file: ca(&ours), server_name: addressed, ..none.clone() }, None),
         (
             &by_name,
             TlsConfig { ca_file: Some(ours.path("127.0.0.1.key")), ..none.clone() },
@@ -436,7 +440,7 @@ async fn an_answer_that_is_not_consuls_names_the_cause_and_the_fix() {
     };
     let address = ConsulAddress::Http("c:80".into());
     let code = StatusCode::MOVED_PERMANENTLY;
-    let error = answer::check_status(code, &headers(moved), b"", &address, false).unwrap_err();
+    let error = response::check_status(code, &headers(moved), b"", &address, false).unwrap_err();
     let expected = "Consul at c:80 redirects to https://consul.example/: write the address of the \
                     agent itself as consul.address or CONSUL_HTTP_ADDR";
     assert_eq!(error.to_string(), expected);
@@ -473,7 +477,7 @@ async fn a_plain_agent_is_told_from_one_with_tls() {
     let (client, output) = client(ConsulConfig { address, tls, ..ConsulConfig::default() });
     let limit = Duration::from_millis(300);
     // The fake waits for more of what it takes for a question.
-    client.get::<Value>(&question(NAMES), limit).await.unwrap_err();
+    client.get::<Value>(&request(NAMES), limit).await.unwrap_err();
     assert_eq!(output.stats().requests().len(), 1);
 }
 

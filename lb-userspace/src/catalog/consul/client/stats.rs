@@ -1,4 +1,4 @@
-//! What is heard beside the answers' bodies: how many of each kind, and whether they are whole.
+//! Statistics of responses: how many of each kind, and whether ACLs filtered them.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
@@ -12,26 +12,26 @@ use crate::catalog::publisher::Publisher;
 /// The most filtered paths that are remembered; past that only their number is wrong.
 const MAX_FILTERED: usize = 1000;
 
-/// How long a path counts as filtered that isn't asked for any more, as that of a service that has
-/// gone: several times the longest wait of a question.
+/// How long a path counts as filtered that isn't requested any more, as that of a service that has
+/// gone: several times the longest wait of a request.
 const FILTERED_LASTS: Duration = Duration::from_secs(5 * 60);
 
 /// Counts answers, and reports as a fact that Consul leaves something out of them. A narrow token
 /// filters always, and legitimately: so it is a fact and no problem.
 #[derive(Debug)]
-pub struct Tally {
+pub struct ResponseStats {
     output: Publisher,
     /// The paths whose last answer was filtered, and when it came.
     filtered: Mutex<BTreeMap<String, Instant>>,
 }
 
-impl Tally {
-    /// A tally that tells `output`.
+impl ResponseStats {
+    /// Statistics for `output`.
     pub fn new(output: Publisher) -> Self {
-        Tally { output, filtered: Mutex::default() }
+        ResponseStats { output, filtered: Mutex::default() }
     }
 
-    /// Counts what came of a question.
+    /// Counts the outcome of a request.
     pub fn count<T>(&self, answer: &Result<(StatusCode, T), QueryError>) {
         let code = match answer {
             Ok((code, _)) => Some(code.as_str()),
@@ -88,14 +88,14 @@ mod tests {
         let output = Publisher::new("consul");
         let (_, health, _) = output.subscribe();
         let facts = || health.borrow().facts.join(" ");
-        let (tally, start) = (Tally::new(output), Instant::now());
-        tally.note("/gone", true, start);
-        tally.note("/here", true, start);
+        let (stats, start) = (ResponseStats::new(output), Instant::now());
+        stats.note("/gone", true, start);
+        stats.note("/here", true, start);
         assert!(facts().contains("from /gone and 1 more"), "{}", facts());
-        tally.note("/here", true, start + FILTERED_LASTS / 2);
-        tally.note("/other", false, start + FILTERED_LASTS);
+        stats.note("/here", true, start + FILTERED_LASTS / 2);
+        stats.note("/other", false, start + FILTERED_LASTS);
         assert!(facts().contains("from /here: "), "{}", facts());
-        tally.note("/other", false, start + FILTERED_LASTS * 2);
+        stats.note("/other", false, start + FILTERED_LASTS * 2);
         assert_eq!(facts(), "");
     }
 }
