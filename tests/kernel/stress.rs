@@ -21,7 +21,7 @@ const N_LISTENERS: usize = 64;
 const N_BACKENDS: usize = 3;
 /// The connections for each swap: swaps and connections wait for each other, so that neither a slow
 /// machine nor its scheduler decides what is tried.
-const CONNECTS_A_SWAP: std::ops::RangeInclusive<u64> = 8..=100;
+const CONNECTS_A_SWAP: std::ops::RangeInclusive<u64> = 16..=100;
 /// A connection that saw so many sets at most tells something: more than half of the servers are wrong.
 const N_TELLING: u64 = 8;
 
