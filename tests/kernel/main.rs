@@ -10,6 +10,7 @@ mod disconnect;
 mod families;
 mod fixture;
 mod lockdown;
+mod memcg;
 mod netns_scope;
 mod obstacles;
 mod odd_sockets;
@@ -246,6 +247,8 @@ const TRIALS: &[KernelTrial] = &[
     once("a_million_connects_meet_no_wrong_one", stress::a_million_connects_meet_no_wrong_one),
     locked_down("lockdown_lets_nohop_serve", lockdown::it_serves),
     locked_down("lockdown_is_reported", lockdown::it_is_reported),
+    since((6, 1), "maps_are_charged_to_none", memcg::maps_are_charged_to_none),
+    since((6, 1), "a_charge_is_reported", memcg::a_charge_is_reported),
     once("an_optional_unit_fails_alone", units::an_optional_unit_fails_alone),
     once("a_required_unit_is_a_condition", units::a_required_unit_is_a_condition),
     once("a_unit_waits_for_its_first_table", units::a_unit_waits_for_its_first_table),
@@ -265,7 +268,7 @@ fn main() -> std::process::ExitCode {
     if let Some(address) = connector::asked_for() {
         return connector::run(address);
     }
-    if let Some(code) = proof::asked_for().or_else(trust::asked_for) {
+    if let Some(code) = proof::asked_for().or_else(trust::asked_for).or_else(memcg::asked_for) {
         return code;
     }
     let mut arguments = Arguments::from_args();

@@ -1,5 +1,6 @@
 //! What can be said on the command line.
 
+use std::ffi::OsString;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
@@ -91,6 +92,15 @@ pub enum Command {
         cgroup: PathBuf,
         /// Where to connect to
         address: SocketAddr,
+    },
+    /// Create maps from inside a cgroup: how the daemon keeps them from being charged to its own
+    #[command(hide = true)]
+    CreateMaps {
+        /// The cgroup to enter
+        cgroup: PathBuf,
+        /// The pins to create, each with its number of entries
+        #[arg(value_name = "PATH=ENTRIES")]
+        maps: Vec<OsString>,
     },
     /// Detach the programs and remove all pins, after the daemon has ended
     Unload {

@@ -10,7 +10,7 @@ use crate::admin::{api, client};
 use crate::catalog;
 use crate::config::{Config, ConfigErrors, Source, cgroup};
 use crate::datapath::{
-    Features, Limit, Safety, exclusion_problems, find_obstacle, is_bpffs, look_at_pins,
+    Charge, Features, Limit, Safety, exclusion_problems, find_obstacle, is_bpffs, look_at_pins,
     nearest_directory, route,
 };
 use crate::dns::{self, DnsError};
@@ -83,6 +83,7 @@ pub fn check(config: Result<Config, ConfigErrors>, admin: Option<&str>) -> Repor
     checks.push(finding("routes", false, routes(&config)));
     checks.push(finding("bpffs", true, bpffs(&config.bpffs)));
     checks.push(finding("mode of bpffs", false, bpffs_mode(&config.bpffs)));
+    checks.push(finding("memory of maps", false, memory_of_maps(Charge::find())));
     let effective = effective_capabilities();
     checks.push(finding("capabilities", true, capabilities(missing_capabilities(effective))));
     let for_udp = capabilities(missing_for_udp(effective));
@@ -359,6 +360,21 @@ fn bpffs_mode(dir: &Path) -> Found {
         Ok(Safety::Safe) => Ok("closed to others".to_owned()),
         // That is said above.
         Err(_) => Ok("not looked at".to_owned()),
+    }
+}
+
+/// What maps and socket storage are charged to.
+fn memory_of_maps(charge: Charge) -> Found {
+    match charge {
+        Charge::None => Ok("charged to no memory cgroup".to_owned()),
+        Charge::Avoidable(root) => Ok(format!(
+            "charged to no memory cgroup: they are created from the root, {}",
+            root.display()
+        )),
+        Charge::Own(reason) => {
+            let limit = Limit::Charged(reason);
+            wrong(limit.to_string(), limit.fix())
+        }
     }
 }
 

@@ -30,7 +30,7 @@ use serde::de::DeserializeOwned;
 
 use crate::admin::{api, client};
 use crate::config::{Config, ConfigErrors, Overrides};
-use crate::datapath::probe;
+use crate::datapath::{create_maps, probe};
 use crate::terminal;
 use args::{Arguments, ClientArguments, Command, ConfigArguments, ConfigCommand};
 use dns::DnsCommand;
@@ -124,6 +124,8 @@ fn command(command: Command) -> anyhow::Result<ExitCode> {
         }
         Command::ProbeConnect { cgroup, address } => probe::connect_inside(&cgroup, address)
             .with_context(|| format!("can't enter {}", cgroup.display()))?,
+        Command::CreateMaps { cgroup, maps } => create_maps(&cgroup, &maps)
+            .with_context(|| format!("can't create maps from {}", cgroup.display()))?,
         Command::Unload { config, all, json } => unload::unload(&load(config, None)?, all, json)?,
     }
     Ok(ExitCode::SUCCESS)

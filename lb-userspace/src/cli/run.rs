@@ -141,7 +141,9 @@ impl Daemon {
         let is_shadow = way_out.mode(false) != Mode::Translate;
         // Nothing after this fails, but for want of threads or file descriptors: then what is attached
         // stays, as after a crash.
-        let mut datapath = Datapath::start(&Options { is_shadow, ..Options::of(&config, &scope) })?;
+        let map_creator = Some("/proc/self/exe".into());
+        let options = Options { is_shadow, map_creator, ..Options::of(&config, &scope) };
+        let mut datapath = Datapath::start(&options)?;
         if datapath.is_shadow() && !is_shadow {
             way_out.inherit();
         }

@@ -69,6 +69,8 @@ pub enum Limit {
     NoBtf(String),
     /// Type information that doesn't have the bit.
     NoKernelBit,
+    /// Maps and socket storage are charged to this process's memory cgroup, for this reason.
+    Charged(String),
 }
 
 impl Limit {
@@ -79,6 +81,10 @@ impl Limit {
             Limit::NoKernelRead(_) => {
                 "nothing, unless the kernel itself (NFS, SMB, Ceph) connects to VIPs: then mount by \
                  an instance's address, or boot with lockdown=integrity"
+            }
+            Limit::Charged(_) => {
+                "start it in the host's cgroup namespace with /sys/fs/cgroup writable, once after \
+                 `nohop unload`"
             }
             Limit::NoBtf(_) | Limit::NoKernelBit => {
                 "boot a kernel with CONFIG_DEBUG_INFO_BTF, as distributions' kernels are"
@@ -107,6 +113,11 @@ impl fmt::Display for Limit {
                  (lockdown=confidentiality, or no CONFIG_BPF_EVENTS): {SO}"
             ),
             Limit::NoBtf(error) => write!(f, "the kernel has no BTF ({error}): {SO}"),
+            Limit::Charged(reason) => write!(
+                f,
+                "maps and socket storage are charged to this daemon's memory cgroup ({reason}): a \
+                 connection costs more, and MemoryMax= can leave sockets without storage"
+            ),
             Limit::NoKernelBit => {
                 write!(f, "the kernel's BTF has no `sk_kern_sock` in `sock`: {SO}")
             }

@@ -149,7 +149,7 @@ impl Units {
         scope: &Path,
         units: &'static [Unit],
         first: Ebpf,
-        load: impl Fn(&Unit) -> Result<Ebpf, DatapathError>,
+        mut load: impl FnMut(&Unit) -> Result<Ebpf, DatapathError>,
     ) -> Result<Units, DatapathError> {
         let mut first = Some(first);
         let mut loaded = Vec::new();

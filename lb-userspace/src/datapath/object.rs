@@ -2,6 +2,7 @@
 
 use std::net::Ipv4Addr;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::path::PathBuf;
 
 use aya::programs::{Program, ProgramError};
 use aya::{Ebpf, EbpfLoader, include_bytes_aligned};
@@ -10,13 +11,15 @@ use lb_common::Address;
 use super::btf::Bit;
 use super::cause::is_transient;
 use super::error::DatapathError;
-use super::features::{Features, N_ATTEMPTS};
+use super::features::{Features, Limit, N_ATTEMPTS};
 use super::map_specs::{Sizes, socket_shapes};
+use super::memcg;
 use super::options::Options;
 use super::pins::Pins;
 use super::units::Unit;
 
-static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/nohop-ebpf"));
+/// The eBPF object.
+pub static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/nohop-ebpf"));
 
 /// Loads a unit's programs over the maps in `pins`, and creates the maps that aren't there. The
 /// constants follow from `features`, so there is one attempt, and an error of it is an error.
@@ -28,7 +31,7 @@ pub fn load(
     options: &Options,
     sizes: &Sizes,
     pins: &Pins,
-    features: &Features,
+    features: &mut Features,
 ) -> Result<Ebpf, DatapathError> {
     let pool = options.vip.pool;
     let (pins_network, pins_mask) = network_around(options.vip.pins.values().map(|pin| *pin.ip()));
@@ -44,7 +47,19 @@ pub fn load(
     let has_excluded = u32::from(!options.datapath.exclude_cgroups.is_empty());
     let mut loader = EbpfLoader::new();
     let refusal = features.refusal as u32;
-    for shape in sizes.shapes() {
+    let shapes = sizes.shapes();
+    let maps = shapes.iter().map(|shape| (pins.maps().join(shape.name), shape.max_entries));
+    let storages = socket_shapes().map(|shape| (pins.sockets().join(shape.name), 0));
+    let pinned: Vec<(PathBuf, u32)> = maps.chain(storages).collect();
+    if let Some(program) = &options.map_creator
+        && let Err(reason) = memcg::create_uncharged(program, &pinned)
+    {
+        let limit = Limit::Charged(reason);
+        if !features.limits.contains(&limit) {
+            features.limits.push(limit);
+        }
+    }
+    for shape in &shapes {
         loader.map_max_entries(shape.name, shape.max_entries);
         loader.map_pin_path(shape.name, pins.maps().join(shape.name));
     }

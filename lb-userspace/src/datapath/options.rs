@@ -22,6 +22,9 @@ pub struct Options {
     pub layout: u16,
     /// The units. Others than [`UNITS`] are for tests.
     pub units: &'static [Unit],
+    /// The program that creates maps by its hidden command where this process is in a limited memory
+    /// cgroup; `None` to create them here.
+    pub map_creator: Option<PathBuf>,
     /// How to refuse a connection; `None` for the best that this kernel has.
     pub refusal: Option<RejectMethod>,
     /// The cookie of the host's network namespace; `None` for the one of this process.
@@ -41,6 +44,7 @@ impl Options {
             scope: scope.into(),
             layout: LAYOUT,
             units: UNITS,
+            map_creator: None,
             refusal: None,
             host_netns: None,
             is_shadow: config.shadow,

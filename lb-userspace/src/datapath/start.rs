@@ -66,24 +66,24 @@ impl Datapath {
         pins: Pins,
         cgroup: &ServedCgroup,
         options: &Options,
-        features: Features,
+        mut features: Features,
     ) -> Result<Datapath, DatapathError> {
         let first = first_unit(options)?;
         pins.make_directories()?;
         pins.are_there(&pins.sockets(), &socket_shapes())?;
         let is_live = links::are_attached(&pins, cgroup)?;
         let Fitted { sizes, note, served, mut loaded } =
-            Fitted::new(options, &pins, &features, is_live)?;
+            Fitted::new(options, &pins, &mut features, is_live)?;
 
         if loaded.is_none() && pins.are_there(&pins.maps(), &sizes.shapes())? {
-            loaded = Loaded::over_earlier(options, &sizes, &pins, &features, is_live)?;
+            loaded = Loaded::over_earlier(options, &sizes, &pins, &mut features, is_live)?;
         }
         let is_adopted = loaded.is_some();
         let loaded = match loaded {
             Some(loaded) => loaded,
             None => {
                 pins.forget_maps()?;
-                Loaded::over_new(load(first, options, &sizes, &pins, &features)?, &sizes)?
+                Loaded::over_new(load(first, options, &sizes, &pins, &mut features)?, &sizes)?
             }
         };
         let Loaded { ebpf, mut reconciler } = loaded;
@@ -99,7 +99,7 @@ impl Datapath {
         let socket_names = socket_shapes().map(|shape| pins.sockets().join(shape.name));
         let pinned_maps = PinnedMaps::open(map_names.chain(socket_names))?;
         let units = Units::load(&options.scope, options.units, ebpf, |unit| {
-            load(unit, options, &sizes, &pins, &features)
+            load(unit, options, &sizes, &pins, &mut features)
         })?;
         let mut datapath = Datapath {
             reconciler,
@@ -149,7 +149,7 @@ impl Fitted {
     fn new(
         options: &Options,
         pins: &Pins,
-        features: &Features,
+        features: &mut Features,
         is_live: bool,
     ) -> Result<Fitted, DatapathError> {
         let wanted = Sizes::of(&options.datapath, &options.vip);
@@ -210,7 +210,7 @@ impl Loaded {
         options: &Options,
         sizes: &Sizes,
         pins: &Pins,
-        features: &Features,
+        features: &mut Features,
         is_live: bool,
     ) -> Result<Option<Loaded>, DatapathError> {
         let mut ebpf = load(first_unit(options)?, options, sizes, pins, features)?;
