@@ -126,7 +126,7 @@ impl Catalog {
 
     /// What makes nohop read it.
     pub fn config(&self) -> String {
-        format!("catalog.source = \"file\"\ncatalog.file = {:?}\n", self.path())
+        format!("catalog.sources = [\"file\"]\ncatalog.file = {:?}\n", self.path())
     }
 
     /// Replaces the services.

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -106,6 +107,16 @@ impl Site {
     }
 }
 
+/// The key that has a binary read a static catalog: an older one knows its former name alone.
+fn sources(binary: &Path, probe: &Path) -> Result<&'static str> {
+    let key = "catalog.sources = [\"file\"]\n";
+    fs::write(probe, format!("{key}catalog.file = \"/\"\n")).context("write a configuration")?;
+    let check = Command::new(binary).args(["config", "check"]).arg(probe).output();
+    let output = check.with_context(|| format!("run {}", binary.display()))?;
+    let is_unknown = String::from_utf8_lossy(&output.stderr).contains("unknown key");
+    Ok(if is_unknown { "catalog.source = \"file\"\n" } else { key })
+}
+
 impl Daemon {
     fn start(binary: &Path, n_services: usize) -> Result<Daemon> {
         let (node, files) = (Node::new(Layout::OneHost)?, Scratch::new("catalog")?);
@@ -129,10 +140,8 @@ impl Daemon {
         let catalogs = [before?, after?];
         let catalog = files.path().join("nohop.toml");
         fs::write(&catalog, &catalogs[0]).context("write the catalog")?;
-        let config = format!(
-            "catalog.source = \"file\"\ncatalog.file = {catalog:?}\ndns.forward = [\"{}\"]\n",
-            dns::UPSTREAM
-        );
+        let config = format!("catalog.file = {catalog:?}\ndns.forward = [\"{}\"]\n", dns::UPSTREAM);
+        let config = config + sources(binary, &files.path().join("probe.toml"))?;
         let start = Instant::now();
         let nohop = Nohop::start_binary(binary, node.client_host(), &node.client, &config)?;
         let start = start.elapsed();

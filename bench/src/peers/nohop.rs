@@ -47,7 +47,7 @@ pub fn serve(node: &Node, services: &Services) -> Result<Served> {
 pub fn serve_with(node: &Node, services: &Services, more: &str) -> Result<Served> {
     let files = Scratch::new("catalog")?;
     let catalog = render("nohop.toml", services, frontend, files.path())?;
-    let config = format!("catalog.source = \"file\"\ncatalog.file = {catalog:?}\n{more}\n");
+    let config = format!("catalog.sources = [\"file\"]\ncatalog.file = {catalog:?}\n{more}\n");
     let nohop = Nohop::start(node.client_host(), &node.client, &config)?;
     node.adopt_hop(&nohop.process)?;
     let listed = nohop.services()?;

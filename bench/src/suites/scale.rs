@@ -153,7 +153,7 @@ fn load_nohop(node: &Node, [before, after]: [&Services; 2]) -> Result<Loaded> {
     let (files, edited) = (Scratch::new("catalog")?, Scratch::new("edited")?);
     let catalog = render("nohop.toml", before, frontend, files.path())?;
     let edited = render("nohop.toml", after, frontend, edited.path())?;
-    let config = format!("catalog.source = \"file\"\ncatalog.file = {catalog:?}\n");
+    let config = format!("catalog.sources = [\"file\"]\ncatalog.file = {catalog:?}\n");
     let start = Instant::now();
     let nohop = Nohop::start(node.client_host(), &node.client, &config)?;
     let load = start.elapsed();

@@ -24,7 +24,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use crate::config::{Config, Source};
+use crate::config::{Config, SourceKind};
 pub use crate::table::Catalog;
 pub use stats::{Stats, Watches};
 pub use usage::{Lookup, UsageSender};
@@ -112,9 +112,9 @@ pub enum CatalogError {
 /// # Errors
 /// A static catalog that can't be read, or that has errors in it. Consul may come later.
 pub fn check(config: &Config) -> Result<(), CatalogError> {
-    match &config.catalog.source {
-        Source::Consul => Ok(()),
-        Source::File(path) => Ok(file::check(path)?),
+    match source(config) {
+        SourceKind::Consul => Ok(()),
+        SourceKind::File(path) => Ok(file::check(path)?),
     }
 }
 
@@ -124,9 +124,9 @@ pub fn check(config: &Config) -> Result<(), CatalogError> {
 /// # Errors
 /// As [`check`], where there is no copy either.
 pub fn check_first(config: &Config) -> Result<(), CatalogError> {
-    match &config.catalog.source {
-        Source::Consul => Ok(()),
-        Source::File(path) => Ok(file::check_first(path, &kept(config, path))?),
+    match source(config) {
+        SourceKind::Consul => Ok(()),
+        SourceKind::File(path) => Ok(file::check_first(path, &kept(config, path))?),
     }
 }
 
@@ -140,8 +140,8 @@ fn kept(config: &Config, path: &Path) -> file::Kept {
 /// # Errors
 /// As [`check_first`].
 pub fn spawn(config: &Config, in_use: Vec<Arc<str>>) -> Result<Handle, CatalogError> {
-    let output = Publisher::new(name(&config.catalog.source));
-    if let Source::File(path) = &config.catalog.source {
+    let output = Publisher::new(source(config).name());
+    if let SourceKind::File(path) = source(config) {
         file::load_first(path, &kept(config, path), &output)?;
     }
     let mut handle = Handle::of(output);
@@ -154,8 +154,8 @@ pub fn spawn(config: &Config, in_use: Vec<Arc<str>>) -> Result<Handle, CatalogEr
 /// # Errors
 /// As [`check`].
 pub fn dry_run(config: &Config) -> Result<Handle, CatalogError> {
-    let output = Publisher::new(name(&config.catalog.source));
-    if let Source::File(path) = &config.catalog.source {
+    let output = Publisher::new(source(config).name());
+    if let SourceKind::File(path) = source(config) {
         file::load(path, &output)?;
     }
     let mut handle = Handle::of(output);
@@ -212,16 +212,16 @@ impl Handle {
     }
 
     fn start(&mut self, config: &Config, in_use: Vec<Arc<str>>, is_cached: bool) {
-        let name = name(&config.catalog.source);
-        match &config.catalog.source {
-            Source::Consul => {
+        let name = source(config).name();
+        match source(config) {
+            SourceKind::Consul => {
                 let settings = consul::Settings::of(config, in_use, is_cached);
                 let source: Run = Arc::new(move |output, wishes| {
                     Box::pin(consul::run(settings.clone(), output, wishes))
                 });
                 self.run_source(name, source, Some((&config.catalog).into()));
             }
-            Source::File(path) => {
+            SourceKind::File(path) => {
                 let kept = is_cached.then(|| kept(config, path));
                 let path = path.clone();
                 let source: Run = Arc::new(move |output, wishes| {
@@ -247,9 +247,7 @@ impl Handle {
     }
 }
 
-fn name(source: &Source) -> &'static str {
-    match source {
-        Source::Consul => "consul",
-        Source::File(_) => "file",
-    }
+/// The source in use: the configuration has exactly one.
+fn source(config: &Config) -> &SourceKind {
+    config.catalog.sources.first().unwrap_or(&SourceKind::Consul)
 }

@@ -1,4 +1,4 @@
-//! What can be said on the command line.
+//! The arguments of the command line.
 
 use std::ffi::OsString;
 use std::net::SocketAddr;
@@ -7,12 +7,14 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use super::dns::DnsCommand;
+use crate::config::keys::{Key, toml, values};
+use crate::config::{Config, Flag, FlagValue};
 
-/// The load balancer without a proxy hop, for Nomad and Consul.
+/// A load balancer without a proxy hop, for Nomad and Consul.
 #[derive(Debug, Parser)]
 #[command(name = "nohop", version)]
 pub struct Arguments {
-    /// What to do.
+    /// The command.
     #[command(subcommand)]
     pub command: Command,
 }
@@ -20,80 +22,77 @@ pub struct Arguments {
 /// A command.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// The daemon; it logs to stderr (RUST_LOG says how much)
+    /// Run the daemon; it logs to stderr (RUST_LOG sets the level)
     Run {
-        /// Where its configuration comes from
+        /// The configuration.
         #[command(flatten)]
-        config: ConfigArguments,
-        /// How log lines look
+        config: RunArguments,
+        /// Format of log lines
         #[arg(long, value_enum, default_value_t)]
         log_format: LogFormat,
-        /// Whether the kernel goes on translating when the daemon ends [default: keep]
-        #[arg(long, value_name = "keep|detach")]
-        on_exit: Option<String>,
     },
-    /// Say of everything that nohop needs whether it is there, and how to fix it
+    /// Check the system requirements and print how to fix what is missing
     Check {
-        /// Where its configuration comes from
+        /// The configuration.
         #[command(flatten)]
         config: ConfigArguments,
-        /// How to find a daemon
+        /// The daemon.
         #[command(flatten)]
         client: ClientArguments,
     },
-    /// One screen: ready or not and why, the source, the maps; exit code 1 when not ready
+    /// Show the state of the daemon; exit code 1 when it isn't ready
     Status {
-        /// Wait until the daemon is ready; also for one that isn't there yet
+        /// Wait until the daemon is ready, also for one that hasn't started yet
         #[arg(long)]
         wait_ready: bool,
-        /// How long --wait-ready waits at most, in seconds
+        /// Time limit of --wait-ready
         #[arg(long, value_name = "SECONDS", default_value_t = 60, requires = "wait_ready")]
         timeout: u64,
-        /// How to find the daemon
+        /// The daemon.
         #[command(flatten)]
         client: ClientArguments,
     },
-    /// Every service, with its backends
+    /// List services and their backends
     Services {
-        /// How to find the daemon
+        /// The daemon.
         #[command(flatten)]
         client: ClientArguments,
     },
-    /// Why each instance of a service is in or out, and what a connection would get
+    /// Show why each instance of a service is in or out, and what a connection would get
     Explain {
-        /// The service, with or without the domain
+        /// Name of the service, with or without the domain
         name: String,
-        /// How to find the daemon
+        /// The daemon.
         #[command(flatten)]
         client: ClientArguments,
     },
-    /// How this machine's resolver comes to ask nohop, and what nohop answers
+    /// Configure the system resolver, and query nohop's DNS
     Dns {
-        /// Which of the two
+        /// The command.
         #[command(subcommand)]
         command: DnsCommand,
     },
-    /// Have the daemon read its configuration again: all of it comes into force, or nothing
+    /// Reload the configuration of the daemon (atomic: on an error nothing changes)
     Reload {
-        /// How to find the daemon
+        /// The daemon.
         #[command(flatten)]
         client: ClientArguments,
     },
-    /// What has to do with the configuration file
+    /// Check or show the configuration
     Config {
-        /// What to do with it
+        /// The command.
         #[command(subcommand)]
         command: ConfigCommand,
     },
-    /// Connect once from inside a cgroup: how the daemon proves that its hooks run there
+    /// Connect once from inside a cgroup: the daemon verifies its hooks with that
     #[command(hide = true)]
     ProbeConnect {
         /// The cgroup to enter
         cgroup: PathBuf,
-        /// Where to connect to
+        /// The destination
         address: SocketAddr,
     },
-    /// Create maps from inside a cgroup: how the daemon keeps them from being charged to its own
+    /// Create maps from inside a cgroup, so that they aren't charged to the daemon's
     #[command(hide = true)]
     CreateMaps {
         /// The cgroup to enter
@@ -102,77 +101,89 @@ pub enum Command {
         #[arg(value_name = "PATH=ENTRIES")]
         maps: Vec<OsString>,
     },
-    /// Detach the programs and remove all pins, after the daemon has ended
+    /// Detach the programs and remove all pins, after the daemon has stopped
     Unload {
-        /// Which pins and which pool
+        /// The configuration.
         #[command(flatten)]
         config: ConfigArguments,
-        /// Remove the unreachable route too
+        /// Remove the unreachable route as well
         #[arg(long)]
         all: bool,
-        /// One JSON document
+        /// Print one JSON document
         #[arg(long)]
         json: bool,
     },
 }
 
-/// What can be done with a configuration file.
+/// A command about the configuration.
 #[derive(Debug, Subcommand)]
 pub enum ConfigCommand {
-    /// Say what is wrong with it, and touch nothing
+    /// Report the mistakes in a file, and in the static catalog that it names
     Check {
-        /// The file
-        file: PathBuf,
-        /// One JSON document
+        /// The file [default: /etc/nohop/nohop.toml if it exists]
+        file: Option<PathBuf>,
+        /// Print one JSON document
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print every key with its value and the source of the value
+    Show {
+        /// The configuration.
+        #[command(flatten)]
+        config: Box<RunArguments>,
+        /// Print one JSON document
         #[arg(long)]
         json: bool,
     },
 }
 
-/// The configuration file, and keys of it.
+/// The configuration of the daemon.
 #[derive(Clone, Debug, Args)]
-pub struct ConfigArguments {
-    /// The configuration [default: /etc/nohop/nohop.toml where it exists]
-    #[arg(long, value_name = "FILE")]
-    pub config: Option<PathBuf>,
-    /// The cgroup v2 directory whose processes are served [default: the mounted root]
-    #[arg(long, value_name = "DIR")]
-    pub cgroup: Option<PathBuf>,
-    /// Where maps and links are pinned [default: /sys/fs/bpf/nohop]
-    #[arg(long, value_name = "DIR")]
-    pub bpffs: Option<PathBuf>,
-    /// Where what must outlive the daemon is kept [default: /var/lib/nohop]
-    #[arg(long, value_name = "DIR")]
-    pub state_dir: Option<PathBuf>,
-    /// Where DNS is answered; repeatable [default: 127.0.0.1:53]
-    #[arg(long, value_name = "ADDR:PORT")]
-    pub dns_listen: Vec<String>,
-    /// Where the admin interface listens; repeatable [default: unix:/run/nohop/admin.sock]
-    #[arg(long, value_name = "unix:PATH|ADDR:PORT")]
-    pub admin_listen: Vec<String>,
-    /// A static catalog instead of Consul
-    #[arg(long, value_name = "FILE")]
-    pub catalog: Option<PathBuf>,
-    /// The Consul agent [default: http://127.0.0.1:8500]
-    #[arg(long, value_name = "URL")]
-    pub consul_addr: Option<String>,
-    /// Translate nothing, and count what would be
-    #[arg(long)]
-    pub shadow: bool,
+pub struct RunArguments {
+    /// What other commands need as well.
+    #[command(flatten)]
+    pub config: ConfigArguments,
+    #[arg(long, value_name = "keep|detach", help = help("on_exit"))]
+    on_exit: Option<String>,
 }
 
-/// How a command finds the daemon, and how it answers.
+/// The configuration file, and keys that override it.
+#[derive(Clone, Debug, Args)]
+pub struct ConfigArguments {
+    /// Configuration file [default: /etc/nohop/nohop.toml if it exists]
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    #[arg(long, value_name = "DIR", help = help("cgroup"))]
+    cgroup: Option<String>,
+    #[arg(long, value_name = "DIR", help = help("bpffs"))]
+    bpffs: Option<String>,
+    #[arg(long, value_name = "DIR", help = help("state_dir"))]
+    state_dir: Option<String>,
+    #[arg(long, value_name = "ADDR:PORT", help = help("dns.listen"))]
+    dns_listen: Vec<String>,
+    #[arg(long, value_name = "unix:PATH|ADDR:PORT", help = help("admin.listen"))]
+    admin_listen: Vec<String>,
+    /// Static catalog instead of Consul
+    #[arg(long, value_name = "FILE")]
+    catalog: Option<String>,
+    #[arg(long, value_name = "URL", help = help("consul.address"))]
+    consul_addr: Option<String>,
+    #[arg(long, help = help("shadow"))]
+    shadow: bool,
+}
+
+/// How a command finds the daemon, and prints its answer.
 #[derive(Debug, Args)]
 pub struct ClientArguments {
-    /// The daemon [default: NOHOP_ADMIN, else unix:/run/nohop/admin.sock]
+    /// Address of the daemon [default: NOHOP_ADMIN, else unix:/run/nohop/admin.sock]
     #[arg(long, value_name = "unix:PATH|ADDR:PORT")]
     pub admin: Option<String>,
-    /// One JSON document
+    /// Print one JSON document
     #[arg(long)]
     pub json: bool,
 }
 
-/// How log lines look.
+/// The format of log lines.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum LogFormat {
     /// For people.
@@ -180,4 +191,67 @@ pub enum LogFormat {
     Text,
     /// An object a line.
     Json,
+}
+
+/// What a flag's key is for, and its default.
+fn help(name: &str) -> String {
+    let text = Key::find(name).map_or("", |key| key.text);
+    let values = values(&Config::default());
+    let default = values.iter().find(|(key, _)| key.name == name).map(|(_, value)| toml(value));
+    let mut chars = text.chars();
+    let text: String = chars.next().into_iter().flat_map(char::to_uppercase).chain(chars).collect();
+    format!("{text} [default: {}]", default.unwrap_or_default())
+}
+
+impl RunArguments {
+    /// The keys that flags set.
+    pub fn flags(&self) -> Vec<Flag> {
+        let on_exit = text("--on-exit", "on_exit", &self.on_exit);
+        self.config.flags().into_iter().chain(on_exit).collect()
+    }
+}
+
+impl ConfigArguments {
+    /// The keys that flags set.
+    pub fn flags(&self) -> Vec<Flag> {
+        let list = |name, key, values: &[String]| {
+            let value = FlagValue::List(values.to_vec());
+            (!values.is_empty()).then_some(Flag { name, key, value })
+        };
+        let shadow = FlagValue::Bool(true);
+        let source = self.catalog.as_ref().map(|_| "file".to_owned());
+        [
+            // A relative path is the shell's; `auto` isn't a path.
+            directory("--cgroup", "cgroup", &self.cgroup, "auto"),
+            directory("--bpffs", "bpffs", &self.bpffs, ""),
+            directory("--state-dir", "state_dir", &self.state_dir, ""),
+            list("--dns-listen", "dns.listen", &self.dns_listen),
+            list("--admin-listen", "admin.listen", &self.admin_listen),
+            list("--catalog", "catalog.sources", source.as_slice()),
+            text("--catalog", "catalog.file", &self.catalog),
+            text("--consul-addr", "consul.address", &self.consul_addr),
+            self.shadow.then_some(Flag { name: "--shadow", key: "shadow", value: shadow }),
+        ]
+        .into_iter()
+        .flatten()
+        .collect()
+    }
+}
+
+fn text(name: &'static str, key: &'static str, value: &Option<String>) -> Option<Flag> {
+    value.as_ref().map(|text| Flag { name, key, value: FlagValue::Text(text.clone()) })
+}
+
+/// A directory, relative to the working directory, or a word of its own.
+fn directory(
+    name: &'static str,
+    key: &'static str,
+    value: &Option<String>,
+    word: &str,
+) -> Option<Flag> {
+    let absolute = |path: &String| match std::path::absolute(path) {
+        Ok(absolute) if path != word => absolute.to_string_lossy().into_owned(),
+        _ => path.clone(),
+    };
+    text(name, key, &value.as_ref().map(absolute))
 }

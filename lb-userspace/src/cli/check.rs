@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::admin::{api, client};
 use crate::catalog;
-use crate::config::{Config, ConfigErrors, Source, cgroup};
+use crate::config::{Config, ConfigErrors, SourceKind, cgroup};
 use crate::datapath::{
     Charge, Features, Limit, Safety, exclusion_problems, find_obstacle, is_bpffs, look_at_pins,
     nearest_directory, route,
@@ -518,9 +518,9 @@ const SOURCE_LIMIT: std::time::Duration = std::time::Duration::from_secs(5);
 /// Asks the source as the daemon does, so that what it would meet is what is said here. What is
 /// wrong and keeps nothing from working comes second, and then what should be known besides.
 fn source(config: &Config) -> (Found, Option<String>, Vec<String>) {
-    let fix = match &config.catalog.source {
-        Source::Consul => "see that the agent runs, and consul.address and the token",
-        Source::File(_) => "correct the file",
+    let fix = match config.catalog.sources.contains(&SourceKind::Consul) {
+        true => "check that the agent runs, consul.address and the token",
+        false => "correct the file",
     };
     let asked = block_on(async {
         let mut source = catalog::dry_run(config).map_err(|error| error.to_string())?;

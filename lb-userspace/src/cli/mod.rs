@@ -2,7 +2,7 @@
 
 mod args;
 mod check;
-mod config_check;
+mod config_file;
 mod connection;
 mod dns;
 mod format;
@@ -29,7 +29,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::admin::{api, client};
-use crate::config::{Config, ConfigErrors, Overrides};
+use crate::config::{Config, ConfigErrors};
 use crate::datapath::{create_maps, probe};
 use crate::terminal;
 use args::{Arguments, ClientArguments, Command, ConfigArguments, ConfigCommand};
@@ -82,13 +82,16 @@ pub fn main() -> ExitCode {
 
 fn command(command: Command) -> anyhow::Result<ExitCode> {
     match command {
-        Command::Run { config, log_format, on_exit } => {
+        Command::Run { config, log_format } => {
             log::start(log_format).context("can't start a thread")?;
-            let read = Arc::new(move || load(config.clone(), on_exit.clone()));
+            let flags = config.flags();
+            let read = Arc::new(move || {
+                Config::load(config.config.config.as_deref(), &flags, &environment)
+            });
             run::run(read()?, read)?;
         }
         Command::Check { config, client } => {
-            let report = check::check(load(config, None), client.admin.as_deref());
+            let report = check::check(load(&config), client.admin.as_deref());
             print(&client, &report, check::text)?;
             return Ok(if report.ok { ExitCode::SUCCESS } else { ExitCode::from(FAILURE) });
         }
@@ -112,7 +115,7 @@ fn command(command: Command) -> anyhow::Result<ExitCode> {
             }
         }
         Command::Dns { command: DnsCommand::Setup { way, apply, undo, root, config } } => {
-            let text = dns::setup(way, apply, undo, &root, &load(*config, None)?)?;
+            let text = dns::setup(way, apply, undo, &root, &load(&config)?)?;
             write_text(&terminal::escape_lines(&text))?;
         }
         Command::Dns { command: DnsCommand::Query { name, kind, server, client } } => {
@@ -120,13 +123,16 @@ fn command(command: Command) -> anyhow::Result<ExitCode> {
         }
         Command::Reload { client } => return reload::ask(&client),
         Command::Config { command: ConfigCommand::Check { file, json } } => {
-            return config_check::config_check(&file, json);
+            return config_file::check(file.as_deref(), json);
+        }
+        Command::Config { command: ConfigCommand::Show { config, json } } => {
+            config_file::show(&config, json)?;
         }
         Command::ProbeConnect { cgroup, address } => probe::connect_inside(&cgroup, address)
             .with_context(|| format!("can't enter {}", cgroup.display()))?,
         Command::CreateMaps { cgroup, maps } => create_maps(&cgroup, &maps)
             .with_context(|| format!("can't create maps from {}", cgroup.display()))?,
-        Command::Unload { config, all, json } => unload::unload(&load(config, None)?, all, json)?,
+        Command::Unload { config, all, json } => unload::unload(&load(&config)?, all, json)?,
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -143,30 +149,8 @@ fn chain(error: &anyhow::Error) -> String {
     })
 }
 
-fn load(arguments: ConfigArguments, on_exit: Option<String>) -> Result<Config, ConfigErrors> {
-    let ConfigArguments {
-        config,
-        cgroup,
-        bpffs,
-        state_dir,
-        dns_listen,
-        admin_listen,
-        catalog,
-        consul_addr,
-        shadow,
-    } = arguments;
-    let overrides = Overrides {
-        cgroup,
-        bpffs,
-        state_dir,
-        dns_listen,
-        admin_listen,
-        catalog,
-        consul_addr,
-        on_exit,
-        shadow,
-    };
-    Config::load(config.as_deref(), overrides, &environment)
+fn load(arguments: &ConfigArguments) -> Result<Config, ConfigErrors> {
+    Config::load(arguments.config.as_deref(), &arguments.flags(), &environment)
 }
 
 fn environment(name: &str) -> Option<String> {

@@ -9,7 +9,7 @@ use tokio::sync::oneshot;
 use super::args::ClientArguments;
 use super::{FAILURE, USAGE, environment, print, runtime, say};
 use crate::admin::{api, client};
-use crate::config::diff::{Change, changes};
+use crate::config::keys::{Change, changes};
 use crate::config::{Config, ConfigErrors};
 
 /// Reads file, environment and flags again, as at the start.
@@ -114,7 +114,7 @@ mod tests {
         );
         let expected = [
             "dns.ttl: 30 -> 5",
-            "datapath.max_services: 16384 -> 7 needs a restart: the maps are made at the start",
+            "datapath.max_services: 16384 -> 7 needs a restart: maps are created at the start",
             "nothing was changed",
         ];
         assert_eq!(lines(&refused.unwrap_err()), expected);
@@ -125,7 +125,7 @@ mod tests {
 
     #[test]
     fn a_faulty_configuration_is_told_in_full() {
-        let problem = |what: &str| Problem { place: None, key: None, what: what.into() };
+        let problem = |what: &str| Problem { location: None, key: None, what: what.into() };
         let faulty = Err(ConfigErrors(vec![problem("one"), problem("two")]));
         let reload = plan(&Config::default(), faulty).unwrap_err();
         assert_eq!(lines(&reload), ["one", "two", "nothing was changed"]);

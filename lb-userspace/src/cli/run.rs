@@ -543,7 +543,7 @@ async fn read(
 }
 
 fn problem(what: String) -> ConfigErrors {
-    ConfigErrors(vec![Problem { place: None, key: None, what }])
+    ConfigErrors(vec![Problem { location: None, key: None, what }])
 }
 
 /// Waits until a moment; for ever without one.

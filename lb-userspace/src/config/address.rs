@@ -1,32 +1,31 @@
-//! The small texts of the configuration: addresses, names and the pool, each with its own fix.
+//! Addresses, networks and names in the configuration.
 
 use std::fmt;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4};
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use ipnet::{Ipv4Net, Ipv6Net};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use serde::{Serialize, Serializer};
 
-use super::{AdminAddress, ConsulAddress};
+use super::toml_value::{Parsed, Value};
+use super::{AdminAddress, Allowed, ConsulAddress, Forward};
 
 /// The length of a unix socket's path, in bytes, that the kernel has room for.
 const MAX_SOCKET_PATH: usize = 107;
 
-/// What is wrong with a text, and the fix.
-type Fault = String;
-
 impl FromStr for AdminAddress {
     type Err = String;
 
-    fn from_str(text: &str) -> Result<Self, Fault> {
+    fn from_str(text: &str) -> Result<Self, String> {
         let Some(path) = text.strip_prefix("unix:") else {
             return socket_address(text).map(AdminAddress::Tcp).map_err(|_| {
-                format!("'{text}' is no address; write unix:/PATH or ADDR:PORT, port 1 to 65535")
+                format!("'{text}' isn't an address; write unix:/PATH or ADDR:PORT, port 1 to 65535")
             });
         };
         if !path.starts_with('/') || path.ends_with('/') {
-            return Err(format!("'{text}' names no file by its full path; write unix:/PATH"));
+            return Err(format!("'{text}' isn't an absolute path; write unix:/PATH"));
         }
         if path.len() > MAX_SOCKET_PATH {
             return Err(format!(
@@ -47,44 +46,74 @@ impl fmt::Display for AdminAddress {
     }
 }
 
+impl Serialize for AdminAddress {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
 /// `ADDR:PORT`, with a port to connect to.
-pub(super) fn socket_address(text: &str) -> Result<SocketAddr, Fault> {
+pub(super) fn socket_address(text: &str) -> Result<SocketAddr, String> {
     match text.parse::<SocketAddr>() {
         Ok(address) if address.port() != 0 => Ok(address),
-        _ => Err(format!("'{text}' is no address; write ADDR:PORT, port 1 to 65535")),
+        _ => Err(format!("'{text}' isn't an address; write ADDR:PORT, port 1 to 65535")),
     }
 }
 
 /// `ADDR[:PORT]` of a nameserver.
-pub(super) fn nameserver(text: &str) -> Result<SocketAddr, Fault> {
+pub(super) fn nameserver(text: &str) -> Result<SocketAddr, String> {
     let server = match text.parse() {
         Ok(ip) => Ok(SocketAddr::new(ip, 53)),
         Err(_) => socket_address(text),
     };
     match server {
         Ok(server) if !server.ip().is_unspecified() && !server.ip().is_multicast() => Ok(server),
-        _ => Err(format!("'{text}' is no nameserver; write ADDR or ADDR:PORT")),
+        _ => Err(format!("'{text}' isn't a nameserver; write ADDR or ADDR:PORT")),
     }
 }
 
+/// A nameserver, a list of them, or `resolv.conf`.
+pub(super) fn forward(value: &Value) -> Parsed<Forward> {
+    if value.is_list() {
+        return value.list(|server| server.text(nameserver)).map(Forward::Servers);
+    }
+    value.text(|text| match text {
+        "resolv.conf" => Ok(Forward::ResolvConf),
+        server => nameserver(server)
+            .map(|server| Forward::Servers(vec![server]))
+            .map_err(|what| format!("{what}, a list of these, or \"resolv.conf\"")),
+    })
+}
+
+/// A network, or those that this host is in.
+pub(super) fn allowed(text: &str) -> Result<Allowed, String> {
+    if text == "local" {
+        return Ok(Allowed::Local);
+    }
+    let network = text.parse().or_else(|_| text.parse().map(|ip: IpAddr| ip.into()));
+    network.map(|network: IpNet| Allowed::Network(network.trunc())).map_err(|_| {
+        format!("'{text}' isn't a network; write one such as 10.0.0.0/8, or \"local\"")
+    })
+}
+
 /// `IPv4:PORT` of a pin.
-pub(super) fn pin(text: &str) -> Result<SocketAddrV4, Fault> {
+pub(super) fn pin(text: &str) -> Result<SocketAddrV4, String> {
     match text.parse::<SocketAddrV4>() {
-        Ok(pin) if pin.port() != 0 && is_connected(*pin.ip()) => Ok(pin),
+        Ok(pin) if pin.port() != 0 && is_destination(*pin.ip()) => Ok(pin),
         _ => Err(format!("'{text}' can't be connected to; write IPv4:PORT, such as 127.0.0.1:80")),
     }
 }
 
-fn is_connected(ip: Ipv4Addr) -> bool {
+fn is_destination(ip: Ipv4Addr) -> bool {
     !ip.is_unspecified() && !ip.is_multicast() && !ip.is_broadcast()
 }
 
 /// The pool, as a network within 127.0.0.0/8.
-pub(super) fn pool(text: &str) -> Result<Ipv4Net, Fault> {
+pub(super) fn pool(text: &str) -> Result<Ipv4Net, String> {
     let loopback = Ipv4Net::new_assert(Ipv4Addr::new(127, 0, 0, 0), 8);
     let pool: Ipv4Net = text
         .parse()
-        .map_err(|_| format!("'{text}' is no network; write one such as 127.128.0.0/9"))?;
+        .map_err(|_| format!("'{text}' isn't a network; write one such as 127.128.0.0/9"))?;
     if !loopback.contains(&pool) {
         return Err(format!("{pool} isn't within {loopback}; write one such as 127.128.0.0/9"));
     }
@@ -99,12 +128,12 @@ pub(super) fn pool(text: &str) -> Result<Ipv4Net, Fault> {
 const POOL6_LENGTHS: RangeInclusive<u8> = 64..=120;
 
 /// The IPv6 pool, as a network of unique local addresses.
-pub(super) fn pool6(text: &str) -> Result<Ipv6Net, Fault> {
+pub(super) fn pool6(text: &str) -> Result<Ipv6Net, String> {
     let local = Ipv6Net::new_assert(Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 0), 8);
     let usual = "write one such as fd6e:6f68:6f70::/96";
     let pool: Ipv6Net = text
         .parse()
-        .map_err(|_| format!("'{text}' is no IPv6 network; {usual}, or \"\" for none"))?;
+        .map_err(|_| format!("'{text}' isn't an IPv6 network; {usual}, or \"\" for none"))?;
     if !local.contains(&pool) {
         return Err(format!("{pool} isn't within {local}; {usual}"));
     }
@@ -123,9 +152,9 @@ pub(super) fn pool6(text: &str) -> Result<Ipv6Net, Fault> {
 
 /// The address of the Consul agent: `[http://]HOST[:PORT]`, `https://HOST[:PORT]` or `unix:///PATH`.
 /// Without a port it is that of the scheme, as in Consul's own tools.
-pub(super) fn consul(text: &str) -> Result<ConsulAddress, Fault> {
+pub(super) fn consul(text: &str) -> Result<ConsulAddress, String> {
     let usual = "write http://HOST:PORT, https://HOST:PORT or unix:///PATH";
-    let wrong = || format!("'{text}' is no address of a Consul agent; {usual}");
+    let wrong = || format!("'{text}' isn't an address of a Consul agent; {usual}");
     if let Some(path) = text.strip_prefix("unix://") {
         let fits = path.starts_with('/') && !path.ends_with('/') && path.len() <= MAX_SOCKET_PATH;
         return if fits { Ok(ConsulAddress::Unix(path.into())) } else { Err(wrong()) };
@@ -138,7 +167,7 @@ pub(super) fn consul(text: &str) -> Result<ConsulAddress, Fault> {
     let authority = rest.strip_suffix('/').unwrap_or(rest);
     if let Some((_, host)) = authority.rsplit_once('@') {
         return Err(format!(
-            "an address has no user; write {host} here, and USER:PASSWORD into CONSUL_HTTP_AUTH"
+            "an address can't have a user; write {host} here, and USER:PASSWORD into CONSUL_HTTP_AUTH"
         ));
     }
     let (host, port) = match authority.rsplit_once(':') {
@@ -161,23 +190,21 @@ pub(super) fn consul(text: &str) -> Result<ConsulAddress, Fault> {
 }
 
 /// A DNS name, in lower case and without dots at its ends.
-pub(super) fn domain(text: &str) -> Result<String, Fault> {
+pub(super) fn domain(text: &str) -> Result<String, String> {
     let name = text.strip_prefix('.').unwrap_or(text);
     let name = name.strip_suffix('.').unwrap_or(name);
     if name.len() > 253 || !name.split('.').all(is_label) {
         return Err(format!(
-            "'{text}' is no DNS name; write labels of letters, digits, - and _ between dots"
+            "'{text}' isn't a DNS name; write labels of letters, digits, - and _ between dots"
         ));
     }
     Ok(name.to_ascii_lowercase())
 }
 
 /// A service's name: one DNS label, in lower case.
-pub(super) fn service_name(text: &str) -> Result<String, Fault> {
+pub(super) fn service_name(text: &str) -> Result<String, String> {
     if !is_label(text) {
-        return Err(format!(
-            "'{text}' can't be a service's name in DNS; write 1 to 63 letters, digits, - and _"
-        ));
+        return Err(format!("'{text}' isn't a DNS label; write 1 to 63 letters, digits, - and _"));
     }
     Ok(text.to_ascii_lowercase())
 }

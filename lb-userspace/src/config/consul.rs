@@ -6,21 +6,23 @@ use std::path::{Path, PathBuf};
 
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use serde::{Serialize, Serializer};
 
-use super::address;
-use super::parse::{Draft, Overrides};
-use super::toml_value::{Read, Value};
+use super::parse::{Builder, FlagValue};
 
 /// How to reach the Consul agent.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct ConsulConfig {
     /// Where the agent's HTTP interface is, and whether TLS is spoken there.
     pub address: ConsulAddress,
     /// How TLS is spoken; it counts for [`ConsulAddress::Https`] alone.
+    #[serde(flatten)]
     pub tls: TlsConfig,
     /// The token, if any.
+    #[serde(rename = "token_file")]
     pub token: Option<Token>,
     /// The user and password of a proxy before the agent, if any, from CONSUL_HTTP_AUTH.
+    #[serde(skip)]
     pub auth: Option<BasicAuth>,
     /// The datacenter; empty means the agent's own.
     pub datacenter: String,
@@ -69,8 +71,17 @@ impl fmt::Display for ConsulAddress {
     }
 }
 
+impl Serialize for ConsulAddress {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            ConsulAddress::Http(authority) => format!("http://{authority}").serialize(serializer),
+            _ => serializer.collect_str(self),
+        }
+    }
+}
+
 /// How TLS is spoken with the agent. Files are PEM.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct TlsConfig {
     /// The certificates of the authorities that are believed; with `ca_path` the only ones, else
     /// the system's are.
@@ -83,6 +94,7 @@ pub struct TlsConfig {
     pub key_file: Option<PathBuf>,
     /// The name that the agent's certificate has to bear, and that it is asked for (SNI); without
     /// it, the address's host.
+    #[serde(rename = "tls_server_name")]
     pub server_name: Option<String>,
     /// Whether the agent's certificate has to be good.
     pub verify: bool,
@@ -119,6 +131,16 @@ impl fmt::Debug for Token {
     }
 }
 
+/// The token itself is never shown.
+impl Serialize for Token {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Token::Literal(_) => serializer.serialize_str("(a token)"),
+            Token::File(path) => path.serialize(serializer),
+        }
+    }
+}
+
 /// A user and a password (RFC 7617), as `user:password`.
 #[derive(Clone, PartialEq, Eq)]
 pub struct BasicAuth(String);
@@ -149,17 +171,12 @@ impl fmt::Debug for BasicAuth {
     }
 }
 
-/// A file's or a directory's path; an empty one means none.
-pub(super) fn path(value: &Value) -> Read<Option<PathBuf>> {
-    value.text(|path| Ok((!path.is_empty()).then(|| PathBuf::from(path))))
-}
-
 /// A name that a certificate can bear; an empty one means none.
 pub(super) fn server_name(text: &str) -> Result<Option<String>, String> {
     match text {
         "" => Ok(None),
         name if rustls::pki_types::ServerName::try_from(name).is_ok() => Ok(Some(name.into())),
-        _ => Err(format!("'{text}' is no host's name; write one such as server.dc1.consul")),
+        _ => Err(format!("'{text}' isn't a host name; write one such as server.dc1.consul")),
     }
 }
 
@@ -168,7 +185,7 @@ pub(super) fn name(text: &str, what: &str) -> Result<String, String> {
     if text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_".contains(&byte)) {
         Ok(text.into())
     } else {
-        Err(format!("'{text}' is no {what} of Consul; write letters, digits, - and _"))
+        Err(format!("'{text}' isn't a {what} of Consul; write letters, digits, - and _"))
     }
 }
 
@@ -177,112 +194,101 @@ fn flag(text: &str) -> Result<bool, String> {
     match text {
         "1" | "t" | "T" | "true" | "TRUE" | "True" => Ok(true),
         "0" | "f" | "F" | "false" | "FALSE" | "False" => Ok(false),
-        _ => Err(format!("'{text}' is neither; write true or false")),
+        _ => Err(format!("'{text}' isn't a boolean; write true or false")),
     }
 }
 
-/// Takes what the environment says. What a flag beats isn't judged.
+/// The variables that set a key; the token's file comes after the token, which it overrides.
+pub const VARIABLES: [(&str, &str); 9] = [
+    ("CONSUL_HTTP_ADDR", "consul.address"),
+    ("CONSUL_HTTP_TOKEN_FILE", "consul.token_file"),
+    ("CONSUL_CACERT", "consul.ca_file"),
+    ("CONSUL_CAPATH", "consul.ca_path"),
+    ("CONSUL_CLIENT_CERT", "consul.cert_file"),
+    ("CONSUL_CLIENT_KEY", "consul.key_file"),
+    ("CONSUL_TLS_SERVER_NAME", "consul.tls_server_name"),
+    ("CONSUL_NAMESPACE", "consul.namespace"),
+    ("CONSUL_PARTITION", "consul.partition"),
+];
+
+/// Applies the variables of the environment. What a flag sets isn't checked.
 pub(super) fn read_environment(
-    draft: &mut Draft,
+    builder: &mut Builder,
     env: &dyn Fn(&str) -> Option<String>,
-    overrides: &Overrides,
+    is_set: &dyn Fn(&str) -> bool,
 ) {
-    if let Some(text) = env("CONSUL_HTTP_ADDR").filter(|_| overrides.consul_addr.is_none()) {
-        let address = address::consul(&text);
-        if let Some(address) = draft.outside("consul.address", "CONSUL_HTTP_ADDR", address) {
-            draft.config.consul.address = address;
+    let env = |name: &str| env(name).filter(|value| !value.is_empty());
+    if let Some(token) = env("CONSUL_HTTP_TOKEN") {
+        builder.config.consul.token = Some(Token::Literal(token));
+        builder.outside("consul.token_file", "CONSUL_HTTP_TOKEN", None);
+    }
+    for (variable, key) in VARIABLES {
+        if let Some(text) = env(variable).filter(|_| !is_set(key)) {
+            builder.apply(key, variable, &FlagValue::Text(text));
         }
     }
-    // As in Consul's own tools, it beats a scheme that says otherwise; but no flag does it beat.
-    if let Some(text) = env("CONSUL_HTTP_SSL").filter(|_| overrides.consul_addr.is_none())
-        && let Some(true) = draft.outside("consul.address", "CONSUL_HTTP_SSL", flag(&text))
-        && let ConsulAddress::Http(authority) = &draft.config.consul.address
-    {
-        // Port 80 is what an address without a port has, and TLS another.
-        let authority = match authority.strip_suffix(":80") {
-            Some(host) => format!("{host}:443"),
-            None => authority.clone(),
-        };
-        draft.config.consul.address = ConsulAddress::Https(authority);
+    // It overrides a scheme that disagrees, as in Consul's own tools, but no flag.
+    if let Some(text) = env("CONSUL_HTTP_SSL").filter(|_| !is_set("consul.address")) {
+        let address = &mut builder.config.consul.address;
+        match (flag(&text), &*address) {
+            (Err(what), _) => builder.outside("consul.address", "CONSUL_HTTP_SSL", [what]),
+            (Ok(true), ConsulAddress::Http(authority)) => {
+                // Port 80 is the default of an address without a port; with TLS it is 443.
+                let authority = match authority.strip_suffix(":80") {
+                    Some(host) => format!("{host}:443"),
+                    None => authority.clone(),
+                };
+                *address = ConsulAddress::Https(authority);
+                builder.outside("consul.address", "CONSUL_HTTP_SSL", None);
+            }
+            (Ok(_), _) => {}
+        }
+    }
+    if let Some(text) = env("CONSUL_HTTP_SSL_VERIFY") {
+        match flag(&text) {
+            Ok(is_on) => {
+                let value = FlagValue::Bool(is_on);
+                builder.apply("consul.verify", "CONSUL_HTTP_SSL_VERIFY", &value);
+            }
+            Err(what) => builder.outside("consul.verify", "CONSUL_HTTP_SSL_VERIFY", [what]),
+        }
     }
     if let Some(text) = env("CONSUL_HTTP_AUTH") {
         let auth = BasicAuth::new(&text);
-        draft.config.consul.auth = draft.outside("consul.auth", "CONSUL_HTTP_AUTH", auth);
-    }
-    if let Some(token) = env("CONSUL_HTTP_TOKEN") {
-        draft.config.consul.token = Some(Token::Literal(token));
-    }
-    // The file wins, as it does in Consul's own tools.
-    if let Some(file) = env("CONSUL_HTTP_TOKEN_FILE") {
-        draft.config.consul.token = Some(Token::File(file.into()));
-    }
-    type Target = fn(&mut TlsConfig) -> &mut Option<PathBuf>;
-    let files: [(&str, &str, Target); 4] = [
-        ("consul.ca_file", "CONSUL_CACERT", |tls| &mut tls.ca_file),
-        ("consul.ca_path", "CONSUL_CAPATH", |tls| &mut tls.ca_path),
-        ("consul.cert_file", "CONSUL_CLIENT_CERT", |tls| &mut tls.cert_file),
-        ("consul.key_file", "CONSUL_CLIENT_KEY", |tls| &mut tls.key_file),
-    ];
-    for (key, variable, target) in files {
-        if let Some(file) = env(variable) {
-            *target(&mut draft.config.consul.tls) = draft.outside(key, variable, Ok(file.into()));
-        }
-    }
-    if let Some(text) = env("CONSUL_TLS_SERVER_NAME") {
-        let name = server_name(&text);
-        if let Some(name) = draft.outside("consul.tls_server_name", "CONSUL_TLS_SERVER_NAME", name)
-        {
-            draft.config.consul.tls.server_name = name;
-        }
-    }
-    if let Some(text) = env("CONSUL_HTTP_SSL_VERIFY")
-        && let Some(verify) = draft.outside("consul.verify", "CONSUL_HTTP_SSL_VERIFY", flag(&text))
-    {
-        draft.config.consul.tls.verify = verify;
-    }
-    if let Some(text) = env("CONSUL_NAMESPACE") {
-        let namespace = name(&text, "namespace");
-        if let Some(name) = draft.outside("consul.namespace", "CONSUL_NAMESPACE", namespace) {
-            draft.config.consul.namespace = name;
-        }
-    }
-    if let Some(text) = env("CONSUL_PARTITION") {
-        let partition = name(&text, "partition");
-        if let Some(name) = draft.outside("consul.partition", "CONSUL_PARTITION", partition) {
-            draft.config.consul.partition = name;
-        }
+        builder.outside("consul.auth", "CONSUL_HTTP_AUTH", auth.as_ref().err().cloned());
+        builder.config.consul.auth = auth.ok();
     }
 }
 
 /// Notes what is wrong with the options of TLS: such as count for nothing, and files that aren't
 /// what they should be. What is right now can be wrong later, so whoever uses the files looks again.
-pub(super) fn check_tls(draft: &mut Draft) {
-    let tls = draft.config.consul.tls.clone();
+pub(super) fn check_tls(builder: &mut Builder) {
+    let tls = builder.config.consul.tls.clone();
     let paths = [
         ("consul.ca_file", &tls.ca_file),
         ("consul.ca_path", &tls.ca_path),
         ("consul.cert_file", &tls.cert_file),
         ("consul.key_file", &tls.key_file),
     ];
-    if !matches!(draft.config.consul.address, ConsulAddress::Https(_)) {
+    if !matches!(builder.config.consul.address, ConsulAddress::Https(_)) {
         let given = paths.iter().find(|(_, path)| path.is_some()).map(|(key, _)| *key);
         let given = given.or(tls.server_name.is_some().then_some("consul.tls_server_name"));
         if let Some(key) = given.or((!tls.verify).then_some("consul.verify")) {
             let what = format!(
-                "counts for nothing, since {} is asked without TLS; write https://HOST:PORT as \
+                "has no effect, because {} is used without TLS; write https://HOST:PORT as \
                  consul.address, or remove this",
-                draft.config.consul.address
+                builder.config.consul.address
             );
-            draft.contradiction(&[key, "consul.address"], what);
+            builder.conflict(&[key, "consul.address"], what);
         }
         return;
     }
     match (&tls.cert_file, &tls.key_file) {
-        (Some(_), None) => draft.contradiction(
+        (Some(_), None) => builder.conflict(
             &["consul.cert_file", "consul.key_file"],
             "is a certificate without its key; add consul.key_file",
         ),
-        (None, Some(_)) => draft.contradiction(
+        (None, Some(_)) => builder.conflict(
             &["consul.key_file", "consul.cert_file"],
             "is a key without its certificate; add consul.cert_file",
         ),
@@ -296,7 +302,7 @@ pub(super) fn check_tls(draft: &mut Draft) {
             _ => read_certificates(path).map(drop),
         };
         if let Err(what) = read {
-            draft.contradiction(&[key], format!("{} {what}", path.display()));
+            builder.conflict(&[key], format!("{} {what}", path.display()));
         }
     }
 }

@@ -1,11 +1,11 @@
-//! What is wrong with a configuration, and where it stands.
+//! What is wrong with a configuration, and where.
 
 use std::fmt;
 use std::path::PathBuf;
 
 /// Where a value comes from.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Place {
+pub enum Location {
     /// A line of the configuration file; lines count from 1.
     File {
         /// The file.
@@ -17,11 +17,20 @@ pub enum Place {
     Outside(&'static str),
 }
 
-/// One thing that is wrong, with the fix.
+impl fmt::Display for Location {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Location::File { path, line } => write!(f, "{}:{line}", path.display()),
+            Location::Outside(name) => f.write_str(name),
+        }
+    }
+}
+
+/// One mistake, with the fix.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problem {
     /// Where the value stands; `None` when the file as a whole is meant.
-    pub place: Option<Place>,
+    pub location: Option<Location>,
     /// The key, such as `dns.listen`; `None` where the text isn't TOML.
     pub key: Option<String>,
     /// What is wrong; the fix.
@@ -30,20 +39,19 @@ pub struct Problem {
 
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.place {
-            Some(Place::File { path, line }) => write!(f, "{}:{line}: ", path.display())?,
-            // A flag says which key is meant.
-            Some(Place::Outside(name)) => return write!(f, "{name}: {}", self.what),
-            None => {}
+        if let Some(location) = &self.location {
+            write!(f, "{location}: ")?;
         }
-        if let Some(key) = &self.key {
-            write!(f, "{key}: ")?;
+        // The name of a flag or a variable implies the key.
+        match (&self.location, &self.key) {
+            (Some(Location::Outside(_)), _) | (_, None) => {}
+            (_, Some(key)) => write!(f, "{key}: ")?,
         }
         f.write_str(&self.what)
     }
 }
 
-/// Everything that is wrong with a configuration, one line each, in the order of the file.
+/// All mistakes in a configuration, one line each, in the order of the file.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{}", .0.iter().map(Problem::to_string).collect::<Vec<_>>().join("\n"))]
 pub struct ConfigErrors(pub Vec<Problem>);

@@ -4,23 +4,25 @@ mod address;
 pub mod cgroup;
 pub mod consul;
 mod diagnostic;
-pub mod diff;
+pub mod keys;
 mod parse;
 #[cfg(test)]
 mod tests;
+mod text;
 mod toml_value;
 mod validate;
 
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use serde::{Deserialize, Serialize, Serializer};
 
 pub use consul::{BasicAuth, ConsulAddress, ConsulConfig, TlsConfig, Token};
-pub use diagnostic::{ConfigErrors, Place, Problem};
-pub use parse::Overrides;
+pub use diagnostic::{ConfigErrors, Location, Problem};
+pub use parse::{Flag, FlagValue, Loaded};
 
 /// Where the configuration is read from when `--config` doesn't say.
 pub const DEFAULT_PATH: &str = "/etc/nohop/nohop.toml";
@@ -28,19 +30,20 @@ pub const DEFAULT_PATH: &str = "/etc/nohop/nohop.toml";
 /// The number of cgroups that can be excluded at once.
 pub const MAX_EXCLUDED_CGROUPS: usize = 16;
 
-/// Everything that an operator can choose, checked.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// All settings, checked.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Config {
     /// The cgroup v2 directory whose processes are served; `None` means the root of the hierarchy,
     /// wherever it is mounted.
+    #[serde(serialize_with = "write_cgroup")]
     pub cgroup: Option<PathBuf>,
     /// Where maps and links are pinned, on a bpf file system.
     pub bpffs: PathBuf,
-    /// Where what must outlive the daemon is kept.
+    /// The directory of what outlives the daemon.
     pub state_dir: PathBuf,
-    /// What becomes of the kernel side when the daemon ends.
+    /// What happens to the datapath when the daemon ends.
     pub on_exit: OnExit,
-    /// Whether connections are only counted, and none is translated.
+    /// Whether connections are only counted, and none is redirected.
     pub shadow: bool,
     /// `[catalog]`
     pub catalog: CatalogConfig,
@@ -56,38 +59,42 @@ pub struct Config {
     pub admin: AdminConfig,
 }
 
-/// What becomes of the kernel side when the daemon ends.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What happens to the datapath when the daemon ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum OnExit {
-    /// It goes on translating, by the last table.
+    /// It keeps redirecting, by the last table.
     Keep,
     /// It is detached.
     Detach,
 }
 
 /// Where services come from.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct CatalogConfig {
-    /// Which source.
-    pub source: Source,
+    /// The sources; for one name the first that has it. Exactly one in this version.
+    #[serde(flatten, serialize_with = "write_sources")]
+    pub sources: Vec<SourceKind>,
     /// The tag that an instance needs to be routed.
     pub tag: String,
-    /// What an instance's Meta has to say as well, key by key, to be routed.
+    /// The Meta that an instance needs to be routed as well.
     pub meta: BTreeMap<String, String>,
-    /// How well an instance has to be to be routed.
+    /// The health that an instance needs to be routed.
     pub health: HealthPolicy,
-    /// Which of its addresses an instance is connected to at.
+    /// Which address of an instance is used.
     pub address: AddressChoice,
-    /// Which services' instances are followed.
+    /// Which services' instances are watched.
     pub watch: WatchPolicy,
-    /// The age of the catalog, since the source last answered, from which on it alarms.
+    /// The age of a service's last answer from which on it is a problem in `status`.
+    #[serde(serialize_with = "text::write_duration")]
     pub max_age: Duration,
-    /// What becomes of a catalog that is older.
+    /// What happens to a catalog that is older.
     pub expired: Expired,
 }
 
-/// How well an instance has to be to be routed.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// The health that an instance needs to be routed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum HealthPolicy {
     /// All its checks pass.
     #[default]
@@ -96,8 +103,9 @@ pub enum HealthPolicy {
     Warning,
 }
 
-/// Which of its addresses an instance is connected to at.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// Which address of an instance is used.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum AddressChoice {
     /// Its own.
     #[default]
@@ -114,8 +122,9 @@ pub enum AddressChoice {
     WanIpv6,
 }
 
-/// Which services' instances are followed.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// Which services' instances are watched.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum WatchPolicy {
     /// All, while they are at most half of `consul.max_connections`; else those that are used.
     #[default]
@@ -126,27 +135,38 @@ pub enum WatchPolicy {
     All,
 }
 
-/// What becomes of a catalog that is older than `catalog.max_age`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// What happens to a catalog that is older than `catalog.max_age`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Expired {
-    /// It goes on serving.
+    /// It stays in use.
     #[default]
     Serve,
-    /// Connects are refused.
+    /// Connections are refused.
     Refuse,
 }
 
 /// A source of discovery.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Source {
+pub enum SourceKind {
     /// The Consul agent.
     Consul,
     /// A static catalog in this file.
     File(PathBuf),
 }
 
+impl SourceKind {
+    /// The source's name in the configuration, in `status` and in metrics.
+    pub fn name(&self) -> &'static str {
+        match self {
+            SourceKind::Consul => "consul",
+            SourceKind::File(_) => "file",
+        }
+    }
+}
+
 /// The addresses that services get.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct VipConfig {
     /// The pool that VIPs come from, within 127.0.0.0/8.
     pub pool: Ipv4Net,
@@ -154,7 +174,7 @@ pub struct VipConfig {
     pub pool6: Option<Ipv6Net>,
     /// The ports of every service that doesn't name its own; not empty, no duplicates.
     pub ports: Vec<u16>,
-    /// Further addresses, each for one service, that count in the host's network namespace only.
+    /// Further addresses, each for one service, that apply in the host's network namespace only.
     pub pins: BTreeMap<String, SocketAddrV4>,
 }
 
@@ -166,29 +186,30 @@ impl VipConfig {
 }
 
 /// The DNS server.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct DnsConfig {
     /// The addresses to listen on, UDP and TCP.
     pub listen: Vec<SocketAddr>,
-    /// The zone that is ours, without dots at the ends, in lower case.
+    /// The zone that nohop answers itself, without dots at the ends, in lower case.
     pub domain: String,
-    /// How long an answer may be kept, in seconds.
+    /// The TTL of the zone's records, in seconds.
     pub ttl: u32,
     /// Where all other names go.
     pub forward: Forward,
     /// Where names below certain domains go instead.
     pub routes: BTreeMap<String, SocketAddr>,
-    /// What becomes of a name of the zone that no routed service has.
+    /// The answer to a name of the zone that no routed service has.
     pub unrouted: Unrouted,
-    /// Who is answered, beside the host itself.
+    /// The clients that are answered in addition to the host itself.
     pub allow: Vec<Allowed>,
     /// The queries a second that one address of another host or container may send; 0 for any
     /// number.
     pub client_rate: u32,
 }
 
-/// What becomes of a name of the zone that no routed service has.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// The answer to a name of the zone that no routed service has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Unrouted {
     /// There is no such name.
     #[default]
@@ -198,41 +219,45 @@ pub enum Unrouted {
 }
 
 /// Clients of the DNS server.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Allowed {
     /// Those on networks that one of this host's interfaces is in.
     Local,
     /// Those of this network.
+    #[serde(untagged)]
     Network(IpNet),
 }
 
-/// The upstreams for names that aren't ours.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// The upstreams of names outside the zone.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub enum Forward {
-    /// The nameservers of /etc/resolv.conf, but for ourselves.
+    /// The nameservers of /etc/resolv.conf, without this server itself.
+    #[serde(rename = "resolv.conf")]
     ResolvConf,
     /// These, in order.
+    #[serde(untagged)]
     Servers(Vec<SocketAddr>),
 }
 
-/// The kernel side.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// The datapath.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct DatapathConfig {
     /// The number of services that the maps have room for.
     pub max_services: u32,
     /// The number of backends, over all services, that the maps have room for.
     pub max_backends: u32,
-    /// The cgroups whose processes are left alone: below the mount when absolute, else below the
+    /// The cgroups whose processes are bypassed: below the mount when absolute, else below the
     /// root of the hierarchy. In a segment `*` stands for any characters and `?` for one.
     pub exclude_cgroups: Vec<PathBuf>,
 }
 
 /// The admin interface.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct AdminConfig {
     /// Where it listens.
     pub listen: Vec<AdminAddress>,
-    /// The names under which a TCP address may be asked, beside localhost and addresses.
+    /// The names under which a TCP address may be addressed, in addition to localhost and addresses.
     pub hosts: Vec<String>,
 }
 
@@ -245,6 +270,27 @@ pub enum AdminAddress {
     Tcp(SocketAddr),
 }
 
+fn write_cgroup<S: Serializer>(cgroup: &Option<PathBuf>, to: S) -> Result<S::Ok, S::Error> {
+    cgroup.as_deref().unwrap_or(Path::new("auto")).serialize(to)
+}
+
+/// Writes the keys `sources` and `file`.
+fn write_sources<S: Serializer>(sources: &[SourceKind], to: S) -> Result<S::Ok, S::Error> {
+    #[derive(Default, Serialize)]
+    struct Keys<'a> {
+        sources: Vec<&'static str>,
+        file: Option<&'a Path>,
+    }
+    let mut keys = Keys::default();
+    for source in sources {
+        keys.sources.push(source.name());
+        if let SourceKind::File(path) = source {
+            keys.file = Some(path);
+        }
+    }
+    keys.serialize(to)
+}
+
 impl Default for Config {
     fn default() -> Self {
         Config {
@@ -254,7 +300,7 @@ impl Default for Config {
             on_exit: OnExit::Keep,
             shadow: false,
             catalog: CatalogConfig {
-                source: Source::Consul,
+                sources: vec![SourceKind::Consul],
                 tag: "routed".into(),
                 meta: BTreeMap::new(),
                 health: HealthPolicy::Passing,

@@ -1,22 +1,24 @@
 use std::path::Path;
 
+use super::keys::{Change, KEYS, changes};
 use super::*;
 
 /// What a file says, without an environment and without flags: `LINE: ...` for each problem.
 fn check(text: &str) -> Result<Config, Vec<String>> {
-    check_all(text, Overrides::default(), &[])
+    check_all(text, &[], &[])
 }
 
-fn check_all(
-    text: &str,
-    overrides: Overrides,
-    env: &[(&str, &str)],
-) -> Result<Config, Vec<String>> {
+fn check_all(text: &str, flags: &[Flag], env: &[(&str, &str)]) -> Result<Config, Vec<String>> {
     let env = |name: &str| {
         env.iter().find(|(known, _)| *known == name).map(|(_, value)| (*value).to_owned())
     };
-    Config::parse(Path::new("f"), text.as_bytes(), overrides, &env)
+    Loaded::parse(Path::new("f"), text.as_bytes(), flags, &env)
+        .map(|loaded| loaded.config)
         .map_err(|errors| errors.to_string().lines().map(str::to_owned).collect())
+}
+
+fn flag(name: &'static str, key: &'static str, text: &str) -> Flag {
+    Flag { name, key, value: FlagValue::Text(text.into()) }
 }
 
 #[test]
@@ -32,7 +34,7 @@ fn the_defaults_written_out_are_the_defaults() {
         state_dir = "/var/lib/nohop"
         on_exit = "keep"
         [catalog]
-        source = "consul"
+        sources = ["consul"]
         file = ""
         tag = "routed"
         meta = {}
@@ -76,59 +78,60 @@ fn the_defaults_written_out_are_the_defaults() {
     assert_eq!(check(text), Ok(Config::default()));
 }
 
+const EVERY_KEY: &str = r#"
+    cgroup = "/sys/fs/cgroup/web"
+    bpffs = "/b"
+    state_dir = "/s"
+    on_exit = "detach"
+    shadow = true
+    [catalog]
+    sources = ["file"]
+    file = "/c.toml"
+    tag = "t"
+    meta = { stage = "live" }
+    health = "warning"
+    address = "wan_ipv6"
+    watch = "used"
+    max_age = "15m"
+    expired = "refuse"
+    [consul]
+    address = "https://[::1]:8501/"
+    ca_file = "/ca.pem"
+    ca_path = "/ca"
+    cert_file = "/cert.pem"
+    key_file = "/key.pem"
+    tls_server_name = "server.dc1.consul"
+    verify = false
+    token_file = "/token"
+    datacenter = "dc2"
+    namespace = "team-a"
+    partition = "part_b"
+    max_connections = 4
+    [vip]
+    pool = "127.64.0.0/16"
+    pool6 = "fd6e::/64"
+    ports = [80, 0x1bb]
+    pins = { Hello = "127.0.0.1:80", other = "10.0.0.9:80" }
+    [dns]
+    listen = ["127.0.0.2:53", "[::1]:53"]
+    domain = "Svc.Local."
+    ttl = 0
+    forward = ["10.0.0.1", "[2001:db8::1]:5353"]
+    routes = { "Corp.Example" = "10.0.0.2" }
+    unrouted = "forward"
+    allow = ["10.1.2.3/8", "fd00::1", "local"]
+    client_rate = 0
+    [datapath]
+    max_services = 100
+    max_backends = 200
+    exclude_cgroups = ["system.slice/consul.service", "/sys/fs/cgroup/a/"]
+    [admin]
+    listen = ["127.0.0.1:9000", "unix:/a.sock"]
+    hosts = ["Nohop.example"]
+"#;
+
 #[test]
 fn every_key_is_taken() {
-    let text = r#"
-        cgroup = "/sys/fs/cgroup/web"
-        bpffs = "/b"
-        state_dir = "/s"
-        on_exit = "detach"
-        shadow = true
-        [catalog]
-        source = "file"
-        file = "/c.toml"
-        tag = "t"
-        meta = { stage = "live" }
-        health = "warning"
-        address = "wan_ipv6"
-        watch = "used"
-        max_age = "15m"
-        expired = "refuse"
-        [consul]
-        address = "https://[::1]:8501/"
-        ca_file = "/ca.pem"
-        ca_path = "/ca"
-        cert_file = "/cert.pem"
-        key_file = "/key.pem"
-        tls_server_name = "server.dc1.consul"
-        verify = false
-        token_file = "/token"
-        datacenter = "dc2"
-        namespace = "team-a"
-        partition = "part_b"
-        max_connections = 4
-        [vip]
-        pool = "127.64.0.0/16"
-        pool6 = "fd6e::/64"
-        ports = [80, 0x1bb]
-        pins = { Hello = "127.0.0.1:80", other = "10.0.0.9:80" }
-        [dns]
-        listen = ["127.0.0.2:53", "[::1]:53"]
-        domain = "Svc.Local."
-        ttl = 0
-        forward = ["10.0.0.1", "[2001:db8::1]:5353"]
-        routes = { "Corp.Example" = "10.0.0.2" }
-        unrouted = "forward"
-        allow = ["10.1.2.3/8", "fd00::1", "local"]
-        client_rate = 0
-        [datapath]
-        max_services = 100
-        max_backends = 200
-        exclude_cgroups = ["system.slice/consul.service", "/sys/fs/cgroup/a/"]
-        [admin]
-        listen = ["127.0.0.1:9000", "unix:/a.sock"]
-        hosts = ["Nohop.example"]
-    "#;
     let expected = Config {
         cgroup: Some("/sys/fs/cgroup/web".into()),
         bpffs: "/b".into(),
@@ -136,7 +139,7 @@ fn every_key_is_taken() {
         on_exit: OnExit::Detach,
         shadow: true,
         catalog: CatalogConfig {
-            source: Source::File("/c.toml".into()),
+            sources: vec![SourceKind::File("/c.toml".into())],
             tag: "t".into(),
             meta: BTreeMap::from([("stage".into(), "live".into())]),
             health: HealthPolicy::Warning,
@@ -201,7 +204,7 @@ fn every_key_is_taken() {
             hosts: vec!["nohop.example".into()],
         },
     };
-    assert_eq!(check(text), Ok(expected));
+    assert_eq!(check(EVERY_KEY), Ok(expected));
 }
 
 #[test]
@@ -222,12 +225,38 @@ fn what_is_wrong_is_named_with_its_line_and_its_fix() {
         // Keys of later versions.
         (
             "catalog.health = 'any'",
-            &["f:1: catalog.health: 'any' can't be done; write \"passing\" or \"warning\""],
+            &["f:1: catalog.health: 'any' is invalid; write `passing` or `warning`"],
         ),
         (
-            "datapath.algorithm = 'least'",
-            &["f:1: datapath.algorithm: not in this version; remove it"],
+            "balance.algorithm = 'least'\n[edge]\ninterface = 'eth0'",
+            &[
+                "f:1: balance.algorithm: is planned, not in this version; remove it",
+                "f:3: edge.interface: is planned, not in this version; remove it",
+            ],
         ),
+        (
+            "dns.cache = 1\nnomad = 5\ncatalog.sources = ['nomad']",
+            &[
+                "f:1: dns.cache: is planned, not in this version; remove it",
+                "f:2: nomad: is planned, not in this version; remove it",
+                "f:3: catalog.sources: the source \"nomad\" is planned, not in this version; remove it",
+            ],
+        ),
+        (
+            "catalog.sources = ['consul', 'file']\ncatalog.file = '/c'",
+            &["f:1: catalog.sources: several sources are planned; name one"],
+        ),
+        // Former names.
+        (
+            "catalog.source = 'file'\n[plane]\nmax_services = 5\nmax_backends = 5",
+            &[
+                "f:1: catalog.source: is called catalog.sources now, a list: [\"consul\"]; rename it",
+                "f:3: plane.max_services: is called datapath.max_services now; rename it",
+                "f:4: plane.max_backends: is called datapath.max_backends now; rename it",
+            ],
+        ),
+        ("[plane]\nttl = 5", &["f:2: plane.ttl: unknown key; [plane] is called [datapath] now"]),
+        ("[plane]", &["f:1: plane: is called datapath now; rename it"]),
         // Wrong types.
         ("dns = 5", &["f:1: dns: expected a table, found an integer; write [dns]"]),
         ("[dns]\nttl = '30'", &["f:2: dns.ttl: expected an integer, found a string"]),
@@ -237,14 +266,14 @@ fn what_is_wrong_is_named_with_its_line_and_its_fix() {
         (
             "dns.allow = ['local', 'lan', '10.0.0.0/33']",
             &[
-                "f:1: dns.allow: 'lan' is no network; write one such as 10.0.0.0/8, or \"local\"",
-                "f:1: dns.allow: '10.0.0.0/33' is no network; write one such as 10.0.0.0/8, or \
+                "f:1: dns.allow: 'lan' isn't a network; write one such as 10.0.0.0/8, or \"local\"",
+                "f:1: dns.allow: '10.0.0.0/33' isn't a network; write one such as 10.0.0.0/8, or \
                  \"local\"",
             ],
         ),
         (
             "dns.unrouted = 'drop'",
-            &["f:1: dns.unrouted: 'drop' can't be done; write \"nxdomain\" or \"forward\""],
+            &["f:1: dns.unrouted: 'drop' is invalid; write `nxdomain` or `forward`"],
         ),
         ("dns.ttl = -1", &["f:1: dns.ttl: -1 is out of range; write a number from 0 to 86400"]),
         ("vip.ports = []", &["f:1: vip.ports: is empty; write at least one element"]),
@@ -253,7 +282,7 @@ fn what_is_wrong_is_named_with_its_line_and_its_fix() {
             &[
                 "f:2: vip.ports: 0 is out of range; write a number from 1 to 65535",
                 "f:3: vip.ports: 70000 is out of range; write a number from 1 to 65535",
-                "f:4: vip.ports: this element is there twice; remove one",
+                "f:4: vip.ports: duplicate element; remove one",
             ],
         ),
         (
@@ -287,18 +316,18 @@ fn what_is_wrong_is_named_with_its_line_and_its_fix() {
         (
             "vip.pool6 = '10.0.0.0/8'",
             &[
-                "f:1: vip.pool6: '10.0.0.0/8' is no IPv6 network; write one such as fd6e:6f68:6f70::/96, or \"\" for none",
+                "f:1: vip.pool6: '10.0.0.0/8' isn't an IPv6 network; write one such as fd6e:6f68:6f70::/96, or \"\" for none",
             ],
         ),
-        ("on_exit = 'stay'", &["f:1: on_exit: 'stay' can't be done; write keep or detach"]),
-        ("bpffs = 'b'", &["f:1: bpffs: 'b' is no full path; write one that begins with /"]),
+        ("on_exit = 'stay'", &["f:1: on_exit: 'stay' is invalid; write `keep` or `detach`"]),
+        ("bpffs = 'b'", &["f:1: bpffs: 'b' isn't an absolute path; write one that begins with /"]),
         (
             "datapath.exclude_cgroups = ['/', '',\n'a/../..', 'a', './a', 'a']",
             &[
-                "f:1: datapath.exclude_cgroups: '/' names no cgroup below the root; write one such as 'system.slice'",
-                "f:1: datapath.exclude_cgroups: '' names no cgroup below the root; write one such as 'system.slice'",
-                "f:2: datapath.exclude_cgroups: 'a/../..' names no cgroup below the root; write one such as 'system.slice'",
-                "f:2: datapath.exclude_cgroups: this element is there twice; remove one",
+                "f:1: datapath.exclude_cgroups: '/' isn't a cgroup below the root; write one such as 'system.slice'",
+                "f:1: datapath.exclude_cgroups: '' isn't a cgroup below the root; write one such as 'system.slice'",
+                "f:2: datapath.exclude_cgroups: 'a/../..' isn't a cgroup below the root; write one such as 'system.slice'",
+                "f:2: datapath.exclude_cgroups: duplicate element; remove one",
             ],
         ),
         (
@@ -310,26 +339,29 @@ fn what_is_wrong_is_named_with_its_line_and_its_fix() {
         (
             "datapath.exclude_cgroups = ['*', 'a','b','c','d','e','f','g','h','i','j','k','l','m','n','o','p','q']",
             &[
-                "f:1: datapath.exclude_cgroups: names 17 cgroups; 16 at most can be excluded: name a cgroup that several of them are below",
+                "f:1: datapath.exclude_cgroups: names 17 cgroups; at most 16 can be excluded: name a cgroup that several of them are below",
             ],
         ),
         (
             "datapath.exclude_cgroups = ['*', 'a','b','c','d','e','f','g','h','i','j','k','l','m','n','o','p']",
             &[],
         ),
-        ("vip.pool = 'x'", &["f:1: vip.pool: 'x' is no network; write one such as 127.128.0.0/9"]),
+        (
+            "vip.pool = 'x'",
+            &["f:1: vip.pool: 'x' isn't a network; write one such as 127.128.0.0/9"],
+        ),
         ("consul.address = 'https://c:8501'", &[]),
         ("consul.address = 'unix:///run/consul.sock'", &[]),
         (
             "consul.address = 'unix://run/consul.sock'",
             &[
-                "f:1: consul.address: 'unix://run/consul.sock' is no address of a Consul agent; write http://HOST:PORT, https://HOST:PORT or unix:///PATH",
+                "f:1: consul.address: 'unix://run/consul.sock' isn't an address of a Consul agent; write http://HOST:PORT, https://HOST:PORT or unix:///PATH",
             ],
         ),
         (
             "consul.address = 'https://me:secret@c:8501'",
             &[
-                "f:1: consul.address: an address has no user; write c:8501 here, and USER:PASSWORD into CONSUL_HTTP_AUTH",
+                "f:1: consul.address: an address can't have a user; write c:8501 here, and USER:PASSWORD into CONSUL_HTTP_AUTH",
             ],
         ),
         ("consul.address = 'c'", &[]),
@@ -338,44 +370,44 @@ fn what_is_wrong_is_named_with_its_line_and_its_fix() {
         (
             "consul.address = '8500'",
             &[
-                "f:1: consul.address: '8500' is no address of a Consul agent; write http://HOST:PORT, https://HOST:PORT or unix:///PATH",
+                "f:1: consul.address: '8500' isn't an address of a Consul agent; write http://HOST:PORT, https://HOST:PORT or unix:///PATH",
             ],
         ),
         (
             "consul.address = 'https://c/consul'",
             &[
-                "f:1: consul.address: 'https://c/consul' is no address of a Consul agent; write http://HOST:PORT, https://HOST:PORT or unix:///PATH",
+                "f:1: consul.address: 'https://c/consul' isn't an address of a Consul agent; write http://HOST:PORT, https://HOST:PORT or unix:///PATH",
             ],
         ),
         (
             "consul.namespace = 'a b'\nconsul.partition = '/'",
             &[
-                "f:1: consul.namespace: 'a b' is no namespace of Consul; write letters, digits, - and _",
-                "f:2: consul.partition: '/' is no partition of Consul; write letters, digits, - and _",
+                "f:1: consul.namespace: 'a b' isn't a namespace of Consul; write letters, digits, - and _",
+                "f:2: consul.partition: '/' isn't a partition of Consul; write letters, digits, - and _",
             ],
         ),
         (
             "consul.ca_file = '/ca.pem'",
             &[
-                "f:1: consul.ca_file: counts for nothing, since 127.0.0.1:8500 is asked without TLS; write https://HOST:PORT as consul.address, or remove this",
+                "f:1: consul.ca_file: has no effect, because 127.0.0.1:8500 is used without TLS; write https://HOST:PORT as consul.address, or remove this",
             ],
         ),
         (
             "[consul]\naddress = 'unix:///c.sock'\nverify = false",
             &[
-                "f:3: consul.verify: counts for nothing, since unix:///c.sock is asked without TLS; write https://HOST:PORT as consul.address, or remove this",
+                "f:3: consul.verify: has no effect, because unix:///c.sock is used without TLS; write https://HOST:PORT as consul.address, or remove this",
             ],
         ),
         (
             "[consul]\naddress = 'https://c:1'\ntls_server_name = 'a b'",
             &[
-                "f:3: consul.tls_server_name: 'a b' is no host's name; write one such as server.dc1.consul",
+                "f:3: consul.tls_server_name: 'a b' isn't a host name; write one such as server.dc1.consul",
             ],
         ),
         (
             "catalog.address = 'v6'",
             &[
-                "f:1: catalog.address: 'v6' is no choice; write \"lan\", \"wan\", or one of them with _ipv4 or _ipv6",
+                "f:1: catalog.address: 'v6' is invalid; write one of `lan`, `wan`, `lan_ipv4`, `lan_ipv6`, `wan_ipv4`, `wan_ipv6`",
             ],
         ),
         (
@@ -387,35 +419,33 @@ fn what_is_wrong_is_named_with_its_line_and_its_fix() {
         ),
         (
             "dns.listen = ['localhost:53']",
-            &["f:1: dns.listen: 'localhost:53' is no address; write ADDR:PORT, port 1 to 65535"],
+            &["f:1: dns.listen: 'localhost:53' isn't an address; write ADDR:PORT, port 1 to 65535"],
         ),
         (
             "dns.domain = 'a..b'",
             &[
-                "f:1: dns.domain: 'a..b' is no DNS name; write labels of letters, digits, - and _ between dots",
+                "f:1: dns.domain: 'a..b' isn't a DNS name; write labels of letters, digits, - and _ between dots",
             ],
         ),
         (
             "dns.forward = 'google'",
             &[
-                "f:1: dns.forward: 'google' is no nameserver; write ADDR or ADDR:PORT, a list of these, or \"resolv.conf\"",
+                "f:1: dns.forward: 'google' isn't a nameserver; write ADDR or ADDR:PORT, a list of these, or \"resolv.conf\"",
             ],
         ),
         (
             "admin.hosts = ['nohop:9153']",
             &[
-                "f:1: admin.hosts: 'nohop:9153' is no DNS name; write labels of letters, digits, - and _ between dots",
+                "f:1: admin.hosts: 'nohop:9153' isn't a DNS name; write labels of letters, digits, - and _ between dots",
             ],
         ),
         (
             "admin.listen = ['unix:x']",
-            &["f:1: admin.listen: 'unix:x' names no file by its full path; write unix:/PATH"],
+            &["f:1: admin.listen: 'unix:x' isn't an absolute path; write unix:/PATH"],
         ),
         (
             "vip.pins = { 'a.b' = '127.0.0.1:80' }",
-            &[
-                "f:1: vip.pins.a.b: 'a.b' can't be a service's name in DNS; write 1 to 63 letters, digits, - and _",
-            ],
+            &["f:1: vip.pins.a.b: 'a.b' isn't a DNS label; write 1 to 63 letters, digits, - and _"],
         ),
         // Values that contradict each other.
         (
@@ -469,32 +499,32 @@ fn what_is_wrong_is_named_with_its_line_and_its_fix() {
         (
             "dns.forward = '127.0.0.1'",
             &[
-                "f:1: dns.forward: 127.0.0.1:53 is nohop itself, so names would go in a circle; name another",
+                "f:1: dns.forward: 127.0.0.1:53 is nohop itself, so queries would loop; name another",
             ],
         ),
         (
             "dns.domain = 'consul'",
-            &["f:1: dns.domain: names below consul are nohop's own; remove the route"],
+            &["f:1: dns.domain: nohop answers names below consul itself; remove the route"],
         ),
         (
-            "catalog.source = 'file'",
+            "catalog.sources = ['file']",
             &[
-                "f:1: catalog.source: is \"file\", and catalog.file names none; add file = \"/PATH\" under [catalog]",
+                "f:1: catalog.sources: has \"file\", but catalog.file is empty; add file = \"/PATH\" under [catalog]",
             ],
         ),
         (
             "catalog.file = '/c'",
             &[
-                "f:1: catalog.file: a file is read only from source = \"file\"; add that, or remove this",
+                "f:1: catalog.file: a file is read only with sources = [\"file\"]; add that, or remove this",
             ],
         ),
         // All together, in the order of the file; a wrong pool contradicts nothing.
         (
-            "[vip]\npool = 'x'\npins = { a = '127.128.0.1:80' }\n[dns]\nttl = 'x'\n[catalog]\nsource = 'file'\n[nope]\n",
+            "[vip]\npool = 'x'\npins = { a = '127.128.0.1:80' }\n[dns]\nttl = 'x'\n[catalog]\nsources = ['file']\n[nope]\n",
             &[
-                "f:2: vip.pool: 'x' is no network; write one such as 127.128.0.0/9",
+                "f:2: vip.pool: 'x' isn't a network; write one such as 127.128.0.0/9",
                 "f:5: dns.ttl: expected an integer, found a string",
-                "f:7: catalog.source: is \"file\", and catalog.file names none; add file = \"/PATH\" under [catalog]",
+                "f:7: catalog.sources: has \"file\", but catalog.file is empty; add file = \"/PATH\" under [catalog]",
                 "f:8: nope: unknown key; remove it",
             ],
         ),
@@ -514,7 +544,7 @@ fn what_is_wrong_is_named_with_its_line_and_its_fix() {
 
 #[test]
 fn what_is_no_text_is_no_toml() {
-    let errors = Config::parse(Path::new("f"), b"a = 1\n\xff", Overrides::default(), &|_| None);
+    let errors = Loaded::parse(Path::new("f"), b"a = 1\n\xff", &[], &|_| None);
     let expected = "f:2: not TOML: this isn't UTF-8; write the file in UTF-8";
     assert_eq!(errors.unwrap_err().to_string(), expected);
 }
@@ -522,17 +552,16 @@ fn what_is_no_text_is_no_toml() {
 #[test]
 fn flags_beat_the_environment_and_that_beats_the_file() {
     let text = "[consul]\naddress = 'a:1'\ntoken_file = '/f'";
-    let flag = Overrides { consul_addr: Some("http://c:3/".into()), ..Overrides::default() };
-    let address = |overrides: Overrides, env: &[(&str, &str)]| {
-        check_all(text, overrides, env).unwrap().consul.address.to_string()
+    let flag = [flag("--consul-addr", "consul.address", "http://c:3/")];
+    let address = |flags: &[Flag], env: &[(&str, &str)]| {
+        check_all(text, flags, env).unwrap().consul.address.to_string()
     };
     let env = [("CONSUL_HTTP_ADDR", "b:2")];
-    assert_eq!(address(Overrides::default(), &[]), "a:1");
-    assert_eq!(address(Overrides::default(), &env), "b:2");
-    assert_eq!(address(flag, &env), "c:3");
+    assert_eq!(address(&[], &[]), "a:1");
+    assert_eq!(address(&[], &env), "b:2");
+    assert_eq!(address(&flag, &env), "c:3");
 
-    let token =
-        |env: &[(&str, &str)]| check_all(text, Overrides::default(), env).unwrap().consul.token;
+    let token = |env: &[(&str, &str)]| check_all(text, &[], env).unwrap().consul.token;
     let literal = ("CONSUL_HTTP_TOKEN", "secret");
     let file = ("CONSUL_HTTP_TOKEN_FILE", "/env");
     assert_eq!(token(&[]), Some(Token::File("/f".into())));
@@ -591,13 +620,13 @@ fn the_variables_of_consuls_own_tools_count() {
     };
     let file = "[consul]\nnamespace = 'x'\npartition = 'x'\nverify = true\nca_file = '/x'";
     for text in ["", file] {
-        let config = check_all(text, Overrides::default(), &env).unwrap();
+        let config = check_all(text, &[], &env).unwrap();
         assert_eq!(config.consul, expected);
     }
 
     let address = |env: &[(&str, &str)], flag: Option<&str>| {
-        let overrides = Overrides { consul_addr: flag.map(str::to_owned), ..Overrides::default() };
-        check_all("", overrides, env).map(|config| config.consul.address.to_string())
+        let flags = flag.map(|text| self::flag("--consul-addr", "consul.address", text));
+        check_all("", flags.as_slice(), env).map(|config| config.consul.address.to_string())
     };
     let ssl = ("CONSUL_HTTP_SSL", "1");
     let table: &[(&[_], _, Result<&str, &str>)] = &[
@@ -624,12 +653,12 @@ fn the_variables_of_consuls_own_tools_count() {
         (
             &[("CONSUL_HTTP_SSL", "yes")],
             None,
-            Err("CONSUL_HTTP_SSL: 'yes' is neither; write true or false"),
+            Err("CONSUL_HTTP_SSL: 'yes' isn't a boolean; write true or false"),
         ),
         (
             &[("CONSUL_CACERT", "/ca.pem")],
             None,
-            Err("CONSUL_CACERT: counts for nothing, since 127.0.0.1:8500 is asked without TLS; \
+            Err("CONSUL_CACERT: has no effect, because 127.0.0.1:8500 is used without TLS; \
                  write https://HOST:PORT as consul.address, or remove this"),
         ),
     ];
@@ -704,37 +733,39 @@ fn files_of_certificates_must_be_such() {
 
 #[test]
 fn flags_are_checked_like_the_file() {
-    let overrides = Overrides {
-        cgroup: Some("/cg".into()),
-        dns_listen: vec!["127.128.0.5:53".into()],
-        admin_listen: vec!["nowhere".into()],
-        on_exit: Some("stay".into()),
-        ..Overrides::default()
-    };
-    let errors = check_all("", overrides.clone(), &[("CONSUL_HTTP_ADDR", "ftp://x:1")]);
+    let list =
+        |name, key, text: &str| Flag { name, key, value: FlagValue::List(vec![text.into()]) };
+    let flags = [
+        flag("--cgroup", "cgroup", "/cg"),
+        list("--dns-listen", "dns.listen", "127.128.0.5:53"),
+        list("--admin-listen", "admin.listen", "nowhere"),
+        flag("--on-exit", "on_exit", "stay"),
+    ];
+    let errors = check_all("", &flags, &[("CONSUL_HTTP_ADDR", "ftp://x:1")]);
     let expected = [
-        "--admin-listen: 'nowhere' is no address; write unix:/PATH or ADDR:PORT, port 1 to 65535",
+        "--admin-listen: 'nowhere' isn't an address; write unix:/PATH or ADDR:PORT, port 1 to 65535",
         "--dns-listen: 127.128.0.5:53 lies in vip.pool 127.128.0.0/9; choose an address outside, \
          or another pool",
-        "--on-exit: 'stay' can't be done; write keep or detach",
-        "CONSUL_HTTP_ADDR: 'ftp://x:1' is no address of a Consul agent; write http://HOST:PORT, \
+        "--on-exit: 'stay' is invalid; write `keep` or `detach`",
+        "CONSUL_HTTP_ADDR: 'ftp://x:1' isn't an address of a Consul agent; write http://HOST:PORT, \
          https://HOST:PORT or unix:///PATH",
     ];
     assert_eq!(errors.unwrap_err(), expected);
 
-    let overrides = Overrides {
-        dns_listen: vec!["127.0.0.9:53".into()],
-        admin_listen: vec!["unix:/x".into()],
-        catalog: Some("c.toml".into()),
-        bpffs: Some("/pins".into()),
-        on_exit: Some("detach".into()),
-        ..overrides
-    };
-    // A source that isn't asked has no address to judge.
-    let config = check_all("", overrides, &[("CONSUL_HTTP_ADDR", "ftp://x:1")]).unwrap();
+    let flags = [
+        flag("--cgroup", "cgroup", "/cg"),
+        list("--dns-listen", "dns.listen", "127.0.0.9:53"),
+        list("--admin-listen", "admin.listen", "unix:/x"),
+        list("--catalog", "catalog.sources", "file"),
+        flag("--catalog", "catalog.file", "c.toml"),
+        flag("--bpffs", "bpffs", "/pins"),
+        flag("--on-exit", "on_exit", "detach"),
+    ];
+    // The address of a source that isn't used isn't checked.
+    let config = check_all("", &flags, &[("CONSUL_HTTP_ADDR", "ftp://x:1")]).unwrap();
     assert_eq!(config.cgroup, Some("/cg".into()));
     assert_eq!((config.bpffs, config.on_exit), ("/pins".into(), OnExit::Detach));
-    assert_eq!(config.catalog.source, Source::File("c.toml".into()));
+    assert_eq!(config.catalog.sources, [SourceKind::File("c.toml".into())]);
     assert_eq!(config.dns.listen, ["127.0.0.9:53".parse().unwrap()]);
     assert_eq!(config.admin.listen, [AdminAddress::Unix("/x".into())]);
 }
@@ -742,7 +773,7 @@ fn flags_are_checked_like_the_file() {
 #[test]
 fn a_file_that_was_named_must_be_there() {
     let missing = Path::new("/nowhere/nohop.toml");
-    let errors = Config::load(Some(missing), Overrides::default(), &|_| None).unwrap_err();
+    let errors = Config::load(Some(missing), &[], &|_| None).unwrap_err();
     assert!(errors.to_string().starts_with("can't read /nowhere/nohop.toml: "), "{errors}");
 }
 
@@ -752,6 +783,85 @@ fn the_page_shows_the_defaults() {
     let start = page.find("cgroup = \"auto\"").unwrap();
     let text = page[start..].split("```").next().unwrap();
     let path = Path::new("configuration.md");
-    let config = Config::parse(path, text.as_bytes(), Overrides::default(), &|_| None).unwrap();
-    assert_eq!(config, Config::default());
+    let config = Loaded::parse(path, text.as_bytes(), &[], &|_| None).unwrap();
+    assert_eq!(config.config, Config::default());
+}
+
+#[test]
+fn differences_are_shown_as_toml() {
+    let config = |text: &str| check(text).unwrap();
+    // Before, after, and what is shown; keys that need a restart are marked.
+    let table = [
+        ("", "", ""),
+        ("dns.ttl = 30", "", ""),
+        ("", "dns.ttl = 5", "dns.ttl: 30 -> 5"),
+        ("", "dns.client_rate = 7", "dns.client_rate: 10000 -> 7"),
+        ("", "dns.unrouted = \"forward\"", "dns.unrouted: \"nxdomain\" -> \"forward\""),
+        ("", "dns.allow = [\"10.0.0.0/8\"]", "dns.allow: [\"local\"] -> [\"10.0.0.0/8\"]"),
+        ("", "vip.ports = [80, 443]", "vip.ports: [80] -> [80, 443]"),
+        ("", "catalog.max_age = \"2m\"", "catalog.max_age: \"1h\" -> \"2m\""),
+        ("", "dns.routes = {}", "dns.routes: { consul = \"127.0.0.1:8600\" } -> {}"),
+        ("", "dns.forward = \"10.0.0.1\"", "dns.forward: \"resolv.conf\" -> [\"10.0.0.1:53\"]"),
+        (
+            "",
+            "catalog.sources = [\"file\"]\ncatalog.file = \"/c\"",
+            "catalog.sources: [\"consul\"] -> [\"file\"], catalog.file: \"\" -> \"/c\"",
+        ),
+        ("", "catalog.meta = { \"a b\" = \"c\" }", "catalog.meta: {} -> { \"a b\" = \"c\" }"),
+        ("", "cgroup = \"/a\"", "cgroup: \"auto\" -> \"/a\" (restart)"),
+        (
+            "vip.pins = { web = \"10.0.0.1:80\" }",
+            "on_exit = \"detach\"",
+            "on_exit: \"keep\" -> \"detach\", vip.pins: { web = \"10.0.0.1:80\" } -> {} (restart)",
+        ),
+    ];
+    for (before, after, expected) in table {
+        let shown: Vec<String> = changes(&config(before), &config(after))
+            .into_iter()
+            .map(|Change { key, from, to, restart }| {
+                let restart = restart.map_or("", |_| " (restart)");
+                format!("{key}: {from} -> {to}{restart}")
+            })
+            .collect();
+        assert_eq!(shown.join(", "), expected, "{before} / {after}");
+    }
+}
+
+/// A file that has all values as they are shown is the same configuration.
+#[test]
+fn what_is_shown_can_be_read_again() {
+    let shown = |config: &Config| -> String {
+        let values = keys::values(config).into_iter();
+        values.map(|(key, value)| format!("{} = {}\n", key.name, keys::toml(&value))).collect()
+    };
+    for text in ["", EVERY_KEY] {
+        let config = check(text).unwrap();
+        assert_eq!(check(&shown(&config)), Ok(config));
+    }
+}
+
+#[test]
+fn every_key_differs_in_the_text_that_has_every_key() {
+    let config = check(EVERY_KEY).unwrap();
+    let differ: Vec<_> = changes(&Config::default(), &config).iter().map(|it| it.key).collect();
+    assert_eq!(differ, KEYS.iter().map(|key| key.name).collect::<Vec<_>>());
+}
+
+#[test]
+fn a_secret_is_never_shown() {
+    let with = |token: Option<&str>| {
+        let mut config = Config::default();
+        config.consul.token = token.map(|token| Token::Literal(token.into()));
+        config
+    };
+    let table = [
+        (None, Some("s3cret"), "\"\"", "\"(a token)\""),
+        (Some("s3cret"), Some("s3cret2"), "\"(a token)\"", "another token"),
+        (Some("s3cret"), None, "\"(a token)\"", "\"\""),
+    ];
+    for (from, to, shown_from, shown_to) in table {
+        let found = changes(&with(from), &with(to));
+        let Change { from, to, .. } = &found[0];
+        assert_eq!((found.len(), &**from, &**to), (1, shown_from, shown_to));
+    }
 }

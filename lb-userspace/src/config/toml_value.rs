@@ -1,4 +1,4 @@
-//! A TOML document whose values know their key, and say what was expected where they don't fit.
+//! A TOML document whose values know their key, and report what was expected where they don't fit.
 
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
@@ -17,7 +17,7 @@ pub(super) struct Fault {
 }
 
 /// A value, or everything that is wrong with it.
-pub(super) type Read<T> = Result<T, Vec<Fault>>;
+pub(super) type Parsed<T> = Result<T, Vec<Fault>>;
 
 /// One value of the document.
 pub(super) struct Value<'a, 'i> {
@@ -28,13 +28,13 @@ pub(super) struct Value<'a, 'i> {
 }
 
 impl Value<'_, '_> {
-    /// Says of this value what is wrong with it.
-    pub(super) fn fault<T>(&self, what: impl Into<String>) -> Read<T> {
+    /// Reports what is wrong with this value.
+    pub(super) fn fault<T>(&self, what: impl Into<String>) -> Parsed<T> {
         let offset = self.value.span().start;
         Err(vec![Fault { key: self.key.clone(), offset, what: what.into() }])
     }
 
-    fn unexpected<T>(&self, expected: &str) -> Read<T> {
+    fn unexpected<T>(&self, expected: &str) -> Parsed<T> {
         self.fault(format!("expected {expected}, found {}", kind(self.value.get_ref())))
     }
 
@@ -44,7 +44,7 @@ impl Value<'_, '_> {
     }
 
     /// `true` or `false`.
-    pub(super) fn flag(&self) -> Read<bool> {
+    pub(super) fn flag(&self) -> Parsed<bool> {
         match self.value.get_ref().as_bool() {
             Some(flag) => Ok(flag),
             None => self.unexpected("true or false"),
@@ -52,7 +52,7 @@ impl Value<'_, '_> {
     }
 
     /// A string, as `parse` understands it.
-    pub(super) fn text<T>(&self, parse: impl Fn(&str) -> Result<T, String>) -> Read<T> {
+    pub(super) fn text<T>(&self, parse: impl Fn(&str) -> Result<T, String>) -> Parsed<T> {
         match self.value.get_ref().as_str() {
             Some(text) => parse(text).or_else(|what| self.fault(what)),
             None => self.unexpected("a string"),
@@ -60,7 +60,7 @@ impl Value<'_, '_> {
     }
 
     /// An integer within a range.
-    pub(super) fn integer<T: TryFrom<i64>>(&self, range: RangeInclusive<i64>) -> Read<T> {
+    pub(super) fn integer<T: TryFrom<i64>>(&self, range: RangeInclusive<i64>) -> Parsed<T> {
         let Some(integer) = self.value.get_ref().as_integer() else {
             return self.unexpected("an integer");
         };
@@ -76,18 +76,18 @@ impl Value<'_, '_> {
     }
 
     /// An array that isn't empty, as [`Value::list_or_none`].
-    pub(super) fn list<T: PartialEq>(&self, read: impl Fn(&Value) -> Read<T>) -> Read<Vec<T>> {
+    pub(super) fn list<T: PartialEq>(&self, read: impl Fn(&Value) -> Parsed<T>) -> Parsed<Vec<T>> {
         match self.value.get_ref().as_array() {
             Some(array) if array.is_empty() => self.fault("is empty; write at least one element"),
             _ => self.list_or_none(read),
         }
     }
 
-    /// An array that says nothing twice, each element as `read` understands it.
+    /// An array without duplicates, each element as `read` understands it.
     pub(super) fn list_or_none<T: PartialEq>(
         &self,
-        read: impl Fn(&Value) -> Read<T>,
-    ) -> Read<Vec<T>> {
+        read: impl Fn(&Value) -> Parsed<T>,
+    ) -> Parsed<Vec<T>> {
         let Some(array) = self.value.get_ref().as_array() else {
             return self.unexpected("an array");
         };
@@ -96,7 +96,7 @@ impl Value<'_, '_> {
             let element = Value { key: self.key.clone(), value };
             let fresh = read(&element).and_then(|element_read| {
                 if elements.contains(&element_read) {
-                    element.fault("this element is there twice; remove one")
+                    element.fault("duplicate element; remove one")
                 } else {
                     Ok(element_read)
                 }
@@ -109,13 +109,13 @@ impl Value<'_, '_> {
         if faults.is_empty() { Ok(elements) } else { Err(faults) }
     }
 
-    /// A table with keys of the operator's own, each key and each value as the two functions
+    /// A table with keys that the operator chooses, each key and each value as the two functions
     /// understand it.
     pub(super) fn table<T>(
         &self,
         parse_key: impl Fn(&str) -> Result<String, String>,
-        read: impl Fn(&Value) -> Read<T>,
-    ) -> Read<BTreeMap<String, T>> {
+        read: impl Fn(&Value) -> Parsed<T>,
+    ) -> Parsed<BTreeMap<String, T>> {
         let Some(table) = self.value.get_ref().as_table() else {
             return self.unexpected("a table");
         };
@@ -125,8 +125,8 @@ impl Value<'_, '_> {
             let name = parse_key(key.get_ref()).or_else(|what| entry.fault(what));
             match (name, read(&entry)) {
                 (Ok(name), Ok(_)) if entries.contains_key(&name) => {
-                    let twice: Read<()> =
-                        entry.fault(format!("'{name}' is there twice; remove one"));
+                    let twice: Parsed<()> =
+                        entry.fault(format!("duplicate entry '{name}'; remove one"));
                     faults.extend(twice.err().into_iter().flatten());
                 }
                 (Ok(name), Ok(read)) => {

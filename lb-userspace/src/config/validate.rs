@@ -1,30 +1,30 @@
-//! What no value breaks by itself: the rules between keys.
+//! The rules between keys.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
-use super::parse::Draft;
-use super::{AdminAddress, ConsulAddress, Forward, Source, consul};
+use super::parse::Builder;
+use super::{AdminAddress, ConsulAddress, Forward, SourceKind, consul};
 
-/// Notes every rule between keys that the draft breaks.
-pub(super) fn check(draft: &mut Draft) {
-    pool_has_room(draft);
-    pool6_has_room(draft);
-    pool_is_free(draft);
-    pool6_is_free(draft);
-    pins_are_apart(draft);
-    names_go_one_way(draft);
-    // A source that isn't asked needs no certificates.
-    if draft.config.catalog.source == Source::Consul {
-        consul::check_tls(draft);
+/// Notes every rule between keys that is broken.
+pub(super) fn check(builder: &mut Builder) {
+    check_pool_size(builder);
+    check_pool6_size(builder);
+    check_pool_overlap(builder);
+    check_pool6_overlap(builder);
+    check_pins(builder);
+    check_routes(builder);
+    // A source that isn't used needs no certificates.
+    if builder.config.catalog.sources.contains(&SourceKind::Consul) {
+        consul::check_tls(builder);
     }
 }
 
-fn pool_has_room(draft: &mut Draft) {
-    let (pool, wanted) = (draft.config.vip.pool, draft.config.datapath.max_services);
+fn check_pool_size(builder: &mut Builder) {
+    let (pool, wanted) = (builder.config.vip.pool, builder.config.datapath.max_services);
     // The first address names the network and the last is its broadcast address.
     let usable = (1_u64 << (32 - pool.prefix_len())).saturating_sub(2);
     if usable < u64::from(wanted) {
-        draft.contradiction(
+        builder.conflict(
             &["vip.pool", "datapath.max_services"],
             format!(
                 "{pool} has {usable} usable addresses and datapath.max_services is {wanted}; widen \
@@ -35,12 +35,12 @@ fn pool_has_room(draft: &mut Draft) {
     }
 }
 
-fn pool6_has_room(draft: &mut Draft) {
-    let Some(pool6) = draft.config.vip.pool6 else { return };
-    let wanted = draft.config.datapath.max_services;
+fn check_pool6_size(builder: &mut Builder) {
+    let Some(pool6) = builder.config.vip.pool6 else { return };
+    let wanted = builder.config.datapath.max_services;
     let usable = (1_u128 << (128 - pool6.prefix_len())) - 2;
     if usable < u128::from(wanted) {
-        draft.contradiction(
+        builder.conflict(
             &["vip.pool6", "datapath.max_services"],
             format!(
                 "{pool6} has {usable} usable addresses and datapath.max_services is {wanted}; widen \
@@ -50,18 +50,19 @@ fn pool6_has_room(draft: &mut Draft) {
     }
 }
 
-/// Every address of the pool is refused but for its services, so nothing else may live there.
-fn pool_is_free(draft: &mut Draft) {
-    let pool = draft.config.vip.pool;
+/// Connections to the pool are refused unless they are to a service, so no other address may lie
+/// there.
+fn check_pool_overlap(builder: &mut Builder) {
+    let pool = builder.config.vip.pool;
     if pool.contains(&Ipv4Addr::LOCALHOST) {
-        draft.contradiction(
+        builder.conflict(
             &["vip.pool"],
             format!("{pool} contains 127.0.0.1; choose a pool elsewhere, such as 127.128.0.0/9"),
         );
     }
-    for (name, pin) in draft.config.vip.pins.clone() {
+    for (name, pin) in builder.config.vip.pins.clone() {
         if pool.contains(pin.ip()) {
-            draft.contradiction(
+            builder.conflict(
                 &["vip.pins", "vip.pool"],
                 format!(
                     "{name} = \"{pin}\" lies in vip.pool {pool}; pin it to an address outside, or \
@@ -70,10 +71,10 @@ fn pool_is_free(draft: &mut Draft) {
             );
         }
     }
-    for (key, address) in own_addresses(draft) {
+    for (key, address) in own_addresses(builder) {
         if matches!(address.ip(), IpAddr::V4(ip) if pool.contains(&ip) && !ip.eq(&Ipv4Addr::LOCALHOST))
         {
-            draft.contradiction(
+            builder.conflict(
                 &[key, "vip.pool"],
                 format!(
                     "{address} lies in vip.pool {pool}; choose an address outside, or another pool"
@@ -83,11 +84,11 @@ fn pool_is_free(draft: &mut Draft) {
     }
 }
 
-fn pool6_is_free(draft: &mut Draft) {
-    let Some(pool6) = draft.config.vip.pool6 else { return };
-    for (key, address) in own_addresses(draft) {
+fn check_pool6_overlap(builder: &mut Builder) {
+    let Some(pool6) = builder.config.vip.pool6 else { return };
+    for (key, address) in own_addresses(builder) {
         if matches!(address.ip(), IpAddr::V6(ip) if pool6.contains(&ip)) {
-            draft.contradiction(
+            builder.conflict(
                 &[key, "vip.pool6"],
                 format!(
                     "{address} lies in vip.pool6 {pool6}; choose an address outside, or another \
@@ -98,19 +99,19 @@ fn pool6_is_free(draft: &mut Draft) {
     }
 }
 
-/// A pinned address and port is taken from whatever listens there.
-fn pins_are_apart(draft: &mut Draft) {
-    let pins: Vec<_> = draft.config.vip.pins.clone().into_iter().collect();
+/// A pin hides what listens at its address and port.
+fn check_pins(builder: &mut Builder) {
+    let pins: Vec<_> = builder.config.vip.pins.clone().into_iter().collect();
     for (pin_idx, (name, pin)) in pins.iter().enumerate() {
         if let Some((other, _)) = pins[..pin_idx].iter().find(|(_, address)| address == pin) {
-            draft.contradiction(
+            builder.conflict(
                 &["vip.pins"],
                 format!("{other} and {name} are both pinned to {pin}; give one another address"),
             );
         }
-        for (key, address) in own_addresses(draft) {
+        for (key, address) in own_addresses(builder) {
             if address == SocketAddr::V4(*pin) {
-                draft.contradiction(
+                builder.conflict(
                     &["vip.pins", key],
                     format!(
                         "{name} is pinned to {pin}, which {key} needs; give it another address"
@@ -121,12 +122,12 @@ fn pins_are_apart(draft: &mut Draft) {
     }
 }
 
-fn names_go_one_way(draft: &mut Draft) {
-    let dns = draft.config.dns.clone();
+fn check_routes(builder: &mut Builder) {
+    let dns = builder.config.dns.clone();
     if dns.routes.contains_key(&dns.domain) {
-        draft.contradiction(
+        builder.conflict(
             &["dns.routes", "dns.domain"],
-            format!("names below {} are nohop's own; remove the route", dns.domain),
+            format!("nohop answers names below {} itself; remove the route", dns.domain),
         );
     }
     let routes = dns.routes.values().map(|server| ("dns.routes", *server));
@@ -137,17 +138,17 @@ fn names_go_one_way(draft: &mut Draft) {
     let forward = forward.iter().map(|server| ("dns.forward", *server));
     for (key, server) in routes.chain(forward) {
         if dns.listen.contains(&server) {
-            draft.contradiction(
+            builder.conflict(
                 &[key, "dns.listen"],
-                format!("{server} is nohop itself, so names would go in a circle; name another"),
+                format!("{server} is nohop itself, so queries would loop; name another"),
             );
         }
     }
 }
 
-/// The addresses that the daemon listens on or connections, each with its key.
-fn own_addresses(draft: &Draft) -> Vec<(&'static str, SocketAddr)> {
-    let config = &draft.config;
+/// The addresses that the daemon listens on or connects to, each with its key.
+fn own_addresses(builder: &Builder) -> Vec<(&'static str, SocketAddr)> {
+    let config = &builder.config;
     let mut addresses: Vec<(&str, SocketAddr)> = Vec::new();
     addresses.extend(config.dns.listen.iter().map(|address| ("dns.listen", *address)));
     addresses.extend(config.dns.routes.values().map(|address| ("dns.routes", *address)));

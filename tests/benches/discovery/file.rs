@@ -24,7 +24,7 @@ pub fn measure(quick: bool) -> Result<()> {
     let (host, cgroup, scratch) = (Host::new("site")?, Cgroup::new()?, Scratch::new("catalog")?);
     let path = scratch.path().join("catalog.toml");
     fs::write(&path, text(0))?;
-    let config = format!("catalog.source = \"file\"\ncatalog.file = {path:?}\n");
+    let config = format!("catalog.sources = [\"file\"]\ncatalog.file = {path:?}\n");
     let start = Instant::now();
     let nohop = Nohop::start(&host, &cgroup, &config)?;
     tell("process started -> ready", ms(start.elapsed()), "ms", None);

@@ -252,11 +252,11 @@ mod tests {
 
     use super::*;
     use crate::catalog::{CatalogError, Handle, spawn};
-    use crate::config::{Config, Source};
+    use crate::config::{Config, SourceKind};
 
     fn config(path: &Path) -> Config {
         let mut config = Config::default();
-        config.catalog.source = Source::File(path.into());
+        config.catalog.sources = vec![SourceKind::File(path.into())];
         config.state_dir = path.parent().unwrap().join("state");
         config
     }

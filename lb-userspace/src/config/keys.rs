@@ -1,0 +1,490 @@
+//! Every key of the configuration, once: its name, how its value is read, whether a running daemon
+//! takes a new value, and what it is for. Defaults are those of [`Config::default`].
+
+use serde_json::Value as Json;
+
+use super::parse::{Builder, SourceName};
+use super::toml_value::{Parsed, Value};
+use super::{AdminAddress, Config, Token, address, consul, text};
+
+/// A key of the configuration.
+pub struct Key {
+    /// Its name, such as `dns.ttl`.
+    pub name: &'static str,
+    /// Why a new value needs a restart of the daemon; `None` where a reload is enough.
+    pub restart: Option<&'static str>,
+    /// What it is for, in one line.
+    pub text: &'static str,
+    /// Reads a value into the configuration.
+    pub(super) read: Read,
+}
+
+pub(super) type Read = fn(&mut Builder, &Value) -> Parsed<()>;
+
+impl Key {
+    /// The key of this name.
+    pub fn find(name: &str) -> Option<&'static Key> {
+        KEYS.iter().find(|key| key.name == name)
+    }
+
+    /// The section that it is in, if any.
+    pub fn section(&self) -> Option<&'static str> {
+        self.name.split_once('.').map(|(section, _)| section)
+    }
+}
+
+const fn live(name: &'static str, read: Read, text: &'static str) -> Key {
+    Key { name, restart: None, text, read }
+}
+
+const fn fixed(name: &'static str, restart: &'static str, read: Read, text: &'static str) -> Key {
+    Key { name, restart: Some(restart), text, read }
+}
+
+fn set<T>(target: &mut T, value: Parsed<T>) -> Parsed<()> {
+    *target = value?;
+    Ok(())
+}
+
+const LISTENS: &str = "sockets are opened at the start";
+const MAPS: &str = "maps are created at the start";
+const PROGRAMS: &str = "it is a constant of the programs in the kernel";
+
+/// Every key, in the order of the documentation.
+pub const KEYS: &[Key] = &[
+    fixed(
+        "cgroup",
+        "the programs are attached there at the start",
+        |it, value| {
+            let dir = value.text(|dir| match dir {
+                "auto" => Ok(None),
+                dir => text::absolute(dir).map(Some),
+            });
+            set(&mut it.config.cgroup, dir)
+        },
+        "cgroup v2 directory whose processes are served; \"auto\": the root of the hierarchy",
+    ),
+    fixed(
+        "bpffs",
+        "maps and links are pinned there at the start",
+        |it, value| set(&mut it.config.bpffs, value.text(text::absolute)),
+        "directory of the pinned maps and links, on a BPF file system",
+    ),
+    fixed(
+        "state_dir",
+        "the VIPs are read there at the start",
+        |it, value| set(&mut it.config.state_dir, value.text(text::absolute)),
+        "directory of what outlives the daemon: VIPs and the last catalog",
+    ),
+    live(
+        "on_exit",
+        |it, value| set(&mut it.config.on_exit, value.text(text::word)),
+        "\"keep\": the kernel keeps redirecting when the daemon ends; \"detach\": it stops",
+    ),
+    live(
+        "shadow",
+        |it, value| set(&mut it.config.shadow, value.flag()),
+        "count connections to VIPs, and redirect none (dry run)",
+    ),
+    live(
+        "catalog.sources",
+        |it, value| set(&mut it.source_names, value.list(|name| name.text(source_name))),
+        "sources of services: \"consul\" or \"file\"",
+    ),
+    live(
+        "catalog.file",
+        |it, value| set(&mut it.catalog_file, value.text(text::path)),
+        "static catalog, for the source \"file\"",
+    ),
+    live(
+        "catalog.tag",
+        |it, value| set(&mut it.config.catalog.tag, value.text(text::not_empty)),
+        "tag of the instances that are routed",
+    ),
+    live(
+        "catalog.meta",
+        |it, value| {
+            let meta = value.table(text::not_empty, |each| each.text(|text| Ok(text.to_owned())));
+            set(&mut it.config.catalog.meta, meta)
+        },
+        "Meta that an instance must have as well: { stage = \"live\" }",
+    ),
+    live(
+        "catalog.health",
+        |it, value| set(&mut it.config.catalog.health, value.text(text::word)),
+        "\"passing\": all checks pass; \"warning\": none is critical",
+    ),
+    live(
+        "catalog.address",
+        |it, value| set(&mut it.config.catalog.address, value.text(text::word)),
+        "address of an instance that is used: \"lan\", \"wan\", or either with _ipv4 or _ipv6",
+    ),
+    live(
+        "catalog.watch",
+        |it, value| set(&mut it.config.catalog.watch, value.text(text::word)),
+        "services that are watched: \"used\" by this node, \"all\", or \"auto\": all, up to half of \
+         consul.max_connections, then \"used\"",
+    ),
+    live(
+        "catalog.max_age",
+        |it, value| set(&mut it.config.catalog.max_age, value.text(text::duration)),
+        "age of a service's last answer from which on it is a problem in status",
+    ),
+    live(
+        "catalog.expired",
+        |it, value| set(&mut it.config.catalog.expired, value.text(text::word)),
+        "connections to services that are older: \"serve\" or \"refuse\"",
+    ),
+    live(
+        "consul.address",
+        |it, value| set(&mut it.config.consul.address, value.text(address::consul)),
+        "Consul agent: http://HOST:PORT, https://HOST:PORT or unix:///PATH",
+    ),
+    live(
+        "consul.token_file",
+        |it, value| {
+            let file = value.text(text::path)?;
+            it.config.consul.token = file.map(Token::File);
+            Ok(())
+        },
+        "file with the ACL token, re-read for every request",
+    ),
+    live(
+        "consul.datacenter",
+        |it, value| {
+            let name = value.text(|name| consul::name(name, "datacenter"));
+            set(&mut it.config.consul.datacenter, name)
+        },
+        "datacenter; empty: the agent's",
+    ),
+    live(
+        "consul.namespace",
+        |it, value| {
+            let name = value.text(|name| consul::name(name, "namespace"));
+            set(&mut it.config.consul.namespace, name)
+        },
+        "namespace (Consul Enterprise); empty: the token's",
+    ),
+    live(
+        "consul.partition",
+        |it, value| {
+            let name = value.text(|name| consul::name(name, "partition"));
+            set(&mut it.config.consul.partition, name)
+        },
+        "admin partition (Consul Enterprise); empty: the agent's",
+    ),
+    live(
+        "consul.ca_file",
+        |it, value| set(&mut it.config.consul.tls.ca_file, value.text(text::path)),
+        "trusted CAs (PEM); without ca_file and ca_path the system's",
+    ),
+    live(
+        "consul.ca_path",
+        |it, value| set(&mut it.config.consul.tls.ca_path, value.text(text::path)),
+        "directory of trusted CAs (PEM)",
+    ),
+    live(
+        "consul.cert_file",
+        |it, value| set(&mut it.config.consul.tls.cert_file, value.text(text::path)),
+        "client certificate (PEM); needs key_file",
+    ),
+    live(
+        "consul.key_file",
+        |it, value| set(&mut it.config.consul.tls.key_file, value.text(text::path)),
+        "private key of the client certificate (PEM)",
+    ),
+    live(
+        "consul.tls_server_name",
+        |it, value| set(&mut it.config.consul.tls.server_name, value.text(consul::server_name)),
+        "expected name in the agent's certificate, if not the host of address",
+    ),
+    live(
+        "consul.verify",
+        |it, value| set(&mut it.config.consul.tls.verify, value.flag()),
+        "verify the agent's certificate",
+    ),
+    live(
+        "consul.max_connections",
+        |it, value| set(&mut it.config.consul.max_connections, value.integer(4..=65_536)),
+        "connections to the agent, 4 at least; with more watched services, watches are time-sliced",
+    ),
+    fixed(
+        "vip.pool",
+        PROGRAMS,
+        |it, value| set(&mut it.config.vip.pool, value.text(address::pool)),
+        "network of the VIPs, within 127.0.0.0/8, larger than datapath.max_services",
+    ),
+    fixed(
+        "vip.pool6",
+        PROGRAMS,
+        |it, value| {
+            let pool6 = value.text(|pool6| match pool6 {
+                "" => Ok(None),
+                pool6 => address::pool6(pool6).map(Some),
+            });
+            set(&mut it.config.vip.pool6, pool6)
+        },
+        "network of the IPv6 VIPs, within fd00::/8, /64 to /120; empty: none",
+    ),
+    live(
+        "vip.ports",
+        |it, value| set(&mut it.config.vip.ports, value.list(|port| port.integer(1..=65_535))),
+        "default ports of a service",
+    ),
+    fixed(
+        "vip.pins",
+        "the network around the pins is a constant of the programs",
+        |it, value| {
+            let pins = value.table(address::service_name, |pin| pin.text(address::pin));
+            set(&mut it.config.vip.pins, pins)
+        },
+        "one more address for a service, in the host's network namespace only: { helloworld = \
+         \"127.0.0.1:80\" }",
+    ),
+    fixed(
+        "dns.listen",
+        LISTENS,
+        |it, value| {
+            let listen = value.list(|each| each.text(address::socket_address));
+            set(&mut it.config.dns.listen, listen)
+        },
+        "addresses of the DNS server, UDP and TCP",
+    ),
+    fixed(
+        "dns.domain",
+        "applications cache answers of the former zone",
+        |it, value| set(&mut it.config.dns.domain, value.text(address::domain)),
+        "zone of the services",
+    ),
+    live(
+        "dns.ttl",
+        |it, value| set(&mut it.config.dns.ttl, value.integer(0..=86_400)),
+        "TTL of the zone's records, in seconds",
+    ),
+    live(
+        "dns.forward",
+        |it, value| set(&mut it.config.dns.forward, address::forward(value)),
+        "resolvers of all other names, in order; \"resolv.conf\": those of /etc/resolv.conf",
+    ),
+    live(
+        "dns.routes",
+        |it, value| {
+            let routes = value.table(address::domain, |server| server.text(address::nameserver));
+            set(&mut it.config.dns.routes, routes)
+        },
+        "resolvers of names below certain domains",
+    ),
+    live(
+        "dns.unrouted",
+        |it, value| set(&mut it.config.dns.unrouted, value.text(text::word)),
+        "names of the zone without a service: \"nxdomain\" or \"forward\"",
+    ),
+    live(
+        "dns.allow",
+        |it, value| {
+            set(&mut it.config.dns.allow, value.list_or_none(|each| each.text(address::allowed)))
+        },
+        "clients besides this host: networks, or \"local\": the networks of its interfaces",
+    ),
+    live(
+        "dns.client_rate",
+        |it, value| set(&mut it.config.dns.client_rate, value.integer(0..=10_000_000)),
+        "queries a second of one client that isn't on loopback; 0: unlimited",
+    ),
+    fixed(
+        "datapath.max_services",
+        MAPS,
+        |it, value| set(&mut it.config.datapath.max_services, value.integer(1..=1_000_000)),
+        "services that the maps have room for",
+    ),
+    fixed(
+        "datapath.max_backends",
+        MAPS,
+        |it, value| set(&mut it.config.datapath.max_backends, value.integer(1..=8_000_000)),
+        "backends that the maps have room for",
+    ),
+    fixed(
+        "datapath.exclude_cgroups",
+        "the programs are loaded for a number of them",
+        |it, value| set(&mut it.config.datapath.exclude_cgroups, text::cgroups(value)),
+        "cgroups that are bypassed, with all below them: 16 paths at a time, * and ? allowed",
+    ),
+    fixed(
+        "admin.listen",
+        LISTENS,
+        |it, value| {
+            let listen = value.list(|each| each.text(str::parse::<AdminAddress>));
+            set(&mut it.config.admin.listen, listen)
+        },
+        "addresses of the admin interface: unix:PATH, or ADDR:PORT to read only",
+    ),
+    live(
+        "admin.hosts",
+        |it, value| {
+            let hosts = value.list_or_none(|each| each.text(address::domain));
+            set(&mut it.config.admin.hosts, hosts)
+        },
+        "names under which a TCP address of admin.listen may be addressed",
+    ),
+];
+
+/// Former names of keys, and the present ones.
+const RENAMED: &[(&str, &str)] = &[
+    ("plane.max_services", "datapath.max_services"),
+    ("plane.max_backends", "datapath.max_backends"),
+    ("plane.exclude_cgroups", "datapath.exclude_cgroups"),
+    ("plane", "datapath"),
+    ("catalog.source", "catalog.sources"),
+];
+
+/// Keys of later versions.
+pub const PLANNED: &[&str] = &[
+    "catalog.datacenters",
+    "balance.algorithm",
+    "balance.key",
+    "balance.slow_start",
+    "balance.prefer",
+    "balance.eject",
+    "balance.all_critical",
+    "balance.keep_for",
+    "balance.drain_deadline",
+    "nomad.address",
+    "nomad.namespaces",
+    "nomad.token_file",
+    "nomad.region",
+    "vip.public",
+    "edge.interfaces",
+    "edge.source",
+    "edge.vips",
+    "identity.on",
+    "identity.docker",
+    "intentions.mode",
+    "intentions.direct",
+    "admin.trace",
+    "dns.kernel",
+    "dns.kernel_mode",
+    "dns.intercept",
+    "dns.cache",
+];
+
+fn source_name(name: &str) -> Result<SourceName, String> {
+    match name {
+        "nomad" => Err("the source \"nomad\" is planned, not in this version; remove it".into()),
+        name => text::word(name),
+    }
+}
+
+/// Whether a section is one of former or later versions.
+pub(super) fn is_other_section(name: &str) -> bool {
+    let names = RENAMED.iter().map(|(old, _)| *old).chain(PLANNED.iter().copied());
+    let mut sections = names.filter_map(|name| name.split_once('.')).map(|(section, _)| section);
+    !KEYS.iter().any(|key| key.section() == Some(name)) && sections.any(|section| section == name)
+}
+
+/// What is wrong with a key, or a section, that isn't one of this version.
+pub(super) fn unknown(name: &str) -> String {
+    if let Some((_, new)) = RENAMED.iter().find(|(old, _)| *old == name) {
+        let list = if *new == "catalog.sources" { ", a list: [\"consul\"]" } else { "" };
+        return format!("is called {new} now{list}; rename it");
+    }
+    let section = name.split_once('.').map_or(name, |(section, _)| section);
+    if let Some((_, new)) = RENAMED.iter().find(|(old, _)| *old == section) {
+        return format!("unknown key; [{section}] is called [{new}] now");
+    }
+    if PLANNED.contains(&name) || is_other_section(section) {
+        return "is planned, not in this version; remove it".into();
+    }
+    format!("unknown key; {}", suggestion(name))
+}
+
+/// What an unknown key was meant to be.
+fn suggestion(unknown: &str) -> String {
+    let leaf = |key: &str| key.rsplit('.').next().map(str::to_owned);
+    let distance = |key: &str| match levenshtein(unknown, key) {
+        // The right key in the wrong section.
+        far if far > 2 && leaf(unknown) == leaf(key) => 2,
+        far => far,
+    };
+    let known = KEYS.iter().flat_map(|key| [Some(key.name), key.section()]).flatten();
+    match known.map(|key| (distance(key), key)).min() {
+        Some((0..=2, key)) => format!("did you mean {key}? else remove it"),
+        _ => "remove it".into(),
+    }
+}
+
+/// The number of letters to add, drop or change to get from one word to the other.
+fn levenshtein(from: &str, to: &str) -> usize {
+    let to: Vec<char> = to.chars().collect();
+    let mut row: Vec<usize> = (0..=to.len()).collect();
+    for (from_idx, from_char) in from.chars().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = from_idx + 1;
+        for (to_idx, to_char) in to.iter().enumerate() {
+            let changed = diagonal + usize::from(from_char != *to_char);
+            diagonal = row[to_idx + 1];
+            row[to_idx + 1] = changed.min(row[to_idx] + 1).min(diagonal + 1);
+        }
+    }
+    row[to.len()]
+}
+
+/// A key whose value differs between two configurations.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Change {
+    /// The key, such as `dns.ttl`.
+    pub key: &'static str,
+    /// The value in use, as TOML; of a secret only that there is one.
+    pub from: String,
+    /// The new value.
+    pub to: String,
+    /// Why it needs a restart of the daemon; `None` where it doesn't.
+    pub restart: Option<&'static str>,
+}
+
+/// Every key whose value differs.
+pub fn changes(running: &Config, wanted: &Config) -> Vec<Change> {
+    let (from, to) = (values(running), values(wanted));
+    let mut changes = Vec::new();
+    for ((key, from), (_, to)) in from.iter().zip(&to) {
+        let is_secret = key.name == "consul.token_file";
+        let is_other_secret = is_secret && running.consul.token != wanted.consul.token;
+        if from != to || is_other_secret {
+            let to = if from == to { "another token".into() } else { toml(to) };
+            changes.push(Change { key: key.name, from: toml(from), to, restart: key.restart });
+        }
+    }
+    changes
+}
+
+/// Every key with its value; of a secret only that there is one.
+pub fn values(config: &Config) -> Vec<(&'static Key, Json)> {
+    // It can't fail: every key is a string.
+    let document = serde_json::to_value(config).unwrap_or_default();
+    let value = |key: &Key| match document.pointer(&format!("/{}", key.name.replace('.', "/"))) {
+        None | Some(Json::Null) => "".into(),
+        Some(value) => value.clone(),
+    };
+    KEYS.iter().map(|key| (key, value(key))).collect()
+}
+
+/// A value as TOML has it, in one line.
+pub fn toml(value: &Json) -> String {
+    match value {
+        Json::Array(values) => {
+            format!("[{}]", values.iter().map(toml).collect::<Vec<_>>().join(", "))
+        }
+        Json::Object(entries) if entries.is_empty() => "{}".into(),
+        Json::Object(entries) => {
+            let is_bare = |key: &str| {
+                key.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_".contains(&byte))
+            };
+            let entry = |(key, value): (&String, &Json)| match is_bare(key) {
+                true => format!("{key} = {}", toml(value)),
+                false => format!("{} = {}", Json::from(key.as_str()), toml(value)),
+            };
+            format!("{{ {} }}", entries.iter().map(entry).collect::<Vec<_>>().join(", "))
+        }
+        // Escapes of JSON's strings are TOML's, too.
+        value => value.to_string(),
+    }
+}
