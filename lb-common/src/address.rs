@@ -1,8 +1,10 @@
 //! An address of either family, as the maps have it.
 
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
 /// 16 octets in network order; IPv4 as `::ffff:a.b.c.d` (RFC 4291, section 2.5.5.2).
 #[repr(C, align(8))]
-#[derive(Clone, Copy, Debug, Default, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, Default, PartialOrd, Ord, FromBytes, Immutable, IntoBytes)]
 pub struct Address {
     /// The octets.
     pub octets: [u8; 16],
@@ -33,8 +35,7 @@ impl Address {
     /// The octets as two words, in the order in which they lie in memory.
     #[inline(always)]
     pub const fn words(self) -> [u64; 2] {
-        let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = self.octets;
-        [u64::from_ne_bytes([a, b, c, d, e, f, g, h]), u64::from_ne_bytes([i, j, k, l, m, n, o, p])]
+        zerocopy::transmute!(self.octets)
     }
 }
 

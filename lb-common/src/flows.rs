@@ -1,12 +1,14 @@
 //! What a socket's storage remembers. This format is frozen: it outlives the layout of the other
 //! maps, so that a socket opened under an older version keeps its peer's name and its replies.
 
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
 use crate::Address;
 
-/// The value of `PEERS`: what a connected socket connected, and what it became. Also one entry of
+/// The value of `SK_REVNAT`: what a connected socket connected, and what it became. Also one entry of
 /// [`Flows`].
 #[repr(C, align(8))]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, Immutable, IntoBytes)]
 pub struct RevNat {
     /// What the application connected.
     pub frontend: Address,
@@ -19,7 +21,7 @@ pub struct RevNat {
     /// The layout that the two fields below speak of.
     pub layout: u16,
     /// In [`Flows`], whether replies of the backend bear this flow's name: [`UNDECIDED`], [`NAMES`] or
-    /// [`SUPERSEDED`]. In `PEERS` zero.
+    /// [`SUPERSEDED`]. In `SK_REVNAT` zero.
     pub naming: u16,
     /// The index into `BACKENDS`.
     pub backend_idx: u32,
@@ -36,7 +38,7 @@ impl RevNat {
 
     /// Whether this was sent to `address` and `port`. An entry that isn't used was sent nowhere.
     #[inline(always)]
-    pub fn was_sent_to(&self, address: &Address, port: u16) -> bool {
+    pub fn matches_backend(&self, address: &Address, port: u16) -> bool {
         port != 0 && self.backend_port == port && self.backend == *address
     }
 }
@@ -66,7 +68,7 @@ pub const fn flow_clock(ns: u64) -> u32 {
 /// The kernel's lock. Its name and size are what the verifier looks for.
 #[allow(non_camel_case_types)]
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, FromBytes, Immutable, IntoBytes)]
 pub struct bpf_spin_lock {
     /// The lock's state.
     pub val: u32,
@@ -75,7 +77,7 @@ pub struct bpf_spin_lock {
 /// The value of `FLOWS`: where a socket's datagrams went, for the last VIPs that it sent to and for
 /// the last backends that it left.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, FromBytes, Immutable, IntoBytes)]
 pub struct Flows {
     /// Not used any more: the kernel locks the socket while a program reads or writes the rest.
     pub lock: bpf_spin_lock,
@@ -114,7 +116,7 @@ impl Flows {
         let mut index = 0;
         while index < N_FLOWS {
             let flow = self.flow(index);
-            if flow.was_sent_to(address, port) {
+            if flow.matches_backend(address, port) {
                 if flow.naming == NAMES {
                     found = index;
                     break;
@@ -182,7 +184,7 @@ impl Flows {
     pub fn supersede(&mut self, address: &Address, port: u16) {
         let mut index = 0;
         while index < N_FLOWS {
-            if self.flows[index].was_sent_to(address, port) {
+            if self.flows[index].matches_backend(address, port) {
                 self.flows[index].naming = SUPERSEDED;
             }
             index += 1;

@@ -35,7 +35,7 @@ static POOL6_MASK_LOW: u64 = 0;
 static REFUSAL: u32 = RejectMethod::Errno as u32;
 /// 1 where some cgroups are left alone.
 #[unsafe(no_mangle)]
-static HAS_EXCLUDED: u32 = 0;
+static HAS_BYPASS: u32 = 0;
 /// Where in the kernel's `struct sock` the byte with the bit `sk_kern_sock` is.
 #[unsafe(no_mangle)]
 static KERNEL_SOCKET_OFFSET: u32 = 0;
@@ -76,13 +76,13 @@ pub fn in_pool(address: [u8; 4]) -> bool {
 
 /// Whether `address` is near the pins, so that it has to be looked up. It spares other connections that.
 #[inline(always)]
-pub fn may_be_pin(address: [u8; 4]) -> bool {
+pub fn in_pin_range(address: [u8; 4]) -> bool {
     u32::from_be_bytes(address) & setting!(PINS_MASK) == setting!(PINS_NETWORK)
 }
 
 /// Whether `address` is the pool's own, which no service has.
 #[inline(always)]
-pub fn is_pools_own(address: [u8; 4]) -> bool {
+pub fn is_probe_address(address: [u8; 4]) -> bool {
     u32::from_be_bytes(address) == setting!(POOL_NETWORK)
 }
 
@@ -106,8 +106,8 @@ pub fn can_set_errno() -> bool {
 
 /// Whether some cgroups are left alone.
 #[inline(always)]
-pub fn has_excluded() -> bool {
-    setting!(HAS_EXCLUDED) != 0
+pub fn has_bypass() -> bool {
+    setting!(HAS_BYPASS) != 0
 }
 
 /// Where a socket says that it is the kernel's own: an offset and a mask, if that is known.

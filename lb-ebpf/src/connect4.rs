@@ -1,12 +1,11 @@
-//! connect() of an IPv4 socket, TCP or UDP: a connection to a frontend becomes a connection to a backend of it.
+//! connect() of an IPv4 socket, TCP or UDP: a connection to a frontend becomes one to a backend of it.
 
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
-use lb_common::Address;
+use lb_common::{Address, Call, FamilyFilter};
 
-use crate::context::{self, Endpoint, PROCEED, Refused};
-use crate::maps::Reach;
-use crate::translate::{Call, choose4, may_be_ours};
+use crate::context::{self, Endpoint, PROCEED, Reject};
+use crate::xlate::{self, in_vip_range, xlate4};
 use crate::{log, revnat};
 
 /// Attached to BPF_CGROUP_INET4_CONNECT.
@@ -14,30 +13,31 @@ use crate::{log, revnat};
 pub fn nohop_connect4(ctx: SockAddrContext) -> i32 {
     match try_connect4(&ctx) {
         Ok(()) => PROCEED,
-        Err(Refused) => context::refuse(|| {
+        Err(Reject) => context::reject(|| {
             // Nothing can listen on port 0.
-            context::set4(&ctx, [127, 0, 0, 1], 0);
+            context::set_dst4(&ctx, [127, 0, 0, 1], 0);
             PROCEED
         }),
     }
 }
 
 #[inline(always)]
-fn try_connect4(ctx: &SockAddrContext) -> Result<(), Refused> {
-    let address = context::address4(ctx);
+fn try_connect4(ctx: &SockAddrContext) -> Result<(), Reject> {
+    let address = context::dst4(ctx);
     let connected = Endpoint { address: Address::v4(address), port: context::port(ctx) };
-    if !may_be_ours(address) {
-        revnat::forget(ctx, &connected, || context::peer4(ctx));
+    if !in_vip_range(address) {
+        revnat::clear(ctx, &connected, || context::peer4(ctx));
         return Ok(());
     }
-    let Some(choice) = choose4(ctx, address, Call::Connect, || Reach::Ipv4)? else {
-        revnat::forget(ctx, &connected, || context::peer4(ctx));
+    let Some(selection) = xlate4(ctx, address, Call::Connect, || FamilyFilter::Ipv4)? else {
+        revnat::clear(ctx, &connected, || context::peer4(ctx));
         return Ok(());
     };
-    let Some(backend) = choice.backend.address.to_v4() else {
-        return Err(log::inconsistent(ctx, choice.service));
+    let Some(backend) = selection.backend.address.to_v4() else {
+        return Err(log::inconsistent(ctx, selection.service));
     };
-    context::set4(ctx, backend, choice.backend.port);
-    revnat::remember(ctx, choice.peer(connected), choice.socket, || context::peer4(ctx));
+    context::set_dst4(ctx, backend, selection.backend.port);
+    let entry = xlate::revnat(&selection, &connected);
+    revnat::store(ctx, entry, selection.origin, || context::peer4(ctx));
     Ok(())
 }

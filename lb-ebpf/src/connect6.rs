@@ -1,15 +1,14 @@
-//! connect() of an IPv6 socket, TCP or UDP. `::ffff:a.b.c.d`, which is how dual-stack clients connect
-//! IPv4, is looked up as the IPv4 address that it is.
+//! connect() of an IPv6 socket, TCP or UDP. `::ffff:a.b.c.d`, which is how dual-stack clients
+//! connect to IPv4, is looked up as the IPv4 address that it is.
 
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
-use lb_common::{Address, IPPROTO_TCP};
+use lb_common::{Address, Call, FamilyFilter, IPPROTO_TCP};
 
 use crate::config;
-use crate::context::{self, Endpoint, PROCEED, Refused};
-use crate::maps::Reach;
+use crate::context::{self, Endpoint, PROCEED, Reject};
 use crate::revnat;
-use crate::translate::{Call, choose4, choose6, may_be_ours};
+use crate::xlate::{self, in_vip_range, xlate4, xlate6};
 
 const LOOPBACK6: Address = Address { octets: [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1] };
 
@@ -18,38 +17,40 @@ const LOOPBACK6: Address = Address { octets: [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0
 pub fn nohop_connect6(ctx: SockAddrContext) -> i32 {
     match try_connect6(&ctx) {
         Ok(()) => PROCEED,
-        Err(Refused) => context::refuse(|| {
+        Err(Reject) => context::reject(|| {
             // Nothing can listen on port 0. A UDP socket that sends there by IPv4's form gets EINVAL
             // instead, and a TCP one may have no route to IPv6, or by its source no way there
             // (ip6_dst_lookup_tail(): EAFNOSUPPORT).
             let is_ipv4 = |address: Address| address.to_v4().is_some();
             let by_ipv4 = context::protocol(&ctx) == IPPROTO_TCP
-                && (is_ipv4(context::address6(&ctx)) || is_ipv4(context::source6(&ctx)));
+                && (is_ipv4(context::dst6(&ctx)) || is_ipv4(context::source6(&ctx)));
             let loopback = if by_ipv4 { Address::v4([127, 0, 0, 1]) } else { LOOPBACK6 };
-            context::set6(&ctx, loopback, 0);
+            context::set_dst6(&ctx, loopback, 0);
             PROCEED
         }),
     }
 }
 
 #[inline(always)]
-fn try_connect6(ctx: &SockAddrContext) -> Result<(), Refused> {
-    let connected = Endpoint { address: context::address6(ctx), port: context::port(ctx) };
-    let choice = match connected.address.to_v4() {
-        Some(address) if may_be_ours(address) => {
-            choose4(ctx, address, Call::Connect, || reach_by_ipv4(ctx))?
+fn try_connect6(ctx: &SockAddrContext) -> Result<(), Reject> {
+    let connected = Endpoint { address: context::dst6(ctx), port: context::port(ctx) };
+    let selection = match connected.address.to_v4() {
+        Some(address) if in_vip_range(address) => {
+            xlate4(ctx, address, Call::Connect, || filter_by_ipv4(ctx))?
         }
         None if config::in_pool6(&connected.address) => {
-            choose6(ctx, &connected, Call::Connect, |only| reach_by_ipv6(ctx, only))?
+            let octets = connected.address.octets;
+            xlate6(ctx, octets, Call::Connect, |only| filter_by_ipv6(ctx, only))?
         }
         _ => None,
     };
-    let Some(choice) = choice else {
-        revnat::forget(ctx, &connected, || context::peer6(ctx));
+    let Some(selection) = selection else {
+        revnat::clear(ctx, &connected, || context::peer6(ctx));
         return Ok(());
     };
-    context::set6(ctx, choice.backend.address, choice.backend.port);
-    revnat::remember(ctx, choice.peer(connected), choice.socket, || context::peer6(ctx));
+    context::set_dst6(ctx, selection.backend.address, selection.backend.port);
+    let entry = xlate::revnat(&selection, &connected);
+    revnat::store(ctx, entry, selection.origin, || context::peer6(ctx));
     Ok(())
 }
 
@@ -57,24 +58,28 @@ fn try_connect6(ctx: &SockAddrContext) -> Result<(), Refused> {
 /// ones in either form, and where IPv6 isn't routed. Where there are none, those at IPv6 addresses,
 /// which a socket with an IPv4 source can't reach.
 #[inline(always)]
-fn reach_by_ipv4(ctx: &SockAddrContext) -> Reach {
-    if context::source6(ctx).to_v4().is_some() { Reach::Ipv4 } else { Reach::Ipv4First }
+fn filter_by_ipv4(ctx: &SockAddrContext) -> FamilyFilter {
+    if context::source6(ctx).to_v4().is_some() {
+        FamilyFilter::Ipv4
+    } else {
+        FamilyFilter::Ipv4First
+    }
 }
 
 /// By an IPv6 address: all that the socket can reach, as it is. A datagram that is sent to the same
 /// address can reach IPv6 alone, so a UDP socket prefers it.
 #[inline(always)]
-fn reach_by_ipv6(ctx: &SockAddrContext, is_ipv6_only: bool) -> Reach {
+fn filter_by_ipv6(ctx: &SockAddrContext, is_ipv6_only: bool) -> FamilyFilter {
     let source = context::source6(ctx);
     let is_unbound = source.words() == [0; 2];
     if source.to_v4().is_some() {
         // ip6_dst_lookup_tail(): a mapped source and an address of IPv6 are EAFNOSUPPORT.
-        return Reach::Ipv4;
+        return FamilyFilter::Ipv4;
     }
     let is_udp = context::protocol(ctx) != IPPROTO_TCP;
     // While a UDP socket is connected, the source may be the one that the kernel chose then.
     if is_ipv6_only || !is_unbound && !(is_udp && context::peer_port(ctx) != 0) {
-        return Reach::Ipv6;
+        return FamilyFilter::Ipv6;
     }
-    if is_udp { Reach::Ipv6First } else { Reach::All }
+    if is_udp { FamilyFilter::Ipv6First } else { FamilyFilter::All }
 }

@@ -136,13 +136,13 @@ pub fn peer6(ctx: &SockAddrContext) -> Endpoint {
 
 /// The context's IPv4 address, in the order of octets.
 #[inline(always)]
-pub fn address4(ctx: &SockAddrContext) -> [u8; 4] {
+pub fn dst4(ctx: &SockAddrContext) -> [u8; 4] {
     read!(ctx.user_ip4).to_ne_bytes()
 }
 
 /// The context's IPv6 address.
 #[inline(always)]
-pub fn address6(ctx: &SockAddrContext) -> Address {
+pub fn dst6(ctx: &SockAddrContext) -> Address {
     let words = [
         read!(ctx.user_ip6[0]),
         read!(ctx.user_ip6[1]),
@@ -167,14 +167,14 @@ pub fn port(ctx: &SockAddrContext) -> u16 {
 
 /// Puts an IPv4 address and a port into the context.
 #[inline(always)]
-pub fn set4(ctx: &SockAddrContext, address: [u8; 4], port: u16) {
+pub fn set_dst4(ctx: &SockAddrContext, address: [u8; 4], port: u16) {
     write!(u32::from_ne_bytes(address) => ctx.user_ip4);
     write!(u32::from(port.to_be()) => ctx.user_port);
 }
 
 /// Puts an IPv6 address, or an IPv4 one in IPv6's form, and a port into the context.
 #[inline(always)]
-pub fn set6(ctx: &SockAddrContext, address: Address, port: u16) {
+pub fn set_dst6(ctx: &SockAddrContext, address: Address, port: u16) {
     let [first, second] = address.words();
     let [a, b, c, d, e, f, g, h] = first.to_ne_bytes();
     let [i, j, k, l, m, n, o, p] = second.to_ne_bytes();
@@ -186,12 +186,12 @@ pub fn set6(ctx: &SockAddrContext, address: Address, port: u16) {
 }
 
 /// A connection that must not reach anything.
-pub struct Refused;
+pub struct Reject;
 
 /// Makes the call fail with ECONNREFUSED, where the kernel lets a program say so. Before 6.1 it is
 /// EPERM, unless `divert` sends the call to where ECONNREFUSED comes from.
 #[inline(always)]
-pub fn refuse(divert: impl FnOnce() -> i32) -> i32 {
+pub fn reject(divert: impl FnOnce() -> i32) -> i32 {
     if config::can_set_errno() {
         // SAFETY: the helper takes any errno.
         unsafe { bpf_set_retval(-ECONNREFUSED) };

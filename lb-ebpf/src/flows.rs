@@ -9,20 +9,20 @@ use aya_ebpf::programs::SockAddrContext;
 use lb_common::{Address, Counter, RevNat, flow_clock};
 
 use crate::context::Endpoint;
-use crate::translate::is_excluded;
+use crate::xlate::is_bypassed;
 use crate::{config, log, maps, revnat};
 
 /// Where a datagram goes.
 #[derive(Clone, Copy)]
-pub struct Followed {
+pub struct Session {
     pub backend: Address,
     pub port: u16,
 }
 
 /// The backend that earlier datagrams to the same VIP went to, while it is in the table.
 #[inline(always)]
-pub fn follow(ctx: &SockAddrContext, connected: &Endpoint) -> Option<Followed> {
-    if is_excluded() || maps::is_shadow() {
+pub fn lookup(ctx: &SockAddrContext, connected: &Endpoint) -> Option<Session> {
+    if is_bypassed() || maps::is_shadow() {
         return None;
     }
     // SAFETY: a non-null pointer is to this socket's own storage, and the socket is locked.
@@ -31,17 +31,17 @@ pub fn follow(ctx: &SockAddrContext, connected: &Endpoint) -> Option<Followed> {
     flows.mark_used(index, now());
     let found = *flows.flow(index);
     if found.layout == config::layout() && maps::is_in_table(found.backend_idx, found.generation) {
-        return Some(Followed { backend: found.backend, port: found.backend_port });
+        return Some(Session { backend: found.backend, port: found.backend_port });
     }
     maps::count(Counter::StaleBackend);
-    log::backend_gone(ctx, found.backend_idx);
+    log::stale_backend(ctx, found.backend_idx);
     None
 }
 
 /// Keeps where a datagram goes, for those after it and for the replies. Where there is no memory
 /// for it, or all flows of the socket are in use, it goes on, and the next one may go elsewhere.
 #[inline(always)]
-pub fn keep(ctx: &SockAddrContext, flow: &RevNat) {
+pub fn store(ctx: &SockAddrContext, flow: &RevNat) {
     // SAFETY: as above. Without a value, the storage begins as zeros.
     match unsafe { maps::FLOWS.get_or_insert_ptr_mut(ctx, None).as_mut() } {
         Some(flows) => {
@@ -52,7 +52,7 @@ pub fn keep(ctx: &SockAddrContext, flow: &RevNat) {
         }
         None => {
             maps::count(Counter::StorageAllocFailed);
-            log::no_storage(ctx);
+            log::storage_alloc_failed(ctx);
         }
     }
 }
@@ -73,9 +73,9 @@ pub fn pass(ctx: &SockAddrContext, address: &Endpoint, peer: impl FnOnce() -> En
 /// Whom a datagram from `sender` comes from, as the application should see it: the VIP that it is a
 /// reply of, or the sender itself. `peer` is what the socket is connected to.
 #[inline(always)]
-pub fn shown(ctx: &SockAddrContext, sender: &Endpoint, peer: &Endpoint) -> Endpoint {
+pub fn reverse_xlate(ctx: &SockAddrContext, sender: &Endpoint, peer: &Endpoint) -> Endpoint {
     if sender.is(peer) {
-        return revnat::shown(ctx, sender);
+        return revnat::reverse_xlate(ctx, sender);
     }
     // What others sent came before the socket was connected, or connected to this peer.
     // SAFETY: as above.
@@ -85,7 +85,7 @@ pub fn shown(ctx: &SockAddrContext, sender: &Endpoint, peer: &Endpoint) -> Endpo
         let flow = flows.flow(index);
         return Endpoint { address: flow.frontend, port: flow.frontend_port };
     }
-    if peer.port == 0 { *sender } else { revnat::formerly_shown(ctx, sender) }
+    if peer.port == 0 { *sender } else { revnat::reverse_xlate_prev(ctx, sender) }
 }
 
 /// What a flow's use is dated by.

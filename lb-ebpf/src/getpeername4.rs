@@ -10,12 +10,11 @@ use crate::revnat;
 /// Attached to BPF_CGROUP_INET4_GETPEERNAME. It runs on every accept() too.
 #[cgroup_sock_addr(getpeername4)]
 pub fn nohop_getpeer4(ctx: SockAddrContext) -> i32 {
-    let peer =
-        Endpoint { address: Address::v4(context::address4(&ctx)), port: context::port(&ctx) };
-    let shown = revnat::shown(&ctx, &peer);
+    let peer = Endpoint { address: Address::v4(context::dst4(&ctx)), port: context::port(&ctx) };
+    let shown = revnat::reverse_xlate(&ctx, &peer);
     // An IPv4 socket connected an IPv4 address.
     if let Some(address) = shown.address.to_v4() {
-        context::set4(&ctx, address, shown.port);
+        context::set_dst4(&ctx, address, shown.port);
     }
     PROCEED
 }

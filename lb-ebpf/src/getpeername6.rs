@@ -9,8 +9,8 @@ use crate::revnat;
 /// Attached to BPF_CGROUP_INET6_GETPEERNAME. It runs on every accept() too.
 #[cgroup_sock_addr(getpeername6)]
 pub fn nohop_getpeer6(ctx: SockAddrContext) -> i32 {
-    let peer = Endpoint { address: context::address6(&ctx), port: context::port(&ctx) };
-    let shown = revnat::shown(&ctx, &peer);
-    context::set6(&ctx, shown.address, shown.port);
+    let peer = Endpoint { address: context::dst6(&ctx), port: context::port(&ctx) };
+    let shown = revnat::reverse_xlate(&ctx, &peer);
+    context::set_dst6(&ctx, shown.address, shown.port);
     PROCEED
 }

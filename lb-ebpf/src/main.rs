@@ -1,7 +1,7 @@
 //! The kernel side of nohop: cgroup socket-address programs, one file a hook.
 //!
-//! `translate` is what the hooks that send share, `peers` and `flows` are what a socket remembers
-//! for the hooks that translate back.
+//! `xlate` is what the hooks that translate forward share, `revnat` and `flows` are what a socket
+//! remembers for the hooks that translate back.
 #![no_std]
 #![no_main]
 // The target has no compare-and-exchange, so `AtomicU64` lacks the addition that it does have.
@@ -23,7 +23,7 @@ mod recvmsg6;
 mod revnat;
 mod sendmsg4;
 mod sendmsg6;
-mod translate;
+mod xlate;
 
 #[unsafe(link_section = "license")]
 #[unsafe(no_mangle)]

@@ -10,12 +10,11 @@ use crate::flows;
 /// Attached to BPF_CGROUP_UDP4_RECVMSG.
 #[cgroup_sock_addr(recvmsg4)]
 pub fn nohop_recvmsg4(ctx: SockAddrContext) -> i32 {
-    let sender =
-        Endpoint { address: Address::v4(context::address4(&ctx)), port: context::port(&ctx) };
-    let shown = flows::shown(&ctx, &sender, &context::peer4(&ctx));
+    let sender = Endpoint { address: Address::v4(context::dst4(&ctx)), port: context::port(&ctx) };
+    let shown = flows::reverse_xlate(&ctx, &sender, &context::peer4(&ctx));
     // An IPv4 socket connected an IPv4 address.
     if let Some(address) = shown.address.to_v4() {
-        context::set4(&ctx, address, shown.port);
+        context::set_dst4(&ctx, address, shown.port);
     }
     PROCEED
 }

@@ -7,51 +7,51 @@
 
 use aya_ebpf::helpers::generated::{bpf_sk_storage_get, bpf_skc_to_mptcp_sock};
 use aya_ebpf::programs::SockAddrContext;
-use lb_common::{Counter, IPPROTO_UDP, RevNat};
+use lb_common::{Counter, IPPROTO_UDP, Origin, RevNat};
 
 use crate::context::{self, Endpoint};
-use crate::translate::Socket;
 use crate::{config, log, maps};
 
-/// Keeps what was connected to. Where there is no memory for it the connection goes on. `connected` is what a UDP
-/// socket is connected to until now.
+/// Stores what was connected to. Where there is no memory for it the connection goes on. `connected` is
+/// what a UDP socket is connected to until now.
 #[inline(always)]
-pub fn remember(
+pub fn store(
     ctx: &SockAddrContext,
-    peer: RevNat,
-    socket: Socket,
+    entry: RevNat,
+    origin: Origin,
     connected: impl FnOnce() -> Endpoint,
 ) {
     // Made as zeros, which say nothing, and written once: a value for the kernel to begin with would
     // be copied twice, and storage that was there already has an earlier connect in it.
     // SAFETY: a non-null pointer is to this socket's own storage, which only hooks of this socket
     // read and write, and they run with it locked.
-    match unsafe { maps::PEERS.get_or_insert_ptr_mut(ctx, None).as_mut() } {
+    match unsafe { maps::SK_REVNAT.get_or_insert_ptr_mut(ctx, None).as_mut() } {
         Some(kept) => {
             if context::protocol(ctx) == IPPROTO_UDP {
-                set_aside(ctx, kept, &connected(), &Endpoint::of_backend(&peer));
+                set_aside(ctx, kept, &connected(), &Endpoint::of_backend(&entry));
             }
-            *kept = peer;
+            *kept = entry;
         }
         None => {
             maps::count(Counter::StorageAllocFailed);
-            log::no_storage(ctx);
+            log::storage_alloc_failed(ctx);
         }
     }
-    if let Socket::Subflow = socket {
-        remember_outside(ctx, peer);
+    if let Origin::Subflow = origin {
+        store_outside(ctx, entry);
     }
 }
 
-/// Forgets an earlier connect: the socket goes to `address` itself. Most sockets have nothing to forget.
+/// Clears what an earlier connect() stored: the socket goes to `address` itself. Most sockets have
+/// nothing stored.
 #[inline(always)]
-pub fn forget(ctx: &SockAddrContext, address: &Endpoint, connected: impl FnOnce() -> Endpoint) {
+pub fn clear(ctx: &SockAddrContext, address: &Endpoint, connected: impl FnOnce() -> Endpoint) {
     // SAFETY: as above.
-    let Some(kept) = (unsafe { maps::PEERS.get_ptr_mut(ctx).as_mut() }) else { return };
+    let Some(kept) = (unsafe { maps::SK_REVNAT.get_ptr_mut(ctx).as_mut() }) else { return };
     if context::protocol(ctx) == IPPROTO_UDP {
         set_aside(ctx, kept, &connected(), address);
     } else {
-        forget_outside(ctx);
+        clear_outside(ctx);
     }
     *kept = RevNat::default();
 }
@@ -64,19 +64,19 @@ fn set_aside(ctx: &SockAddrContext, kept: &RevNat, connected: &Endpoint, next: &
     // SAFETY: as above.
     let former = unsafe {
         if is_kept && connected.port != 0 {
-            maps::FORMER_PEERS.get_or_insert_ptr_mut(ctx, None).as_mut()
+            maps::SK_REVNAT_PREV.get_or_insert_ptr_mut(ctx, None).as_mut()
         } else {
-            maps::FORMER_PEERS.get_ptr_mut(ctx).as_mut()
+            maps::SK_REVNAT_PREV.get_ptr_mut(ctx).as_mut()
         }
     };
     let Some(former) = former else { return };
-    let is_former = former.was_sent_to(&connected.address, connected.port)
-        && !kept.was_sent_to(&connected.address, connected.port);
+    let is_former = former.matches_backend(&connected.address, connected.port)
+        && !kept.matches_backend(&connected.address, connected.port);
     if !is_former && is_kept {
         *former = *kept;
     }
     // What it is to be connected to by another name, or by none.
-    if former.was_sent_to(&next.address, next.port) {
+    if former.matches_backend(&next.address, next.port) {
         *former = RevNat::default();
     }
 }
@@ -87,8 +87,8 @@ pub fn association(ctx: &SockAddrContext, peer: &Endpoint) -> Option<&'static Re
     // SAFETY: as above; the storage lives as long as the socket, which is longer than the program
     // runs.
     unsafe {
-        let kept = maps::PEERS.get_ptr_mut(ctx).as_ref()?;
-        if kept.was_sent_to(&peer.address, peer.port) {
+        let kept = maps::SK_REVNAT.get_ptr_mut(ctx).as_ref()?;
+        if kept.matches_backend(&peer.address, peer.port) {
             return Some(kept);
         }
     }
@@ -98,35 +98,35 @@ pub fn association(ctx: &SockAddrContext, peer: &Endpoint) -> Option<&'static Re
 #[inline(always)]
 fn former(ctx: &SockAddrContext, peer: &Endpoint) -> Option<&'static RevNat> {
     // SAFETY: as above.
-    let former = unsafe { maps::FORMER_PEERS.get_ptr_mut(ctx).as_ref() };
-    former.filter(|former| former.was_sent_to(&peer.address, peer.port))
+    let former = unsafe { maps::SK_REVNAT_PREV.get_ptr_mut(ctx).as_ref() };
+    former.filter(|former| former.matches_backend(&peer.address, peer.port))
 }
 
 /// What the application should see of the socket's peer: what was connected to, if the peer is the
 /// backend that the connection became, or the peer itself.
 #[inline(always)]
-pub fn shown(ctx: &SockAddrContext, peer: &Endpoint) -> Endpoint {
+pub fn reverse_xlate(ctx: &SockAddrContext, peer: &Endpoint) -> Endpoint {
     // What was kept is about another connection if the peer is another one.
     association(ctx, peer).map_or(*peer, Endpoint::of_frontend)
 }
 
 /// The same for a sender that the socket was connected to before.
 #[inline(always)]
-pub fn formerly_shown(ctx: &SockAddrContext, sender: &Endpoint) -> Endpoint {
+pub fn reverse_xlate_prev(ctx: &SockAddrContext, sender: &Endpoint) -> Endpoint {
     former(ctx, sender).map_or(*sender, Endpoint::of_frontend)
 }
 
 /// Keeps the same for the MPTCP socket that a subflow is of: connect() runs the hook on the subflow,
 /// and getpeername() on the other.
 #[inline(always)]
-fn remember_outside(ctx: &SockAddrContext, peer: RevNat) {
+fn store_outside(ctx: &SockAddrContext, entry: RevNat) {
     if let Some(kept) = outside(ctx, true) {
-        *kept = peer;
+        *kept = entry;
     }
 }
 
 #[inline(always)]
-fn forget_outside(ctx: &SockAddrContext) {
+fn clear_outside(ctx: &SockAddrContext) {
     if let Some(kept) = outside(ctx, false) {
         *kept = RevNat::default();
     }
@@ -146,7 +146,7 @@ fn outside(ctx: &SockAddrContext, create: bool) -> Option<&'static mut RevNat> {
         if mptcp.is_null() {
             return None;
         }
-        let map = (&raw const maps::PEERS).cast_mut().cast();
+        let map = (&raw const maps::SK_REVNAT).cast_mut().cast();
         let value = core::ptr::null_mut();
         bpf_sk_storage_get(map, mptcp.cast(), value, u64::from(create)).cast::<RevNat>().as_mut()
     }

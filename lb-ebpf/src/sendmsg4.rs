@@ -4,11 +4,10 @@
 
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
-use lb_common::Address;
+use lb_common::{Address, Call, Destination, FamilyFilter};
 
-use crate::context::{self, Endpoint, FAIL, PROCEED, Refused};
-use crate::maps::Reach;
-use crate::translate::{self, Call, choose4, may_be_ours};
+use crate::context::{self, Endpoint, FAIL, PROCEED, Reject};
+use crate::xlate::{self, in_vip_range, xlate4};
 use crate::{flows, log, revnat};
 
 /// Attached to BPF_CGROUP_UDP4_SENDMSG.
@@ -16,15 +15,15 @@ use crate::{flows, log, revnat};
 pub fn nohop_sendmsg4(ctx: SockAddrContext) -> i32 {
     match try_sendmsg4(&ctx) {
         Ok(()) => PROCEED,
-        Err(Refused) => context::refuse(|| FAIL),
+        Err(Reject) => context::reject(|| FAIL),
     }
 }
 
 #[inline(always)]
-fn try_sendmsg4(ctx: &SockAddrContext) -> Result<(), Refused> {
-    let address = context::address4(ctx);
+fn try_sendmsg4(ctx: &SockAddrContext) -> Result<(), Reject> {
+    let address = context::dst4(ctx);
     let connected = Endpoint { address: Address::v4(address), port: context::port(ctx) };
-    if !may_be_ours(address) {
+    if !in_vip_range(address) {
         flows::pass(ctx, &connected, || context::peer(ctx));
         return Ok(());
     }
@@ -39,26 +38,26 @@ fn try_sendmsg4(ctx: &SockAddrContext) -> Result<(), Refused> {
         {
             // udp_sendmsg() can't send to IPv6.
             let Some(backend) = peer.address.to_v4() else {
-                return Err(translate::refuse_family4(ctx, address));
+                return Err(xlate::refuse_family(ctx, Destination::V4(address)));
             };
-            context::set4(ctx, backend, peer.port);
+            context::set_dst4(ctx, backend, peer.port);
             return Ok(());
         }
     }
-    if let Some(followed) = flows::follow(ctx, &connected)
-        && let Some(backend) = followed.backend.to_v4()
+    if let Some(session) = flows::lookup(ctx, &connected)
+        && let Some(backend) = session.backend.to_v4()
     {
-        context::set4(ctx, backend, followed.port);
+        context::set_dst4(ctx, backend, session.port);
         return Ok(());
     }
-    let Some(choice) = choose4(ctx, address, Call::Send, || Reach::Ipv4)? else {
+    let Some(selection) = xlate4(ctx, address, Call::Send, || FamilyFilter::Ipv4)? else {
         flows::pass(ctx, &connected, || context::peer(ctx));
         return Ok(());
     };
-    let Some(backend) = choice.backend.address.to_v4() else {
-        return Err(log::inconsistent(ctx, choice.service));
+    let Some(backend) = selection.backend.address.to_v4() else {
+        return Err(log::inconsistent(ctx, selection.service));
     };
-    context::set4(ctx, backend, choice.backend.port);
-    flows::keep(ctx, &choice.peer(connected));
+    context::set_dst4(ctx, backend, selection.backend.port);
+    flows::store(ctx, &xlate::revnat(&selection, &connected));
     Ok(())
 }

@@ -3,10 +3,10 @@
 
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
+use lb_common::{Call, Destination, FamilyFilter};
 
-use crate::context::{self, Endpoint, FAIL, PROCEED, Refused};
-use crate::maps::Reach;
-use crate::translate::{self, Call, choose6};
+use crate::context::{self, Endpoint, FAIL, PROCEED, Reject};
+use crate::xlate::{self, xlate6};
 use crate::{config, flows, revnat};
 
 /// Attached to BPF_CGROUP_UDP6_SENDMSG.
@@ -14,13 +14,13 @@ use crate::{config, flows, revnat};
 pub fn nohop_sendmsg6(ctx: SockAddrContext) -> i32 {
     match try_sendmsg6(&ctx) {
         Ok(()) => PROCEED,
-        Err(Refused) => context::refuse(|| FAIL),
+        Err(Reject) => context::reject(|| FAIL),
     }
 }
 
 #[inline(always)]
-fn try_sendmsg6(ctx: &SockAddrContext) -> Result<(), Refused> {
-    let connected = Endpoint { address: context::address6(ctx), port: context::port(ctx) };
+fn try_sendmsg6(ctx: &SockAddrContext) -> Result<(), Reject> {
+    let connected = Endpoint { address: context::dst6(ctx), port: context::port(ctx) };
     if !config::in_pool6(&connected.address) {
         flows::pass(ctx, &connected, || context::peer6(ctx));
         return Ok(());
@@ -34,21 +34,23 @@ fn try_sendmsg6(ctx: &SockAddrContext) -> Result<(), Refused> {
             .is_some_and(|kept| kept.matches_vip(&connected.address, connected.port))
         {
             if peer.address.to_v4().is_some() {
-                return Err(translate::refuse_family6(&connected));
+                return Err(xlate::refuse_family(ctx, Destination::V6(connected.address.octets)));
             }
-            context::set6(ctx, peer.address, peer.port);
+            context::set_dst6(ctx, peer.address, peer.port);
             return Ok(());
         }
     }
-    if let Some(followed) = flows::follow(ctx, &connected) {
-        context::set6(ctx, followed.backend, followed.port);
+    if let Some(session) = flows::lookup(ctx, &connected) {
+        context::set_dst6(ctx, session.backend, session.port);
         return Ok(());
     }
-    let Some(choice) = choose6(ctx, &connected, Call::Send, |_| Reach::Ipv6)? else {
+    let Some(selection) =
+        xlate6(ctx, connected.address.octets, Call::Send, |_| FamilyFilter::Ipv6)?
+    else {
         flows::pass(ctx, &connected, || context::peer6(ctx));
         return Ok(());
     };
-    context::set6(ctx, choice.backend.address, choice.backend.port);
-    flows::keep(ctx, &choice.peer(connected));
+    context::set_dst6(ctx, selection.backend.address, selection.backend.port);
+    flows::store(ctx, &xlate::revnat(&selection, &connected));
     Ok(())
 }

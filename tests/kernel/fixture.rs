@@ -115,7 +115,7 @@ impl Place {
         datapath
     }
 
-    /// The path of something that is pinned, such as `v2/links/nohop_connect4`.
+    /// The path of something that is pinned, such as `v3/links/nohop_connect4`.
     pub fn pin(&self, name: &str) -> PathBuf {
         self.options.bpffs.join(name)
     }

@@ -9,7 +9,9 @@ mod connector;
 mod disconnect;
 mod families;
 mod fixture;
+mod layout2;
 mod lockdown;
+mod maps;
 mod memcg;
 mod netns_scope;
 mod obstacles;
@@ -68,10 +70,12 @@ const fn once(name: &'static str, run: fn()) -> KernelTrial {
 const TRIALS: &[KernelTrial] = &[
     since((5, 10), "a_connect_reaches_a_backend", translation::a_connect_reaches_a_backend),
     once("weights_are_shares", translation::weights_are_shares),
-    since((5, 10), "the_peer_is_forgotten", translation::the_peer_is_forgotten),
-    since((5, 10), "what_is_no_vip_passes", translation::what_is_no_vip_passes),
+    since((5, 10), "an_earlier_peer_is_cleared", translation::an_earlier_peer_is_cleared),
+    since((5, 10), "other_addresses_pass", translation::other_addresses_pass),
     since((5, 10), "connects_are_counted", translation::connects_are_counted),
-    since((5, 10), "maps_are_readable", translation::maps_are_readable),
+    since((5, 10), "the_recipe_for_bpftool_works", maps::the_recipe_works),
+    since((5, 10), "maps_have_field_names", maps::maps_have_field_names),
+    since((5, 10), "pins_of_layout_2_are_taken_over", layout2::pins_are_taken_over),
     since((6, 1), "refused_by_errno", refusal::by_errno),
     since((5, 10), "refused_by_port_zero", refusal::by_port_zero),
     since((5, 10), "a_pin_counts_on_the_host", netns_scope::a_pin_counts_on_the_host),
@@ -140,8 +144,8 @@ const TRIALS: &[KernelTrial] = &[
     since((5, 10), "a_frozen_scope_is_reported", proof::a_frozen_scope_is_reported),
     since((5, 10), "excluded_cgroups_are_bypassed", bypass::excluded_cgroups),
     since((5, 10), "cgroups_are_excluded_by_pattern", bypass::excluded_by_pattern),
-    since((5, 10), "what_is_behind_a_hole_stays_excluded", bypass::excluded_behind_a_hole),
-    once("more_excluded_than_fit_is_told", bypass::more_excluded_than_fit),
+    since((5, 10), "excluded_cgroups_come_and_go", bypass::excluded_come_and_go),
+    since((5, 10), "many_cgroups_are_excluded", bypass::many_excluded),
     since((5, 10), "the_daemon_is_bypassed", bypass::the_daemon),
     since((5, 10), "a_cold_service_is_reported_once", reports::a_cold_service_is_reported_once),
     since((5, 10), "a_refused_connect_is_reported", reports::a_refused_connect_is_reported),

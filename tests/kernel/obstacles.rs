@@ -12,7 +12,7 @@ use crate::pins::{bpftool, number};
 /// Pins some program for a hook, as another agent's, which is one of ours with another owner.
 pub fn foreign_program(place: &Place, program: &str) -> String {
     let datapath = place.start();
-    let link = place.pin(&format!("v2/links/{program}"));
+    let link = place.pin(&format!("v3/links/{program}"));
     let shown = bpftool(&["-j", "link", "show", "pinned", link.to_str().unwrap()]);
     let id = number(&shown, "prog_id").to_string();
     let path = place.options.bpffs.with_file_name("foreign");
@@ -72,7 +72,7 @@ pub fn an_exclusive_program_is_named_later() {
     place.options.scope = below.clone();
     let mut datapath = place.start_attached();
     datapath.apply(&table(Vec::new())).unwrap();
-    let link = place.pin("v2/links/nohop_connect4");
+    let link = place.pin("v3/links/nohop_connect4");
     bpftool(&["link", "detach", "pinned", link.to_str().unwrap()]);
     let at = own.to_str().unwrap();
     bpftool(&["cgroup", "attach", at, "connect4", "pinned", &pinned]);

@@ -36,7 +36,7 @@ pub fn connects_go_on_without_storage() {
         };
         scope.spawn(connecting).join().unwrap();
     });
-    assert_eq!(event(&bed, "no_socket_storage"), 6);
+    assert_eq!(event(&bed, "storage_alloc_failed"), 6);
 }
 
 /// sendto() with MSG_FASTOPEN connections, too.

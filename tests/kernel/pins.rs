@@ -49,12 +49,12 @@ pub fn two_daemons_are_one_too_many() {
     let mut first = Datapath::start(&place.options).unwrap();
     first.apply(&table(vec![service("web", VIP, &[(server.address, 1)])])).unwrap();
     let pid = std::process::id();
-    for layout in [2, 3] {
+    for layout in [3, 4] {
         place.options.layout = layout;
         let error = Datapath::start(&place.options).unwrap_err().to_string();
         assert!(error.contains(&format!("process {pid},")), "{error}");
     }
-    assert!(!place.pin("v3").exists());
+    assert!(!place.pin("v4").exists());
     first.keep();
     assert_eq!(connect((VIP, 80)).unwrap(), 'a', "the first goes on");
 }
@@ -77,11 +77,11 @@ pub fn what_is_foreign_is_refused() {
         bpftool(&["prog", "pin", "id", &id, path]);
     };
     let spoils: [(&str, Spoil<'_>); 5] = [
-        ("v2/maps/SLOTS", &foreign_map),
-        ("sockets/PEERS", &foreign_map),
-        ("v2/links/nohop_connect4", &foreign_map),
-        ("v2/links/nohop_connect4", &program),
-        ("v2/links/another", &program),
+        ("v3/maps/SLOTS", &foreign_map),
+        ("sockets/SK_REVNAT", &foreign_map),
+        ("v3/links/nohop_connect4", &foreign_map),
+        ("v3/links/nohop_connect4", &program),
+        ("v3/links/another", &program),
     ];
     for (name, spoil) in spoils {
         let mut place = Place::new();
@@ -92,7 +92,7 @@ pub fn what_is_foreign_is_refused() {
         if name.ends_with("connect4") {
             fs::create_dir(place.pin("aside")).unwrap();
             let aside = place.pin("aside/connect4");
-            let connect4 = place.pin("v2/links/nohop_connect4");
+            let connect4 = place.pin("v3/links/nohop_connect4");
             let shown = bpftool(&["-j", "link", "show", "pinned", connect4.to_str().unwrap()]);
             let id = number(&shown, "id").to_string();
             bpftool(&["link", "pin", "id", &id, aside.to_str().unwrap()]);
@@ -100,8 +100,8 @@ pub fn what_is_foreign_is_refused() {
         drop(datapath);
         let _ = fs::remove_file(&path);
         spoil(&path);
-        for layout in [2, 3] {
-            if layout == 3 && name.starts_with("v2/maps") {
+        for layout in [3, 4] {
+            if layout == 4 && name.starts_with("v3/maps") {
                 continue; // a map of another layout is never used
             }
             place.options.layout = layout;
@@ -125,7 +125,7 @@ pub fn a_later_layout_is_replaced() {
     let links = place.pin("v9/links");
     fs::rename(links.join("nohop_sendmsg6"), links.join("nohop_unheard_of")).unwrap();
     fs::create_dir(place.pin("v9/something")).unwrap();
-    place.options.layout = 2;
+    place.options.layout = 3;
     let mut datapath = place.start();
     assert!(!datapath.are_hooks_ours());
     assert_eq!(connect((VIP, 80)).unwrap(), 'a');
@@ -202,7 +202,7 @@ pub fn lost_links_are_fixed() {
     for lost in [vec!["nohop_getpeer4"], vec!["nohop_connect4"], programs()] {
         let lost: std::collections::BTreeSet<_> = lost.into_iter().collect();
         for program in &lost {
-            let link = pin(&bed, &format!("v2/links/{program}"));
+            let link = pin(&bed, &format!("v3/links/{program}"));
             bpftool(&["link", "detach", "pinned", link.to_str().unwrap()]);
         }
         let attachment = bed.datapath.fix();
@@ -221,7 +221,7 @@ pub fn lost_pins_are_fixed() {
     let (options, mut datapath) = (&place.options, place.start());
     datapath.apply(&table(vec![service("web", VIP, &[(server.address, 1)])])).unwrap();
     let before = datapath.indices("web");
-    for lost in ["v2/links/nohop_recvmsg4", "v2/maps/SLOTS", "sockets", "v2", ""] {
+    for lost in ["v3/links/nohop_recvmsg4", "v3/maps/SLOTS", "sockets", "v3", ""] {
         let path = options.bpffs.join(lost);
         if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) }.unwrap();
         let attachment = datapath.fix();
@@ -275,7 +275,7 @@ pub fn hooks_come_and_go_in_order() {
     let ids: Vec<u64> = programs()
         .iter()
         .map(|program| {
-            let path = place.pin(&format!("v2/links/{program}"));
+            let path = place.pin(&format!("v3/links/{program}"));
             number(&bpftool(&["-j", "link", "show", "pinned", path.to_str().unwrap()]), "id")
         })
         .collect();
@@ -286,7 +286,7 @@ pub fn hooks_come_and_go_in_order() {
     for by_daemon in [true, false] {
         let mut datapath = datapath.take().unwrap_or_else(|| place.start());
         let events = inotify::init(CreateFlags::NONBLOCK).unwrap();
-        inotify::add_watch(&events, place.pin("v2/links"), WatchFlags::DELETE).unwrap();
+        inotify::add_watch(&events, place.pin("v3/links"), WatchFlags::DELETE).unwrap();
         if by_daemon {
             datapath.detach();
         } else {
@@ -308,7 +308,7 @@ pub fn the_heartbeat_is_readable() {
     let place = Place::new();
     let mut datapath = place.start();
     datapath.apply(&table(vec![])).unwrap();
-    let path = place.pin("v2/maps/DAEMON");
+    let path = place.pin("v3/maps/CONTROL");
     let read = || {
         let dump = bpftool(&["-j", "map", "dump", "pinned", path.to_str().unwrap()]);
         ["heartbeat_ns", "table_ns", "table_generation"].map(|field| number(&dump, field))

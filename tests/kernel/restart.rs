@@ -98,14 +98,14 @@ pub fn maps_that_hold_less_are_not_used() {
 }
 
 /// Enough connections that a gap of a millisecond would be met.
-const N_CONNECTS: u64 = 300;
+pub const N_CONNECTS: u64 = 300;
 
 fn indices(datapath: &Datapath) -> BTreeMap<String, Indices> {
     let names = datapath.names().into_iter();
     names.map(|(name, _)| (name.to_string(), datapath.indices(&name).unwrap())).collect()
 }
 
-fn apply(datapath: &mut Datapath, services: Vec<Service>) {
+pub fn apply(datapath: &mut Datapath, services: Vec<Service>) {
     let errors = datapath.apply(&table(services)).unwrap();
     assert!(errors.is_empty(), "{errors:?}");
 }
@@ -149,13 +149,13 @@ pub fn a_restart_loses_no_connect() {
 }
 
 /// Answers datagrams with what they say, until one is empty.
-struct Echo {
-    address: SocketAddrV4,
+pub struct Echo {
+    pub address: SocketAddrV4,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Echo {
-    fn start() -> Echo {
+    pub fn start() -> Echo {
         let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
         let SocketAddr::V4(address) = socket.local_addr().unwrap() else { unreachable!() };
         let thread = std::thread::spawn(move || {
@@ -176,14 +176,14 @@ impl Drop for Echo {
 }
 
 /// Sockets that were opened through a datapath.
-struct Opened {
+pub struct Opened {
     stream: TcpStream,
     connected: UdpSocket,
     unconnected: UdpSocket,
 }
 
 impl Opened {
-    fn open() -> Opened {
+    pub fn open() -> Opened {
         let [connected, unconnected] = [(); 2].map(|()| {
             let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
             socket.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
@@ -195,7 +195,7 @@ impl Opened {
     }
 
     /// What each of them sees of its peer is the VIP. A reply is under way while `meanwhile` runs.
-    fn check(&self, meanwhile: impl FnOnce()) {
+    pub fn check(&self, meanwhile: impl FnOnce()) {
         let vip = SocketAddr::from((OTHER_VIP, 80));
         self.connected.send(b"c").unwrap();
         self.unconnected.send_to(b"u", vip).unwrap();
@@ -246,7 +246,7 @@ fn takes_over(change: fn(&mut Place)) {
 }
 
 pub fn a_new_layout_takes_over() {
-    takes_over(|place| place.options.layout = 3);
+    takes_over(|place| place.options.layout = 4);
 }
 
 pub fn other_sizes_take_over() {
@@ -254,7 +254,7 @@ pub fn other_sizes_take_over() {
 }
 
 /// The directories of layouts that are there.
-fn layouts(place: &Place) -> Vec<String> {
+pub fn layouts(place: &Place) -> Vec<String> {
     let entries = std::fs::read_dir(&place.options.bpffs).unwrap();
     let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
     let mut names: Vec<_> = names.filter(|name| name.starts_with('v')).collect();
@@ -266,21 +266,21 @@ fn layouts(place: &Place) -> Vec<String> {
 pub fn a_crash_in_the_middle_serves_on() {
     let (old, new) = (Server::start(b'o'), Server::start(b'n'));
     let web = |server: &Server| vec![service("web", VIP, &[(server.address, 1)])];
-    for next_layout in [3, 2] {
+    for next_layout in [4, 3] {
         let mut place = Place::new();
         let mut datapath = place.start();
         apply(&mut datapath, web(&old));
         let before = indices(&datapath);
         let connector = Connector::start((VIP, 80));
         drop(datapath);
-        place.options.layout = 3;
+        place.options.layout = 4;
         drop(place.start());
-        assert_eq!(layouts(&place), ["v2", "v3"]);
+        assert_eq!(layouts(&place), ["v3", "v4"]);
         connector.more(N_CONNECTS);
 
         place.options.layout = next_layout;
         let mut datapath = place.start();
-        assert_eq!(datapath.is_adopted(), next_layout == 2);
+        assert_eq!(datapath.is_adopted(), next_layout == 3);
         assert_eq!(connector.more(N_CONNECTS), "o");
         if datapath.is_adopted() {
             assert_eq!(indices(&datapath), before);
@@ -299,7 +299,9 @@ pub fn half_written_pins_serve_on() {
     };
     let (old, new) = (Server::start(b'o'), Server::start(b'n'));
     let web = |server: &Server| vec![service("web", VIP, &[(server.address, 1)])];
-    for missing in ["v2/maps/BACKENDS", "v2/maps/DAEMON", "v2/maps", "sockets/PEERS", "sockets"] {
+    for missing in
+        ["v3/maps/BACKENDS", "v3/maps/CONTROL", "v3/maps", "sockets/SK_REVNAT", "sockets"]
+    {
         let place = Place::new();
         let mut datapath = place.start();
         apply(&mut datapath, web(&old));
@@ -323,12 +325,14 @@ pub fn half_written_pins_serve_on() {
 pub fn spoilt_maps_are_made_anew() {
     let (old, new) = (Server::start(b'o'), Server::start(b'n'));
     let web = |server: &Server| vec![service("web", VIP, &[(server.address, 1)])];
-    for (map, value_size) in [("NAMES", 64), ("SERVICES", 64), ("SLOTS", 8), ("BACKENDS", 32)] {
+    for (map, value_size) in
+        [("SERVICE_NAMES", 64), ("SERVICES", 192), ("SLOTS", 8), ("BACKENDS", 64)]
+    {
         let place = Place::new();
         let mut datapath = place.start();
         apply(&mut datapath, web(&old));
         drop(datapath);
-        let path = place.pin(&format!("v2/maps/{map}"));
+        let path = place.pin(&format!("v3/maps/{map}"));
         let status = Command::new("bpftool")
             .args(["map", "update", "pinned", path.to_str().unwrap(), "key", "0", "0", "0", "0"])
             .arg("value")

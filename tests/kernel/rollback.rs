@@ -22,7 +22,7 @@ fn descriptor(fd: i32) -> OwnedFd {
     unsafe { OwnedFd::from_raw_fd(fd) }
 }
 
-fn pin(object: &OwnedFd, path: &Path) {
+pub fn pin(object: &OwnedFd, path: &Path) {
     let name = std::ffi::CString::new(path.as_os_str().as_bytes()).unwrap();
     bpf(BPF_OBJ_PIN, &[name.as_ptr() as u64, object.as_raw_fd() as u64]).unwrap();
 }
@@ -40,7 +40,7 @@ fn program(kind: u32, attach_type: u32, value: u32) -> OwnedFd {
     descriptor(bpf(BPF_PROG_LOAD, &attr).unwrap())
 }
 
-fn link(program: &OwnedFd, target: u32, attach_type: u32) -> std::io::Result<OwnedFd> {
+pub fn link(program: &OwnedFd, target: u32, attach_type: u32) -> std::io::Result<OwnedFd> {
     let mut attr = [0u32; 32];
     (attr[0], attr[1], attr[2]) = (program.as_raw_fd() as u32, target, attach_type);
     bpf(BPF_LINK_CREATE, &attr).map(descriptor)
@@ -86,7 +86,7 @@ fn later(place: &mut Place, server: &Server) {
     let mut datapath = place.start_attached();
     datapath.apply(&table(vec![service("web", VIP, &[(server.address, 1)])])).unwrap();
     drop(datapath);
-    place.options.layout = 2;
+    place.options.layout = 3;
     let units = place.pin("v9/units/edge/links");
     fs::create_dir_all(&units).unwrap();
     for (n, (name, link)) in in_own_namespace(links).into_iter().enumerate() {
@@ -133,7 +133,7 @@ pub fn over_another_storage() {
     let mut datapath = place.start_attached();
     datapath.apply(&table(web())).unwrap();
     drop(datapath);
-    let peers = place.pin("sockets/PEERS");
+    let peers = place.pin("sockets/SK_REVNAT");
     fs::remove_file(&peers).unwrap();
     pin(&storage(96), &peers);
     let mut datapath = place.start_attached_or_waiting();
@@ -180,11 +180,11 @@ pub fn foreign_directories_stay() {
     assert_eq!(unload(&place.options.bpffs).unwrap(), programs().len());
     assert!(foreign.iter().all(|dir| dir.exists()));
     assert!(foreign[1].join("links/theirs").exists());
-    assert!(!place.pin("v2").exists() && !place.pin("sockets").exists());
+    assert!(!place.pin("v3").exists() && !place.pin("sockets").exists());
 
     // Where our own layout should be, it is in the way.
-    fs::create_dir_all(place.pin("v2/maps/precious")).unwrap();
+    fs::create_dir_all(place.pin("v3/maps/precious")).unwrap();
     let error = Datapath::start(&place.options).unwrap_err().to_string();
-    assert!(error.contains("v2 has no pins of nohop's in it"), "{error}");
-    assert!(place.pin("v2/maps/precious").exists());
+    assert!(error.contains("v3 has no pins of nohop's in it"), "{error}");
+    assert!(place.pin("v3/maps/precious").exists());
 }

@@ -131,7 +131,7 @@ pub fn outlives_the_daemon() {
 
     drop(datapath);
     place.options.is_shadow = true;
-    for layout in [2, 3] {
+    for layout in [3, 4] {
         place.options.layout = layout;
         let mut datapath = place.start();
         if datapath.are_hooks_ours() {

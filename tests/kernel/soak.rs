@@ -86,7 +86,7 @@ fn random_service(random: &mut Random) -> (Arc<str>, Option<Service>) {
 
 /// The pinned map's values, in one piece, as the kernel has them.
 fn dump(place: &Place, map: &str) -> String {
-    let path = place.pin(&format!("v2/maps/{map}"));
+    let path = place.pin(&format!("v3/maps/{map}"));
     let dump = Command::new("bpftool").args(["-j", "map", "dump", "pinned"]).arg(path).output();
     let dump = dump.unwrap();
     assert!(dump.status.success(), "{}", String::from_utf8_lossy(&dump.stderr));

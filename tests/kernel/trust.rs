@@ -85,7 +85,7 @@ fn assert_serves(place: &Place) {
     datapath.keep();
     datapath.apply(&table(vec![service("web", VIP, &[(server.address, 1)])])).unwrap();
     assert_eq!(connect((VIP, 80)).unwrap(), 'a');
-    for dir in ["", "v2", "v2/maps", "v2/links", "sockets"] {
+    for dir in ["", "v3", "v3/maps", "v3/links", "sockets"] {
         assert_eq!(mode(&place.pin(dir)), 0o700, "{dir:?}");
     }
     datapath.detach();
@@ -186,7 +186,7 @@ pub fn a_directory_of_another_user_is_moved_aside() {
     let place = Place::new();
     let bpffs = &place.options.bpffs;
     for n in 1..=2 {
-        fs::create_dir_all(bpffs.join("v2/links")).unwrap();
+        fs::create_dir_all(bpffs.join("v3/links")).unwrap();
         fs::create_dir(bpffs.join("precious")).unwrap();
         chown(bpffs, Some(NOBODY), Some(NOBODY)).unwrap();
         assert_serves(&place);

@@ -98,7 +98,7 @@ pub fn a_datagram_after_a_departure_goes_elsewhere() {
         assert_eq!(hear(&socket).unwrap(), ('f', way), "a late reply");
         present.send_to(b"p", at_present).unwrap();
         assert_eq!(hear(&socket).unwrap(), ('p', way));
-        assert_eq!(event(&bed, "backend_gone"), 1);
+        assert_eq!(event(&bed, "stale_backend"), 1);
     }
 }
 

@@ -74,7 +74,7 @@ pub fn an_optional_unit_fails_alone() {
         let (state, reason) = datagrams(&datapath);
         assert_eq!(state, UnitState::Failed);
         assert!(reason.contains("holds the hook sendmsg4"), "{reason}");
-        let recvmsg4 = place.pin("v2/links/nohop_recvmsg4");
+        let recvmsg4 = place.pin("v3/links/nohop_recvmsg4");
         assert!(!recvmsg4.exists(), "the hook before it is detached again");
         let attachment = datapath.fix();
         assert!(attachment.is_complete() && attachment.lost.is_empty(), "{attachment:?}");
@@ -83,7 +83,7 @@ pub fn an_optional_unit_fails_alone() {
     bpftool(&["cgroup", "detach", &scope, "sendmsg4", "pinned", &foreign]);
     assert!(datapath.fix().is_complete());
     assert_eq!(datagrams(&datapath), (UnitState::Attached, String::new()));
-    let link = place.pin("v2/links/nohop_sendmsg4");
+    let link = place.pin("v3/links/nohop_sendmsg4");
     bpftool(&["link", "detach", "pinned", link.to_str().unwrap()]);
     assert_eq!(datapath.fix().lost, BTreeSet::from(["nohop_sendmsg4"]));
     assert_eq!(datagrams(&datapath), (UnitState::Attached, String::new()));

@@ -19,7 +19,7 @@ pub fn story() -> Result<()> {
 
     // Somebody writes to the maps: the one backend's entry is emptied.
     let backends = nohop.pin("maps/BACKENDS")?;
-    let nothing = "0 ".repeat(32);
+    let nothing = "0 ".repeat(64);
     let update = format!("map update pinned {} key 0 0 0 0 value {nothing}", backends.display());
     cmd::words("bpftool", update.trim())?;
     let connects = nodes.connect(vip, 100)?;

@@ -8,8 +8,9 @@ use anyhow::{Context, Result, bail};
 use crate::process;
 use crate::setup;
 
-/// The targets; lb-userspace/src/fuzzing.rs describes what each reads.
-const TARGETS: [&str; 5] = ["consul", "config", "catalog", "dns", "state"];
+/// The targets; lb-userspace/src/fuzzing.rs describes what each reads, and lb-common/src/decide/model.rs
+/// what `decide` does.
+const TARGETS: [&str; 6] = ["consul", "config", "catalog", "decide", "dns", "state"];
 
 /// Inputs longer than this find nothing that shorter ones don't.
 const MAX_LEN: usize = 64 << 10;

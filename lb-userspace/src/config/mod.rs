@@ -28,7 +28,7 @@ pub use parse::{Flag, FlagValue, Loaded};
 pub const DEFAULT_PATH: &str = "/etc/nohop/nohop.toml";
 
 /// The number of cgroups that can be excluded at once.
-pub const MAX_EXCLUDED_CGROUPS: usize = 16;
+pub const MAX_EXCLUDED_CGROUPS: usize = 1_024;
 
 /// All settings, checked.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]

@@ -35,7 +35,7 @@ pub fn table(backends: &[(u32, u16)]) -> Vec<Slot> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use lb_common::{MAX_SERVICE_BACKENDS, choose};
+    use lb_common::{MAX_SERVICE_BACKENDS, select};
     use proptest::prelude::*;
 
     /// Each backend's share of the choices, exactly: a column is 1/n, a side of it its threshold.
@@ -74,7 +74,7 @@ mod tests {
         let mut chosen = vec![0u32; backends.len()];
         for random in (0..=u32::MAX).step_by(1 << 14) {
             let slot = |index: u32| slots.get(index as usize).copied();
-            chosen[choose(random, slots.len() as u32, slot).unwrap() as usize] += 1;
+            chosen[select(random, slots.len() as u32, slot).unwrap() as usize] += 1;
         }
         assert!(chosen.iter().all(|&times| times == 64), "{chosen:?}");
     }

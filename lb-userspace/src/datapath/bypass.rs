@@ -1,23 +1,26 @@
-//! The cgroups that are left alone, as the kernel knows them.
+//! The cgroups that are bypassed, as the kernel knows them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::linux::fs::MetadataExt;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 
-use lb_common::{BypassCgroup, MAX_EXCLUDED};
+use lb_common::{BypassCgroup, BypassLevel, MAX_BYPASS_CGROUPS, N_BYPASS_LEVELS};
 
 use crate::config::cgroup::{self, Mount};
 
 /// As many of the cgroups in a list as a message names.
 const N_NAMED: usize = 3;
 
+/// An entry of `BYPASS`.
+type Entry = (BypassCgroup, BypassLevel);
+
 /// What one look at the hierarchy found.
 #[derive(Debug, Default)]
 pub struct Found {
     /// The cgroups that exist and are matched, in the order of the patterns and, of one pattern, by
     /// path.
-    cgroups: Vec<(PathBuf, BypassCgroup)>,
+    cgroups: Vec<(PathBuf, Entry)>,
     /// What an operator should know: patterns that match nothing, and why.
     pub problems: Vec<String>,
 }
@@ -31,7 +34,7 @@ pub fn find(patterns: &[PathBuf]) -> Found {
 
 fn find_in(mounts: &[Mount], patterns: &[PathBuf]) -> Found {
     let mut found = Found::default();
-    let mut known = BTreeMap::new();
+    let mut known = BTreeSet::new();
     for pattern in patterns {
         match matches(mounts, pattern) {
             Ok(matches) if matches.is_empty() => found.problems.push(format!(
@@ -40,7 +43,15 @@ fn find_in(mounts: &[Mount], patterns: &[PathBuf]) -> Found {
             )),
             Ok(matches) => {
                 for (path, excluded) in matches {
-                    if known.insert(excluded.cgroup_id, ()).is_none() {
+                    let (_, BypassLevel { level }) = excluded;
+                    if level >= N_BYPASS_LEVELS.into() {
+                        found.problems.push(format!(
+                            "datapath.exclude_cgroups: {} is {level} levels deep, and {} at most can be \
+                             excluded: exclude a cgroup that it is below",
+                            path.display(),
+                            N_BYPASS_LEVELS - 1
+                        ));
+                    } else if known.insert(excluded) {
                         found.cgroups.push((path, excluded));
                     }
                 }
@@ -52,7 +63,7 @@ fn find_in(mounts: &[Mount], patterns: &[PathBuf]) -> Found {
 }
 
 /// The cgroups that one pattern matches, by path.
-fn matches(mounts: &[Mount], pattern: &Path) -> Result<Vec<(PathBuf, BypassCgroup)>, String> {
+fn matches(mounts: &[Mount], pattern: &Path) -> Result<Vec<(PathBuf, Entry)>, String> {
     let problem = |what: String| {
         Err(format!("datapath.exclude_cgroups: '{}' excludes nothing: {what}", pattern.display()))
     };
@@ -94,7 +105,7 @@ fn matches(mounts: &[Mount], pattern: &Path) -> Result<Vec<(PathBuf, BypassCgrou
         let is_cgroup = cgroup::is_cgroup2(&path).unwrap_or(false);
         is_cgroup.then_some(())?;
         let level = level as u64;
-        Some((path, BypassCgroup { cgroup_id: metadata.st_ino(), level }))
+        Some((path, (BypassCgroup { cgroup_id: metadata.st_ino() }, BypassLevel { level })))
     };
     Ok(paths.into_iter().filter_map(excluded).collect())
 }
@@ -152,42 +163,30 @@ fn is_match(pattern: &[u8], name: &[u8]) -> bool {
 }
 
 impl Found {
-    /// The entries of `EXCLUDED` for these cgroups, where `present` are its entries now: a cgroup
-    /// that is excluded already stays, at its place; others fill the places that are free. Notes which
-    /// ones there was no place for.
-    pub fn place(&mut self, present: &[BypassCgroup]) -> [BypassCgroup; MAX_EXCLUDED] {
-        let mut places = [BypassCgroup::default(); MAX_EXCLUDED];
-        for (place, present) in places.iter_mut().zip(present) {
-            if self.cgroups.iter().any(|(_, excluded)| excluded == present) {
-                *place = *present;
-            }
-        }
-        let mut left_out = Vec::new();
-        for (path, excluded) in &self.cgroups {
-            if places.contains(excluded) {
-                continue;
-            }
-            match places.iter_mut().find(|place| place.cgroup_id == 0) {
-                Some(place) => *place = *excluded,
-                None => left_out.push(path.display().to_string()),
-            }
-        }
-        // The programs look no further than the first entry of zeros.
-        let n_used = places.iter().rposition(|place| place.cgroup_id != 0).map_or(0, |at| at + 1);
-        for place in places[..n_used].iter_mut().filter(|place| place.cgroup_id == 0) {
-            *place = BypassCgroup::HOLE;
-        }
+    /// The entries of `BYPASS` for these cgroups, where `present` are its entries now: what is bypassed
+    /// already stays so, others fill what room there is. Notes which ones there was no room for.
+    pub fn fit(
+        &mut self,
+        present: &BTreeMap<BypassCgroup, BypassLevel>,
+    ) -> BTreeMap<BypassCgroup, BypassLevel> {
+        let is_present = |(cgroup, level): &Entry| present.get(cgroup) == Some(level);
+        let (mut cgroups, new): (Vec<_>, Vec<_>) =
+            self.cgroups.iter().partition(|(_, entry)| is_present(entry));
+        cgroups.extend(new);
+        let left_out = cgroups.split_off(cgroups.len().min(MAX_BYPASS_CGROUPS));
         if !left_out.is_empty() {
             let n_more = left_out.len().saturating_sub(N_NAMED);
-            let named = left_out[..left_out.len().min(N_NAMED)].join(", ");
+            let named = left_out.iter().take(N_NAMED).map(|(path, _)| path.display().to_string());
+            let named = named.collect::<Vec<_>>().join(", ");
             let more = if n_more > 0 { format!(" and {n_more} more") } else { String::new() };
             self.problems.push(format!(
-                "datapath.exclude_cgroups matches {} cgroups, and {MAX_EXCLUDED} at most can be excluded: \
-                 connections from {named}{more} are translated; exclude a cgroup that they are below",
+                "datapath.exclude_cgroups matches {} cgroups, and {MAX_BYPASS_CGROUPS} at most can be \
+                 excluded: connections from {named}{more} are translated; exclude a cgroup that they are \
+                 below",
                 self.cgroups.len()
             ));
         }
-        places
+        cgroups.into_iter().map(|(_, entry)| *entry).collect()
     }
 }
 
@@ -246,49 +245,37 @@ mod tests {
         Found { cgroups: ids.into_iter().map(cgroup).collect(), problems: Vec::new() }
     }
 
-    fn entry(cgroup_id: u64) -> BypassCgroup {
-        BypassCgroup { cgroup_id, level: 2 }
+    fn entry(cgroup_id: u64) -> Entry {
+        (BypassCgroup { cgroup_id }, BypassLevel { level: 2 })
     }
 
-    /// What is excluded stays so, at its place, whatever comes before it in the list.
+    /// What is bypassed stays so, whatever comes before it in the list.
     #[test]
-    fn the_excluded_stay_while_they_are_there() {
-        let places = some(11..=27).place(&[]);
-        assert_eq!(places.map(|place| place.cgroup_id), std::array::from_fn(|at| at as u64 + 11));
-        let mut more = some(1..=30);
-        assert_eq!(more.place(&places), places);
-        assert_eq!(
-            more.problems,
-            [
-                "datapath.exclude_cgroups matches 30 cgroups, and 16 at most can be excluded: connections \
-              from c1, c2, c3 and 11 more are translated; exclude a cgroup that they are below"
-            ]
-        );
-        // One goes: another takes its place, and no other moves.
-        let mut fewer = some((1..=30).filter(|&id| id != 13));
-        let mut expected = places;
-        expected[2] = entry(1);
-        assert_eq!(fewer.place(&places), expected);
+    fn the_bypassed_stay_while_they_are_there() {
+        let max = MAX_BYPASS_CGROUPS as u64;
+        let present: BTreeMap<_, _> = (11..11 + max).map(entry).collect();
+        assert_eq!(some(11..11 + max).fit(&BTreeMap::new()), present);
+        let mut more = some(1..=max + 14);
+        assert_eq!(more.fit(&present), present);
+        let [problem] = &more.problems[..] else { panic!("{:?}", more.problems) };
+        for part in ["matches 1038 cgroups", "1024 at most", "from c1, c2, c3 and 11 more are"] {
+            assert!(problem.contains(part), "no {part:?} in {problem}");
+        }
+        // One goes: another takes its place.
+        let mut fewer = some((1..=max + 14).filter(|&id| id != 13));
+        let mut expected = present.clone();
+        expected.remove(&entry(13).0);
+        expected.extend([entry(1)]);
+        assert_eq!(fewer.fit(&present), expected);
         // All but two go.
         let mut two = some([26, 12]);
-        let left = two.place(&places);
-        assert_eq!((left[1], left[15]), (entry(12), entry(26)));
-        assert_eq!(left.iter().filter(|place| place.cgroup_id != 0).count(), 2);
+        assert_eq!(two.fit(&present), BTreeMap::from([entry(12), entry(26)]));
         assert!(two.problems.is_empty());
-        // Only what is behind the last one ends the list.
-        let holes = left.iter().filter(|place| **place == BypassCgroup::HOLE).count();
-        assert_eq!(holes, 14);
-        let mut one = some([12]);
-        let left = one.place(&left);
-        assert_eq!(left[..3], [BypassCgroup::HOLE, entry(12), BypassCgroup::default()]);
-        // A hole is a free place.
-        let mut again = some([12, 13]);
-        assert_eq!(again.place(&left)[..3], [entry(13), entry(12), BypassCgroup::default()]);
     }
 
     /// The limit of the configuration is that of the map.
     #[test]
     fn the_limit_is_the_maps() {
-        assert_eq!(crate::config::MAX_EXCLUDED_CGROUPS, MAX_EXCLUDED);
+        assert_eq!(crate::config::MAX_EXCLUDED_CGROUPS, MAX_BYPASS_CGROUPS);
     }
 }

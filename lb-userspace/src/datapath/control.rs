@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use lb_common::{Control, Counter, N_COUNTERS, RejectMethod};
+use lb_common::{Control, Counter, RejectMethod};
 
 use super::activity::Usage;
 use super::bpf::netns_cookie;
@@ -66,7 +66,13 @@ impl Datapath {
             return;
         }
         let mut found = bypass::find(&self.excluded);
-        self.board.set_excluded(&found.place(&self.board.excluded()));
+        let map = self.reconciler.maps_mut().bypass();
+        let set = map.cgroups().and_then(|present| map.set(&found.fit(&present)));
+        if let Err(error) = set {
+            found.problems.push(format!(
+                "datapath.exclude_cgroups: the kernel refused a change of the map BYPASS: {error}"
+            ));
+        }
         self.exclusions = found.problems;
     }
 
@@ -216,8 +222,8 @@ impl Datapath {
     pub fn take_reports(&mut self) -> Result<Reports, DatapathError> {
         let names = self.reconciler.maps_mut().names();
         let mut loaded = self.units.loaded_mut();
-        let map = loaded.find_map(|ebpf| ebpf.take_map("REPORTS"));
-        Reports::new(map.ok_or(DatapathError::Object { missing: "REPORTS" })?, names)
+        let map = loaded.find_map(|ebpf| ebpf.take_map("EVENTS"));
+        Reports::new(map.ok_or(DatapathError::Object { missing: "EVENTS" })?, names)
     }
 
     /// The indices that the kernel knows a service and its backends by.
@@ -277,17 +283,17 @@ impl Datapath {
 /// and cgroups that there is no room for.
 pub fn exclusion_problems(patterns: &[PathBuf]) -> Vec<String> {
     let mut found = bypass::find(patterns);
-    found.place(&[]);
+    found.fit(&BTreeMap::new());
     found.problems
 }
 
 /// The counters that no service owns, with the names they have in `status`.
-pub const COUNTERS: [(&str, Counter); N_COUNTERS] = [
+pub const COUNTERS: [(&str, Counter); 9] = [
     ("refused_no_frontend", Counter::RefusedNoFrontend),
-    ("no_socket_storage", Counter::StorageAllocFailed),
+    ("storage_alloc_failed", Counter::StorageAllocFailed),
     ("inconsistent", Counter::Inconsistent),
     ("bypassed", Counter::Bypassed),
-    ("backend_gone", Counter::StaleBackend),
+    ("stale_backend", Counter::StaleBackend),
     ("shadowed", Counter::Shadowed),
     ("shadowed_no_frontend", Counter::ShadowedNoFrontend),
     ("udp_no_frontend", Counter::UdpNoFrontend),

@@ -4,7 +4,8 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use aya::maps::{Map, MapData, RingBuf};
-use lb_common::EventKind;
+use lb_common::{Event, EventKind};
+use zerocopy::FromBytes;
 
 use super::error::DatapathError;
 use super::kernel::Names;
@@ -17,7 +18,7 @@ pub struct Reports {
 }
 
 impl Reports {
-    /// Reads from the map `REPORTS`.
+    /// Reads from the map `EVENTS`.
     pub(super) fn new(map: Map, names: Names) -> Result<Reports, DatapathError> {
         let ring = RingBuf::try_from(map).map_err(|source| DatapathError::Map { source })?;
         Ok(Reports { ring, names })
@@ -27,12 +28,10 @@ impl Reports {
     ///
     /// A service that was removed meanwhile may be told by the name that its index has now.
     pub fn next_name(&mut self) -> Option<Arc<str>> {
-        while let Some(report) = self.ring.next() {
-            let &[a, b, c, d, e, f, g, h] = &*report else { continue };
-            let reason = u32::from_ne_bytes([e, f, g, h]);
-            let service_idx = u32::from_ne_bytes([a, b, c, d]);
-            if reason == EventKind::Connected as u32
-                && let Some(name) = self.names.name(service_idx)
+        while let Some(event) = self.ring.next() {
+            let Ok(Event { service, kind }) = Event::read_from_bytes(&event) else { continue };
+            if kind == EventKind::Connected as u32
+                && let Some(name) = self.names.name(service)
             {
                 return Some(name);
             }

@@ -1,7 +1,10 @@
 //! The kernel's maps: the hashes by system call, the arrays through shared memory.
 #![allow(unsafe_code)]
 
+use std::collections::BTreeMap;
 use std::io;
+use std::marker::PhantomData;
+use std::mem::offset_of;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::AsFd;
 use std::ptr::NonNull;
@@ -12,31 +15,40 @@ use std::time::Duration;
 use aya::Ebpf;
 use aya::maps::{HashMap, Map, MapData, MapError};
 use lb_common::{
-    Address, Backend, BackendEntry, BackendSets, BypassCgroup, Control, Counter, Group,
-    MAX_EXCLUDED, N_PINNED_COUNTERS, Probe, ServiceEntry, ServiceName, ServiceRef, Slot, SlotRange,
-    UdpConnects,
+    Backend, BackendEntry, BypassCgroup, BypassLevel, Control, Counter, Fallback, Frontend,
+    Frontend6, GlobalCounters, Probe, ServiceEntry, ServiceFlags, ServiceName, ServiceRef,
+    ServiceStats, Slot, UdpConnects,
 };
+use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::bpf::ProgramWait;
 use super::error::DatapathError;
-use super::maps::{FrontendKey, Maps};
+use super::maps::{FrontendKey, Groups, Maps};
 
-/// An array map whose values are words, mapped into memory.
+/// An array map whose values are `T`, mapped into memory. Each word of a value is read and written at
+/// once; a value of several words may be seen half-written.
 #[derive(Debug)]
-struct AtomicArray {
+struct AtomicArray<T> {
     start: NonNull<AtomicU64>,
     n_words: usize,
+    value: PhantomData<T>,
 }
 
 // SAFETY: the mapping belongs to the value until it is dropped, and is only used as atomics.
-unsafe impl Send for AtomicArray {}
+unsafe impl<T> Send for AtomicArray<T> {}
 // SAFETY: as above.
-unsafe impl Sync for AtomicArray {}
+unsafe impl<T> Sync for AtomicArray<T> {}
 
-impl AtomicArray {
-    fn map(map: &MapData) -> Result<AtomicArray, DatapathError> {
+impl<T> AtomicArray<T> {
+    /// Maps an array of the object into memory.
+    fn take(ebpf: &mut Ebpf, name: &'static str) -> Result<Arc<AtomicArray<T>>, DatapathError> {
+        let map = ebpf.take_map(name).ok_or(DatapathError::Object { missing: name })?;
+        let Map::Array(map) = map else { return Err(DatapathError::Object { missing: name }) };
         let info = map.info().map_err(|source| DatapathError::Map { source })?;
-        let n_words = info.max_entries() as usize * info.value_size() as usize / 8;
+        if info.value_size() as usize != size_of::<T>() {
+            return Err(DatapathError::Object { missing: name });
+        }
+        let n_words = info.max_entries() as usize * size_of::<T>() / 8;
         let protection = rustix::mm::ProtFlags::READ | rustix::mm::ProtFlags::WRITE;
         // SAFETY: a fresh mapping, at an address of the kernel's choice, aliases nothing.
         let start = unsafe {
@@ -50,15 +62,11 @@ impl AtomicArray {
                 0,
             )
         };
-        let start = start.map_err(|errno| DatapathError::Mmap {
-            map: info.name_as_str().unwrap_or("?").to_owned(),
-            source: errno.into(),
-        })?;
-        let start = NonNull::new(start.cast()).ok_or(DatapathError::Mmap {
-            map: "null".to_owned(),
-            source: io::ErrorKind::Other.into(),
-        })?;
-        Ok(AtomicArray { start, n_words })
+        let mmap_error = |source| DatapathError::Mmap { map: name.to_owned(), source };
+        let start = start.map_err(|errno| mmap_error(errno.into()))?;
+        let start =
+            NonNull::new(start.cast()).ok_or_else(|| mmap_error(io::ErrorKind::Other.into()))?;
+        Ok(Arc::new(AtomicArray { start, n_words, value: PhantomData }))
     }
 
     fn words(&self) -> &[AtomicU64] {
@@ -68,48 +76,82 @@ impl AtomicArray {
         unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.n_words) }
     }
 
-    /// Stores a word after all that was stored before it.
-    fn store(&self, word_idx: usize, word: u64) {
-        self.words()[word_idx].store(word, Ordering::Release);
+    /// The words of the field at `offset` of an element, which has `size` bytes; none where there is
+    /// no such element.
+    fn field(&self, index: u32, offset: usize, size: usize) -> &[AtomicU64] {
+        let whole = offset.is_multiple_of(8) && size.is_multiple_of(8);
+        assert!(whole && offset + size <= size_of::<T>(), "a field is whole words of the value");
+        let first = (index as usize * size_of::<T>() + offset) / 8;
+        self.words().get(first..first + size / 8).unwrap_or_default()
     }
 
-    fn load(&self, word_idx: usize) -> u64 {
-        self.words().get(word_idx).map_or(0, |word| word.load(Ordering::Acquire))
+    /// The field at `offset` of an element; zeros where there is no such element.
+    fn load_field<F: FromBytes + IntoBytes>(&self, index: u32, offset: usize) -> F {
+        let mut field = F::new_zeroed();
+        let bytes = field.as_mut_bytes().chunks_exact_mut(8);
+        for (bytes, word) in bytes.zip(self.field(index, offset, size_of::<F>())) {
+            bytes.copy_from_slice(&word.load(Ordering::Acquire).to_ne_bytes());
+        }
+        field
     }
 
-    /// Stores the words of element `index`, one after the other.
-    fn store_element<const N: usize>(&self, index: u32, words: [u64; N]) {
-        for (word_idx, word) in (index as usize * N..).zip(words) {
-            self.store(word_idx, word);
+    /// Stores the words of a field, one after the other, each after all that was stored before.
+    fn store_field<F: IntoBytes + Immutable>(&self, index: u32, offset: usize, field: &F) {
+        let words = self.field(index, offset, size_of::<F>());
+        let (bytes, _) = field.as_bytes().as_chunks();
+        for (word, bytes) in words.iter().zip(bytes) {
+            word.store(u64::from_ne_bytes(*bytes), Ordering::Release);
         }
     }
 
-    fn load_element<const N: usize>(&self, index: u32) -> [u64; N] {
-        std::array::from_fn(|word| self.load(index as usize * N + word))
+    fn load(&self, index: u32) -> T
+    where
+        T: FromBytes + IntoBytes,
+    {
+        self.load_field(index, 0)
+    }
+
+    fn store(&self, index: u32, value: &T)
+    where
+        T: IntoBytes + Immutable,
+    {
+        self.store_field(index, 0, value);
     }
 }
 
-impl Drop for AtomicArray {
+impl<T> Drop for AtomicArray<T> {
     fn drop(&mut self) {
         // SAFETY: nothing borrows the mapping any more. There is nothing to do about a failure.
         let _ = unsafe { rustix::mm::munmap(self.start.as_ptr().cast(), self.n_words * 8) };
     }
 }
 
-/// The words of a [`ServiceEntry`]: its regions, the connections, and whether one is awaited.
-const SERVICE_WORDS: usize = size_of::<ServiceEntry>() / 8;
-/// The words of a [`BackendEntry`]: two of address, one of port and generation, the connections.
-const BACKEND_WORDS: usize = size_of::<BackendEntry>() / 8;
+/// Keys and values of hashes, as aya takes them.
+#[derive(Clone, Copy, Debug)]
+#[repr(transparent)]
+struct Plain<T>(T);
+
+// SAFETY: zerocopy's derives have proved that these are plain integers without padding.
+unsafe impl<T: FromBytes + IntoBytes + Immutable + Copy + 'static> aya::Pod for Plain<T> {}
+
+type Hash<K, V> = HashMap<MapData, Plain<K>, Plain<V>>;
+
+fn take_hash<K, V>(ebpf: &mut Ebpf, name: &'static str) -> Result<Hash<K, V>, DatapathError>
+where
+    Plain<K>: aya::Pod,
+    Plain<V>: aya::Pod,
+{
+    let map = ebpf.take_map(name).ok_or(DatapathError::Object { missing: name })?;
+    HashMap::try_from(map).map_err(|source| DatapathError::Map { source })
+}
 
 /// What the programs count.
 #[derive(Clone, Debug)]
 pub struct Counters {
-    services: Arc<AtomicArray>,
-    unsent: Arc<AtomicArray>,
-    backends: Arc<AtomicArray>,
-    counters: Arc<AtomicArray>,
-    events: Arc<AtomicArray>,
-    udp_connects: Arc<AtomicArray>,
+    services: Arc<AtomicArray<ServiceEntry>>,
+    stats: Arc<AtomicArray<ServiceStats>>,
+    backends: Arc<AtomicArray<BackendEntry>>,
+    global: Arc<AtomicArray<GlobalCounters>>,
 }
 
 /// What is counted of a service; all only grow.
@@ -123,8 +165,7 @@ pub struct ServiceCounters {
     pub refused_family: u64,
     /// Connects that passed untouched because connections were only counted.
     pub shadowed: u64,
-    /// connect() by UDP sockets, since the daemon's start: apart, since address lookups make them and
-    /// send nothing.
+    /// connect() by UDP sockets: apart, since address lookups make them and send nothing.
     pub udp_connects: UdpConnects,
 }
 
@@ -140,116 +181,121 @@ impl ServiceCounters {
 impl Counters {
     /// The counters of a service, by its index.
     pub fn service(&self, service_idx: u32) -> ServiceCounters {
-        let [.., connects, _is_awaited] = self.services.load_element::<SERVICE_WORDS>(service_idx);
-        let [refused, refused_family, shadowed] = self.unsent.load_element(service_idx);
-        let [by_udp, no_backend, family] = self.udp_connects.load_element(service_idx);
-        let udp_connects = UdpConnects { connects: by_udp, no_backend, family };
-        ServiceCounters { connects, refused, refused_family, shadowed, udp_connects }
+        let stats = self.stats.load(service_idx);
+        ServiceCounters {
+            connects: self.services.load_field(service_idx, offset_of!(ServiceEntry, connects)),
+            refused: stats.no_backend,
+            refused_family: stats.family,
+            shadowed: stats.shadowed,
+            udp_connects: stats.udp,
+        }
     }
 
     /// The connections of a backend, by its index.
     pub fn backend_connects(&self, backend_idx: u32) -> u64 {
-        let [.., connects] = self.backends.load_element::<BACKEND_WORDS>(backend_idx);
-        connects
+        self.backends.load_field(backend_idx, offset_of!(BackendEntry, connects))
     }
 
     /// An event that no service owns.
     pub fn event(&self, counter: Counter) -> u64 {
-        match (counter as usize).checked_sub(N_PINNED_COUNTERS) {
-            None => self.counters.load(counter as usize),
-            Some(event) => self.events.load(event),
-        }
+        self.global.load_field(0, counter as usize * size_of::<u64>())
     }
 }
 
-/// The maps by which the daemon and the programs speak of themselves.
+/// The maps by which the daemon and the programs control each other.
 #[derive(Clone, Debug)]
 pub struct ControlBlock {
-    daemon: Arc<AtomicArray>,
-    probe: Arc<AtomicArray>,
-    excluded: Arc<AtomicArray>,
+    control: Arc<AtomicArray<Control>>,
+    probe: Arc<AtomicArray<Probe>>,
 }
 
 impl ControlBlock {
-    /// What a daemon, this one or an earlier one, says of itself.
+    /// What a daemon, this one or an earlier one, wrote.
     pub fn daemon(&self) -> Control {
-        let [heartbeat_ns, table_ns, table_generation, host_netns, pid, tgid, is_synced, is_shadow] =
-            self.daemon.load_element(0);
-        Control {
-            heartbeat_ns,
-            table_ns,
-            table_generation,
-            host_netns,
-            pid,
-            tgid,
-            is_synced,
-            is_shadow,
-        }
+        self.control.load(0)
     }
 
-    /// Says something else of this daemon.
-    pub fn set_daemon(&self, daemon: Control) {
-        let Control { heartbeat_ns, table_ns, table_generation, host_netns, .. } = daemon;
-        let Control { pid, tgid, is_synced, is_shadow, .. } = daemon;
-        let words =
-            [heartbeat_ns, table_ns, table_generation, host_netns, pid, tgid, is_synced, is_shadow];
-        self.daemon.store_element(0, words);
+    /// Writes something else.
+    pub fn set_daemon(&self, control: Control) {
+        self.control.store(0, &control);
     }
 
     /// What the connect hook saw of the last connect() to the pool's own address.
     pub fn probe(&self) -> Probe {
-        let [cookie, tgid, netns] = self.probe.load_element(0);
-        Probe { cookie, tgid, netns }
+        self.probe.load(0)
     }
 
     /// Has the connect hook expect a connect() of the socket with this cookie.
     pub fn expect_probe(&self, cookie: u64) {
         // Without a cookie none is expected; with a process it was seen already.
-        self.probe.store_element(0, [0; 3]);
-        self.probe.store(0, cookie);
-    }
-
-    /// The cgroups that are left alone.
-    pub fn excluded(&self) -> [BypassCgroup; MAX_EXCLUDED] {
-        std::array::from_fn(|index| {
-            let [cgroup_id, level] = self.excluded.load_element(index as u32);
-            BypassCgroup { cgroup_id, level }
-        })
-    }
-
-    /// Leaves these cgroups alone, and no others.
-    pub fn set_excluded(&self, excluded: &[BypassCgroup; MAX_EXCLUDED]) {
-        let former = self.excluded();
-        for (index, (next, _)) in
-            excluded.iter().zip(&former).enumerate().filter(|(_, (next, former))| next != former)
-        {
-            // Between the two the former cgroup has another's level, at which no process finds it: it
-            // goes anyway. Without an id in between the entry could be taken for the last one.
-            self.excluded.store(index * 2 + 1, next.level);
-            self.excluded.store(index * 2, next.cgroup_id);
-        }
+        self.probe.store(0, &Probe::default());
+        self.probe.store_field(0, offset_of!(Probe, cookie), &cookie);
     }
 }
 
-/// Tells which backends are in the table.
+/// The cgroups that are bypassed.
+#[derive(Debug)]
+pub struct BypassMap {
+    cgroups: Hash<BypassCgroup, BypassLevel>,
+    control: Arc<AtomicArray<Control>>,
+}
+
+impl BypassMap {
+    /// The cgroups that are bypassed now, each with its depth.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn cgroups(&self) -> io::Result<BTreeMap<BypassCgroup, BypassLevel>> {
+        let entry = |(Plain(cgroup), Plain(level))| (cgroup, level);
+        self.cgroups.iter().map(|found| found.map(entry).map_err(io_error)).collect()
+    }
+
+    /// Bypasses these cgroups, and no others. Those that are bypassed before and after are so
+    /// throughout.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn set(&mut self, cgroups: &BTreeMap<BypassCgroup, BypassLevel>) -> io::Result<()> {
+        let former = self.cgroups()?;
+        // Programs look at the depths that have a bit alone.
+        self.set_levels(former.values().chain(cgroups.values()));
+        for cgroup in former.keys().filter(|cgroup| !cgroups.contains_key(cgroup)) {
+            self.cgroups.remove(&Plain(*cgroup)).map_err(io_error)?;
+        }
+        for (cgroup, level) in cgroups {
+            if former.get(cgroup) != Some(level) {
+                self.cgroups.insert(Plain(*cgroup), Plain(*level), 0).map_err(io_error)?;
+            }
+        }
+        self.set_levels(cgroups.values());
+        Ok(())
+    }
+
+    fn set_levels<'a>(&self, levels: impl Iterator<Item = &'a BypassLevel>) {
+        let bits = levels.fold(0, |bits, &BypassLevel { level }| bits | 1u64 << level);
+        self.control.store_field(0, offset_of!(Control, bypass_levels), &bits);
+    }
+}
+
+/// Knows which backends are in the table.
 #[derive(Clone, Debug)]
-pub struct Generations(Arc<AtomicArray>);
+pub struct Generations(Arc<AtomicArray<BackendEntry>>);
 
 impl Generations {
     /// The generation of the backend with this index; 0 for one that isn't in the table.
     pub fn generation(&self, backend_idx: u32) -> u32 {
-        halves(self.0.load(backend_idx as usize * BACKEND_WORDS + 2))[1]
+        self.0.load_field::<Backend>(backend_idx, offset_of!(BackendEntry, backend)).generation
     }
 }
 
-/// Tells the names of services.
+/// Knows the names of services.
 #[derive(Clone, Debug)]
-pub struct Names(Arc<AtomicArray>);
+pub struct Names(Arc<AtomicArray<ServiceName>>);
 
 impl Names {
     /// The name of the service with this index; `None` where there is none.
     pub fn name(&self, service_idx: u32) -> Option<Arc<str>> {
-        let ServiceName { octets } = name_entry(&self.0, service_idx);
+        let ServiceName { octets } = self.0.load(service_idx);
         let name = octets.split(|&octet| octet == 0).next().unwrap_or_default();
         let name = std::str::from_utf8(name).unwrap_or_default();
         (!name.is_empty()).then(|| name.into())
@@ -259,60 +305,44 @@ impl Names {
 /// The maps that the programs read.
 #[derive(Debug)]
 pub struct KernelMaps {
-    frontends: HashMap<MapData, [u8; 8], [u8; 8]>,
-    frontends6: HashMap<MapData, [u8; 20], [u8; 8]>,
-    services: Arc<AtomicArray>,
-    slots: AtomicArray,
-    backends: Arc<AtomicArray>,
-    names: Arc<AtomicArray>,
+    frontends: Hash<Frontend, ServiceRef>,
+    frontends6: Hash<Frontend6, ServiceRef>,
+    slots: Arc<AtomicArray<Slot>>,
+    names: Arc<AtomicArray<ServiceName>>,
     counters: Counters,
-    board: ControlBlock,
+    control: ControlBlock,
+    bypass: BypassMap,
     program_wait: Option<ProgramWait>,
 }
 
 impl KernelMaps {
     /// Takes the maps of a loaded object.
     pub fn take(ebpf: &mut Ebpf) -> Result<KernelMaps, DatapathError> {
-        let mut map =
-            |name: &'static str| ebpf.take_map(name).ok_or(DatapathError::Object { missing: name });
-        let mut array = |name: &'static str| match map(name)? {
-            Map::Array(data) => AtomicArray::map(&data),
-            _ => Err(DatapathError::Object { missing: name }),
-        };
-        let services = Arc::new(array("SERVICES")?);
-        let slots = array("SLOTS")?;
-        let backends = Arc::new(array("BACKENDS")?);
-        let names = Arc::new(array("NAMES")?);
         let counters = Counters {
-            services: services.clone(),
-            unsent: Arc::new(array("UNSENT")?),
-            backends: backends.clone(),
-            counters: Arc::new(array("COUNTERS")?),
-            events: Arc::new(array("EVENTS")?),
-            udp_connects: Arc::new(array("UDP_CONNECTS")?),
+            services: AtomicArray::take(ebpf, "SERVICES")?,
+            stats: AtomicArray::take(ebpf, "SERVICE_STATS")?,
+            backends: AtomicArray::take(ebpf, "BACKENDS")?,
+            global: AtomicArray::take(ebpf, "COUNTERS")?,
         };
-        let board = ControlBlock {
-            daemon: Arc::new(array("DAEMON")?),
-            probe: Arc::new(array("PROBE")?),
-            excluded: Arc::new(array("EXCLUDED")?),
+        let control = ControlBlock {
+            control: AtomicArray::take(ebpf, "CONTROL")?,
+            probe: AtomicArray::take(ebpf, "PROBE")?,
         };
-        let map_error = |source| DatapathError::Map { source };
-        let frontends = HashMap::try_from(map("FRONTENDS")?).map_err(map_error)?;
-        let frontends6 = HashMap::try_from(map("FRONTENDS6")?).map_err(map_error)?;
+        let bypass =
+            BypassMap { cgroups: take_hash(ebpf, "BYPASS")?, control: control.control.clone() };
         let program_wait = ProgramWait::new()
             .inspect_err(|error| {
                 tracing::warn!("can't wait for programs but by the clock: {error}")
             })
             .ok();
         Ok(KernelMaps {
-            frontends,
-            frontends6,
-            services,
-            slots,
-            backends,
-            names,
+            frontends: take_hash(ebpf, "FRONTENDS")?,
+            frontends6: take_hash(ebpf, "FRONTENDS6")?,
+            slots: AtomicArray::take(ebpf, "SLOTS")?,
+            names: AtomicArray::take(ebpf, "SERVICE_NAMES")?,
             counters,
-            board,
+            control,
+            bypass,
             program_wait,
         })
     }
@@ -322,41 +352,51 @@ impl KernelMaps {
         self.counters.clone()
     }
 
-    /// A handle that tells which backends are in the table.
+    /// A handle that knows which backends are in the table.
     pub fn generations(&self) -> Generations {
-        Generations(self.backends.clone())
+        Generations(self.counters.backends.clone())
     }
 
-    /// A handle that tells the names of services.
+    /// A handle that knows the names of services.
     pub fn names(&self) -> Names {
         Names(self.names.clone())
     }
 
-    /// A handle to what the two sides say of themselves.
+    /// A handle to what the two sides write for each other.
     pub fn board(&self) -> ControlBlock {
-        self.board.clone()
+        self.control.clone()
+    }
+
+    /// The cgroups that are bypassed.
+    pub fn bypass(&mut self) -> &mut BypassMap {
+        &mut self.bypass
+    }
+
+    /// A group's field of a service's entry.
+    fn group_at(group: usize) -> usize {
+        match group {
+            0 => offset_of!(ServiceEntry, group),
+            after => {
+                let fallback = (after - 1) * size_of::<Fallback>();
+                offset_of!(ServiceEntry, fallbacks) + fallback + offset_of!(Fallback, group)
+            }
+        }
     }
 }
 
 impl Maps for KernelMaps {
     fn insert_frontend(&mut self, frontend: FrontendKey, target: ServiceRef) -> io::Result<()> {
-        let value = pair(target.service, target.host_only).to_ne_bytes();
-        match frontend.address {
-            IpAddr::V4(address) => {
-                let key = key4(&frontend, address);
-                self.frontends.insert(key, value, 0).map_err(io_error)
-            }
-            IpAddr::V6(address) => {
-                let key = key6(&frontend, address);
-                self.frontends6.insert(key, value, 0).map_err(io_error)
-            }
+        match Key::of(&frontend) {
+            Key::V4(key) => self.frontends.insert(Plain(key), Plain(target), 0),
+            Key::V6(key) => self.frontends6.insert(Plain(key), Plain(target), 0),
         }
+        .map_err(io_error)
     }
 
     fn remove_frontend(&mut self, frontend: &FrontendKey) -> io::Result<()> {
-        let removed = match frontend.address {
-            IpAddr::V4(address) => self.frontends.remove(&key4(frontend, address)),
-            IpAddr::V6(address) => self.frontends6.remove(&key6(frontend, address)),
+        let removed = match Key::of(frontend) {
+            Key::V4(key) => self.frontends.remove(&Plain(key)),
+            Key::V6(key) => self.frontends6.remove(&Plain(key)),
         };
         match removed.map_err(io_error) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
@@ -365,8 +405,8 @@ impl Maps for KernelMaps {
     }
 
     fn write_backend(&mut self, backend_idx: u32, backend: Backend) {
-        let [high, low] = backend.address.words();
-        self.backends.store_element(backend_idx, [high, low, backend_word(&backend), 0]);
+        let entry = BackendEntry { backend, ..BackendEntry::default() };
+        self.counters.backends.store(backend_idx, &entry);
     }
 
     fn retire_backend(&mut self, backend_idx: u32) {
@@ -374,33 +414,35 @@ impl Maps for KernelMaps {
     }
 
     fn renew_backend(&mut self, backend_idx: u32, generation: u32) {
+        // The other words stay as they are, though they are stored too.
         let renewed = Backend { generation, ..self.backend(backend_idx) };
-        self.backends.store(backend_idx as usize * BACKEND_WORDS + 2, backend_word(&renewed));
+        let at = offset_of!(BackendEntry, backend);
+        self.counters.backends.store_field(backend_idx, at, &renewed);
     }
 
     fn write_slots(&mut self, first_slot: u32, slots: &[Slot]) {
-        for (slot_idx, slot) in (first_slot as usize..).zip(slots) {
-            self.slots.store(slot_idx, slot_word(*slot));
+        for (slot_idx, slot) in (first_slot..).zip(slots) {
+            self.slots.store(slot_idx, slot);
         }
     }
 
     fn set_name(&mut self, service_idx: u32, name: ServiceName) {
-        self.names.store_element(service_idx, name_words(name));
-        self.services.store(service_idx as usize * SERVICE_WORDS + Group::N_REGIONS, 0);
-        self.counters.unsent.store_element(service_idx, [0; 3]);
-        self.counters.udp_connects.store_element(service_idx, [0; 3]);
+        self.names.store(service_idx, &name);
+        let at = offset_of!(ServiceEntry, connects);
+        self.counters.services.store_field(service_idx, at, &0u64);
+        self.counters.stats.store(service_idx, &ServiceStats::default());
     }
 
-    fn publish(&mut self, service_idx: u32, service: Group) {
-        let words = service.regions().map(|region| pair(region.first_slot, region.n_slots));
-        for (word_idx, word) in (service_idx as usize * SERVICE_WORDS..).zip(words) {
-            self.services.store(word_idx, word);
+    fn publish(&mut self, service_idx: u32, groups: Groups) {
+        for (nth, group) in groups.iter().enumerate() {
+            self.counters.services.store_field(service_idx, Self::group_at(nth), group);
         }
     }
 
     fn request_event(&mut self, service_idx: u32, report_next: bool) {
-        let word_idx = service_idx as usize * SERVICE_WORDS + SERVICE_WORDS - 1;
-        self.services.store(word_idx, report_next.into());
+        let flags = ServiceFlags { report_next: report_next.into(), ..ServiceFlags::default() };
+        let at = offset_of!(ServiceEntry, flags);
+        self.counters.services.store_field(service_idx, at, &flags);
     }
 
     fn synchronize_rcu(&mut self) {
@@ -414,57 +456,54 @@ impl Maps for KernelMaps {
     fn frontends(&self) -> io::Result<Vec<(FrontendKey, ServiceRef)>> {
         let mut all = Vec::new();
         for entry in self.frontends.iter() {
-            let ([a, b, c, d, e, f, protocol, _], value) = entry.map_err(io_error)?;
-            let address = IpAddr::V4(Ipv4Addr::new(a, b, c, d));
-            let port = u16::from_ne_bytes([e, f]);
-            all.push((FrontendKey { address, port, protocol }, target(value)));
+            let (Plain(Frontend { address, port, protocol, .. }), Plain(target)) =
+                entry.map_err(io_error)?;
+            let address = IpAddr::V4(Ipv4Addr::from(address));
+            all.push((FrontendKey { address, port, protocol }, target));
         }
         for entry in self.frontends6.iter() {
-            let (key, value) = entry.map_err(io_error)?;
-            let ([address @ .., e, f, protocol, _], value) = (key, value);
+            let (Plain(Frontend6 { address, port, protocol, .. }), Plain(target)) =
+                entry.map_err(io_error)?;
             let address = IpAddr::V6(Ipv6Addr::from(address));
-            let port = u16::from_ne_bytes([e, f]);
-            all.push((FrontendKey { address, port, protocol }, target(value)));
+            all.push((FrontendKey { address, port, protocol }, target));
         }
         Ok(all)
     }
 
-    fn service(&self, service_idx: u32) -> Group {
-        let [a, b, c, d, e, f, ..] =
-            self.services.load_element::<SERVICE_WORDS>(service_idx).map(|word| {
-                let [first_slot, n_slots] = halves(word);
-                SlotRange { first_slot, n_slots }
-            });
-        Group {
-            host: BackendSets { ipv4: a, ipv6: b, all: c },
-            elsewhere: BackendSets { ipv4: d, ipv6: e, all: f },
-        }
+    fn service(&self, service_idx: u32) -> Groups {
+        let services = &self.counters.services;
+        std::array::from_fn(|nth| services.load_field(service_idx, Self::group_at(nth)))
     }
 
     fn name(&self, service_idx: u32) -> ServiceName {
-        name_entry(&self.names, service_idx)
+        self.names.load(service_idx)
     }
 
     fn slot(&self, slot_idx: u32) -> Slot {
-        let [a, b, c, d, e, f, g, h] = self.slots.load(slot_idx as usize).to_ne_bytes();
-        Slot {
-            backend: u32::from_ne_bytes([a, b, c, d]),
-            alias: u16::from_ne_bytes([e, f]),
-            threshold: u16::from_ne_bytes([g, h]),
-        }
+        self.slots.load(slot_idx)
     }
 
     fn backend(&self, backend_idx: u32) -> Backend {
-        let [high, low, word, _connects] = self.backends.load_element(backend_idx);
-        let mut octets = [0; 16];
-        octets[..8].copy_from_slice(&high.to_ne_bytes());
-        octets[8..].copy_from_slice(&low.to_ne_bytes());
-        let [a, b, c, d, e, f, g, h] = word.to_ne_bytes();
-        Backend {
-            address: Address { octets },
-            port: u16::from_ne_bytes([a, b]),
-            padding: u16::from_ne_bytes([c, d]),
-            generation: u32::from_ne_bytes([e, f, g, h]),
+        self.counters.backends.load_field(backend_idx, offset_of!(BackendEntry, backend))
+    }
+}
+
+/// A frontend, as a key of its map.
+enum Key {
+    V4(Frontend),
+    V6(Frontend6),
+}
+
+impl Key {
+    fn of(frontend: &FrontendKey) -> Key {
+        let &FrontendKey { address, port, protocol } = frontend;
+        match address {
+            IpAddr::V4(ip) => {
+                Key::V4(Frontend { address: ip.octets(), port, protocol, padding: 0 })
+            }
+            IpAddr::V6(ip) => {
+                Key::V6(Frontend6 { address: ip.octets(), port, protocol, padding: 0 })
+            }
         }
     }
 }
@@ -475,65 +514,4 @@ fn io_error(error: MapError) -> io::Error {
         MapError::KeyNotFound | MapError::ElementNotFound => io::ErrorKind::NotFound.into(),
         other => io::Error::other(other),
     }
-}
-
-fn key4(frontend: &FrontendKey, address: Ipv4Addr) -> [u8; 8] {
-    let ([a, b, c, d], [e, f]) = (address.octets(), frontend.port.to_ne_bytes());
-    [a, b, c, d, e, f, frontend.protocol, 0]
-}
-
-fn key6(frontend: &FrontendKey, address: Ipv6Addr) -> [u8; 20] {
-    let mut key = [0; 20];
-    key[..16].copy_from_slice(&address.octets());
-    key[16..18].copy_from_slice(&frontend.port.to_ne_bytes());
-    key[18] = frontend.protocol;
-    key
-}
-
-fn target(value: [u8; 8]) -> ServiceRef {
-    let [service, host_only] = halves(u64::from_ne_bytes(value));
-    ServiceRef { service, host_only }
-}
-
-/// Two fields of 4 bytes, in the order in which they lie in memory.
-fn pair(first: u32, second: u32) -> u64 {
-    let ([a, b, c, d], [e, f, g, h]) = (first.to_ne_bytes(), second.to_ne_bytes());
-    u64::from_ne_bytes([a, b, c, d, e, f, g, h])
-}
-
-fn halves(word: u64) -> [u32; 2] {
-    let [a, b, c, d, e, f, g, h] = word.to_ne_bytes();
-    [u32::from_ne_bytes([a, b, c, d]), u32::from_ne_bytes([e, f, g, h])]
-}
-
-fn slot_word(slot: Slot) -> u64 {
-    let [a, b, c, d] = slot.backend.to_ne_bytes();
-    let ([e, f], [g, h]) = (slot.alias.to_ne_bytes(), slot.threshold.to_ne_bytes());
-    u64::from_ne_bytes([a, b, c, d, e, f, g, h])
-}
-
-/// The last word of a backend's entry.
-fn backend_word(backend: &Backend) -> u64 {
-    let ([a, b], [c, d]) = (backend.port.to_ne_bytes(), backend.padding.to_ne_bytes());
-    let [e, f, g, h] = backend.generation.to_ne_bytes();
-    u64::from_ne_bytes([a, b, c, d, e, f, g, h])
-}
-
-fn name_entry(names: &AtomicArray, service_idx: u32) -> ServiceName {
-    let words: [u64; 8] = names.load_element(service_idx);
-    let mut octets = [0; 64];
-    for (to, word) in octets.chunks_exact_mut(8).zip(words) {
-        to.copy_from_slice(&word.to_ne_bytes());
-    }
-    ServiceName { octets }
-}
-
-fn name_words(name: ServiceName) -> [u64; 8] {
-    let mut words = [0; 8];
-    for (word, octets) in words.iter_mut().zip(name.octets.chunks_exact(8)) {
-        let mut bytes = [0; 8];
-        bytes.copy_from_slice(octets);
-        *word = u64::from_ne_bytes(bytes);
-    }
-    words
 }

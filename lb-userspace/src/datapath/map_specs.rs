@@ -1,15 +1,20 @@
-//! What each map has to be: its type, the sizes of its keys and values, its entries and flags.
+//! What each map has to be: its type, the sizes of its keys and values and its flags, which the object
+//! defines, and its entries, which mostly follow from the configuration.
 
+use std::collections::HashMap;
 use std::path::Path;
+use std::sync::LazyLock;
 
+use aya::include_bytes_aligned;
 use aya::maps::MapData;
 use lb_common::{
-    BackendEntry, BypassCgroup, Control, ENTRIES_PER_BACKEND, FRONTENDS_PER_SERVICE, Flows,
-    Frontend, Frontend6, MAX_EXCLUDED, MAX_SERVICE_BACKENDS, N_PINNED_COUNTERS, Probe,
-    RefusedStats, RevNat, SLOTS_PER_BACKEND, ServiceEntry, ServiceName, ServiceRef, Slot,
+    ENTRIES_PER_BACKEND, FRONTENDS_PER_SERVICE, MAX_SERVICE_BACKENDS, SLOTS_PER_BACKEND,
 };
 
 use crate::config::{DatapathConfig, VipConfig};
+
+/// The kernel object, which the build makes of lb-ebpf.
+pub static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/nohop-ebpf"));
 
 /// What a pinned map has to be.
 #[derive(Clone, Copy, Debug)]
@@ -31,7 +36,7 @@ pub struct MapShape {
 /// The sizes of the maps, in entries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sizes {
-    /// `SERVICES`, `UNSENT` and `NAMES`
+    /// `SERVICES`, `SERVICE_STATS` and `SERVICE_NAMES`
     pub services: u32,
     /// `FRONTENDS`
     pub frontends: u32,
@@ -93,40 +98,20 @@ impl Sizes {
         }
     }
 
-    /// The maps of this layout, as they have to be.
+    /// The maps of this layout that are pinned, as they have to be.
     pub fn shapes(&self) -> Vec<MapShape> {
-        const HASH: u32 = 1;
-        const ARRAY: u32 = 2;
-        const MMAPABLE: u32 = 1 << 10;
-        let hash = |name, key_size: usize, max_entries| MapShape {
-            name,
-            map_type: HASH,
-            key_size: key_size as u32,
-            value_size: size_of::<ServiceRef>() as u32,
-            max_entries,
-            flags: 0,
-        };
-        let array = |name, value_size: usize, max_entries| MapShape {
-            name,
-            map_type: ARRAY,
-            key_size: 4,
-            value_size: value_size as u32,
-            max_entries,
-            flags: MMAPABLE,
-        };
-        vec![
-            hash("FRONTENDS", size_of::<Frontend>(), self.frontends),
-            hash("FRONTENDS6", size_of::<Frontend6>(), self.frontends6),
-            array("SERVICES", size_of::<ServiceEntry>(), self.services),
-            array("SLOTS", size_of::<Slot>(), self.slots),
-            array("BACKENDS", size_of::<BackendEntry>(), self.backends),
-            array("NAMES", size_of::<ServiceName>(), self.services),
-            array("UNSENT", size_of::<RefusedStats>(), self.services),
-            array("COUNTERS", 8, N_PINNED_COUNTERS as u32),
-            array("DAEMON", size_of::<Control>(), 1),
-            array("PROBE", size_of::<Probe>(), 1),
-            array("EXCLUDED", size_of::<BypassCgroup>(), MAX_EXCLUDED as u32),
-        ]
+        let by_services = ["SERVICES", "SERVICE_NAMES", "SERVICE_STATS"];
+        let sized = by_services.map(|name| (name, self.services)).into_iter().chain([
+            ("FRONTENDS", self.frontends),
+            ("FRONTENDS6", self.frontends6),
+            ("SLOTS", self.slots),
+            ("BACKENDS", self.backends),
+        ]);
+        let sized = sized.filter_map(|(name, max_entries)| {
+            shape(name).map(|shape| MapShape { max_entries, ..shape })
+        });
+        let fixed = ["COUNTERS", "CONTROL", "PROBE", "BYPASS"].into_iter().filter_map(shape);
+        sized.chain(fixed).collect()
     }
 }
 
@@ -134,26 +119,57 @@ impl Sizes {
 pub const SK_STORAGE: u32 = 24;
 
 /// The sockets' storage, which every layout shares.
-pub fn socket_shapes() -> [MapShape; 3] {
-    const NO_PREALLOC: u32 = 1;
-    let storages = [
-        ("PEERS", size_of::<RevNat>()),
-        ("FORMER_PEERS", size_of::<RevNat>()),
-        ("FLOWS", size_of::<Flows>()),
-    ];
-    storages.map(|(name, value_size)| MapShape {
+pub fn socket_shapes() -> Vec<MapShape> {
+    ["SK_REVNAT", "SK_REVNAT_PREV", "FLOWS"].into_iter().filter_map(shape).collect()
+}
+
+/// A map as the object defines it.
+fn shape(name: &'static str) -> Option<MapShape> {
+    static MAPS: LazyLock<HashMap<String, aya_obj::Map>> = LazyLock::new(|| {
+        aya_obj::Object::parse(OBJECT).map(|object| object.maps).unwrap_or_default()
+    });
+    MAPS.get(name).map(|map| MapShape {
         name,
-        map_type: SK_STORAGE,
-        key_size: 4,
-        value_size: value_size as u32,
-        max_entries: 0,
-        flags: NO_PREALLOC,
+        map_type: map.map_type(),
+        key_size: map.key_size(),
+        value_size: map.value_size(),
+        max_entries: map.max_entries(),
+        flags: map.map_flags(),
     })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Every map that is pinned is in the object, of the sizes that the layout asserts.
+    #[test]
+    fn the_object_has_the_maps() {
+        let sizes = Sizes { services: 1, frontends: 2, frontends6: 3, slots: 4, backends: 5 };
+        let shapes: Vec<_> = sizes.shapes().into_iter().chain(socket_shapes()).collect();
+        let shown = shapes.iter().map(|shape| {
+            let &MapShape { name, map_type, key_size, value_size, max_entries, flags } = shape;
+            (name, (map_type, key_size, value_size, max_entries, flags))
+        });
+        const MMAPABLE: u32 = 1 << 10;
+        let expected = [
+            ("SERVICES", (2, 4, 192, 1, MMAPABLE)),
+            ("SERVICE_NAMES", (2, 4, 64, 1, MMAPABLE)),
+            ("SERVICE_STATS", (2, 4, 64, 1, MMAPABLE)),
+            ("FRONTENDS", (1, 8, 8, 2, 0)),
+            ("FRONTENDS6", (1, 20, 8, 3, 0)),
+            ("SLOTS", (2, 4, 8, 4, MMAPABLE)),
+            ("BACKENDS", (2, 4, 64, 5, MMAPABLE)),
+            ("COUNTERS", (2, 4, 256, 1, MMAPABLE)),
+            ("CONTROL", (2, 4, 128, 1, MMAPABLE)),
+            ("PROBE", (2, 4, 24, 1, MMAPABLE)),
+            ("BYPASS", (1, 8, 8, 1024, 0)),
+            ("SK_REVNAT", (SK_STORAGE, 4, 48, 0, 1)),
+            ("SK_REVNAT_PREV", (SK_STORAGE, 4, 48, 0, 1)),
+            ("FLOWS", (SK_STORAGE, 4, 424, 0, 1)),
+        ];
+        assert_eq!(shown.collect::<Vec<_>>(), expected);
+    }
 
     #[test]
     fn what_is_in_use_fits() {

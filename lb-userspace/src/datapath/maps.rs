@@ -3,7 +3,10 @@
 use std::io;
 use std::net::IpAddr;
 
-use lb_common::{Backend, Group, ServiceName, ServiceRef, Slot};
+use lb_common::{Backend, Group, N_GROUPS, ServiceName, ServiceRef, Slot};
+
+/// A service's groups of backends, in the order in which connections use them.
+pub type Groups = [Group; N_GROUPS];
 
 /// What an application connects to, as a key of `FRONTENDS` or `FRONTENDS6`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -48,8 +51,8 @@ pub trait Maps {
     /// Names a service that no reader knows yet, and resets its counters.
     fn set_name(&mut self, service_idx: u32, name: ServiceName);
 
-    /// Lets readers see a service's new slots: each of its regions by one store.
-    fn publish(&mut self, service_idx: u32, service: Group);
+    /// Lets readers see a service's new slots: each of its ranges by one store.
+    fn publish(&mut self, service_idx: u32, groups: Groups);
 
     /// Has the next connection of a service reported, or none.
     fn request_event(&mut self, service_idx: u32, report_next: bool);
@@ -63,8 +66,8 @@ pub trait Maps {
     /// When the kernel refuses.
     fn frontends(&self) -> io::Result<Vec<(FrontendKey, ServiceRef)>>;
 
-    /// A service's regions.
-    fn service(&self, service_idx: u32) -> Group;
+    /// A service's groups.
+    fn service(&self, service_idx: u32) -> Groups;
 
     /// A service's name.
     fn name(&self, service_idx: u32) -> ServiceName;

@@ -18,7 +18,7 @@ use std::process::{Command, Stdio};
 use aya::EbpfLoader;
 
 use super::cause::Machine;
-use super::object::OBJECT;
+use super::map_specs::OBJECT;
 use crate::config::cgroup;
 
 /// The hidden command by which the binary creates maps from another cgroup.

@@ -5,21 +5,18 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
 
 use aya::programs::{Program, ProgramError};
-use aya::{Ebpf, EbpfLoader, include_bytes_aligned};
+use aya::{Ebpf, EbpfLoader};
 use lb_common::Address;
 
 use super::btf::Bit;
 use super::cause::is_transient;
 use super::error::DatapathError;
 use super::features::{Features, Limit, N_ATTEMPTS};
-use super::map_specs::{Sizes, socket_shapes};
+use super::map_specs::{OBJECT, Sizes, socket_shapes};
 use super::memcg;
 use super::options::Options;
 use super::pins::Pins;
 use super::units::Unit;
-
-/// The eBPF object.
-pub static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/nohop-ebpf"));
 
 /// Loads a unit's programs over the maps in `pins`, and creates the maps that aren't there. The
 /// constants follow from `features`, so there is one attempt, and an error of it is an error.
@@ -44,12 +41,12 @@ pub fn load(
     let ipv6_only = features.sockets.ipv6_only.unwrap_or_default();
     let has_mptcp = u32::from(features.sockets.has_mptcp);
     let layout = u32::from(options.layout);
-    let has_excluded = u32::from(!options.datapath.exclude_cgroups.is_empty());
+    let has_bypass = u32::from(!options.datapath.exclude_cgroups.is_empty());
     let mut loader = EbpfLoader::new();
     let refusal = features.refusal as u32;
     let shapes = sizes.shapes();
     let maps = shapes.iter().map(|shape| (pins.maps().join(shape.name), shape.max_entries));
-    let storages = socket_shapes().map(|shape| (pins.sockets().join(shape.name), 0));
+    let storages = socket_shapes().into_iter().map(|shape| (pins.sockets().join(shape.name), 0));
     let pinned: Vec<(PathBuf, u32)> = maps.chain(storages).collect();
     if let Some(program) = &options.map_creator
         && let Err(reason) = memcg::create_uncharged(program, &pinned)
@@ -76,15 +73,13 @@ pub fn load(
     loader.override_global("POOL6_MASK_HIGH", &mask6_high, true);
     loader.override_global("POOL6_MASK_LOW", &mask6_low, true);
     loader.override_global("REFUSAL", &refusal, true);
-    loader.override_global("HAS_EXCLUDED", &has_excluded, true);
+    loader.override_global("HAS_BYPASS", &has_bypass, true);
     loader.override_global("KERNEL_SOCKET_OFFSET", &offset, true);
     loader.override_global("KERNEL_SOCKET_MASK", &kernel_socket_mask, true);
     loader.override_global("SUBFLOW_OFFSET", &subflow_offset, true);
     loader.override_global("IPV6_ONLY_OFFSET", &ipv6_only.offset, true);
     loader.override_global("IPV6_ONLY_MASK", &ipv6_only.mask, true);
     loader.override_global("HAS_MPTCP", &has_mptcp, true);
-    // Not pinned, and as large as the one of services.
-    loader.map_max_entries("UDP_CONNECTS", sizes.services);
     let mut ebpf = loader.load(OBJECT).map_err(DatapathError::Load)?;
     for hook in unit.hooks {
         load_program(&mut ebpf, hook.program)?;

@@ -16,9 +16,10 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use aya::maps::MapData;
+use aya::maps::{Array, Map, MapData};
 use lb_common::Control;
 use rustix::fs::FlockOperation;
+use zerocopy::IntoBytes;
 
 use super::bpf::{Link, PinnedObject};
 use super::map_specs::{MapShape, SK_STORAGE, socket_shapes};
@@ -228,12 +229,29 @@ impl Pins {
         [self.maps(), self.links()].iter().try_for_each(|dir| make_private(dir))
     }
 
+    /// Pins the sockets' storages by their present names, too: up to layout 2 they had others. The former
+    /// pins stay, for a version that is rolled back to.
+    fn take_former_names(&self) -> Result<(), PinError> {
+        let former = [("SK_REVNAT", "PEERS"), ("SK_REVNAT_PREV", "FORMER_PEERS")];
+        for shape in socket_shapes() {
+            let Some((_, former)) = former.iter().find(|(name, _)| *name == shape.name) else {
+                continue;
+            };
+            let (path, former) = (self.sockets().join(shape.name), self.sockets().join(former));
+            if compare(&path, &shape)? == Fit::Absent && compare(&former, &shape)? == Fit::Same {
+                PinnedMaps::open([former])?.pin_at(&path)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Sets the sockets' storages aside that have another version's format: they serve the programs
     /// that have them, but not ours.
     ///
     /// # Errors
     /// When something else has one of the names, or the file system refuses.
     pub fn take_other_storages(&self) -> Result<PinnedMaps, PinError> {
+        self.take_former_names()?;
         let mut others = Vec::new();
         for shape in socket_shapes() {
             let path = self.sockets().join(shape.name);
@@ -696,7 +714,9 @@ fn collect_links(dir: &Path, depth: usize, links: &mut Vec<PinnedLink>) -> Resul
 /// Whether a directory is ours to use and to remove: it has our mark in it, or pins that have names
 /// of ours.
 fn is_ours(dir: &Path) -> bool {
-    const MAPS: [&str; 6] = ["FRONTENDS", "SERVICES", "BACKENDS", "DAEMON", "PEERS", "FLOWS"];
+    // Of layout 2, too.
+    const MAPS: [&str; 8] =
+        ["FRONTENDS", "SERVICES", "BACKENDS", "CONTROL", "SK_REVNAT", "FLOWS", "DAEMON", "PEERS"];
     let (here, maps, links) = (names(dir), names(&dir.join("maps")), names(&dir.join("links")));
     here.iter().any(|name| name == MARK || MAPS.contains(&name.as_str()))
         || maps.iter().any(|name| MAPS.contains(&name.as_str()))
@@ -714,6 +734,10 @@ fn names(dir: &Path) -> Vec<String> {
     let paths = entries(dir).unwrap_or_default();
     let name = |path: PathBuf| path.file_name().unwrap_or_default().to_string_lossy().into();
     paths.into_iter().map(name).collect()
+}
+
+fn pin(map: &MapData, path: &Path) -> Result<(), PinError> {
+    map.pin(path).map_err(|error| io_error("pin", path)(io::Error::other(error)))
 }
 
 /// Maps that are pinned, kept so that they can be pinned again.
@@ -739,13 +763,17 @@ impl PinnedMaps {
     /// When the file system refuses.
     pub fn fix(&self) -> Result<(), PinError> {
         let PinnedMaps(maps) = self;
-        maps.iter().filter(|(path, _)| !path.exists()).try_for_each(|(path, map)| {
-            map.pin(path).map_err(|error| io_error("pin", path)(io::Error::other(error)))
-        })
+        maps.iter().filter(|(path, _)| !path.exists()).try_for_each(|(path, map)| pin(map, path))
     }
 }
 
 impl PinnedMaps {
+    /// Pins these maps at another path, too, where nothing is.
+    fn pin_at(&self, path: &Path) -> Result<(), PinError> {
+        let PinnedMaps(maps) = self;
+        maps.iter().try_for_each(|(_, map)| pin(map, path))
+    }
+
     /// Pins these again, whatever has taken their names.
     ///
     /// # Errors
@@ -834,19 +862,26 @@ pub fn monotonic_ns() -> u64 {
 /// The daemon that holds a directory's pins, as it says itself: the one that said so last.
 fn holder(dir: &Path) -> Option<Said> {
     let said = |layout: PathBuf| {
-        let map = MapData::from_pin(layout.join("maps/DAEMON")).ok()?;
-        let daemon: aya::maps::Array<_, [u8; size_of::<Control>()]> =
-            aya::maps::Map::from_map_data(map).ok()?.try_into().ok()?;
-        let value = daemon.get(&0, 0).ok()?;
-        let word = |at: usize| u64::from_ne_bytes(std::array::from_fn(|byte| value[at + byte]));
-        Some(Said {
-            heartbeat_ns: word(offset_of!(Control, heartbeat_ns)),
-            pid: word(offset_of!(Control, pid)),
-            tgid: word(offset_of!(Control, tgid)),
-        })
+        let Control { heartbeat_ns, pid, tgid, .. } = control(&layout.join("maps"))?;
+        Some(Said { heartbeat_ns, pid, tgid })
     };
     let said = entries(dir).ok()?.into_iter().filter_map(said);
     said.filter(|said| said.pid != 0).max()
+}
+
+/// What the daemon of the maps in a directory wrote for the programs. Layout 2 has the first half of it.
+fn control(maps: &Path) -> Option<Control> {
+    const FORMER_SIZE: usize = offset_of!(Control, bypass_levels);
+    let map = |name| Map::from_map_data(MapData::from_pin(maps.join(name)).ok()?).ok();
+    let mut control = Control::default();
+    if let Some(map) = map("CONTROL") {
+        let map = Array::<_, [u8; size_of::<Control>()]>::try_from(map).ok()?;
+        control = zerocopy::transmute!(map.get(&0, 0).ok()?);
+    } else {
+        let map = Array::<_, [u8; FORMER_SIZE]>::try_from(map("DAEMON")?).ok()?;
+        control.as_mut_bytes()[..FORMER_SIZE].copy_from_slice(&map.get(&0, 0).ok()?);
+    }
+    Some(control)
 }
 
 /// The directory itself, or the nearest one above it that is there. A symlink in its place counts for
@@ -966,7 +1001,7 @@ mod tests {
             (&[], (false, true)),
             (&["maps", "links"], (false, true)),
             (&["nohop", "whatever/precious"], (true, false)),
-            (&["maps/DAEMON", "maps/UNKNOWN"], (true, false)),
+            (&["maps/CONTROL", "maps/UNKNOWN"], (true, false)),
             (&["links/nohop_edge"], (true, false)),
             (&["PEERS"], (true, false)),
             (&["maps/precious"], (false, false)),

@@ -13,7 +13,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use lb_common::{
-    ANY_PORT, Address, Backend, BackendSets, Group, IPPROTO_TCP, IPPROTO_UDP, MAX_SERVICE_BACKENDS,
+    ANY_PORT, Address, Backend, Group, IPPROTO_TCP, IPPROTO_UDP, MAX_SERVICE_BACKENDS, N_GROUPS,
     ServiceName, ServiceRef, SlotRange,
 };
 
@@ -21,7 +21,7 @@ use super::alias;
 use super::buddy::{Block, SlotAllocator};
 use super::ids::Ids;
 use super::map_specs::Sizes;
-use super::maps::{FrontendKey, Maps};
+use super::maps::{FrontendKey, Groups, Maps};
 use crate::ordmap::{Diff, OrdMap};
 use crate::table::{Ports, Service, Table, Watch};
 
@@ -161,7 +161,7 @@ pub struct Pressure {
 /// The indices that the kernel knows a service and its backends by.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Indices {
-    /// The index into `SERVICES` and `UNSENT`.
+    /// The index into `SERVICES` and `SERVICE_STATS`.
     pub service: u32,
     /// The indices into `BACKENDS`.
     pub backends: HashMap<SocketAddr, u32>,
@@ -173,6 +173,8 @@ struct Healthy {
     address: SocketAddr,
     weight: u16,
     host_only: bool,
+    /// The group that it is in, of [`N_GROUPS`].
+    group: usize,
 }
 
 /// Keeps the maps in step with the table.
@@ -505,7 +507,8 @@ impl<M: Maps> Reconciler<M> {
             .healthy()
             .filter_map(|backend| {
                 let &crate::table::Backend { weight, host_only, .. } = backend;
-                Some(Healthy { address: backend.address?, weight, host_only })
+                // A service has one group so far.
+                Some(Healthy { address: backend.address?, weight, host_only, group: 0 })
             })
             .collect();
         if healthy.len() > MAX_SERVICE_BACKENDS as usize {
@@ -565,7 +568,7 @@ impl<M: Maps> Reconciler<M> {
             let n_slots = members.len() as u32;
             regions.push(SlotRange { first_slot: block.first_slot, n_slots });
         }
-        self.maps.publish(service_idx, choices.entry(&regions));
+        self.maps.publish(service_idx, choices.groups(&regions));
         // A service that stays cold was asked for already: one report is enough.
         if former_watch != Some(service.watch) {
             self.maps.request_event(service_idx, service.watch == Watch::Cold);
@@ -674,7 +677,7 @@ impl<M: Maps> Reconciler<M> {
     fn remove(&mut self, name: &str) -> Result<(), ApplyError> {
         let Some(held) = self.held.get_mut(name) else { return Ok(()) };
         held.watch = None;
-        self.maps.publish(held.service_idx, Group::default());
+        self.maps.publish(held.service_idx, Groups::default());
         let name = Arc::<str>::from(name);
         for (address, backend_idx) in held.backends.drain() {
             self.maps.retire_backend(backend_idx);
@@ -741,8 +744,8 @@ impl<M: Maps> Reconciler<M> {
 /// choose from the same ones share them.
 struct Choices {
     distinct: Vec<Vec<usize>>,
-    /// For each region, in the order of [`Group::regions`], which of `distinct` it is.
-    which: [Option<usize>; Group::N_REGIONS],
+    /// For each range of each group, in the order of [`Group::ranges`], which of `distinct` it is.
+    which: [[Option<usize>; Group::N_RANGES]; N_GROUPS],
 }
 
 impl Choices {
@@ -751,33 +754,34 @@ impl Choices {
         let scopes = [true, false];
         let reaches: [fn(&Healthy) -> bool; 3] =
             [|backend| backend.address.is_ipv4(), |backend| backend.address.is_ipv6(), |_| true];
-        let kinds = scopes.iter().flat_map(|host| reaches.iter().map(move |reach| (*host, reach)));
-        for (which, (from_host, reaches)) in choices.which.iter_mut().zip(kinds) {
-            let members: Vec<usize> = (0..)
-                .zip(healthy)
-                .filter(|(_, backend)| (from_host || !backend.host_only) && reaches(backend))
-                .map(|(position, _)| position)
-                .collect();
-            if members.is_empty() {
-                continue;
+        let kinds: Vec<_> = scopes
+            .iter()
+            .flat_map(|host| reaches.iter().map(move |reach| (*host, reach)))
+            .collect();
+        for (group, ranges) in choices.which.iter_mut().enumerate() {
+            for (which, &(from_host, reaches)) in ranges.iter_mut().zip(&kinds) {
+                let is_member = |backend: &Healthy| {
+                    backend.group == group && (from_host || !backend.host_only) && reaches(backend)
+                };
+                let members = (0..).zip(healthy).filter(|(_, backend)| is_member(backend));
+                let members: Vec<usize> = members.map(|(position, _)| position).collect();
+                if members.is_empty() {
+                    continue;
+                }
+                let same = choices.distinct.iter().position(|other| *other == members);
+                *which = same.or_else(|| {
+                    choices.distinct.push(members);
+                    Some(choices.distinct.len() - 1)
+                });
             }
-            let same = choices.distinct.iter().position(|other| *other == members);
-            *which = same.or_else(|| {
-                choices.distinct.push(members);
-                Some(choices.distinct.len() - 1)
-            });
         }
         choices
     }
 
-    /// The service's entry, where `regions` are those of `distinct`.
-    fn entry(&self, regions: &[SlotRange]) -> Group {
-        let region = |which: Option<usize>| which.map(|which| regions[which]).unwrap_or_default();
-        let [a, b, c, d, e, f] = self.which.map(region);
-        Group {
-            host: BackendSets { ipv4: a, ipv6: b, all: c },
-            elsewhere: BackendSets { ipv4: d, ipv6: e, all: f },
-        }
+    /// The service's groups, where `ranges` are those of `distinct`.
+    fn groups(&self, ranges: &[SlotRange]) -> Groups {
+        let range = |which: Option<usize>| which.map(|which| ranges[which]).unwrap_or_default();
+        self.which.map(|which| Group::of(which.map(range)))
     }
 }
 

@@ -62,7 +62,7 @@ fn service(s: u8, backends: &BTreeSet<u8>, generation: u64) -> Arc<Service> {
 }
 
 /// What each kind of connection may reach of these backends, in the order of a service's regions.
-type Visible = [BTreeSet<u8>; Group::N_REGIONS];
+type Visible = [BTreeSet<u8>; Group::N_RANGES];
 
 fn visible(backends: &BTreeSet<u8>) -> Visible {
     let set = |from_host: bool, reach: fn(u8) -> bool| {
@@ -80,10 +80,17 @@ fn visible(backends: &BTreeSet<u8>) -> Visible {
     ]
 }
 
+/// The ranges of the first group, which is the only one.
+fn ranges(groups: &Groups) -> [SlotRange; Group::N_RANGES] {
+    let [first, others @ ..] = groups;
+    assert!(others.iter().all(|group| *group == Group::default()));
+    first.ranges()
+}
+
 #[derive(Default)]
 struct Model {
     frontends: HashMap<FrontendKey, ServiceRef>,
-    services: HashMap<u32, Group>,
+    services: HashMap<u32, Groups>,
     names: HashMap<u32, ServiceName>,
     slots: HashMap<u32, Slot>,
     backends: HashMap<u32, Backend>,
@@ -126,7 +133,7 @@ impl Model {
         if frontend.protocol != IPPROTO_UDP {
             return;
         }
-        for region in self.services[&target.service].regions() {
+        for region in ranges(&self.services[&target.service]) {
             for slot_idx in region.first_slot..region.first_slot + region.n_slots {
                 let backend_idx = self.slots[&slot_idx].backend;
                 let backend = self.backends[&backend_idx];
@@ -147,7 +154,7 @@ impl Model {
             }
             let target = self.frontends.get(&frontend);
             let target = target.unwrap_or_else(|| panic!("{frontend:?} is gone, yet followed"));
-            let regions = self.services[&target.service].regions();
+            let regions = ranges(&self.services[&target.service]);
             let (of, x) = identity(&backend.address);
             assert_eq!(of, owner, "{backend_idx} is another service's now");
             let is_reached = regions.iter().any(|&region| self.reach(of, region).contains(&x));
@@ -174,7 +181,7 @@ impl Model {
 
     fn look(&mut self) {
         for (frontend, s, target) in self.at_target.clone() {
-            for region in self.services[&target.service].regions() {
+            for region in ranges(&self.services[&target.service]) {
                 self.reach(s, region);
             }
             self.remember(frontend, target);
@@ -195,7 +202,7 @@ impl Model {
                 IpAddr::V6(vip) => vip.octets()[15],
             };
             let allowed = self.allowed[&s].clone();
-            for (kind, region) in self.services[&target.service].regions().into_iter().enumerate() {
+            for (kind, region) in ranges(&self.services[&target.service]).into_iter().enumerate() {
                 let reached = self.reach(s, region);
                 assert!(
                     reached == allowed[0][kind] || reached == allowed[1][kind],
@@ -293,7 +300,7 @@ impl Maps for FakeMaps {
         });
     }
 
-    fn publish(&mut self, service_idx: u32, service: Group) {
+    fn publish(&mut self, service_idx: u32, service: Groups) {
         self.step(|model| {
             model.services.insert(service_idx, service);
         });
@@ -314,7 +321,7 @@ impl Maps for FakeMaps {
         Ok(self.0.borrow().frontends.iter().map(|(&key, &target)| (key, target)).collect())
     }
 
-    fn service(&self, service_idx: u32) -> Group {
+    fn service(&self, service_idx: u32) -> Groups {
         self.0.borrow().services.get(&service_idx).copied().unwrap_or_default()
     }
 
@@ -385,7 +392,7 @@ impl Run {
         let n_backends: usize =
             self.table.services.values().map(|service| service.backends.len()).sum();
         assert_eq!(model.in_table().len(), n_backends);
-        let n_shown = model.services.values().filter(|s| **s != Group::default()).count();
+        let n_shown = model.services.values().filter(|s| **s != Groups::default()).count();
         let n_serving = self.table.services.values().filter(|s| !s.backends.is_empty()).count();
         assert_eq!(n_shown, n_serving);
     }
@@ -699,7 +706,7 @@ fn a_half_applied_service_is_put_again() {
     assert!(run.reconciler.apply(&run.table).is_empty());
     run.check_exact();
     let service_idx = run.reconciler.indices("s1").unwrap().service;
-    let region = run.maps.0.borrow().services[&service_idx].host.all;
+    let region = run.maps.0.borrow().services[&service_idx][0].host_netns.all;
     assert_eq!(run.maps.0.borrow().reach(1, region), set(&[0]));
 }
 
@@ -744,7 +751,7 @@ fn maps_that_something_else_wrote_to_are_not_taken_over() {
     let spoils: [(&str, Spoil); 7] = [
         ("aren't its own", |model| {
             let beyond = SlotRange { first_slot: u32::MAX - 255, n_slots: 256 };
-            model.services.values_mut().for_each(|service| service.host.all = beyond);
+            model.services.values_mut().for_each(|groups| groups[0].host_netns.all = beyond);
         }),
         ("isn't its own", |model| {
             model.slots.values_mut().for_each(|slot| slot.backend = 0);

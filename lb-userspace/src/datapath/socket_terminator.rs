@@ -1,7 +1,6 @@
 //! Connected UDP sockets whose backend left: no hook runs when they send, so they are disconnected.
 
 use std::collections::{HashMap, HashSet};
-use std::mem::offset_of;
 use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
@@ -9,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use aya::maps::{Map, MapData, MapError, SkStorage};
-use lb_common::RevNat;
+use lb_common::{Address, RevNat};
 
 use super::diag::{self, Connected};
 use super::kernel::Generations;
@@ -135,7 +134,7 @@ impl Disconnector {
             let map = MapData::from_pin(self.storages.join(name)).and_then(Map::from_map_data);
             map.and_then(SkStorage::<_, [u8; size_of::<RevNat>()]>::try_from)
         };
-        let (peers, former) = match (open("PEERS"), open("FORMER_PEERS")) {
+        let (peers, former) = match (open("SK_REVNAT"), open("SK_REVNAT_PREV")) {
             (Ok(peers), Ok(former)) => (peers, former),
             (Err(error), _) | (_, Err(error)) => {
                 tracing::warn!("connected UDP sockets can't be looked at: {error}");
@@ -148,7 +147,7 @@ impl Disconnector {
             // The one that says where the socket is connected to is true: a later connect() may have
             // failed.
             for storage in [&peers, &former] {
-                match storage.get(&descriptor, 0).map(|peer| Remembered::of(&peer)) {
+                match storage.get(&descriptor, 0).map(Remembered::of) {
                     Ok(peer) if peer.backend == canonical(socket.destination) => {
                         let generation = self.generations.generation(peer.backend_idx);
                         return Ok(is_gone(&peer, generation, left));
@@ -182,23 +181,16 @@ struct Remembered {
 }
 
 impl Remembered {
-    fn of(peer: &[u8; size_of::<RevNat>()]) -> Remembered {
-        let address = |at: usize| -> [u8; 16] { std::array::from_fn(|byte| peer[at + byte]) };
-        let port = |at: usize| u16::from_ne_bytes([peer[at], peer[at + 1]]);
-        let word = |at: usize| u32::from_ne_bytes(std::array::from_fn(|byte| peer[at + byte]));
+    fn of(entry: [u8; size_of::<RevNat>()]) -> Remembered {
+        let entry: RevNat = zerocopy::transmute!(entry);
+        let RevNat { frontend_port, backend_port, backend_idx, generation, .. } = entry;
         let socket_address =
-            |address: [u8; 16], port: u16| canonical(SocketAddr::from((address, port)));
+            |address: Address, port: u16| canonical(SocketAddr::from((address.octets, port)));
         Remembered {
-            frontend: socket_address(
-                address(offset_of!(RevNat, frontend)),
-                port(offset_of!(RevNat, frontend_port)),
-            ),
-            backend: socket_address(
-                address(offset_of!(RevNat, backend)),
-                port(offset_of!(RevNat, backend_port)),
-            ),
-            backend_idx: word(offset_of!(RevNat, backend_idx)),
-            generation: word(offset_of!(RevNat, generation)),
+            frontend: socket_address(entry.frontend, frontend_port),
+            backend: socket_address(entry.backend, backend_port),
+            backend_idx,
+            generation,
         }
     }
 }

@@ -96,7 +96,7 @@ impl Datapath {
         let maps = reconciler.maps_mut();
         let disconnector = Disconnector::new(maps.generations(), pins.sockets());
         let map_names = sizes.shapes().into_iter().map(|shape| pins.maps().join(shape.name));
-        let socket_names = socket_shapes().map(|shape| pins.sockets().join(shape.name));
+        let socket_names = socket_shapes().into_iter().map(|shape| pins.sockets().join(shape.name));
         let pinned_maps = PinnedMaps::open(map_names.chain(socket_names))?;
         let units = Units::load(&options.scope, options.units, ebpf, |unit| {
             load(unit, options, &sizes, &pins, &mut features)

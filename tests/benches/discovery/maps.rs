@@ -9,18 +9,17 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use aya::maps::{Array, Map, MapData};
+use lb_common::{Group, ServiceEntry};
 use lb_tests::nohop::Nohop;
 
 /// How often the maps are looked at: what a measured time may be too long by.
 const LOOK: Duration = Duration::from_micros(200);
 
-/// A service's regions, which lead to its backends, and two words that tell of connections.
-type Line = [u64; 8];
-const N_REGIONS: usize = 6;
+type Entry = [u8; size_of::<ServiceEntry>()];
 
 /// Some of the services in the maps.
 pub struct Maps {
-    services: Array<MapData, Line>,
+    services: Array<MapData, Entry>,
     /// The names, each with its index.
     indices: HashMap<String, u32>,
 }
@@ -28,7 +27,7 @@ pub struct Maps {
 impl Maps {
     /// Opens the daemon's.
     pub fn open(nohop: &Nohop) -> Result<Maps> {
-        let (services, names) = (pinned(nohop, "SERVICES")?, pinned(nohop, "NAMES")?);
+        let (services, names) = (pinned(nohop, "SERVICES")?, pinned(nohop, "SERVICE_NAMES")?);
         let names: Array<MapData, [u8; 64]> = Map::Array(names).try_into()?;
         let services = Map::Array(services).try_into()?;
         let mut indices = HashMap::new();
@@ -43,10 +42,11 @@ impl Maps {
     }
 
     /// What leads to the backends of a service: other words after each change of them.
-    fn regions(&self, name: &str) -> Result<[u64; N_REGIONS]> {
-        let service_idx = self.indices.get(name).with_context(|| format!("no {name} in NAMES"))?;
-        let line = self.services.get(service_idx, 0)?;
-        Ok(std::array::from_fn(|word_idx| line[word_idx]))
+    fn group(&self, name: &str) -> Result<Group> {
+        let service_idx =
+            self.indices.get(name).with_context(|| format!("no {name} in SERVICE_NAMES"))?;
+        let entry: ServiceEntry = zerocopy::transmute!(self.services.get(service_idx, 0)?);
+        Ok(entry.group)
     }
 }
 
@@ -61,7 +61,7 @@ impl Watcher {
     pub fn start(maps: Maps, names: Vec<String>) -> Result<Watcher> {
         let mut last = Vec::new();
         for name in names {
-            last.push((maps.regions(&name)?, name));
+            last.push((maps.group(&name)?, name));
         }
         let is_over = Arc::new(AtomicBool::new(false));
         let stop = is_over.clone();
@@ -69,8 +69,8 @@ impl Watcher {
             let mut seen = Vec::new();
             while !stop.load(Ordering::Relaxed) {
                 for (last, name) in &mut last {
-                    let regions = maps.regions(name)?;
-                    if std::mem::replace(last, regions) != regions {
+                    let group = maps.group(name)?;
+                    if std::mem::replace(last, group) != group {
                         seen.push((name.clone(), Instant::now()));
                     }
                 }

@@ -15,7 +15,7 @@ use super::{Held, Reconciler, next};
 use crate::datapath::buddy::Block;
 use crate::datapath::ids::Ids;
 use crate::datapath::map_specs::Sizes;
-use crate::datapath::maps::{FrontendKey, Maps};
+use crate::datapath::maps::{FrontendKey, Groups, Maps};
 
 /// Why maps can't be taken over.
 #[derive(Debug, thiserror::Error)]
@@ -101,7 +101,7 @@ impl<M: Maps> Reconciler<M> {
             return Err(inconsistent(format!("service {service_idx} has no name")));
         }
         let regions: HashSet<SlotRange> =
-            self.maps.service(service_idx).regions().into_iter().collect();
+            self.maps.service(service_idx).into_iter().flat_map(Group::ranges).collect();
         let mut held = Held::new(service_idx);
         for region in regions.into_iter().filter(|region| region.n_slots > 0) {
             let block = Block::of(region.first_slot, region.n_slots);
@@ -133,8 +133,8 @@ impl<M: Maps> Reconciler<M> {
         used_backends: &HashSet<u32>,
     ) {
         for service_idx in (0..sizes.services).filter(|idx| !by_service.contains_key(idx)) {
-            if self.maps.service(service_idx) != Group::default() {
-                self.maps.publish(service_idx, Group::default());
+            if self.maps.service(service_idx) != Groups::default() {
+                self.maps.publish(service_idx, Groups::default());
             }
         }
         for backend_idx in (0..sizes.backends).filter(|idx| !used_backends.contains(idx)) {

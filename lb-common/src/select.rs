@@ -1,8 +1,8 @@
-//! The choice of a backend.
+//! The selection of a backend.
 
 use crate::Slot;
 
-/// Chooses a backend's index by weight, in constant time, from a region of `n_slots` slots.
+/// Selects a backend's index by weight, in constant time, from a range of `n_slots` slots.
 ///
 /// `random` is uniform over its whole range. Multiplied by `n_slots`, its upper word is a uniform
 /// slot and the first 16 bits of its lower word the coin that decides between that slot's own
@@ -11,7 +11,7 @@ use crate::Slot;
 ///
 /// `None` when there is no slot, or when `slot` has none at an index that is in range.
 #[inline(always)]
-pub fn choose(random: u32, n_slots: u32, slot: impl Fn(u32) -> Option<Slot>) -> Option<u32> {
+pub fn select(random: u32, n_slots: u32, slot: impl Fn(u32) -> Option<Slot>) -> Option<u32> {
     let position = u64::from(random) * u64::from(n_slots);
     let own = slot((position >> 32) as u32)?;
     let coin = (position >> 16) as u16;
@@ -30,11 +30,11 @@ mod tests {
     }
 
     #[test]
-    fn a_random_number_names_a_slot_and_a_side_of_it() {
+    fn a_random_number_selects_a_slot_and_a_side_of_it() {
         // Two slots: the first is three quarters 7 and one quarter 9, the second all 9.
         let slots = [slot(7, 0xC000, 1), slot(9, 0xFFFF, 1)];
         let check = |random, expected| {
-            let chosen = choose(random, 2, |index| slots.get(index as usize).copied());
+            let chosen = select(random, 2, |index| slots.get(index as usize).copied());
             assert_eq!(chosen, Some(expected), "random {random:#x}");
         };
         check(0, 7);
@@ -46,15 +46,15 @@ mod tests {
     }
 
     #[test]
-    fn no_slot_no_choice() {
-        assert_eq!(choose(5, 0, |_| None), None);
+    fn without_slots_nothing_is_selected() {
+        assert_eq!(select(5, 0, |_| None), None);
     }
 
     #[test]
-    fn never_asks_for_a_slot_beyond_the_region() {
+    fn never_reads_a_slot_beyond_the_range() {
         for n_slots in [1, 2, 3, 1000, 4096] {
             for random in [0, 1, u32::MAX / 2, u32::MAX - 1, u32::MAX] {
-                let chosen = choose(random, n_slots, |index| {
+                let chosen = select(random, n_slots, |index| {
                     assert!(index < n_slots, "slot {index} of {n_slots}");
                     Some(slot(index, 0, (n_slots - 1) as u16))
                 });

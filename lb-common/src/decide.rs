@@ -1,0 +1,409 @@
+//! The verdict on a connection: whether it passes untouched, is refused, or is sent to a backend, and
+//! why. A pure function over the tables and over the caller's properties, so that the same code is
+//! tested on the host and runs in the kernel.
+//!
+//! Whatever costs a look-up or a helper call is a method, which is called only where it decides.
+
+use crate::{
+    ANY_PORT, Backend, Frontend, Frontend6, IPPROTO_TCP, IPPROTO_UDP, N_GROUPS, ServiceRef, Slot,
+    SlotRange, select,
+};
+
+/// After how many nanoseconds without a heartbeat the daemon's process id isn't trusted any more:
+/// another process may have got it.
+pub const HEARTBEAT_TIMEOUT_NS: u64 = 10_000_000_000;
+
+/// What a connection goes to, by its address family.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Destination {
+    /// An IPv4 address, in the order of octets; also where an AF_INET6 socket names its mapped form.
+    V4([u8; 4]),
+    /// An address of the IPv6 pool.
+    V6([u8; 16]),
+}
+
+/// Which call is decided on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Call {
+    /// connect(). Of a UDP socket it is counted apart: it may never send.
+    Connect,
+    /// sendto() or sendmsg() with an address.
+    Send,
+}
+
+/// What is decided on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Request {
+    /// The address.
+    pub destination: Destination,
+    /// The port.
+    pub port: u16,
+    /// The protocol number of the socket.
+    pub protocol: u8,
+    /// The call.
+    pub call: Call,
+}
+
+impl Request {
+    /// Whether a UDP socket connects.
+    #[inline(always)]
+    pub fn is_udp_connect(&self) -> bool {
+        self.call == Call::Connect && self.protocol == IPPROTO_UDP
+    }
+}
+
+/// Whose socket it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// An application's.
+    Application,
+    /// The kernel's part of an application's MPTCP socket.
+    Subflow,
+    /// The kernel's own, as NFS has them.
+    Kernel,
+}
+
+/// The backends that a socket can reach, by their address families.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FamilyFilter {
+    /// IPv4 backends.
+    Ipv4,
+    /// IPv6 backends.
+    Ipv6,
+    /// IPv4 backends, or all where there are none.
+    Ipv4First,
+    /// IPv6 backends, or all where there are none.
+    Ipv6First,
+    /// All.
+    All,
+}
+
+/// One of a group's [`BackendSets`](crate::BackendSets).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Netns {
+    /// For connections from the host's network namespace.
+    Host,
+    /// For those from any other.
+    Other,
+}
+
+/// One of the ranges of [`BackendSets`](crate::BackendSets).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Family {
+    /// [`BackendSets::ipv4`](crate::BackendSets::ipv4)
+    Ipv4,
+    /// [`BackendSets::ipv6`](crate::BackendSets::ipv6)
+    Ipv6,
+    /// [`BackendSets::all`](crate::BackendSets::all)
+    All,
+}
+
+/// What the daemon writes for the programs ([`Control`](crate::Control)), each word as it is now.
+pub trait ControlWords: Copy {
+    /// The last heartbeat.
+    fn heartbeat_ns(self) -> u64;
+    /// The cookie of the host's network namespace.
+    fn host_netns(self) -> u64;
+    /// The daemon's process id.
+    fn tgid(self) -> u64;
+    /// Whether connections are only counted.
+    fn is_shadow(self) -> bool;
+}
+
+/// A service ([`ServiceEntry`](crate::ServiceEntry)), each word as it is now.
+pub trait ServiceWords: Copy {
+    /// A range of slots of a group, of [`N_GROUPS`].
+    fn range(self, group: usize, netns: Netns, family: Family) -> SlotRange;
+    /// Whether the next connection is to be reported.
+    fn report_next(self) -> bool;
+}
+
+/// The configuration and the maps.
+pub trait Tables {
+    /// See [`Tables::control`].
+    type Control: ControlWords;
+    /// See [`Tables::service`].
+    type Service: ServiceWords;
+    /// Whether an IPv4 address is in the pool. IPv6 ones are before they get here.
+    fn in_pool(&self, address: [u8; 4]) -> bool;
+    /// Whether an IPv4 address is the pool's own, to which the daemon sends its probes.
+    fn is_probe_address(&self, address: [u8; 4]) -> bool;
+    /// What the daemon writes for the programs.
+    fn control(&self) -> Option<Self::Control>;
+    /// The service behind an IPv4 frontend.
+    fn frontend(&self, frontend: &Frontend) -> Option<ServiceRef>;
+    /// The service behind an IPv6 frontend.
+    fn frontend6(&self, frontend: &Frontend6) -> Option<ServiceRef>;
+    /// A service, by its index.
+    fn service(&self, service: u32) -> Option<Self::Service>;
+    /// A slot, by its index.
+    fn slot(&self, slot: u32) -> Option<Slot>;
+    /// A backend, by its index.
+    fn backend(&self, backend: u32) -> Option<Backend>;
+}
+
+/// Who makes the call.
+pub trait Caller {
+    /// The process id, as the kernel sees it.
+    fn tgid(&self) -> u64;
+    /// The time, by CLOCK_MONOTONIC.
+    fn now_ns(&self) -> u64;
+    /// Whose socket it is; and whether it is an IPv6 socket that is closed to IPv4, where
+    /// [`Caller::filter`] has a use for that.
+    fn origin(&self) -> (Origin, bool);
+    /// Whether the process is in a cgroup that is bypassed, or below one.
+    fn is_bypassed(&self) -> bool;
+    /// The backends that the socket can reach.
+    fn filter(&self, is_ipv6_only: bool) -> FamilyFilter;
+    /// The cookie of the network namespace.
+    fn netns_cookie(&self) -> u64;
+    /// A number that is uniform over its whole range.
+    fn random(&self) -> u32;
+}
+
+/// What becomes of a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// It goes where it was going.
+    Pass(PassReason),
+    /// It fails with ECONNREFUSED.
+    Refuse(RefuseReason),
+    /// It goes to a backend.
+    Send(Selection),
+}
+
+/// Why a connection passes untouched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PassReason {
+    /// It isn't to a frontend, or to none that applies where it comes from.
+    NoFrontend,
+    /// Its process or socket is bypassed.
+    Bypassed,
+    /// Connections are only counted. This one would have met a frontend of the service.
+    Shadow {
+        /// The index of the service.
+        service: u32,
+    },
+    /// Connections are only counted. This one would have been refused.
+    ShadowNoFrontend,
+    /// Connections are only counted. This one is to the address of the daemon's probes.
+    ShadowProbe,
+}
+
+/// Why a connection is refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RefuseReason {
+    /// It is to the address of the daemon's probes.
+    Probe,
+    /// It is into a pool, and no frontend matches.
+    NoFrontend,
+    /// The service has no backend that the socket reaches.
+    NoBackend {
+        /// The index of the service.
+        service: u32,
+        /// Whether it has some of another address family.
+        has_other_family: bool,
+        /// Whether the connection is to be reported.
+        report: bool,
+    },
+    /// The service leads to a slot or a backend that isn't there.
+    Inconsistent {
+        /// The index of the service.
+        service: u32,
+    },
+}
+
+/// A backend, and how it was found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Selection {
+    /// The index of the service.
+    pub service: u32,
+    /// The index of the backend.
+    pub backend_idx: u32,
+    /// The backend.
+    pub backend: Backend,
+    /// Whose socket it is.
+    pub origin: Origin,
+    /// Whether the connection is to be reported.
+    pub report: bool,
+}
+
+/// Decides on a connection.
+#[inline(always)]
+pub fn decide(tables: &impl Tables, caller: &impl Caller, request: &Request) -> Verdict {
+    if request.protocol != IPPROTO_TCP && request.protocol != IPPROTO_UDP {
+        return Verdict::Pass(PassReason::NoFrontend);
+    }
+    let found = lookup(tables, request);
+    if found.is_none()
+        && let Destination::V4(address) = request.destination
+    {
+        if !tables.in_pool(address) {
+            return Verdict::Pass(PassReason::NoFrontend);
+        }
+        if tables.is_probe_address(address) {
+            let is_shadow = tables.control().is_some_and(ControlWords::is_shadow);
+            return match is_shadow {
+                true => Verdict::Pass(PassReason::ShadowProbe),
+                false => Verdict::Refuse(RefuseReason::Probe),
+            };
+        }
+    }
+    let Some(control) = tables.control() else {
+        return Verdict::Pass(PassReason::NoFrontend);
+    };
+    if is_daemon(control, caller) {
+        return Verdict::Pass(PassReason::Bypassed);
+    }
+    let (origin, is_ipv6_only) = caller.origin();
+    if origin == Origin::Kernel || caller.is_bypassed() {
+        return Verdict::Pass(PassReason::Bypassed);
+    }
+    if control.is_shadow() {
+        return Verdict::Pass(match found {
+            None => PassReason::ShadowNoFrontend,
+            Some(ServiceRef { service, host_only }) => {
+                match host_only == 0 || is_on_host(control, caller) {
+                    true => PassReason::Shadow { service },
+                    false => PassReason::NoFrontend,
+                }
+            }
+        });
+    }
+    let Some(ServiceRef { service, host_only }) = found else {
+        return Verdict::Refuse(RefuseReason::NoFrontend);
+    };
+    let inconsistent = Verdict::Refuse(RefuseReason::Inconsistent { service });
+    let filter = caller.filter(is_ipv6_only);
+    let Some(words) = tables.service(service) else { return inconsistent };
+    // Asking where a connection comes from is spared where it makes no difference. One of the two
+    // words may be newer than the other: if they are the same, each is what either may have.
+    let (on_host, elsewhere) =
+        (filtered(words, 0, Netns::Host, filter), filtered(words, 0, Netns::Other, filter));
+    let is_on_host = host_only == 0 && is_same(on_host, elsewhere) || is_on_host(control, caller);
+    if host_only != 0 && !is_on_host {
+        return Verdict::Pass(PassReason::NoFrontend);
+    }
+    let report = words.report_next();
+    let mut range = if is_on_host { on_host } else { elsewhere };
+    if range.n_slots == 0 {
+        let netns = match self::is_on_host(control, caller) {
+            true => Netns::Host,
+            false => Netns::Other,
+        };
+        range = fallback(words, netns, filter);
+        if range.n_slots == 0 {
+            let has_other_family = has_any(words, netns);
+            return Verdict::Refuse(RefuseReason::NoBackend { service, has_other_family, report });
+        }
+    }
+    let slot = |slot| tables.slot(range.first_slot.wrapping_add(slot));
+    let Some(backend_idx) = select(caller.random(), range.n_slots, slot) else {
+        return inconsistent;
+    };
+    match tables.backend(backend_idx) {
+        Some(backend) if backend.port != 0 => {
+            Verdict::Send(Selection { service, backend_idx, backend, origin, report })
+        }
+        _ => inconsistent,
+    }
+}
+
+/// The service behind the request's address and port, or the address's service for any port. Pins
+/// have one port each.
+#[inline(always)]
+pub fn lookup(tables: &impl Tables, request: &Request) -> Option<ServiceRef> {
+    let &Request { destination, port, protocol, .. } = request;
+    match destination {
+        Destination::V4(address) => {
+            let mut frontend = Frontend { address, port, protocol, padding: 0 };
+            let found = tables.frontend(&frontend);
+            if found.is_some() || !tables.in_pool(address) || tables.is_probe_address(address) {
+                return found;
+            }
+            frontend.port = ANY_PORT;
+            tables.frontend(&frontend)
+        }
+        Destination::V6(address) => {
+            let mut frontend = Frontend6 { address, port, protocol, padding: 0 };
+            let found = tables.frontend6(&frontend);
+            if found.is_some() {
+                return found;
+            }
+            frontend.port = ANY_PORT;
+            tables.frontend6(&frontend)
+        }
+    }
+}
+
+/// Whether the daemon itself connects.
+#[inline(always)]
+fn is_daemon(control: impl ControlWords, caller: &impl Caller) -> bool {
+    caller.tgid() == control.tgid()
+        && caller.now_ns().wrapping_sub(control.heartbeat_ns()) < HEARTBEAT_TIMEOUT_NS
+}
+
+#[inline(always)]
+fn is_on_host(control: impl ControlWords, caller: &impl Caller) -> bool {
+    caller.netns_cookie() == control.host_netns()
+}
+
+/// The slots of a group for connections that reach these backends.
+#[inline(always)]
+fn filtered(
+    service: impl ServiceWords,
+    group: usize,
+    netns: Netns,
+    filter: FamilyFilter,
+) -> SlotRange {
+    let first = match filter {
+        FamilyFilter::Ipv4 | FamilyFilter::Ipv4First => Family::Ipv4,
+        FamilyFilter::Ipv6 | FamilyFilter::Ipv6First => Family::Ipv6,
+        FamilyFilter::All => Family::All,
+    };
+    let range = service.range(group, netns, first);
+    let is_all_next = matches!(filter, FamilyFilter::Ipv4First | FamilyFilter::Ipv6First);
+    if is_all_next && range.n_slots == 0 {
+        return service.range(group, netns, Family::All);
+    }
+    range
+}
+
+#[inline(always)]
+fn is_same(one: SlotRange, other: SlotRange) -> bool {
+    let word = |range: SlotRange| -> u64 { zerocopy::transmute!(range) };
+    word(one) == word(other)
+}
+
+/// The slots of the first group after the first that has any for this connection.
+#[inline(always)]
+fn fallback(service: impl ServiceWords, netns: Netns, filter: FamilyFilter) -> SlotRange {
+    let mut group = 1;
+    while group < N_GROUPS {
+        let range = filtered(service, group, netns, filter);
+        if range.n_slots != 0 {
+            return range;
+        }
+        group += 1;
+    }
+    SlotRange { first_slot: 0, n_slots: 0 }
+}
+
+/// Whether a service has any backend, of whatever family.
+#[inline(always)]
+fn has_any(service: impl ServiceWords, netns: Netns) -> bool {
+    let mut group = 0;
+    while group < N_GROUPS {
+        if service.range(group, netns, Family::All).n_slots != 0 {
+            return true;
+        }
+        group += 1;
+    }
+    false
+}
+
+#[cfg(any(test, fuzzing))]
+pub mod model;
+
+#[cfg(test)]
+mod tests;

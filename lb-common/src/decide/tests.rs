@@ -1,0 +1,229 @@
+use proptest::prelude::*;
+
+use super::model::{Client, Model, fuzz};
+use super::*;
+use crate::{Address, Control, Group, ServiceEntry};
+
+const HOST: u64 = 1;
+const CONTAINER: u64 = 2;
+const DAEMON: u64 = 77;
+const VIP: [u8; 4] = [127, 128, 0, 5];
+const VIP6: [u8; 16] = [0xfd; 16];
+const PIN: [u8; 4] = [10, 0, 0, 1];
+
+/// The indices of the services.
+const WEB: u32 = 0;
+const EMPTY: u32 = 1;
+const SPARE: u32 = 2;
+const IPV6_ONLY: u32 = 3;
+const BROKEN: u32 = 4;
+
+/// A service a line: its VIP's last octet, its index, and its groups' backends, each as the range of
+/// slots for IPv4 and the one for IPv6 (`all` is the wider of the two).
+fn tables() -> Model {
+    let range = |first_slot, n_slots| SlotRange { first_slot, n_slots };
+    let none = range(0, 0);
+    let sets = |ipv4: SlotRange, ipv6: SlotRange| {
+        let all = if ipv4.n_slots > 0 { ipv4 } else { ipv6 };
+        crate::BackendSets { ipv4, ipv6, all }
+    };
+    let everywhere =
+        |ipv4, ipv6| Group { host_netns: sets(ipv4, ipv6), other_netns: sets(ipv4, ipv6) };
+    let entry = |group| ServiceEntry { group, ..ServiceEntry::default() };
+    // Backend 0 is on the host's loopback, backend 1 is not, backend 2 has an IPv6 address.
+    let mut web = entry(everywhere(range(1, 1), none));
+    web.group.host_netns = sets(range(0, 1), none);
+    let mut spare = entry(everywhere(none, none));
+    spare.fallbacks[1].group = everywhere(range(1, 1), none);
+    spare.flags.report_next = 1;
+    let services = [
+        web,
+        entry(everywhere(none, none)),
+        spare,
+        entry(everywhere(none, range(2, 1))),
+        entry(everywhere(range(99, 1), none)),
+    ];
+    let slot = |backend| Slot { backend, alias: 0, threshold: u16::MAX };
+    let ipv6 = Address { octets: [0xfd; 16] };
+    let addresses = [Address::v4([127, 0, 0, 1]), Address::v4([10, 0, 0, 7]), ipv6];
+    let backend = |address| Backend { address, port: 80, padding: 0, generation: 9 };
+    let frontend = |address, port, service, host_only| {
+        let frontend = Frontend { address, port, protocol: IPPROTO_TCP, padding: 0 };
+        let udp = Frontend { protocol: IPPROTO_UDP, ..frontend };
+        let target = ServiceRef { service, host_only };
+        [(frontend, target), (udp, target)]
+    };
+    let vip = |last: u8| [127, 128, 0, last];
+    let frontends = [
+        frontend(VIP, 80, WEB, 0),
+        frontend(PIN, 53, WEB, 1),
+        frontend(vip(6), ANY_PORT, EMPTY, 0),
+        frontend(vip(7), 80, SPARE, 0),
+        frontend(vip(8), 80, IPV6_ONLY, 0),
+        frontend(vip(9), 80, BROKEN, 0),
+        frontend(vip(10), 80, 99, 0),
+    ];
+    let frontend6 = Frontend6 { address: VIP6, port: ANY_PORT, protocol: IPPROTO_TCP, padding: 0 };
+    let control =
+        Control { heartbeat_ns: 1_000, host_netns: HOST, tgid: DAEMON, ..Control::default() };
+    Model {
+        pool: (u32::from_be_bytes([127, 128, 0, 0]), 0xff80_0000),
+        control: Some(control),
+        frontends: frontends.into_iter().flatten().collect(),
+        frontends6: [(frontend6, ServiceRef { service: IPV6_ONLY, host_only: 0 })].into(),
+        services: services.to_vec(),
+        slots: [slot(0), slot(1), slot(2)].to_vec(),
+        backends: addresses.map(backend).to_vec(),
+    }
+}
+
+const CLIENT: Client = Client {
+    tgid: 5,
+    now_ns: 2_000,
+    origin: Origin::Application,
+    is_bypassed: false,
+    filter: FamilyFilter::Ipv4,
+    netns_cookie: HOST,
+    random: 0,
+};
+
+const fn tcp(address: [u8; 4], port: u16) -> Request {
+    let destination = Destination::V4(address);
+    Request { destination, port, protocol: IPPROTO_TCP, call: Call::Connect }
+}
+
+/// What a verdict says, but for the backend's address.
+#[derive(Debug, PartialEq)]
+enum Expected {
+    Pass(PassReason),
+    Refuse(RefuseReason),
+    /// Sent to the backend with this index, and reported or not.
+    Send(u32, bool),
+}
+
+#[test]
+fn verdicts() {
+    use Expected::{Pass, Refuse, Send};
+    let vip = |last: u8| tcp([127, 128, 0, last], 80);
+    let v6 = |port| Request { destination: Destination::V6(VIP6), ..tcp([0; 4], port) };
+    let container = Client { netns_cookie: CONTAINER, ..CLIENT };
+    let ipv6 = Client { filter: FamilyFilter::Ipv6, ..CLIENT };
+    let no_backend = |service, has_other_family| {
+        Refuse(RefuseReason::NoBackend { service, has_other_family, report: false })
+    };
+    let inconsistent = |service| Refuse(RefuseReason::Inconsistent { service });
+    let nothing = || Pass(PassReason::NoFrontend);
+    let table = [
+        // Pool and ports.
+        ("a VIP", tcp(VIP, 80), CLIENT, Send(0, false)),
+        ("no VIP", tcp([10, 0, 0, 9], 80), CLIENT, nothing()),
+        ("a port that isn't the service's", tcp(VIP, 81), CLIENT, Refuse(RefuseReason::NoFrontend)),
+        ("an address that no service has", vip(99), CLIENT, Refuse(RefuseReason::NoFrontend)),
+        ("any port", tcp([127, 128, 0, 6], 8_080), CLIENT, no_backend(EMPTY, false)),
+        ("another protocol", Request { protocol: 1, ..tcp(VIP, 80) }, CLIENT, nothing()),
+        ("the probe", tcp([127, 128, 0, 0], 80), CLIENT, Refuse(RefuseReason::Probe)),
+        ("a datagram", Request { protocol: IPPROTO_UDP, ..tcp(VIP, 80) }, CLIENT, Send(0, false)),
+        ("an IPv6 VIP, any port", v6(443), ipv6, Send(2, false)),
+        ("an IPv6 VIP by IPv4", v6(443), CLIENT, no_backend(IPV6_ONLY, true)),
+        // Pins and network namespaces.
+        ("a pin", tcp(PIN, 53), CLIENT, Send(0, false)),
+        ("another port of a pin", tcp(PIN, 54), CLIENT, nothing()),
+        ("a pin from a container", tcp(PIN, 53), container, nothing()),
+        ("a VIP from a container", tcp(VIP, 80), container, Send(1, false)),
+        // Groups and families.
+        ("no backend", vip(6), CLIENT, no_backend(EMPTY, false)),
+        ("the third group", vip(7), CLIENT, Send(1, true)),
+        (
+            "no group",
+            vip(7),
+            ipv6,
+            Refuse(RefuseReason::NoBackend {
+                service: SPARE,
+                has_other_family: true,
+                report: true,
+            }),
+        ),
+        ("another family", vip(8), CLIENT, no_backend(IPV6_ONLY, true)),
+        (
+            "any family rather than none",
+            vip(8),
+            Client { filter: FamilyFilter::Ipv4First, ..CLIENT },
+            Send(2, false),
+        ),
+        // Who is bypassed.
+        ("the daemon", tcp(VIP, 80), Client { tgid: DAEMON, ..CLIENT }, Pass(PassReason::Bypassed)),
+        (
+            "a process that has a dead daemon's id",
+            tcp(VIP, 80),
+            Client { tgid: DAEMON, now_ns: 1_000 + HEARTBEAT_TIMEOUT_NS, ..CLIENT },
+            Send(0, false),
+        ),
+        (
+            "a socket of the kernel's",
+            tcp(VIP, 80),
+            Client { origin: Origin::Kernel, ..CLIENT },
+            Pass(PassReason::Bypassed),
+        ),
+        ("a subflow", tcp(VIP, 80), Client { origin: Origin::Subflow, ..CLIENT }, Send(0, false)),
+        (
+            "a bypassed cgroup, where nothing is",
+            vip(99),
+            Client { is_bypassed: true, ..CLIENT },
+            Pass(PassReason::Bypassed),
+        ),
+        // Tables that another program wrote to.
+        ("a slot that isn't there", vip(9), CLIENT, inconsistent(BROKEN)),
+        ("a service that isn't there", vip(10), CLIENT, inconsistent(99)),
+    ];
+    for (case, request, client, expected) in table {
+        assert_eq!(outcome(&tables(), &client, &request), expected, "{case}");
+    }
+}
+
+#[test]
+fn shadow_mode_passes_everything() {
+    let mut model = tables();
+    model.control.as_mut().unwrap().is_shadow = 1;
+    let container = Client { netns_cookie: CONTAINER, ..CLIENT };
+    let table = [
+        (tcp(VIP, 80), CLIENT, PassReason::Shadow { service: WEB }),
+        (tcp(VIP, 81), CLIENT, PassReason::ShadowNoFrontend),
+        (tcp(PIN, 53), CLIENT, PassReason::Shadow { service: WEB }),
+        (tcp(PIN, 53), container, PassReason::NoFrontend),
+        (tcp([127, 128, 0, 0], 80), CLIENT, PassReason::ShadowProbe),
+        (tcp([10, 0, 0, 9], 80), CLIENT, PassReason::NoFrontend),
+        (tcp(VIP, 80), Client { is_bypassed: true, ..CLIENT }, PassReason::Bypassed),
+    ];
+    for (request, client, reason) in table {
+        assert_eq!(outcome(&model, &client, &request), Expected::Pass(reason), "{request:?}");
+    }
+}
+
+#[test]
+fn a_backend_without_a_port_is_inconsistent() {
+    let mut model = tables();
+    model.backends[0].port = 0;
+    let expected = Expected::Refuse(RefuseReason::Inconsistent { service: WEB });
+    assert_eq!(outcome(&model, &CLIENT, &tcp(VIP, 80)), expected);
+    model.backends.clear();
+    assert_eq!(outcome(&model, &CLIENT, &tcp(VIP, 80)), expected);
+}
+
+fn outcome(model: &Model, client: &Client, request: &Request) -> Expected {
+    match decide(&model, client, request) {
+        Verdict::Pass(reason) => Expected::Pass(reason),
+        Verdict::Refuse(reason) => Expected::Refuse(reason),
+        Verdict::Send(Selection { backend_idx, report, origin, .. }) => {
+            assert_eq!(origin, client.origin);
+            Expected::Send(backend_idx, report)
+        }
+    }
+}
+
+proptest! {
+    /// What the fuzzer does, for a while.
+    #[test]
+    fn any_tables_any_connection(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+        fuzz(&bytes);
+    }
+}
