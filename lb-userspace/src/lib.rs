@@ -5,11 +5,13 @@ pub mod admin;
 pub mod catalog;
 pub mod cli;
 pub mod config;
+pub mod daemon;
 pub mod datapath;
 pub mod dns;
 mod durable;
 #[cfg(any(fuzzing, test))]
 pub mod fuzzing;
+mod logging;
 pub mod ordmap;
 pub mod table;
 mod terminal;

@@ -309,6 +309,25 @@ mod tests {
         }
     }
 
+    /// The sample was written by the version before the types got their present names.
+    #[test]
+    fn a_file_of_an_earlier_version_is_read() {
+        let (_, body) = parse(include_bytes!("samples/catalog.json")).unwrap();
+        let now = Now { instant: Instant::now(), boottime: Duration::from_secs(16_880) };
+        let saved = remember(body, now, HOUR);
+        let agent = saved.agent.unwrap();
+        let web = &saved.services["web"];
+        let instance = &web.instances[0];
+        assert!(agent.has(instance) && instance.local && web.answered_at.is_some());
+        assert_eq!((&*instance.address, instance.port), ("10.0.0.7", 8080));
+        assert_eq!(instance.health, HealthStatus::Serving);
+        assert_eq!(instance.meta, ServiceMeta { ports: Some("80,443".into()), protocol: None });
+        let db = &saved.services["db"].instances[0];
+        let why = "check `Service 'db' check` is critical";
+        assert_eq!(db.health, HealthStatus::Out(why.into()));
+        assert_eq!(saved.services["gone"].instances.len(), 0);
+    }
+
     #[test]
     fn what_cannot_be_understood_is_set_aside() {
         let dir = tempfile::tempdir().unwrap();

@@ -4,11 +4,12 @@ use std::ffi::OsString;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, Parser, Subcommand};
 
 use super::dns::DnsCommand;
 use crate::config::keys::{Key, toml, values};
 use crate::config::{Config, Flag, FlagValue};
+use crate::logging::LogFormat;
 
 /// A load balancer without a proxy hop, for Nomad and Consul.
 #[derive(Debug, Parser)]
@@ -181,16 +182,6 @@ pub struct ClientArguments {
     /// Print one JSON document
     #[arg(long)]
     pub json: bool,
-}
-
-/// The format of log lines.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub enum LogFormat {
-    /// For people.
-    #[default]
-    Text,
-    /// An object a line.
-    Json,
 }
 
 /// What a flag's key is for, and its default.

@@ -1,22 +1,13 @@
-//! The command line: the commands, and the daemon's wiring.
+//! The command line.
 
 mod args;
 mod check;
 mod config_file;
-mod connection;
 mod dns;
 mod format;
-mod holdback;
 mod instance;
-mod log;
-mod metrics;
-mod notify;
 mod reload;
-mod revision;
-mod run;
-mod shadow_mode;
 mod unload;
-mod view;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -31,7 +22,7 @@ use serde::de::DeserializeOwned;
 use crate::admin::{api, client};
 use crate::config::{Config, ConfigErrors};
 use crate::datapath::{create_maps, probe};
-use crate::terminal;
+use crate::{daemon, logging, terminal};
 use args::{Arguments, ClientArguments, Command, ConfigArguments, ConfigCommand};
 use dns::DnsCommand;
 
@@ -76,19 +67,19 @@ pub fn main() -> ExitCode {
             ExitCode::from(if usage { USAGE } else { FAILURE })
         }
     };
-    log::drain();
+    logging::drain();
     code
 }
 
 fn command(command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Run { config, log_format } => {
-            log::start(log_format).context("can't start a thread")?;
+            logging::start(log_format).context("can't start a thread")?;
             let flags = config.flags();
             let read = Arc::new(move || {
                 Config::load(config.config.config.as_deref(), &flags, &environment)
             });
-            run::run(read()?, read)?;
+            daemon::run(read()?, read)?;
         }
         Command::Check { config, client } => {
             let report = check::check(load(&config), client.admin.as_deref());
@@ -215,7 +206,7 @@ fn write<T: Serialize + DeserializeOwned>(
 
 /// Prints one line to stderr, or hands it to the log where there is one.
 fn say(message: &str) {
-    log::say(&terminal::escape(message));
+    logging::say(&terminal::escape(message));
 }
 
 fn write_text(text: &str) -> anyhow::Result<()> {

@@ -1,60 +1,13 @@
-//! Reload: the configuration is read again, and all of it comes into force, or nothing.
+//! `nohop reload`
 
-use std::fmt::Display;
 use std::process::ExitCode;
-use std::sync::Arc;
-
-use tokio::sync::oneshot;
 
 use super::args::ClientArguments;
 use super::{FAILURE, USAGE, environment, print, runtime, say};
 use crate::admin::{api, client};
-use crate::config::keys::{Change, changes};
-use crate::config::{Config, ConfigErrors};
+use crate::daemon::reload::lines;
 
-/// Reads file, environment and flags again, as at the start.
-pub type Read = Arc<dyn Fn() -> Result<Config, ConfigErrors> + Send + Sync>;
-
-/// Where the daemon is to say what became of a reload.
-pub type Request = oneshot::Sender<api::Reload>;
-
-/// What a configuration changes, or why it can't come into force.
-///
-/// # Errors
-/// The mistakes, or the keys that need a restart, as the answer to whoever asked.
-pub fn plan(
-    running: &Config,
-    wanted: Result<Config, ConfigErrors>,
-) -> Result<(Config, api::Reload), api::Reload> {
-    let wanted = wanted.map_err(|errors| refuse(errors.0))?;
-    let changes = changes(running, &wanted);
-    let ok = changes.iter().all(|change| change.restart.is_none());
-    let changes = changes.into_iter().map(shown).collect();
-    let reload = api::Reload { ok, problems: Vec::new(), changes };
-    if ok { Ok((wanted, reload)) } else { Err(reload) }
-}
-
-/// The answer where the configuration, or what it names, has mistakes.
-pub fn refuse(problems: impl IntoIterator<Item = impl Display>) -> api::Reload {
-    let problems = problems.into_iter().map(|problem| problem.to_string()).collect();
-    api::Reload { ok: false, problems, changes: Vec::new() }
-}
-
-fn shown(Change { key, from, to, restart }: Change) -> api::ChangedKey {
-    api::ChangedKey { key: key.to_owned(), from, to, restart: restart.map(str::to_owned) }
-}
-
-/// Tells the log what became of a reload.
-pub fn log(reload: &api::Reload) {
-    for line in lines(reload) {
-        match reload.ok {
-            true => tracing::info!("reload: {line}"),
-            false => tracing::error!("reload: {line}"),
-        }
-    }
-}
-
-/// `nohop reload`
+/// Asks the daemon to reload, and shows what became of it.
 pub fn ask(client: &ClientArguments) -> anyhow::Result<ExitCode> {
     let address = client::find(client.admin.as_deref(), &environment)?;
     let reload: api::Reload = runtime()?.block_on(client::post(&address, "/v1/reload"))?;
@@ -68,67 +21,4 @@ pub fn ask(client: &ClientArguments) -> anyhow::Result<ExitCode> {
         (false, false) => ExitCode::from(USAGE),
         (false, true) => ExitCode::from(FAILURE),
     })
-}
-
-/// What became of a reload, for people.
-fn lines(reload: &api::Reload) -> Vec<String> {
-    let mut lines = reload.problems.clone();
-    for api::ChangedKey { key, from, to, restart } in &reload.changes {
-        lines.push(match restart {
-            None => format!("{key}: {from} -> {to}"),
-            Some(reason) => format!("{key}: {from} -> {to} needs a restart: {reason}"),
-        });
-    }
-    match reload.ok {
-        true if reload.changes.is_empty() => lines.push("nothing differs".into()),
-        true => {}
-        false => lines.push("nothing was changed".into()),
-    }
-    lines
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::config::Problem;
-
-    fn config(change: impl Fn(&mut Config)) -> Result<Config, ConfigErrors> {
-        let mut config = Config::default();
-        change(&mut config);
-        Ok(config)
-    }
-
-    #[test]
-    fn all_comes_into_force_or_nothing() {
-        let running = Config::default();
-        let (wanted, reload) = plan(&running, config(|config| config.dns.ttl = 5)).unwrap();
-        assert_eq!(wanted.dns.ttl, 5);
-        assert_eq!(lines(&reload), ["dns.ttl: 30 -> 5"]);
-
-        let refused = plan(
-            &running,
-            config(|config| {
-                config.dns.ttl = 5;
-                config.datapath.max_services = 7;
-            }),
-        );
-        let expected = [
-            "dns.ttl: 30 -> 5",
-            "datapath.max_services: 16384 -> 7 needs a restart: maps are created at the start",
-            "nothing was changed",
-        ];
-        assert_eq!(lines(&refused.unwrap_err()), expected);
-
-        let (_, reload) = plan(&running, config(|_| {})).unwrap();
-        assert_eq!(lines(&reload), ["nothing differs"]);
-    }
-
-    #[test]
-    fn a_faulty_configuration_is_told_in_full() {
-        let problem = |what: &str| Problem { location: None, key: None, what: what.into() };
-        let faulty = Err(ConfigErrors(vec![problem("one"), problem("two")]));
-        let reload = plan(&Config::default(), faulty).unwrap_err();
-        assert_eq!(lines(&reload), ["one", "two", "nothing was changed"]);
-        assert!(!reload.ok && reload.problems.len() == 2);
-    }
 }

@@ -104,7 +104,7 @@ impl Builder {
         self.vips.forget(now);
     }
 
-    /// The book of VIPs.
+    /// The VIPs.
     pub fn vips(&self) -> &Vips {
         &self.vips
     }
@@ -112,7 +112,7 @@ impl Builder {
     /// The table after `last`, which this builder made; `None` when nothing differs. What didn't change
     /// is shared with `last`: a change costs what it changes, whatever else the catalog has.
     pub fn next(&mut self, last: &Table, catalog: &Catalog, now: SystemTime) -> Option<NextTable> {
-        let given_before = self.vips.given();
+        let assigned_before = self.vips.assigned();
         let seen = std::mem::replace(&mut self.seen, catalog.clone());
         let Diff { changed, gone } = seen.diff(catalog);
         let mut touched = std::mem::take(&mut self.revisit);
@@ -154,7 +154,7 @@ impl Builder {
                 self.vips.release(name, now);
             }
         }
-        let vips_given = self.vips.given() != given_before;
+        let vips_given = self.vips.assigned() != assigned_before;
         let hostnames = std::mem::take(&mut self.has_new_hostnames)
             .then(|| self.hostnames.values().flatten().cloned().collect());
         differs.then(|| NextTable { table: Arc::new(table), vips_given, hostnames })

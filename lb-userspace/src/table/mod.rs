@@ -4,7 +4,6 @@
 //! validates each instance, gives each name its VIP, and shares what didn't change with the table
 //! before. What is observed of a service (errors, ejections) stands beside the table, never in it.
 
-pub mod book;
 mod build;
 mod endpoints;
 mod input;

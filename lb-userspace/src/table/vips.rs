@@ -1,13 +1,11 @@
 //! VIPs: which address a name has on this node.
 //!
 //! The place to look first is a hash of the name, so that nodes mostly agree without talking; what
-//! is taken is skipped. What a name got it keeps: the book of names is written to the state
-//! directory before an address is used.
+//! is taken is skipped. A name keeps what it got: all names are recorded in the state directory, by
+//! `daemon::recorder`, before an address is given out.
 
 use std::collections::{BTreeMap, HashMap};
-use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -15,17 +13,18 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
 
 use crate::config::VipConfig;
+use crate::ordmap::OrdMap;
 
 /// How long an address that a name gave up goes to no other name.
-pub const REST: Duration = Duration::from_secs(24 * 60 * 60);
+pub const COOL_DOWN: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// How long the book knows a name that gave its address up: many times what a service is away for,
-/// so that one that comes back has the address that it had.
-const FORGOTTEN: Duration = Duration::from_secs(30 * 24 * 60 * 60);
+/// How long a name that gave its address up is kept: many times what a service is away for, so that one
+/// that comes back has the address that it had.
+const RETENTION: Duration = Duration::from_secs(30 * 24 * 60 * 60);
 
-/// The most names that gave their addresses up and that the book knows, those of the last
-/// [`REST`] not among them: a site that makes up thousands of names a day would have a book of
-/// megabytes else, which is written as a whole for each new name.
+/// The most names that gave their addresses up and are kept, those of the last [`COOL_DOWN`] not among
+/// them: else a site that makes up thousands of names a day would have a file of megabytes, which is
+/// written as a whole for each new name.
 const MAX_RELEASED: usize = 16_384;
 
 /// Why a name has no address.
@@ -33,7 +32,7 @@ const MAX_RELEASED: usize = 16_384;
 #[error("the VIP pool {pool} has no address left{}: set a larger vip.pool", rests(*n_resting, *free_in))]
 pub struct PoolExhausted {
     pool: Ipv4Net,
-    /// The addresses that names gave up less than [`REST`] ago.
+    /// The addresses that names gave up less than [`COOL_DOWN`] ago.
     n_resting: usize,
     /// When the first of them can go to another name.
     free_in: Duration,
@@ -47,44 +46,21 @@ fn rests(n_resting: usize, free_in: Duration) -> String {
     }
 }
 
-/// Why the book can't be read or written.
-#[derive(Debug, thiserror::Error)]
-#[error("can't {action} {path}: {source}")]
-pub struct BookError {
-    action: &'static str,
-    path: PathBuf,
-    source: io::Error,
-}
-
-impl BookError {
-    /// That the file at `path` can't be written.
-    pub(super) fn write(path: &Path, source: io::Error) -> BookError {
-        BookError { action: "write", path: path.to_owned(), source }
-    }
-}
-
-/// The book as it is written, at one edition.
+/// The VIPs at one version, to be recorded.
 #[derive(Debug)]
-pub struct Page {
-    edition: u64,
-    text: Vec<u8>,
+pub struct VipSnapshot {
+    /// As [`Vips::version`].
+    pub version: u64,
+    names: OrdMap<Arc<str>, Entry>,
 }
 
-impl Page {
-    /// This text, at this edition.
-    #[cfg(test)]
-    pub(super) fn new(edition: u64, text: Vec<u8>) -> Page {
-        Page { edition, text }
-    }
-
-    /// Its edition, as [`Vips::edition`].
-    pub fn edition(&self) -> u64 {
-        self.edition
-    }
-
-    /// The file's contents.
-    pub fn text(&self) -> &[u8] {
-        &self.text
+impl VipSnapshot {
+    /// The file's contents: one JSON object, an entry a name.
+    pub fn to_json(&self) -> Vec<u8> {
+        let names: BTreeMap<&str, &Entry> =
+            self.names.iter().map(|(name, entry)| (&**name, entry)).collect();
+        // Names and addresses are always JSON.
+        serde_json::to_vec(&names).unwrap_or_default()
     }
 }
 
@@ -125,7 +101,7 @@ pub struct Vip {
 pub struct PoolUse {
     /// Those of names in use.
     pub used: usize,
-    /// Those that a name gave up less than [`REST`] ago.
+    /// Those that a name gave up less than [`COOL_DOWN`] ago.
     pub resting: usize,
     /// All that there are for names.
     pub size: usize,
@@ -138,7 +114,7 @@ impl PoolUse {
     }
 }
 
-/// An entry of the book.
+/// What is recorded of a name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Entry {
     vip: Ipv4Addr,
@@ -170,55 +146,30 @@ fn entries(text: &[u8]) -> Result<BTreeMap<Arc<str>, Entry>, serde_json::Error> 
     if entries.is_empty() { Err(problem) } else { Ok(entries) }
 }
 
-/// The book: every name that has an address, or had one.
+/// The allocator of VIPs: every name that has an address, or had one.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Vips {
     pools: Pools,
-    names: BTreeMap<Arc<str>, Entry>,
-    /// Who holds each address, of either family.
+    names: OrdMap<Arc<str>, Entry>,
+    /// The name that has each address, of either family.
     holders: HashMap<IpAddr, Arc<str>>,
-    edition: u64,
-    given: u64,
+    version: u64,
+    assigned: u64,
 }
 
 impl Vips {
-    /// An empty book for these pools.
+    /// One without names, for these pools.
     pub fn new(pools: Pools) -> Vips {
-        Vips { pools, names: BTreeMap::new(), holders: HashMap::new(), edition: 0, given: 0 }
+        Vips { pools, names: OrdMap::new(), holders: HashMap::new(), version: 0, assigned: 0 }
     }
 
-    /// An empty book that has to be written.
-    pub fn unwritten(pools: Pools) -> Vips {
-        Vips { edition: 1, ..Vips::new(pools) }
+    /// One without names that has to be recorded.
+    pub fn unrecorded(pools: Pools) -> Vips {
+        Vips { version: 1, ..Vips::new(pools) }
     }
 
-    /// Reads the book that an earlier run wrote. There being none is fine; one that can't be
-    /// understood is set aside under another name, and the hash finds most addresses again.
-    /// Addresses that aren't in their pool any more are dropped. The edition is 0 where the file has
-    /// the whole book, else 1.
-    ///
-    /// # Errors
-    /// When the file is there and can't be read.
-    pub fn read(path: &Path, pools: Pools) -> Result<Vips, BookError> {
-        let unwritten = || Vips::unwritten(pools);
-        let text = match std::fs::read(path) {
-            Ok(text) => text,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(unwritten()),
-            Err(source) => return Err(BookError { action: "read", path: path.into(), source }),
-        };
-        Vips::parse(&text, pools).or_else(|problem| {
-            let aside = path.with_extension("corrupt");
-            let what = match std::fs::rename(path, &aside) {
-                Ok(()) => format!("set aside as {}", aside.display()),
-                Err(error) => format!("it can't be set aside either ({error})"),
-            };
-            let path = path.display();
-            tracing::warn!("{path} can't be parsed ({problem}): {what}; VIPs are allocated again");
-            Ok(unwritten())
-        })
-    }
-
-    /// The book in a file's text.
+    /// What a file of an earlier run has, with version 0. Addresses that aren't in their pool any more are
+    /// dropped.
     ///
     /// # Errors
     /// What is wrong with the text.
@@ -244,7 +195,7 @@ impl Vips {
         self.enter(name, entry);
     }
 
-    /// Takes over the addresses that a name has in the kernel, unless the book knows better.
+    /// Takes over the addresses that a name has in the kernel, unless some are known for it.
     pub fn claim(&mut self, name: &Arc<str>, addresses: &[IpAddr]) {
         let vip = addresses.iter().find_map(|address| match address {
             IpAddr::V4(vip) => Some(*vip),
@@ -257,32 +208,30 @@ impl Vips {
         if let (Some(vip), false) = (vip, self.names.contains_key(name)) {
             self.admit(name.clone(), Entry { vip, vip6, released: None });
             // The file lacks it.
-            self.edition += u64::from(self.names.contains_key(name));
+            self.version += u64::from(self.names.contains_key(name));
         }
     }
 
-    /// The book as it is written.
-    pub fn page(&self) -> Page {
-        // Names and addresses are always JSON.
-        let text = serde_json::to_vec(&self.names).unwrap_or_default();
-        Page { edition: self.edition, text }
+    /// What is to be recorded.
+    pub fn snapshot(&self) -> VipSnapshot {
+        VipSnapshot { version: self.version, names: self.names.clone() }
     }
 
-    /// A number that grows with every change of the book.
-    pub fn edition(&self) -> u64 {
-        self.edition
+    /// A number that grows with every change.
+    pub fn version(&self) -> u64 {
+        self.version
     }
 
-    /// The edition that gave somebody an address last: before that address is used, the book has to
-    /// be written. What was only given up, or taken up again, can wait.
-    pub fn given(&self) -> u64 {
-        self.given
+    /// The version that last assigned an address to a name: it has to be recorded before that address is
+    /// given out. What was only released, or taken up again, can wait.
+    pub fn assigned(&self) -> u64 {
+        self.assigned
     }
 
-    /// The addresses of `name`, from the book or new.
+    /// The addresses of `name`, known ones or new ones.
     ///
     /// # Errors
-    /// When every IPv4 address of the pool is in use, or was until less than [`REST`] ago.
+    /// When every IPv4 address of the pool is in use, or was until less than [`COOL_DOWN`] ago.
     pub fn assign(&mut self, name: &Arc<str>, now: SystemTime) -> Result<Vip, PoolExhausted> {
         let known = self.names.get(name).copied();
         let mut entry = match known {
@@ -298,9 +247,9 @@ impl Vips {
         }
         if known != Some(entry) {
             self.enter(name.clone(), entry);
-            self.edition += 1;
+            self.version += 1;
             if known.map(|known| (known.vip, known.vip6)) != Some((entry.vip, entry.vip6)) {
-                self.given = self.edition;
+                self.assigned = self.version;
             }
         }
         Ok(Vip { v4: entry.vip, v6: self.pools.v6.and(entry.vip6) })
@@ -309,7 +258,7 @@ impl Vips {
     fn exhausted(&self, now: SystemTime) -> PoolExhausted {
         let released = self.names.values().filter_map(|entry| entry.released);
         let free_in =
-            |released| REST.saturating_sub(now.duration_since(released).unwrap_or_default());
+            |released| COOL_DOWN.saturating_sub(now.duration_since(released).unwrap_or_default());
         PoolExhausted {
             pool: self.pools.v4,
             n_resting: released.clone().count(),
@@ -319,37 +268,37 @@ impl Vips {
 
     /// Notes that `name` is not in use any more. It keeps its addresses unless a pool gets short.
     pub fn release(&mut self, name: &str, now: SystemTime) {
-        if let Some(entry @ Entry { released: None, .. }) = self.names.get_mut(name) {
-            entry.released = Some(now);
-            self.edition += 1;
+        if let Some((name, &entry @ Entry { released: None, .. })) = self.names.get_key_value(name)
+        {
+            self.names.insert(name.clone(), Entry { released: Some(now), ..entry });
+            self.version += 1;
         }
     }
 
-    /// Forgets the names that gave their addresses up longer ago than [`FORGOTTEN`], and of those
-    /// that did longer ago than [`REST`] all but the last [`MAX_RELEASED`]; else a site that makes up
-    /// new names would have a book that only grows.
+    /// Forgets the names that gave their addresses up longer ago than [`RETENTION`], and of those
+    /// that did longer ago than [`COOL_DOWN`] all but the last [`MAX_RELEASED`]; else a site that makes up
+    /// new names would have a file that only grows.
     pub fn forget(&mut self, now: SystemTime) {
         let since = |released: SystemTime| now.duration_since(released).unwrap_or_default();
         let mut ages: Vec<Duration> =
             self.names.values().filter_map(|entry| entry.released.map(since)).collect();
-        ages.retain(|age| *age >= REST);
+        ages.retain(|age| *age >= COOL_DOWN);
         let limit = if ages.len() > MAX_RELEASED {
             let (_, age, _) = ages.select_nth_unstable(MAX_RELEASED);
-            (*age).min(FORGOTTEN)
+            (*age).min(RETENTION)
         } else {
-            FORGOTTEN
+            RETENTION
         };
-        let holders = &mut self.holders;
-        let n_before = self.names.len();
-        self.names.retain(|_, entry| {
-            let stays = entry.released.is_none_or(|released| since(released) < limit);
-            if !stays {
-                holders.remove(&entry.vip.into());
-                entry.vip6.and_then(|vip6| holders.remove(&vip6.into()));
-            }
-            stays
-        });
-        self.edition += u64::from(self.names.len() < n_before);
+        let is_old = |entry: &Entry| entry.released.is_some_and(|at| since(at) >= limit);
+        let old: Vec<(Arc<str>, Entry)> = (self.names.iter().filter(|(_, entry)| is_old(entry)))
+            .map(|(name, entry)| (name.clone(), *entry))
+            .collect();
+        self.version += u64::from(!old.is_empty());
+        for (name, entry) in old {
+            self.names.remove(&name);
+            self.holders.remove(&entry.vip.into());
+            entry.vip6.and_then(|vip6| self.holders.remove(&vip6.into()));
+        }
     }
 
     /// How the IPv4 pool is used.
@@ -366,7 +315,7 @@ impl Vips {
         pool
     }
 
-    /// The names that are in use, as far as the book knows.
+    /// The names that are in use, as far as is known.
     pub fn in_use(&self) -> impl Iterator<Item = &Arc<str>> {
         self.names.iter().filter(|(_, entry)| entry.released.is_none()).map(|(name, _)| name)
     }
@@ -422,9 +371,10 @@ impl Vips {
     /// Takes the IPv6 address that was given up longest ago, if that is long enough.
     fn reclaim_v6(&mut self, now: SystemTime) -> Option<Ipv6Addr> {
         let name = self.rested(now, |entry| entry.vip6.is_some())?;
-        let vip6 = self.names.get_mut(&name)?.vip6.take()?;
-        self.holders.remove(&vip6.into());
-        Some(vip6)
+        let entry = *self.names.get(&name)?;
+        self.names.insert(name, Entry { vip6: None, ..entry });
+        self.holders.remove(&entry.vip6?.into());
+        entry.vip6
     }
 
     /// The name that gave up its addresses longest ago, among those that fit, if that is long
@@ -439,7 +389,7 @@ impl Vips {
 
 /// Whether what was given up at `released` may go to another name.
 fn is_rested(released: SystemTime, now: SystemTime) -> bool {
-    now.duration_since(released).unwrap_or_default() >= REST
+    now.duration_since(released).unwrap_or_default() >= COOL_DOWN
 }
 
 /// How many addresses a pool with so many bits of its own has for names, 64 at most: the pool's own
@@ -459,7 +409,6 @@ fn fnv1a(bytes: &[u8]) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::durable;
     use proptest::prelude::*;
 
     const EPOCH: SystemTime = SystemTime::UNIX_EPOCH;
@@ -488,7 +437,7 @@ mod tests {
         let mut vips = vips("127.128.0.0/9");
         let vip = vips.assign(&name("web"), EPOCH).unwrap();
         vips.release("web", EPOCH);
-        assert_eq!(vips.assign(&name("web"), EPOCH + 9 * REST), Ok(vip));
+        assert_eq!(vips.assign(&name("web"), EPOCH + 9 * COOL_DOWN), Ok(vip));
     }
 
     #[test]
@@ -500,12 +449,12 @@ mod tests {
         assert!(vips.assign(&name("c"), EPOCH).is_err());
         assert_eq!(vips.pool_use(EPOCH), PoolUse { used: 2, resting: 0, size: 2 });
         vips.release("a", EPOCH);
-        assert_eq!(vips.pool_use(EPOCH + REST / 2), PoolUse { used: 1, resting: 1, size: 2 });
-        assert_eq!(vips.pool_use(EPOCH + REST).free(), 1);
-        let refused = vips.assign(&name("c"), EPOCH + REST / 2).unwrap_err().to_string();
+        assert_eq!(vips.pool_use(EPOCH + COOL_DOWN / 2), PoolUse { used: 1, resting: 1, size: 2 });
+        assert_eq!(vips.pool_use(EPOCH + COOL_DOWN).free(), 1);
+        let refused = vips.assign(&name("c"), EPOCH + COOL_DOWN / 2).unwrap_err().to_string();
         assert!(refused.contains("left, 1 rest, and the next comes free within 12 h"), "{refused}");
-        assert_eq!(vips.assign(&name("c"), EPOCH + REST), Ok(first));
-        assert!(vips.assign(&name("a"), EPOCH + REST).is_err());
+        assert_eq!(vips.assign(&name("c"), EPOCH + COOL_DOWN), Ok(first));
+        assert!(vips.assign(&name("a"), EPOCH + COOL_DOWN).is_err());
     }
 
     #[test]
@@ -514,13 +463,13 @@ mod tests {
         vips.assign(&name("a"), EPOCH).unwrap();
         vips.assign(&name("b"), EPOCH).unwrap();
         vips.release("a", EPOCH);
-        let edition = vips.edition();
-        vips.forget(EPOCH + FORGOTTEN - REST / 24);
-        assert_eq!((vips.names.len(), vips.edition()), (2, edition));
-        vips.forget(EPOCH + FORGOTTEN);
-        assert_eq!((vips.names.len(), vips.edition()), (1, edition + 1));
+        let version = vips.version();
+        vips.forget(EPOCH + RETENTION - COOL_DOWN / 24);
+        assert_eq!((vips.names.len(), vips.version()), (2, version));
+        vips.forget(EPOCH + RETENTION);
+        assert_eq!((vips.names.len(), vips.version()), (1, version + 1));
         assert_eq!(vips.holders.len(), 2, "b has its addresses");
-        vips.assign(&name("c"), EPOCH + FORGOTTEN).unwrap();
+        vips.assign(&name("c"), EPOCH + RETENTION).unwrap();
     }
 
     #[test]
@@ -532,12 +481,12 @@ mod tests {
         let third = vips.assign(&name("c"), EPOCH).unwrap();
         assert_eq!(third.v6, None);
         vips.release("a", EPOCH);
-        assert_eq!(vips.assign(&name("c"), EPOCH + REST / 2), Ok(third));
-        let edition = vips.edition();
-        assert_eq!(vips.assign(&name("c"), EPOCH + REST), Ok(Vip { v6: first.v6, ..third }));
-        assert!(vips.edition() > edition);
+        assert_eq!(vips.assign(&name("c"), EPOCH + COOL_DOWN / 2), Ok(third));
+        let version = vips.version();
+        assert_eq!(vips.assign(&name("c"), EPOCH + COOL_DOWN), Ok(Vip { v6: first.v6, ..third }));
+        assert!(vips.version() > version);
         // The name that it was taken from has its other address still.
-        assert_eq!(vips.assign(&name("a"), EPOCH + REST), Ok(Vip { v6: None, ..first }));
+        assert_eq!(vips.assign(&name("a"), EPOCH + COOL_DOWN), Ok(Vip { v6: None, ..first }));
     }
 
     #[test]
@@ -552,29 +501,23 @@ mod tests {
     }
 
     #[test]
-    fn the_book_survives_a_restart_and_a_corrupt_one_is_set_aside() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("vips.json");
+    fn what_was_recorded_is_taken_over() {
         let pool = pools("127.128.0.0/9", None);
-        let mut vips = Vips::read(&path, pool).unwrap();
+        let mut vips = Vips::new(pool);
         vips.assign(&name("web"), EPOCH).unwrap();
         vips.assign(&name("db"), EPOCH).unwrap();
-        let given = vips.given();
+        let assigned = vips.assigned();
         vips.release("db", EPOCH);
-        assert!(vips.given() == given && vips.edition() > given);
-        durable::replace(&path, vips.page().text()).unwrap();
-        let read = Vips::read(&path, pool).unwrap();
-        assert_eq!((&read.names, &read.holders), (&vips.names, &vips.holders));
-        let elsewhere = Vips::read(&path, pools("127.64.0.0/16", None)).unwrap();
+        assert!(vips.assigned() == assigned && vips.version() > assigned);
+        let text = vips.snapshot().to_json();
+        let read = Vips::parse(&text, pool).unwrap();
+        assert_eq!((&read.names, &read.holders, read.version()), (&vips.names, &vips.holders, 0));
+        let elsewhere = Vips::parse(&text, pools("127.64.0.0/16", None)).unwrap();
         assert_eq!(elsewhere.names.len(), 0, "addresses outside the pool are dropped");
-
-        std::fs::write(&path, "{\"web\":").unwrap();
-        assert_eq!(Vips::read(&path, pool).unwrap(), Vips { edition: 1, ..Vips::new(pool) });
-        assert!(path.with_extension("corrupt").exists());
     }
 
     #[test]
-    fn a_later_versions_book_keeps_its_addresses() {
+    fn a_later_versions_file_keeps_its_addresses() {
         let pool = pools("127.128.0.0/9", None);
         let entry = r#"{"vip":"127.128.0.7","since":3}"#;
         for text in [
@@ -593,18 +536,18 @@ mod tests {
     }
 
     #[test]
-    fn what_only_the_kernel_knew_is_written() {
+    fn what_only_the_kernel_knew_is_recorded() {
         let mut vips = vips("127.128.0.0/9");
         vips.claim(&name("web"), &["127.128.0.9".parse().unwrap()]);
-        assert_eq!(vips.edition(), 1);
+        assert_eq!(vips.version(), 1);
         // What is known already, or is outside the pool, changes nothing.
         vips.claim(&name("web"), &["127.128.0.10".parse().unwrap()]);
         vips.claim(&name("db"), &["127.0.0.1".parse().unwrap()]);
-        assert_eq!(vips.edition(), 1);
+        assert_eq!(vips.version(), 1);
     }
 
     #[test]
-    fn a_book_of_many_former_names_forgets_the_oldest_of_those_that_rested() {
+    fn of_many_former_names_the_oldest_of_those_that_cooled_down_are_forgotten() {
         let mut vips = vips("127.128.0.0/9");
         let second = Duration::from_secs(1);
         for nth in 0..MAX_RELEASED as u32 + 100 {
@@ -615,27 +558,25 @@ mod tests {
         let last = EPOCH + second * (MAX_RELEASED as u32 + 99);
         vips.forget(last);
         assert_eq!(vips.names.len(), MAX_RELEASED + 100, "none has rested for a day");
-        vips.forget(last + REST);
+        vips.forget(last + COOL_DOWN);
         assert_eq!(vips.names.len(), MAX_RELEASED);
         assert!(!vips.names.contains_key("preview-99") && vips.names.contains_key("preview-100"));
         assert_eq!(vips.holders.len(), MAX_RELEASED);
     }
 
     #[test]
-    fn ipv6_comes_to_an_old_book_and_stays_in_it_without_a_pool() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("vips.json");
-        std::fs::write(&path, r#"{"web":{"vip":"127.128.0.7"}}"#).unwrap();
-        let assign = |pool6| {
-            let mut vips = Vips::read(&path, pools("127.128.0.0/9", pool6)).unwrap();
+    fn an_old_file_gets_ipv6_addresses_and_keeps_them_without_a_pool() {
+        let mut text = br#"{"web":{"vip":"127.128.0.7"}}"#.to_vec();
+        let mut assign = |pool6| {
+            let mut vips = Vips::parse(&text, pools("127.128.0.0/9", pool6)).unwrap();
             let vip = vips.assign(&name("web"), EPOCH).unwrap();
             assert_eq!(vip.v4, Ipv4Addr::new(127, 128, 0, 7));
-            durable::replace(&path, vips.page().text()).unwrap();
-            (vip.v6, vips.edition())
+            text = vips.snapshot().to_json();
+            (vip.v6, vips.version())
         };
         assert_eq!(assign(None), (None, 0));
-        let (with, edition) = assign(Some("fd00::/96"));
-        assert!(with.is_some() && edition == 1);
+        let (with, version) = assign(Some("fd00::/96"));
+        assert!(with.is_some() && version == 1);
         assert_eq!(assign(None), (None, 0));
         assert_eq!(assign(Some("fd00::/96")), (with, 0));
         let (elsewhere, _) = assign(Some("fd01::/96"));

@@ -18,7 +18,7 @@ use super::args::{ClientArguments, ConfigArguments};
 use crate::config::Config;
 
 pub use host::findings as resolver_findings;
-pub use query::{document, query, text as lookup_text};
+pub use query::{query, text as lookup_text};
 
 /// What to do about DNS.
 #[derive(Debug, Subcommand)]

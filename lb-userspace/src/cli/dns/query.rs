@@ -4,12 +4,12 @@ use std::fmt::Write;
 use std::net::SocketAddr;
 
 use anyhow::Context;
-use hickory_proto::op::{Message, ResponseCode};
-use hickory_proto::rr::Record;
+use hickory_proto::op::ResponseCode;
 
 use super::Target;
 use crate::admin::{api, client};
 use crate::cli::args::ClientArguments;
+use crate::daemon::view::lookup_document;
 use crate::dns;
 
 /// Asks the daemon, or the server that is named.
@@ -26,7 +26,7 @@ pub fn query(
     runtime.block_on(async {
         if let Some(server) = server {
             let answer = dns::ask(server, name, kind).await?;
-            return Ok(document(&answer, None));
+            return Ok(lookup_document(&answer, None));
         }
         let address = client::find(arguments.admin.as_deref(), &crate::cli::environment)?;
         Ok(client::get(&address, &client::lookup_path(name, kind)).await?)
@@ -52,31 +52,6 @@ pub(super) fn ask_zone(target: &Target) -> anyhow::Result<()> {
         local.port()
     );
     Ok(())
-}
-
-/// The document of an answer, and of where it came from.
-pub fn document(answer: &Message, origin: Option<dns::AnswerOrigin>) -> api::Lookup {
-    let show = |records: &[Record]| records.iter().map(ToString::to_string).collect();
-    let (origin, upstream, reason) = match origin {
-        None => (None, None, None),
-        Some(dns::AnswerOrigin::Own) => (Some(api::Origin::Table), None, None),
-        Some(dns::AnswerOrigin::Upstream(server)) => {
-            (Some(api::Origin::Upstream), Some(server.to_string()), None)
-        }
-        Some(dns::AnswerOrigin::Nowhere(reason)) => {
-            (Some(api::Origin::Nowhere), None, Some(reason))
-        }
-    };
-    api::Lookup {
-        question: answer.queries.first().map(ToString::to_string).unwrap_or_default(),
-        code: format!("{:?}", answer.metadata.response_code).to_uppercase(),
-        answers: show(&answer.answers),
-        authorities: show(&answer.authorities),
-        additionals: show(&answer.additionals),
-        origin,
-        upstream,
-        reason,
-    }
 }
 
 /// The answer for people: the records as `dig` shows them, and below what they mean.

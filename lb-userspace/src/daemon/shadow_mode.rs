@@ -72,7 +72,7 @@ fn path(config: &Config) -> PathBuf {
 
 /// All that can say that nothing is to be translated, but for the source. One of them is enough.
 #[derive(Debug)]
-pub struct WayOut {
+pub struct ShadowSwitch {
     /// `--shadow`
     is_configured: bool,
     /// The file that says so by being there.
@@ -82,11 +82,11 @@ pub struct WayOut {
     is_inherited: bool,
 }
 
-impl WayOut {
+impl ShadowSwitch {
     /// What the configuration says, and whether the file is there.
-    pub fn new(config: &Config, is_file_there: bool) -> WayOut {
+    pub fn new(config: &Config, is_file_there: bool) -> ShadowSwitch {
         let (file, is_configured) = (path(config), config.shadow);
-        WayOut { is_configured, file, is_file_there, is_inherited: false }
+        ShadowSwitch { is_configured, file, is_file_there, is_inherited: false }
     }
 
     /// Takes what the configuration says now.
@@ -105,7 +105,7 @@ impl WayOut {
     }
 
     /// Takes it that the source was heard: what it says is all there is to its reasons.
-    pub fn hear(&mut self) {
+    pub fn source_answered(&mut self) {
         self.is_inherited = false;
     }
 
@@ -154,9 +154,9 @@ mod tests {
         ];
         for (is_configured, is_file_there, is_source_off, is_inherited, named) in cases {
             let file = "/state/off".into();
-            let way_out = WayOut { is_configured, file, is_file_there, is_inherited };
-            match way_out.mode(is_source_off) {
-                Mode::Translate => assert!(named.is_empty(), "{way_out:?}"),
+            let switch = ShadowSwitch { is_configured, file, is_file_there, is_inherited };
+            match switch.mode(is_source_off) {
+                Mode::Translate => assert!(named.is_empty(), "{switch:?}"),
                 Mode::Shadow { why } => {
                     assert!(!named.is_empty(), "{why}");
                     assert!(named.iter().all(|part| why.contains(part)), "{why}");
@@ -176,18 +176,18 @@ mod tests {
             move || path.try_exists().ok()
         };
         let mut file = OffFile::watch_with(SHORT, LONG, look).await.unwrap();
-        let mut way_out = WayOut::new(&config, file.is_there());
-        assert_eq!(way_out.mode(false), Mode::Translate);
+        let mut switch = ShadowSwitch::new(&config, file.is_there());
+        assert_eq!(switch.mode(false), Mode::Translate);
         std::fs::write(&path, "").unwrap();
         file.changed().await;
-        way_out.see_file(file.is_there());
-        assert_ne!(way_out.mode(false), Mode::Translate);
+        switch.see_file(file.is_there());
+        assert_ne!(switch.mode(false), Mode::Translate);
         let again = OffFile::watch(&config).await.unwrap();
-        assert_ne!(WayOut::new(&config, again.is_there()).mode(false), Mode::Translate);
+        assert_ne!(ShadowSwitch::new(&config, again.is_there()).mode(false), Mode::Translate);
         std::fs::remove_file(&path).unwrap();
         file.changed().await;
-        way_out.see_file(file.is_there());
-        assert_eq!(way_out.mode(false), Mode::Translate);
+        switch.see_file(file.is_there());
+        assert_eq!(switch.mode(false), Mode::Translate);
     }
 
     #[tokio::test]
@@ -204,11 +204,11 @@ mod tests {
 
     #[test]
     fn what_was_inherited_holds_until_the_source_was_heard() {
-        let mut way_out = WayOut::new(&Config::default(), false);
-        way_out.inherit();
-        assert_ne!(way_out.mode(false), Mode::Translate);
-        way_out.hear();
-        assert_ne!(way_out.mode(true), Mode::Translate);
-        assert_eq!(way_out.mode(false), Mode::Translate);
+        let mut switch = ShadowSwitch::new(&Config::default(), false);
+        switch.inherit();
+        assert_ne!(switch.mode(false), Mode::Translate);
+        switch.source_answered();
+        assert_ne!(switch.mode(true), Mode::Translate);
+        assert_eq!(switch.mode(false), Mode::Translate);
     }
 }

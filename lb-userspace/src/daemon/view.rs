@@ -4,18 +4,21 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use hickory_proto::op::Message;
+use hickory_proto::rr::Record;
 use tokio::sync::{mpsc, oneshot, watch};
 
+use super::explain;
 use super::metrics::{Readings, exposition};
+use super::recorder::Recorder;
 use super::reload::{self, Request};
-use super::{connection, log};
 use crate::admin::prometheus::Histogram;
 use crate::admin::{At, View, api};
 use crate::catalog::{self, Health, Watches};
 use crate::config::Unrouted;
 use crate::datapath::{COUNTERS, Counters, Indices, Mode, SharedDatapath, UnitState};
 use crate::dns::{self, DebugClient};
-use crate::table::book::Book;
+use crate::logging;
 use crate::table::vips::PoolUse;
 use crate::table::{Service, Table, Watch};
 
@@ -32,7 +35,7 @@ pub struct DaemonView {
     pub(super) stats: Arc<catalog::Stats>,
     pub(super) tag: watch::Receiver<String>,
     pub(super) pool: watch::Receiver<PoolUse>,
-    pub(super) book: Arc<Mutex<Book>>,
+    pub(super) recorder: Arc<Recorder>,
     pub(super) propagation: Arc<Mutex<Histogram>>,
     pub(super) at: watch::Receiver<At>,
     pub(super) reloads: mpsc::Sender<Request>,
@@ -51,8 +54,8 @@ impl View for DaemonView {
         }
         problems.extend(hooks.problems);
         problems.extend(self.debug_client.problems());
-        problems.extend(self.book.lock().unwrap_or_else(PoisonError::into_inner).problem());
-        problems.extend(dropped(log::n_dropped()));
+        problems.extend(self.recorder.problem());
+        problems.extend(dropped(logging::n_dropped()));
         let errors = self.datapath.errors();
         problems.extend(refused(&errors));
         let n_rejected = table.rejected.len();
@@ -142,7 +145,7 @@ impl View for DaemonView {
 
     async fn look_up(&self, name: &str, kind: &str) -> Result<api::Lookup, String> {
         match self.debug_client.look_up(name, kind).await {
-            Ok((answer, origin)) => Ok(super::dns::document(&answer, Some(origin))),
+            Ok((answer, origin)) => Ok(lookup_document(&answer, Some(origin))),
             Err(error) => Err(error.to_string()),
         }
     }
@@ -177,7 +180,7 @@ impl View for DaemonView {
             is_ready: table.is_synced() && hooks.translate,
             units: units.collect(),
             is_shadow: self.datapath.mode() != Mode::Translate,
-            log_dropped: log::n_dropped(),
+            log_dropped: logging::n_dropped(),
             generation: table.generation,
             has_problem: health.problem.is_some(),
             catalog_age: catalog_age(&health),
@@ -208,6 +211,31 @@ impl View for DaemonView {
             return stopping();
         }
         answered.await.unwrap_or_else(|_| stopping())
+    }
+}
+
+/// The document of an answer, and of where it came from.
+pub fn lookup_document(answer: &Message, origin: Option<dns::AnswerOrigin>) -> api::Lookup {
+    let show = |records: &[Record]| records.iter().map(ToString::to_string).collect();
+    let (origin, upstream, reason) = match origin {
+        None => (None, None, None),
+        Some(dns::AnswerOrigin::Own) => (Some(api::Origin::Table), None, None),
+        Some(dns::AnswerOrigin::Upstream(server)) => {
+            (Some(api::Origin::Upstream), Some(server.to_string()), None)
+        }
+        Some(dns::AnswerOrigin::Nowhere(reason)) => {
+            (Some(api::Origin::Nowhere), None, Some(reason))
+        }
+    };
+    api::Lookup {
+        question: answer.queries.first().map(ToString::to_string).unwrap_or_default(),
+        code: format!("{:?}", answer.metadata.response_code).to_uppercase(),
+        answers: show(&answer.answers),
+        authorities: show(&answer.authorities),
+        additionals: show(&answer.additionals),
+        origin,
+        upstream,
+        reason,
     }
 }
 
@@ -340,7 +368,7 @@ impl DaemonView {
             };
         };
         if let Some(waiting) = hooks.waiting {
-            let target = connection::target(&fqdn, service);
+            let target = explain::target(&fqdn, service);
             return format!(
                 "{target} goes by the table that an earlier daemon knew last: {waiting}"
             );
@@ -350,9 +378,9 @@ impl DaemonView {
                 Some(_) => "goes by the service's former state",
                 None => "is refused with ECONNREFUSED",
             };
-            return format!("{} {served}: {error}", connection::target(&fqdn, service));
+            return format!("{} {served}: {error}", explain::target(&fqdn, service));
         }
-        let mut sentence = connection::sentence(&fqdn, service);
+        let mut sentence = explain::sentence(&fqdn, service);
         if let Some((given, reason)) = rejected {
             sentence += &format!("; `{given}` is left out: {reason}");
         }

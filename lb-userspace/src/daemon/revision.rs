@@ -16,7 +16,7 @@ const LOOK: Duration = Duration::from_secs(1);
 const PAUSE: Duration = Duration::from_millis(100);
 
 /// Follows the status for as long as the daemon lives.
-pub async fn follow(view: Arc<DaemonView>, at: Arc<watch::Sender<At>>) {
+pub async fn follow(view: Arc<DaemonView>, at: watch::Sender<At>) {
     let mut health = view.health();
     let mut last = None;
     loop {

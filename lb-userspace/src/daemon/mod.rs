@@ -1,0 +1,537 @@
+//! `nohop run`: the daemon. It starts the parts, leads each catalog through the stages, and stops the
+//! parts again.
+//!
+//! The stages: sources -> merge (`catalog`) -> build -> apply -> record -> publish ([`pipeline`]). The
+//! loop that brings changes to the kernel waits for no disk, log, resolver or client: each of these has a
+//! thread or a task of its own.
+
+mod explain;
+mod holdback;
+mod metrics;
+mod notify;
+mod pipeline;
+mod recorder;
+pub mod reload;
+mod revision;
+mod shadow_mode;
+pub mod view;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use anyhow::Context;
+use aya_log::EbpfLogger;
+use rustix::event::{PollFd, PollFlags};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::{mpsc, watch};
+use tokio::task::{AbortHandle, JoinHandle};
+use tokio::time::{Instant, Interval, MissedTickBehavior};
+
+use crate::admin::api;
+use crate::catalog::resolve::Resolver;
+use crate::catalog::{Published, UsageSender};
+use crate::config::{Config, ConfigErrors, OnExit, Problem, VipConfig, cgroup};
+use crate::datapath::{Datapath, Mode, Options, Reports, SharedDatapath, route};
+use crate::table::Builder;
+use crate::table::vips::PoolUse;
+use crate::{admin, catalog, dns};
+use notify::Notify;
+use pipeline::Pipeline;
+use recorder::Recorder;
+use reload::Request;
+use shadow_mode::{OffFile, ShadowSwitch};
+use view::DaemonView;
+
+/// How often the attachment is looked at, and what failed is tried again.
+const TICK: Duration = Duration::from_secs(1);
+
+/// How often a connection of our own proves that the hooks run.
+const VERIFY_TICK: Duration = Duration::from_secs(5);
+
+/// How often the unreachable route is put back, should somebody have flushed it.
+const ROUTE_TICK: Duration = Duration::from_secs(10);
+
+/// How often the source is told which services were connected to.
+const USAGE_TICK: Duration = Duration::from_secs(60);
+
+/// How often names that couldn't have an address are tried again: addresses come free a day after
+/// they were given up.
+const RETRY_TICK: Duration = Duration::from_secs(60 * 60);
+
+/// How long a stop waits for the VIPs to be recorded.
+const FLUSH_TIMEOUT: Duration = Duration::from_millis(200);
+
+/// The reloads that may wait for their turn.
+const MAX_RELOADS: usize = 8;
+
+/// Runs the daemon until SIGTERM or SIGINT; `read` reads its configuration again.
+///
+/// # Errors
+/// When a part can't start; then nothing is left attached.
+pub fn run(config: Config, read: reload::Read) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("can't start the runtime")?;
+    let result = runtime.block_on(daemon(config, read));
+    // Blocking work that is under way, such as a lookup, must not hold the exit up.
+    runtime.shutdown_timeout(Duration::from_millis(200));
+    result
+}
+
+async fn daemon(config: Config, read: reload::Read) -> anyhow::Result<()> {
+    let mut signals = Signals::new().context("can't listen for signals")?;
+    let mut daemon = Daemon::start(config, read).await?;
+    let outcome = daemon.serve(&mut signals).await;
+    daemon.stop().await;
+    outcome
+}
+
+/// What was read for a reload.
+type Wanted = Result<Config, ConfigErrors>;
+
+/// The parts, in the order of the stages.
+struct Daemon {
+    config: Config,
+    source: catalog::Handle,
+    resolver: Resolver,
+    pipeline: Pipeline,
+    datapath: Arc<SharedDatapath>,
+    dns: dns::DnsServer,
+    shadow: ShadowSwitch,
+    off_file: OffFile,
+    notify: Notify,
+    read: reload::Read,
+    reloads: mpsc::Receiver<Request>,
+    /// The configuration that is being read, and the client that waits for the outcome.
+    reading: Option<(JoinHandle<Wanted>, Option<Request>)>,
+    tag: watch::Sender<String>,
+    pool: watch::Sender<PoolUse>,
+    attached: watch::Sender<bool>,
+    hosts: watch::Sender<Vec<String>>,
+    /// What runs beside the loop: the admin interface, the revision of the status, the routes.
+    tasks: [AbortHandle; 3],
+    /// The cgroup whose processes are served.
+    scope: PathBuf,
+}
+
+impl Daemon {
+    /// Starts the parts.
+    async fn start(config: Config, read: reload::Read) -> anyhow::Result<Daemon> {
+        let scope = scope(&config)?;
+        catalog::check_first(&config)?;
+        // What another daemon may hold comes first, so that a second one disturbs nothing.
+        let admin_listeners = admin::bind(&config.admin.listen)?;
+        let dns_sockets = dns::bind(&config.dns).await?;
+        let dns_addresses = dns_sockets.addresses().to_vec();
+
+        let mut vips = recorder::load(&config.state_dir, (&config.vip).into()).await;
+        let recorder = Recorder::start(&config.state_dir).context("can't start a thread")?;
+        for pool in config.vip.pools() {
+            route::add_unreachable(pool).await?;
+        }
+        let off_file = OffFile::watch(&config).await.context("can't start a thread")?;
+        let mut shadow = ShadowSwitch::new(&config, off_file.is_there());
+        let is_shadow = shadow.mode(false) != Mode::Translate;
+        // Nothing after this fails except for lack of threads or file descriptors: then what is attached
+        // stays, as after a crash.
+        let map_creator = Some("/proc/self/exe".into());
+        let options = Options { is_shadow, map_creator, ..Options::of(&config, &scope) };
+        let mut datapath = Datapath::start(&options)?;
+        if datapath.is_shadow() && !is_shadow {
+            shadow.inherit();
+        }
+        // A state directory that was lost takes no address from a name that the kernel knows.
+        for (name, addresses) in datapath.names() {
+            vips.claim(&name, &addresses);
+        }
+        // The first table must not take away what the kernel serves before the source has answered.
+        let mut source = catalog::spawn(&config, datapath.in_use())?;
+        let how = if datapath.is_adopted() { "took over what was attached" } else { "attached" };
+        tracing::info!(cgroup = %scope.display(), pool = %config.vip.pool, "{how}");
+        forward_from_kernel(&mut datapath, &source.demand);
+
+        let counters = datapath.counters();
+        let datapath = Arc::new(SharedDatapath::new(datapath));
+        tokio::task::block_in_place(|| datapath.prove());
+        datapath.set_mode(shadow.mode(*source.off.borrow()));
+        let (attached_out, attached) = watch::channel(datapath.hooks().translate);
+        let (reloads_out, reloads) = mpsc::channel(MAX_RELOADS);
+        let (tag_out, tag) = watch::channel(config.catalog.tag.clone());
+        let (pool_out, pool) = watch::channel(vips.pool_use(SystemTime::now()));
+        let mut pipeline = Pipeline::new(Builder::new(&config.vip, vips), recorder);
+        let table = pipeline.published();
+        let demand = source.demand.clone();
+        let (dns, vip) = (&config.dns, &config.vip);
+        let dns = dns::DnsServer::start(dns_sockets, dns, vip, table.clone(), attached, demand)?;
+        let view = Arc::new(DaemonView {
+            debug_client: dns.debug_client(),
+            dns: api::DnsStatus {
+                listen: dns_addresses.clone(),
+                domain: config.dns.domain.clone(),
+                upstreams: Vec::new(),
+            },
+            dns_stats: dns.stats(),
+            scope: scope.clone(),
+            datapath: datapath.clone(),
+            counters,
+            table,
+            health: source.health.clone(),
+            stats: source.stats.clone(),
+            tag,
+            pool,
+            recorder: pipeline.recorder().clone(),
+            propagation: pipeline.propagation().clone(),
+            at: pipeline.at().subscribe(),
+            reloads: reloads_out,
+        });
+        for address in admin::exposed(&config.admin.listen) {
+            tracing::warn!(
+                "admin.listen: who can reach {address} can read what `nohop status` and `nohop \
+                 services` show; a firewall, or an address of 127.0.0.0/8, keeps others out"
+            );
+        }
+        let (hosts_out, hosts) = watch::channel(config.admin.hosts.clone());
+        let tasks = [
+            tokio::spawn(revision::follow(view.clone(), pipeline.at().clone())).abort_handle(),
+            tokio::spawn(admin::serve(admin_listeners, hosts, view)).abort_handle(),
+            tokio::spawn(keep_unreachable(config.vip.clone(), datapath.clone())).abort_handle(),
+        ];
+        for address in dns_addresses {
+            tracing::info!("answering *.{} on {address}", config.dns.domain);
+        }
+        let resolver = Resolver::start(&config.dns.domain).await;
+        pipeline.builder().set_hosts(resolver.hosts());
+        // A static catalog is there before anything could have waited for it.
+        source.catalog.mark_changed();
+        Ok(Daemon {
+            config,
+            source,
+            resolver,
+            pipeline,
+            datapath,
+            dns,
+            shadow,
+            off_file,
+            notify: Notify::of_environment(),
+            read,
+            reloads,
+            reading: None,
+            tag: tag_out,
+            pool: pool_out,
+            attached: attached_out,
+            hosts: hosts_out,
+            tasks,
+            scope,
+        })
+    }
+
+    /// Leads each catalog through the stages, and looks after the kernel side, until a signal ends it.
+    async fn serve(&mut self, signals: &mut Signals) -> anyhow::Result<()> {
+        let mut tick = ticks(TICK, Duration::ZERO);
+        let mut verify_tick = ticks(VERIFY_TICK, VERIFY_TICK);
+        let mut usage_tick = ticks(USAGE_TICK, USAGE_TICK);
+        let mut retry_tick = ticks(RETRY_TICK, RETRY_TICK);
+        let mut listener_failed = std::pin::pin!(self.dns.listener_failed());
+        loop {
+            tokio::select! {
+                _ = signals.term.recv() => return Ok(()),
+                _ = signals.interrupt.recv() => return Ok(()),
+                changed = self.source.catalog.changed() => {
+                    changed.context("discovery has ended, which it never should")?;
+                    let news = self.source.catalog.borrow_and_update().clone();
+                    if let Some(news) = news {
+                        self.update(&news);
+                    }
+                }
+                hosts = self.resolver.changed() => {
+                    let hosts = hosts.context("the resolver of instances' names has ended: see the log")?;
+                    self.pipeline.builder().set_hosts(hosts);
+                    self.reapply();
+                }
+                Some(request) = self.reloads.recv(), if self.reading.is_none() => {
+                    self.read_again(Some(request));
+                }
+                _ = signals.hangup.recv(), if self.reading.is_none() => self.read_again(None),
+                (wanted, request) = read(&mut self.reading) => {
+                    let reload = self.reload(wanted).await;
+                    self.notify.reloaded();
+                    if let Some(request) = request {
+                        // The client may have gone.
+                        let _ = request.send(reload);
+                    }
+                }
+                () = self.pipeline.publish_held() => {}
+                () = self.off_file.changed() => {
+                    self.shadow.see_file(self.off_file.is_there());
+                    self.update_mode();
+                }
+                Ok(()) = self.source.off.changed() => self.update_mode(),
+                Ok(()) = self.source.gave_up.changed() => {
+                    anyhow::bail!("discovery hung again and again, so another process has to try")
+                }
+                () = self.source.supervisor.join() => {
+                    anyhow::bail!("the supervisor of discovery has ended: see the log")
+                }
+                () = &mut listener_failed => anyhow::bail!(
+                    "a part of the DNS server has panicked (see the log above; please report it), \
+                     so another process has to try"
+                ),
+                _ = tick.tick() => tokio::task::block_in_place(|| self.tick()),
+                _ = verify_tick.tick() => {
+                    let datapath = self.datapath.clone();
+                    tokio::task::spawn_blocking(move || datapath.prove());
+                }
+                _ = usage_tick.tick() => self.report_usage(),
+                _ = retry_tick.tick() => {
+                    self.pipeline.builder().forget_vips(SystemTime::now());
+                    if !self.pipeline.latest().rejected.is_empty() {
+                        self.reapply();
+                    }
+                }
+            }
+        }
+    }
+
+    /// Leads a catalog through the stages.
+    fn update(&mut self, news: &Published) {
+        // The source knows by now whether connections are to be translated.
+        self.shadow.source_answered();
+        self.update_mode();
+        let datapath = &self.datapath;
+        let hostnames = tokio::task::block_in_place(|| {
+            self.pipeline.update(news, |table| datapath.apply(table))
+        });
+        if let Some(hostnames) = hostnames {
+            self.resolver.want(hostnames);
+        }
+    }
+
+    /// Leads the last catalog through once more, since something besides it has changed just now.
+    fn reapply(&mut self) {
+        let last = self.source.catalog.borrow().clone();
+        if let Some(last) = last {
+            self.update(&Published { news_at: std::time::Instant::now(), ..last });
+        }
+    }
+
+    /// Has the configuration read again, and the static catalog that it names where that is news,
+    /// while the daemon goes on: files may take their time.
+    fn read_again(&mut self, request: Option<Request>) {
+        self.notify.reloading();
+        let (read, running) = (self.read.clone(), self.config.catalog.clone());
+        let reading = tokio::task::spawn_blocking(move || {
+            let wanted = read()?;
+            if wanted.catalog != running {
+                catalog::check(&wanted).map_err(|error| problem(error.to_string()))?;
+            }
+            Ok(wanted)
+        });
+        self.reading = Some((reading, request));
+    }
+
+    /// Takes over what differs in the configuration that was read: all of it, or nothing.
+    async fn reload(&mut self, wanted: Wanted) -> api::Reload {
+        let reload = self.try_reload(wanted).await.unwrap_or_else(|refused| refused);
+        reload::log(&reload);
+        reload
+    }
+
+    async fn try_reload(&mut self, wanted: Wanted) -> Result<api::Reload, api::Reload> {
+        let (config, reload) = reload::plan(&self.config, wanted)?;
+        let last = std::mem::replace(&mut self.config, config);
+        if (&last.catalog, &last.consul) != (&self.config.catalog, &self.config.consul) {
+            self.source.reconfigure(&self.config, self.datapath.in_use()).await;
+            self.tag.send_replace(self.config.catalog.tag.clone());
+        }
+        self.hosts.send_replace(self.config.admin.hosts.clone());
+        if last.dns != self.config.dns {
+            self.dns.reconfigure(&self.config.dns);
+        }
+        self.shadow.configure(self.config.shadow);
+        self.update_mode();
+        if last.vip.ports != self.config.vip.ports {
+            self.pipeline.builder().set_ports(&self.config.vip.ports);
+            self.reapply();
+        }
+        Ok(reload)
+    }
+
+    /// Has connections translated or only counted, by all that can say so; DNS follows.
+    fn update_mode(&mut self) {
+        let is_source_off = *self.source.off.borrow_and_update();
+        self.datapath.set_mode(self.shadow.mode(is_source_off));
+        self.attached.send_if_modified(|was| {
+            let translate = self.datapath.hooks().translate;
+            std::mem::replace(was, translate) != translate
+        });
+    }
+
+    /// Reports to the source which services were connected to lately, also by an address that an
+    /// application has remembered for days.
+    fn report_usage(&self) {
+        for name in self.datapath.active_since_last() {
+            self.source.demand.used(&name);
+        }
+    }
+
+    /// Looks after what may change at any time, and tries again what failed.
+    fn tick(&mut self) {
+        let age = self.source.health.borrow().last_answer.map(|at| at.elapsed());
+        self.datapath.beat(age);
+        if !self.datapath.look_after() {
+            self.attached.send_replace(false);
+        }
+        self.update_mode();
+        let is_synced = self.pipeline.published().borrow().is_synced();
+        self.notify.alive(*self.attached.borrow() && is_synced);
+        self.pool.send_replace(self.pipeline.builder().vips().pool_use(SystemTime::now()));
+        self.pipeline.record();
+        if self.datapath.is_behind() {
+            self.datapath.apply(self.pipeline.latest());
+        }
+    }
+
+    /// Takes the parts down, and the kernel side where the configuration wants that.
+    async fn stop(mut self) {
+        self.notify.stopping();
+        self.tasks.iter().for_each(AbortHandle::abort);
+        let flush = tokio::time::timeout(FLUSH_TIMEOUT, self.pipeline.flush());
+        let (flush, ..) = tokio::join!(flush, self.source.stop(), self.dns.stop());
+        if flush.is_err() {
+            tracing::warn!("stopping before the VIPs are recorded: the disk doesn't answer");
+        }
+        // The view may be alive in a request that is being answered, so the datapath is taken apart
+        // in place.
+        let scope = self.scope.display();
+        match self.config.on_exit {
+            OnExit::Keep => {
+                tracing::info!("stopping: {scope} goes on being served");
+                self.datapath.keep();
+            }
+            OnExit::Detach => {
+                tracing::info!("stopping: detaching from {scope}");
+                self.datapath.detach();
+            }
+        }
+    }
+}
+
+/// Puts the unreachable routes back, should something have flushed them, for as long as the daemon
+/// lives.
+async fn keep_unreachable(vip: VipConfig, datapath: Arc<SharedDatapath>) {
+    let mut ticks = ticks(ROUTE_TICK, Duration::ZERO);
+    loop {
+        ticks.tick().await;
+        let mut problems = Vec::new();
+        for pool in vip.pools() {
+            match route::add_unreachable(pool).await {
+                Ok(true) => tracing::warn!("the route that keeps {pool} unreachable was gone"),
+                Ok(false) => {}
+                // That is one of the holes.
+                Err(route::RouteError::Taken { .. }) => {}
+                Err(error) => problems.push(error.to_string()),
+            }
+            match route::holes(pool).await {
+                Ok(holes) => problems.extend(holes),
+                Err(error) => problems.push(error.to_string()),
+            }
+        }
+        datapath.set_route_problems(problems);
+    }
+}
+
+/// The configuration, once it was read, and who wants to know what becomes of it; never, while none
+/// is being read.
+async fn read(
+    reading: &mut Option<(JoinHandle<Wanted>, Option<Request>)>,
+) -> (Wanted, Option<Request>) {
+    let Some((task, _)) = reading else { return std::future::pending().await };
+    let wanted = task
+        .await
+        .unwrap_or_else(|error| Err(problem(format!("reading the configuration failed: {error}"))));
+    let request = reading.take().and_then(|(_, request)| request);
+    (wanted, request)
+}
+
+fn problem(what: String) -> ConfigErrors {
+    ConfigErrors(vec![Problem { location: None, key: None, what }])
+}
+
+/// Ticks from `after` on; one that comes late delays those that follow.
+fn ticks(period: Duration, after: Duration) -> Interval {
+    let mut ticks = tokio::time::interval_at(Instant::now() + after, period);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    ticks
+}
+
+/// Starts the threads that forward the programs' log and events.
+fn forward_from_kernel(datapath: &mut Datapath, usage: &UsageSender) {
+    if let Some(log) = datapath.take_voice() {
+        std::thread::spawn(|| forward_log(log));
+    }
+    match datapath.take_reports() {
+        Ok(events) => {
+            let usage = usage.clone();
+            drop(std::thread::spawn(move || forward_events(events, &usage)));
+        }
+        Err(error) => tracing::warn!("the programs' reports can't be read: {error}"),
+    }
+}
+
+/// Forwards what the programs in the kernel log, for as long as the daemon lives.
+fn forward_log(mut log: EbpfLogger<&'static dyn log::Log>) {
+    loop {
+        let mut readable = [PollFd::new(&log, PollFlags::IN)];
+        match rustix::event::poll(&mut readable, None) {
+            Ok(_) => log.flush(),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return tracing::warn!("the programs' log can't be read: {error}"),
+        }
+    }
+}
+
+/// Reports to the source each connection to a service that it doesn't follow, for as long as the daemon
+/// lives.
+fn forward_events(mut events: Reports, usage: &UsageSender) {
+    loop {
+        while let Some(name) = events.next_name() {
+            tracing::debug!("{name} is cold, and was connected to");
+            usage.used(&name);
+        }
+        match rustix::event::poll(&mut [PollFd::new(&events, PollFlags::IN)], None) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return tracing::warn!("the programs' reports can't be read: {error}"),
+        }
+    }
+}
+
+/// The cgroup whose processes are served.
+fn scope(config: &Config) -> anyhow::Result<PathBuf> {
+    let scope = match &config.cgroup {
+        Some(scope) => scope.clone(),
+        None => cgroup::default_scope()?,
+    };
+    // Before anything else is touched.
+    cgroup::inspect(&scope)?;
+    cgroup::check_exclusions(&config.datapath.exclude_cgroups)?;
+    Ok(scope)
+}
+
+struct Signals {
+    term: Signal,
+    interrupt: Signal,
+    hangup: Signal,
+}
+
+impl Signals {
+    fn new() -> std::io::Result<Signals> {
+        Ok(Signals {
+            term: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+            hangup: signal(SignalKind::hangup())?,
+        })
+    }
+}
