@@ -307,7 +307,7 @@ pub const KEYS: &[Key] = &[
         "datapath.exclude_cgroups",
         "the programs are loaded for a number of them",
         |it, value| set(&mut it.config.datapath.exclude_cgroups, text::cgroups(value)),
-        "cgroups that are bypassed, with all below them: 16 paths at a time, * and ? allowed",
+        "cgroups that are bypassed, with all below them: paths, * and ? allowed",
     ),
     fixed(
         "admin.listen",
