@@ -1,8 +1,8 @@
 //! Consul as a source: one blocking query on the names, one on the switch `nohop/off`, and one on
 //! each service that is live.
 //!
-//! Questions are tasks that only bring answers; the supervisor owns the schedule, which says what is
-//! asked next, and the model, which says what is published. An error takes nothing out of it.
+//! All decisions are in [`machine`], which does no I/O; [`watcher`] has its clock and its tasks. An error
+//! takes nothing out of the catalog.
 
 mod address;
 mod backoff;
@@ -14,7 +14,10 @@ mod health;
 mod hold_down;
 mod index;
 mod kill_switch;
+mod lookups;
+mod machine;
 mod model;
+mod names;
 mod negative_cache;
 mod poller;
 mod query;
@@ -34,7 +37,7 @@ use super::snapshot::SavedCatalog;
 use super::usage::UsageReceiver;
 use super::{Publisher, cache};
 use crate::config::{CatalogConfig, Config, ConsulConfig};
-use watcher::Supervisor;
+use watcher::Watcher;
 
 /// How long everything may take.
 #[derive(Clone, Copy, Debug)]
@@ -166,5 +169,5 @@ pub async fn run(settings: Settings, output: Publisher, wishes: UsageReceiver) {
         Some(memory) => Some((*memory).clone()),
         None => read_cache(&settings).await,
     };
-    Supervisor::new(settings, output, memory.unwrap_or_default()).run(wishes).await;
+    Watcher::new(settings, output, memory.unwrap_or_default()).run(wishes).await;
 }

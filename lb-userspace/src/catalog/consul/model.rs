@@ -77,6 +77,22 @@ pub enum Node {
 }
 
 impl Node {
+    /// What an operator should know of it.
+    pub fn notice(&self) -> Option<String> {
+        let Node::Elsewhere { why, may_be_here } = self else { return None };
+        let fix = match may_be_here {
+            Some(_) => {
+                ", or, where it is, give it an advertise_addr that this host has (that of NAT is for \
+                 advertise_addr_wan)"
+            }
+            None => "",
+        };
+        Some(format!(
+            "Consul's agent isn't this host's ({why}): instances on loopback addresses are \
+             unroutable; ask the agent of this host{fix}"
+        ))
+    }
+
     /// Says of each instance whether it runs on this node.
     fn mark_local(&self, instances: &mut [Instance]) {
         for instance in instances {

@@ -1,4 +1,4 @@
-//! The questions: what is sent for each, and what the answer says of what it is about.
+//! The queries: the request for each, and what its answer means.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -14,7 +14,7 @@ use super::hold_down;
 use super::index::ReadMode;
 use super::kill_switch;
 use super::model::{Node, ServiceAnswer};
-use crate::catalog::host;
+use crate::catalog::host::{self, Own};
 use crate::catalog::snapshot::Agent;
 use crate::config::CatalogConfig;
 use crate::table::{NodeIdentity, parse_ip};
@@ -24,7 +24,7 @@ use crate::table::{NodeIdentity, parse_ip};
 pub enum Query {
     /// The list of names.
     Names,
-    /// The switch.
+    /// The kill switch.
     Switch,
     /// The agent's own name.
     Agent,
@@ -70,8 +70,8 @@ impl List {
 pub struct Answer {
     /// X-Consul-Index.
     pub index: Option<u64>,
-    /// What it said.
-    pub said: Response,
+    /// What it is.
+    pub response: Response,
     /// The bytes of its body.
     pub n_bytes: usize,
     /// Whether Consul left something out of it for the token's sake, and said so.
@@ -108,40 +108,49 @@ pub struct QueryOptions {
     pub limit: Duration,
 }
 
-/// Asks. `rules` say what an instance needs.
+/// Sends a query. `rules` say what an instance needs.
 ///
 /// # Errors
 /// As the client's.
-pub async fn ask(
+pub async fn fetch(
     client: &Client,
-    about: &Query,
-    how: QueryOptions,
+    query: &Query,
+    options: QueryOptions,
     rules: &CatalogConfig,
 ) -> Result<Answer, QueryFailure> {
-    match about {
+    match query {
         Query::Names => {
-            let said = |names, _| Response::Names(tagged(names, &rules.tag));
-            get(client, "/v1/catalog/services".into(), how, said).await
+            let response = |names, _| Response::Names(tagged(names, &rules.tag));
+            get(client, "/v1/catalog/services".into(), options, response).await
         }
         Query::Switch => {
-            get(client, kill_switch::PATH.into(), how, |entries, _| {
+            get(client, kill_switch::PATH.into(), options, |entries, _| {
                 Response::Switch(kill_switch::is_off(&entries))
             })
             .await
         }
         Query::Agent => {
-            let said = |agent, peer| Response::Agent(node(agent, peer, host::is_own));
-            get(client, "/v1/agent/self".into(), how, said).await
+            let response = |agent, peer| Response::Agent(node(agent, peer, host::is_own));
+            match get(client, "/v1/agent/self".into(), options, response).await {
+                Err(QueryFailure { is_denied: true, .. }) => Ok(Answer {
+                    index: None,
+                    response: Response::Agent(Node::Denied(Own::read())),
+                    n_bytes: 0,
+                    is_filtered: false,
+                    news_at: Instant::now(),
+                }),
+                result => result,
+            }
         }
         Query::Service(name) => {
-            get(client, health(name), how, |Records(records), _| {
+            get(client, health(name), options, |Records(records), _| {
                 Response::Service(heard(records, rules))
             })
             .await
         }
         Query::Lookup(name) => {
-            let said = |Records(records), _| Response::Lookup(registered(records, rules, name));
-            get(client, health(name), how, said).await
+            let response = |Records(records), _| Response::Lookup(registered(records, rules, name));
+            get(client, health(name), options, response).await
         }
     }
 }
@@ -153,19 +162,19 @@ fn health(name: &str) -> String {
 async fn get<T: DeserializeOwned>(
     client: &Client,
     path: String,
-    how: QueryOptions,
-    said: impl FnOnce(T, Option<IpAddr>) -> Response,
+    options: QueryOptions,
+    response: impl FnOnce(T, Option<IpAddr>) -> Response,
 ) -> Result<Answer, QueryFailure> {
     // The schedule keeps to the connections that there are, so no question waits for one here.
-    let request = ApiRequest { path, ask: how.ask, wait: how.wait };
-    let limit = match how.ask {
-        ReadMode::Blocking(_) => (how.wait * 3 / 2).max(how.limit),
-        ReadMode::Plain | ReadMode::Consistent => how.limit,
+    let request = ApiRequest { path, ask: options.ask, wait: options.wait };
+    let limit = match options.ask {
+        ReadMode::Blocking(_) => (options.wait * 3 / 2).max(options.limit),
+        ReadMode::Plain | ReadMode::Consistent => options.limit,
     };
     let answer = client.get::<T>(&request, limit).await?;
     Ok(Answer {
         index: answer.index,
-        said: said(answer.body, answer.peer),
+        response: response(answer.body, answer.peer),
         n_bytes: answer.n_bytes,
         is_filtered: answer.is_filtered,
         news_at: Instant::now(),
