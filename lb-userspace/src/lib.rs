@@ -8,7 +8,9 @@ pub mod config;
 pub mod daemon;
 pub mod datapath;
 pub mod dns;
+mod dns_name;
 mod durable;
+mod file_state;
 #[cfg(any(fuzzing, test))]
 pub mod fuzzing;
 mod logging;

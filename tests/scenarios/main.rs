@@ -18,6 +18,7 @@ mod crash_loop;
 mod critical_backend_leaves;
 mod curl_by_name;
 mod disk;
+mod dns_over_tls;
 mod external_detach;
 mod foreign_route;
 mod forwarding;
@@ -123,6 +124,7 @@ const STORIES: &[(&str, Story)] = &[
 
 /// The stories of programs that not every machine has, each with those that it needs.
 const STORIES_OF_PROGRAMS: &[(&str, &[&str], Story)] = &[
+    ("dns_over_tls", &["kdig"], dns_over_tls::story),
     ("drill_by_name", &["drill"], resolvers::drill),
     ("forwarded_without_loss", &["dnsperf"], resolvers::forwarded),
     ("java_by_name", &["java", "javac"], clients_by_name::java),

@@ -95,6 +95,9 @@ pub struct PoolStatus {
 pub struct DnsStatus {
     /// The addresses it listens on, UDP and TCP.
     pub listen: Vec<SocketAddr>,
+    /// The addresses on which it serves DNS over TLS.
+    #[serde(default)]
+    pub listen_tls: Vec<SocketAddr>,
     /// The zone that it answers itself.
     pub domain: String,
     /// The resolvers that other names are forwarded to, those of the longest domain first.

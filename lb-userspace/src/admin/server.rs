@@ -392,7 +392,12 @@ mod tests {
                 pool: api::PoolStatus::default(),
                 services: 1,
                 backends: 0,
-                dns: api::DnsStatus { listen: vec![], domain: "service".into(), upstreams: vec![] },
+                dns: api::DnsStatus {
+                    listen: vec![],
+                    listen_tls: vec![],
+                    domain: "service".into(),
+                    upstreams: vec![],
+                },
                 datapath: api::DatapathStatus::default(),
             }
         }

@@ -12,7 +12,6 @@ mod host;
 mod publisher;
 pub mod resolve;
 mod snapshot;
-mod stamp;
 mod stats;
 mod supervisor;
 mod usage;

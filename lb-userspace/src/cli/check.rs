@@ -13,7 +13,7 @@ use crate::datapath::{
     Charge, Features, Limit, Safety, exclusion_problems, find_obstacle, is_bpffs, look_at_pins,
     nearest_directory, route,
 };
-use crate::dns::{self, DnsError};
+use crate::dns;
 
 /// The whole report.
 #[derive(Debug, Serialize, Deserialize)]
@@ -90,8 +90,21 @@ pub fn check(config: Result<Config, ConfigErrors>, admin: Option<&str>) -> Repor
     checks.push(finding("capabilities to disconnect UDP sockets", false, for_udp));
     checks.push(finding("state directory", true, state_dir(&config.state_dir)));
     for &address in &config.dns.listen {
-        let found = dns_port(address, &config.dns.listen, daemon.as_ref().ok());
+        let try_bind = || dns::try_bind(address, &config.dns.listen);
+        let found = dns_port(address, try_bind, daemon.as_ref().ok());
         checks.push(finding("DNS port", true, found));
+    }
+    for &address in &config.dns.listen_tls {
+        let try_bind = || dns::try_bind_tls(address, &config.dns.listen_tls);
+        let found = dns_port(address, try_bind, daemon.as_ref().ok());
+        checks.push(finding("DNS over TLS port", true, found));
+    }
+    if !config.dns.listen_tls.is_empty() {
+        let found = match dns::tls_server_config(&config.dns) {
+            Ok(_) => Ok("certificate and key belong together".to_owned()),
+            Err(error) => in_two(&error.to_string()),
+        };
+        checks.push(finding("DNS over TLS certificate", true, found));
     }
     let (found, warning, facts) = source(&config);
     checks.push(finding("catalog", true, found));
@@ -441,15 +454,21 @@ fn state_dir(path: &Path) -> Found {
     }
 }
 
-fn dns_port(address: SocketAddr, listen: &[SocketAddr], daemon: Option<&api::Status>) -> Found {
-    if daemon.is_some_and(|status| status.dns.listen.contains(&address)) {
+fn dns_port(
+    address: SocketAddr,
+    try_bind: impl Fn() -> Result<(), dns::DnsError>,
+    daemon: Option<&api::Status>,
+) -> Found {
+    let is_held =
+        |dns: &api::DnsStatus| dns.listen.contains(&address) || dns.listen_tls.contains(&address);
+    if daemon.is_some_and(|status| is_held(&status.dns)) {
         return Ok(format!("{address} is held by the running daemon"));
     }
-    let Err(error) = dns::try_bind(address, listen) else {
+    let Err(error) = try_bind() else {
         return Ok(format!("{address} is free"));
     };
     let unit = socket_unit();
-    if matches!(error, DnsError::InUse { .. }) && unit_holds(address, &unit) {
+    if error.is_in_use() && unit_holds(address, &unit) {
         return Ok(format!("{address} is held by nohop.socket, for the daemon"));
     }
     // What is wrong, and after it what to do.
@@ -626,12 +645,15 @@ mod tests {
     fn ports() {
         let udp = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
         let taken = udp.local_addr().unwrap();
-        let (detail, fix) = dns_port(taken, &[taken], None).unwrap_err();
+        let (detail, fix) = dns_port(taken, || dns::try_bind(taken, &[taken]), None).unwrap_err();
         assert_eq!(detail, format!("can't listen on {taken} (udp): address in use"));
         assert!(fix.starts_with("see who holds it with ss -ulpn"), "{fix}");
         // Of documentation (RFC 5737): one that isn't there yet.
         let absent = SocketAddr::from(([192, 0, 2, 1], 0));
-        assert_eq!(dns_port(absent, &[absent], None), Ok("192.0.2.1:0 is free".to_owned()));
+        assert_eq!(
+            dns_port(absent, || dns::try_bind(absent, &[absent]), None),
+            Ok("192.0.2.1:0 is free".to_owned())
+        );
     }
 
     #[test]

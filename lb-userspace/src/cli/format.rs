@@ -41,7 +41,8 @@ pub fn status(status: &Status) -> String {
         n => format!(", {n} in quarantine for a day"),
     };
     line(&mut text, format!("vip.pool  {used} of {size} addresses used{quarantined}"));
-    let listen: Vec<_> = status.dns.listen.iter().map(ToString::to_string).collect();
+    let mut listen: Vec<_> = status.dns.listen.iter().map(ToString::to_string).collect();
+    listen.extend(status.dns.listen_tls.iter().map(|address| format!("{address} (TLS)")));
     line(&mut text, format!("dns       *.{} on {}", status.dns.domain, listen.join(", ")));
     for upstream in &status.dns.upstreams {
         line(&mut text, format!("          {}", upstream_line(upstream)));

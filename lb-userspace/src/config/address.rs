@@ -11,6 +11,7 @@ use serde::{Serialize, Serializer};
 
 use super::toml_value::{Parsed, Value};
 use super::{AdminAddress, Allowed, ConsulAddress, Forward};
+use crate::dns_name;
 
 /// The length of a unix socket's path, in bytes, that the kernel has room for.
 const MAX_SOCKET_PATH: usize = 107;
@@ -193,7 +194,7 @@ pub(super) fn consul(text: &str) -> Result<ConsulAddress, String> {
 pub(super) fn domain(text: &str) -> Result<String, String> {
     let name = text.strip_prefix('.').unwrap_or(text);
     let name = name.strip_suffix('.').unwrap_or(name);
-    if name.len() > 253 || !name.split('.').all(is_label) {
+    if !dns_name::is_host_name(name) {
         return Err(format!(
             "'{text}' isn't a DNS name; write labels of letters, digits, - and _ between dots"
         ));
@@ -203,15 +204,8 @@ pub(super) fn domain(text: &str) -> Result<String, String> {
 
 /// A service's name: one DNS label, in lower case.
 pub(super) fn service_name(text: &str) -> Result<String, String> {
-    if !is_label(text) {
+    if dns_name::service_name_problem(text).is_some() {
         return Err(format!("'{text}' isn't a DNS label; write 1 to 63 letters, digits, - and _"));
     }
     Ok(text.to_ascii_lowercase())
-}
-
-fn is_label(label: &str) -> bool {
-    (1..=63).contains(&label.len())
-        && label.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_".contains(&byte))
-        && !label.starts_with('-')
-        && !label.ends_with('-')
 }

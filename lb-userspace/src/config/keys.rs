@@ -251,6 +251,27 @@ pub const KEYS: &[Key] = &[
         "addresses of the DNS server, UDP and TCP",
     ),
     fixed(
+        "dns.listen_tls",
+        LISTENS,
+        |it, value| {
+            let listen = value.list_or_none(|each| each.text(address::socket_address));
+            set(&mut it.config.dns.listen_tls, listen)
+        },
+        "addresses for DNS over TLS; needs tls_cert_file and tls_key_file",
+    ),
+    fixed(
+        "dns.tls_cert_file",
+        LISTENS,
+        |it, value| set(&mut it.config.dns.tls_cert_file, value.text(text::path)),
+        "certificate (PEM) of DNS over TLS, and those that signed it; read again when it changes",
+    ),
+    fixed(
+        "dns.tls_key_file",
+        LISTENS,
+        |it, value| set(&mut it.config.dns.tls_key_file, value.text(text::path)),
+        "its private key (PEM); read again when it changes",
+    ),
+    fixed(
         "dns.domain",
         "applications cache answers of the former zone",
         |it, value| set(&mut it.config.dns.domain, value.text(address::domain)),

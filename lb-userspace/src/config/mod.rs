@@ -190,6 +190,12 @@ impl VipConfig {
 pub struct DnsConfig {
     /// The addresses to listen on, UDP and TCP.
     pub listen: Vec<SocketAddr>,
+    /// The addresses to serve DNS over TLS on; none by default.
+    pub listen_tls: Vec<SocketAddr>,
+    /// The certificate of `listen_tls` (PEM), and after it those that signed it.
+    pub tls_cert_file: Option<PathBuf>,
+    /// Its private key (PEM).
+    pub tls_key_file: Option<PathBuf>,
     /// The zone that nohop answers itself, without dots at the ends, in lower case.
     pub domain: String,
     /// The TTL of the zone's records, in seconds.
@@ -318,6 +324,9 @@ impl Default for Config {
             },
             dns: DnsConfig {
                 listen: vec![SocketAddr::from(([127, 0, 0, 1], 53))],
+                listen_tls: Vec::new(),
+                tls_cert_file: None,
+                tls_key_file: None,
                 domain: "service".into(),
                 ttl: 30,
                 forward: Forward::ResolvConf,

@@ -60,6 +60,9 @@ fn the_defaults_written_out_are_the_defaults() {
         pins = {}
         [dns]
         listen = ["127.0.0.1:53"]
+        listen_tls = []
+        tls_cert_file = ""
+        tls_key_file = ""
         domain = "service"
         ttl = 30
         forward = "resolv.conf"
@@ -114,6 +117,9 @@ const EVERY_KEY: &str = r#"
     pins = { Hello = "127.0.0.1:80", other = "10.0.0.9:80" }
     [dns]
     listen = ["127.0.0.2:53", "[::1]:53"]
+    listen_tls = ["10.0.0.9:853"]
+    tls_cert_file = "/dns.pem"
+    tls_key_file = "/dns.key"
     domain = "Svc.Local."
     ttl = 0
     forward = ["10.0.0.1", "[2001:db8::1]:5353"]
@@ -176,6 +182,9 @@ fn every_key_is_taken() {
         },
         dns: DnsConfig {
             listen: vec!["127.0.0.2:53".parse().unwrap(), "[::1]:53".parse().unwrap()],
+            listen_tls: vec!["10.0.0.9:853".parse().unwrap()],
+            tls_cert_file: Some("/dns.pem".into()),
+            tls_key_file: Some("/dns.key".into()),
             domain: "svc.local".into(),
             ttl: 0,
             forward: Forward::Servers(vec![
@@ -507,6 +516,16 @@ fn what_is_wrong_is_named_with_its_line_and_its_fix() {
         (
             "dns.domain = 'consul'",
             &["f:1: dns.domain: nohop answers names below consul itself; remove the route"],
+        ),
+        (
+            "dns.listen_tls = ['10.0.0.9:853']\ndns.tls_cert_file = '/c.pem'",
+            &["f:1: dns.listen_tls: needs dns.tls_key_file; name a PEM file"],
+        ),
+        (
+            "dns.listen_tls = ['127.0.0.1:53']\ndns.tls_cert_file = '/c'\ndns.tls_key_file = '/k'",
+            &[
+                "f:1: dns.listen_tls: 127.0.0.1:53 is in dns.listen, too; choose another port, such as 853",
+            ],
         ),
         (
             "catalog.sources = ['file']",

@@ -13,6 +13,7 @@ pub(super) fn check(builder: &mut Builder) {
     check_pool6_overlap(builder);
     check_pins(builder);
     check_routes(builder);
+    check_dns_tls(builder);
     // A source that isn't used needs no certificates.
     if builder.config.catalog.sources.contains(&SourceKind::Consul) {
         consul::check_tls(builder);
@@ -146,11 +147,31 @@ fn check_routes(builder: &mut Builder) {
     }
 }
 
+/// DNS over TLS needs a certificate and its key, and addresses of its own.
+fn check_dns_tls(builder: &mut Builder) {
+    let dns = builder.config.dns.clone();
+    for (key, file) in
+        [("dns.tls_cert_file", dns.tls_cert_file), ("dns.tls_key_file", dns.tls_key_file)]
+    {
+        if !dns.listen_tls.is_empty() && file.is_none() {
+            builder.conflict(&["dns.listen_tls", key], format!("needs {key}; name a PEM file"));
+        }
+    }
+    if let Some(address) = dns.listen_tls.iter().find(|address| dns.listen.contains(address)) {
+        builder.conflict(
+            &["dns.listen_tls", "dns.listen"],
+            format!("{address} is in dns.listen, too; choose another port, such as 853"),
+        );
+    }
+}
+
 /// The addresses that the daemon listens on or connects to, each with its key.
 fn own_addresses(builder: &Builder) -> Vec<(&'static str, SocketAddr)> {
     let config = &builder.config;
     let mut addresses: Vec<(&str, SocketAddr)> = Vec::new();
     addresses.extend(config.dns.listen.iter().map(|address| ("dns.listen", *address)));
+    let listen_tls = config.dns.listen_tls.iter();
+    addresses.extend(listen_tls.map(|address| ("dns.listen_tls", *address)));
     addresses.extend(config.dns.routes.values().map(|address| ("dns.routes", *address)));
     if let Forward::Servers(servers) = &config.dns.forward {
         addresses.extend(servers.iter().map(|address| ("dns.forward", *address)));

@@ -126,6 +126,7 @@ impl Daemon {
         let admin_listeners = admin::bind(&config.admin.listen)?;
         let dns_sockets = dns::bind(&config.dns).await?;
         let dns_addresses = dns_sockets.addresses().to_vec();
+        let listen_tls = dns_sockets.tls_addresses().to_vec();
 
         let mut vips = recorder::load(&config.state_dir, (&config.vip).into()).await;
         let recorder = Recorder::start(&config.state_dir).context("can't start a thread")?;
@@ -170,6 +171,7 @@ impl Daemon {
             debug_client: dns.debug_client(),
             dns: api::DnsStatus {
                 listen: dns_addresses.clone(),
+                listen_tls,
                 domain: config.dns.domain.clone(),
                 upstreams: Vec::new(),
             },

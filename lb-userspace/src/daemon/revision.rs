@@ -110,6 +110,7 @@ mod tests {
             backends: 2,
             dns: api::DnsStatus {
                 listen: vec![],
+                listen_tls: vec![],
                 domain: "service".into(),
                 upstreams: vec![upstream(0)],
             },

@@ -20,6 +20,10 @@ const N_BUCKETS: usize = 4096;
 /// How far a client may run ahead of its rate.
 const BURST: Duration = Duration::from_secs(1);
 
+/// The client that a query or a connection is accounted to, by [`Acl::client_key`]; `None` is this host,
+/// whose processes share its addresses.
+pub(super) type ClientKey = Option<u64>;
+
 /// What becomes of a client's message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Admission {
@@ -90,6 +94,11 @@ impl Acl {
             || self.is_anywhere && self.is_local(|local| local.have(client))
     }
 
+    /// Who the client's queries and connections are accounted to.
+    pub(super) fn client_key(&self, client: IpAddr) -> ClientKey {
+        (!self.is_own(client)).then(|| address_key(client.to_canonical()))
+    }
+
     /// Whether the client is served at all, at whatever rate.
     pub(super) fn is_served(&self, client: IpAddr) -> bool {
         let client = client.to_canonical();
@@ -120,7 +129,7 @@ impl Acl {
 }
 
 /// What counts as one client: an IPv6 host has all addresses of its /64 to choose from.
-pub(super) fn client_key(client: IpAddr) -> u64 {
+fn address_key(client: IpAddr) -> u64 {
     match client {
         IpAddr::V4(v4) => u64::from(u32::from(v4)),
         IpAddr::V6(v6) => (u128::from(v6) >> 64) as u64,
@@ -152,7 +161,7 @@ impl TokenBuckets {
     /// Takes a token of `client`'s, where there is one.
     fn take(&self, client: IpAddr, now: Duration) -> bool {
         let bucket =
-            &self.full_at_ns[self.hasher.hash_one(client_key(client)) as usize % N_BUCKETS];
+            &self.full_at_ns[self.hasher.hash_one(address_key(client)) as usize % N_BUCKETS];
         let now_ns = now.as_nanos() as u64; // 584 years
         let taken = bucket.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |full_at_ns| {
             let after_ns = full_at_ns.max(now_ns) + self.interval_ns;

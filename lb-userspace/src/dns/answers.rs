@@ -247,7 +247,7 @@ fn the_zone_fails_until_it_can_be_relied_on() {
         ("a.wbe.service.", 7, false, "ServFail"),
         ("example.com.", 0, false, "forward"),
         ("web.service.", 7, true, "NoError web"),
-        ("wbe.service.", 7, true, "NxDomain"),
+        ("wbe.service.", 7, true, "NXDomain"),
     ];
     let config = Config::default().dns;
     for (name, generation, attached, expected) in rows {
@@ -267,8 +267,8 @@ fn names_that_arent_routed_or_arent_live() {
         ("Wbe.service.", "A", LookUp, "warm wbe"),
         ("_wbe._tcp.service.", "SRV", LookUp, "warm wbe"),
         ("_wbe._tcp.service.", "SRV", Absent, "forward"),
-        ("_web._udp.service.", "SRV", Absent, "NxDomain"),
-        ("_web._udp.service.", "SRV", LookUp, "NxDomain"),
+        ("_web._udp.service.", "SRV", Absent, "NXDomain"),
+        ("_web._udp.service.", "SRV", LookUp, "NXDomain"),
         ("a.web.service.", "A", LookUp, "forward"),
         ("a.WEB.service.", "SRV", Absent, "forward"),
         ("_tcp.web.service.", "SRV", Absent, "forward"),
@@ -296,10 +296,11 @@ fn a_name_that_nobody_answered_for_is_never_one_that_does_not_exist() {
         ("wbe.service.", "TXT"),
         ("_wbe._tcp.service.", "SRV"),
         ("_wbe._udp.service.", "ANY"),
+        ("9.9.128.127.in-addr.arpa.", "PTR"),
     ];
     let config = Config::default().dns;
     for (name, query_type) in unknown {
-        for (missing, expected) in [(Absent, "NxDomain"), (Unknown, "ServFail")] {
+        for (missing, expected) in [(Absent, "NXDomain"), (Unknown, "ServFail")] {
             let got = outcome(&query(name, query_type), &config, 7, true, missing);
             assert_eq!(got, expected, "{name} {query_type}, {missing:?}");
         }
@@ -307,10 +308,9 @@ fn a_name_that_nobody_answered_for_is_never_one_that_does_not_exist() {
     let known = [
         ("web.service.", "A", "NoError web"),
         ("_web._tcp.service.", "SRV", "NoError web"),
-        ("_web._udp.service.", "SRV", "NxDomain"),
-        ("a.wbe.service.", "A", "NxDomain"),
+        ("_web._udp.service.", "SRV", "NXDomain"),
+        ("a.wbe.service.", "A", "NXDomain"),
         ("_tcp.service.", "A", "NoError"),
-        ("9.9.128.127.in-addr.arpa.", "PTR", "NxDomain"),
     ];
     for (name, query_type, expected) in known {
         let got = outcome(&query(name, query_type), &config, 7, true, Unknown);

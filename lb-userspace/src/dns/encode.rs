@@ -104,7 +104,7 @@ pub(super) fn error(
 }
 
 /// Writes the answer to a message that is no question; there is none to whoever sent no question.
-pub(super) fn to_unreadable(
+pub(super) fn to_malformed(
     out: &mut Vec<u8>,
     bytes: &[u8],
     why: MalformedQuery,

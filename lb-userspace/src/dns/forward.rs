@@ -9,10 +9,11 @@ use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tracing::debug;
 
+use super::acl::ClientKey;
 use super::encode::OUR_PAYLOAD;
 use super::loop_detection::LoopDetector;
 use super::message::ClientQuery;
-use super::relay::{ClientKey, ForwardError, ForwardLimits};
+use super::relay::{ForwardError, ForwardLimits};
 use super::response::UpstreamResponse;
 use super::sockets::Transport;
 use super::upstream::{QueryOutcome, Upstream, UpstreamState, UpstreamStats};

@@ -10,12 +10,11 @@ use hickory_proto::op::ResponseCode;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tracing::debug;
 
-use super::acl::{self, Acl, Admission};
+use super::acl::{Acl, Admission, ClientKey};
 use super::encode;
 use super::forward::Forwarder;
 use super::message::ClientQuery;
 use super::origin::{AnswerOrigin, OriginTracker};
-use super::relay::ClientKey;
 use super::resolve::{
     self, MAX_UDP_RESPONSE, Missing, Resolution, ResolveContext, TableSnapshot, Zone,
 };
@@ -37,16 +36,16 @@ pub(super) const MAX_WAITING: usize = 1024;
 
 /// What may be replaced while the server runs.
 #[derive(Debug)]
-pub(super) struct Reloadable {
+pub(super) struct Policy {
     pub(super) zone: Zone,
-    pub(super) clients: Arc<Acl>,
+    pub(super) acl: Arc<Acl>,
     pub(super) forwarder: Arc<Forwarder>,
 }
 
 /// What one thread knows of everything that may change, so that it takes no lock for each message.
 #[derive(Debug)]
 pub(super) struct ThreadView {
-    ways: Arc<Reloadable>,
+    policy: Arc<Policy>,
     version: u64,
     table: watch::Receiver<Arc<Table>>,
     snapshot: Arc<TableSnapshot>,
@@ -57,17 +56,17 @@ pub(super) struct ThreadView {
 impl ThreadView {
     /// The forwarder.
     pub(super) fn forwarder(&self) -> &Forwarder {
-        &self.ways.forwarder
+        &self.policy.forwarder
     }
 
     /// What may be replaced.
-    pub(super) fn ways(&self) -> &Reloadable {
-        &self.ways
+    pub(super) fn policy(&self) -> &Policy {
+        &self.policy
     }
 
     /// The bounds on times to live of what is forwarded of the zone.
     pub(super) fn max_ttls(&self) -> (u32, u32) {
-        self.ways.zone.max_ttls()
+        self.policy.zone.max_ttls()
     }
 
     /// Whether the zone can be answered for.
@@ -77,7 +76,7 @@ impl ThreadView {
 
     /// What the zone's answers come from; nothing is waited for.
     pub(super) fn known(&self) -> ResolveContext<'_> {
-        let (zone, snapshot) = (&self.ways.zone, &*self.snapshot);
+        let (zone, snapshot) = (&self.policy.zone, &*self.snapshot);
         ResolveContext {
             zone,
             snapshot,
@@ -89,15 +88,7 @@ impl ThreadView {
 
     /// Who a client's questions count as.
     pub(super) fn client_key(&self, client: IpAddr) -> ClientKey {
-        self.ways.client_key(client)
-    }
-}
-
-impl Reloadable {
-    /// Who a client's questions count as.
-    fn client_key(&self, client: IpAddr) -> ClientKey {
-        let client = client.to_canonical();
-        (!self.clients.is_own(client)).then(|| acl::client_key(client))
+        self.policy.acl.client_key(client)
     }
 }
 
@@ -115,8 +106,8 @@ pub(super) enum Deferred {
 /// Answers messages, whichever way they come.
 #[derive(Debug)]
 pub(super) struct Handler {
-    pub(super) ways: RwLock<Arc<Reloadable>>,
-    /// Of the ways.
+    pub(super) policy: RwLock<Arc<Policy>>,
+    /// Incremented with each change of `policy`.
     pub(super) version: AtomicU64,
     pub(super) table: watch::Receiver<Arc<Table>>,
     /// Of the table that was there at the last question.
@@ -133,18 +124,18 @@ pub(super) struct Handler {
 }
 
 impl Handler {
-    pub(super) fn ways(&self) -> Arc<Reloadable> {
-        self.ways.read().unwrap_or_else(PoisonError::into_inner).clone()
+    pub(super) fn policy(&self) -> Arc<Policy> {
+        self.policy.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The forwarder of this moment.
     pub(super) fn forwarder(&self) -> Arc<Forwarder> {
-        self.ways().forwarder.clone()
+        self.policy().forwarder.clone()
     }
 
     /// Who is answered.
-    pub(super) fn clients(&self) -> Arc<Acl> {
-        self.ways().clients.clone()
+    pub(super) fn acl(&self) -> Arc<Acl> {
+        self.policy().acl.clone()
     }
 
     /// Waits until nothing waits.
@@ -164,7 +155,7 @@ impl Handler {
         table.mark_unchanged();
         attached.mark_unchanged();
         let (snapshot, is_attached) = (self.snapshot(), *attached.borrow_and_update());
-        ThreadView { ways: self.ways(), version, table, snapshot, attached, is_attached }
+        ThreadView { policy: self.policy(), version, table, snapshot, attached, is_attached }
     }
 
     /// Brings a thread's knowledge up to date. Returns whether the configuration is another one.
@@ -181,13 +172,13 @@ impl Handler {
         if version == view.version {
             return false;
         }
-        (view.version, view.ways) = (version, self.ways());
+        (view.version, view.policy) = (version, self.policy());
         true
     }
 
     /// What names of the zone get that no service has.
     pub(super) fn unrouted(&self) -> Unrouted {
-        self.ways().zone.unrouted()
+        self.policy().zone.unrouted()
     }
 
     fn snapshot(&self) -> Arc<TableSnapshot> {
@@ -207,12 +198,12 @@ impl Handler {
     /// What a client gets that isn't served, or not now; `None` for one that is.
     pub(super) fn refusal(
         &self,
-        ways: &Reloadable,
+        policy: &Policy,
         bytes: &[u8],
         transport: Transport,
         client: IpAddr,
     ) -> Option<Option<Vec<u8>>> {
-        let admission = ways.clients.admit(client);
+        let admission = policy.acl.admit(client);
         if admission == Admission::Admitted {
             return None;
         }
@@ -258,15 +249,22 @@ impl Handler {
         }
     }
 
-    /// The answer to a message over TCP, in a while; `None` where there is none.
-    pub(super) async fn reply(&self, bytes: &[u8], client: IpAddr) -> Option<Vec<u8>> {
+    /// The response to a message over TCP or TLS; `None` where there is none.
+    pub(super) async fn reply_over_tcp(&self, bytes: &[u8], client: IpAddr) -> Option<Vec<u8>> {
+        match self.refusal(&self.policy(), bytes, Transport::Tcp, client) {
+            Some(refusal) => refusal,
+            None => self.reply(bytes, client).await,
+        }
+    }
+
+    async fn reply(&self, bytes: &[u8], client: IpAddr) -> Option<Vec<u8>> {
         match self.resolve_deferred(bytes, Transport::Tcp).await {
             Deferred::Answer(answer) => Some(answer),
             Deferred::Nothing => None,
             Deferred::Forward { is_unknown } => {
                 let query = ClientQuery::read(bytes).ok()?; // it was read before
-                let ways = self.ways();
-                Some(self.forward(&ways, &query, ways.client_key(client), is_unknown).await)
+                let policy = self.policy();
+                Some(self.forward(&policy, &query, policy.acl.client_key(client), is_unknown).await)
             }
         }
     }
@@ -277,11 +275,16 @@ impl Handler {
         let mut found = None;
         let mut waits = self.in_startup_grace();
         loop {
-            let (ways, snapshot) = (self.ways(), self.snapshot());
+            let (policy, snapshot) = (self.policy(), self.snapshot());
             let attached = *self.attached.borrow();
             let missing = found.unwrap_or_else(|| self.missing());
-            let known =
-                ResolveContext { zone: &ways.zone, snapshot: &snapshot, attached, waits, missing };
+            let known = ResolveContext {
+                zone: &policy.zone,
+                snapshot: &snapshot,
+                attached,
+                waits,
+                missing,
+            };
             match resolve::answer(bytes, transport, known, &mut out) {
                 Resolution::Wait => {
                     self.wait_ready().await;
@@ -345,14 +348,14 @@ impl Handler {
     /// all that is known (`is_unknown`), the other resolver's "no such name" doesn't hold either.
     async fn forward(
         &self,
-        ways: &Reloadable,
+        policy: &Policy,
         query: &ClientQuery<'_>,
         client_key: ClientKey,
         is_unknown: bool,
     ) -> Vec<u8> {
         let mut out = Vec::new();
         let note = |origin| self.origins.note(query.id(), query.question(), || origin);
-        match ways.forwarder.over_tcp(query, client_key).await {
+        match policy.forwarder.over_tcp(query, client_key).await {
             Ok((answer, ..)) if is_unknown && answer.code() == ResponseCode::NXDomain => {
                 note(AnswerOrigin::Nowhere("whether it is a service is unknown".to_owned()));
                 encode::error(
@@ -369,7 +372,7 @@ impl Handler {
                 let how = RelayOptions {
                     max_len: max_len(query, Transport::Tcp),
                     keeps_ad: upstream.keeps_ad(),
-                    max_ttls: is_in_zone.then(|| ways.zone.max_ttls()),
+                    max_ttls: is_in_zone.then(|| policy.zone.max_ttls()),
                 };
                 answer.relay_to(&query.client(), how, &mut out);
             }

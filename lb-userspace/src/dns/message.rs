@@ -318,6 +318,16 @@ impl<'a> Cursor<'a> {
     }
 }
 
+/// Whether two questions on the wire (name, type, class) are the same; names are case-insensitive.
+pub(super) fn is_same_question(one: &[u8], other: &[u8]) -> bool {
+    match (one.split_last_chunk::<4>(), other.split_last_chunk::<4>()) {
+        (Some((name, kind)), Some((other_name, other_kind))) => {
+            kind == other_kind && name.eq_ignore_ascii_case(other_name)
+        }
+        _ => false,
+    }
+}
+
 /// Bounds the times to live in a message that can be read, whose question is `question_len` long: to
 /// `max_ttl` seconds, and to `max_negative_ttl` where they say how long something may be believed
 /// not to be (RFC 2308: the authority section, and the last field of SOA).

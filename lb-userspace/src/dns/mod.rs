@@ -7,6 +7,8 @@
 //! moment where it follows services as they are used: what isn't known yet is SERVFAIL, at once.
 
 mod acl;
+mod bind;
+mod connections;
 mod debug_query;
 mod domain;
 mod encode;
@@ -32,6 +34,7 @@ mod socket_pool;
 mod sockets;
 mod stats;
 mod tcp;
+mod tls;
 mod udp;
 mod upstream;
 mod upstream_query;
@@ -44,9 +47,11 @@ mod answers;
 #[cfg(test)]
 mod tests;
 
+pub use bind::{DnsError, bind, try_bind, try_bind_tls};
 pub use debug_query::{DebugClient, DebugQueryError, ask};
 pub use origin::AnswerOrigin;
 pub use server::DnsServer;
-pub use sockets::{DnsError, Sockets, Transport, bind, try_bind};
+pub use sockets::{Sockets, Transport};
 pub use stats::DnsStats;
+pub use tls::server_config as tls_server_config;
 pub use upstream::{BUCKETS_US, UpstreamState, UpstreamStats};

@@ -8,21 +8,29 @@
 //! no better one may still know.
 
 use std::collections::{HashMap, VecDeque};
-use std::hash::{BuildHasher, BuildHasherDefault, Hasher, RandomState};
+use std::hash::{BuildHasher, RandomState};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use hickory_proto::op::ResponseCode;
 
-use super::encode::{self, OUR_PAYLOAD};
+use super::acl::ClientKey;
+use super::encode::OUR_PAYLOAD;
 use super::loop_detection::LoopDetector;
-use super::message::{ClientEcho, ClientQuery, HEADER_LEN, WireName};
+use super::message::{ClientEcho, ClientQuery, HEADER_LEN, WireName, is_same_question};
 use super::response::{RelayOptions, ResponseError, UpstreamResponse};
 use super::sockets::Transport;
 use super::udp::LocalAddress;
 use super::upstream::{QueryOutcome, Upstream, UpstreamState};
 use super::upstreams::UpstreamRoute;
+
+mod slot;
+
+use slot::{
+    Attempt, FallbackAnswer, FlightKey, InFlightQuery, NumberMap, Slot, SlotRef, flight_key,
+    socket_of,
+};
 
 /// From so many clients of one question on there may be a circle, which is looked for.
 const N_SUSPICIOUS: usize = 8;
@@ -77,10 +85,6 @@ pub(super) enum ForwardError {
 
 /// A local port: a socket that is connected to one upstream.
 pub(super) type SocketId = u32;
-
-/// The client that a place belongs to, by [`super::acl::client_key`]; `None` is this host, whose
-/// processes share its addresses.
-pub(super) type ClientKey = Option<u64>;
 
 /// The sockets, as far as the relay needs them.
 pub(super) trait RelayIo {
@@ -144,85 +148,6 @@ impl Waiter {
         Waiter { client, to, id, client_key, max_len, is_unknown, question, since: now }
     }
 }
-
-/// A query that was sent, until its answer.
-#[derive(Debug)]
-struct InFlightQuery {
-    slot: u32,
-    generation: u32,
-    route: Arc<UpstreamRoute>,
-    rank: u8,
-    sent: Instant,
-}
-
-/// One of the queries of a question.
-#[derive(Clone, Copy, Debug)]
-struct Attempt {
-    rank: u8,
-    key: FlightKey,
-    sent: Instant,
-    is_waiting: bool,
-}
-
-/// An answer that is given where none that is better comes.
-#[derive(Debug)]
-struct FallbackAnswer {
-    rank: u8,
-    bytes: Box<[u8]>,
-    /// There is no such thing; else the upstream can't or won't answer.
-    is_negative: bool,
-}
-
-/// A question that is under way. Its buffers are used again.
-#[derive(Debug)]
-struct Slot {
-    /// Changes when the question ends.
-    generation: u32,
-    /// What the query has besides the question.
-    flags: u8,
-    hash: u64,
-    message: Vec<u8>,
-    question_len: usize,
-    route: Option<Arc<UpstreamRoute>>,
-    /// The places of the upstreams in the route, in the order of this round.
-    order: Vec<u8>,
-    next: usize,
-    round: u8,
-    round_began: Instant,
-    /// When it is looked at next, within the round.
-    next_hedge: Instant,
-    tries: Vec<Attempt>,
-    fallback: Option<FallbackAnswer>,
-    waiters: Vec<Waiter>,
-    n_moves: u8,
-}
-
-/// A port and an id.
-type FlightKey = u64;
-
-/// A slot that something was planned for.
-type SlotRef = (u32, u32);
-
-/// For keys that are random by themselves.
-#[derive(Debug, Default)]
-struct FibonacciHasher(u64);
-
-impl Hasher for FibonacciHasher {
-    fn write(&mut self, bytes: &[u8]) {
-        bytes.iter().for_each(|byte| self.write_u64(u64::from(*byte)));
-    }
-
-    fn write_u64(&mut self, number: u64) {
-        // Fibonacci hashing: the golden ratio spreads the lower bits into the upper ones.
-        self.0 = (self.0 ^ number).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    }
-
-    fn finish(&self) -> u64 {
-        self.0 ^ self.0 >> 32
-    }
-}
-
-type NumberMap<T> = HashMap<u64, T, BuildHasherDefault<FibonacciHasher>>;
 
 /// The questions under way of one thread.
 #[derive(Debug)]
@@ -327,7 +252,7 @@ impl Relay {
         if let Some(&idx) = self.by_question.get(&hash) {
             let slot = &mut self.slots[idx as usize];
             let ours = &slot.message[HEADER_LEN..HEADER_LEN + slot.question_len];
-            if slot.flags == flags && is_same(ours, question) {
+            if slot.flags == flags && is_same_question(ours, question) {
                 waiter.question = (ours != question).then(|| question.into());
                 self.is_suspicious |= slot.waiters.len() + 1 >= N_SUSPICIOUS;
                 self.count(waiter.client_key, true);
@@ -360,7 +285,7 @@ impl Relay {
         let Some(&[high, low]) = bytes.first_chunk() else {
             return self.mismatch(port, now, wire);
         };
-        let key = key(port, u16::from_be_bytes([high, low]));
+        let key = flight_key(port, u16::from_be_bytes([high, low]));
         let Some(flight) = self.flights.get(&key) else {
             return self.mismatch(port, now, wire);
         };
@@ -370,7 +295,7 @@ impl Relay {
         let took = now.saturating_duration_since(sent);
         let slot = &mut self.slots[idx as usize];
         let is_late = slot.generation != generation
-            || !slot.tries.iter().any(|each| each.key == key && each.is_waiting);
+            || !slot.attempts.iter().any(|each| each.key == key && each.is_waiting);
         if is_late {
             // It was of no use, but the upstream answers.
             let outcome = QueryOutcome::Answered;
@@ -389,7 +314,7 @@ impl Relay {
         let is_failure = received.as_ref().is_none_or(UpstreamResponse::is_failure);
         let outcome = if is_failure { QueryOutcome::Refused } else { QueryOutcome::Answered };
         upstream.answered(Transport::Udp, self.shard, outcome, now, took);
-        for each in slot.tries.iter_mut().filter(|each| each.key == key) {
+        for each in slot.attempts.iter_mut().filter(|each| each.key == key) {
             each.is_waiting = false;
         }
         let mut hold = |is_negative| {
@@ -471,13 +396,13 @@ impl Relay {
             let slot = &mut self.slots[idx as usize];
             let Some(route) = slot.route.clone() else { continue };
             if self.loops.any() {
-                for each in &mut slot.tries {
+                for each in &mut slot.attempts {
                     let upstream = &route.upstreams[usize::from(each.rank)];
                     // Its question may be the one that it waits for itself.
                     each.is_waiting &= !self.loops.is_looping(&route.path(upstream));
                 }
             }
-            match slot.tries.iter().any(|each| each.is_waiting) {
+            match slot.attempts.iter().any(|each| each.is_waiting) {
                 true => self.settle(idx, now, wire),
                 false => self.ask_next(idx, now, wire),
             }
@@ -574,7 +499,7 @@ impl Relay {
             let upstream = &route.upstreams[usize::from(each.rank)];
             upstream.state(Transport::Udp) == UpstreamState::Suspect
         };
-        let is_suspect = slot.tries.last().is_some_and(is_suspect);
+        let is_suspect = slot.attempts.last().is_some_and(is_suspect);
         let at = now + self.limits.hedge(is_suspect);
         if (slot.next < slot.order.len() || slot.fallback.is_some() || now == slot.round_began)
             && at < end
@@ -621,14 +546,14 @@ impl Relay {
         };
         let mut id = wire.id();
         // Of 65,536 ids a port has few hundred at most.
-        while self.flights.contains_key(&key(port, id)) {
+        while self.flights.contains_key(&flight_key(port, id)) {
             id = id.wrapping_add(1);
         }
-        let key = key(port, id);
+        let key = flight_key(port, id);
         slot.message[..2].copy_from_slice(&id.to_be_bytes());
         wire.send(port, &slot.message);
         upstream.sent(self.shard);
-        slot.tries.push(Attempt { rank, key, sent: now, is_waiting: true });
+        slot.attempts.push(Attempt { rank, key, sent: now, is_waiting: true });
         let (generation, route) = (slot.generation, Arc::clone(route));
         self.flights.insert(key, InFlightQuery { slot: idx, generation, route, rank, sent: now });
         true
@@ -649,7 +574,7 @@ impl Relay {
     fn mark_late(&mut self, idx: u32, now: Instant) {
         let slot = &self.slots[idx as usize];
         let Some(route) = &slot.route else { return };
-        for each in slot.tries.iter().filter(|each| each.is_waiting) {
+        for each in slot.attempts.iter().filter(|each| each.is_waiting) {
             if now.saturating_duration_since(each.sent) >= self.limits.hedge(false) {
                 let upstream = &route.upstreams[usize::from(each.rank)];
                 self.is_suspicious |= upstream.is_late(Transport::Udp, each.sent);
@@ -675,12 +600,12 @@ impl Relay {
                     && (state != UpstreamState::Out
                         || now.saturating_duration_since(each.sent) < hedge)
             };
-            if !slot.tries.iter().filter(waits).any(may_know) {
+            if !slot.attempts.iter().filter(waits).any(may_know) {
                 self.answer_fallback(idx, now, wire);
             }
             return;
         }
-        if slot.next >= slot.order.len() && !slot.tries.iter().any(|each| waits(&each)) {
+        if slot.next >= slot.order.len() && !slot.attempts.iter().any(|each| waits(&each)) {
             self.end_round(idx, now, wire);
         }
     }
@@ -788,7 +713,7 @@ impl Relay {
     /// answer shows that the upstream is alive, and isn't taken for a guess.
     fn end(&mut self, idx: u32, now: Instant) {
         let slot = &mut self.slots[idx as usize];
-        for each in slot.tries.drain(..) {
+        for each in slot.attempts.drain(..) {
             if self.flights.contains_key(&each.key) {
                 self.late.push_back((now + self.limits.patience, each.key));
             }
@@ -811,20 +736,20 @@ impl Relay {
     /// Forgets a query.
     fn forget(&mut self, key: FlightKey, wire: &mut impl RelayIo) {
         if self.flights.remove(&key).is_some() {
-            wire.done(port_of(key));
+            wire.done(socket_of(key));
         }
     }
 
     fn keys_of(&self, port: SocketId) -> Vec<FlightKey> {
-        self.flights.keys().copied().filter(|key| port_of(*key) == port).collect()
+        self.flights.keys().copied().filter(|key| socket_of(*key) == port).collect()
     }
 
     /// Waits for a query no longer; whether its question is still under way.
     fn cancel_attempt(&mut self, idx: u32, generation: u32, key: FlightKey) -> bool {
         let slot = &mut self.slots[idx as usize];
-        let mut tries = slot.tries.iter_mut();
+        let mut attempts = slot.attempts.iter_mut();
         slot.generation == generation
-            && tries.find(|each| each.key == key && each.is_waiting).is_some_and(|each| {
+            && attempts.find(|each| each.key == key && each.is_waiting).is_some_and(|each| {
                 each.is_waiting = false;
                 true
             })
@@ -854,521 +779,9 @@ impl Relay {
     }
 }
 
-impl Slot {
-    fn new(now: Instant) -> Slot {
-        Slot {
-            generation: 0,
-            flags: 0,
-            hash: 0,
-            message: Vec::new(),
-            question_len: 0,
-            route: None,
-            order: Vec::new(),
-            next: 0,
-            round: 0,
-            round_began: now,
-            next_hedge: now,
-            tries: Vec::new(),
-            fallback: None,
-            waiters: Vec::new(),
-            n_moves: 0,
-        }
-    }
-
-    /// Writes the answer to a client that is a code alone, truncated where it is too long.
-    fn error(&self, waiter: &Waiter, code: ResponseCode, max_len: usize, out: &mut Vec<u8>) {
-        let mut message = self.message.clone();
-        message[..2].copy_from_slice(&waiter.id.to_be_bytes());
-        if let Some(theirs) = &waiter.question {
-            message[HEADER_LEN..HEADER_LEN + self.question_len].copy_from_slice(theirs);
-        }
-        out.clear();
-        if let Ok(query) = ClientQuery::read(&message) {
-            encode::error(out, &query, code, max_len);
-        }
-    }
-}
-
-/// Whether two questions are the same; case doesn't count in their names.
-fn is_same(one: &[u8], other: &[u8]) -> bool {
-    match (one.split_last_chunk::<4>(), other.split_last_chunk::<4>()) {
-        (Some((name, kind)), Some((other_name, other_kind))) => {
-            kind == other_kind && name.eq_ignore_ascii_case(other_name)
-        }
-        _ => false,
-    }
-}
-
-fn key(port: SocketId, id: u16) -> FlightKey {
-    u64::from(port) << 16 | u64::from(id)
-}
-
-fn port_of(key: FlightKey) -> SocketId {
-    (key >> 16) as SocketId
-}
-
 fn pop_due<T>(queue: &mut VecDeque<(Instant, T)>, now: Instant) -> Option<(Instant, T)> {
     queue.pop_front_if(|(at, _)| *at <= now)
 }
 
 #[cfg(test)]
-mod tests {
-    use hickory_proto::op::{Message, OpCode, Query};
-    use hickory_proto::rr::rdata::A;
-    use hickory_proto::rr::{Name, RData, Record, RecordType};
-
-    use super::super::acl;
-    use super::super::upstream::Upstream;
-    use super::*;
-
-    fn server(rank: usize) -> SocketAddr {
-        SocketAddr::from(([192, 0, 2, rank as u8 + 1], 53))
-    }
-
-    /// Sockets that note what goes through them.
-    #[derive(Default)]
-    struct Notes {
-        /// What was sent and answered since the last look.
-        log: Vec<String>,
-        ports: Vec<SocketAddr>,
-        /// What was sent last for each name to each upstream.
-        sent: HashMap<(String, usize), (SocketId, Message)>,
-        n_in_flight: usize,
-        n_mismatches: u32,
-        n_sent: u32,
-    }
-
-    impl RelayIo for Notes {
-        fn draw(&mut self, server: SocketAddr) -> Option<SocketId> {
-            self.n_in_flight += 1;
-            self.ports.push(server);
-            Some(self.ports.len() as SocketId - 1)
-        }
-
-        fn id(&mut self) -> u16 {
-            7 // as if by chance
-        }
-
-        fn send(&mut self, port: SocketId, message: &[u8]) {
-            let message = Message::from_vec(message).unwrap();
-            let name = message.queries[0].name.to_string();
-            let rank = (0..).find(|rank| server(*rank) == self.ports[port as usize]).unwrap();
-            self.log.push(format!("{name}>{}", rank + 1));
-            self.sent.insert((name, rank), (port, message));
-            self.n_sent += 1;
-        }
-
-        fn done(&mut self, _port: SocketId) {
-            self.n_in_flight -= 1;
-        }
-
-        fn mismatch(&mut self, _port: SocketId) -> bool {
-            self.n_mismatches += 1;
-            self.n_mismatches.is_multiple_of(3)
-        }
-
-        fn answer(&mut self, waiter: &Waiter, _: &[u8], message: &[u8], end: Completion<'_>) {
-            let message = Message::from_vec(message).unwrap();
-            assert_eq!(message.metadata.id, waiter.id);
-            let data = message.answers.first().map(|record| record.data.to_string());
-            let last = data.as_deref().and_then(|data| data.rsplit('.').next()).unwrap_or_default();
-            let shown = match end {
-                Completion::Truncated => "TC".to_owned(),
-                Completion::Failed(ForwardError::Busy) => "Busy".to_owned(),
-                _ => format!("{:?}", message.metadata.response_code),
-            };
-            assert_eq!(message.metadata.truncation, end == Completion::Truncated);
-            self.log.push(format!("{}={shown}{last}", message.queries[0].name));
-        }
-    }
-
-    struct Rig {
-        relay: Relay,
-        notes: Notes,
-        route: Arc<UpstreamRoute>,
-        start: Instant,
-    }
-
-    impl Rig {
-        fn new(n_upstreams: usize, limits: ForwardLimits) -> Rig {
-            let start = Instant::now();
-            let upstream = |rank| Arc::new(Upstream::new(server(rank), start));
-            let upstreams = (0..n_upstreams).map(upstream).collect();
-            let route = UpstreamRoute { domain: "".into(), is_in_zone: false, upstreams };
-            let relay = Relay::new(limits, Arc::default(), (30, 5), 0);
-            Rig { relay, notes: Notes::default(), route: Arc::new(route), start }
-        }
-
-        fn at(&self, ms: u64) -> Instant {
-            self.start + Duration::from_millis(ms)
-        }
-
-        fn ask(&mut self, ms: u64, name: &str, id: u16, client_key: ClientKey) {
-            let mut message = Message::query();
-            message.metadata.id = id;
-            message.add_query(Query::query(Name::from_ascii(name).unwrap(), RecordType::A));
-            let bytes = message.to_vec().unwrap();
-            let query = ClientQuery::read(&bytes).unwrap();
-            let now = self.at(ms);
-            let client = SocketAddr::from(([127, 0, 0, 1], id));
-            let waiter = Waiter::new(client, LocalAddress::Bound, client_key, &query, now);
-            self.relay.ask(&query, &self.route, waiter, now, &mut self.notes);
-        }
-
-        fn reply(&mut self, ms: u64, rank: usize, name: &str, what: &str) {
-            let (port, query) = &self.notes.sent[&(name.to_owned(), rank)];
-            let code = match what {
-                "ok" | "nothing" => ResponseCode::NoError,
-                "nx" => ResponseCode::NXDomain,
-                "fail" => ResponseCode::ServFail,
-                other => panic!("{other}"),
-            };
-            let mut message = Message::error_msg(query.metadata.id, OpCode::Query, code);
-            message.add_query(query.queries[0].clone());
-            if what == "ok" {
-                let data = RData::A(A::new(192, 0, 2, rank as u8 + 1));
-                let name = query.queries[0].name.clone();
-                message.add_answer(Record::from_rdata(name, 9, data));
-            }
-            let (port, bytes) = (*port, message.to_vec().unwrap());
-            let now = self.at(ms);
-            self.relay.receive(port, &bytes, now, &mut self.notes);
-        }
-
-        /// All that was asked comes to its end, and nothing is left of it.
-        fn end(&mut self, ms: u64) {
-            for n in 1..20 {
-                let now = self.at(ms + n * 400);
-                self.relay.expire(now, &mut self.notes);
-            }
-            assert!(self.relay.is_idle() && self.relay.client_keys.is_empty());
-            assert!(self.relay.flights.is_empty() && self.relay.by_question.is_empty());
-            assert_eq!(self.notes.n_in_flight, 0);
-        }
-
-        /// What happens at each time, and what was sent, answered and suspected by then.
-        fn check(&mut self, what: &str, rows: &[(u64, &str, &str)]) {
-            for (ms, action, expected) in rows {
-                let now = self.at(*ms);
-                self.relay.expire(now, &mut self.notes);
-                let words: Vec<&str> = action.split(' ').collect();
-                let rank = |word: &str| word.parse::<usize>().unwrap() - 1;
-                match words[..] {
-                    ["-"] => {}
-                    ["ask", name] => self.ask(*ms, name, 1, None),
-                    ["out", number] => {
-                        let upstream = &self.route.upstreams[rank(number)];
-                        upstream.is_late(Transport::Udp, now);
-                        assert!(upstream.is_unproven(Transport::Udp, now), "{what} {ms}");
-                        self.relay.recheck(now, &mut self.notes);
-                    }
-                    ["alive", number] => {
-                        self.route.upstreams[rank(number)].is_alive(Transport::Udp, now);
-                    }
-                    ["circle", number] => {
-                        let path = self.route.path(&self.route.upstreams[rank(number)]);
-                        let probe = self.relay.loops.probe(&path, now).unwrap();
-                        assert!(self.relay.is_probe(&WireName::read(&probe.wire).unwrap()));
-                        self.relay.recheck(now, &mut self.notes);
-                    }
-                    ["unreachable", number, name] => {
-                        let (port, _) = self.notes.sent[&(name.to_owned(), rank(number))];
-                        self.relay.unreachable(port, now, &mut self.notes);
-                    }
-                    [number, name, answer] => self.reply(*ms, rank(number), name, answer),
-                    _ => panic!("{action}"),
-                }
-                let mut log = std::mem::take(&mut self.notes.log);
-                log.extend(self.relay.take_suspicion().then(|| "!".to_owned()));
-                assert_eq!(log.join(" "), *expected, "{what}: {action} at {ms}");
-            }
-        }
-    }
-
-    #[test]
-    fn who_is_asked_and_whose_answer_counts() {
-        type Row<'a> = (u64, &'a str, &'a str);
-        let stories: [(&str, &[Row<'_>]); 15] = [
-            ("the first answers", &[(0, "ask a.", "a.>1"), (399, "1 a. ok", "a.=NoError1")]),
-            (
-                "the first one's answer counts, however late",
-                &[
-                    (0, "ask a.", "a.>1"),
-                    (400, "-", "a.>2 !"),
-                    (800, "-", "a.>3 !"),
-                    (900, "1 a. ok", "a.=NoError1"),
-                    (901, "2 a. ok", ""),
-                ],
-            ),
-            (
-                "a dead one costs one hedge, then a short one, then nothing",
-                &[
-                    (0, "ask a.", "a.>1"),
-                    (400, "-", "a.>2 !"),
-                    (401, "2 a. ok", "a.=NoError2"),
-                    (402, "ask b.", "b.>1"),
-                    (452, "-", "b.>2"),
-                    (453, "2 b. ok", "b.=NoError2"),
-                    (1400, "out 1", ""),
-                    (1401, "ask c.", "c.>2"),
-                    (1402, "2 c. ok", "c.=NoError2"),
-                    (99_000_000, "ask d.", "d.>2"),
-                    (99_000_001, "2 d. ok", "d.=NoError2"),
-                    (99_000_002, "alive 1", ""),
-                    (99_000_003, "ask e.", "e.>1"),
-                ],
-            ),
-            (
-                "slow names demote nobody",
-                &[
-                    (0, "ask slow.", "slow.>1"),
-                    (10, "ask b.", "b.>1"),
-                    (20, "1 b. ok", "b.=NoError1"),
-                    (400, "-", "slow.>2"),
-                    (401, "2 slow. ok", "slow.=NoError2"),
-                    (410, "ask c.", "c.>1"),
-                ],
-            ),
-            (
-                "a denial waits for the better one",
-                &[
-                    (0, "ask a.", "a.>1"),
-                    (400, "-", "a.>2 !"),
-                    (401, "2 a. nx", ""),
-                    (900, "-", ""),
-                    (950, "1 a. ok", "a.=NoError1"),
-                ],
-            ),
-            (
-                "nothing of that type is a denial too",
-                &[
-                    (0, "ask a.", "a.>1"),
-                    (400, "-", "a.>2 !"),
-                    (401, "2 a. nothing", ""),
-                    (950, "1 a. ok", "a.=NoError1"),
-                ],
-            ),
-            (
-                "a denial counts once the better one is out",
-                &[
-                    (0, "ask a.", "a.>1"),
-                    (400, "-", "a.>2 !"),
-                    (401, "2 a. nx", ""),
-                    (1400, "out 1", "a.=NXDomain"),
-                ],
-            ),
-            (
-                "a denial counts once the time is over",
-                &[
-                    (0, "ask a.", "a.>1"),
-                    (400, "-", "a.>2 !"),
-                    (401, "2 a. nx", ""),
-                    (1999, "-", ""),
-                    (2000, "-", "a.=NXDomain"),
-                ],
-            ),
-            (
-                "the first one's denial counts at once",
-                &[(0, "ask a.", "a.>1"), (1, "1 a. nx", "a.=NXDomain")],
-            ),
-            (
-                "one that can't is passed over, and its answer counts where none is better",
-                &[
-                    (0, "ask a.", "a.>1"),
-                    (1, "1 a. fail", "a.>2"),
-                    (2, "2 a. nx", "a.=NXDomain"),
-                    (3, "ask b.", "b.>1"),
-                    (4, "1 b. fail", "b.>2"),
-                    (5, "2 b. fail", "b.>3"),
-                    (6, "3 b. fail", "b.=ServFail"),
-                ],
-            ),
-            (
-                "one that isn't there is passed over at once",
-                &[
-                    (0, "ask a.", "a.>1"),
-                    (1, "unreachable 1 a.", "a.>2 !"),
-                    (2, "2 a. ok", "a.=NoError2"),
-                ],
-            ),
-            (
-                "two rounds, and no answer",
-                &[
-                    (0, "ask a.", "a.>1"),
-                    (400, "-", "a.>2 !"),
-                    (800, "-", "a.>3 !"),
-                    (2000, "-", "a.>1 !"),
-                    (2050, "-", "a.>2"),
-                    (2100, "-", "a.>3"),
-                    (3999, "-", ""),
-                    (4000, "-", "a.=ServFail"),
-                ],
-            ),
-            (
-                "all are out: all are query, and the first is back by its answer",
-                &[
-                    (0, "out 1", ""),
-                    (0, "out 2", ""),
-                    (0, "out 3", ""),
-                    (1, "ask a.", "a.>1 a.>2 a.>3"),
-                    (2, "2 a. nx", ""),
-                    (3, "1 a. ok", "a.=NoError1"),
-                    (4, "ask b.", "b.>1"),
-                ],
-            ),
-            (
-                "a circle is left, and what it was query goes to the next one",
-                &[
-                    (0, "ask a.", "a.>1"),
-                    (5, "circle 1", "a.>2"),
-                    (6, "2 a. nx", "a.=NXDomain"),
-                    (7, "ask b.", "b.>2"),
-                ],
-            ),
-            (
-                "circles alone",
-                &[
-                    (0, "circle 2", ""),
-                    (0, "circle 3", ""),
-                    (1, "ask a.", "a.>1"),
-                    (5, "circle 1", "a.=ServFail"),
-                    (7, "ask b.", "b.=ServFail"),
-                ],
-            ),
-        ];
-        for (what, rows) in stories {
-            let mut rig = Rig::new(3, ForwardLimits::default());
-            rig.check(what, rows);
-            rig.end(100_000_000);
-            assert_eq!(rig.relay.deadline(), None, "{what}");
-        }
-    }
-
-    #[test]
-    fn many_ask_the_same_and_one_query_goes_out() {
-        let mut rig = Rig::new(2, ForwardLimits::default());
-        for id in 0..20 {
-            rig.ask(0, if id % 2 == 0 { "hot.example." } else { "HOT.example." }, id, None);
-        }
-        assert_eq!(rig.notes.n_sent, 1);
-        assert!(rig.relay.take_suspicion(), "it may be a circle");
-        rig.reply(1, 0, "hot.example.", "ok");
-        assert_eq!(rig.notes.log.iter().filter(|line| line.contains("=NoError1")).count(), 20);
-        // Each in its own case, and nothing is kept.
-        assert_eq!(rig.notes.log.iter().filter(|line| line.contains("HOT.")).count(), 10);
-        assert!(rig.relay.is_idle() && rig.relay.by_question.is_empty());
-        assert_eq!(rig.notes.n_in_flight, 0);
-        rig.ask(2, "hot.example.", 1, None);
-        assert_eq!(rig.notes.n_sent, 2);
-    }
-
-    #[test]
-    fn one_client_takes_no_more_than_its_share() {
-        let limits = ForwardLimits { max_waiting: 16, ..ForwardLimits::default() };
-        let mut rig = Rig::new(1, limits);
-        let greedy = Some(acl::client_key("10.0.0.1".parse().unwrap()));
-        let modest = Some(acl::client_key("10.0.0.2".parse().unwrap()));
-        rig.ask(0, "good.", 1, modest);
-        for id in 0..100 {
-            rig.ask(1 + u64::from(id), &format!("n{id}."), id, greedy);
-        }
-        let busy = |rig: &Rig| rig.notes.log.iter().filter(|line| line.contains("Busy")).count();
-        assert_eq!(busy(&rig), 96);
-        assert!(rig.notes.log.contains(&"n0.=Busy".to_owned()), "the oldest goes first");
-        // The host has all that others leave, and makes room for them itself.
-        for id in 0..100 {
-            rig.ask(200 + u64::from(id), &format!("h{id}."), id, None);
-        }
-        assert_eq!(rig.relay.n_waiting, 16);
-        rig.ask(400, "more.", 2, modest);
-        rig.reply(401, 0, "good.", "ok");
-        rig.reply(401, 0, "more.", "ok");
-        assert_eq!(rig.notes.log[rig.notes.log.len() - 2..], ["good.=NoError1", "more.=NoError1"]);
-        // And the places are all given back.
-        rig.end(401);
-        assert_eq!(rig.relay.slots.len(), rig.relay.free.len());
-    }
-
-    #[test]
-    fn a_host_whose_names_hang_goes_on_with_those_that_do_not() {
-        let mut rig = Rig::new(1, ForwardLimits { max_waiting: 64, ..ForwardLimits::default() });
-        let mut n_answered = 0;
-        for ms in 0..2000u64 {
-            let now = rig.at(ms);
-            rig.relay.expire(now, &mut rig.notes);
-            rig.ask(ms, &format!("hangs{ms}."), 1, None);
-            if ms % 10 == 0 {
-                rig.ask(ms, &format!("good{ms}."), 2, None);
-            }
-            if ms % 10 == 5 {
-                let before = rig.notes.log.len();
-                rig.reply(ms, 0, &format!("good{}.", ms - 5), "ok");
-                n_answered += rig.notes.log.len() - before;
-            }
-        }
-        assert_eq!(n_answered, 200);
-    }
-
-    #[test]
-    fn guesses_find_another_port_or_none_at_all() {
-        let mut rig = Rig::new(1, ForwardLimits::default());
-        rig.ask(0, "a.", 1, None);
-        let (mut seen, mut port) = (vec![0], 0);
-        for guess in 0..12u8 {
-            let now = rig.at(1);
-            rig.relay.receive(port, &[guess, guess, 0x80], now, &mut rig.notes);
-            port = rig.notes.sent[&("a.".to_owned(), 0)].0;
-            seen.extend((!seen.contains(&port)).then_some(port));
-        }
-        assert_eq!(seen.len(), 1 + usize::from(MAX_MOVES));
-        assert_eq!(rig.notes.log.last().unwrap(), "a.=TC");
-        assert!(rig.relay.is_idle() && rig.relay.flights.is_empty());
-        assert_eq!(rig.notes.n_in_flight, 0);
-
-        // The right id with another question is a guess as well; the late answer of an upstream isn't.
-        let mut rig = Rig::new(2, ForwardLimits::default());
-        rig.ask(0, "a.", 1, None);
-        let bytes = [0, 7, 0x80, 0, 0, 1, 0, 0, 0, 0, 0, 0, 1, b'b', 0, 0, 1, 0, 1];
-        let now = rig.at(1);
-        rig.relay.receive(0, &bytes, now, &mut rig.notes);
-        assert_eq!(rig.notes.n_mismatches, 1);
-        let now = rig.at(400);
-        rig.relay.expire(now, &mut rig.notes);
-        rig.reply(401, 1, "a.", "ok");
-        rig.reply(402, 0, "a.", "ok");
-        assert_eq!(rig.notes.n_mismatches, 1);
-        rig.reply(403, 0, "a.", "ok");
-        assert_eq!(rig.notes.n_mismatches, 2, "twice is once too often");
-    }
-
-    #[test]
-    fn what_is_forwarded_of_our_own_zone_is_soon_asked_again() {
-        for (is_in_zone, expected) in [(false, 9), (true, 3)] {
-            let mut rig = Rig::new(1, ForwardLimits::default());
-            let UpstreamRoute { domain, upstreams, .. } = UpstreamRoute::clone(&rig.route);
-            rig.route = Arc::new(UpstreamRoute { domain, is_in_zone, upstreams });
-            rig.relay = Relay::new(ForwardLimits::default(), Arc::default(), (3, 5), 0);
-            rig.ask(0, "web.service.", 1, None);
-            rig.reply(1, 0, "web.service.", "ok");
-            let answer = Message::from_vec(&rig.relay.out).unwrap();
-            assert_eq!(answer.answers[0].ttl, expected, "{is_in_zone}");
-        }
-    }
-
-    #[test]
-    fn no_resolver_denies_what_may_be_a_service() {
-        for (what, expected) in [("nx", "new.=ServFail"), ("ok", "new.=NoError1")] {
-            let mut rig = Rig::new(1, ForwardLimits::default());
-            let mut message = Message::query();
-            message.add_query(Query::query(Name::from_ascii("new.").unwrap(), RecordType::A));
-            let bytes = message.to_vec().unwrap();
-            let query = ClientQuery::read(&bytes).unwrap();
-            let client = SocketAddr::from(([127, 0, 0, 1], 1));
-            let waiter = Waiter::new(client, LocalAddress::Bound, None, &query, rig.start);
-            let waiter = Waiter { is_unknown: true, ..waiter };
-            rig.relay.ask(&query, &rig.route, waiter, rig.start, &mut rig.notes);
-            rig.reply(1, 0, "new.", what);
-            assert_eq!(rig.notes.log[1..], [expected]);
-        }
-    }
-}
+mod tests;

@@ -1,15 +1,16 @@
 //! The nameservers of /etc/resolv.conf, as it is now.
 
-use std::fs::{self, Metadata};
+use std::fs;
 use std::io;
 use std::net::{IpAddr, SocketAddr, SocketAddrV6};
-use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use resolv_conf::{Config, ScopedIp};
 use tracing::{debug, warn};
+
+use crate::file_state::{FileState, file_state};
 
 /// The time between two tries at a file that can't be read.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -30,32 +31,10 @@ pub(super) struct ResolvConf {
 #[derive(Debug, Default)]
 struct Cached {
     /// The versions of the two files that were read; `None` before that.
-    stamp: Option<[Stamp; 2]>,
+    stamp: Option<[FileState; 2]>,
     /// The versions that couldn't be read, and when that was tried last.
-    failed: Option<([Stamp; 2], Instant)>,
+    failed: Option<([FileState; 2], Instant)>,
     servers: Arc<[SocketAddr]>,
-}
-
-/// What differs between two versions of a file; all zero for a file that is absent.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Stamp {
-    device: u64,
-    inode: u64,
-    size: u64,
-    changed_s: i64,
-    changed_ns: i64,
-}
-
-impl From<Metadata> for Stamp {
-    fn from(metadata: Metadata) -> Stamp {
-        Stamp {
-            device: metadata.dev(),
-            inode: metadata.ino(),
-            size: metadata.size(),
-            changed_s: metadata.ctime(),
-            changed_ns: metadata.ctime_nsec(),
-        }
-    }
 }
 
 impl ResolvConf {
@@ -72,9 +51,8 @@ impl ResolvConf {
     }
 
     /// The versions of the two files as they are now.
-    fn stamp(&self) -> [Stamp; 2] {
-        [&self.path, &self.uplinks]
-            .map(|path| fs::metadata(path).map(Stamp::from).unwrap_or_default())
+    fn stamp(&self) -> [FileState; 2] {
+        [&self.path, &self.uplinks].map(|path| file_state(path))
     }
 
     /// The nameservers that `keep` lets through, in the file's order.
@@ -133,7 +111,7 @@ enum Update {
 impl Cached {
     /// Whether this version is to be read: another one than was read last, or one that couldn't be
     /// read a while ago.
-    fn is_due(&self, stamp: [Stamp; 2], now: Instant) -> bool {
+    fn is_due(&self, stamp: [FileState; 2], now: Instant) -> bool {
         let has_failed = self.failed.filter(|(failed, _)| *failed == stamp);
         let rests = has_failed.is_some_and(|(_, at)| now.saturating_duration_since(at) < PAUSE);
         self.stamp != Some(stamp) && !rests
@@ -142,7 +120,7 @@ impl Cached {
     /// Takes what `named` reads where the version is another one than was read last.
     fn update(
         &mut self,
-        stamp: [Stamp; 2],
+        stamp: [FileState; 2],
         now: Instant,
         named: impl FnOnce() -> io::Result<Vec<SocketAddr>>,
     ) -> Update {
@@ -259,7 +237,7 @@ mod tests {
         let [old, new] = [1, 2].map(|last| SocketAddr::from(([192, 0, 2, last], 53)));
         let start = Instant::now();
         let mut read = Cached::default();
-        let versions = [1, 2].map(|inode| [Stamp { inode, ..Stamp::default() }; 2]);
+        let versions = [1, 2].map(|inode| [Some((0, inode, 0, 0, 0)); 2]);
         let fault = || io::Error::from(io::ErrorKind::Interrupted);
         // The version, when, what comes of reading, whether that is asked, told and what there is.
         let rows = [

@@ -138,7 +138,7 @@ pub(super) fn answer<'m, 'k>(
     let query = match ClientQuery::read(bytes) {
         Ok(query) => query,
         Err(why) => {
-            let code = encode::to_unreadable(out, bytes, why);
+            let code = encode::to_malformed(out, bytes, why);
             return code.map_or(Resolution::Drop, |code| Resolution::Reply(code, None));
         }
     };
@@ -189,6 +189,13 @@ pub(super) fn answer<'m, 'k>(
             (Missing::Unknown, Some((_, None))) => return error(ResponseCode::ServFail),
             _ => {}
         }
+    }
+    // A service that is listed and wasn't read yet may have this VIP, from before.
+    if let Some((ReverseName::Address(address), _)) = reversed
+        && known.missing != Missing::Absent
+        && snapshot.at(address).is_none()
+    {
+        return error(ResponseCode::ServFail);
     }
     let mut writer =
         AnswerWriter { zone, query: &query, snapshot, reply: ResponseWriter::new(out, &query) };

@@ -8,7 +8,8 @@ use hickory_proto::serialize::binary::DecodeError;
 
 use super::encode::{OUR_PAYLOAD, put_opt};
 use super::message::{
-    AD, AD_AND_CD, ClientEcho, Cursor, HEADER_LEN, OPT_PAYLOAD, OptRecord, Question, RD, bound_ttls,
+    AD, AD_AND_CD, ClientEcho, Cursor, HEADER_LEN, OPT_PAYLOAD, OptRecord, Question, RD,
+    bound_ttls, is_same_question,
 };
 
 /// In the third byte of a header.
@@ -80,7 +81,7 @@ impl<'a> UpstreamResponse<'a> {
         let may_omit = !matches!(header[3] & CODE, NO_ERROR | NX_DOMAIN);
         let head_len = match (count(4), Question::read(bytes)) {
             _ if header[2] & OP_CODE != 0 => return Err(ResponseError::Question),
-            (1, Some(theirs)) if is_same(&bytes[HEADER_LEN..theirs.end()], question) => {
+            (1, Some(theirs)) if is_same_question(&bytes[HEADER_LEN..theirs.end()], question) => {
                 theirs.end()
             }
             (0, _) if may_omit => HEADER_LEN,
@@ -191,16 +192,6 @@ impl<'a> UpstreamResponse<'a> {
     fn code_high(&self) -> u8 {
         self.opt.as_ref().map_or(0, |opt| self.bytes[opt.begin + OPT_CODE])
     }
-}
-
-/// Whether two questions on the wire are the same; case doesn't count in their names.
-fn is_same(theirs: &[u8], query: &[u8]) -> bool {
-    let (Some((their_name, their_kind)), Some((name, kind))) =
-        (theirs.split_last_chunk::<4>(), query.split_last_chunk::<4>())
-    else {
-        return false;
-    };
-    their_kind == kind && their_name.eq_ignore_ascii_case(name)
 }
 
 #[cfg(test)]

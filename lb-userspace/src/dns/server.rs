@@ -13,20 +13,23 @@ use tokio::net::TcpListener;
 use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
+use tokio_rustls::TlsAcceptor;
 use tracing::warn;
 
 use super::acl::Acl;
+use super::bind::DnsError;
+use super::connections::Connections;
 use super::debug_query::DebugClient;
 use super::forward::Forwarder;
-use super::handler::{Handler, MAX_WAITING, Reloadable};
+use super::handler::{Handler, MAX_WAITING, Policy};
 use super::mailbox::{Mailbox, WorkerWakers};
 use super::origin::OriginTracker;
 use super::probe;
 use super::relay::ForwardLimits;
 use super::resolve::{TableSnapshot, Zone};
-use super::sockets::{DnsError, Sockets};
+use super::sockets::Sockets;
 use super::stats::DnsStats;
-use super::tcp::{self, Connections};
+use super::tcp;
 use super::udp::UdpEndpoint;
 use super::upstreams::{UpstreamRegistry, Upstreams};
 use super::usage_limiter::UsageLimiter;
@@ -46,7 +49,10 @@ const GRACE: Duration = Duration::from_secs(2);
 /// The DNS server, which answers from when it is started until it is stopped or dropped.
 pub struct DnsServer {
     handler: Arc<Handler>,
+    /// The addresses of `dns.listen`.
     own: Vec<SocketAddr>,
+    /// Those of `dns.listen_tls` as well.
+    own_with_tls: Vec<SocketAddr>,
     resolv_conf: PathBuf,
     limits: ForwardLimits,
     /// What is known of upstreams, whatever the configuration is.
@@ -123,6 +129,7 @@ impl DnsServer {
     ) -> Result<DnsServer, DnsError> {
         let ServerOptions { resolv_conf, limits, tcp_idle_timeout } = options;
         let own = sockets.addresses().to_vec();
+        let own_with_tls = [&own, sockets.tls_addresses()].concat();
         let grace = if sockets.were_passed { GRACE } else { Duration::ZERO };
         let (registry, alarm) = (UpstreamRegistry::default(), WorkerWakers::default());
         let upstreams = Upstreams::new(config, &own, resolv_conf.clone(), registry.clone());
@@ -130,9 +137,9 @@ impl DnsServer {
         probe::start(&forwarder, alarm.clone());
         let snapshot = Arc::new(TableSnapshot::new(table.borrow().clone()));
         let handler = Arc::new(Handler {
-            ways: RwLock::new(Arc::new(Reloadable {
+            policy: RwLock::new(Arc::new(Policy {
                 zone: Zone::new(config, pools.iter().copied()),
-                clients: Arc::new(Acl::new(config, &own)),
+                acl: Arc::new(Acl::new(config, &own_with_tls)),
                 forwarder,
             })),
             version: AtomicU64::new(0),
@@ -152,18 +159,23 @@ impl DnsServer {
         let (ended, _) = watch::channel(false);
         let mut listeners = JoinSet::new();
         let connections = Arc::new(Connections::default());
-        for listener in sockets.tcp {
+        let acceptor = sockets.tls_config.map(TlsAcceptor::from);
+        let plain = sockets.tcp.into_iter().map(|listener| (listener, None));
+        let tls = sockets.tls.into_iter().map(|listener| (listener, acceptor.clone()));
+        for (listener, acceptor) in plain.chain(tls) {
             let listener = TcpListener::from_std(listener).map_err(DnsError::Start)?;
             let (handler, connections) = (handler.clone(), connections.clone());
             let (closing, ends) = (closing.subscribe(), ExitNotifier(ended.clone()));
             listeners.spawn(async move {
                 let _ends = ends;
-                tcp::serve(listener, handler, connections, tcp_idle_timeout, closing).await;
+                tcp::serve(listener, acceptor, handler, connections, tcp_idle_timeout, closing)
+                    .await;
             });
         }
         let mut server = DnsServer {
             handler,
             own,
+            own_with_tls,
             resolv_conf,
             limits,
             registry,
@@ -216,13 +228,13 @@ impl DnsServer {
         let upstreams = Upstreams::new(config, &self.own, self.resolv_conf.clone(), registry);
         let forwarder = Forwarder::new(upstreams, self.limits);
         probe::start(&forwarder, alarm);
-        let pools = self.handler.ways().zone.pools().to_vec();
-        let ways = Reloadable {
+        let pools = self.handler.policy().zone.pools().to_vec();
+        let policy = Policy {
             zone: Zone::new(config, pools),
-            clients: Arc::new(Acl::new(config, &self.own)),
+            acl: Arc::new(Acl::new(config, &self.own_with_tls)),
             forwarder,
         };
-        *self.handler.ways.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(ways);
+        *self.handler.policy.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(policy);
         self.handler.version.fetch_add(1, Ordering::Release);
     }
 

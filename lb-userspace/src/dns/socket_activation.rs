@@ -80,7 +80,7 @@ fn pair(udp: Vec<UdpSocket>, tcp: Vec<TcpListener>) -> Result<Sockets, Activatio
         }
     }
     let udp = share(udp, &udp_addresses)?;
-    Ok(Sockets { udp, tcp, addresses, were_passed: true })
+    Ok(Sockets { udp, tcp, addresses, were_passed: true, ..Sockets::default() })
 }
 
 /// Where systemd passed one socket of an address, several threads read it; several of them, which

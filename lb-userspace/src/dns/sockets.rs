@@ -1,97 +1,13 @@
-//! The sockets that the server listens on, and what to do where they can't be had.
+//! The sockets of the DNS server: what carries a message, and what it listens on.
 
 use std::fmt;
-use std::io;
 use std::net::{SocketAddr, TcpListener, UdpSocket};
-use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
-use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
-use tracing::info;
-
-use super::socket_activation::{self, ActivationError};
-use crate::config::DnsConfig;
-
-/// How often a port is tried that must be free for both transports, where the kernel may choose.
-const PORT_TRIES: usize = 16;
+use rustls::ServerConfig;
 
 /// The most UDP sockets for one address: more cores than that answer more than a host asks.
 const MAX_SOCKETS: usize = 4;
-
-/// The TCP connections that wait to be accepted.
-const BACKLOG: i32 = 128;
-
-/// Why the server can't listen.
-#[derive(Debug, thiserror::Error)]
-pub enum DnsError {
-    /// Somebody else listens there.
-    #[error(
-        "can't listen on {address} ({transport}): address in use; see who holds it with \
-         ss -{}lpn 'sport = :{}', or choose another with dns.listen",
-        transport.letter(), address.port()
-    )]
-    InUse {
-        /// The address of `dns.listen`.
-        address: SocketAddr,
-        /// The transport that was refused.
-        transport: Transport,
-        /// What the kernel said.
-        source: io::Error,
-    },
-    /// The process may not have this port.
-    #[error(
-        "can't listen on {address} ({transport}): permission denied; run nohop as root or give it \
-         CAP_NET_BIND_SERVICE (in its systemd unit: AmbientCapabilities=CAP_NET_BIND_SERVICE), or \
-         choose a port of 1024 or more with dns.listen"
-    )]
-    Denied {
-        /// The address of `dns.listen`.
-        address: SocketAddr,
-        /// The transport that was refused.
-        transport: Transport,
-        /// What the kernel said.
-        source: io::Error,
-    },
-    /// No interface has this address.
-    #[error(
-        "can't listen on {address} ({transport}): this host has no such address; see those it has \
-         with ip address, or choose another with dns.listen"
-    )]
-    NotHere {
-        /// The address of `dns.listen`.
-        address: SocketAddr,
-        /// The transport that was refused.
-        transport: Transport,
-        /// What the kernel said.
-        source: io::Error,
-    },
-    /// Anything else.
-    #[error("can't listen on {address} ({transport}): {source}; choose another with dns.listen")]
-    Io {
-        /// The address of `dns.listen`.
-        address: SocketAddr,
-        /// The transport that was refused.
-        transport: Transport,
-        /// What the kernel said.
-        source: io::Error,
-    },
-    /// The sockets that systemd passed can't be served.
-    #[error(transparent)]
-    Passed(#[from] ActivationError),
-    /// The kernel won't let the sockets be served.
-    #[error("can't serve DNS: {0}; raise the limits on open files and threads")]
-    Start(#[source] io::Error),
-}
-
-impl DnsError {
-    fn new(address: SocketAddr, transport: Transport, source: io::Error) -> DnsError {
-        match source.kind() {
-            io::ErrorKind::AddrInUse => DnsError::InUse { address, transport, source },
-            io::ErrorKind::PermissionDenied => DnsError::Denied { address, transport, source },
-            io::ErrorKind::AddrNotAvailable => DnsError::NotHere { address, transport, source },
-            _ => DnsError::Io { address, transport, source },
-        }
-    }
-}
 
 /// What carries a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -104,7 +20,7 @@ pub enum Transport {
 
 impl Transport {
     /// The flag of `ss` that shows such sockets.
-    fn letter(self) -> char {
+    pub(super) fn letter(self) -> char {
         match self {
             Transport::Udp => 'u',
             Transport::Tcp => 't',
@@ -121,13 +37,17 @@ impl fmt::Display for Transport {
     }
 }
 
-/// Sockets that are bound, and wait to be served.
+/// Bound sockets that aren't served yet.
 #[derive(Debug, Default)]
 pub struct Sockets {
     /// At least one for each address.
     pub(super) udp: Vec<UdpSocket>,
     pub(super) tcp: Vec<TcpListener>,
     pub(super) addresses: Vec<SocketAddr>,
+    /// The listeners of `dns.listen_tls`, and how their handshakes go.
+    pub(super) tls: Vec<TcpListener>,
+    pub(super) tls_config: Option<Arc<ServerConfig>>,
+    pub(super) tls_addresses: Vec<SocketAddr>,
     /// Whether they outlive this process, so that questions may have waited in them.
     pub(super) were_passed: bool,
 }
@@ -137,266 +57,14 @@ impl Sockets {
     pub fn addresses(&self) -> &[SocketAddr] {
         &self.addresses
     }
-}
 
-/// The sockets that systemd passed and, bound here, UDP and TCP on each other address of
-/// `dns.listen`; port 0 lets the kernel choose one for both. An address may be one that this host
-/// doesn't have yet.
-///
-/// # Errors
-///
-/// Says of the first address that can't be had why, and what to do; or what is wrong with the
-/// sockets that were passed.
-pub async fn bind(config: &DnsConfig) -> Result<Sockets, DnsError> {
-    let passed = socket_activation::take()?.unwrap_or_default();
-    if !passed.addresses.is_empty() {
-        let addresses: Vec<_> = passed.addresses.iter().map(ToString::to_string).collect();
-        info!("listening on {}, as systemd says", addresses.join(", "));
+    /// The addresses of `dns.listen_tls`, likewise.
+    pub fn tls_addresses(&self) -> &[SocketAddr] {
+        &self.tls_addresses
     }
-    bind_beside(passed, &config.listen)
-}
-
-/// Adds sockets for those of the addresses that `sockets` doesn't have.
-fn bind_beside(mut sockets: Sockets, listen: &[SocketAddr]) -> Result<Sockets, DnsError> {
-    let held = sockets.addresses.clone();
-    for &address in listen.iter().filter(|address| !is_held(**address, &held)) {
-        let (udp, tcp, address) = bind_both(address, v4_has_port(address, listen))?;
-        sockets.udp.extend(udp);
-        sockets.tcp.push(tcp);
-        sockets.addresses.push(address);
-    }
-    Ok(sockets)
-}
-
-/// Whether one of the addresses in `held` is this one, or any address of this host.
-fn is_held(address: SocketAddr, held: &[SocketAddr]) -> bool {
-    let same_port = held.iter().filter(|held| held.port() == address.port());
-    same_port.map(SocketAddr::ip).any(|held| {
-        // [::] has IPv4 too, unless systemd is told otherwise (BindIPv6Only=).
-        held == address.ip() || held.is_unspecified() && (held.is_ipv6() || address.is_ipv4())
-    })
-}
-
-/// Whether an IPv4 socket is to have any address on this port: one of IPv6 would take it, too.
-fn v4_has_port(address: SocketAddr, listen: &[SocketAddr]) -> bool {
-    let mut others = listen.iter().filter(|other| other.port() == address.port());
-    others.any(|other| other.is_ipv4() && other.ip().is_unspecified())
-}
-
-/// Whether `address`, one of those of `dns.listen`, could be had now, by the ways of [`bind`].
-///
-/// # Errors
-///
-/// When it can't, as [`bind`] says.
-pub fn try_bind(address: SocketAddr, listen: &[SocketAddr]) -> Result<(), DnsError> {
-    bind_both(address, v4_has_port(address, listen)).map(drop)
-}
-
-fn bind_both(
-    wanted: SocketAddr,
-    v6_only: bool,
-) -> Result<(Vec<UdpSocket>, TcpListener, SocketAddr), DnsError> {
-    let denied_udp = |source| DnsError::new(wanted, Transport::Udp, source);
-    let mut n_tries = 0;
-    loop {
-        n_tries += 1;
-        let first = bind_one(wanted, SocketType::DGRAM, v6_only).map_err(denied_udp)?;
-        let first = UdpSocket::from(first);
-        let address = first.local_addr().map_err(denied_udp)?;
-        match bind_one(address, SocketType::STREAM, v6_only).and_then(listen) {
-            Ok(tcp) => {
-                let udp = share(first, address, v6_only).map_err(denied_udp)?;
-                return Ok((udp, tcp, address));
-            }
-            Err(error)
-                if wanted.port() == 0
-                    && error.kind() == io::ErrorKind::AddrInUse
-                    && n_tries < PORT_TRIES => {}
-            Err(error) => return Err(DnsError::new(address, Transport::Tcp, error)),
-        }
-    }
-}
-
-fn bind_one(address: SocketAddr, socket_type: SocketType, v6_only: bool) -> io::Result<OwnedFd> {
-    let socket = unbound(address, socket_type, v6_only)?;
-    rustix::net::bind(&socket, &address)?;
-    Ok(socket)
-}
-
-fn unbound(address: SocketAddr, socket_type: SocketType, v6_only: bool) -> io::Result<OwnedFd> {
-    let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket = rustix::net::socket_with(family, socket_type, flags, None)?;
-    match address {
-        SocketAddr::V4(_) => sockopt::set_ip_freebind(&socket, true)?,
-        SocketAddr::V6(_) => {
-            sockopt::set_ipv6_freebind(&socket, true)?;
-            sockopt::set_ipv6_v6only(&socket, v6_only)?;
-        }
-    }
-    if socket_type == SocketType::STREAM {
-        // Connections that ended a moment ago don't stand in a restart's way.
-        sockopt::set_socket_reuseaddr(&socket, true)?;
-    }
-    Ok(socket)
-}
-
-fn listen(socket: OwnedFd) -> io::Result<TcpListener> {
-    rustix::net::listen(&socket, BACKLOG)?;
-    Ok(socket.into())
 }
 
 /// How many UDP sockets there are for one address: one for each core, within bounds.
 pub(super) fn n_sockets() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from).min(MAX_SOCKETS)
-}
-
-/// A socket for each core, between which the kernel spreads the clients. The first is bound before
-/// it lets others in, so that another process that has the port is found out.
-fn share(first: UdpSocket, address: SocketAddr, v6_only: bool) -> io::Result<Vec<UdpSocket>> {
-    let n_sockets = n_sockets();
-    if n_sockets == 1 {
-        return Ok(vec![first]);
-    }
-    sockopt::set_socket_reuseport(&first, true)?;
-    let mut sockets = vec![first];
-    for _ in 1..n_sockets {
-        let socket = unbound(address, SocketType::DGRAM, v6_only)?;
-        sockopt::set_socket_reuseport(&socket, true)?;
-        rustix::net::bind(&socket, &address)?;
-        sockets.push(socket.into());
-    }
-    Ok(sockets)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::config::Config;
-
-    fn config(listen: &[SocketAddr]) -> DnsConfig {
-        DnsConfig { listen: listen.to_vec(), ..Config::default().dns }
-    }
-
-    #[test]
-    fn errors_say_the_fix() {
-        let table = [
-            (
-                io::ErrorKind::AddrInUse,
-                Transport::Udp,
-                "can't listen on 127.0.0.1:53 (udp): address in use; see who holds it with \
-                 ss -ulpn 'sport = :53', or choose another with dns.listen",
-            ),
-            (
-                io::ErrorKind::AddrInUse,
-                Transport::Tcp,
-                "can't listen on 127.0.0.1:53 (tcp): address in use; see who holds it with \
-                 ss -tlpn 'sport = :53', or choose another with dns.listen",
-            ),
-            (
-                io::ErrorKind::PermissionDenied,
-                Transport::Udp,
-                "can't listen on 127.0.0.1:53 (udp): permission denied; run nohop as root or give \
-                 it CAP_NET_BIND_SERVICE (in its systemd unit: \
-                 AmbientCapabilities=CAP_NET_BIND_SERVICE), or choose a port of 1024 or more with \
-                 dns.listen",
-            ),
-        ];
-        for (kind, transport, expected) in table {
-            let address = SocketAddr::from(([127, 0, 0, 1], 53));
-            let error = DnsError::new(address, transport, kind.into());
-            assert_eq!(error.to_string(), expected);
-        }
-    }
-
-    #[tokio::test]
-    async fn a_chosen_port_is_the_same_for_both() {
-        let any = SocketAddr::from(([127, 0, 0, 1], 0));
-        let sockets = bind(&config(&[any, any])).await.unwrap();
-        let [first, second] = *sockets.addresses() else { panic!("{sockets:?}") };
-        assert_ne!(first, second);
-        for (idx, address) in [first, second].into_iter().enumerate() {
-            assert_ne!(address.port(), 0);
-            assert!(sockets.udp.iter().any(|udp| udp.local_addr().unwrap() == address));
-            assert_eq!(sockets.tcp[idx].local_addr().unwrap(), address);
-        }
-    }
-
-    #[test]
-    fn those_that_were_passed_are_not_all() {
-        let listen = ["127.0.0.1:0", "127.0.0.2:0"].map(|text| text.parse().unwrap());
-        let passed = bind_beside(Sockets::default(), &listen[..1]).unwrap();
-        let held = passed.addresses[0];
-        let sockets = bind_beside(passed, &[held, listen[1]]).unwrap();
-        let [first, second] = *sockets.addresses() else { panic!("{sockets:?}") };
-        assert_eq!((first, second.ip()), (held, listen[1].ip()));
-        assert_eq!(sockets.tcp.len(), 2);
-    }
-
-    #[test]
-    fn who_holds_an_address() {
-        let table = [
-            ("127.0.0.1:53", "127.0.0.1:53", true),
-            ("127.0.0.1:53", "127.0.0.1:54", false),
-            ("127.0.0.1:53", "127.0.0.2:53", false),
-            ("127.0.0.1:53", "0.0.0.0:53", true),
-            ("[::1]:53", "0.0.0.0:53", false),
-            ("[::1]:53", "[::]:53", true),
-            ("127.0.0.1:53", "[::]:53", true),
-        ];
-        for (address, held, expected) in table {
-            let held = ["10.0.0.1:53", held].map(|held| held.parse().unwrap());
-            assert_eq!(is_held(address.parse().unwrap(), &held), expected, "{address} {held:?}");
-        }
-    }
-
-    #[test]
-    fn tried_as_it_is_bound() {
-        // An address that may come, and a port that somebody has.
-        let absent = "192.0.2.1:0".parse().unwrap();
-        try_bind(absent, &[absent]).unwrap();
-        let udp = UdpSocket::bind("127.0.0.1:0").unwrap();
-        let taken = udp.local_addr().unwrap();
-        let error = try_bind(taken, &[taken]).unwrap_err();
-        assert!(matches!(error, DnsError::InUse { .. }), "{error}");
-    }
-
-    #[tokio::test]
-    async fn a_port_in_use() {
-        let udp = UdpSocket::bind("127.0.0.1:0").unwrap();
-        let address = udp.local_addr().unwrap();
-        let error = bind(&config(&[address])).await.unwrap_err();
-        assert!(matches!(error, DnsError::InUse { transport: Transport::Udp, .. }), "{error}");
-
-        let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = tcp.local_addr().unwrap();
-        let error = bind(&config(&[address])).await.unwrap_err();
-        assert!(matches!(error, DnsError::InUse { transport: Transport::Tcp, .. }), "{error}");
-    }
-
-    #[tokio::test]
-    async fn an_address_that_may_come() {
-        // Of documentation (RFC 5737 and 3849).
-        let addresses = ["192.0.2.1:0", "[2001:db8::1]:0"].map(|text| text.parse().unwrap());
-        let sockets = bind(&config(&addresses)).await.unwrap();
-        let ips: Vec<_> = sockets.addresses().iter().map(SocketAddr::ip).collect();
-        assert_eq!(ips, addresses.map(|address: SocketAddr| address.ip()));
-    }
-
-    #[tokio::test]
-    async fn two_servers_never_share_a_port() {
-        let sockets = bind(&config(&["127.0.0.1:0".parse().unwrap()])).await.unwrap();
-        let error = bind(&config(sockets.addresses())).await.unwrap_err();
-        assert!(matches!(error, DnsError::InUse { transport: Transport::Udp, .. }), "{error}");
-    }
-
-    #[tokio::test]
-    async fn both_families_of_any_address() {
-        let v4 = bind(&config(&["0.0.0.0:0".parse().unwrap()])).await.unwrap();
-        let port = v4.addresses()[0].port();
-        drop(v4);
-        let both = ["0.0.0.0", "::"].map(|ip| SocketAddr::new(ip.parse().unwrap(), port));
-        let sockets = bind(&config(&both)).await.unwrap();
-        assert_eq!(sockets.addresses(), both);
-    }
 }

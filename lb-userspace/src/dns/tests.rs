@@ -23,6 +23,7 @@ use crate::config::{Config, DnsConfig, Forward};
 use crate::table::{Ports, Protocols, Service, Table};
 
 mod live;
+mod tls;
 mod upstreams;
 
 /// For what must happen; a test that waits so long has failed.
@@ -32,6 +33,8 @@ const LONG: Duration = Duration::from_secs(10);
 struct Rig {
     server: DnsServer,
     address: SocketAddr,
+    /// The address of TLS, where it is served.
+    tls_address: SocketAddr,
     table: watch::Sender<Arc<Table>>,
     attached: watch::Sender<bool>,
 }
@@ -56,12 +59,13 @@ impl Rig {
         config.listen = vec![SocketAddr::from(([127, 0, 0, 1], 0))];
         let sockets = bind(&config).await.unwrap();
         let address = sockets.addresses()[0];
+        let tls_address = sockets.tls_addresses().first().copied().unwrap_or(address);
         let (table, table_rx) = watch::channel(Arc::new(web(1)));
         let (attached, attached_rx) = watch::channel(true);
         let server =
             DnsServer::start_in(options, sockets, &config, &[], table_rx, attached_rx, demand)
                 .unwrap();
-        Rig { server, address, table, attached }
+        Rig { server, address, tls_address, table, attached }
     }
 
     async fn ask(&self, transport: Transport, message: &Message) -> Message {
@@ -556,7 +560,7 @@ async fn nothing_is_forwarded_to_ourselves() {
     let server =
         DnsServer::start_in(patient(), sockets, &config, &[], table_rx, attached_rx, usage)
             .unwrap();
-    let rig = Rig { server, address, table, attached };
+    let rig = Rig { server, address, tls_address: address, table, attached };
     for name in ["example.com.", "web.service.consul."] {
         assert_eq!(rig.lookup(name).await, "ServFail", "{name}");
     }

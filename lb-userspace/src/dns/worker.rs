@@ -15,12 +15,13 @@ use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tracing::{debug, warn};
 
+use super::acl::ClientKey;
 use super::encode::{self, OUR_PAYLOAD};
 use super::handler::{Deferred, Handler, ThreadView};
 use super::mailbox::{Mailbox, RequeuedQuery};
 use super::message::ClientQuery;
 use super::origin::AnswerOrigin;
-use super::relay::{ClientKey, Completion, ForwardError, Relay, RelayIo, SocketId, Waiter};
+use super::relay::{Completion, ForwardError, Relay, RelayIo, SocketId, Waiter};
 use super::resolve::{self, Missing, Resolution, ResolveContext};
 use super::socket_pool::{self, SocketPool};
 use super::sockets::Transport;
@@ -339,7 +340,7 @@ impl WorkerCore {
     /// Deals with a client's message. Returns whether it could be: else there is no place for it to
     /// wait in for the zone, which will be there soon.
     fn take(&mut self, bytes: &[u8], client: SocketAddr, to: LocalAddress) -> bool {
-        let refusal = self.handler.refusal(self.view.ways(), bytes, Transport::Udp, client.ip());
+        let refusal = self.handler.refusal(self.view.policy(), bytes, Transport::Udp, client.ip());
         if let Some(refusal) = refusal {
             if let Some(refusal) = refusal {
                 self.line.outbox.push(&refusal, client, to);

@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use super::Instance;
+use crate::dns_name;
 
 /// What names among the instances' addresses stand for, and what addresses mean on this host.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -87,16 +88,10 @@ impl Instance {
     /// address.
     pub fn hostname(&self) -> Option<String> {
         let name = self.address.strip_suffix('.').unwrap_or(&self.address);
-        let is_label = |label: &str| {
-            (1..=63).contains(&label.len())
-                && label
-                    .bytes()
-                    .all(|octet| octet.is_ascii_alphanumeric() || b"-_".contains(&octet))
-        };
         let ends_in_number = |name: &str| {
             name.rsplit('.').next().is_some_and(|last| last.bytes().all(|o| o.is_ascii_digit()))
         };
-        let is_name = name.len() <= 253 && name.split('.').all(is_label) && !ends_in_number(name);
+        let is_name = dns_name::is_host_name(name) && !ends_in_number(name);
         (is_name && self.ip().is_none()).then(|| self.address.to_ascii_lowercase())
     }
 }

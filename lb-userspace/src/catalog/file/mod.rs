@@ -34,8 +34,8 @@ use std::time::{Duration, Instant};
 
 use tokio::task;
 
-use super::stamp::{Stamp, stamp};
 use super::{Catalog, Publisher};
+use crate::file_state::{FileState, file_state};
 use chunks::Chunks;
 use follow::Watcher;
 pub use kept::Kept;
@@ -182,7 +182,7 @@ async fn follow_with(
         if follower.is_some() {
             output.set_notice("watch", None);
         }
-        let seen = stamp(&path);
+        let seen = file_state(&path);
         let problem = match load_again(&path, &output, &mut chunks) {
             Ok(text) => {
                 if let Some(kept) = &kept {
@@ -208,11 +208,11 @@ async fn follow_with(
 
 /// Looks at a file until it is another than `seen` and stays so for a look, since nothing tells when
 /// whoever writes it is done; or until it is time to try and watch it again.
-async fn settled(path: &Path, seen: Stamp, poll: Duration) {
+async fn settled(path: &Path, seen: FileState, poll: Duration) {
     let mut last = seen;
     for _ in 0..POLLS {
         tokio::time::sleep(poll).await;
-        let now = stamp(path);
+        let now = file_state(path);
         if now != seen && now == last {
             return;
         }

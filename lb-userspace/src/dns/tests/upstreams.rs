@@ -64,7 +64,7 @@ fn serve_as(
         UsageSender::default(),
     )
     .unwrap();
-    Rig { server, address, table, attached }
+    Rig { server, address, tls_address: address, table, attached }
 }
 
 async fn any_sockets() -> Sockets {

@@ -15,9 +15,9 @@ use rustls::{
 };
 
 use super::error::is_authority_as_agent;
-use crate::catalog::stamp::{Stamp, stamp};
 use crate::config::TlsConfig;
 use crate::config::consul::{read_certificates, read_key};
+use crate::file_state::{FileState, file_state};
 
 /// The most files of a directory of authorities that are read.
 const MAX_CA_FILES: usize = 1024;
@@ -31,7 +31,7 @@ pub struct Tls {
 
 #[derive(Debug)]
 struct Files {
-    stamps: Vec<Stamp>,
+    stamps: Vec<FileState>,
     client: Arc<ClientConfig>,
 }
 
@@ -86,11 +86,11 @@ impl Tls {
         self.config.server_name.as_deref().map(parse_name).transpose()
     }
 
-    fn stamps(&self) -> Vec<Stamp> {
+    fn stamps(&self) -> Vec<FileState> {
         let TlsConfig { ca_file, ca_path, cert_file, key_file, .. } = &self.config;
         let in_ca_path = ca_path.iter().flat_map(|path| files_in(path).unwrap_or_default());
         let files = [ca_file, cert_file, key_file].into_iter().flatten().cloned();
-        files.chain(in_ca_path).map(|path| stamp(&path)).collect()
+        files.chain(in_ca_path).map(|path| file_state(&path)).collect()
     }
 
     fn read_files(&self) -> Result<ClientConfig, String> {
