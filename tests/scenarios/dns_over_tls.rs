@@ -3,7 +3,6 @@
 
 use std::fs;
 use std::path::Path;
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use lb_tests::cmd;
@@ -24,7 +23,7 @@ pub fn story() -> Result<()> {
         .args("--user=root --no-resolv --no-hosts --bind-interfaces --interface=eth0".split(' '));
     dnsmasq.args(["--address=/outside.example/192.0.2.7", "--dns-rr=raw.example,65280,0102ff"]);
     let dnsmasq = Process::spawn("dnsmasq", dnsmasq)?;
-    dnsmasq.wait_for_line(&["started, version"], Duration::from_secs(10))?;
+    dnsmasq.wait_for_line(&["started, version"])?;
 
     let (scratch, other) = (Scratch::new("dns-tls")?, Scratch::new("dns-tls-other")?);
     issue(scratch.path())?;
@@ -32,7 +31,7 @@ pub fn story() -> Result<()> {
     let ca = |of: &Scratch| of.path().join("ca.pem").display().to_string();
     let kdig = |ca: &str, words: &str| {
         let words = format!("@127.0.0.1 -p 853 +tls-ca={ca} +tls-hostname={NAME} +short {words}");
-        nodes.inside().run("kdig", words)
+        nodes.inside().run("kdig", &words)
     };
 
     let helloworld = nodes.helloworld("helloworld")?;
@@ -70,7 +69,7 @@ pub fn story() -> Result<()> {
     fs::write(scratch.path().join("dns.pem"), "no certificate")?;
     let answer = kdig(&ca(&other), "helloworld.service")?;
     ensure!(answer.trim() == vip, "{answer:?}");
-    nohop.process.wait_for_line(&["holds no certificate"], SOON)?;
+    nohop.process.wait_for_line(&["holds no certificate"])?;
 
     // At the start it is an error, with the file and the fix.
     let bad = scratch.path().join("bad.toml");
@@ -92,9 +91,6 @@ pub fn story() -> Result<()> {
     ensure!(text.contains("dns.tls_cert_file") && text.contains("in PEM; write one"), "{text}");
     Ok(())
 }
-
-/// How long what was logged may take to come.
-const SOON: Duration = Duration::from_secs(10);
 
 /// Takes the certificate and the key of one folder into another.
 fn replace(from: &Scratch, to: &Scratch) -> Result<()> {
