@@ -1,4 +1,4 @@
-//! Who is answered, and how often.
+//! Which clients are served (`dns.allow`), and at what rate (`dns.client_rate`).
 
 use std::hash::{BuildHasher, RandomState};
 use std::net::{IpAddr, SocketAddr};
@@ -11,26 +11,26 @@ use ipnet::IpNet;
 use super::interfaces::Interfaces;
 use crate::config::{Allowed, DnsConfig};
 
-/// How long the list of this host's networks is believed when a client is in none of them.
+/// How long the list of this host's networks is reused for clients that are in none of them.
 const NETWORKS_AGE: Duration = Duration::from_secs(1);
 
 /// The number of buckets: a bound on memory, whatever addresses come.
 const N_BUCKETS: usize = 4096;
 
-/// How far a client may run ahead of its rate.
+/// The burst of a token bucket: how many seconds' worth of queries a client may send at once.
 const BURST: Duration = Duration::from_secs(1);
 
 /// The client that a query or a connection is accounted to, by [`Acl::client_key`]; `None` is this host,
 /// whose processes share its addresses.
 pub(super) type ClientKey = Option<u64>;
 
-/// What becomes of a client's message.
+/// The decision about a client's message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Admission {
     Admitted,
-    /// It isn't served here.
+    /// The client isn't in `dns.allow`.
     Refused,
-    /// It sends more than it may.
+    /// The client exceeds `dns.client_rate`.
     Limited,
 }
 
@@ -38,21 +38,22 @@ pub(super) enum Admission {
 /// on, is always among them and never limited, as all its processes share them.
 #[derive(Debug)]
 pub(super) struct Acl {
-    /// The listeners' addresses, from which this host's own processes ask them.
+    /// The addresses of the listeners, from which this host's own processes query them.
     own: Box<[IpAddr]>,
-    /// Whether there is a listener for any address, so that all addresses of this host are its.
+    /// Whether a listener is bound to the unspecified address: then all addresses of this host are
+    /// its.
     is_anywhere: bool,
     networks: Box<[IpNet]>,
-    /// Whether the networks count that this host is in.
+    /// Whether `dns.allow` has `"local"`.
     counts_local: bool,
-    /// What this host's interfaces have, and when that was read.
+    /// This host's interfaces, and when they were read.
     local: RwLock<(Instant, Interfaces)>,
     buckets: Option<TokenBuckets>,
     start: Instant,
 }
 
 impl Acl {
-    /// As `dns.allow` and `dns.client_rate` say, of a server that listens on `own`.
+    /// The ACL of `config` for a server that listens on `own`.
     pub(super) fn new(config: &DnsConfig, own: &[SocketAddr]) -> Acl {
         let network = |allowed: &Allowed| match allowed {
             Allowed::Network(network) => Some(*network),
@@ -70,14 +71,14 @@ impl Acl {
         }
     }
 
-    /// What becomes of a message from `client`.
+    /// Decides about a message from `client`, which takes a token of its bucket.
     pub(super) fn admit(&self, client: IpAddr) -> Admission {
         let client = client.to_canonical();
         if self.is_own(client) {
             return Admission::Admitted;
         }
         let now = Instant::now();
-        // First of all, so that a flood of refusals is bounded too.
+        // Before the ACL, so that a flood of refusals is limited as well.
         if let Some(buckets) = &self.buckets
             && !buckets.take(client, now.duration_since(self.start))
         {
@@ -108,8 +109,8 @@ impl Acl {
             || self.counts_local && self.is_local(|local| is_in(&local.networks))
     }
 
-    /// Whether this host's interfaces are so. They come and go, so they are looked at again where
-    /// those that were there aren't.
+    /// Whether `is_so` holds for this host's interfaces. They come and go, so they are read again
+    /// when it doesn't hold for those read before.
     fn is_local(&self, is_so: impl Fn(&Interfaces) -> bool) -> bool {
         let now = Instant::now();
         {
@@ -128,7 +129,7 @@ impl Acl {
     }
 }
 
-/// What counts as one client: an IPv6 host has all addresses of its /64 to choose from.
+/// One client: an IPv4 address, or an IPv6 /64, all of whose addresses one host may use.
 fn address_key(client: IpAddr) -> u64 {
     match client {
         IpAddr::V4(v4) => u64::from(u32::from(v4)),
@@ -139,11 +140,11 @@ fn address_key(client: IpAddr) -> u64 {
 /// A token bucket for each client, as the time at which it will be full again (the generic cell
 /// rate algorithm of ITU-T I.371): one number, which any thread may change.
 ///
-/// Clients may share a bucket: then they share a rate. Which do is drawn at the start, so nobody
-/// can choose to share that of another.
+/// Clients may share a bucket, and then its rate. The hash is seeded at the start, so a client
+/// can't choose to share another's.
 #[derive(Debug)]
 struct TokenBuckets {
-    /// How long a query counts, in nanoseconds.
+    /// The time in which a bucket regains one token, in nanoseconds.
     interval_ns: u64,
     /// When each is full again, in nanoseconds since the start.
     full_at_ns: Box<[AtomicU64]>,
@@ -151,14 +152,14 @@ struct TokenBuckets {
 }
 
 impl TokenBuckets {
-    /// Buckets for `rate` queries a second; none where any number will do.
+    /// Buckets for `rate` queries a second; `None` for 0, which is unlimited.
     fn new(rate: u32) -> Option<TokenBuckets> {
         let interval_ns = 1_000_000_000u64.checked_div(rate.into())?;
         let full_at_ns = (0..N_BUCKETS).map(|_| AtomicU64::new(0)).collect();
         Some(TokenBuckets { interval_ns, full_at_ns, hasher: RandomState::new() })
     }
 
-    /// Takes a token of `client`'s, where there is one.
+    /// Takes a token of the client's bucket; false if it is empty.
     fn take(&self, client: IpAddr, now: Duration) -> bool {
         let bucket =
             &self.full_at_ns[self.hasher.hash_one(address_key(client)) as usize % N_BUCKETS];

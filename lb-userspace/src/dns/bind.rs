@@ -131,7 +131,7 @@ fn bind_beside(mut sockets: Sockets, listen: &[SocketAddr]) -> Result<Sockets, D
 fn is_held(address: SocketAddr, held: &[SocketAddr]) -> bool {
     let same_port = held.iter().filter(|held| held.port() == address.port());
     same_port.map(SocketAddr::ip).any(|held| {
-        // [::] has IPv4 too, unless systemd is told otherwise (BindIPv6Only=).
+        // [::] has IPv4 too, unless the socket unit sets BindIPv6Only=.
         held == address.ip() || held.is_unspecified() && (held.is_ipv6() || address.is_ipv4())
     })
 }

@@ -72,8 +72,8 @@ impl Connections {
 }
 
 impl ConnectionTable {
-    /// Sees to it that fewer than `most` are open of those whose client_keys are `such`; `None` where none
-    /// of them is idle.
+    /// Evicts the connection that has been idle longest if `most` or more are open of the clients
+    /// that `such` selects; `None` if none of them is idle.
     fn evict_for(&mut self, most: usize, such: impl Fn(ClientKey) -> bool) -> Option<()> {
         let those = || self.by_number.iter().filter(|(_, connection)| such(connection.client_key));
         if those().count() < most {

@@ -1,4 +1,5 @@
-//! A lookup of our own, that goes the way of everybody's and tells where its answer came from.
+//! The query behind `nohop dns query`: it goes through the server's own socket and reports which
+//! upstream answered.
 
 use std::io;
 use std::net::SocketAddr;
@@ -16,37 +17,37 @@ use super::upstream::UpstreamStats;
 use super::upstream_query::{UpstreamQuery, UpstreamQueryError};
 use crate::config::Unrouted;
 
-/// How long a lookup may take: less than a client of the admin interface waits.
+/// How long a query may take: less than a client of the admin interface waits.
 const TIME_LIMIT: Duration = Duration::from_millis(4500);
 
-/// The size of UDP answers that a lookup takes: that of the DNS flag day of 2020.
+/// The advertised size of UDP responses: that of the DNS flag day of 2020.
 const MAX_PAYLOAD: u16 = 1232;
 
-/// Why a lookup has no answer.
+/// Why a query has no response.
 #[derive(Debug, thiserror::Error)]
 pub enum DebugQueryError {
-    /// The name is none.
-    #[error("'{name}' is no name: {source}")]
+    /// The name can't be parsed.
+    #[error("'{name}' is not a valid name: {source}")]
     Name {
         /// What was asked for.
         name: String,
         /// What is wrong with it.
         source: ProtoError,
     },
-    /// The type is none.
-    #[error("'{kind}' is no type of record: write A, AAAA, SRV, PTR, TXT and so on")]
+    /// The record type is unknown.
+    #[error("unknown record type '{kind}'; use A, AAAA, SRV, PTR, TXT and so on")]
     Type {
         /// What was asked for.
         kind: String,
     },
-    /// Nothing came.
-    #[error("no answer comes from {server} within {} s", TIME_LIMIT.as_secs_f64())]
+    /// The server didn't respond in time.
+    #[error("no response from {server} within {} s", TIME_LIMIT.as_secs_f64())]
     Silent {
         /// Who was asked.
         server: SocketAddr,
     },
-    /// What came is no answer.
-    #[error("no answer comes from {server}: {what}")]
+    /// The exchange failed.
+    #[error("no response from {server}: {what}")]
     Exchange {
         /// Who was asked.
         server: SocketAddr,
@@ -55,7 +56,7 @@ pub enum DebugQueryError {
     },
 }
 
-/// Who asks the running server, and what is wrong with its upstreams.
+/// Queries the running server, and reports its upstreams.
 #[derive(Clone, Debug)]
 pub struct DebugClient {
     handler: Arc<Handler>,
@@ -69,17 +70,17 @@ impl DebugClient {
         DebugClient { handler, server, time_limit: TIME_LIMIT }
     }
 
-    /// What is wrong with the upstreams, each with the fix.
+    /// The problems of the upstreams, each with its fix.
     pub fn problems(&self) -> Vec<String> {
         self.handler.forwarder().problems()
     }
 
-    /// What is known of each upstream, in the order in which they are asked.
+    /// Each upstream's state and counters, in the order in which they are asked.
     pub fn upstreams(&self) -> Vec<UpstreamStats> {
         self.handler.forwarder().readings()
     }
 
-    /// What names of the zone get that no service has.
+    /// The response for names of the zone that no routed service has.
     pub fn unrouted(&self) -> Unrouted {
         self.handler.unrouted()
     }
@@ -163,7 +164,7 @@ impl DebugQuery {
         &self.bytes[HEADER_LEN..HEADER_LEN + self.question_len]
     }
 
-    /// `keep_id`: the id is how the server tells this question from others.
+    /// `keep_id`: the server recognizes the tracked query by its id.
     async fn exchange(&self, keep_id: bool) -> Result<Message, DebugQueryError> {
         let server = self.server;
         let wrong = |what: String| DebugQueryError::Exchange { server, what };
@@ -186,7 +187,7 @@ impl DebugQuery {
             Err(UpstreamQueryError::Io(error))
                 if error.kind() == io::ErrorKind::ConnectionRefused =>
             {
-                Err(wrong("nobody listens there".to_owned()))
+                Err(wrong("connection refused: no server listens there".to_owned()))
             }
             Err(error) => Err(wrong(error.to_string())),
         }
@@ -210,9 +211,9 @@ mod tests {
         }
         let long = format!("{}.service", "x".repeat(64));
         let errors = [
-            ("a..b", "A", "'a..b' is no name"),
-            (long.as_str(), "A", "is no name"),
-            ("web", "B", "'B' is no type of record: write A,"),
+            ("a..b", "A", "'a..b' is not a valid name"),
+            (long.as_str(), "A", "is not a valid name"),
+            ("web", "B", "unknown record type 'B'; use A,"),
         ];
         for (name, kind, expected) in errors {
             let error = question(name, kind).unwrap_err().to_string();

@@ -29,11 +29,22 @@ impl Domain {
         self.n_labels
     }
 
-    /// Whether `name` is this domain or lies below it. Case doesn't count.
-    pub(super) fn has(&self, name: &WireName<'_>) -> bool {
-        let Some(depth) = name.n_labels().checked_sub(self.n_labels) else { return false };
+    /// The domain on the wire, in lower case.
+    pub(super) fn wire(&self) -> &[u8] {
+        &self.wire
+    }
+
+    /// How many labels `name` has below this domain: 0 for the domain itself, `None` outside of it. Case
+    /// is ignored.
+    pub(super) fn depth_of(&self, name: &WireName<'_>) -> Option<usize> {
+        let depth = name.n_labels().checked_sub(self.n_labels)?;
         // Lengths are below 64, where ASCII has no letters.
-        name.suffix(depth).eq_ignore_ascii_case(&self.wire)
+        name.suffix(depth).eq_ignore_ascii_case(&self.wire).then_some(depth)
+    }
+
+    /// Whether `name` is this domain or lies below it.
+    pub(super) fn has(&self, name: &WireName<'_>) -> bool {
+        self.depth_of(name).is_some()
     }
 
     /// Whether this domain is `other` or lies below it.

@@ -3,10 +3,21 @@
 use hickory_proto::op::ResponseCode;
 
 use super::message::{ClientQuery, HEADER_LEN, MalformedQuery};
+use super::sockets::Transport;
 
-/// The size of UDP messages that we say we take: the one that resolvers agreed on at the DNS flag
-/// day of 2020, because it passes nearly everywhere in one piece.
+/// The size of UDP messages that we advertise: that of the DNS flag day of 2020, which passes
+/// nearly every network unfragmented.
 pub(super) const OUR_PAYLOAD: u16 = 1232;
+
+/// The longest response to `query`. Over UDP it isn't longer than what we advertise ourselves, whatever
+/// the client allows: a longer one would be fragmented, and all fragments but the first can be forged
+/// without knowing port and id; and it would amplify queries with a forged source.
+pub(super) fn max_len(query: &ClientQuery<'_>, transport: Transport) -> usize {
+    match transport {
+        Transport::Udp => query.max_payload().min(OUR_PAYLOAD).into(),
+        Transport::Tcp => u16::MAX.into(),
+    }
+}
 
 /// An OPT record without options.
 const OPT_LEN: usize = 11;
@@ -67,8 +78,9 @@ impl<'a> ResponseWriter<'a> {
         begin as u16
     }
 
-    /// Ends the answer, within `max_len` bytes: without the additional records where it would be
-    /// longer, and where that isn't enough without any, so that the asker comes back over TCP.
+    /// Completes the response within `max_len` bytes: without the additional records if it would be
+    /// longer, and without any record but with TC if that isn't enough, so that the client retries
+    /// over TCP.
     pub(super) fn finish(mut self, code: ResponseCode, authoritative: bool, max_len: usize) {
         let opt_len = if self.query.edns.is_some() { OPT_LEN } else { 0 };
         let mut truncated = false;
@@ -103,7 +115,7 @@ pub(super) fn error(
     ResponseWriter::new(out, query).finish(code, false, max_len);
 }
 
-/// Writes the answer to a message that is no question; there is none to whoever sent no question.
+/// Writes the response to a malformed query; `None` if the message isn't a query at all.
 pub(super) fn to_malformed(
     out: &mut Vec<u8>,
     bytes: &[u8],

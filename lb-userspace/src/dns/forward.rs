@@ -1,5 +1,5 @@
-//! What all threads share of the forwarding: the upstreams, what probes have found, and questions
-//! that go over TCP, which are rare enough for a task each. (`relay` has those over UDP.)
+//! Forwarding state that all threads share: the upstreams, what probes have found, and the queries
+//! over TCP, which are rare enough for a task each. (`relay` has those over UDP.)
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -24,14 +24,14 @@ use super::upstreams::{UpstreamRoute, Upstreams};
 const MAX_IN_FLIGHT: usize = 512;
 const MAX_IN_FLIGHT_EACH: usize = MAX_IN_FLIGHT / 4;
 
-/// Carries questions to other resolvers; it keeps no answer.
+/// Forwards queries to upstreams; it caches nothing.
 #[derive(Debug)]
 pub(super) struct Forwarder {
     pub(super) upstreams: Upstreams,
     pub(super) limits: ForwardLimits,
     pub(super) loops: Arc<LoopDetector>,
     in_flight: Arc<InFlight>,
-    /// Wakes the prober.
+    /// Wakes the prober (`probe`).
     suspicion: Arc<Notify>,
 }
 
@@ -69,7 +69,7 @@ impl Drop for InFlightGuard {
 }
 
 impl Forwarder {
-    /// One that goes by these upstreams; [`super::probe`] is to probe them.
+    /// A forwarder to these upstreams; `probe::start` is to be called for it.
     pub(super) fn new(upstreams: Upstreams, limits: ForwardLimits) -> Arc<Forwarder> {
         Arc::new(Forwarder {
             upstreams,
@@ -80,23 +80,22 @@ impl Forwarder {
         })
     }
 
-    /// Waits until something is suspicious.
+    /// Notified when an upstream should be probed.
     pub(super) fn suspicion(&self) -> Arc<Notify> {
         Arc::clone(&self.suspicion)
     }
 
-    /// Has the prober look at what is suspicious.
+    /// Has the prober check the upstreams now.
     pub(super) fn suspect(&self) {
         self.suspicion.notify_one();
     }
 
-    /// Whether a question that isn't going to be forwarded is a probe of ours; then it is noted that
-    /// it came back.
+    /// Whether the query is a probe of ours that came back, which marks its path as looping.
     pub(super) fn is_probe(&self, query: &ClientQuery<'_>) -> bool {
         self.loops.is_probe(&query.name)
     }
 
-    /// What is wrong with the upstreams, each with the fix.
+    /// The problems of the upstreams, each with its fix.
     pub(super) fn problems(&self) -> Vec<String> {
         self.loops.problems(&self.upstreams.plan().paths())
     }

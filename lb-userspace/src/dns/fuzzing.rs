@@ -4,9 +4,10 @@ use std::sync::Arc;
 
 use hickory_proto::op::Message;
 
+use super::encode::{self, OUR_PAYLOAD};
 use super::message::{ClientQuery, HEADER_LEN};
 use super::resolve::Missing::{Absent, LookUp, Unknown};
-use super::resolve::{MAX_UDP_RESPONSE, Resolution, ResolveContext, TableSnapshot, Zone, answer};
+use super::resolve::{Resolution, ResolveContext, TableSnapshot, Zone, answer};
 use super::response::{RelayOptions, UpstreamResponse};
 use super::sockets::Transport;
 use crate::config::Config;
@@ -39,7 +40,7 @@ pub fn question(bytes: &[u8]) {
                 }
                 Resolution::Forward(query) => {
                     let mut bytes = Vec::new();
-                    query.forwarded(MAX_UDP_RESPONSE, &mut bytes);
+                    query.forwarded(&mut bytes);
                     assert!(ClientQuery::read(&bytes).is_ok(), "{query:?}");
                 }
                 Resolution::Wait => assert!(waits),
@@ -81,8 +82,8 @@ const EDNS: &[u8] = &[0, 0, 41, 4, 208, 0, 0, 0, 0, 0, 0];
 
 fn max_len(bytes: &[u8], transport: Transport) -> usize {
     match (transport, ClientQuery::read(bytes)) {
-        (Transport::Tcp, _) => u16::MAX.into(),
-        (Transport::Udp, Ok(query)) => query.max_payload().min(MAX_UDP_RESPONSE).into(),
+        (_, Ok(query)) => encode::max_len(&query, transport),
+        (Transport::Tcp, Err(_)) => u16::MAX.into(),
         (Transport::Udp, Err(_)) => 512,
     }
 }

@@ -1,5 +1,4 @@
-//! What a message comes to, whichever transport it came by: an answer from the table, or of other
-//! resolvers.
+//! Handles messages of all transports: each is answered from the table or forwarded.
 
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -15,9 +14,7 @@ use super::encode;
 use super::forward::Forwarder;
 use super::message::ClientQuery;
 use super::origin::{AnswerOrigin, OriginTracker};
-use super::resolve::{
-    self, MAX_UDP_RESPONSE, Missing, Resolution, ResolveContext, TableSnapshot, Zone,
-};
+use super::resolve::{self, Missing, Resolution, ResolveContext, TableSnapshot, Zone};
 use super::response::RelayOptions;
 use super::sockets::Transport;
 use super::stats::{DnsStats, Dropped};
@@ -26,15 +23,15 @@ use crate::catalog::{Lookup, UsageSender};
 use crate::config::Unrouted;
 use crate::table::{Service, Table, Watch};
 
-/// How long an answer waits for a service that isn't live. After that a name that the table has is
-/// answered as it stands there, and another one is unknown.
+/// How long a response waits for a service to become live. After that, a name that the table has is
+/// answered from the table, and another one is SERVFAIL.
 const FETCH_TIMEOUT: Duration = Duration::from_millis(250);
 
-/// The UDP questions that wait for the zone at one time: what is beyond is answered at once, as well
-/// as can be, or stays in the socket while the zone is waited for after the start.
+/// The UDP queries that may wait for the zone at a time: further ones are answered at once from
+/// what is known or, while the zone is waited for after the start, stay in the socket.
 pub(super) const MAX_WAITING: usize = 1024;
 
-/// What may be replaced while the server runs.
+/// What a reload replaces while the server runs.
 #[derive(Debug)]
 pub(super) struct Policy {
     pub(super) zone: Zone,
@@ -42,7 +39,7 @@ pub(super) struct Policy {
     pub(super) forwarder: Arc<Forwarder>,
 }
 
-/// What one thread knows of everything that may change, so that it takes no lock for each message.
+/// A thread's own copy of everything that changes, so that it takes no lock per message.
 #[derive(Debug)]
 pub(super) struct ThreadView {
     policy: Arc<Policy>,
@@ -74,7 +71,7 @@ impl ThreadView {
         self.is_attached && self.snapshot.table.is_synced()
     }
 
-    /// What the zone's answers come from; nothing is waited for.
+    /// The context for the zone's responses; nothing waits.
     pub(super) fn known(&self) -> ResolveContext<'_> {
         let (zone, snapshot) = (&self.policy.zone, &*self.snapshot);
         ResolveContext {
@@ -86,39 +83,39 @@ impl ThreadView {
         }
     }
 
-    /// Who a client's questions count as.
+    /// Who a client's queries are accounted to.
     pub(super) fn client_key(&self, client: IpAddr) -> ClientKey {
         self.policy.acl.client_key(client)
     }
 }
 
-/// What a message that waited comes to.
+/// The result of a query that waited.
 #[derive(Debug)]
 pub(super) enum Deferred {
     Answer(Vec<u8>),
-    /// It is another resolver's to answer, but perhaps the name of a service all the same.
+    /// It is to be forwarded; `is_unknown` if it may be a service all the same.
     Forward {
         is_unknown: bool,
     },
     Nothing,
 }
 
-/// Answers messages, whichever way they come.
+/// Answers messages of all transports.
 #[derive(Debug)]
 pub(super) struct Handler {
     pub(super) policy: RwLock<Arc<Policy>>,
     /// Incremented with each change of `policy`.
     pub(super) version: AtomicU64,
     pub(super) table: watch::Receiver<Arc<Table>>,
-    /// Of the table that was there at the last question.
+    /// Of the latest table that was queried.
     pub(super) snapshot: RwLock<Arc<TableSnapshot>>,
     pub(super) attached: watch::Receiver<bool>,
     pub(super) demand: UsageSender,
     pub(super) usage_limiter: UsageLimiter,
-    /// Until when the zone is waited for.
+    /// The end of the startup grace period, during which queries wait for the zone.
     pub(super) ready_by: Instant,
     pub(super) waiting: Arc<Semaphore>,
-    /// The questions whose origin is watched.
+    /// The queries whose origin is tracked.
     pub(super) origins: OriginTracker,
     pub(super) stats: Arc<DnsStats>,
 }
@@ -128,27 +125,27 @@ impl Handler {
         self.policy.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// The forwarder of this moment.
+    /// The current forwarder.
     pub(super) fn forwarder(&self) -> Arc<Forwarder> {
         self.policy().forwarder.clone()
     }
 
-    /// Who is answered.
+    /// The current ACL.
     pub(super) fn acl(&self) -> Arc<Acl> {
         self.policy().acl.clone()
     }
 
-    /// Waits until nothing waits.
+    /// Waits until no query waits.
     pub(super) async fn drained(&self) {
         drop(self.waiting.acquire_many(MAX_WAITING as u32).await);
     }
 
-    /// A place to wait for the zone in, where there is one.
+    /// A permit to wait for the zone, if one is left.
     pub(super) fn place(&self) -> Option<OwnedSemaphorePermit> {
         self.waiting.clone().try_acquire_owned().ok()
     }
 
-    /// What a thread knows to begin with.
+    /// The initial view of a thread.
     pub(super) fn view(&self) -> ThreadView {
         let version = self.version.load(Ordering::Acquire);
         let (mut table, mut attached) = (self.table.clone(), self.attached.clone());
@@ -158,9 +155,9 @@ impl Handler {
         ThreadView { policy: self.policy(), version, table, snapshot, attached, is_attached }
     }
 
-    /// Brings a thread's knowledge up to date. Returns whether the configuration is another one.
+    /// Updates a thread's view. Returns whether the configuration changed.
     pub(super) fn refresh(&self, view: &mut ThreadView) -> bool {
-        // An error says that there will be no further change.
+        // An error means that there will be no further change.
         if view.table.has_changed().unwrap_or(false) {
             view.table.mark_unchanged();
             view.snapshot = self.snapshot();
@@ -195,7 +192,8 @@ impl Handler {
         snapshot
     }
 
-    /// What a client gets that isn't served, or not now; `None` for one that is.
+    /// The response (or none) for a client that isn't served or exceeds its rate; `None` for one
+    /// that is served.
     pub(super) fn refusal(
         &self,
         policy: &Policy,
@@ -217,12 +215,12 @@ impl Handler {
         };
         self.stats.count(ResponseCode::Refused);
         let mut out = Vec::new();
-        encode::error(&mut out, &query, ResponseCode::Refused, max_len(&query, transport));
+        encode::error(&mut out, &query, ResponseCode::Refused, encode::max_len(&query, transport));
         Some(Some(out))
     }
 
-    /// Counts what became of a message, and tells of the service that it uses. Returns whether
-    /// it was answered.
+    /// Counts the result of a message, and reports the use of its service. Returns whether there is
+    /// a response.
     pub(super) fn finish_answer(&self, outcome: Resolution<'_, '_>) -> bool {
         let code = match outcome {
             Resolution::Drop => {
@@ -235,14 +233,14 @@ impl Handler {
                 }
                 code
             }
-            // Not where they weren't allowed, and those are for the caller.
+            // The caller handles these.
             Resolution::Wait | Resolution::Warm(_) | Resolution::Forward(_) => return false,
         };
         self.stats.count(code);
         true
     }
 
-    /// Says that a service is used, now and then.
+    /// Reports that a service is used, at most once a minute.
     fn report_usage(&self, service: &Service) {
         if self.demand.is_connected() && self.usage_limiter.is_due(&service.name) {
             self.demand.used(&service.name);
@@ -269,7 +267,7 @@ impl Handler {
         }
     }
 
-    /// What a message comes to, in a while.
+    /// Resolves a query that may wait for the zone or for a service.
     pub(super) async fn resolve_deferred(&self, bytes: &[u8], transport: Transport) -> Deferred {
         let mut out = Vec::new();
         let mut found = None;
@@ -304,12 +302,12 @@ impl Handler {
         }
     }
 
-    /// Whether the start is so near that the zone is waited for.
+    /// Whether queries still wait for the zone after the start.
     pub(super) fn in_startup_grace(&self) -> bool {
         Instant::now() < self.ready_by
     }
 
-    /// Waits for the zone, for as long as that is done after the start.
+    /// Waits until the zone can be answered for, at most until the startup grace period ends.
     pub(super) async fn wait_ready(&self) {
         let (mut table, mut attached) = (self.table.clone(), self.attached.clone());
         let reliable = async {
@@ -319,12 +317,12 @@ impl Handler {
         let _ = tokio::time::timeout_at(self.ready_by.into(), reliable).await;
     }
 
-    /// What becomes of a name that the table doesn't have live.
+    /// How a name that isn't live in the table is handled.
     pub(super) fn missing(&self) -> Missing {
         if self.demand.is_connected() { Missing::LookUp } else { Missing::Absent }
     }
 
-    /// Waits a moment for a service that isn't live, and returns what is known of its name then.
+    /// Waits a moment for a service to become live, and returns what is known of its name then.
     async fn wait_live(&self, name: &str) -> Missing {
         let mut table = self.table.clone();
         let is_live = |table: &Arc<Table>| {
@@ -339,13 +337,13 @@ impl Handler {
         };
         match tokio::time::timeout(FETCH_TIMEOUT, warming).await {
             Ok(Lookup::Absent) => Missing::Absent,
-            // One that exists is in the table, or can't be served.
+            // One that exists is in the table, or was rejected.
             Ok(Lookup::Exists | Lookup::Unknown) | Err(_) => Missing::Unknown,
         }
     }
 
-    /// Another resolver's answer over TCP, or SERVFAIL. Where the name may be a service of ours for
-    /// all that is known (`is_unknown`), the other resolver's "no such name" doesn't hold either.
+    /// An upstream's response over TCP, or SERVFAIL. If the name may be a service (`is_unknown`),
+    /// an upstream's NXDOMAIN is SERVFAIL, too.
     async fn forward(
         &self,
         policy: &Policy,
@@ -362,7 +360,7 @@ impl Handler {
                     &mut out,
                     query,
                     ResponseCode::ServFail,
-                    max_len(query, Transport::Tcp),
+                    encode::max_len(query, Transport::Tcp),
                 );
                 self.stats.count(ResponseCode::ServFail);
             }
@@ -370,7 +368,7 @@ impl Handler {
                 note(AnswerOrigin::Upstream(upstream.address));
                 self.stats.count(answer.code());
                 let how = RelayOptions {
-                    max_len: max_len(query, Transport::Tcp),
+                    max_len: encode::max_len(query, Transport::Tcp),
                     keeps_ad: upstream.keeps_ad(),
                     max_ttls: is_in_zone.then(|| policy.zone.max_ttls()),
                 };
@@ -383,19 +381,11 @@ impl Handler {
                     &mut out,
                     query,
                     ResponseCode::ServFail,
-                    max_len(query, Transport::Tcp),
+                    encode::max_len(query, Transport::Tcp),
                 );
                 self.stats.count(ResponseCode::ServFail);
             }
         }
         out
-    }
-}
-
-/// The longest message that the client takes.
-fn max_len(query: &ClientQuery<'_>, transport: Transport) -> usize {
-    match transport {
-        Transport::Udp => query.max_payload().min(MAX_UDP_RESPONSE).into(),
-        Transport::Tcp => usize::from(u16::MAX),
     }
 }

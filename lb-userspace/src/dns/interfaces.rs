@@ -1,4 +1,4 @@
-//! What this host's interfaces have.
+//! The addresses and networks of this host's interfaces.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -7,8 +7,8 @@ use nix::net::if_::InterfaceFlags;
 use nix::sys::socket::SockaddrStorage;
 use tracing::warn;
 
-/// The addresses of this host, as getifaddrs(3) reports them. To bind to an address tells less: with
-/// `net.ipv4.ip_nonlocal_bind`, which hosts that run VRRP set, that succeeds for any.
+/// The addresses of this host, as getifaddrs(3) reports them. Binding to an address proves nothing:
+/// with `net.ipv4.ip_nonlocal_bind`, which VRRP hosts set, that succeeds for any.
 #[derive(Debug, Default)]
 pub(super) struct Interfaces {
     pub(super) addresses: Vec<IpAddr>,
@@ -19,7 +19,7 @@ pub(super) struct Interfaces {
 }
 
 impl Interfaces {
-    /// Reads them; none where that fails, which is logged.
+    /// Reads them; an error is logged, and then there are none.
     pub(super) fn read() -> Interfaces {
         let interfaces = match nix::ifaddrs::getifaddrs() {
             Ok(interfaces) => interfaces,

@@ -1,9 +1,10 @@
-//! Whether an upstream leads back to ourselves, through however many resolvers.
+//! Detects forwarding loops: upstreams that lead back to this server, through any number of
+//! resolvers.
 //!
-//! No address tells: a local dnsmasq that forwards everything to us may be our own upstream. So each
-//! upstream is sent a question for a name that nobody can guess. Where that question arrives at our
-//! own server, the upstream goes in a circle, and is left out until a later question doesn't come
-//! back. dnsmasq's `--dns-loop-detect` works the same way.
+//! Addresses don't show them: a local dnsmasq that forwards everything to us may be our own
+//! upstream. So each upstream is sent a query for an unguessable name. If that query arrives at our
+//! own server, the upstream loops, and is skipped until a later query doesn't come back. dnsmasq's
+//! `--dns-loop-detect` works the same way.
 
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
@@ -14,11 +15,12 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tracing::{info, warn};
 
+use super::domain::Domain;
 use super::message::WireName;
 use super::random::Random;
 use super::resolv_conf::is_stub;
 
-/// The label below which the probes' names are: whoever reads a resolver's log sees whose they are.
+/// The label below which the names of probes are, so that a resolver's log shows their origin.
 const LABEL: &str = "nohop-loop";
 
 /// The domain of probes for names that have no route of their own. Resolvers answer some private
@@ -26,19 +28,19 @@ const LABEL: &str = "nohop-loop";
 /// this one, which ICANN set aside for private use in 2024, they forward like any other.
 const PRIVATE: &str = "internal";
 
-/// The probes that are remembered, so that one that comes late still counts.
+/// The pending probes, so that one that arrives late is still recognized.
 const MAX_PROBES: usize = 1024;
 
-/// How long a way that was probed isn't probed again.
+/// The period between two probes of a path.
 pub(super) const PERIOD: Duration = Duration::from_secs(60);
 
-/// The same for one that is suspicious and wasn't found to be a good one.
+/// The same for a suspicious path that no response has proven good.
 const SUSPICION_PERIOD: Duration = Duration::from_secs(5);
 
 /// Type A, class IN.
 const A_IN: [u8; 4] = [0, 1, 0, 1];
 
-/// An upstream, for the names of one domain: it may treat other domains in another way.
+/// An upstream for the names of one domain: it may treat other domains differently.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct UpstreamPath {
     /// The domain of a route, or the zone where some of its names are forwarded; empty for all names
@@ -48,34 +50,34 @@ pub(super) struct UpstreamPath {
     pub(super) server: SocketAddr,
 }
 
-/// What the probes have found.
+/// The results of the probes.
 #[derive(Debug, Default)]
 pub(super) struct LoopDetector {
     state: Mutex<LoopState>,
-    /// Whether there are circular ways at all, so that others cost no lock.
+    /// Whether any path loops, so that the check costs no lock otherwise.
     any: AtomicBool,
-    /// Told of each way that is found to lead back here.
+    /// Notified of each path that is found to loop.
     found: watch::Sender<()>,
 }
 
 #[derive(Debug, Default)]
 struct LoopState {
-    /// The probes that may still come by, each under the first label of its name.
+    /// The pending probes by the first label of their names.
     probes: HashMap<u128, PendingProbe>,
-    /// The ways whose probes came back.
+    /// The paths whose probes came back.
     circular: HashSet<UpstreamPath>,
-    /// When each way was probed last.
+    /// When each path was probed last.
     probed: HashMap<UpstreamPath, ProbeRecord>,
 }
 
 #[derive(Clone, Copy, Debug)]
 struct ProbeRecord {
     at: Instant,
-    /// Whether an answer came that didn't come by here.
+    /// Whether it was answered without arriving here.
     is_good: bool,
 }
 
-/// A question that shows whether an upstream leads back here.
+/// A query that shows whether an upstream leads back here.
 #[derive(Clone, Debug)]
 pub(super) struct ProbeQuery {
     token: u128,
@@ -84,21 +86,15 @@ pub(super) struct ProbeQuery {
 }
 
 impl ProbeQuery {
-    /// One for a name below `domain` that nobody can guess.
+    /// A query for an unguessable name below `domain`.
     fn new(token: u128, domain: &str) -> ProbeQuery {
-        let mut wire = Vec::new();
-        let label = format!("{token:032x}");
-        let labels = [&*label, LABEL].into_iter().chain(domain.split('.'));
-        for label in labels.filter(|label| !label.is_empty()) {
-            wire.push(label.len() as u8); // the configuration has checked it
-            wire.extend(label.bytes());
-        }
-        wire.push(0);
+        let name = Domain::new(&format!("{token:032x}.{LABEL}.{domain}"));
+        let mut wire = name.wire().to_vec();
         wire.extend(A_IN);
         ProbeQuery { token, wire }
     }
 
-    /// One that no circle is found by, for a resolver that is to show that it answers at all.
+    /// A query that only shows whether a resolver answers at all.
     pub(super) fn sign_of_life() -> ProbeQuery {
         ProbeQuery::new(Random::new().u128(), PRIVATE)
     }
@@ -111,7 +107,7 @@ struct PendingProbe {
 }
 
 impl LoopDetector {
-    /// The question to send on a way at `now`; `None` where its name would be too long.
+    /// The query to send on a path at `now`; `None` if its name would be too long.
     pub(super) fn probe(&self, path: &UpstreamPath, now: Instant) -> Option<ProbeQuery> {
         let token = Random::new().u128();
         let domain = if path.domain.is_empty() { PRIVATE } else { &path.domain };
@@ -126,8 +122,8 @@ impl LoopDetector {
         Some(question)
     }
 
-    /// Whether a way is to be probed at `now`: once a minute, and sooner where it looks suspicious
-    /// and no answer has shown within that minute that it is a good one.
+    /// Whether a path is to be probed at `now`: once a minute, and sooner if it is suspicious and
+    /// no response within that minute has proven it good.
     pub(super) fn is_due(&self, path: &UpstreamPath, is_suspicious: bool, now: Instant) -> bool {
         let state = self.lock();
         let Some(probed) = state.probed.get(path) else { return true };
@@ -135,7 +131,7 @@ impl LoopDetector {
         age >= PERIOD || is_suspicious && !probed.is_good && age >= SUSPICION_PERIOD
     }
 
-    /// Whether a name that we are asked for is that of a probe: then its way leads back here.
+    /// Whether a client's query is for the name of a probe; then its path is marked as looping.
     pub(super) fn is_probe(&self, name: &WireName<'_>) -> bool {
         if !name.label(1).is_some_and(is_probe_label) {
             return false;
@@ -158,8 +154,8 @@ impl LoopDetector {
         true
     }
 
-    /// Notes that a probe was answered; where it didn't come by here, its way is a good one. (One
-    /// without an answer may still come by.)
+    /// Notes that a probe was answered. If it didn't arrive here, its path is good. (One without a
+    /// response may still arrive.)
     pub(super) fn answered(&self, probe: &ProbeQuery) {
         let mut state = self.lock();
         let Some(PendingProbe { path, came_back }) = state.probes.remove(&probe.token) else {
@@ -177,7 +173,7 @@ impl LoopDetector {
         self.any.store(!state.circular.is_empty(), Ordering::Release);
     }
 
-    /// Forgets the ways that there no longer are.
+    /// Drops the paths that aren't in `paths`.
     pub(super) fn retain_paths(&self, paths: &[UpstreamPath]) {
         let mut state = self.lock();
         state.circular.retain(|path| paths.contains(path));
@@ -185,7 +181,7 @@ impl LoopDetector {
         self.any.store(!state.circular.is_empty(), Ordering::Release);
     }
 
-    /// Whether any way leads back here.
+    /// Whether any path leads back here.
     pub(super) fn any(&self) -> bool {
         self.any.load(Ordering::Acquire)
     }

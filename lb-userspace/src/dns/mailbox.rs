@@ -1,4 +1,4 @@
-//! What reaches a thread that serves a UDP socket besides messages: the end, and news.
+//! Wakes the threads of UDP sockets: to stop, to take up changes, and with queries that waited.
 
 use std::io;
 use std::net::SocketAddr;
@@ -10,13 +10,13 @@ use rustix::event::{EventfdFlags, eventfd};
 
 use super::udp::LocalAddress;
 
-/// A client's message that waited for the zone, and is to be forwarded after all.
+/// A client's query that waited for the zone and is to be forwarded after all.
 #[derive(Debug)]
 pub(super) struct RequeuedQuery {
     pub(super) bytes: Vec<u8>,
     pub(super) client: SocketAddr,
     pub(super) to: LocalAddress,
-    /// Whether it may be about a service for all that is known.
+    /// Whether it may be about a service.
     pub(super) is_unknown: bool,
 }
 
@@ -38,13 +38,13 @@ impl Mailbox {
         Ok(Mailbox { event, is_stopped: AtomicBool::new(false), returned: Mutex::default() })
     }
 
-    /// Wakes the thread, so that it looks at everything again.
+    /// Wakes the thread, which then checks everything again.
     pub(super) fn wake(&self) {
         // Only a counter that is full refuses, and then the thread is awake.
         let _ = rustix::io::write(&self.event, &1u64.to_ne_bytes());
     }
 
-    /// Has the thread read nothing more, and end.
+    /// Has the thread stop reading, and end.
     pub(super) fn stop(&self) {
         self.is_stopped.store(true, Ordering::Relaxed);
         self.wake();
@@ -56,7 +56,7 @@ impl Mailbox {
         self.wake();
     }
 
-    /// Notes that the thread is awake. Returns what was given back.
+    /// Resets the event. Returns the queries that were given back.
     pub(super) fn take(&self) -> Vec<RequeuedQuery> {
         let _ = rustix::io::read(&self.event, &mut [0; 8]);
         std::mem::take(&mut self.returned.lock().unwrap_or_else(PoisonError::into_inner))

@@ -34,19 +34,18 @@ const SOA: u16 = 6;
 /// Where an OPT record has the size of UDP messages: after the root's name and the type.
 pub(super) const OPT_PAYLOAD: usize = 3;
 
-/// Why a message is no question that can be dealt with.
+/// Why a message is not a query that can be answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum MalformedQuery {
-    /// It isn't a question at all: whoever answered it could be led into answering answers, or
-    /// anything.
+    /// It isn't a query: to answer it could mean to answer a response, in a loop.
     NoQuestion,
-    /// It asks for something else than names.
+    /// Its opcode isn't QUERY.
     OpCode,
-    /// It hasn't one question, or what follows that isn't put together as it should be.
+    /// It doesn't have exactly one question, or the records after it are malformed.
     Format,
 }
 
-/// A message that asks one question.
+/// A client's query, with one question.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct ClientQuery<'a> {
     bytes: &'a [u8],
@@ -78,7 +77,7 @@ impl<'a> Question<'a> {
     }
 }
 
-/// What an answer repeats of its question.
+/// The fields of a query that its response repeats.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct ClientEcho<'a> {
     pub(super) id: u16,
@@ -88,7 +87,7 @@ pub(super) struct ClientEcho<'a> {
     pub(super) has_edns: bool,
 }
 
-/// What an OPT record says.
+/// The fields of an OPT record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct EdnsInfo {
     pub(super) version: u8,
@@ -118,7 +117,7 @@ pub(super) struct WireName<'a> {
 }
 
 impl<'a> ClientQuery<'a> {
-    /// Reads a message. What it can't use it skips: records other than OPT, options, trailing bytes.
+    /// Parses a message. It skips records other than OPT, options and trailing bytes.
     pub(super) fn read(bytes: &'a [u8]) -> Result<ClientQuery<'a>, MalformedQuery> {
         let header: &[u8; HEADER_LEN] = bytes.first_chunk().ok_or(MalformedQuery::NoQuestion)?;
         if header[2] & 0x80 != 0 {
@@ -156,7 +155,7 @@ impl<'a> ClientQuery<'a> {
         }
     }
 
-    /// What a query to other resolvers has besides the question, in one byte.
+    /// What an upstream query has in addition to the question, as one byte.
     pub(super) fn forwarded_flags(&self) -> u8 {
         let (has_edns, dnssec_ok) = (self.edns.is_some(), self.dnssec_ok());
         self.bytes[2] & RD
@@ -174,7 +173,7 @@ impl<'a> ClientQuery<'a> {
         &self.head()[HEADER_LEN..]
     }
 
-    /// What an answer to this message repeats of it.
+    /// The fields that the response repeats.
     pub(super) fn client(&self) -> ClientEcho<'a> {
         ClientEcho {
             id: self.id(),
@@ -189,7 +188,7 @@ impl<'a> ClientQuery<'a> {
         &self.bytes[..HEADER_LEN + self.name.bytes.len() + 4]
     }
 
-    /// The longest message that the asker takes over UDP.
+    /// The longest UDP response that the client takes.
     pub(super) fn max_payload(&self) -> u16 {
         self.edns.map_or(PLAIN_PAYLOAD, |edns| edns.max_payload)
     }
@@ -288,7 +287,7 @@ impl<'a> Cursor<'a> {
         Some(opt)
     }
 
-    /// Steps over a record, whatever its data is; what it says where it is OPT.
+    /// Skips a record; returns its EDNS fields if it is OPT.
     fn record(&mut self) -> Option<Option<EdnsInfo>> {
         let is_root = self.bytes.get(self.offset) == Some(&0);
         self.name()?;
@@ -305,7 +304,7 @@ impl<'a> Cursor<'a> {
         }))
     }
 
-    /// Steps over a name, without following where it points to: so none can lead in a circle.
+    /// Skips a name without following compression pointers, so none can loop.
     fn name(&mut self) -> Option<()> {
         loop {
             match *self.take(1)?.first()? {
@@ -328,9 +327,9 @@ pub(super) fn is_same_question(one: &[u8], other: &[u8]) -> bool {
     }
 }
 
-/// Bounds the times to live in a message that can be read, whose question is `question_len` long: to
-/// `max_ttl` seconds, and to `max_negative_ttl` where they say how long something may be believed
-/// not to be (RFC 2308: the authority section, and the last field of SOA).
+/// Limits the TTLs in a well-formed message whose question is `question_len` long: to `max_ttl`
+/// seconds, and in negative responses to `max_negative_ttl` (RFC 2308: the authority section, and
+/// the last field of SOA).
 pub(super) fn bound_ttls(
     message: &mut [u8],
     question_len: usize,

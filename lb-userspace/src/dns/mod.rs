@@ -1,10 +1,10 @@
-//! The DNS server: `NAME.service` is answered from the table, every other name is forwarded.
+//! The DNS server: it answers `NAME.service` from the table and forwards every other name.
 //!
-//! `message` reads a question, `answer` decides and `reply` writes, all without I/O and without
-//! allocating; `relay` has the questions for other resolvers, without I/O either; a `worker` for each
-//! UDP socket receives, has them do their work and sends; `server` starts and stops all, `tcp` serves
-//! connections. Nothing here waits for the source of discovery, but for a
-//! moment where it follows services as they are used: what isn't known yet is SERVFAIL, at once.
+//! `message` parses a query, `resolve` decides and `encode` writes the response, all without I/O
+//! and without allocating; `relay` holds the queries for upstreams, also without I/O; a `worker`
+//! per UDP socket receives, calls these and sends; `server` starts and stops all of it, `tcp` and
+//! `tls` serve connections. Nothing here waits for the source of discovery, except for a moment
+//! where services are followed as they are used: what isn't known yet is SERVFAIL at once.
 
 mod acl;
 mod bind;
@@ -43,15 +43,15 @@ mod usage_limiter;
 mod worker;
 
 #[cfg(test)]
-mod answers;
-#[cfg(test)]
 mod tests;
 
 pub use bind::{DnsError, bind, try_bind, try_bind_tls};
 pub use debug_query::{DebugClient, DebugQueryError, ask};
 pub use origin::AnswerOrigin;
+pub use resolv_conf::{is_stub, nameservers};
 pub use server::DnsServer;
 pub use sockets::{Sockets, Transport};
 pub use stats::DnsStats;
 pub use tls::server_config as tls_server_config;
 pub use upstream::{BUCKETS_US, UpstreamState, UpstreamStats};
+pub use upstreams::leads_to_own;

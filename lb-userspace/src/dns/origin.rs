@@ -1,4 +1,4 @@
-//! Where an answer came from, for the questions of `nohop dns query`.
+//! Tracks where responses came from, for `nohop dns query`.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -10,27 +10,27 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 pub enum AnswerOrigin {
     /// From this server itself.
     Own,
-    /// From another resolver, which is this one.
+    /// From this upstream.
     Upstream(SocketAddr),
-    /// It should have come from another resolver, and none gave one, for this reason.
+    /// From nowhere: no upstream answered, for this reason.
     Nowhere(String),
 }
 
-/// What tells one question from another: its id, name and type, as they are in the message.
+/// Identifies a query: its id, name and type as on the wire.
 type OriginKey = (u16, Box<[u8]>);
 
-/// The questions whose origin is watched.
+/// The queries whose origin is tracked.
 #[derive(Clone, Debug, Default)]
 pub(super) struct OriginTracker(Arc<Shared>);
 
 #[derive(Debug, Default)]
 struct Shared {
-    /// The number of them, so that other questions cost one read.
+    /// Their number, so that all other queries cost one atomic read.
     n_watched: AtomicUsize,
     watched: Mutex<HashMap<OriginKey, AnswerOrigin>>,
 }
 
-/// A question whose origin is watched, until this is dropped.
+/// A tracked query; dropping it ends the tracking.
 #[derive(Debug)]
 pub(super) struct TrackedQuery {
     origins: OriginTracker,
@@ -38,7 +38,7 @@ pub(super) struct TrackedQuery {
 }
 
 impl OriginTracker {
-    /// Watches the question with this id and these bytes on the wire.
+    /// Tracks the query with this id and question.
     pub(super) fn watch(&self, id: u16, question: &[u8]) -> TrackedQuery {
         let key = (id, question.to_ascii_lowercase().into());
         let mut watched = self.lock();
@@ -48,12 +48,12 @@ impl OriginTracker {
         TrackedQuery { origins: self.clone(), key }
     }
 
-    /// Whether any question is watched.
+    /// Whether any query is tracked.
     pub(super) fn any(&self) -> bool {
         self.0.n_watched.load(Ordering::Relaxed) > 0
     }
 
-    /// Notes where the answer to a question came from, where that is watched.
+    /// Notes where the response to a query came from, if it is tracked.
     pub(super) fn note(&self, id: u16, question: &[u8], origin: impl FnOnce() -> AnswerOrigin) {
         if !self.any() {
             return;
@@ -69,7 +69,7 @@ impl OriginTracker {
 }
 
 impl TrackedQuery {
-    /// What is known of it now.
+    /// The origin, as far as it is known.
     pub(super) fn origin(&self) -> AnswerOrigin {
         self.origins.lock().get(&self.key).cloned().unwrap_or(AnswerOrigin::Own)
     }

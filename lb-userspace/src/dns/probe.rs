@@ -1,4 +1,4 @@
-//! Probes of the upstreams: whether one leads back here, and whether a suspect answers at all.
+//! Probes the upstreams: for loops, and whether a suspect answers at all.
 
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
@@ -15,18 +15,18 @@ use super::sockets::Transport;
 use super::upstream::{Upstream, UpstreamState};
 use super::upstream_query::UpstreamQuery;
 
-/// How often an upstream that is out is asked whether it answers again.
+/// The period between two probes of an upstream that is out.
 const RETRY: Duration = Duration::from_secs(2);
 
-/// How often is looked what is due.
+/// How often due probes are checked for.
 const TICK: Duration = Duration::from_secs(1);
 
 /// What is probed: an upstream by one transport.
 type ProbeTarget = (SocketAddr, Transport);
 
-/// Probes for as long as the forwarder lives: suspects at once, those that are out every 2 s, and
-/// each way once a minute for circles. Threads are woken by `alarm` when one is out, or a circle was
-/// found, so that no question waits for it any longer.
+/// Probes for as long as the forwarder lives: suspects at once, upstreams that are out every 2 s,
+/// and each path once a minute for loops. Wakes the threads through `alarm` when an upstream is out
+/// or a loop was found, so that no query waits for it any longer.
 ///
 /// # Panics
 /// Outside a tokio runtime.
@@ -104,8 +104,8 @@ async fn watch(forwarder: Weak<Forwarder>, suspicion: Arc<Notify>, alarm: Worker
     }
 }
 
-/// Whether an upstream answers anything: a question that it should resolve, and one that it has to
-/// answer by itself, as one whose own upstreams are away is still good for the names it has.
+/// Probes whether an upstream answers anything: a query that it should resolve, and one that it has
+/// to answer itself, as a resolver whose own upstreams fail is still good for the names it has.
 async fn ask_for_life(
     upstream: &Upstream,
     transport: Transport,
@@ -120,7 +120,7 @@ async fn ask_for_life(
             std::pin::pin!(recursive.over(transport, upstream.address)),
             std::pin::pin!(plain.over(transport, upstream.address)),
         );
-        // The first answer is enough, the first error isn't.
+        // One response is enough; one error isn't a failure.
         tokio::select! {
             answer = &mut recursive => match answer {
                 Ok(_) => true,
@@ -139,7 +139,7 @@ async fn ask_for_life(
     }
 }
 
-/// Whether a way leads back here: then the question arrives at our own server.
+/// Probes whether a path leads back here: then the query arrives at our own server.
 async fn ask_for_circle(
     forwarder: &Forwarder,
     path: &UpstreamPath,

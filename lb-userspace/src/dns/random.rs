@@ -1,10 +1,10 @@
-//! Numbers that nobody else can predict, drawn from the kernel in bulk: a system call for each query
-//! id would cost as much as sending the query.
+//! Unpredictable numbers, read from the kernel in bulk: a system call per query id would cost as
+//! much as sending the query.
 
 use rustix::io::Errno;
 use rustix::rand::{GetRandomFlags, getrandom};
 
-/// How much is drawn at a time.
+/// The bytes that are read at a time.
 const POOL_LEN: usize = 1024;
 
 /// Output of getrandom(2), which is cryptographically secure, each byte used once.

@@ -1,11 +1,10 @@
-//! Questions for other resolvers over UDP, from the client's message to the resolver's answer: a
-//! state machine without I/O, of which each thread has its own. What it sends and answers goes
+//! Forwards queries over UDP: a state machine without I/O, one per thread. It sends and answers
 //! through a [`RelayIo`]; the time is an argument.
 //!
-//! A question goes to the first upstream of its route that isn't out, and to the next one where no
-//! answer has come after [`ForwardLimits::hedge`], without giving the first one up (a hedged request).
-//! Questions that are the same share one query (singleflight). What an upstream denies counts once
-//! no better one may still know.
+//! A query goes to the first upstream of its route that isn't out, and to the next one if there is
+//! no response after [`ForwardLimits::hedge`], without giving up the first (a hedged request).
+//! Identical queries share one upstream query (singleflight). A negative response applies once no
+//! better upstream may still answer.
 
 use std::collections::{HashMap, VecDeque};
 use std::hash::{BuildHasher, RandomState};
@@ -32,31 +31,30 @@ use slot::{
     socket_of,
 };
 
-/// From so many clients of one question on there may be a circle, which is looked for.
+/// The number of clients of one question from which on a loop is suspected.
 const N_SUSPICIOUS: usize = 8;
 
-/// How often a question moves from a port that unwanted messages come to, before its clients are to
-/// ask over TCP.
+/// How often a query moves away from a socket with mismatched messages before its clients get TC.
 const MAX_MOVES: u8 = 3;
 
-/// The part of the places that one client may have, unless it is this host.
+/// One client other than the host has 1/`SHARE` of the slots at most.
 const SHARE: usize = 4;
 
-/// How much is tried, and for how long.
+/// The limits of forwarding.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct ForwardLimits {
-    /// How long one round of questions to all upstreams may take.
+    /// How long one round of queries to all upstreams may take.
     pub(super) patience: Duration,
-    /// How often the list of upstreams is gone through.
+    /// The number of rounds.
     pub(super) n_rounds: u8,
-    /// The questions of clients that may wait at one time, in each thread.
+    /// The queries of clients that may wait at a time, in each thread.
     pub(super) max_waiting: usize,
 }
 
 impl ForwardLimits {
-    /// How long the next upstream waits for the one before: 400 ms, and 50 ms for a suspect. That is
-    /// time enough for one that is there, so that what the next one knows of this site's names
-    /// doesn't count by chance.
+    /// The delay before the next upstream is asked: 400 ms, and 50 ms after a suspect. That is
+    /// enough for one that is up, so that it isn't by chance that a later one answers for this
+    /// site's names.
     pub(super) fn hedge(&self, is_suspect: bool) -> Duration {
         self.patience / if is_suspect { 40 } else { 5 }
     }
@@ -68,68 +66,67 @@ impl Default for ForwardLimits {
     }
 }
 
-/// Why a question got no answer from elsewhere.
+/// Why a query got no response from an upstream.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum ForwardError {
-    #[error("too many questions are under way")]
+    #[error("too many queries are pending")]
     Busy,
-    #[error("it is a question of our own that shows which resolvers lead back here")]
+    #[error("it is a loop probe of this server")]
     OwnProbe,
     #[error("there is no resolver to ask but this one")]
     NoUpstream,
     #[error("none of {0} resolvers answered")]
     Unanswered(usize),
-    #[error("whether it is a service is unknown, and no other resolver has it")]
+    #[error("whether it is a service is unknown, and no upstream has it")]
     Unknown,
 }
 
-/// A local port: a socket that is connected to one upstream.
+/// The id of a socket in the pool, which is connected to one upstream.
 pub(super) type SocketId = u32;
 
-/// The sockets, as far as the relay needs them.
+/// The sockets as the relay needs them.
 pub(super) trait RelayIo {
-    /// Draws a port that is connected to `server`, for one more query; `None` where there is none to
-    /// be had.
+    /// Draws a socket that is connected to `server` for one more query; `None` if none can be
+    /// opened.
     fn draw(&mut self, server: SocketAddr) -> Option<SocketId>;
     /// Draws an id.
     fn id(&mut self) -> u16;
     /// Sends a query.
     fn send(&mut self, port: SocketId, message: &[u8]);
-    /// One query of the port is done with.
+    /// One query of the socket is done.
     fn done(&mut self, port: SocketId);
-    /// A message came that answers no query of the port. Whether there were so many that somebody
-    /// may be guessing: then the port isn't drawn any more.
+    /// Counts a message that matches no query of the socket. Returns whether there were so many
+    /// that somebody may be guessing ids: then the socket isn't drawn any more.
     fn mismatch(&mut self, port: SocketId) -> bool;
     /// Answers a client.
     fn answer(&mut self, waiter: &Waiter, question: &[u8], message: &[u8], end: Completion<'_>);
 }
 
-/// How a question ended.
+/// How a query ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Completion<'a> {
-    /// By the answer of an upstream, with its response code.
+    /// With the response of an upstream and its code.
     Answered(SocketAddr, ResponseCode),
-    /// The client is to ask over TCP.
+    /// With TC: the client is to retry over TCP.
     Truncated,
-    /// Without an answer: SERVFAIL.
+    /// Without a response: SERVFAIL.
     Failed(&'a ForwardError),
 }
 
-/// A client that waits.
+/// A client that waits for a response.
 #[derive(Clone, Debug)]
 pub(super) struct Waiter {
     pub(super) client: SocketAddr,
-    /// The address of ours that it asked.
+    /// The local address that it queried.
     pub(super) to: LocalAddress,
     /// The id of its message.
     pub(super) id: u16,
     pub(super) client_key: ClientKey,
-    /// The longest answer that it takes.
+    /// The longest response that it takes.
     pub(super) max_len: u16,
-    /// Whether the name may be that of a service of ours, for all that is known: then no resolver's
-    /// "no such name" holds.
+    /// Whether the name may be a service: then an upstream's NXDOMAIN doesn't apply.
     pub(super) is_unknown: bool,
-    /// Its question, where its case is another than that of the query.
+    /// Its question if it differs in case from that of the upstream query.
     question: Option<Box<[u8]>>,
     since: Instant,
 }
@@ -149,27 +146,27 @@ impl Waiter {
     }
 }
 
-/// The questions under way of one thread.
+/// The pending queries of one thread.
 #[derive(Debug)]
 pub(super) struct Relay {
     limits: ForwardLimits,
     loops: Arc<LoopDetector>,
-    /// The bounds on what is forwarded of our own zone, as [`RelayOptions`] has them.
+    /// The TTL limits of forwarded names of our own zone, as in [`RelayOptions`].
     max_ttls: (u32, u32),
-    /// Where this thread counts.
+    /// The thread's shard of the upstreams' counters.
     shard: usize,
     slots: Vec<Slot>,
     free: Vec<u32>,
     flights: NumberMap<InFlightQuery>,
-    /// By the hash of the question; where two have the same, the second isn't shared.
+    /// By the hash of the question; if two collide, the second isn't shared.
     by_question: NumberMap<u32>,
     hasher: RandomState,
-    /// When each slot is looked at next: after the time for a hedge, that for one behind a suspect,
-    /// and at the end of a round. Each of these times is the same for all, so they are in order.
+    /// When each slot is due next: after the hedging delay, after that of a suspect, and at the end
+    /// of a round. Each queue has one constant delay, so it is in order.
     hedges: VecDeque<(Instant, SlotRef)>,
     suspects: VecDeque<(Instant, SlotRef)>,
     rounds: VecDeque<(Instant, SlotRef)>,
-    /// Queries whose question has ended, until when an answer would still be theirs.
+    /// Queries whose slot was released, until when a response would still be theirs.
     late: VecDeque<(Instant, FlightKey)>,
     n_waiting: usize,
     client_keys: HashMap<ClientKey, usize>,
@@ -178,7 +175,7 @@ pub(super) struct Relay {
 }
 
 impl Relay {
-    /// An empty one, of the thread that counts at `shard`.
+    /// An empty relay for the thread with this shard.
     pub(super) fn new(
         limits: ForwardLimits,
         loops: Arc<LoopDetector>,
@@ -206,7 +203,7 @@ impl Relay {
         }
     }
 
-    /// Goes by another configuration from now on. Questions that are under way keep their route.
+    /// Applies another configuration. Pending queries keep their route.
     pub(super) fn reconfigure(&mut self, loops: Arc<LoopDetector>, max_ttls: (u32, u32)) {
         (self.loops, self.max_ttls) = (loops, max_ttls);
     }
@@ -216,12 +213,13 @@ impl Relay {
         self.n_waiting == 0
     }
 
-    /// Whether a name is that of a probe of ours, which isn't forwarded; then its way leads back here.
+    /// Whether a name is that of a loop probe of ours, which isn't forwarded; then its path is
+    /// marked as looping.
     pub(super) fn is_probe(&self, name: &WireName<'_>) -> bool {
         self.loops.is_probe(name)
     }
 
-    /// Whether something happened that a probe should look into, since this was last asked.
+    /// Whether a probe should check the upstreams, since the last call.
     pub(super) fn take_suspicion(&mut self) -> bool {
         std::mem::take(&mut self.is_suspicious)
     }
@@ -237,7 +235,7 @@ impl Relay {
         fronts.into_iter().flatten().min()
     }
 
-    /// Asks the upstreams of `route` for what a client wants.
+    /// Forwards a client's query to the upstreams of `route`.
     pub(super) fn ask(
         &mut self,
         query: &ClientQuery<'_>,
@@ -274,7 +272,7 @@ impl Relay {
         self.start_round(idx, 0, now, wire);
     }
 
-    /// Takes a message that came to `port`.
+    /// Handles a message that arrived on `port`.
     pub(super) fn receive(
         &mut self,
         port: SocketId,
@@ -297,7 +295,7 @@ impl Relay {
         let is_late = slot.generation != generation
             || !slot.attempts.iter().any(|each| each.key == key && each.is_waiting);
         if is_late {
-            // It was of no use, but the upstream answers.
+            // Too late to be used, but the upstream answers.
             let outcome = QueryOutcome::Answered;
             upstream.answered(Transport::Udp, self.shard, outcome, now, took);
             self.forget(key, wire);
@@ -343,8 +341,8 @@ impl Relay {
         }
     }
 
-    /// Notes that a port's upstream can't be reached, as the kernel reports of a connected socket:
-    /// all that was asked on it goes to the next upstream.
+    /// Handles that a socket's upstream can't be reached, as the kernel reports of a connected
+    /// socket: all its queries go to the next upstream.
     pub(super) fn unreachable(&mut self, port: SocketId, now: Instant, wire: &mut impl RelayIo) {
         for key in self.keys_of(port) {
             let Some(flight) = self.flights.get(&key) else { continue };
@@ -359,7 +357,7 @@ impl Relay {
         }
     }
 
-    /// Does what is due.
+    /// Handles everything that is due.
     pub(super) fn expire(&mut self, now: Instant, wire: &mut impl RelayIo) {
         while let Some((_, slot)) = pop_due(&mut self.hedges, now) {
             self.hedge(slot, now, wire);
@@ -370,14 +368,14 @@ impl Relay {
         while let Some((_, (idx, generation))) = pop_due(&mut self.rounds, now) {
             let slot = &self.slots[idx as usize];
             let end = slot.round_began + self.limits.patience;
-            // It may have gone on to the next round before.
+            // It may have reached the next round before.
             if slot.generation == generation && now >= end {
                 self.mark_late(idx, now);
                 self.end_round(idx, now, wire);
             }
         }
         while let Some((_, key)) = pop_due(&mut self.late, now) {
-            // Unless an answer came after all, and the port and the id were drawn again since.
+            // Unless a response came after all, and socket and id were drawn again since.
             let ended = self
                 .flights
                 .get(&key)
@@ -390,7 +388,7 @@ impl Relay {
         }
     }
 
-    /// Looks at all questions again: an upstream is out, or was found to lead back here.
+    /// Checks all pending queries again: an upstream is out, or was found to loop.
     pub(super) fn recheck(&mut self, now: Instant, wire: &mut impl RelayIo) {
         for idx in 0..self.slots.len() as u32 {
             let slot = &mut self.slots[idx as usize];
@@ -398,7 +396,7 @@ impl Relay {
             if self.loops.any() {
                 for each in &mut slot.attempts {
                     let upstream = &route.upstreams[usize::from(each.rank)];
-                    // Its question may be the one that it waits for itself.
+                    // It may wait for its own query.
                     each.is_waiting &= !self.loops.is_looping(&route.path(upstream));
                 }
             }
@@ -431,10 +429,10 @@ impl Relay {
         }
     }
 
-    /// Sees to it that there is a place for one more of `client_key`. The question that waits longest
-    /// goes: of the party itself where that has its share, else of the one that has most. Those that
-    /// take long for good reasons are rare; those that never end fill any table (unbound does the
-    /// same under "jostle").
+    /// Makes room for one more query of `client_key`. The query that has waited longest is evicted:
+    /// the client's own if it has its share, otherwise one of the client with the most. Queries
+    /// that take long for good reasons are rare; those that never end fill any table (unbound does
+    /// the same under "jostle").
     fn evict_for(&mut self, client_key: ClientKey, now: Instant, wire: &mut impl RelayIo) {
         let n = self.client_keys.get(&client_key).copied().unwrap_or_default();
         let most = self.limits.max_waiting.max(1);
@@ -486,7 +484,7 @@ impl Relay {
         self.schedule(idx, generation, end, now);
     }
 
-    /// Plans when to look at a question that is still under way.
+    /// Schedules when a pending query is handled next.
     fn schedule(&mut self, idx: u32, generation: u32, end: Instant, now: Instant) {
         let slot = &mut self.slots[idx as usize];
         let Some(route) = slot.route.as_ref().filter(|_| slot.generation == generation) else {
@@ -513,7 +511,7 @@ impl Relay {
         }
     }
 
-    /// Asks the next upstream, and the one after it where it will hardly answer.
+    /// Asks the next upstream, and the one after it if that is out.
     fn ask_next(&mut self, idx: u32, now: Instant, wire: &mut impl RelayIo) {
         loop {
             let slot = &mut self.slots[idx as usize];
@@ -559,7 +557,7 @@ impl Relay {
         true
     }
 
-    /// A while after a question was sent: is it the upstream that is slow?
+    /// Handles the end of a hedging delay.
     fn hedge(&mut self, (idx, generation): SlotRef, now: Instant, wire: &mut impl RelayIo) {
         let slot = &self.slots[idx as usize];
         if slot.generation != generation || now < slot.next_hedge {
@@ -582,7 +580,7 @@ impl Relay {
         }
     }
 
-    /// Ends the question where nothing better can come.
+    /// Ends the query if no better response can come.
     fn settle(&mut self, idx: u32, now: Instant, wire: &mut impl RelayIo) {
         let slot = &self.slots[idx as usize];
         let Some(route) = &slot.route else { return };
@@ -592,8 +590,8 @@ impl Relay {
             each.is_waiting && now.saturating_duration_since(each.sent) < patience
         };
         if let Some(fallback) = slot.fallback.as_ref().filter(|fallback| fallback.is_negative) {
-            // An upstream further down may not know what a better one does, such as the names of
-            // this site; one that is out has had its time.
+            // A later upstream may not know what a better one does, such as the names of this site;
+            // one that is out has had its time.
             let may_know = |each: &Attempt| {
                 let state = route.upstreams[usize::from(each.rank)].state(Transport::Udp);
                 each.rank < fallback.rank
@@ -637,7 +635,7 @@ impl Relay {
         }
     }
 
-    /// Answers all who wait with what `server` answered.
+    /// Answers all waiters with the upstream's response.
     fn finish(
         &mut self,
         idx: u32,
@@ -692,7 +690,7 @@ impl Relay {
         self.end(idx, now);
     }
 
-    /// Tells one client that there is no answer, or none over UDP.
+    /// Answers one client without records: with an error, or with TC.
     fn answer_error(
         &mut self,
         idx: u32,
@@ -709,8 +707,8 @@ impl Relay {
         wire.answer(waiter, waiter.question.as_deref().unwrap_or(ours), &self.out, end);
     }
 
-    /// Gives the slot back. Its queries that have no answer yet are waited for a while still: an
-    /// answer shows that the upstream is alive, and isn't taken for a guess.
+    /// Releases the slot. Its unanswered queries are kept for a while: a response shows that the
+    /// upstream is alive, and isn't taken for a guess.
     fn end(&mut self, idx: u32, now: Instant) {
         let slot = &mut self.slots[idx as usize];
         for each in slot.attempts.drain(..) {
@@ -733,7 +731,7 @@ impl Relay {
         self.free.push(idx);
     }
 
-    /// Forgets a query.
+    /// Removes a query.
     fn forget(&mut self, key: FlightKey, wire: &mut impl RelayIo) {
         if self.flights.remove(&key).is_some() {
             wire.done(socket_of(key));
@@ -744,7 +742,7 @@ impl Relay {
         self.flights.keys().copied().filter(|key| socket_of(*key) == port).collect()
     }
 
-    /// Waits for a query no longer; whether its question is still under way.
+    /// Stops waiting for an attempt. Returns whether its query is still pending.
     fn cancel_attempt(&mut self, idx: u32, generation: u32, key: FlightKey) -> bool {
         let slot = &mut self.slots[idx as usize];
         let mut attempts = slot.attempts.iter_mut();
@@ -755,8 +753,8 @@ impl Relay {
             })
     }
 
-    /// Ignores a message that fits no query. Where there are many on one port, somebody may have
-    /// found it and be guessing ids: what was asked on it is asked again on another.
+    /// Counts a message that matches no query. Many on one socket may be somebody's guesses of ids:
+    /// its queries are sent again on another.
     fn mismatch(&mut self, port: SocketId, now: Instant, wire: &mut impl RelayIo) {
         if !wire.mismatch(port) {
             return;

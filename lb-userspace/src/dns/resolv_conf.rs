@@ -1,4 +1,4 @@
-//! The nameservers of /etc/resolv.conf, as it is now.
+//! The reader of /etc/resolv.conf and of systemd-resolved's list of uplinks.
 
 use std::fs;
 use std::io;
@@ -12,18 +12,18 @@ use tracing::{debug, warn};
 
 use crate::file_state::{FileState, file_state};
 
-/// The time between two tries at a file that can't be read.
+/// The pause before an unreadable file is tried again.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// The file, and what it said when it was read last.
+/// The file and its nameservers when it was last read.
 ///
-/// A look at the file's metadata finds every change, for about a microsecond. To
-/// watch /etc instead would miss those of a link's target, which is where systemd-resolved and
-/// NetworkManager make them.
+/// Comparing the file's metadata finds every change for about a microsecond. Watching /etc instead
+/// would miss changes of a link's target, which is where systemd-resolved and NetworkManager make
+/// them.
 #[derive(Debug)]
 pub(super) struct ResolvConf {
     path: PathBuf,
-    /// Where systemd-resolved tells whom it asks itself.
+    /// systemd-resolved's list of its own upstreams.
     uplinks: PathBuf,
     read: Mutex<Cached>,
 }
@@ -44,7 +44,7 @@ impl ResolvConf {
         ResolvConf { path, uplinks, read: Mutex::default() }
     }
 
-    /// Whether the file is another one than was read last, or could not be read then.
+    /// Whether the file changed since it was read, or couldn't be read then.
     pub(super) fn has_changed(&self) -> bool {
         let read = self.read.lock().unwrap_or_else(PoisonError::into_inner);
         read.is_due(self.stamp(), Instant::now())
@@ -55,13 +55,13 @@ impl ResolvConf {
         [&self.path, &self.uplinks].map(|path| file_state(path))
     }
 
-    /// The nameservers that `keep` lets through, in the file's order.
+    /// The nameservers that `keep` selects, in the file's order.
     ///
-    /// Behind systemd-resolved's own address come the servers that it asks itself: where it is
-    /// told to ask us, it asks us for all names, so it leads back here and is left out.
+    /// systemd-resolved's own address is followed by its own upstreams: if it forwards to us, it
+    /// forwards all names, so it leads back here and is skipped.
     ///
-    /// `keep` is asked once for each version of the file. While the file can't be read, the
-    /// servers stay those of the version before, and it is tried again every second.
+    /// `keep` is called once per version of the file. While the file can't be read, the nameservers
+    /// stay those of the former version, and it is tried again every second.
     pub(super) fn servers(&self, keep: impl Fn(&SocketAddr) -> bool) -> Arc<[SocketAddr]> {
         let mut read = self.read.lock().unwrap_or_else(PoisonError::into_inner);
         // First the metadata, then the content: a change in between is found the next time.
@@ -99,25 +99,25 @@ impl ResolvConf {
     }
 }
 
-/// What a look at the file has brought.
+/// The result of an update.
 #[derive(Debug)]
 enum Update {
     None,
     Cached,
-    /// It can't be read; told once for each version.
+    /// It can't be read; reported once for each version.
     Failed(io::Error),
 }
 
 impl Cached {
-    /// Whether this version is to be read: another one than was read last, or one that couldn't be
-    /// read a while ago.
+    /// Whether this version is to be read: it isn't the one that was read last, and hasn't failed
+    /// just now.
     fn is_due(&self, stamp: [FileState; 2], now: Instant) -> bool {
         let has_failed = self.failed.filter(|(failed, _)| *failed == stamp);
         let rests = has_failed.is_some_and(|(_, at)| now.saturating_duration_since(at) < PAUSE);
         self.stamp != Some(stamp) && !rests
     }
 
-    /// Takes what `named` reads where the version is another one than was read last.
+    /// Stores the nameservers that `named` reads, if this version is to be read.
     fn update(
         &mut self,
         stamp: [FileState; 2],
@@ -141,13 +141,13 @@ impl Cached {
     }
 }
 
-/// Whether this is an address of systemd-resolved.
-pub(super) fn is_stub(server: &SocketAddr) -> bool {
+/// Whether this is the stub of systemd-resolved.
+pub fn is_stub(server: &SocketAddr) -> bool {
     matches!(server.ip(), IpAddr::V4(ip) if matches!(ip.octets(), [127, 0, 0, 53 | 54]))
 }
 
 /// The nameservers in `content`; a line that can't be understood costs only itself.
-fn nameservers(content: &[u8]) -> impl Iterator<Item = SocketAddr> {
+pub fn nameservers(content: &[u8]) -> impl Iterator<Item = SocketAddr> {
     let (config, errors) = Config::parse_with_errors(content);
     for error in errors {
         debug!(%error, "a line of resolv.conf is ignored");

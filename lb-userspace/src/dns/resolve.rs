@@ -1,4 +1,4 @@
-//! What the server says to a message: from its bytes and the table to the answer's, without I/O.
+//! Decides the response to a message from its bytes and the table, without I/O.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv6Addr};
@@ -7,6 +7,7 @@ use std::sync::{Arc, OnceLock};
 use hickory_proto::op::ResponseCode;
 use ipnet::IpNet;
 
+use super::domain::Domain;
 use super::encode::{self, QUESTION, ResponseWriter, Section};
 use super::loop_detection;
 use super::message::{ClientQuery, WireName};
@@ -15,16 +16,11 @@ use super::sockets::Transport;
 use crate::config::{DnsConfig, Unrouted};
 use crate::table::{Backend, Ports, Protocols, Service, Table, Watch};
 
-/// How long others may remember that something does not exist, in seconds: short, so that a
-/// service that comes up is found soon after somebody asked for it too early.
+/// How long negative responses may be cached, in seconds: short, so that a service that was queried
+/// too early is found soon after it appears.
 const NEGATIVE_TTL: u32 = 5;
 
-/// The longest answer over UDP, whatever size the client allows: what we say that we take ourselves.
-/// A longer one would come in fragments, of which all but the first can be forged without knowing
-/// port and id, and would make more of a query with a forged sender.
-pub(super) const MAX_UDP_RESPONSE: u16 = encode::OUR_PAYLOAD;
-
-/// The port that SRV tells of a service that listens on 80 or on every port.
+/// The port in SRV records of a service that listens on 80 or on every port.
 const HTTP: u16 = 80;
 
 /// Types and a class of RFC 1035, 3596 and 2782.
@@ -42,65 +38,63 @@ mod number {
     pub(super) const IN: u16 = 1;
 }
 
-/// What of the names is ours, and how it is answered.
+/// Which names are ours, and how they are answered.
 #[derive(Clone, Debug)]
 pub(super) struct Zone {
-    /// The domain on the wire, in lower case.
-    domain: Box<[u8]>,
-    n_labels: usize,
+    domain: Domain,
     ttl: u32,
     unrouted: Unrouted,
-    /// Where VIPs come from, whose names are ours too.
+    /// The pools of VIPs, whose reverse names are ours, too.
     pools: Box<[IpNet]>,
 }
 
-/// A table, with what is worked out from it when somebody asks.
+/// A table with an index by address, built when it is first needed.
 #[derive(Debug)]
 pub(super) struct TableSnapshot {
     pub(super) table: Arc<Table>,
     by_address: OnceLock<HashMap<IpAddr, Arc<Service>>>,
 }
 
-/// What is known at this moment.
+/// What a response depends on.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct ResolveContext<'a> {
     pub(super) zone: &'a Zone,
     pub(super) snapshot: &'a TableSnapshot,
-    /// Whether connections to VIPs are translated now.
+    /// Whether connections to VIPs are redirected now.
     pub(super) attached: bool,
-    /// Whether the zone may be waited for, where it can't be relied on yet.
+    /// Whether the query may wait while the zone isn't ready.
     pub(super) waits: bool,
-    /// What becomes of a name that the table doesn't have live.
+    /// How names that aren't live in the table are handled.
     pub(super) missing: Missing,
 }
 
-/// What becomes of a name of the zone that the table doesn't have, or not live.
+/// How a name of the zone that isn't live in the table is handled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Missing {
-    /// It is looked up before it is answered.
+    /// It is looked up first.
     LookUp,
-    /// It is answered by the table, which is all that there is.
+    /// It is answered from the table, which is complete.
     Absent,
-    /// It is answered by the table; what the table doesn't have may exist all the same.
+    /// It is answered from the table; a name that the table doesn't have may exist all the same.
     Unknown,
 }
 
-/// What becomes of a message.
+/// The decision about a message.
 #[derive(Clone, Debug)]
 pub(super) enum Resolution<'m, 'k> {
-    /// Nothing: it is no question.
+    /// It gets no response: it isn't a query.
     Drop,
-    /// The answer is in the buffer; where it is about a service that is live, this one is in use.
+    /// The response is in the buffer; if it is about a live service, that service is in use.
     Reply(ResponseCode, Option<&'k Service>),
-    /// It is another resolver's to answer.
+    /// It is to be forwarded.
     Forward(ClientQuery<'m>),
-    /// It is about the zone, which can't be relied on yet.
+    /// It is about the zone, which isn't ready yet.
     Wait,
-    /// It is about the service of this name, in lower case, which isn't live, or is none.
+    /// It is about this name (in lower case), whose service isn't live or doesn't exist.
     Warm(String),
 }
 
-/// What a name in the zone is.
+/// The kind of a name in the zone.
 enum ZoneName<'a> {
     Service(&'a [u8]),
     /// `_NAME._tcp` or `_NAME._udp`.
@@ -128,7 +122,7 @@ impl TableSnapshot {
     }
 }
 
-/// Decides what becomes of the message `bytes`, and writes the answer into `out` where there is one.
+/// Decides about the message `bytes`, and writes the response into `out` if there is one.
 pub(super) fn answer<'m, 'k>(
     bytes: &'m [u8],
     transport: Transport,
@@ -142,10 +136,7 @@ pub(super) fn answer<'m, 'k>(
             return code.map_or(Resolution::Drop, |code| Resolution::Reply(code, None));
         }
     };
-    let max_len = match transport {
-        Transport::Udp => query.max_payload().min(MAX_UDP_RESPONSE).into(),
-        Transport::Tcp => usize::from(u16::MAX),
-    };
+    let max_len = encode::max_len(&query, transport);
     let mut error = |code| {
         encode::error(out, &query, code, max_len);
         Resolution::Reply(code, None)
@@ -153,21 +144,20 @@ pub(super) fn answer<'m, 'k>(
     if query.edns.is_some_and(|edns| edns.version != 0) {
         return error(ResponseCode::BADVERS);
     }
-    // Other classes have other trees of names, of which we know none; a transfer is more than one
-    // message, and nobody's to have here.
+    // Other classes have other name trees, of which we have none; zone transfers are not offered.
     let is_transfer = matches!(query.query_type, number::AXFR | number::IXFR);
     if query.query_class != number::IN || is_transfer {
         return error(ResponseCode::Refused);
     }
 
     let ResolveContext { zone, snapshot, .. } = known;
-    let below = zone.depth_of(&query.name);
+    let below = zone.domain.depth_of(&query.name);
     let reversed = below.is_none().then(|| reverse::classify(&query.name, &zone.pools)).flatten();
     if below.is_none() && reversed.is_none() {
         return Resolution::Forward(query);
     }
     let forwards = zone.unrouted == Unrouted::Forward;
-    // One that came back is heard whatever state the zone is in.
+    // A loop probe that came back is recognized in whatever state the zone is.
     if forwards && query.name.label(1).is_some_and(loop_detection::is_probe_label) {
         return Resolution::Forward(query);
     }
@@ -175,7 +165,7 @@ pub(super) fn answer<'m, 'k>(
         if known.waits {
             return Resolution::Wait;
         }
-        // Never NXDOMAIN: others would remember it.
+        // Never NXDOMAIN: resolvers would cache it.
         return error(ResponseCode::ServFail);
     }
     let named = below.map(|depth| (zone.named(&query.name, depth), depth));
@@ -185,7 +175,7 @@ pub(super) fn answer<'m, 'k>(
                 return Resolution::Warm(String::from_utf8_lossy(name).to_ascii_lowercase());
             }
             _ if forwards && !named.is_ours(&snapshot.table) => return Resolution::Forward(query),
-            // Never NXDOMAIN for want of an answer: others would remember it.
+            // Never NXDOMAIN for lack of an answer: resolvers would cache it.
             (Missing::Unknown, Some((_, None))) => return error(ResponseCode::ServFail),
             _ => {}
         }
@@ -228,43 +218,28 @@ fn is_live(service: &Service) -> bool {
 impl Zone {
     /// The zone of `config`, and the names of the addresses in `pools`.
     pub(super) fn new(config: &DnsConfig, pools: impl IntoIterator<Item = IpNet>) -> Zone {
-        let labels: Vec<&str> = config.domain.split('.').filter(|part| !part.is_empty()).collect();
-        let mut domain = Vec::new();
-        for label in &labels {
-            domain.push(label.len() as u8); // the configuration has checked it
-            domain.extend(label.to_ascii_lowercase().bytes());
-        }
-        domain.push(0);
         Zone {
-            domain: domain.into(),
-            n_labels: labels.len(),
+            domain: Domain::new(&config.domain),
             ttl: config.ttl,
             unrouted: config.unrouted,
             pools: pools.into_iter().collect(),
         }
     }
 
-    /// How long what other resolvers answer about names of the zone may be remembered, and what they
-    /// deny, in seconds.
+    /// The longest TTLs of forwarded names of the zone, in seconds: of positive and of negative
+    /// responses.
     pub(super) fn max_ttls(&self) -> (u32, u32) {
         (self.ttl, NEGATIVE_TTL)
     }
 
-    /// What names get that no routed service has.
+    /// The response for names that no routed service has.
     pub(super) fn unrouted(&self) -> Unrouted {
         self.unrouted
     }
 
-    /// Where VIPs come from.
+    /// The pools of VIPs.
     pub(super) fn pools(&self) -> &[IpNet] {
         &self.pools
-    }
-
-    /// How many labels `name` has below the zone: 0 for the zone itself, `None` outside of it.
-    fn depth_of(&self, name: &WireName<'_>) -> Option<usize> {
-        let depth = name.n_labels().checked_sub(self.n_labels)?;
-        // Lengths are below 64, where ASCII has no letters.
-        name.suffix(depth).eq_ignore_ascii_case(&self.domain).then_some(depth)
     }
 
     /// What a name is that is `depth` labels below the zone.
@@ -287,8 +262,9 @@ impl Zone {
 }
 
 impl ZoneName<'_> {
-    /// Whether the name is that of a service of `table`, or above all. Names below a service aren't:
-    /// the resolver that served the zone before may have them, as Consul has `TAG.NAME`.
+    /// Whether the name is that of a service of `table`, or above all of them. Names below a
+    /// service aren't: the resolver that had the zone before may have them, as Consul has
+    /// `TAG.NAME`.
     fn is_ours(&self, table: &Table) -> bool {
         match *self {
             ZoneName::Service(name) | ZoneName::Served(name, _) => in_table(name, table).is_some(),
@@ -297,8 +273,8 @@ impl ZoneName<'_> {
         }
     }
 
-    /// The label of the service that the name is about, where the table doesn't have it live, and the
-    /// service that is answered instead: one that isn't live, where the name fits what is known of it.
+    /// The label of the service that the name is about if the table doesn't have it live, and the
+    /// service itself if it is in the table and the name fits it.
     fn not_live<'n, 't>(&'n self, table: &'t Table) -> Option<(&'n [u8], Option<&'t Service>)> {
         let (ZoneName::Service(name) | ZoneName::Served(name, _)) = self else { return None };
         match in_table(name, table) {
@@ -307,7 +283,7 @@ impl ZoneName<'_> {
         }
     }
 
-    /// The service that the name is about, where there is one, connected so.
+    /// The service that the name is about, if it exists and has that protocol.
     fn service<'t>(&self, table: &'t Table) -> Option<&'t Service> {
         let (name, protocols) = match *self {
             ZoneName::Service(name) => (name, None),
@@ -323,7 +299,7 @@ impl ZoneName<'_> {
 
 /// The service of that name, in any case.
 fn in_table<'t>(name: &[u8], table: &'t Table) -> Option<&'t Service> {
-    // In a buffer, as this is done for every question.
+    // In a stack buffer, as this runs for every query.
     let mut buffer = [0; 63];
     let lower = buffer.get_mut(..name.len())?;
     lower.copy_from_slice(name);
@@ -369,7 +345,7 @@ impl AnswerWriter<'_> {
                 None => self.nothing(ResponseCode::NXDomain, depth),
                 Some(service) if self.wants(number::PTR) || self.wants(number::ANY) => {
                     let len = [service.name.len() as u8]; // a label
-                    let name: [&[u8]; 3] = [&len, service.name.as_bytes(), &self.zone.domain];
+                    let name: [&[u8]; 3] = [&len, service.name.as_bytes(), self.zone.domain.wire()];
                     self.reply.record(Section::Answer, QUESTION, number::PTR, self.zone.ttl, &name);
                     ResponseCode::NoError
                 }
@@ -378,11 +354,11 @@ impl AnswerWriter<'_> {
         }
     }
 
-    /// `NAME`: its addresses, or where it is served. Also while no backend is healthy: "no such
-    /// name" would outlive the outage in caches.
+    /// `NAME`: its addresses, or SRV. Also while no backend is healthy: NXDOMAIN would outlive the
+    /// outage in caches.
     fn service(&mut self, service: &Service) -> ResponseCode {
         match self.query.query_type {
-            // Of all there is, as little as may be (RFC 8482, section 4.1).
+            // The minimal response to ANY (RFC 8482, section 4.1).
             number::A | number::ANY => self.address(Section::Answer, QUESTION, service.vip.into()),
             number::AAAA if let Some(vip6) = vip6(service) => {
                 self.address(Section::Answer, QUESTION, vip6.into());
@@ -451,15 +427,15 @@ impl AnswerWriter<'_> {
         ResponseCode::NoError
     }
 
-    /// There is nothing of that kind, or nothing at all; the SOA says for how long to believe it.
+    /// No data or no such name; the SOA has the TTL of negative responses.
     fn nothing(&mut self, code: ResponseCode, depth: usize) -> ResponseCode {
         self.soa(Section::Authority, depth);
         code
     }
 
-    /// The SOA of the zone that begins `depth` labels above the question's name, with the names
-    /// that RFC 6303, section 3, gives to a zone that nobody else serves: the zone is its own
-    /// primary, and nobody is responsible.
+    /// The SOA of the zone whose apex is `depth` labels above the question's name. Its names are
+    /// those of RFC 6303, section 3, for a zone without other servers: it is its own primary, and
+    /// has no responsible mailbox.
     fn soa(&mut self, section: Section, depth: usize) {
         let apex = self.query.name.suffix_offset(depth);
         let primary = (0xc000 | apex).to_be_bytes();

@@ -1,5 +1,5 @@
-//! Another resolver's answer, as it came. Only what belongs to one hop is read and changed: the
-//! records may be of kinds that nobody here can take apart, and that is no fault of theirs.
+//! The response of an upstream. Only what belongs to one hop is parsed and changed: its records may
+//! be of types that this program can't decode.
 
 use std::borrow::Cow;
 
@@ -30,7 +30,7 @@ const NX_DOMAIN: u8 = 3;
 /// Where an OPT record has the upper bits of the response code.
 const OPT_CODE: usize = 5;
 
-/// Why a message is no answer to a question.
+/// Why a message is not the response to a query.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum ResponseError {
     #[error("the answer can't be read: it ends within a record, or has two OPT records")]
@@ -41,7 +41,7 @@ pub(super) enum ResponseError {
     Question,
 }
 
-/// An answer whose header, question and lengths are as they should be.
+/// A response with a valid header, question and record lengths.
 #[derive(Clone, Debug)]
 pub(super) struct UpstreamResponse<'a> {
     /// Up to the end of the last record.
@@ -51,14 +51,14 @@ pub(super) struct UpstreamResponse<'a> {
     opt: Option<OptRecord>,
 }
 
-/// How an answer goes on to a client.
+/// How a response is relayed to a client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct RelayOptions {
     /// The longest message that the client takes.
     pub(super) max_len: usize,
-    /// Whether the resolver's word that data is authentic is passed on.
+    /// Whether the AD bit is relayed.
     pub(super) keeps_ad: bool,
-    /// The longest times to live, in seconds: of what is, and of what is not.
+    /// The longest TTLs in seconds, of positive and of negative responses.
     pub(super) max_ttls: Option<(u32, u32)>,
 }
 
@@ -114,17 +114,17 @@ impl<'a> UpstreamResponse<'a> {
         ResponseCode::from(self.code_high(), self.bytes[3] & CODE)
     }
 
-    /// Whether there is more than what came.
+    /// Whether it is truncated (TC).
     pub(super) fn is_truncated(&self) -> bool {
         self.bytes[2] & TC != 0
     }
 
-    /// Whether it says that this resolver can't or won't answer.
+    /// Whether the upstream can't or won't answer.
     pub(super) fn is_failure(&self) -> bool {
         matches!(self.code(), ResponseCode::ServFail | ResponseCode::Refused | ResponseCode::NotImp)
     }
 
-    /// Whether it says that there is nothing of what was asked for.
+    /// Whether it is negative: NXDOMAIN or no data.
     pub(super) fn is_negative(&self) -> bool {
         match self.code() {
             ResponseCode::NXDomain => true,
@@ -141,8 +141,8 @@ impl<'a> UpstreamResponse<'a> {
         Message::from_vec(&self.bytes)
     }
 
-    /// Writes the message for the client who asked: the same, but for what belongs to one hop, and
-    /// cut off where it is longer than the client takes.
+    /// Writes the response for the client: the same, except what belongs to one hop, and truncated
+    /// if it is longer than the client takes.
     pub(super) fn relay_to(&self, client: &ClientEcho<'_>, how: RelayOptions, out: &mut Vec<u8>) {
         out.clear();
         let [id_high, id_low] = client.id.to_be_bytes();

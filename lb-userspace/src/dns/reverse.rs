@@ -1,5 +1,5 @@
-//! The names of addresses, below `in-addr.arpa` (RFC 1035, section 3.5) and `ip6.arpa` (RFC 3596,
-//! section 2.5): which of them are ours, and what they stand for.
+//! Reverse names, below `in-addr.arpa` (RFC 1035, section 3.5) and `ip6.arpa` (RFC 3596, section
+//! 2.5): which are ours, and their addresses.
 
 use std::net::IpAddr;
 
@@ -7,7 +7,7 @@ use ipnet::IpNet;
 
 use super::message::WireName;
 
-/// What a name within our part of the reverse tree is.
+/// The kind of a name within our part of the reverse tree.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum ReverseName {
     /// The top of a zone.
@@ -30,10 +30,10 @@ struct ReverseTree {
 const V4: ReverseTree = ReverseTree { suffix: [b"in-addr", b"arpa"], n_digits: 4, digit_bits: 8 };
 const V6: ReverseTree = ReverseTree { suffix: [b"ip6", b"arpa"], n_digits: 32, digit_bits: 4 };
 
-/// What `name` is where it is within `pools`, and the number of its labels below the top of its
-/// zone; `None` where it is somebody else's.
+/// The kind of `name` if it is within `pools`, and the number of its labels below the apex of its
+/// zone; `None` if it isn't ours.
 ///
-/// A zone ends where a label does, so a pool is as many zones as it takes, such as 128 for a /9:
+/// A zone ends at a label, so a pool is as many zones as it takes, such as 128 for a /9:
 /// `128.127.in-addr.arpa` to `255.127.in-addr.arpa`. Of a pool smaller than the last label but one
 /// only the addresses are ours, and their zone is that label's.
 pub(super) fn classify(name: &WireName<'_>, pools: &[IpNet]) -> Option<(ReverseName, usize)> {

@@ -1,4 +1,4 @@
-//! The server: sockets in front, the zone and the forwarder behind.
+//! The server: it owns sockets and threads, and connects them with zone and forwarder.
 
 use std::io;
 use std::net::{SocketAddr, UdpSocket};
@@ -38,15 +38,15 @@ use crate::catalog::UsageSender;
 use crate::config::{DnsConfig, VipConfig};
 use crate::table::Table;
 
-/// What a stop may take.
+/// The limit of a stop.
 const STOP_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// How long after the start questions for the zone wait for it, where sockets were passed: those
-/// that came while there was no daemon get more than SERVFAIL, and the first daemon of a machine
+/// The startup grace period if sockets were passed: queries for the zone wait for it, so that those
+/// which came while there was no daemon get more than SERVFAIL, and the first daemon of a machine
 /// whose source is down still answers soon.
 const GRACE: Duration = Duration::from_secs(2);
 
-/// The DNS server, which answers from when it is started until it is stopped or dropped.
+/// The DNS server; it answers until it is stopped or dropped.
 pub struct DnsServer {
     handler: Arc<Handler>,
     /// The addresses of `dns.listen`.
@@ -55,7 +55,7 @@ pub struct DnsServer {
     own_with_tls: Vec<SocketAddr>,
     resolv_conf: PathBuf,
     limits: ForwardLimits,
-    /// What is known of upstreams, whatever the configuration is.
+    /// The state of upstreams, which outlives a reload.
     registry: UpstreamRegistry,
     /// Of the threads.
     mailboxes: Vec<Arc<Mailbox>>,
@@ -65,16 +65,16 @@ pub struct DnsServer {
     closing: watch::Sender<bool>,
     threads: Vec<JoinHandle<()>>,
     listeners: JoinSet<()>,
-    /// Whether one of those who serve sockets has ended.
+    /// Whether a listener or thread has ended.
     ended: watch::Sender<bool>,
 }
 
-/// What a test replaces.
+/// Options that tests replace.
 #[derive(Debug)]
 pub(super) struct ServerOptions {
     pub(super) resolv_conf: PathBuf,
     pub(super) limits: ForwardLimits,
-    /// How long a TCP client is waited for.
+    /// The idle timeout of TCP and TLS connections.
     pub(super) tcp_idle_timeout: Duration,
 }
 
@@ -89,12 +89,12 @@ impl Default for ServerOptions {
 }
 
 impl DnsServer {
-    /// Serves `sockets`. Each answer comes from the `table` of that moment, whose addresses come
-    /// from the pools of `vip`; while `attached` is false, connections to VIPs would go astray, so the
-    /// zone answers SERVFAIL.
+    /// Serves `sockets`. Each response comes from the `table` of that moment, whose addresses come
+    /// from the pools of `vip`; while `attached` is false connections to VIPs aren't redirected, so
+    /// the zone is SERVFAIL.
     ///
     /// # Errors
-    /// When the kernel has no room for what it takes.
+    /// When the kernel lacks resources.
     ///
     /// # Panics
     /// Outside a tokio runtime.
@@ -205,7 +205,7 @@ impl DnsServer {
         let thread = std::thread::Builder::new().name("dns".into()).spawn(move || {
             let _ends = ends;
             let _runtime = runtime.enter();
-            // Made where it is used: the buffers for the kernel stay with their thread.
+            // Created in its thread: the buffers for the kernel stay with it.
             match Worker::new(handler, endpoint, mailbox, stopped, idx) {
                 Ok(worker) => {
                     let _ = started.send(Ok(()));
@@ -218,8 +218,8 @@ impl DnsServer {
         Ok(thread)
     }
 
-    /// Answers by another configuration from now on, but for where it listens and for the domain.
-    /// A question that is under way keeps what it found.
+    /// Applies another configuration, except `dns.listen*`, `dns.tls_*` and `dns.domain`. Pending
+    /// queries keep theirs.
     ///
     /// # Panics
     /// Outside a tokio runtime.
@@ -238,7 +238,7 @@ impl DnsServer {
         self.handler.version.fetch_add(1, Ordering::Release);
     }
 
-    /// Who asks this server.
+    /// The client behind `nohop dns query`.
     pub fn debug_client(&self) -> DebugClient {
         let nobody = SocketAddr::from(([127, 0, 0, 1], 53));
         // An address that the host doesn't have yet would give no answer.
@@ -247,13 +247,12 @@ impl DnsServer {
         DebugClient::new(self.handler.clone(), *server)
     }
 
-    /// What it has counted, and goes on counting.
+    /// Its counters.
     pub fn stats(&self) -> Arc<DnsStats> {
         self.handler.stats.clone()
     }
 
-    /// Waits until one of those who serve the sockets has ended, which none does before the stop
-    /// but by a fault of ours: then its listener is deaf.
+    /// Resolves when a listener or thread ends unexpectedly: its socket isn't served any more.
     pub fn listener_failed(&self) -> impl Future<Output = ()> + Send + use<> {
         let mut ended = self.ended.subscribe();
         async move {
@@ -263,7 +262,7 @@ impl DnsServer {
         }
     }
 
-    /// Stops reading, lets what is under way end, and drops what takes longer, within half a second.
+    /// Stops reading, lets pending queries finish, and drops the rest within half a second.
     pub async fn stop(mut self) {
         self.mailboxes.iter().for_each(|mailbox| mailbox.stop());
         self.closing.send_replace(true);
@@ -299,7 +298,7 @@ impl Drop for DnsServer {
     }
 }
 
-/// Tells when it is dropped, in a panic too.
+/// Reports its drop, also in a panic.
 struct ExitNotifier(watch::Sender<bool>);
 
 impl Drop for ExitNotifier {

@@ -1,5 +1,5 @@
-//! Sockets that systemd holds and passes (sd_listen_fds(3)): they outlive the daemon, so what is
-//! asked while it is down waits in them.
+//! Socket activation (sd_listen_fds(3)): the sockets outlive the daemon, so queries that arrive
+//! while it is down wait in them.
 
 use std::io;
 use std::net::{SocketAddr, TcpListener, UdpSocket};
@@ -8,7 +8,7 @@ use listenfd::ListenFd;
 
 use super::sockets::{Sockets, Transport, n_sockets};
 
-/// What is wrong with the sockets that were passed.
+/// A problem with the passed sockets.
 #[derive(Debug, thiserror::Error)]
 pub enum ActivationError {
     /// One is neither a datagram nor a listening stream socket of the internet.

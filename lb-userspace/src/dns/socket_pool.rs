@@ -1,11 +1,11 @@
-//! The sockets that queries leave by: a pool of a few connected ones for each upstream, drawn at
-//! random, in each thread.
+//! The pool of sockets for upstream queries: a few connected ones per upstream and thread, drawn at
+//! random.
 //!
-//! Whoever wants to slip in an answer without seeing the query has to hit its port and its id. A
+//! To forge a response without seeing the query, an attacker has to hit its port and its id. A
 //! random member of a random set is as hard to hit as a fresh port: 1 of the 28,232 ports of
-//! net.ipv4.ip_local_port_range by default, times 65,536 ids, 30.8 bits. What a pool changes is how
-//! long a port lives, in which side channels may find it (SAD DNS, CVE-2020-25705), so none lives
-//! for long. Being connected, a socket takes messages of its upstream alone.
+//! net.ipv4.ip_local_port_range by default, times 65,536 ids, 30.8 bits. A pool lengthens the life
+//! of a port, in which side channels may find it (SAD DNS, CVE-2020-25705), so none lives for long.
+//! A connected socket receives messages of its upstream only.
 
 use std::collections::HashMap;
 use std::io::{self, IoSlice, IoSliceMut};
@@ -31,14 +31,14 @@ const N_PORTS: usize = 16;
 const MAX_USES: u32 = 1024;
 const MAX_AGE: Duration = Duration::from_secs(30);
 
-/// The unwanted messages after which a socket isn't drawn any more.
+/// The mismatched messages after which a socket isn't drawn any more.
 const MAX_MISMATCHES: u32 = 10;
 
 /// How many messages are received in one system call.
 pub(super) const BATCH: usize = 32;
 
-/// The room for one answer: more than upstreams are told that we take, as some send more, and a byte
-/// that shows that there was more still.
+/// The buffer for one response: more than the size that we advertise, as some resolvers send more,
+/// and one byte that shows that there was still more.
 const ANSWER_LEN: usize = 4097;
 
 /// The numbers in epoll below that of the first port.
@@ -73,7 +73,7 @@ pub(super) struct SocketPool {
 }
 
 impl SocketPool {
-    /// None yet; they are waited for with `epoll`.
+    /// An empty pool, whose sockets are added to `epoll`.
     pub(super) fn new(epoll: OwnedFd) -> SocketPool {
         SocketPool {
             epoll,
@@ -89,7 +89,7 @@ impl SocketPool {
         }
     }
 
-    /// What waits for the sockets.
+    /// The epoll instance.
     pub(super) fn epoll(&self) -> &OwnedFd {
         &self.epoll
     }
@@ -163,7 +163,7 @@ impl SocketPool {
         Ok(port)
     }
 
-    /// Draws a socket no more, and closes it once its last query is done with.
+    /// Stops drawing a socket, and closes it once its last query is done.
     fn retire(&mut self, port: SocketId) {
         let Some(socket) = self.sockets.get_mut(&port) else { return };
         socket.is_retired = true;
@@ -191,8 +191,7 @@ impl SocketPool {
         }
     }
 
-    /// Counts a message that answers no query of the socket. Whether it was the last that the socket
-    /// is used for.
+    /// Counts a message that matches no query. Returns whether the socket is retired by that.
     pub(super) fn mismatch(&mut self, port: SocketId) -> bool {
         let Some(socket) = self.sockets.get_mut(&port) else { return false };
         socket.n_mismatches += 1;
@@ -205,7 +204,7 @@ impl SocketPool {
         is_last
     }
 
-    /// Closes the sockets that were open for long enough and wait for nothing.
+    /// Closes the idle sockets that have reached their age.
     pub(super) fn close_old(&mut self, now: Instant) {
         let is_old =
             |socket: &PooledSocket| now.saturating_duration_since(socket.opened) >= MAX_AGE;
@@ -214,7 +213,7 @@ impl SocketPool {
         old.into_iter().for_each(|port| self.retire(port));
     }
 
-    /// Puts a query behind those of this batch.
+    /// Adds a query to this batch.
     pub(super) fn send(&mut self, port: SocketId, message: &[u8]) {
         let begin = self.queued.len();
         self.queued.extend_from_slice(message);
@@ -244,7 +243,7 @@ impl SocketPool {
         self.queued.clear();
     }
 
-    /// Receives what has come to a socket, a batch at a time: each message goes to `take`.
+    /// Receives a batch of messages of a socket.
     ///
     /// # Errors
     /// When the upstream can't be reached, as an ICMP message reported.

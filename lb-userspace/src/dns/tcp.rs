@@ -1,5 +1,5 @@
-//! TCP: messages, each after its length. A client may send further questions before the answer to the
-//! first (RFC 7766, section 6.2.1.1); answers go out as they are there, in whatever order.
+//! TCP: messages, each after its length. Queries of one connection are pipelined (RFC 7766, section
+//! 6.2.1.1): responses leave as they are ready, in any order.
 
 use std::io;
 use std::net::SocketAddr;

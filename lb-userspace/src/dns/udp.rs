@@ -1,4 +1,4 @@
-//! UDP listeners: messages of clients in, answers out, in batches.
+//! UDP listeners: they receive queries and send responses in batches.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::net::{IpAddr, SocketAddr, UdpSocket};
@@ -23,11 +23,12 @@ const BATCH: usize = 32;
 #[derive(Debug)]
 pub(super) struct UdpEndpoint {
     socket: UdpSocket,
-    /// Whether it is bound to every address, so that each message says to which it came.
+    /// Whether it is bound to the unspecified address, so that the destination comes with each
+    /// message (IP_PKTINFO).
     takes_any: bool,
 }
 
-/// The address of ours that a message came to, where the socket has several.
+/// The local address that a message was sent to, from which its response leaves.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum LocalAddress {
     Bound,
@@ -123,7 +124,7 @@ impl UdpEndpoint {
                     }
                 }
             }
-            // One without an address isn't of the internet: nobody to answer.
+            // A sender without an internet address gets no response.
             let nobody = SocketAddr::from(([0, 0, 0, 0], 0));
             inbox.received.push((message.bytes, client.unwrap_or(nobody), to));
         }

@@ -1,10 +1,10 @@
-//! One upstream resolver: whether it answers, and what is counted of it.
+//! The state and the counters of one upstream resolver.
 //!
-//! A resolver that leaves a question unanswered is suspected only if it has answered nothing at all
-//! since that question: a name whose own servers are slow is no fault of the resolver. A suspect is
-//! probed at once, and asked together with the next resolver meanwhile. One that doesn't answer the
-//! probe either is out: it is asked last, and is back only once it has answered something (a circuit
-//! breaker that is half open for probes alone).
+//! A resolver that leaves a query unanswered becomes a suspect only if it has answered nothing at
+//! all since that query: a slow name is no fault of the resolver. A suspect is probed at once, and
+//! meanwhile queried together with the next resolver. If it doesn't answer the probe either, it is
+//! out: it is asked last, and is back only once it has answered something (a circuit breaker that
+//! is half open for probes alone).
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
@@ -12,26 +12,26 @@ use std::time::{Duration, Instant};
 
 use super::sockets::Transport;
 
-/// How many threads count apart, so that they don't contend for one cache line.
+/// The number of shards of the counters, so that threads don't contend for a cache line.
 const N_SHARDS: usize = 8;
 
 /// The ends of the buckets of [`UpstreamStats::seconds`], in microseconds.
 pub const BUCKETS_US: [u64; 12] =
     [250, 500, 1_000, 2_500, 5_000, 10_000, 25_000, 50_000, 100_000, 250_000, 500_000, 1_000_000];
 
-/// Whether an upstream answers.
+/// The state of an upstream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum UpstreamState {
-    /// It answers, as far as is known.
+    /// It answers.
     Up,
-    /// It left a question unanswered and has answered nothing since: a probe decides.
+    /// It left a query unanswered and has answered nothing since: a probe decides.
     Suspect,
     /// It answered no probe either: it is asked after all others until it answers.
     Out,
 }
 
 impl UpstreamState {
-    /// The word for it in status and metrics.
+    /// Its name in status and metrics.
     pub fn word(self) -> &'static str {
         match self {
             UpstreamState::Up => "up",
@@ -41,10 +41,10 @@ impl UpstreamState {
     }
 }
 
-/// What became of a query to an upstream.
+/// The outcome of a query to an upstream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum QueryOutcome {
-    /// An answer of use came.
+    /// A usable response.
     Answered,
     /// It can't or won't answer: SERVFAIL, REFUSED or NOTIMP.
     Refused,
@@ -77,7 +77,7 @@ struct TransportHealth {
     answered_us: AtomicU64,
 }
 
-/// What one thread counts.
+/// The counters of one thread.
 #[derive(Debug, Default)]
 #[repr(align(128))] // two cache lines: the prefetcher takes pairs
 struct CounterShard {
@@ -88,7 +88,7 @@ struct CounterShard {
     sum_us: AtomicU64,
 }
 
-/// What is shown of an upstream.
+/// What status and metrics show of an upstream.
 #[derive(Clone, Debug, PartialEq)]
 pub struct UpstreamStats {
     /// Where it is asked.
@@ -106,14 +106,14 @@ pub struct UpstreamStats {
 }
 
 impl Upstream {
-    /// An upstream of which nothing is known, so that it counts as good.
+    /// A new upstream, which is up.
     pub(super) fn new(address: SocketAddr, now: Instant) -> Upstream {
         let (udp, tcp, shards) = Default::default();
         Upstream { address, born: now, udp, tcp, shards }
     }
 
-    /// Whether its word that data is authentic is passed on: that of one on this host alone, as
-    /// between here and any other the word may have been changed (RFC 6840, section 5.8).
+    /// Whether its AD bit is relayed: only from this host, as on the way from another the bit may
+    /// have been changed (RFC 6840, section 5.8).
     pub(super) fn keeps_ad(&self) -> bool {
         self.address.ip().to_canonical().is_loopback()
     }
@@ -172,11 +172,11 @@ impl Upstream {
         self.shard(shard).outcomes[outcome as usize].fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Notes that a question which was sent at `sent_at` has no answer yet, after what usually takes
-    /// one. Returns whether that makes a suspect of the resolver, which a probe is to decide about.
+    /// Notes that the query sent at `sent_at` has no response after what usually takes one. Returns
+    /// whether the resolver becomes a suspect by that, which a probe decides about.
     pub(super) fn is_late(&self, transport: Transport, sent_at: Instant) -> bool {
         let health = self.health(transport);
-        // What it answered since then shows that it is the name which is slow.
+        // It has answered another query since: this name is slow.
         if health.answered_us.load(Ordering::Relaxed) >= self.us(sent_at) {
             return false;
         }
@@ -184,8 +184,8 @@ impl Upstream {
         health.state.compare_exchange(up, suspect, Ordering::Relaxed, Ordering::Relaxed).is_ok()
     }
 
-    /// Notes that a probe which was sent at `sent_at` got no answer in time. Returns whether the
-    /// resolver is out by that.
+    /// Notes that the probe sent at `sent_at` got no response in time. Returns whether the resolver
+    /// is out by that.
     pub(super) fn is_unproven(&self, transport: Transport, sent_at: Instant) -> bool {
         let health = self.health(transport);
         if health.answered_us.load(Ordering::Relaxed) >= self.us(sent_at) {
@@ -203,7 +203,7 @@ impl Upstream {
         is_new
     }
 
-    /// What is shown of it.
+    /// Its state and counters.
     pub(super) fn read(&self) -> UpstreamStats {
         let sum = |count: fn(&CounterShard) -> &AtomicU64| {
             self.shards.iter().map(|shard| count(shard).load(Ordering::Relaxed)).sum::<u64>()
@@ -295,7 +295,7 @@ mod tests {
     fn a_verdict_needs_a_suspect() {
         let start = Instant::now();
         let upstream = Upstream::new(SocketAddr::from(([192, 0, 2, 1], 53)), start);
-        // A probe for circles that gets lost demotes nobody.
+        // A lost loop probe demotes no upstream.
         assert!(!upstream.is_unproven(Transport::Udp, start + Duration::from_secs(1)));
         assert_eq!(upstream.state(Transport::Udp), UpstreamState::Up);
     }

@@ -1,5 +1,5 @@
-//! One question to one resolver and its answer, where that is rare enough for a socket of its own:
-//! over TCP, probes, and the lookups of the command line. The caller sets the time limit.
+//! One query to one upstream on a socket of its own: over TCP, probes, and those of the command
+//! line, which are all rare. The caller sets the time limit.
 
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};

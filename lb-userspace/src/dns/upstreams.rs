@@ -1,4 +1,4 @@
-//! Which upstream resolvers are asked for a name that isn't ours.
+//! Routes names to upstream resolvers.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -17,14 +17,13 @@ use super::resolv_conf::ResolvConf;
 use super::upstream::Upstream;
 use crate::config::{DnsConfig, Forward, Unrouted};
 
-/// Where systemd-resolved tells whom it asks, without what belongs to one link.
+/// systemd-resolved's list of its own upstreams, without those of single links.
 const RESOLVED_UPLINKS: &str = "/run/systemd/resolve/resolv.conf";
 
-/// How long a resolv.conf that was looked at is taken for unchanged: it isn't looked at for each
-/// query.
+/// The period between two checks of resolv.conf, which isn't checked per query.
 const RESOLV_CONF_AGE: Duration = Duration::from_millis(100);
 
-/// The upstreams that are known, by address: what is known of one outlives a reload.
+/// All upstreams by address; their state outlives a reload.
 #[derive(Clone, Debug, Default)]
 pub(super) struct UpstreamRegistry(Arc<Mutex<HashMap<SocketAddr, Arc<Upstream>>>>);
 
@@ -36,20 +35,20 @@ impl UpstreamRegistry {
         Arc::clone(upstream)
     }
 
-    /// Drops those that aren't asked any more.
+    /// Drops the upstreams that no route has any more.
     fn keep(&self, plan: &RoutePlan) {
         let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         known.retain(|address, _| plan.upstreams().any(|upstream| upstream.address == *address));
     }
 }
 
-/// The resolvers for each name, never ourselves.
+/// The upstreams of each name, never this server itself.
 #[derive(Debug)]
 pub(super) struct Upstreams {
-    /// Where a domain's names go.
+    /// `dns.routes`.
     routes: Vec<(Arc<str>, SocketAddr)>,
-    /// Our own zone, where names that we don't know are forwarded: resolvers may send its names
-    /// elsewhere than those around it, such as back to us.
+    /// Our own zone if its unknown names are forwarded: resolvers may forward its names elsewhere
+    /// than those around it, such as back to us.
     zone: Option<Arc<str>>,
     others: DefaultUpstreams,
     /// The addresses that we listen on.
@@ -59,25 +58,25 @@ pub(super) struct Upstreams {
     /// Of the plan.
     version: AtomicU64,
     born: Instant,
-    /// When resolv.conf was last looked at, in microseconds since `born`.
+    /// When resolv.conf was last checked, in microseconds since `born`.
     looked_us: AtomicU64,
 }
 
-/// Where all other names go.
+/// `dns.forward`.
 #[derive(Debug)]
 enum DefaultUpstreams {
     Fixed(Vec<SocketAddr>),
     ResolvConf(Box<ResolvConf>),
 }
 
-/// Who is asked for which names, as of one moment.
+/// The routes at one moment.
 #[derive(Clone, Debug, Default)]
 pub(super) struct RoutePlan {
     /// The longest domain first; the last one has all names.
     routes: Vec<(Domain, Arc<UpstreamRoute>)>,
 }
 
-/// Where the names of a domain go.
+/// A domain and its upstreams.
 #[derive(Clone, Debug)]
 pub(super) struct UpstreamRoute {
     /// The domain of `dns.routes`, or the zone; empty for all other names.
@@ -89,7 +88,7 @@ pub(super) struct UpstreamRoute {
 }
 
 impl UpstreamRoute {
-    /// The way to one of its upstreams.
+    /// The path to one of its upstreams.
     pub(super) fn path(&self, upstream: &Upstream) -> UpstreamPath {
         UpstreamPath { domain: Arc::clone(&self.domain), server: upstream.address }
     }
@@ -101,7 +100,7 @@ impl RoutePlan {
         self.routes.iter().find(|(suffix, _)| suffix.has(name)).map(|(_, route)| route)
     }
 
-    /// Every way that a question may take from here.
+    /// Every path that a query may take from here.
     pub(super) fn paths(&self) -> Vec<UpstreamPath> {
         let paths = self
             .routes
@@ -115,7 +114,7 @@ impl RoutePlan {
         self.routes.iter().flat_map(|(_, route)| &route.upstreams)
     }
 
-    /// A copy whose counts of references no other thread touches.
+    /// A copy whose reference counts no other thread touches.
     pub(super) fn unshared(&self) -> RoutePlan {
         let copy = |(suffix, route): &(Domain, Arc<UpstreamRoute>)| {
             (suffix.clone(), Arc::new(UpstreamRoute::clone(route)))
@@ -175,17 +174,17 @@ impl Upstreams {
         upstreams
     }
 
-    /// The version of the plan, which a change makes higher.
+    /// The version of the plan, which increases with each change.
     pub(super) fn version(&self) -> u64 {
         self.version.load(Ordering::Acquire)
     }
 
-    /// Who is asked for which names now.
+    /// The current routes.
     pub(super) fn plan(&self) -> Arc<RoutePlan> {
         self.plan.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Takes up a change of resolv.conf, which is looked at ten times a second at most.
+    /// Applies a change of resolv.conf, which is checked at most ten times a second.
     pub(super) fn refresh(&self, now: Instant) {
         let DefaultUpstreams::ResolvConf(file) = &self.others else { return };
         let now_us = now.saturating_duration_since(self.born).as_micros() as u64;
@@ -241,7 +240,11 @@ impl Upstreams {
     }
 }
 
-/// Whether a message to `server` would come back to one of our own listeners.
+/// Whether a query to `server` would arrive at a server that listens on `own`.
+pub fn leads_to_own(server: SocketAddr, own: &[SocketAddr]) -> bool {
+    is_ourselves(server, own, &Interfaces::read())
+}
+
 fn is_ourselves(server: SocketAddr, own: &[SocketAddr], interfaces: &Interfaces) -> bool {
     // The kernel takes "any" as a destination for the loopback address.
     let ip = match server.ip().to_canonical() {

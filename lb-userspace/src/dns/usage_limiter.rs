@@ -1,20 +1,20 @@
-//! Which services the source was told of lately, so that it isn't told with each lookup.
+//! Limits the reports of used services to one per service and minute.
 
 use std::hash::{BuildHasher, RandomState};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-/// How many services can be remembered at one time; a bound on memory, not on services.
+/// The number of entries; a bound on memory, not on services.
 const N_PLACES: usize = 16_384;
 
-/// How long a use counts, in seconds.
+/// The period between two reports of a service, in seconds.
 const LASTS: u64 = 60;
 
-/// The bits of a place that hold the time.
+/// The bits of an entry that hold the time.
 const TIME_BITS: u32 = 24;
 
-/// Remembers each service at a place of its own, as a fingerprint of its name and the minute in
-/// which it was told of. Services that share a place are told of more often, which does no harm.
+/// Each entry holds a fingerprint of a service's name and the minute of its last report. Services
+/// that share an entry are reported more often, which does no harm.
 #[derive(Debug)]
 pub(super) struct UsageLimiter {
     places: Box<[AtomicU64]>,
@@ -30,7 +30,7 @@ impl Default for UsageLimiter {
 }
 
 impl UsageLimiter {
-    /// Whether it is time to tell of the service; then it counts as told.
+    /// Whether the service is to be reported now, which this records.
     pub(super) fn is_due(&self, name: &str) -> bool {
         self.is_due_after(name, self.start.elapsed().as_secs())
     }

@@ -1,5 +1,5 @@
-//! A thread that serves a UDP socket: it receives, answers from the table or has the relay ask other
-//! resolvers, and sends, all in batches. What waits for something else goes to the runtime.
+//! The thread of a UDP socket: it receives queries, answers from the table or has the relay forward
+//! them, and sends, all in batches. What has to wait for something else goes to the runtime.
 
 use std::io;
 use std::net::SocketAddr;
@@ -16,7 +16,7 @@ use tokio::sync::watch;
 use tracing::{debug, warn};
 
 use super::acl::ClientKey;
-use super::encode::{self, OUR_PAYLOAD};
+use super::encode;
 use super::handler::{Deferred, Handler, ThreadView};
 use super::mailbox::{Mailbox, RequeuedQuery};
 use super::message::ClientQuery;
@@ -28,35 +28,35 @@ use super::sockets::Transport;
 use super::udp::{LocalAddress, RecvBatch, SendBatch, UdpEndpoint};
 use super::upstreams::RoutePlan;
 
-/// What events are about: the listener, the mailbox, or the port of that number.
+/// The data of epoll events: the listener, the mailbox, or the id of a socket of the pool.
 const LISTENER: u64 = 0;
 const MAILBOX: u64 = 1;
 
-/// How long a stop lets what is under way end by itself.
+/// How long a stop lets pending queries finish.
 pub(super) const DRAIN: Duration = Duration::from_millis(300);
 
-/// How long a socket rests that can't be read.
+/// The pause after a socket failed.
 const BACKOFF: Duration = Duration::from_millis(100);
 
-/// How often is looked for sockets that were open for long enough.
+/// The period between two checks for sockets of the pool that have reached their age.
 const CLOSE_PERIOD: Duration = Duration::from_secs(5);
 
 /// How many events are taken at a time.
 const N_EVENTS: usize = 64;
 
-/// The thread's own of everything.
+/// Everything that a thread owns.
 pub(super) struct Worker {
     endpoint: Arc<UdpEndpoint>,
     mailbox: Arc<Mailbox>,
     inbox: RecvBatch,
-    /// Which of the messages in `inbox` is next.
+    /// The next message in `inbox`.
     next: usize,
-    /// Whether the listener isn't read, because a message waits for a place.
+    /// Whether the listener isn't read, because a message waits for a permit.
     is_paused: bool,
     core: WorkerCore,
 }
 
-/// What deals with a message, apart from the buffers that it is in.
+/// What handles a message, apart from the buffers that hold it.
 struct WorkerCore {
     handler: Arc<Handler>,
     view: ThreadView,
@@ -72,7 +72,7 @@ struct WorkerCore {
     out: Vec<u8>,
 }
 
-/// The sockets, as the relay sees them.
+/// The sockets as the relay sees them.
 struct WorkerIo {
     handler: Arc<Handler>,
     sockets: SocketPool,
@@ -113,7 +113,7 @@ impl RelayIo for WorkerIo {
         self.handler.origins.note(waiter.id, question, || match end {
             Completion::Answered(server, _) => AnswerOrigin::Upstream(server),
             Completion::Truncated => {
-                AnswerOrigin::Nowhere("too many messages came that weren't the answer".to_owned())
+                AnswerOrigin::Nowhere("too many messages arrived that match no query".to_owned())
             }
             Completion::Failed(why) => AnswerOrigin::Nowhere(why.to_string()),
         });
@@ -163,7 +163,7 @@ impl Worker {
         Ok(Worker { endpoint, mailbox, inbox: RecvBatch::new(), next: 0, is_paused: false, core })
     }
 
-    /// Serves until it is stopped, and then for [`DRAIN`] at most while a client waits.
+    /// Serves until it is stopped, and then for at most [`DRAIN`] while a client waits.
     pub(super) fn run(mut self) {
         let mut events = Vec::with_capacity(N_EVENTS);
         let (mut upstream, mut unreachable) = (socket_pool::ReceiveBuffer::default(), Vec::new());
@@ -211,8 +211,8 @@ impl Worker {
             }
             let WorkerCore { relay, line, .. } = &mut self.core;
             relay.expire(now, line);
-            // A question that went to an upstream which isn't there goes to the next one, and so on:
-            // no further than the routes are long, as each port fails once.
+            // A query to an unreachable upstream goes to the next one, and so on: no further than
+            // the routes are long, as each socket fails once.
             loop {
                 line.sockets.flush(&mut unreachable);
                 let Some(port) = unreachable.pop() else { break };
@@ -251,7 +251,7 @@ impl Worker {
         }
     }
 
-    /// Takes the messages that have come.
+    /// Receives messages.
     fn receive(&mut self) -> io::Result<()> {
         match self.endpoint.receive(&mut self.inbox) {
             Ok(()) => {}
@@ -270,8 +270,8 @@ impl Worker {
         Ok(())
     }
 
-    /// Deals with what was received, until a message has no place to wait in: what comes after it
-    /// stays in the socket meanwhile.
+    /// Handles the received messages until one has no permit to wait: those after it stay in the
+    /// socket.
     fn take_received(&mut self) {
         while self.next < self.inbox.received.len() {
             let (_, client, to) = self.inbox.received[self.next];
@@ -320,15 +320,15 @@ impl Worker {
     }
 }
 
-/// Waits for the listener. Where several threads have one socket, as systemd passes it, a message
-/// wakes one of them.
+/// Adds the listener to epoll. If several threads have one socket, as systemd passes it, a message
+/// wakes one of them (EPOLLEXCLUSIVE).
 fn listen(epoll: impl AsFd, endpoint: &UdpEndpoint) -> rustix::io::Result<()> {
     let flags = epoll::EventFlags::IN | epoll::EventFlags::EXCLUSIVE;
     epoll::add(epoll, endpoint, epoll::EventData::new_u64(LISTENER), flags)
 }
 
 impl WorkerCore {
-    /// Takes up what has changed.
+    /// Applies what has changed.
     fn refresh(&mut self) {
         if self.handler.refresh(&mut self.view) {
             let forwarder = self.view.forwarder();
@@ -337,8 +337,8 @@ impl WorkerCore {
         }
     }
 
-    /// Deals with a client's message. Returns whether it could be: else there is no place for it to
-    /// wait in for the zone, which will be there soon.
+    /// Handles a client's message. Returns false if it has no permit to wait for the zone, which
+    /// will be ready soon.
     fn take(&mut self, bytes: &[u8], client: SocketAddr, to: LocalAddress) -> bool {
         let refusal = self.handler.refusal(self.view.policy(), bytes, Transport::Udp, client.ip());
         if let Some(refusal) = refusal {
@@ -351,7 +351,7 @@ impl WorkerCore {
         self.dispatch(bytes, client, to, waits, self.handler.missing())
     }
 
-    /// Deals with a message that has waited, by what is known now.
+    /// Handles a query that has waited, by what is known now.
     fn take_returned(&mut self, returned: &RequeuedQuery) {
         let RequeuedQuery { bytes, client, to, is_unknown } = returned;
         let missing = if *is_unknown { Missing::Unknown } else { Missing::Absent };
@@ -385,8 +385,8 @@ impl WorkerCore {
                         }
                         Deferred::Nothing => {}
                     }
-                    // The socket goes first, so that a stop which has all places back has freed the
-                    // port.
+                    // Field order matters: `endpoint` must drop first, because a stop waits for all
+                    // permits and then expects the port to be free.
                     drop(endpoint);
                     drop(place);
                 });
@@ -438,7 +438,7 @@ impl WorkerCore {
     }
 }
 
-/// A question for other resolvers.
+/// A query to forward.
 struct ForwardRequest<'a> {
     query: &'a ClientQuery<'a>,
     client: SocketAddr,
@@ -447,7 +447,7 @@ struct ForwardRequest<'a> {
     is_unknown: bool,
 }
 
-/// Has the relay ask.
+/// Has the relay forward a query.
 fn forward(
     forwarded: ForwardRequest<'_>,
     plan: &RoutePlan,
@@ -462,13 +462,13 @@ fn forward(
     let why = if relay.is_probe(&query.name) {
         ForwardError::OwnProbe
     } else if let Some(route) = plan.of(&query.name) {
-        // Whoever wants to know may not wait for the end.
+        // For a tracked query that ends before an upstream answers.
         let waits = || AnswerOrigin::Nowhere("no resolver has answered in time".to_owned());
         line.handler.origins.note(query.id(), query.question(), waits);
         return relay.ask(query, route, waiter, now, line);
     } else {
         ForwardError::NoUpstream
     };
-    encode::error(out, query, ResponseCode::ServFail, query.max_payload().min(OUR_PAYLOAD).into());
+    encode::error(out, query, ResponseCode::ServFail, encode::max_len(query, Transport::Udp));
     line.answer(&waiter, query.question(), out, Completion::Failed(&why));
 }

@@ -1,4 +1,4 @@
-//! systemd-resolved's files: written all or none, and put back.
+//! Writes systemd-resolved's files, all or none, and restores the former ones.
 
 use std::ffi::OsString;
 use std::fs;
@@ -14,7 +14,7 @@ use super::resolved::{self, Settings};
 use super::{Target, upstream};
 use crate::config::DnsConfig;
 
-/// Why the machine isn't set up; then its files are as they were.
+/// Why the host isn't set up; then its files are unchanged.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum ApplyError {
     #[error("can't {action} {}: {source}; run it as root", path.display())]
@@ -59,12 +59,12 @@ fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> ApplyE
     move |source| ApplyError::Io { action, path: path.to_owned(), source }
 }
 
-/// What has to be done with a file.
+/// One change of a file.
 #[derive(Debug)]
 enum Step {
-    /// Give it this content.
+    /// Write this content.
     Write(PathBuf, String),
-    /// Take it away.
+    /// Remove it.
     Remove(PathBuf),
 }
 
@@ -76,19 +76,19 @@ impl Step {
 }
 
 /// Writes the files, with a backup of what others wrote there, and restarts systemd-resolved.
-/// Doing it again changes nothing.
+/// Idempotent.
 pub(super) fn apply(
     root: &Path,
     target: &Target,
     config: &DnsConfig,
 ) -> Result<String, ApplyError> {
-    look_ahead(root, target, config)?;
+    preflight(root, target, config)?;
     let mut steps = Vec::new();
     for (file, content) in files(target) {
         let path = root.join(file);
         match read(&path)? {
             Some(present) if present == content => continue,
-            // Of what we wrote ourselves nobody needs a copy.
+            // What nohop wrote itself needs no backup.
             Some(present) if is_as_written(&present) => {}
             Some(present) if is_marked(&present) => return Err(ApplyError::Edited(path)),
             Some(theirs) => match read(&backup(&path))? {
@@ -106,7 +106,7 @@ pub(super) fn apply(
     commit(root, &steps)
 }
 
-/// Puts back what was there before, and restarts systemd-resolved. Doing it again changes nothing.
+/// Restores the former files, and restarts systemd-resolved. Idempotent.
 pub(super) fn undo(root: &Path, target: &Target) -> Result<String, ApplyError> {
     let mut steps = Vec::new();
     for (file, _) in files(target) {
@@ -141,8 +141,8 @@ fn files(target: &Target) -> [(&'static str, String); 2] {
     [(DROP_IN, resolved_drop_in(target)), (ANCHOR, negative_trust_anchor(target))]
 }
 
-/// What would make the files useless, or leave the machine without names.
-fn look_ahead(root: &Path, target: &Target, config: &DnsConfig) -> Result<(), ApplyError> {
+/// Refuses if the files would have no effect, or would leave the host without name resolution.
+fn preflight(root: &Path, target: &Target, config: &DnsConfig) -> Result<(), ApplyError> {
     let ours = root.join(DROP_IN);
     let mut files = Vec::new();
     for path in resolved::files(root, &ours) {
@@ -153,12 +153,12 @@ fn look_ahead(root: &Path, target: &Target, config: &DnsConfig) -> Result<(), Ap
         files.push((path, content));
     }
     let settings = Settings::of(&files);
-    // It takes the servers of all its files for one list, and asks one of them at a time.
-    if let Some(other) = settings.dns.said.iter().find(|said| said.path != ours) {
+    // systemd-resolved merges the servers of all its files, and asks one of them at a time.
+    if let Some(other) = settings.dns.values.iter().find(|said| said.path != ours) {
         return Err(ApplyError::OtherServers(other.path.clone()));
     }
     for list in [&settings.dns, &settings.domains] {
-        if !list.said.iter().any(|said| said.path == ours) {
+        if !list.values.iter().any(|said| said.path == ours) {
             return Err(ApplyError::Emptied(list.emptied.clone().unwrap_or(ours)));
         }
     }
@@ -175,7 +175,7 @@ fn is_marked(content: &str) -> bool {
     content.trim_start_matches(['#', ';', ' ']).starts_with(&MARK[2..])
 }
 
-/// Whether a file is what [`files`] makes of some target, and has nothing of others in it.
+/// Whether a file is as [`files`] generates it for some target, without changes by others.
 fn is_as_written(content: &str) -> bool {
     let mut lines = content.lines();
     let is_word = |word: &str| !word.is_empty() && !word.contains(char::is_whitespace);
@@ -190,7 +190,7 @@ fn is_as_written(content: &str) -> bool {
         }
 }
 
-/// Beside the file, under a name that systemd-resolved doesn't read.
+/// The backup of a file, under a name that systemd-resolved ignores.
 fn backup(path: &Path) -> PathBuf {
     let mut name = OsString::from(path.as_os_str());
     name.push(".before-nohop");
@@ -205,9 +205,9 @@ fn read(path: &Path) -> Result<Option<String>, ApplyError> {
     }
 }
 
-/// Takes the steps and restarts systemd-resolved; when one of them fails, takes them back.
+/// Applies the steps and restarts systemd-resolved; if one fails, rolls all back.
 fn commit(root: &Path, steps: &[Step]) -> Result<String, ApplyError> {
-    // What can fail for want of room or rights comes before the first file changes.
+    // What can fail for lack of space or permissions comes before the first file changes.
     let staged = steps.iter().map(stage).collect::<Result<Vec<_>, _>>()?;
     let befores = steps.iter().map(|step| read(step.path())).collect::<Result<Vec<_>, _>>()?;
     let mut done: Vec<(&Path, Option<String>)> = Vec::new();
@@ -219,7 +219,7 @@ fn commit(root: &Path, steps: &[Step]) -> Result<String, ApplyError> {
             None => fs::remove_file(path),
         };
         if let Err(error) = taken {
-            take_back(&done);
+            roll_back(&done);
             return Err(failed("change", path)(error));
         }
         text += &match step {
@@ -231,15 +231,15 @@ fn commit(root: &Path, steps: &[Step]) -> Result<String, ApplyError> {
     match restart(root) {
         Ok(said) => Ok(text + &said),
         Err(what) => {
-            take_back(&done);
-            // With its old files it came up before, so it will again.
+            roll_back(&done);
+            // It started with its old files before, so it will again.
             let _ = restart(root);
             Err(ApplyError::Restart(what))
         }
     }
 }
 
-/// The new file, complete, beside the one that it will replace.
+/// Writes the new content to a temporary file next to the one that it will replace.
 fn stage(step: &Step) -> Result<Option<NamedTempFile>, ApplyError> {
     let Step::Write(path, content) = step else { return Ok(None) };
     let dir = path.parent().unwrap_or(Path::new("/"));
@@ -247,7 +247,7 @@ fn stage(step: &Step) -> Result<Option<NamedTempFile>, ApplyError> {
     let draft = || {
         let mut draft = NamedTempFile::new_in(dir)?;
         draft.write_all(content.as_bytes())?;
-        // systemd-resolved reads it as a user of its own.
+        // systemd-resolved reads it as an unprivileged user.
         draft.as_file().set_permissions(fs::Permissions::from_mode(0o644))?;
         draft.as_file().sync_all()?;
         Ok(draft)
@@ -255,8 +255,8 @@ fn stage(step: &Step) -> Result<Option<NamedTempFile>, ApplyError> {
     draft().map(Some).map_err(failed("write", path))
 }
 
-/// Puts files back as they were, as far as that can be done.
-fn take_back(done: &[(&Path, Option<String>)]) {
+/// Restores files, as far as possible.
+fn roll_back(done: &[(&Path, Option<String>)]) {
     for (path, before) in done.iter().rev() {
         let taken = match before {
             Some(before) => stage(&Step::Write(path.to_path_buf(), before.clone())).and_then(
@@ -275,8 +275,8 @@ fn take_back(done: &[(&Path, Option<String>)]) {
     }
 }
 
-/// Has systemd-resolved read its files anew. It can't before version 255, so it is restarted; it
-/// keeps no state but its cache.
+/// Restarts systemd-resolved, which can't reload before version 255; it keeps no state but its
+/// cache.
 fn restart(root: &Path) -> Result<String, String> {
     const COMMAND: &str = "systemctl try-restart systemd-resolved";
     if root != Path::new("/") || !root.join("run/systemd/system").is_dir() {

@@ -1,32 +1,35 @@
-//! What resolves names on this machine, and which way to nohop suits it.
+//! Detects what resolves names on this host, and recommends a setup.
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-use super::Way;
+use super::ResolverKind;
+use crate::dns;
 
-/// What was found.
+/// The resolvers of a host.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Machine {
-    /// What /etc/resolv.conf is a link to.
+pub(super) struct HostResolver {
+    /// The target of /etc/resolv.conf if it is a symbolic link.
     link: Option<PathBuf>,
     /// Its nameservers.
-    nameservers: Vec<String>,
-    /// The programs that run, of those that matter.
+    nameservers: Vec<SocketAddr>,
+    /// Those of [`PROGRAMS`] that run.
     programs: BTreeSet<&'static str>,
 }
 
-/// The programs that matter, by the name that the kernel shows, which it cuts at 15 letters.
+/// The relevant programs by the kernel's name of them, which has at most 15 characters.
 const PROGRAMS: [&str; 4] = ["systemd-resolve", "dnsmasq", "dockerd", "nomad"];
 
-/// Looks at the machine whose files are below `root`. What can't be read isn't there.
-pub(super) fn look(root: &Path) -> Machine {
+/// Detects the resolvers of the host whose files are below `root`. What can't be read counts as
+/// absent.
+pub(super) fn detect(root: &Path) -> HostResolver {
     let resolv_conf = root.join("etc/resolv.conf");
     let processes = fs::read_dir(root.join("proc")).into_iter().flatten().flatten();
     let names = processes.filter_map(|entry| fs::read_to_string(entry.path().join("comm")).ok());
     let programs = names.filter_map(|name| PROGRAMS.into_iter().find(|each| *each == name.trim()));
-    Machine {
+    HostResolver {
         link: fs::read_link(&resolv_conf).ok(),
         nameservers: nameservers(&resolv_conf),
         programs: programs.collect(),
@@ -45,60 +48,63 @@ pub(super) fn has_dummy(root: &Path) -> bool {
     is_listed || root.join("sys/module/dummy").exists()
 }
 
-/// The nameservers that a file in the manner of resolv.conf names.
-pub(super) fn nameservers(path: &Path) -> Vec<String> {
-    let text = fs::read_to_string(path).unwrap_or_default();
-    let named = text.lines().filter_map(|line| {
-        let mut words = line.split_whitespace();
-        words.next().filter(|word| *word == "nameserver").and_then(|_| words.next())
-    });
-    named.map(str::to_owned).collect()
+/// The nameservers of a file in the format of resolv.conf; none if it can't be read.
+pub(super) fn nameservers(path: &Path) -> Vec<SocketAddr> {
+    dns::nameservers(&fs::read(path).unwrap_or_default()).collect()
 }
 
-/// The ways that suit the machine, each with the reason: on a Nomad client first the one that serves
-/// all its tasks, then that of the machine itself.
-fn recommend(machine: &Machine) -> Vec<(Way, String)> {
-    let runs = |program| machine.programs.contains(program);
-    let is_local = |server: &String| server.starts_with("127.") || server == "::1";
-    let link = machine.link.as_ref().map(|link| link.display().to_string()).unwrap_or_default();
-    let is_stub = |server: &String| matches!(server.as_str(), "127.0.0.53" | "127.0.0.54");
+/// The setups for the host, each with its reason: on a Nomad client first the one that serves all
+/// its tasks, then that of the host itself.
+fn recommend(host: &HostResolver) -> Vec<(ResolverKind, String)> {
+    let runs = |program| host.programs.contains(program);
+    let is_local = |server: &SocketAddr| server.ip().is_loopback();
+    let link = host.link.as_ref().map(|link| link.display().to_string()).unwrap_or_default();
 
     let mut ways = Vec::new();
     if runs("nomad") {
         let reason = "Nomad runs: one address that the host and all containers reach serves every \
                       driver, without a dns block in any job";
-        ways.push((Way::Nomad, reason.to_owned()));
+        ways.push((ResolverKind::Nomad, reason.to_owned()));
     }
-    ways.push(if machine.nameservers.iter().any(is_stub) {
-        (Way::SystemdResolved, "/etc/resolv.conf names systemd-resolved (127.0.0.53)".to_owned())
+    ways.push(if host.nameservers.iter().any(dns::is_stub) {
+        (
+            ResolverKind::SystemdResolved,
+            "/etc/resolv.conf names systemd-resolved (127.0.0.53)".to_owned(),
+        )
     } else if link.contains("systemd/resolve") {
-        (Way::SystemdResolved, format!("/etc/resolv.conf is a link to {link}"))
-    } else if runs("dnsmasq") && machine.nameservers.iter().any(is_local) {
+        (ResolverKind::SystemdResolved, format!("/etc/resolv.conf is a link to {link}"))
+    } else if runs("dnsmasq") && host.nameservers.iter().any(is_local) {
         let reason = "dnsmasq runs, and /etc/resolv.conf names a resolver on this machine";
-        (Way::Dnsmasq, reason.to_owned())
+        (ResolverKind::Dnsmasq, reason.to_owned())
     } else {
-        let named = match machine.nameservers.is_empty() {
+        let named = match host.nameservers.is_empty() {
             true => "no nameserver".to_owned(),
-            false => machine.nameservers.join(", "),
+            false => {
+                let ips = host.nameservers.iter().map(|server| server.ip().to_string());
+                ips.collect::<Vec<_>>().join(", ")
+            }
         };
         let besides = match runs("systemd-resolve") {
             true => "; systemd-resolved runs, but programs that read that file pass it by",
             false => ", and no resolver that could send nohop a zone runs here",
         };
-        (Way::ResolvConf, format!("/etc/resolv.conf names {named}{besides}"))
+        (ResolverKind::ResolvConf, format!("/etc/resolv.conf names {named}{besides}"))
     });
     if runs("nomad") {
         // Instead of that.
         ways[1].1.insert_str(0, "or, for programs of the host's network alone: ");
     } else if runs("dockerd") {
-        ways.push((Way::Docker, "Docker runs: its containers have networks of their own".into()));
+        ways.push((
+            ResolverKind::Docker,
+            "Docker runs: its containers have networks of their own".into(),
+        ));
     }
     ways
 }
 
 /// The recommendation for people.
-pub(super) fn advice(machine: &Machine) -> String {
-    recommend(machine)
+pub(super) fn advice(host: &HostResolver) -> String {
+    recommend(host)
         .iter()
         .map(|(way, reason)| format!("{reason}:\n    nohop dns setup {}\n", way.option()))
         .collect()
@@ -109,7 +115,7 @@ mod tests {
     use super::*;
 
     /// A machine below a folder: its resolv.conf, as a file or a link, and what runs.
-    fn machine(resolv_conf: &str, link: Option<&str>, programs: &[&str]) -> Machine {
+    fn machine(resolv_conf: &str, link: Option<&str>, programs: &[&str]) -> HostResolver {
         let dir = tempfile::tempdir().unwrap();
         let root = dir.path();
         fs::create_dir_all(root.join("etc")).unwrap();
@@ -128,7 +134,7 @@ mod tests {
             fs::create_dir_all(&process).unwrap();
             fs::write(process.join("comm"), format!("{program}\n")).unwrap();
         }
-        look(root)
+        detect(root)
     }
 
     #[test]
@@ -169,9 +175,9 @@ mod tests {
             (stub, to_stub, &["dockerd"], "--systemd-resolved --docker"),
         ];
         for (resolv_conf, link, programs, expected) in rows {
-            let machine = machine(resolv_conf, link, programs);
-            let ways: Vec<_> = recommend(&machine).iter().map(|(way, _)| way.option()).collect();
-            assert_eq!(ways.join(" "), expected, "{machine:?}");
+            let host = machine(resolv_conf, link, programs);
+            let ways: Vec<_> = recommend(&host).iter().map(|(way, _)| way.option()).collect();
+            assert_eq!(ways.join(" "), expected, "{host:?}");
         }
         let text = advice(&machine(stub, to_stub, &["nomad"]));
         let (first, second) = text.split_once("\n    nohop dns setup --nomad\n").unwrap();
@@ -179,7 +185,7 @@ mod tests {
             first.starts_with("Nomad runs") && second.starts_with("or, for programs"),
             "{text}"
         );
-        let advice = advice(&Machine::default());
+        let advice = advice(&HostResolver::default());
         assert!(advice.contains("names no nameserver, and no resolver"), "{advice}");
         assert!(advice.ends_with(":\n    nohop dns setup --resolv-conf\n"), "{advice}");
     }

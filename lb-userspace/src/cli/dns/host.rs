@@ -1,14 +1,14 @@
-//! What of this host's resolv.conf sends names past nohop, or lets a wrong server answer.
+//! Checks resolv.conf for settings that send names past nohop, or have a wrong server answer.
 
 use std::fs;
 use std::path::Path;
 
 use crate::config::Config;
 
-/// What is wrong, each with the fix. `root` is where the machine's files are.
+/// The problems, each with its fix. The host's files are below `root`.
 ///
-/// glibc looks a name with fewer than `ndots` dots up below each domain of the search list first, and
-/// any name that doesn't exist, or whose lookup fails, below them afterwards (resolv.conf(5)).
+/// With fewer than `ndots` dots in a name, glibc tries it below each domain of the search list
+/// first, and any name that fails or doesn't exist below them afterwards (resolv.conf(5)).
 pub fn findings(root: &Path, config: &Config) -> Vec<(String, String)> {
     let text = fs::read(root.join("etc/resolv.conf")).unwrap_or_default();
     let Ok(file) = resolv_conf::Config::parse(text) else {

@@ -1,10 +1,10 @@
-//! What each resolver needs, in its own words.
+//! The configuration that each resolver needs.
 
 use std::net::SocketAddr;
 
 use ipnet::IpNet;
 
-use super::{DUMMY, Target, Way};
+use super::{DUMMY, ResolverKind, Target};
 
 /// The drop-in of systemd-resolved.
 pub(super) fn resolved_drop_in(target: &Target) -> String {
@@ -20,12 +20,12 @@ fn resolved_server(server: SocketAddr) -> String {
     }
 }
 
-/// The negative trust anchor of systemd-resolved: nobody signs this zone.
+/// The negative trust anchor of systemd-resolved: the zone isn't signed.
 pub(super) fn negative_trust_anchor(target: &Target) -> String {
     format!("; {}\n{}\n", &MARK[2..], target.domain)
 }
 
-/// How a file that nohop wrote begins.
+/// The first line of files that nohop writes.
 pub(super) const MARK: &str =
     "# Written by `nohop dns setup`; `nohop dns setup --systemd-resolved --undo` takes it away.";
 
@@ -33,14 +33,14 @@ pub(super) const MARK: &str =
 pub(super) const DROP_IN: &str = "etc/systemd/resolved.conf.d/nohop.conf";
 pub(super) const ANCHOR: &str = "etc/dnssec-trust-anchors.d/nohop.negative";
 
-/// What a way needs.
-pub(super) fn text(way: Way, target: &Target) -> String {
+/// The instructions for a setup.
+pub(super) fn text(way: ResolverKind, target: &Target) -> String {
     match way {
-        Way::SystemdResolved => systemd_resolved(target),
-        Way::ResolvConf => resolv_conf(target),
-        Way::Dnsmasq => dnsmasq(target),
-        Way::Docker => docker(target),
-        Way::Nomad => nomad(target),
+        ResolverKind::SystemdResolved => systemd_resolved(target),
+        ResolverKind::ResolvConf => resolv_conf(target),
+        ResolverKind::Dnsmasq => dnsmasq(target),
+        ResolverKind::Docker => docker(target),
+        ResolverKind::Nomad => nomad(target),
     }
 }
 
@@ -210,7 +210,7 @@ Where the host's /etc/resolv.conf has to stay as it is, each group names the add
     )
 }
 
-/// How to have an address that containers can reach.
+/// The instructions for an address that containers can reach.
 fn interface(target: &Target) -> String {
     if let Some(remote) = target.remote {
         return format!("\nnohop listens on {remote} already.\n");
@@ -269,7 +269,7 @@ reaches nohop, too, and dns.allow decides who is answered.
     )
 }
 
-/// How the socket unit comes to have the addresses of `dns.listen`.
+/// The instructions for a socket unit with the addresses of `dns.listen`.
 fn socket_drop_in(listen: &[SocketAddr]) -> String {
     let lines: String = listen
         .iter()
@@ -286,7 +286,7 @@ and where systemd holds the sockets, /etc/systemd/system/nohop.socket.d/listen.c
     )
 }
 
-/// The zones that a network's addresses have their names in: one ends where a label does.
+/// The reverse zones of a network: one ends at a label.
 fn reverse_zones(pool: &IpNet) -> String {
     let IpNet::V4(pool) = pool else { return format!("that of {pool}") };
     let n_octets = usize::from(pool.prefix_len().div_ceil(8).clamp(1, 3));
@@ -341,40 +341,52 @@ mod tests {
         let odd = target("127.0.0.1:5354", Some("10.0.0.1:53"), "lb.corp");
         let without_dummy = Target { has_dummy: false, ..plain.clone() };
         let rows = [
-            (Way::SystemdResolved, &plain, "    DNS=127.0.0.1\n    Domains=~service\n"),
-            (Way::SystemdResolved, &plain, "    service\n"),
-            (Way::SystemdResolved, &odd, "    DNS=127.0.0.1:5354\n    Domains=~lb.corp\n"),
-            (Way::SystemdResolved, &odd, "systemd 246"),
-            (Way::ResolvConf, &plain, "    nameserver 127.0.0.1\n"),
-            (Way::Dnsmasq, &plain, "    server=/service/127.0.0.1#5354\n"),
-            (Way::Dnsmasq, &plain, "    rebind-domain-ok=/service/\n"),
-            (Way::SystemdResolved, &plain, "    DNS=127.0.0.1\n    Domains=service\n"),
-            (Way::Dnsmasq, &plain, "    rev-server=127.128.0.0/9,127.0.0.1#5354\n"),
-            (Way::Dnsmasq, &plain, "128.127.in-addr.arpa to 255.127.in-addr.arpa"),
-            (Way::Dnsmasq, &plain, "    ListenDatagram=\n    ListenDatagram=127.0.0.1:5354\n"),
-            (Way::Docker, &plain, "    ListenStream=169.254.53.53:53\n"),
-            (Way::Dnsmasq, &odd, "    server=/lb.corp/127.0.0.1#5354\n"),
-            (Way::Dnsmasq, &odd, "domain-insecure: \"lb.corp\""),
-            (Way::Docker, &plain, "{ \"dns\": [\"169.254.53.53\"] }"),
-            (Way::Docker, &plain, "Address=169.254.53.53/32"),
-            (Way::Docker, &plain, "listen = [\"127.0.0.1:53\", \"169.254.53.53:53\"]"),
-            (Way::Docker, &odd, "nohop listens on 10.0.0.1:53 already"),
-            (Way::Nomad, &plain, "servers = [\"169.254.53.53\"]"),
-            (Way::Nomad, &odd, "servers = [\"10.0.0.1\"]"),
-            (Way::Nomad, &plain, "    nameserver 169.254.53.53\n"),
-            (Way::Nomad, &odd, "    nameserver 10.0.0.1\n"),
-            (Way::Nomad, &plain, "    ip link add nohop0 type dummy && "),
-            (Way::Nomad, &without_dummy, "    ip link add nohop0 type veth peer name nohop1 && "),
-            (Way::Nomad, &without_dummy, "    Kind=veth\n    [Peer]\n    Name=nohop1\nand "),
-            (Way::Docker, &without_dummy, "no driver of dummy interfaces"),
+            (ResolverKind::SystemdResolved, &plain, "    DNS=127.0.0.1\n    Domains=~service\n"),
+            (ResolverKind::SystemdResolved, &plain, "    service\n"),
+            (ResolverKind::SystemdResolved, &odd, "    DNS=127.0.0.1:5354\n    Domains=~lb.corp\n"),
+            (ResolverKind::SystemdResolved, &odd, "systemd 246"),
+            (ResolverKind::ResolvConf, &plain, "    nameserver 127.0.0.1\n"),
+            (ResolverKind::Dnsmasq, &plain, "    server=/service/127.0.0.1#5354\n"),
+            (ResolverKind::Dnsmasq, &plain, "    rebind-domain-ok=/service/\n"),
+            (ResolverKind::SystemdResolved, &plain, "    DNS=127.0.0.1\n    Domains=service\n"),
+            (ResolverKind::Dnsmasq, &plain, "    rev-server=127.128.0.0/9,127.0.0.1#5354\n"),
+            (ResolverKind::Dnsmasq, &plain, "128.127.in-addr.arpa to 255.127.in-addr.arpa"),
+            (
+                ResolverKind::Dnsmasq,
+                &plain,
+                "    ListenDatagram=\n    ListenDatagram=127.0.0.1:5354\n",
+            ),
+            (ResolverKind::Docker, &plain, "    ListenStream=169.254.53.53:53\n"),
+            (ResolverKind::Dnsmasq, &odd, "    server=/lb.corp/127.0.0.1#5354\n"),
+            (ResolverKind::Dnsmasq, &odd, "domain-insecure: \"lb.corp\""),
+            (ResolverKind::Docker, &plain, "{ \"dns\": [\"169.254.53.53\"] }"),
+            (ResolverKind::Docker, &plain, "Address=169.254.53.53/32"),
+            (ResolverKind::Docker, &plain, "listen = [\"127.0.0.1:53\", \"169.254.53.53:53\"]"),
+            (ResolverKind::Docker, &odd, "nohop listens on 10.0.0.1:53 already"),
+            (ResolverKind::Nomad, &plain, "servers = [\"169.254.53.53\"]"),
+            (ResolverKind::Nomad, &odd, "servers = [\"10.0.0.1\"]"),
+            (ResolverKind::Nomad, &plain, "    nameserver 169.254.53.53\n"),
+            (ResolverKind::Nomad, &odd, "    nameserver 10.0.0.1\n"),
+            (ResolverKind::Nomad, &plain, "    ip link add nohop0 type dummy && "),
+            (
+                ResolverKind::Nomad,
+                &without_dummy,
+                "    ip link add nohop0 type veth peer name nohop1 && ",
+            ),
+            (
+                ResolverKind::Nomad,
+                &without_dummy,
+                "    Kind=veth\n    [Peer]\n    Name=nohop1\nand ",
+            ),
+            (ResolverKind::Docker, &without_dummy, "no driver of dummy interfaces"),
         ];
         for (way, target, expected) in rows {
             let text = text(way, target);
             assert!(text.contains(expected), "{way:?} has no {expected:?}:\n{text}");
         }
-        assert!(!text(Way::SystemdResolved, &plain).contains("246"));
-        assert!(!text(Way::Docker, &odd).contains("dummy"));
-        assert!(!text(Way::Nomad, &without_dummy).contains("type dummy"));
-        assert!(!text(Way::Nomad, &plain).contains("veth"));
+        assert!(!text(ResolverKind::SystemdResolved, &plain).contains("246"));
+        assert!(!text(ResolverKind::Docker, &odd).contains("dummy"));
+        assert!(!text(ResolverKind::Nomad, &without_dummy).contains("type dummy"));
+        assert!(!text(ResolverKind::Nomad, &plain).contains("veth"));
     }
 }

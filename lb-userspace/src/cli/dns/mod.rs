@@ -1,4 +1,4 @@
-//! `nohop dns`: how a machine's own resolver comes to ask nohop, and what nohop answers.
+//! `nohop dns`: configures the host's resolver, and queries nohop's DNS.
 
 mod apply;
 mod detect;
@@ -20,7 +20,7 @@ use crate::config::Config;
 pub use host::findings as resolver_findings;
 pub use query::{query, text as lookup_text};
 
-/// What to do about DNS.
+/// Subcommands of `nohop dns`.
 #[derive(Debug, Subcommand)]
 pub enum DnsCommand {
     /// Print what a resolver needs to send nohop its zone; without an option, look at this machine
@@ -28,7 +28,7 @@ pub enum DnsCommand {
     Setup {
         /// Which resolver
         #[command(flatten)]
-        way: WayArguments,
+        way: ResolverArguments,
         /// Do it, for systemd-resolved
         #[arg(long, requires = "systemd_resolved", conflicts_with = "undo")]
         apply: bool,
@@ -58,9 +58,9 @@ pub enum DnsCommand {
     },
 }
 
-/// Which resolver is to ask nohop.
+/// The resolver that is to query nohop.
 #[derive(Clone, Copy, Debug, Args)]
-pub struct WayArguments {
+pub struct ResolverArguments {
     /// systemd-resolved, by a drop-in
     #[arg(long)]
     systemd_resolved: bool,
@@ -78,9 +78,9 @@ pub struct WayArguments {
     docker: bool,
 }
 
-/// A way for a lookup to come to nohop.
+/// A setup by which lookups reach nohop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Way {
+enum ResolverKind {
     SystemdResolved,
     ResolvConf,
     Dnsmasq,
@@ -88,28 +88,28 @@ enum Way {
     Nomad,
 }
 
-impl Way {
-    /// The option of `nohop dns setup` that tells of it.
+impl ResolverKind {
+    /// Its option of `nohop dns setup`.
     fn option(self) -> &'static str {
         match self {
-            Way::SystemdResolved => "--systemd-resolved",
-            Way::ResolvConf => "--resolv-conf",
-            Way::Dnsmasq => "--dnsmasq",
-            Way::Docker => "--docker",
-            Way::Nomad => "--nomad",
+            ResolverKind::SystemdResolved => "--systemd-resolved",
+            ResolverKind::ResolvConf => "--resolv-conf",
+            ResolverKind::Dnsmasq => "--dnsmasq",
+            ResolverKind::Docker => "--docker",
+            ResolverKind::Nomad => "--nomad",
         }
     }
 }
 
-impl WayArguments {
-    /// Those that are asked for, the machine's own resolver first.
-    fn ways(self) -> Vec<Way> {
+impl ResolverArguments {
+    /// The setups that were given, the host's own resolver first.
+    fn ways(self) -> Vec<ResolverKind> {
         [
-            (self.systemd_resolved, Way::SystemdResolved),
-            (self.resolv_conf, Way::ResolvConf),
-            (self.dnsmasq, Way::Dnsmasq),
-            (self.nomad, Way::Nomad),
-            (self.docker, Way::Docker),
+            (self.systemd_resolved, ResolverKind::SystemdResolved),
+            (self.resolv_conf, ResolverKind::ResolvConf),
+            (self.dnsmasq, ResolverKind::Dnsmasq),
+            (self.nomad, ResolverKind::Nomad),
+            (self.docker, ResolverKind::Docker),
         ]
         .into_iter()
         .filter_map(|(is_asked, way)| is_asked.then_some(way))
@@ -117,28 +117,28 @@ impl WayArguments {
     }
 }
 
-/// What there is to point a resolver at.
+/// Where resolvers find nohop.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Target {
-    /// Where this machine's own resolver finds nohop.
+    /// Where this host's own resolver finds it.
     local: SocketAddr,
-    /// Where containers find it, which have a loopback of their own; `None` where nohop listens on
+    /// Where containers find it, which have a loopback of their own; `None` if nohop listens on
     /// loopback only.
     remote: Option<SocketAddr>,
     /// The zone.
     domain: String,
-    /// The networks whose addresses have names there, too.
+    /// The pools of VIPs, whose reverse names nohop answers, too.
     pools: Vec<IpNet>,
     /// Whether the kernel has the driver of dummy interfaces.
     has_dummy: bool,
 }
 
-/// Where a container finds nohop once an interface of the host has the address. Link-local (RFC 3927): no
-/// network routes it, so it can be the same on every machine.
+/// The address of a dummy interface where containers find nohop. Link-local (RFC 3927): no network
+/// routes it, so it can be the same on every host.
 const DUMMY: Ipv4Addr = Ipv4Addr::new(169, 254, 53, 53);
 
 impl Target {
-    /// On the machine whose files are below `root`.
+    /// The target on the host whose files are below `root`.
     fn of(config: &Config, root: &Path) -> Target {
         let pools = config.vip.pools().collect();
         let config = &config.dns;
@@ -165,7 +165,7 @@ impl Target {
 /// # Errors
 /// When a file can't be written, or systemd-resolved doesn't come up with it.
 pub fn setup(
-    way: WayArguments,
+    way: ResolverArguments,
     apply: bool,
     undo: bool,
     root: &Path,
@@ -173,18 +173,18 @@ pub fn setup(
 ) -> anyhow::Result<String> {
     let target = Target::of(config, root);
     let ways = way.ways();
-    if (apply || undo) && ways != [Way::SystemdResolved] {
+    if (apply || undo) && ways != [ResolverKind::SystemdResolved] {
         anyhow::bail!("--apply and --undo are for --systemd-resolved alone");
     }
     Ok(match &ways[..] {
-        [Way::SystemdResolved] if apply => {
+        [ResolverKind::SystemdResolved] if apply => {
             if root == Path::new("/") {
                 query::ask_zone(&target)?;
             }
             apply::apply(root, &target, &config.dns)?
         }
-        [Way::SystemdResolved] if undo => apply::undo(root, &target)?,
-        [] => detect::advice(&detect::look(root)),
+        [ResolverKind::SystemdResolved] if undo => apply::undo(root, &target)?,
+        [] => detect::advice(&detect::detect(root)),
         ways => {
             let texts: Vec<_> = ways.iter().map(|way| instructions::text(*way, &target)).collect();
             texts.join("\n")
@@ -201,12 +201,12 @@ mod tests {
         #[derive(clap::Parser)]
         struct Command {
             #[command(flatten)]
-            way: WayArguments,
+            way: ResolverArguments,
         }
-        let table: [(&str, Option<&[Way]>); 7] = [
-            ("--docker --nomad", Some(&[Way::Nomad, Way::Docker])),
-            ("--nomad --dnsmasq", Some(&[Way::Dnsmasq, Way::Nomad])),
-            ("--resolv-conf", Some(&[Way::ResolvConf])),
+        let table: [(&str, Option<&[ResolverKind]>); 7] = [
+            ("--docker --nomad", Some(&[ResolverKind::Nomad, ResolverKind::Docker])),
+            ("--nomad --dnsmasq", Some(&[ResolverKind::Dnsmasq, ResolverKind::Nomad])),
+            ("--resolv-conf", Some(&[ResolverKind::ResolvConf])),
             ("", Some(&[])),
             ("--dnsmasq --resolv-conf", None),
             ("--systemd-resolved --dnsmasq --nomad", None),
@@ -218,7 +218,7 @@ mod tests {
             let ways = ways.ok().map(|command| command.way.ways());
             assert_eq!(ways.as_deref(), expected, "{:?}", arguments.collect::<Vec<_>>());
         }
-        let both = WayArguments {
+        let both = ResolverArguments {
             systemd_resolved: false,
             resolv_conf: false,
             dnsmasq: false,

@@ -1,4 +1,4 @@
-//! `nohop dns query`: an answer, and where it came from.
+//! `nohop dns query`: shows a response and its origin.
 
 use std::fmt::Write;
 use std::net::SocketAddr;
@@ -12,10 +12,10 @@ use crate::cli::args::ClientArguments;
 use crate::daemon::view::lookup_document;
 use crate::dns;
 
-/// Asks the daemon, or the server that is named.
+/// Queries the daemon, or the given server.
 ///
 /// # Errors
-/// When nobody answers, or name or type are none.
+/// When there is no response, or the name or the type is invalid.
 pub fn query(
     name: &str,
     kind: &str,
@@ -33,11 +33,11 @@ pub fn query(
     })
 }
 
-/// Sees to it that nohop is where a resolver is going to ask it for the zone: it answers so from its
-/// start, were it by SERVFAIL, and another resolver knows no such zone.
+/// Verifies that nohop answers where a resolver is going to query it for the zone: it does from its
+/// start, if only with SERVFAIL, and other resolvers have no such zone.
 ///
 /// # Errors
-/// When nobody answers there, or somebody else.
+/// When no server answers there, or another one.
 pub(super) fn ask_zone(target: &Target) -> anyhow::Result<()> {
     let Target { local, domain, .. } = target;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -54,7 +54,7 @@ pub(super) fn ask_zone(target: &Target) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The answer for people: the records as `dig` shows them, and below what they mean.
+/// The response as text: the records as `dig` shows them, and below them their meaning.
 pub fn text(lookup: &api::Lookup) -> String {
     let mut text = String::new();
     // Writing to a string can't fail.

@@ -1,4 +1,4 @@
-//! What systemd-resolved is told by all its files together, in the order of resolved.conf(5).
+//! The settings of systemd-resolved from all its files, in the order of resolved.conf(5).
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -6,7 +6,7 @@ use std::fs;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
-/// Where its files are, below the root. Of equal names the first one's counts.
+/// The folders of its files, below the root. Of files with the same name the first one applies.
 const DIRS: [&str; 4] = ["etc/systemd", "run/systemd", "usr/local/lib/systemd", "usr/lib/systemd"];
 
 /// The files that it reads, in its order: the main one, then the drop-ins by name. `ours`, a drop-in
@@ -30,40 +30,40 @@ pub(super) fn files(root: &Path, ours: &Path) -> Vec<PathBuf> {
     main.into_iter().chain(drop_ins.into_values()).collect()
 }
 
-/// A word of a setting, and the file that says it.
+/// A value of a setting, and its file.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Said {
+pub(super) struct Setting {
     pub(super) word: String,
     pub(super) path: PathBuf,
 }
 
-/// A list, to which each file adds and which each may empty.
+/// A list, which each file extends and may reset.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub(super) struct List {
-    pub(super) said: Vec<Said>,
-    /// Who emptied it last.
+pub(super) struct SettingList {
+    pub(super) values: Vec<Setting>,
+    /// The file that reset it last.
     pub(super) emptied: Option<PathBuf>,
 }
 
-impl List {
+impl SettingList {
     fn add(&mut self, words: &str, path: &Path) {
         if words.is_empty() {
-            self.said.clear();
+            self.values.clear();
             self.emptied = Some(path.to_owned());
         }
-        let said = |word: &str| Said { word: word.to_owned(), path: path.to_owned() };
-        self.said.extend(words.split_whitespace().map(said));
+        let said = |word: &str| Setting { word: word.to_owned(), path: path.to_owned() };
+        self.values.extend(words.split_whitespace().map(said));
     }
 }
 
-/// The settings that matter here.
+/// The relevant settings.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Settings {
-    pub(super) dns: List,
-    pub(super) domains: List,
-    /// Who is asked for as long as there is no other server.
-    pub(super) fallback: List,
-    pub(super) dns_over_tls: Option<Said>,
+    pub(super) dns: SettingList,
+    pub(super) domains: SettingList,
+    /// The servers that are used while there is no other one.
+    pub(super) fallback: SettingList,
+    pub(super) dns_over_tls: Option<Setting>,
 }
 
 impl Settings {
@@ -71,7 +71,7 @@ impl Settings {
     pub(super) fn of(files: &[(PathBuf, String)]) -> Settings {
         let mut settings = Settings::default();
         for (path, content) in files {
-            // The main file has what it was built with as comments.
+            // The main file has the built-in servers as a comment.
             for words in content.lines().filter_map(|line| line.strip_prefix("#FallbackDNS=")) {
                 settings.fallback.add(words, path);
             }
@@ -83,7 +83,7 @@ impl Settings {
                     "Domains" => settings.domains.add(&value, path),
                     "FallbackDNS" => settings.fallback.add(&value, path),
                     "DNSOverTLS" => {
-                        settings.dns_over_tls = Some(Said { word: value, path: path.clone() });
+                        settings.dns_over_tls = Some(Setting { word: value, path: path.clone() });
                     }
                     _ => {}
                 }
@@ -92,7 +92,7 @@ impl Settings {
         settings
     }
 
-    /// The file that has servers asked by TLS only, which nohop doesn't speak.
+    /// The file that sets DNSOverTLS=yes: then systemd-resolved speaks TLS only, and on port 853.
     pub(super) fn tls_only(&self) -> Option<&Path> {
         let is_yes = |word: &str| matches!(word, "yes" | "true" | "on" | "1" | "y" | "t");
         let said = self.dns_over_tls.as_ref()?;
@@ -100,7 +100,7 @@ impl Settings {
     }
 }
 
-/// What a file assigns in its section `[Resolve]`.
+/// The assignments of a file in its section `[Resolve]`.
 fn assignments(content: &str) -> Vec<(String, String)> {
     let content = content.replace("\\\n", " ");
     let mut is_ours = false;
@@ -126,8 +126,8 @@ pub(super) fn server_ip(word: &str) -> Option<IpAddr> {
 mod tests {
     use super::*;
 
-    fn words(list: &List) -> String {
-        list.said.iter().map(|said| said.word.as_str()).collect::<Vec<_>>().join(" ")
+    fn words(list: &SettingList) -> String {
+        list.values.iter().map(|said| said.word.as_str()).collect::<Vec<_>>().join(" ")
     }
 
     #[test]

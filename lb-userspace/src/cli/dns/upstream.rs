@@ -1,55 +1,45 @@
-//! Whom nohop could ask for other names once the machine's resolver asks it for all of them.
+//! Checks that nohop still has an upstream once the host's resolver forwards all names to it.
 
 use std::fs;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::path::Path;
 
 use super::detect::nameservers;
-use super::resolved::{List, server_ip};
+use super::resolved::{SettingList, server_ip};
 use crate::config::{DnsConfig, Forward};
+use crate::dns;
 
-/// Where systemd-resolved tells whom it asks itself, below the root.
+/// systemd-resolved's list of its own upstreams, below the root.
 const UPLINKS: &str = "run/systemd/resolve/resolv.conf";
 
-/// Whether nohop has a resolver to ask that isn't itself, nor systemd-resolved, which asks nohop.
+/// Whether nohop has an upstream that is neither itself nor systemd-resolved, which forwards to
+/// nohop.
 ///
-/// Those in `fallback` aren't counted: systemd-resolved has them only for as long as it has no other
+/// The servers in `fallback` don't count: systemd-resolved uses them only while it has no other
 /// server, and nohop's address is one.
-pub(super) fn is_there(root: &Path, config: &DnsConfig, fallback: &List) -> bool {
-    let leads_back = |server: SocketAddr| is_stub(server.ip()) || is_listener(server, config);
+pub(super) fn is_there(root: &Path, config: &DnsConfig, fallback: &SettingList) -> bool {
+    let leads_back =
+        |server: SocketAddr| dns::is_stub(&server) || dns::leads_to_own(server, &config.listen);
     if let Forward::Servers(servers) = &config.forward {
         return !servers.iter().all(|server| leads_back(*server));
     }
     let path = root.join("etc/resolv.conf");
-    let ips = |path: &Path| nameservers(path).iter().filter_map(|word| server_ip(word)).collect();
-    let named: Vec<IpAddr> = ips(&path);
+    let named = nameservers(&path);
     let is_link = fs::read_link(&path)
         .is_ok_and(|link| link.display().to_string().contains("systemd/resolve"));
-    let is_all_stub = !named.is_empty() && named.iter().all(|ip| is_stub(*ip));
+    let is_all_stub = !named.is_empty() && named.iter().all(dns::is_stub);
     let servers = match is_link || is_all_stub {
         false => named,
         true => {
-            let goes = |ip: &IpAddr| {
-                fallback.said.iter().any(|said| server_ip(&said.word).as_ref() == Some(ip))
+            let goes = |server: &SocketAddr| {
+                fallback.values.iter().any(|said| server_ip(&said.word) == Some(server.ip()))
             };
-            let mut uplinks = ips(&root.join(UPLINKS));
-            uplinks.retain(|ip| !goes(ip));
+            let mut uplinks = nameservers(&root.join(UPLINKS));
+            uplinks.retain(|server| !goes(server));
             uplinks
         }
     };
-    servers.into_iter().any(|ip| !leads_back(SocketAddr::new(ip, 53)))
-}
-
-fn is_stub(ip: IpAddr) -> bool {
-    [53, 54].map(|last| IpAddr::V4(Ipv4Addr::new(127, 0, 0, last))).contains(&ip)
-}
-
-fn is_listener(server: SocketAddr, config: &DnsConfig) -> bool {
-    let mut listen = config.listen.iter().filter(|listen| listen.port() == server.port());
-    listen.any(|listen| {
-        let is_any = listen.ip().is_unspecified() && server.ip().is_loopback();
-        is_any || listen.ip() == server.ip()
-    })
+    servers.into_iter().any(|server| !leads_back(server))
 }
 
 #[cfg(test)]
@@ -104,7 +94,7 @@ mod tests {
         let link = Path::new("..").join(UPLINKS);
         std::os::unix::fs::symlink(link, root.join("etc/resolv.conf")).unwrap();
         let config = Config::default().dns;
-        assert!(is_there(root, &config, &List::default()));
+        assert!(is_there(root, &config, &SettingList::default()));
         let text = "[Resolve]\nFallbackDNS=192.0.2.9\n".to_owned();
         let settings = Settings::of(&[("file".into(), text)]);
         assert!(!is_there(root, &config, &settings.fallback));

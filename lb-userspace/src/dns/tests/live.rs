@@ -199,7 +199,8 @@ async fn a_resolver_that_cuts_off_and_then_stalls_over_tcp_costs_its_patience() 
     })
     .await;
     let forward = Forward::Servers(vec![stalls.address]);
-    let rig = Rig::with(DnsConfig { forward, ..Config::default().dns }, quick()).await;
+    let rig =
+        Rig::with(DnsConfig { forward, ..Config::default().dns }, ServerOptions::default()).await;
     let asked = query("example.com.", RecordType::A);
     assert!(rig.ask(Transport::Udp, &asked).await.metadata.truncation);
     let answer = rig.ask(Transport::Tcp, &asked).await;

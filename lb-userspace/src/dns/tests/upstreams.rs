@@ -37,6 +37,11 @@ async fn relay(target: SocketAddr, domain: &str) -> (SocketAddr, JoinSet<()>) {
     (address, tasks)
 }
 
+/// For upstreams that answer, however busy the machine is.
+fn patient() -> ForwardLimits {
+    ForwardLimits { patience: LONG / 2, ..ForwardLimits::default() }
+}
+
 /// A server that listens on `sockets` and forwards to `servers`.
 fn serve(sockets: Sockets, servers: &[SocketAddr], limits: ForwardLimits) -> Rig {
     serve_as(sockets, servers, limits, Unrouted::Nxdomain)
@@ -127,7 +132,7 @@ async fn a_dead_resolver_is_asked_last_until_it_answers() {
     .await;
     let good = FakeUpstream::of([192, 0, 2, 7]).await;
     let servers = [first.address, good.address];
-    let rig = serve(any_sockets().await, &servers, quick().limits);
+    let rig = serve(any_sockets().await, &servers, patient());
     // One name is enough, asked again and again, as a node's only application may.
     assert_eq!(rig.lookup("a.example.").await, "NoError 192.0.2.7");
     becomes(&rig, first.address, UpstreamState::Out).await;
@@ -171,12 +176,12 @@ async fn the_next_resolver_stands_in_over_tcp_too() {
     let good = FakeUpstream::of([192, 0, 2, 7]).await;
     let closed = UdpSocket::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
     let servers = [silent.address, closed, refusing.address, good.address];
-    let rig = serve(any_sockets().await, &servers, quick().limits);
+    let rig = serve(any_sockets().await, &servers, patient());
     for name in ["a.example.", "b.example."] {
         let answer = rig.ask(Transport::Tcp, &query(name, RecordType::A)).await;
         assert_eq!(answer.answers.len(), 1, "{answer}");
     }
-    let rig = serve(any_sockets().await, &servers[..3], quick().limits);
+    let rig = serve(any_sockets().await, &servers[..3], ForwardLimits::default());
     let answer = rig.ask(Transport::Tcp, &query("a.example.", RecordType::A)).await;
     assert_eq!(answer.metadata.response_code, ResponseCode::Refused);
 }
@@ -202,8 +207,7 @@ async fn a_name_that_fails_leaves_its_resolver_in_its_place() {
     .await;
     let public = FakeUpstream::of([192, 0, 2, 2]).await;
     let servers = [first.address, public.address];
-    let limits = ForwardLimits { patience: LONG / 2, ..ForwardLimits::default() };
-    let rig = serve(any_sockets().await, &servers, limits);
+    let rig = serve(any_sockets().await, &servers, patient());
     for _ in 0..3 {
         assert_eq!(rig.lookup("slow.example.").await, "NoError 192.0.2.2");
     }
@@ -220,8 +224,7 @@ async fn the_next_resolver_denies_nothing_that_the_first_knows() {
     .await;
     let public = FakeUpstream::new(|_, asked| vec![code(asked, ResponseCode::NXDomain)]).await;
     let servers = [internal.address, public.address];
-    let limits = ForwardLimits { patience: LONG / 2, ..ForwardLimits::default() };
-    let rig = serve(any_sockets().await, &servers, limits);
+    let rig = serve(any_sockets().await, &servers, patient());
     assert_eq!(rig.lookup("slow.example.").await, "NXDomain");
     assert_eq!(rig.lookup("internal.example.").await, "NoError 192.0.2.1");
 }
@@ -324,7 +327,7 @@ async fn answers_from_elsewhere_and_late_ones_are_ignored() {
         }
     });
     let good = FakeUpstream::of([192, 0, 2, 7]).await;
-    let rig = serve(any_sockets().await, &[address, good.address], quick().limits);
+    let rig = serve(any_sockets().await, &[address, good.address], patient());
     assert_eq!(rig.lookup("example.com.").await, "NoError 192.0.2.7");
     assert_eq!(rig.lookup("example.org.").await, "NoError 192.0.2.7");
 }
@@ -348,7 +351,7 @@ async fn who_asks_prefers_loopback() {
     // An address of documentation (RFC 5737), which this host may get later.
     let listen = ["192.0.2.1:0", "127.0.0.1:0"].map(|text| text.parse().unwrap()).to_vec();
     let sockets = bind(&DnsConfig { listen, ..Config::default().dns }).await.unwrap();
-    let rig = serve(sockets, &[], quick().limits);
+    let rig = serve(sockets, &[], patient());
     let (answer, _) = rig.server.debug_client().look_up("web.service", "A").await.unwrap();
     assert_eq!(answer.answers.len(), 1);
 }
@@ -356,7 +359,7 @@ async fn who_asks_prefers_loopback() {
 #[tokio::test]
 async fn a_lookup_of_our_own_tells_where_the_answer_came_from() {
     let good = FakeUpstream::of([192, 0, 2, 7]).await;
-    let rig = serve(any_sockets().await, &[good.address], quick().limits);
+    let rig = serve(any_sockets().await, &[good.address], patient());
     let debug_client = rig.server.debug_client();
     let (answer, origin) = debug_client.look_up("web.service", "A").await.unwrap();
     assert_eq!((answer.answers.len(), origin), (1, AnswerOrigin::Own));

@@ -1,4 +1,4 @@
-//! The table of answers.txt, through the real server; and what no row can say.
+//! The table of answers.txt, through the real server, and cases that have no row.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -11,11 +11,11 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpStream, UdpSocket};
 use tokio::sync::watch;
 
-use super::resolve::Missing::{self, Absent, LookUp, Unknown};
-use super::resolve::{Resolution, ResolveContext, TableSnapshot, Zone, answer};
-use super::{DnsServer, Transport, bind};
 use crate::catalog::UsageSender;
 use crate::config::{Config, DnsConfig, Forward, Unrouted};
+use crate::dns::resolve::Missing::{self, Absent, LookUp, Unknown};
+use crate::dns::resolve::{Resolution, ResolveContext, TableSnapshot, Zone, answer};
+use crate::dns::{DnsServer, Transport, bind};
 use crate::table::{Backend, Ports, Protocols, Service, State, Table, Watch};
 
 const POOLS: [&str; 2] = ["127.128.0.0/9", "fd00::/64"];
@@ -34,7 +34,7 @@ fn backend(address: &str) -> Backend {
     }
 }
 
-/// The table that answers.txt tells of.
+/// The table of answers.txt.
 fn table(generation: u64) -> Table {
     let service = |name: &str, last: u8, vip6: Option<&str>, ports, protocols| {
         let name: Arc<str> = name.into();
@@ -91,7 +91,7 @@ fn query(name: &str, query_type: &str) -> Vec<u8> {
     message.to_vec().unwrap()
 }
 
-/// A message as answers.txt writes it.
+/// A message in the notation of answers.txt.
 fn show(bytes: &[u8]) -> String {
     let message = Message::from_vec(bytes).unwrap();
     let record = |record: &Record| {
@@ -173,7 +173,7 @@ async fn every_row_of_the_table() {
         });
     }
     let (server, address) = serve("127.0.0.1", Some(upstream_address)).await;
-    let rows = include_str!("answers.txt").lines();
+    let rows = include_str!("../answers.txt").lines();
     let rows = rows.filter(|row| !row.is_empty() && !row.starts_with('#'));
     let mut n_rows = 0;
     for row in rows {
