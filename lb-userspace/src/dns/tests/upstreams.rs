@@ -38,7 +38,7 @@ async fn relay(target: SocketAddr, domain: &str) -> (SocketAddr, JoinSet<()>) {
 }
 
 /// For upstreams that answer, however busy the machine is.
-fn patient() -> ForwardLimits {
+fn tolerant() -> ForwardLimits {
     ForwardLimits { patience: LONG / 2, ..ForwardLimits::default() }
 }
 
@@ -132,7 +132,7 @@ async fn a_dead_resolver_is_asked_last_until_it_answers() {
     .await;
     let good = FakeUpstream::of([192, 0, 2, 7]).await;
     let servers = [first.address, good.address];
-    let rig = serve(any_sockets().await, &servers, patient());
+    let rig = serve(any_sockets().await, &servers, tolerant());
     // One name is enough, asked again and again, as a node's only application may.
     assert_eq!(rig.lookup("a.example.").await, "NoError 192.0.2.7");
     becomes(&rig, first.address, UpstreamState::Out).await;
@@ -176,7 +176,7 @@ async fn the_next_resolver_stands_in_over_tcp_too() {
     let good = FakeUpstream::of([192, 0, 2, 7]).await;
     let closed = UdpSocket::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
     let servers = [silent.address, closed, refusing.address, good.address];
-    let rig = serve(any_sockets().await, &servers, patient());
+    let rig = serve(any_sockets().await, &servers, tolerant());
     for name in ["a.example.", "b.example."] {
         let answer = rig.ask(Transport::Tcp, &query(name, RecordType::A)).await;
         assert_eq!(answer.answers.len(), 1, "{answer}");
@@ -207,7 +207,7 @@ async fn a_name_that_fails_leaves_its_resolver_in_its_place() {
     .await;
     let public = FakeUpstream::of([192, 0, 2, 2]).await;
     let servers = [first.address, public.address];
-    let rig = serve(any_sockets().await, &servers, patient());
+    let rig = serve(any_sockets().await, &servers, tolerant());
     for _ in 0..3 {
         assert_eq!(rig.lookup("slow.example.").await, "NoError 192.0.2.2");
     }
@@ -224,7 +224,7 @@ async fn the_next_resolver_denies_nothing_that_the_first_knows() {
     .await;
     let public = FakeUpstream::new(|_, asked| vec![code(asked, ResponseCode::NXDomain)]).await;
     let servers = [internal.address, public.address];
-    let rig = serve(any_sockets().await, &servers, patient());
+    let rig = serve(any_sockets().await, &servers, tolerant());
     assert_eq!(rig.lookup("slow.example.").await, "NXDomain");
     assert_eq!(rig.lookup("internal.example.").await, "NoError 192.0.2.1");
 }
@@ -327,7 +327,7 @@ async fn answers_from_elsewhere_and_late_ones_are_ignored() {
         }
     });
     let good = FakeUpstream::of([192, 0, 2, 7]).await;
-    let rig = serve(any_sockets().await, &[address, good.address], patient());
+    let rig = serve(any_sockets().await, &[address, good.address], tolerant());
     assert_eq!(rig.lookup("example.com.").await, "NoError 192.0.2.7");
     assert_eq!(rig.lookup("example.org.").await, "NoError 192.0.2.7");
 }
@@ -351,7 +351,7 @@ async fn who_asks_prefers_loopback() {
     // An address of documentation (RFC 5737), which this host may get later.
     let listen = ["192.0.2.1:0", "127.0.0.1:0"].map(|text| text.parse().unwrap()).to_vec();
     let sockets = bind(&DnsConfig { listen, ..Config::default().dns }).await.unwrap();
-    let rig = serve(sockets, &[], patient());
+    let rig = serve(sockets, &[], tolerant());
     let (answer, _) = rig.server.debug_client().look_up("web.service", "A").await.unwrap();
     assert_eq!(answer.answers.len(), 1);
 }
@@ -359,7 +359,7 @@ async fn who_asks_prefers_loopback() {
 #[tokio::test]
 async fn a_lookup_of_our_own_tells_where_the_answer_came_from() {
     let good = FakeUpstream::of([192, 0, 2, 7]).await;
-    let rig = serve(any_sockets().await, &[good.address], patient());
+    let rig = serve(any_sockets().await, &[good.address], tolerant());
     let debug_client = rig.server.debug_client();
     let (answer, origin) = debug_client.look_up("web.service", "A").await.unwrap();
     assert_eq!((answer.answers.len(), origin), (1, AnswerOrigin::Own));
