@@ -385,8 +385,8 @@ impl WorkerCore {
                         }
                         Deferred::Nothing => {}
                     }
-                    // Field order matters: `endpoint` must drop first, because a stop waits for all
-                    // permits and then expects the port to be free.
+                    // The socket goes first: a stop waits for all permits, and then expects the port
+                    // to be free.
                     drop(endpoint);
                     drop(place);
                 });
