@@ -40,7 +40,7 @@ pub fn question(bytes: &[u8]) {
                 }
                 Resolution::Forward(query) => {
                     let mut bytes = Vec::new();
-                    query.forwarded(&mut bytes);
+                    query.forwarded(OUR_PAYLOAD, &mut bytes);
                     assert!(ClientQuery::read(&bytes).is_ok(), "{query:?}");
                 }
                 Resolution::Wait => assert!(waits),
