@@ -95,7 +95,7 @@ mod tests {
         drop(socket);
         let error = format!("{:#}", ask_zone(&target).unwrap_err());
         assert!(error.contains("nothing was changed: start nohop first"), "{error}");
-        assert!(error.contains("nobody listens there"), "{error}");
+        assert!(error.contains("no server listens there"), "{error}");
     }
 
     #[test]
