@@ -5,10 +5,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use lb_tests::cgroup::Cgroup;
-use lb_tests::cleanup::Undo;
-use lb_tests::cmd;
 use serde_json::Value;
+use testbed::cgroup::Cgroup;
+use testbed::cleanup::Cleanup;
+use testbed::cmd;
 
 /// The attach types of hooks, as bpftool names them.
 pub const CONNECT4: &str = "cgroup_inet4_connect";
@@ -37,7 +37,7 @@ pub fn mean_ns(
     };
     let ids = hooks.iter().map(id).collect::<Result<Vec<u64>>>()?;
     let before = fs::read_to_string(STATISTICS).context(STATISTICS)?;
-    let _off = Undo::new(move || drop(fs::write(STATISTICS, before.trim())));
+    let _off = Cleanup::new(move || drop(fs::write(STATISTICS, before.trim())));
     fs::write(STATISTICS, "1").context(STATISTICS)?;
     let before = ids.iter().copied().map(counted).collect::<Result<Vec<_>>>()?;
     act()?;

@@ -3,10 +3,10 @@
 use std::net::SocketAddrV4;
 use std::path::PathBuf;
 
-use anyhow::{Context, Result};
-use lb_tests::cmd;
-use lb_tests::net::Place;
+use anyhow::{Context, Result, ensure};
 use serde_json::Value;
+use testbed::cmd;
+use testbed::net::ExecContext;
 
 use crate::peers::n_workers;
 
@@ -26,7 +26,7 @@ pub struct Saturated {
 /// # Errors
 /// When it can't be started, or what it says can't be read.
 pub fn wrk(
-    place: Place<'_>,
+    place: ExecContext<'_>,
     address: SocketAddrV4,
     n_connections: usize,
     are_kept: bool,
@@ -59,10 +59,26 @@ fn read_wrk(said: &str) -> Result<Saturated> {
 ///
 /// # Errors
 /// When it fails, or says nothing.
-pub fn load(place: Place<'_>, arguments: &str) -> Result<Value> {
+pub fn load(place: ExecContext<'_>, arguments: &str) -> Result<Value> {
     let said = place.run(load_program()?, arguments)?;
     let last = said.lines().last().context("nohop-load says nothing")?;
     serde_json::from_str(last).with_context(|| format!("what nohop-load says: {last}"))
+}
+
+/// What [`connect`] strides by: prime to the numbers of services, so that it meets each, far apart.
+pub const STRIDE: usize = 7_919;
+
+/// Connects to targets (`ADDR:PORT`, or `@FILE` with one a line) one after another, striding through them,
+/// and returns the findings; a sample in which some connections fail is none.
+///
+/// # Errors
+/// When one fails.
+pub fn connect(place: ExecContext<'_>, targets: &str, n_times: usize) -> Result<Value> {
+    let found = load(place, &format!("connect {targets} --times {n_times} --stride {STRIDE}"))?;
+    let failed = found["failed"].as_object().context("nohop-load reports no `failed`")?;
+    let n_failed: u64 = failed.values().filter_map(Value::as_u64).sum();
+    ensure!(n_failed == 0, "{n_failed} of {n_times} connections failed: {}", found["failed"]);
+    Ok(found)
 }
 
 /// This project's own generator.

@@ -3,7 +3,6 @@
 
 mod bpf;
 pub mod compare;
-pub mod console;
 pub mod format;
 pub mod generators;
 pub mod machine;
@@ -20,4 +19,6 @@ pub mod suites;
 pub mod svg;
 
 #[cfg(test)]
-mod sample;
+mod tests {
+    pub mod sample;
+}

@@ -8,15 +8,16 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use clap::{Args, Parser, Subcommand, ValueEnum};
-use lb_bench::compare::{self, Options, Part};
+use clap::{Parser, Subcommand};
+use lb_bench::compare::{self, Options};
 use lb_bench::machine::Machine;
+use lb_bench::markdown::{self, Links};
 use lb_bench::peers::Conntrack;
 use lb_bench::progress::duration;
 use lb_bench::report::{Goal, Report};
 use lb_bench::suites::{SUITES, Suite, check};
-use lb_bench::{console, output, random};
-use lb_tests::{cleanup, cmd, process};
+use lb_bench::{output, random};
+use testbed::{cleanup, cmd, process};
 
 /// nohop side by side with everything that it replaces.
 #[derive(Parser)]
@@ -49,51 +50,7 @@ struct Arguments {
 #[derive(Subcommand)]
 enum Task {
     /// Two nohop binaries side by side: whether NEW is better or worse than OLD
-    Compare(Compare),
-}
-
-/// Exits with 1 where NEW is worse.
-#[derive(Args)]
-struct Compare {
-    /// The binary that is compared with
-    old: PathBuf,
-    /// The binary that is judged
-    new: PathBuf,
-    /// Done in about four minutes; else in fifteen to thirty
-    #[arg(long)]
-    quick: bool,
-    /// Measure only this; may be given several times
-    #[arg(long, value_enum, value_name = "SUITE")]
-    suite: Vec<Part>,
-    /// As many rounds as this, however long they take
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1_000))]
-    rounds: Option<u16>,
-    /// The services of the daemon that has many
-    #[arg(long, value_name = "N", default_value_t = 10_000, value_parser = clap::value_parser!(u16).range(1..=12_000))]
-    services: u16,
-    /// The seed of the order in which the two take turns; another one each time where none is given
-    #[arg(long)]
-    seed: Option<u64>,
-    /// Where the JSON is written
-    #[arg(long, value_name = "DIR", default_value = "bench/results")]
-    out: PathBuf,
-}
-
-impl Compare {
-    fn options(&self) -> Options {
-        let all = Part::value_variants().iter();
-        let wants = |part: &Part| self.suite.is_empty() || self.suite.contains(part);
-        Options {
-            old: self.old.clone(),
-            new: self.new.clone(),
-            parts: all.copied().filter(wants).collect(),
-            is_quick: self.quick,
-            n_rounds: self.rounds.map(usize::from),
-            n_services: usize::from(self.services),
-            seed: self.seed.unwrap_or_else(random::any_seed),
-            out: self.out.clone(),
-        }
-    }
+    Compare(Options),
 }
 
 fn suite(name: &str) -> Result<Suite, String> {
@@ -115,7 +72,7 @@ fn main() -> ExitCode {
     }
     let arguments = Arguments::parse();
     let done = match &arguments.task {
-        Some(Task::Compare(compare)) => run_compare(&compare.options()),
+        Some(Task::Compare(options)) => run_compare(options),
         None => run_all(&arguments),
     };
     match done {
@@ -168,7 +125,7 @@ fn run_all(arguments: &Arguments) -> Result<ExitCode> {
                 }
             }
             Err(error) => {
-                eprintln!("{} failed: {error:#}\n{}", suite.name, process::last_words());
+                eprintln!("{} failed: {error:#}\n{}", suite.name, process::failure_output());
                 n_failed += 1;
             }
         }
@@ -195,7 +152,7 @@ fn run_one(suite: &Suite, is_quick: bool, out: &Path, machine: &Machine) -> Resu
         goals: draft.goals,
         notes: draft.notes,
     };
-    print!("{}", console::render(&report));
+    print!("{}", markdown::render(&report, &Links::default()));
     for path in output::write(&report, out)? {
         println!("{}", path.display());
     }

@@ -7,10 +7,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use lb_tests::cgroup::Cgroup;
-use lb_tests::net::{Host, Place};
-use lb_tests::process::Process;
 use rustix::process::Pid;
+use testbed::cgroup::Cgroup;
+use testbed::net::{ExecContext, Host};
+use testbed::process::Process;
 
 /// Where the backends are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,7 +90,7 @@ impl Node {
             Layout::TwoHosts => {
                 let backend_host = Host::new("backends")?;
                 let ends = [format!("{CLIENT}/24"), format!("{SERVER}/24")];
-                client_host.join(&backend_host, [&ends[0], &ends[1]])?;
+                client_host.connect_veth(&backend_host, [&ends[0], &ends[1]])?;
                 let [a, b] = BACKENDS;
                 client_host.ip(&format!("route add {a}.{b}.0.0/16 via {SERVER} src {CLIENT}"))?;
                 backend_host
@@ -124,17 +124,17 @@ impl Node {
     }
 
     /// Where a client runs.
-    pub fn client_place(&self) -> Place<'_> {
+    pub fn client_place(&self) -> ExecContext<'_> {
         self.client_host.inside(&self.client)
     }
 
     /// Where what stands between runs: on the client's host.
-    pub fn hop_place(&self) -> Place<'_> {
+    pub fn hop_place(&self) -> ExecContext<'_> {
         self.client_host.inside(&self.hop)
     }
 
     /// Where a backend runs.
-    pub fn backend_place(&self) -> Place<'_> {
+    pub fn backend_place(&self) -> ExecContext<'_> {
         self.backend_host.inside(&self.backend)
     }
 
@@ -192,12 +192,12 @@ fn cpu_time(cgroup: &Cgroup) -> Result<Duration> {
 }
 
 /// Applies [`SETTINGS`]: /proc/sys/net is that of whoever looks.
-fn set_all(place: Place<'_>) -> Result<()> {
+fn set_all(place: ExecContext<'_>) -> Result<()> {
     let script: Vec<String> =
         SETTINGS.iter().map(|(key, value)| format!("echo '{value}' > /proc/sys/{key}")).collect();
     let mut sh = place.command("sh");
     sh.args(["-ec", &script.join("\n")]);
-    lb_tests::cmd::stdout(sh).map(drop).context("set up a node's network")
+    testbed::cmd::stdout(sh).map(drop).context("set up a node's network")
 }
 
 #[cfg(test)]

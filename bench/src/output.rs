@@ -63,18 +63,18 @@ fn write_whole(path: &Path, text: &str) -> Result<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sample;
+    use crate::tests::sample;
 
     /// A directory of this test, which goes with it.
-    struct Scratch(PathBuf);
+    struct TempDir(PathBuf);
 
-    impl Scratch {
-        fn new(name: &str) -> Scratch {
-            Scratch(std::env::temp_dir().join(format!("nohop-bench-{name}-{}", std::process::id())))
+    impl TempDir {
+        fn new(name: &str) -> TempDir {
+            TempDir(std::env::temp_dir().join(format!("nohop-bench-{name}-{}", std::process::id())))
         }
     }
 
-    impl Drop for Scratch {
+    impl Drop for TempDir {
         fn drop(&mut self) {
             _ = fs::remove_dir_all(&self.0);
         }
@@ -82,9 +82,9 @@ mod tests {
 
     #[test]
     fn all_files_are_there_and_nothing_else() {
-        let scratch = Scratch::new("write");
-        let dir = scratch.0.join("deep/er");
-        fs::create_dir_all(scratch.0.join(".git")).unwrap();
+        let tempdir = TempDir::new("write");
+        let dir = tempdir.0.join("deep/er");
+        fs::create_dir_all(tempdir.0.join(".git")).unwrap();
         for _ in 0..2 {
             let paths = write(&sample::small(), &dir).unwrap();
             let names =
@@ -102,17 +102,17 @@ mod tests {
 
     #[test]
     fn errors_name_the_path_and_the_fix() {
-        let scratch = Scratch::new("write-errors");
-        fs::create_dir_all(&scratch.0).unwrap();
-        let file = scratch.0.join("file");
+        let tempdir = TempDir::new("write-errors");
+        fs::create_dir_all(&tempdir.0).unwrap();
+        let file = tempdir.0.join("file");
         fs::write(&file, "").unwrap();
         let error = write(&sample::small(), &file).unwrap_err().to_string();
         let expected = format!("can't create {}: name a directory", file.display());
         assert!(error.starts_with(&expected), "{error}");
 
-        fs::create_dir(scratch.0.join("2026-11-25-http.md")).unwrap();
-        let error = write(&sample::small(), &scratch.0).unwrap_err().to_string();
+        fs::create_dir(tempdir.0.join("2026-11-25-http.md")).unwrap();
+        let error = write(&sample::small(), &tempdir.0).unwrap_err().to_string();
         assert!(error.contains("2026-11-25-http.md: see to"), "{error}");
-        assert!(!scratch.0.join("2026-11-25-http.md.new").exists());
+        assert!(!tempdir.0.join("2026-11-25-http.md.new").exists());
     }
 }

@@ -6,10 +6,10 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use lb_tests::cmd;
+use testbed::cmd;
 
 /// The programs of this build, which have to lie beside the harness.
-const BUILT: [&str; 3] = ["nohop", "nohop-load", "helloworld"];
+const BUILT: [&str; 2] = ["nohop", "nohop-load"];
 
 /// Programs of the system that every suite needs.
 const SYSTEM: [&str; 4] = ["ip", "nsenter", "ss", "unshare"];

@@ -1,5 +1,6 @@
 //! What a suite has to say: figures by contender and round, and who was absent and why.
 
+use anyhow::Result;
 use serde::Serialize;
 
 use crate::format;
@@ -144,6 +145,17 @@ pub struct Sheet<'a> {
     pub contenders: Vec<&'a str>,
     /// What the axis counts, where the figures are different points on one, two at least.
     pub axis: Option<&'a str>,
+}
+
+impl Contender {
+    /// One with its version, or the reason why it has none and is absent.
+    pub fn new(name: &str, version: Result<String>, config: &str) -> Contender {
+        let (version, absent) = match version {
+            Ok(version) => (version, None),
+            Err(error) => (String::new(), Some(format!("{error:#}"))),
+        };
+        Contender { name: name.into(), version, config: config.into(), absent }
+    }
 }
 
 impl Figure {

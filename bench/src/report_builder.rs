@@ -2,7 +2,7 @@
 
 use anyhow::Error;
 
-use crate::random::{self, Random};
+use crate::random;
 use crate::report::{Better, Contender, Figure, Goal, Outcome, Point};
 use crate::stats::{Interval, Spread};
 
@@ -23,7 +23,7 @@ pub struct Draft {
     pub notes: Vec<String>,
     /// The seed of the order within rounds.
     pub seed: u64,
-    random: Random,
+    random: fastrand::Rng,
 }
 
 /// A quantity, whoever has it.
@@ -58,6 +58,23 @@ pub struct FixedRate {
     pub rate: f64,
     /// What each can do, by name.
     saturation: Vec<(String, f64)>,
+}
+
+impl Quantity {
+    /// One of which more is better, without ratios.
+    pub const fn higher(name: &'static str, unit: &'static str) -> Quantity {
+        Quantity { name, unit, better: Better::Higher, base: "" }
+    }
+
+    /// One of which less is better, without ratios.
+    pub const fn lower(name: &'static str, unit: &'static str) -> Quantity {
+        Quantity { name, unit, better: Better::Lower, base: "" }
+    }
+
+    /// The same with ratios to a contender.
+    pub const fn over(self, base: &'static str) -> Quantity {
+        Quantity { base, ..self }
+    }
 }
 
 impl FixedRate {
@@ -109,7 +126,7 @@ impl Draft {
     /// An empty one.
     pub fn new(title: &str, n_rounds: usize) -> Draft {
         let seed = random::run_seed();
-        let random = Random::new(seed);
+        let random = fastrand::Rng::with_seed(seed);
         Draft { title: title.into(), n_rounds, seed, random, ..Draft::default() }
     }
 

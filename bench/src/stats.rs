@@ -2,8 +2,6 @@
 
 use serde::Serialize;
 
-use crate::random::Random;
-
 /// A median with the least and the most beside it.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Spread {
@@ -65,11 +63,11 @@ impl Interval {
             return None;
         }
         sorted.sort_by(f64::total_cmp);
-        let mut random = Random::new(SEED);
+        let mut random = fastrand::Rng::with_seed(SEED);
         let mut drawn = vec![0_usize; sorted.len()];
         let mut medians: Vec<f64> = (0..N_RESAMPLES)
             .map(|_| {
-                drawn.fill_with(|| random.below(sorted.len()));
+                drawn.fill_with(|| random.usize(..sorted.len()));
                 let (lower, upper) = ((drawn.len() - 1) / 2, drawn.len() / 2);
                 let (_, upper, _) = drawn.select_nth_unstable(upper);
                 let upper = *upper;
@@ -164,10 +162,10 @@ mod tests {
     /// they get narrower with more values, by the root of their number.
     #[test]
     fn intervals_cover_the_true_median() {
-        let mut random = Random::new(1);
+        let mut random = fastrand::Rng::with_seed(1);
         // exp of a sum of uniform numbers around 0: skewed, as times are; its median is 1.
         let mut draw = move || -> f64 {
-            let uniform = (0..4).map(|_| random.below(1 << 20) as f64 / f64::from(1 << 20) - 0.5);
+            let uniform = (0..4).map(|_| random.f64() - 0.5);
             (uniform.sum::<f64>() * 0.3).exp()
         };
         let mut widths = Vec::new();

@@ -7,19 +7,19 @@ use std::path::Path;
 use std::process::{Command, ExitCode, Output};
 
 use anyhow::{Context, Result, ensure};
-use lb_tests::process::Process;
-use lb_tests::tempdir::Scratch;
-use lb_tests::{cleanup, cmd, process};
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use rustix::process::Signal;
 use serde_json::Value;
+use testbed::process::Process;
+use testbed::tempdir::TempDir;
+use testbed::{cleanup, cmd, process};
 
 const HARNESS: &str = env!("CARGO_BIN_EXE_nohop-bench");
 
-type Story = fn() -> Result<()>;
+type Scenario = fn() -> Result<()>;
 
-/// The stories, each with the programs that it needs.
-const STORIES: [(&str, &[&str], Story); 9] = [
+/// The scenarios, each with the programs that it needs.
+const SCENARIOS: &[(&str, &[&str], Scenario)] = &[
     ("without_root", &["setpriv"], without_root),
     ("one_processor", &["taskset"], one_processor),
     ("an_unknown_suite", &[], an_unknown_suite),
@@ -43,18 +43,19 @@ fn main() -> ExitCode {
         eprintln!("Can't handle signals: {error}");
         return ExitCode::FAILURE;
     }
-    let trials = STORIES.map(|(name, programs, story)| {
-        Trial::ignorable_test(name, move || tell(programs, story)).with_ignored_flag(!is_root)
+    let trials = SCENARIOS.iter().map(|&(name, programs, scenario)| {
+        Trial::ignorable_test(name, move || run(programs, scenario)).with_ignored_flag(!is_root)
     });
-    libtest_mimic::run(&arguments, trials.into()).exit_code()
+    libtest_mimic::run(&arguments, trials.collect()).exit_code()
 }
 
-fn tell(programs: &[&str], story: Story) -> Result<Completion, Failed> {
+fn run(programs: &[&str], scenario: Scenario) -> Result<Completion, Failed> {
     let absent = programs.iter().find_map(|program| lb_bench::peers::find(program).err());
     if let Some(absent) = absent {
         return cmd::skip(&absent.to_string());
     }
-    story().map_err(|error| Failed::from(format!("{error:?}\n{}", process::last_words())))?;
+    scenario()
+        .map_err(|error| Failed::from(format!("{error:?}\n{}", process::failure_output())))?;
     Ok(Completion::Completed)
 }
 
@@ -71,8 +72,8 @@ fn refuses(mut command: Command, code: i32, texts: &[&str]) -> Result<()> {
 
 fn without_root() -> Result<()> {
     // Where anybody may execute it.
-    let scratch = Scratch::new("harness")?;
-    let copy = scratch.path().join("nohop-bench");
+    let tempdir = TempDir::new("harness")?;
+    let copy = tempdir.path().join("nohop-bench");
     fs::copy(HARNESS, &copy)?;
     let mut command = Command::new("setpriv");
     command.args(["--reuid=65534", "--regid=65534", "--clear-groups"]).arg(copy);
@@ -92,9 +93,9 @@ fn an_unknown_suite() -> Result<()> {
 }
 
 fn a_tool_is_missing() -> Result<()> {
-    let scratch = Scratch::new("path")?;
+    let tempdir = TempDir::new("path")?;
     let mut command = Command::new(HARNESS);
-    command.arg("http").env("PATH", scratch.path());
+    command.arg("http").env("PATH", tempdir.path());
     refuses(command, 1, &["not installed: ", "wrk"])
 }
 
@@ -107,9 +108,9 @@ fn reports_cannot_be_written() -> Result<()> {
 fn interrupted() -> Result<()> {
     const CONNTRACK: &str = "/proc/sys/net/netfilter/nf_conntrack_max";
     let before = fs::read_to_string(CONNTRACK).ok();
-    let scratch = Scratch::new("results")?;
+    let tempdir = TempDir::new("results")?;
     let mut command = Command::new(HARNESS);
-    command.args(["check", "--quick", "--out"]).arg(scratch.path());
+    command.args(["check", "--quick", "--out"]).arg(tempdir.path());
     let harness = Process::spawn("nohop-bench", command)?;
     let pid = harness.pid();
     harness.wait_for_line(&["check 1/"])?;
@@ -142,14 +143,14 @@ fn interrupted() -> Result<()> {
 /// That the check runs and tells, and fails the run where it doesn't pass; whether it does depends on the
 /// machine, so that is no test.
 fn checks_itself() -> Result<()> {
-    let scratch = Scratch::new("results")?;
+    let tempdir = TempDir::new("results")?;
     let mut command = Command::new(HARNESS);
-    command.args(["check", "--quick", "--out"]).arg(scratch.path());
+    command.args(["check", "--quick", "--out"]).arg(tempdir.path());
     let Output { status, stdout, stderr } = cmd::output(command)?;
     let said = String::from_utf8_lossy(&[stdout, stderr].concat()).into_owned();
     let mut is_passed = false;
     let mut extensions = Vec::new();
-    for entry in fs::read_dir(scratch.path())? {
+    for entry in fs::read_dir(tempdir.path())? {
         let path = entry?.path();
         let extension = path.extension().unwrap_or_default().to_string_lossy().into_owned();
         if extension == "json" {
@@ -177,9 +178,9 @@ fn checks_itself() -> Result<()> {
 fn compares_with_no_nohop() -> Result<()> {
     for (new, text) in [("/nonexistent", "find /nonexistent"), ("/bin/false", "isn't a nohop")] {
         let mut command = Command::new(HARNESS);
-        let scratch = Scratch::new("results")?;
+        let tempdir = TempDir::new("results")?;
         command.arg("compare").arg(cmd::built("nohop")?).arg(new);
-        command.arg("--out").arg(scratch.path());
+        command.arg("--out").arg(tempdir.path());
         refuses(command, 1, &[text])?;
     }
     Ok(())
@@ -188,8 +189,8 @@ fn compares_with_no_nohop() -> Result<()> {
 /// Of two binaries, one of which makes bigger maps, which no load of the machine hides: it is worse in
 /// both passes.
 fn a_bigger_binary_is_worse() -> Result<()> {
-    let scratch = Scratch::new("results")?;
-    let (nohop, bigger) = (cmd::built("nohop")?, scratch.path().join("bigger"));
+    let tempdir = TempDir::new("results")?;
+    let (nohop, bigger) = (cmd::built("nohop")?, tempdir.path().join("bigger"));
     let script = format!(
         "#!/bin/sh\n[ \"$1\" != run ] || echo 'datapath.max_backends = 262144' >> \"$3\"\nexec {} \"$@\"\n",
         nohop.display()
@@ -199,11 +200,11 @@ fn a_bigger_binary_is_worse() -> Result<()> {
     let compare = |old: &Path, new: &Path| {
         let mut command = Command::new(HARNESS);
         command.arg("compare").arg(old).arg(new).args(["--suite", "scale", "--rounds", "6"]);
-        command.args(["--services", "20", "--seed", "3", "--out"]).arg(scratch.path());
+        command.args(["--services", "20", "--seed", "3", "--out"]).arg(tempdir.path());
         command
     };
     refuses(compare(&nohop, &bigger), 1, &["kernel memory of the maps", "WORSE; at first"])?;
-    let report = fs::read_dir(scratch.path())?
+    let report = fs::read_dir(tempdir.path())?
         .flatten()
         .map(|entry| entry.path())
         .find(|path| path.extension().is_some_and(|extension| extension == "json"))

@@ -1,9 +1,5 @@
 //! How long a table takes into the kernel's maps, and how much memory they have, at full size.
 
-#[path = "../kernel/fixture.rs"]
-#[expect(dead_code, clippy::unwrap_used, reason = "the kernel tests' bed, of which they use more")]
-mod fixture;
-
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -12,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use aya::maps::MapInfo;
-use fixture::{Bed, service};
+use lb_tests::fixture::{self, Bed, service};
 use lb_userspace::ordmap::OrdMap;
 use lb_userspace::table::{Service, Table};
 

@@ -8,7 +8,6 @@ mod bypass;
 mod connector;
 mod disconnect;
 mod families;
-mod fixture;
 mod layout2;
 mod lockdown;
 mod maps;
@@ -35,6 +34,7 @@ mod verifier;
 
 use std::sync::Mutex;
 
+use lb_tests::fixture;
 use libtest_mimic::{Arguments, Completion, Trial};
 
 /// A kernel's version: major and minor.

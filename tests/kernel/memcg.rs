@@ -7,11 +7,11 @@ use std::net::{SocketAddr, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use lb_tests::tempdir;
 use lb_userspace::config::cgroup;
 use lb_userspace::datapath::{Charge, Limit, create_maps};
 use lb_userspace::table::Protocols;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use testbed::tempdir;
 
 use crate::fixture::{Echo, Place, VIP, connect_udp, service, table};
 

@@ -3,9 +3,9 @@
 use std::io::ErrorKind;
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 
-use lb_tests::bpffs::Bpffs;
 use lb_userspace::datapath::Datapath;
 use lb_userspace::table::Protocols;
+use testbed::bpffs::Bpffs;
 
 use crate::fixture::{
     Bed, Echo, OTHER_VIP, Server, VIP, ask, client, connect, connect_udp, dead, hear, service, ways,

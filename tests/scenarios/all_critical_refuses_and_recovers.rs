@@ -5,7 +5,7 @@ use anyhow::{Result, ensure};
 
 use crate::cluster::Cluster;
 
-pub fn story() -> Result<()> {
+pub fn run() -> Result<()> {
     let cluster = Cluster::new(2)?;
     let (nohop, nodes) = (&cluster.nohop, &cluster.nodes);
     let vip = cluster.vip("helloworld")?;

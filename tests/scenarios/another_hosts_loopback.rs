@@ -2,13 +2,13 @@
 //! that host's: what listens at the same port here is never reached.
 
 use anyhow::{Result, ensure};
-use lb_tests::consul::{Consul, instance};
-use lb_tests::helloworld::Helloworld;
 use serde_json::{Value, json};
+use testbed::consul::{Consul, instance};
+use testbed::helloworld::Helloworld;
 
 use crate::cluster::{BACKEND, Nodes, vip};
 
-pub fn story() -> Result<()> {
+pub fn run() -> Result<()> {
     let nodes = Nodes::new()?;
     let everywhere = json!({ "client_addr": "0.0.0.0" });
     let servers = Consul::servers(&[(&nodes.backend, "backend", BACKEND)], &everywhere, None)?;

@@ -2,13 +2,13 @@
 //! most; and what they met is refused and counted, not sent somewhere.
 
 use anyhow::{Result, ensure};
-use lb_tests::cmd;
+use testbed::cmd;
 
 use crate::cluster::{Catalog, Nodes, vip};
 
 const SAYS: &str = "leads to a backend that isn't there";
 
-pub fn story() -> Result<()> {
+pub fn run() -> Result<()> {
     let nodes = Nodes::new()?;
     let helloworld = nodes.helloworld("helloworld")?;
     let catalog = Catalog::new(&[("helloworld", &[helloworld.address])])?;

@@ -6,10 +6,10 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use lb_tests::bpffs::Bpffs;
-use lb_tests::cmd;
-use lb_tests::helloworld::connect;
-use lb_tests::nohop::Nohop;
+use testbed::bpffs::Bpffs;
+use testbed::cmd;
+use testbed::helloworld::connect;
+use testbed::nohop::Nohop;
 
 use crate::cluster::{Catalog, Nodes, attached, vip};
 
@@ -22,7 +22,7 @@ const CONTAINED: &str = r#"echo 0 > "$1/cgroup.procs" && shift && exec unshare -
 /// The same, and the host's own mount stays: /proc/self/mountinfo shows that as `/..`.
 const UNSHARED: &str = r#"echo 0 > "$1/cgroup.procs" && shift 2 && exec unshare --cgroup -- "$@""#;
 
-pub fn story() -> Result<()> {
+pub fn run() -> Result<()> {
     let nodes = Nodes::new()?;
     let helloworld = nodes.helloworld("helloworld")?;
     let catalog = Catalog::new(&[("helloworld", &[helloworld.address])])?;

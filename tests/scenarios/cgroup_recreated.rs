@@ -4,13 +4,13 @@
 use std::fs;
 
 use anyhow::{Context, Result, ensure};
-use lb_tests::cmd;
 use lb_userspace::datapath::{UNITS, hooks};
 use serde_json::Value;
+use testbed::cmd;
 
 use crate::cluster::{Catalog, Nodes, attached};
 
-pub fn story() -> Result<()> {
+pub fn run() -> Result<()> {
     let nodes = Nodes::new()?;
     let helloworld = nodes.helloworld("helloworld")?;
     let catalog = Catalog::new(&[("helloworld", &[helloworld.address])])?;

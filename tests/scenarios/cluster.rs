@@ -1,4 +1,4 @@
-//! What the stories are played on: a client node and a backend node, joined by a cable.
+//! What the scenarios are played on: a client node and a backend node, joined by a cable.
 
 use std::fs;
 use std::net::SocketAddrV4;
@@ -6,13 +6,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use lb_tests::cgroup::Cgroup;
-use lb_tests::cmd;
-use lb_tests::consul::{Consul, instance};
-use lb_tests::helloworld::{Connects, Helloworld, connect};
-use lb_tests::net::{Host, Place};
-use lb_tests::nohop::{Nohop, service};
-use lb_tests::tempdir::Scratch;
+use testbed::cgroup::Cgroup;
+use testbed::cmd;
+use testbed::consul::{Consul, instance};
+use testbed::helloworld::{Connects, Helloworld, connect};
+use testbed::net::{ExecContext, Host};
+use testbed::nohop::{Nohop, service};
+use testbed::tempdir::TempDir;
 
 /// The address of the client node, and of the backend node.
 pub const CLIENT: &str = "10.99.0.1";
@@ -28,7 +28,7 @@ pub struct Nodes {
 impl Nodes {
     pub fn new() -> Result<Nodes> {
         let (client, backend) = (Host::new("client")?, Host::new("backend")?);
-        client.join(&backend, [&format!("{CLIENT}/24"), &format!("{BACKEND}/24")])?;
+        client.connect_veth(&backend, [&format!("{CLIENT}/24"), &format!("{BACKEND}/24")])?;
         Ok(Nodes { cgroup: Cgroup::new()?, client, backend })
     }
 
@@ -43,7 +43,7 @@ impl Nodes {
     }
 
     /// The client node, where nohop serves.
-    pub fn inside(&self) -> Place<'_> {
+    pub fn inside(&self) -> ExecContext<'_> {
         self.client.inside(&self.cgroup)
     }
 
@@ -114,12 +114,12 @@ pub fn vip(nohop: &Nohop, name: &str) -> Result<SocketAddrV4> {
 }
 
 /// A static catalog.
-pub struct Catalog(Scratch);
+pub struct Catalog(TempDir);
 
 impl Catalog {
     /// Makes one with these services, each with the addresses of its backends.
     pub fn new(services: &[(&str, &[SocketAddrV4])]) -> Result<Catalog> {
-        let catalog = Catalog(Scratch::new("catalog")?);
+        let catalog = Catalog(TempDir::new("catalog")?);
         catalog.set(services)?;
         Ok(catalog)
     }

@@ -10,10 +10,10 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use lb_tests::consul::{Consul, instance};
-use lb_tests::nohop::{Nohop, n_healthy};
 use rustix::process::Pid;
 use serde_json::json;
+use testbed::consul::{Consul, instance};
+use testbed::nohop::{Nohop, n_healthy};
 
 use crate::cluster::{CLIENT, Nodes};
 use crate::ha_cluster::{is_failing, is_live};
@@ -24,7 +24,7 @@ const N_SERVICES: usize = 20;
 /// The agent's second address, where only nohop asks it: `127.0.0.2:8500` in `/proc/net/tcp`.
 const AGENT: &str = "0200007F:2134";
 
-pub fn story() -> Result<()> {
+pub fn run() -> Result<()> {
     let nodes = Nodes::new()?;
     let more = json!({ "client_addr": "127.0.0.1 127.0.0.2" });
     let mut agents = Consul::servers(&[(&nodes.client, "client", CLIENT)], &more, None)?;

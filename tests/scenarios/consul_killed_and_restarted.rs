@@ -2,11 +2,11 @@
 //! they come back. After that news arrive again.
 
 use anyhow::{Result, ensure};
-use lb_tests::consul::instance;
+use testbed::consul::instance;
 
 use crate::cluster::Cluster;
 
-pub fn story() -> Result<()> {
+pub fn run() -> Result<()> {
     let mut cluster = Cluster::new(2)?;
     let vip = cluster.vip("helloworld")?;
     let before = cluster.nohop.services()?;

@@ -4,17 +4,17 @@
 use std::net::{Ipv4Addr, SocketAddrV4};
 
 use anyhow::{Result, ensure};
-use lb_tests::helloworld::{Helloworld, connect};
-use lb_tests::net::Host;
+use testbed::helloworld::{Helloworld, connect};
+use testbed::net::Host;
 
 use crate::cluster::{Catalog, Nodes, vip};
 
 const PIN: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::LOCALHOST, 80);
 
-pub fn story() -> Result<()> {
+pub fn run() -> Result<()> {
     let nodes = Nodes::new()?;
     let container = Host::new("container")?;
-    container.join(&nodes.backend, ["10.99.1.1/24", "10.99.1.2/24"])?;
+    container.connect_veth(&nodes.backend, ["10.99.1.1/24", "10.99.1.2/24"])?;
     container.ip("route add 10.99.0.0/24 via 10.99.1.2")?;
     let inside = container.inside(&nodes.cgroup);
 

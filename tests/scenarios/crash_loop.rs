@@ -3,8 +3,8 @@
 //! at most. So no question is held for longer than the daemon has run.
 
 use anyhow::{Context, Result, ensure};
-use lb_tests::consul::instance;
 use serde_json::Value;
+use testbed::consul::instance;
 
 use crate::cluster::Cluster;
 
@@ -17,7 +17,7 @@ const N_CRASHES: usize = 8;
 /// How many connections nohop may have (`consul.max_connections`).
 const MAX_CONNECTIONS: usize = 64;
 
-pub fn story() -> Result<()> {
+pub fn run() -> Result<()> {
     let mut cluster = Cluster::new(1)?;
     for n in 1..N_SERVICES {
         let name = format!("helloworld-{n}");
@@ -26,7 +26,7 @@ pub fn story() -> Result<()> {
     let has_all = |services: &Value| services.as_array().is_some_and(|all| all.len() == N_SERVICES);
     cluster.nohop.wait_until(has_all)?;
     for _ in 0..N_CRASHES {
-        cluster.nohop.crash()?;
+        cluster.nohop.kill()?;
         cluster.nohop.start_again()?;
         let is_live = |status: &Value| status["sources"][0]["state"] == "live";
         cluster.nohop.wait_for_status(is_live)?;

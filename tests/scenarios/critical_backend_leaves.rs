@@ -2,11 +2,11 @@
 //! by itself. How soon, `cargo xtask bench change` measures.
 
 use anyhow::{Result, ensure};
-use lb_tests::nohop::n_healthy;
+use testbed::nohop::n_healthy;
 
 use crate::cluster::Cluster;
 
-pub fn story() -> Result<()> {
+pub fn run() -> Result<()> {
     let cluster = Cluster::new(2)?;
     let vip = cluster.vip("helloworld")?;
     let both = cluster.nodes.connect(vip, 100)?;

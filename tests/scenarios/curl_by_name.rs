@@ -3,11 +3,11 @@
 use std::collections::BTreeSet;
 
 use anyhow::{Result, ensure};
-use lb_tests::cmd;
+use testbed::cmd;
 
 use crate::cluster::Cluster;
 
-pub fn story() -> Result<()> {
+pub fn run() -> Result<()> {
     let cluster = Cluster::new(3)?;
     let nodes = &cluster.nodes;
     let vip = cluster.vip("helloworld")?;

@@ -7,12 +7,12 @@ use std::io::Write;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use lb_tests::consul::{Consul, instance};
-use lb_tests::nohop::Nohop;
-use lb_tests::tempdir::Scratch;
-use lb_tests::tmpfs::Tmpfs;
 use rustix::fs::{CWD, FileType, Mode, OFlags, mknodat, open};
 use serde_json::Value;
+use testbed::consul::{Consul, instance};
+use testbed::nohop::Nohop;
+use testbed::tempdir::TempDir;
+use testbed::tmpfs::Tmpfs;
 
 use crate::cluster::{CLIENT, Catalog, Nodes, vip};
 
@@ -57,7 +57,7 @@ pub fn stalled() -> Result<()> {
     let (one, two) = (nodes.helloworld("one")?, nodes.helloworld("two")?);
     let catalog = Catalog::new(&[("one", &[one.address])])?;
     // To open a FIFO for writing takes as long as a frozen disk: until another comes to read.
-    let state = Scratch::new("state")?;
+    let state = TempDir::new("state")?;
     let temporary = state.path().join(".vips.json.tmp");
     fifo(&temporary)?;
     let config = catalog.config() + &format!("state_dir = {:?}\n", state.path());
@@ -80,16 +80,16 @@ pub fn stalled() -> Result<()> {
 
     // It stops all the same, and the next one finds the addresses in the kernel.
     let before = vip(&nohop, "new-2")?;
-    ensure!(nohop.end()?.success());
+    ensure!(nohop.terminate()?.success());
     nohop.start_again()?;
     ensure!(vip(&nohop, "new-2")? == before);
 
     // Neither a book nor a last catalog that can't be read keeps it down.
-    ensure!(nohop.end()?.success());
+    ensure!(nohop.terminate()?.success());
     fifo(&state.path().join("vips.json"))?;
     nohop.start_again()?;
     ensure!(vip(&nohop, "new-2")? == before && nodes.curl("new-2")? == "hello from two\n");
-    ensure!(nohop.end()?.success());
+    ensure!(nohop.terminate()?.success());
     let consul = Consul::server(&nodes.client, "client", CLIENT)?;
     consul.register(&instance("one", "one", one.address))?;
     fifo(&state.path().join("catalog.json"))?;
@@ -97,7 +97,7 @@ pub fn stalled() -> Result<()> {
     nohop.configure(&format!("state_dir = {:?}\n", state.path()))?;
     nohop.start_again()?;
     nohop.wait_for_backends("one", 1)?;
-    ensure!(nodes.curl("one")? == "hello from one\n" && nohop.end()?.success());
+    ensure!(nodes.curl("one")? == "hello from one\n" && nohop.terminate()?.success());
     Ok(())
 }
 
@@ -106,10 +106,10 @@ pub fn unread_log() -> Result<()> {
     let (one, two) = (nodes.helloworld("one")?, nodes.helloworld("two")?);
     let catalog = Catalog::new(&[("web", &[one.address])])?;
     let mut nohop = Nohop::start(&nodes.client, &nodes.cgroup, &catalog.config())?;
-    ensure!(nohop.end()?.success());
+    ensure!(nohop.terminate()?.success());
 
-    let scratch = Scratch::new("log")?;
-    let log = scratch.path().join("stderr");
+    let tempdir = TempDir::new("log")?;
+    let log = tempdir.path().join("stderr");
     fifo(&log)?;
     // It is open, so that a writer isn't refused, and never read.
     let _reader = open(&log, OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty())?;
@@ -126,7 +126,7 @@ pub fn unread_log() -> Result<()> {
         catalog.set(&services)?;
         let expected = backends[0].to_string();
         nohop.wait_until(|services| {
-            let web = lb_tests::nohop::service(services, "web");
+            let web = testbed::nohop::service(services, "web");
             web.is_some_and(|web| web["backends"][0]["address"] == *expected)
         })?;
         is_lost = lost(&nohop.status()?);
@@ -138,8 +138,8 @@ pub fn unread_log() -> Result<()> {
             break;
         }
     }
-    ensure!(is_lost, "the log never filled up: this story shows nothing");
-    ensure!(nohop.end()?.success());
+    ensure!(is_lost, "the log never filled up: this scenario shows nothing");
+    ensure!(nohop.terminate()?.success());
     Ok(())
 }
 

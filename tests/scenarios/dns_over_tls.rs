@@ -5,16 +5,16 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use lb_tests::cmd;
-use lb_tests::process::Process;
-use lb_tests::tempdir::Scratch;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+use testbed::cmd;
+use testbed::process::Process;
+use testbed::tempdir::TempDir;
 
 use crate::cluster::{BACKEND, Catalog, Nodes, vip};
 
 const NAME: &str = "dns.node.example";
 
-pub fn story() -> Result<()> {
+pub fn run() -> Result<()> {
     let nodes = Nodes::new()?;
     let mut dnsmasq = nodes.backend.outside().command("dnsmasq");
     dnsmasq
@@ -25,10 +25,10 @@ pub fn story() -> Result<()> {
     let dnsmasq = Process::spawn("dnsmasq", dnsmasq)?;
     dnsmasq.wait_for_line(&["started, version"])?;
 
-    let (scratch, other) = (Scratch::new("dns-tls")?, Scratch::new("dns-tls-other")?);
-    issue(scratch.path())?;
+    let (tempdir, other) = (TempDir::new("dns-tls")?, TempDir::new("dns-tls-other")?);
+    issue(tempdir.path())?;
     issue(other.path())?;
-    let ca = |of: &Scratch| of.path().join("ca.pem").display().to_string();
+    let ca = |of: &TempDir| of.path().join("ca.pem").display().to_string();
     let kdig = |ca: &str, words: &str| {
         let words = format!("@127.0.0.1 -p 853 +tls-ca={ca} +tls-hostname={NAME} +short {words}");
         nodes.inside().run("kdig", &words)
@@ -39,8 +39,8 @@ pub fn story() -> Result<()> {
     let config = format!(
         "dns.forward = [\"{BACKEND}:53\"]\ndns.listen_tls = [\"127.0.0.1:853\"]\n\
          dns.tls_cert_file = {:?}\ndns.tls_key_file = {:?}\n",
-        scratch.path().join("dns.pem"),
-        scratch.path().join("dns.key"),
+        tempdir.path().join("dns.pem"),
+        tempdir.path().join("dns.key"),
     );
     let nohop = nodes.nohop(&(catalog.config() + &config))?;
 
@@ -56,23 +56,23 @@ pub fn story() -> Result<()> {
         (both, &format!("{vip}\n192.0.2.7")),
     ];
     for (words, expected) in rows {
-        let answer = kdig(&ca(&scratch), words)?;
+        let answer = kdig(&ca(&tempdir), words)?;
         ensure!(answer.trim() == expected, "{words}: {answer:?}, not {expected:?}");
     }
 
     // A certificate of another authority is shown from the next handshake on.
     ensure!(kdig(&ca(&other), "helloworld.service").is_err(), "kdig takes any certificate");
-    replace(&other, &scratch)?;
+    replace(&other, &tempdir)?;
     let answer = kdig(&ca(&other), "helloworld.service")?;
     ensure!(answer.trim() == vip, "{answer:?}");
     // One that can't be read isn't: the former stays.
-    fs::write(scratch.path().join("dns.pem"), "no certificate")?;
+    fs::write(tempdir.path().join("dns.pem"), "no certificate")?;
     let answer = kdig(&ca(&other), "helloworld.service")?;
     ensure!(answer.trim() == vip, "{answer:?}");
     nohop.process.wait_for_line(&["holds no certificate"])?;
 
     // At the start it is an error, with the file and the fix.
-    let bad = scratch.path().join("bad.toml");
+    let bad = tempdir.path().join("bad.toml");
     fs::write(&bad, config.replace(":853", ":8853"))?;
     let flags = format!(
         "10 {} run --config {} --catalog {} --cgroup {} --dns-listen 127.0.0.1:5353 \
@@ -81,7 +81,7 @@ pub fn story() -> Result<()> {
         bad.display(),
         catalog.path().display(),
         nodes.cgroup.path().display(),
-        dir = scratch.path().display(),
+        dir = tempdir.path().display(),
     );
     let mut command = nodes.client.outside().command("timeout");
     command.args(flags.split_whitespace());
@@ -93,7 +93,7 @@ pub fn story() -> Result<()> {
 }
 
 /// Takes the certificate and the key of one folder into another.
-fn replace(from: &Scratch, to: &Scratch) -> Result<()> {
+fn replace(from: &TempDir, to: &TempDir) -> Result<()> {
     for name in ["dns.key", "dns.pem"] {
         let fresh = to.path().join(format!("{name}.new"));
         fs::copy(from.path().join(name), &fresh).with_context(|| format!("copy {name}"))?;

@@ -2,12 +2,12 @@
 //! is refused while the daemon runs, and takes everything away once it has ended.
 
 use anyhow::{Result, ensure};
-use lb_tests::cmd;
 use lb_userspace::datapath::{UNITS, hooks};
+use testbed::cmd;
 
 use crate::cluster::{Catalog, Nodes, attached, vip};
 
-pub fn story() -> Result<()> {
+pub fn run() -> Result<()> {
     let nodes = Nodes::new()?;
     let helloworld = nodes.helloworld("helloworld")?;
     let catalog = Catalog::new(&[("helloworld", &[helloworld.address])])?;
@@ -28,7 +28,7 @@ pub fn story() -> Result<()> {
     let text = String::from_utf8_lossy(&refused.stderr);
     let pid = nohop.process.pid().as_raw_nonzero();
     ensure!(!refused.status.success() && text.contains(&format!("process {pid}")), "{text}");
-    ensure!(nohop.end()?.success());
+    ensure!(nohop.terminate()?.success());
     ensure!(nodes.connect(vip, 10)?.all_answered(|answer| answer == "hello from helloworld"));
 
     let output = nohop.cli(&unload)?;

@@ -2,14 +2,14 @@
 //! unreachable route it keeps nohop from starting, beside it it is a problem. Both are named.
 
 use anyhow::{Result, ensure};
-use lb_tests::bpffs::Bpffs;
-use lb_tests::cmd;
+use testbed::bpffs::Bpffs;
+use testbed::cmd;
 
 use crate::cluster::{Catalog, Nodes};
 
 const POOL: &str = "127.128.0.0/9";
 
-pub fn story() -> Result<()> {
+pub fn run() -> Result<()> {
     let nodes = Nodes::new()?;
     let helloworld = nodes.helloworld("helloworld")?;
     let catalog = Catalog::new(&[("helloworld", &[helloworld.address])])?;

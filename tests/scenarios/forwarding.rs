@@ -1,11 +1,11 @@
 //! Names outside of nohop's domain are answered by the upstream.
 
 use anyhow::{Result, ensure};
-use lb_tests::process::Process;
+use testbed::process::Process;
 
 use crate::cluster::{BACKEND, Catalog, Nodes, vip};
 
-pub fn story() -> Result<()> {
+pub fn run() -> Result<()> {
     let nodes = Nodes::new()?;
     let mut dnsmasq = nodes.backend.outside().command("dnsmasq");
     dnsmasq

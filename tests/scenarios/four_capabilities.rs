@@ -1,15 +1,15 @@
 //! The daemon needs no root: four capabilities will do, as the README says.
 
 use anyhow::{Context, Result, ensure};
-use lb_tests::bpffs::Bpffs;
-use lb_tests::cmd;
-use lb_tests::process::Process;
+use testbed::bpffs::Bpffs;
+use testbed::cmd;
+use testbed::process::Process;
 
 use crate::cluster::{Catalog, Nodes};
 
 const CAPABILITIES: &str = "+bpf,+net_admin,+perfmon,+net_bind_service";
 
-pub fn story() -> Result<()> {
+pub fn run() -> Result<()> {
     let nodes = Nodes::new()?;
     let helloworld = nodes.helloworld("helloworld")?;
     let catalog = Catalog::new(&[("helloworld", &[helloworld.address])])?;

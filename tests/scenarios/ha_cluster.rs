@@ -1,4 +1,4 @@
-//! What the stories of Consul's bad days are played on: three servers, a node with backends and a node
+//! What the scenarios of Consul's bad days are played on: three servers, a node with backends and a node
 //! with nohop, on a switch. What is connected to goes over a cable of its own, so that Consul's network can
 //! fail by itself.
 
@@ -6,12 +6,12 @@ use std::net::SocketAddrV4;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
-use lb_tests::consul::{Consul, instance};
-use lb_tests::helloworld::Helloworld;
-use lb_tests::load::Load;
-use lb_tests::net::Host;
-use lb_tests::nohop::Nohop;
 use serde_json::{Value, json};
+use testbed::consul::{Consul, instance};
+use testbed::helloworld::Helloworld;
+use testbed::load::Load;
+use testbed::net::Host;
+use testbed::nohop::Nohop;
 
 use crate::cluster::{Nodes, vip};
 use crate::load::under_load;
@@ -20,11 +20,11 @@ const SERVERS: [(&str, &str); 3] = [("s1", "10.98.0.1"), ("s2", "10.98.0.2"), ("
 const CLIENT: &str = "10.98.0.11";
 const BACKEND: &str = "10.98.0.12";
 
-/// How many connections a second go on through a story.
+/// How many connections a second go on through a scenario.
 const RATE: u32 = 500;
 
 /// The nodes with Consul's cluster on them, and nohop.
-pub struct Servers {
+pub struct HaCluster {
     pub nohop: Nohop,
     pub helloworlds: Vec<Helloworld>,
     /// The agent of the node with nohop.
@@ -52,26 +52,26 @@ pub struct Setup {
     pub nohop: String,
 }
 
-impl Servers {
+impl HaCluster {
     /// Starts it all, with two backends of the service helloworld.
-    pub fn new() -> Result<Servers> {
-        Servers::with(&Setup::default(), |_| Ok(()))
+    pub fn new() -> Result<HaCluster> {
+        HaCluster::with(&Setup::default(), |_| Ok(()))
     }
 
     /// The same, out of the ordinary; `prepare` is called when Consul runs, and before nohop does.
-    pub fn with(setup: &Setup, prepare: impl FnOnce(&Consul) -> Result<()>) -> Result<Servers> {
+    pub fn with(setup: &Setup, prepare: impl FnOnce(&Consul) -> Result<()>) -> Result<HaCluster> {
         let nodes = Nodes::new()?;
         let switch = Host::new("switch")?;
-        switch.become_switch()?;
+        switch.make_bridge()?;
         let token = setup.token.as_deref();
         let mut hosts = Vec::new();
         for (name, address) in SERVERS {
             let host = Host::new(name)?;
-            switch.plug(&host, &format!("{address}/24"))?;
+            switch.attach(&host, &format!("{address}/24"))?;
             hosts.push(host);
         }
-        let agent_port = switch.plug(&nodes.client, &format!("{CLIENT}/24"))?;
-        switch.plug(&nodes.backend, &format!("{BACKEND}/24"))?;
+        let agent_port = switch.attach(&nodes.client, &format!("{CLIENT}/24"))?;
+        switch.attach(&nodes.backend, &format!("{BACKEND}/24"))?;
         let placed: Vec<_> = hosts
             .iter()
             .zip(SERVERS)
@@ -90,7 +90,7 @@ impl Servers {
         let backend_agent = client(&nodes.backend, "backend", BACKEND, &json!({}))?;
         prepare(&servers[0])?;
         let nohop = nodes.nohop(&setup.nohop)?;
-        let mut servers = Servers {
+        let mut servers = HaCluster {
             nohop,
             helloworlds: Vec::new(),
             agent,
@@ -125,13 +125,13 @@ impl Servers {
     }
 
     /// Pulls the plug of the agent beside nohop, or puts it in again.
-    pub fn plug(&self, state: &str) -> Result<()> {
+    pub fn set_link(&self, state: &str) -> Result<()> {
         self.switch.ip(&format!("link set {} {state}", self.agent_port)).map(drop)
     }
 
     /// Waits until news arrive: a backend `id` of helloworld comes, is connected to, and goes.
-    pub fn news_arrive(&mut self, id: &str) -> Result<()> {
-        let before = lb_tests::nohop::n_healthy(&self.nohop.services()?, "helloworld");
+    pub fn expect_update(&mut self, id: &str) -> Result<()> {
+        let before = testbed::nohop::n_healthy(&self.nohop.services()?, "helloworld");
         let newcomer = self.nodes.helloworld(id)?;
         self.backend_agent.register(&instance("helloworld", id, newcomer.address))?;
         self.nohop.wait_for_backends("helloworld", before + 1)?;
@@ -149,9 +149,9 @@ impl Servers {
 
     /// Runs `scenario` while connections to helloworld are opened: none may be lost or late, and
     /// none may reach another service.
-    pub fn none_lost(
+    pub fn assert_no_failures(
         &mut self,
-        scenario: impl FnOnce(&mut Servers, &Load) -> Result<()>,
+        scenario: impl FnOnce(&mut HaCluster, &Load) -> Result<()>,
     ) -> Result<()> {
         let vip = self.vip("helloworld")?;
         let nodes = Arc::clone(&self.nodes);

@@ -2,16 +2,16 @@
 //! without the wanted Meta is out, and one whose address is a name is connected to at what it stands for.
 
 use anyhow::{Result, ensure};
-use lb_tests::consul::instance;
-use lb_tests::helloworld::Helloworld;
-use lb_tests::nohop::service;
 use serde_json::{Value, json};
+use testbed::consul::instance;
+use testbed::helloworld::Helloworld;
+use testbed::nohop::service;
 
 use crate::cluster::Cluster;
 
 const CONFIG: &str = "catalog.health = \"warning\"\ncatalog.meta = { stage = \"live\" }\n";
 
-pub fn story() -> Result<()> {
+pub fn run() -> Result<()> {
     let cluster = Cluster::with_config(0, CONFIG)?;
     let [warned, test] = ["warned", "test"].map(|name| cluster.nodes.helloworld(name));
     let (warned, test) = (warned?, test?);

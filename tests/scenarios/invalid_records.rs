@@ -2,12 +2,12 @@
 //! instance beside it serves.
 
 use anyhow::{Result, ensure};
-use lb_tests::consul::instance;
 use serde_json::{Value, json};
+use testbed::consul::instance;
 
 use crate::cluster::Cluster;
 
-pub fn story() -> Result<()> {
+pub fn run() -> Result<()> {
     let cluster = Cluster::new(1)?;
     let consul = &cluster.server;
     // The client node has a bridge as Docker makes it, and so has the backend node, by its records.

@@ -2,22 +2,22 @@
 //! either family, and whoever can't reach an IPv6 instance gets the other one.
 
 use anyhow::{Result, ensure};
-use lb_tests::cmd;
-use lb_tests::nohop::service;
-use lb_tests::process::Process;
+use testbed::cmd;
+use testbed::nohop::service;
+use testbed::process::Process;
 
 use crate::cluster::{Catalog, Nodes};
 
 const POOL6: &str = "fd6e:6f68:6f70::/96";
 
-pub fn story() -> Result<()> {
+pub fn run() -> Result<()> {
     let nodes = Nodes::new()?;
     for (host, address) in [(&nodes.client, "fd99::1/64"), (&nodes.backend, "fd99::2/64")] {
         host.ip(&format!("addr add {address} dev eth0 nodad"))?;
     }
     let over_v4 = nodes.helloworld("v4")?;
-    let mut command = nodes.backend.outside().command(cmd::built("helloworld")?);
-    command.args(["--listen", "[fd99::2]:8080", "--name", "v6"]);
+    let mut command = nodes.backend.outside().command(cmd::built("nohop-load")?);
+    command.args(["hello", "[fd99::2]:8080", "--name", "v6"]);
     let over_v6 = Process::spawn("helloworld v6", command)?;
     over_v6.wait_for_line(&["listening on "])?;
     let catalog = Catalog::new(&[])?;

@@ -9,7 +9,7 @@ use crate::load::{RATE, under_load};
 /// The daemon is killed at each of these seconds of the load.
 const KILLED_AT: [u32; 5] = [4, 9, 14, 19, 24];
 
-pub fn story() -> Result<()> {
+pub fn run() -> Result<()> {
     let nodes = Nodes::new()?;
     let backends = ["0", "1", "2", "3"].map(|name| nodes.helloworld(name));
     let [zero, one, two, three] = backends;
@@ -22,7 +22,7 @@ pub fn story() -> Result<()> {
     under_load(&nodes, vip, RATE, |load| {
         for (round, second) in KILLED_AT.into_iter().enumerate() {
             load.wait_until_second(second)?;
-            nohop.crash()?;
+            nohop.kill()?;
             // What the new daemon finds isn't what the killed one left.
             let present = &all[..2 + round % 3];
             catalog.set(&[("helloworld", present)])?;

@@ -3,7 +3,7 @@
 use std::net::SocketAddrV4;
 
 use anyhow::{Result, ensure};
-use lb_tests::load::{Load, Outcome};
+use testbed::load::{Load, Outcome};
 
 use crate::cluster::Nodes;
 

@@ -1,5 +1,4 @@
-//! The end-to-end scenarios: each a story on a cluster of its own, with the real daemon and the
-//! real kernel. `cargo xtask test` runs them; they need root.
+//! The end-to-end scenarios: each on a cluster of its own, with the real daemon and the real kernel. `cargo xtask test` runs them; they need root.
 #![forbid(unsafe_code)]
 
 mod acls;
@@ -60,81 +59,81 @@ mod wildcard_server_never_reached;
 use std::process::ExitCode;
 
 use anyhow::Result;
-use lb_tests::{cleanup, cmd, process};
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
+use testbed::{cleanup, cmd, process};
 
-type Story = fn() -> Result<()>;
+type Scenario = fn() -> Result<()>;
 
-const STORIES: &[(&str, Story)] = &[
+const SCENARIOS: &[(&str, Scenario)] = &[
     ("acl_policies", acls::policies),
-    ("acls", acls::story),
-    ("agent_cut_off", agent_partition::story),
-    ("all_critical_refuses_and_recovers", all_critical_refuses_and_recovers::story),
-    ("another_hosts_loopback", another_hosts_loopback::story),
-    ("bad_records", invalid_records::story),
-    ("cgroup_namespace", cgroup_namespace::story),
-    ("chosen_instances", instance_filter::story),
+    ("acls", acls::run),
+    ("agent_partition", agent_partition::run),
+    ("all_critical_refuses_and_recovers", all_critical_refuses_and_recovers::run),
+    ("another_hosts_loopback", another_hosts_loopback::run),
+    ("bpf_log", bpf_log::run),
+    ("cgroup_namespace", cgroup_namespace::run),
+    ("cgroup_recreated", cgroup_recreated::run),
     ("consul_as_resolver", resolvers::consul),
-    ("consul_connections", consul_connections::story),
-    ("consul_killed_and_restarted", consul_killed_and_restarted::story),
-    ("container_namespace", container_namespace::story),
-    ("crash_loop", crash_loop::story),
-    ("critical_backend_leaves", critical_backend_leaves::story),
-    ("curl_by_name", curl_by_name::story),
-    ("detached_by_hand", external_detach::story),
+    ("consul_connections", consul_connections::run),
+    ("consul_killed_and_restarted", consul_killed_and_restarted::run),
+    ("container_namespace", container_namespace::run),
+    ("crash_loop", crash_loop::run),
+    ("critical_backend_leaves", critical_backend_leaves::run),
+    ("curl_by_name", curl_by_name::run),
     ("dig_by_name", resolvers::dig),
     ("disk_full", disk::full),
     ("disk_stalled", disk::stalled),
+    ("dns_acl", resolvers::strangers),
     ("dnsmasq_in_front", resolvers::dnsmasq),
-    ("foreign_route", foreign_route::story),
-    ("forwarding", forwarding::story),
-    ("four_capabilities", four_capabilities::story),
-    ("hooks_watched", cgroup_recreated::story),
-    ("ipv6_by_name", ipv6_by_name::story),
-    ("kernel_has_a_voice", bpf_log::story),
-    ("killed_under_load", killed_under_load::story),
-    ("leader_killed", leader_killed::story),
-    ("maintenance", maintenance::story),
-    ("more_than_fits", map_full::story),
-    ("not_a_vip_untouched", non_vip_passthrough::story),
-    ("not_ready_before_consul", not_ready_before_consul::story),
-    ("operators_view", operators_view::story),
-    ("pinned_address", pinned_address::story),
-    ("port_reused", port_reused::story),
-    ("ports_from_meta", ports_from_meta::story),
-    ("refuses_to_start", refuses_to_start::story),
-    ("reloaded_between_consuls", reload_source::story),
-    ("reloaded_live", reloaded_live::story),
-    ("resolvers_in_a_circle", resolvers::circle),
-    ("restarted_without_consul", restarted_without_consul::story),
-    ("services_never_mix", services_never_mix::story),
-    ("state_lost", state_dir_lost::story),
-    ("static_catalog", static_catalog::story),
-    ("stops_on_signals", stops_on_signals::story),
-    ("strangers_refused", resolvers::strangers),
-    ("tag_removed", tag_removed::story),
-    ("tls_rotated", tls_rotated::story),
-    ("udp_echo", udp_echo::story),
+    ("external_detach", external_detach::run),
+    ("foreign_route", foreign_route::run),
+    ("forwarding", forwarding::run),
+    ("forwarding_loop", resolvers::circle),
+    ("four_capabilities", four_capabilities::run),
+    ("instance_filter", instance_filter::run),
+    ("invalid_records", invalid_records::run),
+    ("ipv6_by_name", ipv6_by_name::run),
+    ("killed_under_load", killed_under_load::run),
+    ("leader_killed", leader_killed::run),
+    ("maintenance", maintenance::run),
+    ("map_full", map_full::run),
+    ("non_vip_passthrough", non_vip_passthrough::run),
+    ("not_ready_before_consul", not_ready_before_consul::run),
+    ("operators_view", operators_view::run),
+    ("pinned_address", pinned_address::run),
+    ("port_reused", port_reused::run),
+    ("ports_from_meta", ports_from_meta::run),
+    ("refuses_to_start", refuses_to_start::run),
+    ("reload_source", reload_source::run),
+    ("reloaded_live", reloaded_live::run),
+    ("restarted_without_consul", restarted_without_consul::run),
+    ("services_never_mix", services_never_mix::run),
+    ("shadow_mode", shadow_mode::run),
+    ("shadow_mode_by_key", shadow_mode::by_key),
+    ("state_dir_lost", state_dir_lost::run),
+    ("static_catalog", static_catalog::run),
+    ("stops_on_signals", stops_on_signals::run),
+    ("tag_removed", tag_removed::run),
+    ("tls_rotated", tls_rotated::run),
+    ("udp_echo", udp_echo::run),
     ("unread_log", disk::unread_log),
-    ("upgraded_under_load", upgraded_under_load::story),
-    ("way_out", shadow_mode::story),
-    ("way_out_by_key", shadow_mode::by_key),
-    ("wildcard_server_never_reached", wildcard_server_never_reached::story),
+    ("upgraded_under_load", upgraded_under_load::run),
+    ("wildcard_server_never_reached", wildcard_server_never_reached::run),
 ];
 
-/// The stories of programs that not every machine has, each with those that it needs.
-const STORIES_OF_PROGRAMS: &[(&str, &[&str], Story)] = &[
-    ("dns_over_tls", &["kdig"], dns_over_tls::story),
+/// The scenarios of programs that not every machine has, each with those that it needs.
+const SCENARIOS_OF_PROGRAMS: &[(&str, &[&str], Scenario)] = &[
+    ("dns_over_tls", &["kdig"], dns_over_tls::run),
     ("drill_by_name", &["drill"], resolvers::drill),
     ("forwarded_without_loss", &["dnsperf"], resolvers::forwarded),
     ("java_by_name", &["java", "javac"], clients_by_name::java),
     ("kdig_by_name", &["kdig"], resolvers::kdig),
     ("musl_by_name", &["musl-gcc"], resolvers::musl),
     ("node_by_name", &["node"], clients_by_name::node),
-    ("passed_sockets", &["python3"], socket_activation::story),
-    ("postgres", &["psql", "initdb", "postgres"], postgres::story),
-    ("prometheus_rules", &["promtool"], rules::story),
+    ("postgres", &["psql", "initdb", "postgres"], postgres::run),
+    ("prometheus_rules", &["promtool"], rules::run),
     ("python_by_name", &["python3"], clients_by_name::python),
+    ("socket_activation", &["python3"], socket_activation::run),
     ("systemd_resolved_by_name", &["systemd-resolved"], resolvers::systemd_resolved),
 ];
 
@@ -150,19 +149,20 @@ fn main() -> ExitCode {
         eprintln!("Can't handle signals: {error}");
         return ExitCode::FAILURE;
     }
-    let everywhere = STORIES.iter().map(|&(name, story)| (name, &[][..], story));
-    let trials = everywhere.chain(STORIES_OF_PROGRAMS.iter().copied());
-    let trials = trials.map(|(name, programs, story)| {
-        Trial::ignorable_test(name, move || tell(programs, story)).with_ignored_flag(!is_root)
+    let everywhere = SCENARIOS.iter().map(|&(name, scenario)| (name, &[][..], scenario));
+    let trials = everywhere.chain(SCENARIOS_OF_PROGRAMS.iter().copied());
+    let trials = trials.map(|(name, programs, scenario)| {
+        Trial::ignorable_test(name, move || run(programs, scenario)).with_ignored_flag(!is_root)
     });
     libtest_mimic::run(&arguments, trials.collect()).exit_code()
 }
 
-/// Tells a story, where the programs that it needs are installed; CI has to have them.
-fn tell(programs: &[&str], story: Story) -> Result<Completion, Failed> {
+/// Runs a scenario where the programs that it needs are installed; CI has to have them.
+fn run(programs: &[&str], scenario: Scenario) -> Result<Completion, Failed> {
     if let Some(absent) = programs.iter().find_map(|program| cmd::installed(program).err()) {
         return cmd::skip(&absent.to_string());
     }
-    story().map_err(|error| Failed::from(format!("{error:?}\n{}", process::last_words())))?;
+    scenario()
+        .map_err(|error| Failed::from(format!("{error:?}\n{}", process::failure_output())))?;
     Ok(Completion::Completed)
 }

@@ -2,12 +2,12 @@
 //! instances leave, explain says why, and they come back.
 
 use anyhow::{Context, Result, ensure};
-use lb_tests::consul::program;
 use serde_json::Value;
+use testbed::consul::program;
 
 use crate::cluster::Cluster;
 
-pub fn story() -> Result<()> {
+pub fn run() -> Result<()> {
     let cluster = Cluster::new(3)?;
     let vip = cluster.vip("helloworld")?;
     let maint = |words: &str| -> Result<()> {

@@ -7,7 +7,7 @@ use crate::cluster::{Catalog, Nodes, vip};
 
 const N_FIT: usize = 4;
 
-pub fn story() -> Result<()> {
+pub fn run() -> Result<()> {
     let nodes = Nodes::new()?;
     let helloworld = nodes.helloworld("helloworld")?;
     let backends = [helloworld.address];

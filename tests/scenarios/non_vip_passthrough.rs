@@ -3,11 +3,11 @@
 use std::net::{Ipv4Addr, SocketAddrV4};
 
 use anyhow::{Result, ensure};
-use lb_tests::helloworld::Helloworld;
+use testbed::helloworld::Helloworld;
 
 use crate::cluster::{Catalog, Nodes};
 
-pub fn story() -> Result<()> {
+pub fn run() -> Result<()> {
     let nodes = Nodes::new()?;
     let routed = nodes.helloworld("routed")?;
     let remote = nodes.helloworld("remote")?;

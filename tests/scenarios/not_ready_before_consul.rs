@@ -2,13 +2,13 @@
 //! doesn't exist; once Consul comes, so does the rest.
 
 use anyhow::{Result, ensure};
-use lb_tests::consul::{Consul, instance};
-use lb_tests::nohop::Nohop;
 use serde_json::Value;
+use testbed::consul::{Consul, instance};
+use testbed::nohop::Nohop;
 
 use crate::cluster::{CLIENT, Nodes};
 
-pub fn story() -> Result<()> {
+pub fn run() -> Result<()> {
     let nodes = Nodes::new()?;
     let nohop = Nohop::start_unready(&nodes.client, &nodes.cgroup, "")?;
     let named = |status: &Value| status["problems"].to_string().contains("127.0.0.1:8500");

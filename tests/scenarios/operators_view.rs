@@ -4,17 +4,17 @@
 use std::fs;
 
 use anyhow::{Context, Result, ensure};
-use lb_tests::cmd;
-use lb_tests::consul::{Consul, instance};
-use lb_tests::nohop::Nohop;
 use serde_json::Value;
+use testbed::cmd;
+use testbed::consul::{Consul, instance};
+use testbed::nohop::Nohop;
 
 use crate::cluster::{CLIENT, Nodes};
 
 /// An id that forges a line, clears the screen, and turns the direction of what follows.
 const FORGED: &str = "web-1\n  healthy    10.9.9.9:1\u{1b}[2J\u{9b}31m\u{202e}";
 
-pub fn story() -> Result<()> {
+pub fn run() -> Result<()> {
     let nodes = Nodes::new()?;
     let mut nohop = Nohop::start_unready(&nodes.client, &nodes.cgroup, "")?;
     for arguments in ["status", "status --json", "status --wait-ready --timeout 0"] {
@@ -61,7 +61,7 @@ pub fn story() -> Result<()> {
 
     // An earlier daemon's revision is past at once.
     let earlier = revision(&nohop.status()?)?;
-    ensure!(nohop.end()?.success());
+    ensure!(nohop.terminate()?.success());
     nohop.start_again_unready()?;
     let later = revision(&nohop.document(&format!("/v1/status?after={earlier}&wait=600"))?)?;
     ensure!(later > earlier, "{later} after {earlier}");

@@ -3,13 +3,13 @@
 use std::net::{Ipv4Addr, SocketAddrV4};
 
 use anyhow::{Result, ensure};
-use lb_tests::helloworld::{Helloworld, connect};
+use testbed::helloworld::{Helloworld, connect};
 
 use crate::cluster::Cluster;
 
 const PIN: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::LOCALHOST, 80);
 
-pub fn story() -> Result<()> {
+pub fn run() -> Result<()> {
     let cluster = Cluster::with_config(1, "vip.pins = { helloworld = \"127.0.0.1:80\" }")?;
     let (nodes, outside) = (&cluster.nodes, cluster.nodes.client.outside());
 

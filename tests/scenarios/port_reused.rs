@@ -4,55 +4,55 @@
 //! get SERVFAIL, and the kernel goes on by what it has.
 
 use anyhow::{Result, ensure};
-use lb_tests::consul::instance;
-use lb_tests::helloworld::Helloworld;
 use serde_json::Value;
+use testbed::consul::instance;
+use testbed::helloworld::Helloworld;
 
-use crate::ha_cluster::{Servers, Setup, is_failing, is_live};
+use crate::ha_cluster::{HaCluster, Setup, is_failing, is_live};
 
-pub fn story() -> Result<()> {
-    let mut servers = Servers::with(&Setup::default(), |_| Ok(()))?;
-    servers.serve("mail", 2)?;
-    let mail = servers.vip("mail")?;
-    servers.none_lost(|servers, load| {
+pub fn run() -> Result<()> {
+    let mut cluster = HaCluster::with(&Setup::default(), |_| Ok(()))?;
+    cluster.serve("mail", 2)?;
+    let mail = cluster.vip("mail")?;
+    cluster.assert_no_failures(|cluster, load| {
         load.wait_until_second(1)?;
-        servers.agent.kill();
-        servers.nohop.wait_for_status(is_failing)?;
+        cluster.agent.kill();
+        cluster.nohop.wait_for_status(is_failing)?;
 
         // mail-1 ends, and its port goes to a new instance of helloworld.
-        let last = servers.helloworlds.pop();
+        let last = cluster.helloworlds.pop();
         let address = last.as_ref().map(|helloworld| helloworld.address);
         drop(last);
         let address = address.unwrap_or(mail);
-        servers.backend_agent.deregister("mail-1")?;
-        let place = servers.nodes.backend.outside();
+        cluster.backend_agent.deregister("mail-1")?;
+        let place = cluster.nodes.backend.outside();
         let newcomer = Helloworld::start(place, "newcomer-1", &address.to_string())?;
-        servers.backend_agent.register(&instance("helloworld", "newcomer-1", newcomer.address))?;
-        servers.helloworlds.push(newcomer);
+        cluster.backend_agent.register(&instance("helloworld", "newcomer-1", newcomer.address))?;
+        cluster.helloworlds.push(newcomer);
 
         // A daemon that starts now remembers what the last one has written.
-        servers.nohop.wait_for_state("catalog.json", "mail-1")?;
-        servers.nohop.crash()?;
-        servers.nohop.start_again()?;
-        let services = servers.nohop.services()?;
+        cluster.nohop.wait_for_state("catalog.json", "mail-1")?;
+        cluster.nohop.kill()?;
+        cluster.nohop.start_again()?;
+        let services = cluster.nohop.services()?;
         ensure!(services.as_array().is_some_and(|services| services.len() == 2), "{services:#}");
 
-        servers.agent.restart()?;
-        servers.nohop.wait_for_status(is_live)?;
-        servers.nohop.wait_for_backends("helloworld", 3)?;
-        servers.nohop.wait_for_backends("mail", 1)?;
-        let connects = servers.nodes.connect(mail, 200)?;
+        cluster.agent.restart()?;
+        cluster.nohop.wait_for_status(is_live)?;
+        cluster.nohop.wait_for_backends("helloworld", 3)?;
+        cluster.nohop.wait_for_backends("mail", 1)?;
+        let connects = cluster.nodes.connect(mail, 200)?;
         ensure!(connects.all_answered(|answer| answer == "hello from mail-0"), "{connects:?}");
         Ok(())
     })?;
 
     // Older than it may be, it doesn't serve.
-    servers.nohop.end()?;
-    servers.agent.kill();
-    servers.nohop.configure("catalog.max_age = \"1s\"\n")?;
-    servers.nohop.start_again_unready()?;
+    cluster.nohop.terminate()?;
+    cluster.agent.kill();
+    cluster.nohop.configure("catalog.max_age = \"1s\"\n")?;
+    cluster.nohop.start_again_unready()?;
     let knows_nothing = |status: &Value| status["problems"].to_string().contains("no full answer");
-    let status = servers.nohop.wait_for_status(knows_nothing)?;
+    let status = cluster.nohop.wait_for_status(knows_nothing)?;
     ensure!(status["ready"] == false, "{status:#}");
     Ok(())
 }

@@ -4,13 +4,13 @@
 use std::net::SocketAddrV4;
 
 use anyhow::{Result, ensure};
-use lb_tests::consul::instance;
-use lb_tests::nohop::service;
 use serde_json::{Value, json};
+use testbed::consul::instance;
+use testbed::nohop::service;
 
 use crate::cluster::Cluster;
 
-pub fn story() -> Result<()> {
+pub fn run() -> Result<()> {
     let cluster = Cluster::new(1)?;
     let register = |id: &str, meta: Value| -> Result<()> {
         let mut instance = instance("db", id, cluster.helloworlds[0].address);
@@ -42,7 +42,7 @@ pub fn story() -> Result<()> {
     ensure!(db["ports"] == json!([82]) && db["protocol"] == "tcp", "{db:#}");
     let explained = cluster.nohop.cli("explain db")?;
     let text = String::from_utf8_lossy(&explained.stdout);
-    for part in ["port 82 by TCP", "`82` (2): `82` counts", "`icmp` is no protocol"] {
+    for part in ["port 82 by TCP", "`82` (2): `82` applies", "`icmp` is no protocol"] {
         ensure!(text.contains(part), "no {part:?} in:\n{text}");
     }
     let connects = cluster.nodes.connect(SocketAddrV4::new(vip, 82), 5)?;

@@ -5,12 +5,12 @@ use std::os::unix::fs::chown;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
-use lb_tests::cmd;
-use lb_tests::consul::instance;
-use lb_tests::net::Place;
-use lb_tests::process::Process;
-use lb_tests::tempdir::Scratch;
 use serde_json::json;
+use testbed::cmd;
+use testbed::consul::instance;
+use testbed::net::ExecContext;
+use testbed::process::Process;
+use testbed::tempdir::TempDir;
 
 use crate::cluster::{BACKEND, Cluster};
 
@@ -20,10 +20,10 @@ const PORT: u16 = 23456;
 /// Debian's user and group `nobody`: PostgreSQL doesn't run as root.
 const NOBODY: u32 = 65534;
 
-pub fn story() -> Result<()> {
+pub fn run() -> Result<()> {
     let cluster = Cluster::new(0)?;
-    let scratch = Scratch::new("postgres")?;
-    let _server = serve(cluster.nodes.backend.outside(), &scratch)?;
+    let tempdir = TempDir::new("postgres")?;
+    let _server = serve(cluster.nodes.backend.outside(), &tempdir)?;
     let address = format!("{BACKEND}:{PORT}").parse::<std::net::SocketAddr>()?;
     let mut pg = instance("pg", "pg-1", address);
     pg["Meta"] = json!({ "nohop-ports": "5432" });
@@ -42,24 +42,24 @@ pub fn story() -> Result<()> {
     Ok(())
 }
 
-/// Makes a database in `scratch`, and starts its server.
-fn serve(place: Place<'_>, scratch: &Scratch) -> Result<Process> {
-    chown(scratch.path(), Some(NOBODY), Some(NOBODY)).context("give away a directory")?;
-    let data = scratch.path().join("data");
+/// Makes a database in `tempdir`, and starts its server.
+fn serve(place: ExecContext<'_>, tempdir: &TempDir) -> Result<Process> {
+    chown(tempdir.path(), Some(NOBODY), Some(NOBODY)).context("give away a directory")?;
+    let data = tempdir.path().join("data");
     let mut initdb = as_nobody(place, "initdb")?;
     initdb.args(["-U", "postgres", "--auth=trust", "--no-sync", "-D"]).arg(&data);
     cmd::stdout(initdb)?;
     fs::write(data.join("pg_hba.conf"), "host all all 10.99.0.0/24 trust\n")
         .context("let the client node in")?;
     let mut postgres = as_nobody(place, "postgres")?;
-    postgres.arg("-D").arg(&data).arg("-k").arg(scratch.path());
+    postgres.arg("-D").arg(&data).arg("-k").arg(tempdir.path());
     postgres.args(["-h", BACKEND, "-p", &PORT.to_string(), "-F"]);
     let server = Process::spawn("postgres", postgres)?;
     server.wait_for_line(&["ready to accept connections"])?;
     Ok(server)
 }
 
-fn as_nobody(place: Place<'_>, program: &str) -> Result<Command> {
+fn as_nobody(place: ExecContext<'_>, program: &str) -> Result<Command> {
     let mut command = place.command("setpriv");
     let id = NOBODY.to_string();
     command.args(["--reuid", &id, "--regid", &id, "--clear-groups"]);

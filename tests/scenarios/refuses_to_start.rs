@@ -2,12 +2,12 @@
 //! already serves on.
 
 use anyhow::{Result, ensure};
-use lb_tests::bpffs::Bpffs;
-use lb_tests::cmd;
+use testbed::bpffs::Bpffs;
+use testbed::cmd;
 
 use crate::cluster::{Catalog, Nodes, attached};
 
-pub fn story() -> Result<()> {
+pub fn run() -> Result<()> {
     let nodes = Nodes::new()?;
     let helloworld = nodes.helloworld("helloworld")?;
     let catalog = Catalog::new(&[("helloworld", &[helloworld.address])])?;

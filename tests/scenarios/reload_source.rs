@@ -2,13 +2,13 @@
 //! lost on the way, and what only the new source has is routed from then on.
 
 use anyhow::{Result, ensure};
-use lb_tests::consul::{Consul, instance};
 use serde_json::{Value, json};
+use testbed::consul::{Consul, instance};
 
 use crate::cluster::{BACKEND, CLIENT, Cluster};
 use crate::load::{RATE, under_load};
 
-pub fn story() -> Result<()> {
+pub fn run() -> Result<()> {
     let cluster = Cluster::new(2)?;
     let vip = cluster.vip("helloworld")?;
     let tagged = |service: &str, n: usize, tags: &[&str]| -> Value {

@@ -5,13 +5,13 @@
 use std::process::Output;
 
 use anyhow::{Context, Result, ensure};
-use lb_tests::nohop::Nohop;
 use rustix::process::Signal;
+use testbed::nohop::Nohop;
 
 use crate::cluster::{Catalog, Nodes, vip};
 use crate::load::{RATE, under_load};
 
-pub fn story() -> Result<()> {
+pub fn run() -> Result<()> {
     let nodes = Nodes::new()?;
     let (one, two) = (nodes.helloworld("1")?, nodes.helloworld("2")?);
     let both = [one.address, two.address];

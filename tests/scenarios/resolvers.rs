@@ -4,17 +4,17 @@
 use std::path::Path;
 
 use anyhow::{Result, ensure};
-use lb_tests::cmd;
-use lb_tests::consul;
-use lb_tests::helloworld::Helloworld;
-use lb_tests::nohop::Nohop;
-use lb_tests::process::Process;
-use lb_tests::tempdir::Scratch;
+use testbed::cmd;
+use testbed::consul;
+use testbed::helloworld::Helloworld;
+use testbed::nohop::Nohop;
+use testbed::process::Process;
+use testbed::tempdir::TempDir;
 
 use crate::cluster::{Catalog, Nodes, vip};
 
 /// A client node with the service helloworld.
-struct Stage {
+struct Fixture {
     nohop: Nohop,
     vip: String,
     nodes: Nodes,
@@ -22,14 +22,14 @@ struct Stage {
     _helloworld: Helloworld,
 }
 
-impl Stage {
-    fn new(config: &str) -> Result<Stage> {
+impl Fixture {
+    fn new(config: &str) -> Result<Fixture> {
         let nodes = Nodes::new()?;
         let helloworld = nodes.helloworld("helloworld")?;
         let catalog = Catalog::new(&[("helloworld", &[helloworld.address])])?;
         let nohop = nodes.nohop(&(catalog.config() + config))?;
         let vip = vip(&nohop, "helloworld")?.ip().to_string();
-        Ok(Stage { nohop, vip, nodes, _catalog: catalog, _helloworld: helloworld })
+        Ok(Fixture { nohop, vip, nodes, _catalog: catalog, _helloworld: helloworld })
     }
 
     /// Each of these, a program and its words, prints the VIP and nothing else.
@@ -63,9 +63,9 @@ impl Stage {
 
 /// `nohop dns query` and `nohop check` see the same as everybody.
 pub fn dig() -> Result<()> {
-    let stage = Stage::new("")?;
-    stage.glibc_finds_it()?;
-    stage.each_finds_the_vip(
+    let fixture = Fixture::new("")?;
+    fixture.glibc_finds_it()?;
+    fixture.each_finds_the_vip(
         "dig",
         &[
             "+short helloworld.service",
@@ -77,14 +77,14 @@ pub fn dig() -> Result<()> {
             "+short +norecurse helloworld.service",
         ],
     )?;
-    let queried = stage.nohop.cli("dns query helloworld.service --json")?;
+    let queried = fixture.nohop.cli("dns query helloworld.service --json")?;
     let document: serde_json::Value = serde_json::from_slice(&queried.stdout)?;
     ensure!(document["origin"] == "table" && document["code"] == "NOERROR", "{document:#}");
-    ensure!(document["answers"][0].to_string().contains(&stage.vip), "{document:#}");
-    let queried = stage.nohop.cli("dns query outside.example")?;
+    ensure!(document["answers"][0].to_string().contains(&fixture.vip), "{document:#}");
+    let queried = fixture.nohop.cli("dns query outside.example")?;
     let text = String::from_utf8_lossy(&queried.stdout).into_owned();
     ensure!(text.contains("from        nowhere: there is no resolver to ask"), "{text}");
-    let checked = stage.nohop.cli("check")?;
+    let checked = fixture.nohop.cli("check")?;
     let text = String::from_utf8_lossy(&checked.stdout).into_owned();
     ensure!(text.contains("ok    lookups of this machine: helloworld.service is"), "{text}");
     Ok(())
@@ -92,23 +92,23 @@ pub fn dig() -> Result<()> {
 
 pub fn kdig() -> Result<()> {
     let rows = ["+short helloworld.service", "+short +tcp helloworld.service"];
-    Stage::new("")?.each_finds_the_vip("kdig", &rows)
+    Fixture::new("")?.each_finds_the_vip("kdig", &rows)
 }
 
 pub fn drill() -> Result<()> {
     let rows = ["-Q helloworld.service A", "-Q -t helloworld.service A"];
-    Stage::new("")?.each_finds_the_vip("drill", &rows)
+    Fixture::new("")?.each_finds_the_vip("drill", &rows)
 }
 
 /// musl's resolver asks for A and AAAA at once, and believes an NXDOMAIN of either.
 pub fn musl() -> Result<()> {
-    let scratch = Scratch::new("musl")?;
-    let program = scratch.path().join("lookup");
+    let tempdir = TempDir::new("musl")?;
+    let program = tempdir.path().join("lookup");
     let source = concat!(env!("CARGO_MANIFEST_DIR"), "/clients/lookup.c");
     cmd::words("musl-gcc", &format!("-static -O1 -o {} {source}", program.display()))?;
-    let stage = Stage::new("")?;
-    stage.each_finds_the_vip(&program.display().to_string(), &["helloworld.service"])?;
-    let absent = stage.nodes.inside().run(&program, "absent.service");
+    let fixture = Fixture::new("")?;
+    fixture.each_finds_the_vip(&program.display().to_string(), &["helloworld.service"])?;
+    let absent = fixture.nodes.inside().run(&program, "absent.service");
     ensure!(absent.is_err(), "absent.service has an address: {absent:?}");
     Ok(())
 }
@@ -116,57 +116,57 @@ pub fn musl() -> Result<()> {
 /// dnsmasq is the machine's resolver, and gives nohop the zone. It strips loopback addresses where
 /// it watches for rebinding, but for the domains that it is told are fine.
 pub fn dnsmasq() -> Result<()> {
-    let stage = Stage::new("dns.listen = [\"127.0.0.1:5354\"]\n")?;
+    let fixture = Fixture::new("dns.listen = [\"127.0.0.1:5354\"]\n")?;
     let delegation = "--listen-address=127.0.0.1 --server=/service/127.0.0.1#5354 \
                       --stop-dns-rebind";
-    let dnsmasq = stage.dnsmasq(delegation)?;
-    let stripped = stage.nodes.dig("+short helloworld.service")?;
+    let dnsmasq = fixture.dnsmasq(delegation)?;
+    let stripped = fixture.nodes.dig("+short helloworld.service")?;
     ensure!(stripped.trim().is_empty(), "without rebind-domain-ok: {stripped}");
     dnsmasq.stop()?;
 
     let whole = "--rebind-domain-ok=/service/ --rev-server=127.128.0.0/9,127.0.0.1#5354";
-    let _dnsmasq = stage.dnsmasq(&format!("{delegation} {whole}"))?;
-    stage.each_finds_the_vip("dig", &["+short helloworld.service"])?;
-    let name = stage.nodes.dig(&format!("+short -x {}", stage.vip))?;
-    ensure!(name.trim() == "helloworld.service.", "{} is {name:?}", stage.vip);
-    stage.glibc_finds_it()
+    let _dnsmasq = fixture.dnsmasq(&format!("{delegation} {whole}"))?;
+    fixture.each_finds_the_vip("dig", &["+short helloworld.service"])?;
+    let name = fixture.nodes.dig(&format!("+short -x {}", fixture.vip))?;
+    ensure!(name.trim() == "helloworld.service.", "{} is {name:?}", fixture.vip);
+    fixture.glibc_finds_it()
 }
 
 /// dnsmasq sends nohop everything, and nohop's resolv.conf names that dnsmasq: names outside of the
 /// zone fail, at once and without a storm, and `status` says why.
 pub fn circle() -> Result<()> {
-    let stage = Stage::new("dns.forward = [\"127.0.0.2:53\"]\n")?;
-    let dnsmasq = stage.dnsmasq("--listen-address=127.0.0.2 --server=127.0.0.1 --log-queries")?;
+    let fixture = Fixture::new("dns.forward = [\"127.0.0.2:53\"]\n")?;
+    let dnsmasq = fixture.dnsmasq("--listen-address=127.0.0.2 --server=127.0.0.1 --log-queries")?;
     for name in ["outside.example", "elsewhere.example"] {
-        let answer = stage.nodes.inside().run("dig", &format!("+time=60 +tries=1 {name}"))?;
+        let answer = fixture.nodes.inside().run("dig", &format!("+time=60 +tries=1 {name}"))?;
         ensure!(answer.contains("status: SERVFAIL"), "{answer}");
     }
     let problem = "127.0.0.2:53 sends names outside the zone back to this server";
-    stage.nohop.wait_for_status(|status| status["problems"].to_string().contains(problem))?;
-    let answer = stage.nodes.dig("third.example")?;
+    fixture.nohop.wait_for_status(|status| status["problems"].to_string().contains(problem))?;
+    let answer = fixture.nodes.dig("third.example")?;
     ensure!(answer.contains("status: SERVFAIL"), "{answer}");
     let asked = dnsmasq.tail();
     ensure!(!asked.contains("third.example"), "it was asked all the same:\n{asked}");
-    stage.each_finds_the_vip("dig", &["+short helloworld.service"])?;
-    stage.each_finds_the_vip("dig", &["+short @127.0.0.2 helloworld.service"])
+    fixture.each_finds_the_vip("dig", &["+short helloworld.service"])?;
+    fixture.each_finds_the_vip("dig", &["+short @127.0.0.2 helloworld.service"])
 }
 
 /// Who isn't in `dns.allow` is refused everything, and over TCP the connection; and the host itself never is. And a resolv.conf
 /// that names nohop alone has nobody to forward to, which is told at once.
 pub fn strangers() -> Result<()> {
-    let stage = Stage::new("dns.allow = [\"192.0.2.0/24\"]\n")?;
+    let fixture = Fixture::new("dns.allow = [\"192.0.2.0/24\"]\n")?;
     for name in ["helloworld.service", "outside.example"] {
         let words = format!("-b 10.99.0.1 @127.0.0.1 {name}");
-        let answer = stage.nodes.inside().run("dig", &words)?;
+        let answer = fixture.nodes.inside().run("dig", &words)?;
         ensure!(answer.contains("status: REFUSED"), "{words}: {answer}");
         // Over TCP before a question is read, so that strangers hold no connections.
-        let answer = stage.nodes.inside().run("dig", &format!("+tcp +tries=1 {words}"));
+        let answer = fixture.nodes.inside().run("dig", &format!("+tcp +tries=1 {words}"));
         let told = answer.unwrap_or_else(|error| format!("{error:#}"));
         ensure!(told.contains("communications error"), "{words} over TCP: {told}");
     }
-    stage.each_finds_the_vip("dig", &["+short @127.0.0.1 helloworld.service"])?;
-    stage.nodes.client.set_resolv_conf("nameserver 127.0.0.1\n")?;
-    let answer = stage.nodes.inside().run("dig", "+time=60 +tries=1 outside.example")?;
+    fixture.each_finds_the_vip("dig", &["+short @127.0.0.1 helloworld.service"])?;
+    fixture.nodes.client.set_resolv_conf("nameserver 127.0.0.1\n")?;
+    let answer = fixture.nodes.inside().run("dig", "+time=60 +tries=1 outside.example")?;
     ensure!(answer.contains("status: SERVFAIL"), "{answer}");
     Ok(())
 }
@@ -174,14 +174,14 @@ pub fn strangers() -> Result<()> {
 /// 5,000 names are forwarded as fast as the other side answers, and each gets its answer. (`cargo
 /// xtask bench dns` has 50,000 forwarded, by a build that is as fast as a user's.)
 pub fn forwarded() -> Result<()> {
-    let stage = Stage::new("dns.forward = [\"127.0.0.2:53\"]\n")?;
-    let _dnsmasq = stage.dnsmasq("--listen-address=127.0.0.2 --address=/example/192.0.2.7")?;
-    let names = Scratch::new("names")?;
+    let fixture = Fixture::new("dns.forward = [\"127.0.0.2:53\"]\n")?;
+    let _dnsmasq = fixture.dnsmasq("--listen-address=127.0.0.2 --address=/example/192.0.2.7")?;
+    let names = TempDir::new("names")?;
     let file = names.path().join("names");
     let text: String = (0..5_000).map(|idx| format!("n{idx}.example A\n")).collect();
     std::fs::write(&file, text)?;
     let words = format!("-s 127.0.0.1 -d {} -n 1 -c 4 -q 100 -t 10", file.display());
-    let said = stage.nodes.inside().run("dnsperf", &words)?;
+    let said = fixture.nodes.inside().run("dnsperf", &words)?;
     println!("{said}");
     let has = |text: &str| said.lines().any(|line| line.split_whitespace().eq(text.split(' ')));
     ensure!(has("Queries completed: 5000 (100.00%)"), "{said}");
@@ -191,8 +191,8 @@ pub fn forwarded() -> Result<()> {
 
 /// A Consul agent is the machine's resolver, and nohop one of its recursors.
 pub fn consul() -> Result<()> {
-    let stage = Stage::new("")?;
-    let mut command = stage.nodes.inside().command(consul::program()?);
+    let fixture = Fixture::new("")?;
+    let mut command = fixture.nodes.inside().command(consul::program()?);
     let words = "agent -dev -log-level=info -bind=10.99.0.1 -recursor=127.0.0.1:53";
     let _agent = {
         command.args(words.split_whitespace());
@@ -200,7 +200,7 @@ pub fn consul() -> Result<()> {
         agent.wait_for_line(&["Consul agent running!", "New leader elected"])?;
         agent
     };
-    stage.each_finds_the_vip(
+    fixture.each_finds_the_vip(
         "dig",
         &[
             "+short @127.0.0.1 -p 8600 helloworld.service",
@@ -224,34 +224,34 @@ mount --bind "$1" /etc/systemd && exec "$2"
 
 /// systemd-resolved with what `nohop dns setup --systemd-resolved --apply` writes.
 pub fn systemd_resolved() -> Result<()> {
-    let stage = Stage::new("dns.listen = [\"127.0.0.1:5354\"]\n")?;
-    let root = Scratch::new("resolved")?;
+    let fixture = Fixture::new("dns.listen = [\"127.0.0.1:5354\"]\n")?;
+    let root = TempDir::new("resolved")?;
     // Somebody else to ask, without whom it isn't applied.
     std::fs::create_dir_all(root.path().join("etc"))?;
     std::fs::write(root.path().join("etc/resolv.conf"), "nameserver 192.0.2.1\n")?;
-    let applied = stage.nohop.cli(&format!(
+    let applied = fixture.nohop.cli(&format!(
         "dns setup --systemd-resolved --apply --dns-listen 127.0.0.1:5354 --root {}",
         root.path().display()
     ))?;
     ensure!(applied.status.success(), "{applied:?}");
-    let resolved = resolved(&stage, &root.path().join("etc/systemd"))?;
-    stage.nodes.client.set_resolv_conf("nameserver 127.0.0.53\n")?;
-    stage.each_finds_the_vip(
+    let resolved = resolved(&fixture, &root.path().join("etc/systemd"))?;
+    fixture.nodes.client.set_resolv_conf("nameserver 127.0.0.53\n")?;
+    fixture.each_finds_the_vip(
         "dig",
         &["+short helloworld.service", "+short +tcp helloworld.service"],
     )?;
-    stage.glibc_finds_it()?;
+    fixture.glibc_finds_it()?;
     // Whom the address belongs to it doesn't ask, as `nohop dns setup` says.
-    let name = stage.nodes.dig(&format!("+short -x {}", stage.vip))?;
-    ensure!(name.trim() == "localhost.", "{} is {name:?}", stage.vip);
+    let name = fixture.nodes.dig(&format!("+short -x {}", fixture.vip))?;
+    ensure!(name.trim() == "localhost.", "{} is {name:?}", fixture.vip);
     // It asks nohop for all names, and nohop, whose resolv.conf names it now, would ask it again.
     let problem = "127.0.0.53:53 sends names outside the zone back to this server";
-    stage.nohop.wait_for_status(|status| status["problems"].to_string().contains(problem))?;
+    fixture.nohop.wait_for_status(|status| status["problems"].to_string().contains(problem))?;
     resolved.stop().map(drop)
 }
 
-fn resolved(stage: &Stage, etc: &Path) -> Result<Process> {
-    let mut command = stage.nodes.client.outside().command("sh");
+fn resolved(fixture: &Fixture, etc: &Path) -> Result<Process> {
+    let mut command = fixture.nodes.client.outside().command("sh");
     command.args(["-c", RESOLVED, "sh"]).arg(etc).arg(cmd::installed("systemd-resolved")?);
     command.env("SYSTEMD_LOG_LEVEL", "debug").env("SYSTEMD_LOG_TARGET", "console");
     let resolved = Process::spawn("systemd-resolved", command)?;

@@ -5,13 +5,13 @@ use anyhow::{Result, ensure};
 
 use crate::cluster::Cluster;
 
-pub fn story() -> Result<()> {
+pub fn run() -> Result<()> {
     let mut cluster = Cluster::new(2)?;
     let vip = cluster.vip("helloworld")?;
 
     // What it has just heard is written while it stops.
     cluster.agent.kill();
-    ensure!(cluster.nohop.end()?.success());
+    ensure!(cluster.nohop.terminate()?.success());
     cluster.nohop.start_again()?;
     let status = cluster.nohop.wait_for_status(|s| s["sources"][0]["state"] == "failing")?;
     ensure!(

@@ -4,8 +4,8 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use lb_tests::cmd;
-use lb_tests::tempdir::Scratch;
+use testbed::cmd;
+use testbed::tempdir::TempDir;
 
 const RULES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../contrib/prometheus/nohop.rules.yml");
 
@@ -26,13 +26,13 @@ const NODES: [(&str, &[&str], &[&str]); 5] = [
     ("detached", &["nohop_datapath_attached{unit=\"connect\"} 1x50 0x10"], &["NohopDetached"]),
 ];
 
-pub fn story() -> Result<()> {
+pub fn run() -> Result<()> {
     let promtool = cmd::installed("promtool")?;
     let promtool = promtool.to_str().context("a path in UTF-8")?;
     cmd::words(promtool, &format!("check rules {RULES}"))?;
 
-    let scratch = Scratch::new("rules")?;
-    let file = scratch.path().join("test.yml");
+    let tempdir = TempDir::new("rules")?;
+    let file = tempdir.path().join("test.yml");
     std::fs::write(&file, test(Path::new(RULES)))?;
     let output = cmd::words(promtool, &format!("test rules {}", file.display()))?;
     ensure!(output.contains("SUCCESS"), "{output}");

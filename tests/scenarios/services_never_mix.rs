@@ -4,8 +4,8 @@ use std::net::SocketAddrV4;
 use std::thread;
 
 use anyhow::{Context, Result, ensure};
-use lb_tests::consul::instance;
-use lb_tests::helloworld::Connects;
+use testbed::consul::instance;
+use testbed::helloworld::Connects;
 
 use crate::cluster::Cluster;
 
@@ -18,7 +18,7 @@ const N_CHANGES: u64 = 20;
 /// After this many rounds without those changes something is stuck.
 const MAX_ROUNDS: usize = 200;
 
-pub fn story() -> Result<()> {
+pub fn run() -> Result<()> {
     let mut cluster = Cluster::new(0)?;
     cluster.serve("a", 3)?;
     cluster.serve("b", 3)?;

@@ -5,12 +5,12 @@ use std::fs;
 use std::net::SocketAddrV4;
 
 use anyhow::{Result, ensure};
-use lb_tests::nohop::{Nohop, service};
 use serde_json::{Value, json};
+use testbed::nohop::{Nohop, service};
 
 use crate::cluster::{Catalog, Cluster, Nodes, vip};
 
-pub fn story() -> Result<()> {
+pub fn run() -> Result<()> {
     let nodes = Nodes::new()?;
     let helloworld = nodes.helloworld("helloworld")?;
     let catalog = Catalog::new(&[("helloworld", &[helloworld.address])])?;
@@ -32,7 +32,7 @@ pub fn story() -> Result<()> {
     ensure!(nohop.explain("helloworld")?["connect"].to_string().contains("SERVFAIL"));
 
     // Now in earnest.
-    ensure!(nohop.end()?.success());
+    ensure!(nohop.terminate()?.success());
     nohop.configure(&catalog.config())?;
     nohop.start_again()?;
     everything_is_translated(&nodes, &nohop, vip)?;
@@ -52,7 +52,7 @@ pub fn story() -> Result<()> {
     // It outlives the daemon, and the next one begins with it.
     fs::write(&off, "")?;
     seen("shadow")?;
-    nohop.crash()?;
+    nohop.kill()?;
     ensure!(nodes.connect(vip, 10)?.all_failed_with("HostUnreachable"));
     nohop.start_again_unready()?;
     nohop.wait_for_status(|status| status["services"] == 1)?;

@@ -5,8 +5,8 @@
 use std::io::Write;
 
 use anyhow::{Context, Result, ensure};
-use lb_tests::cmd;
-use lb_tests::tempdir::Scratch;
+use testbed::cmd;
+use testbed::tempdir::TempDir;
 
 use crate::cluster::{Catalog, Nodes};
 
@@ -84,17 +84,17 @@ finally:
 print(f"{answered} of {asked} answered")
 "#;
 
-pub fn story() -> Result<()> {
+pub fn run() -> Result<()> {
     let nodes = Nodes::new()?;
     let helloworld = nodes.helloworld("helloworld")?;
     let catalog = Catalog::new(&[("helloworld", &[helloworld.address])])?;
     // Gives the daemon its places; the holder's are started on the same.
     let nohop = nodes.nohop(&catalog.config())?;
-    ensure!(nohop.end()?.success());
+    ensure!(nohop.terminate()?.success());
     let config = nohop.state_dir().with_file_name("nohop.toml");
 
-    let scratch = Scratch::new("holder")?;
-    let holder = scratch.path().join("holder.py");
+    let tempdir = TempDir::new("holder")?;
+    let holder = tempdir.path().join("holder.py");
     std::fs::File::create(&holder)?.write_all(HOLDER.as_bytes()).context("write the holder")?;
     let mut command = nodes.client.outside().command("python3");
     command.arg(&holder).arg(cmd::built("nohop")?).args(["run", "--config"]).arg(config);

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fs;
 
 use anyhow::{Context, Result, ensure};
-use lb_tests::nohop::Nohop;
+use testbed::nohop::Nohop;
 
 use crate::cluster::{Catalog, Nodes};
 
@@ -13,7 +13,7 @@ use crate::cluster::{Catalog, Nodes};
 const SMALL: &str = "vip.pool = \"127.128.0.0/24\"\ndatapath.max_services = 200\n";
 const N_SERVICES: usize = 150;
 
-pub fn story() -> Result<()> {
+pub fn run() -> Result<()> {
     let nodes = Nodes::new()?;
     let helloworld = nodes.helloworld("helloworld")?;
     let names: Vec<String> = (0..N_SERVICES).map(|i| format!("helloworld-{i}")).collect();
@@ -27,19 +27,19 @@ pub fn story() -> Result<()> {
     nohop.wait_until(|list| list.as_array().is_some_and(|l| l.len() == N_SERVICES))?;
     let before = vips(&nohop)?;
 
-    ensure!(nohop.end()?.success());
+    ensure!(nohop.terminate()?.success());
     fs::remove_dir_all(nohop.state_dir()).context("remove the state directory")?;
     nohop.start_again()?;
     ensure!(vips(&nohop)? == before, "names have other addresses");
     ensure!(nodes.curl("helloworld-3")? == "hello from helloworld\n");
     ensure!(nohop.state_dir().join("vips.json").exists(), "the addresses aren't written again");
 
-    ensure!(nohop.end()?.success());
+    ensure!(nohop.terminate()?.success());
     fs::remove_dir_all(nohop.state_dir()).context("remove the state directory")?;
     let unload = nohop.cli(&format!("unload --bpffs {}", nohop.pins().display()))?;
     ensure!(unload.status.success(), "{unload:?}");
     nohop.start_again()?;
-    ensure!(vips(&nohop)? != before, "this story shows nothing: it was all by first choice");
+    ensure!(vips(&nohop)? != before, "this scenario shows nothing: it was all by first choice");
     Ok(())
 }
 

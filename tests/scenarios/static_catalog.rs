@@ -5,7 +5,7 @@ use anyhow::{Result, ensure};
 
 use crate::cluster::{Catalog, Nodes, vip};
 
-pub fn story() -> Result<()> {
+pub fn run() -> Result<()> {
     let nodes = Nodes::new()?;
     let (one, two) = (nodes.helloworld("one")?, nodes.helloworld("two")?);
     let catalog = Catalog::new(&[("helloworld", &[one.address])])?;
@@ -28,7 +28,7 @@ pub fn story() -> Result<()> {
     let connects = nodes.connect(first_vip, 100)?;
     ensure!(connects.errors.is_empty() && connects.answers.len() == 2, "{connects:?}");
 
-    ensure!(nohop.end()?.success());
+    ensure!(nohop.terminate()?.success());
     nohop.start_again()?;
     let status = nohop.status()?;
     ensure!(status["problems"].to_string().contains("catalog.toml:1"), "{status:#}");

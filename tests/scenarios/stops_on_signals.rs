@@ -7,7 +7,7 @@ use rustix::process::Signal;
 
 use crate::cluster::{Catalog, Nodes, attached};
 
-pub fn story() -> Result<()> {
+pub fn run() -> Result<()> {
     let nodes = Nodes::new()?;
     let helloworld = nodes.helloworld("helloworld")?;
     let catalog = Catalog::new(&[("helloworld", &[helloworld.address])])?;
@@ -23,7 +23,7 @@ pub fn story() -> Result<()> {
         ensure!(left.is_empty(), "{signal:?} left {left:?}");
     }
     let nohop = nodes.nohop(&catalog.config())?;
-    ensure!(nohop.end()?.success());
+    ensure!(nohop.terminate()?.success());
     ensure!(
         attached(&nodes.cgroup)?.len() == hooks(UNITS).count(),
         "{:?}",

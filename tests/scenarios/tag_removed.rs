@@ -1,13 +1,13 @@
 //! A service that loses the tag `routed` disappears; its former VIP leads nowhere.
 
 use anyhow::{Result, ensure};
-use lb_tests::consul::instance;
-use lb_tests::nohop::service;
 use serde_json::json;
+use testbed::consul::instance;
+use testbed::nohop::service;
 
 use crate::cluster::Cluster;
 
-pub fn story() -> Result<()> {
+pub fn run() -> Result<()> {
     let cluster = Cluster::new(1)?;
     let vip = cluster.vip("helloworld")?;
     ensure!(cluster.nodes.curl("helloworld")? == "hello from helloworld-0\n");

@@ -5,16 +5,16 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use lb_tests::tempdir::Scratch;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use serde_json::{Value, json};
+use testbed::tempdir::TempDir;
 
-use crate::ha_cluster::{Servers, Setup, is_failing, is_live};
+use crate::ha_cluster::{HaCluster, Setup, is_failing, is_live};
 
-pub fn story() -> Result<()> {
-    let scratch = Scratch::new("tls")?;
-    let at = |name: &str| scratch.path().join(name);
-    issue(scratch.path())?;
+pub fn run() -> Result<()> {
+    let tempdir = TempDir::new("tls")?;
+    let at = |name: &str| tempdir.path().join(name);
+    issue(tempdir.path())?;
     let setup = Setup {
         consul: Value::Null,
         agent: json!({
@@ -34,25 +34,25 @@ pub fn story() -> Result<()> {
             at("nohop.key"),
         ),
     };
-    let mut servers = Servers::with(&setup, |_| Ok(()))?;
-    servers.none_lost(|servers, load| {
+    let mut cluster = HaCluster::with(&setup, |_| Ok(()))?;
+    cluster.assert_no_failures(|cluster, load| {
         load.wait_until_second(1)?;
-        issue(scratch.path())?;
+        issue(tempdir.path())?;
         // So that each side needs what is new.
-        servers.agent.kill();
-        servers.nohop.wait_for_status(is_failing)?;
-        servers.agent.restart()?;
-        servers.nohop.wait_for_status(is_live)?;
-        servers.news_arrive("newcomer-1")?;
+        cluster.agent.kill();
+        cluster.nohop.wait_for_status(is_failing)?;
+        cluster.agent.restart()?;
+        cluster.nohop.wait_for_status(is_live)?;
+        cluster.expect_update("newcomer-1")?;
 
         // An agent that another authority vouches for isn't believed.
-        let other = Scratch::new("other-tls")?;
+        let other = TempDir::new("other-tls")?;
         issue(other.path())?;
         for name in ["agent.pem", "agent.key"] {
             fs::copy(other.path().join(name), at(name)).context("replace the certificate")?;
         }
-        servers.agent.restart()?;
-        let status = servers.nohop.wait_for_status(is_failing)?;
+        cluster.agent.restart()?;
+        let status = cluster.nohop.wait_for_status(is_failing)?;
         ensure!(status["ready"] == true, "{status:#}");
         let problems = status["problems"].to_string();
         ensure!(problems.contains("certificate"), "{problems}");

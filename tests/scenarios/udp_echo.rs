@@ -2,14 +2,14 @@
 //! that aren't connected go on with another backend, and connected ones are told when theirs left.
 
 use anyhow::{Result, ensure};
-use lb_tests::udp::{Askers, Echo};
+use testbed::udp::{Echo, UdpClients};
 
 use crate::cluster::{BACKEND, Catalog, Nodes, vip};
 
 /// So many that each backend has some of them, whatever chance does: all but 1 in 100,000 times.
 const N_SOCKETS: u64 = 32;
 
-pub fn story() -> Result<()> {
+pub fn run() -> Result<()> {
     let nodes = Nodes::new()?;
     let echo = |name| Echo::start(nodes.backend.outside(), name, &format!("{BACKEND}:0"));
     let (a, b, c, d) = (echo("a")?, echo("b")?, echo("c")?, echo("d")?);
@@ -24,10 +24,10 @@ pub fn story() -> Result<()> {
     serve(&[&a, &b, &c])?;
     let nohop = nodes.nohop(&catalog.config())?;
     let vip = vip(&nohop, "echo")?;
-    let ask = |are_connected| Askers::start(nodes.inside(), vip, are_connected, N_SOCKETS);
+    let ask = |are_connected| UdpClients::start(nodes.inside(), vip, are_connected, N_SOCKETS);
     let (connected, unconnected) = (ask(true)?, ask(false)?);
-    for askers in [&connected, &unconnected] {
-        askers.wait_until_answered_by(&["a", "b", "c"])?;
+    for clients in [&connected, &unconnected] {
+        clients.wait_until_answered_by(&["a", "b", "c"])?;
     }
 
     // One departs; the next time all that there were, for a new one.
@@ -37,29 +37,32 @@ pub fn story() -> Result<()> {
         nohop.wait_for_backends("echo", present.len())?;
         let round = unconnected.wait_until_answered_by(names)?;
         ensure!(round.n_lost == 0 && round.errors.is_empty(), "{round:?}");
-        ensure!(round.n_told == 0 && round.n_strange == 0, "{round:?}");
+        ensure!(round.n_aborted == 0 && round.n_wrong_source == 0, "{round:?}");
         let round = connected.wait_until_answered_by(names)?;
         ensure!(round.n_lost == 0 && round.errors.is_empty(), "{round:?}");
-        ensure!((1..=n_departures).contains(&round.n_most_told), "{round:?}");
-        ensure!(round.n_strange == 0, "{round:?}");
+        ensure!((1..=n_departures).contains(&round.n_most_aborted), "{round:?}");
+        ensure!(round.n_wrong_source == 0, "{round:?}");
     }
 
     // What left may go, and nobody misses it.
     for departed in [a, b, c] {
         departed.process.kill();
     }
-    for askers in [connected, unconnected] {
-        let round = askers.wait_for_rounds(20)?;
-        ensure!(round.n_lost == 0 && round.errors.is_empty() && round.n_strange == 0, "{round:?}");
+    for clients in [connected, unconnected] {
+        let round = clients.wait_for_rounds(20)?;
+        ensure!(
+            round.n_lost == 0 && round.errors.is_empty() && round.n_wrong_source == 0,
+            "{round:?}"
+        );
     }
 
     // Without a backend there is nowhere to send to; and then there is again.
-    let askers = ask(false)?;
-    let round = askers.wait_until_answered_by(&["d"])?;
+    let clients = ask(false)?;
+    let round = clients.wait_until_answered_by(&["d"])?;
     serve(&[])?;
     nohop.wait_for_backends("echo", 0)?;
-    askers.wait_until_answered_by(&[])?;
-    drop(askers);
+    clients.wait_until_answered_by(&[])?;
+    drop(clients);
     serve(&[&d])?;
     nohop.wait_for_backends("echo", 1)?;
     ensure!(round.n_lost == 0);

@@ -7,7 +7,7 @@ use anyhow::{Result, ensure};
 use crate::cluster::{Catalog, Nodes, vip};
 use crate::load::{RATE, under_load};
 
-pub fn story() -> Result<()> {
+pub fn run() -> Result<()> {
     let nodes = Nodes::new()?;
     let (one, two) = (nodes.helloworld("1")?, nodes.helloworld("2")?);
     let both = [one.address, two.address];
@@ -18,7 +18,7 @@ pub fn story() -> Result<()> {
     under_load(&nodes, vip, RATE, |load| {
         for second in [3, 7, 11] {
             load.wait_until_second(second)?;
-            ensure!(nohop.end()?.success());
+            ensure!(nohop.terminate()?.success());
             nohop.start_again()?;
             let status = nohop.status()?;
             ensure!(status["datapath"]["adopted"] == true, "{status:#}");
@@ -26,7 +26,7 @@ pub fn story() -> Result<()> {
             ensure!(text.contains("taken over from an earlier daemon"), "{text}");
         }
         load.wait_until_second(15)?;
-        ensure!(nohop.end()?.success());
+        ensure!(nohop.terminate()?.success());
         catalog.set(&[("helloworld", &both[..1])])?;
         nohop.configure(&(catalog.config() + "datapath.max_services = 32768\n"))?;
         nohop.start_again()?;

@@ -3,12 +3,12 @@
 use std::net::{Ipv4Addr, SocketAddrV4};
 
 use anyhow::{Result, ensure};
-use lb_tests::cmd;
-use lb_tests::helloworld::{Helloworld, connect};
+use testbed::cmd;
+use testbed::helloworld::{Helloworld, connect};
 
 use crate::cluster::{Catalog, Nodes, vip};
 
-pub fn story() -> Result<()> {
+pub fn run() -> Result<()> {
     let nodes = Nodes::new()?;
     let outside = nodes.client.outside();
     let _wildcards = [

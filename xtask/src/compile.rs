@@ -16,7 +16,7 @@ pub struct Built {
     pub object: PathBuf,
     /// The daemon.
     pub nohop: PathBuf,
-    /// The programs of lb-tests that play the cluster's other parts.
+    /// What plays the cluster's other parts.
     pub helpers: Vec<PathBuf>,
 }
 
@@ -27,7 +27,7 @@ pub struct Built {
 pub fn build(purpose: Purpose, release: bool) -> Result<Built> {
     setup::run(purpose)?;
     let mut cargo = Command::new("cargo");
-    cargo.args(["build", "--package", "lb-userspace", "--package", "lb-tests", "--bins"]);
+    cargo.args(["build", "--package", "lb-userspace", "--package", "testbed-load", "--bins"]);
     cargo.args(release.then_some("--release"));
 
     let mut object = None;
@@ -62,9 +62,7 @@ pub fn build(purpose: Purpose, release: bool) -> Result<Built> {
 pub fn harness() -> Result<PathBuf> {
     let mut cargo = Command::new("cargo");
     cargo.args(["build", "--release", "--bins"]);
-    cargo.args(
-        ["lb-userspace", "lb-tests", "lb-load", "lb-bench"].iter().flat_map(|p| ["--package", p]),
-    );
+    cargo.args(["lb-userspace", "testbed-load", "lb-bench"].iter().flat_map(|p| ["--package", p]));
     let mut harness = None;
     messages(cargo, |message| {
         if message["target"]["name"] == "nohop-bench" {

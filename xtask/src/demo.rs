@@ -8,13 +8,13 @@ use std::sync::Arc;
 use std::thread;
 
 use anyhow::{Context, Result, ensure};
-use lb_tests::cgroup::Cgroup;
-use lb_tests::consul::{Consul, instance};
-use lb_tests::helloworld::Helloworld;
-use lb_tests::net::Host;
-use lb_tests::nohop::{Nohop, service};
-use lb_tests::{cleanup, cmd};
 use serde_json::json;
+use testbed::cgroup::Cgroup;
+use testbed::consul::{self, Consul, instance};
+use testbed::helloworld::Helloworld;
+use testbed::net::Host;
+use testbed::nohop::{Nohop, service};
+use testbed::{cleanup, cmd};
 
 /// What a person needs to enter the demo and look around.
 struct Demo {
@@ -59,7 +59,7 @@ impl Demo {
         let host = Host::new("demo")?;
         let cgroup = Cgroup::new()?;
         let consul = Consul::dev(&host)?;
-        println!("{}", consul.version()?);
+        println!("{}", consul::version()?);
 
         heading("Three backends on random ports, registered with the tag `routed`");
         let mut backends = Vec::new();
@@ -107,7 +107,7 @@ impl Demo {
         heading("nohop is killed: the kernel keeps working, and the next daemon takes over");
         println!("{}", prompt(&format!("kill -9 {}   # nohop", self.nohop.process.pid())));
         let vip = self.vip()?;
-        self.nohop.crash()?;
+        self.nohop.kill()?;
         for _ in 0..2 {
             let answer = self.show("curl", &format!("-sS http://{vip}/"))?;
             ensure!(answer.starts_with("hello from "), "no backend answered");

@@ -18,39 +18,51 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use clap::ValueEnum;
-use lb_tests::cmd;
+use clap::builder::TypedValueParser;
+use clap::{Args, ValueEnum};
 use serde::Serialize;
+use testbed::cmd;
 
 use crate::format;
 use crate::machine::Machine;
 use crate::progress::{Progress, duration};
-use crate::random::Random;
+use crate::random;
 use crate::report::Better;
 use crate::stats::{Interval, MIN_ROUNDS, Spread};
 
 use site::{N_TURNS, Site};
 pub use verdict::{TOO_WIDE, Verdict};
 
-/// What is asked for.
-#[derive(Clone, Debug)]
+/// Exits with 1 where NEW is worse.
+#[derive(Args, Clone, Debug)]
 pub struct Options {
-    /// The binary that is compared with.
+    /// The binary that is compared with
     pub old: PathBuf,
-    /// The binary that is judged.
+    /// The binary that is judged
     pub new: PathBuf,
-    /// What is measured, in this order.
-    pub parts: Vec<Part>,
-    /// Whether it is to be over in a few minutes.
+    /// Done in about four minutes; else in fifteen to thirty
+    #[arg(long = "quick")]
     pub is_quick: bool,
-    /// As many rounds as this, however long they take; else as many as fit into the time.
+    /// Measure only this; may be given several times
+    #[arg(long = "suite", value_enum, value_name = "SUITE", default_values_t = Part::value_variants().to_vec())]
+    pub parts: Vec<Part>,
+    /// As many rounds as this, however long they take
+    #[arg(long = "rounds", value_name = "N", value_parser = range(1, 1_000))]
     pub n_rounds: Option<usize>,
-    /// The services of the daemon that has many.
+    /// The services of the daemon that has many
+    #[arg(long = "services", value_name = "N", default_value = "10000", value_parser = range(1, 12_000))]
     pub n_services: usize,
-    /// The seed of the order in which the two take turns.
+    /// The seed of the order in which the two take turns; another one each time where none is given
+    #[arg(long, default_value_t = random::any_seed(), hide_default_value = true)]
     pub seed: u64,
-    /// Where the JSON is written.
+    /// Where the JSON is written
+    #[arg(long, value_name = "DIR", default_value = "bench/results")]
     pub out: PathBuf,
+}
+
+/// What reads a number from one to another.
+fn range(first: u16, last: u16) -> impl TypedValueParser<Value = usize> {
+    clap::value_parser!(u16).range(i64::from(first)..=i64::from(last)).map(usize::from)
 }
 
 /// What is measured together; a name of a suite stands for what that suite measures of nohop alone.
@@ -68,7 +80,7 @@ pub enum Part {
 }
 
 /// A number of NEW and of OLD.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 enum Quantity {
     Ready,
     ReadyCpu,
@@ -90,28 +102,6 @@ enum Quantity {
     ForwardedCpu,
     ForwardedP99,
 }
-
-const ALL: [Quantity; 19] = [
-    Quantity::Ready,
-    Quantity::ReadyCpu,
-    Quantity::FirstSync,
-    Quantity::Change,
-    Quantity::Resident,
-    Quantity::Maps,
-    Quantity::ConnectFew,
-    Quantity::ConnectMany,
-    Quantity::HitFew,
-    Quantity::HitMany,
-    Quantity::Miss,
-    Quantity::RoundTrip,
-    Quantity::HookSend,
-    Quantity::HookReceive,
-    Quantity::ZoneRate,
-    Quantity::ZoneCpu,
-    Quantity::ForwardedRate,
-    Quantity::ForwardedCpu,
-    Quantity::ForwardedP99,
-];
 
 impl Quantity {
     /// What it belongs to, its unit, its name (`MANY` stands for the number of services).
@@ -266,8 +256,12 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     };
     let binaries = [binary(&options.old)?, binary(&options.new)?];
     let machine = Machine::look();
-    let mut run =
-        Run { options, binaries: &binaries, notes: vec![], random: Random::new(options.seed) };
+    let mut run = Run {
+        options,
+        binaries: &binaries,
+        notes: vec![],
+        random: fastrand::Rng::with_seed(options.seed),
+    };
     let budget = if options.is_quick { QUICK } else { FULL };
     let mut quantities = run.pass(&options.parts, &budget)?;
 
@@ -309,7 +303,7 @@ struct Run<'a> {
     options: &'a Options,
     binaries: &'a [Binary; 2],
     notes: Vec<String>,
-    random: Random,
+    random: fastrand::Rng,
 }
 
 impl Run<'_> {
@@ -344,8 +338,10 @@ impl Run<'_> {
             });
             rounds.push(self.round(&options, forwarded_rate)?);
         }
-        let of_parts = ALL.into_iter().filter(|quantity| parts.contains(&quantity.describe().0));
-        Ok(of_parts.map(|quantity| compared(quantity, &rounds, options.n_services)).collect())
+        let of_parts = Quantity::value_variants()
+            .iter()
+            .filter(|quantity| parts.contains(&quantity.describe().0));
+        Ok(of_parts.map(|quantity| compared(*quantity, &rounds, options.n_services)).collect())
     }
 
     /// Starts both, and measures each part of both, in an order of its own. A part that can't be measured is
@@ -498,10 +494,13 @@ mod tests {
 
     #[test]
     fn quantities_have_names_of_their_own() {
-        let mut names: Vec<String> = ALL.iter().map(|quantity| quantity.name(10_000)).collect();
+        let mut names: Vec<String> = {
+            let all = Quantity::value_variants().iter();
+            all.map(|quantity| quantity.name(10_000)).collect()
+        };
         assert!(names.contains(&"DNS, zone of 10k names".to_owned()), "{names:?}");
         names.sort_unstable();
         names.dedup();
-        assert_eq!(names.len(), ALL.len());
+        assert_eq!(names.len(), Quantity::value_variants().len());
     }
 }

@@ -8,17 +8,17 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use lb_tests::cmd;
-use lb_tests::nohop::Nohop;
-use lb_tests::process::Process;
-use lb_tests::tempdir::Scratch;
 use serde_json::Value;
+use testbed::cmd;
+use testbed::nohop::Nohop;
+use testbed::process::Process;
+use testbed::tempdir::TempDir;
 
 use super::{Options, Part, Quantity, Samples};
 use crate::bpf;
 use crate::generators;
 use crate::node::{Layout, Node};
-use crate::peers::{Protocol, Service, Services, frontend, rendered};
+use crate::peers::{Protocol, Service, Services, rendered};
 use crate::suites::dns::{dnsperf, pin, site as dns};
 use crate::suites::scale;
 
@@ -32,9 +32,6 @@ const PORT: u16 = 8_080;
 const ECHO_IDX: usize = 60_500;
 /// The port of the backend that a change of the catalog moves, before and after.
 const CHANGED_PORTS: [u16; 2] = [PORT, PORT + 1];
-
-/// What connections stride by: prime to the number of services, so that they meet each, far apart.
-const STRIDE: usize = 7_919;
 
 /// In how many turns the binaries alternate within a round; together they go through all services.
 pub const N_TURNS: usize = 4;
@@ -66,7 +63,7 @@ struct Daemon {
     catalogs: [String; 2],
     start: Duration,
     start_cpu: Duration,
-    files: Scratch,
+    files: TempDir,
     node: Node,
 }
 
@@ -119,7 +116,7 @@ fn sources(binary: &Path, probe: &Path) -> Result<&'static str> {
 
 impl Daemon {
     fn start(binary: &Path, n_services: usize) -> Result<Daemon> {
-        let (node, files) = (Node::new(Layout::OneHost)?, Scratch::new("catalog")?);
+        let (node, files) = (Node::new(Layout::OneHost)?, TempDir::new("catalog")?);
         let echo = Node::backend(ECHO_IDX, PORT);
         let mut helpers = Vec::new();
         let servers = CHANGED_PORTS
@@ -167,16 +164,8 @@ impl Daemon {
         let lines: Vec<String> = targets.iter().map(SocketAddrV4::to_string).collect();
         fs::write(&file, lines.join("\n")).context("write the addresses to connect to")?;
         let n_connects = N_CONNECTS.div_ceil(targets.len()) * targets.len();
-        let arguments =
-            format!("connect @{} --times {n_connects} --stride {STRIDE}", file.display());
-        let found = generators::load(self.node.client_place(), &arguments)?;
-        let failed = found["failed"].as_object().context("nohop-load tells no `failed`")?;
-        let n_failed: u64 = failed.values().filter_map(Value::as_u64).sum();
-        ensure!(
-            n_failed == 0,
-            "{n_failed} of {n_connects} connections failed: {}",
-            found["failed"]
-        );
+        let place = self.node.client_place();
+        let found = generators::connect(place, &format!("@{}", file.display()), n_connects)?;
         generators::number(&found, "/connect_ns/p50")
     }
 
@@ -238,7 +227,7 @@ impl Daemon {
         let at = (self.node.client_place(), DNS);
         let questions =
             |domain: &str, names: &mut dyn Iterator<Item = String>| -> Result<PathBuf> {
-                dns::write_questions_for(names, self.files.path(), domain)
+                dns::write_questions(names, self.files.path(), domain)
             };
         if turn == 0 {
             // All of its threads have one processor, and dnsperf with the other resolver the other.
@@ -317,7 +306,7 @@ fn catalog(n_services: usize, port: u16, echo: SocketAddrV4) -> Result<String> {
     let tcp = Services { protocol: Protocol::Tcp, services: tcp, are_checked: false };
     let udp = vec![Service { name: "echo".into(), backends: vec![echo] }];
     let udp = Services { protocol: Protocol::Udp, services: udp, are_checked: false };
-    let text = |services| rendered("nohop.toml", services, frontend, Path::new(""));
+    let text = |services| rendered("nohop.toml", services, Path::new(""));
     Ok(text(&tcp)? + "\n" + &text(&udp)?)
 }
 
@@ -326,6 +315,7 @@ mod tests {
     use std::collections::BTreeSet;
 
     use super::*;
+    use crate::generators::STRIDE;
 
     #[test]
     fn catalogs_differ_in_one_backend() {

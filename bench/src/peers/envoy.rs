@@ -5,14 +5,15 @@ use std::net::SocketAddrV4;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use lb_tests::cmd;
-use lb_tests::net::Place;
-use lb_tests::process::Process;
-use lb_tests::tempdir::Scratch;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
+use testbed::cmd;
+use testbed::net::ExecContext;
+use testbed::process::Process;
+use testbed::tempdir::TempDir;
 
 use super::{
-    Guard, Protocol, Running, Services, add_frontends, await_bound, frontend, render, template,
+    Guard, Protocol, Running, Services, add_frontends, await_bound, await_frontends, render,
+    template,
 };
 use crate::node::Node;
 
@@ -35,7 +36,7 @@ pub fn version() -> Result<String> {
 
 pub fn start(node: &Node, services: &Services) -> Result<Running> {
     let Served { process, addresses, files } =
-        serve(node, services, "envoy.yaml", Scratch::new("envoy")?)?;
+        serve(node, services, "envoy.yaml", TempDir::new("envoy")?)?;
     Ok(Running::new(addresses, vec![Guard::Process(process), Guard::Files(files)]))
 }
 
@@ -46,7 +47,7 @@ pub struct Served {
     /// Where it listens for the services, in their order.
     pub addresses: Vec<SocketAddrV4>,
     /// Where its configuration is.
-    pub files: Scratch,
+    pub files: TempDir,
 }
 
 /// Starts it on a node with the endpoints in [`ENDPOINTS`], which are these services' backends at first,
@@ -55,14 +56,14 @@ pub struct Served {
 /// # Errors
 /// When it doesn't in time.
 pub fn serve_eds(node: &Node, services: &Services) -> Result<Served> {
-    let files = Scratch::new("envoy")?;
-    render(ENDPOINTS, services, frontend, files.path())?;
+    let files = TempDir::new("envoy")?;
+    render(ENDPOINTS, services, files.path())?;
     serve(node, services, "envoy-eds.yaml", files)
 }
 
-fn serve(node: &Node, services: &Services, file: &str, files: Scratch) -> Result<Served> {
+fn serve(node: &Node, services: &Services, file: &str, files: TempDir) -> Result<Served> {
     add_frontends(node)?;
-    let config = render(file, services, frontend, files.path())?;
+    let config = render(file, services, files.path())?;
     let process = spawn("envoy", node.hop_place(), &config)?;
     let addresses = await_frontends(node, &process, services)?;
     Ok(Served { process, addresses, files })
@@ -70,39 +71,28 @@ fn serve(node: &Node, services: &Services, file: &str, files: Scratch) -> Result
 
 /// Both sidecars count as what stands between, wherever they run.
 pub fn start_mesh(node: &Node, services: &Services) -> Result<Running> {
-    let files = Scratch::new("envoy")?;
+    let files = TempDir::new("envoy")?;
     add_frontends(node)?;
     write_certificates(files.path())?;
-    let config = render("envoy-server.yaml", services, frontend, files.path())?;
+    let config = render("envoy-server.yaml", services, files.path())?;
     let server = spawn("envoy server", node.backend_host().inside(&node.hop), &config)?;
     let backends = services.services.iter().flat_map(|service| &service.backends);
     let last = *backends.last().context("services without backends")?;
     let public = SocketAddrV4::new(*last.ip(), template::mesh_port(last));
     await_bound(node.backend_host().inside(&node.hop), &server, Protocol::Tcp, public)?;
-    let config = render("envoy-client.yaml", services, frontend, files.path())?;
+    let config = render("envoy-client.yaml", services, files.path())?;
     let client = spawn("envoy client", node.hop_place(), &config)?;
     let addresses = await_frontends(node, &client, services)?;
     let guards = vec![Guard::Process(client), Guard::Process(server), Guard::Files(files)];
     Ok(Running::new(addresses, guards))
 }
 
-fn spawn(name: &str, place: Place<'_>, config: &Path) -> Result<Process> {
+fn spawn(name: &str, place: ExecContext<'_>, config: &Path) -> Result<Process> {
     let mut command = place.command(cmd::installed("envoy")?);
     command.arg("-c").arg(config).args(["--log-level", "error", "--disable-hot-restart"]);
     let n_cpus = std::thread::available_parallelism().map_or(1, usize::from);
     command.args(["--concurrency", &n_cpus.to_string()]);
     Process::spawn(name, command)
-}
-
-fn await_frontends(
-    node: &Node,
-    process: &Process,
-    services: &Services,
-) -> Result<Vec<SocketAddrV4>> {
-    let addresses: Vec<_> = (0..services.services.len()).map(frontend).collect();
-    let last = *addresses.last().context("no services")?;
-    await_bound(node.hop_place(), process, services.protocol, last)?;
-    Ok(addresses)
 }
 
 /// A CA, and a certificate of its for each side: `ca.pem`, `client.pem`, `server.pem` and their keys.

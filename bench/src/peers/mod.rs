@@ -15,10 +15,10 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use lb_tests::cmd;
-use lb_tests::net::Place;
-use lb_tests::process::Process;
-use lb_tests::tempdir::Scratch;
+use testbed::cmd;
+use testbed::net::ExecContext;
+use testbed::process::Process;
+use testbed::tempdir::TempDir;
 
 use crate::node::Node;
 use crate::report::Contender;
@@ -27,7 +27,7 @@ pub use envoy::{
     ENDPOINTS as ENVOY_ENDPOINTS, Served as ServedByEnvoy, serve_eds as serve_envoy_eds,
 };
 pub use haproxy::{
-    Haproxy, NOTIFY as HAPROXY_NOTIFY, Served as ServedByHaproxy, serve as serve_haproxy,
+    Haproxy, Notify as HaproxyNotify, Served as ServedByHaproxy, serve as serve_haproxy,
 };
 pub use nft_ipvs::{Conntrack, route_frontends};
 pub use nginx::start_backend;
@@ -87,9 +87,9 @@ pub enum Guard {
     /// A process.
     Process(Process),
     /// The daemon.
-    Nohop(Box<lb_tests::nohop::Nohop>),
+    Nohop(Box<testbed::nohop::Nohop>),
     /// Files.
-    Files(Scratch),
+    Files(TempDir),
 }
 
 /// One who is compared.
@@ -216,11 +216,7 @@ impl Peer {
 
     /// Itself, as a report lists it.
     pub fn contender(&self) -> Contender {
-        let (version, absent) = match (self.version)() {
-            Ok(version) => (version, None),
-            Err(error) => (String::new(), Some(format!("{error:#}"))),
-        };
-        Contender { name: self.name.into(), version, config: self.config.into(), absent }
+        Contender::new(self.name, (self.version)(), self.config)
     }
 }
 
@@ -285,7 +281,7 @@ fn add_frontends(node: &Node) -> Result<()> {
 /// # Errors
 /// When it ends before, or takes longer than a minute.
 fn await_bound(
-    place: Place<'_>,
+    place: ExecContext<'_>,
     process: &Process,
     protocol: Protocol,
     at: SocketAddrV4,
@@ -303,6 +299,21 @@ fn await_bound(
         }
     }
     bail!("it doesn't listen at {at}\n{}", process.tail())
+}
+
+/// Waits until a proxy has bound the last of its frontends, which it binds in their order. Returns them.
+///
+/// # Errors
+/// As [`await_bound`]; without services.
+fn await_frontends(
+    node: &Node,
+    process: &Process,
+    services: &Services,
+) -> Result<Vec<SocketAddrV4>> {
+    let addresses: Vec<_> = (0..services.services.len()).map(frontend).collect();
+    let last = *addresses.last().context("no services")?;
+    await_bound(node.hop_place(), process, services.protocol, last)?;
+    Ok(addresses)
 }
 
 /// The first line that a program writes when asked for its version.

@@ -6,8 +6,8 @@ use std::path::Path;
 use std::process::Stdio;
 
 use anyhow::{Context, Result, ensure};
-use lb_tests::cmd;
-use lb_tests::tempdir::Scratch;
+use testbed::cmd;
+use testbed::tempdir::TempDir;
 
 use super::{Running, Services, find, first_line, frontend, render};
 use crate::node::{self, Node};
@@ -17,9 +17,9 @@ pub fn nftables_version() -> Result<String> {
 }
 
 pub fn start_nftables(node: &Node, services: &Services) -> Result<Running> {
-    let scratch = Scratch::new("nftables")?;
+    let tempdir = TempDir::new("nftables")?;
     route_frontends(node)?;
-    let rules = render("nftables.nft", services, frontend, scratch.path())?;
+    let rules = render("nftables.nft", services, tempdir.path())?;
     let mut nft = node.hop_place().command(find("nft")?);
     nft.arg("-f").arg(rules);
     cmd::stdout(nft)?;
@@ -50,9 +50,9 @@ fn has_ipvs() -> bool {
 }
 
 pub fn start_ipvs(node: &Node, services: &Services) -> Result<Running> {
-    let scratch = Scratch::new("ipvs")?;
+    let tempdir = TempDir::new("ipvs")?;
     super::add_frontends(node)?;
-    let rules = render("ipvs.rules", services, frontend, scratch.path())?;
+    let rules = render("ipvs.rules", services, tempdir.path())?;
     let rules = fs::read_to_string(rules)?;
     let rules: Vec<_> = rules.lines().filter(|line| line.starts_with('-')).collect();
     let mut command = node.hop_place().command(find("ipvsadm-restore")?);
@@ -70,7 +70,7 @@ pub fn start_ipvs(node: &Node, services: &Services) -> Result<Running> {
 
 /// How many connections the kernel is to be able to track: for the length of a run, and put back then.
 pub struct Conntrack(
-    #[expect(dead_code, reason = "undone when it is dropped")] lb_tests::cleanup::Undo,
+    #[expect(dead_code, reason = "undone when it is dropped")] testbed::cleanup::Cleanup,
 );
 
 impl Conntrack {
@@ -86,7 +86,7 @@ impl Conntrack {
         if before.trim().parse::<u64>().is_ok_and(|before| before >= WANTED) {
             return Ok(None);
         }
-        let undo = lb_tests::cleanup::Undo::new(move || {
+        let undo = testbed::cleanup::Cleanup::new(move || {
             if let Err(error) = fs::write(MAX, before.trim()) {
                 eprintln!("{MAX} stays at {WANTED}: {error}");
             }

@@ -3,13 +3,13 @@
 use std::path::Path;
 
 use anyhow::{Result, ensure};
-use lb_tests::net::Place;
-use lb_tests::process::Process;
-use lb_tests::tempdir::Scratch;
+use testbed::net::ExecContext;
+use testbed::process::Process;
+use testbed::tempdir::TempDir;
 
 use super::{
-    Guard, Protocol, Running, Services, add_frontends, await_bound, find, first_line, frontend,
-    render,
+    Guard, Protocol, Running, Services, add_frontends, await_bound, await_frontends, find,
+    first_line, render,
 };
 use crate::node::Node;
 
@@ -21,30 +21,28 @@ pub fn version() -> Result<String> {
 }
 
 pub fn start(node: &Node, services: &Services) -> Result<Running> {
-    let scratch = Scratch::new("nginx")?;
+    let tempdir = TempDir::new("nginx")?;
     add_frontends(node)?;
-    let config = render("nginx-stream.conf", services, frontend, scratch.path())?;
-    let process = spawn("nginx stream", node.hop_place(), &config, scratch.path())?;
-    let addresses: Vec<_> = (0..services.services.len()).map(frontend).collect();
-    let last = addresses[addresses.len() - 1];
-    await_bound(node.hop_place(), &process, services.protocol, last)?;
-    Ok(Running::new(addresses, vec![Guard::Process(process), Guard::Files(scratch)]))
+    let config = render("nginx-stream.conf", services, tempdir.path())?;
+    let process = spawn("nginx stream", node.hop_place(), &config, tempdir.path())?;
+    let addresses = await_frontends(node, &process, services)?;
+    Ok(Running::new(addresses, vec![Guard::Process(process), Guard::Files(tempdir)]))
 }
 
 /// Starts the backend of the HTTP suites: port 8080 of all addresses of the backends' host.
 ///
 /// # Errors
 /// When nginx isn't installed, or doesn't start.
-pub fn start_backend(node: &Node) -> Result<(Process, Scratch)> {
-    let scratch = Scratch::new("backend")?;
+pub fn start_backend(node: &Node) -> Result<(Process, TempDir)> {
+    let tempdir = TempDir::new("backend")?;
     let services = Services::one(Protocol::Http, vec![]);
-    let config = render("backend.conf", &services, frontend, scratch.path())?;
-    let process = spawn("backend", node.backend_place(), &config, scratch.path())?;
+    let config = render("backend.conf", &services, tempdir.path())?;
+    let process = spawn("backend", node.backend_place(), &config, tempdir.path())?;
     await_bound(node.backend_place(), &process, Protocol::Http, Node::backend(0, 8080))?;
-    Ok((process, scratch))
+    Ok((process, tempdir))
 }
 
-fn spawn(name: &str, place: Place<'_>, config: &Path, dir: &Path) -> Result<Process> {
+fn spawn(name: &str, place: ExecContext<'_>, config: &Path, dir: &Path) -> Result<Process> {
     let mut command = place.command(find("nginx")?);
     // What it says before it has read the file goes to stderr, too.
     command.arg("-e").arg("stderr").arg("-p").arg(dir).arg("-c").arg(config);

@@ -4,11 +4,11 @@ use std::collections::BTreeMap;
 use std::net::SocketAddrV4;
 
 use anyhow::{Context, Result};
-use lb_tests::cmd;
-use lb_tests::nohop::Nohop;
-use lb_tests::tempdir::Scratch;
+use testbed::cmd;
+use testbed::nohop::Nohop;
+use testbed::tempdir::TempDir;
 
-use super::{Guard, Running, Services, frontend, render};
+use super::{Guard, Running, Services, render};
 use crate::node::Node;
 
 pub fn version() -> Result<String> {
@@ -29,7 +29,7 @@ pub struct Served {
     /// The VIPs of the services, in their order, with port 80.
     pub addresses: Vec<SocketAddrV4>,
     /// Where the catalog is: `nohop.toml`.
-    pub files: Scratch,
+    pub files: TempDir,
 }
 
 /// Starts the daemon on a node, and waits until it serves.
@@ -45,8 +45,8 @@ pub fn serve(node: &Node, services: &Services) -> Result<Served> {
 /// # Errors
 /// As [`serve`].
 pub fn serve_with(node: &Node, services: &Services, more: &str) -> Result<Served> {
-    let files = Scratch::new("catalog")?;
-    let catalog = render("nohop.toml", services, frontend, files.path())?;
+    let files = TempDir::new("catalog")?;
+    let catalog = render("nohop.toml", services, files.path())?;
     let config = format!("catalog.sources = [\"file\"]\ncatalog.file = {catalog:?}\n{more}\n");
     let nohop = Nohop::start(node.client_host(), &node.client, &config)?;
     node.adopt_hop(&nohop.process)?;

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use minijinja::{Environment, UndefinedBehavior, Value, context};
 
-use super::{Protocol, Services, n_workers};
+use super::{Protocol, Services, frontend, n_workers};
 
 /// The files, which are compiled in so that a built harness needs no checkout.
 const FILES: [(&str, &str); 18] = [
@@ -35,28 +35,18 @@ const FILES: [(&str, &str); 18] = [
 ///
 /// # Errors
 /// When the file isn't a template, or `dir` can't be written to.
-pub fn render(
-    file: &str,
-    services: &Services,
-    frontend: impl Fn(usize) -> SocketAddrV4,
-    dir: &Path,
-) -> Result<PathBuf> {
-    let text = rendered(file, services, frontend, dir)?;
+pub fn render(file: &str, services: &Services, dir: &Path) -> Result<PathBuf> {
+    let text = rendered(file, services, dir)?;
     let path = dir.join(file);
     std::fs::write(&path, text).with_context(|| format!("write {}", path.display()))?;
     Ok(path)
 }
 
-/// The same file filled in, for whoever writes it by itself.
+/// The same file filled in, for a caller that writes it by itself.
 ///
 /// # Errors
 /// When the file isn't a template.
-pub fn rendered(
-    file: &str,
-    services: &Services,
-    frontend: impl Fn(usize) -> SocketAddrV4,
-    dir: &Path,
-) -> Result<String> {
+pub fn rendered(file: &str, services: &Services, dir: &Path) -> Result<String> {
     let found = FILES.iter().find(|(name, _)| *name == file);
     let (_, template) = found.with_context(|| format!("there is no bench/peers/{file}"))?;
     let is_udp = services.protocol == Protocol::Udp;
@@ -121,7 +111,7 @@ impl minijinja::value::Object for Address {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::peers::{Service, frontend};
+    use crate::peers::Service;
 
     #[test]
     fn all_files_can_be_filled_in() {
@@ -132,7 +122,7 @@ mod tests {
         for protocol in [Protocol::Tcp, Protocol::Udp] {
             let services = Services { protocol, services: services.to_vec(), are_checked: true };
             for (file, _) in FILES {
-                let text = rendered(file, &services, frontend, Path::new("/tmp/x")).expect(file);
+                let text = rendered(file, &services, Path::new("/tmp/x")).expect(file);
                 assert!(!text.contains("{{") && !text.contains("{%"), "{file}:\n{text}");
             }
         }
@@ -141,8 +131,7 @@ mod tests {
     #[test]
     fn nftables_get_a_chain_a_service() {
         let services = Services::one(Protocol::Tcp, vec![crate::node::Node::backend(0, 8080)]);
-        let text =
-            rendered("nftables.nft", &services, frontend, Path::new("/tmp")).expect("filled in");
+        let text = rendered("nftables.nft", &services, Path::new("/tmp")).expect("filled in");
         assert!(text.contains("numgen random mod 1 map { 0 : 10.98.1.0 . 8080 }"), "{text}");
         assert!(text.contains("10.96.1.0 . tcp . 80 : goto web\n"), "{text}");
     }

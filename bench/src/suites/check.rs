@@ -4,14 +4,14 @@
 use std::time::Duration;
 
 use anyhow::Result;
-use lb_tests::process::Process;
-use lb_tests::tempdir::Scratch;
+use testbed::process::Process;
+use testbed::tempdir::TempDir;
 
 use crate::generators;
 use crate::node::{Layout, Node};
 use crate::peers::{DIRECT, frontend, start_backend};
 use crate::progress::Progress;
-use crate::report::{Better, Contender, Goal, Outcome};
+use crate::report::{Contender, Goal, Outcome};
 use crate::report_builder::{Demand, Draft, Quantity};
 use crate::stats::Interval;
 
@@ -28,14 +28,9 @@ const TOLERANCE: f64 = 0.25;
 /// How far from 1 the interval of two equals may reach: what the harness is to be able to tell.
 const RESOLUTION: f64 = 0.05;
 
-const LATENCY: Quantity =
-    Quantity { name: "latency, median", unit: "us", better: Better::Lower, base: DIRECT };
-const RATE: Quantity = Quantity {
-    name: "requests a second, as many as can be",
-    unit: "requests/s",
-    better: Better::Higher,
-    base: DIRECT,
-};
+const LATENCY: Quantity = Quantity::lower("latency, median", "us").over(DIRECT);
+const RATE: Quantity =
+    Quantity::higher("requests a second, as many as can be", "requests/s").over(DIRECT);
 
 const AT_RATE: &str = "one host, kept alive, 4 connections, 500 requests/s";
 const SATURATED: &str = "one host, kept alive, 32 connections";
@@ -45,7 +40,7 @@ struct Site {
     name: &'static str,
     address: std::net::SocketAddrV4,
     _delay: Option<Process>,
-    _backend: (Process, Scratch),
+    _backend: (Process, TempDir),
     node: Node,
 }
 
@@ -90,8 +85,7 @@ pub fn run(is_quick: bool) -> Result<Draft> {
     let sites = [DIRECT, AGAIN, DELAYED].map(Site::start);
     let sites = sites.into_iter().collect::<Result<Vec<_>>>()?;
     for site in &sites {
-        let (name, version) = (site.name.to_owned(), String::new());
-        draft.contenders.push(Contender { name, version, config: String::new(), absent: None });
+        draft.contenders.push(Contender::new(site.name, Ok(String::new()), ""));
     }
     // The first round warms up, and isn't counted.
     for round in 0..=n_rounds {

@@ -5,17 +5,16 @@ use std::fs;
 use std::net::SocketAddrV4;
 use std::path::PathBuf;
 
-use anyhow::{Context, Result, ensure};
-use lb_tests::process::Process;
-use lb_tests::tempdir::Scratch;
+use anyhow::{Context, Result};
 use serde_json::Value;
+use testbed::process::Process;
+use testbed::tempdir::TempDir;
 
 use crate::bpf;
 use crate::generators;
 use crate::node::{Layout, Node};
 use crate::peers::{self, DIRECT, Guard, NOHOP, Peer, Protocol, Running, Service, Services};
 use crate::progress::Progress;
-use crate::report::Better;
 use crate::report_builder::{Demand, Draft, Quantity};
 use crate::stats::ratios;
 
@@ -29,7 +28,7 @@ struct Quantities {
 }
 
 const fn ns(name: &'static str) -> Quantity {
-    Quantity { name, unit: "ns", better: Better::Lower, base: DIRECT }
+    Quantity::lower(name, "ns").over(DIRECT)
 }
 
 const BY_SERVICES: Quantities = Quantities {
@@ -50,10 +49,6 @@ const BY_BACKENDS: Quantities = Quantities {
     close: ns("close(), by backends"),
     program: Quantity { base: "", ..ns("nohop's program, by BPF statistics, by backends") },
 };
-
-/// What a connection of all services in turn strides by: prime to their number, so that it meets each of
-/// them, far apart.
-const STRIDE: u32 = 7_919;
 
 /// The backends that have an address of their own; more are at further ports of the same addresses.
 const N_ADDRESSES: usize = 60_000;
@@ -86,7 +81,7 @@ struct Site {
     _servers: Vec<Process>,
     /// The addresses to connect to, a line each.
     targets: PathBuf,
-    _files: Scratch,
+    _files: TempDir,
     node: Node,
 }
 
@@ -191,7 +186,7 @@ impl Site {
             servers.push(server);
         }
         let running = peer.start(&node, services)?;
-        let files = Scratch::new("targets")?;
+        let files = TempDir::new("targets")?;
         let targets = files.path().join("targets");
         let lines: Vec<String> = running.addresses.iter().map(SocketAddrV4::to_string).collect();
         fs::write(&targets, lines.join("\n")).context("write the addresses to connect to")?;
@@ -222,16 +217,7 @@ impl Site {
 
     /// Connects one after another; a sample in which some of them fail is none.
     fn connect(&self, targets: &str, n_connects: u32) -> Result<Value> {
-        let arguments = format!("connect {targets} --times {n_connects} --stride {STRIDE}");
-        let found = generators::load(self.node.client_place(), &arguments)?;
-        let failed = found["failed"].as_object().context("nohop-load tells no `failed`")?;
-        let n_failed: u64 = failed.values().filter_map(Value::as_u64).sum();
-        ensure!(
-            n_failed == 0,
-            "{n_failed} of {n_connects} connections failed: {}",
-            found["failed"]
-        );
-        Ok(found)
+        generators::connect(self.node.client_place(), targets, n_connects as usize)
     }
 }
 
@@ -256,6 +242,7 @@ fn judge(draft: &mut Draft, n_services: &[usize]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::generators::STRIDE;
 
     #[test]
     fn every_service_is_connected_as_often() {
@@ -264,7 +251,7 @@ mod tests {
         {
             assert_eq!(n_in_turn(n_connects, n_services), expected);
             let mut counts = vec![0; n_services as usize];
-            (0..expected).for_each(|n| counts[(n * STRIDE % n_services) as usize] += 1);
+            (0..expected).for_each(|n| counts[(n * STRIDE as u32 % n_services) as usize] += 1);
             assert!(counts.iter().all(|count| *count == expected / n_services), "{n_services}");
         }
     }

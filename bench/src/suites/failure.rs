@@ -4,19 +4,18 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io::Write as _;
 use std::net::SocketAddrV4;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
-use lb_tests::cmd;
-use lb_tests::consul::{self, Consul};
-use lb_tests::helloworld::Helloworld;
-use lb_tests::nohop::{self, Nohop};
-use lb_tests::process::Process;
-use lb_tests::tempdir::Scratch;
+use anyhow::{Context, Result, bail, ensure};
 use rustix::process::Signal;
 use serde_json::{Value, json};
+use testbed::consul::{self, Consul};
+use testbed::helloworld::Helloworld;
+use testbed::nohop::{self, Nohop};
+use testbed::process::Process;
+use testbed::tempdir::TempDir;
 
 use crate::generators;
 use crate::node::{Layout, Node};
@@ -25,11 +24,11 @@ use crate::peers::{
     Running, Services, start_backend,
 };
 use crate::progress::Progress;
-use crate::report::{Better, Contender, Row};
+use crate::report::{Contender, Row};
 use crate::report_builder::{Draft, Quantity};
+use crate::suites::site::at_once;
 
-const FAILED: Quantity =
-    Quantity { name: "failed requests", unit: "%", better: Better::Lower, base: "" };
+const FAILED: Quantity = Quantity::lower("failed requests", "%");
 const SLOW: Quantity =
     Quantity { name: "slow requests, answered after more than 100 ms", ..FAILED };
 const P99: Quantity =
@@ -141,7 +140,7 @@ struct Site {
     _running: Running,
     _consul: Option<Consul>,
     victim: Helloworld,
-    _others: (Process, Scratch),
+    _others: (Process, TempDir),
     node: Node,
 }
 
@@ -219,18 +218,12 @@ fn with_checks(contender: &Contender) -> Option<Contender> {
     }
     if contender.name == NOHOP && checked.absent.is_none() {
         checked.config = String::new(); // its catalog is Consul's
-        match consul_version() {
+        match consul::version() {
             Ok(version) => checked.version = format!("{}, {version}", checked.version),
             Err(error) => checked.absent = Some(format!("{error:#}")),
         }
     }
     Some(checked)
-}
-
-fn consul_version() -> Result<String> {
-    let mut command = Command::new(consul::program()?);
-    command.arg("version");
-    Ok(cmd::stdout(command)?.lines().next().unwrap_or_default().to_owned())
 }
 
 /// A round: what the generator found of each contender with each fault.
@@ -240,19 +233,6 @@ fn measure(variants: &[Variant], seconds: usize) -> Vec<(Variant, Fault, Result<
     let sites = at_once(cases.clone(), |(variant, fault)| Site::start(variant, fault));
     let found = at_once(sites, |site| site?.measure(seconds));
     cases.into_iter().zip(found).map(|((variant, fault), found)| (variant, fault, found)).collect()
-}
-
-/// What `act` makes of each of these, in a thread of its own.
-fn at_once<T: Send, U: Send>(these: Vec<T>, act: impl Fn(T) -> Result<U> + Sync) -> Vec<Result<U>> {
-    let act = &act;
-    thread::scope(|scope| {
-        let start = |this: T| scope.spawn(move || act(this));
-        let threads: Vec<_> = these.into_iter().map(start).collect();
-        let end = |thread: thread::ScopedJoinHandle<'_, Result<U>>| {
-            thread.join().unwrap_or_else(|_| Err(anyhow!("its thread panicked")))
-        };
-        threads.into_iter().map(end).collect()
-    })
 }
 
 impl Site {

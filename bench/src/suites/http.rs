@@ -4,59 +4,31 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use lb_tests::process::Process;
-use lb_tests::tempdir::Scratch;
+use testbed::process::Process;
+use testbed::tempdir::TempDir;
 
 use crate::generators;
-use crate::node::{CpuTimes, Layout, Node};
-use crate::peers::{
-    self, DIRECT, HAPROXY_TCP, NOHOP, Peer, Protocol, Running, Services, start_backend,
-};
+use crate::node::{Layout, Node};
+use crate::peers::{self, DIRECT, HAPROXY_TCP, NOHOP, Protocol, Services, start_backend};
 use crate::progress::Progress;
-use crate::report::Better;
-use crate::report_builder::{Demand, Draft, FixedRate, Quantity};
+use crate::report_builder::{Demand, Draft, Quantity};
+use crate::suites::site::{self, AtRate, P50, P99};
 
-const RATE: Quantity = Quantity {
-    name: "requests a second, as many as can be",
-    unit: "requests/s",
-    better: Better::Higher,
-    base: DIRECT,
-};
-const CPU: Quantity = Quantity {
-    name: "processor time for a million requests, both sides and what is between",
-    unit: "s",
-    better: Better::Lower,
-    base: DIRECT,
-};
-const HOP_CPU: Quantity = Quantity {
-    name: "of that the hop's own processes",
-    unit: "s",
-    better: Better::Lower,
-    base: "",
-};
-const P50: Quantity = Quantity {
-    name: "latency, median, at 60% of the slowest's rate",
-    unit: "us",
-    better: Better::Lower,
-    base: DIRECT,
-};
-const P99: Quantity =
-    Quantity { name: "latency, 99th percentile, at 60% of the slowest's rate", ..P50 };
+const RATE: Quantity =
+    Quantity::higher("requests a second, as many as can be", "requests/s").over(DIRECT);
+const CPU: Quantity =
+    Quantity::lower("processor time for a million requests, both sides and what is between", "s")
+        .over(DIRECT);
+const HOP_CPU: Quantity = Quantity::lower("of that the hop's own processes", "s");
 const P999: Quantity =
     Quantity { name: "latency, 99.9th percentile, at 60% of the slowest's rate", ..P50 };
-const KEPT_UP: Quantity = Quantity {
-    name: "answers a second, where 60% of the slowest's rate is asked for",
-    unit: "requests/s",
-    better: Better::Higher,
-    base: DIRECT,
-};
+const KEPT_UP: Quantity = Quantity::higher(
+    "answers a second, where 60% of the slowest's rate is asked for",
+    "requests/s",
+)
+.over(DIRECT);
 
-const UTILISATION: Quantity = Quantity {
-    name: "utilisation at 60% of the slowest's rate",
-    unit: "%",
-    better: Better::Lower,
-    base: "",
-};
+type Site = site::Site<(Process, TempDir)>;
 
 /// The number of backends, each at an address of its own.
 const N_BACKENDS: usize = 4;
@@ -86,14 +58,6 @@ const FULL: Plan = Plan {
 };
 const QUICK: Plan = Plan { n_rounds: 2, layouts: &[(Layout::OneHost, &[32])], rate_seconds: 0.4 };
 
-/// A contender at work. Dropped in this order.
-struct Site {
-    peer: Peer,
-    running: Running,
-    _backend: (Process, Scratch),
-    node: Node,
-}
-
 /// Runs the suite.
 ///
 /// # Errors
@@ -108,7 +72,7 @@ pub fn run(is_quick: bool) -> Result<Draft> {
     let mut progress = Progress::new("http", n_conditions * able.len() * (plan.n_rounds + 1));
     for &(layout, n_connections) in plan.layouts {
         progress.preparing(layout.name());
-        let sites = start(&able, layout, &mut draft);
+        let sites = Site::start_all(&able, layout, &mut draft, backends);
         for uses in [Use::Kept, Use::OneRequest] {
             for &n_connections in n_connections {
                 let condition = uses.condition(layout, n_connections);
@@ -129,33 +93,10 @@ pub fn run(is_quick: bool) -> Result<Draft> {
     Ok(draft)
 }
 
-/// Starts each contender on a node of its own; who can't is listed as absent from then on.
-fn start(able: &[Peer], layout: Layout, draft: &mut Draft) -> Vec<Site> {
-    let mut sites = Vec::new();
-    for &peer in able {
-        match Site::start(peer, layout) {
-            Ok(site) => sites.push(site),
-            Err(error) => draft.is_absent(peer.name, &error),
-        }
-    }
-    sites
-}
-
-impl Site {
-    fn start(peer: Peer, layout: Layout) -> Result<Site> {
-        let node = Node::new(layout)?;
-        let backend = start_backend(&node)?;
-        let backends = (0..N_BACKENDS).map(|idx| Node::backend(idx, 8080)).collect();
-        let running = peer.start(&node, &Services::one(Protocol::Http, backends))?;
-        Ok(Site { peer, running, _backend: backend, node })
-    }
-
-    /// What `act` found, and the processor time that it took.
-    fn with_cpu<T>(&self, act: impl FnOnce() -> Result<T>) -> Result<(T, CpuTimes)> {
-        let before = self.node.cpu_times()?;
-        let found = act()?;
-        Ok((found, self.node.cpu_times()?.since(before)))
-    }
+/// The backends of a node, each at an address of its own.
+fn backends(node: &Node) -> Result<((Process, TempDir), Services)> {
+    let backends = (0..N_BACKENDS).map(|idx| Node::backend(idx, 8080)).collect();
+    Ok((start_backend(node)?, Services::one(Protocol::Http, backends)))
 }
 
 fn saturate(
@@ -173,15 +114,8 @@ fn saturate(
             progress.step(&format!("{condition}: {name}"));
             let address = site.running.address(round);
             let place = site.node.client_place();
-            let found = site
-                .with_cpu(|| generators::wrk(place, address, n_connections, uses == Use::Kept, 1));
-            let (found, cpu) = match found {
-                Ok((found, cpu)) => (Some(found), cpu),
-                Err(error) => {
-                    draft.failed(name, condition, &error);
-                    (None, CpuTimes::default())
-                }
-            };
+            let act = || generators::wrk(place, address, n_connections, uses == Use::Kept, 1);
+            let (found, cpu) = site.measure(draft, condition, act);
             let Some(round) = round.checked_sub(1) else { continue };
             // Who fails most requests has no rate: answering 503 is fast.
             let found = found.filter(|found| {
@@ -200,10 +134,7 @@ fn saturate(
                 found.map(|found| time.as_secs_f64() / found.n_answered as f64 * 1e6)
             };
             draft.add(RATE, condition, name, round, found.map(|found| found.rate));
-            draft.add(CPU, condition, name, round, per_million(cpu.all()));
-            if name != DIRECT {
-                draft.add(HOP_CPU, condition, name, round, per_million(cpu.hop));
-            }
+            site.add_cpu(draft, [CPU, HOP_CPU], (condition, round), cpu, per_million);
         }
     }
 }
@@ -217,42 +148,31 @@ fn at_rate(
 ) -> Result<()> {
     // Saturation as it was with as many connections as come closest.
     let n_near = n_connections.iter().copied().filter(|n| *n <= N_AT_RATE).max();
-    let condition = uses.condition(layout, n_near.context("a plan without connections")?);
-    let Some(fixed) = FixedRate::of(draft, RATE, &condition) else {
-        draft.note(format!("{condition}: no fixed rate, since nobody has one"));
-        return Ok(());
+    let at_rate = AtRate {
+        saturation: RATE,
+        saturated: &uses.condition(layout, n_near.context("a plan without connections")?),
+        condition: &uses.condition(layout, N_AT_RATE),
+        quantities: &[
+            (P50, "/latency_us/p50"),
+            (P99, "/latency_us/p99"),
+            (P999, "/latency_us/p999"),
+            (KEPT_UP, "/rate"),
+        ],
+        n_rounds: plan.n_rounds,
     };
-    let rate = fixed.rate;
-    let condition = format!("{}, {rate} requests/s", uses.condition(layout, N_AT_RATE));
-    fixed.add_utilisation(draft, UTILISATION, &condition);
     let close = if uses == Use::Kept { "" } else { " --close" };
-    for round in 0..plan.n_rounds {
-        for site in draft.shuffled(sites) {
+    let (condition, all) = at_rate.run(draft, sites, progress, |site, round, rate| {
+        let (address, seconds) = (site.running.address(round), plan.rate_seconds);
+        let arguments = format!(
+            "http {address} --rate {rate} --seconds {seconds} --connections {N_AT_RATE} \
+             --warmup-ms 100{close}"
+        );
+        generators::load(site.node.client_place(), &arguments)
+    });
+    for (site, found) in all {
+        if let Some(n_failed) = found["n_failed"].as_u64().filter(|n_failed| *n_failed > 0) {
             let name = site.peer.name;
-            progress.step(&format!("{condition}: {name}"));
-            let arguments = format!(
-                "http {} --rate {rate} --seconds {} --connections {N_AT_RATE} --warmup-ms 100{close}",
-                site.running.address(round),
-                plan.rate_seconds
-            );
-            let found = generators::load(site.node.client_place(), &arguments);
-            if let Err(error) = &found {
-                draft.failed(name, &condition, error);
-            }
-            let found = found.ok();
-            let number =
-                |path: &str| found.as_ref().and_then(|found| generators::number(found, path).ok());
-            for (quantity, path) in [
-                (P50, "/latency_us/p50"),
-                (P99, "/latency_us/p99"),
-                (P999, "/latency_us/p999"),
-                (KEPT_UP, "/rate"),
-            ] {
-                draft.add(quantity, &condition, name, round, number(path));
-            }
-            if let Some(n_failed) = number("/n_failed").filter(|n_failed| *n_failed > 0.0) {
-                draft.note(format!("{name}, {condition}: {n_failed} requests failed in a round"));
-            }
+            draft.note(format!("{name}, {condition}: {n_failed} requests failed in a round"));
         }
     }
     Ok(())

@@ -7,6 +7,7 @@ pub mod dns;
 pub mod failure;
 pub mod http;
 pub mod scale;
+pub(crate) mod site;
 pub mod throughput;
 pub mod udp;
 

@@ -2,44 +2,34 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use lb_tests::cmd;
-use lb_tests::http;
-use lb_tests::nohop::Nohop;
-use lb_tests::tempdir::Scratch;
 use rustix::process::Signal;
+use testbed::cmd;
+use testbed::http;
+use testbed::nohop::Nohop;
+use testbed::tempdir::TempDir;
 
 use crate::bpf;
 use crate::node::{Layout, Node};
 use crate::peers::{
-    self, HAPROXY_NOTIFY, HAPROXY_TCP, Haproxy, NFTABLES, NOHOP, Protocol, Service, Services,
-    frontend, render, route_frontends,
+    self, HAPROXY_TCP, Haproxy, HaproxyNotify, NFTABLES, NOHOP, Protocol, Service, Services,
+    render, route_frontends,
 };
 use crate::progress::Progress;
-use crate::report::Better;
 use crate::report_builder::{Draft, Quantity};
 
-const LOAD: Quantity = Quantity {
-    name: "from nothing to serving all",
-    unit: "ms",
-    better: Better::Lower,
-    base: HAPROXY_TCP,
-};
+const LOAD: Quantity = Quantity::lower("from nothing to serving all", "ms").over(HAPROXY_TCP);
 const CHANGE: Quantity = Quantity { name: "a change of one service", ..LOAD };
-const RESIDENT: Quantity =
-    Quantity { name: "resident memory", unit: "MB", better: Better::Lower, base: HAPROXY_TCP };
+const RESIDENT: Quantity = Quantity::lower("resident memory", "MB").over(HAPROXY_TCP);
 const FIRST_SYNC: Quantity =
     Quantity { name: "nohop's first sync, from the parsed file to the maps", base: "", ..LOAD };
 const KERNEL: Quantity = Quantity { name: "kernel memory of the maps", base: "", ..RESIDENT };
 
 /// The backends of each service.
 const N_BACKENDS: usize = 10;
-
-const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Who takes longer than this to load has fewer rounds.
 const SLOW: Duration = Duration::from_secs(20);
@@ -150,9 +140,9 @@ fn services(n_services: usize, port: u16) -> Services {
 }
 
 fn load_nohop(node: &Node, [before, after]: [&Services; 2]) -> Result<Loaded> {
-    let (files, edited) = (Scratch::new("catalog")?, Scratch::new("edited")?);
-    let catalog = render("nohop.toml", before, frontend, files.path())?;
-    let edited = render("nohop.toml", after, frontend, edited.path())?;
+    let (files, edited) = (TempDir::new("catalog")?, TempDir::new("edited")?);
+    let catalog = render("nohop.toml", before, files.path())?;
+    let edited = render("nohop.toml", after, edited.path())?;
     let config = format!("catalog.sources = [\"file\"]\ncatalog.file = {catalog:?}\n");
     let start = Instant::now();
     let nohop = Nohop::start(node.client_host(), &node.client, &config)?;
@@ -184,45 +174,29 @@ fn read_metric(metrics: &str, name: &str) -> Option<f64> {
 }
 
 fn load_haproxy(node: &Node, [before, after]: [&Services; 2]) -> Result<Loaded> {
-    let scratch = Scratch::new("haproxy")?;
-    let config = render("haproxy-tcp.cfg", before, frontend, scratch.path())?;
-    let told =
-        UnixDatagram::bind(scratch.path().join(HAPROXY_NOTIFY)).context("listen to HAProxy")?;
-    told.set_read_timeout(Some(PATIENCE))?;
+    let tempdir = TempDir::new("haproxy")?;
+    let config = render("haproxy-tcp.cfg", before, tempdir.path())?;
+    let notify = HaproxyNotify::bind(tempdir.path())?;
     let start = Instant::now();
     let haproxy = Haproxy::start(node, &config, "-Ws")?;
-    await_state(&told, "READY=1").with_context(|| haproxy.process.tail())?;
+    notify.wait_for(&["READY=1"]).with_context(|| haproxy.process.tail())?;
     let load = start.elapsed();
     let resident_mb = Some(resident_mb(node)?);
-    render("haproxy-tcp.cfg", after, frontend, scratch.path())?;
+    render("haproxy-tcp.cfg", after, tempdir.path())?;
     let start = Instant::now();
     haproxy.process.signal(Signal::USR2)?;
-    for state in ["RELOADING=1", "READY=1"] {
-        await_state(&told, state).with_context(|| haproxy.process.tail())?;
-    }
+    notify.wait_for(&["RELOADING=1", "READY=1"]).with_context(|| haproxy.process.tail())?;
     let change = start.elapsed();
     Ok(Loaded { load, first_sync_ms: None, change, resident_mb, kernel_mb: None })
 }
 
-/// Waits until HAProxy says, as it would to systemd, that it is in this state.
-fn await_state(told: &UnixDatagram, state: &str) -> Result<()> {
-    let mut text = [0; 4096];
-    loop {
-        let length =
-            told.recv(&mut text).with_context(|| format!("HAProxy doesn't tell {state}"))?;
-        if String::from_utf8_lossy(&text[..length]).lines().any(|line| line == state) {
-            return Ok(());
-        }
-    }
-}
-
 fn load_nftables(node: &Node, [before, after]: [&Services; 2]) -> Result<Loaded> {
-    let (scratch, edited) = (Scratch::new("nftables")?, Scratch::new("edited")?);
+    let (tempdir, edited) = (TempDir::new("nftables")?, TempDir::new("edited")?);
     route_frontends(node)?;
-    let rules = render("nftables.nft", before, frontend, scratch.path())?;
+    let rules = render("nftables.nft", before, tempdir.path())?;
     let changed = &after.services[after.services.len() / 2];
     let change = edited.path().join("change.nft");
-    let text = fs::read_to_string(render("nftables.nft", after, frontend, edited.path())?)?;
+    let text = fs::read_to_string(render("nftables.nft", after, edited.path())?)?;
     let rule = text.lines().skip_while(|line| line.trim() != format!("chain {} {{", changed.name));
     let rule = rule.skip(1).map(str::trim).next().context("a service without a rule")?;
     let chain = format!("ip nohop_bench {}", changed.name);

@@ -4,31 +4,23 @@ use std::net::SocketAddrV4;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use lb_tests::cmd;
-use lb_tests::net::Place;
-use lb_tests::process::Process;
 use serde_json::Value;
+use testbed::cmd;
+use testbed::net::ExecContext;
+use testbed::process::Process;
 
-use crate::node::{CpuTimes, Layout, Node};
-use crate::peers::{self, DIRECT, Peer, Protocol, Running, Services};
+use crate::node::{Layout, Node};
+use crate::peers::{self, DIRECT, Protocol, Services};
 use crate::progress::Progress;
-use crate::report::Better;
 use crate::report_builder::{Draft, Quantity};
+use crate::suites::site;
 
-const RATE: Quantity =
-    Quantity { name: "bulk TCP", unit: "Gbit/s", better: Better::Higher, base: DIRECT };
-const CPU: Quantity = Quantity {
-    name: "processor time for a GByte, both sides and what is between",
-    unit: "s",
-    better: Better::Lower,
-    base: DIRECT,
-};
-const HOP_CPU: Quantity = Quantity {
-    name: "of that the hop's own processes, for a GByte",
-    unit: "s",
-    better: Better::Lower,
-    base: "",
-};
+const RATE: Quantity = Quantity::higher("bulk TCP", "Gbit/s").over(DIRECT);
+const CPU: Quantity =
+    Quantity::lower("processor time for a GByte, both sides and what is between", "s").over(DIRECT);
+const HOP_CPU: Quantity = Quantity::lower("of that the hop's own processes, for a GByte", "s");
+
+type Site = site::Site<Process>;
 
 /// The port of the only backend: iperf3 uses it for what it agrees upon and for data alike, so that
 /// all has to reach the same server.
@@ -55,14 +47,6 @@ const FULL: Plan = Plan {
 const QUICK: Plan =
     Plan { n_rounds: 1, layouts: &[Layout::OneHost], n_streams: &[1, 8], seconds: 1 };
 
-/// A contender at work. Dropped in this order.
-struct Site {
-    peer: Peer,
-    running: Running,
-    _backend: Process,
-    node: Node,
-}
-
 /// What iperf3 found.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Moved {
@@ -86,13 +70,14 @@ pub fn run(is_quick: bool) -> Result<Draft> {
     let mut progress = Progress::new("throughput", n_conditions * able.len() * plan.n_rounds);
     for &layout in plan.layouts {
         progress.preparing(layout.name());
-        let sites = start(&able, layout, &mut draft);
+        let sites = Site::start_all(&able, layout, &mut draft, backend);
         for &n_streams in plan.n_streams {
             for round in 0..plan.n_rounds {
                 for site in draft.shuffled(&sites) {
                     let condition = condition(layout, n_streams);
                     progress.step(&format!("{condition}: {}", site.peer.name));
-                    site.sample(&mut draft, &condition, round, (n_streams, plan.seconds));
+                    let how = (n_streams, plan.seconds);
+                    sample(&mut draft, site, &condition, round, how);
                 }
             }
         }
@@ -122,57 +107,25 @@ fn is_single_threaded(version: &str) -> bool {
     matches!(major_minor, (Some(major), Some(minor)) if (major, minor) < (3, 16))
 }
 
-/// Starts each contender on a node of its own; who can't is listed as absent from then on.
-fn start(able: &[Peer], layout: Layout, draft: &mut Draft) -> Vec<Site> {
-    let mut sites = Vec::new();
-    for &peer in able {
-        match Site::start(peer, layout) {
-            Ok(site) => sites.push(site),
-            Err(error) => draft.is_absent(peer.name, &error),
-        }
-    }
-    sites
+/// Adds what went through in a round, and the processor time that it took.
+fn sample(
+    draft: &mut Draft,
+    site: &Site,
+    condition: &str,
+    round: usize,
+    (n_streams, seconds): (usize, u32),
+) {
+    let (place, address) = (site.node.client_place(), site.running.address(0));
+    let act = || transfer(place, address, n_streams, seconds);
+    let (moved, cpu) = site.measure(draft, condition, act);
+    let per_gbyte = |time: Duration| Some(time.as_secs_f64() / moved?.gbytes);
+    draft.add(RATE, condition, site.peer.name, round, moved.map(|moved| moved.gbits_per_s));
+    site.add_cpu(draft, [CPU, HOP_CPU], (condition, round), cpu, per_gbyte);
 }
 
-impl Site {
-    fn start(peer: Peer, layout: Layout) -> Result<Site> {
-        let node = Node::new(layout)?;
-        let backend = start_server(&node)?;
-        let services = Services::one(Protocol::Tcp, vec![Node::backend(0, PORT)]);
-        let running = peer.start(&node, &services)?;
-        Ok(Site { peer, running, _backend: backend, node })
-    }
-
-    fn sample(
-        &self,
-        draft: &mut Draft,
-        condition: &str,
-        round: usize,
-        (n_streams, seconds): (usize, u32),
-    ) {
-        let name = self.peer.name;
-        let found = self.transfer(n_streams, seconds);
-        if let Err(error) = &found {
-            draft.failed(name, condition, error);
-        }
-        let found = found.ok();
-        let per_gbyte = |part: fn(&CpuTimes) -> Duration| {
-            found.as_ref().map(|(moved, cpu)| part(cpu).as_secs_f64() / moved.gbytes)
-        };
-        draft.add(RATE, condition, name, round, found.as_ref().map(|(moved, _)| moved.gbits_per_s));
-        draft.add(CPU, condition, name, round, per_gbyte(|cpu| cpu.all()));
-        if name != DIRECT {
-            draft.add(HOP_CPU, condition, name, round, per_gbyte(|cpu| cpu.hop));
-        }
-    }
-
-    /// What went through, and the processor time that it took.
-    fn transfer(&self, n_streams: usize, seconds: u32) -> Result<(Moved, CpuTimes)> {
-        let before = self.node.cpu_times()?;
-        let place = self.node.client_place();
-        let moved = transfer(place, self.running.address(0), n_streams, seconds)?;
-        Ok((moved, self.node.cpu_times()?.since(before)))
-    }
+fn backend(node: &Node) -> Result<(Process, Services)> {
+    let services = Services::one(Protocol::Tcp, vec![Node::backend(0, PORT)]);
+    Ok((start_server(node)?, services))
 }
 
 /// Starts the only backend, and waits until it listens.
@@ -187,7 +140,7 @@ fn start_server(node: &Node) -> Result<Process> {
 
 /// Has iperf3 send as much as it can, for whole seconds.
 fn transfer(
-    place: Place<'_>,
+    place: ExecContext<'_>,
     address: SocketAddrV4,
     n_streams: usize,
     seconds: u32,

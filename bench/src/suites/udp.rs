@@ -5,55 +5,29 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use anyhow::Result;
-use lb_tests::process::Process;
 use serde_json::Value;
+use testbed::process::Process;
 
 use crate::generators;
-use crate::node::{CpuTimes, Layout, Node};
-use crate::peers::{self, DIRECT, Peer, Protocol, Running, Services};
+use crate::node::{Layout, Node};
+use crate::peers::{self, DIRECT, Protocol, Services};
 use crate::progress::Progress;
-use crate::report::Better;
-use crate::report_builder::{Draft, FixedRate, Quantity};
+use crate::report_builder::{Draft, Quantity};
+use crate::suites::site::{self, AtRate, P50, P99};
 
-const RATE: Quantity = Quantity {
-    name: "datagrams a second, as many as can be",
-    unit: "datagrams/s",
-    better: Better::Higher,
-    base: DIRECT,
-};
-const CPU: Quantity = Quantity {
-    name: "processor time for a million datagrams, both sides and what is between",
-    unit: "s",
-    better: Better::Lower,
-    base: DIRECT,
-};
-const HOP_CPU: Quantity = Quantity {
-    name: "of that the hop's own processes",
-    unit: "s",
-    better: Better::Lower,
-    base: "",
-};
-const P50: Quantity = Quantity {
-    name: "latency, median, at 60% of the slowest's rate",
-    unit: "us",
-    better: Better::Lower,
-    base: DIRECT,
-};
-const P99: Quantity =
-    Quantity { name: "latency, 99th percentile, at 60% of the slowest's rate", ..P50 };
-const KEPT_UP: Quantity = Quantity {
-    name: "answers a second, where 60% of the slowest's rate is asked for",
-    unit: "datagrams/s",
-    better: Better::Higher,
-    base: DIRECT,
-};
+const RATE: Quantity =
+    Quantity::higher("datagrams a second, as many as can be", "datagrams/s").over(DIRECT);
+const CPU: Quantity =
+    Quantity::lower("processor time for a million datagrams, both sides and what is between", "s")
+        .over(DIRECT);
+const HOP_CPU: Quantity = Quantity::lower("of that the hop's own processes", "s");
+const KEPT_UP: Quantity = Quantity::higher(
+    "answers a second, where 60% of the slowest's rate is asked for",
+    "datagrams/s",
+)
+.over(DIRECT);
 
-const UTILISATION: Quantity = Quantity {
-    name: "utilisation at 60% of the slowest's rate",
-    unit: "%",
-    better: Better::Lower,
-    base: "",
-};
+type Site = site::Site<Vec<Process>>;
 
 /// The number of backends, each at an address of its own.
 const N_BACKENDS: usize = 4;
@@ -86,14 +60,6 @@ const FULL: Plan =
     Plan { n_rounds: 7, layouts: &[Layout::OneHost, Layout::TwoHosts], seconds: 1.0 };
 const QUICK: Plan = Plan { n_rounds: 2, layouts: &[Layout::OneHost], seconds: 0.2 };
 
-/// A contender at work. Dropped in this order.
-struct Site {
-    peer: Peer,
-    running: Running,
-    _backends: Vec<Process>,
-    node: Node,
-}
-
 /// Runs the suite.
 ///
 /// # Errors
@@ -108,143 +74,101 @@ pub fn run(is_quick: bool) -> Result<Draft> {
     let mut progress = Progress::new("udp", n_conditions * able.len() * (plan.n_rounds + 1));
     for &layout in plan.layouts {
         progress.preparing(layout.name());
-        let sites = start(&able, layout, &mut draft);
+        let sites = Site::start_all(&able, layout, &mut draft, backends);
         for uses in [Use::Connected, Use::Unconnected] {
             let condition = uses.condition(layout);
-            saturate(&mut draft, &sites, (layout, uses), &plan, &mut progress);
-            match FixedRate::of(&draft, RATE, &condition) {
-                Some(rate) => {
-                    at_rate(&mut draft, &sites, (&condition, uses, &rate), &plan, &mut progress);
-                }
-                None => draft.note(format!("{condition}: no fixed rate, since nobody has one")),
-            }
+            saturate(&mut draft, &sites, (&condition, uses), &plan, &mut progress);
+            at_rate(&mut draft, &sites, (&condition, uses), &plan, &mut progress);
         }
     }
     draft.finish();
     Ok(draft)
 }
 
-/// Starts each contender on a node of its own; who can't is listed as absent from then on.
-fn start(able: &[Peer], layout: Layout, draft: &mut Draft) -> Vec<Site> {
-    let mut sites = Vec::new();
-    for &peer in able {
-        match Site::start(peer, layout) {
-            Ok(site) => sites.push(site),
-            Err(error) => draft.is_absent(peer.name, &error),
-        }
+/// The backends of a node, each at an address of its own. One at 0.0.0.0 would answer unconnected sockets
+/// from an address that they didn't ask.
+fn backends(node: &Node) -> Result<(Vec<Process>, Services)> {
+    let addresses: Vec<_> = (0..N_BACKENDS).map(|idx| Node::backend(idx, 8080)).collect();
+    let mut backends = Vec::new();
+    for address in &addresses {
+        let mut echo = node.backend_place().command(generators::load_program()?);
+        echo.args(["echo", &address.to_string()]);
+        backends.push(Process::spawn("echo", echo)?);
     }
-    sites
+    for backend in &backends {
+        backend.wait_for_line(&["listening on "])?;
+    }
+    Ok((backends, Services::one(Protocol::Udp, addresses)))
 }
 
-impl Site {
-    fn start(peer: Peer, layout: Layout) -> Result<Site> {
-        let node = Node::new(layout)?;
-        let addresses: Vec<_> = (0..N_BACKENDS).map(|idx| Node::backend(idx, 8080)).collect();
-        // One at 0.0.0.0 would answer unconnected sockets from an address that they didn't ask.
-        let mut backends = Vec::new();
-        for address in &addresses {
-            let mut echo = node.backend_place().command(generators::load_program()?);
-            echo.args(["echo", &address.to_string()]);
-            backends.push(Process::spawn("echo", echo)?);
-        }
-        for backend in &backends {
-            backend.wait_for_line(&["listening on "])?;
-        }
-        let running = peer.start(&node, &Services::one(Protocol::Udp, addresses))?;
-        Ok(Site { peer, running, _backends: backends, node })
-    }
-
-    /// Sends datagrams at a pace, such as `--rate 1000`. Who goes directly uses all backends, as the
-    /// balancers do.
-    fn ask(&self, uses: Use, pace: &str, seconds: f64) -> Result<Value> {
-        let addresses: Vec<String> =
-            self.running.addresses.iter().map(ToString::to_string).collect();
-        let arguments = format!(
-            "udp {} --seconds {seconds} --sockets {N_SOCKETS} {pace}{}",
-            addresses.join(" "),
-            if uses == Use::Unconnected { " --unconnected" } else { "" }
-        );
-        generators::load(self.node.client_place(), &arguments)
-    }
-
-    /// What `act` found, and the processor time that it took.
-    fn with_cpu<T>(&self, act: impl FnOnce() -> Result<T>) -> Result<(T, CpuTimes)> {
-        let before = self.node.cpu_times()?;
-        let found = act()?;
-        Ok((found, self.node.cpu_times()?.since(before)))
-    }
+/// Sends datagrams at a pace, such as `--rate 1000`. Who goes directly uses all backends, as the balancers
+/// do.
+fn ask(site: &Site, uses: Use, pace: &str, seconds: f64) -> Result<Value> {
+    let addresses: Vec<String> = site.running.addresses.iter().map(ToString::to_string).collect();
+    let arguments = format!(
+        "udp {} --seconds {seconds} --sockets {N_SOCKETS} {pace}{}",
+        addresses.join(" "),
+        if uses == Use::Unconnected { " --unconnected" } else { "" }
+    );
+    generators::load(site.node.client_place(), &arguments)
 }
 
 fn saturate(
     draft: &mut Draft,
     sites: &[Site],
-    (layout, uses): (Layout, Use),
+    (condition, uses): (&str, Use),
     plan: &Plan,
     progress: &mut Progress,
 ) {
-    let condition = uses.condition(layout);
-    let mut wrongs = vec![Wrong::default(); sites.len()];
+    let mut wrongs = Wrongs::default();
     // The first round warms up, and isn't counted.
     for round in 0..=plan.n_rounds {
-        for (site, wrong) in draft.shuffled(sites.iter().zip(&mut wrongs)) {
+        for site in draft.shuffled(sites) {
             let name = site.peer.name;
             progress.step(&format!("{condition}: {name}"));
             let pace = format!("--window {WINDOW}");
-            let (found, cpu) = match site.with_cpu(|| site.ask(uses, &pace, plan.seconds)) {
-                Ok((found, cpu)) => (Some(found), cpu),
-                Err(error) => {
-                    draft.failed(name, &condition, &error);
-                    (None, CpuTimes::default())
-                }
-            };
+            let act = || ask(site, uses, &pace, plan.seconds);
+            let (found, cpu) = site.measure(draft, condition, act);
             let Some(round) = round.checked_sub(1) else { continue };
             let number = |path: &str| found.as_ref().and_then(|f| generators::number(f, path).ok());
             let n_answered = number("/answered").filter(|n_answered| *n_answered > 0.0);
             let per_million = |time: Duration| Some(time.as_secs_f64() / n_answered? * 1e6);
-            let rate = n_answered.and(number("/rate"));
-            draft.add(RATE, &condition, name, round, rate);
-            draft.add(CPU, &condition, name, round, per_million(cpu.all()));
-            if name != DIRECT {
-                draft.add(HOP_CPU, &condition, name, round, per_million(cpu.hop));
+            draft.add(RATE, condition, name, round, n_answered.and(number("/rate")));
+            site.add_cpu(draft, [CPU, HOP_CPU], (condition, round), cpu, per_million);
+            if let Some(found) = &found {
+                wrongs.entry(name).or_default().add(found);
             }
-            wrong.add(found.as_ref());
         }
     }
-    tell(draft, sites, &wrongs, &condition);
+    note(draft, &wrongs, condition);
 }
 
 fn at_rate(
     draft: &mut Draft,
     sites: &[Site],
-    (condition, uses, fixed): (&str, Use, &FixedRate),
+    (condition, uses): (&str, Use),
     plan: &Plan,
     progress: &mut Progress,
 ) {
-    let rate = fixed.rate;
-    let condition = format!("{condition}, {rate} datagrams/s");
-    fixed.add_utilisation(draft, UTILISATION, &condition);
-    let mut wrongs = vec![Wrong::default(); sites.len()];
-    for round in 0..plan.n_rounds {
-        for (site, wrong) in draft.shuffled(sites.iter().zip(&mut wrongs)) {
-            let name = site.peer.name;
-            progress.step(&format!("{condition}: {name}"));
-            let found = site.ask(uses, &format!("--rate {rate}"), plan.seconds);
-            if let Err(error) = &found {
-                draft.failed(name, &condition, error);
-            }
-            let found = found.ok();
-            let number = |path: &str| found.as_ref().and_then(|f| generators::number(f, path).ok());
-            let has_any = number("/answered").is_some_and(|n_answered| n_answered > 0.0);
-            for (quantity, path) in
-                [(P50, "/latency_us/p50"), (P99, "/latency_us/p99"), (KEPT_UP, "/rate")]
-            {
-                draft.add(quantity, &condition, name, round, number(path).filter(|_| has_any));
-            }
-            wrong.add(found.as_ref());
-        }
+    let at_rate = AtRate {
+        saturation: RATE,
+        saturated: condition,
+        condition,
+        quantities: &[(P50, "/latency_us/p50"), (P99, "/latency_us/p99"), (KEPT_UP, "/rate")],
+        n_rounds: plan.n_rounds,
+    };
+    let (condition, all) = at_rate.run(draft, sites, progress, |site, _, rate| {
+        ask(site, uses, &format!("--rate {rate}"), plan.seconds)
+    });
+    let mut wrongs = Wrongs::default();
+    for (site, found) in &all {
+        wrongs.entry(site.peer.name).or_default().add(found);
     }
-    tell(draft, sites, &wrongs, &condition);
+    note(draft, &wrongs, &condition);
 }
+
+/// What went wrong, by peer.
+type Wrongs = BTreeMap<&'static str, Wrong>;
 
 /// What went wrong with a contender's datagrams under a condition, in all rounds.
 #[derive(Clone, Default)]
@@ -256,9 +180,8 @@ struct Wrong {
 }
 
 impl Wrong {
-    /// Adds what nohop-load tells of a round.
-    fn add(&mut self, found: Option<&Value>) {
-        let Some(found) = found else { return };
+    /// Adds what nohop-load reports of a round.
+    fn add(&mut self, found: &Value) {
         let count = |key: &str| found[key].as_u64().unwrap_or(0);
         self.n_sent += count("sent");
         self.n_lost += count("lost");
@@ -283,10 +206,10 @@ impl Wrong {
     }
 }
 
-fn tell(draft: &mut Draft, sites: &[Site], wrongs: &[Wrong], condition: &str) {
-    for (site, wrong) in sites.iter().zip(wrongs) {
+fn note(draft: &mut Draft, wrongs: &Wrongs, condition: &str) {
+    for (name, wrong) in wrongs {
         if let Some(text) = wrong.text() {
-            draft.note(format!("{}, {condition}: {text}", site.peer.name));
+            draft.note(format!("{name}, {condition}: {text}"));
         }
     }
 }
@@ -311,11 +234,10 @@ mod tests {
     fn what_went_wrong() {
         let found = |lost, strange, errors: Value| json!({ "sent": 9, "answered": 9, "lost": lost, "strange": strange, "errors": errors });
         let mut wrong = Wrong::default();
-        wrong.add(None);
-        wrong.add(Some(&found(0, 0, json!({}))));
+        wrong.add(&found(0, 0, json!({})));
         assert_eq!(wrong.text(), None);
-        wrong.add(Some(&found(2, 0, json!({ "refused": 3 }))));
-        wrong.add(Some(&found(1, 1, json!({ "refused": 1 }))));
+        wrong.add(&found(2, 0, json!({ "refused": 3 })));
+        wrong.add(&found(1, 1, json!({ "refused": 1 })));
         let expected = "3 of 27 datagrams lost, 1 answered from an address that wasn't asked, \
                         4 times the error refused";
         assert_eq!(wrong.text().as_deref(), Some(expected));

@@ -203,7 +203,7 @@ stroke-linejoin:round;paint-order:stroke}
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sample;
+    use crate::tests::sample;
 
     /// That tags open and close in pairs, and that nothing stands in them that XML forbids.
     fn check_well_formed(svg: &str) {

@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 
 use aya::Ebpf;
 use aya::programs::{CgroupAttachMode, CgroupSock, CgroupSockAddr, Program};
-use lb_tests::tempdir;
 use lb_userspace::config::cgroup;
 use lb_userspace::datapath::Cost;
+use testbed::tempdir;
 
 /// What is measured, the program, and the one in whose cgroup it works: its own name, or that of
 /// the program whose entries it releases.

@@ -3,9 +3,6 @@
 
 mod compared;
 mod figures;
-#[path = "../../kernel/fixture.rs"]
-#[expect(dead_code, clippy::unwrap_used, reason = "the kernel tests' bed, of which they use more")]
-mod fixture;
 mod traffic;
 
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, UdpSocket};
@@ -14,7 +11,7 @@ use std::process::ExitCode;
 
 use compared::Compared;
 use figures::{Figures, Goal};
-use fixture::{Bed, Server, service};
+use lb_tests::fixture::{self, Bed, Server, service};
 use lb_userspace::datapath::{Cost, Measuring};
 use lb_userspace::table::{Protocols, Service};
 

@@ -6,10 +6,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use lb_tests::cgroup::Cgroup;
-use lb_tests::net::Host;
-use lb_tests::nohop::Nohop;
-use lb_tests::tempdir::Scratch;
+use testbed::cgroup::Cgroup;
+use testbed::net::Host;
+use testbed::nohop::Nohop;
+use testbed::tempdir::TempDir;
 
 use crate::maps::{Maps, Watcher};
 use crate::site::{cpu_s, memory_mb, propagation};
@@ -21,8 +21,8 @@ const N_BACKENDS: u32 = 10;
 pub fn measure(quick: bool) -> Result<()> {
     let n_changes = if quick { 5 } else { 15 };
     println!("a file with {N_SERVICES} services of {N_BACKENDS} backends, {n_changes} changes:");
-    let (host, cgroup, scratch) = (Host::new("site")?, Cgroup::new()?, Scratch::new("catalog")?);
-    let path = scratch.path().join("catalog.toml");
+    let (host, cgroup, tempdir) = (Host::new("site")?, Cgroup::new()?, TempDir::new("catalog")?);
+    let path = tempdir.path().join("catalog.toml");
     fs::write(&path, text(0))?;
     let config = format!("catalog.sources = [\"file\"]\ncatalog.file = {path:?}\n");
     let start = Instant::now();
@@ -37,7 +37,7 @@ pub fn measure(quick: bool) -> Result<()> {
     for nth in 1..=n_changes {
         let watcher = Watcher::start(Maps::open(&nohop)?, vec![service.clone()])?;
         let (before, generation) = (propagation(&nohop)?, nohop.status()?["generation"].take());
-        let edited = scratch.path().join("edited");
+        let edited = tempdir.path().join("edited");
         fs::write(&edited, text(nth))?;
         let start = Instant::now();
         fs::rename(&edited, &path)?;

@@ -10,7 +10,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Result;
-use lb_tests::{cleanup, process};
+use testbed::{cleanup, process};
 
 /// Measures and tells; its argument is whether quickly.
 type Measure = fn(bool) -> Result<()>;
@@ -40,7 +40,7 @@ fn main() -> ExitCode {
             continue;
         }
         if let Err(error) = measure(quick) {
-            eprintln!("{name}: {error:?}\n{}", process::last_words());
+            eprintln!("{name}: {error:?}\n{}", process::failure_output());
             return ExitCode::FAILURE;
         }
     }

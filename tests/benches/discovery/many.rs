@@ -4,8 +4,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use lb_tests::helloworld::Helloworld;
-use lb_tests::nohop::Nohop;
+use testbed::helloworld::Helloworld;
+use testbed::nohop::Nohop;
 
 use crate::site::{ADDRESS, Instance, Site, cpu_s, memory_mb, metrics};
 use crate::{ms, quantile, tell};

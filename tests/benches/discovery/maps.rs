@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use aya::maps::{Array, Map, MapData};
 use lb_common::{Group, ServiceEntry};
-use lb_tests::nohop::Nohop;
+use testbed::nohop::Nohop;
 
 /// How often the maps are looked at: what a measured time may be too long by.
 const LOOK: Duration = Duration::from_micros(200);

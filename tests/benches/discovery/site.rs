@@ -5,13 +5,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use lb_tests::cgroup::Cgroup;
-use lb_tests::consul::Consul;
-use lb_tests::http::ask;
-use lb_tests::net::Host;
-use lb_tests::nohop::Nohop;
-use lb_tests::tempdir::Scratch;
 use serde_json::{Value, json};
+use testbed::cgroup::Cgroup;
+use testbed::consul::Consul;
+use testbed::http::ask;
+use testbed::net::Host;
+use testbed::nohop::Nohop;
+use testbed::tempdir::TempDir;
 
 /// The address of the host.
 pub const ADDRESS: &str = "10.99.0.1";
@@ -31,7 +31,7 @@ pub struct Site {
     pub cgroup: Cgroup,
     pub host: Arc<Host>,
     /// Holds Consul's unix socket, by which it is asked from outside of the host's network.
-    scratch: Scratch,
+    tempdir: TempDir,
 }
 
 /// An instance to be registered, with a check of its own that passes.
@@ -45,13 +45,13 @@ pub struct Instance {
 impl Site {
     /// Starts a Consul of one server, with its default limits and a log on disk.
     pub fn new() -> Result<Site> {
-        let (host, cgroup, scratch) = (Host::new("site")?, Cgroup::new()?, Scratch::new("http")?);
+        let (host, cgroup, tempdir) = (Host::new("site")?, Cgroup::new()?, TempDir::new("http")?);
         host.ip(&format!("addr add {ADDRESS}/32 dev lo"))?;
-        let http = format!("127.0.0.1 unix://{}", socket(&scratch).display());
+        let http = format!("127.0.0.1 unix://{}", socket(&tempdir).display());
         let more = json!({ "addresses": { "http": http }, "log_level": "info" });
         let mut servers = Consul::servers(&[(&host, "server", ADDRESS)], &more, None)?;
         let consul = servers.pop().context("no server")?;
-        Ok(Site { _consul: consul, cgroup, host, scratch })
+        Ok(Site { _consul: consul, cgroup, host, tempdir })
     }
 
     /// Starts the daemon, and waits until it is ready.
@@ -97,7 +97,7 @@ impl Site {
     }
 
     fn put(&self, path: &str, body: &Value) -> Result<()> {
-        ask(&socket(&self.scratch), "PUT", path, &body.to_string()).map(drop)
+        ask(&socket(&self.tempdir), "PUT", path, &body.to_string()).map(drop)
     }
 }
 
@@ -120,8 +120,8 @@ fn operations(instance: &Instance) -> [Value; 2] {
     [json!({ "Service": service }), json!({ "Check": check })]
 }
 
-fn socket(scratch: &Scratch) -> PathBuf {
-    scratch.path().join("consul.sock")
+fn socket(tempdir: &TempDir) -> PathBuf {
+    tempdir.path().join("consul.sock")
 }
 
 /// What the daemon exports under a name, with its labels.

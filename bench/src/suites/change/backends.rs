@@ -9,9 +9,9 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
-use lb_tests::cmd;
-use lb_tests::process::Process;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use testbed::cmd;
+use testbed::process::Process;
 
 use crate::node::Node;
 
@@ -118,8 +118,8 @@ pub fn program(arguments: &[&str]) -> Result<()> {
 }
 
 fn start(idx: usize) -> Result<Child> {
-    let mut command = Command::new(cmd::built("helloworld")?);
-    command.args(["--listen", &address(idx).to_string(), "--name", &name(idx)]);
+    let mut command = Command::new(cmd::built("nohop-load")?);
+    command.args(["hello", &address(idx).to_string(), "--name", &name(idx)]);
     let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn();
     child.with_context(|| format!("start {command:?}"))
 }

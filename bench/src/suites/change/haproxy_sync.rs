@@ -4,7 +4,7 @@
 use std::collections::{BTreeSet, VecDeque};
 use std::io::{Read, Write};
 use std::net::SocketAddrV4;
-use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use super::SERVICE;
 use super::blocking::{Blocking, Instances};
-use crate::peers::{ENVOY_ENDPOINTS, HAPROXY_NOTIFY, Protocol, Services, frontend, rendered};
+use crate::peers::{ENVOY_ENDPOINTS, HaproxyNotify, Protocol, Services, rendered};
 
 /// The slots that `bench/peers/haproxy-runtime.cfg` declares.
 const N_SLOTS: usize = 40;
@@ -41,9 +41,8 @@ pub fn program(arguments: &[&str]) -> Result<()> {
 /// Writes the configuration anew and reloads it, one reload after the other: a master forgets a signal
 /// that comes while it starts over.
 fn reload(dir: &Path, master: Pid) -> Result<()> {
-    let told = UnixDatagram::bind(dir.join(HAPROXY_NOTIFY)).context("listen to HAProxy")?;
-    told.set_read_timeout(Some(PATIENCE))?;
-    let mut blocking = Blocking::new(SERVICE)?;
+    let notify = HaproxyNotify::bind(dir)?;
+    let mut blocking = Blocking::new(SERVICE);
     let mut rendered = None;
     loop {
         let instances = blocking.next()?;
@@ -52,29 +51,15 @@ fn reload(dir: &Path, master: Pid) -> Result<()> {
         }
         replace(dir, super::RELOAD_CONFIG, &instances)?;
         kill_process(master, Signal::USR2).context("signal HAProxy's master")?;
-        for state in ["RELOADING=1", "READY=1"] {
-            await_state(&told, state)?;
-        }
+        notify.wait_for(&["RELOADING=1", "READY=1"])?;
         rendered = Some(instances);
-    }
-}
-
-/// Waits until HAProxy says that it is in this state.
-fn await_state(told: &UnixDatagram, state: &str) -> Result<()> {
-    let mut buffer = [0; 4096];
-    loop {
-        let n_bytes = told.recv(&mut buffer).with_context(|| format!("no {state} of HAProxy"))?;
-        let text = String::from_utf8_lossy(&buffer[..n_bytes]);
-        if text.lines().any(|line| line == state) {
-            return Ok(());
-        }
     }
 }
 
 /// Replaces the file of endpoints, which Envoy watches. Where renames come faster than Envoy reads, it
 /// reads the newest, so there is nothing to wait for.
 fn eds(dir: &Path) -> Result<()> {
-    let mut blocking = Blocking::new(SERVICE)?;
+    let mut blocking = Blocking::new(SERVICE);
     let mut rendered = None;
     loop {
         let instances = blocking.next()?;
@@ -89,7 +74,7 @@ fn eds(dir: &Path) -> Result<()> {
 fn replace(dir: &Path, file: &str, instances: &Instances) -> Result<()> {
     let mut services = Services::one(Protocol::Tcp, instances.values().copied().collect());
     services.services[0].name = SERVICE.into();
-    let text = rendered(file, &services, frontend, dir)?;
+    let text = rendered(file, &services, dir)?;
     let fresh = dir.join("fresh");
     std::fs::write(&fresh, text).and_then(|()| std::fs::rename(&fresh, dir.join(file)))?;
     Ok(())
@@ -97,7 +82,7 @@ fn replace(dir: &Path, file: &str, instances: &Instances) -> Result<()> {
 
 /// Fills slots.
 fn runtime(socket: &Path) -> Result<()> {
-    let mut blocking = Blocking::new(SERVICE)?;
+    let mut blocking = Blocking::new(SERVICE);
     let mut slots = Slots::new(N_SLOTS);
     loop {
         let commands = slots.become_those(&blocking.next()?.into_values().collect())?;
@@ -200,7 +185,7 @@ mod tests {
     fn the_configuration_declares_the_slots() {
         for file in ["haproxy-runtime.cfg", "haproxy-srv.cfg"] {
             let services = Services::one(Protocol::Tcp, vec![]);
-            let text = rendered(file, &services, frontend, Path::new("/tmp")).expect(file);
+            let text = rendered(file, &services, Path::new("/tmp")).expect(file);
             assert!(text.contains(&format!("server-template s 1-{N_SLOTS} ")), "{text}");
         }
     }
@@ -209,7 +194,7 @@ mod tests {
     fn envoy_watches_the_file_that_is_replaced() {
         let services = Services::one(Protocol::Tcp, vec![]);
         let dir = Path::new("/tmp/x");
-        let text = rendered("envoy-eds.yaml", &services, frontend, dir).expect("filled in");
+        let text = rendered("envoy-eds.yaml", &services, dir).expect("filled in");
         let watched =
             format!("path_config_source: {{ path: {}/{ENVOY_ENDPOINTS} }}", dir.display());
         assert!(text.contains(&watched), "{text}");

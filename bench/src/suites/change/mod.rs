@@ -9,16 +9,16 @@ mod rebalance;
 mod single_change;
 mod site;
 
-use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
+use super::site::at_once;
 use crate::generators;
 use crate::node::{Layout, Node};
 use crate::peers::{ENVOY, HAPROXY_HTTP, HAPROXY_TCP, NOHOP, PEERS, Protocol};
 use crate::progress::Progress;
-use crate::report::{Better, Contender};
+use crate::report::Contender;
 use crate::report_builder::{Demand, Draft, Quantity};
 use crate::stats::{Spread, quantile};
 use single_change::Delays;
@@ -46,12 +46,11 @@ const ALL: [(&str, Kind, &str); 7] = [
     (HAPROXY_HTTP, Kind::Runtime(Protocol::Http), "bench/peers/haproxy-runtime.cfg"),
 ];
 
-const ARRIVAL: Quantity = Quantity {
-    name: "registration to the first connection that lands on the new backend, median",
-    unit: "ms",
-    better: Better::Lower,
-    base: RUNTIME,
-};
+const ARRIVAL: Quantity = Quantity::lower(
+    "registration to the first connection that lands on the new backend, median",
+    "ms",
+)
+.over(RUNTIME);
 const LONGEST_ARRIVAL: Quantity = Quantity {
     name: "registration to the first connection that lands on the new backend, longest of a round",
     ..ARRIVAL
@@ -64,31 +63,17 @@ const LONGEST_DEPARTURE: Quantity = Quantity {
     name: "deregistration to the last connection that lands on the backend, longest of a round",
     ..ARRIVAL
 };
-const FAILED: Quantity = Quantity {
-    name: "failed requests during a rolling deploy",
-    unit: "requests",
-    better: Better::Lower,
-    base: "",
-};
+const FAILED: Quantity = Quantity::lower("failed requests during a rolling deploy", "requests");
 const RESET: Quantity = Quantity { name: "of those reset or closed without an answer", ..FAILED };
-const P99: Quantity = Quantity {
-    name: "latency during a rolling deploy, 99th percentile",
-    unit: "us",
-    better: Better::Lower,
-    base: RUNTIME,
-};
-const HOP_CPU: Quantity = Quantity {
-    name: "processor time of the hop and its follower during a rolling deploy",
-    unit: "s",
-    better: Better::Lower,
-    base: RUNTIME,
-};
-const SHARE: Quantity = Quantity {
-    name: "share of the requests that new instances get from pools of connections (fair: 50)",
-    unit: "%",
-    better: Better::Higher,
-    base: "",
-};
+const P99: Quantity =
+    Quantity::lower("latency during a rolling deploy, 99th percentile", "us").over(RUNTIME);
+const HOP_CPU: Quantity =
+    Quantity::lower("processor time of the hop and its follower during a rolling deploy", "s")
+        .over(RUNTIME);
+const SHARE: Quantity = Quantity::higher(
+    "share of the requests that new instances get from pools of connections (fair: 50)",
+    "%",
+);
 
 const SINGLE: &str = "one host, one instance becomes two and one again, a connection every 0.5 ms";
 
@@ -207,12 +192,9 @@ fn contender(&(name, kind, config): &(&str, Kind, &str)) -> Contender {
         Kind::Srv | Kind::Reload | Kind::Runtime(_) => HAPROXY_TCP,
         Kind::Eds => ENVOY,
     };
-    let peer = PEERS.iter().find(|peer| peer.name == program).map(|peer| peer.contender());
-    let (version, absent) = match peer {
-        Some(peer) => (peer.version, peer.absent),
-        None => (String::new(), Some("unknown".into())),
-    };
-    Contender { name: name.into(), version, config: config.into(), absent }
+    let peer = PEERS.iter().find(|peer| peer.name == program);
+    let version = peer.context("unknown").and_then(|peer| (peer.version)());
+    Contender::new(name, version, config)
 }
 
 /// Starts all who can take part; who can't is listed as absent from then on. Most of it is waiting for
@@ -228,16 +210,10 @@ fn start(draft: &mut Draft) -> Result<Vec<Site>> {
             starting.push((name, kind, Node::new(Layout::OneHost)?));
         }
     }
-    let started: Vec<(&str, Result<Site>)> = thread::scope(|scope| {
-        let start = |(name, kind, node)| (name, scope.spawn(move || Site::start(name, kind, node)));
-        let threads: Vec<_> = starting.into_iter().map(start).collect();
-        let join = |(name, thread): (_, thread::ScopedJoinHandle<Result<Site>>)| {
-            (name, thread.join().unwrap_or_else(|_| Err(anyhow::anyhow!("its thread panicked"))))
-        };
-        threads.into_iter().map(join).collect()
-    });
+    let names: Vec<_> = starting.iter().map(|(name, ..)| *name).collect();
+    let started = at_once(starting, |(name, kind, node)| Site::start(name, kind, node));
     let mut sites = Vec::new();
-    for (name, site) in started {
+    for (name, site) in names.into_iter().zip(started) {
         match site.with_context(|| format!("start {name}")) {
             Ok(site) => sites.push(site),
             Err(error) => {

@@ -8,12 +8,12 @@ use std::time::Duration;
 use std::{fs, thread};
 
 use anyhow::{Context, Result, bail};
-use lb_tests::consul::{self, Consul};
-use lb_tests::http::ask;
-use lb_tests::nohop::Nohop;
-use lb_tests::process::Process;
-use lb_tests::tempdir::Scratch;
 use serde_json::json;
+use testbed::consul::{self, Consul};
+use testbed::http::ask;
+use testbed::nohop::Nohop;
+use testbed::process::Process;
+use testbed::tempdir::TempDir;
 
 use super::backends::{Crew, Member};
 use super::{RELOAD_CONFIG, SERVICE};
@@ -53,7 +53,7 @@ pub struct Site {
     _running: Vec<Guard>,
     _consul: Consul,
     /// Holds Consul's unix socket, by which it is asked from outside of the node's network.
-    scratch: Scratch,
+    tempdir: TempDir,
     /// Where it works.
     pub node: Node,
 }
@@ -64,12 +64,12 @@ impl Site {
     /// # Errors
     /// When something doesn't start, or isn't served in time.
     pub fn start(name: &'static str, kind: Kind, node: Node) -> Result<Site> {
-        let scratch = Scratch::new("change")?;
-        let http = format!("127.0.0.1 unix://{}", socket(&scratch).display());
+        let tempdir = TempDir::new("change")?;
+        let http = format!("127.0.0.1 unix://{}", socket(&tempdir).display());
         let more = json!({ "addresses": { "http": http }, "log_level": "info" });
         let consul = Consul::dev_with(node.client_host(), more)?;
         let crew = Crew::start(&node, 0, 1)?;
-        crew.members.iter().try_for_each(|member| register(&scratch, member))?;
+        crew.members.iter().try_for_each(|member| register(&tempdir, member))?;
         let (address, running) = kind.start(&node)?;
         let site = Site {
             name,
@@ -78,7 +78,7 @@ impl Site {
             n_started: 1,
             _running: running,
             _consul: consul,
-            scratch,
+            tempdir,
             node,
         };
         let probe = Probe::start(&site)?;
@@ -95,13 +95,13 @@ impl Site {
 
     /// Registers an instance with the agent, with a check that passes.
     pub fn register(&self, member: &Member) -> Result<()> {
-        register(&self.scratch, member)
+        register(&self.tempdir, member)
     }
 
     /// Removes an instance from the agent; it goes on.
     pub fn deregister(&self, name: &str) -> Result<()> {
         let path = format!("/v1/agent/service/deregister/{name}");
-        ask(&socket(&self.scratch), "PUT", &path, "").map(drop)
+        ask(&socket(&self.tempdir), "PUT", &path, "").map(drop)
     }
 
     /// Replaces all instances by `n` new ones, and waits until connections reach all of these and none else.
@@ -118,14 +118,14 @@ impl Site {
     }
 }
 
-fn socket(scratch: &Scratch) -> PathBuf {
-    scratch.path().join("consul.sock")
+fn socket(tempdir: &TempDir) -> PathBuf {
+    tempdir.path().join("consul.sock")
 }
 
-fn register(scratch: &Scratch, member: &Member) -> Result<()> {
+fn register(tempdir: &TempDir, member: &Member) -> Result<()> {
     let instance = consul::instance(SERVICE, &member.name, member.address);
     let path = "/v1/agent/service/register";
-    ask(&socket(scratch), "PUT", path, &instance.to_string()).map(drop)
+    ask(&socket(tempdir), "PUT", path, &instance.to_string()).map(drop)
 }
 
 impl Kind {
@@ -146,7 +146,7 @@ fn start_nohop(node: &Node) -> Result<(SocketAddrV4, Vec<Guard>)> {
     let nohop = Nohop::start(node.client_host(), &node.client, "")?;
     node.adopt_hop(&nohop.process)?;
     let services = nohop.wait_for_backends(SERVICE, 1)?;
-    let vip = lb_tests::nohop::service(&services, SERVICE).and_then(|s| s["vip"].as_str());
+    let vip = testbed::nohop::service(&services, SERVICE).and_then(|s| s["vip"].as_str());
     let vip = vip.context("nohop has no VIP for the service")?.parse()?;
     Ok((SocketAddrV4::new(vip, 80), vec![Guard::Nohop(Box::new(nohop))]))
 }
@@ -210,13 +210,13 @@ fn await_worker(api: &Path) -> Result<()> {
 /// Connects without end, and tells who answers.
 pub struct Probe {
     process: Process,
-    files: Scratch,
+    files: TempDir,
 }
 
 impl Probe {
     /// Connects the site's service every 0.5 ms.
     pub fn start(site: &Site) -> Result<Probe> {
-        let files = Scratch::new("probe")?;
+        let files = TempDir::new("probe")?;
         let mut command = site.node.client_place().command(generators::load_program()?);
         command.args(["probe", &site.address.to_string(), "--interval-us", "500", "--log"]);
         command.arg(files.path().join("log"));

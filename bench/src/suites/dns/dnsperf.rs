@@ -5,14 +5,14 @@ use std::net::SocketAddrV4;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use lb_tests::cmd;
-use lb_tests::net::Place;
+use testbed::cmd;
+use testbed::net::ExecContext;
 
 use super::pin;
 use crate::stats::quantile;
 
 /// Where dnsperf runs, and the server that it asks.
-pub type At<'a> = (Place<'a>, SocketAddrV4);
+pub type At<'a> = (ExecContext<'a>, SocketAddrV4);
 
 /// What dnsperf found.
 #[derive(Clone, Copy, Debug, PartialEq)]

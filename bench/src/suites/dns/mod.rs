@@ -13,32 +13,18 @@ use anyhow::{Result, ensure};
 
 use crate::peers::NOHOP;
 use crate::progress::Progress;
-use crate::report::{Better, Contender};
+use crate::report::Contender;
 use crate::report_builder::{Demand, Draft, FixedRate, Quantity};
 
+use super::site::UTILISATION;
 use site::{CONSUL, DNSMASQ, Site};
 
-const RATE: Quantity = Quantity {
-    name: "DNS queries a second, as many as can be",
-    unit: "queries/s",
-    better: Better::Higher,
-    base: DNSMASQ,
-};
-const P99: Quantity = Quantity {
-    name: "DNS latency, 99th percentile, at 60% of the slowest's rate",
-    unit: "us",
-    better: Better::Lower,
-    base: DNSMASQ,
-};
-const LOST: Quantity =
-    Quantity { name: "lost queries", unit: "queries", better: Better::Lower, base: "" };
-
-const UTILISATION: Quantity = Quantity {
-    name: "utilisation at 60% of the slowest's rate",
-    unit: "%",
-    better: Better::Lower,
-    base: "",
-};
+const RATE: Quantity =
+    Quantity::higher("DNS queries a second, as many as can be", "queries/s").over(DNSMASQ);
+const P99: Quantity =
+    Quantity::lower("DNS latency, 99th percentile, at 60% of the slowest's rate", "us")
+        .over(DNSMASQ);
+const LOST: Quantity = Quantity::lower("lost queries", "queries");
 
 /// Who answers less than this share of the rate doesn't keep up with it.
 const KEPT_UP: f64 = 0.95;
@@ -111,17 +97,10 @@ pub fn run(is_quick: bool) -> Result<Draft> {
 }
 
 fn contenders() -> Vec<Contender> {
-    let named = |name: &str, version: Result<String>, config: &str| {
-        let (version, absent) = match version {
-            Ok(version) => (version, None),
-            Err(error) => (String::new(), Some(format!("{error:#}"))),
-        };
-        Contender { name: name.into(), version, config: config.into(), absent }
-    };
     vec![
-        named(NOHOP, site::nohop_version(), "bench/peers/nohop.toml"),
-        named(DNSMASQ, site::dnsmasq_version(), "bench/peers/dnsmasq.conf"),
-        named(CONSUL, site::consul_version(), ""),
+        Contender::new(NOHOP, site::nohop_version(), "bench/peers/nohop.toml"),
+        Contender::new(DNSMASQ, site::dnsmasq_version(), "bench/peers/dnsmasq.conf"),
+        Contender::new(CONSUL, testbed::consul::version(), ""),
     ]
 }
 

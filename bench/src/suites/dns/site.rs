@@ -9,12 +9,12 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use lb_tests::cmd;
-use lb_tests::consul::{self, Consul};
-use lb_tests::net::Place;
-use lb_tests::process::Process;
-use lb_tests::tempdir::Scratch;
 use serde_json::{Value, json};
+use testbed::cmd;
+use testbed::consul::Consul;
+use testbed::net::ExecContext;
+use testbed::process::Process;
+use testbed::tempdir::TempDir;
 
 use super::{dnsperf, pin};
 use crate::node::{self, Layout, Node};
@@ -49,7 +49,7 @@ pub struct Site {
     questions: PathBuf,
     _server: Box<dyn Any>,
     _upstream: Option<Process>,
-    files: Scratch,
+    files: TempDir,
     node: Node,
 }
 
@@ -59,7 +59,7 @@ impl Site {
     /// # Errors
     /// When it doesn't in time; when the name is nobody's.
     pub fn start(name: &'static str, n_names: usize) -> Result<Site> {
-        let (node, files) = (Node::new(Layout::OneHost)?, Scratch::new("dns")?);
+        let (node, files) = (Node::new(Layout::OneHost)?, TempDir::new("dns")?);
         let start = match name {
             NOHOP => start_nohop,
             DNSMASQ => start_dnsmasq,
@@ -75,7 +75,7 @@ impl Site {
             .with_context(|| format!("start {name}"))?;
         let (domain, port) =
             if name == CONSUL { ("service.consul", 8600) } else { ("service", 53) };
-        let questions = write_questions(files.path(), domain, n_names)?;
+        let questions = write_questions((0..n_names).map(service_name), files.path(), domain)?;
         let address = SocketAddrV4::new(Ipv4Addr::LOCALHOST, port);
         let site =
             Site { name, address, questions, _server: server, _upstream: upstream, files, node };
@@ -97,7 +97,7 @@ impl Site {
     /// # Errors
     /// When they can't be written.
     pub fn questions_of_others(&self, n_names: usize) -> Result<PathBuf> {
-        write_questions(self.files.path(), "example", n_names)
+        write_questions((0..n_names).map(service_name), self.files.path(), "example")
     }
 
     /// Where it is asked from, and at which address.
@@ -117,12 +117,7 @@ pub fn dnsmasq_version() -> Result<String> {
     Ok(line.split("  ").next().unwrap_or(line).to_owned())
 }
 
-pub fn consul_version() -> Result<String> {
-    let said = cmd::words(&consul::program()?.display().to_string(), "version")?;
-    Ok(said.lines().next().unwrap_or_default().to_owned())
-}
-
-fn start_nohop(node: &Node, _files: &Scratch, n_names: usize) -> Result<Box<dyn Any>> {
+fn start_nohop(node: &Node, _files: &TempDir, n_names: usize) -> Result<Box<dyn Any>> {
     let backends = vec![Node::backend(0, 8080)];
     let service = |idx| Service { name: service_name(idx), backends: backends.clone() };
     let services = (0..n_names).map(service).collect();
@@ -132,14 +127,14 @@ fn start_nohop(node: &Node, _files: &Scratch, n_names: usize) -> Result<Box<dyn 
     Ok(Box::new(nohop))
 }
 
-fn start_dnsmasq(node: &Node, files: &Scratch, n_names: usize) -> Result<Box<dyn Any>> {
+fn start_dnsmasq(node: &Node, files: &TempDir, n_names: usize) -> Result<Box<dyn Any>> {
     let mut hosts = String::new();
     for idx in 0..n_names {
         writeln!(hosts, "{} {}.service", frontend(idx).ip(), service_name(idx))?;
     }
     fs::write(files.path().join("dnsmasq.hosts"), hosts).context("write dnsmasq's names")?;
     let none = Services { protocol: Protocol::Tcp, services: vec![], are_checked: false };
-    let config = peers::render("dnsmasq.conf", &none, frontend, files.path())?;
+    let config = peers::render("dnsmasq.conf", &none, files.path())?;
     let mut command = node.hop_place().command("dnsmasq");
     command.arg("--keep-in-foreground").arg(format!("--conf-file={}", config.display()));
     Ok(Box::new(Process::spawn("dnsmasq", command)?))
@@ -159,7 +154,7 @@ pub fn start_upstream(node: &Node) -> Result<Process> {
     Process::spawn("upstream dnsmasq", command)
 }
 
-fn start_consul(node: &Node, _files: &Scratch, n_names: usize) -> Result<Box<dyn Any>> {
+fn start_consul(node: &Node, _files: &TempDir, n_names: usize) -> Result<Box<dyn Any>> {
     let address = node::CLIENT.to_string();
     // At this level it doesn't log queries.
     let more = json!({ "log_level": "info" });
@@ -191,16 +186,11 @@ fn service_name(idx: usize) -> String {
     format!("n{idx}")
 }
 
-/// Writes the questions for names below a domain, as dnsperf reads them.
-fn write_questions(dir: &Path, domain: &str, n_names: usize) -> Result<PathBuf> {
-    write_questions_for((0..n_names).map(service_name), dir, domain)
-}
-
-/// The same for these names.
+/// Writes the questions for these names below a domain, as dnsperf reads them.
 ///
 /// # Errors
 /// When they can't be written.
-pub fn write_questions_for(
+pub fn write_questions(
     names: impl Iterator<Item = String>,
     dir: &Path,
     domain: &str,
@@ -218,7 +208,12 @@ pub fn write_questions_for(
 ///
 /// # Errors
 /// When there is none in time.
-pub fn await_answer(place: Place<'_>, at: SocketAddrV4, name: &str, expected: &str) -> Result<()> {
+pub fn await_answer(
+    place: ExecContext<'_>,
+    at: SocketAddrV4,
+    name: &str,
+    expected: &str,
+) -> Result<()> {
     let mut said = String::new();
     for _ in 0..N_LOOKS {
         let mut dig = place.command("dig");

@@ -11,13 +11,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use lb_tests::bpffs::Bpffs;
-use lb_tests::tempdir;
 use lb_userspace::config::{Config, cgroup};
 use lb_userspace::datapath::probe::Proof;
 use lb_userspace::datapath::{COUNTERS, Datapath, Options, RejectMethod};
 use lb_userspace::table::{Backend, Ports, Protocols, Service, State, Table};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use testbed::bpffs::Bpffs;
+use testbed::tempdir;
 
 /// A cgroup of the test's own, with this process in it until it is dropped.
 pub struct OwnCgroup {

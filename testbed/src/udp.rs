@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use serde_json::Value;
 
 use crate::cmd;
-use crate::net::Place;
+use crate::net::ExecContext;
 use crate::process::Process;
 
 /// A server that answers each datagram with its name and the datagram.
@@ -23,9 +23,9 @@ impl Echo {
     ///
     /// # Errors
     /// When it can't listen there.
-    pub fn start(place: Place<'_>, name: &str, listen: &str) -> Result<Echo> {
-        let mut command = place.command(cmd::built("udp")?);
-        command.args(["serve", listen, name]);
+    pub fn start(place: ExecContext<'_>, name: &str, listen: &str) -> Result<Echo> {
+        let mut command = place.command(cmd::built("nohop-load")?);
+        command.args(["echo", listen, "--name", name]);
         let process = Process::spawn(&format!("udp {name}"), command)?;
         let line = process.wait_for_line(&["listening on "])?;
         let address = line.trim_start_matches("listening on ").parse().context(line.clone())?;
@@ -34,7 +34,7 @@ impl Echo {
 }
 
 /// Sockets that ask in turn, without end, each waiting for its answer.
-pub struct Askers {
+pub struct UdpClients {
     process: Process,
     n_sockets: u64,
 }
@@ -47,30 +47,32 @@ pub struct Round {
     /// How many got no answer.
     pub n_lost: u64,
     /// How many answers came from another address than was asked.
-    pub n_strange: u64,
-    /// How often sockets were told, by ECONNABORTED, that their backend had left.
-    pub n_told: u64,
-    /// How often the socket was told that was told most often.
-    pub n_most_told: u64,
+    pub n_wrong_source: u64,
+    /// How often sockets were disconnected, by ECONNABORTED, because their backend had left.
+    pub n_aborted: u64,
+    /// How often the socket was that was disconnected most often.
+    pub n_most_aborted: u64,
     /// How often each other `std::io::ErrorKind` came.
     pub errors: BTreeMap<String, u64>,
 }
 
-impl Askers {
+impl UdpClients {
     /// Starts `n_sockets` sockets that ask at `address`.
     ///
     /// # Errors
     /// When they can't be started.
     pub fn start(
-        place: Place<'_>,
+        place: ExecContext<'_>,
         address: impl Into<SocketAddr>,
         are_connected: bool,
         n_sockets: u64,
-    ) -> Result<Askers> {
+    ) -> Result<UdpClients> {
         let how = if are_connected { "connected" } else { "unconnected" };
-        let mut command = place.command(cmd::built("udp")?);
-        command.args(["ask", &address.into().to_string(), how, &n_sockets.to_string()]);
-        Ok(Askers { process: Process::spawn(&format!("udp {how}"), command)?, n_sockets })
+        let mut command = place.command(cmd::built("nohop-load")?);
+        command.args(["udp-rounds", &address.into().to_string()]);
+        command.args(["--sockets", &n_sockets.to_string()]);
+        command.args((!are_connected).then_some("--unconnected"));
+        Ok(UdpClients { process: Process::spawn(&format!("udp {how}"), command)?, n_sockets })
     }
 
     /// Waits for the first round in which these answered, and no other, and returns what was
@@ -104,9 +106,9 @@ impl Round {
         Ok(Round {
             n_asked: count("asked")?,
             n_lost: count("lost")?,
-            n_strange: count("strange")?,
-            n_told: count("told")?,
-            n_most_told: count("most_told")?,
+            n_wrong_source: count("wrong_source")?,
+            n_aborted: count("aborted")?,
+            n_most_aborted: count("most_aborted")?,
             errors: serde_json::from_value(report["errors"].clone())?,
         })
     }

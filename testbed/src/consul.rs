@@ -14,7 +14,7 @@ use crate::TIMEOUT;
 use crate::cmd;
 use crate::net::Host;
 use crate::process::Process;
-use crate::tempdir::Scratch;
+use crate::tempdir::TempDir;
 
 /// What an agent logs once the catalog has its node, so that there is a leader, too.
 const READY: [&str; 2] = ["Synced node info", "Node info in sync"];
@@ -29,7 +29,7 @@ pub struct Consul {
     /// What this agent's HTTP interface is asked with, where ACLs are on.
     token: Option<String>,
     process: Option<Process>,
-    scratch: Scratch,
+    tempdir: TempDir,
 }
 
 impl Consul {
@@ -152,8 +152,8 @@ impl Consul {
             },
         });
         merge(&mut config, role);
-        let (host, scratch) = (Arc::clone(host), Scratch::new("consul")?);
-        Ok(Consul { host, config, token: token.map(String::from), scratch, process: None })
+        let (host, tempdir) = (Arc::clone(host), TempDir::new("consul")?);
+        Ok(Consul { host, config, token: token.map(String::from), tempdir, process: None })
     }
 
     /// Ends the agent at once, as a crash would.
@@ -178,7 +178,7 @@ impl Consul {
     /// When it can't be started.
     pub fn spawn(&mut self) -> Result<()> {
         self.kill();
-        let config_file = self.scratch.path().join("config.json");
+        let config_file = self.tempdir.path().join("config.json");
         fs::write(&config_file, self.config.to_string()).context("write Consul's configuration")?;
         let mut command = self.host.outside().command(program()?);
         command.arg("agent").arg("-config-file").arg(config_file);
@@ -186,7 +186,7 @@ impl Consul {
         if name == DEV {
             command.arg("-dev");
         } else {
-            command.arg("-data-dir").arg(self.scratch.path().join("data"));
+            command.arg("-data-dir").arg(self.tempdir.path().join("data"));
         }
         self.process = Some(Process::spawn(&format!("consul {name}"), command)?);
         Ok(())
@@ -206,15 +206,6 @@ impl Consul {
         };
         self.wait_for(&format!("/v1/health/node/{name}"), passing)?;
         Ok(())
-    }
-
-    /// What `consul version` calls itself.
-    ///
-    /// # Errors
-    /// When it can't be run.
-    pub fn version(&self) -> Result<String> {
-        let text = cmd::words(&program()?.display().to_string(), "version")?;
-        Ok(text.lines().next().unwrap_or_default().to_owned())
     }
 
     /// GETs a path, such as `/v1/catalog/services`.
@@ -351,4 +342,13 @@ pub fn instance(name: &str, id: &str, address: impl Into<SocketAddr>) -> Value {
 pub fn program() -> Result<PathBuf> {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../.tools/consul");
     fs::canonicalize(path).with_context(|| format!("there is no {path}: run `cargo xtask setup`"))
+}
+
+/// What `consul version` calls itself.
+///
+/// # Errors
+/// When it can't be run.
+pub fn version() -> Result<String> {
+    let text = cmd::words(&program()?.display().to_string(), "version")?;
+    Ok(text.lines().next().unwrap_or_default().to_owned())
 }

@@ -5,14 +5,14 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
-use crate::cleanup::Undo;
-use crate::tempdir::Scratch;
+use crate::cleanup::Cleanup;
+use crate::tempdir::TempDir;
 
 /// A mounted tmpfs; needs root.
 pub struct Tmpfs {
     // Unmounted before the directory is removed.
-    _undo: Undo,
-    scratch: Scratch,
+    _cleanup: Cleanup,
+    tempdir: TempDir,
 }
 
 impl Tmpfs {
@@ -21,21 +21,21 @@ impl Tmpfs {
     /// # Errors
     /// When it can't be mounted.
     pub fn new(size: &str) -> Result<Tmpfs> {
-        let scratch = Scratch::new("tmpfs")?;
-        let undo = Undo::new({
-            let path = scratch.path().to_owned();
+        let tempdir = TempDir::new("tmpfs")?;
+        let cleanup = Cleanup::new({
+            let path = tempdir.path().to_owned();
             move || {
                 let _ = unmount(path, UnmountFlags::DETACH);
             }
         });
         let options = std::ffi::CString::new(format!("size={size}"))?;
-        mount("tmpfs", scratch.path(), "tmpfs", MountFlags::empty(), Some(options.as_c_str()))
-            .with_context(|| format!("mount a tmpfs at {}", scratch.path().display()))?;
-        Ok(Tmpfs { _undo: undo, scratch })
+        mount("tmpfs", tempdir.path(), "tmpfs", MountFlags::empty(), Some(options.as_c_str()))
+            .with_context(|| format!("mount a tmpfs at {}", tempdir.path().display()))?;
+        Ok(Tmpfs { _cleanup: cleanup, tempdir })
     }
 
     /// Where it is mounted.
     pub fn path(&self) -> &Path {
-        self.scratch.path()
+        self.tempdir.path()
     }
 }

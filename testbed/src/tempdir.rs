@@ -10,31 +10,31 @@ use anyhow::{Context, Result};
 use rustix::io::Errno;
 use rustix::process::{Pid, test_kill_process};
 
-use crate::cleanup::Undo;
+use crate::cleanup::Cleanup;
 
 /// A directory of its own among the system's temporary files.
-pub struct Scratch {
+pub struct TempDir {
     path: PathBuf,
-    _undo: Undo,
+    _cleanup: Cleanup,
 }
 
-impl Scratch {
+impl TempDir {
     /// Makes an empty one; `role` is for the reader of a listing.
     ///
     /// # Errors
     /// When it can't be made.
-    pub fn new(role: &str) -> Result<Scratch> {
+    pub fn new(role: &str) -> Result<TempDir> {
         static ONCE: Once = Once::new();
         ONCE.call_once(|| {
             sweep(&std::env::temp_dir(), |name| drop(fs::remove_dir_all(dir(name))));
         });
         let path = dir(&name(role));
-        let undo = Undo::new({
+        let cleanup = Cleanup::new({
             let path = path.clone();
             move || drop(fs::remove_dir_all(path))
         });
         fs::create_dir(&path).with_context(|| format!("make {}", path.display()))?;
-        Ok(Scratch { path, _undo: undo })
+        Ok(TempDir { path, _cleanup: cleanup })
     }
 
     /// Where it is.

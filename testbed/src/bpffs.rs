@@ -6,16 +6,16 @@ use std::sync::Once;
 use anyhow::{Context, Result};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
-use crate::cleanup::Undo;
-use crate::tempdir::{Scratch, sweep};
+use crate::cleanup::Cleanup;
+use crate::tempdir::{TempDir, sweep};
 
 const ROLE: &str = "bpf";
 
 /// A mounted BPF file system; needs root. What is pinned in it goes when this is dropped.
 pub struct Bpffs {
     // Unmounted before the directory is removed.
-    _undo: Undo,
-    scratch: Scratch,
+    _cleanup: Cleanup,
+    tempdir: TempDir,
 }
 
 impl Bpffs {
@@ -33,20 +33,20 @@ impl Bpffs {
                 }
             });
         });
-        let scratch = Scratch::new(ROLE)?;
-        let undo = Undo::new({
-            let path = scratch.path().to_owned();
+        let tempdir = TempDir::new(ROLE)?;
+        let cleanup = Cleanup::new({
+            let path = tempdir.path().to_owned();
             move || {
                 let _ = unmount(path, UnmountFlags::DETACH);
             }
         });
-        mount("bpf", scratch.path(), "bpf", MountFlags::empty(), None)
-            .with_context(|| format!("mount a BPF file system at {}", scratch.path().display()))?;
-        Ok(Bpffs { _undo: undo, scratch })
+        mount("bpf", tempdir.path(), "bpf", MountFlags::empty(), None)
+            .with_context(|| format!("mount a BPF file system at {}", tempdir.path().display()))?;
+        Ok(Bpffs { _cleanup: cleanup, tempdir })
     }
 
     /// Where it is mounted.
     pub fn path(&self) -> &Path {
-        self.scratch.path()
+        self.tempdir.path()
     }
 }

@@ -10,9 +10,9 @@ use anyhow::{Context, Result};
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::cgroup::Cgroup;
-use crate::cleanup::Undo;
+use crate::cleanup::Cleanup;
 use crate::cmd;
-use crate::tempdir::{self, Scratch};
+use crate::tempdir::{self, TempDir};
 
 /// Where `ip netns` keeps the namespaces.
 const NAMESPACES: &str = "/run/netns";
@@ -29,8 +29,8 @@ const ENTER: &str = concat!(
 pub struct Host {
     namespace: String,
     n_interfaces: AtomicU32,
-    scratch: Scratch,
-    _undo: Undo,
+    tempdir: TempDir,
+    _cleanup: Cleanup,
 }
 
 impl Host {
@@ -43,13 +43,13 @@ impl Host {
     pub fn new(role: &str) -> Result<Arc<Host>> {
         sweep();
         let namespace = tempdir::name(role);
-        let scratch = Scratch::new(role)?;
-        let undo = Undo::new({
+        let tempdir = TempDir::new(role)?;
+        let cleanup = Cleanup::new({
             let namespace = namespace.clone();
             move || remove(&namespace)
         });
         cmd::words("ip", &format!("netns add {namespace}"))?;
-        let host = Host { namespace, n_interfaces: AtomicU32::new(0), scratch, _undo: undo };
+        let host = Host { namespace, n_interfaces: AtomicU32::new(0), tempdir, _cleanup: cleanup };
         host.ip("link set lo up")?;
         host.set_resolv_conf("nameserver 127.0.0.1\n")?;
         Ok(Arc::new(host))
@@ -59,7 +59,7 @@ impl Host {
     ///
     /// # Errors
     /// When `ip` refuses.
-    pub fn join(&self, other: &Host, addresses: [&str; 2]) -> Result<()> {
+    pub fn connect_veth(&self, other: &Host, addresses: [&str; 2]) -> Result<()> {
         let [here, there] = [self, other]
             .map(|host| format!("eth{}", host.n_interfaces.fetch_add(1, Ordering::Relaxed)));
         let peer = &other.namespace;
@@ -72,11 +72,11 @@ impl Host {
         Ok(())
     }
 
-    /// Makes this host the switch that connects others: see [`Host::plug`].
+    /// Makes this host the switch that connects others: see [`Host::attach`].
     ///
     /// # Errors
     /// Without the right to make a bridge.
-    pub fn become_switch(&self) -> Result<()> {
+    pub fn make_bridge(&self) -> Result<()> {
         self.ip("link add br0 type bridge")?;
         self.ip("link set br0 up").map(drop)
     }
@@ -86,7 +86,7 @@ impl Host {
     ///
     /// # Errors
     /// When `ip` refuses.
-    pub fn plug(&self, host: &Host, address: &str) -> Result<String> {
+    pub fn attach(&self, host: &Host, address: &str) -> Result<String> {
         let [port, interface] = [self, host]
             .map(|host| format!("eth{}", host.n_interfaces.fetch_add(1, Ordering::Relaxed)));
         let peer = &host.namespace;
@@ -114,28 +114,28 @@ impl Host {
     }
 
     fn resolv_conf(&self) -> PathBuf {
-        self.scratch.path().join("resolv.conf")
+        self.tempdir.path().join("resolv.conf")
     }
 
     /// The host as the processes of a cgroup see it.
-    pub fn inside<'a>(&'a self, cgroup: &'a Cgroup) -> Place<'a> {
-        Place { host: self, cgroup: Some(cgroup) }
+    pub fn inside<'a>(&'a self, cgroup: &'a Cgroup) -> ExecContext<'a> {
+        ExecContext { host: self, cgroup: Some(cgroup) }
     }
 
     /// The host as processes outside of every test's cgroup see it.
-    pub fn outside(&self) -> Place<'_> {
-        Place { host: self, cgroup: None }
+    pub fn outside(&self) -> ExecContext<'_> {
+        ExecContext { host: self, cgroup: None }
     }
 }
 
 /// Where a program runs: a host, and a cgroup or none.
 #[derive(Clone, Copy)]
-pub struct Place<'a> {
+pub struct ExecContext<'a> {
     host: &'a Host,
     cgroup: Option<&'a Cgroup>,
 }
 
-impl Place<'_> {
+impl ExecContext<'_> {
     /// A command that runs `program` here; the child's id is the program's.
     ///
     /// `ip netns exec` would mount a fresh /sys and so hide the cgroups.

@@ -9,13 +9,13 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::TIMEOUT;
-use crate::cleanup::Undo;
+use crate::cleanup::Cleanup;
 use crate::tempdir;
 
 /// A directory of its own below the cgroup v2 mount.
 pub struct Cgroup {
     path: PathBuf,
-    _undo: Undo,
+    _cleanup: Cleanup,
 }
 
 impl Cgroup {
@@ -27,12 +27,12 @@ impl Cgroup {
         let root = root()?;
         sweep(&root);
         let path = root.join(tempdir::name("cgroup"));
-        let undo = Undo::new({
+        let cleanup = Cleanup::new({
             let path = path.clone();
             move || remove(&path)
         });
         fs::create_dir(&path).with_context(|| format!("make the cgroup {}", path.display()))?;
-        Ok(Cgroup { path, _undo: undo })
+        Ok(Cgroup { path, _cleanup: cleanup })
     }
 
     /// Its directory.

@@ -24,7 +24,7 @@ use crate::cgroup::Cgroup;
 use crate::cmd;
 use crate::net::Host;
 use crate::process::Process;
-use crate::tempdir::Scratch;
+use crate::tempdir::TempDir;
 
 /// How long one blocking request waits, in seconds.
 const WAIT_S: u64 = 5;
@@ -40,7 +40,7 @@ pub struct Nohop {
     host: Arc<Host>,
     // Unmounted after the daemon has ended: with the pins go the hooks.
     bpffs: Bpffs,
-    scratch: Scratch,
+    tempdir: TempDir,
 }
 
 /// An answer of the admin interface.
@@ -106,13 +106,13 @@ impl Nohop {
         scope: &Path,
         config: &str,
     ) -> Result<Nohop> {
-        let scratch = Scratch::new("nohop")?;
-        let dir = scratch.path();
+        let tempdir = TempDir::new("nohop")?;
+        let dir = tempdir.path();
         let config_file = dir.join("nohop.toml");
         let bpffs = Bpffs::new()?;
         // Keys that every release knows: `bench compare` starts older ones, too.
         let mut own = format!("cgroup = {:?}\nbpffs = {:?}\n", scope, bpffs.path().join("nohop"),);
-        // Where a story doesn't choose them itself.
+        // Where a scenario doesn't choose them itself.
         if !config.contains("state_dir") {
             own += &format!("state_dir = {:?}\n", dir.join("state"));
         }
@@ -122,7 +122,7 @@ impl Nohop {
         write_config(&config_file, &own, config)?;
         let inotify = watch(dir)?;
         let process = spawn(&command, host, &config_file)?;
-        let nohop = Nohop { process, command, own, host: Arc::clone(host), bpffs, scratch };
+        let nohop = Nohop { process, command, own, host: Arc::clone(host), bpffs, tempdir };
         nohop.wait_until_listening(&inotify)?;
         Ok(nohop)
     }
@@ -143,8 +143,8 @@ impl Nohop {
     pub fn start_again_unready(&mut self) -> Result<()> {
         // What a killed daemon leaves behind would pass for a new one's.
         let _ = fs::remove_file(self.socket());
-        let inotify = watch(self.scratch.path())?;
-        self.process = spawn(&self.command, &self.host, &self.scratch.path().join("nohop.toml"))?;
+        let inotify = watch(self.tempdir.path())?;
+        self.process = spawn(&self.command, &self.host, &self.tempdir.path().join("nohop.toml"))?;
         self.wait_until_listening(&inotify)
     }
 
@@ -154,8 +154,8 @@ impl Nohop {
     /// # Errors
     /// When it isn't ready in time.
     pub fn start_again_with_stderr(&mut self, stderr: &Path) -> Result<()> {
-        let inotify = watch(self.scratch.path())?;
-        let config_file = self.scratch.path().join("nohop.toml");
+        let inotify = watch(self.tempdir.path())?;
+        let config_file = self.tempdir.path().join("nohop.toml");
         let mut command = self.host.outside().command("sh");
         command.args([OsStr::new("-c"), OsStr::new(r#"exec "$1" run --config "$2" 2>"$3""#)]);
         command.arg("sh").arg(cmd::built("nohop")?).arg(config_file).arg(stderr);
@@ -170,12 +170,12 @@ impl Nohop {
     /// # Errors
     /// When it can't be written.
     pub fn configure(&self, config: &str) -> Result<()> {
-        write_config(&self.scratch.path().join("nohop.toml"), &self.own, config)
+        write_config(&self.tempdir.path().join("nohop.toml"), &self.own, config)
     }
 
     /// Where the daemon keeps its state.
     pub fn state_dir(&self) -> PathBuf {
-        self.scratch.path().join("state")
+        self.tempdir.path().join("state")
     }
 
     /// Waits until a file of the state directory, such as `catalog.json`, contains this text.
@@ -198,22 +198,20 @@ impl Nohop {
         Ok(())
     }
 
-    /// Ends the daemon, as a crash would, and waits until it has ended.
+    /// Ends the daemon by SIGKILL, as a crash would, and waits until it has ended.
     ///
     /// # Errors
     /// When it doesn't end.
-    pub fn crash(&self) -> Result<()> {
-        self.process.signal(Signal::KILL)?;
-        self.process.wait_for_exit().map(drop)
+    pub fn kill(&self) -> Result<()> {
+        self.stop_with(Signal::KILL).map(drop)
     }
 
-    /// Ends the daemon with SIGTERM, and keeps what is needed to start it again.
+    /// Ends the daemon by SIGTERM, and waits until it has ended.
     ///
     /// # Errors
     /// When it doesn't end within [`TIMEOUT`].
-    pub fn end(&self) -> Result<ExitStatus> {
-        self.process.signal(Signal::TERM)?;
-        self.process.wait_for_exit()
+    pub fn terminate(&self) -> Result<ExitStatus> {
+        self.stop_with(Signal::TERM)
     }
 
     /// Where the daemon pins maps and links.
@@ -345,39 +343,26 @@ impl Nohop {
         // The executable itself, whatever it was started by.
         let binary = self.command.last().context("a program")?;
         let mut command = self.host.outside().command(binary);
-        command.env("NOHOP_ADMIN", admin(self.scratch.path())).args(arguments.split_whitespace());
+        command.env("NOHOP_ADMIN", admin(self.tempdir.path())).args(arguments.split_whitespace());
         cmd::output(command)
     }
 
     /// The address of its admin interface, as the clients of `nohop` want it.
     pub fn admin(&self) -> String {
-        admin(self.scratch.path())
-    }
-
-    /// Stops the daemon with SIGTERM.
-    ///
-    /// # Errors
-    /// When it doesn't end within [`TIMEOUT`].
-    pub fn stop(self) -> Result<ExitStatus> {
-        self.stop_with(Signal::TERM)
+        admin(self.tempdir.path())
     }
 
     /// Stops the daemon with this signal.
     ///
     /// # Errors
     /// When it doesn't end within [`TIMEOUT`].
-    pub fn stop_with(self, signal: Signal) -> Result<ExitStatus> {
+    pub fn stop_with(&self, signal: Signal) -> Result<ExitStatus> {
         self.process.signal(signal)?;
         self.process.wait_for_exit()
     }
 
-    /// Ends the daemon at once, as a crash would.
-    pub fn kill(self) {
-        self.process.kill();
-    }
-
     fn socket(&self) -> PathBuf {
-        self.scratch.path().join("admin.sock")
+        self.tempdir.path().join("admin.sock")
     }
 
     /// Asks again and again, each time for what is newer than the answer before.

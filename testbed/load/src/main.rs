@@ -1,7 +1,7 @@
-//! Load for the benchmarks where no existing tool fits, and the servers for it. Who measures prints
-//! one JSON document as the last line; who serves prints `listening on ADDR:PORT` and goes on for
-//! ever. Times come from CLOCK_MONOTONIC.
-#![forbid(unsafe_code)]
+//! The clients and servers of tests, benchmarks and demo where no existing tool fits. A client prints
+//! one JSON document as the last line; a server prints `listening on ADDR:PORT` and serves for ever.
+//! Times come from CLOCK_MONOTONIC.
+#![deny(unsafe_code)]
 
 mod answer;
 mod banner_server;
@@ -11,13 +11,16 @@ mod delay;
 mod echo;
 mod epoll;
 mod errors;
+mod hello;
 mod http;
 mod latency;
 mod limits;
 mod pacer;
 mod probe;
+mod requests;
 mod stream;
 mod udp;
+mod udp_rounds;
 
 use std::io::{self, Write};
 use std::net::SocketAddr;
@@ -42,10 +45,16 @@ enum Command {
     Connect(connect::Connect),
     /// Serves: writes a byte to whoever connects, and hangs up
     Greet(banner_server::Greet),
-    /// Serves: sends each datagram back
+    /// Serves: sends each datagram back, after its name if it has one
     Echo(echo::Echo),
+    /// Serves: answers HTTP requests with `hello from NAME`
+    Hello(hello::Hello),
+    /// HTTP requests on a connection each, and what became of each
+    Requests(requests::Requests),
     /// Datagrams that are to come back
     Udp(udp::Udp),
+    /// Datagrams that are answered by name, round after round
+    UdpRounds(udp_rounds::UdpRounds),
     /// Connects an address again and again, and logs who answers
     Probe(probe::Probe),
     /// Serves: forwards to another server, later than it could
@@ -66,7 +75,10 @@ fn main() -> anyhow::Result<()> {
         Command::Connect(connect) => report(&connect.run()?),
         Command::Greet(greet) => greet.run(),
         Command::Echo(echo) => echo.run(),
+        Command::Hello(hello) => hello.run(),
+        Command::Requests(requests) => report(&requests.run()?),
         Command::Udp(udp) => report(&udp.run()?),
+        Command::UdpRounds(rounds) => rounds.run(),
         Command::Probe(probe) => report(&probe.run(&mut io::stdout())?),
         Command::Delay(delay) => delay.run(),
     }

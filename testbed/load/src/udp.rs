@@ -372,7 +372,7 @@ mod tests {
     fn echoer() -> SocketAddr {
         let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
         let address = socket.local_addr().unwrap();
-        thread::spawn(move || echo::serve(&socket));
+        thread::spawn(move || echo::serve(&socket, b""));
         address
     }
 

@@ -20,20 +20,20 @@ static RUNNING: RwLock<()> = RwLock::new(());
 /// Runs an action once: when it is dropped, or when a signal ends the run.
 ///
 /// Make it before the thing that it undoes, and let the action forgive that there is none: then no
-/// signal falls between the two. An action must not drop another `Undo`.
-pub struct Undo(u64);
+/// signal falls between the two. An action must not drop another `Cleanup`.
+pub struct Cleanup(u64);
 
-impl Undo {
+impl Cleanup {
     /// Promises to run `action`.
-    pub fn new(action: impl FnOnce() + Send + 'static) -> Undo {
+    pub fn new(action: impl FnOnce() + Send + 'static) -> Cleanup {
         let mut pending = PENDING.lock().unwrap_or_else(PoisonError::into_inner);
         let id = pending.last_key_value().map_or(0, |(last, _)| last + 1);
         pending.insert(id, Box::new(action));
-        Undo(id)
+        Cleanup(id)
     }
 }
 
-impl Drop for Undo {
+impl Drop for Cleanup {
     fn drop(&mut self) {
         let _running = RUNNING.read().unwrap_or_else(PoisonError::into_inner);
         let action = PENDING.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.0);
@@ -43,7 +43,7 @@ impl Drop for Undo {
     }
 }
 
-/// From now on SIGINT, SIGTERM and SIGHUP undo everything, the last first, and end the process.
+/// From now on SIGINT, SIGTERM and SIGHUP cleanup everything, the last first, and end the process.
 ///
 /// # Errors
 /// When the handlers can't be installed.

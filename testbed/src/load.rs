@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use crate::TIMEOUT;
 use crate::cmd;
-use crate::net::Place;
+use crate::net::ExecContext;
 use crate::process::Process;
 
 /// Enough that a connection that takes long holds no other one up.
@@ -46,12 +46,15 @@ impl Load {
     ///
     /// # Errors
     /// When the client can't be started.
-    pub fn start(place: Place<'_>, address: impl Into<SocketAddr>, rate: u32) -> Result<Load> {
-        let mut command = place.command(cmd::built("load")?);
-        let arguments = format!(
-            "{} --rate {rate} --at-most {MAX_SECONDS} --threads {N_THREADS}",
-            address.into()
-        );
+    pub fn start(
+        place: ExecContext<'_>,
+        address: impl Into<SocketAddr>,
+        rate: u32,
+    ) -> Result<Load> {
+        let mut command = place.command(cmd::built("nohop-load")?);
+        let (address, most) = (address.into(), rate * MAX_SECONDS);
+        let arguments =
+            format!("requests {address} --rate {rate} --times {most} --threads {N_THREADS}");
         command.args(arguments.split(' '));
         Ok(Load { process: Process::spawn("load", command)?, rate })
     }

@@ -15,13 +15,13 @@ use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 
 use crate::TIMEOUT;
-use crate::cleanup::Undo;
+use crate::cleanup::Cleanup;
 
 /// The lines of output that are kept.
 const MAX_LINES: usize = 10_000;
 
-/// The lines that [`last_words`] quotes of each process.
-const N_LAST_WORDS: usize = 15;
+/// The lines that [`failure_output`] quotes of each process.
+const N_TAIL_LINES: usize = 15;
 
 /// A child process that lives as long as this does.
 ///
@@ -33,7 +33,7 @@ pub struct Process {
     pid: Pid,
     pidfd: OwnedFd,
     output: Arc<Output>,
-    _undo: Undo,
+    _cleanup: Cleanup,
 }
 
 /// What a process has written so far, to stdout and stderr.
@@ -62,7 +62,7 @@ impl Process {
         drop(command); // and with it our ends of the pipe, so that it ends with the child
         let pid = Pid::from_child(&child);
         let child = Arc::new(Mutex::new(child));
-        let undo = Undo::new({
+        let cleanup = Cleanup::new({
             let child = Arc::clone(&child);
             move || kill(&child)
         });
@@ -72,7 +72,7 @@ impl Process {
             let output = Arc::clone(&output);
             move || output.read(reader)
         });
-        Ok(Process { name: name.into(), child, pid, pidfd, output, _undo: undo })
+        Ok(Process { name: name.into(), child, pid, pidfd, output, _cleanup: cleanup })
     }
 
     /// The process id.
@@ -178,18 +178,18 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        LAST_WORDS.with_borrow_mut(|words| words.push(self.tail()));
+        FAILURE_OUTPUT.with_borrow_mut(|words| words.push(self.tail()));
     }
 }
 
 thread_local! {
-    static LAST_WORDS: RefCell<Vec<String>> = const { RefCell::new(Vec::new()) };
+    static FAILURE_OUTPUT: RefCell<Vec<String>> = const { RefCell::new(Vec::new()) };
 }
 
 /// The last output of each process that this thread has dropped since it asked before: what to
 /// show when a scenario failed.
-pub fn last_words() -> String {
-    LAST_WORDS.take().concat()
+pub fn failure_output() -> String {
+    FAILURE_OUTPUT.take().concat()
 }
 
 impl Output {
@@ -213,7 +213,7 @@ impl Output {
 
 impl Written {
     fn tail(&self) -> String {
-        let n_skipped = self.lines.len().saturating_sub(N_LAST_WORDS);
+        let n_skipped = self.lines.len().saturating_sub(N_TAIL_LINES);
         self.lines.iter().skip(n_skipped).map(|line| format!("    {line}\n")).collect()
     }
 }

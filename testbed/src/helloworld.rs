@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use serde_json::Value;
 
 use crate::cmd;
-use crate::net::Place;
+use crate::net::ExecContext;
 use crate::process::Process;
 
 /// A server that answers every HTTP request with `hello from NAME`.
@@ -23,9 +23,9 @@ impl Helloworld {
     ///
     /// # Errors
     /// When it can't listen there.
-    pub fn start(place: Place<'_>, name: &str, listen: &str) -> Result<Helloworld> {
-        let mut command = place.command(cmd::built("helloworld")?);
-        command.args(["--listen", listen, "--name", name]);
+    pub fn start(place: ExecContext<'_>, name: &str, listen: &str) -> Result<Helloworld> {
+        let mut command = place.command(cmd::built("nohop-load")?);
+        command.args(["hello", listen, "--name", name]);
         let process = Process::spawn(&format!("helloworld {name}"), command)?;
         let line = process.wait_for_line(&["listening on "])?;
         let address = line.trim_start_matches("listening on ").parse().context(line.clone())?;
@@ -56,14 +56,18 @@ impl Connects {
     }
 }
 
-/// Connects `address` a number of times, several connections at once, each with a request.
+/// Connects to `address` a number of times, several connections at once, each with a request.
 ///
 /// # Errors
 /// When the client doesn't work; a failed connection is none.
-pub fn connect(place: Place<'_>, address: impl Into<SocketAddr>, n_times: u32) -> Result<Connects> {
+pub fn connect(
+    place: ExecContext<'_>,
+    address: impl Into<SocketAddr>,
+    n_times: u32,
+) -> Result<Connects> {
     let address = address.into();
-    let report =
-        place.run(cmd::built("connect")?, &format!("{address} --times {n_times} --threads 4"))?;
+    let words = format!("requests {address} --times {n_times}");
+    let report = place.run(cmd::built("nohop-load")?, &words)?;
     let report: Value = serde_json::from_str(&report).context("read the client's report")?;
     let counts = |key: &str| -> Result<BTreeMap<String, u64>> {
         Ok(serde_json::from_value(report[key].clone())?)

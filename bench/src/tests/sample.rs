@@ -172,7 +172,7 @@ fn report(suite: &str, names: &[&str]) -> Report {
 }
 
 fn contender(name: &str) -> Contender {
-    Contender { name: name.to_owned(), version: String::new(), config: String::new(), absent: None }
+    Contender::new(name, Ok(String::new()), "")
 }
 
 fn figure(name: &str, condition: &str, unit: &str, better: Better) -> Figure {

@@ -1,4 +1,4 @@
-//! `echo`: sends each datagram back.
+//! `echo`: sends each datagram back, after its name and a space if it has one.
 
 use std::net::{SocketAddr, UdpSocket};
 
@@ -13,6 +13,9 @@ pub struct Echo {
     /// Where to listen
     #[arg(value_name = "ADDR:PORT")]
     pub address: SocketAddr,
+    /// What goes before each datagram
+    #[arg(long)]
+    pub name: Option<String>,
 }
 
 impl Echo {
@@ -24,17 +27,21 @@ impl Echo {
         let socket = UdpSocket::bind(self.address)?;
         udp::widen(&socket);
         say_listening(socket.local_addr()?);
-        serve(&socket);
+        let prefix = self.name.as_ref().map(|name| format!("{name} ")).unwrap_or_default();
+        serve(&socket, prefix.as_bytes());
         Ok(())
     }
 }
 
-/// Sends back whatever comes.
-pub fn serve(socket: &UdpSocket) {
+/// Sends back whatever comes, after a prefix.
+pub fn serve(socket: &UdpSocket, prefix: &[u8]) {
     let mut datagram = vec![0; 65_536];
+    datagram[..prefix.len()].copy_from_slice(prefix);
     loop {
         // A client that is gone is its own affair.
-        let Ok((n_bytes, from)) = socket.recv_from(&mut datagram) else { continue };
-        let _ = socket.send_to(&datagram[..n_bytes], from);
+        let Ok((n_bytes, from)) = socket.recv_from(&mut datagram[prefix.len()..]) else {
+            continue;
+        };
+        let _ = socket.send_to(&datagram[..prefix.len() + n_bytes], from);
     }
 }
