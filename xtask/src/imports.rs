@@ -10,7 +10,7 @@ use std::path::Path;
 use syn::visit::{self, Visit};
 
 /// The folders of the crates' sources.
-const CRATES: [&str; 3] = ["lb-common/src", "lb-ebpf/src", "xtask/src"];
+const CRATES: [&str; 4] = ["lb-common/src", "lb-ebpf/src", "testbed/src", "xtask/src"];
 
 /// A file by the path of its module in the crate.
 type Module = Vec<String>;
