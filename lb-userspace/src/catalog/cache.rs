@@ -1,9 +1,8 @@
-//! The last good catalog in the state directory, so that a daemon that starts while Consul is down
-//! has something to say.
+//! The last good catalog in the state directory, for a daemon that starts while Consul is down.
 //!
-//! The file is one line of JSON about the rest, and the rest: JSON, with its CRC-32. Times are
-//! milliseconds of CLOCK_BOOTTIME: it runs on through suspension, nobody can set it, and of another
-//! boot nothing is believed anyway, because Nomad reuses ports.
+//! The file is one line of JSON about the rest, with its CRC-32, and then the rest, also JSON. Times are
+//! milliseconds of CLOCK_BOOTTIME, which counts suspension and can't be set; a file of another boot is
+//! ignored, because Nomad reuses ports.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -24,7 +23,7 @@ pub const FILE_NAME: &str = "catalog.json";
 /// The version of the format; another one is set aside.
 const VERSION: u32 = 1;
 
-/// Where the kernel says which boot this is.
+/// The identity of this boot (random(4)).
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
 /// Why the file can't be written.
@@ -160,8 +159,8 @@ pub fn write(path: &Path, memory: &SavedCatalog) -> Result<(), WriteError> {
     write().map_err(|source| WriteError { path: path.into(), source })
 }
 
-/// Reads what an earlier daemon left, as far as it is of this boot and not older than `max_age`. A
-/// file that can't be understood is set aside as `catalog.corrupt`; nothing about it is fatal.
+/// Reads what an earlier daemon wrote during this boot, as far as it isn't older than `max_age`. A file
+/// that can't be parsed is set aside as `catalog.corrupt`; no error is fatal.
 pub fn read(path: &Path, max_age: Duration) -> Option<SavedCatalog> {
     let bytes = match std::fs::read(path) {
         Ok(bytes) => bytes,

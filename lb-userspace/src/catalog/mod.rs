@@ -1,7 +1,7 @@
-//! Discovery: what a source (Consul, or a file) says, turned into the table's input.
+//! Discovery: turns what a source (Consul, or a file) reports into the table's input.
 //!
-//! A source never publishes less than it knows: an error, a time-out or an answer that can't be
-//! read leaves the last catalog in place and changes only what [`Health`] says of it.
+//! An error is not emptiness: a failure, a timeout or a response that can't be parsed leaves the last
+//! catalog in place and changes only [`Health`].
 
 mod cache;
 mod consul;
@@ -33,55 +33,54 @@ pub(crate) use usage::{LookupRequest, SourceCommand};
 use publisher::Publisher;
 use supervisor::{RestartPolicy, Source as Run, Staleness};
 
-/// How long a source may take to leave what the next one begins with: a clean stop takes less than a
-/// second in all.
+/// How long a source may take to save its state when it ends: a clean stop takes less than a second in
+/// all.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_millis(300);
 
-/// A catalog as it was published.
+/// A published catalog.
 #[derive(Clone, Debug)]
 pub struct Published {
-    /// What the source knows.
+    /// What the source reported.
     pub catalog: Catalog,
-    /// When the news in it arrived here.
+    /// When the news in it arrived.
     pub news_at: Instant,
 }
 
-/// How a source fares, for `status` and for logs.
+/// The state of a source, for `status` and for logs.
 #[derive(Clone, Debug)]
 pub struct Health {
     /// The source's name: `consul` or `file`.
     pub source: &'static str,
     /// What is wrong now, with the fix; `None` while all is well.
     pub problem: Option<String>,
-    /// Whether the problem is that the source doesn't answer, so that the last catalog serves.
+    /// Whether the source doesn't answer, so that the last catalog serves.
     pub is_failing: bool,
-    /// What should be known and is no problem, a sentence each.
+    /// Information that is no problem, a sentence each.
     pub facts: Vec<String>,
-    /// When the source last answered, whether or not anything had changed. `None` before that.
+    /// When the source last answered, with news or without; `None` before that.
     pub last_answer: Option<Instant>,
 }
 
 /// A running source; dropping it ends the source's tasks.
 ///
-/// The receivers, the demand and the counts stay the same for as long as the handle lives, whatever
-/// becomes of the source: it is started again when it panics or hangs, and
-/// [`Handle::reconfigure`] puts another in its place. The last catalog stays until the new source
-/// has a whole one of its own; what was in use stays in use.
+/// The receivers, the usage sender and the statistics stay the same while the handle lives: the source
+/// is restarted when it panics or hangs, and [`Handle::reconfigure`] replaces it by another. The last
+/// catalog stays until the new source has a whole one; services in use stay in use.
 #[derive(Debug)]
 pub struct Handle {
-    /// The last catalog; `None` before the first full sync. It wakes only for a change.
+    /// The last catalog; `None` before the first full sync. It changes only with the contents.
     pub catalog: watch::Receiver<Option<Published>>,
-    /// How the source fares. It wakes at every answer.
+    /// The state of the source. It changes with every answer.
     pub health: watch::Receiver<Health>,
-    /// Whether the source says that nothing is to be translated (Consul's key `nohop/off`).
+    /// Whether translation is switched off (Consul's key `nohop/off`).
     pub off: watch::Receiver<bool>,
-    /// Where to say that a service is used.
+    /// Reports uses of services.
     pub demand: UsageSender,
-    /// What the source counts.
+    /// The statistics of the source.
     pub stats: Arc<Stats>,
-    /// Whether the source has hung so often that only another process can help.
+    /// Whether the source has hung so often that the daemon has to be restarted.
     pub gave_up: watch::Receiver<bool>,
-    /// Who keeps the source running.
+    /// The task that keeps the source running.
     pub supervisor: SupervisorHandle,
     output: Publisher,
 }
@@ -91,8 +90,8 @@ pub struct Handle {
 pub struct SupervisorHandle(JoinSet<()>);
 
 impl SupervisorHandle {
-    /// Waits until the source is no longer kept running, which only a defect or a hopeless
-    /// source brings about. What became of it is in the log.
+    /// Waits until the source is no longer kept running, which only a defect or a source that was given
+    /// up causes. The log has the reason.
     pub async fn join(&mut self) {
         self.0.join_next().await;
     }
@@ -101,15 +100,15 @@ impl SupervisorHandle {
 /// Why a source can't start.
 #[derive(Debug, thiserror::Error)]
 pub enum CatalogError {
-    /// The static catalog can't be used; every error in it is named.
+    /// The static catalog can't be used; all its errors are listed.
     #[error(transparent)]
     File(#[from] file::FileError),
 }
 
-/// Sees whether the source that the configuration names can be started.
+/// Checks whether the configured source can be started.
 ///
 /// # Errors
-/// A static catalog that can't be read, or that has errors in it. Consul may come later.
+/// A static catalog that can't be read, or has errors. Consul need not be up yet.
 pub fn check(config: &Config) -> Result<(), CatalogError> {
     match source(config) {
         SourceKind::Consul => Ok(()),
@@ -117,11 +116,11 @@ pub fn check(config: &Config) -> Result<(), CatalogError> {
     }
 }
 
-/// Sees whether the source can be started by a daemon that starts: for a static catalog that can't be
-/// used, its last good copy in the state directory is enough.
+/// Checks whether the source can be started by a new daemon: for a static catalog that can't be used,
+/// its last good copy in the state directory is enough.
 ///
 /// # Errors
-/// As [`check`], where there is no copy either.
+/// As [`check`], and there is no copy.
 pub fn check_first(config: &Config) -> Result<(), CatalogError> {
     match source(config) {
         SourceKind::Consul => Ok(()),
@@ -133,8 +132,8 @@ fn kept(config: &Config, path: &Path) -> file::Kept {
     file::Kept::new(&config.state_dir, path)
 }
 
-/// Starts the source that the configuration names, on a thread of its own. The services `in_use`,
-/// in lower case, are live from the start, so that no catalog is without their instances.
+/// Starts the configured source, on a thread of its own. The services `in_use`, in lower case, are live
+/// from the start, so that no catalog lacks their instances.
 ///
 /// # Errors
 /// As [`check_first`].
@@ -148,7 +147,7 @@ pub fn spawn(config: &Config, in_use: Vec<Arc<str>>) -> Result<Handle, CatalogEr
     Ok(handle)
 }
 
-/// Starts the source as [`spawn`] does, but reads and leaves nothing in the state directory.
+/// Starts the source as [`spawn`] does, but neither reads nor writes the state directory.
 ///
 /// # Errors
 /// As [`check`].
@@ -163,16 +162,16 @@ pub fn dry_run(config: &Config) -> Result<Handle, CatalogError> {
 }
 
 impl Handle {
-    /// Puts the source that the configuration names, which has passed [`check`], in the place of the
-    /// one that runs. The services `in_use` are live from the start, as for [`spawn`].
+    /// Replaces the running source by the configured one, which has passed [`check`]. The services
+    /// `in_use` are live from the start, as for [`spawn`].
     pub async fn reconfigure(&mut self, config: &Config, in_use: Vec<Arc<str>>) {
         self.flush().await;
         self.end().await;
         self.start(config, in_use, true);
     }
 
-    /// Ends the source that runs, so that the next one finds its connections free and is the only
-    /// one that listens. One that hangs is left behind.
+    /// Ends the running source, so that the next one finds its connections free and is the only one
+    /// connected. A hung one is abandoned.
     async fn end(&mut self) {
         let former = self.demand.channel();
         self.supervisor.0.shutdown().await;
@@ -181,7 +180,7 @@ impl Handle {
         }
     }
 
-    /// Ends the source, which leaves first what the next daemon begins with.
+    /// Ends the source after it has saved its state.
     pub async fn stop(self) {
         self.flush().await;
     }

@@ -1,4 +1,4 @@
-//! Where a source puts what it knows.
+//! Publishes what a source reports.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,12 +13,12 @@ use crate::config::Expired;
 use crate::ordmap::Diff;
 use crate::table::{HealthStatus, InstanceGroup, ServiceId, ServiceRecord, Watch};
 
-/// The sending side of what a `Handle` receives, as one life of a source has it: once the source
-/// has been started again, what its former life says counts no more.
+/// The sender half of a `Handle`, for one run of a source. Once another run has started, writes of this
+/// one are ignored.
 #[derive(Clone, Debug)]
 pub struct Publisher {
     shared: Arc<Shared>,
-    life: u64,
+    epoch: u64,
 }
 
 #[derive(Debug)]
@@ -32,34 +32,34 @@ struct Shared {
 
 #[derive(Debug, Default)]
 struct State {
-    /// The life that counts.
-    life: u64,
-    /// The catalog as the source said it, before its age is held against it.
-    said: Option<Published>,
-    /// When the source last answered for each service of the catalog, as far as it ever did.
+    /// The current run.
+    epoch: u64,
+    /// The catalog as the source reported it, before staleness is applied.
+    reported: Option<Published>,
+    /// When the source last answered for each service of the catalog, if it did.
     answered: BTreeMap<Arc<str>, Instant>,
     /// The services whose instances are too old to serve.
     refused: BTreeSet<Arc<str>>,
-    /// Whether the next catalog is that of a source which doesn't age, so that the former one's age
-    /// is over with it.
+    /// Whether the next catalog comes from a source without staleness, which ends the staleness of the
+    /// present one.
     ends_age: bool,
-    /// How long the machine has been suspended, when that was last noticed.
+    /// The total time in suspension, when last checked.
     suspended: Duration,
     problems: Problems,
     facts: BTreeMap<&'static str, String>,
     memory: Option<Arc<SavedCatalog>>,
 }
 
-/// What is wrong, by who found out.
+/// The present problems, by the part that found them.
 #[derive(Debug, Default)]
 struct Problems {
     source: Option<String>,
-    life: Option<String>,
+    supervisor: Option<String>,
     age: Option<String>,
 }
 
 impl Publisher {
-    /// The output of the source of this name, with nothing said yet.
+    /// A publisher for the source of this name, without a catalog yet.
     pub fn new(source: &'static str) -> Self {
         let shared = Shared {
             catalog: Sender::new(None),
@@ -74,56 +74,56 @@ impl Publisher {
             stats: Arc::default(),
             state: Mutex::new(State { suspended: suspended(), ..State::default() }),
         };
-        Publisher { shared: Arc::new(shared), life: 0 }
+        Publisher { shared: Arc::new(shared), epoch: 0 }
     }
 
-    /// The same for the next life of a source, perhaps another one. Nothing that a former life
-    /// says arrives from here on; what it said stays.
+    /// A publisher for the next run of a source, perhaps of another one. What was published stays; later
+    /// writes of earlier runs are ignored.
     pub fn new_epoch(&self, source: &'static str) -> Publisher {
         let mut state = self.state();
-        state.life += 1;
+        state.epoch += 1;
         // It finds out for itself.
         state.facts.clear();
         self.shared.health.send_if_modified(|health| {
             health.facts.clear();
             std::mem::replace(&mut health.source, source) != source
         });
-        Publisher { shared: self.shared.clone(), life: state.life }
+        Publisher { shared: self.shared.clone(), epoch: state.epoch }
     }
 
-    /// The same for another source, which starts with a clean slate: of the former one only the
-    /// catalog, with its age, and the word on whether to translate, hold until it has its own. `ages`
-    /// says whether that catalog is looked at for its age, too.
+    /// A publisher for another source, which starts with a clean slate: only the catalog, with its age,
+    /// and the state of the kill switch apply until the new source has its own. `ages` is whether the
+    /// catalog can become stale.
     pub fn next_source(&self, source: &'static str, ages: bool) -> Publisher {
         {
             let mut state = self.state();
             state.ends_age = !ages;
-            state.problems.life = None;
-            self.tell(&state.problems, None);
+            state.problems.supervisor = None;
+            self.report(&state.problems, None);
             self.shared.stats.set_watches(Watches::default());
         }
         self.new_epoch(source)
     }
 
-    /// The receiving side.
+    /// The receiver half.
     pub fn subscribe(&self) -> (Receiver<Option<Published>>, Receiver<Health>, Receiver<bool>) {
         let Shared { catalog, health, off, .. } = &*self.shared;
         (catalog.subscribe(), health.subscribe(), off.subscribe())
     }
 
-    /// What the source counts.
+    /// The statistics of the source.
     pub fn stats(&self) -> &Arc<Stats> {
         &self.shared.stats
     }
 
-    /// Publishes a catalog whose news came at `news_at`, unless it says what the last one says.
+    /// Publishes a catalog whose news arrived at `news_at`, unless it equals the last one.
     pub fn publish(&self, catalog: Catalog, news_at: Instant) {
         self.publish_aged(Some(catalog), news_at, Vec::new());
     }
 
-    /// As [`Publisher::publish`], where there is a catalog; and the source answered for the services
-    /// `answered`, at these times: what it said of them is in this catalog or the last one, so that
-    /// they aren't too old any more from here on.
+    /// As [`Publisher::publish`], if there is a catalog. `answered` lists the services that the source
+    /// answered for, and when; their answers are in this catalog or the last one, which ends their
+    /// staleness.
     pub fn publish_aged(
         &self,
         catalog: Option<Catalog>,
@@ -136,9 +136,9 @@ impl Publisher {
             state.refused.clear();
             state.answered.clear();
             state.problems.age = None;
-            self.tell(&state.problems, None);
+            self.report(&state.problems, None);
         }
-        let last = state.said.as_ref().map(|published| published.catalog.clone());
+        let last = state.reported.as_ref().map(|published| published.catalog.clone());
         let known = catalog.as_ref().or(last.as_ref());
         for (name, at) in answered {
             state.refused.remove(&name);
@@ -157,7 +157,7 @@ impl Publisher {
                     state.answered.remove(&id.name);
                     state.refused.remove(&id.name);
                 }
-                state.said = Some(Published { catalog, news_at });
+                state.reported = Some(Published { catalog, news_at });
                 has_changed = true;
             }
         }
@@ -166,21 +166,21 @@ impl Publisher {
         }
     }
 
-    /// The catalog published last, as the source said it.
+    /// The catalog published last, as the source reported it.
     pub fn last(&self) -> Option<Catalog> {
-        self.state().said.as_ref().map(|published| published.catalog.clone())
+        self.state().reported.as_ref().map(|published| published.catalog.clone())
     }
 
-    /// Says that the source answered about the catalog: for which services, [`Publisher::publish_aged`]
-    /// tells.
-    pub fn answered(&self, now: Instant) {
+    /// Reports that the source answered about the catalog; [`Publisher::publish_aged`] has for which
+    /// services.
+    pub fn mark_success(&self, now: Instant) {
         if self.current().is_some() {
             self.shared.health.send_modify(|health| health.last_answer = Some(now));
         }
     }
 
-    /// Says when the source answered an earlier daemon, whose catalog serves.
-    pub fn answered_earlier(&self, at: Instant) {
+    /// Reports when the source answered an earlier daemon, whose catalog serves.
+    pub fn mark_earlier_success(&self, at: Instant) {
         if self.current().is_some() {
             self.shared.health.send_modify(|health| {
                 health.last_answer.get_or_insert(at);
@@ -188,15 +188,15 @@ impl Publisher {
         }
     }
 
-    /// Says whether nothing is to be translated.
+    /// Reports whether translation is switched off.
     pub fn set_off(&self, off: bool) {
         if self.current().is_some() {
             self.shared.off.send_if_modified(|was| std::mem::replace(was, off) != off);
         }
     }
 
-    /// Says what should be known of `subject` and is no problem, or that there is nothing to know;
-    /// the log hears of what is new.
+    /// Sets or removes the notice about `subject`: information that is no problem. A new one is
+    /// logged.
     pub fn set_notice(&self, subject: &'static str, fact: Option<String>) {
         let Some(mut state) = self.current() else { return };
         match fact {
@@ -212,25 +212,25 @@ impl Publisher {
         });
     }
 
-    /// Says what is wrong, or that nothing is, and whether the source doesn't answer; the log hears
-    /// of the first problem and of its end.
+    /// Sets what is wrong, if anything, and whether the source doesn't answer. The first problem and
+    /// its end are logged.
     pub fn set_problem(&self, problem: Option<String>, is_failing: bool) {
         let Some(mut state) = self.current() else { return };
         state.problems.source = problem;
-        self.tell(&state.problems, Some(is_failing));
+        self.report(&state.problems, Some(is_failing));
     }
 
-    /// Says what is wrong with the source's life rather than with what it hears.
+    /// Sets what is wrong with the run of the source, rather than with its answers.
     pub fn set_supervisor_problem(&self, problem: Option<String>) {
         let mut state = self.state();
-        state.problems.life = problem;
-        self.tell(&state.problems, None);
+        state.problems.supervisor = problem;
+        self.report(&state.problems, None);
     }
 
-    /// Holds the age of each service's instances against them: past `max_age` that is a problem where
-    /// they are followed, and connects to the service are refused where `expired` wants that. What
-    /// else the source answers has no part in it. The clock of an [`Instant`] stands still while the
-    /// machine is suspended; `suspended` is for how long it was, in all.
+    /// Applies staleness to each service: an age above `max_age` is a problem where the service is
+    /// watched, and with `expired` its connections are refused. Only answers about the service count.
+    /// The clock of an [`Instant`] stands still while the machine is suspended; `suspended` is the total
+    /// time in suspension.
     pub fn check_age(
         &self,
         now: Instant,
@@ -253,7 +253,7 @@ impl Publisher {
         let source_is_old = self.shared.health.borrow().last_answer.is_some_and(is_old);
         let old = state.answered.iter().filter(|(_, at)| is_old(**at));
         let old: BTreeSet<Arc<str>> = old.map(|(name, _)| name.clone()).collect();
-        let catalog = state.said.as_ref().map(|published| &published.catalog);
+        let catalog = state.reported.as_ref().map(|published| &published.catalog);
         let watch = |name: &Arc<str>| {
             catalog?.get(&ServiceId::new(name.clone())).map(|record| record.watch)
         };
@@ -278,23 +278,23 @@ impl Publisher {
         if std::mem::replace(&mut state.refused, refused.clone()) != refused {
             self.send(&state);
         }
-        self.tell(&state.problems, None);
+        self.report(&state.problems, None);
     }
 
-    /// Keeps what the source's next life begins with.
+    /// Keeps the state that the next run of the source begins with.
     pub fn remember(&self, memory: Arc<SavedCatalog>) {
         if let Some(mut state) = self.current() {
             state.memory = Some(memory);
         }
     }
 
-    /// What an earlier life of the source left.
+    /// The state that an earlier run of the source left.
     pub fn memory(&self) -> Option<Arc<SavedCatalog>> {
         self.state().memory.clone()
     }
 
     fn send(&self, state: &State) {
-        let published = state.said.clone().map(|published| match state.refused.is_empty() {
+        let published = state.reported.clone().map(|published| match state.refused.is_empty() {
             true => published,
             false => {
                 let catalog = refused(&published.catalog, &state.refused);
@@ -304,9 +304,10 @@ impl Publisher {
         self.shared.catalog.send_replace(published);
     }
 
-    fn tell(&self, problems: &Problems, is_failing: Option<bool>) {
-        let Problems { source, life, age } = problems;
-        let all: Vec<&str> = [life, age, source].into_iter().flatten().map(|p| &**p).collect();
+    fn report(&self, problems: &Problems, is_failing: Option<bool>) {
+        let Problems { source, supervisor, age } = problems;
+        let all: Vec<&str> =
+            [supervisor, age, source].into_iter().flatten().map(|p| &**p).collect();
         let problem = (!all.is_empty()).then(|| all.join("; "));
         self.shared.health.send_if_modified(|health| {
             let is_failing = is_failing.unwrap_or(health.is_failing);
@@ -326,9 +327,9 @@ impl Publisher {
         });
     }
 
-    /// The state, for a life that counts.
+    /// The state, for the current run only.
     fn current(&self) -> Option<MutexGuard<'_, State>> {
-        Some(self.state()).filter(|state| state.life == self.life)
+        Some(self.state()).filter(|state| state.epoch == self.epoch)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -418,7 +419,7 @@ mod tests {
                 Expired::Refuse => refused.to_owned(),
             };
             output.publish_aged(Some(three()), start, all(start));
-            output.answered(start);
+            output.mark_success(start);
             assert_eq!(
                 (look(max_age, Duration::ZERO), serving()),
                 ("".into(), "cold db web".into())
@@ -426,14 +427,14 @@ mod tests {
 
             // One answers all the time, which makes no other one younger.
             output.publish_aged(None, start, vec![("db".into(), start + max_age)]);
-            output.answered(start + max_age);
+            output.mark_success(start + max_age);
             let problem = look(max_age + SECOND, Duration::ZERO);
             assert!(
                 problem.contains("for `web` longer ago than catalog.max_age (60s)"),
                 "{problem}"
             );
             assert_eq!(serving(), if_refused("db"));
-            output.answered(start + max_age + SECOND);
+            output.mark_success(start + max_age + SECOND);
             assert_eq!(serving(), if_refused("db"), "what is asked beside says nothing of it");
 
             // Its own answer does, together with what it said.
@@ -448,7 +449,7 @@ mod tests {
             assert_eq!(serving(), if_refused(""));
             let later = start + 3 * max_age;
             output.publish_aged(None, later, all(later));
-            output.answered(later);
+            output.mark_success(later);
             assert_eq!(look(3 * max_age, Duration::ZERO), "");
             assert_eq!(serving(), "cold db web");
             assert_ne!(look(3 * max_age, 2 * max_age), "");
@@ -500,7 +501,7 @@ mod tests {
                 health.borrow().problem.is_some()
             };
             consul.publish_aged(Some(catalog()), start, vec![("web".into(), start)]);
-            consul.answered(start);
+            consul.mark_success(start);
             assert!(look(&consul, max_age * 2));
             assert_eq!(serves(), expired == Expired::Serve);
 
@@ -524,7 +525,7 @@ mod tests {
         let (published, health, off) = first.subscribe();
         let second = first.new_epoch("consul");
         first.publish(catalog(), Instant::now());
-        first.answered(Instant::now());
+        first.mark_success(Instant::now());
         first.set_off(true);
         first.set_problem(Some("it is late".into()), true);
         let health = health.borrow().clone();

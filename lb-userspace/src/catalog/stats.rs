@@ -1,4 +1,4 @@
-//! What a source counts, for `status` and for metrics.
+//! Statistics of a source, for `status` and for metrics.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -22,21 +22,21 @@ pub struct Watches {
     pub live: usize,
     /// The others.
     pub cold: usize,
-    /// The connections that are open.
+    /// The open connections.
     pub connections: usize,
-    /// The connections that there may be.
+    /// The limit on connections.
     pub max_connections: usize,
-    /// How long ago the live service that waits longest for its turn was answered.
+    /// The time since the last answer for the live service that waits longest for its turn.
     pub oldest_age: Option<Duration>,
-    /// The most requests that this node makes in an hour, by reckoning.
+    /// The most requests that this node makes in an hour, calculated.
     pub budget_requests: u64,
-    /// The most bytes that it reads in an hour, by reckoning from what it read so far.
+    /// The most bytes that it reads in an hour, calculated from past responses.
     pub budget_bytes: u64,
 }
 
 impl Stats {
-    /// Counts an answer by its HTTP status, or by what came instead: `reset`, `timeout`,
-    /// `unreachable`, `malformed`.
+    /// Counts a response by its HTTP status, or by what came instead: `reset`, `timeout`, `unreachable`,
+    /// `malformed`.
     pub fn count_request(&self, code: &str) {
         let mut requests = self.requests.lock().unwrap_or_else(PoisonError::into_inner);
         match requests.get_mut(code) {
@@ -60,7 +60,7 @@ impl Stats {
         self.bytes.load(Ordering::Relaxed)
     }
 
-    /// Counts an answer that takes away too many instances to be believed unconfirmed.
+    /// Counts an answer that removes too many instances to be applied unconfirmed.
     pub fn count_shrink_held(&self) {
         self.shrinks_held.fetch_add(1, Ordering::Relaxed);
     }
@@ -80,12 +80,12 @@ impl Stats {
         self.demand_dropped.load(Ordering::Relaxed)
     }
 
-    /// Says how the watches are.
+    /// Sets the state of the watches.
     pub fn set_watches(&self, watches: Watches) {
         *self.watches.lock().unwrap_or_else(PoisonError::into_inner) = watches;
     }
 
-    /// How the watches are.
+    /// The state of the watches.
     pub fn watches(&self) -> Watches {
         self.watches.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }

@@ -1,8 +1,9 @@
-//! Keeps a source alive: it runs on a thread of its own, and a heartbeat tells whether it still does.
+//! Keeps a source running: it has a thread and a runtime of its own, and a heartbeat shows whether it
+//! still makes progress.
 //!
-//! A thread of its own, since nothing can end a loop that never yields, and so that reading a large
-//! answer holds up nobody else. A life that panics or stops beating is left behind: what it says
-//! counts no more (see `Publisher::new_epoch`), and another begins.
+//! A thread of its own, because nothing can end a loop that never yields, and so that parsing a large
+//! response delays nothing else. A run that panics or whose heartbeat stops is abandoned: its output is
+//! ignored (see `Publisher::new_epoch`), and another run starts.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -17,23 +18,23 @@ use super::usage::UsageReceiver;
 use super::{Publisher, UsageSender};
 use crate::config::{CatalogConfig, Expired};
 
-/// What begins a life of a source, on the thread and the runtime that are its own.
+/// Starts a run of a source, on its own thread and runtime.
 pub type Source =
     Arc<dyn Fn(Publisher, UsageReceiver) -> Pin<Box<dyn Future<Output = ()>>> + Send + Sync>;
 
-/// How patient the supervision is.
+/// When a run counts as hung, and when the source is given up.
 #[derive(Clone, Copy, Debug)]
 pub struct RestartPolicy {
-    /// How often a life beats, and is looked at.
+    /// The period of the heartbeat, and of the checks for it.
     pub beat: Duration,
-    /// The ticks in a row without a beat that make a life count as hung. Ticks rather than a time,
-    /// since a machine that was paused as a whole ticks only once.
+    /// The checks in a row without a heartbeat after which a run counts as hung. Checks rather than a
+    /// time: while the whole machine is paused there are none.
     pub n_silent: u32,
     /// How long a source that ended stays down.
     pub pause: Duration,
-    /// So many hung lives within [`RestartPolicy::memory`] are one too many.
+    /// The number of hung runs within [`RestartPolicy::memory`] after which the source is given up.
     pub n_hung: usize,
-    /// How long a life that hung or ended is held against the source.
+    /// How long a run that hung or ended is remembered.
     pub memory: Duration,
 }
 
@@ -49,7 +50,7 @@ impl Default for RestartPolicy {
     }
 }
 
-/// When a catalog of the source is too old, and what then; `None` for one that doesn't age.
+/// When a catalog of the source is stale, and what follows; `None` for a source without staleness.
 #[derive(Clone, Copy, Debug)]
 pub struct Staleness {
     max_age: Duration,
@@ -62,7 +63,7 @@ impl From<&CatalogConfig> for Staleness {
     }
 }
 
-/// Keeps the source running until it has hung too often, which `gave_up` is told.
+/// Keeps the source running until it has hung too often, which is sent to `gave_up`.
 pub async fn supervise(
     name: &'static str,
     source: Source,
@@ -100,13 +101,15 @@ pub async fn supervise(
         };
         match end {
             ExitReason::Ended => {
-                tracing::error!("the catalog's source ended; starting it again");
+                tracing::error!("the catalog's source ended; restarting it");
                 failures.ended_at.push(Instant::now());
                 output.set_supervisor_problem(failures.problem());
             }
             ExitReason::Hung => {
                 let silence = limits.beat * limits.n_silent;
-                tracing::error!("the catalog's source gave no sign for {silence:?}; starting anew");
+                tracing::error!(
+                    "the catalog's source missed its heartbeat for {silence:?}; restarting it"
+                );
                 failures.hung_at.push(Instant::now());
                 output.set_supervisor_problem(failures.problem());
                 if failures.hung_at.len() >= limits.n_hung {
@@ -119,16 +122,16 @@ pub async fn supervise(
     }
 }
 
-/// The lives that failed lately: as many as the pause between two of them allows.
+/// The runs that failed lately; the pause between two of them bounds their number.
 #[derive(Debug, Default)]
 struct RestartHistory {
     hung_at: Vec<Instant>,
-    /// Those that panicked, or ended in another way.
+    /// Runs that panicked or ended otherwise.
     ended_at: Vec<Instant>,
 }
 
 impl RestartHistory {
-    /// Forgets those that are longer ago than `memory`, and says whether there were any.
+    /// Removes runs older than `memory`, and returns whether there were any.
     fn forget(&mut self, now: Instant, memory: Duration) -> bool {
         let n_before = self.hung_at.len() + self.ended_at.len();
         for at in [&mut self.hung_at, &mut self.ended_at] {
@@ -151,17 +154,17 @@ impl RestartHistory {
     }
 }
 
-/// One life of a source; dropping it ends it, if it yet listens.
+/// One run of a source; dropping it ends the run, unless it hangs.
 struct SourceRun {
     n_heartbeats: Arc<AtomicU64>,
     seen: u64,
     n_silent: u32,
-    /// Closed when the thread ends, however it does.
+    /// Closed when the thread ends, for whatever reason.
     alive: oneshot::Receiver<()>,
     _stop: oneshot::Sender<()>,
 }
 
-/// How a life came to its end.
+/// Why a run ended.
 enum ExitReason {
     Ended,
     Hung,
@@ -194,7 +197,7 @@ impl SourceRun {
         Ok(SourceRun { n_heartbeats, seen: 0, n_silent: 0, alive, _stop: stop })
     }
 
-    /// Checks whether it has ended, or hasn't beaten at so many ticks.
+    /// Checks whether the run has ended, or has missed so many heartbeats.
     fn poll(&mut self, n_silent: u32) -> Option<ExitReason> {
         if let Err(oneshot::error::TryRecvError::Closed) = self.alive.try_recv() {
             return Some(ExitReason::Ended);
@@ -236,7 +239,7 @@ mod tests {
         }
     }
 
-    /// A source whose first `n` lives end as `fails` does.
+    /// A source whose first `n` runs end as `fails` does.
     fn failing(n: u32, fails: fn(&AtomicU32)) -> (Source, Arc<AtomicU32>) {
         let n_lives = Arc::new(AtomicU32::new(0));
         let counted = n_lives.clone();
@@ -259,7 +262,7 @@ mod tests {
         panic!("so that it is started again");
     }
 
-    /// Loops without ever yielding, until another life has begun.
+    /// Loops without yielding until another run has begun.
     fn loops(n_lives: &AtomicU32) {
         let n = n_lives.load(Ordering::Relaxed);
         while n_lives.load(Ordering::Relaxed) == n {

@@ -1,5 +1,5 @@
-//! What a source is told: who uses which service, which DNS and the kernel know, and that its end is
-//! near.
+//! Commands to a source: which services are in use, which names to look up, and to save its state
+//! before it ends.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
@@ -8,15 +8,15 @@ use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 use super::Stats;
 
-/// The lookups that may wait for a source; one beyond that is counted, and its name is unknown.
+/// The most lookups that wait for a source; the name of one beyond that is unknown, which is counted.
 const MAX_LOOKUPS: usize = 1024;
 
-/// The names in use that may wait for a source: many times what a node uses. One beyond that is
+/// The most names in use that wait for a source: many times what a node uses. One beyond that is
 /// counted, and reported again by the next use.
 const MAX_USES: usize = 65_536;
 
-/// Where to report that a service is used. A source that follows everything declines it. It stays
-/// good when the source is started again, or gives way to another.
+/// Reports which services are in use. A source that follows everything declines it. It stays connected
+/// when the source is restarted or replaced.
 #[derive(Clone, Debug, Default)]
 pub struct UsageSender(Arc<Shared>);
 
@@ -28,47 +28,47 @@ struct Shared {
     stats: Arc<Stats>,
 }
 
-/// The way to the source that listens.
+/// The channel to the connected source.
 #[derive(Clone, Debug)]
 pub(super) struct SourceChannel {
-    wishes: mpsc::Sender<SourceCommand>,
+    commands: mpsc::Sender<SourceCommand>,
     end: watch::Receiver<()>,
 }
 
 impl SourceChannel {
-    /// Waits until the source has ended, and all that it had, connections included, is closed.
+    /// Waits until the source has ended, and its connections are closed.
     pub(super) async fn closed(mut self) {
         while self.end.changed().await.is_ok() {}
     }
 }
 
-/// What somebody wants.
+/// A command to a source.
 #[derive(Debug)]
 pub enum SourceCommand {
-    /// A service.
+    /// Use or look up a service.
     Lookup(LookupRequest),
-    /// That the source leaves what the next one begins with; told once that is written.
+    /// Save the state that the next run begins with, and report when it is written.
     Flush(oneshot::Sender<()>),
 }
 
-/// A service that somebody wants.
+/// A service that is in use, or looked up.
 #[derive(Debug)]
 pub struct LookupRequest {
-    /// Its name, in lower case; perhaps there is none of that name.
+    /// Its name, in lower case; there may be no service of that name.
     pub name: Arc<str>,
-    /// Receives what the source found; dropped where it can't know.
+    /// Receives the result; dropped where the source can't know.
     pub reply: Option<oneshot::Sender<Lookup>>,
 }
 
-/// What a source knows of a name that was looked up.
+/// The result of a lookup by the source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lookup {
     /// There is such a service, and a catalog that has it live is published.
     Exists,
     /// The source has answered that there is none.
     Absent,
-    /// The source hasn't answered: it failed, was too slow or too busy, can't be reached, or its
-    /// answer isn't trusted yet. That is no "no such name".
+    /// The source hasn't answered: it failed, was too slow or too busy, can't be reached, or its answer
+    /// isn't trusted yet. That is not "no such name".
     Unknown,
 }
 
@@ -81,27 +81,27 @@ pub struct UsageReceiver {
 }
 
 impl UsageSender {
-    /// A demand that counts in `stats` what it has to drop.
+    /// A sender that counts dropped reports in `stats`.
     pub fn new(stats: Arc<Stats>) -> Self {
         UsageSender(Arc::new(Shared { stats, ..Shared::default() }))
     }
 
-    /// Where a source receives it from now on; the former receiver gets nothing more.
+    /// Connects a source; an earlier receiver gets nothing more.
     pub fn listen(&self) -> UsageReceiver {
-        let (wishes, queue) = mpsc::channel(MAX_LOOKUPS);
+        let (commands, queue) = mpsc::channel(MAX_LOOKUPS);
         let (ends, end) = watch::channel(());
-        let channel = Some(SourceChannel { wishes, end });
+        let channel = Some(SourceChannel { commands, end });
         *self.0.channel.write().unwrap_or_else(PoisonError::into_inner) = channel;
         UsageReceiver { queue, shared: self.0.clone(), end: Some(ends) }
     }
 
-    /// Whether a source listens; else nothing that is reported makes a difference.
+    /// Whether a source is connected; if not, reports have no effect.
     pub fn is_connected(&self) -> bool {
         self.0.channel.read().unwrap_or_else(PoisonError::into_inner).is_some()
     }
 
-    /// Notes that the service `name`, in lower case, is in use: it becomes live, or stays so. While
-    /// the source is busy, or is being started again, the names wait: each once, 65,536 at most.
+    /// Reports that the service `name`, in lower case, is in use: it becomes or stays live. While the
+    /// source is busy or restarts, the names wait: each once, 65,536 at most.
     pub fn used(&self, name: &str) {
         if !self.is_connected() {
             return;
@@ -115,67 +115,66 @@ impl UsageSender {
         self.0.used.notify_one();
     }
 
-    /// The same, and waits until the source has looked the name up. The caller sets the limit; past
-    /// it the outcome is [`Lookup::Unknown`]. Where no source listens, the catalog is all there is.
+    /// Looks a name up, which counts as a use. The caller sets the time limit; past it the result is
+    /// [`Lookup::Unknown`]. Without a connected source the catalog is all there is.
     pub async fn look_up(&self, name: &str) -> Lookup {
-        let Some(SourceChannel { wishes, .. }) = self.channel() else { return Lookup::Absent };
+        let Some(SourceChannel { commands, .. }) = self.channel() else { return Lookup::Absent };
         let (reply, looked_up) = oneshot::channel();
         let wanted = LookupRequest { name: name.into(), reply: Some(reply) };
-        if wishes.try_send(SourceCommand::Lookup(wanted)).is_err() {
+        if commands.try_send(SourceCommand::Lookup(wanted)).is_err() {
             self.0.stats.count_demand_dropped();
             return Lookup::Unknown;
         }
         looked_up.await.unwrap_or(Lookup::Unknown)
     }
 
-    /// Waits until the source has left what the next one begins with, or can't. The caller sets the
-    /// limit.
+    /// Waits until the source has saved its state, or can't. The caller sets the time limit.
     pub(super) async fn flush(&self) {
-        let Some(SourceChannel { wishes, .. }) = self.channel() else { return };
+        let Some(SourceChannel { commands, .. }) = self.channel() else { return };
         let (reply, left) = oneshot::channel();
-        if wishes.send(SourceCommand::Flush(reply)).await.is_ok() {
+        if commands.send(SourceCommand::Flush(reply)).await.is_ok() {
             let _ = left.await;
         }
     }
 
-    /// The way to the source that listens now.
+    /// The channel to the connected source.
     pub(super) fn channel(&self) -> Option<SourceChannel> {
         self.0.channel.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 
 impl UsageReceiver {
-    /// Reports that this source publishes all it has, so that no lookup finds more.
+    /// Disconnects: this source publishes all it has, so no lookup finds more.
     pub fn decline(self) {
         let UsageReceiver { queue, shared, .. } = self;
         let mut channel = shared.channel.write().unwrap_or_else(PoisonError::into_inner);
         drop(queue);
         // Another source may listen by now.
-        if channel.as_ref().is_some_and(|channel| channel.wishes.is_closed()) {
+        if channel.as_ref().is_some_and(|channel| channel.commands.is_closed()) {
             *channel = None;
             shared.uses.lock().unwrap_or_else(PoisonError::into_inner).clear();
         }
     }
 
-    /// What is to be dropped once all that the source had is gone; [`SourceChannel::closed`] waits for it.
+    /// Is to be dropped once the run's resources are gone; [`SourceChannel::closed`] waits for it.
     pub fn take_end(&mut self) -> Option<watch::Sender<()>> {
         self.end.take()
     }
 
-    /// The next wish; `None` once nothing more can come. It loses nothing where it is cancelled.
+    /// The next command; `None` once there can be none. It is cancel safe.
     pub async fn recv(&mut self) -> Option<SourceCommand> {
         loop {
-            if let Some(wish) = self.next_use() {
-                return Some(wish);
+            if let Some(command) = self.next_use() {
+                return Some(command);
             }
             tokio::select! {
-                wish = self.queue.recv() => return wish,
+                command = self.queue.recv() => return command,
                 () = self.shared.used.notified() => {}
             }
         }
     }
 
-    /// The next wish, if there is one already.
+    /// The next command, if there is one already.
     pub fn try_recv(&mut self) -> Option<SourceCommand> {
         self.next_use().or_else(|| self.queue.try_recv().ok())
     }
@@ -199,7 +198,7 @@ mod tests {
         let demand = UsageSender::new(stats.clone());
         drop(demand.listen());
         demand.used("between-two-runs");
-        let mut wishes = demand.listen();
+        let mut commands = demand.listen();
         let mut lookups: Vec<_> =
             (0..2 * MAX_LOOKUPS).map(|n| polled(demand.look_up(&format!("made-up-{n}")))).collect();
         assert!(lookups.iter().any(Option::is_none), "those that wait");
@@ -212,8 +211,8 @@ mod tests {
             demand.used(&format!("s{n}"));
         }
         let mut used = 0;
-        while let Some(wish) = wishes.try_recv() {
-            if let SourceCommand::Lookup(LookupRequest { reply: None, .. }) = wish {
+        while let Some(command) = commands.try_recv() {
+            if let SourceCommand::Lookup(LookupRequest { reply: None, .. }) = command {
                 used += 1;
             }
         }
@@ -233,7 +232,7 @@ mod tests {
     fn uses_have_a_bound_and_are_counted_beyond_it() {
         let stats = Arc::new(Stats::default());
         let demand = UsageSender::new(stats.clone());
-        let _wishes = demand.listen();
+        let _commands = demand.listen();
         for n in 0..MAX_USES + 7 {
             demand.used(&format!("s{n}"));
         }

@@ -12,7 +12,7 @@ use crate::catalog::usage::{Lookup, LookupRequest};
 /// The most lookups that wait; one beyond that is unknown.
 const MAX_WAITING: usize = 4096;
 
-/// Whoever waits for the answer about one name.
+/// The lookups that wait for the answer about one name.
 pub type Waiting = Vec<oneshot::Sender<Lookup>>;
 
 /// The lookups under way, and the limits on them.

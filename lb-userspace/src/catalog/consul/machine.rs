@@ -85,7 +85,7 @@ pub enum Effect {
     SetWatches(Watches),
     /// Count an answer that is confirmed before it takes so much away.
     CountShrinkHeld,
-    /// Save the state for the next run, and report that to whoever waits for it.
+    /// Save the state for the next run, and report to these when it is written.
     Save(Arc<SavedCatalog>, Vec<oneshot::Sender<()>>),
     /// Log a line.
     Log(tracing::Level, String),

@@ -139,8 +139,8 @@ impl Watcher {
                     let _ = reply.send(lookup);
                 }
             }
-            Effect::MarkSuccess(at) => output.answered(at),
-            Effect::MarkEarlierSuccess(at) => output.answered_earlier(at),
+            Effect::MarkSuccess(at) => output.mark_success(at),
+            Effect::MarkEarlierSuccess(at) => output.mark_earlier_success(at),
             Effect::SetOff(is_off) => output.set_off(is_off),
             Effect::SetNotice(subject, notice) => output.set_notice(subject, notice),
             Effect::SetProblem(problem, is_failing) => output.set_problem(problem, is_failing),
