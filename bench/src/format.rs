@@ -20,13 +20,13 @@ pub fn humane(value: f64, unit: &str) -> String {
 }
 
 /// From one value to another, the unit once where it is the same: `820–840 us`.
-pub fn range(least: f64, most: f64, unit: &str) -> String {
-    let (least, least_unit) = split(least, unit);
-    let (most, most_unit) = split(most, unit);
-    let least_unit = if least_unit == most_unit { "" } else { &least_unit };
+pub fn range(min: f64, max: f64, unit: &str) -> String {
+    let (min, min_unit) = split(min, unit);
+    let (max, max_unit) = split(max, unit);
+    let min_unit = if min_unit == max_unit { "" } else { &min_unit };
     // Not `-5–-3`, which nobody can read.
-    let dash = if most.starts_with('-') { " to " } else { "–" };
-    format!("{least}{least_unit}{dash}{most}{most_unit}")
+    let dash = if max.starts_with('-') { " to " } else { "–" };
+    format!("{min}{min_unit}{dash}{max}{max_unit}")
 }
 
 /// A ratio: two decimals around one, three significant digits elsewhere.
@@ -64,20 +64,20 @@ pub fn cell(row: Option<&Row>, unit: &str) -> String {
     let median = humane(spread.median, unit);
     match ratios {
         Some(ratios) if is_spread(ratios) => {
-            let (low, high) = interval
-                .map_or((ratios.least, ratios.most), |interval| (interval.low, interval.high));
+            let (low, high) =
+                interval.map_or((ratios.min, ratios.max), |interval| (interval.low, interval.high));
             format!("{median} ({}; {}–{})", ratio(ratios.median), ratio(low), ratio(high))
         }
         Some(ratios) => format!("{median} ({})", ratio(ratios.median)),
         None if is_spread(spread) => {
-            format!("{median} ({})", range(spread.least, spread.most, unit))
+            format!("{median} ({})", range(spread.min, spread.max, unit))
         }
         None => median,
     }
 }
 
 fn is_spread(spread: &Spread) -> bool {
-    spread.least < spread.most
+    spread.min < spread.max
 }
 
 /// The number and the unit behind it, with its space.
@@ -204,19 +204,19 @@ mod tests {
         ] {
             assert_eq!(ratio(value), expected, "{value}");
         }
-        for (least, most, unit, expected) in [
+        for (min, max, unit, expected) in [
             (820.0, 840.0, "us", "820–840 us"),
             (820.0, 1100.0, "us", "820 us–1.10 ms"),
             (118e3, 125e3, "requests/s", "118k–125k"),
             (-5.0, -3.0, "%", "-5 to -3%"),
         ] {
-            assert_eq!(range(least, most, unit), expected);
+            assert_eq!(range(min, max, unit), expected);
         }
     }
 
     #[test]
     fn cells() {
-        let spread = |median, least, most| Some(Spread { median, least, most });
+        let spread = |median, min, max| Some(Spread { median, min, max });
         let cell = |spread, ratio| {
             let row =
                 Row { contender: String::new(), rounds: vec![], spread, ratio, interval: None };

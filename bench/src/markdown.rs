@@ -1,7 +1,7 @@
 //! A report as Markdown, which reads well raw, too.
 
 use crate::format::{self, NONE};
-use crate::report::{Contender, Figure, Goal, Outcome, Report, Sheet};
+use crate::report::{Chart, Contender, Figure, Goal, Outcome, Report};
 
 /// Where the text finds what it links to.
 #[derive(Clone, Debug, Default)]
@@ -21,12 +21,12 @@ pub fn render(report: &Report, links: &Links) -> String {
     if !report.goals.is_empty() {
         parts.push(format!("## Goals\n\n{}", goals(&report.goals)));
     }
-    let sheets = report.sheets();
-    if !sheets.is_empty() {
+    let charts = report.charts();
+    if !charts.is_empty() {
         parts.push("## Figures\n".to_owned());
-        parts.push(how_to_read(report, &sheets));
+        parts.push(how_to_read(report, &charts));
     }
-    parts.extend(sheets.iter().map(|sheet| figures(sheet, links)));
+    parts.extend(charts.iter().map(|chart| figures(chart, links)));
     let absent: String = report.contenders.iter().filter_map(absence).collect();
     if !absent.is_empty() {
         parts.push(format!("## Absent\n\n{absent}"));
@@ -51,15 +51,15 @@ fn took(seconds: f64) -> String {
     }
 }
 
-fn how_to_read(report: &Report, sheets: &[Sheet]) -> String {
-    let has_ratios = sheets.iter().any(|sheet| !sheet.bases().is_empty());
+fn how_to_read(report: &Report, charts: &[Chart]) -> String {
+    let has_ratios = charts.iter().any(|chart| !chart.bases().is_empty());
     let cell = match (has_ratios, report.n_rounds > 1) {
         (true, true) => {
             "median (ratio to the base, taken round by round; its 95% interval, or of fewer than six \
-             rounds its least–most). Where there is no ratio: median (least–most)"
+             rounds its min–max). Where there is no ratio: median (min–max)"
         }
         (true, false) => "value (ratio to the base)",
-        (false, true) => "median (least–most)",
+        (false, true) => "median (min–max)",
         (false, false) => "value",
     };
     format!("Each cell: {cell}.\n")
@@ -80,24 +80,24 @@ fn goals(goals: &[Goal]) -> String {
     table(&rows)
 }
 
-fn figures(sheet: &Sheet, links: &Links) -> String {
-    let name = inline(sheet.name);
-    let bases = sheet.bases();
+fn figures(chart: &Chart, links: &Links) -> String {
+    let name = inline(chart.name);
+    let bases = chart.bases();
     let ratios =
         if bases.is_empty() { String::new() } else { format!("; ratios to {}", inline(&bases)) };
-    let mut text = format!("### {name}\n\n{}{ratios}.\n\n", inline(&sheet.subtitle()));
-    if let Some((_, file)) = links.pictures.iter().find(|(figure, _)| figure == sheet.name) {
+    let mut text = format!("### {name}\n\n{}{ratios}.\n\n", inline(&chart.subtitle()));
+    if let Some((_, file)) = links.pictures.iter().find(|(figure, _)| figure == chart.name) {
         text += &format!("![{name}]({file})\n\n");
     }
-    let mut rows = vec![vec![sheet.axis.unwrap_or_default().to_owned()]];
-    rows[0].extend(sheet.contenders.iter().map(|name| inline(name)));
-    for figure in &sheet.figures {
-        let mut row = vec![inline(&condition(sheet, figure))];
-        let cells = sheet.contenders.iter().map(|name| format::cell(figure.row(name), sheet.unit));
+    let mut rows = vec![vec![chart.axis.unwrap_or_default().to_owned()]];
+    rows[0].extend(chart.contenders.iter().map(|name| inline(name)));
+    for figure in &chart.figures {
+        let mut row = vec![inline(&condition(chart, figure))];
+        let cells = chart.contenders.iter().map(|name| format::cell(figure.row(name), chart.unit));
         row.extend(cells);
         rows.push(row);
     }
-    if sheet.contenders.is_empty() {
+    if chart.contenders.is_empty() {
         text += "Nothing was measured.\n";
     } else {
         text += &table(&rows);
@@ -106,9 +106,9 @@ fn figures(sheet: &Sheet, links: &Links) -> String {
 }
 
 /// Of a point, the number alone: what it counts stands above.
-fn condition(sheet: &Sheet, figure: &Figure) -> String {
+fn condition(chart: &Chart, figure: &Figure) -> String {
     match &figure.point {
-        Some(point) if sheet.axis.is_some() && figure.condition.is_empty() => {
+        Some(point) if chart.axis.is_some() && figure.condition.is_empty() => {
             format::count(point.value)
         }
         _ => figure.label(),
@@ -135,7 +135,7 @@ fn contenders(contenders: &[&Contender], links: &Links) -> String {
 }
 
 /// Cells that are longer don't widen their column: one long condition shall not move all others.
-const MOST_PADDED: usize = 72;
+const MAX_PADDED: usize = 72;
 
 /// A table whose first row is its head, with columns as wide as their widest cells.
 fn table(rows: &[Vec<String>]) -> String {
@@ -143,7 +143,7 @@ fn table(rows: &[Vec<String>]) -> String {
     let widths: Vec<usize> = (0..n_columns)
         .map(|column| {
             let cells = rows.iter().map(|row| row[column].chars().count());
-            cells.filter(|width| *width <= MOST_PADDED).max().unwrap_or(0).max(3)
+            cells.filter(|width| *width <= MAX_PADDED).max().unwrap_or(0).max(3)
         })
         .collect();
     let line = |cells: Vec<String>| format!("| {} |\n", cells.join(" | "));
@@ -194,7 +194,7 @@ mod tests {
 ## Figures
 
 Each cell: median (ratio to the base, taken round by round; its 95% interval, or of fewer than six \
-rounds its least–most). Where there is no ratio: median (least–most).
+rounds its min–max). Where there is no ratio: median (min–max).
 
 ### keep-alive
 

@@ -49,7 +49,7 @@ pub fn check(programs: impl IntoIterator<Item = &'static str>, out: &Path) -> Re
 }
 
 /// How busy the processors may be before a run, and how long they are looked at.
-const MOST_BUSY: f64 = 0.1;
+const MAX_BUSY: f64 = 0.1;
 const LOOK: Duration = Duration::from_secs(1);
 
 /// That the processors have nothing else to do; where they have, and `is_tolerated`, it only says so. The
@@ -61,7 +61,7 @@ pub fn is_idle(is_tolerated: bool) -> Result<()> {
     let before = processor_times()?;
     thread::sleep(LOOK);
     let busy = busy_share(before, processor_times()?);
-    if busy <= MOST_BUSY {
+    if busy <= MAX_BUSY {
         return Ok(());
     }
     let percent = busy * 100.0;

@@ -132,7 +132,7 @@ pub enum Outcome {
 
 /// The figures of one name: one table, and one picture.
 #[derive(Clone, Debug)]
-pub struct Sheet<'a> {
+pub struct Chart<'a> {
     /// The quantity.
     pub name: &'a str,
     /// The first figure's unit, which is that of all.
@@ -204,7 +204,7 @@ impl Figure {
             row.spread = Spread::of(row.rounds.iter().copied().flatten());
             let base = base.as_ref().filter(|_| row.contender != self.base);
             row.ratio = base.and_then(|base| Spread::of_ratios(&row.rounds, base));
-            row.interval = base.and_then(|base| Interval::of_ratios(&row.rounds, base));
+            row.interval = base.and_then(|base| Interval::of(stats::ratios(&row.rounds, base)));
         }
     }
 
@@ -222,17 +222,17 @@ impl Report {
     }
 
     /// The figures by name, in the order of their first ones.
-    pub fn sheets(&self) -> Vec<Sheet<'_>> {
+    pub fn charts(&self) -> Vec<Chart<'_>> {
         let mut names: Vec<&str> = vec![];
         for figure in &self.figures {
             if !names.contains(&figure.name.as_str()) {
                 names.push(&figure.name);
             }
         }
-        names.into_iter().filter_map(|name| self.sheet(name)).collect()
+        names.into_iter().filter_map(|name| self.chart(name)).collect()
     }
 
-    fn sheet<'a>(&'a self, name: &'a str) -> Option<Sheet<'a>> {
+    fn chart<'a>(&'a self, name: &'a str) -> Option<Chart<'a>> {
         let figures: Vec<&Figure> = self.figures.iter().filter(|f| f.name == name).collect();
         let first = *figures.first()?;
         let is_measured = |name: &&str| figures.iter().any(|figure| figure.row(name).is_some());
@@ -255,11 +255,11 @@ impl Report {
                 && values.len() > 1;
             is_axis.then_some(one.axis.as_str())
         });
-        Some(Sheet { name, unit: &first.unit, better: first.better, figures, contenders, axis })
+        Some(Chart { name, unit: &first.unit, better: first.better, figures, contenders, axis })
     }
 }
 
-impl Sheet<'_> {
+impl Chart<'_> {
     /// What the ratios are to, such as `direct`; empty where there are none.
     pub fn bases(&self) -> String {
         let mut bases: Vec<&str> = vec![];

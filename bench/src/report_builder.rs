@@ -41,7 +41,7 @@ pub struct Quantity {
 
 /// What a goal demands of a number.
 #[derive(Clone, Copy, Debug)]
-pub enum Demand {
+pub enum Limit {
     /// No less than this.
     AtLeast(f64),
     /// No more than this.
@@ -101,18 +101,18 @@ impl FixedRate {
     }
 }
 
-impl Demand {
+impl Limit {
     fn text(self) -> String {
         match self {
-            Demand::AtLeast(goal) => format!("at least {goal}"),
-            Demand::AtMost(goal) => format!("at most {goal}"),
+            Limit::AtLeast(goal) => format!("at least {goal}"),
+            Limit::AtMost(goal) => format!("at most {goal}"),
         }
     }
 
     fn judge(self, Interval { low, high, .. }: Interval) -> Outcome {
         let (all, any) = match self {
-            Demand::AtLeast(goal) => (low >= goal, high >= goal),
-            Demand::AtMost(goal) => (high <= goal, low <= goal),
+            Limit::AtLeast(goal) => (low >= goal, high >= goal),
+            Limit::AtMost(goal) => (high <= goal, low <= goal),
         };
         match (all, any) {
             (true, _) => Outcome::Reached,
@@ -190,7 +190,7 @@ impl Draft {
     }
 
     /// Adds a goal for what was found in rounds, such as ratios: the interval of their median decides.
-    pub fn goal(&mut self, what: &str, demand: Demand, rounds: &[f64], unit: &str) {
+    pub fn goal(&mut self, what: &str, limit: Limit, rounds: &[f64], unit: &str) {
         let spread = Spread::of(rounds.iter().copied());
         let interval = Interval::of(rounds.iter().copied());
         let unit = if unit.is_empty() { String::new() } else { format!(" {unit}") };
@@ -203,19 +203,19 @@ impl Draft {
             (None, None) => "not measured".to_owned(),
         };
         let outcome = match (interval, spread) {
-            (Some(interval), _) => demand.judge(interval),
+            (Some(interval), _) => limit.judge(interval),
             (None, Some(_)) => Outcome::Undecided,
             (None, None) => Outcome::NotMeasured,
         };
-        self.goals.push(Goal { what: what.into(), goal: demand.text() + &unit, is, outcome });
+        self.goals.push(Goal { what: what.into(), goal: limit.text() + &unit, is, outcome });
     }
 
     /// Adds a goal for a count that leaves nothing to chance, such as of failures in all rounds; `None`
     /// where it wasn't counted.
-    pub fn goal_of_count(&mut self, what: &str, demand: Demand, count: Option<f64>) {
-        let outcome = count.map_or(Outcome::NotMeasured, |n| demand.judge(Interval::exact(n)));
+    pub fn goal_of_count(&mut self, what: &str, limit: Limit, count: Option<f64>) {
+        let outcome = count.map_or(Outcome::NotMeasured, |n| limit.judge(Interval::exact(n)));
         let is = count.map_or("not measured".to_owned(), |n| format!("{n}"));
-        self.goals.push(Goal { what: what.into(), goal: demand.text(), is, outcome });
+        self.goals.push(Goal { what: what.into(), goal: limit.text(), is, outcome });
     }
 
     /// Contenders in the order of one round, which is random: who comes first meets another machine than
@@ -294,15 +294,15 @@ mod tests {
         let ratios = draft.find("rate", "kept").map(|figure| figure.ratios("nohop", "direct"));
         let ratios = ratios.unwrap_or_default();
         assert_eq!(ratios, [0.99]);
-        draft.goal("few", Demand::AtLeast(0.98), &ratios, "");
-        draft.goal("absent", Demand::AtMost(1.0), &[], "ms");
-        draft.goal_of_count("failures", Demand::AtMost(0.0), Some(1.0));
+        draft.goal("few", Limit::AtLeast(0.98), &ratios, "");
+        draft.goal("absent", Limit::AtMost(1.0), &[], "ms");
+        draft.goal_of_count("failures", Limit::AtMost(0.0), Some(1.0));
         // Around 0.99, a percent to either side.
         let rounds: Vec<f64> = (0..21).map(|n| 0.98 + f64::from(n) / 1e3).collect();
         for goal in [0.97, 0.99, 1.01] {
-            draft.goal("many", Demand::AtLeast(goal), &rounds, "");
+            draft.goal("many", Limit::AtLeast(goal), &rounds, "");
         }
-        draft.goal("many", Demand::AtMost(1.01), &rounds, "");
+        draft.goal("many", Limit::AtMost(1.01), &rounds, "");
         let goals: Vec<_> = draft.goals.iter().map(|g| (&*g.is, &*g.goal, g.outcome)).collect();
         let many = "0.990 (0.986 to 0.994)";
         let expected = [

@@ -8,9 +8,9 @@ pub struct Spread {
     /// The median: of an even number, the mean of the middle two.
     pub median: f64,
     /// The least.
-    pub least: f64,
+    pub min: f64,
     /// The most.
-    pub most: f64,
+    pub max: f64,
 }
 
 impl Spread {
@@ -18,13 +18,13 @@ impl Spread {
     pub fn of(values: impl IntoIterator<Item = f64>) -> Option<Spread> {
         let mut sorted: Vec<f64> = values.into_iter().filter(|value| !value.is_nan()).collect();
         sorted.sort_by(f64::total_cmp);
-        let (least, most) = (*sorted.first()?, *sorted.last()?);
-        Some(Spread { median: middle(&sorted), least, most })
+        let (min, max) = (*sorted.first()?, *sorted.last()?);
+        Some(Spread { median: middle(&sorted), min, max })
     }
 
     /// Whether it can be drawn: a ratio or a rate may be infinite.
     pub fn is_finite(&self) -> bool {
-        [self.median, self.least, self.most].iter().all(|value| value.is_finite())
+        [self.median, self.min, self.max].iter().all(|value| value.is_finite())
     }
 
     /// Of the ratios of `these` to `those`, round by round: what the machine did to both in one round
@@ -81,11 +81,6 @@ impl Interval {
         Some(Interval { median: middle(&sorted), low, high })
     }
 
-    /// Of the ratios of `these` to `those`, round by round, as [`Spread::of_ratios`].
-    pub fn of_ratios(these: &[Option<f64>], those: &[Option<f64>]) -> Option<Interval> {
-        Interval::of(ratios(these, those))
-    }
-
     /// Of a count that no other run could find otherwise: it is its own interval.
     pub fn exact(value: f64) -> Interval {
         Interval { median: value, low: value, high: value }
@@ -128,7 +123,7 @@ mod tests {
     #[test]
     fn spreads() {
         let spread = |values: &[f64]| Spread::of(values.iter().copied());
-        let found = |median, least, most| Some(Spread { median, least, most });
+        let found = |median, min, max| Some(Spread { median, min, max });
         for (values, expected) in [
             (&[][..], None),
             (&[f64::NAN], None),
@@ -144,7 +139,7 @@ mod tests {
     fn ratios_are_taken_round_by_round() {
         let these = [Some(2.0), Some(30.0), None, Some(8.0)];
         let those = [Some(1.0), Some(10.0), Some(5.0), Some(0.0)];
-        let expected = Some(Spread { median: 2.5, least: 2.0, most: 3.0 });
+        let expected = Some(Spread { median: 2.5, min: 2.0, max: 3.0 });
         assert_eq!(Spread::of_ratios(&these, &those), expected);
     }
 

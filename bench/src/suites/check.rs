@@ -12,7 +12,7 @@ use crate::node::{Layout, Node};
 use crate::peers::{DIRECT, frontend, start_backend};
 use crate::progress::Progress;
 use crate::report::{Contender, Goal, Outcome};
-use crate::report_builder::{Demand, Draft, Quantity};
+use crate::report_builder::{Draft, Limit, Quantity};
 use crate::stats::Interval;
 
 const AGAIN: &str = "direct again";
@@ -126,8 +126,8 @@ fn judge(draft: &mut Draft) {
     });
     let added: Vec<f64> = added.unwrap_or_default();
     let what = format!("a path that is {delay_us} us longer is slower by");
-    draft.goal(&what, Demand::AtLeast(delay_us), &added, "us");
-    draft.goal(&what, Demand::AtMost(delay_us * (1.0 + TOLERANCE)), &added, "us");
+    draft.goal(&what, Limit::AtLeast(delay_us), &added, "us");
+    draft.goal(&what, Limit::AtMost(delay_us * (1.0 + TOLERANCE)), &added, "us");
     for (what, figure) in [("latency", latency), ("requests a second", rate)] {
         let ratios = figure.map(|figure| figure.ratios(AGAIN, DIRECT)).unwrap_or_default();
         draft.goals.push(equal(what, Interval::of(ratios)));

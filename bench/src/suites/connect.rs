@@ -15,7 +15,7 @@ use crate::generators;
 use crate::node::{Layout, Node};
 use crate::peers::{self, DIRECT, Guard, NOHOP, Peer, Protocol, Running, Service, Services};
 use crate::progress::Progress;
-use crate::report_builder::{Demand, Draft, Quantity};
+use crate::report_builder::{Draft, Limit, Quantity};
 use crate::stats::ratios;
 
 /// The quantities of one curve.
@@ -235,7 +235,7 @@ fn judge(draft: &mut Draft, n_services: &[usize]) {
             .zip(rounds(draft, quantity, fewest))
             .map(|(most, fewest)| ratios(&most, &fewest).collect::<Vec<_>>());
         let what = format!("{what}, {most} services over {fewest}, in turn");
-        draft.goal(&what, Demand::AtMost(1.2), &ratio.unwrap_or_default(), "");
+        draft.goal(&what, Limit::AtMost(1.2), &ratio.unwrap_or_default(), "");
     }
 }
 

@@ -11,7 +11,7 @@ use crate::generators;
 use crate::node::{Layout, Node};
 use crate::peers::{self, DIRECT, HAPROXY_TCP, NOHOP, Protocol, Services, start_backend};
 use crate::progress::Progress;
-use crate::report_builder::{Demand, Draft, Quantity};
+use crate::report_builder::{Draft, Limit, Quantity};
 use crate::suites::site::{self, AtRate, P50, P99};
 
 const RATE: Quantity =
@@ -202,40 +202,40 @@ fn judge(draft: &mut Draft) {
             RATE,
             &kept,
             DIRECT,
-            Demand::AtLeast(0.99),
+            Limit::AtLeast(0.99),
         ),
         (
             "kept alive, requests a second, nohop over HAProxy tcp",
             RATE,
             &kept,
             HAPROXY_TCP,
-            Demand::AtLeast(1.7),
+            Limit::AtLeast(1.7),
         ),
-        ("a connection a request, nohop over direct", RATE, &each, DIRECT, Demand::AtLeast(0.95)),
+        ("a connection a request, nohop over direct", RATE, &each, DIRECT, Limit::AtLeast(0.95)),
         (
             "a connection a request, nohop over HAProxy tcp",
             RATE,
             &each,
             HAPROXY_TCP,
-            Demand::AtLeast(1.5),
+            Limit::AtLeast(1.5),
         ),
         (
             "kept alive, processor time a request, nohop over direct",
             CPU,
             &kept,
             DIRECT,
-            Demand::AtMost(1.02),
+            Limit::AtMost(1.02),
         ),
         (
             "a connection a request, processor time a request, nohop over direct",
             CPU,
             &each,
             DIRECT,
-            Demand::AtMost(1.05),
+            Limit::AtMost(1.05),
         ),
     ];
-    for (what, quantity, condition, to, demand) in goals {
+    for (what, quantity, condition, to, limit) in goals {
         let is = ratio(draft, quantity, condition, to);
-        draft.goal(&format!("{what} (one host, 32 connections)"), demand, &is, "");
+        draft.goal(&format!("{what} (one host, 32 connections)"), limit, &is, "");
     }
 }

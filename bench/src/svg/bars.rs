@@ -1,20 +1,20 @@
 //! Bars: a group for each condition, and in it a thin bar for each contender.
 
-use super::canvas::{Anchor, Ink, width, wrap};
+use super::canvas::{Anchor, Canvas, width, wrap};
 use super::{LABEL, LEFT, RIGHT, short};
 use crate::format;
-use crate::report::{Figure, Row, Sheet};
+use crate::report::{Chart, Figure, Row};
 use crate::stats::Spread;
 
 /// From one bar to the next.
 const PITCH: f64 = 18.0;
 const THICKNESS: f64 = 10.0;
 /// The widest that names may make their column.
-const MOST_NAMES: f64 = 190.0;
+const MAX_NAMES: f64 = 190.0;
 /// Groups whose longest bars differ by more than this each have a scale of their own.
-const MOST_APART: f64 = 12.0;
+const MAX_APART: f64 = 12.0;
 /// Whiskers end at this many times the greatest median: one wild round shall not flatten the rest.
-const MOST_WHISKER: f64 = 1.6;
+const MAX_WHISKER: f64 = 1.6;
 
 /// Which values have room, and where.
 #[derive(Clone, Copy)]
@@ -32,37 +32,37 @@ struct Label {
 }
 
 /// Draws the groups below y; returns where they end.
-pub fn draw(ink: &mut Ink, sheet: &Sheet, mut y: f64) -> f64 {
-    let names = sheet.contenders.iter().map(|name| width(&short(name, MOST_NAMES), LABEL));
+pub fn draw(canvas: &mut Canvas, chart: &Chart, mut y: f64) -> f64 {
+    let names = chart.contenders.iter().map(|name| width(&short(name, MAX_NAMES), LABEL));
     // Names may be bold.
     let x = LEFT + names.fold(0.0, f64::max) * 1.06 + 10.0;
-    let longest: Vec<f64> = sheet.figures.iter().map(|figure| high(&[figure])).collect();
-    let (least, most) = longest
+    let longest: Vec<f64> = chart.figures.iter().map(|figure| high(&[figure])).collect();
+    let (min, max) = longest
         .iter()
         .filter(|high| **high > 0.0)
-        .fold((f64::INFINITY, 0.0_f64), |(least, most), high| (least.min(*high), most.max(*high)));
-    let is_common = most <= least * MOST_APART;
+        .fold((f64::INFINITY, 0.0_f64), |(min, max), high| (min.min(*high), max.max(*high)));
+    let is_common = max <= min * MAX_APART;
     if !is_common {
         y += 14.0;
         let note = "Each group has its own scale.";
-        ink.text(LEFT, y, "label soft", Anchor::Start, note);
+        canvas.text(LEFT, y, "label soft", Anchor::Start, note);
     }
-    let common = Scale::of(x, &sheet.figures);
-    for figure in &sheet.figures {
+    let common = Scale::of(x, &chart.figures);
+    for figure in &chart.figures {
         y += 10.0;
         for line in wrap(&figure.label(), LABEL, (RIGHT - LEFT) * 0.94) {
             y += 16.0;
-            ink.text(LEFT, y, "condition", Anchor::Start, &line);
+            canvas.text(LEFT, y, "condition", Anchor::Start, &line);
         }
         y += 5.0;
         let scale = if is_common { common } else { Scale::of(x, &[figure]) };
-        y = group(ink, sheet, figure, scale, y);
+        y = group(canvas, chart, figure, scale, y);
     }
     y + 4.0
 }
 
-fn group(ink: &mut Ink, sheet: &Sheet, figure: &Figure, scale: Scale, y: f64) -> f64 {
-    let contenders = sheet.contenders.iter().enumerate();
+fn group(canvas: &mut Canvas, chart: &Chart, figure: &Figure, scale: Scale, y: f64) -> f64 {
+    let contenders = chart.contenders.iter().enumerate();
     let rows: Vec<(usize, &Row)> =
         contenders.filter_map(|(idx, name)| Some((idx, figure.row(name)?))).collect();
     let end = y + rows.len() as f64 * PITCH;
@@ -70,38 +70,38 @@ fn group(ink: &mut Ink, sheet: &Sheet, figure: &Figure, scale: Scale, y: f64) ->
     let base = figure.row(&figure.base).and_then(spread).filter(|_| rows.len() > 1);
     if let Some(base) = base {
         let x = scale.at(base.median);
-        ink.line("base", (x, y), (x, end));
+        canvas.line("base", (x, y), (x, end));
     }
     for (row_idx, (contender_idx, row)) in rows.iter().enumerate() {
         let middle = y + (row_idx as f64 + 0.5) * PITCH;
         let baseline = middle + 4.0;
         let class = if row.contender == "nohop" { "label strong" } else { "label" };
-        ink.text(LEFT, baseline, class, Anchor::Start, &short(&row.contender, MOST_NAMES));
+        canvas.text(LEFT, baseline, class, Anchor::Start, &short(&row.contender, MAX_NAMES));
         let Some(spread) = spread(row) else {
-            ink.text(zero + 8.0, baseline, "label soft", Anchor::Start, "no sample");
+            canvas.text(zero + 8.0, baseline, "label soft", Anchor::Start, "no sample");
             continue;
         };
         let end = scale.at(spread.median);
         let top = middle - THICKNESS / 2.0;
-        ink.begin(*contender_idx);
-        ink.rect("bar", zero.min(end), top, (end - zero).abs().max(1.0), THICKNESS);
-        ink.end();
-        if spread.least < spread.most {
-            ink.path("whisker", &whisker(scale, spread, middle));
+        canvas.begin(*contender_idx);
+        canvas.rect("bar", zero.min(end), top, (end - zero).abs().max(1.0), THICKNESS);
+        canvas.end();
+        if spread.min < spread.max {
+            canvas.path("whisker", &whisker(scale, spread, middle));
         }
         let label = Label::of(row, figure, scale.high);
-        let x = zero.max(end).max(scale.at(spread.most)) + 7.0;
-        ink.two_texts(x, baseline, "label", Anchor::Start, &label.value, &label.soft);
+        let x = zero.max(end).max(scale.at(spread.max)) + 7.0;
+        canvas.two_texts(x, baseline, "label", Anchor::Start, &label.value, &label.soft);
     }
-    ink.line("axis", (zero, y), (zero, end));
+    canvas.line("axis", (zero, y), (zero, end));
     end
 }
 
 /// A line from the least to the most with a cap at each end; a tip where it leaves the picture.
 fn whisker(scale: Scale, spread: Spread, y: f64) -> String {
-    let (left, right) = (scale.at(spread.least), scale.at(spread.most));
+    let (left, right) = (scale.at(spread.min), scale.at(spread.max));
     let cap = |x: f64| format!("M{x:.1} {:.1}V{:.1}", y - 2.5, y + 2.5);
-    let end = if spread.most > scale.high {
+    let end = if spread.max > scale.high {
         format!(
             "M{:.1} {:.1}L{right:.1} {y:.1}L{:.1} {:.1}",
             right - 4.0,
@@ -127,16 +127,16 @@ fn spreads(figures: &[&Figure]) -> Vec<Spread> {
 fn high(figures: &[&Figure]) -> f64 {
     let spreads = spreads(figures);
     let median = spreads.iter().map(|spread| spread.median).fold(0.0, f64::max);
-    let most = spreads.iter().map(|spread| spread.most).fold(0.0, f64::max);
-    if median > 0.0 { most.min(median * MOST_WHISKER) } else { most }
+    let max = spreads.iter().map(|spread| spread.max).fold(0.0, f64::max);
+    if median > 0.0 { max.min(median * MAX_WHISKER) } else { max }
 }
 
 impl Scale {
     /// As wide as the labels behind the bars leave it.
     fn of(x: f64, figures: &[&Figure]) -> Scale {
-        let least = spreads(figures).iter().map(|spread| spread.least).fold(0.0, f64::min);
+        let min = spreads(figures).iter().map(|spread| spread.min).fold(0.0, f64::min);
         let lowest = spreads(figures).iter().map(|spread| spread.median).fold(0.0, f64::min);
-        let low = least.max(lowest * MOST_WHISKER);
+        let low = min.max(lowest * MAX_WHISKER);
         let high = high(figures);
         let mut pixels = f64::INFINITY;
         for figure in figures {
@@ -144,7 +144,7 @@ impl Scale {
                 let label = Label::of(row, figure, high);
                 let room =
                     RIGHT - x - 9.0 - width(&format!("{}{}", label.value, label.soft), LABEL);
-                let span = spread.most.min(high).max(0.0) - low;
+                let span = spread.max.min(high).max(0.0) - low;
                 if span > 0.0 {
                     pixels = pixels.min(room / span);
                 }
@@ -167,8 +167,8 @@ impl Label {
             Some(ratio) => format!(" · {}×", format::ratio(ratio.median)),
             None => String::new(),
         };
-        if spread.most > high {
-            soft += &format!(" · up to {}", format::humane(spread.most, &figure.unit));
+        if spread.max > high {
+            soft += &format!(" · up to {}", format::humane(spread.max, &figure.unit));
         }
         Label { value: format::humane(spread.median, &figure.unit), soft }
     }

@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 /// Elements drawn so far.
 #[derive(Default)]
-pub struct Ink(String);
+pub struct Canvas(String);
 
 /// Which end of a text its position is.
 #[derive(Clone, Copy)]
@@ -14,7 +14,7 @@ pub enum Anchor {
     End,
 }
 
-impl Ink {
+impl Canvas {
     pub fn drawn(&self) -> &str {
         &self.0
     }
@@ -119,11 +119,11 @@ pub fn width(text: &str, size: f64) -> f64 {
 }
 
 /// Text in lines no wider than this, broken between words, and within one that is wider.
-pub fn wrap(text: &str, size: f64, most: f64) -> Vec<String> {
+pub fn wrap(text: &str, size: f64, max: f64) -> Vec<String> {
     let mut lines: Vec<String> = vec![];
-    for word in text.split_whitespace().flat_map(|word| pieces(word, size, most)) {
+    for word in text.split_whitespace().flat_map(|word| pieces(word, size, max)) {
         match lines.last_mut() {
-            Some(line) if width(line, size) + width(" ", size) + width(&word, size) <= most => {
+            Some(line) if width(line, size) + width(" ", size) + width(&word, size) <= max => {
                 line.push(' ');
                 line.push_str(&word);
             }
@@ -134,11 +134,11 @@ pub fn wrap(text: &str, size: f64, most: f64) -> Vec<String> {
 }
 
 /// A word in pieces no wider than this, of a character at least.
-fn pieces(word: &str, size: f64, most: f64) -> Vec<String> {
+fn pieces(word: &str, size: f64, max: f64) -> Vec<String> {
     let mut pieces = vec![String::new()];
     for c in word.chars() {
         match pieces.last_mut() {
-            Some(piece) if piece.is_empty() || width(&format!("{piece}{c}"), size) <= most => {
+            Some(piece) if piece.is_empty() || width(&format!("{piece}{c}"), size) <= max => {
                 piece.push(c);
             }
             _ => pieces.push(c.to_string()),
@@ -164,14 +164,14 @@ mod tests {
 
     #[test]
     fn wrapping() {
-        for (text, most, expected) in [
+        for (text, max, expected) in [
             ("", 100.0, &[][..]),
             ("one two", 1000.0, &["one two"]),
             ("one two three", 60.0, &["one two", "three"]),
             ("a breakable", 40.0, &["a", "break", "able"]),
             ("ab", 1.0, &["a", "b"]),
         ] {
-            assert_eq!(wrap(text, 12.0, most), expected, "{text} in {most}");
+            assert_eq!(wrap(text, 12.0, max), expected, "{text} in {max}");
         }
     }
 }

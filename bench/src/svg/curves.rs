@@ -1,21 +1,21 @@
 //! Curves: a line for each contender over the points of an axis.
 
-use super::canvas::{Anchor, Ink, width};
-use super::palette::Hue;
+use super::canvas::{Anchor, Canvas, width};
+use super::palette::Color;
 use super::scale::{log_ticks, settle, ticks};
 use super::{LABEL, LEFT, RIGHT, short};
 use crate::format;
-use crate::report::{Row, Sheet};
+use crate::report::{Chart, Row};
 use crate::stats::Spread;
 
 const HEIGHT: f64 = 300.0;
 /// From one label at the lines' ends to the next.
 const PITCH: f64 = 17.0;
-const MOST_NAMES: f64 = 150.0;
+const MAX_NAMES: f64 = 150.0;
 /// Beyond this span of values, the axis is logarithmic.
-const MOST_LINEAR: f64 = 20.0;
+const MAX_LINEAR: f64 = 20.0;
 /// Whiskers end at this many times the greatest median on a linear axis.
-const MOST_WHISKER: f64 = 1.6;
+const MAX_WHISKER: f64 = 1.6;
 /// How far neighbouring contenders stand apart at one point, so that their whiskers do.
 const DODGE: f64 = 4.0;
 
@@ -41,15 +41,15 @@ struct Axis {
 }
 
 /// Draws the plot below y; returns where it ends.
-pub fn draw(ink: &mut Ink, sheet: &Sheet, axis_name: &str, y: f64) -> f64 {
-    let curves = curves(sheet);
+pub fn draw(canvas: &mut Canvas, chart: &Chart, axis_name: &str, y: f64) -> f64 {
+    let curves = curves(chart);
     let (top, bottom) = (y + 14.0, y + 14.0 + HEIGHT.max(curves.len() as f64 * PITCH));
     let axis = Axis::of(&curves, top, bottom);
     let tick_labels: Vec<String> =
-        axis.ticks.iter().map(|tick| format::tick(*tick, sheet.unit)).collect();
+        axis.ticks.iter().map(|tick| format::tick(*tick, chart.unit)).collect();
     let left = LEFT + tick_labels.iter().map(|label| width(label, LABEL)).fold(0.0, f64::max) + 8.0;
     let labels: Vec<(String, String)> =
-        curves.iter().map(|curve| label(curve, sheet.unit)).collect();
+        curves.iter().map(|curve| label(curve, chart.unit)).collect();
     let label_width =
         |(name, soft): &(String, String)| width(name, LABEL) * 1.06 + width(soft, LABEL);
     let right = RIGHT - labels.iter().map(label_width).fold(0.0, f64::max) - 22.0;
@@ -57,16 +57,16 @@ pub fn draw(ink: &mut Ink, sheet: &Sheet, axis_name: &str, y: f64) -> f64 {
     for (tick, label) in axis.ticks.iter().zip(&tick_labels) {
         let y = axis.at(*tick);
         let class = if *tick == 0.0 && !axis.is_log { "axis" } else { "grid" };
-        ink.line(class, (left, y), (right, y));
-        ink.text(left - 8.0, y + 4.0, "label soft", Anchor::End, label);
+        canvas.line(class, (left, y), (right, y));
+        canvas.text(left - 8.0, y + 4.0, "label soft", Anchor::End, label);
     }
 
-    let values = values(sheet);
+    let values = values(chart);
     let places = Places::of(&values, left, right, curves.len());
-    x_axis(ink, &values, &places, bottom);
+    x_axis(canvas, &values, &places, bottom);
     let is_log = if places.is_log { ", logarithmic" } else { "" };
     let name = format!("{axis_name}{is_log}");
-    ink.text(f64::midpoint(left, right), bottom + 39.0, "label soft", Anchor::Middle, &name);
+    canvas.text(f64::midpoint(left, right), bottom + 39.0, "label soft", Anchor::Middle, &name);
 
     let ends: Vec<f64> = curves
         .iter()
@@ -78,28 +78,28 @@ pub fn draw(ink: &mut Ink, sheet: &Sheet, axis_name: &str, y: f64) -> f64 {
     order.sort_by_key(|idx| curves[*idx].name == "nohop");
     for idx in &order {
         let curve = &curves[*idx];
-        ink.begin(curve.contender_idx);
-        line(ink, curve, &axis, &places, *idx);
+        canvas.begin(curve.contender_idx);
+        line(canvas, curve, &axis, &places, *idx);
         if let Some(last) = curve.points.last() {
             let (x, y) = (places.at(last.x, *idx) + 7.0, axis.at(last.spread.median));
             let height = heights[*idx];
             let path = format!("M{x:.1} {y:.1}L{right:.1} {y:.1}L{:.1} {height:.1}", right + 12.0);
-            ink.path("leader", &path);
+            canvas.path("leader", &path);
         }
-        ink.end();
+        canvas.end();
     }
     for (idx, (name, soft)) in labels.iter().enumerate() {
         let class = if curves[idx].name == "nohop" { "label strong" } else { "label" };
         let (x, y) = (right + 16.0, heights[idx] + 4.0);
-        ink.two_texts(x, y, class, Anchor::Start, name, soft);
+        canvas.two_texts(x, y, class, Anchor::Start, name, soft);
     }
-    without_samples(ink, sheet, &curves, bottom + 46.0)
+    without_samples(canvas, chart, &curves, bottom + 46.0)
 }
 
 /// The contenders that have a line.
-fn curves<'a>(sheet: &'a Sheet) -> Vec<Curve<'a>> {
+fn curves<'a>(chart: &'a Chart) -> Vec<Curve<'a>> {
     let of = |(contender_idx, name): (usize, &&'a str)| {
-        let points = sheet.figures.iter().filter_map(|figure| {
+        let points = chart.figures.iter().filter_map(|figure| {
             let row = figure.row(name)?;
             let spread = row.spread.filter(Spread::is_finite)?;
             Some(Measured { x: figure.point.as_ref()?.value, spread, row })
@@ -108,12 +108,12 @@ fn curves<'a>(sheet: &'a Sheet) -> Vec<Curve<'a>> {
         points.sort_by(|a, b| a.x.total_cmp(&b.x));
         (!points.is_empty()).then_some(Curve { contender_idx, name, points })
     };
-    sheet.contenders.iter().enumerate().filter_map(of).collect()
+    chart.contenders.iter().enumerate().filter_map(of).collect()
 }
 
 /// The measured points, each once.
-fn values(sheet: &Sheet) -> Vec<f64> {
-    let points = sheet.figures.iter().filter_map(|figure| figure.point.as_ref());
+fn values(chart: &Chart) -> Vec<f64> {
+    let points = chart.figures.iter().filter_map(|figure| figure.point.as_ref());
     let mut values: Vec<f64> = points.map(|point| point.value).collect();
     values.sort_by(f64::total_cmp);
     values.dedup();
@@ -129,10 +129,10 @@ fn label(curve: &Curve, unit: &str) -> (String, String) {
             None => format!("  {value}"),
         }
     });
-    (short(curve.name, MOST_NAMES), last.unwrap_or_default())
+    (short(curve.name, MAX_NAMES), last.unwrap_or_default())
 }
 
-fn line(ink: &mut Ink, curve: &Curve, axis: &Axis, places: &Places, curve_idx: usize) {
+fn line(canvas: &mut Canvas, curve: &Curve, axis: &Axis, places: &Places, curve_idx: usize) {
     let mut path = String::new();
     let mut last_idx = None;
     for point in &curve.points {
@@ -142,33 +142,33 @@ fn line(ink: &mut Ink, curve: &Curve, axis: &Axis, places: &Places, curve_idx: u
         let is_next = last_idx.is_some() && last_idx.map(|idx: usize| idx + 1) == point_idx;
         path += &format!("{}{x:.1} {y:.1}", if is_next { "L" } else { "M" });
         last_idx = point_idx;
-        if point.spread.least < point.spread.most {
-            let (least, most) = (axis.at(point.spread.least), axis.at(point.spread.most));
-            let tip = if point.spread.most > axis.high() {
+        if point.spread.min < point.spread.max {
+            let (min, max) = (axis.at(point.spread.min), axis.at(point.spread.max));
+            let tip = if point.spread.max > axis.high() {
                 let (from, to) = (x - 3.0, x + 3.0);
-                format!("M{from:.1} {:.1}L{x:.1} {most:.1}L{to:.1} {0:.1}", most + 4.0)
+                format!("M{from:.1} {:.1}L{x:.1} {max:.1}L{to:.1} {0:.1}", max + 4.0)
             } else {
                 String::new()
             };
-            ink.path("spread", &format!("M{x:.1} {least:.1}V{most:.1}{tip}"));
+            canvas.path("spread", &format!("M{x:.1} {min:.1}V{max:.1}{tip}"));
         }
     }
     let class = if curve.name == "nohop" { "line thick" } else { "line" };
-    ink.path(class, &path);
+    canvas.path(class, &path);
     for point in &curve.points {
         let (x, y) = (places.at(point.x, curve_idx), axis.at(point.spread.median));
-        ink.path_at(x, y, "marker", Hue::of(curve.name).marker);
+        canvas.path_at(x, y, "marker", Color::of(curve.name).marker);
     }
 }
 
 /// Draws the axis with a tick at each point, and a label where it has room.
-fn x_axis(ink: &mut Ink, values: &[f64], places: &Places, y: f64) {
-    ink.line("axis", (places.left, y), (places.right, y));
+fn x_axis(canvas: &mut Canvas, values: &[f64], places: &Places, y: f64) {
+    canvas.line("axis", (places.left, y), (places.right, y));
     let mut from = f64::NEG_INFINITY;
     let last = values.last().map(|value| (places.middle(*value), format::count(*value)));
     for (idx, value) in values.iter().enumerate() {
         let x = places.middle(*value);
-        ink.line("axis", (x, y), (x, y + 5.0));
+        canvas.line("axis", (x, y), (x, y + 5.0));
         let label = format::count(*value);
         let half = width(&label, LABEL) / 2.0;
         // The last one always has its label.
@@ -177,23 +177,23 @@ fn x_axis(ink: &mut Ink, values: &[f64], places: &Places, y: f64) {
             _ => f64::INFINITY,
         };
         if x - half >= from && x + half <= to {
-            ink.text(x, y + 20.0, "label soft", Anchor::Middle, &label);
+            canvas.text(x, y + 20.0, "label soft", Anchor::Middle, &label);
             from = x + half + 6.0;
         }
     }
 }
 
-fn without_samples(ink: &mut Ink, sheet: &Sheet, curves: &[Curve], y: f64) -> f64 {
+fn without_samples(canvas: &mut Canvas, chart: &Chart, curves: &[Curve], y: f64) -> f64 {
     let has_line = |name: &str| curves.iter().any(|curve| curve.name == name);
     let without: Vec<&str> =
-        sheet.contenders.iter().copied().filter(|name| !has_line(name)).collect();
+        chart.contenders.iter().copied().filter(|name| !has_line(name)).collect();
     if without.is_empty() {
         return y;
     }
     let note = format!("No sample of {}.", without.join(", "));
     let lines = super::wrap(&note, LABEL, RIGHT - LEFT);
     for (line_idx, line) in lines.iter().enumerate() {
-        ink.text(LEFT, y + 14.0 + 16.0 * line_idx as f64, "label soft", Anchor::Start, line);
+        canvas.text(LEFT, y + 14.0 + 16.0 * line_idx as f64, "label soft", Anchor::Start, line);
     }
     y + 16.0 * lines.len() as f64 + 2.0
 }
@@ -201,19 +201,19 @@ fn without_samples(ink: &mut Ink, sheet: &Sheet, curves: &[Curve], y: f64) -> f6
 impl Axis {
     fn of(curves: &[Curve], top: f64, bottom: f64) -> Axis {
         let spreads = || curves.iter().flat_map(|curve| &curve.points).map(|point| point.spread);
-        let least = spreads().map(|spread| spread.least).fold(f64::INFINITY, f64::min);
-        let most = spreads().map(|spread| spread.most).fold(f64::NEG_INFINITY, f64::max);
+        let min = spreads().map(|spread| spread.min).fold(f64::INFINITY, f64::min);
+        let max = spreads().map(|spread| spread.max).fold(f64::NEG_INFINITY, f64::max);
         let medians = spreads().map(|spread| spread.median);
         let (lowest, highest) = medians.fold((f64::INFINITY, f64::NEG_INFINITY), |span, median| {
             (span.0.min(median), span.1.max(median))
         });
-        let is_log = least > 0.0 && highest > lowest * MOST_LINEAR;
+        let is_log = min > 0.0 && highest > lowest * MAX_LINEAR;
         let ticks = if is_log {
-            log_ticks(least, most)
+            log_ticks(min, max)
         } else if highest > 0.0 {
-            ticks(least.min(0.0), most.min(highest * MOST_WHISKER))
+            ticks(min.min(0.0), max.min(highest * MAX_WHISKER))
         } else {
-            ticks(least.min(0.0), most.max(0.0))
+            ticks(min.min(0.0), max.max(0.0))
         };
         Axis { ticks, is_log, top, bottom }
     }

@@ -9,9 +9,9 @@ mod curves;
 mod palette;
 mod scale;
 
-use crate::report::{Better, Report, Sheet};
-use canvas::{Anchor, Ink, width, wrap};
-use palette::Hue;
+use crate::report::{Better, Chart, Report};
+use canvas::{Anchor, Canvas, width, wrap};
+use palette::Color;
 
 /// The picture's width; its height is what the content needs.
 const WIDTH: f64 = 760.0;
@@ -35,21 +35,21 @@ pub struct Picture {
 /// else.
 pub fn pictures(report: &Report) -> Vec<Picture> {
     let mut pictures: Vec<Picture> = vec![];
-    for sheet in report.sheets().iter().filter(|sheet| is_measured(sheet)) {
-        let stem = format!("{}-{}-{}", report.date, report.suite, slug(sheet.name));
+    for chart in report.charts().iter().filter(|chart| is_measured(chart)) {
+        let stem = format!("{}-{}-{}", report.date, report.suite, slug(chart.name));
         // Two names may differ in what a slug lacks only.
-        let n_same = pictures.iter().filter(|picture| slug(&picture.figure) == slug(sheet.name));
+        let n_same = pictures.iter().filter(|picture| slug(&picture.figure) == slug(chart.name));
         let stem = match n_same.count() {
             0 => stem,
             n => format!("{stem}-{}", n + 1),
         };
-        pictures.push(Picture { figure: sheet.name.to_owned(), stem, svg: draw(report, sheet) });
+        pictures.push(Picture { figure: chart.name.to_owned(), stem, svg: draw(report, chart) });
     }
     pictures
 }
 
-fn is_measured(sheet: &Sheet) -> bool {
-    let mut rows = sheet.figures.iter().flat_map(|figure| &figure.rows);
+fn is_measured(chart: &Chart) -> bool {
+    let mut rows = chart.figures.iter().flat_map(|figure| &figure.rows);
     rows.any(|row| row.spread.is_some_and(|spread| spread.is_finite()))
 }
 
@@ -60,33 +60,33 @@ fn slug(name: &str) -> String {
     words.collect::<Vec<_>>().join("-")
 }
 
-fn draw(report: &Report, sheet: &Sheet) -> String {
-    let mut ink = Ink::default();
-    let y = header(&mut ink, report, sheet);
-    let y = match sheet.axis {
-        Some(axis) => curves::draw(&mut ink, sheet, axis, y),
-        None => bars::draw(&mut ink, sheet, y),
+fn draw(report: &Report, chart: &Chart) -> String {
+    let mut canvas = Canvas::default();
+    let y = header(&mut canvas, report, chart);
+    let y = match chart.axis {
+        Some(axis) => curves::draw(&mut canvas, chart, axis, y),
+        None => bars::draw(&mut canvas, chart, y),
     };
-    let height = footer(&mut ink, report, y);
-    let hues: Vec<Hue> = sheet.contenders.iter().map(|name| Hue::of(name)).collect();
-    document(sheet, &hues, height, &ink)
+    let height = footer(&mut canvas, report, y);
+    let hues: Vec<Color> = chart.contenders.iter().map(|name| Color::of(name)).collect();
+    document(chart, &hues, height, &canvas)
 }
 
 /// Draws title and subtitle; returns where they end.
-fn header(ink: &mut Ink, report: &Report, sheet: &Sheet) -> f64 {
+fn header(canvas: &mut Canvas, report: &Report, chart: &Chart) -> f64 {
     let mut y = 16.0;
-    for line in wrap(sheet.name, TITLE, RIGHT - LEFT) {
+    for line in wrap(chart.name, TITLE, RIGHT - LEFT) {
         y += 21.0;
-        ink.text(LEFT, y, "title", Anchor::Start, &line);
+        canvas.text(LEFT, y, "title", Anchor::Start, &line);
     }
     y += 20.0;
-    arrow(ink, LEFT + 5.0, y - 4.5, sheet.better, sheet.axis.is_some());
-    let mut subtitle = sheet.subtitle();
-    let bases = sheet.bases();
+    arrow(canvas, LEFT + 5.0, y - 4.5, chart.better, chart.axis.is_some());
+    let mut subtitle = chart.subtitle();
+    let bases = chart.bases();
     if !bases.is_empty() {
         subtitle += &format!(" · × is the ratio to {bases}");
     }
-    if !bases.is_empty() && sheet.axis.is_none() {
+    if !bases.is_empty() && chart.axis.is_none() {
         subtitle += ", the dotted line";
     }
     if report.is_quick {
@@ -94,34 +94,34 @@ fn header(ink: &mut Ink, report: &Report, sheet: &Sheet) -> f64 {
     }
     for (line_idx, line) in wrap(&subtitle, SUBTITLE, RIGHT - LEFT - 16.0).iter().enumerate() {
         y += if line_idx > 0 { 17.0 } else { 0.0 };
-        ink.text(LEFT + 16.0, y, "sub", Anchor::Start, line);
+        canvas.text(LEFT + 16.0, y, "sub", Anchor::Start, line);
     }
     y + 12.0
 }
 
 /// An arrow to where better is: along the bars, or up and down a curve's axis.
-fn arrow(ink: &mut Ink, x: f64, y: f64, better: Better, is_upright: bool) {
+fn arrow(canvas: &mut Canvas, x: f64, y: f64, better: Better, is_upright: bool) {
     let path = match (is_upright, better) {
         (false, Better::Higher) => "M-5 0H5M1 -4L5 0L1 4",
         (false, Better::Lower) => "M5 0H-5M-1 -4L-5 0L-1 4",
         (true, Better::Higher) => "M0 5V-5M-4 -1L0 -5L4 -1",
         (true, Better::Lower) => "M0 -5V5M-4 1L0 5L4 1",
     };
-    ink.path_at(x, y, "arrow", path);
+    canvas.path_at(x, y, "arrow", path);
 }
 
 /// Draws how and where it was measured; returns the picture's height.
-fn footer(ink: &mut Ink, report: &Report, mut y: f64) -> f64 {
+fn footer(canvas: &mut Canvas, report: &Report, mut y: f64) -> f64 {
     y += 8.0;
     let how = match report.n_rounds {
         1 => "one round".to_owned(),
-        n => format!("median of {n} interleaved rounds, whiskers from least to most"),
+        n => format!("median of {n} interleaved rounds, whiskers from minimum to maximum"),
     };
     let how = if report.is_quick { format!("QUICK RUN, {how}") } else { how };
     let caption = format!("{} {}: {how}. {}", report.date, report.suite, report.machine.caption());
     for line in wrap(caption.trim_end(), CAPTION, RIGHT - LEFT) {
         y += 14.0;
-        ink.text(LEFT, y, "caption", Anchor::Start, &line);
+        canvas.text(LEFT, y, "caption", Anchor::Start, &line);
     }
     y + 16.0
 }
@@ -133,33 +133,33 @@ const LABEL: f64 = 12.0;
 const CAPTION: f64 = 10.5;
 
 /// A contender's name, no wider than this.
-fn short(name: &str, most: f64) -> String {
-    if width(name, LABEL) <= most {
+fn short(name: &str, max: f64) -> String {
+    if width(name, LABEL) <= max {
         return name.to_owned();
     }
     let mut short = name.to_owned();
-    while !short.is_empty() && width(&short, LABEL) + width("…", LABEL) > most {
+    while !short.is_empty() && width(&short, LABEL) + width("…", LABEL) > max {
         short.pop();
     }
     format!("{}…", short.trim_end())
 }
 
 /// The document around what was drawn.
-fn document(sheet: &Sheet, hues: &[Hue], height: f64, ink: &Ink) -> String {
+fn document(chart: &Chart, hues: &[Color], height: f64, canvas: &Canvas) -> String {
     let rules = |dark: bool| {
-        let hue = |(idx, hue): (usize, &Hue)| {
+        let hue = |(idx, hue): (usize, &Color)| {
             format!(".h{idx}{{--hue:{}}}", if dark { hue.dark } else { hue.light })
         };
         hues.iter().enumerate().map(hue).collect::<String>()
     };
-    let conditions: Vec<String> = sheet.figures.iter().map(|figure| figure.label()).collect();
+    let conditions: Vec<String> = chart.figures.iter().map(|figure| figure.label()).collect();
     let description = format!(
         "{}. Contenders: {}. Conditions: {}.",
-        sheet.subtitle(),
-        sheet.contenders.join(", "),
+        chart.subtitle(),
+        chart.contenders.join(", "),
         conditions.join("; ")
     );
-    let (title, description) = (canvas::escape(sheet.name), canvas::escape(&description));
+    let (title, description) = (canvas::escape(chart.name), canvas::escape(&description));
     format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{WIDTH}\" height=\"{height:.0}\" \
          viewBox=\"0 0 {WIDTH} {height:.0}\" role=\"img\" aria-labelledby=\"title desc\">\n\
@@ -168,7 +168,7 @@ fn document(sheet: &Sheet, hues: &[Hue], height: f64, ink: &Ink) -> String {
          <rect class=\"paper\" width=\"{WIDTH}\" height=\"{height:.0}\"/>\n{}</svg>\n",
         rules(false),
         rules(true),
-        ink.drawn(),
+        canvas.drawn(),
     )
 }
 

@@ -6,7 +6,7 @@
 
 /// A colour on white and one on black, and a shape beside it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Hue {
+pub struct Color {
     pub light: &'static str,
     pub dark: &'static str,
     /// A path around the origin.
@@ -20,21 +20,21 @@ const TRIANGLE: &str = "M0 -4.5L4.8 3.8H-4.8Z";
 const WEDGE: &str = "M0 4.5L4.8 -3.8H-4.8Z";
 const CROSS: &str = "M-1.6 -4.5H1.6V-1.6H4.5V1.6H1.6V4.5H-1.6V1.6H-4.5V-1.6H-1.6Z";
 
-const ACCENT: Hue = Hue { light: "#e8590c", dark: "#ff7a2f", marker: CIRCLE };
-const NEUTRAL: Hue = Hue { light: "#8a929c", dark: "#8b949e", marker: SQUARE };
+const ACCENT: Color = Color { light: "#e8590c", dark: "#ff7a2f", marker: CIRCLE };
+const NEUTRAL: Color = Color { light: "#8a929c", dark: "#8b949e", marker: SQUARE };
 
-const INDIGO: Hue = Hue { light: "#6c68bb", dark: "#8a86d6", marker: DIAMOND };
-const CYAN: Hue = Hue { light: "#74b3d8", dark: "#74b0d0", marker: TRIANGLE };
-const TEAL: Hue = Hue { light: "#4fa396", dark: "#4f9f93", marker: WEDGE };
-const GREEN: Hue = Hue { light: "#5b9a69", dark: "#5c9a6a", marker: SQUARE };
-const OLIVE: Hue = Hue { light: "#9c9c50", dark: "#9d9d55", marker: CROSS };
-const SAND: Hue = Hue { light: "#c9b25c", dark: "#c2b06a", marker: DIAMOND };
-const ROSE: Hue = Hue { light: "#cf8590", dark: "#c87f8a", marker: TRIANGLE };
-const WINE: Hue = Hue { light: "#9c5a7b", dark: "#ab6b8c", marker: WEDGE };
-const PURPLE: Hue = Hue { light: "#b47cac", dark: "#b07aa8", marker: CROSS };
+const INDIGO: Color = Color { light: "#6c68bb", dark: "#8a86d6", marker: DIAMOND };
+const CYAN: Color = Color { light: "#74b3d8", dark: "#74b0d0", marker: TRIANGLE };
+const TEAL: Color = Color { light: "#4fa396", dark: "#4f9f93", marker: WEDGE };
+const GREEN: Color = Color { light: "#5b9a69", dark: "#5c9a6a", marker: SQUARE };
+const OLIVE: Color = Color { light: "#9c9c50", dark: "#9d9d55", marker: CROSS };
+const SAND: Color = Color { light: "#c9b25c", dark: "#c2b06a", marker: DIAMOND };
+const ROSE: Color = Color { light: "#cf8590", dark: "#c87f8a", marker: TRIANGLE };
+const WINE: Color = Color { light: "#9c5a7b", dark: "#ab6b8c", marker: WEDGE };
+const PURPLE: Color = Color { light: "#b47cac", dark: "#b07aa8", marker: CROSS };
 
 /// By what a name begins with; the first that fits.
-const NAMED: [(&str, Hue); 24] = [
+const NAMED: [(&str, Color); 24] = [
     ("nohop", ACCENT),
     ("direct", NEUTRAL),
     ("haproxy http", CYAN),
@@ -61,11 +61,11 @@ const NAMED: [(&str, Hue); 24] = [
     ("dns", GREEN),
 ];
 
-const OTHERS: [Hue; 9] = [WINE, TEAL, SAND, INDIGO, ROSE, OLIVE, CYAN, PURPLE, GREEN];
+const OTHERS: [Color; 9] = [WINE, TEAL, SAND, INDIGO, ROSE, OLIVE, CYAN, PURPLE, GREEN];
 
-impl Hue {
+impl Color {
     /// Of a contender, by its name: one that isn't known here gets one that depends on its name only.
-    pub fn of(name: &str) -> Hue {
+    pub fn of(name: &str) -> Color {
         let name = name.to_lowercase();
         match NAMED.iter().find(|(known, _)| name.starts_with(known)) {
             // A variant of nohop is not nohop: there is one accent in a picture.
@@ -93,9 +93,9 @@ mod tests {
             ("HAProxy http", CYAN),
             ("Envoy tcp", PURPLE),
         ] {
-            assert_eq!(Hue::of(name), hue, "{name}");
+            assert_eq!(Color::of(name), hue, "{name}");
         }
-        assert_ne!(Hue::of("nohop, IPv6"), ACCENT);
-        assert_eq!(Hue::of("whatever"), Hue::of("Whatever"));
+        assert_ne!(Color::of("nohop, IPv6"), ACCENT);
+        assert_eq!(Color::of("whatever"), Color::of("Whatever"));
     }
 }

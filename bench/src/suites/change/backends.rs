@@ -19,15 +19,15 @@ use crate::node::Node;
 const STARTED: &str = "all listen";
 
 /// Instances that were started together; what is alive of them ends with this.
-pub struct Crew {
+pub struct Batch {
     /// Them, in the order of their numbers.
-    pub members: Vec<Member>,
+    pub instances: Vec<Instance>,
     process: Process,
 }
 
 /// An instance at work.
 #[derive(Clone, Debug)]
-pub struct Member {
+pub struct Instance {
     /// Its name, under which it is registered, and by which it answers.
     pub name: String,
     /// Where it listens.
@@ -36,12 +36,12 @@ pub struct Member {
     pidfd: Arc<OwnedFd>,
 }
 
-impl Crew {
+impl Batch {
     /// Starts `n` instances, numbered from `first` on, and waits until they listen.
     ///
     /// # Errors
     /// When one can't.
-    pub fn start(node: &Node, first: usize, n: usize) -> Result<Crew> {
+    pub fn start(node: &Node, first: usize, n: usize) -> Result<Batch> {
         let mut command = node.backend_place().command(std::env::current_exe()?);
         command.args(["instances", &first.to_string(), &n.to_string()]);
         let process = Process::spawn("instances", command)?;
@@ -49,23 +49,23 @@ impl Crew {
         let pids = line.trim_start_matches(STARTED).split_whitespace();
         let pids: Vec<Pid> = pids.filter_map(|pid| Pid::from_raw(pid.parse().ok()?)).collect();
         ensure!(pids.len() == n, "{n} instances were to start: {line}");
-        let member = |(idx, pid)| -> Result<Member> {
+        let instance = |(idx, pid)| -> Result<Instance> {
             let pidfd = pidfd_open(pid, PidfdFlags::empty()).context("open a pidfd")?;
-            Ok(Member { name: name(idx), address: address(idx), pidfd: Arc::new(pidfd) })
+            Ok(Instance { name: name(idx), address: address(idx), pidfd: Arc::new(pidfd) })
         };
-        let members = (first..).zip(pids).map(member).collect::<Result<_>>()?;
-        Ok(Crew { members, process })
+        let instances = (first..).zip(pids).map(instance).collect::<Result<_>>()?;
+        Ok(Batch { instances, process })
     }
 }
 
-impl Drop for Crew {
+impl Drop for Batch {
     fn drop(&mut self) {
-        self.members.iter().for_each(Member::kill);
+        self.instances.iter().for_each(Instance::kill);
         let _ = self.process.wait_for_exit();
     }
 }
 
-impl Member {
+impl Instance {
     /// Ends it, as a crash would: its connections are reset, and connects to refused.
     pub fn kill(&self) {
         let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
@@ -73,9 +73,9 @@ impl Member {
 
     /// One that isn't at work: ending it ends nothing.
     #[cfg(test)]
-    pub fn unborn(name: &str) -> Member {
+    pub fn fake(name: &str) -> Instance {
         let null = std::fs::File::open("/dev/null").expect("there is one");
-        Member { name: name.into(), address: address(0), pidfd: Arc::new(null.into()) }
+        Instance { name: name.into(), address: address(0), pidfd: Arc::new(null.into()) }
     }
 
     /// The first line of its answers.

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use super::backends::Member;
+use super::backends::Instance;
 use super::site::Site;
 use crate::generators;
 use crate::node::CpuTimes;
@@ -30,9 +30,9 @@ const TAIL: Duration = Duration::from_millis(500);
 /// What a deploy does.
 #[derive(Debug)]
 enum Act<'a> {
-    Register(&'a Member),
-    Deregister(&'a Member),
-    Kill(&'a Member),
+    Register(&'a Instance),
+    Deregister(&'a Instance),
+    Kill(&'a Instance),
 }
 
 /// What came of a deploy.
@@ -49,15 +49,15 @@ pub struct Deploy {
 /// When Consul refuses a change, or nothing can be measured.
 pub fn measure(site: &mut Site, n_changes: usize) -> Result<Deploy> {
     ensure!(n_changes / 2 >= N_INSTANCES, "too few changes to replace all instances");
-    site.renew(N_INSTANCES)?;
-    let mut new = site.recruit(n_changes / 2)?;
+    site.replace(N_INSTANCES)?;
+    let mut new = site.start_more(n_changes / 2)?;
     let seconds = LEAD + PAUSE * n_changes as u32 + SHUTDOWN_DELAY + TAIL;
     let arguments = format!(
         "http {} --rate {RATE} --seconds {} --connections 64 --timeout-ms 2000 --close",
         site.address,
         seconds.as_secs_f64()
     );
-    let acts = schedule(&site.crew.members, &new.members);
+    let acts = schedule(&site.batch.instances, &new.instances);
     let before = site.node.cpu_times()?;
     let (found, done) = thread::scope(|scope| {
         let load = scope.spawn(|| generators::load(site.node.client_place(), &arguments));
@@ -66,25 +66,25 @@ pub fn measure(site: &mut Site, n_changes: usize) -> Result<Deploy> {
         (load.join(), done)
     });
     let cpu = site.node.cpu_times()?.since(before);
-    let n_gone = new.members.len() - N_INSTANCES;
+    let n_gone = new.instances.len() - N_INSTANCES;
     if done.is_err() {
         // The next one is to begin with the same instances as if all had gone well.
-        for member in site.crew.members.iter().chain(&new.members[..n_gone]) {
-            let _ = site.deregister(&member.name);
+        for instance in site.batch.instances.iter().chain(&new.instances[..n_gone]) {
+            let _ = site.deregister(&instance.name);
         }
-        for member in &new.members[n_gone..] {
-            let _ = site.register(member);
+        for instance in &new.instances[n_gone..] {
+            let _ = site.register(instance);
         }
     }
-    new.members.drain(..n_gone).for_each(|member| member.kill());
-    site.crew = new;
+    new.instances.drain(..n_gone).for_each(|instance| instance.kill());
+    site.batch = new;
     done?;
     let found = found.ok().context("the load's thread panicked")??;
     Ok(Deploy { found, cpu })
 }
 
 /// When to do what: the oldest leaves whenever a new one has come.
-fn schedule<'a>(old: &'a [Member], new: &'a [Member]) -> Vec<(Duration, Act<'a>)> {
+fn schedule<'a>(old: &'a [Instance], new: &'a [Instance]) -> Vec<(Duration, Act<'a>)> {
     let mut acts = Vec::new();
     for (nth, (coming, leaving)) in new.iter().zip(old.iter().chain(new)).enumerate() {
         let at = PAUSE * 2 * nth as u32;
@@ -101,9 +101,9 @@ fn play(site: &Site, acts: &[(Duration, Act)]) -> Result<()> {
     for (at, act) in acts {
         thread::sleep((start + *at).saturating_duration_since(Instant::now()));
         match act {
-            Act::Register(member) => site.register(member)?,
-            Act::Deregister(member) => site.deregister(&member.name)?,
-            Act::Kill(member) => member.kill(),
+            Act::Register(instance) => site.register(instance)?,
+            Act::Deregister(instance) => site.deregister(&instance.name)?,
+            Act::Kill(instance) => instance.kill(),
         }
     }
     Ok(())
@@ -115,17 +115,17 @@ mod tests {
 
     #[test]
     fn the_oldest_leaves_when_a_new_one_has_come() {
-        let members = |names: &[&str]| -> Vec<Member> {
-            names.iter().map(|name| Member::unborn(name)).collect()
+        let instances = |names: &[&str]| -> Vec<Instance> {
+            names.iter().map(|name| Instance::fake(name)).collect()
         };
-        let (old, new) = (members(&["a"]), members(&["b", "c", "d"]));
+        let (old, new) = (instances(&["a"]), instances(&["b", "c", "d"]));
         let acts = schedule(&old, &new);
         let told: Vec<String> = acts
             .iter()
             .map(|(at, act)| match act {
-                Act::Register(member) => format!("{} +{}", at.as_millis(), member.name),
-                Act::Deregister(member) => format!("{} -{}", at.as_millis(), member.name),
-                Act::Kill(member) => format!("{} x{}", at.as_millis(), member.name),
+                Act::Register(instance) => format!("{} +{}", at.as_millis(), instance.name),
+                Act::Deregister(instance) => format!("{} -{}", at.as_millis(), instance.name),
+                Act::Kill(instance) => format!("{} x{}", at.as_millis(), instance.name),
             })
             .collect();
         let expected =

@@ -85,7 +85,7 @@ fn runtime(socket: &Path) -> Result<()> {
     let mut blocking = Blocking::new(SERVICE);
     let mut slots = Slots::new(N_SLOTS);
     loop {
-        let commands = slots.become_those(&blocking.next()?.into_values().collect())?;
+        let commands = slots.update(&blocking.next()?.into_values().collect())?;
         if !commands.is_empty() {
             say(socket, &commands)?;
         }
@@ -121,7 +121,7 @@ impl Slots {
     }
 
     /// What to tell HAProxy, so that these serve and no others.
-    fn become_those(&mut self, those: &BTreeSet<SocketAddrV4>) -> Result<Vec<String>> {
+    fn update(&mut self, those: &BTreeSet<SocketAddrV4>) -> Result<Vec<String>> {
         let server = |slot_idx: usize| format!("set server {SERVICE}/s{}", slot_idx + 1);
         let is_taken_by = |address: &SocketAddrV4| self.taken.contains(&Some(*address));
         let new: Vec<_> = those.iter().filter(|address| !is_taken_by(address)).copied().collect();
@@ -173,7 +173,7 @@ mod tests {
             (&[3, 4], Some(&["s1 addr 10.98.1.4 port 8080", "s1 state ready", "s2 state maint"])),
             (&[1, 2, 3, 4], None),
         ] {
-            let said = slots.become_those(&those.iter().copied().map(at).collect());
+            let said = slots.update(&those.iter().copied().map(at).collect());
             let expected: Option<Vec<String>> = expected.map(|commands| {
                 commands.iter().map(|command| format!("set server web/{command}")).collect()
             });

@@ -19,7 +19,7 @@ use crate::node::{Layout, Node};
 use crate::peers::{ENVOY, HAPROXY_HTTP, HAPROXY_TCP, NOHOP, PEERS, Protocol};
 use crate::progress::Progress;
 use crate::report::Contender;
-use crate::report_builder::{Demand, Draft, Quantity};
+use crate::report_builder::{Draft, Limit, Quantity};
 use crate::stats::{Spread, quantile};
 use single_change::Delays;
 use site::{Kind, Site};
@@ -281,19 +281,19 @@ fn judge(draft: &mut Draft, n_deploy: usize, deploy_condition: &str) {
     let failed = (!rounds.is_empty()).then(|| rounds.iter().sum());
     draft.goal(
         "registration to the first connection that lands on the new backend, nohop's median",
-        Demand::AtMost(10.0),
+        Limit::AtMost(10.0),
         &arrival,
         "ms",
     );
     draft.goal(
         "the same, nohop over HAProxy's Runtime API by the same blocking query",
-        Demand::AtMost(1.0),
+        Limit::AtMost(1.0),
         &ratios,
         "",
     );
     draft.goal_of_count(
         &format!("nohop's failed requests during {n_deploy} changes, in all rounds together"),
-        Demand::AtMost(0.0),
+        Limit::AtMost(0.0),
         failed,
     );
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use super::backends::Member;
+use super::backends::Instance;
 use super::site::Site;
 use crate::generators;
 
@@ -26,8 +26,8 @@ const SETTLING: Duration = Duration::from_millis(500);
 /// # Errors
 /// When Consul refuses a change, or nothing can be measured.
 pub fn measure(site: &mut Site, counted: Duration) -> Result<(f64, f64)> {
-    site.renew(N_INSTANCES)?;
-    let new = site.recruit(N_INSTANCES)?;
+    site.replace(N_INSTANCES)?;
+    let new = site.start_more(N_INSTANCES)?;
     let warmup = LEAD + SETTLING;
     let arguments = format!(
         "http {} --rate {RATE} --seconds {} --warmup-ms {} --connections {N_CONNECTIONS}",
@@ -38,20 +38,20 @@ pub fn measure(site: &mut Site, counted: Duration) -> Result<(f64, f64)> {
     let (found, done) = thread::scope(|scope| {
         let load = scope.spawn(|| generators::load(site.node.client_place(), &arguments));
         thread::sleep(LEAD);
-        let done = new.members.iter().try_for_each(|member| site.register(member));
+        let done = new.instances.iter().try_for_each(|instance| site.register(instance));
         (load.join(), done)
     });
     // The next round begins with the instances from before.
-    new.members.iter().try_for_each(|member| site.deregister(&member.name))?;
+    new.instances.iter().try_for_each(|instance| site.deregister(&instance.name))?;
     done?;
     let found = found.ok().context("the load's thread panicked")??;
-    Ok((share(&found, &new.members)?, generators::number(&found, "/n_failed")?))
+    Ok((share(&found, &new.instances)?, generators::number(&found, "/n_failed")?))
 }
 
-fn share(found: &Value, new: &[Member]) -> Result<f64> {
+fn share(found: &Value, new: &[Instance]) -> Result<f64> {
     let servers = found["servers"].as_object().context("nohop-load tells no servers")?;
     let count = |answer: &str| servers.get(answer).and_then(Value::as_u64).unwrap_or(0);
-    let n_new: u64 = new.iter().map(|member| count(&member.answer())).sum();
+    let n_new: u64 = new.iter().map(|instance| count(&instance.answer())).sum();
     let n_all: u64 = servers.values().filter_map(Value::as_u64).sum();
     ensure!(n_all > 0, "nothing was answered: {found}");
     Ok(100.0 * n_new as f64 / n_all as f64)
@@ -63,7 +63,7 @@ mod tests {
 
     #[test]
     fn shares_in_percent() {
-        let new = [Member::unborn("c"), Member::unborn("d")];
+        let new = [Instance::fake("c"), Instance::fake("d")];
         let found = serde_json::json!({ "servers": {
             "hello from a": 60, "hello from c": 30, "hello from d": 10, "(others)": 0,
         } });

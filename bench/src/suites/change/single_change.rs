@@ -36,21 +36,21 @@ pub struct Delays {
 /// # Errors
 /// When a change isn't seen in time.
 pub fn measure(site: &mut Site, n: usize) -> Result<Delays> {
-    let crew = site.recruit(n)?;
+    let batch = site.start_more(n)?;
     let probe = Probe::start(site)?;
-    site.crew.members.iter().try_for_each(|member| probe.await_first(member))?;
+    site.batch.instances.iter().try_for_each(|instance| probe.await_first(instance))?;
     let mut changes = Vec::new();
-    for member in &crew.members {
+    for instance in &batch.instances {
         let registered_ns = now_ns();
-        site.register(member)?;
-        let came = probe.await_first(member);
+        site.register(instance)?;
+        let came = probe.await_first(instance);
         thread::sleep(LIFE);
         let deregistered_ns = now_ns();
         // Also where it wasn't seen: nothing is to stay behind.
-        site.deregister(&member.name)?;
+        site.deregister(&instance.name)?;
         came?;
-        probe.await_silence(member)?;
-        changes.push(Change { answer: member.answer(), registered_ns, deregistered_ns });
+        probe.await_silence(instance)?;
+        changes.push(Change { answer: instance.answer(), registered_ns, deregistered_ns });
     }
     delays(&probe.stop()?, &changes)
 }

@@ -15,7 +15,7 @@ use testbed::nohop::Nohop;
 use testbed::process::Process;
 use testbed::tempdir::TempDir;
 
-use super::backends::{Crew, Member};
+use super::backends::{Batch, Instance};
 use super::{RELOAD_CONFIG, SERVICE};
 use crate::generators;
 use crate::node::Node;
@@ -48,7 +48,7 @@ pub struct Site {
     /// Where its clients connect the service.
     pub address: SocketAddrV4,
     /// The instances that are registered.
-    pub crew: Crew,
+    pub batch: Batch,
     n_started: usize,
     _running: Vec<Guard>,
     _consul: Consul,
@@ -68,13 +68,13 @@ impl Site {
         let http = format!("127.0.0.1 unix://{}", socket(&tempdir).display());
         let more = json!({ "addresses": { "http": http }, "log_level": "info" });
         let consul = Consul::dev_with(node.client_host(), more)?;
-        let crew = Crew::start(&node, 0, 1)?;
-        crew.members.iter().try_for_each(|member| register(&tempdir, member))?;
+        let batch = Batch::start(&node, 0, 1)?;
+        batch.instances.iter().try_for_each(|instance| register(&tempdir, instance))?;
         let (address, running) = kind.start(&node)?;
         let site = Site {
             name,
             address,
-            crew,
+            batch,
             n_started: 1,
             _running: running,
             _consul: consul,
@@ -82,20 +82,20 @@ impl Site {
             node,
         };
         let probe = Probe::start(&site)?;
-        site.crew.members.iter().try_for_each(|member| probe.await_first(member))?;
+        site.batch.instances.iter().try_for_each(|instance| probe.await_first(instance))?;
         Ok(site)
     }
 
     /// Starts instances, which nobody knows of yet. Names and addresses are never used again.
-    pub fn recruit(&mut self, n: usize) -> Result<Crew> {
+    pub fn start_more(&mut self, n: usize) -> Result<Batch> {
         let first = self.n_started;
         self.n_started += n;
-        Crew::start(&self.node, first, n)
+        Batch::start(&self.node, first, n)
     }
 
     /// Registers an instance with the agent, with a check that passes.
-    pub fn register(&self, member: &Member) -> Result<()> {
-        register(&self.tempdir, member)
+    pub fn register(&self, instance: &Instance) -> Result<()> {
+        register(&self.tempdir, instance)
     }
 
     /// Removes an instance from the agent; it goes on.
@@ -105,15 +105,15 @@ impl Site {
     }
 
     /// Replaces all instances by `n` new ones, and waits until connections reach all of these and none else.
-    pub fn renew(&mut self, n: usize) -> Result<()> {
-        let crew = self.recruit(n)?;
+    pub fn replace(&mut self, n: usize) -> Result<()> {
+        let batch = self.start_more(n)?;
         let probe = Probe::start(self)?;
-        self.crew.members.iter().try_for_each(|member| probe.await_first(member))?;
-        crew.members.iter().try_for_each(|member| self.register(member))?;
-        crew.members.iter().try_for_each(|member| probe.await_first(member))?;
-        self.crew.members.iter().try_for_each(|member| self.deregister(&member.name))?;
-        self.crew.members.iter().try_for_each(|member| probe.await_silence(member))?;
-        self.crew = crew;
+        self.batch.instances.iter().try_for_each(|instance| probe.await_first(instance))?;
+        batch.instances.iter().try_for_each(|instance| self.register(instance))?;
+        batch.instances.iter().try_for_each(|instance| probe.await_first(instance))?;
+        self.batch.instances.iter().try_for_each(|instance| self.deregister(&instance.name))?;
+        self.batch.instances.iter().try_for_each(|instance| probe.await_silence(instance))?;
+        self.batch = batch;
         Ok(())
     }
 }
@@ -122,8 +122,8 @@ fn socket(tempdir: &TempDir) -> PathBuf {
     tempdir.path().join("consul.sock")
 }
 
-fn register(tempdir: &TempDir, member: &Member) -> Result<()> {
-    let instance = consul::instance(SERVICE, &member.name, member.address);
+fn register(tempdir: &TempDir, instance: &Instance) -> Result<()> {
+    let instance = consul::instance(SERVICE, &instance.name, instance.address);
     let path = "/v1/agent/service/register";
     ask(&socket(tempdir), "PUT", path, &instance.to_string()).map(drop)
 }
@@ -226,17 +226,17 @@ impl Probe {
     }
 
     /// Waits until it has answered.
-    pub fn await_first(&self, member: &Member) -> Result<()> {
-        self.await_line("first", member)
+    pub fn await_first(&self, instance: &Instance) -> Result<()> {
+        self.await_line("first", instance)
     }
 
     /// Waits until it hasn't answered any more for 300 ms.
-    pub fn await_silence(&self, member: &Member) -> Result<()> {
-        self.await_line("silent", member)
+    pub fn await_silence(&self, instance: &Instance) -> Result<()> {
+        self.await_line("silent", instance)
     }
 
-    fn await_line(&self, what: &str, member: &Member) -> Result<()> {
-        let line = format!("{what} {}", member.answer());
+    fn await_line(&self, what: &str, instance: &Instance) -> Result<()> {
+        let line = format!("{what} {}", instance.answer());
         self.process.wait_for_line(&[&line]).map(drop)
     }
 

@@ -14,7 +14,7 @@ use anyhow::{Result, ensure};
 use crate::peers::NOHOP;
 use crate::progress::Progress;
 use crate::report::Contender;
-use crate::report_builder::{Demand, Draft, FixedRate, Quantity};
+use crate::report_builder::{Draft, FixedRate, Limit, Quantity};
 
 use super::site::UTILISATION;
 use site::{CONSUL, DNSMASQ, Site};
@@ -276,7 +276,7 @@ fn judge(draft: &mut Draft, plan: &Plan) {
         let figure = draft.find(RATE.name, &condition);
         let ratios = figure.map(|figure| figure.ratios(NOHOP, DNSMASQ)).unwrap_or_default();
         let what = format!("DNS queries a second, nohop over {DNSMASQ} ({condition})");
-        draft.goal(&what, Demand::AtLeast(1.0), &ratios, "");
+        draft.goal(&what, Limit::AtLeast(1.0), &ratios, "");
     }
     let lost = draft.find(LOST.name, &forwarding_condition(plan));
     let rounds = lost.and_then(|figure| figure.row(NOHOP)).map(|row| row.rounds.clone());
@@ -285,7 +285,7 @@ fn judge(draft: &mut Draft, plan: &Plan) {
     let sum = rounds.map(|rounds| rounds.iter().flatten().sum());
     draft.goal_of_count(
         "forwarded queries that nohop loses, of all rounds",
-        Demand::AtMost(0.0),
+        Limit::AtMost(0.0),
         sum,
     );
 }
