@@ -15,7 +15,7 @@ pub fn consul(bytes: &[u8]) {
 
 /// The configuration file.
 pub fn config(bytes: &[u8]) {
-    let read = config::Loaded::parse(Path::new("c.toml"), bytes, &[], &|_| None);
+    let read = config::LoadedConfig::parse(Path::new("c.toml"), bytes, &[], &|_| None);
     if let Err(errors) = read {
         assert!(!errors.to_string().is_empty());
     }

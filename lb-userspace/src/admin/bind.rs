@@ -20,30 +20,30 @@ const BACKLOG: i32 = 128;
 /// Why an address can't be listened on, with the fix.
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
-    /// A daemon answers there.
+    /// Another daemon listens there.
     #[error(
         "another daemon answers at {0}: stop it first, or choose another address with \
          --admin-listen"
     )]
     InUse(AdminAddress),
-    /// Something else has the name.
+    /// The path exists, and isn't a socket.
     #[error("{0} is there and is no socket: move it away, or choose another with --admin-listen")]
     NotASocket(PathBuf),
-    /// The directory of the socket can't be made.
+    /// The directory of the socket can't be created.
     #[error("can't make the directory {dir}: run as root, or choose another with --admin-listen")]
     Directory {
         /// The directory.
         dir: PathBuf,
-        /// What the system says.
+        /// The system's error.
         #[source]
         source: io::Error,
     },
-    /// The system refuses, for another reason.
+    /// bind() or listen() failed for another reason.
     #[error("can't listen on {address}: choose an address of your own with --admin-listen")]
     Refused {
         /// The address.
         address: AdminAddress,
-        /// What the system says.
+        /// The system's error.
         #[source]
         source: io::Error,
     },
@@ -85,8 +85,8 @@ fn identity(path: &Path) -> Option<(u64, u64)> {
     fs::symlink_metadata(path).ok().map(|metadata| (metadata.dev(), metadata.ino()))
 }
 
-/// Listens on each address. A unix socket's directory is made where it is missing, a socket that
-/// nobody listens on any more is replaced, and root's group may use the new one (0660).
+/// Listens on each address. The directory of a unix socket is created if it is missing, a stale socket
+/// is replaced, and root's group may use the new one (0660).
 ///
 /// Call it within a tokio runtime.
 ///
@@ -133,7 +133,7 @@ fn bind_unix(path: &Path) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
-/// The addresses of TCP that others than this host may reach.
+/// The TCP addresses that other hosts may reach.
 pub fn exposed(addresses: &[AdminAddress]) -> impl Iterator<Item = SocketAddr> {
     addresses.iter().filter_map(|address| match address {
         AdminAddress::Tcp(address) if !address.ip().to_canonical().is_loopback() => Some(*address),
@@ -166,7 +166,7 @@ fn clear_stale(path: &Path, address: &AdminAddress) -> Result<(), BindError> {
         Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
             fs::remove_file(path).map_err(refused)
         }
-        // Whoever listened went away meanwhile.
+        // The listener has gone meanwhile.
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
         Err(error) => Err(refused(error)),
     }

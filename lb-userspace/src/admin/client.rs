@@ -1,4 +1,4 @@
-//! How a command finds the daemon and asks it.
+//! The client of the admin interface: how a command finds the daemon and sends requests.
 
 use std::time::Duration;
 
@@ -7,24 +7,24 @@ use hyper::{Request, StatusCode};
 use serde::de::DeserializeOwned;
 use tokio::net::{TcpStream, UnixStream};
 
-use super::http::{Answer, ExchangeError, JSON, exchange};
+use super::http::{ExchangeError, HttpResponse, JSON, exchange};
 use crate::config::AdminAddress;
 
 pub use super::route::{explain_path, lookup_path};
 
-/// The address that is asked when neither a flag nor the environment names one.
+/// The address that is used when neither a flag nor the environment names one.
 pub const DEFAULT_ADDRESS: &str = "unix:/run/nohop/admin.sock";
 
-/// How long the daemon may take over an answer.
+/// The time limit of a response.
 const TIME_LIMIT: Duration = Duration::from_secs(5);
 
-/// How long it may take over a change: a reload waits for files, and for Consul to let go.
+/// The time limit of a change: a reload waits for files, and for requests to Consul to end.
 const CHANGE_LIMIT: Duration = Duration::from_secs(60);
 
-/// Why the daemon's word can't be had, with the fix.
+/// Why a request to the daemon failed, with the fix.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    /// The address is no address.
+    /// The address is invalid.
     #[error("{name}: {what}")]
     Address {
         /// Where it was given: `--admin` or `NOHOP_ADMIN`.
@@ -32,7 +32,7 @@ pub enum ClientError {
         /// What is wrong; the fix.
         what: String,
     },
-    /// Nobody listens.
+    /// No process listens there.
     #[error(
         "no daemon answers at {address}: is `nohop run` running? name another address with \
          --admin or NOHOP_ADMIN"
@@ -40,17 +40,17 @@ pub enum ClientError {
     Unreachable {
         /// The address.
         address: AdminAddress,
-        /// What the system says.
+        /// The system's error.
         #[source]
         source: std::io::Error,
     },
-    /// The socket is there, and not for this user.
-    #[error("may not talk to the daemon at {address}: run as root or as a member of its group")]
+    /// This user may not connect to the socket.
+    #[error("permission denied at {address}: run as root or as a member of the socket's group")]
     Forbidden {
         /// The address.
         address: AdminAddress,
     },
-    /// It takes too long.
+    /// The response takes too long.
     #[error("the daemon at {address} doesn't answer within {} s", limit.as_secs())]
     TimeLimit {
         /// The address.
@@ -58,10 +58,10 @@ pub enum ClientError {
         /// How long it had.
         limit: Duration,
     },
-    /// It takes too long, and may be at it still.
+    /// The response to a change takes too long, and the change may still happen.
     #[error(
-        "the daemon at {address} hasn't answered within {} s: it may still do what it was asked for; \
-         its log says what becomes of it",
+        "the daemon at {address} hasn't answered within {} s: it may still apply the change; \
+         its log has the outcome",
         limit.as_secs()
     )]
     UnknownOutcome {
@@ -70,8 +70,8 @@ pub enum ClientError {
         /// How long it had.
         limit: Duration,
     },
-    /// The answer broke off.
-    #[error("no answer comes from {address}: is it nohop that listens there?")]
+    /// The response is incomplete or isn't HTTP.
+    #[error("no valid response from {address}: does nohop listen there?")]
     Exchange {
         /// The address.
         address: AdminAddress,
@@ -79,18 +79,20 @@ pub enum ClientError {
         #[source]
         source: ExchangeError,
     },
-    /// The daemon refuses.
+    /// The daemon refused the request.
     #[error("the daemon at {address} answers {status}: {body}")]
     Refused {
         /// The address.
         address: AdminAddress,
         /// The status.
         status: StatusCode,
-        /// What it says.
+        /// The body of the response.
         body: String,
     },
-    /// The document is of another shape.
-    #[error("can't read what the daemon at {address} says: is it of the version of this command?")]
+    /// The document has other keys than this version expects.
+    #[error(
+        "can't read the response of the daemon at {address}: is it of the same version as this command?"
+    )]
     Document {
         /// The address.
         address: AdminAddress,
@@ -101,7 +103,7 @@ pub enum ClientError {
 }
 
 impl ClientError {
-    /// Whether it may be otherwise in a moment, as while a daemon starts.
+    /// Whether another try may succeed, as while a daemon starts.
     pub fn may_pass(&self) -> bool {
         !matches!(self, ClientError::Address { .. } | ClientError::Forbidden { .. })
     }
@@ -110,7 +112,7 @@ impl ClientError {
 /// The daemon's address: the flag `--admin`, else NOHOP_ADMIN, else [`DEFAULT_ADDRESS`].
 ///
 /// # Errors
-/// When what is said there is no address.
+/// When the value there isn't an address.
 pub fn find(
     flag: Option<&str>,
     env: &dyn Fn(&str) -> Option<String>,
@@ -124,11 +126,11 @@ pub fn find(
     text.parse().map_err(|what| ClientError::Address { name, what })
 }
 
-/// Asks for a document. One that comes with an error status, such as the explanation of an unknown
-/// name, is a document too.
+/// Fetches a document. One that comes with an error status, such as the explanation of an unknown
+/// name, is a document, too.
 ///
 /// # Errors
-/// When nobody answers within 5 s, or what comes isn't the document.
+/// When there is no response within 5 s, or it isn't the document.
 pub async fn get<T: DeserializeOwned>(
     address: &AdminAddress,
     path: &str,
@@ -149,7 +151,7 @@ pub async fn get_within<T: DeserializeOwned>(
     document(address, Request::get(path), limit, late).await
 }
 
-/// Has something done, and reads the document that tells of it.
+/// Posts a request, and reads the document of the response.
 ///
 /// # Errors
 /// As for [`get`], but after a minute: then the daemon may still do it.
@@ -188,7 +190,10 @@ async fn document<T: DeserializeOwned>(
         .map_err(|source| ClientError::Document { address: address.clone(), source })
 }
 
-async fn ask(address: &AdminAddress, request: request::Builder) -> Result<Answer, ClientError> {
+async fn ask(
+    address: &AdminAddress,
+    request: request::Builder,
+) -> Result<HttpResponse, ClientError> {
     let unreachable = |source: std::io::Error| match source.kind() {
         std::io::ErrorKind::PermissionDenied => ClientError::Forbidden { address: address.clone() },
         _ => ClientError::Unreachable { address: address.clone(), source },

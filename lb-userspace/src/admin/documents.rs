@@ -1,5 +1,4 @@
-//! Documents on their way to clients: rendered a few at a time, shared where that is right, and never
-//! more of them in memory than a bound.
+//! Documents on their way to clients: a bounded number of them is in memory, and each may be shared.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -10,7 +9,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::route::Route;
 
-/// How long a request waits for its turn.
+/// The time limit of a request's wait for its turn.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// A rendered document.
@@ -60,16 +59,16 @@ impl At {
 /// keeps it for as long as it is allowed to read.
 #[derive(Debug)]
 pub(super) struct Documents {
-    /// A place for each document that is being rendered, is kept or is read by somebody.
+    /// A permit for each document that is being rendered, is cached or is being read.
     places: Arc<Semaphore>,
-    /// The time for which a document serves others that ask for the same; zero for none.
+    /// How long a document is shared; zero: not at all.
     max_age: Duration,
     kept: Mutex<HashMap<Route, (Instant, Document)>>,
     /// Held while a document that may be shared is rendered: the others wait for it.
     turn: tokio::sync::Mutex<()>,
 }
 
-/// A body with the place that it takes, which is free once its last reader is done.
+/// A body with its permit, which is free once its last reader is done.
 struct Placed {
     body: Vec<u8>,
     _place: OwnedSemaphorePermit,
@@ -92,7 +91,8 @@ impl Documents {
         }
     }
 
-    /// The document of a route: one that was rendered at `at` and is young enough, or a new one.
+    /// The document of a route: a small one takes no place, so that slow readers of large ones can't
+    /// hold it up. Else one that was rendered at `at` and is young enough, or a new one.
     /// `None` where there was no place for it in time.
     pub(super) async fn get<F>(
         &self,
@@ -103,6 +103,10 @@ impl Documents {
     where
         F: Future<Output = (hyper::StatusCode, &'static str, Vec<u8>)>,
     {
+        if route.is_small() {
+            let (status, media_type, body) = render().await;
+            return Some(Document { status, media_type, at, body: body.into() });
+        }
         if self.max_age.is_zero() {
             return self.render(at, render).await;
         }
@@ -129,7 +133,7 @@ impl Documents {
         let place = match places.clone().try_acquire_owned() {
             Ok(place) => place,
             Err(_) => {
-                // What is kept and read by nobody gives its place first.
+                // Cached documents without readers free their permits first.
                 self.kept().clear();
                 tokio::time::timeout(PATIENCE, places.acquire_owned()).await.ok()?.ok()?
             }
@@ -187,6 +191,8 @@ mod tests {
         };
         tokio::task::yield_now().await;
         assert_eq!(n.load(Ordering::Relaxed), 2, "two readers hold a document each");
+        let ready = || async { (StatusCode::OK, "text/plain", Vec::new()) };
+        assert!(documents.get(&Route::Ready, at(3), ready).await.is_some());
         // One reader is done, and nobody else has its document.
         drop(first);
         assert!(third.await.unwrap().is_some());

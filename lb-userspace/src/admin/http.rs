@@ -11,12 +11,12 @@ use tokio::io::{AsyncRead, AsyncWrite};
 /// The media type of a JSON document.
 pub const JSON: &str = "application/json";
 
-/// The largest answer that is read, in bytes: several times what a node with full maps says.
+/// The largest response that is read, in bytes: several times that of a node with full maps.
 const MAX_BODY: usize = 256 << 20;
 
-/// An answer, read to its end.
+/// A response, read to its end.
 #[derive(Debug)]
-pub struct Answer {
+pub struct HttpResponse {
     /// The status.
     pub status: StatusCode,
     /// The headers.
@@ -25,16 +25,16 @@ pub struct Answer {
     pub body: Bytes,
 }
 
-/// Why there is no answer.
+/// Why there is no response.
 #[derive(Debug, thiserror::Error)]
 pub enum ExchangeError {
-    /// The request can't be written down, for one because of a blank in its path.
+    /// The request is invalid, for example because of a blank in its path.
     #[error("the request is malformed")]
     Request(#[source] hyper::http::Error),
-    /// The connection broke, or it isn't HTTP that comes.
+    /// The connection broke, or the response isn't HTTP.
     #[error("the connection broke")]
     Connection(#[source] hyper::Error),
-    /// The body broke off or is too long.
+    /// The body is incomplete or too long.
     #[error("the answer broke off: {0}")]
     Body(String),
 }
@@ -47,7 +47,7 @@ pub async fn exchange(
     stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
     request: request::Builder,
     host: &str,
-) -> Result<Answer, ExchangeError> {
+) -> Result<HttpResponse, ExchangeError> {
     let request =
         request.header("host", host).body(Empty::<Bytes>::new()).map_err(ExchangeError::Request)?;
     let (mut sender, connection) =
@@ -57,7 +57,7 @@ pub async fn exchange(
         let (head, body) = response.into_parts();
         let body = Limited::new(body, MAX_BODY).collect().await;
         let body = body.map_err(|error| ExchangeError::Body(error.to_string()))?.to_bytes();
-        Ok(Answer { status: head.status, headers: head.headers, body })
+        Ok(HttpResponse { status: head.status, headers: head.headers, body })
     };
     // The connection ends when the sender does; what breaks it also breaks the answer.
     let (answer, _) = tokio::join!(read, connection);

@@ -1,4 +1,4 @@
-//! The admin interface: HTTP on a unix socket, and what it says.
+//! The admin interface: JSON and metrics over HTTP, on a unix socket and on TCP.
 
 pub mod api;
 mod bind;

@@ -1,5 +1,5 @@
-//! Who may ask over TCP: what a browser sends along tells a page of another site from a client that
-//! was given the address.
+//! Which requests over TCP are accepted: the headers of a browser distinguish a page of another site
+//! from a client that was given the address.
 //!
 //! A page may have a browser send requests to 127.0.0.1 or into a private network, and read the
 //! answers under a name of its own that it has resolve to that address (DNS rebinding). A request
@@ -11,7 +11,7 @@ use std::net::IpAddr;
 use hyper::header::{HOST, HeaderMap, ORIGIN};
 use hyper::{Uri, Version};
 
-/// Why a request isn't answered.
+/// Why a request is refused.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum Foreign {
     #[error("HTTP/1.1 wants one Host header")]
@@ -69,7 +69,7 @@ pub(super) fn check_site(headers: &HeaderMap) -> Result<(), Foreign> {
 }
 
 /// Whether a Host, with or without a port, is an address or a name of ours: this machine's host name
-/// (`uname -n`) is nobody else's to resolve.
+/// (`uname -n`) can't be another site's.
 fn is_own(host: &str, hosts: &[String]) -> bool {
     let name = match host.strip_prefix('[') {
         Some(rest) => match rest.split_once(']') {

@@ -10,7 +10,7 @@ pub const MEDIA_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// What a number means over time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub enum MetricType {
     /// It only grows, but for restarts.
     Counter,
     /// It goes up and down.
@@ -23,7 +23,7 @@ pub struct Exposition(String);
 
 /// The samples of a family, all of one name.
 #[derive(Debug)]
-pub struct Family<'a> {
+pub struct MetricFamily<'a> {
     text: &'a mut String,
     name: &'static str,
 }
@@ -56,17 +56,23 @@ impl Histogram {
 impl Exposition {
     /// Begins a family. Its name and help are written even where it has no samples, so that what
     /// has not happened yet can be told from what is misspelt.
-    pub fn family(&mut self, name: &'static str, kind: Kind, help: &str) -> Family<'_> {
+    pub fn family(&mut self, name: &'static str, kind: MetricType, help: &str) -> MetricFamily<'_> {
         let kind = match kind {
-            Kind::Counter => "counter",
-            Kind::Gauge => "gauge",
+            MetricType::Counter => "counter",
+            MetricType::Gauge => "gauge",
         };
         self.head(name, kind, help);
-        Family { text: &mut self.0, name }
+        MetricFamily { text: &mut self.0, name }
     }
 
     /// A family of one sample without labels.
-    pub fn single(&mut self, name: &'static str, kind: Kind, help: &str, value: impl Display) {
+    pub fn single(
+        &mut self,
+        name: &'static str,
+        kind: MetricType,
+        help: &str,
+        value: impl Display,
+    ) {
         self.family(name, kind, help).sample(&[], value);
     }
 
@@ -118,7 +124,7 @@ impl Exposition {
     }
 }
 
-impl Family<'_> {
+impl MetricFamily<'_> {
     /// Adds a sample; its labels have to differ from those of the others.
     pub fn sample(&mut self, labels: &[(&str, &str)], value: impl Display) {
         self.text.push_str(self.name);
@@ -259,11 +265,11 @@ mod tests {
     #[test]
     fn families_are_written_as_the_format_wants_them() {
         let mut exposition = Exposition::default();
-        exposition.single("a_ready", Kind::Gauge, "Whether\nit is \\ ready.", 1);
-        let mut family = exposition.family("a_total", Kind::Counter, "Some.");
+        exposition.single("a_ready", MetricType::Gauge, "Whether\nit is \\ ready.", 1);
+        let mut family = exposition.family("a_total", MetricType::Counter, "Some.");
         family.sample(&[("name", "a\"b\\c\nd"), ("more", "é}")], 3_u64);
         family.sample(&[("name", "x"), ("more", "")], 0.5);
-        exposition.family("b_total", Kind::Counter, "None yet.");
+        exposition.family("b_total", MetricType::Counter, "None yet.");
         let mut histogram = Histogram::new(&[0.0005, 0.25, 10.0]);
         [0.0005, 0.0, 0.5, 20.0].into_iter().for_each(|value| histogram.observe(value));
         exposition.histogram("c_seconds", "How long.", &histogram);

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use hyper::Method;
 
-/// The routes, for whoever asked for another.
+/// The routes, for the response to an unknown one.
 pub(super) const ROUTES: &str = "\
 GET /v1/status
 GET /v1/services
@@ -38,6 +38,11 @@ pub(super) enum Route {
 }
 
 impl Route {
+    /// Whether its document is small, however many services and backends there are.
+    pub(super) fn is_small(&self) -> bool {
+        matches!(self, Route::Status | Route::Health | Route::Ready)
+    }
+
     /// Whether it does more than to show something: a lookup asks Consul and other resolvers, and is
     /// answered whatever `dns.allow` says.
     pub(super) fn has_effects(&self) -> bool {
@@ -56,13 +61,13 @@ pub(super) struct Wait {
 /// Why a request can't be answered.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum RouteError {
-    #[error("only {0} is answered here")]
+    #[error("only {0} is allowed here")]
     Method(&'static str),
-    #[error("over TCP nothing is changed or looked up: use the unix socket")]
+    #[error("not allowed over TCP: use the unix socket")]
     UnixOnly,
-    #[error("no such path. What there is:\n{ROUTES}")]
+    #[error("no such path. The routes are:\n{ROUTES}")]
     Path,
-    #[error("{name}: '{value}' is wrong; {fix}")]
+    #[error("{name}: '{value}' is invalid; {fix}")]
     Query { name: String, value: String, fix: &'static str },
 }
 

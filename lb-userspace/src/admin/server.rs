@@ -26,36 +26,36 @@ use super::documents::{At, Document, Documents};
 use super::origin::{Foreign, check_host, check_site};
 use super::prometheus;
 use super::route::{Route, RouteError, Wait, route};
-use super::slow::KeptUp;
+use super::slow::MinRate;
 use crate::terminal;
 
-/// The most connections of each unix socket, and of each address of TCP: they don't take one
-/// another's, so a stranger at a port can't lock root out of the socket.
+/// The most connections of each unix socket, and of each TCP address: each has its own, so a client
+/// at a port can't lock root out of the socket.
 const MAX_CONNECTIONS: [usize; 2] = [128, 64];
 /// Those of them that may wait for a change at any time.
 const MAX_WAITING: [usize; 2] = [96, 16];
 /// The documents that may be in memory for each.
 const MAX_DOCUMENTS: [usize; 2] = [8, 4];
-/// For how long a document may serve others over TCP. Over the unix socket each is new.
+/// How long a document is shared over TCP. Over the unix socket each is new.
 const SHARED_FOR: Duration = Duration::from_secs(1);
 /// The longest wait for a change over TCP.
 const MAX_TCP_WAIT: Duration = Duration::from_secs(60);
-/// How long a client may take over the head of a request, the pause before it included.
+/// The time limit of a request's head, the pause before it included.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
-/// What one connection too many is told.
+/// The response to a connection above the limit.
 const BUSY: &[u8] =
     b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\ncontent-length: 0\r\n\r\n";
-/// How long one connection too many may take over its request.
+/// The time limit of the request of such a connection.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(1);
 /// The most of those; further ones are closed at once.
 const MAX_BUSY: usize = 16;
-/// The pause after a connection couldn't be accepted, for one because files ran out.
+/// The pause after accept() failed, for example for lack of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// The header that says which generation of the table an answer shows.
+/// The header with the generation of the table that a response shows.
 pub const GENERATION_HEADER: &str = "x-nohop-generation";
 
-/// The header that says which revision of the status an answer shows, for `?after=`.
+/// The header with the revision of the status that a response shows, for `?after=`.
 pub const REVISION_HEADER: &str = "x-nohop-revision";
 
 /// What the admin interface shows.
@@ -64,26 +64,26 @@ pub trait View: Send + Sync + 'static {
     fn status(&self) -> api::Status;
     /// Every service, by name.
     fn services(&self) -> Vec<api::Service>;
-    /// What is known of a name; of an unknown one too.
+    /// The explanation of a name, also of an unknown one.
     fn explain(&self, name: &str) -> api::Explanation;
-    /// What DNS answers to a name and a type, or why there is nothing to answer.
+    /// DNS's answer for a name and a type, or why there is none.
     fn look_up(
         &self,
         name: &str,
         kind: &str,
     ) -> impl Future<Output = Result<api::Lookup, String>> + Send;
-    /// What is counted, as an exposition.
+    /// The metrics, in the text format of Prometheus.
     fn metrics(&self) -> String;
     /// The table's generation and the status' revision, as they grow.
     fn at(&self) -> watch::Receiver<At>;
-    /// Reads the configuration again, and takes over what differs.
+    /// Reloads the configuration.
     fn reload(&self) -> impl Future<Output = api::Reload> + Send;
 }
 
-/// What the clients of a listener may do, and how much of it at a time.
-struct Access {
-    /// Whether they may change anything, and ask for what has effects. Who may use the unix socket
-    /// its file's rights say; TCP is for whoever can reach it, a web page in a browser too.
+/// What the clients of a listener may do, and its limits.
+struct ListenerLimits {
+    /// Whether requests with effects are accepted. The mode of its file restricts the unix socket; a
+    /// TCP address is open to every client that can reach it, a web page in a browser included.
     may_change: bool,
     /// The names under which TCP may be addressed, beside addresses; `None` for the unix socket.
     hosts: Option<watch::Receiver<Vec<String>>>,
@@ -92,15 +92,17 @@ struct Access {
     waiting: Semaphore,
     max_wait: Duration,
     documents: Documents,
+    /// Its own, so that slow readers of other documents don't hold up a scrape.
+    metrics: Documents,
 }
 
-impl Access {
-    fn of(listener: &Listener, hosts: &watch::Receiver<Vec<String>>) -> Access {
+impl ListenerLimits {
+    fn of(listener: &Listener, hosts: &watch::Receiver<Vec<String>>) -> ListenerLimits {
         let (kind, hosts, max_wait, shared_for) = match listener {
             Listener::Unix(..) => (0, None, Duration::MAX, Duration::ZERO),
             Listener::Tcp(_) => (1, Some(hosts.clone()), MAX_TCP_WAIT, SHARED_FOR),
         };
-        Access {
+        ListenerLimits {
             may_change: hosts.is_none(),
             hosts,
             connections: Arc::new(Semaphore::new(MAX_CONNECTIONS[kind])),
@@ -108,6 +110,7 @@ impl Access {
             waiting: Semaphore::new(MAX_WAITING[kind]),
             max_wait,
             documents: Documents::new(MAX_DOCUMENTS[kind], shared_for),
+            metrics: Documents::new(MAX_DOCUMENTS[kind], shared_for),
         }
     }
 }
@@ -121,14 +124,14 @@ pub async fn serve<V: View>(
 ) {
     let mut accepts = JoinSet::new();
     for listener in listeners {
-        let access = Arc::new(Access::of(&listener, &hosts));
+        let access = Arc::new(ListenerLimits::of(&listener, &hosts));
         accepts.spawn(accept(listener, access, Arc::clone(&view)));
     }
     while accepts.join_next().await.is_some() {}
     pending().await
 }
 
-async fn accept<V: View>(listener: Listener, access: Arc<Access>, view: Arc<V>) {
+async fn accept<V: View>(listener: Listener, access: Arc<ListenerLimits>, view: Arc<V>) {
     let mut connections = JoinSet::new();
     let mut is_failing = false;
     loop {
@@ -153,7 +156,7 @@ async fn accept<V: View>(listener: Listener, access: Arc<Access>, view: Arc<V>) 
             continue;
         }
         if !std::mem::replace(&mut is_failing, true) {
-            tracing::warn!(%error, "the admin interface can't accept connections");
+            tracing::warn!(%error, "accept() failed on the admin interface");
         }
         tokio::time::sleep(ACCEPT_PAUSE).await;
     }
@@ -162,7 +165,7 @@ async fn accept<V: View>(listener: Listener, access: Arc<Access>, view: Arc<V>) 
 fn spawn<V: View>(
     connections: &mut JoinSet<()>,
     mut stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
-    access: &Arc<Access>,
+    access: &Arc<ListenerLimits>,
     view: &Arc<V>,
 ) {
     let (access, view) = (Arc::clone(access), Arc::clone(view));
@@ -194,10 +197,10 @@ fn spawn<V: View>(
         let served = http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(HEADER_TIMEOUT)
-            .serve_connection(TokioIo::new(KeptUp::new(stream)), service)
+            .serve_connection(TokioIo::new(MinRate::new(stream)), service)
             .await;
         if let Err(error) = served {
-            tracing::debug!(%error, "a connection to the admin interface broke");
+            tracing::debug!(%error, "a connection of the admin interface failed");
         }
     });
 }
@@ -205,7 +208,7 @@ fn spawn<V: View>(
 /// Answers a request. The answer to HEAD is the one to GET, of which hyper sends the head alone.
 async fn answer<V: View>(
     request: &Request<Incoming>,
-    access: &Access,
+    access: &ListenerLimits,
     view: Arc<V>,
 ) -> Response<Full<Bytes>> {
     let (uri, headers) = (request.uri(), request.headers());
@@ -214,7 +217,7 @@ async fn answer<V: View>(
         None => Ok(()),
     };
     if let Err(foreign) = is_known.and_then(|()| check_site(headers)) {
-        // Once: a scraper that asks by a name that isn't known should show, a stranger not fill the log.
+        // Once: a scraper that uses an unknown name should show, but a client must not fill the log.
         static REPORTED: std::sync::Once = std::sync::Once::new();
         REPORTED
             .call_once(|| tracing::warn!("a request to the admin interface is refused: {foreign}"));
@@ -259,7 +262,11 @@ async fn answer<V: View>(
     if route == Route::Health {
         return text(StatusCode::OK, "ok\n");
     }
-    let rendered = access.documents.get(&route, at, || async {
+    let documents = match route {
+        Route::Metrics => &access.metrics,
+        _ => &access.documents,
+    };
+    let rendered = documents.get(&route, at, || async {
         let route = route.clone();
         // A view waits for whoever changes the maps, and a large one takes a while to write down:
         // nothing for the threads that DNS is answered on.
@@ -500,7 +507,7 @@ mod tests {
             AdminAddress::Unix(self.path.clone())
         }
 
-        async fn exchange(&self, method: &str, path: &str) -> http::Answer {
+        async fn exchange(&self, method: &str, path: &str) -> http::HttpResponse {
             let stream = tokio::net::UnixStream::connect(&self.path).await.unwrap();
             let request = Request::builder().method(method).uri(path);
             http::exchange(stream, request, "nohop").await.unwrap()

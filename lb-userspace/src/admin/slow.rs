@@ -1,4 +1,4 @@
-//! A stream whose reader has to keep up.
+//! A stream that fails when its reader is too slow.
 
 use std::io;
 use std::pin::Pin;
@@ -8,16 +8,16 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Instant, Sleep};
 
-/// How long a client that we wait for has to take what is due, again and again.
+/// The period in which a reader that is behind has to read [`MIN_BYTES`].
 const PERIOD: Duration = Duration::from_secs(10);
 
-/// The bytes that it has to take within it, where there are so many: 6.5 kB a second.
+/// The bytes that it has to read in each period while there are so many: 6.5 kB a second.
 const MIN_BYTES: usize = 64 << 10;
 
-/// A stream that fails once its reader takes less than so much in a time while there is more for it;
-/// a client that reads nothing would keep its connection and its document else, for as long as its
-/// kernel answers.
-pub(super) struct KeptUp<S> {
+/// A stream that fails once its reader has read less than [`MIN_BYTES`] in a [`PERIOD`] while there is
+/// more to read. A client that reads nothing would else keep its connection and its document for as
+/// long as its kernel acknowledges zero windows.
+pub(super) struct MinRate<S> {
     stream: S,
     period: Duration,
     /// While the reader is behind, or was when this period began.
@@ -29,16 +29,16 @@ struct Behind {
     n_bytes: usize,
 }
 
-impl<S> KeptUp<S> {
-    pub(super) fn new(stream: S) -> KeptUp<S> {
-        KeptUp::within(stream, PERIOD)
+impl<S> MinRate<S> {
+    pub(super) fn new(stream: S) -> MinRate<S> {
+        MinRate::within(stream, PERIOD)
     }
 
-    fn within(stream: S, period: Duration) -> KeptUp<S> {
-        KeptUp { stream, period, behind: None }
+    fn within(stream: S, period: Duration) -> MinRate<S> {
+        MinRate { stream, period, behind: None }
     }
 
-    /// What becomes of a write that the stream answered so.
+    /// The result of a write, given that of the stream below.
     fn judge(
         &mut self,
         context: &mut Context<'_>,
@@ -68,7 +68,7 @@ impl<S> KeptUp<S> {
     }
 }
 
-impl<S: AsyncRead + Unpin> AsyncRead for KeptUp<S> {
+impl<S: AsyncRead + Unpin> AsyncRead for MinRate<S> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -78,7 +78,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for KeptUp<S> {
     }
 }
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for KeptUp<S> {
+impl<S: AsyncWrite + Unpin> AsyncWrite for MinRate<S> {
     fn poll_write(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -121,7 +121,7 @@ mod tests {
     #[tokio::test]
     async fn a_reader_that_takes_nothing_is_left() {
         let (stream, _reader) = duplex(1024);
-        let mut stream = KeptUp::within(stream, SHORT);
+        let mut stream = MinRate::within(stream, SHORT);
         stream.write_all(&[0; 1024]).await.unwrap();
         let error = stream.write_all(&[0; 1]).await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
@@ -130,7 +130,7 @@ mod tests {
     #[tokio::test]
     async fn a_reader_that_takes_a_byte_now_and_then_is_left() {
         let (stream, mut reader) = duplex(1024);
-        let mut stream = KeptUp::within(stream, SHORT);
+        let mut stream = MinRate::within(stream, SHORT);
         let trickle = async {
             // It ends with the stream.
             while reader.read_u8().await.is_ok() {
@@ -148,7 +148,7 @@ mod tests {
     #[tokio::test]
     async fn a_reader_that_keeps_up_is_served() {
         let (stream, mut reader) = duplex(64 << 10);
-        let mut stream = KeptUp::within(stream, Duration::from_secs(60));
+        let mut stream = MinRate::within(stream, Duration::from_secs(60));
         let all = vec![7; 4 << 20];
         let (written, read) = tokio::join!(
             async {

@@ -1,4 +1,4 @@
-//! `nohop check`: what nohop needs, whether it is there, and how to fix it.
+//! `nohop check`: the system requirements, and how to fix what is missing.
 
 use std::fmt::Write as _;
 use std::net::SocketAddr;
@@ -17,32 +17,32 @@ use crate::dns;
 
 /// The whole report.
 #[derive(Debug, Serialize, Deserialize)]
-pub struct Report {
-    /// Whether everything that is required is there.
+pub struct CheckReport {
+    /// Whether every requirement is met.
     pub ok: bool,
-    /// Each thing that was looked at.
+    /// The requirements.
     pub checks: Vec<Finding>,
 }
 
-/// One thing that nohop needs.
+/// A requirement.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Finding {
-    /// What it is.
+    /// Its name.
     pub what: String,
-    /// Whether it is there.
+    /// Whether it is met.
     pub ok: bool,
-    /// Whether nohop can't do without it.
+    /// Whether nohop can't run without it.
     pub required: bool,
     /// What was found.
     pub detail: String,
-    /// What to do about it; empty where nothing needs doing.
+    /// The fix; empty if it is met.
     pub fix: String,
 }
 
-/// What was found, or what is wrong and how to fix it.
-type Found = Result<String, (String, String)>;
+/// What was found, or the problem and its fix.
+type CheckResult = Result<String, (String, String)>;
 
-fn finding(what: &str, required: bool, found: Found) -> Finding {
+fn finding(what: &str, required: bool, found: CheckResult) -> Finding {
     let ok = found.is_ok();
     let (detail, fix) = match found {
         Ok(detail) => (detail, String::new()),
@@ -55,13 +55,13 @@ fn wrong<T>(detail: impl Into<String>, fix: impl Into<String>) -> Result<T, (Str
     Err((detail.into(), fix.into()))
 }
 
-/// Looks at everything, whatever is missing.
-pub fn check(config: Result<Config, ConfigErrors>, admin: Option<&str>) -> Report {
+/// Checks everything, whatever is missing.
+pub fn check(config: Result<Config, ConfigErrors>, admin: Option<&str>) -> CheckReport {
     let mut checks = vec![finding(
         "configuration",
         true,
         match &config {
-            Ok(_) => Ok("no mistakes".to_owned()),
+            Ok(_) => Ok("no problems".to_owned()),
             Err(ConfigErrors(errors)) => {
                 let errors: Vec<String> = errors.iter().map(ToString::to_string).collect();
                 wrong(errors.join("; "), "correct these")
@@ -130,11 +130,11 @@ pub fn check(config: Result<Config, ConfigErrors>, admin: Option<&str>) -> Repor
             Err(error) => wrong(error, "start it: nohop run"),
         },
     ));
-    Report { ok: checks.iter().all(|check| check.ok || !check.required), checks }
+    CheckReport { ok: checks.iter().all(|check| check.ok || !check.required), checks }
 }
 
 /// The report for people.
-pub fn text(report: &Report) -> String {
+pub fn text(report: &CheckReport) -> String {
     let mut text = String::new();
     for Finding { what, ok, required, detail, fix } in &report.checks {
         let mark = match (ok, required) {
@@ -163,11 +163,11 @@ fn block_on<F: Future>(future: F) -> Result<F::Output, String> {
     Ok(runtime.map_err(|error| format!("can't start the runtime: {error}"))?.block_on(future))
 }
 
-fn kernel() -> Found {
+fn kernel() -> CheckResult {
     kernel_at_least(5, 10)
 }
 
-fn kernel_at_least(major: u32, minor: u32) -> Found {
+fn kernel_at_least(major: u32, minor: u32) -> CheckResult {
     let release = rustix::system::uname().release().to_string_lossy().into_owned();
     match parse_release(&release) {
         Some(version) if version >= (major, minor) => Ok(release),
@@ -178,7 +178,7 @@ fn kernel_at_least(major: u32, minor: u32) -> Found {
     }
 }
 
-/// What the verifier offers: asked of it, as the daemon does.
+/// The features of the verifier, probed as the daemon does.
 fn features() -> Vec<Finding> {
     match Features::probe() {
         Ok(Features { limits, .. }) => found_features(&limits),
@@ -210,28 +210,28 @@ fn found_features(limits: &[Limit]) -> Vec<Finding> {
     ]
 }
 
-/// Whether another program keeps ours from the cgroup's hooks.
-fn hooks(config: &Config) -> Found {
+/// Whether another program holds the cgroup's hooks exclusively.
+fn hooks(config: &Config) -> CheckResult {
     let Some(scope) = config.cgroup.clone().or_else(cgroup::find_cgroup2_root) else {
-        return Ok("not looked at: there is no cgroup v2".to_owned());
+        return Ok("not checked: there is no cgroup v2".to_owned());
     };
     match find_obstacle(&scope, &config.bpffs) {
         Ok(None) => Ok(format!("nothing holds those of {} exclusively", scope.display())),
         Ok(Some(obstacle)) => wrong(obstacle.to_string(), obstacle.fix()),
-        // What that needs is said elsewhere.
-        Err(error) => Ok(format!("not looked at: {error}")),
+        // That is reported elsewhere.
+        Err(error) => Ok(format!("not checked: {error}")),
     }
 }
 
-/// Whether another's route lets VIPs reach something where no hook runs.
-fn routes(config: &Config) -> Found {
+/// Whether a foreign route makes VIPs reachable where no hook runs.
+fn routes(config: &Config) -> CheckResult {
     let pools: Vec<_> = config.vip.pools().collect();
     let mut holes = Vec::new();
     for &pool in &pools {
         match block_on(route::holes(pool)) {
             Ok(Ok(found)) => holes.extend(found),
-            Ok(Err(error)) => return Ok(format!("not looked at: {error}")),
-            Err(error) => return Ok(format!("not looked at: {error}")),
+            Ok(Err(error)) => return Ok(format!("not checked: {error}")),
+            Err(error) => return Ok(format!("not checked: {error}")),
         }
     }
     let Some(hole) = holes.first() else {
@@ -247,7 +247,7 @@ fn parse_release(release: &str) -> Option<(u32, u32)> {
     Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
 }
 
-fn scope(config: &Config) -> Found {
+fn scope(config: &Config) -> CheckResult {
     let scope = match &config.cgroup {
         Some(scope) => Ok(scope.clone()),
         None => cgroup::default_scope(),
@@ -273,20 +273,20 @@ fn scope(config: &Config) -> Found {
     Ok(format!("{}: {whose}{also}", scope.display()))
 }
 
-/// Whom nohop sees only a part of.
-fn namespace(config: &Config) -> Option<Found> {
+/// The cgroup namespace, in which nohop may see a part of the hierarchy only.
+fn namespace(config: &Config) -> Option<CheckResult> {
     let note = cgroup::inspect(config.cgroup.as_deref()?).ok()??;
     Some(in_two(&note))
 }
 
 /// What is wrong and, after a semicolon, what to do.
-fn in_two(text: &str) -> Found {
+fn in_two(text: &str) -> CheckResult {
     let (detail, fix) = text.split_once("; ").unwrap_or((text, ""));
     wrong(detail, fix)
 }
 
-/// The cgroups that are to be left alone.
-fn exclusions(config: &Config) -> Vec<(bool, Found)> {
+/// The cgroups that are bypassed.
+fn exclusions(config: &Config) -> Vec<(bool, CheckResult)> {
     let patterns = &config.datapath.exclude_cgroups;
     if patterns.is_empty() {
         return Vec::new();
@@ -308,7 +308,7 @@ fn exclusions(config: &Config) -> Vec<(bool, Found)> {
 ///
 /// Only bridges of Nomad and CNI count. Docker turns the mode on for its own where it needs it: as long
 /// as it has a docker-proxy, that takes such connections.
-fn hairpin(net: &Path) -> Option<Found> {
+fn hairpin(net: &Path) -> Option<CheckResult> {
     let mut without = Vec::new();
     for bridge in std::fs::read_dir(net).into_iter().flatten().flatten() {
         let name = bridge.file_name().to_string_lossy().into_owned();
@@ -339,7 +339,7 @@ fn hairpin(net: &Path) -> Option<Found> {
     ))
 }
 
-fn bpffs(dir: &Path) -> Found {
+fn bpffs(dir: &Path) -> CheckResult {
     let conventional = Path::new("/sys/fs/bpf");
     if is_bpffs(nearest_directory(dir)) {
         return match look_at_pins(dir) {
@@ -361,7 +361,7 @@ fn bpffs(dir: &Path) -> Found {
 }
 
 /// Others could take the place of the pins first, where they may write to the file system's root.
-fn bpffs_mode(dir: &Path) -> Found {
+fn bpffs_mode(dir: &Path) -> CheckResult {
     match look_at_pins(dir) {
         Ok(Safety::OpenMount(root)) => {
             let root = root.display();
@@ -372,12 +372,12 @@ fn bpffs_mode(dir: &Path) -> Found {
         }
         Ok(Safety::Safe) => Ok("closed to others".to_owned()),
         // That is said above.
-        Err(_) => Ok("not looked at".to_owned()),
+        Err(_) => Ok("not checked".to_owned()),
     }
 }
 
 /// What maps and socket storage are charged to.
-fn memory_of_maps(charge: Charge) -> Found {
+fn memory_of_maps(charge: Charge) -> CheckResult {
     match charge {
         Charge::None => Ok("charged to no memory cgroup".to_owned()),
         Charge::Avoidable(root) => Ok(format!(
@@ -406,7 +406,7 @@ fn effective_capabilities() -> u64 {
     effective.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok()).unwrap_or_default()
 }
 
-fn capabilities(missing: Vec<&str>) -> Found {
+fn capabilities(missing: Vec<&str>) -> CheckResult {
     match missing.is_empty() {
         true => Ok("all that are needed".to_owned()),
         false => wrong(
@@ -442,7 +442,7 @@ fn named(capabilities: &[(&'static str, bool)]) -> Vec<&'static str> {
     capabilities.iter().filter_map(|&(name, has)| (!has).then_some(name)).collect()
 }
 
-fn state_dir(path: &Path) -> Found {
+fn state_dir(path: &Path) -> CheckResult {
     // What isn't there yet the daemon makes, so its nearest ancestor counts.
     let existing = path.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
     match rustix::fs::access(existing, rustix::fs::Access::WRITE_OK) {
@@ -458,7 +458,7 @@ fn dns_port(
     address: SocketAddr,
     try_bind: impl Fn() -> Result<(), dns::DnsError>,
     daemon: Option<&api::Status>,
-) -> Found {
+) -> CheckResult {
     let is_held =
         |dns: &api::DnsStatus| dns.listen.contains(&address) || dns.listen_tls.contains(&address);
     if daemon.is_some_and(|status| is_held(&status.dns)) {
@@ -495,7 +495,7 @@ const LOOKUP_LIMIT: std::time::Duration = std::time::Duration::from_secs(5);
 
 /// Looks a service up as every program does, through getaddrinfo() and whatever resolver the machine
 /// has, and compares the answer with the service's VIP: nobody but the daemon knows that.
-fn through_resolver(admin: Option<&str>, daemon: Option<&api::Status>) -> Found {
+fn through_resolver(admin: Option<&str>, daemon: Option<&api::Status>) -> CheckResult {
     let Some(status) = daemon.filter(|status| status.ready) else {
         return Ok("not tried: no daemon is ready to answer".to_owned());
     };
@@ -536,7 +536,7 @@ const SOURCE_LIMIT: std::time::Duration = std::time::Duration::from_secs(5);
 
 /// Asks the source as the daemon does, so that what it would meet is what is said here. What is
 /// wrong and keeps nothing from working comes second, and then what should be known besides.
-fn source(config: &Config) -> (Found, Option<String>, Vec<String>) {
+fn source(config: &Config) -> (CheckResult, Option<String>, Vec<String>) {
     let fix = match config.catalog.sources.contains(&SourceKind::Consul) {
         true => "check that the agent runs, consul.address and the token",
         false => "correct the file",
@@ -574,7 +574,7 @@ mod tests {
     fn what_the_kernel_lacks_is_named_with_its_fix() {
         let lockdown = Limit::NoKernelRead(Some("confidentiality".to_owned()));
         let findings = found_features(&[Limit::PortZero, lockdown]);
-        let text = text(&Report { ok: true, checks: findings });
+        let text = text(&CheckReport { ok: true, checks: findings });
         for part in [
             "note  refusal by ECONNREFUSED: this kernel has no bpf_set_retval",
             "fix: boot a kernel from 6.1 on",
@@ -677,7 +677,7 @@ mod tests {
     fn a_required_miss_is_said_with_its_fix() {
         let found = wrong("it is gone", "bring it back");
         let checks = vec![finding("thing", true, found), finding("other", false, Ok("yes".into()))];
-        let text = text(&Report { ok: false, checks });
+        let text = text(&CheckReport { ok: false, checks });
         assert!(text.contains("FAIL  thing: it is gone\n        fix: bring it back\n"), "{text}");
         assert!(text.contains("ok    other: yes\n") && text.contains("can't run"), "{text}");
     }

@@ -9,11 +9,11 @@ use super::args::RunArguments;
 use super::{USAGE, environment, say, write};
 use crate::catalog;
 use crate::config::keys::{toml, values};
-use crate::config::{Config, DEFAULT_PATH, Loaded};
+use crate::config::{Config, DEFAULT_PATH, LoadedConfig};
 
 /// The result of `nohop config check`.
 #[derive(Debug, Serialize, Deserialize)]
-struct Report {
+struct ConfigReport {
     ok: bool,
     /// Each with its location and the fix.
     problems: Vec<String>,
@@ -30,7 +30,7 @@ pub fn check(file: Option<&Path>, json: bool) -> anyhow::Result<ExitCode> {
         },
         Err(errors) => errors.0.iter().map(ToString::to_string).collect(),
     };
-    let report = Report { ok: problems.is_empty(), problems };
+    let report = ConfigReport { ok: problems.is_empty(), problems };
     if json || report.ok {
         let file = file.unwrap_or(Path::new(DEFAULT_PATH));
         write(json, &report, |_| format!("{}: no problems\n", file.display()))?;
@@ -56,7 +56,8 @@ struct Setting {
 /// Prints every key with its value and where the value comes from, as `nohop run` would read it.
 pub fn show(arguments: &RunArguments, json: bool) -> anyhow::Result<()> {
     let file = arguments.config.config.as_deref();
-    let Loaded { config, locations } = Loaded::load(file, &arguments.flags(), &environment)?;
+    let LoadedConfig { config, locations } =
+        LoadedConfig::load(file, &arguments.flags(), &environment)?;
     let source = |key: &str| locations.get(key).map_or("default".into(), ToString::to_string);
     let mut settings: Vec<Setting> = values(&config)
         .into_iter()

@@ -26,7 +26,7 @@ use crate::{daemon, logging, terminal};
 use args::{Arguments, ClientArguments, Command, ConfigArguments, ConfigCommand};
 use dns::DnsCommand;
 
-/// Something failed.
+/// A failure.
 const FAILURE: u8 = 1;
 /// The command line or the configuration is wrong; clap uses the same.
 const USAGE: u8 = 2;

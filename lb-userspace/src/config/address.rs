@@ -9,7 +9,7 @@ use std::str::FromStr;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Serialize, Serializer};
 
-use super::toml_value::{Parsed, Value};
+use super::toml_value::{Parsed, TomlValue};
 use super::{AdminAddress, Allowed, ConsulAddress, Forward};
 use crate::dns_name;
 
@@ -74,7 +74,7 @@ pub(super) fn nameserver(text: &str) -> Result<SocketAddr, String> {
 }
 
 /// A nameserver, a list of them, or `resolv.conf`.
-pub(super) fn forward(value: &Value) -> Parsed<Forward> {
+pub(super) fn forward(value: &TomlValue) -> Parsed<Forward> {
     if value.is_list() {
         return value.list(|server| server.text(nameserver)).map(Forward::Servers);
     }
@@ -128,8 +128,11 @@ pub(super) fn pool(text: &str) -> Result<Ipv4Net, String> {
 /// their own at the end (RFC 4193), and below 8 bits hardly a service has room.
 const POOL6_LENGTHS: RangeInclusive<u8> = 64..=120;
 
-/// The IPv6 pool, as a network of unique local addresses.
-pub(super) fn pool6(text: &str) -> Result<Ipv6Net, String> {
+/// The IPv6 pool, as a network of unique local addresses; an empty text means none.
+pub(super) fn pool6_or_none(text: &str) -> Result<Option<Ipv6Net>, String> {
+    if text.is_empty() {
+        return Ok(None);
+    }
     let local = Ipv6Net::new_assert(Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 0), 8);
     let usual = "write one such as fd6e:6f68:6f70::/96";
     let pool: Ipv6Net = text
@@ -148,7 +151,7 @@ pub(super) fn pool6(text: &str) -> Result<Ipv6Net, String> {
             pool.prefix_len()
         ));
     }
-    Ok(pool)
+    Ok(Some(pool))
 }
 
 /// The address of the Consul agent: `[http://]HOST[:PORT]`, `https://HOST[:PORT]` or `unix:///PATH`.
@@ -160,8 +163,8 @@ pub(super) fn consul(text: &str) -> Result<ConsulAddress, String> {
         let fits = path.starts_with('/') && !path.ends_with('/') && path.len() <= MAX_SOCKET_PATH;
         return if fits { Ok(ConsulAddress::Unix(path.into())) } else { Err(wrong()) };
     }
-    type Kind = fn(String) -> ConsulAddress;
-    let (kind, usual_port, rest): (Kind, u16, &str) = match text.strip_prefix("https://") {
+    type Scheme = fn(String) -> ConsulAddress;
+    let (scheme, usual_port, rest): (Scheme, u16, &str) = match text.strip_prefix("https://") {
         Some(rest) => (ConsulAddress::Https, 443, rest),
         None => (ConsulAddress::Http, 80, text.strip_prefix("http://").unwrap_or(text)),
     };
@@ -187,7 +190,7 @@ pub(super) fn consul(text: &str) -> Result<ConsulAddress, String> {
         // A number alone is a port without a host.
         None => domain(host).is_ok() && !host.bytes().all(|byte| byte.is_ascii_digit()),
     };
-    if is_host { Ok(kind(format!("{host}:{port}"))) } else { Err(wrong()) }
+    if is_host { Ok(scheme(format!("{host}:{port}"))) } else { Err(wrong()) }
 }
 
 /// A DNS name, in lower case and without dots at its ends.

@@ -8,7 +8,7 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use serde::{Serialize, Serializer};
 
-use super::parse::{Builder, FlagValue};
+use super::parse::{ConfigBuilder, FlagValue};
 
 /// How to reach the Consul agent.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -213,7 +213,7 @@ pub const VARIABLES: [(&str, &str); 9] = [
 
 /// Applies the variables of the environment. What a flag sets isn't checked.
 pub(super) fn read_environment(
-    builder: &mut Builder,
+    builder: &mut ConfigBuilder,
     env: &dyn Fn(&str) -> Option<String>,
     is_set: &dyn Fn(&str) -> bool,
 ) {
@@ -262,7 +262,7 @@ pub(super) fn read_environment(
 
 /// Notes what is wrong with the options of TLS: such as count for nothing, and files that aren't
 /// what they should be. What is right now can be wrong later, so whoever uses the files looks again.
-pub(super) fn check_tls(builder: &mut Builder) {
+pub(super) fn check_tls(builder: &mut ConfigBuilder) {
     let tls = builder.config.consul.tls.clone();
     let paths = [
         ("consul.ca_file", &tls.ca_file),

@@ -3,9 +3,9 @@
 
 use serde_json::Value as Json;
 
-use super::parse::{Builder, SourceName};
-use super::toml_value::{Parsed, Value};
-use super::{AdminAddress, Config, Token, address, consul, text};
+use super::parse::{ConfigBuilder, SourceName};
+use super::toml_value::{Parsed, TomlValue};
+use super::{Config, Token, address, consul, text};
 
 /// A key of the configuration.
 pub struct Key {
@@ -16,10 +16,10 @@ pub struct Key {
     /// What it is for, in one line.
     pub text: &'static str,
     /// Reads a value into the configuration.
-    pub(super) read: Read,
+    pub(super) read: ReadKey,
 }
 
-pub(super) type Read = fn(&mut Builder, &Value) -> Parsed<()>;
+pub(super) type ReadKey = fn(&mut ConfigBuilder, &TomlValue) -> Parsed<()>;
 
 impl Key {
     /// The key of this name.
@@ -33,17 +33,23 @@ impl Key {
     }
 }
 
-const fn live(name: &'static str, read: Read, text: &'static str) -> Key {
-    Key { name, restart: None, text, read }
-}
-
-const fn fixed(name: &'static str, restart: &'static str, read: Read, text: &'static str) -> Key {
-    Key { name, restart: Some(restart), text, read }
-}
-
-fn set<T>(target: &mut T, value: Parsed<T>) -> Parsed<()> {
-    *target = value?;
-    Ok(())
+/// Rows of [`KEYS`]: whether a reload applies a new value (`live`) or why a restart does, the name, the
+/// field, how the value is read, and what the key is for.
+macro_rules! keys {
+    (@restart) => { None };
+    (@restart $why:expr) => { Some($why) };
+    ($($change:ident $(($why:expr))? $name:literal $($field:ident).+: $read:expr; $text:literal)+) => {
+        &[$(Key {
+            name: $name,
+            restart: keys!(@restart $($why)?),
+            text: $text,
+            read: |builder, value| {
+                let read: fn(&TomlValue) -> Parsed<_> = $read;
+                builder.$($field).+ = read(value)?;
+                Ok(())
+            },
+        }),+]
+    };
 }
 
 const LISTENS: &str = "sockets are opened at the start";
@@ -51,303 +57,106 @@ const MAPS: &str = "maps are created at the start";
 const PROGRAMS: &str = "it is a constant of the programs in the kernel";
 
 /// Every key, in the order of the documentation.
-pub const KEYS: &[Key] = &[
-    fixed(
-        "cgroup",
-        "the programs are attached there at the start",
-        |it, value| {
-            let dir = value.text(|dir| match dir {
-                "auto" => Ok(None),
-                dir => text::absolute(dir).map(Some),
-            });
-            set(&mut it.config.cgroup, dir)
-        },
-        "cgroup v2 directory whose processes are served; \"auto\": the root of the hierarchy",
-    ),
-    fixed(
-        "bpffs",
-        "maps and links are pinned there at the start",
-        |it, value| set(&mut it.config.bpffs, value.text(text::absolute)),
-        "directory of the pinned maps and links, on a BPF file system",
-    ),
-    fixed(
-        "state_dir",
-        "the VIPs are read there at the start",
-        |it, value| set(&mut it.config.state_dir, value.text(text::absolute)),
-        "directory of what outlives the daemon: VIPs and the last catalog",
-    ),
-    live(
-        "on_exit",
-        |it, value| set(&mut it.config.on_exit, value.text(text::word)),
-        "\"keep\": the kernel keeps redirecting when the daemon ends; \"detach\": it stops",
-    ),
-    live(
-        "shadow",
-        |it, value| set(&mut it.config.shadow, value.flag()),
-        "count connections to VIPs, and redirect none (dry run)",
-    ),
-    live(
-        "catalog.sources",
-        |it, value| set(&mut it.source_names, value.list(|name| name.text(source_name))),
-        "sources of services: \"consul\" or \"file\"",
-    ),
-    live(
-        "catalog.file",
-        |it, value| set(&mut it.catalog_file, value.text(text::path)),
-        "static catalog, for the source \"file\"",
-    ),
-    live(
-        "catalog.tag",
-        |it, value| set(&mut it.config.catalog.tag, value.text(text::not_empty)),
-        "tag of the instances that are routed",
-    ),
-    live(
-        "catalog.meta",
-        |it, value| {
-            let meta = value.table(text::not_empty, |each| each.text(|text| Ok(text.to_owned())));
-            set(&mut it.config.catalog.meta, meta)
-        },
-        "Meta that an instance must have as well: { stage = \"live\" }",
-    ),
-    live(
-        "catalog.health",
-        |it, value| set(&mut it.config.catalog.health, value.text(text::word)),
-        "\"passing\": all checks pass; \"warning\": none is critical",
-    ),
-    live(
-        "catalog.address",
-        |it, value| set(&mut it.config.catalog.address, value.text(text::word)),
-        "address of an instance that is used: \"lan\", \"wan\", or either with _ipv4 or _ipv6",
-    ),
-    live(
-        "catalog.watch",
-        |it, value| set(&mut it.config.catalog.watch, value.text(text::word)),
-        "services that are watched: \"used\" by this node, \"all\", or \"auto\": all, up to half of \
-         consul.max_connections, then \"used\"",
-    ),
-    live(
-        "catalog.max_age",
-        |it, value| set(&mut it.config.catalog.max_age, value.text(text::duration)),
-        "age of a service's last answer from which on it is a problem in status",
-    ),
-    live(
-        "catalog.expired",
-        |it, value| set(&mut it.config.catalog.expired, value.text(text::word)),
-        "connections to services that are older: \"serve\" or \"refuse\"",
-    ),
-    live(
-        "consul.address",
-        |it, value| set(&mut it.config.consul.address, value.text(address::consul)),
-        "Consul agent: http://HOST:PORT, https://HOST:PORT or unix:///PATH",
-    ),
-    live(
-        "consul.token_file",
-        |it, value| {
-            let file = value.text(text::path)?;
-            it.config.consul.token = file.map(Token::File);
-            Ok(())
-        },
-        "file with the ACL token, re-read for every request",
-    ),
-    live(
-        "consul.datacenter",
-        |it, value| {
-            let name = value.text(|name| consul::name(name, "datacenter"));
-            set(&mut it.config.consul.datacenter, name)
-        },
-        "datacenter; empty: the agent's",
-    ),
-    live(
-        "consul.namespace",
-        |it, value| {
-            let name = value.text(|name| consul::name(name, "namespace"));
-            set(&mut it.config.consul.namespace, name)
-        },
-        "namespace (Consul Enterprise); empty: the token's",
-    ),
-    live(
-        "consul.partition",
-        |it, value| {
-            let name = value.text(|name| consul::name(name, "partition"));
-            set(&mut it.config.consul.partition, name)
-        },
-        "admin partition (Consul Enterprise); empty: the agent's",
-    ),
-    live(
-        "consul.ca_file",
-        |it, value| set(&mut it.config.consul.tls.ca_file, value.text(text::path)),
-        "trusted CAs (PEM); without ca_file and ca_path the system's",
-    ),
-    live(
-        "consul.ca_path",
-        |it, value| set(&mut it.config.consul.tls.ca_path, value.text(text::path)),
-        "directory of trusted CAs (PEM)",
-    ),
-    live(
-        "consul.cert_file",
-        |it, value| set(&mut it.config.consul.tls.cert_file, value.text(text::path)),
-        "client certificate (PEM); needs key_file",
-    ),
-    live(
-        "consul.key_file",
-        |it, value| set(&mut it.config.consul.tls.key_file, value.text(text::path)),
-        "private key of the client certificate (PEM)",
-    ),
-    live(
-        "consul.tls_server_name",
-        |it, value| set(&mut it.config.consul.tls.server_name, value.text(consul::server_name)),
-        "expected name in the agent's certificate, if not the host of address",
-    ),
-    live(
-        "consul.verify",
-        |it, value| set(&mut it.config.consul.tls.verify, value.flag()),
-        "verify the agent's certificate",
-    ),
-    live(
-        "consul.max_connections",
-        |it, value| set(&mut it.config.consul.max_connections, value.integer(4..=65_536)),
-        "connections to the agent, 4 at least; with more watched services, watches are time-sliced",
-    ),
-    fixed(
-        "vip.pool",
-        PROGRAMS,
-        |it, value| set(&mut it.config.vip.pool, value.text(address::pool)),
-        "network of the VIPs, within 127.0.0.0/8, larger than datapath.max_services",
-    ),
-    fixed(
-        "vip.pool6",
-        PROGRAMS,
-        |it, value| {
-            let pool6 = value.text(|pool6| match pool6 {
-                "" => Ok(None),
-                pool6 => address::pool6(pool6).map(Some),
-            });
-            set(&mut it.config.vip.pool6, pool6)
-        },
-        "network of the IPv6 VIPs, within fd00::/8, /64 to /120; empty: none",
-    ),
-    live(
-        "vip.ports",
-        |it, value| set(&mut it.config.vip.ports, value.list(|port| port.integer(1..=65_535))),
-        "default ports of a service",
-    ),
-    fixed(
-        "vip.pins",
-        "the network around the pins is a constant of the programs",
-        |it, value| {
-            let pins = value.table(address::service_name, |pin| pin.text(address::pin));
-            set(&mut it.config.vip.pins, pins)
-        },
-        "one more address for a service, in the host's network namespace only: { helloworld = \
-         \"127.0.0.1:80\" }",
-    ),
-    fixed(
-        "dns.listen",
-        LISTENS,
-        |it, value| {
-            let listen = value.list(|each| each.text(address::socket_address));
-            set(&mut it.config.dns.listen, listen)
-        },
-        "addresses of the DNS server, UDP and TCP",
-    ),
-    fixed(
-        "dns.listen_tls",
-        LISTENS,
-        |it, value| {
-            let listen = value.list_or_none(|each| each.text(address::socket_address));
-            set(&mut it.config.dns.listen_tls, listen)
-        },
-        "addresses for DNS over TLS; needs tls_cert_file and tls_key_file",
-    ),
-    fixed(
-        "dns.tls_cert_file",
-        LISTENS,
-        |it, value| set(&mut it.config.dns.tls_cert_file, value.text(text::path)),
-        "certificate (PEM) of DNS over TLS, and those that signed it; read again when it changes",
-    ),
-    fixed(
-        "dns.tls_key_file",
-        LISTENS,
-        |it, value| set(&mut it.config.dns.tls_key_file, value.text(text::path)),
-        "its private key (PEM); read again when it changes",
-    ),
-    fixed(
-        "dns.domain",
-        "applications cache answers of the former zone",
-        |it, value| set(&mut it.config.dns.domain, value.text(address::domain)),
-        "zone of the services",
-    ),
-    live(
-        "dns.ttl",
-        |it, value| set(&mut it.config.dns.ttl, value.integer(0..=86_400)),
-        "TTL of the zone's records, in seconds",
-    ),
-    live(
-        "dns.forward",
-        |it, value| set(&mut it.config.dns.forward, address::forward(value)),
-        "resolvers of all other names, in order; \"resolv.conf\": those of /etc/resolv.conf",
-    ),
-    live(
-        "dns.routes",
-        |it, value| {
-            let routes = value.table(address::domain, |server| server.text(address::nameserver));
-            set(&mut it.config.dns.routes, routes)
-        },
-        "resolvers of names below certain domains",
-    ),
-    live(
-        "dns.unrouted",
-        |it, value| set(&mut it.config.dns.unrouted, value.text(text::word)),
-        "names of the zone without a service: \"nxdomain\" or \"forward\"",
-    ),
-    live(
-        "dns.allow",
-        |it, value| {
-            set(&mut it.config.dns.allow, value.list_or_none(|each| each.text(address::allowed)))
-        },
-        "clients besides this host: networks, or \"local\": the networks of its interfaces",
-    ),
-    live(
-        "dns.client_rate",
-        |it, value| set(&mut it.config.dns.client_rate, value.integer(0..=10_000_000)),
-        "queries a second of one client that isn't on loopback; 0: unlimited",
-    ),
-    fixed(
-        "datapath.max_services",
-        MAPS,
-        |it, value| set(&mut it.config.datapath.max_services, value.integer(1..=1_000_000)),
-        "services that the maps have room for",
-    ),
-    fixed(
-        "datapath.max_backends",
-        MAPS,
-        |it, value| set(&mut it.config.datapath.max_backends, value.integer(1..=8_000_000)),
-        "backends that the maps have room for",
-    ),
-    fixed(
-        "datapath.exclude_cgroups",
-        "the programs are loaded for a number of them",
-        |it, value| set(&mut it.config.datapath.exclude_cgroups, text::cgroups(value)),
-        "cgroups that are bypassed, with all below them: paths, * and ? allowed",
-    ),
-    fixed(
-        "admin.listen",
-        LISTENS,
-        |it, value| {
-            let listen = value.list(|each| each.text(str::parse::<AdminAddress>));
-            set(&mut it.config.admin.listen, listen)
-        },
-        "addresses of the admin interface: unix:PATH, or ADDR:PORT to read only",
-    ),
-    live(
-        "admin.hosts",
-        |it, value| {
-            let hosts = value.list_or_none(|each| each.text(address::domain));
-            set(&mut it.config.admin.hosts, hosts)
-        },
-        "names under which a TCP address of admin.listen may be addressed",
-    ),
-];
+pub const KEYS: &[Key] = keys! {
+    restart("the programs are attached there at the start")
+    "cgroup" config.cgroup: |value| value.text(text::cgroup_or_auto);
+        "cgroup v2 directory whose processes are served; \"auto\": the root of the hierarchy"
+    restart("maps and links are pinned there at the start")
+    "bpffs" config.bpffs: |value| value.text(text::absolute);
+        "directory of the pinned maps and links, on a BPF file system"
+    restart("the VIPs are read there at the start")
+    "state_dir" config.state_dir: |value| value.text(text::absolute);
+        "directory of what outlives the daemon: VIPs and the last catalog"
+    live "on_exit" config.on_exit: |value| value.text(text::word);
+        "\"keep\": the kernel keeps redirecting when the daemon ends; \"detach\": it stops"
+    live "shadow" config.shadow: |value| value.flag();
+        "count connections to VIPs, and redirect none (dry run)"
+    live "catalog.sources" source_names: |value| value.list(|name| name.text(source_name));
+        "sources of services: \"consul\" or \"file\""
+    live "catalog.file" catalog_file: |value| value.text(text::path);
+        "static catalog, for the source \"file\""
+    live "catalog.tag" config.catalog.tag: |value| value.text(text::not_empty);
+        "tag of the instances that are routed"
+    live "catalog.meta" config.catalog.meta: |value| value.table(text::not_empty, |each| each.text(text::any));
+        "Meta that an instance must have as well: { stage = \"live\" }"
+    live "catalog.health" config.catalog.health: |value| value.text(text::word);
+        "\"passing\": all checks pass; \"warning\": none is critical"
+    live "catalog.address" config.catalog.address: |value| value.text(text::word);
+        "address of an instance that is used: \"lan\", \"wan\", or either with _ipv4 or _ipv6"
+    live "catalog.watch" config.catalog.watch: |value| value.text(text::word);
+        "services that are watched: \"used\" by this node, \"all\", or \"auto\": all, up to half of consul.max_connections, then \"used\""
+    live "catalog.max_age" config.catalog.max_age: |value| value.text(text::duration);
+        "age of a service's last answer from which on it is a problem in status"
+    live "catalog.expired" config.catalog.expired: |value| value.text(text::word);
+        "connections to services that are older: \"serve\" or \"refuse\""
+    live "consul.address" config.consul.address: |value| value.text(address::consul);
+        "Consul agent: http://HOST:PORT, https://HOST:PORT or unix:///PATH"
+    live "consul.token_file" config.consul.token: |value| Ok(value.text(text::path)?.map(Token::File));
+        "file with the ACL token, re-read for every request"
+    live "consul.datacenter" config.consul.datacenter: |value| value.text(|it| consul::name(it, "datacenter"));
+        "datacenter; empty: the agent's"
+    live "consul.namespace" config.consul.namespace: |value| value.text(|it| consul::name(it, "namespace"));
+        "namespace (Consul Enterprise); empty: the token's"
+    live "consul.partition" config.consul.partition: |value| value.text(|it| consul::name(it, "partition"));
+        "admin partition (Consul Enterprise); empty: the agent's"
+    live "consul.ca_file" config.consul.tls.ca_file: |value| value.text(text::path);
+        "trusted CAs (PEM); without ca_file and ca_path the system's"
+    live "consul.ca_path" config.consul.tls.ca_path: |value| value.text(text::path);
+        "directory of trusted CAs (PEM)"
+    live "consul.cert_file" config.consul.tls.cert_file: |value| value.text(text::path);
+        "client certificate (PEM); needs key_file"
+    live "consul.key_file" config.consul.tls.key_file: |value| value.text(text::path);
+        "private key of the client certificate (PEM)"
+    live "consul.tls_server_name" config.consul.tls.server_name: |value| value.text(consul::server_name);
+        "expected name in the agent's certificate, if not the host of address"
+    live "consul.verify" config.consul.tls.verify: |value| value.flag();
+        "verify the agent's certificate"
+    live "consul.max_connections" config.consul.max_connections: |value| value.integer(4..=65_536);
+        "connections to the agent, 4 at least; with more watched services, watches are time-sliced"
+    restart(PROGRAMS) "vip.pool" config.vip.pool: |value| value.text(address::pool);
+        "network of the VIPs, within 127.0.0.0/8, larger than datapath.max_services"
+    restart(PROGRAMS) "vip.pool6" config.vip.pool6: |value| value.text(address::pool6_or_none);
+        "network of the IPv6 VIPs, within fd00::/8, /64 to /120; empty: none"
+    live "vip.ports" config.vip.ports: |value| value.list(|port| port.integer(1..=65_535));
+        "default ports of a service"
+    restart("the network around the pins is a constant of the programs")
+    "vip.pins" config.vip.pins: |value| value.table(address::service_name, |pin| pin.text(address::pin));
+        "one more address for a service, in the host's network namespace only: { helloworld = \"127.0.0.1:80\" }"
+    restart(LISTENS) "dns.listen" config.dns.listen: |value| value.list(|it| it.text(address::socket_address));
+        "addresses of the DNS server, UDP and TCP"
+    restart(LISTENS) "dns.listen_tls" config.dns.listen_tls: |value| value.list_or_none(|it| it.text(address::socket_address));
+        "addresses for DNS over TLS; needs tls_cert_file and tls_key_file"
+    restart(LISTENS) "dns.tls_cert_file" config.dns.tls_cert_file: |value| value.text(text::path);
+        "certificate (PEM) of DNS over TLS, and those that signed it; read again when it changes"
+    restart(LISTENS) "dns.tls_key_file" config.dns.tls_key_file: |value| value.text(text::path);
+        "its private key (PEM); read again when it changes"
+    restart("applications cache answers of the former zone")
+    "dns.domain" config.dns.domain: |value| value.text(address::domain);
+        "zone of the services"
+    live "dns.ttl" config.dns.ttl: |value| value.integer(0..=86_400);
+        "TTL of the zone's records, in seconds"
+    live "dns.forward" config.dns.forward: address::forward;
+        "resolvers of all other names, in order; \"resolv.conf\": those of /etc/resolv.conf"
+    live "dns.routes" config.dns.routes: |value| value.table(address::domain, |it| it.text(address::nameserver));
+        "resolvers of names below certain domains"
+    live "dns.unrouted" config.dns.unrouted: |value| value.text(text::word);
+        "names of the zone without a service: \"nxdomain\" or \"forward\""
+    live "dns.allow" config.dns.allow: |value| value.list_or_none(|it| it.text(address::allowed));
+        "clients besides this host: networks, or \"local\": the networks of its interfaces"
+    live "dns.client_rate" config.dns.client_rate: |value| value.integer(0..=10_000_000);
+        "queries a second of one client that isn't on loopback; 0: unlimited"
+    restart(MAPS) "datapath.max_services" config.datapath.max_services: |value| value.integer(1..=1_000_000);
+        "services that the maps have room for"
+    restart(MAPS) "datapath.max_backends" config.datapath.max_backends: |value| value.integer(1..=8_000_000);
+        "backends that the maps have room for"
+    restart("the programs are loaded for a number of them")
+    "datapath.exclude_cgroups" config.datapath.exclude_cgroups: text::cgroups;
+        "cgroups that are bypassed, with all below them: paths, * and ? allowed"
+    restart(LISTENS) "admin.listen" config.admin.listen: |value| value.list(|it| it.text(str::parse));
+        "addresses of the admin interface: unix:PATH, or ADDR:PORT to read only"
+    live "admin.hosts" config.admin.hosts: |value| value.list_or_none(|it| it.text(address::domain));
+        "names under which a TCP address of admin.listen may be addressed"
+};
 
 /// Former names of keys, and the present ones.
 const RENAMED: &[(&str, &str)] = &[

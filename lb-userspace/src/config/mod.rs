@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize, Serializer};
 
 pub use consul::{BasicAuth, ConsulAddress, ConsulConfig, TlsConfig, Token};
 pub use diagnostic::{ConfigErrors, Location, Problem};
-pub use parse::{Flag, FlagValue, Loaded};
+pub use parse::{Flag, FlagValue, LoadedConfig};
 
 /// Where the configuration is read from when `--config` doesn't say.
 pub const DEFAULT_PATH: &str = "/etc/nohop/nohop.toml";

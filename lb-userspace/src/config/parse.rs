@@ -9,7 +9,7 @@ use toml::Spanned;
 use toml::de::{DeArray, DeTable, DeValue};
 
 use super::keys::{KEYS, Key, is_other_section, unknown};
-use super::toml_value::{Fault, Value, kind, line};
+use super::toml_value::{InvalidValue, TomlValue, kind, line};
 use super::{Config, ConfigErrors, DEFAULT_PATH, Location, Problem, SourceKind, consul, validate};
 
 /// A key that the command line sets.
@@ -52,7 +52,7 @@ impl FlagValue {
 
 /// A configuration, and where its values come from.
 #[derive(Clone, Debug)]
-pub struct Loaded {
+pub struct LoadedConfig {
     /// The configuration.
     pub config: Config,
     /// Where each value stands that isn't the default.
@@ -60,20 +60,20 @@ pub struct Loaded {
 }
 
 impl Config {
-    /// As [`Loaded::load`], without the places of the values.
+    /// As [`LoadedConfig::load`], without the places of the values.
     ///
     /// # Errors
-    /// As [`Loaded::load`].
+    /// As [`LoadedConfig::load`].
     pub fn load(
         path: Option<&Path>,
         flags: &[Flag],
         env: &dyn Fn(&str) -> Option<String>,
     ) -> Result<Config, ConfigErrors> {
-        Loaded::load(path, flags, env).map(|loaded| loaded.config)
+        LoadedConfig::load(path, flags, env).map(|loaded| loaded.config)
     }
 }
 
-impl Loaded {
+impl LoadedConfig {
     /// Reads the file, applies the environment and then the flags, and checks the result.
     ///
     /// Without a path, [`DEFAULT_PATH`] is read if it exists. Of the environment the CONSUL_*
@@ -86,7 +86,7 @@ impl Loaded {
         path: Option<&Path>,
         flags: &[Flag],
         env: &dyn Fn(&str) -> Option<String>,
-    ) -> Result<Loaded, ConfigErrors> {
+    ) -> Result<LoadedConfig, ConfigErrors> {
         let file = path.unwrap_or(Path::new(DEFAULT_PATH));
         let bytes = match std::fs::read(file) {
             Ok(bytes) => bytes,
@@ -101,17 +101,17 @@ impl Loaded {
                 return Err(ConfigErrors(vec![Problem { location: None, key: None, what }]));
             }
         };
-        Loaded::parse(file, &bytes, flags, env)
+        LoadedConfig::parse(file, &bytes, flags, env)
     }
 
-    /// As [`Loaded::load`], with the content of the file.
+    /// As [`LoadedConfig::load`], with the content of the file.
     pub(crate) fn parse(
         path: &Path,
         bytes: &[u8],
         flags: &[Flag],
         env: &dyn Fn(&str) -> Option<String>,
-    ) -> Result<Loaded, ConfigErrors> {
-        let mut builder = Builder::new(path);
+    ) -> Result<LoadedConfig, ConfigErrors> {
+        let mut builder = ConfigBuilder::new(path);
         match std::str::from_utf8(bytes) {
             Ok(text) => builder.read_file(text),
             Err(error) => {
@@ -143,7 +143,7 @@ pub(super) enum SourceName {
 }
 
 /// A configuration that is being read.
-pub(super) struct Builder {
+pub(super) struct ConfigBuilder {
     pub(super) config: Config,
     pub(super) source_names: Vec<SourceName>,
     /// `catalog.file`, for the source `file`.
@@ -158,9 +158,9 @@ pub(super) struct Builder {
     problems: Vec<Problem>,
 }
 
-impl Builder {
-    fn new(path: &Path) -> Builder {
-        Builder {
+impl ConfigBuilder {
+    fn new(path: &Path) -> ConfigBuilder {
+        ConfigBuilder {
             config: Config::default(),
             source_names: vec![SourceName::Consul],
             catalog_file: None,
@@ -198,25 +198,25 @@ impl Builder {
                 Some(table) if is_section || !table.is_empty() && is_other_section(&name) => {
                     for (key, value) in table {
                         let key = format!("{name}.{}", key.get_ref());
-                        self.read_value(text, &bad_lines, Value { key, value });
+                        self.read_value(text, &bad_lines, TomlValue { key, value });
                     }
                 }
                 _ if is_section => {
                     let found = kind(value.get_ref());
                     let what = format!("expected a table, found {found}; write [{name}]");
                     let offset = value.span().start;
-                    self.reject(text, &bad_lines, Fault { key: name, offset, what });
+                    self.reject(text, &bad_lines, InvalidValue { key: name, offset, what });
                 }
-                _ => self.read_value(text, &bad_lines, Value { key: name, value }),
+                _ => self.read_value(text, &bad_lines, TomlValue { key: name, value }),
             }
         }
     }
 
-    fn read_value(&mut self, text: &str, bad_lines: &[Location], value: Value) {
+    fn read_value(&mut self, text: &str, bad_lines: &[Location], value: TomlValue) {
         let offset = value.value.span().start;
         let Some(key) = Key::find(&value.key) else {
             let what = unknown(&value.key);
-            return self.reject(text, bad_lines, Fault { key: value.key, offset, what });
+            return self.reject(text, bad_lines, InvalidValue { key: value.key, offset, what });
         };
         let location = self.location(text.as_bytes(), offset);
         self.locations.insert(key.name, location);
@@ -229,10 +229,10 @@ impl Builder {
     }
 
     /// Notes what is wrong, unless its line isn't TOML: then that is what is wrong.
-    fn reject(&mut self, text: &str, bad_lines: &[Location], fault: Fault) {
+    fn reject(&mut self, text: &str, bad_lines: &[Location], fault: InvalidValue) {
         let location = self.location(text.as_bytes(), fault.offset);
         if !bad_lines.contains(&location) {
-            let Fault { key, what, .. } = fault;
+            let InvalidValue { key, what, .. } = fault;
             self.problems.push(Problem { location: Some(location), key: Some(key), what });
         }
     }
@@ -240,7 +240,7 @@ impl Builder {
     /// Applies the value of a flag or a variable.
     pub(super) fn apply(&mut self, key: &'static str, name: &'static str, value: &FlagValue) {
         let value = Spanned::new(0..0, value.toml());
-        let value = Value { key: key.to_owned(), value: &value };
+        let value = TomlValue { key: key.to_owned(), value: &value };
         let parsed = match Key::find(key) {
             Some(key) => (key.read)(self, &value),
             None => value.fault(unknown(key)),
@@ -265,14 +265,14 @@ impl Builder {
         }
     }
 
-    fn finish(mut self) -> Result<Loaded, ConfigErrors> {
+    fn finish(mut self) -> Result<LoadedConfig, ConfigErrors> {
         // A file that was parsed in part can't be checked as a whole.
         if self.is_toml {
             self.choose_sources();
             validate::check(&mut self);
         }
         if self.problems.is_empty() {
-            return Ok(Loaded { config: self.config, locations: self.locations });
+            return Ok(LoadedConfig { config: self.config, locations: self.locations });
         }
         self.problems.sort_by(|a, b| a.location.cmp(&b.location));
         Err(ConfigErrors(self.problems))

@@ -12,7 +12,7 @@ fn check_all(text: &str, flags: &[Flag], env: &[(&str, &str)]) -> Result<Config,
     let env = |name: &str| {
         env.iter().find(|(known, _)| *known == name).map(|(_, value)| (*value).to_owned())
     };
-    Loaded::parse(Path::new("f"), text.as_bytes(), flags, &env)
+    LoadedConfig::parse(Path::new("f"), text.as_bytes(), flags, &env)
         .map(|loaded| loaded.config)
         .map_err(|errors| errors.to_string().lines().map(str::to_owned).collect())
 }
@@ -565,7 +565,7 @@ fn what_is_wrong_is_named_with_its_line_and_its_fix() {
 
 #[test]
 fn what_is_no_text_is_no_toml() {
-    let errors = Loaded::parse(Path::new("f"), b"a = 1\n\xff", &[], &|_| None);
+    let errors = LoadedConfig::parse(Path::new("f"), b"a = 1\n\xff", &[], &|_| None);
     let expected = "f:2: not TOML: this isn't UTF-8; write the file in UTF-8";
     assert_eq!(errors.unwrap_err().to_string(), expected);
 }
@@ -804,7 +804,7 @@ fn the_page_shows_the_defaults() {
     let start = page.find("cgroup = \"auto\"").unwrap();
     let text = page[start..].split("```").next().unwrap();
     let path = Path::new("configuration.md");
-    let config = Loaded::parse(path, text.as_bytes(), &[], &|_| None).unwrap();
+    let config = LoadedConfig::parse(path, text.as_bytes(), &[], &|_| None).unwrap();
     assert_eq!(config.config, Config::default());
 }
 

@@ -8,7 +8,7 @@ use serde::de::{DeserializeOwned, IntoDeserializer};
 use serde::{Serialize, Serializer};
 
 use super::MAX_EXCLUDED_CGROUPS;
-use super::toml_value::{Parsed, Value};
+use super::toml_value::{Parsed, TomlValue};
 
 /// One of the words that an enum of the configuration has.
 pub(super) fn word<T: DeserializeOwned>(text: &str) -> Result<T, String> {
@@ -59,8 +59,17 @@ pub(super) fn absolute(text: &str) -> Result<PathBuf, String> {
     }
 }
 
+/// A directory, or `auto`.
+pub(super) fn cgroup_or_auto(text: &str) -> Result<Option<PathBuf>, String> {
+    if text == "auto" { Ok(None) } else { absolute(text).map(Some) }
+}
+
+pub(super) fn any(text: &str) -> Result<String, String> {
+    Ok(text.to_owned())
+}
+
 /// Cgroups to exclude.
-pub(super) fn cgroups(value: &Value) -> Parsed<Vec<PathBuf>> {
+pub(super) fn cgroups(value: &TomlValue) -> Parsed<Vec<PathBuf>> {
     let cgroups = value.list_or_none(|each| each.text(cgroup))?;
     // The number of matches of a pattern is known to the running system alone.
     let is_pattern = |cgroup: &Path| {

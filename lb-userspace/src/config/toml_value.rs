@@ -7,7 +7,7 @@ use toml::Spanned;
 use toml::de::DeValue;
 
 /// What is wrong with a value.
-pub(super) struct Fault {
+pub(super) struct InvalidValue {
     /// The key, down to an entry of a table.
     pub(super) key: String,
     /// The place in the text, in bytes.
@@ -17,21 +17,21 @@ pub(super) struct Fault {
 }
 
 /// A value, or everything that is wrong with it.
-pub(super) type Parsed<T> = Result<T, Vec<Fault>>;
+pub(super) type Parsed<T> = Result<T, Vec<InvalidValue>>;
 
 /// One value of the document.
-pub(super) struct Value<'a, 'i> {
+pub(super) struct TomlValue<'a, 'i> {
     /// The full key, such as `dns.listen`.
     pub(super) key: String,
     /// The value and its place.
     pub(super) value: &'a Spanned<DeValue<'i>>,
 }
 
-impl Value<'_, '_> {
+impl TomlValue<'_, '_> {
     /// Reports what is wrong with this value.
     pub(super) fn fault<T>(&self, what: impl Into<String>) -> Parsed<T> {
         let offset = self.value.span().start;
-        Err(vec![Fault { key: self.key.clone(), offset, what: what.into() }])
+        Err(vec![InvalidValue { key: self.key.clone(), offset, what: what.into() }])
     }
 
     fn unexpected<T>(&self, expected: &str) -> Parsed<T> {
@@ -75,8 +75,11 @@ impl Value<'_, '_> {
         }
     }
 
-    /// An array that isn't empty, as [`Value::list_or_none`].
-    pub(super) fn list<T: PartialEq>(&self, read: impl Fn(&Value) -> Parsed<T>) -> Parsed<Vec<T>> {
+    /// An array that isn't empty, as [`TomlValue::list_or_none`].
+    pub(super) fn list<T: PartialEq>(
+        &self,
+        read: impl Fn(&TomlValue) -> Parsed<T>,
+    ) -> Parsed<Vec<T>> {
         match self.value.get_ref().as_array() {
             Some(array) if array.is_empty() => self.fault("is empty; write at least one element"),
             _ => self.list_or_none(read),
@@ -86,14 +89,14 @@ impl Value<'_, '_> {
     /// An array without duplicates, each element as `read` understands it.
     pub(super) fn list_or_none<T: PartialEq>(
         &self,
-        read: impl Fn(&Value) -> Parsed<T>,
+        read: impl Fn(&TomlValue) -> Parsed<T>,
     ) -> Parsed<Vec<T>> {
         let Some(array) = self.value.get_ref().as_array() else {
             return self.unexpected("an array");
         };
         let (mut elements, mut faults) = (Vec::new(), Vec::new());
         for value in array.iter() {
-            let element = Value { key: self.key.clone(), value };
+            let element = TomlValue { key: self.key.clone(), value };
             let fresh = read(&element).and_then(|element_read| {
                 if elements.contains(&element_read) {
                     element.fault("duplicate element; remove one")
@@ -114,14 +117,14 @@ impl Value<'_, '_> {
     pub(super) fn table<T>(
         &self,
         parse_key: impl Fn(&str) -> Result<String, String>,
-        read: impl Fn(&Value) -> Parsed<T>,
+        read: impl Fn(&TomlValue) -> Parsed<T>,
     ) -> Parsed<BTreeMap<String, T>> {
         let Some(table) = self.value.get_ref().as_table() else {
             return self.unexpected("a table");
         };
         let (mut entries, mut faults) = (BTreeMap::new(), Vec::new());
         for (key, value) in table {
-            let entry = Value { key: format!("{}.{}", self.key, key.get_ref()), value };
+            let entry = TomlValue { key: format!("{}.{}", self.key, key.get_ref()), value };
             let name = parse_key(key.get_ref()).or_else(|what| entry.fault(what));
             match (name, read(&entry)) {
                 (Ok(name), Ok(_)) if entries.contains_key(&name) => {

@@ -2,11 +2,11 @@
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
-use super::parse::Builder;
+use super::parse::ConfigBuilder;
 use super::{AdminAddress, ConsulAddress, Forward, SourceKind, consul};
 
 /// Notes every rule between keys that is broken.
-pub(super) fn check(builder: &mut Builder) {
+pub(super) fn check(builder: &mut ConfigBuilder) {
     check_pool_size(builder);
     check_pool6_size(builder);
     check_pool_overlap(builder);
@@ -20,7 +20,7 @@ pub(super) fn check(builder: &mut Builder) {
     }
 }
 
-fn check_pool_size(builder: &mut Builder) {
+fn check_pool_size(builder: &mut ConfigBuilder) {
     let (pool, wanted) = (builder.config.vip.pool, builder.config.datapath.max_services);
     // The first address names the network and the last is its broadcast address.
     let usable = (1_u64 << (32 - pool.prefix_len())).saturating_sub(2);
@@ -36,7 +36,7 @@ fn check_pool_size(builder: &mut Builder) {
     }
 }
 
-fn check_pool6_size(builder: &mut Builder) {
+fn check_pool6_size(builder: &mut ConfigBuilder) {
     let Some(pool6) = builder.config.vip.pool6 else { return };
     let wanted = builder.config.datapath.max_services;
     let usable = (1_u128 << (128 - pool6.prefix_len())) - 2;
@@ -53,7 +53,7 @@ fn check_pool6_size(builder: &mut Builder) {
 
 /// Connections to the pool are refused unless they are to a service, so no other address may lie
 /// there.
-fn check_pool_overlap(builder: &mut Builder) {
+fn check_pool_overlap(builder: &mut ConfigBuilder) {
     let pool = builder.config.vip.pool;
     if pool.contains(&Ipv4Addr::LOCALHOST) {
         builder.conflict(
@@ -85,7 +85,7 @@ fn check_pool_overlap(builder: &mut Builder) {
     }
 }
 
-fn check_pool6_overlap(builder: &mut Builder) {
+fn check_pool6_overlap(builder: &mut ConfigBuilder) {
     let Some(pool6) = builder.config.vip.pool6 else { return };
     for (key, address) in own_addresses(builder) {
         if matches!(address.ip(), IpAddr::V6(ip) if pool6.contains(&ip)) {
@@ -101,7 +101,7 @@ fn check_pool6_overlap(builder: &mut Builder) {
 }
 
 /// A pin hides what listens at its address and port.
-fn check_pins(builder: &mut Builder) {
+fn check_pins(builder: &mut ConfigBuilder) {
     let pins: Vec<_> = builder.config.vip.pins.clone().into_iter().collect();
     for (pin_idx, (name, pin)) in pins.iter().enumerate() {
         if let Some((other, _)) = pins[..pin_idx].iter().find(|(_, address)| address == pin) {
@@ -123,7 +123,7 @@ fn check_pins(builder: &mut Builder) {
     }
 }
 
-fn check_routes(builder: &mut Builder) {
+fn check_routes(builder: &mut ConfigBuilder) {
     let dns = builder.config.dns.clone();
     if dns.routes.contains_key(&dns.domain) {
         builder.conflict(
@@ -166,7 +166,7 @@ fn check_dns_tls(builder: &mut Builder) {
 }
 
 /// The addresses that the daemon listens on or connects to, each with its key.
-fn own_addresses(builder: &Builder) -> Vec<(&'static str, SocketAddr)> {
+fn own_addresses(builder: &ConfigBuilder) -> Vec<(&'static str, SocketAddr)> {
     let config = &builder.config;
     let mut addresses: Vec<(&str, SocketAddr)> = Vec::new();
     addresses.extend(config.dns.listen.iter().map(|address| ("dns.listen", *address)));

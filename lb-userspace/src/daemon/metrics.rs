@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use crate::admin::prometheus::{Exposition, Histogram, Kind};
+use crate::admin::prometheus::{Exposition, Histogram, MetricType};
 use crate::catalog::Watches;
 use crate::datapath::{Pressure, ServiceCounters};
 use crate::dns;
@@ -56,7 +56,7 @@ pub fn exposition(readings: &Readings) -> String {
     connects(&mut text, readings);
     room(&mut text, readings);
     let help = "Answers to DNS questions, forwarded ones included, by response code.";
-    let mut family = text.family("nohop_dns_queries_total", Kind::Counter, help);
+    let mut family = text.family("nohop_dns_queries_total", MetricType::Counter, help);
     for (rcode, n) in &readings.dns_answers {
         family.sample(&[("rcode", rcode)], n);
     }
@@ -71,14 +71,14 @@ fn upstreams(text: &mut Exposition, readings: &Readings) {
         .map(|upstream| (upstream.address.to_string(), upstream))
         .collect();
     let help = "Whether a resolver that names are forwarded to answers (1), or is asked last (0).";
-    let mut family = text.family("nohop_dns_upstream_up", Kind::Gauge, help);
+    let mut family = text.family("nohop_dns_upstream_up", MetricType::Gauge, help);
     for (address, upstream) in &named {
         family
             .sample(&[("upstream", address)], u8::from(upstream.state != dns::UpstreamState::Out));
     }
     let help = "Queries to a resolver by result: answered, refused (SERVFAIL, REFUSED, NOTIMP), \
                 timeout, unreachable.";
-    let mut family = text.family("nohop_dns_upstream_queries_total", Kind::Counter, help);
+    let mut family = text.family("nohop_dns_upstream_queries_total", MetricType::Counter, help);
     for (address, upstream) in &named {
         for (result, n) in upstream.results {
             family.sample(&[("upstream", address), ("result", result)], n);
@@ -98,22 +98,22 @@ fn upstreams(text: &mut Exposition, readings: &Readings) {
 fn daemon(text: &mut Exposition, readings: &Readings) {
     let help = "The daemon's version; always 1.";
     let version = [("version", env!("CARGO_PKG_VERSION"))];
-    text.family("nohop_build_info", Kind::Gauge, help).sample(&version, 1);
+    text.family("nohop_build_info", MetricType::Gauge, help).sample(&version, 1);
     let help = "Whether names are answered and connects to translated (1), or not (0).";
-    text.single("nohop_ready", Kind::Gauge, help, u8::from(readings.is_ready));
+    text.single("nohop_ready", MetricType::Gauge, help, u8::from(readings.is_ready));
     let help = "Whether every hook of a unit is attached and seen to run (1), or not (0).";
-    let mut family = text.family("nohop_datapath_attached", Kind::Gauge, help);
+    let mut family = text.family("nohop_datapath_attached", MetricType::Gauge, help);
     for (unit, is_attached) in &readings.units {
         family.sample(&[("unit", unit)], u8::from(*is_attached));
     }
     let help = "What becomes of connections: of translate and shadow (connections are only counted) one is 1.";
-    let mut family = text.family("nohop_mode", Kind::Gauge, help);
+    let mut family = text.family("nohop_mode", MetricType::Gauge, help);
     family.sample(&[("mode", "translate")], u8::from(!readings.is_shadow));
     family.sample(&[("mode", "shadow")], u8::from(readings.is_shadow));
     let help = "Lines of the log that were dropped because stderr isn't read fast enough.";
-    text.single("nohop_log_dropped_total", Kind::Counter, help, readings.log_dropped);
+    text.single("nohop_log_dropped_total", MetricType::Counter, help, readings.log_dropped);
     let help = "The generation of the table in force; 0 before the first.";
-    text.single("nohop_generation", Kind::Gauge, help, readings.generation);
+    text.single("nohop_generation", MetricType::Gauge, help, readings.generation);
     let help = "The time from the news of a change to the maps that connects to read.";
     text.histogram("nohop_propagation_seconds", help, &readings.propagation);
 }
@@ -121,15 +121,15 @@ fn daemon(text: &mut Exposition, readings: &Readings) {
 fn discovery(text: &mut Exposition, readings: &Readings) {
     let source = ("source", readings.source);
     let help = "The time since the source of the catalog last answered; absent before that.";
-    let mut family = text.family("nohop_catalog_age_seconds", Kind::Gauge, help);
+    let mut family = text.family("nohop_catalog_age_seconds", MetricType::Gauge, help);
     if let Some(age) = readings.catalog_age {
         family.sample(&[source], age);
     }
     let help = "Whether something is wrong with the source (1): see nohop status.";
     let has_problem = u8::from(readings.has_problem);
-    text.family("nohop_source_problem", Kind::Gauge, help).sample(&[source], has_problem);
+    text.family("nohop_source_problem", MetricType::Gauge, help).sample(&[source], has_problem);
     let help = "Requests to the source by HTTP status, or by what came instead of a response.";
-    let mut family = text.family("nohop_source_requests_total", Kind::Counter, help);
+    let mut family = text.family("nohop_source_requests_total", MetricType::Counter, help);
     for (code, n) in &readings.requests {
         family.sample(&[source, ("code", code)], n);
     }
@@ -137,31 +137,31 @@ fn discovery(text: &mut Exposition, readings: &Readings) {
     for (name, kind, value, help) in [
         (
             "nohop_source_received_bytes_total",
-            Kind::Counter,
+            MetricType::Counter,
             readings.received_bytes,
             "Bytes of the bodies of the source's responses.",
         ),
         (
             "nohop_source_suspicious_total",
-            Kind::Counter,
+            MetricType::Counter,
             readings.shrinks_held,
             "Responses that removed so many instances that they were confirmed before they applied.",
         ),
         (
             "nohop_source_connections",
-            Kind::Gauge,
+            MetricType::Gauge,
             watches.connections as u64,
             "Open connections to the source.",
         ),
         (
             "nohop_source_max_requests_per_hour",
-            Kind::Gauge,
+            MetricType::Gauge,
             watches.budget_requests,
             "Requests to the source in an hour while nothing changes, calculated.",
         ),
         (
             "nohop_source_max_bytes_per_hour",
-            Kind::Gauge,
+            MetricType::Gauge,
             watches.budget_bytes,
             "Bytes of the source's responses in an hour while nothing changes, calculated.",
         ),
@@ -169,13 +169,13 @@ fn discovery(text: &mut Exposition, readings: &Readings) {
         text.family(name, kind, help).sample(&[source], value);
     }
     let help = "Lookups and uses of services that discovery was too busy to receive.";
-    text.single("nohop_demand_dropped_total", Kind::Counter, help, readings.demand_dropped);
+    text.single("nohop_demand_dropped_total", MetricType::Counter, help, readings.demand_dropped);
     let help = "Services whose instances are watched (live), and the others (cold).";
-    let mut family = text.family("nohop_watches", Kind::Gauge, help);
+    let mut family = text.family("nohop_watches", MetricType::Gauge, help);
     family.sample(&[("state", "live")], watches.live);
     family.sample(&[("state", "cold")], watches.cold);
     let help = "The time since the live service that waits longest for its turn was answered.";
-    let mut family = text.family("nohop_watch_oldest_age_seconds", Kind::Gauge, help);
+    let mut family = text.family("nohop_watch_oldest_age_seconds", MetricType::Gauge, help);
     if let Some(age) = watches.oldest_age {
         family.sample(&[], age.as_secs_f64());
     }
@@ -183,13 +183,13 @@ fn discovery(text: &mut Exposition, readings: &Readings) {
 
 fn connects(text: &mut Exposition, readings: &Readings) {
     let help = "Connects that were sent to a backend: connects by TCP, and choices for datagrams.";
-    let mut family = text.family("nohop_connects_total", Kind::Counter, help);
+    let mut family = text.family("nohop_connects_total", MetricType::Counter, help);
     for (name, counters) in &readings.services {
         family.sample(&[("service", name)], counters.connects);
     }
     let help = "Connects that were refused: no_backend (none is healthy), family (the socket's \
                 address family reaches none), no_frontend (no service has the address and port).";
-    let mut family = text.family("nohop_connects_refused_total", Kind::Counter, help);
+    let mut family = text.family("nohop_connects_refused_total", MetricType::Counter, help);
     let no_frontend = [("service", ""), ("reason", "no_frontend")];
     let event = |name| readings.events.get(name).copied().unwrap_or_default();
     family.sample(&no_frontend, event("refused_no_frontend"));
@@ -200,14 +200,14 @@ fn connects(text: &mut Exposition, readings: &Readings) {
     }
     let help = "connect() by UDP sockets that led to a backend, of services that have some. Whoever \
                 looks up a name makes some, and sends nothing.";
-    let mut family = text.family("nohop_udp_connects_total", Kind::Counter, help);
+    let mut family = text.family("nohop_udp_connects_total", MetricType::Counter, help);
     for (name, ServiceCounters { udp_connects, .. }) in &readings.services {
         if udp_connects.connects > 0 {
             family.sample(&[("service", name)], udp_connects.connects);
         }
     }
     let help = "The same that were refused, by the reasons of nohop_connects_refused_total.";
-    let mut family = text.family("nohop_udp_connects_refused_total", Kind::Counter, help);
+    let mut family = text.family("nohop_udp_connects_refused_total", MetricType::Counter, help);
     family.sample(&no_frontend, event("udp_no_frontend"));
     for (name, ServiceCounters { udp_connects, .. }) in &readings.services {
         let reasons = [("no_backend", udp_connects.no_backend), ("family", udp_connects.family)];
@@ -217,7 +217,7 @@ fn connects(text: &mut Exposition, readings: &Readings) {
     }
     let help =
         "What the programs in the kernel count for no service in particular, as in nohop status.";
-    let mut family = text.family("nohop_datapath_events_total", Kind::Counter, help);
+    let mut family = text.family("nohop_datapath_events_total", MetricType::Counter, help);
     for (event, n) in &readings.events {
         family.sample(&[("event", event)], n);
     }
@@ -225,19 +225,19 @@ fn connects(text: &mut Exposition, readings: &Readings) {
 
 fn room(text: &mut Exposition, readings: &Readings) {
     let help = "Entries of a map that are in use.";
-    let mut family = text.family("nohop_map_entries", Kind::Gauge, help);
+    let mut family = text.family("nohop_map_entries", MetricType::Gauge, help);
     for (map, pressure) in &readings.maps {
         family.sample(&[("map", map)], pressure.used);
     }
     let help = "Entries that a map has room for.";
-    let mut family = text.family("nohop_map_capacity", Kind::Gauge, help);
+    let mut family = text.family("nohop_map_capacity", MetricType::Gauge, help);
     for (map, pressure) in &readings.maps {
         family.sample(&[("map", map)], pressure.capacity);
     }
     let pool = &readings.pool;
     let help =
         "Addresses of vip.pool: used, quarantined for a day after a name gave them up, free.";
-    let mut family = text.family("nohop_vip_pool_addresses", Kind::Gauge, help);
+    let mut family = text.family("nohop_vip_pool_addresses", MetricType::Gauge, help);
     family.sample(&[("state", "used")], pool.used);
     family.sample(&[("state", "quarantined")], pool.resting);
     family.sample(&[("state", "free")], pool.free());

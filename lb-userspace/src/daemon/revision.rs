@@ -38,8 +38,8 @@ fn lasting(status: api::Status) -> api::Status {
     let source = |source: api::SourceStatus| api::SourceStatus {
         age_seconds: None,
         watches: None,
-        facts: source.facts.iter().map(|fact| without_figures(fact)).collect(),
-        problem: source.problem.as_deref().map(without_figures),
+        facts: source.facts.iter().map(|fact| without_ages(fact)).collect(),
+        problem: source.problem.as_deref().map(without_ages),
         ..source
     };
     let counted = |upstream: api::UpstreamStatus| api::UpstreamStatus {
@@ -53,7 +53,7 @@ fn lasting(status: api::Status) -> api::Status {
     let datapath =
         api::DatapathStatus { maps: Vec::new(), counters: Default::default(), ..status.datapath };
     api::Status {
-        problems: status.problems.iter().map(|problem| without_figures(problem)).collect(),
+        problems: status.problems.iter().map(|problem| without_ages(problem)).collect(),
         revision: 0,
         // A table's change has been counted already.
         generation: 0,
@@ -67,9 +67,12 @@ fn lasting(status: api::Status) -> api::Status {
     }
 }
 
-/// A sentence without its numbers: most are ages.
-fn without_figures(sentence: &str) -> String {
-    sentence.chars().filter(|character| !character.is_ascii_digit()).collect()
+/// A sentence without its ages, such as `3 s ago`.
+fn without_ages(sentence: &str) -> String {
+    const AGO: &str = " s ago";
+    let (sentence, rest) = sentence.rsplit_once(AGO).unwrap_or(("", sentence));
+    let parts = sentence.split(AGO).map(|part| part.trim_end_matches(|c: char| c.is_ascii_digit()));
+    parts.collect::<Vec<_>>().join(AGO) + rest
 }
 
 #[cfg(test)]
@@ -116,6 +119,18 @@ mod tests {
             },
             pool: api::PoolStatus::default(),
             datapath: api::DatapathStatus::default(),
+        }
+    }
+
+    #[test]
+    fn only_ages_are_left_out() {
+        for (one, other, is_same) in [
+            ("port 53 is taken", "port 54 is taken", false),
+            ("detached 3 s ago; attached 1 s ago", "detached 14 s ago; attached 12 s ago", true),
+            ("2 names, 3 s ago", "3 names, 3 s ago", false),
+            ("nothing", "nothing", true),
+        ] {
+            assert_eq!(without_ages(one) == without_ages(other), is_same, "{one} / {other}");
         }
     }
 
