@@ -154,7 +154,7 @@ pub async fn get_within<T: DeserializeOwned>(
 /// Posts a request, and reads the document of the response.
 ///
 /// # Errors
-/// As for [`get`], but after a minute: then the daemon may still do it.
+/// As for [`get`], but after a minute: then the daemon may still apply the change.
 pub async fn post<T: DeserializeOwned>(
     address: &AdminAddress,
     path: &str,
@@ -228,7 +228,7 @@ mod tests {
             assert_eq!(found.unwrap().to_string(), expected);
         }
         let error = find(None, &|_| Some("x".into())).unwrap_err().to_string();
-        assert!(error.starts_with("NOHOP_ADMIN: 'x' is no address"), "{error}");
+        assert!(error.starts_with("NOHOP_ADMIN: 'x' isn't an address"), "{error}");
     }
 
     #[tokio::test]
@@ -240,7 +240,7 @@ mod tests {
         let (address, limit) = (AdminAddress::Unix(path), Duration::from_millis(1));
         let late = post_within::<serde_json::Value>(&address, "/v1/reload", limit).await;
         let late = late.unwrap_err().to_string();
-        assert!(late.contains("may still do what it was asked for"), "{late}");
+        assert!(late.contains("may still apply the change"), "{late}");
         let late = get_within::<serde_json::Value>(&address, "/v1/status", limit).await;
         assert!(late.unwrap_err().to_string().contains("doesn't answer within"));
     }
