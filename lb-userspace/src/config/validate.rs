@@ -148,7 +148,7 @@ fn check_routes(builder: &mut ConfigBuilder) {
 }
 
 /// DNS over TLS needs a certificate and its key, and addresses of its own.
-fn check_dns_tls(builder: &mut Builder) {
+fn check_dns_tls(builder: &mut ConfigBuilder) {
     let dns = builder.config.dns.clone();
     for (key, file) in
         [("dns.tls_cert_file", dns.tls_cert_file), ("dns.tls_key_file", dns.tls_key_file)]
