@@ -4,9 +4,14 @@
 //! nothing else reads or writes the socket's flows meanwhile. The lock in the value is for nobody any
 //! more; it stays because the format does.
 
+use aya_ebpf::bindings::BPF_F_MMAPABLE;
+use aya_ebpf::btf_maps::Array;
 use aya_ebpf::helpers::bpf_ktime_get_ns;
+use aya_ebpf::helpers::generated::bpf_jiffies64;
+use aya_ebpf::macros::btf_map;
 use aya_ebpf::programs::SockAddrContext;
 use lb_common::{Address, Counter, RevNat, flow_clock};
+use zerocopy::{FromBytes, IntoBytes};
 
 use crate::context::Endpoint;
 use crate::xlate::is_bypassed;
@@ -88,9 +93,41 @@ pub fn reverse_xlate(ctx: &SockAddrContext, sender: &Endpoint, peer: &Endpoint) 
     if peer.port == 0 { *sender } else { revnat::reverse_xlate_prev(ctx, sender) }
 }
 
-/// What a flow's use is dated by.
+/// The time by which flows are dated, as it was when `tick` began.
+#[repr(C, align(8))]
+#[derive(FromBytes, IntoBytes)]
+struct Clock {
+    /// The time, by [`flow_clock`].
+    now: u32,
+    /// The upper bits of the jiffies, without the [`TICK_SHIFT`] lowest.
+    tick: u32,
+}
+
+/// A tick is 64 jiffies: 64 to 640 ms, less than a unit of [`flow_clock`].
+const TICK_SHIFT: u32 = 6;
+
+#[btf_map]
+static FLOW_CLOCK: Array<Clock, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
+
+/// The time by which flows are dated. Reading the clock costs as much as finding a flow, while the
+/// verifier makes a load of `bpf_jiffies64` (do_misc_fixups() in kernel/bpf/verifier.c); so it is read
+/// once a tick.
 #[inline(always)]
 fn now() -> u32 {
-    // SAFETY: the helper has no preconditions.
-    flow_clock(unsafe { bpf_ktime_get_ns() })
+    // SAFETY: the helpers have no preconditions, and the pointer is to an array's element, which
+    // stays; it is one aligned word.
+    unsafe {
+        let read = || flow_clock(bpf_ktime_get_ns());
+        let Some(clock) = FLOW_CLOCK.get_ptr_mut(0).map(<*mut Clock>::cast::<u64>) else {
+            return read();
+        };
+        let tick = (bpf_jiffies64() >> TICK_SHIFT) as u32;
+        let kept: Clock = zerocopy::transmute!(clock.read_volatile());
+        if kept.tick == tick {
+            return kept.now;
+        }
+        let now = read();
+        clock.write_volatile(zerocopy::transmute!(Clock { now, tick }));
+        now
+    }
 }

@@ -1,12 +1,13 @@
 //! The object: what it is told of this kernel and of the configuration, and how it is loaded.
 
 use std::net::Ipv4Addr;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::path::PathBuf;
 
 use aya::programs::{Program, ProgramError};
-use aya::{Ebpf, EbpfLoader};
+use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
 use lb_common::Address;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::btf::Bit;
 use super::cause::is_transient;
@@ -16,7 +17,7 @@ use super::map_specs::{OBJECT, Sizes, socket_shapes};
 use super::memcg;
 use super::options::Options;
 use super::pins::Pins;
-use super::units::Unit;
+use super::units::{Unit, hooks};
 
 /// Loads a unit's programs over the maps in `pins`, and creates the maps that aren't there. The
 /// constants follow from `features`, so there is one attempt, and an error of it is an error.
@@ -29,6 +30,63 @@ pub fn load(
     sizes: &Sizes,
     pins: &Pins,
     features: &mut Features,
+) -> Result<Ebpf, DatapathError> {
+    let mut ebpf = open(options, sizes, pins, features, VerifierLogLevel::default())?;
+    for hook in unit.hooks {
+        load_program(&mut ebpf, hook.program)?;
+    }
+    Ok(ebpf)
+}
+
+/// The programs of all units, each with how many instructions the verifier processed, by its log;
+/// `None` where it has no such line. aya returns the log of a failure alone, so the loads fail, after
+/// the verifier, for lack of a file descriptor (`bpf_prog_new_fd` in kernel/bpf/syscall.c). No other
+/// thread may open files meanwhile.
+///
+/// # Errors
+/// As for [`load`].
+pub fn processed_instructions(
+    options: &Options,
+    sizes: &Sizes,
+    pins: &Pins,
+    features: &mut Features,
+) -> Result<Vec<(&'static str, Option<u32>)>, DatapathError> {
+    let mut ebpf = open(options, sizes, pins, features, VerifierLogLevel::STATS)?;
+    let mut processed = |name| {
+        let program = ebpf.program_mut(name).ok_or(DatapathError::Object { missing: name })?;
+        let Program::CgroupSockAddr(program) = program else {
+            return Err(DatapathError::Object { missing: name });
+        };
+        let log = match without_descriptors(|| program.load()) {
+            Err(ProgramError::LoadError { verifier_log, .. }) => verifier_log.to_string(),
+            Ok(()) | Err(_) => String::new(),
+        };
+        // `processed 14216 insns (limit 1000000) max_states_per_insn ...`
+        let (_, count) = log.rsplit_once("processed ").unwrap_or_default();
+        Ok((name, count.split(' ').next().and_then(|count| count.parse().ok())))
+    };
+    hooks(options.units).map(|hook| processed(hook.program)).collect()
+}
+
+/// Runs `work` while this process can open nothing more.
+fn without_descriptors<T>(work: impl FnOnce() -> T) -> T {
+    let before = getrlimit(Resource::Nofile);
+    let lowest_free = std::fs::File::open("/dev/null").map(|file| file.as_raw_fd() as u64);
+    let limited = Rlimit { current: lowest_free.ok().or(before.current), ..before };
+    // Where the limit can't be set, the load succeeds, and there is no log.
+    let _ = setrlimit(Resource::Nofile, limited);
+    let result = work();
+    let _ = setrlimit(Resource::Nofile, before);
+    result
+}
+
+/// Opens the object over the maps in `pins`.
+fn open(
+    options: &Options,
+    sizes: &Sizes,
+    pins: &Pins,
+    features: &mut Features,
+    log_level: VerifierLogLevel,
 ) -> Result<Ebpf, DatapathError> {
     let pool = options.vip.pool;
     let (pins_network, pins_mask) = network_around(options.vip.pins.values().map(|pin| *pin.ip()));
@@ -43,6 +101,7 @@ pub fn load(
     let layout = u32::from(options.layout);
     let has_bypass = u32::from(!options.datapath.exclude_cgroups.is_empty());
     let mut loader = EbpfLoader::new();
+    loader.verifier_log_level(log_level);
     let refusal = features.refusal as u32;
     let shapes = sizes.shapes();
     let maps = shapes.iter().map(|shape| (pins.maps().join(shape.name), shape.max_entries));
@@ -80,11 +139,7 @@ pub fn load(
     loader.override_global("IPV6_ONLY_OFFSET", &ipv6_only.offset, true);
     loader.override_global("IPV6_ONLY_MASK", &ipv6_only.mask, true);
     loader.override_global("HAS_MPTCP", &has_mptcp, true);
-    let mut ebpf = loader.load(OBJECT).map_err(DatapathError::Load)?;
-    for hook in unit.hooks {
-        load_program(&mut ebpf, hook.program)?;
-    }
-    Ok(ebpf)
+    loader.load(OBJECT).map_err(DatapathError::Load)
 }
 
 /// Loads a program; what a signal interrupts (EAGAIN from `bpf_check`) is tried again.

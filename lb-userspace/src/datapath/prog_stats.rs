@@ -8,6 +8,9 @@ use aya::programs::ProgramInfo;
 
 use super::control::Datapath;
 use super::error::DatapathError;
+use super::map_specs::Sizes;
+use super::object::processed_instructions;
+use super::options::Options;
 
 /// The kernel counts the run time of every BPF program for as long as this lives.
 #[derive(Debug)]
@@ -42,16 +45,23 @@ impl Cost {
 }
 
 impl Datapath {
-    /// The programs, each with how many instructions the verifier went through, every path of its
-    /// own; `None` where the kernel doesn't tell.
-    ///
-    /// Minimum kernel: 5.16.
+    /// The programs, each with how many instructions the verifier processed, on every path; from 5.16 on
+    /// as the kernel reports it, before by the verifier's log. `None` where there is neither.
     ///
     /// # Errors
     /// When the kernel knows nothing of a program.
-    pub fn verified_instructions(&self) -> Result<Vec<(&'static str, Option<u32>)>, DatapathError> {
+    pub fn verified_instructions(
+        &mut self,
+        options: &Options,
+    ) -> Result<Vec<(&'static str, Option<u32>)>, DatapathError> {
         let verified = |program| Ok((program, self.info(program)?.verified_instruction_count()));
-        self.units.programs().map(verified).collect()
+        let reported =
+            self.units.programs().map(verified).collect::<Result<Vec<_>, DatapathError>>()?;
+        if reported.iter().all(|(_, count)| count.is_some()) {
+            return Ok(reported);
+        }
+        let sizes = Sizes::of(&options.datapath, &options.vip);
+        processed_instructions(options, &sizes, &self.pins, &mut self.features)
     }
 
     /// What a program has cost.
