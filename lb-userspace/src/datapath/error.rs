@@ -9,7 +9,7 @@ use aya::programs::ProgramError;
 use super::cause::{self, Machine, Step};
 use super::obstacles::Obstacle;
 use super::pins::PinError;
-use super::reconcile::AdoptError;
+use super::reconcile::adopt::AdoptError;
 use crate::config::cgroup::ScopeError;
 
 /// Why the kernel side can't be had.

@@ -5,7 +5,7 @@
 //! program that may have found it has ended; only then is it written again. That wait is put off
 //! until something needs the room, so that an ordinary change never waits.
 
-mod adopt;
+pub mod adopt;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::io;
@@ -24,8 +24,6 @@ use super::map_specs::Sizes;
 use super::maps::{FrontendKey, Groups, Maps};
 use crate::ordmap::{Diff, OrdMap};
 use crate::table::{Ports, Service, Table, Watch};
-
-pub use adopt::AdoptError;
 
 /// Why the kernel doesn't have a service's present state.
 ///

@@ -18,7 +18,8 @@ use super::object::load;
 use super::obstacles::{self, Obstacle};
 use super::options::Options;
 use super::pins::{PinnedMaps, Pins};
-use super::reconcile::{AdoptError, Reconciler, Served};
+use super::reconcile::adopt::AdoptError;
+use super::reconcile::{Reconciler, Served};
 use super::socket_terminator::Disconnector;
 use super::units::{UNITS, Unit};
 use crate::config::{DatapathConfig, cgroup};
@@ -70,19 +71,19 @@ impl Datapath {
     ) -> Result<Datapath, DatapathError> {
         let first = first_unit(options)?;
         pins.make_directories()?;
-        pins.are_there(&pins.sockets(), &socket_shapes())?;
+        pins.exist(&pins.sockets(), &socket_shapes())?;
         let is_live = links::are_attached(&pins, cgroup)?;
         let Fitted { sizes, note, served, mut loaded } =
             Fitted::new(options, &pins, &mut features, is_live)?;
 
-        if loaded.is_none() && pins.are_there(&pins.maps(), &sizes.shapes())? {
+        if loaded.is_none() && pins.exist(&pins.maps(), &sizes.shapes())? {
             loaded = Loaded::over_earlier(options, &sizes, &pins, &mut features, is_live)?;
         }
         let is_adopted = loaded.is_some();
         let loaded = match loaded {
             Some(loaded) => loaded,
             None => {
-                pins.forget_maps()?;
+                pins.remove_maps()?;
                 Loaded::over_new(load(first, options, &sizes, &pins, &mut features)?, &sizes)?
             }
         };
@@ -156,7 +157,7 @@ impl Fitted {
         let as_wanted = Fitted { sizes: wanted, note: None, served: Served::new(), loaded: None };
         let earlier = Sizes::pinned(&pins.maps()).filter(|earlier| is_live && *earlier != wanted);
         let Some(earlier) = earlier else { return Ok(as_wanted) };
-        if !pins.are_there(&pins.maps(), &earlier.shapes())? {
+        if !pins.exist(&pins.maps(), &earlier.shapes())? {
             return Ok(as_wanted);
         }
         let Some(loaded) = Loaded::over_earlier(options, &earlier, pins, features, is_live)? else {

@@ -1,0 +1,222 @@
+//! The pins: where the maps and links live in the BPF file system, so that they outlive the daemon.
+//!
+//! `DIR/vN/maps` and `DIR/vN/links` belong to layout N; `DIR/sockets` has the socket storages, whose
+//! format never changes. A lock on DIR keeps a second daemon away. A pin is compared with what it has
+//! to be before it is used.
+
+mod bpffs;
+mod directory;
+mod error;
+mod layouts;
+mod lock;
+mod maps;
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use super::map_specs::{MapShape, socket_shapes};
+use bpffs::ensure_bpffs;
+use directory::make_private;
+use layouts::{MARK, collect_all_links, is_free, is_ours, layouts, remove_tree};
+use lock::lock;
+use maps::{Compat, compare};
+
+pub use bpffs::{is_bpffs, nearest};
+pub use directory::{Safety, look};
+pub use error::PinError;
+pub use layouts::{PinnedLink, links_in, unpin};
+pub use lock::monotonic_ns;
+pub use maps::PinnedMaps;
+
+/// The pins in one directory, locked for as long as this lives.
+#[derive(Debug)]
+pub struct Pins {
+    dir: PathBuf,
+    layout: u16,
+    lock: File,
+}
+
+impl Pins {
+    /// Opens `dir`, for a daemon whose maps have this layout. Makes the directory if need be, and
+    /// mounts a BPF file system in its conventional place.
+    ///
+    /// # Errors
+    /// When there is no BPF file system, or another daemon has the directory.
+    pub fn open(dir: &Path, layout: u16) -> Result<Pins, PinError> {
+        ensure_bpffs(dir)?;
+        Ok(Pins { dir: dir.into(), layout, lock: lock(dir)? })
+    }
+
+    /// As [`Pins::open`], for removing pins; `None` where there is no directory.
+    ///
+    /// # Errors
+    /// When another daemon has the directory.
+    pub fn open_existing(dir: &Path) -> Result<Option<Pins>, PinError> {
+        if !dir.is_dir() || !is_bpffs(dir) {
+            return Ok(None);
+        }
+        Pins::open(dir, 0).map(Some)
+    }
+
+    /// Where the socket storages are pinned.
+    pub fn sockets(&self) -> PathBuf {
+        self.dir.join("sockets")
+    }
+
+    /// Where this layout's maps are pinned.
+    pub fn maps(&self) -> PathBuf {
+        self.dir.join(format!("v{}/maps", self.layout))
+    }
+
+    fn own_layout(&self) -> PathBuf {
+        self.dir.join(format!("v{}", self.layout))
+    }
+
+    fn links(&self) -> PathBuf {
+        self.own_layout().join("links")
+    }
+
+    /// Where a link of this layout is pinned.
+    pub fn link(&self, program: &str) -> PathBuf {
+        self.links().join(program)
+    }
+
+    /// Makes the directories.
+    ///
+    /// # Errors
+    /// When the file system refuses.
+    pub fn make_directories(&self) -> Result<(), PinError> {
+        for dir in [self.sockets(), self.own_layout()] {
+            if !is_ours(&dir) && !is_free(&dir) {
+                return Err(PinError::ForeignDirectory { dir });
+            }
+            make_private(&dir.join(MARK))?;
+        }
+        [self.maps(), self.links()].iter().try_for_each(|dir| make_private(dir))
+    }
+
+    /// Pins the socket storages by their present names, too: up to layout 2 they had others. The
+    /// former pins stay, for a version that is rolled back to.
+    fn take_former_names(&self) -> Result<(), PinError> {
+        let former = [("SK_REVNAT", "PEERS"), ("SK_REVNAT_PREV", "FORMER_PEERS")];
+        for shape in socket_shapes() {
+            let Some((_, former)) = former.iter().find(|(name, _)| *name == shape.name) else {
+                continue;
+            };
+            let (path, former) = (self.sockets().join(shape.name), self.sockets().join(former));
+            if compare(&path, &shape)? == Compat::Absent
+                && compare(&former, &shape)? == Compat::Same
+            {
+                PinnedMaps::open([former])?.pin_at(&path)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes the pins of socket storages that have another version's format, and returns these: they
+    /// serve the programs that use them, but not ours.
+    ///
+    /// # Errors
+    /// When something else has one of the names, or the file system refuses.
+    pub fn take_other_storages(&self) -> Result<PinnedMaps, PinError> {
+        self.take_former_names()?;
+        let mut others = Vec::new();
+        for shape in socket_shapes() {
+            let path = self.sockets().join(shape.name);
+            if compare(&path, &shape)? == Compat::OtherStorage {
+                others.push(path);
+            }
+        }
+        let storages = PinnedMaps::open(others)?;
+        for (path, _) in &storages.0 {
+            tracing::warn!(
+                "{} has another version's format: sockets that it knows show their backend",
+                path.display()
+            );
+            unpin(path)?;
+        }
+        Ok(storages)
+    }
+
+    /// Creates directories that are missing, and locks the one that has this path now.
+    ///
+    /// # Errors
+    /// When the file system refuses, or another daemon has a directory that took the place of ours.
+    pub fn fix(&mut self) -> Result<(), PinError> {
+        let number = |metadata: io::Result<fs::Metadata>| metadata.map(|found| found.ino()).ok();
+        if number(fs::metadata(&self.dir)) != number(self.lock.metadata()) {
+            self.lock = lock(&self.dir)?;
+        }
+        self.make_directories()
+    }
+
+    /// Whether anything of ours is there.
+    ///
+    /// # Errors
+    /// When the file system refuses.
+    pub fn is_empty(&self) -> Result<bool, PinError> {
+        let has_sockets = self.sockets().exists() && is_ours(&self.sockets());
+        Ok(self.layouts()?.is_empty() && !has_sockets)
+    }
+
+    /// Whether each of these maps is pinned in `dir` and as it has to be. Some may be missing, or
+    /// have another size: then they have to be created again.
+    ///
+    /// # Errors
+    /// When something else has one of the names.
+    pub fn exist(&self, dir: &Path, shapes: &[MapShape]) -> Result<bool, PinError> {
+        shapes.iter().try_fold(true, |all, shape| {
+            Ok(compare(&dir.join(shape.name), shape)? == Compat::Same && all)
+        })
+    }
+
+    /// Removes the pins of this layout's maps. Programs that use them keep them.
+    ///
+    /// # Errors
+    /// When the file system refuses.
+    pub fn remove_maps(&self) -> Result<(), PinError> {
+        remove_tree(&self.maps())?;
+        make_private(&self.maps())
+    }
+
+    /// Every link that is pinned under any layout: this one's first. Another version may have links
+    /// of other kinds, in directories that this one doesn't know.
+    ///
+    /// # Errors
+    /// When something that isn't a link lies where links are.
+    pub fn all_links(&self) -> Result<Vec<PinnedLink>, PinError> {
+        let own = self.own_layout();
+        let mut layouts = self.layouts()?;
+        layouts.sort_by_key(|dir| *dir != own);
+        collect_all_links(&layouts)
+    }
+
+    fn layouts(&self) -> Result<Vec<PathBuf>, PinError> {
+        layouts(&self.dir)
+    }
+
+    /// Removes the pins of other layouts.
+    ///
+    /// # Errors
+    /// When the file system refuses.
+    pub fn remove_other_layouts(&self) -> Result<(), PinError> {
+        let own = self.own_layout();
+        self.layouts()?.iter().filter(|layout| **layout != own).try_for_each(|dir| remove_tree(dir))
+    }
+
+    /// Removes everything of ours, and the directory if nothing else is in it.
+    ///
+    /// # Errors
+    /// When the file system refuses.
+    pub fn remove_all(&self) -> Result<(), PinError> {
+        self.layouts()?.iter().try_for_each(|dir| remove_tree(dir))?;
+        if is_ours(&self.sockets()) {
+            remove_tree(&self.sockets())?;
+        }
+        // Something else in it is not ours to judge.
+        let _ = fs::remove_dir(&self.dir);
+        Ok(())
+    }
+}
