@@ -203,7 +203,7 @@ pub fn bypass_levels() -> u64 {
 /// Whether a cgroup is bypassed.
 #[inline(always)]
 pub fn is_bypassed(cgroup_id: u64) -> bool {
-    BYPASS.get_ptr(&BypassCgroup { cgroup_id }).is_some()
+    BYPASS.get_ptr(BypassCgroup { cgroup_id }).is_some()
 }
 
 /// Shows the daemon its own connect(), which is that of the socket whose cookie it named. Other

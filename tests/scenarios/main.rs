@@ -38,6 +38,7 @@ mod pinned_address;
 mod port_reused;
 mod ports_from_meta;
 mod postgres;
+mod reference;
 mod refuses_to_start;
 mod reload_source;
 mod reloaded_live;
@@ -100,6 +101,7 @@ const SCENARIOS: &[(&str, Scenario)] = &[
     ("non_vip_passthrough", non_vip_passthrough::run),
     ("not_ready_before_consul", not_ready_before_consul::run),
     ("operators_view", operators_view::run),
+    ("reference_page", reference::run),
     ("pinned_address", pinned_address::run),
     ("port_reused", port_reused::run),
     ("ports_from_meta", ports_from_meta::run),

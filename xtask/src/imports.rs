@@ -210,7 +210,9 @@ fn a_circle_is_found() {
             })
             .collect()
     };
-    let cases: [(&[(&str, &str)], &[&str]); 5] = [
+    /// Files as paths and texts, and the circles among them.
+    type Case<'a> = (&'a [(&'a str, &'a str)], &'a [&'a str]);
+    let cases: [Case; 5] = [
         (&[("a", "use crate::b::B;"), ("b", "")], &[]),
         (&[("a", "use crate::b::B;"), ("b", "fn f(_: super::a::A) {}")], &["a <-> b"]),
         (&[("", "mod a; pub use a::A;"), ("a", "use crate::X;")], &[]),

@@ -120,7 +120,7 @@ fn unpack(deb: &Path) -> Result<PathBuf> {
     }
     announce(&format!("unpacking {}", deb.display()));
     let draft = Draft::beside(&place)?;
-    process::output(Command::new("dpkg-deb").arg("-x").arg(deb).arg(&draft.path()))?;
+    process::output(Command::new("dpkg-deb").arg("-x").arg(deb).arg(draft.path()))?;
     let bin = draft.path().join("usr/bin");
     if !is_executable(&bin.join("consul")) {
         bail!("{} holds no usr/bin/consul", deb.display());

@@ -99,9 +99,9 @@ fn unpack(given: &Path, library: &Path) -> Result<()> {
 
     let tarball = find_tarball(given)?;
     let extract = ["--extract", "--no-same-owner", "--file"];
-    process::output(Command::new("tar").args(extract).arg(&tarball).arg("-C").arg(&draft.path()))?;
+    process::output(Command::new("tar").args(extract).arg(&tarball).arg("-C").arg(draft.path()))?;
     // rustup's own tarball holds it at rust-src-nightly/rust-src/lib/rustlib/src/rust/library.
-    let folder = find_library(&draft.path(), 8)
+    let folder = find_library(draft.path(), 8)
         .with_context(|| format!("{} holds no library/core", tarball.display()))?;
     draft.publish(&folder, library)
 }

