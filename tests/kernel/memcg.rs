@@ -35,28 +35,54 @@ struct MemoryCgroup {
     path: PathBuf,
     former: PathBuf,
     usage: &'static str,
+    _switch: Option<Switch>,
+}
+
+/// The memory controller that was switched on for the children of the root, until this is dropped.
+struct Switch(PathBuf);
+
+impl Switch {
+    /// `None` where it is on already.
+    fn on(root: &Path) -> std::io::Result<Option<Switch>> {
+        let control = root.join("cgroup.subtree_control");
+        if fs::read_to_string(&control)?.split_whitespace().any(|one| one == "memory") {
+            return Ok(None);
+        }
+        fs::write(&control, "+memory")?;
+        Ok(Some(Switch(control)))
+    }
+}
+
+impl Drop for Switch {
+    fn drop(&mut self) {
+        // Another one's children may use it by now.
+        let _ = fs::write(&self.0, "-memory");
+    }
 }
 
 impl MemoryCgroup {
-    /// `None` without a memory controller.
-    fn enter() -> Option<MemoryCgroup> {
+    /// # Errors
+    /// Why there can't be one here.
+    fn enter() -> Result<MemoryCgroup, &'static str> {
+        const NO_CONTROLLER: &str = "there is no memory controller";
         let own = fs::read_to_string("/proc/self/cgroup").unwrap();
         let v1 = own.lines().find_map(|line| line.split_once(":memory:")).map(|(_, path)| path);
         let v2 = own.lines().find_map(|line| line.strip_prefix("0::"));
         let (root, former, usage) = match v1 {
             Some(path) => (PathBuf::from("/sys/fs/cgroup/memory"), path, "memory.usage_in_bytes"),
             None => {
-                let root = cgroup::find_cgroup2_root()?;
-                fs::write(root.join("cgroup.subtree_control"), "+memory").ok()?;
-                (root, v2?, "memory.current")
+                let root = cgroup::find_cgroup2_root().ok_or(NO_CONTROLLER)?;
+                (root, v2.ok_or(NO_CONTROLLER)?, "memory.current")
             }
         };
+        let switched = if v1.is_some() { Ok(None) } else { Switch::on(&root) };
+        let switch = switched.map_err(|_| "the memory controller can't be switched on")?;
         let path = root.join(tempdir::name("memory"));
         let former = root.join(former.trim_start_matches('/'));
-        fs::create_dir(&path).unwrap();
-        let own = MemoryCgroup { path, former, usage };
+        fs::create_dir(&path).map_err(|_| "no cgroup can be created in the memory hierarchy")?;
+        let own = MemoryCgroup { path, former, usage, _switch: switch };
         move_to(&own.path);
-        Some(own)
+        Ok(own)
     }
 
     fn leave(&self) {
@@ -87,8 +113,9 @@ struct Growth {
     by_sockets: i64,
 }
 
-/// `None` without a memory controller.
-fn growth(map_creator: Option<PathBuf>) -> Option<Growth> {
+/// # Errors
+/// Why there can't be a memory cgroup here.
+fn growth(map_creator: Option<PathBuf>) -> Result<Growth, &'static str> {
     let echo = Echo::start(b'a');
     let mut place = Place::new();
     (place.options.datapath.max_services, place.options.datapath.max_backends) = (64, 65_536);
@@ -118,7 +145,7 @@ fn growth(map_creator: Option<PathBuf>) -> Option<Growth> {
     let by_sockets = memory.usage() - before;
     drop(sockets);
     datapath.detach();
-    Some(Growth { by_maps, by_sockets })
+    Ok(Growth { by_maps, by_sockets })
 }
 
 pub fn maps_are_charged_to_none() {
@@ -126,8 +153,12 @@ pub fn maps_are_charged_to_none() {
     let wanted = Some(2 * N_SOCKETS as u64);
     let raised = Rlimit { current: wanted, maximum: files.maximum.max(wanted) };
     setrlimit(Resource::Nofile, raised).unwrap();
-    let Some(own) = growth(None) else {
-        return crate::skip("there is no memory controller");
+    let own = match growth(None) {
+        Ok(own) => own,
+        Err(reason) => {
+            setrlimit(Resource::Nofile, files).unwrap();
+            return crate::skip(reason);
+        }
     };
     let none = growth(Some("/proc/self/exe".into())).unwrap();
     setrlimit(Resource::Nofile, files).unwrap();
@@ -142,8 +173,9 @@ pub fn maps_are_charged_to_none() {
 pub fn a_charge_is_reported() {
     let mut place = Place::new();
     place.options.map_creator = Some("/bin/false".into());
-    let Some(memory) = MemoryCgroup::enter() else {
-        return crate::skip("there is no memory controller");
+    let memory = match MemoryCgroup::enter() {
+        Ok(memory) => memory,
+        Err(reason) => return crate::skip(reason),
     };
     assert!(matches!(Charge::find(), Charge::Avoidable(_)), "{:?}", Charge::find());
     let mut datapath = place.start_attached();
