@@ -13,9 +13,14 @@ use std::io;
 use std::os::linux::fs::MetadataExt;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Command, Output, Stdio};
+use std::sync::mpsc;
+use std::time::Duration;
 
 use aya::EbpfLoader;
+use rustix::process::{
+    Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal, set_parent_process_death_signal,
+};
 
 use super::cause::Machine;
 use super::map_specs::OBJECT;
@@ -25,6 +30,10 @@ use crate::config::cgroup;
 const COMMAND: &str = "create-maps";
 /// The inode of a hierarchy's root; see [`cgroup`].
 const ROOT_INODE: u64 = 1;
+/// For how long the child may create maps, which takes it milliseconds.
+const CHILD_LIMIT: Duration = Duration::from_secs(10);
+/// For how long a child that was killed may take to end.
+const KILL_LIMIT: Duration = Duration::from_secs(1);
 
 /// What the memory of maps is charged to.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -65,6 +74,10 @@ impl Charge {
         if !is_v1 && controllers.is_ok_and(|all| !all.split_whitespace().any(|one| one == "memory"))
         {
             return Charge::None;
+        }
+        // With `nsdelegate` the kernel lets none out of its namespace (cgroup_attach_permissions).
+        if !is_v1 && !cgroup::is_namespace_initial() {
+            return Charge::Own("this process is in a cgroup namespace of its own".to_owned());
         }
         let procs = root.join("cgroup.procs");
         match std::fs::OpenOptions::new().write(true).open(&procs) {
@@ -128,13 +141,11 @@ pub fn create_uncharged(program: &Path, maps: &[(PathBuf, u32)]) -> Result<(), S
         argument.push(format!("={n_entries}"));
         argument
     };
-    let output = Command::new(program)
-        .arg(COMMAND)
-        .arg(&root)
-        .args(maps.iter().map(argument))
-        .stdin(Stdio::null())
-        .output()
-        .map_err(|error| format!("can't start {}: {error}", program.display()))?;
+    let mut command = Command::new(program);
+    command.arg(COMMAND).arg(&root).args(maps.iter().map(argument));
+    let output = run(&mut command, CHILD_LIMIT)
+        .map_err(|error| format!("can't run {}: {error}", program.display()))?
+        .ok_or_else(|| format!("the process that creates the maps hung for {CHILD_LIMIT:?}"))?;
     if output.status.success() {
         return Ok(());
     }
@@ -143,12 +154,33 @@ pub fn create_uncharged(program: &Path, maps: &[(PathBuf, u32)]) -> Result<(), S
     Err(format!("the process that creates the maps ended with {}: {message}", output.status))
 }
 
+/// Runs a command, and kills it after `limit`; `None` then.
+fn run(command: &mut Command, limit: Duration) -> io::Result<Option<Output>> {
+    let streams = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+    let child = streams.spawn()?;
+    // A process descriptor can't mean another process of the same number.
+    let process = pidfd_open(Pid::from_child(&child), PidfdFlags::empty())?;
+    let (sender, receiver) = mpsc::channel();
+    // One that the kernel holds doesn't end when it is killed: the thread waits, the daemon goes on.
+    let wait = move || sender.send(child.wait_with_output());
+    std::thread::Builder::new().name("map-creator".to_owned()).spawn(wait)?;
+    if let Ok(output) = receiver.recv_timeout(limit) {
+        return output.map(Some);
+    }
+    // It may have ended just now.
+    let _ = pidfd_send_signal(&process, Signal::KILL);
+    let _ = receiver.recv_timeout(KILL_LIMIT);
+    Ok(None)
+}
+
 /// What the child does: it enters the cgroup, and creates and pins the maps, each of them given as
 /// `PATH=ENTRIES`.
 ///
 /// # Errors
 /// When it can't enter, an argument isn't of this form, or the kernel refuses the maps.
 pub fn create_maps(cgroup: &Path, maps: &[OsString]) -> io::Result<()> {
+    // In the root it isn't among what systemd kills with the daemon.
+    set_parent_process_death_signal(Some(Signal::KILL))?;
     std::fs::write(cgroup.join("cgroup.procs"), "0")?;
     let parsed: Option<Vec<_>> = maps.iter().map(|map| parse_map(map)).collect();
     let maps = parsed.ok_or(io::ErrorKind::InvalidInput)?;
@@ -194,6 +226,13 @@ mod tests {
                          36 31 0:33 / /sys/fs/cgroup/devices rw - cgroup cgroup rw,devices\n\
                          41 31 0:38 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n";
         assert!(v1_mounts(mountinfo).eq([PathBuf::from("/sys/fs/cgroup/memory")]));
+    }
+
+    #[test]
+    fn a_child_that_hangs_is_killed() {
+        assert!(run(Command::new("sleep").arg("1000"), Duration::ZERO).unwrap().is_none());
+        let output = run(&mut Command::new("true"), Duration::MAX).unwrap();
+        assert!(output.unwrap().status.success());
     }
 
     #[test]
