@@ -1,8 +1,8 @@
 //! Units load, fail and come back as a whole; one that isn't required fails alone.
 
-use std::collections::BTreeSet;
-
-use lb_userspace::datapath::{AttachType, Datapath, Hook, Target, UNITS, Unit, UnitState, unload};
+use lb_userspace::datapath::{
+    AttachType, Attachment, Datapath, Hook, Target, UNITS, Unit, UnitState, unload,
+};
 
 use crate::fixture::{Place, Server, VIP, connect, service, table};
 use crate::obstacles::foreign_program;
@@ -85,7 +85,17 @@ pub fn an_optional_unit_fails_alone() {
     assert_eq!(datagrams(&datapath), (UnitState::Attached, String::new()));
     let link = place.pin("v3/links/nohop_sendmsg4");
     bpftool(&["link", "detach", "pinned", link.to_str().unwrap()]);
-    assert_eq!(datapath.fix().lost, BTreeSet::from(["nohop_sendmsg4"]));
+    assert_eq!(datapath.fix(), Attachment::default(), "only required units count");
+    assert_eq!(datagrams(&datapath), (UnitState::Attached, String::new()));
+
+    // One that can't be attached again takes the others of its unit along.
+    bpftool(&["link", "detach", "pinned", link.to_str().unwrap()]);
+    bpftool(&["cgroup", "attach", &scope, "sendmsg4", "pinned", &foreign]);
+    assert_eq!(datapath.fix(), Attachment::default());
+    assert_eq!(datagrams(&datapath).0, UnitState::Failed);
+    assert!(!link.exists() && !place.pin("v3/links/nohop_recvmsg4").exists());
+    bpftool(&["cgroup", "detach", &scope, "sendmsg4", "pinned", &foreign]);
+    assert!(datapath.fix().is_complete());
     assert_eq!(datagrams(&datapath), (UnitState::Attached, String::new()));
 
     // A unit that the next daemon doesn't have is detached by it.

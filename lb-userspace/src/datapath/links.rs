@@ -106,7 +106,8 @@ fn end(PinnedLink { path, link, .. }: &PinnedLink) -> Result<(), DatapathError> 
 /// What a look at the hooks found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Attachment {
-    /// The programs that were found detached. They are attached again unless there is a problem.
+    /// The programs of required units that were found detached. They are attached again unless there
+    /// is a problem.
     pub lost: BTreeSet<&'static str>,
     /// Why hooks of a required unit couldn't be attached again.
     pub problem: Option<String>,
@@ -300,15 +301,15 @@ impl LoadedUnit {
             let is_this = |pinned: &PinnedLink| {
                 pinned.name == hook.program && cgroup.has(&pinned.link, hook).unwrap_or(false)
             };
-            let found = earlier.iter().position(is_this).map(|at| earlier.swap_remove(at));
             let path = pins.link(hook.program);
-            if let Some(PinnedLink { path: at, link, .. }) = found
-                && link.replace(program_fd(ebpf, hook.program)?).is_ok()
+            // What isn't used stays among the earlier links, which end.
+            if let Some(at) = earlier.iter().position(is_this)
+                && earlier[at].link.replace(program_fd(ebpf, hook.program)?).is_ok()
             {
-                if at != path {
-                    pin_at(&link, &path)?;
+                if earlier[at].path != path {
+                    pin_at(&earlier[at].link, &path)?;
                 }
-                return Ok(link);
+                return Ok(earlier.swap_remove(at).link);
             }
             let link = attach_hook(ebpf, hook, scope, cgroup)?;
             pin_at(&link, &path)?;
@@ -328,6 +329,8 @@ impl LoadedUnit {
         attached
     }
 
+    /// Attaches and pins again what isn't. A unit that isn't required is detached as a whole where a
+    /// hook of it can't be attached.
     fn fix(
         &mut self,
         scope: &Path,
@@ -336,6 +339,7 @@ impl LoadedUnit {
         lost: &mut BTreeSet<&'static str>,
     ) -> Result<(), String> {
         let Some(ebpf) = &self.ebpf else { return Ok(()) };
+        let Unit { name, is_required, .. } = *self.unit;
         let fixed = if self.links.is_empty() {
             self.attach(scope, cgroup, pins, &mut Vec::new())
         } else {
@@ -344,12 +348,19 @@ impl LoadedUnit {
                 // A kernel that doesn't answer is no reason to attach twice.
                 let is_attached = cgroup.has(link, hook).unwrap_or(true);
                 if !is_attached {
-                    lost.insert(hook.program);
+                    if is_required {
+                        lost.insert(hook.program);
+                    } else {
+                        tracing::warn!("something detached {} of the unit {name}", hook.program);
+                    }
                     *link = attach_hook(ebpf, hook, scope, cgroup)?;
                 }
                 if is_attached && path.exists() { Ok(()) } else { pin_at(link, &path) }
             })
         };
+        if fixed.is_err() && !is_required {
+            self.detach(pins);
+        }
         fixed.map_err(|error| error.to_string())
     }
 
