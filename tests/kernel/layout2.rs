@@ -9,7 +9,7 @@ use std::path::Path;
 use aya::maps::{Array, HashMap, Map, MapData};
 use aya::programs::CgroupSockAddr;
 use aya::{EbpfLoader, include_bytes_aligned};
-use lb_userspace::datapath::{Target, UNITS, hooks, netns_cookie};
+use lb_userspace::datapath::{AttachType, netns_cookie, unload};
 use lb_userspace::table::Protocols;
 
 use crate::connector::Connector;
@@ -34,6 +34,16 @@ const MAPS: [(&str, u32); 11] = [
     ("EXCLUDED", 16),
 ];
 const STORAGES: [&str; 3] = ["PEERS", "FORMER_PEERS", "FLOWS"];
+const HOOKS: [(&str, AttachType); 8] = [
+    ("nohop_getpeer4", AttachType::GETPEERNAME4),
+    ("nohop_getpeer6", AttachType::GETPEERNAME6),
+    ("nohop_recvmsg4", AttachType::RECVMSG4),
+    ("nohop_recvmsg6", AttachType::RECVMSG6),
+    ("nohop_sendmsg4", AttachType::SENDMSG4),
+    ("nohop_sendmsg6", AttachType::SENDMSG6),
+    ("nohop_connect4", AttachType::CONNECT4),
+    ("nohop_connect6", AttachType::CONNECT6),
+];
 const TCP: u8 = 6;
 const UDP: u8 = 17;
 
@@ -57,14 +67,12 @@ fn start(place: &Place) {
     loader.override_global("REFUSAL", &port_zero, true);
     let mut ebpf = loader.load(OBJECT).unwrap();
     let cgroup = fs::File::open(&place.cgroup.path).unwrap();
-    for hook in hooks(UNITS) {
-        let program: &mut CgroupSockAddr =
-            ebpf.program_mut(hook.program).unwrap().try_into().unwrap();
+    for (name, attach_type) in HOOKS {
+        let program: &mut CgroupSockAddr = ebpf.program_mut(name).unwrap().try_into().unwrap();
         program.load().unwrap();
         let program = program.fd().unwrap().as_fd().try_clone_to_owned().unwrap();
-        let Target::Cgroup(attach_type) = hook.target;
         let link = link(&program, cgroup.as_raw_fd() as u32, attach_type.number).unwrap();
-        pin(&link, &place.pin("v2/links").join(hook.program));
+        pin(&link, &place.pin("v2/links").join(name));
     }
 }
 
@@ -109,9 +117,9 @@ fn bytes<const N: usize>(value: &[u8]) -> [u8; N] {
 }
 
 /// What the daemon wrote of itself: no heartbeat, the namespace and that the maps are whole.
-fn set_daemon(place: &Place) {
+fn set_daemon(place: &Place, is_shadow: bool) {
     let host_netns = netns_cookie().unwrap_or(0);
-    let daemon = [0, 0, 1, host_netns, 0, 0, 1, 0].map(u64::to_ne_bytes).concat();
+    let daemon = [0, 0, 1, host_netns, 0, 0, 1, is_shadow.into()].map(u64::to_ne_bytes).concat();
     array::<64>(&place.pin("v2/maps"), "DAEMON").set(0, bytes(&daemon), 0).unwrap();
 }
 
@@ -123,7 +131,7 @@ pub fn pins_are_taken_over() {
     start(&place);
     serve(&place, 0, "web", VIP, TCP, old.address);
     serve(&place, 1, "mirror", OTHER_VIP, UDP, echo.address.into());
-    set_daemon(&place);
+    set_daemon(&place, false);
     let connector = Connector::start((VIP, 80));
     let opened = Opened::open();
     opened.check(|| ());
@@ -153,4 +161,41 @@ pub fn pins_are_taken_over() {
     connector.stop();
     datapath.detach();
     assert!(!place.options.bpffs.exists());
+}
+
+/// While only the first table is awaited, this version's maps have the mode of the former ones.
+pub fn shadow_mode_is_taken_over() {
+    let server = Server::start(b'a');
+    let place = Place::new();
+    start(&place);
+    serve(&place, 0, "web", VIP, TCP, server.address);
+    set_daemon(&place, true);
+    let mut datapath = place.start();
+    assert!(!datapath.is_adopted() && datapath.is_shadow());
+    apply(&mut datapath, vec![service("web", VIP, &[(server.address, 1)])]);
+    assert!(datapath.are_hooks_ours() && datapath.is_shadow());
+    datapath.detach();
+}
+
+/// Rolled back to layout 2 on a machine that began with this version, sockets keep the VIP as their
+/// peer.
+pub fn is_rolled_back_to() {
+    let (server, echo) = (Server::start(b'a'), Echo::start());
+    let place = Place::new();
+    let mut datapath = place.start_attached();
+    let mut mirror = service("mirror", OTHER_VIP, &[(echo.address.into(), 1)]);
+    mirror.protocols = Protocols::Udp;
+    apply(&mut datapath, vec![service("web", VIP, &[(server.address, 1)]), mirror]);
+    let opened = Opened::open();
+    opened.check(|| ());
+    drop(datapath);
+
+    start(&place);
+    serve(&place, 0, "web", VIP, TCP, server.address);
+    serve(&place, 1, "mirror", OTHER_VIP, UDP, echo.address.into());
+    set_daemon(&place, false);
+    // The links end with their pins.
+    fs::remove_dir_all(place.pin("v3")).unwrap();
+    opened.check(|| ());
+    assert_eq!(unload(&place.options.bpffs).unwrap(), HOOKS.len());
 }

@@ -76,6 +76,8 @@ const TRIALS: &[KernelTrial] = &[
     since((5, 10), "the_recipe_for_bpftool_works", maps::the_recipe_works),
     since((5, 10), "maps_have_field_names", maps::maps_have_field_names),
     since((5, 10), "pins_of_layout_2_are_taken_over", layout2::pins_are_taken_over),
+    since((5, 10), "shadow_mode_of_layout_2_is_taken_over", layout2::shadow_mode_is_taken_over),
+    since((5, 10), "rolled_back_to_layout_2", layout2::is_rolled_back_to),
     since((6, 1), "refused_by_errno", refusal::by_errno),
     since((5, 10), "refused_by_port_zero", refusal::by_port_zero),
     since((5, 10), "a_pin_counts_on_the_host", netns_scope::a_pin_counts_on_the_host),

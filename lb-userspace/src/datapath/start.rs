@@ -80,6 +80,8 @@ impl Datapath {
             loaded = Loaded::over_earlier(options, &sizes, &pins, &mut features, is_live)?;
         }
         let is_adopted = loaded.is_some();
+        // Until the source has answered, what makes maps anew is no reason to translate.
+        let is_shadow = options.is_shadow || !is_adopted && is_live && pins.are_in_shadow();
         let loaded = match loaded {
             Some(loaded) => loaded,
             None => {
@@ -87,6 +89,7 @@ impl Datapath {
                 Loaded::over_new(load(first, options, &sizes, &pins, &mut features)?, &sizes)?
             }
         };
+        pins.pin_by_both_names()?;
         let Loaded { ebpf, mut reconciler } = loaded;
         if !is_adopted {
             reconciler.prefer_served(served);
@@ -120,7 +123,7 @@ impl Datapath {
         };
         datapath.introduce(options.host_netns);
         // Before a connection can meet programs of ours.
-        if options.is_shadow {
+        if is_shadow {
             datapath.set_shadow(true);
         }
         datapath.look_up_excluded();

@@ -16,6 +16,9 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use aya::maps::{Array, Map, MapData};
+use lb_common::Control;
+
 use super::map_specs::{MapShape, socket_shapes};
 use bpffs::ensure_bpffs;
 use directory::make_private;
@@ -29,6 +32,9 @@ pub use error::PinError;
 pub use layouts::{PinnedLink, links_in, unpin};
 pub use lock::monotonic_ns;
 pub use maps::PinnedMaps;
+
+/// The word of `CONTROL` that has `is_shadow`.
+const SHADOW_WORD: usize = std::mem::offset_of!(Control, is_shadow) / 8;
 
 /// The pins in one directory, locked for as long as this lives.
 #[derive(Debug)]
@@ -97,22 +103,44 @@ impl Pins {
         [self.maps(), self.links()].iter().try_for_each(|dir| make_private(dir))
     }
 
-    /// Pins the socket storages by their present names, too: up to layout 2 they had others. The
-    /// former pins stay, for a version that is rolled back to.
-    fn take_former_names(&self) -> Result<(), PinError> {
+    /// Pins the socket storages by both their present names and those up to layout 2, where only one
+    /// of both is pinned: for this version, and for one that is rolled back to.
+    ///
+    /// # Errors
+    /// When something else has a present name, or the file system refuses.
+    pub fn pin_by_both_names(&self) -> Result<(), PinError> {
         let former = [("SK_REVNAT", "PEERS"), ("SK_REVNAT_PREV", "FORMER_PEERS")];
         for shape in socket_shapes() {
             let Some((_, former)) = former.iter().find(|(name, _)| *name == shape.name) else {
                 continue;
             };
             let (path, former) = (self.sockets().join(shape.name), self.sockets().join(former));
-            if compare(&path, &shape)? == Compat::Absent
-                && compare(&former, &shape)? == Compat::Same
-            {
-                PinnedMaps::open([former])?.pin_at(&path)?;
+            for (from, to) in [(&former, &path), (&path, &former)] {
+                if !to.exists() && compare(from, &shape)? == Compat::Same {
+                    PinnedMaps::open([from.clone()])?.pin_at(to)?;
+                }
             }
         }
         Ok(())
+    }
+
+    /// Whether a daemon's programs, of whichever layout, only count connections, as far as that can be
+    /// read. `DAEMON` of layout 2 is the first half of `CONTROL`.
+    pub fn are_in_shadow(&self) -> bool {
+        let is_shadow = |layout: PathBuf| {
+            let open = |name| MapData::from_pin(layout.join("maps").join(name));
+            let map = open("CONTROL").or_else(|_| open("DAEMON")).ok().map(Map::Array)?;
+            // The size of a value has to be known to read it.
+            match Array::<_, [u64; size_of::<Control>() / 8]>::try_from(&map) {
+                Ok(control) => control.get(&0, 0).ok().map(|words| words[SHADOW_WORD]),
+                Err(_) => {
+                    let daemon = Array::<_, [u64; 8]>::try_from(&map).ok()?;
+                    daemon.get(&0, 0).ok().map(|words| words[SHADOW_WORD])
+                }
+            }
+        };
+        let layouts = self.layouts().unwrap_or_default();
+        layouts.into_iter().filter_map(is_shadow).any(|is_shadow| is_shadow != 0)
     }
 
     /// Removes the pins of socket storages that have another version's format, and returns these: they
@@ -121,7 +149,7 @@ impl Pins {
     /// # Errors
     /// When something else has one of the names, or the file system refuses.
     pub fn take_other_storages(&self) -> Result<PinnedMaps, PinError> {
-        self.take_former_names()?;
+        self.pin_by_both_names()?;
         let mut others = Vec::new();
         for shape in socket_shapes() {
             let path = self.sockets().join(shape.name);
