@@ -402,8 +402,13 @@ impl Daemon {
         self.tasks.iter().for_each(AbortHandle::abort);
         let flush = tokio::time::timeout(FLUSH_TIMEOUT, self.pipeline.flush());
         let (flush, ..) = tokio::join!(flush, self.source.stop(), self.dns.stop());
-        if flush.is_err() {
-            tracing::warn!("stopping before the VIPs are recorded: the disk doesn't answer");
+        let problem = match flush {
+            Ok(Ok(())) => None,
+            Ok(Err(_)) => Some("their recorder has ended"),
+            Err(_) => Some("the disk doesn't answer"),
+        };
+        if let Some(problem) = problem {
+            tracing::warn!("stopping before the VIPs are recorded: {problem}");
         }
         // The view may be alive in a request that is being answered, so the datapath is taken apart
         // in place.

@@ -119,21 +119,23 @@ impl Pipeline {
             }
         };
         let table = tokio::select! {
-            changed = self.recorded.changed() => match changed {
-                Ok(()) => self.holdback.acknowledge(self.recorded.borrow_and_update().version),
-                Err(_) => return std::future::pending().await,
-            },
+            // It fails once the recorder's thread has ended: then the deadline alone counts.
+            Ok(()) = self.recorded.changed() => {
+                self.holdback.acknowledge(self.recorded.borrow_and_update().version)
+            }
             () = expired => self.holdback.expire(Instant::now()),
         };
         self.publish(table);
     }
 
     /// Waits until the last VIPs are on disk.
-    pub async fn flush(&mut self) {
+    ///
+    /// # Errors
+    /// The recorder's thread has ended without them.
+    pub async fn flush(&mut self) -> Result<(), watch::error::RecvError> {
         self.record();
         let version = self.builder.vips().version();
-        // The recorder's thread ends with the recorder.
-        let _ = self.recorded.wait_for(|recorded| recorded.version >= version).await;
+        self.recorded.wait_for(|recorded| recorded.version >= version).await.map(drop)
     }
 
     fn publish(&self, table: Option<Arc<Table>>) {
@@ -246,6 +248,23 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_recorder_that_has_ended_holds_no_table_back() {
+        let vip = Config::default().vip;
+        let pause = std::time::Duration::ZERO;
+        let recorder = Recorder::start_with("/vips.json".into(), pause, |_| panic!("a defect"));
+        let builder = Builder::new(&vip, Vips::new((&vip).into()));
+        let mut pipeline = Pipeline::new(builder, recorder.unwrap());
+        update(&mut pipeline, &["a"]);
+        assert!(pipeline.recorded.clone().changed().await.is_err());
+        assert_eq!(n_published(&pipeline), 0);
+        pipeline.publish_held().await;
+        assert_eq!(n_published(&pipeline), 1);
+        let problem = pipeline.recorder().problem().unwrap();
+        assert!(problem.contains("can't write /vips.json: its thread has ended"), "{problem}");
+        assert!(pipeline.flush().await.is_err());
+    }
+
+    #[tokio::test]
     async fn a_stop_waits_for_what_was_released() {
         let (mut pipeline, disk) = pipeline();
         disk.outcomes.send(Ok(())).unwrap();
@@ -253,7 +272,7 @@ mod tests {
         pipeline.publish_held().await;
         update(&mut pipeline, &[]);
         disk.outcomes.send(Ok(())).unwrap();
-        pipeline.flush().await;
+        pipeline.flush().await.unwrap();
         assert_eq!(disk.writes.iter().take(2).last(), Some(2));
     }
 }

@@ -102,8 +102,15 @@ impl Recorder {
         self.recorded.clone()
     }
 
-    /// What is wrong with the file: the last write failed, or one takes too long.
+    /// What is wrong with the file: the last write failed, one takes too long, or the thread has ended.
     pub fn problem(&self) -> Option<String> {
+        if self.recorded.has_changed().is_err() {
+            return Some(format!(
+                "can't write {}: its thread has ended (see the log; please report it); restart the \
+                 daemon, since a reboot may change the addresses that names got meanwhile",
+                self.path.display()
+            ));
+        }
         let stalled_for = self.inbox.lock().writing_since.map(|since| since.elapsed());
         let what = match stalled_for.filter(|&time| time >= STALLED) {
             Some(_) => format!("can't write {}: the disk doesn't answer", self.path.display()),
