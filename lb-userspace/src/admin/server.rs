@@ -127,8 +127,10 @@ pub async fn serve<V: View>(
         let access = Arc::new(ListenerLimits::of(&listener, &hosts));
         accepts.spawn(accept(listener, access, Arc::clone(&view)));
     }
-    while accepts.join_next().await.is_some() {}
-    pending().await
+    // They only end by a panic, and so does this then.
+    if accepts.join_next().await.is_none() {
+        pending().await
+    }
 }
 
 async fn accept<V: View>(listener: Listener, access: Arc<ListenerLimits>, view: Arc<V>) {

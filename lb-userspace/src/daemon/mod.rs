@@ -16,6 +16,7 @@ mod revision;
 mod shadow_mode;
 pub mod view;
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -25,7 +26,7 @@ use aya_log::EbpfLogger;
 use rustix::event::{PollFd, PollFlags};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, watch};
-use tokio::task::{AbortHandle, JoinHandle};
+use tokio::task::{Id, JoinHandle, JoinSet};
 use tokio::time::{Instant, Interval, MissedTickBehavior};
 
 use crate::admin::api;
@@ -111,8 +112,8 @@ struct Daemon {
     pool: watch::Sender<PoolUse>,
     attached: watch::Sender<bool>,
     hosts: watch::Sender<Vec<String>>,
-    /// What runs beside the loop: the admin interface, the revision of the status, the routes.
-    tasks: [AbortHandle; 3],
+    /// What runs beside the loop.
+    tasks: Tasks,
     /// The cgroup whose processes are served.
     scope: PathBuf,
 }
@@ -196,11 +197,12 @@ impl Daemon {
             );
         }
         let (hosts_out, hosts) = watch::channel(config.admin.hosts.clone());
-        let tasks = [
-            tokio::spawn(revision::follow(view.clone(), pipeline.at().clone())).abort_handle(),
-            tokio::spawn(admin::serve(admin_listeners, hosts, view)).abort_handle(),
-            tokio::spawn(keep_unreachable(config.vip.clone(), datapath.clone())).abort_handle(),
-        ];
+        let mut tasks = Tasks::default();
+        let at = pipeline.at().clone();
+        tasks.spawn("the revision of the status", revision::follow(view.clone(), at));
+        tasks.spawn("the admin interface", admin::serve(admin_listeners, hosts, view));
+        let routes = keep_unreachable(config.vip.clone(), datapath.clone());
+        tasks.spawn("the unreachable routes", routes);
         for address in dns_addresses {
             tracing::info!("answering *.{} on {address}", config.dns.domain);
         }
@@ -280,6 +282,10 @@ impl Daemon {
                 () = &mut listener_failed => anyhow::bail!(
                     "a part of the DNS server has panicked (see the log above; please report it), \
                      so another process has to try"
+                ),
+                name = self.tasks.ended() => anyhow::bail!(
+                    "the task for {name} has ended (see the log above; please report it), so another \
+                     process has to try"
                 ),
                 _ = tick.tick() => tokio::task::block_in_place(|| self.tick()),
                 _ = verify_tick.tick() => {
@@ -399,7 +405,7 @@ impl Daemon {
     /// Takes the parts down, and the kernel side where the configuration wants that.
     async fn stop(mut self) {
         self.notify.stopping();
-        self.tasks.iter().for_each(AbortHandle::abort);
+        self.tasks.running.abort_all();
         let flush = tokio::time::timeout(FLUSH_TIMEOUT, self.pipeline.flush());
         let (flush, ..) = tokio::join!(flush, self.source.stop(), self.dns.stop());
         let problem = match flush {
@@ -423,6 +429,29 @@ impl Daemon {
                 self.datapath.detach();
             }
         }
+    }
+}
+
+/// Tasks that run as long as the daemon.
+#[derive(Default)]
+struct Tasks {
+    running: JoinSet<()>,
+    names: HashMap<Id, &'static str>,
+}
+
+impl Tasks {
+    fn spawn(&mut self, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
+        self.names.insert(self.running.spawn(task).id(), name);
+    }
+
+    /// Waits until one ends, which only a defect causes. Returns its name.
+    async fn ended(&mut self) -> &'static str {
+        let id = match self.running.join_next_with_id().await {
+            Some(Ok((id, ()))) => id,
+            Some(Err(error)) => error.id(),
+            None => return std::future::pending().await,
+        };
+        self.names.get(&id).copied().unwrap_or_default()
     }
 }
 
@@ -540,5 +569,18 @@ impl Signals {
             interrupt: signal(SignalKind::interrupt())?,
             hangup: signal(SignalKind::hangup())?,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_task_that_panics_is_named() {
+        let mut tasks = Tasks::default();
+        tasks.spawn("one that goes on", std::future::pending());
+        tasks.spawn("one with a defect", async { panic!("a defect") });
+        assert_eq!(tasks.ended().await, "one with a defect");
     }
 }
