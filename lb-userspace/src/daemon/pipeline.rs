@@ -88,8 +88,9 @@ impl Pipeline {
         apply: impl FnOnce(&Table),
     ) -> Option<BTreeSet<String>> {
         let last = self.latest.clone();
-        let next = self.builder.next(&last, &news.catalog, SystemTime::now())?;
-        let NextTable { table, vips_given, hostnames } = next;
+        let next = self.builder.next(&last, &news.catalog, SystemTime::now());
+        let hostnames = self.builder.take_hostnames();
+        let Some(NextTable { table, vips_given }) = next else { return hostnames };
         apply(&table);
         let took = news.news_at.elapsed().as_secs_f64();
         self.propagation.lock().unwrap_or_else(PoisonError::into_inner).observe(took);

@@ -30,7 +30,7 @@ pub struct Builder {
     hosts: Arc<Hosts>,
     /// The names that each service's instances have for addresses, where they have some.
     hostnames: BTreeMap<Arc<str>, Vec<String>>,
-    /// Whether they changed since the last table.
+    /// Whether they changed since the last call of `take_hostnames`.
     has_new_hostnames: bool,
     /// The services to be built again whatever the catalog has, by name in lower case.
     revisit: BTreeSet<Arc<str>>,
@@ -53,8 +53,6 @@ pub struct NextTable {
     pub table: Arc<Table>,
     /// Whether a name got an address: the VIPs have to be recorded before the table is published.
     pub vips_given: bool,
-    /// The names that instances have for addresses, where they differ from those of the last table.
-    pub hostnames: Option<BTreeSet<String>>,
 }
 
 impl Builder {
@@ -155,9 +153,14 @@ impl Builder {
             }
         }
         let vips_given = self.vips.assigned() != assigned_before;
-        let hostnames = std::mem::take(&mut self.has_new_hostnames)
-            .then(|| self.hostnames.values().flatten().cloned().collect());
-        differs.then(|| NextTable { table: Arc::new(table), vips_given, hostnames })
+        differs.then(|| NextTable { table: Arc::new(table), vips_given })
+    }
+
+    /// The names that instances have for addresses, where they have changed since the last call; they
+    /// can also when the table doesn't.
+    pub fn take_hostnames(&mut self) -> Option<BTreeSet<String>> {
+        std::mem::take(&mut self.has_new_hostnames)
+            .then(|| self.hostnames.values().flatten().cloned().collect())
     }
 
     /// Builds the service of a name in lower case from all services of the catalog that DNS can't tell
@@ -584,9 +587,8 @@ mod tests {
     fn names_are_asked_for_and_what_they_stand_for_moves_their_service_alone() {
         let mut builder = builder();
         let both = catalog(&[("a", &["db.example", "10.0.0.1"]), ("b", &["10.0.0.2"])]);
-        let NextTable { table: first, hostnames, .. } =
-            builder.next(&Table::default(), &both, NOW).unwrap();
-        assert_eq!(hostnames, Some(["db.example".to_owned()].into()));
+        let first = builder.next(&Table::default(), &both, NOW).unwrap().table;
+        assert_eq!(builder.take_hostnames(), Some(["db.example".to_owned()].into()));
         assert_eq!(first.services["a"].healthy().count(), 1);
         assert!(builder.next(&first, &both, NOW).is_none());
 
@@ -596,16 +598,16 @@ mod tests {
             Arc::new(Hosts { names, ..Hosts::default() })
         };
         builder.set_hosts(hosts("10.0.0.9"));
-        let NextTable { table: second, hostnames, .. } = builder.next(&first, &both, NOW).unwrap();
-        assert_eq!(hostnames, None, "they are the same names");
+        let second = builder.next(&first, &both, NOW).unwrap().table;
+        assert_eq!(builder.take_hostnames(), None, "they are the same names");
         assert_eq!(addresses(&second.services["a"]), ["10.0.0.9", "10.0.0.1"]);
         assert!(Arc::ptr_eq(&first.services["b"], &second.services["b"]));
         builder.set_hosts(hosts("10.0.0.9"));
         assert!(builder.next(&second, &both, NOW).is_none());
 
         let without = catalog(&[("b", &["10.0.0.2"])]);
-        let third = builder.next(&second, &without, NOW).unwrap();
-        assert_eq!(third.hostnames, Some(BTreeSet::new()));
+        assert!(builder.next(&second, &without, NOW).is_some());
+        assert_eq!(builder.take_hostnames(), Some(BTreeSet::new()));
     }
 
     #[test]
