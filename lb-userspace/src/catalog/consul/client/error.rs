@@ -118,12 +118,13 @@ pub enum QueryError {
     NoLeader,
     /// An answer of a server that heard its leader long ago.
     #[error(
-        "Consul's answer is {age:?} old, since the server that gave it has not heard its leader: \
-         look at `consul operator raft list-peers`"
+        "Consul's answer is more than {limit:?} old, since the server that gave it has not heard its \
+         leader: look at `consul operator raft list-peers`"
     )]
     Stale {
-        /// X-Consul-LastContact.
-        age: Duration,
+        /// The most that X-Consul-LastContact may be. The age itself would differ each time, and with it
+        /// the revision of the status.
+        limit: Duration,
     },
     /// The body ended early.
     #[error("Consul's answer was cut short ({})", root_cause(.source))]
@@ -227,8 +228,14 @@ impl QueryError {
         if !source.is_connect() {
             return QueryError::Busy { busy: Busy::Reset { address, source } };
         }
-        let is_handshake = find::<io::Error>(&source)
-            .is_some_and(|error| error.kind() == io::ErrorKind::UnexpectedEof);
+        use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
+        let is_lost = |error: &io::Error| {
+            matches!(error.kind(), UnexpectedEof | ConnectionReset | BrokenPipe)
+        };
+        // connect(2) returns none of these, so it was the handshake that the agent broke off.
+        // The first one may only wrap the one whose kind counts.
+        let is_handshake = address.starts_with("https://")
+            && causes(&source).filter_map(|cause| cause.downcast_ref()).any(is_lost);
         match is_handshake {
             true => {
                 let source = root_cause(&source).to_string().into();

@@ -104,7 +104,7 @@ pub fn check_leader(headers: &HeaderMap) -> Result<(), QueryError> {
     }
     let last_contact = header(headers, "x-consul-lastcontact").and_then(|text| text.parse().ok());
     match Duration::from_millis(last_contact.unwrap_or(0)) {
-        age if age > MAX_LAST_CONTACT => Err(QueryError::Stale { age }),
+        age if age > MAX_LAST_CONTACT => Err(QueryError::Stale { limit: MAX_LAST_CONTACT }),
         _ => Ok(()),
     }
 }

@@ -482,6 +482,24 @@ async fn a_plain_agent_is_told_from_one_with_tls() {
 }
 
 #[tokio::test]
+async fn a_handshake_that_is_broken_off_hints_at_the_certificates() {
+    for is_reset in [false, true] {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = ConsulAddress::Https(listener.local_addr().unwrap().to_string());
+        let (client, _) = client(ConsulConfig { address, ..ConsulConfig::default() });
+        let refuse = async {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            // A socket that is closed before all is read resets its connection.
+            let mut hello = vec![0; if is_reset { 1 } else { 16_384 }];
+            assert_ne!(stream.read(&mut hello).await.unwrap(), 0);
+        };
+        let ((), answer) = tokio::join!(refuse, ask(&client));
+        let answer = answer.unwrap_err();
+        assert!(answer.contains("don't agree on TLS (") && answer.contains("ca_file"), "{answer}");
+    }
+}
+
+#[tokio::test]
 async fn rotated_certificates_count_without_a_restart() {
     let (ours, others) = (Authority::new(), Authority::new());
     ours.sign("127.0.0.1");
