@@ -288,8 +288,9 @@ pub fn changes(running: &Config, wanted: &Config) -> Vec<Change> {
 
 /// Every key with its value; of a secret only that there is one.
 pub fn values(config: &Config) -> Vec<(&'static Key, Json)> {
-    // It can't fail: every key is a string.
-    let document = serde_json::to_value(config).unwrap_or_default();
+    // Keys are strings, and paths are UTF-8, since all are read from text. An empty document instead
+    // would mean that nothing ever changes.
+    let document = serde_json::to_value(config).expect("a configuration can be written as JSON");
     let value = |key: &Key| match document.pointer(&format!("/{}", key.name.replace('.', "/"))) {
         None | Some(Json::Null) => "".into(),
         Some(value) => value.clone(),
