@@ -190,7 +190,23 @@ pub(super) fn consul(text: &str) -> Result<ConsulAddress, String> {
         // A number alone is a port without a host.
         None => domain(host).is_ok() && !host.bytes().all(|byte| byte.is_ascii_digit()),
     };
-    if is_host { Ok(scheme(format!("{host}:{port}"))) } else { Err(wrong()) }
+    if !is_host {
+        return Err(wrong());
+    }
+    if let Err(what) = check_url_host(host) {
+        return Err(format!(
+            "'{text}' has a host that no URL can have ({what}); write the agent's IP address, or \
+             another name of it"
+        ));
+    }
+    Ok(scheme(format!("{host}:{port}")))
+}
+
+/// Checks that a host can be in a URL, as each request has one: a name whose last label is a number
+/// would be an IPv4 address there (WHATWG URL, 3.5).
+pub(super) fn check_url_host(host: &str) -> Result<(), String> {
+    let url = reqwest::Url::parse(&format!("http://{host}"));
+    url.map(drop).map_err(|error| error.to_string())
 }
 
 /// A DNS name, in lower case and without dots at its ends.

@@ -5,9 +5,10 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use serde::{Serialize, Serializer};
 
+use super::address::check_url_host;
 use super::parse::{ConfigBuilder, FlagValue};
 
 /// How to reach the Consul agent.
@@ -173,9 +174,14 @@ impl fmt::Debug for BasicAuth {
 
 /// A name that a certificate can bear; an empty one means none.
 pub(super) fn server_name(text: &str) -> Result<Option<String>, String> {
+    let is_good = match ServerName::try_from(text) {
+        // It takes the place of the host in the URL.
+        Ok(ServerName::DnsName(_)) => check_url_host(text).is_ok(),
+        name => name.is_ok(),
+    };
     match text {
         "" => Ok(None),
-        name if rustls::pki_types::ServerName::try_from(name).is_ok() => Ok(Some(name.into())),
+        name if is_good => Ok(Some(name.into())),
         _ => Err(format!("'{text}' isn't a host name; write one such as server.dc1.consul")),
     }
 }

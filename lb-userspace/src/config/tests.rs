@@ -376,6 +376,13 @@ fn what_is_wrong_is_named_with_its_line_and_its_fix() {
             ],
         ),
         ("consul.address = 'c'", &[]),
+        ("consul.address = 'node.7.consul'", &[]),
+        (
+            "consul.address = 'http://node.7:8500'",
+            &[
+                "f:1: consul.address: 'http://node.7:8500' has a host that no URL can have (invalid IPv4 address); write the agent's IP address, or another name of it",
+            ],
+        ),
         ("consul.address = 'https://consul.example.com/'", &[]),
         ("consul.address = '[::1]'", &[]),
         (
@@ -413,6 +420,12 @@ fn what_is_wrong_is_named_with_its_line_and_its_fix() {
             "[consul]\naddress = 'https://c:1'\ntls_server_name = 'a b'",
             &[
                 "f:3: consul.tls_server_name: 'a b' isn't a host name; write one such as server.dc1.consul",
+            ],
+        ),
+        (
+            "[consul]\naddress = 'https://c:1'\ntls_server_name = 'node.0x7'",
+            &[
+                "f:3: consul.tls_server_name: 'node.0x7' isn't a host name; write one such as server.dc1.consul",
             ],
         ),
         (
