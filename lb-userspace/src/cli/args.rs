@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
-use super::dns::DnsCommand;
+use super::dns::target::ResolverKind;
 use crate::config::keys::{Key, toml, values};
 use crate::config::{Config, Flag, FlagValue};
 use crate::logging::LogFormat;
@@ -136,6 +136,80 @@ pub enum ConfigCommand {
         #[arg(long)]
         json: bool,
     },
+}
+
+/// Subcommands of `nohop dns`.
+#[derive(Debug, Subcommand)]
+pub enum DnsCommand {
+    /// Print what a resolver needs to send nohop its zone; without an option, look at this machine
+    /// and recommend one
+    Setup {
+        /// Which resolver
+        #[command(flatten)]
+        way: ResolverArguments,
+        /// Do it, for systemd-resolved
+        #[arg(long, requires = "systemd_resolved", conflicts_with = "undo")]
+        apply: bool,
+        /// Put back what was there, for systemd-resolved
+        #[arg(long, requires = "systemd_resolved")]
+        undo: bool,
+        /// Where the machine's files are: a test has others than the machine
+        #[arg(long, value_name = "DIR", default_value = "/", hide = true)]
+        root: PathBuf,
+        /// Where the configuration comes from
+        #[command(flatten)]
+        config: Box<ConfigArguments>,
+    },
+    /// Ask the running daemon for a name, and show the answer and where it came from
+    Query {
+        /// The name
+        name: String,
+        /// The type of record
+        #[arg(value_name = "TYPE", default_value = "A")]
+        kind: String,
+        /// Ask this server instead, which can't say where its answer comes from
+        #[arg(long, value_name = "ADDR:PORT")]
+        server: Option<SocketAddr>,
+        /// How to find the daemon
+        #[command(flatten)]
+        client: ClientArguments,
+    },
+}
+
+/// The resolver that is to query nohop.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct ResolverArguments {
+    /// systemd-resolved, by a drop-in
+    #[arg(long)]
+    pub systemd_resolved: bool,
+    /// Every program itself, by /etc/resolv.conf
+    #[arg(long, conflicts_with = "systemd_resolved")]
+    pub resolv_conf: bool,
+    /// dnsmasq (and, by the same words, unbound and BIND)
+    #[arg(long, conflicts_with_all = ["systemd_resolved", "resolv_conf"])]
+    pub dnsmasq: bool,
+    /// A Nomad client: one address for the host and the tasks of every driver
+    #[arg(long)]
+    pub nomad: bool,
+    /// Docker's containers
+    #[arg(long)]
+    pub docker: bool,
+}
+
+impl ResolverArguments {
+    /// The setups that were given, the host's own resolver first.
+    pub fn ways(self) -> Vec<ResolverKind> {
+        [
+            (self.systemd_resolved, ResolverKind::SystemdResolved),
+            (self.resolv_conf, ResolverKind::ResolvConf),
+            (self.dnsmasq, ResolverKind::Dnsmasq),
+            (self.nomad, ResolverKind::Nomad),
+            (self.docker, ResolverKind::Docker),
+        ]
+        .into_iter()
+        .filter_map(|(is_asked, way)| is_asked.then_some(way))
+        .collect()
+    }
 }
 
 /// The configuration of the daemon.

@@ -153,7 +153,8 @@ pub fn text(report: &CheckReport) -> String {
 }
 
 fn daemon(admin: Option<&str>) -> Result<api::Status, String> {
-    let address = client::find(admin, &super::environment).map_err(|error| error.to_string())?;
+    let address =
+        client::find(admin, &super::process::environment).map_err(|error| error.to_string())?;
     block_on(client::get(&address, "/v1/status"))
         .and_then(|result| result.map_err(|error| error.to_string()))
 }
@@ -499,7 +500,7 @@ fn through_resolver(admin: Option<&str>, daemon: Option<&api::Status>) -> CheckR
     let Some(status) = daemon.filter(|status| status.ready) else {
         return Ok("not tried: no daemon is ready to answer".to_owned());
     };
-    let services = client::find(admin, &super::environment)
+    let services = client::find(admin, &super::process::environment)
         .map_err(|error| error.to_string())
         .and_then(|address| block_on(client::get::<Vec<api::Service>>(&address, "/v1/services")))
         .and_then(|result| result.map_err(|error| error.to_string()));

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use serde::{Deserialize, Serialize};
 
 use super::args::RunArguments;
-use super::{USAGE, environment, say, write};
+use super::process::{USAGE, environment, say, write};
 use crate::catalog;
 use crate::config::keys::{toml, values};
 use crate::config::{Config, DEFAULT_PATH, LoadedConfig};

@@ -6,30 +6,24 @@ mod config_file;
 mod dns;
 mod format;
 mod instance;
+mod process;
 mod reload;
 mod unload;
 
-use std::io::Write;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use clap::Parser;
-use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::admin::{api, client};
 use crate::config::{Config, ConfigErrors};
 use crate::datapath::{create_maps, probe};
 use crate::{daemon, logging, terminal};
-use args::{Arguments, ClientArguments, Command, ConfigArguments, ConfigCommand};
-use dns::DnsCommand;
-
-/// A failure.
-const FAILURE: u8 = 1;
-/// The command line or the configuration is wrong; clap uses the same.
-const USAGE: u8 = 2;
+use args::{Arguments, ClientArguments, Command, ConfigArguments, ConfigCommand, DnsCommand};
+use process::{FAILURE, USAGE, environment, print, runtime, say, write_text};
 
 /// The longest that one request waits for a change.
 const LONGEST_WAIT: Duration = Duration::from_secs(5);
@@ -144,10 +138,6 @@ fn load(arguments: &ConfigArguments) -> Result<Config, ConfigErrors> {
     Config::load(arguments.config.as_deref(), &arguments.flags(), &environment)
 }
 
-fn environment(name: &str) -> Option<String> {
-    std::env::var(name).ok()
-}
-
 fn ask<T: DeserializeOwned>(client: &ClientArguments, path: &str) -> anyhow::Result<T> {
     let address = client::find(client.admin.as_deref(), &environment)?;
     Ok(runtime()?.block_on(client::get(&address, path))?)
@@ -176,46 +166,6 @@ fn wait_until_ready(client: &ClientArguments, limit: Duration) -> anyhow::Result
             }
         }
     })
-}
-
-fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
-    tokio::runtime::Builder::new_current_thread().enable_all().build()
-}
-
-/// Prints a document for a person, or as JSON. A reader that has seen enough is no failure.
-fn print<T: Serialize + DeserializeOwned>(
-    client: &ClientArguments,
-    document: &T,
-    text: impl Fn(&T) -> String,
-) -> anyhow::Result<()> {
-    write(client.json, document, text)
-}
-
-/// The same, where there is no daemon to find.
-fn write<T: Serialize + DeserializeOwned>(
-    json: bool,
-    document: &T,
-    text: impl Fn(&T) -> String,
-) -> anyhow::Result<()> {
-    let text = match json {
-        true => terminal::escape_json(&serde_json::to_string_pretty(document)?) + "\n",
-        false => terminal::show(document, text)?,
-    };
-    write_text(&text)
-}
-
-/// Prints one line to stderr, or hands it to the log where there is one.
-fn say(message: &str) {
-    logging::say(&terminal::escape(message));
-}
-
-fn write_text(text: &str) -> anyhow::Result<()> {
-    match std::io::stdout().write_all(text.as_bytes()) {
-        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
-            Err(error).context("can't write to stdout")
-        }
-        _ => Ok(()),
-    }
 }
 
 #[cfg(test)]

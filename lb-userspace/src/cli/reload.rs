@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use super::args::ClientArguments;
-use super::{FAILURE, USAGE, environment, print, runtime, say};
+use super::process::{FAILURE, USAGE, environment, print, runtime, say};
 use crate::admin::{api, client};
 use crate::daemon::reload::lines;
 

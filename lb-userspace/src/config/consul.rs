@@ -9,7 +9,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use serde::{Serialize, Serializer};
 
 use super::address::check_url_host;
-use super::parse::{ConfigBuilder, FlagValue};
+use super::builder::{ConfigBuilder, FlagValue};
 
 /// How to reach the Consul agent.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]

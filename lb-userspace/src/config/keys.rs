@@ -3,7 +3,7 @@
 
 use serde_json::Value as Json;
 
-use super::parse::{ConfigBuilder, SourceName};
+use super::builder::{ConfigBuilder, SourceName};
 use super::toml_value::{Parsed, TomlValue};
 use super::{Config, Token, address, consul, text};
 

@@ -1,6 +1,7 @@
 //! The configuration: its keys, their defaults, and what they may be.
 
 mod address;
+mod builder;
 pub mod cgroup;
 pub mod consul;
 mod diagnostic;
@@ -20,9 +21,10 @@ use std::time::Duration;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize, Serializer};
 
+pub use builder::{Flag, FlagValue};
 pub use consul::{BasicAuth, ConsulAddress, ConsulConfig, TlsConfig, Token};
 pub use diagnostic::{ConfigErrors, Location, Problem};
-pub use parse::{Flag, FlagValue, LoadedConfig};
+pub use parse::LoadedConfig;
 
 /// Where the configuration is read from when `--config` doesn't say.
 pub const DEFAULT_PATH: &str = "/etc/nohop/nohop.toml";

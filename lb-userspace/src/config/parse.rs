@@ -1,54 +1,15 @@
 //! From a file, the environment and the flags to a checked configuration.
 
-use std::borrow::Cow;
-use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
+use std::collections::BTreeMap;
+use std::path::Path;
 
-use serde::{Deserialize, Serialize};
 use toml::Spanned;
-use toml::de::{DeArray, DeTable, DeValue};
+use toml::de::DeTable;
 
+use super::builder::{ConfigBuilder, Flag, FlagValue, SourceName};
 use super::keys::{KEYS, Key, is_other_section, unknown};
-use super::toml_value::{InvalidValue, TomlValue, kind, line};
+use super::toml_value::{InvalidValue, TomlValue, kind};
 use super::{Config, ConfigErrors, DEFAULT_PATH, Location, Problem, SourceKind, consul, validate};
-
-/// A key that the command line sets.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Flag {
-    /// The flag, such as `--dns-listen`.
-    pub name: &'static str,
-    /// The key that it sets.
-    pub key: &'static str,
-    /// The value.
-    pub value: FlagValue,
-}
-
-/// The value of a flag or a variable, as the file would have it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum FlagValue {
-    /// `true` or `false`.
-    Bool(bool),
-    /// A string.
-    Text(String),
-    /// An array of strings.
-    List(Vec<String>),
-}
-
-impl FlagValue {
-    fn toml(&self) -> DeValue<'_> {
-        match self {
-            FlagValue::Bool(flag) => DeValue::Boolean(*flag),
-            FlagValue::Text(text) => DeValue::String(Cow::Borrowed(text)),
-            FlagValue::List(texts) => {
-                let mut array = DeArray::new();
-                for text in texts {
-                    array.push(Spanned::new(0..0, DeValue::String(Cow::Borrowed(text))));
-                }
-                DeValue::Array(array)
-            }
-        }
-    }
-}
 
 /// A configuration, and where its values come from.
 #[derive(Clone, Debug)]
@@ -134,48 +95,7 @@ impl LoadedConfig {
     }
 }
 
-/// A source by its name in the configuration.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub(super) enum SourceName {
-    Consul,
-    File,
-}
-
-/// A configuration that is being read.
-pub(super) struct ConfigBuilder {
-    pub(super) config: Config,
-    pub(super) source_names: Vec<SourceName>,
-    /// `catalog.file`, for the source `file`.
-    pub(super) catalog_file: Option<PathBuf>,
-    /// Where each key that was given was given last.
-    pub(super) locations: BTreeMap<&'static str, Location>,
-    /// The keys whose value is wrong by itself.
-    faulty: BTreeSet<&'static str>,
-    /// Whether the text could be parsed at all.
-    is_toml: bool,
-    path: PathBuf,
-    problems: Vec<Problem>,
-}
-
 impl ConfigBuilder {
-    fn new(path: &Path) -> ConfigBuilder {
-        ConfigBuilder {
-            config: Config::default(),
-            source_names: vec![SourceName::Consul],
-            catalog_file: None,
-            locations: BTreeMap::new(),
-            faulty: BTreeSet::new(),
-            is_toml: true,
-            path: path.to_owned(),
-            problems: Vec::new(),
-        }
-    }
-
-    fn location(&self, text: &[u8], offset: usize) -> Location {
-        Location::File { path: self.path.clone(), line: line(text, offset) }
-    }
-
     fn read_file(&mut self, text: &str) {
         let (document, errors) = DeTable::parse_recoverable(text);
         let mut bad_lines = Vec::new();
@@ -228,15 +148,6 @@ impl ConfigBuilder {
         }
     }
 
-    /// Notes what is wrong, unless its line isn't TOML: then that is what is wrong.
-    fn reject(&mut self, text: &str, bad_lines: &[Location], fault: InvalidValue) {
-        let location = self.location(text.as_bytes(), fault.offset);
-        if !bad_lines.contains(&location) {
-            let InvalidValue { key, what, .. } = fault;
-            self.problems.push(Problem { location: Some(location), key: Some(key), what });
-        }
-    }
-
     /// Applies the value of a flag or a variable.
     pub(super) fn apply(&mut self, key: &'static str, name: &'static str, value: &FlagValue) {
         let value = Spanned::new(0..0, value.toml());
@@ -247,22 +158,6 @@ impl ConfigBuilder {
         };
         let faults = parsed.err().unwrap_or_default();
         self.outside(key, name, faults.into_iter().map(|fault| fault.what));
-    }
-
-    /// Notes that a flag or a variable sets a key, and what is wrong with its value.
-    pub(super) fn outside(
-        &mut self,
-        key: &'static str,
-        name: &'static str,
-        problems: impl IntoIterator<Item = String>,
-    ) {
-        let location = Location::Outside(name);
-        self.locations.insert(key, location.clone());
-        for what in problems {
-            self.faulty.insert(key);
-            let (location, key) = (Some(location.clone()), Some(key.into()));
-            self.problems.push(Problem { location, key, what });
-        }
     }
 
     fn finish(mut self) -> Result<LoadedConfig, ConfigErrors> {
@@ -299,17 +194,5 @@ impl ConfigBuilder {
             SourceName::File => self.catalog_file.clone().map(SourceKind::File),
         });
         self.config.catalog.sources = sources.collect();
-    }
-
-    /// Notes that values don't go together, where the first of the keys was given. Values that are
-    /// wrong by themselves are left out.
-    pub(super) fn conflict(&mut self, keys: &[&'static str], what: impl Into<String>) {
-        if keys.iter().any(|key| self.faulty.contains(key)) {
-            return;
-        }
-        let given = keys.iter().find(|key| self.locations.contains_key(**key));
-        let key = given.or(keys.first()).map(|key| key.to_string());
-        let location = given.and_then(|key| self.locations.get(key).cloned());
-        self.problems.push(Problem { location, key, what: what.into() });
     }
 }

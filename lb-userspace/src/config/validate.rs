@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
-use super::parse::ConfigBuilder;
+use super::builder::ConfigBuilder;
 use super::{AdminAddress, ConsulAddress, Forward, SourceKind, consul};
 
 /// Notes every rule between keys that is broken.

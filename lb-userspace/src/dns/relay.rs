@@ -20,11 +20,12 @@ use super::loop_detection::LoopDetector;
 use super::message::{ClientEcho, ClientQuery, HEADER_LEN, WireName, is_same_question};
 use super::response::{RelayOptions, ResponseError, UpstreamResponse};
 use super::sockets::Transport;
-use super::udp::LocalAddress;
 use super::upstream::{QueryOutcome, Upstream, UpstreamState};
 use super::upstreams::UpstreamRoute;
 
 mod slot;
+
+pub(super) use slot::{SocketId, Waiter};
 
 use slot::{
     Attempt, FallbackAnswer, FlightKey, InFlightQuery, NumberMap, Slot, SlotRef, flight_key,
@@ -81,9 +82,6 @@ pub(super) enum ForwardError {
     Unknown,
 }
 
-/// The id of a socket in the pool, which is connected to one upstream.
-pub(super) type SocketId = u32;
-
 /// The sockets as the relay needs them.
 pub(super) trait RelayIo {
     /// Draws a socket that is connected to `server` for one more query; `None` if none can be
@@ -111,39 +109,6 @@ pub(super) enum Completion<'a> {
     Truncated,
     /// Without a response: SERVFAIL.
     Failed(&'a ForwardError),
-}
-
-/// A client that waits for a response.
-#[derive(Clone, Debug)]
-pub(super) struct Waiter {
-    pub(super) client: SocketAddr,
-    /// The local address that it queried.
-    pub(super) to: LocalAddress,
-    /// The id of its message.
-    pub(super) id: u16,
-    pub(super) client_key: ClientKey,
-    /// The longest response that it takes.
-    pub(super) max_len: u16,
-    /// Whether the name may be a service: then an upstream's NXDOMAIN doesn't apply.
-    pub(super) is_unknown: bool,
-    /// Its question if it differs in case from that of the upstream query.
-    question: Option<Box<[u8]>>,
-    since: Instant,
-}
-
-impl Waiter {
-    /// The client at `client`, which asked `query`.
-    pub(super) fn new(
-        client: SocketAddr,
-        to: LocalAddress,
-        client_key: ClientKey,
-        query: &ClientQuery<'_>,
-        now: Instant,
-    ) -> Waiter {
-        let max_len = query.max_payload().min(OUR_PAYLOAD);
-        let (id, is_unknown, question) = (query.id(), false, None);
-        Waiter { client, to, id, client_key, max_len, is_unknown, question, since: now }
-    }
 }
 
 /// The pending queries of one thread.

@@ -11,7 +11,8 @@ use tempfile::NamedTempFile;
 
 use super::instructions::{ANCHOR, DROP_IN, MARK, negative_trust_anchor, resolved_drop_in};
 use super::resolved::{self, Settings};
-use super::{Target, upstream};
+use super::target::Target;
+use super::upstream;
 use crate::config::DnsConfig;
 
 /// Why the host isn't set up; then its files are unchanged.

@@ -5,7 +5,7 @@ use std::fs;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-use super::ResolverKind;
+use super::target::ResolverKind;
 use crate::dns;
 
 /// The resolvers of a host.

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use ipnet::IpNet;
 
-use super::{DUMMY, ResolverKind, Target};
+use super::target::{DUMMY, ResolverKind, Target};
 
 /// The drop-in of systemd-resolved.
 pub(super) fn resolved_drop_in(target: &Target) -> String {

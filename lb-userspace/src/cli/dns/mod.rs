@@ -6,136 +6,18 @@ mod host;
 mod instructions;
 mod query;
 mod resolved;
+pub mod target;
 mod upstream;
 
 use std::net::{Ipv4Addr, SocketAddr};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use clap::{Args, Subcommand};
-use ipnet::IpNet;
-
-use super::args::{ClientArguments, ConfigArguments};
+use super::args::ResolverArguments;
 use crate::config::Config;
+use target::{ResolverKind, Target};
 
 pub use host::findings as resolver_findings;
 pub use query::{query, text as lookup_text};
-
-/// Subcommands of `nohop dns`.
-#[derive(Debug, Subcommand)]
-pub enum DnsCommand {
-    /// Print what a resolver needs to send nohop its zone; without an option, look at this machine
-    /// and recommend one
-    Setup {
-        /// Which resolver
-        #[command(flatten)]
-        way: ResolverArguments,
-        /// Do it, for systemd-resolved
-        #[arg(long, requires = "systemd_resolved", conflicts_with = "undo")]
-        apply: bool,
-        /// Put back what was there, for systemd-resolved
-        #[arg(long, requires = "systemd_resolved")]
-        undo: bool,
-        /// Where the machine's files are: a test has others than the machine
-        #[arg(long, value_name = "DIR", default_value = "/", hide = true)]
-        root: PathBuf,
-        /// Where the configuration comes from
-        #[command(flatten)]
-        config: Box<ConfigArguments>,
-    },
-    /// Ask the running daemon for a name, and show the answer and where it came from
-    Query {
-        /// The name
-        name: String,
-        /// The type of record
-        #[arg(value_name = "TYPE", default_value = "A")]
-        kind: String,
-        /// Ask this server instead, which can't say where its answer comes from
-        #[arg(long, value_name = "ADDR:PORT")]
-        server: Option<SocketAddr>,
-        /// How to find the daemon
-        #[command(flatten)]
-        client: ClientArguments,
-    },
-}
-
-/// The resolver that is to query nohop.
-#[derive(Clone, Copy, Debug, Args)]
-pub struct ResolverArguments {
-    /// systemd-resolved, by a drop-in
-    #[arg(long)]
-    systemd_resolved: bool,
-    /// Every program itself, by /etc/resolv.conf
-    #[arg(long, conflicts_with = "systemd_resolved")]
-    resolv_conf: bool,
-    /// dnsmasq (and, by the same words, unbound and BIND)
-    #[arg(long, conflicts_with_all = ["systemd_resolved", "resolv_conf"])]
-    dnsmasq: bool,
-    /// A Nomad client: one address for the host and the tasks of every driver
-    #[arg(long)]
-    nomad: bool,
-    /// Docker's containers
-    #[arg(long)]
-    docker: bool,
-}
-
-/// A setup by which lookups reach nohop.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum ResolverKind {
-    SystemdResolved,
-    ResolvConf,
-    Dnsmasq,
-    Docker,
-    Nomad,
-}
-
-impl ResolverKind {
-    /// Its option of `nohop dns setup`.
-    fn option(self) -> &'static str {
-        match self {
-            ResolverKind::SystemdResolved => "--systemd-resolved",
-            ResolverKind::ResolvConf => "--resolv-conf",
-            ResolverKind::Dnsmasq => "--dnsmasq",
-            ResolverKind::Docker => "--docker",
-            ResolverKind::Nomad => "--nomad",
-        }
-    }
-}
-
-impl ResolverArguments {
-    /// The setups that were given, the host's own resolver first.
-    fn ways(self) -> Vec<ResolverKind> {
-        [
-            (self.systemd_resolved, ResolverKind::SystemdResolved),
-            (self.resolv_conf, ResolverKind::ResolvConf),
-            (self.dnsmasq, ResolverKind::Dnsmasq),
-            (self.nomad, ResolverKind::Nomad),
-            (self.docker, ResolverKind::Docker),
-        ]
-        .into_iter()
-        .filter_map(|(is_asked, way)| is_asked.then_some(way))
-        .collect()
-    }
-}
-
-/// Where resolvers find nohop.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Target {
-    /// Where this host's own resolver finds it.
-    local: SocketAddr,
-    /// Where containers find it, which have a loopback of their own; `None` if nohop listens on
-    /// loopback only.
-    remote: Option<SocketAddr>,
-    /// The zone.
-    domain: String,
-    /// The pools of VIPs, whose reverse names nohop answers, too.
-    pools: Vec<IpNet>,
-    /// Whether the kernel has the driver of dummy interfaces.
-    has_dummy: bool,
-}
-
-/// The address of a dummy interface where containers find nohop. Link-local (RFC 3927): no network
-/// routes it, so it can be the same on every host.
-const DUMMY: Ipv4Addr = Ipv4Addr::new(169, 254, 53, 53);
 
 impl Target {
     /// The target on the host whose files are below `root`.

@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use anyhow::Context;
 use hickory_proto::op::ResponseCode;
 
-use super::Target;
+use super::target::Target;
 use crate::admin::{api, client};
 use crate::cli::args::ClientArguments;
 use crate::daemon::view::lookup_document;
@@ -28,7 +28,7 @@ pub fn query(
             let answer = dns::ask(server, name, kind).await?;
             return Ok(lookup_document(&answer, None));
         }
-        let address = client::find(arguments.admin.as_deref(), &crate::cli::environment)?;
+        let address = client::find(arguments.admin.as_deref(), &crate::cli::process::environment)?;
         Ok(client::get(&address, &client::lookup_path(name, kind)).await?)
     })
 }

@@ -10,6 +10,7 @@
 //! since `inet_sk_diag_fill` is done with a socket of any other protocol before it comes to storage.
 //! So it is on 5.10, 6.1, 6.12, 6.18 and 7.2.
 
+mod error;
 mod netns;
 mod procfs;
 mod sock_diag;
@@ -17,19 +18,19 @@ mod sock_diag;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use sock_diag::{Family, SockDiag};
 
+use error::MAX_DURATION;
+
+pub use error::DiagError;
 pub use sock_diag::Connected;
 
 /// How often the suspects are looked for at most. Those that were not disconnected at once are tried
 /// again: a socket can be hidden behind one with equal addresses and ports (SO_REUSEPORT), and it
 /// can be on its way from one process to another.
 const MAX_ROUNDS: usize = 4;
-
-/// How long one call may go on entering namespaces and starting rounds.
-const MAX_DURATION: Duration = Duration::from_secs(10);
 
 /// What [`disconnect`] did.
 #[derive(Debug, Default)]
@@ -42,82 +43,6 @@ pub struct Report {
     pub n_disconnected: usize,
     /// What stayed undone. The next call tries again.
     pub errors: Vec<DiagError>,
-}
-
-/// Why sockets couldn't be examined or disconnected.
-#[derive(Debug, thiserror::Error)]
-pub enum DiagError {
-    /// The processes can't be listed.
-    #[error("can't list the processes in /proc: {0}")]
-    Processes(#[source] io::Error),
-    /// No thread to enter namespaces with.
-    #[error("can't start a thread: {0}")]
-    Thread(#[source] io::Error),
-    /// A namespace can't be entered.
-    #[error(
-        "can't enter the network namespace net:[{namespace}]: {source}; it needs CAP_SYS_ADMIN"
-    )]
-    Enter {
-        /// The namespace's inode.
-        namespace: u64,
-        /// What the kernel said.
-        source: io::Error,
-    },
-    /// The sockets can't be listed.
-    #[error(
-        "can't list the UDP sockets of net:[{namespace}]: {source}; it needs the kernel module \
-         udp_diag"
-    )]
-    List {
-        /// The namespace's inode.
-        namespace: u64,
-        /// What the kernel said.
-        source: io::Error,
-    },
-    /// `is_gone` failed.
-    #[error("can't read the storage of the UDP socket {cookie:#x}: {source}")]
-    Examine {
-        /// The socket's cookie.
-        cookie: u64,
-        /// What `is_gone` said.
-        source: io::Error,
-    },
-    /// A socket can't be disconnected.
-    #[error(
-        "can't disconnect the UDP socket {cookie:#x} of net:[{namespace}]: {source}; it needs \
-         CAP_NET_ADMIN and a kernel with CONFIG_INET_DIAG_DESTROY"
-    )]
-    Destroy {
-        /// The namespace's inode.
-        namespace: u64,
-        /// The socket's cookie.
-        cookie: u64,
-        /// What the kernel said.
-        source: io::Error,
-    },
-    /// Suspects are still connected: no process that has them could be found, or others with equal
-    /// addresses and ports hide them.
-    #[error(
-        "{n_sockets} UDP sockets, such as {cookie:#x} of net:[{namespace}] to {destination}, \
-         couldn't be reached{}; it needs CAP_SYS_PTRACE, CAP_DAC_READ_SEARCH and \
-         kernel.yama.ptrace_scope below 3",
-        .refused.as_ref().map_or(String::new(), |refused| format!(": {refused}"))
-    )]
-    Unreached {
-        /// How many there are.
-        n_sockets: usize,
-        /// The namespace of one of them.
-        namespace: u64,
-        /// The cookie of that one.
-        cookie: u64,
-        /// What that one is connected to.
-        destination: std::net::SocketAddr,
-        /// What the kernel said when a descriptor was last to be borrowed, if it refused.
-        refused: Option<io::Error>,
-    },
-    /// The time was up.
-    #[error("disconnecting UDP sockets was given up after {} s", MAX_DURATION.as_secs())]
-    TimedOut,
 }
 
 /// Disconnects the connected UDP sockets, IPv4 and IPv6, for which first `is_suspect` and then

@@ -10,7 +10,7 @@ use rustix::io::Errno;
 use rustix::net::sockopt::socket_cookie;
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 
-use super::DiagError;
+use super::error::DiagError;
 
 /// The numbers of the processes in this process's /proc.
 ///

@@ -2,15 +2,53 @@
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
 use hickory_proto::op::ResponseCode;
 
-use super::{SocketId, Waiter};
-use crate::dns::encode;
+use crate::dns::acl::ClientKey;
+use crate::dns::encode::{self, OUR_PAYLOAD};
 use crate::dns::message::{ClientQuery, HEADER_LEN};
+use crate::dns::udp::LocalAddress;
 use crate::dns::upstreams::UpstreamRoute;
+
+/// The id of a socket in the pool, which is connected to one upstream.
+pub(in crate::dns) type SocketId = u32;
+
+/// A client that waits for a response.
+#[derive(Clone, Debug)]
+pub(in crate::dns) struct Waiter {
+    pub(in crate::dns) client: SocketAddr,
+    /// The local address that it queried.
+    pub(in crate::dns) to: LocalAddress,
+    /// The id of its message.
+    pub(in crate::dns) id: u16,
+    pub(in crate::dns) client_key: ClientKey,
+    /// The longest response that it takes.
+    pub(in crate::dns) max_len: u16,
+    /// Whether the name may be a service: then an upstream's NXDOMAIN doesn't apply.
+    pub(in crate::dns) is_unknown: bool,
+    /// Its question if it differs in case from that of the upstream query.
+    pub(super) question: Option<Box<[u8]>>,
+    pub(super) since: Instant,
+}
+
+impl Waiter {
+    /// The client at `client`, which asked `query`.
+    pub(in crate::dns) fn new(
+        client: SocketAddr,
+        to: LocalAddress,
+        client_key: ClientKey,
+        query: &ClientQuery<'_>,
+        now: Instant,
+    ) -> Waiter {
+        let max_len = query.max_payload().min(OUR_PAYLOAD);
+        let (id, is_unknown, question) = (query.id(), false, None);
+        Waiter { client, to, id, client_key, max_len, is_unknown, question, since: now }
+    }
+}
 
 /// A query that was sent and has no response yet.
 #[derive(Debug)]

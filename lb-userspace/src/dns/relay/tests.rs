@@ -5,6 +5,7 @@ use hickory_proto::rr::rdata::A;
 use hickory_proto::rr::{Name, RData, Record, RecordType};
 
 use super::*;
+use crate::dns::udp::LocalAddress;
 use crate::dns::upstream::Upstream;
 
 fn server(rank: usize) -> SocketAddr {

@@ -1,0 +1,62 @@
+//! What commands share: exit codes, the environment, a runtime, and output.
+
+use std::io::Write;
+
+use anyhow::Context;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use super::args::ClientArguments;
+use crate::{logging, terminal};
+
+/// A failure.
+pub const FAILURE: u8 = 1;
+/// The command line or the configuration is wrong; clap uses the same.
+pub const USAGE: u8 = 2;
+
+/// A variable of the environment; `None` where it is unset or isn't UTF-8.
+pub fn environment(name: &str) -> Option<String> {
+    std::env::var(name).ok()
+}
+
+/// A runtime for one request.
+pub fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build()
+}
+
+/// Prints a document for a person, or as JSON. A reader that has seen enough is no failure.
+pub fn print<T: Serialize + DeserializeOwned>(
+    client: &ClientArguments,
+    document: &T,
+    text: impl Fn(&T) -> String,
+) -> anyhow::Result<()> {
+    write(client.json, document, text)
+}
+
+/// The same, where there is no daemon to find.
+pub fn write<T: Serialize + DeserializeOwned>(
+    json: bool,
+    document: &T,
+    text: impl Fn(&T) -> String,
+) -> anyhow::Result<()> {
+    let text = match json {
+        true => terminal::escape_json(&serde_json::to_string_pretty(document)?) + "\n",
+        false => terminal::show(document, text)?,
+    };
+    write_text(&text)
+}
+
+/// Prints one line to stderr, or hands it to the log where there is one.
+pub fn say(message: &str) {
+    logging::say(&terminal::escape(message));
+}
+
+/// Writes text to stdout; a closed pipe is no failure.
+pub fn write_text(text: &str) -> anyhow::Result<()> {
+    match std::io::stdout().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(error).context("can't write to stdout")
+        }
+        _ => Ok(()),
+    }
+}
