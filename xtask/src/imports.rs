@@ -10,7 +10,8 @@ use std::path::Path;
 use syn::visit::{self, Visit};
 
 /// The folders of the crates' sources.
-const CRATES: [&str; 4] = ["lb-common/src", "lb-ebpf/src", "testbed/src", "xtask/src"];
+const CRATES: [&str; 5] =
+    ["lb-common/src", "lb-ebpf/src", "lb-userspace/src", "testbed/src", "xtask/src"];
 
 /// A file by the path of its module in the crate.
 type Module = Vec<String>;
@@ -56,7 +57,8 @@ fn circles_of(files: &BTreeMap<Module, syn::File>) -> Vec<String> {
     let edges: BTreeMap<&Module, BTreeSet<Module>> = files
         .iter()
         .map(|(module, file)| {
-            let mut used = Used { module, files, found: BTreeSet::new() };
+            let inline = module.clone();
+            let mut used = Used { module, inline, files, found: BTreeSet::new() };
             used.visit_file(file);
             (module, used.found)
         })
@@ -95,6 +97,8 @@ fn shown(module: &Module) -> String {
 /// Collects the files that a file uses.
 struct Used<'a> {
     module: &'a Module,
+    /// The module within the file that is being visited.
+    inline: Module,
     files: &'a BTreeMap<Module, syn::File>,
     found: BTreeSet<Module>,
 }
@@ -105,11 +109,11 @@ impl Used<'_> {
         let mut segments = path.iter();
         let mut target = match path.first().map(String::as_str) {
             Some("crate") => Vec::new(),
-            Some("self") => self.module.clone(),
-            Some("super") => self.module[..self.module.len().saturating_sub(1)].to_vec(),
+            Some("self") => self.inline.clone(),
+            Some("super") => self.inline[..self.inline.len().saturating_sub(1)].to_vec(),
             _ => {
                 segments = [].iter();
-                let mut child = self.module.clone();
+                let mut child = self.inline.clone();
                 child.extend(path.first().cloned());
                 if !self.files.contains_key(&child) {
                     return;
@@ -162,6 +166,12 @@ impl<'ast> Visit<'ast> for Used<'_> {
         }
     }
 
+    fn visit_item_mod(&mut self, item: &'ast syn::ItemMod) {
+        self.inline.push(item.ident.to_string());
+        visit::visit_item_mod(self, item);
+        self.inline.pop();
+    }
+
     fn visit_item_use(&mut self, item: &'ast syn::ItemUse) {
         if matches!(item.vis, syn::Visibility::Inherited) {
             self.add_tree(&item.tree, &mut Vec::new());
@@ -212,12 +222,13 @@ fn a_circle_is_found() {
     };
     /// Files as paths and texts, and the circles among them.
     type Case<'a> = (&'a [(&'a str, &'a str)], &'a [&'a str]);
-    let cases: [Case; 5] = [
+    let cases: [Case; 6] = [
         (&[("a", "use crate::b::B;"), ("b", "")], &[]),
         (&[("a", "use crate::b::B;"), ("b", "fn f(_: super::a::A) {}")], &["a <-> b"]),
         (&[("", "mod a; pub use a::A;"), ("a", "use crate::X;")], &[]),
         (&[("", "mod a; fn f() { a::g() }"), ("a", "use super::{X, Y};")], &["(root) <-> a"]),
         (&[("a", "use crate::b::B;"), ("b", "#[cfg(test)] mod tests { use crate::a::A; }")], &[]),
+        (&[("a", "use crate::a::b::B;"), ("a/b", "mod c { use super::D; }")], &[]),
     ];
     for (texts, expected) in cases {
         assert_eq!(circles_of(&files(texts)), expected, "{texts:?}");

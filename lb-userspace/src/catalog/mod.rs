@@ -9,6 +9,7 @@ mod file;
 #[cfg(any(fuzzing, test))]
 pub(crate) mod fuzzing;
 mod host;
+mod published;
 mod publisher;
 pub mod resolve;
 mod snapshot;
@@ -18,13 +19,14 @@ mod usage;
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use crate::config::{Config, SourceKind};
 pub use crate::table::Catalog;
+pub use published::{Health, Published};
 pub use stats::{Stats, Watches};
 pub use usage::{Lookup, UsageSender};
 #[cfg(test)]
@@ -36,30 +38,6 @@ use supervisor::{RestartPolicy, Source as Run, Staleness};
 /// How long a source may take to save its state when it ends: a clean stop takes less than a second in
 /// all.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_millis(300);
-
-/// A published catalog.
-#[derive(Clone, Debug)]
-pub struct Published {
-    /// What the source reported.
-    pub catalog: Catalog,
-    /// When the news in it arrived.
-    pub news_at: Instant,
-}
-
-/// The state of a source, for `status` and for logs.
-#[derive(Clone, Debug)]
-pub struct Health {
-    /// The source's name: `consul` or `file`.
-    pub source: &'static str,
-    /// What is wrong now, with the fix; `None` while all is well.
-    pub problem: Option<String>,
-    /// Whether the source doesn't answer, so that the last catalog serves.
-    pub is_failing: bool,
-    /// Information that is no problem, a sentence each.
-    pub facts: Vec<String>,
-    /// When the source last answered, with news or without; `None` before that.
-    pub last_answer: Option<Instant>,
-}
 
 /// A running source; dropping it ends the source's tasks.
 ///

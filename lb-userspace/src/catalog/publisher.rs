@@ -7,10 +7,12 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch::{Receiver, Sender};
 
 use super::cache::suspended;
+use super::published::{Health, Published};
 use super::snapshot::SavedCatalog;
-use super::{Catalog, Health, Published, Stats, Watches};
+use super::stats::{Stats, Watches};
 use crate::config::Expired;
 use crate::ordmap::Diff;
+use crate::table::Catalog;
 use crate::table::{HealthStatus, InstanceGroup, ServiceId, ServiceRecord, Watch};
 
 /// The sender half of a `Handle`, for one run of a source. Once another run has started, writes of this

@@ -14,8 +14,9 @@ use tokio::sync::{oneshot, watch};
 use tokio::time::{Interval, MissedTickBehavior};
 
 use super::cache::suspended;
+use super::publisher::Publisher;
 use super::usage::UsageReceiver;
-use super::{Publisher, UsageSender};
+use super::usage::UsageSender;
 use crate::config::{CatalogConfig, Expired};
 
 /// Starts a run of a source, on its own thread and runtime.

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
-use super::Stats;
+use super::stats::Stats;
 
 /// The most lookups that wait for a source; the name of one beyond that is unknown, which is counted.
 const MAX_LOOKUPS: usize = 1024;

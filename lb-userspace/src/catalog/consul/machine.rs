@@ -10,6 +10,7 @@ use tokio::sync::oneshot;
 use super::backoff::Backoff;
 use super::doubt::{Assessment, Evidence};
 use super::index::{IndexCheck, ReadMode};
+use super::kill_switch;
 use super::lookups::{Lookups, Waiting};
 use super::model::{Model, Node, ServiceAnswer, Subject};
 use super::names::{Names, Presence};
@@ -17,10 +18,11 @@ use super::negative_cache::LookupDecision;
 use super::poller::Poller;
 use super::query::{Answer, List, Query, QueryFailure, QueryOptions, Response};
 use super::schedule::{Job, Rules, Schedule, Turn, is_shrink};
-use super::{Settings, Timing, kill_switch};
+use super::settings::{Settings, Timing};
 use crate::catalog::snapshot::SavedCatalog;
+use crate::catalog::stats::Watches;
 use crate::catalog::usage::{Lookup, LookupRequest, SourceCommand};
-use crate::catalog::{Catalog, Watches};
+use crate::table::Catalog;
 
 /// The time between two attempts of a token that may not read the kill switch.
 const DENIED_PAUSE: Duration = Duration::from_secs(60);

@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 use super::doubt::{Assessment, Doubts, Evidence, is_mass};
 use super::hold_down::{HoldDown, InstanceKey};
 use super::schedule::is_shrink;
-use crate::catalog::Catalog;
 use crate::catalog::host::Own;
 use crate::catalog::snapshot::{Agent, SavedCatalog, SavedService};
+use crate::table::Catalog;
 use crate::table::{Instance, ServiceId, ServiceRecord, Watch};
 
 /// The state that watches bring together. Pure: it neither asks nor publishes.

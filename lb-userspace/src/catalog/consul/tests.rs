@@ -10,7 +10,7 @@ use super::test_server::{AGENT, Fake, Fault, NAMES, instance, service};
 use super::*;
 use crate::catalog::file::follow::Watcher;
 use crate::catalog::{Catalog, Handle, Lookup};
-use crate::config::{ConsulAddress, WatchPolicy};
+use crate::config::{CatalogConfig, Config, ConsulAddress, ConsulConfig, WatchPolicy};
 use crate::table::{HealthStatus, ServiceMeta, Watch};
 
 const LIMIT: Duration = Duration::from_secs(20);

@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
 use tokio::task::{self, AbortHandle, JoinError, JoinSet};
 
-use super::Settings;
 use super::client::Client;
 use super::machine::{Effect, Event, Machine, RequestId};
 use super::query::{Answer, QueryFailure, fetch};
+use super::settings::Settings;
 use super::token::TokenWatch;
 use crate::catalog::cache::{self, suspended};
 use crate::catalog::publisher::Publisher;

@@ -12,7 +12,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::parse::{Diagnostic, parse, without_mark};
-use crate::catalog::Catalog;
+use crate::table::Catalog;
 use crate::table::{Instance, ServiceId, ServiceRecord, Watch};
 
 const START: &str = "[[service]]";

@@ -11,7 +11,7 @@ pub mod fuzzing {
 
     use super::chunks::Chunks;
     use super::parse::parse;
-    use crate::catalog::Catalog;
+    use crate::table::Catalog;
 
     /// The services, or the number of errors; read part by part it says the same as at once.
     pub fn read(text: &str) -> Result<Catalog, usize> {
@@ -34,8 +34,9 @@ use std::time::{Duration, Instant};
 
 use tokio::task;
 
-use super::{Catalog, Publisher};
+use super::publisher::Publisher;
 use crate::file_state::{FileState, file_state};
+use crate::table::Catalog;
 use chunks::Chunks;
 use follow::Watcher;
 pub use kept::Kept;

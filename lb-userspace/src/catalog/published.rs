@@ -1,0 +1,29 @@
+//! What a source publishes: a catalog, and the source's state.
+
+use std::time::Instant;
+
+use crate::table::Catalog;
+
+/// A published catalog.
+#[derive(Clone, Debug)]
+pub struct Published {
+    /// What the source reported.
+    pub catalog: Catalog,
+    /// When the news in it arrived.
+    pub news_at: Instant,
+}
+
+/// The state of a source, for `status` and for logs.
+#[derive(Clone, Debug)]
+pub struct Health {
+    /// The source's name: `consul` or `file`.
+    pub source: &'static str,
+    /// What is wrong now, with the fix; `None` while all is well.
+    pub problem: Option<String>,
+    /// Whether the source doesn't answer, so that the last catalog serves.
+    pub is_failing: bool,
+    /// Information that is no problem, a sentence each.
+    pub facts: Vec<String>,
+    /// When the source last answered, with news or without; `None` before that.
+    pub last_answer: Option<Instant>,
+}
