@@ -147,13 +147,15 @@ impl Flows {
         let mut dispensable = 0;
         let mut index = 0;
         while index < N_FLOWS {
-            let (flow, age) = (&self.flows[index], now.wrapping_sub(self.used[index]));
+            let flow = &self.flows[index];
+            // One more than it is: another processor's clock may be ahead by a unit.
+            let age = now.wrapping_add(1).wrapping_sub(self.used[index]);
             let rank: u64 = if flow.backend_port == 0 {
                 3
             } else if flow.generation == 0 {
                 2
             } else {
-                (age >= FLOW_IDLE) as u64
+                (age > FLOW_IDLE) as u64
             };
             let this = if rank == 0 { 0 } else { rank << 32 | age as u64 };
             if this > dispensable {
@@ -347,6 +349,19 @@ mod tests {
         assert_eq!(came_from(&flows, 11), None, "the last datagram there was the ninth's");
         touch(&mut flows, 1, NOW);
         assert_eq!(came_from(&flows, 11), Some(1));
+    }
+
+    /// The clock that a processor reads may be a unit behind another's; a count of sends of an earlier
+    /// version, however far ahead, isn't in use.
+    #[test]
+    fn a_clock_that_goes_back_ends_no_flow() {
+        for ahead in [0, 1, 2, 1_000] {
+            let mut flows = Flows::default();
+            for nth in 1..=8u8 {
+                assert!(flows.insert(&flow(nth, 10 + nth), NOW + ahead));
+            }
+            assert_eq!(flows.insert(&flow(9, 19), NOW), ahead > 1, "ahead by {ahead}");
+        }
     }
 
     /// What an earlier version kept by a count of sends, near its end or past it, is in order, and idle.

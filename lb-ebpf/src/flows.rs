@@ -109,7 +109,8 @@ const TICK_SHIFT: u32 = 6;
 #[btf_map]
 static FLOW_CLOCK: Array<Clock, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
 
-/// The time by which flows are dated. Reading the clock costs as much as finding a flow, while the
+/// The time by which flows are dated, which may be a unit behind what another processor got just now
+/// ([`Flows::victim`](lb_common::Flows::victim) allows for it). Reading the clock costs as much as finding a flow, while the
 /// verifier makes a load of `bpf_jiffies64` (do_misc_fixups() in kernel/bpf/verifier.c); so it is read
 /// once a tick.
 #[inline(always)]
