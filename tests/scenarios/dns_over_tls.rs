@@ -75,7 +75,7 @@ pub fn run() -> Result<()> {
     let bad = tempdir.path().join("bad.toml");
     fs::write(&bad, config.replace(":853", ":8853"))?;
     let flags = format!(
-        "10 {} run --config {} --catalog {} --cgroup {} --dns-listen 127.0.0.1:5353 \
+        "300 {} run --config {} --catalog {} --cgroup {} --dns-listen 127.0.0.1:5353 \
          --state-dir {dir} --admin-listen unix:{dir}/bad.sock",
         cmd::built("nohop")?.display(),
         bad.display(),

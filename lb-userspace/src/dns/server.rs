@@ -48,7 +48,7 @@ const GRACE: Duration = Duration::from_secs(2);
 
 /// The DNS server; it answers until it is stopped or dropped.
 pub struct DnsServer {
-    handler: Arc<Handler>,
+    pub(super) handler: Arc<Handler>,
     /// The addresses of `dns.listen`.
     own: Vec<SocketAddr>,
     /// Those of `dns.listen_tls` as well.

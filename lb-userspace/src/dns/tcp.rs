@@ -1,14 +1,13 @@
-//! TCP: messages, each after its length. Queries of one connection are pipelined (RFC 7766, section
-//! 6.2.1.1): responses leave as they are ready, in any order.
+//! TCP, and TLS above it (RFC 7858): messages, each after its length. Queries of one connection are
+//! pipelined (RFC 7766, section 6.2.1.1): responses leave as they are ready, in any order.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::tcp::OwnedReadHalf;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -18,7 +17,6 @@ use tracing::{debug, warn};
 use super::connections::{ConnectionGuard, Connections, MAX_PIPELINED};
 use super::handler::Handler;
 use super::message::HEADER_LEN;
-use super::tls;
 use super::udp::MAX_QUESTION_LEN;
 
 /// How long a client may take to send a question, counted from the last answer while none is under
@@ -64,25 +62,16 @@ pub(super) async fn serve(
         };
         let (handler, stops, acceptor) = (handler.clone(), stops.clone(), acceptor.clone());
         open.spawn(async move {
-            let served = match acceptor {
-                None => {
-                    serve_connection(stream, client, handler, &connection, idle_timeout, stops)
-                        .await
-                }
-                Some(acceptor) => {
-                    tls::serve_connection(
-                        stream,
-                        client,
-                        acceptor,
-                        handler,
-                        &connection,
-                        idle_timeout,
-                        stops,
-                    )
-                    .await
-                }
-            };
-            if let Err(error) = served {
+            let served = serve_connection(
+                stream,
+                client,
+                acceptor,
+                handler,
+                &connection,
+                idle_timeout,
+                stops,
+            );
+            if let Err(error) = served.await {
                 debug!(%client, %error, "a connection ended");
             }
         });
@@ -91,17 +80,49 @@ pub(super) async fn serve(
     while open.join_next().await.is_some() {}
 }
 
-/// Answers the queries of one connection, until its client is idle for `idle_timeout` or reads nothing.
-async fn serve_connection(
+/// Answers the queries of one connection, over TLS where there is an `acceptor`.
+///
+/// # Errors
+/// When the handshake takes longer than `idle_timeout` or fails, and as [`serve_queries`].
+pub(super) async fn serve_connection(
     stream: TcpStream,
     client: SocketAddr,
+    acceptor: Option<TlsAcceptor>,
     handler: Arc<Handler>,
     connection: &ConnectionGuard,
     idle_timeout: Duration,
     mut stops: watch::Receiver<bool>,
 ) -> io::Result<()> {
     stream.set_nodelay(true)?;
-    let (mut reader, writer) = stream.into_split();
+    let client = client.ip();
+    let Some(acceptor) = acceptor else {
+        let (reader, writer) = stream.into_split();
+        return serve_queries(reader, writer, client, handler, connection, idle_timeout, stops)
+            .await;
+    };
+    let accepted = tokio::select! {
+        accepted = tokio::time::timeout(idle_timeout, acceptor.accept(stream)) => accepted??,
+        () = connection.evicted() => return Ok(()),
+        _ = stops.wait_for(|stops| *stops) => return Ok(()),
+    };
+    let (reader, writer) = tokio::io::split(accepted);
+    serve_queries(reader, writer, client, handler, connection, idle_timeout, stops).await
+}
+
+/// Answers queries until the client is idle for `idle_timeout`, reads nothing, or sends one that has
+/// no response.
+///
+/// # Errors
+/// When the client doesn't keep to the protocol or to `idle_timeout`.
+pub(super) async fn serve_queries(
+    mut reader: impl AsyncRead + Unpin,
+    writer: impl AsyncWrite + Unpin + Send + 'static,
+    client: IpAddr,
+    handler: Arc<Handler>,
+    connection: &ConnectionGuard,
+    idle_timeout: Duration,
+    mut stops: watch::Receiver<bool>,
+) -> io::Result<()> {
     let writer = Arc::new(tokio::sync::Mutex::new(writer));
     let mut answers = JoinSet::new();
     let mut deadline = Instant::now() + idle_timeout;
@@ -138,13 +159,17 @@ async fn serve_connection(
         }
         let (handler, writer) = (Arc::clone(&handler), Arc::clone(&writer));
         answers.spawn(async move {
-            let Some(reply) = handler.reply_over_tcp(&question, client.ip()).await else {
+            let Some(reply) = handler.reply_over_tcp(&question, client).await else {
                 return Ok(false);
             };
             let len = u16::try_from(reply.len()).map_err(io::Error::other)?;
             let reply = [&len.to_be_bytes(), &reply[..]].concat(); // some clients read no second piece
             let mut writer = writer.lock().await;
-            tokio::time::timeout(idle_timeout, writer.write_all(&reply)).await??;
+            let write = async {
+                writer.write_all(&reply).await?;
+                writer.flush().await // of the records that TLS holds
+            };
+            tokio::time::timeout(idle_timeout, write).await??;
             Ok::<bool, io::Error>(true)
         });
     }
@@ -154,7 +179,7 @@ async fn serve_connection(
     Ok(())
 }
 
-async fn read(stream: &mut OwnedReadHalf) -> io::Result<Vec<u8>> {
+async fn read(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<Vec<u8>> {
     let len = usize::from(stream.read_u16().await?);
     if !(HEADER_LEN..=MAX_QUESTION_LEN).contains(&len) {
         return Err(io::Error::other(format!("a question of {len} bytes")));

@@ -9,7 +9,7 @@ use std::time::Duration;
 use hickory_proto::op::{Edns, Message, OpCode, Query, ResponseCode};
 use hickory_proto::rr::rdata::TXT;
 use hickory_proto::rr::{Name, RData, Record, RecordType};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
@@ -137,12 +137,12 @@ fn with_edns(mut message: Message, version: u8, max_payload: u16) -> Message {
     message
 }
 
-async fn write_message(stream: &mut TcpStream, bytes: &[u8]) {
+async fn write_message(stream: &mut (impl AsyncWrite + Unpin), bytes: &[u8]) {
     let len = u16::try_from(bytes.len()).unwrap();
     stream.write_all(&[&len.to_be_bytes(), bytes].concat()).await.unwrap();
 }
 
-async fn read_message(stream: &mut TcpStream) -> std::io::Result<Vec<u8>> {
+async fn read_message(stream: &mut (impl AsyncRead + Unpin)) -> std::io::Result<Vec<u8>> {
     let mut bytes = vec![0; usize::from(stream.read_u16().await?)];
     stream.read_exact(&mut bytes).await?;
     Ok(bytes)

@@ -5,11 +5,13 @@ use std::path::Path;
 use rcgen::{CertifiedKey, generate_simple_self_signed};
 use rustls::pki_types::ServerName;
 use rustls::{ClientConfig, RootCertStore};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
+use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 use super::*;
+use crate::config::Allowed;
+use crate::dns::connections::Connections;
+use crate::dns::tcp;
 use crate::dns::tls::server_config;
 
 /// Writes a certificate for localhost and its key.
@@ -36,30 +38,56 @@ async fn connect(
     address: SocketAddr,
     roots: &RootCertStore,
 ) -> std::io::Result<TlsStream<TcpStream>> {
+    handshake(TcpStream::connect(address).await?, roots).await
+}
+
+async fn handshake(
+    stream: TcpStream,
+    roots: &RootCertStore,
+) -> std::io::Result<TlsStream<TcpStream>> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let client = ClientConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
         .unwrap()
         .with_root_certificates(roots.clone())
         .with_no_client_auth();
-    let stream = TcpStream::connect(address).await?;
     let name = ServerName::try_from("localhost").unwrap();
     TlsConnector::from(Arc::new(client)).connect(name, stream).await
 }
 
 async fn write(stream: &mut TlsStream<TcpStream>, message: &Message) {
-    let bytes = message.to_vec().unwrap();
-    let len = u16::try_from(bytes.len()).unwrap();
-    stream.write_all(&[&len.to_be_bytes(), &bytes[..]].concat()).await.unwrap();
+    write_message(stream, &message.to_vec().unwrap()).await;
+    stream.flush().await.unwrap();
 }
 
 async fn read(stream: &mut TlsStream<TcpStream>) -> Message {
-    let read = async {
-        let mut bytes = vec![0; usize::from(stream.read_u16().await.unwrap())];
-        stream.read_exact(&mut bytes).await.unwrap();
-        Message::from_vec(&bytes).unwrap()
-    };
-    timeout(LONG, read).await.unwrap()
+    let bytes = timeout(LONG, read_message(stream)).await.unwrap().unwrap();
+    Message::from_vec(&bytes).unwrap()
+}
+
+/// Both ends of a connection.
+async fn pair() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+    (client, listener.accept().await.unwrap().0)
+}
+
+/// The responses to messages that are sent one after the other, each with its length, until the
+/// server ends the connection; and whether it did.
+async fn exchange(
+    mut stream: impl AsyncRead + AsyncWrite + Unpin,
+    messages: &[Vec<u8>],
+) -> (Vec<Vec<u8>>, bool) {
+    let mut responses = Vec::new();
+    for message in messages {
+        stream.write_all(message).await.unwrap();
+        stream.flush().await.unwrap();
+        match timeout(LONG * 6, read_message(&mut stream)).await.unwrap() {
+            Ok(response) => responses.push(response),
+            Err(_) => return (responses, true),
+        }
+    }
+    (responses, false)
 }
 
 #[tokio::test]
@@ -105,13 +133,92 @@ async fn tls_clients_have_the_limits_of_tcp() {
         let read = timeout(LONG, stream.read(&mut buffer)).await.unwrap();
         assert!(matches!(read, Ok(0) | Err(_)), "{read:?}");
     }
-    // And after it, for which a busy machine has time enough.
-    let options = ServerOptions { tcp_idle_timeout: LONG / 3, ..ServerOptions::default() };
-    let rig = Rig::with(config(dir.path()), options).await;
-    let mut stream = connect(rig.tls_address, &roots).await.unwrap();
-    stream.write_all(&[0, 40, 1]).await.unwrap();
-    let read = timeout(LONG, stream.read(&mut buffer)).await.unwrap();
-    assert!(matches!(read, Ok(0) | Err(_)), "{read:?}");
+    // And after it: the time for the handshake isn't limited here.
+    let (client, server) = pair().await;
+    let acceptor = TlsAcceptor::from(server_config(&config(dir.path())).unwrap().unwrap());
+    let (client, server) = tokio::join!(handshake(client, &roots), acceptor.accept(server));
+    let (mut client, (reader, writer)) = (client.unwrap(), tokio::io::split(server.unwrap()));
+    client.write_all(&[0, 40, 1]).await.unwrap();
+    client.flush().await.unwrap();
+    let connection = Arc::new(Connections::default()).open(None).unwrap();
+    let (_running, stops) = watch::channel(false);
+    let (handler, idle) = (rig.server.handler.clone(), Duration::ZERO);
+    let ip = Ipv4Addr::LOCALHOST.into();
+    let served = tcp::serve_queries(reader, writer, ip, handler, &connection, idle, stops);
+    let error = timeout(LONG, served).await.unwrap().unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::TimedOut);
+}
+
+#[tokio::test]
+async fn each_message_has_the_outcome_of_plain_tcp() {
+    let dir = tempfile::tempdir().unwrap();
+    let roots = issue(dir.path());
+    let config = DnsConfig {
+        allow: vec![Allowed::Network("203.0.113.0/24".parse().unwrap())],
+        client_rate: 1,
+        ..config(dir.path())
+    };
+    let acceptor = TlsAcceptor::from(server_config(&config).unwrap().unwrap());
+    let rig = Rig::with(config, ServerOptions::default()).await;
+    let stats = || rig.server.handler.stats.snapshot();
+
+    let good = query("web.service.", RecordType::A).to_vec().unwrap();
+    let framed =
+        |bytes: &[u8]| [&u16::try_from(bytes.len()).unwrap().to_be_bytes(), bytes].concat();
+    let mut missing = good.clone();
+    missing[7] = 1;
+    let loop_name = [&good[..12], &[0xc0, 12, 0, 1, 0, 1]].concat();
+    // One a second is allowed; no machine is so slow that none of so many comes sooner.
+    let flood = vec![framed(&good); 1000];
+    let (refused, form_err) = (Some(ResponseCode::Refused), Some(ResponseCode::FormErr));
+    let rows = [
+        ("admitted", [127, 0, 0], vec![framed(&good)], Some(ResponseCode::NoError), false),
+        ("outside dns.allow", [192, 0, 2], vec![framed(&good)], refused, false),
+        ("over dns.client_rate", [203, 0, 113], flood, Some(ResponseCode::NoError), true),
+        ("a record missing", [127, 0, 0], vec![framed(&missing)], form_err, false),
+        ("a name in a loop", [127, 0, 0], vec![framed(&loop_name)], None, true),
+        ("below a header", [127, 0, 0], vec![framed(&good[..11])], None, true),
+        ("empty", [127, 0, 0], vec![framed(&[])], None, true),
+        // The length alone ends the connection.
+        ("too long", [127, 0, 0], vec![4097_u16.to_be_bytes().to_vec()], None, true),
+    ];
+    for (what, [a, b, c], messages, expected, expected_end) in rows {
+        let mut outcomes = Vec::new();
+        for (acceptor, d) in [(None, 1), (Some(acceptor.clone()), 2)] {
+            let before = stats();
+            let (client, server) = pair().await;
+            let over_tls = acceptor.is_some();
+            let (handler, address) = (rig.server.handler.clone(), ([a, b, c, d], 5353).into());
+            let (running, stops) = watch::channel(false);
+            let server = tokio::spawn(async move {
+                let connection = Arc::new(Connections::default()).open(None).unwrap();
+                let (connection, idle) = (&connection, LONG * 60);
+                tcp::serve_connection(server, address, acceptor, handler, connection, idle, stops)
+                    .await
+            });
+            let (mut responses, ended) = if over_tls {
+                exchange(handshake(client, &roots).await.unwrap(), &messages).await
+            } else {
+                exchange(client, &messages).await
+            };
+            running.send_replace(true);
+            let _ = timeout(LONG * 6, server).await.unwrap().unwrap();
+            responses.dedup();
+            let counted: Vec<String> = stats()
+                .into_iter()
+                .filter(|(name, count)| before.get(name) != Some(count))
+                .map(|(name, _)| name)
+                .collect();
+            outcomes.push((responses, ended, counted));
+        }
+        assert_eq!(outcomes[0], outcomes[1], "{what}");
+        let (responses, ended, _) = &outcomes[1];
+        let codes: Vec<ResponseCode> = responses
+            .iter()
+            .map(|bytes| Message::from_vec(bytes).unwrap().metadata.response_code)
+            .collect();
+        assert_eq!((codes, *ended), (Vec::from_iter(expected), expected_end), "{what}");
+    }
 }
 
 #[tokio::test]
