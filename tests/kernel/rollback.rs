@@ -15,7 +15,9 @@ use crate::pins::{bpftool, programs};
 const BPF_MAP_CREATE: libc::c_int = 0;
 const BPF_PROG_LOAD: libc::c_int = 5;
 const BPF_OBJ_PIN: libc::c_int = 6;
+const BPF_OBJ_GET: libc::c_int = 7;
 const BPF_LINK_CREATE: libc::c_int = 28;
+const BPF_LINK_DETACH: libc::c_int = 34;
 
 fn descriptor(fd: i32) -> OwnedFd {
     // SAFETY: the kernel has just made this descriptor for us.
@@ -25,6 +27,14 @@ fn descriptor(fd: i32) -> OwnedFd {
 pub fn pin(object: &OwnedFd, path: &Path) {
     let name = std::ffi::CString::new(path.as_os_str().as_bytes()).unwrap();
     bpf(BPF_OBJ_PIN, &[name.as_ptr() as u64, object.as_raw_fd() as u64]).unwrap();
+}
+
+/// Detaches the link that is pinned there, at once. One that only loses its pin runs for a moment
+/// longer: the kernel puts its end off to a worker (`bpf_link_put()`).
+pub fn detach(path: &Path) {
+    let name = std::ffi::CString::new(path.as_os_str().as_bytes()).unwrap();
+    let link = descriptor(bpf(BPF_OBJ_GET, &[name.as_ptr() as u64, 0]).unwrap());
+    bpf(BPF_LINK_DETACH, &[link.as_raw_fd() as u64]).unwrap();
 }
 
 /// A program that returns `value`.
