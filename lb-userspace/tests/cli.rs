@@ -45,7 +45,7 @@ fn a_configuration_is_checked_without_a_daemon() {
     let (_directory, path) = file("good.toml", "dns.ttl = 5\n");
     let output = nohop(&["config", "check", &path]);
     assert_eq!(output.status.code(), Some(0));
-    assert_eq!(String::from_utf8_lossy(&output.stdout), format!("{path} is fine\n"));
+    assert_eq!(String::from_utf8_lossy(&output.stdout), format!("{path}: no problems\n"));
 
     let (_directory, path) = file("bad.toml", "dns.tll = 5\n\nvip.ports = 80\n");
     let (code, text) = said(&nohop(&["config", "check", &path]));
@@ -64,7 +64,7 @@ fn a_configuration_is_checked_without_a_daemon() {
 fn the_catalog_that_a_configuration_names_is_checked_along() {
     let (_directory, catalog) = file("catalog.toml", "service = []\n");
     let (_other, path) =
-        file("good.toml", &format!("catalog = {{ source = 'file', file = {catalog:?} }}\n"));
+        file("good.toml", &format!("catalog = {{ sources = ['file'], file = {catalog:?} }}\n"));
     assert_eq!(nohop(&["config", "check", &path]).status.code(), Some(0));
     std::fs::write(&catalog, "[[service]]\nport = 1\n").unwrap();
     let output = nohop(&["config", "check", "--json", &path]);
