@@ -43,7 +43,7 @@ pub fn it_is_reported() {
     let socket = format!("unix:{}/admin.sock", dir.display());
     let config = format!(
         "cgroup = {:?}\nbpffs = {:?}\nstate_dir = {:?}\nadmin.listen = [{socket:?}]\n\
-         dns.listen = [\"127.0.0.1:5353\"]\n[catalog]\nsource = \"file\"\nfile = {:?}\n",
+         dns.listen = [\"127.0.0.1:5353\"]\n[catalog]\nsources = [\"file\"]\nfile = {:?}\n",
         place.cgroup.path,
         place.options.bpffs,
         dir,
