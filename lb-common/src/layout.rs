@@ -229,9 +229,41 @@ pub struct BackendEntry {
     pub backend: Backend,
     /// Connects that were sent there. It only grows, until the entry is another backend's.
     pub connects: u64,
-    /// Zero. Room for what the kernel learns of it: connections in flight, failures, until when it is
-    /// ejected, its round-trip time.
-    pub reserved: [u64; 4],
+    /// What this node has learnt of it by its connections.
+    pub outcomes: BackendOutcomes,
+}
+
+/// What this node has learnt of a backend by its TCP connections, within [`BackendEntry`]. All zero
+/// for a backend of which nothing is known, which is how the daemon writes a new one, and while the
+/// unit `outcomes` isn't attached.
+///
+/// The connect hook and the unit `outcomes` write it: `in_flight` and `pending` by atomic additions,
+/// the rest by plain stores, of which the last of two at once wins. The daemon corrects `in_flight`.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, Immutable, IntoBytes)]
+pub struct BackendOutcomes {
+    /// Open connections, and those that are being established. Below zero only for a moment, while a
+    /// correction of the daemon's races with a connection that ends: a reader takes that as 0.
+    pub in_flight: i32,
+    /// Connections that are being established: connect() was called, and nothing has come back yet.
+    /// As above, below zero is 0.
+    pub pending: i32,
+    /// Until when it is ejected, in nanoseconds of CLOCK_MONOTONIC (`bpf_ktime_get_ns`); 0 for never.
+    pub ejected_until_ns: u64,
+    /// Failures in a row: connections that were refused, timed out or were reset before they were
+    /// established. 0 once one is established. It saturates.
+    pub failures: u16,
+    /// Ejections in a row; 0 once a connection is established. It saturates.
+    pub ejections: u16,
+    /// Since when connections are pending and none has been answered: the low 32 bits of
+    /// CLOCK_MONOTONIC in microseconds; 0 while none is pending. It wraps after 71 minutes, which no
+    /// pending connection lasts.
+    pub unanswered_since_us: u32,
+    /// The time from connect() to established in microseconds, as a moving average; 0 for none yet.
+    pub connect_us: u32,
+    /// The smoothed round-trip time of its connections when they ended (`srtt_us` of struct tcp_sock,
+    /// divided by 8) in microseconds, as a moving average; 0 for none yet.
+    pub srtt_us: u32,
 }
 
 /// The value of `SERVICE_NAMES`: a service's name, for people who look at the maps, and for a daemon
@@ -441,6 +473,7 @@ const _: () = {
     assert!(size_of::<ServiceEntry>() == 64 * N_GROUPS && size_of::<Fallback>() == 64);
     assert!(offset_of!(ServiceEntry, fallbacks) == 64);
     assert!(size_of::<BackendEntry>() == 64 && size_of::<ServiceStats>() == 64);
+    assert!(size_of::<BackendOutcomes>() == 32 && offset_of!(BackendEntry, outcomes) == 32);
     assert!(size_of::<Control>() == 128 && offset_of!(Control, bypass_levels) == 64);
     assert!(size_of::<GlobalCounters>() == 256);
     // The daemon stores the generation's whole word, in which the port is.
