@@ -5,7 +5,8 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::Arc;
-use std::time::Instant;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
@@ -18,6 +19,9 @@ use crate::tempdir::TempDir;
 
 /// What an agent logs once the catalog has its node, so that there is a leader, too.
 const READY: [&str; 2] = ["Synced node info", "Node info in sync"];
+
+/// Between two questions, where nothing tells when to ask again.
+const PAUSE: Duration = Duration::from_millis(200);
 
 /// The node name of [`Consul::dev`].
 const DEV: &str = "dev";
@@ -213,7 +217,7 @@ impl Consul {
     /// # Errors
     /// When the agent doesn't answer with 200 and JSON.
     pub fn get(&self, path: &str) -> Result<Value> {
-        let body = cmd::stdout(self.curl(path))?;
+        let body = self.ask(path, &[])?;
         serde_json::from_str(&body).with_context(|| format!("{path} answered {body:?}"))
     }
 
@@ -222,9 +226,7 @@ impl Consul {
     /// # Errors
     /// When the agent refuses.
     pub fn put(&self, path: &str, body: &Value) -> Result<()> {
-        let mut command = self.curl(path);
-        command.args(["--request", "PUT", "--data-binary", &body.to_string()]);
-        cmd::stdout(command).map(drop)
+        self.ask(path, &["--request", "PUT", "--data-binary", &body.to_string()]).map(drop)
     }
 
     /// PUTs to a path, and returns what the agent answers.
@@ -232,9 +234,7 @@ impl Consul {
     /// # Errors
     /// When the agent refuses, or doesn't answer with JSON.
     pub fn put_for(&self, path: &str, body: &Value) -> Result<Value> {
-        let mut command = self.curl(path);
-        command.args(["--request", "PUT", "--data-binary", &body.to_string()]);
-        let answer = cmd::stdout(command)?;
+        let answer = self.ask(path, &["--request", "PUT", "--data-binary", &body.to_string()])?;
         serde_json::from_str(&answer).with_context(|| format!("{path} answered {answer:?}"))
     }
 
@@ -243,9 +243,7 @@ impl Consul {
     /// # Errors
     /// When the agent refuses.
     pub fn delete(&self, path: &str) -> Result<()> {
-        let mut command = self.curl(path);
-        command.args(["--request", "DELETE"]);
-        cmd::stdout(command).map(drop)
+        self.ask(path, &["--request", "DELETE"]).map(drop)
     }
 
     /// Registers an instance with this agent; [`instance`] makes one.
@@ -280,7 +278,8 @@ impl Consul {
         self.put(&format!("/v1/agent/check/fail/service:{id}"), &Value::Null)
     }
 
-    /// Waits by blocking queries until `predicate` holds of what `path` answers, and returns that.
+    /// Waits by blocking queries until `predicate` holds of what `path` answers, and returns that. An
+    /// agent that can't answer, as during an election, is asked again.
     ///
     /// # Errors
     /// When it doesn't in time.
@@ -290,7 +289,14 @@ impl Consul {
         while Instant::now() < deadline {
             let mut command = self.curl(&format!("{path}?index={index}&wait=5s"));
             command.arg("--include");
-            let answer = cmd::stdout(command)?;
+            let answer = match cmd::stdout(command) {
+                Ok(answer) => answer,
+                Err(_) => {
+                    thread::sleep(PAUSE);
+                    index = 0;
+                    continue;
+                }
+            };
             let (head, body) = answer.split_once("\r\n\r\n").context("an answer without a head")?;
             let value = serde_json::from_str(body).with_context(|| format!("{path}: {body:?}"))?;
             if predicate(&value) {
@@ -299,8 +305,30 @@ impl Consul {
             let mut headers = head.lines().filter_map(|line| line.split_once(": "));
             let found = headers.find(|(name, _)| name.eq_ignore_ascii_case("X-Consul-Index"));
             index = found.and_then(|(_, value)| value.parse().ok()).unwrap_or(0);
+            if index == 0 {
+                // It answers at once, whatever the query says.
+                thread::sleep(PAUSE);
+            }
         }
         bail!("{path} isn't as expected after {TIMEOUT:?}: {}", self.get(path)?)
+    }
+
+    /// Asks once, but during an election: then nothing was done, and it is asked again.
+    fn ask(&self, path: &str, options: &[&str]) -> Result<String> {
+        let deadline = Instant::now() + TIMEOUT;
+        loop {
+            let mut command = self.curl(path);
+            command.args(options);
+            match cmd::stdout(command) {
+                Err(error)
+                    if error.to_string().contains("No cluster leader")
+                        && Instant::now() < deadline =>
+                {
+                    thread::sleep(PAUSE);
+                }
+                answer => return answer,
+            }
+        }
     }
 
     fn curl(&self, path: &str) -> Command {

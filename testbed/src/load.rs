@@ -34,9 +34,6 @@ pub struct Outcome {
     pub answers: BTreeMap<String, u64>,
     /// How often each `std::io::ErrorKind` came.
     pub errors: BTreeMap<String, u64>,
-    /// How often a SYN was sent again, which the kernel does when nothing has answered for 1 s
-    /// (TCP_TIMEOUT_INIT).
-    pub n_syn_retransmits: u64,
     /// How long all took.
     pub took: Duration,
 }
@@ -97,7 +94,6 @@ impl Load {
             n_asked: number("asked")?,
             answers: counts("answers")?,
             errors: counts("errors")?,
-            n_syn_retransmits: number("syn_retransmits")?,
             took: Duration::from_millis(number("took_ms")?),
         };
         let n_ended: u64 = outcome.answers.values().chain(outcome.errors.values()).sum();

@@ -294,6 +294,18 @@ impl Nohop {
         Ok(self.get(&format!("/v1/services/{name}"))?.body)
     }
 
+    /// Waits until `predicate` holds of everything that is known of a name.
+    ///
+    /// # Errors
+    /// When it doesn't within [`TIMEOUT`].
+    pub fn wait_until_explained(
+        &self,
+        name: &str,
+        predicate: impl Fn(&Value) -> bool,
+    ) -> Result<Value> {
+        self.wait(&format!("/v1/services/{name}"), TIMEOUT, predicate)
+    }
+
     /// Waits until `predicate` holds of the list of services.
     ///
     /// # Errors
@@ -443,6 +455,15 @@ pub fn service<'a>(services: &'a Value, name: &str) -> Option<&'a Value> {
 
 /// The number of healthy backends of a service in a list of services.
 pub fn n_healthy(services: &Value, name: &str) -> usize {
+    healthy(services, name).count()
+}
+
+/// Whether the instance with this id is a healthy backend of a service in a list of services.
+pub fn is_healthy(services: &Value, name: &str, id: &str) -> bool {
+    healthy(services, name).any(|backend| backend["instance"] == id)
+}
+
+fn healthy<'a>(services: &'a Value, name: &str) -> impl Iterator<Item = &'a Value> {
     let backends = service(services, name).and_then(|service| service["backends"].as_array());
-    backends.into_iter().flatten().filter(|backend| backend["state"] == "healthy").count()
+    backends.into_iter().flatten().filter(|backend| backend["state"] == "healthy")
 }

@@ -2,6 +2,7 @@
 //! and then the configuration names another source on it. The sockets are counted from outside, all
 //! the while: there are never more than `consul.max_connections`.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -100,10 +101,15 @@ impl Watch {
         let table = format!("/proc/{}/net/tcp", pid.as_raw_nonzero());
         let is_over = ends.clone();
         let thread = thread::spawn(move || {
-            let mut most = 0;
+            let (mut most, mut before) = (0, BTreeSet::new());
             while !is_over.load(Ordering::Relaxed) {
+                // The kernel goes through its sockets one after another, and meanwhile one may close
+                // and another open. Those of two readings were all there between the two.
                 let table = fs::read_to_string(&table).with_context(|| table.clone())?;
-                most = most.max(table.lines().filter(|line| is_established(line)).count());
+                let now: BTreeSet<_> =
+                    table.lines().filter_map(established).map(String::from).collect();
+                most = most.max(now.intersection(&before).count());
+                before = now;
                 thread::sleep(Duration::from_millis(1));
             }
             Ok(most)
@@ -118,7 +124,10 @@ impl Watch {
     }
 }
 
-/// Whether a line of `/proc/net/tcp` is a connection to the agent in the state TCP_ESTABLISHED.
-fn is_established(line: &str) -> bool {
-    line.split_whitespace().skip(2).take(2).eq([AGENT, "01"])
+/// The address at this end of a line of `/proc/net/tcp` that is a connection to the agent in the state
+/// TCP_ESTABLISHED.
+fn established(line: &str) -> Option<&str> {
+    let mut words = line.split_whitespace().skip(1);
+    let local = words.next()?;
+    words.take(2).eq([AGENT, "01"]).then_some(local)
 }

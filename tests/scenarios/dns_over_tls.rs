@@ -30,7 +30,9 @@ pub fn run() -> Result<()> {
     issue(other.path())?;
     let ca = |of: &TempDir| of.path().join("ca.pem").display().to_string();
     let kdig = |ca: &str, words: &str| {
-        let words = format!("@127.0.0.1 -p 853 +tls-ca={ca} +tls-hostname={NAME} +short {words}");
+        let words = format!(
+            "@127.0.0.1 -p 853 +timeout=60 +tls-ca={ca} +tls-hostname={NAME} +short {words}"
+        );
         nodes.inside().run("kdig", &words)
     };
 

@@ -22,9 +22,14 @@ pub fn run() -> Result<()> {
     let bpffs = Bpffs::new()?;
     command.arg("--bpffs").arg(bpffs.path().join("nohop"));
     command.arg("--state-dir").arg(&directory).arg("--cgroup").arg(nodes.cgroup.path());
-    command.arg("--admin-listen").arg(format!("unix:{}/admin.sock", directory.display()));
+    let admin = format!("unix:{}/admin.sock", directory.display());
+    command.args(["--admin-listen", &admin]);
     let nohop = Process::spawn("nohop", command)?;
-    nohop.wait_for_line(&["helloworld"])?;
+    // It logs this once all is set up; then it takes up its catalog.
+    nohop.wait_for_line(&["answering *."])?;
+    let mut ready = nodes.client.outside().command(cmd::built("nohop")?);
+    ready.args(["status", "--wait-ready", "--timeout", "120", "--admin", &admin]);
+    cmd::stdout(ready)?;
 
     ensure!(nodes.curl("helloworld")? == "hello from helloworld\n");
     let status = format!("/proc/{}/status", nohop.pid().as_raw_nonzero());

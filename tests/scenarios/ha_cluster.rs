@@ -11,7 +11,7 @@ use testbed::consul::{Consul, instance};
 use testbed::helloworld::Helloworld;
 use testbed::load::Load;
 use testbed::net::Host;
-use testbed::nohop::Nohop;
+use testbed::nohop::{Nohop, is_healthy};
 
 use crate::cluster::{Nodes, vip};
 use crate::load::under_load;
@@ -77,8 +77,12 @@ impl HaCluster {
             .zip(SERVERS)
             .map(|(host, (name, address))| (host, name, address))
             .collect();
-        let servers = Consul::servers(&placed, &setup.consul, token)?;
+        // A server that comes back knows of every node before it can lead: a leader removes nodes from the
+        // catalog, and their instances, that it doesn't know of (`reconcileReaped` in Consul).
         let addresses = SERVERS.map(|(_, address)| address);
+        let mut config = setup.consul.clone();
+        config["retry_join"] = json!([&addresses[..], &[CLIENT, BACKEND]].concat());
+        let servers = Consul::servers(&placed, &config, token)?;
         let client = |host, node, address, more: &Value| {
             let mut config = setup.consul.clone();
             for (key, value) in more.as_object().into_iter().flatten() {
@@ -118,10 +122,13 @@ impl HaCluster {
 
     /// The index, in `servers`, of the leader.
     pub fn leader(&self) -> Result<usize> {
-        let leader = self.servers[0].get("/v1/status/leader")?;
-        let address = leader.as_str().unwrap_or_default().split(':').next().unwrap_or_default();
-        let position = SERVERS.iter().position(|(_, server)| *server == address);
-        position.with_context(|| format!("{leader} is no server"))
+        let position = |leader: &Value| {
+            let address = leader.as_str()?.split(':').next()?;
+            SERVERS.iter().position(|(_, server)| *server == address)
+        };
+        let is_known = |leader: &Value| position(leader).is_some();
+        let leader = self.servers[0].wait_for("/v1/status/leader", is_known)?;
+        position(&leader).context("a server that leads")
     }
 
     /// Pulls the plug of the agent beside nohop, or puts it in again.
@@ -130,13 +137,14 @@ impl HaCluster {
     }
 
     /// Waits until news arrive: a backend `id` of helloworld comes, is connected to, and goes.
+    ///
+    /// By its id: how many others there are may change meanwhile, where Consul has just come back.
     pub fn expect_update(&mut self, id: &str) -> Result<()> {
-        let before = testbed::nohop::n_healthy(&self.nohop.services()?, "helloworld");
         let newcomer = self.nodes.helloworld(id)?;
         self.backend_agent.register(&instance("helloworld", id, newcomer.address))?;
-        self.nohop.wait_for_backends("helloworld", before + 1)?;
+        self.nohop.wait_until(|services| is_healthy(services, "helloworld", id))?;
         self.backend_agent.deregister(id)?;
-        self.nohop.wait_for_backends("helloworld", before)?;
+        self.nohop.wait_until(|services| !is_healthy(services, "helloworld", id))?;
         // It may still be connected to by who chose it a moment ago.
         self.helloworlds.push(newcomer);
         Ok(())
@@ -147,8 +155,8 @@ impl HaCluster {
         vip(&self.nohop, name)
     }
 
-    /// Runs `scenario` while connections to helloworld are opened: none may be lost or late, and
-    /// none may reach another service.
+    /// Runs `scenario` while connections to helloworld are opened: none may be lost, and none may reach
+    /// another service.
     pub fn assert_no_failures(
         &mut self,
         scenario: impl FnOnce(&mut HaCluster, &Load) -> Result<()>,

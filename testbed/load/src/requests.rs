@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
-use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread;
@@ -50,7 +49,6 @@ struct Work<'a> {
 #[derive(Default)]
 struct Counts {
     n_opened: u64,
-    n_syn_retransmits: u64,
     answers: BTreeMap<String, u64>,
     errors: BTreeMap<String, u64>,
     peers: BTreeMap<String, u64>,
@@ -58,8 +56,7 @@ struct Counts {
 
 impl Requests {
     /// Asks, and reports: how many connections were opened, how often each answer, each error (a
-    /// `std::io::ErrorKind`) and each peer address came, how many SYNs were sent again, how long it
-    /// took, and whether it was stopped.
+    /// `std::io::ErrorKind`) and each peer address came, how long it took, and whether it was stopped.
     ///
     /// # Errors
     /// When SIGTERM can't be handled.
@@ -73,14 +70,13 @@ impl Requests {
             let counts = threads.into_iter().filter_map(|thread| thread.join().ok());
             counts.fold(Counts::default(), Counts::add)
         });
-        let Counts { n_opened, n_syn_retransmits, answers, errors, peers } = counts;
+        let Counts { n_opened, answers, errors, peers } = counts;
         Ok(json!({
             "asked": n_opened,
             "was_stopped": work.is_stopped.load(Ordering::Relaxed),
             "answers": answers,
             "errors": errors,
             "peers": peers,
-            "syn_retransmits": n_syn_retransmits,
             "took_ms": start.elapsed().as_millis() as u64,
         }))
     }
@@ -121,7 +117,6 @@ impl Counts {
     /// Connects, sends a request, and returns the body of the answer.
     fn ask(&mut self, address: SocketAddr) -> io::Result<String> {
         let mut stream = TcpStream::connect_timeout(&address, PATIENCE)?;
-        self.n_syn_retransmits += u64::from(n_retransmits(&stream)?);
         *self.peers.entry(stream.peer_addr()?.to_string()).or_default() += 1;
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.set_write_timeout(Some(PATIENCE))?;
@@ -142,21 +137,6 @@ impl Counts {
             part.into_iter().for_each(|(key, n)| *sum.entry(key).or_default() += n);
         }
         self.n_opened += other.n_opened;
-        self.n_syn_retransmits += other.n_syn_retransmits;
         self
     }
-}
-
-/// How many segments of a connection were sent again: right after connect(), its SYN alone.
-#[expect(unsafe_code, reason = "no library wraps TCP_INFO")]
-fn n_retransmits(stream: &TcpStream) -> io::Result<u32> {
-    // SAFETY: integers alone, for which zero is a value.
-    let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
-    let mut length = size_of_val(&info) as libc::socklen_t;
-    let (level, option) = (libc::IPPROTO_TCP, libc::TCP_INFO);
-    // SAFETY: the descriptor is open, and the kernel writes `length` bytes at most, which `info` has.
-    let done = unsafe {
-        libc::getsockopt(stream.as_raw_fd(), level, option, (&raw mut info).cast(), &raw mut length)
-    };
-    if done != 0 { Err(io::Error::last_os_error()) } else { Ok(info.tcpi_total_retrans) }
 }
