@@ -2,21 +2,33 @@
 //! on a connection.
 //!
 //! Everything here is plain data and plain functions. It is tested on the host and compiled,
-//! unchanged, into the kernel object.
+//! unchanged, into the kernel object, but for what builds tables, which only the daemon does.
 #![no_std]
 #![forbid(unsafe_code)]
 
-#[cfg(any(test, fuzzing))]
+#[cfg(not(target_arch = "bpf"))]
 extern crate std;
 
 mod address;
+mod algorithm;
+#[cfg(not(target_arch = "bpf"))]
+mod alias;
+mod choose;
 mod decide;
+mod ejection;
 mod flows;
 mod layout;
+mod maglev;
 mod select;
 
 pub use address::Address;
+pub use algorithm::*;
+#[cfg(not(target_arch = "bpf"))]
+pub use alias::alias_table;
+pub use choose::*;
 pub use decide::*;
+pub use ejection::*;
 pub use flows::*;
 pub use layout::*;
-pub use select::select;
+pub use maglev::*;
+pub use select::{select, side};

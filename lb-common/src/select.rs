@@ -13,8 +13,13 @@ use crate::Slot;
 #[inline(always)]
 pub fn select(random: u32, n_slots: u32, slot: impl Fn(u32) -> Option<Slot>) -> Option<u32> {
     let position = u64::from(random) * u64::from(n_slots);
-    let own = slot((position >> 32) as u32)?;
-    let coin = (position >> 16) as u16;
+    side((position >> 32) as u32, (position >> 16) as u16, slot)
+}
+
+/// The backend of one of a slot's two sides: its own or its alias's, as the coin falls.
+#[inline(always)]
+pub fn side(slot_idx: u32, coin: u16, slot: impl Fn(u32) -> Option<Slot>) -> Option<u32> {
+    let own = slot(slot_idx)?;
     if coin < own.threshold {
         return Some(own.backend);
     }

@@ -6,7 +6,6 @@
 //! keeps the hooks attached.
 
 mod activity;
-mod alias;
 mod bpf;
 mod btf;
 mod buddy;

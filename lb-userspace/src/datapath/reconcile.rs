@@ -14,10 +14,9 @@ use std::sync::Arc;
 
 use lb_common::{
     ANY_PORT, Address, Backend, Group, IPPROTO_TCP, IPPROTO_UDP, MAX_SERVICE_BACKENDS, N_GROUPS,
-    ServiceName, ServiceRef, SlotRange,
+    ServiceName, ServiceRef, SlotRange, alias_table,
 };
 
-use super::alias;
 use super::buddy::{Block, SlotAllocator};
 use super::ids::Ids;
 use super::map_specs::Sizes;
@@ -562,7 +561,7 @@ impl<M: Maps> Reconciler<M> {
                 .map(|&member| &healthy[member])
                 .map(|backend| (held.backends[&backend.address], backend.weight))
                 .collect();
-            self.maps.write_slots(block.first_slot, &alias::table(&weights));
+            self.maps.write_slots(block.first_slot, &alias_table(&weights));
             let n_slots = members.len() as u32;
             regions.push(SlotRange { first_slot: block.first_slot, n_slots });
         }

@@ -3,13 +3,15 @@
 //! The method is Walker's ("An efficient method for generating discrete random variables with
 //! general distributions", 1977) in the linear form of Vose (1991), in integers.
 
-use lb_common::Slot;
+use std::vec::Vec;
+
+use crate::Slot;
 
 /// The alias table for `backends`, pairs of an index into `BACKENDS` and a weight of at least 1.
 ///
 /// Each backend's share of all choices is its share of the weights, to within 1/65536 of a column,
 /// and never nothing. There are as many slots as backends.
-pub fn table(backends: &[(u32, u16)]) -> Vec<Slot> {
+pub fn alias_table(backends: &[(u32, u16)]) -> Vec<Slot> {
     let n = backends.len() as u64;
     let sum: u64 = backends.iter().map(|&(_, weight)| u64::from(weight)).sum();
     // A column holds `sum`; a backend brings `weight * n`, so that all columns come out full.
@@ -34,9 +36,12 @@ pub fn table(backends: &[(u32, u16)]) -> Vec<Slot> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use lb_common::{MAX_SERVICE_BACKENDS, select};
+    use std::vec;
+
     use proptest::prelude::*;
+
+    use super::*;
+    use crate::{MAX_SERVICE_BACKENDS, select};
 
     /// Each backend's share of the choices, exactly: a column is 1/n, a side of it its threshold.
     fn shares(slots: &[Slot]) -> Vec<f64> {
@@ -54,7 +59,7 @@ mod tests {
         fn shares_follow_weights(weights in prop::collection::vec(1u16.., 1..200)) {
             let backends: Vec<_> = (0u32..).zip(weights.iter().copied()).collect();
             let sum: f64 = weights.iter().map(|&weight| f64::from(weight)).sum();
-            for (weight, share) in weights.iter().zip(shares(&table(&backends))) {
+            for (weight, share) in weights.iter().zip(shares(&alias_table(&backends))) {
                 let expected = f64::from(*weight) / sum;
                 prop_assert!(share > 0.0);
                 prop_assert!((share - expected).abs() < 1.0 / 65_536.0, "{share} for {expected}");
@@ -64,13 +69,13 @@ mod tests {
 
     #[test]
     fn none_gives_none() {
-        assert!(table(&[]).is_empty());
+        assert!(alias_table(&[]).is_empty());
     }
 
     #[test]
     fn the_largest_service_is_spread_evenly() {
         let backends: Vec<_> = (0..MAX_SERVICE_BACKENDS).map(|backend| (backend, 1)).collect();
-        let slots = table(&backends);
+        let slots = alias_table(&backends);
         let mut chosen = vec![0u32; backends.len()];
         for random in (0..=u32::MAX).step_by(1 << 14) {
             let slot = |index: u32| slots.get(index as usize).copied();

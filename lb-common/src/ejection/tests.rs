@@ -1,0 +1,231 @@
+use std::vec::Vec;
+
+use proptest::prelude::*;
+
+use super::*;
+
+const MS: u64 = 1_000_000;
+const S: u64 = 1_000 * MS;
+const START: u64 = 1_000 * S;
+
+const LIMITS: EjectionLimits = EjectionLimits {
+    refused: 1,
+    failures: 3,
+    silence: 20,
+    base_ns: S,
+    max_ns: 300 * S,
+    share: 128,
+};
+
+/// A step: what happens, so many milliseconds after the start.
+enum Step {
+    Sign(Sign),
+    Trial,
+}
+
+/// The state after these steps, and how it stands at a time.
+fn run(steps: &[(u64, Step)]) -> Ejection {
+    steps.iter().fold(Ejection::default(), |ejection, (ms, step)| match step {
+        Step::Sign(sign) => ejection.after(*sign, START + ms * MS, &LIMITS),
+        Step::Trial => ejection.claim_trial(START + ms * MS, &LIMITS),
+    })
+}
+
+#[track_caller]
+fn check(steps: &[(u64, Step)], standings: &[(u64, Standing)]) {
+    let ejection = run(steps);
+    for &(ms, expected) in standings {
+        let standing = ejection.standing(START + ms * MS, &LIMITS);
+        assert_eq!(standing, expected, "after {ms} ms, of {ejection:?}");
+    }
+}
+
+use Sign::{Answered, Closed, Failed, Probed, Refused, Reset, Silence};
+use Standing::{Eligible, Refusing, Suspect, Trial};
+use Step::Sign as On;
+
+#[test]
+fn one_refusal_ejects_for_the_base_time() {
+    check(&[], &[(0, Eligible)]);
+    check(&[(5, On(Refused))], &[(5, Refusing), (1_004, Refusing), (1_005, Trial), (9_999, Trial)]);
+}
+
+#[test]
+fn connections_begun_before_an_ejection_change_nothing() {
+    let one = run(&[(5, On(Refused))]);
+    let many = run(&[(5, On(Refused)), (6, On(Refused)), (7, On(Refused))]);
+    assert_eq!((one.until_ns, one.ejections), (many.until_ns, many.ejections));
+}
+
+#[test]
+fn trials_that_are_refused_double_the_time_up_to_the_longest() {
+    let mut ejection = run(&[(0, On(Refused))]);
+    let mut lasted = Vec::new();
+    let mut now_ns = START;
+    for _ in 0..300 {
+        lasted.push((ejection.until_ns - now_ns) / S);
+        now_ns = ejection.until_ns;
+        assert_eq!(ejection.standing(now_ns, &LIMITS), Trial);
+        ejection = ejection.claim_trial(now_ns, &LIMITS);
+        assert_eq!(ejection.standing(now_ns, &LIMITS), Refusing, "one trial at a time");
+        ejection = ejection.after(Refused, now_ns + MS, &LIMITS);
+    }
+    assert_eq!(lasted[..11], [1, 2, 4, 8, 16, 32, 64, 128, 256, 300, 300]);
+    assert_eq!(lasted[299], 300);
+}
+
+#[test]
+fn a_trial_that_is_answered_ends_the_ejection() {
+    let steps = [(0, On(Refused)), (1_000, Step::Trial), (1_001, On(Answered))];
+    check(&steps, &[(1_001, Eligible)]);
+    // One whose end is never reported is followed by another.
+    check(&[(0, On(Refused)), (1_000, Step::Trial)], &[(2_999, Refusing), (3_000, Trial)]);
+}
+
+#[test]
+fn a_backend_that_flaps_is_ejected_for_longer() {
+    // Well for less than the last ejection took: the next one lasts twice as long.
+    let flapped = run(&[(0, On(Refused)), (1_000, On(Answered)), (1_500, On(Refused))]);
+    assert_eq!((flapped.until_ns - START) / MS, 3_500);
+    // Well for longer: as the first time.
+    let again = run(&[(0, On(Refused)), (1_000, On(Answered)), (2_001, On(Refused))]);
+    assert_eq!((again.until_ns - START) / MS, 3_001);
+}
+
+#[test]
+fn silence_is_over_with_one_answer() {
+    check(&[(0, On(Silence))], &[(1, Suspect), (1_000, Trial)]);
+    check(&[(0, On(Silence)), (30, On(Answered))], &[(30, Eligible)]);
+    // It turned out to be worse.
+    check(&[(0, On(Silence)), (30, On(Refused))], &[(30, Refusing), (1_000, Trial)]);
+}
+
+#[test]
+fn three_failures_in_a_row_eject() {
+    check(&[(0, On(Failed)), (1, On(Failed))], &[(1, Eligible)]);
+    check(&[(0, On(Failed)), (1, On(Failed)), (2, On(Failed))], &[(2, Suspect), (1_002, Trial)]);
+    let interrupted = [(0, On(Failed)), (1, On(Failed)), (2, On(Answered)), (3, On(Failed))];
+    check(&interrupted, &[(3, Eligible)]);
+}
+
+#[test]
+fn three_resets_in_a_row_eject_for_a_moment_without_a_trial() {
+    check(&[(0, On(Reset)), (1, On(Reset))], &[(1, Eligible)]);
+    let three = || [(0, On(Reset)), (1, On(Reset)), (2, On(Reset))];
+    check(&three(), &[(2, Suspect), (101, Suspect), (102, Eligible)]);
+    // A server that ends some connections by a reset isn't broken.
+    let orderly = [(0, On(Reset)), (1, On(Reset)), (2, On(Closed)), (3, On(Reset))];
+    check(&orderly, &[(3, Eligible)]);
+    // That it accepts is no sign that it is well; a probe is.
+    let with = |step| three().into_iter().chain([(50, step)]).collect::<Vec<_>>();
+    check(&with(On(Answered)), &[(50, Suspect)]);
+    check(&with(On(Probed)), &[(50, Eligible)]);
+    // A refusal is definite, whatever the hint was.
+    check(&with(On(Refused)), &[(50, Refusing), (102, Refusing)]);
+}
+
+#[test]
+fn resets_that_continue_eject_for_longer() {
+    let resets = (0..3).map(|n| (n, On(Reset))).chain((110..113).map(|n| (n, On(Reset))));
+    let ejection = run(&resets.collect::<Vec<_>>());
+    assert_eq!((ejection.until_ns - START) / MS, 312);
+}
+
+#[test]
+fn limits_of_zero_never_eject() {
+    let limits = EjectionLimits { refused: 0, failures: 0, silence: 0, ..LIMITS };
+    let mut ejection = Ejection::default();
+    for _ in 0..1_000 {
+        for sign in [Refused, Failed, Silence] {
+            ejection = ejection.after(sign, START, &limits);
+            assert_eq!(ejection.standing(START, &limits), Eligible);
+        }
+    }
+    // Refusals still are failures where only these eject.
+    let limits = EjectionLimits { refused: 0, ..LIMITS };
+    let ejection = (0..3).fold(Ejection::default(), |one, _| one.after(Refused, START, &limits));
+    assert_eq!(ejection.cause, Cause::Failures);
+}
+
+#[test]
+fn a_clock_that_jumps_neither_keeps_a_backend_out_nor_ejects_one() {
+    let ejection = run(&[(0, On(Refused))]);
+    // Forwards, by a year: its time is over.
+    assert_eq!(ejection.standing(START + 31_536_000 * S, &LIMITS), Trial);
+    // Backwards, by more than any ejection lasts: likewise.
+    assert_eq!(ejection.standing(START - 400 * S, &LIMITS), Trial);
+    // Backwards by less: it is ejected, for no longer than the longest time.
+    assert_eq!(ejection.standing(START - 10 * S, &LIMITS), Refusing);
+    let again = ejection.after(Refused, START - 400 * S, &LIMITS);
+    assert!(again.until_ns <= START - 100 * S, "{again:?}");
+    assert_eq!(ejection.after(Refused, u64::MAX, &LIMITS).until_ns, u64::MAX);
+}
+
+#[test]
+fn silence_is_a_multiple_of_the_connect_time_within_limits() {
+    let rows = [(0, 200_000), (1, 20_000), (300, 20_000), (5_000, 100_000), (u32::MAX, 1_000_000)];
+    for (connect_us, expected) in rows {
+        assert_eq!(silence_us(connect_us, &LIMITS), expected, "{connect_us}");
+    }
+    // Pending, since, now.
+    let rows = [
+        (1, 1_000, 21_000, false),
+        (1, 1_000, 21_001, true),
+        (0, 1_000, 99_000, false),
+        (-1, 1_000, 99_000, false),
+        (1, 0, 99_000, false),
+        (1, 1_000, 900, false),
+        (1, u32::MAX - 10, 19_000, false),
+        (1, u32::MAX - 10, 21_000, true),
+    ];
+    for (pending, since, now, expected) in rows {
+        assert_eq!(
+            is_silent(pending, since, 300, now, &LIMITS),
+            expected,
+            "{pending} {since} {now}"
+        );
+    }
+    let never = EjectionLimits { silence: 0, ..LIMITS };
+    assert!(!is_silent(1, 1_000, 300, 99_000_000, &never));
+}
+
+#[test]
+fn causes_have_numbers() {
+    for number in 0..=4 {
+        assert_eq!(Cause::from_number(number) as u8, number);
+    }
+    assert_eq!(Cause::from_number(5), Cause::None);
+}
+
+proptest! {
+    /// Whatever happens: an ejection ends within the longest time, and an answer ends it at once.
+    #[test]
+    fn no_state_is_a_trap(
+        steps in prop::collection::vec((0u64..400 * S, 0usize..8), 0..60),
+    ) {
+        let signs = [Refused, Silence, Reset, Failed, Answered, Closed, Probed];
+        let mut now_ns = START;
+        let mut ejection = Ejection::default();
+        for (later_ns, idx) in steps {
+            now_ns += later_ns;
+            ejection = match signs.get(idx) {
+                Some(&sign) => ejection.after(sign, now_ns, &LIMITS),
+                None if ejection.standing(now_ns, &LIMITS) == Trial => {
+                    ejection.claim_trial(now_ns, &LIMITS)
+                }
+                None => ejection,
+            };
+            prop_assert!(ejection.standing(now_ns + LIMITS.max_ns, &LIMITS).is_eligible());
+            let probed = ejection.after(Probed, now_ns, &LIMITS);
+            prop_assert_eq!(probed.standing(now_ns, &LIMITS), Eligible);
+            let answered = ejection.after(Answered, now_ns, &LIMITS);
+            if ejection.cause != Cause::Resets {
+                prop_assert_eq!(answered.standing(now_ns, &LIMITS), Eligible);
+            }
+            // Nothing but signs, and the time, changes how it stands.
+            if ejection.standing(now_ns, &LIMITS) == Eligible {
+                prop_assert_eq!(ejection.standing(now_ns + S, &LIMITS), Eligible);
+            }
+        }
+    }
+}
