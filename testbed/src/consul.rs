@@ -26,7 +26,7 @@ const PAUSE: Duration = Duration::from_millis(200);
 /// The node name of [`Consul::dev`].
 const DEV: &str = "dev";
 
-/// An agent on a host, with the default ports on 127.0.0.1.
+/// An agent on a host, with the default ports on 127.0.0.1 but that of DNS, which is off.
 pub struct Consul {
     host: Arc<Host>,
     config: Value,
@@ -146,6 +146,9 @@ impl Consul {
             "leave_on_terminate": false,
             "skip_leave_on_interrupt": true,
             "log_level": "debug",
+            // An agent whose DNS server doesn't run after a second ends, which a busy machine brings
+            // about (`listenAndServeDNS` in Consul).
+            "ports": { "dns": -1 },
             // On one machine agents agree faster than the defaults. A busy one is no reason to take
             // a node for dead, and with it its instances: only after half a minute's silence.
             "performance": { "raft_multiplier": 1 },

@@ -18,7 +18,7 @@ pub fn run() -> Result<()> {
     let setup = Setup {
         consul: Value::Null,
         agent: json!({
-            "ports": { "https": 8501 },
+            "ports": { "https": 8501, "dns": -1 },
             "ca_file": at("ca.pem"),
             "cert_file": at("agent.pem"),
             "key_file": at("agent.key"),

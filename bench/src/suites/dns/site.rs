@@ -157,7 +157,7 @@ pub fn start_upstream(node: &Node) -> Result<Process> {
 fn start_consul(node: &Node, _files: &TempDir, n_names: usize) -> Result<Box<dyn Any>> {
     let address = node::CLIENT.to_string();
     // At this level it doesn't log queries.
-    let more = json!({ "log_level": "info" });
+    let more = json!({ "log_level": "info", "ports": { "dns": 8600 } });
     let mut servers = Consul::servers(&[(node.client_host(), "server", &address)], &more, None)?;
     let consul = servers.pop().context("no server")?;
     let bearer = json!({ "Node": CONSUL_NODE, "Address": Node::backend(0, 1).ip() });
