@@ -10,7 +10,7 @@ use lb_userspace::datapath::Datapath;
 use lb_userspace::datapath::probe::{Proof, Seen, connect_inside};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
-use crate::fixture::{Bed, Place, Server, VIP, connect, service};
+use crate::fixture::{Bed, Place, Server, VIP, connect, proof, service};
 
 const FLAG: &str = "--spray";
 /// The daemon's hidden command, which it runs from its own executable: here, this one.
@@ -96,13 +96,6 @@ fn spray(cgroup: &Path) {
     }
     // Until the test ends, however it does.
     let _ = std::io::stdin().read(&mut [0]);
-}
-
-fn proof(datapath: &Datapath) -> Seen {
-    match datapath.prober().probe() {
-        Proof::Runs(seen) => seen,
-        other => panic!("the hooks run: {other:?}"),
-    }
 }
 
 pub fn a_proof_cant_be_forged() {

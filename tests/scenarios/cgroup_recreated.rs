@@ -25,6 +25,7 @@ pub fn run() -> Result<()> {
 
     // The daemon isn't in the cgroup that it serves: a child of it has connected from inside, and left
     // nothing behind.
+    nohop.wait_for_status(|status| status["problems"] == serde_json::json!([]))?;
     let dump = format!("-j map dump pinned {}", nohop.pin("maps/PROBE")?.display());
     let probe: Value = serde_json::from_str(&cmd::words("bpftool", &dump)?)?;
     let seen = &probe[0]["formatted"]["value"];

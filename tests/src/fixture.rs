@@ -12,7 +12,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use lb_userspace::config::{Config, cgroup};
-use lb_userspace::datapath::probe::Proof;
+use lb_userspace::datapath::probe::{Proof, Seen};
 use lb_userspace::datapath::{COUNTERS, Datapath, Options, RejectMethod};
 use lb_userspace::table::{Backend, Ports, Protocols, Service, State, Table};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -107,10 +107,7 @@ impl Place {
         let datapath = Datapath::start(&self.options).unwrap();
         // Before 5.14 only a connection tells the network namespace's cookie.
         if self.options.host_netns.is_none() && datapath.are_hooks_ours() {
-            match datapath.prober().probe() {
-                Proof::Runs(seen) => datapath.learn(seen),
-                other => panic!("a connection from this process doesn't meet the hooks: {other:?}"),
-            }
+            datapath.learn(proof(&datapath));
         }
         datapath
     }
@@ -120,6 +117,24 @@ impl Place {
         self.options.bpffs.join(name)
     }
 }
+
+/// What the hooks show of a connection from inside the scope. A child that had no turn to connect in
+/// time, as on a busy machine, shows nothing, and another one connects.
+pub fn proof(datapath: &Datapath) -> Seen {
+    let prober = datapath.prober();
+    let mut last = None;
+    for _ in 0..MAX_PROBES {
+        match prober.probe() {
+            Proof::Runs(seen) => return seen,
+            Proof::Misses => panic!("a connection from inside the scope doesn't meet the hooks"),
+            Proof::Unknown(reason) => last = Some(reason),
+        }
+    }
+    panic!("there was no connection from inside the scope: {last:?}");
+}
+
+/// How often [`proof`] tries to connect.
+const MAX_PROBES: usize = 20;
 
 /// Removes a cgroup, and what a trial that failed left below it.
 fn remove(cgroup: &Path) {
