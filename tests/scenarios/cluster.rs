@@ -4,8 +4,10 @@ use std::fs;
 use std::net::SocketAddrV4;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Instant;
 
 use anyhow::{Context, Result};
+use testbed::TIMEOUT;
 use testbed::cgroup::Cgroup;
 use testbed::cmd;
 use testbed::consul::{Consul, instance};
@@ -50,6 +52,18 @@ impl Nodes {
     /// What `dig` with these words prints on the client node.
     pub fn dig(&self, words: &str) -> Result<String> {
         self.inside().run("dig", &format!("+time=60 +tries=1 {words}"))
+    }
+
+    /// The same for a name that isn't known: Consul is asked for it, and where that takes longer than a
+    /// resolver waits the answer is SERVFAIL. Then it is asked again.
+    pub fn dig_unknown(&self, words: &str) -> Result<String> {
+        let deadline = Instant::now() + TIMEOUT;
+        loop {
+            let answer = self.dig(words)?;
+            if !answer.contains("status: SERVFAIL") || Instant::now() > deadline {
+                return Ok(answer);
+            }
+        }
     }
 
     /// What an unmodified curl gets from `http://NAME.service/`.
