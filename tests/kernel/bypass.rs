@@ -212,7 +212,7 @@ pub fn the_daemon() {
     // A daemon that died leaves its number to another process.
     grow_old(&bed.options.bpffs.join("v3/maps/CONTROL"));
     assert_eq!(servers.answer(), 'b');
-    bed.datapath.beat(None);
+    bed.datapath.heartbeat(None);
     assert_eq!(servers.answer(), 'v');
 }
 

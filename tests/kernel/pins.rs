@@ -313,14 +313,14 @@ pub fn the_heartbeat_is_readable() {
         let dump = bpftool(&["-j", "map", "dump", "pinned", path.to_str().unwrap()]);
         ["heartbeat_ns", "table_ns", "table_generation"].map(|field| number(&dump, field))
     };
-    datapath.beat(None);
+    datapath.heartbeat(None);
     let [heartbeat, table_time, generation] = read();
     assert!(heartbeat > 0 && table_time == 0 && generation == 1, "nothing is known of the table");
-    datapath.beat(Some(std::time::Duration::from_secs(2)));
+    datapath.heartbeat(Some(std::time::Duration::from_secs(2)));
     let [later, table_time, _] = read();
     assert!(later > heartbeat);
     assert_eq!(later - table_time, 2_000_000_000);
-    datapath.beat(Some(std::time::Duration::ZERO));
+    datapath.heartbeat(Some(std::time::Duration::ZERO));
     let [last, newer, _] = read();
     assert!(last > later && newer == last);
 }

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::{Child, Command, ExitCode, Stdio};
 
 use lb_userspace::datapath::Datapath;
-use lb_userspace::datapath::probe::{Proof, Seen, connect_inside};
+use lb_userspace::datapath::probe::{Observed, ProbeResult, connect_inside};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
 use crate::fixture::{Bed, Place, Server, VIP, connect, proof, service};
@@ -48,7 +48,7 @@ impl Drop for Sprayer {
     }
 }
 
-/// Runs what this process was started for, if it wasn't the tests.
+/// Runs a hidden command, if this process was started for one.
 pub fn asked_for() -> Option<ExitCode> {
     let mut arguments = std::env::args().skip(1);
     match arguments.next()?.as_str() {
@@ -109,9 +109,9 @@ pub fn a_proof_cant_be_forged() {
         let expected = proof(&datapath);
         let sprayer = Sprayer::start(&scope);
         for n in 0..N_PROOFS {
-            let Seen { seen, is_own } = proof(&datapath);
-            assert_eq!(seen.netns, expected.seen.netns, "proof {n} is the other process's");
-            assert_eq!((seen.tgid == expected.seen.tgid, is_own), (is_own, expected.is_own));
+            let Observed { probe, is_own } = proof(&datapath);
+            assert_eq!(probe.netns, expected.probe.netns, "proof {n} is the other process's");
+            assert_eq!((probe.tgid == expected.probe.tgid, is_own), (is_own, expected.is_own));
         }
         drop(sprayer);
         datapath.detach();
@@ -128,7 +128,7 @@ pub fn a_proof_corrects_the_namespace() {
     web.backends.iter_mut().for_each(|backend| backend.host_only = true);
     bed.apply(vec![web]);
     connect((VIP, 80)).unwrap_err();
-    bed.datapath.learn(proof(&bed.datapath));
+    bed.datapath.record_probe(proof(&bed.datapath));
     bed.datapath.keep();
     assert_eq!(connect((VIP, 80)).unwrap(), 'a');
 }
@@ -143,7 +143,7 @@ pub fn a_frozen_scope_is_reported() {
     std::fs::write(below.join("cgroup.freeze"), "1").unwrap();
     let proof = datapath.prober().probe();
     std::fs::write(below.join("cgroup.freeze"), "0").unwrap();
-    let Proof::Unknown(reason) = proof else { panic!("{proof:?}") };
+    let ProbeResult::Failed(reason) = proof else { panic!("{proof:?}") };
     assert!(reason.contains("cgroup.freeze"), "{reason}");
     assert!(!below.join("nohop-probe").exists());
     datapath.detach();

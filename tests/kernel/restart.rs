@@ -85,7 +85,7 @@ pub fn maps_that_hold_less_are_not_used() {
     assert!(!datapath.are_hooks_ours());
     let shared = SharedDatapath::new(datapath);
     shared.apply(&table(vec![web(1), grown]));
-    shared.look_after();
+    shared.check_hooks();
     let hooks = shared.hooks();
     assert!(hooks.attached && hooks.translate, "names are answered: {hooks:?}");
     assert!(hooks.waiting.is_some() && shared.is_behind());

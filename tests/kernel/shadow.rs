@@ -124,7 +124,7 @@ pub fn outlives_the_daemon() {
     assert!(datapath.is_adopted() && datapath.is_shadow());
     assert_eq!(servers.answer(), 'v');
     apply(&mut datapath);
-    datapath.beat(None);
+    datapath.heartbeat(None);
     assert_eq!(servers.answer(), 'v', "with a table");
     datapath.set_shadow(false);
     assert_eq!(servers.answer(), 'b');

@@ -1,7 +1,7 @@
 //! Units load, fail and come back as a whole; one that isn't required fails alone.
 
 use lb_userspace::datapath::{
-    AttachType, Attachment, Datapath, Hook, Target, UNITS, Unit, UnitState, unload,
+    AttachPoint, AttachType, Attachment, Datapath, Hook, UNITS, Unit, UnitState, unload,
 };
 
 use crate::fixture::{Place, Server, VIP, connect, service, table};
@@ -9,7 +9,7 @@ use crate::obstacles::foreign_program;
 use crate::pins::bpftool;
 
 const fn cgroup(program: &'static str, attach_type: AttachType) -> Hook {
-    Hook { program, target: Target::Cgroup(attach_type) }
+    Hook { program, target: AttachPoint::Cgroup(attach_type) }
 }
 
 /// The unit `connect` without two of its hooks, which are a unit of their own, and a unit that the

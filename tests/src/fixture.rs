@@ -12,9 +12,9 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use lb_userspace::config::{Config, cgroup};
-use lb_userspace::datapath::probe::{Proof, Seen};
+use lb_userspace::datapath::probe::{Observed, ProbeResult};
 use lb_userspace::datapath::{COUNTERS, Datapath, Options, RejectMethod};
-use lb_userspace::table::{Backend, Ports, Protocols, Service, State, Table};
+use lb_userspace::table::{Backend, BackendState, Ports, Protocols, Service, Table};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use testbed::bpffs::Bpffs;
 use testbed::tempdir;
@@ -107,7 +107,7 @@ impl Place {
         let datapath = Datapath::start(&self.options).unwrap();
         // Before 5.14 only a connection tells the network namespace's cookie.
         if self.options.host_netns.is_none() && datapath.are_hooks_ours() {
-            datapath.learn(proof(&datapath));
+            datapath.record_probe(proof(&datapath));
         }
         datapath
     }
@@ -120,14 +120,14 @@ impl Place {
 
 /// What the hooks show of a connection from inside the scope. A child that had no turn to connect in
 /// time, as on a busy machine, shows nothing, and another one connects.
-pub fn proof(datapath: &Datapath) -> Seen {
+pub fn proof(datapath: &Datapath) -> Observed {
     let prober = datapath.prober();
     let mut last = None;
     for _ in 0..MAX_PROBES {
         match prober.probe() {
-            Proof::Runs(seen) => return seen,
-            Proof::Misses => panic!("a connection from inside the scope doesn't meet the hooks"),
-            Proof::Unknown(reason) => last = Some(reason),
+            ProbeResult::Seen(seen) => return seen,
+            ProbeResult::NotSeen => panic!("a connection from inside the scope doesn't meet the hooks"),
+            ProbeResult::Failed(reason) => last = Some(reason),
         }
     }
     panic!("there was no connection from inside the scope: {last:?}");
@@ -238,7 +238,7 @@ pub fn backend(address: SocketAddr, weight: u16) -> Backend {
         node: String::new(),
         id: address.to_string(),
         weight,
-        state: State::Healthy,
+        state: BackendState::Healthy,
         reason: None,
         host_only: false,
     }

@@ -29,7 +29,7 @@ fn no_files_import_each_other() {
 }
 
 /// Parses each file below `folder`, the module `at`; tests are left out.
-fn read_files(folder: &Path, at: &mut Module, files: &mut BTreeMap<Module, syn::File>) {
+pub fn read_files(folder: &Path, at: &mut Module, files: &mut BTreeMap<Module, syn::File>) {
     for entry in fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();
         let stem = path.file_stem().unwrap().to_str().unwrap().to_owned();

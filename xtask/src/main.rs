@@ -14,6 +14,8 @@ mod repository;
 mod setup;
 mod test;
 mod test_report;
+#[cfg(test)]
+mod type_names;
 mod vm;
 
 use std::process::ExitCode;

@@ -5,7 +5,7 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4};
 
 use serde::{Deserialize, Serialize};
 
-use crate::table::{Excluded, Ports, Protocols, State, Watch};
+use crate::table::{BackendState, Excluded, Ports, Protocols, Watch};
 
 /// `GET /v1/status`
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -52,7 +52,7 @@ pub struct SourceStatus {
     /// Information that is no problem, such as that Consul filters its responses by ACLs.
     #[serde(default)]
     pub facts: Vec<String>,
-    /// What is wrong with it, with the fix.
+    /// The problem, with the fix.
     #[serde(default)]
     pub problem: Option<String>,
     /// What is watched, where the source doesn't watch everything by itself.
@@ -123,7 +123,7 @@ pub struct UpstreamStatus {
 
 /// `GET /v1/dns?name=NAME&type=TYPE`: what the DNS server answers.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Lookup {
+pub struct DnsLookup {
     /// Name, class and type.
     pub question: String,
     /// `NOERROR`, `NXDOMAIN`, `SERVFAIL` and so on.
@@ -145,7 +145,7 @@ pub struct Lookup {
     pub reason: Option<String>,
 }
 
-/// Where an answer came from, within [`Lookup`].
+/// Where an answer came from, within [`DnsLookup`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Origin {
@@ -212,7 +212,7 @@ pub struct MapStatus {
 
 /// One element of `GET /v1/services`, and the greater part of [`Explanation`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Service {
+pub struct ServiceStatus {
     /// The name.
     pub name: String,
     /// Its address on this node.
@@ -257,12 +257,12 @@ pub struct Service {
     #[serde(default)]
     pub udp_connects_refused: u64,
     /// The instances that connects to may reach, and those that can't be reached from here.
-    pub backends: Vec<Backend>,
+    pub backends: Vec<BackendStatus>,
 }
 
-/// A backend, within [`Service`].
+/// A backend, within [`ServiceStatus`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Backend {
+pub struct BackendStatus {
     /// Address and port.
     pub address: String,
     /// The node it runs on.
@@ -272,7 +272,7 @@ pub struct Backend {
     /// Its share of new connections, beside the other weights.
     pub weight: u16,
     /// What may be done with it.
-    pub state: State,
+    pub state: BackendState,
     /// Why, where that isn't plain.
     pub reason: Option<String>,
     /// Connects that it was chosen for, since it came.
@@ -287,7 +287,7 @@ pub struct Explanation {
     /// What a connection would get, in a sentence.
     pub connect: String,
     /// The service, where the name is one.
-    pub service: Option<Service>,
+    pub service: Option<ServiceStatus>,
     /// The instances that are out.
     pub excluded: Vec<Excluded>,
 }

@@ -29,7 +29,7 @@ pub enum ClientError {
     Address {
         /// Where it was given: `--admin` or `NOHOP_ADMIN`.
         name: &'static str,
-        /// What is wrong; the fix.
+        /// The problem, with the fix.
         what: String,
     },
     /// No process listens there.
@@ -104,7 +104,7 @@ pub enum ClientError {
 
 impl ClientError {
     /// Whether another try may succeed, as while a daemon starts.
-    pub fn may_pass(&self) -> bool {
+    pub fn is_transient(&self) -> bool {
         !matches!(self, ClientError::Address { .. } | ClientError::Forbidden { .. })
     }
 }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use hyper::body::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use super::route::Route;
+use super::route::Endpoint;
 
 /// The time limit of a request's wait for its turn.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -63,7 +63,7 @@ pub(super) struct Documents {
     places: Arc<Semaphore>,
     /// How long a document is shared; zero: not at all.
     max_age: Duration,
-    kept: Mutex<HashMap<Route, (Instant, Document)>>,
+    kept: Mutex<HashMap<Endpoint, (Instant, Document)>>,
     /// Held while a document that may be shared is rendered: the others wait for it.
     turn: tokio::sync::Mutex<()>,
 }
@@ -96,7 +96,7 @@ impl Documents {
     /// `None` where there was no place for it in time.
     pub(super) async fn get<F>(
         &self,
-        route: &Route,
+        route: &Endpoint,
         at: At,
         render: impl FnOnce() -> F,
     ) -> Option<Document>
@@ -119,7 +119,7 @@ impl Documents {
         Some(document)
     }
 
-    fn find(&self, route: &Route, at: At) -> Option<Document> {
+    fn find(&self, route: &Endpoint, at: At) -> Option<Document> {
         let mut kept = self.kept();
         kept.retain(|_, (since, document)| since.elapsed() < self.max_age && document.at == at);
         kept.get(route).map(|(_, document)| document.clone())
@@ -143,7 +143,7 @@ impl Documents {
         Some(Document { status, media_type, at, body })
     }
 
-    fn kept(&self) -> MutexGuard<'_, HashMap<Route, (Instant, Document)>> {
+    fn kept(&self) -> MutexGuard<'_, HashMap<Endpoint, (Instant, Document)>> {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -163,7 +163,7 @@ mod tests {
             let nth = n.fetch_add(1, Ordering::Relaxed);
             (StatusCode::OK, "text/plain", vec![nth as u8; 4])
         };
-        documents.get(&Route::Services, at, render).await
+        documents.get(&Endpoint::Services, at, render).await
     }
 
     #[tokio::test]
@@ -192,7 +192,7 @@ mod tests {
         tokio::task::yield_now().await;
         assert_eq!(n.load(Ordering::Relaxed), 2, "two readers hold a document each");
         let ready = || async { (StatusCode::OK, "text/plain", Vec::new()) };
-        assert!(documents.get(&Route::Ready, at(3), ready).await.is_some());
+        assert!(documents.get(&Endpoint::Ready, at(3), ready).await.is_some());
         // One reader is done, and nobody else has its document.
         drop(first);
         assert!(third.await.unwrap().is_some());

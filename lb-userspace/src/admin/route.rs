@@ -26,7 +26,7 @@ const MAX_WAIT_SECONDS: u64 = 600;
 
 /// What is asked for.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Route {
+pub(super) enum Endpoint {
     Status,
     Services,
     Explain(String),
@@ -37,16 +37,16 @@ pub(super) enum Route {
     Ready,
 }
 
-impl Route {
+impl Endpoint {
     /// Whether its document is small, however many services and backends there are.
     pub(super) fn is_small(&self) -> bool {
-        matches!(self, Route::Status | Route::Health | Route::Ready)
+        matches!(self, Endpoint::Status | Endpoint::Health | Endpoint::Ready)
     }
 
     /// Whether it does more than to show something: a lookup asks Consul and other resolvers, and is
     /// answered whatever `dns.allow` says.
     pub(super) fn has_effects(&self) -> bool {
-        matches!(self, Route::Reload | Route::LookUp { .. })
+        matches!(self, Endpoint::Reload | Endpoint::LookUp { .. })
     }
 }
 
@@ -60,7 +60,7 @@ pub(super) struct Wait {
 
 /// Why a request can't be answered.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-pub(super) enum RouteError {
+pub(super) enum EndpointError {
     #[error("only {0} is allowed here")]
     Method(&'static str),
     #[error("not allowed over TCP: use the unix socket")]
@@ -76,38 +76,40 @@ pub(super) fn route(
     method: &Method,
     path: &str,
     query: Option<&str>,
-) -> Result<(Route, Option<Wait>), RouteError> {
+) -> Result<(Endpoint, Option<Wait>), EndpointError> {
     let route = match path {
-        "/v1/status" => Route::Status,
-        "/v1/services" => Route::Services,
+        "/v1/status" => Endpoint::Status,
+        "/v1/services" => Endpoint::Services,
         "/v1/dns" if *method == Method::GET => {
             return Ok((look_up(query.unwrap_or_default())?, None));
         }
-        "/v1/dns" => return Err(RouteError::Method("GET")),
-        "/v1/reload" => Route::Reload,
-        "/metrics" => Route::Metrics,
-        "/healthz" => Route::Health,
-        "/readyz" => Route::Ready,
+        "/v1/dns" => return Err(EndpointError::Method("GET")),
+        "/v1/reload" => Endpoint::Reload,
+        "/metrics" => Endpoint::Metrics,
+        "/healthz" => Endpoint::Health,
+        "/readyz" => Endpoint::Ready,
         _ => match path.strip_prefix("/v1/services/") {
-            Some(name) if !name.is_empty() && !name.contains('/') => Route::Explain(decode(name)),
-            _ => return Err(RouteError::Path),
+            Some(name) if !name.is_empty() && !name.contains('/') => {
+                Endpoint::Explain(decode(name))
+            }
+            _ => return Err(EndpointError::Path),
         },
     };
     let (is_allowed, allowed) = match route {
-        Route::Reload => (*method == Method::POST, "POST"),
+        Endpoint::Reload => (*method == Method::POST, "POST"),
         _ => (*method == Method::GET || *method == Method::HEAD, "GET, HEAD"),
     };
     if !is_allowed {
-        return Err(RouteError::Method(allowed));
+        return Err(EndpointError::Method(allowed));
     }
-    if matches!(route, Route::Metrics) {
+    if matches!(route, Endpoint::Metrics) {
         // Prometheus may be told to add parameters.
         return Ok((route, None));
     }
     Ok((route, wait(query.unwrap_or_default())?))
 }
 
-fn look_up(query: &str) -> Result<Route, RouteError> {
+fn look_up(query: &str) -> Result<Endpoint, EndpointError> {
     let (mut name, mut kind) = (None, "A".to_owned());
     for pair in query.split('&').filter(|pair| !pair.is_empty()) {
         match pair.split_once('=').unwrap_or((pair, "")) {
@@ -115,20 +117,21 @@ fn look_up(query: &str) -> Result<Route, RouteError> {
             ("type", value) => kind = decode(value),
             (name, value) => {
                 let fix = "the query may hold name and type";
-                return Err(RouteError::Query { name: name.into(), value: value.into(), fix });
+                return Err(EndpointError::Query { name: name.into(), value: value.into(), fix });
             }
         }
     }
     let fix = "write the name to look up";
-    let name = name.ok_or(RouteError::Query { name: "name".into(), value: "".into(), fix })?;
-    Ok(Route::LookUp { name, kind })
+    let name = name.ok_or(EndpointError::Query { name: "name".into(), value: "".into(), fix })?;
+    Ok(Endpoint::LookUp { name, kind })
 }
 
-fn wait(query: &str) -> Result<Option<Wait>, RouteError> {
+fn wait(query: &str) -> Result<Option<Wait>, EndpointError> {
     let (mut after, mut limit) = (None, DEFAULT_WAIT);
     for pair in query.split('&').filter(|pair| !pair.is_empty()) {
         let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
-        let wrong = |fix| RouteError::Query { name: name.to_owned(), value: value.to_owned(), fix };
+        let wrong =
+            |fix| EndpointError::Query { name: name.to_owned(), value: value.to_owned(), fix };
         let number = value.parse::<u64>();
         match name {
             "after" => after = Some(number.map_err(|_| wrong("write a revision"))?),
@@ -188,36 +191,36 @@ mod tests {
     fn requests_and_what_they_ask_for() {
         let seconds = Duration::from_secs;
         let table = [
-            ("/v1/status", None, Some((Route::Status, None))),
-            ("/v1/services", Some(""), Some((Route::Services, None))),
-            ("/v1/services/web", None, Some((Route::Explain("web".into()), None))),
-            ("/v1/services/a%20%c3%a9%", None, Some((Route::Explain("a é%".into()), None))),
+            ("/v1/status", None, Some((Endpoint::Status, None))),
+            ("/v1/services", Some(""), Some((Endpoint::Services, None))),
+            ("/v1/services/web", None, Some((Endpoint::Explain("web".into()), None))),
+            ("/v1/services/a%20%c3%a9%", None, Some((Endpoint::Explain("a é%".into()), None))),
             (
                 "/v1/dns",
                 Some("name=web.service&type=SRV"),
-                Some((Route::LookUp { name: "web.service".into(), kind: "SRV".into() }, None)),
+                Some((Endpoint::LookUp { name: "web.service".into(), kind: "SRV".into() }, None)),
             ),
             (
                 "/v1/dns",
                 Some("name=a%2e"),
-                Some((Route::LookUp { name: "a.".into(), kind: "A".into() }, None)),
+                Some((Endpoint::LookUp { name: "a.".into(), kind: "A".into() }, None)),
             ),
             ("/v1/dns", None, None),
             ("/v1/dns", Some("type=A"), None),
             ("/v1/dns", Some("name=a&after=1"), None),
-            ("/metrics", None, Some((Route::Metrics, None))),
-            ("/metrics", Some("collect=all"), Some((Route::Metrics, None))),
-            ("/healthz", None, Some((Route::Health, None))),
-            ("/readyz", None, Some((Route::Ready, None))),
+            ("/metrics", None, Some((Endpoint::Metrics, None))),
+            ("/metrics", Some("collect=all"), Some((Endpoint::Metrics, None))),
+            ("/healthz", None, Some((Endpoint::Health, None))),
+            ("/readyz", None, Some((Endpoint::Ready, None))),
             (
                 "/v1/status",
                 Some("after=4"),
-                Some((Route::Status, Some(Wait { after: 4, limit: seconds(60) }))),
+                Some((Endpoint::Status, Some(Wait { after: 4, limit: seconds(60) }))),
             ),
             (
                 "/v1/services",
                 Some("wait=600&after=0"),
-                Some((Route::Services, Some(Wait { after: 0, limit: seconds(600) }))),
+                Some((Endpoint::Services, Some(Wait { after: 0, limit: seconds(600) }))),
             ),
             ("/v1/status", Some("wait=601"), None),
             ("/v1/status", Some("after=-1"), None),
@@ -236,13 +239,13 @@ mod tests {
 
     #[test]
     fn each_path_has_one_method() {
-        let only = |method| Err(RouteError::Method(method));
+        let only = |method| Err(EndpointError::Method(method));
         assert_eq!(route(&Method::POST, "/healthz", None), only("GET, HEAD"));
         assert_eq!(route(&Method::GET, "/v1/reload", None), only("POST"));
-        assert_eq!(route(&Method::POST, "/v1/reload", None), Ok((Route::Reload, None)));
-        assert_eq!(route(&Method::HEAD, "/metrics", None), Ok((Route::Metrics, None)));
+        assert_eq!(route(&Method::POST, "/v1/reload", None), Ok((Endpoint::Reload, None)));
+        assert_eq!(route(&Method::HEAD, "/metrics", None), Ok((Endpoint::Metrics, None)));
         assert_eq!(route(&Method::HEAD, "/v1/dns", Some("name=a")), only("GET"));
-        assert_eq!(route(&Method::POST, "/nowhere", None), Err(RouteError::Path));
+        assert_eq!(route(&Method::POST, "/nowhere", None), Err(EndpointError::Path));
     }
 
     #[test]
@@ -250,11 +253,11 @@ mod tests {
         for name in ["web", "a b/c?d#e%41", "é", "\u{1b}[31m"] {
             let path = explain_path(name);
             let (found, _) = route(&Method::GET, &path, None).unwrap();
-            assert_eq!(found, Route::Explain(name.to_owned()));
+            assert_eq!(found, Endpoint::Explain(name.to_owned()));
             let path = lookup_path(name, "A");
             let (path, query) = path.split_once('?').unwrap();
             let (found, _) = route(&Method::GET, path, Some(query)).unwrap();
-            assert_eq!(found, Route::LookUp { name: name.to_owned(), kind: "A".into() });
+            assert_eq!(found, Endpoint::LookUp { name: name.to_owned(), kind: "A".into() });
         }
     }
 }

@@ -25,7 +25,7 @@ use super::bind::Listener;
 use super::documents::{At, Document, Documents};
 use super::origin::{Foreign, check_host, check_site};
 use super::prometheus;
-use super::route::{Route, RouteError, Wait, route};
+use super::route::{Endpoint, EndpointError, Wait, route};
 use super::slow::MinRate;
 use crate::terminal;
 
@@ -63,7 +63,7 @@ pub trait View: Send + Sync + 'static {
     /// The daemon as a whole.
     fn status(&self) -> api::Status;
     /// Every service, by name.
-    fn services(&self) -> Vec<api::Service>;
+    fn services(&self) -> Vec<api::ServiceStatus>;
     /// The explanation of a name, also of an unknown one.
     fn explain(&self, name: &str) -> api::Explanation;
     /// DNS's answer for a name and a type, or why there is none.
@@ -71,7 +71,7 @@ pub trait View: Send + Sync + 'static {
         &self,
         name: &str,
         kind: &str,
-    ) -> impl Future<Output = Result<api::Lookup, String>> + Send;
+    ) -> impl Future<Output = Result<api::DnsLookup, String>> + Send;
     /// The metrics, in the text format of Prometheus.
     fn metrics(&self) -> String;
     /// The table's generation and the status' revision, as they grow.
@@ -229,15 +229,15 @@ async fn answer<V: View>(
         };
         return text(status, &format!("{foreign}\n"));
     }
-    let (route, wait) = match route(request.method(), uri.path(), uri.query()) {
+    let (endpoint, wait) = match route(request.method(), uri.path(), uri.query()) {
         Ok(asked) => asked,
         Err(error) => return refusal(&error),
     };
-    if route.has_effects() && !access.may_change {
-        return refusal(&RouteError::UnixOnly);
+    if endpoint.has_effects() && !access.may_change {
+        return refusal(&EndpointError::UnixOnly);
     }
     let mut now = view.at();
-    if route == Route::Reload {
+    if endpoint == Endpoint::Reload {
         let reload = view.reload().await;
         let status = match (reload.ok, reload.problems.is_empty()) {
             (true, _) => StatusCode::OK,
@@ -255,24 +255,24 @@ async fn answer<V: View>(
         let _ = tokio::time::timeout(limit, now.wait_for(|now| now.is_past(after, start))).await;
     }
     let at = *now.borrow();
-    if let Route::LookUp { name, kind } = &route {
+    if let Endpoint::LookUp { name, kind } = &endpoint {
         return match view.look_up(name, kind).await {
             Ok(lookup) => response(json(StatusCode::OK, &lookup), at),
             Err(wrong) => text(StatusCode::BAD_REQUEST, &format!("{wrong}\n")),
         };
     }
-    if route == Route::Health {
+    if endpoint == Endpoint::Health {
         return text(StatusCode::OK, "ok\n");
     }
-    let documents = match route {
-        Route::Metrics => &access.metrics,
+    let documents = match endpoint {
+        Endpoint::Metrics => &access.metrics,
         _ => &access.documents,
     };
-    let rendered = documents.get(&route, at, || async {
-        let route = route.clone();
+    let rendered = documents.get(&endpoint, at, || async {
+        let endpoint = endpoint.clone();
         // A view waits for whoever changes the maps, and a large one takes a while to write down:
         // nothing for the threads that DNS is answered on.
-        let shown = tokio::task::spawn_blocking(move || show(&route, &*view)).await;
+        let shown = tokio::task::spawn_blocking(move || show(&endpoint, &*view)).await;
         shown
             .unwrap_or_else(|error| plain(StatusCode::INTERNAL_SERVER_ERROR, &format!("{error}\n")))
     });
@@ -285,11 +285,11 @@ async fn answer<V: View>(
 /// A status, a media type and a body.
 type Shown = (StatusCode, &'static str, Vec<u8>);
 
-fn show<V: View>(route: &Route, view: &V) -> Shown {
-    match route {
-        Route::Status => json(StatusCode::OK, &view.status()),
-        Route::Services => json(StatusCode::OK, &view.services()),
-        Route::Explain(name) => {
+fn show<V: View>(endpoint: &Endpoint, view: &V) -> Shown {
+    match endpoint {
+        Endpoint::Status => json(StatusCode::OK, &view.status()),
+        Endpoint::Services => json(StatusCode::OK, &view.services()),
+        Endpoint::Explain(name) => {
             let explanation = view.explain(name);
             let status = match explanation.service {
                 Some(_) => StatusCode::OK,
@@ -297,8 +297,8 @@ fn show<V: View>(route: &Route, view: &V) -> Shown {
             };
             json(status, &explanation)
         }
-        Route::Metrics => (StatusCode::OK, prometheus::MEDIA_TYPE, view.metrics().into_bytes()),
-        Route::Ready => {
+        Endpoint::Metrics => (StatusCode::OK, prometheus::MEDIA_TYPE, view.metrics().into_bytes()),
+        Endpoint::Ready => {
             let status = view.status();
             if status.ready {
                 return plain(StatusCode::OK, "ready\n");
@@ -308,7 +308,9 @@ fn show<V: View>(route: &Route, view: &V) -> Shown {
             let problems = problems.join("\n");
             plain(StatusCode::SERVICE_UNAVAILABLE, &format!("not ready\n{problems}\n"))
         }
-        Route::Health | Route::Reload | Route::LookUp { .. } => plain(StatusCode::OK, "ok\n"),
+        Endpoint::Health | Endpoint::Reload | Endpoint::LookUp { .. } => {
+            plain(StatusCode::OK, "ok\n")
+        }
     }
 }
 
@@ -322,15 +324,15 @@ fn busy(why: &str) -> Response<Full<Bytes>> {
     response
 }
 
-fn refusal(error: &RouteError) -> Response<Full<Bytes>> {
+fn refusal(error: &EndpointError) -> Response<Full<Bytes>> {
     let status = match error {
-        RouteError::Method(_) => StatusCode::METHOD_NOT_ALLOWED,
-        RouteError::UnixOnly => StatusCode::FORBIDDEN,
-        RouteError::Path => StatusCode::NOT_FOUND,
-        RouteError::Query { .. } => StatusCode::BAD_REQUEST,
+        EndpointError::Method(_) => StatusCode::METHOD_NOT_ALLOWED,
+        EndpointError::UnixOnly => StatusCode::FORBIDDEN,
+        EndpointError::Path => StatusCode::NOT_FOUND,
+        EndpointError::Query { .. } => StatusCode::BAD_REQUEST,
     };
     let mut response = text(status, &format!("{error}\n"));
-    if let RouteError::Method(allowed) = error {
+    if let EndpointError::Method(allowed) = error {
         response.headers_mut().insert(ALLOW, HeaderValue::from_static(allowed));
     }
     response
@@ -411,8 +413,8 @@ mod tests {
             }
         }
 
-        fn services(&self) -> Vec<api::Service> {
-            vec![api::Service {
+        fn services(&self) -> Vec<api::ServiceStatus> {
+            vec![api::ServiceStatus {
                 name: "web".into(),
                 vip: [127, 128, 0, 1].into(),
                 vip6: None,
@@ -443,7 +445,7 @@ mod tests {
             }
         }
 
-        async fn look_up(&self, name: &str, _kind: &str) -> Result<api::Lookup, String> {
+        async fn look_up(&self, name: &str, _kind: &str) -> Result<api::DnsLookup, String> {
             Err(format!("no lookup of {name} here"))
         }
 

@@ -6,7 +6,7 @@ use std::time::SystemTime;
 use super::{Catalog, cache, consul, file};
 use crate::config::Config;
 use crate::table::vips::Vips;
-use crate::table::{Builder, Instance, ServiceId, ServiceRecord, State, Table, Watch};
+use crate::table::{BackendState, Builder, Instance, ServiceId, ServiceRecord, Table, Watch};
 
 /// An answer of Consul.
 pub fn consul(bytes: &[u8]) {
@@ -41,7 +41,7 @@ fn tabulate(catalog: &Catalog) {
     for (name, service) in table.services.iter() {
         assert!(vip.pool.contains(&service.vip), "{name} is at {}", service.vip);
         for backend in &service.backends {
-            let is_connected = backend.state != State::Unroutable;
+            let is_connected = backend.state != BackendState::Unroutable;
             assert_eq!(backend.address.is_some(), is_connected, "{name}: {backend:?}");
             assert!(backend.weight > 0, "{name}: {backend:?}");
         }

@@ -502,7 +502,9 @@ fn through_resolver(admin: Option<&str>, daemon: Option<&api::Status>) -> CheckR
     };
     let services = client::find(admin, &super::process::environment)
         .map_err(|error| error.to_string())
-        .and_then(|address| block_on(client::get::<Vec<api::Service>>(&address, "/v1/services")))
+        .and_then(|address| {
+            block_on(client::get::<Vec<api::ServiceStatus>>(&address, "/v1/services"))
+        })
         .and_then(|result| result.map_err(|error| error.to_string()));
     let Some(service) = services.ok().and_then(|services| services.into_iter().next()) else {
         return Ok("not tried: there is no service to look up yet".to_owned());

@@ -4,8 +4,8 @@ use std::fmt::Write;
 
 use super::instance::known_as;
 use crate::admin::api::{
-    Backend, Explanation, MapStatus, PoolStatus, Service, SourceStatus, Status, UnitStatus,
-    UpstreamStatus, WatchStatus,
+    BackendStatus, Explanation, MapStatus, PoolStatus, ServiceStatus, SourceStatus, Status,
+    UnitStatus, UpstreamStatus, WatchStatus,
 };
 
 /// `nohop status`
@@ -106,7 +106,7 @@ fn watch_lines(watches: &WatchStatus) -> [String; 2] {
 }
 
 /// `nohop services`
-pub fn services(services: &[Service]) -> String {
+pub fn services(services: &[ServiceStatus]) -> String {
     if services.is_empty() {
         return "no services\n".to_owned();
     }
@@ -133,7 +133,7 @@ pub fn explanation(explanation: &Explanation) -> String {
     text
 }
 
-fn service(text: &mut String, service: &Service, width: usize) {
+fn service(text: &mut String, service: &ServiceStatus, width: usize) {
     let ports = &service.ports;
     let vip6 = service.vip6.map(|vip6| format!(" and [{vip6}]:{ports}")).unwrap_or_default();
     let by_family = match service.refused_family {
@@ -176,7 +176,7 @@ fn service(text: &mut String, service: &Service, width: usize) {
     }
 }
 
-fn backend(backend: &Backend, service: &str) -> String {
+fn backend(backend: &BackendStatus, service: &str) -> String {
     let state = format!("{:?}", backend.state).to_lowercase();
     let id = known_as(&backend.instance, service);
     let place = place(&backend.address, &backend.node, &id);
@@ -216,10 +216,10 @@ fn line(text: &mut String, line: String) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::table::{Excluded, Ports, Protocols, State, Watch};
+    use crate::table::{BackendState, Excluded, Ports, Protocols, Watch};
 
-    fn helloworld() -> Service {
-        Service {
+    fn helloworld() -> ServiceStatus {
+        ServiceStatus {
             name: "helloworld".into(),
             vip: [127, 186, 3, 9].into(),
             vip6: None,
@@ -237,12 +237,12 @@ mod tests {
             shadowed: 0,
             udp_connects: 0,
             udp_connects_refused: 0,
-            backends: vec![Backend {
+            backends: vec![BackendStatus {
                 address: "10.0.0.7:23456".into(),
                 node: "n1".into(),
                 instance: "h1".into(),
                 weight: 1,
-                state: State::Healthy,
+                state: BackendState::Healthy,
                 reason: None,
                 connects: 7,
             }],
@@ -255,7 +255,7 @@ mod tests {
                     healthy    10.0.0.7:23456         n1/h1  weight 1  connects 7\n";
         assert_eq!(services(&[helloworld()]), text);
         assert_eq!(services(&[]), "no services\n");
-        let odd = Service {
+        let odd = ServiceStatus {
             vip6: Some("fd00::9".parse().unwrap()),
             ports: Ports::Any,
             protocol: Protocols::Both,

@@ -89,7 +89,7 @@ fn command(command: Command) -> anyhow::Result<ExitCode> {
             return Ok(if status.ready { ExitCode::SUCCESS } else { ExitCode::from(FAILURE) });
         }
         Command::Services { client } => {
-            let services: Vec<api::Service> = ask(&client, "/v1/services")?;
+            let services: Vec<api::ServiceStatus> = ask(&client, "/v1/services")?;
             print(&client, &services, |services| format::services(services))?;
         }
         Command::Explain { name, client } => {
@@ -160,7 +160,7 @@ fn wait_until_ready(client: &ClientArguments, limit: Duration) -> anyhow::Result
                     let seconds = left.min(LONGEST_WAIT).as_secs().max(1);
                     path = format!("/v1/status?after={}&wait={seconds}", status.revision);
                 }
-                Err(error) if left.is_zero() || !error.may_pass() => return Err(error.into()),
+                Err(error) if left.is_zero() || !error.is_transient() => return Err(error.into()),
                 // There is no event for a socket that nobody made yet.
                 Err(_) => tokio::time::sleep(PAUSE.min(left)).await,
             }

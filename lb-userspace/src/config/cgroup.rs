@@ -70,7 +70,7 @@ pub enum ScopeError {
     Missing {
         /// The directory.
         scope: PathBuf,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
     /// The directory belongs to something else.

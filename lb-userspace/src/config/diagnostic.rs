@@ -33,7 +33,7 @@ pub struct Problem {
     pub location: Option<Location>,
     /// The key, such as `dns.listen`; `None` where the text isn't TOML.
     pub key: Option<String>,
-    /// What is wrong; the fix.
+    /// The problem, with the fix.
     pub what: String,
 }
 

@@ -12,7 +12,7 @@ pub(super) struct InvalidValue {
     pub(super) key: String,
     /// The place in the text, in bytes.
     pub(super) offset: usize,
-    /// What is wrong; the fix.
+    /// The problem, with the fix.
     pub(super) what: String,
 }
 

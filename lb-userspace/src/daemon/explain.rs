@@ -89,7 +89,7 @@ fn is_v6(backend: &Backend) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::table::State;
+    use crate::table::BackendState;
 
     fn service(backends: &[&str]) -> Service {
         let backend = |address: &&str| {
@@ -100,7 +100,7 @@ mod tests {
                 node: String::new(),
                 id: String::new(),
                 weight: 1,
-                state: State::Healthy,
+                state: BackendState::Healthy,
                 reason: None,
                 host_only: address.ip().is_loopback(),
             }

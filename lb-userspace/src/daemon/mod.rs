@@ -157,7 +157,7 @@ impl Daemon {
 
         let counters = datapath.counters();
         let datapath = Arc::new(SharedDatapath::new(datapath));
-        tokio::task::block_in_place(|| datapath.prove());
+        tokio::task::block_in_place(|| datapath.probe_hooks());
         datapath.set_mode(shadow.mode(*source.off.borrow()));
         let (attached_out, attached) = watch::channel(datapath.hooks().translate);
         let (reloads_out, reloads) = mpsc::channel(MAX_RELOADS);
@@ -290,7 +290,7 @@ impl Daemon {
                 _ = tick.tick() => tokio::task::block_in_place(|| self.tick()),
                 _ = verify_tick.tick() => {
                     let datapath = self.datapath.clone();
-                    tokio::task::spawn_blocking(move || datapath.prove());
+                    tokio::task::spawn_blocking(move || datapath.probe_hooks());
                 }
                 _ = usage_tick.tick() => self.report_usage(),
                 _ = retry_tick.tick() => {
@@ -388,8 +388,8 @@ impl Daemon {
     /// Looks after what may change at any time, and tries again what failed.
     fn tick(&mut self) {
         let age = self.source.health.borrow().last_answer.map(|at| at.elapsed());
-        self.datapath.beat(age);
-        if !self.datapath.look_after() {
+        self.datapath.heartbeat(age);
+        if !self.datapath.check_hooks() {
             self.attached.send_replace(false);
         }
         self.update_mode();
@@ -505,7 +505,7 @@ fn ticks(period: Duration, after: Duration) -> Interval {
 
 /// Starts the threads that forward the programs' log and events.
 fn forward_from_kernel(datapath: &mut Datapath, usage: &UsageSender) {
-    if let Some(log) = datapath.take_voice() {
+    if let Some(log) = datapath.take_logger() {
         std::thread::spawn(|| forward_log(log));
     }
     match datapath.take_reports() {

@@ -125,7 +125,7 @@ impl View for DaemonView {
         }
     }
 
-    fn services(&self) -> Vec<api::Service> {
+    fn services(&self) -> Vec<api::ServiceStatus> {
         let table = self.table.borrow().clone();
         table.services.values().map(|service| self.service(service)).collect()
     }
@@ -143,7 +143,7 @@ impl View for DaemonView {
         }
     }
 
-    async fn look_up(&self, name: &str, kind: &str) -> Result<api::Lookup, String> {
+    async fn look_up(&self, name: &str, kind: &str) -> Result<api::DnsLookup, String> {
         match self.debug_client.look_up(name, kind).await {
             Ok((answer, origin)) => Ok(lookup_document(&answer, Some(origin))),
             Err(error) => Err(error.to_string()),
@@ -215,7 +215,7 @@ impl View for DaemonView {
 }
 
 /// The document of an answer, and of where it came from.
-pub fn lookup_document(answer: &Message, origin: Option<dns::AnswerOrigin>) -> api::Lookup {
+pub fn lookup_document(answer: &Message, origin: Option<dns::AnswerOrigin>) -> api::DnsLookup {
     let show = |records: &[Record]| records.iter().map(ToString::to_string).collect();
     let (origin, upstream, reason) = match origin {
         None => (None, None, None),
@@ -227,7 +227,7 @@ pub fn lookup_document(answer: &Message, origin: Option<dns::AnswerOrigin>) -> a
             (Some(api::Origin::Nowhere), None, Some(reason))
         }
     };
-    api::Lookup {
+    api::DnsLookup {
         question: answer.queries.first().map(ToString::to_string).unwrap_or_default(),
         code: format!("{:?}", answer.metadata.response_code).to_uppercase(),
         answers: show(&answer.answers),
@@ -296,7 +296,7 @@ impl DaemonView {
         self.health.clone()
     }
 
-    fn service(&self, service: &Service) -> api::Service {
+    fn service(&self, service: &Service) -> api::ServiceStatus {
         // A service that the kernel never had has no counters.
         let indices = self.datapath.indices(&service.name);
         let (stats, backends) = match indices {
@@ -305,7 +305,7 @@ impl DaemonView {
         };
         let backends = service.backends.iter().map(|backend| {
             let backend_idx = backend.address.and_then(|address| backends.get(&address));
-            api::Backend {
+            api::BackendStatus {
                 address: backend.shown_address.clone(),
                 node: backend.node.clone(),
                 instance: backend.id.clone(),
@@ -315,7 +315,7 @@ impl DaemonView {
                 connects: backend_idx.map_or(0, |&idx| self.counters.backend_connects(idx)),
             }
         });
-        api::Service {
+        api::ServiceStatus {
             name: service.name.to_string(),
             vip: service.vip,
             vip6: service.vip6,

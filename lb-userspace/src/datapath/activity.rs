@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::kernel::Counters;
 
-/// What was counted of each service when it was looked at last.
+/// The last reading of each service's counters.
 #[derive(Debug)]
 pub struct Usage {
     counters: Counters,
@@ -13,7 +13,7 @@ pub struct Usage {
 }
 
 impl Usage {
-    /// Begins with what is counted now of these services, each given with its index.
+    /// Begins with the present readings of these services, each given with its index.
     pub fn begin<'a>(
         services: impl Iterator<Item = (&'a Arc<str>, u32)>,
         counters: Counters,

@@ -1,6 +1,6 @@
-//! What aya doesn't offer: links that are pinned, queried, and given another program in place; what
-//! else is attached to a cgroup; programs of a few instructions that show what the verifier accepts;
-//! a wait for running programs; and the cookie of a network namespace.
+//! BPF operations that aya lacks: links that are pinned, queried and updated in place; the programs
+//! attached to a cgroup; small programs that test the verifier; a wait for a grace period; the cookie
+//! of a network namespace.
 #![allow(unsafe_code)]
 
 use std::ffi::CString;
@@ -54,7 +54,7 @@ impl AttachType {
 #[derive(Debug)]
 pub struct Link(OwnedFd);
 
-/// What is pinned where a link should be.
+/// An object that is pinned in a link's place.
 #[derive(Debug)]
 pub enum PinnedObject {
     /// A link, of any kind.
@@ -63,7 +63,7 @@ pub enum PinnedObject {
     Other(String),
 }
 
-/// What a cgroup link is attached to.
+/// The target of a cgroup link.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LinkInfo {
     /// The cgroup's id, which is its directory's inode; 0 once the link was detached.
@@ -73,7 +73,7 @@ pub struct LinkInfo {
 }
 
 impl Link {
-    /// Attaches a program to a target, such as a cgroup, in addition to what is attached there.
+    /// Attaches a program to a target, such as a cgroup, in addition to those attached there.
     /// Kernel 5.7 and later.
     ///
     /// # Errors
@@ -128,7 +128,7 @@ impl Link {
         bpf(BPF_LINK_UPDATE, &[link, program.as_raw_fd() as u32, 0, 0]).map(drop)
     }
 
-    /// What the link is attached to; `None` when it isn't a cgroup link.
+    /// The link's target; `None` if it isn't a cgroup link.
     ///
     /// # Errors
     /// When the kernel refuses.
@@ -144,7 +144,7 @@ impl Link {
         Ok((link_type == BPF_LINK_TYPE_CGROUP).then_some(attached))
     }
 
-    /// Detaches the program, whoever holds the link. Links of some kinds (tracing, iterators) can't
+    /// Detaches the program, even if other processes hold the link. Links of some kinds (tracing, iterators) can't
     /// be detached: they end with the last descriptor and pin.
     ///
     /// # Errors
@@ -163,7 +163,7 @@ pub struct AttachedPrograms {
     pub ids: Vec<u32>,
 }
 
-/// What is attached to a cgroup itself, by links or without.
+/// The programs attached to the cgroup itself, by links or without.
 ///
 /// # Errors
 /// EPERM without CAP_NET_ADMIN, EBADF for a directory that is no cgroup v2 one.
@@ -206,13 +206,13 @@ pub fn program_name(id: u32) -> io::Result<String> {
 pub struct Rejected {
     /// The kernel's error.
     pub error: io::Error,
-    /// What the verifier wrote; empty where it wasn't asked.
+    /// The verifier's log; empty if it didn't run.
     pub log: String,
 }
 
 impl Rejected {
-    /// Whether the verifier knows no such helper for a program of this kind. The words are those
-    /// that libbpf looks for, too (`libbpf_probe_bpf_helper`).
+    /// Whether the verifier has no such helper for this kind of program. libbpf searches for the same
+    /// messages (`libbpf_probe_bpf_helper`).
     pub fn is_for_no_helper(&self) -> bool {
         ["invalid func ", "unknown func ", "program of this type cannot use helper "]
             .iter()

@@ -1,4 +1,4 @@
-//! What the running kernel's type information (BTF) says of two fields that the programs read.
+//! The offsets of two fields that the programs read, from the running kernel's type information (BTF).
 //!
 //! The format is Documentation/bpf/btf.rst of the kernel: a header, then types, each a fixed part
 //! and what its kind adds, then strings.
@@ -28,7 +28,7 @@ pub struct Bit {
     pub mask: u32,
 }
 
-/// Where the kernel's sockets tell what they are; `None` for what this kernel doesn't tell.
+/// Offsets in the kernel's sockets; `None` for a field that this kernel lacks.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct SocketBits {
     /// Of any socket: that the kernel itself made it.
@@ -41,7 +41,7 @@ pub struct SocketBits {
     pub has_mptcp: bool,
 }
 
-/// Where the running kernel's sockets tell what they are.
+/// Reads the offsets of the running kernel.
 ///
 /// # Errors
 /// When the kernel has no BTF, or it can't be read.

@@ -84,8 +84,8 @@ impl SlotAllocator {
         true
     }
 
-    /// Gives a run back.
-    pub fn give_back(&mut self, block: Block) {
+    /// Frees a run.
+    pub fn free(&mut self, block: Block) {
         let Block { mut first_slot, mut order } = block;
         while order < MAX_ORDER && self.free[order as usize].remove(&(first_slot ^ (1 << order))) {
             first_slot &= !(1 << order);
@@ -126,11 +126,11 @@ mod tests {
                         held.push(block);
                     }
                 } else if !held.is_empty() {
-                    regions.give_back(held.swap_remove(which.index(held.len())));
+                    regions.free(held.swap_remove(which.index(held.len())));
                 }
                 prop_assert_eq!(regions.used(), held.iter().map(|block| block.len()).sum::<u32>());
             }
-            held.drain(..).for_each(|block| regions.give_back(block));
+            held.drain(..).for_each(|block| regions.free(block));
             prop_assert_eq!(regions.free[MAX_ORDER as usize].len(), 16);
         }
     }

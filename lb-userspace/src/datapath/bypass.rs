@@ -15,13 +15,13 @@ const N_NAMED: usize = 3;
 /// An entry of `BYPASS`.
 type Entry = (BypassCgroup, BypassLevel);
 
-/// What one look at the hierarchy found.
+/// The result of one search of the hierarchy.
 #[derive(Debug, Default)]
 pub struct Found {
     /// The cgroups that exist and are matched, in the order of the patterns and, of one pattern, by
     /// path.
     cgroups: Vec<(PathBuf, Entry)>,
-    /// What an operator should know: patterns that match nothing, and why.
+    /// Notes for the operator: patterns that match nothing, and why.
     pub problems: Vec<String>,
 }
 
@@ -140,7 +140,7 @@ fn is_pattern(segment: &[u8]) -> bool {
 
 /// Whether a pattern of one segment matches a whole name.
 fn is_match(pattern: &[u8], name: &[u8]) -> bool {
-    // After the last `*` seen: where the pattern goes on, and how much of the name that `*` took.
+    // After the last `*`: the position in the pattern, and how much of the name that `*` matched.
     let mut retry: Option<(usize, usize)> = None;
     let (mut at, mut name_at) = (0, 0);
     while name_at < name.len() {
@@ -163,8 +163,8 @@ fn is_match(pattern: &[u8], name: &[u8]) -> bool {
 }
 
 impl Found {
-    /// The entries of `BYPASS` for these cgroups, where `present` are its entries now: what is bypassed
-    /// already stays so, others fill what room there is. Notes which ones there was no room for.
+    /// The entries of `BYPASS` for these cgroups, where `present` are its entries now: cgroups bypassed
+    /// already stay, others fill the free entries. Notes those beyond the capacity.
     pub fn fit(
         &mut self,
         present: &BTreeMap<BypassCgroup, BypassLevel>,
@@ -249,7 +249,7 @@ mod tests {
         (BypassCgroup { cgroup_id }, BypassLevel { level: 2 })
     }
 
-    /// What is bypassed stays so, whatever comes before it in the list.
+    /// A bypassed cgroup stays bypassed, whatever comes before it in the list.
     #[test]
     fn the_bypassed_stay_while_they_are_there() {
         let max = MAX_BYPASS_CGROUPS as u64;

@@ -1,11 +1,11 @@
-//! From the kernel's errors to their causes, and what to do about each.
+//! From the kernel's errors to their causes, with the fix for each.
 //!
-//! One errno has several causes. Which it is follows from what was tried, from the verifier's log,
-//! and from what this process may do.
+//! One errno has several causes. The cause follows from the operation, the verifier's log, and the
+//! process's capabilities.
 
 use std::io;
 
-/// What was tried.
+/// The operation that failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
     /// A map was made or read.
@@ -19,18 +19,18 @@ pub enum Step {
     Attach,
 }
 
-/// What this process may do, and where it runs.
+/// The process's capabilities, and where it runs.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Machine {
+pub struct Environment {
     /// The capabilities that it lacks, of those that the kernel side needs.
     pub missing: Vec<&'static str>,
     /// The kernel's version, major and minor; zeros where it isn't known.
     pub kernel: (u32, u32),
 }
 
-impl Machine {
+impl Environment {
     /// This process, on this kernel.
-    pub fn look() -> Machine {
+    pub fn read() -> Environment {
         let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
         let release = rustix::system::uname().release().to_string_lossy().into_owned();
         let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse);
@@ -38,7 +38,7 @@ impl Machine {
             (Some(Ok(major)), Some(Ok(minor))) => (major, minor),
             _ => (0, 0),
         };
-        Machine { missing: missing(&status), kernel }
+        Environment { missing: missing(&status), kernel }
     }
 
     /// Whether a capability is missing.
@@ -46,7 +46,7 @@ impl Machine {
         self.missing.contains(&capability)
     }
 
-    /// What to do about an error of the kernel.
+    /// The fix for an error of the kernel.
     pub fn fix(&self, step: Step, error: &io::Error) -> String {
         const REPORT: &str = "please report this, with the kernel's version";
         let old_memlock = self.kernel < (5, 11) && self.kernel != (0, 0);
@@ -78,8 +78,8 @@ impl Machine {
             }
             (_, libc::EACCES) => "a security module (SELinux, AppArmor) forbids it: see its log",
             (_, libc::ENOMEM) => {
-                "there is no memory for it: look at the memory limit of its cgroup (MemoryMax=) and \
-                 at the machine's free memory, and start it again"
+                "there is no memory for it: check the memory limit of its cgroup (MemoryMax=) and \
+                 at the environment's free memory, and start it again"
             }
             (_, libc::EAGAIN | libc::EINTR) => {
                 "signals interrupted it again and again: start it again"
@@ -118,7 +118,7 @@ fn missing(status: &str) -> Vec<&'static str> {
     const CAP_BPF: u32 = 39;
     let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
     let effective = effective.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok());
-    // What can't be read is no reason to blame anything.
+    // An unreadable value is no evidence of a cause.
     let effective = effective.unwrap_or(u64::MAX);
     let has = |capability: u32| effective & 1 << capability != 0;
     let admin = has(CAP_SYS_ADMIN);
@@ -167,8 +167,8 @@ mod tests {
             (Step::Map, libc::EIO, all, (6, 1), "nohop check"),
         ];
         for (step, errno, missing, kernel, expected) in rows {
-            let machine = Machine { missing: missing.to_vec(), kernel };
-            let fix = machine.fix(step, &io::Error::from_raw_os_error(errno));
+            let environment = Environment { missing: missing.to_vec(), kernel };
+            let fix = environment.fix(step, &io::Error::from_raw_os_error(errno));
             assert!(fix.contains(expected), "{step:?} {errno} {missing:?} {kernel:?}: {fix}");
         }
     }

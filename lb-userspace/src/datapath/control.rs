@@ -1,4 +1,4 @@
-//! The control of the kernel side: it is brought to a table, watched and left.
+//! Controls the kernel side: applies tables, watches the hooks, detaches or keeps them.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr};
@@ -16,9 +16,9 @@ use super::features::{Features, Limit};
 use super::kernel::{ControlBlock, Counters, KernelMaps};
 use super::links::{self, Attachment, ServedCgroup, Units};
 use super::pins::{PinnedMaps, Pins, monotonic_ns};
-use super::reconcile::{ApplyError, Indices, Pressure, Reconciler};
-use super::socket_terminator::Disconnector;
-use super::units::UnitStatus;
+use super::reconcile::{Indices, Pressure, ReconcileError, Reconciler};
+use super::socket_terminator::SocketTerminator;
+use super::units::UnitHealth;
 use super::{bypass, probe};
 use crate::table::Table;
 
@@ -28,40 +28,40 @@ pub struct Datapath {
     pub(super) reconciler: Reconciler<KernelMaps>,
     pub(super) counters: Counters,
     pub(super) usage: Usage,
-    pub(super) board: ControlBlock,
+    pub(super) control_block: ControlBlock,
     pub(super) units: Units,
     pub(super) pins: Pins,
     pub(super) pinned_maps: PinnedMaps,
-    pub(super) disconnector: Disconnector,
+    pub(super) socket_terminator: SocketTerminator,
     pub(super) features: Features,
     pub(super) excluded: Vec<PathBuf>,
-    /// What an operator should know of what is served and what is bypassed.
+    /// Notes for the operator about what is served.
     pub(super) notes: Vec<String>,
-    /// The same, of the cgroups that are bypassed.
+    /// Notes about bypassed cgroups.
     pub(super) exclusions: Vec<String>,
     pub(super) pool_network: Ipv4Addr,
     pub(super) is_adopted: bool,
 }
 
 impl Datapath {
-    /// Says who this daemon is.
-    pub(super) fn introduce(&self, host_netns: Option<u64>) {
-        let mut daemon = self.board.daemon();
+    /// Publishes this daemon's process id and network namespace.
+    pub(super) fn publish_identity(&self, host_netns: Option<u64>) {
+        let mut daemon = self.control_block.daemon();
         match host_netns.map_or_else(netns_cookie, Ok) {
             Ok(cookie) => daemon.host_netns = cookie,
             Err(error) => tracing::info!(
-                "this kernel doesn't tell the network namespace's cookie ({error}): it is learnt \
-                 from a connect"
+                "this kernel doesn't report the network namespace's cookie ({error}): a probe \
+                 connection will"
             ),
         }
         daemon.pid = std::process::id().into();
         daemon.tgid = daemon.pid;
         daemon.heartbeat_ns = monotonic_ns();
-        self.board.set_daemon(daemon);
+        self.control_block.set_daemon(daemon);
     }
 
-    pub(super) fn look_up_excluded(&mut self) {
-        // Without them the programs don't look either.
+    pub(super) fn resolve_bypass(&mut self) {
+        // Without them the programs don't check either.
         if self.excluded.is_empty() {
             return;
         }
@@ -76,23 +76,23 @@ impl Datapath {
         self.exclusions = found.problems;
     }
 
-    /// What an operator should know of whose connections are translated and whose are left alone.
+    /// Notes for the operator about which connections are translated or bypassed.
     pub fn notes(&self) -> impl Iterator<Item = &String> {
         self.notes.iter().chain(&self.exclusions)
     }
 
-    /// Brings the maps to `table`. Returns the services that couldn't be brought there, each with
-    /// the reason; their former state serves on, and the next call tries them again.
+    /// Updates the maps to `table`. Returns the services that failed, each with the reason; their
+    /// former state keeps serving, and the next call retries them.
     ///
     /// # Errors
-    /// When the maps were new and the hooks couldn't be switched to them, or don't lead to a service
-    /// from everywhere that the former ones do ([`DatapathError::HoldsLess`]): the former ones go on.
+    /// When the maps are new and the hooks couldn't be switched to them, or they lack a frontend that
+    /// the former maps have ([`DatapathError::HoldsLess`]): the former maps stay in use.
     pub fn apply(
         &mut self,
         table: &Table,
-    ) -> Result<BTreeMap<Arc<str>, ApplyError>, DatapathError> {
+    ) -> Result<BTreeMap<Arc<str>, ReconcileError>, DatapathError> {
         let errors = self.reconciler.apply(table);
-        // What holds less must not take the place of what works.
+        // Maps with fewer services must not replace those in use.
         let unserved = self.reconciler.unserved(table, &errors);
         if let Some((name, error)) = unserved.first_key_value()
             && self.are_others_live()
@@ -103,9 +103,9 @@ impl Datapath {
                 reason: error.to_string(),
             });
         }
-        self.disconnector.disconnect(self.reconciler.take_left_udp());
-        let daemon = self.board.daemon();
-        self.board.set_daemon(Control {
+        self.socket_terminator.disconnect(self.reconciler.take_removed_udp());
+        let daemon = self.control_block.daemon();
+        self.control_block.set_daemon(Control {
             is_synced: 1,
             table_generation: table.generation,
             ..daemon
@@ -113,11 +113,11 @@ impl Datapath {
         if !self.units.are_switched() {
             self.units.switch(&self.pins)?;
         }
-        self.reconciler.forget_served();
+        self.reconciler.clear_served();
         Ok(errors)
     }
 
-    /// Whether an earlier daemon's hooks serve the scope. Where the pins can't be read they may.
+    /// Whether an earlier daemon's hooks serve the scope. If the pins can't be read, they may.
     fn are_others_live(&self) -> bool {
         !self.units.are_switched()
             && ServedCgroup::open(self.scope())
@@ -125,12 +125,12 @@ impl Datapath {
                 .unwrap_or(true)
     }
 
-    /// Whether the maps are an earlier daemon's.
+    /// Whether the maps were taken over from an earlier daemon.
     pub fn is_adopted(&self) -> bool {
         self.is_adopted
     }
 
-    /// The services that the maps hold, each with its VIPs.
+    /// The services in the maps, each with its VIPs.
     pub fn names(&self) -> Vec<(Arc<str>, Vec<IpAddr>)> {
         self.reconciler.names().map(|(name, vips)| (name.clone(), vips.collect())).collect()
     }
@@ -142,10 +142,10 @@ impl Datapath {
         self.reconciler.names().map(|(name, _)| name.clone()).filter(|name| serves(name)).collect()
     }
 
-    /// Looks at every link and pin, and attaches and pins again what somebody took away. Frees what
-    /// the last changes gave up.
+    /// Checks every link and pin, and attaches and pins again what is missing. Frees the reconciler's
+    /// quarantine.
     pub fn fix(&mut self) -> Attachment {
-        self.look_up_excluded();
+        self.resolve_bypass();
         self.reconciler.recycle();
         let pinned = self.pins.fix().and_then(|()| self.pinned_maps.fix());
         let mut attachment = self.units.fix(&self.pins);
@@ -155,23 +155,23 @@ impl Datapath {
         attachment
     }
 
-    /// Says that the daemon lives, and how old the table is, if it is known.
-    pub fn beat(&self, table_age: Option<Duration>) {
+    /// Writes the daemon's heartbeat, and the table's age if it is known.
+    pub fn heartbeat(&self, table_age: Option<Duration>) {
         let now = monotonic_ns();
-        let mut daemon = self.board.daemon();
+        let mut daemon = self.control_block.daemon();
         daemon.heartbeat_ns = now;
         if let Some(age) = table_age {
             daemon.table_ns = now.saturating_sub(age.as_nanos() as u64);
         }
-        self.board.set_daemon(daemon);
+        self.control_block.set_daemon(daemon);
     }
 
-    /// How each unit does.
-    pub fn unit_status(&self) -> Vec<UnitStatus> {
+    /// The state of each unit.
+    pub fn unit_status(&self) -> Vec<UnitHealth> {
         self.units.status()
     }
 
-    /// The cgroup whose processes are served.
+    /// The served cgroup.
     pub fn scope(&self) -> &Path {
         self.units.scope()
     }
@@ -181,41 +181,40 @@ impl Datapath {
         self.units.are_switched()
     }
 
-    /// What connects to prove that the hooks run.
+    /// Opens probe connections, which verify that the hooks run.
     pub fn prober(&self) -> probe::Prober {
-        probe::Prober::new(self.board.clone(), self.pool_network, self.units.scope())
+        probe::Prober::new(self.control_block.clone(), self.pool_network, self.units.scope())
     }
 
-    /// Takes note of what a connect() of our own showed. The network namespace's cookie that an
-    /// earlier daemon learnt gives way to the one that the hook saw now.
-    pub fn learn(&self, probe: probe::Seen) {
-        let daemon = self.board.daemon();
-        // From inside a process namespace our own number isn't the kernel's.
-        let tgid = if probe.is_own { probe.seen.tgid } else { daemon.tgid };
-        let host_netns = probe.seen.netns;
+    /// Records the process id and network namespace that the hook saw of a probe connection.
+    pub fn record_probe(&self, observed: probe::Observed) {
+        let daemon = self.control_block.daemon();
+        // In a PID namespace our process id isn't the kernel's.
+        let tgid = if observed.is_own { observed.probe.tgid } else { daemon.tgid };
+        let host_netns = observed.probe.netns;
         if (tgid, host_netns) != (daemon.tgid, daemon.host_netns) {
-            self.board.set_daemon(Control { tgid, host_netns, ..daemon });
+            self.control_block.set_daemon(Control { tgid, host_netns, ..daemon });
         }
     }
 
-    /// Has connections only counted from now on, or translated; at once, without a reload.
+    /// Switches shadow mode on or off, at once and without a reload.
     pub fn set_shadow(&self, is_shadow: bool) {
-        let daemon = Control { is_shadow: is_shadow.into(), ..self.board.daemon() };
-        self.board.set_daemon(daemon);
+        let daemon = Control { is_shadow: is_shadow.into(), ..self.control_block.daemon() };
+        self.control_block.set_daemon(daemon);
     }
 
     /// Whether connections are only counted.
     pub fn is_shadow(&self) -> bool {
-        self.board.daemon().is_shadow != 0
+        self.control_block.daemon().is_shadow != 0
     }
 
-    /// The services that were connected to since the last call or, at first, since the start; those that
-    /// were refused or only counted too. Datagrams of a flow that goes on are no connections.
+    /// The services with connections since the last call, at first since the start, including refused
+    /// and only counted ones. Further datagrams of a flow are no connections.
     pub fn active_since_last(&mut self) -> Vec<Arc<str>> {
-        self.usage.active_since_last(self.reconciler.services())
+        self.usage.active_since_last(self.reconciler.service_indices())
     }
 
-    /// What tells of connections of services that aren't followed, once.
+    /// Takes the reader of events about connections to cold services, once.
     ///
     /// # Errors
     /// When it was taken already, or can't be mapped into memory.
@@ -226,12 +225,12 @@ impl Datapath {
         Reports::new(map.ok_or(DatapathError::Object { missing: "EVENTS" })?, names)
     }
 
-    /// The indices that the kernel knows a service and its backends by.
+    /// The indices of a service and its backends in the kernel's maps.
     pub fn indices(&self, name: &str) -> Option<Indices> {
         self.reconciler.indices(name)
     }
 
-    /// The index that the kernel knows each service by.
+    /// The index of each service in the kernel's maps.
     pub fn service_indices(&self) -> Vec<(Arc<str>, u32)> {
         self.reconciler.service_indices().map(|(name, idx)| (name.clone(), idx)).collect()
     }
@@ -241,36 +240,36 @@ impl Datapath {
         self.reconciler.pressure()
     }
 
-    /// A handle to what the programs count.
+    /// A handle to the programs' counters.
     pub fn counters(&self) -> Counters {
         self.counters.clone()
     }
 
-    /// How this kernel refuses a connection.
+    /// How this kernel rejects a connection.
     pub fn refusal(&self) -> RejectMethod {
         self.features.refusal
     }
 
-    /// What this kernel lacks, without which nohop works all the same.
+    /// Features that this kernel lacks and nohop can do without.
     pub fn limits(&self) -> &[Limit] {
         &self.features.limits
     }
 
-    /// What reads the programs' log, once.
-    pub fn take_voice(&mut self) -> Option<aya_log::EbpfLogger<&'static dyn log::Log>> {
+    /// Takes the reader of the programs' log, once.
+    pub fn take_logger(&mut self) -> Option<aya_log::EbpfLogger<&'static dyn log::Log>> {
         aya_log::EbpfLogger::init(self.units.loaded_mut().next()?)
             .inspect_err(|error| tracing::warn!("the programs' log can't be read: {error}"))
             .ok()
     }
 
-    /// Leaves everything as it is, for the next daemon.
+    /// Leaves everything attached and pinned, for the next daemon.
     pub fn keep(&self) {
-        // Another process may get our number.
-        self.board.set_daemon(Control { pid: 0, tgid: 0, ..self.board.daemon() });
+        // Another process may get our process id.
+        self.control_block.set_daemon(Control { pid: 0, tgid: 0, ..self.control_block.daemon() });
     }
 
-    /// Detaches the programs, what translates back last, and takes all pins away. It is no error if
-    /// somebody did already.
+    /// Detaches the programs, reverse translation last, and removes all pins. Succeeds if they are gone
+    /// already.
     pub fn detach(&mut self) {
         self.units.detach(&self.pins);
         if let Err(error) = self.pins.remove_all() {
@@ -279,15 +278,15 @@ impl Datapath {
     }
 }
 
-/// What keeps `datapath.exclude_cgroups` from excluding what it names: patterns that match nothing now,
-/// and cgroups that there is no room for.
+/// Problems of `datapath.exclude_cgroups`: patterns that match nothing now, and cgroups beyond the map's
+/// capacity.
 pub fn exclusion_problems(patterns: &[PathBuf]) -> Vec<String> {
     let mut found = bypass::find(patterns);
     found.fit(&BTreeMap::new());
     found.problems
 }
 
-/// The counters that no service owns, with the names they have in `status`.
+/// The global counters, by their names in `status`.
 pub const COUNTERS: [(&str, Counter); 9] = [
     ("refused_no_frontend", Counter::RefusedNoFrontend),
     ("storage_alloc_failed", Counter::StorageAllocFailed),

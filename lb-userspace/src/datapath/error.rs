@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use aya::EbpfError;
 use aya::programs::ProgramError;
 
-use super::cause::{self, Machine, Step};
+use super::cause::{self, Environment, Step};
 use super::obstacles::Obstacle;
 use super::pins::PinError;
 use super::reconcile::adopt::AdoptError;
@@ -21,11 +21,11 @@ pub enum DatapathError {
     /// The kernel didn't take a program of a few instructions that shows what it offers.
     #[error("the kernel refused a program that shows what it offers: {source}; {fix}{}", after(.log))]
     Probe {
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
-        /// What to do about it.
+        /// The fix.
         fix: String,
-        /// What the verifier wrote.
+        /// The verifier's log.
         log: String,
     },
     /// The kernel didn't take a program.
@@ -33,7 +33,7 @@ pub enum DatapathError {
     Program {
         /// The program.
         program: &'static str,
-        /// What the kernel said.
+        /// The kernel's error.
         source: ProgramError,
     },
     /// The object isn't the one that this daemon was built with.
@@ -45,7 +45,7 @@ pub enum DatapathError {
     /// A map can't be used.
     #[error("can't use a map: {source}")]
     Map {
-        /// What aya said.
+        /// aya's error.
         source: aya::maps::MapError,
     },
     /// A map can't be mapped into memory.
@@ -53,7 +53,7 @@ pub enum DatapathError {
     Mmap {
         /// The map.
         map: String,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
     /// New maps hold less than those that they are to replace, which serve on.
@@ -82,7 +82,7 @@ pub enum DatapathError {
     Cgroup {
         /// The directory.
         cgroup: PathBuf,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
     /// The directory isn't a cgroup v2 one, or the process may not attach to it.
@@ -92,9 +92,9 @@ pub enum DatapathError {
         program: &'static str,
         /// The directory.
         cgroup: PathBuf,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
-        /// What to do about it.
+        /// The fix.
         fix: String,
     },
     /// Another program holds a hook exclusively.
@@ -103,11 +103,11 @@ pub enum DatapathError {
     /// A link can't be pinned or detached.
     #[error("can't {action} the link {link}: {source}")]
     Link {
-        /// `pin`, `look at` or `detach`.
+        /// `pin`, `read` or `detach`.
         action: &'static str,
         /// The pin.
         link: PathBuf,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
 }
@@ -130,7 +130,7 @@ fn fix_of_program(error: &ProgramError) -> String {
 
 fn fix(step: Step, error: &(dyn std::error::Error + 'static)) -> String {
     match cause::root_cause(error) {
-        Some(error) => Machine::look().fix(step, error),
+        Some(error) => Environment::read().fix(step, error),
         None => "please report this".to_owned(),
     }
 }

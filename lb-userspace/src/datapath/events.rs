@@ -1,4 +1,4 @@
-//! What the programs report: connections of services whose instances nobody follows.
+//! Events of the programs: connections to cold services.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
@@ -10,8 +10,8 @@ use zerocopy::FromBytes;
 use super::error::DatapathError;
 use super::kernel::Names;
 
-/// What tells of connections of services that are [`Cold`](crate::table::Watch::Cold): each once, until it
-/// was live in between. It can be polled.
+/// Reads events of connections to [`Cold`](crate::table::Watch::Cold) services: one for each service until
+/// it has been live. Its descriptor can be polled.
 pub struct Reports {
     ring: RingBuf<MapData>,
     names: Names,
@@ -24,9 +24,9 @@ impl Reports {
         Ok(Reports { ring, names })
     }
 
-    /// The name of the next service that was connected to; `None` when nothing more was reported.
+    /// The name of the service of the next event; `None` if there are no more.
     ///
-    /// A service that was removed meanwhile may be told by the name that its index has now.
+    /// If the service was removed meanwhile, this may be the name that its index has now.
     pub fn next_name(&mut self) -> Option<Arc<str>> {
         while let Some(event) = self.ring.next() {
             let Ok(Event { service, kind }) = Event::read_from_bytes(&event) else { continue };

@@ -1,9 +1,9 @@
-//! What the running kernel offers the programs, asked of the verifier before anything is loaded.
+//! Features of the running kernel, detected by loading small programs before the object.
 //!
-//! A helper depends on the kernel, on the program's type *and* on where it is to be attached:
-//! `bpf_set_retval` came to these programs with 6.1, and distributions have brought it to older
-//! kernels. So each is asked for by a program of a few instructions. Only the verifier's own words
-//! that there is no such helper mean that; any other failure is reported as it is.
+//! A helper depends on the kernel, on the program's type *and* on its attach type: `bpf_set_retval`
+//! came to these programs with 6.1, and distributions have backported it. So each is tested by a
+//! program of a few instructions. Only the verifier's message for an unknown helper means that it is
+//! missing; any other failure is reported as an error.
 
 use std::fmt;
 use std::io;
@@ -12,7 +12,7 @@ use lb_common::RejectMethod;
 
 use super::bpf::{AttachType, Rejected, load_trial};
 use super::btf::{self, SocketBits};
-use super::cause::{Machine, Step, is_transient};
+use super::cause::{Environment, Step, is_transient};
 use super::error::DatapathError;
 
 /// How often what a signal interrupted is tried: as often as libbpf does (PROG_LOAD_ATTEMPTS).
@@ -58,7 +58,7 @@ impl Trial {
     }
 }
 
-/// What the kernel lacks; nohop works without it.
+/// Features that the kernel lacks and nohop can do without.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Limit {
     /// Programs can't choose the error that a call fails with.
@@ -74,7 +74,7 @@ pub enum Limit {
 }
 
 impl Limit {
-    /// What to do about it.
+    /// The fix.
     pub fn fix(&self) -> &'static str {
         match self {
             Limit::PortZero => "boot a kernel from 6.1 on",
@@ -93,7 +93,7 @@ impl Limit {
     }
 }
 
-/// What follows from each.
+/// The consequence of each.
 impl fmt::Display for Limit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         const SO: &str = "the kernel's own sockets, such as NFS's, are translated like others";
@@ -125,38 +125,38 @@ impl fmt::Display for Limit {
     }
 }
 
-/// What the running kernel offers.
+/// Features of the running kernel.
 #[derive(Clone, Debug)]
 pub struct Features {
     /// How programs refuse a connection.
     pub refusal: RejectMethod,
     /// Where a socket shows that it is the kernel's own.
     pub sockets: SocketBits,
-    /// What is missing.
+    /// Missing features.
     pub limits: Vec<Limit>,
 }
 
 impl Features {
-    /// Asks the running kernel. Lifts this process's limit of locked memory for that, and for what is
-    /// loaded after it.
+    /// Tests the running kernel. Raises this process's limit of locked memory for the tests and for what
+    /// is loaded after them.
     ///
     /// # Errors
-    /// When the kernel doesn't take even an empty program, or fails otherwise than by having no such
+    /// When the kernel refuses even an empty program, or a test fails for another reason than an unknown
     /// helper.
     pub fn probe() -> Result<Features, DatapathError> {
         lift_memory_limit();
-        let machine = Machine::look();
+        let environment = Environment::read();
         let load = |trial: Trial, attach_type| load_trial(&trial.instructions(), attach_type);
         let bits = btf::socket_bits();
         let lockdown = std::fs::read_to_string(LOCKDOWN).ok().and_then(|text| in_brackets(&text));
-        Features::by(load, bits, lockdown, &machine)
+        Features::by(load, bits, lockdown, &environment)
     }
 
     fn by(
         mut load: impl FnMut(Trial, AttachType) -> Result<(), Rejected>,
         bits: io::Result<SocketBits>,
         lockdown: Option<String>,
-        machine: &Machine,
+        environment: &Environment,
     ) -> Result<Features, DatapathError> {
         let mut has = |trial, attach_type| {
             let loaded = retried(|| load(trial, attach_type), |rejected| &rejected.error);
@@ -164,7 +164,7 @@ impl Features {
                 Ok(()) => Ok(true),
                 Err(rejected) if trial != Trial::Empty && rejected.is_for_no_helper() => Ok(false),
                 Err(Rejected { error, log }) => Err(DatapathError::Probe {
-                    fix: machine.fix(Step::Program { has_log: !log.is_empty() }, &error),
+                    fix: environment.fix(Step::Program { has_log: !log.is_empty() }, &error),
                     source: error,
                     log,
                 }),
@@ -187,9 +187,9 @@ impl Features {
             Ok(SocketBits { kernel: None, .. }) => limits.push(Limit::NoKernelBit),
             // The verifier hides this helper from those who lack CAP_PERFMON, too. That is no reason
             // to do without it.
-            Ok(_) if machine.lacks("CAP_PERFMON") => {
+            Ok(_) if environment.lacks("CAP_PERFMON") => {
                 let source = io::Error::from_raw_os_error(libc::EPERM);
-                let fix = machine.fix(Step::Program { has_log: false }, &source);
+                let fix = environment.fix(Step::Program { has_log: false }, &source);
                 return Err(DatapathError::Probe { fix, source, log: String::new() });
             }
             Ok(bits) => {
@@ -207,8 +207,8 @@ impl Features {
 }
 
 /// Before 5.11 programs (`__bpf_prog_charge`) and maps count as locked memory. Without
-/// CAP_SYS_RESOURCE the limit can be raised as far as the hard one. Where that isn't enough, loading
-/// says so.
+/// CAP_SYS_RESOURCE the limit can be raised as far as the hard one. If that isn't enough, loading
+/// fails with a message.
 fn lift_memory_limit() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let hard = getrlimit(Resource::Memlock).maximum;
@@ -230,7 +230,7 @@ fn retried<T, E>(
     attempt()
 }
 
-/// The word that the kernel marks as the one in force: `none [integrity] confidentiality`.
+/// The value that the kernel marks as the current one: `none [integrity] confidentiality`.
 fn in_brackets(text: &str) -> Option<String> {
     Some(text.split_once('[')?.1.split_once(']')?.0.to_owned())
 }
@@ -248,8 +248,8 @@ mod tests {
         Err(Rejected { error: io::Error::from_raw_os_error(errno), log: log.to_owned() })
     }
 
-    fn root() -> Machine {
-        Machine { missing: Vec::new(), kernel: (6, 12) }
+    fn root() -> Environment {
+        Environment { missing: Vec::new(), kernel: (6, 12) }
     }
 
     #[test]
@@ -308,12 +308,12 @@ mod tests {
 
     #[test]
     fn a_capability_that_is_missing_is_no_lockdown() {
-        let machine = Machine { missing: vec!["CAP_PERFMON"], kernel: (6, 12) };
+        let environment = Environment { missing: vec!["CAP_PERFMON"], kernel: (6, 12) };
         let load = |trial, _| match trial {
             Trial::ReadKernel => rejected(libc::EINVAL, "unknown func bpf_probe_read_kernel#113"),
             _ => Ok(()),
         };
-        let error = Features::by(load, Ok(bits()), None, &machine).unwrap_err().to_string();
+        let error = Features::by(load, Ok(bits()), None, &environment).unwrap_err().to_string();
         assert!(error.contains("CAP_PERFMON"), "{error}");
     }
 

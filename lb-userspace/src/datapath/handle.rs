@@ -1,5 +1,5 @@
-//! The datapath as the daemon's parts share it: one applies tables and looks after the hooks, others
-//! ask.
+//! The datapath as the daemon's parts share it: the loop applies tables and checks the hooks, others
+//! read.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -7,18 +7,18 @@ use std::time::{Duration, Instant};
 
 use super::control::Datapath;
 use super::error::DatapathError;
-use super::probe::Proof;
-use super::reconcile::{ApplyError, Indices, Pressure};
-use super::units::UnitStatus;
+use super::probe::ProbeResult;
+use super::reconcile::{Indices, Pressure, ReconcileError};
+use super::units::UnitHealth;
 use crate::table::Table;
 
-/// How long `status` tells of hooks that were detached and attached again.
-const TELLS: Duration = Duration::from_secs(60);
+/// How long `status` reports hooks that were detached and attached again.
+const REPORT_FOR: Duration = Duration::from_secs(60);
 
-/// The services that the log names when the kernel doesn't have them, of those that a table adds.
+/// How many failed services of one table the log names.
 const MAX_NAMED: usize = 10;
 
-/// What becomes of connections to VIPs.
+/// How connections to VIPs are handled.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Mode {
     /// They are translated.
@@ -31,76 +31,76 @@ pub enum Mode {
     },
 }
 
-/// A datapath, and what is wrong with it.
+/// A datapath and its problems.
 #[derive(Debug)]
 pub struct SharedDatapath {
     datapath: Mutex<Datapath>,
     errors: Mutex<Errors>,
-    watched: Mutex<Watched>,
+    hook_state: Mutex<HookState>,
     mode: Mutex<Mode>,
 }
 
-/// The services that the kernel doesn't have as the last table wants them.
+/// The services of the last table that failed to apply.
 #[derive(Debug, Default)]
 struct Errors {
-    /// Each with the reason.
+    /// The reason, by service.
     reasons: BTreeMap<Arc<str>, String>,
-    /// Whether to apply the same table again may help.
-    may_pass: bool,
+    /// Whether applying the same table again may succeed.
+    is_transient: bool,
 }
 
-/// What was seen of the hooks.
+/// The observed state of the hooks.
 #[derive(Debug, Default)]
-struct Watched {
+struct HookState {
     /// Why hooks aren't where they should be.
     problem: Option<String>,
-    /// Why the last connection of our own didn't prove that they run, and whether it proved the opposite.
+    /// Why the last probe connection didn't meet the hooks, and whether that proves that they don't run.
     unproven: Option<(String, bool)>,
     /// When hooks were last found detached, and which.
     lost: Option<(Instant, String)>,
-    /// Why new maps don't count yet.
-    waiting: Option<Waiting>,
-    /// What an operator should know of whose connections are translated.
+    /// Why new maps aren't in use yet.
+    waiting: Option<PendingSwitch>,
+    /// Notes for the operator, from [`Datapath::notes`].
     notes: Vec<String>,
-    /// What lets VIPs reach something where no hook runs.
+    /// Problems of the routes for unhooked traffic.
     routes: Vec<String>,
 }
 
 /// Why the hooks still run an earlier daemon's programs.
 #[derive(Clone, Debug)]
-struct Waiting {
+struct PendingSwitch {
     why: String,
-    /// Whether all of those are where they should be; else the switch stopped half-way.
+    /// Whether all of those are attached; else the switch was interrupted.
     serves: bool,
 }
 
-impl Waiting {
-    fn of(error: &DatapathError) -> Waiting {
-        Waiting {
+impl PendingSwitch {
+    fn of(error: &DatapathError) -> PendingSwitch {
+        PendingSwitch {
             why: format!("the hooks still run an earlier daemon's programs and table: {error}"),
             serves: matches!(error, DatapathError::HoldsLess { .. }),
         }
     }
 }
 
-/// Whether connections are translated, as far as the daemon knows.
+/// Whether connections are translated, as far as the daemon can observe.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Hooks {
-    /// Whether every hook is attached, an earlier daemon's or this one's, and nothing showed that it
+pub struct HookHealth {
+    /// Whether every hook is attached, an earlier daemon's or this one's, and no probe found that it
     /// doesn't run.
     pub attached: bool,
-    /// Whether a connection would be translated: the hooks are attached, and connects to aren't only counted.
+    /// Whether connections are translated: the hooks are attached, and shadow mode is off.
     pub translate: bool,
-    /// Why they still are an earlier daemon's, with the table that it knew last.
+    /// Why an earlier daemon's hooks and table are still in use.
     pub waiting: Option<String>,
-    /// What an operator should know.
+    /// For the operator, a sentence each.
     pub problems: Vec<String>,
 }
 
-impl Watched {
+impl HookState {
     /// Whether connections are translated.
-    fn hooks(&self, mode: &Mode) -> Hooks {
-        let mut hooks = Hooks { attached: self.problem.is_none(), ..Hooks::default() };
+    fn hooks(&self, mode: &Mode) -> HookHealth {
+        let mut hooks = HookHealth { attached: self.problem.is_none(), ..HookHealth::default() };
         if let Mode::Shadow { why } = mode {
             hooks.problems.push(format!(
                 "connections are only counted, none is translated, and names get SERVFAIL: {why}"
@@ -114,13 +114,13 @@ impl Watched {
             hooks.problems.push(reason.clone());
         }
         if let Some((at, what)) = &self.lost
-            && at.elapsed() < TELLS
+            && at.elapsed() < REPORT_FOR
         {
             let ago = at.elapsed().as_secs();
             let then = if self.problem.is_none() { "; it was attached again" } else { "" };
             hooks.problems.push(format!("{what} {ago} s ago{then}"));
         }
-        if let Some(Waiting { why, serves }) = &self.waiting {
+        if let Some(PendingSwitch { why, serves }) = &self.waiting {
             hooks.attached &= serves;
             hooks.problems.push(why.clone());
             hooks.waiting = Some(why.clone());
@@ -145,23 +145,23 @@ impl SharedDatapath {
         SharedDatapath {
             datapath: Mutex::new(datapath),
             errors: Mutex::default(),
-            watched: Mutex::new(Watched { notes, ..Watched::default() }),
+            hook_state: Mutex::new(HookState { notes, ..HookState::default() }),
             mode: Mutex::new(mode),
         }
     }
 
-    /// As [`Datapath::apply`]; what couldn't be applied is logged once, and kept for those who ask.
+    /// As [`Datapath::apply`]; each failure is logged once, and kept for [`SharedDatapath::errors`].
     pub fn apply(&self, table: &Table) {
         let applied = lock(&self.datapath).apply(table);
-        let waiting = applied.as_ref().err().map(Waiting::of);
-        let former = std::mem::replace(&mut lock(&self.watched).waiting, waiting.clone());
-        if let Some(Waiting { why, .. }) = &waiting
+        let waiting = applied.as_ref().err().map(PendingSwitch::of);
+        let former = std::mem::replace(&mut lock(&self.hook_state).waiting, waiting.clone());
+        if let Some(PendingSwitch { why, .. }) = &waiting
             && former.is_none_or(|former| former.why != *why)
         {
             tracing::error!("{why}");
         }
         let errors = applied.unwrap_or_default();
-        let may_pass = errors.values().any(ApplyError::may_pass);
+        let is_transient = errors.values().any(ReconcileError::is_transient);
         let reasons: BTreeMap<Arc<str>, String> =
             errors.into_iter().map(|(name, error)| (name, error.to_string())).collect();
         let mut last = lock(&self.errors);
@@ -175,20 +175,20 @@ impl SharedDatapath {
             let n_more = new.len() - MAX_NAMED;
             tracing::error!("{n_more} more services aren't in the kernel: see `nohop services`");
         }
-        *last = Errors { reasons, may_pass };
+        *last = Errors { reasons, is_transient };
     }
 
-    /// Whether the last table has to be applied again, which may help.
+    /// Whether applying the last table again may succeed.
     pub fn is_behind(&self) -> bool {
-        lock(&self.errors).may_pass || lock(&self.watched).waiting.is_some()
+        lock(&self.errors).is_transient || lock(&self.hook_state).waiting.is_some()
     }
 
-    /// The services that the kernel doesn't have as the table wants them, each with the reason.
+    /// The services of the last table that failed to apply, each with the reason.
     pub fn errors(&self) -> BTreeMap<Arc<str>, String> {
         lock(&self.errors).reasons.clone()
     }
 
-    /// Why the kernel doesn't have this service as the table wants it; `None` if it does.
+    /// Why this service failed to apply; `None` if it didn't.
     pub fn error(&self, name: &str) -> Option<String> {
         lock(&self.errors).reasons.get(name).cloned()
     }
@@ -208,13 +208,13 @@ impl SharedDatapath {
         lock(&self.datapath).is_adopted()
     }
 
-    /// As [`Datapath::limits`], in words.
+    /// As [`Datapath::limits`], as text.
     pub fn limits(&self) -> Vec<String> {
         lock(&self.datapath).limits().iter().map(ToString::to_string).collect()
     }
 
     /// As [`Datapath::unit_status`].
-    pub fn unit_status(&self) -> Vec<UnitStatus> {
+    pub fn unit_status(&self) -> Vec<UnitHealth> {
         lock(&self.datapath).unit_status()
     }
 
@@ -223,53 +223,53 @@ impl SharedDatapath {
         lock(&self.datapath).pressure()
     }
 
-    /// As [`Datapath::beat`].
-    pub fn beat(&self, table_age: Option<Duration>) {
-        lock(&self.datapath).beat(table_age);
+    /// As [`Datapath::heartbeat`].
+    pub fn heartbeat(&self, table_age: Option<Duration>) {
+        lock(&self.datapath).heartbeat(table_age);
     }
 
-    /// Looks at every link, and attaches again what somebody detached. Returns whether all hooks had
-    /// been where they should be.
-    pub fn look_after(&self) -> bool {
+    /// Checks every link, and attaches again what is detached. Returns whether all hooks were
+    /// attached.
+    pub fn check_hooks(&self) -> bool {
         let mut datapath = lock(&self.datapath);
         let attachment = datapath.fix();
         let scope = datapath.scope().display().to_string();
         let notes: Vec<String> = datapath.notes().cloned().collect();
         drop(datapath);
-        let mut watched = lock(&self.watched);
-        for note in notes.iter().filter(|note| !watched.notes.contains(note)) {
+        let mut hook_state = lock(&self.hook_state);
+        for note in notes.iter().filter(|note| !hook_state.notes.contains(note)) {
             tracing::warn!("{note}");
         }
-        watched.notes = notes;
-        if attachment.problem.is_some() && watched.problem != attachment.problem {
+        hook_state.notes = notes;
+        if attachment.problem.is_some() && hook_state.problem != attachment.problem {
             tracing::error!(
                 "the hooks aren't attached: {}",
                 attachment.problem.as_deref().unwrap_or_default()
             );
         }
-        watched.problem = attachment.problem;
+        hook_state.problem = attachment.problem;
         if attachment.lost.is_empty() {
-            return watched.problem.is_none();
+            return hook_state.problem.is_none();
         }
         let lost = attachment.lost.into_iter().collect::<Vec<_>>().join(", ");
-        if watched.problem.is_none() {
+        if hook_state.problem.is_none() {
             tracing::warn!("something detached {lost} from {scope}: attached again");
         }
-        watched.lost = Some((Instant::now(), format!("something detached {lost} from {scope}")));
+        hook_state.lost = Some((Instant::now(), format!("something detached {lost} from {scope}")));
         false
     }
 
-    /// Takes note of what is wrong with the routes; the log shows what is new.
+    /// Sets the problems of the routes, and logs new ones.
     pub fn set_route_problems(&self, problems: Vec<String>) {
-        let mut watched = lock(&self.watched);
-        for problem in problems.iter().filter(|problem| !watched.routes.contains(problem)) {
+        let mut hook_state = lock(&self.hook_state);
+        for problem in problems.iter().filter(|problem| !hook_state.routes.contains(problem)) {
             tracing::error!("{problem}");
         }
-        watched.routes = problems;
+        hook_state.routes = problems;
     }
 
-    /// Proves by a connection from inside the scope that the hooks run. It blocks for up to four seconds.
-    pub fn prove(&self) {
+    /// Verifies by a probe connection from inside the scope that the hooks run. Blocks up to four seconds.
+    pub fn probe_hooks(&self) {
         let (prober, are_ours) = {
             let datapath = lock(&self.datapath);
             (datapath.prober(), datapath.are_hooks_ours())
@@ -279,36 +279,36 @@ impl SharedDatapath {
             return;
         }
         let unproven = match prober.probe() {
-            Proof::Runs(probe) => {
-                lock(&self.datapath).learn(probe);
+            ProbeResult::Seen(probe) => {
+                lock(&self.datapath).record_probe(probe);
                 None
             }
-            Proof::Misses => Some((
-                "a connect of our own from inside the cgroup didn't meet the hooks: is --cgroup below \
+            ProbeResult::NotSeen => Some((
+                "a probe connection from inside the cgroup didn't meet the hooks: is --cgroup below \
                  the hierarchy's real root, and not hidden by a cgroup namespace?"
                     .to_owned(),
                 true,
             )),
-            Proof::Unknown(reason) => {
-                Some((format!("can't connect to from inside the cgroup: {reason}"), false))
+            ProbeResult::Failed(reason) => {
+                Some((format!("no probe connection from inside the cgroup: {reason}"), false))
             }
         };
-        let mut watched = lock(&self.watched);
-        if watched.unproven != unproven {
+        let mut hook_state = lock(&self.hook_state);
+        if hook_state.unproven != unproven {
             match &unproven {
                 Some((reason, _)) => tracing::warn!("{reason}"),
-                None => tracing::info!("a connection of our own meets the hooks again"),
+                None => tracing::info!("the probe connection meets the hooks again"),
             }
-            watched.unproven = unproven;
+            hook_state.unproven = unproven;
         }
     }
 
     /// Whether connections are translated.
-    pub fn hooks(&self) -> Hooks {
-        lock(&self.watched).hooks(&self.mode())
+    pub fn hooks(&self) -> HookHealth {
+        lock(&self.hook_state).hooks(&self.mode())
     }
 
-    /// Has connections translated or only counted from now on; the log hears of each change.
+    /// Sets the mode, and logs each change.
     pub fn set_mode(&self, mode: Mode) {
         let mut last = lock(&self.mode);
         if *last == mode {
@@ -326,7 +326,7 @@ impl SharedDatapath {
         *last = mode;
     }
 
-    /// What becomes of connections.
+    /// The present mode.
     pub fn mode(&self) -> Mode {
         lock(&self.mode).clone()
     }
@@ -352,7 +352,7 @@ impl SharedDatapath {
     }
 }
 
-/// A panic while it was locked leaves what is in it consistent: every step is.
+/// A panic while it was locked leaves its data consistent, because every step does.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -361,10 +361,10 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 mod tests {
     use super::*;
 
-    fn hooks(waiting: Option<DatapathError>, problem: Option<&str>) -> Hooks {
-        let waiting = waiting.as_ref().map(Waiting::of);
+    fn hooks(waiting: Option<DatapathError>, problem: Option<&str>) -> HookHealth {
+        let waiting = waiting.as_ref().map(PendingSwitch::of);
         let problem = problem.map(str::to_owned);
-        Watched { waiting, problem, ..Watched::default() }.hooks(&Mode::Translate)
+        HookState { waiting, problem, ..HookState::default() }.hooks(&Mode::Translate)
     }
 
     /// An earlier daemon's hooks serve as well as this one's: names are answered while they do.

@@ -14,7 +14,7 @@ impl Ids {
         Ids { free: Vec::new(), next: 0, capacity }
     }
 
-    /// All of `0..capacity` free but those of which `is_used` says otherwise.
+    /// All of `0..capacity` free except those with `is_used`.
     pub fn with_used(capacity: u32, is_used: impl Fn(u32) -> bool) -> Ids {
         let next = (0..capacity).rev().find(|&id| is_used(id)).map_or(0, |last| last + 1);
         let free = (0..next).rev().filter(|&id| !is_used(id)).collect();
@@ -47,8 +47,8 @@ impl Ids {
         })
     }
 
-    /// Gives an index back.
-    pub fn give_back(&mut self, id: u32) {
+    /// Frees an index.
+    pub fn free(&mut self, id: u32) {
         self.free.push(id);
     }
 }

@@ -145,7 +145,7 @@ where
     HashMap::try_from(map).map_err(|source| DatapathError::Map { source })
 }
 
-/// What the programs count.
+/// The programs' counters.
 #[derive(Clone, Debug)]
 pub struct Counters {
     services: Arc<AtomicArray<ServiceEntry>>,
@@ -154,7 +154,7 @@ pub struct Counters {
     global: Arc<AtomicArray<GlobalCounters>>,
 }
 
-/// What is counted of a service; all only grow.
+/// A service's counters; all only grow.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ServiceCounters {
     /// Connects that were sent to a backend: connects by TCP, and choices for datagrams.
@@ -210,7 +210,7 @@ pub struct ControlBlock {
 }
 
 impl ControlBlock {
-    /// What a daemon, this one or an earlier one, wrote.
+    /// The part that daemons write.
     pub fn daemon(&self) -> Control {
         self.control.load(0)
     }
@@ -220,7 +220,7 @@ impl ControlBlock {
         self.control.store(0, &control);
     }
 
-    /// What the connect hook saw of the last connect() to the pool's own address.
+    /// The connect hook's record of the last connect() to the pool's own address.
     pub fn probe(&self) -> Probe {
         self.probe.load(0)
     }
@@ -257,7 +257,7 @@ impl BypassMap {
     /// When the kernel refuses.
     pub fn set(&mut self, cgroups: &BTreeMap<BypassCgroup, BypassLevel>) -> io::Result<()> {
         let former = self.cgroups()?;
-        // Programs look at the depths that have a bit alone.
+        // Programs check only the depths with a bit.
         self.set_levels(former.values().chain(cgroups.values()));
         for cgroup in former.keys().filter(|cgroup| !cgroups.contains_key(cgroup)) {
             self.cgroups.remove(&Plain(*cgroup)).map_err(io_error)?;
@@ -347,7 +347,7 @@ impl KernelMaps {
         })
     }
 
-    /// A handle to what the programs count.
+    /// A handle to the programs' counters.
     pub fn counters(&self) -> Counters {
         self.counters.clone()
     }
@@ -363,7 +363,7 @@ impl KernelMaps {
     }
 
     /// A handle to what the two sides write for each other.
-    pub fn board(&self) -> ControlBlock {
+    pub fn control_block(&self) -> ControlBlock {
         self.control.clone()
     }
 

@@ -14,7 +14,7 @@ use super::bpf::Link;
 use super::error::DatapathError;
 use super::object::program_fd;
 use super::pins::{self, PinnedLink, Pins, unpin};
-use super::units::{Hook, Target, UNITS, Unit, UnitState, UnitStatus, hooks};
+use super::units::{AttachPoint, Hook, UNITS, Unit, UnitHealth, UnitState, hooks};
 use super::{cause, obstacles};
 
 /// The cgroup that is served.
@@ -38,7 +38,7 @@ impl ServedCgroup {
 
     /// Whether a link is attached to this hook's target.
     fn has(&self, link: &Link, hook: &Hook) -> io::Result<bool> {
-        let Target::Cgroup(attach_type) = hook.target;
+        let AttachPoint::Cgroup(attach_type) = hook.target;
         Ok(link.info()?.is_some_and(|info| {
             info.cgroup_id == self.cgroup_id && info.attach_type == attach_type.number
         }))
@@ -103,7 +103,7 @@ fn end(PinnedLink { path, link, .. }: &PinnedLink) -> Result<(), DatapathError> 
     Ok(unpin(path)?)
 }
 
-/// What a look at the hooks found.
+/// The result of a check of the hooks.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Attachment {
     /// The programs of required units that were found detached. They are attached again unless there
@@ -195,7 +195,7 @@ impl Units {
     }
 
     /// How each unit does.
-    pub fn status(&self) -> Vec<UnitStatus> {
+    pub fn status(&self) -> Vec<UnitHealth> {
         let status = |LoadedUnit { unit, problem, .. }: &LoadedUnit| {
             let (state, reason) = match problem {
                 Some(problem) => (UnitState::Failed, Some(problem.clone())),
@@ -206,7 +206,7 @@ impl Units {
                 None => (UnitState::Attached, None),
             };
             let Unit { name, is_required, .. } = **unit;
-            UnitStatus { name, is_required, state, reason }
+            UnitHealth { name, is_required, state, reason }
         };
         self.units.iter().map(status).collect()
     }
@@ -252,7 +252,7 @@ impl Units {
             return attachment;
         }
         let cgroup = ServedCgroup::open(&self.scope);
-        // Where the kernel refused the programs it would refuse them again.
+        // The kernel refused the programs, and would again.
         for unit in self.units.iter_mut().filter(|unit| unit.ebpf.is_some()) {
             let fixed = match &cgroup {
                 Ok(cgroup) => unit.fix(&self.scope, cgroup, pins, &mut attachment.lost),
@@ -277,7 +277,7 @@ impl Units {
 }
 
 impl LoadedUnit {
-    /// Sets why it doesn't run. Of units that aren't required the log shows what is new.
+    /// Sets the reason why it doesn't run, and logs a new one of a unit that isn't required.
     fn set_problem(&mut self, problem: Option<String>) {
         if let Some(new) = problem.as_ref().filter(|_| self.problem != problem)
             && !self.unit.is_required
@@ -302,7 +302,7 @@ impl LoadedUnit {
                 pinned.name == hook.program && cgroup.has(&pinned.link, hook).unwrap_or(false)
             };
             let path = pins.link(hook.program);
-            // What isn't used stays among the earlier links, which end.
+            // Unused links stay among the earlier ones, which end.
             if let Some(at) = earlier.iter().position(is_this)
                 && earlier[at].link.replace(program_fd(ebpf, hook.program)?).is_ok()
             {
@@ -384,7 +384,7 @@ fn attach_hook(
     cgroup: &ServedCgroup,
 ) -> Result<Link, DatapathError> {
     let program = program_fd(ebpf, hook.program)?;
-    let Target::Cgroup(attach_type) = hook.target;
+    let AttachPoint::Cgroup(attach_type) = hook.target;
     Link::attach(program, cgroup.directory.as_fd(), attach_type).map_err(|source| {
         // The kernel has one error for both a missing capability and another program's hook.
         if source.kind() == io::ErrorKind::PermissionDenied
@@ -392,7 +392,7 @@ fn attach_hook(
         {
             return DatapathError::Obstacle(obstacle);
         }
-        let fix = cause::Machine::look().fix(cause::Step::Attach, &source);
+        let fix = cause::Environment::read().fix(cause::Step::Attach, &source);
         DatapathError::Attach { program: hook.program, cgroup: scope.into(), source, fix }
     })
 }

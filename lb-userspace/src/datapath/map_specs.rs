@@ -1,5 +1,5 @@
-//! What each map has to be: its type, the sizes of its keys and values and its flags, which the object
-//! defines, and its entries, which mostly follow from the configuration.
+//! The specification of each map: type, sizes of keys and values and flags, from the object, and the
+//! number of entries, mostly from the configuration.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -16,7 +16,7 @@ use crate::config::{DatapathConfig, VipConfig};
 /// The kernel object, which the build makes of lb-ebpf.
 pub static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/nohop-ebpf"));
 
-/// What a pinned map has to be.
+/// The specification of a pinned map.
 #[derive(Clone, Copy, Debug)]
 pub struct MapShape {
     /// Its name, in the object and of the pin.
@@ -77,9 +77,9 @@ impl Sizes {
         })
     }
 
-    /// The same, but those of `earlier` maps where these have no room for what is in use there. Of
-    /// slots and backends twice as much has to fit, so that each can be replaced. IPv6 frontends have
-    /// to fit only where there are to be any.
+    /// The same, but with the sizes of `earlier` maps where these are too small for the entries in use
+    /// there. Slots and backends have to fit twice, so that each can be replaced. IPv6 frontends have to
+    /// fit only if there are to be any.
     pub fn with_room_for(&self, in_use: &Sizes, earlier: &Sizes) -> Sizes {
         let choose = |own: u32, in_use: u32, earlier: u32| {
             if in_use > own { earlier.max(own) } else { own }
@@ -182,7 +182,7 @@ mod tests {
         };
         let earlier = sizes(100, 400, 400, 8192, 200);
         let small = sizes(10, 40, 40, 4096, 20);
-        // What is in use, and which sizes serve it.
+        // The entries in use, and the sizes that suffice.
         let table = [
             (sizes(10, 40, 40, 2048, 10), small),
             (sizes(11, 40, 40, 2048, 10), Sizes { services: 100, ..small }),

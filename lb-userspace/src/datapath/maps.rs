@@ -8,7 +8,7 @@ use lb_common::{Backend, Group, N_GROUPS, ServiceName, ServiceRef, Slot};
 /// A service's groups of backends, in the order in which connections use them.
 pub type Groups = [Group; N_GROUPS];
 
-/// What an application connects to, as a key of `FRONTENDS` or `FRONTENDS6`.
+/// A service's address and port, as a key of `FRONTENDS` or `FRONTENDS6`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct FrontendKey {
     /// The VIP, or a pinned address.
@@ -19,10 +19,10 @@ pub struct FrontendKey {
     pub protocol: u8,
 }
 
-/// What the reconciler does to the maps. The kernel's are behind it, and in tests a reader that
-/// checks the invariants after each step, and one that fails.
+/// The reconciler's operations on the maps. It is implemented by the kernel's maps and, in tests, by
+/// ones that check the invariants after each step and ones that fail.
 pub trait Maps {
-    /// Makes `frontend` lead to `target`.
+    /// Inserts a frontend of the service `target`.
     ///
     /// # Errors
     /// When the kernel refuses, such as E2BIG for a full map; then nothing has changed.

@@ -2,9 +2,9 @@
 //!
 //! From 5.11 on the kernel charges a map, and the entries of a socket storage with every socket, to
 //! the memory cgroup of the process that created the map, as long as the map exists
-//! (`bpf_map_save_memcg` in kernel/bpf/syscall.c). A service of systemd is in a cgroup of its own: each
-//! connection would pay for the accounting, and a limit of the service would apply to sockets of the
-//! whole node. A map that is created in the root memory cgroup is charged to none. In cgroup v2 only
+//! (`bpf_map_save_memcg` in kernel/bpf/syscall.c). A service of systemd has its own cgroup: each
+//! connection would cost the accounting, and the service's limit would apply to sockets of the whole
+//! node. A map that is created in the root memory cgroup is charged to none. In cgroup v2 only
 //! whole processes can enter another memory cgroup, so a child of the daemon enters the root, creates
 //! and pins the maps, and exits; the daemon opens the pins.
 
@@ -22,7 +22,7 @@ use rustix::process::{
     Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal, set_parent_process_death_signal,
 };
 
-use super::cause::Machine;
+use super::cause::Environment;
 use super::map_specs::OBJECT;
 use crate::config::cgroup;
 
@@ -35,7 +35,7 @@ const CHILD_LIMIT: Duration = Duration::from_secs(10);
 /// For how long a child that was killed may take to end.
 const KILL_LIMIT: Duration = Duration::from_secs(1);
 
-/// What the memory of maps is charged to.
+/// Which memory cgroup maps are charged to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Charge {
     /// None, whichever process creates them.
@@ -49,7 +49,7 @@ pub enum Charge {
 impl Charge {
     /// The charge of this process's maps.
     pub fn find() -> Charge {
-        if matches!(Machine::look().kernel, kernel if kernel < (5, 11) && kernel != (0, 0)) {
+        if matches!(Environment::read().kernel, kernel if kernel < (5, 11) && kernel != (0, 0)) {
             return Charge::None;
         }
         let read = |path| std::fs::read_to_string(path).unwrap_or_default();
@@ -161,7 +161,7 @@ fn run(command: &mut Command, limit: Duration) -> io::Result<Option<Output>> {
     // A process descriptor can't mean another process of the same number.
     let process = pidfd_open(Pid::from_child(&child), PidfdFlags::empty())?;
     let (sender, receiver) = mpsc::channel();
-    // One that the kernel holds doesn't end when it is killed: the thread waits, the daemon goes on.
+    // One that the kernel holds doesn't end when it is killed: the thread waits, and the daemon continues.
     let wait = move || sender.send(child.wait_with_output());
     std::thread::Builder::new().name("map-creator".to_owned()).spawn(wait)?;
     if let Ok(output) = receiver.recv_timeout(limit) {
@@ -173,8 +173,7 @@ fn run(command: &mut Command, limit: Duration) -> io::Result<Option<Output>> {
     Ok(None)
 }
 
-/// What the child does: it enters the cgroup, and creates and pins the maps, each of them given as
-/// `PATH=ENTRIES`.
+/// The child's part: enters the cgroup, and creates and pins the maps, each given as `PATH=ENTRIES`.
 ///
 /// # Errors
 /// When it can't enter, an argument isn't of this form, or the kernel refuses the maps.

@@ -1,4 +1,4 @@
-//! The object: what it is told of this kernel and of the configuration, and how it is loaded.
+//! The object: its constants, from the kernel's features and the configuration, and how it is loaded.
 
 use std::net::Ipv4Addr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};

@@ -12,7 +12,7 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
 use super::bpf::{AttachedPrograms, attached_programs, program_name};
-use super::units::{Hook, Target};
+use super::units::{AttachPoint, Hook};
 use crate::config::cgroup;
 
 const BPF_F_ALLOW_OVERRIDE: u32 = 1;
@@ -27,12 +27,12 @@ pub struct Obstacle {
     pub hook: &'static str,
     /// Its id.
     pub program_id: u32,
-    /// Its name, where this process may ask for it.
+    /// Its name, if this process may query it.
     pub name: Option<String>,
 }
 
 impl Obstacle {
-    /// What to do about it.
+    /// The fix.
     pub fn fix(&self) -> String {
         let Obstacle { cgroup, hook, program_id, .. } = self;
         let cgroup = cgroup.display();
@@ -43,7 +43,7 @@ impl Obstacle {
     }
 }
 
-/// What is wrong.
+/// The problem.
 impl fmt::Display for Obstacle {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Obstacle { cgroup, hook, program_id, name } = self;
@@ -57,11 +57,11 @@ impl fmt::Display for Obstacle {
     }
 }
 
-/// What keeps our programs from these hooks of `scope`; `None` where nothing does. A link that is there takes another program (BPF_LINK_UPDATE) whatever came after it:
-/// `__cgroup_bpf_replace` asks for no other's consent.
+/// Finds an obstacle to attaching to these hooks of `scope`; `None` if there is none. An existing link
+/// always takes another program (BPF_LINK_UPDATE): `__cgroup_bpf_replace` checks no other attachment.
 ///
 /// # Errors
-/// When the kernel can't be asked, such as for lack of CAP_NET_ADMIN.
+/// When the kernel refuses the query, such as for lack of CAP_NET_ADMIN.
 pub fn find<'a>(
     scope: &Path,
     hooks: impl IntoIterator<Item = &'a Hook>,
@@ -71,7 +71,7 @@ pub fn find<'a>(
     let levels: Vec<&Path> = scope.ancestors().take_while(is_cgroup).collect();
     let opened = levels.iter().map(File::open).collect::<io::Result<Vec<_>>>()?;
     for hook in hooks {
-        let Target::Cgroup(attach_type) = hook.target;
+        let AttachPoint::Cgroup(attach_type) = hook.target;
         let attached = opened
             .iter()
             .map(|cgroup| attached_programs(cgroup.as_fd(), attach_type))

@@ -1,4 +1,4 @@
-//! What a datapath is made from.
+//! The options of a datapath.
 
 use std::path::{Path, PathBuf};
 
@@ -7,7 +7,7 @@ use lb_common::{LAYOUT, RejectMethod};
 use super::units::{UNITS, Unit};
 use crate::config::{Config, DatapathConfig, VipConfig};
 
-/// What a datapath is made from.
+/// The options of a datapath.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// The sizes of the maps, and the cgroups that are bypassed.

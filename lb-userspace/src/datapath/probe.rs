@@ -1,4 +1,4 @@
-//! The proof that the hooks run: a connect() of our own, from a process inside the scope.
+//! Verifies that the hooks run: a probe connection, from a process inside the scope.
 //!
 //! It goes to the pool's own address, which no service has: the connect hook notes the process, and
 //! refuses it. An attachment to the wrong cgroup looks right from everywhere else. The hook
@@ -21,8 +21,8 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use super::kernel::ControlBlock;
 
 /// How long the child may take: it is another program's start and two system calls, but the cgroup
-/// that it enters may be frozen, or out of memory or processor time. Less than the time from one
-/// proof to the next, since two at once would expect each other's socket.
+/// that it enters may be frozen, or out of memory or processor time. Less than the interval of
+/// probes, since two at once would expect each other's socket.
 const TIMEOUT: Duration = Duration::from_secs(4);
 /// The hidden command by which the binary connects from inside another cgroup.
 const COMMAND: &str = "probe-connect";
@@ -32,48 +32,52 @@ const PORT: u16 = 1;
 /// Connects from inside a cgroup.
 #[derive(Debug)]
 pub struct Prober {
-    board: ControlBlock,
+    control_block: ControlBlock,
     address: Ipv4Addr,
     scope: PathBuf,
 }
 
 /// A connect() that the hook saw.
 #[derive(Clone, Copy, Debug)]
-pub struct Seen {
-    /// What it saw.
-    pub seen: Probe,
+pub struct Observed {
+    /// The hook's record of it.
+    pub probe: Probe,
     /// Whether this process connected, and not a child of it.
     pub is_own: bool,
 }
 
-/// What a connect() showed.
+/// The result of a probe connection.
 #[derive(Debug)]
-pub enum Proof {
-    /// The hook saw it.
-    Runs(Seen),
-    /// The hook didn't.
-    Misses,
-    /// There was no connect() from inside the scope, for this reason.
-    Unknown(String),
+pub enum ProbeResult {
+    /// The hook ran.
+    Seen(Observed),
+    /// The hook didn't run.
+    NotSeen,
+    /// No connection could be made from inside the scope, for this reason.
+    Failed(String),
 }
 
 impl Prober {
     /// A prober that connects to `address`, the pool's own, from inside `scope`.
-    pub fn new(board: ControlBlock, address: Ipv4Addr, scope: &Path) -> Prober {
-        Prober { board, address, scope: scope.into() }
+    pub fn new(control_block: ControlBlock, address: Ipv4Addr, scope: &Path) -> Prober {
+        Prober { control_block, address, scope: scope.into() }
     }
 
     /// Connects once.
-    pub fn probe(&self) -> Proof {
+    pub fn probe(&self) -> ProbeResult {
         let target = SocketAddr::from((self.address, PORT));
         let is_own = self.is_inside();
         let connected =
             if is_own { self.connect(target) } else { self.connect_from_inside(target) };
         if let Err(error) = connected {
-            return Proof::Unknown(error.to_string());
+            return ProbeResult::Failed(error.to_string());
         }
-        let seen = self.board.probe();
-        if seen.tgid != 0 { Proof::Runs(Seen { seen, is_own }) } else { Proof::Misses }
+        let probe = self.control_block.probe();
+        if probe.tgid != 0 {
+            ProbeResult::Seen(Observed { probe, is_own })
+        } else {
+            ProbeResult::NotSeen
+        }
     }
 
     /// Whether this process is in the scope.
@@ -89,7 +93,7 @@ impl Prober {
 
     fn connect(&self, target: SocketAddr) -> io::Result<()> {
         let (socket, cookie) = probe_socket()?;
-        self.board.expect_probe(cookie);
+        self.control_block.expect_probe(cookie);
         connect_to(&socket, target);
         Ok(())
     }
@@ -111,7 +115,7 @@ impl Prober {
             .spawn()?;
         let done = self.connect_in_child(&mut child, Instant::now() + TIMEOUT);
         if done.is_err() {
-            // It may be unable to go on, but can always be killed.
+            // It may be frozen, but can always be killed.
             let _ = child.kill();
             let _ = child.wait();
         }
@@ -122,7 +126,7 @@ impl Prober {
     fn connect_in_child(&self, child: &mut Child, deadline: Instant) -> io::Result<()> {
         let stdout = child.stdout.take().ok_or(io::ErrorKind::BrokenPipe)?;
         if let Some(cookie) = read_cookie(stdout, deadline)? {
-            self.board.expect_probe(cookie);
+            self.control_block.expect_probe(cookie);
             child.stdin.take().ok_or(io::ErrorKind::BrokenPipe)?.write_all(b"\n")?;
         }
         let pidfd = pidfd_open(Pid::from_child(child), PidfdFlags::empty())?;
@@ -158,8 +162,7 @@ fn wait_for(fd: PollFd<'_>, deadline: Instant) -> io::Result<()> {
     }
 }
 
-/// What the child does: it enters the cgroup, reports its socket's cookie, and connects once a line
-/// arrives.
+/// The child's part: enters the cgroup, reports its socket's cookie, and connects once a line arrives.
 ///
 /// # Errors
 /// When it can't enter, or make a socket.

@@ -1,4 +1,4 @@
-//! What the programs cost, as the kernel counts it.
+//! The programs' run time, as the kernel measures it.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -12,7 +12,7 @@ use super::map_specs::Sizes;
 use super::object::processed_instructions;
 use super::options::Options;
 
-/// The kernel counts the run time of every BPF program for as long as this lives.
+/// While this lives, the kernel measures the run time of every BPF program.
 #[derive(Debug)]
 pub struct Measuring(#[expect(dead_code, reason = "closing it ends the counting")] OwnedFd);
 
@@ -27,7 +27,7 @@ impl Measuring {
     }
 }
 
-/// What a program has cost since it was loaded, while the kernel counted.
+/// A program's run time since it was loaded, while the kernel measured.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Cost {
     /// How often it ran.
@@ -64,7 +64,7 @@ impl Datapath {
         processed_instructions(options, &sizes, &self.pins, &mut self.features)
     }
 
-    /// What a program has cost.
+    /// A program's run time so far.
     ///
     /// # Errors
     /// When there is no such program, or the kernel doesn't report it.

@@ -1,9 +1,9 @@
-//! The reconciler: brings the maps from what they hold to what a table wants.
+//! The reconciler: updates the maps to a table.
 //!
-//! A service's new backends and slots are written where no reader looks, then one store shows them.
-//! What that leaves behind (slots, entries, indices) rests in [`Reconciler::resting`] until every
-//! program that may have found it has ended; only then is it written again. That wait is put off
-//! until something needs the room, so that an ordinary change never waits.
+//! A service's new backends and slots are written where no program reads, then one store publishes
+//! them. Replaced slots, entries and indices stay in [`Reconciler::quarantine`] for an RCU grace
+//! period, that is until every program that may have read them has ended; only then are they reused.
+//! The wait is deferred until they are needed, so an ordinary change never waits.
 
 pub mod adopt;
 
@@ -26,23 +26,23 @@ use crate::table::{Ports, Service, Table, Watch};
 
 /// Why the kernel doesn't have a service's present state.
 ///
-/// Where room is lacking nothing has changed, and the service's former state keeps serving. Where
-/// the kernel refused a frontend the service's present backends serve, at the frontends that it has
-/// so far; [`Reconciler::apply`] does the rest when it is called again.
+/// If a map is full, nothing has changed, and the service's former state keeps serving. If the
+/// kernel refused a frontend, the service's present backends serve at the frontends inserted so far,
+/// and the next [`Reconciler::apply`] inserts the others.
 #[derive(Debug, thiserror::Error)]
-pub enum ApplyError {
+pub enum ReconcileError {
     /// One service is larger than a region can be.
     #[error("it has {n_backends} healthy backends; a service can have {MAX_SERVICE_BACKENDS}")]
     TooManyBackends {
         /// The number of healthy backends.
         n_backends: usize,
     },
-    /// A map has no room.
+    /// A map is full.
     #[error("{map} is full ({capacity} entries): raise {key} in the configuration and restart")]
     Full {
         /// The map.
         map: &'static str,
-        /// The number of entries it has room for.
+        /// Its number of entries.
         capacity: u32,
         /// The key of the configuration that sets its size.
         key: &'static str,
@@ -52,45 +52,44 @@ pub enum ApplyError {
     Frontend {
         /// The frontend.
         address: SocketAddr,
-        /// What it said.
+        /// The kernel's error.
         source: io::Error,
     },
 }
 
-impl ApplyError {
-    /// Whether the same table may be applied later. A map that is full stays so until another table
-    /// gives something up, and is tried again then.
-    pub fn may_pass(&self) -> bool {
-        matches!(self, ApplyError::Frontend { .. })
+impl ReconcileError {
+    /// Whether applying the same table again may succeed. A full map stays full until another table
+    /// removes something.
+    pub fn is_transient(&self) -> bool {
+        matches!(self, ReconcileError::Frontend { .. })
     }
 
-    /// Whether the service is in the maps as it was before.
+    /// Whether the maps still have the service's former state.
     pub fn keeps_former(&self) -> bool {
-        !self.may_pass()
+        !self.is_transient()
     }
 }
 
-/// What the maps hold of one service.
+/// One service as the maps have it.
 #[derive(Debug)]
-struct Held {
-    /// Whether its source followed it in the state that was applied last; `None` while its first isn't
-    /// complete.
+struct Applied {
+    /// The `watch` of the state that was applied last; `None` until a state is applied completely.
     watch: Option<Watch>,
     service_idx: u32,
     backends: HashMap<SocketAddr, u32>,
     frontends: BTreeMap<FrontendKey, ServiceRef>,
     blocks: Vec<Block>,
-    /// The UDP frontends by which sockets may have come to its backends: those that it has, and those
-    /// it had until their sockets were seen to.
+    /// The UDP frontends through which sockets may be connected to its backends: its present ones, and
+    /// removed ones until their sockets are disconnected.
     udp: BTreeSet<FrontendKey>,
-    /// The UDP frontends that it gives up. While there are any, its backends have no generation, so
-    /// that each datagram goes by the maps alone and no socket remembers where.
+    /// The UDP frontends about to be removed. While there are any, its backends have no generation, so
+    /// each datagram is translated by the maps alone, and no socket caches a backend.
     given_up: Vec<FrontendKey>,
 }
 
-impl Held {
-    fn new(service_idx: u32) -> Held {
-        Held {
+impl Applied {
+    fn new(service_idx: u32) -> Applied {
+        Applied {
             watch: None,
             service_idx,
             backends: HashMap::new(),
@@ -109,18 +108,18 @@ impl Held {
     }
 }
 
-/// What connected UDP sockets may still be connected to, though a new connection would not be.
+/// Where connected UDP sockets may still be connected to, and new connections aren't.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct LeftUdp {
-    /// Backends that left a service which isn't known any more.
+pub struct RemovedUdp {
+    /// Backends of a service that isn't known any more.
     pub backends: HashSet<SocketAddr>,
-    /// Frontends, each with a backend that it led to and leads to no more: the backend left the
-    /// service, or the service gave the frontend up. Port 0 stands for all ports.
+    /// Former pairs of frontend and backend: the backend left the service, or the service lost the
+    /// frontend. Port 0 stands for all ports.
     pub frontends: HashSet<(SocketAddr, SocketAddr)>,
 }
 
-impl LeftUdp {
-    /// Whether nothing left.
+impl RemovedUdp {
+    /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.backends.is_empty() && self.frontends.is_empty()
     }
@@ -129,33 +128,33 @@ impl LeftUdp {
 /// Services that have backends in some maps, each with its frontends there.
 pub type Served = HashMap<Arc<str>, HashSet<FrontendKey>>;
 
-/// What was given up and may still be read.
+/// Unused entries that a program may still read.
 #[derive(Debug, Default)]
-struct Resting {
+struct Quarantine {
     services: Vec<u32>,
     backends: Vec<u32>,
     blocks: Vec<Block>,
-    /// Whether elements of a hash were deleted: the kernel recycles them at once.
+    /// Whether frontends were deleted: the kernel reuses a hash map's elements at once.
     frontends: bool,
 }
 
-impl Resting {
+impl Quarantine {
     fn is_empty(&self) -> bool {
-        let Resting { services, backends, blocks, frontends } = self;
+        let Quarantine { services, backends, blocks, frontends } = self;
         services.is_empty() && backends.is_empty() && blocks.is_empty() && !frontends
     }
 }
 
-/// How many entries a map has in use, and room for.
+/// How full a map is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Pressure {
-    /// Entries in use, those that rest included.
+    /// Entries in use, including those in quarantine.
     pub used: u32,
-    /// Entries it has room for.
+    /// Its number of entries.
     pub capacity: u32,
 }
 
-/// The indices that the kernel knows a service and its backends by.
+/// The indices of a service and its backends in the kernel's maps.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Indices {
     /// The index into `SERVICES` and `SERVICE_STATS`.
@@ -174,35 +173,35 @@ struct Healthy {
     group: usize,
 }
 
-/// Keeps the maps in step with the table.
+/// Updates the maps to each table.
 #[derive(Debug)]
 pub struct Reconciler<M> {
     maps: M,
     /// The services of the table that was applied last.
     seen: OrdMap<Arc<str>, Arc<Service>>,
-    /// Those of which the maps may hold something else: what failed, or an earlier daemon left.
-    behind: BTreeSet<Arc<str>>,
-    held: BTreeMap<Arc<str>, Held>,
-    /// Whose each frontend is.
+    /// Services to be applied again: they failed, or an earlier daemon's maps may differ.
+    pending: BTreeSet<Arc<str>>,
+    applied: BTreeMap<Arc<str>, Applied>,
+    /// The service of each frontend.
     owners: HashMap<FrontendKey, Arc<str>>,
-    /// Frontends that services have no more, while a table is applied.
+    /// Former frontends of services, while a table is applied.
     stale: Vec<(Arc<str>, Vec<FrontendKey>)>,
-    resting: Resting,
+    quarantine: Quarantine,
     services: Ids,
     backends: Ids,
     regions: SlotAllocator,
     frontends: Room,
     frontends6: Room,
     next_generation: u32,
-    /// Backends that left a service which is connected to by UDP, each with the service and the frontends
-    /// that led there; the service has no name where it isn't known any more.
-    left_udp: HashMap<(Arc<str>, SocketAddr), BTreeSet<FrontendKey>>,
-    /// The services that former maps serve, in the place of which these are to be used, each with its
-    /// frontends there: they come first where room is short.
+    /// Backends that left a service with UDP frontends, each with the service and those frontends; the
+    /// service's name is empty if it isn't known any more.
+    removed_udp: HashMap<(Arc<str>, SocketAddr), BTreeSet<FrontendKey>>,
+    /// The services that the maps to be replaced serve, each with its frontends there: they come first
+    /// if these maps are too small.
     served: Served,
-    /// Services with frontends in [`Held::given_up`].
+    /// Services with frontends in [`Applied::given_up`].
     suspended: BTreeSet<Arc<str>>,
-    /// UDP frontends that a service gave up, each with a backend that it kept.
+    /// Former UDP frontends of services, each with a backend that the service kept.
     given_up_udp: HashSet<(SocketAddr, SocketAddr)>,
 }
 
@@ -222,18 +221,18 @@ impl<M: Maps> Reconciler<M> {
         Reconciler {
             maps,
             seen: OrdMap::new(),
-            behind: BTreeSet::new(),
-            held: BTreeMap::new(),
+            pending: BTreeSet::new(),
+            applied: BTreeMap::new(),
             owners: HashMap::new(),
             stale: Vec::new(),
-            resting: Resting::default(),
+            quarantine: Quarantine::default(),
             services: Ids::new(sizes.services),
             backends: Ids::new(sizes.backends),
             regions: SlotAllocator::new(sizes.slots),
             frontends: room("FRONTENDS", sizes.frontends),
             frontends6: room("FRONTENDS6", sizes.frontends6),
             next_generation: first_generation.max(1),
-            left_udp: HashMap::new(),
+            removed_udp: HashMap::new(),
             served: Served::new(),
             suspended: BTreeSet::new(),
             given_up_udp: HashSet::new(),
@@ -245,20 +244,20 @@ impl<M: Maps> Reconciler<M> {
         &mut self.maps
     }
 
-    /// Brings the maps to `table`. Returns the services that couldn't be brought there, each with
-    /// the reason; the next call tries them again.
+    /// Updates the maps to `table`. Returns the services that failed, each with the reason; the next
+    /// call retries them.
     ///
     /// Additions and changes come before removals, so that a service that is renamed or moved is
     /// never missing under both names.
-    pub fn apply(&mut self, table: &Table) -> BTreeMap<Arc<str>, ApplyError> {
+    pub fn apply(&mut self, table: &Table) -> BTreeMap<Arc<str>, ReconcileError> {
         let mut errors = BTreeMap::new();
         let Diff { changed, gone } = self.seen.diff(&table.services);
-        // Should this stop half-way, the next call begins with all of these.
-        self.behind.extend(changed.iter().map(|(name, _)| Arc::clone(name)));
-        self.behind.extend(gone.iter().map(|(name, _)| Arc::clone(name)));
+        // If this is interrupted, the next call begins with all of these.
+        self.pending.extend(changed.iter().map(|(name, _)| Arc::clone(name)));
+        self.pending.extend(gone.iter().map(|(name, _)| Arc::clone(name)));
         self.seen = table.services.clone();
         let (mut changed, mut gone) = (Vec::new(), Vec::new());
-        for name in &self.behind {
+        for name in &self.pending {
             match table.services.get(name) {
                 Some(service) => changed.push(service),
                 None => gone.push(name.clone()),
@@ -267,12 +266,12 @@ impl<M: Maps> Reconciler<M> {
         if !self.served.is_empty() {
             changed.sort_by_key(|service| !self.served.contains_key(&service.name));
         }
-        // Before the first `put`, which may give one of those frontends to another service.
+        // Before the first `upsert`, which may move one of those frontends to another service.
         for service in &changed {
             self.suspend_flows(service);
         }
         for service in changed {
-            if let Err(error) = self.put(service) {
+            if let Err(error) = self.upsert(service) {
                 errors.insert(service.name.clone(), error);
             }
         }
@@ -282,103 +281,98 @@ impl<M: Maps> Reconciler<M> {
                 errors.insert(name, error);
             }
         }
-        if !self.resting.is_empty() {
-            self.retry_what_lacked_room(table, &mut errors);
+        if !self.quarantine.is_empty() {
+            self.retry_full(table, &mut errors);
         }
         self.resume_flows(&errors);
-        self.behind = errors.keys().cloned().collect();
+        self.pending = errors.keys().cloned().collect();
         errors
     }
 
-    /// Where a service is about to give up a UDP frontend, takes the generation from its backends:
-    /// a socket that remembers one of them has its next datagram chosen anew, by whatever the
-    /// frontend leads to then.
+    /// If a service is about to lose a UDP frontend, clears its backends' generations: a socket that
+    /// cached one of them has its next datagram translated again, by the frontend's entry then.
     fn suspend_flows(&mut self, service: &Service) {
-        let Some(held) = self.held.get_mut(&service.name) else { return };
+        let Some(applied) = self.applied.get_mut(&service.name) else { return };
         let wanted = frontends(service, 0);
         let is_given_up = |frontend: &&FrontendKey| {
             frontend.protocol == IPPROTO_UDP && !wanted.contains_key(frontend)
         };
-        let given_up: Vec<_> = held.frontends.keys().filter(is_given_up).copied().collect();
-        let is_suspended = !held.given_up.is_empty();
-        // What couldn't be removed and is wanted again isn't given up any more.
-        held.given_up.retain(|frontend| !wanted.contains_key(frontend));
+        let given_up: Vec<_> = applied.frontends.keys().filter(is_given_up).copied().collect();
+        let is_suspended = !applied.given_up.is_empty();
+        // A frontend that couldn't be removed and is wanted again stays.
+        applied.given_up.retain(|frontend| !wanted.contains_key(frontend));
         if given_up.is_empty() {
             return;
         }
         if !is_suspended {
-            held.backends.values().for_each(|&idx| self.maps.retire_backend(idx));
+            applied.backends.values().for_each(|&idx| self.maps.retire_backend(idx));
         }
-        let new = given_up.into_iter().filter(|frontend| !held.given_up.contains(frontend));
-        held.given_up.extend(new.collect::<Vec<_>>());
+        let new = given_up.into_iter().filter(|frontend| !applied.given_up.contains(frontend));
+        applied.given_up.extend(new.collect::<Vec<_>>());
         self.suspended.insert(service.name.clone());
     }
 
-    /// Gives generations to the backends of services whose UDP frontends are gone by now: once no
-    /// program is left that found one of them before.
-    fn resume_flows(&mut self, errors: &BTreeMap<Arc<str>, ApplyError>) {
-        let is_unchanged = |name: &Arc<str>| errors.get(name).is_some_and(ApplyError::keeps_former);
+    /// Sets the generations of backends again once the service's former UDP frontends are removed and
+    /// a grace period is over.
+    fn resume_flows(&mut self, errors: &BTreeMap<Arc<str>, ReconcileError>) {
+        let is_unchanged =
+            |name: &Arc<str>| errors.get(name).is_some_and(ReconcileError::keeps_former);
         let (mut resumed, mut must_wait) = (Vec::new(), false);
         for name in &self.suspended {
-            let Some(held) = self.held.get(name) else {
+            let Some(applied) = self.applied.get(name) else {
                 resumed.push(name.clone());
                 continue;
             };
             let n_left =
-                held.given_up.iter().filter(|key| held.frontends.contains_key(key)).count();
+                applied.given_up.iter().filter(|key| applied.frontends.contains_key(key)).count();
             if n_left == 0 || is_unchanged(name) {
-                must_wait |= n_left < held.given_up.len();
+                must_wait |= n_left < applied.given_up.len();
                 resumed.push(name.clone());
             }
         }
         if must_wait {
-            // What rests may be freed by the same wait.
-            self.resting.frontends = true;
+            // The same wait frees the quarantine.
+            self.quarantine.frontends = true;
             self.recycle();
         }
         for name in resumed {
             self.suspended.remove(&name);
-            let Some(held) = self.held.get_mut(&name) else { continue };
-            for &backend_idx in held.backends.values() {
+            let Some(applied) = self.applied.get_mut(&name) else { continue };
+            for &backend_idx in applied.backends.values() {
                 self.maps.renew_backend(backend_idx, self.next_generation);
                 self.next_generation = next(self.next_generation);
             }
-            let frontends = &held.frontends;
-            for frontend in held.given_up.drain(..).filter(|key| !frontends.contains_key(key)) {
-                held.udp.remove(&frontend);
-                let backends = held.backends.keys();
+            let frontends = &applied.frontends;
+            for frontend in applied.given_up.drain(..).filter(|key| !frontends.contains_key(key)) {
+                applied.udp.remove(&frontend);
+                let backends = applied.backends.keys();
                 self.given_up_udp.extend(backends.map(|&backend| (shown(&frontend), backend)));
             }
         }
     }
 
-    /// Removes the frontends that services have no more: after all insertions, of which each would
-    /// wait for the readers of what was deleted before.
-    fn remove_stale(&mut self, errors: &mut BTreeMap<Arc<str>, ApplyError>) {
+    /// Removes former frontends: after all insertions, because an insertion after a deletion waits for
+    /// a grace period.
+    fn remove_stale(&mut self, errors: &mut BTreeMap<Arc<str>, ReconcileError>) {
         for (name, stale) in std::mem::take(&mut self.stale) {
             let is_own = |key: &FrontendKey| self.owners.get(key) == Some(&name);
             let stale: Vec<FrontendKey> = stale.into_iter().filter(is_own).collect();
             if let Err(error) = self.remove_frontends(&name, &stale) {
-                // The next table tries again.
+                // The next table retries it.
                 errors.insert(name, error);
             }
         }
     }
 
-    /// What other services gave up may be the room that these lacked.
-    fn retry_what_lacked_room(
-        &mut self,
-        table: &Table,
-        errors: &mut BTreeMap<Arc<str>, ApplyError>,
-    ) {
-        let lacked_room = |error: &ApplyError| matches!(error, ApplyError::Full { .. });
+    /// Retries the services that found a map full: other services may have freed entries.
+    fn retry_full(&mut self, table: &Table, errors: &mut BTreeMap<Arc<str>, ReconcileError>) {
         let retried: Vec<&Arc<Service>> = errors
             .iter()
-            .filter(|(_, error)| lacked_room(error))
+            .filter(|(_, error)| matches!(error, ReconcileError::Full { .. }))
             .filter_map(|(name, _)| table.services.get(name))
             .collect();
         for service in retried {
-            match self.put(service) {
+            match self.upsert(service) {
                 Ok(()) => drop(errors.remove(&service.name)),
                 Err(error) => drop(errors.insert(service.name.clone(), error)),
             }
@@ -386,85 +380,81 @@ impl<M: Maps> Reconciler<M> {
         self.remove_stale(errors);
     }
 
-    /// What, since the last call, left a service which is connected to by UDP, and has not come back to
-    /// it.
-    pub fn take_left_udp(&mut self) -> LeftUdp {
+    /// Takes the UDP frontends and backends that were removed since the last call and haven't come
+    /// back.
+    pub fn take_removed_udp(&mut self) -> RemovedUdp {
         let is_back = |name: &Arc<str>, address: &SocketAddr| {
-            self.held.get(name).is_some_and(|held| held.backends.contains_key(address))
+            self.applied.get(name).is_some_and(|applied| applied.backends.contains_key(address))
         };
-        let mut left_udp = LeftUdp { frontends: self.given_up_udp.clone(), ..LeftUdp::default() };
-        for ((name, backend), frontends) in &self.left_udp {
+        let mut removed_udp =
+            RemovedUdp { frontends: self.given_up_udp.clone(), ..RemovedUdp::default() };
+        for ((name, backend), frontends) in &self.removed_udp {
             if name.is_empty() {
-                left_udp.backends.insert(*backend);
+                removed_udp.backends.insert(*backend);
             } else if !is_back(name, backend) {
                 let frontends = frontends.iter().map(|frontend| (shown(frontend), *backend));
-                left_udp.frontends.extend(frontends);
+                removed_udp.frontends.extend(frontends);
             }
         }
         self.given_up_udp.clear();
-        self.left_udp.clear();
-        left_udp
+        self.removed_udp.clear();
+        removed_udp
     }
 
-    /// The indices of a service that is in the maps.
+    /// The indices of a service in the maps.
     pub fn indices(&self, name: &str) -> Option<Indices> {
-        let held = self.held.get(name)?;
-        Some(Indices { service: held.service_idx, backends: held.backends.clone() })
+        let applied = self.applied.get(name)?;
+        Some(Indices { service: applied.service_idx, backends: applied.backends.clone() })
     }
 
-    /// The index of each service that is in the maps.
-    pub fn service_indices(&self) -> impl Iterator<Item = (&Arc<str>, u32)> {
-        self.held.iter().map(|(name, held)| (name, held.service_idx))
-    }
-
-    /// The services that the maps hold, each with the addresses of its frontends.
+    /// The services in the maps, each with the addresses of its frontends.
     pub fn names(&self) -> impl Iterator<Item = (&Arc<str>, impl Iterator<Item = IpAddr>)> {
-        self.held.iter().map(|(name, held)| {
-            let vips = held.frontends.iter().filter(|(_, target)| target.host_only == 0);
+        self.applied.iter().map(|(name, applied)| {
+            let vips = applied.frontends.iter().filter(|(_, target)| target.host_only == 0);
             (name, vips.map(|(frontend, _)| frontend.address))
         })
     }
 
-    /// The services that the maps hold, each with its index.
-    pub fn services(&self) -> impl Iterator<Item = (&Arc<str>, u32)> {
-        self.held.iter().map(|(name, held)| (name, held.service_idx))
+    /// The services in the maps, each with its index.
+    pub fn service_indices(&self) -> impl Iterator<Item = (&Arc<str>, u32)> {
+        self.applied.iter().map(|(name, applied)| (name, applied.service_idx))
     }
 
     /// The services that have backends in the maps, each with its frontends.
     pub fn served(&self) -> Served {
-        let serving = self.held.iter().filter(|(_, held)| !held.backends.is_empty());
-        let frontends = |held: &Held| held.frontends.keys().copied().collect();
-        serving.map(|(name, held)| (name.clone(), frontends(held))).collect()
+        let serving = self.applied.iter().filter(|(_, applied)| !applied.backends.is_empty());
+        let frontends = |applied: &Applied| applied.frontends.keys().copied().collect();
+        serving.map(|(name, applied)| (name.clone(), frontends(applied))).collect()
     }
 
-    /// Puts these services before others, until [`Reconciler::forget_served`]: former maps, which
-    /// these are to replace, serve them.
+    /// Applies these services before others until [`Reconciler::clear_served`]: the maps to be replaced
+    /// serve them.
     pub fn prefer_served(&mut self, served: Served) {
         self.served = served;
     }
 
-    /// Those of the services in `errors` that the former maps serve and these wouldn't: `table` wants a
-    /// frontend which leads to the service there, and to nothing here. What these hold of a service
-    /// may be behind the table all the same.
+    /// The services in `errors` that the former maps serve and these wouldn't: `table` wants a frontend
+    /// that is in those maps and not in these. These may still have an outdated state of a service.
     pub fn unserved<'a>(
         &self,
         table: &Table,
-        errors: &'a BTreeMap<Arc<str>, ApplyError>,
-    ) -> BTreeMap<&'a Arc<str>, &'a ApplyError> {
+        errors: &'a BTreeMap<Arc<str>, ReconcileError>,
+    ) -> BTreeMap<&'a Arc<str>, &'a ReconcileError> {
         let is_unserved = |name: &Arc<str>| {
             let (Some(served), Some(service)) = (self.served.get(name), table.services.get(name))
             else {
                 return false;
             };
-            let held = self.held.get(name);
-            let is_here = |frontend| held.is_some_and(|held| held.frontends.contains_key(frontend));
+            let applied = self.applied.get(name);
+            let is_here =
+                |frontend| applied.is_some_and(|applied| applied.frontends.contains_key(frontend));
             frontends(service, 0).keys().any(|key| served.contains(key) && !is_here(key))
         };
         errors.iter().filter(|(name, _)| is_unserved(name)).collect()
     }
 
-    /// Forgets which services former maps served: these are used now.
-    pub fn forget_served(&mut self) {
+    /// Ends [`Reconciler::prefer_served`]: these maps are in use now.
+    pub fn clear_served(&mut self) {
         self.served.clear();
     }
 
@@ -494,109 +484,112 @@ impl<M: Maps> Reconciler<M> {
     }
 
     /// Adds or changes one service.
-    fn put(&mut self, service: &Service) -> Result<(), ApplyError> {
-        // A catalog may have many times the services that there is room for.
-        let has_none_left = self.services.available() == 0 && self.resting.services.is_empty();
-        if has_none_left && !self.held.contains_key(&service.name) {
-            return Err(self.no_service_left());
+    fn upsert(&mut self, service: &Service) -> Result<(), ReconcileError> {
+        // A catalog may have many times more services than the maps.
+        let has_none_left = self.services.available() == 0 && self.quarantine.services.is_empty();
+        if has_none_left && !self.applied.contains_key(&service.name) {
+            return Err(self.services_full());
         }
         let healthy: Vec<Healthy> = service
             .healthy()
             .filter_map(|backend| {
                 let &crate::table::Backend { weight, host_only, .. } = backend;
-                // A service has one group so far.
+                // Today a service has one group.
                 Some(Healthy { address: backend.address?, weight, host_only, group: 0 })
             })
             .collect();
         if healthy.len() > MAX_SERVICE_BACKENDS as usize {
-            return Err(ApplyError::TooManyBackends { n_backends: healthy.len() });
+            return Err(ReconcileError::TooManyBackends { n_backends: healthy.len() });
         }
-        let choices = Choices::of(&healthy);
+        let slot_tables = SlotTables::of(&healthy);
 
-        // All that can be short is taken before anything is written, so that a failure leaves the
-        // former state whole.
-        let n_fresh = self.count_fresh(&service.name, &healthy);
-        if self.backends.available() < n_fresh {
+        // All entries are allocated before anything is written, so a failure leaves the former state
+        // whole.
+        let n_new = self.count_new_backends(&service.name, &healthy);
+        if self.backends.available() < n_new {
             self.recycle();
         }
-        if self.backends.available() < n_fresh {
+        if self.backends.available() < n_new {
             return Err(full("BACKENDS", self.backends.capacity(), "datapath.max_backends"));
         }
         self.check_room_for_frontends(service)?;
-        let service_idx = match self.held.get(&service.name) {
-            Some(held) => held.service_idx,
-            None => self.new_service()?,
+        let service_idx = match self.applied.get(&service.name) {
+            Some(applied) => applied.service_idx,
+            None => self.allocate_service()?,
         };
-        let blocks = match self.take_blocks(&choices) {
+        let blocks = match self.take_blocks(&slot_tables) {
             Ok(blocks) => blocks,
             Err(error) => {
-                if !self.held.contains_key(&service.name) {
-                    self.services.give_back(service_idx);
+                if !self.applied.contains_key(&service.name) {
+                    self.services.free(service_idx);
                 }
                 return Err(error);
             }
         };
 
-        let held = self.held.entry(service.name.clone()).or_insert_with(|| {
+        let applied = self.applied.entry(service.name.clone()).or_insert_with(|| {
             self.maps.set_name(service_idx, name_entry(&service.name));
-            Held::new(service_idx)
+            Applied::new(service_idx)
         });
-        let former_watch = held.watch.take();
+        let former_watch = applied.watch.take();
         for &Healthy { address, .. } in &healthy {
-            if !held.backends.contains_key(&address)
+            if !applied.backends.contains_key(&address)
                 && let Some(backend_idx) = self.backends.take()
             {
-                let is_suspended = !held.given_up.is_empty();
+                let is_suspended = !applied.given_up.is_empty();
                 let generation = if is_suspended { 0 } else { self.next_generation };
                 let backend = backend_entry(address, generation);
                 self.next_generation = next(self.next_generation);
                 self.maps.write_backend(backend_idx, backend);
-                held.backends.insert(address, backend_idx);
+                applied.backends.insert(address, backend_idx);
             }
         }
         let mut regions = Vec::new();
-        for (block, members) in blocks.iter().zip(&choices.distinct) {
+        for (block, members) in blocks.iter().zip(&slot_tables.distinct) {
             let weights: Vec<(u32, u16)> = members
                 .iter()
                 .map(|&member| &healthy[member])
-                .map(|backend| (held.backends[&backend.address], backend.weight))
+                .map(|backend| (applied.backends[&backend.address], backend.weight))
                 .collect();
             self.maps.write_slots(block.first_slot, &alias_table(&weights));
             let n_slots = members.len() as u32;
             regions.push(SlotRange { first_slot: block.first_slot, n_slots });
         }
-        self.maps.publish(service_idx, choices.groups(&regions));
-        // A service that stays cold was asked for already: one report is enough.
+        self.maps.publish(service_idx, slot_tables.groups(&regions));
+        // A service that stays cold has been reported already: one event is enough.
         if former_watch != Some(service.watch) {
             self.maps.request_event(service_idx, service.watch == Watch::Cold);
         }
 
-        self.resting.blocks.extend(std::mem::replace(&mut held.blocks, blocks));
+        self.quarantine.blocks.extend(std::mem::replace(&mut applied.blocks, blocks));
         let stay: HashSet<SocketAddr> = healthy.iter().map(|backend| backend.address).collect();
-        for (address, backend_idx) in held.backends.extract_if(|address, _| !stay.contains(address))
+        for (address, backend_idx) in
+            applied.backends.extract_if(|address, _| !stay.contains(address))
         {
             self.maps.retire_backend(backend_idx);
-            self.resting.backends.push(backend_idx);
-            if !held.udp.is_empty() {
-                let left = self.left_udp.entry((service.name.clone(), address)).or_default();
-                left.extend(&held.udp);
+            self.quarantine.backends.push(backend_idx);
+            if !applied.udp.is_empty() {
+                let left = self.removed_udp.entry((service.name.clone(), address)).or_default();
+                left.extend(&applied.udp);
             }
         }
 
-        self.put_frontends(service, service_idx)?;
-        if let Some(held) = self.held.get_mut(&service.name) {
-            held.watch = Some(service.watch);
+        self.upsert_frontends(service, service_idx)?;
+        if let Some(applied) = self.applied.get_mut(&service.name) {
+            applied.watch = Some(service.watch);
         }
         Ok(())
     }
 
     /// The number of backends that have no entry yet.
-    fn count_fresh(&self, name: &str, healthy: &[Healthy]) -> u32 {
-        let held = self.held.get(name);
+    fn count_new_backends(&self, name: &str, healthy: &[Healthy]) -> u32 {
+        let applied = self.applied.get(name);
         let fresh: HashSet<SocketAddr> = healthy
             .iter()
             .map(|backend| backend.address)
-            .filter(|address| !held.is_some_and(|held| held.backends.contains_key(address)))
+            .filter(|address| {
+                !applied.is_some_and(|applied| applied.backends.contains_key(address))
+            })
             .collect();
         fresh.len() as u32
     }
@@ -605,46 +598,50 @@ impl<M: Maps> Reconciler<M> {
         if frontend.address.is_ipv4() { &mut self.frontends } else { &mut self.frontends6 }
     }
 
-    fn check_room_for_frontends(&mut self, service: &Service) -> Result<(), ApplyError> {
+    fn check_room_for_frontends(&mut self, service: &Service) -> Result<(), ReconcileError> {
         let fresh: Vec<FrontendKey> = frontends(service, 0)
             .into_keys()
             .filter(|frontend| !self.owners.contains_key(frontend))
             .collect();
         for room in [self.frontends, self.frontends6] {
             let is_ipv4 = room.map == self.frontends.map;
-            let n_fresh = fresh.iter().filter(|fresh| fresh.address.is_ipv4() == is_ipv4).count();
-            if room.used + n_fresh as u32 > room.capacity {
+            let n_new = fresh.iter().filter(|fresh| fresh.address.is_ipv4() == is_ipv4).count();
+            if room.used + n_new as u32 > room.capacity {
                 return Err(full(room.map, room.capacity, "datapath.max_services"));
             }
         }
         Ok(())
     }
 
-    fn put_frontends(&mut self, service: &Service, service_idx: u32) -> Result<(), ApplyError> {
+    fn upsert_frontends(
+        &mut self,
+        service: &Service,
+        service_idx: u32,
+    ) -> Result<(), ReconcileError> {
         let wanted = frontends(service, service_idx);
-        let Some(held) = self.held.get(&service.name) else { return Ok(()) };
+        let Some(applied) = self.applied.get(&service.name) else { return Ok(()) };
         let stale: Vec<_> =
-            held.frontends.keys().filter(|key| !wanted.contains_key(key)).copied().collect();
+            applied.frontends.keys().filter(|key| !wanted.contains_key(key)).copied().collect();
         let fresh: Vec<_> = wanted
             .into_iter()
-            .filter(|(frontend, _)| !held.frontends.contains_key(frontend))
+            .filter(|(frontend, _)| !applied.frontends.contains_key(frontend))
             .collect();
-        if !fresh.is_empty() && self.resting.frontends {
+        if !fresh.is_empty() && self.quarantine.frontends {
             self.recycle();
         }
         for (frontend, target) in fresh {
             self.maps
                 .insert_frontend(frontend, target)
-                .map_err(|source| ApplyError::Frontend { address: shown(&frontend), source })?;
-            if let Some(held) = self.held.get_mut(&service.name) {
-                held.insert_frontend(frontend, target);
+                .map_err(|source| ReconcileError::Frontend { address: shown(&frontend), source })?;
+            if let Some(applied) = self.applied.get_mut(&service.name) {
+                applied.insert_frontend(frontend, target);
             }
             match self.owners.insert(frontend, service.name.clone()) {
                 None => self.room(&frontend).used += 1,
-                // It moved here, such as a pin that the configuration gives to another service now.
+                // It moved here, such as a pin that the configuration assigns to another service now.
                 Some(former) => {
-                    self.resting.frontends = true;
-                    if let Some(former) = self.held.get_mut(&former) {
+                    self.quarantine.frontends = true;
+                    if let Some(former) = self.applied.get_mut(&former) {
                         former.frontends.remove(&frontend);
                     }
                 }
@@ -656,57 +653,61 @@ impl<M: Maps> Reconciler<M> {
         Ok(())
     }
 
-    fn remove_frontends(&mut self, name: &str, stale: &[FrontendKey]) -> Result<(), ApplyError> {
+    fn remove_frontends(
+        &mut self,
+        name: &str,
+        stale: &[FrontendKey],
+    ) -> Result<(), ReconcileError> {
         for frontend in stale {
             self.maps
                 .remove_frontend(frontend)
-                .map_err(|source| ApplyError::Frontend { address: shown(frontend), source })?;
-            self.resting.frontends = true;
+                .map_err(|source| ReconcileError::Frontend { address: shown(frontend), source })?;
+            self.quarantine.frontends = true;
             self.room(frontend).used -= 1;
             self.owners.remove(frontend);
-            if let Some(held) = self.held.get_mut(name) {
-                held.frontends.remove(frontend);
+            if let Some(applied) = self.applied.get_mut(name) {
+                applied.frontends.remove(frontend);
             }
         }
         Ok(())
     }
 
-    fn remove(&mut self, name: &str) -> Result<(), ApplyError> {
-        let Some(held) = self.held.get_mut(name) else { return Ok(()) };
-        held.watch = None;
-        self.maps.publish(held.service_idx, Groups::default());
+    fn remove(&mut self, name: &str) -> Result<(), ReconcileError> {
+        let Some(applied) = self.applied.get_mut(name) else { return Ok(()) };
+        applied.watch = None;
+        self.maps.publish(applied.service_idx, Groups::default());
         let name = Arc::<str>::from(name);
-        for (address, backend_idx) in held.backends.drain() {
+        for (address, backend_idx) in applied.backends.drain() {
             self.maps.retire_backend(backend_idx);
-            self.resting.backends.push(backend_idx);
-            if !held.udp.is_empty() {
-                self.left_udp.entry((name.clone(), address)).or_default().extend(&held.udp);
+            self.quarantine.backends.push(backend_idx);
+            if !applied.udp.is_empty() {
+                self.removed_udp.entry((name.clone(), address)).or_default().extend(&applied.udp);
             }
         }
-        self.resting.blocks.append(&mut held.blocks);
-        let frontends: Vec<FrontendKey> = held.frontends.keys().copied().collect();
+        self.quarantine.blocks.append(&mut applied.blocks);
+        let frontends: Vec<FrontendKey> = applied.frontends.keys().copied().collect();
         self.remove_frontends(&name, &frontends)?;
-        if let Some(held) = self.held.remove(&name) {
-            self.resting.services.push(held.service_idx);
+        if let Some(applied) = self.applied.remove(&name) {
+            self.quarantine.services.push(applied.service_idx);
         }
         Ok(())
     }
 
-    fn new_service(&mut self) -> Result<u32, ApplyError> {
+    fn allocate_service(&mut self) -> Result<u32, ReconcileError> {
         if self.services.available() == 0 {
             self.recycle();
         }
-        self.services.take().ok_or_else(|| self.no_service_left())
+        self.services.take().ok_or_else(|| self.services_full())
     }
 
-    fn no_service_left(&self) -> ApplyError {
+    fn services_full(&self) -> ReconcileError {
         full("SERVICES", self.services.capacity(), "datapath.max_services")
     }
 
-    /// Takes a block for each distinct choice: all of them, or none.
-    fn take_blocks(&mut self, choices: &Choices) -> Result<Vec<Block>, ApplyError> {
+    /// Allocates a block for each distinct slot table: all of them, or none.
+    fn take_blocks(&mut self, slot_tables: &SlotTables) -> Result<Vec<Block>, ReconcileError> {
         let mut blocks = Vec::new();
-        for members in &choices.distinct {
+        for members in &slot_tables.distinct {
             let n_slots = members.len() as u32;
             let block = self.regions.take(n_slots).or_else(|| {
                 self.recycle();
@@ -715,7 +716,7 @@ impl<M: Maps> Reconciler<M> {
             match block {
                 Some(block) => blocks.push(block),
                 None => {
-                    blocks.into_iter().for_each(|block| self.regions.give_back(block));
+                    blocks.into_iter().for_each(|block| self.regions.free(block));
                     return Err(full("SLOTS", self.regions.capacity(), "datapath.max_backends"));
                 }
             }
@@ -723,31 +724,31 @@ impl<M: Maps> Reconciler<M> {
         Ok(blocks)
     }
 
-    /// Frees all that rests, once no reader is left that may have found it.
+    /// Frees the quarantine after a grace period.
     pub fn recycle(&mut self) {
-        if self.resting.is_empty() {
+        if self.quarantine.is_empty() {
             return;
         }
         self.maps.synchronize_rcu();
-        let Resting { services, backends, blocks, frontends: _ } =
-            std::mem::take(&mut self.resting);
-        services.into_iter().for_each(|service_idx| self.services.give_back(service_idx));
-        backends.into_iter().for_each(|backend_idx| self.backends.give_back(backend_idx));
-        blocks.into_iter().for_each(|block| self.regions.give_back(block));
+        let Quarantine { services, backends, blocks, frontends: _ } =
+            std::mem::take(&mut self.quarantine);
+        services.into_iter().for_each(|service_idx| self.services.free(service_idx));
+        backends.into_iter().for_each(|backend_idx| self.backends.free(backend_idx));
+        blocks.into_iter().for_each(|block| self.regions.free(block));
     }
 }
 
-/// What each kind of connection chooses from, as positions in the list of healthy backends. Kinds that
-/// choose from the same ones share them.
-struct Choices {
+/// The members of each kind of connection's slot table, as positions in the list of healthy backends.
+/// Kinds with the same members share a table.
+struct SlotTables {
     distinct: Vec<Vec<usize>>,
-    /// For each range of each group, in the order of [`Group::ranges`], which of `distinct` it is.
+    /// For each range of each group, in the order of [`Group::ranges`], its index in `distinct`.
     which: [[Option<usize>; Group::N_RANGES]; N_GROUPS],
 }
 
-impl Choices {
-    fn of(healthy: &[Healthy]) -> Choices {
-        let mut choices = Choices { distinct: Vec::new(), which: Default::default() };
+impl SlotTables {
+    fn of(healthy: &[Healthy]) -> SlotTables {
+        let mut slot_tables = SlotTables { distinct: Vec::new(), which: Default::default() };
         let scopes = [true, false];
         let reaches: [fn(&Healthy) -> bool; 3] =
             [|backend| backend.address.is_ipv4(), |backend| backend.address.is_ipv6(), |_| true];
@@ -755,7 +756,7 @@ impl Choices {
             .iter()
             .flat_map(|host| reaches.iter().map(move |reach| (*host, reach)))
             .collect();
-        for (group, ranges) in choices.which.iter_mut().enumerate() {
+        for (group, ranges) in slot_tables.which.iter_mut().enumerate() {
             for (which, &(from_host, reaches)) in ranges.iter_mut().zip(&kinds) {
                 let is_member = |backend: &Healthy| {
                     backend.group == group && (from_host || !backend.host_only) && reaches(backend)
@@ -765,25 +766,25 @@ impl Choices {
                 if members.is_empty() {
                     continue;
                 }
-                let same = choices.distinct.iter().position(|other| *other == members);
+                let same = slot_tables.distinct.iter().position(|other| *other == members);
                 *which = same.or_else(|| {
-                    choices.distinct.push(members);
-                    Some(choices.distinct.len() - 1)
+                    slot_tables.distinct.push(members);
+                    Some(slot_tables.distinct.len() - 1)
                 });
             }
         }
-        choices
+        slot_tables
     }
 
-    /// The service's groups, where `ranges` are those of `distinct`.
+    /// The service's groups, given the slot ranges of `distinct`.
     fn groups(&self, ranges: &[SlotRange]) -> Groups {
         let range = |which: Option<usize>| which.map(|which| ranges[which]).unwrap_or_default();
         self.which.map(|which| Group::of(which.map(range)))
     }
 }
 
-fn full(map: &'static str, capacity: u32, key: &'static str) -> ApplyError {
-    ApplyError::Full { map, capacity, key }
+fn full(map: &'static str, capacity: u32, key: &'static str) -> ReconcileError {
+    ReconcileError::Full { map, capacity, key }
 }
 
 fn frontends(service: &Service, service_idx: u32) -> BTreeMap<FrontendKey, ServiceRef> {
@@ -809,7 +810,7 @@ fn frontends(service: &Service, service_idx: u32) -> BTreeMap<FrontendKey, Servi
         .collect()
 }
 
-/// The generation after this one. 0 is none.
+/// The next generation; 0 is none.
 fn next(generation: u32) -> u32 {
     generation.checked_add(1).unwrap_or(1)
 }
@@ -826,7 +827,7 @@ fn backend_entry(address: SocketAddr, generation: u32) -> Backend {
     Backend { address: octets, port: address.port(), padding: 0, generation }
 }
 
-/// A name has 63 octets at most, so that one zero at least ends it.
+/// A name has at most 63 octets, so at least one zero ends it.
 fn name_entry(name: &str) -> ServiceName {
     let mut octets = [0; 64];
     for (to, from) in octets.iter_mut().zip(name.bytes().take(63)) {

@@ -11,7 +11,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::datapath::map_specs::Sizes;
-use crate::table::{Backend as TableBackend, Protocols, State};
+use crate::table::{Backend as TableBackend, BackendState, Protocols};
 
 /// The address of backend `x` of service `s`: it tells whose it is. Some have IPv6 ones.
 fn address(s: u8, x: u8) -> SocketAddr {
@@ -42,7 +42,7 @@ fn service(s: u8, backends: &BTreeSet<u8>, generation: u64) -> Arc<Service> {
         node: String::new(),
         id: String::new(),
         weight: u16::from(x) + 1,
-        state: State::Healthy,
+        state: BackendState::Healthy,
         reason: None,
         host_only: is_host_only(x),
     };
@@ -355,7 +355,11 @@ impl Run {
     }
 
     /// Changes one service (`None`: removes it) and applies.
-    fn change(&mut self, s: u8, backends: Option<&BTreeSet<u8>>) -> BTreeMap<Arc<str>, ApplyError> {
+    fn change(
+        &mut self,
+        s: u8,
+        backends: Option<&BTreeSet<u8>>,
+    ) -> BTreeMap<Arc<str>, ReconcileError> {
         self.table.generation += 1;
         let name: Arc<str> = format!("s{s}").into();
         let after = visible(backends.unwrap_or(&BTreeSet::new()));
@@ -554,7 +558,7 @@ proptest! {
                 model.lives_for = killed_after;
             }
             let errors = run.reconciler.apply(&run.table);
-            prop_assert!(errors.values().all(ApplyError::may_pass), "{errors:?}");
+            prop_assert!(errors.values().all(ReconcileError::is_transient), "{errors:?}");
             run.maps.0.borrow_mut().refuse([]);
             if is_hasty {
                 continue;
@@ -604,7 +608,7 @@ fn a_udp_port_that_is_wanted_again_is_not_given_up() {
     for refused in [0, 1] {
         let mut run = Run::new(sizes);
         run.maps.0.borrow_mut().allowed.insert(1, [visible(&set(&[])), visible(&backends)]);
-        let mut put = |ports: Vec<u16>, refused: Option<usize>| {
+        let mut upsert = |ports: Vec<u16>, refused: Option<usize>| {
             let mut service = pinned(1, &backends, false);
             service.ports = Ports::only(ports);
             run.table.services.insert(service.name.clone(), Arc::new(service));
@@ -614,11 +618,11 @@ fn a_udp_port_that_is_wanted_again_is_not_given_up() {
             let backend_idx = run.reconciler.indices("s1").unwrap().backends[&address(1, 0)];
             run.maps.0.borrow().backends[&backend_idx].generation
         };
-        put(vec![80, 81], None);
-        assert_eq!(put(vec![80], Some(refused)), 0, "81 is still there, and given up");
-        assert_ne!(put(vec![80, 81], None), 0, "the flows stay suspended: {refused}");
+        upsert(vec![80, 81], None);
+        assert_eq!(upsert(vec![80], Some(refused)), 0, "81 is still there, and given up");
+        assert_ne!(upsert(vec![80, 81], None), 0, "the flows stay suspended: {refused}");
         run.check_exact();
-        assert_eq!(run.reconciler.take_left_udp(), LeftUdp::default());
+        assert_eq!(run.reconciler.take_removed_udp(), RemovedUdp::default());
     }
 }
 
@@ -639,22 +643,22 @@ fn a_backend_leaves_one_of_the_services_that_share_it() {
     };
     let mut run = Run::new(Sizes { frontends: 12, ..SIZES });
     run.maps.0.borrow_mut().is_blind = true;
-    let mut put = |services: Vec<(Arc<str>, Arc<Service>)>| {
+    let mut upsert = |services: Vec<(Arc<str>, Arc<Service>)>| {
         run.table.services = services.into_iter().collect();
         assert!(run.reconciler.apply(&run.table).is_empty());
-        let left = run.reconciler.take_left_udp();
+        let left = run.reconciler.take_removed_udp();
         assert_eq!(left.backends, HashSet::new(), "the service is known");
         left.frontends
     };
     let vip = |s: u8, port: u16| SocketAddr::from(([127, 128, 0, s], port));
-    put(vec![named(1, &[53, 54], true), named(2, &[53, 54], true)]);
-    let gave_up = put(vec![named(1, &[53], true), named(2, &[53, 54], true)]);
+    upsert(vec![named(1, &[53, 54], true), named(2, &[53, 54], true)]);
+    let gave_up = upsert(vec![named(1, &[53], true), named(2, &[53, 54], true)]);
     assert_eq!(gave_up, HashSet::from([(vip(1, 54), shared), (vip(1, 54), address(1, 0))]));
-    let left = put(vec![named(1, &[53], true), named(2, &[53], false)]);
+    let left = upsert(vec![named(1, &[53], true), named(2, &[53], false)]);
     let expected = [(vip(2, 53), shared), (vip(2, 54), shared), (vip(2, 54), address(2, 0))];
     assert_eq!(left, HashSet::from(expected));
     // Ports that went earlier are no part of it.
-    let left = put(vec![named(2, &[53], false)]);
+    let left = upsert(vec![named(2, &[53], false)]);
     assert_eq!(left, HashSet::from([(vip(1, 53), shared), (vip(1, 53), address(1, 0))]));
 }
 
@@ -668,7 +672,7 @@ fn a_moved_udp_pin_is_followed_by_nobody() {
         for s in [1, 2] {
             run.maps.0.borrow_mut().allowed.insert(s, [visible(&set(&[])), visible(&backends)]);
         }
-        let mut put = |owner: u8| {
+        let mut upsert = |owner: u8| {
             for s in [1, 2] {
                 let service = pinned(s, &backends, s == owner);
                 run.table.services.insert(service.name.clone(), Arc::new(service));
@@ -677,11 +681,14 @@ fn a_moved_udp_pin_is_followed_by_nobody() {
             run.check_exact();
             let name = format!("s{from}");
             let backend_idx = run.reconciler.indices(&name).unwrap().backends[&address(from, 0)];
-            (run.maps.0.borrow().backends[&backend_idx].generation, run.reconciler.take_left_udp())
+            (
+                run.maps.0.borrow().backends[&backend_idx].generation,
+                run.reconciler.take_removed_udp(),
+            )
         };
-        let (before, nothing) = put(from);
-        assert_eq!(nothing, LeftUdp::default());
-        let (after, left) = put(to);
+        let (before, nothing) = upsert(from);
+        assert_eq!(nothing, RemovedUdp::default());
+        let (after, left) = upsert(to);
         assert_ne!(before, after, "from s{from} to s{to}: the socket follows its flow");
         let pin = "127.0.0.1:53".parse().unwrap();
         assert_eq!(left.frontends, HashSet::from([(pin, address(from, 0))]));
@@ -804,7 +811,7 @@ fn a_full_map_is_one_services_error_and_the_former_state_serves() {
         "BACKENDS is full (3 entries): raise datapath.max_backends in the configuration and restart"
     );
     assert_eq!(run.maps.0.borrow().services, before);
-    let names = |errors: BTreeMap<Arc<str>, ApplyError>| errors.into_keys().collect::<Vec<_>>();
+    let names = |errors: BTreeMap<Arc<str>, ReconcileError>| errors.into_keys().collect::<Vec<_>>();
     assert_eq!(names(run.change(2, Some(&set(&[0])))), [Arc::from("s1")], "only s1 is at fault");
     assert!(run.change(2, None).contains_key("s1"));
     // `allowed` knows only the last two states; the one that serves is older.

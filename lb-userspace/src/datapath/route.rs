@@ -5,8 +5,8 @@
 //! rewritten before the kernel looks for a route.
 //!
 //! The kernel answers EEXIST to a second route of the same destination and metric, whatever its
-//! type. So what is there is read: another type in its place, and more specific routes, let VIPs
-//! reach something.
+//! type. So the existing routes are read: one of another type in its place, and more specific ones,
+//! let VIPs reach something.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -32,7 +32,7 @@ pub enum RouteError {
         action: &'static str,
         /// The destination.
         pool: IpNet,
-        /// What the kernel said.
+        /// The kernel's error.
         source: Box<rtnetlink::Error>,
     },
     /// The routes couldn't be read.
@@ -59,7 +59,7 @@ pub struct Route {
     metric: u32,
 }
 
-/// What becomes of packets by a route.
+/// The type of a route.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
     /// They reach something; as `ip route` names the type.
@@ -79,7 +79,7 @@ impl Kind {
             RouteType::Local => Kind::Reaching("local"),
             RouteType::Unicast => Kind::Reaching("unicast"),
             RouteType::Nat => Kind::Reaching("nat"),
-            // It goes on with the next table.
+            // The answer continues with the next table.
             RouteType::Throw => Kind::Reaching("throw"),
             _ => Kind::Ignored,
         }
@@ -143,10 +143,10 @@ impl fmt::Display for Route {
     }
 }
 
-/// What is wrong with the routes of a pool.
+/// The problems of a pool's routes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Judged {
-    /// What is in the place of the unreachable route.
+    /// The route in the place of the unreachable one.
     in_place: Option<Route>,
     /// More specific routes that reach something.
     holes: Vec<Route>,
@@ -191,20 +191,20 @@ pub async fn remove_unreachable(pool: IpNet) -> Result<bool, RouteError> {
     .await
 }
 
-/// What lets addresses of `pool` reach something where no hook runs: each with the fix.
+/// Routes that let addresses of `pool` reach something where no hook runs, each with the fix.
 ///
 /// # Errors
 /// When the routes can't be read.
 pub async fn holes(pool: IpNet) -> Result<Vec<String>, RouteError> {
     let routes = with_handle(async |handle| local_routes(&handle, pool).await).await?;
     let Judged { in_place, holes } = judge(pool, &routes);
-    let told = |route: Route| {
+    let line = |route: Route| {
         format!(
             "the route `{route}` lets addresses of {pool} reach it where no hook runs; remove it: {}",
             route.removal()
         )
     };
-    Ok(in_place.into_iter().chain(holes).map(told).collect())
+    Ok(in_place.into_iter().chain(holes).map(line).collect())
 }
 
 async fn local_routes(handle: &Handle, pool: IpNet) -> Result<Vec<Route>, RouteError> {

@@ -1,4 +1,4 @@
-//! Connected UDP sockets whose backend left: no hook runs when they send, so they are disconnected.
+//! Disconnects connected UDP sockets of removed backends, because no hook runs when they send.
 
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
@@ -12,18 +12,18 @@ use lb_common::{Address, RevNat};
 
 use super::diag::{self, Connected};
 use super::kernel::Generations;
-use super::reconcile::LeftUdp;
+use super::reconcile::RemovedUdp;
 
-/// How many walks look for the sockets of a backend at most.
+/// The most walks that search for a backend's sockets.
 const MAX_WALKS: u32 = 5;
-/// How many look for them at least: the first may have come before a connect that was under way.
+/// The fewest walks: a connect may have been in progress during the first.
 const MIN_WALKS: u32 = 2;
 /// How long after a walk the next one begins.
 const AGAIN: Duration = Duration::from_secs(1);
 
 /// Disconnects sockets, in a thread of its own, while there are any to disconnect.
 #[derive(Clone, Debug)]
-pub struct Disconnector {
+pub struct SocketTerminator {
     generations: Generations,
     /// Where the sockets' storages are pinned.
     storages: PathBuf,
@@ -36,14 +36,14 @@ struct Shared {
     is_running: bool,
 }
 
-/// What connected sockets are looked for.
+/// The connected sockets to search for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Left {
     /// Those of a backend that left a service, which isn't known any more.
     Backend(SocketAddr),
-    /// Those that connected to a frontend and got this backend, which it leads to no more. Others by the
-    /// same backend's address came by a service that still has it. Port 0 of the frontend stands for
-    /// all ports.
+    /// Those that connected to this frontend and got this backend, a pair that isn't in the table any
+    /// more. Sockets with the same backend through another frontend stay. Port 0 of the frontend stands
+    /// for all ports.
     Frontend { frontend: SocketAddr, backend: SocketAddr },
 }
 
@@ -55,7 +55,7 @@ impl Left {
     }
 }
 
-/// What is still to be looked for, each with the number of walks that have looked for it.
+/// The remaining searches, each with the number of walks done.
 #[derive(Debug, Default)]
 struct Queue(HashMap<Left, u32>);
 
@@ -65,13 +65,13 @@ impl Queue {
         self.0.extend(left.into_iter().map(|left| (left, 0)));
     }
 
-    /// What the next walk looks for.
+    /// Takes the searches of the next walk.
     fn take(&mut self) -> HashMap<Left, u32> {
         std::mem::take(&mut self.0)
     }
 
-    /// Puts back what a walk looked for, unless it was looked for often enough. What was added in the
-    /// meantime begins anew.
+    /// Puts a walk's searches back, except those with enough walks. One that was added meanwhile starts
+    /// again.
     fn put_back(&mut self, walked: HashMap<Left, u32>, is_done: bool) {
         let n_wanted = if is_done { MIN_WALKS } else { MAX_WALKS };
         for (left, n_walks) in walked {
@@ -82,14 +82,14 @@ impl Queue {
     }
 }
 
-impl Disconnector {
-    /// A disconnector that reads what sockets remember from the maps that are pinned in `storages`.
-    pub fn new(generations: Generations, storages: PathBuf) -> Disconnector {
-        Disconnector { generations, storages, shared: Arc::default() }
+impl SocketTerminator {
+    /// A terminator that reads what sockets remember from the maps that are pinned in `storages`.
+    pub fn new(generations: Generations, storages: PathBuf) -> SocketTerminator {
+        SocketTerminator { generations, storages, shared: Arc::default() }
     }
 
     /// Disconnects the sockets of what left soon, and returns at once.
-    pub fn disconnect(&self, left: LeftUdp) {
+    pub fn disconnect(&self, left: RemovedUdp) {
         if left.is_empty() {
             return;
         }
@@ -144,8 +144,7 @@ impl Disconnector {
         let destinations: HashSet<SocketAddr> = left.iter().map(Left::backend).collect();
         let is_suspect = |socket: &Connected| destinations.contains(&canonical(socket.destination));
         let is_gone = |socket: &Connected, descriptor: BorrowedFd<'_>| {
-            // The one that says where the socket is connected to is true: a later connect() may have
-            // failed.
+            // The entry of the socket's present destination is valid: a later connect() may have failed.
             for storage in [&peers, &former] {
                 match storage.get(&descriptor, 0).map(Remembered::of) {
                     Ok(peer) if peer.backend == canonical(socket.destination) => {
@@ -171,7 +170,7 @@ impl Disconnector {
     }
 }
 
-/// What a connected socket's storage says.
+/// The contents of a connected socket's storage.
 #[derive(Clone, Copy, Debug)]
 struct Remembered {
     frontend: SocketAddr,
@@ -237,7 +236,7 @@ mod tests {
                     walked.len()
                 );
                 walked.keys().for_each(|&left| *seen.entry(left).or_default() += 1);
-                // The same one leaves again while it is looked for: it begins anew.
+                // It is removed again during its search, which starts again.
                 if n == 50 {
                     queue.add([left(n)]);
                 }
@@ -253,7 +252,7 @@ mod tests {
         let (pin, vip, other) = ("127.0.0.1:53", "127.128.0.1:53", "127.128.0.1:54");
         let (web, api) = (address("10.0.0.1:5300"), address("10.0.0.2:5300"));
         let moved = |frontend, backend| Left::Frontend { frontend: address(frontend), backend };
-        // What it connected to, its backend and generation, the entry's generation now, what left.
+        // The socket's frontend, backend and generation; the entry's generation now; what was removed.
         let table = [
             (vip, web, 7, 0, Left::Backend(web), true),
             (vip, web, 7, 8, Left::Backend(web), true),

@@ -20,25 +20,25 @@ use super::options::Options;
 use super::pins::{PinnedMaps, Pins};
 use super::reconcile::adopt::AdoptError;
 use super::reconcile::{Reconciler, Served};
-use super::socket_terminator::Disconnector;
+use super::socket_terminator::SocketTerminator;
 use super::units::{UNITS, Unit};
 use crate::config::{DatapathConfig, cgroup};
 
 impl Datapath {
     /// Loads the programs, over the maps that an earlier daemon pinned or over new ones, and
-    /// attaches them: in the place of the earlier ones where there are any. New maps that replace
-    /// others count only once [`Datapath::apply`] has filled them.
+    /// attaches them, replacing earlier ones. New maps that replace
+    /// others are used once [`Datapath::apply`] has filled them.
     ///
     /// Minimum kernel: 5.10.
     ///
     /// # Errors
     /// When another daemon has the pins, something else has their names, the scope is no cgroup v2
     /// directory, or the kernel refuses for lack of a feature or of privileges. Then an earlier
-    /// daemon's datapath goes on, and nothing new is left behind.
+    /// daemon's datapath stays in use, and nothing new remains.
     pub fn start(options: &Options) -> Result<Datapath, DatapathError> {
         let note = cgroup::inspect(&options.scope)?;
         let cgroup = ServedCgroup::open(&options.scope)?;
-        // Before anything is made. Where the kernel can't be asked, attaching shows it.
+        // Before anything is created. If the query fails, attaching reports the obstacle.
         if let Ok(Some(obstacle)) = obstacle(options.units, &options.scope, &options.bpffs) {
             return Err(DatapathError::Obstacle(obstacle));
         }
@@ -56,13 +56,13 @@ impl Datapath {
         if started.is_err()
             && let Err(error) = undo_start(options, storages, had_links, was_empty)
         {
-            // What the start failed at is what has to be known.
+            // The first error is the one to report.
             tracing::warn!("what the failed start has made couldn't be taken away: {error}");
         }
         started
     }
 
-    /// Starts over what is pinned.
+    /// Starts with the pinned maps.
     fn start_over(
         pins: Pins,
         cgroup: &ServedCgroup,
@@ -80,7 +80,7 @@ impl Datapath {
             loaded = Loaded::over_earlier(options, &sizes, &pins, &mut features, is_live)?;
         }
         let is_adopted = loaded.is_some();
-        // Until the source has answered, what makes maps anew is no reason to translate.
+        // New maps are no reason to leave shadow mode before the source has answered.
         let is_shadow = options.is_shadow || !is_adopted && is_live && pins.are_in_shadow();
         let loaded = match loaded {
             Some(loaded) => loaded,
@@ -95,10 +95,10 @@ impl Datapath {
             reconciler.prefer_served(served);
         }
         let maps = reconciler.maps_mut();
-        let (counters, board) = (maps.counters(), maps.board());
-        let usage = Usage::begin(reconciler.services(), counters.clone());
+        let (counters, control_block) = (maps.counters(), maps.control_block());
+        let usage = Usage::begin(reconciler.service_indices(), counters.clone());
         let maps = reconciler.maps_mut();
-        let disconnector = Disconnector::new(maps.generations(), pins.sockets());
+        let socket_terminator = SocketTerminator::new(maps.generations(), pins.sockets());
         let map_names = sizes.shapes().into_iter().map(|shape| pins.maps().join(shape.name));
         let socket_names = socket_shapes().into_iter().map(|shape| pins.sockets().join(shape.name));
         let pinned_maps = PinnedMaps::open(map_names.chain(socket_names))?;
@@ -109,11 +109,11 @@ impl Datapath {
             reconciler,
             counters,
             usage,
-            board,
+            control_block,
             units,
             pins,
             pinned_maps,
-            disconnector,
+            socket_terminator,
             features,
             excluded: options.datapath.exclude_cgroups.clone(),
             notes: note.into_iter().collect(),
@@ -121,13 +121,13 @@ impl Datapath {
             pool_network: options.vip.pool.network(),
             is_adopted,
         };
-        datapath.introduce(options.host_netns);
+        datapath.publish_identity(options.host_netns);
         // Before a connection can meet programs of ours.
         if is_shadow {
             datapath.set_shadow(true);
         }
-        datapath.look_up_excluded();
-        // What is empty must not take the place of what works.
+        datapath.resolve_bypass();
+        // Empty maps must not replace those in use.
         if is_adopted || !is_live {
             let switched = datapath.units.switch(&datapath.pins);
             // The maps may be read on, and another process get our number.
@@ -174,7 +174,7 @@ impl Fitted {
     }
 }
 
-/// What is wrong with sizes that have no room for what is in use.
+/// The problem of sizes below what is in use.
 fn too_small(options: &Options, wanted: &Sizes, kept: &Sizes, in_use: &Sizes) -> Option<String> {
     let DatapathConfig { max_services, max_backends, .. } = options.datapath;
     let said = |key: &str, value: u32, n: u32, of: &str, kept: u32| {
@@ -209,7 +209,7 @@ struct Loaded {
 }
 
 impl Loaded {
-    /// Over the pinned maps; `None` when they don't serve: what is new is better made anew then.
+    /// With the pinned maps; `None` if they can't be used and new ones are better.
     fn over_earlier(
         options: &Options,
         sizes: &Sizes,
@@ -220,13 +220,13 @@ impl Loaded {
         let mut ebpf = load(first_unit(options)?, options, sizes, pins, features)?;
         let maps = KernelMaps::take(&mut ebpf)?;
         // An earlier daemon died while it filled new maps; the hooks read the former ones.
-        if is_live && maps.board().daemon().is_synced == 0 {
+        if is_live && maps.control_block().daemon().is_synced == 0 {
             return Ok(None);
         }
         match Reconciler::adopt(maps, sizes, fastrand::u32(..)) {
             Ok(reconciler) => Ok(Some(Loaded { ebpf, reconciler })),
             Err(error @ AdoptError::Inconsistent { .. }) => {
-                tracing::warn!("{error}; they are made anew");
+                tracing::warn!("{error}; new ones are created");
                 Ok(None)
             }
             Err(error) => Err(error.into()),
@@ -258,11 +258,11 @@ fn undo_start(
     Ok(())
 }
 
-/// What keeps our programs from `scope`; `None` where nothing does. Hooks where links pinned in
-/// `bpffs` hold need no new one.
+/// Finds an obstacle to attaching to `scope`; `None` if there is none. Hooks with a link pinned in
+/// `bpffs` need no new one.
 ///
 /// # Errors
-/// When the kernel can't be asked, such as for lack of CAP_NET_ADMIN.
+/// When the kernel refuses the query, such as for lack of CAP_NET_ADMIN.
 pub fn find_obstacle(scope: &Path, bpffs: &Path) -> io::Result<Option<Obstacle>> {
     obstacle(UNITS, scope, bpffs)
 }
@@ -289,7 +289,7 @@ mod tests {
     use super::*;
     use crate::config::Config;
 
-    /// What is short is what the note names.
+    /// The note names the keys that are too small.
     #[test]
     fn too_small_names_what_is_short() {
         let config = Config::default();

@@ -8,7 +8,7 @@
 
 use super::bpf::AttachType;
 
-/// What loads, fails and upgrades as a whole.
+/// Programs and attachments that load, fail and upgrade as a whole.
 #[derive(Debug)]
 pub struct Unit {
     /// Its name, as `nohop status` shows it.
@@ -24,19 +24,19 @@ pub struct Unit {
 pub struct Hook {
     /// The program's name in the object, and of the link's pin.
     pub program: &'static str,
-    /// What it is attached to.
-    pub target: Target,
+    /// Its attach point.
+    pub target: AttachPoint,
 }
 
-/// What a program can be attached to.
+/// Where a program can be attached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Target {
+pub enum AttachPoint {
     /// The served cgroup, at this hook of it.
     Cgroup(AttachType),
 }
 
 const fn cgroup(program: &'static str, attach_type: AttachType) -> Hook {
-    Hook { program, target: Target::Cgroup(attach_type) }
+    Hook { program, target: AttachPoint::Cgroup(attach_type) }
 }
 
 /// The units, in the order in which they are attached. The first makes the maps of the table.
@@ -62,9 +62,9 @@ pub fn hooks(units: &'static [Unit]) -> impl Iterator<Item = &'static Hook> {
     units.iter().flat_map(|unit| unit.hooks)
 }
 
-/// How a unit does.
+/// A unit's state.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct UnitStatus {
+pub struct UnitHealth {
     /// Its name.
     pub name: &'static str,
     /// Whether the daemon doesn't serve without it.

@@ -305,7 +305,7 @@ mod tests {
 
     use super::*;
     use crate::config::Config;
-    use crate::table::{Bridge, HealthStatus, Host, NodeIdentity, ServiceMeta, State};
+    use crate::table::{BackendState, Bridge, HealthStatus, Host, NodeIdentity, ServiceMeta};
 
     fn catalog(text: &[(&str, &[&str])]) -> Catalog {
         let instance = |address: &&str| Instance {
@@ -618,6 +618,6 @@ mod tests {
             .unwrap()
             .table;
         let states: Vec<_> = table.services["a"].backends.iter().map(|b| b.state).collect();
-        assert_eq!(states, [State::Healthy, State::Unroutable]);
+        assert_eq!(states, [BackendState::Healthy, BackendState::Unroutable]);
     }
 }

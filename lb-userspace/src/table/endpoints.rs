@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::net::SocketAddr;
 
-use super::{Backend, State};
+use super::{Backend, BackendState};
 
 /// How many further registrations of an endpoint are named.
 const MAX_NAMED: usize = 3;
@@ -33,8 +33,8 @@ impl Endpoints {
             return self.backends.push(backend);
         };
         first.weight = first.weight.max(backend.weight);
-        if (first.state, backend.state) == (State::Warning, State::Healthy) {
-            first.state = State::Healthy;
+        if (first.state, backend.state) == (BackendState::Warning, BackendState::Healthy) {
+            first.state = BackendState::Healthy;
             first.reason = backend.reason;
         }
         let Backend { node, id, .. } = backend;
@@ -65,7 +65,7 @@ impl Endpoints {
 mod tests {
     use super::*;
 
-    fn backend(address: Option<&str>, id: &str, weight: u16, state: State) -> Backend {
+    fn backend(address: Option<&str>, id: &str, weight: u16, state: BackendState) -> Backend {
         Backend {
             address: address.map(|address| address.parse().unwrap()),
             shown_address: String::new(),
@@ -73,14 +73,14 @@ mod tests {
             id: id.into(),
             weight,
             state,
-            reason: (state != State::Healthy).then(|| format!("{id} is odd")),
+            reason: (state != BackendState::Healthy).then(|| format!("{id} is odd")),
             host_only: false,
         }
     }
 
     #[test]
     fn an_endpoint_is_one_backend_with_the_largest_weight_and_the_best_state() {
-        use State::*;
+        use BackendState::*;
         let mut endpoints = Endpoints::default();
         for (address, id, weight, state) in [
             (Some("10.0.0.9:5432"), "a", 2, Warning),

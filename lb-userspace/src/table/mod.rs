@@ -106,7 +106,7 @@ pub struct Backend {
     /// The share of new connections it gets, beside the other weights of the service: 1..=65535.
     pub weight: u16,
     /// What may be done with it.
-    pub state: State,
+    pub state: BackendState,
     /// Why it is in this state, where that isn't plain.
     pub reason: Option<String>,
     /// Whether its address is this host's loopback, so that only the host's network namespace can
@@ -117,7 +117,7 @@ pub struct Backend {
 /// What may be done with a backend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum State {
+pub enum BackendState {
     /// It gets new connections.
     Healthy,
     /// It gets new connections, by the weight that it has while a check of its own warns.
@@ -126,10 +126,10 @@ pub enum State {
     Unroutable,
 }
 
-impl State {
+impl BackendState {
     /// Whether it gets new connections.
     pub fn is_reached(self) -> bool {
-        matches!(self, State::Healthy | State::Warning)
+        matches!(self, BackendState::Healthy | BackendState::Warning)
     }
 }
 

@@ -3,7 +3,7 @@
 use std::net::{IpAddr, SocketAddr};
 
 use super::vips::Pools;
-use super::{Backend, Bridge, Excluded, HealthStatus, Hosts, Instance, State};
+use super::{Backend, BackendState, Bridge, Excluded, HealthStatus, Hosts, Instance};
 use crate::dns_name;
 
 /// An instance's place in the table.
@@ -32,8 +32,8 @@ pub fn validate(instance: &Instance, pools: &Pools, hosts: &Hosts) -> Validation
         });
     }
     let (state, warning) = match &instance.health {
-        HealthStatus::Warning(reason) => (State::Warning, Some(reason.clone())),
-        _ => (State::Healthy, None),
+        HealthStatus::Warning(reason) => (BackendState::Warning, Some(reason.clone())),
+        _ => (BackendState::Healthy, None),
     };
     let (weight, odd_weight) = weight(instance.weight);
     let (address, state, reason) = match route(instance, pools, hosts) {
@@ -41,7 +41,7 @@ pub fn validate(instance: &Instance, pools: &Pools, hosts: &Hosts) -> Validation
             let notes: Vec<String> = [warning, odd_weight, named].into_iter().flatten().collect();
             (Some(address), state, (!notes.is_empty()).then(|| notes.join("; ")))
         }
-        Err(reason) => (None, State::Unroutable, Some(reason)),
+        Err(reason) => (None, BackendState::Unroutable, Some(reason)),
     };
     let host_only = address.is_some_and(|address| address.ip().is_loopback());
     Validation::In(Backend { address, shown_address, node, id, weight, state, reason, host_only })
@@ -147,7 +147,7 @@ fn weight(given: i64) -> (u16, Option<String>) {
 /// and ends with a letter or digit.
 ///
 /// # Errors
-/// What is wrong with it, and the fix.
+/// The problem, with the fix.
 pub fn check_name(name: &str) -> Result<(), String> {
     let Some(problem) = dns_name::service_name_problem(name) else { return Ok(()) };
     Err(format!("`{name}` can't be a DNS name: it {problem}; register the service under another"))
@@ -229,7 +229,7 @@ mod tests {
             assert_eq!(backend.address, Some(expected.parse().unwrap()), "{address}");
             assert_eq!(
                 (backend.state, backend.reason, backend.host_only),
-                (State::Healthy, None, false)
+                (BackendState::Healthy, None, false)
             );
         }
     }
@@ -278,7 +278,11 @@ mod tests {
             ("bridged.example.com", 80, "this host's own bridge `docker0`"),
         ] {
             let backend = valid(&instance(address, port));
-            assert_eq!((backend.state, backend.address), (State::Unroutable, None), "{address}");
+            assert_eq!(
+                (backend.state, backend.address),
+                (BackendState::Unroutable, None),
+                "{address}"
+            );
             let reason = backend.reason.unwrap();
             assert!(reason.contains(why), "{address}:{port}: {reason}");
         }
@@ -299,7 +303,7 @@ mod tests {
             assert_eq!(backend.address, Some(address.parse().unwrap()));
             assert_eq!(
                 (backend.shown_address, backend.state),
-                (format!("{name}:80"), State::Healthy)
+                (format!("{name}:80"), BackendState::Healthy)
             );
             assert_eq!(backend.reason.as_deref(), Some(note));
         }
@@ -309,17 +313,21 @@ mod tests {
     fn an_instance_in_warning_is_reached_and_says_why() {
         let health = HealthStatus::Warning("check `web` is warning".into());
         let backend = valid(&Instance { health: health.clone(), ..instance("10.0.0.7", 80) });
-        assert_eq!((backend.state, backend.state.is_reached()), (State::Warning, true));
+        assert_eq!((backend.state, backend.state.is_reached()), (BackendState::Warning, true));
         assert_eq!(backend.reason.as_deref(), Some("check `web` is warning"));
         let backend = valid(&Instance { health, ..instance("10.0.0.7", 0) });
-        assert_eq!((backend.state, backend.state.is_reached()), (State::Unroutable, false));
+        assert_eq!((backend.state, backend.state.is_reached()), (BackendState::Unroutable, false));
     }
 
     #[test]
     fn this_nodes_loopback_is_for_the_host_alone() {
         for address in ["127.0.0.1", "::1", "::ffff:127.0.0.1"] {
             let backend = valid(&Instance { local: true, ..instance(address, 8080) });
-            assert_eq!((backend.state, backend.host_only), (State::Healthy, true), "{address}");
+            assert_eq!(
+                (backend.state, backend.host_only),
+                (BackendState::Healthy, true),
+                "{address}"
+            );
         }
     }
 
@@ -333,7 +341,7 @@ mod tests {
             for (local, may_be_local) in [(true, false), (false, true)] {
                 let backend = valid(&Instance { local, may_be_local, ..instance(address, 80) });
                 let got = (backend.address, backend.state, backend.host_only);
-                assert_eq!(got, (Some(expected.parse().unwrap()), State::Healthy, false));
+                assert_eq!(got, (Some(expected.parse().unwrap()), BackendState::Healthy, false));
             }
         }
         let backend = valid(&Instance { may_be_local: true, ..instance("127.0.0.1", 80) });
@@ -393,7 +401,7 @@ mod tests {
     fn odd_weights_are_brought_into_range_and_noted() {
         for (given, weight) in [(-5, 1), (0, 1), (1, 1), (65_535, 65_535), (1 << 40, 65_535)] {
             let backend = valid(&Instance { weight: given, ..instance("10.0.0.7", 80) });
-            assert_eq!((backend.state, backend.weight), (State::Healthy, weight));
+            assert_eq!((backend.state, backend.weight), (BackendState::Healthy, weight));
             assert_eq!(backend.reason.is_some(), i64::from(weight) != given, "{given}");
         }
     }

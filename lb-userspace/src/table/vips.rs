@@ -172,7 +172,7 @@ impl Vips {
     /// dropped.
     ///
     /// # Errors
-    /// What is wrong with the text.
+    /// The text's problem.
     pub(crate) fn parse(text: &[u8], pools: Pools) -> Result<Vips, serde_json::Error> {
         let mut vips = Vips::new(pools);
         entries(text)?.into_iter().for_each(|(name, entry)| vips.admit(name, entry));

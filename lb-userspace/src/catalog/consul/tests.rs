@@ -8,7 +8,7 @@ use serde_json::json;
 
 use super::test_server::{AGENT, Fake, Fault, NAMES, instance, service};
 use super::*;
-use crate::catalog::file::follow::Watcher;
+use crate::catalog::file::follow::FileWatcher;
 use crate::catalog::{Catalog, Handle, Lookup};
 use crate::config::{CatalogConfig, Config, ConsulAddress, ConsulConfig, WatchPolicy};
 use crate::table::{HealthStatus, ServiceMeta, Watch};
@@ -988,7 +988,7 @@ async fn what_was_known_serves_a_new_daemon_while_consul_is_down() {
     let holds = |memory: Option<crate::catalog::snapshot::SavedCatalog>| {
         memory.is_some_and(|memory| !memory.services["web"].instances.is_empty())
     };
-    let mut follower = Watcher::new(&path).unwrap();
+    let mut follower = FileWatcher::new(&path).unwrap();
     while !holds(cache::read(&path, LIMIT)) {
         tokio::time::timeout(LIMIT, follower.changed())
             .await

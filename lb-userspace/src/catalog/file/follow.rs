@@ -16,7 +16,7 @@ const MAX_LINKS: usize = 40;
 type Step = (PathBuf, OsString);
 
 /// Watches directories rather than the file, because editors replace files.
-pub struct Watcher {
+pub struct FileWatcher {
     path: PathBuf,
     inotify: AsyncFd<Inotify>,
     watched: HashMap<WatchDescriptor, Place>,
@@ -28,7 +28,7 @@ struct Place {
     names: HashSet<OsString>,
 }
 
-impl Watcher {
+impl FileWatcher {
     /// Changes from now on count.
     ///
     /// # Errors
@@ -41,7 +41,7 @@ impl Watcher {
         )]
         let inotify = AsyncFd::new(Inotify::init()?)?;
         let path = std::path::absolute(path)?;
-        let mut follower = Watcher { path, inotify, watched: HashMap::new() };
+        let mut follower = FileWatcher { path, inotify, watched: HashMap::new() };
         follower.watch()?;
         Ok(follower)
     }
@@ -49,7 +49,7 @@ impl Watcher {
     /// Waits until the file may have changed.
     ///
     /// # Errors
-    /// As for [`Watcher::new`].
+    /// As for [`FileWatcher::new`].
     pub async fn changed(&mut self) -> io::Result<()> {
         let mut buffer = [0; 4096];
         loop {

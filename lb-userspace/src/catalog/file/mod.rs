@@ -38,7 +38,7 @@ use super::publisher::Publisher;
 use crate::file_state::{FileState, file_state};
 use crate::table::Catalog;
 use chunks::Chunks;
-use follow::Watcher;
+use follow::FileWatcher;
 pub use kept::Kept;
 use parse::Diagnostic;
 
@@ -155,7 +155,7 @@ fn diagnosed(path: &Path, diagnostics: Vec<Diagnostic>) -> FileError {
 /// Follows the file for ever. While it can't be used, its last catalog stays. `kept` is where its
 /// good texts are kept.
 pub async fn run(path: PathBuf, kept: Option<Kept>, output: Publisher) {
-    follow_with(path, kept, output, Watcher::new, POLL).await;
+    follow_with(path, kept, output, FileWatcher::new, POLL).await;
 }
 
 /// The same, with what watches a file; one that can't be watched is looked at every `poll`.
@@ -163,7 +163,7 @@ async fn follow_with(
     path: PathBuf,
     kept: Option<Kept>,
     output: Publisher,
-    watch: impl Fn(&Path) -> io::Result<Watcher>,
+    watch: impl Fn(&Path) -> io::Result<FileWatcher>,
     poll: Duration,
 ) {
     output.set_off(false);
@@ -353,7 +353,7 @@ mod tests {
             let mut handle = follow(&path).unwrap();
             shows(&mut handle, services).await;
             // The copy is there once its directory has it.
-            let mut seen = Watcher::new(kept.path()).unwrap();
+            let mut seen = FileWatcher::new(kept.path()).unwrap();
             while kept.read() != Some(text(services)) {
                 seen.changed().await.unwrap();
             }

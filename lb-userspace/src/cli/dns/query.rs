@@ -21,7 +21,7 @@ pub fn query(
     kind: &str,
     server: Option<SocketAddr>,
     arguments: &ClientArguments,
-) -> anyhow::Result<api::Lookup> {
+) -> anyhow::Result<api::DnsLookup> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         if let Some(server) = server {
@@ -55,7 +55,7 @@ pub(super) fn ask_zone(target: &Target) -> anyhow::Result<()> {
 }
 
 /// The response as text: the records as `dig` shows them, and below them their meaning.
-pub fn text(lookup: &api::Lookup) -> String {
+pub fn text(lookup: &api::DnsLookup) -> String {
     let mut text = String::new();
     // Writing to a string can't fail.
     let _ = writeln!(text, "{}  {}", lookup.question, lookup.code);
@@ -100,7 +100,7 @@ mod tests {
 
     #[test]
     fn for_people() {
-        let lookup = |origin, upstream: Option<&str>, reason: Option<&str>| api::Lookup {
+        let lookup = |origin, upstream: Option<&str>, reason: Option<&str>| api::DnsLookup {
             question: "web.service. IN A".to_owned(),
             code: "NOERROR".to_owned(),
             answers: vec!["web.service. 30 IN A 127.128.0.1".to_owned()],

@@ -3,7 +3,7 @@
 use std::io;
 use std::time::Duration;
 
-/// How long one call may go on entering namespaces and starting rounds.
+/// How long one call may enter namespaces and start rounds.
 pub(super) const MAX_DURATION: Duration = Duration::from_secs(10);
 
 /// Why sockets couldn't be examined or disconnected.
@@ -22,7 +22,7 @@ pub enum DiagError {
     Enter {
         /// The namespace's inode.
         namespace: u64,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
     /// The sockets can't be listed.
@@ -33,7 +33,7 @@ pub enum DiagError {
     List {
         /// The namespace's inode.
         namespace: u64,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
     /// `is_gone` failed.
@@ -41,7 +41,7 @@ pub enum DiagError {
     Examine {
         /// The socket's cookie.
         cookie: u64,
-        /// What `is_gone` said.
+        /// The error of `is_gone`.
         source: io::Error,
     },
     /// A socket can't be disconnected.
@@ -54,7 +54,7 @@ pub enum DiagError {
         namespace: u64,
         /// The socket's cookie.
         cookie: u64,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
     /// Suspects are still connected: no process that has them could be found, or others with equal
@@ -72,12 +72,12 @@ pub enum DiagError {
         namespace: u64,
         /// The cookie of that one.
         cookie: u64,
-        /// What that one is connected to.
+        /// Its destination.
         destination: std::net::SocketAddr,
-        /// What the kernel said when a descriptor was last to be borrowed, if it refused.
+        /// The kernel's error for the last descriptor to be borrowed, if it refused.
         refused: Option<io::Error>,
     },
     /// The time was up.
-    #[error("disconnecting UDP sockets was given up after {} s", MAX_DURATION.as_secs())]
+    #[error("disconnecting UDP sockets stopped after {} s", MAX_DURATION.as_secs())]
     TimedOut,
 }

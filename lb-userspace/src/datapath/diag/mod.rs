@@ -1,12 +1,12 @@
-//! Disconnecting UDP sockets from outside: connected UDP passes no hook when it sends, so a socket
-//! whose backend has left goes on sending there until somebody takes its connection away.
+//! Disconnects UDP sockets from outside: no hook runs when a connected UDP socket sends, so it keeps
+//! sending to a removed backend until it is disconnected.
 //!
 //! [`disconnect`] has the kernel abort exactly chosen sockets: the application's next call, or the
 //! one that it waits in, fails once with ECONNABORTED. After that the socket has no destination and,
 //! unless the application bound it, no port; it can be connected again.
 //!
-//! What a socket's storage says is read through a descriptor that is borrowed from a process that
-//! has it: the kernel lists sockets with their storage (INET_DIAG_REQ_SK_BPF_STORAGES) for TCP only,
+//! A socket's storage is read through a descriptor that is borrowed from a process that has it: the
+//! kernel lists sockets with their storage (INET_DIAG_REQ_SK_BPF_STORAGES) for TCP only,
 //! since `inet_sk_diag_fill` is done with a socket of any other protocol before it comes to storage.
 //! So it is on 5.10, 6.1, 6.12, 6.18 and 7.2.
 
@@ -37,11 +37,11 @@ const MAX_ROUNDS: usize = 4;
 pub struct Report {
     /// The network namespaces whose sockets were listed.
     pub n_namespaces: usize,
-    /// The sockets that `is_gone` was asked about, and that were disconnected or spared.
+    /// The sockets that `is_gone` was called for, and that were disconnected or spared.
     pub n_examined: usize,
     /// The sockets that were disconnected.
     pub n_disconnected: usize,
-    /// What stayed undone. The next call tries again.
+    /// Failures. The next call retries them.
     pub errors: Vec<DiagError>,
 }
 
@@ -86,7 +86,7 @@ struct Place {
 }
 
 impl Place {
-    /// Looks for the suspects anew.
+    /// Searches for the suspects again.
     fn list(&mut self, is_suspect: impl Fn(&Connected) -> bool) -> Result<(), DiagError> {
         self.suspects.clear();
         for family in [Family::V4, Family::V6] {
@@ -193,8 +193,8 @@ fn suspects_in(
 }
 
 /// Examines each suspect that a process has open, and disconnects it or adds its cookie to `spared`;
-/// also where that fails, which the report has then: a socket that can't be examined keeps no other
-/// from being disconnected. Returns what the kernel said if it refused a descriptor.
+/// also if that fails, which the report has then: a socket that can't be examined doesn't affect
+/// others. Returns the kernel's error if it refused a descriptor.
 fn disconnect_suspects(
     places: &mut [Place],
     mut is_gone: impl FnMut(&Connected, BorrowedFd<'_>) -> io::Result<bool>,
@@ -231,7 +231,7 @@ fn disconnect_suspects(
                 report.n_examined += 1;
                 report.n_disconnected += 1;
             }
-            // It changed or is hidden: the next round tells.
+            // It changed or is hidden: the next round shows which.
             Ok(false) => {}
             Err(source) => {
                 report.errors.push(DiagError::Destroy { namespace, cookie, source });

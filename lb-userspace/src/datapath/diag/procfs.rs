@@ -22,7 +22,7 @@ pub fn all() -> io::Result<impl Iterator<Item = Pid>> {
 }
 
 /// Duplicates a descriptor of each socket in `inodes` that a process has, and hands it to `take`
-/// with the socket's cookie. Returns what the kernel said if it refused one. Kernel 5.6 and later.
+/// with the socket's cookie. Returns the kernel's error if it refused one. Kernel 5.6 and later.
 ///
 /// Processes and descriptors that vanish meanwhile are no error, and neither is a socket that isn't
 /// found, or another one in its place.
@@ -64,7 +64,7 @@ pub fn borrow_sockets(
     Ok(refused)
 }
 
-/// The inode of the socket that a link in /proc/[pid]/fd leads to.
+/// The inode of the socket of a link in /proc/[pid]/fd.
 fn socket_inode(link: &Path) -> Option<u64> {
     let target = fs::read_link(link).ok()?;
     target.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
@@ -83,7 +83,7 @@ fn duplicate(
     Ok((socket_cookie(&descriptor)?, descriptor))
 }
 
-/// Keeps what says that something is in the way, other than that a process or descriptor vanished.
+/// Keeps an error unless it means that a process or descriptor vanished.
 fn note_refusal(error: io::Error, refused: &mut Option<io::Error>) {
     let vanished = [libc::ENOENT, libc::ESRCH, libc::EBADF, libc::ENOTSOCK];
     if !error.raw_os_error().is_some_and(|errno| vanished.contains(&errno)) {

@@ -34,7 +34,7 @@ const ALIGNMENT: usize = 4;
 /// More than the kernel puts into one answer.
 const BUFFER_SIZE: usize = 1 << 16;
 
-/// How often a list that changed while it was made is asked for again.
+/// How often a list that changed while it was made is requested again.
 const MAX_LISTS: usize = 4;
 
 /// The kernel answers at once; this is for the day on which it doesn't.
@@ -60,7 +60,7 @@ pub struct Connected {
     /// The socket's own address. IPv6 for an IPv6 socket, also where that is an IPv4 address in its
     /// mapped form: see [`std::net::IpAddr::to_canonical`].
     pub local: SocketAddr,
-    /// What the socket is connected to; in the same form.
+    /// The socket's destination, in the same form.
     pub destination: SocketAddr,
     family: Family,
     socket_id: [u8; SOCKET_ID_SIZE],
@@ -143,8 +143,8 @@ impl SockDiag {
         Ok(())
     }
 
-    /// Hands each message that answers the last request to `take`, up to the one that says how the
-    /// request ended.
+    /// Passes each message of the last request's answer to `take`, up to the one with the request's
+    /// result.
     fn receive(&mut self, mut take: impl FnMut(Message<'_>) -> io::Result<()>) -> io::Result<()> {
         loop {
             let receive = || recv(&self.socket, &mut self.buffer[..], RecvFlags::TRUNC);
@@ -152,7 +152,7 @@ impl SockDiag {
             let mut rest = self.buffer.get(..length).ok_or_else(malformed)?;
             while !rest.is_empty() {
                 let message = Message::parse(&mut rest)?;
-                // What an earlier request left behind when it failed half-way.
+                // A message of an earlier request that failed half-way.
                 if message.sequence != self.sequence {
                     continue;
                 }

@@ -69,7 +69,7 @@ mod tests {
         let table = [
             ("/proc/self/ns/mnt", "/proc/thread-self/ns/mnt", false),
             ("/proc/self/ns/mnt", "/proc/self/ns/net", true),
-            // Who can't see the other one's can't tell.
+            // Without access to the other process it is unknown.
             ("/proc/self/ns/mnt", "/proc/self/ns/absent", false),
         ];
         for (own, other, expected) in table {

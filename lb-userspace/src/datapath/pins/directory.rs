@@ -20,7 +20,7 @@ pub fn make_private(dir: &Path) -> Result<(), PinError> {
     fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(io_error("make", dir))
 }
 
-/// Whose a directory is, and who may do what there.
+/// A directory's owner and permissions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Access {
     is_directory: bool,
@@ -38,7 +38,7 @@ impl Access {
         ![0, own].contains(&self.uid)
     }
 
-    /// What is wrong with a directory above the pins, if anything is.
+    /// The problem of a directory above the pins, if there is one.
     fn wrong_above(self, own: u32) -> Option<String> {
         const STICKY: u32 = 0o1000;
         if self.is_foreign(own) {
@@ -48,7 +48,7 @@ impl Access {
         is_open.then(|| format!("may be written to by others (mode {:o})", self.mode & 0o7777))
     }
 
-    /// What is wrong with the directory of the pins, if anything is.
+    /// The problem of the directory of the pins, if there is one.
     fn wrong(self, own: u32) -> Option<Wrong> {
         if !self.is_directory {
             return Some(Wrong::NoDirectory);
@@ -60,7 +60,7 @@ impl Access {
     }
 }
 
-/// What can be wrong with the directory of the pins.
+/// A problem of the directory of the pins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Wrong {
     NoDirectory,
@@ -106,7 +106,7 @@ fn check_above(dir: &Path) -> Result<PathBuf, PinError> {
             break;
         }
         root = above.to_owned();
-        let access = Access::of(above).map_err(io_error("look at", above))?;
+        let access = Access::of(above).map_err(io_error("read", above))?;
         if let Some(why) = access.wrong_above(own) {
             let fix = format!("chown root {0} && chmod go-w {0}", above.display());
             return Err(PinError::Unsafe { path: above.into(), why, fix });
@@ -154,7 +154,7 @@ pub fn make_safe(dir: &Path) -> Result<(), PinError> {
         let access = match Access::of(dir) {
             // Another user may take it away again, too.
             Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-            access => access.map_err(io_error("look at", dir))?,
+            access => access.map_err(io_error("read", dir))?,
         };
         match access.wrong(own) {
             None => return Ok(()),
@@ -178,7 +178,7 @@ pub fn make_safe(dir: &Path) -> Result<(), PinError> {
             Some(wrong) => return Err(unsafe_error(dir, wrong, access)),
         }
     }
-    let access = Access::of(dir).map_err(io_error("look at", dir))?;
+    let access = Access::of(dir).map_err(io_error("read", dir))?;
     Err(unsafe_error(dir, Wrong::Foreign, access))
 }
 

@@ -54,9 +54,9 @@ pub enum PinError {
     Unsafe {
         /// The directory.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The problem.
         why: String,
-        /// What to do about it.
+        /// The fix.
         fix: String,
     },
     /// A directory of another program has a name of ours.
@@ -76,9 +76,9 @@ pub enum PinError {
     Foreign {
         /// The pin.
         path: PathBuf,
-        /// What it is.
+        /// Its present value.
         found: String,
-        /// What it would have to be.
+        /// The value needed.
         expected: String,
     },
     /// A file operation failed.

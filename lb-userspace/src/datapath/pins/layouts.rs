@@ -1,4 +1,4 @@
-//! What lies in the directory of the pins: whose it is, and which links are in it.
+//! The directories of the pins, by layout: which are ours, and which links they have.
 //!
 //! A name alone proves nothing. A directory is ours if it has our mark in it, or, since earlier
 //! versions left none, pins of ours; others are never removed, even if empty.
@@ -56,7 +56,7 @@ pub fn collect_all_links(layouts: &[PathBuf]) -> Result<Vec<PinnedLink>, PinErro
 /// Adds every link that is pinned in a directory or below.
 fn collect_links(dir: &Path, depth: usize, links: &mut Vec<PinnedLink>) -> Result<(), PinError> {
     for path in entries(dir)? {
-        let kind = fs::symlink_metadata(&path).map_err(io_error("look at", &path))?.file_type();
+        let kind = fs::symlink_metadata(&path).map_err(io_error("read", &path))?.file_type();
         if kind.is_dir() {
             // Maps are compared one by one, where they are used.
             let is_maps = depth == 0 && path.ends_with("maps");
@@ -65,7 +65,7 @@ fn collect_links(dir: &Path, depth: usize, links: &mut Vec<PinnedLink>) -> Resul
             }
             continue;
         }
-        // A link of the file system leads to what lies elsewhere.
+        // A symbolic link's target may be anywhere.
         if kind.is_symlink() {
             continue;
         }
@@ -97,7 +97,7 @@ pub fn is_ours(dir: &Path) -> bool {
         || links.iter().any(|name| name.starts_with("nohop_"))
 }
 
-/// Whether a directory is free for our pins: nothing is in it but what we would make there.
+/// Whether a directory is free for our pins: it has nothing but our own directories.
 pub fn is_free(dir: &Path) -> bool {
     names(dir).iter().all(|name| name == "maps" || name == "links")
         && names(&dir.join("maps")).is_empty()

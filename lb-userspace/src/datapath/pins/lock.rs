@@ -108,7 +108,7 @@ fn reclaim(dir: &Path) -> Result<(), PinError> {
                 fs::rename(&entry, &place).map_err(io_error("rename", &entry))?;
             }
         }
-        // What is there twice stays.
+        // A pin that exists in both places stays.
         let _ = fs::remove_dir(aside);
     }
     Ok(())

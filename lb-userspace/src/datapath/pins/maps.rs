@@ -77,7 +77,7 @@ impl PinnedMaps {
 /// # Errors
 /// When the pin is something else.
 pub fn compare(path: &Path, shape: &MapShape) -> Result<Compat, PinError> {
-    if !path.try_exists().map_err(io_error("look at", path))? {
+    if !path.try_exists().map_err(io_error("read", path))? {
         return Ok(Compat::Absent);
     }
     let expected = described(shape.map_type, shape.key_size, shape.value_size, shape.flags);

@@ -33,7 +33,7 @@ pub use layouts::{PinnedLink, links_in, unpin};
 pub use lock::monotonic_ns;
 pub use maps::PinnedMaps;
 
-/// The word of `CONTROL` that has `is_shadow`.
+/// The index of the word of `CONTROL` that has `is_shadow`.
 const SHADOW_WORD: usize = std::mem::offset_of!(Control, is_shadow) / 8;
 
 /// The pins in one directory, locked for as long as this lives.
@@ -180,7 +180,7 @@ impl Pins {
         self.make_directories()
     }
 
-    /// Whether anything of ours is there.
+    /// Whether there are pins of ours.
     ///
     /// # Errors
     /// When the file system refuses.

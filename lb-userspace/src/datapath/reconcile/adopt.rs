@@ -1,8 +1,8 @@
-//! Taking over maps that an earlier daemon filled: what they hold becomes what the reconciler holds.
+//! Takes over maps that an earlier daemon filled: their contents become the reconciler's state.
 //!
-//! An earlier daemon may have ended at any point, so that entries were written that nothing leads
-//! to, or taken from readers and not yet cleared. Those are cleared now. What readers can find is
-//! always whole; where it isn't, something else wrote to the maps, and they aren't taken over.
+//! An earlier daemon may have ended at any point, so there may be entries that nothing refers to, not
+//! yet published or not yet cleared. Those are cleared now. Reachable entries are always consistent;
+//! if they aren't, another program wrote to the maps, and they aren't taken over.
 
 use std::collections::{BTreeMap, HashSet};
 use std::io;
@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use lb_common::{Backend, Group, ServiceRef, SlotRange};
 
-use super::{Held, Reconciler, next};
+use super::{Applied, Reconciler, next};
 use crate::datapath::buddy::Block;
 use crate::datapath::ids::Ids;
 use crate::datapath::map_specs::Sizes;
@@ -26,7 +26,7 @@ pub enum AdoptError {
     /// They don't hold what an earlier daemon can have left.
     #[error("the pinned maps are inconsistent: {what}")]
     Inconsistent {
-        /// What is wrong.
+        /// The problem.
         what: String,
     },
 }
@@ -53,21 +53,21 @@ impl<M: Maps> Reconciler<M> {
             if service_idx >= sizes.services {
                 return Err(inconsistent(format!("there is no service {service_idx}")));
             }
-            let (name, mut held) = this.adopt_service(service_idx, sizes)?;
+            let (name, mut applied) = this.adopt_service(service_idx, sizes)?;
             for (&frontend, &target) in frontends {
-                held.insert_frontend(frontend, target);
+                applied.insert_frontend(frontend, target);
             }
-            for &backend_idx in held.backends.values() {
+            for &backend_idx in applied.backends.values() {
                 if !used_backends.insert(backend_idx) {
                     return Err(inconsistent(format!("a backend of {name} isn't its own")));
                 }
             }
             this.owners.extend(frontends.keys().map(|&frontend| (frontend, name.clone())));
-            if this.held.insert(name.clone(), held).is_some() {
+            if this.applied.insert(name.clone(), applied).is_some() {
                 return Err(inconsistent(format!("two services have the name {name}")));
             }
         }
-        this.behind = this.held.keys().cloned().collect();
+        this.pending = this.applied.keys().cloned().collect();
         this.services = Ids::with_used(sizes.services, |idx| by_service.contains_key(&idx));
         this.backends = Ids::with_used(sizes.backends, |idx| used_backends.contains(&idx));
         this.clear_leftovers(sizes, &by_service, &used_backends);
@@ -75,16 +75,16 @@ impl<M: Maps> Reconciler<M> {
         Ok(this)
     }
 
-    /// Gives a generation to each backend in use that has none: the earlier daemon ended while it
-    /// took UDP frontends from the backend's service. Which ones isn't known any more, so sockets
-    /// that remember the former generation count as left behind.
+    /// Sets the generation of each backend in use that has none: the earlier daemon ended while it removed
+    /// UDP frontends of the backend's service. Which ones isn't known any more, so all sockets that cached
+    /// the former generation are disconnected.
     fn renew_suspended(&mut self, used_backends: &HashSet<u32>) {
         for &backend_idx in used_backends {
             let backend = self.maps.backend(backend_idx);
             if backend.generation == 0 {
                 self.maps.renew_backend(backend_idx, self.next_generation);
                 self.next_generation = next(self.next_generation);
-                self.left_udp.entry(("".into(), socket_address(&backend))).or_default();
+                self.removed_udp.entry(("".into(), socket_address(&backend))).or_default();
             }
         }
     }
@@ -93,7 +93,7 @@ impl<M: Maps> Reconciler<M> {
         &mut self,
         service_idx: u32,
         sizes: &Sizes,
-    ) -> Result<(Arc<str>, Held), AdoptError> {
+    ) -> Result<(Arc<str>, Applied), AdoptError> {
         let octets = self.maps.name(service_idx).octets;
         let name = octets.split(|&octet| octet == 0).next().unwrap_or_default();
         let name = std::str::from_utf8(name).unwrap_or_default();
@@ -102,14 +102,14 @@ impl<M: Maps> Reconciler<M> {
         }
         let regions: HashSet<SlotRange> =
             self.maps.service(service_idx).into_iter().flat_map(Group::ranges).collect();
-        let mut held = Held::new(service_idx);
+        let mut applied = Applied::new(service_idx);
         for region in regions.into_iter().filter(|region| region.n_slots > 0) {
             let block = Block::of(region.first_slot, region.n_slots);
             let end = region.first_slot.checked_add(region.n_slots);
             let is_inside = end.is_some_and(|end| end <= sizes.slots);
             let block = block.filter(|&block| is_inside && self.regions.claim(block));
             let wrong = || inconsistent(format!("the slots of {name} aren't its own"));
-            held.blocks.push(block.ok_or_else(wrong)?);
+            applied.blocks.push(block.ok_or_else(wrong)?);
             for slot_idx in region.first_slot..region.first_slot + region.n_slots {
                 let slot = self.maps.slot(slot_idx);
                 if slot.backend >= sizes.backends || u32::from(slot.alias) >= region.n_slots {
@@ -119,13 +119,13 @@ impl<M: Maps> Reconciler<M> {
                 if backend.port == 0 || backend.padding != 0 {
                     return Err(inconsistent(format!("a backend of {name} isn't there")));
                 }
-                held.backends.insert(socket_address(&backend), slot.backend);
+                applied.backends.insert(socket_address(&backend), slot.backend);
             }
         }
-        Ok((name.into(), held))
+        Ok((name.into(), applied))
     }
 
-    /// Clears what nothing leads to.
+    /// Clears unreferenced entries.
     fn clear_leftovers(
         &mut self,
         sizes: &Sizes,
@@ -143,12 +143,12 @@ impl<M: Maps> Reconciler<M> {
                 self.maps.retire_backend(backend_idx);
             }
             if backend.port != 0 {
-                // Whose it was isn't known any more. The earlier daemon may have ended before it had
+                // Its service isn't known any more. The earlier daemon may have ended before it
                 // disconnected the sockets.
-                self.left_udp.entry(("".into(), socket_address(&backend))).or_default();
+                self.removed_udp.entry(("".into(), socket_address(&backend))).or_default();
             }
         }
-        // A program may be at work on what was just found free.
+        // A program may still read an entry that was just found free.
         self.maps.synchronize_rcu();
     }
 }

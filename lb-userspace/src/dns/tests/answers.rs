@@ -16,7 +16,7 @@ use crate::config::{Config, DnsConfig, Forward, Unrouted};
 use crate::dns::resolve::Missing::{self, Absent, LookUp, Unknown};
 use crate::dns::resolve::{Resolution, ResolveContext, TableSnapshot, Zone, answer};
 use crate::dns::{DnsServer, Transport, bind};
-use crate::table::{Backend, Ports, Protocols, Service, State, Table, Watch};
+use crate::table::{Backend, BackendState, Ports, Protocols, Service, Table, Watch};
 
 const POOLS: [&str; 2] = ["127.128.0.0/9", "fd00::/64"];
 
@@ -28,7 +28,7 @@ fn backend(address: &str) -> Backend {
         node: String::new(),
         id: String::new(),
         weight: 1,
-        state: State::Healthy,
+        state: BackendState::Healthy,
         reason: None,
         host_only: false,
     }
