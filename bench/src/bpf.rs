@@ -1,4 +1,4 @@
-//! What the kernel tells of nohop's programs and maps, by bpftool.
+//! nohop's programs and maps in the kernel, by bpftool.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -52,12 +52,12 @@ pub fn mean_ns(
 /// The run time in ns and the number of runs of a program, as the kernel has counted them.
 fn counted(program: u64) -> Result<[f64; 2]> {
     let shown = bpftool(&format!("prog show id {program}"))?;
-    // They are left out until there is something to tell.
+    // bpftool leaves the fields out while they are zero.
     Ok(["run_time_ns", "run_cnt"].map(|key| shown[key].as_f64().unwrap_or_default()))
 }
 
-/// What the maps that are pinned below a directory take, in MB, as the kernel tells it (trust it from
-/// 6.4 on).
+/// The memory of the maps pinned below a directory, in MB, as the kernel reports it (reliable from 6.4
+/// on).
 ///
 /// # Errors
 /// When bpftool fails, or no map is pinned there.
@@ -67,7 +67,7 @@ pub fn maps_mb(pins: &Path) -> Result<f64> {
     let mut sum = 0.0;
     for pin in files_below(pins).into_iter().filter(|pin| !is_link(pin)) {
         let map = bpftool(&format!("map show pinned {}", pin.display()))?;
-        let id = map["id"].as_u64().context("bpftool tells no id of a map")?;
+        let id = map["id"].as_u64().context("bpftool reports no id of a map")?;
         if seen.insert(id) {
             sum += map["bytes_memlock"].as_f64().unwrap_or_default() / 1e6;
         }
@@ -77,8 +77,8 @@ pub fn maps_mb(pins: &Path) -> Result<f64> {
 }
 
 fn bpftool(words: &str) -> Result<Value> {
-    let said = cmd::words("bpftool", &format!("--json {words}"))?;
-    serde_json::from_str(&said).with_context(|| format!("bpftool {words}: {said}"))
+    let text = cmd::words("bpftool", &format!("--json {words}"))?;
+    serde_json::from_str(&text).with_context(|| format!("bpftool {words}: {text}"))
 }
 
 fn files_below(dir: &Path) -> Vec<PathBuf> {

@@ -1,9 +1,6 @@
 //! Numbers as people read them: three significant digits and a prefix.
 
-use crate::report::Row;
-use crate::stats::Spread;
-
-/// What stands where there is no number.
+/// The text in the place of a missing number.
 pub const NONE: &str = "–";
 
 /// Units of one kind, least first, and how many of the first each is.
@@ -24,7 +21,7 @@ pub fn range(min: f64, max: f64, unit: &str) -> String {
     let (min, min_unit) = split(min, unit);
     let (max, max_unit) = split(max, unit);
     let min_unit = if min_unit == max_unit { "" } else { &min_unit };
-    // Not `-5–-3`, which nobody can read.
+    // Not the unreadable `-5–-3`.
     let dash = if max.starts_with('-') { " to " } else { "–" };
     format!("{min}{min_unit}{dash}{max}{max_unit}")
 }
@@ -53,31 +50,6 @@ pub fn count(value: f64) -> String {
 pub fn tick(value: f64, unit: &str) -> String {
     let (value, unit) = rescale(value, unit);
     if value == 0.0 { "0".to_owned() } else { format!("{}{unit}", count(value)) }
-}
-
-/// A table's cell: the median, the ratio to the base, and the 95% interval of that, or its spread where
-/// there are few rounds, or the spread of the value where there is no ratio: `121k (0.99; 0.95–1.02)`, `122k (118k–125k)`.
-pub fn cell(row: Option<&Row>, unit: &str) -> String {
-    let Some(Row { spread: Some(spread), ratio: ratios, interval, .. }) = row else {
-        return NONE.to_owned();
-    };
-    let median = humane(spread.median, unit);
-    match ratios {
-        Some(ratios) if is_spread(ratios) => {
-            let (low, high) =
-                interval.map_or((ratios.min, ratios.max), |interval| (interval.low, interval.high));
-            format!("{median} ({}; {}–{})", ratio(ratios.median), ratio(low), ratio(high))
-        }
-        Some(ratios) => format!("{median} ({})", ratio(ratios.median)),
-        None if is_spread(spread) => {
-            format!("{median} ({})", range(spread.min, spread.max, unit))
-        }
-        None => median,
-    }
-}
-
-fn is_spread(spread: &Spread) -> bool {
-    spread.min < spread.max
 }
 
 /// The number and the unit behind it, with its space.
@@ -137,7 +109,6 @@ fn significant(value: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::stats::Interval;
 
     #[test]
     fn three_digits_and_a_prefix() {
@@ -212,33 +183,5 @@ mod tests {
         ] {
             assert_eq!(range(min, max, unit), expected);
         }
-    }
-
-    #[test]
-    fn cells() {
-        let spread = |median, min, max| Some(Spread { median, min, max });
-        let cell = |spread, ratio| {
-            let row =
-                Row { contender: String::new(), rounds: vec![], spread, ratio, interval: None };
-            super::cell(Some(&row), "requests/s")
-        };
-        for (value, ratio, expected) in [
-            (None, None, "–"),
-            (spread(121e3, 118e3, 125e3), None, "121k (118k–125k)"),
-            (spread(121e3, 121e3, 121e3), None, "121k"),
-            (spread(121e3, 118e3, 125e3), spread(0.99, 0.95, 1.02), "121k (0.99; 0.95–1.02)"),
-            (spread(121e3, 121e3, 121e3), spread(0.99, 0.99, 0.99), "121k (0.99)"),
-        ] {
-            assert_eq!(cell(value, ratio), expected);
-        }
-        assert_eq!(super::cell(None, "us"), "–");
-        let row = Row {
-            contender: String::new(),
-            rounds: vec![],
-            spread: spread(121e3, 118e3, 125e3),
-            ratio: spread(0.99, 0.90, 1.10),
-            interval: Some(Interval { median: 0.99, low: 0.98, high: 1.0 }),
-        };
-        assert_eq!(super::cell(Some(&row), "requests/s"), "121k (0.99; 0.98–1.00)");
     }
 }

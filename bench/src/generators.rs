@@ -10,7 +10,7 @@ use testbed::net::ExecContext;
 
 use crate::peers::n_workers;
 
-/// What wrk found.
+/// wrk's results.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Saturated {
     /// Answered requests.
@@ -21,10 +21,10 @@ pub struct Saturated {
     pub rate: f64,
 }
 
-/// Has wrk ask as much as it can, for whole seconds.
+/// Has wrk send as many requests as it can, for whole seconds.
 ///
 /// # Errors
-/// When it can't be started, or what it says can't be read.
+/// When it can't be started, or its output can't be read.
 pub fn wrk(
     place: ExecContext<'_>,
     address: SocketAddrV4,
@@ -40,14 +40,14 @@ pub fn wrk(
         command.args(["-H", "Connection: close"]);
     }
     command.arg(format!("http://{address}/"));
-    let said = cmd::stdout(command)?;
-    read_wrk(&said).with_context(|| format!("what wrk says: {said}"))
+    let text = cmd::stdout(command)?;
+    read_wrk(&text).with_context(|| format!("wrk's output: {text}"))
 }
 
-fn read_wrk(said: &str) -> Result<Saturated> {
-    let after = |mark: &str| said.lines().find_map(|line| line.trim().strip_prefix(mark));
+fn read_wrk(text: &str) -> Result<Saturated> {
+    let after = |mark: &str| text.lines().find_map(|line| line.trim().strip_prefix(mark));
     let rate = after("Requests/sec:").context("no rate")?.trim().parse().context("its rate")?;
-    let requests = said.lines().find(|line| line.contains(" requests in ")).context("no count")?;
+    let requests = text.lines().find(|line| line.contains(" requests in ")).context("no count")?;
     let n_answered = requests.split_whitespace().next().context("no count")?.parse()?;
     let errors = after("Socket errors:").unwrap_or_default();
     let errors = errors.split(',').filter_map(|part| part.rsplit(' ').next()?.parse::<u64>().ok());
@@ -58,11 +58,11 @@ fn read_wrk(said: &str) -> Result<Saturated> {
 /// Runs this project's own generator with arguments separated by spaces, and returns its findings.
 ///
 /// # Errors
-/// When it fails, or says nothing.
+/// When it fails, or prints nothing.
 pub fn load(place: ExecContext<'_>, arguments: &str) -> Result<Value> {
-    let said = place.run(load_program()?, arguments)?;
-    let last = said.lines().last().context("nohop-load says nothing")?;
-    serde_json::from_str(last).with_context(|| format!("what nohop-load says: {last}"))
+    let text = place.run(load_program()?, arguments)?;
+    let last = text.lines().last().context("nohop-load prints nothing")?;
+    serde_json::from_str(last).with_context(|| format!("nohop-load's output: {last}"))
 }
 
 /// What [`connect`] strides by: prime to the numbers of services, so that it meets each, far apart.
@@ -95,7 +95,7 @@ pub fn load_program() -> Result<PathBuf> {
 /// When it isn't there.
 pub fn number(found: &Value, path: &str) -> Result<f64> {
     let number = found.pointer(path).and_then(Value::as_f64);
-    number.with_context(|| format!("nohop-load tells no {path}: {found}"))
+    number.with_context(|| format!("nohop-load reports no {path}: {found}"))
 }
 
 #[cfg(test)]
@@ -104,7 +104,7 @@ mod tests {
 
     #[test]
     fn wrk_is_read() {
-        let said = "\
+        let text = "\
 Running 1s test @ http://10.98.1.0:8080/
   1 threads and 32 connections
   Thread Stats   Avg      Stdev     Max   +/- Stdev
@@ -117,7 +117,7 @@ Requests/sec: 166487.05
 Transfer/sec:     27.31MB
 ";
         let expected = Saturated { n_answered: 183_114, n_failed: 54_321, rate: 166_487.05 };
-        assert_eq!(read_wrk(said).expect("it can be read"), expected);
+        assert_eq!(read_wrk(text).expect("it can be read"), expected);
         assert!(read_wrk("unable to connect").is_err());
     }
 }

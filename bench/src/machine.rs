@@ -1,4 +1,4 @@
-//! Where a run took place, for whoever reads its figures elsewhere.
+//! The machine of a run, for readers of its figures.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -19,7 +19,7 @@ pub struct Machine {
     pub kernel: String,
     /// The distribution.
     pub system: String,
-    /// What virtualises it, as far as that can be told; empty where nothing seems to.
+    /// The hypervisor, as far as it can be detected; empty if there seems to be none.
     pub hypervisor: String,
     /// Mitigations in force, by vulnerability, those that are in force only.
     pub mitigations: Vec<String>,
@@ -31,8 +31,8 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Looks around. What can't be read is left empty.
-    pub fn look() -> Machine {
+    /// Reads this machine's properties. Unreadable ones are left empty.
+    pub fn read() -> Machine {
         let cpuinfo = read("/proc/cpuinfo");
         let uname = rustix::system::uname();
         let kernel = [uname.release(), uname.version()].map(|part| part.to_string_lossy());
@@ -126,7 +126,7 @@ fn pretty_name(os_release: &str) -> String {
     name.unwrap_or_default().trim_matches(['"', '\'']).to_owned()
 }
 
-/// What the firmware says of itself, where the processor says that it is virtual.
+/// The firmware's name, if the processor reports that it is virtual.
 fn hypervisor(cpuinfo: &str, vendor: &str, product: &str) -> String {
     let mut flags = value(cpuinfo, "flags").unwrap_or_default().split(' ');
     if !flags.any(|flag| flag == "hypervisor") {
@@ -185,7 +185,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_the_files_say() {
+    fn the_files_are_read() {
         let cpuinfo = "processor\t: 0\nmodel name\t: AMD  EPYC\nflags\t\t: fpu hypervisor sse\n";
         assert_eq!(cpu_model(cpuinfo), "AMD EPYC");
         assert_eq!(memory_mib("MemTotal:       24684092 kB\nMemFree: 1 kB\n"), 24105);
@@ -237,7 +237,7 @@ mod tests {
 
     #[test]
     fn this_machine() {
-        let machine = Machine::look();
+        let machine = Machine::read();
         assert!(machine.n_cpus > 0 && machine.memory_mib > 0, "{machine:?}");
         assert!(!machine.kernel.is_empty(), "{machine:?}");
     }

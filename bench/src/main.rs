@@ -103,7 +103,7 @@ fn run_all(arguments: &Arguments) -> Result<ExitCode> {
     }
     cleanup::on_signals().context("handle signals")?;
     let _conntrack = Conntrack::enlarge()?;
-    let machine = Machine::look();
+    let machine = Machine::read();
     let start = Instant::now();
     let mut n_failed = 0;
     for (idx, suite) in suites.iter().enumerate() {
@@ -114,10 +114,10 @@ fn run_all(arguments: &Arguments) -> Result<ExitCode> {
             Ok(_) => {
                 n_failed += 1;
                 eprintln!(
-                    "check failed: this machine, as it is now, can't tell the differences that the suites \
+                    "check failed: this machine, as it is now, can't resolve the differences that the suites \
                      look for"
                 );
-                // A look is a look. What is to be published isn't worth its time here.
+                // A quick run goes on. A full one isn't worth its time here.
                 if !arguments.quick && !arguments.force && suites.len() > 1 {
                     anyhow::bail!(
                         "the other suites don't run: use a quieter machine, or --force them"

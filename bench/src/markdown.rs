@@ -1,7 +1,8 @@
 //! A report as Markdown, which reads well raw, too.
 
 use crate::format::{self, NONE};
-use crate::report::{Chart, Contender, Figure, Goal, Outcome, Report};
+use crate::report::{Chart, Contender, Figure, Goal, Outcome, Report, Row};
+use crate::stats::Spread;
 
 /// Where the text finds what it links to.
 #[derive(Clone, Debug, Default)]
@@ -93,7 +94,7 @@ fn figures(chart: &Chart, links: &Links) -> String {
     rows[0].extend(chart.contenders.iter().map(|name| inline(name)));
     for figure in &chart.figures {
         let mut row = vec![inline(&condition(chart, figure))];
-        let cells = chart.contenders.iter().map(|name| format::cell(figure.row(name), chart.unit));
+        let cells = chart.contenders.iter().map(|name| cell(figure.row(name), chart.unit));
         row.extend(cells);
         rows.push(row);
     }
@@ -105,7 +106,7 @@ fn figures(chart: &Chart, links: &Links) -> String {
     text
 }
 
-/// Of a point, the number alone: what it counts stands above.
+/// Of a point, the number alone: the head has the unit.
 fn condition(chart: &Chart, figure: &Figure) -> String {
     match &figure.point {
         Some(point) if chart.axis.is_some() && figure.condition.is_empty() => {
@@ -161,9 +162,40 @@ fn inline(text: &str) -> String {
     text.replace('|', "\\|").replace('<', "&lt;").replace(['\n', '\r'], " ")
 }
 
+/// A table's cell: the median, the ratio to the base, and the 95% interval of that, or its spread where
+/// there are few rounds, or the spread of the value where there is no ratio: `121k (0.99; 0.95–1.02)`, `122k (118k–125k)`.
+fn cell(row: Option<&Row>, unit: &str) -> String {
+    let Some(Row { spread: Some(spread), ratio: ratios, interval, .. }) = row else {
+        return NONE.to_owned();
+    };
+    let median = format::humane(spread.median, unit);
+    match ratios {
+        Some(ratios) if is_spread(ratios) => {
+            let (low, high) =
+                interval.map_or((ratios.min, ratios.max), |interval| (interval.low, interval.high));
+            format!(
+                "{median} ({}; {}–{})",
+                format::ratio(ratios.median),
+                format::ratio(low),
+                format::ratio(high)
+            )
+        }
+        Some(ratios) => format!("{median} ({})", format::ratio(ratios.median)),
+        None if is_spread(spread) => {
+            format!("{median} ({})", format::range(spread.min, spread.max, unit))
+        }
+        None => median,
+    }
+}
+
+fn is_spread(spread: &Spread) -> bool {
+    spread.min < spread.max
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::stats::Interval;
     use crate::tests::sample;
 
     #[test]
@@ -251,5 +283,33 @@ requests/s, higher is better; ratios to direct.
         for (seconds, expected) in [(0.4, "0 s"), (93.0, "93 s"), (600.0, "10 min")] {
             assert_eq!(took(seconds), expected);
         }
+    }
+
+    #[test]
+    fn cells() {
+        let spread = |median, min, max| Some(Spread { median, min, max });
+        let cell = |spread, ratio| {
+            let row =
+                Row { contender: String::new(), rounds: vec![], spread, ratio, interval: None };
+            super::cell(Some(&row), "requests/s")
+        };
+        for (value, ratio, expected) in [
+            (None, None, "–"),
+            (spread(121e3, 118e3, 125e3), None, "121k (118k–125k)"),
+            (spread(121e3, 121e3, 121e3), None, "121k"),
+            (spread(121e3, 118e3, 125e3), spread(0.99, 0.95, 1.02), "121k (0.99; 0.95–1.02)"),
+            (spread(121e3, 121e3, 121e3), spread(0.99, 0.99, 0.99), "121k (0.99)"),
+        ] {
+            assert_eq!(cell(value, ratio), expected);
+        }
+        assert_eq!(super::cell(None, "us"), "–");
+        let row = Row {
+            contender: String::new(),
+            rounds: vec![],
+            spread: spread(121e3, 118e3, 125e3),
+            ratio: spread(0.99, 0.90, 1.10),
+            interval: Some(Interval { median: 0.99, low: 0.98, high: 1.0 }),
+        };
+        assert_eq!(super::cell(Some(&row), "requests/s"), "121k (0.99; 0.98–1.00)");
     }
 }

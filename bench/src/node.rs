@@ -1,5 +1,5 @@
-//! Where a contender works: a node of its own, so that none pays for what another one needs (such as
-//! connection tracking, which all of a network namespace pays for once one rule wants it).
+//! A contender's own node, so that none pays for another one's needs (such as connection tracking,
+//! which costs all connections of a network namespace once one rule uses it).
 
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddrV4};
@@ -38,8 +38,8 @@ const SERVER: Ipv4Addr = Ipv4Addr::new(10, 97, 0, 2);
 /// All of this is local to where the backends are: as many addresses as anybody needs.
 const BACKENDS: [u8; 2] = [10, 98];
 
-/// What a node is given alike, whoever works there: nobody is to run out of ports, of room for
-/// connections that wait to be accepted, or of memory for datagrams.
+/// The settings of each node: no contender runs out of ports, of room for connections that wait to be
+/// accepted, or of memory for datagrams.
 const SETTINGS: [(&str, &str); 7] = [
     ("net/ipv4/ip_local_port_range", "10240 65535"),
     ("net/ipv4/tcp_tw_reuse", "1"),
@@ -51,12 +51,12 @@ const SETTINGS: [(&str, &str); 7] = [
     ("net/ipv4/tcp_no_metrics_save", "1"),
 ];
 
-/// A client's host, the host of its backends, and a cgroup for each part, by which its processor time
-/// is told.
+/// A client's host, the host of its backends, and a cgroup for each part, which measures its processor
+/// time.
 pub struct Node {
-    /// Whose programs connect.
+    /// The client's programs.
     pub client: Cgroup,
-    /// What stands between, if anything does.
+    /// The proxy, if there is one.
     pub hop: Cgroup,
     /// Those who answer.
     pub backend: Cgroup,
@@ -113,7 +113,7 @@ impl Node {
         Ok(node)
     }
 
-    /// The host that connects to, for whoever sets up its network.
+    /// The client's host, for setting up its network.
     pub fn client_host(&self) -> &Arc<Host> {
         &self.client_host
     }
@@ -145,7 +145,7 @@ impl Node {
         SocketAddrV4::new(Ipv4Addr::new(a, b, c, d), port)
     }
 
-    /// Counts a process that was started elsewhere, such as the daemon, as what stands between.
+    /// Counts a process that was started elsewhere, such as the daemon, as the proxy.
     ///
     /// # Errors
     /// When it is gone.
@@ -155,10 +155,10 @@ impl Node {
         fs::write(file, pid.as_raw_nonzero().to_string()).context("put a process into a cgroup")
     }
 
-    /// What the parts have used so far.
+    /// The processor time of the parts so far.
     ///
     /// # Errors
-    /// When the kernel doesn't tell.
+    /// When the kernel doesn't report it.
     pub fn cpu_times(&self) -> Result<CpuTimes> {
         let [client, hop, backend] = [&self.client, &self.hop, &self.backend].map(cpu_time);
         Ok(CpuTimes { client: client?, hop: hop?, backend: backend? })
@@ -166,7 +166,7 @@ impl Node {
 }
 
 impl CpuTimes {
-    /// What was used since.
+    /// The processor time since then.
     pub fn since(self, before: CpuTimes) -> CpuTimes {
         CpuTimes {
             client: self.client.saturating_sub(before.client),
@@ -191,7 +191,7 @@ fn cpu_time(cgroup: &Cgroup) -> Result<Duration> {
     Ok(Duration::from_micros(usage.trim().parse().context("usage_usec")?))
 }
 
-/// Applies [`SETTINGS`]: /proc/sys/net is that of whoever looks.
+/// Applies [`SETTINGS`]: /proc/sys/net shows the reading process's namespace.
 fn set_all(place: ExecContext<'_>) -> Result<()> {
     let script: Vec<String> =
         SETTINGS.iter().map(|(key, value)| format!("echo '{value}' > /proc/sys/{key}")).collect();

@@ -39,19 +39,19 @@ fn file(stem: &str) -> String {
     format!("{stem}.svg")
 }
 
-/// What leads from a directory to that of the repository around it.
+/// The relative path from a directory to the repository around it.
 fn to_root(dir: &Path) -> Option<String> {
     let dir = fs::canonicalize(dir).ok()?;
     let depth = dir.ancestors().position(|ancestor| ancestor.join(".git").exists())?;
     Some("../".repeat(depth))
 }
 
-/// Writes beside the file and then takes its place.
+/// Writes a temporary file and renames it.
 fn write_whole(path: &Path, text: &str) -> Result<PathBuf> {
     let new = path.with_added_extension("new");
     let written = fs::write(&new, text).and_then(|()| fs::rename(&new, path));
     if written.is_err() {
-        // What is left of it is of no use; the reason is that of the first failure.
+        // The rest is useless; the first failure is the reason.
         _ = fs::remove_file(&new);
     }
     written.with_context(|| {

@@ -1,4 +1,4 @@
-//! What a run needs, looked at before it does anything.
+//! Checks the requirements of a run before it begins.
 
 use std::fs;
 use std::path::Path;
@@ -8,13 +8,13 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use testbed::cmd;
 
-/// The programs of this build, which have to lie beside the harness.
+/// The programs of this build, which have to be next to the harness.
 const BUILT: [&str; 2] = ["nohop", "nohop-load"];
 
 /// Programs of the system that every suite needs.
 const SYSTEM: [&str; 4] = ["ip", "nsenter", "ss", "unshare"];
 
-/// That what needs these programs can run, and its reports be written to `out`.
+/// Checks that these programs can run, and that reports can be written to `out`.
 ///
 /// # Errors
 /// When they can't: the message says what is missing and how to get it.
@@ -26,7 +26,7 @@ pub fn check(programs: impl IntoIterator<Item = &'static str>, out: &Path) -> Re
     let n_cpus = thread::available_parallelism().map_or(1, usize::from);
     ensure!(
         n_cpus >= 2,
-        "only one processor may be used: who connects and who answers would wait for each other, and every \
+        "only one processor may be used: client and backend would wait for each other, and every \
          figure would measure that; use a machine with two or more, or a wider `taskset`"
     );
     for program in BUILT {
@@ -52,8 +52,8 @@ pub fn check(programs: impl IntoIterator<Item = &'static str>, out: &Path) -> Re
 const MAX_BUSY: f64 = 0.1;
 const LOOK: Duration = Duration::from_secs(1);
 
-/// That the processors have nothing else to do; where they have, and `is_tolerated`, it only says so. The
-/// load average wouldn't do: it is high for minutes after the harness was compiled.
+/// Checks that the processors are idle; if not, and `is_tolerated`, it only prints a warning. The load
+/// average is no measure: it is high for minutes after the harness was compiled.
 ///
 /// # Errors
 /// When they are busy.
@@ -68,13 +68,13 @@ pub fn is_idle(is_tolerated: bool) -> Result<()> {
     let text = format!("the processors are {percent:.0}% busy with something else");
     ensure!(
         is_tolerated,
-        "{text}, which every figure would have in it: stop that, or go on with --force"
+        "{text}, which distorts every figure: stop that, or continue with --force"
     );
     eprintln!("warning: {text}, which every figure will have in it");
     Ok(())
 }
 
-/// What all processors have spent so far, idle and in all, in ticks.
+/// The time of all processors so far, idle and in all, in ticks.
 fn processor_times() -> Result<[u64; 2]> {
     let stat = fs::read_to_string("/proc/stat").context("read /proc/stat")?;
     let words = stat.lines().next().unwrap_or_default().split_whitespace().skip(1);

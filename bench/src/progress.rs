@@ -1,4 +1,4 @@
-//! How far a run is, for whoever waits.
+//! A run's progress.
 
 use std::io::{IsTerminal, Write, stderr};
 use std::time::{Duration, Instant};
@@ -6,35 +6,35 @@ use std::time::{Duration, Instant};
 /// How often a line is written where there is no terminal to write over the last one.
 const PAUSE: Duration = Duration::from_secs(10);
 
-/// Counts a suite's steps, and tells how many are left and for about how long.
+/// Counts a suite's steps, and prints how many are left and for about how long.
 pub struct Progress {
     suite: String,
     n_steps: usize,
     n_done: usize,
     start: Instant,
-    told: Option<Instant>,
+    reported: Option<Instant>,
 }
 
 impl Progress {
-    /// Of a suite with that many steps, alike in length; 0 where nobody knows how many.
+    /// Of a suite with that many steps, alike in length; 0 if the number is unknown.
     pub fn new(suite: &str, n_steps: usize) -> Progress {
-        Progress { suite: suite.into(), n_steps, n_done: 0, start: Instant::now(), told: None }
+        Progress { suite: suite.into(), n_steps, n_done: 0, start: Instant::now(), reported: None }
     }
 
-    /// Says what comes next, before it begins.
+    /// Prints the next step, before it begins.
     pub fn step(&mut self, what: &str) {
         let line = self.line(what, self.start.elapsed());
         self.n_done += 1;
         if stderr().is_terminal() {
             eprint!("\r\x1b[K{line:.100}");
             let _ = stderr().flush();
-        } else if self.told.is_none_or(|told| told.elapsed() >= PAUSE) {
+        } else if self.reported.is_none_or(|reported| reported.elapsed() >= PAUSE) {
             eprintln!("{line}");
-            self.told = Some(Instant::now());
+            self.reported = Some(Instant::now());
         }
     }
 
-    /// Says that something is being prepared, which no step is.
+    /// Prints that something is being prepared, which isn't a step.
     pub fn preparing(&self, what: &str) {
         if stderr().is_terminal() {
             eprint!("\r\x1b[K{}: preparing: {what}", self.suite);
@@ -68,7 +68,7 @@ impl Drop for Progress {
     }
 }
 
-/// Seconds as a person says them.
+/// Seconds as text for people.
 pub fn duration(seconds: f64) -> String {
     let seconds = seconds.round() as u64;
     if seconds < 200 { format!("{seconds} s") } else { format!("{} min", seconds.div_ceil(60)) }

@@ -1,4 +1,4 @@
-//! What a suite has to say: figures by contender and round, and who was absent and why.
+//! A suite's report: figures by contender and round, and who was absent and why.
 
 use anyhow::Result;
 use serde::Serialize;
@@ -12,7 +12,7 @@ use crate::stats::{self, Interval, Spread};
 pub struct Report {
     /// The suite's name on the command line, such as `http`.
     pub suite: String,
-    /// What it measures, a sentence.
+    /// The title, a sentence.
     pub title: String,
     /// The day, as 2026-11-25.
     pub date: String,
@@ -28,11 +28,11 @@ pub struct Report {
     pub machine: Machine,
     /// Who was compared, and who could not be.
     pub contenders: Vec<Contender>,
-    /// What was measured, in the order in which it is to be shown.
+    /// The figures, in the order in which they are shown.
     pub figures: Vec<Figure>,
-    /// What was aimed at.
+    /// The goals.
     pub goals: Vec<Goal>,
-    /// What the reader has to know beside the numbers: a failed sample, a load that wasn't reached.
+    /// Notes for the reader: a failed sample, a load that wasn't reached.
     pub notes: Vec<String>,
 }
 
@@ -41,7 +41,7 @@ pub struct Report {
 pub struct Contender {
     /// As in the figures, such as `HAProxy tcp`.
     pub name: String,
-    /// What it says of its version; empty where there is nothing to have one.
+    /// Its version as it reports it; empty if it has none.
     pub version: String,
     /// Its configuration in the repository, such as `bench/peers/haproxy-tcp.cfg`; empty where there
     /// is none.
@@ -82,13 +82,13 @@ pub struct Figure {
 /// A point on a curve's axis.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Point {
-    /// What the axis counts, such as `services`.
+    /// The axis, such as `services`.
     pub axis: String,
     /// How many.
     pub value: f64,
 }
 
-/// What one contender got.
+/// One contender's results.
 #[derive(Clone, Debug, Serialize)]
 pub struct Row {
     /// Its name.
@@ -110,13 +110,13 @@ pub struct Goal {
     pub what: String,
     /// Such as `at least 0.99`.
     pub goal: String,
-    /// What was measured, with its 95% interval, such as `0.98 (0.95 to 1.01)`.
+    /// The measured value, with its 95% interval, such as `0.98 (0.95 to 1.01)`.
     pub is: String,
     /// Whether that is as good as the goal.
     pub outcome: Outcome,
 }
 
-/// Whether a goal is reached, as far as the interval tells.
+/// Whether a goal is reached, by the interval.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Outcome {
@@ -143,7 +143,7 @@ pub struct Chart<'a> {
     pub figures: Vec<&'a Figure>,
     /// The contenders that have a row, in the report's order.
     pub contenders: Vec<&'a str>,
-    /// What the axis counts, where the figures are different points on one, two at least.
+    /// The axis, if the figures are different points on one, two at least.
     pub axis: Option<&'a str>,
 }
 
@@ -169,7 +169,7 @@ impl Figure {
         }
     }
 
-    /// What was measured of a contender, by its name.
+    /// A contender's results, by its name.
     pub fn row(&self, contender: &str) -> Option<&Row> {
         self.rows.iter().find(|row| row.contender == contender)
     }
@@ -260,7 +260,7 @@ impl Report {
 }
 
 impl Chart<'_> {
-    /// What the ratios are to, such as `direct`; empty where there are none.
+    /// The bases of the ratios, such as `direct`; empty if there are none.
     pub fn bases(&self) -> String {
         let mut bases: Vec<&str> = vec![];
         for figure in &self.figures {

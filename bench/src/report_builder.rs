@@ -1,4 +1,4 @@
-//! What a suite fills in while it runs.
+//! Builds a suite's report while it runs.
 
 use anyhow::Error;
 
@@ -9,24 +9,24 @@ use crate::stats::{Interval, Spread};
 /// A suite's findings, not yet a report.
 #[derive(Default)]
 pub struct Draft {
-    /// What it measures, a sentence.
+    /// The title, a sentence.
     pub title: String,
     /// The number of interleaved rounds.
     pub n_rounds: usize,
     /// Who was compared, and who could not be.
     pub contenders: Vec<Contender>,
-    /// What was measured.
+    /// The figures.
     pub figures: Vec<Figure>,
-    /// What was aimed at.
+    /// The goals.
     pub goals: Vec<Goal>,
-    /// What the reader has to know beside the numbers.
+    /// Notes for the reader.
     pub notes: Vec<String>,
     /// The seed of the order within rounds.
     pub seed: u64,
     random: fastrand::Rng,
 }
 
-/// A quantity, whoever has it.
+/// A quantity of any contender.
 #[derive(Clone, Copy, Debug)]
 pub struct Quantity {
     /// Its name, by which figures belong to one picture.
@@ -39,7 +39,7 @@ pub struct Quantity {
     pub base: &'static str,
 }
 
-/// What a goal demands of a number.
+/// A goal's limit of a number.
 #[derive(Clone, Copy, Debug)]
 pub enum Limit {
     /// No less than this.
@@ -56,7 +56,7 @@ const AT_RATE: f64 = 0.6;
 pub struct FixedRate {
     /// Per second, in whole numbers.
     pub rate: f64,
-    /// What each can do, by name.
+    /// Each contender's rate, by name.
     saturation: Vec<(String, f64)>,
 }
 
@@ -189,7 +189,7 @@ impl Draft {
         self.figures.iter().find(|figure| figure.name == name && figure.condition == condition)
     }
 
-    /// Adds a goal for what was found in rounds, such as ratios: the interval of their median decides.
+    /// Adds a goal for values of rounds, such as ratios: the interval of their median decides.
     pub fn goal(&mut self, what: &str, limit: Limit, rounds: &[f64], unit: &str) {
         let spread = Spread::of(rounds.iter().copied());
         let interval = Interval::of(rounds.iter().copied());
@@ -210,8 +210,8 @@ impl Draft {
         self.goals.push(Goal { what: what.into(), goal: limit.text() + &unit, is, outcome });
     }
 
-    /// Adds a goal for a count that leaves nothing to chance, such as of failures in all rounds; `None`
-    /// where it wasn't counted.
+    /// Adds a goal for a deterministic count, such as of failures in all rounds; `None` if it wasn't
+    /// counted.
     pub fn goal_of_count(&mut self, what: &str, limit: Limit, count: Option<f64>) {
         let outcome = count.map_or(Outcome::NotMeasured, |n| limit.judge(Interval::exact(n)));
         let is = count.map_or("not measured".to_owned(), |n| format!("{n}"));
@@ -244,7 +244,7 @@ impl Draft {
     }
 }
 
-/// A number with as many digits as say something.
+/// A number with its significant digits.
 fn short(value: f64) -> String {
     let digits = match value.abs() {
         size if size >= 100.0 => 0,

@@ -1,8 +1,8 @@
-//! Medians, spreads and ratios of what was measured round by round.
+//! Medians, spreads and ratios of the rounds' values.
 
 use serde::Serialize;
 
-/// A median with the least and the most beside it.
+/// A median, with the minimum and maximum.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Spread {
     /// The median: of an even number, the mean of the middle two.
@@ -27,8 +27,8 @@ impl Spread {
         [self.median, self.min, self.max].iter().all(|value| value.is_finite())
     }
 
-    /// Of the ratios of `these` to `those`, round by round: what the machine did to both in one round
-    /// cancels out. Rounds that either lacks don't count.
+    /// Of the ratios of `these` to `those`, round by round: the machine's effect on both in one round
+    /// cancels out. Rounds that either lacks are left out.
     pub fn of_ratios(these: &[Option<f64>], those: &[Option<f64>]) -> Option<Spread> {
         Spread::of(ratios(these, those))
     }
@@ -81,7 +81,7 @@ impl Interval {
         Some(Interval { median: middle(&sorted), low, high })
     }
 
-    /// Of a count that no other run could find otherwise: it is its own interval.
+    /// Of a deterministic count: it is its own interval.
     pub fn exact(value: f64) -> Interval {
         Interval { median: value, low: value, high: value }
     }

@@ -59,13 +59,13 @@ fn run(programs: &[&str], scenario: Scenario) -> Result<Completion, Failed> {
     Ok(Completion::Completed)
 }
 
-/// Runs it to its end, which is to be `code`; what it says has to contain these.
+/// Runs it to its end, which is to be `code`; the output has to contain these.
 fn refuses(mut command: Command, code: i32, texts: &[&str]) -> Result<()> {
     let Output { status, stdout, stderr } = command.output().context("start the harness")?;
-    let said = String::from_utf8_lossy(&[stdout, stderr].concat()).into_owned();
-    ensure!(status.code() == Some(code), "{status} instead of {code}: {said}");
-    for text in texts {
-        ensure!(said.contains(text), "it doesn't say {text:?}: {said}");
+    let text = String::from_utf8_lossy(&[stdout, stderr].concat()).into_owned();
+    ensure!(status.code() == Some(code), "{status} instead of {code}: {text}");
+    for part in texts {
+        ensure!(text.contains(part), "the output lacks {part:?}: {text}");
     }
     Ok(())
 }
@@ -147,7 +147,7 @@ fn checks_itself() -> Result<()> {
     let mut command = Command::new(HARNESS);
     command.args(["check", "--quick", "--out"]).arg(tempdir.path());
     let Output { status, stdout, stderr } = cmd::output(command)?;
-    let said = String::from_utf8_lossy(&[stdout, stderr].concat()).into_owned();
+    let text = String::from_utf8_lossy(&[stdout, stderr].concat()).into_owned();
     let mut is_passed = false;
     let mut extensions = Vec::new();
     for entry in fs::read_dir(tempdir.path())? {
@@ -170,8 +170,8 @@ fn checks_itself() -> Result<()> {
     extensions.sort_unstable();
     ensure!(extensions == ["json", "md", "svg", "svg"], "{extensions:?}");
     // The exit code and a sentence tell which it was.
-    ensure!(status.success() == is_passed, "{status}: {said}");
-    ensure!(said.contains("check failed: ") != is_passed, "{said}");
+    ensure!(status.success() == is_passed, "{status}: {text}");
+    ensure!(text.contains("check failed: ") != is_passed, "{text}");
     Ok(())
 }
 

@@ -9,7 +9,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 /// Replaces the file at `path`, mode 0600, and makes the directory where it is missing: a reader, and
 /// the next boot, find the former contents or the new ones, never a part.
 ///
-/// The contents lie in `.NAME.tmp` beside it first. The name is always the same, so a process that
+/// The contents are written to `.NAME.tmp` next to it first. The name is always the same, so a process that
 /// dies in between leaves one file, which the next call replaces.
 ///
 /// # Errors
@@ -91,7 +91,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a/b/state.json");
         replace(&path, b"first, and longer").unwrap();
-        // What a process that was killed in between left behind.
+        // The file of a process that was killed in between.
         fs::write(dir.path().join("a/b/.state.json.tmp"), "a part of something long").unwrap();
         replace(&path, b"second").unwrap();
         assert_eq!(fs::read(&path).unwrap(), b"second");

@@ -30,7 +30,7 @@ const MAX_QUEUED: usize = 1 << 20;
 /// The longest line, in bytes; what is longer is cut off.
 const MAX_LINE: usize = 16 << 10;
 
-/// What stands for an event of JSON that is longer than that.
+/// The replacement for a JSON event that is longer than that.
 const TOO_LONG: &str = r#"{"level":"WARN","fields":{"message":"a line too long was left out"}}"#;
 
 /// The filter where RUST_LOG names none.
@@ -61,7 +61,7 @@ struct Lines {
     n_bytes: usize,
     /// Lines that were dropped, since the start.
     n_dropped: u64,
-    /// Those of them that the log itself doesn't say yet.
+    /// Those of them that the log hasn't reported yet.
     n_unreported: u64,
     is_writing: bool,
 }
@@ -74,7 +74,7 @@ impl Queue {
         std::thread::Builder::new().name("log".into()).spawn(move || {
             loop {
                 let line = of_thread.take();
-                // Nobody is left to be told of an error here.
+                // An error can't be reported anywhere.
                 let is_lost = out.write_all(&line).and_then(|()| out.flush()).is_err();
                 of_thread.wrote(is_lost);
             }
@@ -135,7 +135,7 @@ impl Queue {
     }
 }
 
-/// What lines look like, and so what in them is the subscriber's own.
+/// The format of lines, which decides what in them is the subscriber's own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Style {
     Plain,
@@ -191,7 +191,7 @@ impl<'a> MakeWriter<'a> for Events {
     }
 }
 
-/// The filter in RUST_LOG, or the default and what is wrong with the variable. A bare word that is no
+/// The filter in RUST_LOG, or the default and the variable's problem. A bare word that is no
 /// level is read as a module by the library, and would silence everything else: `RUST_LOG=wran`.
 fn filter(variable: Option<&OsStr>) -> (EnvFilter, Option<String>) {
     let default = || EnvFilter::new(DEFAULT_FILTER);
@@ -219,11 +219,11 @@ fn filter(variable: Option<&OsStr>) -> (EnvFilter, Option<String>) {
     EnvFilter::try_new(text).map_or_else(|error| wrong(error.to_string()), |filter| (filter, None))
 }
 
-/// Starts to log to stderr, by the filter in RUST_LOG. Where that can't be used, the log says so and
-/// is as without it.
+/// Starts to log to stderr, by the filter in RUST_LOG. If that is invalid, a warning is
+/// logged and the default applies.
 ///
 /// # Errors
-/// When there is no thread to be had.
+/// When no thread can be started.
 pub fn start(format: LogFormat) -> io::Result<()> {
     let (filter, complaint) = filter(std::env::var_os("RUST_LOG").as_deref());
     let queue = Queue::start(io::stderr())?;
@@ -244,7 +244,7 @@ pub fn start(format: LogFormat) -> io::Result<()> {
         LogFormat::Text => lines.init(),
         LogFormat::Json => lines.json().init(),
     }
-    // The default hook writes to stderr itself, and would wait for it.
+    // The default hook writes to stderr itself, and would block.
     std::panic::set_hook(Box::new(|panic| tracing::error!("{panic}")));
     if let Some(complaint) = complaint {
         tracing::warn!("{complaint}");
@@ -253,7 +253,7 @@ pub fn start(format: LogFormat) -> io::Result<()> {
 }
 
 /// Prints a message of the process itself: by the queue once it logs, else directly.
-pub fn say(message: &str) {
+pub fn write_line(message: &str) {
     match QUEUE.get() {
         Some(queue) => queue.push(format!("{message}\n").as_bytes()),
         None => eprintln!("{message}"),
@@ -278,7 +278,7 @@ mod tests {
 
     use super::*;
 
-    /// A stderr that takes one line whenever it is told to.
+    /// A stderr that takes one line at each call.
     struct Stalled {
         turns: mpsc::Receiver<()>,
         out: mpsc::Sender<String>,
@@ -311,7 +311,7 @@ mod tests {
             turn.send(()).unwrap();
         }
         let lines: String = written.iter().take(2).collect();
-        assert!(lines.contains("lines of the log were dropped"), "it says so itself");
+        assert!(lines.contains("lines of the log were dropped"), "the log reports it");
         drop(turn);
         queue.drain(Duration::from_secs(60));
         assert!(queue.lock().lines.is_empty());

@@ -26,7 +26,7 @@ struct Leaf<K, V> {
     entries: Arc<Vec<(K, V)>>,
 }
 
-/// What a newer map has that an older one has not, and the other way round.
+/// The differences of a newer map from an older one.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Diff<'a, K, V> {
     /// The entries of the newer map that are new or have another value.
@@ -73,7 +73,7 @@ impl<K: Ord, V> OrdMap<K, V> {
     where
         K: Borrow<Q>,
     {
-        // The key of the first leaf isn't kept up: what is below all keys goes there, too.
+        // The first leaf's key isn't updated: keys below all others go there, too.
         let others = self.leaves.get(1..).unwrap_or_default();
         others.partition_point(|leaf| leaf.first.borrow() <= key)
     }
@@ -170,7 +170,7 @@ impl<K: Ord + Clone, V: Clone> OrdMap<K, V> {
         self.len += 1;
         entries.insert(idx, (key, value));
         if entries.len() > LEAF {
-            // What is inserted in order leaves full leaves behind.
+            // Insertions in order leave full leaves.
             let rest = entries.split_off(if idx == LEAF { LEAF } else { LEAF / 2 });
             leaves.insert(leaf_idx + 1, Leaf { first: rest[0].0.clone(), entries: Arc::new(rest) });
         }

@@ -1,5 +1,4 @@
-//! What others wrote (Consul's records, DNS, files) as text for a terminal, where some characters
-//! are commands.
+//! External text (Consul's records, DNS, files) for a terminal, where some characters are commands.
 //!
 //! Node names, ids and notes of checks are free text in Consul, and any service may choose its own:
 //! a line break in one would forge a line of `nohop explain`, an escape sequence does worse.
@@ -45,8 +44,7 @@ pub fn escape_lines(text: &str) -> String {
     escape_but(text, |character| character == '\n')
 }
 
-/// One line that has a terminal's sequences of our own in it, because what is from elsewhere was
-/// freed of those before.
+/// One line with our own terminal sequences; its external text was escaped before.
 pub fn escape_but_sequences(text: &str) -> String {
     escape_but(text, |character| character == '\u{1b}')
 }
@@ -68,8 +66,8 @@ pub fn escape_json(text: &str) -> String {
     escaped
 }
 
-/// A document as its text for people: every string in it is escaped before `text` sees it, so no
-/// command can forget to.
+/// A document as text for people: every string in it is escaped before `text` gets it, for every
+/// command.
 ///
 /// # Errors
 /// When the document isn't what it is read from, which would be a defect.

@@ -1,4 +1,4 @@
-//! A BPF file system of a test's own: what is pinned in it is nobody else's, and goes with it.
+//! A test's own BPF file system: its pins are private, and go with it.
 
 use std::path::Path;
 use std::sync::Once;
@@ -11,7 +11,7 @@ use crate::tempdir::{TempDir, sweep};
 
 const ROLE: &str = "bpf";
 
-/// A mounted BPF file system; needs root. What is pinned in it goes when this is dropped.
+/// A mounted BPF file system; needs root. Dropping it removes its pins.
 pub struct Bpffs {
     // Unmounted before the directory is removed.
     _cleanup: Cleanup,

@@ -1,4 +1,4 @@
-//! Undoing what was made: when its guard is dropped, and when a signal ends the run.
+//! Cleanup: when a guard is dropped, and when a signal ends the run.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -10,11 +10,11 @@ use signal_hook::iterator::Signals;
 
 type Action = Box<dyn FnOnce() + Send>;
 
-/// What is still to be undone, in the order in which it was made.
+/// The pending cleanups, in the order of creation.
 static PENDING: Mutex<BTreeMap<u64, Action>> = Mutex::new(BTreeMap::new());
 
 /// Held for reading while an action runs, so that a signal waits for it; for writing from a signal
-/// on, so that nobody leaves before all is undone.
+/// on, so that no thread ends the process before all is undone.
 static RUNNING: RwLock<()> = RwLock::new(());
 
 /// Runs an action once: when it is dropped, or when a signal ends the run.

@@ -37,7 +37,7 @@ pub fn words(program: &str, arguments: &str) -> Result<String> {
     stdout(command)
 }
 
-/// The program `name` of this build: beside the executable that runs, as `cargo build` puts it.
+/// The program `name` of this build: next to the running executable, as `cargo build` puts it.
 ///
 /// # Errors
 /// When it hasn't been built.
@@ -50,7 +50,7 @@ pub fn built(name: &str) -> Result<PathBuf> {
         .map(|dir| dir.join(name))
         .find(|path| path.is_file());
     found.with_context(|| {
-        format!("there is no `{name}` beside {}: run `cargo build`", executable.display())
+        format!("there is no `{name}` next to {}: run `cargo build`", executable.display())
     })
 }
 

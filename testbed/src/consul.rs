@@ -17,7 +17,7 @@ use crate::net::Host;
 use crate::process::Process;
 use crate::tempdir::TempDir;
 
-/// What an agent logs once the catalog has its node, so that there is a leader, too.
+/// An agent's log line once the catalog has its node, so that there is a leader, too.
 const READY: [&str; 2] = ["Synced node info", "Node info in sync"];
 
 /// Between two questions, where nothing tells when to ask again.
@@ -30,7 +30,7 @@ const DEV: &str = "dev";
 pub struct Consul {
     host: Arc<Host>,
     config: Value,
-    /// What this agent's HTTP interface is asked with, where ACLs are on.
+    /// The token for this agent's HTTP interface, where ACLs are on.
     token: Option<String>,
     process: Option<Process>,
     tempdir: TempDir,
@@ -56,7 +56,7 @@ impl Consul {
     }
 
     /// Starts the servers of one cluster, each on a host, under a node name, at an address; `more` is
-    /// merged into the configuration of each, and `token` is what their HTTP interface is asked with.
+    /// merged into the configuration of each, and `token` is for their HTTP interface.
     ///
     /// # Errors
     /// When they aren't ready in time.
@@ -179,7 +179,7 @@ impl Consul {
         self.wait_until_ready()
     }
 
-    /// The same, without waiting until it is of use.
+    /// The same, without waiting until it is usable.
     ///
     /// # Errors
     /// When it can't be started.
@@ -199,7 +199,7 @@ impl Consul {
         Ok(())
     }
 
-    /// Waits until it is of use, after [`Consul::spawn`].
+    /// Waits until it is usable, after [`Consul::spawn`].
     ///
     /// # Errors
     /// When it isn't in time.

@@ -33,14 +33,14 @@ impl Helloworld {
     }
 }
 
-/// What became of a number of connections.
+/// The results of a number of connections.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Connects {
     /// How often each answer came.
     pub answers: BTreeMap<String, u64>,
     /// How often each `std::io::ErrorKind` came.
     pub errors: BTreeMap<String, u64>,
-    /// How often each address was what getpeername() said of a connected socket.
+    /// How often getpeername() of a connected socket returned each address.
     pub peers: BTreeMap<String, u64>,
 }
 

@@ -11,7 +11,7 @@ use crate::TIMEOUT;
 /// One request; HTTP/1.0, so that the answer is simply what comes until the end. Returns its body.
 ///
 /// # Errors
-/// When nobody answers, or with anything but 200.
+/// When there is no answer, or another one than 200.
 pub fn ask(socket: &Path, method: &str, path: &str, body: &str) -> Result<String> {
     let connected = UnixStream::connect(socket);
     let mut stream = connected.with_context(|| format!("connect to {}", socket.display()))?;

@@ -25,11 +25,11 @@ pub struct Load {
     rate: u32,
 }
 
-/// What became of them.
+/// Their results.
 #[derive(Debug)]
 pub struct Outcome {
     /// How many were opened.
-    pub n_asked: u64,
+    pub n_requests: u64,
     /// How often each answer came.
     pub answers: BTreeMap<String, u64>,
     /// How often each `std::io::ErrorKind` came.
@@ -82,7 +82,7 @@ impl Load {
         };
         self.wait_until_second(n_opened / self.rate + 2)?;
         self.process.signal(Signal::TERM)?;
-        let line = self.process.wait_for_line(&["\"asked\""])?;
+        let line = self.process.wait_for_line(&["\"requests\""])?;
         let report: Value = serde_json::from_str(&line).context(line)?;
         ensure!(report["was_stopped"] == true, "the load ended before the scenario did: {report}");
         let counts = |key: &str| -> Result<BTreeMap<String, u64>> {
@@ -91,13 +91,13 @@ impl Load {
         let number =
             |key: &str| report[key].as_u64().with_context(|| format!("no {key}: {report}"));
         let outcome = Outcome {
-            n_asked: number("asked")?,
+            n_requests: number("requests")?,
             answers: counts("answers")?,
             errors: counts("errors")?,
             took: Duration::from_millis(number("took_ms")?),
         };
         let n_ended: u64 = outcome.answers.values().chain(outcome.errors.values()).sum();
-        ensure!(n_ended == outcome.n_asked, "{n_ended} ended: {outcome:?}");
+        ensure!(n_ended == outcome.n_requests, "{n_ended} ended: {outcome:?}");
         Ok(outcome)
     }
 }

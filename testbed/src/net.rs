@@ -155,7 +155,7 @@ impl ExecContext<'_> {
         cmd::stdout(command)
     }
 
-    /// What a person types, in front of a program, to run it here.
+    /// The command line in front of a program that runs it here.
     pub fn shell_prefix(&self) -> String {
         let quoted = self.entry().into_iter().map(|word| {
             let plain = |c: char| c.is_ascii_alphanumeric() || "/.-_=".contains(c);

@@ -33,9 +33,9 @@ const WAIT_S: u64 = 5;
 pub struct Nohop {
     /// Its process.
     pub process: Process,
-    /// What runs: a program and its first arguments.
+    /// The program and its first arguments.
     command: Vec<OsString>,
-    /// What its configuration says of its own places.
+    /// The configuration of its own paths.
     own: String,
     host: Arc<Host>,
     // Unmounted after the daemon has ended: with the pins go the hooks.
@@ -141,7 +141,7 @@ impl Nohop {
     /// # Errors
     /// When it doesn't in time.
     pub fn start_again_unready(&mut self) -> Result<()> {
-        // What a killed daemon leaves behind would pass for a new one's.
+        // A killed daemon's socket file would pass for a new one's.
         let _ = fs::remove_file(self.socket());
         let inotify = watch(self.tempdir.path())?;
         self.process = spawn(&self.command, &self.host, &self.tempdir.path().join("nohop.toml"))?;
@@ -254,7 +254,7 @@ impl Nohop {
         }
     }
 
-    /// Waits until the daemon says that it is ready.
+    /// Waits until the daemon reports that it is ready.
     ///
     /// # Errors
     /// When it doesn't in time.
@@ -321,7 +321,7 @@ impl Nohop {
     pub fn wait_for_backends(&self, service: &str, n: usize) -> Result<Value> {
         let deadline = Instant::now() + TIMEOUT;
         loop {
-            // A new name is known at once where somebody asks for it, as whoever connections it would.
+            // A DNS query makes a new name known at once, as any client's does.
             self.ask_for(service)?;
             let left = deadline.saturating_duration_since(Instant::now());
             let has_them = |services: &Value| n_healthy(services, service) == n;
@@ -332,7 +332,7 @@ impl Nohop {
         }
     }
 
-    /// Asks DNS for a service, whatever comes of it.
+    /// Queries DNS for a service, and ignores the answer.
     fn ask_for(&self, service: &str) -> Result<()> {
         let mut command = self.host.outside().command("dig");
         command.args(["+time=1", "+tries=1", "@127.0.0.1", &format!("{service}.service")]);
@@ -377,7 +377,7 @@ impl Nohop {
         self.tempdir.path().join("admin.sock")
     }
 
-    /// Asks again and again, each time for what is newer than the answer before.
+    /// Requests repeatedly, each time for what is newer than the answer before.
     ///
     /// Not every change of a status has a generation of its own; a request's own limit sees to it
     /// that such a change is noticed, too.
@@ -423,7 +423,7 @@ impl Nohop {
     }
 }
 
-/// Tells when something is made in a directory.
+/// Reports when something is created in a directory.
 fn watch(dir: &Path) -> Result<OwnedFd> {
     let inotify = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
     inotify::add_watch(&inotify, dir, WatchFlags::CREATE)?;

@@ -36,7 +36,7 @@ pub struct Process {
     _cleanup: Cleanup,
 }
 
-/// What a process has written so far, to stdout and stderr.
+/// A process's output so far, to stdout and stderr.
 #[derive(Default)]
 struct Output {
     written: Mutex<Written>,

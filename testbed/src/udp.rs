@@ -1,4 +1,4 @@
-//! Servers that echo datagrams, and clients that ask them round after round.
+//! Servers that echo datagrams, and clients that query them round after round.
 
 use std::collections::BTreeMap;
 use std::net::{SocketAddr, SocketAddrV4};
@@ -33,20 +33,20 @@ impl Echo {
     }
 }
 
-/// Sockets that ask in turn, without end, each waiting for its answer.
+/// Sockets that send in turn, without end, each waiting for its answer.
 pub struct UdpClients {
     process: Process,
     n_sockets: u64,
 }
 
-/// What became of the questions up to the end of a round.
+/// The results of the requests up to the end of a round.
 #[derive(Debug)]
 pub struct Round {
     /// How many there were.
-    pub n_asked: u64,
+    pub n_requests: u64,
     /// How many got no answer.
     pub n_lost: u64,
-    /// How many answers came from another address than was asked.
+    /// How many answers came from another address than the request's.
     pub n_wrong_source: u64,
     /// How often sockets were disconnected, by ECONNABORTED, because their backend had left.
     pub n_aborted: u64,
@@ -57,7 +57,7 @@ pub struct Round {
 }
 
 impl UdpClients {
-    /// Starts `n_sockets` sockets that ask at `address`.
+    /// Starts `n_sockets` sockets that query `address`.
     ///
     /// # Errors
     /// When they can't be started.
@@ -91,7 +91,7 @@ impl UdpClients {
     /// When there is none yet, or no more in time.
     pub fn wait_for_rounds(&self, n: u64) -> Result<Round> {
         let last = Round::read(&self.process.last_line().context("no round yet")?)?;
-        self.round(&format!("\"asked\":{},", last.n_asked + n * self.n_sockets))
+        self.round(&format!("\"requests\":{},", last.n_requests + n * self.n_sockets))
     }
 
     fn round(&self, text: &str) -> Result<Round> {
@@ -104,7 +104,7 @@ impl Round {
         let report: Value = serde_json::from_str(line).with_context(|| line.to_owned())?;
         let count = |key: &str| report[key].as_u64().with_context(|| format!("no {key}: {report}"));
         Ok(Round {
-            n_asked: count("asked")?,
+            n_requests: count("requests")?,
             n_lost: count("lost")?,
             n_wrong_source: count("wrong_source")?,
             n_aborted: count("aborted")?,

@@ -95,8 +95,8 @@ fn verdict<T: PartialOrd + std::fmt::Debug>(is: T, goal: Option<T>) -> String {
     format!("; at most {goal:?}: {verdict}")
 }
 
-/// All maps of the datapath, as the kernel tells of them in fdinfo: those that this process holds open
-/// already, and those that are pinned.
+/// All maps of the datapath, by the kernel's fdinfo: those that this process has open, and the pinned
+/// ones.
 fn report_memory(bed: &Bed) {
     let pinned = walk(&bed.options.bpffs);
     let infos = pinned.iter().filter_map(|pin| MapInfo::from_pin(pin).ok());

@@ -1,4 +1,4 @@
-//! What readers see while tables change: the old or the new, and nobody else's.
+//! While tables change, readers see the old state or the new one, and no other service's.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 

@@ -1,4 +1,4 @@
-//! Who is left alone: excluded cgroups, the daemon, the kernel's own sockets. Their connections pass
+//! Bypassed sockets: excluded cgroups, the daemon, the kernel's own sockets. Their connections pass
 //! untouched, and land on a server that listens on the VIP itself.
 
 use std::fs;
@@ -36,7 +36,7 @@ impl Servers {
         bed.apply(vec![self.service()]);
     }
 
-    /// The service of both protocols that leads to the servers behind the VIP.
+    /// The service of both protocols with the servers behind the VIP.
     pub fn service(&self) -> Service {
         let mut web = service("web", VIP, &[(self.backend.0.address, 1)]);
         web.protocols = Protocols::Both;
@@ -54,7 +54,7 @@ impl Servers {
         self.backend.0.address
     }
 
-    /// What answers this process now, whatever the socket.
+    /// The letter that answers this process now, the same for all sockets.
     pub fn answer(&self) -> char {
         let mut answers = Vec::new();
         for way in ways(VIP, self.port()) {
@@ -80,15 +80,15 @@ pub fn excluded_cgroups() {
     });
     let (own, excluded) = (bed.cgroup.path.clone(), bed.cgroup.path.join("excluded"));
     let below = excluded.join("a/b");
-    let beside = own.join("beside");
+    let sibling = own.join("sibling");
     servers.serve(&mut bed);
-    fs::create_dir(&beside).unwrap();
+    fs::create_dir(&sibling).unwrap();
     // A cgroup that is made again is another one by the same name.
     for _ in 0..2 {
         fs::create_dir_all(&below).unwrap();
         assert!(bed.datapath.fix().is_complete());
         for (cgroup, expected) in
-            [(&own, 'b'), (&excluded, 'v'), (&below, 'v'), (&beside, 'b'), (&own, 'b')]
+            [(&own, 'b'), (&excluded, 'v'), (&below, 'v'), (&sibling, 'b'), (&own, 'b')]
         {
             enter(cgroup);
             let n_bypassed = event(&bed, "bypassed");
@@ -99,7 +99,7 @@ pub fn excluded_cgroups() {
             fs::remove_dir(cgroup).unwrap();
         }
     }
-    fs::remove_dir(beside).unwrap();
+    fs::remove_dir(sibling).unwrap();
 }
 
 /// Cgroups that no configuration can name before they are there, as Nomad's are.
@@ -154,7 +154,7 @@ pub fn excluded_come_and_go() {
     fs::remove_dir(cgroup(3)).unwrap();
     bed.datapath.fix();
     assert_eq!([2, 4].map(answer), ['v'; 2], "two are gone");
-    assert_eq!(servers.answer(), 'b', "beside them");
+    assert_eq!(servers.answer(), 'b', "outside of them");
     fs::create_dir(cgroup(5)).unwrap();
     bed.datapath.fix();
     assert_eq!([2, 4, 5].map(answer), ['v'; 3]);

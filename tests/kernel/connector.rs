@@ -17,7 +17,7 @@ const FLAG: &str = "--connect";
 const N_THREADS: usize = 2;
 /// How long the connections that are waited for may take.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// What stands for a connection that failed.
+/// The letter of a failed connection.
 const FAILED: char = '!';
 
 /// The letters of the servers that answered, and how often each did.
@@ -100,7 +100,7 @@ impl Drop for Connector {
 }
 
 /// The address to connect to, if this process was started as one that connects to.
-pub fn asked_for() -> Option<SocketAddr> {
+pub fn hidden_command() -> Option<SocketAddr> {
     let mut arguments = std::env::args().skip(1);
     (arguments.next()? == FLAG).then(|| arguments.next()?.parse().ok()).flatten()
 }

@@ -19,7 +19,7 @@ use rustix::net::{
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::thread::{Pid, UnshareFlags, gettid, unshare_unsafe};
 
-/// What the storage of a socket says whose backend is gone, and of one whose backend isn't.
+/// The storage of a socket whose backend is gone, and of one whose backend isn't.
 const GONE: u64 = 0x0123_4567_89ab_cdef;
 const THERE: u64 = 2;
 
@@ -134,7 +134,7 @@ fn assert_connected(socket: &UdpSocket, server: &UdpSocket) {
     assert_eq!(socket.recv(&mut buffer).unwrap(), 4);
 }
 
-/// Whether the socket says once that it was disconnected, and goes nowhere.
+/// Whether the socket fails once with the disconnection, and has no destination then.
 fn assert_disconnected(socket: &UdpSocket) {
     let aborted = socket.recv(&mut [0]).unwrap_err();
     assert_eq!(aborted.kind(), ErrorKind::ConnectionAborted);
@@ -206,20 +206,20 @@ pub fn the_application_notices() {
     storage.put(&receiver, GONE);
     storage.put(&poller, GONE);
     std::thread::scope(|scope| {
-        let (tell, told) = std::sync::mpsc::channel();
-        let tell_too = tell.clone();
+        let (sender, thread_ids) = std::sync::mpsc::channel();
+        let sender_too = sender.clone();
         let receiving = scope.spawn(move || {
-            tell.send(gettid()).unwrap();
+            sender.send(gettid()).unwrap();
             receiver.recv(&mut [0]).unwrap_err().kind()
         });
         let polling = scope.spawn(move || {
-            tell_too.send(gettid()).unwrap();
+            sender_too.send(gettid()).unwrap();
             let mut polled = [PollFd::new(&poller, PollFlags::IN)];
             let timeout = Timespec { tv_sec: TIMEOUT.as_secs() as i64, tv_nsec: 0 };
             poll(&mut polled, Some(&timeout)).unwrap();
             (polled[0].revents(), poller.take_error().unwrap().unwrap().kind())
         });
-        told.iter().take(2).for_each(wait_until_asleep);
+        thread_ids.iter().take(2).for_each(wait_until_asleep);
         storage.disconnect_gone(address, 2, 2);
         assert_eq!(receiving.join().unwrap(), ErrorKind::ConnectionAborted);
         let (events, error) = polling.join().unwrap();
@@ -321,12 +321,12 @@ pub fn in_a_threads_namespace() {
 
 /// Sockets with equal addresses and ports: the kernel finds one of them, and the other behind it
 /// once the first is gone.
-pub fn twins() {
+pub fn same_addresses() {
     let storage = Storage::new();
     let server = server("127.0.0.1:0");
     let server_address = server.local_addr().unwrap();
     let mut local = SocketAddr::from(([127, 0, 0, 1], 0));
-    let twins = [(); 3].map(|()| {
+    let same_addresses = [(); 3].map(|()| {
         let twin = socket(AddressFamily::INET, SocketType::DGRAM, None).unwrap();
         set_socket_reuseport(&twin, true).unwrap();
         bind(&twin, &local).unwrap();
@@ -334,12 +334,12 @@ pub fn twins() {
         local = twin.local_addr().unwrap();
         twin
     });
-    for twin in &twins {
+    for twin in &same_addresses {
         twin.connect(server_address).unwrap();
         storage.put(twin, GONE);
     }
     storage.disconnect_gone(server_address, 3, 3);
-    for twin in &twins {
+    for twin in &same_addresses {
         assert_disconnected(twin);
     }
 }
@@ -384,7 +384,7 @@ pub fn failure_is_reported() {
     assert_connected(&socket, &server);
 }
 
-/// A socket that can't be examined keeps no other from being disconnected, whichever comes first.
+/// A socket that can't be examined doesn't prevent others from being disconnected, in either order.
 pub fn one_failure_keeps_no_other() {
     let storage = Storage::new();
     let server = server("127.0.0.1:0");
@@ -392,10 +392,10 @@ pub fn one_failure_keeps_no_other() {
     let sockets: Vec<UdpSocket> =
         (0..5).map(|_| client(([127, 0, 0, 1], 0), server_address)).collect();
     sockets.iter().for_each(|socket| storage.put(socket, GONE));
-    let mut n_asked = 0;
+    let mut n_calls = 0;
     let is_gone = |_: &Connected, socket: BorrowedFd<'_>| {
-        n_asked += 1;
-        match n_asked {
+        n_calls += 1;
+        match n_calls {
             1 => Err(io::Error::other("it can't be examined")),
             _ => Ok(storage.get(socket)? == Some(GONE)),
         }
@@ -403,7 +403,7 @@ pub fn one_failure_keeps_no_other() {
     let report = disconnect(|socket| is_to(socket, server_address), is_gone);
     assert_eq!(report.n_disconnected, 4, "{report:?}");
     assert!(matches!(&report.errors[..], [DiagError::Examine { .. }]), "{report:?}");
-    assert_eq!(n_asked, 5, "it is asked about once");
+    assert_eq!(n_calls, 5, "it is called once for each");
 }
 
 /// A socket that is under way from one process to another, and in neither.

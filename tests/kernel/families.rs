@@ -25,7 +25,7 @@ pub enum Use {
 impl Use {
     pub const ALL: [Use; 3] = [Use::Tcp, Use::ConnectedUdp, Use::Udp];
 
-    /// The letter that answers. It comes from where it was connected to.
+    /// The letter that answers, from the address that was connected to.
     pub fn connect(self, address: SocketAddr) -> io::Result<char> {
         match self {
             Use::Tcp => {
@@ -70,7 +70,7 @@ pub fn sockets_reach_what_their_family_can() {
     let (ipv6, _ipv6) = servers(b'6', loopback(VIP6));
     let [plain, mapped] = ways(VIP, 80);
     let by_ipv6 = SocketAddr::from((VIP6, 80));
-    // What is reached by connect() of TCP, and of UDP, and by sendto(): one of each group that has
+    // The backends reached by connect() of TCP, and of UDP, and by sendto(): one of each group that has
     // backends, of the first group that has some.
     let reach: [(SocketAddr, [&[&str]; 3]); 3] = [
         (plain, [&["4"], &["4"], &["4"]]),
@@ -128,7 +128,7 @@ pub fn refused_by_port_zero() {
 /// Whatever the socket, a connection into a pool that no frontend matches is refused, and so is one of a
 /// service without backends.
 fn refused_by(refusal: RejectMethod) {
-    // They would take whatever is let through.
+    // They would accept every connection that passes.
     let wildcard = Server::on(b'w', (Ipv6Addr::UNSPECIFIED, 0));
     let port = wildcard.address.port();
     let _wildcard = Echo::on(b'w', wildcard.address);
@@ -165,7 +165,7 @@ fn refused_by(refusal: RejectMethod) {
     assert_eq!(Use::ALL.map(|how| how.connect(local).unwrap()), ['w'; 3], "no VIP passes");
 }
 
-/// Without a pool, an IPv6 address is nobody's.
+/// Without a pool, an IPv6 address has no service.
 pub fn without_a_pool_ipv6_passes() {
     let (server, _echo) = servers(b'a', loopback(VIP6));
     let mut bed = Bed::new();
@@ -194,7 +194,7 @@ pub fn a_mapped_connect_stays_with_ipv4() {
     }
 }
 
-/// What a socket is bound to.
+/// A socket's bound address.
 #[derive(Clone, Copy, Debug)]
 enum Bound {
     /// IPV6_V6ONLY.
@@ -301,8 +301,8 @@ pub fn address_lookups_are_no_connects() {
             }
             let after = bed.datapath.counters().service(service);
             let what = format!("{protocols:?} {backends:?}");
-            let told = |it: ServiceCounters| (it.connects, it.refused, it.refused_family);
-            assert_eq!(told(after), told(before), "{what}");
+            let counts = |it: ServiceCounters| (it.connects, it.refused, it.refused_family);
+            assert_eq!(counts(after), counts(before), "{what}");
             let connects = after.udp_connects;
             let n = connects.connects + connects.no_backend + connects.family;
             assert_eq!(n, if protocols.udp() { 3 } else { 0 } + n_before, "{what}");

@@ -116,7 +116,7 @@ fn bytes<const N: usize>(value: &[u8]) -> [u8; N] {
     value.try_into().unwrap()
 }
 
-/// What the daemon wrote of itself: no heartbeat, the namespace and that the maps are whole.
+/// The daemon's own state: no heartbeat, the namespace and that the maps are whole.
 fn set_daemon(place: &Place, is_shadow: bool) {
     let host_netns = netns_cookie().unwrap_or(0);
     let daemon = [0, 0, 1, host_netns, 0, 0, 1, is_shadow.into()].map(u64::to_ne_bytes).concat();

@@ -13,7 +13,7 @@ pub fn is_locked_down() -> bool {
     lockdown.contains("[confidentiality]")
 }
 
-/// The programs load and translate, for every kind of socket, and what is missing is known.
+/// The programs load and translate, for every kind of socket, and missing features are reported.
 pub fn it_serves() {
     let (server, place) = (Server::start(b'a'), Place::new());
     let echo = crate::fixture::Echo::on(b'a', server.address);

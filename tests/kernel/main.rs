@@ -41,11 +41,11 @@ use libtest_mimic::{Arguments, Completion, Trial};
 type Version = (u32, u32);
 
 struct KernelTrial {
-    /// The first kernel that has what the trial is about.
+    /// The first kernel with the tested feature.
     min_kernel: Version,
-    /// Whether it is about what a kernel does, so that it is played on each.
+    /// Whether it is about a kernel's behaviour, and runs on each.
     on_each: bool,
-    /// Whether it is about a kernel that is locked down, and played on such a one alone.
+    /// Whether it is about a locked-down kernel, and runs on such a one alone.
     locked_down: bool,
     name: &'static str,
     run: fn(),
@@ -61,7 +61,7 @@ const fn locked_down(name: &'static str, run: fn()) -> KernelTrial {
     KernelTrial { min_kernel: (5, 10), on_each: true, locked_down: true, name, run }
 }
 
-/// A trial of what the daemon does, the same on every kernel: in a VM it is left out, because an
+/// A trial of the daemon's behaviour, the same on every kernel: in a VM it is left out, because an
 /// emulated processor takes minutes for it.
 const fn once(name: &'static str, run: fn()) -> KernelTrial {
     KernelTrial { min_kernel: (5, 10), on_each: false, locked_down: false, name, run }
@@ -80,13 +80,9 @@ const TRIALS: &[KernelTrial] = &[
     since((5, 10), "rolled_back_to_layout_2", layout2::is_rolled_back_to),
     since((6, 1), "refused_by_errno", refusal::by_errno),
     since((5, 10), "refused_by_port_zero", refusal::by_port_zero),
-    since((5, 10), "a_pin_counts_on_the_host", netns_scope::a_pin_counts_on_the_host),
-    since((5, 10), "a_pin_counts_for_datagrams", netns_scope::a_pin_counts_for_datagrams),
-    since(
-        (5, 10),
-        "a_moved_pin_is_followed_by_nobody",
-        netns_scope::a_moved_pin_is_followed_by_nobody,
-    ),
+    since((5, 10), "a_pin_applies_on_the_host", netns_scope::a_pin_applies_on_the_host),
+    since((5, 10), "a_pin_applies_to_datagrams", netns_scope::a_pin_applies_to_datagrams),
+    since((5, 10), "no_socket_follows_a_moved_pin", netns_scope::no_socket_follows_a_moved_pin),
     since((5, 10), "a_pin_passes_elsewhere", netns_scope::a_pin_passes_elsewhere),
     since((5, 10), "loopback_backends_are_the_hosts", netns_scope::loopback_backends_are_the_hosts),
     since((5, 10), "detached_is_gone", netns_scope::detached_is_gone),
@@ -98,7 +94,7 @@ const TRIALS: &[KernelTrial] = &[
     since((5, 10), "disconnected_in_another_namespace", disconnect::in_another_namespace),
     since((5, 10), "disconnected_in_another_process", disconnect::in_another_process),
     since((5, 10), "disconnected_in_a_threads_namespace", disconnect::in_a_threads_namespace),
-    since((5, 10), "twins_are_disconnected", disconnect::twins),
+    since((5, 10), "sockets_of_the_same_addresses_are_disconnected", disconnect::same_addresses),
     since((5, 10), "many_are_disconnected", disconnect::many),
     since((5, 10), "failure_to_examine_is_reported", disconnect::failure_is_reported),
     since((5, 10), "one_failure_keeps_no_other", disconnect::one_failure_keeps_no_other),
@@ -117,8 +113,8 @@ const TRIALS: &[KernelTrial] = &[
     ),
     since(
         (5, 10),
-        "a_socket_that_goes_elsewhere_tells_the_truth",
-        udp::a_socket_that_goes_elsewhere_tells_the_truth,
+        "a_socket_that_goes_elsewhere_names_its_peer",
+        udp::a_socket_that_goes_elsewhere_names_its_peer,
     ),
     since(
         (5, 10),
@@ -255,6 +251,7 @@ const TRIALS: &[KernelTrial] = &[
     locked_down("lockdown_is_reported", lockdown::it_is_reported),
     since((6, 1), "maps_are_charged_to_none", memcg::maps_are_charged_to_none),
     since((6, 1), "a_charge_is_reported", memcg::a_charge_is_reported),
+    once("map_creator_ends_with_the_daemon", memcg::the_child_ends_with_the_daemon),
     once("an_optional_unit_fails_alone", units::an_optional_unit_fails_alone),
     once("a_required_unit_is_a_condition", units::a_required_unit_is_a_condition),
     once("a_unit_waits_for_its_first_table", units::a_unit_waits_for_its_first_table),
@@ -271,10 +268,12 @@ fn skip(reason: &'static str) {
 }
 
 fn main() -> std::process::ExitCode {
-    if let Some(address) = connector::asked_for() {
+    if let Some(address) = connector::hidden_command() {
         return connector::run(address);
     }
-    if let Some(code) = proof::asked_for().or_else(trust::asked_for).or_else(memcg::asked_for) {
+    if let Some(code) =
+        proof::hidden_command().or_else(trust::hidden_command).or_else(memcg::hidden_command)
+    {
         return code;
     }
     let mut arguments = Arguments::from_args();

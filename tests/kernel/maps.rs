@@ -42,7 +42,7 @@ pub fn maps_have_field_names() {
     assert_eq!(n_maps, 11);
 }
 
-/// What bpftool prints, without blanks.
+/// bpftool's output, without blanks.
 fn bpftool(arguments: &str) -> String {
     let output = Command::new("bpftool").args(arguments.split_whitespace()).output().unwrap();
     let error = String::from_utf8_lossy(&output.stderr);

@@ -1,32 +1,53 @@
-//! What the memory of maps and of sockets' storage is charged to: to no memory cgroup, although the
-//! daemon is in one.
+//! The memory of maps and of sockets' storage is charged to no memory cgroup, although the daemon is in
+//! one.
 
 use std::ffi::OsString;
 use std::fs;
+use std::io::{BufRead as _, BufReader};
 use std::net::{SocketAddr, UdpSocket};
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode, Stdio};
 
 use lb_userspace::config::cgroup;
-use lb_userspace::datapath::{Charge, Limit, create_maps};
+use lb_userspace::datapath::{Charge, Datapath, Limit, create_maps};
 use lb_userspace::table::Protocols;
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use testbed::tempdir;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{CWD, Mode, OFlags, inotify, mkfifoat, open};
+use rustix::io::{read, write};
+use rustix::process::{
+    Pid, PidfdFlags, Resource, Rlimit, Signal, getrlimit, pidfd_open, pidfd_send_signal, setrlimit,
+};
+use testbed::tempdir::{self, TempDir};
 
 use crate::fixture::{Echo, Place, VIP, connect_udp, service, table};
 
 /// The daemon's hidden command, which it runs from its own executable: here, this one.
 const COMMAND: &str = "create-maps";
+/// Runs that command in a child and waits for it, as the daemon does.
+const PARENT_COMMAND: &str = "create-maps-parent";
 const N_SOCKETS: usize = 3_000;
 
-/// Runs what this process was started for, if it wasn't the tests.
-pub fn asked_for() -> Option<ExitCode> {
+fn own_command(argument: &str) -> Command {
+    let mut command = Command::new("/proc/self/exe");
+    command.arg(argument);
+    command
+}
+
+/// Runs a hidden command, if this process was started for one.
+pub fn hidden_command() -> Option<ExitCode> {
     let mut arguments = std::env::args_os().skip(1);
-    if arguments.next()? != COMMAND {
+    let command = arguments.next()?;
+    if command == COMMAND {
+        let cgroup = PathBuf::from(arguments.next()?);
+        create_maps(&cgroup, &arguments.collect::<Vec<OsString>>()).unwrap();
+    } else if command == PARENT_COMMAND {
+        let mut child = own_command(COMMAND).args(arguments).spawn().unwrap();
+        println!("{}", child.id());
+        child.wait().unwrap();
+    } else {
         return None;
     }
-    let cgroup = PathBuf::from(arguments.next()?);
-    create_maps(&cgroup, &arguments.collect::<Vec<OsString>>()).unwrap();
     Some(ExitCode::SUCCESS)
 }
 
@@ -178,14 +199,51 @@ pub fn a_charge_is_reported() {
         Err(reason) => return crate::skip(reason),
     };
     assert!(matches!(Charge::find(), Charge::Avoidable(_)), "{:?}", Charge::find());
-    let mut datapath = place.start_attached();
+    let datapath = place.start_attached();
     memory.leave();
-    let limits: Vec<String> = datapath.limits().iter().map(ToString::to_string).collect();
-    assert!(
-        limits
-            .iter()
-            .any(|limit| limit.contains("memory cgroup (the process that creates the maps")),
-        "{limits:?}"
-    );
+    assert_charged(&datapath, "memory cgroup (the process that creates the maps");
+    drop(datapath);
+    let mut datapath = place.start();
+    assert_charged(&datapath, "memory cgroup (an earlier start created them");
     datapath.detach();
+}
+
+fn assert_charged(datapath: &Datapath, expected: &str) {
+    let limits: Vec<String> = datapath.limits().iter().map(ToString::to_string).collect();
+    assert!(limits.iter().any(|limit| limit.contains(expected)), "{limits:?}");
+}
+
+/// The daemon is killed while its child, which has left the daemon's cgroup, creates the maps: the
+/// child ends as well (PR_SET_PDEATHSIG).
+pub fn the_child_ends_with_the_daemon() {
+    let dir = TempDir::new("memcg").unwrap();
+    let file = dir.path().join("cgroup.procs");
+    // The child's write to a full pipe waits until it is killed.
+    mkfifoat(CWD, &file, Mode::RUSR | Mode::WUSR).unwrap();
+    let pipe = open(&file, OFlags::RDWR | OFlags::NONBLOCK, Mode::empty()).unwrap();
+    while write(&pipe, &[0; 4096]).is_ok() {}
+    let opens = inotify::init(inotify::CreateFlags::CLOEXEC).unwrap();
+    inotify::add_watch(&opens, &file, inotify::WatchFlags::OPEN).unwrap();
+
+    let mut parent =
+        own_command(PARENT_COMMAND).arg(dir.path()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut number = String::new();
+    BufReader::new(parent.stdout.take().unwrap()).read_line(&mut number).unwrap();
+    let child = Pid::from_raw(number.trim().parse().unwrap()).unwrap();
+    let child = pidfd_open(child, PidfdFlags::empty()).unwrap();
+    // It opens the file after its request for the signal.
+    wait_for(&opens, "the child opens cgroup.procs");
+    read(&opens, &mut [0; 1024]).unwrap();
+    parent.kill().unwrap();
+    parent.wait().unwrap();
+    let ended = std::panic::catch_unwind(|| wait_for(&child, "the child ends with its parent"));
+    let _ = pidfd_send_signal(&child, Signal::KILL);
+    ended.unwrap();
+}
+
+/// Waits for an event of a descriptor, a minute at most.
+fn wait_for(descriptor: &impl AsFd, event: &str) {
+    let limit = Timespec { tv_sec: 60, tv_nsec: 0 };
+    let n = poll(&mut [PollFd::new(descriptor, PollFlags::IN)], Some(&limit)).unwrap();
+    assert_eq!(n, 1, "{event}");
 }

@@ -8,7 +8,8 @@ use lb_userspace::table::Protocols;
 use testbed::bpffs::Bpffs;
 
 use crate::fixture::{
-    Bed, Echo, OTHER_VIP, Server, VIP, ask, client, connect, connect_udp, dead, hear, service, ways,
+    Bed, Echo, OTHER_VIP, Server, VIP, ask, client, connect, connect_udp, dead, receive, service,
+    ways,
 };
 
 /// The cookie of a namespace that this process isn't in.
@@ -19,7 +20,7 @@ fn pin_of(address: SocketAddr) -> SocketAddrV4 {
     address
 }
 
-pub fn a_pin_counts_on_the_host() {
+pub fn a_pin_applies_on_the_host() {
     let (server, pin) = (Server::start(b'a'), dead());
     let neighbour = Server::start(b'n');
     let mut bed = Bed::with_pin(pin);
@@ -29,13 +30,13 @@ pub fn a_pin_counts_on_the_host() {
     for way in ways(*pin.ip(), pin.port()) {
         assert_eq!(connect(way).unwrap(), 'a', "{way}");
     }
-    assert_eq!(connect((VIP, 80)).unwrap(), 'a', "the VIP works beside it");
+    assert_eq!(connect((VIP, 80)).unwrap(), 'a', "the VIP works as well");
     for way in ways(*pin.ip(), neighbour.address.port()) {
         assert_eq!(connect(way).unwrap(), 'n', "another port of the pinned address");
     }
 }
 
-pub fn a_pin_counts_for_datagrams() {
+pub fn a_pin_applies_to_datagrams() {
     let [server, shadowed, neighbour] = [b'a', b's', b'n'].map(Echo::start);
     let (pin, other) = (pin_of(shadowed.address), neighbour.address.port());
     let mut bed = Bed::with_pin(pin);
@@ -53,9 +54,9 @@ pub fn a_pin_counts_for_datagrams() {
     }
 }
 
-/// A pin that moves to another service, whichever of the two comes first by name: whoever remembers
-/// the former service's backend goes to the new one's; whoever is connected to it is disconnected.
-pub fn a_moved_pin_is_followed_by_nobody() {
+/// A pin moves to another service, in either order of their names: a socket that cached the former
+/// service's backend is translated to the new one's; a socket connected to it is disconnected.
+pub fn no_socket_follows_a_moved_pin() {
     for (from, to) in [("web", "api"), ("api", "web")] {
         let [former, latter] = [b'f', b'l'].map(Echo::start);
         let pin = dead();
@@ -84,7 +85,7 @@ pub fn a_moved_pin_is_followed_by_nobody() {
         assert_eq!(aborted.kind(), ErrorKind::ConnectionAborted, "{from} to {to}");
         by_vip.send(b"?").unwrap();
         assert_eq!(
-            hear(&by_vip).unwrap().0,
+            receive(&by_vip).unwrap().0,
             'f',
             "{from} keeps its VIP, and who is connected to it"
         );

@@ -12,7 +12,7 @@ use rustix::net::{AddressFamily, SendFlags, SocketType, ipproto, sendto, socket}
 use crate::disconnect::leave;
 use crate::fixture::{Bed, Echo, Server, VIP, ask, client, connect, event, service, ways};
 
-/// Without memory for a socket's storage a connection goes on, and the backend shows.
+/// Without memory for a socket's storage a connection works, and shows the backend's address.
 pub fn connects_go_on_without_storage() {
     let mut bed = Bed::new();
     // A namespace of its own has its own limit.

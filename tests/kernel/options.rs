@@ -256,13 +256,13 @@ const ROWS: &[Row] = &[
     },
 ];
 
-/// What an application sees of a row.
+/// The results of a row for an application.
 #[derive(Debug, PartialEq)]
 struct Outcome {
-    /// The client's address as the server saw it, and whether the reply came from what was named; or
+    /// The client's address as the server saw it, and whether the reply came from the named address; or
     /// the error.
     answer: Result<(String, bool), i32>,
-    /// Whether getpeername() shows what was named; or the error.
+    /// Whether getpeername() shows the named address; or the error.
     peer: Result<bool, i32>,
 }
 
@@ -364,7 +364,7 @@ pub fn have_the_same_outcome() {
             // chance that it isn't is 2^-12.
             for _ in 0..12 {
                 let mut by_vip = play(row, way, kind, vip);
-                // Which of the two families carries it is nobody's choice here.
+                // Either of the two families may carry it.
                 if let (Way::Ipv6, Ok((by, _)), Ok((own, _))) =
                     (way, &mut by_vip.answer, &direct.answer)
                     && by == "127.0.0.1"
@@ -776,7 +776,7 @@ mod ring {
             let [_, tail, _, _, _, _, array, _] = self.params.submission;
             let [head, _, mask, _, _, cqes, ..] = self.params.completion;
             let op_flags_fd = u64::from(op) | (fd.as_raw_fd() as u64) << 32;
-            // SAFETY: the offsets are the kernel's own, within its one page; nobody else uses it.
+            // SAFETY: the offsets are the kernel's own, within its one page; nothing else uses it.
             unsafe {
                 self.entries.write_bytes(0, 8);
                 self.entries.write(op_flags_fd);

@@ -1,5 +1,5 @@
-//! The pins and the hooks: what is found there is compared first, what gets lost comes back, and no
-//! step leaves a translated socket without its way back.
+//! The pins and the hooks: existing ones are compared first, lost ones are restored, and no step leaves
+//! a translated socket without reverse translation.
 
 use std::fs;
 use std::mem::MaybeUninit;
@@ -56,13 +56,13 @@ pub fn two_daemons_are_one_too_many() {
     }
     assert!(!place.pin("v4").exists());
     first.keep();
-    assert_eq!(connect((VIP, 80)).unwrap(), 'a', "the first goes on");
+    assert_eq!(connect((VIP, 80)).unwrap(), 'a', "the first stays in use");
 }
 
 /// Pins something of another program at a path.
 type Spoil<'a> = &'a dyn Fn(&str);
 
-/// Things of another program under names of ours. The error says which; what runs goes on.
+/// Things of another program under names of ours. The error names them; what runs stays in use.
 pub fn what_is_foreign_is_refused() {
     let server = Server::start(b'a');
     let foreign_map = |path: &str| {
@@ -113,7 +113,7 @@ pub fn what_is_foreign_is_refused() {
     }
 }
 
-/// What a later version left: its links get our programs, what we don't know of goes.
+/// A later version's pins: its links get our programs, unknown ones are removed.
 pub fn a_later_layout_is_replaced() {
     let server = Server::start(b'a');
     let mut place = Place::new();
@@ -164,7 +164,7 @@ pub fn another_cgroup_is_left() {
     fs::remove_dir(&below).unwrap();
 }
 
-/// The operator names a directory that can't be attached to: what is attached goes on.
+/// The operator names a directory that can't be attached to: existing hooks stay attached.
 pub fn a_wrong_cgroup_leaves_all() {
     let server = Server::start(b'a');
     let mut place = Place::new();
@@ -195,7 +195,7 @@ pub fn no_bpffs_is_an_error() {
     assert_eq!(unload(&place.options.bpffs).unwrap(), 0);
 }
 
-/// Somebody detaches links.
+/// Links are detached from outside.
 pub fn lost_links_are_fixed() {
     let server = Server::start(b'a');
     let mut bed = serving(&server);
@@ -214,7 +214,7 @@ pub fn lost_links_are_fixed() {
     }
 }
 
-/// Somebody removes pins, which detaches nothing while the daemon lives.
+/// Pins are removed from outside, which detaches nothing while the daemon lives.
 pub fn lost_pins_are_fixed() {
     let server = Server::start(b'a');
     let place = Place::new();
@@ -265,7 +265,7 @@ pub fn a_lost_cgroup_is_fixed() {
     fs::remove_dir(&below).unwrap();
 }
 
-/// What translates back is attached before and detached after what translates.
+/// Reverse translation is attached before translation and detached after it.
 pub fn hooks_come_and_go_in_order() {
     let place = Place::new();
     let datapath = place.start();

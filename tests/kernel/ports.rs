@@ -1,4 +1,4 @@
-//! What of a VIP is a frontend: its ports and its protocols.
+//! A VIP's frontends: its ports and its protocols.
 
 use std::net::{SocketAddr, TcpStream};
 
@@ -39,7 +39,7 @@ pub fn each_port_leads_to_the_backend() {
     web.ports = Ports::only([80]);
     bed.apply(vec![web]);
     for address in vips(443) {
-        connect(address).expect_err("the ports that were given up are refused");
+        connect(address).expect_err("the former ports are refused");
     }
 }
 

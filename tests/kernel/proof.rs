@@ -1,4 +1,4 @@
-//! The proof that the hooks run shows the daemon's own connect(), whoever else connects to the same
+//! The probe of the hooks shows the daemon's own connect(), though other processes connect to the same
 //! address at the same time.
 
 use std::io::{Read, Write};
@@ -15,7 +15,7 @@ use crate::fixture::{Bed, Place, Server, VIP, connect, proof, service};
 const FLAG: &str = "--spray";
 /// The daemon's hidden command, which it runs from its own executable: here, this one.
 const PROBE: &str = "probe-connect";
-const NOBODY: u32 = 65534;
+const UNPRIVILEGED: u32 = 65534;
 const N_THREADS: usize = 2;
 const N_PROOFS: usize = 20;
 
@@ -49,7 +49,7 @@ impl Drop for Sprayer {
 }
 
 /// Runs a hidden command, if this process was started for one.
-pub fn asked_for() -> Option<ExitCode> {
+pub fn hidden_command() -> Option<ExitCode> {
     let mut arguments = std::env::args().skip(1);
     match arguments.next()?.as_str() {
         FLAG => {
@@ -72,8 +72,8 @@ fn spray(cgroup: &Path) {
     // SAFETY: plain system calls, by the only thread.
     let is_nobody = unsafe {
         libc::setgroups(0, std::ptr::null()) == 0
-            && libc::setresgid(NOBODY, NOBODY, NOBODY) == 0
-            && libc::setresuid(NOBODY, NOBODY, NOBODY) == 0
+            && libc::setresgid(UNPRIVILEGED, UNPRIVILEGED, UNPRIVILEGED) == 0
+            && libc::setresuid(UNPRIVILEGED, UNPRIVILEGED, UNPRIVILEGED) == 0
     };
     assert!(is_nobody, "{}", std::io::Error::last_os_error());
     // On a machine with one processor the process that proves must get its turn in time.
@@ -133,7 +133,7 @@ pub fn a_proof_corrects_the_namespace() {
     assert_eq!(connect((VIP, 80)).unwrap(), 'a');
 }
 
-/// A process that enters the scope gets no processor time: the daemon goes on.
+/// A process that enters the scope gets no processor time: the daemon doesn't hang.
 pub fn a_frozen_scope_is_reported() {
     let mut place = Place::new();
     let below = place.cgroup.path.join("below");

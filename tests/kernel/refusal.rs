@@ -1,5 +1,5 @@
-//! What must not reach anything is refused with ECONNREFUSED, and never lands on a server that
-//! listens on every address.
+//! Connections without a backend are refused with ECONNREFUSED, and never reach a server that listens on
+//! every address.
 
 use std::io::ErrorKind;
 use std::net::Ipv4Addr;

@@ -1,5 +1,5 @@
-//! What the daemon hears of connections: of a service that it doesn't follow at once and once, of the
-//! others when it looks.
+//! The daemon's knowledge of connections: an event for a cold service, at once and once, counters for the
+//! others.
 
 use std::net::SocketAddr;
 
@@ -12,7 +12,7 @@ use crate::fixture::{
 };
 
 /// All that was reported since the last call.
-fn heard(reports: &mut Reports) -> Vec<String> {
+fn events(reports: &mut Reports) -> Vec<String> {
     std::iter::from_fn(|| reports.next_name()).map(|name| name.to_string()).collect()
 }
 
@@ -33,25 +33,25 @@ pub fn a_cold_service_is_reported_once() {
             let what = format!("{how:?} to {address}");
             bed.apply(vec![watched(Watch::Live, &web)]);
             how.connect(address).expect(&what);
-            assert!(heard(&mut reports).is_empty(), "{what}: it is live");
+            assert!(events(&mut reports).is_empty(), "{what}: it is live");
 
             bed.apply(vec![watched(Watch::Cold, &web)]);
-            assert!(heard(&mut reports).is_empty(), "{what}: nobody connected");
+            assert!(events(&mut reports).is_empty(), "{what}: no connection");
             for _ in 0..3 {
                 how.connect(address).expect(&what);
             }
-            assert_eq!(heard(&mut reports), ["web"], "{what}");
+            assert_eq!(events(&mut reports), ["web"], "{what}");
 
             // It stays cold, with other backends.
             let changed = dual("web", VIP, VIP6, &[ipv4.address, ipv6.address, ipv4.address]);
             bed.apply(vec![watched(Watch::Cold, &changed)]);
             how.connect(address).expect(&what);
-            assert!(heard(&mut reports).is_empty(), "{what}: once");
+            assert!(events(&mut reports).is_empty(), "{what}: once");
         }
     }
 }
 
-/// A service without backends, and one that isn't cold beside it.
+/// A service without backends, and another one that isn't cold.
 pub fn a_refused_connect_is_reported() {
     let mut bed = Bed::new();
     let mut reports = bed.datapath.take_reports().unwrap();
@@ -63,7 +63,7 @@ pub fn a_refused_connect_is_reported() {
         connect((VIP, 80)).unwrap_err();
         connect((OTHER_VIP, 80)).unwrap_err();
     }
-    assert_eq!(heard(&mut reports), ["web"]);
+    assert_eq!(events(&mut reports), ["web"]);
     let counters = bed.datapath.counters();
     for name in ["web", "other"] {
         assert_eq!(
@@ -74,7 +74,7 @@ pub fn a_refused_connect_is_reported() {
     }
 }
 
-/// What was reported to an earlier daemon is reported to the next.
+/// A service reported to an earlier daemon is reported to the next.
 pub fn a_restart_asks_anew() {
     let server = Server::start(b'a');
     let web = watched(Watch::Cold, &service("web", VIP, &[(server.address, 1)]));
@@ -83,19 +83,19 @@ pub fn a_restart_asks_anew() {
     let mut reports = datapath.take_reports().unwrap();
     datapath.apply(&table(vec![web.clone()])).unwrap();
     connect((VIP, 80)).unwrap();
-    assert_eq!(heard(&mut reports), ["web"]);
+    assert_eq!(events(&mut reports), ["web"]);
     drop((datapath, reports));
-    // Nobody hears it.
+    // No daemon reads it.
     connect((VIP, 80)).unwrap();
 
     let mut datapath = place.start();
     assert!(datapath.is_adopted());
     let mut reports = datapath.take_reports().unwrap();
     connect((VIP, 80)).unwrap();
-    assert!(heard(&mut reports).is_empty(), "before the first table nothing is known of it");
+    assert!(events(&mut reports).is_empty(), "before the first table nothing is known of it");
     datapath.apply(&table(vec![web])).unwrap();
     assert_eq!(connect((VIP, 80)).unwrap(), 'a');
-    assert_eq!(heard(&mut reports), ["web"]);
+    assert_eq!(events(&mut reports), ["web"]);
 }
 
 /// By the counters, whether connections were sent or refused.
@@ -126,7 +126,7 @@ pub fn usage_is_told() {
     assert!(datapath.active_since_last().is_empty());
     connect((VIP, 80)).unwrap();
 
-    // What was counted for an earlier daemon is no news to the next.
+    // Counters read by an earlier daemon aren't news to the next.
     drop(datapath);
     let mut datapath = place.start();
     assert!(datapath.is_adopted() && datapath.active_since_last().is_empty());

@@ -1,4 +1,4 @@
-//! The kernel goes on without the daemon, and with the next one: applications notice nothing.
+//! The kernel keeps working without the daemon, and with the next one: applications notice nothing.
 
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpStream, UdpSocket};
@@ -15,8 +15,8 @@ use crate::connector::Connector;
 use crate::fixture::{OTHER_VIP, Place, Server, VIP, backend, connect, service, table};
 use crate::pins::programs;
 
-/// Sizes that are lowered below what is served take nothing away; lowered to what is served, they come
-/// into use, and what is served comes before what is new.
+/// Sizes below the entries in use change nothing; sizes that just suffice are used, and present services
+/// come before new ones.
 pub fn lower_sizes_take_nothing_away() {
     let server = Server::start(b's');
     let vip = |n: u8| Ipv4Addr::new(127, 200, 0, n);
@@ -52,7 +52,7 @@ pub fn lower_sizes_take_nothing_away() {
         datapath.fix();
         drop(datapath);
 
-        // What is served fits now, and nothing else.
+        // The present services fit now, and no other.
         (place.options.datapath.max_services, place.options.datapath.max_backends) = (6, 64);
         let mut datapath = place.start();
         assert_eq!(notes(&datapath), "");
@@ -75,7 +75,7 @@ pub fn maps_that_hold_less_are_not_used() {
     drop(datapath);
     place.options.datapath.max_backends = 2;
     let mut datapath = place.start();
-    // It grew while nobody looked: 5 entries, of 4.
+    // It grew meanwhile: 5 entries, of 4.
     let mut grown = web(2);
     grown.backends.extend((1..=3).map(|port| backend(([10, 0, 0, 1], port).into(), 1)));
     let error = datapath.apply(&table(vec![web(1), grown.clone()])).unwrap_err().to_string();
@@ -148,7 +148,7 @@ pub fn a_restart_loses_no_connect() {
     assert_eq!(connector.stop(), "ab");
 }
 
-/// Answers datagrams with what they say, until one is empty.
+/// Echoes datagrams, until one is empty.
 pub struct Echo {
     pub address: SocketAddrV4,
     thread: Option<JoinHandle<()>>,
@@ -194,7 +194,7 @@ impl Opened {
         Opened { stream, connected, unconnected }
     }
 
-    /// What each of them sees of its peer is the VIP. A reply is under way while `meanwhile` runs.
+    /// Each of them sees the VIP as its peer. A reply is in flight while `meanwhile` runs.
     pub fn check(&self, meanwhile: impl FnOnce()) {
         let vip = SocketAddr::from((OTHER_VIP, 80));
         self.connected.send(b"c").unwrap();

@@ -1,5 +1,5 @@
 //! This version is started over a later one: with links of kinds that it doesn't know, other maps,
-//! other directories. They go; what is another program's stays.
+//! other directories. They are removed; other programs' pins stay.
 
 use std::fs;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -119,7 +119,11 @@ pub fn over_links_of_every_kind() {
     later(&mut place, &server);
     let mut datapath = place.start_attached_or_waiting();
     assert!(!datapath.are_hooks_ours());
-    assert_eq!(connect((VIP, 80)).unwrap(), 'a', "the later version's hooks go on until then");
+    assert_eq!(
+        connect((VIP, 80)).unwrap(),
+        'a',
+        "the later version's hooks stay in use until then"
+    );
     datapath.apply(&table(vec![service("web", VIP, &[(server.address, 1)])])).unwrap();
     assert!(datapath.are_hooks_ours() && !place.pin("v9").exists());
     assert_eq!(connect((VIP, 80)).unwrap(), 'a');
@@ -170,7 +174,7 @@ fn storage(value_size: u32) -> OwnedFd {
     descriptor(bpf(BPF_MAP_CREATE, &attr).unwrap())
 }
 
-/// Directories of other programs that look like layouts, beside ours.
+/// Directories of other programs that look like layouts, next to ours.
 pub fn foreign_directories_stay() {
     let server = Server::start(b'a');
     let place = Place::new();

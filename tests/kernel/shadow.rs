@@ -1,5 +1,5 @@
 //! While connections are only counted, each passes untouched, and lands on a server that listens on the
-//! VIP itself; what was translated before goes on.
+//! VIP itself; earlier connections stay translated.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream};
@@ -59,7 +59,7 @@ pub fn leaves_ipv6_untouched() {
     assert_eq!(connect(address).unwrap(), 'b');
 }
 
-/// What would be refused for want of a backend or of a frontend passes too.
+/// Connections that would be refused for lack of a backend or a frontend pass, too.
 pub fn refuses_nothing() {
     let wildcard = Server::on(b'w', (Ipv4Addr::UNSPECIFIED, 0));
     let port = wildcard.address.port();
@@ -142,7 +142,7 @@ pub fn outlives_the_daemon() {
     }
 }
 
-/// Elsewhere a pin is none of ours, and would pass anyway.
+/// In another namespace a pin doesn't apply, and connections to it pass anyway.
 pub fn counts_pins_on_the_host_alone() {
     let own = Server::start(b'v');
     let SocketAddr::V4(pin) = own.address else { unreachable!() };

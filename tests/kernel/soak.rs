@@ -11,8 +11,8 @@ use lb_userspace::table::{Ports, Protocols, Service, Table};
 
 use crate::fixture::{OTHER_VIP, Place, Server, VIP, connect, service, table};
 
-/// Small maps are filled: each service that doesn't fit is told, what served before serves on, and
-/// once there is room all is well.
+/// Small maps are filled: each service that doesn't fit is reported, present ones keep serving, and
+/// once there is room all are applied.
 pub fn full_maps_refuse_by_service() {
     let (server, other) = (Server::start(b'a'), Server::start(b'b'));
     let mut place = Place::new();
@@ -28,14 +28,14 @@ pub fn full_maps_refuse_by_service() {
 
     assert!(datapath.apply(&table(vec![web.clone()])).unwrap().is_empty());
     let errors = datapath.apply(&table(vec![many, second.clone(), third.clone()])).unwrap();
-    let told: Vec<_> = errors.iter().map(|(name, error)| format!("{name}: {error}")).collect();
+    let reported: Vec<_> = errors.iter().map(|(name, error)| format!("{name}: {error}")).collect();
     let [services, backends] = [
         "third: SERVICES is full (2 entries): raise datapath.max_services in the configuration and \
          restart",
         "web: BACKENDS is full (16 entries): raise datapath.max_backends in the configuration and \
          restart",
     ];
-    assert_eq!(told, [services, backends]);
+    assert_eq!(reported, [services, backends]);
     assert_eq!(connect((VIP, 80)).unwrap(), 'a', "the former state serves");
     assert_eq!(connect((OTHER_VIP, 80)).unwrap(), 'b', "the others are as they should be");
     connect((Ipv4Addr::new(127, 200, 0, 3), 80)).unwrap_err();
@@ -99,7 +99,7 @@ fn check_exact(place: &Place, table: &Table) {
     let shown = dump(place, "BACKENDS");
     let n_backends =
         shown.matches("\"generation\":").count() - shown.matches("\"generation\":0").count();
-    // bpftool's JSON tells each element twice: as bytes, and formatted.
+    // bpftool's JSON has each element twice: as bytes, and formatted.
     assert_eq!(n_backends, backends, "BACKENDS");
     let n_frontends = |service: &Service| {
         let n_ports = match &service.ports {
@@ -126,7 +126,7 @@ pub fn a_soak_leaks_nothing() {
     println!("{n_changes} random changes, seed {SEED}");
     let mut random = Random(SEED);
     let mut place = Place::new();
-    // Room for what is used at once, so that it is used again and again.
+    // Just enough room, so that entries are reused all the time.
     place.options.datapath.max_services = 256;
     place.options.datapath.max_backends = 4_096;
     let mut datapath = place.start();

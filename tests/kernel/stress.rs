@@ -19,10 +19,10 @@ const N_CLIENTS: usize = 3;
 const N_LISTENERS: usize = 64;
 /// The number of backends of each set.
 const N_BACKENDS: usize = 3;
-/// The connections for each swap: swaps and connections wait for each other, so that neither a slow
-/// machine nor its scheduler decides what is tried.
+/// The connections for each swap: swaps and connections wait for each other, so that the
+/// tested orders don't depend on the machine's speed.
 const CONNECTS_A_SWAP: std::ops::RangeInclusive<u64> = 16..=100;
-/// A connection that saw so many sets at most tells something: more than half of the servers are wrong.
+/// A connection that saw at most so many sets is conclusive: more than half of the servers are wrong.
 const N_TELLING: u64 = 8;
 
 /// The set of swap `k`: no two that follow each other share a server.
@@ -47,11 +47,11 @@ impl Drop for End<'_> {
     }
 }
 
-/// What one thread's connections met.
+/// The results of one thread's connections.
 #[derive(Debug, Default)]
 struct Met {
     n_connects: u64,
-    n_telling: u64,
+    n_conclusive: u64,
     most_sets: u64,
 }
 
@@ -60,7 +60,7 @@ pub fn a_million_connects_meet_no_wrong_one() {
     let listeners: Vec<TcpListener> =
         (0..N_LISTENERS).map(|_| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap()).collect();
     let mut place = Place::new();
-    // So few that what is given up is soon used again.
+    // So few that freed entries are soon reused.
     place.options.datapath.max_backends = 1_024;
     let mut datapath = place.start();
     let tables = tables(&listeners);
@@ -82,11 +82,11 @@ pub fn a_million_connects_meet_no_wrong_one() {
         serving.join().unwrap();
         let met = met.map(Result::unwrap);
         let n_swaps = swaps.finished.load(Ordering::SeqCst);
-        let [n_connects, n_telling] = [|met: &Met| met.n_connects, |met: &Met| met.n_telling]
+        let [n_connects, n_conclusive] = [|met: &Met| met.n_connects, |met: &Met| met.n_conclusive]
             .map(|n| met.iter().map(n).sum::<u64>());
         let most_sets = met.iter().map(|met| met.most_sets).max();
         println!(
-            "{n_connects} connects, {n_swaps} swaps; {n_telling} connects saw {N_TELLING} sets at most, none \
+            "{n_connects} connects, {n_swaps} swaps; {n_conclusive} connects saw {N_TELLING} sets at most, none \
              more than {most_sets:?}"
         );
         assert!(
@@ -94,8 +94,8 @@ pub fn a_million_connects_meet_no_wrong_one() {
             "{n_swaps} swaps, {n_connects} connections"
         );
         assert!(
-            n_telling * 2 > n_connects,
-            "{n_telling} of {n_connects} connections tell anything"
+            n_conclusive * 2 > n_connects,
+            "{n_conclusive} of {n_connects} connections are conclusive"
         );
     });
 }
@@ -153,7 +153,7 @@ fn connect_all(n_connects: u64, swaps: &Swaps) -> Met {
             "connect {n} reached {reached}, of none of the sets {finished}..={begun}"
         );
         let n_sets = begun - finished + 1;
-        met.n_telling += u64::from(n_sets <= N_TELLING);
+        met.n_conclusive += u64::from(n_sets <= N_TELLING);
         met.most_sets = met.most_sets.max(n_sets);
     }
     met
@@ -176,7 +176,7 @@ fn serve(listeners: &[TcpListener], done: &AtomicBool) {
     let mut fds: Vec<_> =
         listeners.iter().map(|listener| PollFd::new(listener, PollFlags::IN)).collect();
     let patience = Duration::from_millis(100).try_into().unwrap();
-    // A client that hasn't read yet mustn't lose what was sent.
+    // A client that hasn't read yet mustn't lose the data.
     let mut open: Vec<OwnedFd> = Vec::new();
     while !done.load(Ordering::SeqCst) {
         poll(&mut fds, Some(&patience)).unwrap();

@@ -1,4 +1,4 @@
-//! What a connection becomes, and what the application sees of it.
+//! The translation of a connection, and the application's view of it.
 
 use std::collections::BTreeMap;
 use std::net::{SocketAddr, SocketAddrV4, TcpStream};

@@ -1,4 +1,4 @@
-//! Who else may meddle with the pins: nobody but root takes their place, opens or locks them.
+//! Access to the pins: only root can replace, open or lock them.
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
@@ -12,9 +12,9 @@ use crate::fixture::{Place, Server, VIP, connect, service, table};
 use crate::pins::programs;
 
 const FLAG: &str = "--lock";
-/// The locking process ends, and another one that has its descriptor goes on.
+/// The locking process ends, and another one keeps its descriptor.
 const FORK: &str = "--fork";
-const NOBODY: u32 = 65534;
+const UNPRIVILEGED: u32 = 65534;
 
 /// An unprivileged process that has locked a directory, until it is dropped.
 struct Locker(Child);
@@ -27,8 +27,8 @@ impl Locker {
             .arg(FLAG)
             .arg(dir)
             .args(options)
-            .uid(NOBODY)
-            .gid(NOBODY)
+            .uid(UNPRIVILEGED)
+            .gid(UNPRIVILEGED)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -42,14 +42,14 @@ impl Drop for Locker {
     fn drop(&mut self) {
         drop(self.0.stdin.take());
         let _ = self.0.wait();
-        // A process that goes on in its place closes this when it ends.
+        // The process that continues in its place closes this when it ends.
         let _ = self.0.stdout.as_mut().map(|end| std::io::Read::read(end, &mut [0]));
     }
 }
 
 /// Locks a directory until stdin ends, if this process was started for that.
-#[expect(clippy::zombie_processes, reason = "this process ends, and cat goes on in its place")]
-pub fn asked_for() -> Option<ExitCode> {
+#[expect(clippy::zombie_processes, reason = "this process ends, and cat continues in its place")]
+pub fn hidden_command() -> Option<ExitCode> {
     use std::io::{Read, Write};
     let mut arguments = std::env::args().skip(1);
     if arguments.next()? != FLAG {
@@ -117,7 +117,7 @@ pub fn a_lock_of_another_user_is_no_daemons() {
         let taken = taken.map(|name| bpffs.with_file_name(name));
         if let Some(taken) = &taken {
             fs::create_dir_all(taken.join("theirs")).unwrap();
-            chown(taken, Some(NOBODY), Some(NOBODY)).unwrap();
+            chown(taken, Some(UNPRIVILEGED), Some(UNPRIVILEGED)).unwrap();
         }
         let mut locker = Locker::start(&bpffs, options);
         if options == [FORK] {
@@ -128,12 +128,12 @@ pub fn a_lock_of_another_user_is_no_daemons() {
         let mut datapath = Datapath::start(&place.options)
             .unwrap_or_else(|error| panic!("{options:?}, {taken:?}: {error}"));
         datapath.keep();
-        assert!(datapath.is_adopted(), "what is pinned has moved along");
+        assert!(datapath.is_adopted(), "the pins have moved along");
         assert_eq!(datapath.indices("web"), before);
         assert_eq!(connect((VIP, 80)).unwrap(), 'a');
         assert!(datapath.fix().is_complete());
-        let beside = fs::read_dir(bpffs.parent().unwrap()).unwrap();
-        let names = beside.map(|entry| entry.unwrap().path());
+        let siblings = fs::read_dir(bpffs.parent().unwrap()).unwrap();
+        let names = siblings.map(|entry| entry.unwrap().path());
         let left: Vec<_> = names
             .filter(|path| {
                 path.to_str().unwrap().contains("-aside") && Some(path) != taken.as_ref()
@@ -154,9 +154,9 @@ pub fn a_symlink_of_another_user_is_moved_aside() {
     fs::create_dir(&on_bpffs).unwrap();
     for (n, target) in [(1, Path::new("/proc")), (2, Path::new("/nowhere")), (3, &on_bpffs)] {
         std::os::unix::fs::symlink(target, bpffs).unwrap();
-        std::os::unix::fs::lchown(bpffs, Some(NOBODY), Some(NOBODY)).unwrap();
+        std::os::unix::fs::lchown(bpffs, Some(UNPRIVILEGED), Some(UNPRIVILEGED)).unwrap();
         assert_serves(&place);
-        let aside = bpffs.with_file_name(format!("nohop-of-uid-{NOBODY}-{n}"));
+        let aside = bpffs.with_file_name(format!("nohop-of-uid-{UNPRIVILEGED}-{n}"));
         assert_eq!(fs::read_link(&aside).unwrap(), target);
     }
 }
@@ -188,15 +188,15 @@ pub fn a_directory_of_another_user_is_moved_aside() {
     for n in 1..=2 {
         fs::create_dir_all(bpffs.join("v3/links")).unwrap();
         fs::create_dir(bpffs.join("precious")).unwrap();
-        chown(bpffs, Some(NOBODY), Some(NOBODY)).unwrap();
+        chown(bpffs, Some(UNPRIVILEGED), Some(UNPRIVILEGED)).unwrap();
         assert_serves(&place);
-        let aside = bpffs.with_file_name(format!("nohop-of-uid-{NOBODY}-{n}"));
+        let aside = bpffs.with_file_name(format!("nohop-of-uid-{UNPRIVILEGED}-{n}"));
         assert!(aside.join("precious").exists());
-        assert_eq!(fs::metadata(&aside).unwrap().uid(), NOBODY);
+        assert_eq!(fs::metadata(&aside).unwrap().uid(), UNPRIVILEGED);
     }
 }
 
-/// What can't be made safe is refused with the fix, and nothing changes.
+/// An unsafe directory is refused with the fix, and nothing changes.
 pub fn what_isnt_safe_is_refused() {
     let mut place = Place::new();
     let mount = place.options.bpffs.parent().unwrap().to_owned();
@@ -204,7 +204,11 @@ pub fn what_isnt_safe_is_refused() {
     fs::create_dir(&above).unwrap();
     place.options.bpffs = above.join("nohop");
     for (uid, mode, expected) in [
-        (NOBODY, 0o755, "is another user's (uid 65534), so others could take the pins; chown root"),
+        (
+            UNPRIVILEGED,
+            0o755,
+            "is another user's (uid 65534), so others could take the pins; chown root",
+        ),
         (0, 0o777, "may be written to by others (mode 777), so others could take the pins; chown"),
         (0, 0o775, "may be written to by others (mode 775)"),
     ] {

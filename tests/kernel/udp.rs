@@ -1,5 +1,5 @@
-//! Datagrams: where they go, whom their replies come from, and what a change of the table does to
-//! sockets that live on.
+//! Datagrams: their backends, the sources of their replies, and the effect of a table's change on
+//! existing sockets.
 
 use std::io::ErrorKind;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, UdpSocket};
@@ -15,8 +15,8 @@ use rustix::net::connect_unspec;
 
 use crate::disconnect::bpf;
 use crate::fixture::{
-    Bed, Echo, OTHER_VIP, OTHER_VIP6, VIP, VIP6, ask, client, connect_udp, event, hear, loopback,
-    service, ways,
+    Bed, Echo, OTHER_VIP, OTHER_VIP6, VIP, VIP6, ask, client, connect_udp, event, loopback,
+    receive, service, ways,
 };
 
 /// A service that is connected to by UDP at port 80.
@@ -95,9 +95,9 @@ pub fn a_datagram_after_a_departure_goes_elsewhere() {
         socket.send_to(b"2", way).unwrap();
         let (_, at_present) = present.recv_from(&mut buffer).unwrap();
         former.send_to(b"f", at_former).unwrap();
-        assert_eq!(hear(&socket).unwrap(), ('f', way), "a late reply");
+        assert_eq!(receive(&socket).unwrap(), ('f', way), "a late reply");
         present.send_to(b"p", at_present).unwrap();
-        assert_eq!(hear(&socket).unwrap(), ('p', way));
+        assert_eq!(receive(&socket).unwrap(), ('p', way));
         assert_eq!(event(&bed, "stale_backend"), 1);
     }
 }
@@ -131,17 +131,17 @@ pub fn sockets_of_a_backend_that_left_are_disconnected() {
         for (socket, from) in [(Some(&direct), former.address), (beside.as_ref(), OTHER_VIP_80)] {
             let Some(socket) = socket else { continue };
             socket.send(b"?").unwrap();
-            assert_eq!(hear(socket).unwrap(), ('f', from), "another socket stays connected");
+            assert_eq!(receive(socket).unwrap(), ('f', from), "another socket stays connected");
         }
         socket.connect(way).unwrap();
         socket.send(b"?").unwrap();
-        assert_eq!(hear(&socket).unwrap(), ('p', way));
+        assert_eq!(receive(&socket).unwrap(), ('p', way));
         assert_eq!(socket.peer_addr().unwrap(), way);
     }
 }
 
-/// What a socket did before mustn't show in what it does next.
-pub fn a_socket_that_goes_elsewhere_tells_the_truth() {
+/// A socket's earlier use doesn't affect its next.
+pub fn a_socket_that_goes_elsewhere_names_its_peer() {
     let backend = Echo::start(b'b');
     let neighbour = Echo::start(b'n');
     let mut bed = Bed::new();
@@ -153,7 +153,7 @@ pub fn a_socket_that_goes_elsewhere_tells_the_truth() {
         let dissolved = client(way);
         dissolved.connect(way).unwrap();
         dissolved.send(b"?").unwrap();
-        assert_eq!(hear(&dissolved).unwrap(), ('b', way));
+        assert_eq!(receive(&dissolved).unwrap(), ('b', way));
         connect_unspec(&dissolved).unwrap();
         assert_eq!(dissolved.peer_addr().unwrap_err().kind(), ErrorKind::NotConnected);
         assert_eq!(ask(&dissolved, neighbour).unwrap(), ('n', neighbour));
@@ -166,13 +166,13 @@ pub fn a_socket_that_goes_elsewhere_tells_the_truth() {
             connected.connect(elsewhere).unwrap();
             assert_eq!(connected.peer_addr().unwrap(), elsewhere);
             connected.send(b"?").unwrap();
-            assert_eq!(hear(&connected).unwrap(), (letter, elsewhere));
+            assert_eq!(receive(&connected).unwrap(), (letter, elsewhere));
 
             let was_unconnected = client(way);
             assert_eq!(ask(&was_unconnected, way).unwrap(), ('b', way));
             was_unconnected.connect(elsewhere).unwrap();
             was_unconnected.send(b"?").unwrap();
-            assert_eq!(hear(&was_unconnected).unwrap(), (letter, elsewhere));
+            assert_eq!(receive(&was_unconnected).unwrap(), (letter, elsewhere));
             assert_eq!(was_unconnected.peer_addr().unwrap(), elsewhere);
         }
     }
@@ -193,7 +193,7 @@ pub fn a_reply_from_before_the_connection_comes_from_its_vip() {
         let (_, sender) = first.recv_from(&mut [0]).unwrap();
         first.send_to(b"1", sender).unwrap();
         socket.connect(other).unwrap();
-        assert_eq!(hear(&socket).unwrap(), ('1', way));
+        assert_eq!(receive(&socket).unwrap(), ('1', way));
         assert_eq!(socket.peer_addr().unwrap(), other);
     }
 }
@@ -220,24 +220,25 @@ pub fn threads_on_one_socket_never_mix() {
         let socket = &client(ways[0]);
         let done = &AtomicBool::new(false);
         std::thread::scope(|scope| {
-            let (tells, told): (Vec<_>, Vec<_>) = ways.map(|_| mpsc::channel()).into_iter().unzip();
-            let sending = ways.into_iter().zip(told).map(|(way, told)| {
+            let (permits, permitted): (Vec<_>, Vec<_>) =
+                ways.map(|_| mpsc::channel()).into_iter().unzip();
+            let sending = ways.into_iter().zip(permitted).map(|(way, permitted)| {
                 scope.spawn(move || {
                     for _ in 0..N_DATAGRAMS {
                         socket.send_to(b"?", way).unwrap();
-                        told.recv().expect("each datagram is answered");
+                        permitted.recv().expect("each datagram is answered");
                     }
                 })
             });
             let sending: Vec<_> = sending.collect();
-            let hearing = scope.spawn(move || {
+            let receiving = scope.spawn(move || {
                 for n in 0..N_DATAGRAMS * 4 {
-                    let (letter, from) = hear(socket).unwrap();
+                    let (letter, from) = receive(socket).unwrap();
                     let vip = ways.iter().position(|way| *way == from);
                     let vip = vip.unwrap_or_else(|| panic!("reply {n} comes from {from}"));
                     let of_vip = letters[vip].map(char::from);
                     assert!(of_vip.contains(&letter), "reply {n}: {letter} comes from {from}");
-                    tells[vip].send(()).unwrap();
+                    permits[vip].send(()).unwrap();
                 }
             });
             let changing = scope.spawn(move || {
@@ -247,10 +248,10 @@ pub fn threads_on_one_socket_never_mix() {
                     apply(n_changes);
                 }
             });
-            let heard = hearing.join();
+            let received = receiving.join();
             done.store(true, Ordering::Relaxed);
             changing.join().unwrap();
-            heard.unwrap();
+            received.unwrap();
             sending.into_iter().for_each(|thread| thread.join().unwrap());
         });
     }
@@ -276,14 +277,14 @@ pub fn a_connected_socket_that_names_its_vip_follows_its_connection() {
             let socket = client(way);
             socket.connect(way).unwrap();
             socket.send(b"?").unwrap();
-            let (letter, from) = hear(&socket).unwrap();
+            let (letter, from) = receive(&socket).unwrap();
             assert_eq!(from, way);
             for _ in 0..2 {
-                // What goes to another VIP goes there, and its reply is another peer's.
+                // A datagram to another VIP goes there, and its reply is from that VIP.
                 socket.send_to(b"?", other).unwrap();
                 assert_eq!(ask(&socket, way).unwrap(), (letter, way), "{way}");
                 socket.send(b"?").unwrap();
-                assert_eq!(hear(&socket).unwrap(), (letter, way), "{way}");
+                assert_eq!(receive(&socket).unwrap(), (letter, way), "{way}");
             }
             // The flows that a socket had before give way to the connection.
             let socket = client(way);
@@ -291,7 +292,7 @@ pub fn a_connected_socket_that_names_its_vip_follows_its_connection() {
             assert_eq!(ask(&socket, other).unwrap().1, other);
             socket.connect(other).unwrap();
             socket.send(b"?").unwrap();
-            let (letter, from) = hear(&socket).unwrap();
+            let (letter, from) = receive(&socket).unwrap();
             assert_eq!(from, other);
             assert_eq!(ask(&socket, other).unwrap(), (letter, other), "not the earlier flow");
             connect_unspec(&socket).unwrap();
@@ -343,7 +344,7 @@ pub fn a_connect_that_fails_changes_nothing() {
                 let what = format!("{way}, after a connect() to {failing}");
                 assert_eq!(socket.peer_addr().unwrap(), named, "{what}");
                 socket.send(b"?").unwrap();
-                assert_eq!(hear(&socket).unwrap(), (letter, named), "{what}");
+                assert_eq!(receive(&socket).unwrap(), (letter, named), "{what}");
                 assert_eq!(ask(&socket, named).unwrap(), (letter, named), "{what}");
             };
             let fail = || {
@@ -359,7 +360,7 @@ pub fn a_connect_that_fails_changes_nothing() {
             is_connected_to(vip(4), 'b');
             fail();
             is_connected_to(vip(4), 'b');
-            // What it is connected to by itself keeps its own name.
+            // A backend that it connected to directly keeps its own address.
             socket.connect(as_named(server.address)).unwrap();
             is_connected_to(as_named(server.address), 'a');
             fail();
@@ -380,7 +381,7 @@ pub fn a_connect_that_fails_changes_nothing() {
     }
 }
 
-/// What was answered before a socket was connected elsewhere, and is read after.
+/// An answer from before a socket was connected elsewhere, which is read after that.
 pub fn a_reply_from_before_a_second_connect_comes_from_its_vip() {
     for way_of in [0, 1] {
         let [first, second] = [(); 2].map(|()| server(ways(VIP, 80)[0]));
@@ -396,12 +397,12 @@ pub fn a_reply_from_before_a_second_connect_comes_from_its_vip() {
         let (_, sender) = first.recv_from(&mut [0]).unwrap();
         first.send_to(b"1", sender).unwrap();
         socket.connect(other).unwrap();
-        assert_eq!(hear(&socket).unwrap(), ('1', way));
+        assert_eq!(receive(&socket).unwrap(), ('1', way));
         assert_eq!(socket.peer_addr().unwrap(), other);
     }
 }
 
-/// The last datagram to an address decides whose name its replies bear.
+/// The last datagram to an address decides the source of its replies.
 pub fn a_direct_datagram_is_answered_by_its_own_name() {
     for way in ways(VIP, 80).into_iter().chain([SocketAddr::from((VIP6, 80))]) {
         let is_ipv4 = way.ip().to_canonical().is_ipv4();
@@ -429,7 +430,7 @@ pub fn a_direct_datagram_is_answered_by_its_own_name() {
         // As connected, too, and after it.
         socket.connect(way).unwrap();
         socket.send(b"?").unwrap();
-        assert_eq!(hear(&socket).unwrap(), ('b', way));
+        assert_eq!(receive(&socket).unwrap(), ('b', way));
         connect_unspec(&socket).unwrap();
         for named in [direct, other, way] {
             assert_eq!(ask(&socket, named).unwrap(), ('b', named), "{way}");
@@ -469,7 +470,7 @@ pub fn flows_in_use_never_give_way() {
             assert_eq!(event(&bed, "flows_full"), n);
         }
         all_in_use();
-        // The third one rests.
+        // The third one stays unused.
         Flows::open(&bed).age(&socket, 2, 61);
         let (letter, from) = ask(&socket, named[8]).unwrap();
         assert_eq!(from, named[8]);
@@ -490,7 +491,7 @@ struct Flows(OwnedFd);
 
 impl Flows {
     const VALUE: usize = 424;
-    /// Where the eight words begin that say when each flow was last used.
+    /// The offset of the eight words with each flow's last use.
     const USED: usize = 8;
 
     fn open(bed: &Bed) -> Flows {
@@ -529,7 +530,7 @@ pub fn a_connections_datagrams_are_translated_once() {
         let socket = client(way);
         socket.connect(way).unwrap();
         socket.send(b"?").unwrap();
-        assert_eq!(hear(&socket).unwrap(), ('i', way));
+        assert_eq!(receive(&socket).unwrap(), ('i', way));
         assert_eq!(ask(&socket, way).unwrap(), ('i', way));
     }
     for way in ways(*pin.ip(), pin.port()) {
@@ -538,7 +539,7 @@ pub fn a_connections_datagrams_are_translated_once() {
     }
 }
 
-/// What a connected socket gets after its backend left, call by call. README.md tells it.
+/// The results of a connected socket after its backend was removed, call by call, as docs/sockets.md has them.
 pub fn what_a_writer_gets_after_its_backend_left() {
     for way in ways(VIP, 80) {
         let [former, present] = [b'f', b'p'].map(Echo::start);
@@ -563,9 +564,9 @@ pub fn what_a_writer_gets_after_its_backend_left() {
         let error = socket.send(b"?").unwrap_err();
         assert_eq!(error.kind(), ErrorKind::ConnectionAborted, "the pending error, once");
         socket.send(b"?").unwrap();
-        assert_eq!(hear(&socket).unwrap(), ('p', way));
+        assert_eq!(receive(&socket).unwrap(), ('p', way));
 
-        // One that names the VIP each time goes on with another backend, after the error.
+        // One that names the VIP each time continues with another backend, after the error.
         bed.apply(vec![udp_service("web", VIP, &[former.address])]);
         rustix::event::poll(&mut [PollFd::new(&socket, PollFlags::ERR)], None).unwrap();
         let error = socket.send_to(b"?", way).unwrap_err();

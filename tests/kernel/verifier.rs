@@ -1,4 +1,4 @@
-//! What the verifier goes through to accept the programs: docs/verifier.md has it for each kernel.
+//! The instructions that the verifier processes for the programs: docs/verifier.md has them for each kernel.
 
 use lb_userspace::datapath::{Options, RejectMethod};
 

@@ -43,7 +43,7 @@ pub fn run() -> Result<()> {
         // Revoked.
         let server = &cluster.servers[0];
         server.delete(&format!("/v1/acl/token/{narrow_id}"))?;
-        // Questions that were asked before wait for news.
+        // Earlier blocking queries still wait.
         cluster.backend_agent.deregister("hidden-0")?;
         cluster.backend_agent.register(&instance("hidden", "hidden-0", hidden.address))?;
         cluster.nohop.wait_for_status(is_failing)?;
@@ -63,7 +63,7 @@ pub fn run() -> Result<()> {
 }
 
 /// The rules of one token change, and nothing else does: Consul's indexes stand still (consul#5651).
-/// What it may read no more goes on serving, and is told; what it may read from then on is there.
+/// Services that it may not read any more keep serving, and are reported; newly readable ones appear.
 pub fn policies() -> Result<()> {
     let tempdir = TempDir::new("token")?;
     let file = tempdir.path().join("token");
@@ -84,7 +84,7 @@ pub fn policies() -> Result<()> {
         cluster.servers[0].put(&format!("/v1/acl/policy/{policy_id}"), &policy)
     };
     cluster.assert_no_failures(|cluster, _| {
-        // Another service becomes visible. Nobody asks DNS for it, which would have it looked up.
+        // Another service becomes visible, without a DNS query, which would look it up.
         rules(cluster, ALL)?;
         let has_hidden = |services: &Value| n_healthy(services, "hidden") == 1;
         cluster.nohop.wait_until(has_hidden)?;

@@ -1,4 +1,4 @@
-//! The agent beside nohop is cut off from the cluster, and is restarted again and again. No connection is
+//! nohop's agent is cut off from the cluster, and is restarted again and again. No connection is
 //! lost, and afterwards news arrive.
 
 use anyhow::{Result, ensure};

@@ -1,4 +1,4 @@
-//! The agent that is asked is another host's, and the loopback that its services are registered at is
+//! nohop's agent is another host's, and the loopback that its services are registered at is
 //! that host's: what listens at the same port here is never reached.
 
 use anyhow::{Result, ensure};

@@ -1,5 +1,5 @@
 //! nohop in a container with a cgroup namespace of its own, as Docker makes them: it sees only its own
-//! part of the hierarchy. It serves that part if that is what it was told to do, and says so; it doesn't
+//! part of the hierarchy. It serves that part if configured to, and reports that; it doesn't
 //! take it for the whole node.
 
 use std::fs;

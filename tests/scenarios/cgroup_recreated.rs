@@ -1,5 +1,5 @@
 //! The cgroup disappears under a running daemon, and comes back: until the hooks are attached to it
-//! again the daemon isn't ready and names get SERVFAIL, so that nobody connections into the void.
+//! again the daemon isn't ready and names get SERVFAIL, so that no client connects to a VIP without hooks.
 
 use std::fs;
 

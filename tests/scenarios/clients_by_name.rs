@@ -5,7 +5,7 @@ use anyhow::{Result, ensure};
 
 use crate::cluster::Cluster;
 
-/// A JVM connections from IPv6 sockets unless it is told otherwise.
+/// A JVM connects from IPv6 sockets by default.
 pub fn java() -> Result<()> {
     each_is_answered("java", "-XX:TieredStopAtLevel=1", "Main.java", 2)
 }

@@ -171,7 +171,7 @@ impl Catalog {
     }
 }
 
-/// What `bpftool` says is attached to a cgroup.
+/// The programs attached to a cgroup, by `bpftool`.
 pub fn attached(cgroup: &Cgroup) -> Result<Vec<String>> {
     let shown = cmd::words("bpftool", &format!("cgroup show {}", cgroup.path().display()))?;
     Ok(shown.lines().skip(1).map(String::from).collect())

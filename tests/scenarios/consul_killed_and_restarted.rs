@@ -1,4 +1,4 @@
-//! Consul's agent dies, then the server: everything goes on as it was, while they are away and when
+//! Consul's agent dies, then the server: everything keeps working, while they are away and when
 //! they come back. After that news arrive again.
 
 use anyhow::{Result, ensure};

@@ -31,7 +31,7 @@ pub fn run() -> Result<()> {
         let is_live = |status: &Value| status["sources"][0]["state"] == "live";
         cluster.nohop.wait_for_status(is_live)?;
     }
-    // As Nomad asks it.
+    // As Nomad queries it.
     let leader = cluster.agent.get("/v1/status/leader").context("another client of the agent")?;
     ensure!(leader.as_str().is_some_and(|leader| !leader.is_empty()), "{leader}");
     let client = cluster.nodes.client.outside();

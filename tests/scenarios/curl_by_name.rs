@@ -1,4 +1,4 @@
-//! An unmodified curl asks for `http://helloworld.service/`, and each of three backends answers.
+//! An unmodified curl requests `http://helloworld.service/`, and each of three backends answers.
 
 use std::collections::BTreeSet;
 

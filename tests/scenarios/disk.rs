@@ -144,7 +144,7 @@ pub fn unread_log() -> Result<()> {
 }
 
 fn fifo(path: &Path) -> Result<()> {
-    // In the place of what is there.
+    // In the place of the existing one.
     let _ = fs::remove_file(path);
     mknodat(CWD, path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0)
         .with_context(|| format!("make the FIFO {}", path.display()))

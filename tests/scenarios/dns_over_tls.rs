@@ -1,4 +1,4 @@
-//! DNS over TLS, asked with kdig: the same answers as over UDP, a certificate that changes while the
+//! DNS over TLS, queried with kdig: the same answers as over UDP, a certificate that changes while the
 //! daemon runs, and ones that can't be used.
 
 use std::fs;

@@ -1,4 +1,4 @@
-//! Somebody detaches a hook under a running daemon: it attaches it again, and says so. `nohop unload`
+//! A hook of a running daemon is detached from outside: it is attached again, and reported. `nohop unload`
 //! is refused while the daemon runs, and takes everything away once it has ended.
 
 use anyhow::{Result, ensure};

@@ -1,5 +1,5 @@
-//! Somebody else's route lets VIPs reach this host where no hook runs: in the place of the
-//! unreachable route it keeps nohop from starting, beside it it is a problem. Both are named.
+//! Another program's route lets VIPs reach this host where no hook runs: in the place of the
+//! unreachable route it keeps nohop from starting, next to it it is a problem. Both are named.
 
 use anyhow::{Result, ensure};
 use testbed::bpffs::Bpffs;

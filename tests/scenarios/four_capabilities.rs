@@ -1,4 +1,4 @@
-//! The daemon needs no root: four capabilities will do, as the README says.
+//! The daemon needs no root: four capabilities suffice, as the README has it.
 
 use anyhow::{Context, Result, ensure};
 use testbed::bpffs::Bpffs;

@@ -1,6 +1,6 @@
-//! What the scenarios of Consul's bad days are played on: three servers, a node with backends and a node
-//! with nohop, on a switch. What is connected to goes over a cable of its own, so that Consul's network can
-//! fail by itself.
+//! The cluster for scenarios of Consul's failures: three servers, a node with backends and a node with
+//! nohop, on a switch. Connections to backends use a separate link, so that Consul's network can fail
+//! alone.
 
 use std::net::SocketAddrV4;
 use std::sync::Arc;
@@ -20,7 +20,7 @@ const SERVERS: [(&str, &str); 3] = [("s1", "10.98.0.1"), ("s2", "10.98.0.2"), ("
 const CLIENT: &str = "10.98.0.11";
 const BACKEND: &str = "10.98.0.12";
 
-/// How many connections a second go on through a scenario.
+/// The connections a second during a scenario.
 const RATE: u32 = 500;
 
 /// The nodes with Consul's cluster on them, and nohop.
@@ -32,23 +32,23 @@ pub struct HaCluster {
     /// The agent of the node with the backends.
     pub backend_agent: Consul,
     pub servers: Vec<Consul>,
-    /// Where the agent of the node with nohop is plugged in.
+    /// The switch port of nohop's agent.
     agent_port: String,
     switch: Arc<Host>,
     pub nodes: Arc<Nodes>,
     _hosts: Vec<Arc<Host>>,
 }
 
-/// What of it is out of the ordinary.
+/// Options of the cluster.
 #[derive(Clone, Default)]
 pub struct Setup {
-    /// More of every agent's configuration.
+    /// Additional configuration of every agent.
     pub consul: Value,
-    /// More of the configuration of the agent beside nohop.
+    /// Additional configuration of nohop's agent.
     pub agent: Value,
-    /// What the tests ask Consul with.
+    /// The token of the tests.
     pub token: Option<String>,
-    /// More of nohop's configuration.
+    /// Additional configuration of nohop.
     pub nohop: String,
 }
 
@@ -58,7 +58,7 @@ impl HaCluster {
         HaCluster::with(&Setup::default(), |_| Ok(()))
     }
 
-    /// The same, out of the ordinary; `prepare` is called when Consul runs, and before nohop does.
+    /// The same, with options; `prepare` is called when Consul runs, and before nohop does.
     pub fn with(setup: &Setup, prepare: impl FnOnce(&Consul) -> Result<()>) -> Result<HaCluster> {
         let nodes = Nodes::new()?;
         let switch = Host::new("switch")?;
@@ -131,7 +131,7 @@ impl HaCluster {
         position(&leader).context("a server that leads")
     }
 
-    /// Pulls the plug of the agent beside nohop, or puts it in again.
+    /// Disconnects nohop's agent from the switch, or connects it again.
     pub fn set_link(&self, state: &str) -> Result<()> {
         self.switch.ip(&format!("link set {} {state}", self.agent_port)).map(drop)
     }
@@ -145,7 +145,7 @@ impl HaCluster {
         self.nohop.wait_until(|services| is_healthy(services, "helloworld", id))?;
         self.backend_agent.deregister(id)?;
         self.nohop.wait_until(|services| !is_healthy(services, "helloworld", id))?;
-        // It may still be connected to by who chose it a moment ago.
+        // A client that chose it a moment ago may still connect to it.
         self.helloworlds.push(newcomer);
         Ok(())
     }
@@ -174,12 +174,12 @@ fn is_ours(answer: &str) -> bool {
     answer.starts_with("hello from helloworld-") || answer.starts_with("hello from newcomer")
 }
 
-/// Whether a status says that Consul doesn't answer.
+/// Whether a status reports that Consul doesn't answer.
 pub fn is_failing(status: &Value) -> bool {
     status["sources"][0]["state"] == "failing"
 }
 
-/// Whether a status says that Consul answers.
+/// Whether a status reports that Consul answers.
 pub fn is_live(status: &Value) -> bool {
     status["sources"][0]["state"] == "live"
 }

@@ -1,5 +1,5 @@
 //! What the operator chooses counts: an instance in warning serves with its weight for that, one
-//! without the wanted Meta is out, and one whose address is a name is connected to at what it stands for.
+//! without the wanted Meta is out, and one whose address is a host name is reached at the resolved address.
 
 use anyhow::{Result, ensure};
 use serde_json::{Value, json};

@@ -1,5 +1,4 @@
-//! What Consul holds and nobody can connect to is left out, `nohop explain` says why, and the good
-//! instance beside it serves.
+//! Consul's invalid instances are left out, `nohop explain` has the reasons, and the valid one serves.
 
 use anyhow::{Result, ensure};
 use serde_json::{Value, json};

@@ -1,5 +1,5 @@
 //! A service with instances at IPv4 and IPv6 addresses, and an IPv6 VIP: curl reaches it by name over
-//! either family, and whoever can't reach an IPv6 instance gets the other one.
+//! either family, and a client that can't reach an IPv6 instance gets the other one.
 
 use anyhow::{Result, ensure};
 use testbed::cmd;
@@ -49,7 +49,7 @@ pub fn run() -> Result<()> {
     let output = curl("-6", "only6")?;
     ensure!(output.stdout == b"hello from v6\n", "{output:?}");
     let output = curl("-4", "only6")?;
-    ensure!(output.status.code() == Some(7), "curl says that it can't connect: {output:?}");
+    ensure!(output.status.code() == Some(7), "curl reports that it can't connect: {output:?}");
     let services = nohop.services()?;
     let only6 = service(&services, "only6");
     ensure!(only6.is_some_and(|service| service["refused_family"] == 1), "{services:#}");

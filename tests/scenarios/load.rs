@@ -22,7 +22,7 @@ pub fn under_load(
     let load = Load::start(nodes.inside(), vip, rate)?;
     scenario(&load)?;
     let outcome = load.finish()?;
-    eprintln!("{} connections in {:.1} s", outcome.n_asked, outcome.took.as_secs_f64());
+    eprintln!("{} connections in {:.1} s", outcome.n_requests, outcome.took.as_secs_f64());
     ensure!(outcome.errors.is_empty(), "{outcome:?}");
     ensure!(outcome.answers.len() > 1, "one backend has it all: {outcome:?}");
     ensure!(outcome.answers.keys().all(|answer| answer.starts_with("hello from ")), "{outcome:?}");

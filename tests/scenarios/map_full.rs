@@ -1,5 +1,5 @@
-//! A catalog with more services than the maps have room for: what fits works, the rest is refused
-//! and told, and comes in as soon as there is room.
+//! A catalog with more services than the maps have room for: the services that fit work, the others are
+//! refused and reported, and applied as soon as there is room.
 
 use anyhow::{Result, ensure};
 

@@ -1,4 +1,4 @@
-//! A connection to an address that is no VIP is what it would be without nohop.
+//! A connection to an address that is no VIP works as without nohop.
 
 use std::net::{Ipv4Addr, SocketAddrV4};
 
@@ -24,7 +24,7 @@ pub fn run() -> Result<()> {
         ensure!(connects.all_answered(|a| a == answer), "{address}: {connects:?}");
         ensure!(connects.peers.keys().eq([&address.to_string()]), "{address}: {connects:?}");
     }
-    // Where nobody listens.
+    // Where no server listens.
     for ip in [Ipv4Addr::new(10, 99, 0, 2), Ipv4Addr::LOCALHOST] {
         let connects = nodes.connect(SocketAddrV4::new(ip, 80), 5)?;
         ensure!(connects.all_failed_with("ConnectionRefused"), "{ip}: {connects:?}");

@@ -1,5 +1,5 @@
-//! Without Consul at the start nohop isn't ready, and says SERVFAIL rather than that a name
-//! doesn't exist; once Consul comes, so does the rest.
+//! Without Consul at the start nohop isn't ready, and answers SERVFAIL rather than that a name
+//! doesn't exist; once Consul runs, it becomes ready.
 
 use anyhow::{Result, ensure};
 use serde_json::Value;

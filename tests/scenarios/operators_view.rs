@@ -1,4 +1,4 @@
-//! What an operator sees: exit codes of `nohop status`, text from Consul that would command a
+//! The operator's view: exit codes of `nohop status`, text from Consul that would command a
 //! terminal, and requests that wait for a change, whatever it is that changes.
 
 use std::fs;

@@ -1,7 +1,7 @@
 //! While Consul is down, a port goes from an instance of one service to one of another, as Nomad's ports
 //! do. Services that live elsewhere lose nothing, and when Consul is back no connection goes to the wrong one.
 //! A daemon that starts meanwhile serves what it remembers, unless that is too old: then names
-//! get SERVFAIL, and the kernel goes on by what it has.
+//! get SERVFAIL, and the kernel keeps using its maps.
 
 use anyhow::{Result, ensure};
 use serde_json::Value;

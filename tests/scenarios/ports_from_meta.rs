@@ -1,5 +1,5 @@
-//! A service says its ports in Consul's Meta: it is connected to at those and at no other, and what its
-//! instances contradict each other in is decided by the majority and told.
+//! A service declares its ports in Consul's Meta: it is reachable at those and at no other, and
+//! contradictions among its instances are decided by the majority and reported.
 
 use std::net::SocketAddrV4;
 

@@ -1,6 +1,6 @@
 //! docs/reference.md against the product: each name of the page is found in `--help`, `config show`,
 //! JSON, `/metrics` or the pins of a running daemon, and each name found there is on the page. What
-//! the page lists as planned is refused.
+//! the page lists as planned is refused. docs/metrics.md has the same metrics.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -15,6 +15,7 @@ use testbed::nohop::Nohop;
 use crate::cluster::Cluster;
 
 const PAGE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/reference.md");
+const METRICS_PAGE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/metrics.md");
 
 type Names = BTreeSet<String>;
 
@@ -63,7 +64,7 @@ impl Page {
     }
 }
 
-/// Fails with what is on the page alone, and what isn't on it.
+/// Fails with the names that are on the page alone, and those missing there.
 fn same(what: &str, page: &Names, product: &Names) -> Result<()> {
     let (gone, new): (Vec<_>, Vec<_>) =
         (page.difference(product).collect(), product.difference(page).collect());
@@ -200,6 +201,7 @@ fn documents(page: &Page, nohop: &Nohop) -> Result<()> {
         ("check", "check --json".to_owned()),
         ("config check", format!("config check --json {}", file.display())),
         ("config show", "config show --json".to_owned()),
+        ("version", "version --json".to_owned()),
     ] {
         let mut document = dump(&arguments)?;
         if section == "explain" {
@@ -236,6 +238,14 @@ fn routes(page: &Page, nohop: &Nohop) -> Result<()> {
 }
 
 fn metrics(page: &Page, nohop: &Nohop) -> Result<()> {
+    let described = fs::read_to_string(METRICS_PAGE).context("read the page of the metrics")?;
+    let cells = described.lines().filter_map(|line| line.strip_prefix("| `")?.split_once(" | "));
+    let described: Names = cells
+        .flat_map(|(names, _)| names.split("`, `"))
+        .map(|name| name.replace('`', ""))
+        .collect();
+    same("docs/metrics.md", &page.names("Metrics")?, &described)?;
+
     let socket = nohop.admin().replace("unix:", "");
     let text = http::ask(Path::new(&socket), "GET", "/metrics", "")?;
     let kinds = text.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split_once(' '));

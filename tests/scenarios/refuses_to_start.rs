@@ -1,4 +1,4 @@
-//! What keeps nohop from running is said with the fix, and changes nothing: the daemon that runs
+//! A reason that keeps nohop from running is reported with the fix, and changes nothing: the daemon that runs
 //! already serves on.
 
 use anyhow::{Result, ensure};
@@ -22,7 +22,7 @@ pub fn run() -> Result<()> {
     let own_admin = format!("--admin-listen unix:{}/other.sock", directory.display());
     let cgroup = format!("--cgroup {}", nodes.cgroup.path().display());
     let no_capabilities = "setpriv --bounding-set=-all --inh-caps=-all";
-    // What it runs under, its flags, and words of what it says.
+    // The program that runs it, its flags, and words of its output.
     let cases = [
         ("env", format!("{cgroup} {own_admin}"), ["127.0.0.1:53", "dns.listen"]),
         (

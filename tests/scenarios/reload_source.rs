@@ -1,4 +1,4 @@
-//! The daemon is told of another agent and another tag while a client opens connections: none is
+//! The daemon gets another agent and another tag by a reload while a client opens connections: none is
 //! lost on the way, and what only the new source has is routed from then on.
 
 use anyhow::{Result, ensure};

@@ -1,6 +1,6 @@
 //! The configuration is edited while the daemon runs and a client opens connections: what can
 //! change does, without a lost connection, what can't keeps all of it back, and a file with
-//! mistakes changes nothing. The metrics tell of it all.
+//! mistakes changes nothing. The metrics show it all.
 
 use std::process::Output;
 
@@ -23,7 +23,7 @@ pub fn run() -> Result<()> {
     let outcome = under_load(&nodes, vip, RATE, |load| {
         load.wait_until_second(2)?;
         nohop.configure(&(second.config() + "dns.ttl = 7\nvip.ports = [80, 8080]\n"))?;
-        let (code, text) = said(&nohop.cli("reload")?);
+        let (code, text) = outcome_of(&nohop.cli("reload")?);
         ensure!(code == Some(0), "{text}");
         for part in ["dns.ttl: 30 -> 7", "vip.ports: [80] -> [80, 8080]", "catalog.file: "] {
             ensure!(text.contains(part), "no {part:?} in:\n{text}");
@@ -37,10 +37,10 @@ pub fn run() -> Result<()> {
     ensure!(ttl(&nodes)? == "7");
 
     nohop.configure(&(second.config() + "dns.ttl = 9\ndatapath.max_services = 7\n"))?;
-    let (code, text) = said(&nohop.cli("reload")?);
+    let (code, text) = outcome_of(&nohop.cli("reload")?);
     ensure!(code == Some(1) && text.contains("datapath.max_services: 16384 -> 7 needs"), "{text}");
     nohop.configure(&(second.config() + "dns.ttl = 9\ndns.tll = 9\nvip.ports = [0]\n"))?;
-    let (code, text) = said(&nohop.cli("reload")?);
+    let (code, text) = outcome_of(&nohop.cli("reload")?);
     ensure!(code == Some(2) && text.contains("nothing was changed"), "{text}");
     for part in [": dns.tll: unknown key; did you mean dns.ttl?", ": vip.ports: ", "nohop.toml:"] {
         ensure!(text.contains(part), "no {part:?} in:\n{text}");
@@ -60,7 +60,7 @@ pub fn run() -> Result<()> {
     for sample in ["nohop_ready", "nohop_datapath_attached{unit=\"connect\"}"] {
         ensure!(value(sample)? == 1.0, "{sample}");
     }
-    ensure!(value("nohop_connects_total{service=\"helloworld\"}")? >= outcome.n_asked as f64);
+    ensure!(value("nohop_connects_total{service=\"helloworld\"}")? >= outcome.n_requests as f64);
     ensure!(value("nohop_propagation_seconds_count")? >= 2.0);
     ensure!(value("nohop_dns_queries_total{rcode=\"NOERROR\"}")? >= 3.0);
     ensure!(value("nohop_map_entries{map=\"SERVICES\"}")? == 2.0);
@@ -68,8 +68,8 @@ pub fn run() -> Result<()> {
     Ok(())
 }
 
-/// What a command said on both streams, with its exit code.
-fn said(output: &Output) -> (Option<i32>, String) {
+/// A command's exit code, and its output on both streams.
+fn outcome_of(output: &Output) -> (Option<i32>, String) {
     let text = [&output.stdout[..], &output.stderr[..]].concat();
     (output.status.code(), String::from_utf8_lossy(&text).into_owned())
 }

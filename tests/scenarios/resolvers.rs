@@ -106,7 +106,7 @@ pub fn drill() -> Result<()> {
     Fixture::new("")?.each_finds_the_vip("drill", &rows)
 }
 
-/// musl's resolver asks for A and AAAA at once, and believes an NXDOMAIN of either.
+/// musl's resolver queries A and AAAA at once, and trusts an NXDOMAIN of either.
 pub fn musl() -> Result<()> {
     let tempdir = TempDir::new("musl")?;
     let program = tempdir.path().join("lookup");
@@ -120,7 +120,7 @@ pub fn musl() -> Result<()> {
 }
 
 /// dnsmasq is the machine's resolver, and gives nohop the zone. It strips loopback addresses where
-/// it watches for rebinding, but for the domains that it is told are fine.
+/// it watches for rebinding, except for the configured domains.
 pub fn dnsmasq() -> Result<()> {
     let fixture = Fixture::new("dns.listen = [\"127.0.0.1:5354\"]\n")?;
     let delegation = "--listen-address=127.0.0.1 --server=/service/127.0.0.1#5354 \
@@ -139,7 +139,7 @@ pub fn dnsmasq() -> Result<()> {
 }
 
 /// dnsmasq sends nohop everything, and nohop's resolv.conf names that dnsmasq: names outside of the
-/// zone fail, at once and without a storm, and `status` says why.
+/// zone fail, at once and without a storm, and `status` has the reason.
 pub fn circle() -> Result<()> {
     let fixture = Fixture::new("dns.forward = [\"127.0.0.2:53\"]\n")?;
     let dnsmasq = fixture.dnsmasq("--listen-address=127.0.0.2 --server=127.0.0.1 --log-queries")?;
@@ -152,13 +152,13 @@ pub fn circle() -> Result<()> {
     let answer = fixture.nodes.dig("third.example")?;
     ensure!(answer.contains("status: SERVFAIL"), "{answer}");
     let asked = dnsmasq.tail();
-    ensure!(!asked.contains("third.example"), "it was asked all the same:\n{asked}");
+    ensure!(!asked.contains("third.example"), "it was queried all the same:\n{asked}");
     fixture.each_finds_the_vip("dig", &["+short helloworld.service"])?;
     fixture.each_finds_the_vip("dig", &["+short @127.0.0.2 helloworld.service"])
 }
 
 /// Who isn't in `dns.allow` is refused everything, and over TCP the connection; and the host itself never is. And a resolv.conf
-/// that names nohop alone has nobody to forward to, which is told at once.
+/// that names nohop alone leaves no upstream, which is reported at once.
 pub fn strangers() -> Result<()> {
     let fixture = Fixture::new("dns.allow = [\"192.0.2.0/24\"]\n")?;
     for name in ["helloworld.service", "outside.example"] {
@@ -240,7 +240,7 @@ mount --bind "$1" /etc/systemd && exec "$2"
 pub fn systemd_resolved() -> Result<()> {
     let fixture = Fixture::new("dns.listen = [\"127.0.0.1:5354\"]\n")?;
     let root = TempDir::new("resolved")?;
-    // Somebody else to ask, without whom it isn't applied.
+    // Another upstream, without which it isn't applied.
     std::fs::create_dir_all(root.path().join("etc"))?;
     std::fs::write(root.path().join("etc/resolv.conf"), "nameserver 192.0.2.1\n")?;
     let applied = fixture.nohop.cli(&format!(

@@ -1,5 +1,5 @@
 //! The daemon is restarted while Consul is away: it is ready, names are answered, connections go where
-//! they went, and the status tells how old that is.
+//! they went, and the status has the age.
 
 use anyhow::{Result, ensure};
 

@@ -87,7 +87,7 @@ fn everything_is_translated(nodes: &Nodes, nohop: &Nohop, vip: SocketAddrV4) -> 
     Ok(())
 }
 
-/// Connects end at the route, as they would without nohop; the resolver is told to ask elsewhere.
+/// Connections fail at the route, as without nohop; SERVFAIL sends the resolver to another server.
 fn nothing_is_translated(nodes: &Nodes, nohop: &Nohop, vip: SocketAddrV4) -> Result<()> {
     let status = nohop.status()?;
     ensure!(status["datapath"]["mode"] == "shadow" && status["ready"] == false, "{status:#}");

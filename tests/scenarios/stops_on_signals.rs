@@ -1,4 +1,4 @@
-//! SIGTERM and SIGINT stop the daemon. It leaves the hooks in place, or, told so,
+//! SIGTERM and SIGINT stop the daemon. It leaves the hooks in place, or, by option,
 //! nothing.
 
 use anyhow::{Result, ensure};

@@ -38,14 +38,14 @@ pub fn run() -> Result<()> {
     cluster.assert_no_failures(|cluster, load| {
         load.wait_until_second(1)?;
         issue(tempdir.path())?;
-        // So that each side needs what is new.
+        // So that each side needs the new certificates.
         cluster.agent.kill();
         cluster.nohop.wait_for_status(is_failing)?;
         cluster.agent.restart()?;
         cluster.nohop.wait_for_status(is_live)?;
         cluster.expect_update("newcomer-1")?;
 
-        // An agent that another authority vouches for isn't believed.
+        // An agent with another authority's certificate isn't trusted.
         let other = TempDir::new("other-tls")?;
         issue(other.path())?;
         for name in ["agent.pem", "agent.key"] {

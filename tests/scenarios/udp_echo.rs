@@ -1,5 +1,5 @@
-//! UDP by name while backends come and go: answers come from the address that was asked, sockets
-//! that aren't connected go on with another backend, and connected ones are told when theirs left.
+//! UDP by name while backends come and go: answers come from the queried address, unconnected sockets
+//! continue with another backend, and connected ones get an error when theirs is removed.
 
 use anyhow::{Result, ensure};
 use testbed::udp::{Echo, UdpClients};
@@ -44,7 +44,7 @@ pub fn run() -> Result<()> {
         ensure!(round.n_wrong_source == 0, "{round:?}");
     }
 
-    // What left may go, and nobody misses it.
+    // Unused backends may end, and no request fails.
     for departed in [a, b, c] {
         departed.process.kill();
     }

@@ -1,5 +1,5 @@
-//! What each trial stands on: a cgroup that this process is in, a datapath attached to it, servers on
-//! loopback that say who they are, and tables.
+//! The fixture of each trial: a cgroup that this process is in, a datapath attached to it, servers on
+//! loopback that send their letter, and tables.
 
 use std::io::{self, Read, Write};
 use std::net::{
@@ -47,7 +47,7 @@ impl Drop for OwnCgroup {
     }
 }
 
-/// Waits for threads that have ended but not yet left, which nobody can move; 5 s at most.
+/// Waits for threads that have ended but not yet left, which can't be moved; 5 s at most.
 fn wait_until_empty(cgroup: &Path) -> io::Result<()> {
     let events = std::fs::File::open(cgroup.join("cgroup.events"))?;
     while !io::read_to_string((&events).take(4096))?.contains("populated 0") {
@@ -83,7 +83,7 @@ impl Place {
     /// Starts a daemon's datapath.
     pub fn start(&self) -> Datapath {
         let datapath = self.start_as_daemon();
-        // This process is no daemon: its connections are what is tested.
+        // This process is no daemon: its connections are tested.
         datapath.keep();
         datapath
     }
@@ -105,14 +105,14 @@ impl Place {
     /// The same, and this process passes for the daemon.
     pub fn start_as_daemon(&self) -> Datapath {
         let datapath = Datapath::start(&self.options).unwrap();
-        // Before 5.14 only a connection tells the network namespace's cookie.
+        // Before 5.14 only a probe connection shows the network namespace's cookie.
         if self.options.host_netns.is_none() && datapath.are_hooks_ours() {
             datapath.record_probe(proof(&datapath));
         }
         datapath
     }
 
-    /// The path of something that is pinned, such as `v3/links/nohop_connect4`.
+    /// The path of a pin, such as `v3/links/nohop_connect4`.
     pub fn pin(&self, name: &str) -> PathBuf {
         self.options.bpffs.join(name)
     }
@@ -126,7 +126,9 @@ pub fn proof(datapath: &Datapath) -> Observed {
     for _ in 0..MAX_PROBES {
         match prober.probe() {
             ProbeResult::Seen(seen) => return seen,
-            ProbeResult::NotSeen => panic!("a connection from inside the scope doesn't meet the hooks"),
+            ProbeResult::NotSeen => {
+                panic!("a connection from inside the scope doesn't meet the hooks")
+            }
             ProbeResult::Failed(reason) => last = Some(reason),
         }
     }
@@ -220,7 +222,7 @@ pub fn table(services: Vec<Service>) -> Table {
 /// How often an event was counted that no service owns, by its name.
 pub fn event(bed: &Bed, name: &str) -> u64 {
     let counter = COUNTERS.iter().find(|(named, _)| *named == name);
-    let (_, counter) = counter.unwrap_or_else(|| panic!("nothing counts {name}"));
+    let (_, counter) = counter.unwrap_or_else(|| panic!("no counter {name}"));
     bed.datapath.counters().event(*counter)
 }
 
@@ -283,7 +285,7 @@ pub fn loopback(address: impl Into<IpAddr>) -> SocketAddr {
     }
 }
 
-/// A server that sends its one letter to whoever connects, until it is dropped.
+/// A server that sends its letter to each client, until it is dropped.
 pub struct Server {
     pub address: SocketAddr,
     stop: Arc<AtomicBool>,
@@ -393,11 +395,11 @@ pub fn client(address: SocketAddr) -> UdpSocket {
 /// Sends a datagram, and returns the letter that comes back, and from where.
 pub fn ask(socket: &UdpSocket, address: SocketAddr) -> io::Result<(char, SocketAddr)> {
     socket.send_to(b"?", address)?;
-    hear(socket)
+    receive(socket)
 }
 
 /// The next datagram's letter, and where it comes from.
-pub fn hear(socket: &UdpSocket) -> io::Result<(char, SocketAddr)> {
+pub fn receive(socket: &UdpSocket) -> io::Result<(char, SocketAddr)> {
     let mut letter = [0];
     let (_, sender) = socket.recv_from(&mut letter)?;
     Ok((letter[0].into(), sender))
@@ -408,7 +410,7 @@ pub fn connect_udp(address: SocketAddr) -> io::Result<char> {
     let socket = client(address);
     socket.connect(address)?;
     socket.send(b"?")?;
-    let (letter, sender) = hear(&socket)?;
+    let (letter, sender) = receive(&socket)?;
     assert_eq!(sender, address);
     assert_eq!(socket.peer_addr()?, address);
     Ok(letter)

@@ -1,10 +1,10 @@
-//! What the tests of the kernel object and the benchmarks of nohop alone stand on.
+//! Shared by the tests of the kernel object and the benchmarks of nohop alone.
 #![forbid(unsafe_code)]
 #![expect(
     missing_docs,
     clippy::new_without_default,
     clippy::unwrap_used,
-    reason = "a fixture: what can't go on fails its test"
+    reason = "a fixture: a failure fails its test"
 )]
 
 pub mod fixture;

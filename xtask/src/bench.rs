@@ -1,4 +1,4 @@
-//! The benchmarks: the harness, which compares, and programs of lb-tests that look at nohop alone.
+//! The benchmarks: the harness, which compares, and programs of lb-tests that measure nohop alone.
 
 use std::fs;
 use std::iter;
@@ -11,7 +11,7 @@ use clap::{Subcommand, ValueEnum};
 
 use crate::{compile, process};
 
-/// What else the benchmarks can do.
+/// Further commands of the benchmarks.
 #[derive(Clone, Debug, Subcommand)]
 pub enum Task {
     /// Two nohop binaries side by side: whether NEW is better or worse than OLD (`--help` has more)
@@ -23,10 +23,10 @@ pub enum Task {
     },
 }
 
-/// What can be measured.
+/// The suites.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Suite {
-    /// Whether the harness can tell a difference
+    /// Whether the harness can detect a difference
     Check,
     /// HTTP: requests a second, latency, processor time
     Http,
@@ -92,7 +92,7 @@ pub fn compare(arguments: &[String]) -> Result<()> {
     become_harness(&iter::once("compare".to_owned()).chain(arguments).collect::<Vec<_>>())
 }
 
-/// Becomes the harness, so that whoever interrupts it waits until all is cleaned up.
+/// Becomes the harness, so that an interrupt reaches it and waits for its cleanup.
 fn become_harness(arguments: &[String]) -> Result<()> {
     let mut harness = Command::new(compile::harness()?);
     Err(harness.args(arguments).current_dir(crate::repository::root()).exec())
@@ -107,7 +107,7 @@ fn look_around() -> Result<()> {
     let n_cpus = thread::available_parallelism().map_or(1, usize::from);
     ensure!(
         n_cpus >= 2,
-        "only one processor may be used: who connects to and who answers would wait for each other; use a machine with two or more"
+        "only one processor may be used: client and backend would wait for each other; use a machine with two or more"
     );
     Ok(())
 }
@@ -121,14 +121,14 @@ fn run_alone(suite: Suite, quick: bool) -> Result<()> {
         cargo.env("NOHOP_MEASURE", compile::measured_object()?);
     }
     if suite == Suite::Discovery {
-        // The daemon as it ships, and the backends, which it finds beside itself.
+        // The daemon as it ships, and the backends, which it finds next to itself.
         compile::build(crate::setup::Purpose::Build, true)?;
     }
     process::stream(cargo.current_dir(crate::repository::root()))
 }
 
 impl Suite {
-    /// The program of lb-tests, where it looks at nohop alone.
+    /// The program of lb-tests, where it measures nohop alone.
     fn bench(self) -> Option<&'static str> {
         match self {
             Suite::Cost => Some("cost"),

@@ -10,13 +10,13 @@ use serde_json::Value;
 use crate::process;
 use crate::setup::{self, Purpose, toolchain};
 
-/// What a build leaves behind.
+/// The results of a build.
 pub struct Built {
     /// The kernel object; the daemon carries a copy.
     pub object: PathBuf,
     /// The daemon.
     pub nohop: PathBuf,
-    /// What plays the cluster's other parts.
+    /// The cluster's other programs.
     pub helpers: Vec<PathBuf>,
 }
 

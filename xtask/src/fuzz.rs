@@ -1,4 +1,4 @@
-//! Fuzzing what comes from outside: one target after the other, each for a bounded time.
+//! Fuzzes the parsers of external input: one target after the other, each for a bounded time.
 
 use std::fs;
 use std::process::Command;

@@ -10,8 +10,8 @@ use std::path::Path;
 use syn::visit::{self, Visit};
 
 /// The folders of the crates' sources.
-const CRATES: [&str; 5] =
-    ["lb-common/src", "lb-ebpf/src", "lb-userspace/src", "testbed/src", "xtask/src"];
+const CRATES: [&str; 6] =
+    ["bench/src", "lb-common/src", "lb-ebpf/src", "lb-userspace/src", "testbed/src", "xtask/src"];
 
 /// A file by the path of its module in the crate.
 type Module = Vec<String>;

@@ -1,4 +1,4 @@
-//! A test: each relative link in the repository's Markdown leads to a file, and to a heading of it.
+//! A test: each relative link in the repository's Markdown has a file, and its heading, as target.
 
 use std::collections::BTreeSet;
 use std::fs;

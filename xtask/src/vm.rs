@@ -114,7 +114,7 @@ struct Start<'a> {
     filter: Option<&'a str>,
 }
 
-/// What came of a kernel.
+/// The result of a kernel.
 struct Run {
     name: String,
     lines: Vec<String>,

@@ -1,17 +1,16 @@
-//! Two nohop binaries side by side, such as the last release and what is to be the next: whether the
-//! new one is better or worse, quantity by quantity.
+//! Two nohop binaries side by side, such as the last release and the next one: whether the new one is
+//! better or worse, quantity by quantity.
 //!
-//! Each round starts both anew, each on nodes of its own, and measures both part by part, in turns whose
-//! order is random; its ratio is the median of the turns' ratios: so a round's ratio has in it what differs from one start to the next, such as where the
-//! kernel's maps lie in memory, and the rounds are independent of each other. What comes out worse is
-//! measured a second time, in rounds of its own, and is worse only if it is so again: of
-//! nineteen quantities whose intervals have the truth in 95% of cases, one is expected to miss it in each
-//! run.
+//! Each round starts both again, on nodes of their own, and measures both part by part, in turns of
+//! random order; its ratio is the median of the turns' ratios. So a round's ratio includes the
+//! differences between starts, such as the maps' places in memory, and the rounds are independent. A
+//! quantity that is worse is measured again, in further rounds, and is worse only if it is so twice:
+//! of nineteen 95% intervals one is expected to miss the true value in each run.
 
+mod quantity;
 mod site;
 mod verdict;
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -30,7 +29,9 @@ use crate::random;
 use crate::report::Better;
 use crate::stats::{Interval, MIN_ROUNDS, Spread};
 
-use site::{N_TURNS, Site};
+pub use quantity::Part;
+use quantity::{N_TURNS, Quantity, Samples};
+use site::Site;
 pub use verdict::{TOO_WIDE, Verdict};
 
 /// Exits with 1 where NEW is worse.
@@ -60,129 +61,22 @@ pub struct Options {
     pub out: PathBuf,
 }
 
-/// What reads a number from one to another.
+/// A parser for a number in a range.
 fn range(first: u16, last: u16) -> impl TypedValueParser<Value = usize> {
     clap::value_parser!(u16).range(i64::from(first)..=i64::from(last)).map(usize::from)
-}
-
-/// What is measured together; a name of a suite stands for what that suite measures of nohop alone.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Part {
-    /// Start, first sync, one change, memory
-    Scale,
-    /// connect() to a VIP, and the connect hook
-    Connect,
-    /// Datagrams, and the hooks that they run
-    Udp,
-    /// Queries of the zone, and forwarded ones
-    Dns,
-}
-
-/// A number of NEW and of OLD.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
-enum Quantity {
-    Ready,
-    ReadyCpu,
-    FirstSync,
-    Change,
-    Resident,
-    Maps,
-    ConnectFew,
-    ConnectMany,
-    HitFew,
-    HitMany,
-    Miss,
-    RoundTrip,
-    HookSend,
-    HookReceive,
-    ZoneRate,
-    ZoneCpu,
-    ForwardedRate,
-    ForwardedCpu,
-    ForwardedP99,
-}
-
-impl Quantity {
-    /// What it belongs to, its unit, its name (`MANY` stands for the number of services).
-    fn describe(self) -> (Part, &'static str, &'static str) {
-        match self {
-            Quantity::Ready => (Part::Scale, "ms", "start until ready, MANY services"),
-            Quantity::ReadyCpu => {
-                (Part::Scale, "ms", "start until ready, MANY services, processor time")
-            }
-            Quantity::FirstSync => (Part::Scale, "ms", "first sync of MANY services into the maps"),
-            Quantity::Change => (Part::Scale, "ms", "one change among MANY, rename to map"),
-            Quantity::Resident => (Part::Scale, "MB", "resident memory, MANY services"),
-            Quantity::Maps => (Part::Scale, "MB", "kernel memory of the maps, MANY services"),
-            Quantity::ConnectFew => {
-                (Part::Connect, "ns", "connect() to a VIP, 10 services in turn")
-            }
-            Quantity::ConnectMany => {
-                (Part::Connect, "ns", "connect() to a VIP, MANY services in turn")
-            }
-            Quantity::HitFew => (Part::Connect, "ns", "connect hook, hit, 10 services in turn"),
-            Quantity::HitMany => (Part::Connect, "ns", "connect hook, hit, MANY services in turn"),
-            Quantity::Miss => (Part::Connect, "ns", "connect hook, miss, MANY services"),
-            Quantity::RoundTrip => (Part::Udp, "us", "UDP round trip to a VIP, unconnected socket"),
-            Quantity::HookSend => (Part::Udp, "ns", "sendmsg hook, a datagram to a VIP"),
-            Quantity::HookReceive => (Part::Udp, "ns", "recvmsg hook, a datagram from a VIP"),
-            Quantity::ZoneRate => (Part::Dns, "queries/s", "DNS, zone of MANY names"),
-            Quantity::ZoneCpu => (Part::Dns, "us", "DNS, zone, processor time a query"),
-            Quantity::ForwardedCpu => (Part::Dns, "us", "DNS, forwarded, processor time a query"),
-            Quantity::ForwardedRate => (Part::Dns, "queries/s", "DNS, forwarded"),
-            Quantity::ForwardedP99 => {
-                (Part::Dns, "us", "DNS, forwarded, 99th percentile at 40% of the rate")
-            }
-        }
-    }
-
-    fn name(self, n_services: usize) -> String {
-        self.describe().2.replace("MANY", &format::count(n_services as f64))
-    }
-
-    fn better(self) -> Better {
-        match self {
-            Quantity::ZoneRate | Quantity::ForwardedRate => Better::Higher,
-            _ => Better::Lower,
-        }
-    }
-}
-
-/// One binary's numbers in one round, by turn.
-#[derive(Debug, Default)]
-struct Samples {
-    turn: usize,
-    by_quantity: BTreeMap<Quantity, [Option<f64>; N_TURNS]>,
-}
-
-impl Samples {
-    /// Adds a number in the present turn.
-    fn add(&mut self, quantity: Quantity, value: f64) {
-        self.by_quantity.entry(quantity).or_default()[self.turn] = Some(value);
-    }
-
-    fn turns(&self, quantity: Quantity) -> [Option<f64>; N_TURNS] {
-        self.by_quantity.get(&quantity).copied().unwrap_or_default()
-    }
-
-    /// The median of the turns; `None` where there is none.
-    fn median(&self, quantity: Quantity) -> Option<f64> {
-        Some(Spread::of(self.turns(quantity).into_iter().flatten())?.median)
-    }
 }
 
 /// The two binaries, as indices.
 const OLD: usize = 0;
 const NEW: usize = 1;
 
-/// How long rounds go on being started, and how many there are at least and at most.
+/// How long rounds are started, and the least and the greatest number of them.
 struct Budget {
     time: Duration,
     rounds: std::ops::RangeInclusive<usize>,
 }
 
-/// The first pass, and what is worse again. A quick run is over in four minutes.
+/// The first pass, and the second one, of worse quantities. A quick run takes four minutes.
 const QUICK: Budget = Budget { time: Duration::from_secs(120), rounds: 7..=25 };
 const QUICK_AGAIN: Budget = Budget { time: Duration::from_secs(60), rounds: 6..=25 };
 const FULL: Budget = Budget { time: Duration::from_secs(900), rounds: 15..=60 };
@@ -204,9 +98,9 @@ pub struct Comparison {
     pub machine: Machine,
     /// The load average over a minute at the end, this run's own load included.
     pub load_after: f64,
-    /// What was compared.
+    /// The compared quantities.
     pub quantities: Vec<Compared>,
-    /// What failed.
+    /// Failures.
     pub notes: Vec<String>,
 }
 
@@ -215,16 +109,16 @@ pub struct Comparison {
 pub struct Binary {
     /// Where it is.
     pub path: PathBuf,
-    /// What it says of its version.
+    /// Its version as it reports it.
     pub version: String,
 }
 
 /// A quantity of both.
 #[derive(Debug, Serialize)]
 pub struct Compared {
-    /// What it is.
+    /// Its name.
     pub name: String,
-    /// What it belongs to.
+    /// Its part.
     pub suite: Part,
     /// Its unit.
     pub unit: &'static str,
@@ -239,7 +133,7 @@ pub struct Compared {
     pub ratio: Option<Interval>,
     /// Where that was worse at first: the interval of the first pass. All else here is of the second.
     pub first: Option<Interval>,
-    /// What it comes to.
+    /// The verdict.
     pub verdict: Verdict,
 }
 
@@ -255,7 +149,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         Ok(Binary { path, version: version.trim().to_owned() })
     };
     let binaries = [binary(&options.old)?, binary(&options.new)?];
-    let machine = Machine::look();
+    let machine = Machine::read();
     let mut run = Run {
         options,
         binaries: &binaries,
@@ -286,7 +180,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         is_quick: options.is_quick,
         seed: options.seed,
         machine,
-        load_after: Machine::look().load_before,
+        load_after: Machine::read().load_before,
         quantities,
         notes,
     };
@@ -352,7 +246,7 @@ impl Run<'_> {
         let mut sites = [None, None];
         self.random.shuffle(&mut order);
         for which in order {
-            match Site::start(&self.binaries[which].path, options) {
+            match Site::start(&self.binaries[which].path, &options.parts, options.n_services) {
                 Ok(site) => sites[which] = Some(site),
                 Err(error) => self.note(which, "start", &error),
             }
@@ -483,7 +377,7 @@ mod tests {
         let verdict = |new: &dyn Fn(usize) -> Option<f64>| {
             compared(Quantity::Miss, &rounds(new), 10_000).verdict
         };
-        // The machine gets slower all the time; what counts is the ratio within a round.
+        // The machine gets slower all the time; the ratio within a round is decisive.
         assert_eq!(verdict(&|round| Some(100.0 + round as f64)), Verdict::NoWorse);
         assert_eq!(verdict(&|round| Some((100.0 + round as f64) * 1.05)), Verdict::Worse);
         assert_eq!(verdict(&|round| Some((100.0 + round as f64) * 0.95)), Verdict::Better);

@@ -14,7 +14,7 @@ use testbed::nohop::Nohop;
 use testbed::process::Process;
 use testbed::tempdir::TempDir;
 
-use super::{Options, Part, Quantity, Samples};
+use super::quantity::{N_TURNS, Part, Quantity, Samples};
 use crate::bpf;
 use crate::generators;
 use crate::node::{Layout, Node};
@@ -32,9 +32,6 @@ const PORT: u16 = 8_080;
 const ECHO_IDX: usize = 60_500;
 /// The port of the backend that a change of the catalog moves, before and after.
 const CHANGED_PORTS: [u16; 2] = [PORT, PORT + 1];
-
-/// In how many turns the binaries alternate within a round; together they go through all services.
-pub const N_TURNS: usize = 4;
 
 /// The least number of connections of one turn.
 const N_CONNECTS: usize = 250;
@@ -54,7 +51,7 @@ pub struct Site {
     many: Option<Daemon>,
 }
 
-/// A daemon, its backends, and what was found when it was started. Dropped in this order.
+/// A daemon, its backends, and the figures of its start. Dropped in this order.
 struct Daemon {
     nohop: Nohop,
     _helpers: Vec<Process>,
@@ -72,21 +69,21 @@ impl Site {
     ///
     /// # Errors
     /// When a daemon isn't ready in time.
-    pub fn start(binary: &Path, options: &Options) -> Result<Site> {
-        let wants = |part| options.parts.contains(&part);
+    pub fn start(binary: &Path, parts: &[Part], n_services: usize) -> Result<Site> {
+        let wants = |part| parts.contains(&part);
         let few = wants(Part::Connect) || wants(Part::Udp);
         let many = wants(Part::Connect) || wants(Part::Dns) || wants(Part::Scale);
         let start = |is_wanted: bool, n_services| {
             is_wanted.then(|| Daemon::start(binary, n_services)).transpose()
         };
-        Ok(Site { few: start(few, N_FEW)?, many: start(many, options.n_services)? })
+        Ok(Site { few: start(few, N_FEW)?, many: start(many, n_services)? })
     }
 
     /// Measures a part once, for the `turn`th time in this round. `forwarded_rate` is what is asked for while latency is measured, in queries a
     /// second; `None` where it isn't known yet.
     ///
     /// # Errors
-    /// When it can't be measured; `samples` has what was until then.
+    /// When it can't be measured; `samples` has the values until then.
     pub fn measure(
         &self,
         part: Part,
@@ -236,25 +233,25 @@ impl Daemon {
             dns::await_answer(self.node.hop_place(), DNS, "n0.example", dns::UPSTREAM_ANSWER)?;
         }
         let zone = questions("service", &mut (0..self.vips.len()).map(name))?;
-        let ask = |questions: &Path, arguments: &str| -> Result<(dnsperf::Told, f64)> {
+        let ask = |questions: &Path, arguments: &str| -> Result<(dnsperf::Summary, f64)> {
             let before = self.node.cpu_times()?;
-            let told = dnsperf::ask(at, questions, arguments)?;
+            let summary = dnsperf::query(at, questions, arguments)?;
             let cpu = self.node.cpu_times()?.since(before).hop;
-            Ok((told, cpu.as_secs_f64() * 1e6 / told.n_good as f64))
+            Ok((summary, cpu.as_secs_f64() * 1e6 / summary.n_good as f64))
         };
-        let (told, cpu_us) = ask(&zone, &format!("{CLIENTS} -l {DNS_SECONDS}"))?;
-        ensure!(told.n_failed() == 0, "{} queries of the zone failed", told.n_failed());
-        samples.add(Quantity::ZoneRate, told.rate());
+        let (summary, cpu_us) = ask(&zone, &format!("{CLIENTS} -l {DNS_SECONDS}"))?;
+        ensure!(summary.n_failed() == 0, "{} queries of the zone failed", summary.n_failed());
+        samples.add(Quantity::ZoneRate, summary.rate());
         samples.add(Quantity::ZoneCpu, cpu_us);
         let others = questions("example", &mut (0..N_FORWARDED).map(|idx| format!("n{idx}")))?;
-        let (told, cpu_us) = ask(&others, &format!("{CLIENTS} -n 1"))?;
-        samples.add(Quantity::ForwardedRate, told.rate());
+        let (summary, cpu_us) = ask(&others, &format!("{CLIENTS} -n 1"))?;
+        samples.add(Quantity::ForwardedRate, summary.rate());
         samples.add(Quantity::ForwardedCpu, cpu_us);
         let Some(rate) = forwarded_rate else { return Ok(()) };
         let arguments = format!("{CLIENTS} -l {DNS_SECONDS} -Q {rate:.0}");
-        let (told, p99_us) = dnsperf::ask_and_list(at, &others, &arguments)?;
+        let (summary, p99_us) = dnsperf::query_and_list(at, &others, &arguments)?;
         ensure!(
-            told.rate() > 0.9 * rate,
+            summary.rate() > 0.9 * rate,
             "less than {rate:.0} forwarded queries a second in a turn"
         );
         samples.add(Quantity::ForwardedP99, p99_us);

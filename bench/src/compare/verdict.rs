@@ -1,4 +1,4 @@
-//! What a ratio with an interval says.
+//! The verdict of a ratio with an interval.
 
 use std::fmt;
 
@@ -7,14 +7,14 @@ use serde::Serialize;
 use crate::report::Better;
 use crate::stats::Interval;
 
-/// An interval that has 1 in it and reaches further than this from it says nothing.
+/// An interval that has 1 in it and reaches further than this from it is undecided.
 pub const TOO_WIDE: f64 = 0.03;
 
-/// An interval that stays this near to 1 is a difference to nobody, though it may not have 1 in it: memory
+/// An interval that stays this near to 1 is no difference, though it may not have 1 in it: memory
 /// is measured to a thousandth.
 pub const NEGLIGIBLE: f64 = 0.005;
 
-/// Of NEW beside OLD.
+/// Of NEW compared with OLD.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Verdict {

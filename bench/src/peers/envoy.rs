@@ -11,10 +11,10 @@ use testbed::net::ExecContext;
 use testbed::process::Process;
 use testbed::tempdir::TempDir;
 
-use super::{
-    Guard, Protocol, Running, Services, add_frontends, await_bound, await_frontends, render,
-    template,
+use super::common::{
+    Guard, Protocol, Running, Services, add_frontends, await_bound, await_frontends,
 };
+use super::template::{self, render};
 use crate::node::Node;
 
 /// The file beside its configuration from which [`serve_eds`] has Envoy learn its endpoints. It reads it
@@ -24,13 +24,13 @@ pub const ENDPOINTS: &str = "envoy-endpoints.yaml";
 pub fn version() -> Result<String> {
     let mut command = std::process::Command::new(cmd::installed("envoy")?);
     command.arg("--version");
-    let said = cmd::stdout(command)?;
+    let text = cmd::stdout(command)?;
     // `envoy  version: COMMIT/1.40.0/Clean/RELEASE/BoringSSL`
-    let version = said
+    let version = text
         .split("version:")
         .nth(1)
         .and_then(|build| build.split('/').nth(1))
-        .context("envoy tells no version")?;
+        .context("envoy reports no version")?;
     Ok(format!("Envoy {version}"))
 }
 

@@ -9,7 +9,8 @@ use anyhow::{Context, Result};
 use testbed::process::Process;
 use testbed::tempdir::TempDir;
 
-use super::{Guard, Running, Services, add_frontends, await_frontends, find, first_line, render};
+use super::common::{Guard, Running, Services, add_frontends, await_frontends, find, first_line};
+use super::template::render;
 use crate::node::Node;
 
 /// The socket beside the configuration to which HAProxy with `-Ws` reports its state, as it would to

@@ -9,7 +9,8 @@ use anyhow::{Context, Result, ensure};
 use testbed::cmd;
 use testbed::tempdir::TempDir;
 
-use super::{Running, Services, find, first_line, frontend, render};
+use super::common::{Running, Services, find, first_line, frontend};
+use super::template::render;
 use crate::node::{self, Node};
 
 pub fn nftables_version() -> Result<String> {
@@ -28,7 +29,7 @@ pub fn start_nftables(node: &Node, services: &Services) -> Result<Running> {
     Ok(Running::new(addresses, vec![]))
 }
 
-/// A cluster's addresses are nobody's: they need a way out, and the client's own address as source.
+/// A cluster's addresses belong to no host: they need a route, and the client's own address as source.
 pub fn route_frontends(node: &Node) -> Result<()> {
     let host = node.client_host();
     let is_alone = std::sync::Arc::ptr_eq(host, node.backend_host());
@@ -51,7 +52,7 @@ fn has_ipvs() -> bool {
 
 pub fn start_ipvs(node: &Node, services: &Services) -> Result<Running> {
     let tempdir = TempDir::new("ipvs")?;
-    super::add_frontends(node)?;
+    super::common::add_frontends(node)?;
     let rules = render("ipvs.rules", services, tempdir.path())?;
     let rules = fs::read_to_string(rules)?;
     let rules: Vec<_> = rules.lines().filter(|line| line.starts_with('-')).collect();

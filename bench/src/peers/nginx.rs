@@ -7,10 +7,11 @@ use testbed::net::ExecContext;
 use testbed::process::Process;
 use testbed::tempdir::TempDir;
 
-use super::{
+use super::common::{
     Guard, Protocol, Running, Services, add_frontends, await_bound, await_frontends, find,
-    first_line, render,
+    first_line,
 };
+use super::template::render;
 use crate::node::Node;
 
 const STREAM: &str = "/usr/lib/nginx/modules/ngx_stream_module.so";
@@ -44,7 +45,7 @@ pub fn start_backend(node: &Node) -> Result<(Process, TempDir)> {
 
 fn spawn(name: &str, place: ExecContext<'_>, config: &Path, dir: &Path) -> Result<Process> {
     let mut command = place.command(find("nginx")?);
-    // What it says before it has read the file goes to stderr, too.
+    // Messages from before it has read the file go to stderr, too.
     command.arg("-e").arg("stderr").arg("-p").arg(dir).arg("-c").arg(config);
     Process::spawn(name, command)
 }

@@ -8,7 +8,8 @@ use testbed::cmd;
 use testbed::nohop::Nohop;
 use testbed::tempdir::TempDir;
 
-use super::{Guard, Running, Services, render};
+use super::common::{Guard, Running, Services};
+use super::template::render;
 use crate::node::Node;
 
 pub fn version() -> Result<String> {

@@ -4,7 +4,8 @@ use anyhow::Result;
 use testbed::process::Process;
 use testbed::tempdir::TempDir;
 
-use super::{Guard, Running, Services, add_frontends, await_frontends, find, first_line, render};
+use super::common::{Guard, Running, Services, add_frontends, await_frontends, find, first_line};
+use super::template::render;
 use crate::node::Node;
 
 pub fn traefik_version() -> Result<String> {

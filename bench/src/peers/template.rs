@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use minijinja::{Environment, UndefinedBehavior, Value, context};
 
-use super::{Protocol, Services, frontend, n_workers};
+use super::common::{Protocol, Services, frontend, n_workers};
 
 /// The files, which are compiled in so that a built harness needs no checkout.
 const FILES: [(&str, &str); 18] = [

@@ -1,4 +1,4 @@
-//! Whether the harness can tell a difference, and tells none where there is none: the same contender
+//! Whether the harness can detect a difference, and detects none where there is none: the same contender
 //! twice, and one with a known delay in its path.
 
 use std::time::Duration;
@@ -25,7 +25,7 @@ const DELAY: Duration = Duration::from_millis(2);
 /// itself comes on top of the delay.
 const TOLERANCE: f64 = 0.25;
 
-/// How far from 1 the interval of two equals may reach: what the harness is to be able to tell.
+/// How far from 1 the interval of two equals may reach: the harness has to resolve that.
 const RESOLUTION: f64 = 0.05;
 
 const LATENCY: Quantity = Quantity::lower("latency, median", "us").over(DIRECT);
@@ -76,7 +76,7 @@ fn delay(node: &Node, backend: std::net::SocketAddrV4) -> Result<Process> {
 pub fn run(is_quick: bool) -> Result<Draft> {
     let (n_rounds, n_saturating) = if is_quick { (7, 6) } else { (15, 15) };
     let mut draft = Draft::new(
-        "Can the harness tell a difference, and does it tell none where there is none?",
+        "Can the harness detect a difference, and does it detect none where there is none?",
         n_rounds,
     );
     let n_steps = (n_rounds + 1) * 3 + n_saturating * 2;
@@ -144,7 +144,7 @@ fn equal(what: &str, ratio: Option<Interval>) -> Goal {
             let is_narrow = low >= 1.0 - RESOLUTION && high <= 1.0 + RESOLUTION;
             match (ratio.has(1.0), is_narrow) {
                 (true, true) => (is, Outcome::Reached),
-                (true, false) => (is + ", too wide to tell", Outcome::Missed),
+                (true, false) => (is + ", too wide to decide", Outcome::Missed),
                 (false, _) => (is + ", equals differ", Outcome::Missed),
             }
         }
@@ -153,7 +153,7 @@ fn equal(what: &str, ratio: Option<Interval>) -> Goal {
     Goal { what: format!("{what}, direct over direct: the interval"), goal, is, outcome }
 }
 
-/// Whether a check that has run allows to believe what other suites find.
+/// Whether a check that has run allows to trust what other suites find.
 pub fn is_passed(goals: &[Goal]) -> bool {
     goals.iter().all(|goal| goal.outcome == Outcome::Reached)
 }
@@ -166,7 +166,7 @@ mod tests {
     fn equals_have_to_be_equal_and_the_interval_narrow() {
         for (low, high, expected, text) in [
             (0.99, 1.02, Outcome::Reached, "1.005 (0.990 to 1.020)"),
-            (0.90, 1.11, Outcome::Missed, "too wide to tell"),
+            (0.90, 1.11, Outcome::Missed, "too wide to decide"),
             (1.01, 1.02, Outcome::Missed, "equals differ"),
         ] {
             let goal = equal("x", Some(Interval { median: f64::midpoint(low, high), low, high }));

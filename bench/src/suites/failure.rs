@@ -1,4 +1,4 @@
-//! One backend of ten fails: what clients see of it until somebody takes it out, if anybody does.
+//! One backend of ten fails: the errors that clients see until it is removed, if it is.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -37,7 +37,7 @@ const P99: Quantity =
 /// The number of backends, of which the first fails.
 const N_BACKENDS: usize = 10;
 
-/// Where the others listen, and where the one does that fails: on a port of its own, so that nobody
+/// Where the others listen, and where the one does that fails: on its own port, so that nothing
 /// else listens there.
 const PORT: u16 = 8080;
 const VICTIM_PORT: u16 = 8081;
@@ -48,10 +48,10 @@ const RATE: usize = 50;
 /// Within which a request is answered or has failed.
 const PATIENCE: Duration = Duration::from_secs(3);
 
-/// How long all goes well before the fault: what is started at once has started by then.
+/// The time before the fault: everything has started by then.
 const WARM_UP: Duration = Duration::from_secs(1);
 
-/// How much longer than that the generator may take to tell what it found.
+/// How much longer than that the generator may take to report.
 const SPARE: Duration = Duration::from_secs(20);
 
 /// The seconds after the fault that the curves show: what checks do, they have done by then.
@@ -61,7 +61,7 @@ const N_CURVE_SECONDS: usize = 12;
 const LOOK: Duration = Duration::from_millis(1);
 const N_LOOKS: u32 = 20_000;
 
-/// What the name of a contender ends with whose checks are on.
+/// The suffix of a contender whose checks are on.
 const CHECKS: &str = " + checks";
 
 /// Those whose backends can be checked.
@@ -103,7 +103,7 @@ const NOTES: [&str; 9] = [
 enum Fault {
     /// Its process dies: the kernel refuses connections.
     Refuses,
-    /// What is sent to it is dropped.
+    /// Packets to it are dropped.
     Drops,
 }
 
@@ -117,7 +117,7 @@ enum Ready {
     ToDrop(Child),
 }
 
-/// What a run goes through.
+/// The conditions of a run.
 struct Plan {
     n_rounds: usize,
     seconds: usize,
@@ -208,7 +208,7 @@ fn variants() -> (Vec<Variant>, Vec<Contender>) {
     (variants, contenders)
 }
 
-/// A contender again, with its checks on, if there is something to be said of that.
+/// A contender again, with its checks on, if it has any.
 fn with_checks(contender: &Contender) -> Option<Contender> {
     let mut checked = Contender { name: contender.name.clone() + CHECKS, ..contender.clone() };
     if let Some((_, why)) = UNCHECKED.iter().find(|(name, _)| *name == contender.name) {
@@ -258,7 +258,7 @@ impl Site {
         Ok(Site { address, fault, _running, _consul, victim, _others, node })
     }
 
-    /// Has all ten asked for a while, then asks on while one of them fails.
+    /// Sends requests to all ten for a while, and further while one of them fails.
     fn measure(&self, seconds: usize) -> Result<Value> {
         let place = self.node.client_place();
         let before =
@@ -278,8 +278,8 @@ impl Site {
         thread::sleep(WARM_UP);
         self.fail(ready)?;
         let limit = Duration::from_secs(with_warm_up) + PATIENCE + SPARE;
-        let found = load.wait_for_line_within(limit, &["\"asked\""])?;
-        serde_json::from_str(&found).with_context(|| format!("what nohop-load says: {found}"))
+        let found = load.wait_for_line_within(limit, &["\"requests\""])?;
+        serde_json::from_str(&found).with_context(|| format!("nohop-load's output: {found}"))
     }
 
     /// Prepares the fault, so that it costs next to nothing at its moment.
@@ -305,8 +305,8 @@ impl Site {
                 stdin.write_all(rule.as_bytes()).context("write to nft")?;
                 drop(stdin);
                 let output = nft.wait_with_output().context("wait for nft")?;
-                let said = String::from_utf8_lossy(&output.stderr);
-                ensure!(output.status.success(), "nft refuses `{rule}`: {said}");
+                let text = String::from_utf8_lossy(&output.stderr);
+                ensure!(output.status.success(), "nft refuses `{rule}`: {text}");
                 Ok(())
             }
         }
@@ -319,7 +319,7 @@ fn backends() -> Vec<SocketAddrV4> {
     (0..N_BACKENDS).map(|idx| Node::backend(idx, port(idx))).collect()
 }
 
-/// nohop as it comes, and the Consul that it asks, which checks the backends.
+/// nohop with its defaults, and its Consul, which checks the backends.
 fn start_nohop_by_consul(node: &Node, backends: &[SocketAddrV4]) -> Result<(Running, Consul)> {
     const SERVICE: &str = "web";
     let consul = Consul::dev(node.client_host())?;
@@ -337,7 +337,8 @@ fn start_nohop_by_consul(node: &Node, backends: &[SocketAddrV4]) -> Result<(Runn
     node.adopt_hop(&nohop.process)?;
     let services = nohop.wait_for_backends(SERVICE, backends.len())?;
     let vip = nohop::service(&services, SERVICE).and_then(|service| service["vip"].as_str());
-    let vip = vip.and_then(|vip| vip.parse().ok()).context("nohop tells no VIP of the service")?;
+    let vip =
+        vip.and_then(|vip| vip.parse().ok()).context("nohop reports no VIP of the service")?;
     let address = SocketAddrV4::new(vip, 80);
     Ok((Running::new(vec![address], vec![Guard::Nohop(Box::new(nohop))]), consul))
 }
@@ -357,7 +358,7 @@ fn await_program(process: &Process, name: &str) -> Result<()> {
     bail!("{name} doesn't start\n{}", process.tail())
 }
 
-/// What `nft` is told to have packets to this address dropped, without tracking connections.
+/// The rules of `nft` that drop packets to this address, without tracking connections.
 fn drop_rule(address: SocketAddrV4) -> String {
     format!(
         "add table ip nohop_fault\n\
@@ -367,7 +368,7 @@ fn drop_rule(address: SocketAddrV4) -> String {
     )
 }
 
-/// Adds what was found of a contender in a round, or that nothing was.
+/// Adds a contender's results of a round, or that there are none.
 fn add(
     draft: &mut Draft,
     contender: &str,
@@ -377,7 +378,8 @@ fn add(
 ) {
     let condition = format!("{}, the first {seconds} s", fault.name());
     let number = |path: &str| found.and_then(|found| generators::number(found, path).ok());
-    let percent = |path: &str| Some(100.0 * number(path)? / number("/asked").filter(|n| *n > 0.0)?);
+    let percent =
+        |path: &str| Some(100.0 * number(path)? / number("/requests").filter(|n| *n > 0.0)?);
     draft.add(FAILED, &condition, contender, round, percent("/n_failed"));
     draft.add(SLOW, &condition, contender, round, percent("/n_slow"));
     draft.add(P99, &condition, contender, round, number("/latency_us/p99"));
@@ -392,8 +394,8 @@ fn add(
 /// The part of each second's requests that failed or were slow, in percent; `None` where none was due.
 fn by_second(found: &Value) -> Vec<Option<f64>> {
     let percent = |second: &Value| {
-        let n_asked = second["asked"].as_f64().filter(|n_asked| *n_asked > 0.0)?;
-        Some(100.0 * (second["failed"].as_f64()? + second["slow"].as_f64()?) / n_asked)
+        let n_requests = second["requests"].as_f64().filter(|n_requests| *n_requests > 0.0)?;
+        Some(100.0 * (second["failed"].as_f64()? + second["slow"].as_f64()?) / n_requests)
     };
     found["by_second"].as_array().into_iter().flatten().map(percent).collect()
 }
@@ -437,10 +439,10 @@ mod tests {
     #[test]
     fn what_was_found_becomes_shares() {
         let found = json!({
-            "asked": 200, "n_failed": 20, "n_slow": 1, "latency_us": { "p99": 900 },
+            "requests": 200, "n_failed": 20, "n_slow": 1, "latency_us": { "p99": 900 },
             "by_second": [
-                { "asked": 50, "failed": 4, "slow": 1 },
-                { "asked": 0, "failed": 0, "slow": 0 },
+                { "requests": 50, "failed": 4, "slow": 1 },
+                { "requests": 0, "failed": 0, "slow": 0 },
             ],
         });
         let mut draft = Draft::new("a test", 2);

@@ -43,7 +43,7 @@ enum Use {
     OneRequest,
 }
 
-/// What a run goes through.
+/// The conditions of a run.
 struct Plan {
     n_rounds: usize,
     /// Each with the numbers of connections.

@@ -1,4 +1,4 @@
-//! What is measured.
+//! The suites.
 
 pub mod change;
 pub mod check;

@@ -68,7 +68,7 @@ pub fn run(is_quick: bool) -> Result<Draft> {
          `nft -f`, as one transaction, until it ends",
         "a change is another port of one backend: nohop from the file's rename until the kernel has it; \
          HAProxy from SIGUSR2 until it says that it is ready again; `nft -f` of that service's chain alone",
-        "resident memory: before the change, all processes in sum; nftables has none, and the kernel tells nobody what its rules take",
+        "resident memory: before the change, all processes in sum; nftables has none, and the kernel doesn't report the memory of its rules",
     ] {
         draft.note(note);
     }
@@ -204,15 +204,15 @@ fn load_nftables(node: &Node, [before, after]: [&Services; 2]) -> Result<Loaded>
     let nft = |file: &Path| -> Result<Duration> {
         let mut command = node.hop_place().command(peers::find("bash")?);
         command.args(["-c", TIMED_NFT, "bash"]).arg(peers::find("nft")?).arg(file);
-        let said = cmd::stdout(command)?;
-        let took_us = said.trim().parse().with_context(|| format!("bash says {said:?}"))?;
+        let text = cmd::stdout(command)?;
+        let took_us = text.trim().parse().with_context(|| format!("bash prints {text:?}"))?;
         Ok(Duration::from_micros(took_us))
     };
     let (load, change) = (nft(&rules)?, nft(&change)?);
     Ok(Loaded { load, first_sync_ms: None, change, resident_mb: None, kernel_mb: None })
 }
 
-/// Says how many microseconds `nft -f` takes. Taken from here it would include the way into the node,
+/// Prints how many microseconds `nft -f` takes. Taken from here it would include the way into the node,
 /// which costs more than a small change does.
 const TIMED_NFT: &str = r#"
     start=${EPOCHREALTIME/[^0-9]/}

@@ -1,4 +1,4 @@
-//! What suites of one service have in common: each peer at work on a node of its own, the processor time
+//! Shared by suites of one service: each peer at work on a node of its own, the processor time
 //! that it takes, and its latency at a rate that all keep up with.
 
 use std::thread;
@@ -22,7 +22,7 @@ pub const UTILISATION: Quantity = Quantity::lower("utilisation at 60% of the slo
 
 /// A peer at work. Dropped in this order.
 pub struct Site<B> {
-    /// Whose it is.
+    /// The peer.
     pub peer: Peer,
     /// It, at work.
     pub running: Running,
@@ -101,7 +101,7 @@ pub struct AtRate<'a> {
     pub saturated: &'a str,
     /// The condition of this one, to which the rate is added.
     pub condition: &'a str,
-    /// What is added of what a generator found, each by its path.
+    /// The added results of a generator, each by its path.
     pub quantities: &'a [(Quantity, &'a str)],
     /// The number of rounds.
     pub n_rounds: usize,
@@ -119,7 +119,7 @@ impl AtRate<'_> {
     ) -> (String, Vec<(&'s Site<B>, Value)>) {
         let mut all = Vec::new();
         let Some(fixed) = FixedRate::of(draft, self.saturation, self.saturated) else {
-            draft.note(format!("{}: no fixed rate, since nobody has one", self.saturated));
+            draft.note(format!("{}: no fixed rate, since no contender has one", self.saturated));
             return (self.condition.to_owned(), all);
         };
         let condition = format!("{}, {} {}", self.condition, fixed.rate, self.saturation.unit);
@@ -139,7 +139,7 @@ impl AtRate<'_> {
     }
 }
 
-/// What `act` makes of each of these, in a thread of its own.
+/// The results of `act` for each of these, in a thread each.
 pub fn at_once<T: Send, U: Send>(
     these: Vec<T>,
     act: impl Fn(T) -> Result<U> + Sync,

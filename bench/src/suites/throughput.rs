@@ -29,7 +29,7 @@ const PORT: u16 = 5201;
 /// How much longer than its transfer iperf3 may take before it counts as failed, in seconds.
 const SPARE_S: u32 = 10;
 
-/// What a run goes through.
+/// The conditions of a run.
 struct Plan {
     n_rounds: usize,
     layouts: &'static [Layout],
@@ -47,7 +47,7 @@ const FULL: Plan = Plan {
 const QUICK: Plan =
     Plan { n_rounds: 1, layouts: &[Layout::OneHost], n_streams: &[1, 8], seconds: 1 };
 
-/// What iperf3 found.
+/// iperf3's results.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Moved {
     /// What arrived, by the receiver's clock.
@@ -87,8 +87,8 @@ pub fn run(is_quick: bool) -> Result<Draft> {
 }
 
 fn note_iperf3(draft: &mut Draft) -> Result<()> {
-    let said = cmd::words("iperf3", "--version")?;
-    let version = said.lines().next().unwrap_or_default().trim();
+    let text = cmd::words("iperf3", "--version")?;
+    let version = text.lines().next().unwrap_or_default().trim();
     draft.note(format!("generator and backend: {version}"));
     if is_single_threaded(version) {
         draft.note(
@@ -155,15 +155,15 @@ fn transfer(
     read_iperf3(&String::from_utf8_lossy(&output.stdout))
 }
 
-fn read_iperf3(said: &str) -> Result<Moved> {
+fn read_iperf3(text: &str) -> Result<Moved> {
     let found: Value =
-        serde_json::from_str(said).with_context(|| format!("what iperf3 says: {said:?}"))?;
+        serde_json::from_str(text).with_context(|| format!("iperf3's output: {text:?}"))?;
     if let Some(error) = found["error"].as_str() {
         bail!("iperf3: {error}");
     }
     let number = |key: &str| {
         let number = found["end"]["sum_received"][key].as_f64().filter(|number| *number > 0.0);
-        number.with_context(|| format!("iperf3 tells no end.sum_received.{key}: nothing arrived"))
+        number.with_context(|| format!("iperf3 reports no end.sum_received.{key}: nothing arrived"))
     };
     Ok(Moved { gbits_per_s: number("bits_per_second")? / 1e9, gbytes: number("bytes")? / 1e9 })
 }
@@ -179,20 +179,20 @@ mod tests {
 
     #[test]
     fn iperf3_is_read() {
-        let said = r#"{ "start": {}, "intervals": [], "end": {
+        let text = r#"{ "start": {}, "intervals": [], "end": {
             "sum_sent": { "bytes": 9000000000, "bits_per_second": 36e9 },
             "sum_received": { "seconds": 2.0, "bytes": 8000000000, "bits_per_second": 32e9 } } }"#;
         let expected = Moved { gbits_per_s: 32.0, gbytes: 8.0 };
-        assert_eq!(read_iperf3(said).expect("it can be read"), expected);
-        for (said, expected) in [
-            ("", "what iperf3 says: \"\""),
+        assert_eq!(read_iperf3(text).expect("it can be read"), expected);
+        for (text, expected) in [
+            ("", "iperf3's output: \"\""),
             (r#"{ "end": {}, "error": "the server is busy" }"#, "iperf3: the server is busy"),
             (
                 r#"{ "end": { "sum_received": { "bytes": 0, "bits_per_second": 0 } } }"#,
-                "iperf3 tells no end.sum_received.bits_per_second: nothing arrived",
+                "iperf3 reports no end.sum_received.bits_per_second: nothing arrived",
             ),
         ] {
-            assert_eq!(read_iperf3(said).expect_err(said).to_string(), expected);
+            assert_eq!(read_iperf3(text).expect_err(text).to_string(), expected);
         }
     }
 

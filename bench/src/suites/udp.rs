@@ -32,7 +32,7 @@ type Site = site::Site<Vec<Process>>;
 /// The number of backends, each at an address of its own.
 const N_BACKENDS: usize = 4;
 
-/// The sockets of a client: each one's datagrams go to the same backend, whoever balances. A multiple
+/// The sockets of a client: each one's datagrams go to the same backend with every balancer. A multiple
 /// of the backends, so that all can have as much to do.
 const N_SOCKETS: usize = 8;
 
@@ -48,7 +48,7 @@ enum Use {
     Unconnected,
 }
 
-/// What a run goes through.
+/// The conditions of a run.
 struct Plan {
     n_rounds: usize,
     layouts: &'static [Layout],
@@ -167,10 +167,10 @@ fn at_rate(
     note(draft, &wrongs, &condition);
 }
 
-/// What went wrong, by peer.
+/// Failures, by peer.
 type Wrongs = BTreeMap<&'static str, Wrong>;
 
-/// What went wrong with a contender's datagrams under a condition, in all rounds.
+/// Failures of a contender's datagrams under a condition, in all rounds.
 #[derive(Clone, Default)]
 struct Wrong {
     n_sent: u64,
@@ -191,7 +191,7 @@ impl Wrong {
         }
     }
 
-    /// In words; `None` where nothing did.
+    /// As text; `None` if there were none.
     fn text(&self) -> Option<String> {
         let Wrong { n_sent, n_lost, n_strange, errors } = self;
         let mut parts = Vec::new();
@@ -199,7 +199,7 @@ impl Wrong {
             parts.push(format!("{n_lost} of {n_sent} datagrams lost"));
         }
         if *n_strange > 0 {
-            parts.push(format!("{n_strange} answered from an address that wasn't asked"));
+            parts.push(format!("{n_strange} answered from another address"));
         }
         parts.extend(errors.iter().map(|(error, n)| format!("{n} times the error {error}")));
         (!parts.is_empty()).then(|| parts.join(", "))
@@ -238,7 +238,7 @@ mod tests {
         assert_eq!(wrong.text(), None);
         wrong.add(&found(2, 0, json!({ "refused": 3 })));
         wrong.add(&found(1, 1, json!({ "refused": 1 })));
-        let expected = "3 of 27 datagrams lost, 1 answered from an address that wasn't asked, \
+        let expected = "3 of 27 datagrams lost, 1 answered from another address, \
                         4 times the error refused";
         assert_eq!(wrong.text().as_deref(), Some(expected));
     }

@@ -1,7 +1,6 @@
 //! Bars: a group for each condition, and in it a thin bar for each contender.
 
-use super::canvas::{Anchor, Canvas, width, wrap};
-use super::{LABEL, LEFT, RIGHT, short};
+use super::canvas::{Anchor, Canvas, LABEL, LEFT, RIGHT, short, width, wrap};
 use crate::format;
 use crate::report::{Chart, Figure, Row};
 use crate::stats::Spread;

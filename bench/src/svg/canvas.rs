@@ -2,6 +2,16 @@
 
 use std::fmt::Write;
 
+/// The picture's width; its height is what the content needs.
+pub const WIDTH: f64 = 760.0;
+/// Where content begins.
+pub const LEFT: f64 = 24.0;
+/// Where content ends.
+pub const RIGHT: f64 = WIDTH - LEFT;
+
+/// The size of labels, in pixels.
+pub const LABEL: f64 = 12.0;
+
 /// Elements drawn so far.
 #[derive(Default)]
 pub struct Canvas(String);
@@ -73,7 +83,7 @@ impl Canvas {
         ));
     }
 
-    /// Begins what belongs to the contender of this index, whose hue it has.
+    /// Begins the elements of the contender of this index, in its hue.
     pub fn begin(&mut self, contender_idx: usize) {
         self.element(format_args!("<g class=\"h{contender_idx}\">"));
     }
@@ -104,7 +114,7 @@ pub fn escape(text: &str) -> String {
     escaped
 }
 
-/// About how wide a text is, in a font wider than most: nobody can tell which one it will be.
+/// About how wide a text is, in a font wider than most, since the reader's font is unknown.
 pub fn width(text: &str, size: f64) -> f64 {
     let ems = text.chars().map(|c| match c {
         'i' | 'j' | 'l' | 'I' | '.' | ',' | ':' | ';' | '\'' | '|' | ' ' | '·' => 0.33,
@@ -145,6 +155,18 @@ fn pieces(word: &str, size: f64, max: f64) -> Vec<String> {
         }
     }
     pieces
+}
+
+/// A contender's name, no wider than this.
+pub fn short(name: &str, max: f64) -> String {
+    if width(name, LABEL) <= max {
+        return name.to_owned();
+    }
+    let mut short = name.to_owned();
+    while !short.is_empty() && width(&short, LABEL) + width("…", LABEL) > max {
+        short.pop();
+    }
+    format!("{}…", short.trim_end())
 }
 
 #[cfg(test)]

@@ -1,9 +1,8 @@
 //! Curves: a line for each contender over the points of an axis.
 
-use super::canvas::{Anchor, Canvas, width};
+use super::canvas::{Anchor, Canvas, LABEL, LEFT, RIGHT, short, width, wrap};
 use super::palette::Color;
 use super::scale::{log_ticks, settle, ticks};
-use super::{LABEL, LEFT, RIGHT, short};
 use crate::format;
 use crate::report::{Chart, Row};
 use crate::stats::Spread;
@@ -120,7 +119,7 @@ fn values(chart: &Chart) -> Vec<f64> {
     values
 }
 
-/// What stands at a line's end: the name, and its last value.
+/// The label at a line's end: the name, and its last value.
 fn label(curve: &Curve, unit: &str) -> (String, String) {
     let last = curve.points.last().map(|last| {
         let value = format::humane(last.spread.median, unit);
@@ -191,7 +190,7 @@ fn without_samples(canvas: &mut Canvas, chart: &Chart, curves: &[Curve], y: f64)
         return y;
     }
     let note = format!("No sample of {}.", without.join(", "));
-    let lines = super::wrap(&note, LABEL, RIGHT - LEFT);
+    let lines = wrap(&note, LABEL, RIGHT - LEFT);
     for (line_idx, line) in lines.iter().enumerate() {
         canvas.text(LEFT, y + 14.0 + 16.0 * line_idx as f64, "label soft", Anchor::Start, line);
     }

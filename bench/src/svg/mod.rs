@@ -10,15 +10,8 @@ mod palette;
 mod scale;
 
 use crate::report::{Better, Chart, Report};
-use canvas::{Anchor, Canvas, width, wrap};
+use canvas::{Anchor, Canvas, LEFT, RIGHT, WIDTH, wrap};
 use palette::Color;
-
-/// The picture's width; its height is what the content needs.
-const WIDTH: f64 = 760.0;
-/// Where content begins.
-const LEFT: f64 = 24.0;
-/// Where content ends.
-const RIGHT: f64 = WIDTH - LEFT;
 
 /// A picture of the figures of one name.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -129,20 +122,7 @@ fn footer(canvas: &mut Canvas, report: &Report, mut y: f64) -> f64 {
 /// Sizes of text, in pixels.
 const TITLE: f64 = 17.0;
 const SUBTITLE: f64 = 12.5;
-const LABEL: f64 = 12.0;
 const CAPTION: f64 = 10.5;
-
-/// A contender's name, no wider than this.
-fn short(name: &str, max: f64) -> String {
-    if width(name, LABEL) <= max {
-        return name.to_owned();
-    }
-    let mut short = name.to_owned();
-    while !short.is_empty() && width(&short, LABEL) + width("…", LABEL) > max {
-        short.pop();
-    }
-    format!("{}…", short.trim_end())
-}
 
 /// The document around what was drawn.
 fn document(chart: &Chart, hues: &[Color], height: f64, canvas: &Canvas) -> String {
@@ -202,6 +182,7 @@ stroke-linejoin:round;paint-order:stroke}
 
 #[cfg(test)]
 mod tests {
+    use super::canvas::{LABEL, short, width};
     use super::*;
     use crate::tests::sample;
 

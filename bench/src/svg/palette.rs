@@ -1,8 +1,8 @@
-//! Which colour a contender has, the same in all pictures of all suites.
+//! A contender's colour, the same in all pictures of all suites.
 //!
 //! nohop has the one accent, what has no balancer in between is grey, and the others share the calm
 //! hues of Paul Tol's *muted* scheme, which colour-blind readers can tell apart, toned down further so
-//! that the accent stands out on white and on black. Text and markers say the same once more.
+//! that the accent stands out on white and on black. Text and markers repeat the colour's meaning.
 
 /// A colour on white and one on black, and a shape beside it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

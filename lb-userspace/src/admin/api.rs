@@ -10,7 +10,7 @@ use crate::table::{BackendState, Excluded, Ports, Protocols, Watch};
 /// `GET /v1/status`
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Status {
-    /// Whether names are answered and connects to translated: the datapath is attached, the catalog synced.
+    /// Whether names are answered and connections translated: the datapath is attached, the catalog synced.
     pub ready: bool,
     /// Why it isn't ready, or what else is wrong, each with the fix.
     pub problems: Vec<String>,
@@ -20,8 +20,8 @@ pub struct Status {
     pub pid: u32,
     /// The generation of the table in force.
     pub generation: u64,
-    /// The revision of this document, for `?after=`: it grows with every change of it but those of
-    /// ages and counts, also from one daemon to the next.
+    /// The revision of this document, for `?after=`: it grows with every change except those of ages and
+    /// counts, also from one daemon to the next.
     #[serde(default)]
     pub revision: u64,
     /// The sources of the catalog.
@@ -55,12 +55,12 @@ pub struct SourceStatus {
     /// The problem, with the fix.
     #[serde(default)]
     pub problem: Option<String>,
-    /// What is watched, where the source doesn't watch everything by itself.
+    /// The watches, if the source doesn't watch everything at once.
     #[serde(default)]
     pub watches: Option<WatchStatus>,
 }
 
-/// What a source watches and what that costs, within [`SourceStatus`].
+/// A source's watches and their load, within [`SourceStatus`].
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct WatchStatus {
     /// The services whose instances are watched.
@@ -84,7 +84,7 @@ pub struct WatchStatus {
 pub struct PoolStatus {
     /// The addresses of services.
     pub used: usize,
-    /// Those that a service gave up less than a day ago.
+    /// Those that a service lost less than a day ago.
     pub quarantined: usize,
     /// All usable addresses of the pool.
     pub size: usize,
@@ -108,9 +108,9 @@ pub struct DnsStatus {
 /// A resolver that names are forwarded to, within [`DnsStatus`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct UpstreamStatus {
-    /// Where it is asked.
+    /// The resolver's address.
     pub address: SocketAddr,
-    /// `up`, `suspect` while a probe decides, or `out`: then it is asked last until it answers.
+    /// `up`, `suspect` while a probe decides, or `out`: then it is tried last until it answers.
     pub state: String,
     /// Queries that were sent to it, since the start.
     pub sent: u64,
@@ -130,7 +130,7 @@ pub struct DnsLookup {
     pub code: String,
     /// The records of each section: name, TTL in seconds, class, type, data.
     pub answers: Vec<String>,
-    /// Those that say who is responsible, and for how long to believe in there being nothing.
+    /// Records of the zone's authority, with the time of negative caching.
     pub authorities: Vec<String>,
     /// Those that go along.
     pub additionals: Vec<String>,
@@ -153,7 +153,7 @@ pub enum Origin {
     Table,
     /// From another resolver.
     Upstream,
-    /// It should have come from another resolver, and none gave one.
+    /// Another resolver should have answered, and none did.
     Nowhere,
 }
 
@@ -233,7 +233,7 @@ pub struct ServiceStatus {
     pub generation: u64,
     /// Whether the source follows its instances: `live` or `cold`.
     pub watch: Watch,
-    /// What is odd about what its instances say of it.
+    /// Contradictions among its instances' declarations.
     #[serde(default)]
     pub notes: Vec<String>,
     /// Why the kernel doesn't have this state of it, when it doesn't; then its former state serves.
@@ -249,8 +249,8 @@ pub struct ServiceStatus {
     /// Connects that passed untouched because connections were only counted, since the start.
     #[serde(default)]
     pub shadowed: u64,
-    /// connect() by UDP sockets that led to a backend, since the daemon's start: of applications that
-    /// send by it, and of address lookups, which send nothing.
+    /// connect() of UDP sockets to a backend, since the daemon's start: by applications, and by address
+    /// lookups, which send nothing.
     #[serde(default)]
     pub udp_connects: u64,
     /// The same that were refused.
@@ -269,9 +269,9 @@ pub struct BackendStatus {
     pub node: String,
     /// The id that the source has for the instance, unique within its node.
     pub instance: String,
-    /// Its share of new connections, beside the other weights.
+    /// Its share of new connections, relative to the other weights.
     pub weight: u16,
-    /// What may be done with it.
+    /// Its state.
     pub state: BackendState,
     /// Why, where that isn't plain.
     pub reason: Option<String>,
@@ -282,9 +282,9 @@ pub struct BackendStatus {
 /// `GET /v1/services/NAME`: everything that is known of a name.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Explanation {
-    /// The name that was asked for.
+    /// The requested name.
     pub name: String,
-    /// What a connection would get, in a sentence.
+    /// The result of a connection, a sentence.
     pub connect: String,
     /// The service, where the name is one.
     pub service: Option<ServiceStatus>,
@@ -297,9 +297,9 @@ pub struct Explanation {
 pub struct Reload {
     /// Whether the configuration is in force; otherwise nothing changed.
     pub ok: bool,
-    /// What is wrong with the configuration, each with its place and the fix.
+    /// The problems of the configuration, each with its place and the fix.
     pub problems: Vec<String>,
-    /// The keys that differ from what is in force, or was before.
+    /// The keys that differ from the present or the former configuration.
     pub changes: Vec<ChangedKey>,
 }
 
@@ -312,7 +312,7 @@ pub struct ChangedKey {
     pub from: String,
     /// The new one.
     pub to: String,
-    /// Why it can't change without a restart of the daemon; one such key keeps all others back.
+    /// Why it can't change without a restart of the daemon; one such key prevents the whole reload.
     #[serde(default)]
     pub restart: Option<String>,
 }

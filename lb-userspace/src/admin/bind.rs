@@ -197,7 +197,7 @@ mod tests {
         let umask = rustix::process::umask(rustix::fs::Mode::empty());
         let socket = bind_unix(&path);
         rustix::process::umask(umask);
-        // Before anything was done about its rights, and not to be connected to yet.
+        // Not listening yet, so its permissions are set before the first connection.
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, MODE);
         assert!(std::os::unix::net::UnixStream::connect(&path).is_err());
         drop(socket.unwrap());

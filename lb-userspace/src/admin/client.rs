@@ -75,7 +75,7 @@ pub enum ClientError {
     Exchange {
         /// The address.
         address: AdminAddress,
-        /// What happened.
+        /// The error.
         #[source]
         source: ExchangeError,
     },

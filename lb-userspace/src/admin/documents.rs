@@ -22,13 +22,13 @@ pub(super) struct Document {
     pub(super) body: Bytes,
 }
 
-/// What a document shows: see [`super::View::at`].
+/// The state that a document shows: see [`super::View::at`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct At {
     /// The generation of the table.
     pub generation: u64,
-    /// The revision of the status, which grows with every change of anything that `status` reports
-    /// but ages and counts; the table's changes are among them. It starts at the milliseconds of the
+    /// The revision of the status, which grows with every change of `status` except those of ages and
+    /// counts, and with every table. It starts at the milliseconds of the
     /// Unix epoch, so a later daemon's are greater.
     pub revision: u64,
 }
@@ -45,8 +45,8 @@ impl At {
     }
 
     /// Whether something has changed since `after`, for a request that came at `start`. `after` is a
-    /// revision; one that isn't that of now is past, be it of an earlier daemon. A generation works
-    /// as well: then what changed beside the table before the request came isn't seen.
+    /// revision; any other than the present one is past, also one of an earlier daemon. A generation works
+    /// as well: then only changes of the table before the request are noticed.
     pub(super) fn is_past(&self, after: u64, start: At) -> bool {
         if after >= At::FIRST_REVISION {
             return self.revision != after;
@@ -193,7 +193,7 @@ mod tests {
         assert_eq!(n.load(Ordering::Relaxed), 2, "two readers hold a document each");
         let ready = || async { (StatusCode::OK, "text/plain", Vec::new()) };
         assert!(documents.get(&Endpoint::Ready, at(3), ready).await.is_some());
-        // One reader is done, and nobody else has its document.
+        // One reader is done, and no other has its document.
         drop(first);
         assert!(third.await.unwrap().is_some());
         assert_eq!(n.load(Ordering::Relaxed), 3);

@@ -1,14 +1,14 @@
 //! Metrics as text, in the format that Prometheus calls 0.0.4.
 //!
-//! The libraries for this keep registries of live counters. Here the counts live elsewhere (in maps
-//! of the kernel, for most of them), so that writing them down is all there is to do.
+//! The libraries for this keep registries of live counters. Here most counters are in the kernel's
+//! maps, so encoding them is all there is to do.
 
 use std::fmt::{Display, Write};
 
 /// The media type of the format.
 pub const MEDIA_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-/// What a number means over time.
+/// The type of a metric.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MetricType {
     /// It only grows, but for restarts.
@@ -54,8 +54,8 @@ impl Histogram {
 }
 
 impl Exposition {
-    /// Begins a family. Its name and help are written even where it has no samples, so that what
-    /// has not happened yet can be told from what is misspelt.
+    /// Begins a family. Its name and help are written even without samples, so that a metric without
+    /// events can be distinguished from a misspelt one.
     pub fn family(&mut self, name: &'static str, kind: MetricType, help: &str) -> MetricFamily<'_> {
         let kind = match kind {
             MetricType::Counter => "counter",

@@ -1,4 +1,4 @@
-//! What a request asks for.
+//! The endpoint of a request.
 
 use std::time::Duration;
 
@@ -19,12 +19,12 @@ GET answers HEAD, too. /v1/dns and POST are answered on the unix socket only. On
 changed since, or after &wait=SECONDS (60 by default, at most 600; over TCP at most 60).
 ";
 
-/// How long `?after=` waits when `wait` doesn't say.
+/// How long `?after=` waits without `wait`.
 const DEFAULT_WAIT: Duration = Duration::from_secs(60);
-/// The longest that `wait` may say, in seconds.
+/// The greatest `wait`, in seconds.
 const MAX_WAIT_SECONDS: u64 = 600;
 
-/// What is asked for.
+/// A resource or an action.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Endpoint {
     Status,
@@ -43,8 +43,7 @@ impl Endpoint {
         matches!(self, Endpoint::Status | Endpoint::Health | Endpoint::Ready)
     }
 
-    /// Whether it does more than to show something: a lookup asks Consul and other resolvers, and is
-    /// answered whatever `dns.allow` says.
+    /// Whether it has effects: a lookup queries Consul and other resolvers, and ignores `dns.allow`.
     pub(super) fn has_effects(&self) -> bool {
         matches!(self, Endpoint::Reload | Endpoint::LookUp { .. })
     }
@@ -103,7 +102,7 @@ pub(super) fn route(
         return Err(EndpointError::Method(allowed));
     }
     if matches!(route, Endpoint::Metrics) {
-        // Prometheus may be told to add parameters.
+        // Prometheus may be configured to add parameters.
         return Ok((route, None));
     }
     Ok((route, wait(query.unwrap_or_default())?))
@@ -188,7 +187,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn requests_and_what_they_ask_for() {
+    fn requests_and_their_endpoints() {
         let seconds = Duration::from_secs;
         let table = [
             ("/v1/status", None, Some((Endpoint::Status, None))),

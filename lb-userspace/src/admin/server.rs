@@ -58,7 +58,7 @@ pub const GENERATION_HEADER: &str = "x-nohop-generation";
 /// The header with the revision of the status that a response shows, for `?after=`.
 pub const REVISION_HEADER: &str = "x-nohop-revision";
 
-/// What the admin interface shows.
+/// The data of the admin interface.
 pub trait View: Send + Sync + 'static {
     /// The daemon as a whole.
     fn status(&self) -> api::Status;
@@ -85,7 +85,7 @@ struct ListenerLimits {
     /// Whether requests with effects are accepted. The mode of its file restricts the unix socket; a
     /// TCP address is open to every client that can reach it, a web page in a browser included.
     may_change: bool,
-    /// The names under which TCP may be addressed, beside addresses; `None` for the unix socket.
+    /// The names under which TCP may be addressed, in addition to addresses; `None` for the unix socket.
     hosts: Option<watch::Receiver<Vec<String>>>,
     connections: Arc<Semaphore>,
     busy: Arc<Semaphore>,
@@ -251,7 +251,7 @@ async fn answer<V: View>(
         let Ok(_place) = access.waiting.try_acquire() else { return too_many_wait() };
         let start = *now.borrow_and_update();
         let limit = limit.min(access.max_wait);
-        // Whether it has changed or the time is over, the answer is what is now.
+        // After a change or a timeout, the answer is the present state.
         let _ = tokio::time::timeout(limit, now.wait_for(|now| now.is_past(after, start))).await;
     }
     let at = *now.borrow();
@@ -270,8 +270,8 @@ async fn answer<V: View>(
     };
     let rendered = documents.get(&endpoint, at, || async {
         let endpoint = endpoint.clone();
-        // A view waits for whoever changes the maps, and a large one takes a while to write down:
-        // nothing for the threads that DNS is answered on.
+        // A view waits for the datapath's lock, and a large one takes a while to render: the threads that
+        // answer DNS must not be blocked.
         let shown = tokio::task::spawn_blocking(move || show(&endpoint, &*view)).await;
         shown
             .unwrap_or_else(|error| plain(StatusCode::INTERNAL_SERVER_ERROR, &format!("{error}\n")))
@@ -481,7 +481,7 @@ mod tests {
         (address, server)
     }
 
-    /// What the server writes to a request as it stands, until it closes.
+    /// The server's raw response to a raw request, until it closes.
     async fn raw(stream: impl AsyncRead + AsyncWrite + Unpin, request: &str) -> String {
         let mut stream = stream;
         stream.write_all(request.as_bytes()).await.unwrap();
@@ -608,8 +608,7 @@ mod tests {
             let path = format!("/v1/status?after={after}&wait=600");
             tokio::spawn(async move { client::get::<api::Status>(&address, &path).await.unwrap() })
         };
-        // The table has another generation, or something else has changed: whichever was given, both
-        // are seen.
+        // The table has another generation, or something else has changed: both are noticed.
         let waiting = [get("0".into()), get(revision.clone())];
         while daemon.view.0.receiver_count() < 2 {
             tokio::task::yield_now().await;
@@ -619,7 +618,7 @@ mod tests {
             assert_eq!(each.await.unwrap().revision, at(0, 1).revision);
         }
         daemon.view.0.send_replace(at(1, 2));
-        // What is past is answered at once, and so is what an earlier daemon may have said.
+        // A past revision is answered at once, also one of an earlier daemon.
         let later = at(0, 1 << 40).revision.to_string();
         for after in ["0".into(), revision, "437".into(), later] {
             assert_eq!(get(after).await.unwrap().generation, 1);

@@ -14,12 +14,19 @@ const PERIOD: Duration = Duration::from_secs(10);
 /// The bytes that it has to read in each period while there are so many: 6.5 kB a second.
 const MIN_BYTES: usize = 64 << 10;
 
+/// The longest that a response may wait for its reader: the few documents in memory must become free
+/// for others.
+const MAX_TIME: Duration = Duration::from_secs(30);
+
 /// A stream that fails once its reader has read less than [`MIN_BYTES`] in a [`PERIOD`] while there is
-/// more to read. A client that reads nothing would else keep its connection and its document for as
+/// more to read, or hasn't read a response within [`MAX_TIME`] of its first wait. A client that reads nothing would otherwise keep its connection and its document for as
 /// long as its kernel acknowledges zero windows.
 pub(super) struct MinRate<S> {
     stream: S,
     period: Duration,
+    max_time: Duration,
+    /// The end of the present response's time, once a write has waited for the reader.
+    deadline: Option<Instant>,
     /// While the reader is behind, or was when this period began.
     behind: Option<Behind>,
 }
@@ -31,11 +38,11 @@ struct Behind {
 
 impl<S> MinRate<S> {
     pub(super) fn new(stream: S) -> MinRate<S> {
-        MinRate::within(stream, PERIOD)
+        MinRate::within(stream, PERIOD, MAX_TIME)
     }
 
-    fn within(stream: S, period: Duration) -> MinRate<S> {
-        MinRate { stream, period, behind: None }
+    fn within(stream: S, period: Duration, max_time: Duration) -> MinRate<S> {
+        MinRate { stream, period, max_time, deadline: None, behind: None }
     }
 
     /// The result of a write, given that of the stream below.
@@ -45,8 +52,13 @@ impl<S> MinRate<S> {
         written: Poll<io::Result<usize>>,
     ) -> Poll<io::Result<usize>> {
         let is_pending = written.is_pending();
+        if is_pending && self.deadline.is_none() {
+            self.deadline = Some(Instant::now() + self.max_time);
+        }
+        let Some(deadline) = self.deadline else { return written };
+        let next = |period| deadline.min(Instant::now() + period);
         if self.behind.is_none() && is_pending {
-            let until = Box::pin(tokio::time::sleep(self.period));
+            let until = Box::pin(tokio::time::sleep_until(next(self.period)));
             self.behind = Some(Behind { until, n_bytes: 0 });
         }
         let Some(behind) = &mut self.behind else { return written };
@@ -58,11 +70,11 @@ impl<S> MinRate<S> {
                 self.behind = None;
                 return written;
             }
-            if behind.n_bytes < MIN_BYTES {
+            if behind.n_bytes < MIN_BYTES || deadline <= Instant::now() {
                 return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
             }
             behind.n_bytes = 0;
-            behind.until.as_mut().reset(Instant::now() + self.period);
+            behind.until.as_mut().reset(next(self.period));
         }
         written
     }
@@ -101,7 +113,10 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for MinRate<S> {
         self.stream.is_write_vectored()
     }
 
+    /// hyper flushes after a response.
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.deadline = None;
+        self.behind = None;
         Pin::new(&mut self.stream).poll_flush(context)
     }
 
@@ -117,11 +132,12 @@ mod tests {
     use super::*;
 
     const SHORT: Duration = Duration::from_millis(20);
+    const LONG: Duration = Duration::from_secs(600);
 
     #[tokio::test]
     async fn a_reader_that_takes_nothing_is_left() {
         let (stream, _reader) = duplex(1024);
-        let mut stream = MinRate::within(stream, SHORT);
+        let mut stream = MinRate::within(stream, SHORT, LONG);
         stream.write_all(&[0; 1024]).await.unwrap();
         let error = stream.write_all(&[0; 1]).await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
@@ -130,7 +146,7 @@ mod tests {
     #[tokio::test]
     async fn a_reader_that_takes_a_byte_now_and_then_is_left() {
         let (stream, mut reader) = duplex(1024);
-        let mut stream = MinRate::within(stream, SHORT);
+        let mut stream = MinRate::within(stream, SHORT, LONG);
         let trickle = async {
             // It ends with the stream.
             while reader.read_u8().await.is_ok() {
@@ -145,10 +161,43 @@ mod tests {
         tokio::join!(trickle, write);
     }
 
+    /// It always reads more than [`MIN_BYTES`] in a period.
+    #[tokio::test]
+    async fn a_reader_that_takes_too_long_over_a_response_is_left() {
+        let (stream, mut reader) = duplex(1024);
+        let mut stream = MinRate::within(stream, LONG, SHORT);
+        let read = async { while reader.read_u8().await.is_ok() {} };
+        let write = async {
+            let error = loop {
+                if let Err(error) = stream.write_all(&[0; 1024]).await {
+                    break error;
+                }
+            };
+            assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+            drop(stream);
+        };
+        tokio::join!(read, write);
+    }
+
+    #[tokio::test]
+    async fn each_response_has_its_own_time() {
+        let (stream, mut reader) = duplex(1024);
+        let mut stream = MinRate::within(stream, LONG, LONG);
+        let read = async { while reader.read_u8().await.is_ok() {} };
+        let write = async {
+            stream.write_all(&[0; 2048]).await.unwrap();
+            assert!(stream.deadline.is_some(), "it waited");
+            stream.flush().await.unwrap();
+            assert!(stream.deadline.is_none() && stream.behind.is_none());
+            drop(stream);
+        };
+        tokio::join!(read, write);
+    }
+
     #[tokio::test]
     async fn a_reader_that_keeps_up_is_served() {
         let (stream, mut reader) = duplex(64 << 10);
-        let mut stream = MinRate::within(stream, Duration::from_secs(60));
+        let mut stream = MinRate::within(stream, LONG, LONG);
         let all = vec![7; 4 << 20];
         let (written, read) = tokio::join!(
             async {

@@ -85,6 +85,12 @@ pub enum Command {
         #[command(subcommand)]
         command: ConfigCommand,
     },
+    /// Print the version
+    Version {
+        /// Print one JSON document
+        #[arg(long)]
+        json: bool,
+    },
     /// Connect once from inside a cgroup: the daemon verifies its hooks with that
     #[command(hide = true)]
     ProbeConnect {
@@ -167,7 +173,7 @@ pub enum DnsCommand {
         /// The type of record
         #[arg(value_name = "TYPE", default_value = "A")]
         kind: String,
-        /// Ask this server instead, which can't say where its answer comes from
+        /// Ask this server instead, which can't report where its answer comes from
         #[arg(long, value_name = "ADDR:PORT")]
         server: Option<SocketAddr>,
         /// How to find the daemon
@@ -215,7 +221,7 @@ impl ResolverArguments {
 /// The configuration of the daemon.
 #[derive(Clone, Debug, Args)]
 pub struct RunArguments {
-    /// What other commands need as well.
+    /// The arguments that other commands share.
     #[command(flatten)]
     pub config: ConfigArguments,
     #[arg(long, value_name = "keep|detach", help = help("on_exit"))]
@@ -258,7 +264,7 @@ pub struct ClientArguments {
     pub json: bool,
 }
 
-/// What a flag's key is for, and its default.
+/// The meaning of a flag's key, and its default.
 fn help(name: &str) -> String {
     let text = Key::find(name).map_or("", |key| key.text);
     let values = values(&Config::default());
@@ -307,7 +313,7 @@ fn text(name: &'static str, key: &'static str, value: &Option<String>) -> Option
     value.as_ref().map(|text| Flag { name, key, value: FlagValue::Text(text.clone()) })
 }
 
-/// A directory, relative to the working directory, or a word of its own.
+/// A directory, relative to the working directory, or a keyword.
 fn directory(
     name: &'static str,
     key: &'static str,

@@ -33,13 +33,13 @@ pub struct Finding {
     pub ok: bool,
     /// Whether nohop can't run without it.
     pub required: bool,
-    /// What was found.
+    /// The finding.
     pub detail: String,
     /// The fix; empty if it is met.
     pub fix: String,
 }
 
-/// What was found, or the problem and its fix.
+/// The finding, or the problem and its fix.
 type CheckResult = Result<String, (String, String)>;
 
 fn finding(what: &str, required: bool, found: CheckResult) -> Finding {
@@ -280,7 +280,7 @@ fn namespace(config: &Config) -> Option<CheckResult> {
     Some(in_two(&note))
 }
 
-/// What is wrong and, after a semicolon, what to do.
+/// The problem and, after a semicolon, the fix.
 fn in_two(text: &str) -> CheckResult {
     let (detail, fix) = text.split_once("; ").unwrap_or((text, ""));
     wrong(detail, fix)
@@ -307,7 +307,7 @@ fn exclusions(config: &Config) -> Vec<(bool, CheckResult)> {
 /// connects to itself that way, the packet would have to leave the bridge by the port that it came in
 /// by: the kernel drops it (`should_deliver`, net/bridge/br_forward.c), and connect() times out.
 ///
-/// Only bridges of Nomad and CNI count. Docker turns the mode on for its own where it needs it: as long
+/// Only bridges of Nomad and CNI are checked. Docker turns the mode on for its own where it needs it: as long
 /// as it has a docker-proxy, that takes such connections.
 fn hairpin(net: &Path) -> Option<CheckResult> {
     let mut without = Vec::new();
@@ -372,12 +372,12 @@ fn bpffs_mode(dir: &Path) -> CheckResult {
             )
         }
         Ok(Safety::Safe) => Ok("closed to others".to_owned()),
-        // That is said above.
+        // It is reported above.
         Err(_) => Ok("not checked".to_owned()),
     }
 }
 
-/// What maps and socket storage are charged to.
+/// The memory cgroup that maps and socket storage are charged to.
 fn memory_of_maps(charge: Charge) -> CheckResult {
     match charge {
         Charge::None => Ok("charged to no memory cgroup".to_owned()),
@@ -427,7 +427,7 @@ fn missing_capabilities(effective: u64) -> Vec<&'static str> {
     ])
 }
 
-/// What disconnecting the UDP sockets of a backend that left needs besides.
+/// The further requirements of disconnecting UDP sockets of removed backends.
 fn missing_for_udp(effective: u64) -> Vec<&'static str> {
     let has = |capability: u32| effective & (1 << capability) != 0;
     named(&[
@@ -444,7 +444,7 @@ fn named(capabilities: &[(&'static str, bool)]) -> Vec<&'static str> {
 }
 
 fn state_dir(path: &Path) -> CheckResult {
-    // What isn't there yet the daemon makes, so its nearest ancestor counts.
+    // The daemon creates a missing directory, so its nearest ancestor is checked.
     let existing = path.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
     match rustix::fs::access(existing, rustix::fs::Access::WRITE_OK) {
         Ok(()) => Ok(path.display().to_string()),
@@ -472,13 +472,13 @@ fn dns_port(
     if error.is_in_use() && unit_holds(address, &unit) {
         return Ok(format!("{address} is held by nohop.socket, for the daemon"));
     }
-    // What is wrong, and after it what to do.
+    // The problem, then the fix.
     let text = error.to_string();
     let (detail, fix) = text.split_once("; ").unwrap_or((&text, ""));
     wrong(detail, fix)
 }
 
-/// What systemd says of nohop.socket; nothing where there is none.
+/// nohop.socket as systemd reports it; nothing if there is none.
 fn socket_unit() -> String {
     let words = ["show", "--property=ActiveState,Listen", "nohop.socket"];
     let output = std::process::Command::new("systemctl").args(words).output();
@@ -494,8 +494,8 @@ fn unit_holds(address: SocketAddr, unit: &str) -> bool {
 /// How long the machine's resolver may take: as long as glibc waits for its first nameserver.
 const LOOKUP_LIMIT: std::time::Duration = std::time::Duration::from_secs(5);
 
-/// Looks a service up as every program does, through getaddrinfo() and whatever resolver the machine
-/// has, and compares the answer with the service's VIP: nobody but the daemon knows that.
+/// Looks a service up as every program does, through getaddrinfo() and the machine's resolver, and
+/// compares the answer with the service's VIP, which only the daemon has.
 fn through_resolver(admin: Option<&str>, daemon: Option<&api::Status>) -> CheckResult {
     let Some(status) = daemon.filter(|status| status.ready) else {
         return Ok("not tried: no daemon is ready to answer".to_owned());
@@ -537,8 +537,8 @@ fn through_resolver(admin: Option<&str>, daemon: Option<&api::Status>) -> CheckR
 /// How long the source may take to give all its services.
 const SOURCE_LIMIT: std::time::Duration = std::time::Duration::from_secs(5);
 
-/// Asks the source as the daemon does, so that what it would meet is what is said here. What is
-/// wrong and keeps nothing from working comes second, and then what should be known besides.
+/// Queries the source as the daemon does, so that it reports what the daemon would meet. Problems that
+/// break nothing come second, and then notes.
 fn source(config: &Config) -> (CheckResult, Option<String>, Vec<String>) {
     let fix = match config.catalog.sources.contains(&SourceKind::Consul) {
         true => "check that the agent runs, consul.address and the token",
@@ -552,7 +552,7 @@ fn source(config: &Config) -> (CheckResult, Option<String>, Vec<String>) {
                 _ = source.health.wait_for(|health| health.is_failing) => {}
             }
         };
-        // Should neither come in time, that is said below.
+        // A timeout is reported below.
         let _ = tokio::time::timeout(SOURCE_LIMIT, answered).await;
         let n_services = source.catalog.borrow().as_ref().map(|e| e.catalog.len());
         let health = source.health.borrow().clone();
@@ -629,7 +629,7 @@ mod tests {
         assert!(missing_for_udp(u64::MAX).is_empty());
     }
 
-    /// What the check asks for the unit gives.
+    /// The unit grants what the check requires.
     #[test]
     fn the_unit_has_every_capability() {
         let unit = include_str!("../../../contrib/systemd/nohop.service");

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use serde::{Deserialize, Serialize};
 
 use super::args::RunArguments;
-use super::process::{USAGE, environment, say, write};
+use super::process::{USAGE, environment, print_error, write};
 use crate::catalog;
 use crate::config::keys::{toml, values};
 use crate::config::{Config, DEFAULT_PATH, LoadedConfig};
@@ -35,7 +35,7 @@ pub fn check(file: Option<&Path>, json: bool) -> anyhow::Result<ExitCode> {
         let file = file.unwrap_or(Path::new(DEFAULT_PATH));
         write(json, &report, |_| format!("{}: no problems\n", file.display()))?;
     } else {
-        report.problems.iter().for_each(|problem| say(problem));
+        report.problems.iter().for_each(|problem| print_error(problem));
     }
     Ok(if report.ok { ExitCode::SUCCESS } else { ExitCode::from(USAGE) })
 }

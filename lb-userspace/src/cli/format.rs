@@ -1,8 +1,8 @@
-//! The admin documents, for people.
+//! The admin interface's documents as text for people.
 
 use std::fmt::Write;
 
-use super::instance::known_as;
+use super::instance::display_name;
 use crate::admin::api::{
     BackendStatus, Explanation, MapStatus, PoolStatus, ServiceStatus, SourceStatus, Status,
     UnitStatus, UpstreamStatus, WatchStatus,
@@ -77,7 +77,7 @@ pub fn status(status: &Status) -> String {
     text
 }
 
-/// A resolver, and how it does.
+/// A resolver's state and counters.
 fn upstream_line(upstream: &UpstreamStatus) -> String {
     let UpstreamStatus { address, state, sent, results, mean_ms } = upstream;
     let mean = mean_ms.map(|ms| format!(" in {ms:.1} ms")).unwrap_or_default();
@@ -89,7 +89,7 @@ fn upstream_line(upstream: &UpstreamStatus) -> String {
     format!("upstream {address} {state}: {n_answered} of {sent} queries answered{mean}{failed}")
 }
 
-/// What the source follows, and what that costs at most.
+/// The watched services, and the load on Consul at most.
 fn watch_lines(watches: &WatchStatus) -> [String; 2] {
     let WatchStatus { live, cold, connections, max_connections, .. } = watches;
     let oldest = watches.oldest_age_seconds.map(duration);
@@ -126,7 +126,7 @@ pub fn explanation(explanation: &Explanation) -> String {
         service(&mut text, each, each.name.len());
     }
     for excluded in &explanation.excluded {
-        let id = known_as(&excluded.id, &explanation.name);
+        let id = display_name(&excluded.id, &explanation.name);
         let place = place(&excluded.address, &excluded.node, &id);
         line(&mut text, format!("  {:<10} {place}  {}", "out", excluded.reason));
     }
@@ -178,7 +178,7 @@ fn service(text: &mut String, service: &ServiceStatus, width: usize) {
 
 fn backend(backend: &BackendStatus, service: &str) -> String {
     let state = format!("{:?}", backend.state).to_lowercase();
-    let id = known_as(&backend.instance, service);
+    let id = display_name(&backend.instance, service);
     let place = place(&backend.address, &backend.node, &id);
     let reason = backend.reason.as_ref().map(|reason| format!("  {reason}")).unwrap_or_default();
     let (weight, connects) = (backend.weight, backend.connects);
@@ -287,7 +287,7 @@ mod tests {
     }
 
     #[test]
-    fn an_explanation_says_why_an_instance_is_out() {
+    fn an_explanation_has_the_reason_for_an_instance_that_is_out() {
         let text = explanation(&Explanation {
             name: "helloworld".into(),
             connect: "a connection goes somewhere".into(),
@@ -305,7 +305,7 @@ mod tests {
     }
 
     #[test]
-    fn a_status_says_what_is_followed_and_how_full_the_pool_is() {
+    fn a_status_has_watches_and_their_load() {
         let watches = WatchStatus {
             live: 60,
             cold: 440,

@@ -1,6 +1,6 @@
-//! What a person knows an instance by.
+//! The name under which people know an instance.
 
-/// What Nomad's ids of instances begin with (`makeAllocServiceID` in nomad's
+/// The prefix of Nomad's ids of instances (`makeAllocServiceID` in nomad's
 /// command/agent/consul/service_client.go); an allocation's UUID follows.
 const PREFIX: &str = "_nomad-task-";
 
@@ -8,11 +8,11 @@ const PREFIX: &str = "_nomad-task-";
 const UUID: usize = 36;
 
 /// `alloc 39e25890 web`, the allocation's short id and its group or task, for an instance of
-/// `service` that Nomad registered; other instances are known by their id.
+/// `service` that Nomad registered; the id of other instances.
 ///
-/// The parts of an id are joined by hyphens, which they may have in themselves, so the service's
-/// name, which is known, tells them apart.
-pub fn known_as(id: &str, service: &str) -> String {
+/// The parts of an id are joined by hyphens and may contain hyphens, so the service's name separates
+/// them.
+pub fn display_name(id: &str, service: &str) -> String {
     nomad(id, service).unwrap_or_else(|| id.to_owned())
 }
 
@@ -35,8 +35,7 @@ fn nomad(id: &str, service: &str) -> Option<String> {
     })
 }
 
-/// What stands before `-SERVICE-PORT`; the service's name in whatever case, the port's label may be
-/// empty.
+/// The part before `-SERVICE-PORT`; the service's name in any case, the port's label may be empty.
 fn before_service<'a>(text: &'a str, service: &str) -> Option<&'a str> {
     let wanted = format!("-{}-", service.to_ascii_lowercase());
     let at = text.to_ascii_lowercase().rfind(&wanted)?;
@@ -62,7 +61,7 @@ mod tests {
             ("group-wéb-helloworld-http", "helloworld", "alloc 39e25890 wéb"),
         ] {
             let id = format!("_nomad-task-{ALLOC}-{rest}");
-            assert_eq!(known_as(&id, service), expected, "{id}");
+            assert_eq!(display_name(&id, service), expected, "{id}");
         }
         for id in [
             "web-1",
@@ -74,7 +73,7 @@ mod tests {
             "_nomad-task-39e25890-23fb-7513-b98f-97a531004\u{e9}d-group-web-web-http",
             "_nomad-server-abcdefgh-nomad-http",
         ] {
-            assert_eq!(known_as(id, "web"), id);
+            assert_eq!(display_name(id, "web"), id);
         }
     }
 }

@@ -23,11 +23,11 @@ use crate::config::{Config, ConfigErrors};
 use crate::datapath::{create_maps, probe};
 use crate::{daemon, logging, terminal};
 use args::{Arguments, ClientArguments, Command, ConfigArguments, ConfigCommand, DnsCommand};
-use process::{FAILURE, USAGE, environment, print, runtime, say, write_text};
+use process::{FAILURE, USAGE, environment, print, print_error, runtime, write, write_text};
 
 /// The longest that one request waits for a change.
 const LONGEST_WAIT: Duration = Duration::from_secs(5);
-/// How long the daemon may take over an answer beside that.
+/// How long the daemon may take for an answer in addition to that.
 const ANSWER: Duration = Duration::from_secs(5);
 /// Between two tries to reach a daemon that isn't there yet.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -45,12 +45,12 @@ pub fn main() -> ExitCode {
     let code = match command(arguments.command) {
         Ok(code) => code,
         Err(error) => {
-            // What is wrong with a configuration comes a line each, and needs no headline.
+            // The problems of a configuration have a line each, and no headline.
             match error.downcast_ref::<ConfigErrors>() {
                 Some(ConfigErrors(errors)) => {
-                    errors.iter().for_each(|problem| say(&problem.to_string()));
+                    errors.iter().for_each(|problem| print_error(&problem.to_string()));
                 }
-                None => format!("error: {}", chain(&error)).lines().for_each(say),
+                None => format!("error: {}", chain(&error)).lines().for_each(print_error),
             }
             let usage = error.is::<ConfigErrors>()
                 || error.is::<crate::catalog::CatalogError>()
@@ -113,6 +113,11 @@ fn command(command: Command) -> anyhow::Result<ExitCode> {
         Command::Config { command: ConfigCommand::Show { config, json } } => {
             config_file::show(&config, json)?;
         }
+        Command::Version { json } => {
+            let version = env!("CARGO_PKG_VERSION");
+            let document = serde_json::json!({ "version": version });
+            write(json, &document, |_| format!("nohop {version}\n"))?;
+        }
         Command::ProbeConnect { cgroup, address } => probe::connect_inside(&cgroup, address)
             .with_context(|| format!("can't enter {}", cgroup.display()))?,
         Command::CreateMaps { cgroup, maps } => create_maps(&cgroup, &maps)
@@ -143,8 +148,7 @@ fn ask<T: DeserializeOwned>(client: &ClientArguments, path: &str) -> anyhow::Res
     Ok(runtime()?.block_on(client::get(&address, path))?)
 }
 
-/// The status once the daemon is ready, or as it is when the time is over. A daemon that isn't there
-/// yet may come.
+/// The status once the daemon is ready, or when the time is over. The daemon may start meanwhile.
 fn wait_until_ready(client: &ClientArguments, limit: Duration) -> anyhow::Result<api::Status> {
     let address = client::find(client.admin.as_deref(), &environment)?;
     let deadline = Instant::now() + limit;
@@ -161,7 +165,7 @@ fn wait_until_ready(client: &ClientArguments, limit: Duration) -> anyhow::Result
                     path = format!("/v1/status?after={}&wait={seconds}", status.revision);
                 }
                 Err(error) if left.is_zero() || !error.is_transient() => return Err(error.into()),
-                // There is no event for a socket that nobody made yet.
+                // There is no event for a socket that doesn't exist yet.
                 Err(_) => tokio::time::sleep(PAUSE.min(left)).await,
             }
         }

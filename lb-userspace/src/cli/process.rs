@@ -1,4 +1,4 @@
-//! What commands share: exit codes, the environment, a runtime, and output.
+//! Shared by the commands: exit codes, the environment, a runtime, and output.
 
 use std::io::Write;
 
@@ -46,9 +46,9 @@ pub fn write<T: Serialize + DeserializeOwned>(
     write_text(&text)
 }
 
-/// Prints one line to stderr, or hands it to the log where there is one.
-pub fn say(message: &str) {
-    logging::say(&terminal::escape(message));
+/// Prints one line to stderr, or through the log if there is one.
+pub fn print_error(message: &str) {
+    logging::write_line(&terminal::escape(message));
 }
 
 /// Writes text to stdout; a closed pipe is no failure.

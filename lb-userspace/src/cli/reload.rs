@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use super::args::ClientArguments;
-use super::process::{FAILURE, USAGE, environment, print, runtime, say};
+use super::process::{FAILURE, USAGE, environment, print, print_error, runtime};
 use crate::admin::{api, client};
 use crate::daemon::reload::lines;
 
@@ -14,7 +14,7 @@ pub fn ask(client: &ClientArguments) -> anyhow::Result<ExitCode> {
     if reload.ok || client.json {
         print(client, &reload, |reload| lines(reload).join("\n") + "\n")?;
     } else {
-        lines(&reload).iter().for_each(|line| say(line));
+        lines(&reload).iter().for_each(|line| print_error(line));
     }
     Ok(match (reload.ok, reload.problems.is_empty()) {
         (true, _) => ExitCode::SUCCESS,

@@ -1,4 +1,4 @@
-//! `nohop unload`: takes the kernel side away, whoever put it there.
+//! `nohop unload`: removes the kernel side of any daemon.
 
 use serde_json::json;
 

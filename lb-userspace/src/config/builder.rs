@@ -1,4 +1,4 @@
-//! A configuration that is being read, by whichever part reads it.
+//! A configuration while it is read, shared by its parsers.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
@@ -92,7 +92,7 @@ impl ConfigBuilder {
         Location::File { path: self.path.clone(), line: line(text, offset) }
     }
 
-    /// Notes what is wrong, unless its line isn't TOML: then that is what is wrong.
+    /// Adds a problem, unless its line isn't TOML, which is reported instead.
     pub(super) fn reject(&mut self, text: &str, bad_lines: &[Location], fault: InvalidValue) {
         let location = self.location(text.as_bytes(), fault.offset);
         if !bad_lines.contains(&location) {
@@ -101,7 +101,7 @@ impl ConfigBuilder {
         }
     }
 
-    /// Notes that a flag or a variable sets a key, and what is wrong with its value.
+    /// Notes that a flag or a variable sets a key, and the value's problem.
     pub(super) fn outside(
         &mut self,
         key: &'static str,

@@ -22,7 +22,7 @@ const INITIAL_NAMESPACE: u64 = 0xEFFF_FFFB;
 /// Where the hierarchy is by convention, the likeliest first.
 const CONVENTIONAL: [&str; 2] = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"];
 
-/// Why a cgroup can't be served. A message says what is wrong and, after a semicolon, what to do.
+/// Why a cgroup can't be served. A message has the problem and, after a semicolon, the fix.
 #[derive(Debug, thiserror::Error)]
 pub enum ScopeError {
     /// There is no hierarchy.
@@ -78,9 +78,9 @@ pub enum ScopeError {
     NotCgroup2 {
         /// The directory.
         scope: PathBuf,
-        /// What it is.
+        /// Its kind.
         found: &'static str,
-        /// What to name instead.
+        /// The cgroup to name instead.
         fix: String,
     },
     /// Processes can't be moved there, so that nothing can be proved.
@@ -91,7 +91,7 @@ pub enum ScopeError {
     Threaded {
         /// The directory.
         scope: PathBuf,
-        /// What its cgroup.type says.
+        /// Its cgroup.type.
         kind: String,
     },
     /// Cgroups can't be excluded.
@@ -235,7 +235,7 @@ pub fn is_cgroup2(dir: &Path) -> io::Result<bool> {
     Ok(u64::try_from(magic).is_ok_and(|magic| magic == CGROUP2_SUPER_MAGIC))
 }
 
-/// Looks whether the kernel can be told which cgroups to exclude.
+/// Checks whether cgroups can be excluded.
 ///
 /// # Errors
 /// When it isn't known how deep in the hierarchy they are.
@@ -273,9 +273,8 @@ fn depth_by(
     mount.root.components().try_fold(namespace()?, below)
 }
 
-/// How many levels below the root this process's cgroup namespace begins, by what /proc says of
-/// kthreadd, which can't leave the root: as many as it takes from here to there. Where processes
-/// have a namespace as well, the second one may be any.
+/// How many levels below the root this process's cgroup namespace begins: the levels from here up to
+/// kthreadd, which can't leave the root, by /proc. In a PID namespace the second process may be any.
 fn namespace_depth(stat: &str, cgroup: &str) -> Option<usize> {
     stat.starts_with("2 (kthreadd) ").then_some(())?;
     let path = Path::new(cgroup.lines().find_map(|line| line.strip_prefix("0::"))?);

@@ -16,7 +16,7 @@ use super::builder::{ConfigBuilder, FlagValue};
 pub struct ConsulConfig {
     /// Where the agent's HTTP interface is, and whether TLS is spoken there.
     pub address: ConsulAddress,
-    /// How TLS is spoken; it counts for [`ConsulAddress::Https`] alone.
+    /// The options of TLS, for [`ConsulAddress::Https`] alone.
     #[serde(flatten)]
     pub tls: TlsConfig,
     /// The token, if any.
@@ -84,8 +84,8 @@ impl Serialize for ConsulAddress {
 /// How TLS is spoken with the agent. Files are PEM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct TlsConfig {
-    /// The certificates of the authorities that are believed; with `ca_path` the only ones, else
-    /// the system's are.
+    /// The certificates of the trusted authorities; with `ca_path` the only ones, without both the
+    /// system's.
     pub ca_file: Option<PathBuf>,
     /// A directory of such files.
     pub ca_path: Option<PathBuf>,
@@ -93,8 +93,7 @@ pub struct TlsConfig {
     pub cert_file: Option<PathBuf>,
     /// The key of that certificate.
     pub key_file: Option<PathBuf>,
-    /// The name that the agent's certificate has to bear, and that it is asked for (SNI); without
-    /// it, the address's host.
+    /// The expected name in the agent's certificate, also sent as SNI; without it, the address's host.
     #[serde(rename = "tls_server_name")]
     pub server_name: Option<String>,
     /// Whether the agent's certificate has to be good.
@@ -186,7 +185,7 @@ pub(super) fn server_name(text: &str) -> Result<Option<String>, String> {
     }
 }
 
-/// A datacenter, a namespace or a partition; `what` says which.
+/// A datacenter, a namespace or a partition, named by `what`.
 pub(super) fn name(text: &str, what: &str) -> Result<String, String> {
     if text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_".contains(&byte)) {
         Ok(text.into())
@@ -195,7 +194,7 @@ pub(super) fn name(text: &str, what: &str) -> Result<String, String> {
     }
 }
 
-/// A flag of the environment, in the words that Consul's own tools take (Go's `ParseBool`).
+/// A flag of the environment, with the values of Consul's own tools (Go's `ParseBool`).
 fn flag(text: &str) -> Result<bool, String> {
     match text {
         "1" | "t" | "T" | "true" | "TRUE" | "True" => Ok(true),
@@ -266,8 +265,8 @@ pub(super) fn read_environment(
     }
 }
 
-/// Notes what is wrong with the options of TLS: such as count for nothing, and files that aren't
-/// what they should be. What is right now can be wrong later, so whoever uses the files looks again.
+/// Adds the problems of the TLS options: options without effect, and invalid files. The files may change
+/// later, so their users check them again.
 pub(super) fn check_tls(builder: &mut ConfigBuilder) {
     let tls = builder.config.consul.tls.clone();
     let paths = [
@@ -316,7 +315,7 @@ pub(super) fn check_tls(builder: &mut ConfigBuilder) {
 /// The certificates in a PEM file, at least one.
 ///
 /// # Errors
-/// What is wrong with the file, and the fix, to be read after its path.
+/// The file's problem and the fix, to follow its path.
 pub fn read_certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
     let pem = read(path)?;
     let certificates: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem).collect();
@@ -331,7 +330,7 @@ pub fn read_certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, St
 /// The private key in a PEM file.
 ///
 /// # Errors
-/// What is wrong with the file, and the fix, to be read after its path.
+/// The file's problem and the fix, to follow its path.
 pub fn read_key(path: &Path) -> Result<PrivateKeyDer<'static>, String> {
     PrivateKeyDer::from_pem_slice(&read(path)?).map_err(|_| {
         "holds no private key in PEM; write one without a passphrase that begins with -----BEGIN \

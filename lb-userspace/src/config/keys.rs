@@ -13,7 +13,7 @@ pub struct Key {
     pub name: &'static str,
     /// Why a new value needs a restart of the daemon; `None` where a reload is enough.
     pub restart: Option<&'static str>,
-    /// What it is for, in one line.
+    /// Its meaning, in one line.
     pub text: &'static str,
     /// Reads a value into the configuration.
     pub(super) read: ReadKey,
@@ -211,7 +211,7 @@ pub(super) fn is_other_section(name: &str) -> bool {
     !KEYS.iter().any(|key| key.section() == Some(name)) && sections.any(|section| section == name)
 }
 
-/// What is wrong with a key, or a section, that isn't one of this version.
+/// The problem of a key, or a section, that this version doesn't have.
 pub(super) fn unknown(name: &str) -> String {
     if let Some((_, new)) = RENAMED.iter().find(|(old, _)| *old == name) {
         let list = if *new == "catalog.sources" { ", a list: [\"consul\"]" } else { "" };
@@ -227,7 +227,7 @@ pub(super) fn unknown(name: &str) -> String {
     format!("unknown key; {}", suggestion(name))
 }
 
-/// What an unknown key was meant to be.
+/// The known key that is nearest to an unknown one.
 fn suggestion(unknown: &str) -> String {
     let leaf = |key: &str| key.rsplit('.').next().map(str::to_owned);
     let distance = |key: &str| match levenshtein(unknown, key) {

@@ -26,7 +26,7 @@ pub use consul::{BasicAuth, ConsulAddress, ConsulConfig, TlsConfig, Token};
 pub use diagnostic::{ConfigErrors, Location, Problem};
 pub use parse::LoadedConfig;
 
-/// Where the configuration is read from when `--config` doesn't say.
+/// The configuration file without `--config`.
 pub const DEFAULT_PATH: &str = "/etc/nohop/nohop.toml";
 
 /// The number of cgroups that can be excluded at once.

@@ -82,7 +82,7 @@ impl LoadedConfig {
                 builder.problems.push(Problem { location: Some(location), key: None, what });
             }
         }
-        // What a flag overrides, or no source uses, isn't checked.
+        // A value that a flag overrides, or no source uses, isn't checked.
         let sets_source = flags.iter().any(|flag| flag.key == "catalog.sources");
         if !sets_source && builder.source_names.contains(&SourceName::Consul) {
             let is_set = |key: &str| flags.iter().any(|flag| flag.key == key);

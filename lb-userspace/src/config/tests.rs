@@ -3,7 +3,7 @@ use std::path::Path;
 use super::keys::{Change, KEYS, changes};
 use super::*;
 
-/// What a file says, without an environment and without flags: `LINE: ...` for each problem.
+/// The problems of a file, without an environment and without flags, each as `LINE: ...`.
 fn check(text: &str) -> Result<Config, Vec<String>> {
     check_all(text, &[], &[])
 }

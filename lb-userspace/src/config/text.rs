@@ -1,4 +1,4 @@
-//! Short values of the configuration that aren't addresses: words, durations and paths.
+//! Short values of the configuration that aren't addresses: keywords, durations and paths.
 
 use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
@@ -10,7 +10,7 @@ use serde::{Serialize, Serializer};
 use super::MAX_EXCLUDED_CGROUPS;
 use super::toml_value::{Parsed, TomlValue};
 
-/// One of the words that an enum of the configuration has.
+/// One of the keywords of an enum of the configuration.
 pub(super) fn word<T: DeserializeOwned>(text: &str) -> Result<T, String> {
     let words: StrDeserializer<WordError> = text.into_deserializer();
     T::deserialize(words).map_err(|error| {

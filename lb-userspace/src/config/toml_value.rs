@@ -1,4 +1,4 @@
-//! A TOML document whose values know their key, and report what was expected where they don't fit.
+//! A TOML document whose values have their key, and report the expected type.
 
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
@@ -6,7 +6,7 @@ use std::ops::RangeInclusive;
 use toml::Spanned;
 use toml::de::DeValue;
 
-/// What is wrong with a value.
+/// A problem of a value.
 pub(super) struct InvalidValue {
     /// The key, down to an entry of a table.
     pub(super) key: String,
@@ -28,7 +28,7 @@ pub(super) struct TomlValue<'a, 'i> {
 }
 
 impl TomlValue<'_, '_> {
-    /// Reports what is wrong with this value.
+    /// The problem of this value.
     pub(super) fn fault<T>(&self, what: impl Into<String>) -> Parsed<T> {
         let offset = self.value.span().start;
         Err(vec![InvalidValue { key: self.key.clone(), offset, what: what.into() }])
@@ -145,7 +145,7 @@ impl TomlValue<'_, '_> {
     }
 }
 
-/// What a value is, with its article.
+/// A value's type, with its article.
 pub(super) fn kind(value: &DeValue) -> &'static str {
     match value {
         DeValue::String(_) => "a string",

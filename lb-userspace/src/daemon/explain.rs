@@ -1,10 +1,10 @@
-//! What a connection to a service gets, in a sentence: as far as the table says it.
+//! The result of a connection to a service, a sentence, by the table.
 
 use std::net::SocketAddr;
 
 use crate::table::{Backend, Ports, Protocols, Service};
 
-/// What a connection gets by this state of the service.
+/// The result of a connection in this state of the service.
 pub fn sentence(fqdn: &str, service: &Service) -> String {
     let healthy: Vec<&Backend> = service.healthy().collect();
     let target = target(fqdn, service);
@@ -67,7 +67,7 @@ pub fn target(fqdn: &str, service: &Service) -> String {
     format!("a connection to {fqdn} ({}{vip6}) at {ports} by {protocols}", service.vip)
 }
 
-/// What the service's addresses refuse in any case.
+/// Connections that the service's addresses refuse in any case.
 fn refused(service: &Service) -> Option<String> {
     let ports = match service.ports {
         Ports::Any => None,

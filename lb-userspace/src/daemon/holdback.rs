@@ -9,18 +9,17 @@ use crate::table::Table;
 /// resolver's first time-out (5 s by default, resolv.conf(5)).
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// Holds the tables back that give out an address which the book's file lacks. The kernel has them
-/// already.
+/// Holds back tables with an address that isn't recorded in the file yet. The kernel has them already.
 ///
 /// The file is what keeps a name's address across a reboot, so it comes first. But a disk that is
-/// full or stalls must not take new services away: after [`PATIENCE`] the table goes on without it,
-/// and so do further ones until the file has caught up. What is at stake then is small: the pinned
-/// maps still hold the address across a restart of the daemon, and after a reboot no process
+/// full or stalls must not take new services away: after [`PATIENCE`] the table proceeds without it,
+/// and so do further ones until the file has caught up. The risk is small then: the pinned maps still
+/// have the address across a restart of the daemon, and after a reboot no process
 /// remembers it.
 #[derive(Debug, Default)]
 pub struct Holdback {
     held: Option<Held>,
-    /// The edition that was waited for in vain; while the file lacks it, nothing waits.
+    /// The edition whose wait timed out; while the file lacks it, nothing waits.
     missed: Option<u64>,
 }
 
@@ -53,7 +52,7 @@ impl Holdback {
         None
     }
 
-    /// Takes note of what is on disk. Returns the table that goes to DNS now.
+    /// Notes the version on disk. Returns the table that goes to DNS now.
     pub fn acknowledge(&mut self, written: u64) -> Option<Arc<Table>> {
         self.missed = self.missed.filter(|&missed| written < missed);
         Some(self.held.take_if(|held| held.given <= written)?.table)

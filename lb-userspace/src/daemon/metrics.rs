@@ -1,7 +1,7 @@
-//! `GET /metrics`: what the daemon counts, by the names that dashboards and alerts rely on.
+//! `GET /metrics`: the daemon's counters, by the names that dashboards and alerts rely on.
 //!
-//! Nothing is told of single backends, and nothing of services that this node doesn't follow and
-//! has never connected to: 5,000 nodes that name 5,000 services each would be 25 million series.
+//! There are no series for single backends, and none for services that this node doesn't watch and has
+//! never connected to: 5,000 nodes that name 5,000 services each would be 25 million series.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -16,7 +16,7 @@ use crate::table::vips::PoolUse;
 pub(super) const PROPAGATION_BUCKETS: [f64; 14] =
     [0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
 
-/// All that is told, read at one moment.
+/// All values, read at one moment.
 #[derive(Debug)]
 pub struct Readings {
     pub(super) is_ready: bool,
@@ -40,7 +40,7 @@ pub struct Readings {
     /// The time from the source's news to the maps that connects to read, in seconds.
     pub(super) propagation: Histogram,
     pub(super) services: Vec<(Arc<str>, ServiceCounters)>,
-    /// What belongs to no service, by name.
+    /// The global counters, by name.
     pub(super) events: BTreeMap<&'static str, u64>,
     pub(super) maps: Vec<(&'static str, Pressure)>,
     pub(super) dns_answers: BTreeMap<String, u64>,
@@ -239,7 +239,7 @@ fn room(text: &mut Exposition, readings: &Readings) {
         "Addresses of vip.pool: used, quarantined for a day after a name gave them up, free.";
     let mut family = text.family("nohop_vip_pool_addresses", MetricType::Gauge, help);
     family.sample(&[("state", "used")], pool.used);
-    family.sample(&[("state", "quarantined")], pool.resting);
+    family.sample(&[("state", "quarantined")], pool.quarantined);
     family.sample(&[("state", "free")], pool.free());
 }
 
@@ -288,7 +288,7 @@ mod tests {
                 buckets: [0, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1],
                 seconds: 2.5,
             }],
-            pool: PoolUse { used: 1, resting: 2, size: 10 },
+            pool: PoolUse { used: 1, quarantined: 2, size: 10 },
         }
     }
 

@@ -29,7 +29,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::{Id, JoinHandle, JoinSet};
 use tokio::time::{Instant, Interval, MissedTickBehavior};
 
-use crate::admin::api;
+use crate::admin::{View as _, api};
 use crate::catalog::resolve::Resolver;
 use crate::catalog::{Published, UsageSender};
 use crate::config::{Config, ConfigErrors, OnExit, Problem, VipConfig, cgroup};
@@ -50,10 +50,10 @@ const TICK: Duration = Duration::from_secs(1);
 /// How often a connection of our own proves that the hooks run.
 const VERIFY_TICK: Duration = Duration::from_secs(5);
 
-/// How often the unreachable route is put back, should somebody have flushed it.
+/// How often the unreachable route is checked and put back.
 const ROUTE_TICK: Duration = Duration::from_secs(10);
 
-/// How often the source is told which services were connected to.
+/// How often the source gets the services that were connected to.
 const USAGE_TICK: Duration = Duration::from_secs(60);
 
 /// How often names that couldn't have an address are tried again: addresses come free a day after
@@ -77,7 +77,7 @@ pub fn run(config: Config, read: reload::Read) -> anyhow::Result<()> {
         .build()
         .context("can't start the runtime")?;
     let result = runtime.block_on(daemon(config, read));
-    // Blocking work that is under way, such as a lookup, must not hold the exit up.
+    // Blocking work in progress, such as a lookup, must not delay the exit.
     runtime.shutdown_timeout(Duration::from_millis(200));
     result
 }
@@ -90,7 +90,7 @@ async fn daemon(config: Config, read: reload::Read) -> anyhow::Result<()> {
     outcome
 }
 
-/// What was read for a reload.
+/// The result of reading a configuration for a reload.
 type Wanted = Result<Config, ConfigErrors>;
 
 /// The parts, in the order of the stages.
@@ -112,7 +112,7 @@ struct Daemon {
     pool: watch::Sender<PoolUse>,
     attached: watch::Sender<bool>,
     hosts: watch::Sender<Vec<String>>,
-    /// What runs beside the loop.
+    /// The tasks in addition to the loop.
     tasks: Tasks,
     /// The cgroup whose processes are served.
     scope: PathBuf,
@@ -123,7 +123,7 @@ impl Daemon {
     async fn start(config: Config, read: reload::Read) -> anyhow::Result<Daemon> {
         let scope = scope(&config)?;
         catalog::check_first(&config)?;
-        // What another daemon may hold comes first, so that a second one disturbs nothing.
+        // Exclusive resources come first, so that a second daemon disturbs nothing.
         let admin_listeners = admin::bind(&config.admin.listen)?;
         let dns_sockets = dns::bind(&config.dns).await?;
         let dns_addresses = dns_sockets.addresses().to_vec();
@@ -199,7 +199,9 @@ impl Daemon {
         let (hosts_out, hosts) = watch::channel(config.admin.hosts.clone());
         let mut tasks = Tasks::default();
         let at = pipeline.at().clone();
-        tasks.spawn("the revision of the status", revision::follow(view.clone(), at));
+        let (shown, health) = (view.clone(), view.health());
+        let revision = revision::follow(move || shown.status(), health, at);
+        tasks.spawn("the revision of the status", revision);
         tasks.spawn("the admin interface", admin::serve(admin_listeners, hosts, view));
         let routes = keep_unreachable(config.vip.clone(), datapath.clone());
         tasks.spawn("the unreachable routes", routes);
@@ -232,7 +234,7 @@ impl Daemon {
         })
     }
 
-    /// Leads each catalog through the stages, and looks after the kernel side, until a signal ends it.
+    /// Passes each catalog through the stages, and checks the kernel side, until a signal ends it.
     async fn serve(&mut self, signals: &mut Signals) -> anyhow::Result<()> {
         let mut tick = ticks(TICK, Duration::ZERO);
         let mut verify_tick = ticks(VERIFY_TICK, VERIFY_TICK);
@@ -367,7 +369,7 @@ impl Daemon {
         Ok(reload)
     }
 
-    /// Has connections translated or only counted, by all that can say so; DNS follows.
+    /// Sets the mode by all its reasons; DNS follows.
     fn update_mode(&mut self) {
         let is_source_off = *self.source.off.borrow_and_update();
         self.datapath.set_mode(self.shadow.mode(is_source_off));
@@ -385,7 +387,7 @@ impl Daemon {
         }
     }
 
-    /// Looks after what may change at any time, and tries again what failed.
+    /// Checks what may change at any time, and retries failures.
     fn tick(&mut self) {
         let age = self.source.health.borrow().last_answer.map(|at| at.elapsed());
         self.datapath.heartbeat(age);
@@ -421,7 +423,7 @@ impl Daemon {
         let scope = self.scope.display();
         match self.config.on_exit {
             OnExit::Keep => {
-                tracing::info!("stopping: {scope} goes on being served");
+                tracing::info!("stopping: {scope} stays served");
                 self.datapath.keep();
             }
             OnExit::Detach => {

@@ -1,4 +1,4 @@
-//! What systemd is told of the daemon: sd_notify(3), a datagram of lines to NOTIFY_SOCKET.
+//! Notifications for systemd: sd_notify(3), a datagram of lines to NOTIFY_SOCKET.
 
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
@@ -17,7 +17,7 @@ pub struct Notify {
     socket: Option<(UnixDatagram, SocketAddr)>,
     since: Instant,
     is_started: bool,
-    /// Whether names were answered when it was last told.
+    /// Whether names were answered at the last notification.
     is_serving: Option<bool>,
 }
 
@@ -30,7 +30,7 @@ impl Notify {
                 name => SocketAddr::from_pathname(std::ffi::OsStr::from_bytes(name)),
             };
             let socket = UnixDatagram::unbound().and_then(|socket| {
-                // The daemon's loop waits for nobody: a message that doesn't fit is lost.
+                // The daemon's loop never blocks: a message that doesn't fit is lost.
                 socket.set_nonblocking(true)?;
                 Ok((socket, address?))
             });
@@ -40,8 +40,8 @@ impl Notify {
         Notify { socket, since: Instant::now(), is_started: false, is_serving: None }
     }
 
-    /// To be called once a second from the loop that it speaks for: tells that it runs (WATCHDOG=1),
-    /// once that it has started, and each time whether names are answered.
+    /// To be called once a second from the daemon's loop: reports that it runs (WATCHDOG=1), once that it
+    /// has started, and changes of whether names are answered.
     pub fn alive(&mut self, is_serving: bool) {
         let mut lines = vec!["WATCHDOG=1"];
         if !self.is_started && (is_serving || self.since.elapsed() >= PATIENCE) {

@@ -22,7 +22,7 @@ use crate::table::{Builder, NextTable, Table};
 /// change all of them.
 const MAX_NAMED: usize = 100;
 
-/// The stages, and what is on its way through them.
+/// The stages, and the tables on their way through them.
 pub struct Pipeline {
     builder: Builder,
     /// The last table that was built and applied; its readers may lack it for a moment.
@@ -50,7 +50,7 @@ impl Pipeline {
         }
     }
 
-    /// What makes tables.
+    /// Builds tables.
     pub fn builder(&mut self) -> &mut Builder {
         &mut self.builder
     }
@@ -70,7 +70,7 @@ impl Pipeline {
         &self.at
     }
 
-    /// What records the VIPs.
+    /// Records the VIPs.
     pub fn recorder(&self) -> &Arc<Recorder> {
         &self.recorder
     }
@@ -194,7 +194,7 @@ mod tests {
     use crate::table::vips::Vips;
     use crate::table::{Catalog, ServiceId, ServiceRecord, Watch};
 
-    /// Stages without services on a disk that answers when it is told to.
+    /// Stages without services on a disk that the test controls.
     fn pipeline() -> (Pipeline, Disk) {
         let vip = Config::default().vip;
         let (recorder, disk) = recorder();

@@ -26,7 +26,7 @@ const MAX_PAUSE: Duration = Duration::from_secs(30);
 /// A write that has taken this long is a problem.
 const STALLED: Duration = Duration::from_secs(5);
 
-/// What is on disk.
+/// The version on disk.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Recorded {
     /// The last version that is on disk, as [`Vips::version`].
@@ -43,7 +43,7 @@ pub struct Recorder {
     recorded: watch::Receiver<Recorded>,
 }
 
-/// What is left to the thread: the latest snapshot alone, since each has everything.
+/// The thread's pending work: the latest snapshot alone, since each is complete.
 #[derive(Debug, Default)]
 struct Inbox {
     content: Mutex<Content>,
@@ -97,12 +97,12 @@ impl Recorder {
         }
     }
 
-    /// What is on disk, as it changes.
+    /// The version on disk, as it changes.
     pub fn recorded(&self) -> watch::Receiver<Recorded> {
         self.recorded.clone()
     }
 
-    /// What is wrong with the file: the last write failed, one takes too long, or the thread has ended.
+    /// The problem of the file: the last write failed, one takes too long, or the thread has ended.
     pub fn problem(&self) -> Option<String> {
         if self.recorded.has_changed().is_err() {
             return Some(format!(

@@ -1,4 +1,4 @@
-//! Reload: the configuration is read again, and all of it comes into force, or nothing.
+//! Reload: the configuration is read again, and all of it is applied, or nothing.
 
 use std::fmt::Display;
 use std::sync::Arc;
@@ -12,13 +12,13 @@ use crate::config::{Config, ConfigErrors};
 /// Reads file, environment and flags again, as at the start.
 pub type Read = Arc<dyn Fn() -> Result<Config, ConfigErrors> + Send + Sync>;
 
-/// Where the daemon is to say what became of a reload.
+/// The daemon sends the result of a reload here.
 pub type Request = oneshot::Sender<api::Reload>;
 
-/// What a configuration changes, or why it can't come into force.
+/// The changes of a configuration, or why it can't be applied.
 ///
 /// # Errors
-/// The mistakes, or the keys that need a restart, as the answer to whoever asked.
+/// The mistakes, or the keys that need a restart, as the answer to the client.
 pub fn plan(
     running: &Config,
     wanted: Result<Config, ConfigErrors>,
@@ -41,7 +41,7 @@ fn shown(Change { key, from, to, restart }: Change) -> api::ChangedKey {
     api::ChangedKey { key: key.to_owned(), from, to, restart: restart.map(str::to_owned) }
 }
 
-/// Tells the log what became of a reload.
+/// Logs the result of a reload.
 pub fn log(reload: &api::Reload) {
     for line in lines(reload) {
         match reload.ok {
@@ -51,7 +51,7 @@ pub fn log(reload: &api::Reload) {
     }
 }
 
-/// What became of a reload, for people.
+/// The result of a reload, as text.
 pub fn lines(reload: &api::Reload) -> Vec<String> {
     let mut lines = reload.problems.clone();
     for api::ChangedKey { key, from, to, restart } in &reload.changes {

@@ -6,34 +6,38 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
-use super::view::DaemonView;
-use crate::admin::{At, View, api};
+use crate::admin::{At, api};
 
-/// How often the status is looked at: most of its parts have no event.
-const LOOK: Duration = Duration::from_secs(1);
+/// How often the status is read: most of its parts have no event.
+const INTERVAL: Duration = Duration::from_secs(1);
 
-/// The least time between two looks, however often the source answers.
+/// The least time between two reads, however often the source answers.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// Follows the status for as long as the daemon lives.
-pub async fn follow(view: Arc<DaemonView>, at: watch::Sender<At>) {
-    let mut health = view.health();
+/// Follows the status for as long as the daemon lives; a change of `health` wakes it. Ends only if
+/// `status` panics, which ends the daemon.
+pub async fn follow<T>(
+    status: impl Fn() -> api::Status + Send + Sync + 'static,
+    mut health: watch::Receiver<T>,
+    at: watch::Sender<At>,
+) {
+    let status = Arc::new(status);
     let mut last = None;
     loop {
-        let looked = view.clone();
-        // A view waits for whoever changes the maps.
-        if let Ok(now) = tokio::task::spawn_blocking(move || lasting(looked.status())).await {
-            if last.as_ref().is_some_and(|last| *last != now) {
-                at.send_modify(|at| at.revision += 1);
-            }
-            last = Some(now);
+        let status = status.clone();
+        // It waits for the datapath's lock.
+        let now = tokio::task::spawn_blocking(move || lasting(status())).await;
+        let Ok(now) = now else { return };
+        if last.as_ref().is_some_and(|last| *last != now) {
+            at.send_modify(|at| at.revision += 1);
         }
+        last = Some(now);
         tokio::time::sleep(PAUSE).await;
-        let _ = tokio::time::timeout(LOOK - PAUSE, health.changed()).await;
+        let _ = tokio::time::timeout(INTERVAL - PAUSE, health.changed()).await;
     }
 }
 
-/// What in a status lasts until something happens.
+/// A status without ages and counts.
 fn lasting(status: api::Status) -> api::Status {
     let source = |source: api::SourceStatus| api::SourceStatus {
         age_seconds: None,
@@ -120,6 +124,12 @@ mod tests {
             pool: api::PoolStatus::default(),
             datapath: api::DatapathStatus::default(),
         }
+    }
+
+    #[tokio::test]
+    async fn a_panic_ends_it() {
+        let (health, at) = (watch::channel(()).1, watch::Sender::new(At::default()));
+        follow(|| panic!("a defect"), health, at).await;
     }
 
     #[test]

@@ -1,5 +1,5 @@
-//! The way out: what has connections only counted, so that every application connects to as it would without
-//! nohop.
+//! Shadow mode, the kill switch: connections are only counted, and every application connects as it
+//! would without nohop.
 
 use std::io;
 use std::path::PathBuf;
@@ -39,7 +39,7 @@ impl OffFile {
         let (out, mut seen) = watch::channel(None);
         let work = move || {
             while !out.is_closed() {
-                // Where it can't be told, what was seen last counts.
+                // If it can't be read, the last state applies.
                 if let Some(is_there) = look() {
                     out.send_if_modified(|seen| seen.replace(is_there) != Some(is_there));
                 }
@@ -70,12 +70,12 @@ fn path(config: &Config) -> PathBuf {
     config.state_dir.join("off")
 }
 
-/// All that can say that nothing is to be translated, but for the source. One of them is enough.
+/// All reasons for shadow mode except the source's. One of them is enough.
 #[derive(Debug)]
 pub struct ShadowSwitch {
     /// `--shadow`
     is_configured: bool,
-    /// The file that says so by being there.
+    /// The file that switches shadow mode on by its existence.
     file: PathBuf,
     is_file_there: bool,
     /// Whether an earlier daemon left it so, for a reason that the source may still have.
@@ -83,13 +83,13 @@ pub struct ShadowSwitch {
 }
 
 impl ShadowSwitch {
-    /// What the configuration says, and whether the file is there.
+    /// The configuration's value, and whether the file exists.
     pub fn new(config: &Config, is_file_there: bool) -> ShadowSwitch {
         let (file, is_configured) = (path(config), config.shadow);
         ShadowSwitch { is_configured, file, is_file_there, is_inherited: false }
     }
 
-    /// Takes what the configuration says now.
+    /// Takes the configuration's present value.
     pub fn configure(&mut self, shadow: bool) {
         self.is_configured = shadow;
     }
@@ -99,17 +99,17 @@ impl ShadowSwitch {
         self.is_file_there = is_there;
     }
 
-    /// Takes it that an earlier daemon left connections only counted, until the source was heard.
+    /// Keeps an earlier daemon's shadow mode until the source has answered.
     pub fn inherit(&mut self) {
         self.is_inherited = true;
     }
 
-    /// Takes it that the source was heard: what it says is all there is to its reasons.
+    /// Notes that the source has answered, which ends the earlier daemon's shadow mode.
     pub fn source_answered(&mut self) {
         self.is_inherited = false;
     }
 
-    /// What is to become of connections, by these reasons and by what the source says.
+    /// The mode, by these reasons and the source's.
     pub fn mode(&self, is_source_off: bool) -> Mode {
         let file = self.file.display();
         let reasons = [

@@ -1,4 +1,4 @@
-//! What the admin interface shows of a running daemon.
+//! The admin interface's view of a running daemon.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -43,7 +43,7 @@ pub struct DaemonView {
 
 impl View for DaemonView {
     fn status(&self) -> api::Status {
-        // First, since what is read after it may be newer: then it is asked for once more.
+        // First, since later reads may be newer: then the client requests once more.
         let revision = self.at.borrow().revision;
         let table = self.table.borrow().clone();
         let hooks = self.datapath.hooks();
@@ -109,7 +109,11 @@ impl View for DaemonView {
                 upstreams: self.debug_client.upstreams().iter().map(upstream_status).collect(),
                 ..self.dns.clone()
             },
-            pool: api::PoolStatus { used: pool.used, quarantined: pool.resting, size: pool.size },
+            pool: api::PoolStatus {
+                used: pool.used,
+                quarantined: pool.quarantined,
+                size: pool.size,
+            },
             datapath: api::DatapathStatus {
                 attached: hooks.attached,
                 adopted: self.datapath.is_adopted(),
@@ -337,7 +341,7 @@ impl DaemonView {
         }
     }
 
-    /// What a connection would get, in a sentence.
+    /// The result of a connection, a sentence.
     fn connect(&self, name: &str, table: &Table) -> String {
         let fqdn = format!("{name}.{}", self.dns.domain);
         if !table.is_synced() {

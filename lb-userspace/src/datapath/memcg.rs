@@ -123,14 +123,29 @@ fn v1_mounts(mountinfo: &str) -> impl Iterator<Item = PathBuf> {
 }
 
 /// Creates and pins the maps that aren't pinned yet, each given with the path of its pin and its
-/// number of entries, so that they are charged to no memory cgroup. `program` has the hidden command.
+/// number of entries, so that they are charged to no memory cgroup. `program` has the hidden command;
+/// the directory `mark` exists while some are charged.
 ///
 /// # Errors
 /// When they are, or would be, charged to this process's memory cgroup; with the reason.
-pub fn create_uncharged(program: &Path, maps: &[(PathBuf, u32)]) -> Result<(), String> {
-    if maps.iter().all(|(path, _)| path.exists()) {
-        return Ok(());
+pub fn create_uncharged(
+    program: &Path,
+    maps: &[(PathBuf, u32)],
+    mark: &Path,
+) -> Result<(), String> {
+    let n_pinned = maps.iter().filter(|(path, _)| path.exists()).count();
+    if n_pinned == 0 {
+        // What was marked is gone.
+        let _ = std::fs::remove_dir(mark);
     }
+    if n_pinned < maps.len() {
+        // Without the mark only the next start reports less.
+        create_missing(program, maps).inspect_err(|_| drop(std::fs::create_dir(mark)))?;
+    }
+    if mark.exists() { Err("an earlier start created them".to_owned()) } else { Ok(()) }
+}
+
+fn create_missing(program: &Path, maps: &[(PathBuf, u32)]) -> Result<(), String> {
     let root = match Charge::find() {
         Charge::None => return Ok(()),
         Charge::Avoidable(root) => root,

@@ -108,10 +108,10 @@ fn open(
     let storages = socket_shapes().into_iter().map(|shape| (pins.sockets().join(shape.name), 0));
     let pinned: Vec<(PathBuf, u32)> = maps.chain(storages).collect();
     if let Some(program) = &options.map_creator
-        && let Err(reason) = memcg::create_uncharged(program, &pinned)
+        && let Err(reason) = memcg::create_uncharged(program, &pinned, &pins.charged())
     {
         let limit = Limit::Charged(reason);
-        if !features.limits.contains(&limit) {
+        if !features.limits.iter().any(|limit| matches!(limit, Limit::Charged(_))) {
             features.limits.push(limit);
         }
     }

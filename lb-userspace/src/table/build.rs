@@ -26,7 +26,7 @@ pub struct Builder {
     seen: Catalog,
     /// The services whose names aren't the table's (upper case, several labels), by the table's name.
     variants: BTreeMap<Arc<str>, BTreeSet<ServiceId>>,
-    /// What names that stand for addresses stand for.
+    /// The results of resolving host names.
     hosts: Arc<Hosts>,
     /// The names that each service's instances have for addresses, where they have some.
     hostnames: BTreeMap<Arc<str>, Vec<String>>,
@@ -36,7 +36,7 @@ pub struct Builder {
     revisit: BTreeSet<Arc<str>>,
     /// The names in lower case for which the pool has no address.
     exhausted: BTreeSet<Arc<str>>,
-    /// When these are tried again, should nothing give up an address until then.
+    /// When these are retried, unless an address becomes free before.
     retry_at: SystemTime,
     /// The services that the last call of `next` built.
     #[cfg(test)]
@@ -97,9 +97,9 @@ impl Builder {
         self.revisit.extend(self.seen.keys().map(folded));
     }
 
-    /// As [`Vips::forget`].
+    /// As [`Vips::expire`].
     pub fn forget_vips(&mut self, now: SystemTime) {
-        self.vips.forget(now);
+        self.vips.expire(now);
     }
 
     /// The VIPs.
@@ -108,7 +108,7 @@ impl Builder {
     }
 
     /// The table after `last`, which this builder made; `None` when nothing differs. What didn't change
-    /// is shared with `last`: a change costs what it changes, whatever else the catalog has.
+    /// is shared with `last`: the cost of a change doesn't depend on the size of the catalog.
     pub fn next(&mut self, last: &Table, catalog: &Catalog, now: SystemTime) -> Option<NextTable> {
         let assigned_before = self.vips.assigned();
         let seen = std::mem::replace(&mut self.seen, catalog.clone());
@@ -146,7 +146,7 @@ impl Builder {
             differs |= self.build(&mut table, &name, last, now);
         }
         if !last.is_synced() {
-            // What an earlier daemon had and this catalog hasn't.
+            // Names of an earlier daemon that aren't in this catalog.
             let names: Vec<_> = self.vips.in_use().cloned().collect();
             for name in names.iter().filter(|name| !table.services.contains_key(*name)) {
                 self.vips.release(name, now);
@@ -207,14 +207,14 @@ impl Builder {
         table.services.remove(name).is_some()
     }
 
-    /// What the catalog has of these, which are one service: all instances, each once.
+    /// The catalog's instances of these names, which are one service, each once.
     fn record(&self, ids: &[ServiceId]) -> ServiceRecord {
         let mut records: Vec<&ServiceRecord> =
             ids.iter().filter_map(|id| self.seen.get(id)).collect();
         if let [record] = records[..] {
             return record.clone();
         }
-        // What the source follows overrides what it knew of the same instance some time ago.
+        // A live record overrides a cold one of the same instance.
         records.sort_by_key(|record| record.watch == Watch::Live);
         let watch = records.last().map(|record| record.watch).unwrap_or_default();
         let instances = records.iter().flat_map(|record| record.instances());
@@ -418,7 +418,7 @@ mod tests {
             ("WEB", &[]),
             ("web", &["10.0.0.2", "10.0.0.3"]),
         ]);
-        // What is followed overrides what was known of the same instance.
+        // A live record overrides a cold one of the same instance.
         let mut known = instances(&both, "Web");
         known[1].health = HealthStatus::Out("it was critical".into());
         both.insert(id("Web"), ServiceRecord::new(known.into(), Watch::Cold));
@@ -470,7 +470,7 @@ mod tests {
         let without = catalog(&[("b", &[]), ("c", &[]), ("D", &[])]);
         let day = Duration::from_secs(24 * 60 * 60);
         let second = builder.next(&first, &without, NOW).unwrap().table;
-        assert_eq!(second.rejected.len(), 2, "it rests for a day");
+        assert_eq!(second.rejected.len(), 2, "it is in quarantine for a day");
         let third = builder.next(&second, &without, NOW + day).unwrap().table;
         assert_eq!((third.services.len(), third.rejected.len()), (2, 1));
     }

@@ -1,7 +1,7 @@
 //! The backends of a service, one for each address and port.
 //!
 //! Several agents may register one endpoint (each of them watches the same database, or a node came
-//! back under another name): a record for each would give it a share for each.
+//! back under another name): a record for each would multiply its share.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;

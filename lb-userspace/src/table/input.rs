@@ -8,10 +8,9 @@ use serde::{Deserialize, Serialize};
 use super::ServiceMeta;
 use crate::ordmap::OrdMap;
 
-/// All that the sources report: what is known of each service.
+/// All that the sources report: each service's record.
 ///
-/// A service whose instances are all unfit is there, with its instances; one that isn't tagged any more
-/// is not.
+/// It has services whose instances are all unfit, and none that isn't tagged any more.
 pub type Catalog = OrdMap<ServiceId, ServiceRecord>;
 
 /// Which service a source reports: the identity that stays while everything else about it changes.
@@ -51,11 +50,10 @@ impl std::ops::Index<&str> for Catalog {
     }
 }
 
-/// What a source reports of one service.
+/// A source's record of one service.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ServiceRecord {
-    /// Its instances by where they come from, in the order in which they are to be used; at least one
-    /// group.
+    /// Its instances in groups, in the order of use; at least one group.
     pub groups: Arc<[InstanceGroup]>,
     /// Whether the source follows them.
     pub watch: Watch,
@@ -66,8 +64,7 @@ pub struct ServiceRecord {
 pub struct InstanceGroup {
     /// The datacenter or namespace; `None` for what a source asks about by itself.
     pub origin: Option<Arc<str>>,
-    /// The instances, fit or not. What didn't change is the same allocation from one catalog to the
-    /// next.
+    /// The instances, fit or not. Unchanged ones are the same allocation from one catalog to the next.
     pub instances: Arc<[Instance]>,
 }
 
@@ -90,8 +87,8 @@ pub enum Watch {
     /// Every change arrives.
     #[default]
     Live,
-    /// Nobody here used it lately, so what is known of it may be old, or nothing: a lookup or a connection
-    /// makes it live.
+    /// It wasn't used here lately, so its record may be old or empty: a lookup or a connection makes it
+    /// live.
     Cold,
 }
 
@@ -113,7 +110,7 @@ pub struct Instance {
     pub weight: i64,
     /// Whether the instance runs on this node, so that its loopback address is this host's.
     pub local: bool,
-    /// What tells its node from others of the same name.
+    /// Distinguishes its node from others of the same name.
     #[serde(default, rename = "home")]
     pub node_identity: NodeIdentity,
     /// Its node's own address, where it is known: where that is on a bridge of this host, so is the
@@ -126,12 +123,12 @@ pub struct Instance {
     /// Whether the source's own rules let it serve.
     #[serde(rename = "standing")]
     pub health: HealthStatus,
-    /// What it declares about the service as a whole.
+    /// Its declarations about the service as a whole.
     #[serde(rename = "says")]
     pub meta: ServiceMeta,
 }
 
-/// What tells nodes of one name apart: checksums of the node's id, its datacenter and its admin
+/// Distinguishes nodes of one name: checksums of the node's id, its datacenter and its admin
 /// partition, since the texts would take more memory than the rest of an instance.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct NodeIdentity {

@@ -8,11 +8,11 @@ use serde::{Deserialize, Serialize};
 
 use super::{Instance, Ports, Protocols};
 
-/// What an instance declares about its service, as unparsed text. A source leaves it empty for what has
-/// the service's name and isn't the service: an instance without the tag, or a sidecar proxy.
+/// An instance's declarations about its service, as unparsed text. A source leaves them empty for an
+/// instance without the tag and for a sidecar proxy, which have the service's name.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct ServiceMeta {
-    /// The ports it is connected to at, such as `80,5432` or `any`.
+    /// The service's ports, such as `80,5432` or `any`.
     pub ports: Option<String>,
     /// The protocols it is connected to with: `tcp`, `udp` or `both`.
     pub protocol: Option<String>,

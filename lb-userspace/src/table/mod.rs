@@ -2,7 +2,7 @@
 //!
 //! It knows neither Consul nor maps nor DNS. [`Builder`] turns a catalog into the next table: it
 //! validates each instance, gives each name its VIP, and shares what didn't change with the table
-//! before. What is observed of a service (errors, ejections) stands beside the table, never in it.
+//! before. Observations of a service (errors, ejections) are kept apart from the table.
 
 mod build;
 mod endpoints;
@@ -67,7 +67,7 @@ pub struct Service {
     pub backends: Vec<Backend>,
     /// The instances that are out, each with the reason.
     pub excluded: Vec<Excluded>,
-    /// What is odd about what its instances say of it, a sentence each.
+    /// Contradictions among its instances' declarations, a sentence each.
     pub notes: Vec<String>,
     /// Whether the source follows its instances.
     pub watch: Watch,
@@ -103,9 +103,9 @@ pub struct Backend {
     pub node: String,
     /// The instance's name, unique within its node.
     pub id: String,
-    /// The share of new connections it gets, beside the other weights of the service: 1..=65535.
+    /// Its share of new connections, relative to the service's other weights: 1..=65535.
     pub weight: u16,
-    /// What may be done with it.
+    /// Its state.
     pub state: BackendState,
     /// Why it is in this state, where that isn't plain.
     pub reason: Option<String>,
@@ -114,7 +114,7 @@ pub struct Backend {
     pub host_only: bool,
 }
 
-/// What may be done with a backend.
+/// The state of a backend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum BackendState {

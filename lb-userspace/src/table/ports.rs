@@ -45,7 +45,7 @@ impl fmt::Display for Ports {
 impl FromStr for Ports {
     type Err = String;
 
-    /// Blanks don't count. What is wrong is said with the fix.
+    /// Ignores blanks. Errors name the fix.
     fn from_str(text: &str) -> Result<Ports, String> {
         if text.trim() == "any" {
             return Ok(Ports::Any);
@@ -136,7 +136,7 @@ impl fmt::Display for Protocols {
 impl FromStr for Protocols {
     type Err = String;
 
-    /// Blanks around it don't count. What is wrong is said with the fix.
+    /// Ignores blanks around it. Errors name the fix.
     fn from_str(text: &str) -> Result<Protocols, String> {
         match text.trim() {
             "tcp" => Ok(Protocols::Tcp),

@@ -1,4 +1,4 @@
-//! Instances whose address is a name: what the names stand for, as data.
+//! Instances whose address is a host name: the resolved addresses, as data.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -8,7 +8,7 @@ use ipnet::IpNet;
 use super::Instance;
 use crate::dns_name;
 
-/// What names among the instances' addresses stand for, and what addresses mean on this host.
+/// The addresses of host names among the instances, and this host's bridges.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Hosts {
     /// The names, as far as they are known. One that isn't in it was not looked up yet.
@@ -17,15 +17,15 @@ pub struct Hosts {
     pub bridges: Vec<Bridge>,
 }
 
-/// What a name stands for.
+/// The result of resolving a name.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Host {
     /// This address.
     At {
         /// The address.
         address: IpAddr,
-        /// Whether the name has had others beside it. How many isn't kept: many resolvers give a few
-        /// of many at random, and a number that changes would change the service.
+        /// Whether the name has had other addresses. Their number isn't kept: many resolvers return a few
+        /// of many at random, and a changing number would change the service.
         is_one_of_many: bool,
     },
     /// None, for this reason.
@@ -84,8 +84,7 @@ impl Hosts {
 
 impl Instance {
     /// The address, where it is a host's name: in lower case, labels of letters, digits, `-` and
-    /// `_`. One whose last label is a number isn't: resolvers take such for a spelling of an
-    /// address.
+    /// `_`. One whose last label is a number isn't a name: resolvers read it as an address.
     pub fn hostname(&self) -> Option<String> {
         let name = self.address.strip_suffix('.').unwrap_or(&self.address);
         let ends_in_number = |name: &str| {

@@ -1,4 +1,4 @@
-//! What can be routed to: one instance in, one verdict out.
+//! Validation of instances: one instance in, one backend or reason out.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -15,7 +15,7 @@ pub enum Validation {
     Out(Excluded),
 }
 
-/// Judges one instance. `pools` is where VIPs come from, and `hosts` what names stand for.
+/// Validates one instance. `pools` are the pools of VIPs, and `hosts` the resolved host names.
 pub fn validate(instance: &Instance, pools: &Pools, hosts: &Hosts) -> Validation {
     let shown_address = if instance.address.contains(':') && !instance.address.starts_with('[') {
         format!("[{}]:{}", instance.address, instance.port)
@@ -82,7 +82,7 @@ fn route(
     Ok((SocketAddr::new(address, port), note))
 }
 
-/// How this node's own instances come to be known as such.
+/// How nohop recognizes this node's own instances.
 const WHICH_NODE: &str = "; where it is this node's, nohop has to ask this host's own agent, with \
                           agent:read";
 
@@ -121,8 +121,8 @@ fn misleads(address: IpAddr, instance: &Instance) -> Option<String> {
     }
 }
 
-/// Whether a connection to the instance can be tried, as far as its own record says: its port is
-/// one, and its address leads to it from here.
+/// Whether a connection to the instance can be tried, by its own record: its port is valid, and its
+/// address reaches it from here.
 pub fn may_be_reached(instance: &Instance) -> bool {
     let has_port = (1..=i64::from(u16::MAX)).contains(&instance.port);
     has_port
@@ -132,7 +132,7 @@ pub fn may_be_reached(instance: &Instance) -> bool {
         }
 }
 
-/// The weight as it counts, and a note where that differs from what was given.
+/// The effective weight, and a note if it differs from the given one.
 fn weight(given: i64) -> (u16, Option<String>) {
     match u16::try_from(given) {
         Ok(weight) if weight > 0 => (weight, None),
@@ -352,10 +352,10 @@ mod tests {
     fn nodes_on_a_bridge_of_this_host_are_reached_there() {
         // (the node's own address, the instance's, whether it can be reached)
         for (node, address, expected) in [
-            // An agent in a container, whose services are in containers beside it.
+            // An agent in a container, whose services are in other containers of the host.
             (Some("172.17.0.2"), "172.17.0.3", true),
             (Some("172.17.0.2"), "172.17.0.2", true),
-            // A guest that is a node of its own, by either family.
+            // A guest that is another node, by either family.
             (Some("192.168.122.50"), "192.168.122.50", true),
             (Some("192.168.122.50"), "::ffff:192.168.122.51", true),
             (Some("192.168.122.50"), "fd22::50", true),

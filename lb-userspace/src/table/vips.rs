@@ -15,34 +15,33 @@ use serde::{Deserialize, Serialize};
 use crate::config::VipConfig;
 use crate::ordmap::OrdMap;
 
-/// How long an address that a name gave up goes to no other name.
+/// How long a released address is in quarantine, and goes to no other name.
 pub const COOL_DOWN: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// How long a name that gave its address up is kept: many times what a service is away for, so that one
 /// that comes back has the address that it had.
 const RETENTION: Duration = Duration::from_secs(30 * 24 * 60 * 60);
 
-/// The most names that gave their addresses up and are kept, those of the last [`COOL_DOWN`] not among
-/// them: else a site that makes up thousands of names a day would have a file of megabytes, which is
-/// written as a whole for each new name.
+/// The most names that are kept after their quarantine: otherwise a site with thousands of new names a
+/// day would have a file of megabytes, which is written as a whole for each new name.
 const MAX_RELEASED: usize = 16_384;
 
 /// Why a name has no address.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error("the VIP pool {pool} has no address left{}: set a larger vip.pool", rests(*n_resting, *free_in))]
+#[error("the VIP pool {pool} has no address left{}: set a larger vip.pool", quarantine_note(*n_quarantined, *free_in))]
 pub struct PoolExhausted {
     pool: Ipv4Net,
-    /// The addresses that names gave up less than [`COOL_DOWN`] ago.
-    n_resting: usize,
+    /// The addresses released less than [`COOL_DOWN`] ago.
+    n_quarantined: usize,
     /// When the first of them can go to another name.
     free_in: Duration,
 }
 
-/// Which addresses rest, to the hour: whoever compares messages sees few changes.
-fn rests(n_resting: usize, free_in: Duration) -> String {
-    match (n_resting, free_in.as_secs().div_ceil(60 * 60)) {
+/// The addresses in quarantine, to the hour, so that the message rarely changes.
+fn quarantine_note(n_quarantined: usize, free_in: Duration) -> String {
+    match (n_quarantined, free_in.as_secs().div_ceil(60 * 60)) {
         (0, _) => String::new(),
-        (n, n_hours) => format!(", {n} rest, and the next comes free within {n_hours} h"),
+        (n, n_hours) => format!(", {n} in quarantine, the next is free within {n_hours} h"),
     }
 }
 
@@ -64,7 +63,7 @@ impl VipSnapshot {
     }
 }
 
-/// Where VIPs come from.
+/// The pools of VIPs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Pools {
     /// The IPv4 ones.
@@ -101,8 +100,8 @@ pub struct Vip {
 pub struct PoolUse {
     /// Those of names in use.
     pub used: usize,
-    /// Those that a name gave up less than [`COOL_DOWN`] ago.
-    pub resting: usize,
+    /// Those released less than [`COOL_DOWN`] ago.
+    pub quarantined: usize,
     /// All that there are for names.
     pub size: usize,
 }
@@ -110,11 +109,11 @@ pub struct PoolUse {
 impl PoolUse {
     /// Those that a new name could have.
     pub fn free(&self) -> usize {
-        self.size.saturating_sub(self.used + self.resting)
+        self.size.saturating_sub(self.used + self.quarantined)
     }
 }
 
-/// What is recorded of a name.
+/// A name's record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Entry {
     vip: Ipv4Addr,
@@ -126,8 +125,8 @@ struct Entry {
     released: Option<SystemTime>,
 }
 
-/// The entries in a file's text. A later version, which this one was started over, may have other
-/// keys beside them, or all of them below a key `names`: what isn't an entry is ignored.
+/// The entries in a file's text. A later version's file may have further keys, or all entries below a
+/// key `names`: anything else is ignored.
 fn entries(text: &[u8]) -> Result<BTreeMap<Arc<str>, Entry>, serde_json::Error> {
     use serde_json::{Value, from_slice, from_value};
     let problem = match from_slice(text) {
@@ -168,8 +167,7 @@ impl Vips {
         Vips { version: 1, ..Vips::new(pools) }
     }
 
-    /// What a file of an earlier run has, with version 0. Addresses that aren't in their pool any more are
-    /// dropped.
+    /// Reads a file of an earlier run, as version 0. Addresses outside their pool are dropped.
     ///
     /// # Errors
     /// The text's problem.
@@ -212,7 +210,7 @@ impl Vips {
         }
     }
 
-    /// What is to be recorded.
+    /// The text to be recorded.
     pub fn snapshot(&self) -> VipSnapshot {
         VipSnapshot { version: self.version, names: self.names.clone() }
     }
@@ -223,7 +221,7 @@ impl Vips {
     }
 
     /// The version that last assigned an address to a name: it has to be recorded before that address is
-    /// given out. What was only released, or taken up again, can wait.
+    /// given out. Releases, and names that come back, can wait.
     pub fn assigned(&self) -> u64 {
         self.assigned
     }
@@ -261,7 +259,7 @@ impl Vips {
             |released| COOL_DOWN.saturating_sub(now.duration_since(released).unwrap_or_default());
         PoolExhausted {
             pool: self.pools.v4,
-            n_resting: released.clone().count(),
+            n_quarantined: released.clone().count(),
             free_in: released.map(free_in).min().unwrap_or_default(),
         }
     }
@@ -275,10 +273,10 @@ impl Vips {
         }
     }
 
-    /// Forgets the names that gave their addresses up longer ago than [`RETENTION`], and of those
-    /// that did longer ago than [`COOL_DOWN`] all but the last [`MAX_RELEASED`]; else a site that makes up
-    /// new names would have a file that only grows.
-    pub fn forget(&mut self, now: SystemTime) {
+    /// Removes the names released longer ago than [`RETENTION`], and of those released longer ago than
+    /// [`COOL_DOWN`] all but the last [`MAX_RELEASED`]; otherwise new names would make the file grow
+    /// without end.
+    pub fn expire(&mut self, now: SystemTime) {
         let since = |released: SystemTime| now.duration_since(released).unwrap_or_default();
         let mut ages: Vec<Duration> =
             self.names.values().filter_map(|entry| entry.released.map(since)).collect();
@@ -309,7 +307,7 @@ impl Vips {
             match entry.released {
                 None => pool.used += 1,
                 Some(released) if is_rested(released, now) => {}
-                Some(_) => pool.resting += 1,
+                Some(_) => pool.quarantined += 1,
             }
         }
         pool
@@ -358,8 +356,7 @@ impl Vips {
         addresses.find(|&address| !self.holders.contains_key(&address.into()))
     }
 
-    /// Takes the IPv4 address that was given up longest ago, if that is long enough; its name is
-    /// forgotten.
+    /// Takes the IPv4 address that was released first, if its quarantine is over, and removes its name.
     fn reclaim_v4(&mut self, now: SystemTime) -> Option<Ipv4Addr> {
         let name = self.rested(now, |_| true)?;
         let Entry { vip, vip6, .. } = self.names.remove(&name)?;
@@ -368,7 +365,7 @@ impl Vips {
         Some(vip)
     }
 
-    /// Takes the IPv6 address that was given up longest ago, if that is long enough.
+    /// Takes the IPv6 address that was released first, if its quarantine is over.
     fn reclaim_v6(&mut self, now: SystemTime) -> Option<Ipv6Addr> {
         let name = self.rested(now, |entry| entry.vip6.is_some())?;
         let entry = *self.names.get(&name)?;
@@ -377,8 +374,7 @@ impl Vips {
         entry.vip6
     }
 
-    /// The name that gave up its addresses longest ago, among those that fit, if that is long
-    /// enough.
+    /// The name that released its addresses first, among those that fit, if their quarantine is over.
     fn rested(&self, now: SystemTime, fits: impl Fn(&Entry) -> bool) -> Option<Arc<str>> {
         let fitting = self.names.iter().filter(|(_, entry)| fits(entry));
         let given_up = fitting.filter_map(|(name, entry)| Some((entry.released?, name)));
@@ -387,13 +383,13 @@ impl Vips {
     }
 }
 
-/// Whether what was given up at `released` may go to another name.
+/// Whether an address released at `released` may go to another name.
 fn is_rested(released: SystemTime, now: SystemTime) -> bool {
     now.duration_since(released).unwrap_or_default() >= COOL_DOWN
 }
 
-/// How many addresses a pool with so many bits of its own has for names, 64 at most: the pool's own
-/// address and its last one, for IPv4 its broadcast address, go to nobody.
+/// How many addresses a pool with this many host bits has for names, 64 bits at most: the first address
+/// and the last one, for IPv4 the broadcast address, aren't assigned.
 fn n_usable(n_bits: u8) -> u64 {
     u64::try_from((1_u128 << n_bits).saturating_sub(2)).unwrap_or(u64::MAX)
 }
@@ -447,12 +443,18 @@ mod tests {
         let second = vips.assign(&name("b"), EPOCH).unwrap();
         assert_ne!(first, second);
         assert!(vips.assign(&name("c"), EPOCH).is_err());
-        assert_eq!(vips.pool_use(EPOCH), PoolUse { used: 2, resting: 0, size: 2 });
+        assert_eq!(vips.pool_use(EPOCH), PoolUse { used: 2, quarantined: 0, size: 2 });
         vips.release("a", EPOCH);
-        assert_eq!(vips.pool_use(EPOCH + COOL_DOWN / 2), PoolUse { used: 1, resting: 1, size: 2 });
+        assert_eq!(
+            vips.pool_use(EPOCH + COOL_DOWN / 2),
+            PoolUse { used: 1, quarantined: 1, size: 2 }
+        );
         assert_eq!(vips.pool_use(EPOCH + COOL_DOWN).free(), 1);
         let refused = vips.assign(&name("c"), EPOCH + COOL_DOWN / 2).unwrap_err().to_string();
-        assert!(refused.contains("left, 1 rest, and the next comes free within 12 h"), "{refused}");
+        assert!(
+            refused.contains("left, 1 in quarantine, the next is free within 12 h"),
+            "{refused}"
+        );
         assert_eq!(vips.assign(&name("c"), EPOCH + COOL_DOWN), Ok(first));
         assert!(vips.assign(&name("a"), EPOCH + COOL_DOWN).is_err());
     }
@@ -464,9 +466,9 @@ mod tests {
         vips.assign(&name("b"), EPOCH).unwrap();
         vips.release("a", EPOCH);
         let version = vips.version();
-        vips.forget(EPOCH + RETENTION - COOL_DOWN / 24);
+        vips.expire(EPOCH + RETENTION - COOL_DOWN / 24);
         assert_eq!((vips.names.len(), vips.version()), (2, version));
-        vips.forget(EPOCH + RETENTION);
+        vips.expire(EPOCH + RETENTION);
         assert_eq!((vips.names.len(), vips.version()), (1, version + 1));
         assert_eq!(vips.holders.len(), 2, "b has its addresses");
         vips.assign(&name("c"), EPOCH + RETENTION).unwrap();
@@ -556,9 +558,9 @@ mod tests {
             vips.release(&each, EPOCH + second * nth);
         }
         let last = EPOCH + second * (MAX_RELEASED as u32 + 99);
-        vips.forget(last);
+        vips.expire(last);
         assert_eq!(vips.names.len(), MAX_RELEASED + 100, "none has rested for a day");
-        vips.forget(last + COOL_DOWN);
+        vips.expire(last + COOL_DOWN);
         assert_eq!(vips.names.len(), MAX_RELEASED);
         assert!(!vips.names.contains_key("preview-99") && vips.names.contains_key("preview-100"));
         assert_eq!(vips.holders.len(), MAX_RELEASED);

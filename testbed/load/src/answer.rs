@@ -36,7 +36,7 @@ struct Head {
     keep_alive: bool,
     /// Length with the empty line, in bytes.
     n_head: usize,
-    /// Length of the body in bytes; without it the body goes on until the connection ends.
+    /// Length of the body in bytes; without it the body lasts until the connection ends.
     n_body: Option<u64>,
 }
 

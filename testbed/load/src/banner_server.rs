@@ -8,13 +8,13 @@ use clap::Args;
 use rustix::net::sockopt::set_socket_reuseaddr;
 use rustix::net::{self, SocketFlags, SocketType};
 
-use crate::say_listening;
+use crate::print_address;
 use crate::stream::family;
 
 /// Connections that may wait; the kernel lowers it to net.core.somaxconn.
 const BACKLOG: i32 = 65_535;
 
-/// Asked for on the command line.
+/// The arguments of this command.
 #[derive(Args, Clone, Debug)]
 pub struct Greet {
     /// Where to listen
@@ -32,7 +32,7 @@ impl Greet {
     /// When it can't listen there.
     pub fn run(&self) -> anyhow::Result<()> {
         let listener = listen(self.address)?;
-        say_listening(listener.local_addr()?);
+        print_address(listener.local_addr()?);
         thread::scope(|scope| {
             for _ in 1..self.threads {
                 scope.spawn(|| serve(&listener));
@@ -55,7 +55,7 @@ pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     Ok(socket.into())
 }
 
-/// Writes a byte to whoever comes, and hangs up.
+/// Writes a byte to each client, and hangs up.
 pub fn serve(listener: &TcpListener) {
     loop {
         // A client that breaks off is its own affair.

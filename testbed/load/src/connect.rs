@@ -18,7 +18,7 @@ use crate::stream::family;
 /// How long a connect, and the first byte, may take.
 const PATIENCE: Duration = Duration::from_secs(3);
 
-/// Asked for on the command line.
+/// The arguments of this command.
 #[derive(Args, Clone, Debug)]
 pub struct Connect {
     /// Whom to connect to: an address, or a file with one on each line
@@ -32,7 +32,7 @@ pub struct Connect {
     pub stride: u64,
 }
 
-/// Whom to connect to; never nobody.
+/// Where to connect to; one address at least.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Targets(Vec<SocketAddr>);
 
@@ -108,7 +108,7 @@ fn connect_once(address: SocketAddr) -> Result<Times, Name> {
     }
     let began_ns = now_ns();
     net::connect(&socket, &address).map_err(|errno| match errno {
-        // So a blocking connect says that its time is over.
+        // A blocking connect reports a timeout so.
         Errno::INPROGRESS => errors::TIMEOUT,
         _ => errors::of_errno(errno),
     })?;
@@ -143,10 +143,10 @@ mod tests {
         let greeter = listener.local_addr().unwrap();
         thread::spawn(move || banner_server::serve(&listener));
         let silent = TcpListener::bind("127.0.0.1:0").unwrap();
-        let nobody = silent.local_addr().unwrap();
+        let no_server = silent.local_addr().unwrap();
         drop(silent);
         // Of three lines each second one, and from the start again: 0 2 1 0 2 1.
-        let targets = Targets(vec![greeter, greeter, nobody]);
+        let targets = Targets(vec![greeter, greeter, no_server]);
         let report = Connect { targets, times: 6, stride: 2 }.run().unwrap();
         assert_eq!(report["times"], 6);
         assert_eq!(report["failed"]["refused"], 2, "{report}");

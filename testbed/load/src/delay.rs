@@ -12,10 +12,10 @@ use rustix::net::{RecvFlags, SendFlags, Shutdown, SocketFlags, accept_with, recv
 
 use crate::clock::now_ns;
 use crate::epoll::{ENDED, Poller, STREAM};
-use crate::say_listening;
+use crate::print_address;
 use crate::{banner_server, stream};
 
-/// The most that waits in one direction of a connection, in bytes. What is beyond stays in the kernel.
+/// The most bytes that wait in one direction of a connection. Further ones stay in the kernel.
 const MAX_WAITING: usize = 4 * 1024 * 1024;
 
 /// Connections accepted between two looks at the others.
@@ -24,7 +24,7 @@ const N_BURST: usize = 64;
 /// The token of the listener; a pair's tokens are twice its place, and one more for the server.
 const LISTENER: u64 = u64::MAX;
 
-/// Asked for on the command line.
+/// The arguments of this command.
 #[derive(Args, Clone, Debug)]
 pub struct Delay {
     /// Where to listen
@@ -45,7 +45,7 @@ impl Delay {
     /// When it can't listen there.
     pub fn run(&self) -> anyhow::Result<()> {
         let listener = banner_server::listen(self.address)?;
-        say_listening(listener.local_addr()?);
+        print_address(listener.local_addr()?);
         serve(listener, self.backend, self.delay_us * 1000)
     }
 }
@@ -82,7 +82,7 @@ struct Proxy {
     /// Places in `pairs` that are free.
     vacant: Vec<usize>,
     /// When something of which pair may be forwarded, in order, since all wait for equally long. One
-    /// that outlives its pair makes another one look once in vain.
+    /// that outlives its pair makes another one check once without a result.
     timers: VecDeque<(u64, usize)>,
     buffer: Vec<u8>,
 }
@@ -119,11 +119,11 @@ impl Proxy {
     fn turn(&mut self) -> anyhow::Result<()> {
         let release_ns = self.timers.front().map(|(release_ns, _)| *release_ns);
         let timeout_ns = release_ns.map(|release_ns| release_ns.saturating_sub(now_ns()));
-        let mut is_asked = false;
+        let mut is_requested = false;
         for event_idx in 0..self.poller.wait(timeout_ns)? {
             let (token, flags) = self.poller.event(event_idx);
             if token == LISTENER {
-                is_asked = true;
+                is_requested = true;
                 continue;
             }
             let pair_idx = (token / 2) as usize;
@@ -141,7 +141,7 @@ impl Proxy {
             self.timers.pop_front();
             self.pump(pair_idx);
         }
-        if is_asked {
+        if is_requested {
             for _ in 0..N_BURST {
                 let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
                 // A client that breaks off is its own affair.
@@ -202,7 +202,7 @@ impl Side {
         }
         match recv(&self.socket, &mut *buffer, RecvFlags::empty()) {
             Ok((n_received, _)) => {
-                // Once it has ended, no further event tells of more.
+                // Once it has ended, there is no further event.
                 self.is_readable = n_received == buffer.len() || self.has_ended;
                 Ok(Some(n_received))
             }
@@ -323,13 +323,13 @@ mod tests {
         let mut streams = [(); 8].map(|()| TcpStream::connect(address).unwrap());
         let start = Instant::now();
         for _ in 0..3 {
-            let asked = Instant::now();
+            let sent = Instant::now();
             streams.iter_mut().for_each(|stream| stream.write_all(b"ping").unwrap());
             for stream in &mut streams {
                 let mut answer = [0; 4];
                 stream.read_exact(&mut answer).unwrap();
                 assert_eq!(&answer, b"ping");
-                assert!(asked.elapsed() >= DELAY, "{:?}", asked.elapsed());
+                assert!(sent.elapsed() >= DELAY, "{:?}", sent.elapsed());
             }
         }
         // They don't wait for each other: 24 requests, but three waits.
@@ -345,12 +345,12 @@ mod tests {
             stream.write_all(&all).unwrap();
         });
         let mut stream = TcpStream::connect(address).unwrap();
-        let asked: Vec<u8> = (0..1_000_000).map(|n| n as u8).collect();
-        stream.write_all(&asked).unwrap();
+        let sent: Vec<u8> = (0..1_000_000).map(|n| n as u8).collect();
+        stream.write_all(&sent).unwrap();
         stream.shutdown(std::net::Shutdown::Write).unwrap();
         let mut answer = Vec::new();
         stream.read_to_end(&mut answer).unwrap();
-        assert!(answer == asked, "{} bytes of {}", answer.len(), asked.len());
+        assert!(answer == sent, "{} bytes of {}", answer.len(), sent.len());
     }
 
     #[test]

@@ -4,10 +4,10 @@ use std::net::{SocketAddr, UdpSocket};
 
 use clap::Args;
 
-use crate::say_listening;
+use crate::print_address;
 use crate::udp;
 
-/// Asked for on the command line.
+/// The arguments of this command.
 #[derive(Args, Clone, Debug)]
 pub struct Echo {
     /// Where to listen
@@ -26,7 +26,7 @@ impl Echo {
     pub fn run(&self) -> anyhow::Result<()> {
         let socket = UdpSocket::bind(self.address)?;
         udp::widen(&socket);
-        say_listening(socket.local_addr()?);
+        print_address(socket.local_addr()?);
         let prefix = self.name.as_ref().map(|name| format!("{name} ")).unwrap_or_default();
         serve(&socket, prefix.as_bytes());
         Ok(())

@@ -17,7 +17,7 @@ const N_EVENTS: usize = 256;
 pub const STREAM: EventFlags =
     EventFlags::IN.union(EventFlags::OUT).union(EventFlags::RDHUP).union(EventFlags::ET);
 
-/// What says that the other side is done with a stream, or that the stream broke.
+/// The events of a stream that the other side closed or that broke.
 pub const ENDED: EventFlags = EventFlags::RDHUP.union(EventFlags::HUP).union(EventFlags::ERR);
 
 /// An epoll instance and the events of its last wait.

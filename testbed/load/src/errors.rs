@@ -51,7 +51,7 @@ pub fn of_status(status: u16) -> Name {
     format!("status_{status:03}").into()
 }
 
-/// The name of what the kernel says.
+/// The name of a kernel error.
 pub fn of_errno(errno: Errno) -> Name {
     let name = match errno {
         Errno::CONNREFUSED => "refused",
@@ -77,7 +77,7 @@ pub fn of_errno(errno: Errno) -> Name {
     name.into()
 }
 
-/// The name of what the standard library says.
+/// The name of an error of the standard library.
 pub fn of_error(error: &io::Error) -> Name {
     // A blocking socket reports with these that its timeout passed.
     match error.kind() {

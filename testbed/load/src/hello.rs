@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use clap::Args;
 
-use crate::say_listening;
+use crate::print_address;
 
 /// Connections served at once; the others wait in the backlog.
 const N_THREADS: usize = 64;
@@ -18,7 +18,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// The longest head of a request, in bytes.
 const MAX_HEAD: u64 = 16 * 1024;
 
-/// Asked for on the command line.
+/// The arguments of this command.
 #[derive(Args, Clone, Debug)]
 pub struct Hello {
     /// Where to listen
@@ -36,7 +36,7 @@ impl Hello {
     /// When it can't listen there.
     pub fn run(&self) -> anyhow::Result<()> {
         let listener = TcpListener::bind(self.address)?;
-        say_listening(listener.local_addr()?);
+        print_address(listener.local_addr()?);
         thread::scope(|scope| {
             for _ in 0..N_THREADS {
                 scope.spawn(|| {

@@ -4,10 +4,10 @@ use anyhow::Context;
 use hdrhistogram::Histogram;
 use serde_json::{Map, Value};
 
-/// The longest that is told apart, in nanoseconds: a minute.
+/// The longest distinguished latency, in nanoseconds: a minute.
 const MOST_NS: u64 = 60_000_000_000;
 
-/// Decimal digits that are told apart.
+/// Decimal digits that are distinguished.
 const DIGITS: u8 = 3;
 
 /// Times, kept in nanoseconds with three digits, up to a minute.

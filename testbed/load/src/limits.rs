@@ -9,12 +9,12 @@ pub fn rate(text: &str) -> Result<f64, String> {
     number(text, 0.001..=10_000_000.0, "requests a second")
 }
 
-/// How long it goes on.
+/// How long it runs.
 pub fn seconds(text: &str) -> Result<f64, String> {
     number(text, 0.001..=3600.0, "seconds")
 }
 
-/// What an HTTP request asks for.
+/// The target of an HTTP request.
 pub fn path(text: &str) -> Result<String, String> {
     let is_plain = text.bytes().all(|byte| byte.is_ascii_graphic());
     if text.starts_with('/') && is_plain && text.len() <= 4096 {
@@ -32,7 +32,7 @@ fn number(text: &str, range: RangeInclusive<f64>, unit: &str) -> Result<f64, Str
 /// Allows as many open files as the machine lets this process have.
 pub fn raise_files() {
     let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
-    // Where it isn't allowed, sockets fail with EMFILE, and the report says so.
+    // If it isn't allowed, sockets fail with EMFILE, which the report has.
     let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
 }
 

@@ -43,7 +43,7 @@ enum Command {
     Http(http::Http),
     /// Connects one after another, and what each step of them takes
     Connect(connect::Connect),
-    /// Serves: writes a byte to whoever connects, and hangs up
+    /// Serves: writes a byte to each client, and hangs up
     Greet(banner_server::Greet),
     /// Serves: sends each datagram back, after its name if it has one
     Echo(echo::Echo),
@@ -88,8 +88,8 @@ fn report(report: &Value) -> anyhow::Result<()> {
     Ok(writeln!(io::stdout(), "{report}")?)
 }
 
-/// Tells whoever started this server where it is. Standard output may be closed: it serves anyway.
-fn say_listening(address: SocketAddr) {
+/// Prints the server's address for its parent. Standard output may be closed: it serves anyway.
+fn print_address(address: SocketAddr) {
     let mut out = io::stdout();
     let _ = writeln!(out, "listening on {address}").and_then(|()| out.flush());
 }

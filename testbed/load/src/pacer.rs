@@ -2,7 +2,7 @@
 
 use crate::clock::SECOND_NS;
 
-/// Requests due at a fixed rate from a common start. What is due and not taken waits, and keeps the
+/// Requests due at a fixed rate from a common start. A due request that isn't taken waits, and keeps the
 /// moment at which it was due: that is what corrects for coordinated omission.
 #[derive(Clone, Debug)]
 pub struct Schedule {

@@ -29,7 +29,7 @@ const PATIENCE_NS: u64 = SECOND_NS;
 /// A name that hasn't answered for so long is silent.
 const SILENT_NS: u64 = 300 * MILLISECOND_NS;
 
-/// How long a line may be in memory only. Half of what is promised, since a wait may be late.
+/// How long a line may be in memory only. Half of the promised time, since a wait may be late.
 const FLUSH_NS: u64 = 25 * MILLISECOND_NS;
 
 /// The longest wait between two looks at what else is due.
@@ -37,7 +37,7 @@ const SLICE_NS: u64 = 10 * MILLISECOND_NS;
 
 const REQUEST: &[u8] = b"GET / HTTP/1.0\r\n\r\n";
 
-/// Asked for on the command line.
+/// The arguments of this command.
 #[derive(Args, Clone, Debug)]
 pub struct Probe {
     /// Whom to connect to
@@ -75,7 +75,7 @@ impl Probe {
             prober.sleep_until(due_ns)?;
             prober.connect(self.address)?;
             n_connects += 1;
-            // After a connection that took long it just goes on: what was due meanwhile isn't connected to.
+            // Connections that were due during a slow one are skipped.
             due_ns = now_ns().max(due_ns + self.interval_us * 1000);
         }
         prober.log.flush()?;
@@ -213,7 +213,7 @@ impl<W: Write> Prober<'_, W> {
         }
     }
 
-    /// Writes what was kept for long enough, and says who fell silent.
+    /// Writes lines that were kept for long enough, and names servers that fell silent.
     fn tick(&mut self, now_ns: u64) -> io::Result<()> {
         if now_ns.saturating_sub(self.flushed_ns) >= FLUSH_NS {
             self.log.flush()?;
@@ -314,8 +314,8 @@ mod tests {
         let report = probe.run(&mut out).unwrap();
         let lines = fs::read_to_string(&log).unwrap();
         fs::remove_file(&log).unwrap();
-        let said = String::from_utf8(out).unwrap();
-        assert_eq!(said, "probing\nfirst b1\nfirst b2\nsilent b1\nsilent b2\n");
+        let text = String::from_utf8(out).unwrap();
+        assert_eq!(text, "probing\nfirst b1\nfirst b2\nsilent b1\nsilent b2\n");
         assert_eq!(report["servers"], json!({ "b1": 1, "b2": 1 }));
         let lines: Vec<Vec<&str>> = lines.lines().map(|line| line.split(' ').collect()).collect();
         let names: Vec<&str> = lines.iter().map(|line| line[2]).collect();

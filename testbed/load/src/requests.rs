@@ -20,7 +20,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// The most that is read of an answer, in bytes.
 const MAX_ANSWER: u64 = 64 * 1024;
 
-/// Asked for on the command line.
+/// The arguments of this command.
 #[derive(Args, Clone, Debug)]
 pub struct Requests {
     /// Whom to connect to
@@ -38,7 +38,7 @@ pub struct Requests {
     pub threads: u16,
 }
 
-/// What is still to be done, which all threads share.
+/// The remaining work, which all threads share.
 struct Work<'a> {
     requests: &'a Requests,
     start: Instant,
@@ -55,7 +55,7 @@ struct Counts {
 }
 
 impl Requests {
-    /// Asks, and reports: how many connections were opened, how often each answer, each error (a
+    /// Runs, and reports: how many connections were opened, how often each answer, each error (a
     /// `std::io::ErrorKind`) and each peer address came, how long it took, and whether it was stopped.
     ///
     /// # Errors
@@ -72,7 +72,7 @@ impl Requests {
         });
         let Counts { n_opened, answers, errors, peers } = counts;
         Ok(json!({
-            "asked": n_opened,
+            "requests": n_opened,
             "was_stopped": work.is_stopped.load(Ordering::Relaxed),
             "answers": answers,
             "errors": errors,

@@ -7,7 +7,7 @@ use rustix::io::Errno;
 use rustix::net::sockopt::set_tcp_nodelay;
 use rustix::net::{self, AddressFamily, SocketFlags, SocketType};
 
-/// Begins to connect. Sends on the stream are EAGAIN until it is connected, or tell why not.
+/// Begins to connect. Sends on the stream are EAGAIN until it is connected, or fail with the connection's error.
 pub fn connect(address: SocketAddr) -> Result<OwnedFd, Errno> {
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
     let socket = net::socket_with(family(address), SocketType::STREAM, flags, None)?;

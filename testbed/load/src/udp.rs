@@ -22,13 +22,13 @@ const LOST_WINDOW_NS: u64 = 200 * MILLISECOND_NS;
 /// After so long one of a schedule is lost.
 const LOST_RATE_NS: u64 = SECOND_NS;
 
-/// What buffers are asked to hold, in bytes.
+/// The requested size of buffers, in bytes.
 const BUFFER: usize = 4 * 1024 * 1024;
 
 /// Datagrams received from a socket, and sent by a schedule, between two looks at the others.
 const N_BURST: usize = 32;
 
-/// Asked for on the command line.
+/// The arguments of this command.
 #[derive(Args, Clone, Debug)]
 #[command(group(clap::ArgGroup::new("pace").required(true).args(["window", "rate"])))]
 pub struct Udp {
@@ -55,7 +55,7 @@ pub struct Udp {
     pub size: u16,
 }
 
-/// Asks for big buffers; smaller ones do too.
+/// Requests big buffers; smaller ones do too.
 pub fn widen(socket: &UdpSocket) {
     let _ = set_socket_recv_buffer_size(socket, BUFFER);
     let _ = set_socket_send_buffer_size(socket, BUFFER);
@@ -118,10 +118,10 @@ impl Udp {
 struct Client {
     poller: Poller,
     sockets: Vec<UdpSocket>,
-    /// Whom each socket asks.
+    /// The server of each socket.
     addresses: Vec<SocketAddr>,
     is_connected: bool,
-    /// What is sent; it begins with its number, as eight bytes, little end first.
+    /// The datagram; it begins with its number, as eight bytes, little end first.
     datagram: Vec<u8>,
     buffer: Vec<u8>,
     pending: Pending,
@@ -178,9 +178,9 @@ impl Pending {
         if question.state != State::Sent {
             return None;
         }
-        let asked = *question;
+        let answered = *question;
         question.state = State::Answered;
-        Some(asked)
+        Some(answered)
     }
 
     /// Takes the first question whose time is over.
@@ -252,7 +252,7 @@ impl Client {
         self.pending.questions.push_back(Question { due_ns, socket_idx, state });
     }
 
-    /// Counts what is lost, and replaces it in a window.
+    /// Counts lost questions, and replaces them in a window.
     fn expire(&mut self) {
         let now_ns = now_ns();
         while let Some(lost) = self.pending.take_lost(now_ns) {
@@ -306,7 +306,7 @@ impl Client {
         let name = if is_busy { "other_EAGAIN".into() } else { errors::of_error(error) };
         let left = ["other_ECONNABORTED", "other_EDESTADDRREQ", "other_ENOTCONN"];
         if self.is_connected && left.contains(&name.as_ref()) {
-            // Where that fails, the next send says so.
+            // If that fails, the next send reports it.
             let _ = self.sockets[socket_idx].connect(self.addresses[socket_idx]);
         }
         self.counts.errors.add(name);
@@ -357,7 +357,7 @@ mod tests {
     use super::*;
     use crate::echo;
 
-    fn asked(address: SocketAddr) -> Udp {
+    fn options(address: SocketAddr) -> Udp {
         Udp {
             addresses: vec![address],
             seconds: 0.2,
@@ -380,7 +380,7 @@ mod tests {
     fn a_window_comes_back() {
         let address = echoer();
         for unconnected in [false, true] {
-            let report = Udp { unconnected, ..asked(address) }.run().unwrap();
+            let report = Udp { unconnected, ..options(address) }.run().unwrap();
             assert_eq!(report["sent"], report["answered"], "{report}");
             assert!(report["answered"].as_u64().unwrap() > 8, "{report}");
             assert_eq!(report["strange"], 0, "{report}");
@@ -388,17 +388,17 @@ mod tests {
     }
 
     #[test]
-    fn several_are_asked_in_turn() {
+    fn several_servers_take_turns() {
         let silent = UdpSocket::bind("127.0.0.1:0").unwrap();
         let addresses = vec![echoer(), silent.local_addr().unwrap()];
-        let paced = Udp { addresses, window: None, rate: Some(100.0), ..asked(echoer()) };
+        let paced = Udp { addresses, window: None, rate: Some(100.0), ..options(echoer()) };
         let report = paced.run().unwrap();
         assert_eq!((&report["answered"], &report["lost"]), (&json!(10), &json!(10)), "{report}");
     }
 
     #[test]
     fn a_schedule_comes_back() {
-        let paced = Udp { window: None, rate: Some(1000.0), ..asked(echoer()) };
+        let paced = Udp { window: None, rate: Some(1000.0), ..options(echoer()) };
         let report = paced.run().unwrap();
         assert_eq!(report["sent"], 200, "{report}");
         assert_eq!(report["answered"], 200, "{report}");
@@ -407,7 +407,7 @@ mod tests {
     #[test]
     fn what_never_comes_back_is_lost_and_replaced() {
         let silent = UdpSocket::bind("127.0.0.1:0").unwrap();
-        let report = asked(silent.local_addr().unwrap()).run().unwrap();
+        let report = options(silent.local_addr().unwrap()).run().unwrap();
         // Two sockets, four each; they are lost when it is over.
         assert_eq!(report["answered"], 0, "{report}");
         assert_eq!(report["lost"], report["sent"], "{report}");
@@ -425,7 +425,7 @@ mod tests {
                 elsewhere.send_to(&datagram[..n_bytes], from).unwrap();
             }
         });
-        let report = Udp { unconnected: true, ..asked(address) }.run().unwrap();
+        let report = Udp { unconnected: true, ..options(address) }.run().unwrap();
         assert_eq!(report["strange"], report["answered"], "{report}");
         assert!(report["strange"].as_u64().unwrap() > 0, "{report}");
     }

@@ -1,6 +1,6 @@
 //! `udp-rounds`: sockets that ask in turn, each waiting for its answer, round after round. Each round is
 //! one JSON document: who answered in it, and since the start how many questions got no answer, how many
-//! answers came from another address than was asked, how often sockets were disconnected because their
+//! answers came from another address than the request's, how often sockets were disconnected because their
 //! backend had left (in all, and the most of one socket), and how often each other error came.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -18,7 +18,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// Between two rounds.
 const PAUSE: Duration = Duration::from_millis(10);
 
-/// Asked for on the command line.
+/// The arguments of this command.
 #[derive(Args, Clone, Debug)]
 pub struct UdpRounds {
     /// Whom to ask
@@ -34,7 +34,7 @@ pub struct UdpRounds {
 
 #[derive(Default)]
 struct Counts {
-    n_asked: u64,
+    n_requests: u64,
     n_lost: u64,
     n_wrong_source: u64,
     errors: BTreeMap<String, u64>,
@@ -46,7 +46,7 @@ struct Client {
 }
 
 impl UdpRounds {
-    /// Asks without end.
+    /// Sends requests without end.
     ///
     /// # Errors
     /// When a socket can't be opened or connected.
@@ -63,8 +63,8 @@ impl UdpRounds {
         loop {
             let mut answered_by = BTreeSet::new();
             for client in &mut clients {
-                counts.n_asked += 1;
-                let question = counts.n_asked.to_string();
+                counts.n_requests += 1;
+                let question = counts.n_requests.to_string();
                 match client.ask(self, &question, &mut counts.n_wrong_source) {
                     Ok(name) => drop(answered_by.insert(name)),
                     Err(error) if client.is_aborted(&error)? => {
@@ -80,7 +80,7 @@ impl UdpRounds {
             }
             let round = json!({
                 "answered_by": answered_by,
-                "asked": counts.n_asked,
+                "requests": counts.n_requests,
                 "lost": counts.n_lost,
                 "wrong_source": counts.n_wrong_source,
                 "aborted": clients.iter().map(|client| client.n_aborted).sum::<u64>(),
@@ -103,7 +103,7 @@ impl Client {
         Ok(reasons.any(|error| error.kind() == ErrorKind::ConnectionAborted))
     }
 
-    /// Discards what came before the backend left: once the socket is connected again, it would be
+    /// Discards answers from before the backend left: once the socket is connected again, it would be
     /// shown as its sender's, not as the VIP's.
     fn discard_queued(&self) -> io::Result<()> {
         self.socket.set_nonblocking(true)?;
@@ -111,7 +111,7 @@ impl Client {
         self.socket.set_nonblocking(false)
     }
 
-    /// Asks once, and returns the name of who answered.
+    /// Sends one request, and returns the name in the answer.
     fn ask(
         &self,
         UdpRounds { address, unconnected, .. }: &UdpRounds,

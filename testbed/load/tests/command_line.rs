@@ -62,9 +62,9 @@ fn bad_arguments_exit_with_2_and_name_the_input() {
     ];
     for (arguments, named) in table {
         let output = run(arguments);
-        let said = String::from_utf8_lossy(&output.stderr);
-        assert_eq!(output.status.code(), Some(2), "{arguments}: {said}");
-        assert!(said.contains(named), "{arguments}: {said}");
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{arguments}: {stderr}");
+        assert!(stderr.contains(named), "{arguments}: {stderr}");
         assert!(output.stdout.is_empty(), "{arguments}");
     }
 }

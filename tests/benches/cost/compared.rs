@@ -9,7 +9,7 @@ use lb_userspace::config::cgroup;
 use lb_userspace::datapath::Cost;
 use testbed::tempdir;
 
-/// What is measured, the program, and the one in whose cgroup it works: its own name, or that of
+/// The case, the program, and the one in whose cgroup it works: its own name, or that of
 /// the program whose entries it releases.
 pub const PROGRAMS: [(&str, &str, &str); 20] = [
     ("empty", "empty", "empty"),
@@ -98,7 +98,7 @@ impl Compared {
             Program::CgroupSock(program) => CgroupSock::info(program),
             _ => unreachable!("they are of two kinds"),
         }
-        .expect("the kernel tells");
+        .expect("the kernel reports it");
         Cost { n_runs: info.run_count(), run_time: info.run_time() }
     }
 }

@@ -1,11 +1,11 @@
-//! What was measured, and what it was to be.
+//! Figures and their goals.
 
 /// The means of every round, by case.
 pub struct Figures {
     cases: Vec<(&'static str, Vec<f64>)>,
 }
 
-/// What a case is to cost, in ns.
+/// A case's goal, in ns.
 pub enum Goal {
     /// At most this.
     AtMost(f64, &'static str),

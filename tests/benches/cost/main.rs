@@ -70,12 +70,12 @@ struct Case<'a> {
 
 impl<'a> Case<'a> {
     fn of(bed: &'a Bed, program: &'static str, name: &'static str, work: impl Fn() + 'a) -> Self {
-        let cost = move || bed.datapath.cost(program).expect("the kernel tells");
+        let cost = move || bed.datapath.cost(program).expect("the kernel reports it");
         let cgroup = bed.cgroup.path.clone();
         Case { name, cgroup, cost: Box::new(cost), work: Box::new(work) }
     }
 
-    /// What one run costs at present.
+    /// The present cost of one run.
     fn mean_ns(&self) -> f64 {
         std::fs::write(self.cgroup.join("cgroup.procs"), "0").expect("the cgroup takes us");
         let before = (self.cost)();

@@ -1,4 +1,4 @@
-//! What applications do: connections, and datagrams.
+//! Connections and datagrams of applications.
 
 use std::io::ErrorKind;
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, SocketAddrV6, TcpStream, UdpSocket};
@@ -31,7 +31,7 @@ pub fn reconnect(address: SocketAddrV4, n_connects: usize) {
     }
 }
 
-/// Asks a connected socket whom it is connected to.
+/// Calls getpeername() of a connected socket.
 pub fn ask(address: SocketAddrV4, n_calls: usize) {
     let stream = TcpStream::connect(address).expect("a server answers");
     for _ in 0..n_calls {

@@ -7,7 +7,7 @@ use anyhow::{Result, ensure};
 
 use crate::maps::{Maps, Watcher};
 use crate::site::{Instance, Site, cpu_s, propagation};
-use crate::{ms, quantile, tell};
+use crate::{ms, print_figure, quantile};
 
 const N_SERVICES: usize = 500;
 const N_LIVE: usize = 60;
@@ -17,7 +17,7 @@ const PAUSE: Duration = Duration::from_millis(50);
 struct Change {
     service: String,
     sent: Instant,
-    /// When Consul said that it is in its catalog.
+    /// When Consul returned it.
     done: Instant,
 }
 
@@ -66,13 +66,13 @@ pub fn measure(quick: bool) -> Result<()> {
         ("registration answered -> map", &from_done, [Some(5.0), Some(25.0)]),
         ("of that Consul's own, sent -> answered", &in_consul, [None; 2]),
     ] {
-        tell(&format!("{what}, median"), quantile(times, 0.5), "ms", goals[0]);
-        tell(&format!("{what}, 99th percentile"), quantile(times, 0.99), "ms", goals[1]);
-        tell(&format!("{what}, most"), quantile(times, 1.0), "ms", None);
+        print_figure(&format!("{what}, median"), quantile(times, 0.5), "ms", goals[0]);
+        print_figure(&format!("{what}, 99th percentile"), quantile(times, 0.99), "ms", goals[1]);
+        print_figure(&format!("{what}, most"), quantile(times, 1.0), "ms", None);
     }
     let mean = (after.0 - before.0) / (after.1 - before.1);
-    tell("the daemon's own part, answer heard -> map, mean", mean, "ms", None);
-    tell("the daemon's share of a core", 100.0 * cpu / took.as_secs_f64(), "%", None);
+    print_figure("the daemon's own part, answer received -> map, mean", mean, "ms", None);
+    print_figure("the daemon's share of a core", 100.0 * cpu / took.as_secs_f64(), "%", None);
     Ok(())
 }
 

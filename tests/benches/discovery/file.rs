@@ -13,7 +13,7 @@ use testbed::tempdir::TempDir;
 
 use crate::maps::{Maps, Watcher};
 use crate::site::{cpu_s, memory_mb, propagation};
-use crate::{ms, quantile, tell};
+use crate::{ms, print_figure, quantile};
 
 const N_SERVICES: u32 = 10_000;
 const N_BACKENDS: u32 = 10;
@@ -27,10 +27,10 @@ pub fn measure(quick: bool) -> Result<()> {
     let config = format!("catalog.sources = [\"file\"]\ncatalog.file = {path:?}\n");
     let start = Instant::now();
     let nohop = Nohop::start(&host, &cgroup, &config)?;
-    tell("process started -> ready", ms(start.elapsed()), "ms", None);
-    tell("first full sync, parsed -> maps", propagation(&nohop)?.0, "ms", Some(1000.0));
-    tell("processor time of the start", cpu_s(&nohop)?, "s", None);
-    tell("resident memory at first", memory_mb(&nohop, "VmRSS")?, "MB", Some(150.0));
+    print_figure("process started -> ready", ms(start.elapsed()), "ms", None);
+    print_figure("first full sync, parsed -> maps", propagation(&nohop)?.0, "ms", Some(1000.0));
+    print_figure("processor time of the start", cpu_s(&nohop)?, "s", None);
+    print_figure("resident memory at first", memory_mb(&nohop, "VmRSS")?, "MB", Some(150.0));
 
     let service = name(N_SERVICES / 2);
     let (mut whole, mut own) = (Vec::new(), Vec::new());
@@ -50,12 +50,12 @@ pub fn measure(quick: bool) -> Result<()> {
         whole.push(ms(*at - start));
         thread::sleep(Duration::from_millis(100));
     }
-    tell("one change, parsed -> map, median", quantile(&own, 0.5), "ms", Some(2.0));
-    tell("the same, most", quantile(&own, 1.0), "ms", None);
-    tell("one change, file renamed -> map, median", quantile(&whole, 0.5), "ms", None);
-    tell("resident memory after them", memory_mb(&nohop, "VmRSS")?, "MB", Some(150.0));
-    tell("of that not mapped from files or BPF", memory_mb(&nohop, "RssAnon")?, "MB", None);
-    tell("most ever resident", memory_mb(&nohop, "VmHWM")?, "MB", None);
+    print_figure("one change, parsed -> map, median", quantile(&own, 0.5), "ms", Some(2.0));
+    print_figure("the same, most", quantile(&own, 1.0), "ms", None);
+    print_figure("one change, file renamed -> map, median", quantile(&whole, 0.5), "ms", None);
+    print_figure("resident memory after them", memory_mb(&nohop, "VmRSS")?, "MB", Some(150.0));
+    print_figure("of that not mapped from files or BPF", memory_mb(&nohop, "RssAnon")?, "MB", None);
+    print_figure("most ever resident", memory_mb(&nohop, "VmHWM")?, "MB", None);
     Ok(())
 }
 

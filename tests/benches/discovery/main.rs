@@ -12,7 +12,7 @@ use std::time::Duration;
 use anyhow::Result;
 use testbed::{cleanup, process};
 
-/// Measures and tells; its argument is whether quickly.
+/// Measures and prints; its argument is whether quickly.
 type Measure = fn(bool) -> Result<()>;
 
 fn main() -> ExitCode {
@@ -48,7 +48,7 @@ fn main() -> ExitCode {
 }
 
 /// Prints a figure, and whether it is at most the goal.
-fn tell(what: &str, is: f64, unit: &str, goal: Option<f64>) {
+fn print_figure(what: &str, is: f64, unit: &str, goal: Option<f64>) {
     let verdict = goal.map_or(String::new(), |goal| {
         let verdict = if is <= goal { "reached" } else { "NOT reached" };
         format!("; at most {goal}: {verdict}")

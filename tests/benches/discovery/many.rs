@@ -8,7 +8,7 @@ use testbed::helloworld::Helloworld;
 use testbed::nohop::Nohop;
 
 use crate::site::{ADDRESS, Instance, Site, cpu_s, memory_mb, metrics};
-use crate::{ms, quantile, tell};
+use crate::{ms, print_figure, quantile};
 
 const N_SERVICES: usize = 5_000;
 const N_USED: usize = 20;
@@ -22,7 +22,7 @@ pub fn five_thousand(quick: bool) -> Result<()> {
     site.register(&instances(N_SERVICES, port))?;
     let start = Instant::now();
     let nohop = site.nohop("")?;
-    tell("started -> ready", start.elapsed().as_secs_f64(), "s", Some(5.0));
+    print_figure("started -> ready", start.elapsed().as_secs_f64(), "s", Some(5.0));
 
     let mut n_connections = site.n_connections()?;
     let mut connects = Vec::new();
@@ -34,10 +34,15 @@ pub fn five_thousand(quick: bool) -> Result<()> {
     let column = |nth: usize| connects.iter().map(|pair| pair[nth]).collect::<Vec<f64>>();
     let (cold, warm) = (column(0), column(1));
     let over: Vec<f64> = connects.iter().map(|[cold, warm]| cold - warm).collect();
-    tell("a cold service's first connection by name, median", quantile(&cold, 0.5), "ms", None);
-    tell("a warm one's, median", quantile(&warm, 0.5), "ms", None);
-    tell("what cold costs more, median", quantile(&over, 0.5), "ms", Some(20.0));
-    tell("what cold costs more, most", quantile(&over, 1.0), "ms", None);
+    print_figure(
+        "a cold service's first connection by name, median",
+        quantile(&cold, 0.5),
+        "ms",
+        None,
+    );
+    print_figure("a warm one's, median", quantile(&warm, 0.5), "ms", None);
+    print_figure("what cold costs more, median", quantile(&over, 0.5), "ms", Some(20.0));
+    print_figure("what cold costs more, most", quantile(&over, 1.0), "ms", None);
 
     let (cpu, start) = (cpu_s(&nohop)?, Instant::now());
     let time = Duration::from_secs(if quick { 10 } else { 30 });
@@ -46,10 +51,10 @@ pub fn five_thousand(quick: bool) -> Result<()> {
         n_connections = n_connections.max(site.n_connections()?);
     }
     let share = 100.0 * (cpu_s(&nohop)? - cpu) / start.elapsed().as_secs_f64();
-    tell("steady state, share of a core", share, "%", Some(1.0));
-    tell("connections to the agent, most", n_connections as f64, "", Some(64.0));
-    tell("resident memory", memory_mb(&nohop, "VmRSS")?, "MB", None);
-    tell("refusals, resets and failures of Consul", n_bad_answers(&nohop)?, "", Some(0.0));
+    print_figure("steady state, share of a core", share, "%", Some(1.0));
+    print_figure("connections to the agent, most", n_connections as f64, "", Some(64.0));
+    print_figure("resident memory", memory_mb(&nohop, "VmRSS")?, "MB", None);
+    print_figure("refusals, resets and failures of Consul", n_bad_answers(&nohop)?, "", Some(0.0));
     Ok(())
 }
 
@@ -62,16 +67,16 @@ pub fn a_hundred_thousand(_quick: bool) -> Result<()> {
     let is_there =
         |status: &serde_json::Value| status["ready"] == true && status["services"] == N_NAMES;
     let status = nohop.wait_for_status(is_there)?;
-    tell("started -> ready", start.elapsed().as_secs_f64(), "s", None);
-    tell("processor time of the start", cpu_s(&nohop)?, "s", None);
+    print_figure("started -> ready", start.elapsed().as_secs_f64(), "s", None);
+    print_figure("processor time of the start", cpu_s(&nohop)?, "s", None);
     let (cpu, start) = (cpu_s(&nohop)?, Instant::now());
     thread::sleep(Duration::from_secs(10));
     let share = 100.0 * (cpu_s(&nohop)? - cpu) / start.elapsed().as_secs_f64();
-    tell("steady state, share of a core", share, "%", None);
-    tell("most ever resident", memory_mb(&nohop, "VmHWM")?, "MB", None);
-    tell("refusals, resets and failures of Consul", n_bad_answers(&nohop)?, "", None);
-    println!("  it says: {}", status["problems"]);
-    // One that found room goes on.
+    print_figure("steady state, share of a core", share, "%", None);
+    print_figure("most ever resident", memory_mb(&nohop, "VmHWM")?, "MB", None);
+    print_figure("refusals, resets and failures of Consul", n_bad_answers(&nohop)?, "", None);
+    println!("  its problems: {}", status["problems"]);
+    // One with enough connections continues.
     ensure!(connect(&site, 0).is_err(), "nothing listens there");
     Ok(())
 }

@@ -41,7 +41,7 @@ impl Maps {
         Ok(Maps { services, indices })
     }
 
-    /// What leads to the backends of a service: other words after each change of them.
+    /// The words of a service's entry, which every change of its backends replaces.
     fn group(&self, name: &str) -> Result<Group> {
         let service_idx =
             self.indices.get(name).with_context(|| format!("no {name} in SERVICE_NAMES"))?;

@@ -16,7 +16,7 @@ use testbed::tempdir::TempDir;
 /// The address of the host.
 pub const ADDRESS: &str = "10.99.0.1";
 
-/// The node that bears all instances. It isn't the agent's own, whose services it would put right.
+/// The node that bears all instances. It isn't the agent's own, whose services the agent would deregister.
 const NODE: &str = "elsewhere";
 
 /// The operations that Consul takes in one transaction.
@@ -30,7 +30,7 @@ pub struct Site {
     _consul: Consul,
     pub cgroup: Cgroup,
     pub host: Arc<Host>,
-    /// Holds Consul's unix socket, by which it is asked from outside of the host's network.
+    /// Holds Consul's unix socket, for requests from outside the host's network.
     tempdir: TempDir,
 }
 
@@ -67,7 +67,7 @@ impl Site {
         operations.chunks(MAX_OPERATIONS).try_for_each(|part| self.put("/v1/txn", &json!(part)))
     }
 
-    /// Registers one instance, anew or changed.
+    /// Registers one instance, new or changed.
     pub fn change(&self, instance: &Instance) -> Result<()> {
         let Instance { service, id, address, port } = instance;
         let body = json!({
@@ -80,7 +80,7 @@ impl Site {
         self.put("/v1/catalog/register", &body)
     }
 
-    /// Asks DNS for services, as whoever connections them would.
+    /// Queries DNS for services, as their clients do.
     pub fn use_names<'a>(&self, names: impl Iterator<Item = &'a str>) -> Result<()> {
         let names: Vec<String> = names.map(|name| format!("{name}.service")).collect();
         for some in names.chunks(20) {
@@ -124,7 +124,7 @@ fn socket(tempdir: &TempDir) -> PathBuf {
     tempdir.path().join("consul.sock")
 }
 
-/// What the daemon exports under a name, with its labels.
+/// The daemon's metrics of a name, with their labels.
 pub fn metrics(nohop: &Nohop, name: &str) -> Result<Vec<(String, f64)>> {
     let admin = nohop.admin();
     let text = ask(Path::new(admin.trim_start_matches("unix:")), "GET", "/metrics", "")?;

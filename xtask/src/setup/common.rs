@@ -1,4 +1,4 @@
-//! What the steps of setup share: the cache folder, links to tools, errors with a fix.
+//! Shared by the steps of setup: the cache folder, links to tools, errors with a fix.
 
 use std::env;
 use std::fs;
@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow};
 
-/// What a machine is prepared for. Each needs what those before it need, too.
+/// The purposes of a machine. Each needs what those before it need, too.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Purpose {
     /// To build the object and the binary.

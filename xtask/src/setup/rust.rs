@@ -76,7 +76,7 @@ pub fn provide_source(nightly: &Nightly) -> Result<String> {
     with_fix(added, "rustup can't provide it", SOURCE_FIX)?;
     if !is_library(&library) {
         bail!(
-            "rustup says that rust-src is installed, but {} isn't there: run `rustup component \
+            "rustup reports that rust-src is installed, but {} isn't there: run `rustup component \
              remove rust-src --toolchain {name}`, then setup again",
             library.display()
         );

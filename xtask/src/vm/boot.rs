@@ -14,7 +14,7 @@ const LIMIT_SECONDS: u32 = 1200;
 /// What `timeout` exits with when the time was up.
 const TIMED_OUT: i32 = 124;
 
-/// What the init script writes before the exit status of the tests.
+/// The init script's text before the exit status of the tests.
 const END_MARK: &str = "nohop-vm: the tests exited with ";
 
 /// How a kernel is started.
@@ -28,7 +28,7 @@ pub enum Mode {
 }
 
 impl Mode {
-    /// What is added to the kernel's command line.
+    /// An addition to the kernel's command line.
     fn parameters(self) -> &'static str {
         match self {
             Mode::Plain => "",
@@ -36,7 +36,7 @@ impl Mode {
         }
     }
 
-    /// What is added to its name.
+    /// An addition to its name.
     pub fn suffix(self) -> &'static str {
         match self {
             Mode::Plain => "",
@@ -98,7 +98,7 @@ fn processor(kernel: Version) -> &'static str {
     if kernel < (Version { major: 7, minor: 0 }) { "max,-cx16" } else { "max" }
 }
 
-/// What the kernel starts: it makes ready what the tests need, runs them and ends the VM.
+/// The kernel's init: prepares the requirements of the tests, runs them and ends the VM.
 pub fn init_script(filter: Option<&str>) -> String {
     let filter = filter.map(quoted).unwrap_or_default();
     format!(

@@ -13,7 +13,7 @@ use crate::setup::kernels::Version;
 /// The in-kernel test that reports it.
 pub const TRIAL: &str = "verified_instructions_are_told";
 
-/// What begins a line of that test: `verifier: 6.1 nohop_connect4 1234`.
+/// The prefix of a line of that test: `verifier: 6.1 nohop_connect4 1234`.
 const MARK: &str = "verifier: ";
 
 /// A difference of more than this calls for a fresh file.
@@ -144,7 +144,7 @@ fn kept() -> Result<Table> {
     Ok(Table::parse(&markdown))
 }
 
-/// Brings docs/verifier.md to what was measured; kernels that weren't there stay as they are.
+/// Updates docs/verifier.md to the measured counts; other kernels stay as they are.
 /// Returns the table.
 ///
 /// # Errors
@@ -158,7 +158,7 @@ pub fn update(measured: &Table) -> Result<Table> {
     Ok(table)
 }
 
-/// Compares docs/verifier.md with what was measured.
+/// Compares docs/verifier.md with the measured counts.
 ///
 /// # Errors
 /// When they differ by more than is tolerated.

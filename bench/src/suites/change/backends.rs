@@ -15,10 +15,13 @@ use testbed::process::Process;
 
 use crate::node::Node;
 
-/// What the program says once all listen.
+/// The only service.
+pub const SERVICE: &str = "web";
+
+/// The program's output once all listen.
 const STARTED: &str = "all listen";
 
-/// Instances that were started together; what is alive of them ends with this.
+/// Instances that were started together; those alive end with this.
 pub struct Batch {
     /// Them, in the order of their numbers.
     pub instances: Vec<Instance>,
@@ -66,7 +69,7 @@ impl Drop for Batch {
 }
 
 impl Instance {
-    /// Ends it, as a crash would: its connections are reset, and connects to refused.
+    /// Ends it, as a crash would: its connections are reset, and new ones refused.
     pub fn kill(&self) {
         let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
     }
@@ -92,7 +95,7 @@ fn address(idx: usize) -> SocketAddrV4 {
     Node::backend(idx, 8080)
 }
 
-/// The program `instances FIRST N`: starts them, says their process ids, and ends after the last one.
+/// The program `instances FIRST N`: starts them, prints their process ids, and ends after the last one.
 ///
 /// # Errors
 /// When one doesn't start.

@@ -11,13 +11,13 @@ use ureq::Agent;
 /// Consul's HTTP interface.
 const CONSUL: &str = "http://127.0.0.1:8500";
 
-/// How long an answer may take: the wait that is asked for, and the sixteenth part that Consul adds.
+/// How long an answer may take: the requested wait, and the sixteenth part that Consul adds.
 const PATIENCE: Duration = Duration::from_secs(70);
 
 /// A service's instances that pass their checks, by id.
 pub type Instances = BTreeMap<String, SocketAddrV4>;
 
-/// Asks for a service again and again, each time for what is newer than the answer before.
+/// Requests a service repeatedly, each time what is newer than the answer before.
 pub struct Blocking {
     service: String,
     index: u64,
@@ -32,7 +32,7 @@ impl Blocking {
         Blocking { service: service.into(), index: 0, agent }
     }
 
-    /// What there is, at once the first time, later once it has changed or a minute has passed.
+    /// The instances, at once the first time, later once they have changed or a minute has passed.
     ///
     /// # Errors
     /// When Consul doesn't answer with 200.

@@ -27,7 +27,7 @@ pub const RATE: u32 = 500;
 const LEAD: Duration = Duration::from_millis(300);
 const TAIL: Duration = Duration::from_millis(500);
 
-/// What a deploy does.
+/// A deploy's steps.
 #[derive(Debug)]
 enum Act<'a> {
     Register(&'a Instance),
@@ -35,7 +35,7 @@ enum Act<'a> {
     Kill(&'a Instance),
 }
 
-/// What came of a deploy.
+/// A deploy's result.
 pub struct Deploy {
     /// What `nohop-load http` found.
     pub found: Value,
@@ -120,7 +120,7 @@ mod tests {
         };
         let (old, new) = (instances(&["a"]), instances(&["b", "c", "d"]));
         let acts = schedule(&old, &new);
-        let told: Vec<String> = acts
+        let texts: Vec<String> = acts
             .iter()
             .map(|(at, act)| match act {
                 Act::Register(instance) => format!("{} +{}", at.as_millis(), instance.name),
@@ -130,6 +130,6 @@ mod tests {
             .collect();
         let expected =
             ["0 +b", "50 -a", "100 +c", "150 -b", "200 +d", "250 -c", "550 xa", "650 xb", "750 xc"];
-        assert_eq!(told, expected);
+        assert_eq!(texts, expected);
     }
 }

@@ -11,9 +11,12 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 
-use super::SERVICE;
+use super::backends::SERVICE;
 use super::blocking::{Blocking, Instances};
 use crate::peers::{ENVOY_ENDPOINTS, HaproxyNotify, Protocol, Services, rendered};
+
+/// The file that is written at each change.
+pub const RELOAD_CONFIG: &str = "haproxy-reload.cfg";
 
 /// The slots that `bench/peers/haproxy-runtime.cfg` declares.
 const N_SLOTS: usize = 40;
@@ -38,8 +41,8 @@ pub fn program(arguments: &[&str]) -> Result<()> {
     }
 }
 
-/// Writes the configuration anew and reloads it, one reload after the other: a master forgets a signal
-/// that comes while it starts over.
+/// Writes the configuration and reloads it, one reload after the other: a master loses a signal that
+/// comes while it restarts.
 fn reload(dir: &Path, master: Pid) -> Result<()> {
     let notify = HaproxyNotify::bind(dir)?;
     let mut blocking = Blocking::new(SERVICE);
@@ -49,7 +52,7 @@ fn reload(dir: &Path, master: Pid) -> Result<()> {
         if rendered.as_ref() == Some(&instances) {
             continue;
         }
-        replace(dir, super::RELOAD_CONFIG, &instances)?;
+        replace(dir, RELOAD_CONFIG, &instances)?;
         kill_process(master, Signal::USR2).context("signal HAProxy's master")?;
         notify.wait_for(&["RELOADING=1", "READY=1"])?;
         rendered = Some(instances);
@@ -87,13 +90,13 @@ fn runtime(socket: &Path) -> Result<()> {
     loop {
         let commands = slots.update(&blocking.next()?.into_values().collect())?;
         if !commands.is_empty() {
-            say(socket, &commands)?;
+            send(socket, &commands)?;
         }
     }
 }
 
 /// Has HAProxy do all of these on one connection, and waits until they are done.
-fn say(socket: &Path, commands: &[String]) -> Result<()> {
+fn send(socket: &Path, commands: &[String]) -> Result<()> {
     let connected = UnixStream::connect(socket);
     let mut stream = connected.with_context(|| format!("connect to {}", socket.display()))?;
     stream.set_read_timeout(Some(PATIENCE))?;
@@ -104,7 +107,7 @@ fn say(socket: &Path, commands: &[String]) -> Result<()> {
         line.is_empty() || line.contains("changed from") || line.starts_with("no need to change")
     };
     let wrong = answer.lines().find(|line| !is_good(line));
-    ensure!(wrong.is_none(), "HAProxy says {:?} to {commands:?}", wrong.unwrap_or_default());
+    ensure!(wrong.is_none(), "HAProxy answers {:?} to {commands:?}", wrong.unwrap_or_default());
     Ok(())
 }
 
@@ -120,7 +123,7 @@ impl Slots {
         Slots { taken: vec![None; n], free: (0..n).collect() }
     }
 
-    /// What to tell HAProxy, so that these serve and no others.
+    /// The commands for HAProxy, so that these serve and no others.
     fn update(&mut self, those: &BTreeSet<SocketAddrV4>) -> Result<Vec<String>> {
         let server = |slot_idx: usize| format!("set server {SERVICE}/s{}", slot_idx + 1);
         let is_taken_by = |address: &SocketAddrV4| self.taken.contains(&Some(*address));
@@ -129,7 +132,7 @@ impl Slots {
             |slot_idx: &usize| self.taken[*slot_idx].is_some_and(|at| !those.contains(&at));
         let left: Vec<_> = (0..self.taken.len()).filter(is_left).collect();
         let mut commands = Vec::new();
-        // First those that come, so that somebody serves at any time.
+        // New ones come first, so that there is always a server.
         for address in new {
             let slot_idx = self.free.pop_front().context("more instances than slots")?;
             let (ip, port, server) = (address.ip(), address.port(), server(slot_idx));
@@ -173,11 +176,11 @@ mod tests {
             (&[3, 4], Some(&["s1 addr 10.98.1.4 port 8080", "s1 state ready", "s2 state maint"])),
             (&[1, 2, 3, 4], None),
         ] {
-            let said = slots.update(&those.iter().copied().map(at).collect());
+            let text = slots.update(&those.iter().copied().map(at).collect());
             let expected: Option<Vec<String>> = expected.map(|commands| {
                 commands.iter().map(|command| format!("set server web/{command}")).collect()
             });
-            assert_eq!(said.ok(), expected, "{those:?}");
+            assert_eq!(text.ok(), expected, "{those:?}");
         }
     }
 

@@ -1,4 +1,4 @@
-//! Change: from Consul's word to the connections that go by it, a rolling deploy under load, and what new
+//! Change: from Consul's response to the connections that follow it, a rolling deploy under load, and what new
 //! instances get of clients that keep their connections.
 
 mod backends;
@@ -23,12 +23,6 @@ use crate::report_builder::{Draft, Limit, Quantity};
 use crate::stats::{Spread, quantile};
 use single_change::Delays;
 use site::{Kind, Site};
-
-/// The only service.
-const SERVICE: &str = "web";
-
-/// The file that is written anew at each change.
-const RELOAD_CONFIG: &str = "haproxy-reload.cfg";
 
 const SRV: &str = "HAProxy SRV";
 const RELOAD: &str = "HAProxy reload";
@@ -77,7 +71,7 @@ const SHARE: Quantity = Quantity::higher(
 
 const SINGLE: &str = "one host, one instance becomes two and one again, a connection every 0.5 ms";
 
-/// What a run goes through.
+/// The conditions of a run.
 struct Plan {
     n_rounds: usize,
     /// Single changes in a round; of HAProxy by SRV records, each of which takes seconds.
@@ -121,7 +115,7 @@ pub fn helper(arguments: &[String]) -> Option<Result<()>> {
 /// When nothing can be measured at all.
 pub fn run(is_quick: bool) -> Result<Draft> {
     let plan = if is_quick { QUICK } else { FULL };
-    let title = "change: from Consul's word to the connects that go by it, beside HAProxy by SRV records, \
+    let title = "change: from Consul's response to the connections that follow it, next to HAProxy by SRV records, \
                  by a reload and by its Runtime API, and Envoy by EDS from a file";
     let mut draft = Draft::new(title, plan.n_rounds);
     draft.contenders = ALL.iter().map(contender).collect();
@@ -226,7 +220,7 @@ fn start(draft: &mut Draft) -> Result<Vec<Site>> {
     }
     let reasons = draft.contenders.iter().filter_map(|listed| listed.absent.as_deref());
     let reasons = reasons.collect::<Vec<_>>().join("; ");
-    ensure!(!sites.is_empty(), "nobody can take part: {reasons}");
+    ensure!(!sites.is_empty(), "no contender can take part: {reasons}");
     Ok(sites)
 }
 
@@ -298,7 +292,7 @@ fn judge(draft: &mut Draft, n_deploy: usize, deploy_condition: &str) {
     );
 }
 
-/// What the reader has to know.
+/// Notes for the reader.
 fn explain(draft: &mut Draft) {
     draft.note(
         "Shares: nohop balances connections, not requests, so what was expected is that new instances \

@@ -21,7 +21,7 @@ const RATE: u32 = 600;
 const LEAD: Duration = Duration::from_millis(500);
 const SETTLING: Duration = Duration::from_millis(500);
 
-/// What the new ones got of all answers over so long, in percent, and the number of requests that failed.
+/// The new ones' share of all answers over so long, in percent, and the number of requests that failed.
 ///
 /// # Errors
 /// When Consul refuses a change, or nothing can be measured.
@@ -49,7 +49,7 @@ pub fn measure(site: &mut Site, counted: Duration) -> Result<(f64, f64)> {
 }
 
 fn share(found: &Value, new: &[Instance]) -> Result<f64> {
-    let servers = found["servers"].as_object().context("nohop-load tells no servers")?;
+    let servers = found["servers"].as_object().context("nohop-load reports no servers")?;
     let count = |answer: &str| servers.get(answer).and_then(Value::as_u64).unwrap_or(0);
     let n_new: u64 = new.iter().map(|instance| count(&instance.answer())).sum();
     let n_all: u64 = servers.values().filter_map(Value::as_u64).sum();

@@ -15,8 +15,8 @@ use testbed::nohop::Nohop;
 use testbed::process::Process;
 use testbed::tempdir::TempDir;
 
-use super::backends::{Batch, Instance};
-use super::{RELOAD_CONFIG, SERVICE};
+use super::backends::{Batch, Instance, SERVICE};
+use super::haproxy_sync::RELOAD_CONFIG;
 use crate::generators;
 use crate::node::Node;
 use crate::peers::{
@@ -52,7 +52,7 @@ pub struct Site {
     n_started: usize,
     _running: Vec<Guard>,
     _consul: Consul,
-    /// Holds Consul's unix socket, by which it is asked from outside of the node's network.
+    /// Holds Consul's unix socket, for requests from outside the node's network.
     tempdir: TempDir,
     /// Where it works.
     pub node: Node,
@@ -86,7 +86,7 @@ impl Site {
         Ok(site)
     }
 
-    /// Starts instances, which nobody knows of yet. Names and addresses are never used again.
+    /// Starts instances, not yet registered. Names and addresses are never used again.
     pub fn start_more(&mut self, n: usize) -> Result<Batch> {
         let first = self.n_started;
         self.n_started += n;
@@ -98,7 +98,7 @@ impl Site {
         register(&self.tempdir, instance)
     }
 
-    /// Removes an instance from the agent; it goes on.
+    /// Removes an instance from the agent; it keeps running.
     pub fn deregister(&self, name: &str) -> Result<()> {
         let path = format!("/v1/agent/service/deregister/{name}");
         ask(&socket(&self.tempdir), "PUT", &path, "").map(drop)
@@ -197,7 +197,7 @@ fn await_worker(api: &Path) -> Result<()> {
         writeln!(stream, "show info")?;
         stream.read_to_end(&mut Vec::new())
     };
-    // Nobody tells by an event that a worker serves its socket.
+    // There is no event for a worker that serves its socket.
     for _ in 0..500 {
         if ask().is_ok_and(|n_bytes| n_bytes > 0) {
             return Ok(());
@@ -207,7 +207,7 @@ fn await_worker(api: &Path) -> Result<()> {
     bail!("HAProxy's Runtime API doesn't answer")
 }
 
-/// Connects without end, and tells who answers.
+/// Connects without end, and prints who answers.
 pub struct Probe {
     process: Process,
     files: TempDir,
@@ -242,7 +242,7 @@ impl Probe {
 
     /// Ends it, and returns what it noted of each connection.
     pub fn stop(self) -> Result<String> {
-        // What it noted is in the file after 50 ms at most.
+        // Its notes are in the file after 50 ms at most.
         thread::sleep(Duration::from_millis(60));
         self.process.kill();
         let log = self.files.path().join("log");

@@ -1,4 +1,4 @@
-//! dnsperf: asks, and what it tells.
+//! Runs dnsperf and reads its output.
 
 use std::fs::{self, File};
 use std::net::SocketAddrV4;
@@ -11,21 +11,21 @@ use testbed::net::ExecContext;
 use super::pin;
 use crate::stats::quantile;
 
-/// Where dnsperf runs, and the server that it asks.
+/// Where dnsperf runs, and the server.
 pub type At<'a> = (ExecContext<'a>, SocketAddrV4);
 
-/// What dnsperf found.
+/// dnsperf's results.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Told {
+pub struct Summary {
     /// Queries that were sent.
     pub n_sent: u64,
-    /// Queries that were answered, and with an address as far as it says: without an error.
+    /// Queries that were answered with NOERROR.
     pub n_good: u64,
     /// How long it took.
     pub seconds: f64,
 }
 
-impl Told {
+impl Summary {
     /// Good answers a second.
     pub fn rate(self) -> f64 {
         self.n_good as f64 / self.seconds
@@ -37,11 +37,11 @@ impl Told {
     }
 }
 
-/// Asks a server with further arguments, separated by spaces.
+/// Queries a server with further arguments, separated by spaces.
 ///
 /// # Errors
-/// When dnsperf can't be started, or what it says can't be read, or no query is answered.
-pub fn ask(at: At<'_>, questions: &Path, arguments: &str) -> Result<Told> {
+/// When dnsperf can't be started, its output can't be read, or no query is answered.
+pub fn query(at: At<'_>, questions: &Path, arguments: &str) -> Result<Summary> {
     read(&start(at, questions, arguments)?)
 }
 
@@ -50,17 +50,17 @@ pub fn ask(at: At<'_>, questions: &Path, arguments: &str) -> Result<Told> {
 ///
 /// # Errors
 /// As [`ask`].
-pub fn ask_and_list(at: At<'_>, questions: &Path, arguments: &str) -> Result<(Told, f64)> {
-    let said = start(at, questions, &format!("{arguments} -v"))?;
-    Ok((read(&said)?, quantile(&waits_us(&said), 0.99)))
+pub fn query_and_list(at: At<'_>, questions: &Path, arguments: &str) -> Result<(Summary, f64)> {
+    let text = start(at, questions, &format!("{arguments} -v"))?;
+    Ok((read(&text)?, quantile(&waits_us(&text), 0.99)))
 }
 
 fn start((place, address): At<'_>, questions: &Path, arguments: &str) -> Result<String> {
     let mut command = place.command("dnsperf");
     command.args(["-s", &address.ip().to_string(), "-p", &address.port().to_string(), "-d"]);
     command.arg(questions).args(arguments.split_whitespace());
-    // What it writes for each query goes to a file, so that nobody else has to run to take it.
-    let file = questions.with_extension("told");
+    // Its lines for each query go to a file, so that no other process has to read them meanwhile.
+    let file = questions.with_extension("out");
     command.stdout(File::create(&file).with_context(|| format!("make {}", file.display()))?);
     let output = pin::on(pin::CLIENT, || cmd::output(command))?;
     let errors = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -68,10 +68,10 @@ fn start((place, address): At<'_>, questions: &Path, arguments: &str) -> Result<
     fs::read_to_string(&file).with_context(|| format!("read {}", file.display()))
 }
 
-fn read(said: &str) -> Result<Told> {
+fn read(text: &str) -> Result<Summary> {
     let after = |mark: &str| {
-        let line = said.lines().find_map(|line| line.trim_start().strip_prefix(mark));
-        line.map(str::trim).with_context(|| format!("dnsperf tells no `{mark}`"))
+        let line = text.lines().find_map(|line| line.trim_start().strip_prefix(mark));
+        line.map(str::trim).with_context(|| format!("dnsperf prints no `{mark}`"))
     };
     let n_sent = after("Queries sent:")?.parse().context("dnsperf's number of queries")?;
     let codes = after("Response codes:").unwrap_or_default();
@@ -79,22 +79,22 @@ fn read(said: &str) -> Result<Told> {
     let n_good = n_good.and_then(|count| count.split(' ').next()?.parse().ok()).unwrap_or(0);
     let seconds = after("Run time (s):")?.parse().context("dnsperf's run time")?;
     ensure!(n_good > 0, "of {n_sent} queries none got a good answer; {codes}");
-    Ok(Told { n_sent, n_good, seconds })
+    Ok(Summary { n_sent, n_good, seconds })
 }
 
 /// How long each good answer took, in microseconds.
-fn waits_us(said: &str) -> Vec<f64> {
+fn waits_us(text: &str) -> Vec<f64> {
     let wait = |line: &str| -> Option<f64> {
         line.strip_prefix("> NOERROR ")?.rsplit(' ').next()?.parse().ok()
     };
-    said.lines().filter_map(wait).map(|seconds| seconds * 1e6).collect()
+    text.lines().filter_map(wait).map(|seconds| seconds * 1e6).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const SAID: &str = "\
+    const OUTPUT: &str = "\
 DNS Performance Testing Tool
 Version 2.10.0
 
@@ -118,11 +118,11 @@ Statistics:
 
     #[test]
     fn dnsperf_is_read() {
-        let told = read(SAID).expect("it can be read");
-        assert_eq!(told, Told { n_sent: 5650, n_good: 5600, seconds: 0.5 });
-        assert_eq!((told.rate(), told.n_failed()), (11_200.0, 50));
-        assert_eq!(waits_us(SAID).map_round(), [120.0, 300.0]);
-        let none = SAID.replace("NOERROR 5600", "NXDOMAIN 5600");
+        let summary = read(OUTPUT).expect("it can be read");
+        assert_eq!(summary, Summary { n_sent: 5650, n_good: 5600, seconds: 0.5 });
+        assert_eq!((summary.rate(), summary.n_failed()), (11_200.0, 50));
+        assert_eq!(waits_us(OUTPUT).map_round(), [120.0, 300.0]);
+        let none = OUTPUT.replace("NOERROR 5600", "NXDOMAIN 5600");
         let error = read(&none).expect_err("no good answer").to_string();
         assert!(error.contains("NXDOMAIN"), "{error}");
         assert!(read("Error: unable to bind").is_err());

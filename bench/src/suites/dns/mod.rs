@@ -32,12 +32,12 @@ const KEPT_UP: f64 = 0.95;
 /// How dnsperf asks: as many clients, and as many queries of theirs without an answer yet.
 const CLIENTS: &str = "-c 4 -q 100";
 
-/// What a run goes through.
+/// The conditions of a run.
 struct Plan {
     n_rounds: usize,
     /// How many names the zone has.
     n_names: &'static [usize],
-    /// How many of them Consul has at most, to which they have to be told one by one.
+    /// How many of them Consul has at most, to which they have to be summary one by one.
     n_in_consul: usize,
     /// How many names are forwarded, each once in a round.
     n_forwarded: usize,
@@ -116,7 +116,7 @@ fn start(draft: &mut Draft, names: &[&'static str], n_names: usize) -> Vec<Site>
     sites
 }
 
-/// Asks for the names of a zone of this size.
+/// Queries the names of a zone of this size.
 fn zone(
     draft: &mut Draft,
     names: &[&'static str],
@@ -133,7 +133,9 @@ fn zone(
     sites.extend(start(draft, &consul, n_in_consul));
     if n_in_consul < n_names && !consul.is_empty() {
         let of = thousands(n_in_consul);
-        draft.note(format!("{CONSUL}, {condition}: it has {of} of them, and is asked for these"));
+        draft.note(format!(
+            "{CONSUL}, {condition}: it has {of} of them, which are the queried ones"
+        ));
     }
     // The first round warms up, and isn't counted.
     for round in 0..=plan.n_rounds {
@@ -159,7 +161,7 @@ fn at_rate(
     questions: impl Fn(&Site) -> Result<PathBuf>,
 ) {
     let Some(fixed) = FixedRate::of(draft, RATE, condition) else {
-        return draft.note(format!("{condition}: no fixed rate, since nobody has one"));
+        return draft.note(format!("{condition}: no fixed rate, since no contender has one"));
     };
     let condition = format!("{condition}, {:.0} queries/s", fixed.rate);
     fixed.add_utilisation(draft, UTILISATION, &condition);
@@ -175,16 +177,16 @@ fn at_rate(
 /// The queries that are answered in a second, as many as can be.
 fn saturate(draft: &mut Draft, site: &Site, condition: &str, plan: &Plan) -> Option<f64> {
     let arguments = format!("{CLIENTS} -t 2 -l {}", plan.seconds);
-    match dnsperf::ask(site.at(), site.questions(), &arguments) {
-        Ok(told) => {
-            if told.n_failed() > 0 {
-                let (n_failed, n_sent) = (told.n_failed(), told.n_sent);
+    match dnsperf::query(site.at(), site.questions(), &arguments) {
+        Ok(summary) => {
+            if summary.n_failed() > 0 {
+                let (n_failed, n_sent) = (summary.n_failed(), summary.n_sent);
                 draft.note(format!(
                     "{}, {condition}: {n_failed} of {n_sent} queries failed in a round",
                     site.name
                 ));
             }
-            Some(told.rate())
+            Some(summary.rate())
         }
         Err(error) => {
             draft.failed(site.name, condition, &error);
@@ -193,8 +195,8 @@ fn saturate(draft: &mut Draft, site: &Site, condition: &str, plan: &Plan) -> Opt
     }
 }
 
-/// How long the slowest hundredth of queries waits at least, in microseconds, at this rate; of who
-/// doesn't keep up with it nothing can be said.
+/// How long the slowest hundredth of queries waits at least, in microseconds, at this rate; `None` for a
+/// server that doesn't keep up with it.
 fn wait(
     draft: &mut Draft,
     site: &Site,
@@ -205,9 +207,9 @@ fn wait(
 ) -> Option<f64> {
     let arguments = format!("{CLIENTS} -t 2 -l {} -Q {rate:.0}", plan.seconds);
     let asked = questions(site)
-        .and_then(|questions| dnsperf::ask_and_list(site.at(), &questions, &arguments));
+        .and_then(|questions| dnsperf::query_and_list(site.at(), &questions, &arguments));
     match asked {
-        Ok((told, p99_us)) if told.rate() >= KEPT_UP * rate => Some(p99_us),
+        Ok((summary, p99_us)) if summary.rate() >= KEPT_UP * rate => Some(p99_us),
         Ok(_) => {
             draft.note(format!(
                 "{}, {condition}: too slow in a round, which has no latency",
@@ -230,17 +232,17 @@ fn forwarding(draft: &mut Draft, names: &[&'static str], plan: &Plan, progress: 
     for round in 0..=plan.n_rounds {
         for site in draft.shuffled(&sites) {
             progress.step(&format!("{condition}: {}", site.name));
-            let told = site.questions_of_others(plan.n_forwarded).and_then(|questions| {
-                dnsperf::ask(site.at(), &questions, &format!("{CLIENTS} -n 1"))
+            let summary = site.questions_of_others(plan.n_forwarded).and_then(|questions| {
+                dnsperf::query(site.at(), &questions, &format!("{CLIENTS} -n 1"))
             });
-            if let Err(error) = &told {
+            if let Err(error) = &summary {
                 draft.failed(site.name, &condition, error);
             }
             // The first round warms up, and isn't counted.
             let Some(round) = round.checked_sub(1) else { continue };
-            let told = told.ok();
-            draft.add(RATE, &condition, site.name, round, told.map(|told| told.rate()));
-            let n_lost = told.map(|told| told.n_failed() as f64);
+            let summary = summary.ok();
+            draft.add(RATE, &condition, site.name, round, summary.map(|summary| summary.rate()));
+            let n_lost = summary.map(|summary| summary.n_failed() as f64);
             draft.add(LOST, &condition, site.name, round, n_lost);
         }
     }

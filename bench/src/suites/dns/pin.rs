@@ -5,7 +5,7 @@ use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 /// The processor that a server has for itself, by its place among those that this run may use.
 pub const SERVER: usize = 0;
-/// The one of who asks.
+/// The client's processor.
 pub const CLIENT: usize = 1;
 
 /// Has all that `act` starts run on one processor only, as by `taskset`: a program sees from its start

@@ -27,10 +27,10 @@ pub const CONSUL: &str = "Consul DNS";
 
 /// Where nohop and dnsmasq forward to: dnsmasq.conf has it, too.
 pub const UPSTREAM: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::LOCALHOST, 5300);
-/// What is answered there, for whatever name.
+/// The answer there, for every name.
 pub const UPSTREAM_ANSWER: &str = "192.0.2.7";
 
-/// How often, and how many times at most, a server is asked whether it answers.
+/// How often, and how many times at most, a server is queried until it answers.
 const LOOK: Duration = Duration::from_millis(20);
 const N_LOOKS: u32 = 500;
 
@@ -42,7 +42,7 @@ const CONSUL_NODE: &str = "elsewhere";
 
 /// A server at work. Dropped in this order.
 pub struct Site {
-    /// Whose it is.
+    /// The server's name.
     pub name: &'static str,
     /// Where it is asked.
     pub address: SocketAddrV4,
@@ -57,7 +57,7 @@ impl Site {
     /// Starts a server with so many names in its zone, alone on a processor, and waits until it answers.
     ///
     /// # Errors
-    /// When it doesn't in time; when the name is nobody's.
+    /// When it doesn't in time; when there is no such server.
     pub fn start(name: &'static str, n_names: usize) -> Result<Site> {
         let (node, files) = (Node::new(Layout::OneHost)?, TempDir::new("dns")?);
         let start = match name {
@@ -100,7 +100,7 @@ impl Site {
         write_questions((0..n_names).map(service_name), self.files.path(), "example")
     }
 
-    /// Where it is asked from, and at which address.
+    /// Where queries come from, and the address.
     pub fn at(&self) -> dnsperf::At<'_> {
         (self.node.client_place(), self.address)
     }
@@ -112,8 +112,8 @@ pub fn nohop_version() -> Result<String> {
 }
 
 pub fn dnsmasq_version() -> Result<String> {
-    let said = cmd::words("dnsmasq", "--version")?;
-    let line = said.lines().next().unwrap_or_default();
+    let text = cmd::words("dnsmasq", "--version")?;
+    let line = text.lines().next().unwrap_or_default();
     Ok(line.split("  ").next().unwrap_or(line).to_owned())
 }
 
@@ -204,7 +204,7 @@ pub fn write_questions(
     Ok(path)
 }
 
-/// Asks for a name until there is an address, which is to be this one unless it is empty.
+/// Queries a name until there is an address, which is to be this one unless it is empty.
 ///
 /// # Errors
 /// When there is none in time.
@@ -214,17 +214,17 @@ pub fn await_answer(
     name: &str,
     expected: &str,
 ) -> Result<()> {
-    let mut said = String::new();
+    let mut text = String::new();
     for _ in 0..N_LOOKS {
         let mut dig = place.command("dig");
         let (server, port) = (format!("@{}", at.ip()), at.port().to_string());
         dig.args(["+time=1", "+tries=1", "+short", &server, "-p", &port, name, "A"]);
-        said = String::from_utf8_lossy(&cmd::output(dig)?.stdout).trim().to_owned();
-        if said.parse::<Ipv4Addr>().is_ok() {
-            ensure!(expected.is_empty() || said == expected, "{name} is {said} at {at}");
+        text = String::from_utf8_lossy(&cmd::output(dig)?.stdout).trim().to_owned();
+        if text.parse::<Ipv4Addr>().is_ok() {
+            ensure!(expected.is_empty() || text == expected, "{name} is {text} at {at}");
             return Ok(());
         }
         thread::sleep(LOOK);
     }
-    bail!("{at} has no address of {name}: {said}")
+    bail!("{at} has no address of {name}: {text}")
 }

@@ -89,6 +89,12 @@ impl Pins {
         self.links().join(program)
     }
 
+    /// The directory that exists while maps are charged to a daemon's memory cgroup. It is among the
+    /// storages, which outlive layouts.
+    pub fn charged(&self) -> PathBuf {
+        self.sockets().join("charged")
+    }
+
     /// Makes the directories.
     ///
     /// # Errors

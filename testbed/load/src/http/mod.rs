@@ -28,7 +28,7 @@ const N_BURST: usize = 16;
 /// port busy for a while, and a server has only one.
 const LINGER_NS: u64 = 100 * MILLISECOND_NS;
 
-/// Asked for on the command line.
+/// The arguments of this command.
 #[derive(Args, Clone, Debug)]
 pub struct Http {
     /// Whom to ask
@@ -61,7 +61,7 @@ pub struct Http {
 }
 
 impl Http {
-    /// What is wrong with the arguments together.
+    /// The problem of the combined arguments, if there is one.
     pub fn problem(&self) -> Option<String> {
         (self.warmup_ms as f64 >= self.seconds * 1000.0).then(|| {
             format!(
@@ -232,7 +232,7 @@ impl Client {
         }
         let now_ns = now_ns();
         let Some(due_ns) = self.schedule.take(now_ns) else { return Ok(false) };
-        self.tally.asked(due_ns);
+        self.tally.due(due_ns);
         if due_ns + self.timeout_ns <= now_ns {
             self.tally.failed(due_ns, now_ns, errors::TIMEOUT);
             return Ok(true);
@@ -256,7 +256,7 @@ impl Client {
     /// Sends on a connection that is open; false when it had ended meanwhile.
     fn reuse(&mut self, connection_idx: usize, due_ns: u64) -> bool {
         let Some(connection) = self.connections[connection_idx].as_mut() else { return false };
-        if say(&connection.socket, &self.request).is_err() {
+        if send_request(&connection.socket, &self.request).is_err() {
             self.n_open -= 1;
             self.vacate(connection_idx);
             return false;
@@ -272,7 +272,7 @@ impl Client {
     /// Opens a connection, and sends on it if that works at once, as it does on one machine.
     fn open(&mut self, due_ns: u64) -> Result<(), Errno> {
         let socket = stream::connect(self.address)?;
-        let state = match say(&socket, &self.request) {
+        let state = match send_request(&socket, &self.request) {
             Ok(()) => State::Waiting,
             Err(Errno::AGAIN) => State::Connecting,
             Err(errno) => return Err(errno),
@@ -297,7 +297,7 @@ impl Client {
         match connection.state {
             State::Connecting => {
                 if flags.intersects(EventFlags::OUT | ENDED) {
-                    match say(&connection.socket, &self.request) {
+                    match send_request(&connection.socket, &self.request) {
                         Ok(()) => connection.state = State::Waiting,
                         Err(Errno::AGAIN) => {}
                         Err(errno) => {
@@ -312,7 +312,7 @@ impl Client {
                 }
             }
             State::Idle => {
-                // The server ended it, or says what nobody asked for.
+                // The server ended it, or sends without a request.
                 if flags.intersects(EventFlags::IN | ENDED) {
                     self.n_open -= 1;
                     self.vacate(connection_idx);
@@ -326,7 +326,7 @@ impl Client {
         }
     }
 
-    /// Reads what there is. Once the connection has ended, no further event tells of more.
+    /// Reads all available bytes. Once the connection has ended, there is no further event.
     fn read(&mut self, connection_idx: usize, has_ended: bool) {
         let Some(connection) = self.connections[connection_idx].as_mut() else { return };
         let failure = loop {
@@ -400,7 +400,7 @@ impl Client {
 }
 
 /// Sends all of a request: on a connection that owes nothing, it fits.
-fn say(socket: &OwnedFd, request: &[u8]) -> Result<(), Errno> {
+fn send_request(socket: &OwnedFd, request: &[u8]) -> Result<(), Errno> {
     let n_sent = send(socket, request, SendFlags::NOSIGNAL)?;
     if n_sent == request.len() { Ok(()) } else { Err(Errno::NOBUFS) }
 }
@@ -416,7 +416,7 @@ mod tests {
     use super::*;
 
     /// Serves each connection in a thread: the n-th request of the n-th connection, both from 0,
-    /// is answered with what `answer` says; `None` ends the connection without one.
+    /// is answered with `answer`'s result; `None` ends the connection without one.
     fn serve(answer: impl Fn(u64, u64) -> Option<String> + Clone + Send + 'static) -> SocketAddr {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
@@ -449,7 +449,7 @@ mod tests {
         Some(format!("HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\n{name}\n"))
     }
 
-    fn asked(address: SocketAddr) -> Http {
+    fn options(address: SocketAddr) -> Http {
         Http {
             address,
             rate: 1000.0,
@@ -470,19 +470,19 @@ mod tests {
     #[test]
     fn all_are_answered_on_few_connections() {
         let address = serve(|connection_n, _| ok(&format!("b{connection_n}")));
-        let report = Http { warmup_ms: 100, ..asked(address) }.run().unwrap();
-        assert_eq!(report["asked"], 100, "{report}");
-        assert_eq!(report["asked_warmup"], 100, "{report}");
+        let report = Http { warmup_ms: 100, ..options(address) }.run().unwrap();
+        assert_eq!(report["requests"], 100, "{report}");
+        assert_eq!(report["requests_warmup"], 100, "{report}");
         assert_eq!(report["answered"], 100, "{report}");
         let servers = report["servers"].as_object().unwrap();
         assert_eq!(servers.keys().collect::<Vec<_>>(), ["b0", "b1", "b2", "b3"]);
-        assert_eq!(report["by_second"], json!([{ "asked": 100, "failed": 0, "slow": 0 }]));
+        assert_eq!(report["by_second"], json!([{ "requests": 100, "failed": 0, "slow": 0 }]));
     }
 
     #[test]
     fn each_gets_a_connection_of_its_own() {
         let address = serve(|_, request_n| ok(&format!("r{request_n}")));
-        let report = Http { close: true, ..asked(address) }.run().unwrap();
+        let report = Http { close: true, ..options(address) }.run().unwrap();
         assert_eq!(report["answered"], 200, "{report}");
         assert_eq!(report["servers"], json!({ "r0": 200 }));
     }
@@ -492,7 +492,7 @@ mod tests {
         let answer = "HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nb1\n";
         let address = serve(move |_, _| Some(answer.to_owned()));
         for close in [false, true] {
-            let report = Http { close, ..asked(address) }.run().unwrap();
+            let report = Http { close, ..options(address) }.run().unwrap();
             assert_eq!(report["servers"], json!({ "b1": 200 }), "{report}");
         }
     }
@@ -501,14 +501,14 @@ mod tests {
     fn a_server_that_says_close_is_left_silently() {
         let answer = "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\nb1";
         let address = serve(move |_, _| Some(answer.to_owned()));
-        let report = asked(address).run().unwrap();
+        let report = options(address).run().unwrap();
         assert_eq!(report["answered"], 200, "{report}");
     }
 
     #[test]
     fn a_connection_that_ends_under_a_request_fails_it() {
         let address = serve(|_, request_n| if request_n == 0 { ok("b1") } else { None });
-        let report = Http { connections: 1, ..asked(address) }.run().unwrap();
+        let report = Http { connections: 1, ..options(address) }.run().unwrap();
         assert_eq!(total(&report), 200);
         // With a single connection, every second request is the one that ends it.
         assert_eq!(report["answered"], 100, "{report}");
@@ -526,14 +526,14 @@ mod tests {
                 stream.peek(&mut [0]).unwrap();
             }
         });
-        let report = asked(address).run().unwrap();
+        let report = options(address).run().unwrap();
         assert_eq!(report["failed"]["reset"], 200, "{report}");
     }
 
     #[test]
     fn another_status_is_a_failure() {
         let answer = "HTTP/1.1 503 Unavailable\r\nContent-Length: 0\r\n\r\n";
-        let report = asked(serve(|_, _| Some(answer.to_owned()))).run().unwrap();
+        let report = options(serve(|_, _| Some(answer.to_owned()))).run().unwrap();
         assert_eq!(report["failed"]["status_503"], 200, "{report}");
         assert_eq!(report["servers"], json!({}));
     }
@@ -544,7 +544,7 @@ mod tests {
         let address = listener.local_addr().unwrap();
         drop(listener);
         for close in [false, true] {
-            let report = Http { close, ..asked(address) }.run().unwrap();
+            let report = Http { close, ..options(address) }.run().unwrap();
             assert_eq!(report["failed"]["refused"], 200, "{report}");
             assert_eq!(report["n_failed"], 200, "{report}");
         }
@@ -554,7 +554,7 @@ mod tests {
     fn what_is_never_answered_ends_in_time() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
-        let report = Http { timeout_ms: 50, ..asked(address) }.run().unwrap();
+        let report = Http { timeout_ms: 50, ..options(address) }.run().unwrap();
         assert_eq!(report["failed"]["timeout"], 200, "{report}");
         assert_eq!(report["answered"], 0);
         drop(listener);

@@ -8,17 +8,17 @@ use crate::clock::{SECOND_NS, seconds};
 use crate::errors::{Failures, Name};
 use crate::latency::Latency;
 
-/// The most servers that are told apart.
+/// The most servers that are distinguished.
 const MAX_SERVERS: usize = 1024;
 
 /// Stands for the servers beyond those.
 const OTHERS: &[u8] = b"(others)";
 
-/// Counts of requests by what became of them. What was due before `start_ns` warmed up only.
+/// Counts of requests by their results. Requests due before `start_ns` are warm-up.
 pub struct Tally {
     start_ns: u64,
     slow_ns: u64,
-    n_asked: u64,
+    n_requests: u64,
     n_warmup: u64,
     n_answered: u64,
     n_slow: u64,
@@ -33,7 +33,7 @@ pub struct Tally {
 
 #[derive(Clone, Default)]
 struct Second {
-    n_asked: u64,
+    n_requests: u64,
     n_failed: u64,
     n_slow: u64,
 }
@@ -47,7 +47,7 @@ impl Tally {
         Ok(Tally {
             start_ns,
             slow_ns,
-            n_asked: 0,
+            n_requests: 0,
             n_warmup: 0,
             n_answered: 0,
             n_slow: 0,
@@ -62,11 +62,11 @@ impl Tally {
     }
 
     /// A request was taken from the schedule.
-    pub fn asked(&mut self, due_ns: u64) {
+    pub fn due(&mut self, due_ns: u64) {
         match self.second(due_ns) {
             Some(second) => {
-                second.n_asked += 1;
-                self.n_asked += 1;
+                second.n_requests += 1;
+                self.n_requests += 1;
             }
             None => self.n_warmup += 1,
         }
@@ -125,13 +125,13 @@ impl Tally {
             *entry = (entry.as_u64().unwrap_or_default() + n).into();
         }
         let by_second = self.by_second.iter().map(
-            |Second { n_asked, n_failed, n_slow }| {
-                json!({ "asked": n_asked, "failed": n_failed, "slow": n_slow })
+            |Second { n_requests, n_failed, n_slow }| {
+                json!({ "requests": n_requests, "failed": n_failed, "slow": n_slow })
             },
         );
         json!({
-            "asked": self.n_asked,
-            "asked_warmup": self.n_warmup,
+            "requests": self.n_requests,
+            "requests_warmup": self.n_warmup,
             "answered": self.n_answered,
             "failed": self.failures.to_json(),
             "n_failed": self.failures.total(),
@@ -162,7 +162,7 @@ mod tests {
         while let Some(next_ns) = schedule.next_due_ns() {
             now_ns = now_ns.max(next_ns);
             let due_ns = schedule.take(now_ns).unwrap();
-            tally.asked(due_ns);
+            tally.due(due_ns);
             tally.sent(due_ns, now_ns);
             if due_ns == 500 * MILLISECOND_NS {
                 now_ns = 1000 * MILLISECOND_NS;
@@ -170,7 +170,7 @@ mod tests {
             tally.answered(due_ns, now_ns, b"b1");
         }
         let report = tally.to_json();
-        assert_eq!(report["asked"], 2000);
+        assert_eq!(report["requests"], 2000);
         assert_eq!(report["answered"], 2000);
         // Of the 500 due meanwhile, those of the first 400 ms waited for more than 100 ms.
         assert_eq!(report["n_slow"], 400);
@@ -186,19 +186,19 @@ mod tests {
     fn what_warms_up_is_not_counted() {
         let mut tally = Tally::new(SECOND_NS, MILLISECOND_NS).unwrap();
         for due_ns in [0, SECOND_NS - 1] {
-            tally.asked(due_ns);
+            tally.due(due_ns);
             tally.sent(due_ns, 3 * SECOND_NS);
         }
         tally.failed(0, SECOND_NS, errors::CLOSED);
         tally.answered(SECOND_NS - 1, SECOND_NS, b"b1");
-        tally.asked(SECOND_NS);
+        tally.due(SECOND_NS);
         tally.failed(SECOND_NS, 2 * SECOND_NS, errors::of_status(503));
         let report = tally.to_json();
-        assert_eq!((&report["asked"], &report["asked_warmup"]), (&json!(1), &json!(2)));
+        assert_eq!((&report["requests"], &report["requests_warmup"]), (&json!(1), &json!(2)));
         assert_eq!((&report["answered"], &report["n_failed"]), (&json!(0), &json!(1)));
         assert_eq!(report["failed"]["status_503"], 1);
         assert_eq!(report["failed"]["closed"], 0);
-        assert_eq!(report["by_second"], json!([{ "asked": 1, "failed": 1, "slow": 0 }]));
+        assert_eq!(report["by_second"], json!([{ "requests": 1, "failed": 1, "slow": 0 }]));
         assert_eq!(report["behind_us"], 0.0);
         assert_eq!(report["latency_us"]["max"], Value::Null);
     }

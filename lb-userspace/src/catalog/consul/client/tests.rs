@@ -469,6 +469,31 @@ async fn a_user_and_password_go_along_with_the_token() {
     }
 }
 
+/// The server accepts one connection, so the second request reuses it.
+#[tokio::test]
+async fn the_peer_is_known_on_a_reused_connection() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (client, _) = client(config(address));
+    let serve = async {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        for _ in 0..2 {
+            let mut seen = Vec::new();
+            while !seen.ends_with(b"\r\n\r\n") {
+                assert!(stream.read_buf(&mut seen).await.unwrap() > 0);
+            }
+            stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}").await.unwrap();
+        }
+    };
+    let ask_twice = async {
+        for _ in 0..2 {
+            let response = client.get::<Value>(&request(NAMES), LIMIT).await.unwrap();
+            assert_eq!(response.peer, Some(address.ip()));
+        }
+    };
+    tokio::join!(serve, ask_twice);
+}
+
 #[tokio::test]
 async fn a_plain_agent_is_told_from_one_with_tls() {
     let fake = Fake::start().await;
