@@ -13,7 +13,7 @@ use crate::catalog::{Catalog, Handle, Lookup};
 use crate::config::{CatalogConfig, Config, ConsulAddress, ConsulConfig, WatchPolicy};
 use crate::table::{HealthStatus, ServiceMeta, Watch};
 
-const LIMIT: Duration = Duration::from_secs(20);
+const LIMIT: Duration = Duration::from_secs(60);
 
 fn timing() -> Timing {
     Timing {

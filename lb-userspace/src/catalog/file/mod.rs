@@ -281,7 +281,7 @@ mod tests {
                 .as_ref()
                 .is_some_and(|e| e.catalog.keys().map(|id| &*id.name).eq(services.to_vec()))
         });
-        let limit = std::time::Duration::from_secs(10);
+        let limit = std::time::Duration::from_secs(60);
         let seen = tokio::time::timeout(limit, seen).await.expect("the catalog").unwrap();
         seen.clone().unwrap().catalog
     }
@@ -292,7 +292,7 @@ mod tests {
             (Some(problem), Some(what)) => problem.contains(what),
             _ => false,
         });
-        let limit = std::time::Duration::from_secs(10);
+        let limit = std::time::Duration::from_secs(60);
         tokio::time::timeout(limit, seen).await.expect("the problem").unwrap();
     }
 

@@ -101,7 +101,7 @@ async fn queries_over_tls_are_answered_as_they_are_ready() {
     .await;
     let forward = Forward::Servers(vec![upstream.address]);
     let config = DnsConfig { forward, ..config(dir.path()) };
-    let rig = Rig::with(config, ServerOptions::default()).await;
+    let rig = Rig::with(config, patient()).await;
     let mut stream = connect(rig.tls_address, &roots).await.unwrap();
     let slow = query("slow.example.", RecordType::A);
     write(&mut stream, &slow).await;

@@ -18,7 +18,7 @@ use super::*;
 use crate::catalog::consul::test_server::{Fake, Fault, NAMES};
 use crate::config::TlsConfig;
 
-const LIMIT: Duration = Duration::from_secs(20);
+const LIMIT: Duration = Duration::from_secs(60);
 
 fn request(path: &str) -> ApiRequest {
     ApiRequest { path: path.into(), ask: ReadMode::Plain, wait: Duration::ZERO }
