@@ -67,6 +67,17 @@ impl<K, V> OrdMap<K, V> {
     }
 }
 
+#[cfg(test)]
+impl<K, V> OrdMap<K, V> {
+    /// The number of leaves that it doesn't share with another map.
+    pub fn n_leaves_not_in(&self, other: &OrdMap<K, V>) -> usize {
+        let is_shared = |leaf: &&Leaf<K, V>| {
+            other.leaves.iter().any(|other| Arc::ptr_eq(&leaf.entries, &other.entries))
+        };
+        self.leaves.len() - self.leaves.iter().filter(is_shared).count()
+    }
+}
+
 impl<K: Ord, V> OrdMap<K, V> {
     /// The leaf that has the key, or would have it.
     fn locate<Q: Ord + ?Sized>(&self, key: &Q) -> usize

@@ -118,14 +118,19 @@ impl Publisher {
         &self.shared.stats
     }
 
-    /// Publishes a catalog whose news arrived at `news_at`, unless it equals the last one.
+    /// Publishes a catalog whose news arrived at `news_at`, unless it equals the last one. It may be a new
+    /// map: what is equal is shared with the last one, so that later comparisons cost what differs.
     pub fn publish(&self, catalog: Catalog, news_at: Instant) {
+        let catalog = match self.last() {
+            Some(last) => catalog.sharing(&last),
+            None => catalog,
+        };
         self.publish_aged(Some(catalog), news_at, Vec::new());
     }
 
-    /// As [`Publisher::publish`], if there is a catalog. `answered` lists the services that the source
-    /// answered for, and when; their answers are in this catalog or the last one, which ends their
-    /// staleness.
+    /// As [`Publisher::publish`], if there is a catalog, which should share with the last one what is
+    /// equal. `answered` lists the services that the source answered for, and when; their answers are in
+    /// this catalog or the last one, which ends their staleness.
     pub fn publish_aged(
         &self,
         catalog: Option<Catalog>,
@@ -152,8 +157,6 @@ impl Publisher {
         if let Some(catalog) = catalog {
             let is_first = last.is_none();
             let last = last.unwrap_or_default();
-            // A source may have made a new map; each later comparison costs what isn't shared.
-            let catalog = catalog.sharing(&last);
             let Diff { changed, gone } = last.diff(&catalog);
             if is_first || !(changed.is_empty() && gone.is_empty()) {
                 tracing::debug!(services = catalog.len(), "the catalog changed");

@@ -1,18 +1,18 @@
-//! Answers of Consul, for fuzzers.
+//! Parsing of Consul's responses, for fuzzers.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::health::{self, Records};
-use super::query::{Names, tagged};
+use super::query::{ServiceTags, tagged};
 use crate::config::Config;
 use crate::table::Instance;
 
-/// The services of an answer: of a list of names without their instances, of the instances of one
-/// under the name `web`.
+/// The services in a response: the names of a list without instances, or the instances of one service as
+/// `web`.
 pub fn read(body: &[u8]) -> BTreeMap<Arc<str>, Vec<Instance>> {
     let rules = Config::default().catalog;
-    if let Ok(names) = serde_json::from_slice::<Names>(body) {
+    if let Ok(names) = serde_json::from_slice::<ServiceTags>(body) {
         return tagged(names, &rules.tag)
             .tagged
             .into_iter()

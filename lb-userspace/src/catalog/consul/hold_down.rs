@@ -1,5 +1,5 @@
-//! Instances that were registered before their checks, and so look healthy for a moment (nomad's
-//! issue 3935): they are held back.
+//! The hold-down of instances that are registered before their checks, and so look healthy for a moment
+//! (nomad's issue 3935).
 
 use std::collections::{BTreeMap, HashSet};
 use std::hash::{Hash, Hasher};
@@ -7,23 +7,22 @@ use std::time::{Duration, Instant};
 
 use crate::table::{HealthStatus, Instance, may_be_reached};
 
-/// How long an instance without checks of its own, whose siblings have some, is held back.
-pub const HOLD: Duration = Duration::from_secs(3);
+/// How long an instance without a check of its own, while others of the service have one, is held down.
+pub const HOLD_DOWN: Duration = Duration::from_secs(3);
 
 /// An instance: its node, and its name there.
 pub type InstanceKey = (String, String);
 
-/// The instances of one service that look too good, and since when.
+/// The instances of one service without a check, and since when.
 #[derive(Clone, Debug, Default)]
 pub struct HoldDown {
     since: BTreeMap<InstanceKey, Instant>,
 }
 
 impl HoldDown {
-    /// Takes those of the `unchecked` out that haven't been seen so for [`HOLD`], while another
-    /// instance serves: to refuse is worse than an instance that may not be up yet. Returns when to
-    /// judge again. Those that served in `known` went through this, or had their checks taken away:
-    /// they stay.
+    /// Sets those of the `unchecked` instances out that have been so for less than [`HOLD_DOWN`], while
+    /// another instance serves: to refuse connections is worse than an instance that may not be up yet.
+    /// Returns when the first hold-down ends. Instances that served in `known` are exempt.
     pub fn judge(
         &mut self,
         instances: &mut [Instance],
@@ -47,7 +46,7 @@ impl HoldDown {
             let name = KeyRef::of(instance);
             if unchecked.contains(&name) && !served.contains(&name) {
                 let key = (instance.node.clone(), instance.id.clone());
-                let until = *self.since.entry(key).or_insert(now) + HOLD;
+                let until = *self.since.entry(key).or_insert(now) + HOLD_DOWN;
                 if until > now {
                     newcomers.push((idx, until));
                     continue;
@@ -60,7 +59,7 @@ impl HoldDown {
         }
         for &(idx, _) in &newcomers {
             instances[idx].health = HealthStatus::Out(format!(
-                "has no check yet, as others of the service have: held back for {HOLD:?}"
+                "has no check yet, as others of the service have: held back for {HOLD_DOWN:?}"
             ));
         }
         newcomers.into_iter().map(|(_, until)| until).min()
@@ -98,7 +97,7 @@ impl PartialEq for KeyRef<'_> {
     }
 }
 
-/// Those without a check of their own, where others have one. `has_check` tells of each.
+/// The instances without a check of their own, where others have one. `has_check` has all.
 pub fn unchecked(has_check: impl Iterator<Item = (InstanceKey, bool)> + Clone) -> Vec<InstanceKey> {
     if !has_check.clone().any(|(_, has_check)| has_check) {
         return Vec::new();
@@ -139,8 +138,8 @@ mod tests {
     }
 
     #[test]
-    fn only_beside_siblings_with_checks_is_one_without_suspect() {
-        // (whether a, b and c have checks, who is suspect)
+    fn an_instance_without_a_check_is_unchecked_only_if_others_have_one() {
+        // (whether a, b and c have checks, which are unchecked)
         let table: [([bool; 3], &[&str]); 4] = [
             ([true, true, true], &[]),
             ([true, false, true], &["b"]),
@@ -152,16 +151,16 @@ mod tests {
             let expected: Vec<InstanceKey> = expected.iter().map(|id| key(id)).collect();
             assert_eq!(unchecked(given), expected, "{has_check:?}");
         }
-        assert_eq!(unchecked([(key("a"), false)].into_iter()), [], "it has no siblings");
+        assert_eq!(unchecked([(key("a"), false)].into_iter()), [], "it is the only one");
     }
 
     #[test]
-    fn a_newcomer_waits_for_its_check_and_counts_without_it_in_the_end() {
+    fn a_new_instance_serves_without_a_check_after_the_hold_down() {
         let start = Instant::now();
         let known = [instance("old")];
         let mut held = HoldDown::default();
-        let suspects = [key("new"), key("old")];
-        // (after, who serves, whether it is to be judged anew)
+        let unchecked = [key("new"), key("old")];
+        // (after, which serve, whether one is held down)
         let ms = Duration::from_millis;
         for (after, expected, again) in [
             (0, "old", true),
@@ -170,21 +169,21 @@ mod tests {
             (9000, "new old", false),
         ] {
             let mut instances = [instance("new"), instance("old")];
-            let again_at = held.judge(&mut instances, &suspects, &known, start + ms(after));
+            let again_at = held.judge(&mut instances, &unchecked, &known, start + ms(after));
             let serving = instances.iter().filter(|i| i.health == HealthStatus::Serving);
             let serving: Vec<&str> = serving.map(|i| &*i.id).collect();
             assert_eq!(serving.join(" "), expected, "after {after} ms");
-            assert_eq!(again_at, again.then_some(start + HOLD), "after {after} ms");
+            assert_eq!(again_at, again.then_some(start + HOLD_DOWN), "after {after} ms");
         }
-        // It gets its check, and loses it: the time begins anew, unless it serves already.
+        // It gets its check, and loses it: the time starts again, unless it serves already.
         held.judge(&mut [], &[], &known, start);
         let mut instances = [instance("new"), instance("old")];
-        let again_at = held.judge(&mut instances, &[key("new")], &known, start + HOLD * 5);
-        assert_eq!(again_at, Some(start + HOLD * 6));
+        let again_at = held.judge(&mut instances, &[key("new")], &known, start + HOLD_DOWN * 5);
+        assert_eq!(again_at, Some(start + HOLD_DOWN * 6));
     }
 
     #[test]
-    fn a_newcomer_is_held_back_only_while_another_can_serve() {
+    fn a_new_instance_is_held_down_down_only_while_another_serves() {
         let out = HealthStatus::Out("check `web` is critical".into());
         let warning = HealthStatus::Warning("check `web` is warning".into());
         let other = |change: fn(&mut Instance)| {
@@ -197,36 +196,36 @@ mod tests {
             (Instance { health: warning, ..instance("old") }, true),
             (other(|other| other.address = "db.example.com".into()), true),
             (Instance { health: out, ..instance("old") }, false),
-            // What serves by Consul and can't be reached from here serves nobody.
+            // One that Consul has as healthy, and that can't be reached from here.
             (other(|other| other.port = 0), false),
             (other(|other| other.address = "127.0.0.1".into()), false),
             (other(|other| other.address = "0.0.0.0".into()), false),
             (other(|other| other.address.clear()), false),
         ];
-        for (other, is_held) in cases {
+        for (other, is_held_down) in cases {
             let mut instances = [other.clone(), instance("new"), instance("newer")];
             let mut held = HoldDown::default();
-            let suspects = [key("new"), key("newer")];
-            let again_at = held.judge(&mut instances, &suspects, &[], Instant::now());
-            assert_eq!(again_at.is_some(), is_held, "{other:?}");
+            let unchecked = [key("new"), key("newer")];
+            let again_at = held.judge(&mut instances, &unchecked, &[], Instant::now());
+            assert_eq!(again_at.is_some(), is_held_down, "{other:?}");
             for newcomer in &instances[1..] {
-                assert_eq!(!newcomer.health.serves(), is_held, "{other:?}");
+                assert_eq!(!newcomer.health.serves(), is_held_down, "{other:?}");
             }
         }
     }
 
     #[test]
-    fn the_work_grows_with_the_instances_not_with_their_square() {
+    fn the_work_is_linear_in_the_instances() {
         let n = 60_000;
         let ids: Vec<String> =
             (0..n).map(|nth| format!("_nomad-task-{nth:08}-group-web-web-http")).collect();
         let mut instances: Vec<Instance> = ids.iter().map(|id| instance(id)).collect();
         let known = instances[..n / 2].to_vec();
-        let suspects: Vec<InstanceKey> = ids[1..].iter().map(|id| key(id)).collect();
+        let unchecked: Vec<InstanceKey> = ids[1..].iter().map(|id| key(id)).collect();
         let mut held = HoldDown::default();
         for _ in 0..2 {
             N_COMPARED.with(|compared| compared.set(0));
-            held.judge(&mut instances, &suspects, &known, Instant::now());
+            held.judge(&mut instances, &unchecked, &known, Instant::now());
             let n_compared = N_COMPARED.with(Cell::get);
             assert!(n_compared < 10 * n, "{n_compared} comparisons of {n} instances");
         }

@@ -1,85 +1,92 @@
-//! Where a blocking query stands: which index it asks with, and whether an answer counts.
+//! The indexes of blocking queries: which one the next read has, and whether an answer applies.
 //!
 //! The rules are those of Consul's documentation of blocking queries: an index that goes backwards
-//! or below 1 starts over, and what came with it isn't believed until it has been confirmed.
+//! or below 1 starts over, and the body that came with it has to be confirmed.
 
-/// How the next question is to be asked.
+/// The mode of a read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReadMode {
     /// Without an index: Consul answers at once.
     Plain,
-    /// Without an index, and by a leader that has made sure of being one.
+    /// Without an index, by a leader that has verified that it is one (`?consistent`).
     Consistent,
-    /// Once the state is newer than this index.
+    /// A blocking query: once the state is newer than this index.
     Blocking(u64),
 }
 
-/// What an answer is worth.
+impl ReadMode {
+    /// Whether Consul may hold the request.
+    pub fn is_blocking(self) -> bool {
+        matches!(self, ReadMode::Blocking(_))
+    }
+}
+
+/// Whether an answer's index allows to use the answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum IndexCheck {
-    /// It is whole and not from the past: its body counts, whatever its index. Consul's indexes don't
-    /// move with its ACLs, the bodies do (consul's issue 5651).
+    /// Its body is used, whatever the index: Consul's indexes don't move with its ACLs, the bodies do
+    /// (consul's issue 5651).
     Apply,
-    /// It may be from the past: ask again before believing it.
+    /// It may be from the past: it has to be confirmed by another read.
     Confirm,
 }
 
-/// How an answer's index stands to that of the answer applied before it.
+/// How an answer's index relates to that of the answer applied before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum IndexMove {
-    /// Beyond it, or there is nothing to compare.
+    /// Higher, or there is nothing to compare.
     Forward,
-    /// It is the same: nothing has changed in Consul's state.
+    /// The same: nothing has changed in Consul's state.
     None,
-    /// Below it.
+    /// Lower.
     Backward,
 }
 
-/// The place of one watch in Consul's history.
+/// The indexes of one watch.
 #[derive(Clone, Copy, Debug)]
-pub struct Cursor {
+pub struct IndexTracker {
     known: u64,
-    ask: ReadMode,
-    /// The index of the answer noted last; 0 where it had none.
+    mode: ReadMode,
+    /// The index of the last answer; 0 where it had none.
     last: u64,
-    /// The index of the answer applied last; 0 before that.
+    /// The index of the last answer that was applied; 0 before that.
     applied: u64,
 }
 
-impl Default for Cursor {
+impl Default for IndexTracker {
     fn default() -> Self {
-        Cursor { known: 0, ask: ReadMode::Plain, last: 0, applied: 0 }
+        IndexTracker { known: 0, mode: ReadMode::Plain, last: 0, applied: 0 }
     }
 }
 
-impl Cursor {
-    /// How to ask next.
-    pub fn ask(&self) -> ReadMode {
-        self.ask
+impl IndexTracker {
+    /// The mode of the next read.
+    pub fn mode(&self) -> ReadMode {
+        self.mode
     }
 
-    /// Takes note of a good answer and of its X-Consul-Index. Without one, or with 0, a question can't
-    /// be held back for news: the next one doesn't ask for that, and is the caller's to pace.
+    /// Records the X-Consul-Index of an answer. Without one, or with 0, Consul can't hold the next
+    /// request: it is a plain read, whose pace the caller sets.
     pub fn answered(&mut self, index: Option<u64>) -> IndexCheck {
         self.last = index.unwrap_or(0);
-        if self.ask != ReadMode::Consistent && index.is_some_and(|index| index < self.known) {
-            self.doubt();
+        if self.mode != ReadMode::Consistent && index.is_some_and(|index| index < self.known) {
+            self.confirm();
             return IndexCheck::Confirm;
         }
         self.known = self.last;
-        self.ask = match self.last {
+        self.mode = match self.last {
             0 => ReadMode::Plain,
             index => ReadMode::Blocking(index),
         };
         IndexCheck::Apply
     }
 
-    /// Notes that the answer noted last is applied.
+    /// Records that the last answer was applied.
     pub fn applied(&mut self) {
         self.applied = self.last;
     }
 
-    /// How the index of the answer noted last stands to that of the one applied last.
+    /// How the index of the last answer relates to that of the last one applied.
     pub fn moved(&self) -> IndexMove {
         match (self.last, self.applied) {
             (0, _) | (_, 0) => IndexMove::Forward,
@@ -89,16 +96,16 @@ impl Cursor {
         }
     }
 
-    /// Doesn't believe the answer noted last: it is asked for again.
-    pub fn doubt(&mut self) {
-        (self.known, self.ask) = (0, ReadMode::Consistent);
+    /// Has the last answer confirmed by a consistent read.
+    pub fn confirm(&mut self) {
+        (self.known, self.mode) = (0, ReadMode::Consistent);
     }
 
-    /// Has the next question answered at once: after a failure, so that it shows whether Consul is
-    /// back, and where another token may read more, or less.
+    /// Makes the next read one that Consul answers at once: after a failure, so that it shows whether
+    /// Consul is back, and where another token may read more, or less.
     pub fn restart(&mut self) {
-        if let ReadMode::Blocking(_) = self.ask {
-            self.ask = ReadMode::Plain;
+        if self.mode.is_blocking() {
+            self.mode = ReadMode::Plain;
         }
     }
 }
@@ -107,18 +114,18 @@ impl Cursor {
 mod tests {
     use super::*;
 
-    enum Step {
+    enum TrackerStep {
         Answer(Option<u64>),
         QueryFailure,
     }
     use IndexCheck::*;
     use ReadMode::*;
-    use Step::*;
+    use TrackerStep::*;
 
     #[test]
     fn follows_the_rules_of_blocking_queries() {
-        type Row = (&'static str, &'static [(Step, Option<IndexCheck>, ReadMode)]);
-        let table: &[Row] = &[
+        type Case = (&'static str, &'static [(TrackerStep, Option<IndexCheck>, ReadMode)]);
+        let table: &[Case] = &[
             (
                 "forwards",
                 &[
@@ -186,24 +193,24 @@ mod tests {
             ),
         ];
         for (name, steps) in table {
-            let mut cursor = Cursor::default();
-            assert_eq!(cursor.ask(), Plain, "{name}");
+            let mut tracker = IndexTracker::default();
+            assert_eq!(tracker.mode(), Plain, "{name}");
             for (n, (step, verdict, ask)) in steps.iter().enumerate() {
                 let got = match step {
-                    Answer(index) => Some(cursor.answered(*index)),
+                    Answer(index) => Some(tracker.answered(*index)),
                     QueryFailure => {
-                        cursor.restart();
+                        tracker.restart();
                         None
                     }
                 };
-                assert_eq!((got, cursor.ask()), (*verdict, *ask), "{name}, step {n}");
+                assert_eq!((got, tracker.mode()), (*verdict, *ask), "{name}, step {n}");
             }
         }
     }
 
     #[test]
-    fn an_index_is_compared_with_what_was_applied_however_often_it_was_doubted() {
-        let mut cursor = Cursor::default();
+    fn an_index_is_compared_with_the_last_applied_one_after_any_number_of_confirmations() {
+        let mut tracker = IndexTracker::default();
         for (index, is_applied, moved) in [
             (Some(7), true, IndexMove::Forward),
             (Some(7), false, IndexMove::None),
@@ -214,11 +221,11 @@ mod tests {
             (Some(9), true, IndexMove::Forward),
             (Some(9), true, IndexMove::None),
         ] {
-            cursor.answered(index);
-            assert_eq!(cursor.moved(), moved, "{index:?}");
+            tracker.answered(index);
+            assert_eq!(tracker.moved(), moved, "{index:?}");
             match is_applied {
-                true => cursor.applied(),
-                false => cursor.doubt(),
+                true => tracker.applied(),
+                false => tracker.confirm(),
             }
         }
     }

@@ -1,24 +1,25 @@
-//! The switch `nohop/off` in Consul's key-value store: while it is there, nothing is translated.
+//! The kill switch, the key `nohop/off` in Consul's key-value store: while it is set, nothing is
+//! translated.
 
 use serde::Deserialize;
 
-/// Where it is.
+/// Its path.
 pub const PATH: &str = "/v1/kv/nohop/off";
 
-/// The body of the answer: an entry, or `null` where there is no such key.
-pub type Entries = Option<Vec<Entry>>;
+/// The body of the response: an entry, or `null` where there is no such key.
+pub type KvEntries = Option<Vec<KvEntry>>;
 
-/// The key, as Consul tells it.
+/// The key in the response.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(rename_all = "PascalCase")]
-pub struct Entry {
+pub struct KvEntry {
     /// Base64; `null` where it is empty.
     value: Option<String>,
 }
 
-/// Whether nothing is to be translated: the key is there, and its value isn't `false`, `0` or `no`.
-/// Whoever writes anything else into it is in need, so that counts, whatever it is.
-pub fn is_off(entries: &Entries) -> bool {
+/// Whether translation is switched off: the key is set, and its value isn't `false`, `0` or `no`. Any
+/// other value switches it off, since it is set in an emergency.
+pub fn is_off(entries: &KvEntries) -> bool {
     let Some(entry) = entries.iter().flatten().next() else { return false };
     let encoded = entry.value.as_deref().unwrap_or_default();
     let value = data_encoding::BASE64.decode(encoded.as_bytes()).unwrap_or_default();
@@ -31,7 +32,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_a_clear_no_leaves_it_on() {
+    fn only_a_clear_no_keeps_translation_on() {
         let table = [
             ("null", false),
             ("[]", false),

@@ -1,13 +1,12 @@
-//! Consul as a source: one blocking query on the names, one on the switch `nohop/off`, and one on
-//! each service that is live.
+//! Consul as a source: a blocking query for the list of names, one for the kill switch `nohop/off`, and
+//! one for each service that is live.
 //!
-//! All decisions are in [`machine`], which does no I/O; [`watcher`] has its clock and its tasks. An error
-//! takes nothing out of the catalog.
+//! All decisions are in [`machine`], which does no I/O, over the records in [`store`]; [`driver`] has the
+//! clock and the tasks. An error removes nothing from the catalog.
 
 mod address;
-mod backoff;
 mod client;
-mod doubt;
+mod driver;
 #[cfg(any(fuzzing, test))]
 pub mod fuzzing;
 mod health;
@@ -16,32 +15,31 @@ mod index;
 mod kill_switch;
 mod lookups;
 mod machine;
-mod model;
-mod names;
-mod negative_cache;
+mod node;
 mod poller;
 mod query;
-mod schedule;
+mod service;
 mod settings;
+mod store;
+mod suspicion;
 #[cfg(test)]
 mod test_server;
 #[cfg(test)]
 mod tests;
 mod token;
-mod watcher;
 
 use super::cache;
 use super::publisher::Publisher;
 use super::snapshot::SavedCatalog;
 use super::usage::UsageReceiver;
-use watcher::Watcher;
+use driver::Driver;
 
 pub use settings::Settings;
 #[cfg(test)]
 pub use settings::Timing;
 
-/// What an earlier daemon left. A disk that doesn't answer is waited for no longer than Consul is: the
-/// source's thread must not hang with it, which would end the daemon (see `supervise`).
+/// What an earlier daemon saved. A disk that doesn't answer is waited for no longer than Consul is: the
+/// source's thread must not hang with it, which would end the daemon (see `supervisor`).
 async fn read_cache(settings: &Settings) -> Option<SavedCatalog> {
     let (path, max_age) = (settings.cache.clone()?, settings.catalog.max_age);
     let shown = path.display().to_string();
@@ -55,11 +53,11 @@ async fn read_cache(settings: &Settings) -> Option<SavedCatalog> {
     }
 }
 
-/// Follows Consul for ever.
-pub async fn run(settings: Settings, output: Publisher, wishes: UsageReceiver) {
-    let memory = match output.memory() {
-        Some(memory) => Some((*memory).clone()),
+/// Follows Consul forever.
+pub async fn run(settings: Settings, output: Publisher, commands: UsageReceiver) {
+    let saved = match output.memory() {
+        Some(saved) => Some((*saved).clone()),
         None => read_cache(&settings).await,
     };
-    Watcher::new(settings, output, memory.unwrap_or_default()).run(wishes).await;
+    Driver::new(settings, output, saved.unwrap_or_default()).run(commands).await;
 }

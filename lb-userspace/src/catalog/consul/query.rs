@@ -1,25 +1,26 @@
-//! The queries: the request for each, and what its answer means.
+//! The queries: the request for each, and what its response reports.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
 use super::client::{ApiRequest, Client, QueryError, percent_encode};
 use super::health::{self, Record, Records};
-use super::hold_down;
+use super::hold_down::{self, InstanceKey};
 use super::index::ReadMode;
 use super::kill_switch;
-use super::model::{Node, ServiceAnswer};
+use super::node::{AgentSelf, Node};
 use crate::catalog::host::{self, Own};
-use crate::catalog::snapshot::Agent;
 use crate::config::CatalogConfig;
-use crate::table::{NodeIdentity, parse_ip};
+use crate::table::Instance;
 
-/// What a question is about.
+/// Identifies a request.
+pub type RequestId = u64;
+
+/// What a request is about.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Query {
     /// The list of names.
@@ -30,62 +31,83 @@ pub enum Query {
     Agent,
     /// The instances of the service of this name.
     Service(Arc<str>),
-    /// Whether there is a service of this name.
+    /// Whether a service of this name is registered.
     Lookup(Arc<str>),
 }
 
-/// What the answer said, with its index.
+/// The content of an answer.
 #[derive(Debug)]
 pub enum Response {
     /// The names.
     Names(List),
-    /// Whether nothing is to be translated.
+    /// Whether translation is switched off.
     Switch(bool),
-    /// Which node this is, by the agent.
+    /// The node that this host is.
     Agent(Node),
-    /// What there is of the service.
+    /// The instances of the service.
     Service(ServiceAnswer),
     /// The service's name as it was registered; `None` where there is no such service.
     Lookup(Option<Arc<str>>),
 }
 
+/// The answer about one service.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ServiceAnswer {
+    /// Its instances; `None` where the name isn't a routed service's.
+    pub instances: Option<Vec<Instance>>,
+    /// The instances without a check of their own, where others have one.
+    pub unchecked: Vec<InstanceKey>,
+}
+
+impl ServiceAnswer {
+    /// The number of its instances that serve.
+    pub fn n_serving(&self) -> usize {
+        self.instances.as_deref().map_or(0, n_serving)
+    }
+}
+
+/// The number of instances that serve.
+pub fn n_serving(instances: &[Instance]) -> usize {
+    instances.iter().filter(|instance| instance.health.serves()).count()
+}
+
 /// The list of names.
 #[derive(Clone, Debug, Default)]
 pub struct List {
-    /// Those that have the tag.
+    /// The names with the tag.
     pub tagged: BTreeSet<Arc<str>>,
-    /// The others.
+    /// The names without it.
     pub others: BTreeSet<Arc<str>>,
 }
 
 impl List {
-    /// Whether the name is there, with the tag or without.
+    /// Whether it has the name, with the tag or without.
     pub fn has(&self, name: &str) -> bool {
         self.tagged.contains(name) || self.others.contains(name)
     }
 }
 
-/// An answer that counts.
+/// A whole answer.
 #[derive(Debug)]
 pub struct Answer {
     /// X-Consul-Index.
     pub index: Option<u64>,
-    /// What it is.
+    /// Its content.
     pub response: Response,
-    /// The bytes of its body.
+    /// The size of its body.
     pub n_bytes: usize,
-    /// Whether Consul left something out of it for the token's sake, and said so.
+    /// Whether Consul reports that ACLs filtered it.
     pub is_filtered: bool,
-    /// When it was there.
+    /// When it arrived.
     pub news_at: Instant,
 }
 
-/// Why there is none.
+/// The reason why there is no answer.
 #[derive(Debug)]
 pub struct QueryFailure {
     /// The cause, with the fix.
     pub problem: String,
-    /// Whether the token isn't allowed to know.
+    /// Whether Consul denied permission.
     pub is_denied: bool,
 }
 
@@ -96,19 +118,19 @@ impl From<QueryError> for QueryFailure {
     }
 }
 
-/// How to ask.
+/// The options of a request.
 #[derive(Clone, Copy, Debug)]
 pub struct QueryOptions {
-    /// Where in Consul's history.
-    pub ask: ReadMode,
-    /// How long Consul may hold the question.
+    /// The consistency mode, or the index of a blocking query.
+    pub mode: ReadMode,
+    /// How long Consul may hold a blocking query.
     pub wait: Duration,
-    /// How long an answer that isn't held may take. One that is counts as lost after 1.5 times its
-    /// wait: Consul adds up to 1/16.
+    /// The timeout of another request. That of a blocking query is 1.5 times its wait: Consul adds up
+    /// to 1/16.
     pub limit: Duration,
 }
 
-/// Sends a query. `rules` say what an instance needs.
+/// Sends a query. `rules` decide which instances are routed.
 ///
 /// # Errors
 /// As the client's.
@@ -130,7 +152,7 @@ pub async fn fetch(
             .await
         }
         Query::Agent => {
-            let response = |agent, peer| Response::Agent(node(agent, peer, host::is_own));
+            let response = |agent: AgentSelf, peer| Response::Agent(agent.node(peer, host::is_own));
             match get(client, "/v1/agent/self".into(), options, response).await {
                 Err(QueryFailure { is_denied: true, .. }) => Ok(Answer {
                     index: None,
@@ -143,19 +165,19 @@ pub async fn fetch(
             }
         }
         Query::Service(name) => {
-            get(client, health(name), options, |Records(records), _| {
-                Response::Service(heard(records, rules))
+            get(client, health_path(name), options, |Records(records), _| {
+                Response::Service(service(records, rules))
             })
             .await
         }
         Query::Lookup(name) => {
             let response = |Records(records), _| Response::Lookup(registered(records, rules, name));
-            get(client, health(name), options, response).await
+            get(client, health_path(name), options, response).await
         }
     }
 }
 
-fn health(name: &str) -> String {
+fn health_path(name: &str) -> String {
     format!("/v1/health/service/{}", percent_encode(name))
 }
 
@@ -165,11 +187,11 @@ async fn get<T: DeserializeOwned>(
     options: QueryOptions,
     response: impl FnOnce(T, Option<IpAddr>) -> Response,
 ) -> Result<Answer, QueryFailure> {
-    // The schedule keeps to the connections that there are, so no question waits for one here.
-    let request = ApiRequest { path, ask: options.ask, wait: options.wait };
-    let limit = match options.ask {
-        ReadMode::Blocking(_) => (options.wait * 3 / 2).max(options.limit),
-        ReadMode::Plain | ReadMode::Consistent => options.limit,
+    // The machine keeps to the limit on connections, so no request waits for one here.
+    let request = ApiRequest { path, mode: options.mode, wait: options.wait };
+    let limit = match options.mode.is_blocking() {
+        true => (options.wait * 3 / 2).max(options.limit),
+        false => options.limit,
     };
     let answer = client.get::<T>(&request, limit).await?;
     Ok(Answer {
@@ -181,18 +203,19 @@ async fn get<T: DeserializeOwned>(
     })
 }
 
-/// The name of the routed service that was asked for as `asked`, in lower case, as DNS has it.
+/// The registered name of the routed service that was looked up as `asked`, in lower case, as DNS has
+/// it.
 fn registered(records: Vec<Record>, rules: &CatalogConfig, asked: &Arc<str>) -> Option<Arc<str>> {
     let tagged = records.iter().filter(|record| record.has_tag(&rules.tag));
     let names = tagged.map(Record::service_name);
     let name = names.filter(|name| name.to_lowercase() == **asked).max().map(Arc::from);
-    let instances = heard(records, rules).instances?;
+    let instances = service(records, rules).instances?;
     (!instances.is_empty()).then(|| name.unwrap_or_else(|| asked.clone()))
 }
 
-/// A name that none of whose instances has the tag is no routed service's; one without any
-/// instances may be, until the list of names says otherwise.
-fn heard(records: Vec<Record>, rules: &CatalogConfig) -> ServiceAnswer {
+/// The answer from an agent's records. A name without a tagged instance isn't a routed service's; one
+/// without any instance may be, until the list of names decides.
+fn service(records: Vec<Record>, rules: &CatalogConfig) -> ServiceAnswer {
     if !records.is_empty() && !records.iter().any(|record| record.has_tag(&rules.tag)) {
         return ServiceAnswer::default();
     }
@@ -202,9 +225,10 @@ fn heard(records: Vec<Record>, rules: &CatalogConfig) -> ServiceAnswer {
 }
 
 /// The body of `/v1/catalog/services`: the tags that any instance of a name has.
-pub(super) type Names = BTreeMap<Arc<str>, Option<Vec<String>>>;
+pub(super) type ServiceTags = BTreeMap<Arc<str>, Option<Vec<String>>>;
 
-pub(super) fn tagged(names: Names, tag: &str) -> List {
+/// Divides the names of `/v1/catalog/services` by the tag.
+pub(super) fn tagged(names: ServiceTags, tag: &str) -> List {
     let mut list = List::default();
     for (name, tags) in names {
         match tags.iter().flatten().any(|has| has == tag) {
@@ -213,108 +237,4 @@ pub(super) fn tagged(names: Names, tag: &str) -> List {
         };
     }
     list
-}
-
-/// The part of `/v1/agent/self` that says which node this is.
-#[derive(Debug, Default, Deserialize)]
-#[serde(rename_all = "PascalCase")]
-struct AgentSelf {
-    config: AgentConfig,
-    #[serde(default)]
-    member: Option<Member>,
-}
-
-#[derive(Debug, Default, Deserialize)]
-#[serde(rename_all = "PascalCase")]
-struct AgentConfig {
-    node_name: String,
-    #[serde(default, rename = "NodeID")]
-    node_id: Option<String>,
-    #[serde(default)]
-    datacenter: Option<String>,
-    /// Consul Enterprise has it.
-    #[serde(default)]
-    partition: Option<String>,
-}
-
-#[derive(Debug, Default, Deserialize)]
-#[serde(rename_all = "PascalCase")]
-struct Member {
-    /// Where other agents reach this one.
-    #[serde(default)]
-    addr: Option<String>,
-}
-
-/// Which node this is. The agent is this host's where it is asked over a unix socket or at an address
-/// of this host, and has one itself: behind a tunnel, a proxy or a container's published port is
-/// another network namespace, whose loopback isn't ours. Behind NAT it may be this host's all the
-/// same.
-fn node(agent: AgentSelf, peer: Option<IpAddr>, is_own: impl Fn(IpAddr) -> bool) -> Node {
-    let AgentConfig { node_name, node_id, datacenter, partition } = agent.config;
-    if let Some(peer) = peer.filter(|peer| !is_own(*peer)) {
-        let why = format!("{peer}, where it is asked, is another host's");
-        return Node::Elsewhere { why, may_be_here: None };
-    }
-    let text = |text: Option<String>| text.unwrap_or_default();
-    let node_identity = NodeIdentity::new(&text(node_id), &text(datacenter), &text(partition));
-    let named = Agent { name: node_name, node_identity };
-    let address = agent.member.and_then(|member| parse_ip(&member.addr?));
-    let address = address.filter(|address| !address.is_unspecified());
-    if let Some(address) = address.filter(|address| !is_own(*address)) {
-        let why = format!("its advertise_addr, {address}, is none of this host's addresses");
-        return Node::Elsewhere { why, may_be_here: Some(named) };
-    }
-    Node::Named(named)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_an_agent_of_this_host_says_which_node_this_is() {
-        let is_own = |address: IpAddr| {
-            address.is_loopback()
-                || ["10.0.0.1", "fd00::1"].iter().any(|own| own.parse() == Ok(address))
-        };
-        // (where it is asked, what its member's address is, whether it is this host's)
-        for (peer, member, is_here) in [
-            (None, None, true),
-            (None, Some("10.0.0.1"), true),
-            (None, Some("172.17.0.2"), false),
-            (Some("127.0.0.1"), None, true),
-            (Some("127.0.0.1"), Some(""), true),
-            (Some("127.0.0.1"), Some("127.0.0.1"), true),
-            (Some("127.0.0.1"), Some("0.0.0.0"), true),
-            (Some("127.0.0.1"), Some("10.0.0.1"), true),
-            (Some("::1"), Some("fd00::1"), true),
-            // A tunnel, or a container whose port is published.
-            (Some("127.0.0.1"), Some("10.0.0.2"), false),
-            (Some("10.0.0.1"), Some("10.0.0.1"), true),
-            (Some("10.0.0.2"), Some("10.0.0.2"), false),
-            (Some("10.0.0.2"), None, false),
-        ] {
-            let member = json_member(member);
-            let json = format!(r#"{{"Config":{{"NodeName":"n1","NodeID":"9d75"}}{member}}}"#);
-            let agent = serde_json::from_str(&json).unwrap();
-            let got = node(agent, peer.map(|peer| peer.parse().unwrap()), is_own);
-            let expected =
-                Agent { name: "n1".into(), node_identity: NodeIdentity::new("9d75", "", "") };
-            match is_here {
-                true => assert_eq!(got, Node::Named(expected), "{peer:?} {json}"),
-                false => {
-                    let is_asked_here = peer.is_none_or(|peer| peer != "10.0.0.2");
-                    let may_be_here = is_asked_here.then_some(expected);
-                    assert!(
-                        matches!(&got, Node::Elsewhere { may_be_here: got, .. } if *got == may_be_here),
-                        "{peer:?} {json}: {got:?}"
-                    );
-                }
-            }
-        }
-    }
-
-    fn json_member(address: Option<&str>) -> String {
-        address.map(|address| format!(r#","Member":{{"Addr":"{address}"}}"#)).unwrap_or_default()
-    }
 }

@@ -1,4 +1,4 @@
-//! What is configured about Consul as a source, and how long everything may take.
+//! The settings of Consul as a source.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -7,51 +7,50 @@ use std::time::Duration;
 use crate::catalog::cache;
 use crate::config::{CatalogConfig, Config, ConsulConfig};
 
-/// How long everything may take.
+/// All durations of the source.
 #[derive(Clone, Copy, Debug)]
 pub struct Timing {
-    /// A connection.
+    /// The timeout of a connection.
     pub connect: Duration,
-    /// An answer that isn't held back for news.
+    /// The timeout of a response that Consul doesn't hold.
     pub answer: Duration,
-    /// A question that Consul holds back for news, once the run has lasted as long. Consul's own
-    /// default is 5 minutes, but proxies and load balancers give up after one, and it adds up to
-    /// 1/16; an agent that hangs is found out after one and a half of these.
+    /// The wait of a blocking query, once the run has lasted as long. Consul's own default is 5 minutes,
+    /// but proxies and load balancers give up after one, and it adds up to 1/16; an agent that hangs is
+    /// detected after one and a half of these.
     pub wait: Duration,
-    /// The same at the start of a run.
+    /// The wait at the start of a run.
     pub first_wait: Duration,
-    /// The same, where there are more live services than connections, so that watches take turns. A
-    /// service is then asked about every `turn` x services / connections. Shorter turns would be
-    /// more questions to Consul's servers (31 a second from each node, at 2 s and 61 connections).
+    /// The longest wait while there are more live services than connections, so that watches take turns.
+    /// A service is then read every `turn` x services / connections. Shorter turns would be more requests
+    /// to Consul's servers (31 a second from each node, at 2 s and 61 connections).
     pub turn: Duration,
     /// Between two reads of the list of names, which wakes at every registration in the datacenter;
     /// up to a fifth more, so that nodes spread.
     pub names: Duration,
-    /// Between two reads of the switch, where the first brought nothing new; up to a fifth more.
+    /// Between two reads of the kill switch, where the first brought no news; up to a fifth more.
     pub switch: Duration,
-    /// Up to this long an answer that takes too much away waits until it is confirmed, by a read
-    /// that costs Consul's leader a round: a whole fleet would ask at once.
-    pub doubt: Duration,
-    /// Up to this long what takes too much away isn't applied though it was confirmed, where something
-    /// speaks against it.
+    /// The longest pause before an answer that removes too much is confirmed, at random: a consistent
+    /// read costs Consul's leader a round, and a whole fleet would send it at once.
+    pub confirm: Duration,
+    /// How long a suspicious answer is withheld, where Consul doesn't report the reason itself.
     pub distrust: Duration,
-    /// How long Consul may hold a question meanwhile: that its ACLs changed wakes none.
+    /// The longest wait after a withheld answer: a change of Consul's ACLs ends no blocking query.
     pub withheld: Duration,
-    /// How long a service whose name has gone from the list is still known, without instances: as
-    /// long as Nomad takes to start its task again.
+    /// How long a name that has vanished from the list stays known, without instances: as long as Nomad
+    /// takes to start its task again.
     pub linger: Duration,
-    /// Between two questions to the agent which node this is, while that isn't known for certain.
+    /// Between two requests for the agent's node, while that isn't known for certain.
     pub agent: Duration,
-    /// How often the token file is read for another token.
+    /// How often the token file is read.
     pub token: Duration,
-    /// How long Consul has to answer a new daemon, before what the last one knew is published.
+    /// How long a new daemon waits for Consul before it publishes what the last one saved.
     pub patience: Duration,
-    /// How long the first catalog waits for services that don't answer.
+    /// How long the first catalog waits for services without an answer.
     pub stragglers: Duration,
     /// How long it waits for those that the kernel serves, and of which nothing else is known: a
-    /// catalog without them takes them away.
+    /// catalog without them removes them.
     pub in_use: Duration,
-    /// Between two writes of what the next daemon begins with.
+    /// Between two saves.
     pub save: Duration,
 }
 
@@ -65,7 +64,7 @@ impl Default for Timing {
             turn: Duration::from_secs(2),
             names: Duration::from_secs(10),
             switch: Duration::from_secs(5),
-            doubt: Duration::from_millis(100),
+            confirm: Duration::from_millis(100),
             distrust: Duration::from_secs(5 * 60),
             withheld: Duration::from_secs(10),
             linger: Duration::from_secs(5 * 60),
@@ -79,23 +78,23 @@ impl Default for Timing {
     }
 }
 
-/// All that is chosen of how Consul is followed.
+/// The configuration of one run.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// How to reach it.
+    /// How to connect.
     pub consul: ConsulConfig,
-    /// What to follow.
+    /// Which instances are routed, and which services are live.
     pub catalog: Arc<CatalogConfig>,
-    /// The services that are known to be in use at the start.
+    /// The services in use at the start, in lower case.
     pub in_use: Vec<Arc<str>>,
-    /// Where the last good catalog is kept, if anywhere.
+    /// The file of the saved catalog, if there is one.
     pub cache: Option<PathBuf>,
-    /// How long everything may take.
+    /// All durations.
     pub timing: Timing,
 }
 
 impl Settings {
-    /// As the configuration has it; `is_cached` says whether the state directory counts.
+    /// As configured; `is_cached` is whether the state directory is used.
     pub fn of(config: &Config, in_use: Vec<Arc<str>>, is_cached: bool) -> Self {
         Settings {
             in_use,
@@ -106,7 +105,7 @@ impl Settings {
         }
     }
 
-    /// What tells one catalog's source from another's.
+    /// Identifies the Consul that is asked, and what it is asked for.
     pub(super) fn origin(&self) -> String {
         let ConsulConfig { address, datacenter, namespace, partition, .. } = &self.consul;
         let CatalogConfig { tag, meta, health, address: choice, .. } = &*self.catalog;

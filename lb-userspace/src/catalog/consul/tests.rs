@@ -24,7 +24,7 @@ fn timing() -> Timing {
         turn: Duration::from_millis(50),
         names: Duration::ZERO,
         switch: Duration::from_millis(10),
-        doubt: Duration::from_millis(10),
+        confirm: Duration::from_millis(10),
         distrust: Duration::ZERO,
         withheld: Duration::from_millis(20),
         linger: Duration::ZERO,

@@ -51,8 +51,8 @@ pub struct Client {
 pub struct ApiRequest {
     /// The path, percent-encoded.
     pub path: String,
-    /// Where in Consul's history.
-    pub ask: ReadMode,
+    /// The consistency mode, or the index of a blocking query.
+    pub mode: ReadMode,
     /// How long Consul may hold a [`ReadMode::Blocking`] request.
     pub wait: Duration,
 }
@@ -176,7 +176,7 @@ impl Client {
 
     fn path_and_query(&self, request: &ApiRequest) -> String {
         let mut parameters = Vec::new();
-        match request.ask {
+        match request.mode {
             ReadMode::Plain => {}
             ReadMode::Consistent => parameters.push("consistent".into()),
             ReadMode::Blocking(index) => {

@@ -21,7 +21,7 @@ use crate::config::TlsConfig;
 const LIMIT: Duration = Duration::from_secs(60);
 
 fn request(path: &str) -> ApiRequest {
-    ApiRequest { path: path.into(), ask: ReadMode::Plain, wait: Duration::ZERO }
+    ApiRequest { path: path.into(), mode: ReadMode::Plain, wait: Duration::ZERO }
 }
 
 fn client(config: ConsulConfig) -> (Client, Publisher) {
@@ -67,7 +67,7 @@ fn asks_with_index_wait_and_scope() {
             ..ConsulConfig::default()
         };
         let wait = Duration::from_secs(300);
-        let request = ApiRequest { ask, wait, ..request("/p") };
+        let request = ApiRequest { mode: ask, wait, ..request("/p") };
         assert_eq!(client(config).0.path_and_query(&request), expected);
     }
 }

@@ -1,4 +1,4 @@
-//! Runs the machine: it has the clock and the tasks, and decides nothing.
+//! Drives the machine: it has the clock and the tasks, and decides nothing.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -8,8 +8,8 @@ use tokio::sync::oneshot;
 use tokio::task::{self, AbortHandle, JoinError, JoinSet};
 
 use super::client::Client;
-use super::machine::{Effect, Event, Machine, RequestId};
-use super::query::{Answer, QueryFailure, fetch};
+use super::machine::{Effect, Machine, MachineEvent};
+use super::query::{Answer, QueryFailure, RequestId, fetch};
 use super::settings::Settings;
 use super::token::TokenWatch;
 use crate::catalog::cache::{self, suspended};
@@ -20,7 +20,7 @@ use crate::catalog::usage::UsageReceiver;
 type Fetched = (RequestId, Result<Answer, QueryFailure>);
 
 /// The tasks of one run.
-pub struct Watcher {
+pub struct Driver {
     client: Arc<Client>,
     settings: Settings,
     output: Publisher,
@@ -28,18 +28,18 @@ pub struct Watcher {
     requests: JoinSet<Fetched>,
     by_task: HashMap<task::Id, RequestId>,
     handles: HashMap<RequestId, AbortHandle>,
-    /// Writes what was saved last; at most one at a time.
+    /// Writes the last save; at most one at a time.
     saving: JoinSet<()>,
-    /// How long the machine has been suspended, when that was last noticed.
+    /// The total time in suspension, when last checked.
     suspended: Duration,
 }
 
-impl Watcher {
-    /// A run that begins with what an earlier one saved.
+impl Driver {
+    /// A run that begins with what an earlier run saved.
     pub fn new(settings: Settings, output: Publisher, saved: SavedCatalog) -> Self {
         let client = Client::new(&settings.consul, settings.timing.connect, output.clone());
         let rng = fastrand::Rng::new();
-        Watcher {
+        Driver {
             client: Arc::new(client),
             machine: Machine::new(settings.clone(), saved, rng, Instant::now()),
             settings,
@@ -64,34 +64,34 @@ impl Watcher {
             tokio::select! {
                 Some(ended) = self.requests.join_next_with_id() => {
                     self.ended(ended);
-                    // What comes together is published together.
+                    // Responses that come together are published together.
                     while let Some(ended) = self.requests.try_join_next_with_id() {
                         self.ended(ended);
                     }
                 }
-                Some(command) = commands.recv() => self.handle(Event::Command(command)),
+                Some(command) = commands.recv() => self.handle(MachineEvent::Command(command)),
                 Some(_) = self.saving.join_next() => {
                     if self.saving.is_empty() {
-                        self.handle(Event::Saved);
+                        self.handle(MachineEvent::Saved);
                     }
                 }
-                () = token.changed() => self.handle(Event::TokenChanged),
+                () = token.changed() => self.handle(MachineEvent::TokenChanged),
                 () = tokio::time::sleep_until(wake_at) => {}
             }
             // Before anything is published, so that a service in it counts as used.
             while let Some(command) = commands.try_recv() {
-                self.handle(Event::Command(command));
+                self.handle(MachineEvent::Command(command));
             }
         }
     }
 
-    fn handle(&mut self, event: Event) {
+    fn handle(&mut self, event: MachineEvent) {
         self.machine.handle(event, Instant::now());
     }
 
     fn ended(&mut self, ended: Result<(task::Id, Fetched), JoinError>) {
-        // Before the answer counts as one of now.
-        self.notice_suspension();
+        // Before the answer is dated with the present time.
+        self.check_suspension();
         let (task, result) = match ended {
             Ok((task, (_, result))) => (task, Some(result)),
             Err(error) if error.is_panic() => {
@@ -103,23 +103,23 @@ impl Watcher {
         };
         let Some(id) = self.by_task.remove(&task) else { return };
         self.handles.remove(&id);
-        self.handle(Event::Ended(id, result));
+        self.handle(MachineEvent::Ended(id, result));
     }
 
-    fn notice_suspension(&mut self) {
+    fn check_suspension(&mut self) {
         let suspended = suspended();
         let asleep = suspended.saturating_sub(self.suspended);
         // The two clocks aren't read at the same moment.
         if asleep > Duration::from_secs(1) {
             self.suspended = suspended;
-            self.handle(Event::Suspended(asleep));
+            self.handle(MachineEvent::Suspended(asleep));
         }
     }
 
     fn apply(&mut self, effect: Effect) {
         let output = &self.output;
         match effect {
-            Effect::Ask(id, query, options) => {
+            Effect::Send(id, query, options) => {
                 let (client, rules) = (self.client.clone(), self.settings.catalog.clone());
                 let request = async move { (id, fetch(&client, &query, options, &rules).await) };
                 let handle = self.requests.spawn(request);
