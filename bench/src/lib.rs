@@ -14,6 +14,7 @@ pub mod progress;
 pub mod random;
 pub mod report;
 pub mod report_builder;
+pub mod simulate;
 pub mod stats;
 pub mod suites;
 pub mod svg;

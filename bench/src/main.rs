@@ -16,7 +16,7 @@ use lb_bench::peers::Conntrack;
 use lb_bench::progress::duration;
 use lb_bench::report::{Goal, Report};
 use lb_bench::suites::{SUITES, Suite, check};
-use lb_bench::{output, random};
+use lb_bench::{output, random, simulate};
 use testbed::{cleanup, cmd, process};
 
 /// nohop side by side with everything that it replaces.
@@ -51,6 +51,8 @@ struct Arguments {
 enum Task {
     /// Two nohop binaries side by side: whether NEW is better or worse than OLD
     Compare(Options),
+    /// The choice of a backend, simulated: no root rights, no network, the same figures for the same seed
+    Simulate(simulate::Options),
 }
 
 fn suite(name: &str) -> Result<Suite, String> {
@@ -73,6 +75,7 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let done = match &arguments.task {
         Some(Task::Compare(options)) => run_compare(options),
+        Some(Task::Simulate(options)) => simulate::print(options).map(|()| ExitCode::SUCCESS),
         None => run_all(&arguments),
     };
     match done {

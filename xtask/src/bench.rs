@@ -21,6 +21,13 @@ pub enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGUMENT")]
         arguments: Vec<String>,
     },
+    /// The choice of a backend, simulated, without root rights (`--help` has more)
+    #[command(disable_help_flag = true)]
+    Simulate {
+        /// The harness's own arguments: [SCENE]... [--nodes N] [--backends N] [--seconds N] [--seed N]
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGUMENT")]
+        arguments: Vec<String>,
+    },
 }
 
 /// The suites.
@@ -90,6 +97,17 @@ pub fn compare(arguments: &[String]) -> Result<()> {
     };
     let arguments = arguments.iter().map(whole);
     become_harness(&iter::once("compare".to_owned()).chain(arguments).collect::<Vec<_>>())
+}
+
+/// Becomes the harness's simulation.
+///
+/// # Errors
+/// When cargo can't be started.
+pub fn simulate(arguments: &[String]) -> Result<()> {
+    let mut cargo = Command::new(env!("CARGO"));
+    cargo.args(["run", "--release", "--package", "lb-bench", "--bin", "nohop-bench", "--"]);
+    Err(cargo.arg("simulate").args(arguments).current_dir(crate::repository::root()).exec())
+        .context("start cargo")
 }
 
 /// Becomes the harness, so that an interrupt reaches it and waits for its cleanup.

@@ -129,6 +129,9 @@ fn run(task: Task) -> Result<ExitCode> {
         Task::Bench { task: Some(bench::Task::Compare { arguments }), .. } => {
             bench::compare(&arguments)?;
         }
+        Task::Bench { task: Some(bench::Task::Simulate { arguments }), .. } => {
+            bench::simulate(&arguments)?;
+        }
         Task::Bench { task: None, suites, quick, force, seed } => {
             bench::run(&suites, quick, force, seed)?;
         }
