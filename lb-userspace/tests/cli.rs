@@ -117,6 +117,32 @@ fn wrong_usage_is_2() {
 }
 
 #[test]
+fn dns_setup_reports_as_json() {
+    let root = tempfile::tempdir().unwrap();
+    std::fs::create_dir(root.path().join("etc")).unwrap();
+    std::fs::write(root.path().join("etc/resolv.conf"), "nameserver 127.0.0.53\n").unwrap();
+    let setups = |options: &[&str]| {
+        let root = root.path().to_str().unwrap();
+        let output = nohop(&[&["dns", "setup", "--json", "--root", root], options].concat());
+        assert_eq!(output.status.code(), Some(0), "{output:?}");
+        let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        report["setups"].as_array().unwrap().clone()
+    };
+    let recommended = setups(&[]);
+    assert_eq!(recommended[0]["option"], "--systemd-resolved", "{recommended:?}");
+    assert!(recommended[0]["reason"].as_str().unwrap().contains("127.0.0.53"), "{recommended:?}");
+    assert_eq!(recommended[0]["lines"], serde_json::json!([]));
+    let requested = setups(&["--nomad", "--docker"]);
+    let options: Vec<_> = requested.iter().map(|setup| setup["option"].as_str()).collect();
+    assert_eq!(options, [Some("--nomad"), Some("--docker")]);
+    let lines = requested[0]["lines"].as_array().unwrap();
+    assert!(lines.contains(&"    nameserver 169.254.53.53".into()), "{lines:?}");
+    assert!(requested[0]["reason"].is_null());
+    let undone = setups(&["--systemd-resolved", "--undo"]);
+    assert!(undone[0]["lines"][0].as_str().unwrap().contains("nothing was changed"), "{undone:?}");
+}
+
+#[test]
 fn check_reports_as_json_and_fails_where_something_is_missing() {
     let (_directory, catalog) = file("catalog.toml", "service = []\n");
     let arguments = ["check", "--json", "--catalog", &catalog, "--cgroup", "/tmp"];

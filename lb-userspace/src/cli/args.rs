@@ -147,16 +147,16 @@ pub enum ConfigCommand {
 /// Subcommands of `nohop dns`.
 #[derive(Debug, Subcommand)]
 pub enum DnsCommand {
-    /// Print what a resolver needs to send nohop its zone; without an option, look at this machine
-    /// and recommend one
+    /// Print how a resolver delegates the zone to nohop; without an option, inspect this machine and
+    /// recommend a setup
     Setup {
         /// Which resolver
         #[command(flatten)]
-        way: ResolverArguments,
-        /// Do it, for systemd-resolved
+        resolvers: ResolverArguments,
+        /// Apply it, for systemd-resolved
         #[arg(long, requires = "systemd_resolved", conflicts_with = "undo")]
         apply: bool,
-        /// Put back what was there, for systemd-resolved
+        /// Restore the former files, for systemd-resolved
         #[arg(long, requires = "systemd_resolved")]
         undo: bool,
         /// Where the machine's files are: a test has others than the machine
@@ -165,6 +165,9 @@ pub enum DnsCommand {
         /// Where the configuration comes from
         #[command(flatten)]
         config: Box<ConfigArguments>,
+        /// Print one JSON document
+        #[arg(long)]
+        json: bool,
     },
     /// Ask the running daemon for a name, and show the answer and where it came from
     Query {
@@ -204,7 +207,7 @@ pub struct ResolverArguments {
 
 impl ResolverArguments {
     /// The setups that were given, the host's own resolver first.
-    pub fn ways(self) -> Vec<ResolverKind> {
+    pub fn kinds(self) -> Vec<ResolverKind> {
         [
             (self.systemd_resolved, ResolverKind::SystemdResolved),
             (self.resolv_conf, ResolverKind::ResolvConf),
@@ -213,7 +216,7 @@ impl ResolverArguments {
             (self.docker, ResolverKind::Docker),
         ]
         .into_iter()
-        .filter_map(|(is_asked, way)| is_asked.then_some(way))
+        .filter_map(|(is_given, kind)| is_given.then_some(kind))
         .collect()
     }
 }

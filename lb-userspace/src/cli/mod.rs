@@ -21,9 +21,9 @@ use serde::de::DeserializeOwned;
 use crate::admin::{api, client};
 use crate::config::{Config, ConfigErrors};
 use crate::datapath::{create_maps, probe};
-use crate::{daemon, logging, terminal};
+use crate::{daemon, logging};
 use args::{Arguments, ClientArguments, Command, ConfigArguments, ConfigCommand, DnsCommand};
-use process::{FAILURE, USAGE, environment, print, print_error, runtime, write, write_text};
+use process::{FAILURE, USAGE, environment, print, print_error, runtime, write};
 
 /// The longest that one request waits for a change.
 const LONGEST_WAIT: Duration = Duration::from_secs(5);
@@ -99,9 +99,11 @@ fn command(command: Command) -> anyhow::Result<ExitCode> {
                 return Ok(ExitCode::from(FAILURE));
             }
         }
-        Command::Dns { command: DnsCommand::Setup { way, apply, undo, root, config } } => {
-            let text = dns::setup(way, apply, undo, &root, &load(&config)?)?;
-            write_text(&terminal::escape_lines(&text))?;
+        Command::Dns {
+            command: DnsCommand::Setup { resolvers, apply, undo, root, config, json },
+        } => {
+            let report = dns::setup(resolvers, apply, undo, &root, &load(&config)?)?;
+            write(json, &report, dns::setup_text)?;
         }
         Command::Dns { command: DnsCommand::Query { name, kind, server, client } } => {
             print(&client, &dns::query(&name, &kind, server, &client)?, dns::lookup_text)?;

@@ -10,14 +10,14 @@ use std::process::Command;
 use tempfile::NamedTempFile;
 
 use super::instructions::{ANCHOR, DROP_IN, MARK, negative_trust_anchor, resolved_drop_in};
-use super::resolved::{self, Settings};
-use super::target::Target;
+use super::resolved::{self, ResolvedSettings};
+use super::target::ZoneServer;
 use super::upstream;
 use crate::config::DnsConfig;
 
 /// Why the host isn't set up; then its files are unchanged.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum ApplyError {
+pub(super) enum ResolvedSetupError {
     #[error("can't {action} {}: {source}; run it as root", path.display())]
     Io { action: &'static str, path: PathBuf, source: io::Error },
     #[error("{} isn't nohop's, and there is no backup of it: it stays as it is", .0.display())]
@@ -35,19 +35,19 @@ pub(super) enum ApplyError {
     )]
     OtherServers(PathBuf),
     #[error(
-        "{} empties DNS= or Domains= after {DROP_IN}, which would count for nothing: take that out \
-         there",
+        "{} empties DNS= or Domains= after {DROP_IN}, whose settings would have no effect: remove \
+         that line there",
         .0.display()
     )]
     Emptied(PathBuf),
     #[error(
-        "{} has DNSOverTLS=yes, and nohop speaks no TLS: give it to the links whose servers do, or \
-         set it to opportunistic",
+        "{} has DNSOverTLS=yes, so systemd-resolved would query nohop by TLS, too: set it on the \
+         links whose servers have TLS, or set it to opportunistic",
         .0.display()
     )]
     TlsOnly(PathBuf),
     #[error(
-        "systemd-resolved would ask nohop for all names, and nohop has nobody to ask but \
+        "systemd-resolved would ask nohop for all names, and nohop has no upstream but \
          systemd-resolved: name the machine's resolver in dns.forward, such as [\"ADDRESS:53\"], \
          start nohop with it, and do this again"
     )]
@@ -56,22 +56,22 @@ pub(super) enum ApplyError {
     Restart(String),
 }
 
-fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> ApplyError {
-    move |source| ApplyError::Io { action, path: path.to_owned(), source }
+fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> ResolvedSetupError {
+    move |source| ResolvedSetupError::Io { action, path: path.to_owned(), source }
 }
 
 /// One change of a file.
 #[derive(Debug)]
-enum Step {
+enum FileChange {
     /// Write this content.
     Write(PathBuf, String),
     /// Remove it.
     Remove(PathBuf),
 }
 
-impl Step {
+impl FileChange {
     fn path(&self) -> &Path {
-        let (Step::Write(path, _) | Step::Remove(path)) = self;
+        let (FileChange::Write(path, _) | FileChange::Remove(path)) = self;
         path
     }
 }
@@ -80,9 +80,9 @@ impl Step {
 /// Idempotent.
 pub(super) fn apply(
     root: &Path,
-    target: &Target,
+    target: &ZoneServer,
     config: &DnsConfig,
-) -> Result<String, ApplyError> {
+) -> Result<String, ResolvedSetupError> {
     preflight(root, target, config)?;
     let mut steps = Vec::new();
     for (file, content) in files(target) {
@@ -91,15 +91,15 @@ pub(super) fn apply(
             Some(present) if present == content => continue,
             // What nohop wrote itself needs no backup.
             Some(present) if is_as_written(&present) => {}
-            Some(present) if is_marked(&present) => return Err(ApplyError::Edited(path)),
+            Some(present) if is_marked(&present) => return Err(ResolvedSetupError::Edited(path)),
             Some(theirs) => match read(&backup(&path))? {
-                Some(before) if before != theirs => return Err(ApplyError::Edited(path)),
+                Some(before) if before != theirs => return Err(ResolvedSetupError::Edited(path)),
                 Some(_) => {}
-                None => steps.push(Step::Write(backup(&path), theirs)),
+                None => steps.push(FileChange::Write(backup(&path), theirs)),
             },
             None => {}
         }
-        steps.push(Step::Write(path, content));
+        steps.push(FileChange::Write(path, content));
     }
     if steps.is_empty() {
         return Ok("systemd-resolved is set up already: nothing was changed\n".to_owned());
@@ -108,7 +108,7 @@ pub(super) fn apply(
 }
 
 /// Restores the former files, and restarts systemd-resolved. Idempotent.
-pub(super) fn undo(root: &Path, target: &Target) -> Result<String, ApplyError> {
+pub(super) fn undo(root: &Path, target: &ZoneServer) -> Result<String, ResolvedSetupError> {
     let mut steps = Vec::new();
     for (file, _) in files(target) {
         let path = root.join(file);
@@ -116,20 +116,20 @@ pub(super) fn undo(root: &Path, target: &Target) -> Result<String, ApplyError> {
         match (present, before) {
             (None, None) => {}
             (Some(present), Some(before)) if present == before => {
-                steps.push(Step::Remove(backup(&path)));
+                steps.push(FileChange::Remove(backup(&path)));
             }
             (Some(present), _) if is_marked(&present) && !is_as_written(&present) => {
-                return Err(ApplyError::Edited(path));
+                return Err(ResolvedSetupError::Edited(path));
             }
             (Some(present), Some(_)) if !is_marked(&present) => {
-                return Err(ApplyError::Edited(path));
+                return Err(ResolvedSetupError::Edited(path));
             }
             (_, Some(before)) => {
-                steps.push(Step::Write(path.clone(), before));
-                steps.push(Step::Remove(backup(&path)));
+                steps.push(FileChange::Write(path.clone(), before));
+                steps.push(FileChange::Remove(backup(&path)));
             }
-            (Some(present), None) if is_marked(&present) => steps.push(Step::Remove(path)),
-            (Some(_), None) => return Err(ApplyError::NotOurs(path)),
+            (Some(present), None) if is_marked(&present) => steps.push(FileChange::Remove(path)),
+            (Some(_), None) => return Err(ResolvedSetupError::NotOurs(path)),
         }
     }
     if steps.is_empty() {
@@ -138,12 +138,16 @@ pub(super) fn undo(root: &Path, target: &Target) -> Result<String, ApplyError> {
     commit(root, &steps)
 }
 
-fn files(target: &Target) -> [(&'static str, String); 2] {
+fn files(target: &ZoneServer) -> [(&'static str, String); 2] {
     [(DROP_IN, resolved_drop_in(target)), (ANCHOR, negative_trust_anchor(target))]
 }
 
 /// Refuses if the files would have no effect, or would leave the host without name resolution.
-fn preflight(root: &Path, target: &Target, config: &DnsConfig) -> Result<(), ApplyError> {
+fn preflight(
+    root: &Path,
+    target: &ZoneServer,
+    config: &DnsConfig,
+) -> Result<(), ResolvedSetupError> {
     let ours = root.join(DROP_IN);
     let mut files = Vec::new();
     for path in resolved::files(root, &ours) {
@@ -153,22 +157,22 @@ fn preflight(root: &Path, target: &Target, config: &DnsConfig) -> Result<(), App
         };
         files.push((path, content));
     }
-    let settings = Settings::of(&files);
+    let settings = ResolvedSettings::of(&files);
     // systemd-resolved merges the servers of all its files, and asks one of them at a time.
-    if let Some(other) = settings.dns.values.iter().find(|said| said.path != ours) {
-        return Err(ApplyError::OtherServers(other.path.clone()));
+    if let Some(other) = settings.dns.values.iter().find(|setting| setting.path != ours) {
+        return Err(ResolvedSetupError::OtherServers(other.path.clone()));
     }
     for list in [&settings.dns, &settings.domains] {
-        if !list.values.iter().any(|said| said.path == ours) {
-            return Err(ApplyError::Emptied(list.emptied.clone().unwrap_or(ours)));
+        if !list.values.iter().any(|setting| setting.path == ours) {
+            return Err(ResolvedSetupError::Emptied(list.emptied.clone().unwrap_or(ours)));
         }
     }
     if let Some(path) = settings.tls_only() {
-        return Err(ApplyError::TlsOnly(path.to_owned()));
+        return Err(ResolvedSetupError::TlsOnly(path.to_owned()));
     }
     match upstream::is_there(root, config, &settings.fallback) {
         true => Ok(()),
-        false => Err(ApplyError::NoUpstream),
+        false => Err(ResolvedSetupError::NoUpstream),
     }
 }
 
@@ -198,7 +202,7 @@ fn backup(path: &Path) -> PathBuf {
     name.into()
 }
 
-fn read(path: &Path) -> Result<Option<String>, ApplyError> {
+fn read(path: &Path) -> Result<Option<String>, ResolvedSetupError> {
     match fs::read_to_string(path) {
         Ok(content) => Ok(Some(content)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
@@ -207,7 +211,7 @@ fn read(path: &Path) -> Result<Option<String>, ApplyError> {
 }
 
 /// Applies the steps and restarts systemd-resolved; if one fails, rolls all back.
-fn commit(root: &Path, steps: &[Step]) -> Result<String, ApplyError> {
+fn commit(root: &Path, steps: &[FileChange]) -> Result<String, ResolvedSetupError> {
     // What can fail for lack of space or permissions comes before the first file changes.
     let staged = steps.iter().map(stage).collect::<Result<Vec<_>, _>>()?;
     let befores = steps.iter().map(|step| read(step.path())).collect::<Result<Vec<_>, _>>()?;
@@ -224,25 +228,25 @@ fn commit(root: &Path, steps: &[Step]) -> Result<String, ApplyError> {
             return Err(failed("change", path)(error));
         }
         text += &match step {
-            Step::Write(..) => format!("wrote {}\n", path.display()),
-            Step::Remove(..) => format!("removed {}\n", path.display()),
+            FileChange::Write(..) => format!("wrote {}\n", path.display()),
+            FileChange::Remove(..) => format!("removed {}\n", path.display()),
         };
         done.push((path, before));
     }
     match restart(root) {
-        Ok(said) => Ok(text + &said),
+        Ok(outcome) => Ok(text + &outcome),
         Err(what) => {
             roll_back(&done);
             // It started with its old files before, so it will again.
             let _ = restart(root);
-            Err(ApplyError::Restart(what))
+            Err(ResolvedSetupError::Restart(what))
         }
     }
 }
 
 /// Writes the new content to a temporary file next to the one that it will replace.
-fn stage(step: &Step) -> Result<Option<NamedTempFile>, ApplyError> {
-    let Step::Write(path, content) = step else { return Ok(None) };
+fn stage(step: &FileChange) -> Result<Option<NamedTempFile>, ResolvedSetupError> {
+    let FileChange::Write(path, content) = step else { return Ok(None) };
     let dir = path.parent().unwrap_or(Path::new("/"));
     fs::create_dir_all(dir).map_err(failed("make", dir))?;
     let draft = || {
@@ -259,17 +263,18 @@ fn stage(step: &Step) -> Result<Option<NamedTempFile>, ApplyError> {
 /// Restores files, as far as possible.
 fn roll_back(done: &[(&Path, Option<String>)]) {
     for (path, before) in done.iter().rev() {
-        let taken = match before {
-            Some(before) => stage(&Step::Write(path.to_path_buf(), before.clone())).and_then(
-                |draft| match draft {
-                    Some(draft) => {
-                        draft.persist(path).map(drop).map_err(|e| failed("put back", path)(e.error))
-                    }
-                    None => Ok(()),
-                },
-            ),
-            None => fs::remove_file(path).map_err(failed("remove", path)),
-        };
+        let taken =
+            match before {
+                Some(before) => stage(&FileChange::Write(path.to_path_buf(), before.clone()))
+                    .and_then(|draft| match draft {
+                        Some(draft) => draft
+                            .persist(path)
+                            .map(drop)
+                            .map_err(|e| failed("restore", path)(e.error)),
+                        None => Ok(()),
+                    }),
+                None => fs::remove_file(path).map_err(failed("remove", path)),
+            };
         if let Err(error) = taken {
             eprintln!("{error}");
         }
@@ -290,15 +295,15 @@ fn restart(root: &Path) -> Result<String, String> {
     let running = run("systemctl is-active --quiet systemd-resolved");
     if running.is_ok_and(|output| !output.status.success()) {
         let start = "systemctl enable --now systemd-resolved";
-        return Ok(format!("systemd-resolved doesn't run; for it to count: {start}\n"));
+        return Ok(format!("systemd-resolved doesn't run; to start it: {start}\n"));
     }
     match run(COMMAND) {
         Ok(output) if output.status.success() => {
-            Ok("restarted systemd-resolved; whether lookups come: nohop check\n".to_owned())
+            Ok("restarted systemd-resolved; to verify lookups: nohop check\n".to_owned())
         }
         Ok(output) => {
-            let said = String::from_utf8_lossy(&output.stderr);
-            Err(format!("`{COMMAND}` failed: {}", said.trim()))
+            let stderr = String::from_utf8_lossy(&output.stderr);
+            Err(format!("`{COMMAND}` failed: {}", stderr.trim()))
         }
         Err(error) => Err(format!("can't run `{COMMAND}`: {error}")),
     }
@@ -309,14 +314,14 @@ mod tests {
     use super::*;
     use crate::config::{Config, Forward};
 
-    fn target(port: u16) -> Target {
+    fn target(port: u16) -> ZoneServer {
         let mut config = Config::default();
         config.dns.listen = vec![([127, 0, 0, 1], port).into()];
-        Target::of(&config, Path::new("/"))
+        ZoneServer::of(&config, Path::new("/"))
     }
 
     /// With a resolver that isn't the machine's.
-    fn apply(root: &Path, target: &Target) -> Result<String, ApplyError> {
+    fn apply(root: &Path, target: &ZoneServer) -> Result<String, ResolvedSetupError> {
         let forward = Forward::Servers(vec![([192, 0, 2, 1], 53).into()]);
         super::apply(root, target, &DnsConfig { forward, ..Config::default().dns })
     }
@@ -346,8 +351,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let root = dir.path();
         assert!(undo(root, &target(53)).unwrap().contains("nothing was changed"));
-        let said = apply(root, &target(53)).unwrap();
-        assert!(said.contains("wrote") && said.contains("systemd doesn't run here"), "{said}");
+        let text = apply(root, &target(53)).unwrap();
+        assert!(text.contains("wrote") && text.contains("systemd doesn't run here"), "{text}");
         let applied = tree(root);
         let names: Vec<_> = applied.iter().map(|(name, _)| name.as_str()).collect();
         assert_eq!(names, [ANCHOR, DROP_IN]);
@@ -363,14 +368,14 @@ mod tests {
     }
 
     #[test]
-    fn what_was_there_is_put_back() {
+    fn former_files_are_restored() {
         let dir = tempfile::tempdir().unwrap();
         let root = dir.path();
         let theirs = "[Resolve]\nDNS=192.0.2.1\n";
         fs::create_dir_all(root.join(DROP_IN).parent().unwrap()).unwrap();
         fs::write(root.join(DROP_IN), theirs).unwrap();
         let before = tree(root);
-        assert!(matches!(undo(root, &target(53)), Err(ApplyError::NotOurs(_))));
+        assert!(matches!(undo(root, &target(53)), Err(ResolvedSetupError::NotOurs(_))));
         assert_eq!(tree(root), before);
         apply(root, &target(53)).unwrap();
         apply(root, &target(5354)).unwrap();
@@ -381,7 +386,7 @@ mod tests {
     }
 
     #[test]
-    fn servers_that_would_be_asked_instead() {
+    fn other_servers_are_refused() {
         let dir = tempfile::tempdir().unwrap();
         let root = dir.path();
         let main = root.join("etc/systemd/resolved.conf");
@@ -405,7 +410,7 @@ mod tests {
     }
 
     #[test]
-    fn what_would_make_it_useless() {
+    fn settings_that_override_are_refused() {
         let table = [
             ("etc/systemd/resolved.conf", "DNS = 192.0.2.1", "has DNS=,"),
             ("run/systemd/resolved.conf.d/a.conf", "DNS=192.0.2.1", "has DNS=,"),
@@ -427,15 +432,15 @@ mod tests {
     }
 
     #[test]
-    fn a_machine_keeps_its_names() {
+    fn a_host_without_another_upstream_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let error = super::apply(dir.path(), &target(53), &Config::default().dns).unwrap_err();
-        assert!(matches!(error, ApplyError::NoUpstream), "{error}");
+        assert!(matches!(error, ResolvedSetupError::NoUpstream), "{error}");
         assert_eq!(tree(dir.path()), []);
     }
 
     #[test]
-    fn what_was_edited_stays() {
+    fn edited_files_stay() {
         let dir = tempfile::tempdir().unwrap();
         let root = dir.path();
         apply(root, &target(53)).unwrap();
@@ -452,7 +457,7 @@ mod tests {
         fs::write(root.join(DROP_IN), "[Resolve]\nLLMNR=no\n").unwrap();
         let before = tree(root);
         for result in [apply(root, &target(53)), undo(root, &target(53))] {
-            assert!(matches!(result, Err(ApplyError::Edited(_))), "{result:?}");
+            assert!(matches!(result, Err(ResolvedSetupError::Edited(_))), "{result:?}");
         }
         assert_eq!(tree(root), before);
     }
@@ -461,7 +466,7 @@ mod tests {
     fn nothing_is_half_applied() {
         let dir = tempfile::tempdir().unwrap();
         let root = dir.path();
-        // The second file can't be had: its folder is a file.
+        // The second file can't be written: its folder is a file.
         fs::create_dir_all(root.join("etc")).unwrap();
         fs::write(root.join("etc/dnssec-trust-anchors.d"), "").unwrap();
         let before = tree(root);
@@ -469,11 +474,11 @@ mod tests {
         assert!(error.contains("dnssec-trust-anchors.d"), "{error}");
         assert_eq!(tree(root), before);
 
-        // It can be written beside, and not be put in place: a folder has its name.
+        // It can be staged and not renamed: a folder has its name.
         fs::remove_file(root.join("etc/dnssec-trust-anchors.d")).unwrap();
         let steps = [
-            Step::Write(root.join(DROP_IN), "new".to_owned()),
-            Step::Remove(root.join("etc/absent")),
+            FileChange::Write(root.join(DROP_IN), "new".to_owned()),
+            FileChange::Remove(root.join("etc/absent")),
         ];
         commit(root, &steps).unwrap_err();
         assert_eq!(tree(root), []);
@@ -481,8 +486,8 @@ mod tests {
         // What is there can't be read: it is a folder.
         fs::create_dir_all(root.join("etc/dir")).unwrap();
         let steps = [
-            Step::Write(root.join(DROP_IN), "new".to_owned()),
-            Step::Write(root.join("etc/dir"), "new".to_owned()),
+            FileChange::Write(root.join(DROP_IN), "new".to_owned()),
+            FileChange::Write(root.join("etc/dir"), "new".to_owned()),
         ];
         commit(root, &steps).unwrap_err();
         assert_eq!(tree(root), []);

@@ -5,6 +5,7 @@ use std::fs;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
+use super::Setup;
 use super::target::ResolverKind;
 use crate::dns;
 
@@ -55,18 +56,18 @@ pub(super) fn nameservers(path: &Path) -> Vec<SocketAddr> {
 
 /// The setups for the host, each with its reason: on a Nomad client first the one that serves all
 /// its tasks, then that of the host itself.
-fn recommend(host: &HostResolver) -> Vec<(ResolverKind, String)> {
+pub(super) fn recommend(host: &HostResolver) -> Vec<Setup> {
     let runs = |program| host.programs.contains(program);
     let is_local = |server: &SocketAddr| server.ip().is_loopback();
     let link = host.link.as_ref().map(|link| link.display().to_string()).unwrap_or_default();
 
-    let mut ways = Vec::new();
+    let mut setups = Vec::new();
     if runs("nomad") {
         let reason = "Nomad runs: one address that the host and all containers reach serves every \
                       driver, without a dns block in any job";
-        ways.push((ResolverKind::Nomad, reason.to_owned()));
+        setups.push((ResolverKind::Nomad, reason.to_owned()));
     }
-    ways.push(if host.nameservers.iter().any(dns::is_stub) {
+    setups.push(if host.nameservers.iter().any(dns::is_stub) {
         (
             ResolverKind::SystemdResolved,
             "/etc/resolv.conf names systemd-resolved (127.0.0.53)".to_owned(),
@@ -85,33 +86,30 @@ fn recommend(host: &HostResolver) -> Vec<(ResolverKind, String)> {
             }
         };
         let besides = match runs("systemd-resolve") {
-            true => "; systemd-resolved runs, but programs that read that file pass it by",
+            true => "; systemd-resolved runs, but programs that read that file bypass it",
             false => ", and no resolver that could send nohop a zone runs here",
         };
         (ResolverKind::ResolvConf, format!("/etc/resolv.conf names {named}{besides}"))
     });
     if runs("nomad") {
         // Instead of that.
-        ways[1].1.insert_str(0, "or, for programs of the host's network alone: ");
+        setups[1].1.insert_str(0, "or, for programs of the host's network alone: ");
     } else if runs("dockerd") {
-        ways.push((
+        setups.push((
             ResolverKind::Docker,
             "Docker runs: its containers have networks of their own".into(),
         ));
     }
-    ways
-}
-
-/// The recommendation for people.
-pub(super) fn advice(host: &HostResolver) -> String {
-    recommend(host)
-        .iter()
-        .map(|(way, reason)| format!("{reason}:\n    nohop dns setup {}\n", way.option()))
-        .collect()
+    let setup = |(kind, reason): (ResolverKind, String)| {
+        let (option, lines) = (kind.option().to_owned(), Vec::new());
+        Setup { option, reason: Some(reason), lines }
+    };
+    setups.into_iter().map(setup).collect()
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::{SetupReport, setup_text};
     use super::*;
 
     /// A machine below a folder: its resolv.conf, as a file or a link, and what runs.
@@ -138,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn the_dummy_driver_is_found() {
+    fn the_dummy_driver_is_detected() {
         let dir = tempfile::tempdir().unwrap();
         let root = dir.path();
         assert!(!has_dummy(root), "no lists, as on a kernel without modules");
@@ -155,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_recommended() {
+    fn recommended_setups() {
         let stub = "# made\nnameserver 127.0.0.53\noptions edns0\n";
         let local = "nameserver 127.0.0.1\n";
         let far = "nameserver 192.0.2.1\nnameserver 192.0.2.2\n";
@@ -176,17 +174,18 @@ mod tests {
         ];
         for (resolv_conf, link, programs, expected) in rows {
             let host = machine(resolv_conf, link, programs);
-            let ways: Vec<_> = recommend(&host).iter().map(|(way, _)| way.option()).collect();
-            assert_eq!(ways.join(" "), expected, "{host:?}");
+            let options: Vec<_> = recommend(&host).into_iter().map(|setup| setup.option).collect();
+            assert_eq!(options.join(" "), expected, "{host:?}");
         }
+        let advice = |host: &HostResolver| setup_text(&SetupReport { setups: recommend(host) });
         let text = advice(&machine(stub, to_stub, &["nomad"]));
         let (first, second) = text.split_once("\n    nohop dns setup --nomad\n").unwrap();
         assert!(
             first.starts_with("Nomad runs") && second.starts_with("or, for programs"),
             "{text}"
         );
-        let advice = advice(&HostResolver::default());
-        assert!(advice.contains("names no nameserver, and no resolver"), "{advice}");
-        assert!(advice.ends_with(":\n    nohop dns setup --resolv-conf\n"), "{advice}");
+        let text = advice(&HostResolver::default());
+        assert!(text.contains("names no nameserver, and no resolver"), "{text}");
+        assert!(text.ends_with(":\n    nohop dns setup --resolv-conf\n"), "{text}");
     }
 }

@@ -83,7 +83,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_sends_names_elsewhere() {
+    fn settings_that_bypass_nohop() {
         let far = "nameserver 192.0.2.1\n";
         let both = "nameserver 127.0.0.1\nnameserver 192.0.2.1\n";
         // resolv.conf, a bridge, the domain, and a part of each finding.

@@ -4,10 +4,10 @@ use std::net::SocketAddr;
 
 use ipnet::IpNet;
 
-use super::target::{DUMMY, ResolverKind, Target};
+use super::target::{DUMMY, ResolverKind, ZoneServer};
 
 /// The drop-in of systemd-resolved.
-pub(super) fn resolved_drop_in(target: &Target) -> String {
+pub(super) fn resolved_drop_in(target: &ZoneServer) -> String {
     let server = resolved_server(target.local);
     format!("{MARK}\n[Resolve]\nDNS={server}\nDomains=~{}\n", target.domain)
 }
@@ -21,7 +21,7 @@ fn resolved_server(server: SocketAddr) -> String {
 }
 
 /// The negative trust anchor of systemd-resolved: the zone isn't signed.
-pub(super) fn negative_trust_anchor(target: &Target) -> String {
+pub(super) fn negative_trust_anchor(target: &ZoneServer) -> String {
     format!("; {}\n{}\n", &MARK[2..], target.domain)
 }
 
@@ -34,8 +34,8 @@ pub(super) const DROP_IN: &str = "etc/systemd/resolved.conf.d/nohop.conf";
 pub(super) const ANCHOR: &str = "etc/dnssec-trust-anchors.d/nohop.negative";
 
 /// The instructions for a setup.
-pub(super) fn text(way: ResolverKind, target: &Target) -> String {
-    match way {
+pub(super) fn text(kind: ResolverKind, target: &ZoneServer) -> String {
+    match kind {
         ResolverKind::SystemdResolved => systemd_resolved(target),
         ResolverKind::ResolvConf => resolv_conf(target),
         ResolverKind::Dnsmasq => dnsmasq(target),
@@ -44,16 +44,16 @@ pub(super) fn text(way: ResolverKind, target: &Target) -> String {
     }
 }
 
-fn systemd_resolved(target: &Target) -> String {
+fn systemd_resolved(target: &ZoneServer) -> String {
     let (drop_in, anchor) = (resolved_drop_in(target), negative_trust_anchor(target));
     let delegate =
         format!("[Delegate]\nDNS={}\nDomains={}\n", resolved_server(target.local), target.domain);
     let mut text = format!(
         "\
 systemd-resolved sends names below {domain} to nohop alone. All others it sends to the servers of the
-machine's links, as before, and to nohop too, which forwards them: the first answer counts. So nohop
-needs somebody to ask: the links' servers, or dns.forward. (FallbackDNS= counts no more.)
---apply writes both files and restarts it; --undo takes them away.
+machine's links, as before, and to nohop too, which forwards them: the first answer applies. So nohop
+needs upstreams: the links' servers, or dns.forward. (FallbackDNS= no longer applies.)
+--apply writes both files and restarts it; --undo restores what was there.
 
 No other file of systemd-resolved may have DNS=: it would ask those servers instead of nohop. Give
 them to a link (systemd-networkd, NetworkManager), or to nohop as dns.forward. DNSOverTLS=yes can't
@@ -87,13 +87,13 @@ for the names of VIPs, with nohop dns query.
     text
 }
 
-fn resolv_conf(target: &Target) -> String {
+fn resolv_conf(target: &ZoneServer) -> String {
     format!(
         "\
 Every program asks nohop for every name, and nohop asks the machine's former resolver.
 
 /etc/resolv.conf, as its only nameserver: musl asks all of them at once and takes the first answer,
-and glibc goes on to the next only when one doesn't answer:
+and glibc tries the next only when one doesn't answer:
     nameserver {ip}
 
 /etc/nohop/nohop.toml, with the addresses that were in /etc/resolv.conf before:
@@ -102,7 +102,7 @@ and glibc goes on to the next only when one doesn't answer:
 {port}
 The machine's names then depend on one daemon: let systemd hold its sockets (nohop.socket), or
 leave the machine's resolver in place and give it the zone {domain} only (--systemd-resolved,
---dnsmasq). What writes /etc/resolv.conf (NetworkManager, dhclient, resolvconf) has to be told, too.
+--dnsmasq). What writes /etc/resolv.conf (NetworkManager, dhclient, resolvconf) has to be configured, too.
 ",
         ip = target.local.ip(),
         domain = target.domain,
@@ -110,8 +110,8 @@ leave the machine's resolver in place and give it the zone {domain} only (--syst
     )
 }
 
-fn dnsmasq(target: &Target) -> String {
-    let Target { local, domain, pools, .. } = target;
+fn dnsmasq(target: &ZoneServer) -> String {
+    let ZoneServer { local, domain, pools, .. } = target;
     // dnsmasq has port 53 itself.
     let port = if local.port() == 53 { 5354 } else { local.port() };
     let ip = local.ip();
@@ -154,12 +154,12 @@ and for BIND (named.conf):
     options {{ validate-except {{ \"{domain}\"; }}; }};
     zone \"{domain}\" {{ type forward; forward only; forwarders {{ {ip} port {port}; }}; }};
 and, for the names of VIPs, the like for each zone of {zones}. It
-counts for nothing below a zone that BIND serves itself, as Debian's does 127.in-addr.arpa.
+has no effect below a zone that BIND serves itself, as Debian's does 127.in-addr.arpa.
 "
     )
 }
 
-fn docker(target: &Target) -> String {
+fn docker(target: &ZoneServer) -> String {
     format!(
         "\
 A container has a loopback of its own, and Docker leaves loopback addresses out of the resolv.conf
@@ -177,7 +177,7 @@ or for one container: docker run --dns {ip} ...
     )
 }
 
-fn nomad(target: &Target) -> String {
+fn nomad(target: &ZoneServer) -> String {
     format!(
         "\
 One address of nohop's that the host and every container reach, as the nameserver of the host:
@@ -211,7 +211,7 @@ Where the host's /etc/resolv.conf has to stay as it is, each group names the add
 }
 
 /// The instructions for an address that containers can reach.
-fn interface(target: &Target) -> String {
+fn interface(target: &ZoneServer) -> String {
     if let Some(remote) = target.remote {
         return format!("\nnohop listens on {remote} already.\n");
     }
@@ -300,12 +300,12 @@ fn reverse_zones(pool: &IpNet) -> String {
     }
 }
 
-fn remote_ip(target: &Target) -> String {
+fn remote_ip(target: &ZoneServer) -> String {
     target.remote.map_or(DUMMY.to_string(), |remote| remote.ip().to_string())
 }
 
-/// Where there is no way to write a port.
-fn port_53(target: &Target) -> String {
+/// The note of a setup whose syntax has no port.
+fn port_53(target: &ZoneServer) -> String {
     let port = target.remote.unwrap_or(target.local).port();
     match port {
         53 => String::new(),
@@ -325,8 +325,8 @@ fn indented(text: &str) -> String {
 mod tests {
     use super::*;
 
-    fn target(local: &str, remote: Option<&str>, domain: &str) -> Target {
-        Target {
+    fn target(local: &str, remote: Option<&str>, domain: &str) -> ZoneServer {
+        ZoneServer {
             local: local.parse().unwrap(),
             remote: remote.map(|remote| remote.parse().unwrap()),
             domain: domain.to_owned(),
@@ -336,10 +336,10 @@ mod tests {
     }
 
     #[test]
-    fn the_words_that_each_needs() {
+    fn each_setup_has_its_settings() {
         let plain = target("127.0.0.1:53", None, "service");
         let odd = target("127.0.0.1:5354", Some("10.0.0.1:53"), "lb.corp");
-        let without_dummy = Target { has_dummy: false, ..plain.clone() };
+        let without_dummy = ZoneServer { has_dummy: false, ..plain.clone() };
         let rows = [
             (ResolverKind::SystemdResolved, &plain, "    DNS=127.0.0.1\n    Domains=~service\n"),
             (ResolverKind::SystemdResolved, &plain, "    service\n"),
@@ -380,9 +380,9 @@ mod tests {
             ),
             (ResolverKind::Docker, &without_dummy, "no driver of dummy interfaces"),
         ];
-        for (way, target, expected) in rows {
-            let text = text(way, target);
-            assert!(text.contains(expected), "{way:?} has no {expected:?}:\n{text}");
+        for (kind, target, expected) in rows {
+            let text = text(kind, target);
+            assert!(text.contains(expected), "{kind:?} has no {expected:?}:\n{text}");
         }
         assert!(!text(ResolverKind::SystemdResolved, &plain).contains("246"));
         assert!(!text(ResolverKind::Docker, &odd).contains("dummy"));

@@ -12,16 +12,18 @@ mod upstream;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
 
+use serde::{Deserialize, Serialize};
+
 use super::args::ResolverArguments;
 use crate::config::Config;
-use target::{ResolverKind, Target};
+use target::{ResolverKind, ZoneServer};
 
 pub use host::findings as resolver_findings;
 pub use query::{query, text as lookup_text};
 
-impl Target {
+impl ZoneServer {
     /// The target on the host whose files are below `root`.
-    fn of(config: &Config, root: &Path) -> Target {
+    fn of(config: &Config, root: &Path) -> ZoneServer {
         let pools = config.vip.pools().collect();
         let config = &config.dns;
         let loopback = SocketAddr::from((Ipv4Addr::LOCALHOST, 53));
@@ -32,7 +34,7 @@ impl Target {
             false => *first,
         });
         let is_loopback = |address: &&SocketAddr| address.ip().is_loopback();
-        Target {
+        ZoneServer {
             local: known.clone().find(is_loopback).copied().or(first).unwrap_or(loopback),
             remote: known.find(|address| !is_loopback(address)).copied(),
             domain: config.domain.clone(),
@@ -42,36 +44,74 @@ impl Target {
     }
 }
 
+/// What `nohop dns setup` prints.
+#[derive(Debug, Deserialize, Serialize)]
+pub struct SetupReport {
+    /// The setups that were requested, or are recommended for this host.
+    setups: Vec<Setup>,
+}
+
+/// A setup by which lookups reach nohop.
+#[derive(Debug, Deserialize, Serialize)]
+struct Setup {
+    /// Its option of `nohop dns setup`.
+    option: String,
+    /// Why it is recommended; `None` if it was requested.
+    reason: Option<String>,
+    /// The instructions or, of a change, what was done; empty if it is recommended.
+    lines: Vec<String>,
+}
+
+impl Setup {
+    fn requested(kind: ResolverKind, text: &str) -> Setup {
+        let lines = text.lines().map(str::to_owned).collect();
+        Setup { option: kind.option().to_owned(), reason: None, lines }
+    }
+}
+
 /// `nohop dns setup`
 ///
 /// # Errors
 /// When a file can't be written, or systemd-resolved doesn't come up with it.
 pub fn setup(
-    way: ResolverArguments,
+    arguments: ResolverArguments,
     apply: bool,
     undo: bool,
     root: &Path,
     config: &Config,
-) -> anyhow::Result<String> {
-    let target = Target::of(config, root);
-    let ways = way.ways();
-    if (apply || undo) && ways != [ResolverKind::SystemdResolved] {
+) -> anyhow::Result<SetupReport> {
+    let target = ZoneServer::of(config, root);
+    let kinds = arguments.kinds();
+    if (apply || undo) && kinds != [ResolverKind::SystemdResolved] {
         anyhow::bail!("--apply and --undo are for --systemd-resolved alone");
     }
-    Ok(match &ways[..] {
-        [ResolverKind::SystemdResolved] if apply => {
+    let setups = match &kinds[..] {
+        [kind] if apply => {
             if root == Path::new("/") {
                 query::ask_zone(&target)?;
             }
-            apply::apply(root, &target, &config.dns)?
+            vec![Setup::requested(*kind, &apply::apply(root, &target, &config.dns)?)]
         }
-        [ResolverKind::SystemdResolved] if undo => apply::undo(root, &target)?,
-        [] => detect::advice(&detect::detect(root)),
-        ways => {
-            let texts: Vec<_> = ways.iter().map(|way| instructions::text(*way, &target)).collect();
-            texts.join("\n")
+        [kind] if undo => vec![Setup::requested(*kind, &apply::undo(root, &target)?)],
+        [] => detect::recommend(&detect::detect(root)),
+        kinds => {
+            let setup =
+                |kind: &ResolverKind| Setup::requested(*kind, &instructions::text(*kind, &target));
+            kinds.iter().map(setup).collect()
         }
-    })
+    };
+    Ok(SetupReport { setups })
+}
+
+/// The report as text: recommendations with their commands, or instructions.
+pub fn setup_text(report: &SetupReport) -> String {
+    let text = |setup: &Setup| match &setup.reason {
+        Some(reason) => format!("{reason}:\n    nohop dns setup {}\n", setup.option),
+        None => setup.lines.join("\n") + "\n",
+    };
+    let is_recommended = report.setups.iter().any(|setup| setup.reason.is_some());
+    let texts: Vec<_> = report.setups.iter().map(text).collect();
+    texts.join(if is_recommended { "" } else { "\n" })
 }
 
 #[cfg(test)]
@@ -79,11 +119,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ways_are_asked_for_together() {
+    fn options_combine() {
         #[derive(clap::Parser)]
         struct Command {
             #[command(flatten)]
-            way: ResolverArguments,
+            resolvers: ResolverArguments,
         }
         let table: [(&str, Option<&[ResolverKind]>); 7] = [
             ("--docker --nomad", Some(&[ResolverKind::Nomad, ResolverKind::Docker])),
@@ -96,9 +136,9 @@ mod tests {
         ];
         for (arguments, expected) in table {
             let arguments = std::iter::once("test").chain(arguments.split_whitespace());
-            let ways = <Command as clap::Parser>::try_parse_from(arguments.clone());
-            let ways = ways.ok().map(|command| command.way.ways());
-            assert_eq!(ways.as_deref(), expected, "{:?}", arguments.collect::<Vec<_>>());
+            let kinds = <Command as clap::Parser>::try_parse_from(arguments.clone());
+            let kinds = kinds.ok().map(|command| command.resolvers.kinds());
+            assert_eq!(kinds.as_deref(), expected, "{:?}", arguments.collect::<Vec<_>>());
         }
         let both = ResolverArguments {
             systemd_resolved: false,
@@ -107,7 +147,8 @@ mod tests {
             nomad: true,
             docker: true,
         };
-        let text = setup(both, false, false, Path::new("/"), &Config::default()).unwrap();
+        let report = setup(both, false, false, Path::new("/"), &Config::default()).unwrap();
+        let text = setup_text(&report);
         assert!(
             text.contains("nameserver 169.254.53.53") && text.contains("daemon.json"),
             "{text}"
@@ -130,7 +171,7 @@ mod tests {
             let listen = listen.split(' ').map(|address| address.parse().unwrap()).collect();
             let mut config = Config::default();
             config.dns.listen = listen;
-            let target = Target::of(&config, Path::new("/"));
+            let target = ZoneServer::of(&config, Path::new("/"));
             assert_eq!(target.local.to_string(), local);
             assert_eq!(target.remote.map(|remote| remote.to_string()).as_deref(), remote);
         }

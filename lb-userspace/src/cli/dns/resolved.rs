@@ -32,7 +32,7 @@ pub(super) fn files(root: &Path, ours: &Path) -> Vec<PathBuf> {
 
 /// A value of a setting, and its file.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Setting {
+pub(super) struct ResolvedSetting {
     pub(super) word: String,
     pub(super) path: PathBuf,
 }
@@ -40,7 +40,7 @@ pub(super) struct Setting {
 /// A list, which each file extends and may reset.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct SettingList {
-    pub(super) values: Vec<Setting>,
+    pub(super) values: Vec<ResolvedSetting>,
     /// The file that reset it last.
     pub(super) emptied: Option<PathBuf>,
 }
@@ -51,25 +51,25 @@ impl SettingList {
             self.values.clear();
             self.emptied = Some(path.to_owned());
         }
-        let said = |word: &str| Setting { word: word.to_owned(), path: path.to_owned() };
-        self.values.extend(words.split_whitespace().map(said));
+        let setting = |word: &str| ResolvedSetting { word: word.to_owned(), path: path.to_owned() };
+        self.values.extend(words.split_whitespace().map(setting));
     }
 }
 
 /// The relevant settings.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub(super) struct Settings {
+pub(super) struct ResolvedSettings {
     pub(super) dns: SettingList,
     pub(super) domains: SettingList,
     /// The servers that are used while there is no other one.
     pub(super) fallback: SettingList,
-    pub(super) dns_over_tls: Option<Setting>,
+    pub(super) dns_over_tls: Option<ResolvedSetting>,
 }
 
-impl Settings {
+impl ResolvedSettings {
     /// The settings of files with this content, in this order.
-    pub(super) fn of(files: &[(PathBuf, String)]) -> Settings {
-        let mut settings = Settings::default();
+    pub(super) fn of(files: &[(PathBuf, String)]) -> ResolvedSettings {
+        let mut settings = ResolvedSettings::default();
         for (path, content) in files {
             // The main file has the built-in servers as a comment.
             for words in content.lines().filter_map(|line| line.strip_prefix("#FallbackDNS=")) {
@@ -83,7 +83,8 @@ impl Settings {
                     "Domains" => settings.domains.add(&value, path),
                     "FallbackDNS" => settings.fallback.add(&value, path),
                     "DNSOverTLS" => {
-                        settings.dns_over_tls = Some(Setting { word: value, path: path.clone() });
+                        settings.dns_over_tls =
+                            Some(ResolvedSetting { word: value, path: path.clone() });
                     }
                     _ => {}
                 }
@@ -92,11 +93,11 @@ impl Settings {
         settings
     }
 
-    /// The file that sets DNSOverTLS=yes: then systemd-resolved speaks TLS only, and on port 853.
+    /// The file that sets DNSOverTLS=yes: then systemd-resolved queries by TLS only, on port 853.
     pub(super) fn tls_only(&self) -> Option<&Path> {
         let is_yes = |word: &str| matches!(word, "yes" | "true" | "on" | "1" | "y" | "t");
-        let said = self.dns_over_tls.as_ref()?;
-        is_yes(&said.word.to_ascii_lowercase()).then_some(&said.path)
+        let setting = self.dns_over_tls.as_ref()?;
+        is_yes(&setting.word.to_ascii_lowercase()).then_some(&setting.path)
     }
 }
 
@@ -127,7 +128,7 @@ mod tests {
     use super::*;
 
     fn words(list: &SettingList) -> String {
-        list.values.iter().map(|said| said.word.as_str()).collect::<Vec<_>>().join(" ")
+        list.values.iter().map(|setting| setting.word.as_str()).collect::<Vec<_>>().join(" ")
     }
 
     #[test]
@@ -145,13 +146,13 @@ mod tests {
         for (files, expected) in table {
             let named = |(idx, text): (usize, &&str)| (idx.to_string().into(), text.to_string());
             let files: Vec<_> = files.iter().enumerate().map(named).collect();
-            assert_eq!(words(&Settings::of(&files).dns), expected, "{files:?}");
+            assert_eq!(words(&ResolvedSettings::of(&files).dns), expected, "{files:?}");
         }
     }
 
     #[test]
     fn fallbacks_and_tls() {
-        let of = |text: &str| Settings::of(&[("file".into(), text.to_owned())]);
+        let of = |text: &str| ResolvedSettings::of(&[("file".into(), text.to_owned())]);
         let built_in = "[Resolve]\n#FallbackDNS=1.1.1.1#one 8.8.8.8\n";
         assert_eq!(words(&of(built_in).fallback), "1.1.1.1#one 8.8.8.8");
         assert_eq!(words(&of(&format!("{built_in}FallbackDNS=\n")).fallback), "");

@@ -34,7 +34,7 @@ impl ResolverKind {
 
 /// Where resolvers find nohop.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Target {
+pub struct ZoneServer {
     /// Where this host's own resolver finds it.
     pub local: SocketAddr,
     /// Where containers find it, which have a loopback of their own; `None` if nohop listens on

@@ -32,7 +32,7 @@ pub(super) fn is_there(root: &Path, config: &DnsConfig, fallback: &SettingList) 
         false => named,
         true => {
             let goes = |server: &SocketAddr| {
-                fallback.values.iter().any(|said| server_ip(&said.word) == Some(server.ip()))
+                fallback.values.iter().any(|setting| server_ip(&setting.word) == Some(server.ip()))
             };
             let mut uplinks = nameservers(&root.join(UPLINKS));
             uplinks.retain(|server| !goes(server));
@@ -45,7 +45,7 @@ pub(super) fn is_there(root: &Path, config: &DnsConfig, fallback: &SettingList) 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::dns::resolved::Settings;
+    use crate::cli::dns::resolved::ResolvedSettings;
     use crate::config::Config;
 
     #[test]
@@ -53,7 +53,7 @@ mod tests {
         const STUB: &str = "nameserver 127.0.0.53\n";
         let fallback = "[Resolve]\nFallbackDNS=192.0.2.9\n";
         let servers = |text: &str| Forward::Servers(vec![text.parse().unwrap()]);
-        // What nohop is told, resolv.conf, and what systemd-resolved says that it asks.
+        // dns.forward, resolv.conf, and systemd-resolved's own upstreams.
         let table = [
             (servers("192.0.2.1:53"), STUB, "", true),
             (servers("127.0.0.1:53"), STUB, "nameserver 192.0.2.1\n", false),
@@ -77,7 +77,7 @@ mod tests {
                 fs::write(path, content).unwrap();
             }
             let config = DnsConfig { forward, ..Config::default().dns };
-            let settings = Settings::of(&[("file".into(), fallback.to_owned())]);
+            let settings = ResolvedSettings::of(&[("file".into(), fallback.to_owned())]);
             let is = is_there(root, &config, &settings.fallback);
             assert_eq!(is, expected, "{:?} {resolv_conf:?} {uplinks:?}", config.forward);
         }
@@ -96,7 +96,7 @@ mod tests {
         let config = Config::default().dns;
         assert!(is_there(root, &config, &SettingList::default()));
         let text = "[Resolve]\nFallbackDNS=192.0.2.9\n".to_owned();
-        let settings = Settings::of(&[("file".into(), text)]);
+        let settings = ResolvedSettings::of(&[("file".into(), text)]);
         assert!(!is_there(root, &config, &settings.fallback));
     }
 }
