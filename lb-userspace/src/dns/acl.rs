@@ -210,11 +210,11 @@ mod tests {
 
     #[test]
     fn the_host_itself_is_never_limited_wherever_it_listens() {
-        let (address, beside) = ("203.0.113.9".parse().unwrap(), "203.0.113.10".parse().unwrap());
+        let (address, other) = ("203.0.113.9".parse().unwrap(), "203.0.113.10".parse().unwrap());
         let rows = [
             ("0.0.0.0:53", address, true),
             ("[::]:53", address, true),
-            ("0.0.0.0:53", beside, false),
+            ("0.0.0.0:53", other, false),
             ("127.0.0.1:53", address, false),
         ];
         for (listener, client, is_own) in rows {

@@ -82,14 +82,13 @@ fn advice(key: &str, address: SocketAddr, transport: Transport, source: &io::Err
 /// doesn't have yet.
 ///
 /// # Errors
-///
-/// Says of the first address that can't be had why, and what to do; or what is wrong with the
-/// sockets that were passed.
+/// When an address can't be bound (the first one, with the fix), or the sockets that were passed
+/// can't be served.
 pub async fn bind(config: &DnsConfig) -> Result<Sockets, DnsError> {
     let passed = socket_activation::take()?.unwrap_or_default();
     if !passed.addresses.is_empty() {
         let addresses: Vec<_> = passed.addresses.iter().map(ToString::to_string).collect();
-        info!("listening on {}, as systemd says", addresses.join(", "));
+        info!("listening on {}, passed by systemd", addresses.join(", "));
     }
     let mut sockets = bind_beside(passed, &config.listen)?;
     sockets.tls_config = tls::server_config(config)?;
@@ -142,33 +141,31 @@ fn v4_has_port(address: SocketAddr, listen: &[SocketAddr]) -> bool {
     others.any(|other| other.is_ipv4() && other.ip().is_unspecified())
 }
 
-/// Whether `address`, one of those of `dns.listen`, could be had now, by the ways of [`bind`].
+/// Whether `address`, one of those of `dns.listen`, can be bound now, as [`bind`] does.
 ///
 /// # Errors
-///
-/// When it can't, as [`bind`] says.
+/// When it can't: those of [`bind`].
 pub fn try_bind(address: SocketAddr, listen: &[SocketAddr]) -> Result<(), DnsError> {
     bind_both(address, v4_has_port(address, listen)).map(drop)
 }
 
-/// Whether `address`, one of those of `dns.listen_tls`, could be had now.
+/// Whether `address`, one of those of `dns.listen_tls`, can be bound now.
 ///
 /// # Errors
-///
-/// When it can't, as [`bind`] says.
+/// When it can't: those of [`bind`].
 pub fn try_bind_tls(address: SocketAddr, listen_tls: &[SocketAddr]) -> Result<(), DnsError> {
     bind_tls(address, listen_tls).map(drop)
 }
 
 fn bind_both(
-    wanted: SocketAddr,
+    requested: SocketAddr,
     v6_only: bool,
 ) -> Result<(Vec<UdpSocket>, TcpListener, SocketAddr), DnsError> {
-    let denied_udp = bind_error(PLAIN, wanted, Transport::Udp);
+    let denied_udp = bind_error(PLAIN, requested, Transport::Udp);
     let mut n_tries = 0;
     loop {
         n_tries += 1;
-        let first = bind_one(wanted, SocketType::DGRAM, v6_only).map_err(&denied_udp)?;
+        let first = bind_one(requested, SocketType::DGRAM, v6_only).map_err(&denied_udp)?;
         let first = UdpSocket::from(first);
         let address = first.local_addr().map_err(&denied_udp)?;
         match bind_one(address, SocketType::STREAM, v6_only).and_then(listen) {
@@ -177,7 +174,7 @@ fn bind_both(
                 return Ok((udp, tcp, address));
             }
             Err(error)
-                if wanted.port() == 0
+                if requested.port() == 0
                     && error.kind() == io::ErrorKind::AddrInUse
                     && n_tries < PORT_TRIES => {}
             Err(error) => return Err(bind_error(PLAIN, address, Transport::Tcp)(error)),
@@ -203,7 +200,7 @@ fn unbound(address: SocketAddr, socket_type: SocketType, v6_only: bool) -> io::R
         }
     }
     if socket_type == SocketType::STREAM {
-        // Connections that ended a moment ago don't stand in a restart's way.
+        // Connections in TIME_WAIT must not prevent a restart.
         sockopt::set_socket_reuseaddr(&socket, true)?;
     }
     Ok(socket)
@@ -215,7 +212,7 @@ fn listen(socket: OwnedFd) -> io::Result<TcpListener> {
 }
 
 /// A socket for each core, between which the kernel spreads the clients. The first is bound before
-/// it lets others in, so that another process that has the port is found out.
+/// it lets others in, so that another process that has the port is detected.
 fn share(first: UdpSocket, address: SocketAddr, v6_only: bool) -> io::Result<Vec<UdpSocket>> {
     let n_sockets = n_sockets();
     if n_sockets == 1 {
@@ -242,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn errors_say_the_fix() {
+    fn errors_name_the_fix() {
         let table = [
             (
                 io::ErrorKind::AddrInUse,

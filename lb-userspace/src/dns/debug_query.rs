@@ -10,8 +10,9 @@ use hickory_proto::ProtoError;
 use hickory_proto::op::{Edns, Message, OpCode, Query, ResponseCode};
 use hickory_proto::rr::{Name, RecordType};
 
+use super::encode::OUR_PAYLOAD;
 use super::handler::Handler;
-use super::message::{ClientQuery, HEADER_LEN};
+use super::message::ClientQuery;
 use super::origin::AnswerOrigin;
 use super::upstream::UpstreamStats;
 use super::upstream_query::{UpstreamQuery, UpstreamQueryError};
@@ -19,9 +20,6 @@ use crate::config::Unrouted;
 
 /// How long a query may take: less than a client of the admin interface waits.
 const TIME_LIMIT: Duration = Duration::from_millis(4500);
-
-/// The advertised size of UDP responses: that of the DNS flag day of 2020.
-const MAX_PAYLOAD: u16 = 1232;
 
 /// Why a query has no response.
 #[derive(Debug, thiserror::Error)]
@@ -43,13 +41,13 @@ pub enum DebugQueryError {
     /// The server didn't respond in time.
     #[error("no response from {server} within {} s", TIME_LIMIT.as_secs_f64())]
     Silent {
-        /// Who was asked.
+        /// The server.
         server: SocketAddr,
     },
     /// The exchange failed.
     #[error("no response from {server}: {what}")]
     Exchange {
-        /// Who was asked.
+        /// The server.
         server: SocketAddr,
         /// What happened.
         what: String,
@@ -85,26 +83,24 @@ impl DebugClient {
         self.handler.unrouted()
     }
 
-    /// Looks a name up, through the server's own socket. Where other resolvers take longer than
-    /// 4.5 s, that is the answer: SERVFAIL, from nowhere.
+    /// Looks a name up, through the server's own socket. If other resolvers take longer than 4.5 s,
+    /// the result is SERVFAIL, from nowhere.
     ///
     /// # Errors
-    /// When name or type are none, or the server itself doesn't answer.
+    /// When name or type are invalid, or the server itself doesn't answer.
     pub async fn look_up(
         &self,
         name: &str,
         kind: &str,
     ) -> Result<(Message, AnswerOrigin), DebugQueryError> {
         let question = question(name, kind)?;
-        let message = message(&question);
-        let query = DebugQuery::new(&message, self.server)?;
-        let watched = self.handler.origins.watch(message.metadata.id, query.question());
-        let asked = query.exchange(true);
+        let query = query(&question, self.server)?;
+        let watched = self.handler.origins.watch(query.id, query.question());
         let silent = DebugQueryError::Silent { server: self.server };
-        let answered = tokio::time::timeout(self.time_limit, asked).await;
+        let answered = tokio::time::timeout(self.time_limit, exchange(&query, self.server)).await;
         match answered.unwrap_or(Err(silent)) {
             Err(DebugQueryError::Silent { .. }) if watched.origin() != AnswerOrigin::Own => {
-                let mut answer = Message::response(message.metadata.id, OpCode::Query);
+                let mut answer = Message::response(query.id, OpCode::Query);
                 answer.add_query(question).metadata.response_code = ResponseCode::ServFail;
                 Ok((answer, watched.origin()))
             }
@@ -113,15 +109,13 @@ impl DebugClient {
     }
 }
 
-/// Asks any server over UDP, and over TCP where the answer is cut off.
+/// Queries any server over UDP, and over TCP if the response is truncated.
 ///
 /// # Errors
-/// When name or type are none, or the server doesn't answer within 4.5 s.
+/// When name or type are invalid, or the server doesn't answer within 4.5 s.
 pub async fn ask(server: SocketAddr, name: &str, kind: &str) -> Result<Message, DebugQueryError> {
-    let question = question(name, kind)?;
-    let message = message(&question);
-    let query = DebugQuery::new(&message, server)?;
-    let answered = tokio::time::timeout(TIME_LIMIT, query.exchange(false)).await;
+    let query = query(&question(name, kind)?, server)?;
+    let answered = tokio::time::timeout(TIME_LIMIT, exchange(&query, server)).await;
     answered.unwrap_or(Err(DebugQueryError::Silent { server }))
 }
 
@@ -134,63 +128,36 @@ fn question(name: &str, kind: &str) -> Result<Query, DebugQueryError> {
     Ok(Query::query(parsed, kind))
 }
 
-fn message(question: &Query) -> Message {
+fn query(question: &Query, server: SocketAddr) -> Result<UpstreamQuery, DebugQueryError> {
     let mut message = Message::query();
     message.add_query(question.clone()).metadata.recursion_desired = true;
     let mut edns = Edns::new();
-    edns.set_max_payload(MAX_PAYLOAD);
+    edns.set_max_payload(OUR_PAYLOAD);
     message.set_edns(edns);
-    message
+    let wrong = |what: String| DebugQueryError::Exchange { server, what };
+    let bytes = message.to_vec().map_err(|error| wrong(error.to_string()))?;
+    let question_len = ClientQuery::read(&bytes).map(|query| query.question().len());
+    let question_len = question_len.map_err(|error| wrong(format!("{error:?}")))?;
+    Ok(UpstreamQuery::new(bytes, question_len))
 }
 
-/// A query for one server.
-struct DebugQuery {
-    bytes: Vec<u8>,
-    id: u16,
-    question_len: usize,
-    server: SocketAddr,
-}
-
-impl DebugQuery {
-    fn new(message: &Message, server: SocketAddr) -> Result<DebugQuery, DebugQueryError> {
-        let wrong = |what: String| DebugQueryError::Exchange { server, what };
-        let bytes = message.to_vec().map_err(|error| wrong(error.to_string()))?;
-        let question_len = ClientQuery::read(&bytes).map(|asked| asked.question().len());
-        let question_len = question_len.map_err(|error| wrong(format!("{error:?}")))?;
-        Ok(DebugQuery { bytes, id: message.metadata.id, question_len, server })
-    }
-
-    fn question(&self) -> &[u8] {
-        &self.bytes[HEADER_LEN..HEADER_LEN + self.question_len]
-    }
-
-    /// `keep_id`: the server recognizes the tracked query by its id.
-    async fn exchange(&self, keep_id: bool) -> Result<Message, DebugQueryError> {
-        let server = self.server;
-        let wrong = |what: String| DebugQueryError::Exchange { server, what };
-        let (bytes, question_len) = (self.bytes.clone(), self.question_len);
-        let outgoing = match keep_id {
-            true => UpstreamQuery::with_id(bytes, question_len, self.id),
-            false => UpstreamQuery::new(bytes, question_len),
-        };
-        let exchange = async {
-            let answer = outgoing.over_udp(server).await?;
-            match answer.is_truncated() {
-                true => outgoing.over_tcp(server).await,
-                false => Ok(answer),
-            }
-        };
-        match exchange.await {
-            Ok(answer) => answer
-                .message()
-                .map_err(|error| wrong(format!("the answer can't be taken apart: {error}"))),
-            Err(UpstreamQueryError::Io(error))
-                if error.kind() == io::ErrorKind::ConnectionRefused =>
-            {
-                Err(wrong("connection refused: no server listens there".to_owned()))
-            }
-            Err(error) => Err(wrong(error.to_string())),
+async fn exchange(query: &UpstreamQuery, server: SocketAddr) -> Result<Message, DebugQueryError> {
+    let wrong = |what: String| DebugQueryError::Exchange { server, what };
+    let exchange = async {
+        let answer = query.over_udp(server).await?;
+        match answer.is_truncated() {
+            true => query.over_tcp(server).await,
+            false => Ok(answer),
         }
+    };
+    match exchange.await {
+        Ok(answer) => {
+            answer.message().map_err(|error| wrong(format!("can't decode the response: {error}")))
+        }
+        Err(UpstreamQueryError::Io(error)) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            Err(wrong("connection refused: no server listens there".to_owned()))
+        }
+        Err(error) => Err(wrong(error.to_string())),
     }
 }
 

@@ -20,7 +20,7 @@ use super::upstream::{QueryOutcome, Upstream, UpstreamState, UpstreamStats};
 use super::upstream_query::UpstreamQuery;
 use super::upstreams::{UpstreamRoute, Upstreams};
 
-/// The questions over TCP that may be under way, and those of one client, unless it is this host.
+/// The queries over TCP that may be pending, and those of one client other than the host.
 const MAX_IN_FLIGHT: usize = 512;
 const MAX_IN_FLIGHT_EACH: usize = MAX_IN_FLIGHT / 4;
 
@@ -30,22 +30,22 @@ pub(super) struct Forwarder {
     pub(super) upstreams: Upstreams,
     pub(super) limits: ForwardLimits,
     pub(super) loops: Arc<LoopDetector>,
-    in_flight: Arc<InFlight>,
+    in_flight: Arc<TcpInFlight>,
     /// Wakes the prober (`probe`).
     suspicion: Arc<Notify>,
 }
 
-/// The questions over TCP that are under way.
+/// The pending queries over TCP.
 #[derive(Debug, Default)]
-struct InFlight(Mutex<HashMap<ClientKey, usize>>);
+struct TcpInFlight(Mutex<HashMap<ClientKey, usize>>);
 
 /// One of them, until this is dropped.
 #[derive(Debug)]
-struct InFlightGuard(Arc<InFlight>, ClientKey);
+struct TcpInFlightGuard(Arc<TcpInFlight>, ClientKey);
 
-impl InFlight {
+impl TcpInFlight {
     /// A place for one more; `None` where there are enough.
-    fn place(self: &Arc<Self>, client_key: ClientKey) -> Option<InFlightGuard> {
+    fn place(self: &Arc<Self>, client_key: ClientKey) -> Option<TcpInFlightGuard> {
         let mut client_keys = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let n_all: usize = client_keys.values().sum();
         let n = client_keys.get(&client_key).copied().unwrap_or_default();
@@ -54,11 +54,11 @@ impl InFlight {
         }
         client_keys.insert(client_key, n + 1);
         drop(client_keys);
-        Some(InFlightGuard(Arc::clone(self), client_key))
+        Some(TcpInFlightGuard(Arc::clone(self), client_key))
     }
 }
 
-impl Drop for InFlightGuard {
+impl Drop for TcpInFlightGuard {
     fn drop(&mut self) {
         let mut client_keys = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
         match client_keys.get_mut(&self.1) {
@@ -112,11 +112,10 @@ impl Forwarder {
         readings
     }
 
-    /// The upstreams' answer to a question, over TCP, for a client that asked so: over UDP it was
-    /// truncated.
+    /// The upstreams' response over TCP, for a client of TCP: over UDP it was truncated.
     ///
-    /// The order is that of [`super::relay`]: the next upstream is asked when one hasn't answered
-    /// for a while, and what it denies counts once no better one may still know.
+    /// The order is that of [`super::relay`]: the next upstream is queried when one hasn't answered
+    /// for a while, and a negative response applies once no better upstream may still answer.
     ///
     /// # Errors
     /// When none answers in time.
@@ -277,7 +276,7 @@ mod tests {
 
     #[test]
     fn one_client_leaves_places_for_others() {
-        let in_flight = Arc::new(InFlight::default());
+        let in_flight = Arc::new(TcpInFlight::default());
         let take =
             |client_key, n| (0..n).filter_map(|_| in_flight.place(client_key)).collect::<Vec<_>>();
         let greedy = take(Some(1), MAX_IN_FLIGHT);

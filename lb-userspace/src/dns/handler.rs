@@ -14,6 +14,7 @@ use super::encode;
 use super::forward::Forwarder;
 use super::message::ClientQuery;
 use super::origin::{AnswerOrigin, OriginTracker};
+use super::relay::ForwardError;
 use super::resolve::{self, Missing, Resolution, ResolveContext, TableSnapshot, Zone};
 use super::response::RelayOptions;
 use super::sockets::Transport;
@@ -247,7 +248,7 @@ impl Handler {
         }
     }
 
-    /// The response to a message over TCP or TLS; `None` where there is none.
+    /// The response to a message over TCP; `None` where there is none.
     pub(super) async fn reply_over_tcp(&self, bytes: &[u8], client: IpAddr) -> Option<Vec<u8>> {
         match self.refusal(&self.policy(), bytes, Transport::Tcp, client) {
             Some(refusal) => refusal,
@@ -255,7 +256,8 @@ impl Handler {
         }
     }
 
-    async fn reply(&self, bytes: &[u8], client: IpAddr) -> Option<Vec<u8>> {
+    /// The response to a message of a served client, over TCP or TLS; `None` where there is none.
+    pub(super) async fn reply(&self, bytes: &[u8], client: IpAddr) -> Option<Vec<u8>> {
         match self.resolve_deferred(bytes, Transport::Tcp).await {
             Deferred::Answer(answer) => Some(answer),
             Deferred::Nothing => None,
@@ -353,16 +355,9 @@ impl Handler {
     ) -> Vec<u8> {
         let mut out = Vec::new();
         let note = |origin| self.origins.note(query.id(), query.question(), || origin);
-        match policy.forwarder.over_tcp(query, client_key).await {
+        let why = match policy.forwarder.over_tcp(query, client_key).await {
             Ok((answer, ..)) if is_unknown && answer.code() == ResponseCode::NXDomain => {
-                note(AnswerOrigin::Nowhere("whether it is a service is unknown".to_owned()));
-                encode::error(
-                    &mut out,
-                    query,
-                    ResponseCode::ServFail,
-                    encode::max_len(query, Transport::Tcp),
-                );
-                self.stats.count(ResponseCode::ServFail);
+                ForwardError::Unknown
             }
             Ok((answer, upstream, is_in_zone)) => {
                 note(AnswerOrigin::Upstream(upstream.address));
@@ -373,19 +368,15 @@ impl Handler {
                     max_ttls: is_in_zone.then(|| policy.zone.max_ttls()),
                 };
                 answer.relay_to(&query.client(), how, &mut out);
+                return out;
             }
-            Err(error) => {
-                debug!("not forwarded: {error}");
-                note(AnswerOrigin::Nowhere(error.to_string()));
-                encode::error(
-                    &mut out,
-                    query,
-                    ResponseCode::ServFail,
-                    encode::max_len(query, Transport::Tcp),
-                );
-                self.stats.count(ResponseCode::ServFail);
-            }
-        }
+            Err(error) => error,
+        };
+        debug!("not forwarded: {why}");
+        note(AnswerOrigin::Nowhere(why.to_string()));
+        self.stats.count(ResponseCode::ServFail);
+        let max_len = encode::max_len(query, Transport::Tcp);
+        encode::error(&mut out, query, ResponseCode::ServFail, max_len);
         out
     }
 }

@@ -25,7 +25,7 @@ impl Interfaces {
             Ok(interfaces) => interfaces,
             Err(error) => {
                 warn!(
-                    "this host's networks can't be read, so dns.allow's \"local\" is nobody: {error}"
+                    "can't read this host's networks, so \"local\" in dns.allow matches none: {error}"
                 );
                 return Interfaces::default();
             }

@@ -65,7 +65,7 @@ struct LoopState {
     /// The pending probes by the first label of their names.
     probes: HashMap<u128, PendingProbe>,
     /// The paths whose probes came back.
-    circular: HashSet<UpstreamPath>,
+    looping: HashSet<UpstreamPath>,
     /// When each path was probed last.
     probed: HashMap<UpstreamPath, ProbeRecord>,
 }
@@ -144,7 +144,7 @@ impl LoopDetector {
         if let Some(probed) = state.probed.get_mut(&path) {
             probed.is_good = false;
         }
-        let is_new = state.circular.insert(path.clone());
+        let is_new = state.looping.insert(path.clone());
         self.any.store(true, Ordering::Release);
         drop(state);
         if is_new {
@@ -167,18 +167,18 @@ impl LoopDetector {
         if let Some(probed) = state.probed.get_mut(&path) {
             probed.is_good = true;
         }
-        if state.circular.remove(&path) {
+        if state.looping.remove(&path) {
             info!("{} no longer leads back to this server: it is asked again", path.server);
         }
-        self.any.store(!state.circular.is_empty(), Ordering::Release);
+        self.any.store(!state.looping.is_empty(), Ordering::Release);
     }
 
     /// Drops the paths that aren't in `paths`.
     pub(super) fn retain_paths(&self, paths: &[UpstreamPath]) {
         let mut state = self.lock();
-        state.circular.retain(|path| paths.contains(path));
+        state.looping.retain(|path| paths.contains(path));
         state.probed.retain(|path, _| paths.contains(path));
-        self.any.store(!state.circular.is_empty(), Ordering::Release);
+        self.any.store(!state.looping.is_empty(), Ordering::Release);
     }
 
     /// Whether any path leads back here.
@@ -186,14 +186,14 @@ impl LoopDetector {
         self.any.load(Ordering::Acquire)
     }
 
-    /// Told of each way that is found to lead back here.
+    /// Notified of each path that is found to loop.
     pub(super) fn found(&self) -> watch::Receiver<()> {
         self.found.subscribe()
     }
 
     /// Whether the upstream leads back here.
     pub(super) fn is_looping(&self, path: &UpstreamPath) -> bool {
-        self.any() && self.lock().circular.contains(path)
+        self.any() && self.lock().looping.contains(path)
     }
 
     /// Waits until the upstream is found to lead back here.
@@ -203,16 +203,16 @@ impl LoopDetector {
         let _ = found.wait_for(|()| self.is_looping(path)).await;
     }
 
-    /// What is wrong, with the fix. That systemd-resolved leads back here is as it should be,
-    /// where there are others of `paths` behind it.
+    /// The problems, each with its fix. That systemd-resolved loops is by design, if others of
+    /// `paths` are its upstreams.
     pub(super) fn problems(&self, paths: &[UpstreamPath]) -> Vec<String> {
         let state = self.lock();
         let has_other = |path: &UpstreamPath| {
             let others = paths.iter().filter(|other| other.domain == path.domain);
-            others.into_iter().any(|other| !state.circular.contains(other))
+            others.into_iter().any(|other| !state.looping.contains(other))
         };
         let is_problem = |path: &&UpstreamPath| !(is_stub(&path.server) && has_other(path));
-        let mut problems: Vec<_> = state.circular.iter().filter(is_problem).map(problem).collect();
+        let mut problems: Vec<_> = state.looping.iter().filter(is_problem).map(problem).collect();
         problems.sort();
         problems
     }
@@ -268,7 +268,7 @@ mod tests {
     }
 
     #[test]
-    fn a_probe_that_comes_back_marks_its_way_alone() {
+    fn a_probe_that_comes_back_marks_its_path_only() {
         let loops = LoopDetector::default();
         let (a, b, consul) = (path("", 1), path("", 2), path("consul", 1));
         let asked = probe(&loops, &a);
@@ -296,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn systemd_resolved_may_lead_back_where_others_stand_behind_it() {
+    fn systemd_resolved_may_loop_if_it_has_other_upstreams() {
         let loops = LoopDetector::default();
         let stub =
             UpstreamPath { domain: "".into(), server: SocketAddr::from(([127, 0, 0, 53], 53)) };
@@ -307,7 +307,7 @@ mod tests {
     }
 
     #[test]
-    fn names_that_are_no_probes() {
+    fn names_that_are_not_probes() {
         let loops = LoopDetector::default();
         let token = text(&probe(&loops, &path("", 1)))[1..33].to_owned();
         let other = "0".repeat(32);
@@ -332,7 +332,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_remembered_is_bounded_and_follows_the_configuration() {
+    fn probes_are_bounded_and_follow_the_configuration() {
         let loops = LoopDetector::default();
         for _ in 0..3 * MAX_PROBES {
             probe(&loops, &path("", 1));
@@ -346,7 +346,7 @@ mod tests {
     }
 
     #[test]
-    fn a_way_that_was_proven_is_left_in_peace_for_a_minute() {
+    fn a_good_path_is_not_probed_for_a_minute() {
         let (loops, start) = (LoopDetector::default(), Instant::now());
         let at = |seconds| start + Duration::from_secs(seconds);
         let path = path("", 1);

@@ -9,7 +9,7 @@ const MAX_NAME_LEN: usize = 255;
 /// The most labels that a name of that length has, the root not counted.
 const MAX_LABELS: usize = 127;
 
-/// The longest UDP message that is understood by those who don't speak EDNS.
+/// The longest UDP message without EDNS (RFC 1035, section 4.2.1).
 const PLAIN_PAYLOAD: u16 = 512;
 
 /// A resource record's fixed part: its type, class, time to live and length.
@@ -25,7 +25,7 @@ pub(super) const RD: u8 = 0x01;
 pub(super) const AD: u8 = 0x20;
 pub(super) const AD_AND_CD: u8 = 0x30;
 
-/// DNSSEC records are wanted, in the eighth byte of an OPT record.
+/// DNSSEC OK, in the eighth byte of an OPT record (RFC 3225).
 const DO: u8 = 0x80;
 
 /// The type of the record that begins a zone.
@@ -67,7 +67,7 @@ impl<'a> Question<'a> {
     /// Reads the question that follows the header of the message `bytes`.
     pub(super) fn read(bytes: &'a [u8]) -> Option<Question<'a>> {
         let name = WireName::read(bytes.get(HEADER_LEN..)?)?;
-        let mut rest = Cursor { bytes, offset: HEADER_LEN + name.bytes.len() };
+        let mut rest = MessageCursor { bytes, offset: HEADER_LEN + name.bytes.len() };
         Some(Question { name, query_type: rest.u16()?, query_class: rest.u16()? })
     }
 
@@ -132,7 +132,7 @@ impl<'a> ClientQuery<'a> {
         }
         let question = Question::read(bytes).ok_or(MalformedQuery::NoQuestion)?;
         let Question { name, query_type, query_class } = question;
-        let mut rest = Cursor { bytes, offset: question.end() };
+        let mut rest = MessageCursor { bytes, offset: question.end() };
         let n_others = u32::from(count(6)) + u32::from(count(8));
         let opt = rest.opt(n_others, count(10)).ok_or(MalformedQuery::Format)?;
         let edns = opt.map(|opt| opt.edns);
@@ -153,6 +153,17 @@ impl<'a> ClientQuery<'a> {
             let dnssec_ok = if edns.dnssec_ok { DO } else { 0 };
             out.extend([0, 0, OPT as u8, high, low, 0, 0, dnssec_ok, 0, 0, 0]);
         }
+    }
+
+    /// The query without the records and options that no response depends on: at most 282 bytes.
+    pub(super) fn essentials(&self) -> Vec<u8> {
+        let mut out = Vec::new();
+        self.forwarded(self.max_payload(), &mut out);
+        out[..4].copy_from_slice(&self.bytes[..4]);
+        if let (Some(edns), [.., version, _, _, _, _]) = (self.edns, &mut out[..]) {
+            *version = edns.version;
+        }
+        out
     }
 
     /// What an upstream query has in addition to the question, as one byte.
@@ -252,12 +263,12 @@ impl<'a> WireName<'a> {
 }
 
 /// What follows `offset` in a message.
-pub(super) struct Cursor<'a> {
+pub(super) struct MessageCursor<'a> {
     pub(super) bytes: &'a [u8],
     pub(super) offset: usize,
 }
 
-impl<'a> Cursor<'a> {
+impl<'a> MessageCursor<'a> {
     fn take(&mut self, len: usize) -> Option<&'a [u8]> {
         let taken = self.bytes.get(self.offset..)?.get(..len)?;
         self.offset += len;
@@ -346,7 +357,7 @@ pub(super) fn bound_ttls(
     };
     for (n_records, most) in sections {
         for _ in 0..n_records {
-            let mut rest = Cursor { bytes: message, offset };
+            let mut rest = MessageCursor { bytes: message, offset };
             rest.name()?;
             let record_type = rest.u16()?;
             let ttl = rest.offset + 2;

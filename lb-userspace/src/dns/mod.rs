@@ -20,7 +20,6 @@ mod loop_detection;
 mod mailbox;
 mod message;
 mod origin;
-
 mod probe;
 mod random;
 mod relay;

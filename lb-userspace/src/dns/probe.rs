@@ -66,7 +66,7 @@ async fn watch(forwarder: Weak<Forwarder>, suspicion: Arc<Notify>, alarm: Worker
                         let (upstream, alarm) = (Arc::clone(upstream), alarm.clone());
                         let patience = forwarder.limits.patience / 2;
                         probes.spawn(async move {
-                            ask_for_life(&upstream, transport, patience, &alarm).await;
+                            probe_health(&upstream, transport, patience, &alarm).await;
                             Some(target)
                         });
                     }
@@ -81,7 +81,7 @@ async fn watch(forwarder: Weak<Forwarder>, suspicion: Arc<Notify>, alarm: Worker
                 {
                     let (forwarder, upstream) = (Arc::clone(&forwarder), upstream.cloned());
                     probes.spawn(async move {
-                        ask_for_circle(&forwarder, &path, upstream, &question).await;
+                        probe_loop(&forwarder, &path, upstream, &question).await;
                         None
                     });
                 }
@@ -106,7 +106,7 @@ async fn watch(forwarder: Weak<Forwarder>, suspicion: Arc<Notify>, alarm: Worker
 
 /// Probes whether an upstream answers anything: a query that it should resolve, and one that it has
 /// to answer itself, as a resolver whose own upstreams fail is still good for the names it has.
-async fn ask_for_life(
+async fn probe_health(
     upstream: &Upstream,
     transport: Transport,
     patience: Duration,
@@ -140,7 +140,7 @@ async fn ask_for_life(
 }
 
 /// Probes whether a path leads back here: then the query arrives at our own server.
-async fn ask_for_circle(
+async fn probe_loop(
     forwarder: &Forwarder,
     path: &UpstreamPath,
     upstream: Option<Arc<Upstream>>,

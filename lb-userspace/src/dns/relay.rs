@@ -94,7 +94,7 @@ pub(super) trait RelayIo {
     /// One query of the socket is done.
     fn done(&mut self, port: SocketId);
     /// Counts a message that matches no query of the socket. Returns whether there were so many
-    /// that somebody may be guessing ids: then the socket isn't drawn any more.
+    /// that they may be guesses of ids: then the socket isn't drawn any more.
     fn mismatch(&mut self, port: SocketId) -> bool;
     /// Answers a client.
     fn answer(&mut self, waiter: &Waiter, question: &[u8], message: &[u8], end: Completion<'_>);
@@ -718,7 +718,7 @@ impl Relay {
             })
     }
 
-    /// Counts a message that matches no query. Many on one socket may be somebody's guesses of ids:
+    /// Counts a message that matches no query. Many on one socket may be guesses of ids:
     /// its queries are sent again on another.
     fn mismatch(&mut self, port: SocketId, now: Instant, wire: &mut impl RelayIo) {
         if !wire.mismatch(port) {

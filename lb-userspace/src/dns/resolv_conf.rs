@@ -252,12 +252,12 @@ mod tests {
         for (version, at_ms, named, expected, server) in rows {
             let now = start + Duration::from_millis(at_ms);
             let named = || named.map(|server| vec![server]).ok_or_else(fault);
-            let told = match read.update(versions[version], now, named) {
+            let outcome = match read.update(versions[version], now, named) {
                 Update::None => "-",
                 Update::Cached => "read",
                 Update::Failed(_) => "failed",
             };
-            assert_eq!((told, &*read.servers), (expected, &[server][..]), "{at_ms}");
+            assert_eq!((outcome, &*read.servers), (expected, &[server][..]), "{at_ms}");
         }
     }
 }

@@ -8,7 +8,7 @@ use hickory_proto::serialize::binary::DecodeError;
 
 use super::encode::{OUR_PAYLOAD, put_opt};
 use super::message::{
-    AD, AD_AND_CD, ClientEcho, Cursor, HEADER_LEN, OPT_PAYLOAD, OptRecord, Question, RD,
+    AD, AD_AND_CD, ClientEcho, HEADER_LEN, MessageCursor, OPT_PAYLOAD, OptRecord, Question, RD,
     bound_ttls, is_same_question,
 };
 
@@ -87,7 +87,7 @@ impl<'a> UpstreamResponse<'a> {
             (0, _) if may_omit => HEADER_LEN,
             _ => return Err(ResponseError::Question),
         };
-        let mut rest = Cursor { bytes, offset: head_len };
+        let mut rest = MessageCursor { bytes, offset: head_len };
         match rest.opt(u32::from(count(6)) + u32::from(count(8)), count(10)) {
             Some(opt) => Ok(UpstreamResponse { bytes: bytes[..rest.offset].into(), head_len, opt }),
             // Cut off in the middle of a record, as some do: its header and question still count.
@@ -133,10 +133,10 @@ impl<'a> UpstreamResponse<'a> {
         }
     }
 
-    /// The whole of it, where it can be taken apart.
+    /// All of it, decoded.
     ///
     /// # Errors
-    /// When one of its records can't.
+    /// When a record can't be decoded.
     pub(super) fn message(&self) -> Result<Message, DecodeError> {
         Message::from_vec(&self.bytes)
     }

@@ -150,8 +150,8 @@ mod tests {
         for (pool, name, expected) in rows {
             let bytes = question(name);
             let query = ClientQuery::read(&bytes).unwrap();
-            let looked = classify(&query.name, &[pool.parse().unwrap()]);
-            let shown = looked.map_or("-".into(), |(is, depth)| format!("{is:?} {depth}"));
+            let classified = classify(&query.name, &[pool.parse().unwrap()]);
+            let shown = classified.map_or("-".into(), |(is, depth)| format!("{is:?} {depth}"));
             assert_eq!(shown, expected, "{name} in {pool}");
         }
     }

@@ -240,10 +240,10 @@ impl DnsServer {
 
     /// The client behind `nohop dns query`.
     pub fn debug_client(&self) -> DebugClient {
-        let nobody = SocketAddr::from(([127, 0, 0, 1], 53));
+        let default = SocketAddr::from(([127, 0, 0, 1], 53));
         // An address that the host doesn't have yet would give no answer.
         let loopback = self.own.iter().find(|address| address.ip().is_loopback());
-        let server = loopback.or(self.own.first()).unwrap_or(&nobody);
+        let server = loopback.or(self.own.first()).unwrap_or(&default);
         DebugClient::new(self.handler.clone(), *server)
     }
 
@@ -312,14 +312,14 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_thread_that_panics_is_told_of() {
-        let (ended, mut usage_limiter) = watch::channel(false);
+    async fn a_panic_of_a_thread_is_reported() {
+        let (ended, mut has_ended) = watch::channel(false);
         let ends = ExitNotifier(ended);
         let thread = std::thread::spawn(move || {
             let _ends = ends;
-            panic!("as a fault of ours would");
+            panic!("a defect");
         });
         assert!(thread.join().is_err());
-        assert!(*usage_limiter.wait_for(|ended| *ended).await.unwrap());
+        assert!(*has_ended.wait_for(|ended| *ended).await.unwrap());
     }
 }

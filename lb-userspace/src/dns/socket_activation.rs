@@ -111,30 +111,30 @@ mod tests {
         let udp = || UdpSocket::bind("127.0.0.1:0").unwrap();
         let tcp_at = |address| TcpListener::bind(address);
         // A UDP and a TCP socket of one port that is free for both.
-        let (one, beside) = (0..64)
+        let (udp_socket, tcp_socket) = (0..64)
             .find_map(|_| {
-                let one = udp();
-                let beside = tcp_at(one.local_addr().unwrap()).ok()?;
-                Some((one, beside))
+                let udp_socket = udp();
+                let tcp_socket = tcp_at(udp_socket.local_addr().unwrap()).ok()?;
+                Some((udp_socket, tcp_socket))
             })
             .unwrap();
-        let address = one.local_addr().unwrap();
-        let told = |udp, tcp| pair(udp, tcp).unwrap_err().to_string();
+        let address = udp_socket.local_addr().unwrap();
+        let error = |udp, tcp| pair(udp, tcp).unwrap_err().to_string();
         assert_eq!(
-            told(vec![one.try_clone().unwrap()], vec![]),
+            error(vec![udp_socket.try_clone().unwrap()], vec![]),
             format!(
                 "systemd passed no tcp socket for {address}; add ListenStream={address} to the \
                  socket unit"
             )
         );
         assert_eq!(
-            told(vec![], vec![beside.try_clone().unwrap()]),
+            error(vec![], vec![tcp_socket.try_clone().unwrap()]),
             format!(
                 "systemd passed no udp socket for {address}; add ListenDatagram={address} to the \
                  socket unit"
             )
         );
-        let sockets = pair(vec![one], vec![beside]).unwrap();
+        let sockets = pair(vec![udp_socket], vec![tcp_socket]).unwrap();
         assert_eq!(sockets.addresses(), [address]);
         assert_eq!(sockets.udp.len(), n_sockets());
     }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use rustls::ServerConfig;
 
-/// The most UDP sockets for one address: more cores than that answer more than a host asks.
+/// The most UDP sockets for one address: four cores answer more queries than a host has.
 const MAX_SOCKETS: usize = 4;
 
 /// What carries a message.

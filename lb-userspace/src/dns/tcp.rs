@@ -2,7 +2,7 @@
 //! pipelined (RFC 7766, section 6.2.1.1): responses leave as they are ready, in any order.
 
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -17,10 +17,11 @@ use tracing::{debug, warn};
 use super::connections::{ConnectionGuard, Connections, MAX_PIPELINED};
 use super::handler::Handler;
 use super::message::HEADER_LEN;
+use super::tls;
 use super::udp::MAX_QUESTION_LEN;
 
-/// How long a client may take to send a question, counted from the last answer while none is under
-/// way, and to take an answer.
+/// How long a client may take to send a query, counted from the last response while none is pending,
+/// and to read a response.
 pub(super) const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long a listener pauses after accept() failed, such as for lack of file descriptors.
@@ -94,11 +95,13 @@ pub(super) async fn serve_connection(
     mut stops: watch::Receiver<bool>,
 ) -> io::Result<()> {
     stream.set_nodelay(true)?;
-    let client = client.ip();
     let Some(acceptor) = acceptor else {
         let (reader, writer) = stream.into_split();
-        return serve_queries(reader, writer, client, handler, connection, idle_timeout, stops)
-            .await;
+        let reply = move |message: Vec<u8>| {
+            let handler = Arc::clone(&handler);
+            async move { handler.reply_over_tcp(&message, client.ip()).await }
+        };
+        return serve_queries(reader, writer, reply, connection, idle_timeout, stops).await;
     };
     let accepted = tokio::select! {
         accepted = tokio::time::timeout(idle_timeout, acceptor.accept(stream)) => accepted??,
@@ -106,19 +109,22 @@ pub(super) async fn serve_connection(
         _ = stops.wait_for(|stops| *stops) => return Ok(()),
     };
     let (reader, writer) = tokio::io::split(accepted);
-    serve_queries(reader, writer, client, handler, connection, idle_timeout, stops).await
+    let reply = move |message: Vec<u8>| {
+        let handler = Arc::clone(&handler);
+        async move { tls::reply(handler, &message, client).await }
+    };
+    serve_queries(reader, writer, reply, connection, idle_timeout, stops).await
 }
 
-/// Answers queries until the client is idle for `idle_timeout`, reads nothing, or sends one that has
+/// Answers queries, each with what `reply` returns, until the client is idle for `idle_timeout`, reads nothing, or sends one that has
 /// no response.
 ///
 /// # Errors
 /// When the client doesn't keep to the protocol or to `idle_timeout`.
-pub(super) async fn serve_queries(
+pub(super) async fn serve_queries<R: Future<Output = Option<Vec<u8>>> + Send + 'static>(
     mut reader: impl AsyncRead + Unpin,
     writer: impl AsyncWrite + Unpin + Send + 'static,
-    client: IpAddr,
-    handler: Arc<Handler>,
+    reply: impl Fn(Vec<u8>) -> R,
     connection: &ConnectionGuard,
     idle_timeout: Duration,
     mut stops: watch::Receiver<bool>,
@@ -127,14 +133,14 @@ pub(super) async fn serve_queries(
     let mut answers = JoinSet::new();
     let mut deadline = Instant::now() + idle_timeout;
     'connection: loop {
-        // Kept over all that happens meanwhile: half a question must not be lost.
+        // One future until it is complete: half a query must not be lost.
         let mut question = pin!(read(&mut reader));
         let question = loop {
             let is_idle = answers.is_empty();
             tokio::select! {
                 question = &mut question, if answers.len() < MAX_PIPELINED => match question {
                     Ok(question) => break question,
-                    // It may have ended its side only.
+                    // The client may have closed its side only.
                     Err(_) if !is_idle => break 'connection,
                     Err(error) => return Err(error),
                 },
@@ -157,13 +163,11 @@ pub(super) async fn serve_queries(
         if !connection.set_busy(true) {
             return Ok(());
         }
-        let (handler, writer) = (Arc::clone(&handler), Arc::clone(&writer));
+        let (reply, writer) = (reply(question), Arc::clone(&writer));
         answers.spawn(async move {
-            let Some(reply) = handler.reply_over_tcp(&question, client).await else {
-                return Ok(false);
-            };
+            let Some(reply) = reply.await else { return Ok(false) };
             let len = u16::try_from(reply.len()).map_err(io::Error::other)?;
-            let reply = [&len.to_be_bytes(), &reply[..]].concat(); // some clients read no second piece
+            let reply = [&len.to_be_bytes(), &reply[..]].concat(); // some clients read no second segment
             let mut writer = writer.lock().await;
             let write = async {
                 writer.write_all(&reply).await?;

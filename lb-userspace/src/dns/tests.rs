@@ -148,7 +148,7 @@ async fn read_message(stream: &mut (impl AsyncRead + Unpin)) -> std::io::Result<
     Ok(bytes)
 }
 
-/// A resolver that answers as the test wants, over UDP and TCP, until it is dropped.
+/// A resolver with responses of the test, over UDP and TCP, until it is dropped.
 struct FakeUpstream {
     address: SocketAddr,
     asked: mpsc::UnboundedReceiver<(Transport, Message)>,
@@ -178,12 +178,12 @@ impl FakeUpstream {
         FakeUpstream { address, asked, _tasks: tasks }
     }
 
-    /// A resolver that knows one address, for every name.
+    /// A resolver with one address for every name.
     async fn of(ip: [u8; 4]) -> FakeUpstream {
         FakeUpstream::new(move |_, asked| vec![answer(asked, ip)]).await
     }
 
-    /// A resolver that hears and says nothing.
+    /// A resolver that answers nothing.
     async fn silent() -> FakeUpstream {
         FakeUpstream::new(|_, _| Vec::new()).await
     }
@@ -344,7 +344,7 @@ async fn malformed_messages_do_no_harm() {
         ("a record missing", with(7, 1), ResponseCode::FormErr),
         ("many questions missing", with(4, 255), ResponseCode::FormErr),
         ("a status request", with(2, 2 << 3), ResponseCode::NotImp),
-        ("an opcode nobody has", with(2, 15 << 3), ResponseCode::NotImp),
+        ("an unassigned opcode", with(2, 15 << 3), ResponseCode::NotImp),
     ];
     for (what, bytes, expected) in rows {
         for transport in [Transport::Udp, Transport::Tcp] {
@@ -385,7 +385,7 @@ async fn other_names_are_forwarded_as_they_came() {
         message.metadata.checking_disabled = asked.metadata.checking_disabled;
         message.metadata.recursion_desired = asked.metadata.recursion_desired;
         let other = message.answers[0].clone();
-        // A type that hickory doesn't know here, whose data must stay as it is.
+        // A type that hickory has no name for here, whose data must stay as it is.
         let data = RData::Unknown {
             code: RecordType::Unknown(65_280),
             rdata: hickory_proto::rr::rdata::NULL::with(vec![1, 2, 3]),
@@ -604,7 +604,7 @@ async fn what_is_in_flight_is_bounded_and_the_oldest_goes_first() {
 
 #[tokio::test]
 async fn answers_over_udp_fit_into_one_packet() {
-    // This resolver sends as much as the client takes, whatever it is told.
+    // This resolver sends as much as the client takes, whatever size was advertised.
     let mut upstream = FakeUpstream::new(|_, asked| vec![long_answer(asked, 15)]).await;
     let rig = Rig::new(&[upstream.address]).await;
     for (name, is_truncated) in [("example.com.", true), ("web.service.", false)] {
@@ -623,7 +623,7 @@ async fn answers_over_udp_fit_into_one_packet() {
 async fn a_stop_frees_the_port() {
     let mut silent = FakeUpstream::silent().await;
     let rig = Rig::new(&[silent.address]).await;
-    // A forward under way, and a TCP connection that stays open.
+    // A pending forwarded query, and a TCP connection that stays open.
     let waiting = UdpSocket::bind("127.0.0.1:0").await.unwrap();
     let asked = query("example.com.", RecordType::A).to_vec().unwrap();
     waiting.send_to(&asked, rig.address).await.unwrap();

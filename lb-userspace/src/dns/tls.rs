@@ -1,16 +1,29 @@
-//! The certificate of DNS over TLS (RFC 7858). Connections are served by `tcp`, with the limits and the
-//! handler of plain TCP.
+//! DNS over TLS (RFC 7858): the certificate, and hickory-server's `RequestHandler`. Connections are
+//! served by `tcp`, with the limits of plain TCP.
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use hickory_server::server::default_tls_server_config;
+use async_trait::async_trait;
+use futures_util::StreamExt;
+use hickory_proto::op::{Header, HeaderCounts, MessageType, Metadata, SerialMessage};
+use hickory_server::net::runtime::{Time, TokioTime};
+use hickory_server::net::xfer::Protocol;
+use hickory_server::net::{BufDnsStreamHandle, DnsStreamHandle};
+use hickory_server::server::{
+    Request, RequestHandler, ResponseHandle, ResponseHandler, ResponseInfo,
+    default_tls_server_config,
+};
 use rustls::ServerConfig;
 use rustls::crypto::ring;
 use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
 use tracing::{info, warn};
 
+use super::handler::Handler;
+use super::message::ClientQuery;
+use super::sockets::Transport;
 use crate::config::DnsConfig;
 use crate::config::consul::{read_certificates, read_key};
 use crate::file_state::{FileState, file_state};
@@ -84,4 +97,57 @@ fn read(cert_file: &Path, key_file: &Path) -> Result<Arc<CertifiedKey>, String> 
             key_file.display()
         )
     })
+}
+
+/// The zone and the forwarder behind hickory-server's [`RequestHandler`], for one message.
+struct TlsRequestHandler {
+    handler: Arc<Handler>,
+    responses: BufDnsStreamHandle,
+}
+
+#[async_trait]
+impl RequestHandler for TlsRequestHandler {
+    /// Sends the response as bytes: a [`ResponseHandler`] takes decoded records only, and an
+    /// upstream's response may have some that hickory-proto can't decode.
+    async fn handle_request<R: ResponseHandler, T: Time>(
+        &self,
+        request: &Request,
+        _: R,
+    ) -> ResponseInfo {
+        let Metadata { id, op_code, .. } = request.metadata;
+        if let Some(response) = self.handler.reply(request.as_slice(), request.src().ip()).await {
+            let sent = self.responses.clone().send(SerialMessage::new(response, request.src()));
+            debug_assert!(sent.is_ok(), "{sent:?}");
+        }
+        let metadata = Metadata::new(id, MessageType::Response, op_code);
+        Header { metadata, counts: HeaderCounts::default() }.into()
+    }
+}
+
+/// The response to a message over TLS, which is that of plain TCP; `None` where there is none.
+///
+/// hickory-server decodes all records and options of a message, to a multiple of its size. So it
+/// gets the messages of served clients within their rate alone, and of these what a response
+/// depends on. A message that isn't a query doesn't get to it.
+pub(super) async fn reply(
+    handler: Arc<Handler>,
+    message: &[u8],
+    client: SocketAddr,
+) -> Option<Vec<u8>> {
+    let policy = handler.policy();
+    if let Some(refusal) = handler.refusal(&policy, message, Transport::Tcp, client.ip()) {
+        return refusal;
+    }
+    let request = ClientQuery::read(message)
+        .ok()
+        .and_then(|query| Request::from_bytes(query.essentials(), client, Protocol::Tls).ok());
+    let Some(request) = request else {
+        return handler.reply(message, client.ip()).await;
+    };
+    let (stream, mut responses) = BufDnsStreamHandle::new(client);
+    let response_handle = ResponseHandle::new(client, stream.clone(), Protocol::Tls);
+    let requests = TlsRequestHandler { handler, responses: stream };
+    requests.handle_request::<_, TokioTime>(&request, response_handle).await;
+    drop(requests); // the last sender
+    responses.next().await.map(|response| response.into_parts().0)
 }

@@ -13,7 +13,7 @@ use tracing::debug;
 
 use super::interfaces::socket_address;
 
-/// The longest question: more than any that asks.
+/// The longest query that is received: more than any client sends.
 pub(super) const MAX_QUESTION_LEN: usize = 4096;
 
 /// How many messages are received, or sent, in one system call.
@@ -36,7 +36,7 @@ pub(super) enum LocalAddress {
     V6(nix::libc::in6_pktinfo),
 }
 
-/// Buffers for what clients send.
+/// Buffers for queries.
 pub(super) struct RecvBatch {
     buffers: Vec<u8>,
     headers: MultiHeaders<SockaddrStorage>,
@@ -44,7 +44,7 @@ pub(super) struct RecvBatch {
     pub(super) received: Vec<(usize, SocketAddr, LocalAddress)>,
 }
 
-/// Answers that wait to be sent.
+/// Responses to send.
 #[derive(Debug, Default)]
 pub(super) struct SendBatch {
     bytes: Vec<u8>,
@@ -88,7 +88,7 @@ impl UdpEndpoint {
     /// Makes `socket` ready.
     ///
     /// # Errors
-    /// Where the kernel won't.
+    /// When the kernel refuses.
     pub(super) fn new(socket: UdpSocket) -> io::Result<UdpEndpoint> {
         socket.set_nonblocking(true)?;
         let address = socket.local_addr()?;
@@ -100,10 +100,10 @@ impl UdpEndpoint {
         Ok(UdpEndpoint { socket, takes_any: address.ip().is_unspecified() })
     }
 
-    /// Receives the messages that have come, as many as fit.
+    /// Receives the queued messages, one batch at most.
     ///
     /// # Errors
-    /// Where there is none, or the socket can't be read.
+    /// When there is none, or the socket can't be read.
     pub(super) fn receive(&self, inbox: &mut RecvBatch) -> io::Result<()> {
         inbox.received.clear();
         let mut buffers: Vec<[IoSliceMut<'_>; 1]> = inbox
@@ -125,13 +125,13 @@ impl UdpEndpoint {
                 }
             }
             // A sender without an internet address gets no response.
-            let nobody = SocketAddr::from(([0, 0, 0, 0], 0));
-            inbox.received.push((message.bytes, client.unwrap_or(nobody), to));
+            let unspecified = SocketAddr::from(([0, 0, 0, 0], 0));
+            inbox.received.push((message.bytes, client.unwrap_or(unspecified), to));
         }
         Ok(())
     }
 
-    /// Sends all answers. What the kernel can't take now is lost: the client asks again.
+    /// Sends all responses. One that the kernel refuses is lost: the client queries again.
     pub(super) fn flush(&self, outbox: &mut SendBatch) {
         let bound = |answer: &(std::ops::Range<usize>, SocketAddr, LocalAddress)| {
             matches!(answer.2, LocalAddress::Bound)
@@ -171,7 +171,7 @@ impl UdpEndpoint {
                 .collect();
             match sendmmsg(&self.socket, &mut headers, SendFlags::empty()) {
                 Ok(n_sent) => n_done += n_sent.max(1),
-                // It is about the first one alone.
+                // It concerns the first one only.
                 Err(error) => {
                     debug!(client = %batch[n_done].1, %error, "an answer was lost");
                     n_done += 1;
@@ -180,13 +180,13 @@ impl UdpEndpoint {
         }
     }
 
-    /// Sends an answer, from the address that was asked. It is lost where the kernel can't take it
-    /// now: the client asks again.
+    /// Sends a response from the address that was queried. One that the kernel refuses is lost: the
+    /// client queries again.
     pub(super) fn send(&self, bytes: &[u8], client: SocketAddr, from: LocalAddress) {
         let sent = match from {
             LocalAddress::Bound => self.socket.send_to(bytes, client),
             LocalAddress::V4(mut info) => {
-                // The address counts; the way is the kernel's to choose.
+                // The kernel chooses the route.
                 info.ipi_ifindex = 0;
                 self.send_from(bytes, client, ControlMessage::Ipv4PacketInfo(&info))
             }

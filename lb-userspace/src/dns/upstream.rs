@@ -63,17 +63,17 @@ pub(super) struct Upstream {
     /// Where it is asked.
     pub(super) address: SocketAddr,
     /// The instant that times are counted from.
-    born: Instant,
+    created: Instant,
     udp: TransportHealth,
     tcp: TransportHealth,
     shards: [CounterShard; N_SHARDS],
 }
 
-/// By transport, as there are resolvers that speak no TCP.
+/// By transport, as there are resolvers without TCP.
 #[derive(Debug, Default)]
 struct TransportHealth {
     state: AtomicU8,
-    /// The last answer, in microseconds since `born`, plus one; 0 before the first.
+    /// The last answer, in microseconds since `created`, plus one; 0 before the first.
     answered_us: AtomicU64,
 }
 
@@ -109,7 +109,7 @@ impl Upstream {
     /// A new upstream, which is up.
     pub(super) fn new(address: SocketAddr, now: Instant) -> Upstream {
         let (udp, tcp, shards) = Default::default();
-        Upstream { address, born: now, udp, tcp, shards }
+        Upstream { address, created: now, udp, tcp, shards }
     }
 
     /// Whether its AD bit is relayed: only from this host, as on the way from another the bit may
@@ -196,7 +196,7 @@ impl Upstream {
         let is_new = health.state.compare_exchange(suspect, out, order, order).is_ok();
         if is_new {
             tracing::warn!(
-                "the resolver {} ({transport}) doesn't answer: it is sent_at last until it does",
+                "the resolver {} ({transport}) doesn't answer: it is queried last until it does",
                 self.address
             );
         }
@@ -205,21 +205,16 @@ impl Upstream {
 
     /// Its state and counters.
     pub(super) fn read(&self) -> UpstreamStats {
-        let sum = |count: fn(&CounterShard) -> &AtomicU64| {
-            self.shards.iter().map(|shard| count(shard).load(Ordering::Relaxed)).sum::<u64>()
-        };
-        let each = |read: &dyn Fn(&CounterShard) -> &AtomicU64| {
-            self.shards.iter().map(|shard| read(shard).load(Ordering::Relaxed)).sum::<u64>()
+        let sum = |counter: &dyn Fn(&CounterShard) -> &AtomicU64| {
+            self.shards.iter().map(|shard| counter(shard).load(Ordering::Relaxed)).sum::<u64>()
         };
         UpstreamStats {
             address: self.address,
             state: self.state(Transport::Udp),
-            sent: sum(|shard| &shard.sent),
-            results: std::array::from_fn(|idx| {
-                (OUTCOMES[idx], each(&|shard| &shard.outcomes[idx]))
-            }),
-            buckets: std::array::from_fn(|idx| each(&|shard| &shard.buckets[idx])),
-            seconds: sum(|shard| &shard.sum_us) as f64 / 1e6,
+            sent: sum(&|shard| &shard.sent),
+            results: std::array::from_fn(|idx| (OUTCOMES[idx], sum(&|shard| &shard.outcomes[idx]))),
+            buckets: std::array::from_fn(|idx| sum(&|shard| &shard.buckets[idx])),
+            seconds: sum(&|shard| &shard.sum_us) as f64 / 1e6,
         }
     }
 
@@ -236,7 +231,7 @@ impl Upstream {
 
     /// Never 0, which means never.
     fn us(&self, at: Instant) -> u64 {
-        at.saturating_duration_since(self.born).as_micros() as u64 + 1
+        at.saturating_duration_since(self.created).as_micros() as u64 + 1
     }
 }
 
@@ -277,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn the_word_of_a_resolver_elsewhere_is_not_passed_on() {
+    fn ad_of_another_hosts_resolver_is_not_relayed() {
         let rows = [
             ("127.0.0.53:53", true),
             ("[::1]:53", true),

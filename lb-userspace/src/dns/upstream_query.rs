@@ -13,8 +13,8 @@ use super::random::Random;
 use super::response::{ResponseError, UpstreamResponse};
 use super::sockets::Transport;
 
-/// The room for an answer over UDP: more than any resolver is told that we take, as some send more,
-/// and a byte that shows that there was more still.
+/// The buffer for a response over UDP: more than the size that we advertise, as some resolvers send
+/// more, and one byte that shows that there was still more.
 const BUFFER_LEN: usize = 4097;
 
 /// Why a resolver gave no answer.
@@ -30,22 +30,23 @@ pub(super) enum UpstreamQueryError {
 #[derive(Clone, Debug)]
 pub(super) struct UpstreamQuery {
     bytes: Vec<u8>,
-    id: u16,
+    pub(super) id: u16,
     question_len: usize,
 }
 
 impl UpstreamQuery {
     /// The query `bytes`, whose question is `question_len` long, under a random id.
-    pub(super) fn new(bytes: Vec<u8>, question_len: usize) -> UpstreamQuery {
-        UpstreamQuery::with_id(bytes, question_len, Random::new().u16())
-    }
-
-    /// The same, under this id.
-    pub(super) fn with_id(mut bytes: Vec<u8>, question_len: usize, id: u16) -> UpstreamQuery {
-        for (byte, id_byte) in bytes.iter_mut().zip(id.to_be_bytes()) {
-            *byte = id_byte;
+    pub(super) fn new(mut bytes: Vec<u8>, question_len: usize) -> UpstreamQuery {
+        let id = Random::new().u16();
+        if let Some(place) = bytes.first_chunk_mut() {
+            *place = id.to_be_bytes();
         }
         UpstreamQuery { bytes, id, question_len }
+    }
+
+    /// The question: name, type and class.
+    pub(super) fn question(&self) -> &[u8] {
+        self.bytes.get(HEADER_LEN..HEADER_LEN + self.question_len).unwrap_or_default()
     }
 
     /// A query for nothing but this question.
@@ -103,19 +104,18 @@ impl UpstreamQuery {
         let mut stream = TcpStream::connect(server).await?;
         let len = u16::try_from(self.bytes.len()).map_err(io::Error::other)?;
         let message = [&len.to_be_bytes(), &self.bytes[..]].concat();
-        stream.write_all(&message).await?; // in one piece: some servers read no second one
+        stream.write_all(&message).await?; // one segment: some servers read no second one
 
         let mut answer = vec![0; usize::from(stream.read_u16().await?)];
         stream.read_exact(&mut answer).await?;
         Ok(self.check(&answer)?.into_owned())
     }
 
-    /// Whether `bytes` are an answer to this query, and which.
+    /// Parses `bytes` if they are a response to this query.
     pub(super) fn check<'a>(&self, bytes: &'a [u8]) -> Result<UpstreamResponse<'a>, ResponseError> {
         if bytes.get(..2) != Some(&self.id.to_be_bytes()) {
             return Err(ResponseError::Id);
         }
-        let question = self.bytes.get(HEADER_LEN..HEADER_LEN + self.question_len);
-        UpstreamResponse::read(bytes, question.unwrap_or_default())
+        UpstreamResponse::read(bytes, self.question())
     }
 }

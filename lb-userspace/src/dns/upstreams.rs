@@ -57,9 +57,9 @@ pub(super) struct Upstreams {
     plan: RwLock<Arc<RoutePlan>>,
     /// Of the plan.
     version: AtomicU64,
-    born: Instant,
-    /// When resolv.conf was last checked, in microseconds since `born`.
-    looked_us: AtomicU64,
+    created: Instant,
+    /// When resolv.conf was last checked, in microseconds since `created`.
+    checked_us: AtomicU64,
 }
 
 /// `dns.forward`.
@@ -138,7 +138,7 @@ impl Upstreams {
             if is_ours(server) {
                 warn!(
                     "dns.routes sends {domain} to {server}, which is this server, so its names \
-                     fail; name the resolver that knows them"
+                     fail; name the resolver that has them"
                 );
             }
             routes.push((Arc::from(domain.trim_matches('.')), *server));
@@ -167,8 +167,8 @@ impl Upstreams {
             registry,
             plan: RwLock::default(),
             version: AtomicU64::new(0),
-            born: Instant::now(),
-            looked_us: AtomicU64::new(0),
+            created: Instant::now(),
+            checked_us: AtomicU64::new(0),
         };
         upstreams.rebuild();
         upstreams
@@ -187,13 +187,13 @@ impl Upstreams {
     /// Applies a change of resolv.conf, which is checked at most ten times a second.
     pub(super) fn refresh(&self, now: Instant) {
         let DefaultUpstreams::ResolvConf(file) = &self.others else { return };
-        let now_us = now.saturating_duration_since(self.born).as_micros() as u64;
-        let looked_us = self.looked_us.load(Ordering::Relaxed);
-        if now_us.saturating_sub(looked_us) < RESOLV_CONF_AGE.as_micros() as u64 {
+        let now_us = now.saturating_duration_since(self.created).as_micros() as u64;
+        let checked_us = self.checked_us.load(Ordering::Relaxed);
+        if now_us.saturating_sub(checked_us) < RESOLV_CONF_AGE.as_micros() as u64 {
             return;
         }
         let order = Ordering::Relaxed;
-        if self.looked_us.compare_exchange(looked_us, now_us, order, order).is_ok()
+        if self.checked_us.compare_exchange(checked_us, now_us, order, order).is_ok()
             && file.has_changed()
         {
             self.rebuild();
@@ -349,7 +349,7 @@ mod tests {
     }
 
     #[test]
-    fn the_zone_has_ways_of_its_own_where_its_names_are_forwarded() {
+    fn a_forwarded_zone_has_a_path_of_its_own() {
         let shown = |unrouted, domain: &str, routes: &[&str]| {
             let route = |route: &&str| ((*route).to_owned(), address("192.0.2.8:53"));
             let config = DnsConfig {

@@ -51,13 +51,13 @@ mod tests {
 
     #[test]
     fn once_a_minute() {
-        let told = UsageLimiter::default();
+        let limiter = UsageLimiter::default();
         let rows = [("a", 0, true), ("a", 59, false), ("a", 60, true), ("a", 61, false)];
         for (name, seconds, expected) in rows {
-            assert_eq!(told.is_due_after(name, seconds), expected, "{name} after {seconds} s");
+            assert_eq!(limiter.is_due_after(name, seconds), expected, "{name} after {seconds} s");
         }
         let names: Vec<String> = (0..1000).map(|idx| format!("n{idx}")).collect();
-        let n_due = names.iter().filter(|name| told.is_due_after(name, 200)).count();
+        let n_due = names.iter().filter(|name| limiter.is_due_after(name, 200)).count();
         assert_eq!(n_due, 1000);
     }
 }

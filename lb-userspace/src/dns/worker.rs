@@ -298,8 +298,8 @@ impl Worker {
     fn pause(&mut self) {
         if !self.is_paused {
             self.is_paused = true;
-            let forgotten = epoll::delete(self.core.line.sockets.epoll(), &self.endpoint);
-            debug_assert!(forgotten.is_ok(), "{forgotten:?}");
+            let deleted = epoll::delete(self.core.line.sockets.epoll(), &self.endpoint);
+            debug_assert!(deleted.is_ok(), "{deleted:?}");
         }
     }
 

@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use anyhow::Context;
 use hickory_proto::op::ResponseCode;
 
-use super::target::Target;
+use super::target::ZoneServer;
 use crate::admin::{api, client};
 use crate::cli::args::ClientArguments;
 use crate::daemon::view::lookup_document;
@@ -38,8 +38,8 @@ pub fn query(
 ///
 /// # Errors
 /// When no server answers there, or another one.
-pub(super) fn ask_zone(target: &Target) -> anyhow::Result<()> {
-    let Target { local, domain, .. } = target;
+pub(super) fn ask_zone(target: &ZoneServer) -> anyhow::Result<()> {
+    let ZoneServer { local, domain, .. } = target;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let answer = runtime
         .block_on(dns::ask(*local, domain, "SOA"))
@@ -47,7 +47,7 @@ pub(super) fn ask_zone(target: &Target) -> anyhow::Result<()> {
     let code = answer.metadata.response_code;
     anyhow::ensure!(
         matches!(code, ResponseCode::NoError | ResponseCode::ServFail),
-        "nothing was changed: {local} says {code} of the zone {domain}, so it isn't nohop: see \
+        "nothing was changed: {local} answers {code} for the zone {domain}, so it isn't nohop: see \
          who it is with ss -ulpn 'sport = :{}', and fix dns.listen",
         local.port()
     );
@@ -87,10 +87,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_zone_that_nobody_serves() {
-        // A port that was free a moment ago, of an address that nobody uses.
+    fn a_zone_without_a_server() {
+        // A port that was free a moment ago, of an address that is otherwise unused.
         let socket = std::net::UdpSocket::bind("127.91.53.53:0").unwrap();
-        let mut target = Target::of(&crate::config::Config::default(), std::path::Path::new("/"));
+        let mut target =
+            ZoneServer::of(&crate::config::Config::default(), std::path::Path::new("/"));
         target.local = socket.local_addr().unwrap();
         drop(socket);
         let error = format!("{:#}", ask_zone(&target).unwrap_err());

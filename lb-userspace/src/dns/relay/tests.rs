@@ -152,7 +152,7 @@ impl Rig {
                 ["alive", number] => {
                     self.route.upstreams[rank(number)].is_alive(Transport::Udp, now);
                 }
-                ["circle", number] => {
+                ["loop", number] => {
                     let path = self.route.path(&self.route.upstreams[rank(number)]);
                     let probe = self.relay.loops.probe(&path, now).unwrap();
                     assert!(self.relay.is_probe(&WireName::read(&probe.wire).unwrap()));
@@ -206,7 +206,7 @@ fn who_is_asked_and_whose_answer_counts() {
             ],
         ),
         (
-            "slow names demote nobody",
+            "slow names demote no upstream",
             &[
                 (0, "ask slow.", "slow.>1"),
                 (10, "ask b.", "b.>1"),
@@ -304,10 +304,10 @@ fn who_is_asked_and_whose_answer_counts() {
             ],
         ),
         (
-            "a circle is left, and what it was query goes to the next one",
+            "a looping upstream is left, and its query goes to the next one",
             &[
                 (0, "ask a.", "a.>1"),
-                (5, "circle 1", "a.>2"),
+                (5, "loop 1", "a.>2"),
                 (6, "2 a. nx", "a.=NXDomain"),
                 (7, "ask b.", "b.>2"),
             ],
@@ -315,10 +315,10 @@ fn who_is_asked_and_whose_answer_counts() {
         (
             "circles alone",
             &[
-                (0, "circle 2", ""),
-                (0, "circle 3", ""),
+                (0, "loop 2", ""),
+                (0, "loop 3", ""),
                 (1, "ask a.", "a.>1"),
-                (5, "circle 1", "a.=ServFail"),
+                (5, "loop 1", "a.=ServFail"),
                 (7, "ask b.", "b.=ServFail"),
             ],
         ),
@@ -338,7 +338,7 @@ fn many_ask_the_same_and_one_query_goes_out() {
         rig.ask(0, if id % 2 == 0 { "hot.example." } else { "HOT.example." }, id, None);
     }
     assert_eq!(rig.notes.n_sent, 1);
-    assert!(rig.relay.take_suspicion(), "it may be a circle");
+    assert!(rig.relay.take_suspicion(), "it may be a loop");
     rig.reply(1, 0, "hot.example.", "ok");
     assert_eq!(rig.notes.log.iter().filter(|line| line.contains("=NoError1")).count(), 20);
     // Each in its own case, and nothing is kept.

@@ -157,7 +157,7 @@ async fn serve(ip: &str, upstream: Option<SocketAddr>) -> (DnsServer, SocketAddr
 
 #[tokio::test]
 async fn every_row_of_the_table() {
-    // A resolver that says YXDOMAIN to everything, which nobody else here says.
+    // A resolver that answers everything with YXDOMAIN, which no other one here does.
     let listen = vec!["127.0.0.1:0".parse().unwrap()];
     let upstream = bind(&DnsConfig { listen, ..Config::default().dns }).await.unwrap();
     let upstream_address = upstream.addresses()[0];
@@ -287,7 +287,7 @@ fn names_that_arent_routed_or_arent_live() {
 
 #[test]
 fn a_name_that_nobody_answered_for_is_never_one_that_does_not_exist() {
-    // What the table doesn't have, asked for in every way; then what it knows all about.
+    // Names that the table doesn't have, by every type; then names that it has.
     let unknown = [
         ("wbe.service.", "A"),
         ("WBE.service.", "AAAA"),

@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use hickory_server::net::xfer::Protocol;
+use hickory_server::server::Request;
 use rcgen::{CertifiedKey, generate_simple_self_signed};
 use rustls::pki_types::ServerName;
 use rustls::{ClientConfig, RootCertStore};
@@ -11,6 +13,7 @@ use tokio_rustls::{TlsAcceptor, TlsConnector};
 use super::*;
 use crate::config::Allowed;
 use crate::dns::connections::Connections;
+use crate::dns::message::ClientQuery;
 use crate::dns::tcp;
 use crate::dns::tls::server_config;
 
@@ -142,9 +145,8 @@ async fn tls_clients_have_the_limits_of_tcp() {
     client.flush().await.unwrap();
     let connection = Arc::new(Connections::default()).open(None).unwrap();
     let (_running, stops) = watch::channel(false);
-    let (handler, idle) = (rig.server.handler.clone(), Duration::ZERO);
-    let ip = Ipv4Addr::LOCALHOST.into();
-    let served = tcp::serve_queries(reader, writer, ip, handler, &connection, idle, stops);
+    let reply = |_| std::future::ready(None);
+    let served = tcp::serve_queries(reader, writer, reply, &connection, Duration::ZERO, stops);
     let error = timeout(LONG, served).await.unwrap().unwrap_err();
     assert_eq!(error.kind(), std::io::ErrorKind::TimedOut);
 }
@@ -168,13 +170,37 @@ async fn each_message_has_the_outcome_of_plain_tcp() {
     let mut missing = good.clone();
     missing[7] = 1;
     let loop_name = [&good[..12], &[0xc0, 12, 0, 1, 0, 1]].concat();
+    let with = |changes: &[(usize, u8)], more: &[u8]| {
+        let mut message = [&good, more].concat();
+        changes.iter().for_each(|(place, byte)| message[*place] = *byte);
+        message
+    };
+    let odd_type = with(&[(good.len() - 4, 0xff)], &[]);
+    // An address of three bytes, and an option of one that should have four: hickory-proto decodes
+    // neither, and no response depends on them.
+    let bad_record = with(&[(7, 1)], &[0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 0, 0, 3, 1, 2, 3]);
+    let bad_option = with(&[(11, 1)], &[0, 0, 41, 4, 0, 0, 0, 0, 0, 0, 5, 0, 8, 0, 1, 9]);
+    let edns_1 = with(&[(11, 1)], &[0, 0, 41, 4, 0, 0, 1, 0x80, 0, 0, 0]);
+    for message in [&good, &odd_type, &bad_record, &bad_option, &edns_1] {
+        let query = ClientQuery::read(message).unwrap();
+        let essentials = query.essentials();
+        let same = ClientQuery::read(&essentials).unwrap();
+        assert!(Request::from_bytes(essentials.clone(), rig.address, Protocol::Tls).is_ok());
+        assert!(essentials.len() <= 282 && essentials[..4] == message[..4]);
+        assert_eq!((same.question(), same.edns), (query.question(), query.edns));
+    }
     // One a second is allowed; no machine is so slow that none of so many comes sooner.
     let flood = vec![framed(&good); 1000];
     let (refused, form_err) = (Some(ResponseCode::Refused), Some(ResponseCode::FormErr));
+    let no_error = Some(ResponseCode::NoError);
     let rows = [
-        ("admitted", [127, 0, 0], vec![framed(&good)], Some(ResponseCode::NoError), false),
+        ("admitted", [127, 0, 0], vec![framed(&good)], no_error, false),
         ("outside dns.allow", [192, 0, 2], vec![framed(&good)], refused, false),
-        ("over dns.client_rate", [203, 0, 113], flood, Some(ResponseCode::NoError), true),
+        ("over dns.client_rate", [203, 0, 113], flood, no_error, true),
+        ("a type without a name", [127, 0, 0], vec![framed(&odd_type)], no_error, false),
+        ("a bad record", [127, 0, 0], vec![framed(&bad_record)], no_error, false),
+        ("a bad option", [127, 0, 0], vec![framed(&bad_option)], no_error, false),
+        ("EDNS version 1", [127, 0, 0], vec![framed(&edns_1)], Some(ResponseCode::BADVERS), false),
         ("a record missing", [127, 0, 0], vec![framed(&missing)], form_err, false),
         ("a name in a loop", [127, 0, 0], vec![framed(&loop_name)], None, true),
         ("below a header", [127, 0, 0], vec![framed(&good[..11])], None, true),

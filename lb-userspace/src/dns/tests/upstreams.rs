@@ -84,7 +84,7 @@ async fn a_circle_of_resolvers_is_found_and_left_out() {
     let (far, _far_tasks) = relay(near, ".").await;
     let good = FakeUpstream::of([192, 0, 2, 7]).await;
     let rig = serve(sockets, &[far, good.address], patient().limits);
-    // The circle's query comes back and fails, and the next one is queried at once.
+    // The looping query comes back and fails, and the next one is queried at once.
     assert_eq!(rig.lookup("example.com.").await, "NoError 192.0.2.7");
     let problems = timeout(LONG, async {
         loop {
@@ -305,7 +305,7 @@ async fn a_circle_of_the_zone_alone_is_found() {
     let problems = problems.await.unwrap().join("\n");
     let expected = format!("{delegates} sends names below service back");
     assert!(problems.contains(&expected), "{problems}");
-    // It knows that there are no such names, and that counts.
+    // A negative response of the first upstream applies.
     assert_eq!(rig.lookup("example.com.").await, "NXDomain");
     assert_eq!(rig.lookup("web.service.").await, "NoError 127.128.0.1");
 }
@@ -313,16 +313,16 @@ async fn a_circle_of_the_zone_alone_is_found() {
 #[tokio::test]
 async fn answers_from_elsewhere_and_late_ones_are_ignored() {
     // One socket hears the question, another answers it: only the next resolver's answer counts.
-    let heard = UdpSocket::bind("127.0.0.1:0").await.unwrap();
-    let address = heard.local_addr().unwrap();
+    let upstream_socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let address = upstream_socket.local_addr().unwrap();
     let mut tasks = JoinSet::new();
     tasks.spawn(async move {
         let elsewhere = UdpSocket::bind("127.0.0.1:0").await.unwrap();
         let mut buffer = vec![0; 512];
-        while let Ok((len, client)) = heard.recv_from(&mut buffer).await {
+        while let Ok((len, client)) = upstream_socket.recv_from(&mut buffer).await {
             let asked = Message::from_vec(&buffer[..len]).unwrap();
             let lie = answer(&asked, [192, 0, 2, 66]).to_vec().unwrap();
-            // A port that nobody holds any more refuses it, which is as good.
+            // A port that is closed by now refuses it, which is as good.
             let _ = elsewhere.send_to(&lie, client).await;
         }
     });
