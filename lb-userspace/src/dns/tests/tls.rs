@@ -193,6 +193,8 @@ async fn each_message_has_the_outcome_of_plain_tcp() {
     let flood = vec![framed(&good); 1000];
     let (refused, form_err) = (Some(ResponseCode::Refused), Some(ResponseCode::FormErr));
     let no_error = Some(ResponseCode::NoError);
+    // 16 is BADVERS and BADSIG, by which hickory-proto decodes it.
+    let bad_vers = Some(ResponseCode::BADSIG);
     let rows = [
         ("admitted", [127, 0, 0], vec![framed(&good)], no_error, false),
         ("outside dns.allow", [192, 0, 2], vec![framed(&good)], refused, false),
@@ -200,7 +202,7 @@ async fn each_message_has_the_outcome_of_plain_tcp() {
         ("a type without a name", [127, 0, 0], vec![framed(&odd_type)], no_error, false),
         ("a bad record", [127, 0, 0], vec![framed(&bad_record)], no_error, false),
         ("a bad option", [127, 0, 0], vec![framed(&bad_option)], no_error, false),
-        ("EDNS version 1", [127, 0, 0], vec![framed(&edns_1)], Some(ResponseCode::BADVERS), false),
+        ("EDNS version 1", [127, 0, 0], vec![framed(&edns_1)], bad_vers, false),
         ("a record missing", [127, 0, 0], vec![framed(&missing)], form_err, false),
         ("a name in a loop", [127, 0, 0], vec![framed(&loop_name)], None, true),
         ("below a header", [127, 0, 0], vec![framed(&good[..11])], None, true),

@@ -78,7 +78,7 @@ async fn any_sockets() -> Sockets {
 }
 
 #[tokio::test]
-async fn a_circle_of_resolvers_is_found_and_left_out() {
+async fn a_loop_of_resolvers_is_found_and_left_out() {
     let sockets = any_sockets().await;
     let (near, _near_tasks) = relay(sockets.addresses()[0], ".").await;
     let (far, _far_tasks) = relay(near, ".").await;
@@ -101,7 +101,7 @@ async fn a_circle_of_resolvers_is_found_and_left_out() {
 }
 
 #[tokio::test]
-async fn a_circle_alone_is_servfail_and_no_storm() {
+async fn a_loop_alone_is_servfail_and_no_storm() {
     let sockets = any_sockets().await;
     let (near, _tasks) = relay(sockets.addresses()[0], ".").await;
     let rig = serve(sockets, &[near], patient().limits);
