@@ -7,11 +7,8 @@ use syn::visit::{self, Visit};
 use crate::imports::read_files;
 
 /// Names that two types may share, each with the reason.
-const SHARED: [(&str, &str); 3] = [
-    ("Cursor", "a position: in Consul's index, and in a DNS message"),
-    ("Names", "services' names in Consul: the task that lists them, and a response"),
-    ("Settings", "what a part is configured with: Consul's client, and systemd-resolved"),
-];
+const SHARED: [(&str, &str); 1] =
+    [("Names", "services' names in Consul: the task that lists them, and a response")];
 
 #[test]
 fn no_public_types_share_a_name() {

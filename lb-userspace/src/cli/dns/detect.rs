@@ -5,8 +5,7 @@ use std::fs;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-use super::Setup;
-use super::target::ResolverKind;
+use super::target::{ResolverKind, Setup};
 use crate::dns;
 
 /// The resolvers of a host.
@@ -109,7 +108,7 @@ pub(super) fn recommend(host: &HostResolver) -> Vec<Setup> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{SetupReport, setup_text};
+    use super::super::target::{SetupReport, setup_text};
     use super::*;
 
     /// A machine below a folder: its resolv.conf, as a file or a link, and what runs.

@@ -12,14 +12,13 @@ mod upstream;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
 
-use serde::{Deserialize, Serialize};
-
 use super::args::ResolverArguments;
 use crate::config::Config;
-use target::{ResolverKind, ZoneServer};
+use target::{ResolverKind, Setup, SetupReport, ZoneServer};
 
 pub use host::findings as resolver_findings;
 pub use query::{query, text as lookup_text};
+pub use target::setup_text;
 
 impl ZoneServer {
     /// The target on the host whose files are below `root`.
@@ -41,31 +40,6 @@ impl ZoneServer {
             pools,
             has_dummy: detect::has_dummy(root),
         }
-    }
-}
-
-/// What `nohop dns setup` prints.
-#[derive(Debug, Deserialize, Serialize)]
-pub struct SetupReport {
-    /// The setups that were requested, or are recommended for this host.
-    setups: Vec<Setup>,
-}
-
-/// A setup by which lookups reach nohop.
-#[derive(Debug, Deserialize, Serialize)]
-struct Setup {
-    /// Its option of `nohop dns setup`.
-    option: String,
-    /// Why it is recommended; `None` if it was requested.
-    reason: Option<String>,
-    /// The instructions or, of a change, what was done; empty if it is recommended.
-    lines: Vec<String>,
-}
-
-impl Setup {
-    fn requested(kind: ResolverKind, text: &str) -> Setup {
-        let lines = text.lines().map(str::to_owned).collect();
-        Setup { option: kind.option().to_owned(), reason: None, lines }
     }
 }
 
@@ -101,17 +75,6 @@ pub fn setup(
         }
     };
     Ok(SetupReport { setups })
-}
-
-/// The report as text: recommendations with their commands, or instructions.
-pub fn setup_text(report: &SetupReport) -> String {
-    let text = |setup: &Setup| match &setup.reason {
-        Some(reason) => format!("{reason}:\n    nohop dns setup {}\n", setup.option),
-        None => setup.lines.join("\n") + "\n",
-    };
-    let is_recommended = report.setups.iter().any(|setup| setup.reason.is_some());
-    let texts: Vec<_> = report.setups.iter().map(text).collect();
-    texts.join(if is_recommended { "" } else { "\n" })
 }
 
 #[cfg(test)]

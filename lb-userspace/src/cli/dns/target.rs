@@ -3,6 +3,7 @@
 use std::net::{Ipv4Addr, SocketAddr};
 
 use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
 
 /// A setup by which lookups reach nohop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,6 +31,43 @@ impl ResolverKind {
             ResolverKind::Nomad => "--nomad",
         }
     }
+}
+
+/// What `nohop dns setup` prints.
+#[derive(Debug, Deserialize, Serialize)]
+pub struct SetupReport {
+    /// The setups that were requested, or are recommended for this host.
+    pub setups: Vec<Setup>,
+}
+
+/// A setup by which lookups reach nohop.
+#[derive(Debug, Deserialize, Serialize)]
+pub struct Setup {
+    /// Its option of `nohop dns setup`.
+    pub option: String,
+    /// Why it is recommended; `None` if it was requested.
+    pub reason: Option<String>,
+    /// The instructions or, of a change, what was done; empty if it is recommended.
+    pub lines: Vec<String>,
+}
+
+impl Setup {
+    /// One that was requested, with its text.
+    pub fn requested(kind: ResolverKind, text: &str) -> Setup {
+        let lines = text.lines().map(str::to_owned).collect();
+        Setup { option: kind.option().to_owned(), reason: None, lines }
+    }
+}
+
+/// The report as text: recommendations with their commands, or instructions.
+pub fn setup_text(report: &SetupReport) -> String {
+    let text = |setup: &Setup| match &setup.reason {
+        Some(reason) => format!("{reason}:\n    nohop dns setup {}\n", setup.option),
+        None => setup.lines.join("\n") + "\n",
+    };
+    let is_recommended = report.setups.iter().any(|setup| setup.reason.is_some());
+    let texts: Vec<_> = report.setups.iter().map(text).collect();
+    texts.join(if is_recommended { "" } else { "\n" })
 }
 
 /// Where resolvers find nohop.
