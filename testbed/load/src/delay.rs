@@ -290,7 +290,8 @@ mod tests {
 
     use super::*;
 
-    const DELAY: Duration = Duration::from_millis(20);
+    /// So long that a stall of the machine isn't taken for many of them.
+    const DELAY: Duration = Duration::from_millis(500);
 
     /// A proxy before a server that does `serve` with each connection.
     fn delayed(serve_one: fn(TcpStream)) -> SocketAddr {
@@ -322,7 +323,7 @@ mod tests {
         let address = delayed(echo);
         let mut streams = [(); 8].map(|()| TcpStream::connect(address).unwrap());
         let start = Instant::now();
-        for _ in 0..3 {
+        for _ in 0..2 {
             let sent = Instant::now();
             streams.iter_mut().for_each(|stream| stream.write_all(b"ping").unwrap());
             for stream in &mut streams {
@@ -332,8 +333,8 @@ mod tests {
                 assert!(sent.elapsed() >= DELAY, "{:?}", sent.elapsed());
             }
         }
-        // They don't wait for each other: 24 requests, but three waits.
-        assert!(start.elapsed() < 24 * DELAY, "{:?}", start.elapsed());
+        // They don't wait for each other: 16 requests, but two waits.
+        assert!(start.elapsed() < 16 * DELAY, "{:?}", start.elapsed());
     }
 
     #[test]
