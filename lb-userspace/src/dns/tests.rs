@@ -213,16 +213,20 @@ impl FakeUpstream {
         answers: F,
         asked: mpsc::UnboundedSender<(Transport, Message)>,
     ) where
-        F: Fn(Transport, &Message) -> Vec<Message>,
+        F: Fn(Transport, &Message) -> Vec<Message> + Clone + Send + 'static,
     {
+        let mut connections = JoinSet::new();
         while let Ok((mut stream, _)) = listener.accept().await {
-            while let Ok(bytes) = read_message(&mut stream).await {
-                let message = Message::from_vec(&bytes).unwrap();
-                for answer in answers(Transport::Tcp, &message) {
-                    write_message(&mut stream, &answer.to_vec().unwrap()).await;
+            let (answers, asked) = (answers.clone(), asked.clone());
+            connections.spawn(async move {
+                while let Ok(bytes) = read_message(&mut stream).await {
+                    let message = Message::from_vec(&bytes).unwrap();
+                    for answer in answers(Transport::Tcp, &message) {
+                        write_message(&mut stream, &answer.to_vec().unwrap()).await;
+                    }
+                    let _ = asked.send((Transport::Tcp, message));
                 }
-                let _ = asked.send((Transport::Tcp, message));
-            }
+            });
         }
     }
 
