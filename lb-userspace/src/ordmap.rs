@@ -211,6 +211,17 @@ impl<K: Ord + Clone, V: Clone> OrdMap<K, V> {
     }
 }
 
+#[cfg(test)]
+impl<K, V> OrdMap<K, V> {
+    /// The leaves that another map doesn't share.
+    pub fn n_unshared_leaves(&self, other: &OrdMap<K, V>) -> usize {
+        let is_shared = |leaf: &&Leaf<K, V>| {
+            other.leaves.iter().any(|theirs| Arc::ptr_eq(&leaf.entries, &theirs.entries))
+        };
+        self.leaves.iter().filter(|leaf| !is_shared(leaf)).count()
+    }
+}
+
 /// A place in a map, on the way through it.
 struct Cursor<'a, K, V> {
     leaves: &'a [Leaf<K, V>],

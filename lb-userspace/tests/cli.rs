@@ -154,5 +154,5 @@ fn check_reports_as_json_and_fails_where_something_is_missing() {
     let found = |what: &str| checks.iter().find(|check| check["what"] == what).unwrap();
     assert_eq!(found("cgroup v2")["ok"], false);
     assert!(found("cgroup v2")["fix"].as_str().unwrap().contains("--cgroup"));
-    assert_eq!(found("catalog")["ok"], true, "{report:#}");
+    assert_eq!(found("source file")["ok"], true, "{report:#}");
 }

@@ -46,6 +46,7 @@ mod resolvers;
 mod restarted_without_consul;
 mod rules;
 mod services_never_mix;
+mod several_sources;
 mod shadow_mode;
 mod socket_activation;
 mod state_dir_lost;
@@ -110,6 +111,7 @@ const SCENARIOS: &[(&str, Scenario)] = &[
     ("reloaded_live", reloaded_live::run),
     ("restarted_without_consul", restarted_without_consul::run),
     ("services_never_mix", services_never_mix::run),
+    ("several_sources", several_sources::run),
     ("shadow_mode", shadow_mode::run),
     ("shadow_mode_by_key", shadow_mode::by_key),
     ("state_dir_lost", state_dir_lost::run),

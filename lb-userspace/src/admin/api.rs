@@ -286,6 +286,12 @@ pub struct Explanation {
     pub name: String,
     /// The result of a connection, a sentence.
     pub connect: String,
+    /// The source that the service comes from: the first that has the name.
+    #[serde(default)]
+    pub source: Option<String>,
+    /// Further sources that have the name; their services are ignored.
+    #[serde(default)]
+    pub shadowed: Vec<String>,
     /// The service, where the name is one.
     pub service: Option<ServiceStatus>,
     /// The instances that are out.

@@ -440,6 +440,8 @@ mod tests {
             api::Explanation {
                 name: name.into(),
                 connect: "a sentence".into(),
+                source: None,
+                shadowed: vec![],
                 service: self.services().into_iter().find(|service| service.name == name),
                 excluded: vec![],
             }

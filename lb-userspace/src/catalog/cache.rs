@@ -154,7 +154,7 @@ pub fn write(path: &Path, memory: &SavedCatalog) -> Result<(), WriteError> {
         let mut contents = serde_json::to_vec(&head)?;
         contents.push(b'\n');
         contents.extend(body);
-        durable::replace(path, &contents)
+        durable::replace(path, &[&contents])
     };
     write().map_err(|source| WriteError { path: path.into(), source })
 }

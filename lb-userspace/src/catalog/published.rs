@@ -1,6 +1,6 @@
 //! What a source publishes: a catalog, and the source's state.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::table::Catalog;
 
@@ -26,4 +26,13 @@ pub struct Health {
     pub facts: Vec<String>,
     /// When the source last answered, with news or without; `None` before that.
     pub last_answer: Option<Instant>,
+}
+
+impl Health {
+    /// The age of what the source has reported; `None` before that. A file that can be read is as new as
+    /// it gets.
+    pub fn age(&self) -> Option<Duration> {
+        let is_file = self.source == "file" && !self.is_failing;
+        self.last_answer.map(|at| if is_file { Duration::ZERO } else { at.elapsed() })
+    }
 }

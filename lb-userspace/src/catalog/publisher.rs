@@ -1,4 +1,4 @@
-//! Publishes what a source reports.
+//! Publishes what one source reports.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -15,7 +15,7 @@ use crate::ordmap::Diff;
 use crate::table::Catalog;
 use crate::table::{HealthStatus, InstanceGroup, ServiceId, ServiceRecord, Watch};
 
-/// The sender half of a `Handle`, for one run of a source. Once another run has started, writes of this
+/// The sender half of a `Handle`, for one run of its source. Once another run has started, writes of this
 /// one are ignored.
 #[derive(Clone, Debug)]
 pub struct Publisher {
@@ -42,9 +42,6 @@ struct State {
     answered: BTreeMap<Arc<str>, Instant>,
     /// The services whose instances are too old to serve.
     refused: BTreeSet<Arc<str>>,
-    /// Whether the next catalog comes from a source without staleness, which ends the staleness of the
-    /// present one.
-    ends_age: bool,
     /// The total time in suspension, when last checked.
     suspended: Duration,
     problems: Problems,
@@ -79,32 +76,32 @@ impl Publisher {
         Publisher { shared: Arc::new(shared), epoch: 0 }
     }
 
-    /// A publisher for the next run of a source, perhaps of another one. What was published stays; later
-    /// writes of earlier runs are ignored.
-    pub fn new_epoch(&self, source: &'static str) -> Publisher {
+    /// A publisher for the next run of the source. What was published stays; later writes of earlier
+    /// runs are ignored.
+    pub fn new_epoch(&self) -> Publisher {
         let mut state = self.state();
         state.epoch += 1;
         // It finds out for itself.
         state.facts.clear();
-        self.shared.health.send_if_modified(|health| {
-            health.facts.clear();
-            std::mem::replace(&mut health.source, source) != source
-        });
+        self.shared.health.send_modify(|health| health.facts.clear());
         Publisher { shared: self.shared.clone(), epoch: state.epoch }
     }
 
-    /// A publisher for another source, which starts with a clean slate: only the catalog, with its age,
-    /// and the state of the kill switch apply until the new source has its own. `ages` is whether the
-    /// catalog can become stale.
-    pub fn next_source(&self, source: &'static str, ages: bool) -> Publisher {
+    /// A publisher for the source with another configuration, which starts with a clean slate: only the
+    /// catalog, with its age, and the state of the kill switch apply until the new run has its own.
+    pub fn next_configuration(&self) -> Publisher {
         {
             let mut state = self.state();
-            state.ends_age = !ages;
             state.problems.supervisor = None;
             self.report(&state.problems, None);
             self.shared.stats.set_watches(Watches::default());
         }
-        self.new_epoch(source)
+        self.new_epoch()
+    }
+
+    /// The name of the source.
+    pub fn source(&self) -> &'static str {
+        self.shared.health.borrow().source
     }
 
     /// The receiver half.
@@ -139,12 +136,6 @@ impl Publisher {
     ) {
         let Some(mut state) = self.current() else { return };
         let n_refused = state.refused.len();
-        if catalog.is_some() && std::mem::take(&mut state.ends_age) {
-            state.refused.clear();
-            state.answered.clear();
-            state.problems.age = None;
-            self.report(&state.problems, None);
-        }
         let last = state.reported.as_ref().map(|published| published.catalog.clone());
         let known = catalog.as_ref().or(last.as_ref());
         for (name, at) in answered {
@@ -402,7 +393,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_too_old_alarms_and_is_refused_until_the_source_answers_for_it() {
+    fn what_is_too_old_is_a_problem_and_refused_until_the_source_answers_for_it() {
         const SECOND: Duration = Duration::from_secs(1);
         let start = Instant::now();
         let (max_age, base) = (60 * SECOND, suspended());
@@ -475,7 +466,7 @@ mod tests {
     }
 
     #[test]
-    fn facts_stand_beside_each_other_until_another_life_finds_its_own() {
+    fn notices_stay_until_another_run_finds_its_own() {
         let output = Publisher::new("consul");
         let (_, health, _) = output.subscribe();
         let facts = || health.borrow().facts.clone();
@@ -484,63 +475,30 @@ mod tests {
         assert_eq!(facts(), ["few", "denied"]);
         output.set_notice("names", None);
         assert_eq!(facts(), ["denied"]);
-        let second = output.new_epoch("file");
+        let second = output.new_epoch();
         output.set_notice("off", Some("late".into()));
         second.set_notice("names", None);
         assert!(facts().is_empty());
     }
 
     #[test]
-    fn another_source_is_not_blamed_for_the_former_one() {
+    fn another_configuration_is_not_blamed_for_the_former_one() {
         let first = Publisher::new("consul");
         let (_, health, _) = first.subscribe();
         first.set_supervisor_problem(Some("it hung".into()));
         first.stats().set_watches(Watches { live: 7, ..Watches::default() });
-        let second = first.new_epoch("consul");
+        let second = first.new_epoch();
         assert_eq!(health.borrow().problem.as_deref(), Some("it hung"));
-        second.next_source("file", false);
+        second.next_configuration();
         assert_eq!(health.borrow().problem, None);
         assert_eq!(first.stats().watches(), Watches::default());
     }
 
     #[test]
-    fn the_age_of_a_former_source_ends_with_the_catalog_of_one_that_does_not_age() {
-        let (start, max_age) = (Instant::now(), Duration::from_secs(60));
-        for expired in [Expired::Serve, Expired::Refuse] {
-            let consul = Publisher::new("consul");
-            let (published, health, _) = consul.subscribe();
-            let serves = || {
-                let published = published.borrow().clone().unwrap();
-                published.catalog["web"].groups[0].instances[0].health.serves()
-            };
-            let look = |output: &Publisher, after: Duration| {
-                output.check_age(start + after, suspended(), max_age, expired);
-                health.borrow().problem.is_some()
-            };
-            consul.publish_aged(Some(catalog()), start, vec![("web".into(), start)]);
-            consul.mark_success(start);
-            assert!(look(&consul, max_age * 2));
-            assert_eq!(serves(), expired == Expired::Serve);
-
-            // Another one that ages has to answer for itself.
-            let other = consul.next_source("consul", true);
-            other.publish(catalog(), start + max_age * 2);
-            assert!(look(&other, max_age * 2));
-            assert_eq!(serves(), expired == Expired::Serve);
-
-            let file = other.next_source("file", false);
-            assert!(health.borrow().problem.is_some(), "until it has a catalog");
-            file.publish(catalog(), start + max_age * 2);
-            assert_eq!(health.borrow().problem, None);
-            assert!(serves());
-        }
-    }
-
-    #[test]
-    fn a_former_life_says_nothing_any_more() {
+    fn writes_of_an_earlier_run_are_ignored() {
         let first = Publisher::new("consul");
         let (published, health, off) = first.subscribe();
-        let second = first.new_epoch("consul");
+        let second = first.new_epoch();
         first.publish(catalog(), Instant::now());
         first.mark_success(Instant::now());
         first.set_off(true);

@@ -1,4 +1,4 @@
-//! What outlives one life of a source: its last good catalog, and how old each part of it is.
+//! What outlives one run of a source: its last good catalog, and how old each part of it is.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

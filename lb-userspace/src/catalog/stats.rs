@@ -11,7 +11,6 @@ pub struct Stats {
     requests: Mutex<BTreeMap<String, u64>>,
     bytes: AtomicU64,
     shrinks_held: AtomicU64,
-    demand_dropped: AtomicU64,
     watches: Mutex<Watches>,
 }
 
@@ -68,16 +67,6 @@ impl Stats {
     /// Such answers so far.
     pub fn shrinks_held(&self) -> u64 {
         self.shrinks_held.load(Ordering::Relaxed)
-    }
-
-    /// Counts a lookup, or a use of a service, that the source was too busy to receive.
-    pub fn count_demand_dropped(&self) {
-        self.demand_dropped.fetch_add(1, Ordering::Relaxed);
-    }
-
-    /// Such lookups and uses so far.
-    pub fn demand_dropped(&self) -> u64 {
-        self.demand_dropped.load(Ordering::Relaxed)
     }
 
     /// Sets the state of the watches.

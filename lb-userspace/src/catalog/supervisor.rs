@@ -10,13 +10,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use tokio::sync::{oneshot, watch};
+use tokio::sync::oneshot;
 use tokio::time::{Interval, MissedTickBehavior};
 
 use super::cache::suspended;
 use super::publisher::Publisher;
-use super::usage::UsageReceiver;
-use super::usage::UsageSender;
+use super::usage::{UsageReceiver, UsageSender};
 use crate::config::{CatalogConfig, Expired};
 
 /// Starts a run of a source, on its own thread and runtime.
@@ -64,24 +63,23 @@ impl From<&CatalogConfig> for Staleness {
     }
 }
 
-/// Keeps the source running until it has hung too often, which is sent to `gave_up`.
+/// Keeps the source running, and returns once it has hung too often.
 pub async fn supervise(
-    name: &'static str,
     source: Source,
     mut output: Publisher,
     demand: UsageSender,
     staleness: Option<Staleness>,
     limits: RestartPolicy,
-    gave_up: watch::Sender<bool>,
 ) {
+    let name = output.source();
     let mut failures = RestartHistory::default();
     loop {
-        output = output.new_epoch(name);
-        let mut life = match SourceRun::start(&source, output.clone(), demand.listen(), limits.beat)
-        {
-            Ok(life) => life,
+        output = output.new_epoch();
+        let run = SourceRun::start(&source, output.clone(), demand.listen(), limits.beat);
+        let mut run = match run {
+            Ok(run) => run,
             Err(error) => {
-                tracing::error!("the catalog's source can't have a thread ({error})");
+                tracing::error!("the source {name} can't have a thread ({error})");
                 tokio::time::sleep(limits.pause).await;
                 continue;
             }
@@ -96,25 +94,24 @@ pub async fn supervise(
             if failures.forget(Instant::now(), limits.memory) {
                 output.set_supervisor_problem(failures.problem());
             }
-            if let Some(end) = life.poll(limits.n_silent) {
+            if let Some(end) = run.poll(limits.n_silent) {
                 break end;
             }
         };
         match end {
             ExitReason::Ended => {
-                tracing::error!("the catalog's source ended; restarting it");
+                tracing::error!("the source {name} ended; restarting it");
                 failures.ended_at.push(Instant::now());
                 output.set_supervisor_problem(failures.problem());
             }
             ExitReason::Hung => {
                 let silence = limits.beat * limits.n_silent;
                 tracing::error!(
-                    "the catalog's source missed its heartbeat for {silence:?}; restarting it"
+                    "the source {name} missed its heartbeat for {silence:?}; restarting it"
                 );
                 failures.hung_at.push(Instant::now());
                 output.set_supervisor_problem(failures.problem());
                 if failures.hung_at.len() >= limits.n_hung {
-                    let _ = gave_up.send(true);
                     return;
                 }
             }
@@ -143,13 +140,13 @@ impl RestartHistory {
 
     fn problem(&self) -> Option<String> {
         let kinds = [("hung", self.hung_at.len()), ("ended", self.ended_at.len())];
-        let told = kinds.into_iter().filter(|(_, n)| *n > 0);
-        let told: Vec<String> = told.map(|(what, n)| format!("{what} {n} times")).collect();
-        (!told.is_empty()).then(|| {
+        let kinds = kinds.into_iter().filter(|(_, n)| *n > 0);
+        let kinds: Vec<String> = kinds.map(|(what, n)| format!("{what} {n} times")).collect();
+        (!kinds.is_empty()).then(|| {
             format!(
-                "discovery {} within the hour and was started again: its log before that says on \
-                 what",
-                told.join(" and ")
+                "discovery {} within the hour and was restarted: the log before that has the \
+                 reason",
+                kinds.join(" and ")
             )
         })
     }
@@ -242,15 +239,15 @@ mod tests {
 
     /// A source whose first `n` runs end as `fails` does.
     fn failing(n: u32, fails: fn(&AtomicU32)) -> (Source, Arc<AtomicU32>) {
-        let n_lives = Arc::new(AtomicU32::new(0));
-        let counted = n_lives.clone();
+        let n_runs = Arc::new(AtomicU32::new(0));
+        let counted = n_runs.clone();
         let source: Source = Arc::new(move |output, _| {
-            let n_lives = n_lives.clone();
+            let n_runs = n_runs.clone();
             Box::pin(async move {
-                if n_lives.fetch_add(1, Ordering::Relaxed) < n {
-                    fails(&n_lives);
-                    // It comes to itself too late to be heard.
-                    output.set_problem(Some("an old life".into()), true);
+                if n_runs.fetch_add(1, Ordering::Relaxed) < n {
+                    fails(&n_runs);
+                    // It reports too late: its output is ignored.
+                    output.set_problem(Some("an earlier run".into()), true);
                 }
                 output.publish(Catalog::new(), Instant::now());
                 std::future::pending().await
@@ -264,28 +261,26 @@ mod tests {
     }
 
     /// Loops without yielding until another run has begun.
-    fn loops(n_lives: &AtomicU32) {
-        let n = n_lives.load(Ordering::Relaxed);
-        while n_lives.load(Ordering::Relaxed) == n {
+    fn loops(n_runs: &AtomicU32) {
+        let n = n_runs.load(Ordering::Relaxed);
+        while n_runs.load(Ordering::Relaxed) == n {
             std::hint::spin_loop();
         }
     }
 
     #[tokio::test]
-    async fn a_life_that_panics_or_loops_is_followed_by_another() {
-        // A panic may take its time, where it tells the log how it came to be.
+    async fn a_run_that_panics_or_loops_is_followed_by_another() {
+        // A panic may take its time, where it logs a backtrace.
         let patient = RestartPolicy { n_silent: 3000, ..limits() };
         let table = [(panics as fn(&AtomicU32), patient, "ended"), (loops, limits(), "hung")];
         for (fails, limits, alarm) in table {
-            let (source, n_lives) = failing(1, fails);
+            let (source, n_runs) = failing(1, fails);
             let output = Publisher::new("file");
             let (mut catalog, health, _) = output.subscribe();
-            let (gave_up, _) = watch::channel(false);
             let demand = UsageSender::default();
-            let keeper =
-                tokio::spawn(supervise("file", source, output, demand, None, limits, gave_up));
+            let keeper = tokio::spawn(supervise(source, output, demand, None, limits));
             catalog.wait_for(Option::is_some).await.unwrap();
-            assert!(n_lives.load(Ordering::Relaxed) >= 2);
+            assert!(n_runs.load(Ordering::Relaxed) >= 2);
             let problem = health.borrow().problem.clone();
             assert!(problem.as_ref().is_some_and(|problem| problem.contains(alarm)), "{problem:?}");
             keeper.abort();
@@ -293,7 +288,7 @@ mod tests {
     }
 
     #[test]
-    fn what_failed_is_told_for_an_hour() {
+    fn a_failed_run_is_reported_for_an_hour() {
         let start = Instant::now();
         let memory = RestartPolicy::default().memory;
         let mut failures = RestartHistory::default();
@@ -310,16 +305,14 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_third_life_that_hangs_is_the_last() {
-        let (source, n_lives) = failing(u32::MAX, |n_lives| {
-            while n_lives.load(Ordering::Relaxed) < 100 {
+    async fn the_third_run_that_hangs_is_the_last() {
+        let (source, n_runs) = failing(u32::MAX, |n_runs| {
+            while n_runs.load(Ordering::Relaxed) < 100 {
                 std::hint::spin_loop();
             }
         });
-        let (gave_up, mut is_hopeless) = watch::channel(false);
         let output = Publisher::new("file");
-        supervise("file", source, output, UsageSender::default(), None, limits(), gave_up).await;
-        assert!(*is_hopeless.borrow_and_update());
-        assert_eq!(n_lives.fetch_add(100, Ordering::Relaxed), 3);
+        supervise(source, output, UsageSender::default(), None, limits()).await;
+        assert_eq!(n_runs.fetch_add(100, Ordering::Relaxed), 3);
     }
 }

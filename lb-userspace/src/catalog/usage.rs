@@ -2,11 +2,10 @@
 //! before it ends.
 
 use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use tokio::sync::{Notify, mpsc, oneshot, watch};
-
-use super::stats::Stats;
 
 /// The most lookups that wait for a source; the name of one beyond that is unknown, which is counted.
 const MAX_LOOKUPS: usize = 1024;
@@ -15,8 +14,8 @@ const MAX_LOOKUPS: usize = 1024;
 /// counted, and reported again by the next use.
 const MAX_USES: usize = 65_536;
 
-/// Reports which services are in use. A source that follows everything declines it. It stays connected
-/// when the source is restarted or replaced.
+/// Reports which services are in use to the source that fetches services by demand, where one does. It
+/// stays connected when that source is restarted.
 #[derive(Clone, Debug, Default)]
 pub struct UsageSender(Arc<Shared>);
 
@@ -25,7 +24,7 @@ struct Shared {
     channel: RwLock<Option<SourceChannel>>,
     uses: Mutex<BTreeSet<Arc<str>>>,
     used: Notify,
-    stats: Arc<Stats>,
+    n_dropped: AtomicU64,
 }
 
 /// The channel to the connected source.
@@ -39,6 +38,12 @@ impl SourceChannel {
     /// Waits until the source has ended, and its connections are closed.
     pub(super) async fn closed(mut self) {
         while self.end.changed().await.is_ok() {}
+    }
+
+    /// Whether the source has ended.
+    #[cfg(test)]
+    pub(super) fn is_closed(&self) -> bool {
+        self.commands.is_closed()
     }
 }
 
@@ -81,11 +86,6 @@ pub struct UsageReceiver {
 }
 
 impl UsageSender {
-    /// A sender that counts dropped reports in `stats`.
-    pub fn new(stats: Arc<Stats>) -> Self {
-        UsageSender(Arc::new(Shared { stats, ..Shared::default() }))
-    }
-
     /// Connects a source; an earlier receiver gets nothing more.
     pub fn listen(&self) -> UsageReceiver {
         let (commands, queue) = mpsc::channel(MAX_LOOKUPS);
@@ -93,6 +93,21 @@ impl UsageSender {
         let channel = Some(SourceChannel { commands, end });
         *self.0.channel.write().unwrap_or_else(PoisonError::into_inner) = channel;
         UsageReceiver { queue, shared: self.0.clone(), end: Some(ends) }
+    }
+
+    /// Disconnects the source: the sources that remain publish all they have, so no lookup finds more.
+    pub(super) fn disconnect(&self) {
+        *self.0.channel.write().unwrap_or_else(PoisonError::into_inner) = None;
+        self.0.uses.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+
+    /// The lookups and uses so far that the source was too busy to receive.
+    pub fn n_dropped(&self) -> u64 {
+        self.0.n_dropped.load(Ordering::Relaxed)
+    }
+
+    fn count_dropped(&self) {
+        self.0.n_dropped.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Whether a source is connected; if not, reports have no effect.
@@ -108,7 +123,7 @@ impl UsageSender {
         }
         let mut uses = self.0.uses.lock().unwrap_or_else(PoisonError::into_inner);
         if uses.len() >= MAX_USES && !uses.contains(name) {
-            return self.0.stats.count_demand_dropped();
+            return self.count_dropped();
         }
         uses.insert(name.into());
         drop(uses);
@@ -122,7 +137,7 @@ impl UsageSender {
         let (reply, looked_up) = oneshot::channel();
         let wanted = LookupRequest { name: name.into(), reply: Some(reply) };
         if commands.try_send(SourceCommand::Lookup(wanted)).is_err() {
-            self.0.stats.count_demand_dropped();
+            self.count_dropped();
             return Lookup::Unknown;
         }
         looked_up.await.unwrap_or(Lookup::Unknown)
@@ -144,18 +159,6 @@ impl UsageSender {
 }
 
 impl UsageReceiver {
-    /// Disconnects: this source publishes all it has, so no lookup finds more.
-    pub fn decline(self) {
-        let UsageReceiver { queue, shared, .. } = self;
-        let mut channel = shared.channel.write().unwrap_or_else(PoisonError::into_inner);
-        drop(queue);
-        // Another source may listen by now.
-        if channel.as_ref().is_some_and(|channel| channel.commands.is_closed()) {
-            *channel = None;
-            shared.uses.lock().unwrap_or_else(PoisonError::into_inner).clear();
-        }
-    }
-
     /// Is to be dropped once the run's resources are gone; [`SourceChannel::closed`] waits for it.
     pub fn take_end(&mut self) -> Option<watch::Sender<()>> {
         self.end.take()
@@ -194,8 +197,7 @@ mod tests {
 
     #[test]
     fn a_use_is_lost_neither_in_a_flood_of_lookups_nor_among_many_nor_between_two_runs() {
-        let stats = Arc::new(Stats::default());
-        let demand = UsageSender::new(stats.clone());
+        let demand = UsageSender::default();
         drop(demand.listen());
         demand.used("between-two-runs");
         let mut commands = demand.listen();
@@ -205,7 +207,7 @@ mod tests {
         lookups.retain(Option::is_some);
         assert_eq!(lookups.len(), MAX_LOOKUPS, "those beyond are unknown at once");
         assert!(lookups.iter().all(|lookup| *lookup == Some(Lookup::Unknown)));
-        assert_eq!(stats.demand_dropped(), MAX_LOOKUPS as u64);
+        assert_eq!(demand.n_dropped(), MAX_LOOKUPS as u64);
         for n in 0..2000 {
             demand.used(&format!("s{n}"));
             demand.used(&format!("s{n}"));
@@ -217,7 +219,7 @@ mod tests {
             }
         }
         assert_eq!(used, 2001);
-        assert_eq!(stats.demand_dropped(), MAX_LOOKUPS as u64);
+        assert_eq!(demand.n_dropped(), MAX_LOOKUPS as u64);
     }
 
     /// Polls once. What is dropped while it waits has left its question in the queue.
@@ -230,24 +232,21 @@ mod tests {
 
     #[test]
     fn uses_have_a_bound_and_are_counted_beyond_it() {
-        let stats = Arc::new(Stats::default());
-        let demand = UsageSender::new(stats.clone());
+        let demand = UsageSender::default();
         let _commands = demand.listen();
         for n in 0..MAX_USES + 7 {
             demand.used(&format!("s{n}"));
         }
         demand.used("s0");
-        assert_eq!(stats.demand_dropped(), 7);
+        assert_eq!(demand.n_dropped(), 7);
     }
 
     #[tokio::test]
-    async fn a_source_that_publishes_all_it_has_is_not_asked() {
+    async fn sources_that_publish_all_they_have_get_no_lookups() {
         let demand = UsageSender::default();
-        let first = demand.listen();
-        let second = demand.listen();
-        first.decline();
-        assert!(demand.is_connected(), "the second one listens");
-        second.decline();
+        let _commands = demand.listen();
+        assert!(demand.is_connected());
+        demand.disconnect();
         demand.used("web");
         assert_eq!(demand.look_up("web").await, Lookup::Absent);
         drop(demand.listen());

@@ -7,7 +7,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use crate::admin::{api, client};
-use crate::catalog;
+use crate::catalog::Handle;
 use crate::config::{Config, ConfigErrors, SourceKind, cgroup};
 use crate::datapath::{
     Charge, Features, Limit, Safety, exclusion_problems, find_obstacle, is_bpffs, look_at_pins,
@@ -106,20 +106,25 @@ pub fn check(config: Result<Config, ConfigErrors>, admin: Option<&str>) -> Check
         };
         checks.push(finding("DNS over TLS certificate", true, found));
     }
-    let (found, warning, facts) = source(&config);
-    checks.push(finding("catalog", true, found));
-    if let Some(warning) = warning {
-        let fix = "it routes all the same; see what it says".to_owned();
-        checks.push(finding("catalog warning", false, Err((warning, fix))));
+    let mut facts = Vec::new();
+    for kind in &config.catalog.sources {
+        let SourceReport { found, warning, facts: of_source } = source(kind, &config);
+        checks.push(finding(&format!("source {}", kind.name()), true, found));
+        if let Some(warning) = warning {
+            let fix = "it routes all the same; see the message".to_owned();
+            let what = format!("source {} warning", kind.name());
+            checks.push(finding(&what, false, Err((warning, fix))));
+        }
+        facts.extend(of_source.into_iter().map(|fact| (kind.name(), fact)));
     }
     let through = through_resolver(admin, daemon.as_ref().ok());
     checks.push(finding("lookups of this machine", false, through));
     for found in super::dns::resolver_findings(Path::new("/"), &config) {
         checks.push(finding("resolv.conf", false, Err(found)));
     }
-    for fact in facts {
+    for (name, fact) in facts {
         let fix = "nothing, where that is meant".to_owned();
-        checks.push(finding("catalog fact", false, Err((fact, fix))));
+        checks.push(finding(&format!("source {name} fact"), false, Err((fact, fix))));
     }
     checks.push(finding(
         "daemon",
@@ -534,18 +539,25 @@ fn through_resolver(admin: Option<&str>, daemon: Option<&api::Status>) -> CheckR
     }
 }
 
-/// How long the source may take to give all its services.
+/// How long a source may take to report all its services.
 const SOURCE_LIMIT: std::time::Duration = std::time::Duration::from_secs(5);
 
-/// Queries the source as the daemon does, so that it reports what the daemon would meet. Problems that
-/// break nothing come second, and then notes.
-fn source(config: &Config) -> (CheckResult, Option<String>, Vec<String>) {
-    let fix = match config.catalog.sources.contains(&SourceKind::Consul) {
-        true => "check that the agent runs, consul.address and the token",
-        false => "correct the file",
+/// What a source reports.
+struct SourceReport {
+    found: CheckResult,
+    /// A problem that keeps nothing from working.
+    warning: Option<String>,
+    facts: Vec<String>,
+}
+
+/// Runs one source as the daemon does, so that the check meets what the daemon would meet.
+fn source(kind: &SourceKind, config: &Config) -> SourceReport {
+    let fix = match kind {
+        SourceKind::Consul => "check that the agent runs, consul.address and the token",
+        SourceKind::File(_) => "correct the file",
     };
     let asked = block_on(async {
-        let mut source = catalog::dry_run(config).map_err(|error| error.to_string())?;
+        let mut source = Handle::dry_run(kind, config).map_err(|error| error.to_string())?;
         let answered = async {
             tokio::select! {
                 _ = source.catalog.wait_for(Option::is_some) => {}
@@ -558,10 +570,11 @@ fn source(config: &Config) -> (CheckResult, Option<String>, Vec<String>) {
         let health = source.health.borrow().clone();
         Ok((n_services, health.problem, health.facts))
     });
-    let wrong = |detail| (wrong(detail, fix), None, Vec::new());
+    let wrong =
+        |detail| SourceReport { found: wrong(detail, fix), warning: None, facts: Vec::new() };
     match asked.flatten() {
         Ok((Some(n_services), warning, facts)) => {
-            (Ok(format!("{n_services} services to route")), warning, facts)
+            SourceReport { found: Ok(format!("{n_services} services to route")), warning, facts }
         }
         Ok((None, Some(problem), _)) => wrong(problem),
         Ok((None, None, _)) => wrong("no answer within 5 s".to_owned()),

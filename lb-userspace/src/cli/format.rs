@@ -121,7 +121,16 @@ pub fn services(services: &[ServiceStatus]) -> String {
 /// `nohop explain NAME`
 pub fn explanation(explanation: &Explanation) -> String {
     let mut text = String::new();
-    line(&mut text, format!("{}\n", explanation.connect));
+    let Explanation { source, shadowed, .. } = explanation;
+    let source = source.as_ref().map(|source| match shadowed.is_empty() {
+        true => format!("source: {source}"),
+        false => format!("source: {source}, which shadows {}", shadowed.join(" and ")),
+    });
+    line(&mut text, explanation.connect.clone());
+    if let Some(source) = source {
+        line(&mut text, source);
+    }
+    text.push('\n');
     if let Some(each) = &explanation.service {
         service(&mut text, each, each.name.len());
     }
@@ -281,7 +290,15 @@ mod tests {
             reason: "check `web` is critical".into(),
         }];
         let (name, connect) = (service.name.clone(), "a connection goes somewhere".into());
-        let text = explanation(&Explanation { name, connect, service: Some(service), excluded });
+        let text = explanation(&Explanation {
+            name,
+            connect,
+            source: Some("consul".into()),
+            shadowed: vec!["file".into()],
+            service: Some(service),
+            excluded,
+        });
+        assert!(text.contains("somewhere\nsource: consul, which shadows file\n\n"), "{text}");
         assert!(text.contains("  n1/alloc 39e25890 web  weight 1  "), "{text}");
         assert!(text.contains("  n2/alloc 40e25890 web  check `web`"), "{text}");
     }
@@ -291,6 +308,8 @@ mod tests {
         let text = explanation(&Explanation {
             name: "helloworld".into(),
             connect: "a connection goes somewhere".into(),
+            source: None,
+            shadowed: vec![],
             service: Some(helloworld()),
             excluded: vec![Excluded {
                 address: "10.0.0.8:1".into(),

@@ -72,7 +72,7 @@ pub const KEYS: &[Key] = keys! {
     live "shadow" config.shadow: |value| value.flag();
         "count connections to VIPs, and redirect none (dry run)"
     live "catalog.sources" source_names: |value| value.list(|name| name.text(source_name));
-        "sources of services: \"consul\" or \"file\""
+        "sources of services: \"consul\", \"file\" or both; for one name the first that has it"
     live "catalog.file" catalog_file: |value| value.text(text::path);
         "static catalog, for the source \"file\""
     live "catalog.tag" config.catalog.tag: |value| value.text(text::not_empty);

@@ -74,7 +74,7 @@ pub enum OnExit {
 /// Where services come from.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct CatalogConfig {
-    /// The sources; for one name the first that has it. Exactly one in this version.
+    /// The sources; for one name the first that has it. At least one, each once.
     #[serde(flatten, serialize_with = "write_sources")]
     pub sources: Vec<SourceKind>,
     /// The tag that an instance needs to be routed.

@@ -186,9 +186,6 @@ impl ConfigBuilder {
             ),
             _ => {}
         }
-        if self.source_names.len() > 1 {
-            self.conflict(&["catalog.sources"], "several sources are planned; name one");
-        }
         let sources = self.source_names.iter().filter_map(|name| match name {
             SourceName::Consul => Some(SourceKind::Consul),
             SourceName::File => self.catalog_file.clone().map(SourceKind::File),

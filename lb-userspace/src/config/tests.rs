@@ -254,8 +254,11 @@ fn what_is_wrong_is_named_with_its_line_and_its_fix() {
             ],
         ),
         (
-            "catalog.sources = ['consul', 'file']\ncatalog.file = '/c'",
-            &["f:1: catalog.sources: several sources are planned; name one"],
+            "catalog.sources = ['consul', 'file', 'consul', 'dns']\ncatalog.file = '/c'",
+            &[
+                "f:1: catalog.sources: duplicate element; remove one",
+                "f:1: catalog.sources: 'dns' is invalid; write `consul` or `file`",
+            ],
         ),
         // Former names.
         (

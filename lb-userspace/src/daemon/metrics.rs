@@ -20,23 +20,16 @@ pub(super) const PROPAGATION_BUCKETS: [f64; 14] =
 #[derive(Debug)]
 pub struct Readings {
     pub(super) is_ready: bool,
-    /// The name of the catalog's source.
-    pub(super) source: &'static str,
+    /// By precedence.
+    pub(super) sources: Vec<SourceReadings>,
     /// Each with whether it is attached.
     pub(super) units: Vec<(&'static str, bool)>,
     pub(super) is_shadow: bool,
     /// Lines of the log that were dropped.
     pub(super) log_dropped: u64,
     pub(super) generation: u64,
-    pub(super) has_problem: bool,
-    /// The time since the source last answered, in seconds.
-    pub(super) catalog_age: Option<f64>,
-    pub(super) requests: BTreeMap<String, u64>,
-    pub(super) received_bytes: u64,
-    pub(super) shrinks_held: u64,
     /// Lookups and uses that discovery was too busy to receive.
-    pub(super) demand_dropped: u64,
-    pub(super) watches: Watches,
+    pub(super) n_demand_dropped: u64,
     /// The time from the source's news to the maps that connects to read, in seconds.
     pub(super) propagation: Histogram,
     pub(super) services: Vec<(Arc<str>, ServiceCounters)>,
@@ -46,6 +39,21 @@ pub struct Readings {
     pub(super) dns_answers: BTreeMap<String, u64>,
     pub(super) dns_upstreams: Vec<dns::UpstreamStats>,
     pub(super) pool: PoolUse,
+}
+
+/// What is read of one source.
+#[derive(Debug)]
+pub struct SourceReadings {
+    pub(super) name: &'static str,
+    pub(super) has_problem: bool,
+    /// The time since the source last answered, in seconds.
+    pub(super) age: Option<f64>,
+    /// Responses by status.
+    pub(super) requests: BTreeMap<String, u64>,
+    pub(super) received_bytes: u64,
+    /// Responses that removed so much that they were confirmed first.
+    pub(super) n_shrinks_held: u64,
+    pub(super) watches: Watches,
 }
 
 /// Writes the readings down.
@@ -118,65 +126,82 @@ fn daemon(text: &mut Exposition, readings: &Readings) {
     text.histogram("nohop_propagation_seconds", help, &readings.propagation);
 }
 
+/// A family with one value of each source.
+type SourceFamily = (&'static str, MetricType, fn(&SourceReadings) -> u64, &'static str);
+
+const SOURCE_FAMILIES: [SourceFamily; 6] = [
+    (
+        "nohop_source_problem",
+        MetricType::Gauge,
+        |source| source.has_problem.into(),
+        "Whether something is wrong with the source (1): see nohop status.",
+    ),
+    (
+        "nohop_source_received_bytes_total",
+        MetricType::Counter,
+        |source| source.received_bytes,
+        "Bytes of the bodies of the source's responses.",
+    ),
+    (
+        "nohop_source_suspicious_total",
+        MetricType::Counter,
+        |source| source.n_shrinks_held,
+        "Responses that removed so many instances that they were confirmed before they applied.",
+    ),
+    (
+        "nohop_source_connections",
+        MetricType::Gauge,
+        |source| source.watches.connections as u64,
+        "Open connections to the source.",
+    ),
+    (
+        "nohop_source_max_requests_per_hour",
+        MetricType::Gauge,
+        |source| source.watches.budget_requests,
+        "Requests to the source in an hour while nothing changes, calculated.",
+    ),
+    (
+        "nohop_source_max_bytes_per_hour",
+        MetricType::Gauge,
+        |source| source.watches.budget_bytes,
+        "Bytes of the source's responses in an hour while nothing changes, calculated.",
+    ),
+];
+
 fn discovery(text: &mut Exposition, readings: &Readings) {
-    let source = ("source", readings.source);
-    let help = "The time since the source of the catalog last answered; absent before that.";
+    let sources = &readings.sources;
+    let help = "The time since the source last answered; absent before that.";
     let mut family = text.family("nohop_catalog_age_seconds", MetricType::Gauge, help);
-    if let Some(age) = readings.catalog_age {
-        family.sample(&[source], age);
+    for source in sources {
+        if let Some(age) = source.age {
+            family.sample(&[("source", source.name)], age);
+        }
     }
-    let help = "Whether something is wrong with the source (1): see nohop status.";
-    let has_problem = u8::from(readings.has_problem);
-    text.family("nohop_source_problem", MetricType::Gauge, help).sample(&[source], has_problem);
     let help = "Requests to the source by HTTP status, or by what came instead of a response.";
     let mut family = text.family("nohop_source_requests_total", MetricType::Counter, help);
-    for (code, n) in &readings.requests {
-        family.sample(&[source, ("code", code)], n);
+    for source in sources {
+        for (code, n) in &source.requests {
+            family.sample(&[("source", source.name), ("code", code)], n);
+        }
     }
-    let watches = &readings.watches;
-    for (name, kind, value, help) in [
-        (
-            "nohop_source_received_bytes_total",
-            MetricType::Counter,
-            readings.received_bytes,
-            "Bytes of the bodies of the source's responses.",
-        ),
-        (
-            "nohop_source_suspicious_total",
-            MetricType::Counter,
-            readings.shrinks_held,
-            "Responses that removed so many instances that they were confirmed before they applied.",
-        ),
-        (
-            "nohop_source_connections",
-            MetricType::Gauge,
-            watches.connections as u64,
-            "Open connections to the source.",
-        ),
-        (
-            "nohop_source_max_requests_per_hour",
-            MetricType::Gauge,
-            watches.budget_requests,
-            "Requests to the source in an hour while nothing changes, calculated.",
-        ),
-        (
-            "nohop_source_max_bytes_per_hour",
-            MetricType::Gauge,
-            watches.budget_bytes,
-            "Bytes of the source's responses in an hour while nothing changes, calculated.",
-        ),
-    ] {
-        text.family(name, kind, help).sample(&[source], value);
+    for (name, metric_type, value, help) in SOURCE_FAMILIES {
+        let mut family = text.family(name, metric_type, help);
+        for source in sources {
+            family.sample(&[("source", source.name)], value(source));
+        }
     }
     let help = "Lookups and uses of services that discovery was too busy to receive.";
-    text.single("nohop_demand_dropped_total", MetricType::Counter, help, readings.demand_dropped);
+    text.single("nohop_demand_dropped_total", MetricType::Counter, help, readings.n_demand_dropped);
     let help = "Services whose instances are watched (live), and the others (cold).";
     let mut family = text.family("nohop_watches", MetricType::Gauge, help);
-    family.sample(&[("state", "live")], watches.live);
-    family.sample(&[("state", "cold")], watches.cold);
+    let n_watches = |n: fn(&Watches) -> usize| -> usize {
+        sources.iter().map(|source| n(&source.watches)).sum()
+    };
+    family.sample(&[("state", "live")], n_watches(|watches| watches.live));
+    family.sample(&[("state", "cold")], n_watches(|watches| watches.cold));
     let help = "The time since the live service that waits longest for its turn was answered.";
     let mut family = text.family("nohop_watch_oldest_age_seconds", MetricType::Gauge, help);
-    if let Some(age) = watches.oldest_age {
+    if let Some(age) = sources.iter().filter_map(|source| source.watches.oldest_age).max() {
         family.sample(&[], age.as_secs_f64());
     }
 }
@@ -256,25 +281,38 @@ mod tests {
         propagation.observe(0.003);
         Readings {
             is_ready: true,
-            source: "consul",
+            sources: vec![
+                SourceReadings {
+                    name: "consul",
+                    has_problem: true,
+                    age: Some(1.5),
+                    requests: BTreeMap::from([("200".into(), 9), ("reset".into(), 1)]),
+                    received_bytes: 1 << 40,
+                    n_shrinks_held: 2,
+                    watches: Watches {
+                        live: 3,
+                        cold: 4,
+                        connections: 5,
+                        oldest_age: Some(Duration::from_millis(250)),
+                        budget_requests: 420,
+                        ..Watches::default()
+                    },
+                },
+                SourceReadings {
+                    name: "file",
+                    has_problem: false,
+                    age: Some(0.0),
+                    requests: BTreeMap::new(),
+                    received_bytes: 0,
+                    n_shrinks_held: 0,
+                    watches: Watches::default(),
+                },
+            ],
             units: vec![("connect", false)],
             is_shadow: true,
             log_dropped: 8,
             generation: 7,
-            has_problem: true,
-            catalog_age: Some(1.5),
-            requests: BTreeMap::from([("200".into(), 9), ("reset".into(), 1)]),
-            received_bytes: 1 << 40,
-            shrinks_held: 2,
-            demand_dropped: 3,
-            watches: Watches {
-                live: 3,
-                cold: 4,
-                connections: 5,
-                oldest_age: Some(Duration::from_millis(250)),
-                budget_requests: 420,
-                ..Watches::default()
-            },
+            n_demand_dropped: 3,
             propagation,
             services: (0..n_services).map(name).collect(),
             events: [("refused_no_frontend", 5), ("udp_no_frontend", 6), ("flows_full", 7)].into(),
@@ -303,6 +341,8 @@ mod tests {
             ("nohop_log_dropped_total", 8.0),
             ("nohop_generation", 7.0),
             (r#"nohop_source_problem{source="consul"}"#, 1.0),
+            (r#"nohop_source_problem{source="file"}"#, 0.0),
+            (r#"nohop_catalog_age_seconds{source="file"}"#, 0.0),
             (r#"nohop_catalog_age_seconds{source="consul"}"#, 1.5),
             (r#"nohop_source_requests_total{source="consul",code="200"}"#, 9.0),
             (r#"nohop_source_requests_total{source="consul",code="reset"}"#, 1.0),

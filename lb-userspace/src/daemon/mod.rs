@@ -31,7 +31,7 @@ use tokio::time::{Instant, Interval, MissedTickBehavior};
 
 use crate::admin::{View as _, api};
 use crate::catalog::resolve::Resolver;
-use crate::catalog::{Published, UsageSender};
+use crate::catalog::{Published, SourceEvent, Sources, SupervisorExit, UsageSender};
 use crate::config::{Config, ConfigErrors, OnExit, Problem, VipConfig, cgroup};
 use crate::datapath::{Datapath, Mode, Options, Reports, SharedDatapath, route};
 use crate::table::Builder;
@@ -96,7 +96,7 @@ type Wanted = Result<Config, ConfigErrors>;
 /// The parts, in the order of the stages.
 struct Daemon {
     config: Config,
-    source: catalog::Handle,
+    sources: Sources,
     resolver: Resolver,
     pipeline: Pipeline,
     datapath: Arc<SharedDatapath>,
@@ -150,22 +150,22 @@ impl Daemon {
             vips.claim(&name, &addresses);
         }
         // The first table must not take away what the kernel serves before the source has answered.
-        let mut source = catalog::spawn(&config, datapath.in_use())?;
+        let sources = Sources::spawn(&config, datapath.in_use())?;
         let how = if datapath.is_adopted() { "took over what was attached" } else { "attached" };
         tracing::info!(cgroup = %scope.display(), pool = %config.vip.pool, "{how}");
-        forward_from_kernel(&mut datapath, &source.demand);
+        forward_from_kernel(&mut datapath, sources.demand());
 
         let counters = datapath.counters();
         let datapath = Arc::new(SharedDatapath::new(datapath));
         tokio::task::block_in_place(|| datapath.probe_hooks());
-        datapath.set_mode(shadow.mode(*source.off.borrow()));
+        datapath.set_mode(shadow.mode(sources.is_off()));
         let (attached_out, attached) = watch::channel(datapath.hooks().translate);
         let (reloads_out, reloads) = mpsc::channel(MAX_RELOADS);
         let (tag_out, tag) = watch::channel(config.catalog.tag.clone());
         let (pool_out, pool) = watch::channel(vips.pool_use(SystemTime::now()));
         let mut pipeline = Pipeline::new(Builder::new(&config.vip, vips), recorder);
         let table = pipeline.published();
-        let demand = source.demand.clone();
+        let demand = sources.demand().clone();
         let (dns, vip) = (&config.dns, &config.vip);
         let dns = dns::DnsServer::start(dns_sockets, dns, vip, table.clone(), attached, demand)?;
         let view = Arc::new(DaemonView {
@@ -181,8 +181,8 @@ impl Daemon {
             datapath: datapath.clone(),
             counters,
             table,
-            health: source.health.clone(),
-            stats: source.stats.clone(),
+            sources: sources.views(),
+            demand: sources.demand().clone(),
             tag,
             pool,
             recorder: pipeline.recorder().clone(),
@@ -199,8 +199,8 @@ impl Daemon {
         let (hosts_out, hosts) = watch::channel(config.admin.hosts.clone());
         let mut tasks = Tasks::default();
         let at = pipeline.at().clone();
-        let (shown, health) = (view.clone(), view.health());
-        let revision = revision::follow(move || shown.status(), health, at);
+        let shown = view.clone();
+        let revision = revision::follow(move || shown.status(), sources.views(), at);
         tasks.spawn("the revision of the status", revision);
         tasks.spawn("the admin interface", admin::serve(admin_listeners, hosts, view));
         let routes = keep_unreachable(config.vip.clone(), datapath.clone());
@@ -210,11 +210,9 @@ impl Daemon {
         }
         let resolver = Resolver::start(&config.dns.domain).await;
         pipeline.builder().set_hosts(resolver.hosts());
-        // A static catalog is there before anything could have waited for it.
-        source.catalog.mark_changed();
         Ok(Daemon {
             config,
-            source,
+            sources,
             resolver,
             pipeline,
             datapath,
@@ -245,13 +243,20 @@ impl Daemon {
             tokio::select! {
                 _ = signals.term.recv() => return Ok(()),
                 _ = signals.interrupt.recv() => return Ok(()),
-                changed = self.source.catalog.changed() => {
-                    changed.context("discovery has ended, which it never should")?;
-                    let news = self.source.catalog.borrow_and_update().clone();
-                    if let Some(news) = news {
-                        self.update(&news);
+                event = self.sources.changed() => match event {
+                    SourceEvent::Catalog => {
+                        if let Some(news) = self.sources.merge().cloned() {
+                            self.update(&news);
+                        }
                     }
-                }
+                    SourceEvent::Off => self.update_mode(),
+                    SourceEvent::Ended(SupervisorExit::GaveUp) => anyhow::bail!(
+                        "discovery hung again and again, so another process has to try"
+                    ),
+                    SourceEvent::Ended(SupervisorExit::Panicked) => {
+                        anyhow::bail!("the supervisor of discovery has ended: see the log")
+                    }
+                },
                 hosts = self.resolver.changed() => {
                     let hosts = hosts.context("the resolver of instances' names has ended: see the log")?;
                     self.pipeline.builder().set_hosts(hosts);
@@ -273,13 +278,6 @@ impl Daemon {
                 () = self.off_file.changed() => {
                     self.shadow.see_file(self.off_file.is_there());
                     self.update_mode();
-                }
-                Ok(()) = self.source.off.changed() => self.update_mode(),
-                Ok(()) = self.source.gave_up.changed() => {
-                    anyhow::bail!("discovery hung again and again, so another process has to try")
-                }
-                () = self.source.supervisor.join() => {
-                    anyhow::bail!("the supervisor of discovery has ended: see the log")
                 }
                 () = &mut listener_failed => anyhow::bail!(
                     "a part of the DNS server has panicked (see the log above; please report it), \
@@ -307,7 +305,7 @@ impl Daemon {
 
     /// Leads a catalog through the stages.
     fn update(&mut self, news: &Published) {
-        // The source knows by now whether connections are to be translated.
+        // The sources know by now whether connections are to be translated.
         self.shadow.source_answered();
         self.update_mode();
         let datapath = &self.datapath;
@@ -321,8 +319,7 @@ impl Daemon {
 
     /// Leads the last catalog through once more, since something besides it has changed just now.
     fn reapply(&mut self) {
-        let last = self.source.catalog.borrow().clone();
-        if let Some(last) = last {
+        if let Some(last) = self.sources.merged().cloned() {
             self.update(&Published { news_at: std::time::Instant::now(), ..last });
         }
     }
@@ -353,7 +350,7 @@ impl Daemon {
         let (config, reload) = reload::plan(&self.config, wanted)?;
         let last = std::mem::replace(&mut self.config, config);
         if (&last.catalog, &last.consul) != (&self.config.catalog, &self.config.consul) {
-            self.source.reconfigure(&self.config, self.datapath.in_use()).await;
+            self.sources.reconfigure(&self.config, self.datapath.in_use()).await;
             self.tag.send_replace(self.config.catalog.tag.clone());
         }
         self.hosts.send_replace(self.config.admin.hosts.clone());
@@ -371,25 +368,25 @@ impl Daemon {
 
     /// Sets the mode by all its reasons; DNS follows.
     fn update_mode(&mut self) {
-        let is_source_off = *self.source.off.borrow_and_update();
-        self.datapath.set_mode(self.shadow.mode(is_source_off));
+        self.datapath.set_mode(self.shadow.mode(self.sources.is_off()));
         self.attached.send_if_modified(|was| {
             let translate = self.datapath.hooks().translate;
             std::mem::replace(was, translate) != translate
         });
     }
 
-    /// Reports to the source which services were connected to lately, also by an address that an
+    /// Reports to discovery which services were connected to lately, also by an address that an
     /// application has remembered for days.
     fn report_usage(&self) {
         for name in self.datapath.active_since_last() {
-            self.source.demand.used(&name);
+            self.sources.demand().used(&name);
         }
     }
 
     /// Checks what may change at any time, and retries failures.
     fn tick(&mut self) {
-        let age = self.source.health.borrow().last_answer.map(|at| at.elapsed());
+        let views = self.sources.views();
+        let age = views.borrow().iter().filter_map(|source| source.health.borrow().age()).max();
         self.datapath.heartbeat(age);
         if !self.datapath.check_hooks() {
             self.attached.send_replace(false);
@@ -409,7 +406,7 @@ impl Daemon {
         self.notify.stopping();
         self.tasks.running.abort_all();
         let flush = tokio::time::timeout(FLUSH_TIMEOUT, self.pipeline.flush());
-        let (flush, ..) = tokio::join!(flush, self.source.stop(), self.dns.stop());
+        let (flush, ..) = tokio::join!(flush, self.sources.stop(), self.dns.stop());
         let problem = match flush {
             Ok(Ok(())) => None,
             Ok(Err(_)) => Some("their recorder has ended"),

@@ -68,7 +68,7 @@ impl Recorder {
     pub fn start(state_dir: &Path) -> io::Result<Recorder> {
         let path = state_dir.join(FILE_NAME);
         let target = path.clone();
-        let write = move |snapshot: &VipSnapshot| durable::replace(&target, &snapshot.to_json());
+        let write = move |snapshot: &VipSnapshot| durable::replace(&target, &[&snapshot.to_json()]);
         Recorder::start_with(path, FIRST_PAUSE, write)
     }
 

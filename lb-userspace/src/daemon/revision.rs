@@ -4,9 +4,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::select_all;
 use tokio::sync::watch;
 
 use crate::admin::{At, api};
+use crate::catalog::SourceView;
 
 /// How often the status is read: most of its parts have no event.
 const INTERVAL: Duration = Duration::from_secs(1);
@@ -14,14 +16,18 @@ const INTERVAL: Duration = Duration::from_secs(1);
 /// The least time between two reads, however often the source answers.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// Follows the status for as long as the daemon lives; a change of `health` wakes it. Ends only if
-/// `status` panics, which ends the daemon.
-pub async fn follow<T>(
+/// Follows the status for as long as the daemon lives; a change of a source's health wakes it. Ends only
+/// if `status` panics, which ends the daemon.
+pub async fn follow(
     status: impl Fn() -> api::Status + Send + Sync + 'static,
-    mut health: watch::Receiver<T>,
+    mut sources: watch::Receiver<Arc<[SourceView]>>,
     at: watch::Sender<At>,
 ) {
     let status = Arc::new(status);
+    let receivers = |sources: &[SourceView]| -> Vec<_> {
+        sources.iter().map(|source| source.health.clone()).collect()
+    };
+    let mut health = receivers(&sources.borrow_and_update());
     let mut last = None;
     loop {
         let status = status.clone();
@@ -33,7 +39,15 @@ pub async fn follow<T>(
         }
         last = Some(now);
         tokio::time::sleep(PAUSE).await;
-        let _ = tokio::time::timeout(INTERVAL - PAUSE, health.changed()).await;
+        let changed = async {
+            tokio::select! {
+                _ = sources.changed() => true,
+                _ = select_all(health.iter_mut().map(|health| Box::pin(health.changed()))) => false,
+            }
+        };
+        if tokio::time::timeout(INTERVAL - PAUSE, changed).await == Ok(true) {
+            health = receivers(&sources.borrow_and_update());
+        }
     }
 }
 
@@ -128,8 +142,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_panic_ends_it() {
-        let (health, at) = (watch::channel(()).1, watch::Sender::new(At::default()));
-        follow(|| panic!("a defect"), health, at).await;
+        let (sources, at) = (watch::channel(Arc::default()).1, watch::Sender::new(At::default()));
+        follow(|| panic!("a defect"), sources, at).await;
     }
 
     #[test]

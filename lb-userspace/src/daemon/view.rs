@@ -9,12 +9,12 @@ use hickory_proto::rr::Record;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::explain;
-use super::metrics::{Readings, exposition};
+use super::metrics::{Readings, SourceReadings, exposition};
 use super::recorder::Recorder;
 use super::reload::{self, Request};
 use crate::admin::prometheus::Histogram;
 use crate::admin::{At, View, api};
-use crate::catalog::{self, Health, Watches};
+use crate::catalog::{SourceView, UsageSender, Watches};
 use crate::config::Unrouted;
 use crate::datapath::{COUNTERS, Counters, Indices, Mode, SharedDatapath, UnitState};
 use crate::dns::{self, DebugClient};
@@ -31,8 +31,8 @@ pub struct DaemonView {
     pub(super) datapath: Arc<SharedDatapath>,
     pub(super) counters: Counters,
     pub(super) table: watch::Receiver<Arc<Table>>,
-    pub(super) health: watch::Receiver<Health>,
-    pub(super) stats: Arc<catalog::Stats>,
+    pub(super) sources: watch::Receiver<Arc<[SourceView]>>,
+    pub(super) demand: UsageSender,
     pub(super) tag: watch::Receiver<String>,
     pub(super) pool: watch::Receiver<PoolUse>,
     pub(super) recorder: Arc<Recorder>,
@@ -47,11 +47,11 @@ impl View for DaemonView {
         let revision = self.at.borrow().revision;
         let table = self.table.borrow().clone();
         let hooks = self.datapath.hooks();
-        let (health, watches) = (self.health.borrow().clone(), self.stats.watches());
-        let mut problems: Vec<String> = health.problem.iter().cloned().collect();
-        if !table.is_synced() {
-            problems.push(format!("no full answer from {} yet: names get SERVFAIL", health.source));
-        }
+        let sources = self.sources.borrow().clone();
+        let sources_status: Vec<_> = sources.iter().map(source_status).collect();
+        let mut problems: Vec<String> =
+            sources_status.iter().filter_map(|source| source.problem.clone()).collect();
+        problems.extend(unreported(&sources, table.is_synced()));
         problems.extend(hooks.problems);
         problems.extend(self.debug_client.problems());
         problems.extend(self.recorder.problem());
@@ -64,11 +64,6 @@ impl View for DaemonView {
             let names = names.join(", ");
             problems.push(format!("{n_rejected} names can't be had ({names}): see nohop explain"));
         }
-        let state = match (table.is_synced(), health.is_failing) {
-            (false, _) => "connecting",
-            (true, false) => "live",
-            (true, true) => "failing",
-        };
         let pool = *self.pool.borrow();
         let units = self.datapath.unit_status().into_iter().map(|unit| api::UnitStatus {
             name: unit.name.to_owned(),
@@ -95,14 +90,7 @@ impl View for DaemonView {
             pid: std::process::id(),
             generation: table.generation,
             revision,
-            sources: vec![api::SourceStatus {
-                name: health.source.to_owned(),
-                state: state.to_owned(),
-                age_seconds: health.last_answer.map(|at| at.elapsed().as_secs_f64()),
-                facts: health.facts,
-                problem: health.problem,
-                watches: (watches != Watches::default()).then(|| watch_status(&watches)),
-            }],
+            sources: sources_status,
             services: table.services.len(),
             backends: table.services.values().map(|service| service.healthy().count()).sum(),
             dns: api::DnsStatus {
@@ -139,9 +127,13 @@ impl View for DaemonView {
         let name = name.trim_end_matches('.').to_lowercase();
         let name = name.strip_suffix(&format!(".{}", self.dns.domain)).unwrap_or(&name);
         let service = table.services.get(name);
+        let sources = self.sources.borrow().clone();
+        let mut sources = sources.iter().filter(|source| source.has(name)).map(SourceView::name);
         api::Explanation {
             name: name.to_owned(),
             connect: self.connect(name, &table),
+            source: sources.next().map(str::to_owned),
+            shadowed: sources.map(str::to_owned).collect(),
             service: service.map(|service| self.service(service)),
             excluded: service.map(|service| service.excluded.clone()).unwrap_or_default(),
         }
@@ -156,8 +148,6 @@ impl View for DaemonView {
 
     fn metrics(&self) -> String {
         let table = self.table.borrow().clone();
-        let (health, watches) = (self.health.borrow().clone(), self.stats.watches());
-        let stats = &self.stats;
         let hooks = self.datapath.hooks();
         let units = self.datapath.unit_status().into_iter().map(|unit| {
             let is_attached = match unit.is_required {
@@ -174,7 +164,7 @@ impl View for DaemonView {
             let counters = self.counters.service(service_idx);
             (name, counters)
         });
-        let told = services
+        let services = services
             .filter(|(name, counters)| *counters != Default::default() || is_live(name))
             .collect();
         let events: BTreeMap<&str, u64> =
@@ -186,16 +176,10 @@ impl View for DaemonView {
             is_shadow: self.datapath.mode() != Mode::Translate,
             log_dropped: logging::n_dropped(),
             generation: table.generation,
-            has_problem: health.problem.is_some(),
-            catalog_age: catalog_age(&health),
-            requests: stats.requests(),
-            received_bytes: stats.bytes(),
-            shrinks_held: stats.shrinks_held(),
-            demand_dropped: stats.demand_dropped(),
-            watches,
+            sources: self.sources.borrow().iter().map(source_readings).collect(),
+            n_demand_dropped: self.demand.n_dropped(),
             propagation,
-            services: told,
-            source: health.source,
+            services,
             events,
             maps: self.datapath.pressure(),
             dns_answers: self.dns_stats.snapshot(),
@@ -254,10 +238,48 @@ fn upstream_status(upstream: &dns::UpstreamStats) -> api::UpstreamStatus {
     }
 }
 
-/// The age of the catalog, in seconds. A file that can be read is as new as it gets.
-fn catalog_age(health: &Health) -> Option<f64> {
-    let age = health.last_answer?.elapsed().as_secs_f64();
-    Some(if health.source == "file" && !health.is_failing { 0.0 } else { age })
+/// That a source hasn't reported since it was added, and what that means.
+fn unreported(sources: &[SourceView], is_synced: bool) -> Option<String> {
+    let names = sources.iter().filter(|source| !source.has_reported()).map(SourceView::name);
+    let names = names.collect::<Vec<_>>().join(" and ");
+    let what = match (is_synced, names.is_empty()) {
+        (true, true) => return None,
+        (true, false) => "what was served before stays, and its services join later",
+        (false, _) => "names get SERVFAIL",
+    };
+    // A table is a moment behind the sources.
+    let names = if names.is_empty() { "discovery" } else { &names };
+    Some(format!("no full answer from {names} yet: {what}"))
+}
+
+fn source_status(source: &SourceView) -> api::SourceStatus {
+    let (health, watches) = (source.health.borrow().clone(), source.stats.watches());
+    let state = match (source.has_reported(), health.is_failing) {
+        (false, _) => "connecting",
+        (true, false) => "live",
+        (true, true) => "failing",
+    };
+    api::SourceStatus {
+        name: health.source.to_owned(),
+        state: state.to_owned(),
+        age_seconds: health.last_answer.map(|at| at.elapsed().as_secs_f64()),
+        facts: health.facts,
+        problem: health.problem,
+        watches: (watches != Watches::default()).then(|| watch_status(&watches)),
+    }
+}
+
+fn source_readings(source: &SourceView) -> SourceReadings {
+    let (health, stats) = (source.health.borrow().clone(), &source.stats);
+    SourceReadings {
+        name: health.source,
+        has_problem: health.problem.is_some(),
+        age: health.age().map(|age| age.as_secs_f64()),
+        requests: stats.requests(),
+        received_bytes: stats.bytes(),
+        n_shrinks_held: stats.shrinks_held(),
+        watches: stats.watches(),
+    }
 }
 
 fn watch_status(watches: &Watches) -> api::WatchStatus {
@@ -295,11 +317,6 @@ fn refused(errors: &BTreeMap<Arc<str>, String>) -> Vec<String> {
 }
 
 impl DaemonView {
-    /// How the source fares, as it changes.
-    pub fn health(&self) -> watch::Receiver<Health> {
-        self.health.clone()
-    }
-
     fn service(&self, service: &Service) -> api::ServiceStatus {
         // A service that the kernel never had has no counters.
         let indices = self.datapath.indices(&service.name);

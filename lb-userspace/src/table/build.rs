@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use super::endpoints::Endpoints;
+use super::index::CatalogIndex;
 use super::merge::{MergedMeta, merge_meta};
 use super::validate::{Validation, check_name, validate};
 use super::vips::{PoolExhausted, Pools, Vips};
@@ -13,7 +14,6 @@ use super::{
     Catalog, Hosts, Instance, Ports, Protocols, Service, ServiceId, ServiceRecord, Table, Watch,
 };
 use crate::config::VipConfig;
-use crate::ordmap::Diff;
 
 /// Builds tables, each from a catalog and what the last one had.
 #[derive(Debug)]
@@ -23,9 +23,7 @@ pub struct Builder {
     pins: BTreeMap<String, SocketAddrV4>,
     vips: Vips,
     /// The catalog that the last table was built from.
-    seen: Catalog,
-    /// The services whose names aren't the table's (upper case, several labels), by the table's name.
-    variants: BTreeMap<Arc<str>, BTreeSet<ServiceId>>,
+    seen: CatalogIndex,
     /// The results of resolving host names.
     hosts: Arc<Hosts>,
     /// The names that each service's instances have for addresses, where they have some.
@@ -63,8 +61,7 @@ impl Builder {
             ports: Ports::only(config.ports.iter().copied()),
             pins: config.pins.iter().map(|(name, pin)| (name.to_lowercase(), *pin)).collect(),
             vips,
-            seen: Catalog::new(),
-            variants: BTreeMap::new(),
+            seen: CatalogIndex::default(),
             hosts: Arc::default(),
             hostnames: BTreeMap::new(),
             has_new_hostnames: false,
@@ -94,7 +91,7 @@ impl Builder {
     }
 
     fn revisit_all(&mut self) {
-        self.revisit.extend(self.seen.keys().map(folded));
+        self.revisit.extend(self.seen.catalog().keys().map(ServiceId::folded_name));
     }
 
     /// As [`Vips::expire`].
@@ -111,8 +108,7 @@ impl Builder {
     /// is shared with `last`: the cost of a change doesn't depend on the size of the catalog.
     pub fn next(&mut self, last: &Table, catalog: &Catalog, now: SystemTime) -> Option<NextTable> {
         let assigned_before = self.vips.assigned();
-        let seen = std::mem::replace(&mut self.seen, catalog.clone());
-        let Diff { changed, gone } = seen.diff(catalog);
+        let (changed, gone) = self.seen.replace(catalog.clone());
         let mut touched = std::mem::take(&mut self.revisit);
         if !self.exhausted.is_empty() && (!gone.is_empty() || now >= self.retry_at) {
             touched.append(&mut self.exhausted);
@@ -120,24 +116,10 @@ impl Builder {
         }
         let mut table = Table { generation: last.generation + 1, ..last.clone() };
         let mut differs = !last.is_synced();
-        for (id, _) in changed {
-            let name = folded(id);
-            if name != id.name {
-                self.variants.entry(name.clone()).or_default().insert(id.clone());
-            }
-            touched.insert(name);
-        }
-        for (id, _) in gone {
-            let name = folded(id);
-            if let Some(variants) = self.variants.get_mut(&name) {
-                variants.remove(id);
-                if variants.is_empty() {
-                    self.variants.remove(&name);
-                }
-            }
+        for id in &gone {
             differs |= table.rejected.remove(&id.dns_name()).is_some();
-            touched.insert(name);
         }
+        touched.extend(changed.iter().chain(&gone).map(ServiceId::folded_name));
         #[cfg(test)]
         {
             self.n_built = touched.len();
@@ -167,11 +149,8 @@ impl Builder {
     /// apart, and returns whether anything differs.
     fn build(&mut self, table: &mut Table, name: &Arc<str>, last: &Table, now: SystemTime) -> bool {
         let mut differs = false;
-        let plain = ServiceId::new(name.clone());
-        let plain = self.seen.contains_key(&plain).then_some(plain);
-        let ids = self.variants.get(name).into_iter().flatten().cloned().chain(plain);
         let mut valid: Vec<ServiceId> = Vec::new();
-        for id in ids.collect::<Vec<_>>() {
+        for id in self.seen.ids(name) {
             match check_name(&id.name) {
                 Ok(()) => valid.push(id),
                 Err(reason) => differs |= reject(table, &id, reason),
@@ -210,7 +189,7 @@ impl Builder {
     /// The catalog's instances of these names, which are one service, each once.
     fn record(&self, ids: &[ServiceId]) -> ServiceRecord {
         let mut records: Vec<&ServiceRecord> =
-            ids.iter().filter_map(|id| self.seen.get(id)).collect();
+            ids.iter().filter_map(|id| self.seen.catalog().get(id)).collect();
         if let [record] = records[..] {
             return record.clone();
         }
@@ -281,15 +260,6 @@ impl Builder {
             Some(former) if former.is_same(&service) => Ok(former.clone()),
             _ => Ok(Arc::new(service)),
         }
-    }
-}
-
-/// The name as the table has it: DNS ignores the case of letters (RFC 4343).
-fn folded(id: &ServiceId) -> Arc<str> {
-    let name = id.dns_name();
-    match name.bytes().any(|octet| octet.is_ascii_uppercase()) {
-        true => name.to_ascii_lowercase().into(),
-        false => name,
     }
 }
 

@@ -30,6 +30,15 @@ impl ServiceId {
         ServiceId { name: name.into(), subset: None, origin: None }
     }
 
+    /// [`ServiceId::dns_name`] in lower case: DNS ignores the case of letters (RFC 4343).
+    pub fn folded_name(&self) -> Arc<str> {
+        let name = self.dns_name();
+        match name.bytes().any(|octet| octet.is_ascii_uppercase()) {
+            true => name.to_ascii_lowercase().into(),
+            false => name,
+        }
+    }
+
     /// The name below the domain that stands for it: `NAME`, `SUBSET.NAME` or `NAME.ORIGIN`.
     pub fn dns_name(&self) -> Arc<str> {
         let labels = [self.subset.as_ref(), Some(&self.name), self.origin.as_ref()];

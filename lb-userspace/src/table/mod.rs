@@ -6,6 +6,7 @@
 
 mod build;
 mod endpoints;
+mod index;
 mod input;
 mod merge;
 mod ports;
@@ -21,6 +22,7 @@ use serde::{Deserialize, Serialize};
 use crate::ordmap::OrdMap;
 
 pub use build::{Builder, NextTable};
+pub use index::CatalogIndex;
 pub use input::{
     Catalog, HealthStatus, Instance, InstanceGroup, NodeIdentity, ServiceId, ServiceRecord, Watch,
     parse_ip,

@@ -65,7 +65,7 @@ fn follow_in(handle: &mut Handle, settings: Settings) {
     let source = Arc::new(move |output, wishes| {
         Box::pin(run(settings.clone(), output, wishes)) as Pin<Box<dyn Future<Output = ()>>>
     });
-    handle.run_source("consul", source, None);
+    handle.run_source(source, None);
 }
 
 async fn shows(handle: &mut Handle, is_it: impl Fn(&Catalog) -> bool) -> Catalog {
@@ -1019,7 +1019,7 @@ async fn a_clean_stop_leaves_what_was_known_a_moment_ago() {
     follow_in(&mut handle, Settings { cache: Some(path.clone()), ..settings });
     shows(&mut handle, |catalog| names(catalog) == ["db", "web"]).await;
     assert_eq!(handle.demand.look_up("web").await, Lookup::Exists);
-    handle.stop().await;
+    handle.end().await;
     let left = cache::read(&path, LIMIT).unwrap();
     assert!(left.services["web"].used_at.is_some());
     assert_eq!(left.services["web"].instances.len(), 1);

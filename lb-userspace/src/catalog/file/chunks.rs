@@ -1,14 +1,14 @@
 //! A static catalog read service by service, so that an edit costs what it edits.
 //!
-//! TOML is a sequence of lines that each say something whole, and `[[service]]` at the beginning of
-//! one starts the next service. Where every part of a text between two of these can be read by
-//! itself, and has one service, the parts together say what the whole text says. Where one can't
-//! (such a line may be within a string of several lines), has an error, or has further services (a
+//! A line `[[service]]` starts the next service. Where every part of a text between two of these can be
+//! read by itself, and has one service, the parts together mean the same as the whole text. Where one
+//! can't (such a line may be within a string of several lines), has an error, or has further services (a
 //! header may be indented, or have spaces in it), the whole text is read at once.
 //!
 //! That isn't for speed alone: the tree of a whole text of 6 MB takes more memory than all else.
 
 use std::collections::HashMap;
+use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 
 use super::parse::{Diagnostic, parse, without_mark};
@@ -17,9 +17,15 @@ use crate::table::{Instance, ServiceId, ServiceRecord, Watch};
 
 const START: &str = "[[service]]";
 
-/// The services of the last text, by the part of it that says each.
+/// The last text, as far as it could be read part by part, and its catalog.
 #[derive(Debug, Default)]
-pub struct Chunks(HashMap<Box<str>, (ServiceId, ServiceRecord)>);
+pub struct Chunks {
+    /// The service of each part, by the part's hash, and the text that had it last.
+    known: HashMap<u64, (ServiceId, u64)>,
+    hasher: RandomState,
+    catalog: Catalog,
+    n_texts: u64,
+}
 
 impl Chunks {
     /// Reads a text. What is the same as in `last` is shared with it.
@@ -29,40 +35,54 @@ impl Chunks {
     pub fn read(&mut self, text: &str, last: &Catalog) -> Result<Catalog, Vec<Diagnostic>> {
         let text = without_mark(text);
         if let Some(catalog) = self.read_parts(text, last) {
-            return Ok(catalog.sharing(last));
+            self.catalog = catalog.sharing(last);
+            return Ok(self.catalog.clone());
         }
-        self.0.clear();
+        *self = Chunks::default();
         let services = parse(text)?;
         let entries = services.into_iter().map(|(name, instances)| entry(name, instances, last));
         Ok(entries.collect::<Catalog>().sharing(last))
     }
 
-    /// Reads a text part by part; `None` where only the whole text tells what it says.
+    /// Reads a text part by part: of the parts that the last text had as well nothing but the hash is
+    /// compared, and only the others cost more. `None` where only the whole text can be read.
     fn read_parts(&mut self, text: &str, last: &Catalog) -> Option<Catalog> {
-        let mut known = std::mem::take(&mut self.0);
-        let (mut catalog, mut n_parts) = (Catalog::new(), 0);
+        self.n_texts += 1;
+        let (mut new, mut n_parts) = (Vec::new(), 0);
         for part in parts(text)? {
-            let (part, (id, record)) = match known.remove_entry(part) {
-                Some(known) => known,
+            n_parts += 1;
+            let hash = self.hasher.hash_one(part);
+            match self.known.get_mut(&hash) {
+                // There twice is an error.
+                Some((_, read_in)) if *read_in == self.n_texts => return None,
+                Some((_, read_in)) => *read_in = self.n_texts,
                 None => {
                     let mut services = parse(part).ok()?;
                     let (name, instances) = services.pop_first()?;
                     if !services.is_empty() {
                         return None;
                     }
-                    (part.into(), entry(name, instances, last))
+                    let (id, record) = entry(name, instances, last);
+                    self.known.insert(hash, (id.clone(), self.n_texts));
+                    new.push((id, record));
                 }
-            };
-            catalog.insert(id.clone(), record.clone());
-            self.0.insert(part, (id, record));
-            n_parts += 1;
+            }
         }
-        // Two of one name are an error.
+        let mut catalog = self.catalog.clone();
+        self.known.retain(|_, (id, read_in)| {
+            let is_there = *read_in == self.n_texts;
+            if !is_there {
+                catalog.remove(id);
+            }
+            is_there
+        });
+        catalog.extend(new);
+        // Two parts of one name are an error.
         (catalog.len() == n_parts).then_some(catalog)
     }
 }
 
-/// The entry of a catalog, that of the last one where it says the same.
+/// The entry of a catalog, that of the last one where it is equal.
 fn entry(name: Arc<str>, instances: Vec<Instance>, last: &Catalog) -> (ServiceId, ServiceRecord) {
     let id = ServiceId::new(name);
     match last.get_key_value(&id) {
@@ -104,7 +124,7 @@ mod tests {
     }
 
     #[test]
-    fn parts_say_what_the_whole_text_says() {
+    fn parts_mean_what_the_whole_text_means() {
         let a_twice = format!("{A}{A}");
         let both = format!("# ours\n\n{A}{B}");
         let indented = format!("{A}  {B}");
@@ -177,6 +197,23 @@ mod tests {
             let none = Catalog::new();
             prop_assert_eq!(Chunks::default().read(&text, &none), whole(&text), "{}", text);
         }
+
+        /// Whatever was read before, a text has the same services.
+        #[test]
+        fn edits_add_up_to_the_whole(
+            texts in prop::collection::vec(prop::collection::vec((0..4_u8, 1..4_u8), 0..6), 1..8),
+        ) {
+            let (mut chunks, mut last) = (Chunks::default(), Catalog::new());
+            for services in texts {
+                let text: String = services
+                    .iter()
+                    .map(|(name, port)| A.replace("\"a\"", &format!("\"s{name}\"")).replace("80", &port.to_string()))
+                    .collect();
+                let catalog = chunks.read(&text, &last);
+                prop_assert_eq!(&catalog, &whole(&text), "{}", text);
+                last = catalog.unwrap_or(last);
+            }
+        }
     }
 
     #[test]
@@ -189,7 +226,7 @@ mod tests {
         let edited = text.replacen(":80", ":81", 1);
         let second = chunks.read(&edited, &first).unwrap();
         assert!(is_same(&first, &second, "b") && first["a"] != second["a"]);
-        assert_eq!(chunks.0.len(), 2, "what is there no more is forgotten");
+        assert_eq!(chunks.known.len(), 2, "what is there no more is forgotten");
         // Also where it was never read, or is written in another way.
         let third = Chunks::default().read(&format!("# new\n{edited}\n"), &second).unwrap();
         assert!(is_same(&second, &third, "a") && is_same(&second, &third, "b"));

@@ -1,16 +1,19 @@
 //! The last good text of a static catalog, in the state directory: a daemon that starts while the
-//! file can't be used serves what it said before.
+//! file can't be used serves what the file had before.
 //!
-//! A static catalog doesn't age as Consul's does: what it has holds until somebody edits it, over
+//! A static catalog doesn't age as Consul's does: what it has applies until somebody edits it, over
 //! reboots as well.
 
-use std::io::{self, Write};
+use std::fs::File;
+use std::io::{self, BufReader, Read};
 use std::path::{Path, PathBuf};
+
+use crate::durable;
 
 /// The copy's name, within the state directory.
 const FILE_NAME: &str = "catalog.last.toml";
 
-/// Where the copy of one catalog is.
+/// The copy of one catalog.
 #[derive(Clone, Debug)]
 pub struct Kept {
     path: PathBuf,
@@ -31,18 +34,19 @@ impl Kept {
     /// # Errors
     /// When the directory can't be written to.
     pub fn write(&self, text: &str) -> io::Result<()> {
-        if self.read().is_some_and(|kept| kept == text) {
-            return Ok(());
+        match self.has(text) {
+            true => Ok(()),
+            false => durable::replace(&self.path, &[self.head.as_bytes(), text.as_bytes()]),
         }
-        let directory = self.path.parent().unwrap_or(Path::new("."));
-        std::fs::create_dir_all(directory)?;
-        let mut file = tempfile::NamedTempFile::new_in(directory)?;
-        file.write_all(self.head.as_bytes())?;
-        file.write_all(text.as_bytes())?;
-        file.as_file().sync_all()?;
-        file.persist(&self.path)?;
-        // So that the new name outlives a loss of power, too.
-        std::fs::File::open(directory)?.sync_all()
+    }
+
+    /// Whether the copy is of this text. It is read in pieces: texts have megabytes.
+    fn has(&self, text: &str) -> bool {
+        let Ok(file) = File::open(&self.path) else { return false };
+        let expected = self.head.bytes().chain(text.bytes());
+        let n_expected = (self.head.len() + text.len()) as u64;
+        let has_size = file.metadata().is_ok_and(|file| file.len() == n_expected);
+        has_size && BufReader::new(file).bytes().map_while(Result::ok).eq(expected)
     }
 
     /// The text, where there is one of this catalog.
@@ -70,6 +74,7 @@ mod tests {
         for text in ["service = []\n", "\u{feff}# \u{fc}\r\n", ""] {
             kept.write(text).unwrap();
             assert_eq!(kept.read().as_deref(), Some(text));
+            assert!(kept.has(text) && !kept.has("service = [ ]"));
             assert_eq!(Kept::new(&state, Path::new("/etc/b.toml")).read(), None);
         }
     }

@@ -32,9 +32,11 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use tokio::sync::mpsc;
 use tokio::task;
 
 use super::publisher::Publisher;
+use super::usage::{SourceCommand, UsageReceiver};
 use crate::file_state::{FileState, file_state};
 use crate::table::Catalog;
 use chunks::Chunks;
@@ -48,6 +50,10 @@ const POLL: Duration = Duration::from_secs(1);
 /// After so many looks the system is asked for a watch again.
 const POLLS: usize = 60;
 
+/// How long after a change its copy is written. The kernel has the change by then, so the copy, of
+/// megabytes, takes no processor from it; of several changes in a row the last one is written.
+const KEEP_AFTER: Duration = Duration::from_millis(500);
+
 /// Why the file can't be used.
 #[derive(Debug, thiserror::Error)]
 pub enum FileError {
@@ -56,7 +62,7 @@ pub enum FileError {
     Read {
         /// The file.
         path: PathBuf,
-        /// What the system says.
+        /// The system's error.
         source: io::Error,
     },
     /// It has errors.
@@ -76,19 +82,14 @@ fn list(path: &Path, diagnostics: &[Diagnostic]) -> String {
     lines.collect::<Vec<_>>().join("\n")
 }
 
-/// Reads the file and publishes it; what didn't change keeps its allocation.
+/// Reads the file and publishes its catalog.
 ///
 /// # Errors
 /// It can't be read, or it has errors. Then nothing is published.
 pub fn load(path: &Path, output: &Publisher) -> Result<(), FileError> {
-    load_again(path, output, &mut Chunks::default()).map(drop)
-}
-
-fn load_again(path: &Path, output: &Publisher, chunks: &mut Chunks) -> Result<String, FileError> {
     let text = read(path)?;
-    publish(path, &text, output, chunks)?;
-    output.mark_success(Instant::now());
-    Ok(text)
+    publish(output, catalog_of(path, &text, output, &mut Chunks::default())?);
+    Ok(())
 }
 
 /// As [`load`] at the start, when nothing is known yet: where the file can't be used, its last good
@@ -98,12 +99,9 @@ fn load_again(path: &Path, output: &Publisher, chunks: &mut Chunks) -> Result<St
 /// As [`load`], where there is no copy either.
 pub fn load_first(path: &Path, kept: &Kept, output: &Publisher) -> Result<(), FileError> {
     let Err(error) = load(path, output) else { return Ok(()) };
-    let is_kept = kept
-        .read()
-        .is_some_and(|text| publish(path, &text, output, &mut Chunks::default()).is_ok());
-    if !is_kept {
-        return Err(error);
-    }
+    let catalog = kept.read().map(|text| catalog_of(path, &text, output, &mut Chunks::default()));
+    let Some(Ok(catalog)) = catalog else { return Err(error) };
+    output.publish(catalog, Instant::now());
     tracing::warn!("serving the last good copy of the catalog, {}", kept.path().display());
     output.set_problem(Some(error.to_string()), true);
     Ok(())
@@ -136,38 +134,46 @@ fn is_good(text: &str) -> Result<(), Vec<Diagnostic>> {
     Chunks::default().read(text, &Catalog::new()).map(drop)
 }
 
-fn publish(
+/// The catalog of a text; what didn't change is shared with the last one.
+fn catalog_of(
     path: &Path,
     text: &str,
     output: &Publisher,
     chunks: &mut Chunks,
-) -> Result<(), FileError> {
+) -> Result<Catalog, FileError> {
     let last = output.last().unwrap_or_default();
-    let catalog = chunks.read(text, &last).map_err(|diagnostics| diagnosed(path, diagnostics))?;
-    output.publish(catalog, Instant::now());
-    Ok(())
+    chunks.read(text, &last).map_err(|diagnostics| diagnosed(path, diagnostics))
+}
+
+fn publish(output: &Publisher, catalog: Catalog) {
+    let now = Instant::now();
+    output.publish(catalog, now);
+    output.mark_success(now);
 }
 
 fn diagnosed(path: &Path, diagnostics: Vec<Diagnostic>) -> FileError {
     FileError::Diagnostics { path: path.into(), diagnostics }
 }
 
-/// Follows the file for ever. While it can't be used, its last catalog stays. `kept` is where its
-/// good texts are kept.
-pub async fn run(path: PathBuf, kept: Option<Kept>, output: Publisher) {
-    follow_with(path, kept, output, FileWatcher::new, POLL).await;
+/// Follows the file for ever. While it can't be used, its last catalog stays. `kept` is the copy of its
+/// good texts.
+pub async fn run(path: PathBuf, kept: Option<Kept>, output: Publisher, commands: UsageReceiver) {
+    let (texts, good_texts) = mpsc::unbounded_channel();
+    if let Some(kept) = kept {
+        task::spawn(keep(kept, good_texts, commands));
+    }
+    follow_with(path, output, &texts, FileWatcher::new, POLL).await;
 }
 
-/// The same, with what watches a file; one that can't be watched is looked at every `poll`.
+/// The same, with what watches a file; one that can't be watched is looked at every `poll`. Good texts
+/// go to `texts`.
 async fn follow_with(
     path: PathBuf,
-    kept: Option<Kept>,
     output: Publisher,
+    texts: &mpsc::UnboundedSender<String>,
     watch: impl Fn(&Path) -> io::Result<FileWatcher>,
     poll: Duration,
 ) {
-    output.set_off(false);
-    let mut writing: Option<task::JoinHandle<()>> = None;
     let (mut follower, mut chunks) = (None, Chunks::default());
     loop {
         // Before the file is read, so that no change after that is missed.
@@ -184,11 +190,16 @@ async fn follow_with(
             output.set_notice("watch", None);
         }
         let seen = file_state(&path);
-        let problem = match load_again(&path, &output, &mut chunks) {
-            Ok(text) => {
-                if let Some(kept) = &kept {
-                    writing = Some(task::spawn(keep(writing.take(), kept.clone(), text)));
-                }
+        let parsed = read(&path).and_then(|text| {
+            let catalog = catalog_of(&path, &text, &output, &mut chunks)?;
+            Ok((text, catalog))
+        });
+        let problem = match parsed {
+            Ok((text, catalog)) => {
+                // Before its catalog is known, so that no stop comes in between. Without a receiver there
+                // is no copy.
+                let _ = texts.send(text);
+                publish(&output, catalog);
                 None
             }
             Err(error) => Some(error.to_string()),
@@ -207,8 +218,8 @@ async fn follow_with(
     }
 }
 
-/// Looks at a file until it is another than `seen` and stays so for a look, since nothing tells when
-/// whoever writes it is done; or until it is time to try and watch it again.
+/// Looks at a file until it is another than `seen` and stays so for a look, since no event shows that its
+/// writer is done; or until it is time to try and watch it again.
 async fn settled(path: &Path, seen: FileState, poll: Duration) {
     let mut last = seen;
     for _ in 0..POLLS {
@@ -221,20 +232,51 @@ async fn settled(path: &Path, seen: FileState, poll: Duration) {
     }
 }
 
-/// Keeps a text, after the `former` one: the disk holds up no change of the catalog.
-async fn keep(former: Option<task::JoinHandle<()>>, kept: Kept, text: String) {
-    if let Some(former) = former {
-        let _ = former.await;
-    }
-    let write = move || {
-        if let Err(error) = kept.write(&text) {
-            let path = kept.path().display();
-            tracing::warn!(
-                "can't keep a copy of the catalog as {path} ({error}): a restart needs a good file"
-            );
+/// Writes the copy some time after a good text was read, and when the source is to save its state.
+async fn keep(kept: Kept, mut texts: mpsc::UnboundedReceiver<String>, mut commands: UsageReceiver) {
+    let mut latest: Option<(String, tokio::time::Instant)> = None;
+    loop {
+        let due = latest.as_ref().map(|(_, due)| *due);
+        let is_due = async {
+            match due {
+                Some(due) => tokio::time::sleep_until(due).await,
+                None => std::future::pending().await,
+            }
+        };
+        let mut saved = None;
+        tokio::select! {
+            biased;
+            text = texts.recv() => {
+                let Some(text) = text else { return };
+                let due = due.unwrap_or_else(|| tokio::time::Instant::now() + KEEP_AFTER);
+                latest = Some((text, due));
+                continue;
+            }
+            command = commands.recv() => match command {
+                Some(SourceCommand::Flush(reply)) => saved = Some(reply),
+                Some(SourceCommand::Lookup(_)) => continue,
+                // Another run has begun.
+                None => return,
+            },
+            () = is_due => {}
         }
-    };
-    let _ = task::spawn_blocking(write).await;
+        if let Some((text, _)) = latest.take() {
+            let kept = kept.clone();
+            let _ = task::spawn_blocking(move || write(&kept, &text)).await;
+        }
+        if let Some(saved) = saved {
+            let _ = saved.send(());
+        }
+    }
+}
+
+fn write(kept: &Kept, text: &str) {
+    if let Err(error) = kept.write(text) {
+        let path = kept.path().display();
+        tracing::warn!(
+            "can't write a copy of the catalog to {path} ({error}): a restart needs a good file"
+        );
+    }
 }
 
 fn cannot_watch(path: &Path, error: &io::Error) -> String {
@@ -252,7 +294,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::catalog::{CatalogError, Handle, spawn};
+    use crate::catalog::{CatalogError, Handle, UsageSender};
     use crate::config::{Config, SourceKind};
 
     fn config(path: &Path) -> Config {
@@ -263,7 +305,8 @@ mod tests {
     }
 
     fn follow(path: &Path) -> Result<Handle, CatalogError> {
-        spawn(&config(path), Vec::new())
+        let kind = SourceKind::File(path.into());
+        Handle::spawn(&kind, &config(path), &UsageSender::default(), Vec::new())
     }
 
     fn text(services: &[&str]) -> String {
@@ -348,17 +391,18 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("catalog.toml");
         let kept = Kept::new(&dir.path().join("state"), &path);
-        for services in [&["a"][..], &["a", "b"]] {
-            fs::write(&path, text(services)).unwrap();
-            let mut handle = follow(&path).unwrap();
-            shows(&mut handle, services).await;
-            // The copy is there once its directory has it.
-            let mut seen = FileWatcher::new(kept.path()).unwrap();
-            while kept.read() != Some(text(services)) {
-                seen.changed().await.unwrap();
-            }
-            handle.stop().await;
+        fs::write(&path, text(&["a"])).unwrap();
+        let mut handle = follow(&path).unwrap();
+        // The copy is there once its directory has it.
+        let mut seen = FileWatcher::new(kept.path()).unwrap();
+        while kept.read() != Some(text(&["a"])) {
+            seen.changed().await.unwrap();
         }
+        // A stop doesn't wait until it is due.
+        fs::write(&path, text(&["a", "b"])).unwrap();
+        shows(&mut handle, &["a", "b"]).await;
+        handle.end().await;
+        assert_eq!(kept.read(), Some(text(&["a", "b"])));
         let spoil: [fn(&Path); 4] = [
             |path| fs::write(path, "[[service]\n").unwrap(),
             |path| fs::write(path, b"\xff\xfe").unwrap(),
@@ -373,7 +417,7 @@ mod tests {
             shows(&mut handle, &["a", "b"]).await;
             says(&mut handle, Some("catalog.toml")).await;
             assert!(handle.health.borrow().is_failing);
-            handle.stop().await;
+            handle.end().await;
         }
         let mut handle = follow(&path).unwrap();
         fs::write(&path, text(&["c"])).unwrap();
@@ -388,8 +432,9 @@ mod tests {
         fs::write(&path, text(&["a"])).unwrap();
         let output = Publisher::new("file");
         let (mut catalog, health, _) = output.subscribe();
+        let (texts, _) = mpsc::unbounded_channel();
         let none = |_: &Path| Err(io::Error::from_raw_os_error(libc::EMFILE));
-        let following = follow_with(path.clone(), None, output, none, Duration::from_millis(5));
+        let following = follow_with(path.clone(), output, &texts, none, Duration::from_millis(5));
         let test = async {
             let mut shows = async |services: &[&str]| {
                 let is_it = |published: &Option<crate::catalog::Published>| {
