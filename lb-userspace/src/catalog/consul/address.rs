@@ -58,7 +58,7 @@ pub fn choose(
     match (candidates.into_iter().find(|(address, _)| is_fit(address)), family, tag) {
         (Some((address, port)), _, _) => Ok((address.to_owned(), port)),
         (None, Some(_), Some(tag)) => Err(format!("has no `{tag}` address")),
-        // The table says of an instance without an address what it is.
+        // The table reports an instance without an address.
         (None, _, _) => Ok((String::new(), None)),
     }
 }
@@ -73,7 +73,7 @@ mod tests {
     }
 
     #[test]
-    fn goes_from_the_service_to_its_node() {
+    fn the_node_address_is_the_fallback() {
         use AddressChoice::*;
         let (none, node) = (candidates("", &[]), candidates("10.0.0.1", &[]));
         let own = candidates("10.0.0.7", &[]);

@@ -1,4 +1,4 @@
-//! The records of `/v1/health/service/NAME`, and what each says of its instance.
+//! The records of `/v1/health/service/NAME`, and the instance of each.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -46,7 +46,7 @@ impl<'de> Visitor<'de> for ReadRecords {
     }
 }
 
-/// One instance with its node and its checks; fields that nobody here reads are skipped.
+/// One instance with its node and its checks; fields without a use here are skipped.
 ///
 /// A missing field or a null is its default: what is wrong with an instance is said of that
 /// instance, by the table. A field of another type fails the whole answer.
@@ -193,7 +193,7 @@ where
 /// gateways and the like (any non-empty Kind): such a name is no service to connect to. Beside others
 /// such a record is out.
 ///
-/// `local` is left false: who this node is, only the model knows.
+/// `local` is left false: the node that this host is isn't known here.
 pub fn instances(records: Vec<Record>, rules: &CatalogConfig) -> Option<Vec<Instance>> {
     if !records.is_empty() && records.iter().all(|record| !record.service.kind.is_empty()) {
         return None;
@@ -235,7 +235,7 @@ fn instance(record: Record, rules: &CatalogConfig) -> Instance {
 }
 
 impl Record {
-    /// The service's name as it was registered. Consul finds it whatever the case of the question.
+    /// The service's name as it was registered. Consul finds it in any case.
     pub fn service_name(&self) -> &str {
         &self.service.service
     }
@@ -250,14 +250,14 @@ impl Record {
         self.checks.has_own
     }
 
-    /// What tells the instance from others: its node, and its name there.
+    /// Identifies the instance: its node, and its name there.
     pub fn key(&self) -> (String, String) {
         (self.node.node.clone(), self.service.id.clone())
     }
 }
 
 impl RawService {
-    /// The port: `Port`, or where it says nothing the default one of `Ports`, else the first.
+    /// The port: `Port`, or where that is 0 the default one of `Ports`, else the first.
     fn port(&self) -> i64 {
         let default = self.ports.iter().find(|port| port.default).or(self.ports.first());
         match (self.port, default) {
@@ -269,7 +269,7 @@ impl RawService {
     fn candidates(&self) -> Candidates<'_> {
         let tagged = self.tagged_addresses.iter().filter_map(|(tag, tagged)| {
             let RawTagged { address, port } = tagged.as_ref()?;
-            // Port 0 says nothing of the port.
+            // Port 0 stands for no port.
             Some((tag.as_str(), (address.as_str(), (*port != 0).then_some(*port))))
         });
         Candidates { own: &self.address, tagged: tagged.collect() }
@@ -289,7 +289,7 @@ impl RawNode {
 /// Why a record of the service's name is none of its instances: by the kind, the tag and the Meta.
 fn foreign(record: &Record, rules: &CatalogConfig) -> Option<String> {
     let CatalogConfig { tag, meta, .. } = rules;
-    // A sidecar inherits the tags of the service that it stands beside.
+    // A sidecar inherits the tags of its service.
     if !record.service.kind.is_empty() {
         return Some(format!("is a {}, not the service itself", record.service.kind));
     }
@@ -332,12 +332,12 @@ impl RawCheck {
         self.id.starts_with("_service_maintenance:")
     }
 
-    /// By which the lowest is told.
+    /// The order, of which the lowest is reported.
     fn rank(&self) -> (u8, &str) {
         (self.severity(), &self.id)
     }
 
-    /// Which complaint explains the most; the lowest is told.
+    /// The rank of a check; the lowest explains the most, and is reported.
     fn severity(&self) -> u8 {
         match self.status.as_str() {
             _ if self.is_node_maintenance() => 0,
@@ -380,9 +380,9 @@ mod tests {
         crate::config::Config::default().catalog
     }
 
-    /// What `consul agent -dev` 1.8.7 says of instances registered in every way that matters.
+    /// The response of `consul agent -dev` 1.8.7 about instances registered in every relevant way.
     #[test]
-    fn reads_what_consul_says() {
+    fn reads_consuls_records() {
         let instances = instances(parse(include_str!("samples/web.json")), &rules()).unwrap();
         let got: Vec<String> = instances
             .iter()
@@ -411,7 +411,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_that_only_proxies_bear_is_no_service() {
+    fn a_name_of_proxies_only_is_no_service() {
         let sidecars = parse(include_str!("samples/sidecar.json"));
         assert!(!sidecars.is_empty());
         assert_eq!(instances(sidecars, &rules()), None);
@@ -463,7 +463,7 @@ mod tests {
     }
 
     #[test]
-    fn of_the_meta_the_keys_that_are_ours_are_read() {
+    fn the_meta_keys_of_nohop_are_read() {
         let table = [
             (r#"{}"#, (None, None)),
             (r#"{"Service":{"Meta":null}}"#, (None, None)),
@@ -503,7 +503,7 @@ mod tests {
     }
 
     #[test]
-    fn the_nodes_own_address_is_kept_beside_the_services() {
+    fn the_nodes_address_is_kept_in_addition_to_the_services() {
         for (node, expected) in [
             (r#"{"Address":"172.17.0.2"}"#, Some([172, 17, 0, 2].into())),
             (r#"{"Address":"::ffff:172.17.0.2"}"#, Some([172, 17, 0, 2].into())),
@@ -520,7 +520,7 @@ mod tests {
     }
 
     #[test]
-    fn of_several_ports_the_default_one_is_reached() {
+    fn the_default_one_of_several_ports_is_used() {
         for (service, expected) in [
             (r#""Port":80"#, 80),
             (r#""Port":80,"Ports":null"#, 80),
@@ -542,7 +542,7 @@ mod tests {
     }
 
     #[test]
-    fn more_instances_than_any_service_has_are_an_error() {
+    fn too_many_instances_are_an_error() {
         let list = |n: usize| format!("[{}]", vec!["{}"; n].join(","));
         let Records(records) = serde_json::from_str(&list(MAX_RECORDS)).unwrap();
         assert_eq!(records.len(), MAX_RECORDS);
@@ -564,7 +564,7 @@ mod tests {
     }
 
     #[test]
-    fn a_warning_serves_with_its_weight_where_the_operator_wants_that() {
+    fn a_warning_serves_with_its_weight_if_configured() {
         let warning = CatalogConfig { health: HealthPolicy::Warning, ..rules() };
         // (weights, checks by status, what the policies `passing` and `warning` make of it)
         let table = [
@@ -612,7 +612,7 @@ mod tests {
     }
 
     #[test]
-    fn meta_that_is_wanted_must_all_be_there() {
+    fn all_required_meta_must_match() {
         let wanted = [("stage", "live"), ("zone", "a")].map(|(k, v)| (k.into(), v.into()));
         let rules = CatalogConfig { meta: wanted.into(), ..rules() };
         for (meta, expected) in [
@@ -631,7 +631,7 @@ mod tests {
     }
 
     #[test]
-    fn the_chosen_address_brings_its_port_along() {
+    fn the_chosen_address_comes_with_its_port() {
         let json = r#"{"Node":{"Address":"10.0.0.1","TaggedAddresses":{"wan":"192.0.2.1"}},
             "Service":{"Tags":["routed"],"Port":80,"Address":"",
                        "TaggedAddresses":{"wan":{"Address":"192.0.2.9","Port":8080},"x":null}}}"#;

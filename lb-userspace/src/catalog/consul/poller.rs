@@ -202,7 +202,7 @@ mod tests {
 
     const S: Duration = Duration::from_secs(1);
 
-    /// When the next question is due after an answer with this index, in milliseconds, if the one
+    /// When the next request is due after an answer with this index, in milliseconds, if the one
     /// before it had index 7 and this one took so long.
     fn due_after(index: Option<u64>, took: Duration) -> u128 {
         let start = Instant::now();
@@ -271,7 +271,7 @@ mod tests {
     fn two_at_once_then_one_every_quarter_second() {
         let start = Instant::now();
         let mut bucket = TokenBucket::new(start);
-        // (asked at, may go on after), in milliseconds
+        // (taken at, may be spent after), in milliseconds
         let table = [(0, 0), (0, 0), (0, 250), (250, 250), (900, 0), (900, 100), (5000, 0)];
         for (n, (asked_at, pause)) in table.into_iter().enumerate() {
             let got = bucket.take(start + Duration::from_millis(asked_at));

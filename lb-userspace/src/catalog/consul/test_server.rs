@@ -31,9 +31,9 @@ pub enum Fault {
     Header(&'static str),
 }
 
-/// What comes after what was said.
+/// The state after a request.
 enum Then {
-    /// The next question.
+    /// The next request.
     Next,
     /// The connection's end.
     Close,
@@ -95,7 +95,7 @@ impl Fake {
         fake
     }
 
-    /// Sets what a path answers, and wakes those who wait for it.
+    /// Sets the response of a path, and ends the requests that wait for it.
     pub fn set(&self, path: &str, index: u64, body: Value) {
         self.state.send_modify(|state| {
             state.index.insert(path.into(), index);
@@ -129,7 +129,7 @@ impl Fake {
         });
     }
 
-    /// As [`Fake::break_path`], of one question with all its parameters, which beats the path's.
+    /// As [`Fake::break_path`], of one request with all its parameters, which overrides the path's.
     pub fn break_question(&self, question: &str, fault: Option<Fault>) {
         self.break_path(question, fault);
     }
@@ -195,7 +195,7 @@ async fn answer(question: &str, state: &watch::Sender<State>) -> Option<(String,
     let mut state = state.subscribe();
     let is_news =
         |state: &State| state.fault.contains_key(path) || state.index.get(path) != Some(&index);
-    // Where the wait runs out, the state is told as it is.
+    // At the end of the wait, the present state is the response.
     let _ = tokio::time::timeout(Duration::from_millis(wait), state.wait_for(is_news)).await;
     let (index, body, fault) = {
         let state = state.borrow();
@@ -238,7 +238,7 @@ async fn answer(question: &str, state: &watch::Sender<State>) -> Option<(String,
     }
 }
 
-/// Several lines with what the test server was asked, for a failed assertion.
+/// The requests to the test server, a line each, for a failed assertion.
 impl std::fmt::Debug for Fake {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{:#?}", self.state.borrow().asked)

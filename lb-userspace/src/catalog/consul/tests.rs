@@ -133,7 +133,7 @@ async fn follows_names_and_instances() {
 }
 
 #[tokio::test]
-async fn new_meta_is_published_where_it_is_ours() {
+async fn only_meta_keys_of_nohop_publish_a_change() {
     let (fake, mut handle, _) = synced().await;
     let with_meta = |meta| {
         let mut web = instance("n1", "web-1", 1);
@@ -154,20 +154,20 @@ async fn new_meta_is_published_where_it_is_ours() {
 }
 
 #[tokio::test]
-async fn new_words_of_a_check_publish_nothing() {
+async fn a_new_output_of_a_check_publishes_nothing() {
     let (fake, mut handle, _) = synced().await;
     handle.catalog.mark_unchanged();
     let mut talkative = instance("n1", "web-1", 1);
     talkative["Checks"][0]["Publisher"] = json!("still fine");
     fake.set(&service("web"), 21, json!([talkative]));
-    // What is asked after index 21 was asked once 21 had been taken in.
+    // A request after index 21 is sent once 21 was applied.
     let asked = format!("{}?index=21&wait=60000ms", service("web"));
     fake.state.subscribe().wait_for(|state| state.asked.contains_key(&asked)).await.unwrap();
     assert!(!handle.catalog.has_changed().unwrap());
 }
 
 #[tokio::test]
-async fn no_failure_takes_anything_away_and_each_is_named_and_fixes() {
+async fn no_failure_removes_anything_and_each_is_reported_until_it_ends() {
     let faults = [
         (Fault::Status(403, "ACL not found"), "403, `ACL not found`"),
         (Fault::Status(500, "No cluster leader\nmore"), "`No cluster leader`"),
@@ -182,7 +182,7 @@ async fn no_failure_takes_anything_away_and_each_is_named_and_fixes() {
     let mut index = 100;
     for (fault, what) in faults {
         for path in [NAMES.into(), service("web")] {
-            // A question that is held back wakes up to the fault.
+            // A blocking query ends with the fault.
             fake.break_path(&path, Some(fault.clone()));
             says(&mut handle, Some(what)).await;
             let now = handle.catalog.borrow().clone().unwrap();
@@ -208,7 +208,7 @@ async fn no_failure_takes_anything_away_and_each_is_named_and_fixes() {
 }
 
 #[tokio::test]
-async fn a_question_without_an_answer_is_given_up_and_asked_again() {
+async fn a_request_without_a_response_times_out_and_is_repeated() {
     let fake = Fake::start().await;
     fake.set_names(10, &["web"]);
     fake.set(&service("web"), 20, json!([instance("n1", "web-1", 1)]));
@@ -227,13 +227,13 @@ async fn a_question_without_an_answer_is_given_up_and_asked_again() {
 }
 
 #[tokio::test]
-async fn a_wrong_type_names_its_service_and_its_place() {
+async fn a_wrong_type_is_reported_with_its_service_and_path() {
     let (fake, mut handle, _) = synced().await;
     let wrong = Fault::Body(r#"[{"Service":{"Tags":["routed"],"Port":"80"}}]"#);
     fake.break_path(&service("web"), Some(wrong));
     says(&mut handle, Some("service `web`: ")).await;
     says(&mut handle, Some("[0].Service.Port")).await;
-    // Another one goes on meanwhile.
+    // Another one is followed meanwhile.
     fake.set(&service("db"), 30, json!([instance("n2", "db-1", 5432)]));
     fake.set_names(11, &["db", "web"]);
     let catalog = shows(&mut handle, |catalog| names(catalog) == ["db", "web"]).await;
@@ -253,7 +253,7 @@ async fn an_index_that_goes_backwards_is_confirmed() {
 
 #[tokio::test]
 async fn starts_before_consul_does() {
-    // A port that nobody listens on, for now.
+    // A port without a listener, for now.
     let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let mut handle = follow(config(free), timing());
     says(&mut handle, Some("can't reach Consul at 127.0.0.1")).await;
@@ -262,7 +262,7 @@ async fn starts_before_consul_does() {
 }
 
 #[tokio::test]
-async fn a_service_that_never_answers_holds_up_nobody() {
+async fn a_service_without_a_response_delays_no_other() {
     let fake = Fake::start().await;
     fake.set_names(10, &["bad", "web"]);
     fake.set(&service("web"), 20, json!([instance("n1", "web-1", 1)]));
@@ -276,7 +276,7 @@ async fn a_service_that_never_answers_holds_up_nobody() {
 }
 
 #[tokio::test]
-async fn a_token_that_may_not_know_the_agent_makes_nothing_local() {
+async fn a_token_without_agent_read_makes_no_instance_local() {
     let fake = Fake::start().await;
     fake.break_path(AGENT, Some(Fault::Status(403, "Permission denied")));
     fake.set_names(10, &["web"]);
@@ -320,7 +320,7 @@ async fn watches_take_turns_where_connections_are_few() {
 }
 
 #[tokio::test]
-async fn the_token_file_is_read_for_each_question() {
+async fn the_token_file_is_read_for_each_request() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("token");
     let fake = Fake::start().await;
@@ -354,15 +354,15 @@ async fn cold() -> (Fake, Handle) {
     (fake, handle)
 }
 
-/// How often anything was asked about a service.
-fn n_asked_about(fake: &Fake, name: &str) -> usize {
+/// The number of requests about a service.
+fn n_requests_about(fake: &Fake, name: &str) -> usize {
     let state = fake.state.borrow();
     let about = state.asked.iter().filter(|(question, _)| question.starts_with(&service(name)));
     about.map(|(_, n)| n).sum()
 }
 
 #[tokio::test]
-async fn what_nobody_uses_is_cold_and_asked_for_by_nobody() {
+async fn an_unused_service_is_cold_and_not_requested() {
     let (fake, mut handle) = cold().await;
     let first = shows(&mut handle, |catalog| names(catalog) == ["db", "web"]).await;
     assert!(first.values().all(|listing| listing.watch == Watch::Cold));
@@ -373,13 +373,13 @@ async fn what_nobody_uses_is_cold_and_asked_for_by_nobody() {
     let second = handle.catalog.borrow().clone().unwrap().catalog;
     assert_eq!((second["web"].watch, ports(&second, "web")), (Watch::Live, vec![80]));
     assert_eq!(second["db"].watch, Watch::Cold);
-    assert_eq!(n_asked_about(&fake, "db"), 0);
+    assert_eq!(n_requests_about(&fake, "db"), 0);
     let watches = handle.stats.watches();
     assert_eq!((watches.live, watches.cold), (1, 1));
 }
 
 #[tokio::test]
-async fn a_name_out_of_the_list_is_looked_up_and_a_flood_of_them_is_not() {
+async fn an_unlisted_name_is_looked_up_and_a_flood_of_them_is_not() {
     let (fake, mut handle) = cold().await;
     shows(&mut handle, |catalog| names(catalog) == ["db", "web"]).await;
     fake.set(&service("new"), 30, json!([instance("n1", "1", 90)]));
@@ -399,7 +399,7 @@ async fn a_name_out_of_the_list_is_looked_up_and_a_flood_of_them_is_not() {
         // Five more a second are looked up beyond the first ten, of which `new` was one.
         assert!(got == expected || got == Lookup::Absent, "{n}: {got:?}");
     }
-    let n_asked: usize = (0..200).map(|n| n_asked_about(&fake, &format!("made-up-{n}"))).sum();
+    let n_asked: usize = (0..200).map(|n| n_requests_about(&fake, &format!("made-up-{n}"))).sum();
     assert!(n_asked < 50, "{n_asked} questions");
 }
 
@@ -430,16 +430,16 @@ async fn an_unknown_name_is_answered_at_once_while_consul_is_down() {
         fake.break_path(path, Some(Fault::Close));
     }
     says(&mut handle, Some("lost")).await;
-    // One that is asked about would have to wait for the time that answers have.
+    // A request would take until its timeout.
     fake.break_path(&service("made-up"), Some(Fault::Hang));
     for _ in 0..100 {
         assert_eq!(handle.demand.look_up("made-up").await, Lookup::Unknown);
     }
-    assert_eq!(n_asked_about(&fake, "made-up"), 0);
+    assert_eq!(n_requests_about(&fake, "made-up"), 0);
 }
 
 #[tokio::test]
-async fn a_name_is_absent_only_where_consul_said_so() {
+async fn a_name_is_absent_only_by_an_answer_of_consul() {
     let (fake, mut handle) = cold().await;
     shows(&mut handle, |catalog| names(catalog) == ["db", "web"]).await;
     // Neither is in the list; `new` could be registered a moment ago.
@@ -477,7 +477,7 @@ async fn a_listed_name_that_has_never_been_read_is_unknown() {
 }
 
 #[tokio::test]
-async fn a_name_that_nobody_tags_any_more_goes_with_its_own_answer() {
+async fn a_name_without_the_tag_goes_with_its_own_answer() {
     let (fake, mut handle, _) = synced().await;
     let mut untagged = instance("n1", "web-1", 1);
     untagged["Service"]["Tags"] = json!(["other"]);
@@ -486,7 +486,7 @@ async fn a_name_that_nobody_tags_any_more_goes_with_its_own_answer() {
 }
 
 #[tokio::test]
-async fn a_great_loss_is_confirmed_before_it_counts() {
+async fn a_large_loss_is_confirmed_before_it_applies() {
     let (fake, mut handle, _) = synced().await;
     let all: Vec<_> = (1..=4).map(|n| instance("n1", &format!("web-{n}"), n)).collect();
     fake.set(&service("web"), 21, json!(all));
@@ -508,7 +508,7 @@ async fn a_great_loss_is_confirmed_before_it_counts() {
 }
 
 #[tokio::test]
-async fn the_switch_is_followed_and_keeps_its_place_through_errors() {
+async fn the_kill_switch_is_followed_and_keeps_its_state_through_errors() {
     let (fake, mut handle, _) = synced().await;
     assert!(!*handle.off.borrow());
     fake.set(kill_switch::PATH, 40, json!([{"Value": null}]));
@@ -533,7 +533,7 @@ async fn one_stale_answer_does_not_switch_translation_on() {
     fake.set(kill_switch::PATH, 40, json!([{"Value": null}]));
     handle.off.wait_for(|off| *off).await.unwrap();
     let asked = format!("{}?consistent", kill_switch::PATH);
-    // A server that is behind says there is no key, with an older index or a newer one.
+    // A stale server lacks the key, with an older index or a newer one.
     for (n, index) in [(2, 30), (3, 50)] {
         fake.set(kill_switch::PATH, index, json!([{"Value": null}]));
         fake.break_question(&asked, Some(Fault::Hang));
@@ -548,7 +548,7 @@ async fn one_stale_answer_does_not_switch_translation_on() {
 }
 
 #[tokio::test]
-async fn nothing_is_published_before_the_switch_has_said_whether_to_translate() {
+async fn nothing_is_published_before_the_kill_switch_was_read() {
     let fake = Fake::start().await;
     fake.set(kill_switch::PATH, 40, json!([{"Value": null}]));
     fake.break_path(kill_switch::PATH, Some(Fault::Status(500, "no leader")));
@@ -566,7 +566,7 @@ async fn nothing_is_published_before_the_switch_has_said_whether_to_translate() 
 }
 
 #[tokio::test]
-async fn what_another_consul_said_of_the_switch_does_not_hold_where_the_token_may_not_read_it() {
+async fn the_kill_switch_of_another_consul_does_not_apply_without_permission_to_read_it() {
     let (fake, mut handle, _) = synced().await;
     fake.set(kill_switch::PATH, 40, json!([{"Value": null}]));
     handle.off.wait_for(|off| *off).await.unwrap();
@@ -578,7 +578,7 @@ async fn what_another_consul_said_of_the_switch_does_not_hold_where_the_token_ma
 }
 
 #[tokio::test]
-async fn a_switch_that_fails_keeps_nobody_from_a_cold_service() {
+async fn a_failing_kill_switch_blocks_no_cold_service() {
     let (fake, mut handle) = cold().await;
     shows(&mut handle, |catalog| names(catalog) == ["db", "web"]).await;
     fake.break_path(kill_switch::PATH, Some(Fault::Status(500, "no leader")));
@@ -617,7 +617,7 @@ async fn a_list_without_a_service_that_serves_is_confirmed() {
 }
 
 #[tokio::test]
-async fn what_the_kernel_serves_waits_for_its_answer() {
+async fn the_first_catalog_waits_for_what_the_kernel_serves() {
     let fake = Fake::start().await;
     for name in ["db", "web"] {
         fake.set(&service(name), 20, json!([instance("n1", "1", 1)]));
@@ -635,7 +635,7 @@ async fn what_the_kernel_serves_waits_for_its_answer() {
 }
 
 #[tokio::test]
-async fn who_waits_for_a_name_that_goes_is_told_and_so_is_the_next() {
+async fn a_lookup_of_a_name_that_goes_is_answered_and_so_is_the_next() {
     let (fake, mut handle) = cold().await;
     shows(&mut handle, |catalog| names(catalog) == ["db", "web"]).await;
     fake.break_path(&service("web"), Some(Fault::Hang));
@@ -672,7 +672,7 @@ async fn another_source_finds_the_former_ones_connections_closed() {
     tokio::time::timeout(LIMIT, handle.supervisor.join()).await.expect("its end is seen");
 }
 
-/// Long polls come back soon, and what is doubted stays so.
+/// Blocking queries end soon, and suspicions last.
 fn watchful() -> Timing {
     let wait = Duration::from_millis(200);
     Timing { wait, first_wait: wait, distrust: LIMIT * 10, ..timing() }
@@ -697,7 +697,7 @@ fn n_serving(catalog: &Catalog) -> usize {
 }
 
 #[tokio::test]
-async fn a_body_counts_whatever_its_index() {
+async fn a_body_applies_whatever_its_index() {
     let (fake, mut handle) = synced_with(&["web"], watchful()).await;
     // As after a policy was widened: an instance, and a name, that the token may see now.
     fake.set(&service("web"), 20, json!([instance("n1", "1", 1), instance("n1", "2", 2)]));
@@ -711,7 +711,7 @@ async fn a_body_counts_whatever_its_index() {
 }
 
 #[tokio::test]
-async fn what_goes_while_the_index_stands_still_is_reported_and_not_applied() {
+async fn a_loss_without_a_new_index_is_reported_and_withheld() {
     let (fake, mut handle) = synced_with(&["db", "web"], watchful()).await;
     fake.set(&service("web"), 20, json!([]));
     says(&mut handle, Some("lack instances of `web`: nothing has changed in its state")).await;
@@ -735,7 +735,7 @@ async fn what_goes_while_the_index_stands_still_is_reported_and_not_applied() {
 }
 
 #[tokio::test]
-async fn what_consul_begins_to_leave_out_for_the_tokens_sake_stays() {
+async fn instances_that_acls_begin_to_filter_keep_serving() {
     let (fake, mut handle) = synced_with(&["web"], watchful()).await;
     fake.set_filtered(&service("web"), 21, json!([]));
     fake.set_filtered(NAMES, 11, json!({}));
@@ -755,7 +755,7 @@ async fn what_consul_begins_to_leave_out_for_the_tokens_sake_stays() {
 }
 
 #[tokio::test]
-async fn what_is_new_serves_beside_what_consul_leaves_out() {
+async fn new_instances_serve_in_addition_to_filtered_ones() {
     let (fake, mut handle) = synced_with(&["web"], watchful()).await;
     let three = [1, 2, 3].map(|n| instance("n1", &n.to_string(), n));
     fake.set(&service("web"), 21, json!(three));
@@ -765,7 +765,7 @@ async fn what_is_new_serves_beside_what_consul_leaves_out() {
 }
 
 #[tokio::test]
-async fn a_token_that_always_saw_less_is_believed() {
+async fn an_answer_that_was_always_filtered_applies() {
     let fake = Fake::start().await;
     fake.set_filtered(&service("web"), 20, json!([instance("n1", "1", 1)]));
     fake.set_filtered(NAMES, 10, json!({"web": ["routed"]}));
@@ -778,7 +778,7 @@ async fn a_token_that_always_saw_less_is_believed() {
 }
 
 #[tokio::test]
-async fn servers_that_lost_their_state_take_nothing_away() {
+async fn servers_that_lost_their_state_remove_nothing() {
     let (fake, mut handle) = synced_with(&["web"], watchful()).await;
     fake.set(NAMES, 3, json!({"consul": []}));
     fake.set(&service("web"), 2, json!([]));
@@ -793,7 +793,7 @@ async fn servers_that_lost_their_state_take_nothing_away() {
 }
 
 #[tokio::test]
-async fn a_list_that_lost_even_consul_is_not_believed() {
+async fn a_list_that_lost_even_consul_is_withheld() {
     let (fake, mut handle) = synced_with(&["web"], watchful()).await;
     fake.set(NAMES, 11, json!({"consul": [], "web": ["routed"]}));
     let asked = format!("{NAMES}?index=11&wait=200ms");
@@ -805,7 +805,7 @@ async fn a_list_that_lost_even_consul_is_not_believed() {
 }
 
 #[tokio::test]
-async fn all_that_serves_goes_at_once_only_after_a_while() {
+async fn the_loss_of_all_services_at_once_applies_only_after_a_while() {
     let all = ["a", "b", "c", "d"];
     let (fake, mut handle) = synced_with(&all, watchful()).await;
     for name in all {
@@ -833,7 +833,7 @@ async fn all_that_serves_goes_at_once_only_after_a_while() {
 }
 
 #[tokio::test]
-async fn a_name_that_goes_is_known_for_a_while_and_serves_again_at_once() {
+async fn a_name_that_goes_lingers_and_serves_again_at_once() {
     let (fake, mut handle) =
         synced_with(&["db", "web"], Timing { linger: LIMIT, ..timing() }).await;
     fake.set(&service("web"), 21, json!([]));
@@ -850,7 +850,7 @@ async fn a_name_that_goes_is_known_for_a_while_and_serves_again_at_once() {
     fake.set_names(12, &["db", "web"]);
     let asked = format!("{NAMES}?index=12&wait=60000ms");
     fake.state.subscribe().wait_for(|state| state.asked.contains_key(&asked)).await.unwrap();
-    // One that the list takes away, though its own answer came first or not at all.
+    // One that the list removes, though its own answer came first or not at all.
     fake.set_names(13, &["db"]);
     let catalog = shows(&mut handle, |catalog| n_serving(catalog) == 1).await;
     assert_eq!(names(&catalog), ["db", "web"]);
@@ -870,7 +870,7 @@ async fn a_name_that_goes_is_known_for_a_while_and_serves_again_at_once() {
 }
 
 #[tokio::test]
-async fn another_token_in_its_file_has_all_that_is_held_asked_again() {
+async fn another_token_in_its_file_repeats_all_blocking_queries() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("token");
     std::fs::write(&path, "first").unwrap();
@@ -903,7 +903,7 @@ async fn another_token_in_its_file_has_all_that_is_held_asked_again() {
 }
 
 #[tokio::test]
-async fn no_question_is_held_for_longer_than_the_run_has_lasted() {
+async fn no_wait_is_longer_than_the_run_has_lasted() {
     let first_wait = Duration::from_millis(20);
     let start = std::time::Instant::now();
     let (fake, _handle) = synced_with(&["web"], Timing { first_wait, ..timing() }).await;
@@ -920,7 +920,7 @@ async fn no_question_is_held_for_longer_than_the_run_has_lasted() {
 }
 
 #[tokio::test]
-async fn what_another_consul_said_of_the_switch_holds_until_this_one_is_sure() {
+async fn the_kill_switch_of_another_consul_applies_until_a_consistent_read_of_this_one() {
     let (fake, mut handle, _) = synced().await;
     fake.set(kill_switch::PATH, 40, json!([{"Value": null}]));
     handle.off.wait_for(|off| *off).await.unwrap();
@@ -937,7 +937,7 @@ async fn what_another_consul_said_of_the_switch_holds_until_this_one_is_sure() {
 }
 
 #[tokio::test]
-async fn the_switch_makes_no_catalog_younger() {
+async fn the_kill_switch_does_not_refresh_the_age_of_the_catalog() {
     let (fake, mut handle, _) = synced().await;
     for path in [NAMES.into(), service("web")] {
         fake.break_path(&path, Some(Fault::Status(500, "rpc error making call: EOF")));
@@ -953,7 +953,7 @@ async fn the_switch_makes_no_catalog_younger() {
 }
 
 #[test]
-fn what_is_asked_for_is_part_of_the_origin() {
+fn the_selection_of_services_is_part_of_the_origin() {
     let first = settings(config("127.0.0.1:8500"), WatchPolicy::Used, timing());
     let with = |change: fn(&mut CatalogConfig)| {
         let mut catalog = (*first.catalog).clone();
@@ -973,7 +973,7 @@ fn what_is_asked_for_is_part_of_the_origin() {
 }
 
 #[tokio::test]
-async fn what_was_known_serves_a_new_daemon_while_consul_is_down() {
+async fn the_saved_catalog_serves_a_new_daemon_while_consul_is_down() {
     let dir = tempfile::tempdir().unwrap();
     let cache = Some(dir.path().join(cache::FILE_NAME));
     let (fake, mut first) = cold().await;
@@ -1009,7 +1009,7 @@ async fn what_was_known_serves_a_new_daemon_while_consul_is_down() {
 }
 
 #[tokio::test]
-async fn a_clean_stop_leaves_what_was_known_a_moment_ago() {
+async fn a_clean_stop_saves_the_last_change() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join(cache::FILE_NAME);
     let (fake, mut handle) = cold().await;
@@ -1026,7 +1026,7 @@ async fn a_clean_stop_leaves_what_was_known_a_moment_ago() {
 }
 
 #[tokio::test]
-async fn another_configuration_loses_nothing_on_the_way() {
+async fn a_new_configuration_loses_no_service() {
     let (fake, mut handle) = cold().await;
     shows(&mut handle, |catalog| names(catalog) == ["db", "web"]).await;
     assert_eq!(handle.demand.look_up("web").await, Lookup::Exists);
@@ -1045,7 +1045,7 @@ async fn another_configuration_loses_nothing_on_the_way() {
 }
 
 #[tokio::test]
-async fn a_use_of_a_name_makes_all_of_it_live_whatever_their_case() {
+async fn a_use_makes_all_names_live_that_differ_in_case() {
     let fake = Fake::start().await;
     for (name, port) in [("WEB", 1), ("Web", 2), ("web", 3)] {
         let instance = instance("n1", &format!("{name}-1"), port);
@@ -1082,7 +1082,7 @@ async fn a_node_of_the_same_name_in_another_datacenter_is_not_this_one() {
         record("other-datacenter", "dc2", "9d75"),
         record("other-node", "dc1", "aaaa"),
     ];
-    // (what the agent says of itself, which instances are this node's)
+    // (the agent's answer about itself, which instances are this node's)
     let config_of = json!({"NodeName": "n1", "NodeID": "9d75", "Datacenter": "dc1"});
     let elsewhere = json!({"Config": config_of, "Member": {"Addr": "192.0.2.77"}});
     for (agent, expected) in
@@ -1114,7 +1114,7 @@ async fn an_agents_address_may_come_to_this_host_later() {
     assert_eq!((got.local, got.may_be_local), (false, true));
     let facts = handle.health.borrow().facts.join(" ");
     assert!(facts.contains("its advertise_addr, 192.0.2.77,"), "{facts}");
-    // To ask is all that tells it: nothing has failed.
+    // Only another request shows it: nothing has failed.
     fake.set(AGENT, 1, json!({"Config": config_of, "Member": {"Addr": "127.0.0.1"}}));
     shows(&mut handle, |catalog| catalog["web"].groups[0].instances[0].local).await;
     assert!(handle.health.borrow().facts.is_empty());

@@ -1,4 +1,4 @@
-//! The token file, as it is watched: a question that Consul holds carries the token of its start.
+//! The watch of the token file: a blocking query has the token of its start.
 
 use std::path::PathBuf;
 use std::time::Duration;

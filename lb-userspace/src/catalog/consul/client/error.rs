@@ -33,12 +33,12 @@ pub enum QueryError {
     Tls {
         /// Where Consul is.
         address: String,
-        /// What TLS says.
+        /// The error of TLS.
         source: Box<dyn Error + Send + Sync>,
         /// What to do.
         fix: &'static str,
     },
-    /// The agent speaks TLS, and the address says that it doesn't.
+    /// The agent requires TLS, and the address is `http`.
     #[error(
         "Consul at {address} speaks TLS there: write https://{address} as consul.address or \
          CONSUL_HTTP_ADDR"
@@ -113,10 +113,10 @@ pub enum QueryError {
         /// The first line of the body.
         message: String,
     },
-    /// An answer of an agent that hears no leader: of any age, perhaps empty.
+    /// A response of an agent without a leader: of any age, perhaps empty.
     #[error("Consul's servers have no leader: look at `consul operator raft list-peers`")]
     NoLeader,
-    /// An answer of a server that heard its leader long ago.
+    /// A response of a server that was last in contact with its leader long ago.
     #[error(
         "Consul's answer is more than {limit:?} old, since the server that gave it has not heard its \
          leader: look at `consul operator raft list-peers`"
@@ -149,7 +149,7 @@ pub enum QueryError {
     TokenFile {
         /// The file.
         path: PathBuf,
-        /// What the system says.
+        /// The error of the system.
         source: io::Error,
     },
     /// The token is empty or has bytes that no header may have.
@@ -160,7 +160,7 @@ pub enum QueryError {
     BadRequest {
         /// Where Consul is.
         address: String,
-        /// What the HTTP side says.
+        /// The error of the HTTP client.
         source: reqwest::Error,
     },
 }
@@ -233,7 +233,7 @@ impl QueryError {
             matches!(error.kind(), UnexpectedEof | ConnectionReset | BrokenPipe)
         };
         // connect(2) returns none of these, so it was the handshake that the agent broke off.
-        // The first one may only wrap the one whose kind counts.
+        // The first one may only wrap the one with the kind.
         let is_handshake = address.starts_with("https://")
             && causes(&source).filter_map(|cause| cause.downcast_ref()).any(is_lost);
         match is_handshake {

@@ -105,7 +105,7 @@ impl Pool {
             ConsulAddress::Https(authority) => {
                 self.tls.server_name(authority).and_then(|_| self.tls.client())
             }
-            // reqwest wants to have some, used or not.
+            // reqwest requires some, used or not.
             ConsulAddress::Http(_) | ConsulAddress::Unix(_) => Tls::unused(),
         };
         let tls = tls.map_err(|what| QueryError::TlsFile { what })?;

@@ -12,7 +12,7 @@ use crate::catalog::publisher::Publisher;
 /// The most filtered paths that are remembered; past that only their number is wrong.
 const MAX_FILTERED: usize = 1000;
 
-/// How long a path counts as filtered that isn't requested any more, as that of a service that has
+/// How long a path stays filtered that isn't requested any more, as that of a service that has
 /// gone: several times the longest wait of a request.
 const FILTERED_LASTS: Duration = Duration::from_secs(5 * 60);
 
@@ -84,7 +84,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_path_that_is_asked_for_no_more_is_forgotten() {
+    fn a_filtered_path_expires_without_requests() {
         let output = Publisher::new("consul");
         let (_, health, _) = output.subscribe();
         let facts = || health.borrow().facts.join(" ");

@@ -44,7 +44,7 @@ fn names_are_percent_encoded() {
 }
 
 #[test]
-fn asks_with_index_wait_and_scope() {
+fn a_request_has_index_wait_and_scope() {
     // (datacenter, namespace, partition)
     let table = [
         (["", "", ""], ReadMode::Plain, "/p"),
@@ -122,7 +122,7 @@ async fn every_answer_is_counted_by_its_kind() {
 type BTreeMap = std::collections::BTreeMap<String, Vec<String>>;
 
 #[tokio::test]
-async fn a_body_that_is_too_large_is_not_even_begun_where_it_says_so() {
+async fn a_body_of_too_large_a_length_is_not_read() {
     let fake = Fake::start().await;
     fake.break_path(NAMES, Some(Fault::Header("Content-Length: 99999999999")));
     let (client, _) = client(config(fake.address));
@@ -131,7 +131,7 @@ async fn a_body_that_is_too_large_is_not_even_begun_where_it_says_so() {
 }
 
 #[tokio::test]
-async fn what_the_token_may_not_read_is_a_fact() {
+async fn filtered_paths_are_a_notice() {
     let fake = Fake::start().await;
     let (client, output) = client(config(fake.address));
     let (_, health, _) = output.subscribe();
@@ -147,7 +147,7 @@ async fn what_the_token_may_not_read_is_a_fact() {
 }
 
 #[tokio::test]
-async fn a_key_that_is_not_there_is_null() {
+async fn an_absent_key_is_null() {
     let fake = Fake::start().await;
     fake.break_path("/v1/kv/nohop/off", Some(Fault::Status(404, "")));
     let (client, output) = client(config(fake.address));
@@ -157,7 +157,7 @@ async fn a_key_that_is_not_there_is_null() {
 }
 
 #[tokio::test]
-async fn a_token_file_that_is_empty_asks_nothing() {
+async fn an_empty_token_file_sends_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("token");
     std::fs::write(&path, " \n").unwrap();
@@ -170,14 +170,14 @@ async fn a_token_file_that_is_empty_asks_nothing() {
 }
 
 #[tokio::test]
-async fn a_unix_socket_is_asked() {
+async fn a_request_over_a_unix_socket() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("consul.sock");
     let listener = UnixListener::bind(&path).unwrap();
     let mut server = JoinSet::new();
     server.spawn(async move {
         loop {
-            say_empty(listener.accept().await.unwrap().0).await;
+            respond_empty(listener.accept().await.unwrap().0).await;
         }
     });
     let (client, _) =
@@ -185,8 +185,8 @@ async fn a_unix_socket_is_asked() {
     client.get::<Value>(&request(NAMES), LIMIT).await.unwrap();
 }
 
-/// Answers one question with an empty object, and closes.
-async fn say_empty(mut stream: impl AsyncRead + AsyncWrite + Unpin) {
+/// Answers one request with an empty object, and closes.
+async fn respond_empty(mut stream: impl AsyncRead + AsyncWrite + Unpin) {
     let mut seen = Vec::new();
     while !seen.ends_with(b"\r\n\r\n") {
         // A client that left is seen at the other end.
@@ -220,7 +220,7 @@ impl Authority {
         self.dir.path().join(file)
     }
 
-    /// Replaces a file, as those do who rotate certificates.
+    /// Replaces a file as a rotation of certificates does.
     fn write(&self, file: &str, text: &str) {
         let fresh = self.path("fresh");
         std::fs::write(&fresh, text).unwrap();
@@ -268,7 +268,7 @@ impl Authority {
             loop {
                 let (stream, _) = listener.accept().await.unwrap();
                 if let Ok(stream) = acceptor.accept(stream).await {
-                    say_empty(stream).await;
+                    respond_empty(stream).await;
                 }
             }
         });
@@ -295,7 +295,7 @@ async fn ask(client: &Client) -> Result<(), String> {
 }
 
 #[tokio::test]
-async fn the_agent_must_be_who_it_should_be() {
+async fn the_agents_certificate_is_verified() {
     let (ours, others) = (Authority::new(), Authority::new());
     ours.sign("server.dc1.consul");
     ours.sign("127.0.0.1");
@@ -399,7 +399,7 @@ async fn a_leaf_in_ca_file_is_accepted_without_its_authority_and_its_sibling_is_
 }
 
 #[tokio::test]
-async fn an_answer_that_is_not_consuls_names_the_cause_and_the_fix() {
+async fn a_response_that_is_not_consuls_is_reported_with_cause_and_fix() {
     let fake = Fake::start().await;
     let auth = || Some(BasicAuth::new("me:secret").unwrap());
     let moved = "HTTP/1.1 301 IndexMove\r\nLocation: https://consul.example/\r\n";
@@ -447,7 +447,7 @@ async fn an_answer_that_is_not_consuls_names_the_cause_and_the_fix() {
 }
 
 #[tokio::test]
-async fn a_user_and_password_go_along_with_the_token() {
+async fn user_and_password_are_sent_with_the_token() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let token = Some(Token::Literal("t0ken".into()));
@@ -495,19 +495,19 @@ async fn the_peer_is_known_on_a_reused_connection() {
 }
 
 #[tokio::test]
-async fn a_plain_agent_is_told_from_one_with_tls() {
+async fn an_agent_without_tls_is_detected() {
     let fake = Fake::start().await;
     let tls = TlsConfig { verify: false, ..TlsConfig::default() };
     let address = ConsulAddress::Https(fake.address.to_string());
     let (client, output) = client(ConsulConfig { address, tls, ..ConsulConfig::default() });
     let limit = Duration::from_millis(300);
-    // The fake waits for more of what it takes for a question.
+    // The fake waits for the rest of what it takes for a request.
     client.get::<Value>(&request(NAMES), limit).await.unwrap_err();
     assert_eq!(output.stats().requests().len(), 1);
 }
 
 #[tokio::test]
-async fn a_handshake_that_is_broken_off_hints_at_the_certificates() {
+async fn an_aborted_handshake_is_reported_with_the_certificates() {
     for is_reset in [false, true] {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = ConsulAddress::Https(listener.local_addr().unwrap().to_string());
@@ -525,14 +525,14 @@ async fn a_handshake_that_is_broken_off_hints_at_the_certificates() {
 }
 
 #[tokio::test]
-async fn rotated_certificates_count_without_a_restart() {
+async fn rotated_certificates_apply_without_a_restart() {
     let (ours, others) = (Authority::new(), Authority::new());
     ours.sign("127.0.0.1");
     others.sign("nohop");
     let server = ours.serve("127.0.0.1", Some(&ours)).await;
     let files = tempfile::tempdir().unwrap();
     let place = |file: &str| files.path().join(file);
-    // As those do who rotate certificates: a whole file takes the place of another.
+    // As a rotation of certificates does: a whole file replaces another.
     let install = |authority: &Authority, file: &str, to: &str| {
         std::fs::copy(authority.path(file), place("fresh")).unwrap();
         std::fs::rename(place("fresh"), place(to)).unwrap();
@@ -565,7 +565,7 @@ async fn rotated_certificates_count_without_a_restart() {
 }
 
 #[test]
-fn a_connection_that_was_reset_is_busy_and_says_which_limit() {
+fn a_reset_connection_is_reported_with_the_limit() {
     let message = Busy::Status { code: StatusCode::TOO_MANY_REQUESTS, message: "slow".into() };
     let error = QueryError::Busy { busy: message };
     let expected = "Consul is busy (429 Too Many Requests, `slow`): asking again more slowly";

@@ -201,7 +201,7 @@ fn files_in(path: &Path) -> std::io::Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// Whether a certificate is refused for who signed it: an unknown authority, or, where a known one has
+/// Whether a certificate is refused for its issuer: an unknown authority, or, where a known one has
 /// its name, another one.
 fn is_of_chain(cause: &CertificateError) -> bool {
     matches!(cause, CertificateError::UnknownIssuer | CertificateError::BadSignature)
@@ -238,7 +238,7 @@ impl ServerCertVerifier for AcceptListed {
             now,
         );
         match verified {
-            // Webpki looks at the time before it looks for who signed it, so that one is right
+            // Webpki checks the time before it looks for the issuer, so that one is right
             // where it fails so. The name it looks at last.
             Err(rustls::Error::InvalidCertificate(cause))
                 if is_of_chain(&cause) && self.listed.contains(end_entity) =>

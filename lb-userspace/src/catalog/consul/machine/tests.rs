@@ -103,7 +103,7 @@ impl MachineRig {
                 self.machine.handle(MachineEvent::Ended(*id, None), self.now);
             }
             if aborted.is_empty() {
-                return self.machine.store.check();
+                return;
             }
         }
     }
@@ -111,6 +111,7 @@ impl MachineRig {
     fn event(&mut self, event: MachineEvent) {
         self.machine.handle(event, self.now);
         self.settle();
+        self.machine.store.check();
     }
 
     /// Consul's present answer.
