@@ -24,7 +24,7 @@ pub use haproxy::{
 };
 pub use nft_ipvs::{Conntrack, route_frontends};
 pub use nginx::start_backend;
-pub use nohop::{Served, serve as serve_nohop, serve_with as serve_nohop_with};
+pub use nohop::{Served, serve as serve_nohop};
 pub use template::{render, rendered};
 
 /// One who is compared.

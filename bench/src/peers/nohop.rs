@@ -19,7 +19,7 @@ pub fn version() -> Result<String> {
 }
 
 pub fn start(node: &Node, services: &Services) -> Result<Running> {
-    let Served { nohop, addresses, files } = serve(node, services)?;
+    let Served { nohop, addresses, files } = serve(node, services, "")?;
     Ok(Running::new(addresses, vec![Guard::Nohop(Box::new(nohop)), Guard::Files(files)]))
 }
 
@@ -33,19 +33,12 @@ pub struct Served {
     pub files: TempDir,
 }
 
-/// Starts the daemon on a node, and waits until it serves.
+/// Starts the daemon on a node, and waits until it serves. `more` is more of its configuration: TOML with
+/// dotted keys, a line each.
 ///
 /// # Errors
 /// When it doesn't in time.
-pub fn serve(node: &Node, services: &Services) -> Result<Served> {
-    serve_with(node, services, "")
-}
-
-/// The same with more of a configuration: TOML with dotted keys, a line each.
-///
-/// # Errors
-/// As [`serve`].
-pub fn serve_with(node: &Node, services: &Services, more: &str) -> Result<Served> {
+pub fn serve(node: &Node, services: &Services, more: &str) -> Result<Served> {
     let files = TempDir::new("catalog")?;
     let catalog = render("nohop.toml", services, files.path())?;
     let config = format!("catalog.sources = [\"file\"]\ncatalog.file = {catalog:?}\n{more}\n");

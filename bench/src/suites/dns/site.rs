@@ -123,7 +123,7 @@ fn start_nohop(node: &Node, _files: &TempDir, n_names: usize) -> Result<Box<dyn 
     let services = (0..n_names).map(service).collect();
     let services = Services { protocol: Protocol::Tcp, services, are_checked: false };
     let more = format!("dns.forward = [\"{UPSTREAM}\"]");
-    let nohop = peers::serve_nohop_with(node, &services, &more)?;
+    let nohop = peers::serve_nohop(node, &services, &more)?;
     Ok(Box::new(nohop))
 }
 
