@@ -17,7 +17,7 @@ use crate::table::{Catalog, ServiceId};
 ///
 /// For one name the first source that has it applies. The first catalog is held back until each source
 /// has reported, itself or by its copy on disk: what a source would add isn't known before, and a catalog
-/// without it takes services out of the kernel. A source that a reload adds holds nothing back.
+/// without it takes services out of the kernel. Once there was one, a source that a reload adds holds nothing back.
 #[derive(Debug)]
 pub struct Sources {
     /// In order of precedence; at least one.

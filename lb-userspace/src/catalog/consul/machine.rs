@@ -699,6 +699,10 @@ impl Machine {
             }
             return;
         }
+        if request.reply.is_none() {
+            // A use of a name that only another source has.
+            return;
+        }
         if is_cut_off {
             // It is unknown at once: an answer would take until the request times out.
             return;

@@ -141,11 +141,16 @@ impl Live {
         self.suspect_at.is_some() || self.lost.is_some()
     }
 
+    /// Whether [`Live::discard_vanished`] changes anything.
+    pub fn is_outdated(&self, now: Instant) -> bool {
+        let lost_at = self.lost.as_ref().map(|(at, _)| *at);
+        self.suspect_at.into_iter().chain(lost_at).any(|at| !is_recent(at, now))
+    }
+
     /// Discards what vanished more than [`MASS_WINDOW`] ago.
     pub fn discard_vanished(&mut self, now: Instant) {
-        let is_recent = |at: Instant| now.saturating_duration_since(at) <= MASS_WINDOW;
-        self.suspect_at = self.suspect_at.filter(|at| is_recent(*at));
-        self.lost.take_if(|(at, _)| !is_recent(*at));
+        self.suspect_at = self.suspect_at.filter(|at| is_recent(*at, now));
+        self.lost.take_if(|(at, _)| !is_recent(*at, now));
     }
 
     /// Records that the service is whole.
@@ -156,6 +161,10 @@ impl Live {
     fn lose(&mut self, instances: Arc<[Instance]>, now: Instant) {
         (self.suspect_at, self.lost) = (None, Some((now, instances)));
     }
+}
+
+fn is_recent(vanished_at: Instant, now: Instant) -> bool {
+    now.saturating_duration_since(vanished_at) <= MASS_WINDOW
 }
 
 impl ServiceState {

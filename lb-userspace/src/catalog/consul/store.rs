@@ -523,7 +523,11 @@ impl ServiceStore {
     ) -> Assessment {
         let (now, serves) = (evidence.now, answer.n_serving() > 0);
         self.edit_live(name, |live| live.suspect_at = (!serves).then_some(now));
-        for other in self.index.vanished.clone() {
+        // Only records that change: many services may vanish at once.
+        let live = |name: &Arc<str>| self.by_name.get(name)?.live.as_deref();
+        let is_outdated = |name: &&Arc<str>| live(name).is_some_and(|live| live.is_outdated(now));
+        let outdated: Vec<_> = self.index.vanished.iter().filter(is_outdated).cloned().collect();
+        for other in outdated {
             self.edit_live(&other, |live| live.discard_vanished(now));
         }
         let Some(service) = self.by_name.get(name) else { return Assessment::Apply };

@@ -231,6 +231,21 @@ fn a_lookup_gets_the_result_that_consul_answers() {
 }
 
 #[test]
+fn a_use_of_a_name_that_another_source_has_takes_nothing_from_lookups() {
+    let mut rig =
+        MachineRig::new(settings(WatchPolicy::Used, 8), SavedCatalog::default(), &[("web", 2)]);
+    rig.run(S);
+    for n in 0..100 {
+        let request = LookupRequest { name: format!("file-{n}").into(), reply: None };
+        rig.event(MachineEvent::Command(SourceCommand::Lookup(request)));
+    }
+    assert!(!rig.under_way.iter().any(|(_, query, ..)| matches!(query, Query::Lookup(_))));
+    let mut reply = rig.look_up("made-up");
+    rig.run(S);
+    assert_eq!(reply.try_recv(), Ok(Lookup::Absent), "the rate limit is untouched");
+}
+
+#[test]
 fn an_idle_service_goes_cold_and_the_saved_catalog_serves_the_next_run() {
     let services = [("web", 2), ("db", 1)];
     let mut rig =
