@@ -256,7 +256,7 @@ pub struct ServiceStatus {
     /// The same that were refused.
     #[serde(default)]
     pub udp_connects_refused: u64,
-    /// The instances that connects to may reach, and those that can't be reached from here.
+    /// The instances that connections may reach, and those that can't be reached from here.
     pub backends: Vec<BackendStatus>,
 }
 

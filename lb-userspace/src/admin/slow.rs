@@ -19,8 +19,9 @@ const MIN_BYTES: usize = 64 << 10;
 const MAX_TIME: Duration = Duration::from_secs(30);
 
 /// A stream that fails once its reader has read less than [`MIN_BYTES`] in a [`PERIOD`] while there is
-/// more to read, or hasn't read a response within [`MAX_TIME`] of its first wait. A client that reads nothing would otherwise keep its connection and its document for as
-/// long as its kernel acknowledges zero windows.
+/// more to read, or hasn't read a response within [`MAX_TIME`] of its first wait. A client that reads
+/// nothing would otherwise keep its connection and its document for as long as its kernel acknowledges
+/// zero windows.
 pub(super) struct MinRate<S> {
     stream: S,
     period: Duration,
@@ -161,15 +162,21 @@ mod tests {
         tokio::join!(trickle, write);
     }
 
-    /// It always reads more than [`MIN_BYTES`] in a period.
+    /// It reads more than [`MIN_BYTES`] in the period that the deadline cuts short.
     #[tokio::test]
     async fn a_reader_that_takes_too_long_over_a_response_is_left() {
-        let (stream, mut reader) = duplex(1024);
-        let mut stream = MinRate::within(stream, LONG, SHORT);
-        let read = async { while reader.read_u8().await.is_ok() {} };
+        let (stream, mut reader) = duplex(64 << 10);
+        let mut stream = MinRate::within(stream, LONG, Duration::from_secs(1));
+        let read = async {
+            let (mut buffer, mut n_read) = (vec![0; 64 << 10], 0);
+            while let Ok(n @ 1..) = reader.read(&mut buffer).await {
+                n_read += n;
+            }
+            assert!(n_read > 4 * MIN_BYTES, "the rate cut it off, not the deadline: {n_read}");
+        };
         let write = async {
             let error = loop {
-                if let Err(error) = stream.write_all(&[0; 1024]).await {
+                if let Err(error) = stream.write_all(&[0; 128 << 10]).await {
                     break error;
                 }
             };

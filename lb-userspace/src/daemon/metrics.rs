@@ -30,7 +30,7 @@ pub struct Readings {
     pub(super) generation: u64,
     /// Lookups and uses that discovery was too busy to receive.
     pub(super) n_demand_dropped: u64,
-    /// The time from the source's news to the maps that connects to read, in seconds.
+    /// The time from the source's news to the maps that connections read, in seconds.
     pub(super) propagation: Histogram,
     pub(super) services: Vec<(Arc<str>, ServiceCounters)>,
     /// The global counters, by name.
@@ -107,7 +107,7 @@ fn daemon(text: &mut Exposition, readings: &Readings) {
     let help = "The daemon's version; always 1.";
     let version = [("version", env!("CARGO_PKG_VERSION"))];
     text.family("nohop_build_info", MetricType::Gauge, help).sample(&version, 1);
-    let help = "Whether names are answered and connects to translated (1), or not (0).";
+    let help = "Whether names are answered and connections translated (1), or not (0).";
     text.single("nohop_ready", MetricType::Gauge, help, u8::from(readings.is_ready));
     let help = "Whether every hook of a unit is attached and seen to run (1), or not (0).";
     let mut family = text.family("nohop_datapath_attached", MetricType::Gauge, help);
@@ -122,7 +122,7 @@ fn daemon(text: &mut Exposition, readings: &Readings) {
     text.single("nohop_log_dropped_total", MetricType::Counter, help, readings.log_dropped);
     let help = "The generation of the table in force; 0 before the first.";
     text.single("nohop_generation", MetricType::Gauge, help, readings.generation);
-    let help = "The time from the news of a change to the maps that connects to read.";
+    let help = "The time from the news of a change to the maps that connections read.";
     text.histogram("nohop_propagation_seconds", help, &readings.propagation);
 }
 

@@ -588,7 +588,7 @@ async fn what_is_in_flight_is_bounded_and_the_oldest_goes_first() {
     let mut silent = FakeUpstream::silent().await;
     let config =
         DnsConfig { forward: Forward::Servers(vec![silent.address]), ..Config::default().dns };
-    let limits = ForwardLimits { patience: LONG, max_waiting: 1, ..ForwardLimits::default() };
+    let limits = ForwardLimits { patience: LONG * 10, max_waiting: 1, ..ForwardLimits::default() };
     let rig = Rig::with(config, ServerOptions { limits, ..ServerOptions::default() }).await;
 
     // From one socket, so that one thread has both.
