@@ -196,6 +196,7 @@ fn documents(page: &Page, nohop: &Nohop) -> Result<()> {
         ("status", "status --json".to_owned()),
         ("services", "services --json".to_owned()),
         ("explain", "explain --json helloworld".to_owned()),
+        ("dns setup", "dns setup --dnsmasq --json".to_owned()),
         ("dns query", "dns query --json helloworld.service".to_owned()),
         ("reload", "reload --json".to_owned()),
         ("check", "check --json".to_owned()),

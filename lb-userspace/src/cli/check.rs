@@ -10,8 +10,8 @@ use crate::admin::{api, client};
 use crate::catalog::Handle;
 use crate::config::{Config, ConfigErrors, SourceKind, cgroup};
 use crate::datapath::{
-    Charge, Features, Limit, Safety, exclusion_problems, find_obstacle, is_bpffs, look_at_pins,
-    nearest_directory, route,
+    Charge, Features, Limit, Safety, are_charged, exclusion_problems, find_obstacle, is_bpffs,
+    look_at_pins, nearest_directory, route,
 };
 use crate::dns;
 
@@ -83,7 +83,7 @@ pub fn check(config: Result<Config, ConfigErrors>, admin: Option<&str>) -> Check
     checks.push(finding("routes", false, routes(&config)));
     checks.push(finding("bpffs", true, bpffs(&config.bpffs)));
     checks.push(finding("mode of bpffs", false, bpffs_mode(&config.bpffs)));
-    checks.push(finding("memory of maps", false, memory_of_maps(Charge::find())));
+    checks.push(finding("memory of maps", false, memory_of_maps(&config.bpffs, Charge::find())));
     let effective = effective_capabilities();
     checks.push(finding("capabilities", true, capabilities(missing_capabilities(effective))));
     let for_udp = capabilities(missing_for_udp(effective));
@@ -383,7 +383,11 @@ fn bpffs_mode(dir: &Path) -> CheckResult {
 }
 
 /// The memory cgroup that maps and socket storage are charged to.
-fn memory_of_maps(charge: Charge) -> CheckResult {
+fn memory_of_maps(bpffs: &Path, charge: Charge) -> CheckResult {
+    if are_charged(bpffs) {
+        let limit = Limit::Charged("an earlier start created them".to_owned());
+        return wrong(limit.to_string(), limit.fix());
+    }
     match charge {
         Charge::None => Ok("charged to no memory cgroup".to_owned()),
         Charge::Avoidable(root) => Ok(format!(
@@ -690,7 +694,17 @@ mod tests {
     }
 
     #[test]
-    fn a_required_miss_is_said_with_its_fix() {
+    fn maps_that_an_earlier_start_has_charged_are_reported() {
+        let bpffs = tempfile::tempdir().unwrap();
+        assert!(memory_of_maps(bpffs.path(), Charge::None).is_ok());
+        std::fs::create_dir_all(bpffs.path().join("sockets/charged")).unwrap();
+        let (detail, fix) = memory_of_maps(bpffs.path(), Charge::None).unwrap_err();
+        assert!(detail.contains("an earlier start"), "{detail}");
+        assert!(fix.contains("nohop unload"), "{fix}");
+    }
+
+    #[test]
+    fn a_required_failure_is_shown_with_its_fix() {
         let found = wrong("it is gone", "bring it back");
         let checks = vec![finding("thing", true, found), finding("other", false, Ok("yes".into()))];
         let text = text(&CheckReport { ok: false, checks });

@@ -47,7 +47,9 @@ pub use links::Attachment;
 pub use memcg::{Charge, create_maps};
 pub use obstacles::Obstacle;
 pub use options::Options;
-pub use pins::{PinError, Safety, is_bpffs, look as look_at_pins, nearest as nearest_directory};
+pub use pins::{
+    PinError, Safety, are_charged, is_bpffs, look as look_at_pins, nearest as nearest_directory,
+};
 pub use prog_stats::{Cost, Measuring};
 pub use reconcile::{Indices, Pressure, ReconcileError};
 pub use start::{find_obstacle, unload};

@@ -36,6 +36,16 @@ pub use maps::PinnedMaps;
 /// The index of the word of `CONTROL` that has `is_shadow`.
 const SHADOW_WORD: usize = std::mem::offset_of!(Control, is_shadow) / 8;
 
+/// It is among the storages, which outlive layouts.
+fn charged(dir: &Path) -> PathBuf {
+    dir.join("sockets/charged")
+}
+
+/// Whether maps pinned in `dir` are charged to the memory cgroup of a daemon that created them.
+pub fn are_charged(dir: &Path) -> bool {
+    charged(dir).is_dir()
+}
+
 /// The pins in one directory, locked for as long as this lives.
 #[derive(Debug)]
 pub struct Pins {
@@ -89,10 +99,9 @@ impl Pins {
         self.links().join(program)
     }
 
-    /// The directory that exists while maps are charged to a daemon's memory cgroup. It is among the
-    /// storages, which outlive layouts.
+    /// The directory that exists while maps are charged to a daemon's memory cgroup.
     pub fn charged(&self) -> PathBuf {
-        self.sockets().join("charged")
+        charged(&self.dir)
     }
 
     /// Makes the directories.
