@@ -156,6 +156,8 @@ impl Ejection {
             Sign::Closed => next.resets = 0,
             Sign::Silence if limits.silence != 0 => next.eject(Cause::Silence, now_ns, limits),
             Sign::Silence => {}
+            // Of connections that began before it was ejected.
+            Sign::Reset if self.is_ejected(now_ns, limits) => {}
             Sign::Reset => {
                 next.resets = self.resets.saturating_add(1);
                 if next.resets >= RESETS {
@@ -203,14 +205,17 @@ impl Ejection {
     }
 
     /// Ejects it, unless it is ejected: connections that began before have no more to report, but that
-    /// it refuses.
+    /// it refuses. An ejection for resets, a hint, is replaced: it isn't one more in the row.
     #[inline(always)]
     fn eject(&mut self, cause: Cause, now_ns: u64, limits: &EjectionLimits) {
-        if self.is_ejected(now_ns, limits) && self.cause != Cause::Resets {
-            if cause == Cause::Refused {
-                self.cause = cause;
+        if self.is_ejected(now_ns, limits) {
+            if self.cause != Cause::Resets {
+                if cause == Cause::Refused {
+                    self.cause = cause;
+                }
+                return;
             }
-            return;
+            self.ejections = self.ejections.saturating_sub(1);
         }
         // Since the last end it did well for as long as it had been ejected.
         let well_ns = now_ns.saturating_sub(self.until_ns);

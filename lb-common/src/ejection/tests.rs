@@ -125,6 +125,34 @@ fn three_resets_in_a_row_eject_for_a_moment_without_a_trial() {
 }
 
 #[test]
+fn resets_while_it_is_ejected_change_nothing() {
+    // The resets, all at once, what happens 50 ms later, and until when it is ejected for it, in ms.
+    let rows = [
+        (3, None, 100),
+        (36, None, 100),
+        (300, None, 100),
+        (301, None, 100),
+        (300, Some(Reset), 100),
+        // What is definite replaces them, and is the first in the row.
+        (300, Some(Refused), 1_050),
+        (300, Some(Silence), 1_050),
+    ];
+    for (n_resets, later, expected) in rows {
+        let resets = (0..n_resets).map(|_| (0, On(Reset)));
+        let ejection = run(&resets.chain(later.map(|sign| (50, On(sign)))).collect::<Vec<_>>());
+        assert_eq!((ejection.until_ns - START) / MS, expected, "{n_resets}, {later:?}");
+        assert_eq!((ejection.ejections, ejection.resets), (1, 0), "{n_resets}, {later:?}");
+    }
+    // Nor do those of a backend that refuses.
+    let mut restarted = run(&[(0, On(Refused))]);
+    let refused = restarted;
+    for _ in 0..300 {
+        restarted = restarted.after(Reset, START + MS, &LIMITS);
+    }
+    assert_eq!(restarted, refused);
+}
+
+#[test]
 fn resets_that_continue_eject_for_longer() {
     let resets = (0..3).map(|n| (n, On(Reset))).chain((110..113).map(|n| (n, On(Reset))));
     let ejection = run(&resets.collect::<Vec<_>>());
