@@ -133,7 +133,7 @@ pub struct Ejection {
     pub resets: u8,
     /// Ejections, and trials, in a row. It saturates.
     pub ejections: u8,
-    /// Why it is ejected.
+    /// Why it is ejected. Resets remain, once their time is over, until the next sign.
     pub cause: Cause,
 }
 
@@ -142,10 +142,11 @@ impl Ejection {
     #[inline(always)]
     pub fn after(self, sign: Sign, now_ns: u64, limits: &EjectionLimits) -> Ejection {
         let mut next = self;
+        next.end_resets(now_ns, limits);
         match sign {
             Sign::Answered => {
                 next.failures = 0;
-                if self.cause != Cause::Resets {
+                if next.cause != Cause::Resets {
                     next.end(now_ns);
                 }
             }
@@ -157,7 +158,7 @@ impl Ejection {
             Sign::Silence if limits.silence != 0 => next.eject(Cause::Silence, now_ns, limits),
             Sign::Silence => {}
             // Of connections that began before it was ejected.
-            Sign::Reset if self.is_ejected(now_ns, limits) => {}
+            Sign::Reset if next.is_ejected(now_ns, limits) => {}
             Sign::Reset => {
                 next.resets = self.resets.saturating_add(1);
                 if next.resets >= RESETS {
@@ -230,6 +231,15 @@ impl Ejection {
         self.ejections = self.ejections.saturating_add(1);
         self.cause = cause;
         self.until_ns = now_ns.saturating_add(duration_ns(self.ejections, cause, limits));
+    }
+
+    /// An ejection for resets is over with its time, as no trial ends it. Its row isn't.
+    #[inline(always)]
+    fn end_resets(&mut self, now_ns: u64, limits: &EjectionLimits) {
+        if self.cause == Cause::Resets && !self.is_ejected(now_ns, limits) {
+            self.cause = Cause::None;
+            self.until_ns = self.until_ns.min(now_ns);
+        }
     }
 
     #[inline(always)]

@@ -160,6 +160,37 @@ fn resets_that_continue_eject_for_longer() {
 }
 
 #[test]
+fn an_ejection_for_resets_is_over_with_its_time() {
+    let three = |ms| (ms..ms + 3).map(|ms| (ms, On(Reset)));
+    // It was until 102 ms. The next sign, when, and the cause then.
+    let rows = [
+        (Answered, 101, Cause::Resets),
+        (Answered, 102, Cause::None),
+        (Closed, 101, Cause::Resets),
+        (Closed, 102, Cause::None),
+        (Failed, 102, Cause::None),
+        (Reset, 102, Cause::None),
+    ];
+    for (sign, ms, expected) in rows {
+        let ejection = run(&three(0).chain([(ms, On(sign))]).collect::<Vec<_>>());
+        assert_eq!(ejection.cause, expected, "{sign:?} after {ms} ms");
+        assert_eq!((ejection.until_ns - START) / MS, 102, "{sign:?} after {ms} ms");
+    }
+    // The row ends like any other, whether anything was reported between or not.
+    for between in [&[][..], &[Answered], &[Closed], &[Answered, Closed]] {
+        for (ms, expected) in [(150, 200), (3_600_000, 100)] {
+            let between = between.iter().map(|&sign| (120, On(sign)));
+            let steps = three(0).chain(between).chain(three(ms));
+            let lasts_ns = run(&steps.collect::<Vec<_>>()).until_ns - (START + (ms + 2) * MS);
+            assert_eq!(lasts_ns / MS, expected, "again after {ms} ms");
+        }
+    }
+    // Three resets an hour, for a week.
+    let hours = (0..168).flat_map(|hour| three(hour * 3_600_000));
+    assert_eq!(run(&hours.collect::<Vec<_>>()).ejections, 1);
+}
+
+#[test]
 fn limits_of_zero_never_eject() {
     let limits = EjectionLimits { refused: 0, failures: 0, silence: 0, ..LIMITS };
     let mut ejection = Ejection::default();
@@ -250,6 +281,8 @@ proptest! {
             if ejection.cause != Cause::Resets {
                 prop_assert_eq!(answered.standing(now_ns, &LIMITS), Eligible);
             }
+            let later = ejection.after(Answered, now_ns + LIMITS.max_ns, &LIMITS);
+            prop_assert_eq!(later.cause, Cause::None);
             // Nothing but signs, and the time, changes how it stands.
             if ejection.standing(now_ns, &LIMITS) == Eligible {
                 prop_assert_eq!(ejection.standing(now_ns + S, &LIMITS), Eligible);
