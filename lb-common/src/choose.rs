@@ -12,9 +12,9 @@
 //! the count costs a connection as much on average as looking at each ejected backend once or twice.
 
 use crate::{
-    Algorithm, Cause, Ejection, EjectionLimits, Load, MAGLEV_ENTRIES_PER_SLOT,
-    MAX_SERVICE_BACKENDS, N_GROUPS, RAMP_ONE, Slot, SlotRange, SlowStart, Standing, is_silent,
-    key_hash, maglev_entry, maglev_entry_of, select, side, turn,
+    Algorithm, Ejection, EjectionLimits, Load, MAGLEV_ENTRIES_PER_SLOT, MAX_SERVICE_BACKENDS,
+    N_GROUPS, RAMP_ONE, Slot, SlotRange, SlowStart, Standing, is_silent, key_hash, maglev_entry,
+    maglev_entry_of, select, side, turn,
 };
 
 /// How often a backend is drawn before one that ramps up is taken as it is, and, once the range was
@@ -149,6 +149,8 @@ struct Seen<W> {
     backend_idx: u32,
     words: W,
     standing: Standing,
+    /// Whether it is ejected, or will be for its silence, or awaits its trial.
+    is_ejected: bool,
     is_silent: bool,
     ramp: u32,
 }
@@ -347,13 +349,13 @@ impl<C: Candidates, R: Fn() -> u32> Chooser<'_, C, R> {
         let mut idx = 0;
         while idx < MAX_SERVICE_BACKENDS && idx < range.n_slots {
             let slot = self.slot(range, idx).ok_or(NoChoice::Inconsistent)?;
-            let Seen { backend_idx, standing, words, is_silent, .. } = self.look(slot.backend)?;
+            let Seen { backend_idx, standing, is_ejected, .. } = self.look(slot.backend)?;
             idx += 1;
             if standing == Standing::Drained {
                 continue;
             }
             count.n += 1;
-            count.n_ejected += u32::from(is_silent || words.ejection().cause != Cause::None);
+            count.n_ejected += u32::from(is_ejected);
             let number = key_hash(u64::from(seed) << 32 | u64::from(backend_idx), 0);
             match standing {
                 Standing::Eligible | Standing::Trial => {
@@ -423,8 +425,8 @@ impl<C: Candidates, R: Fn() -> u32> Chooser<'_, C, R> {
         let words = self.candidates.words(backend_idx).ok_or(NoChoice::Inconsistent)?;
         let Policy { algorithm, slow_start, ref limits } = *self.policy;
         let now_ns = self.connection.now_ns;
-        let ejection = words.ejection();
-        let is_silent = ejection.cause == Cause::None
+        let ejected = words.ejection().standing(now_ns, limits);
+        let is_silent = ejected == Standing::Eligible
             && words.pending() > 0
             && is_silent(
                 words.pending(),
@@ -438,20 +440,22 @@ impl<C: Candidates, R: Fn() -> u32> Chooser<'_, C, R> {
         } else if is_silent {
             Standing::Suspect
         } else {
-            match ejection.standing(now_ns, limits) {
+            match ejected {
                 Standing::Eligible | Standing::Trial if backend_idx == self.connection.avoid => {
                     Standing::Suspect
                 }
                 standing => standing,
             }
         };
+        // Not what this client alone avoids.
+        let is_ejected = is_silent || ejected != Standing::Eligible;
         let ramp = match words.added_ns() {
             0 => RAMP_ONE,
             _ if slow_start.per_tick == 0 || algorithm == Algorithm::Maglev => RAMP_ONE,
             // Of another processor's clock: it was added just now.
             added_ns => slow_start.ramp(now_ns.saturating_sub(added_ns)),
         };
-        Ok(Seen { backend_idx, words, standing, is_silent, ramp })
+        Ok(Seen { backend_idx, words, standing, is_ejected, is_silent, ramp })
     }
 }
 

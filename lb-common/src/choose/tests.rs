@@ -6,7 +6,7 @@ use std::vec::Vec;
 use proptest::prelude::*;
 
 use super::*;
-use crate::{Sign, alias_table, maglev_table};
+use crate::{Cause, Sign, alias_table, maglev_table};
 
 const NOW: u64 = 1_000_000_000_000;
 
@@ -141,13 +141,20 @@ fn policy(algorithm: Algorithm) -> Policy {
     Policy { algorithm, ..Policy::default() }
 }
 
-/// A backend that stands as a letter says: Eligible, Trial, Suspect, siLent, Refusing, Drained.
+/// A backend that stands as a letter says: Eligible, Trial, Suspect, siLent, Refusing, Drained; or that
+/// reset connections (P), which is Past, or is over and it is silent (Q).
 fn standing(letter: char) -> Words {
     let limits = EjectionLimits::default();
     let eligible = Words { weight: 1, connect_us: 300, ..Words::default() };
     let after = |sign, ago_ns| Ejection::default().after(sign, NOW - ago_ns, &limits);
+    let reset = |ago_ns| {
+        let reset = |one: Ejection, _| one.after(Sign::Reset, NOW - ago_ns, &limits);
+        (0..3).fold(Ejection::default(), reset)
+    };
     match letter {
         'E' => eligible,
+        'P' => Words { ejection: reset(limits.base_ns / 10), ..eligible },
+        'Q' => Words { ejection: reset(limits.base_ns / 10), ..standing('L') },
         'T' => Words { ejection: after(Sign::Refused, limits.base_ns), ..eligible },
         'S' => Words { ejection: after(Sign::Silence, 0), ..eligible },
         'L' => Words { pending: 1, unanswered_since_us: (NOW / 1_000) as u32 - 20_001, ..eligible },
@@ -178,6 +185,10 @@ fn backends_are_chosen_in_one_order() {
         // More than half: the spare set as well.
         ("ERR|EE", "x--|xx"),
         ("ELL|ER|E", "x--|x-|-"),
+        // One whose resets are over is like any other.
+        ("EPP|E", "xxx|-"),
+        ("EPRR|E", "xx--|-"),
+        ("EQQ|E", "x--|x"),
         // None left.
         ("RRR|EE|E", "---|xx|-"),
         ("RRR|RS|E", "---|--|x"),
@@ -378,6 +389,9 @@ fn a_silent_backend_is_reported_so_that_it_is_ejected() {
         let choices = fleet("EEEL").choices(&policy(algorithm), 100);
         assert!(choices.iter().any(|choice| choice.unwrap().silent == 3), "{algorithm:?}");
         assert!(choices.iter().all(|choice| [3, NONE].contains(&choice.unwrap().silent)));
+        // Likewise if it had reset connections long before.
+        let choices = fleet("EEEQ").choices(&policy(algorithm), 100);
+        assert!(choices.iter().any(|choice| choice.unwrap().silent == 3), "{algorithm:?}");
         // One that is ejected for it isn't reported again.
         let choices = fleet("EEES").choices(&policy(algorithm), 100);
         assert!(choices.iter().all(|choice| choice.unwrap().silent == NONE));
@@ -409,6 +423,8 @@ fn a_backend_that_just_failed_this_client_is_avoided_where_it_can_be() {
         assert_eq!(choose("EEE"), BTreeSet::from([1, 2]), "{algorithm:?}");
         assert_eq!(choose("ER"), BTreeSet::from([0]), "{algorithm:?}");
         assert_eq!(choose("E|E"), BTreeSet::from([1]), "{algorithm:?}");
+        // It isn't ejected, so the spare set isn't used for it.
+        assert_eq!(choose("EERR|E"), BTreeSet::from([1]), "{algorithm:?}");
     }
 }
 
