@@ -49,6 +49,10 @@ enum Step {
     GivesUp(usize),
     /// A worker is done with a request; unless its backend was restarted since.
     Done(usize, u32),
+    /// The response arrives, and the connection is closed.
+    Closed(usize),
+    /// A reset arrives.
+    Reset(usize),
 }
 
 struct Request {
@@ -153,6 +157,8 @@ impl Simulation<'_> {
             Step::Answer(request, is_accepted) => self.answer(request, is_accepted),
             Step::GivesUp(request) => self.fail(request, Outcome::GaveUp),
             Step::Done(request, epoch) => self.done(request, epoch),
+            Step::Closed(request) => self.closed(request),
+            Step::Reset(request) => self.fail(request, Outcome::Reset),
         }
     }
 
@@ -171,12 +177,14 @@ impl Simulation<'_> {
                     backend.mode = mode;
                     if mode == Mode::Refuses {
                         backend.epoch += 1;
+                        // A reset follows the answer to the SYN, which may be under way.
+                        let back_ns = backend.rtt_ns / 2;
                         let working = std::mem::take(&mut backend.working);
                         let queue = std::mem::take(&mut backend.queue);
                         working
                             .into_iter()
                             .chain(queue)
-                            .for_each(|open| self.fail(open, Outcome::Reset));
+                            .for_each(|open| self.after(back_ns, Step::Reset(open)));
                     }
                 }
             }
@@ -252,19 +260,24 @@ impl Simulation<'_> {
     }
 
     fn done(&mut self, request: usize, epoch: u32) {
-        let Request { node, backend: idx, began_ns } = self.requests[request];
+        let idx = self.requests[request].backend;
         let backend = &mut self.backends[idx as usize];
         if backend.epoch != epoch {
             return;
         }
         backend.working.retain(|&working| working != request);
         // The response takes half a round trip, and so does the handshake's last part before it.
-        let waited_ns = self.now_ns + backend.rtt_ns - began_ns;
-        if self.is_measured(began_ns) {
-            self.waited_ns.push(waited_ns);
-        }
-        self.balancers.report(node, idx, Outcome::Closed, self.now_ns);
+        let rtt_ns = backend.rtt_ns;
+        self.after(rtt_ns, Step::Closed(request));
         self.work(idx);
+    }
+
+    fn closed(&mut self, request: usize) {
+        let Request { node, backend, began_ns } = self.requests[request];
+        if self.is_measured(began_ns) {
+            self.waited_ns.push(self.now_ns - began_ns);
+        }
+        self.balancers.report(node, backend, Outcome::Closed, self.now_ns);
     }
 
     fn fail(&mut self, request: usize, outcome: Outcome) {

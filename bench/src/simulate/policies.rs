@@ -266,6 +266,10 @@ impl Balancers {
         if !matches!(outcome, Outcome::Established(_)) {
             known.in_flight -= 1;
         }
+        debug_assert!(
+            (0..=known.in_flight).contains(&known.pending),
+            "{outcome:?} was reported out of order: {known:?}"
+        );
         if let Some(sign) = sign {
             known.ejection = known.ejection.after(sign, now_ns, &limits);
         }

@@ -44,6 +44,18 @@ fn every_policy_has_the_same_connections_and_none_is_lost() {
 }
 
 #[test]
+fn connections_are_closed_and_reset_after_their_answer() {
+    // The balancers check the order. So far away, many resets come with the answer under way.
+    for name in ["equal", "restart"] {
+        let scene = Scene { rtt: |_| Duration::from_millis(200), ..scene(name) };
+        for policy in Policy::all() {
+            let figures = run(&scene, policy, SEED);
+            assert_eq!(figures.n_failed > 0, name == "restart", "{figures:?} by {policy:?}");
+        }
+    }
+}
+
+#[test]
 fn ejection_leaves_one_failure_and_the_trials_to_each_client() {
     // One, then trials after 1, 3, 7 and 15 s; and the connections under way at that moment.
     for (name, n_most) in [("refuses", 10 * 5), ("silent", 10 * 6)] {
