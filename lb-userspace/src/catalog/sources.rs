@@ -1,9 +1,11 @@
 //! All configured sources, and the catalog that they have together.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures_util::future::{join_all, select_all};
 use tokio::sync::watch;
+use tokio::time::{Instant, sleep_until};
 
 use super::handle::{CatalogError, Handle, SupervisorExit};
 use super::merge::Merger;
@@ -13,11 +15,15 @@ use super::usage::UsageSender;
 use crate::config::Config;
 use crate::table::{Catalog, ServiceId};
 
+/// How long the first catalog waits for all sources where the kernel serves nothing yet, as after a boot.
+const MAX_WAIT: Duration = Duration::from_secs(60);
+
 /// The sources side by side; dropping them ends their tasks.
 ///
 /// For one name the first source that has it applies. The first catalog is held back until each source
 /// has reported, itself or by its copy on disk: what a source would add isn't known before, and a catalog
-/// without it takes services out of the kernel. Once there was one, a source that a reload adds holds nothing back.
+/// without it takes services out of the kernel. Where the kernel serves none, it waits no longer than
+/// [`MAX_WAIT`]. Once there was one, a source that a reload adds holds nothing back.
 #[derive(Debug)]
 pub struct Sources {
     /// In order of precedence; at least one.
@@ -27,6 +33,9 @@ pub struct Sources {
     former: Vec<Handle>,
     merger: Merger,
     merged: Option<Published>,
+    /// Until when the first catalog waits for all sources; `None`: as long as it takes, or no longer.
+    waits_until: Option<Instant>,
+    has_waited: bool,
     /// Whether the list has changed since the last merge.
     is_due: bool,
     demand: UsageSender,
@@ -52,9 +61,10 @@ impl Sources {
     /// A static catalog that can't be used, and of which there is no good copy.
     pub fn spawn(config: &Config, in_use: Vec<Arc<str>>) -> Result<Sources, CatalogError> {
         let demand = UsageSender::default();
+        let waits_until = in_use.is_empty().then(|| Instant::now() + MAX_WAIT);
         let start = |kind| Handle::spawn(kind, config, &demand, in_use.clone());
         let listed = config.catalog.sources.iter().map(start).collect::<Result<_, _>>()?;
-        Ok(Sources::of(listed, demand))
+        Ok(Sources { waits_until, ..Sources::of(listed, demand) })
     }
 
     fn of(listed: Vec<Handle>, demand: UsageSender) -> Sources {
@@ -63,6 +73,8 @@ impl Sources {
             former: Vec::new(),
             merger: Merger::default(),
             merged: None,
+            waits_until: None,
+            has_waited: false,
             is_due: true,
             demand,
             views: watch::Sender::new(Arc::default()),
@@ -106,7 +118,20 @@ impl Sources {
                 }
             })
         });
-        select_all(each).await.0
+        let waits_until = self.waits_until.filter(|_| self.merged.is_none());
+        let wait = async {
+            match waits_until {
+                Some(until) => sleep_until(until).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            (event, ..) = select_all(each) => event,
+            () = wait => {
+                (self.waits_until, self.has_waited) = (None, true);
+                SourceEvent::Catalog
+            }
+        }
     }
 
     /// Merges what the sources have reported; `None` while the first catalog is held back.
@@ -123,7 +148,7 @@ impl Sources {
         }
         if is_complete {
             self.former.clear();
-        } else if self.merged.is_none() {
+        } else if self.merged.is_none() && !self.has_waited {
             return None;
         }
         let former = self
@@ -210,7 +235,9 @@ impl SourceView {
 mod tests {
     use std::fs;
     use std::path::Path;
-    use std::time::{Duration, Instant};
+    use std::time::Instant;
+
+    use futures_util::FutureExt as _;
 
     use super::*;
     use crate::catalog::Lookup;
@@ -333,6 +360,24 @@ mod tests {
         shows(&mut sources, &["b"]).await;
         assert_eq!(sources.demand().look_up("web").await, Lookup::Absent);
         sources.stop().await;
+    }
+
+    #[tokio::test]
+    async fn a_source_that_never_reports_holds_others_back_for_a_while_where_nothing_is_served() {
+        let dir = tempfile::tempdir().unwrap();
+        write(dir.path(), "one", &["a"]);
+        let config = config(dir.path(), &["consul", "one"]);
+        let sources = Sources::spawn(&config, Vec::new()).unwrap();
+        assert!(sources.waits_until.is_some());
+        drop(sources);
+
+        let mut sources = Sources::spawn(&config, vec!["web".into()]).unwrap();
+        assert_eq!(sources.waits_until, None, "the kernel serves something");
+        assert_eq!(names(sources.merge()), None);
+        assert_eq!(sources.changed().now_or_never(), None);
+        sources.waits_until = Some(super::Instant::now());
+        shows(&mut sources, &["a"]).await;
+        assert_eq!(sources.demand().look_up("web").await, Lookup::Unknown);
     }
 
     #[tokio::test]
