@@ -276,7 +276,7 @@ pub struct ServiceName {
 }
 
 /// connect() of a service's VIP by UDP sockets, within [`ServiceStats`]: it shows nothing of
-/// datagrams, because whoever looks up a name (getaddrinfo(), RFC 6724) connects a socket to each
+/// datagrams, because an address lookup (getaddrinfo(), RFC 6724) connects a socket to each
 /// address and sends nothing. So these are counted apart from connects and refusals. All only grow.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, Immutable, IntoBytes)]

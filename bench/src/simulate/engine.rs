@@ -253,7 +253,7 @@ impl Simulation<'_> {
             let Some(request) = backend.queue.pop_front() else { return };
             backend.working.push(request);
             let (epoch, mean_ns) = (backend.epoch, WORK_NS * backend.slowness);
-            // The same request has the same work, whoever does it.
+            // The work of a request depends on the request alone, not on the backend.
             let work_ns = exponential(&mut fastrand::Rng::with_seed(request as u64), mean_ns);
             self.after(work_ns, Step::Done(request, epoch));
         }

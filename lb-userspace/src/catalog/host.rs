@@ -28,7 +28,7 @@ pub fn is_own(address: IpAddr) -> bool {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Own {
     addresses: BTreeSet<IpAddr>,
-    /// The networks of its bridges, whoever else is on them.
+    /// The networks of its bridges.
     bridges: BTreeSet<IpNet>,
 }
 

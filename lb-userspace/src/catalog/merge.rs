@@ -72,7 +72,7 @@ mod tests {
         HealthStatus, Instance, NodeIdentity, ServiceId, ServiceMeta, ServiceRecord, Watch,
     };
 
-    /// A record that is told from others by its port.
+    /// A record that is distinguished by its port.
     fn record(port: i64) -> ServiceRecord {
         let instance = Instance {
             node: "n".into(),
