@@ -12,7 +12,7 @@ use core::mem::offset_of;
 
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-use crate::Address;
+use crate::{Address, Cause, Ejection, EjectionLimits};
 
 /// The version of this layout, in the paths of the pins. It grows when a map is removed or changed;
 /// a map that is added is made empty where it is absent. The sockets' storage ([`crate::RevNat`],
@@ -148,8 +148,12 @@ impl Group {
 pub struct Fallback {
     /// Its backends.
     pub group: Group,
+    /// In the last fallback: slots that no connection selects from, of backends that get no new
+    /// connections but are still the table's, so that those that they have are still counted. Else
+    /// empty.
+    pub unselected: SlotRange,
     /// Zero.
-    pub reserved: [u64; 2],
+    pub reserved: u64,
 }
 
 /// How connections of a service are treated, within [`ServiceEntry`]: one word.
@@ -159,7 +163,7 @@ pub struct ServiceFlags {
     /// 1 where the next connection is to be reported ([`Event`]), because the daemon doesn't follow
     /// the service's instances. The daemon writes it; the connection that was reported makes it 0.
     pub report_next: u32,
-    /// Zero: by weight. Room for how a backend is selected.
+    /// The number of an [`Algorithm`](crate::Algorithm).
     pub algorithm: u32,
 }
 
@@ -214,8 +218,9 @@ pub struct Backend {
     pub address: Address,
     /// The port.
     pub port: u16,
-    /// Zero.
-    pub padding: u16,
+    /// The weight by which its connections in flight count: 1..=65535, or 0 for 1. The daemon may
+    /// change it while readers know the entry.
+    pub weight: u16,
     /// A number that no other backend of this boot has; 0 once it left the table. A socket that
     /// remembers an index remembers this with it.
     pub generation: u32,
@@ -248,13 +253,8 @@ pub struct BackendOutcomes {
     /// Connections that are being established: connect() was called, and nothing has come back yet.
     /// As above, below zero is 0.
     pub pending: i32,
-    /// Until when it is ejected, in nanoseconds of CLOCK_MONOTONIC (`bpf_ktime_get_ns`); 0 for never.
-    pub ejected_until_ns: u64,
-    /// Failures in a row: connections that were refused, timed out or were reset before they were
-    /// established. 0 once one is established. It saturates.
-    pub failures: u16,
-    /// Ejections in a row; 0 once a connection is established. It saturates.
-    pub ejections: u16,
+    /// Whether it is ejected.
+    pub ejection: EjectionWord,
     /// Since when connections are pending and none has been answered: the low 32 bits of
     /// CLOCK_MONOTONIC in microseconds; 0 while none is pending. It wraps after 71 minutes, which no
     /// pending connection lasts.
@@ -264,6 +264,58 @@ pub struct BackendOutcomes {
     /// The smoothed round-trip time of its connections when they ended (`srtt_us` of struct tcp_sock,
     /// divided by 8) in microseconds, as a moving average; 0 for none yet.
     pub srtt_us: u32,
+    /// When it was added beside others: the low 32 bits of CLOCK_MONOTONIC in milliseconds; 0 where it
+    /// doesn't ramp up, or not any more. The daemon writes it.
+    pub added_ms: u32,
+}
+
+/// An [`Ejection`], within [`BackendOutcomes`]: one word, which is loaded and stored at once.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, Immutable, IntoBytes)]
+pub struct EjectionWord {
+    /// Until when, or when the last one ended: the low 32 bits of CLOCK_MONOTONIC in milliseconds.
+    pub until_ms: u32,
+    /// See [`Ejection::failures`].
+    pub failures: u8,
+    /// See [`Ejection::resets`].
+    pub resets: u8,
+    /// See [`Ejection::ejections`].
+    pub ejections: u8,
+    /// The number of a [`Cause`].
+    pub cause: u8,
+}
+
+impl EjectionWord {
+    /// The word for an ejection. Its end is rounded up to a millisecond.
+    #[inline(always)]
+    pub fn of(ejection: Ejection) -> EjectionWord {
+        let Ejection { until_ns, failures, resets, ejections, cause } = ejection;
+        let until_ms = until_ns.div_ceil(1_000_000) as u32;
+        EjectionWord { until_ms, failures, resets, ejections, cause: cause as u8 }
+    }
+
+    /// The ejection, as it is now. Ends wrap after 49 days: one is taken to be within 24 of now.
+    #[inline(always)]
+    pub fn at(self, now_ns: u64) -> Ejection {
+        let EjectionWord { until_ms, failures, resets, ejections, cause } = self;
+        let cause = Cause::from_number(cause);
+        let until_ns = near_ns(until_ms, now_ns);
+        // An end that is over isn't ahead: it was longer than 24 days ago.
+        let is_long_ago = cause == Cause::None && until_ns > now_ns;
+        let until_ns = if is_long_ago { 0 } else { until_ns };
+        Ejection { until_ns, failures, resets, ejections, cause }
+    }
+}
+
+/// The time in nanoseconds of which these are the low 32 bits in milliseconds, and which is within 24
+/// days of `now_ns`.
+#[inline(always)]
+pub fn near_ns(ms: u32, now_ns: u64) -> u64 {
+    let now_ms = now_ns / 1_000_000;
+    let later_ms = ms.wrapping_sub(now_ms as u32).cast_signed();
+    // Sign-extended. A time before the boot is its beginning.
+    let at_ms = now_ms.wrapping_add(later_ms as u64);
+    if later_ms < 0 && at_ms > now_ms { 0 } else { at_ms.wrapping_mul(1_000_000) }
 }
 
 /// The value of `SERVICE_NAMES`: a service's name, for people who look at the maps, and for a daemon
@@ -349,8 +401,77 @@ pub struct Control {
     pub is_shadow: u64,
     /// The depths at which `BYPASS` has cgroups: bit 3 for those at depth 3.
     pub bypass_levels: u64,
+    /// How backends are chosen.
+    pub balance: BalanceSettings,
     /// Zero. Room for what is switched on and off while programs run.
-    pub reserved: [u64; 7],
+    pub reserved: [u64; 4],
+}
+
+/// How backends of all services are chosen, within [`Control`]. All zero: nothing is ejected, nothing
+/// ramps up.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, Immutable, IntoBytes)]
+pub struct BalanceSettings {
+    /// See [`EjectionLimits::refused`](crate::EjectionLimits::refused).
+    pub refused: u8,
+    /// See [`EjectionLimits::failures`](crate::EjectionLimits::failures).
+    pub failures: u8,
+    /// See [`EjectionLimits::silence`](crate::EjectionLimits::silence).
+    pub silence: u8,
+    /// What Maglev hashes: the number of a [`MaglevKey`].
+    pub key: u8,
+    /// See [`EjectionLimits::share`](crate::EjectionLimits::share).
+    pub share: u16,
+    /// Zero.
+    pub padding: u16,
+    /// The time of a first ejection, in milliseconds.
+    pub base_ms: u32,
+    /// The longest time of an ejection, in milliseconds.
+    pub max_ms: u32,
+    /// See [`SlowStart::per_tick`](crate::SlowStart::per_tick).
+    pub slow_start_per_tick: u32,
+    /// Zero.
+    pub reserved: u32,
+}
+
+impl BalanceSettings {
+    /// What ejects.
+    #[inline(always)]
+    pub fn limits(self) -> EjectionLimits {
+        EjectionLimits {
+            refused: self.refused,
+            failures: self.failures,
+            silence: self.silence,
+            base_ns: u64::from(self.base_ms) * 1_000_000,
+            max_ns: u64::from(self.max_ms) * 1_000_000,
+            share: self.share,
+        }
+    }
+}
+
+/// What Maglev hashes of a connection, so that those that have it in common go to one backend.
+#[repr(u8)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum MaglevKey {
+    /// The client's cgroup.
+    #[default]
+    Cgroup = 0,
+    /// The client's network namespace.
+    Netns = 1,
+    /// The address that the socket is bound to, or its network namespace where it is bound to none.
+    Source = 2,
+}
+
+impl MaglevKey {
+    /// The key with this number; the first where it is unknown.
+    #[inline(always)]
+    pub const fn from_number(number: u8) -> MaglevKey {
+        match number {
+            1 => MaglevKey::Netns,
+            2 => MaglevKey::Source,
+            _ => MaglevKey::Cgroup,
+        }
+    }
 }
 
 /// The value of `PROBE`: what the connect hook saw of the daemon's last connect() to the pool's own
@@ -475,9 +596,42 @@ const _: () = {
     assert!(size_of::<BackendEntry>() == 64 && size_of::<ServiceStats>() == 64);
     assert!(size_of::<BackendOutcomes>() == 32 && offset_of!(BackendEntry, outcomes) == 32);
     assert!(size_of::<Control>() == 128 && offset_of!(Control, bypass_levels) == 64);
+    assert!(size_of::<BalanceSettings>() == 24 && size_of::<EjectionWord>() == 8);
     assert!(size_of::<GlobalCounters>() == 256);
     // The daemon stores the generation's whole word, in which the port is.
     assert!(size_of::<Backend>() == 24 && offset_of!(Backend, port) == 16);
     // A slot's alias is an index into its own range.
     assert!(MAX_SERVICE_BACKENDS <= 1 << 16);
 };
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_ejection_fits_in_a_word_whenever_it_is() {
+        const MS: u64 = 1_000_000;
+        for now_ms in [1, 500_000, u64::from(u32::MAX) - 5, u64::from(u32::MAX) * 3 + 7] {
+            for later_ms in [0i64, 1, 1_000, 300_000, -1, -86_400_000] {
+                let until_ns = now_ms.saturating_add_signed(later_ms) * MS;
+                let ejection = Ejection {
+                    until_ns,
+                    failures: 3,
+                    resets: 255,
+                    ejections: 9,
+                    cause: Cause::Silence,
+                };
+                let word = EjectionWord::of(ejection);
+                // What was before the boot is its beginning.
+                assert_eq!(word.at(now_ms * MS + 999_999), ejection, "{now_ms} {later_ms}");
+            }
+        }
+        for now_ms in [77, 3 << 30, 5 << 30] {
+            let until_ns = EjectionWord::default().at(now_ms * MS).until_ns;
+            assert!(until_ns <= now_ms * MS, "{now_ms}");
+        }
+        assert_eq!(EjectionWord::of(Ejection::default()), EjectionWord::default());
+        let odd = Ejection { until_ns: MS + 1, ..Ejection::default() };
+        assert_eq!(EjectionWord::of(odd).until_ms, 2);
+    }
+}

@@ -46,7 +46,7 @@ fn tables() -> Model {
     let slot = |backend| Slot { backend, alias: 0, threshold: u16::MAX };
     let ipv6 = Address { octets: [0xfd; 16] };
     let addresses = [Address::v4([127, 0, 0, 1]), Address::v4([10, 0, 0, 7]), ipv6];
-    let backend = |address| Backend { address, port: 80, padding: 0, generation: 9 };
+    let backend = |address| Backend { address, port: 80, weight: 0, generation: 9 };
     let frontend = |address, port, service, host_only| {
         let frontend = Frontend { address, port, protocol: IPPROTO_TCP, padding: 0 };
         let udp = Frontend { protocol: IPPROTO_UDP, ..frontend };

@@ -824,7 +824,7 @@ fn backend_entry(address: SocketAddr, generation: u32) -> Backend {
         IpAddr::V4(ip) => Address::v4(ip.octets()),
         IpAddr::V6(ip) => Address { octets: ip.octets() },
     };
-    Backend { address: octets, port: address.port(), padding: 0, generation }
+    Backend { address: octets, port: address.port(), weight: 0, generation }
 }
 
 /// A name has at most 63 octets, so at least one zero ends it.

@@ -116,7 +116,7 @@ impl<M: Maps> Reconciler<M> {
                     return Err(wrong());
                 }
                 let backend = self.maps.backend(slot.backend);
-                if backend.port == 0 || backend.padding != 0 {
+                if backend.port == 0 {
                     return Err(inconsistent(format!("a backend of {name} isn't there")));
                 }
                 applied.backends.insert(socket_address(&backend), slot.backend);
