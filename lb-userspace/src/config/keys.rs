@@ -5,7 +5,7 @@ use serde_json::Value as Json;
 
 use super::builder::{ConfigBuilder, SourceName};
 use super::toml_value::{Parsed, TomlValue};
-use super::{Config, Token, address, consul, text};
+use super::{Config, Token, address, balance, consul, text};
 
 /// A key of the configuration.
 pub struct Key {
@@ -89,6 +89,22 @@ pub const KEYS: &[Key] = keys! {
         "age of a service's last answer from which on it is a problem in status"
     live "catalog.expired" config.catalog.expired: |value| value.text(text::word);
         "connections to services that are older: \"serve\" or \"refuse\""
+    live "balance.algorithm" config.balance.algorithm: |value| value.text(text::word);
+        "of services that name none: \"random\", \"round-robin\", \"least\", \"latency\" or \"maglev\""
+    live "balance.key" config.balance.key: |value| value.text(text::word);
+        "what maglev hashes: the client's \"cgroup\", \"netns\", or the socket's \"source\" address"
+    live "balance.slow_start" config.balance.slow_start: |value| value.text(balance::slow_start);
+        "time in which a new backend comes to its full share, up to 1h; empty: at once; not with maglev"
+    live "balance.prefer" config.balance.prefer: |value| value.text(text::word);
+        "backends that come first, while the others are the spare set: of this \"node\" or \"datacenter\"; \"none\": all are equal"
+    live "balance.eject" config.balance.eject: balance::eject;
+        "what ejects a backend: refused connections and failures in a row, silence in multiples of its connect time (0: never); the first and the longest time, up to 1h; beyond that share of ejected ones the spare set is used, too"
+    live "balance.all_critical" config.balance.all_critical: |value| value.text(text::word);
+        "a service without an instance that may serve: \"refuse\" its connections, or \"keep\" the last ones for keep_for"
+    live "balance.keep_for" config.balance.keep_for: |value| value.text(text::duration);
+        "how long all_critical = \"keep\" keeps them"
+    live "balance.drain_deadline" config.balance.drain_deadline: |value| value.text(balance::drain_deadline);
+        "how long connections to a backend that leaves may stay open; empty: as long as they like"
     live "consul.address" config.consul.address: |value| value.text(address::consul);
         "Consul agent: http://HOST:PORT, https://HOST:PORT or unix:///PATH"
     live "consul.token_file" config.consul.token: |value| Ok(value.text(text::path)?.map(Token::File));
@@ -170,14 +186,6 @@ const RENAMED: &[(&str, &str)] = &[
 /// Keys of later versions.
 pub const PLANNED: &[&str] = &[
     "catalog.datacenters",
-    "balance.algorithm",
-    "balance.key",
-    "balance.slow_start",
-    "balance.prefer",
-    "balance.eject",
-    "balance.all_critical",
-    "balance.keep_for",
-    "balance.drain_deadline",
     "nomad.address",
     "nomad.namespaces",
     "nomad.token_file",

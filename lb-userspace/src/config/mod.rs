@@ -1,6 +1,7 @@
 //! The configuration: its keys, their defaults, and what they may be.
 
 mod address;
+mod balance;
 mod builder;
 pub mod cgroup;
 pub mod consul;
@@ -21,6 +22,9 @@ use std::time::Duration;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize, Serializer};
 
+pub use balance::{
+    AffinityKey, AllCritical, BalanceAlgorithm, BalanceConfig, EjectConfig, Preference, Share,
+};
 pub use builder::{Flag, FlagValue};
 pub use consul::{BasicAuth, ConsulAddress, ConsulConfig, TlsConfig, Token};
 pub use diagnostic::{ConfigErrors, Location, Problem};
@@ -49,6 +53,8 @@ pub struct Config {
     pub shadow: bool,
     /// `[catalog]`
     pub catalog: CatalogConfig,
+    /// `[balance]`
+    pub balance: BalanceConfig,
     /// `[consul]`
     pub consul: ConsulConfig,
     /// `[vip]`
@@ -317,6 +323,7 @@ impl Default for Config {
                 max_age: Duration::from_secs(60 * 60),
                 expired: Expired::Serve,
             },
+            balance: BalanceConfig::default(),
             consul: ConsulConfig::default(),
             vip: VipConfig {
                 pool: Ipv4Net::new_assert(Ipv4Addr::new(127, 128, 0, 0), 9),

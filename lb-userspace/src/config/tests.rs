@@ -40,6 +40,15 @@ fn the_defaults_written_out_are_the_defaults() {
         meta = {}
         health = "passing"
         address = "lan"
+        [balance]
+        algorithm = "least"
+        key = "cgroup"
+        slow_start = "10s"
+        prefer = "none"
+        eject = { failures = 3, refused = 1, silence = 20, base = "1s", max = "5m", share = 0.5 }
+        all_critical = "refuse"
+        keep_for = "1m"
+        drain_deadline = ""
         [consul]
         address = "http://127.0.0.1:8500"
         ca_file = ""
@@ -97,6 +106,15 @@ const EVERY_KEY: &str = r#"
     watch = "used"
     max_age = "15m"
     expired = "refuse"
+    [balance]
+    algorithm = "round-robin"
+    key = "source"
+    slow_start = ""
+    prefer = "datacenter"
+    all_critical = "keep"
+    keep_for = "2m"
+    drain_deadline = "1h"
+    eject = { failures = 0, share = 1, max = "1h", silence = 255 }
     [consul]
     address = "https://[::1]:8501/"
     ca_file = "/ca.pem"
@@ -153,6 +171,22 @@ fn every_key_is_taken() {
             watch: WatchPolicy::Used,
             max_age: Duration::from_secs(900),
             expired: Expired::Refuse,
+        },
+        balance: BalanceConfig {
+            algorithm: BalanceAlgorithm::RoundRobin,
+            key: AffinityKey::Source,
+            slow_start: None,
+            prefer: Preference::Datacenter,
+            eject: EjectConfig {
+                failures: 0,
+                silence: 255,
+                max: Duration::from_secs(3600),
+                share: Share { per_mille: 1000 },
+                ..EjectConfig::default()
+            },
+            all_critical: AllCritical::Keep,
+            keep_for: Duration::from_secs(120),
+            drain_deadline: Some(Duration::from_secs(3600)),
         },
         consul: ConsulConfig {
             address: ConsulAddress::Https("[::1]:8501".into()),
@@ -239,9 +273,9 @@ fn what_is_wrong_is_named_with_its_line_and_its_fix() {
             &["f:1: catalog.health: 'any' is invalid; write `passing` or `warning`"],
         ),
         (
-            "balance.algorithm = 'least'\n[edge]\ninterface = 'eth0'",
+            "identity.on = true\n[edge]\ninterface = 'eth0'",
             &[
-                "f:1: balance.algorithm: is planned, not in this version; remove it",
+                "f:1: identity.on: is planned, not in this version; remove it",
                 "f:3: edge.interface: is planned, not in this version; remove it",
             ],
         ),
@@ -276,7 +310,48 @@ fn what_is_wrong_is_named_with_its_line_and_its_fix() {
         ("[dns]\nttl = '30'", &["f:2: dns.ttl: expected an integer, found a string"]),
         ("vip.ports = 80", &["f:1: vip.ports: expected an array, found an integer"]),
         ("state_dir = true", &["f:1: state_dir: expected a string, found a boolean"]),
+        ("balance.eject = 3", &["f:1: balance.eject: expected a table, found an integer"]),
         // Values out of range.
+        (
+            "balance.algorithm = 'fastest'",
+            &[
+                "f:1: balance.algorithm: 'fastest' is invalid; write one of `random`, `round-robin`, \
+                 `least`, `latency`, `maglev`",
+            ],
+        ),
+        (
+            "[balance]\nslow_start = '61m'\ndrain_deadline = '0s'\nkeep_for = ''",
+            &[
+                "f:2: balance.slow_start: '61m' is out of range; write 1h or less",
+                "f:3: balance.drain_deadline: '0s' isn't a duration; write one such as 90s, 15m, 1h \
+                 or 2d, up to 365d",
+                "f:4: balance.keep_for: '' isn't a duration; write one such as 90s, 15m, 1h or 2d, \
+                 up to 365d",
+            ],
+        ),
+        (
+            "[balance.eject]\nfailures = 256\nshare = 1.5\nmax = '2h'\nbase = 1\nfail = 2",
+            &[
+                "f:2: balance.eject.failures: 256 is out of range; write a number from 0 to 255",
+                "f:3: balance.eject.share: 1.5 is out of range; write a number from 0 to 1",
+                "f:4: balance.eject.max: '2h' is out of range; write 1h or less",
+                "f:5: balance.eject.base: expected a string, found an integer",
+                "f:6: balance.eject.fail: unknown entry; failures, refused, silence, base, max and \
+                 share are known",
+            ],
+        ),
+        (
+            "balance.eject = { share = nan, silence = -1, refused = '1' }",
+            &[
+                "f:1: balance.eject.refused: expected an integer, found a string",
+                "f:1: balance.eject.share: nan is out of range; write a number from 0 to 1",
+                "f:1: balance.eject.silence: -1 is out of range; write a number from 0 to 255",
+            ],
+        ),
+        (
+            "balance.eject = { base = '6m' }",
+            &["f:1: balance.eject: base is longer than max; write a base of max or less"],
+        ),
         (
             "dns.allow = ['local', 'lan', '10.0.0.0/33']",
             &[
@@ -837,6 +912,8 @@ fn differences_are_shown_as_toml() {
         ("", "dns.allow = [\"10.0.0.0/8\"]", "dns.allow: [\"local\"] -> [\"10.0.0.0/8\"]"),
         ("", "vip.ports = [80, 443]", "vip.ports: [80] -> [80, 443]"),
         ("", "catalog.max_age = \"2m\"", "catalog.max_age: \"1h\" -> \"2m\""),
+        ("balance.slow_start = \"0s\"", "balance.slow_start = \"\"", ""),
+        ("", "balance.drain_deadline = \"30s\"", "balance.drain_deadline: \"\" -> \"30s\""),
         ("", "dns.routes = {}", "dns.routes: { consul = \"127.0.0.1:8600\" } -> {}"),
         ("", "dns.forward = \"10.0.0.1\"", "dns.forward: \"resolv.conf\" -> [\"10.0.0.1:53\"]"),
         (

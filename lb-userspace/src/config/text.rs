@@ -42,6 +42,17 @@ pub(super) fn write_duration<S: Serializer>(time: &Duration, to: S) -> Result<S:
     unit.map_or(String::new(), |(name, unit)| format!("{}{name}", seconds / unit)).serialize(to)
 }
 
+/// Writes a time as [`duration`] reads it; none as an empty text.
+pub(super) fn write_optional_duration<S: Serializer>(
+    time: &Option<Duration>,
+    to: S,
+) -> Result<S::Ok, S::Error> {
+    match time {
+        Some(time) => write_duration(time, to),
+        None => "".serialize(to),
+    }
+}
+
 pub(super) fn not_empty(text: &str) -> Result<String, String> {
     if text.is_empty() { Err("is empty; write a value".into()) } else { Ok(text.into()) }
 }

@@ -112,6 +112,31 @@ impl TomlValue<'_, '_> {
         if faults.is_empty() { Ok(elements) } else { Err(faults) }
     }
 
+    /// A number from 0 to 1, in thousandths.
+    pub(super) fn fraction(&self) -> Parsed<u16> {
+        let text = match self.value.get_ref() {
+            DeValue::Float(float) => float.as_str(),
+            DeValue::Integer(integer) if integer.radix() == 10 => integer.as_str(),
+            _ => return self.unexpected("a number from 0 to 1"),
+        };
+        match text.parse::<f64>() {
+            Ok(number) if (0.0..=1.0).contains(&number) => Ok((number * 1_000.0).round() as u16),
+            _ => self.fault(format!("{text} is out of range; write a number from 0 to 1")),
+        }
+    }
+
+    /// The entries of a table, each with its name.
+    pub(super) fn entries(&self) -> Parsed<Vec<(String, TomlValue<'_, '_>)>> {
+        let Some(table) = self.value.get_ref().as_table() else {
+            return self.unexpected("a table");
+        };
+        let entries = table.iter().map(|(name, value)| {
+            let name = name.get_ref().to_string();
+            (name.clone(), TomlValue { key: format!("{}.{name}", self.key), value })
+        });
+        Ok(entries.collect())
+    }
+
     /// A table with keys that the operator chooses, each key and each value as the two functions
     /// understand it.
     pub(super) fn table<T>(
