@@ -5,6 +5,7 @@
 //! before. Observations of a service (errors, ejections) are kept apart from the table.
 
 mod build;
+mod drains;
 mod endpoints;
 mod index;
 mod input;
@@ -22,6 +23,9 @@ use serde::{Deserialize, Serialize};
 use crate::ordmap::OrdMap;
 
 pub use build::{Builder, NextTable};
+pub use drains::{
+    Drain, DrainError, DrainTarget, Drains, allocation, resolve as resolve_drain, resolve_drained,
+};
 pub use index::CatalogIndex;
 pub use input::{
     Catalog, HealthStatus, Instance, InstanceGroup, NodeIdentity, ServiceId, ServiceRecord, Watch,

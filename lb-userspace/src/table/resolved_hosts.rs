@@ -1,7 +1,7 @@
 //! Instances whose address is a host name: the resolved addresses, as data.
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
 
@@ -79,6 +79,12 @@ impl Hosts {
             Some(Host::Nowhere(reason)) => Err(reason.clone()),
             None => Err(format!("`{name}` is being looked up: no answer yet")),
         }
+    }
+
+    /// The instance's address and port, where it has them.
+    pub fn endpoint(&self, instance: &Instance) -> Option<SocketAddr> {
+        let (address, _) = self.find(instance).ok()?;
+        Some(SocketAddr::new(address, u16::try_from(instance.port).ok()?))
     }
 }
 
