@@ -1,4 +1,5 @@
-//! Builds the kernel object and hands it to the daemon as `$OUT_DIR/nohop-ebpf`.
+//! Builds the kernel objects and hands them to the daemon as `$OUT_DIR/nohop-ebpf` and
+//! `$OUT_DIR/nohop-outcomes`.
 //!
 //! lb-ebpf is a workspace of its own: it needs a nightly compiler, the standard library's source
 //! and a bpf-linker built against that nightly's LLVM. `cargo xtask setup` provides all three.
@@ -10,11 +11,15 @@ mod toolchain;
 use std::env;
 use std::path::{Path, PathBuf};
 
+/// The objects: one a unit.
+const OBJECTS: [&str; 2] = ["nohop-ebpf", "nohop-outcomes"];
+
 fn main() {
     let object_dir = Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("lb-ebpf");
     let linker = object_dir.with_file_name(".tools").join("bpf-linker");
     for watched in [
         "src",
+        "outcomes",
         "Cargo.toml",
         "Cargo.lock",
         ".cargo/config.toml",
@@ -36,17 +41,20 @@ fn main() {
     let out_dir = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     let target_dir = out_dir.join("object");
     let mut cargo = toolchain::command("cargo");
-    cargo.args(["build", "--release", "--locked", "--bin", "nohop-ebpf", "--target-dir"]);
-    cargo.arg(&target_dir).current_dir(&object_dir);
+    cargo.args(["build", "--release", "--locked"]);
+    cargo.args(OBJECTS.iter().flat_map(|object| ["--bin", object]));
+    cargo.arg("--target-dir").arg(&target_dir).current_dir(&object_dir);
     match cargo.status() {
         Ok(status) if status.success() => {}
-        Ok(_) => fail("the kernel object didn't build; `cargo xtask setup` fixes a missing tool"),
+        Ok(_) => fail("the kernel objects didn't build; `cargo xtask setup` fixes a missing tool"),
         Err(error) => no_rustup(&error),
     }
 
-    let object = target_dir.join("bpfel-unknown-none/release/nohop-ebpf");
-    if let Err(error) = std::fs::copy(&object, out_dir.join("nohop-ebpf")) {
-        fail(&format!("can't copy {}: {error}", object.display()));
+    for name in OBJECTS {
+        let object = target_dir.join("bpfel-unknown-none/release").join(name);
+        if let Err(error) = std::fs::copy(&object, out_dir.join(name)) {
+            fail(&format!("can't copy {}: {error}", object.display()));
+        }
     }
 }
 

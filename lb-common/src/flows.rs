@@ -21,7 +21,8 @@ pub struct RevNat {
     /// The layout that the two fields below speak of.
     pub layout: u16,
     /// In [`Flows`], whether replies of the backend bear this flow's name: [`UNDECIDED`], [`NAMES`] or
-    /// [`SUPERSEDED`]. In `SK_REVNAT` zero.
+    /// [`SUPERSEDED`]. In `SK_REVNAT`, of a TCP socket, whether its connection is among those in flight
+    /// of its backend: [`NOT_COUNTED`], [`COUNTED_PENDING`] or [`COUNTED_ESTABLISHED`].
     pub naming: u16,
     /// The index into `BACKENDS`.
     pub backend_idx: u32,
@@ -53,6 +54,14 @@ pub const UNDECIDED: u16 = 0;
 pub const NAMES: u16 = 1;
 /// The last datagram to the backend went by another name, or by the backend's own.
 pub const SUPERSEDED: u16 = 2;
+
+/// [`RevNat::naming`] of a TCP socket whose connection isn't among those in flight: it has ended, or no
+/// program of the unit `outcomes` saw it begin.
+pub const NOT_COUNTED: u16 = 0;
+/// The connection is being established.
+pub const COUNTED_PENDING: u16 = 1;
+/// The connection was established.
+pub const COUNTED_ESTABLISHED: u16 = 2;
 
 /// For how long a flow that isn't used counts as in use, in units of [`flow_clock`]: 60 s, which is
 /// what connection tracking gives a datagram's flow at least.

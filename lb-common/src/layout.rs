@@ -242,8 +242,8 @@ pub struct BackendEntry {
 /// for a backend of which nothing is known, which is how the daemon writes a new one, and while the
 /// unit `outcomes` isn't attached.
 ///
-/// The connect hook and the unit `outcomes` write it: `in_flight` and `pending` by atomic additions,
-/// the rest by plain stores, of which the last of two at once wins. The daemon corrects `in_flight`.
+/// That unit writes it: `in_flight` by atomic additions, the rest by plain stores, of which the last
+/// of two at once wins. The daemon corrects `in_flight`, by atomic additions as well.
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, Immutable, IntoBytes)]
 pub struct BackendOutcomes {
@@ -251,15 +251,16 @@ pub struct BackendOutcomes {
     /// correction of the daemon's races with a connection that ends: a reader takes that as 0.
     pub in_flight: i32,
     /// Connections that are being established: connect() was called, and nothing has come back yet.
-    /// As above, below zero is 0.
+    /// As above, below zero is 0. Not written yet.
     pub pending: i32,
     /// Whether it is ejected.
     pub ejection: EjectionWord,
     /// Since when connections are pending and none has been answered: the low 32 bits of
     /// CLOCK_MONOTONIC in microseconds; 0 while none is pending. It wraps after 71 minutes, which no
-    /// pending connection lasts.
+    /// pending connection lasts. Not written yet.
     pub unanswered_since_us: u32,
-    /// The time from connect() to established in microseconds, as a moving average; 0 for none yet.
+    /// The time from a connection's SYN to the answer in microseconds, by [`peak_average_us`](crate::peak_average_us); 0 for
+    /// none yet. Connections whose SYN had to be sent again have none.
     pub connect_us: u32,
     /// The smoothed round-trip time of its connections when they ended (`srtt_us` of struct tcp_sock,
     /// divided by 8) in microseconds, as a moving average; 0 for none yet.
@@ -354,8 +355,12 @@ pub struct ServiceStats {
     pub shadowed: u64,
     /// connect() of UDP sockets.
     pub udp: UdpConnects,
+    /// TCP connections that were sent to a backend and never established, because that refused
+    /// them, didn't answer or couldn't be reached. A client that gave up is none. The unit `outcomes`
+    /// writes it.
+    pub failed: u64,
     /// Zero.
-    pub reserved: [u64; 2],
+    pub reserved: u64,
 }
 
 /// What the programs send to the daemon through `EVENTS`.

@@ -5,15 +5,17 @@
 #![feature(asm_experimental_arch)]
 
 use aya_ebpf::EbpfContext as _;
-use aya_ebpf::bindings::{BPF_F_MMAPABLE, bpf_spin_lock};
+use aya_ebpf::bindings::{
+    BPF_F_MMAPABLE, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB, bpf_spin_lock,
+};
 use aya_ebpf::btf_maps::{Array, HashMap, LruHashMap, SkStorage};
 use aya_ebpf::helpers::generated::{bpf_setsockopt, bpf_spin_lock, bpf_spin_unlock};
 use aya_ebpf::helpers::{
     bpf_get_current_pid_tgid, bpf_get_netns_cookie, bpf_get_prandom_u32, bpf_get_socket_cookie,
     bpf_probe_read_kernel,
 };
-use aya_ebpf::macros::{btf_map, cgroup_sock, cgroup_sock_addr};
-use aya_ebpf::programs::{SockAddrContext, SockContext};
+use aya_ebpf::macros::{btf_map, cgroup_sock, cgroup_sock_addr, sock_ops};
+use aya_ebpf::programs::{SockAddrContext, SockContext, SockOpsContext};
 use lb_common::RevNat;
 
 const PROCEED: i32 = 1;
@@ -241,6 +243,22 @@ pub fn one_read(ctx: SockAddrContext) -> i32 {
         (address.wrapping_neg(), bpf_probe_read_kernel::<usize>(ctx.as_ptr().cast()))
     };
     if first == Ok(address) { PROCEED } else { 0 }
+}
+
+/// A sockops program that does nothing: what every TCP socket pays for one.
+#[sock_ops]
+pub fn sockops_empty(_ctx: SockOpsContext) -> u32 {
+    1
+}
+
+/// The same, which asks for callbacks of state changes.
+#[sock_ops]
+pub fn sockops_states(ctx: SockOpsContext) -> u32 {
+    // SAFETY: the context is valid, and this is a field of it.
+    if unsafe { (&raw const (*ctx.ops).op).read_volatile() } == BPF_SOCK_OPS_TCP_CONNECT_CB {
+        let _ = ctx.set_cb_flags(BPF_SOCK_OPS_STATE_CB_FLAG.cast_signed());
+    }
+    1
 }
 
 /// A peer that isn't all zeros, so that the compiler can't know that it needn't copy it.

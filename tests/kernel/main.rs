@@ -8,6 +8,7 @@ mod bypass;
 mod connector;
 mod disconnect;
 mod families;
+mod in_flight;
 mod layout2;
 mod lockdown;
 mod maps;
@@ -255,6 +256,10 @@ const TRIALS: &[KernelTrial] = &[
     once("an_optional_unit_fails_alone", units::an_optional_unit_fails_alone),
     once("a_required_unit_is_a_condition", units::a_required_unit_is_a_condition),
     once("a_unit_waits_for_its_first_table", units::a_unit_waits_for_its_first_table),
+    since((5, 10), "in_flight_is_what_the_kernel_lists", in_flight::is_what_the_kernel_lists),
+    since((5, 10), "in_flight_outlives_a_gap", in_flight::outlives_a_gap),
+    since((5, 10), "in_flight_after_an_upgrade_and_a_rollback", in_flight::after_an_upgrade),
+    since((5, 10), "in_flight_and_failures", in_flight::failures_are_the_backends),
     since((5, 10), "verified_instructions_are_told", verifier::instructions_are_told),
     since((5, 10), "a_probe_needs_no_locked_memory", verifier::a_probe_needs_no_locked_memory),
 ];
@@ -270,6 +275,9 @@ fn skip(reason: &'static str) {
 fn main() -> std::process::ExitCode {
     if let Some(address) = connector::hidden_command() {
         return connector::run(address);
+    }
+    if let Some((address, n_sockets)) = in_flight::hidden_command() {
+        return in_flight::hold(address, n_sockets);
     }
     if let Some(code) =
         proof::hidden_command().or_else(trust::hidden_command).or_else(memcg::hidden_command)

@@ -243,6 +243,14 @@ pub struct ServiceStatus {
     pub connects: u64,
     /// Connects that were refused because there was no backend for them, since the start.
     pub refused: u64,
+    /// Connects by TCP that were sent to a backend and failed: it refused them, didn't answer or
+    /// couldn't be reached. One that the client gave up is none.
+    #[serde(default)]
+    pub failed: u64,
+    /// The TCP connections to its backends that are open or being established; null while the unit
+    /// `outcomes` isn't attached.
+    #[serde(default)]
+    pub in_flight: Option<u64>,
     /// Connects that were refused because their sockets' address family can reach none of the backends.
     #[serde(default)]
     pub refused_family: u64,
@@ -277,6 +285,13 @@ pub struct BackendStatus {
     pub reason: Option<String>,
     /// Connects that it was chosen for, since it came.
     pub connects: u64,
+    /// The TCP connections to it that are open or being established; null while the unit `outcomes`
+    /// isn't attached.
+    #[serde(default)]
+    pub in_flight: Option<u64>,
+    /// Connects by TCP that it refused or didn't answer, or that didn't reach it, since it came.
+    #[serde(default)]
+    pub failures: u64,
 }
 
 /// `GET /v1/services/NAME`: everything that is known of a name.

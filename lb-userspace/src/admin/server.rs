@@ -428,6 +428,8 @@ mod tests {
                 error: None,
                 connects: 0,
                 refused: 0,
+                failed: 0,
+                in_flight: Some(0),
                 refused_family: 0,
                 shadowed: 0,
                 udp_connects: 0,

@@ -158,11 +158,16 @@ fn service(text: &mut String, service: &ServiceStatus, width: usize) {
         (n, 0) => format!(", UDP connects {n}"),
         (n, n_refused) => format!(", UDP connects {n}, refused {n_refused}"),
     };
+    let in_flight = service.in_flight.map(|n| format!(", in flight {n}")).unwrap_or_default();
+    let failed = match service.failed {
+        0 => String::new(),
+        n => format!(", failed {n}"),
+    };
     let pin = service.pin.map(|pin| format!(" and {pin}")).unwrap_or_default();
     line(
         text,
         format!(
-            "{:<width$}  {}:{ports}{vip6}{pin}  {}, {}, connects {}, refused {}{by_family}{shadowed}{udp_connects}",
+            "{:<width$}  {}:{ports}{vip6}{pin}  {}, {}, connects {}, refused {}{by_family}{shadowed}{udp_connects}{failed}{in_flight}",
             service.name,
             service.vip,
             service.protocol,
@@ -191,7 +196,14 @@ fn backend(backend: &BackendStatus, service: &str) -> String {
     let place = place(&backend.address, &backend.node, &id);
     let reason = backend.reason.as_ref().map(|reason| format!("  {reason}")).unwrap_or_default();
     let (weight, connects) = (backend.weight, backend.connects);
-    format!("{state:<10} {place}  weight {weight}  connects {connects}{reason}")
+    let in_flight = backend.in_flight.map(|n| format!("  in flight {n}")).unwrap_or_default();
+    let failures = match backend.failures {
+        0 => String::new(),
+        n => format!("  failures {n}"),
+    };
+    format!(
+        "{state:<10} {place}  weight {weight}  connects {connects}{in_flight}{failures}{reason}"
+    )
 }
 
 fn place(address: &str, node: &str, id: &str) -> String {
@@ -242,6 +254,8 @@ mod tests {
             watch: Watch::Live,
             connects: 7,
             refused: 0,
+            failed: 0,
+            in_flight: None,
             refused_family: 0,
             shadowed: 0,
             udp_connects: 0,
@@ -254,6 +268,8 @@ mod tests {
                 state: BackendState::Healthy,
                 reason: None,
                 connects: 7,
+                in_flight: None,
+                failures: 0,
             }],
         }
     }
@@ -271,10 +287,12 @@ mod tests {
             notes: vec!["something is odd".into()],
             udp_connects: 5,
             udp_connects_refused: 2,
+            failed: 3,
+            in_flight: Some(4),
             ..helloworld()
         };
         let text = "helloworld  127.186.3.9:any and [fd00::9]:any  both, random, connects 7, \
-                    refused 0, UDP connects 5, refused 2\n  ~ something is odd\n";
+                    refused 0, UDP connects 5, refused 2, failed 3, in flight 4\n  ~ something is odd\n";
         assert!(services(&[odd]).starts_with(text));
     }
 

@@ -32,7 +32,10 @@ pub struct Readings {
     pub(super) n_demand_dropped: u64,
     /// The time from the source's news to the maps that connections read, in seconds.
     pub(super) propagation: Histogram,
-    pub(super) services: Vec<(Arc<str>, ServiceCounters)>,
+    /// Each with its counters and its connections in flight.
+    pub(super) services: Vec<(Arc<str>, ServiceCounters, u64)>,
+    /// Whether the latter are counted.
+    pub(super) counts_in_flight: bool,
     /// The global counters, by name.
     pub(super) events: BTreeMap<&'static str, u64>,
     pub(super) maps: Vec<(&'static str, Pressure)>,
@@ -209,7 +212,7 @@ fn discovery(text: &mut Exposition, readings: &Readings) {
 fn connects(text: &mut Exposition, readings: &Readings) {
     let help = "Connects that were sent to a backend: connects by TCP, and choices for datagrams.";
     let mut family = text.family("nohop_connects_total", MetricType::Counter, help);
-    for (name, counters) in &readings.services {
+    for (name, counters, _) in &readings.services {
         family.sample(&[("service", name)], counters.connects);
     }
     let help = "Connects that were refused: no_backend (none is healthy), family (the socket's \
@@ -218,15 +221,27 @@ fn connects(text: &mut Exposition, readings: &Readings) {
     let no_frontend = [("service", ""), ("reason", "no_frontend")];
     let event = |name| readings.events.get(name).copied().unwrap_or_default();
     family.sample(&no_frontend, event("refused_no_frontend"));
-    for (name, counters) in &readings.services {
+    for (name, counters, _) in &readings.services {
         let because = |reason| [("service", &**name), ("reason", reason)];
         family.sample(&because("no_backend"), counters.refused);
         family.sample(&because("family"), counters.refused_family);
     }
+    let help = "Connects by TCP that a backend refused, didn't answer, or that didn't reach it.";
+    let mut family = text.family("nohop_connects_failed_total", MetricType::Counter, help);
+    for (name, counters, _) in &readings.services {
+        family.sample(&[("service", name)], counters.failed);
+    }
+    if readings.counts_in_flight {
+        let help = "TCP connections to a service's backends that are open or being established.";
+        let mut family = text.family("nohop_in_flight", MetricType::Gauge, help);
+        for (name, _, in_flight) in &readings.services {
+            family.sample(&[("service", name)], *in_flight);
+        }
+    }
     let help = "connect() by UDP sockets that led to a backend, of services that have some. Whoever \
                 looks up a name makes some, and sends nothing.";
     let mut family = text.family("nohop_udp_connects_total", MetricType::Counter, help);
-    for (name, ServiceCounters { udp_connects, .. }) in &readings.services {
+    for (name, ServiceCounters { udp_connects, .. }, _) in &readings.services {
         if udp_connects.connects > 0 {
             family.sample(&[("service", name)], udp_connects.connects);
         }
@@ -234,7 +249,7 @@ fn connects(text: &mut Exposition, readings: &Readings) {
     let help = "The same that were refused, by the reasons of nohop_connects_refused_total.";
     let mut family = text.family("nohop_udp_connects_refused_total", MetricType::Counter, help);
     family.sample(&no_frontend, event("udp_no_frontend"));
-    for (name, ServiceCounters { udp_connects, .. }) in &readings.services {
+    for (name, ServiceCounters { udp_connects, .. }, _) in &readings.services {
         let reasons = [("no_backend", udp_connects.no_backend), ("family", udp_connects.family)];
         for (reason, n) in reasons.into_iter().filter(|(_, n)| *n > 0) {
             family.sample(&[("service", &**name), ("reason", reason)], n);
@@ -276,7 +291,7 @@ mod tests {
     use crate::admin::prometheus::strict;
 
     fn readings(n_services: u32) -> Readings {
-        let name = |idx| (Arc::from(format!("web-{idx}")), ServiceCounters::default());
+        let name = |idx| (Arc::from(format!("web-{idx}")), ServiceCounters::default(), 3);
         let mut propagation = Histogram::new(&PROPAGATION_BUCKETS);
         propagation.observe(0.003);
         Readings {
@@ -315,6 +330,7 @@ mod tests {
             n_demand_dropped: 3,
             propagation,
             services: (0..n_services).map(name).collect(),
+            counts_in_flight: true,
             events: [("refused_no_frontend", 5), ("udp_no_frontend", 6), ("flows_full", 7)].into(),
             maps: vec![("SLOTS", Pressure { used: 10, capacity: 40 })],
             dns_answers: BTreeMap::from([("NXDOMAIN".into(), 6)]),
@@ -359,6 +375,8 @@ mod tests {
             (r#"nohop_propagation_seconds_bucket{le="0.005"}"#, 1.0),
             (r#"nohop_propagation_seconds_bucket{le="+Inf"}"#, 1.0),
             (r#"nohop_connects_total{service="web-0"}"#, 0.0),
+            (r#"nohop_connects_failed_total{service="web-0"}"#, 0.0),
+            (r#"nohop_in_flight{service="web-0"}"#, 3.0),
             (r#"nohop_connects_refused_total{service="",reason="no_frontend"}"#, 5.0),
             (r#"nohop_connects_refused_total{service="web-0",reason="no_backend"}"#, 0.0),
             (r#"nohop_connects_refused_total{service="web-0",reason="family"}"#, 0.0),
@@ -380,10 +398,10 @@ mod tests {
     }
 
     #[test]
-    fn each_service_has_three_samples_and_no_more() {
+    fn each_service_has_five_samples_and_no_more() {
         let n_others = strict::read(&exposition(&readings(0))).unwrap().len();
         let n_all = strict::read(&exposition(&readings(10_000))).unwrap().len();
-        assert_eq!(n_all, n_others + 3 * 10_000);
+        assert_eq!(n_all, n_others + 5 * 10_000);
     }
 
     #[test]

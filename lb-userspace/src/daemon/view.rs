@@ -160,12 +160,13 @@ impl View for DaemonView {
             table.services.get(name).is_some_and(|service| service.watch == Watch::Live)
         };
         let services = self.datapath.service_indices().into_iter();
-        let services = services.map(|(name, service_idx)| {
+        let services = services.map(|(name, service_idx, backends)| {
             let counters = self.counters.service(service_idx);
-            (name, counters)
+            let in_flight = backends.iter().map(|&idx| u64::from(self.counters.in_flight(idx)));
+            (name, counters, in_flight.sum())
         });
         let services = services
-            .filter(|(name, counters)| *counters != Default::default() || is_live(name))
+            .filter(|(name, counters, _)| *counters != Default::default() || is_live(name))
             .collect();
         let events: BTreeMap<&str, u64> =
             COUNTERS.iter().map(|&(name, counter)| (name, self.counters.event(counter))).collect();
@@ -180,6 +181,7 @@ impl View for DaemonView {
             n_demand_dropped: self.demand.n_dropped(),
             propagation,
             services,
+            counts_in_flight: self.datapath.counts_in_flight(),
             events,
             maps: self.datapath.pressure(),
             dns_answers: self.dns_stats.snapshot(),
@@ -324,6 +326,9 @@ impl DaemonView {
             Some(Indices { service, backends }) => (self.counters.service(service), backends),
             None => Default::default(),
         };
+        let counts = self.datapath.counts_in_flight();
+        let in_flight = |idx: &u32| u64::from(self.counters.in_flight(*idx));
+        let all_in_flight = counts.then(|| backends.values().map(in_flight).sum());
         let backends = service.backends.iter().map(|backend| {
             let backend_idx = backend.address.and_then(|address| backends.get(&address));
             api::BackendStatus {
@@ -334,6 +339,8 @@ impl DaemonView {
                 state: backend.state,
                 reason: backend.reason.clone(),
                 connects: backend_idx.map_or(0, |&idx| self.counters.backend_connects(idx)),
+                in_flight: counts.then(|| backend_idx.map_or(0, in_flight)),
+                failures: backend_idx.map_or(0, |&idx| self.counters.backend_failures(idx)),
             }
         });
         api::ServiceStatus {
@@ -350,6 +357,8 @@ impl DaemonView {
             error: self.datapath.error(&service.name),
             connects: stats.connects,
             refused: stats.refused,
+            failed: stats.failed,
+            in_flight: all_in_flight,
             refused_family: stats.refused_family,
             shadowed: stats.shadowed,
             udp_connects: stats.udp_connects.connects,

@@ -1,4 +1,4 @@
-//! The offsets of two fields that the programs read, from the running kernel's type information (BTF).
+//! The offsets of the fields that the programs read, from the running kernel's type information (BTF).
 //!
 //! The format is Documentation/bpf/btf.rst of the kernel: a header, then types, each a fixed part
 //! and what its kind adds, then strings.
@@ -37,6 +37,8 @@ pub struct SocketBits {
     pub subflow: Option<Bit>,
     /// Of an IPv6 socket: that it is closed to IPv4 (IPV6_V6ONLY).
     pub ipv6_only: Option<Bit>,
+    /// Of any socket: its pending error, of which the mask means nothing.
+    pub error: Option<Bit>,
     /// Whether a program gets from such a part to the MPTCP socket (`bpf_skc_to_mptcp_sock`, 5.19).
     pub has_mptcp: bool,
 }
@@ -50,9 +52,10 @@ pub fn socket_bits() -> io::Result<SocketBits> {
     let kernel = bit(&btf, "sock", "sk_kern_sock");
     let subflow = bit(&btf, "tcp_sock", "is_mptcp");
     let ipv6_only = bit(&btf, "sock_common", "skc_ipv6only");
+    let error = bit(&btf, "sock", "sk_err");
     // An enumerator of enum bpf_func_id. Without MPTCP there is no type for what the helper returns.
     let has_mptcp = subflow.is_some() && has_string(&btf, "BPF_FUNC_skc_to_mptcp_sock");
-    Ok(SocketBits { kernel, subflow, ipv6_only, has_mptcp })
+    Ok(SocketBits { kernel, subflow, ipv6_only, error, has_mptcp })
 }
 
 /// Whether something has this name.
@@ -142,7 +145,10 @@ mod tests {
 
     #[test]
     fn this_kernel_tells() {
-        let Ok(SocketBits { kernel, subflow, ipv6_only, .. }) = socket_bits() else { return };
+        let Ok(SocketBits { kernel, subflow, ipv6_only, error, .. }) = socket_bits() else {
+            return;
+        };
+        assert!(error.is_some_and(|bit| bit.offset > 0 && bit.offset.is_multiple_of(4)));
         assert!(ipv6_only.is_some_and(|bit| bit.offset > 0 && bit.mask.count_ones() == 1));
         assert!(kernel.is_some_and(|bit| bit.offset > 0 && bit.mask.count_ones() == 1));
         // A bool, which is a whole byte. Without CONFIG_MPTCP there is none.

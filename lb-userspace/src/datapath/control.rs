@@ -13,12 +13,13 @@ use super::bpf::netns_cookie;
 use super::error::DatapathError;
 use super::events::Reports;
 use super::features::{Features, Limit};
+use super::in_flight::{Recount, Recounter};
 use super::kernel::{ControlBlock, Counters, KernelMaps};
 use super::links::{self, Attachment, ServedCgroup, Units};
 use super::pins::{PinnedMaps, Pins, monotonic_ns};
 use super::reconcile::{Indices, Pressure, ReconcileError, Reconciler};
 use super::socket_terminator::SocketTerminator;
-use super::units::UnitHealth;
+use super::units::{OUTCOMES, UnitHealth};
 use super::{bypass, probe};
 use crate::table::Table;
 
@@ -33,6 +34,7 @@ pub struct Datapath {
     pub(super) pins: Pins,
     pub(super) pinned_maps: PinnedMaps,
     pub(super) socket_terminator: SocketTerminator,
+    pub(super) recounter: Recounter,
     pub(super) features: Features,
     pub(super) excluded: Vec<PathBuf>,
     /// Notes for the operator about what is served.
@@ -149,6 +151,9 @@ impl Datapath {
         self.reconciler.recycle();
         let pinned = self.pins.fix().and_then(|()| self.pinned_maps.fix());
         let mut attachment = self.units.fix(&self.pins);
+        if self.counts_in_flight() {
+            self.recounter.work(attachment.is_after_gap);
+        }
         if let Err(error) = pinned {
             attachment.problem.get_or_insert(error.to_string());
         }
@@ -169,6 +174,18 @@ impl Datapath {
     /// The state of each unit.
     pub fn unit_status(&self) -> Vec<UnitHealth> {
         self.units.status()
+    }
+
+    /// Whether the connections in flight are counted: the unit `outcomes` is attached.
+    pub fn counts_in_flight(&self) -> bool {
+        self.units.is_attached(OUTCOMES.name)
+    }
+
+    /// Counts the connections in flight and corrects what the programs have; [`Datapath::fix`] does so
+    /// on a thread of its own, when that is due. Blocks for about a microsecond a TCP socket of the
+    /// host.
+    pub fn recount(&self) -> Recount {
+        self.recounter.recount()
     }
 
     /// The served cgroup.
@@ -230,9 +247,10 @@ impl Datapath {
         self.reconciler.indices(name)
     }
 
-    /// The index of each service in the kernel's maps.
-    pub fn service_indices(&self) -> Vec<(Arc<str>, u32)> {
-        self.reconciler.service_indices().map(|(name, idx)| (name.clone(), idx)).collect()
+    /// The index that the kernel knows each service by, and those of its backends.
+    pub fn service_indices(&self) -> Vec<(Arc<str>, u32, Vec<u32>)> {
+        let services = self.reconciler.all_indices();
+        services.map(|(name, idx, backends)| (name.clone(), idx, backends.collect())).collect()
     }
 
     /// How full each map is.

@@ -184,7 +184,10 @@ impl Features {
         let mut sockets = SocketBits::default();
         match bits {
             Err(error) => limits.push(Limit::NoBtf(error.to_string())),
-            Ok(SocketBits { kernel: None, .. }) => limits.push(Limit::NoKernelBit),
+            Ok(bits @ SocketBits { kernel: None, .. }) => {
+                sockets.error = bits.error;
+                limits.push(Limit::NoKernelBit);
+            }
             // The verifier hides this helper from those who lack CAP_PERFMON, too. That is no reason
             // to do without it.
             Ok(_) if environment.lacks("CAP_PERFMON") => {
@@ -196,8 +199,9 @@ impl Features {
                 if has(Trial::ReadKernel, AttachType::CONNECT4)? {
                     sockets = bits;
                 } else {
-                    // This one is read by the type of the socket's structure, without the helper.
+                    // These are read by the type of the socket's structure, without the helper.
                     sockets.ipv6_only = bits.ipv6_only;
+                    sockets.error = bits.error;
                     limits.push(Limit::NoKernelRead(lockdown));
                 }
             }

@@ -199,8 +199,13 @@ impl SharedDatapath {
     }
 
     /// As [`Datapath::service_indices`].
-    pub fn service_indices(&self) -> Vec<(Arc<str>, u32)> {
+    pub fn service_indices(&self) -> Vec<(Arc<str>, u32, Vec<u32>)> {
         lock(&self.datapath).service_indices()
+    }
+
+    /// As [`Datapath::counts_in_flight`].
+    pub fn counts_in_flight(&self) -> bool {
+        lock(&self.datapath).counts_in_flight()
     }
 
     /// As [`Datapath::is_adopted`].

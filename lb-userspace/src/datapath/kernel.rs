@@ -15,9 +15,9 @@ use std::time::Duration;
 use aya::Ebpf;
 use aya::maps::{HashMap, Map, MapData, MapError};
 use lb_common::{
-    Backend, BackendEntry, BypassCgroup, BypassLevel, Control, Counter, Fallback, Frontend,
-    Frontend6, GlobalCounters, Probe, ServiceEntry, ServiceFlags, ServiceName, ServiceRef,
-    ServiceStats, Slot, UdpConnects,
+    Backend, BackendEntry, BackendOutcomes, BypassCgroup, BypassLevel, Control, Counter, Fallback,
+    Frontend, Frontend6, GlobalCounters, Probe, ServiceEntry, ServiceFlags, ServiceName,
+    ServiceRef, ServiceStats, Slot, UdpConnects,
 };
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
@@ -151,7 +151,19 @@ pub struct Counters {
     services: Arc<AtomicArray<ServiceEntry>>,
     stats: Arc<AtomicArray<ServiceStats>>,
     backends: Arc<AtomicArray<BackendEntry>>,
+    backend_failures: Arc<AtomicArray<u64>>,
     global: Arc<AtomicArray<GlobalCounters>>,
+}
+
+/// What the programs count of a backend's connections, at one time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Tally {
+    /// The backend's generation.
+    pub generation: u32,
+    /// The connections that were sent there.
+    pub connects: u64,
+    /// Those that are in flight; below zero where more were seen to end than to begin.
+    pub in_flight: i32,
 }
 
 /// A service's counters; all only grow.
@@ -167,12 +179,15 @@ pub struct ServiceCounters {
     pub shadowed: u64,
     /// connect() by UDP sockets: apart, since address lookups make them and send nothing.
     pub udp_connects: UdpConnects,
+    /// Connects by TCP that a backend refused, didn't answer, or that didn't reach it.
+    pub failed: u64,
 }
 
 impl ServiceCounters {
     /// All connections, whatever became of them.
     pub fn all(&self) -> u64 {
-        let ServiceCounters { connects, refused, refused_family, shadowed, udp_connects } = self;
+        let ServiceCounters { connects, refused, refused_family, shadowed, udp_connects, .. } =
+            self;
         let UdpConnects { connects: by_udp, no_backend, family } = udp_connects;
         connects + refused + refused_family + shadowed + by_udp + no_backend + family
     }
@@ -188,12 +203,58 @@ impl Counters {
             refused_family: stats.family,
             shadowed: stats.shadowed,
             udp_connects: stats.udp,
+            failed: stats.failed,
         }
     }
 
     /// The connections of a backend, by its index.
     pub fn backend_connects(&self, backend_idx: u32) -> u64 {
         self.backends.load_field(backend_idx, offset_of!(BackendEntry, connects))
+    }
+
+    /// The TCP connections of a backend that are open or being established, by its index.
+    pub fn in_flight(&self, backend_idx: u32) -> u32 {
+        u32::try_from(self.outcomes(backend_idx).in_flight).unwrap_or(0)
+    }
+
+    /// The connections of a backend that failed, by its index.
+    pub fn backend_failures(&self, backend_idx: u32) -> u64 {
+        self.backend_failures.load(backend_idx)
+    }
+
+    fn outcomes(&self, backend_idx: u32) -> BackendOutcomes {
+        self.backends.load_field(backend_idx, offset_of!(BackendEntry, outcomes))
+    }
+
+    /// What a count of connections is compared with: of each backend in the table, by its index.
+    pub(super) fn tallies(&self) -> BTreeMap<u32, Tally> {
+        let n_backends = self.backends.n_words * 8 / size_of::<BackendEntry>();
+        let generations = Generations(self.backends.clone());
+        let tally = |backend_idx| {
+            // Most entries aren't used.
+            let generation = generations.generation(backend_idx);
+            if generation == 0 {
+                return None;
+            }
+            let BackendOutcomes { in_flight, .. } = self.outcomes(backend_idx);
+            let connects = self.backend_connects(backend_idx);
+            Some((backend_idx, Tally { generation, connects, in_flight }))
+        };
+        (0..n_backends as u32).filter_map(tally).collect()
+    }
+
+    /// Adds to a backend's connections in flight, while programs do.
+    pub(super) fn add_in_flight(&self, backend_idx: u32, n: i32) {
+        let at = offset_of!(BackendEntry, outcomes);
+        let [word] = self.backends.field(backend_idx, at, 8) else { return };
+        // Programs add to one half, and this to the whole word, so the half is added to by exchange.
+        let with = |word: u64| {
+            let mut halves: [i32; 2] = zerocopy::transmute!(word);
+            halves[0] = halves[0].wrapping_add(n);
+            zerocopy::transmute!(halves)
+        };
+        // The closure never gives up.
+        let _ = word.try_update(Ordering::AcqRel, Ordering::Acquire, |word| Some(with(word)));
     }
 
     /// An event that no service owns.
@@ -322,6 +383,7 @@ impl KernelMaps {
             services: AtomicArray::take(ebpf, "SERVICES")?,
             stats: AtomicArray::take(ebpf, "SERVICE_STATS")?,
             backends: AtomicArray::take(ebpf, "BACKENDS")?,
+            backend_failures: AtomicArray::take(ebpf, "BACKEND_FAILURES")?,
             global: AtomicArray::take(ebpf, "COUNTERS")?,
         };
         let control = ControlBlock {
@@ -407,6 +469,7 @@ impl Maps for KernelMaps {
     fn write_backend(&mut self, backend_idx: u32, backend: Backend) {
         let entry = BackendEntry { backend, ..BackendEntry::default() };
         self.counters.backends.store(backend_idx, &entry);
+        self.counters.backend_failures.store(backend_idx, &0);
     }
 
     fn retire_backend(&mut self, backend_idx: u32) {

@@ -111,6 +111,8 @@ pub struct Attachment {
     pub lost: BTreeSet<&'static str>,
     /// Why hooks of a required unit couldn't be attached again.
     pub problem: Option<String>,
+    /// Whether hooks of any unit were attached again, which missed what happened meanwhile.
+    pub is_after_gap: bool,
 }
 
 impl Attachment {
@@ -194,6 +196,12 @@ impl Units {
         self.units.iter_mut().filter_map(|unit| unit.ebpf.as_mut())
     }
 
+    /// Whether a unit's hooks run this datapath's programs.
+    pub fn is_attached(&self, name: &str) -> bool {
+        let is_it = |loaded: &LoadedUnit| loaded.unit.name == name && !loaded.links.is_empty();
+        self.are_switched && self.units.iter().any(is_it)
+    }
+
     /// How each unit does.
     pub fn status(&self) -> Vec<UnitHealth> {
         let status = |LoadedUnit { unit, problem, .. }: &LoadedUnit| {
@@ -255,7 +263,7 @@ impl Units {
         // The kernel refused the programs, and would again.
         for unit in self.units.iter_mut().filter(|unit| unit.ebpf.is_some()) {
             let fixed = match &cgroup {
-                Ok(cgroup) => unit.fix(&self.scope, cgroup, pins, &mut attachment.lost),
+                Ok(cgroup) => unit.fix(&self.scope, cgroup, pins, &mut attachment),
                 Err(error) => Err(error.to_string()),
             };
             unit.set_problem(fixed.err());
@@ -336,11 +344,12 @@ impl LoadedUnit {
         scope: &Path,
         cgroup: &ServedCgroup,
         pins: &Pins,
-        lost: &mut BTreeSet<&'static str>,
+        attachment: &mut Attachment,
     ) -> Result<(), String> {
         let Some(ebpf) = &self.ebpf else { return Ok(()) };
         let Unit { name, is_required, .. } = *self.unit;
-        let fixed = if self.links.is_empty() {
+        let mut is_after_gap = self.links.is_empty();
+        let fixed = if is_after_gap {
             self.attach(scope, cgroup, pins, &mut Vec::new())
         } else {
             self.links.iter_mut().zip(self.unit.hooks).try_for_each(|(link, hook)| {
@@ -348,8 +357,9 @@ impl LoadedUnit {
                 // A kernel that doesn't answer is no reason to attach twice.
                 let is_attached = cgroup.has(link, hook).unwrap_or(true);
                 if !is_attached {
+                    is_after_gap = true;
                     if is_required {
-                        lost.insert(hook.program);
+                        attachment.lost.insert(hook.program);
                     } else {
                         tracing::warn!("something detached {} of the unit {name}", hook.program);
                     }
@@ -358,6 +368,7 @@ impl LoadedUnit {
                 if is_attached && path.exists() { Ok(()) } else { pin_at(link, &path) }
             })
         };
+        attachment.is_after_gap |= is_after_gap && fixed.is_ok();
         if fixed.is_err() && !is_required {
             self.detach(pins);
         }

@@ -13,8 +13,14 @@ use lb_common::{
 
 use crate::config::{DatapathConfig, VipConfig};
 
-/// The kernel object, which the build makes of lb-ebpf.
-pub static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/nohop-ebpf"));
+/// The object of the unit `connect`, which has all maps. The build makes it of lb-ebpf.
+pub static CONNECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/nohop-ebpf"));
+/// The object of the unit `outcomes`.
+pub static OUTCOMES: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/nohop-outcomes"));
+
+/// The maps that came to this layout after its first version: an earlier version with the same
+/// layout leaves none, or one of another size.
+const ADDED: [&str; 1] = ["BACKEND_FAILURES"];
 
 /// The specification of a pinned map.
 #[derive(Clone, Copy, Debug)]
@@ -31,6 +37,8 @@ pub struct MapShape {
     pub max_entries: u32,
     /// BPF_F_*.
     pub flags: u32,
+    /// Whether it is made empty where it is absent or of another size, over the other maps.
+    pub is_added: bool,
 }
 
 /// The sizes of the maps, in entries.
@@ -44,7 +52,7 @@ pub struct Sizes {
     pub frontends6: u32,
     /// `SLOTS`
     pub slots: u32,
-    /// `BACKENDS`
+    /// `BACKENDS` and `BACKEND_FAILURES`
     pub backends: u32,
 }
 
@@ -106,6 +114,7 @@ impl Sizes {
             ("FRONTENDS6", self.frontends6),
             ("SLOTS", self.slots),
             ("BACKENDS", self.backends),
+            ("BACKEND_FAILURES", self.backends),
         ]);
         let sized = sized.filter_map(|(name, max_entries)| {
             shape(name).map(|shape| MapShape { max_entries, ..shape })
@@ -126,7 +135,7 @@ pub fn socket_shapes() -> Vec<MapShape> {
 /// A map as the object defines it.
 fn shape(name: &'static str) -> Option<MapShape> {
     static MAPS: LazyLock<HashMap<String, aya_obj::Map>> = LazyLock::new(|| {
-        aya_obj::Object::parse(OBJECT).map(|object| object.maps).unwrap_or_default()
+        aya_obj::Object::parse(CONNECT).map(|object| object.maps).unwrap_or_default()
     });
     MAPS.get(name).map(|map| MapShape {
         name,
@@ -135,6 +144,7 @@ fn shape(name: &'static str) -> Option<MapShape> {
         value_size: map.value_size(),
         max_entries: map.max_entries(),
         flags: map.map_flags(),
+        is_added: ADDED.contains(&name),
     })
 }
 
@@ -148,7 +158,7 @@ mod tests {
         let sizes = Sizes { services: 1, frontends: 2, frontends6: 3, slots: 4, backends: 5 };
         let shapes: Vec<_> = sizes.shapes().into_iter().chain(socket_shapes()).collect();
         let shown = shapes.iter().map(|shape| {
-            let &MapShape { name, map_type, key_size, value_size, max_entries, flags } = shape;
+            let &MapShape { name, map_type, key_size, value_size, max_entries, flags, .. } = shape;
             (name, (map_type, key_size, value_size, max_entries, flags))
         });
         const MMAPABLE: u32 = 1 << 10;
@@ -160,6 +170,7 @@ mod tests {
             ("FRONTENDS6", (1, 20, 8, 3, 0)),
             ("SLOTS", (2, 4, 8, 4, MMAPABLE)),
             ("BACKENDS", (2, 4, 64, 5, MMAPABLE)),
+            ("BACKEND_FAILURES", (2, 4, 8, 5, MMAPABLE)),
             ("COUNTERS", (2, 4, 256, 1, MMAPABLE)),
             ("CONTROL", (2, 4, 128, 1, MMAPABLE)),
             ("PROBE", (2, 4, 24, 1, MMAPABLE)),

@@ -23,7 +23,7 @@ use rustix::process::{
 };
 
 use super::cause::Environment;
-use super::map_specs::OBJECT;
+use super::map_specs::CONNECT;
 use crate::config::cgroup;
 
 /// The hidden command by which the binary creates maps from another cgroup.
@@ -206,7 +206,7 @@ pub fn create_maps(cgroup: &Path, maps: &[OsString]) -> io::Result<()> {
             loader.map_max_entries(name, *n_entries);
         }
     }
-    loader.load(OBJECT).map(drop).map_err(io::Error::other)
+    loader.load(CONNECT).map(drop).map_err(io::Error::other)
 }
 
 fn parse_map(argument: &OsStr) -> Option<(PathBuf, u32)> {

@@ -13,11 +13,11 @@ use super::btf::Bit;
 use super::cause::is_transient;
 use super::error::DatapathError;
 use super::features::{Features, Limit, N_ATTEMPTS};
-use super::map_specs::{OBJECT, Sizes, socket_shapes};
+use super::map_specs::{Sizes, socket_shapes};
 use super::memcg;
 use super::options::Options;
 use super::pins::Pins;
-use super::units::{Unit, hooks};
+use super::units::{Object, Unit};
 
 /// Loads a unit's programs over the maps in `pins`, and creates the maps that aren't there. The
 /// constants follow from `features`, so there is one attempt, and an error of it is an error.
@@ -31,7 +31,8 @@ pub fn load(
     pins: &Pins,
     features: &mut Features,
 ) -> Result<Ebpf, DatapathError> {
-    let mut ebpf = open(options, sizes, pins, features, VerifierLogLevel::default())?;
+    let log_level = VerifierLogLevel::default();
+    let mut ebpf = open(unit.object, options, sizes, pins, features, log_level)?;
     for hook in unit.hooks {
         load_program(&mut ebpf, hook.program)?;
     }
@@ -51,13 +52,9 @@ pub fn processed_instructions(
     pins: &Pins,
     features: &mut Features,
 ) -> Result<Vec<(&'static str, Option<u32>)>, DatapathError> {
-    let mut ebpf = open(options, sizes, pins, features, VerifierLogLevel::STATS)?;
-    let mut processed = |name| {
+    let processed = |ebpf: &mut Ebpf, name| -> Result<_, DatapathError> {
         let program = ebpf.program_mut(name).ok_or(DatapathError::Object { missing: name })?;
-        let Program::CgroupSockAddr(program) = program else {
-            return Err(DatapathError::Object { missing: name });
-        };
-        let log = match without_descriptors(|| program.load()) {
+        let log = match without_descriptors(|| load_once(program)) {
             Err(ProgramError::LoadError { verifier_log, .. }) => verifier_log.to_string(),
             Ok(()) | Err(_) => String::new(),
         };
@@ -65,7 +62,15 @@ pub fn processed_instructions(
         let (_, count) = log.rsplit_once("processed ").unwrap_or_default();
         Ok((name, count.split(' ').next().and_then(|count| count.parse().ok())))
     };
-    hooks(options.units).map(|hook| processed(hook.program)).collect()
+    let mut all = Vec::new();
+    for unit in options.units {
+        let log_level = VerifierLogLevel::STATS;
+        let mut ebpf = open(unit.object, options, sizes, pins, features, log_level)?;
+        for hook in unit.hooks {
+            all.push(processed(&mut ebpf, hook.program)?);
+        }
+    }
+    Ok(all)
 }
 
 /// Runs `work` while this process can open nothing more.
@@ -80,8 +85,9 @@ fn without_descriptors<T>(work: impl FnOnce() -> T) -> T {
     result
 }
 
-/// Opens the object over the maps in `pins`.
+/// Opens an object over the maps in `pins`.
 fn open(
+    object: Object,
     options: &Options,
     sizes: &Sizes,
     pins: &Pins,
@@ -123,6 +129,11 @@ fn open(
         loader.map_pin_path(shape.name, pins.sockets().join(shape.name));
     }
     loader.override_global("MAP_LAYOUT", &layout, true);
+    let error_offset = features.sockets.error.map_or(0, |Bit { offset, .. }| offset);
+    if object == Object::Outcomes {
+        loader.override_global("SOCKET_ERROR_OFFSET", &error_offset, true);
+        return loader.load(object.bytes()).map_err(DatapathError::Load);
+    }
     loader.override_global("POOL_NETWORK", &network, true);
     loader.override_global("POOL_MASK", &mask, true);
     loader.override_global("PINS_NETWORK", &pins_network, true);
@@ -139,26 +150,30 @@ fn open(
     loader.override_global("IPV6_ONLY_OFFSET", &ipv6_only.offset, true);
     loader.override_global("IPV6_ONLY_MASK", &ipv6_only.mask, true);
     loader.override_global("HAS_MPTCP", &has_mptcp, true);
-    loader.load(OBJECT).map_err(DatapathError::Load)
+    loader.load(object.bytes()).map_err(DatapathError::Load)
 }
 
 /// Loads a program; what a signal interrupts (EAGAIN from `bpf_check`) is tried again.
 fn load_program(ebpf: &mut Ebpf, name: &'static str) -> Result<(), DatapathError> {
     let program = ebpf.program_mut(name).ok_or(DatapathError::Object { missing: name })?;
-    let mut load = || match program {
-        Program::CgroupSockAddr(program) => program.load(),
-        _ => Err(ProgramError::UnexpectedProgramType),
-    };
     let mut n_left = N_ATTEMPTS;
     loop {
         n_left -= 1;
-        match load() {
+        match load_once(program) {
             Err(ProgramError::LoadError { io_error, .. })
                 if n_left > 0 && is_transient(&io_error) => {}
             result => {
                 return result.map_err(|source| DatapathError::Program { program: name, source });
             }
         }
+    }
+}
+
+fn load_once(program: &mut Program) -> Result<(), ProgramError> {
+    match program {
+        Program::CgroupSockAddr(program) => program.load(),
+        Program::SockOps(program) => program.load(),
+        _ => Err(ProgramError::UnexpectedProgramType),
     }
 }
 

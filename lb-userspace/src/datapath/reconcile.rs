@@ -407,6 +407,14 @@ impl<M: Maps> Reconciler<M> {
         Some(Indices { service: applied.service_idx, backends: applied.backends.clone() })
     }
 
+    /// The index of each service that is in the maps, and those of its backends.
+    pub fn all_indices(&self) -> impl Iterator<Item = (&Arc<str>, u32, impl Iterator<Item = u32>)> {
+        self.applied.iter().map(|(name, applied)| {
+            let (service, backends) = (applied.service_idx, applied.backends.values().copied());
+            (name, service, backends)
+        })
+    }
+
     /// The services in the maps, each with the addresses of its frontends.
     pub fn names(&self) -> impl Iterator<Item = (&Arc<str>, impl Iterator<Item = IpAddr>)> {
         self.applied.iter().map(|(name, applied)| {

@@ -11,6 +11,7 @@ use super::activity::Usage;
 use super::control::Datapath;
 use super::error::DatapathError;
 use super::features::Features;
+use super::in_flight::Recounter;
 use super::kernel::KernelMaps;
 use super::links::{self, ServedCgroup, Units};
 use super::map_specs::{Sizes, socket_shapes};
@@ -98,6 +99,7 @@ impl Datapath {
         let (counters, control_block) = (maps.counters(), maps.control_block());
         let usage = Usage::begin(reconciler.service_indices(), counters.clone());
         let maps = reconciler.maps_mut();
+        let recounter = Recounter::new(counters.clone(), pins.sockets(), options.layout);
         let socket_terminator = SocketTerminator::new(maps.generations(), pins.sockets());
         let map_names = sizes.shapes().into_iter().map(|shape| pins.maps().join(shape.name));
         let socket_names = socket_shapes().into_iter().map(|shape| pins.sockets().join(shape.name));
@@ -114,6 +116,7 @@ impl Datapath {
             pins,
             pinned_maps,
             socket_terminator,
+            recounter,
             features,
             excluded: options.datapath.exclude_cgroups.clone(),
             notes: note.into_iter().collect(),

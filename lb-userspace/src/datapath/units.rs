@@ -7,6 +7,7 @@
 //! layout, and so are the directories of pins: `DIR/vN/maps/MAP` and `DIR/vN/links/PROGRAM`.
 
 use super::bpf::AttachType;
+use super::map_specs;
 
 /// Programs and attachments that load, fail and upgrade as a whole.
 #[derive(Debug)]
@@ -15,8 +16,29 @@ pub struct Unit {
     pub name: &'static str,
     /// Whether the daemon doesn't start without it. Another unit fails alone.
     pub is_required: bool,
+    /// Where its programs are.
+    pub object: Object,
     /// Its programs, in the order in which they are attached.
     pub hooks: &'static [Hook],
+}
+
+/// An object: the programs and maps that a build makes one file of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Object {
+    /// The hooks that translate, and all maps.
+    Connect,
+    /// The sockops program. What it shares with the other it finds by the maps' pins.
+    Outcomes,
+}
+
+impl Object {
+    /// The file.
+    pub fn bytes(self) -> &'static [u8] {
+        match self {
+            Object::Connect => map_specs::CONNECT,
+            Object::Outcomes => map_specs::OUTCOMES,
+        }
+    }
 }
 
 /// A program and where it is attached.
@@ -40,9 +62,12 @@ const fn cgroup(program: &'static str, attach_type: AttachType) -> Hook {
 }
 
 /// The units, in the order in which they are attached. The first makes the maps of the table.
-pub const UNITS: &[Unit] = &[Unit {
+pub const UNITS: &[Unit] = &[CONNECT, OUTCOMES];
+
+const CONNECT: Unit = Unit {
     name: "connect",
     is_required: true,
+    object: Object::Connect,
     // Reverse translation (getpeername, recvmsg) comes before translation (sendmsg, connect), so
     // that no translated socket ever lacks it.
     hooks: &[
@@ -55,7 +80,15 @@ pub const UNITS: &[Unit] = &[Unit {
         cgroup("nohop_connect4", AttachType::CONNECT4),
         cgroup("nohop_connect6", AttachType::CONNECT6),
     ],
-}];
+};
+
+/// What counts connections in flight and failures.
+pub const OUTCOMES: Unit = Unit {
+    name: "outcomes",
+    is_required: false,
+    object: Object::Outcomes,
+    hooks: &[cgroup("nohop_sockops", AttachType::SOCK_OPS)],
+};
 
 /// All hooks of these units, in the order in which they are attached.
 pub fn hooks(units: &'static [Unit]) -> impl Iterator<Item = &'static Hook> {

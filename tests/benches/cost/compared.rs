@@ -4,7 +4,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use aya::Ebpf;
-use aya::programs::{CgroupAttachMode, CgroupSock, CgroupSockAddr, Program};
+use aya::programs::{CgroupAttachMode, CgroupSock, CgroupSockAddr, Program, SockOps};
 use lb_userspace::config::cgroup;
 use lb_userspace::datapath::Cost;
 use testbed::tempdir;
@@ -34,6 +34,12 @@ pub const PROGRAMS: [(&str, &str, &str); 20] = [
     ("mark", "mark", "mark"),
 ];
 
+/// The same of sockops programs, of which all runs for one connection are measured.
+pub const SOCKOPS: [(&str, &str, &str); 2] = [
+    ("sockops, empty", "sockops_empty", "sockops_empty"),
+    ("sockops, empty, states", "sockops_states", "sockops_states"),
+];
+
 /// They go with this, which has to happen outside their cgroups.
 pub struct Compared {
     ebpf: Ebpf,
@@ -56,7 +62,7 @@ impl Compared {
         let ebpf = Ebpf::load_file(object).expect("the kernel takes the maps");
         let root = cgroup::find_cgroup2_root().expect("a cgroup v2 hierarchy is mounted");
         let mut cgroups = Vec::new();
-        for (_, program, of) in PROGRAMS {
+        for (_, program, of) in PROGRAMS.into_iter().chain(SOCKOPS) {
             if program == of {
                 let path = root.join(tempdir::name(of));
                 std::fs::create_dir(&path).expect("root makes a cgroup");
@@ -64,7 +70,7 @@ impl Compared {
             }
         }
         let mut compared = Compared { ebpf, cgroups };
-        for (_, program, of) in PROGRAMS {
+        for (_, program, of) in PROGRAMS.into_iter().chain(SOCKOPS) {
             compared.attach(program, of);
         }
         compared
@@ -81,7 +87,10 @@ impl Compared {
             Program::CgroupSock(program) => {
                 program.load().and_then(|()| program.attach(cgroup, mode)).map(drop)
             }
-            _ => unreachable!("they are of two kinds"),
+            Program::SockOps(program) => {
+                program.load().and_then(|()| program.attach(cgroup, mode)).map(drop)
+            }
+            _ => unreachable!("they are of three kinds"),
         }
         .expect("the kernel takes the program");
     }
@@ -96,7 +105,8 @@ impl Compared {
         let info = match program {
             Program::CgroupSockAddr(program) => CgroupSockAddr::info(program),
             Program::CgroupSock(program) => CgroupSock::info(program),
-            _ => unreachable!("they are of two kinds"),
+            Program::SockOps(program) => SockOps::info(program),
+            _ => unreachable!("they are of three kinds"),
         }
         .expect("the kernel reports it");
         Cost { n_runs: info.run_count(), run_time: info.run_time() }

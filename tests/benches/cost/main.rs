@@ -66,21 +66,27 @@ struct Case<'a> {
     cgroup: PathBuf,
     cost: Box<dyn Fn() -> Cost + 'a>,
     work: Box<dyn Fn() + 'a>,
+    /// Of how many connections all runs together are meant; `None` for the mean of the runs.
+    n_connections: Option<usize>,
 }
 
 impl<'a> Case<'a> {
     fn of(bed: &'a Bed, program: &'static str, name: &'static str, work: impl Fn() + 'a) -> Self {
         let cost = move || bed.datapath.cost(program).expect("the kernel reports it");
         let cgroup = bed.cgroup.path.clone();
-        Case { name, cgroup, cost: Box::new(cost), work: Box::new(work) }
+        Case { name, cgroup, cost: Box::new(cost), work: Box::new(work), n_connections: None }
     }
 
-    /// The present cost of one run.
+    /// The present cost of one run, or of all runs of a connection.
     fn mean_ns(&self) -> f64 {
         std::fs::write(self.cgroup.join("cgroup.procs"), "0").expect("the cgroup takes us");
         let before = (self.cost)();
         (self.work)();
-        (self.cost)().mean_ns_since(before)
+        let after = (self.cost)();
+        match self.n_connections {
+            None => after.mean_ns_since(before),
+            Some(n) => (after.run_time - before.run_time).as_nanos() as f64 / n as f64,
+        }
     }
 }
 
@@ -109,8 +115,25 @@ fn measure(object: &Path, n_rounds: usize, n_calls: usize) -> Figures {
             cgroup: compared.cgroup(of).to_owned(),
             cost: Box::new(move || compared.cost(program)),
             work: Box::new(move || traffic::connect_each(again(dead))),
+            n_connections: None,
         })
         .collect();
+    cases.extend(compared::SOCKOPS.iter().map(|&(name, program, of)| Case {
+        name,
+        cgroup: compared.cgroup(of).to_owned(),
+        cost: Box::new(move || compared.cost(program)),
+        work: Box::new(move || traffic::connect_each(again(live))),
+        n_connections: Some(n_calls),
+    }));
+    let sockops = |name, address: SocketAddrV4| {
+        let work = move || traffic::connect_each(again(address));
+        Case { n_connections: Some(n_calls), ..Case::of(many, "nohop_sockops", name, work) }
+    };
+    cases.extend([
+        sockops("sockops: a VIP", vip(LIVE)),
+        sockops("sockops: a VIP, refused", vip(DEAD)),
+        sockops("sockops: no VIP", live),
+    ]);
     cases.extend([
         Case::of(many, connect4, "no VIP", move || traffic::connect_each(again(dead))),
         Case::of(many, connect4, "no backends", move || traffic::connect_each(again(vip(EMPTY)))),

@@ -36,6 +36,20 @@ pub enum DiagError {
         /// The kernel's error.
         source: io::Error,
     },
+    /// There are threads whose network namespace can't be looked at.
+    #[error("can't look at the network namespaces of all processes; it needs CAP_SYS_PTRACE")]
+    Hidden,
+    /// The TCP connections can't be listed.
+    #[error(
+        "can't list the TCP connections of net:[{namespace}]: {source}; it needs CAP_BPF, \
+         CAP_NET_ADMIN and the kernel module tcp_diag"
+    )]
+    ListTcp {
+        /// The namespace's inode.
+        namespace: u64,
+        /// What the kernel said.
+        source: io::Error,
+    },
     /// `is_gone` failed.
     #[error("can't read the storage of the UDP socket {cookie:#x}: {source}")]
     Examine {

@@ -43,6 +43,15 @@ pub fn all() -> io::Result<Vec<Namespace>> {
     Ok(namespaces.map(|(inode, links)| Namespace { inode, links }).collect())
 }
 
+/// Whether this process may look at the namespaces of other users' processes (`ptrace_may_access`).
+pub fn may_look() -> bool {
+    const CAP_SYS_PTRACE: u32 = 19;
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    let effective = effective.and_then(|set| u64::from_str_radix(set.trim(), 16).ok());
+    effective.is_some_and(|set| set >> CAP_SYS_PTRACE & 1 == 1)
+}
+
 impl Namespace {
     /// Moves the calling thread there. Returns false when no thread is in the namespace any more.
     ///

@@ -1,9 +1,9 @@
-//! The kernel's diagnosis of sockets over netlink, as far as connected UDP needs it:
-//! sock_diag(7), linux/sock_diag.h, linux/inet_diag.h.
+//! The kernel's diagnosis of sockets over netlink, as far as connected UDP and what TCP sockets
+//! remember need it: sock_diag(7), linux/sock_diag.h, linux/inet_diag.h.
 
 use std::io;
 use std::net::{Ipv6Addr, SocketAddr, SocketAddrV6};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
@@ -24,10 +24,27 @@ const NLM_F_DUMP_INTR: u16 = libc::NLM_F_DUMP_INTR as u16;
 /// The state of a UDP socket that is connected; the others are in TCP_CLOSE.
 const TCP_ESTABLISHED: u32 = 1;
 
+/// Those of a TCP connection that isn't over: SYN_SENT, SYN_RECV, ESTABLISHED, FIN_WAIT1, FIN_WAIT2,
+/// CLOSE_WAIT, LAST_ACK, CLOSING. What is in TIME_WAIT is no socket any more.
+const TCP_CONNECTIONS: u32 = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 8 | 1 << 9 | 1 << 11;
+const TCP_SYN_SENT: u8 = 2;
+
+/// INET_DIAG_REQ_SK_BPF_STORAGES, and SK_DIAG_BPF_STORAGE_REQ_MAP_FD within it.
+const REQUEST_STORAGES: u16 = 2;
+const REQUEST_MAP_FD: u16 = 1;
+/// INET_DIAG_SK_BPF_STORAGES, SK_DIAG_BPF_STORAGE and SK_DIAG_BPF_STORAGE_MAP_VALUE, each within the
+/// former.
+const STORAGES: [u16; 3] = [20, 1, 3];
+/// NLA_F_NESTED and NLA_F_NET_BYTEORDER.
+const ATTRIBUTE_FLAGS: u16 = 3 << 14;
+const ATTRIBUTE_HEADER_SIZE: usize = 4;
+
 /// struct nlmsghdr
 const MESSAGE_HEADER_SIZE: usize = 16;
 /// struct inet_diag_sockid
 const SOCKET_ID_SIZE: usize = 48;
+/// struct inet_diag_msg
+const SOCKET_SIZE: usize = 72;
 /// Messages start at multiples of it.
 const ALIGNMENT: usize = 4;
 
@@ -114,6 +131,30 @@ impl SockDiag {
         Ok(sockets)
     }
 
+    /// The TCP connections of a family whose sockets have storage in this map, each with the storage.
+    /// As above, some can be missing.
+    ///
+    /// # Errors
+    /// ENOENT without the module tcp_diag, EPERM without CAP_BPF and CAP_NET_ADMIN.
+    pub fn stored_tcp(
+        &mut self,
+        family: Family,
+        storage: BorrowedFd<'_>,
+    ) -> io::Result<Vec<Stored>> {
+        let mut stored = Vec::new();
+        let request = sockets(family, libc::IPPROTO_TCP, TCP_CONNECTIONS, &[0; SOCKET_ID_SIZE]);
+        let map = attribute(REQUEST_MAP_FD, &storage.as_raw_fd().to_ne_bytes());
+        let request = [request, attribute(REQUEST_STORAGES, &map)].concat();
+        self.send(SOCK_DIAG_BY_FAMILY, NLM_F_DUMP, &request)?;
+        self.receive(|message| {
+            if message.kind == SOCK_DIAG_BY_FAMILY {
+                stored.extend(Stored::parse(message.payload)?);
+            }
+            Ok(())
+        })?;
+        Ok(stored)
+    }
+
     /// Takes a socket's connection away. Returns false when it was no longer there: when no socket
     /// with these addresses and ports has this cookie.
     ///
@@ -167,10 +208,33 @@ impl SockDiag {
 
 /// struct inet_diag_req_v2, for connected UDP sockets.
 fn udp_sockets(family: Family, socket_id: &[u8; SOCKET_ID_SIZE]) -> Vec<u8> {
+    sockets(family, libc::IPPROTO_UDP, 1 << TCP_ESTABLISHED, socket_id)
+}
+
+/// struct inet_diag_req_v2, for the sockets of a protocol that are in these states.
+fn sockets(family: Family, protocol: i32, states: u32, socket_id: &[u8]) -> Vec<u8> {
     let (extensions, padding) = (0, 0);
-    let states: u32 = 1 << TCP_ESTABLISHED;
-    let head = [family as u8, libc::IPPROTO_UDP as u8, extensions, padding];
+    let head = [family as u8, protocol as u8, extensions, padding];
     [&head[..], &states.to_ne_bytes(), socket_id].concat()
+}
+
+/// struct nlattr, and what follows it.
+fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
+    let length = (ATTRIBUTE_HEADER_SIZE + value.len()) as u16;
+    [&length.to_ne_bytes()[..], &kind.to_ne_bytes(), value].concat()
+}
+
+/// The value of the first attribute of a kind.
+fn find_attribute(mut bytes: &[u8], kind: u16) -> io::Result<Option<&[u8]>> {
+    while let Some(&[l0, l1, k0, k1]) = bytes.first_chunk() {
+        let length = usize::from(u16::from_ne_bytes([l0, l1]));
+        let value = bytes.get(ATTRIBUTE_HEADER_SIZE..length).ok_or_else(malformed)?;
+        if u16::from_ne_bytes([k0, k1]) & !ATTRIBUTE_FLAGS == kind {
+            return Ok(Some(value));
+        }
+        bytes = bytes.get(length.next_multiple_of(ALIGNMENT)..).unwrap_or_default();
+    }
+    Ok(None)
 }
 
 /// struct nlmsghdr, and what follows it.
@@ -244,6 +308,34 @@ impl Connected {
     }
 }
 
+/// A TCP connection, and what its socket's storage has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stored {
+    /// SO_COOKIE.
+    pub cookie: u64,
+    /// What the socket is connected to, as in [`Connected::destination`].
+    pub destination: SocketAddr,
+    /// Whether it waits for an answer to its SYN.
+    pub is_pending: bool,
+    /// The value in the map that was asked for.
+    pub storage: Vec<u8>,
+}
+
+impl Stored {
+    /// `None` for a socket that has none, which the kernel lists as well.
+    fn parse(payload: &[u8]) -> io::Result<Option<Stored>> {
+        let attributes = payload.get(SOCKET_SIZE..).ok_or_else(malformed)?;
+        let mut value = Some(attributes);
+        for kind in STORAGES {
+            value = value.map(|value| find_attribute(value, kind)).transpose()?.flatten();
+        }
+        let Some(value) = value else { return Ok(None) };
+        let Connected { cookie, destination, .. } = Connected::parse(payload)?;
+        let is_pending = payload.get(1) == Some(&TCP_SYN_SENT);
+        Ok(Some(Stored { cookie, destination, is_pending, storage: value.to_vec() }))
+    }
+}
+
 fn split<const N: usize>(bytes: &[u8]) -> io::Result<([u8; N], &[u8])> {
     bytes.split_first_chunk().map(|(first, rest)| (*first, rest)).ok_or_else(malformed)
 }
@@ -312,6 +404,26 @@ mod tests {
             assert_eq!(socket.destination, expected_destination.parse().unwrap());
             assert_eq!(socket.socket_id, bytes[4..52]);
             assert!(Connected::parse(&bytes[..71]).is_err(), "cut short");
+        }
+    }
+
+    #[test]
+    fn storage_is_found_in_its_nest() {
+        let nest = |kind: u16, value: &[u8]| attribute(kind | 1 << 15, value);
+        let id = attribute(2, &7u32.to_ne_bytes());
+        let value = attribute(3, &[1, 2, 3, 4, 5, 6, 7, 8]);
+        let storages = nest(20, &nest(1, &[id, value].concat()));
+        let mut bytes = socket(Family::V4, v4([127, 0, 0, 1]), v4([10, 0, 0, 7]));
+        assert_eq!(Stored::parse(&bytes).unwrap(), None);
+        bytes[1] = TCP_SYN_SENT;
+        bytes.extend(storages);
+        let stored = Stored::parse(&bytes).unwrap().unwrap();
+        assert_eq!((stored.cookie, stored.is_pending), (0x1122_3344_5566_7788, true));
+        assert_eq!(stored.destination, "10.0.0.7:53".parse().unwrap());
+        assert_eq!(stored.storage, [1, 2, 3, 4, 5, 6, 7, 8]);
+        for length in 0..bytes.len() {
+            // Cut short it is no answer, or one without the storage.
+            assert!(!matches!(Stored::parse(&bytes[..length]), Ok(Some(_))), "{length}");
         }
     }
 

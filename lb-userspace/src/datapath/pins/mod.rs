@@ -205,13 +205,20 @@ impl Pins {
     }
 
     /// Whether each of these maps is pinned in `dir` and as it has to be. Some may be missing, or
-    /// have another size: then they have to be created again.
+    /// have another size: then they have to be created again. Of maps that were added to the layout
+    /// those alone are: a pin of another size is removed.
     ///
     /// # Errors
     /// When something else has one of the names.
     pub fn exist(&self, dir: &Path, shapes: &[MapShape]) -> Result<bool, PinError> {
         shapes.iter().try_fold(true, |all, shape| {
-            Ok(compare(&dir.join(shape.name), shape)? == Compat::Same && all)
+            let path = dir.join(shape.name);
+            match compare(&path, shape)? {
+                Compat::Same => Ok(all),
+                Compat::OtherSize if shape.is_added => unpin(&path).map(|()| all),
+                Compat::Absent if shape.is_added => Ok(all),
+                _ => Ok(false),
+            }
         })
     }
 

@@ -1,0 +1,214 @@
+//! From the SYN of a connection to its end: what is in flight, and what failed.
+//!
+//! The program runs for each TCP socket of the cgroup, several times for each connection, so its
+//! first instructions return unless the operation is one of two. It never writes `reply`: the kernel
+//! hands it the answer of other programs of the hierarchy, to operations that aren't ours.
+//!
+//! The kernel runs it with the socket locked, as it does the hooks that read and write the socket's
+//! storage. Callbacks of state changes come for the sockets that ask for them alone, which the
+//! program has a translated socket do when it sends its SYN (`tcp_connect`).
+
+use aya_ebpf::bindings::{
+    BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_TCP_CLOSE,
+    BPF_TCP_ESTABLISHED, bpf_sock, bpf_sock_ops,
+};
+use aya_ebpf::helpers::generated::bpf_skc_to_tcp_sock;
+use aya_ebpf::macros::sock_ops;
+use aya_ebpf::programs::SockOpsContext;
+use lb_common::{
+    BackendEntry, COUNTED_ESTABLISHED, COUNTED_PENDING, LAYOUT, NOT_COUNTED, RevNat,
+    peak_average_us,
+};
+
+use crate::maps;
+
+/// The layout that the maps have.
+#[unsafe(no_mangle)]
+static MAP_LAYOUT: u32 = LAYOUT as u32;
+/// Where in the kernel's `struct sock` the word `sk_err` is; 0 where it isn't known.
+#[unsafe(no_mangle)]
+static SOCKET_ERROR_OFFSET: u32 = 0;
+
+const PROCEED: u32 = 1;
+const AF_INET6: u32 = 10;
+/// What SOCK_DESTROY leaves a socket with (`tcp_abort`): that was no failure of the backend.
+const ECONNABORTED: u32 = 103;
+
+macro_rules! read {
+    // SAFETY: the kernel hands every program a valid context, and this is a field of it.
+    ($ctx:ident . $($field:tt)+) => {
+        unsafe { (&raw const (*$ctx.ops).$($field)+).read_volatile() }
+    };
+}
+
+macro_rules! setting {
+    // SAFETY: a static is valid and aligned; volatile, because its value comes after compilation.
+    ($name:ident) => {
+        unsafe { core::ptr::read_volatile(&raw const $name) }
+    };
+}
+
+/// Attached to BPF_CGROUP_SOCK_OPS.
+#[sock_ops]
+pub fn nohop_sockops(ctx: SockOpsContext) -> u32 {
+    match read!(ctx.op) {
+        BPF_SOCK_OPS_STATE_CB => change_state(&ctx),
+        BPF_SOCK_OPS_TCP_CONNECT_CB => begin(&ctx),
+        _ => {}
+    }
+    PROCEED
+}
+
+/// A socket is about to send its SYN. A connection that got no further, for lack of a route or of a
+/// port, was never in flight.
+#[inline(always)]
+fn begin(ctx: &SockOpsContext) {
+    // SAFETY: a non-null pointer is to this socket's own storage, which only programs of this socket
+    // read and write, and they run with it locked.
+    let Some(kept) = (unsafe { maps::revnat(socket(ctx)).as_mut() }) else { return };
+    if kept.layout != layout() || !is_sent_to(ctx, kept) {
+        return;
+    }
+    let Some(entry) = maps::backend(kept.backend_idx, kept.generation) else { return };
+    // Another program of the hierarchy may have asked for callbacks as well.
+    let flags = read!(ctx.bpf_sock_ops_cb_flags) | BPF_SOCK_OPS_STATE_CB_FLAG;
+    if ctx.set_cb_flags(flags.cast_signed()).is_ok() {
+        kept.naming = COUNTED_PENDING;
+        maps::add_in_flight(entry, 1);
+    }
+}
+
+/// A socket is about to be in another state: `args` has the former one and the next.
+#[inline(always)]
+fn change_state(ctx: &SockOpsContext) {
+    let next = read!(ctx.__bindgen_anon_1.args[1]);
+    if next != BPF_TCP_ESTABLISHED && next != BPF_TCP_CLOSE {
+        return;
+    }
+    let socket = socket(ctx);
+    // SAFETY: as above.
+    let Some(kept) = (unsafe { maps::revnat(socket).as_mut() }) else { return };
+    let counted = kept.naming;
+    // Also of one that was connected by a program of another layout, whose counts are elsewhere.
+    if counted == NOT_COUNTED || kept.layout != layout() {
+        return;
+    }
+    let entry = maps::backend(kept.backend_idx, kept.generation);
+    if next == BPF_TCP_ESTABLISHED {
+        kept.naming = COUNTED_ESTABLISHED;
+        if let Some(entry) = entry {
+            established(ctx, entry);
+        }
+        return;
+    }
+    kept.naming = NOT_COUNTED;
+    if let Some(entry) = entry {
+        maps::add_in_flight(entry, -1);
+    }
+    if counted == COUNTED_PENDING {
+        if is_failure(ctx, socket) {
+            failed(kept, entry);
+        }
+    } else if let Some(entry) = entry {
+        // SAFETY: an array's element stays, and this is an aligned word of it. Of two at once one
+        // is lost, which an average can bear.
+        unsafe { average(&raw mut (*entry).outcomes.srtt_us, read!(ctx.srtt_us) >> 3) };
+    }
+}
+
+#[inline(always)]
+fn established(ctx: &SockOpsContext, entry: *mut BackendEntry) {
+    // SAFETY: an array's element stays, and these are aligned words of it.
+    unsafe {
+        let failures = &raw mut (*entry).outcomes.ejection.failures;
+        if failures.read_volatile() != 0 {
+            failures.write_volatile(0);
+        }
+        // The first sample of the round-trip time is that of the SYN (`tcp_ack` comes first in
+        // `tcp_rcv_synsent_state_process`); one that was sent again has none.
+        if read!(ctx.total_retrans) == 0 {
+            average(&raw mut (*entry).outcomes.connect_us, read!(ctx.srtt_us) >> 3);
+        }
+    }
+}
+
+#[inline(always)]
+fn failed(kept: &RevNat, entry: Option<*mut BackendEntry>) {
+    // Also of a backend that has left: the connect() was the service's.
+    maps::count_service_failure(kept);
+    let Some(entry) = entry else { return };
+    maps::count_backend_failure(kept.backend_idx);
+    // SAFETY: an array's element stays, and this is an aligned word of it.
+    unsafe {
+        let failures = &raw mut (*entry).outcomes.ejection.failures;
+        failures.write_volatile(failures.read_volatile().saturating_add(1));
+    }
+}
+
+/// Whether a connection that never was established ended by an error: refused, timed out,
+/// unreachable. `tcp_reset`, `tcp_write_err` and `tcp_v4_err` set it before the state. One that the
+/// client gave up has none.
+#[inline(always)]
+fn is_failure(ctx: &SockOpsContext, socket: *mut bpf_sock) -> bool {
+    let offset = setting!(SOCKET_ERROR_OFFSET);
+    if offset == 0 {
+        // A refusal is a segment that came in. The others can't be told from a client that gave up.
+        return read!(ctx.segs_in) != 0;
+    }
+    if socket.is_null() {
+        return false;
+    }
+    // SAFETY: the helper takes the context's socket, and the verifier knows the structure that it
+    // returns. The offset is that of a word in it, as the kernel's own type information says.
+    let error = unsafe {
+        let socket = bpf_skc_to_tcp_sock(socket.cast()).cast::<u8>();
+        if socket.is_null() {
+            return false;
+        }
+        socket.add(offset as usize).cast::<u32>().read_volatile()
+    };
+    error != 0 && error != ECONNABORTED
+}
+
+/// Adds a sample of a time to its moving average.
+///
+/// # Safety
+/// `average` is to an aligned word of an array's element.
+#[inline(always)]
+unsafe fn average(average: *mut u32, sample_us: u32) {
+    if sample_us != 0 {
+        // SAFETY: as above.
+        unsafe { average.write_volatile(peak_average_us(average.read_volatile(), sample_us)) };
+    }
+}
+
+/// Whether a socket is being connected to what its storage has. Where hooks were detached in between
+/// it may be something else.
+#[inline(always)]
+fn is_sent_to(ctx: &SockOpsContext, kept: &RevNat) -> bool {
+    // A field of 32 bits with the 16-bit port in its upper half in memory, in network order.
+    let [_, _, high, low] = read!(ctx.remote_port).to_ne_bytes();
+    if kept.backend_port == 0 || kept.backend_port != u16::from_be_bytes([high, low]) {
+        return false;
+    }
+    if read!(ctx.family) != AF_INET6 {
+        return kept.backend.to_v4() == Some(read!(ctx.remote_ip4).to_ne_bytes());
+    }
+    let [first, second] = kept.backend.words();
+    let word = |high: u32, low: u32| {
+        let ([a, b, c, d], [e, f, g, h]) = (high.to_ne_bytes(), low.to_ne_bytes());
+        u64::from_ne_bytes([a, b, c, d, e, f, g, h])
+    };
+    word(read!(ctx.remote_ip6[0]), read!(ctx.remote_ip6[1])) == first
+        && word(read!(ctx.remote_ip6[2]), read!(ctx.remote_ip6[3])) == second
+}
+
+#[inline(always)]
+fn socket(ctx: &SockOpsContext) -> *mut bpf_sock {
+    read!(ctx.__bindgen_anon_2.sk)
+}
+
+#[inline(always)]
+fn layout() -> u16 {
+    setting!(MAP_LAYOUT) as u16
+}

@@ -1,0 +1,262 @@
+//! Recounts the connections in flight against the kernel's own list of sockets.
+//!
+//! The unit `outcomes` adds one for each connection that begins and takes one off for each that
+//! ends. What begins or ends while its program isn't attached it misses. So after each such gap, and
+//! now and then, the connections whose sockets remember a backend are counted (sock_diag), and the
+//! difference is added. Connections come and go meanwhile, so the number at the beginning is known
+//! within bounds only, and what lies within them is taken as right.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use aya::maps::MapData;
+use lb_common::{NOT_COUNTED, RevNat};
+use zerocopy::FromBytes;
+
+use super::diag::{self, Stored};
+use super::kernel::{Counters, Tally};
+
+/// How long after a recount that left something open the next one begins.
+const AGAIN: Duration = Duration::from_secs(10);
+/// How long after one that found everything in order.
+const NOW_AND_THEN: Duration = Duration::from_secs(300);
+/// A recount takes at most this share of the time.
+const SHARE: u32 = 50;
+
+/// What a recount found.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Recount {
+    /// The connections to backends that are in the table.
+    pub n_connections: usize,
+    /// Those of them whose end the programs won't see, because they didn't see the beginning.
+    pub n_unseen: usize,
+    /// The backends whose number in flight was wrong, and was corrected.
+    pub n_corrected: usize,
+    /// Whether every number is known to be right, and stays so.
+    pub is_settled: bool,
+}
+
+/// Recounts in a thread of its own, when it is time.
+#[derive(Clone, Debug)]
+pub struct Recounter {
+    counters: Counters,
+    /// Where the sockets' storages are pinned.
+    storages: PathBuf,
+    /// The layout that the maps have.
+    layout: u16,
+    plan: Arc<Mutex<Plan>>,
+    /// Two recounts at once would correct the same twice.
+    recounting: Arc<Mutex<()>>,
+}
+
+/// When to recount.
+#[derive(Debug)]
+struct Plan {
+    /// When the next recount is due; `None` while one runs after which none is yet.
+    due: Option<Instant>,
+    is_running: bool,
+    /// Why the sockets couldn't be listed the last time, as the log has it.
+    problem: Option<String>,
+}
+
+impl Recounter {
+    /// A recounter that reads what sockets remember from the map that is pinned in `storages`. The
+    /// first recount is due at once.
+    pub fn new(counters: Counters, storages: PathBuf, layout: u16) -> Recounter {
+        let plan = Plan { due: Some(Instant::now()), is_running: false, problem: None };
+        Recounter {
+            counters,
+            storages,
+            layout,
+            plan: Arc::new(Mutex::new(plan)),
+            recounting: Arc::default(),
+        }
+    }
+
+    /// Recounts if that is due, or at once after a gap. Returns at once.
+    pub fn work(&self, is_after_gap: bool) {
+        let mut plan = self.plan();
+        if is_after_gap {
+            plan.due = Some(Instant::now());
+        }
+        if plan.is_running || plan.due.is_none_or(|due| Instant::now() < due) {
+            return;
+        }
+        (plan.due, plan.is_running) = (None, true);
+        drop(plan);
+        let this = self.clone();
+        let thread = std::thread::Builder::new().name("in-flight".to_owned());
+        let spawned = thread.spawn(move || {
+            let one = this.one();
+            // Another may have done it meanwhile.
+            if this.plan().is_running {
+                this.recount_by(&one);
+            }
+        });
+        if let Err(error) = spawned {
+            tracing::error!("can't start a thread to count connections: {error}");
+            self.end(AGAIN);
+        }
+    }
+
+    /// Counts the connections, and corrects what is wrong. Blocks: see [`diag::stored_tcp`].
+    pub fn recount(&self) -> Recount {
+        self.recount_by(&self.one())
+    }
+
+    fn plan(&self) -> MutexGuard<'_, Plan> {
+        self.plan.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn one(&self) -> MutexGuard<'_, ()> {
+        self.recounting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn recount_by(&self, _one: &MutexGuard<'_, ()>) -> Recount {
+        let start = Instant::now();
+        let recount = self.count();
+        if recount.n_corrected > 0 {
+            tracing::info!(
+                "the connections in flight of {} backends were corrected, of {} in all",
+                recount.n_corrected,
+                recount.n_connections
+            );
+        }
+        let pause = if recount.is_settled { NOW_AND_THEN } else { AGAIN };
+        self.end(pause.max(start.elapsed() * SHARE));
+        recount
+    }
+
+    /// The next one is due after this pause, or already, after a gap meanwhile.
+    fn end(&self, pause: Duration) {
+        let mut plan = self.plan();
+        plan.is_running = false;
+        plan.due.get_or_insert(Instant::now() + pause);
+    }
+
+    fn count(&self) -> Recount {
+        let storage = match MapData::from_pin(self.storages.join("SK_REVNAT")) {
+            Ok(storage) => storage,
+            Err(error) => {
+                tracing::warn!("connections in flight can't be counted: {error}");
+                return Recount::default();
+            }
+        };
+        let before = self.counters.tallies();
+        let (sockets, errors) = diag::stored_tcp(storage.fd().as_fd());
+        let after = self.counters.tallies();
+        // Sockets that can't be listed aren't gone.
+        if let Some(error) = errors.first() {
+            let reason = error.to_string();
+            let mut plan = self.plan();
+            if plan.problem.as_ref() != Some(&reason) {
+                tracing::warn!("connections in flight can't be recounted: {reason}");
+                plan.problem = Some(reason);
+            }
+            return Recount::default();
+        }
+        self.plan().problem = None;
+        let mut recount = Recount { is_settled: true, ..Recount::default() };
+        let mut counted = BTreeMap::<u32, i32>::new();
+        for socket in sockets.values() {
+            let Some((backend_idx, is_seen)) = self.backend_of(socket, &before) else { continue };
+            *counted.entry(backend_idx).or_default() += 1;
+            recount.n_connections += 1;
+            // One that is pending may be about to be counted.
+            if !is_seen && !socket.is_pending {
+                recount.n_unseen += 1;
+                recount.is_settled = false;
+            }
+        }
+        for (backend_idx, before) in &before {
+            let n_counted = counted.get(backend_idx).copied().unwrap_or(0);
+            let after = after.get(backend_idx).filter(|now| now.generation == before.generation);
+            let Some(after) = after else { continue };
+            let Correction { n, is_exact } = Correction::of(before, after, n_counted);
+            if n != 0 {
+                self.counters.add_in_flight(*backend_idx, n);
+                recount.n_corrected += 1;
+            }
+            // What was corrected while connections were made may have been corrected wrongly.
+            recount.is_settled &= is_exact && n == 0;
+        }
+        recount
+    }
+
+    /// The backend in the table that a connection goes to by a VIP, and whether the programs saw it begin.
+    fn backend_of(&self, socket: &Stored, tallies: &BTreeMap<u32, Tally>) -> Option<(u32, bool)> {
+        let kept = RevNat::read_from_bytes(&socket.storage).ok()?;
+        let Tally { generation, .. } = tallies.get(&kept.backend_idx)?;
+        let backend = SocketAddr::from((kept.backend.octets, kept.backend_port));
+        let is_same = |a: SocketAddr, b: SocketAddr| {
+            (a.ip().to_canonical(), a.port()) == (b.ip().to_canonical(), b.port())
+        };
+        let is_its = kept.layout == self.layout
+            && kept.generation == *generation
+            && is_same(backend, socket.destination);
+        is_its.then_some((kept.backend_idx, kept.naming != NOT_COUNTED))
+    }
+}
+
+/// What has to be added to a backend's number in flight.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Correction {
+    n: i32,
+    /// Whether no connection came or went in between.
+    is_exact: bool,
+}
+
+impl Correction {
+    /// By what the programs had counted before and after the sockets were listed, and the number
+    /// listed. Those that began in between may be among the latter, and those that ended may not.
+    fn of(before: &Tally, after: &Tally, n_counted: i32) -> Correction {
+        let grown = after.in_flight.wrapping_sub(before.in_flight);
+        let n_connects = after.connects.wrapping_sub(before.connects);
+        let n_begun = i32::try_from(n_connects).unwrap_or(i32::MAX).max(grown);
+        let n_ended = n_begun.saturating_sub(grown).max(0);
+        let (least, most) = (n_counted.saturating_sub(n_begun), n_counted.saturating_add(n_ended));
+        let right = before.in_flight.clamp(least, most);
+        let n = right.wrapping_sub(before.in_flight);
+        Correction { n, is_exact: n_begun == 0 && n_ended == 0 }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_may_be_right_stays() {
+        let tally = |connects, in_flight| Tally { generation: 1, connects, in_flight };
+        // Connects and in flight before and after, the number listed; what is added, whether exact.
+        let table = [
+            ((9, 3), (9, 3), 3, 0, true),
+            ((9, 3), (9, 3), 5, 2, true),
+            ((9, 3), (9, 3), 0, -3, true),
+            ((9, -2), (9, -2), 0, 2, true),
+            // Two began, of which none or both may be listed.
+            ((9, 3), (11, 5), 3, 0, false),
+            ((9, 3), (11, 5), 5, 0, false),
+            ((9, 3), (11, 5), 2, -1, false),
+            ((9, 3), (11, 5), 6, 1, false),
+            // Two ended.
+            ((9, 3), (9, 1), 1, 0, false),
+            ((9, 3), (9, 1), 3, 0, false),
+            ((9, 3), (9, 1), 0, -1, false),
+            // Two began and ended.
+            ((9, 3), (11, 3), 5, 0, false),
+            ((9, 3), (11, 3), 1, 0, false),
+            // One was counted whose connect() came before.
+            ((9, 3), (9, 4), 4, 0, false),
+        ];
+        for (before, after, n_counted, n, is_exact) in table {
+            let [from, to] = [before, after].map(|(connects, n)| tally(connects, n));
+            let expected = Correction { n, is_exact };
+            assert_eq!(Correction::of(&from, &to, n_counted), expected, "{from:?} {to:?}");
+        }
+    }
+}

@@ -1,0 +1,365 @@
+//! The unit `outcomes`: what is in flight is what the kernel lists, and a failure is a backend's.
+
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream};
+use std::process::{Child, Command, ExitCode, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use lb_userspace::datapath::{Datapath, UNITS};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, connect, socket_with, sockopt};
+
+use crate::fixture::{Bed, Place, VIP, VIP6, n_connects, service};
+use crate::pins::bpftool;
+use crate::restart::apply;
+
+const FLAG: &str = "--hold";
+/// How long the last segments of connections on loopback may take.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A server on every address of loopback, which keeps each connection until the client ends it.
+struct Keeper {
+    port: u16,
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Keeper {
+    fn start() -> Keeper {
+        let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = stop.clone();
+        let thread = std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                if stopped.load(Ordering::Relaxed) {
+                    return;
+                }
+                let mut stream = stream.unwrap();
+                std::thread::spawn(move || while let Ok(1..) = stream.read(&mut [0; 16]) {});
+            }
+        });
+        Keeper { port, stop, thread: Some(thread) }
+    }
+
+    /// One of its addresses.
+    fn address(&self, nth: u32) -> SocketAddr {
+        (Ipv4Addr::from(u32::from(Ipv4Addr::new(127, 1, 0, 1)) + nth), self.port).into()
+    }
+}
+
+impl Drop for Keeper {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        let _ = TcpStream::connect((Ipv4Addr::LOCALHOST, self.port));
+        let _ = self.thread.take().map(JoinHandle::join);
+    }
+}
+
+/// The address and number of sockets, if this process was started to hold connections.
+pub fn hidden_command() -> Option<(SocketAddr, usize)> {
+    let mut arguments = std::env::args().skip(1);
+    let is_it = arguments.next()? == FLAG;
+    is_it.then(|| Some((arguments.next()?.parse().ok()?, arguments.next()?.parse().ok()?)))?
+}
+
+/// Connects, reports that, and holds the connections until stdin ends.
+pub fn hold(address: SocketAddr, n_sockets: usize) -> ExitCode {
+    let held: Vec<_> = (0..n_sockets).map(|_| TcpStream::connect(address)).collect();
+    let n_failed = held.iter().filter(|stream| stream.is_err()).count();
+    let reported = std::io::stdout().write_all(&[n_failed as u8]);
+    let _ = reported.and_then(|()| std::io::stdout().flush());
+    let _ = std::io::stdin().read(&mut [0]);
+    ExitCode::SUCCESS
+}
+
+/// Another process with `n` connections to the VIP, and how many more failed.
+fn holder(n: usize) -> (Child, u64) {
+    let mut child = Command::new("/proc/self/exe")
+        .args([FLAG, &SocketAddr::from((VIP, 80)).to_string(), &n.to_string()])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut n_failed = [0];
+    child.stdout.as_mut().unwrap().read_exact(&mut n_failed).unwrap();
+    (child, n_failed[0].into())
+}
+
+/// The connections of this network namespace to an address that a process has open, as the kernel
+/// lists them for ss and netstat.
+fn listed(address: SocketAddr) -> u32 {
+    const SYN_SENT: &str = "02";
+    let SocketAddr::V4(address) = address else { unreachable!("an IPv4 server") };
+    let ip = u32::from_ne_bytes(address.ip().octets());
+    let remote = format!("{ip:08X}:{:04X}", address.port());
+    let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
+    let is_open = |line: &&str| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        // What is in TIME_WAIT or CLOSE has no inode any more.
+        fields[2] == remote && (fields[9] != "0" || fields[3] == SYN_SENT)
+    };
+    table.lines().skip(1).filter(is_open).count() as u32
+}
+
+/// What the programs have counted of a backend.
+fn in_flight(datapath: &Datapath, address: SocketAddr) -> u32 {
+    let indices = datapath.indices("web").unwrap();
+    datapath.counters().in_flight(indices.backends[&address])
+}
+
+/// Waits until each backend's number in flight is what the kernel lists, which it is once the last
+/// segments have arrived. Returns the sum.
+fn agree(datapath: &Datapath, when: &str) -> u32 {
+    agree_after(datapath, when, || ())
+}
+
+/// The same, where what ends unseen is recounted.
+fn agree_recounted(datapath: &Datapath, when: &str) -> u32 {
+    agree_after(datapath, when, || {
+        datapath.recount();
+    })
+}
+
+fn agree_after(datapath: &Datapath, when: &str, each_time: impl Fn()) -> u32 {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        each_time();
+        let backends = datapath.indices("web").unwrap().backends;
+        let counts: Vec<_> = backends
+            .keys()
+            .map(|&address| (address, in_flight(datapath, address), listed(address)))
+            .collect();
+        if counts.iter().all(|(_, counted, listed)| counted == listed) {
+            return counts.iter().map(|(_, counted, _)| counted).sum();
+        }
+        assert!(Instant::now() < deadline, "{when}: in flight and listed: {counts:?}");
+        std::thread::yield_now();
+    }
+}
+
+fn n_failed(datapath: &Datapath) -> u64 {
+    datapath.counters().service(datapath.indices("web").unwrap().service).failed
+}
+
+fn reset(stream: TcpStream) {
+    sockopt::set_socket_linger(&stream, Some(Duration::ZERO)).unwrap();
+}
+
+fn detach_sockops(place: &Place) {
+    let link = place.pin("v3/links/nohop_sockops");
+    bpftool(&["link", "detach", "pinned", link.to_str().unwrap()]);
+}
+
+/// Connections, resets, refusals, changes of the backends, killed clients, gaps: in any order.
+pub fn is_what_the_kernel_lists() {
+    const MAX_HELD: usize = 300;
+    let keeper = Keeper::start();
+    let refusing = crate::fixture::dead().port();
+    let mut place = Place::new();
+    // A recount looks at all entries.
+    place.options.datapath.max_backends = 1_024;
+    let mut datapath = place.start();
+    let mut random = fastrand::Rng::with_seed(7);
+    let (mut held, mut n_addresses, mut expected_failures) = (Vec::new(), 0, 0);
+    // An address that was in the table never returns to it: as a backend it would be another one.
+    let mut change = |datapath: &mut Datapath, random: &mut fastrand::Rng| {
+        let backends: Vec<_> = (0..4)
+            .map(|nth| {
+                n_addresses += 1;
+                let mut address = keeper.address(n_addresses);
+                if nth == 0 && random.bool() {
+                    address.set_port(refusing);
+                }
+                (address, random.u16(1..4))
+            })
+            .collect();
+        apply(datapath, vec![service("web", VIP, &backends)]);
+    };
+    change(&mut datapath, &mut random);
+    assert!(datapath.counts_in_flight());
+    let n_rounds = n_connects() * 2;
+    for nth in 0..n_rounds {
+        match TcpStream::connect((VIP, 80)) {
+            Ok(stream) => {
+                assert_eq!(stream.peer_addr().unwrap(), SocketAddr::from((VIP, 80)));
+                held.push(stream);
+            }
+            Err(error) => {
+                assert_eq!(error.kind(), std::io::ErrorKind::ConnectionRefused);
+                expected_failures += 1;
+            }
+        }
+        if held.len() > MAX_HELD || held.len() > 10 && random.u8(..) < 100 {
+            let stream = held.swap_remove(random.usize(..held.len()));
+            // Those that aren't reset stay listed in TIME_WAIT.
+            if random.u8(..) < 224 { reset(stream) } else { drop(stream) }
+        }
+        if nth % (n_rounds / 25) == 17 {
+            agree(&datapath, "before a change");
+            change(&mut datapath, &mut random);
+        }
+        if nth % (n_rounds / 10) == 33 {
+            let (mut child, n_refused) = holder(8);
+            expected_failures += n_refused;
+            agree(&datapath, "held by another process");
+            child.kill().unwrap();
+            child.wait().unwrap();
+            agree(&datapath, "after a SIGKILL");
+        }
+        if nth % (n_rounds / 5) == 99 {
+            detach_sockops(&place);
+            held.truncate(held.len() / 2);
+            held.extend(TcpStream::connect((VIP, 80)));
+            assert!(datapath.fix().is_complete());
+            agree_recounted(&datapath, "after a gap");
+            // What began in the gap ends unseen.
+            held.pop();
+            agree_recounted(&datapath, "after its end");
+        }
+    }
+    agree(&datapath, "in the end");
+    held.drain(..).for_each(reset);
+    assert_eq!(agree(&datapath, "when all are closed"), 0);
+    assert_eq!(n_failed(&datapath), expected_failures);
+    datapath.detach();
+}
+
+/// What began or ended while the program was detached is recounted; what is open is shown until then.
+pub fn outlives_a_gap() {
+    let keeper = Keeper::start();
+    let place = Place::new();
+    let mut datapath = place.start();
+    let address = keeper.address(1);
+    apply(&mut datapath, vec![service("web", VIP, &[(address, 1)])]);
+    let connect = || TcpStream::connect((VIP, 80)).unwrap();
+    let mut held: Vec<_> = (0..5).map(|_| connect()).collect();
+    assert_eq!(agree(&datapath, "at first"), 5);
+    assert!(datapath.recount().is_settled);
+
+    detach_sockops(&place);
+    held.drain(..2).for_each(reset);
+    held.extend((0..3).map(|_| connect()));
+    assert_eq!(in_flight(&datapath, address), 5, "nothing is seen");
+    assert!(datapath.fix().is_after_gap);
+    assert_eq!(agree_recounted(&datapath, "after the gap"), 6);
+    let recount = datapath.recount();
+    assert_eq!((recount.n_connections, recount.n_unseen, recount.is_settled), (6, 3, false));
+
+    // The three that began before are seen to end, the others aren't.
+    held.drain(..).for_each(reset);
+    assert_eq!(in_flight(&datapath, address), 3);
+    assert_eq!(datapath.recount().n_corrected, 1);
+    assert_eq!(in_flight(&datapath, address), 0);
+    assert!(datapath.recount().is_settled);
+    datapath.detach();
+}
+
+/// A version without the unit leaves its pins, takes over, and leaves them again.
+pub fn after_an_upgrade() {
+    let keeper = Keeper::start();
+    let mut place = Place::new();
+    let address = keeper.address(1);
+    let web = || vec![service("web", VIP, &[(address, 1)])];
+    let connect = || TcpStream::connect((VIP, 80)).unwrap();
+    let is_vip = |stream: &TcpStream| {
+        assert_eq!(stream.peer_addr().unwrap(), SocketAddr::from((VIP, 80)));
+    };
+    let failures = place.pin("v3/maps/BACKEND_FAILURES");
+    let sockops = place.pin("v3/links/nohop_sockops");
+
+    place.options.units = &UNITS[..1];
+    let mut datapath = place.start();
+    apply(&mut datapath, web());
+    let mut held = vec![connect(), connect()];
+    assert!(!datapath.counts_in_flight() && !sockops.exists());
+    drop(datapath);
+    std::fs::remove_file(&failures).unwrap();
+
+    place.options.units = UNITS;
+    let mut datapath = place.start();
+    assert!(datapath.is_adopted() && datapath.counts_in_flight());
+    assert!(failures.exists() && sockops.exists());
+    held.push(connect());
+    assert_eq!(agree_recounted(&datapath, "upgraded"), 3);
+    held.iter().for_each(is_vip);
+    apply(&mut datapath, web());
+    drop(datapath);
+
+    // An upgrade to the same version misses nothing.
+    let datapath = place.start();
+    reset(held.pop().unwrap());
+    assert_eq!(in_flight(&datapath, address), 2);
+    held.push(connect());
+    drop(datapath);
+
+    place.options.units = &UNITS[..1];
+    let mut datapath = place.start();
+    assert!(datapath.is_adopted() && !sockops.exists());
+    apply(&mut datapath, web());
+    reset(held.pop().unwrap());
+    held.push(connect());
+    held.push(connect());
+    held.iter().for_each(is_vip);
+    drop(datapath);
+
+    place.options.units = UNITS;
+    let mut datapath = place.start();
+    assert_eq!(agree_recounted(&datapath, "upgraded again"), 4);
+    held.iter().for_each(is_vip);
+    held.drain(..).for_each(reset);
+    assert_eq!(agree_recounted(&datapath, "closed"), 0);
+    datapath.detach();
+}
+
+/// A refusal is a failure; a client that gives up isn't, nor is a connection that a server ends.
+pub fn failures_are_the_backends() {
+    let keeper = Keeper::start();
+    let refusing = crate::fixture::dead();
+    // A queue of one: what comes next gets no answer.
+    let full = {
+        let listener =
+            socket_with(AddressFamily::INET, SocketType::STREAM, SocketFlags::empty(), None)
+                .unwrap();
+        rustix::net::bind(&listener, &SocketAddrV4::new(Ipv4Addr::LOCALHOST, 0)).unwrap();
+        rustix::net::listen(&listener, 0).unwrap();
+        TcpListener::from(listener)
+    };
+    let silent = full.local_addr().unwrap();
+    let _fills = TcpStream::connect(silent).unwrap();
+    let mut bed = Bed::with_pool6();
+    let vips = |vip6| [SocketAddr::from((VIP, 80)), SocketAddr::from((vip6, 80))];
+    let mut web = |backend: SocketAddr| {
+        let mut web = service("web", VIP, &[(backend, 1)]);
+        web.vip6 = Some(VIP6);
+        bed.apply(vec![web]);
+        let indices = bed.datapath.indices("web").unwrap();
+        (bed.datapath.counters(), indices.service, indices.backends[&backend])
+    };
+
+    let (counters, service, backend) = web(refusing.into());
+    for vip in vips(VIP6) {
+        TcpStream::connect(vip).unwrap_err();
+    }
+    assert_eq!((counters.backend_failures(backend), counters.in_flight(backend)), (2, 0));
+    assert_eq!(counters.service(service).failed, 2);
+
+    let (counters, service, backend) = web(silent);
+    let flags = SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::INET, SocketType::STREAM, flags, None).unwrap();
+    let connecting = connect(&socket, &SocketAddrV4::new(VIP, 80));
+    assert_eq!(connecting, Err(rustix::io::Errno::INPROGRESS));
+    assert_eq!(counters.in_flight(backend), 1);
+    drop(socket);
+    assert_eq!((counters.backend_failures(backend), counters.in_flight(backend)), (0, 0));
+
+    let (counters, service_after, backend) = web(keeper.address(1));
+    assert_eq!(service_after, service);
+    let stream = TcpStream::connect((VIP, 80)).unwrap();
+    assert_eq!(counters.in_flight(backend), 1);
+    reset(stream);
+    assert_eq!((counters.backend_failures(backend), counters.in_flight(backend)), (0, 0));
+    assert_eq!(counters.service(service).failed, 2, "those of backends that left stay");
+}
