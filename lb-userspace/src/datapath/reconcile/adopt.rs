@@ -116,10 +116,12 @@ impl<M: Maps> Reconciler<M> {
                     return Err(wrong());
                 }
                 let backend = self.maps.backend(slot.backend);
-                if backend.port == 0 {
+                let address = socket_address(&backend);
+                // No table has a multicast address.
+                if address.port() == 0 || address.ip().is_multicast() {
                     return Err(inconsistent(format!("a backend of {name} isn't there")));
                 }
-                applied.backends.insert(socket_address(&backend), slot.backend);
+                applied.backends.insert(address, slot.backend);
             }
         }
         Ok((name.into(), applied))
