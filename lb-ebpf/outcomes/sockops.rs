@@ -10,7 +10,7 @@
 
 use aya_ebpf::bindings::{
     BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_TCP_CLOSE,
-    BPF_TCP_ESTABLISHED, bpf_sock, bpf_sock_ops,
+    BPF_TCP_ESTABLISHED, bpf_sock,
 };
 use aya_ebpf::helpers::generated::bpf_skc_to_tcp_sock;
 use aya_ebpf::macros::sock_ops;
@@ -110,14 +110,16 @@ fn change_state(ctx: &SockOpsContext) {
             failed(kept, entry);
         }
     } else if let Some(entry) = entry {
+        let srtt_us = read!(ctx.srtt_us) >> 3;
         // SAFETY: an array's element stays, and this is an aligned word of it. Of two at once one
         // is lost, which an average can bear.
-        unsafe { average(&raw mut (*entry).outcomes.srtt_us, read!(ctx.srtt_us) >> 3) };
+        unsafe { average(&raw mut (*entry).outcomes.srtt_us, srtt_us) };
     }
 }
 
 #[inline(always)]
 fn established(ctx: &SockOpsContext, entry: *mut BackendEntry) {
+    let (n_retransmitted, srtt_us) = (read!(ctx.total_retrans), read!(ctx.srtt_us) >> 3);
     // SAFETY: an array's element stays, and these are aligned words of it.
     unsafe {
         let failures = &raw mut (*entry).outcomes.ejection.failures;
@@ -126,8 +128,8 @@ fn established(ctx: &SockOpsContext, entry: *mut BackendEntry) {
         }
         // The first sample of the round-trip time is that of the SYN (`tcp_ack` comes first in
         // `tcp_rcv_synsent_state_process`); one that was sent again has none.
-        if read!(ctx.total_retrans) == 0 {
-            average(&raw mut (*entry).outcomes.connect_us, read!(ctx.srtt_us) >> 3);
+        if n_retransmitted == 0 {
+            average(&raw mut (*entry).outcomes.connect_us, srtt_us);
         }
     }
 }
