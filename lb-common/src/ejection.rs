@@ -157,8 +157,8 @@ impl Ejection {
             Sign::Closed => next.resets = 0,
             Sign::Silence if limits.silence != 0 => next.eject(Cause::Silence, now_ns, limits),
             Sign::Silence => {}
-            // Of connections that began before it was ejected.
-            Sign::Reset if next.is_ejected(now_ns, limits) => {}
+            // Of connections that began before it was ejected. One that awaits its trial is still out.
+            Sign::Reset if next.cause != Cause::None => {}
             Sign::Reset => {
                 next.resets = self.resets.saturating_add(1);
                 if next.resets >= RESETS {
@@ -198,9 +198,10 @@ impl Ejection {
         }
     }
 
-    /// An end that is further away than any ejection lasts is of a clock that went back.
+    /// Whether it is ejected now. An end that is further away than any ejection lasts is of a clock that
+    /// went back.
     #[inline(always)]
-    fn is_ejected(self, now_ns: u64, limits: &EjectionLimits) -> bool {
+    pub fn is_ejected(self, now_ns: u64, limits: &EjectionLimits) -> bool {
         let left = self.until_ns.saturating_sub(now_ns);
         self.cause != Cause::None && left != 0 && left <= limits.max_ns
     }

@@ -12,7 +12,7 @@ use core::mem::offset_of;
 
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-use crate::{Address, Cause, Ejection, EjectionLimits};
+use crate::{Address, Cause, Ejection, EjectionLimits, Sign};
 
 /// The version of this layout, in the paths of the pins. It grows when a map is removed or changed;
 /// a map that is added is made empty where it is absent. The sockets' storage ([`crate::RevNat`],
@@ -306,6 +306,42 @@ impl EjectionWord {
         let until_ns = if is_long_ago { 0 } else { until_ns };
         Ejection { until_ns, failures, resets, ejections, cause }
     }
+
+    /// Whether a sign may change it. A connection that succeeds is mostly none that does.
+    #[inline(always)]
+    pub fn is_changed_by(self, sign: Sign) -> bool {
+        match sign {
+            Sign::Answered => self.cause != Cause::None as u8 || self.failures != 0,
+            Sign::Closed => self.resets != 0,
+            _ => true,
+        }
+    }
+
+    /// The word after a sign, and what is to be reported of it: that the backend is ejected, or that
+    /// it returns. An ejection for resets that is over with its time isn't reported.
+    #[inline(always)]
+    pub fn after(
+        self,
+        sign: Sign,
+        now_ns: u64,
+        limits: &EjectionLimits,
+    ) -> (EjectionWord, Option<EventKind>) {
+        let ejection = self.at(now_ns).after(sign, now_ns, limits);
+        let next = EjectionWord::of(ejection);
+        let is_over = self.cause == Cause::Resets as u8 && sign == Sign::Answered;
+        let is_ended =
+            self.cause != Cause::None as u8 && next.cause == Cause::None as u8 && !is_over;
+        let event = if ejection.is_ejected(now_ns, limits)
+            && (next.until_ms, next.cause) != (self.until_ms, self.cause)
+        {
+            Some(EventKind::Ejected)
+        } else if is_ended && matches!(sign, Sign::Answered | Sign::Probed) {
+            Some(EventKind::Returned)
+        } else {
+            None
+        };
+        (next, event)
+    }
 }
 
 /// The time in nanoseconds of which these are the low 32 bits in milliseconds, and which is within 24
@@ -359,18 +395,22 @@ pub struct ServiceStats {
     /// them, didn't answer or couldn't be reached. A client that gave up is none. The unit `outcomes`
     /// writes it.
     pub failed: u64,
-    /// Zero.
-    pub reserved: u64,
+    /// Ejections of its backends: how often [`EventKind::Ejected`] was reported, or was to be.
+    pub ejections: u64,
 }
 
 /// What the programs send to the daemon through `EVENTS`.
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, Immutable, IntoBytes)]
 pub struct Event {
-    /// The index into `SERVICES` of the service that it is about.
+    /// The index into `SERVICES` of the service that it is about; `u32::MAX` where it isn't known.
     pub service: u32,
-    /// An [`EventKind`].
+    /// The number of an [`EventKind`]. A reader ignores those that it doesn't know.
     pub kind: u32,
+    /// The index into `BACKENDS` of the backend that it is about, where it is about one; else 0.
+    pub backend: u32,
+    /// The backend's generation; else 0.
+    pub generation: u32,
 }
 
 /// What an event reports.
@@ -379,6 +419,23 @@ pub struct Event {
 pub enum EventKind {
     /// A connection of a service whose next one was to be reported ([`ServiceFlags::report_next`]).
     Connected = 1,
+    /// A backend is ejected, or for another reason than before: its [`EjectionWord`] has why.
+    Ejected = 2,
+    /// A connection, or a probe, ended a backend's ejection.
+    Returned = 3,
+}
+
+impl EventKind {
+    /// The kind with this number.
+    #[inline(always)]
+    pub const fn from_number(number: u32) -> Option<EventKind> {
+        match number {
+            1 => Some(EventKind::Connected),
+            2 => Some(EventKind::Ejected),
+            3 => Some(EventKind::Returned),
+            _ => None,
+        }
+    }
 }
 
 /// The value of `CONTROL`: what the daemon tells the programs, and the next daemon. It alone writes
@@ -543,8 +600,10 @@ pub struct GlobalCounters {
     /// Datagrams whose socket remembered as many flows as it can, all in use: the next one may go to
     /// another backend, and the reply comes from the backend's own address.
     pub flows_full: u64,
+    /// Events ([`Event`]) for which `EVENTS` had no room, as no daemon read them.
+    pub events_lost: u64,
     /// Zero. Room for further counters.
-    pub reserved: [u64; 23],
+    pub reserved: [u64; 22],
 }
 
 /// A field of [`GlobalCounters`].
@@ -569,6 +628,8 @@ pub enum Counter {
     UdpNoFrontend = word_of(offset_of!(GlobalCounters, udp_no_frontend)),
     /// [`GlobalCounters::flows_full`]
     FlowsFull = word_of(offset_of!(GlobalCounters, flows_full)),
+    /// [`GlobalCounters::events_lost`]
+    EventsLost = word_of(offset_of!(GlobalCounters, events_lost)),
 }
 
 /// The word that begins at an offset.
@@ -612,6 +673,53 @@ const _: () = {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn ejections_and_returns_are_reported() {
+        let limits = EjectionLimits::default();
+        const S: u64 = 1_000_000_000;
+        // What happens, after how many milliseconds, and what is reported of it.
+        let rows: &[&[(u64, Sign, Option<EventKind>)]] = &[
+            &[
+                (0, Sign::Answered, None),
+                (1, Sign::Refused, Some(EventKind::Ejected)),
+                (2, Sign::Refused, None),
+                (3, Sign::Answered, Some(EventKind::Returned)),
+                (4, Sign::Answered, None),
+            ],
+            &[
+                (0, Sign::Silence, Some(EventKind::Ejected)),
+                (1, Sign::Refused, Some(EventKind::Ejected)),
+                (2_000, Sign::Probed, Some(EventKind::Returned)),
+            ],
+            &[
+                (0, Sign::Reset, None),
+                (1, Sign::Reset, None),
+                (2, Sign::Reset, Some(EventKind::Ejected)),
+                (3, Sign::Reset, None),
+                (200, Sign::Answered, None),
+            ],
+        ];
+        for signs in rows {
+            let mut word = EjectionWord::default();
+            for &(ms, sign, expected) in *signs {
+                let (next, event) = word.after(sign, S + ms * 1_000_000, &limits);
+                assert_eq!(event, expected, "{sign:?} after {ms} ms");
+                assert!(next == word || word.is_changed_by(sign), "{sign:?} after {ms} ms");
+                word = next;
+            }
+        }
+        // Without limits nothing is ejected, and nothing reported.
+        let none = EjectionLimits { refused: 0, failures: 0, silence: 0, max_ns: 0, ..limits };
+        for sign in [Sign::Refused, Sign::Reset, Sign::Failed, Sign::Silence] {
+            let word = (0..9).fold(EjectionWord::default(), |word, _| {
+                let (next, event) = word.after(sign, S, &none);
+                assert_eq!(event, None, "{sign:?}");
+                next
+            });
+            assert!(word.at(S).standing(S, &none).is_eligible(), "{sign:?}");
+        }
+    }
 
     #[test]
     fn an_ejection_fits_in_a_word_whenever_it_is() {

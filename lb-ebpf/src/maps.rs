@@ -48,7 +48,7 @@ static CONTROL: Array<Control, 1, MMAPABLE> = Array::new();
 static PROBE: Array<Probe, 1, MMAPABLE> = Array::new();
 #[btf_map]
 static BYPASS: HashMap<BypassCgroup, BypassLevel, MAX_BYPASS_CGROUPS> = HashMap::new();
-/// Events for the daemon: 4,096 of them at most wait for it. It isn't pinned: each daemon has its own,
+/// Events for the daemon: 2,730 of them at most wait for it. It isn't pinned: each daemon has its own,
 /// and requests its events again.
 #[btf_map]
 static EVENTS: RingBuf<Event, 65_536> = RingBuf::new();
@@ -280,14 +280,37 @@ pub fn count_shadowed(service: u32) {
 /// Reports a connection to the daemon. Where there is no room, the next one is reported.
 #[inline(always)]
 pub fn emit_connected(service: u32) {
-    let event = Event { service, kind: EventKind::Connected as u32 };
-    if EVENTS.output(event, 0).is_ok()
+    if emit(EventKind::Connected, service, 0, 0)
         && let Some(entry) = SERVICES.get_ptr_mut(service)
     {
         // SAFETY: an array's element stays, and this is an aligned word of it. Two connections that come
         // at once are both reported, which is no harm.
         unsafe { (&raw mut (*entry).flags.report_next).write_volatile(0) };
     }
+}
+
+/// Reports to the daemon that a backend is ejected, or returns, and counts the former.
+#[inline(always)]
+#[allow(dead_code, reason = "the choice will report silence by it")]
+pub fn emit_ejection(kind: EventKind, service: u32, backend: u32, generation: u32) {
+    emit(kind, service, backend, generation);
+    if kind == EventKind::Ejected
+        && let Some(stats) = SERVICE_STATS.get_ptr_mut(service)
+    {
+        // SAFETY: an array's element stays; this word of it is written by atomic addition only.
+        add_one(unsafe { &raw mut (*stats).ejections });
+    }
+}
+
+/// Returns false where there is no room.
+#[inline(always)]
+fn emit(kind: EventKind, service: u32, backend: u32, generation: u32) -> bool {
+    let event = Event { service, kind: kind as u32, backend, generation };
+    let is_sent = EVENTS.output(event, 0).is_ok();
+    if !is_sent {
+        count(Counter::EventsLost);
+    }
+    is_sent
 }
 
 /// Counts an event that no service owns.

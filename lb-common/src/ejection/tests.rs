@@ -153,6 +153,14 @@ fn resets_while_it_is_ejected_change_nothing() {
 }
 
 #[test]
+fn resets_take_no_trial_from_a_backend() {
+    let resets = (0..3).map(|n| (1_500 + n, On(Reset)));
+    let steps: Vec<_> = [(0, On(Refused))].into_iter().chain(resets).collect();
+    check(&steps, &[(1_502, Trial), (9_999, Trial)]);
+    assert_eq!(run(&steps), run(&steps[..1]));
+}
+
+#[test]
 fn resets_that_continue_eject_for_longer() {
     let resets = (0..3).map(|n| (n, On(Reset))).chain((110..113).map(|n| (n, On(Reset))));
     let ejection = run(&resets.collect::<Vec<_>>());
@@ -267,6 +275,7 @@ proptest! {
         let mut ejection = Ejection::default();
         for (later_ns, idx) in steps {
             now_ns += later_ns;
+            let awaits_trial = ejection.standing(now_ns, &LIMITS) == Trial;
             ejection = match signs.get(idx) {
                 Some(&sign) => ejection.after(sign, now_ns, &LIMITS),
                 None if ejection.standing(now_ns, &LIMITS) == Trial => {
@@ -275,6 +284,10 @@ proptest! {
                 None => ejection,
             };
             prop_assert!(ejection.standing(now_ns + LIMITS.max_ns, &LIMITS).is_eligible());
+            if awaits_trial && !matches!(signs.get(idx), Some(Answered | Probed)) {
+                let later = ejection.standing(now_ns + LIMITS.max_ns, &LIMITS);
+                prop_assert_eq!(later, Trial, "it still needs one");
+            }
             let probed = ejection.after(Probed, now_ns, &LIMITS);
             prop_assert_eq!(probed.standing(now_ns, &LIMITS), Eligible);
             let answered = ejection.after(Answered, now_ns, &LIMITS);

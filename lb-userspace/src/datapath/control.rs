@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use lb_common::{Control, Counter, RejectMethod};
+use lb_common::{BalanceSettings, Control, Counter, RejectMethod};
 
 use super::activity::Usage;
 use super::bpf::netns_cookie;
@@ -214,6 +214,11 @@ impl Datapath {
         }
     }
 
+    /// Sets how backends are chosen and ejected, at once.
+    pub fn set_balance(&self, balance: BalanceSettings) {
+        self.control_block.set_daemon(Control { balance, ..self.control_block.daemon() });
+    }
+
     /// Switches shadow mode on or off, at once and without a reload.
     pub fn set_shadow(&self, is_shadow: bool) {
         let daemon = Control { is_shadow: is_shadow.into(), ..self.control_block.daemon() };
@@ -305,7 +310,7 @@ pub fn exclusion_problems(patterns: &[PathBuf]) -> Vec<String> {
 }
 
 /// The global counters, by their names in `status`.
-pub const COUNTERS: [(&str, Counter); 9] = [
+pub const COUNTERS: [(&str, Counter); 10] = [
     ("refused_no_frontend", Counter::RefusedNoFrontend),
     ("storage_alloc_failed", Counter::StorageAllocFailed),
     ("inconsistent", Counter::Inconsistent),
@@ -315,4 +320,5 @@ pub const COUNTERS: [(&str, Counter); 9] = [
     ("shadowed_no_frontend", Counter::ShadowedNoFrontend),
     ("udp_no_frontend", Counter::UdpNoFrontend),
     ("flows_full", Counter::FlowsFull),
+    ("events_lost", Counter::EventsLost),
 ];

@@ -29,7 +29,7 @@ impl Reports {
     /// If the service was removed meanwhile, this may be the name that its index has now.
     pub fn next_name(&mut self) -> Option<Arc<str>> {
         while let Some(event) = self.ring.next() {
-            let Ok(Event { service, kind }) = Event::read_from_bytes(&event) else { continue };
+            let Ok(Event { service, kind, .. }) = Event::read_from_bytes(&event) else { continue };
             if kind == EventKind::Connected as u32
                 && let Some(name) = self.names.name(service)
             {

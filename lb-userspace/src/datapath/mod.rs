@@ -44,7 +44,7 @@ pub use features::{Features, Limit};
 pub use handle::{HookHealth, Mode, SharedDatapath};
 pub use in_flight::Recount;
 pub use kernel::{Counters, ServiceCounters};
-pub use lb_common::{RejectMethod, UdpConnects};
+pub use lb_common::{BalanceSettings, RejectMethod, UdpConnects};
 pub use links::Attachment;
 pub use memcg::{Charge, create_maps};
 pub use obstacles::Obstacle;
