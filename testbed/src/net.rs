@@ -1,13 +1,16 @@
 //! Hosts: network namespaces, joined by veth.
 
-use std::fs;
+use std::fs::{self, File};
+use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Once};
+use std::thread;
 
 use anyhow::{Context, Result};
 use rustix::process::{Pid, Signal, kill_process};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use crate::cgroup::Cgroup;
 use crate::cleanup::Cleanup;
@@ -103,6 +106,21 @@ impl Host {
     /// When `ip` fails.
     pub fn ip(&self, arguments: &str) -> Result<String> {
         cmd::words("ip", &format!("-n {} {arguments}", self.namespace))
+    }
+
+    /// Calls a function on this host, in a thread of its own: a socket that it makes is this host's.
+    ///
+    /// # Errors
+    /// When the namespace can't be entered, or as the function's.
+    pub fn enter<T: Send>(&self, function: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+        let namespace = File::open(Path::new(NAMESPACES).join(&self.namespace))?;
+        let run = || {
+            let network = Some(LinkNameSpaceType::Network);
+            move_into_link_name_space(namespace.as_fd(), network).context("enter a namespace")?;
+            function()
+        };
+        thread::scope(|scope| scope.spawn(run).join())
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     }
 
     /// Replaces what the programs of this host find in /etc/resolv.conf.

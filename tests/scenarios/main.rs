@@ -24,6 +24,7 @@ mod forwarding;
 mod four_capabilities;
 mod ha_cluster;
 mod instance_filter;
+mod instances_listen_late;
 mod invalid_records;
 mod ipv6_by_name;
 mod killed_under_load;
@@ -93,6 +94,7 @@ const SCENARIOS: &[(&str, Scenario)] = &[
     ("forwarding_loop", resolvers::circle),
     ("four_capabilities", four_capabilities::run),
     ("instance_filter", instance_filter::run),
+    ("instances_listen_late", instances_listen_late::run),
     ("invalid_records", invalid_records::run),
     ("ipv6_by_name", ipv6_by_name::run),
     ("killed_under_load", killed_under_load::run),

@@ -10,6 +10,7 @@ mod holdback;
 mod metrics;
 mod notify;
 mod pipeline;
+mod prober;
 mod recorder;
 pub mod reload;
 mod revision;
@@ -34,11 +35,13 @@ use crate::catalog::resolve::Resolver;
 use crate::catalog::{Published, SourceEvent, Sources, SupervisorExit, UsageSender};
 use crate::config::{Config, ConfigErrors, OnExit, Problem, VipConfig, cgroup};
 use crate::datapath::{Datapath, Mode, Options, Reports, SharedDatapath, route};
-use crate::table::Builder;
+use crate::table::first_contact::Probe;
 use crate::table::vips::PoolUse;
+use crate::table::{Builder, SharedContacts};
 use crate::{admin, catalog, dns};
 use notify::Notify;
 use pipeline::Pipeline;
+use prober::Prober;
 use recorder::Recorder;
 use reload::Request;
 use shadow_mode::{OffFile, ShadowSwitch};
@@ -99,6 +102,8 @@ struct Daemon {
     sources: Sources,
     resolver: Resolver,
     pipeline: Pipeline,
+    contacts: SharedContacts,
+    prober: Prober,
     datapath: Arc<SharedDatapath>,
     dns: dns::DnsServer,
     shadow: ShadowSwitch,
@@ -149,6 +154,7 @@ impl Daemon {
         for (name, addresses) in datapath.names() {
             vips.claim(&name, &addresses);
         }
+        let served = datapath.served();
         // The first table must not take away what the kernel serves before the source has answered.
         let sources = Sources::spawn(&config, datapath.in_use())?;
         let how = if datapath.is_adopted() { "took over what was attached" } else { "attached" };
@@ -164,6 +170,8 @@ impl Daemon {
         let (tag_out, tag) = watch::channel(config.catalog.tag.clone());
         let (pool_out, pool) = watch::channel(vips.pool_use(SystemTime::now()));
         let mut pipeline = Pipeline::new(Builder::new(&config.vip, vips), recorder);
+        let contacts = pipeline.builder().contacts().clone();
+        contacts.lock().set_served(served);
         let table = pipeline.published();
         let demand = sources.demand().clone();
         let (dns, vip) = (&config.dns, &config.vip);
@@ -181,6 +189,7 @@ impl Daemon {
             datapath: datapath.clone(),
             counters,
             table,
+            contacts,
             sources: sources.views(),
             demand: sources.demand().clone(),
             tag,
@@ -214,6 +223,8 @@ impl Daemon {
             config,
             sources,
             resolver,
+            contacts: pipeline.builder().contacts().clone(),
+            prober: Prober::default(),
             pipeline,
             datapath,
             dns,
@@ -240,6 +251,7 @@ impl Daemon {
         let mut retry_tick = ticks(RETRY_TICK, RETRY_TICK);
         let mut listener_failed = std::pin::pin!(self.dns.listener_failed());
         loop {
+            let contact_due = self.contacts.lock().next_wake();
             tokio::select! {
                 _ = signals.term.recv() => return Ok(()),
                 _ = signals.interrupt.recv() => return Ok(()),
@@ -262,6 +274,8 @@ impl Daemon {
                     self.pipeline.builder().set_hosts(hosts);
                     self.reapply();
                 }
+                (probe, result) = self.prober.ended() => self.update_contacts(Some((probe, result))),
+                () = sleep_until(contact_due) => self.update_contacts(None),
                 Some(request) = self.reloads.recv(), if self.reading.is_none() => {
                     self.read_again(Some(request));
                 }
@@ -315,6 +329,36 @@ impl Daemon {
         if let Some(hostnames) = hostnames {
             self.resolver.want(hostnames);
         }
+        self.begin_probes();
+    }
+
+    /// Tries connections to instances that aren't proven.
+    fn begin_probes(&mut self) {
+        let probes = self.contacts.lock().begin_due(std::time::Instant::now());
+        probes.into_iter().for_each(|probe| self.prober.begin(probe));
+    }
+
+    /// Takes over what probes resulted in, and the end of the wait for them.
+    fn update_contacts(&mut self, mut ended: Option<(Probe, Result<(), String>)>) {
+        let now = std::time::Instant::now();
+        let mut changed = Vec::new();
+        {
+            let mut contacts = self.contacts.lock();
+            // Instances that are proven together are published together.
+            while let Some((probe, result)) = ended {
+                changed.extend(contacts.end_probe(probe, result, now));
+                ended = self.prober.try_ended();
+            }
+            for (service, line) in contacts.expire(now) {
+                tracing::warn!("{service}: {line}");
+                changed.push(service);
+            }
+        }
+        if !changed.is_empty() {
+            self.pipeline.builder().revisit(changed);
+            self.reapply();
+        }
+        self.begin_probes();
     }
 
     /// Leads the last catalog through once more, since something besides it has changed just now.
@@ -428,6 +472,14 @@ impl Daemon {
                 self.datapath.detach();
             }
         }
+    }
+}
+
+/// Waits until that moment; for ever without one.
+async fn sleep_until(at: Option<std::time::Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at.into()).await,
+        None => std::future::pending().await,
     }
 }
 

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use hickory_proto::op::Message;
 use hickory_proto::rr::Record;
@@ -20,7 +21,7 @@ use crate::datapath::{COUNTERS, Counters, Indices, Mode, SharedDatapath, UnitSta
 use crate::dns::{self, DebugClient};
 use crate::logging;
 use crate::table::vips::PoolUse;
-use crate::table::{Service, Table, Watch};
+use crate::table::{Service, SharedContacts, Table, Watch};
 
 /// The running daemon, as far as the admin interface needs it.
 pub struct DaemonView {
@@ -31,6 +32,7 @@ pub struct DaemonView {
     pub(super) datapath: Arc<SharedDatapath>,
     pub(super) counters: Counters,
     pub(super) table: watch::Receiver<Arc<Table>>,
+    pub(super) contacts: SharedContacts,
     pub(super) sources: watch::Receiver<Arc<[SourceView]>>,
     pub(super) demand: UsageSender,
     pub(super) tag: watch::Receiver<String>,
@@ -329,15 +331,19 @@ impl DaemonView {
         let counts = self.datapath.counts_in_flight();
         let in_flight = |idx: &u32| u64::from(self.counters.in_flight(*idx));
         let all_in_flight = counts.then(|| backends.values().map(in_flight).sum());
+        let contacts = self.contacts.lock().status(&service.name, Instant::now());
         let backends = service.backends.iter().map(|backend| {
             let backend_idx = backend.address.and_then(|address| backends.get(&address));
+            let contact = backend.address.and_then(|address| contacts.get(&address));
+            let contact = contact.map(|contact| contact.reason(backend.state.is_reached()));
+            let reasons = [backend.reason.clone(), contact].into_iter().flatten();
             api::BackendStatus {
                 address: backend.shown_address.clone(),
                 node: backend.node.clone(),
                 instance: backend.id.clone(),
                 weight: backend.weight,
                 state: backend.state,
-                reason: backend.reason.clone(),
+                reason: reasons.reduce(|all, reason| all + "; " + &reason),
                 connects: backend_idx.map_or(0, |&idx| self.counters.backend_connects(idx)),
                 in_flight: counts.then(|| backend_idx.map_or(0, in_flight)),
                 failures: backend_idx.map_or(0, |&idx| self.counters.backend_failures(idx)),

@@ -1,7 +1,7 @@
 //! Controls the kernel side: applies tables, watches the hooks, detaches or keeps them.
 
-use std::collections::BTreeMap;
-use std::net::{IpAddr, Ipv4Addr};
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -142,6 +142,15 @@ impl Datapath {
         let serves =
             |name: &str| self.indices(name).is_some_and(|indices| !indices.backends.is_empty());
         self.reconciler.names().map(|(name, _)| name.clone()).filter(|name| serves(name)).collect()
+    }
+
+    /// The backends that the kernel has, by service, in lower case.
+    pub fn served(&self) -> Vec<(Arc<str>, BTreeSet<SocketAddr>)> {
+        let backends = |name: &Arc<str>| {
+            let backends = self.indices(name)?.backends.into_keys().collect();
+            Some((name.clone(), backends))
+        };
+        self.reconciler.names().filter_map(|(name, _)| backends(name)).collect()
     }
 
     /// Checks every link and pin, and attaches and pins again what is missing. Frees the reconciler's

@@ -1,11 +1,12 @@
 //! From a catalog to the next table.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::net::SocketAddrV4;
-use std::sync::Arc;
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::net::{SocketAddr, SocketAddrV4};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use super::endpoints::Endpoints;
+use super::first_contact::Contacts;
 use super::index::CatalogIndex;
 use super::merge::{MergedMeta, merge_meta};
 use super::validate::{Validation, check_name, validate};
@@ -34,11 +35,25 @@ pub struct Builder {
     revisit: BTreeSet<Arc<str>>,
     /// The names in lower case for which the pool has no address.
     exhausted: BTreeSet<Arc<str>>,
+    /// The instances that aren't proven.
+    contacts: SharedContacts,
     /// When these are retried, unless an address becomes free before.
     retry_at: SystemTime,
     /// The services that the last call of `next` built.
     #[cfg(test)]
     n_built: usize,
+}
+
+/// The instances that aren't proven, for the builder, for what probes them, and for readers.
+#[derive(Clone, Debug, Default)]
+pub struct SharedContacts(Arc<Mutex<Contacts>>);
+
+impl SharedContacts {
+    /// Locks them; they are never locked for long. A panic while they are leaves them consistent, because
+    /// every step does.
+    pub fn lock(&self) -> MutexGuard<'_, Contacts> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// How often a name for which the pool had no address is tried again while other services change.
@@ -67,6 +82,7 @@ impl Builder {
             has_new_hostnames: false,
             revisit: BTreeSet::new(),
             exhausted: BTreeSet::new(),
+            contacts: SharedContacts::default(),
             retry_at: SystemTime::UNIX_EPOCH,
             #[cfg(test)]
             n_built: 0,
@@ -88,6 +104,16 @@ impl Builder {
     pub fn set_ports(&mut self, ports: &[u16]) {
         self.ports = Ports::only(ports.iter().copied());
         self.revisit_all();
+    }
+
+    /// Has these services, by name in lower case, built again by the next table.
+    pub fn revisit(&mut self, services: impl IntoIterator<Item = Arc<str>>) {
+        self.revisit.extend(services);
+    }
+
+    /// The instances that aren't proven.
+    pub fn contacts(&self) -> &SharedContacts {
+        &self.contacts
     }
 
     fn revisit_all(&mut self) {
@@ -182,6 +208,7 @@ impl Builder {
     /// Takes a name in lower case out, and returns whether it was a service.
     fn forget(&mut self, table: &mut Table, name: &Arc<str>, now: SystemTime) -> bool {
         self.has_new_hostnames |= self.hostnames.remove(name).is_some();
+        self.contacts.lock().forget(name);
         self.vips.release(name, now);
         table.services.remove(name).is_some()
     }
@@ -239,13 +266,29 @@ impl Builder {
             generation,
         };
         let mut endpoints = Endpoints::default();
+        let (mut checked, mut unchecked) = (Vec::new(), HashSet::<SocketAddr>::new());
         for instance in record.instances() {
             match validate(instance, &self.pools, &self.hosts) {
-                Validation::In(backend) => endpoints.add(backend),
+                Validation::In(backend) => {
+                    match instance.is_checked {
+                        true => checked.extend(backend.address),
+                        false => unchecked.extend(backend.address),
+                    }
+                    endpoints.add(backend);
+                }
                 Validation::Out(excluded) => service.excluded.push(excluded),
             }
         }
         service.backends = endpoints.backends();
+        for address in checked {
+            unchecked.remove(&address);
+        }
+        // A connect() by UDP proves nothing.
+        if !service.protocols.tcp() {
+            unchecked.clear();
+        }
+        let former_service = former.map(|former| &**former);
+        self.contacts.lock().judge(name, &mut service.backends, &unchecked, former_service);
         let hostnames = record.instances().filter(|instance| instance.health.serves());
         let hostnames: Vec<String> = hostnames.filter_map(Instance::hostname).collect();
         let former_names = self.hostnames.get(name).map_or(&[][..], |names| &names[..]);
@@ -287,6 +330,7 @@ mod tests {
             local: false,
             node_identity: NodeIdentity::default(),
             node_address: None,
+            is_checked: true,
             may_be_local: false,
             health: HealthStatus::Serving,
             meta: ServiceMeta::default(),

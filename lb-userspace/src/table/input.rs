@@ -129,12 +129,21 @@ pub struct Instance {
     /// Whether it may run on this node, though that isn't certain enough for its loopback address.
     #[serde(default)]
     pub may_be_local: bool,
+    /// Whether something vouches for its health: a check of its own, or the author of a file. Of others
+    /// nothing is known but that they are registered.
+    #[serde(default = "is_checked", skip_serializing_if = "bool::clone")]
+    pub is_checked: bool,
     /// Whether the source's own rules let it serve.
     #[serde(rename = "standing")]
     pub health: HealthStatus,
     /// Its declarations about the service as a whole.
     #[serde(rename = "says")]
     pub meta: ServiceMeta,
+}
+
+/// The default of an instance that an earlier version saved.
+fn is_checked() -> bool {
+    true
 }
 
 /// Distinguishes nodes of one name: checksums of the node's id, its datacenter and its admin

@@ -7,6 +7,7 @@
 mod build;
 mod drains;
 mod endpoints;
+pub mod first_contact;
 mod index;
 mod input;
 mod merge;
@@ -22,7 +23,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::ordmap::OrdMap;
 
-pub use build::{Builder, NextTable};
+pub use build::{Builder, NextTable, SharedContacts};
 pub use drains::{
     Drain, DrainError, DrainTarget, Drains, allocation, resolve as resolve_drain, resolve_drained,
 };
@@ -128,6 +129,9 @@ pub enum BackendState {
     Healthy,
     /// It gets new connections, by the weight that it has while a check of its own warns.
     Warning,
+    /// No check vouches for it and no connection to it has succeeded yet: it gets none while others
+    /// serve.
+    Unproven,
     /// Its address means something else here, or nothing, so it gets none.
     Unroutable,
 }

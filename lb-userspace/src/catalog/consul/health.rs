@@ -209,6 +209,7 @@ fn instance(record: Record, rules: &CatalogConfig) -> Instance {
         standing = HealthStatus::Out(reason.clone());
     }
     let is_of_service = foreign(&record, rules).is_none();
+    let is_checked = record.has_own_check();
     let Record { node, mut service, .. } = record;
     let (address, port) = match chosen {
         Ok((address, port)) => (address, port.unwrap_or(service.port())),
@@ -223,6 +224,7 @@ fn instance(record: Record, rules: &CatalogConfig) -> Instance {
         node_identity: NodeIdentity::new(&node.id, &node.datacenter, &node.partition),
         node_address: parse_ip(&node.address),
         may_be_local: false,
+        is_checked,
         node: node.node,
         id: service.id,
         address,

@@ -127,6 +127,7 @@ mod tests {
             local: false,
             node_identity: NodeIdentity::default(),
             node_address: None,
+            is_checked: true,
             may_be_local: false,
             health: HealthStatus::Serving,
             meta: ServiceMeta::default(),

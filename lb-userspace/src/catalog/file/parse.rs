@@ -176,6 +176,7 @@ impl Reader<'_> {
             local: true,
             node_identity: NodeIdentity::default(),
             node_address: None,
+            is_checked: true,
             may_be_local: false,
             health: HealthStatus::Serving,
             meta: meta.clone(),

@@ -31,6 +31,7 @@ fn instance(id: u8) -> Instance {
         local: false,
         node_identity: NodeIdentity::default(),
         node_address: None,
+        is_checked: true,
         may_be_local: false,
         health: HealthStatus::Serving,
         meta: ServiceMeta::default(),

@@ -25,6 +25,7 @@ fn instance(node: &str, id: &str) -> Instance {
         local: false,
         node_identity: NodeIdentity::default(),
         node_address: None,
+        is_checked: true,
         may_be_local: false,
         health: HealthStatus::Serving,
         meta: ServiceMeta::default(),
