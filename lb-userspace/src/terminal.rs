@@ -75,9 +75,17 @@ pub fn show<T: Serialize + DeserializeOwned>(
     document: &T,
     text: impl Fn(&T) -> String,
 ) -> anyhow::Result<String> {
+    Ok(text(&escape_document(document)?))
+}
+
+/// A document with every string in it escaped.
+///
+/// # Errors
+/// As for [`show`].
+pub fn escape_document<T: Serialize + DeserializeOwned>(document: &T) -> anyhow::Result<T> {
     let mut value = serde_json::to_value(document)?;
     escape_strings(&mut value);
-    Ok(text(&serde_json::from_value(value).context("can't show this document; please report it")?))
+    serde_json::from_value(value).context("can't show this document; please report it")
 }
 
 fn escape_strings(value: &mut Value) {

@@ -18,6 +18,7 @@ pub mod net;
 pub mod nohop;
 pub mod process;
 pub mod tempdir;
+pub mod terminal;
 pub mod tmpfs;
 pub mod udp;
 

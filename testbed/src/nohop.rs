@@ -7,7 +7,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{ExitStatus, Output};
+use std::process::{Command, ExitStatus, Output};
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -352,11 +352,19 @@ impl Nohop {
     /// # Errors
     /// When it can't be started.
     pub fn cli(&self, arguments: &str) -> Result<Output> {
+        cmd::output(self.command(arguments)?)
+    }
+
+    /// The same, to be run in another way.
+    ///
+    /// # Errors
+    /// None but defects of the testbed.
+    pub fn command(&self, arguments: &str) -> Result<Command> {
         // The executable itself, whatever it was started by.
         let binary = self.command.last().context("a program")?;
         let mut command = self.host.outside().command(binary);
         command.env("NOHOP_ADMIN", admin(self.tempdir.path())).args(arguments.split_whitespace());
-        cmd::output(command)
+        Ok(command)
     }
 
     /// The address of its admin interface, as the clients of `nohop` want it.

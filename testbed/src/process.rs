@@ -222,7 +222,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn kill(child: &Mutex<Child>) {
+pub(crate) fn kill(child: &Mutex<Child>) {
     let mut child = lock(child);
     let _ = child.kill();
     let _ = child.wait();

@@ -55,6 +55,7 @@ mod static_catalog;
 mod stops_on_signals;
 mod tag_removed;
 mod tls_rotated;
+mod top;
 mod udp_echo;
 mod upgraded_under_load;
 mod wildcard_server_never_reached;
@@ -121,6 +122,7 @@ const SCENARIOS: &[(&str, Scenario)] = &[
     ("stops_on_signals", stops_on_signals::run),
     ("tag_removed", tag_removed::run),
     ("tls_rotated", tls_rotated::run),
+    ("top", top::run),
     ("udp_echo", udp_echo::run),
     ("unread_log", disk::unread_log),
     ("upgraded_under_load", upgraded_under_load::run),

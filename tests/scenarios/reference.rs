@@ -195,6 +195,7 @@ fn documents(page: &Page, nohop: &Nohop) -> Result<()> {
     for (section, arguments) in [
         ("status", "status --json".to_owned()),
         ("services", "services --json".to_owned()),
+        ("top", "top --json".to_owned()),
         ("explain", "explain --json helloworld".to_owned()),
         ("dns setup", "dns setup --dnsmasq --json".to_owned()),
         ("dns query", "dns query --json helloworld.service".to_owned()),

@@ -292,6 +292,14 @@ pub struct BackendStatus {
     /// Connects by TCP that it refused or didn't answer, or that didn't reach it, since it came.
     #[serde(default)]
     pub failures: u64,
+    /// The time from a connection's SYN to the answer in microseconds, a moving average; null before
+    /// the first.
+    #[serde(default)]
+    pub connect_us: Option<u32>,
+    /// The round-trip time of its connections when they ended in microseconds, a moving average; null
+    /// before the first.
+    #[serde(default)]
+    pub rtt_us: Option<u32>,
 }
 
 /// `GET /v1/services/NAME`: everything that is known of a name.

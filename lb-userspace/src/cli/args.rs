@@ -67,6 +67,12 @@ pub enum Command {
         #[command(flatten)]
         client: ClientArguments,
     },
+    /// Show services by their connections, live; with --json, the figures of one second
+    Top {
+        /// The daemon.
+        #[command(flatten)]
+        client: ClientArguments,
+    },
     /// Configure the system resolver, and query nohop's DNS
     Dns {
         /// The command.

@@ -270,6 +270,8 @@ mod tests {
                 connects: 7,
                 in_flight: None,
                 failures: 0,
+                connect_us: None,
+                rtt_us: None,
             }],
         }
     }

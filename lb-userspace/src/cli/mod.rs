@@ -8,6 +8,7 @@ mod format;
 mod instance;
 mod process;
 mod reload;
+mod top;
 mod unload;
 
 use std::process::ExitCode;
@@ -92,6 +93,7 @@ fn command(command: Command) -> anyhow::Result<ExitCode> {
             let services: Vec<api::ServiceStatus> = ask(&client, "/v1/services")?;
             print(&client, &services, |services| format::services(services))?;
         }
+        Command::Top { client } => top::run(&client)?,
         Command::Explain { name, client } => {
             let explanation: api::Explanation = ask(&client, &client::explain_path(&name))?;
             print(&client, &explanation, format::explanation)?;

@@ -347,6 +347,8 @@ impl DaemonView {
                 connects: backend_idx.map_or(0, |&idx| self.counters.backend_connects(idx)),
                 in_flight: counts.then(|| backend_idx.map_or(0, in_flight)),
                 failures: backend_idx.map_or(0, |&idx| self.counters.backend_failures(idx)),
+                connect_us: backend_idx.and_then(|&idx| self.counters.connect_us(idx)),
+                rtt_us: backend_idx.and_then(|&idx| self.counters.rtt_us(idx)),
             }
         });
         api::ServiceStatus {

@@ -222,6 +222,17 @@ impl Counters {
         self.backend_failures.load(backend_idx)
     }
 
+    /// A backend's time to connect in microseconds, by its index; `None` where none was measured.
+    pub fn connect_us(&self, backend_idx: u32) -> Option<u32> {
+        Some(self.outcomes(backend_idx).connect_us).filter(|us| *us > 0)
+    }
+
+    /// The round-trip time of a backend's connections in microseconds, by its index; `None` where none
+    /// was measured.
+    pub fn rtt_us(&self, backend_idx: u32) -> Option<u32> {
+        Some(self.outcomes(backend_idx).srtt_us).filter(|us| *us > 0)
+    }
+
     fn outcomes(&self, backend_idx: u32) -> BackendOutcomes {
         self.backends.load_field(backend_idx, offset_of!(BackendEntry, outcomes))
     }
