@@ -2,6 +2,7 @@
 #![deny(unsafe_code)]
 
 pub mod admin;
+mod boot;
 pub mod catalog;
 pub mod cli;
 pub mod config;

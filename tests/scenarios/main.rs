@@ -18,6 +18,7 @@ mod critical_backend_leaves;
 mod curl_by_name;
 mod disk;
 mod dns_over_tls;
+mod drain;
 mod external_detach;
 mod foreign_route;
 mod forwarding;
@@ -89,6 +90,7 @@ const SCENARIOS: &[(&str, Scenario)] = &[
     ("disk_stalled", disk::stalled),
     ("dns_acl", resolvers::strangers),
     ("dnsmasq_in_front", resolvers::dnsmasq),
+    ("drain_by_hand", drain::by_hand),
     ("external_detach", external_detach::run),
     ("foreign_route", foreign_route::run),
     ("forwarding", forwarding::run),

@@ -190,6 +190,8 @@ fn documents(page: &Page, nohop: &Nohop) -> Result<()> {
         serde_json::from_slice(&output.stdout).with_context(|| format!("{arguments}: {output:?}"))
     };
     nohop.configure("dns.ttl = 7")?;
+    // The one that is out.
+    let drained = "helloworld-1";
     let file = nohop.state_dir().join("empty.toml");
     fs::write(&file, "")?;
     for (section, arguments) in [
@@ -197,6 +199,8 @@ fn documents(page: &Page, nohop: &Nohop) -> Result<()> {
         ("services", "services --json".to_owned()),
         ("top", "top --json".to_owned()),
         ("explain", "explain --json helloworld".to_owned()),
+        ("undrain", format!("drain --json {drained}")),
+        ("drain", "drain --json".to_owned()),
         ("dns setup", "dns setup --dnsmasq --json".to_owned()),
         ("dns query", "dns query --json helloworld.service".to_owned()),
         ("reload", "reload --json".to_owned()),

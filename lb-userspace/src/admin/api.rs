@@ -30,6 +30,9 @@ pub struct Status {
     pub services: usize,
     /// The number of healthy backends, over all services.
     pub backends: usize,
+    /// The number of drains by hand.
+    #[serde(default)]
+    pub drains: usize,
     /// The DNS server.
     pub dns: DnsStatus,
     /// How `vip.pool` is used.
@@ -300,6 +303,48 @@ pub struct BackendStatus {
     /// before the first.
     #[serde(default)]
     pub rtt_us: Option<u32>,
+}
+
+/// One element of `GET /v1/drain`: what is drained by hand.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DrainStatus {
+    /// `node`, `address`, `instance` or `allocation`.
+    pub kind: String,
+    /// Its name among those; `kind:name` is the argument that undrains it.
+    pub name: String,
+    /// Since when, by RFC 3339.
+    pub since: String,
+    /// The services with backends that it covers.
+    pub services: Vec<String>,
+    /// The number of those backends.
+    pub backends: u64,
+    /// Their connections that are open from this node; `null` while the unit `outcomes` isn't attached.
+    pub in_flight: Option<u64>,
+}
+
+/// `POST /v1/drain?target=TARGET` and `POST /v1/undrain?target=TARGET`
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DrainChange {
+    /// Whether the target is drained, or isn't, as requested.
+    pub ok: bool,
+    /// Why nothing was changed.
+    pub problem: Option<String>,
+    /// Whether it was otherwise before.
+    pub changed: bool,
+    /// Whether it is drained now.
+    pub drained: bool,
+    /// As [`DrainStatus::kind`]; `null` where nothing is named.
+    pub kind: Option<String>,
+    /// As [`DrainStatus::name`]; `null` where nothing is named.
+    pub name: Option<String>,
+    /// Since when it is drained, or was until now.
+    pub since: Option<String>,
+    /// The number of services with backends that it covers.
+    pub services: u64,
+    /// The number of those backends.
+    pub backends: u64,
+    /// What the operator should see, such as a service that has no backend left.
+    pub warnings: Vec<String>,
 }
 
 /// `GET /v1/services/NAME`: everything that is known of a name.

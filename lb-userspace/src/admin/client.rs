@@ -10,7 +10,7 @@ use tokio::net::{TcpStream, UnixStream};
 use super::http::{ExchangeError, HttpResponse, JSON, exchange};
 use crate::config::AdminAddress;
 
-pub use super::route::{explain_path, lookup_path};
+pub use super::route::{drain_path, explain_path, lookup_path};
 
 /// The address that is used when neither a flag nor the environment names one.
 pub const DEFAULT_ADDRESS: &str = "unix:/run/nohop/admin.sock";

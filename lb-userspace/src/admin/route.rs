@@ -11,6 +11,9 @@ GET /v1/services
 GET /v1/services/NAME
 GET /v1/dns?name=NAME&type=TYPE
 POST /v1/reload
+GET /v1/drain
+POST /v1/drain?target=TARGET
+POST /v1/undrain?target=TARGET
 GET /metrics
 GET /healthz
 GET /readyz
@@ -32,6 +35,9 @@ pub(super) enum Endpoint {
     Explain(String),
     LookUp { name: String, kind: String },
     Reload,
+    Drains,
+    Drain(String),
+    Undrain(String),
     Metrics,
     Health,
     Ready,
@@ -45,7 +51,10 @@ impl Endpoint {
 
     /// Whether it has effects: a lookup queries Consul and other resolvers, and ignores `dns.allow`.
     pub(super) fn has_effects(&self) -> bool {
-        matches!(self, Endpoint::Reload | Endpoint::LookUp { .. })
+        matches!(
+            self,
+            Endpoint::Reload | Endpoint::Drain(_) | Endpoint::Undrain(_) | Endpoint::LookUp { .. }
+        )
     }
 }
 
@@ -84,6 +93,14 @@ pub(super) fn route(
         }
         "/v1/dns" => return Err(EndpointError::Method("GET")),
         "/v1/reload" => Endpoint::Reload,
+        "/v1/drain" if *method == Method::POST => {
+            return Ok((Endpoint::Drain(target(query)?), None));
+        }
+        "/v1/drain" => Endpoint::Drains,
+        "/v1/undrain" if *method == Method::POST => {
+            return Ok((Endpoint::Undrain(target(query)?), None));
+        }
+        "/v1/undrain" => return Err(EndpointError::Method("POST")),
         "/metrics" => Endpoint::Metrics,
         "/healthz" => Endpoint::Health,
         "/readyz" => Endpoint::Ready,
@@ -95,8 +112,9 @@ pub(super) fn route(
         },
     };
     let (is_allowed, allowed) = match route {
+        Endpoint::Drains => (is_get(method), "GET, HEAD, POST"),
         Endpoint::Reload => (*method == Method::POST, "POST"),
-        _ => (*method == Method::GET || *method == Method::HEAD, "GET, HEAD"),
+        _ => (is_get(method), "GET, HEAD"),
     };
     if !is_allowed {
         return Err(EndpointError::Method(allowed));
@@ -106,6 +124,21 @@ pub(super) fn route(
         return Ok((route, None));
     }
     Ok((route, wait(query.unwrap_or_default())?))
+}
+
+fn is_get(method: &Method) -> bool {
+    *method == Method::GET || *method == Method::HEAD
+}
+
+/// The target of a drain or an undrain.
+fn target(query: Option<&str>) -> Result<String, EndpointError> {
+    let query = query.unwrap_or_default();
+    query.strip_prefix("target=").filter(|target| !target.contains('&')).map(decode).ok_or_else(
+        || {
+            let fix = "write target=TARGET: a node, an address, an instance or an allocation";
+            EndpointError::Query { name: "query".into(), value: query.into(), fix }
+        },
+    )
 }
 
 fn look_up(query: &str) -> Result<Endpoint, EndpointError> {
@@ -152,6 +185,12 @@ pub fn explain_path(name: &str) -> String {
 /// The path that looks a name up.
 pub fn lookup_path(name: &str, kind: &str) -> String {
     format!("/v1/dns?name={}&type={}", encode(name), encode(kind))
+}
+
+/// The path that drains what a text names, or undrains it.
+pub fn drain_path(is_drain: bool, target: &str) -> String {
+    let change = if is_drain { "drain" } else { "undrain" };
+    format!("/v1/{change}?target={}", encode(target))
 }
 
 fn encode(text: &str) -> String {

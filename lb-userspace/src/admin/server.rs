@@ -78,6 +78,10 @@ pub trait View: Send + Sync + 'static {
     fn at(&self) -> watch::Receiver<At>;
     /// Reloads the configuration.
     fn reload(&self) -> impl Future<Output = api::Reload> + Send;
+    /// What is drained by hand.
+    fn drains(&self) -> Vec<api::DrainStatus>;
+    /// Drains what this text names, or undrains it.
+    fn drain(&self, is_drain: bool, target: &str) -> impl Future<Output = api::DrainChange> + Send;
 }
 
 /// What the clients of a listener may do, and its limits.
@@ -247,6 +251,12 @@ async fn answer<V: View>(
         let at = *now.borrow();
         return response(json(status, &reload), at);
     }
+    if let Endpoint::Drain(target) | Endpoint::Undrain(target) = &endpoint {
+        let change = view.drain(matches!(endpoint, Endpoint::Drain(_)), target).await;
+        let status = if change.ok { StatusCode::OK } else { StatusCode::BAD_REQUEST };
+        let at = *now.borrow();
+        return response(json(status, &change), at);
+    }
     if let Some(Wait { after, limit }) = wait {
         let Ok(_place) = access.waiting.try_acquire() else { return too_many_wait() };
         let start = *now.borrow_and_update();
@@ -308,9 +318,12 @@ fn show<V: View>(endpoint: &Endpoint, view: &V) -> Shown {
             let problems = problems.join("\n");
             plain(StatusCode::SERVICE_UNAVAILABLE, &format!("not ready\n{problems}\n"))
         }
-        Endpoint::Health | Endpoint::Reload | Endpoint::LookUp { .. } => {
-            plain(StatusCode::OK, "ok\n")
-        }
+        Endpoint::Drains => json(StatusCode::OK, &view.drains()),
+        Endpoint::Health
+        | Endpoint::Reload
+        | Endpoint::Drain(_)
+        | Endpoint::Undrain(_)
+        | Endpoint::LookUp { .. } => plain(StatusCode::OK, "ok\n"),
     }
 }
 
@@ -403,6 +416,7 @@ mod tests {
                 pool: api::PoolStatus::default(),
                 services: 1,
                 backends: 0,
+                drains: 0,
                 dns: api::DnsStatus {
                     listen: vec![],
                     listen_tls: vec![],
@@ -464,6 +478,14 @@ mod tests {
         async fn reload(&self) -> api::Reload {
             let problems = vec!["f:3: dns.ttl: is wrong".into()];
             api::Reload { ok: false, problems, changes: vec![] }
+        }
+
+        fn drains(&self) -> Vec<api::DrainStatus> {
+            vec![]
+        }
+
+        async fn drain(&self, is_drain: bool, target: &str) -> api::DrainChange {
+            api::DrainChange { ok: is_drain, name: Some(target.into()), ..Default::default() }
         }
     }
 
@@ -535,6 +557,12 @@ mod tests {
             ("GET", "/metrics", 200, "nohop_ready 1"),
             ("POST", "/v1/reload", 400, "f:3: dns.ttl"),
             ("GET", "/v1/reload", 405, "POST"),
+            ("GET", "/v1/drain", 200, "[]"),
+            ("POST", "/v1/drain?target=n1%2Fweb", 200, "\"name\":\"n1/web\""),
+            ("POST", "/v1/drain", 400, "write target=TARGET"),
+            ("POST", "/v1/undrain?target=n1", 400, "\"ok\":false"),
+            ("GET", "/v1/undrain?target=n1", 405, "POST"),
+            ("PUT", "/v1/drain?target=n1", 405, "GET, HEAD, POST"),
             ("GET", "/v1/status?after=x", 400, "after"),
             ("GET", "/", 404, "/v1/services/NAME"),
             ("POST", "/v1/status", 405, "GET"),
@@ -556,6 +584,9 @@ mod tests {
             ("GET /metrics", "Host: localhost", 200),
             ("GET /metrics", "Host: nohop.example:9153", 200),
             ("POST /v1/reload", &local, 403),
+            ("GET /v1/drain", &local, 200),
+            ("POST /v1/drain?target=n1", &local, 403),
+            ("POST /v1/undrain?target=n1", &local, 403),
             ("GET /v1/dns?name=web.service", &local, 403),
             ("GET /v1/status", "Host: evil.example", 403),
             ("GET /v1/status", "Host: localhost\r\nOrigin: http://evil.example", 403),

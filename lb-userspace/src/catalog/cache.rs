@@ -10,21 +10,17 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
 use super::snapshot::{Agent, SavedCatalog, SavedService};
-use crate::durable;
 use crate::table::Instance;
+use crate::{boot, durable};
 
 /// The file's name, within the state directory.
 pub const FILE_NAME: &str = "catalog.json";
 
 /// The version of the format; another one is set aside.
 const VERSION: u32 = 1;
-
-/// The identity of this boot (random(4)).
-const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
 /// Why the file can't be written.
 #[derive(Debug, thiserror::Error)]
@@ -83,19 +79,6 @@ struct Line {
     instances: Arc<[Instance]>,
 }
 
-/// How long the machine has been suspended since it was booted.
-pub fn suspended() -> Duration {
-    let read = |clock| {
-        let time = clock_gettime(clock);
-        Duration::new(
-            u64::try_from(time.tv_sec).unwrap_or(0),
-            u32::try_from(time.tv_nsec).unwrap_or(0),
-        )
-    };
-    let awake = read(ClockId::Monotonic);
-    read(ClockId::Boottime).saturating_sub(awake)
-}
-
 /// The same moment on both clocks.
 #[derive(Clone, Copy)]
 struct Now {
@@ -105,12 +88,7 @@ struct Now {
 
 impl Now {
     fn get() -> Now {
-        let time = clock_gettime(ClockId::Boottime);
-        let boottime = Duration::new(
-            u64::try_from(time.tv_sec).unwrap_or(0),
-            u32::try_from(time.tv_nsec).unwrap_or(0),
-        );
-        Now { instant: Instant::now(), boottime }
+        Now { instant: Instant::now(), boottime: boot::time() }
     }
 
     fn millis(self, at: Instant) -> Millis {
@@ -150,7 +128,7 @@ pub fn write(path: &Path, memory: &SavedCatalog) -> Result<(), WriteError> {
     };
     let write = || -> io::Result<()> {
         let body = serde_json::to_vec(&body)?;
-        let head = Head { version: VERSION, boot: boot()?, crc32: crc32fast::hash(&body) };
+        let head = Head { version: VERSION, boot: boot::id()?, crc32: crc32fast::hash(&body) };
         let mut contents = serde_json::to_vec(&head)?;
         contents.push(b'\n');
         contents.extend(body);
@@ -172,7 +150,7 @@ pub fn read(path: &Path, max_age: Duration) -> Option<SavedCatalog> {
     };
     match parse(&bytes) {
         Ok((head, body)) => {
-            let is_of_this_boot = boot().is_ok_and(|boot| boot == head.boot);
+            let is_of_this_boot = boot::id().is_ok_and(|boot| boot == head.boot);
             is_of_this_boot.then(|| remember(body, Now::get(), max_age))
         }
         Err(corruption) => {
@@ -233,10 +211,6 @@ fn remember(body: Body, now: Now, max_age: Duration) -> SavedCatalog {
         names_filtered: body.names_filtered,
         services: services.collect(),
     }
-}
-
-fn boot() -> io::Result<String> {
-    Ok(std::fs::read_to_string(BOOT_ID)?.trim().to_owned())
 }
 
 #[cfg(test)]
@@ -355,7 +329,7 @@ mod tests {
         let path = dir.path().join(FILE_NAME);
         write(&path, &memory(Instant::now())).unwrap();
         let text = std::fs::read_to_string(&path).unwrap();
-        std::fs::write(&path, text.replace(&boot().unwrap(), "another")).unwrap();
+        std::fs::write(&path, text.replace(&boot::id().unwrap(), "another")).unwrap();
         assert_eq!(read(&path, HOUR), None);
         assert!(path.exists(), "it isn't corrupt");
     }

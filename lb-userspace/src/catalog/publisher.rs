@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::watch::{Receiver, Sender};
 
-use super::cache::suspended;
 use super::published::{Health, Published};
 use super::snapshot::SavedCatalog;
 use super::stats::{Stats, Watches};
+use crate::boot::suspended;
 use crate::config::Expired;
 use crate::ordmap::Diff;
 use crate::table::Catalog;

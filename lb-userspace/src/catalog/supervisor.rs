@@ -13,9 +13,9 @@ use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
 use tokio::time::{Interval, MissedTickBehavior};
 
-use super::cache::suspended;
 use super::publisher::Publisher;
 use super::usage::{UsageReceiver, UsageSender};
+use crate::boot::suspended;
 use crate::config::{CatalogConfig, Expired};
 
 /// Starts a run of a source, on its own thread and runtime.

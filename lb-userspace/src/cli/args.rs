@@ -73,6 +73,25 @@ pub enum Command {
         #[command(flatten)]
         client: ClientArguments,
     },
+    /// Stop new connections from this node to the backends of a node, an address, an instance or an
+    /// allocation; open ones go on. Without an argument, list what is drained
+    Drain {
+        /// Name of a node, address with or without a port, id of an instance (NODE/ID where several
+        /// nodes have it), or id of an allocation (8 digits suffice); where one means several things,
+        /// `node:NAME`, `address:ADDRESS`, `instance:ID` or `allocation:ID`
+        target: Option<String>,
+        /// The daemon.
+        #[command(flatten)]
+        client: ClientArguments,
+    },
+    /// Allow new connections from this node again to what was drained
+    Undrain {
+        /// What was drained, by the same name or as `nohop drain` lists it
+        target: String,
+        /// The daemon.
+        #[command(flatten)]
+        client: ClientArguments,
+    },
     /// Configure the system resolver, and query nohop's DNS
     Dns {
         /// The command.

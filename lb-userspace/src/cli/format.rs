@@ -35,6 +35,9 @@ pub fn status(status: &Status) -> String {
         &mut text,
         format!("table     generation {generation}: {services} services, {backends} backends"),
     );
+    if status.drains > 0 {
+        line(&mut text, format!("drains    {} by hand: see `nohop drain`", status.drains));
+    }
     let PoolStatus { used, quarantined, size } = status.pool;
     let quarantined = match quarantined {
         0 => String::new(),

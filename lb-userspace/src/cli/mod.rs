@@ -4,6 +4,7 @@ mod args;
 mod check;
 mod config_file;
 mod dns;
+mod drain;
 mod format;
 mod instance;
 mod process;
@@ -110,6 +111,11 @@ fn command(command: Command) -> anyhow::Result<ExitCode> {
         Command::Dns { command: DnsCommand::Query { name, kind, server, client } } => {
             print(&client, &dns::query(&name, &kind, server, &client)?, dns::lookup_text)?;
         }
+        Command::Drain { target: None, client } => drain::list(&client)?,
+        Command::Drain { target: Some(target), client } => {
+            return drain::change(true, &target, &client);
+        }
+        Command::Undrain { target, client } => return drain::change(false, &target, &client),
         Command::Reload { client } => return reload::ask(&client),
         Command::Config { command: ConfigCommand::Check { file, json } } => {
             return config_file::check(file.as_deref(), json);

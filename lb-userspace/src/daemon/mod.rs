@@ -5,6 +5,7 @@
 //! loop that brings changes to the kernel waits for no disk, log, resolver or client: each of these has a
 //! thread or a task of its own.
 
+mod drains;
 mod explain;
 mod holdback;
 mod metrics;
@@ -39,6 +40,7 @@ use crate::table::first_contact::Probe;
 use crate::table::vips::PoolUse;
 use crate::table::{Builder, SharedContacts};
 use crate::{admin, catalog, dns};
+use drains::{DrainBook, DrainRequest};
 use notify::Notify;
 use pipeline::Pipeline;
 use prober::Prober;
@@ -66,8 +68,8 @@ const RETRY_TICK: Duration = Duration::from_secs(60 * 60);
 /// How long a stop waits for the VIPs to be recorded.
 const FLUSH_TIMEOUT: Duration = Duration::from_millis(200);
 
-/// The reloads that may wait for their turn.
-const MAX_RELOADS: usize = 8;
+/// The reloads that may wait for their turn, and as many drains.
+const MAX_REQUESTS: usize = 8;
 
 /// Runs the daemon until SIGTERM or SIGINT; `read` reads its configuration again.
 ///
@@ -113,6 +115,8 @@ struct Daemon {
     reloads: mpsc::Receiver<Request>,
     /// The configuration that is being read, and the client that waits for the outcome.
     reading: Option<(JoinHandle<Wanted>, Option<Request>)>,
+    drains: DrainBook,
+    drain_requests: mpsc::Receiver<DrainRequest>,
     tag: watch::Sender<String>,
     pool: watch::Sender<PoolUse>,
     attached: watch::Sender<bool>,
@@ -134,7 +138,9 @@ impl Daemon {
         let dns_addresses = dns_sockets.addresses().to_vec();
         let listen_tls = dns_sockets.tls_addresses().to_vec();
 
-        let mut vips = recorder::load(&config.state_dir, (&config.vip).into()).await;
+        let vips = recorder::load(&config.state_dir, (&config.vip).into());
+        let (mut vips, drains) = tokio::join!(vips, DrainBook::open(&config.state_dir));
+        let drains = drains.context("can't start a thread")?;
         let recorder = Recorder::start(&config.state_dir).context("can't start a thread")?;
         for pool in config.vip.pools() {
             route::add_unreachable(pool).await?;
@@ -166,7 +172,8 @@ impl Daemon {
         tokio::task::block_in_place(|| datapath.probe_hooks());
         datapath.set_mode(shadow.mode(sources.is_off()));
         let (attached_out, attached) = watch::channel(datapath.hooks().translate);
-        let (reloads_out, reloads) = mpsc::channel(MAX_RELOADS);
+        let (reloads_out, reloads) = mpsc::channel(MAX_REQUESTS);
+        let (drain_requests_out, drain_requests) = mpsc::channel(MAX_REQUESTS);
         let (tag_out, tag) = watch::channel(config.catalog.tag.clone());
         let (pool_out, pool) = watch::channel(vips.pool_use(SystemTime::now()));
         let mut pipeline = Pipeline::new(Builder::new(&config.vip, vips), recorder);
@@ -198,6 +205,8 @@ impl Daemon {
             propagation: pipeline.propagation().clone(),
             at: pipeline.at().subscribe(),
             reloads: reloads_out,
+            drains: drains.view(),
+            drain_requests: drain_requests_out,
         });
         for address in admin::exposed(&config.admin.listen) {
             tracing::warn!(
@@ -219,6 +228,7 @@ impl Daemon {
         }
         let resolver = Resolver::start(&config.dns.domain).await;
         pipeline.builder().set_hosts(resolver.hosts());
+        pipeline.builder().set_drains(drains.drains());
         Ok(Daemon {
             config,
             sources,
@@ -234,6 +244,8 @@ impl Daemon {
             read,
             reloads,
             reading: None,
+            drains,
+            drain_requests,
             tag: tag_out,
             pool: pool_out,
             attached: attached_out,
@@ -279,6 +291,7 @@ impl Daemon {
                 Some(request) = self.reloads.recv(), if self.reading.is_none() => {
                     self.read_again(Some(request));
                 }
+                Some(request) = self.drain_requests.recv() => self.drain(request),
                 _ = signals.hangup.recv(), if self.reading.is_none() => self.read_again(None),
                 (wanted, request) = read(&mut self.reading) => {
                     let reload = self.reload(wanted).await;
@@ -366,6 +379,25 @@ impl Daemon {
         if let Some(last) = self.sources.merged().cloned() {
             self.update(&Published { news_at: std::time::Instant::now(), ..last });
         }
+    }
+
+    /// Drains what a client names, or undrains it: the kernel has it first, then the disk, then the
+    /// client the answer.
+    fn drain(&mut self, DrainRequest { change, text, answer }: DrainRequest) {
+        let is_synced = self.pipeline.latest().is_synced();
+        let changed = self.drains.change(change, &text, self.pipeline.builder(), is_synced);
+        let result = match changed {
+            Ok(changed) => {
+                if changed.is_changed {
+                    self.pipeline.builder().set_drains(self.drains.drains());
+                    self.reapply();
+                }
+                drains::result(change, &changed, &self.drains.drains(), self.pipeline.latest())
+            }
+            Err(error) => drains::refuse(error),
+        };
+        drains::log(change, &result);
+        self.drains.answer(result, answer);
     }
 
     /// Has the configuration read again, and the static catalog that it names where that is news,

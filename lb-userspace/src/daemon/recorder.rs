@@ -1,5 +1,5 @@
-//! The recorder of VIPs: a thread of its own writes them to the state directory and acknowledges what is
-//! on disk. A disk may be full or stall for minutes; nothing waits for it here.
+//! The recorder of VIPs, and of drains: a thread of its own writes them to the state directory and
+//! acknowledges what is on disk. A disk may be full or stall for minutes; nothing waits for it here.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -18,7 +18,7 @@ const FILE_NAME: &str = "vips.json";
 const READ_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The pause after a failed write; it doubles with each further one, up to [`MAX_PAUSE`].
-const FIRST_PAUSE: Duration = Duration::from_secs(1);
+pub(super) const FIRST_PAUSE: Duration = Duration::from_secs(1);
 
 /// The longest pause, so that a disk that has room again is noticed within it.
 const MAX_PAUSE: Duration = Duration::from_secs(30);
@@ -26,10 +26,34 @@ const MAX_PAUSE: Duration = Duration::from_secs(30);
 /// A write that has taken this long is a problem.
 const STALLED: Duration = Duration::from_secs(5);
 
+/// The contents of a file: complete, so that a later version replaces those before.
+pub trait Snapshot: Send + 'static {
+    /// What is at risk while it can't be written, as a part of a sentence.
+    const RISK: &'static str;
+
+    /// A number that grows with every change.
+    fn version(&self) -> u64;
+
+    /// The file's contents.
+    fn to_json(&self) -> Vec<u8>;
+}
+
+impl Snapshot for VipSnapshot {
+    const RISK: &'static str = "a reboot may change the addresses that names got meanwhile";
+
+    fn version(&self) -> u64 {
+        self.version
+    }
+
+    fn to_json(&self) -> Vec<u8> {
+        VipSnapshot::to_json(self)
+    }
+}
+
 /// The version on disk.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Recorded {
-    /// The last version that is on disk, as [`Vips::version`].
+    /// The last version that is on disk, as [`Snapshot::version`].
     pub version: u64,
     /// Why the last write failed; `None` after one that succeeded, and before the first.
     pub failure: Option<String>,
@@ -37,22 +61,22 @@ pub struct Recorded {
 
 /// The recorder. Dropping it ends the thread, once the write that is under way has ended.
 #[derive(Debug)]
-pub struct Recorder {
+pub struct Recorder<S = VipSnapshot> {
     path: PathBuf,
-    inbox: Arc<Inbox>,
+    inbox: Arc<Inbox<S>>,
     recorded: watch::Receiver<Recorded>,
 }
 
 /// The thread's pending work: the latest snapshot alone, since each is complete.
-#[derive(Debug, Default)]
-struct Inbox {
-    content: Mutex<Content>,
+#[derive(Debug)]
+struct Inbox<S> {
+    content: Mutex<Content<S>>,
     changed: Condvar,
 }
 
-#[derive(Debug, Default)]
-struct Content {
-    snapshot: Option<VipSnapshot>,
+#[derive(Debug)]
+struct Content<S> {
+    snapshot: Option<S>,
     /// The last version that was submitted.
     submitted: u64,
     is_closed: bool,
@@ -72,13 +96,26 @@ impl Recorder {
         Recorder::start_with(path, FIRST_PAUSE, write)
     }
 
-    /// The same, with what writes a snapshot.
+    /// Has the VIPs written where a version is new, unless a later one comes before the disk is free.
+    /// It returns at once.
+    pub fn submit(&self, vips: &Vips) {
+        self.offer(vips.version(), || vips.snapshot());
+    }
+}
+
+impl<S: Snapshot> Recorder<S> {
+    /// A recorder of a file, which has version 0, with what writes a snapshot.
+    ///
+    /// # Errors
+    /// When there is no thread to be had.
     pub(super) fn start_with(
         path: PathBuf,
         first_pause: Duration,
-        write: impl FnMut(&VipSnapshot) -> io::Result<()> + Send + 'static,
-    ) -> io::Result<Recorder> {
-        let inbox = Arc::new(Inbox::default());
+        write: impl FnMut(&S) -> io::Result<()> + Send + 'static,
+    ) -> io::Result<Recorder<S>> {
+        let content =
+            Content { snapshot: None, submitted: 0, is_closed: false, writing_since: None };
+        let inbox = Arc::new(Inbox { content: Mutex::new(content), changed: Condvar::new() });
         let (out, recorded) = watch::channel(Recorded::default());
         let thread = std::thread::Builder::new().name("recorder".into());
         let (of_thread, shown) = (inbox.clone(), path.display().to_string());
@@ -86,13 +123,13 @@ impl Recorder {
         Ok(Recorder { path, inbox, recorded })
     }
 
-    /// Has the VIPs written where a version is new, unless a later one comes before the disk is free.
-    /// It returns at once.
-    pub fn submit(&self, vips: &Vips) {
+    /// Has a version written where it is new, unless a later one comes before the disk is free. It
+    /// returns at once.
+    pub fn offer(&self, version: u64, snapshot: impl FnOnce() -> S) {
         let mut content = self.inbox.lock();
-        if content.submitted < vips.version() {
-            content.submitted = vips.version();
-            content.snapshot = Some(vips.snapshot());
+        if content.submitted < version {
+            content.submitted = version;
+            content.snapshot = Some(snapshot());
             self.inbox.changed.notify_all();
         }
     }
@@ -107,8 +144,9 @@ impl Recorder {
         if self.recorded.has_changed().is_err() {
             return Some(format!(
                 "can't write {}: its thread has ended (see the log; please report it); restart the \
-                 daemon, since a reboot may change the addresses that names got meanwhile",
-                self.path.display()
+                 daemon, since {}",
+                self.path.display(),
+                S::RISK
             ));
         }
         let stalled_for = self.inbox.lock().writing_since.map(|since| since.elapsed());
@@ -117,27 +155,27 @@ impl Recorder {
             None => self.recorded.borrow().failure.clone()?,
         };
         Some(format!(
-            "{what}; services are served all the same, but until it can be written, a reboot may \
-             change the addresses that names got meanwhile"
+            "{what}; services are served all the same, but until it can be written, {}",
+            S::RISK
         ))
     }
 }
 
-impl Drop for Recorder {
+impl<S> Drop for Recorder<S> {
     fn drop(&mut self) {
         self.inbox.lock().is_closed = true;
         self.inbox.changed.notify_all();
     }
 }
 
-impl Inbox {
-    fn lock(&self) -> MutexGuard<'_, Content> {
+impl<S> Inbox<S> {
+    fn lock(&self) -> MutexGuard<'_, Content<S>> {
         self.content.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The next snapshot to write; `None` once there is none left and the recorder is gone.
-    fn take(&self) -> Option<VipSnapshot> {
-        let waits = |content: &mut Content| content.snapshot.is_none() && !content.is_closed;
+    fn take(&self) -> Option<S> {
+        let waits = |content: &mut Content<S>| content.snapshot.is_none() && !content.is_closed;
         let waited = self.changed.wait_while(self.lock(), waits);
         let mut content = waited.unwrap_or_else(PoisonError::into_inner);
         content.writing_since = content.snapshot.is_some().then(Instant::now);
@@ -146,21 +184,21 @@ impl Inbox {
 
     /// Puts a snapshot back that couldn't be written, unless a later one has come, and waits for
     /// `pause`. Returns whether the recorder is still there.
-    fn put_back(&self, snapshot: VipSnapshot, pause: Duration) -> bool {
+    fn put_back(&self, snapshot: S, pause: Duration) -> bool {
         let mut content = self.lock();
         content.snapshot.get_or_insert(snapshot);
         content.writing_since = None;
-        let waits = |content: &mut Content| !content.is_closed;
+        let waits = |content: &mut Content<S>| !content.is_closed;
         let waited = self.changed.wait_timeout_while(content, pause, waits);
         !waited.unwrap_or_else(PoisonError::into_inner).0.is_closed
     }
 }
 
-fn work(
-    inbox: &Inbox,
+fn work<S: Snapshot>(
+    inbox: &Inbox<S>,
     path: &str,
     first_pause: Duration,
-    mut write: impl FnMut(&VipSnapshot) -> io::Result<()>,
+    mut write: impl FnMut(&S) -> io::Result<()>,
     out: &watch::Sender<Recorded>,
 ) {
     let mut pause = first_pause;
@@ -171,17 +209,15 @@ fn work(
             if out.borrow().failure.is_some() {
                 tracing::info!("{path} is written again");
             }
-            out.send_replace(Recorded { version: snapshot.version, failure: None });
+            out.send_replace(Recorded { version: snapshot.version(), failure: None });
             continue;
         };
         let failure = Some(format!("can't write {path}: {error}"));
         out.send_if_modified(|recorded| {
             let is_new = recorded.failure != failure;
             if is_new {
-                tracing::error!(
-                    "can't write {path}: {error}; until it can be written, a reboot may change \
-                     addresses"
-                );
+                let risk = S::RISK;
+                tracing::error!("can't write {path}: {error}; until it can be written, {risk}");
                 recorded.failure.clone_from(&failure);
             }
             is_new

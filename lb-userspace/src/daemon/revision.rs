@@ -129,6 +129,7 @@ mod tests {
             sources: vec![source(1.0, None)],
             services: 1,
             backends: 2,
+            drains: 0,
             dns: api::DnsStatus {
                 listen: vec![],
                 listen_tls: vec![],

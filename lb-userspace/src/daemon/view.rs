@@ -9,6 +9,7 @@ use hickory_proto::op::Message;
 use hickory_proto::rr::Record;
 use tokio::sync::{mpsc, oneshot, watch};
 
+use super::drains::{self, Change, DrainRequest, DrainsView};
 use super::explain;
 use super::metrics::{Readings, SourceReadings, exposition};
 use super::recorder::Recorder;
@@ -21,7 +22,7 @@ use crate::datapath::{COUNTERS, Counters, Indices, Mode, SharedDatapath, UnitSta
 use crate::dns::{self, DebugClient};
 use crate::logging;
 use crate::table::vips::PoolUse;
-use crate::table::{Service, SharedContacts, Table, Watch};
+use crate::table::{Drain, DrainTarget, Service, SharedContacts, Table, Watch};
 
 /// The running daemon, as far as the admin interface needs it.
 pub struct DaemonView {
@@ -41,6 +42,8 @@ pub struct DaemonView {
     pub(super) propagation: Arc<Mutex<Histogram>>,
     pub(super) at: watch::Receiver<At>,
     pub(super) reloads: mpsc::Sender<Request>,
+    pub(super) drains: DrainsView,
+    pub(super) drain_requests: mpsc::Sender<DrainRequest>,
 }
 
 impl View for DaemonView {
@@ -57,6 +60,7 @@ impl View for DaemonView {
         problems.extend(hooks.problems);
         problems.extend(self.debug_client.problems());
         problems.extend(self.recorder.problem());
+        problems.extend(self.drains.problems());
         problems.extend(dropped(logging::n_dropped()));
         let errors = self.datapath.errors();
         problems.extend(refused(&errors));
@@ -95,6 +99,7 @@ impl View for DaemonView {
             sources: sources_status,
             services: table.services.len(),
             backends: table.services.values().map(|service| service.healthy().count()).sum(),
+            drains: self.drains.drains().len(),
             dns: api::DnsStatus {
                 upstreams: self.debug_client.upstreams().iter().map(upstream_status).collect(),
                 ..self.dns.clone()
@@ -200,6 +205,50 @@ impl View for DaemonView {
         let (answer, answered) = oneshot::channel();
         let stopping = || reload::refuse(["the daemon is stopping"]);
         if self.reloads.send(answer).await.is_err() {
+            return stopping();
+        }
+        answered.await.unwrap_or_else(|_| stopping())
+    }
+
+    fn drains(&self) -> Vec<api::DrainStatus> {
+        let table = self.table.borrow().clone();
+        let counts = self.datapath.counts_in_flight();
+        let status = |(target, drain): (&DrainTarget, &Drain)| {
+            let (mut services, mut n_backends, mut in_flight) = (Vec::new(), 0, 0);
+            for service in table.services.values() {
+                let covered = service
+                    .backends
+                    .iter()
+                    .filter(|backend| target.covers(&backend.node, &backend.id, backend.address));
+                let covered: Vec<_> = covered.collect();
+                if covered.is_empty() {
+                    continue;
+                }
+                services.push(service.name.to_string());
+                n_backends += covered.len() as u64;
+                let indices = self.datapath.indices(&service.name).map(|indices| indices.backends);
+                let indices = indices.unwrap_or_default();
+                let of_it = covered.iter().filter_map(|backend| indices.get(&backend.address?));
+                in_flight += of_it.map(|&idx| u64::from(self.counters.in_flight(idx))).sum::<u64>();
+            }
+            api::DrainStatus {
+                kind: target.kind().to_owned(),
+                name: target.name(),
+                since: drain.since_text(),
+                services,
+                backends: n_backends,
+                in_flight: counts.then_some(in_flight),
+            }
+        };
+        self.drains.drains().iter().map(status).collect()
+    }
+
+    async fn drain(&self, is_drain: bool, target: &str) -> api::DrainChange {
+        let change = if is_drain { Change::Drain } else { Change::Undrain };
+        let (answer, answered) = oneshot::channel();
+        let stopping = || drains::refuse("the daemon is stopping");
+        let request = DrainRequest { change, text: target.to_owned(), answer };
+        if self.drain_requests.send(request).await.is_err() {
             return stopping();
         }
         answered.await.unwrap_or_else(|_| stopping())

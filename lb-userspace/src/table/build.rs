@@ -12,7 +12,8 @@ use super::merge::{MergedMeta, merge_meta};
 use super::validate::{Validation, check_name, validate};
 use super::vips::{PoolExhausted, Pools, Vips};
 use super::{
-    Catalog, Hosts, Instance, Ports, Protocols, Service, ServiceId, ServiceRecord, Table, Watch,
+    Backend, BackendState, Catalog, DrainError, DrainTarget, Drains, Hosts, Instance, Ports,
+    Protocols, Service, ServiceId, ServiceRecord, Table, Watch, resolve_drain,
 };
 use crate::config::VipConfig;
 
@@ -27,6 +28,8 @@ pub struct Builder {
     seen: CatalogIndex,
     /// The results of resolving host names.
     hosts: Arc<Hosts>,
+    /// What an operator has drained.
+    drains: Arc<Drains>,
     /// The names that each service's instances have for addresses, where they have some.
     hostnames: BTreeMap<Arc<str>, Vec<String>>,
     /// Whether they changed since the last call of `take_hostnames`.
@@ -78,6 +81,7 @@ impl Builder {
             vips,
             seen: CatalogIndex::default(),
             hosts: Arc::default(),
+            drains: Arc::default(),
             hostnames: BTreeMap::new(),
             has_new_hostnames: false,
             revisit: BTreeSet::new(),
@@ -114,6 +118,29 @@ impl Builder {
     /// The instances that aren't proven.
     pub fn contacts(&self) -> &SharedContacts {
         &self.contacts
+    }
+
+    /// Sets what is drained, from the next table on.
+    pub fn set_drains(&mut self, drains: Arc<Drains>) {
+        let former = std::mem::replace(&mut self.drains, drains);
+        let (drains, hosts) = (&self.drains, &self.hosts);
+        let differs = |instance: &Instance| {
+            let Instance { node, id, .. } = instance;
+            let endpoint = hosts.endpoint(instance);
+            former.find(node, id, endpoint) != drains.find(node, id, endpoint)
+        };
+        let services = self.seen.catalog().iter();
+        let touched = services.filter(|(_, record)| record.instances().any(differs));
+        self.revisit.extend(touched.map(|(id, _)| id.folded_name()));
+    }
+
+    /// What an argument of `nohop drain` names in the catalog.
+    ///
+    /// # Errors
+    /// When that is nothing, or several things.
+    pub fn find_drain(&self, text: &str) -> Result<DrainTarget, DrainError> {
+        let records = self.seen.catalog().values();
+        resolve_drain(text, records.flat_map(ServiceRecord::instances), &self.hosts)
     }
 
     fn revisit_all(&mut self) {
@@ -280,6 +307,7 @@ impl Builder {
             }
         }
         service.backends = endpoints.backends();
+        self.drain(&mut service.backends, &record);
         for address in checked {
             unchecked.remove(&address);
         }
@@ -304,6 +332,30 @@ impl Builder {
             _ => Ok(Arc::new(service)),
         }
     }
+
+    /// Has the backends that are drained get no new connections: an endpoint is drained if any of its
+    /// registrations is, which it shows then.
+    fn drain(&self, backends: &mut [Backend], record: &ServiceRecord) {
+        if self.drains.is_empty() {
+            return;
+        }
+        for instance in record.instances() {
+            let Instance { node, id, .. } = instance;
+            let Some(endpoint) = self.hosts.endpoint(instance) else { continue };
+            let Some((target, drain)) = self.drains.find(node, id, Some(endpoint)) else {
+                continue;
+            };
+            let of_it = |backend: &&mut Backend| backend.address == Some(endpoint);
+            if let Some(backend) = backends.iter_mut().find(of_it)
+                && backend.state != BackendState::Draining
+            {
+                backend.state = BackendState::Draining;
+                let since = drain.since_text();
+                backend.reason = Some(format!("drained by hand since {since}, as {target}"));
+                (backend.node, backend.id) = (node.clone(), id.clone());
+            }
+        }
+    }
 }
 
 /// Notes why a name can't be had, and returns whether that is new.
@@ -318,7 +370,7 @@ mod tests {
 
     use super::*;
     use crate::config::Config;
-    use crate::table::{BackendState, Bridge, HealthStatus, Host, NodeIdentity, ServiceMeta};
+    use crate::table::{Bridge, HealthStatus, Host, NodeIdentity, ServiceMeta};
 
     fn catalog(text: &[(&str, &[&str])]) -> Catalog {
         let instance = |address: &&str| Instance {

@@ -414,8 +414,7 @@ fn nearby<'a>(name: &str, instances: impl Iterator<Item = &'a Instance>) -> Near
     let similarity = |text: &str| strsim::jaro_winkler(&name.to_lowercase(), &text.to_lowercase());
     let mut closest: Vec<_> =
         names.into_iter().map(|(target, text)| (similarity(text), target)).collect();
-    // What clap suggests is as similar.
-    closest.retain(|(similarity, _)| *similarity > 0.7);
+    closest.retain(|(similarity, _)| *similarity > 0.5);
     closest.sort_by(|(one, _), (other, _)| other.total_cmp(one));
     closest.truncate(N_LISTED);
     let n_nodes = nodes.iter().filter(|node| !node.is_empty()).count();

@@ -84,7 +84,7 @@ impl ServiceRecord {
     }
 
     /// The instances of all groups, in their order.
-    pub fn instances(&self) -> impl Iterator<Item = &Instance> {
+    pub fn instances(&self) -> impl Iterator<Item = &Instance> + Clone {
         self.groups.iter().flat_map(|group| group.instances.iter())
     }
 }

@@ -132,6 +132,8 @@ pub enum BackendState {
     /// No check vouches for it and no connection to it has succeeded yet: it gets none while others
     /// serve.
     Unproven,
+    /// It gets no new connections, and keeps those that it has.
+    Draining,
     /// Its address means something else here, or nothing, so it gets none.
     Unroutable,
 }
