@@ -1,13 +1,15 @@
 //! The maps of the unit `connect` that this one shares with it by their pins.
 
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, bpf_sock};
-use aya_ebpf::btf_maps::{Array, HashMap, SkStorage};
+use aya_ebpf::btf_maps::{Array, HashMap, RingBuf, SkStorage};
 use aya_ebpf::helpers::generated::bpf_sk_storage_get;
 use aya_ebpf::macros::btf_map;
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
 use lb_common::{
-    ANY_PORT, BackendEntry, DEFAULT_MAX_BACKENDS, DEFAULT_MAX_SERVICES, ENTRIES_PER_BACKEND,
-    FRONTENDS_PER_SERVICE, Frontend, Frontend6, IPPROTO_TCP, RevNat, ServiceRef, ServiceStats,
+    ANY_PORT, BackendEntry, BalanceSettings, Control, Counter, DEFAULT_MAX_BACKENDS,
+    DEFAULT_MAX_SERVICES, ENTRIES_PER_BACKEND, EjectionLimits, EjectionWord, Event, EventKind,
+    FRONTENDS_PER_SERVICE, Frontend, Frontend6, GlobalCounters, IPPROTO_TCP, RevNat, ServiceRef,
+    ServiceStats,
 };
 
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
@@ -26,6 +28,13 @@ static BACKEND_FAILURES: Array<u64, N_BACKENDS, MMAPABLE> = Array::new();
 #[btf_map]
 static SERVICE_STATS: Array<ServiceStats, N_SERVICES, MMAPABLE> = Array::new();
 #[btf_map]
+static COUNTERS: Array<GlobalCounters, 1, MMAPABLE> = Array::new();
+#[btf_map]
+static CONTROL: Array<Control, 1, MMAPABLE> = Array::new();
+/// This object's own: the daemon reads that of the other as well.
+#[btf_map]
+static EVENTS: RingBuf<Event, 65_536> = RingBuf::new();
+#[btf_map]
 static SK_REVNAT: SkStorage<RevNat> = SkStorage::new();
 
 /// What a socket connected; null for one that connected no VIP, and for no socket.
@@ -41,21 +50,142 @@ pub fn revnat(socket: *mut bpf_sock) -> *mut RevNat {
 
 /// The entry of a backend that is still the one that a socket was sent to.
 #[inline(always)]
-pub fn backend(backend_idx: u32, generation: u32) -> Option<*mut BackendEntry> {
+pub fn backend(backend_idx: u32, generation: u32) -> Option<BackendPtr> {
     let entry = BACKENDS.get_ptr_mut(backend_idx)?;
     // SAFETY: the pointer is to an aligned word of an array's element, which stays.
     let now = unsafe { (&raw const (*entry).backend.generation).read_volatile() };
-    (generation != 0 && now == generation).then_some(entry)
+    (generation != 0 && now == generation).then_some(BackendPtr(entry))
 }
 
-/// Adds to a backend's connections in flight: 1 or -1.
+/// A backend's entry.
+#[derive(Clone, Copy)]
+pub struct BackendPtr(*mut BackendEntry);
+
+macro_rules! outcome {
+    // SAFETY: an array's element stays, and this is an aligned word of it; volatile, because other
+    // programs write it.
+    ($backend:ident . $word:ident) => {
+        unsafe { (&raw const (*$backend.0).outcomes.$word).read_volatile() }
+    };
+    // SAFETY: as above. Of two stores at once the last one wins.
+    ($backend:ident . $word:ident = $value:expr) => {{
+        let value = $value;
+        unsafe { (&raw mut (*$backend.0).outcomes.$word).write_volatile(value) }
+    }};
+}
+
+impl BackendPtr {
+    /// Adds to the connections in flight: 1 or -1.
+    #[inline(always)]
+    pub fn add_in_flight(self, n: i32) {
+        // SAFETY: an array's element stays; this word of it is written by atomic addition only.
+        add(unsafe { &raw mut (*self.0).outcomes.in_flight }, n);
+    }
+
+    /// Adds to those that are being established: 1 or -1.
+    #[inline(always)]
+    pub fn add_pending(self, n: i32) {
+        // SAFETY: as above.
+        add(unsafe { &raw mut (*self.0).outcomes.pending }, n);
+    }
+
+    /// Those that are being established.
+    #[inline(always)]
+    pub fn pending(self) -> i32 {
+        outcome!(self.pending)
+    }
+
+    /// Since when they are and none was answered.
+    #[inline(always)]
+    pub fn unanswered_since_us(self) -> u32 {
+        outcome!(self.unanswered_since_us)
+    }
+
+    /// See [`BackendPtr::unanswered_since_us`].
+    #[inline(always)]
+    pub fn set_unanswered_since_us(self, us: u32) {
+        outcome!(self.unanswered_since_us = us);
+    }
+
+    /// The average of connect times.
+    #[inline(always)]
+    pub fn connect_us(self) -> u32 {
+        outcome!(self.connect_us)
+    }
+
+    /// See [`BackendPtr::connect_us`].
+    #[inline(always)]
+    pub fn set_connect_us(self, us: u32) {
+        outcome!(self.connect_us = us);
+    }
+
+    /// The average of round-trip times.
+    #[inline(always)]
+    pub fn srtt_us(self) -> u32 {
+        outcome!(self.srtt_us)
+    }
+
+    /// See [`BackendPtr::srtt_us`].
+    #[inline(always)]
+    pub fn set_srtt_us(self, us: u32) {
+        outcome!(self.srtt_us = us);
+    }
+
+    /// Its ejection, by one load.
+    #[inline(always)]
+    pub fn ejection(self) -> EjectionWord {
+        // SAFETY: an array's element stays, and this is an aligned word of it.
+        zerocopy::transmute!(unsafe {
+            (&raw const (*self.0).outcomes.ejection).cast::<u64>().read_volatile()
+        })
+    }
+
+    /// Replaces its ejection, by one store. Of two at once the last one wins.
+    #[inline(always)]
+    pub fn set_ejection(self, ejection: EjectionWord) {
+        let word: u64 = zerocopy::transmute!(ejection);
+        // SAFETY: as above.
+        unsafe { (&raw mut (*self.0).outcomes.ejection).cast::<u64>().write_volatile(word) };
+    }
+}
+
+/// Adds to one of the counts of connections: 1 or -1.
 #[inline(always)]
-pub fn add_in_flight(entry: *mut BackendEntry, n: i32) {
+fn add(count: *mut i32, n: i32) {
     // SAFETY: the pointer is to an aligned i32 in an array map. The result is unused, which makes
     // this XADD: the verifier of 5.10 rejects a fetching addition.
     unsafe {
-        let in_flight = (&raw mut (*entry).outcomes.in_flight).cast::<u32>();
-        atomic_xadd::<u32, u32, { AtomicOrdering::Relaxed }>(in_flight, n.cast_unsigned());
+        atomic_xadd::<u32, u32, { AtomicOrdering::Relaxed }>(count.cast(), n.cast_unsigned());
+    }
+}
+
+/// What ejects.
+#[inline(always)]
+pub fn limits() -> Option<EjectionLimits> {
+    let control = CONTROL.get_ptr(0)?;
+    // SAFETY: an array's element stays; volatile, because the daemon writes it.
+    let balance: BalanceSettings = unsafe { (&raw const (*control).balance).read_volatile() };
+    Some(balance.limits())
+}
+
+/// Reports to the daemon that a backend is ejected, or returns, and counts the former.
+#[inline(always)]
+pub fn emit_ejection(kind: EventKind, kept: &RevNat) {
+    let RevNat { backend_idx: backend, generation, .. } = *kept;
+    let service = service_of(kept);
+    let event =
+        Event { service: service.unwrap_or(u32::MAX), kind: kind as u32, backend, generation };
+    if EVENTS.output(event, 0).is_err()
+        && let Some(counters) = COUNTERS.get_ptr_mut(0)
+    {
+        // SAFETY: the counter is a word within the element, which stays.
+        add_one(unsafe { counters.cast::<u64>().add(Counter::EventsLost as usize) });
+    }
+    if kind == EventKind::Ejected
+        && let Some(stats) = service.and_then(|service| SERVICE_STATS.get_ptr_mut(service))
+    {
+        // SAFETY: an array's element stays; this word of it is written by atomic addition only.
+        add_one(unsafe { &raw mut (*stats).ejections });
     }
 }
 
@@ -70,14 +200,15 @@ pub fn count_backend_failure(backend_idx: u32) {
 /// Counts a failure of the service that a frontend leads to now, where it leads to one.
 #[inline(always)]
 pub fn count_service_failure(kept: &RevNat) {
-    let Some(service) = service(kept, kept.frontend_port).or_else(|| service(kept, ANY_PORT))
-    else {
-        return;
-    };
-    if let Some(stats) = SERVICE_STATS.get_ptr_mut(service) {
+    if let Some(stats) = service_of(kept).and_then(|service| SERVICE_STATS.get_ptr_mut(service)) {
         // SAFETY: an array's element stays; this word of it is written by atomic addition only.
         add_one(unsafe { &raw mut (*stats).failed });
     }
+}
+
+#[inline(always)]
+fn service_of(kept: &RevNat) -> Option<u32> {
+    service(kept, kept.frontend_port).or_else(|| service(kept, ANY_PORT))
 }
 
 #[inline(always)]
@@ -99,6 +230,6 @@ fn service(kept: &RevNat, port: u16) -> Option<u32> {
 
 #[inline(always)]
 fn add_one(counter: *mut u64) {
-    // SAFETY: as in `add_in_flight`.
+    // SAFETY: as in `add`.
     unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(counter, 1) };
 }

@@ -1,4 +1,5 @@
-//! From the SYN of a connection to its end: what is in flight, and what failed.
+//! From the SYN of a connection to its end: what is in flight, what failed, and what that shows of
+//! the backend, which may eject it. No timer runs: the connect hook finds silence when it chooses.
 //!
 //! The program runs for each TCP socket of the cgroup, several times for each connection, so its
 //! first instructions return unless the operation is one of two. It never writes `reply`: the kernel
@@ -12,15 +13,14 @@ use aya_ebpf::bindings::{
     BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_TCP_CLOSE,
     BPF_TCP_ESTABLISHED, bpf_sock,
 };
-use aya_ebpf::helpers::generated::bpf_skc_to_tcp_sock;
+use aya_ebpf::helpers::generated::{bpf_ktime_get_ns, bpf_skc_to_tcp_sock};
 use aya_ebpf::macros::sock_ops;
 use aya_ebpf::programs::SockOpsContext;
 use lb_common::{
-    BackendEntry, COUNTED_ESTABLISHED, COUNTED_PENDING, LAYOUT, NOT_COUNTED, RevNat,
-    peak_average_us,
+    COUNTED_ESTABLISHED, COUNTED_PENDING, LAYOUT, NOT_COUNTED, RevNat, Sign, peak_average_us,
 };
 
-use crate::maps;
+use crate::maps::{self, BackendPtr};
 
 /// The layout that the maps have.
 #[unsafe(no_mangle)]
@@ -33,6 +33,10 @@ const PROCEED: u32 = 1;
 const AF_INET6: u32 = 10;
 /// What SOCK_DESTROY leaves a socket with (`tcp_abort`): that was no failure of the backend.
 const ECONNABORTED: u32 = 103;
+/// A RST that came to an established connection.
+const ECONNRESET: u32 = 104;
+/// A RST that answered the SYN.
+const ECONNREFUSED: u32 = 111;
 
 macro_rules! read {
     // SAFETY: the kernel hands every program a valid context, and this is a field of it.
@@ -69,13 +73,19 @@ fn begin(ctx: &SockOpsContext) {
     if kept.layout != layout() || !is_sent_to(ctx, kept) {
         return;
     }
-    let Some(entry) = maps::backend(kept.backend_idx, kept.generation) else { return };
+    let Some(backend) = maps::backend(kept.backend_idx, kept.generation) else { return };
     // Another program of the hierarchy may have asked for callbacks as well.
     let flags = read!(ctx.bpf_sock_ops_cb_flags) | BPF_SOCK_OPS_STATE_CB_FLAG;
-    if ctx.set_cb_flags(flags.cast_signed()).is_ok() {
-        kept.naming = COUNTED_PENDING;
-        maps::add_in_flight(entry, 1);
+    if ctx.set_cb_flags(flags.cast_signed()).is_err() {
+        return;
     }
+    kept.naming = COUNTED_PENDING;
+    // A time that is left of earlier connections, after two ends at once, is none.
+    if backend.pending() <= 0 || backend.unanswered_since_us() == 0 {
+        backend.set_unanswered_since_us(now_us());
+    }
+    backend.add_in_flight(1);
+    backend.add_pending(1);
 }
 
 /// A socket is about to be in another state: `args` has the former one and the next.
@@ -93,95 +103,135 @@ fn change_state(ctx: &SockOpsContext) {
     if counted == NOT_COUNTED || kept.layout != layout() {
         return;
     }
-    let entry = maps::backend(kept.backend_idx, kept.generation);
+    let backend = maps::backend(kept.backend_idx, kept.generation);
     if next == BPF_TCP_ESTABLISHED {
         kept.naming = COUNTED_ESTABLISHED;
-        if let Some(entry) = entry {
-            established(ctx, entry);
+        if let Some(backend) = backend {
+            established(ctx, kept, backend);
         }
         return;
     }
     kept.naming = NOT_COUNTED;
-    if let Some(entry) = entry {
-        maps::add_in_flight(entry, -1);
-    }
+    let sign = if counted == COUNTED_PENDING {
+        let sign = why_it_failed(ctx, socket);
+        if sign.is_some() {
+            // Also of a backend that has left: the connect() was the service's.
+            maps::count_service_failure(kept);
+        }
+        sign
+    } else {
+        how_it_ended(ctx, socket)
+    };
+    let Some(backend) = backend else { return };
+    backend.add_in_flight(-1);
     if counted == COUNTED_PENDING {
-        if is_failure(ctx, socket) {
-            failed(kept, entry);
+        backend.add_pending(-1);
+        if sign == Some(Sign::Refused) {
+            answered(backend);
         }
-    } else if let Some(entry) = entry {
+        if sign.is_some() {
+            maps::count_backend_failure(kept.backend_idx);
+        }
+    } else {
         let srtt_us = read!(ctx.srtt_us) >> 3;
-        // SAFETY: an array's element stays, and this is an aligned word of it. Of two at once one
-        // is lost, which an average can bear.
-        unsafe { average(&raw mut (*entry).outcomes.srtt_us, srtt_us) };
+        if srtt_us != 0 {
+            backend.set_srtt_us(peak_average_us(backend.srtt_us(), srtt_us));
+        }
+    }
+    if let Some(sign) = sign {
+        apply(sign, kept, backend);
     }
 }
 
 #[inline(always)]
-fn established(ctx: &SockOpsContext, entry: *mut BackendEntry) {
-    let (n_retransmitted, srtt_us) = (read!(ctx.total_retrans), read!(ctx.srtt_us) >> 3);
-    // SAFETY: an array's element stays, and these are aligned words of it.
-    unsafe {
-        let failures = &raw mut (*entry).outcomes.ejection.failures;
-        if failures.read_volatile() != 0 {
-            failures.write_volatile(0);
-        }
-        // The first sample of the round-trip time is that of the SYN (`tcp_ack` comes first in
-        // `tcp_rcv_synsent_state_process`); one that was sent again has none.
-        if n_retransmitted == 0 {
-            average(&raw mut (*entry).outcomes.connect_us, srtt_us);
-        }
+fn established(ctx: &SockOpsContext, kept: &RevNat, backend: BackendPtr) {
+    backend.add_pending(-1);
+    answered(backend);
+    // The first sample of the round-trip time is that of the SYN (`tcp_ack` comes first in
+    // `tcp_rcv_synsent_state_process`); one that was sent again has none.
+    let srtt_us = read!(ctx.srtt_us) >> 3;
+    if read!(ctx.total_retrans) == 0 && srtt_us != 0 {
+        backend.set_connect_us(peak_average_us(backend.connect_us(), srtt_us));
     }
+    apply(Sign::Answered, kept, backend);
 }
 
+/// The backend's host answered a SYN: from now on the others wait.
 #[inline(always)]
-fn failed(kept: &RevNat, entry: Option<*mut BackendEntry>) {
-    // Also of a backend that has left: the connect() was the service's.
-    maps::count_service_failure(kept);
-    let Some(entry) = entry else { return };
-    maps::count_backend_failure(kept.backend_idx);
-    // SAFETY: an array's element stays, and this is an aligned word of it.
-    unsafe {
-        let failures = &raw mut (*entry).outcomes.ejection.failures;
-        failures.write_volatile(failures.read_volatile().saturating_add(1));
+fn answered(backend: BackendPtr) {
+    let since_us = if backend.pending() > 0 { now_us() } else { 0 };
+    backend.set_unanswered_since_us(since_us);
+}
+
+/// Applies a sign to a backend's ejection.
+#[inline(always)]
+fn apply(sign: Sign, kept: &RevNat, backend: BackendPtr) {
+    let before = backend.ejection();
+    if !before.is_changed_by(sign) {
+        return;
+    }
+    let Some(limits) = maps::limits() else { return };
+    let (after, event) = before.after(sign, now_ns(), &limits);
+    backend.set_ejection(after);
+    if let Some(kind) = event {
+        maps::emit_ejection(kind, kept);
     }
 }
 
-/// Whether a connection that never was established ended by an error: refused, timed out,
+/// Why a connection never was established, where it ended by an error: refused, timed out,
 /// unreachable. `tcp_reset`, `tcp_write_err` and `tcp_v4_err` set it before the state. One that the
-/// client gave up has none.
+/// client gave up has none: `tcp_disconnect` sets it after the state.
 #[inline(always)]
-fn is_failure(ctx: &SockOpsContext, socket: *mut bpf_sock) -> bool {
-    let offset = setting!(SOCKET_ERROR_OFFSET);
-    if offset == 0 {
+fn why_it_failed(ctx: &SockOpsContext, socket: *mut bpf_sock) -> Option<Sign> {
+    let Some(error) = error(socket) else {
         // A refusal is a segment that came in. The others can't be told from a client that gave up.
-        return read!(ctx.segs_in) != 0;
+        return (read!(ctx.segs_in) != 0).then_some(Sign::Refused);
+    };
+    match error {
+        0 | ECONNABORTED => None,
+        ECONNREFUSED => Some(Sign::Refused),
+        _ => Some(Sign::Failed),
     }
-    if socket.is_null() {
-        return false;
+}
+
+/// How an established connection ended: reset by the backend, in order, or by neither.
+#[inline(always)]
+fn how_it_ended(ctx: &SockOpsContext, socket: *mut bpf_sock) -> Option<Sign> {
+    let error = error(socket).unwrap_or(0);
+    // One that went from here to its end was reset, by either side, or timed out.
+    if read!(ctx.__bindgen_anon_1.args[0]) == BPF_TCP_ESTABLISHED {
+        return (error == ECONNRESET).then_some(Sign::Reset);
+    }
+    (error == 0).then_some(Sign::Closed)
+}
+
+/// A socket's `sk_err`; none where it can't be read.
+#[inline(always)]
+fn error(socket: *mut bpf_sock) -> Option<u32> {
+    let offset = setting!(SOCKET_ERROR_OFFSET);
+    if offset == 0 || socket.is_null() {
+        return None;
     }
     // SAFETY: the helper takes the context's socket, and the verifier knows the structure that it
     // returns. The offset is that of a word in it, as the kernel's own type information says.
-    let error = unsafe {
+    unsafe {
         let socket = bpf_skc_to_tcp_sock(socket.cast()).cast::<u8>();
-        if socket.is_null() {
-            return false;
-        }
-        socket.add(offset as usize).cast::<u32>().read_volatile()
-    };
-    error != 0 && error != ECONNABORTED
+        (!socket.is_null()).then(|| socket.add(offset as usize).cast::<u32>().read_volatile())
+    }
 }
 
-/// Adds a sample of a time to its moving average.
-///
-/// # Safety
-/// `average` is to an aligned word of an array's element.
+/// CLOCK_MONOTONIC.
 #[inline(always)]
-unsafe fn average(average: *mut u32, sample_us: u32) {
-    if sample_us != 0 {
-        // SAFETY: as above.
-        unsafe { average.write_volatile(peak_average_us(average.read_volatile(), sample_us)) };
-    }
+fn now_ns() -> u64 {
+    // SAFETY: the helper takes nothing.
+    unsafe { bpf_ktime_get_ns() }
+}
+
+/// The low 32 bits of CLOCK_MONOTONIC in microseconds; 1 for 0, which is no time.
+#[inline(always)]
+fn now_us() -> u32 {
+    let now_us = (now_ns() / 1_000) as u32;
+    if now_us == 0 { 1 } else { now_us }
 }
 
 /// Whether a socket is being connected to what its storage has. Where hooks were detached in between

@@ -88,26 +88,39 @@ fn holder(n: usize) -> (Child, u64) {
     (child, n_failed[0].into())
 }
 
-/// The connections of this network namespace to an address that a process has open, as the kernel
-/// lists them for ss and netstat.
-fn listed(address: SocketAddr) -> u32 {
-    const SYN_SENT: &str = "02";
+const SYN_SENT: &str = "02";
+
+/// The connections of this network namespace to an address that a process has open, and those of them
+/// that are being established, as the kernel lists them for ss and netstat.
+fn listed(address: SocketAddr) -> (u32, i32) {
     let SocketAddr::V4(address) = address else { unreachable!("an IPv4 server") };
     let ip = u32::from_ne_bytes(address.ip().octets());
     let remote = format!("{ip:08X}:{:04X}", address.port());
     let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
-    let is_open = |line: &&str| {
+    let (mut n_open, mut n_pending) = (0, 0);
+    for line in table.lines().skip(1) {
         let fields: Vec<&str> = line.split_whitespace().collect();
+        let is_pending = fields[3] == SYN_SENT;
         // What is in TIME_WAIT or CLOSE has no inode any more.
-        fields[2] == remote && (fields[9] != "0" || fields[3] == SYN_SENT)
-    };
-    table.lines().skip(1).filter(is_open).count() as u32
+        if fields[2] == remote && (fields[9] != "0" || is_pending) {
+            n_open += 1;
+            n_pending += i32::from(is_pending);
+        }
+    }
+    (n_open, n_pending)
 }
 
 /// What the programs have counted of a backend.
 fn in_flight(datapath: &Datapath, address: SocketAddr) -> u32 {
     let indices = datapath.indices("web").unwrap();
     datapath.counters().in_flight(indices.backends[&address])
+}
+
+/// The same, and those that are being established.
+fn counted(datapath: &Datapath, address: SocketAddr) -> (u32, i32) {
+    let backend_idx = datapath.indices("web").unwrap().backends[&address];
+    let pending = datapath.counters().outcomes(backend_idx).pending;
+    (in_flight(datapath, address), pending)
 }
 
 /// Waits until each backend's number in flight is what the kernel lists, which it is once the last
@@ -130,10 +143,10 @@ fn agree_after(datapath: &Datapath, when: &str, each_time: impl Fn()) -> u32 {
         let backends = datapath.indices("web").unwrap().backends;
         let counts: Vec<_> = backends
             .keys()
-            .map(|&address| (address, in_flight(datapath, address), listed(address)))
+            .map(|&address| (address, counted(datapath, address), listed(address)))
             .collect();
         if counts.iter().all(|(_, counted, listed)| counted == listed) {
-            return counts.iter().map(|(_, counted, _)| counted).sum();
+            return counts.iter().map(|(_, (n_open, _), _)| n_open).sum();
         }
         assert!(Instant::now() < deadline, "{when}: in flight and listed: {counts:?}");
         std::thread::yield_now();

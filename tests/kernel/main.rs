@@ -7,6 +7,7 @@ mod atomic_updates;
 mod bypass;
 mod connector;
 mod disconnect;
+mod ejection;
 mod families;
 mod in_flight;
 mod layout2;
@@ -260,6 +261,13 @@ const TRIALS: &[KernelTrial] = &[
     since((5, 10), "in_flight_outlives_a_gap", in_flight::outlives_a_gap),
     since((5, 10), "in_flight_after_an_upgrade_and_a_rollback", in_flight::after_an_upgrade),
     since((5, 10), "in_flight_and_failures", in_flight::failures_are_the_backends),
+    since((5, 10), "ejection_by_a_refusal", ejection::a_refusal_ejects),
+    since((5, 10), "ejection_by_silence_and_timeouts", ejection::silence_is_seen),
+    since((5, 10), "ejection_by_resets", ejection::resets_eject_for_a_moment),
+    once("ejection_ends_whatever_the_clock", ejection::no_clock_keeps_a_backend_out),
+    once("ejection_outlives_a_restart", ejection::a_restart_keeps_ejections),
+    once("ejection_events_that_are_lost", ejection::events_that_find_no_room_are_counted),
+    since((5, 10), "ejection_beside_other_programs", ejection::another_program_in_the_hierarchy),
     since((5, 10), "verified_instructions_are_told", verifier::instructions_are_told),
     since((5, 10), "a_probe_needs_no_locked_memory", verifier::a_probe_needs_no_locked_memory),
 ];

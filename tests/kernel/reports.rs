@@ -3,7 +3,7 @@
 
 use std::net::SocketAddr;
 
-use lb_userspace::datapath::Reports;
+use lb_userspace::datapath::{Report, Reports};
 use lb_userspace::table::{Service, Watch};
 
 use crate::families::{Use, dual, servers};
@@ -11,9 +11,14 @@ use crate::fixture::{
     Bed, OTHER_VIP, Place, Server, VIP, VIP6, connect, loopback, service, table, ways,
 };
 
-/// All that was reported since the last call.
+/// The services that were reported as connected to since the last call.
 fn events(reports: &mut Reports) -> Vec<String> {
-    std::iter::from_fn(|| reports.next_name()).map(|name| name.to_string()).collect()
+    let reports = std::iter::from_fn(|| reports.next_report());
+    let name = |report| match report {
+        Report::Connected(name) => Some(name.to_string()),
+        Report::Ejection { .. } => None,
+    };
+    reports.filter_map(name).collect()
 }
 
 fn watched(watch: Watch, service: &Service) -> Service {

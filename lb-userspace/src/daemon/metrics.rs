@@ -231,6 +231,11 @@ fn connects(text: &mut Exposition, readings: &Readings) {
     for (name, counters, _) in &readings.services {
         family.sample(&[("service", name)], counters.failed);
     }
+    let help = "Ejections of a service's backends: how often this node's kernel stopped using one.";
+    let mut family = text.family("nohop_ejections_total", MetricType::Counter, help);
+    for (name, counters, _) in &readings.services {
+        family.sample(&[("service", name)], counters.ejections);
+    }
     if readings.counts_in_flight {
         let help = "TCP connections to a service's backends that are open or being established.";
         let mut family = text.family("nohop_in_flight", MetricType::Gauge, help);
@@ -376,6 +381,7 @@ mod tests {
             (r#"nohop_propagation_seconds_bucket{le="+Inf"}"#, 1.0),
             (r#"nohop_connects_total{service="web-0"}"#, 0.0),
             (r#"nohop_connects_failed_total{service="web-0"}"#, 0.0),
+            (r#"nohop_ejections_total{service="web-0"}"#, 0.0),
             (r#"nohop_in_flight{service="web-0"}"#, 3.0),
             (r#"nohop_connects_refused_total{service="",reason="no_frontend"}"#, 5.0),
             (r#"nohop_connects_refused_total{service="web-0",reason="no_backend"}"#, 0.0),

@@ -35,7 +35,7 @@ use crate::admin::{View as _, api};
 use crate::catalog::resolve::Resolver;
 use crate::catalog::{Published, SourceEvent, Sources, SupervisorExit, UsageSender};
 use crate::config::{Config, ConfigErrors, OnExit, Problem, VipConfig, cgroup};
-use crate::datapath::{Datapath, Mode, Options, Reports, SharedDatapath, route};
+use crate::datapath::{Datapath, Mode, Options, Report, Reports, SharedDatapath, route};
 use crate::table::first_contact::Probe;
 use crate::table::vips::PoolUse;
 use crate::table::{Builder, SharedContacts};
@@ -612,15 +612,28 @@ fn forward_log(mut log: EbpfLogger<&'static dyn log::Log>) {
     }
 }
 
-/// Reports to the source each connection to a service that it doesn't follow, for as long as the daemon
-/// lives.
+/// Reports to the source each connection to a service that it doesn't follow, and logs ejections, for as
+/// long as the daemon lives.
 fn forward_events(mut events: Reports, usage: &UsageSender) {
     loop {
-        while let Some(name) = events.next_name() {
-            tracing::debug!("{name} is cold, and was connected to");
-            usage.used(&name);
+        while let Some(report) = events.next_report() {
+            match report {
+                Report::Connected(name) => {
+                    tracing::debug!("{name} is cold, and was connected to");
+                    usage.used(&name);
+                }
+                Report::Ejection { service, backend, ejected: Some(ejected) } => {
+                    tracing::warn!("{service}: {backend} is {ejected}");
+                }
+                Report::Ejection { service, backend, ejected: None } => {
+                    tracing::info!("{service}: {backend} gets connections again");
+                }
+            }
         }
-        match rustix::event::poll(&mut [PollFd::new(&events, PollFlags::IN)], None) {
+        let descriptors = events.descriptors();
+        let mut readable: Vec<_> =
+            descriptors.map(|ring| PollFd::from_borrowed_fd(ring, PollFlags::IN)).collect();
+        match rustix::event::poll(&mut readable, None) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => return tracing::warn!("the programs' reports can't be read: {error}"),
         }

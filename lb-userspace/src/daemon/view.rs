@@ -22,7 +22,7 @@ use crate::datapath::{COUNTERS, Counters, Indices, Mode, SharedDatapath, UnitSta
 use crate::dns::{self, DebugClient};
 use crate::logging;
 use crate::table::vips::PoolUse;
-use crate::table::{Drain, DrainTarget, Service, SharedContacts, Table, Watch};
+use crate::table::{BackendState, Drain, DrainTarget, Service, SharedContacts, Table, Watch};
 
 /// The running daemon, as far as the admin interface needs it.
 pub struct DaemonView {
@@ -385,13 +385,17 @@ impl DaemonView {
             let backend_idx = backend.address.and_then(|address| backends.get(&address));
             let contact = backend.address.and_then(|address| contacts.get(&address));
             let contact = contact.map(|contact| contact.reason(backend.state.is_reached()));
-            let reasons = [backend.reason.clone(), contact].into_iter().flatten();
+            let ejected = backend_idx.and_then(|&idx| self.counters.ejected(idx));
+            let ejected = ejected.filter(|_| backend.state.is_reached());
+            let state = ejected.map_or(backend.state, |_| BackendState::Ejected);
+            let ejected = ejected.map(|ejected| ejected.to_string());
+            let reasons = [ejected, backend.reason.clone(), contact].into_iter().flatten();
             api::BackendStatus {
                 address: backend.shown_address.clone(),
                 node: backend.node.clone(),
                 instance: backend.id.clone(),
                 weight: backend.weight,
-                state: backend.state,
+                state,
                 reason: reasons.reduce(|all, reason| all + "; " + &reason),
                 connects: backend_idx.map_or(0, |&idx| self.counters.backend_connects(idx)),
                 in_flight: counts.then(|| backend_idx.map_or(0, in_flight)),

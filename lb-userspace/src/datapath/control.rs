@@ -245,15 +245,16 @@ impl Datapath {
         self.usage.active_since_last(self.reconciler.service_indices())
     }
 
-    /// Takes the reader of events about connections to cold services, once.
+    /// Takes the reader of the programs' events, once.
     ///
     /// # Errors
     /// When it was taken already, or can't be mapped into memory.
     pub fn take_reports(&mut self) -> Result<Reports, DatapathError> {
-        let names = self.reconciler.maps_mut().names();
-        let mut loaded = self.units.loaded_mut();
-        let map = loaded.find_map(|ebpf| ebpf.take_map("EVENTS"));
-        Reports::new(map.ok_or(DatapathError::Object { missing: "EVENTS" })?, names)
+        let (names, counters) = (self.reconciler.maps_mut().names(), self.counters());
+        let mut maps = self.units.loaded_mut().filter_map(|ebpf| ebpf.take_map("EVENTS"));
+        // The required unit's, and those of others that are there.
+        let first = maps.next().ok_or(DatapathError::Object { missing: "EVENTS" })?;
+        Reports::new(std::iter::once(first).chain(maps), names, counters)
     }
 
     /// The indices of a service and its backends in the kernel's maps.

@@ -1,5 +1,6 @@
-//! Events of the programs: connections to cold services.
+//! Events of the programs: connections to cold services, ejections of backends and their ends.
 
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
@@ -7,41 +8,77 @@ use aya::maps::{Map, MapData, RingBuf};
 use lb_common::{Event, EventKind};
 use zerocopy::FromBytes;
 
+use super::ejected::Ejected;
 use super::error::DatapathError;
-use super::kernel::Names;
+use super::kernel::{Counters, Names};
 
-/// Reads events of connections to [`Cold`](crate::table::Watch::Cold) services: one for each service until
-/// it has been live. Its descriptor can be polled.
+/// Reads the events that the programs send: for each [`Cold`](crate::table::Watch::Cold) service that is
+/// connected to one until it has been live, and one for each change of a backend's ejection. Each object
+/// has a ring of its own, whose descriptor can be polled.
 pub struct Reports {
-    ring: RingBuf<MapData>,
+    rings: Vec<RingBuf<MapData>>,
     names: Names,
+    counters: Counters,
+}
+
+/// An event. If its service was removed meanwhile, the name may be the one that its index has now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Report {
+    /// A cold service was connected to.
+    Connected(Arc<str>),
+    /// The ejection of a backend that is in the table changed.
+    Ejection {
+        /// Its service.
+        service: Arc<str>,
+        /// Its address.
+        backend: SocketAddr,
+        /// How it is now; `None` where it returned.
+        ejected: Option<Ejected>,
+    },
 }
 
 impl Reports {
-    /// Reads from the map `EVENTS`.
-    pub(super) fn new(map: Map, names: Names) -> Result<Reports, DatapathError> {
-        let ring = RingBuf::try_from(map).map_err(|source| DatapathError::Map { source })?;
-        Ok(Reports { ring, names })
+    /// Reads from these rings, the maps `EVENTS`.
+    pub(super) fn new(
+        maps: impl IntoIterator<Item = Map>,
+        names: Names,
+        counters: Counters,
+    ) -> Result<Reports, DatapathError> {
+        let ring = |map| RingBuf::try_from(map).map_err(|source| DatapathError::Map { source });
+        let rings = maps.into_iter().map(ring).collect::<Result<_, _>>()?;
+        Ok(Reports { rings, names, counters })
     }
 
-    /// The name of the service of the next event; `None` if there are no more.
-    ///
-    /// If the service was removed meanwhile, this may be the name that its index has now.
-    pub fn next_name(&mut self) -> Option<Arc<str>> {
-        while let Some(event) = self.ring.next() {
-            let Ok(Event { service, kind, .. }) = Event::read_from_bytes(&event) else { continue };
-            if kind == EventKind::Connected as u32
-                && let Some(name) = self.names.name(service)
-            {
-                return Some(name);
+    /// The next event; `None` if there are no more now.
+    pub fn next_report(&mut self) -> Option<Report> {
+        let Reports { rings, names, counters } = self;
+        rings.iter_mut().find_map(|ring| {
+            while let Some(event) = ring.next() {
+                let event = Event::read_from_bytes(&event).ok();
+                if let Some(report) = event.and_then(|event| report(event, names, counters)) {
+                    return Some(report);
+                }
             }
-        }
-        None
+            None
+        })
+    }
+
+    /// The descriptors that become readable with an event.
+    pub fn descriptors(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.rings.iter().map(AsFd::as_fd)
     }
 }
 
-impl AsFd for Reports {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.ring.as_fd()
+/// `None` for an event of another version, or about what is no longer in the table.
+fn report(event: Event, names: &Names, counters: &Counters) -> Option<Report> {
+    let service = names.name(event.service)?;
+    match EventKind::from_number(event.kind)? {
+        EventKind::Connected => Some(Report::Connected(service)),
+        // The word in the map decides what is shown: it may have changed again.
+        EventKind::Ejected | EventKind::Returned => Some(Report::Ejection {
+            service,
+            backend: counters.backend_address(event.backend, event.generation)?,
+            ejected: counters.ejected(event.backend),
+        }),
     }
 }

@@ -1,7 +1,8 @@
 //! Recounts the connections in flight against the kernel's own list of sockets.
 //!
 //! The unit `outcomes` adds one for each connection that begins and takes one off for each that
-//! ends. What begins or ends while its program isn't attached it misses. So after each such gap, and
+//! ends, and so for those that are being established. What begins or ends while its program isn't
+//! attached it misses. So after each such gap, and
 //! now and then, the connections whose sockets remember a backend are counted (sock_diag), and the
 //! difference is added. Connections come and go meanwhile, so the number at the beginning is known
 //! within bounds only, and what lies within them is taken as right.
@@ -161,10 +162,13 @@ impl Recounter {
         }
         self.plan().problem = None;
         let mut recount = Recount { is_settled: true, ..Recount::default() };
-        let mut counted = BTreeMap::<u32, i32>::new();
+        let mut counted = BTreeMap::<u32, (i32, i32)>::new();
         for socket in sockets.values() {
             let Some((backend_idx, is_seen)) = self.backend_of(socket, &before) else { continue };
-            *counted.entry(backend_idx).or_default() += 1;
+            let (n, n_pending) = counted.entry(backend_idx).or_default();
+            *n += 1;
+            // Those that the programs don't know as such never end as such.
+            *n_pending += i32::from(is_seen && socket.is_pending);
             recount.n_connections += 1;
             // One that is pending may be about to be counted.
             if !is_seen && !socket.is_pending {
@@ -173,16 +177,19 @@ impl Recounter {
             }
         }
         for (backend_idx, before) in &before {
-            let n_counted = counted.get(backend_idx).copied().unwrap_or(0);
+            let (n_counted, n_pending) = counted.get(backend_idx).copied().unwrap_or_default();
             let after = after.get(backend_idx).filter(|now| now.generation == before.generation);
             let Some(after) = after else { continue };
-            let Correction { n, is_exact } = Correction::of(before, after, n_counted);
-            if n != 0 {
-                self.counters.add_in_flight(*backend_idx, n);
+            let n_connects = after.connects.wrapping_sub(before.connects);
+            let Correction { n, is_exact } =
+                Correction::of(n_connects, [before.in_flight, after.in_flight], n_counted);
+            let pending = Correction::of(n_connects, [before.pending, after.pending], n_pending);
+            if (n, pending.n) != (0, 0) {
+                self.counters.add_in_flight(*backend_idx, n, pending.n);
                 recount.n_corrected += 1;
             }
             // What was corrected while connections were made may have been corrected wrongly.
-            recount.is_settled &= is_exact && n == 0;
+            recount.is_settled &= is_exact && pending.is_exact && n == 0 && pending.n == 0;
         }
         recount
     }
@@ -211,16 +218,15 @@ struct Correction {
 }
 
 impl Correction {
-    /// By what the programs had counted before and after the sockets were listed, and the number
-    /// listed. Those that began in between may be among the latter, and those that ended may not.
-    fn of(before: &Tally, after: &Tally, n_counted: i32) -> Correction {
-        let grown = after.in_flight.wrapping_sub(before.in_flight);
-        let n_connects = after.connects.wrapping_sub(before.connects);
+    /// By the connects while the sockets were listed, what the programs had counted before and after
+    /// that, and the number listed. Those that began in between may be among the latter, and those that
+    /// ended may not.
+    fn of(n_connects: u64, [before, after]: [i32; 2], n_counted: i32) -> Correction {
+        let grown = after.wrapping_sub(before);
         let n_begun = i32::try_from(n_connects).unwrap_or(i32::MAX).max(grown);
         let n_ended = n_begun.saturating_sub(grown).max(0);
         let (least, most) = (n_counted.saturating_sub(n_begun), n_counted.saturating_add(n_ended));
-        let right = before.in_flight.clamp(least, most);
-        let n = right.wrapping_sub(before.in_flight);
+        let n = before.clamp(least, most).wrapping_sub(before);
         Correction { n, is_exact: n_begun == 0 && n_ended == 0 }
     }
 }
@@ -231,7 +237,6 @@ mod tests {
 
     #[test]
     fn what_may_be_right_stays() {
-        let tally = |connects, in_flight| Tally { generation: 1, connects, in_flight };
         // Connects and in flight before and after, the number listed; what is added, whether exact.
         let table = [
             ((9, 3), (9, 3), 3, 0, true),
@@ -254,9 +259,9 @@ mod tests {
             ((9, 3), (9, 4), 4, 0, false),
         ];
         for (before, after, n_counted, n, is_exact) in table {
-            let [from, to] = [before, after].map(|(connects, n)| tally(connects, n));
             let expected = Correction { n, is_exact };
-            assert_eq!(Correction::of(&from, &to, n_counted), expected, "{from:?} {to:?}");
+            let found = Correction::of(after.0 - before.0, [before.1, after.1], n_counted);
+            assert_eq!(found, expected, "{before:?} {after:?}");
         }
     }
 }

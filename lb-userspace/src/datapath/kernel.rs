@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::marker::PhantomData;
 use std::mem::offset_of;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::AsFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -15,9 +15,9 @@ use std::time::Duration;
 use aya::Ebpf;
 use aya::maps::{HashMap, Map, MapData, MapError};
 use lb_common::{
-    Backend, BackendEntry, BackendOutcomes, BypassCgroup, BypassLevel, Control, Counter, Fallback,
-    Frontend, Frontend6, GlobalCounters, Probe, ServiceEntry, ServiceFlags, ServiceName,
-    ServiceRef, ServiceStats, Slot, UdpConnects,
+    Backend, BackendEntry, BackendOutcomes, BalanceSettings, BypassCgroup, BypassLevel, Control,
+    Counter, Fallback, Frontend, Frontend6, GlobalCounters, Probe, ServiceEntry, ServiceFlags,
+    ServiceName, ServiceRef, ServiceStats, Slot, UdpConnects,
 };
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
@@ -153,6 +153,7 @@ pub struct Counters {
     backends: Arc<AtomicArray<BackendEntry>>,
     backend_failures: Arc<AtomicArray<u64>>,
     global: Arc<AtomicArray<GlobalCounters>>,
+    control: Arc<AtomicArray<Control>>,
 }
 
 /// What the programs count of a backend's connections, at one time.
@@ -164,6 +165,8 @@ pub(super) struct Tally {
     pub connects: u64,
     /// Those that are in flight; below zero where more were seen to end than to begin.
     pub in_flight: i32,
+    /// Those of them that are being established, likewise.
+    pub pending: i32,
 }
 
 /// A service's counters; all only grow.
@@ -181,6 +184,8 @@ pub struct ServiceCounters {
     pub udp_connects: UdpConnects,
     /// Connects by TCP that a backend refused, didn't answer, or that didn't reach it.
     pub failed: u64,
+    /// Ejections of its backends.
+    pub ejections: u64,
 }
 
 impl ServiceCounters {
@@ -204,6 +209,7 @@ impl Counters {
             shadowed: stats.shadowed,
             udp_connects: stats.udp,
             failed: stats.failed,
+            ejections: stats.ejections,
         }
     }
 
@@ -233,8 +239,23 @@ impl Counters {
         Some(self.outcomes(backend_idx).srtt_us).filter(|us| *us > 0)
     }
 
-    fn outcomes(&self, backend_idx: u32) -> BackendOutcomes {
+    /// What this node has learnt of a backend, by its index.
+    pub fn outcomes(&self, backend_idx: u32) -> BackendOutcomes {
         self.backends.load_field(backend_idx, offset_of!(BackendEntry, outcomes))
+    }
+
+    /// How backends are chosen and ejected.
+    pub(super) fn balance(&self) -> BalanceSettings {
+        self.control.load_field(0, offset_of!(Control, balance))
+    }
+
+    /// The address of a backend that still has this generation.
+    pub(super) fn backend_address(&self, backend_idx: u32, generation: u32) -> Option<SocketAddr> {
+        let at = offset_of!(BackendEntry, backend);
+        let backend: Backend = self.backends.load_field(backend_idx, at);
+        let ip = IpAddr::from(backend.address.octets).to_canonical();
+        (generation != 0 && backend.generation == generation)
+            .then(|| SocketAddr::new(ip, backend.port))
     }
 
     /// What a count of connections is compared with: of each backend in the table, by its index.
@@ -247,21 +268,22 @@ impl Counters {
             if generation == 0 {
                 return None;
             }
-            let BackendOutcomes { in_flight, .. } = self.outcomes(backend_idx);
+            let BackendOutcomes { in_flight, pending, .. } = self.outcomes(backend_idx);
             let connects = self.backend_connects(backend_idx);
-            Some((backend_idx, Tally { generation, connects, in_flight }))
+            Some((backend_idx, Tally { generation, connects, in_flight, pending }))
         };
         (0..n_backends as u32).filter_map(tally).collect()
     }
 
-    /// Adds to a backend's connections in flight, while programs do.
-    pub(super) fn add_in_flight(&self, backend_idx: u32, n: i32) {
+    /// Adds to a backend's connections in flight, and to those that are being established, while
+    /// programs do.
+    pub(super) fn add_in_flight(&self, backend_idx: u32, n: i32, n_pending: i32) {
         let at = offset_of!(BackendEntry, outcomes);
         let [word] = self.backends.field(backend_idx, at, 8) else { return };
-        // Programs add to one half, and this to the whole word, so the half is added to by exchange.
+        // Programs add to one half, and this to the whole word, so the halves are added to by exchange.
         let with = |word: u64| {
             let mut halves: [i32; 2] = zerocopy::transmute!(word);
-            halves[0] = halves[0].wrapping_add(n);
+            halves = [halves[0].wrapping_add(n), halves[1].wrapping_add(n_pending)];
             zerocopy::transmute!(halves)
         };
         // The closure never gives up.
@@ -396,9 +418,10 @@ impl KernelMaps {
             backends: AtomicArray::take(ebpf, "BACKENDS")?,
             backend_failures: AtomicArray::take(ebpf, "BACKEND_FAILURES")?,
             global: AtomicArray::take(ebpf, "COUNTERS")?,
+            control: AtomicArray::take(ebpf, "CONTROL")?,
         };
         let control = ControlBlock {
-            control: AtomicArray::take(ebpf, "CONTROL")?,
+            control: counters.control.clone(),
             probe: AtomicArray::take(ebpf, "PROBE")?,
         };
         let bypass =

@@ -134,6 +134,9 @@ pub enum BackendState {
     Unproven,
     /// It gets no new connections, and keeps those that it has.
     Draining,
+    /// Its own failures keep connections of this node from it, for a time. What is observed isn't in a
+    /// table: only a status has this state.
+    Ejected,
     /// Its address means something else here, or nothing, so it gets none.
     Unroutable,
 }

@@ -1,0 +1,364 @@
+//! Ejection in the kernel: which outcomes of connections eject a backend, and what ends that. The maps
+//! show it, whatever the choice makes of it.
+
+use std::io::{ErrorKind, Read};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use lb_userspace::datapath::{BackendOutcomes, BalanceSettings, Counters, Datapath, Report};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, connect, socket_with, sockopt};
+
+use crate::fixture::{Bed, Place, VIP, event, service};
+use crate::restart::apply;
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// An hour, so that no machine is too slow for what happens in it.
+const HOUR_MS: u32 = 3_600_000;
+
+fn ejecting(base_ms: u32) -> BalanceSettings {
+    BalanceSettings {
+        refused: 1,
+        failures: 3,
+        silence: 20,
+        share: 128,
+        base_ms,
+        max_ms: base_ms.max(100) * 300,
+        ..BalanceSettings::default()
+    }
+}
+
+/// A backend of the service `web`, as the maps have it.
+struct Backend {
+    counters: Counters,
+    service_idx: u32,
+    backend_idx: u32,
+}
+
+impl Backend {
+    fn of(datapath: &Datapath, address: SocketAddr) -> Backend {
+        let indices = datapath.indices("web").unwrap();
+        let (service_idx, backend_idx) = (indices.service, indices.backends[&address]);
+        Backend { counters: datapath.counters(), service_idx, backend_idx }
+    }
+
+    /// The only backend.
+    fn only(bed: &mut Bed, address: SocketAddr) -> Backend {
+        bed.apply(vec![service("web", VIP, &[(address, 1)])]);
+        Backend::of(&bed.datapath, address)
+    }
+
+    /// Why it is ejected, without the time; empty where it isn't.
+    fn why(&self) -> String {
+        let shown = self.counters.ejected(self.backend_idx).map(|ejected| ejected.to_string());
+        shown.and_then(|shown| Some(shown.split_once(": ")?.1.to_owned())).unwrap_or_default()
+    }
+
+    fn awaits_trial(&self) -> bool {
+        let shown = self.counters.ejected(self.backend_idx).map(|ejected| ejected.to_string());
+        shown.is_some_and(|shown| shown.starts_with("ejected until the next connection succeeds"))
+    }
+
+    fn outcomes(&self) -> BackendOutcomes {
+        self.counters.outcomes(self.backend_idx)
+    }
+
+    fn n_ejections(&self) -> u64 {
+        self.counters.service(self.service_idx).ejections
+    }
+}
+
+#[track_caller]
+fn until(what: &str, is_so: impl Fn() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !is_so() {
+        assert!(Instant::now() < deadline, "{what}");
+        std::thread::yield_now();
+    }
+}
+
+fn vip() -> SocketAddr {
+    (VIP, 80).into()
+}
+
+fn refused() {
+    let error = TcpStream::connect(vip()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::ConnectionRefused);
+}
+
+/// A connection that isn't waited for.
+fn begin() -> OwnedFd {
+    let flags = SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::INET, SocketType::STREAM, flags, None).unwrap();
+    let connecting = connect(&socket, &SocketAddrV4::new(VIP, 80));
+    assert_eq!(connecting, Err(rustix::io::Errno::INPROGRESS));
+    socket
+}
+
+fn reset(stream: TcpStream) {
+    sockopt::set_socket_linger(&stream, Some(Duration::ZERO)).unwrap();
+}
+
+/// A listener whose queue holds one connection, which is there: it answers no other.
+fn silent() -> (TcpListener, TcpStream) {
+    let flags = SocketFlags::empty();
+    let listener = socket_with(AddressFamily::INET, SocketType::STREAM, flags, None).unwrap();
+    rustix::net::bind(&listener, &SocketAddrV4::new(Ipv4Addr::LOCALHOST, 0)).unwrap();
+    rustix::net::listen(&listener, 0).unwrap();
+    let listener = TcpListener::from(listener);
+    let fills = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    (listener, fills)
+}
+
+const KEEPS: u8 = 0;
+const RESETS: u8 = 1;
+const CLOSES: u8 = 2;
+const STOPS: u8 = 3;
+
+/// A server that does as it is told with each connection, once it is there.
+struct Ender {
+    address: SocketAddr,
+    how: Arc<AtomicU8>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Ender {
+    fn start() -> Ender {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let address = listener.local_addr().unwrap();
+        let how = Arc::new(AtomicU8::new(KEEPS));
+        let asked = how.clone();
+        let thread = std::thread::spawn(move || {
+            let mut kept = Vec::new();
+            for stream in listener.incoming() {
+                let stream = stream.unwrap();
+                match asked.load(Ordering::Relaxed) {
+                    KEEPS => kept.push(stream),
+                    RESETS => reset(stream),
+                    CLOSES => drop(stream),
+                    _ => return,
+                }
+            }
+        });
+        Ender { address, how, thread: Some(thread) }
+    }
+
+    /// Connects, and returns how that ends.
+    fn ends(&self, how: u8) -> std::io::Result<usize> {
+        self.how.store(how, Ordering::Relaxed);
+        TcpStream::connect(vip())?.read(&mut [0])
+    }
+}
+
+impl Drop for Ender {
+    fn drop(&mut self) {
+        self.how.store(STOPS, Ordering::Relaxed);
+        let _ = TcpStream::connect(self.address);
+        let _ = self.thread.take().map(JoinHandle::join);
+    }
+}
+
+/// The first refusal ejects, the time ends that for one connection, and an answer for all.
+pub fn a_refusal_ejects() {
+    let address = SocketAddr::from(crate::fixture::dead());
+    let mut bed = Bed::new();
+    let mut reports = bed.datapath.take_reports().unwrap();
+    let backend = Backend::only(&mut bed, address);
+    refused();
+    assert_eq!((backend.why(), backend.n_ejections()), (String::new(), 0), "without limits");
+
+    let backend = Backend::only(&mut bed, crate::fixture::dead().into());
+    bed.datapath.set_balance(ejecting(HOUR_MS));
+    refused();
+    assert_eq!((backend.why().as_str(), backend.n_ejections()), ("1 refused connect", 1));
+    assert!(!backend.awaits_trial());
+    let until_ms = backend.outcomes().ejection.until_ms;
+    refused();
+    assert_eq!((backend.why().as_str(), backend.n_ejections()), ("2 refused connects", 1));
+    assert_eq!(backend.outcomes().ejection.until_ms, until_ms, "one that began before");
+
+    let address = SocketAddr::from(crate::fixture::dead());
+    let backend = Backend::only(&mut bed, address);
+    bed.datapath.set_balance(ejecting(1));
+    refused();
+    until("the end of 1 ms", || backend.awaits_trial());
+    let listener = TcpListener::bind(address).unwrap();
+    let stream = TcpStream::connect(vip()).unwrap();
+    assert_eq!((backend.why(), backend.n_ejections()), (String::new(), 2), "two of the service");
+    assert_eq!(backend.outcomes().ejection.failures, 0);
+    drop((stream, listener));
+
+    let reported: Vec<_> = std::iter::from_fn(|| reports.next_report()).collect();
+    let ejections: Vec<_> = reported
+        .iter()
+        .map(|report| match report {
+            Report::Ejection { service, backend, .. } => (&**service, *backend),
+            Report::Connected(name) => panic!("{name} isn't cold"),
+        })
+        .collect();
+    // What is reported of a backend that has left is nothing.
+    assert_eq!(ejections, [("web", address); 2], "{reported:?}");
+}
+
+/// Connections that nothing answers are pending; those that time out are failures, of which three eject.
+pub fn silence_is_seen() {
+    let (listener, _fills) = silent();
+    let mut bed = Bed::new();
+    bed.datapath.set_balance(ejecting(HOUR_MS));
+    let backend = Backend::only(&mut bed, listener.local_addr().unwrap());
+    let pending = || {
+        let BackendOutcomes { in_flight, pending, unanswered_since_us, .. } = backend.outcomes();
+        (in_flight, pending, unanswered_since_us)
+    };
+    assert_eq!(pending(), (0, 0, 0));
+    let first = begin();
+    let (_, _, since_us) = pending();
+    assert!(since_us != 0);
+    let second = begin();
+    assert_eq!(pending(), (2, 2, since_us));
+    // Another one is answered: from then on the two wait.
+    let _accepted = listener.accept().unwrap();
+    let answered = TcpStream::connect(vip()).unwrap();
+    let (n_in_flight, n_pending, later_us) = pending();
+    assert_eq!((n_in_flight, n_pending), (3, 2));
+    assert!(later_us.wrapping_sub(since_us).cast_signed() > 0, "{since_us} {later_us}");
+    assert!(backend.outcomes().connect_us > 0);
+    // Clients that give up are no failure.
+    drop((first, second));
+    let BackendOutcomes { in_flight, pending: n_pending, ejection, .. } = backend.outcomes();
+    assert_eq!((in_flight, n_pending, ejection.failures), (1, 0, 0));
+    assert_eq!(backend.why(), "");
+    reset(answered);
+    assert_eq!(backend.why(), "");
+
+    // Time-outs: with the first retransmission, after a second.
+    let waiting: Vec<_> = (0..3)
+        .map(|_| {
+            let flags = SocketFlags::NONBLOCK;
+            let socket = socket_with(AddressFamily::INET, SocketType::STREAM, flags, None).unwrap();
+            sockopt::set_tcp_user_timeout(&socket, 1).unwrap();
+            let connecting = connect(&socket, &SocketAddrV4::new(VIP, 80));
+            assert_eq!(connecting, Err(rustix::io::Errno::INPROGRESS));
+            socket
+        })
+        .collect();
+    for socket in &waiting {
+        poll(&mut [PollFd::new(socket, PollFlags::OUT)], None).unwrap();
+        let error = sockopt::socket_error(socket).unwrap();
+        assert_eq!(error, Err(rustix::io::Errno::TIMEDOUT));
+    }
+    assert_eq!(backend.why(), "3 failed connects in a row");
+    assert_eq!(backend.outcomes().pending, 0);
+}
+
+/// Resets by the backend, three in a row, eject for a moment; the client's own never do.
+pub fn resets_eject_for_a_moment() {
+    let ender = Ender::start();
+    let mut bed = Bed::new();
+    bed.datapath.set_balance(ejecting(HOUR_MS));
+    let backend = Backend::only(&mut bed, ender.address);
+    let n_resets = || backend.outcomes().ejection.resets;
+    for _ in 0..5 {
+        reset(TcpStream::connect(vip()).unwrap());
+    }
+    assert_eq!((n_resets(), backend.why()), (0, String::new()), "the client's own");
+    let is_reset = |result: std::io::Result<usize>| {
+        assert_eq!(result.unwrap_err().kind(), ErrorKind::ConnectionReset);
+    };
+    (0..2).for_each(|_| is_reset(ender.ends(RESETS)));
+    assert_eq!((n_resets(), backend.why()), (2, String::new()));
+    assert_eq!(ender.ends(CLOSES).unwrap(), 0);
+    until("the end of the connection", || n_resets() == 0);
+    (0..3).for_each(|_| is_reset(ender.ends(RESETS)));
+    assert_eq!(backend.why(), "it reset 3 connections in a row");
+    // That it accepts another one is no sign that this is over.
+    drop(TcpStream::connect(vip()).unwrap());
+    assert_eq!(backend.why(), "it reset 3 connections in a row");
+    assert_eq!(backend.n_ejections(), 1);
+}
+
+/// An ejection whose end is further away than any ejection lasts is over: a clock went back, or the
+/// limits changed.
+pub fn no_clock_keeps_a_backend_out() {
+    let mut bed = Bed::new();
+    bed.datapath.set_balance(ejecting(HOUR_MS));
+    let backend = Backend::only(&mut bed, crate::fixture::dead().into());
+    refused();
+    assert!(!backend.why().is_empty() && !backend.awaits_trial());
+    bed.datapath.set_balance(ejecting(1));
+    assert!(backend.awaits_trial());
+    refused();
+    let until_ms = backend.outcomes().ejection.until_ms;
+    bed.datapath.set_balance(ejecting(HOUR_MS));
+    until("the end of the time", || backend.awaits_trial());
+    assert_eq!(backend.outcomes().ejection.until_ms, until_ms);
+}
+
+/// The daemon dies and another one takes over: the backend stays ejected.
+pub fn a_restart_keeps_ejections() {
+    let place = Place::new();
+    let address = SocketAddr::from(crate::fixture::dead());
+    let web = || vec![service("web", VIP, &[(address, 1)])];
+    let mut datapath = place.start();
+    datapath.set_balance(ejecting(HOUR_MS));
+    apply(&mut datapath, web());
+    refused();
+    let ejection = Backend::of(&datapath, address).outcomes().ejection;
+    drop(datapath);
+
+    let mut datapath = place.start();
+    assert!(datapath.is_adopted());
+    apply(&mut datapath, web());
+    let backend = Backend::of(&datapath, address);
+    assert_eq!(backend.outcomes().ejection, ejection);
+    assert_eq!((backend.why().as_str(), backend.n_ejections()), ("1 refused connect", 1));
+    datapath.detach();
+}
+
+/// Events that no daemon reads are counted as lost, and the later ones arrive.
+pub fn events_that_find_no_room_are_counted() {
+    let mut bed = Bed::new();
+    let mut reports = bed.datapath.take_reports().unwrap();
+    bed.datapath.set_balance(BalanceSettings { max_ms: 1, ..ejecting(1) });
+    let backend = Backend::only(&mut bed, crate::fixture::dead().into());
+    let deadline = Instant::now() + PATIENCE;
+    while event(&bed, "events_lost") == 0 {
+        assert!(Instant::now() < deadline, "{} ejections", backend.n_ejections());
+        refused();
+    }
+    let n_reports = std::iter::from_fn(|| reports.next_report()).count() as u64;
+    assert_eq!(n_reports + event(&bed, "events_lost"), backend.n_ejections());
+    until("the end of 1 ms", || backend.awaits_trial());
+    refused();
+    assert!(reports.next_report().is_some());
+}
+
+/// Programs of two daemons, one above the other: each follows its own connections.
+pub fn another_program_in_the_hierarchy() {
+    let address = SocketAddr::from(crate::fixture::dead());
+    let (above, mut below) = (Place::new(), Place::new());
+    let enter = |cgroup: &Path| std::fs::write(cgroup.join("cgroup.procs"), "0").unwrap();
+    below.options.scope = above.cgroup.path.join("below");
+    std::fs::create_dir(&below.options.scope).unwrap();
+    enter(&below.options.scope);
+    let (mut outer, mut inner) = (above.start(), below.start());
+    for datapath in [&mut outer, &mut inner] {
+        datapath.set_balance(ejecting(HOUR_MS));
+        apply(datapath, vec![service("web", VIP, &[(address, 1)])]);
+    }
+    refused();
+    let ejected = [&inner, &outer].map(|datapath| Backend::of(datapath, address).n_ejections());
+    assert_eq!(ejected, [1, 0], "the inner one translates, and what it made is no VIP");
+    inner.detach();
+    refused();
+    assert_eq!(Backend::of(&outer, address).n_ejections(), 1);
+    outer.detach();
+    enter(&above.cgroup.path);
+    std::fs::remove_dir(&below.options.scope).unwrap();
+}
