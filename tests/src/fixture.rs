@@ -241,6 +241,7 @@ pub fn backend(address: SocketAddr, weight: u16) -> Backend {
         id: address.to_string(),
         weight,
         state: BackendState::Healthy,
+        group: 0,
         reason: None,
         host_only: false,
     }
@@ -254,6 +255,7 @@ pub fn service(name: &str, vip: Ipv4Addr, backends: &[(SocketAddr, u16)]) -> Ser
         vip6: None,
         ports: Ports::only([80]),
         protocols: Protocols::Tcp,
+        algorithm: Default::default(),
         pin: None,
         backends: backends.iter().map(|&(address, weight)| backend(address, weight)).collect(),
         excluded: Vec::new(),

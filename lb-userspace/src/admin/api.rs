@@ -5,6 +5,7 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4};
 
 use serde::{Deserialize, Serialize};
 
+use crate::config::BalanceAlgorithm;
 use crate::table::{BackendState, Excluded, Ports, Protocols, Watch};
 
 /// `GET /v1/status`
@@ -230,8 +231,8 @@ pub struct ServiceStatus {
     pub ports: Ports,
     /// `tcp`, `udp` or `both`.
     pub protocol: Protocols,
-    /// `random`, by weight.
-    pub algorithm: String,
+    /// How a backend is chosen: `random`, `round-robin`, `least`, `latency` or `maglev`.
+    pub algorithm: BalanceAlgorithm,
     /// The generation of the table that changed it last.
     pub generation: u64,
     /// Whether the source follows its instances: `live` or `cold`.

@@ -436,7 +436,7 @@ mod tests {
                 pin: None,
                 ports: Ports::only([80]),
                 protocol: Protocols::Tcp,
-                algorithm: "random".into(),
+                algorithm: crate::config::BalanceAlgorithm::Random,
                 generation: 1,
                 watch: Default::default(),
                 error: None,

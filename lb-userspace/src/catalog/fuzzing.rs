@@ -43,7 +43,10 @@ fn tabulate(catalog: &Catalog) {
         for backend in &service.backends {
             let is_connected = backend.state != BackendState::Unroutable;
             assert_eq!(backend.address.is_some(), is_connected, "{name}: {backend:?}");
-            assert!(backend.weight > 0, "{name}: {backend:?}");
+            let is_draining = backend.state == BackendState::Draining;
+            assert!(backend.weight > 0 || is_draining, "{name}: {backend:?}");
+            let is_spare = backend.state == BackendState::Spare;
+            assert!(!is_spare || backend.group > 0, "{name}: {backend:?}");
         }
     }
 }

@@ -240,6 +240,7 @@ fn line(text: &mut String, line: String) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::BalanceAlgorithm;
     use crate::table::{BackendState, Excluded, Ports, Protocols, Watch};
 
     fn helloworld() -> ServiceStatus {
@@ -251,7 +252,7 @@ mod tests {
             pin: None,
             ports: Ports::only([80]),
             protocol: Protocols::Tcp,
-            algorithm: "random".into(),
+            algorithm: BalanceAlgorithm::Random,
             generation: 1,
             error: None,
             watch: Watch::Live,

@@ -2,20 +2,34 @@
 
 use std::net::SocketAddr;
 
+use crate::config::BalanceAlgorithm;
 use crate::table::{Backend, Ports, Protocols, Service};
 
 /// The result of a connection in this state of the service.
 pub fn sentence(fqdn: &str, service: &Service) -> String {
     let healthy: Vec<&Backend> = service.healthy().collect();
+    // The kernel uses the groups in order.
+    let group = healthy.iter().map(|backend| backend.group).min().unwrap_or_default();
+    let n_first = healthy.iter().filter(|backend| backend.group == group).count();
+    let kind = if group == 0 { "healthy" } else { "spare" };
+    let by = match service.algorithm {
+        BalanceAlgorithm::Random => "at random by weight".to_owned(),
+        algorithm => format!("by `{algorithm}`"),
+    };
     let target = target(fqdn, service);
-    let mut clauses = vec![match healthy.len() {
+    let mut clauses = vec![match n_first {
         0 => format!(
             "{target} is refused with ECONNREFUSED: none of its {} instances is fit",
             service.backends.len() + service.excluded.len()
         ),
-        1 => format!("{target} goes to its one healthy backend"),
-        n => format!("{target} goes to one of {n} healthy backends, at random by weight"),
+        1 => format!("{target} goes to its one {kind} backend"),
+        n => format!("{target} goes to one of {n} {kind} backends, {by}"),
     }];
+    match healthy.len() - n_first {
+        0 => {}
+        1 => clauses.push("where that isn't possible, to 1 spare backend".to_owned()),
+        n => clauses.push(format!("where that isn't possible, to one of {n} spare backends")),
+    }
     let n_host_only = healthy.iter().filter(|backend| backend.host_only).count();
     if n_host_only > 0 {
         clauses.push(format!(
@@ -101,6 +115,7 @@ mod tests {
                 id: String::new(),
                 weight: 1,
                 state: BackendState::Healthy,
+                group: 0,
                 reason: None,
                 host_only: address.ip().is_loopback(),
             }
@@ -111,6 +126,7 @@ mod tests {
             vip6: None,
             ports: Ports::only([80]),
             protocols: Protocols::Tcp,
+            algorithm: BalanceAlgorithm::Random,
             pin: None,
             backends: backends.iter().map(backend).collect(),
             excluded: Vec::new(),
@@ -169,6 +185,30 @@ mod tests {
             let expected = format!("a connection to web.service (127.128.0.1) {expected}");
             assert_eq!(sentence("web.service", &service), expected);
         }
+    }
+
+    #[test]
+    fn spare_backends_and_the_algorithm_are_named() {
+        let mut some = service(&["10.0.0.7:1", "10.0.0.8:1", "10.0.0.9:1", "10.0.0.10:1"]);
+        some.algorithm = BalanceAlgorithm::Least;
+        let mut check = |states: [(BackendState, u8); 4], expected: &str| {
+            for (backend, (state, group)) in some.backends.iter_mut().zip(states) {
+                (backend.state, backend.group) = (state, group);
+            }
+            let text = sentence("w", &some);
+            assert!(text.contains(expected), "{text}");
+        };
+        use BackendState::*;
+        check(
+            [(Healthy, 0), (Warning, 0), (Spare, 1), (Draining, 0)],
+            "goes to one of 2 healthy backends, by `least`; where that isn't possible, to 1 spare \
+             backend; any",
+        );
+        check(
+            [(Spare, 1), (Draining, 0), (Spare, 2), (Spare, 2)],
+            "goes to its one spare backend; where that isn't possible, to one of 2 spare backends;",
+        );
+        check([(Draining, 0); 4], "is refused with ECONNREFUSED: none of its 4 instances is fit");
     }
 
     #[test]

@@ -179,6 +179,7 @@ impl Daemon {
         let mut pipeline = Pipeline::new(Builder::new(&config.vip, vips), recorder);
         let contacts = pipeline.builder().contacts().clone();
         contacts.lock().set_served(served);
+        pipeline.builder().set_balance(&config.balance);
         let table = pipeline.published();
         let demand = sources.demand().clone();
         let (dns, vip) = (&config.dns, &config.vip);
@@ -435,8 +436,10 @@ impl Daemon {
         }
         self.shadow.configure(self.config.shadow);
         self.update_mode();
-        if last.vip.ports != self.config.vip.ports {
+        if (&last.vip.ports, &last.balance) != (&self.config.vip.ports, &self.config.balance) {
             self.pipeline.builder().set_ports(&self.config.vip.ports);
+            self.pipeline.builder().set_balance(&self.config.balance);
+            self.datapath.configure_balance(&self.config.balance);
             self.reapply();
         }
         Ok(reload)

@@ -411,7 +411,7 @@ impl DaemonView {
             pin: service.pin,
             ports: service.ports.clone(),
             protocol: service.protocols,
-            algorithm: "random".to_owned(),
+            algorithm: service.algorithm,
             generation: service.generation,
             watch: service.watch,
             notes: service.notes.clone(),

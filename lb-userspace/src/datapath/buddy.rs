@@ -2,9 +2,11 @@
 
 use std::collections::BTreeSet;
 
-use lb_common::MAX_SERVICE_BACKENDS;
+use lb_common::{MAX_SERVICE_BACKENDS, maglev_slots};
 
-const MAX_ORDER: u32 = MAX_SERVICE_BACKENDS.ilog2();
+/// The longest run is that of the largest service with its Maglev table.
+const MAX_ORDER: u32 =
+    (MAX_SERVICE_BACKENDS + maglev_slots(MAX_SERVICE_BACKENDS)).next_power_of_two().ilog2();
 
 /// A run of slots that is in use, 2^order of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,11 +17,23 @@ pub struct Block {
 }
 
 impl Block {
-    /// The run that a region of `n_slots` slots has, if one can begin at `first_slot`.
-    pub fn of(first_slot: u32, n_slots: u32) -> Option<Block> {
+    /// The runs that a region of `n_slots` slots from `first_slot` on has, if one can begin there: one; or
+    /// for slots with a Maglev table the lower half of one, and a shorter run right behind it. Such a table
+    /// is a power of two, and the slots before it are few, so the whole run would waste nearly half.
+    pub fn of(first_slot: u32, n_slots: u32) -> Option<Vec<Block>> {
         let order = n_slots.checked_next_power_of_two()?.ilog2();
-        let fits = (1..=MAX_SERVICE_BACKENDS).contains(&n_slots);
-        (fits && first_slot.is_multiple_of(1 << order)).then_some(Block { first_slot, order })
+        let fits = n_slots > 0 && order <= MAX_ORDER;
+        if !fits || !first_slot.is_multiple_of(1 << order) {
+            return None;
+        }
+        let half = (1 << order) / 2;
+        let rest = (n_slots - half).checked_next_power_of_two()?;
+        Some(if n_slots <= MAX_SERVICE_BACKENDS || rest == half {
+            vec![Block { first_slot, order }]
+        } else {
+            let behind = Block { first_slot: first_slot + half, order: rest.ilog2() };
+            vec![Block { first_slot, order: order - 1 }, behind]
+        })
     }
 }
 
@@ -31,12 +45,17 @@ pub struct SlotAllocator {
 }
 
 impl SlotAllocator {
-    /// All free: as many of `n_slots` slots as make whole runs of the largest order.
+    /// `n_slots` slots, all free.
     pub fn new(n_slots: u32) -> SlotAllocator {
         let mut free: [BTreeSet<u32>; MAX_ORDER as usize + 1] = Default::default();
-        let capacity = n_slots - n_slots % MAX_SERVICE_BACKENDS;
-        free[MAX_ORDER as usize] = (0..capacity).step_by(MAX_SERVICE_BACKENDS as usize).collect();
-        SlotAllocator { free, capacity }
+        let mut first_slot = 0;
+        for order in (0..=MAX_ORDER).rev() {
+            while n_slots - first_slot >= 1 << order {
+                free[order as usize].insert(first_slot);
+                first_slot += 1 << order;
+            }
+        }
+        SlotAllocator { free, capacity: n_slots }
     }
 
     /// The number of slots, free or not.
@@ -51,16 +70,26 @@ impl SlotAllocator {
         self.capacity - free
     }
 
-    /// Takes a run of at least `n_slots` slots, 1..=4096. `None` when no run is long enough.
-    pub fn take(&mut self, n_slots: u32) -> Option<Block> {
+    /// Takes a region of `n_slots` slots, at least one, as [`Block::of`] has it: the first of its runs is
+    /// where it begins. `None` when no run is long enough.
+    pub fn take(&mut self, n_slots: u32) -> Option<Vec<Block>> {
         let order = n_slots.next_power_of_two().ilog2();
+        if order > MAX_ORDER {
+            return None;
+        }
         let mut from = (order..=MAX_ORDER).find(|&order| !self.free[order as usize].is_empty())?;
         let first_slot = self.free[from as usize].pop_first()?;
         while from > order {
             from -= 1;
             self.free[from as usize].insert(first_slot + (1 << from));
         }
-        Some(Block { first_slot, order })
+        let blocks = Block::of(first_slot, n_slots)?;
+        if let [Block { order: lower, .. }, behind] = blocks[..] {
+            for order in behind.order..lower {
+                self.free[order as usize].insert(behind.first_slot + (1 << order));
+            }
+        }
+        Some(blocks)
     }
 
     /// Takes this run. Returns whether all of it was free.
@@ -106,49 +135,67 @@ mod tests {
         }
     }
 
+    /// A number of slots: of a service, or of one with its Maglev table.
+    fn n_slots() -> impl Strategy<Value = u32> {
+        let with_table = |n_slots| n_slots + maglev_slots(n_slots);
+        prop_oneof![4 => 1..=4096u32, 1 => (1..=4096u32).prop_map(with_table)]
+    }
+
     proptest! {
         #[test]
         fn runs_never_overlap_and_nothing_leaks(
-            steps in prop::collection::vec((any::<bool>(), 1..=4096u32, any::<prop::sample::Index>()), 1..300)
+            steps in prop::collection::vec(
+                (any::<bool>(), n_slots(), any::<prop::sample::Index>()),
+                1..300,
+            )
         ) {
             let mut regions = SlotAllocator::new(16 * MAX_SERVICE_BACKENDS);
-            let mut held: Vec<Block> = Vec::new();
+            let mut held: Vec<Vec<Block>> = Vec::new();
             for (take, n_slots, which) in steps {
                 if take {
-                    if let Some(block) = regions.take(n_slots) {
-                        prop_assert!(block.len() >= n_slots && block.len() < 2 * n_slots);
-                        for other in &held {
-                            prop_assert!(
-                                block.first_slot + block.len() <= other.first_slot
-                                    || other.first_slot + other.len() <= block.first_slot
-                            );
+                    if let Some(blocks) = regions.take(n_slots) {
+                        let len = blocks.iter().map(|block| block.len()).sum::<u32>();
+                        prop_assert!(len >= n_slots && len < 2 * n_slots);
+                        // The run behind has the rounded rest, up to twice 4,096 slots.
+                        prop_assert!(n_slots <= MAX_SERVICE_BACKENDS || len - n_slots < 4096);
+                        let mut end = blocks[0].first_slot;
+                        for block in &blocks {
+                            prop_assert_eq!(block.first_slot, end, "a gap");
+                            end += block.len();
+                            for other in held.iter().flatten() {
+                                prop_assert!(
+                                    block.first_slot + block.len() <= other.first_slot
+                                        || other.first_slot + other.len() <= block.first_slot
+                                );
+                            }
                         }
-                        held.push(block);
+                        held.push(blocks);
                     }
                 } else if !held.is_empty() {
-                    regions.free(held.swap_remove(which.index(held.len())));
+                    let blocks = held.swap_remove(which.index(held.len()));
+                    blocks.into_iter().for_each(|block| regions.free(block));
                 }
-                prop_assert_eq!(regions.used(), held.iter().map(|block| block.len()).sum::<u32>());
+                let in_use = held.iter().flatten().map(|block| block.len()).sum::<u32>();
+                prop_assert_eq!(regions.used(), in_use);
             }
-            held.drain(..).for_each(|block| regions.free(block));
-            prop_assert_eq!(regions.free[MAX_ORDER as usize].len(), 16);
+            held.drain(..).flatten().for_each(|block| regions.free(block));
+            prop_assert_eq!(regions.free[MAX_ORDER as usize].len(), 2);
         }
     }
 
     proptest! {
         #[test]
-        fn claimed_runs_are_those_that_were_taken(
-            sizes in prop::collection::vec(1..=4096u32, 1..40)
-        ) {
-            let mut regions = SlotAllocator::new(64 * MAX_SERVICE_BACKENDS);
+        fn claimed_runs_are_those_that_were_taken(sizes in prop::collection::vec(n_slots(), 1..40)) {
+            let mut regions = SlotAllocator::new(400 * MAX_SERVICE_BACKENDS);
             let taken: Vec<_> =
                 sizes.iter().map(|&n_slots| (regions.take(n_slots).unwrap(), n_slots)).collect();
-            let mut again = SlotAllocator::new(64 * MAX_SERVICE_BACKENDS);
-            for (block, n_slots) in taken {
-                let same = Block::of(block.first_slot, n_slots);
-                prop_assert_eq!(same, Some(block));
-                prop_assert!(again.claim(block));
-                prop_assert!(!again.claim(block), "twice");
+            let mut again = SlotAllocator::new(400 * MAX_SERVICE_BACKENDS);
+            for (blocks, n_slots) in taken {
+                prop_assert_eq!(Block::of(blocks[0].first_slot, n_slots), Some(blocks.clone()));
+                for block in blocks {
+                    prop_assert!(again.claim(block));
+                    prop_assert!(!again.claim(block), "twice");
+                }
             }
             prop_assert_eq!(again.free, regions.free);
         }
@@ -156,8 +203,11 @@ mod tests {
 
     #[test]
     fn full_is_none() {
-        let mut regions = SlotAllocator::new(MAX_SERVICE_BACKENDS);
+        let mut regions = SlotAllocator::new(MAX_SERVICE_BACKENDS + 3);
+        assert_eq!(regions.capacity(), 4099);
+        assert!(regions.take(4097).is_none());
         assert!(regions.take(4096).is_some());
-        assert!(regions.take(1).is_none());
+        assert!(regions.take(2).is_some() && regions.take(1).is_some());
+        assert!(regions.take(1).is_none() && regions.take(u32::MAX / 2).is_none());
     }
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use lb_common::{BalanceSettings, Control, Counter, RejectMethod};
+use lb_common::{BalanceSettings, Control, Counter, MaglevKey, RejectMethod, SlowStart};
 
 use super::activity::Usage;
 use super::bpf::netns_cookie;
@@ -21,6 +21,7 @@ use super::reconcile::{Indices, Pressure, ReconcileError, Reconciler};
 use super::socket_terminator::SocketTerminator;
 use super::units::{OUTCOMES, UnitHealth};
 use super::{bypass, probe};
+use crate::config::{AffinityKey, BalanceConfig, EjectConfig};
 use crate::table::Table;
 
 /// The kernel side of a daemon.
@@ -93,7 +94,7 @@ impl Datapath {
         &mut self,
         table: &Table,
     ) -> Result<BTreeMap<Arc<str>, ReconcileError>, DatapathError> {
-        let errors = self.reconciler.apply(table);
+        let errors = self.reconciler.apply(table, now_ms());
         // Maps with fewer services must not replace those in use.
         let unserved = self.reconciler.unserved(table, &errors);
         if let Some((name, error)) = unserved.first_key_value()
@@ -154,9 +155,10 @@ impl Datapath {
     }
 
     /// Checks every link and pin, and attaches and pins again what is missing. Frees the reconciler's
-    /// quarantine.
+    /// quarantine, and ends the ramps of backends that have come to their full share.
     pub fn fix(&mut self) -> Attachment {
         self.resolve_bypass();
+        self.reconciler.end_ramps(now_ms());
         self.reconciler.recycle();
         let pinned = self.pins.fix().and_then(|()| self.pinned_maps.fix());
         let mut attachment = self.units.fix(&self.pins);
@@ -167,6 +169,13 @@ impl Datapath {
             attachment.problem.get_or_insert(error.to_string());
         }
         attachment
+    }
+
+    /// Sets how backends are chosen, at once and without a reload. The algorithm of each service is the
+    /// table's.
+    pub fn configure_balance(&mut self, balance: &BalanceConfig) {
+        self.reconciler.set_slow_start(balance.slow_start);
+        self.set_balance(balance_settings(balance));
     }
 
     /// Writes the daemon's heartbeat, and the table's age if it is known.
@@ -311,6 +320,37 @@ impl Datapath {
     }
 }
 
+/// The low 32 bits of CLOCK_MONOTONIC in milliseconds.
+fn now_ms() -> u32 {
+    (monotonic_ns() / 1_000_000) as u32
+}
+
+/// The configuration, as the programs read it.
+fn balance_settings(balance: &BalanceConfig) -> BalanceSettings {
+    let BalanceConfig { key, slow_start, eject, .. } = balance;
+    let &EjectConfig { failures, refused, silence, base, max, share } = eject;
+    // An hour at most.
+    let ms = |time: Duration| time.as_millis() as u32;
+    let key = match key {
+        AffinityKey::Cgroup => MaglevKey::Cgroup,
+        AffinityKey::Netns => MaglevKey::Netns,
+        AffinityKey::Source => MaglevKey::Source,
+    };
+    let slow_start = SlowStart::of(slow_start.map_or(0, |time| time.as_nanos() as u64));
+    BalanceSettings {
+        refused,
+        failures,
+        silence,
+        key: key as u8,
+        // In 1/256.
+        share: (u32::from(share.per_mille) * 256 / 1_000) as u16,
+        base_ms: ms(base),
+        max_ms: ms(max),
+        slow_start_per_tick: slow_start.per_tick,
+        ..BalanceSettings::default()
+    }
+}
+
 /// Problems of `datapath.exclude_cgroups`: patterns that match nothing now, and cgroups beyond the map's
 /// capacity.
 pub fn exclusion_problems(patterns: &[PathBuf]) -> Vec<String> {
@@ -332,3 +372,31 @@ pub const COUNTERS: [(&str, Counter); 10] = [
     ("flows_full", Counter::FlowsFull),
     ("events_lost", Counter::EventsLost),
 ];
+
+#[cfg(test)]
+mod tests {
+    use lb_common::EjectionLimits;
+
+    use super::*;
+    use crate::config::Share;
+
+    #[test]
+    fn the_defaults_are_those_that_were_simulated() {
+        let settings = balance_settings(&BalanceConfig::default());
+        assert_eq!(settings.limits(), EjectionLimits::default());
+        assert_eq!(settings.slow_start_per_tick, SlowStart::of(10_000_000_000).per_tick);
+        assert_eq!(MaglevKey::from_number(settings.key), MaglevKey::Cgroup);
+    }
+
+    #[test]
+    fn all_of_a_share_is_256_and_no_slow_start_is_0() {
+        let mut balance = BalanceConfig { slow_start: None, ..BalanceConfig::default() };
+        balance.key = AffinityKey::Source;
+        for (per_mille, expected) in [(0, 0), (1000, 256), (250, 64)] {
+            balance.eject.share = Share { per_mille };
+            let settings = balance_settings(&balance);
+            assert_eq!((settings.share, settings.slow_start_per_tick), (expected, 0));
+            assert_eq!(MaglevKey::from_number(settings.key), MaglevKey::Source);
+        }
+    }
+}

@@ -10,6 +10,7 @@ use super::error::DatapathError;
 use super::probe::ProbeResult;
 use super::reconcile::{Indices, Pressure, ReconcileError};
 use super::units::UnitHealth;
+use crate::config::BalanceConfig;
 use crate::table::Table;
 
 /// How long `status` reports hooks that were detached and attached again.
@@ -226,6 +227,11 @@ impl SharedDatapath {
     /// As [`Datapath::pressure`].
     pub fn pressure(&self) -> Vec<(&'static str, Pressure)> {
         lock(&self.datapath).pressure()
+    }
+
+    /// As [`Datapath::configure_balance`].
+    pub fn configure_balance(&self, balance: &BalanceConfig) {
+        lock(&self.datapath).configure_balance(balance);
     }
 
     /// As [`Datapath::heartbeat`].

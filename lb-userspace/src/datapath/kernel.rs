@@ -16,14 +16,14 @@ use aya::Ebpf;
 use aya::maps::{HashMap, Map, MapData, MapError};
 use lb_common::{
     Backend, BackendEntry, BackendOutcomes, BalanceSettings, BypassCgroup, BypassLevel, Control,
-    Counter, Fallback, Frontend, Frontend6, GlobalCounters, Probe, ServiceEntry, ServiceFlags,
-    ServiceName, ServiceRef, ServiceStats, Slot, UdpConnects,
+    Counter, Fallback, Frontend, Frontend6, GlobalCounters, Group, N_GROUPS, Probe, ServiceEntry,
+    ServiceFlags, ServiceName, ServiceRef, ServiceStats, Slot, SlotRange, UdpConnects,
 };
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::bpf::ProgramWait;
 use super::error::DatapathError;
-use super::maps::{FrontendKey, Groups, Maps};
+use super::maps::{FrontendKey, Maps, ServiceRanges};
 
 /// An array map whose values are `T`, mapped into memory. Each word of a value is read and written at
 /// once; a value of several words may be seen half-written.
@@ -468,15 +468,28 @@ impl KernelMaps {
         &mut self.bypass
     }
 
-    /// A group's field of a service's entry.
-    fn group_at(group: usize) -> usize {
-        match group {
+    /// Where the nth of [`ServiceRanges::all`] is in a service's entry.
+    fn range_at(nth: usize) -> usize {
+        let fallback =
+            |nth: usize| offset_of!(ServiceEntry, fallbacks) + nth * size_of::<Fallback>();
+        let group = match nth / Group::N_RANGES {
             0 => offset_of!(ServiceEntry, group),
-            after => {
-                let fallback = (after - 1) * size_of::<Fallback>();
-                offset_of!(ServiceEntry, fallbacks) + fallback + offset_of!(Fallback, group)
-            }
-        }
+            N_GROUPS => return fallback(N_GROUPS - 2) + offset_of!(Fallback, unselected),
+            after => fallback(after - 1) + offset_of!(Fallback, group),
+        };
+        group + nth % Group::N_RANGES * size_of::<SlotRange>()
+    }
+
+    /// Stores the second word of a backend, which has its port, weight and generation. The others stay as
+    /// they are, though they are stored too.
+    fn change_backend(&self, backend_idx: u32, change: impl FnOnce(&mut Backend)) {
+        let mut backend = self.backend(backend_idx);
+        change(&mut backend);
+        self.counters.backends.store_field(
+            backend_idx,
+            offset_of!(BackendEntry, backend),
+            &backend,
+        );
     }
 }
 
@@ -500,8 +513,9 @@ impl Maps for KernelMaps {
         }
     }
 
-    fn write_backend(&mut self, backend_idx: u32, backend: Backend) {
-        let entry = BackendEntry { backend, ..BackendEntry::default() };
+    fn write_backend(&mut self, backend_idx: u32, backend: Backend, added_ms: u32) {
+        let outcomes = BackendOutcomes { added_ms, ..BackendOutcomes::default() };
+        let entry = BackendEntry { backend, outcomes, ..BackendEntry::default() };
         self.counters.backends.store(backend_idx, &entry);
         self.counters.backend_failures.store(backend_idx, &0);
     }
@@ -511,10 +525,30 @@ impl Maps for KernelMaps {
     }
 
     fn renew_backend(&mut self, backend_idx: u32, generation: u32) {
-        // The other words stay as they are, though they are stored too.
-        let renewed = Backend { generation, ..self.backend(backend_idx) };
-        let at = offset_of!(BackendEntry, backend);
-        self.counters.backends.store_field(backend_idx, at, &renewed);
+        self.change_backend(backend_idx, |backend| backend.generation = generation);
+    }
+
+    fn set_weight(&mut self, backend_idx: u32, weight: u16) {
+        self.change_backend(backend_idx, |backend| backend.weight = weight);
+    }
+
+    fn end_ramp(&mut self, backend_idx: u32) {
+        // Programs write the word's other half.
+        let at = offset_of!(BackendEntry, outcomes) + offset_of!(BackendOutcomes, srtt_us);
+        const {
+            assert!(
+                offset_of!(BackendOutcomes, added_ms) == offset_of!(BackendOutcomes, srtt_us) + 4
+            )
+        };
+        let srtt_us_alone: u64 = zerocopy::transmute!([u32::MAX, 0]);
+        for word in self.counters.backends.field(backend_idx, at, size_of::<u64>()) {
+            word.fetch_and(srtt_us_alone, Ordering::AcqRel);
+        }
+    }
+
+    fn added_ms(&self, backend_idx: u32) -> u32 {
+        let at = offset_of!(BackendEntry, outcomes);
+        self.counters.backends.load_field::<BackendOutcomes>(backend_idx, at).added_ms
     }
 
     fn write_slots(&mut self, first_slot: u32, slots: &[Slot]) {
@@ -530,16 +564,12 @@ impl Maps for KernelMaps {
         self.counters.stats.store(service_idx, &ServiceStats::default());
     }
 
-    fn publish(&mut self, service_idx: u32, groups: Groups) {
-        for (nth, group) in groups.iter().enumerate() {
-            self.counters.services.store_field(service_idx, Self::group_at(nth), group);
-        }
+    fn store_range(&mut self, service_idx: u32, nth: usize, range: SlotRange) {
+        self.counters.services.store_field(service_idx, Self::range_at(nth), &range);
     }
 
-    fn request_event(&mut self, service_idx: u32, report_next: bool) {
-        let flags = ServiceFlags { report_next: report_next.into(), ..ServiceFlags::default() };
-        let at = offset_of!(ServiceEntry, flags);
-        self.counters.services.store_field(service_idx, at, &flags);
+    fn set_flags(&mut self, service_idx: u32, flags: ServiceFlags) {
+        self.counters.services.store_field(service_idx, offset_of!(ServiceEntry, flags), &flags);
     }
 
     fn synchronize_rcu(&mut self) {
@@ -567,9 +597,20 @@ impl Maps for KernelMaps {
         Ok(all)
     }
 
-    fn service(&self, service_idx: u32) -> Groups {
+    fn service(&self, service_idx: u32) -> ServiceRanges {
         let services = &self.counters.services;
-        std::array::from_fn(|nth| services.load_field(service_idx, Self::group_at(nth)))
+        let range = |nth: usize| services.load_field(service_idx, Self::range_at(nth));
+        let group = |nth: usize| {
+            Group::of(std::array::from_fn(|range_idx| range(nth * Group::N_RANGES + range_idx)))
+        };
+        ServiceRanges {
+            groups: std::array::from_fn(group),
+            unselected: range(ServiceRanges::N - 1),
+        }
+    }
+
+    fn flags(&self, service_idx: u32) -> ServiceFlags {
+        self.counters.services.load_field(service_idx, offset_of!(ServiceEntry, flags))
     }
 
     fn name(&self, service_idx: u32) -> ServiceName {

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use lb_common::{LAYOUT, RejectMethod};
 
 use super::units::{UNITS, Unit};
-use crate::config::{Config, DatapathConfig, VipConfig};
+use crate::config::{BalanceConfig, Config, DatapathConfig, VipConfig};
 
 /// The options of a datapath.
 #[derive(Clone, Debug)]
@@ -14,6 +14,8 @@ pub struct Options {
     pub datapath: DatapathConfig,
     /// The pools.
     pub vip: VipConfig,
+    /// How backends are chosen.
+    pub balance: BalanceConfig,
     /// The directory for the pins, on a BPF file system.
     pub bpffs: PathBuf,
     /// The cgroup whose processes are served.
@@ -40,6 +42,7 @@ impl Options {
         Options {
             datapath: config.datapath.clone(),
             vip: config.vip.clone(),
+            balance: config.balance.clone(),
             bpffs: config.bpffs.clone(),
             scope: scope.into(),
             layout: LAYOUT,

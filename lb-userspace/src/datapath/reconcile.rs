@@ -6,23 +6,27 @@
 //! The wait is deferred until they are needed, so an ordinary change never waits.
 
 pub mod adopt;
+mod slots;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::time::Duration;
 
 use lb_common::{
-    ANY_PORT, Address, Backend, Group, IPPROTO_TCP, IPPROTO_UDP, MAX_SERVICE_BACKENDS, N_GROUPS,
-    ServiceName, ServiceRef, SlotRange, alias_table,
+    ANY_PORT, Address, Algorithm, Backend, Group, IPPROTO_TCP, IPPROTO_UDP, MAX_SERVICE_BACKENDS,
+    ServiceFlags, ServiceName, ServiceRef,
 };
 
 use super::buddy::{Block, SlotAllocator};
 use super::ids::Ids;
 use super::map_specs::Sizes;
-use super::maps::{FrontendKey, Groups, Maps};
+use super::maps::{FrontendKey, Maps, ServiceRanges};
+use crate::config::BalanceAlgorithm;
 use crate::ordmap::{Diff, OrdMap};
 use crate::table::{Ports, Service, Table, Watch};
+use slots::{Member, SlotTables};
 
 /// Why the kernel doesn't have a service's present state.
 ///
@@ -32,9 +36,9 @@ use crate::table::{Ports, Service, Table, Watch};
 #[derive(Debug, thiserror::Error)]
 pub enum ReconcileError {
     /// One service is larger than a region can be.
-    #[error("it has {n_backends} healthy backends; a service can have {MAX_SERVICE_BACKENDS}")]
+    #[error("it has {n_backends} backends; a service can have {MAX_SERVICE_BACKENDS}")]
     TooManyBackends {
-        /// The number of healthy backends.
+        /// The number of backends.
         n_backends: usize,
     },
     /// A map is full.
@@ -76,6 +80,8 @@ struct Applied {
     /// The `watch` of the state that was applied last; `None` until a state is applied completely.
     watch: Option<Watch>,
     service_idx: u32,
+    /// The algorithm that readers find.
+    algorithm: Algorithm,
     backends: HashMap<SocketAddr, u32>,
     frontends: BTreeMap<FrontendKey, ServiceRef>,
     blocks: Vec<Block>,
@@ -92,6 +98,7 @@ impl Applied {
         Applied {
             watch: None,
             service_idx,
+            algorithm: Algorithm::default(),
             backends: HashMap::new(),
             frontends: BTreeMap::new(),
             blocks: Vec::new(),
@@ -163,16 +170,6 @@ pub struct Indices {
     pub backends: HashMap<SocketAddr, u32>,
 }
 
-/// A healthy backend, as the maps need it.
-#[derive(Clone, Copy, Debug)]
-struct Healthy {
-    address: SocketAddr,
-    weight: u16,
-    host_only: bool,
-    /// The group that it is in, of [`N_GROUPS`].
-    group: usize,
-}
-
 /// Updates the maps to each table.
 #[derive(Debug)]
 pub struct Reconciler<M> {
@@ -203,6 +200,12 @@ pub struct Reconciler<M> {
     suspended: BTreeSet<Arc<str>>,
     /// Former UDP frontends of services, each with a backend that the service kept.
     given_up_udp: HashSet<(SocketAddr, SocketAddr)>,
+    /// The time in which a backend that is added beside others ramps up.
+    slow_start: Option<Duration>,
+    /// Backends that ramp up, each with when it began.
+    ramps: HashMap<u32, u32>,
+    /// Services whose slots have Maglev tables by now, and whose readers don't use them yet.
+    entering_maglev: BTreeSet<Arc<str>>,
 }
 
 /// How full a hash is.
@@ -236,6 +239,9 @@ impl<M: Maps> Reconciler<M> {
             served: Served::new(),
             suspended: BTreeSet::new(),
             given_up_udp: HashSet::new(),
+            slow_start: None,
+            ramps: HashMap::new(),
+            entering_maglev: BTreeSet::new(),
         }
     }
 
@@ -244,12 +250,17 @@ impl<M: Maps> Reconciler<M> {
         &mut self.maps
     }
 
+    /// Sets the time in which backends ramp up that are added from now on.
+    pub fn set_slow_start(&mut self, slow_start: Option<Duration>) {
+        self.slow_start = slow_start;
+    }
+
     /// Updates the maps to `table`. Returns the services that failed, each with the reason; the next
-    /// call retries them.
+    /// call retries them. `now_ms` is the low 32 bits of CLOCK_MONOTONIC in milliseconds.
     ///
     /// Additions and changes come before removals, so that a service that is renamed or moved is
     /// never missing under both names.
-    pub fn apply(&mut self, table: &Table) -> BTreeMap<Arc<str>, ReconcileError> {
+    pub fn apply(&mut self, table: &Table, now_ms: u32) -> BTreeMap<Arc<str>, ReconcileError> {
         let mut errors = BTreeMap::new();
         let Diff { changed, gone } = self.seen.diff(&table.services);
         // If this is interrupted, the next call begins with all of these.
@@ -270,8 +281,9 @@ impl<M: Maps> Reconciler<M> {
         for service in &changed {
             self.suspend_flows(service);
         }
+        self.leave_maglev(&changed);
         for service in changed {
-            if let Err(error) = self.upsert(service) {
+            if let Err(error) = self.upsert(service, now_ms) {
                 errors.insert(service.name.clone(), error);
             }
         }
@@ -282,8 +294,9 @@ impl<M: Maps> Reconciler<M> {
             }
         }
         if !self.quarantine.is_empty() {
-            self.retry_full(table, &mut errors);
+            self.retry_full(table, &mut errors, now_ms);
         }
+        self.enter_maglev();
         self.resume_flows(&errors);
         self.pending = errors.keys().cloned().collect();
         errors
@@ -310,6 +323,58 @@ impl<M: Maps> Reconciler<M> {
         let new = given_up.into_iter().filter(|frontend| !applied.given_up.contains(frontend));
         applied.given_up.extend(new.collect::<Vec<_>>());
         self.suspended.insert(service.name.clone());
+    }
+
+    /// Has readers use no Maglev tables any more where a service is about to have none: before its slots
+    /// change, and a grace period later, because a reader may know the algorithm already.
+    fn leave_maglev(&mut self, changed: &[&Arc<Service>]) {
+        let mut must_wait = false;
+        for service in changed {
+            let algorithm = number(service.algorithm);
+            let Some(applied) = self.applied.get_mut(&service.name) else { continue };
+            if applied.algorithm == Algorithm::Maglev && algorithm != Algorithm::Maglev {
+                self.maps.set_flags(applied.service_idx, flags(service, algorithm));
+                applied.algorithm = algorithm;
+                must_wait = true;
+            }
+        }
+        if must_wait {
+            self.wait_for_readers();
+        }
+    }
+
+    /// Has readers use the Maglev tables of services that have some now: a grace period later, because a
+    /// reader may know the former slots already.
+    fn enter_maglev(&mut self) {
+        let entering = std::mem::take(&mut self.entering_maglev);
+        if entering.is_empty() {
+            return;
+        }
+        self.wait_for_readers();
+        for name in entering {
+            let service = self.seen.get(&name);
+            if let (Some(applied), Some(service)) = (self.applied.get_mut(&name), service) {
+                self.maps.set_flags(applied.service_idx, flags(service, Algorithm::Maglev));
+                applied.algorithm = Algorithm::Maglev;
+            }
+        }
+    }
+
+    /// Ends the ramps that are over. `now_ms` is as in [`Reconciler::apply`].
+    pub fn end_ramps(&mut self, now_ms: u32) {
+        let slow_start_ms = self.slow_start.map_or(0, |slow_start| slow_start.as_millis());
+        // A time that is yet to come is of another boot's clock, or 49 days old.
+        let is_over = |added_ms: u32| {
+            let age_ms = now_ms.wrapping_sub(added_ms).cast_signed();
+            u128::try_from(age_ms).is_ok_and(|age_ms| age_ms >= slow_start_ms) || age_ms < 0
+        };
+        let maps = &mut self.maps;
+        for (backend_idx, added_ms) in self.ramps.extract_if(|_, added_ms| is_over(*added_ms)) {
+            // The entry may be another backend's by now.
+            if maps.added_ms(backend_idx) == added_ms {
+                maps.end_ramp(backend_idx);
+            }
+        }
     }
 
     /// Sets the generations of backends again once the service's former UDP frontends are removed and
@@ -365,14 +430,19 @@ impl<M: Maps> Reconciler<M> {
     }
 
     /// Retries the services that found a map full: other services may have freed entries.
-    fn retry_full(&mut self, table: &Table, errors: &mut BTreeMap<Arc<str>, ReconcileError>) {
+    fn retry_full(
+        &mut self,
+        table: &Table,
+        errors: &mut BTreeMap<Arc<str>, ReconcileError>,
+        now_ms: u32,
+    ) {
         let retried: Vec<&Arc<Service>> = errors
             .iter()
             .filter(|(_, error)| matches!(error, ReconcileError::Full { .. }))
             .filter_map(|(name, _)| table.services.get(name))
             .collect();
         for service in retried {
-            match self.upsert(service) {
+            match self.upsert(service, now_ms) {
                 Ok(()) => drop(errors.remove(&service.name)),
                 Err(error) => drop(errors.insert(service.name.clone(), error)),
             }
@@ -492,28 +562,22 @@ impl<M: Maps> Reconciler<M> {
     }
 
     /// Adds or changes one service.
-    fn upsert(&mut self, service: &Service) -> Result<(), ReconcileError> {
+    fn upsert(&mut self, service: &Service, now_ms: u32) -> Result<(), ReconcileError> {
         // A catalog may have many times more services than the maps.
         let has_none_left = self.services.available() == 0 && self.quarantine.services.is_empty();
         if has_none_left && !self.applied.contains_key(&service.name) {
             return Err(self.services_full());
         }
-        let healthy: Vec<Healthy> = service
-            .healthy()
-            .filter_map(|backend| {
-                let &crate::table::Backend { weight, host_only, .. } = backend;
-                // Today a service has one group.
-                Some(Healthy { address: backend.address?, weight, host_only, group: 0 })
-            })
-            .collect();
-        if healthy.len() > MAX_SERVICE_BACKENDS as usize {
-            return Err(ReconcileError::TooManyBackends { n_backends: healthy.len() });
+        let members = Member::of(service);
+        if members.len() > MAX_SERVICE_BACKENDS as usize {
+            return Err(ReconcileError::TooManyBackends { n_backends: members.len() });
         }
-        let slot_tables = SlotTables::of(&healthy);
+        let algorithm = number(service.algorithm);
+        let slot_tables = SlotTables::of(&members, algorithm == Algorithm::Maglev);
 
         // All entries are allocated before anything is written, so a failure leaves the former state
         // whole.
-        let n_new = self.count_new_backends(&service.name, &healthy);
+        let n_new = self.count_new_backends(&service.name, &members);
         if self.backends.available() < n_new {
             self.recycle();
         }
@@ -525,8 +589,8 @@ impl<M: Maps> Reconciler<M> {
             Some(applied) => applied.service_idx,
             None => self.allocate_service()?,
         };
-        let blocks = match self.take_blocks(&slot_tables) {
-            Ok(blocks) => blocks,
+        let regions = match self.take_regions(&slot_tables) {
+            Ok(regions) => regions,
             Err(error) => {
                 if !self.applied.contains_key(&service.name) {
                     self.services.free(service_idx);
@@ -540,37 +604,56 @@ impl<M: Maps> Reconciler<M> {
             Applied::new(service_idx)
         });
         let former_watch = applied.watch.take();
-        for &Healthy { address, .. } in &healthy {
-            if !applied.backends.contains_key(&address)
-                && let Some(backend_idx) = self.backends.take()
-            {
+        let is_served = |member: &Member| {
+            member.group.is_some() && applied.backends.contains_key(&member.address)
+        };
+        // Where all are new at once, each of them has its share.
+        let ramps = self.slow_start.is_some()
+            && algorithm != Algorithm::Maglev
+            && members.iter().any(is_served);
+        let added_ms = if ramps { now_ms.max(1) } else { 0 };
+        for &Member { address, weight, .. } in &members {
+            if let Some(&backend_idx) = applied.backends.get(&address) {
+                if self.maps.backend(backend_idx).weight != weight {
+                    self.maps.set_weight(backend_idx, weight);
+                }
+            } else if let Some(backend_idx) = self.backends.take() {
                 let is_suspended = !applied.given_up.is_empty();
                 let generation = if is_suspended { 0 } else { self.next_generation };
-                let backend = backend_entry(address, generation);
+                let backend = backend_entry(address, weight, generation);
                 self.next_generation = next(self.next_generation);
-                self.maps.write_backend(backend_idx, backend);
+                self.maps.write_backend(backend_idx, backend, added_ms);
                 applied.backends.insert(address, backend_idx);
+                if ramps {
+                    self.ramps.insert(backend_idx, added_ms);
+                }
             }
         }
-        let mut regions = Vec::new();
-        for (block, members) in blocks.iter().zip(&slot_tables.distinct) {
-            let weights: Vec<(u32, u16)> = members
-                .iter()
-                .map(|&member| &healthy[member])
-                .map(|backend| (applied.backends[&backend.address], backend.weight))
-                .collect();
-            self.maps.write_slots(block.first_slot, &alias_table(&weights));
-            let n_slots = members.len() as u32;
-            regions.push(SlotRange { first_slot: block.first_slot, n_slots });
+        let mut first_slots = Vec::new();
+        for (blocks, slot_table) in regions.iter().zip(&slot_tables.distinct) {
+            let first_slot = blocks.first().map(|block| block.first_slot).unwrap_or_default();
+            let slots = slot_table.slots(&members, |address| applied.backends[&address]);
+            self.maps.write_slots(first_slot, &slots);
+            first_slots.push(first_slot);
         }
-        self.maps.publish(service_idx, slot_tables.groups(&regions));
+        // A service that had no slots has no readers of Maglev tables.
+        let is_entering = algorithm == Algorithm::Maglev
+            && applied.algorithm != algorithm
+            && !applied.blocks.is_empty();
+        if is_entering {
+            self.entering_maglev.insert(service.name.clone());
+        }
+        publish(&mut self.maps, service_idx, &slot_tables.ranges(&first_slots));
         // A service that stays cold has been reported already: one event is enough.
-        if former_watch != Some(service.watch) {
-            self.maps.request_event(service_idx, service.watch == Watch::Cold);
+        let is_other = applied.algorithm != algorithm || former_watch != Some(service.watch);
+        if is_other && !is_entering {
+            self.maps.set_flags(service_idx, flags(service, algorithm));
+            applied.algorithm = algorithm;
         }
 
+        let blocks = regions.into_iter().flatten().collect();
         self.quarantine.blocks.extend(std::mem::replace(&mut applied.blocks, blocks));
-        let stay: HashSet<SocketAddr> = healthy.iter().map(|backend| backend.address).collect();
+        let stay: HashSet<SocketAddr> = members.iter().map(|member| member.address).collect();
         for (address, backend_idx) in
             applied.backends.extract_if(|address, _| !stay.contains(address))
         {
@@ -590,11 +673,11 @@ impl<M: Maps> Reconciler<M> {
     }
 
     /// The number of backends that have no entry yet.
-    fn count_new_backends(&self, name: &str, healthy: &[Healthy]) -> u32 {
+    fn count_new_backends(&self, name: &str, members: &[Member]) -> u32 {
         let applied = self.applied.get(name);
-        let fresh: HashSet<SocketAddr> = healthy
+        let fresh: HashSet<SocketAddr> = members
             .iter()
-            .map(|backend| backend.address)
+            .map(|member| member.address)
             .filter(|address| {
                 !applied.is_some_and(|applied| applied.backends.contains_key(address))
             })
@@ -683,7 +766,7 @@ impl<M: Maps> Reconciler<M> {
     fn remove(&mut self, name: &str) -> Result<(), ReconcileError> {
         let Some(applied) = self.applied.get_mut(name) else { return Ok(()) };
         applied.watch = None;
-        self.maps.publish(applied.service_idx, Groups::default());
+        publish(&mut self.maps, applied.service_idx, &ServiceRanges::default());
         let name = Arc::<str>::from(name);
         for (address, backend_idx) in applied.backends.drain() {
             self.maps.retire_backend(backend_idx);
@@ -712,31 +795,38 @@ impl<M: Maps> Reconciler<M> {
         full("SERVICES", self.services.capacity(), "datapath.max_services")
     }
 
-    /// Allocates a block for each distinct slot table: all of them, or none.
-    fn take_blocks(&mut self, slot_tables: &SlotTables) -> Result<Vec<Block>, ReconcileError> {
-        let mut blocks = Vec::new();
-        for members in &slot_tables.distinct {
-            let n_slots = members.len() as u32;
-            let block = self.regions.take(n_slots).or_else(|| {
+    /// Allocates the blocks of each distinct slot table: all of them, or none.
+    fn take_regions(
+        &mut self,
+        slot_tables: &SlotTables,
+    ) -> Result<Vec<Vec<Block>>, ReconcileError> {
+        let mut regions: Vec<Vec<Block>> = Vec::new();
+        for slot_table in &slot_tables.distinct {
+            let n_slots = slot_table.n_slots();
+            let blocks = self.regions.take(n_slots).or_else(|| {
                 self.recycle();
                 self.regions.take(n_slots)
             });
-            match block {
-                Some(block) => blocks.push(block),
+            match blocks {
+                Some(blocks) => regions.push(blocks),
                 None => {
-                    blocks.into_iter().for_each(|block| self.regions.free(block));
+                    regions.into_iter().flatten().for_each(|block| self.regions.free(block));
                     return Err(full("SLOTS", self.regions.capacity(), "datapath.max_backends"));
                 }
             }
         }
-        Ok(blocks)
+        Ok(regions)
     }
 
     /// Frees the quarantine after a grace period.
     pub fn recycle(&mut self) {
-        if self.quarantine.is_empty() {
-            return;
+        if !self.quarantine.is_empty() {
+            self.wait_for_readers();
         }
+    }
+
+    /// Waits for a grace period, which frees the quarantine.
+    fn wait_for_readers(&mut self) {
         self.maps.synchronize_rcu();
         let Quarantine { services, backends, blocks, frontends: _ } =
             std::mem::take(&mut self.quarantine);
@@ -746,49 +836,45 @@ impl<M: Maps> Reconciler<M> {
     }
 }
 
-/// The members of each kind of connection's slot table, as positions in the list of healthy backends.
-/// Kinds with the same members share a table.
-struct SlotTables {
-    distinct: Vec<Vec<usize>>,
-    /// For each range of each group, in the order of [`Group::ranges`], its index in `distinct`.
-    which: [[Option<usize>; Group::N_RANGES]; N_GROUPS],
+/// Lets readers see a service's new ranges, one after the other.
+///
+/// A connection looks at the groups in order, so later ones are stored first, and what becomes empty
+/// comes last: whichever of them a reader has looked at already, it finds the service's backends, former
+/// or present ones. Only where backends move to an earlier group that was empty could it have passed
+/// there before and find nothing where they were: then the emptying waits for such readers.
+fn publish(maps: &mut impl Maps, service_idx: u32, ranges: &ServiceRanges) {
+    let (former, present) = (maps.service(service_idx).all(), ranges.all());
+    let is_empty = |nth: usize| present[nth].n_slots == 0;
+    let changed = (0..ServiceRanges::N).rev().filter(|&nth| former[nth] != present[nth]);
+    let (emptied, filled): (Vec<usize>, Vec<usize>) = changed.partition(|&nth| is_empty(nth));
+    filled.into_iter().for_each(|nth| maps.store_range(service_idx, nth, present[nth]));
+    // The positions of one kind of connection's ranges, in the order in which it looks at them.
+    let n_grouped = ServiceRanges::N - 1;
+    let moves_ahead = (0..Group::N_RANGES).any(|kind| {
+        let mut nths = (kind..n_grouped).step_by(Group::N_RANGES);
+        let first_former = nths.clone().find(|&nth| former[nth].n_slots != 0);
+        let last_present = nths.rfind(|&nth| !is_empty(nth));
+        first_former.zip(last_present).is_some_and(|(former, present)| present < former)
+    });
+    if moves_ahead {
+        maps.synchronize_rcu();
+    }
+    emptied.into_iter().for_each(|nth| maps.store_range(service_idx, nth, present[nth]));
 }
 
-impl SlotTables {
-    fn of(healthy: &[Healthy]) -> SlotTables {
-        let mut slot_tables = SlotTables { distinct: Vec::new(), which: Default::default() };
-        let scopes = [true, false];
-        let reaches: [fn(&Healthy) -> bool; 3] =
-            [|backend| backend.address.is_ipv4(), |backend| backend.address.is_ipv6(), |_| true];
-        let kinds: Vec<_> = scopes
-            .iter()
-            .flat_map(|host| reaches.iter().map(move |reach| (*host, reach)))
-            .collect();
-        for (group, ranges) in slot_tables.which.iter_mut().enumerate() {
-            for (which, &(from_host, reaches)) in ranges.iter_mut().zip(&kinds) {
-                let is_member = |backend: &Healthy| {
-                    backend.group == group && (from_host || !backend.host_only) && reaches(backend)
-                };
-                let members = (0..).zip(healthy).filter(|(_, backend)| is_member(backend));
-                let members: Vec<usize> = members.map(|(position, _)| position).collect();
-                if members.is_empty() {
-                    continue;
-                }
-                let same = slot_tables.distinct.iter().position(|other| *other == members);
-                *which = same.or_else(|| {
-                    slot_tables.distinct.push(members);
-                    Some(slot_tables.distinct.len() - 1)
-                });
-            }
-        }
-        slot_tables
+fn number(algorithm: BalanceAlgorithm) -> Algorithm {
+    match algorithm {
+        BalanceAlgorithm::Random => Algorithm::Random,
+        BalanceAlgorithm::RoundRobin => Algorithm::RoundRobin,
+        BalanceAlgorithm::Least => Algorithm::Least,
+        BalanceAlgorithm::Latency => Algorithm::Latency,
+        BalanceAlgorithm::Maglev => Algorithm::Maglev,
     }
+}
 
-    /// The service's groups, given the slot ranges of `distinct`.
-    fn groups(&self, ranges: &[SlotRange]) -> Groups {
-        let range = |which: Option<usize>| which.map(|which| ranges[which]).unwrap_or_default();
-        self.which.map(|which| Group::of(which.map(range)))
-    }
+fn flags(service: &Service, algorithm: Algorithm) -> ServiceFlags {
+    let report_next = (service.watch == Watch::Cold).into();
+    ServiceFlags { report_next, algorithm: algorithm as u32 }
 }
 
 fn full(map: &'static str, capacity: u32, key: &'static str) -> ReconcileError {
@@ -827,12 +913,12 @@ fn shown(frontend: &FrontendKey) -> SocketAddr {
     SocketAddr::new(frontend.address, frontend.port)
 }
 
-fn backend_entry(address: SocketAddr, generation: u32) -> Backend {
+fn backend_entry(address: SocketAddr, weight: u16, generation: u32) -> Backend {
     let octets = match address.ip() {
         IpAddr::V4(ip) => Address::v4(ip.octets()),
         IpAddr::V6(ip) => Address { octets: ip.octets() },
     };
-    Backend { address: octets, port: address.port(), weight: 0, generation }
+    Backend { address: octets, port: address.port(), weight, generation }
 }
 
 /// A name has at most 63 octets, so at least one zero ends it.

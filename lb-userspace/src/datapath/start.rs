@@ -124,8 +124,9 @@ impl Datapath {
             pool_network: options.vip.pool.network(),
             is_adopted,
         };
-        datapath.publish_identity(options.host_netns);
         // Before a connection can meet programs of ours.
+        datapath.publish_identity(options.host_netns);
+        datapath.configure_balance(&options.balance);
         if is_shadow {
             datapath.set_shadow(true);
         }

@@ -112,6 +112,7 @@ fn table() -> Table {
             vip6: Some([0xfd00, 0, 0, 0, 0, 0, 0, last.into()].into()),
             ports,
             protocols,
+            algorithm: Default::default(),
             pin: None,
             backends: Vec::new(),
             excluded: Vec::new(),

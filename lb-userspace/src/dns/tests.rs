@@ -112,6 +112,7 @@ fn web(generation: u64) -> Table {
         vip6: None,
         ports: Ports::only([80]),
         protocols: Protocols::Tcp,
+        algorithm: Default::default(),
         pin: None,
         backends: Vec::new(),
         excluded: Vec::new(),

@@ -15,7 +15,7 @@ use super::{
     Backend, BackendState, Catalog, DrainError, DrainTarget, Drains, Hosts, Instance, Ports,
     Protocols, Service, ServiceId, ServiceRecord, Table, Watch, resolve_drain,
 };
-use crate::config::VipConfig;
+use crate::config::{BalanceConfig, VipConfig};
 
 /// Builds tables, each from a catalog and what the last one had.
 #[derive(Debug)]
@@ -23,6 +23,7 @@ pub struct Builder {
     pools: Pools,
     ports: Ports,
     pins: BTreeMap<String, SocketAddrV4>,
+    balance: BalanceConfig,
     vips: Vips,
     /// The catalog that the last table was built from.
     seen: CatalogIndex,
@@ -78,6 +79,7 @@ impl Builder {
             pools: config.into(),
             ports: Ports::only(config.ports.iter().copied()),
             pins: config.pins.iter().map(|(name, pin)| (name.to_lowercase(), *pin)).collect(),
+            balance: BalanceConfig::default(),
             vips,
             seen: CatalogIndex::default(),
             hosts: Arc::default(),
@@ -141,6 +143,12 @@ impl Builder {
     pub fn find_drain(&self, text: &str) -> Result<DrainTarget, DrainError> {
         let records = self.seen.catalog().values();
         resolve_drain(text, records.flat_map(ServiceRecord::instances), &self.hosts)
+    }
+
+    /// Sets how backends are chosen, from the next table on.
+    pub fn set_balance(&mut self, balance: &BalanceConfig) {
+        self.balance = balance.clone();
+        self.revisit_all();
     }
 
     fn revisit_all(&mut self) {
@@ -285,6 +293,7 @@ impl Builder {
             vip6: vip.v6,
             ports: ports.unwrap_or_else(|| self.ports.clone()),
             protocols: protocols.unwrap_or(Protocols::Tcp),
+            algorithm: self.balance.algorithm,
             pin: self.pins.get(&**name).copied(),
             backends: Vec::new(),
             excluded: Vec::new(),

@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::net::SocketAddr;
 
-use super::{Backend, BackendState};
+use super::Backend;
 
 /// How many further registrations of an endpoint are named.
 const MAX_NAMED: usize = 3;
@@ -33,8 +33,8 @@ impl Endpoints {
             return self.backends.push(backend);
         };
         first.weight = first.weight.max(backend.weight);
-        if (first.state, backend.state) == (BackendState::Warning, BackendState::Healthy) {
-            first.state = BackendState::Healthy;
+        if (backend.state, backend.group) < (first.state, first.group) {
+            (first.group, first.state) = (backend.group, backend.state);
             first.reason = backend.reason;
         }
         let Backend { node, id, .. } = backend;
@@ -64,6 +64,7 @@ impl Endpoints {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::table::BackendState;
 
     fn backend(address: Option<&str>, id: &str, weight: u16, state: BackendState) -> Backend {
         Backend {
@@ -73,6 +74,7 @@ mod tests {
             id: id.into(),
             weight,
             state,
+            group: u8::from(state == BackendState::Spare),
             reason: (state != BackendState::Healthy).then(|| format!("{id} is odd")),
             host_only: false,
         }
@@ -93,6 +95,11 @@ mod tests {
             (Some("10.0.0.9:5432"), "h", 1, Healthy),
             (Some("10.0.0.10:1"), "i", 1, Warning),
             (Some("10.0.0.10:1"), "j", 1, Warning),
+            (Some("10.0.0.11:1"), "k", 0, Draining),
+            (Some("10.0.0.11:1"), "l", 3, Spare),
+            (Some("10.0.0.12:1"), "m", 1, Spare),
+            (Some("10.0.0.12:1"), "n", 1, Warning),
+            (Some("10.0.0.12:1"), "o", 1, Spare),
         ] {
             endpoints.add(backend(address, id, weight, state));
         }
@@ -108,6 +115,8 @@ mod tests {
                 "e x1 Unroutable e is odd",
                 "f x1 Unroutable f is odd",
                 "i x1 Warning i is odd; also registered as `n/j`",
+                "k x3 Spare l is odd; also registered as `n/l`",
+                "m x1 Warning n is odd; also registered as `n/n`, `n/o`",
             ]
         );
     }

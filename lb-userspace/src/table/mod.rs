@@ -21,6 +21,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use crate::config::BalanceAlgorithm;
 use crate::ordmap::OrdMap;
 
 pub use build::{Builder, NextTable, SharedContacts};
@@ -68,6 +69,8 @@ pub struct Service {
     pub ports: Ports,
     /// The transport protocols it is connected to with.
     pub protocols: Protocols,
+    /// How the backend of a connection is chosen.
+    pub algorithm: BalanceAlgorithm,
     /// One more address, in the host's network namespace only.
     pub pin: Option<SocketAddrV4>,
     /// The instances that connects to may reach, ordered, and those that can't be reached from here.
@@ -85,15 +88,16 @@ pub struct Service {
 impl Service {
     /// Whether both are the same but for the generation.
     fn is_same(&self, other: &Service) -> bool {
-        let Service { name, vip, vip6, ports, protocols, pin, .. } = other;
+        let Service { name, vip, vip6, ports, protocols, algorithm, pin, .. } = other;
         let Service { backends, excluded, notes, watch, generation: _, .. } = other;
-        (&self.name, &self.vip, &self.vip6, &self.ports, &self.protocols, &self.pin)
-            == (name, vip, vip6, ports, protocols, pin)
+        (&self.name, &self.vip, &self.vip6, &self.ports, &self.protocols)
+            == (name, vip, vip6, ports, protocols)
+            && (&self.algorithm, &self.pin) == (algorithm, pin)
             && (&self.backends, &self.excluded, &self.notes, &self.watch)
                 == (backends, excluded, notes, watch)
     }
 
-    /// The backends that connects to may reach.
+    /// The backends that connects to may reach, spare ones included.
     pub fn healthy(&self) -> impl Iterator<Item = &Backend> {
         self.backends.iter().filter(|backend| backend.state.is_reached())
     }
@@ -110,10 +114,14 @@ pub struct Backend {
     pub node: String,
     /// The instance's name, unique within its node.
     pub id: String,
-    /// Its share of new connections, relative to the service's other weights: 1..=65535.
+    /// Its share of new connections, relative to the service's other weights; 0 for none, which only a
+    /// [`BackendState::Draining`] one has.
     pub weight: u16,
     /// Its state.
     pub state: BackendState,
+    /// 0 where it is used first, as all but [`BackendState::Spare`] are; 1 or 2 where it is used when
+    /// none of the groups before it is eligible.
+    pub group: u8,
     /// Why it is in this state, where that isn't plain.
     pub reason: Option<String>,
     /// Whether its address is this host's loopback, so that only the host's network namespace can
@@ -121,19 +129,24 @@ pub struct Backend {
     pub host_only: bool,
 }
 
-/// The state of a backend.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// The state of a backend; the better one is less.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum BackendState {
     /// It gets new connections.
     Healthy,
     /// It gets new connections, by the weight that it has while a check of its own warns.
     Warning,
+    /// It gets new connections where none of the groups before its own ([`Backend::group`]) is eligible.
+    Spare,
+    /// It gets no new connections, and keeps those that it has: they are still counted, and sockets
+    /// connected to it by UDP keep sending there. A part of the table that drains a backend sets this
+    /// state and the reason, and leaves the rest as it is; the datapath keeps the backend's entry in the
+    /// kernel, outside the groups that connections select from.
+    Draining,
     /// No check vouches for it and no connection to it has succeeded yet: it gets none while others
     /// serve.
     Unproven,
-    /// It gets no new connections, and keeps those that it has.
-    Draining,
     /// Its own failures keep connections of this node from it, for a time. What is observed isn't in a
     /// table: only a status has this state.
     Ejected,
@@ -142,9 +155,14 @@ pub enum BackendState {
 }
 
 impl BackendState {
-    /// Whether it gets new connections.
+    /// Whether it gets new connections, if only as a spare.
     pub fn is_reached(self) -> bool {
-        matches!(self, BackendState::Healthy | BackendState::Warning)
+        matches!(self, BackendState::Healthy | BackendState::Warning | BackendState::Spare)
+    }
+
+    /// Whether the kernel has an entry for it: what is reached, and what keeps its connections.
+    pub fn has_entry(self) -> bool {
+        self.is_reached() || self == BackendState::Draining
     }
 }
 

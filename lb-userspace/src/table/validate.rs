@@ -36,6 +36,7 @@ pub fn validate(instance: &Instance, pools: &Pools, hosts: &Hosts) -> Validation
         _ => (BackendState::Healthy, None),
     };
     let (weight, odd_weight) = weight(instance.weight);
+    let state = if weight == 0 { BackendState::Draining } else { state };
     let (address, state, reason) = match route(instance, pools, hosts) {
         Ok((address, named)) => {
             let notes: Vec<String> = [warning, odd_weight, named].into_iter().flatten().collect();
@@ -44,7 +45,18 @@ pub fn validate(instance: &Instance, pools: &Pools, hosts: &Hosts) -> Validation
         Err(reason) => (None, BackendState::Unroutable, Some(reason)),
     };
     let host_only = address.is_some_and(|address| address.ip().is_loopback());
-    Validation::In(Backend { address, shown_address, node, id, weight, state, reason, host_only })
+    let group = 0;
+    Validation::In(Backend {
+        address,
+        shown_address,
+        node,
+        id,
+        weight,
+        state,
+        group,
+        reason,
+        host_only,
+    })
 }
 
 /// Where connections to the instance go, with a note where it has a name for an address; or why none can.
@@ -132,13 +144,14 @@ pub fn may_be_reached(instance: &Instance) -> bool {
         }
 }
 
-/// The effective weight, and a note if it differs from the given one.
+/// The effective weight, and a note if it differs from the given one, or is 0.
 fn weight(given: i64) -> (u16, Option<String>) {
     match u16::try_from(given) {
-        Ok(weight) if weight > 0 => (weight, None),
-        _ => {
-            let weight = if given < 1 { 1 } else { u16::MAX };
-            (weight, Some(format!("weight {given} isn't within 1 to 65535: taken as {weight}")))
+        Ok(0) => (0, Some("weight 0: it gets no new connections".to_owned())),
+        Ok(weight) => (weight, None),
+        Err(_) => {
+            let weight = if given < 0 { 1 } else { u16::MAX };
+            (weight, Some(format!("weight {given} isn't within 0 to 65535: taken as {weight}")))
         }
     }
 }
@@ -400,11 +413,19 @@ mod tests {
 
     #[test]
     fn odd_weights_are_brought_into_range_and_noted() {
-        for (given, weight) in [(-5, 1), (0, 1), (1, 1), (65_535, 65_535), (1 << 40, 65_535)] {
+        for (given, weight) in [(-5, 1), (1, 1), (65_535, 65_535), (1 << 40, 65_535)] {
             let backend = valid(&Instance { weight: given, ..instance("10.0.0.7", 80) });
             assert_eq!((backend.state, backend.weight), (BackendState::Healthy, weight));
             assert_eq!(backend.reason.is_some(), i64::from(weight) != given, "{given}");
         }
+    }
+
+    #[test]
+    fn weight_0_takes_no_new_connections() {
+        let backend = valid(&Instance { weight: 0, ..instance("10.0.0.7", 80) });
+        assert_eq!((backend.state, backend.weight), (BackendState::Draining, 0));
+        assert_eq!(backend.reason.as_deref(), Some("weight 0: it gets no new connections"));
+        assert!(backend.state.has_entry() && !backend.state.is_reached());
     }
 
     #[test]

@@ -9,13 +9,14 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
-use lb_common::{Backend, Group, ServiceRef, SlotRange};
+use lb_common::{Algorithm, Backend, MAX_SERVICE_BACKENDS, ServiceRef, SlotRange, maglev_slots};
 
-use super::{Applied, Reconciler, next};
+use super::slots::is_of_table;
+use super::{Applied, Reconciler, next, publish};
 use crate::datapath::buddy::Block;
 use crate::datapath::ids::Ids;
 use crate::datapath::map_specs::Sizes;
-use crate::datapath::maps::{FrontendKey, Groups, Maps};
+use crate::datapath::maps::{FrontendKey, Maps, ServiceRanges};
 
 /// Why maps can't be taken over.
 #[derive(Debug, thiserror::Error)]
@@ -100,16 +101,30 @@ impl<M: Maps> Reconciler<M> {
         if name.is_empty() {
             return Err(inconsistent(format!("service {service_idx} has no name")));
         }
-        let regions: HashSet<SlotRange> =
-            self.maps.service(service_idx).into_iter().flat_map(Group::ranges).collect();
+        let ranges = self.maps.service(service_idx);
+        let regions: HashSet<SlotRange> = ranges.all().into_iter().collect();
         let mut applied = Applied::new(service_idx);
+        applied.algorithm = Algorithm::from_number(self.maps.flags(service_idx).algorithm);
         for region in regions.into_iter().filter(|region| region.n_slots > 0) {
-            let block = Block::of(region.first_slot, region.n_slots);
-            let end = region.first_slot.checked_add(region.n_slots);
-            let is_inside = end.is_some_and(|end| end <= sizes.slots);
-            let block = block.filter(|&block| is_inside && self.regions.claim(block));
+            // With another algorithm there may be a table, too, which nothing reads.
+            let has_table = applied.algorithm == Algorithm::Maglev && region != ranges.unselected;
             let wrong = || inconsistent(format!("the slots of {name} aren't its own"));
-            applied.blocks.push(block.ok_or_else(wrong)?);
+            if region.n_slots > MAX_SERVICE_BACKENDS {
+                return Err(wrong());
+            }
+            let n_table = if has_table { maglev_slots(region.n_slots) } else { 0 };
+            let n_slots = region.n_slots + n_table;
+            let end = region.first_slot.checked_add(n_slots).filter(|&end| end <= sizes.slots);
+            let end = end.ok_or_else(wrong)?;
+            let blocks = Block::of(region.first_slot, n_slots).ok_or_else(wrong)?;
+            if !blocks.iter().all(|&block| self.regions.claim(block)) {
+                return Err(wrong());
+            }
+            applied.blocks.extend(blocks);
+            let mut table = (end - n_table..end).map(|slot_idx| self.maps.slot(slot_idx));
+            if !table.all(|slot| is_of_table(slot, region.n_slots)) {
+                return Err(wrong());
+            }
             for slot_idx in region.first_slot..region.first_slot + region.n_slots {
                 let slot = self.maps.slot(slot_idx);
                 if slot.backend >= sizes.backends || u32::from(slot.alias) >= region.n_slots {
@@ -122,6 +137,10 @@ impl<M: Maps> Reconciler<M> {
                     return Err(inconsistent(format!("a backend of {name} isn't there")));
                 }
                 applied.backends.insert(address, slot.backend);
+                let added_ms = self.maps.added_ms(slot.backend);
+                if added_ms != 0 {
+                    self.ramps.insert(slot.backend, added_ms);
+                }
             }
         }
         Ok((name.into(), applied))
@@ -135,9 +154,7 @@ impl<M: Maps> Reconciler<M> {
         used_backends: &HashSet<u32>,
     ) {
         for service_idx in (0..sizes.services).filter(|idx| !by_service.contains_key(idx)) {
-            if self.maps.service(service_idx) != Groups::default() {
-                self.maps.publish(service_idx, Groups::default());
-            }
+            publish(&mut self.maps, service_idx, &ServiceRanges::default());
         }
         for backend_idx in (0..sizes.backends).filter(|idx| !used_backends.contains(idx)) {
             let backend = self.maps.backend(backend_idx);

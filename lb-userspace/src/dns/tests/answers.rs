@@ -29,6 +29,7 @@ fn backend(address: &str) -> Backend {
         id: String::new(),
         weight: 1,
         state: BackendState::Healthy,
+        group: 0,
         reason: None,
         host_only: false,
     }
@@ -44,6 +45,7 @@ fn table(generation: u64) -> Table {
             vip6: vip6.map(|vip6| vip6.parse().unwrap()),
             ports,
             protocols,
+            algorithm: Default::default(),
             pin: None,
             backends: Vec::new(),
             excluded: Vec::new(),

@@ -17,6 +17,7 @@ fn backend((id, port, _): Given) -> Backend {
         id: id.into(),
         weight: 1,
         state: BackendState::Healthy,
+        group: 0,
         reason: None,
         host_only: false,
     }
@@ -48,6 +49,7 @@ impl World {
             vip6: None,
             ports: Ports::only([80]),
             protocols: Protocols::Tcp,
+            algorithm: Default::default(),
             pin: None,
             backends,
             excluded: Vec::new(),
