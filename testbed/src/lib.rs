@@ -7,6 +7,7 @@
 use std::time::Duration;
 
 pub mod bpffs;
+pub mod capture;
 pub mod cgroup;
 pub mod cleanup;
 pub mod cmd;

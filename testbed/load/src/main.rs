@@ -5,6 +5,7 @@
 
 mod answer;
 mod banner_server;
+mod capture;
 mod clock;
 mod connect;
 mod delay;
@@ -39,6 +40,8 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
+    /// The connections to some servers, as their packets show them, until SIGTERM
+    Capture(capture::Capture),
     /// HTTP requests at a fixed rate, whatever became of those before
     Http(http::Http),
     /// Connects one after another, and what each step of them takes
@@ -72,6 +75,7 @@ fn main() -> anyhow::Result<()> {
             }
             report(&http.run()?)
         }
+        Command::Capture(capture) => report(&capture.run()?),
         Command::Connect(connect) => report(&connect.run()?),
         Command::Greet(greet) => greet.run(),
         Command::Echo(echo) => echo.run(),

@@ -35,7 +35,7 @@ const FLUSH_NS: u64 = 25 * MILLISECOND_NS;
 /// The longest wait between two looks at what else is due.
 const SLICE_NS: u64 = 10 * MILLISECOND_NS;
 
-const REQUEST: &[u8] = b"GET / HTTP/1.0\r\n\r\n";
+const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nHost: nohop\r\nConnection: close\r\n\r\n";
 
 /// The arguments of this command.
 #[derive(Args, Clone, Debug)]

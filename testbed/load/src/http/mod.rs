@@ -78,6 +78,7 @@ impl Http {
     /// # Errors
     /// When the machine can't, such as for too many open files.
     pub fn run(&self) -> anyhow::Result<Value> {
+        println!("requesting");
         let start_ns = now_ns();
         let counted_ns = start_ns + self.warmup_ms * MILLISECOND_NS;
         let mut client = Client {
