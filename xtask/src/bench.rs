@@ -49,7 +49,7 @@ pub enum Suite {
     Scale,
     /// Queries a second
     Dns,
-    /// A backend that refuses, and one that drops packets
+    /// How a fault reaches clients: backends that refuse, are silent, reset, are slow, come and go
     Failure,
     /// nohop alone: where the nanoseconds of a connection and a datagram go
     Cost,

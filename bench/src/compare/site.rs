@@ -300,9 +300,9 @@ fn catalog(n_services: usize, port: u16, echo: SocketAddrV4) -> Result<String> {
         Service { name: name(service_idx), backends: (0..N_BACKENDS).map(backend).collect() }
     };
     let tcp = (0..n_services).map(service).collect();
-    let tcp = Services { protocol: Protocol::Tcp, services: tcp, are_checked: false };
+    let tcp = Services { protocol: Protocol::Tcp, services: tcp, settings: String::new() };
     let udp = vec![Service { name: "echo".into(), backends: vec![echo] }];
-    let udp = Services { protocol: Protocol::Udp, services: udp, are_checked: false };
+    let udp = Services { protocol: Protocol::Udp, services: udp, settings: String::new() };
     let text = |services| rendered("nohop.toml", services, Path::new(""));
     Ok(text(&tcp)? + "\n" + &text(&udp)?)
 }

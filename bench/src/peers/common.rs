@@ -40,15 +40,15 @@ pub struct Services {
     pub protocol: Protocol,
     /// Them.
     pub services: Vec<Service>,
-    /// Whether the balancer is to check the backends by itself, where it can.
-    pub are_checked: bool,
+    /// What else its file in `bench/peers` is asked for, such as `check+leastconn`.
+    pub settings: String,
 }
 
 impl Services {
-    /// One service, `web`, without checks.
+    /// One service, `web`.
     pub fn one(protocol: Protocol, backends: Vec<SocketAddrV4>) -> Services {
         let services = vec![Service { name: "web".into(), backends }];
-        Services { protocol, services, are_checked: false }
+        Services { protocol, services, settings: String::new() }
     }
 }
 

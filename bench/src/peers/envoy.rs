@@ -35,8 +35,7 @@ pub fn version() -> Result<String> {
 }
 
 pub fn start(node: &Node, services: &Services) -> Result<Running> {
-    let Served { process, addresses, files } =
-        serve(node, services, "envoy.yaml", TempDir::new("envoy")?)?;
+    let Served { process, addresses, files } = serve(node, services, TempDir::new("envoy")?)?;
     Ok(Running::new(addresses, vec![Guard::Process(process), Guard::Files(files)]))
 }
 
@@ -51,19 +50,19 @@ pub struct Served {
 }
 
 /// Starts it on a node with the endpoints in [`ENDPOINTS`], which are these services' backends at first,
-/// and waits until it serves.
+/// and waits until it serves; `eds` is one of the services' settings.
 ///
 /// # Errors
 /// When it doesn't in time.
 pub fn serve_eds(node: &Node, services: &Services) -> Result<Served> {
     let files = TempDir::new("envoy")?;
     render(ENDPOINTS, services, files.path())?;
-    serve(node, services, "envoy-eds.yaml", files)
+    serve(node, services, files)
 }
 
-fn serve(node: &Node, services: &Services, file: &str, files: TempDir) -> Result<Served> {
+fn serve(node: &Node, services: &Services, files: TempDir) -> Result<Served> {
     add_frontends(node)?;
-    let config = render(file, services, files.path())?;
+    let config = render("envoy.yaml", services, files.path())?;
     let process = spawn("envoy", node.hop_place(), &config)?;
     let addresses = await_frontends(node, &process, services)?;
     Ok(Served { process, addresses, files })

@@ -7,7 +7,6 @@ mod haproxy;
 mod nft_ipvs;
 mod nginx;
 mod nohop;
-mod optional_peers;
 mod template;
 
 use anyhow::{Context, Result};
@@ -57,7 +56,7 @@ pub const NGINX: &str = "nginx stream";
 pub const NFTABLES: &str = "nftables";
 
 /// All that can be compared, in the order in which rounds go through them.
-pub const PEERS: [Peer; 10] = [
+pub const PEERS: [Peer; 9] = [
     Peer {
         name: DIRECT,
         config: "",
@@ -126,13 +125,6 @@ pub const PEERS: [Peer; 10] = [
         protocols: &[Protocol::Tcp, Protocol::Http, Protocol::Udp],
         version: nft_ipvs::ipvs_version,
         start: nft_ipvs::start_ipvs,
-    },
-    Peer {
-        name: "Traefik tcp",
-        config: "bench/peers/traefik.yml",
-        protocols: &[Protocol::Tcp, Protocol::Http, Protocol::Udp],
-        version: optional_peers::traefik_version,
-        start: optional_peers::start_traefik,
     },
 ];
 

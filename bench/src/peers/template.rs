@@ -10,11 +10,10 @@ use minijinja::{Environment, UndefinedBehavior, Value, context};
 use super::common::{Protocol, Services, frontend, n_workers};
 
 /// The files, which are compiled in so that a built harness needs no checkout.
-const FILES: [(&str, &str); 18] = [
+const FILES: [(&str, &str); 15] = [
     ("backend.conf", include_str!("../../peers/backend.conf")),
     ("dnsmasq.conf", include_str!("../../peers/dnsmasq.conf")),
     ("envoy-client.yaml", include_str!("../../peers/envoy-client.yaml")),
-    ("envoy-eds.yaml", include_str!("../../peers/envoy-eds.yaml")),
     ("envoy-endpoints.yaml", include_str!("../../peers/envoy-endpoints.yaml")),
     ("envoy-server.yaml", include_str!("../../peers/envoy-server.yaml")),
     ("envoy.yaml", include_str!("../../peers/envoy.yaml")),
@@ -27,8 +26,6 @@ const FILES: [(&str, &str); 18] = [
     ("nftables.nft", include_str!("../../peers/nftables.nft")),
     ("nginx-stream.conf", include_str!("../../peers/nginx-stream.conf")),
     ("nohop.toml", include_str!("../../peers/nohop.toml")),
-    ("traefik-services.yml", include_str!("../../peers/traefik-services.yml")),
-    ("traefik.yml", include_str!("../../peers/traefik.yml")),
 ];
 
 /// Fills in a file of `bench/peers` and writes it to `dir`, under the same name.
@@ -60,10 +57,6 @@ pub fn rendered(file: &str, services: &Services, dir: &Path) -> Result<String> {
     let mut environment = Environment::new();
     environment.set_undefined_behavior(UndefinedBehavior::Strict);
     environment.set_keep_trailing_newline(true);
-    let check = match (services.are_checked, services.protocol) {
-        (true, _) => " check inter 1s",
-        (false, _) => "",
-    };
     let values = context! {
         services => each.collect::<Vec<Value>>(),
         n_workers => n_workers(),
@@ -71,7 +64,7 @@ pub fn rendered(file: &str, services: &Services, dir: &Path) -> Result<String> {
         is_http => services.protocol == Protocol::Http,
         dir => dir.display().to_string(),
         modules => "/usr/lib/nginx/modules",
-        check,
+        settings => services.settings.split('+').collect::<Vec<&str>>(),
         mode => if services.protocol == Protocol::Http { "http" } else { "tcp" },
     };
     let filled = environment.render_str(template, values);
@@ -119,8 +112,13 @@ mod tests {
             vec![crate::node::Node::backend(0, 8080), crate::node::Node::backend(1, 8080)];
         let services =
             ["web", "db"].map(|name| Service { name: name.into(), backends: backends.clone() });
-        for protocol in [Protocol::Tcp, Protocol::Udp] {
-            let services = Services { protocol, services: services.to_vec(), are_checked: true };
+        for (protocol, settings) in [
+            (Protocol::Tcp, ""),
+            (Protocol::Udp, ""),
+            (Protocol::Http, "eds+retry+outlier+LEAST_REQUEST+check+leastconn+no-redispatch"),
+        ] {
+            let settings = settings.to_owned();
+            let services = Services { protocol, services: services.to_vec(), settings };
             for (file, _) in FILES {
                 let text = rendered(file, &services, Path::new("/tmp/x")).expect(file);
                 assert!(!text.contains("{{") && !text.contains("{%"), "{file}:\n{text}");

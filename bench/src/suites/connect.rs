@@ -162,7 +162,7 @@ fn services(n_services: usize, n_backends: usize) -> Services {
         backends: (0..n_backends).map(|idx| backend(service_idx * n_backends + idx)).collect(),
     };
     let services = (0..n_services).map(service).collect();
-    Services { protocol: Protocol::Tcp, services, are_checked: false }
+    Services { protocol: Protocol::Tcp, services, settings: String::new() }
 }
 
 /// What one round found, in ns: medians, and of the program the mean.

@@ -1,147 +1,171 @@
-//! One backend of ten fails: the errors that clients see until it is removed, if it is.
+//! How a fault reaches clients: backends that refuse, drop packets or reset, instances that are killed,
+//! updated or removed, a host that falls silent, and a backend that is slow.
 
-use std::collections::BTreeMap;
-use std::fs;
-use std::io::Write as _;
-use std::net::SocketAddrV4;
-use std::process::{Child, Stdio};
+use std::ops::Range;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result};
 use rustix::process::Signal;
-use serde_json::{Value, json};
-use testbed::consul::{self, Consul};
-use testbed::helloworld::Helloworld;
-use testbed::nohop::{self, Nohop};
+use serde_json::Value;
+use testbed::capture::{Capture, Connects};
+use testbed::cmd;
 use testbed::process::Process;
-use testbed::tempdir::TempDir;
 
+use super::change::site::{Kind, Setup, Site};
+use super::change::{self, contender};
+use super::site::at_once;
 use crate::generators;
-use crate::node::{Layout, Node};
-use crate::peers::{
-    self, DIRECT, Guard, HAPROXY_HTTP, HAPROXY_TCP, NFTABLES, NGINX, NOHOP, Peer, Protocol,
-    Running, Services, start_backend,
-};
+use crate::node::Layout;
+use crate::peers::{NFTABLES, NOHOP, Protocol, find};
 use crate::progress::Progress;
-use crate::report::{Contender, Row};
-use crate::report_builder::{Draft, Quantity};
-use crate::suites::site::at_once;
+use crate::report_builder::{Draft, Limit, Quantity};
 
 const FAILED: Quantity = Quantity::lower("failed requests", "%");
 const SLOW: Quantity =
     Quantity { name: "slow requests, answered after more than 100 ms", ..FAILED };
-const P99: Quantity =
-    Quantity { name: "latency of what is answered, 99th percentile", unit: "us", ..FAILED };
+const TOGETHER: Quantity = Quantity { name: "failed and slow requests together", ..FAILED };
+const P50: Quantity = Quantity::lower("latency of what is answered, median", "us");
+const P99: Quantity = Quantity { name: "latency of what is answered, 99th percentile", ..P50 };
+const LATE: Quantity =
+    Quantity::lower("connections to a dead backend after its first sign", "connections");
 
-/// The number of backends, of which the first fails.
-const N_BACKENDS: usize = 10;
+// Of the others, where one of ten answers 50 times slower.
+const SLOW_FAILED: Quantity = Quantity { name: "one of ten is slow: failed requests", ..FAILED };
+const SLOW_SHARE: Quantity =
+    Quantity { name: "one of ten is slow: requests that it answered", ..FAILED };
+const SLOW_P50: Quantity = Quantity { name: "one of ten is slow: latency, median", ..P50 };
+const SLOW_P99: Quantity = Quantity { name: "one of ten is slow: latency, 99th percentile", ..P50 };
 
-/// Where the others listen, and where the one does that fails: on its own port, so that nothing
-/// else listens there.
-const PORT: u16 = 8080;
-const VICTIM_PORT: u16 = 8081;
+/// nohop whose daemon ends by SIGKILL before each fault: what the kernel does alone.
+const KILLED: &str = "nohop, daemon killed";
 
-/// Requests a second, each by a connection of its own.
-const RATE: usize = 50;
+/// A contender's name, its setup, and its file in the repository.
+type Column = (&'static str, Setup, &'static str);
+
+const RELOAD: Column = ("HAProxy", Setup::of(Kind::Reload), "bench/peers/haproxy-reload.cfg");
+const EDS: Column = (
+    "Envoy",
+    Setup { settings: "eds", ..Setup::of(Kind::Eds(Protocol::Http)) },
+    "bench/peers/envoy.yaml",
+);
+const RULES: Column = (NFTABLES, Setup::of(Kind::Nftables), "bench/peers/nftables.nft");
+
+/// Those who meet the faults.
+const COLUMNS: [Column; 10] = [
+    (NOHOP, Setup::of(Kind::Nohop), ""),
+    (KILLED, Setup::of(Kind::Nohop), ""),
+    ("nohop + checks", Setup { are_checked: true, ..Setup::of(Kind::Nohop) }, ""),
+    RELOAD,
+    with(RELOAD, "HAProxy, no redispatch", "no-redispatch"),
+    with(RELOAD, "HAProxy + checks", "check"),
+    EDS,
+    with(EDS, "Envoy, retries", "eds+retry"),
+    with(EDS, "Envoy, retries, outliers", "eds+retry+outlier"),
+    RULES,
+];
+
+/// Those who meet a slow backend: an algorithm each.
+const ALGORITHMS: [Column; 7] = [
+    at_work(("nohop least", nohop("balance.algorithm = \"least\"\n"), "")),
+    at_work(("nohop latency", nohop("balance.algorithm = \"latency\"\n"), "")),
+    at_work(("nohop random", nohop("balance.algorithm = \"random\"\n"), "")),
+    at_work(with(RELOAD, "HAProxy leastconn", "leastconn")),
+    at_work(with(EDS, "Envoy LEAST_REQUEST", "eds+LEAST_REQUEST")),
+    at_work(with(EDS, "Envoy RANDOM", "eds+RANDOM")),
+    at_work(RULES),
+];
+
+const fn nohop(settings: &'static str) -> Setup {
+    Setup { settings, ..Setup::of(Kind::Nohop) }
+}
+
+const fn with(column: Column, name: &'static str, settings: &'static str) -> Column {
+    (name, Setup { settings, ..column.1 }, column.2)
+}
+
+/// Long enough that a backend has a request at hand most of the time.
+const fn at_work(column: Column) -> Column {
+    (column.0, Setup { work_ms: 20, ..column.1 }, column.2)
+}
 
 /// Within which a request is answered or has failed.
 const PATIENCE: Duration = Duration::from_secs(3);
 
-/// The time before the fault: everything has started by then.
+/// The requests before the fault, which don't count.
 const WARM_UP: Duration = Duration::from_secs(1);
 
-/// How much longer than that the generator may take to report.
+/// How much longer than all that the generator may take to report.
 const SPARE: Duration = Duration::from_secs(20);
 
-/// The seconds after the fault that the curves show: what checks do, they have done by then.
-const N_CURVE_SECONDS: usize = 12;
+/// From the first SYN that isn't answered, when a silent backend has given a sign.
+const SILENCE: Duration = Duration::from_millis(50);
 
-/// How often, and how many times at most, it is looked whether the generator has started.
-const LOOK: Duration = Duration::from_millis(1);
-const N_LOOKS: u32 = 20_000;
-
-/// The suffix of a contender whose checks are on.
-const CHECKS: &str = " + checks";
-
-/// Those whose backends can be checked.
-const CHECKED: [&str; 3] = [NOHOP, HAPROXY_TCP, HAPROXY_HTTP];
-
-/// Why others have no checks that could be on.
-const UNCHECKED: [(&str, &str); 2] = [
-    (
-        NGINX,
-        "only nginx's commercial edition checks; what it learns from requests is on by default",
-    ),
-    (NFTABLES, "rules don't check"),
+const NOTES: [&str; 10] = [
+    "all contenders meet an event at the same time, each on a node of its own with a Consul and instances of \
+     its own: latencies of a few ms are theirs together",
+    "a connection a request; 150 requests/s for each contender, 500 where a backend is slow; one that isn't \
+     answered within 3 s has failed, one that is answered after more than 100 ms is slow",
+    "an event begins after a second of requests that don't count",
+    "refuses: the process is killed by SIGKILL. Drops: a rule on its host drops all that is sent to it, open \
+     connections included. Resets: it accepts, and resets what it has accepted. Of these three Consul learns \
+     nothing, but by its check where there are checks",
+    "the rest is what a Nomad of two nodes did: an instance that is killed leaves Consul 400 ms later and isn't \
+     replaced; in an update, and when a service is scaled down, an instance leaves Consul and is killed at once \
+     (no shutdown_delay), in an update its successor comes 500 ms later; the instances of a silent host become \
+     critical after 1 s",
+    "daemon killed: by SIGKILL, before the load begins; so nothing of what Consul learns reaches the kernel",
+    "connections to a dead backend: those whose first SYN a packet socket on the client's host saw after the \
+     first RST of that backend, or where there is none, later than 50 ms after the first SYN that wasn't \
+     answered. Checks and probes are among them; so is the connection that was about to begin. The column with \
+     checks has one a second by Consul",
+    "nohop and nftables are not on the way of a connection: one that fails is the client's to repeat. HAProxy, \
+     in tcp mode, repeats up to three times (`retries 3`), by `option redispatch 1` at another server; Envoy's \
+     retries: `connect-failure,refused-stream,reset`, two. Envoy's outlier detection has its defaults. Envoy \
+     works in HTTP and keeps its connections to instances",
+    "HAProxy and nftables follow Consul as consul-template has them do: a file at each change, and a reload \
+     without loss; Envoy by a file of endpoints",
+    "one of ten is slow: an instance works 20 ms on a request, on any number at a time; the slow one a second",
 ];
 
-const NOTES: [&str; 9] = [
-    "all contenders are measured at the same time and with both faults at once, each on a node of its \
-     own: latencies of a few ms are theirs together",
-    "50 requests/s for each contender and fault, a connection a request; one that isn't answered \
-     within 3 s has failed",
-    "the fault comes after a second of requests that don't count, within a few ms of the first that \
-     does; each round begins with a fresh start of everything",
-    "a backend that refuses is a process that was killed; one that drops packets is behind a rule on \
-     its host that drops all that is sent to it, open connections included",
-    "nine of the ten backends are one nginx at nine addresses",
-    "nohop and nftables are not on the way of a connection: a connect that fails is the client's to \
-     repeat; proxies repeat it themselves (HAProxy: retries 3, redispatch; nginx: its default)",
-    "nohop itself doesn't check, it follows Consul; with checks: a TCP check each second and with a \
-     timeout of one at a Consul agent on the client's host, where one failure makes an instance \
-     critical, which is Consul's default. An agent beside the backends sees one that refuses alike, \
-     but not what is lost on the way to them",
-    "HAProxy with checks: `check inter 1s`, where three failures take a server out, which is its \
-     default",
-    "nginx, by default, doesn't ask a backend for 10 s that has failed once (max_fails=1 \
-     fail_timeout=10s, for each worker)",
-];
-
-/// What happens to one backend.
+/// What happens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Fault {
-    /// Its process dies: the kernel refuses connections.
+enum Event {
     Refuses,
-    /// Packets to it are dropped.
     Drops,
+    Resets,
+    Killed,
+    Updated,
+    ScaledDown,
+    HostSilent,
+    Slow,
 }
 
-const FAULTS: [Fault; 2] = [Fault::Refuses, Fault::Drops];
+const FAULTS: [Event; 7] = [
+    Event::Refuses,
+    Event::Drops,
+    Event::Resets,
+    Event::Killed,
+    Event::Updated,
+    Event::ScaledDown,
+    Event::HostSilent,
+];
 
-/// A fault that is prepared.
-enum Ready {
-    /// The process is to be killed.
-    ToKill,
-    /// `nft` waits for what it is to add; without that it ends when its stdin does.
-    ToDrop(Child),
+/// A step of an event, with some of the instances that there were before.
+enum Act {
+    Signal(Range<usize>, Signal),
+    Silence(Range<usize>),
+    Deregister(Range<usize>),
+    Fail(Range<usize>),
+    Join,
 }
 
-/// The conditions of a run.
-struct Plan {
-    n_rounds: usize,
-    seconds: usize,
-}
-
-const FULL: Plan = Plan { n_rounds: 7, seconds: 60 };
-const QUICK: Plan = Plan { n_rounds: 1, seconds: 5 };
-
-/// A contender with its defaults, or with its checks on.
-#[derive(Clone, Copy)]
-struct Variant {
-    peer: Peer,
-    is_checked: bool,
-}
-
-/// A contender at work, whose backends will see one fault. Dropped in this order.
-struct Site {
-    address: SocketAddrV4,
-    fault: Fault,
-    _running: Running,
-    _consul: Option<Consul>,
-    victim: Helloworld,
-    _others: (Process, TempDir),
-    node: Node,
+/// What was found of a contender.
+struct Found {
+    report: Value,
+    n_late: usize,
+    /// The answers of the first instance.
+    n_first: u64,
 }
 
 /// Runs the suite.
@@ -149,345 +173,282 @@ struct Site {
 /// # Errors
 /// When nothing can be measured at all.
 pub fn run(is_quick: bool) -> Result<Draft> {
-    let plan = if is_quick { QUICK } else { FULL };
-    let title = format!(
-        "one backend of ten refuses, or drops packets: failed and slow requests in the {} s from then on",
-        plan.seconds
-    );
-    let mut draft = Draft::new(&title, plan.n_rounds);
-    let (variants, contenders) = variants();
-    draft.contenders = contenders;
+    let n_rounds = if is_quick { 1 } else { 3 };
+    let mut draft =
+        Draft::new("how a fault reaches clients: failed and slow requests from then on", n_rounds);
+    for (name, setup, config) in COLUMNS.into_iter().chain(ALGORITHMS) {
+        if !draft.contenders.iter().any(|listed| listed.name == name) {
+            draft.contenders.push(contender(name, setup.kind, config));
+        }
+    }
     NOTES.iter().for_each(|note| draft.note(*note));
-    let mut progress = Progress::new("failure", plan.n_rounds);
-    let mut errors = BTreeMap::new();
-    for round in 0..plan.n_rounds {
-        progress.step(&format!("{} contenders at once, {} s", variants.len(), plan.seconds));
-        for (variant, fault, found) in measure(&variants, plan.seconds) {
-            let found = found.map_err(|error| {
-                draft.failed(&variant.name(), fault.name(), &error);
-                errors.entry(variant.name()).or_insert(error);
-            });
-            add(&mut draft, &variant.name(), (fault, plan.seconds), round, found.ok().as_ref());
+    let mut progress = Progress::new("failure", n_rounds * (FAULTS.len() + 1));
+    for (columns, events) in [(&COLUMNS[..], &FAULTS[..]), (&ALGORITHMS, &[Event::Slow])] {
+        progress.preparing("a Consul for each contender");
+        let setups = columns.iter().map(|&(name, setup, _)| (name, setup)).collect();
+        let mut sites = change::start(&mut draft, setups, Layout::TwoHosts)?;
+        for round in 0..n_rounds {
+            for &event in events {
+                let seconds = event.seconds(is_quick);
+                let condition = format!("{}, {seconds} s", event.name());
+                progress.step(&condition);
+                let those: Vec<_> =
+                    sites.iter_mut().filter(|site| event.reaches(site.name)).collect();
+                let names: Vec<_> = those.iter().map(|site| site.name).collect();
+                let ready = at_once(those, |site| prepare(site, event).map(|()| site));
+                let found = at_once(ready, |site| measure(site?, event, seconds));
+                for (name, found) in names.into_iter().zip(found) {
+                    let found = found.inspect_err(|error| draft.failed(name, &condition, error));
+                    add(&mut draft, name, (event, &condition), round, found.ok());
+                }
+            }
         }
     }
     draft.finish();
-    for (contender, error) in errors {
-        let is_measured = |row: &Row| row.contender == contender && row.spread.is_some();
-        if !draft.figures.iter().flat_map(|figure| &figure.rows).any(is_measured) {
-            draft.is_absent(&contender, &error);
-        }
+    if !is_quick {
+        judge(&mut draft);
     }
     Ok(draft)
 }
 
-/// Those who can take part, with their defaults and, where they can, with checks; and the contenders'
-/// list.
-fn variants() -> (Vec<Variant>, Vec<Contender>) {
-    let (able, listed) = peers::able(Protocol::Http);
-    let mut variants = Vec::new();
-    let mut contenders = Vec::new();
-    for mut contender in listed {
-        let peer = able.iter().find(|peer| peer.name == contender.name);
-        let peer = peer.filter(|peer| peer.name != DIRECT);
-        if contender.name == DIRECT {
-            contender.absent = Some(
-                "nobody is between: which of ten addresses a client tries, and which one next, is its \
-                 own affair"
-                    .into(),
-            );
-        }
-        variants.extend(peer.map(|&peer| Variant { peer, is_checked: false }));
-        let checked = with_checks(&contender);
-        contenders.push(contender);
-        if let Some(checked) = checked {
-            let peer = peer.filter(|_| checked.absent.is_none());
-            variants.extend(peer.map(|&peer| Variant { peer, is_checked: true }));
-            contenders.push(checked);
+/// New instances, which all get requests; and no daemon, where it is to be dead.
+fn prepare(site: &mut Site, event: Event) -> Result<()> {
+    let is_killed = site.name == KILLED;
+    if is_killed && let Some(nohop) = site.nohop() {
+        // Before the first event it runs.
+        if nohop.process.ends_within(Duration::ZERO)? {
+            nohop.start_again()?;
         }
     }
-    (variants, contenders)
+    site.replace(event.n_instances())?;
+    if is_killed && let Some(nohop) = site.nohop() {
+        nohop.kill()?;
+    }
+    Ok(())
 }
 
-/// A contender again, with its checks on, if it has any.
-fn with_checks(contender: &Contender) -> Option<Contender> {
-    let mut checked = Contender { name: contender.name.clone() + CHECKS, ..contender.clone() };
-    if let Some((_, why)) = UNCHECKED.iter().find(|(name, _)| *name == contender.name) {
-        checked.absent = Some((*why).into());
-    } else if !CHECKED.contains(&&*contender.name) {
-        return None;
+/// Sends requests while it happens.
+fn measure(site: &mut Site, event: Event, seconds: u64) -> Result<Found> {
+    let first = site.batch.instances[0].answer();
+    let dead = &site.batch.instances[..event.n_dead()];
+    let dead: Vec<_> = dead.iter().map(|instance| instance.address).collect();
+    let capture = Capture::start(site.node.client_host().outside(), &dead)?;
+    let mut command = site.node.client_place().command(generators::load_program()?);
+    let with_warm_up = seconds + WARM_UP.as_secs();
+    let rate = if event == Event::Slow { 500 } else { 150 };
+    let arguments = format!(
+        "http {} --rate {rate} --close --connections 4096 --seconds {with_warm_up} --warmup-ms {} \
+         --timeout-ms {} --slow-ms 100",
+        site.address,
+        WARM_UP.as_millis(),
+        PATIENCE.as_millis(),
+    );
+    command.args(arguments.split(' '));
+    let load = Process::spawn("nohop-load", command)?;
+    load.wait_for_line(&["requesting"])?;
+    let start = Instant::now() + WARM_UP;
+    for (at_ms, act) in event.acts(seconds * 1000) {
+        let at = start + Duration::from_millis(at_ms);
+        thread::sleep(at.saturating_duration_since(Instant::now()));
+        act.play(site)?;
     }
-    if contender.name == NOHOP && checked.absent.is_none() {
-        checked.config = String::new(); // its catalog is Consul's
-        match consul::version() {
-            Ok(version) => checked.version = format!("{}, {version}", checked.version),
-            Err(error) => checked.absent = Some(format!("{error:#}")),
-        }
-    }
-    Some(checked)
+    let limit = Duration::from_secs(with_warm_up) + PATIENCE + SPARE;
+    let line = load.wait_for_line_within(limit, &["\"requests\""])?;
+    let report: Value = serde_json::from_str(&line).context("read nohop-load's report")?;
+    let n_late = capture.finish(&dead)?.iter().map(n_late).sum();
+    let n_first = report["servers"][&first].as_u64().unwrap_or(0);
+    Ok(Found { report, n_late, n_first })
 }
 
-/// A round: what the generator found of each contender with each fault.
-fn measure(variants: &[Variant], seconds: usize) -> Vec<(Variant, Fault, Result<Value>)> {
-    let of = |fault| variants.iter().map(move |&variant| (variant, fault));
-    let cases: Vec<_> = FAULTS.into_iter().flat_map(of).collect();
-    let sites = at_once(cases.clone(), |(variant, fault)| Site::start(variant, fault));
-    let found = at_once(sites, |site| site?.measure(seconds));
-    cases.into_iter().zip(found).map(|((variant, fault), found)| (variant, fault, found)).collect()
+/// The connections that began after the backend's first sign.
+fn n_late(connects: &Connects) -> usize {
+    let reset = connects.all().iter().filter_map(|connect| connect.reset).min();
+    let silent = || connects.first_unanswered().map(|unanswered| unanswered + SILENCE);
+    let sign = connects.first_refusal().or(reset).or_else(silent);
+    sign.map_or(0, |sign| connects.since(sign).len())
 }
 
-impl Site {
-    fn start(variant: Variant, fault: Fault) -> Result<Site> {
-        let node = Node::new(Layout::TwoHosts)?;
-        let others = start_backend(&node)?;
-        let backends = backends();
-        let victim = Helloworld::start(
-            node.backend_place(),
-            "the one that fails",
-            &backends[0].to_string(),
-        )?;
-        let (running, consul) = if variant.is_checked && variant.peer.name == NOHOP {
-            let (running, consul) = start_nohop_by_consul(&node, &backends)?;
-            (running, Some(consul))
-        } else {
-            let services = Services::one(Protocol::Http, backends);
-            let services = Services { are_checked: variant.is_checked, ..services };
-            (variant.peer.start(&node, &services)?, None)
-        };
-        let address = running.address(0);
-        let (_running, _consul, _others) = (running, consul, others);
-        Ok(Site { address, fault, _running, _consul, victim, _others, node })
-    }
-
-    /// Sends requests to all ten for a while, and further while one of them fails.
-    fn measure(&self, seconds: usize) -> Result<Value> {
-        let place = self.node.client_place();
-        let before =
-            format!("http {} --rate 100 --seconds 0.3 --connections 16 --close", self.address);
-        let before = generators::load(place, &before)?;
-        let n_failed = generators::number(&before, "/n_failed")?;
-        ensure!(n_failed == 0.0, "requests fail before any backend does: {}", before["failed"]);
-        let mut command = place.command(generators::load_program()?);
-        command.args(["http", &self.address.to_string(), "--rate", &RATE.to_string(), "--close"]);
-        let with_warm_up = seconds as u64 + WARM_UP.as_secs();
-        command.args(["--seconds", &with_warm_up.to_string(), "--connections", "256"]);
-        command.args(["--warmup-ms", &WARM_UP.as_millis().to_string()]);
-        command.args(["--timeout-ms", &PATIENCE.as_millis().to_string(), "--slow-ms", "100"]);
-        let ready = self.prepare()?;
-        let load = Process::spawn("nohop-load", command)?;
-        await_program(&load, "nohop-load")?;
-        thread::sleep(WARM_UP);
-        self.fail(ready)?;
-        let limit = Duration::from_secs(with_warm_up) + PATIENCE + SPARE;
-        let found = load.wait_for_line_within(limit, &["\"requests\""])?;
-        serde_json::from_str(&found).with_context(|| format!("nohop-load's output: {found}"))
-    }
-
-    /// Prepares the fault, so that it costs next to nothing at its moment.
-    fn prepare(&self) -> Result<Ready> {
-        match self.fault {
-            Fault::Refuses => Ok(Ready::ToKill),
-            Fault::Drops => {
-                let mut nft = self.node.backend_place().command("nft");
-                nft.args(["-f", "-"]).stdin(Stdio::piped()).stderr(Stdio::piped());
-                Ok(Ready::ToDrop(nft.spawn().context("start nft")?))
+impl Act {
+    fn play(self, site: &mut Site) -> Result<()> {
+        let of = |range: &Range<usize>| site.batch.instances[range.clone()].iter();
+        match self {
+            Act::Signal(range, signal) => of(&range).for_each(|instance| instance.signal(signal)),
+            Act::Deregister(range) => {
+                of(&range).try_for_each(|instance| site.deregister(&instance.name))?;
             }
-        }
-    }
-
-    /// Has the first backend fail.
-    fn fail(&self, ready: Ready) -> Result<()> {
-        match ready {
-            Ready::ToKill => self.victim.process.signal(Signal::KILL),
-            // The rule goes with the namespace.
-            Ready::ToDrop(mut nft) => {
-                let rule = drop_rule(self.victim.address);
-                let mut stdin = nft.stdin.take().context("nft has no stdin")?;
-                stdin.write_all(rule.as_bytes()).context("write to nft")?;
-                drop(stdin);
-                let output = nft.wait_with_output().context("wait for nft")?;
-                let text = String::from_utf8_lossy(&output.stderr);
-                ensure!(output.status.success(), "nft refuses `{rule}`: {text}");
-                Ok(())
+            Act::Fail(range) => of(&range).try_for_each(|instance| site.fail(&instance.name))?,
+            Act::Silence(range) => {
+                // The rules go with the namespace.
+                let mut rules = "add table ip nohop_fault; add chain ip nohop_fault input { type \
+                                 filter hook input priority 0; };"
+                    .to_owned();
+                for ip in of(&range).map(|instance| *instance.address.ip()) {
+                    rules += &format!("add rule ip nohop_fault input ip daddr {ip} drop;");
+                }
+                let mut nft = site.node.backend_place().command(find("nft")?);
+                nft.arg(rules);
+                cmd::stdout(nft)?;
             }
+            Act::Join => site.join()?,
         }
+        Ok(())
     }
 }
 
-/// The ten.
-fn backends() -> Vec<SocketAddrV4> {
-    let port = |idx| if idx == 0 { VICTIM_PORT } else { PORT };
-    (0..N_BACKENDS).map(|idx| Node::backend(idx, port(idx))).collect()
-}
-
-/// nohop with its defaults, and its Consul, which checks the backends.
-fn start_nohop_by_consul(node: &Node, backends: &[SocketAddrV4]) -> Result<(Running, Consul)> {
-    const SERVICE: &str = "web";
-    let consul = Consul::dev(node.client_host())?;
-    for (idx, backend) in backends.iter().enumerate() {
-        let mut instance = consul::instance(SERVICE, &format!("{SERVICE}-{idx}"), *backend);
-        instance["Check"] = json!({
-            "TCP": backend.to_string(),
-            "Interval": "1s",
-            "Timeout": "1s",
-            "Status": "passing",
-        });
-        consul.register(&instance)?;
-    }
-    let nohop = Nohop::start(node.client_host(), &node.client, "")?;
-    node.adopt_hop(&nohop.process)?;
-    let services = nohop.wait_for_backends(SERVICE, backends.len())?;
-    let vip = nohop::service(&services, SERVICE).and_then(|service| service["vip"].as_str());
-    let vip =
-        vip.and_then(|vip| vip.parse().ok()).context("nohop reports no VIP of the service")?;
-    let address = SocketAddrV4::new(vip, 80);
-    Ok((Running::new(vec![address], vec![Guard::Nohop(Box::new(nohop))]), consul))
-}
-
-/// Waits until a process, which first finds its place, is the program that it is to be; there is no event
-/// for that.
-fn await_program(process: &Process, name: &str) -> Result<()> {
-    let comm = format!("/proc/{}/comm", process.pid().as_raw_nonzero());
-    for _ in 0..N_LOOKS {
-        if fs::read_to_string(&comm).is_ok_and(|comm| comm.trim() == name) {
-            return Ok(());
-        }
-        if process.ends_within(LOOK)? {
-            bail!("it ended\n{}", process.tail());
+impl Event {
+    fn name(self) -> &'static str {
+        match self {
+            Event::Refuses => "one of ten refuses",
+            Event::Drops => "one of ten drops packets",
+            Event::Resets => "one of ten accepts and resets",
+            Event::Killed => "one of three is killed",
+            Event::Updated => "three are updated one by one",
+            Event::ScaledDown => "six are scaled down to three",
+            Event::HostSilent => "a host with three of six falls silent",
+            Event::Slow => "one of ten answers 50 times slower",
         }
     }
-    bail!("{name} doesn't start\n{}", process.tail())
-}
 
-/// The rules of `nft` that drop packets to this address, without tracking connections.
-fn drop_rule(address: SocketAddrV4) -> String {
-    format!(
-        "add table ip nohop_fault\n\
-         add chain ip nohop_fault input {{ type filter hook input priority 0; }}\n\
-         add rule ip nohop_fault input ip daddr {} drop\n",
-        address.ip()
-    )
+    fn n_instances(self) -> usize {
+        match self {
+            Event::Killed | Event::Updated => 3,
+            Event::ScaledDown | Event::HostSilent => 6,
+            Event::Refuses | Event::Drops | Event::Resets | Event::Slow => 10,
+        }
+    }
+
+    /// How many of them die, the first ones.
+    fn n_dead(self) -> usize {
+        match self {
+            Event::Updated | Event::ScaledDown | Event::HostSilent => 3,
+            _ => 1,
+        }
+    }
+
+    fn seconds(self, is_quick: bool) -> u64 {
+        match self {
+            _ if is_quick => 6,
+            Event::Refuses | Event::Drops => 60,
+            _ => 30,
+        }
+    }
+
+    /// Without a daemon, what Consul reports has no effect: there is nothing to see.
+    fn reaches(self, contender: &str) -> bool {
+        contender != KILLED || !matches!(self, Event::Updated | Event::ScaledDown)
+    }
+
+    /// What is done, each so many milliseconds after the start of so long a time.
+    fn acts(self, lasts_ms: u64) -> Vec<(u64, Act)> {
+        match self {
+            Event::Refuses => vec![(0, Act::Signal(0..1, Signal::KILL))],
+            Event::Drops => vec![(0, Act::Silence(0..1))],
+            Event::Resets => vec![(0, Act::Signal(0..1, Signal::USR1))],
+            Event::Slow => vec![(0, Act::Signal(0..1, Signal::USR2))],
+            Event::Killed => {
+                vec![(0, Act::Signal(0..1, Signal::KILL)), (400, Act::Deregister(0..1))]
+            }
+            Event::Updated => (0..3)
+                .flat_map(|idx| {
+                    let (at, range) = (lasts_ms / 3 * idx as u64, idx..idx + 1);
+                    let kill = Act::Signal(range.clone(), Signal::KILL);
+                    [(at, Act::Deregister(range)), (at, kill), (at + 500, Act::Join)]
+                })
+                .collect(),
+            Event::ScaledDown => {
+                vec![(0, Act::Deregister(0..3)), (0, Act::Signal(0..3, Signal::KILL))]
+            }
+            Event::HostSilent => vec![(0, Act::Silence(0..3)), (1000, Act::Fail(0..3))],
+        }
+    }
 }
 
 /// Adds a contender's results of a round, or that there are none.
 fn add(
     draft: &mut Draft,
     contender: &str,
-    (fault, seconds): (Fault, usize),
+    (event, condition): (Event, &str),
     round: usize,
-    found: Option<&Value>,
+    found: Option<Found>,
 ) {
-    let condition = format!("{}, the first {seconds} s", fault.name());
-    let number = |path: &str| found.and_then(|found| generators::number(found, path).ok());
-    let percent =
-        |path: &str| Some(100.0 * number(path)? / number("/requests").filter(|n| *n > 0.0)?);
-    draft.add(FAILED, &condition, contender, round, percent("/n_failed"));
-    draft.add(SLOW, &condition, contender, round, percent("/n_slow"));
-    draft.add(P99, &condition, contender, round, number("/latency_us/p99"));
-    let by_second = found.map(by_second).unwrap_or_default();
-    for second in 0..seconds.min(N_CURVE_SECONDS) {
-        let at = ("s after the fault", second + 1);
-        let value = by_second.get(second).copied().flatten();
-        draft.add_point(fault.curve(), at, contender, round, value);
-    }
-}
-
-/// The part of each second's requests that failed or were slow, in percent; `None` where none was due.
-fn by_second(found: &Value) -> Vec<Option<f64>> {
-    let percent = |second: &Value| {
-        let n_requests = second["requests"].as_f64().filter(|n_requests| *n_requests > 0.0)?;
-        Some(100.0 * (second["failed"].as_f64()? + second["slow"].as_f64()?) / n_requests)
+    let number =
+        |path: &str| found.as_ref().and_then(|found| generators::number(&found.report, path).ok());
+    let percent = |n: Option<f64>| Some(100.0 * n? / number("/requests").filter(|n| *n > 0.0)?);
+    let (failed, slow) = (percent(number("/n_failed")), percent(number("/n_slow")));
+    let (p50, p99) = (number("/latency_us/p50"), number("/latency_us/p99"));
+    let n_first = found.as_ref().map(|found| found.n_first as f64);
+    let n_late = found.as_ref().map(|found| found.n_late as f64);
+    let together = failed.zip(slow).map(|(failed, slow)| failed + slow);
+    let figures = match event {
+        Event::Slow => &[
+            (SLOW_P99, p99),
+            (SLOW_P50, p50),
+            (SLOW_SHARE, percent(n_first)),
+            (SLOW_FAILED, failed),
+        ][..],
+        _ => &[
+            (TOGETHER, together),
+            (FAILED, failed),
+            (SLOW, slow),
+            (LATE, n_late),
+            (P50, p50),
+            (P99, p99),
+        ],
     };
-    found["by_second"].as_array().into_iter().flatten().map(percent).collect()
-}
-
-impl Variant {
-    fn name(&self) -> String {
-        format!("{}{}", self.peer.name, if self.is_checked { CHECKS } else { "" })
+    for (quantity, value) in figures {
+        draft.add(*quantity, condition, contender, round, *value);
     }
 }
 
-impl Fault {
-    fn name(self) -> &'static str {
-        match self {
-            Fault::Refuses => "one of ten refuses",
-            Fault::Drops => "one of ten drops packets",
-        }
-    }
-
-    /// Its curve over the time.
-    fn curve(self) -> Quantity {
-        let name = match self {
-            Fault::Refuses => "failed and slow requests of each second, one of ten refuses",
-            Fault::Drops => "failed and slow requests of each second, one of ten drops packets",
-        };
-        Quantity { name, ..FAILED }
+/// The goals, all of nohop without its daemon.
+fn judge(draft: &mut Draft) {
+    let rounds = |draft: &Draft, quantity: Quantity, event: Event| -> Vec<f64> {
+        let figure = draft.find(quantity.name, &format!("{}, 60 s", event.name()));
+        let row = figure.and_then(|figure| figure.row(KILLED));
+        row.map(|row| row.rounds.iter().copied().flatten().collect()).unwrap_or_default()
+    };
+    for event in [Event::Refuses, Event::Drops] {
+        let most = |values: Vec<f64>| values.into_iter().reduce(f64::max);
+        let what = |what: &str| format!("{}, {KILLED}: {what}, most of a round", event.name());
+        let together = most(rounds(draft, TOGETHER, event));
+        draft.goal_of_count(&what("failed and slow requests in %"), Limit::AtMost(0.5), together);
+        // After 1, 3, 7, 15 and 31 s a trial, and the connection that was about to begin.
+        let n_late = most(rounds(draft, LATE, event));
+        let text = what("connections after the first sign");
+        draft.goal_of_count(&text, Limit::AtMost(6.0), n_late);
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     #[test]
-    fn one_of_ten_has_a_port_of_its_own() {
-        let backends = backends();
-        assert_eq!(backends.len(), N_BACKENDS);
-        let on_port = |port| backends.iter().filter(|backend| backend.port() == port).count();
-        assert_eq!([VICTIM_PORT, PORT].map(on_port), [1, N_BACKENDS - 1]);
-    }
-
-    #[test]
     fn what_was_found_becomes_shares() {
-        let found = json!({
-            "requests": 200, "n_failed": 20, "n_slow": 1, "latency_us": { "p99": 900 },
-            "by_second": [
-                { "requests": 50, "failed": 4, "slow": 1 },
-                { "requests": 0, "failed": 0, "slow": 0 },
-            ],
+        let report = json!({
+            "requests": 200, "n_failed": 20, "n_slow": 1, "latency_us": { "p50": 90, "p99": 900 },
         });
         let mut draft = Draft::new("a test", 2);
-        add(&mut draft, NGINX, (Fault::Drops, 4), 0, Some(&found));
-        add(&mut draft, NGINX, (Fault::Drops, 4), 1, None);
+        let found = Found { report, n_late: 3, n_first: 4 };
+        add(&mut draft, NOHOP, (Event::Drops, "drops"), 0, Some(found));
+        add(&mut draft, NOHOP, (Event::Drops, "drops"), 1, None);
         draft.finish();
-        let rounds = |name: &str, condition: &str| {
-            let row = draft.find(name, condition).and_then(|figure| figure.row(NGINX));
-            row.map(|row| row.rounds.clone()).unwrap_or_default()
-        };
-        let condition = "one of ten drops packets, the first 4 s";
-        assert_eq!(rounds(FAILED.name, condition), [Some(10.0), None]);
-        assert_eq!(rounds(SLOW.name, condition), [Some(0.5), None]);
-        assert_eq!(rounds(P99.name, condition), [Some(900.0), None]);
-        let curve = Fault::Drops.curve().name;
-        assert_eq!(rounds(curve, "1 s after the fault"), [Some(10.0), None]);
-        for second in 2..=4 {
-            let condition = format!("{second} s after the fault");
-            assert_eq!(rounds(curve, &condition), [None, None], "{condition}");
+        for (quantity, expected) in
+            [(FAILED, 10.0), (SLOW, 0.5), (TOGETHER, 10.5), (P50, 90.0), (P99, 900.0), (LATE, 3.0)]
+        {
+            let row = draft.find(quantity.name, "drops").and_then(|figure| figure.row(NOHOP));
+            let rounds = row.map(|row| row.rounds.clone()).unwrap_or_default();
+            assert_eq!(rounds, [Some(expected), None], "{}", quantity.name);
         }
     }
 
     #[test]
-    fn checks_are_listed_where_they_can_be_on() {
-        let contender = |name: &str, absent: Option<&str>| Contender {
-            name: name.into(),
-            version: "1".into(),
-            config: "a file".into(),
-            absent: absent.map(String::from),
-        };
-        let absent = |name: &str, absent: Option<&str>| {
-            with_checks(&contender(name, absent)).map(|checked| (checked.name, checked.absent))
-        };
-        let of_haproxy = "HAProxy tcp + checks".to_owned();
-        assert_eq!(absent(HAPROXY_TCP, None), Some((of_haproxy.clone(), None)));
-        let why = Some("not installed".to_owned());
-        assert_eq!(absent(HAPROXY_TCP, why.as_deref()), Some((of_haproxy, why)));
-        let why = Some("rules don't check".to_owned());
-        assert_eq!(absent(NFTABLES, None), Some(("nftables + checks".into(), why)));
-        assert_eq!(absent("IPVS", None), None);
-    }
-
-    #[test]
-    fn packets_to_one_address_are_dropped() {
-        let rule = drop_rule(backends()[0]);
-        assert!(rule.ends_with("input ip daddr 10.98.1.0 drop\n"), "{rule}");
+    fn acts_come_in_their_order_and_end_in_time() {
+        for event in FAULTS.into_iter().chain([Event::Slow]) {
+            let acts: Vec<u64> = event.acts(6_000).iter().map(|(at_ms, _)| *at_ms).collect();
+            assert!(acts.is_sorted() && acts.iter().all(|at_ms| *at_ms < 6_000), "{event:?}");
+        }
     }
 }

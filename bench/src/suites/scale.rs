@@ -136,7 +136,7 @@ fn services(n_services: usize, port: u16) -> Services {
         }
     };
     let services = (0..n_services).map(service).collect();
-    Services { protocol: Protocol::Tcp, services, are_checked: false }
+    Services { protocol: Protocol::Tcp, services, settings: String::new() }
 }
 
 fn load_nohop(node: &Node, [before, after]: [&Services; 2]) -> Result<Loaded> {

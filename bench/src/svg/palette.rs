@@ -34,7 +34,7 @@ const WINE: Color = Color { light: "#9c5a7b", dark: "#ab6b8c", marker: WEDGE };
 const PURPLE: Color = Color { light: "#b47cac", dark: "#b07aa8", marker: CROSS };
 
 /// By what a name begins with; the first that fits.
-const NAMED: [(&str, Color); 24] = [
+const NAMED: [(&str, Color); 23] = [
     ("nohop", ACCENT),
     ("direct", NEUTRAL),
     ("haproxy http", CYAN),
@@ -53,7 +53,6 @@ const NAMED: [(&str, Color); 24] = [
     ("systemd-resolved", OLIVE),
     ("resolved", OLIVE),
     ("consul", ROSE),
-    ("traefik", CYAN),
     ("linkerd", TEAL),
     ("katran", WINE),
     ("pgbouncer", PURPLE),

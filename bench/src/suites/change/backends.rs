@@ -40,13 +40,14 @@ pub struct Instance {
 }
 
 impl Batch {
-    /// Starts `n` instances, numbered from `first` on, and waits until they listen.
+    /// Starts `n` instances, numbered from `first` on, whose work on a request takes so many
+    /// milliseconds, and waits until they listen.
     ///
     /// # Errors
     /// When one can't.
-    pub fn start(node: &Node, first: usize, n: usize) -> Result<Batch> {
+    pub fn start(node: &Node, first: usize, n: usize, work_ms: u32) -> Result<Batch> {
         let mut command = node.backend_place().command(std::env::current_exe()?);
-        command.args(["instances", &first.to_string(), &n.to_string()]);
+        command.args(["instances", &first.to_string(), &n.to_string(), &work_ms.to_string()]);
         let process = Process::spawn("instances", command)?;
         let line = process.wait_for_line(&[STARTED])?;
         let pids = line.trim_start_matches(STARTED).split_whitespace();
@@ -71,7 +72,12 @@ impl Drop for Batch {
 impl Instance {
     /// Ends it, as a crash would: its connections are reset, and new ones refused.
     pub fn kill(&self) {
-        let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
+        self.signal(Signal::KILL);
+    }
+
+    /// Sends it a signal: `nohop-load hello` says what each does.
+    pub fn signal(&self, signal: Signal) {
+        let _ = pidfd_send_signal(&self.pidfd, signal);
     }
 
     /// One that isn't at work: ending it ends nothing.
@@ -95,16 +101,18 @@ fn address(idx: usize) -> SocketAddrV4 {
     Node::backend(idx, 8080)
 }
 
-/// The program `instances FIRST N`: starts them, prints their process ids, and ends after the last one.
+/// The program `instances FIRST N WORK_MS`: starts them, prints their process ids, and ends after the last one.
 ///
 /// # Errors
 /// When one doesn't start.
 pub fn program(arguments: &[&str]) -> Result<()> {
-    let [first, n] = arguments[..] else { anyhow::bail!("usage: instances FIRST N") };
+    let [first, n, work_ms] = arguments[..] else {
+        anyhow::bail!("usage: instances FIRST N WORK_MS");
+    };
     let (first, n): (usize, usize) = (first.parse()?, n.parse()?);
     let mut started = Started(Vec::new());
     for idx in first..first + n {
-        started.0.push(start(idx)?);
+        started.0.push(start(idx, work_ms)?);
     }
     for child in &mut started.0 {
         let stdout = child.stdout.take().context("a server without output")?;
@@ -120,9 +128,9 @@ pub fn program(arguments: &[&str]) -> Result<()> {
     Ok(())
 }
 
-fn start(idx: usize) -> Result<Child> {
+fn start(idx: usize, work_ms: &str) -> Result<Child> {
     let mut command = Command::new(cmd::built("nohop-load")?);
-    command.args(["hello", &address(idx).to_string(), "--name", &name(idx)]);
+    command.args(["hello", &address(idx).to_string(), "--name", &name(idx), "--work-ms", work_ms]);
     let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn();
     child.with_context(|| format!("start {command:?}"))
 }

@@ -1,98 +1,118 @@
 //! The programs that bring Consul's instances to HAProxy, by its configuration and a reload or by its
-//! Runtime API, and to Envoy, by a file of endpoints. All wait on the same blocking query.
+//! Runtime API, to Envoy, by a file of endpoints, and to nftables. All wait on the same blocking query.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::io::{Read, Write};
 use std::net::SocketAddrV4;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use rustix::process::{Pid, Signal, kill_process};
+use testbed::cmd;
 
 use super::backends::SERVICE;
 use super::blocking::{Blocking, Instances};
-use crate::peers::{ENVOY_ENDPOINTS, HaproxyNotify, Protocol, Services, rendered};
+use crate::peers::{ENVOY_ENDPOINTS, HaproxyNotify, Protocol, Services, find, rendered};
 
 /// The file that is written at each change.
 pub const RELOAD_CONFIG: &str = "haproxy-reload.cfg";
+const NFTABLES: &str = "nftables.nft";
 
 /// The slots that `bench/peers/haproxy-runtime.cfg` declares.
 const N_SLOTS: usize = 40;
 
+/// From an error of Consul's to the next request.
+const RETRY: Duration = Duration::from_millis(250);
+
 /// How long HAProxy may take to answer.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// The program `follow reload DIR MASTER_PID`, `follow runtime SOCKET` or `follow eds DIR`; it runs until
-/// it is ended.
+/// The program `follow reload DIR MASTER_PID SETTINGS`, `follow runtime SOCKET`, `follow eds DIR` or `follow
+/// nft DIR`; it runs until it is ended.
 ///
 /// # Errors
-/// When Consul or HAProxy fails it, or `DIR` can't be written to.
+/// When the balancer fails it, or `DIR` can't be written to.
 pub fn program(arguments: &[&str]) -> Result<()> {
     match arguments[..] {
-        ["reload", dir, master] => {
+        ["reload", dir, master, settings] => {
             let master = Pid::from_raw(master.parse()?).context("0 is no process")?;
-            reload(Path::new(dir), master)
+            reload(Path::new(dir), master, settings)
         }
         ["runtime", socket] => runtime(Path::new(socket)),
-        ["eds", dir] => eds(Path::new(dir)),
-        _ => bail!("usage: follow reload DIR MASTER_PID | follow runtime SOCKET | follow eds DIR"),
+        // Where renames come faster than Envoy reads, it reads the newest, so there is nothing to wait for.
+        ["eds", dir] => {
+            follow(|instances| replace(Path::new(dir), ENVOY_ENDPOINTS, "", instances).map(drop))
+        }
+        ["nft", dir] => follow(|instances| {
+            // A map of no backends is none.
+            if instances.is_empty() {
+                return Ok(());
+            }
+            let rules = replace(Path::new(dir), NFTABLES, "", instances)?;
+            let mut nft = Command::new(find("nft")?);
+            nft.arg("-f").arg(rules);
+            cmd::stdout(nft).map(drop)
+        }),
+        _ => {
+            bail!("usage: follow reload|runtime|eds|nft …, as the suites `change` and `failure` do")
+        }
+    }
+}
+
+/// Has the service's instances applied at each change, one after the other.
+fn follow(mut apply: impl FnMut(&Instances) -> Result<()>) -> Result<()> {
+    let mut blocking = Blocking::new(SERVICE);
+    let mut applied = None;
+    loop {
+        let instances = match blocking.next() {
+            Ok(instances) => instances,
+            Err(error) => {
+                // As consul-template does.
+                eprintln!("asks again: {error:#}");
+                thread::sleep(RETRY);
+                continue;
+            }
+        };
+        if applied.as_ref() != Some(&instances) {
+            apply(&instances)?;
+            applied = Some(instances);
+        }
     }
 }
 
 /// Writes the configuration and reloads it, one reload after the other: a master loses a signal that
 /// comes while it restarts.
-fn reload(dir: &Path, master: Pid) -> Result<()> {
+fn reload(dir: &Path, master: Pid, settings: &str) -> Result<()> {
     let notify = HaproxyNotify::bind(dir)?;
-    let mut blocking = Blocking::new(SERVICE);
-    let mut rendered = None;
-    loop {
-        let instances = blocking.next()?;
-        if rendered.as_ref() == Some(&instances) {
-            continue;
-        }
-        replace(dir, RELOAD_CONFIG, &instances)?;
+    follow(|instances| {
+        replace(dir, RELOAD_CONFIG, settings, instances)?;
         kill_process(master, Signal::USR2).context("signal HAProxy's master")?;
-        notify.wait_for(&["RELOADING=1", "READY=1"])?;
-        rendered = Some(instances);
-    }
-}
-
-/// Replaces the file of endpoints, which Envoy watches. Where renames come faster than Envoy reads, it
-/// reads the newest, so there is nothing to wait for.
-fn eds(dir: &Path) -> Result<()> {
-    let mut blocking = Blocking::new(SERVICE);
-    let mut rendered = None;
-    loop {
-        let instances = blocking.next()?;
-        if rendered.as_ref() != Some(&instances) {
-            replace(dir, ENVOY_ENDPOINTS, &instances)?;
-            rendered = Some(instances);
-        }
-    }
+        notify.wait_for(&["RELOADING=1", "READY=1"])
+    })
 }
 
 /// Replaces a file of `bench/peers` in one step: the proxy may be reading it.
-fn replace(dir: &Path, file: &str, instances: &Instances) -> Result<()> {
+fn replace(dir: &Path, file: &str, settings: &str, instances: &Instances) -> Result<PathBuf> {
     let mut services = Services::one(Protocol::Tcp, instances.values().copied().collect());
     services.services[0].name = SERVICE.into();
+    services.settings = settings.into();
     let text = rendered(file, &services, dir)?;
-    let fresh = dir.join("fresh");
-    std::fs::write(&fresh, text).and_then(|()| std::fs::rename(&fresh, dir.join(file)))?;
-    Ok(())
+    let (fresh, file) = (dir.join("fresh"), dir.join(file));
+    std::fs::write(&fresh, text).and_then(|()| std::fs::rename(&fresh, &file))?;
+    Ok(file)
 }
 
 /// Fills slots.
 fn runtime(socket: &Path) -> Result<()> {
-    let mut blocking = Blocking::new(SERVICE);
     let mut slots = Slots::new(N_SLOTS);
-    loop {
-        let commands = slots.update(&blocking.next()?.into_values().collect())?;
-        if !commands.is_empty() {
-            send(socket, &commands)?;
-        }
-    }
+    follow(|instances| {
+        let commands = slots.update(&instances.values().copied().collect())?;
+        if commands.is_empty() { Ok(()) } else { send(socket, &commands) }
+    })
 }
 
 /// Has HAProxy do all of these on one connection, and waits until they are done.
@@ -195,9 +215,10 @@ mod tests {
 
     #[test]
     fn envoy_watches_the_file_that_is_replaced() {
-        let services = Services::one(Protocol::Tcp, vec![]);
+        let mut services = Services::one(Protocol::Tcp, vec![]);
+        services.settings = "eds".into();
         let dir = Path::new("/tmp/x");
-        let text = rendered("envoy-eds.yaml", &services, dir).expect("filled in");
+        let text = rendered("envoy.yaml", &services, dir).expect("filled in");
         let watched =
             format!("path_config_source: {{ path: {}/{ENVOY_ENDPOINTS} }}", dir.display());
         assert!(text.contains(&watched), "{text}");

@@ -1,28 +1,28 @@
 //! Change: from Consul's response to the connections that follow it, a rolling deploy under load, and what new
 //! instances get of clients that keep their connections.
 
-mod backends;
+pub(super) mod backends;
 mod blocking;
 mod deploy;
 mod haproxy_sync;
 mod rebalance;
 mod single_change;
-mod site;
+pub(super) mod site;
 
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 
 use super::site::at_once;
 use crate::generators;
 use crate::node::{Layout, Node};
-use crate::peers::{ENVOY, HAPROXY_HTTP, HAPROXY_TCP, NOHOP, PEERS, Protocol};
+use crate::peers::{ENVOY, HAPROXY_HTTP, HAPROXY_TCP, NFTABLES, NOHOP, PEERS, Protocol};
 use crate::progress::Progress;
 use crate::report::Contender;
 use crate::report_builder::{Draft, Limit, Quantity};
 use crate::stats::{Spread, quantile};
 use single_change::Delays;
-use site::{Kind, Site};
+use site::{Kind, Setup, Site};
 
 const SRV: &str = "HAProxy SRV";
 const RELOAD: &str = "HAProxy reload";
@@ -35,7 +35,7 @@ const ALL: [(&str, Kind, &str); 7] = [
     (SRV, Kind::Srv, "bench/peers/haproxy-srv.cfg"),
     (RELOAD, Kind::Reload, "bench/peers/haproxy-reload.cfg"),
     (RUNTIME, Kind::Runtime(Protocol::Tcp), "bench/peers/haproxy-runtime.cfg"),
-    (EDS, Kind::Eds, "bench/peers/envoy-eds.yaml"),
+    (EDS, Kind::Eds(Protocol::Tcp), "bench/peers/envoy.yaml"),
     (HAPROXY_TCP, Kind::Runtime(Protocol::Tcp), "bench/peers/haproxy-runtime.cfg"),
     (HAPROXY_HTTP, Kind::Runtime(Protocol::Http), "bench/peers/haproxy-runtime.cfg"),
 ];
@@ -118,10 +118,20 @@ pub fn run(is_quick: bool) -> Result<Draft> {
     let title = "change: from Consul's response to the connections that follow it, next to HAProxy by SRV records, \
                  by a reload and by its Runtime API, and Envoy by EDS from a file";
     let mut draft = Draft::new(title, plan.n_rounds);
-    draft.contenders = ALL.iter().map(contender).collect();
+    draft.contenders =
+        ALL.iter().map(|&(name, kind, config)| contender(name, kind, config)).collect();
     let mut progress = Progress::new("change", plan.n_rounds * (5 + 5 + 3));
     progress.preparing("a Consul for each contender");
-    let mut sites = start(&mut draft)?;
+    // In the shares, the tcp mode is that of the site that takes part in all.
+    let others = ALL.iter().filter(|(name, ..)| *name != HAPROXY_TCP);
+    let setups = others.map(|&(name, kind, _)| {
+        let settings = if kind == Kind::Eds(Protocol::Tcp) { "eds" } else { "" };
+        (name, Setup { settings, ..Setup::of(kind) })
+    });
+    let mut sites = start(&mut draft, setups.collect(), Layout::OneHost)?;
+    if !sites.iter().any(|site| site.name == RUNTIME) {
+        draft.is_absent(HAPROXY_TCP, &anyhow!("{RUNTIME} is absent"));
+    }
     let deploy_condition = format!(
         "one host, {} changes at {} a second among {} instances, which end {} ms after their \
          deregistration; {} requests/s, a connection each",
@@ -180,42 +190,35 @@ pub fn run(is_quick: bool) -> Result<Draft> {
 }
 
 /// As a report lists it: HAProxy is the same one each time.
-fn contender(&(name, kind, config): &(&str, Kind, &str)) -> Contender {
+pub(super) fn contender(name: &str, kind: Kind, config: &str) -> Contender {
     let program = match kind {
         Kind::Nohop => NOHOP,
         Kind::Srv | Kind::Reload | Kind::Runtime(_) => HAPROXY_TCP,
-        Kind::Eds => ENVOY,
+        Kind::Eds(_) => ENVOY,
+        Kind::Nftables => NFTABLES,
     };
     let peer = PEERS.iter().find(|peer| peer.name == program);
     let version = peer.context("unknown").and_then(|peer| (peer.version)());
     Contender::new(name, version, config)
 }
 
-/// Starts all who can take part; who can't is listed as absent from then on. Most of it is waiting for
-/// each Consul, so they start at the same time.
-fn start(draft: &mut Draft) -> Result<Vec<Site>> {
+/// Starts those of these who can take part; who can't is listed as absent from then on. Most of it is
+/// waiting for each Consul, so they start at the same time.
+pub(super) fn start(
+    draft: &mut Draft,
+    mut setups: Vec<(&'static str, Setup)>,
+    layout: Layout,
+) -> Result<Vec<Site>> {
     let is_able = |name: &str| {
         draft.contenders.iter().any(|listed| listed.name == name && listed.absent.is_none())
     };
-    let mut starting = Vec::new();
-    for (name, kind, _) in ALL {
-        // In the shares, the tcp mode is that of the site that takes part in all.
-        if name != HAPROXY_TCP && is_able(name) {
-            starting.push((name, kind, Node::new(Layout::OneHost)?));
-        }
-    }
-    let names: Vec<_> = starting.iter().map(|(name, ..)| *name).collect();
-    let started = at_once(starting, |(name, kind, node)| Site::start(name, kind, node));
+    setups.retain(|(name, _)| is_able(name));
+    let start = |(name, setup)| Site::start(name, setup, Node::new(layout)?);
     let mut sites = Vec::new();
-    for (name, site) in names.into_iter().zip(started) {
+    for ((name, _), site) in setups.clone().into_iter().zip(at_once(setups, start)) {
         match site.with_context(|| format!("start {name}")) {
             Ok(site) => sites.push(site),
-            Err(error) => {
-                draft.is_absent(name, &error);
-                if name == RUNTIME {
-                    draft.is_absent(HAPROXY_TCP, &error);
-                }
-            }
+            Err(error) => draft.is_absent(name, &error),
         }
     }
     let reasons = draft.contenders.iter().filter_map(|listed| listed.absent.as_deref());

@@ -20,11 +20,12 @@ use super::haproxy_sync::RELOAD_CONFIG;
 use crate::generators;
 use crate::node::Node;
 use crate::peers::{
-    Guard, Protocol, ServedByEnvoy, ServedByHaproxy, Services, serve_envoy_eds, serve_haproxy,
+    Guard, Protocol, ServedByEnvoy, ServedByHaproxy, Services, frontend, route_frontends,
+    serve_envoy_eds, serve_haproxy,
 };
 
 /// How long a change may take until connections show it.
-pub const PATIENCE: Duration = Duration::from_secs(15);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// How a contender learns of changes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,7 +39,29 @@ pub enum Kind {
     /// HAProxy, whose slots a follower fills.
     Runtime(Protocol),
     /// Envoy, which reads a file of endpoints that a follower writes.
-    Eds,
+    Eds(Protocol),
+    /// nftables, whose rules a follower replaces.
+    Nftables,
+}
+
+/// How a contender is set up.
+#[derive(Clone, Copy, Debug)]
+pub struct Setup {
+    /// How it learns of changes.
+    pub kind: Kind,
+    /// nohop's configuration; of others, what their file of `bench/peers` is asked for, joined by `+`.
+    pub settings: &'static str,
+    /// Whether Consul checks the instances, by TCP each second; else all are healthy.
+    pub are_checked: bool,
+    /// How long an instance works on a request, in milliseconds.
+    pub work_ms: u32,
+}
+
+impl Setup {
+    /// As it comes.
+    pub const fn of(kind: Kind) -> Setup {
+        Setup { kind, settings: "", are_checked: false, work_ms: 0 }
+    }
 }
 
 /// A contender on its node. Dropped in this order.
@@ -49,8 +72,11 @@ pub struct Site {
     pub address: SocketAddrV4,
     /// The instances that are registered.
     pub batch: Batch,
+    setup: Setup,
+    /// Those that came later.
+    joined: Vec<Batch>,
     n_started: usize,
-    _running: Vec<Guard>,
+    running: Vec<Guard>,
     _consul: Consul,
     /// Holds Consul's unix socket, for requests from outside the node's network.
     tempdir: TempDir,
@@ -63,20 +89,22 @@ impl Site {
     ///
     /// # Errors
     /// When something doesn't start, or isn't served in time.
-    pub fn start(name: &'static str, kind: Kind, node: Node) -> Result<Site> {
+    pub fn start(name: &'static str, setup: Setup, node: Node) -> Result<Site> {
         let tempdir = TempDir::new("change")?;
         let http = format!("127.0.0.1 unix://{}", socket(&tempdir).display());
         let more = json!({ "addresses": { "http": http }, "log_level": "info" });
         let consul = Consul::dev_with(node.client_host(), more)?;
-        let batch = Batch::start(&node, 0, 1)?;
-        batch.instances.iter().try_for_each(|instance| register(&tempdir, instance))?;
-        let (address, running) = kind.start(&node)?;
+        let batch = Batch::start(&node, 0, 1, setup.work_ms)?;
+        batch.instances.iter().try_for_each(|instance| register(&tempdir, setup, instance))?;
+        let (address, running) = setup.start(&node)?;
         let site = Site {
             name,
             address,
             batch,
+            setup,
+            joined: Vec::new(),
             n_started: 1,
-            _running: running,
+            running,
             _consul: consul,
             tempdir,
             node,
@@ -90,12 +118,37 @@ impl Site {
     pub fn start_more(&mut self, n: usize) -> Result<Batch> {
         let first = self.n_started;
         self.n_started += n;
-        Batch::start(&self.node, first, n)
+        Batch::start(&self.node, first, n, self.setup.work_ms)
     }
 
-    /// Registers an instance with the agent, with a check that passes.
+    /// Starts another instance, and registers it.
+    pub fn join(&mut self) -> Result<()> {
+        let batch = self.start_more(1)?;
+        batch.instances.iter().try_for_each(|instance| self.register(instance))?;
+        self.joined.push(batch);
+        Ok(())
+    }
+
+    /// Registers an instance with the agent.
     pub fn register(&self, instance: &Instance) -> Result<()> {
-        register(&self.tempdir, instance)
+        register(&self.tempdir, self.setup, instance)
+    }
+
+    /// Has the check of an instance fail, where Consul doesn't find that out by itself.
+    pub fn fail(&self, name: &str) -> Result<()> {
+        if self.setup.are_checked {
+            return Ok(());
+        }
+        let path = format!("/v1/agent/check/fail/service:{name}");
+        ask(&socket(&self.tempdir), "PUT", &path, "").map(drop)
+    }
+
+    /// The daemon, where this is nohop.
+    pub fn nohop(&mut self) -> Option<&mut Nohop> {
+        self.running.iter_mut().find_map(|guard| match guard {
+            Guard::Nohop(nohop) => Some(&mut **nohop),
+            Guard::Process(_) | Guard::Files(_) => None,
+        })
     }
 
     /// Removes an instance from the agent; it keeps running.
@@ -107,12 +160,15 @@ impl Site {
     /// Replaces all instances by `n` new ones, and waits until connections reach all of these and none else.
     pub fn replace(&mut self, n: usize) -> Result<()> {
         let batch = self.start_more(n)?;
-        let probe = Probe::start(self)?;
-        self.batch.instances.iter().try_for_each(|instance| probe.await_first(instance))?;
         batch.instances.iter().try_for_each(|instance| self.register(instance))?;
+        let joined = std::mem::take(&mut self.joined);
+        let old = self.batch.instances.iter().chain(joined.iter().flat_map(|b| &b.instances));
+        // One that is gone already answers with an error.
+        old.clone().for_each(|instance| drop(self.deregister(&instance.name)));
+        let probe = Probe::start(self)?;
         batch.instances.iter().try_for_each(|instance| probe.await_first(instance))?;
-        self.batch.instances.iter().try_for_each(|instance| self.deregister(&instance.name))?;
-        self.batch.instances.iter().try_for_each(|instance| probe.await_silence(instance))?;
+        let mut old = old.filter(|instance| probe.has_answered(instance));
+        old.try_for_each(|instance| probe.await_silence(instance))?;
         self.batch = batch;
         Ok(())
     }
@@ -122,28 +178,39 @@ fn socket(tempdir: &TempDir) -> PathBuf {
     tempdir.path().join("consul.sock")
 }
 
-fn register(tempdir: &TempDir, instance: &Instance) -> Result<()> {
-    let instance = consul::instance(SERVICE, &instance.name, instance.address);
+fn register(tempdir: &TempDir, setup: Setup, instance: &Instance) -> Result<()> {
+    let Instance { name, address, .. } = instance;
+    let mut instance = consul::instance(SERVICE, name, *address);
+    if setup.are_checked {
+        instance["Check"] = json!({
+            "TCP": address.to_string(), "Interval": "1s", "Timeout": "1s", "Status": "passing",
+        });
+    }
     let path = "/v1/agent/service/register";
     ask(&socket(tempdir), "PUT", path, &instance.to_string()).map(drop)
 }
 
-impl Kind {
+impl Setup {
     /// Starts the contender: where it is connected to, and what is kept as long as it runs.
     fn start(self, node: &Node) -> Result<(SocketAddrV4, Vec<Guard>)> {
-        match self {
-            Kind::Nohop => start_nohop(node),
+        match self.kind {
+            Kind::Nohop => start_nohop(node, self.settings),
             Kind::Srv => start_haproxy(node, "haproxy-srv.cfg", Protocol::Tcp, self),
             Kind::Reload => start_haproxy(node, RELOAD_CONFIG, Protocol::Tcp, self),
             Kind::Runtime(protocol) => start_haproxy(node, "haproxy-runtime.cfg", protocol, self),
-            Kind::Eds => start_envoy(node),
+            Kind::Eds(protocol) => start_envoy(node, self.services(protocol)),
+            Kind::Nftables => start_nftables(node),
         }
+    }
+
+    fn services(self, protocol: Protocol) -> Services {
+        Services { settings: self.settings.into(), ..Services::one(protocol, vec![]) }
     }
 }
 
-/// The daemon as it comes, but for where it keeps its things.
-fn start_nohop(node: &Node) -> Result<(SocketAddrV4, Vec<Guard>)> {
-    let nohop = Nohop::start(node.client_host(), &node.client, "")?;
+/// The daemon as it comes, but for where it keeps its things, and for these lines of its configuration.
+fn start_nohop(node: &Node, config: &str) -> Result<(SocketAddrV4, Vec<Guard>)> {
+    let nohop = Nohop::start(node.client_host(), &node.client, config)?;
     node.adopt_hop(&nohop.process)?;
     let services = nohop.wait_for_backends(SERVICE, 1)?;
     let vip = testbed::nohop::service(&services, SERVICE).and_then(|s| s["vip"].as_str());
@@ -155,28 +222,36 @@ fn start_haproxy(
     node: &Node,
     file: &str,
     protocol: Protocol,
-    kind: Kind,
+    setup: Setup,
 ) -> Result<(SocketAddrV4, Vec<Guard>)> {
-    let mode = if kind == Kind::Reload { "-Ws" } else { "-W" };
-    let services = Services::one(protocol, vec![]);
+    let mode = if setup.kind == Kind::Reload { "-Ws" } else { "-W" };
+    let services = setup.services(protocol);
     let ServedByHaproxy { haproxy, addresses, files } = serve_haproxy(node, &services, file, mode)?;
     let api = files.path().join("haproxy.sock");
     await_worker(&api)?;
     let mut guards = Vec::new();
-    match kind {
+    match setup.kind {
         Kind::Reload => {
             let master = haproxy.process.pid().as_raw_nonzero().to_string();
-            guards.push(follow(node, &["reload".as_ref(), files.path(), master.as_ref()])?);
+            let settings = setup.settings.as_ref();
+            let arguments = ["reload".as_ref(), files.path(), master.as_ref(), settings];
+            guards.push(follow(node, &arguments)?);
         }
         Kind::Runtime(_) => guards.push(follow(node, &["runtime".as_ref(), &api])?),
-        Kind::Nohop | Kind::Srv | Kind::Eds => {}
+        Kind::Nohop | Kind::Srv | Kind::Eds(_) | Kind::Nftables => {}
     }
     guards.extend([Guard::Process(haproxy.process), Guard::Files(files)]);
     Ok((addresses[0], guards))
 }
 
-fn start_envoy(node: &Node) -> Result<(SocketAddrV4, Vec<Guard>)> {
-    let services = Services::one(Protocol::Tcp, vec![]);
+fn start_nftables(node: &Node) -> Result<(SocketAddrV4, Vec<Guard>)> {
+    let files = TempDir::new("nftables")?;
+    route_frontends(node)?;
+    let follower = follow(node, &["nft".as_ref(), files.path()])?;
+    Ok((frontend(0), vec![follower, Guard::Files(files)]))
+}
+
+fn start_envoy(node: &Node, services: Services) -> Result<(SocketAddrV4, Vec<Guard>)> {
     let ServedByEnvoy { process, addresses, files } = serve_envoy_eds(node, &services)?;
     let follower = follow(node, &["eds".as_ref(), files.path()])?;
     Ok((addresses[0], vec![follower, Guard::Process(process), Guard::Files(files)]))
@@ -230,6 +305,11 @@ impl Probe {
         self.await_line("first", instance)
     }
 
+    /// Whether it has answered.
+    fn has_answered(&self, instance: &Instance) -> bool {
+        self.process.n_lines_with(&format!("first {}", instance.answer())) > 0
+    }
+
     /// Waits until it hasn't answered any more for 300 ms.
     pub fn await_silence(&self, instance: &Instance) -> Result<()> {
         self.await_line("silent", instance)
@@ -237,7 +317,7 @@ impl Probe {
 
     fn await_line(&self, what: &str, instance: &Instance) -> Result<()> {
         let line = format!("{what} {}", instance.answer());
-        self.process.wait_for_line(&[&line]).map(drop)
+        self.process.wait_for_line_within(PATIENCE, &[&line]).map(drop)
     }
 
     /// Ends it, and returns what it noted of each connection.

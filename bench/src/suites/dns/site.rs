@@ -121,7 +121,7 @@ fn start_nohop(node: &Node, _files: &TempDir, n_names: usize) -> Result<Box<dyn 
     let backends = vec![Node::backend(0, 8080)];
     let service = |idx| Service { name: service_name(idx), backends: backends.clone() };
     let services = (0..n_names).map(service).collect();
-    let services = Services { protocol: Protocol::Tcp, services, are_checked: false };
+    let services = Services { protocol: Protocol::Tcp, services, settings: String::new() };
     let more = format!("dns.forward = [\"{UPSTREAM}\"]");
     let nohop = peers::serve_nohop(node, &services, &more)?;
     Ok(Box::new(nohop))
@@ -133,7 +133,7 @@ fn start_dnsmasq(node: &Node, files: &TempDir, n_names: usize) -> Result<Box<dyn
         writeln!(hosts, "{} {}.service", frontend(idx).ip(), service_name(idx))?;
     }
     fs::write(files.path().join("dnsmasq.hosts"), hosts).context("write dnsmasq's names")?;
-    let none = Services { protocol: Protocol::Tcp, services: vec![], are_checked: false };
+    let none = Services { protocol: Protocol::Tcp, services: vec![], settings: String::new() };
     let config = peers::render("dnsmasq.conf", &none, files.path())?;
     let mut command = node.hop_place().command("dnsmasq");
     command.arg("--keep-in-foreground").arg(format!("--conf-file={}", config.display()));
