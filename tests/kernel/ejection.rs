@@ -170,6 +170,7 @@ pub fn a_refusal_ejects() {
     let mut bed = Bed::new();
     let mut reports = bed.datapath.take_reports().unwrap();
     let backend = Backend::only(&mut bed, address);
+    bed.datapath.set_balance(BalanceSettings::default());
     refused();
     assert_eq!((backend.why(), backend.n_ejections()), (String::new(), 0), "without limits");
 
