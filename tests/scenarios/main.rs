@@ -3,6 +3,7 @@
 
 mod acls;
 mod agent_partition;
+mod all_critical_keeps;
 mod all_critical_refuses_and_recovers;
 mod another_hosts_loopback;
 mod bpf_log;
@@ -74,6 +75,7 @@ const SCENARIOS: &[(&str, Scenario)] = &[
     ("acls", acls::run),
     ("agent_partition", agent_partition::run),
     ("all_critical_refuses_and_recovers", all_critical_refuses_and_recovers::run),
+    ("all_critical_keeps_the_last_backends", all_critical_keeps::run),
     ("another_hosts_loopback", another_hosts_loopback::run),
     ("bpf_log", bpf_log::run),
     ("cgroup_namespace", cgroup_namespace::run),

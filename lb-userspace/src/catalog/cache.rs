@@ -231,6 +231,7 @@ mod tests {
             node_identity: NodeIdentity::new("9d75", "dc1", ""),
             node_address: Some([10, 0, 0, 1].into()),
             is_checked: true,
+            is_critical: false,
             may_be_local: false,
             health: HealthStatus::Out("check `c` is critical".into()),
             meta: ServiceMeta { ports: Some("80".into()), protocol: None },

@@ -34,11 +34,11 @@ use tokio::time::{Instant, Interval, MissedTickBehavior};
 use crate::admin::{View as _, api};
 use crate::catalog::resolve::Resolver;
 use crate::catalog::{Published, SourceEvent, Sources, SupervisorExit, UsageSender};
-use crate::config::{Config, ConfigErrors, OnExit, Problem, VipConfig, cgroup};
+use crate::config::{AllCritical, Config, ConfigErrors, OnExit, Problem, VipConfig, cgroup};
 use crate::datapath::{Datapath, Mode, Options, Report, Reports, SharedDatapath, route};
 use crate::table::first_contact::Probe;
 use crate::table::vips::PoolUse;
-use crate::table::{Builder, SharedContacts};
+use crate::table::{Builder, SharedWaits};
 use crate::{admin, catalog, dns};
 use drains::{DrainBook, DrainRequest};
 use notify::Notify;
@@ -104,7 +104,7 @@ struct Daemon {
     sources: Sources,
     resolver: Resolver,
     pipeline: Pipeline,
-    contacts: SharedContacts,
+    waits: SharedWaits,
     prober: Prober,
     datapath: Arc<SharedDatapath>,
     dns: dns::DnsServer,
@@ -177,9 +177,10 @@ impl Daemon {
         let (tag_out, tag) = watch::channel(config.catalog.tag.clone());
         let (pool_out, pool) = watch::channel(vips.pool_use(SystemTime::now()));
         let mut pipeline = Pipeline::new(Builder::new(&config.vip, vips), recorder);
-        let contacts = pipeline.builder().contacts().clone();
-        contacts.lock().set_served(served);
         pipeline.builder().set_balance(&config.balance);
+        pipeline.builder().set_keep(kept_for(&config));
+        let waits = pipeline.builder().waits().clone();
+        waits.lock().contacts.set_served(served);
         let table = pipeline.published();
         let demand = sources.demand().clone();
         let (dns, vip) = (&config.dns, &config.vip);
@@ -197,7 +198,7 @@ impl Daemon {
             datapath: datapath.clone(),
             counters,
             table,
-            contacts,
+            waits,
             sources: sources.views(),
             demand: sources.demand().clone(),
             tag,
@@ -234,7 +235,7 @@ impl Daemon {
             config,
             sources,
             resolver,
-            contacts: pipeline.builder().contacts().clone(),
+            waits: pipeline.builder().waits().clone(),
             prober: Prober::default(),
             pipeline,
             datapath,
@@ -264,7 +265,7 @@ impl Daemon {
         let mut retry_tick = ticks(RETRY_TICK, RETRY_TICK);
         let mut listener_failed = std::pin::pin!(self.dns.listener_failed());
         loop {
-            let contact_due = self.contacts.lock().next_wake();
+            let waits_until = self.waits.lock().next_wake();
             tokio::select! {
                 _ = signals.term.recv() => return Ok(()),
                 _ = signals.interrupt.recv() => return Ok(()),
@@ -287,8 +288,8 @@ impl Daemon {
                     self.pipeline.builder().set_hosts(hosts);
                     self.reapply();
                 }
-                (probe, result) = self.prober.ended() => self.update_contacts(Some((probe, result))),
-                () = sleep_until(contact_due) => self.update_contacts(None),
+                (probe, result) = self.prober.ended() => self.end_waits(Some((probe, result))),
+                () = sleep_until(waits_until) => self.end_waits(None),
                 Some(request) = self.reloads.recv(), if self.reading.is_none() => {
                     self.read_again(Some(request));
                 }
@@ -343,28 +344,40 @@ impl Daemon {
         if let Some(hostnames) = hostnames {
             self.resolver.want(hostnames);
         }
-        self.begin_probes();
+        self.begin_waits();
     }
 
-    /// Tries connections to instances that aren't proven.
-    fn begin_probes(&mut self) {
-        let probes = self.contacts.lock().begin_due(std::time::Instant::now());
-        probes.into_iter().for_each(|probe| self.prober.begin(probe));
+    /// Begins what the builder has found to begin: connections to instances that aren't proven are tried.
+    fn begin_waits(&mut self) {
+        let now = std::time::Instant::now();
+        let mut waits = self.waits.lock();
+        for service in waits.keeps.begin(now) {
+            tracing::warn!("{service}: all instances are critical: the last ones keep serving");
+        }
+        for probe in waits.contacts.begin_due(now) {
+            self.prober.begin(probe);
+        }
     }
 
-    /// Takes over what probes resulted in, and the end of the wait for them.
-    fn update_contacts(&mut self, mut ended: Option<(Probe, Result<(), String>)>) {
+    /// Takes over what probes resulted in, and what is over.
+    fn end_waits(&mut self, mut ended: Option<(Probe, Result<(), String>)>) {
         let now = std::time::Instant::now();
         let mut changed = Vec::new();
         {
-            let mut contacts = self.contacts.lock();
+            let mut waits = self.waits.lock();
             // Instances that are proven together are published together.
             while let Some((probe, result)) = ended {
-                changed.extend(contacts.end_probe(probe, result, now));
+                changed.extend(waits.contacts.end_probe(probe, result, now));
                 ended = self.prober.try_ended();
             }
-            for (service, line) in contacts.expire(now) {
+            for (service, line) in waits.contacts.expire(now) {
                 tracing::warn!("{service}: {line}");
+                changed.push(service);
+            }
+            for service in waits.keeps.expire(now) {
+                tracing::warn!(
+                    "{service}: all instances are still critical: it refuses connections"
+                );
                 changed.push(service);
             }
         }
@@ -372,7 +385,7 @@ impl Daemon {
             self.pipeline.builder().revisit(changed);
             self.reapply();
         }
-        self.begin_probes();
+        self.begin_waits();
     }
 
     /// Leads the last catalog through once more, since something besides it has changed just now.
@@ -437,6 +450,7 @@ impl Daemon {
         self.shadow.configure(self.config.shadow);
         self.update_mode();
         if (&last.vip.ports, &last.balance) != (&self.config.vip.ports, &self.config.balance) {
+            self.pipeline.builder().set_keep(kept_for(&self.config));
             self.pipeline.builder().set_ports(&self.config.vip.ports);
             self.pipeline.builder().set_balance(&self.config.balance);
             self.datapath.configure_balance(&self.config.balance);
@@ -507,6 +521,14 @@ impl Daemon {
                 self.datapath.detach();
             }
         }
+    }
+}
+
+/// How long services are kept whose instances are all critical; `None` for not at all.
+fn kept_for(config: &Config) -> Option<Duration> {
+    match config.balance.all_critical {
+        AllCritical::Keep => Some(config.balance.keep_for),
+        AllCritical::Refuse => None,
     }
 }
 

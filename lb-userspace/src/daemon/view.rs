@@ -22,7 +22,7 @@ use crate::datapath::{COUNTERS, Counters, Indices, Mode, SharedDatapath, UnitSta
 use crate::dns::{self, DebugClient};
 use crate::logging;
 use crate::table::vips::PoolUse;
-use crate::table::{BackendState, Drain, DrainTarget, Service, SharedContacts, Table, Watch};
+use crate::table::{BackendState, Drain, DrainTarget, Service, SharedWaits, Table, Watch};
 
 /// The running daemon, as far as the admin interface needs it.
 pub struct DaemonView {
@@ -33,7 +33,7 @@ pub struct DaemonView {
     pub(super) datapath: Arc<SharedDatapath>,
     pub(super) counters: Counters,
     pub(super) table: watch::Receiver<Arc<Table>>,
-    pub(super) contacts: SharedContacts,
+    pub(super) waits: SharedWaits,
     pub(super) sources: watch::Receiver<Arc<[SourceView]>>,
     pub(super) demand: UsageSender,
     pub(super) tag: watch::Receiver<String>,
@@ -380,7 +380,11 @@ impl DaemonView {
         let counts = self.datapath.counts_in_flight();
         let in_flight = |idx: &u32| u64::from(self.counters.in_flight(*idx));
         let all_in_flight = counts.then(|| backends.values().map(in_flight).sum());
-        let contacts = self.contacts.lock().status(&service.name, Instant::now());
+        let (contacts, kept) = {
+            let (waits, now) = (self.waits.lock(), Instant::now());
+            let kept = waits.keeps.status(&service.name, now);
+            (waits.contacts.status(&service.name, now), kept)
+        };
         let backends = service.backends.iter().map(|backend| {
             let backend_idx = backend.address.and_then(|address| backends.get(&address));
             let contact = backend.address.and_then(|address| contacts.get(&address));
@@ -389,7 +393,8 @@ impl DaemonView {
             let ejected = ejected.filter(|_| backend.state.is_reached());
             let state = ejected.map_or(backend.state, |_| BackendState::Ejected);
             let ejected = ejected.map(|ejected| ejected.to_string());
-            let reasons = [ejected, backend.reason.clone(), contact].into_iter().flatten();
+            let kept = kept.clone().filter(|_| backend.state.is_reached());
+            let reasons = [ejected, backend.reason.clone(), contact, kept].into_iter().flatten();
             api::BackendStatus {
                 address: backend.shown_address.clone(),
                 node: backend.node.clone(),
@@ -472,6 +477,9 @@ impl DaemonView {
             return format!("{} {served}: {error}", explain::target(&fqdn, service));
         }
         let mut sentence = explain::sentence(&fqdn, service);
+        if let Some(kept) = self.waits.lock().keeps.status(name, Instant::now()) {
+            sentence += &format!("; {kept}");
+        }
         if let Some((given, reason)) = rejected {
             sentence += &format!("; `{given}` is left out: {reason}");
         }

@@ -1,19 +1,21 @@
 //! From a catalog to the next table.
 
+use std::cell::LazyCell;
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::net::{SocketAddr, SocketAddrV4};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use super::endpoints::Endpoints;
 use super::first_contact::Contacts;
 use super::index::CatalogIndex;
+use super::keep::Keeps;
 use super::merge::{MergedMeta, merge_meta};
 use super::validate::{Validation, check_name, validate};
 use super::vips::{PoolExhausted, Pools, Vips};
 use super::{
-    Backend, BackendState, Catalog, DrainError, DrainTarget, Drains, Hosts, Instance, Ports,
-    Protocols, Service, ServiceId, ServiceRecord, Table, Watch, resolve_drain,
+    Backend, BackendState, Catalog, DrainError, DrainTarget, Drains, HealthStatus, Hosts, Instance,
+    Ports, Protocols, Service, ServiceId, ServiceRecord, Table, Watch, resolve_drain,
 };
 use crate::config::{BalanceConfig, VipConfig};
 
@@ -39,8 +41,7 @@ pub struct Builder {
     revisit: BTreeSet<Arc<str>>,
     /// The names in lower case for which the pool has no address.
     exhausted: BTreeSet<Arc<str>>,
-    /// The instances that aren't proven.
-    contacts: SharedContacts,
+    waits: SharedWaits,
     /// When these are retried, unless an address becomes free before.
     retry_at: SystemTime,
     /// The services that the last call of `next` built.
@@ -48,14 +49,31 @@ pub struct Builder {
     n_built: usize,
 }
 
-/// The instances that aren't proven, for the builder, for what probes them, and for readers.
+/// What depends on time, for the builder, for what drives it, and for readers.
 #[derive(Clone, Debug, Default)]
-pub struct SharedContacts(Arc<Mutex<Contacts>>);
+pub struct SharedWaits(Arc<Mutex<Waits>>);
 
-impl SharedContacts {
+/// What depends on time. The builder begins it, without a clock; the caller has the clock, and builds the
+/// services again for which something has ended.
+#[derive(Debug, Default)]
+pub struct Waits {
+    /// The instances that aren't proven.
+    pub contacts: Contacts,
+    /// The services that are kept though all their instances are critical.
+    pub keeps: Keeps,
+}
+
+impl Waits {
+    /// When something ends next, if no probe does before.
+    pub fn next_wake(&self) -> Option<Instant> {
+        self.contacts.next_wake().into_iter().chain(self.keeps.next_wake()).min()
+    }
+}
+
+impl SharedWaits {
     /// Locks them; they are never locked for long. A panic while they are leaves them consistent, because
     /// every step does.
-    pub fn lock(&self) -> MutexGuard<'_, Contacts> {
+    pub fn lock(&self) -> MutexGuard<'_, Waits> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -88,7 +106,7 @@ impl Builder {
             has_new_hostnames: false,
             revisit: BTreeSet::new(),
             exhausted: BTreeSet::new(),
-            contacts: SharedContacts::default(),
+            waits: SharedWaits::default(),
             retry_at: SystemTime::UNIX_EPOCH,
             #[cfg(test)]
             n_built: 0,
@@ -117,9 +135,17 @@ impl Builder {
         self.revisit.extend(services);
     }
 
-    /// The instances that aren't proven.
-    pub fn contacts(&self) -> &SharedContacts {
-        &self.contacts
+    /// What depends on time.
+    pub fn waits(&self) -> &SharedWaits {
+        &self.waits
+    }
+
+    /// Sets how long the last instances that served keep serving where all are critical, from the next
+    /// table on; `None` for not at all.
+    pub fn set_keep(&mut self, limit: Option<Duration>) {
+        let mut waits = self.waits.lock();
+        self.revisit.extend(waits.keeps.services().cloned());
+        waits.keeps.set_limit(limit);
     }
 
     /// Sets what is drained, from the next table on.
@@ -243,7 +269,10 @@ impl Builder {
     /// Takes a name in lower case out, and returns whether it was a service.
     fn forget(&mut self, table: &mut Table, name: &Arc<str>, now: SystemTime) -> bool {
         self.has_new_hostnames |= self.hostnames.remove(name).is_some();
-        self.contacts.lock().forget(name);
+        let mut waits = self.waits.lock();
+        waits.contacts.forget(name);
+        waits.keeps.end(name);
+        drop(waits);
         self.vips.release(name, now);
         table.services.remove(name).is_some()
     }
@@ -324,8 +353,32 @@ impl Builder {
         if !service.protocols.tcp() {
             unchecked.clear();
         }
-        let former_service = former.map(|former| &**former);
-        self.contacts.lock().judge(name, &mut service.backends, &unchecked, former_service);
+        {
+            let Waits { contacts, keeps } = &mut *self.waits.lock();
+            // Only used where nothing serves.
+            let former_backends = LazyCell::new(|| {
+                let former = former.into_iter().flat_map(|former| former.healthy());
+                former.map(Backend::identity).collect::<HashSet<_>>()
+            });
+            let served_before = |backend: &Backend| {
+                former_backends.contains(&backend.identity())
+                    || backend.address.is_some_and(|address| contacts.is_served(name, address))
+            };
+            // By the instance's record, as if it were in warning.
+            let critical = record.instances().filter(|instance| instance.is_critical);
+            let as_warning = critical.filter_map(|instance| {
+                let HealthStatus::Out(reason) = &instance.health else { return None };
+                let health = HealthStatus::Warning(reason.clone());
+                let instance = Instance { health, ..instance.clone() };
+                match validate(&instance, &self.pools, &self.hosts) {
+                    Validation::In(backend) if served_before(&backend) => Some(backend),
+                    Validation::In(_) | Validation::Out(_) => None,
+                }
+            });
+            keeps.judge(&mut service, as_warning);
+            let former = former.map(|former| &**former);
+            contacts.judge(name, &mut service.backends, &unchecked, former);
+        }
         let hostnames = record.instances().filter(|instance| instance.health.serves());
         let hostnames: Vec<String> = hostnames.filter_map(Instance::hostname).collect();
         let former_names = self.hostnames.get(name).map_or(&[][..], |names| &names[..]);
@@ -392,6 +445,7 @@ mod tests {
             node_identity: NodeIdentity::default(),
             node_address: None,
             is_checked: true,
+            is_critical: false,
             may_be_local: false,
             health: HealthStatus::Serving,
             meta: ServiceMeta::default(),
@@ -427,6 +481,47 @@ mod tests {
         let first = builder.next(&Table::default(), &Catalog::new(), NOW).unwrap();
         assert!(first.table.is_synced() && !first.vips_given);
         assert!(builder.next(&first.table, &Catalog::new(), NOW).is_none());
+    }
+
+    #[test]
+    fn the_last_instances_that_served_are_kept_while_all_are_critical() {
+        let mut builder = builder();
+        builder.set_keep(Some(Duration::from_secs(60)));
+        let mut catalog = catalog(&[("web", &["10.0.0.1", "10.0.0.2", "10.0.0.3"])]);
+        let mut known = instances(&catalog, "web");
+        let critical = |instance: &mut Instance| {
+            instance.is_critical = true;
+            instance.health = HealthStatus::Out("check `web` is critical".into());
+        };
+        critical(&mut known[2]);
+        catalog.insert(id("web"), record(known.clone()));
+        let first = builder.next(&Table::default(), &catalog, NOW).unwrap().table;
+        known.iter_mut().for_each(critical);
+        known[1].is_critical = false;
+        known[1].health = HealthStatus::Out("service maintenance".into());
+        catalog.insert(id("web"), record(known));
+        let second = builder.next(&first, &catalog, NOW).unwrap().table;
+        let [kept] = &second.services["web"].backends[..] else { panic!("{second:?}") };
+        assert_eq!((&*kept.id, kept.state), ("10.0.0.1", BackendState::Warning));
+        assert_eq!(kept.reason.as_deref(), Some("check `web` is critical"));
+        let start = Instant::now();
+        builder.waits().lock().keeps.begin(start);
+        assert_eq!(builder.next(&second, &catalog, NOW).map(|next| next.table), None);
+        let over = builder.waits().lock().keeps.expire(start + Duration::from_secs(60));
+        builder.revisit(over);
+        let third = builder.next(&second, &catalog, NOW).unwrap().table;
+        assert_eq!(
+            (third.services["web"].backends.len(), third.services["web"].excluded.len()),
+            (0, 3)
+        );
+
+        // What the kernel serves is kept after a restart.
+        let mut builder = self::builder();
+        builder.set_keep(Some(Duration::from_secs(60)));
+        let address = "10.0.0.1:8080".parse().unwrap();
+        builder.waits().lock().contacts.set_served([("web".into(), [address].into())]);
+        let first = builder.next(&Table::default(), &catalog, NOW).unwrap().table;
+        assert_eq!(first.services["web"].healthy().count(), 1);
     }
 
     #[test]

@@ -94,6 +94,11 @@ impl Contacts {
         self.served = served.into_iter().collect();
     }
 
+    /// Whether the kernel serves this backend since before the first table.
+    pub fn is_served(&self, service: &str, address: SocketAddr) -> bool {
+        self.served.get(service).is_some_and(|served| served.contains(&address))
+    }
+
     /// Sets the unproven ones of a service's backends to [`BackendState::Unproven`], unless no other
     /// serves: to refuse connections is worse than an instance that may not listen yet. `unchecked` has
     /// the addresses that nothing vouches for, and `former` is the service in the last table, whose
@@ -111,7 +116,7 @@ impl Contacts {
         // A service may have 65,536 instances, so each is looked up, never searched for.
         let served_before: HashSet<_> = match unchecked.is_empty() {
             true => HashSet::new(),
-            false => former.into_iter().flat_map(Service::healthy).map(identity).collect(),
+            false => former.into_iter().flat_map(Service::healthy).map(Backend::identity).collect(),
         };
         let served_in_kernel = self.served.get(service);
         for (idx, backend) in backends.iter().enumerate() {
@@ -130,7 +135,7 @@ impl Contacts {
                     self.places.remove(&contact.id);
                     None
                 }
-                None if served_before.contains(&identity(backend))
+                None if served_before.contains(&backend.identity())
                     || served_in_kernel.is_some_and(|served| served.contains(&address)) =>
                 {
                     n_proven += 1;
@@ -269,11 +274,6 @@ impl Contacts {
         let (service, address) = self.places.get(&id)?;
         self.by_service.get_mut(service)?.get_mut(address)
     }
-}
-
-/// What makes a backend the same one from one table to the next.
-fn identity(backend: &Backend) -> (Option<SocketAddr>, &str, &str) {
-    (backend.address, &backend.node, &backend.id)
 }
 
 impl Contact {

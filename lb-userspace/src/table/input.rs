@@ -133,6 +133,9 @@ pub struct Instance {
     /// nothing is known but that they are registered.
     #[serde(default = "is_checked", skip_serializing_if = "bool::clone")]
     pub is_checked: bool,
+    /// Whether nothing but its checks takes it out, by being critical.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub is_critical: bool,
     /// Whether the source's own rules let it serve.
     #[serde(rename = "standing")]
     pub health: HealthStatus,

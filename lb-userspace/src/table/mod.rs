@@ -10,6 +10,7 @@ mod endpoints;
 pub mod first_contact;
 mod index;
 mod input;
+pub mod keep;
 mod merge;
 mod ports;
 mod resolved_hosts;
@@ -24,7 +25,7 @@ use serde::{Deserialize, Serialize};
 use crate::config::BalanceAlgorithm;
 use crate::ordmap::OrdMap;
 
-pub use build::{Builder, NextTable, SharedContacts};
+pub use build::{Builder, NextTable, SharedWaits, Waits};
 pub use drains::{
     Drain, DrainError, DrainTarget, Drains, allocation, resolve as resolve_drain, resolve_drained,
 };
@@ -127,6 +128,13 @@ pub struct Backend {
     /// Whether its address is this host's loopback, so that only the host's network namespace can
     /// connect it.
     pub host_only: bool,
+}
+
+impl Backend {
+    /// What makes it the same one from one table to the next.
+    fn identity(&self) -> (Option<SocketAddr>, &str, &str) {
+        (self.address, &self.node, &self.id)
+    }
 }
 
 /// The state of a backend; the better one is less.

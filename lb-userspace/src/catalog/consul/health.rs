@@ -210,6 +210,9 @@ fn instance(record: Record, rules: &CatalogConfig) -> Instance {
     }
     let is_of_service = foreign(&record, rules).is_none();
     let is_checked = record.has_own_check();
+    let is_critical = is_of_service
+        && chosen.is_ok()
+        && record.checks.worst.as_ref().is_some_and(RawCheck::is_critical);
     let Record { node, mut service, .. } = record;
     let (address, port) = match chosen {
         Ok((address, port)) => (address, port.unwrap_or(service.port())),
@@ -225,6 +228,7 @@ fn instance(record: Record, rules: &CatalogConfig) -> Instance {
         node_address: parse_ip(&node.address),
         may_be_local: false,
         is_checked,
+        is_critical,
         node: node.node,
         id: service.id,
         address,
@@ -350,6 +354,10 @@ impl RawCheck {
         }
     }
 
+    fn is_critical(&self) -> bool {
+        self.severity() == 2
+    }
+
     fn is_warning(&self) -> bool {
         self.severity() == 4
     }
@@ -409,6 +417,12 @@ mod tests {
                 "n1/web-5 10.0.0.10:23460 x1: check `web` is warning",
                 "n1/web-6 10.0.0.10:23461 x1: serving",
             ]
+        );
+        let critical = instances.iter().filter(|instance| instance.is_critical);
+        let critical: Vec<_> = critical.map(|it| format!("{}/{}", it.node, it.id)).collect();
+        assert_eq!(critical, ["dead/web-1", "n1/web-2"]);
+        assert!(
+            instances.iter().any(|it| it.is_checked) && !instances.iter().all(|it| it.is_checked)
         );
     }
 

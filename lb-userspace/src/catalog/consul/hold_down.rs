@@ -128,6 +128,7 @@ mod tests {
             node_identity: NodeIdentity::default(),
             node_address: None,
             is_checked: true,
+            is_critical: false,
             may_be_local: false,
             health: HealthStatus::Serving,
             meta: ServiceMeta::default(),

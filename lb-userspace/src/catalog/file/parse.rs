@@ -177,6 +177,7 @@ impl Reader<'_> {
             node_identity: NodeIdentity::default(),
             node_address: None,
             is_checked: true,
+            is_critical: false,
             may_be_local: false,
             health: HealthStatus::Serving,
             meta: meta.clone(),

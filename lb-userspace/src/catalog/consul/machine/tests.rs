@@ -32,6 +32,7 @@ fn instance(id: u8) -> Instance {
         node_identity: NodeIdentity::default(),
         node_address: None,
         is_checked: true,
+        is_critical: false,
         may_be_local: false,
         health: HealthStatus::Serving,
         meta: ServiceMeta::default(),

@@ -26,6 +26,7 @@ fn instance(node: &str, id: &str) -> Instance {
         node_identity: NodeIdentity::default(),
         node_address: None,
         is_checked: true,
+        is_critical: false,
         may_be_local: false,
         health: HealthStatus::Serving,
         meta: ServiceMeta::default(),
