@@ -20,6 +20,7 @@ mod curl_by_name;
 mod disk;
 mod dns_over_tls;
 mod drain;
+mod explained;
 mod external_detach;
 mod foreign_route;
 mod forwarding;
@@ -54,6 +55,7 @@ mod shadow_mode;
 mod socket_activation;
 mod state_dir_lost;
 mod static_catalog;
+mod stopped_instance_drains;
 mod stops_on_signals;
 mod tag_removed;
 mod tls_rotated;
@@ -93,6 +95,7 @@ const SCENARIOS: &[(&str, Scenario)] = &[
     ("dns_acl", resolvers::strangers),
     ("dnsmasq_in_front", resolvers::dnsmasq),
     ("drain_by_hand", drain::by_hand),
+    ("explained", explained::run),
     ("external_detach", external_detach::run),
     ("foreign_route", foreign_route::run),
     ("forwarding", forwarding::run),
@@ -146,6 +149,7 @@ const SCENARIOS_OF_PROGRAMS: &[(&str, &[&str], Scenario)] = &[
     ("prometheus_rules", &["promtool"], rules::run),
     ("python_by_name", &["python3"], clients_by_name::python),
     ("socket_activation", &["python3"], socket_activation::run),
+    ("stopped_instance_drains", &["python3"], stopped_instance_drains::run),
     ("systemd_resolved_by_name", &["systemd-resolved"], resolvers::systemd_resolved),
 ];
 

@@ -365,6 +365,54 @@ pub struct Explanation {
     pub service: Option<ServiceStatus>,
     /// The instances that are out.
     pub excluded: Vec<Excluded>,
+    /// All instances of the name, or those at the address that was named, each with its checks.
+    #[serde(default)]
+    pub instances: Vec<InstanceStatus>,
+    /// What else is to be known, a sentence each: what the source has of a name without the tag, or why
+    /// it couldn't be asked.
+    #[serde(default)]
+    pub notes: Vec<String>,
+}
+
+impl Explanation {
+    /// Whether it is of something that nohop routes to.
+    pub fn is_routed(&self) -> bool {
+        self.service.is_some() || self.instances.iter().any(|instance| instance.state != OUT)
+    }
+}
+
+/// The state of an instance that is out.
+pub const OUT: &str = "out";
+
+/// An instance, in or out, within [`Explanation`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InstanceStatus {
+    /// Its service.
+    pub service: String,
+    /// The address as the source gave it, with the port.
+    pub address: String,
+    /// The node it runs on.
+    pub node: String,
+    /// The id that the source has for the instance, unique within its node.
+    pub instance: String,
+    /// The state of its backend, or `out`.
+    pub state: String,
+    /// Why, where that isn't plain.
+    pub reason: Option<String>,
+    /// Its checks and its node's, where the source has some and was asked.
+    #[serde(default)]
+    pub checks: Vec<CheckStatus>,
+}
+
+/// A check, within [`InstanceStatus`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CheckStatus {
+    /// The name.
+    pub name: String,
+    /// `passing`, `warning` or `critical`.
+    pub status: String,
+    /// The first line of its output, at most 200 characters, with control characters escaped.
+    pub output: String,
 }
 
 /// `POST /v1/reload`: what became of it.

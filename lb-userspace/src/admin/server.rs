@@ -64,8 +64,9 @@ pub trait View: Send + Sync + 'static {
     fn status(&self) -> api::Status;
     /// Every service, by name.
     fn services(&self) -> Vec<api::ServiceStatus>;
-    /// The explanation of a name, also of an unknown one.
-    fn explain(&self, name: &str) -> api::Explanation;
+    /// The explanation of a name, a VIP or an instance's address, also of an unknown one. `may_ask` is
+    /// whether the source may be asked for what isn't known here, such as the outputs of checks.
+    fn explain(&self, what: &str, may_ask: bool) -> impl Future<Output = api::Explanation> + Send;
     /// DNS's answer for a name and a type, or why there is none.
     fn look_up(
         &self,
@@ -279,6 +280,14 @@ async fn answer<V: View>(
         _ => &access.documents,
     };
     let rendered = documents.get(&endpoint, at, || async {
+        if let Endpoint::Explain(what) = &endpoint {
+            let explanation = view.explain(what, access.may_change).await;
+            let status = match explanation.is_routed() {
+                true => StatusCode::OK,
+                false => StatusCode::NOT_FOUND,
+            };
+            return json(status, &explanation);
+        }
         let endpoint = endpoint.clone();
         // A view waits for the datapath's lock, and a large one takes a while to render: the threads that
         // answer DNS must not be blocked.
@@ -299,14 +308,6 @@ fn show<V: View>(endpoint: &Endpoint, view: &V) -> Shown {
     match endpoint {
         Endpoint::Status => json(StatusCode::OK, &view.status()),
         Endpoint::Services => json(StatusCode::OK, &view.services()),
-        Endpoint::Explain(name) => {
-            let explanation = view.explain(name);
-            let status = match explanation.service {
-                Some(_) => StatusCode::OK,
-                None => StatusCode::NOT_FOUND,
-            };
-            json(status, &explanation)
-        }
         Endpoint::Metrics => (StatusCode::OK, prometheus::MEDIA_TYPE, view.metrics().into_bytes()),
         Endpoint::Ready => {
             let status = view.status();
@@ -323,7 +324,8 @@ fn show<V: View>(endpoint: &Endpoint, view: &V) -> Shown {
         | Endpoint::Reload
         | Endpoint::Drain(_)
         | Endpoint::Undrain(_)
-        | Endpoint::LookUp { .. } => plain(StatusCode::OK, "ok\n"),
+        | Endpoint::LookUp { .. }
+        | Endpoint::Explain(_) => plain(StatusCode::OK, "ok\n"),
     }
 }
 
@@ -452,7 +454,7 @@ mod tests {
             }]
         }
 
-        fn explain(&self, name: &str) -> api::Explanation {
+        async fn explain(&self, name: &str, _may_ask: bool) -> api::Explanation {
             api::Explanation {
                 name: name.into(),
                 connect: "a sentence".into(),
@@ -460,6 +462,8 @@ mod tests {
                 shadowed: vec![],
                 service: self.services().into_iter().find(|service| service.name == name),
                 excluded: vec![],
+                instances: vec![],
+                notes: vec![],
             }
         }
 

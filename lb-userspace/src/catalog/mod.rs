@@ -11,6 +11,7 @@ mod file;
 pub(crate) mod fuzzing;
 mod handle;
 mod host;
+mod inspection;
 mod merge;
 mod published;
 mod publisher;
@@ -26,10 +27,11 @@ use std::path::Path;
 use crate::config::{Config, SourceKind};
 pub use crate::table::Catalog;
 pub use handle::{CatalogError, Handle, SupervisorExit};
+pub use inspection::{InspectError, InspectedCheck, InspectedInstance, Inspection};
 pub use published::{Health, Published};
 pub use sources::{SourceEvent, SourceView, Sources};
 pub use stats::{Stats, Watches};
-pub use usage::{Lookup, UsageSender};
+pub use usage::{InspectResult, Lookup, UsageSender};
 #[cfg(test)]
 pub(crate) use usage::{LookupRequest, SourceCommand};
 

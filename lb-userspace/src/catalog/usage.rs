@@ -7,6 +7,8 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
+use super::inspection::{InspectError, Inspection};
+
 /// The most lookups that wait for a source; the name of one beyond that is unknown, which is counted.
 const MAX_LOOKUPS: usize = 1024;
 
@@ -52,9 +54,23 @@ impl SourceChannel {
 pub enum SourceCommand {
     /// Use or look up a service.
     Lookup(LookupRequest),
+    /// Report all that is registered under a name, for a person.
+    Inspect(InspectRequest),
     /// Save the state that the next run begins with, and report when it is written.
     Flush(oneshot::Sender<()>),
 }
+
+/// A name to be inspected.
+#[derive(Debug)]
+pub struct InspectRequest {
+    /// The name.
+    pub name: Arc<str>,
+    /// Receives the result.
+    pub reply: oneshot::Sender<InspectResult>,
+}
+
+/// The result of an inspection.
+pub type InspectResult = Result<Arc<Inspection>, InspectError>;
 
 /// A service that is in use, or looked up.
 #[derive(Debug)]
@@ -141,6 +157,18 @@ impl UsageSender {
             return Lookup::Unknown;
         }
         looked_up.await.unwrap_or(Lookup::Unknown)
+    }
+
+    /// Asks the source for all that is registered under a name; `None` where no source is asked by name.
+    /// The caller sets the time limit.
+    pub async fn inspect(&self, name: &str) -> Option<InspectResult> {
+        let SourceChannel { commands, .. } = self.channel()?;
+        let (reply, inspected) = oneshot::channel();
+        let request = InspectRequest { name: name.into(), reply };
+        if commands.try_send(SourceCommand::Inspect(request)).is_err() {
+            return Some(Err(InspectError::Busy));
+        }
+        Some(inspected.await.unwrap_or(Err(InspectError::Busy)))
     }
 
     /// Waits until the source has saved its state, or can't. The caller sets the time limit.

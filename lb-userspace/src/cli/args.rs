@@ -61,7 +61,7 @@ pub enum Command {
     },
     /// Show why each instance of a service is in or out, and what a connection would get
     Explain {
-        /// Name of the service, with or without the domain
+        /// Name of the service, its VIP, or the address of an instance, with a port or without
         name: String,
         /// The daemon.
         #[command(flatten)]

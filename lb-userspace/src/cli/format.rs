@@ -133,19 +133,51 @@ pub fn explanation(explanation: &Explanation) -> String {
     if let Some(source) = source {
         line(&mut text, source);
     }
-    text.push('\n');
-    if let Some(each) = &explanation.service {
-        service(&mut text, each, each.name.len());
+    for note in &explanation.notes {
+        line(&mut text, note.clone());
     }
-    for excluded in &explanation.excluded {
-        let id = display_name(&excluded.id, &explanation.name);
-        let place = place(&excluded.address, &excluded.node, &id);
-        line(&mut text, format!("  {:<10} {place}  {}", "out", excluded.reason));
+    text.push('\n');
+    let backends = explanation.service.as_ref().map(|service| &service.backends[..]);
+    let backends = backends.unwrap_or_default();
+    if let Some(each) = &explanation.service {
+        service_head(&mut text, each, each.name.len());
+    }
+    for instance in &explanation.instances {
+        let is_it =
+            |it: &&BackendStatus| (&it.node, &it.instance) == (&instance.node, &instance.instance);
+        match backends.iter().find(is_it) {
+            Some(it) => line(&mut text, format!("  {}", backend(it, &instance.service))),
+            None => {
+                let id = display_name(&instance.instance, &instance.service);
+                let place = place(&instance.address, &instance.node, &id);
+                let of = match explanation.service {
+                    Some(_) => String::new(),
+                    None => format!("  {}", instance.service),
+                };
+                let reason = instance.reason.as_deref().unwrap_or_default();
+                line(&mut text, format!("  {:<10} {place}{of}  {reason}", instance.state));
+            }
+        }
+        for check in &instance.checks {
+            let output = match check.status.as_str() {
+                "passing" => "",
+                _ => &check.output,
+            };
+            let colon = if output.is_empty() { "" } else { ": " };
+            line(&mut text, format!("    check `{}` {}{colon}{output}", check.name, check.status));
+        }
     }
     text
 }
 
 fn service(text: &mut String, service: &ServiceStatus, width: usize) {
+    service_head(text, service, width);
+    for backend in &service.backends {
+        line(text, format!("  {}", self::backend(backend, &service.name)));
+    }
+}
+
+fn service_head(text: &mut String, service: &ServiceStatus, width: usize) {
     let ports = &service.ports;
     let vip6 = service.vip6.map(|vip6| format!(" and [{vip6}]:{ports}")).unwrap_or_default();
     let by_family = match service.refused_family {
@@ -187,9 +219,6 @@ fn service(text: &mut String, service: &ServiceStatus, width: usize) {
     }
     if service.backends.is_empty() {
         line(text, "  no backend: connections are refused".to_owned());
-    }
-    for backend in &service.backends {
-        line(text, format!("  {}", self::backend(backend, &service.name)));
     }
 }
 
@@ -240,8 +269,9 @@ fn line(text: &mut String, line: String) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::admin::api::{CheckStatus, InstanceStatus};
     use crate::config::BalanceAlgorithm;
-    use crate::table::{BackendState, Excluded, Ports, Protocols, Watch};
+    use crate::table::{BackendState, Ports, Protocols, Watch};
 
     fn helloworld() -> ServiceStatus {
         ServiceStatus {
@@ -302,25 +332,58 @@ mod tests {
         assert!(services(&[odd]).starts_with(text));
     }
 
+    /// The explanation of a service with these instances that are out.
+    fn explained(service: ServiceStatus, out: &[(&str, &str)]) -> Explanation {
+        let of_backend = |it: &BackendStatus| InstanceStatus {
+            service: service.name.clone(),
+            address: it.address.clone(),
+            node: it.node.clone(),
+            instance: it.instance.clone(),
+            state: "healthy".into(),
+            reason: None,
+            checks: vec![CheckStatus {
+                name: "web".into(),
+                status: "passing".into(),
+                output: "200 OK".into(),
+            }],
+        };
+        let mut instances: Vec<_> = service.backends.iter().map(of_backend).collect();
+        instances.extend(out.iter().map(|(id, reason)| InstanceStatus {
+            service: service.name.clone(),
+            address: "10.0.0.8:1".into(),
+            node: "n2".into(),
+            instance: (*id).into(),
+            state: "out".into(),
+            reason: Some((*reason).into()),
+            checks: vec![CheckStatus {
+                name: "web".into(),
+                status: "critical".into(),
+                output: "connection refused".into(),
+            }],
+        }));
+        Explanation {
+            name: service.name.clone(),
+            connect: "a connection goes somewhere".into(),
+            source: None,
+            shadowed: vec![],
+            service: Some(service),
+            excluded: vec![],
+            instances,
+            notes: vec![],
+        }
+    }
+
     #[test]
     fn instances_of_nomad_are_shown_as_allocations() {
         let mut service = helloworld();
         let id = "_nomad-task-39e25890-23fb-7513-b98f-97a5310046ad-group-web-helloworld-http";
         service.backends[0].instance = id.into();
-        let excluded = vec![Excluded {
-            address: "10.0.0.8:1".into(),
-            node: "n2".into(),
-            id: id.replace("39e2", "40e2"),
-            reason: "check `web` is critical".into(),
-        }];
-        let (name, connect) = (service.name.clone(), "a connection goes somewhere".into());
+        let out = id.replace("39e2", "40e2");
+        let explained = explained(service, &[(&out, "check `web` is critical")]);
         let text = explanation(&Explanation {
-            name,
-            connect,
             source: Some("consul".into()),
             shadowed: vec!["file".into()],
-            service: Some(service),
-            excluded,
+            ..explained
         });
         assert!(text.contains("somewhere\nsource: consul, which shadows file\n\n"), "{text}");
         assert!(text.contains("  n1/alloc 39e25890 web  weight 1  "), "{text}");
@@ -328,23 +391,25 @@ mod tests {
     }
 
     #[test]
-    fn an_explanation_has_the_reason_for_an_instance_that_is_out() {
-        let text = explanation(&Explanation {
-            name: "helloworld".into(),
-            connect: "a connection goes somewhere".into(),
-            source: None,
-            shadowed: vec![],
-            service: Some(helloworld()),
-            excluded: vec![Excluded {
-                address: "10.0.0.8:1".into(),
-                node: "n2".into(),
-                id: "h2".into(),
-                reason: "check `web` is critical".into(),
-            }],
-        });
+    fn an_explanation_has_each_instance_with_the_reason_and_its_checks() {
+        let explained = explained(helloworld(), &[("h2", "check `web` is critical")]);
+        let text = explanation(&explained);
         assert!(text.starts_with("a connection goes somewhere\n\nhelloworld"), "{text}");
-        let last = "  out        10.0.0.8:1             n2/h2  check `web` is critical\n";
+        assert!(text.contains("\n    check `web` passing\n  out "), "{text}");
+        let last = "  out        10.0.0.8:1             n2/h2  check `web` is critical\n    \
+                    check `web` critical: connection refused\n";
         assert!(text.ends_with(last), "{text}");
+        // Of an address, or of a name without the tag.
+        let text = explanation(&Explanation {
+            service: None,
+            notes: vec!["Consul has it".into()],
+            ..explained
+        });
+        assert!(
+            text.starts_with("a connection goes somewhere\nConsul has it\n\n  healthy"),
+            "{text}"
+        );
+        assert!(text.contains("  n1/h1  helloworld\n"), "{text}");
     }
 
     #[test]

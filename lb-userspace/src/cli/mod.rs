@@ -98,7 +98,7 @@ fn command(command: Command) -> anyhow::Result<ExitCode> {
         Command::Explain { name, client } => {
             let explanation: api::Explanation = ask(&client, &client::explain_path(&name))?;
             print(&client, &explanation, format::explanation)?;
-            if explanation.service.is_none() {
+            if !explanation.is_routed() {
                 return Ok(ExitCode::from(FAILURE));
             }
         }

@@ -436,6 +436,7 @@ mod tests {
             may_be_local: false,
             health: HealthStatus::Serving,
             is_checked: true,
+            is_critical: false,
             meta: ServiceMeta::default(),
         }
     }

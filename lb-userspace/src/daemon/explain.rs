@@ -1,9 +1,217 @@
-//! The result of a connection to a service, a sentence, by the table.
+//! What `nohop explain` reports, by the table and by what the source has: the result of a connection, a
+//! sentence, and all instances.
 
-use std::net::SocketAddr;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 
+use crate::admin::api::{BackendStatus, CheckStatus, InstanceStatus, OUT};
+use crate::catalog::{InspectResult, InspectedCheck, InspectedInstance, Inspection};
 use crate::config::BalanceAlgorithm;
-use crate::table::{Backend, Ports, Protocols, Service};
+use crate::table::{Backend, Excluded, Ports, Protocols, Service, Table, parse_ip};
+
+/// How many services or instances a sentence names.
+const N_NAMED: usize = 5;
+
+/// The argument of `nohop explain`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ExplainTarget {
+    /// A service's name, in lower case and without the domain.
+    Name(String),
+    /// An IP address, with a port or without.
+    Address(IpAddr, Option<u16>),
+}
+
+impl ExplainTarget {
+    /// Reads the argument; `domain` is the zone of the services.
+    pub fn parse(text: &str, domain: &str) -> ExplainTarget {
+        if let Ok(address) = text.parse::<SocketAddr>() {
+            return ExplainTarget::Address(address.ip().to_canonical(), Some(address.port()));
+        }
+        if let Some(ip) = parse_ip(text) {
+            return ExplainTarget::Address(ip, None);
+        }
+        let name = text.trim_end_matches('.').to_lowercase();
+        let name =
+            name.strip_suffix(domain).and_then(|name| name.strip_suffix('.')).unwrap_or(&name);
+        ExplainTarget::Name(name.to_owned())
+    }
+
+    /// Whether an instance at this address, as the source has it, is meant.
+    pub fn is_at(&self, shown_address: &str) -> bool {
+        let ExplainTarget::Address(ip, port) = self else { return false };
+        let Some((host, own_port)) = shown_address.rsplit_once(':') else { return false };
+        parse_ip(host) == Some(*ip) && port.is_none_or(|port| own_port.parse() == Ok(port))
+    }
+}
+
+/// The service whose VIP, IPv6 VIP or pinned address this is.
+pub fn by_vip(table: &Table, ip: IpAddr, port: Option<u16>) -> Option<&Arc<Service>> {
+    let is_its = |service: &Service| {
+        let is_pin = service.pin.is_some_and(|pin| {
+            IpAddr::from(*pin.ip()) == ip && port.is_none_or(|port| port == pin.port())
+        });
+        IpAddr::from(service.vip) == ip || service.vip6.map(IpAddr::from) == Some(ip) || is_pin
+    };
+    table.services.values().find(|service| is_its(service))
+}
+
+/// The services that have an instance at this address, in or out.
+pub fn by_instance<'a>(table: &'a Table, subject: &ExplainTarget) -> Vec<&'a Arc<Service>> {
+    let has_it = |service: &Service| {
+        let is_at = |it: &Backend| {
+            let address = it.address.map(|address| address.to_string());
+            subject.is_at(&it.shown_address) || address.is_some_and(|it| subject.is_at(&it))
+        };
+        service.backends.iter().any(is_at)
+            || service.excluded.iter().any(|it| subject.is_at(&it.address))
+    };
+    table.services.values().filter(|service| has_it(service)).collect()
+}
+
+/// What a connection to an instance's address gets, a sentence.
+pub fn direct(what: &str, instances: &[InstanceStatus]) -> String {
+    if instances.is_empty() {
+        return format!(
+            "{what} is no service's VIP, and no service has an instance there: `nohop services` lists \
+             both"
+        );
+    }
+    let named = instances.iter().take(N_NAMED);
+    let named = named.map(|it| format!("`{}` at {} ({})", it.service, it.address, it.state));
+    let more = match instances.len().saturating_sub(N_NAMED) {
+        0 => String::new(),
+        n => format!(" and {n} more"),
+    };
+    let named = named.collect::<Vec<_>>().join(", ");
+    format!(
+        "{what} is the address of an instance of {named}{more}; a connection to it by this address isn't \
+         redirected"
+    )
+}
+
+/// What a connection to this port of a service gets where it has no such port.
+pub fn other_port(service: &Service, what: &str, port: u16) -> Option<String> {
+    let Ports::Only(ports) = &service.ports else { return None };
+    let is_pin = service.pin.is_some_and(|pin| pin.port() == port);
+    if is_pin || ports.contains(&port) {
+        return None;
+    }
+    let ports = ports.iter().map(u16::to_string).collect::<Vec<_>>().join(" or ");
+    Some(format!(
+        "a connection to {what} is refused with ECONNREFUSED: `{}` is connected to at port {ports} \
+         (nohop-ports in Meta)",
+        service.name
+    ))
+}
+
+/// All instances of a name: its backends, those that are out, and what else the source has.
+pub fn instances(
+    name: &str,
+    backends: &[BackendStatus],
+    excluded: &[Excluded],
+    inspection: Option<&Inspection>,
+) -> Vec<InstanceStatus> {
+    let inspected = inspection.into_iter().flat_map(|inspection| &inspection.instances);
+    let mut inspected: BTreeMap<(String, String), &InspectedInstance> =
+        inspected.map(|it| ((it.node.clone(), it.id.clone()), it)).collect();
+    let mut checks = |node: &str, id: &str| -> Vec<CheckStatus> {
+        let found = inspected.remove(&(node.to_owned(), id.to_owned()));
+        found.map(|it| it.checks.iter().map(check).collect()).unwrap_or_default()
+    };
+    let mut all: Vec<InstanceStatus> = Vec::new();
+    for backend in backends {
+        all.push(InstanceStatus {
+            service: name.to_owned(),
+            address: backend.address.clone(),
+            node: backend.node.clone(),
+            instance: backend.instance.clone(),
+            state: format!("{:?}", backend.state).to_lowercase(),
+            reason: backend.reason.clone(),
+            checks: checks(&backend.node, &backend.instance),
+        });
+    }
+    for out in excluded {
+        all.push(InstanceStatus {
+            service: name.to_owned(),
+            address: out.address.clone(),
+            node: out.node.clone(),
+            instance: out.id.clone(),
+            state: OUT.to_owned(),
+            reason: Some(out.reason.clone()),
+            checks: checks(&out.node, &out.id),
+        });
+    }
+    for it in inspected.into_values() {
+        let same = backends.iter().find(|backend| backend.address == it.address);
+        let (state, reason) = match (&it.out, same) {
+            (Some(reason), _) => (OUT.to_owned(), reason.clone()),
+            (None, Some(backend)) => (
+                format!("{:?}", backend.state).to_lowercase(),
+                format!("one backend with `{}/{}`", backend.node, backend.instance),
+            ),
+            (None, None) => (OUT.to_owned(), "this node hasn't taken it over yet".to_owned()),
+        };
+        all.push(InstanceStatus {
+            service: name.to_owned(),
+            address: it.address.clone(),
+            node: it.node.clone(),
+            instance: it.id.clone(),
+            state,
+            reason: Some(reason),
+            checks: it.checks.iter().map(check).collect(),
+        });
+    }
+    all
+}
+
+fn check(check: &InspectedCheck) -> CheckStatus {
+    let InspectedCheck { name, status, output } = check.clone();
+    CheckStatus { name, status, output }
+}
+
+/// What the source has of a name that isn't routed, and what keeps more from being shown.
+pub fn notes(
+    name: &str,
+    tag: &str,
+    is_routed: bool,
+    result: Option<&InspectResult>,
+) -> Vec<String> {
+    let inspection = match result {
+        None => return Vec::new(),
+        Some(Err(error)) => return vec![format!("checks aren't shown: {error}")],
+        Some(Ok(inspection)) => inspection,
+    };
+    let mut notes = Vec::new();
+    let Inspection { instances, n_more, is_filtered, .. } = &**inspection;
+    let n = instances.len() + n_more;
+    let n_tagged = instances.iter().filter(|instance| instance.is_tagged).count();
+    let names: BTreeSet<&str> = instances.iter().map(|it| &*it.service).collect();
+    let shown = names.first().copied().filter(|name| !name.is_empty()).unwrap_or(name);
+    if !is_routed && n == 0 && !is_filtered {
+        notes.push(format!("Consul has no service `{name}`"));
+    } else if !is_routed && n > 0 && n_tagged == 0 {
+        notes.push(format!(
+            "Consul has `{shown}` with {n} instances, none with the tag `{tag}`: add it to the tags of \
+             the registration"
+        ));
+    } else if !is_routed && n > 0 {
+        notes.push(format!(
+            "Consul has `{shown}` with {n} instances, {n_tagged} of them with the tag `{tag}`: see the \
+             reason of each"
+        ));
+    }
+    if *n_more > 0 {
+        notes.push(format!("the checks of {n_more} further instances aren't shown"));
+    }
+    if *is_filtered {
+        notes.push(
+            "Consul left out what the token may not read: it needs service:read and node:read"
+                .to_owned(),
+        );
+    }
+    notes
+}
 
 /// The result of a connection in this state of the service.
 pub fn sentence(fqdn: &str, service: &Service) -> String {
@@ -103,7 +311,178 @@ fn is_v6(backend: &Backend) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::catalog::InspectError;
     use crate::table::BackendState;
+
+    #[test]
+    fn a_subject_is_a_name_or_an_address() {
+        let address = |ip: &str, port| ExplainTarget::Address(ip.parse().unwrap(), port);
+        for (text, expected) in [
+            ("Web", ExplainTarget::Name("web".into())),
+            ("web.service.", ExplainTarget::Name("web".into())),
+            ("v2.web.service", ExplainTarget::Name("v2.web".into())),
+            ("service", ExplainTarget::Name("service".into())),
+            ("127.128.0.7", address("127.128.0.7", None)),
+            ("127.128.0.7:80", address("127.128.0.7", Some(80))),
+            ("fd00::7", address("fd00::7", None)),
+            ("[fd00::7]", address("fd00::7", None)),
+            ("[fd00::7]:80", address("fd00::7", Some(80))),
+            ("[::ffff:10.0.0.7]:80", address("10.0.0.7", Some(80))),
+            ("10.0.0", ExplainTarget::Name("10.0.0".into())),
+        ] {
+            assert_eq!(ExplainTarget::parse(text, "service"), expected, "{text}");
+        }
+        let of = |text| ExplainTarget::parse(text, "service");
+        assert!(of("10.0.0.7").is_at("10.0.0.7:80") && of("10.0.0.7:80").is_at("10.0.0.7:80"));
+        assert!(of("fd00::7").is_at("[fd00::7]:80"));
+        assert!(
+            !of("10.0.0.7:81").is_at("10.0.0.7:80") && !of("10.0.0.7").is_at("db.example.com:80")
+        );
+        assert!(!of("web").is_at("web:80"));
+    }
+
+    #[test]
+    fn services_are_found_by_their_addresses() {
+        let web = Service {
+            pin: Some("127.0.0.1:81".parse().unwrap()),
+            excluded: vec![Excluded {
+                address: "10.0.0.8:1".into(),
+                node: "n".into(),
+                id: "out".into(),
+                reason: "check `web` is critical".into(),
+            }],
+            ..service(&["10.0.0.7:1"])
+        };
+        let table = Table {
+            generation: 1,
+            services: [("web".into(), Arc::new(web))].into(),
+            ..Table::default()
+        };
+        for (text, is_vip, is_instance) in [
+            ("127.128.0.1", true, false),
+            ("127.128.0.1:443", true, false),
+            ("127.0.0.1:81", true, false),
+            ("127.0.0.1:82", false, false),
+            ("10.0.0.7", false, true),
+            ("10.0.0.7:1", false, true),
+            ("10.0.0.8:1", false, true),
+            ("10.0.0.7:2", false, false),
+            ("10.0.0.9", false, false),
+        ] {
+            let subject = ExplainTarget::parse(text, "service");
+            let ExplainTarget::Address(ip, port) = subject else { panic!("{text}") };
+            assert_eq!(by_vip(&table, ip, port).is_some(), is_vip, "{text}");
+            assert_eq!(by_instance(&table, &subject).len(), usize::from(is_instance), "{text}");
+        }
+        let web = &table.services["web"];
+        assert_eq!(other_port(web, "v:80", 80), None);
+        assert_eq!(other_port(web, "v:81", 81), None);
+        let refused = other_port(web, "127.128.0.1:443", 443).unwrap();
+        assert!(refused.contains("127.128.0.1:443 is refused") && refused.contains("at port 80"));
+    }
+
+    #[test]
+    fn instances_have_the_checks_that_the_source_has() {
+        let inspected = |id: &str, address: &str, out: Option<&str>| InspectedInstance {
+            service: "web".into(),
+            node: "n".into(),
+            id: id.into(),
+            address: address.into(),
+            is_tagged: out.is_none(),
+            out: out.map(str::to_owned),
+            checks: vec![InspectedCheck {
+                name: format!("check of {id}"),
+                status: "passing".into(),
+                output: "200 OK".into(),
+            }],
+        };
+        let backend = BackendStatus {
+            address: "10.0.0.7:1".into(),
+            node: "n".into(),
+            instance: "a".into(),
+            weight: 1,
+            state: BackendState::Healthy,
+            reason: None,
+            connects: 0,
+            in_flight: None,
+            failures: 0,
+            connect_us: None,
+            rtt_us: None,
+        };
+        let excluded = Excluded {
+            address: "10.0.0.8:1".into(),
+            node: "n".into(),
+            id: "b".into(),
+            reason: "service maintenance".into(),
+        };
+        let inspection = Inspection {
+            source: "consul",
+            instances: vec![
+                inspected("a", "10.0.0.7:1", None),
+                inspected("a2", "10.0.0.7:1", None),
+                inspected("b", "10.0.0.8:1", Some("service maintenance")),
+                inspected("c", "10.0.0.9:1", Some("lacks the tag `routed`")),
+                inspected("d", "10.0.0.10:1", None),
+            ],
+            n_more: 0,
+            is_filtered: false,
+        };
+        let (backends, excluded) = ([backend], [excluded]);
+        let all = instances("web", &backends, &excluded, Some(&inspection));
+        let shown = all.iter().map(|it| {
+            let reason = it.reason.as_deref().unwrap_or_default();
+            format!("{} {}: {reason}: {}", it.instance, it.state, it.checks[0].name)
+        });
+        assert_eq!(
+            shown.collect::<Vec<_>>(),
+            [
+                "a healthy: : check of a",
+                "b out: service maintenance: check of b",
+                "a2 healthy: one backend with `n/a`: check of a2",
+                "c out: lacks the tag `routed`: check of c",
+                "d out: this node hasn't taken it over yet: check of d",
+            ]
+        );
+        let without = instances("web", &backends, &excluded, None);
+        assert_eq!(without.len(), 2);
+        assert!(without.iter().all(|it| it.checks.is_empty()));
+    }
+
+    #[test]
+    fn what_consul_has_of_a_name_that_is_not_routed() {
+        let of = |n: usize, is_tagged: bool, is_filtered: bool| -> InspectResult {
+            let instance =
+                InspectedInstance { service: "Web".into(), is_tagged, ..Default::default() };
+            let instances = vec![instance; n];
+            Ok(Inspection { instances, is_filtered, ..Inspection::default() }.into())
+        };
+        let failed = Err(InspectError::Failed("connection refused".into()));
+        for (result, is_routed, expected) in [
+            (None, false, ""),
+            (Some(failed), true, "checks aren't shown: connection refused"),
+            (Some(of(2, true, false)), true, ""),
+            (Some(of(0, false, false)), false, "Consul has no service `web`"),
+            (
+                Some(of(2, false, false)),
+                false,
+                "Consul has `Web` with 2 instances, none with the tag `routed`: add it to the tags of the \
+                 registration",
+            ),
+            (
+                Some(of(2, true, false)),
+                false,
+                "Consul has `Web` with 2 instances, 2 of them with the tag `routed`: see the reason of each",
+            ),
+            (
+                Some(of(0, false, true)),
+                false,
+                "Consul left out what the token may not read: it needs service:read and node:read",
+            ),
+        ] {
+            let notes = notes("web", "routed", is_routed, result.as_ref()).join("; ");
+            assert_eq!(notes, expected, "{result:?}");
+        }
+    }
 
     fn service(backends: &[&str]) -> Service {
         let backend = |address: &&str| {

@@ -43,7 +43,7 @@ use crate::{admin, catalog, dns};
 use drains::{DrainBook, DrainRequest};
 use notify::Notify;
 use pipeline::Pipeline;
-use prober::Prober;
+use prober::BackendProber;
 use recorder::Recorder;
 use reload::Request;
 use shadow_mode::{OffFile, ShadowSwitch};
@@ -105,7 +105,7 @@ struct Daemon {
     resolver: Resolver,
     pipeline: Pipeline,
     waits: SharedWaits,
-    prober: Prober,
+    prober: BackendProber,
     datapath: Arc<SharedDatapath>,
     dns: dns::DnsServer,
     shadow: ShadowSwitch,
@@ -236,7 +236,7 @@ impl Daemon {
             sources,
             resolver,
             waits: pipeline.builder().waits().clone(),
-            prober: Prober::default(),
+            prober: BackendProber::default(),
             pipeline,
             datapath,
             dns,

@@ -17,9 +17,9 @@ pub const LIMIT: Duration = Duration::from_secs(1);
 
 /// The probes under way; dropping it ends them.
 #[derive(Debug, Default)]
-pub struct Prober(JoinSet<(Probe, Result<(), String>)>);
+pub struct BackendProber(JoinSet<(Probe, Result<(), String>)>);
 
-impl Prober {
+impl BackendProber {
     /// Begins a probe. The caller bounds their number.
     pub fn begin(&mut self, probe: Probe) {
         self.0.spawn(async move {

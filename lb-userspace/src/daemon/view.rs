@@ -1,28 +1,34 @@
 //! The admin interface's view of a running daemon.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use hickory_proto::op::Message;
 use hickory_proto::rr::Record;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::drains::{self, Change, DrainRequest, DrainsView};
-use super::explain;
+use super::explain::{self, ExplainTarget};
 use super::metrics::{Readings, SourceReadings, exposition};
 use super::recorder::Recorder;
 use super::reload::{self, Request};
 use crate::admin::prometheus::Histogram;
 use crate::admin::{At, View, api};
-use crate::catalog::{SourceView, UsageSender, Watches};
+use crate::catalog::{InspectError, InspectResult, SourceView, UsageSender, Watches};
 use crate::config::Unrouted;
 use crate::datapath::{COUNTERS, Counters, Indices, Mode, SharedDatapath, UnitState};
 use crate::dns::{self, DebugClient};
 use crate::logging;
 use crate::table::vips::PoolUse;
 use crate::table::{BackendState, Drain, DrainTarget, Service, SharedWaits, Table, Watch};
+
+/// The longest wait for what a source has of a name.
+const INSPECT_LIMIT: Duration = Duration::from_secs(2);
+
+/// The most services of one address that a source is asked about.
+const N_INSPECTED: usize = 4;
 
 /// The running daemon, as far as the admin interface needs it.
 pub struct DaemonView {
@@ -129,20 +135,49 @@ impl View for DaemonView {
         table.services.values().map(|service| self.service(service)).collect()
     }
 
-    fn explain(&self, name: &str) -> api::Explanation {
+    async fn explain(&self, what: &str, may_ask: bool) -> api::Explanation {
         let table = self.table.borrow().clone();
-        let name = name.trim_end_matches('.').to_lowercase();
-        let name = name.strip_suffix(&format!(".{}", self.dns.domain)).unwrap_or(&name);
-        let service = table.services.get(name);
-        let sources = self.sources.borrow().clone();
-        let mut sources = sources.iter().filter(|source| source.has(name)).map(SourceView::name);
+        let subject = ExplainTarget::parse(what, &self.dns.domain);
+        let (ip, port) = match &subject {
+            ExplainTarget::Name(name) => return self.explain_name(name, &table, may_ask).await,
+            ExplainTarget::Address(ip, port) => (*ip, *port),
+        };
+        if let Some(service) = explain::by_vip(&table, ip, port) {
+            let mut explanation = self.explain_name(&service.name, &table, may_ask).await;
+            if let Some(refused) = port.and_then(|port| explain::other_port(service, what, port)) {
+                explanation.connect = refused;
+            }
+            return explanation;
+        }
+        let mut instances = Vec::new();
+        let mut notes = BTreeSet::new();
+        for (nth, service) in explain::by_instance(&table, &subject).into_iter().enumerate() {
+            let explanation =
+                self.explain_name(&service.name, &table, may_ask && nth < N_INSPECTED).await;
+            let backends = explanation.service.into_iter().flat_map(|service| service.backends);
+            let resolved = service.backends.iter().zip(backends);
+            // A host's name is found by the address that it stands for.
+            let resolved: BTreeSet<String> = resolved
+                .filter(|(backend, _)| {
+                    backend.address.is_some_and(|address| subject.is_at(&address.to_string()))
+                })
+                .map(|(_, shown)| shown.address)
+                .collect();
+            let is_at = |it: &api::InstanceStatus| {
+                subject.is_at(&it.address) || resolved.contains(&it.address)
+            };
+            instances.extend(explanation.instances.into_iter().filter(is_at));
+            notes.extend(explanation.notes);
+        }
         api::Explanation {
-            name: name.to_owned(),
-            connect: self.connect(name, &table),
-            source: sources.next().map(str::to_owned),
-            shadowed: sources.map(str::to_owned).collect(),
-            service: service.map(|service| self.service(service)),
-            excluded: service.map(|service| service.excluded.clone()).unwrap_or_default(),
+            name: what.to_owned(),
+            connect: explain::direct(what, &instances),
+            source: None,
+            shadowed: Vec::new(),
+            service: None,
+            excluded: Vec::new(),
+            instances,
+            notes: notes.into_iter().collect(),
         }
     }
 
@@ -431,6 +466,44 @@ impl DaemonView {
             udp_connects_refused: stats.udp_connects.no_backend + stats.udp_connects.family,
             backends: backends.collect(),
         }
+    }
+
+    /// The explanation of a name in lower case, without the domain.
+    async fn explain_name(&self, name: &str, table: &Table, may_ask: bool) -> api::Explanation {
+        let sources = self.sources.borrow().clone();
+        let mut sources = sources.iter().filter(|source| source.has(name)).map(SourceView::name);
+        let source = sources.next().map(str::to_owned);
+        let is_of_file = source.as_deref() == Some("file");
+        let inspected = match may_ask && !is_of_file {
+            true => self.inspect(name).await,
+            false => None,
+        };
+        let tag = self.tag.borrow().clone();
+        // The datapath's lock may be held for a moment.
+        tokio::task::block_in_place(|| {
+            let service = table.services.get(name);
+            let excluded = service.map(|service| service.excluded.clone()).unwrap_or_default();
+            let status = service.map(|service| self.service(service));
+            let backends = status.as_ref().map(|status| &status.backends[..]).unwrap_or_default();
+            let inspection = inspected.as_ref().and_then(|result| result.as_deref().ok());
+            api::Explanation {
+                name: name.to_owned(),
+                connect: self.connect(name, table),
+                source,
+                shadowed: sources.map(str::to_owned).collect(),
+                instances: explain::instances(name, backends, &excluded, inspection),
+                notes: explain::notes(name, &tag, service.is_some(), inspected.as_ref()),
+                service: status,
+                excluded,
+            }
+        })
+    }
+
+    /// What the source has of a name; `None` where no source is asked by name.
+    async fn inspect(&self, name: &str) -> Option<InspectResult> {
+        let inspection = tokio::time::timeout(INSPECT_LIMIT, self.demand.inspect(name)).await;
+        let late = InspectError::Failed(format!("no answer within {INSPECT_LIMIT:?}").into());
+        inspection.unwrap_or(Some(Err(late)))
     }
 
     /// The result of a connection, a sentence.

@@ -271,7 +271,7 @@ impl Builder {
         self.has_new_hostnames |= self.hostnames.remove(name).is_some();
         let mut waits = self.waits.lock();
         waits.contacts.forget(name);
-        waits.keeps.end(name);
+        waits.keeps.forget(name);
         drop(waits);
         self.vips.release(name, now);
         table.services.remove(name).is_some()
@@ -355,7 +355,7 @@ impl Builder {
         }
         {
             let Waits { contacts, keeps } = &mut *self.waits.lock();
-            // Only used where nothing serves.
+            // Only used where an instance is critical.
             let former_backends = LazyCell::new(|| {
                 let former = former.into_iter().flat_map(|former| former.healthy());
                 former.map(Backend::identity).collect::<HashSet<_>>()
@@ -371,11 +371,11 @@ impl Builder {
                 let health = HealthStatus::Warning(reason.clone());
                 let instance = Instance { health, ..instance.clone() };
                 match validate(&instance, &self.pools, &self.hosts) {
-                    Validation::In(backend) if served_before(&backend) => Some(backend),
+                    Validation::In(backend) if !self.is_drained(&backend) => Some(backend),
                     Validation::In(_) | Validation::Out(_) => None,
                 }
             });
-            keeps.judge(&mut service, as_warning);
+            keeps.judge(&mut service, as_warning, served_before);
             let former = former.map(|former| &**former);
             contacts.judge(name, &mut service.backends, &unchecked, former);
         }
@@ -393,6 +393,10 @@ impl Builder {
             Some(former) if former.is_same(&service) => Ok(former.clone()),
             _ => Ok(Arc::new(service)),
         }
+    }
+
+    fn is_drained(&self, backend: &Backend) -> bool {
+        self.drains.find(&backend.node, &backend.id, backend.address).is_some()
     }
 
     /// Has the backends that are drained get no new connections: an endpoint is drained if any of its

@@ -186,6 +186,14 @@ impl Instance {
     pub fn ip(&self) -> Option<IpAddr> {
         parse_ip(&self.address)
     }
+
+    /// Its address and port for people, as the source has them.
+    pub fn shown_address(&self) -> String {
+        match self.address.contains(':') && !self.address.starts_with('[') {
+            true => format!("[{}]:{}", self.address, self.port),
+            false => format!("{}:{}", self.address, self.port),
+        }
+    }
 }
 
 /// An IP address in a text: IPv4, or IPv6 with brackets or without. An IPv4-mapped one is the IPv4

@@ -2,13 +2,21 @@
 //! served keep serving for a while. Checks that all fail at once are more often wrong than right
 //! (traefik's issue 6856; Envoy's panic threshold).
 //!
-//! As in [`super::first_contact`], the caller has the clock.
+//! "At once" is within [`WINDOW`]: each check has its own interval and phase, so they fail one after the
+//! other, and only the last one would be left. As in [`super::first_contact`], the caller has the clock.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::{Backend, Service};
+
+/// An instance that turned critical longer before the last one isn't kept. Checks usually have an interval
+/// of 10 s, and a timeout of as long.
+pub const WINDOW: Duration = Duration::from_secs(30);
+
+/// The node and the id of an instance.
+type InstanceKey = (String, String);
 
 /// The services that are kept.
 #[derive(Debug, Default)]
@@ -20,6 +28,12 @@ pub struct Keeps {
     new: BTreeSet<Arc<str>>,
     /// The others, by when they began.
     begun: BTreeSet<(Instant, Arc<str>)>,
+    /// The instances that turned critical lately, of services that others serve, and when; `None` before
+    /// the clock has met them.
+    critical: BTreeMap<Arc<str>, BTreeMap<InstanceKey, Option<Instant>>>,
+    new_critical: Vec<(Arc<str>, InstanceKey)>,
+    /// In the order of time.
+    since: VecDeque<(Instant, Arc<str>, InstanceKey)>,
 }
 
 /// A service that is kept.
@@ -44,21 +58,45 @@ impl Keeps {
         self.by_service.keys()
     }
 
-    /// Keeps those `critical` backends of a service that served before, where none serves. They move
-    /// from its excluded instances to its backends.
-    pub fn judge(&mut self, service: &mut Service, critical: impl Iterator<Item = Backend>) {
+    /// Keeps those `critical` backends of a service that served lately, where none serves. They move from
+    /// its excluded instances to its backends. `served_before` is whether a backend served in the last
+    /// table.
+    pub fn judge(
+        &mut self,
+        service: &mut Service,
+        critical: impl Iterator<Item = Backend>,
+        served_before: impl Fn(&Backend) -> bool,
+    ) {
         let name = service.name.clone();
-        if self.limit.is_none() || service.healthy().next().is_some() {
+        let known = self.critical.remove(&name).unwrap_or_default();
+        if self.limit.is_none() {
             return self.end(&name);
         }
-        let kept: Vec<Backend> = critical.filter(|backend| backend.state.is_reached()).collect();
-        let is_over = self.by_service.get(&name) == Some(&Keep::Over);
-        if kept.is_empty() || is_over {
+        let (mut lately, mut since) = (Vec::new(), BTreeMap::new());
+        for backend in critical.filter(|backend| backend.state.is_reached()) {
+            let key = (backend.node.clone(), backend.id.clone());
+            let at = match known.get(&key) {
+                Some(at) => *at,
+                None if served_before(&backend) => {
+                    self.new_critical.push((name.clone(), key.clone()));
+                    None
+                }
+                None => continue,
+            };
+            since.insert(key, at);
+            lately.push(backend);
+        }
+        if service.healthy().next().is_some() {
+            if !since.is_empty() {
+                self.critical.insert(name.clone(), since);
+            }
             return self.end(&name);
         }
-        let ids: BTreeSet<_> = kept.iter().map(|kept| (&*kept.node, &*kept.id)).collect();
-        service.excluded.retain(|it| !ids.contains(&(&*it.node, &*it.id)));
-        service.backends.extend(kept);
+        if lately.is_empty() || self.by_service.get(&name) == Some(&Keep::Over) {
+            return self.end(&name);
+        }
+        service.excluded.retain(|it| !since.contains_key(&(it.node.clone(), it.id.clone())));
+        service.backends.extend(lately);
         if !self.by_service.contains_key(&name) {
             self.new.insert(name.clone());
             self.by_service.insert(name, Keep::New);
@@ -74,8 +112,21 @@ impl Keeps {
         }
     }
 
-    /// Begins the time of those that are new, and returns them.
+    /// Drops what is known of a service.
+    pub fn forget(&mut self, service: &str) {
+        self.critical.remove(service);
+        self.end(service);
+    }
+
+    /// Begins the time of those that are new, and returns the services that are kept from now on.
     pub fn begin(&mut self, now: Instant) -> Vec<Arc<str>> {
+        for (name, key) in std::mem::take(&mut self.new_critical) {
+            let at = self.critical.get_mut(&name).and_then(|since| since.get_mut(&key));
+            if let Some(at) = at.filter(|at| at.is_none()) {
+                *at = Some(now);
+                self.since.push_back((now, name, key));
+            }
+        }
         let new: Vec<_> = std::mem::take(&mut self.new).into_iter().collect();
         for name in &new {
             self.by_service.insert(name.clone(), Keep::Since(now));
@@ -86,6 +137,18 @@ impl Keeps {
 
     /// Ends what is over, and returns the services to build again.
     pub fn expire(&mut self, now: Instant) -> Vec<Arc<str>> {
+        while let Some((at, ..)) = self.since.front()
+            && *at + WINDOW <= now
+            && let Some((at, name, key)) = self.since.pop_front()
+        {
+            let Some(since) = self.critical.get_mut(&name) else { continue };
+            if since.get(&key) == Some(&Some(at)) {
+                since.remove(&key);
+            }
+            if since.is_empty() {
+                self.critical.remove(&name);
+            }
+        }
         let mut expired = Vec::new();
         while let Some((since, _)) = self.begun.first()
             && self.limit.is_none_or(|limit| *since + limit <= now)
@@ -99,7 +162,8 @@ impl Keeps {
 
     /// When to call [`Keeps::expire`] next.
     pub fn next_wake(&self) -> Option<Instant> {
-        Some(self.begun.first()?.0 + self.limit.unwrap_or_default())
+        let over = self.begun.first().map(|(at, _)| *at + self.limit.unwrap_or_default());
+        over.into_iter().chain(self.since.front().map(|(at, ..)| *at + WINDOW)).min()
     }
 
     /// How a service is kept, a clause; `None` where it isn't.
@@ -131,14 +195,25 @@ mod tests {
             id: id.into(),
             weight: 1,
             state,
+            group: 0,
             reason: None,
             host_only: false,
         }
     }
 
-    /// What serves of a service with this instance that serves, these that are critical and served, and
-    /// `other`, which didn't; and what is out.
+    /// What serves of a service with these instances that serve, these that are critical, and `other`,
+    /// which never served; and what is out. Those that are critical served in the last table.
     fn judge(keeps: &mut Keeps, serving: &[&str], critical: &[&str]) -> (String, String) {
+        judge_after(keeps, critical, serving, critical)
+    }
+
+    /// The same, where `before` served in the last table.
+    fn judge_after(
+        keeps: &mut Keeps,
+        before: &[&str],
+        serving: &[&str],
+        critical: &[&str],
+    ) -> (String, String) {
         let excluded = critical.iter().chain(&["other"]).map(|id| Excluded {
             address: "10.0.0.1:80".into(),
             node: "n1".into(),
@@ -151,6 +226,7 @@ mod tests {
             vip6: None,
             ports: Ports::only([80]),
             protocols: Protocols::Tcp,
+            algorithm: Default::default(),
             pin: None,
             backends: serving.iter().map(|id| backend(id, BackendState::Healthy)).collect(),
             excluded: excluded.collect(),
@@ -158,7 +234,8 @@ mod tests {
             watch: Watch::Live,
             generation: 1,
         };
-        keeps.judge(&mut service, critical.iter().map(|id| backend(id, BackendState::Warning)));
+        let warning = critical.iter().map(|id| backend(id, BackendState::Warning));
+        keeps.judge(&mut service, warning, |it| before.contains(&&*it.id));
         let ids = service.healthy().map(|backend| &*backend.id).collect::<Vec<_>>().join(" ");
         let out = service.excluded.iter().map(|out| &*out.id).collect::<Vec<_>>().join(" ");
         (ids, out)
@@ -203,6 +280,34 @@ mod tests {
         assert_eq!(judge(&mut keeps, &[], &["b"]), pair("b", "other"));
         keeps.end("web");
         assert_eq!(keeps.begin(start), [] as [Arc<str>; 0]);
+    }
+
+    #[test]
+    fn what_turned_critical_shortly_before_is_kept_as_well() {
+        let start = Instant::now();
+        let mut keeps = Keeps::default();
+        keeps.set_limit(Some(LIMIT));
+        let all = ["a", "b", "c"];
+        assert_eq!(judge_after(&mut keeps, &all, &["b", "c"], &["a"]), pair("b c", "a other"));
+        assert_eq!(keeps.begin(start), [] as [Arc<str>; 0]);
+        let later = start + WINDOW - Duration::from_secs(1);
+        assert_eq!(
+            judge_after(&mut keeps, &["b", "c"], &["c"], &["a", "b"]),
+            pair("c", "a b other")
+        );
+        keeps.begin(later);
+        assert_eq!(keeps.next_wake(), Some(start + WINDOW));
+        for (now, kept) in
+            [(later, pair("a b c", "other")), (start + WINDOW, pair("b c", "a other"))]
+        {
+            assert_eq!(keeps.expire(now), [] as [Arc<str>; 0]);
+            let mut keeps =
+                Keeps { limit: keeps.limit, critical: keeps.critical.clone(), ..Keeps::default() };
+            assert_eq!(judge_after(&mut keeps, &["c"], &[], &all), kept);
+        }
+        keeps.forget("web");
+        assert_eq!(keeps.expire(later + WINDOW), [] as [Arc<str>; 0]);
+        assert_eq!((keeps.next_wake(), keeps.critical.len()), (None, 0));
     }
 
     #[test]

@@ -17,11 +17,7 @@ pub enum Validation {
 
 /// Validates one instance. `pools` are the pools of VIPs, and `hosts` the resolved host names.
 pub fn validate(instance: &Instance, pools: &Pools, hosts: &Hosts) -> Validation {
-    let shown_address = if instance.address.contains(':') && !instance.address.starts_with('[') {
-        format!("[{}]:{}", instance.address, instance.port)
-    } else {
-        format!("{}:{}", instance.address, instance.port)
-    };
+    let shown_address = instance.shown_address();
     let (node, id) = (instance.node.clone(), instance.id.clone());
     if let HealthStatus::Out(reason) = &instance.health {
         return Validation::Out(Excluded {

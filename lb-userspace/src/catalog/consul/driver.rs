@@ -140,6 +140,11 @@ impl Driver {
                     let _ = reply.send(lookup);
                 }
             }
+            Effect::ReplyInspection(waiting, result) => {
+                for reply in waiting {
+                    let _ = reply.send(result.clone());
+                }
+            }
             Effect::MarkSuccess(at) => output.mark_success(at),
             Effect::MarkEarlierSuccess(at) => output.mark_earlier_success(at),
             Effect::SetOff(is_off) => output.set_off(is_off),

@@ -3,12 +3,16 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-use serde::de::{Error, SeqAccess, Visitor};
+use serde::de::{Error, IgnoredAny, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
 use super::address::{self, Candidates};
+use crate::catalog::inspection::{
+    InspectedCheck, InspectedInstance, Inspection, MAX_CHECKS, MAX_INSTANCES, MAX_OUTPUT,
+};
 use crate::config::{CatalogConfig, HealthPolicy};
 use crate::table::{HealthStatus, Instance, NodeIdentity, ServiceMeta, parse_ip};
+use crate::terminal;
 
 /// The most instances that a service may have: many times what is known of any, and a bound on the
 /// memory that an answer takes, since an empty record has two bytes there and some 300 here.
@@ -171,14 +175,139 @@ impl<'de> Visitor<'de> for ReadChecks {
     fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<RawChecks, A::Error> {
         let mut checks = RawChecks::default();
         while let Some(check) = list.next_element::<RawCheck>()? {
-            checks.has_own |= !check.service_id.is_empty();
-            let is_worse = |worst: &RawCheck| check.rank() < worst.rank();
-            if check.status != "passing" && checks.worst.as_ref().is_none_or(is_worse) {
-                checks.worst = Some(check);
-            }
+            checks.add(check);
         }
         Ok(checks)
     }
+}
+
+impl RawChecks {
+    fn add(&mut self, check: RawCheck) {
+        self.has_own |= !check.service_id.is_empty();
+        let is_worse = |worst: &RawCheck| check.rank() < worst.rank();
+        if check.status != "passing" && self.worst.as_ref().is_none_or(is_worse) {
+            self.worst = Some(check);
+        }
+    }
+}
+
+/// The body of the answer, with each check and its output, for [`inspection`].
+#[derive(Clone, Debug)]
+pub struct FullRecords {
+    records: Vec<FullRecord>,
+    n_more: usize,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct FullRecord {
+    #[serde(default, deserialize_with = "or_default")]
+    node: RawNode,
+    #[serde(default, deserialize_with = "or_default")]
+    service: RawService,
+    #[serde(default, deserialize_with = "or_default")]
+    checks: FullChecks,
+}
+
+/// What the checks come to, and the first ones.
+#[derive(Clone, Debug, Default)]
+struct FullChecks {
+    all: RawChecks,
+    shown: Vec<InspectedCheck>,
+}
+
+#[derive(Debug, Deserialize)]
+struct FullCheck {
+    #[serde(flatten)]
+    check: RawCheck,
+    #[serde(default, rename = "Output", deserialize_with = "or_default")]
+    output: String,
+}
+
+impl<'de> Deserialize<'de> for FullRecords {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_seq(ReadFullRecords)
+    }
+}
+
+struct ReadFullRecords;
+
+impl<'de> Visitor<'de> for ReadFullRecords {
+    type Value = FullRecords;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a list of instances")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<FullRecords, A::Error> {
+        let (mut records, mut n_more) = (Vec::new(), 0);
+        while records.len() < MAX_INSTANCES
+            && let Some(record) = list.next_element()?
+        {
+            records.push(record);
+        }
+        while list.next_element::<IgnoredAny>()?.is_some() {
+            n_more += 1;
+        }
+        Ok(FullRecords { records, n_more })
+    }
+}
+
+impl<'de> Deserialize<'de> for FullChecks {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_seq(ReadFullChecks)
+    }
+}
+
+struct ReadFullChecks;
+
+impl<'de> Visitor<'de> for ReadFullChecks {
+    type Value = FullChecks;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a list of checks")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<FullChecks, A::Error> {
+        let mut checks = FullChecks::default();
+        while let Some(FullCheck { check, output }) = list.next_element()? {
+            if checks.shown.len() < MAX_CHECKS {
+                let line = output.trim().lines().next().unwrap_or_default();
+                checks.shown.push(InspectedCheck {
+                    name: check.shown_name().to_owned(),
+                    status: check.status.clone(),
+                    output: terminal::escape(line).chars().take(MAX_OUTPUT).collect(),
+                });
+            }
+            checks.all.add(check);
+        }
+        Ok(checks)
+    }
+}
+
+/// All registrations of a name, each with what the rules make of it.
+pub fn inspection(records: FullRecords, rules: &CatalogConfig) -> Inspection {
+    let FullRecords { records, n_more } = records;
+    let inspect = |record: FullRecord| {
+        let FullRecord { node, service, checks: FullChecks { all, shown } } = record;
+        let record = Record { node, service, checks: all };
+        let (service, is_tagged) = (record.service.service.clone(), record.has_tag(&rules.tag));
+        let instance = instance(record, rules);
+        InspectedInstance {
+            service,
+            address: instance.shown_address(),
+            node: instance.node,
+            id: instance.id,
+            is_tagged,
+            out: match instance.health {
+                HealthStatus::Out(reason) => Some(reason),
+                HealthStatus::Serving | HealthStatus::Warning(_) => None,
+            },
+            checks: shown,
+        }
+    };
+    let instances = records.into_iter().map(inspect).collect();
+    Inspection { source: "consul", instances, n_more, is_filtered: false }
 }
 
 fn or_default<'de, D, T>(deserializer: D) -> Result<T, D::Error>
@@ -354,6 +483,10 @@ impl RawCheck {
         }
     }
 
+    fn shown_name(&self) -> &str {
+        if self.name.is_empty() { &self.id } else { &self.name }
+    }
+
     fn is_critical(&self) -> bool {
         self.severity() == 2
     }
@@ -369,7 +502,7 @@ impl RawCheck {
         if self.is_service_maintenance() {
             return "service maintenance".into();
         }
-        let name = if self.name.is_empty() { &self.id } else { &self.name };
+        let name = self.shown_name();
         match self.status.as_str() {
             "" => format!("check `{name}` has no status"),
             status => format!("check `{name}` is {status}"),
@@ -424,6 +557,37 @@ mod tests {
         assert!(
             instances.iter().any(|it| it.is_checked) && !instances.iter().all(|it| it.is_checked)
         );
+    }
+
+    #[test]
+    fn an_inspection_has_each_check_with_the_first_line_of_its_output() {
+        let records: FullRecords = serde_json::from_str(include_str!("samples/web.json")).unwrap();
+        let Inspection { instances, n_more, .. } = inspection(records, &rules());
+        assert_eq!((instances.len(), n_more), (9, 0));
+        let find = |id: &str| instances.iter().find(|it| it.node == "n1" && it.id == id).unwrap();
+        let untagged = find("web-3");
+        assert_eq!((untagged.is_tagged, &*untagged.service), (false, "web"));
+        assert_eq!(untagged.out.as_deref(), Some("lacks the tag `routed`"));
+        assert_eq!(find("web-2").out.as_deref(), Some("check `web` is critical"));
+        assert!(find("web-2").checks.iter().any(|check| check.status == "critical"));
+        assert_eq!(
+            (find("web-1").out.as_deref(), &*find("web-1").address),
+            (None, "10.0.0.7:23456")
+        );
+
+        let output = format!("\\n  a\\u001b[2Jb{}\\nsecond", "x".repeat(500));
+        let json = format!(
+            r#"[{{"Service": {{"ID": "w"}}, "Checks": [{{"CheckID": "c", "Output": "{output}"}}, {{}}]}}]"#
+        );
+        let records: FullRecords = serde_json::from_str(&json).unwrap();
+        let checks = &inspection(records, &rules()).instances[0].checks;
+        assert_eq!((checks.len(), &*checks[0].name), (2, "c"));
+        assert!(checks[0].output.starts_with(r"a\u{1b}[2Jbxx"), "{checks:?}");
+        assert_eq!(checks[0].output.chars().count(), MAX_OUTPUT);
+
+        let many = format!("[{}]", ["{}"; MAX_INSTANCES + 2].join(","));
+        let records: FullRecords = serde_json::from_str(&many).unwrap();
+        assert_eq!(inspection(records, &rules()).n_more, 2);
     }
 
     #[test]

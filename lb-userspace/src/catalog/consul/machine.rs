@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
 
 use super::index::{IndexCheck, ReadMode};
+use super::inspections::Inspections;
 use super::kill_switch;
 use super::lookups::{LookupDecision, Lookups, Replies};
 use super::node::Node;
@@ -19,9 +20,10 @@ use super::service::Presence;
 use super::settings::{Settings, Timing};
 use super::store::{ServiceStore, Subject};
 use super::suspicion::{Assessment, Evidence};
+use crate::catalog::inspection::InspectError;
 use crate::catalog::snapshot::SavedCatalog;
 use crate::catalog::stats::Watches;
-use crate::catalog::usage::{Lookup, LookupRequest, SourceCommand};
+use crate::catalog::usage::{InspectRequest, InspectResult, Lookup, LookupRequest, SourceCommand};
 use crate::config::WatchPolicy;
 use crate::table::Catalog;
 
@@ -75,6 +77,8 @@ pub enum Effect {
     Publish(Option<Catalog>, Instant, Vec<(Arc<str>, Instant)>),
     /// Answer lookups.
     Reply(Replies, Lookup),
+    /// Report what is registered under a name.
+    ReplyInspection(Vec<oneshot::Sender<InspectResult>>, InspectResult),
     /// Report that Consul answered about the catalog.
     MarkSuccess(Instant),
     /// Report that Consul answered an earlier run, whose catalog serves.
@@ -130,6 +134,7 @@ pub struct Machine {
     agent_backoff: Backoff,
     store: ServiceStore,
     lookups: Lookups,
+    inspections: Inspections,
     /// The services that Consul has answered about, and that aren't reported yet.
     answered: Vec<(Arc<str>, Instant)>,
     started: Instant,
@@ -169,6 +174,7 @@ impl Machine {
             agent_backoff: Backoff::default(),
             store: ServiceStore::new(in_use, timing.distrust),
             lookups: Lookups::new(now),
+            inspections: Inspections::default(),
             answered: Vec::new(),
             started: now,
             has_saved: false,
@@ -221,6 +227,7 @@ impl Machine {
         match event {
             MachineEvent::Ended(id, result) => self.handle_end(id, result, now),
             MachineEvent::Command(SourceCommand::Lookup(request)) => self.look_up(request, now),
+            MachineEvent::Command(SourceCommand::Inspect(request)) => self.inspect(request),
             MachineEvent::Command(SourceCommand::Flush(done)) => self.flushing.push(done),
             MachineEvent::TokenChanged => self.restart(now),
             MachineEvent::Suspended(asleep) => {
@@ -334,8 +341,10 @@ impl Machine {
                     self.send_service(&name, mode, now);
                 }
                 _ => {
-                    let Some(name) = self.lookups.dequeue() else { return };
-                    self.send(Query::Lookup(name), ReadMode::Plain, Duration::ZERO);
+                    let lookup = self.lookups.dequeue().map(Query::Lookup);
+                    let query = lookup.or_else(|| self.inspections.dequeue().map(Query::Inspect));
+                    let Some(query) = query else { return };
+                    self.send(query, ReadMode::Plain, Duration::ZERO);
                 }
             }
         }
@@ -423,7 +432,8 @@ impl Machine {
             *n = n.saturating_sub(1);
         }
         // The agent answers about itself without a server.
-        if let (Some(Ok(answer)), false) = (&result, query == Query::Agent) {
+        let is_of_catalog = !matches!(query, Query::Agent | Query::Inspect(_));
+        if let (Some(Ok(answer)), true) = (&result, is_of_catalog) {
             self.news_at.get_or_insert(answer.news_at);
         }
         match (query, result) {
@@ -447,7 +457,8 @@ impl Machine {
             }
             (Query::Names, None) => self.list.aborted(now),
             (Query::Switch, None) => self.switch.aborted(now),
-            (Query::Agent | Query::Lookup(_), None) => {} // never aborted
+            (Query::Inspect(name), Some(result)) => self.take_inspection(&name, result),
+            (Query::Agent | Query::Lookup(_) | Query::Inspect(_), None) => {} // never aborted
         }
     }
 
@@ -741,6 +752,24 @@ impl Machine {
         self.lookups.answered(name, lookup == Lookup::Absent, now);
         let waiting = self.lookups.take(name);
         self.effects.push(Effect::Reply(waiting, lookup));
+    }
+
+    // Inspections. They change nothing of what is known.
+
+    fn inspect(&mut self, InspectRequest { name, reply }: InspectRequest) {
+        if let Some(reply) = self.inspections.add(name, reply) {
+            self.effects.push(Effect::ReplyInspection(vec![reply], Err(InspectError::Busy)));
+        }
+    }
+
+    fn take_inspection(&mut self, name: &Arc<str>, result: Result<Answer, QueryFailure>) {
+        let result = match result {
+            Ok(Answer { response: Response::Inspection(inspection), .. }) => Ok(inspection.into()),
+            Ok(_) => Err(InspectError::Busy),
+            Err(QueryFailure { problem, .. }) => Err(InspectError::Failed(problem.into())),
+        };
+        let waiting = self.inspections.take(name);
+        self.effects.push(Effect::ReplyInspection(waiting, result));
     }
 
     // Conclusions.

@@ -12,6 +12,7 @@ pub mod fuzzing;
 mod health;
 mod hold_down;
 mod index;
+mod inspections;
 mod kill_switch;
 mod lookups;
 mod machine;

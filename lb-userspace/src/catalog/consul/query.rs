@@ -8,12 +8,13 @@ use std::time::{Duration, Instant};
 use serde::de::DeserializeOwned;
 
 use super::client::{ApiRequest, Client, QueryError, percent_encode};
-use super::health::{self, Record, Records};
+use super::health::{self, Record, Records, inspection};
 use super::hold_down::{self, InstanceKey};
 use super::index::ReadMode;
 use super::kill_switch;
 use super::node::{AgentSelf, Node};
 use crate::catalog::host::{self, Own};
+use crate::catalog::inspection::Inspection;
 use crate::config::CatalogConfig;
 use crate::table::Instance;
 
@@ -33,6 +34,8 @@ pub enum Query {
     Service(Arc<str>),
     /// Whether a service of this name is registered.
     Lookup(Arc<str>),
+    /// All that is registered under this name, for a person.
+    Inspect(Arc<str>),
 }
 
 /// The content of an answer.
@@ -48,6 +51,8 @@ pub enum Response {
     Service(ServiceAnswer),
     /// The service's name as it was registered; `None` where there is no such service.
     Lookup(Option<Arc<str>>),
+    /// All that is registered under the name.
+    Inspection(Inspection),
 }
 
 /// The answer about one service.
@@ -173,6 +178,16 @@ pub async fn fetch(
         Query::Lookup(name) => {
             let response = |Records(records), _| Response::Lookup(registered(records, rules, name));
             get(client, health_path(name), options, response).await
+        }
+        Query::Inspect(name) => {
+            let response = |records, _| Response::Inspection(inspection(records, rules));
+            let mut result = get(client, health_path(name), options, response).await;
+            if let Ok(Answer { response: Response::Inspection(inspection), is_filtered, .. }) =
+                &mut result
+            {
+                inspection.is_filtered = *is_filtered;
+            }
+            result
         }
     }
 }

@@ -254,7 +254,7 @@ async fn keep(kept: Kept, mut texts: mpsc::UnboundedReceiver<String>, mut comman
             }
             command = commands.recv() => match command {
                 Some(SourceCommand::Flush(reply)) => saved = Some(reply),
-                Some(SourceCommand::Lookup(_)) => continue,
+                Some(SourceCommand::Lookup(_) | SourceCommand::Inspect(_)) => continue,
                 // Another run has begun.
                 None => return,
             },

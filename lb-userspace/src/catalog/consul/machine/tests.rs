@@ -6,6 +6,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::catalog::consul::hold_down::InstanceKey;
+use crate::catalog::inspection::{InspectedInstance, Inspection};
 use crate::config::{CatalogConfig, Config, ConsulConfig, WatchPolicy};
 use crate::table::{HealthStatus, Instance, NodeIdentity, ServiceId, ServiceMeta, Watch};
 
@@ -93,6 +94,11 @@ impl MachineRig {
                             let _ = reply.send(lookup);
                         }
                     }
+                    Effect::ReplyInspection(waiting, result) => {
+                        for reply in waiting {
+                            let _ = reply.send(result.clone());
+                        }
+                    }
                     Effect::Save(saved, _) => {
                         self.saved = Some(saved);
                         self.machine.handle(MachineEvent::Saved, self.now);
@@ -135,7 +141,19 @@ impl MachineRig {
                 let is_there = self.services.contains_key(name);
                 Response::Lookup(is_there.then(|| name.clone()))
             }
+            Query::Inspect(name) => {
+                let n = self.services.get(name).copied().unwrap_or(0);
+                let instances = (0..n).map(|_| InspectedInstance::default()).collect();
+                Response::Inspection(Inspection { instances, ..Inspection::default() })
+            }
         }
+    }
+
+    fn inspect(&mut self, name: &str) -> oneshot::Receiver<InspectResult> {
+        let (reply, inspected) = oneshot::channel();
+        let request = InspectRequest { name: name.into(), reply };
+        self.event(MachineEvent::Command(SourceCommand::Inspect(request)));
+        inspected
     }
 
     /// Ends the request of this index with this answer or a failure.
@@ -395,6 +413,26 @@ fn runs_that_end_soon_leave_hardly_more_requests_than_one_of_them_sends() {
     }
 }
 
+#[test]
+fn a_name_is_inspected_once_for_all_that_ask_and_changes_nothing() {
+    let settings = settings(WatchPolicy::Used, 64);
+    let mut rig = MachineRig::new(settings, SavedCatalog::default(), &[("web", 3)]);
+    rig.run(3 * S);
+    let (before, n_before) = (rig.catalog.clone(), rig.under_way.len());
+    let mut waiting: Vec<_> = (0..33).map(|_| rig.inspect("web")).collect();
+    assert_eq!(rig.under_way.len(), n_before + 1);
+    assert_eq!(waiting.pop().unwrap().try_recv(), Ok(Err(InspectError::Busy)), "one too many");
+    rig.end_well(n_before);
+    for mut inspected in waiting {
+        let inspection = inspected.try_recv().unwrap().unwrap();
+        assert_eq!(inspection.instances.len(), 3);
+    }
+    let mut inspected = rig.inspect("other");
+    rig.end(n_before, None, None);
+    assert_eq!(inspected.try_recv(), Ok(Err(InspectError::Failed("it failed".into()))));
+    assert_eq!((rig.catalog, rig.problem), (before, None));
+}
+
 /// The next event of a random run.
 #[derive(Clone, Debug)]
 enum RandomEvent {
@@ -410,6 +448,8 @@ enum RandomEvent {
     Pass(u16),
     /// A service is looked up.
     LookUp(u8),
+    /// A person inspects a name.
+    Inspect(u8),
     TokenChanged,
     Suspended(u16),
 }
@@ -422,6 +462,7 @@ fn random_event() -> impl Strategy<Value = RandomEvent> {
         1 => any::<prop::sample::Index>().prop_map(RandomEvent::WithoutIndex),
         4 => (0..3000_u16).prop_map(RandomEvent::Pass),
         2 => (0..30_u8).prop_map(RandomEvent::LookUp),
+        1 => (0..30_u8).prop_map(RandomEvent::Inspect),
         1 => Just(RandomEvent::TokenChanged),
         1 => (2..100_u16).prop_map(RandomEvent::Suspended),
     ]
@@ -490,6 +531,7 @@ proptest! {
                 }
                 RandomEvent::Pass(ms) => rig.pass(Duration::from_millis(ms.into())),
                 RandomEvent::LookUp(n) => drop(rig.look_up(&format!("s{n}"))),
+                RandomEvent::Inspect(n) => drop(rig.inspect(&format!("s{n}"))),
                 RandomEvent::TokenChanged => rig.event(MachineEvent::TokenChanged),
                 RandomEvent::Suspended(s) => rig.event(MachineEvent::Suspended(S * s.into())),
                 _ => {}
