@@ -12,7 +12,7 @@ use core::mem::offset_of;
 
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-use crate::{Address, Cause, Ejection, EjectionLimits, Sign};
+use crate::{Address, Cause, Ejection, EjectionLimits, Sign, TraceSwitch};
 
 /// The version of this layout, in the paths of the pins. It grows when a map is removed or changed;
 /// a map that is added is made empty where it is absent. The sockets' storage ([`crate::RevNat`],
@@ -465,8 +465,10 @@ pub struct Control {
     pub bypass_levels: u64,
     /// How backends are chosen.
     pub balance: BalanceSettings,
+    /// Which connections are traced.
+    pub trace: TraceSwitch,
     /// Zero. Room for what is switched on and off while programs run.
-    pub reserved: [u64; 4],
+    pub reserved: [u64; 2],
 }
 
 /// How backends of all services are chosen, within [`Control`]. All zero: nothing is ejected, nothing
@@ -602,8 +604,10 @@ pub struct GlobalCounters {
     pub flows_full: u64,
     /// Events ([`Event`]) for which `EVENTS` had no room, as no daemon read them.
     pub events_lost: u64,
+    /// Events of traced connections ([`TraceEvent`](crate::TraceEvent)) for which `TRACE` had no room.
+    pub trace_lost: u64,
     /// Zero. Room for further counters.
-    pub reserved: [u64; 22],
+    pub reserved: [u64; 21],
 }
 
 /// A field of [`GlobalCounters`].
@@ -630,6 +634,8 @@ pub enum Counter {
     FlowsFull = word_of(offset_of!(GlobalCounters, flows_full)),
     /// [`GlobalCounters::events_lost`]
     EventsLost = word_of(offset_of!(GlobalCounters, events_lost)),
+    /// [`GlobalCounters::trace_lost`]
+    TraceLost = word_of(offset_of!(GlobalCounters, trace_lost)),
 }
 
 /// The word that begins at an offset.

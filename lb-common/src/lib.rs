@@ -20,6 +20,7 @@ mod flows;
 mod layout;
 mod maglev;
 mod select;
+mod trace;
 
 pub use address::Address;
 pub use algorithm::*;
@@ -32,3 +33,4 @@ pub use flows::*;
 pub use layout::*;
 pub use maglev::*;
 pub use select::{select, side};
+pub use trace::*;

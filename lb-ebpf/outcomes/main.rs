@@ -8,6 +8,7 @@
 
 mod maps;
 mod sockops;
+mod trace;
 
 #[unsafe(link_section = "license")]
 #[unsafe(no_mangle)]

@@ -9,7 +9,7 @@ use lb_common::{
     ANY_PORT, BackendEntry, BalanceSettings, Control, Counter, DEFAULT_MAX_BACKENDS,
     DEFAULT_MAX_SERVICES, ENTRIES_PER_BACKEND, EjectionLimits, EjectionWord, Event, EventKind,
     FRONTENDS_PER_SERVICE, Frontend, Frontend6, GlobalCounters, IPPROTO_TCP, RevNat, ServiceRef,
-    ServiceStats,
+    ServiceStats, TraceSwitch,
 };
 
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
@@ -168,6 +168,20 @@ pub fn limits() -> Option<EjectionLimits> {
     Some(balance.limits())
 }
 
+/// Which connections are traced.
+#[inline(always)]
+pub fn trace_switch() -> TraceSwitch {
+    let Some(control) = CONTROL.get_ptr(0) else { return TraceSwitch::default() };
+    // SAFETY: an array's element stays; volatile, because the daemon writes it.
+    unsafe {
+        TraceSwitch {
+            until_ns: (&raw const (*control).trace.until_ns).read_volatile(),
+            max_hash: (&raw const (*control).trace.max_hash).read_volatile(),
+            padding: 0,
+        }
+    }
+}
+
 /// Reports to the daemon that a backend is ejected, or returns, and counts the former.
 #[inline(always)]
 pub fn emit_ejection(kind: EventKind, kept: &RevNat) {
@@ -175,11 +189,8 @@ pub fn emit_ejection(kind: EventKind, kept: &RevNat) {
     let service = service_of(kept);
     let event =
         Event { service: service.unwrap_or(u32::MAX), kind: kind as u32, backend, generation };
-    if EVENTS.output(event, 0).is_err()
-        && let Some(counters) = COUNTERS.get_ptr_mut(0)
-    {
-        // SAFETY: the counter is a word within the element, which stays.
-        add_one(unsafe { counters.cast::<u64>().add(Counter::EventsLost as usize) });
+    if EVENTS.output(event, 0).is_err() {
+        count(Counter::EventsLost);
     }
     if kind == EventKind::Ejected
         && let Some(stats) = service.and_then(|service| SERVICE_STATS.get_ptr_mut(service))
@@ -226,6 +237,15 @@ fn service(kept: &RevNat, port: u16) -> Option<u32> {
     let word = found.map(|service| unsafe { service.cast::<u64>().read_volatile() });
     let service: Option<ServiceRef> = word.map(|word| zerocopy::transmute!(word));
     service.map(|found| found.service)
+}
+
+/// Counts an event that no service owns.
+#[inline(always)]
+pub fn count(counter: Counter) {
+    if let Some(counters) = COUNTERS.get_ptr_mut(0) {
+        // SAFETY: the counter is a word within the element, which stays.
+        add_one(unsafe { counters.cast::<u64>().add(counter as usize) });
+    }
 }
 
 #[inline(always)]

@@ -17,10 +17,12 @@ use aya_ebpf::helpers::generated::{bpf_ktime_get_ns, bpf_skc_to_tcp_sock};
 use aya_ebpf::macros::sock_ops;
 use aya_ebpf::programs::SockOpsContext;
 use lb_common::{
-    COUNTED_ESTABLISHED, COUNTED_PENDING, LAYOUT, NOT_COUNTED, RevNat, Sign, peak_average_us,
+    COUNTED_ESTABLISHED, COUNTED_PENDING, LAYOUT, NOT_COUNTED, RevNat, Sign, TraceKind,
+    peak_average_us,
 };
 
 use crate::maps::{self, BackendPtr};
+use crate::trace;
 
 /// The layout that the maps have.
 #[unsafe(no_mangle)]
@@ -103,6 +105,9 @@ fn change_state(ctx: &SockOpsContext) {
     if counted == NOT_COUNTED || kept.layout != layout() {
         return;
     }
+    if counted == COUNTED_PENDING {
+        trace::report(ctx, || outcome(ctx, socket, next));
+    }
     let backend = maps::backend(kept.backend_idx, kept.generation);
     if next == BPF_TCP_ESTABLISHED {
         kept.naming = COUNTED_ESTABLISHED;
@@ -140,6 +145,19 @@ fn change_state(ctx: &SockOpsContext) {
     }
     if let Some(sign) = sign {
         apply(sign, kept, backend);
+    }
+}
+
+/// The outcome of a connection that was being established, for who traces.
+#[inline(always)]
+fn outcome(ctx: &SockOpsContext, socket: *mut bpf_sock, next: u32) -> trace::Outcome {
+    if next == BPF_TCP_ESTABLISHED {
+        let is_first = read!(ctx.total_retrans) == 0;
+        return (TraceKind::Established, if is_first { read!(ctx.srtt_us) >> 3 } else { 0 }, 0);
+    }
+    match why_it_failed(ctx, socket) {
+        Some(_) => (TraceKind::Failed, 0, error(socket).unwrap_or(0)),
+        None => (TraceKind::Aborted, 0, 0),
     }
 }
 

@@ -23,6 +23,7 @@ mod recvmsg6;
 mod revnat;
 mod sendmsg4;
 mod sendmsg6;
+mod trace;
 mod xlate;
 
 #[unsafe(link_section = "license")]

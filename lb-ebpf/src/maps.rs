@@ -13,7 +13,7 @@ use lb_common::{
     DEFAULT_MAX_BACKENDS, DEFAULT_MAX_SERVICES, ENTRIES_PER_BACKEND, Event, EventKind,
     FRONTENDS_PER_SERVICE, Family, Flows, Frontend, Frontend6, GlobalCounters, MAX_BYPASS_CGROUPS,
     Netns, Probe, RevNat, SLOTS_PER_BACKEND, ServiceEntry, ServiceName, ServiceRef, ServiceStats,
-    ServiceWords, Slot, SlotRange,
+    ServiceWords, Slot, SlotRange, TraceSwitch,
 };
 
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
@@ -158,8 +158,8 @@ pub struct ControlPtr(*const Control);
 macro_rules! word {
     // SAFETY: an array's element stays, and this is an aligned word of it; volatile, because the
     // daemon writes it.
-    ($control:ident . $word:ident) => {
-        unsafe { (&raw const (*$control.0).$word).read_volatile() }
+    ($control:ident . $($word:ident).+) => {
+        unsafe { (&raw const (*$control.0).$($word).+).read_volatile() }
     };
 }
 
@@ -195,6 +195,17 @@ pub fn control() -> Option<ControlPtr> {
 #[inline(always)]
 pub fn is_shadow() -> bool {
     control().is_some_and(ControlPtr::is_shadow)
+}
+
+/// Which connections are traced.
+#[inline(always)]
+pub fn trace_switch() -> TraceSwitch {
+    let Some(control) = control() else { return TraceSwitch::default() };
+    TraceSwitch {
+        until_ns: word!(control.trace.until_ns),
+        max_hash: word!(control.trace.max_hash),
+        padding: 0,
+    }
 }
 
 /// The depths at which cgroups are bypassed, a bit each.

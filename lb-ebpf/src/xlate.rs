@@ -16,7 +16,7 @@ use lb_common::{
 
 use crate::context::{self, Endpoint, Reject};
 use crate::maps::{self, ControlPtr, ServicePtr};
-use crate::{config, log, random};
+use crate::{config, log, random, trace};
 
 /// Whether a connection to an IPv4 address may be to a frontend. What is no VIP pays for this alone.
 #[inline(always)]
@@ -92,6 +92,7 @@ fn apply(
 ) -> Result<Option<Selection>, Reject> {
     match verdict {
         Verdict::Send(selection) => {
+            trace::sent(ctx, request, &selection);
             if selection.report {
                 maps::emit_connected(selection.service);
             }
@@ -102,7 +103,10 @@ fn apply(
             }
             Ok(Some(selection))
         }
-        Verdict::Refuse(reason) => Err(refuse(ctx, request, reason)),
+        Verdict::Refuse(reason) => {
+            trace::refused(ctx, request, reason);
+            Err(refuse(ctx, request, reason))
+        }
         Verdict::Pass(reason) => {
             pass(ctx, request, reason);
             Ok(None)

@@ -60,6 +60,7 @@ mod stops_on_signals;
 mod tag_removed;
 mod tls_rotated;
 mod top;
+mod trace;
 mod udp_echo;
 mod upgraded_under_load;
 mod wildcard_server_never_reached;
@@ -130,6 +131,7 @@ const SCENARIOS: &[(&str, Scenario)] = &[
     ("tag_removed", tag_removed::run),
     ("tls_rotated", tls_rotated::run),
     ("top", top::run),
+    ("trace", trace::run),
     ("udp_echo", udp_echo::run),
     ("unread_log", disk::unread_log),
     ("upgraded_under_load", upgraded_under_load::run),

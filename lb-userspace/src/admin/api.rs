@@ -439,3 +439,49 @@ pub struct ChangedKey {
     #[serde(default)]
     pub restart: Option<String>,
 }
+
+/// A line of `GET /v1/trace`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum TraceLine {
+    /// Connections that this client lost, or the kernel.
+    Lost {
+        /// Their number, since the last line of this kind.
+        lost: u64,
+    },
+    /// A connection with its outcome.
+    Connection(Box<TraceRecord>),
+}
+
+/// A connection to a VIP, within [`TraceLine`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TraceRecord {
+    /// When it began, in seconds of the Unix epoch.
+    pub time: f64,
+    /// The name of the process.
+    pub comm: String,
+    /// Its id, as the kernel sees it.
+    pub pid: u32,
+    /// The directory of its cgroup, where that is still there.
+    pub cgroup: Option<String>,
+    /// The allocation of Nomad's in the cgroup's path.
+    pub allocation: Option<String>,
+    /// The task of that allocation.
+    pub task: Option<String>,
+    /// The service; `null` where no service has this address and port.
+    pub service: Option<String>,
+    /// What the application connects to: a VIP and a port.
+    pub frontend: String,
+    /// `tcp` or `udp`.
+    pub protocol: String,
+    /// The backend that was chosen; `null` where the connection is refused.
+    pub backend: Option<String>,
+    /// The reason of the choice, or of the refusal.
+    pub reason: Option<String>,
+    /// One of [`OUTCOMES`](crate::admin::OUTCOMES).
+    pub outcome: String,
+    /// The error of one that failed, such as `ECONNREFUSED`.
+    pub error: Option<String>,
+    /// The time until it was established, in microseconds.
+    pub connect_us: Option<u32>,
+}

@@ -7,8 +7,10 @@ use hyper::{Request, StatusCode};
 use serde::de::DeserializeOwned;
 use tokio::net::{TcpStream, UnixStream};
 
-use super::http::{ExchangeError, HttpResponse, JSON, exchange};
+use super::http::{ExchangeError, HttpResponse, JSON, exchange, read_lines};
 use crate::config::AdminAddress;
+
+use super::trace::TraceFilter;
 
 pub use super::route::{drain_path, explain_path, lookup_path};
 
@@ -171,6 +173,50 @@ async fn post_within<T: DeserializeOwned>(
     document(address, Request::post(path), limit, late).await
 }
 
+/// Traces connections: hands each line to `each` as it comes, until that returns false.
+///
+/// # Errors
+/// When the daemon refuses, or the connection breaks.
+pub async fn trace(
+    address: &AdminAddress,
+    filter: &TraceFilter,
+    each: impl FnMut(&[u8]) -> bool,
+) -> Result<(), ClientError> {
+    let request = Request::get(filter.path());
+    let answer = match address {
+        AdminAddress::Unix(socket) => {
+            let stream = UnixStream::connect(socket).await;
+            let stream = stream.map_err(|source| unreachable(address, source))?;
+            read_lines(stream, request, "nohop", each).await
+        }
+        AdminAddress::Tcp(tcp) => {
+            let stream = TcpStream::connect(tcp).await;
+            let stream = stream.map_err(|source| unreachable(address, source))?;
+            read_lines(stream, request, &tcp.to_string(), each).await
+        }
+    };
+    let exchange = |source| ClientError::Exchange { address: address.clone(), source };
+    match answer.map_err(exchange)? {
+        Some(refusal) => Err(refused(address, &refusal)),
+        None => Ok(()),
+    }
+}
+
+fn refused(address: &AdminAddress, answer: &HttpResponse) -> ClientError {
+    ClientError::Refused {
+        address: address.clone(),
+        status: answer.status,
+        body: String::from_utf8_lossy(&answer.body).trim().to_owned(),
+    }
+}
+
+fn unreachable(address: &AdminAddress, source: std::io::Error) -> ClientError {
+    match source.kind() {
+        std::io::ErrorKind::PermissionDenied => ClientError::Forbidden { address: address.clone() },
+        _ => ClientError::Unreachable { address: address.clone(), source },
+    }
+}
+
 async fn document<T: DeserializeOwned>(
     address: &AdminAddress,
     request: request::Builder,
@@ -180,11 +226,7 @@ async fn document<T: DeserializeOwned>(
     let limited = tokio::time::timeout(limit, ask(address, request)).await;
     let answer = limited.map_err(|_| late(address.clone())).flatten()?;
     if answer.headers.get("content-type").is_none_or(|kind| kind != JSON) {
-        return Err(ClientError::Refused {
-            address: address.clone(),
-            status: answer.status,
-            body: String::from_utf8_lossy(&answer.body).trim().to_owned(),
-        });
+        return Err(refused(address, &answer));
     }
     serde_json::from_slice(&answer.body)
         .map_err(|source| ClientError::Document { address: address.clone(), source })
@@ -194,10 +236,7 @@ async fn ask(
     address: &AdminAddress,
     request: request::Builder,
 ) -> Result<HttpResponse, ClientError> {
-    let unreachable = |source: std::io::Error| match source.kind() {
-        std::io::ErrorKind::PermissionDenied => ClientError::Forbidden { address: address.clone() },
-        _ => ClientError::Unreachable { address: address.clone(), source },
-    };
+    let unreachable = |source| unreachable(address, source);
     let answer = match address {
         AdminAddress::Unix(socket) => {
             exchange(UnixStream::connect(socket).await.map_err(unreachable)?, request, "nohop")

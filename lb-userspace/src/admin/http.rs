@@ -11,6 +11,12 @@ use tokio::io::{AsyncRead, AsyncWrite};
 /// The media type of a JSON document.
 pub const JSON: &str = "application/json";
 
+/// The media type of JSON documents, one a line.
+pub const JSON_LINES: &str = "application/x-ndjson";
+
+/// The longest of such lines, in bytes.
+const MAX_LINE: usize = 1 << 20;
+
 /// The largest response that is read, in bytes: several times that of a node with full maps.
 const MAX_BODY: usize = 256 << 20;
 
@@ -37,6 +43,55 @@ pub enum ExchangeError {
     /// The body is incomplete or too long.
     #[error("the answer broke off: {0}")]
     Body(String),
+}
+
+/// Sends a request without a body to `host`, and hands each line of the answer to `each` as it comes,
+/// until that returns false. An answer that isn't [`JSON_LINES`] is returned instead, read to its end.
+///
+/// # Errors
+/// When the connection breaks before that.
+pub async fn read_lines(
+    stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    request: request::Builder,
+    host: &str,
+    mut each: impl FnMut(&[u8]) -> bool,
+) -> Result<Option<HttpResponse>, ExchangeError> {
+    let request =
+        request.header("host", host).body(Empty::<Bytes>::new()).map_err(ExchangeError::Request)?;
+    let (mut sender, connection) =
+        http1::handshake(TokioIo::new(stream)).await.map_err(ExchangeError::Connection)?;
+    let broken = |error: hyper::Error| ExchangeError::Body(error.to_string());
+    let read = async move {
+        let response = sender.send_request(request).await.map_err(ExchangeError::Connection)?;
+        let (head, mut body) = response.into_parts();
+        if head.headers.get("content-type").is_none_or(|kind| kind != JSON_LINES) {
+            let body = Limited::new(body, MAX_BODY).collect().await;
+            let body = body.map_err(|error| ExchangeError::Body(error.to_string()))?.to_bytes();
+            return Ok(Some(HttpResponse { status: head.status, headers: head.headers, body }));
+        }
+        let mut rest = Vec::new();
+        while let Some(frame) = body.frame().await {
+            let Ok(data) = frame.map_err(broken)?.into_data() else { continue };
+            rest.extend_from_slice(&data);
+            while let Some(end) = rest.iter().position(|&octet| octet == b'\n') {
+                let line: Vec<u8> = rest.drain(..=end).collect();
+                if !each(&line[..end]) {
+                    return Ok(None);
+                }
+            }
+            if rest.len() > MAX_LINE {
+                return Err(ExchangeError::Body(format!("a line of more than {MAX_LINE} bytes")));
+            }
+        }
+        Ok(None)
+    };
+    let mut connection = std::pin::pin!(connection);
+    let mut read = std::pin::pin!(read);
+    tokio::select! {
+        answer = &mut read => answer,
+        // What breaks it also breaks the answer; what has been read of that is still there.
+        _ = &mut connection => read.await,
+    }
 }
 
 /// Sends a request without a body to `host`, and reads the answer to its end.

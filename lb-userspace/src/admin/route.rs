@@ -4,12 +4,16 @@ use std::time::Duration;
 
 use hyper::Method;
 
+use super::query::{decode, encode};
+use super::trace::TraceFilter;
+
 /// The routes, for the response to an unknown one.
 pub(super) const ROUTES: &str = "\
 GET /v1/status
 GET /v1/services
 GET /v1/services/NAME
 GET /v1/dns?name=NAME&type=TYPE
+GET /v1/trace
 POST /v1/reload
 GET /v1/drain
 POST /v1/drain?target=TARGET
@@ -17,7 +21,7 @@ POST /v1/undrain?target=TARGET
 GET /metrics
 GET /healthz
 GET /readyz
-GET answers HEAD, too. /v1/dns and POST are answered on the unix socket only. On the others of /v1,
+GET answers HEAD, too. /v1/dns, /v1/trace and POST are answered on the unix socket only. On the others of /v1,
 ?after=REVISION (of X-Nohop-Revision, or of `revision` in the status) answers once anything has
 changed since, or after &wait=SECONDS (60 by default, at most 600; over TCP at most 60).
 ";
@@ -34,6 +38,7 @@ pub(super) enum Endpoint {
     Services,
     Explain(String),
     LookUp { name: String, kind: String },
+    Trace(TraceFilter),
     Reload,
     Drains,
     Drain(String),
@@ -49,11 +54,16 @@ impl Endpoint {
         matches!(self, Endpoint::Status | Endpoint::Health | Endpoint::Ready)
     }
 
-    /// Whether it has effects: a lookup queries Consul and other resolvers, and ignores `dns.allow`.
+    /// Whether it has effects: a lookup queries Consul and other resolvers, and ignores `dns.allow`; a
+    /// trace has programs report each connection, with its process.
     pub(super) fn has_effects(&self) -> bool {
         matches!(
             self,
-            Endpoint::Reload | Endpoint::Drain(_) | Endpoint::Undrain(_) | Endpoint::LookUp { .. }
+            Endpoint::Reload
+                | Endpoint::Drain(_)
+                | Endpoint::Undrain(_)
+                | Endpoint::LookUp { .. }
+                | Endpoint::Trace(_)
         )
     }
 }
@@ -91,7 +101,12 @@ pub(super) fn route(
         "/v1/dns" if *method == Method::GET => {
             return Ok((look_up(query.unwrap_or_default())?, None));
         }
-        "/v1/dns" => return Err(EndpointError::Method("GET")),
+        "/v1/trace" if *method == Method::GET => {
+            let filter = TraceFilter::parse(query.unwrap_or_default());
+            let wrong = |(name, value, fix)| EndpointError::Query { name, value, fix };
+            return Ok((Endpoint::Trace(filter.map_err(wrong)?), None));
+        }
+        "/v1/dns" | "/v1/trace" => return Err(EndpointError::Method("GET")),
         "/v1/reload" => Endpoint::Reload,
         "/v1/drain" if *method == Method::POST => {
             return Ok((Endpoint::Drain(target(query)?), None));
@@ -193,34 +208,6 @@ pub fn drain_path(is_drain: bool, target: &str) -> String {
     format!("/v1/{change}?target={}", encode(target))
 }
 
-fn encode(text: &str) -> String {
-    text.bytes()
-        .map(|byte| match byte {
-            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' => char::from(byte).to_string(),
-            byte => format!("%{byte:02X}"),
-        })
-        .collect()
-}
-
-fn decode(text: &str) -> String {
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.as_bytes();
-    while let [first, tail @ ..] = rest {
-        let code = tail.get(..2).and_then(|digits| std::str::from_utf8(digits).ok());
-        match code.and_then(|digits| u8::from_str_radix(digits, 16).ok()) {
-            Some(byte) if *first == b'%' => {
-                bytes.push(byte);
-                rest = &tail[2..];
-            }
-            _ => {
-                bytes.push(*first);
-                rest = tail;
-            }
-        }
-    }
-    String::from_utf8_lossy(&bytes).into_owned()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -243,6 +230,8 @@ mod tests {
                 Some("name=a%2e"),
                 Some((Endpoint::LookUp { name: "a.".into(), kind: "A".into() }, None)),
             ),
+            ("/v1/trace", None, Some((Endpoint::Trace(TraceFilter::default()), None))),
+            ("/v1/trace", Some("after=1"), None),
             ("/v1/dns", None, None),
             ("/v1/dns", Some("type=A"), None),
             ("/v1/dns", Some("name=a&after=1"), None),

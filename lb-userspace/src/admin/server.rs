@@ -6,7 +6,6 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use http_body_util::Full;
 use hyper::body::{Bytes, Incoming};
 use hyper::header::{
     ALLOW, CACHE_CONTROL, CONTENT_TYPE, HeaderValue, RETRY_AFTER, X_CONTENT_TYPE_OPTIONS,
@@ -17,16 +16,18 @@ use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use serde::Serialize;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 
 use super::api;
 use super::bind::Listener;
+use super::body::ResponseBody;
 use super::documents::{At, Document, Documents};
 use super::origin::{Foreign, check_host, check_site};
 use super::prometheus;
 use super::route::{Endpoint, EndpointError, Wait, route};
 use super::slow::MinRate;
+use super::trace::{TraceFilter, TraceRefusal};
 use crate::terminal;
 
 /// The most connections of each unix socket, and of each TCP address: each has its own, so a client
@@ -75,6 +76,8 @@ pub trait View: Send + Sync + 'static {
     ) -> impl Future<Output = Result<api::DnsLookup, String>> + Send;
     /// The metrics, in the text format of Prometheus.
     fn metrics(&self) -> String;
+    /// Lines of traced connections as they happen, until the receiver is dropped. It blocks for a moment.
+    fn trace(&self, filter: TraceFilter) -> Result<mpsc::Receiver<Bytes>, TraceRefusal>;
     /// The table's generation and the status' revision, as they grow.
     fn at(&self) -> watch::Receiver<At>;
     /// Reloads the configuration.
@@ -217,7 +220,7 @@ async fn answer<V: View>(
     request: &Request<Incoming>,
     access: &ListenerLimits,
     view: Arc<V>,
-) -> Response<Full<Bytes>> {
+) -> Response<ResponseBody> {
     let (uri, headers) = (request.uri(), request.headers());
     let is_known = match &access.hosts {
         Some(hosts) => check_host(uri, request.version(), headers, &hosts.borrow()),
@@ -240,6 +243,17 @@ async fn answer<V: View>(
     };
     if endpoint.has_effects() && !access.may_change {
         return refusal(&EndpointError::UnixOnly);
+    }
+    if let Endpoint::Trace(filter) = endpoint {
+        let lines = tokio::task::spawn_blocking(move || view.trace(filter)).await;
+        return match lines {
+            Ok(Ok(lines)) => stream(lines),
+            Ok(Err(refusal @ TraceRefusal::Forbidden)) => {
+                text(StatusCode::FORBIDDEN, &format!("{refusal}\n"))
+            }
+            Ok(Err(refusal)) => text(StatusCode::SERVICE_UNAVAILABLE, &format!("{refusal}\n")),
+            Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, &format!("{error}\n")),
+        };
     }
     let mut now = view.at();
     if endpoint == Endpoint::Reload {
@@ -325,21 +339,29 @@ fn show<V: View>(endpoint: &Endpoint, view: &V) -> Shown {
         | Endpoint::Drain(_)
         | Endpoint::Undrain(_)
         | Endpoint::LookUp { .. }
-        | Endpoint::Explain(_) => plain(StatusCode::OK, "ok\n"),
+        | Endpoint::Explain(_)
+        | Endpoint::Trace(_) => plain(StatusCode::OK, "ok\n"),
     }
 }
 
-fn too_many_wait() -> Response<Full<Bytes>> {
+fn stream(lines: mpsc::Receiver<Bytes>) -> Response<ResponseBody> {
+    let mut response = Response::new(ResponseBody::Lines(lines));
+    let media_type = HeaderValue::from_static(super::http::JSON_LINES);
+    response.headers_mut().insert(CONTENT_TYPE, media_type);
+    response
+}
+
+fn too_many_wait() -> Response<ResponseBody> {
     busy("too many requests wait for a change (?after=)")
 }
 
-fn busy(why: &str) -> Response<Full<Bytes>> {
+fn busy(why: &str) -> Response<ResponseBody> {
     let mut response = text(StatusCode::SERVICE_UNAVAILABLE, &format!("{why}: try again later\n"));
     response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
     response
 }
 
-fn refusal(error: &EndpointError) -> Response<Full<Bytes>> {
+fn refusal(error: &EndpointError) -> Response<ResponseBody> {
     let status = match error {
         EndpointError::Method(_) => StatusCode::METHOD_NOT_ALLOWED,
         EndpointError::UnixOnly => StatusCode::FORBIDDEN,
@@ -365,15 +387,15 @@ fn plain(status: StatusCode, lines: &str) -> Shown {
     (status, "text/plain; charset=utf-8", terminal::escape_lines(lines).into_bytes())
 }
 
-fn text(status: StatusCode, lines: &str) -> Response<Full<Bytes>> {
+fn text(status: StatusCode, lines: &str) -> Response<ResponseBody> {
     let (status, media_type, body) = plain(status, lines);
-    let mut response = Response::new(Full::new(Bytes::from(body)));
+    let mut response = Response::new(Bytes::from(body).into());
     *response.status_mut() = status;
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(media_type));
     response
 }
 
-fn response((status, media_type, body): Shown, at: At) -> Response<Full<Bytes>> {
+fn response((status, media_type, body): Shown, at: At) -> Response<ResponseBody> {
     respond(status, media_type, at, body.into())
 }
 
@@ -382,8 +404,8 @@ fn respond(
     media_type: &'static str,
     at: At,
     body: Bytes,
-) -> Response<Full<Bytes>> {
-    let mut response = Response::new(Full::new(body));
+) -> Response<ResponseBody> {
+    let mut response = Response::new(body.into());
     *response.status_mut() = status;
     let headers = response.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static(media_type));
@@ -473,6 +495,10 @@ mod tests {
 
         fn metrics(&self) -> String {
             "nohop_ready 1\n".into()
+        }
+
+        fn trace(&self, _filter: TraceFilter) -> Result<mpsc::Receiver<Bytes>, TraceRefusal> {
+            Err(TraceRefusal::Forbidden)
         }
 
         fn at(&self) -> watch::Receiver<At> {

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use super::dns::target::ResolverKind;
+use crate::admin::{OUTCOMES, TraceFilter};
 use crate::config::keys::{Key, toml, values};
 use crate::config::{Config, Flag, FlagValue};
 use crate::logging::LogFormat;
@@ -69,6 +70,15 @@ pub enum Command {
     },
     /// Show services by their connections, live; with --json, the figures of one second
     Top {
+        /// The daemon.
+        #[command(flatten)]
+        client: ClientArguments,
+    },
+    /// Print connections as they happen, each with its process and its outcome
+    Trace {
+        /// Which.
+        #[command(flatten)]
+        filter: TraceArguments,
         /// The daemon.
         #[command(flatten)]
         client: ClientArguments,
@@ -145,6 +155,29 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+}
+
+/// Which connections are printed.
+#[derive(Debug, Args)]
+pub struct TraceArguments {
+    /// Of this service alone
+    name: Option<String>,
+    /// Not of this service; may be repeated
+    #[arg(long, value_name = "NAME")]
+    not: Vec<String>,
+    /// With this outcome alone
+    #[arg(long, value_parser = OUTCOMES)]
+    outcome: Option<String>,
+    /// One of so many
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    sample: u32,
+}
+
+impl From<TraceArguments> for TraceFilter {
+    fn from(arguments: TraceArguments) -> TraceFilter {
+        let TraceArguments { name: service, not, outcome, sample } = arguments;
+        TraceFilter { service, not, outcome, sample }
+    }
 }
 
 /// A command about the configuration.

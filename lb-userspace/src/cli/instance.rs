@@ -16,6 +16,11 @@ pub fn display_name(id: &str, service: &str) -> String {
     nomad(id, service).unwrap_or_else(|| id.to_owned())
 }
 
+/// The short id of an allocation, as Nomad's own tools show it: the first eight digits.
+pub fn short_allocation(id: &str) -> &str {
+    id.get(..8).unwrap_or(id)
+}
+
 fn nomad(id: &str, service: &str) -> Option<String> {
     let (alloc, rest) = id.strip_prefix(PREFIX)?.split_at_checked(UUID)?;
     let is_uuid = alloc.bytes().enumerate().all(|(at, octet)| match at {
@@ -23,7 +28,7 @@ fn nomad(id: &str, service: &str) -> Option<String> {
         _ => octet.is_ascii_hexdigit(),
     });
     let rest = rest.strip_prefix('-').filter(|_| is_uuid)?;
-    let short = &alloc[..8];
+    let short = short_allocation(alloc);
     // A group's service, or one of a task that may be called `group` itself.
     let owner = rest
         .strip_prefix("group-")

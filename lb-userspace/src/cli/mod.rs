@@ -10,6 +10,7 @@ mod instance;
 mod process;
 mod reload;
 mod top;
+mod trace;
 mod unload;
 
 use std::process::ExitCode;
@@ -95,6 +96,7 @@ fn command(command: Command) -> anyhow::Result<ExitCode> {
             print(&client, &services, |services| format::services(services))?;
         }
         Command::Top { client } => top::run(&client)?,
+        Command::Trace { filter, client } => trace::run(filter.into(), &client)?,
         Command::Explain { name, client } => {
             let explanation: api::Explanation = ask(&client, &client::explain_path(&name))?;
             print(&client, &explanation, format::explanation)?;

@@ -172,6 +172,8 @@ pub const KEYS: &[Key] = keys! {
         "addresses of the admin interface: unix:PATH, or ADDR:PORT to read only"
     live "admin.hosts" config.admin.hosts: |value| value.list_or_none(|it| it.text(address::domain));
         "names under which a TCP address of admin.listen may be addressed"
+    live "admin.trace" config.admin.trace: |value| value.flag();
+        "allow nohop trace, which shows connections with their processes"
 };
 
 /// Former names of keys, and the present ones.
@@ -198,7 +200,6 @@ pub const PLANNED: &[&str] = &[
     "identity.docker",
     "intentions.mode",
     "intentions.direct",
-    "admin.trace",
     "dns.kernel",
     "dns.kernel_mode",
     "dns.intercept",

@@ -273,6 +273,8 @@ pub struct AdminConfig {
     pub listen: Vec<AdminAddress>,
     /// The names under which a TCP address may be addressed, in addition to localhost and addresses.
     pub hosts: Vec<String>,
+    /// Whether clients of the unix sockets may trace connections.
+    pub trace: bool,
 }
 
 /// An address of the admin interface, written `unix:PATH` or `ADDR:PORT`.
@@ -355,6 +357,7 @@ impl Default for Config {
             admin: AdminConfig {
                 listen: vec![AdminAddress::Unix("/run/nohop/admin.sock".into())],
                 hosts: Vec::new(),
+                trace: true,
             },
         }
     }

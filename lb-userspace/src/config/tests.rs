@@ -86,6 +86,7 @@ fn the_defaults_written_out_are_the_defaults() {
         [admin]
         listen = ["unix:/run/nohop/admin.sock"]
         hosts = []
+        trace = true
     "#;
     assert_eq!(check(text), Ok(Config::default()));
 }
@@ -152,6 +153,7 @@ const EVERY_KEY: &str = r#"
     [admin]
     listen = ["127.0.0.1:9000", "unix:/a.sock"]
     hosts = ["Nohop.example"]
+    trace = false
 "#;
 
 #[test]
@@ -245,6 +247,7 @@ fn every_key_is_taken() {
                 AdminAddress::Unix("/a.sock".into()),
             ],
             hosts: vec!["nohop.example".into()],
+            trace: false,
         },
     };
     assert_eq!(check(EVERY_KEY), Ok(expected));

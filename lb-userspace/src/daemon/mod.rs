@@ -16,6 +16,7 @@ mod recorder;
 pub mod reload;
 mod revision;
 mod shadow_mode;
+mod trace;
 pub mod view;
 
 use std::collections::HashMap;
@@ -47,6 +48,7 @@ use prober::BackendProber;
 use recorder::Recorder;
 use reload::Request;
 use shadow_mode::{OffFile, ShadowSwitch};
+use trace::Tracer;
 use view::DaemonView;
 
 /// How often the attachment is looked at, and what failed is tried again.
@@ -121,6 +123,7 @@ struct Daemon {
     pool: watch::Sender<PoolUse>,
     attached: watch::Sender<bool>,
     hosts: watch::Sender<Vec<String>>,
+    tracer: Arc<Tracer>,
     /// The tasks in addition to the loop.
     tasks: Tasks,
     /// The cgroup whose processes are served.
@@ -166,6 +169,10 @@ impl Daemon {
         let how = if datapath.is_adopted() { "took over what was attached" } else { "attached" };
         tracing::info!(cgroup = %scope.display(), pool = %config.vip.pool, "{how}");
         forward_from_kernel(&mut datapath, sources.demand());
+        let trace_events = datapath.take_trace_events();
+        let trace_events = trace_events
+            .inspect_err(|error| tracing::warn!("connections can't be traced: {error}"))
+            .ok();
 
         let counters = datapath.counters();
         let datapath = Arc::new(SharedDatapath::new(datapath));
@@ -185,6 +192,14 @@ impl Daemon {
         let demand = sources.demand().clone();
         let (dns, vip) = (&config.dns, &config.vip);
         let dns = dns::DnsServer::start(dns_sockets, dns, vip, table.clone(), attached, demand)?;
+        let tracer = Tracer::start(
+            trace_events,
+            datapath.clone(),
+            counters.clone(),
+            scope.clone(),
+            config.admin.trace,
+        );
+        let tracer = Arc::new(tracer.context("can't start a thread")?);
         let view = Arc::new(DaemonView {
             debug_client: dns.debug_client(),
             dns: api::DnsStatus {
@@ -209,6 +224,7 @@ impl Daemon {
             reloads: reloads_out,
             drains: drains.view(),
             drain_requests: drain_requests_out,
+            tracer: tracer.clone(),
         });
         for address in admin::exposed(&config.admin.listen) {
             tracing::warn!(
@@ -252,6 +268,7 @@ impl Daemon {
             pool: pool_out,
             attached: attached_out,
             hosts: hosts_out,
+            tracer,
             tasks,
             scope,
         })
@@ -444,6 +461,7 @@ impl Daemon {
             self.tag.send_replace(self.config.catalog.tag.clone());
         }
         self.hosts.send_replace(self.config.admin.hosts.clone());
+        self.tracer.allow(self.config.admin.trace);
         if last.dns != self.config.dns {
             self.dns.reconfigure(&self.config.dns);
         }

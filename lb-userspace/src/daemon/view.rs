@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use hickory_proto::op::Message;
 use hickory_proto::rr::Record;
+use hyper::body::Bytes;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::drains::{self, Change, DrainRequest, DrainsView};
@@ -14,8 +15,9 @@ use super::explain::{self, ExplainTarget};
 use super::metrics::{Readings, SourceReadings, exposition};
 use super::recorder::Recorder;
 use super::reload::{self, Request};
+use super::trace::Tracer;
 use crate::admin::prometheus::Histogram;
-use crate::admin::{At, View, api};
+use crate::admin::{At, TraceFilter, TraceRefusal, View, api};
 use crate::catalog::{InspectError, InspectResult, SourceView, UsageSender, Watches};
 use crate::config::Unrouted;
 use crate::datapath::{COUNTERS, Counters, Indices, Mode, SharedDatapath, UnitState};
@@ -50,6 +52,7 @@ pub struct DaemonView {
     pub(super) reloads: mpsc::Sender<Request>,
     pub(super) drains: DrainsView,
     pub(super) drain_requests: mpsc::Sender<DrainRequest>,
+    pub(super) tracer: Arc<Tracer>,
 }
 
 impl View for DaemonView {
@@ -230,6 +233,10 @@ impl View for DaemonView {
             dns_upstreams: self.debug_client.upstreams(),
             pool: *self.pool.borrow(),
         })
+    }
+
+    fn trace(&self, filter: TraceFilter) -> Result<mpsc::Receiver<Bytes>, TraceRefusal> {
+        self.tracer.subscribe(filter)
     }
 
     fn at(&self) -> watch::Receiver<At> {

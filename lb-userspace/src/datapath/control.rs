@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use lb_common::{BalanceSettings, Control, Counter, MaglevKey, RejectMethod, SlowStart};
+use lb_common::{
+    BalanceSettings, Control, Counter, MaglevKey, RejectMethod, SlowStart, TraceSwitch,
+};
 
 use super::activity::Usage;
 use super::bpf::netns_cookie;
@@ -19,6 +21,7 @@ use super::links::{self, Attachment, ServedCgroup, Units};
 use super::pins::{PinnedMaps, Pins, monotonic_ns};
 use super::reconcile::{Indices, Pressure, ReconcileError, Reconciler};
 use super::socket_terminator::SocketTerminator;
+use super::trace::TraceEvents;
 use super::units::{OUTCOMES, UnitHealth};
 use super::{bypass, probe};
 use crate::config::{AffinityKey, BalanceConfig, EjectConfig};
@@ -60,6 +63,7 @@ impl Datapath {
         daemon.pid = std::process::id().into();
         daemon.tgid = daemon.pid;
         daemon.heartbeat_ns = monotonic_ns();
+        daemon.trace = TraceSwitch::default();
         self.control_block.set_daemon(daemon);
     }
 
@@ -243,6 +247,25 @@ impl Datapath {
         self.control_block.set_daemon(daemon);
     }
 
+    /// Has the programs report connections one by one, for a while: those of sockets whose hash isn't
+    /// above this; or none.
+    pub fn set_trace(&self, trace: Option<(Duration, u32)>) {
+        let trace = trace.map_or_else(TraceSwitch::default, |(time, max_hash)| {
+            let until_ns = monotonic_ns().saturating_add(time.as_nanos() as u64);
+            TraceSwitch { until_ns, max_hash, padding: 0 }
+        });
+        self.control_block.set_daemon(Control { trace, ..self.control_block.daemon() });
+    }
+
+    /// Takes the reader of events of traced connections, once.
+    ///
+    /// # Errors
+    /// When it can't be mapped into memory.
+    pub fn take_trace_events(&mut self) -> Result<TraceEvents, DatapathError> {
+        let names = self.reconciler.maps_mut().names();
+        TraceEvents::new(self.units.loaded_mut().filter_map(|ebpf| ebpf.take_map("TRACE")), names)
+    }
+
     /// Whether connections are only counted.
     pub fn is_shadow(&self) -> bool {
         self.control_block.daemon().is_shadow != 0
@@ -307,7 +330,12 @@ impl Datapath {
     /// Leaves everything attached and pinned, for the next daemon.
     pub fn keep(&self) {
         // Another process may get our process id.
-        self.control_block.set_daemon(Control { pid: 0, tgid: 0, ..self.control_block.daemon() });
+        self.control_block.set_daemon(Control {
+            pid: 0,
+            tgid: 0,
+            trace: TraceSwitch::default(),
+            ..self.control_block.daemon()
+        });
     }
 
     /// Detaches the programs, reverse translation last, and removes all pins. Succeeds if they are gone
@@ -360,7 +388,7 @@ pub fn exclusion_problems(patterns: &[PathBuf]) -> Vec<String> {
 }
 
 /// The global counters, by their names in `status`.
-pub const COUNTERS: [(&str, Counter); 10] = [
+pub const COUNTERS: [(&str, Counter); 11] = [
     ("refused_no_frontend", Counter::RefusedNoFrontend),
     ("storage_alloc_failed", Counter::StorageAllocFailed),
     ("inconsistent", Counter::Inconsistent),
@@ -370,6 +398,7 @@ pub const COUNTERS: [(&str, Counter); 10] = [
     ("shadowed_no_frontend", Counter::ShadowedNoFrontend),
     ("udp_no_frontend", Counter::UdpNoFrontend),
     ("flows_full", Counter::FlowsFull),
+    ("trace_lost", Counter::TraceLost),
     ("events_lost", Counter::EventsLost),
 ];
 

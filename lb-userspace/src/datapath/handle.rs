@@ -209,6 +209,11 @@ impl SharedDatapath {
         lock(&self.datapath).counts_in_flight()
     }
 
+    /// As [`Datapath::set_trace`].
+    pub fn set_trace(&self, trace: Option<(Duration, u32)>) {
+        lock(&self.datapath).set_trace(trace);
+    }
+
     /// As [`Datapath::is_adopted`].
     pub fn is_adopted(&self) -> bool {
         lock(&self.datapath).is_adopted()

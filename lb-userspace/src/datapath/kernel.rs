@@ -290,6 +290,11 @@ impl Counters {
         let _ = word.try_update(Ordering::AcqRel, Ordering::Acquire, |word| Some(with(word)));
     }
 
+    /// The events of traced connections that were lost.
+    pub fn trace_lost(&self) -> u64 {
+        self.event(Counter::TraceLost)
+    }
+
     /// An event that no service owns.
     pub fn event(&self, counter: Counter) -> u64 {
         self.global.load_field(0, counter as usize * size_of::<u64>())

@@ -35,6 +35,7 @@ mod reconcile;
 pub mod route;
 mod socket_terminator;
 mod start;
+mod trace;
 mod units;
 
 pub use bpf::{AttachType, netns_cookie};
@@ -46,7 +47,7 @@ pub use features::{Features, Limit};
 pub use handle::{HookHealth, Mode, SharedDatapath};
 pub use in_flight::Recount;
 pub use kernel::{Counters, ServiceCounters};
-pub use lb_common::{BackendOutcomes, BalanceSettings, RejectMethod, UdpConnects};
+pub use lb_common::{BackendOutcomes, BalanceSettings, RejectMethod, UdpConnects, is_sampled};
 pub use links::Attachment;
 pub use memcg::{Charge, create_maps};
 pub use obstacles::Obstacle;
@@ -57,4 +58,5 @@ pub use pins::{
 pub use prog_stats::{Cost, Measuring};
 pub use reconcile::{Indices, Pressure, ReconcileError};
 pub use start::{find_obstacle, unload};
+pub use trace::{Begun, TraceEvents, TraceStep, Traced, now_ns as trace_now_ns};
 pub use units::{AttachPoint, Hook, OUTCOMES, Object, UNITS, Unit, UnitHealth, UnitState, hooks};

@@ -1,0 +1,140 @@
+//! `nohop trace`: connections as they happen.
+
+use anyhow::Context;
+
+use super::args::ClientArguments;
+use super::instance::short_allocation;
+use super::process::{environment, runtime};
+use crate::admin::api::{TraceLine, TraceRecord};
+use crate::admin::{TraceFilter, client};
+use crate::terminal;
+
+/// Runs the command, until the daemon ends or nobody reads any more.
+pub fn run(filter: TraceFilter, arguments: &ClientArguments) -> anyhow::Result<()> {
+    let address = client::find(arguments.admin.as_deref(), &environment)?;
+    let mut failed = Ok(());
+    let traced = runtime()?.block_on(client::trace(&address, &filter, |line| {
+        match print(line, arguments.json) {
+            Ok(is_read) => is_read,
+            Err(error) => {
+                failed = Err(error);
+                false
+            }
+        }
+    }));
+    failed.and(traced.map_err(Into::into))
+}
+
+/// Prints a line; false once nobody reads.
+fn print(line: &[u8], json: bool) -> anyhow::Result<bool> {
+    use std::io::Write;
+    let line: TraceLine = serde_json::from_slice(line)
+        .context("can't read what the daemon sent: is it of the same version?")?;
+    let text = match json {
+        true => terminal::escape_json(&serde_json::to_string(&line)?) + "\n",
+        false => terminal::show(&line, text)?,
+    };
+    match std::io::stdout().write_all(text.as_bytes()) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(false),
+        Err(error) => Err(error).context("can't write to stdout"),
+    }
+}
+
+fn text(line: &TraceLine) -> String {
+    match line {
+        TraceLine::Lost { lost } => format!("{lost} connections were lost\n"),
+        TraceLine::Connection(connection) => connection_text(connection),
+    }
+}
+
+fn connection_text(connection: &TraceRecord) -> String {
+    let TraceRecord { comm, pid, service, frontend, .. } = connection;
+    let time = time_of_day(connection.time);
+    let place = match (&connection.allocation, &connection.task, &connection.cgroup) {
+        (Some(allocation), Some(task), _) => {
+            format!("  alloc {} {task}", short_allocation(allocation))
+        }
+        (_, _, Some(cgroup)) => format!("  {cgroup}"),
+        (_, _, None) => String::new(),
+    };
+    let service = service.as_deref().unwrap_or("no service");
+    let udp = if connection.protocol == "udp" { " udp" } else { "" };
+    let backend = connection.backend.as_deref().map(|to| format!(" -> {to}")).unwrap_or_default();
+    let reason = connection.reason.as_deref().map(|why| format!("  {why}")).unwrap_or_default();
+    let details = connection.error.iter().map(|error| format!(" {error}"));
+    let details = details.chain(connection.connect_us.map(|us| format!(" in {us} us")));
+    let details: String = details.collect();
+    let outcome = &connection.outcome;
+    format!(
+        "{time}  {comm}[{pid}]{place}  {service} {frontend}{udp}{backend}  {outcome}{details}{reason}\n"
+    )
+}
+
+/// The time of day in UTC, to the microsecond.
+fn time_of_day(seconds: f64) -> String {
+    let us = (seconds * 1e6).round() as u64;
+    let (us, seconds) = (us % 1_000_000, us / 1_000_000 % 86_400);
+    format!("{:02}:{:02}:{:02}.{us:06}", seconds / 3_600, seconds / 60 % 60, seconds % 60)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn established() -> TraceRecord {
+        TraceRecord {
+            time: 1_764_414_123.000_456,
+            comm: "curl".into(),
+            pid: 1234,
+            cgroup: Some("/sys/fs/cgroup/system.slice/cron.service".into()),
+            allocation: None,
+            task: None,
+            service: Some("web".into()),
+            frontend: "127.186.3.9:80".into(),
+            protocol: "tcp".into(),
+            backend: Some("10.0.0.7:23456".into()),
+            reason: None,
+            outcome: "established".into(),
+            error: None,
+            connect_us: Some(153),
+        }
+    }
+
+    #[test]
+    fn a_connection_is_a_line() {
+        assert_eq!(
+            connection_text(&established()),
+            "11:02:03.000456  curl[1234]  /sys/fs/cgroup/system.slice/cron.service  web \
+             127.186.3.9:80 -> 10.0.0.7:23456  established in 153 us\n"
+        );
+        let failed = TraceRecord {
+            allocation: Some("39e25890-23fb-7513-b98f-97a5310046ad".into()),
+            task: Some("server".into()),
+            outcome: "failed".into(),
+            error: Some("ECONNREFUSED".into()),
+            connect_us: None,
+            ..established()
+        };
+        assert_eq!(
+            connection_text(&failed),
+            "11:02:03.000456  curl[1234]  alloc 39e25890 server  web 127.186.3.9:80 -> \
+             10.0.0.7:23456  failed ECONNREFUSED\n"
+        );
+        let refused = TraceRecord {
+            cgroup: None,
+            service: None,
+            backend: None,
+            reason: Some("no service has this address and port".into()),
+            outcome: "refused".into(),
+            connect_us: None,
+            ..established()
+        };
+        assert_eq!(
+            connection_text(&refused),
+            "11:02:03.000456  curl[1234]  no service 127.186.3.9:80  refused  no service has this \
+             address and port\n"
+        );
+        assert_eq!(text(&TraceLine::Lost { lost: 3 }), "3 connections were lost\n");
+    }
+}

@@ -1,0 +1,174 @@
+//! Events of traced connections, from the programs.
+
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+
+use aya::maps::{Map, MapData, RingBuf};
+use lb_common::{Address, RefusalReason, TraceEvent, TraceKind};
+use zerocopy::FromBytes;
+
+use super::error::DatapathError;
+use super::kernel::Names;
+use super::pins::monotonic_ns;
+
+/// The programs' events of traced connections, of all units.
+pub struct TraceEvents {
+    rings: Vec<RingBuf<MapData>>,
+    names: Names,
+}
+
+/// An event of a traced connection.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Traced {
+    /// The socket, by its cookie.
+    pub cookie: u64,
+    /// When, in nanoseconds of CLOCK_MONOTONIC.
+    pub at_ns: u64,
+    /// What happened.
+    pub step: TraceStep,
+}
+
+/// What happened to a connection.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TraceStep {
+    /// It was sent to a backend, or refused.
+    Begun(Box<Begun>),
+    /// It is established.
+    Established {
+        /// How long that took in microseconds, where it is known.
+        connect_us: Option<u32>,
+    },
+    /// It ended by an error.
+    Failed {
+        /// The error's number, where it is known.
+        error: Option<i32>,
+    },
+    /// The client gave up.
+    Aborted,
+}
+
+/// What is known of a connection when it begins.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Begun {
+    /// The process.
+    pub pid: u32,
+    /// Its name.
+    pub comm: String,
+    /// The id of its cgroup, the inode of a directory.
+    pub cgroup_id: u64,
+    /// The service, where there is one.
+    pub service: Option<Arc<str>>,
+    /// What the application connects to.
+    pub frontend: SocketAddr,
+    /// Whether by TCP; else by UDP.
+    pub is_tcp: bool,
+    /// Where it goes; or why it is refused.
+    pub backend: Result<SocketAddr, &'static str>,
+}
+
+impl TraceEvents {
+    pub(super) fn new(
+        maps: impl Iterator<Item = Map>,
+        names: Names,
+    ) -> Result<TraceEvents, DatapathError> {
+        let rings = maps.map(RingBuf::try_from).collect::<Result<_, _>>();
+        Ok(TraceEvents { rings: rings.map_err(|source| DatapathError::Map { source })?, names })
+    }
+
+    /// The descriptors that are readable while there are events.
+    pub fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.rings.iter().map(AsFd::as_fd)
+    }
+
+    /// Reads all events that there are, those of one unit after those of another.
+    pub fn read(&mut self, mut each: impl FnMut(Traced)) {
+        for ring in &mut self.rings {
+            while let Some(event) = ring.next() {
+                // One of another size would be another version's.
+                let event = TraceEvent::read_from_bytes(&event);
+                if let Some(event) = event.ok().and_then(|event| traced(&event, &self.names)) {
+                    each(event);
+                }
+            }
+        }
+    }
+}
+
+/// CLOCK_MONOTONIC, by which events are dated.
+pub fn now_ns() -> u64 {
+    monotonic_ns()
+}
+
+fn traced(event: &TraceEvent, names: &Names) -> Option<Traced> {
+    let &TraceEvent { cookie, at_ns, kind, .. } = event;
+    const SENT: u8 = TraceKind::Sent as u8;
+    const REFUSED: u8 = TraceKind::Refused as u8;
+    const ESTABLISHED: u8 = TraceKind::Established as u8;
+    const FAILED: u8 = TraceKind::Failed as u8;
+    const ABORTED: u8 = TraceKind::Aborted as u8;
+    let step = match kind {
+        SENT => {
+            let backend = socket_addr(event.backend, event.backend_port);
+            TraceStep::Begun(Box::new(begun(event, names, Ok(backend))))
+        }
+        REFUSED => TraceStep::Begun(Box::new(begun(event, names, Err(refusal(event.reason))))),
+        ESTABLISHED => {
+            TraceStep::Established { connect_us: Some(event.connect_us).filter(|us| *us > 0) }
+        }
+        FAILED => {
+            TraceStep::Failed { error: i32::try_from(event.error).ok().filter(|error| *error > 0) }
+        }
+        ABORTED => TraceStep::Aborted,
+        _ => return None,
+    };
+    Some(Traced { cookie, at_ns, step })
+}
+
+fn begun(event: &TraceEvent, names: &Names, backend: Result<SocketAddr, &'static str>) -> Begun {
+    let comm = event.comm.split(|&octet| octet == 0).next().unwrap_or_default();
+    Begun {
+        pid: event.pid,
+        comm: String::from_utf8_lossy(comm).into_owned(),
+        cgroup_id: event.cgroup_id,
+        service: names.name(event.service),
+        frontend: socket_addr(event.frontend, event.frontend_port),
+        is_tcp: event.protocol == lb_common::IPPROTO_TCP,
+        backend,
+    }
+}
+
+fn refusal(reason: u8) -> &'static str {
+    const NO_FRONTEND: u8 = RefusalReason::NoFrontend as u8;
+    const NO_BACKEND: u8 = RefusalReason::NoBackend as u8;
+    const FAMILY: u8 = RefusalReason::Family as u8;
+    match reason {
+        NO_FRONTEND => "no service has this address and port",
+        NO_BACKEND => "the service has no backend",
+        FAMILY => "no backend is of an address family that the socket reaches",
+        _ => "the backend isn't there",
+    }
+}
+
+fn socket_addr(address: Address, port: u16) -> SocketAddr {
+    let address: IpAddr = match address.to_v4() {
+        Some(octets) => octets.into(),
+        None => address.octets.into(),
+    };
+    SocketAddr::new(address, port)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_and_reasons_are_those_of_people() {
+        let v4 = socket_addr(Address::v4([127, 186, 3, 9]), 80);
+        assert_eq!(v4.to_string(), "127.186.3.9:80");
+        let octets = "fd00::9".parse::<std::net::Ipv6Addr>().unwrap().octets();
+        assert_eq!(socket_addr(Address { octets }, 1).to_string(), "[fd00::9]:1");
+        let texts: std::collections::BTreeSet<_> = (1..=4).map(refusal).collect();
+        assert_eq!(texts.len(), 4);
+    }
+}
