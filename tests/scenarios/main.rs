@@ -20,6 +20,7 @@ mod curl_by_name;
 mod disk;
 mod dns_over_tls;
 mod drain;
+mod ejected_is_shown;
 mod explained;
 mod external_detach;
 mod foreign_route;
@@ -96,6 +97,7 @@ const SCENARIOS: &[(&str, Scenario)] = &[
     ("dns_acl", resolvers::strangers),
     ("dnsmasq_in_front", resolvers::dnsmasq),
     ("drain_by_hand", drain::by_hand),
+    ("ejected_is_shown", ejected_is_shown::run),
     ("explained", explained::run),
     ("external_detach", external_detach::run),
     ("foreign_route", foreign_route::run),
