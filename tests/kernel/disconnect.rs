@@ -9,7 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use lb_userspace::datapath::diag::{Connected, DiagError, Report, disconnect};
+use lb_userspace::datapath::diag::{Connected, DiagError, DiagReport, disconnect};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt::{set_socket_reuseport, socket_cookie};
 use rustix::net::{
@@ -93,7 +93,7 @@ impl Storage {
     fn disconnect_gone(&self, server: SocketAddr, n_gone: usize, n_examined: usize) {
         let is_gone = |_: &Connected, socket: BorrowedFd<'_>| Ok(self.get(socket)? == Some(GONE));
         let report = disconnect(|socket| is_to(socket, server), is_gone);
-        let Report { n_namespaces, n_examined: examined, n_disconnected, errors } = report;
+        let DiagReport { n_namespaces, n_examined: examined, n_disconnected, errors } = report;
         assert!(errors.is_empty() && n_namespaces > 0, "{n_namespaces} {errors:?}");
         assert_eq!((n_disconnected, examined), (n_gone, n_examined));
     }

@@ -269,7 +269,7 @@ fn levenshtein(from: &str, to: &str) -> usize {
 
 /// A key whose value differs between two configurations.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Change {
+pub struct KeyChange {
     /// The key, such as `dns.ttl`.
     pub key: &'static str,
     /// The value in use, as TOML; of a secret only that there is one.
@@ -281,7 +281,7 @@ pub struct Change {
 }
 
 /// Every key whose value differs.
-pub fn changes(running: &Config, wanted: &Config) -> Vec<Change> {
+pub fn changes(running: &Config, wanted: &Config) -> Vec<KeyChange> {
     let (from, to) = (values(running), values(wanted));
     let mut changes = Vec::new();
     for ((key, from), (_, to)) in from.iter().zip(&to) {
@@ -289,7 +289,7 @@ pub fn changes(running: &Config, wanted: &Config) -> Vec<Change> {
         let is_other_secret = is_secret && running.consul.token != wanted.consul.token;
         if from != to || is_other_secret {
             let to = if from == to { "another token".into() } else { toml(to) };
-            changes.push(Change { key: key.name, from: toml(from), to, restart: key.restart });
+            changes.push(KeyChange { key: key.name, from: toml(from), to, restart: key.restart });
         }
     }
     changes

@@ -1,6 +1,6 @@
 use std::path::Path;
 
-use super::keys::{Change, KEYS, changes};
+use super::keys::{KEYS, KeyChange, changes};
 use super::*;
 
 /// The problems of a file, without an environment and without flags, each as `LINE: ...`.
@@ -935,7 +935,7 @@ fn differences_are_shown_as_toml() {
     for (before, after, expected) in table {
         let shown: Vec<String> = changes(&config(before), &config(after))
             .into_iter()
-            .map(|Change { key, from, to, restart }| {
+            .map(|KeyChange { key, from, to, restart }| {
                 let restart = restart.map_or("", |_| " (restart)");
                 format!("{key}: {from} -> {to}{restart}")
             })
@@ -978,7 +978,7 @@ fn a_secret_is_never_shown() {
     ];
     for (from, to, shown_from, shown_to) in table {
         let found = changes(&with(from), &with(to));
-        let Change { from, to, .. } = &found[0];
+        let KeyChange { from, to, .. } = &found[0];
         assert_eq!((found.len(), &**from, &**to), (1, shown_from, shown_to));
     }
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use tokio::sync::oneshot;
 
 use crate::admin::api;
-use crate::config::keys::{Change, changes};
+use crate::config::keys::{KeyChange, changes};
 use crate::config::{Config, ConfigErrors};
 
 /// Reads file, environment and flags again, as at the start.
@@ -37,7 +37,7 @@ pub fn refuse(problems: impl IntoIterator<Item = impl Display>) -> api::Reload {
     api::Reload { ok: false, problems, changes: Vec::new() }
 }
 
-fn shown(Change { key, from, to, restart }: Change) -> api::ChangedKey {
+fn shown(KeyChange { key, from, to, restart }: KeyChange) -> api::ChangedKey {
     api::ChangedKey { key: key.to_owned(), from, to, restart: restart.map(str::to_owned) }
 }
 

@@ -35,7 +35,7 @@ const MAX_ROUNDS: usize = 4;
 
 /// What [`disconnect`] did.
 #[derive(Debug, Default)]
-pub struct Report {
+pub struct DiagReport {
     /// The network namespaces whose sockets were listed.
     pub n_namespaces: usize,
     /// The sockets that `is_gone` was called for, and that were disconnected or spared.
@@ -65,13 +65,15 @@ pub struct Report {
 pub fn disconnect(
     is_suspect: impl Fn(&Connected) -> bool + Send,
     is_gone: impl FnMut(&Connected, BorrowedFd<'_>) -> io::Result<bool> + Send,
-) -> Report {
+) -> DiagReport {
     // The thread ends in another namespace than it started in, so it can't be one of a pool.
     std::thread::scope(|scope| {
         let work = || disconnect_everywhere(is_suspect, is_gone);
         match std::thread::Builder::new().name("disconnect".to_owned()).spawn_scoped(scope, work) {
             Ok(thread) => thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
-            Err(error) => Report { errors: vec![DiagError::Thread(error)], ..Report::default() },
+            Err(error) => {
+                DiagReport { errors: vec![DiagError::Thread(error)], ..DiagReport::default() }
+            }
         }
     })
 }
@@ -151,9 +153,9 @@ impl Place {
 fn disconnect_everywhere(
     is_suspect: impl Fn(&Connected) -> bool,
     is_gone: impl FnMut(&Connected, BorrowedFd<'_>) -> io::Result<bool>,
-) -> Report {
+) -> DiagReport {
     let deadline = Instant::now() + MAX_DURATION;
-    let mut report = Report::default();
+    let mut report = DiagReport::default();
     let result = find_suspects(&is_suspect, deadline, &mut report).and_then(|places| {
         disconnect_in_rounds(places, is_suspect, is_gone, deadline, &mut report)
     });
@@ -165,7 +167,7 @@ fn disconnect_everywhere(
 fn find_suspects(
     is_suspect: impl Fn(&Connected) -> bool,
     deadline: Instant,
-    report: &mut Report,
+    report: &mut DiagReport,
 ) -> Result<Vec<Place>, DiagError> {
     let mut places = Vec::new();
     for namespace in netns::all().map_err(DiagError::Processes)? {
@@ -193,7 +195,7 @@ fn disconnect_in_rounds(
     is_suspect: impl Fn(&Connected) -> bool,
     mut is_gone: impl FnMut(&Connected, BorrowedFd<'_>) -> io::Result<bool>,
     deadline: Instant,
-    report: &mut Report,
+    report: &mut DiagReport,
 ) -> Result<(), DiagError> {
     let mut spared = BTreeSet::new();
     let mut refused = None;
@@ -247,7 +249,7 @@ fn disconnect_suspects(
     places: &mut [Place],
     mut is_gone: impl FnMut(&Connected, BorrowedFd<'_>) -> io::Result<bool>,
     spared: &mut BTreeSet<u64>,
-    report: &mut Report,
+    report: &mut DiagReport,
 ) -> Result<Option<io::Error>, DiagError> {
     let mut suspects = BTreeMap::new();
     let mut inodes = BTreeSet::new();
