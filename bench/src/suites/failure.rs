@@ -67,9 +67,17 @@ const COLUMNS: [Column; 10] = [
 
 /// Those who meet a slow backend: an algorithm each.
 const ALGORITHMS: [Column; 7] = [
-    at_work(("nohop least", nohop("balance.algorithm = \"least\"\n"), "")),
-    at_work(("nohop latency", nohop("balance.algorithm = \"latency\"\n"), "")),
-    at_work(("nohop random", nohop("balance.algorithm = \"random\"\n"), "")),
+    at_work(("nohop least", nohop("balance = { algorithm = \"least\", slow_start = \"\" }\n"), "")),
+    at_work((
+        "nohop latency",
+        nohop("balance = { algorithm = \"latency\", slow_start = \"\" }\n"),
+        "",
+    )),
+    at_work((
+        "nohop random",
+        nohop("balance = { algorithm = \"random\", slow_start = \"\" }\n"),
+        "",
+    )),
     at_work(with(RELOAD, "HAProxy leastconn", "leastconn")),
     at_work(with(EDS, "Envoy LEAST_REQUEST", "eds+LEAST_REQUEST")),
     at_work(with(EDS, "Envoy RANDOM", "eds+RANDOM")),
@@ -125,7 +133,8 @@ const NOTES: [&str; 10] = [
      works in HTTP and keeps its connections to instances",
     "HAProxy and nftables follow Consul as consul-template has them do: a file at each change, and a reload \
      without loss; Envoy by a file of endpoints",
-    "one of ten is slow: an instance works 20 ms on a request, on any number at a time; the slow one a second",
+    "one of ten is slow: an instance works 20 ms on a request, on any number at a time; the slow one a second. \
+     nohop's `slow_start` is off there: all ten have just come, and while all ramp up it chooses at random",
 ];
 
 /// What happens.

@@ -36,5 +36,5 @@ pub const SUITES: [Suite; 9] = [
     Suite { name: "change", programs: &["haproxy"], run: change::run },
     Suite { name: "scale", programs: &["bpftool"], run: scale::run },
     Suite { name: "dns", programs: &["dnsperf", "dnsmasq", "dig", "taskset"], run: dns::run },
-    Suite { name: "failure", programs: &["nft", "nginx"], run: failure::run },
+    Suite { name: "failure", programs: &["nft"], run: failure::run },
 ];
