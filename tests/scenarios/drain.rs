@@ -1,11 +1,15 @@
 //! An operator drains what a node of its own is about to lose: an instance, an address, a node. New
 //! connections from here avoid it at once, also after a restart, until it is undrained.
 
-use anyhow::{Context, Result, ensure};
-use serde_json::Value;
-use testbed::nohop::{Nohop, service};
+use std::net::SocketAddrV4;
 
-use crate::cluster::Cluster;
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+use testbed::net::{ExecContext, Host};
+use testbed::nohop::{Nohop, service};
+use testbed::process::Process;
+
+use crate::cluster::{BACKEND, Cluster};
 use crate::load::{RATE, under_load};
 
 /// The backends of a service that are in this state, by instance.
@@ -91,5 +95,99 @@ pub fn by_hand() -> Result<()> {
     cli(nohop, &format!("drain {address}"), 0)?;
     let drained = in_state(&nohop.services()?, "helloworld", "draining");
     ensure!(drained == ["helloworld-1"], "{drained:?}");
+    Ok(())
+}
+
+/// Opens a connection, prints `open`, what answers, and then waits on it.
+const HOLD: &str = r#"
+exec 3<>"/dev/tcp/$0/$1" && printf 'GET / HTTP/1.1\r\nHost: x\r\n\r\n' >&3
+while IFS= read -r line <&3; do case $line in *hello*) echo "open $line";; esac; done
+echo closed
+"#;
+
+/// The most connections that are opened until each backend has one.
+const MAX_HELD: usize = 64;
+
+/// A connection that a process holds open.
+struct Held {
+    process: Process,
+    /// The backend that answered.
+    backend: String,
+}
+
+impl Held {
+    fn open(place: ExecContext<'_>, address: SocketAddrV4) -> Result<Held> {
+        let mut command = place.command("bash");
+        let (ip, port) = (address.ip().to_string(), address.port().to_string());
+        command.args(["-c", HOLD, &ip, &port]).env("LC_ALL", "C");
+        let process = Process::spawn("a connection that is held", command)?;
+        let line = process.wait_for_line(&["open hello from "])?;
+        Ok(Held { process, backend: line.replace("open hello from ", "") })
+    }
+
+    /// Opens connections until each of these backends has one.
+    fn open_to_each<'a>(
+        place: impl Fn() -> ExecContext<'a>,
+        vip: SocketAddrV4,
+        backends: &[&str],
+    ) -> Result<Vec<Held>> {
+        let mut held: Vec<Held> = Vec::new();
+        while !backends.iter().all(|name| held.iter().any(|held| held.backend == *name)) {
+            if held.len() == MAX_HELD {
+                bail!("not every backend answers");
+            }
+            held.push(Held::open(place(), vip)?);
+        }
+        Ok(held)
+    }
+
+    /// Waits until it is aborted from outside: its backend ends none.
+    fn wait_until_aborted(&self) -> Result<()> {
+        self.process.wait_for_line(&["Software caused connection abort"]).map(drop)
+    }
+
+    fn is_open(&self) -> bool {
+        self.process.n_lines_with("closed") == 0
+    }
+}
+
+/// Connections to what is drained, or deregistered, are open until the deadline and are closed then, in
+/// every network namespace; no others are, and no new connection fails.
+pub fn deadline() -> Result<()> {
+    let mut cluster = Cluster::with_config(4, "balance.drain_deadline = \"2s\"")?;
+    let vip = cluster.vip("helloworld")?;
+    // A container of the served cgroup, with a network namespace of its own.
+    let container = Host::new("container")?;
+    container.connect_veth(&cluster.nodes.backend, ["10.97.0.1/24", "10.97.0.2/24"])?;
+    container.ip(&format!("route add {BACKEND} via 10.97.0.2"))?;
+    let names: Vec<String> = (0..4).map(|nth| format!("helloworld-{nth}")).collect();
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    let (nodes, addresses) = (&cluster.nodes, &cluster.helloworlds);
+    let mut held = Held::open_to_each(|| nodes.inside(), vip, &names)?;
+    held.extend(Held::open_to_each(|| container.inside(&nodes.cgroup), vip, &names)?);
+    // Connections to the backends themselves are none of nohop's.
+    let direct = [0, 1].map(|nth: usize| Held::open(nodes.inside(), addresses[nth].address));
+    let direct = direct.into_iter().collect::<Result<Vec<_>>>()?;
+
+    under_load(nodes, vip, RATE, |load| {
+        load.wait_until_second(1)?;
+        cli(&cluster.nohop, "drain helloworld-0", 0)?;
+        cluster.server.deregister("helloworld-1")?;
+        let ends = |held: &Held| ["helloworld-0", "helloworld-1"].contains(&held.backend.as_str());
+        held.iter().filter(|held| ends(held)).try_for_each(Held::wait_until_aborted)?;
+        ensure!(held.iter().filter(|held| !ends(held)).all(Held::is_open));
+        ensure!(direct.iter().all(Held::is_open));
+        load.wait_until_second(4)
+    })?;
+
+    // The deadline of what was drained before a restart passes after it.
+    cli(&cluster.nohop, "drain helloworld-2", 0)?;
+    cluster.nohop.wait_for_state("drains.json", "helloworld-2")?;
+    cluster.nohop.kill()?;
+    cluster.nohop.start_again()?;
+    let ends = |held: &&Held| held.backend == "helloworld-2";
+    held.iter().filter(ends).try_for_each(Held::wait_until_aborted)?;
+    let stays = |held: &&Held| held.backend == "helloworld-3";
+    ensure!(held.iter().filter(stays).chain(&direct).all(Held::is_open));
     Ok(())
 }

@@ -97,6 +97,7 @@ const SCENARIOS: &[(&str, Scenario)] = &[
     ("dns_acl", resolvers::strangers),
     ("dnsmasq_in_front", resolvers::dnsmasq),
     ("drain_by_hand", drain::by_hand),
+    ("drain_deadline", drain::deadline),
     ("ejected_is_shown", ejected_is_shown::run),
     ("explained", explained::run),
     ("external_detach", external_detach::run),

@@ -10,8 +10,8 @@ use crate::admin::{api, client};
 use crate::catalog::Handle;
 use crate::config::{Config, ConfigErrors, SourceKind, cgroup};
 use crate::datapath::{
-    Charge, Features, Limit, Safety, are_charged, exclusion_problems, find_obstacle, is_bpffs,
-    look_at_pins, nearest_directory, route,
+    Charge, Features, Limit, Safety, TcpTerminator, are_charged, exclusion_problems, find_obstacle,
+    is_bpffs, look_at_pins, nearest_directory, route,
 };
 use crate::dns;
 
@@ -88,6 +88,9 @@ pub fn check(config: Result<Config, ConfigErrors>, admin: Option<&str>) -> Check
     checks.push(finding("capabilities", true, capabilities(missing_capabilities(effective))));
     let for_udp = capabilities(missing_for_udp(effective));
     checks.push(finding("capabilities to disconnect UDP sockets", false, for_udp));
+    if config.balance.drain_deadline.is_some() {
+        checks.push(finding("balance.drain_deadline", false, drain_deadline()));
+    }
     checks.push(finding("state directory", true, state_dir(&config.state_dir)));
     for &address in &config.dns.listen {
         let try_bind = || dns::try_bind(address, &config.dns.listen);
@@ -445,6 +448,18 @@ fn missing_for_udp(effective: u64) -> Vec<&'static str> {
         // For /proc/[pid]/fd of other users' processes.
         ("CAP_DAC_READ_SEARCH", has(CAP_DAC_READ_SEARCH)),
     ])
+}
+
+/// Whether connections to backends that left can be closed.
+fn drain_deadline() -> CheckResult {
+    match TcpTerminator::problem() {
+        None => Ok("connections to backends that left can be closed".to_owned()),
+        Some(problem) => wrong(
+            problem,
+            "run as root, or give the service CAP_SYS_ADMIN, CAP_SYS_PTRACE, CAP_NET_ADMIN and CAP_BPF; or \
+             set no balance.drain_deadline",
+        ),
+    }
 }
 
 /// Those of the capabilities that aren't there.

@@ -244,6 +244,11 @@ impl DrainBook {
         self.drains.borrow().clone()
     }
 
+    /// What is drained, as it changes.
+    pub fn subscribe(&self) -> watch::Receiver<Arc<Drains>> {
+        self.drains.subscribe()
+    }
+
     /// For the admin interface.
     pub fn view(&self) -> DrainsView {
         DrainsView {

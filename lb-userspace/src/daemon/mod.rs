@@ -5,6 +5,7 @@
 //! loop that brings changes to the kernel waits for no disk, log, resolver or client: each of these has a
 //! thread or a task of its own.
 
+mod deadline;
 mod drains;
 mod explain;
 mod holdback;
@@ -118,6 +119,7 @@ struct Daemon {
     /// The configuration that is being read, and the client that waits for the outcome.
     reading: Option<(JoinHandle<Wanted>, Option<Request>)>,
     drains: DrainBook,
+    drain_deadline: watch::Sender<Option<Duration>>,
     drain_requests: mpsc::Receiver<DrainRequest>,
     tag: watch::Sender<String>,
     pool: watch::Sender<PoolUse>,
@@ -200,6 +202,7 @@ impl Daemon {
             config.admin.trace,
         );
         let tracer = Arc::new(tracer.context("can't start a thread")?);
+        let (problem, deadline_problem) = watch::channel(None);
         let view = Arc::new(DaemonView {
             debug_client: dns.debug_client(),
             dns: api::DnsStatus {
@@ -225,6 +228,7 @@ impl Daemon {
             drains: drains.view(),
             drain_requests: drain_requests_out,
             tracer: tracer.clone(),
+            deadline_problem,
         });
         for address in admin::exposed(&config.admin.listen) {
             tracing::warn!(
@@ -244,6 +248,15 @@ impl Daemon {
         for address in dns_addresses {
             tracing::info!("answering *.{} on {address}", config.dns.domain);
         }
+        let (deadline_out, deadline) = watch::channel(config.balance.drain_deadline);
+        let followed = deadline::Followed {
+            table: pipeline.published(),
+            drains: drains.subscribe(),
+            deadline,
+            datapath: datapath.clone(),
+            problem,
+        };
+        tasks.spawn("the deadlines of drains", deadline::follow(followed));
         let resolver = Resolver::start(&config.dns.domain).await;
         pipeline.builder().set_hosts(resolver.hosts());
         pipeline.builder().set_drains(drains.drains());
@@ -263,6 +276,7 @@ impl Daemon {
             reloads,
             reading: None,
             drains,
+            drain_deadline: deadline_out,
             drain_requests,
             tag: tag_out,
             pool: pool_out,
@@ -462,6 +476,7 @@ impl Daemon {
         }
         self.hosts.send_replace(self.config.admin.hosts.clone());
         self.tracer.allow(self.config.admin.trace);
+        self.drain_deadline.send_replace(self.config.balance.drain_deadline);
         if last.dns != self.config.dns {
             self.dns.reconfigure(&self.config.dns);
         }

@@ -51,6 +51,7 @@ pub struct DaemonView {
     pub(super) at: watch::Receiver<At>,
     pub(super) reloads: mpsc::Sender<Request>,
     pub(super) drains: DrainsView,
+    pub(super) deadline_problem: watch::Receiver<Option<String>>,
     pub(super) drain_requests: mpsc::Sender<DrainRequest>,
     pub(super) tracer: Arc<Tracer>,
 }
@@ -70,6 +71,7 @@ impl View for DaemonView {
         problems.extend(self.debug_client.problems());
         problems.extend(self.recorder.problem());
         problems.extend(self.drains.problems());
+        problems.extend(self.deadline_problem.borrow().clone());
         problems.extend(dropped(logging::n_dropped()));
         let errors = self.datapath.errors();
         problems.extend(refused(&errors));

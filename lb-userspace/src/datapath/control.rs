@@ -21,6 +21,7 @@ use super::links::{self, Attachment, ServedCgroup, Units};
 use super::pins::{PinnedMaps, Pins, monotonic_ns};
 use super::reconcile::{Indices, Pressure, ReconcileError, Reconciler};
 use super::socket_terminator::SocketTerminator;
+use super::tcp_terminator::TcpTerminator;
 use super::trace::TraceEvents;
 use super::units::{OUTCOMES, UnitHealth};
 use super::{bypass, probe};
@@ -39,6 +40,7 @@ pub struct Datapath {
     pub(super) pinned_maps: PinnedMaps,
     pub(super) socket_terminator: SocketTerminator,
     pub(super) recounter: Recounter,
+    pub(super) tcp_terminator: TcpTerminator,
     pub(super) features: Features,
     pub(super) excluded: Vec<PathBuf>,
     /// Notes for the operator about what is served.
@@ -130,6 +132,11 @@ impl Datapath {
             && ServedCgroup::open(self.scope())
                 .and_then(|cgroup| links::are_attached(&self.pins, &cgroup))
                 .unwrap_or(true)
+    }
+
+    /// Closes TCP connections by VIPs.
+    pub fn tcp_terminator(&self) -> &TcpTerminator {
+        &self.tcp_terminator
     }
 
     /// Whether the maps were taken over from an earlier daemon.

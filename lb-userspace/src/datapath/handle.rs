@@ -9,6 +9,7 @@ use super::control::Datapath;
 use super::error::DatapathError;
 use super::probe::ProbeResult;
 use super::reconcile::{Indices, Pressure, ReconcileError};
+use super::tcp_terminator::TcpTerminator;
 use super::units::UnitHealth;
 use crate::config::BalanceConfig;
 use crate::table::Table;
@@ -202,6 +203,11 @@ impl SharedDatapath {
     /// As [`Datapath::service_indices`].
     pub fn service_indices(&self) -> Vec<(Arc<str>, u32, Vec<u32>)> {
         lock(&self.datapath).service_indices()
+    }
+
+    /// As [`Datapath::tcp_terminator`].
+    pub fn tcp_terminator(&self) -> TcpTerminator {
+        lock(&self.datapath).tcp_terminator().clone()
     }
 
     /// As [`Datapath::counts_in_flight`].

@@ -35,6 +35,7 @@ mod reconcile;
 pub mod route;
 mod socket_terminator;
 mod start;
+mod tcp_terminator;
 mod trace;
 mod units;
 
@@ -58,5 +59,6 @@ pub use pins::{
 pub use prog_stats::{Cost, Measuring};
 pub use reconcile::{Indices, Pressure, ReconcileError};
 pub use start::{find_obstacle, unload};
+pub use tcp_terminator::{TcpTerminator, VipConnection, VipConnections};
 pub use trace::{Begun, TraceEvents, TraceStep, Traced, now_ns as trace_now_ns};
 pub use units::{AttachPoint, Hook, OUTCOMES, Object, UNITS, Unit, UnitHealth, UnitState, hooks};

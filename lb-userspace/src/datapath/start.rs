@@ -22,6 +22,7 @@ use super::pins::{PinnedMaps, Pins};
 use super::reconcile::adopt::AdoptError;
 use super::reconcile::{Reconciler, Served};
 use super::socket_terminator::SocketTerminator;
+use super::tcp_terminator::TcpTerminator;
 use super::units::{UNITS, Unit};
 use crate::config::{DatapathConfig, cgroup};
 
@@ -100,6 +101,7 @@ impl Datapath {
         let usage = Usage::begin(reconciler.service_indices(), counters.clone());
         let maps = reconciler.maps_mut();
         let recounter = Recounter::new(counters.clone(), pins.sockets(), options.layout);
+        let tcp_terminator = TcpTerminator::new(pins.sockets());
         let socket_terminator = SocketTerminator::new(maps.generations(), pins.sockets());
         let map_names = sizes.shapes().into_iter().map(|shape| pins.maps().join(shape.name));
         let socket_names = socket_shapes().into_iter().map(|shape| pins.sockets().join(shape.name));
@@ -117,6 +119,7 @@ impl Datapath {
             pinned_maps,
             socket_terminator,
             recounter,
+            tcp_terminator,
             features,
             excluded: options.datapath.exclude_cgroups.clone(),
             notes: note.into_iter().collect(),

@@ -50,6 +50,19 @@ pub enum DiagError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// A TCP connection can't be aborted.
+    #[error(
+        "can't close TCP connections: {source}; it needs CAP_NET_ADMIN and a kernel with \
+         CONFIG_INET_DIAG_DESTROY"
+    )]
+    Abort {
+        /// The namespace's inode.
+        namespace: u64,
+        /// The socket's cookie.
+        cookie: u64,
+        /// The kernel's error.
+        source: io::Error,
+    },
     /// `is_gone` failed.
     #[error("can't read the storage of the UDP socket {cookie:#x}: {source}")]
     Examine {

@@ -1,4 +1,5 @@
-//! Lists TCP connections with what their sockets store ([`stored_tcp`]), and disconnects UDP sockets
+//! Lists TCP connections with what their sockets store ([`stored_tcp`]), aborts chosen ones
+//! ([`abort_tcp`]), and disconnects UDP sockets
 //! from outside: no hook runs when a connected UDP socket sends, so it keeps sending to a removed
 //! backend until it is disconnected.
 //!
@@ -85,32 +86,73 @@ pub fn disconnect(
 /// namespace is listed twice. Blocks: for about a microsecond a TCP socket of the host. Needs
 /// CAP_SYS_ADMIN, CAP_SYS_PTRACE, CAP_BPF and CAP_NET_ADMIN. Minimum kernel: 5.7.
 pub fn stored_tcp(storage: BorrowedFd<'_>) -> (BTreeMap<u64, Stored>, Vec<DiagError>) {
-    let (mut stored, mut errors) = (BTreeMap::new(), Vec::new());
+    let mut stored = BTreeMap::new();
+    let errors = for_each_tcp(storage, |_, _, found| {
+        stored.extend(found.into_iter().map(|stored| (stored.cookie, stored)));
+        Ok(())
+    });
+    (stored, errors)
+}
+
+/// Aborts the TCP connections of [`stored_tcp`] for which `is_chosen` is true: the peer gets a RST, and
+/// the application ECONNABORTED. Returns how many there were, and what failed, which another call may do.
+///
+/// Blocks, and needs what [`stored_tcp`] needs, and a kernel with CONFIG_INET_DIAG_DESTROY.
+pub fn abort_tcp(
+    storage: BorrowedFd<'_>,
+    is_chosen: impl Fn(&Stored) -> bool + Sync,
+) -> (usize, Vec<DiagError>) {
+    let mut n_aborted = 0;
+    let errors = for_each_tcp(storage, |namespace, sock_diag, found| {
+        for stored in found.iter().filter(|stored| is_chosen(stored)) {
+            let cookie = stored.cookie;
+            let error = |source| DiagError::Abort { namespace, cookie, source };
+            n_aborted += usize::from(sock_diag.abort_tcp(stored).map_err(error)?);
+        }
+        Ok(())
+    });
+    (n_aborted, errors)
+}
+
+/// Why [`abort_tcp`] could do nothing here; `None` if it could, as far as that can be known before.
+pub fn abort_problem() -> Option<DiagError> {
+    if !netns::may_look() {
+        return Some(DiagError::Hidden);
+    }
+    let error = |source| DiagError::Abort { namespace: 0, cookie: 0, source };
+    SockDiag::open().and_then(|mut sock_diag| sock_diag.may_abort_tcp()).map_err(error).err()
+}
+
+/// Calls `take` with the TCP connections of each network namespace that a thread is in, several times
+/// for each namespace, and with that namespace's inode. Returns what failed.
+fn for_each_tcp(
+    storage: BorrowedFd<'_>,
+    mut take: impl FnMut(u64, &mut SockDiag, Vec<Stored>) -> Result<(), DiagError> + Send,
+) -> Vec<DiagError> {
+    let mut errors = Vec::new();
     // The thread ends in another namespace than it started in, so it can't be one of a pool.
     std::thread::scope(|scope| {
         let work = || match netns::all() {
             Ok(_) if !netns::may_look() => errors.push(DiagError::Hidden),
             Ok(namespaces) => namespaces.iter().for_each(|namespace| {
-                if let Err(error) = stored_tcp_in(namespace, storage, &mut stored) {
-                    errors.push(error);
-                }
+                errors.extend(tcp_in(namespace, storage, &mut take).err());
             }),
             Err(error) => errors.push(DiagError::Processes(error)),
         };
-        let thread = std::thread::Builder::new().name("recount".to_owned());
+        let thread = std::thread::Builder::new().name("tcp-diag".to_owned());
         thread.spawn_scoped(scope, work).map(|thread| {
             thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         })
     })
     .unwrap_or_else(|error| errors.push(DiagError::Thread(error)));
-    (stored, errors)
+    errors
 }
 
 /// Moves the calling thread to a namespace and lists its TCP connections.
-fn stored_tcp_in(
+fn tcp_in(
     namespace: &netns::Namespace,
     storage: BorrowedFd<'_>,
-    stored: &mut BTreeMap<u64, Stored>,
+    mut take: impl FnMut(u64, &mut SockDiag, Vec<Stored>) -> Result<(), DiagError>,
 ) -> Result<(), DiagError> {
     let inode = namespace.inode;
     if !namespace.enter().map_err(|source| DiagError::Enter { namespace: inode, source })? {
@@ -120,7 +162,7 @@ fn stored_tcp_in(
     let mut sock_diag = SockDiag::open().map_err(error)?;
     for family in [Family::V4, Family::V6, Family::V4, Family::V6] {
         let found = sock_diag.stored_tcp(family, storage).map_err(error)?;
-        stored.extend(found.into_iter().map(|stored| (stored.cookie, stored)));
+        take(inode, &mut sock_diag, found)?;
     }
     Ok(())
 }

@@ -161,7 +161,31 @@ impl SockDiag {
     /// # Errors
     /// EPERM without CAP_NET_ADMIN, EOPNOTSUPP when the kernel was built without.
     pub fn destroy(&mut self, socket: &Connected) -> io::Result<bool> {
-        self.send(SOCK_DESTROY, NLM_F_ACK, &udp_sockets(socket.family, &socket.socket_id))?;
+        self.destroy_by(&udp_sockets(socket.family, &socket.socket_id))
+    }
+
+    /// Aborts a TCP connection: its peer gets a RST, and the application ECONNABORTED. Returns and fails
+    /// as [`SockDiag::destroy`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn abort_tcp(&mut self, Stored { socket, .. }: &Stored) -> io::Result<bool> {
+        let Connected { family, socket_id, .. } = socket;
+        self.destroy_by(&sockets(*family, libc::IPPROTO_TCP, TCP_CONNECTIONS, socket_id))
+    }
+
+    /// Whether this kernel aborts sockets for this process: it is asked for one that can't exist.
+    ///
+    /// # Errors
+    /// As for [`SockDiag::destroy`].
+    pub fn may_abort_tcp(&mut self) -> io::Result<()> {
+        let nowhere = [0; SOCKET_ID_SIZE];
+        let request = sockets(Family::V4, libc::IPPROTO_TCP, TCP_CONNECTIONS, &nowhere);
+        self.destroy_by(&request).map(drop)
+    }
+
+    fn destroy_by(&mut self, request: &[u8]) -> io::Result<bool> {
+        self.send(SOCK_DESTROY, NLM_F_ACK, request)?;
         match self.receive(|_| Ok(())) {
             Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
             result => result.map(|()| true),
@@ -319,6 +343,8 @@ pub struct Stored {
     pub is_pending: bool,
     /// The value in the map that was asked for.
     pub storage: Vec<u8>,
+    /// The socket, as it is named to the kernel.
+    socket: Connected,
 }
 
 impl Stored {
@@ -330,9 +356,10 @@ impl Stored {
             value = value.map(|value| find_attribute(value, kind)).transpose()?.flatten();
         }
         let Some(value) = value else { return Ok(None) };
-        let Connected { cookie, destination, .. } = Connected::parse(payload)?;
+        let socket = Connected::parse(payload)?;
+        let Connected { cookie, destination, .. } = socket;
         let is_pending = payload.get(1) == Some(&TCP_SYN_SENT);
-        Ok(Some(Stored { cookie, destination, is_pending, storage: value.to_vec() }))
+        Ok(Some(Stored { cookie, destination, is_pending, storage: value.to_vec(), socket }))
     }
 }
 
