@@ -234,7 +234,7 @@ mod tests {
             is_critical: false,
             may_be_local: false,
             health: HealthStatus::Out("check `c` is critical".into()),
-            meta: ServiceMeta { ports: Some("80".into()), protocol: None },
+            meta: ServiceMeta { ports: Some("80".into()), ..ServiceMeta::default() },
         };
         let web = SavedService {
             instances: [instance].into(),
@@ -296,7 +296,8 @@ mod tests {
         assert!(agent.has(instance) && instance.local && web.answered_at.is_some());
         assert_eq!((&*instance.address, instance.port), ("10.0.0.7", 8080));
         assert_eq!(instance.health, HealthStatus::Serving);
-        assert_eq!(instance.meta, ServiceMeta { ports: Some("80,443".into()), protocol: None });
+        let meta = ServiceMeta { ports: Some("80,443".into()), ..ServiceMeta::default() };
+        assert_eq!(instance.meta, meta);
         let db = &saved.services["db"].instances[0];
         let why = "check `Service 'db' check` is critical";
         assert_eq!(db.health, HealthStatus::Out(why.into()));

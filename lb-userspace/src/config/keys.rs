@@ -80,7 +80,7 @@ pub const KEYS: &[Key] = keys! {
     live "catalog.meta" config.catalog.meta: |value| value.table(text::not_empty, |each| each.text(text::any));
         "Meta that an instance must have as well: { stage = \"live\" }"
     live "catalog.health" config.catalog.health: |value| value.text(text::word);
-        "\"passing\": all checks pass; \"warning\": none is critical"
+        "\"passing\": all checks pass, and instances in warning are spares; \"warning\": none is critical"
     live "catalog.address" config.catalog.address: |value| value.text(text::word);
         "address of an instance that is used: \"lan\", \"wan\", or either with _ipv4 or _ipv6"
     live "catalog.watch" config.catalog.watch: |value| value.text(text::word);

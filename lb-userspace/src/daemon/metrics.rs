@@ -404,10 +404,10 @@ mod tests {
     }
 
     #[test]
-    fn each_service_has_five_samples_and_no_more() {
+    fn each_service_has_six_samples_and_no_more() {
         let n_others = strict::read(&exposition(&readings(0))).unwrap().len();
         let n_all = strict::read(&exposition(&readings(10_000))).unwrap().len();
-        assert_eq!(n_all, n_others + 5 * 10_000);
+        assert_eq!(n_all, n_others + 6 * 10_000);
     }
 
     #[test]

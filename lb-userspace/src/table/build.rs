@@ -1,7 +1,7 @@
 //! From a catalog to the next table.
 
 use std::cell::LazyCell;
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::{SocketAddr, SocketAddrV4};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
@@ -15,9 +15,10 @@ use super::validate::{Validation, check_name, validate};
 use super::vips::{PoolExhausted, Pools, Vips};
 use super::{
     Backend, BackendState, Catalog, DrainError, DrainTarget, Drains, HealthStatus, Hosts, Instance,
-    Ports, Protocols, Service, ServiceId, ServiceRecord, Table, Watch, resolve_drain,
+    InstanceGroup, Ports, Protocols, Service, ServiceId, ServiceRecord, Table, Watch,
+    resolve_drain,
 };
-use crate::config::{BalanceConfig, VipConfig};
+use crate::config::{BalanceAlgorithm, BalanceConfig, Preference, VipConfig};
 
 /// Builds tables, each from a catalog and what the last one had.
 #[derive(Debug)]
@@ -26,6 +27,8 @@ pub struct Builder {
     ports: Ports,
     pins: BTreeMap<String, SocketAddrV4>,
     balance: BalanceConfig,
+    /// The algorithm that each service declared last in a way that could be read.
+    algorithms: BTreeMap<Arc<str>, BalanceAlgorithm>,
     vips: Vips,
     /// The catalog that the last table was built from.
     seen: CatalogIndex,
@@ -98,6 +101,7 @@ impl Builder {
             ports: Ports::only(config.ports.iter().copied()),
             pins: config.pins.iter().map(|(name, pin)| (name.to_lowercase(), *pin)).collect(),
             balance: BalanceConfig::default(),
+            algorithms: BTreeMap::new(),
             vips,
             seen: CatalogIndex::default(),
             hosts: Arc::default(),
@@ -273,6 +277,7 @@ impl Builder {
         waits.contacts.forget(name);
         waits.keeps.forget(name);
         drop(waits);
+        self.algorithms.remove(name);
         self.vips.release(name, now);
         table.services.remove(name).is_some()
     }
@@ -303,7 +308,17 @@ impl Builder {
     ) -> Result<Arc<Service>, PoolExhausted> {
         let vip = self.vips.assign(name, now)?;
         let record = self.record(ids);
-        let MergedMeta { ports, protocols, mut notes } = merge_meta(record.instances());
+        let MergedMeta { ports, protocols, algorithm, has_bad_algorithm, mut notes } =
+            merge_meta(record.instances());
+        match algorithm {
+            Some(algorithm) => drop(self.algorithms.insert(name.clone(), algorithm)),
+            None if has_bad_algorithm => {}
+            None => drop(self.algorithms.remove(name)),
+        }
+        let algorithm = self.algorithms.get(name).copied().unwrap_or(self.balance.algorithm);
+        if has_bad_algorithm {
+            notes.push(format!("its backends are chosen by `{algorithm}`, as before"));
+        }
         if let [_, _, ..] = ids {
             let shown: Vec<_> = ids.iter().map(|id| format!("`{}`", id.dns_name())).collect();
             notes.push(format!(
@@ -322,7 +337,7 @@ impl Builder {
             vip6: vip.v6,
             ports: ports.unwrap_or_else(|| self.ports.clone()),
             protocols: protocols.unwrap_or(Protocols::Tcp),
-            algorithm: self.balance.algorithm,
+            algorithm,
             pin: self.pins.get(&**name).copied(),
             backends: Vec::new(),
             excluded: Vec::new(),
@@ -332,8 +347,10 @@ impl Builder {
         };
         let mut endpoints = Endpoints::default();
         let (mut checked, mut unchecked) = (Vec::new(), HashSet::<SocketAddr>::new());
+        let kept_weights = kept_weights(&record, former);
         for instance in record.instances() {
-            match validate(instance, &self.pools, &self.hosts) {
+            let kept = kept_weights.get(&(&*instance.node, &*instance.id)).copied();
+            match validate(instance, &self.pools, &self.hosts, kept) {
                 Validation::In(backend) => {
                     match instance.is_checked {
                         true => checked.extend(backend.address),
@@ -370,7 +387,7 @@ impl Builder {
                 let HealthStatus::Out(reason) = &instance.health else { return None };
                 let health = HealthStatus::Warning(reason.clone());
                 let instance = Instance { health, ..instance.clone() };
-                match validate(&instance, &self.pools, &self.hosts) {
+                match validate(&instance, &self.pools, &self.hosts, None) {
                     Validation::In(backend) if !self.is_drained(&backend) => Some(backend),
                     Validation::In(_) | Validation::Out(_) => None,
                 }
@@ -379,6 +396,7 @@ impl Builder {
             let former = former.map(|former| &**former);
             contacts.judge(name, &mut service.backends, &unchecked, former);
         }
+        self.prefer(&mut service.backends, &record);
         let hostnames = record.instances().filter(|instance| instance.health.serves());
         let hostnames: Vec<String> = hostnames.filter_map(Instance::hostname).collect();
         let former_names = self.hostnames.get(name).map_or(&[][..], |names| &names[..]);
@@ -397,6 +415,42 @@ impl Builder {
 
     fn is_drained(&self, backend: &Backend) -> bool {
         self.drains.find(&backend.node, &backend.id, backend.address).is_some()
+    }
+
+    /// Makes spare backends of those that aren't preferred, where one that is serves. Those that are spare
+    /// already come after them.
+    fn prefer(&self, backends: &mut [Backend], record: &ServiceRecord) {
+        let is_preferred = |group: &InstanceGroup, instance: &Instance| match self.balance.prefer {
+            Preference::None => true,
+            Preference::Node => instance.local,
+            // What a source asks about by itself is of its own datacenter.
+            Preference::Datacenter => group.origin.is_none(),
+        };
+        let why = match self.balance.prefer {
+            Preference::None => return,
+            Preference::Node => "on another node, and balance.prefer is \"node\"",
+            Preference::Datacenter => "in another datacenter, and balance.prefer is \"datacenter\"",
+        };
+        let instances = record.groups.iter().flat_map(|group| {
+            group.instances.iter().filter(|instance| is_preferred(group, instance))
+        });
+        let preferred: HashSet<SocketAddr> =
+            instances.filter_map(|instance| self.hosts.endpoint(instance)).collect();
+        let is_preferred =
+            |backend: &Backend| backend.address.is_some_and(|address| preferred.contains(&address));
+        let is_first = |backend: &Backend| backend.state.is_reached() && backend.group == 0;
+        if !backends.iter().any(|backend| is_first(backend) && is_preferred(backend)) {
+            return;
+        }
+        for backend in backends {
+            if is_first(backend) && !is_preferred(backend) {
+                (backend.state, backend.group) = (BackendState::Spare, 1);
+                let reason = backend.reason.take().map(|reason| reason + "; ").unwrap_or_default();
+                backend.reason = Some(reason + why);
+            } else if backend.state == BackendState::Spare {
+                backend.group = 2;
+            }
+        }
     }
 
     /// Has the backends that are drained get no new connections: an endpoint is drained if any of its
@@ -422,6 +476,19 @@ impl Builder {
             }
         }
     }
+}
+
+/// The weights that instances have had so far, where one of them declares a weight that can't be read.
+fn kept_weights<'a>(
+    record: &ServiceRecord,
+    former: Option<&'a Arc<Service>>,
+) -> HashMap<(&'a str, &'a str), u16> {
+    let is_bad = |instance: &Instance| matches!(instance.meta.weight(), Some(Err(_)));
+    if !record.instances().any(is_bad) {
+        return HashMap::new();
+    }
+    let backends = former.into_iter().flat_map(|former| &former.backends);
+    backends.map(|backend| ((&*backend.node, &*backend.id), backend.weight)).collect()
 }
 
 /// Notes why a name can't be had, and returns whether that is new.
@@ -543,6 +610,141 @@ mod tests {
         // The same content in a new object is no change either.
         catalog.insert(id("b"), self::catalog(&[("b", &["10.0.0.3"])])["b"].clone());
         assert!(builder.next(&second.table, &catalog, NOW).is_none());
+    }
+
+    #[test]
+    fn an_algorithm_that_cannot_be_read_leaves_the_last_one() {
+        use BalanceAlgorithm::*;
+        let mut builder = builder();
+        let mut table: Arc<Table> = Arc::default();
+        let mut next = |builder: &mut Builder, declared: Option<&str>| {
+            let mut with = catalog(&[("a", &["10.0.0.1"])]);
+            let mut some = instances(&with, "a");
+            some[0].meta.algorithm = declared.map(str::to_owned);
+            with.insert(id("a"), record(some));
+            if let Some(next) = builder.next(&table, &with, NOW) {
+                table = next.table;
+            }
+            let service = &table.services["a"];
+            (service.algorithm, service.notes.len())
+        };
+        assert_eq!(next(&mut builder, Some("quick")), (Least, 2), "none before");
+        assert_eq!(next(&mut builder, Some("maglev")), (Maglev, 0));
+        assert_eq!(next(&mut builder, Some("quick")), (Maglev, 2));
+        // A service that declares none follows the configuration.
+        let random = BalanceConfig { algorithm: Random, ..BalanceConfig::default() };
+        builder.set_balance(&random);
+        assert_eq!(next(&mut builder, Some("quick")), (Maglev, 2));
+        assert_eq!(next(&mut builder, None), (Random, 0));
+        assert_eq!(next(&mut builder, Some("quick")), (Random, 2));
+    }
+
+    #[test]
+    fn a_weight_that_cannot_be_read_leaves_the_last_one() {
+        let mut builder = builder();
+        let mut table: Arc<Table> = Arc::default();
+        for (declared, expected) in [("7", 7), ("x", 7), ("-1", 7), ("0", 0), ("8", 8)] {
+            let mut with = catalog(&[("a", &["10.0.0.1", "10.0.0.2"])]);
+            let mut some = instances(&with, "a");
+            some[0].meta.weight = Some(declared.into());
+            with.insert(id("a"), record(some));
+            table = builder.next(&table, &with, NOW).unwrap().table;
+            let weights: Vec<_> = table.services["a"].backends.iter().map(|it| it.weight).collect();
+            assert_eq!(weights, [expected, 1], "{declared}");
+        }
+    }
+
+    #[test]
+    fn preferred_backends_come_before_the_others() {
+        use Preference::*;
+        let warns = || HealthStatus::Spare("w".into());
+        // The preference; of each instance whether it is of this node, its datacenter, its health; and
+        // the states with their groups.
+        type Given<'a> = (bool, Option<&'a str>, HealthStatus);
+        let serves = HealthStatus::Serving;
+        let rows: [(Preference, [Given; 3], [&str; 3]); 7] = [
+            (
+                None,
+                [
+                    (true, Option::None, serves.clone()),
+                    (false, Some("dc2"), serves.clone()),
+                    (true, Option::None, warns()),
+                ],
+                ["Healthy 0", "Healthy 0", "Spare 1"],
+            ),
+            (
+                Node,
+                [
+                    (true, Option::None, serves.clone()),
+                    (false, Option::None, serves.clone()),
+                    (true, Option::None, warns()),
+                ],
+                ["Healthy 0", "Spare 1", "Spare 2"],
+            ),
+            (
+                Datacenter,
+                [
+                    (true, Option::None, serves.clone()),
+                    (false, Option::None, serves.clone()),
+                    (false, Some("dc2"), serves.clone()),
+                ],
+                ["Healthy 0", "Healthy 0", "Spare 1"],
+            ),
+            // None that is preferred serves at first.
+            (
+                Node,
+                [
+                    (false, Option::None, serves.clone()),
+                    (false, Option::None, serves.clone()),
+                    (true, Option::None, warns()),
+                ],
+                ["Healthy 0", "Healthy 0", "Spare 1"],
+            ),
+            (
+                Datacenter,
+                [
+                    (false, Some("dc2"), serves.clone()),
+                    (false, Some("dc2"), warns()),
+                    (false, Option::None, warns()),
+                ],
+                ["Healthy 0", "Spare 1", "Spare 1"],
+            ),
+            (
+                Node,
+                [
+                    (true, Option::None, HealthStatus::Warning("w".into())),
+                    (false, Option::None, serves.clone()),
+                    (false, Option::None, HealthStatus::Warning("w".into())),
+                ],
+                ["Warning 0", "Spare 1", "Spare 1"],
+            ),
+            (
+                Node,
+                [
+                    (true, Option::None, HealthStatus::Out("o".into())),
+                    (false, Option::None, serves.clone()),
+                    (false, Option::None, serves),
+                ],
+                ["Healthy 0", "Healthy 0", ""],
+            ),
+        ];
+        for (prefer, given, expected) in rows {
+            let mut builder = builder();
+            builder.set_balance(&BalanceConfig { prefer, ..BalanceConfig::default() });
+            let mut with = catalog(&[("a", &["10.0.0.1", "10.0.0.2", "10.0.0.3"])]);
+            let groups = instances(&with, "a").into_iter().zip(given);
+            let groups = groups.map(|(instance, (local, origin, health))| InstanceGroup {
+                origin: origin.map(Into::into),
+                instances: [Instance { local, health, ..instance }].into(),
+            });
+            let groups: Vec<_> = groups.collect();
+            with.insert(id("a"), ServiceRecord { groups: groups.into(), watch: Watch::Live });
+            let table = builder.next(&Table::default(), &with, NOW).unwrap().table;
+            let shown = |it: &Backend| format!("{:?} {}", it.state, it.group);
+            let mut states: Vec<_> = table.services["a"].backends.iter().map(shown).collect();
+            states.resize(3, String::new());
+            assert_eq!(states, expected, "{prefer:?}");
+        }
     }
 
     #[test]
@@ -692,7 +894,11 @@ mod tests {
         assert_eq!((&service.ports, service.protocols), (&Ports::only([80]), Protocols::Tcp));
 
         let mut instance = instances(&catalog, "a").remove(0);
-        instance.meta = ServiceMeta { ports: Some("any".into()), protocol: Some("icmp".into()) };
+        instance.meta = ServiceMeta {
+            ports: Some("any".into()),
+            protocol: Some("icmp".into()),
+            ..ServiceMeta::default()
+        };
         catalog.insert(id("a"), record(vec![instance]));
         let second = builder.next(&first, &catalog, NOW).unwrap().table;
         let service = &second.services["a"];
@@ -738,7 +944,7 @@ mod tests {
         let mut builder = builder();
         let mut catalog = catalog(&[("a", &["10.0.0.1"]), ("b", &["10.0.0.2"])]);
         let mut instance = instances(&catalog, "b").remove(0);
-        instance.meta = ServiceMeta { ports: Some("5432".into()), protocol: None };
+        instance.meta = ServiceMeta { ports: Some("5432".into()), ..ServiceMeta::default() };
         catalog.insert(id("b"), record(vec![instance]));
         let first = builder.next(&Table::default(), &catalog, NOW).unwrap().table;
         builder.set_ports(&[80, 8080]);

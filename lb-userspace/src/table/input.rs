@@ -215,14 +215,17 @@ pub enum HealthStatus {
     Serving,
     /// It may serve, with the weight that it has for this (such as ``check `web` is warning``).
     Warning(String),
+    /// It may serve where no other may, with the weight that it has for this (such as ``check `web` is
+    /// warning``).
+    Spare(String),
     /// It may not, for this reason (such as ``check `web` is critical``).
     Out(String),
 }
 
 impl HealthStatus {
-    /// Whether it may serve.
+    /// Whether it may serve, if only where no other may.
     pub fn serves(&self) -> bool {
-        matches!(self, HealthStatus::Serving | HealthStatus::Warning(_))
+        !matches!(self, HealthStatus::Out(_))
     }
 }
 

@@ -7,6 +7,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use super::{Instance, Ports, Protocols};
+use crate::config::BalanceAlgorithm;
 
 /// An instance's declarations about its service, as unparsed text. A source leaves them empty for an
 /// instance without the tag and for a sidecar proxy, which have the service's name.
@@ -16,6 +17,26 @@ pub struct ServiceMeta {
     pub ports: Option<String>,
     /// The protocols it is connected to with: `tcp`, `udp` or `both`.
     pub protocol: Option<String>,
+    /// How the backend of a connection is chosen, such as `maglev`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub algorithm: Option<String>,
+    /// The weight of this instance alone, instead of the source's own: 0 to 65535.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub weight: Option<String>,
+}
+
+impl ServiceMeta {
+    /// The weight, if one is given that is none.
+    ///
+    /// # Errors
+    /// It isn't a number from 0 to 65535.
+    pub fn weight(&self) -> Option<Result<u16, String>> {
+        let text = self.weight.as_deref()?.trim();
+        // Digits alone: `parse` would take a sign too.
+        let is_number = text.bytes().all(|byte| byte.is_ascii_digit());
+        let weight = if is_number { text.parse().ok() } else { None };
+        Some(weight.ok_or_else(|| format!("weight `{text}` isn't a number from 0 to 65535")))
+    }
 }
 
 /// The values that apply to the service, and what was odd about the declarations.
@@ -25,6 +46,10 @@ pub struct MergedMeta {
     pub ports: Option<Ports>,
     /// The protocols, likewise.
     pub protocols: Option<Protocols>,
+    /// The algorithm, likewise.
+    pub algorithm: Option<BalanceAlgorithm>,
+    /// Whether an algorithm is declared, and none that can be parsed.
+    pub has_bad_algorithm: bool,
     /// Declarations that can't be parsed, and contradictions, a sentence each.
     pub notes: Vec<String>,
 }
@@ -36,7 +61,11 @@ pub fn merge_meta<'a>(instances: impl Iterator<Item = &'a Instance>) -> MergedMe
     let mut notes = Vec::new();
     let ports = majority("ports", &instances, |meta| meta.ports.as_deref(), &mut notes);
     let protocols = majority("protocols", &instances, |meta| meta.protocol.as_deref(), &mut notes);
-    MergedMeta { ports, protocols, notes }
+    let algorithm =
+        majority("algorithms", &instances, |meta| meta.algorithm.as_deref(), &mut notes);
+    let declares = |instance: &&Instance| instance.meta.algorithm.is_some();
+    let has_bad_algorithm = algorithm.is_none() && instances.iter().any(declares);
+    MergedMeta { ports, protocols, algorithm, has_bad_algorithm, notes }
 }
 
 /// The most frequent value; of those equally frequent, the one whose text is smallest.
@@ -106,7 +135,7 @@ mod tests {
                 is_critical: false,
                 may_be_local: false,
                 health,
-                meta: ServiceMeta { ports, protocol: None },
+                meta: ServiceMeta { ports, ..ServiceMeta::default() },
             }
         };
         words.iter().enumerate().map(instance).collect()
@@ -158,6 +187,45 @@ mod tests {
             assert_eq!(merged.ports, ports.map(|ports| ports.parse().unwrap()), "{words:?}");
             assert_eq!(merged.notes, *notes, "{words:?}");
         }
+    }
+
+    #[test]
+    fn a_bad_algorithm_is_ignored_while_another_instance_gives_a_good_one() {
+        let check = |words: &[&str], expected: Option<BalanceAlgorithm>, is_bad: bool| {
+            let mut instances = instances(&vec!["-"; words.len()]);
+            for (instance, word) in instances.iter_mut().zip(words) {
+                instance.meta.algorithm = (*word != "-").then(|| (*word).into());
+            }
+            let merged = merge_meta(instances.iter());
+            assert_eq!(
+                (merged.algorithm, merged.has_bad_algorithm),
+                (expected, is_bad),
+                "{words:?}"
+            );
+            merged.notes
+        };
+        let (least, maglev) = (BalanceAlgorithm::Least, BalanceAlgorithm::Maglev);
+        assert!(check(&["-", "-"], None, false).is_empty());
+        assert!(check(&["-", " maglev "], Some(maglev), false).is_empty());
+        assert_eq!(
+            check(&["fast", "maglev"], Some(maglev), false),
+            ["the algorithms given by `i0` are ignored: `fast` is no algorithm: write `random`, \
+              `round-robin`, `least`, `latency` or `maglev`"]
+        );
+        assert_eq!(check(&["Least", "-"], None, true).len(), 1);
+        let notes = check(&["least", "maglev", "least"], Some(least), false);
+        assert!(notes[0].contains("`least` (2), `maglev` (1): `least` applies"), "{notes:?}");
+    }
+
+    #[test]
+    fn weights_in_meta() {
+        for (text, expected) in
+            [("0", Some(0)), (" 65535 ", Some(65_535)), ("65536", None), ("-1", None), ("", None)]
+        {
+            let meta = ServiceMeta { weight: Some(text.into()), ..ServiceMeta::default() };
+            assert_eq!(meta.weight().unwrap().ok(), expected, "{text}");
+        }
+        assert_eq!(ServiceMeta::default().weight(), None);
     }
 
     #[test]

@@ -16,7 +16,13 @@ pub enum Validation {
 }
 
 /// Validates one instance. `pools` are the pools of VIPs, and `hosts` the resolved host names.
-pub fn validate(instance: &Instance, pools: &Pools, hosts: &Hosts) -> Validation {
+/// `kept_weight` is the last one, for an instance whose Meta has a wrong one now.
+pub fn validate(
+    instance: &Instance,
+    pools: &Pools,
+    hosts: &Hosts,
+    kept_weight: Option<u16>,
+) -> Validation {
     let shown_address = instance.shown_address();
     let (node, id) = (instance.node.clone(), instance.id.clone());
     if let HealthStatus::Out(reason) = &instance.health {
@@ -29,9 +35,11 @@ pub fn validate(instance: &Instance, pools: &Pools, hosts: &Hosts) -> Validation
     }
     let (state, warning) = match &instance.health {
         HealthStatus::Warning(reason) => (BackendState::Warning, Some(reason.clone())),
+        HealthStatus::Spare(reason) => (BackendState::Spare, Some(reason.clone())),
         _ => (BackendState::Healthy, None),
     };
-    let (weight, odd_weight) = weight(instance.weight);
+    let (weight, odd_weight) = effective_weight(instance, kept_weight);
+    let group = u8::from(state == BackendState::Spare);
     let state = if weight == 0 { BackendState::Draining } else { state };
     let (address, state, reason) = match route(instance, pools, hosts) {
         Ok((address, named)) => {
@@ -41,7 +49,6 @@ pub fn validate(instance: &Instance, pools: &Pools, hosts: &Hosts) -> Validation
         Err(reason) => (None, BackendState::Unroutable, Some(reason)),
     };
     let host_only = address.is_some_and(|address| address.ip().is_loopback());
-    let group = 0;
     Validation::In(Backend {
         address,
         shown_address,
@@ -140,6 +147,21 @@ pub fn may_be_reached(instance: &Instance) -> bool {
         }
 }
 
+/// The weight that the Meta gives an instance that passes, else the source's own, with a note if it
+/// isn't the given one, or is 0.
+fn effective_weight(instance: &Instance, kept: Option<u16>) -> (u16, Option<String>) {
+    let given = instance.meta.weight().filter(|_| instance.health == HealthStatus::Serving);
+    match given {
+        None => weight(instance.weight),
+        Some(Ok(given)) => weight(given.into()),
+        Some(Err(problem)) => {
+            let (weight, note) = weight(kept.map_or(instance.weight, Into::into));
+            let note = note.map(|note| format!("; {note}")).unwrap_or_default();
+            (weight, Some(format!("{problem}: it has {weight} as before{note}")))
+        }
+    }
+}
+
 /// The effective weight, and a note if it differs from the given one, or is 0.
 fn weight(given: i64) -> (u16, Option<String>) {
     match u16::try_from(given) {
@@ -219,7 +241,7 @@ mod tests {
     }
 
     fn valid(instance: &Instance) -> Backend {
-        match validate(instance, &pools(), &hosts()) {
+        match validate(instance, &pools(), &hosts(), None) {
             Validation::In(backend) => backend,
             Validation::Out(out) => panic!("{out:?}"),
         }
@@ -418,6 +440,47 @@ mod tests {
     }
 
     #[test]
+    fn an_instance_that_is_spare_has_its_group() {
+        let health = HealthStatus::Spare("check `web` is warning".into());
+        let backend = valid(&Instance { health, ..instance("10.0.0.7", 80) });
+        assert_eq!((backend.state, backend.group), (BackendState::Spare, 1));
+        assert_eq!(backend.reason.as_deref(), Some("check `web` is warning"));
+    }
+
+    #[test]
+    fn a_weight_in_meta_overrides_the_sources_own() {
+        let warns = || HealthStatus::Warning("w".into());
+        // The Meta's, the last one, the health, and the result from a source's own weight of 7.
+        let rows = [
+            ("3", None, HealthStatus::Serving, 3, None),
+            ("0", Some(5), HealthStatus::Serving, 0, Some("weight 0: it gets no new connections")),
+            (
+                "many",
+                Some(5),
+                HealthStatus::Serving,
+                5,
+                Some("weight `many` isn't a number from 0 to 65535: it has 5 as before"),
+            ),
+            (
+                "65536",
+                None,
+                HealthStatus::Serving,
+                7,
+                Some("weight `65536` isn't a number from 0 to 65535: it has 7 as before"),
+            ),
+            ("3", None, warns(), 7, Some("w")),
+        ];
+        for (text, kept, health, weight, reason) in rows {
+            let meta = ServiceMeta { weight: Some(text.into()), ..ServiceMeta::default() };
+            let instance = Instance { weight: 7, health, meta, ..instance("10.0.0.7", 80) };
+            let Validation::In(backend) = validate(&instance, &pools(), &hosts(), kept) else {
+                panic!("{instance:?}");
+            };
+            assert_eq!((backend.weight, backend.reason.as_deref()), (weight, reason), "{text}");
+        }
+    }
+
+    #[test]
     fn weight_0_takes_no_new_connections() {
         let backend = valid(&Instance { weight: 0, ..instance("10.0.0.7", 80) });
         assert_eq!((backend.state, backend.weight), (BackendState::Draining, 0));
@@ -428,7 +491,7 @@ mod tests {
     #[test]
     fn a_sources_verdict_stands() {
         let health = HealthStatus::Out("check `web` is critical".into());
-        let out = validate(&Instance { health, ..instance("", 0) }, &pools(), &hosts());
+        let out = validate(&Instance { health, ..instance("", 0) }, &pools(), &hosts(), None);
         assert!(matches!(out, Validation::Out(out) if out.reason == "check `web` is critical"));
     }
 }

@@ -301,7 +301,7 @@ pub fn inspection(records: FullRecords, rules: &CatalogConfig) -> Inspection {
             is_tagged,
             out: match instance.health {
                 HealthStatus::Out(reason) => Some(reason),
-                HealthStatus::Serving | HealthStatus::Warning(_) => None,
+                HealthStatus::Serving | HealthStatus::Warning(_) | HealthStatus::Spare(_) => None,
             },
             checks: shown,
         }
@@ -348,7 +348,7 @@ fn instance(record: Record, rules: &CatalogConfig) -> Instance {
         Err(_) => (service.address.clone(), service.port()),
     };
     let weight = match standing {
-        HealthStatus::Warning(_) => service.weights.warning,
+        HealthStatus::Warning(_) | HealthStatus::Spare(_) => service.weights.warning,
         HealthStatus::Serving | HealthStatus::Out(_) => service.weights.passing,
     };
     let mut says = |key: &str| service.meta.remove(key).flatten().filter(|_| is_of_service);
@@ -365,7 +365,12 @@ fn instance(record: Record, rules: &CatalogConfig) -> Instance {
         weight: weight.unwrap_or(1),
         local: false,
         health: standing,
-        meta: ServiceMeta { ports: says("nohop-ports"), protocol: says("nohop-protocol") },
+        meta: ServiceMeta {
+            ports: says("nohop-ports"),
+            protocol: says("nohop-protocol"),
+            algorithm: says("nohop-algorithm"),
+            weight: says("nohop-weight"),
+        },
     }
 }
 
@@ -450,10 +455,8 @@ fn standing(record: &Record, rules: &CatalogConfig) -> HealthStatus {
     let Some(check) = &record.checks.worst else { return HealthStatus::Serving };
     let complaint = check.complaint();
     match rules.health {
-        HealthPolicy::Warning if check.is_warning() => match record.service.weights.warning {
-            Some(0) => HealthStatus::Out(format!("{complaint}, and its weight is 0 then")),
-            _ => HealthStatus::Warning(complaint),
-        },
+        HealthPolicy::Warning if check.is_warning() => HealthStatus::Warning(complaint),
+        HealthPolicy::Passing if check.is_warning() => HealthStatus::Spare(complaint),
         HealthPolicy::Passing | HealthPolicy::Warning => HealthStatus::Out(complaint),
     }
 }
@@ -532,7 +535,9 @@ mod tests {
             .map(|i| {
                 let standing = match &i.health {
                     HealthStatus::Serving => "serving",
-                    HealthStatus::Warning(reason) | HealthStatus::Out(reason) => reason,
+                    HealthStatus::Warning(reason)
+                    | HealthStatus::Spare(reason)
+                    | HealthStatus::Out(reason) => reason,
                 };
                 format!("{}/{} {}:{} x{}: {standing}", i.node, i.id, i.address, i.port, i.weight)
             })
@@ -634,7 +639,9 @@ mod tests {
             let instance = instances(records, &rules()).unwrap().remove(0);
             let standing = match instance.health {
                 HealthStatus::Serving => "serving".into(),
-                HealthStatus::Warning(reason) | HealthStatus::Out(reason) => reason,
+                HealthStatus::Warning(reason)
+                | HealthStatus::Spare(reason)
+                | HealthStatus::Out(reason) => reason,
             };
             let got =
                 format!("{}:{} x{} {standing}", instance.address, instance.port, instance.weight);
@@ -676,7 +683,7 @@ mod tests {
             let records = vec![serde_json::from_str(json).unwrap()];
             let other = r#"{"Service":{"Tags":["routed"]}}"#;
             let records = [records, vec![serde_json::from_str(other).unwrap()]].concat();
-            let ServiceMeta { ports, protocol } =
+            let ServiceMeta { ports, protocol, .. } =
                 instances(records, &rules()).unwrap().remove(0).meta;
             assert_eq!((ports.as_deref(), protocol.as_deref()), expected, "{json}");
         }
@@ -749,11 +756,11 @@ mod tests {
         // (weights, checks by status, what the policies `passing` and `warning` make of it)
         let table = [
             (r#"{"Passing":7,"Warning":3}"#, "passing", "x7 serving", "x7 serving"),
-            (r#"{"Passing":7,"Warning":3}"#, "warning", "x7 out", "x3 warning"),
-            (r#"{"Passing":7,"Warning":0}"#, "warning", "x7 out", "x7 out"),
-            (r#"{"Passing":7}"#, "warning", "x7 out", "x1 warning"),
-            (r#"null"#, "warning", "x1 out", "x1 warning"),
-            (r#"{"Passing":7,"Warning":3}"#, "warning passing", "x7 out", "x3 warning"),
+            (r#"{"Passing":7,"Warning":3}"#, "warning", "x3 spare", "x3 warning"),
+            (r#"{"Passing":7,"Warning":0}"#, "warning", "x0 spare", "x0 warning"),
+            (r#"{"Passing":7}"#, "warning", "x1 spare", "x1 warning"),
+            (r#"null"#, "warning", "x1 spare", "x1 warning"),
+            (r#"{"Passing":7,"Warning":3}"#, "warning passing", "x3 spare", "x3 warning"),
             (r#"{"Passing":7,"Warning":3}"#, "warning critical", "x7 out", "x7 out"),
             (r#"{"Passing":7,"Warning":3}"#, "warning unheard-of", "x7 out", "x7 out"),
         ];
@@ -774,6 +781,7 @@ mod tests {
                 let standing = match instance.health {
                     HealthStatus::Serving => "serving",
                     HealthStatus::Warning(_) => "warning",
+                    HealthStatus::Spare(_) => "spare",
                     HealthStatus::Out(_) => "out",
                 };
                 let got = format!("x{} {standing}", instance.weight);

@@ -142,9 +142,16 @@ async fn only_meta_keys_of_nohop_publish_a_change() {
     };
     handle.catalog.mark_unchanged();
     fake.set(&service("web"), 21, with_meta(json!({"version": "3"})));
-    let meta = json!({"version": "4", "nohop-ports": "80,5432", "nohop-protocol": "both"});
+    let mut meta = json!({"version": "4", "nohop-ports": "80,5432", "nohop-protocol": "both"});
+    meta["nohop-algorithm"] = "maglev".into();
+    meta["nohop-weight"] = "7".into();
     fake.set(&service("web"), 22, with_meta(meta));
-    let told = ServiceMeta { ports: Some("80,5432".into()), protocol: Some("both".into()) };
+    let told = ServiceMeta {
+        ports: Some("80,5432".into()),
+        protocol: Some("both".into()),
+        algorithm: Some("maglev".into()),
+        weight: Some("7".into()),
+    };
     shows(&mut handle, |catalog| catalog["web"].groups[0].instances[0].meta == told).await;
     fake.set(&service("web"), 23, with_meta(json!(null)));
     shows(&mut handle, |catalog| {

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
+use crate::config::BalanceAlgorithm;
 use crate::table::{
     HealthStatus, Instance, MAX_PORTS, NodeIdentity, Ports, Protocols, ServiceMeta,
 };
@@ -112,10 +113,12 @@ impl Reader<'_> {
                 String::new()
             }
         };
-        self.check_keys(table, &["name", "ports", "protocol", "backend"], &whose);
+        self.check_keys(table, &["name", "ports", "protocol", "algorithm", "backend"], &whose);
         let meta = ServiceMeta {
             ports: table.get("ports").and_then(|ports| self.ports(ports, &whose)),
             protocol: table.get("protocol").and_then(|protocol| self.protocol(protocol, &whose)),
+            algorithm: table.get("algorithm").and_then(|given| self.algorithm(given, &whose)),
+            weight: None,
         };
         let mut instances: Vec<Instance> = Vec::new();
         let mut ids = HashSet::new();
@@ -145,10 +148,10 @@ impl Reader<'_> {
         let weight = table.get("weight").map_or(Some(1), |weight| {
             let number = weight.get_ref().as_integer();
             let number = number.and_then(|n| i64::from_str_radix(n.as_str(), n.radix()).ok());
-            let number = number.filter(|number| (1..=65_535).contains(number));
+            let number = number.filter(|number| (0..=65_535).contains(number));
             if number.is_none() {
                 let given = &self.text[weight.span()];
-                let what = format!("{whose}weight {given} isn't a whole number from 1 to 65535");
+                let what = format!("{whose}weight {given} isn't a whole number from 0 to 65535");
                 self.diagnostic(&weight.span(), what);
             }
             number
@@ -208,6 +211,18 @@ impl Reader<'_> {
         ports.map(|ports| ports.to_string())
     }
 
+    /// How the backend of a connection is chosen, as text again, for the table to read.
+    fn algorithm(&mut self, value: &Spanned<DeValue<'_>>, whose: &str) -> Option<String> {
+        let given = value.get_ref().as_str().unwrap_or(&self.text[value.span()]);
+        match given.parse::<BalanceAlgorithm>() {
+            Ok(algorithm) => Some(algorithm.to_string()),
+            Err(problem) => {
+                self.diagnostic(&value.span(), format!("{whose}`algorithm`: {problem}"));
+                None
+            }
+        }
+    }
+
     /// The protocols a service is connected to with, as text again, for the table to read.
     fn protocol(&mut self, value: &Spanned<DeValue<'_>>, whose: &str) -> Option<String> {
         let protocols = value.get_ref().as_str().and_then(|text| text.parse::<Protocols>().ok());
@@ -262,6 +277,7 @@ mod tests {
             name = "HelloWorld"
             ports = [5432, 0x50]
             protocol = "both"
+            algorithm = "maglev"
             [[service.backend]]
             address = "10.0.0.7:23456"
             weight = 0x10
@@ -287,7 +303,12 @@ mod tests {
                 ("", "[2001:db8::7]:80", "2001:db8::7", 80, 1, true)
             ]
         );
-        let meta = ServiceMeta { ports: Some("80,5432".into()), protocol: Some("both".into()) };
+        let meta = ServiceMeta {
+            ports: Some("80,5432".into()),
+            protocol: Some("both".into()),
+            algorithm: Some("maglev".into()),
+            ..ServiceMeta::default()
+        };
         assert!(services["helloworld"].iter().all(|instance| instance.meta == meta));
         assert!(services["idle"].is_empty());
         assert_eq!(parse("service = []"), Ok(Services::new()));
@@ -380,7 +401,7 @@ mod tests {
                  [[service.backend]]\n[[service.backend]]\naddress = \"::1:80\"\nweight = \"1\"",
                 &[
                     "4: service `a`: address \"10.0.0.7:0\" isn't an IP address with a port",
-                    "5: service `a`: weight -1 isn't a whole number from 1 to 65535",
+                    "5: service `a`: weight -1 isn't a whole number from 0 to 65535",
                     "6: service `a`: unknown key `node`",
                     "8: service `a`: address \"b:80\" isn't an IP address with a port",
                     "11: service `a`: weight 99999999999999999999 isn't a whole number",
