@@ -54,6 +54,7 @@ mod services_never_mix;
 mod several_sources;
 mod shadow_mode;
 mod socket_activation;
+mod spare_set;
 mod state_dir_lost;
 mod static_catalog;
 mod stopped_instance_drains;
@@ -128,6 +129,7 @@ const SCENARIOS: &[(&str, Scenario)] = &[
     ("several_sources", several_sources::run),
     ("shadow_mode", shadow_mode::run),
     ("shadow_mode_by_key", shadow_mode::by_key),
+    ("spare_set", spare_set::run),
     ("state_dir_lost", state_dir_lost::run),
     ("static_catalog", static_catalog::run),
     ("stops_on_signals", stops_on_signals::run),
