@@ -94,11 +94,11 @@ struct Applied {
 }
 
 impl Applied {
-    fn new(service_idx: u32) -> Applied {
+    fn new(service_idx: u32, algorithm: Algorithm) -> Applied {
         Applied {
             watch: None,
             service_idx,
-            algorithm: Algorithm::default(),
+            algorithm,
             backends: HashMap::new(),
             frontends: BTreeMap::new(),
             blocks: Vec::new(),
@@ -601,7 +601,7 @@ impl<M: Maps> Reconciler<M> {
 
         let applied = self.applied.entry(service.name.clone()).or_insert_with(|| {
             self.maps.set_name(service_idx, name_entry(&service.name));
-            Applied::new(service_idx)
+            Applied::new(service_idx, algorithm)
         });
         let former_watch = applied.watch.take();
         let is_served = |member: &Member| {
@@ -636,10 +636,8 @@ impl<M: Maps> Reconciler<M> {
             self.maps.write_slots(first_slot, &slots);
             first_slots.push(first_slot);
         }
-        // A service that had no slots has no readers of Maglev tables.
-        let is_entering = algorithm == Algorithm::Maglev
-            && applied.algorithm != algorithm
-            && !applied.blocks.is_empty();
+        // Also where it has no slots: a reader may still know those that it had before.
+        let is_entering = algorithm == Algorithm::Maglev && applied.algorithm != algorithm;
         if is_entering {
             self.entering_maglev.insert(service.name.clone());
         }

@@ -1245,6 +1245,20 @@ fn a_reload_of_the_algorithm_waits_for_readers_once() {
     }
 }
 
+/// A reader may know the slots that a service had before it became empty, when Maglev comes.
+#[test]
+fn readers_of_former_slots_dont_meet_maglev() {
+    let mut run = Run::new(LARGE);
+    run.place(0, &Places::from([(0, 0)]), 1, BalanceAlgorithm::Least);
+    run.place(0, &Places::new(), 1, BalanceAlgorithm::Least);
+    let n_waits = run.maps.0.borrow().n_waits;
+    run.place(0, &Places::new(), 1, BalanceAlgorithm::Maglev);
+    assert_eq!(run.maps.0.borrow().n_waits, n_waits + 1);
+    run.check_exact();
+    run.place(1, &Places::from([(0, 0)]), 1, BalanceAlgorithm::Maglev);
+    assert_eq!(run.maps.0.borrow().n_waits, n_waits + 1, "a new service has no readers");
+}
+
 #[test]
 fn a_backend_that_is_added_beside_others_ramps_up() {
     let places = |xs: &[u8]| -> Places { xs.iter().map(|&x| (x, 0)).collect() };

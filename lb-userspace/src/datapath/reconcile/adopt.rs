@@ -103,8 +103,8 @@ impl<M: Maps> Reconciler<M> {
         }
         let ranges = self.maps.service(service_idx);
         let regions: HashSet<SlotRange> = ranges.all().into_iter().collect();
-        let mut applied = Applied::new(service_idx);
-        applied.algorithm = Algorithm::from_number(self.maps.flags(service_idx).algorithm);
+        let algorithm = Algorithm::from_number(self.maps.flags(service_idx).algorithm);
+        let mut applied = Applied::new(service_idx, algorithm);
         for region in regions.into_iter().filter(|region| region.n_slots > 0) {
             // With another algorithm there may be a table, too, which nothing reads.
             let has_table = applied.algorithm == Algorithm::Maglev && region != ranges.unselected;
