@@ -200,10 +200,11 @@ pub struct Reconciler<M> {
     suspended: BTreeSet<Arc<str>>,
     /// Former UDP frontends of services, each with a backend that the service kept.
     given_up_udp: HashSet<(SocketAddr, SocketAddr)>,
-    /// The time in which a backend that is added beside others ramps up.
+    /// The time in which a backend that is added beside established ones ramps up.
     slow_start: Option<Duration>,
-    /// Backends that ramp up, each with when it began.
-    ramps: HashMap<u32, u32>,
+    /// Backends that were added less than [`Reconciler::slow_start`] ago, each with when. The others are
+    /// established. Those that ramp up have the same time in the maps.
+    young: HashMap<u32, u32>,
     /// Services whose slots have Maglev tables by now, and whose readers don't use them yet.
     entering_maglev: BTreeSet<Arc<str>>,
 }
@@ -240,7 +241,7 @@ impl<M: Maps> Reconciler<M> {
             suspended: BTreeSet::new(),
             given_up_udp: HashSet::new(),
             slow_start: None,
-            ramps: HashMap::new(),
+            young: HashMap::new(),
             entering_maglev: BTreeSet::new(),
         }
     }
@@ -368,12 +369,8 @@ impl<M: Maps> Reconciler<M> {
             let age_ms = now_ms.wrapping_sub(added_ms).cast_signed();
             u128::try_from(age_ms).is_ok_and(|age_ms| age_ms >= slow_start_ms) || age_ms < 0
         };
-        let maps = &mut self.maps;
-        for (backend_idx, added_ms) in self.ramps.extract_if(|_, added_ms| is_over(*added_ms)) {
-            // The entry may be another backend's by now.
-            if maps.added_ms(backend_idx) == added_ms {
-                maps.end_ramp(backend_idx);
-            }
+        for (backend_idx, _) in self.young.extract_if(|_, added_ms| is_over(*added_ms)) {
+            end_ramp(&mut self.maps, backend_idx);
         }
     }
 
@@ -604,28 +601,34 @@ impl<M: Maps> Reconciler<M> {
             Applied::new(service_idx, algorithm)
         });
         let former_watch = applied.watch.take();
-        let is_served = |member: &Member| {
-            member.group.is_some() && applied.backends.contains_key(&member.address)
+        let is_established = |member: &&Member| {
+            let backend_idx = applied.backends.get(&member.address);
+            backend_idx.is_some_and(|backend_idx| !self.young.contains_key(backend_idx))
         };
-        // Where all are new at once, each of them has its share.
-        let ramps = self.slow_start.is_some()
-            && algorithm != Algorithm::Maglev
-            && members.iter().any(is_served);
-        let added_ms = if ramps { now_ms.max(1) } else { 0 };
-        for &Member { address, weight, .. } in &members {
+        // Connections choose within a group: where all of it are young, each of them has its share.
+        let established: HashSet<usize> =
+            members.iter().filter(is_established).filter_map(|member| member.group).collect();
+        let is_ramped = self.slow_start.is_some() && algorithm != Algorithm::Maglev;
+        for &Member { address, weight, group, .. } in &members {
+            let is_beside = group.is_some_and(|group| established.contains(&group));
             if let Some(&backend_idx) = applied.backends.get(&address) {
                 if self.maps.backend(backend_idx).weight != weight {
                     self.maps.set_weight(backend_idx, weight);
+                }
+                if !is_beside {
+                    end_ramp(&mut self.maps, backend_idx);
                 }
             } else if let Some(backend_idx) = self.backends.take() {
                 let is_suspended = !applied.given_up.is_empty();
                 let generation = if is_suspended { 0 } else { self.next_generation };
                 let backend = backend_entry(address, weight, generation);
                 self.next_generation = next(self.next_generation);
+                let now_ms = now_ms.max(1);
+                let added_ms = if is_ramped && is_beside { now_ms } else { 0 };
                 self.maps.write_backend(backend_idx, backend, added_ms);
                 applied.backends.insert(address, backend_idx);
-                if ramps {
-                    self.ramps.insert(backend_idx, added_ms);
+                if self.slow_start.is_some() {
+                    self.young.insert(backend_idx, now_ms);
                 }
             }
         }
@@ -656,6 +659,7 @@ impl<M: Maps> Reconciler<M> {
             applied.backends.extract_if(|address, _| !stay.contains(address))
         {
             self.maps.retire_backend(backend_idx);
+            self.young.remove(&backend_idx);
             self.quarantine.backends.push(backend_idx);
             if !applied.udp.is_empty() {
                 let left = self.removed_udp.entry((service.name.clone(), address)).or_default();
@@ -768,6 +772,7 @@ impl<M: Maps> Reconciler<M> {
         let name = Arc::<str>::from(name);
         for (address, backend_idx) in applied.backends.drain() {
             self.maps.retire_backend(backend_idx);
+            self.young.remove(&backend_idx);
             self.quarantine.backends.push(backend_idx);
             if !applied.udp.is_empty() {
                 self.removed_udp.entry((name.clone(), address)).or_default().extend(&applied.udp);
@@ -831,6 +836,13 @@ impl<M: Maps> Reconciler<M> {
         services.into_iter().for_each(|service_idx| self.services.free(service_idx));
         backends.into_iter().for_each(|backend_idx| self.backends.free(backend_idx));
         blocks.into_iter().for_each(|block| self.regions.free(block));
+    }
+}
+
+/// Ends the ramp of a backend, if it has one.
+fn end_ramp(maps: &mut impl Maps, backend_idx: u32) {
+    if maps.added_ms(backend_idx) != 0 {
+        maps.end_ramp(backend_idx);
     }
 }
 

@@ -1259,50 +1259,91 @@ fn readers_of_former_slots_dont_meet_maglev() {
     assert_eq!(run.maps.0.borrow().n_waits, n_waits + 1, "a new service has no readers");
 }
 
+const SLOW_START: Option<Duration> = Some(Duration::from_secs(10));
+const SLOW_START_MS: u32 = 10_000;
+
+/// Backends that are all in the first group.
+fn first(xs: &[u8]) -> Places {
+    xs.iter().map(|&x| (x, 0)).collect()
+}
+
 #[test]
 fn a_backend_that_is_added_beside_others_ramps_up() {
-    let places = |xs: &[u8]| -> Places { xs.iter().map(|&x| (x, 0)).collect() };
     let mut run = Run::new(LARGE);
-    run.reconciler.set_slow_start(Some(Duration::from_secs(10)));
+    run.reconciler.set_slow_start(SLOW_START);
     let least = BalanceAlgorithm::Least;
     let added = |run: &Run, x: u8| run.entry(1, x).2;
-    run.place(1, &places(&[0, 1]), 1, least);
-    assert_eq!((added(&run, 0), added(&run, 1)), (0, 0), "the service's first");
-    run.place(1, &places(&[2, 4]), 1, least);
-    assert_eq!((added(&run, 2), added(&run, 4)), (0, 0), "all are new");
-    run.place(1, &places(&[2, 4, 5]), 1, least);
-    assert_eq!((added(&run, 2), added(&run, 5)), (0, NOW_MS));
-    run.place(1, &places(&[2, 4, 5]), 9, least);
+    run.place(1, &first(&[0, 1]), 1, least);
+    run.reconciler.end_ramps(NOW_MS + SLOW_START_MS);
+    run.place(1, &first(&[0, 5]), 1, least);
+    assert_eq!((added(&run, 0), added(&run, 5)), (0, NOW_MS));
+    run.place(1, &first(&[0, 5]), 9, least);
     assert_eq!(added(&run, 5), NOW_MS, "another weight changes nothing");
-    run.reconciler.end_ramps(NOW_MS + 9_999);
+    run.reconciler.end_ramps(NOW_MS + SLOW_START_MS - 1);
     assert_eq!(added(&run, 5), NOW_MS);
-    run.reconciler.end_ramps(NOW_MS + 10_000);
+    run.reconciler.end_ramps(NOW_MS + SLOW_START_MS);
     assert_eq!(added(&run, 5), 0);
 
     // Of a daemon that ended meanwhile; one at a time of another clock as well.
-    run.place(1, &places(&[2, 4, 5, 6]), 9, least);
+    run.place(1, &first(&[0, 5, 6]), 9, least);
     run.restart(&LARGE);
-    run.reconciler.set_slow_start(Some(Duration::from_secs(10)));
-    run.reconciler.end_ramps(NOW_MS + 9_999);
-    assert_eq!(added(&run, 6), NOW_MS);
+    run.reconciler.set_slow_start(SLOW_START);
+    run.place(1, &first(&[0, 5, 6, 7]), 9, least);
+    run.reconciler.end_ramps(NOW_MS + SLOW_START_MS - 1);
+    assert_eq!((added(&run, 6), added(&run, 7)), (NOW_MS, NOW_MS), "0 and 5 are established");
     run.reconciler.end_ramps(NOW_MS - 1);
-    assert_eq!(added(&run, 6), 0);
+    assert_eq!((added(&run, 6), added(&run, 7)), (0, 0));
 
     // An entry that became another backend's.
-    run.place(1, &places(&[2, 4, 5, 6, 8]), 9, least);
+    run.place(1, &first(&[0, 5, 8]), 9, least);
     let idx = run.entry(1, 8).0;
-    run.place(1, &places(&[2, 4, 5, 6]), 9, least);
+    run.place(1, &first(&[0, 5]), 9, least);
     run.reconciler.recycle();
     run.reconciler.set_slow_start(None);
-    run.place(1, &places(&[2, 4, 5, 6, 9]), 9, least);
+    run.place(1, &first(&[0, 5, 9]), 9, least);
     assert_eq!((run.entry(1, 9).0, added(&run, 9)), (idx, 0));
     run.reconciler.end_ramps(NOW_MS);
     assert_eq!(added(&run, 9), 0);
 
-    run.reconciler.set_slow_start(Some(Duration::from_secs(10)));
-    run.place(1, &places(&[2, 4]), 9, BalanceAlgorithm::Maglev);
-    run.place(1, &places(&[2, 4, 5]), 9, BalanceAlgorithm::Maglev);
-    assert_eq!(added(&run, 5), 0, "with maglev a key's backend doesn't depend on time");
+    run.reconciler.set_slow_start(SLOW_START);
+    run.place(1, &first(&[0, 5]), 9, BalanceAlgorithm::Maglev);
+    run.place(1, &first(&[0, 5, 6]), 9, BalanceAlgorithm::Maglev);
+    assert_eq!(added(&run, 6), 0, "with maglev a key's backend doesn't depend on time");
+}
+
+/// In a first deployment, and where a deployment replaces all within `slow_start`, each has its share.
+#[test]
+fn backends_ramp_up_only_beside_established_ones() {
+    let mut run = Run::new(LARGE);
+    run.reconciler.set_slow_start(SLOW_START);
+    let least = BalanceAlgorithm::Least;
+    let ramping = |run: &Run, places: &Places| -> Vec<u8> {
+        places.keys().copied().filter(|&x| run.entry(1, x).2 != 0).collect()
+    };
+    let place = |run: &mut Run, places: Places, expected: &[u8]| {
+        run.place(1, &places, 1, least);
+        assert_eq!(ramping(run, &places), expected, "{places:?}");
+    };
+    // One after the other, in a young service.
+    place(&mut run, first(&[0]), &[]);
+    place(&mut run, first(&[0, 1]), &[]);
+    place(&mut run, first(&[0, 1, 2]), &[]);
+    run.reconciler.end_ramps(NOW_MS + SLOW_START_MS);
+    // One after the other is replaced, until none of the established ones is left.
+    place(&mut run, first(&[0, 1, 4]), &[4]);
+    place(&mut run, first(&[0, 4, 5]), &[4, 5]);
+    place(&mut run, first(&[4, 5, 6]), &[]);
+    // All at once.
+    place(&mut run, first(&[0, 1]), &[]);
+    run.reconciler.end_ramps(NOW_MS + SLOW_START_MS);
+    // The last established one is drained, or moves to a spare group: it isn't selected there.
+    place(&mut run, first(&[0, 4]), &[4]);
+    place(&mut run, first(&[0, 4, 5]), &[4, 5]);
+    place(&mut run, Places::from([(0, N_GROUPS), (4, 0), (5, 0)]), &[]);
+    place(&mut run, first(&[0, 4, 5, 6]), &[6]);
+    place(&mut run, Places::from([(0, 1), (4, 0), (5, 0), (6, 0)]), &[]);
+    // The first of its group.
+    place(&mut run, Places::from([(0, 1), (1, 1), (2, 0)]), &[1]);
 }
 
 #[test]

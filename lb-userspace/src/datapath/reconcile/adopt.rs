@@ -139,7 +139,7 @@ impl<M: Maps> Reconciler<M> {
                 applied.backends.insert(address, slot.backend);
                 let added_ms = self.maps.added_ms(slot.backend);
                 if added_ms != 0 {
-                    self.ramps.insert(slot.backend, added_ms);
+                    self.young.insert(slot.backend, added_ms);
                 }
             }
         }
