@@ -5,8 +5,10 @@
 //! Whatever costs a look-up or a helper call is a method, which is called only where it decides.
 
 use crate::{
-    ANY_PORT, Backend, Frontend, Frontend6, IPPROTO_TCP, IPPROTO_UDP, N_GROUPS, ServiceRef, Slot,
-    SlotRange, select,
+    ANY_PORT, Algorithm, Backend, BackendWords, BalanceSettings, Candidates, ChoiceReason, Draw,
+    Frontend, Frontend6, IPPROTO_TCP, IPPROTO_UDP, Inconsistent, MaglevKey, N_GROUPS, NO_BACKEND,
+    PackedChoice, Sample, Scan, ServiceRef, Slot, SlotRange, State, Walk, choose_in_order, draw,
+    sample, state_at,
 };
 
 /// After how many nanoseconds without a heartbeat the daemon's process id isn't trusted any more:
@@ -78,24 +80,62 @@ pub enum FamilyFilter {
     All,
 }
 
-/// One of a group's [`BackendSets`](crate::BackendSets).
+/// One of a group's [`BackendSets`](crate::BackendSets), by its place.
+#[repr(u8)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Netns {
     /// For connections from the host's network namespace.
-    Host,
+    Host = 0,
     /// For those from any other.
-    Other,
+    Other = 1,
 }
 
-/// One of the ranges of [`BackendSets`](crate::BackendSets).
+/// One of the ranges of [`BackendSets`](crate::BackendSets), by its place.
+#[repr(u8)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Family {
     /// [`BackendSets::ipv4`](crate::BackendSets::ipv4)
-    Ipv4,
+    Ipv4 = 0,
     /// [`BackendSets::ipv6`](crate::BackendSets::ipv6)
-    Ipv6,
+    Ipv6 = 1,
     /// [`BackendSets::all`](crate::BackendSets::all)
-    All,
+    All = 2,
+}
+
+/// Which of a group's ranges a connection selects from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reach {
+    /// By where it comes from.
+    pub netns: Netns,
+    /// By the address families of the socket.
+    pub family: Family,
+    /// Whether it is all where that is empty.
+    pub or_all: bool,
+}
+
+impl Reach {
+    #[inline(always)]
+    fn of(netns: Netns, filter: FamilyFilter) -> Reach {
+        let (family, or_all) = match filter {
+            FamilyFilter::Ipv4 => (Family::Ipv4, false),
+            FamilyFilter::Ipv6 => (Family::Ipv6, false),
+            FamilyFilter::Ipv4First => (Family::Ipv4, true),
+            FamilyFilter::Ipv6First => (Family::Ipv6, true),
+            FamilyFilter::All => (Family::All, false),
+        };
+        Reach { netns, family, or_all }
+    }
+
+    /// The slots of a group.
+    #[inline(always)]
+    fn range(self, service: impl ServiceWords, group: usize) -> SlotRange {
+        let Reach { netns, family, or_all } = self;
+        let range = service.range(group, netns, family);
+        if or_all && range.n_slots == 0 {
+            return service.range(group, netns, Family::All);
+        }
+        range
+    }
 }
 
 /// What the daemon writes for the programs ([`Control`](crate::Control)), each word as it is now.
@@ -108,6 +148,10 @@ pub trait ControlWords: Copy {
     fn tgid(self) -> u64;
     /// Whether connections are only counted.
     fn is_shadow(self) -> bool;
+    /// How backends are chosen.
+    fn balance(self) -> BalanceSettings;
+    /// What Maglev hashes: [`BalanceSettings::key`](crate::BalanceSettings::key).
+    fn maglev_key(self) -> MaglevKey;
 }
 
 /// A service ([`ServiceEntry`](crate::ServiceEntry)), each word as it is now.
@@ -116,14 +160,20 @@ pub trait ServiceWords: Copy {
     fn range(self, group: usize, netns: Netns, family: Family) -> SlotRange;
     /// Whether the next connection is to be reported.
     fn report_next(self) -> bool;
+    /// How a backend is selected.
+    fn algorithm(self) -> Algorithm;
+    /// The connections that were sent to a backend before this one.
+    fn connects(self) -> u64;
 }
 
-/// The configuration and the maps.
+/// The configuration, the maps, the clock and the source of random numbers.
 pub trait Tables {
     /// See [`Tables::control`].
     type Control: ControlWords;
     /// See [`Tables::service`].
     type Service: ServiceWords;
+    /// See [`Tables::backend`].
+    type Backend: BackendWords;
     /// Whether an IPv4 address is in the pool. IPv6 ones are before they get here.
     fn in_pool(&self, address: [u8; 4]) -> bool;
     /// Whether an IPv4 address is the pool's own, to which the daemon sends its probes.
@@ -139,15 +189,27 @@ pub trait Tables {
     /// A slot, by its index.
     fn slot(&self, slot: u32) -> Option<Slot>;
     /// A backend, by its index.
-    fn backend(&self, backend: u32) -> Option<Backend>;
+    fn backend(&self, backend: u32) -> Option<Self::Backend>;
+    /// The time, by CLOCK_MONOTONIC.
+    fn now_ns(&self) -> u64;
+    /// A number that is uniform over its whole range.
+    fn random(&self) -> u32;
+    /// The choice: [`draw_for`], and [`choose_among`] where that leads to no backend. A method for the
+    /// reason that [`Candidates::choose_in_order`] has. Where the request is by TCP, what the choice
+    /// found of backends is applied to them.
+    fn choose_for(&self, question: Question) -> PackedChoice;
+    /// [`choose_among`], likewise.
+    fn choose_among(&self, service: u32, reach: Reach, walk: Walk) -> PackedChoice;
+    /// [`state_of`], likewise.
+    fn state_of(&self, backend_idx: u32, now_ns: u64, ramps: bool) -> State;
+    /// [`sample_of`], likewise.
+    fn sample_of(&self, scan: Scan) -> Sample;
 }
 
 /// Who makes the call.
 pub trait Caller {
     /// The process id, as the kernel sees it.
     fn tgid(&self) -> u64;
-    /// The time, by CLOCK_MONOTONIC.
-    fn now_ns(&self) -> u64;
     /// Whose socket it is; and whether it is an IPv6 socket that is closed to IPv4, where
     /// [`Caller::filter`] has a use for that.
     fn origin(&self) -> (Origin, bool);
@@ -157,8 +219,10 @@ pub trait Caller {
     fn filter(&self, is_ipv6_only: bool) -> FamilyFilter;
     /// The cookie of the network namespace.
     fn netns_cookie(&self) -> u64;
-    /// A number that is uniform over its whole range.
-    fn random(&self) -> u32;
+    /// The id of the process's cgroup.
+    fn cgroup_id(&self) -> u64;
+    /// A number for the address that the socket is bound to; 0 where it is bound to none.
+    fn source(&self) -> u64;
 }
 
 /// What becomes of a connection.
@@ -222,6 +286,8 @@ pub struct Selection {
     pub backend_idx: u32,
     /// The backend.
     pub backend: Backend,
+    /// Why it was chosen.
+    pub reason: ChoiceReason,
     /// Whose socket it is.
     pub origin: Origin,
     /// Whether the connection is to be reported.
@@ -252,7 +318,7 @@ pub fn decide(tables: &impl Tables, caller: &impl Caller, request: &Request) -> 
     let Some(control) = tables.control() else {
         return Verdict::Pass(PassReason::NoFrontend);
     };
-    if is_daemon(control, caller) {
+    if is_daemon(tables, control, caller) {
         return Verdict::Pass(PassReason::Bypassed);
     }
     let (origin, is_ipv6_only) = caller.origin();
@@ -278,35 +344,202 @@ pub fn decide(tables: &impl Tables, caller: &impl Caller, request: &Request) -> 
     let Some(words) = tables.service(service) else { return inconsistent };
     // Asking where a connection comes from is spared where it makes no difference. One of the two
     // words may be newer than the other: if they are the same, each is what either may have.
-    let (on_host, elsewhere) =
-        (filtered(words, 0, Netns::Host, filter), filtered(words, 0, Netns::Other, filter));
+    let ranges = |group| {
+        let range = |netns| Reach::of(netns, filter).range(words, group);
+        (range(Netns::Host), range(Netns::Other))
+    };
+    let (on_host, elsewhere) = ranges(0);
     let is_on_host = host_only == 0 && is_same(on_host, elsewhere) || is_on_host(control, caller);
     if host_only != 0 && !is_on_host {
         return Verdict::Pass(PassReason::NoFrontend);
     }
     let report = words.report_next();
+    let netns = || match self::is_on_host(control, caller) {
+        true => Netns::Host,
+        false => Netns::Other,
+    };
     let mut range = if is_on_host { on_host } else { elsewhere };
+    let mut group = 0;
     if range.n_slots == 0 {
-        let netns = match self::is_on_host(control, caller) {
-            true => Netns::Host,
-            false => Netns::Other,
-        };
-        range = fallback(words, netns, filter);
+        let reach = Reach::of(netns(), filter);
+        (group, range) = fallback(words, reach);
         if range.n_slots == 0 {
-            let has_other_family = has_any(words, netns);
+            let has_other_family = has_any(words, reach.netns);
             return Verdict::Refuse(RefuseReason::NoBackend { service, has_other_family, report });
         }
     }
-    let slot = |slot| tables.slot(range.first_slot.wrapping_add(slot));
-    let Some(backend_idx) = select(caller.random(), range.n_slots, slot) else {
+    // connect() of a UDP socket isn't counted as a connection, so it has no turn.
+    let algorithm = match words.algorithm() {
+        Algorithm::RoundRobin if request.is_udp_connect() => Algorithm::Random,
+        algorithm => algorithm,
+    };
+    let key = || match control.maglev_key() {
+        MaglevKey::Cgroup => caller.cgroup_id(),
+        MaglevKey::Netns => caller.netns_cookie(),
+        MaglevKey::Source => match caller.source() {
+            0 => caller.netns_cookie(),
+            source => source,
+        },
+    };
+    let packed = tables.choose_for(Question {
+        service,
+        reach: Reach::of(netns(), filter),
+        group,
+        range,
+        algorithm,
+        key: if algorithm == Algorithm::Maglev { key() } else { 0 },
+        is_tcp: request.protocol == IPPROTO_TCP,
+    });
+    let (backend_idx, reason) = (packed as u32, ChoiceReason((packed >> 32) as u8));
+    let Some(backend) = tables.backend(backend_idx).map(BackendWords::backend) else {
         return inconsistent;
     };
-    match tables.backend(backend_idx) {
-        Some(backend) if backend.port != 0 => {
-            Verdict::Send(Selection { service, backend_idx, backend, origin, report })
-        }
-        _ => inconsistent,
+    if backend.port == 0 {
+        return inconsistent;
     }
+    Verdict::Send(Selection { service, backend_idx, backend, reason, origin, report })
+}
+
+/// What a connection chooses from, and by what.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Question {
+    /// The index of the service.
+    pub service: u32,
+    /// Which of each group's ranges it is.
+    pub reach: Reach,
+    /// The first group that has backends.
+    pub group: usize,
+    /// Its range.
+    pub range: SlotRange,
+    /// The algorithm.
+    pub algorithm: Algorithm,
+    /// What Maglev hashes; 0 for any other algorithm.
+    pub key: u64,
+    /// Whether it is by TCP, by which backends are ejected and tried.
+    pub is_tcp: bool,
+}
+
+/// [`draw`] among the backends of a service that a connection can reach.
+///
+/// # Errors
+/// See [`Inconsistent`].
+#[inline(always)]
+pub fn draw_for<T: Tables>(tables: &T, question: Question) -> Result<Draw, Inconsistent> {
+    let Question { service, reach, group, range, algorithm, key, .. } = question;
+    let (Some(control), Some(words)) = (tables.control(), tables.service(service)) else {
+        return Err(Inconsistent);
+    };
+    let (algorithm, reach, key) = (|| algorithm, || reach, || key);
+    draw(&View { tables, control, service, words, algorithm, reach, key }, group, range)
+}
+
+/// The backends of a service that a connection can reach.
+struct View<'a, T: Tables, A, R, K> {
+    tables: &'a T,
+    control: T::Control,
+    service: u32,
+    words: T::Service,
+    algorithm: A,
+    reach: R,
+    key: K,
+}
+
+impl<T, A, R, K> Candidates for View<'_, T, A, R, K>
+where
+    T: Tables,
+    A: Fn() -> Algorithm,
+    R: Fn() -> Reach,
+    K: Fn() -> u64,
+{
+    type Words = T::Backend;
+
+    #[inline(always)]
+    fn range(&self, group: usize) -> SlotRange {
+        (self.reach)().range(self.words, group)
+    }
+
+    #[inline(always)]
+    fn slot(&self, slot: u32) -> Option<Slot> {
+        self.tables.slot(slot)
+    }
+
+    #[inline(always)]
+    fn words(&self, backend_idx: u32) -> Option<T::Backend> {
+        self.tables.backend(backend_idx)
+    }
+
+    #[inline(always)]
+    fn algorithm(&self) -> Algorithm {
+        (self.algorithm)()
+    }
+
+    #[inline(always)]
+    fn settings(&self) -> BalanceSettings {
+        self.control.balance()
+    }
+
+    #[inline(always)]
+    fn n_before(&self) -> u64 {
+        self.words.connects()
+    }
+
+    #[inline(always)]
+    fn key(&self) -> u64 {
+        (self.key)()
+    }
+
+    #[inline(always)]
+    fn now_ns(&self) -> u64 {
+        self.tables.now_ns()
+    }
+
+    #[inline(always)]
+    fn random(&self) -> u32 {
+        self.tables.random()
+    }
+
+    #[inline(always)]
+    fn state_at(&self, backend_idx: u32, now_ns: u64, ramps: bool) -> State {
+        self.tables.state_of(backend_idx, now_ns, ramps)
+    }
+
+    #[inline(always)]
+    fn sample(&self, scan: Scan) -> Sample {
+        self.tables.sample_of(scan)
+    }
+
+    #[inline(always)]
+    fn choose_in_order(&self, walk: Walk) -> PackedChoice {
+        self.tables.choose_among(self.service, (self.reach)(), walk)
+    }
+}
+
+/// [`choose_in_order`] among the backends of a service that a connection can reach.
+#[inline(always)]
+pub fn choose_among<T: Tables>(tables: &T, service: u32, reach: Reach, walk: Walk) -> PackedChoice {
+    let (Some(control), Some(words)) = (tables.control(), tables.service(service)) else {
+        return u64::from(NO_BACKEND);
+    };
+    // Neither is asked for.
+    let (algorithm, key) = (Algorithm::default, || 0);
+    let reach = || reach;
+    choose_in_order(&View { tables, control, service, words, algorithm, reach, key }, walk)
+}
+
+/// How a backend stands at a time.
+#[inline(always)]
+pub fn state_of<T: Tables>(tables: &T, backend_idx: u32, now_ns: u64, ramps: bool) -> State {
+    match (tables.backend(backend_idx), tables.control()) {
+        (Some(words), Some(control)) => state_at(words, &control.balance(), now_ns, ramps),
+        _ => State::NONE,
+    }
+}
+
+/// A sample of a range's backends.
+#[inline(always)]
+pub fn sample_of<T: Tables>(tables: &T, scan: Scan) -> Sample {
+    let state = |idx| tables.state_of(idx, scan.now_ns, scan.ramps);
+    sample(scan, |idx| tables.slot(idx), state)
 }
 
 /// The service behind the request's address and port, or the address's service for any port. Pins
@@ -338,35 +571,14 @@ pub fn lookup(tables: &impl Tables, request: &Request) -> Option<ServiceRef> {
 
 /// Whether the daemon itself connects.
 #[inline(always)]
-fn is_daemon(control: impl ControlWords, caller: &impl Caller) -> bool {
+fn is_daemon(tables: &impl Tables, control: impl ControlWords, caller: &impl Caller) -> bool {
     caller.tgid() == control.tgid()
-        && caller.now_ns().wrapping_sub(control.heartbeat_ns()) < HEARTBEAT_TIMEOUT_NS
+        && tables.now_ns().wrapping_sub(control.heartbeat_ns()) < HEARTBEAT_TIMEOUT_NS
 }
 
 #[inline(always)]
 fn is_on_host(control: impl ControlWords, caller: &impl Caller) -> bool {
     caller.netns_cookie() == control.host_netns()
-}
-
-/// The slots of a group for connections that reach these backends.
-#[inline(always)]
-fn filtered(
-    service: impl ServiceWords,
-    group: usize,
-    netns: Netns,
-    filter: FamilyFilter,
-) -> SlotRange {
-    let first = match filter {
-        FamilyFilter::Ipv4 | FamilyFilter::Ipv4First => Family::Ipv4,
-        FamilyFilter::Ipv6 | FamilyFilter::Ipv6First => Family::Ipv6,
-        FamilyFilter::All => Family::All,
-    };
-    let range = service.range(group, netns, first);
-    let is_all_next = matches!(filter, FamilyFilter::Ipv4First | FamilyFilter::Ipv6First);
-    if is_all_next && range.n_slots == 0 {
-        return service.range(group, netns, Family::All);
-    }
-    range
 }
 
 #[inline(always)]
@@ -375,18 +587,18 @@ fn is_same(one: SlotRange, other: SlotRange) -> bool {
     word(one) == word(other)
 }
 
-/// The slots of the first group after the first that has any for this connection.
+/// The first group after the first that has any slots for this connection, and these.
 #[inline(always)]
-fn fallback(service: impl ServiceWords, netns: Netns, filter: FamilyFilter) -> SlotRange {
+fn fallback(service: impl ServiceWords, reach: Reach) -> (usize, SlotRange) {
     let mut group = 1;
     while group < N_GROUPS {
-        let range = filtered(service, group, netns, filter);
+        let range = reach.range(service, group);
         if range.n_slots != 0 {
-            return range;
+            return (group, range);
         }
         group += 1;
     }
-    SlotRange { first_slot: 0, n_slots: 0 }
+    (group, SlotRange { first_slot: 0, n_slots: 0 })
 }
 
 /// Whether a service has any backend, of whatever family.

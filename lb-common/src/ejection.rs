@@ -109,8 +109,6 @@ pub enum Standing {
     Suspect,
     /// It is ejected because it refuses: last of all.
     Refusing,
-    /// It gets no new connections.
-    Drained,
 }
 
 impl Standing {

@@ -31,6 +31,7 @@ pub use decide::*;
 pub use ejection::*;
 pub use flows::*;
 pub use layout::*;
+use maglev::mix;
 pub use maglev::*;
-pub use select::{select, side};
+use select::{select, side};
 pub use trace::*;

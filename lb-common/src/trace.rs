@@ -54,7 +54,8 @@ pub struct TraceEvent {
     pub protocol: u8,
     /// A [`TraceKind`].
     pub kind: u8,
-    /// Of one that is refused a [`RefusalReason`].
+    /// Of one that is refused a [`RefusalReason`], of one that is sent the number of a
+    /// [`ChoiceReason`](crate::ChoiceReason).
     pub reason: u8,
     /// Zero.
     pub padding: u8,

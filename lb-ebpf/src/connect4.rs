@@ -2,10 +2,10 @@
 
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
-use lb_common::{Address, Call, FamilyFilter};
+use lb_common::{Address, Call, Destination, FamilyFilter};
 
 use crate::context::{self, Endpoint, PROCEED, Reject};
-use crate::xlate::{self, in_vip_range, xlate4};
+use crate::xlate::{self, in_vip_range, xlate};
 use crate::{log, revnat};
 
 /// Attached to BPF_CGROUP_INET4_CONNECT.
@@ -29,7 +29,9 @@ fn try_connect4(ctx: &SockAddrContext) -> Result<(), Reject> {
         revnat::clear(ctx, &connected, || context::peer4(ctx));
         return Ok(());
     }
-    let Some(selection) = xlate4(ctx, address, Call::Connect, || FamilyFilter::Ipv4)? else {
+    let Some(selection) =
+        xlate(ctx, Destination::V4(address), Call::Connect, |_| FamilyFilter::Ipv4)?
+    else {
         revnat::clear(ctx, &connected, || context::peer4(ctx));
         return Ok(());
     };

@@ -3,12 +3,12 @@
 
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
-use lb_common::{Address, Call, FamilyFilter, IPPROTO_TCP};
+use lb_common::{Address, Call, Destination, FamilyFilter, IPPROTO_TCP};
 
 use crate::config;
 use crate::context::{self, Endpoint, PROCEED, Reject};
 use crate::revnat;
-use crate::xlate::{self, in_vip_range, xlate4, xlate6};
+use crate::xlate::{self, in_vip_range, xlate};
 
 const LOOPBACK6: Address = Address { octets: [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1] };
 
@@ -34,22 +34,29 @@ pub fn nohop_connect6(ctx: SockAddrContext) -> i32 {
 #[inline(always)]
 fn try_connect6(ctx: &SockAddrContext) -> Result<(), Reject> {
     let connected = Endpoint { address: context::dst6(ctx), port: context::port(ctx) };
-    let selection = match connected.address.to_v4() {
-        Some(address) if in_vip_range(address) => {
-            xlate4(ctx, address, Call::Connect, || filter_by_ipv4(ctx))?
-        }
+    // One request for both forms: the verdict would else be verified twice.
+    let destination = match connected.address.to_v4() {
+        Some(address) if in_vip_range(address) => Some(Destination::V4(address)),
         None if config::in_pool6(&connected.address) => {
-            let octets = connected.address.octets;
-            xlate6(ctx, octets, Call::Connect, |only| filter_by_ipv6(ctx, only))?
+            Some(Destination::V6(connected.address.octets))
         }
         _ => None,
+    };
+    let selection = match destination {
+        Some(destination) => xlate(ctx, destination, Call::Connect, |only| match destination {
+            Destination::V4(_) => filter_by_ipv4(ctx),
+            Destination::V6(_) => filter_by_ipv6(ctx, only),
+        })?,
+        None => None,
     };
     let Some(selection) = selection else {
         revnat::clear(ctx, &connected, || context::peer6(ctx));
         return Ok(());
     };
-    context::set_dst6(ctx, selection.backend.address, selection.backend.port);
+    // Read again, rather than kept on the stack, which is short below what chooses.
+    let connected = Endpoint { address: context::dst6(ctx), port: context::port(ctx) };
     let entry = xlate::revnat(&selection, &connected);
+    context::set_dst6(ctx, selection.backend.address, selection.backend.port);
     revnat::store(ctx, entry, selection.origin, || context::peer6(ctx));
     Ok(())
 }

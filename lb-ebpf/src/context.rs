@@ -113,6 +113,21 @@ pub fn source6(ctx: &SockAddrContext) -> Address {
     ])
 }
 
+/// A number for the source address of a socket of either family, the same for an IPv4 address and its
+/// mapped form; 0 if it is bound to none and not connected.
+#[inline(always)]
+pub fn source_number(ctx: &SockAddrContext) -> u64 {
+    const AF_INET6: u32 = 10;
+    if read!(ctx.family) == AF_INET6 {
+        let [first, second] = source6(ctx).words();
+        return first ^ second;
+    }
+    let socket = socket(ctx);
+    let source = read_socket!(socket.src_ip4);
+    let [first, second] = Address::v4(source.to_ne_bytes()).words();
+    if source == 0 { 0 } else { first ^ second }
+}
+
 /// What an IPv4 socket is connected to; port 0 for nothing.
 #[inline(always)]
 pub fn peer4(ctx: &SockAddrContext) -> Endpoint {

@@ -9,11 +9,12 @@ use aya_ebpf::btf_maps::{Array, HashMap, RingBuf, SkStorage};
 use aya_ebpf::macros::btf_map;
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
 use lb_common::{
-    Backend, BackendEntry, BypassCgroup, BypassLevel, Control, ControlWords, Counter,
-    DEFAULT_MAX_BACKENDS, DEFAULT_MAX_SERVICES, ENTRIES_PER_BACKEND, Event, EventKind,
-    FRONTENDS_PER_SERVICE, Family, Flows, Frontend, Frontend6, GlobalCounters, MAX_BYPASS_CGROUPS,
-    Netns, Probe, RevNat, SLOTS_PER_BACKEND, ServiceEntry, ServiceName, ServiceRef, ServiceStats,
-    ServiceWords, Slot, SlotRange, TraceSwitch,
+    Algorithm, Backend, BackendEntry, BackendSets, BackendWords, BalanceSettings, BypassCgroup,
+    BypassLevel, Control, ControlWords, Counter, DEFAULT_MAX_BACKENDS, DEFAULT_MAX_SERVICES,
+    ENTRIES_PER_BACKEND, EjectionWord, Event, EventKind, FRONTENDS_PER_SERVICE, Fallback, Family,
+    Flows, Frontend, Frontend6, GlobalCounters, MAX_BYPASS_CGROUPS, MaglevKey, Netns, Probe,
+    RevNat, SLOTS_PER_BACKEND, ServiceEntry, ServiceName, ServiceRef, ServiceStats, ServiceWords,
+    Slot, SlotRange, TraceSwitch,
 };
 
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
@@ -90,25 +91,14 @@ pub struct ServicePtr(*const ServiceEntry);
 impl ServiceWords for ServicePtr {
     #[inline(always)]
     fn range(self, group: usize, netns: Netns, family: Family) -> SlotRange {
-        let ServicePtr(entry) = self;
-        // SAFETY: an array's element stays; the daemon replaces each range by one aligned store, and
-        // this is one aligned load. The index of the group is a constant after unrolling.
-        let word = unsafe {
-            let group = match group {
-                0 => &raw const (*entry).group,
-                after => &raw const (*entry).fallbacks[after - 1].group,
-            };
-            let sets = match netns {
-                Netns::Host => &raw const (*group).host_netns,
-                Netns::Other => &raw const (*group).other_netns,
-            };
-            let range = match family {
-                Family::Ipv4 => &raw const (*sets).ipv4,
-                Family::Ipv6 => &raw const (*sets).ipv6,
-                Family::All => &raw const (*sets).all,
-            };
-            range.cast::<u64>().read_volatile()
-        };
+        // The first group lies where it would in a fallback.
+        let offset = group * size_of::<Fallback>()
+            + netns as usize * size_of::<BackendSets>()
+            + family as usize * size_of::<SlotRange>();
+        // SAFETY: the offset is that of a range within the entry, whose group the caller bounds. An
+        // array's element stays; the daemon replaces each range by one aligned store, and this is one
+        // aligned load.
+        let word = unsafe { self.0.byte_add(offset).cast::<u64>().read_volatile() };
         zerocopy::transmute!(word)
     }
 
@@ -117,7 +107,24 @@ impl ServiceWords for ServicePtr {
         // SAFETY: an array's element stays, and this is an aligned word of it.
         unsafe { (&raw const (*self.0).flags.report_next).read_volatile() != 0 }
     }
+
+    #[inline(always)]
+    fn algorithm(self) -> Algorithm {
+        // SAFETY: as above.
+        Algorithm::from_number(unsafe { (&raw const (*self.0).flags.algorithm).read_volatile() })
+    }
+
+    #[inline(always)]
+    fn connects(self) -> u64 {
+        // SAFETY: as above.
+        unsafe { (&raw const (*self.0).connects).read_volatile() }
+    }
 }
+
+const _: () = assert!(
+    core::mem::offset_of!(ServiceEntry, fallbacks) == size_of::<Fallback>()
+        && core::mem::offset_of!(ServiceEntry, group) == core::mem::offset_of!(Fallback, group)
+);
 
 /// A service.
 #[inline(always)]
@@ -133,12 +140,87 @@ pub fn slot(index: u32) -> Option<Slot> {
     SLOTS.get_ptr(index).map(|slot| zerocopy::transmute!(word(slot)))
 }
 
-/// A copy of a backend. Its entry is not written again while a program that found it may still run,
-/// but for its generation.
+/// A backend's entry.
+#[derive(Clone, Copy)]
+pub struct BackendPtr(*mut BackendEntry);
+
+macro_rules! outcome {
+    // SAFETY: an array's element stays, and this is an aligned word of it; volatile, because other
+    // programs write it.
+    ($backend:ident . $word:ident) => {
+        unsafe { (&raw const (*$backend.0).outcomes.$word).read_volatile() }
+    };
+}
+
+impl BackendWords for BackendPtr {
+    /// A copy. The entry is not written again while a program that found it may still run, but for its
+    /// weight and its generation.
+    #[inline(always)]
+    fn backend(self) -> Backend {
+        // SAFETY: an array's element stays, and a backend is plain integers.
+        unsafe { (&raw const (*self.0).backend).read_volatile() }
+    }
+
+    #[inline(always)]
+    fn weight(self) -> u16 {
+        // SAFETY: as above.
+        let weight = unsafe { (&raw const (*self.0).backend.weight).read_volatile() };
+        if weight == 0 { 1 } else { weight }
+    }
+
+    #[inline(always)]
+    fn in_flight(self) -> i32 {
+        outcome!(self.in_flight)
+    }
+
+    #[inline(always)]
+    fn pending(self) -> i32 {
+        outcome!(self.pending)
+    }
+
+    #[inline(always)]
+    fn ejection(self) -> EjectionWord {
+        // SAFETY: as above; one aligned load.
+        let word =
+            unsafe { (&raw const (*self.0).outcomes.ejection).cast::<u64>().read_volatile() };
+        zerocopy::transmute!(word)
+    }
+
+    #[inline(always)]
+    fn unanswered_since_us(self) -> u32 {
+        outcome!(self.unanswered_since_us)
+    }
+
+    #[inline(always)]
+    fn connect_us(self) -> u32 {
+        outcome!(self.connect_us)
+    }
+
+    #[inline(always)]
+    fn srtt_us(self) -> u32 {
+        outcome!(self.srtt_us)
+    }
+
+    #[inline(always)]
+    fn added_ms(self) -> u32 {
+        outcome!(self.added_ms)
+    }
+}
+
+impl BackendPtr {
+    /// Replaces its ejection by one store. Of two at once the last one wins.
+    #[inline(always)]
+    pub fn set_ejection(self, ejection: EjectionWord) {
+        let word: u64 = zerocopy::transmute!(ejection);
+        // SAFETY: as above.
+        unsafe { (&raw mut (*self.0).outcomes.ejection).cast::<u64>().write_volatile(word) };
+    }
+}
+
+/// A backend.
 #[inline(always)]
-pub fn backend(index: u32) -> Option<Backend> {
-    // SAFETY: an array's element stays, and a backend is plain integers.
-    BACKENDS.get_ptr(index).map(|entry| unsafe { (&raw const (*entry).backend).read_volatile() })
+pub fn backend(index: u32) -> Option<BackendPtr> {
+    BACKENDS.get_ptr_mut(index).map(BackendPtr)
 }
 
 /// Whether a backend that a socket remembers is still in the table.
@@ -182,6 +264,17 @@ impl ControlWords for ControlPtr {
     #[inline(always)]
     fn is_shadow(self) -> bool {
         word!(self.is_shadow) != 0
+    }
+
+    #[inline(always)]
+    fn balance(self) -> BalanceSettings {
+        word!(self.balance)
+    }
+
+    #[inline(always)]
+    fn maglev_key(self) -> MaglevKey {
+        // SAFETY: as above.
+        MaglevKey::from_number(unsafe { (&raw const (*self.0).balance.key).read_volatile() })
     }
 }
 
@@ -302,7 +395,6 @@ pub fn emit_connected(service: u32) {
 
 /// Reports to the daemon that a backend is ejected, or returns, and counts the former.
 #[inline(always)]
-#[allow(dead_code, reason = "the choice will report silence by it")]
 pub fn emit_ejection(kind: EventKind, service: u32, backend: u32, generation: u32) {
     emit(kind, service, backend, generation);
     if kind == EventKind::Ejected

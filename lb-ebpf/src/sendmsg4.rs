@@ -7,7 +7,7 @@ use aya_ebpf::programs::SockAddrContext;
 use lb_common::{Address, Call, Destination, FamilyFilter};
 
 use crate::context::{self, Endpoint, FAIL, PROCEED, Reject};
-use crate::xlate::{self, in_vip_range, xlate4};
+use crate::xlate::{self, in_vip_range, xlate};
 use crate::{flows, log, revnat};
 
 /// Attached to BPF_CGROUP_UDP4_SENDMSG.
@@ -50,7 +50,8 @@ fn try_sendmsg4(ctx: &SockAddrContext) -> Result<(), Reject> {
         context::set_dst4(ctx, backend, session.port);
         return Ok(());
     }
-    let Some(selection) = xlate4(ctx, address, Call::Send, || FamilyFilter::Ipv4)? else {
+    let Some(selection) = xlate(ctx, Destination::V4(address), Call::Send, |_| FamilyFilter::Ipv4)?
+    else {
         flows::pass(ctx, &connected, || context::peer(ctx));
         return Ok(());
     };

@@ -6,7 +6,7 @@ use aya_ebpf::programs::SockAddrContext;
 use lb_common::{Call, Destination, FamilyFilter};
 
 use crate::context::{self, Endpoint, FAIL, PROCEED, Reject};
-use crate::xlate::{self, xlate6};
+use crate::xlate::{self, xlate};
 use crate::{config, flows, revnat};
 
 /// Attached to BPF_CGROUP_UDP6_SENDMSG.
@@ -45,7 +45,7 @@ fn try_sendmsg6(ctx: &SockAddrContext) -> Result<(), Reject> {
         return Ok(());
     }
     let Some(selection) =
-        xlate6(ctx, connected.address.octets, Call::Send, |_| FamilyFilter::Ipv6)?
+        xlate(ctx, Destination::V6(connected.address.octets), Call::Send, |_| FamilyFilter::Ipv6)?
     else {
         flows::pass(ctx, &connected, || context::peer6(ctx));
         return Ok(());

@@ -1,5 +1,7 @@
 //! Connections to VIPs, one by one, while somebody traces: what the verdict on each was.
 
+use core::ffi::c_void;
+
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::btf_maps::RingBuf;
 use aya_ebpf::helpers::{
@@ -9,8 +11,8 @@ use aya_ebpf::helpers::{
 use aya_ebpf::macros::btf_map;
 use aya_ebpf::programs::SockAddrContext;
 use lb_common::{
-    Address, Counter, Destination, RefusalReason, RefuseReason, Request, Selection, TraceEvent,
-    TraceKind, TraceSwitch, is_sampled,
+    Address, BackendWords, Counter, Destination, NO_BACKEND, RefusalReason, RefuseReason, Request,
+    Selection, TraceEvent, TraceKind, is_sampled,
 };
 
 use crate::maps;
@@ -22,24 +24,16 @@ static TRACE: RingBuf<TraceEvent, 262_144> = RingBuf::new();
 /// Reports a connection that is sent to a backend. While nothing is traced that is one load.
 #[inline(always)]
 pub fn sent(ctx: &SockAddrContext, request: &Request, selection: &Selection) {
-    let switch = maps::trace_switch();
-    if switch.until_ns != 0 {
-        let event = TraceEvent {
-            kind: TraceKind::Sent as u8,
-            service: selection.service,
-            backend: selection.backend.address,
-            backend_port: selection.backend.port,
-            ..TraceEvent::default()
-        };
-        emit(ctx, switch, request, event);
+    if maps::trace_switch().until_ns != 0 {
+        let where_to = [selection.service, selection.backend_idx];
+        report(ctx, request, [TraceKind::Sent as u8, selection.reason.0], where_to);
     }
 }
 
 /// Reports a connection that is refused.
 #[inline(always)]
 pub fn refused(ctx: &SockAddrContext, request: &Request, reason: RefuseReason) {
-    let switch = maps::trace_switch();
-    if switch.until_ns == 0 {
+    if maps::trace_switch().until_ns == 0 {
         return;
     }
     let (service, reason) = match reason {
@@ -51,33 +45,52 @@ pub fn refused(ctx: &SockAddrContext, request: &Request, reason: RefuseReason) {
         RefuseReason::NoBackend { service, .. } => (service, RefusalReason::NoBackend),
         RefuseReason::Inconsistent { service } => (service, RefusalReason::Inconsistent),
     };
-    let (kind, reason) = (TraceKind::Refused as u8, reason as u8);
-    emit(ctx, switch, request, TraceEvent { kind, reason, service, ..TraceEvent::default() });
+    report(ctx, request, [TraceKind::Refused as u8, reason as u8], [service, NO_BACKEND]);
 }
 
 #[inline(always)]
-fn emit(ctx: &SockAddrContext, switch: TraceSwitch, request: &Request, event: TraceEvent) {
+fn report(ctx: &SockAddrContext, request: &Request, what: [u8; 2], where_to: [u32; 2]) {
+    let [first, second] = match request.destination {
+        Destination::V4(address) => Address::v4(address),
+        Destination::V6(octets) => Address { octets },
+    }
+    .words();
+    let ([kind, reason], [low, high]) = (what, request.port.to_ne_bytes());
+    let what = u64::from_ne_bytes([kind, reason, request.protocol, 0, low, high, 0, 0]);
+    let [service, backend_idx] = where_to.map(u64::from);
+    write_event(ctx.as_ptr(), what, first, second, service << 32 | backend_idx);
+}
+
+/// A function of its own, which takes words: inlined, the event would take stack that is short where a
+/// backend is chosen, and a copy of it would be verified for each outcome.
+#[inline(never)]
+fn write_event(ctx: *mut c_void, what: u64, first: u64, second: u64, where_to: u64) {
+    let switch = maps::trace_switch();
     // SAFETY: the helpers have no preconditions but a valid context.
-    let (at_ns, cookie) = unsafe { (bpf_ktime_get_ns(), bpf_get_socket_cookie(ctx.as_ptr())) };
+    let (at_ns, cookie) = unsafe { (bpf_ktime_get_ns(), bpf_get_socket_cookie(ctx)) };
     if at_ns >= switch.until_ns || !is_sampled(cookie, switch.max_hash) {
         return;
     }
     let Some(mut entry) = TRACE.reserve(0) else { return maps::count(Counter::TraceLost) };
-    let frontend = match request.destination {
-        Destination::V4(address) => Address::v4(address),
-        Destination::V6(octets) => Address { octets },
-    };
-    entry.write(TraceEvent {
+    let [kind, reason, protocol, _, low, high, ..] = what.to_ne_bytes();
+    let event = entry.write(TraceEvent {
         cookie,
         at_ns,
+        frontend: Address { octets: zerocopy::transmute!([first, second]) },
+        frontend_port: u16::from_ne_bytes([low, high]),
+        protocol,
+        kind,
+        reason,
+        service: (where_to >> 32) as u32,
         // SAFETY: the helper has no preconditions.
         cgroup_id: unsafe { bpf_get_current_cgroup_id() },
-        frontend,
-        frontend_port: request.port,
-        protocol: request.protocol,
         pid: (bpf_get_current_pid_tgid() >> 32) as u32,
         comm: bpf_get_current_comm().unwrap_or_default(),
-        ..event
+        ..TraceEvent::default()
     });
+    if let Some(backend) = maps::backend(where_to as u32).map(BackendWords::backend) {
+        event.backend = backend.address;
+        event.backend_port = backend.port;
+    }
     entry.submit(0);
 }

@@ -4,18 +4,21 @@
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::helpers::generated::{bpf_skc_to_tcp_sock, bpf_skc_to_udp6_sock};
 use aya_ebpf::helpers::{
-    bpf_get_current_ancestor_cgroup_id, bpf_get_current_pid_tgid, bpf_get_netns_cookie,
-    bpf_get_socket_cookie, bpf_ktime_get_ns, bpf_probe_read_kernel,
+    bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_get_current_pid_tgid,
+    bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_ktime_get_ns, bpf_probe_read_kernel,
 };
 use aya_ebpf::programs::SockAddrContext;
 use lb_common::{
-    Backend, Call, Caller, Counter, Destination, FamilyFilter, Frontend, Frontend6, IPPROTO_TCP,
-    N_BYPASS_LEVELS, Origin, PassReason, RefuseReason, Request, RevNat, Selection, ServiceRef,
-    Slot, Tables, Verdict, decide, lookup,
+    Algorithm, Backend, BackendWords, Call, Caller, ChoiceReason, ControlWords, Counter,
+    Destination, Draw, EjectionWord, EventKind, Family, FamilyFilter, Frontend, Frontend6,
+    INCONSISTENT, IPPROTO_TCP, N_BYPASS_LEVELS, NO_BACKEND, Netns, Origin, PackedChoice,
+    PassReason, Question, Reach, RefuseReason, Request, RevNat, Sample, Scan, Selection,
+    ServiceRef, Sign, Slot, State, Tables, Verdict, Walk, choose_among, decide, draw_for, lookup,
+    sample_of, state_of,
 };
 
 use crate::context::{self, Endpoint, Reject};
-use crate::maps::{self, ControlPtr, ServicePtr};
+use crate::maps::{self, BackendPtr, ControlPtr, ServicePtr};
 use crate::{config, log, random, trace};
 
 /// Whether a connection to an IPv4 address may be to a frontend. What is no VIP pays for this alone.
@@ -24,30 +27,18 @@ pub fn in_vip_range(address: [u8; 4]) -> bool {
     config::in_pool(address) || config::in_pin_range(address)
 }
 
-/// Where a connection to an IPv4 address goes; `None` when it passes untouched.
+/// Where a connection to an IPv4 address, or to one of the IPv6 pool, goes; `None` when it passes
+/// untouched. For a socket that connects to IPv6 `filter` is given whether it is closed to IPv4.
 #[inline(always)]
-pub fn xlate4(
+pub fn xlate(
     ctx: &SockAddrContext,
-    address: [u8; 4],
-    call: Call,
-    filter: impl Fn() -> FamilyFilter,
-) -> Result<Option<Selection>, Reject> {
-    let request = request(ctx, Destination::V4(address), call);
-    let client = Client { ctx, asks_ipv6_only: false, filter: |_| filter() };
-    apply(ctx, &request, decide(&Kernel, &client, &request))
-}
-
-/// Where a connection to an address of the IPv6 pool goes; `None` when it passes untouched. For a
-/// socket that connects `filter` is given whether it is closed to IPv4.
-#[inline(always)]
-pub fn xlate6(
-    ctx: &SockAddrContext,
-    address: [u8; 16],
+    destination: Destination,
     call: Call,
     filter: impl Fn(bool) -> FamilyFilter,
 ) -> Result<Option<Selection>, Reject> {
-    let request = request(ctx, Destination::V6(address), call);
-    let client = Client { ctx, asks_ipv6_only: call == Call::Connect, filter };
+    let request = request(ctx, destination, call);
+    let asks_ipv6_only = call == Call::Connect && matches!(destination, Destination::V6(_));
+    let client = Client { ctx, asks_ipv6_only, filter };
     apply(ctx, &request, decide(&Kernel, &client, &request))
 }
 
@@ -158,6 +149,7 @@ struct Kernel;
 impl Tables for Kernel {
     type Control = ControlPtr;
     type Service = ServicePtr;
+    type Backend = BackendPtr;
 
     #[inline(always)]
     fn in_pool(&self, address: [u8; 4]) -> bool {
@@ -195,9 +187,147 @@ impl Tables for Kernel {
     }
 
     #[inline(always)]
-    fn backend(&self, backend: u32) -> Option<Backend> {
+    fn backend(&self, backend: u32) -> Option<BackendPtr> {
         maps::backend(backend)
     }
+
+    #[inline(always)]
+    fn now_ns(&self) -> u64 {
+        // SAFETY: the helper has no preconditions.
+        unsafe { bpf_ktime_get_ns() }
+    }
+
+    #[inline(always)]
+    fn random(&self) -> u32 {
+        random::next()
+    }
+
+    #[inline(always)]
+    fn choose_for(&self, question: Question) -> PackedChoice {
+        let Question { service, reach, group, range, algorithm, key, is_tcp } = question;
+        let how = u64::from(reach.netns as u8)
+            | u64::from(reach.family as u8) << 8
+            | u64::from(reach.or_all) << 16
+            | u64::from(group as u8) << 24
+            | u64::from(algorithm as u8) << 32
+            | u64::from(is_tcp) << 40;
+        let drawn = nohop_draw(service.into(), how, zerocopy::transmute!(range), key);
+        // Not below `nohop_draw`, as the stack is too short for both.
+        let packed = match Draw::walk(drawn) {
+            Some(walk) => self.choose_among(service, reach, walk),
+            None => drawn,
+        };
+        if is_tcp && ChoiceReason((packed >> 32) as u8) == ChoiceReason::TRIAL {
+            nohop_change_ejection(service.into(), u64::from(packed as u32), 1);
+        }
+        packed
+    }
+
+    #[inline(always)]
+    fn choose_among(&self, service: u32, reach: Reach, walk: Walk) -> PackedChoice {
+        let how = u64::from(reach.netns as u8)
+            | u64::from(reach.family as u8) << 8
+            | u64::from(reach.or_all) << 16
+            | u64::from(walk.may_leave) << 24
+            | u64::from(walk.ramps) << 32;
+        nohop_choose_in_order(service.into(), how, walk.seed.into(), walk.zero)
+    }
+
+    #[inline(always)]
+    fn state_of(&self, backend_idx: u32, now_ns: u64, ramps: bool) -> State {
+        State(nohop_backend_state(backend_idx.into(), now_ns, ramps.into()))
+    }
+
+    #[inline(always)]
+    fn sample_of(&self, scan: Scan) -> Sample {
+        let range: u64 = zerocopy::transmute!(scan.range);
+        let (seed, ramps) = (scan.seed.into(), scan.ramps.into());
+        Sample(nohop_sample(range, scan.now_ns, seed, ramps, scan.zero))
+    }
+}
+
+/// [`draw_for`] as a function of its own, which takes and returns words, as BPF functions do: the verifier
+/// follows it once, rather than for each way that leads there. By TCP a backend that was found silent is
+/// ejected.
+#[inline(never)]
+#[unsafe(no_mangle)]
+extern "C" fn nohop_draw(service: u64, how: u64, range: u64, key: u64) -> u64 {
+    let question = Question {
+        service: service as u32,
+        reach: unpack_reach(how),
+        group: (how >> 24) as u8 as usize,
+        range: zerocopy::transmute!(range),
+        algorithm: Algorithm::from_number((how >> 32) as u8 as u32),
+        key,
+        is_tcp: how >> 40 & 1 != 0,
+    };
+    let Ok(Draw { found, silent }) = draw_for(&Kernel, question) else { return INCONSISTENT };
+    if question.is_tcp && silent != NO_BACKEND {
+        nohop_change_ejection(service, silent.into(), 0);
+    }
+    Draw::pack(found)
+}
+
+#[inline(always)]
+fn unpack_reach(how: u64) -> Reach {
+    let netns = if how & 1 == 0 { Netns::Host } else { Netns::Other };
+    let family = match how >> 8 & 0xff {
+        0 => Family::Ipv4,
+        1 => Family::Ipv6,
+        _ => Family::All,
+    };
+    Reach { netns, family, or_all: how >> 16 & 1 != 0 }
+}
+
+/// [`choose_among`], likewise.
+#[inline(never)]
+#[unsafe(no_mangle)]
+extern "C" fn nohop_choose_in_order(service: u64, how: u64, seed: u64, zero: u64) -> PackedChoice {
+    let reach = unpack_reach(how);
+    let walk =
+        Walk { seed: seed as u32, may_leave: how >> 24 & 1 != 0, ramps: how >> 32 & 1 != 0, zero };
+    choose_among(&Kernel, service as u32, reach, walk)
+}
+
+/// [`state_of`], likewise.
+#[inline(never)]
+#[unsafe(no_mangle)]
+extern "C" fn nohop_backend_state(backend_idx: u64, now_ns: u64, ramps: u64) -> u64 {
+    state_of(&Kernel, backend_idx as u32, now_ns, ramps != 0).0
+}
+
+/// [`sample_of`], likewise.
+#[inline(never)]
+#[unsafe(no_mangle)]
+extern "C" fn nohop_sample(range: u64, now_ns: u64, seed: u64, ramps: u64, zero: u64) -> u64 {
+    let range = zerocopy::transmute!(range);
+    let scan = Scan { range, now_ns, seed: seed as u32, ramps: ramps != 0, zero };
+    sample_of(&Kernel, scan).0
+}
+
+/// Ejects a backend for its silence, or claims its trial, by one load and one store. Rare, so a function of
+/// its own. Returns nothing of use: a global function has to return a number.
+#[inline(never)]
+#[unsafe(no_mangle)]
+extern "C" fn nohop_change_ejection(service: u64, backend_idx: u64, is_trial: u64) -> u64 {
+    let backend_idx = backend_idx as u32;
+    let (Some(control), Some(backend)) = (maps::control(), maps::backend(backend_idx)) else {
+        return 0;
+    };
+    let (now_ns, limits) = (Kernel.now_ns(), control.balance().limits());
+    let before = backend.ejection();
+    if is_trial != 0 {
+        let claimed = before.at(now_ns).claim_trial(now_ns, &limits);
+        backend.set_ejection(EjectionWord::of(claimed));
+        return 0;
+    }
+    let (after, event) = before.after(Sign::Silence, now_ns, &limits);
+    backend.set_ejection(after);
+    if event.is_some() {
+        let generation = backend.backend().generation;
+        maps::emit_ejection(EventKind::Ejected, service as u32, backend_idx, generation);
+    }
+    0
 }
 
 /// The process that makes the call, and its socket.
@@ -212,12 +342,6 @@ impl<F: Fn(bool) -> FamilyFilter> Caller for Client<'_, F> {
     #[inline(always)]
     fn tgid(&self) -> u64 {
         bpf_get_current_pid_tgid() >> 32
-    }
-
-    #[inline(always)]
-    fn now_ns(&self) -> u64 {
-        // SAFETY: the helper has no preconditions.
-        unsafe { bpf_ktime_get_ns() }
     }
 
     #[inline(always)]
@@ -242,8 +366,14 @@ impl<F: Fn(bool) -> FamilyFilter> Caller for Client<'_, F> {
     }
 
     #[inline(always)]
-    fn random(&self) -> u32 {
-        random::next()
+    fn cgroup_id(&self) -> u64 {
+        // SAFETY: the helper has no preconditions.
+        unsafe { bpf_get_current_cgroup_id() }
+    }
+
+    #[inline(always)]
+    fn source(&self) -> u64 {
+        context::source_number(self.ctx)
     }
 }
 

@@ -10,10 +10,12 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use lb_common::EjectionWord;
 use lb_userspace::datapath::{BackendOutcomes, BalanceSettings, Counters, Datapath, Report};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, connect, socket_with, sockopt};
 
+use crate::choice;
 use crate::fixture::{Bed, Place, VIP, event, service};
 use crate::restart::apply;
 
@@ -327,17 +329,22 @@ pub fn a_restart_keeps_ejections() {
 pub fn events_that_find_no_room_are_counted() {
     let mut bed = Bed::new();
     let mut reports = bed.datapath.take_reports().unwrap();
-    bed.datapath.set_balance(BalanceSettings { max_ms: 1, ..ejecting(1) });
-    let backend = Backend::only(&mut bed, crate::fixture::dead().into());
+    bed.datapath.set_balance(ejecting(1));
+    let dead = SocketAddr::from(crate::fixture::dead());
+    let backend = Backend::only(&mut bed, dead);
+    // A refusal of one that isn't ejected.
+    let ejected = || {
+        choice::change(&bed, dead, |entry| entry.outcomes.ejection = EjectionWord::default());
+        refused();
+    };
     let deadline = Instant::now() + PATIENCE;
     while event(&bed, "events_lost") == 0 {
         assert!(Instant::now() < deadline, "{} ejections", backend.n_ejections());
-        refused();
+        ejected();
     }
     let n_reports = std::iter::from_fn(|| reports.next_report()).count() as u64;
     assert_eq!(n_reports + event(&bed, "events_lost"), backend.n_ejections());
-    until("the end of 1 ms", || backend.awaits_trial());
-    refused();
+    ejected();
     assert!(reports.next_report().is_some());
 }
 

@@ -5,6 +5,7 @@
 
 mod atomic_updates;
 mod bypass;
+mod choice;
 mod connector;
 mod disconnect;
 mod ejection;
@@ -75,6 +76,36 @@ const TRIALS: &[KernelTrial] = &[
     since((5, 10), "an_earlier_peer_is_cleared", translation::an_earlier_peer_is_cleared),
     since((5, 10), "other_addresses_pass", translation::other_addresses_pass),
     since((5, 10), "connects_are_counted", translation::connects_are_counted),
+    since((5, 10), "least_avoids_the_busier_one", choice::least_avoids_the_busier_one),
+    since((5, 10), "round_robin_is_exact", choice::round_robin_is_exact),
+    since((5, 10), "maglev_keeps_a_cgroups_backend", choice::maglev_keeps_a_cgroups_backend),
+    since((5, 10), "ejected_backends_come_last", choice::ejected_backends_come_last),
+    since(
+        (5, 10),
+        "silence_is_found_at_the_next_connect",
+        choice::silence_is_found_at_the_next_connect,
+    ),
+    since(
+        (5, 10),
+        "a_trial_is_claimed_by_one_connection",
+        choice::a_trial_is_claimed_by_one_connection,
+    ),
+    since(
+        (5, 10),
+        "the_spare_set_takes_over_and_gives_back",
+        choice::the_spare_set_takes_over_and_gives_back,
+    ),
+    since(
+        (5, 10),
+        "beyond_the_share_the_spare_set_is_used",
+        choice::beyond_the_share_the_spare_set_is_used,
+    ),
+    since((5, 10), "a_new_backend_ramps_up", choice::a_new_backend_ramps_up),
+    since(
+        (5, 10),
+        "datagrams_avoid_an_ejected_backend",
+        choice::datagrams_avoid_an_ejected_backend,
+    ),
     since((5, 10), "the_recipe_for_bpftool_works", maps::the_recipe_works),
     since((5, 10), "maps_have_field_names", maps::maps_have_field_names),
     since((5, 10), "pins_of_layout_2_are_taken_over", layout2::pins_are_taken_over),

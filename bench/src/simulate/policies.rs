@@ -6,8 +6,10 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use lb_common::{
-    Algorithm, BackendWords, Candidates, Connection, Ejection, EjectionLimits, Sign, Slot,
-    SlotRange, SlowStart, Standing, alias_table, choose, key_hash, maglev_table, peak_average_us,
+    Algorithm, Backend, BackendWords, BalanceSettings, Candidates, ChoiceReason, Ejection,
+    EjectionLimits, EjectionWord, PackedChoice, Sample, Scan, Sign, Slot, SlotRange, SlowStart,
+    State, Walk, alias_table, choose, choose_in_order, key_hash, maglev_table, peak_average_us,
+    sample, state_at,
 };
 
 /// A policy.
@@ -81,6 +83,10 @@ struct Known {
 }
 
 impl BackendWords for Known {
+    fn backend(self) -> Backend {
+        Backend::default()
+    }
+
     fn in_flight(self) -> i32 {
         self.in_flight
     }
@@ -105,16 +111,12 @@ impl BackendWords for Known {
         1
     }
 
-    fn added_ns(self) -> u64 {
-        self.added_ns
+    fn added_ms(self) -> u32 {
+        (self.added_ns / 1_000_000) as u32
     }
 
-    fn ejection(self) -> Ejection {
-        self.ejection
-    }
-
-    fn is_drained(self) -> bool {
-        false
+    fn ejection(self) -> EjectionWord {
+        EjectionWord::of(self.ejection)
     }
 }
 
@@ -136,7 +138,8 @@ pub enum Outcome {
 /// The balancers of all nodes: one on each, or one for all.
 pub struct Balancers {
     policy: Policy,
-    choice: lb_common::Policy,
+    algorithm: Algorithm,
+    settings: BalanceSettings,
     /// What each balancer knows of each backend.
     known: Vec<Vec<Known>>,
     /// How many connections each balancer made; where it is in turn.
@@ -165,7 +168,17 @@ impl Balancers {
         let mut random = fastrand::Rng::with_seed(seed);
         Balancers {
             policy,
-            choice: lb_common::Policy { algorithm, slow_start, limits },
+            algorithm,
+            settings: BalanceSettings {
+                refused: limits.refused,
+                failures: limits.failures,
+                silence: limits.silence,
+                share: limits.share,
+                base_ms: (limits.base_ns / 1_000_000) as u32,
+                max_ms: (limits.max_ns / 1_000_000) as u32,
+                slow_start_per_tick: slow_start.per_tick,
+                ..BalanceSettings::default()
+            },
             known: vec![vec![Known::default(); n_backends]; n_balancers],
             // They don't all begin with the same backend.
             n_before: (0..n_balancers).map(|_| random.u64(..n_backends as u64)).collect(),
@@ -186,7 +199,7 @@ impl Balancers {
         self.members = members.to_vec();
         let weights: Vec<_> = members.iter().map(|&member| (member, 1)).collect();
         self.slots = alias_table(&weights);
-        if self.choice.algorithm == Algorithm::Maglev {
+        if self.algorithm == Algorithm::Maglev {
             let keyed: Vec<_> = members.iter().map(|&member| (u64::from(member), 1)).collect();
             self.slots.extend(maglev_table(&keyed).into_iter().map(slot_of));
         }
@@ -239,7 +252,7 @@ impl Balancers {
 
     /// What became of a connection.
     pub fn report(&mut self, node: usize, backend: u32, outcome: Outcome, now_ns: u64) {
-        let (node, limits) = (self.balancer(node), self.choice.limits);
+        let (node, limits) = (self.balancer(node), self.settings.limits());
         let known = &mut self.known[node][backend as usize];
         let sign = match outcome {
             Outcome::Established(took_ns) => {
@@ -291,25 +304,20 @@ impl Balancers {
 
     fn by_nohop(&mut self, node: usize, key: u64, now_ns: u64) -> u32 {
         let view = View {
-            slots: &self.slots,
-            n_slots: self.members.len() as u32,
+            balancers: self,
             known: &self.known[node],
-        };
-        let connection = Connection {
-            now_ns,
             n_before: self.n_before[node],
             key,
-            avoid: u32::MAX,
-            random: || self.random.borrow_mut().u32(..),
+            now_ns,
         };
-        let choice = choose(&view, &self.choice, &connection).expect("the service has backends");
-        let limits = &self.choice.limits;
+        let choice = choose(&view, 0, view.range(0)).expect("the service has backends");
+        let limits = self.settings.limits();
         if let Some(silent) = self.known[node].get_mut(choice.silent as usize) {
-            silent.ejection = silent.ejection.after(Sign::Silence, now_ns, limits);
+            silent.ejection = silent.ejection.after(Sign::Silence, now_ns, &limits);
         }
-        if choice.standing == Standing::Trial {
+        if choice.reason == ChoiceReason::TRIAL {
             let trial = &mut self.known[node][choice.backend_idx as usize];
-            trial.ejection = trial.ejection.claim_trial(now_ns, limits);
+            trial.ejection = trial.ejection.claim_trial(now_ns, &limits);
         }
         choice.backend_idx
     }
@@ -324,25 +332,65 @@ fn now_us(now_ns: u64) -> u32 {
     (now_ns / 1_000) as u32
 }
 
-/// What the kernel sees of a service.
+/// What the kernel sees of a service, and of a connection.
 struct View<'a> {
-    slots: &'a [Slot],
-    n_slots: u32,
+    balancers: &'a Balancers,
     known: &'a [Known],
+    n_before: u64,
+    key: u64,
+    now_ns: u64,
 }
 
 impl Candidates for View<'_> {
     type Words = Known;
 
     fn range(&self, group: usize) -> SlotRange {
-        SlotRange { first_slot: 0, n_slots: if group == 0 { self.n_slots } else { 0 } }
+        let n_slots = if group == 0 { self.balancers.members.len() as u32 } else { 0 };
+        SlotRange { first_slot: 0, n_slots }
     }
 
     fn slot(&self, slot: u32) -> Option<Slot> {
-        self.slots.get(slot as usize).copied()
+        self.balancers.slots.get(slot as usize).copied()
     }
 
     fn words(&self, backend_idx: u32) -> Option<Known> {
         self.known.get(backend_idx as usize).copied()
+    }
+
+    fn algorithm(&self) -> Algorithm {
+        self.balancers.algorithm
+    }
+
+    fn settings(&self) -> BalanceSettings {
+        self.balancers.settings
+    }
+
+    fn n_before(&self) -> u64 {
+        self.n_before
+    }
+
+    fn key(&self) -> u64 {
+        self.key
+    }
+
+    fn now_ns(&self) -> u64 {
+        self.now_ns
+    }
+
+    fn random(&self) -> u32 {
+        self.balancers.random.borrow_mut().u32(..)
+    }
+
+    fn state_at(&self, backend_idx: u32, now_ns: u64, ramps: bool) -> State {
+        let state = |words| state_at(words, &self.balancers.settings, now_ns, ramps);
+        self.words(backend_idx).map_or(State::NONE, state)
+    }
+
+    fn sample(&self, scan: Scan) -> Sample {
+        sample(scan, |slot| self.slot(slot), |idx| self.state_at(idx, scan.now_ns, scan.ramps))
+    }
+
+    fn choose_in_order(&self, walk: Walk) -> PackedChoice {
+        choose_in_order(self, walk)
     }
 }

@@ -4,7 +4,10 @@ use std::collections::BTreeMap;
 use std::vec::Vec;
 
 use super::*;
-use crate::{Address, BackendSets, Control, Frontend, Frontend6, Group, ServiceEntry};
+use crate::{
+    Address, BackendEntry, BackendOutcomes, BackendSets, BalanceSettings, Control, Drawn,
+    EjectionWord, Frontend, Frontend6, Group, INCONSISTENT, MaglevKey, ServiceEntry,
+};
 
 /// The tables, as values.
 #[derive(Clone, Debug, Default)]
@@ -22,7 +25,11 @@ pub struct Model {
     /// The value of `SLOTS`.
     pub slots: Vec<Slot>,
     /// The value of `BACKENDS`.
-    pub backends: Vec<Backend>,
+    pub backends: Vec<BackendEntry>,
+    /// [`Tables::now_ns`]
+    pub now_ns: u64,
+    /// [`Tables::random`]
+    pub random: u32,
 }
 
 /// A caller, as values.
@@ -30,8 +37,6 @@ pub struct Model {
 pub struct Client {
     /// [`Caller::tgid`]
     pub tgid: u64,
-    /// [`Caller::now_ns`]
-    pub now_ns: u64,
     /// [`Caller::origin`]
     pub origin: Origin,
     /// [`Caller::is_bypassed`]
@@ -40,8 +45,6 @@ pub struct Client {
     pub filter: FamilyFilter,
     /// [`Caller::netns_cookie`]
     pub netns_cookie: u64,
-    /// [`Caller::random`]
-    pub random: u32,
 }
 
 impl ControlWords for Control {
@@ -59,6 +62,14 @@ impl ControlWords for Control {
 
     fn is_shadow(self) -> bool {
         self.is_shadow != 0
+    }
+
+    fn balance(self) -> BalanceSettings {
+        self.balance
+    }
+
+    fn maglev_key(self) -> MaglevKey {
+        MaglevKey::from_number(self.balance.key)
     }
 }
 
@@ -89,11 +100,20 @@ impl ServiceWords for &ServiceEntry {
     fn report_next(self) -> bool {
         self.flags.report_next != 0
     }
+
+    fn algorithm(self) -> Algorithm {
+        Algorithm::from_number(self.flags.algorithm)
+    }
+
+    fn connects(self) -> u64 {
+        self.connects
+    }
 }
 
 impl<'a> Tables for &'a Model {
     type Control = Control;
     type Service = &'a ServiceEntry;
+    type Backend = BackendEntry;
 
     fn in_pool(&self, address: [u8; 4]) -> bool {
         let (network, mask) = self.pool;
@@ -124,18 +144,42 @@ impl<'a> Tables for &'a Model {
         self.slots.get(slot as usize).copied()
     }
 
-    fn backend(&self, backend: u32) -> Option<Backend> {
+    fn backend(&self, backend: u32) -> Option<BackendEntry> {
         self.backends.get(backend as usize).copied()
+    }
+
+    fn now_ns(&self) -> u64 {
+        self.now_ns
+    }
+
+    fn random(&self) -> u32 {
+        self.random
+    }
+
+    fn choose_for(&self, question: Question) -> PackedChoice {
+        let Ok(Draw { found, .. }) = draw_for(self, question) else { return INCONSISTENT };
+        match found {
+            Drawn::Backend { .. } => Draw::pack(found),
+            Drawn::None(walk) => choose_among(self, question.service, question.reach, walk),
+        }
+    }
+
+    fn choose_among(&self, service: u32, reach: Reach, walk: Walk) -> PackedChoice {
+        choose_among(self, service, reach, walk)
+    }
+
+    fn state_of(&self, backend_idx: u32, now_ns: u64, ramps: bool) -> State {
+        state_of(self, backend_idx, now_ns, ramps)
+    }
+
+    fn sample_of(&self, scan: Scan) -> Sample {
+        sample_of(self, scan)
     }
 }
 
 impl Caller for Client {
     fn tgid(&self) -> u64 {
         self.tgid
-    }
-
-    fn now_ns(&self) -> u64 {
-        self.now_ns
     }
 
     fn origin(&self) -> (Origin, bool) {
@@ -154,8 +198,12 @@ impl Caller for Client {
         self.netns_cookie
     }
 
-    fn random(&self) -> u32 {
-        self.random
+    fn cgroup_id(&self) -> u64 {
+        self.tgid
+    }
+
+    fn source(&self) -> u64 {
+        0
     }
 }
 
@@ -198,6 +246,14 @@ pub fn fuzz(bytes: &[u8]) {
             host_netns: bytes.below(3).into(),
             tgid: bytes.below(3).into(),
             is_shadow: bytes.below(4) as u64 / 3,
+            balance: BalanceSettings {
+                silence: bytes.byte(),
+                key: bytes.below(3) as u8,
+                share: bytes.below(3) as u16 * 128,
+                max_ms: bytes.below(2) * 300_000,
+                slow_start_per_tick: bytes.below(2),
+                ..BalanceSettings::default()
+            },
             ..Control::default()
         });
     }
@@ -216,6 +272,8 @@ pub fn fuzz(bytes: &[u8]) {
     for _ in 0..bytes.below(4) {
         let mut entry = ServiceEntry { group: bytes.group(), ..ServiceEntry::default() };
         entry.flags.report_next = bytes.below(2);
+        entry.flags.algorithm = bytes.below(6);
+        entry.connects = bytes.byte().into();
         entry.fallbacks.iter_mut().for_each(|fallback| fallback.group = bytes.group());
         model.services.push(entry);
     }
@@ -225,11 +283,26 @@ pub fn fuzz(bytes: &[u8]) {
     }
     for n in 0..bytes.below(5) {
         let address = Address::v4([10, 0, 0, n as u8]);
-        model.backends.push(Backend { address, port: bytes.below(3) as u16, ..Backend::default() });
+        let (port, weight) = (bytes.below(3) as u16, bytes.below(3) as u16);
+        let outcomes = BackendOutcomes {
+            in_flight: i32::from(bytes.byte().cast_signed()),
+            pending: i32::from(bytes.byte().cast_signed()),
+            ejection: EjectionWord {
+                until_ms: bytes.below(4) * 5_000,
+                cause: bytes.below(6) as u8,
+                ..EjectionWord::default()
+            },
+            unanswered_since_us: bytes.below(2),
+            added_ms: bytes.below(3) * 5_000,
+            ..BackendOutcomes::default()
+        };
+        let backend = Backend { address, port, weight, ..Backend::default() };
+        model.backends.push(BackendEntry { backend, outcomes, ..BackendEntry::default() });
     }
+    model.now_ns = u64::from(bytes.below(2)) * HEARTBEAT_TIMEOUT_NS;
+    model.random = u32::from_be_bytes(std::array::from_fn(|_| bytes.byte()));
     let client = Client {
         tgid: bytes.below(3).into(),
-        now_ns: u64::from(bytes.below(2)) * HEARTBEAT_TIMEOUT_NS,
         origin: [Origin::Application, Origin::Subflow, Origin::Kernel][bytes.below(3) as usize],
         is_bypassed: bytes.below(4) == 3,
         filter: [
@@ -240,7 +313,6 @@ pub fn fuzz(bytes: &[u8]) {
             FamilyFilter::All,
         ][bytes.below(5) as usize],
         netns_cookie: bytes.below(3).into(),
-        random: u32::from_be_bytes(std::array::from_fn(|_| bytes.byte())),
     };
     let (n, is_v4) = (bytes.below(6), bytes.below(2) == 0);
     let request = Request {
@@ -289,7 +361,8 @@ fn check(model: &Model, client: &Client, request: &Request, verdict: Verdict) {
     assert_eq!(selection.service, target.service);
     let is_on_host = client.netns_cookie == control.host_netns;
     assert!(target.host_only == 0 || is_on_host, "a pin is the host's alone");
-    assert_eq!(Some(&selection.backend), model.backends.get(selection.backend_idx as usize));
+    let entry = model.backends.get(selection.backend_idx as usize);
+    assert_eq!(Some(&selection.backend), entry.map(|entry| &entry.backend));
     assert_ne!(selection.backend.port, 0);
     let entry = &model.services[target.service as usize];
     assert_eq!(selection.report, entry.flags.report_next != 0);

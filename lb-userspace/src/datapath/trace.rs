@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use aya::maps::{Map, MapData, RingBuf};
-use lb_common::{Address, RefusalReason, TraceEvent, TraceKind};
+use lb_common::{Address, ChoiceReason, RefusalReason, TraceEvent, TraceKind};
 use zerocopy::FromBytes;
 
 use super::error::DatapathError;
@@ -63,8 +63,10 @@ pub struct Begun {
     pub frontend: SocketAddr,
     /// Whether by TCP; else by UDP.
     pub is_tcp: bool,
-    /// Where it goes; or why it is refused.
-    pub backend: Result<SocketAddr, &'static str>,
+    /// Where it goes; `None` for one that is refused.
+    pub backend: Option<SocketAddr>,
+    /// Why that backend was chosen, or why it is refused.
+    pub reason: &'static str,
 }
 
 impl TraceEvents {
@@ -110,9 +112,10 @@ fn traced(event: &TraceEvent, names: &Names) -> Option<Traced> {
     let step = match kind {
         SENT => {
             let backend = socket_addr(event.backend, event.backend_port);
-            TraceStep::Begun(Box::new(begun(event, names, Ok(backend))))
+            let reason = ChoiceReason(event.reason).name();
+            TraceStep::Begun(Box::new(begun(event, names, Some(backend), reason)))
         }
-        REFUSED => TraceStep::Begun(Box::new(begun(event, names, Err(refusal(event.reason))))),
+        REFUSED => TraceStep::Begun(Box::new(begun(event, names, None, refusal(event.reason)))),
         ESTABLISHED => {
             TraceStep::Established { connect_us: Some(event.connect_us).filter(|us| *us > 0) }
         }
@@ -125,7 +128,12 @@ fn traced(event: &TraceEvent, names: &Names) -> Option<Traced> {
     Some(Traced { cookie, at_ns, step })
 }
 
-fn begun(event: &TraceEvent, names: &Names, backend: Result<SocketAddr, &'static str>) -> Begun {
+fn begun(
+    event: &TraceEvent,
+    names: &Names,
+    backend: Option<SocketAddr>,
+    reason: &'static str,
+) -> Begun {
     let comm = event.comm.split(|&octet| octet == 0).next().unwrap_or_default();
     Begun {
         pid: event.pid,
@@ -135,6 +143,7 @@ fn begun(event: &TraceEvent, names: &Names, backend: Result<SocketAddr, &'static
         frontend: socket_addr(event.frontend, event.frontend_port),
         is_tcp: event.protocol == lb_common::IPPROTO_TCP,
         backend,
+        reason,
     }
 }
 

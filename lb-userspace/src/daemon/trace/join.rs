@@ -63,7 +63,7 @@ impl Joiner {
     pub fn add(&mut self, event: Traced, has_outcomes: bool) -> Vec<Joined> {
         let Traced { cookie, at_ns, step } = event;
         let outcome = match &step {
-            TraceStep::Begun(begun) if begun.backend.is_err() => Some(Outcome::Refused),
+            TraceStep::Begun(begun) if begun.backend.is_none() => Some(Outcome::Refused),
             TraceStep::Begun(begun) if !begun.is_tcp || !has_outcomes => Some(Outcome::Sent),
             _ => None,
         };
@@ -147,10 +147,8 @@ mod tests {
             service: Some("web".into()),
             frontend: "127.128.0.1:80".parse().unwrap(),
             is_tcp,
-            backend: match is_refused {
-                true => Err("no backend"),
-                false => Ok("10.0.0.1:8080".parse().unwrap()),
-            },
+            backend: (!is_refused).then(|| "10.0.0.1:8080".parse().unwrap()),
+            reason: "",
         }))
     }
 

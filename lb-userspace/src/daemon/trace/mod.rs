@@ -241,10 +241,6 @@ fn record(joined: &Joined, cgroups: &CgroupPaths) -> TraceRecord {
     let Joined { at_ns, begun, outcome, .. } = joined;
     let cgroup = cgroups.find(begun.cgroup_id);
     let (allocation, task) = cgroup.and_then(allocation).unzip();
-    let (backend, reason) = match begun.backend {
-        Ok(backend) => (Some(backend.to_string()), None),
-        Err(reason) => (None, Some(reason.to_owned())),
-    };
     TraceRecord {
         time: wall_clock(*at_ns),
         comm: begun.comm.clone(),
@@ -255,8 +251,8 @@ fn record(joined: &Joined, cgroups: &CgroupPaths) -> TraceRecord {
         service: begun.service.as_deref().map(str::to_owned),
         frontend: begun.frontend.to_string(),
         protocol: if begun.is_tcp { "tcp" } else { "udp" }.to_owned(),
-        backend,
-        reason,
+        backend: begun.backend.map(|backend| backend.to_string()),
+        reason: Some(begun.reason.to_owned()),
         outcome: outcome.name().to_owned(),
         error: match outcome {
             Outcome::Failed(error) => error.map(errno_name),
@@ -308,7 +304,8 @@ mod tests {
             service: Some(service.into()),
             frontend: "127.128.0.1:80".parse().unwrap(),
             is_tcp: true,
-            backend: Ok("10.0.0.1:8080".parse().unwrap()),
+            backend: Some("10.0.0.1:8080".parse().unwrap()),
+            reason: "at random",
         };
         Joined { cookie: 1, at_ns, begun, outcome }
     }
