@@ -201,7 +201,7 @@ pub fn a_refusal_ejects() {
     let ejections: Vec<_> = reported
         .iter()
         .map(|report| match report {
-            Report::Ejection { service, backend, .. } => (&**service, *backend),
+            Report::Ejection { service, backend, .. } => (&**service, backend.address),
             Report::Connected(name) => panic!("{name} isn't cold"),
         })
         .collect();

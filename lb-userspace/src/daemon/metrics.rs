@@ -36,6 +36,8 @@ pub struct Readings {
     pub(super) services: Vec<(Arc<str>, ServiceCounters, u64)>,
     /// Whether the latter are counted.
     pub(super) counts_in_flight: bool,
+    /// Ejections that the daemon's probes ended.
+    pub(super) n_returned: u64,
     /// The global counters, by name.
     pub(super) events: BTreeMap<&'static str, u64>,
     pub(super) maps: Vec<(&'static str, Pressure)>,
@@ -236,6 +238,9 @@ fn connects(text: &mut Exposition, readings: &Readings) {
     for (name, counters, _) in &readings.services {
         family.sample(&[("service", name)], counters.ejections);
     }
+    let help = "Ejections that ended because a probe of the daemon's connected to the backend.";
+    text.family("nohop_probed_returns_total", MetricType::Counter, help)
+        .sample(&[], readings.n_returned);
     if readings.counts_in_flight {
         let help = "TCP connections to a service's backends that are open or being established.";
         let mut family = text.family("nohop_in_flight", MetricType::Gauge, help);
@@ -336,6 +341,7 @@ mod tests {
             propagation,
             services: (0..n_services).map(name).collect(),
             counts_in_flight: true,
+            n_returned: 8,
             events: [("refused_no_frontend", 5), ("udp_no_frontend", 6), ("flows_full", 7)].into(),
             maps: vec![("SLOTS", Pressure { used: 10, capacity: 40 })],
             dns_answers: BTreeMap::from([("NXDOMAIN".into(), 6)]),
@@ -382,6 +388,7 @@ mod tests {
             (r#"nohop_connects_total{service="web-0"}"#, 0.0),
             (r#"nohop_connects_failed_total{service="web-0"}"#, 0.0),
             (r#"nohop_ejections_total{service="web-0"}"#, 0.0),
+            ("nohop_probed_returns_total", 8.0),
             (r#"nohop_in_flight{service="web-0"}"#, 3.0),
             (r#"nohop_connects_refused_total{service="",reason="no_frontend"}"#, 5.0),
             (r#"nohop_connects_refused_total{service="web-0",reason="no_backend"}"#, 0.0),

@@ -7,6 +7,7 @@
 
 mod deadline;
 mod drains;
+mod ejected;
 mod explain;
 mod holdback;
 mod metrics;
@@ -23,6 +24,7 @@ pub mod view;
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
@@ -170,7 +172,8 @@ impl Daemon {
         let sources = Sources::spawn(&config, datapath.in_use())?;
         let how = if datapath.is_adopted() { "took over what was attached" } else { "attached" };
         tracing::info!(cgroup = %scope.display(), pool = %config.vip.pool, "{how}");
-        forward_from_kernel(&mut datapath, sources.demand());
+        let (changes_out, changes) = mpsc::channel(ejected::MAX_CHANGES);
+        forward_from_kernel(&mut datapath, sources.demand(), changes_out);
         let trace_events = datapath.take_trace_events();
         let trace_events = trace_events
             .inspect_err(|error| tracing::warn!("connections can't be traced: {error}"))
@@ -203,6 +206,13 @@ impl Daemon {
         );
         let tracer = Arc::new(tracer.context("can't start a thread")?);
         let (problem, deadline_problem) = watch::channel(None);
+        let n_returned = Arc::new(AtomicU64::new(0));
+        let ejected = ejected::Followed {
+            changes,
+            datapath: datapath.clone(),
+            counters: counters.clone(),
+            n_returned: n_returned.clone(),
+        };
         let view = Arc::new(DaemonView {
             debug_client: dns.debug_client(),
             dns: api::DnsStatus {
@@ -229,6 +239,7 @@ impl Daemon {
             drain_requests: drain_requests_out,
             tracer: tracer.clone(),
             deadline_problem,
+            n_returned,
         });
         for address in admin::exposed(&config.admin.listen) {
             tracing::warn!(
@@ -257,6 +268,7 @@ impl Daemon {
             problem,
         };
         tasks.spawn("the deadlines of drains", deadline::follow(followed));
+        tasks.spawn("the probes of ejected backends", ejected::follow(ejected));
         let resolver = Resolver::start(&config.dns.domain).await;
         pipeline.builder().set_hosts(resolver.hosts());
         pipeline.builder().set_drains(drains.drains());
@@ -645,14 +657,18 @@ fn ticks(period: Duration, after: Duration) -> Interval {
 }
 
 /// Starts the threads that forward the programs' log and events.
-fn forward_from_kernel(datapath: &mut Datapath, usage: &UsageSender) {
+fn forward_from_kernel(
+    datapath: &mut Datapath,
+    usage: &UsageSender,
+    changes: mpsc::Sender<ejected::Change>,
+) {
     if let Some(log) = datapath.take_logger() {
         std::thread::spawn(|| forward_log(log));
     }
     match datapath.take_reports() {
         Ok(events) => {
             let usage = usage.clone();
-            drop(std::thread::spawn(move || forward_events(events, &usage)));
+            drop(std::thread::spawn(move || forward_events(events, &usage, &changes)));
         }
         Err(error) => tracing::warn!("the programs' reports can't be read: {error}"),
     }
@@ -670,9 +686,13 @@ fn forward_log(mut log: EbpfLogger<&'static dyn log::Log>) {
     }
 }
 
-/// Reports to the source each connection to a service that it doesn't follow, and logs ejections, for as
-/// long as the daemon lives.
-fn forward_events(mut events: Reports, usage: &UsageSender) {
+/// Reports to the source each connection to a service that it doesn't follow, and logs ejections and has
+/// them probed, for as long as the daemon lives.
+fn forward_events(
+    mut events: Reports,
+    usage: &UsageSender,
+    changes: &mpsc::Sender<ejected::Change>,
+) {
     loop {
         while let Some(report) = events.next_report() {
             match report {
@@ -680,11 +700,14 @@ fn forward_events(mut events: Reports, usage: &UsageSender) {
                     tracing::debug!("{name} is cold, and was connected to");
                     usage.used(&name);
                 }
-                Report::Ejection { service, backend, ejected: Some(ejected) } => {
-                    tracing::warn!("{service}: {backend} is {ejected}");
-                }
-                Report::Ejection { service, backend, ejected: None } => {
-                    tracing::info!("{service}: {backend} gets connections again");
+                Report::Ejection { service, backend, ejected } => {
+                    let address = backend.address;
+                    match ejected {
+                        Some(ejected) => tracing::warn!("{service}: {address} is {ejected}"),
+                        None => tracing::info!("{service}: {address} gets connections again"),
+                    }
+                    // A scan finds one that there is no room for.
+                    let _ = changes.try_send(ejected::Change { service, backend });
                 }
             }
         }

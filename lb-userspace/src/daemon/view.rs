@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -52,6 +53,8 @@ pub struct DaemonView {
     pub(super) reloads: mpsc::Sender<Request>,
     pub(super) drains: DrainsView,
     pub(super) deadline_problem: watch::Receiver<Option<String>>,
+    /// Ejections that probes ended.
+    pub(super) n_returned: Arc<AtomicU64>,
     pub(super) drain_requests: mpsc::Sender<DrainRequest>,
     pub(super) tracer: Arc<Tracer>,
 }
@@ -229,6 +232,7 @@ impl View for DaemonView {
             propagation,
             services,
             counts_in_flight: self.datapath.counts_in_flight(),
+            n_returned: self.n_returned.load(Ordering::Relaxed),
             events,
             maps: self.datapath.pressure(),
             dns_answers: self.dns_stats.snapshot(),

@@ -1,6 +1,5 @@
 //! Events of the programs: connections to cold services, ejections of backends and their ends.
 
-use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
@@ -8,7 +7,7 @@ use aya::maps::{Map, MapData, RingBuf};
 use lb_common::{Event, EventKind};
 use zerocopy::FromBytes;
 
-use super::ejected::Ejected;
+use super::ejected::{BackendRef, Ejected};
 use super::error::DatapathError;
 use super::kernel::{Counters, Names};
 
@@ -30,8 +29,8 @@ pub enum Report {
     Ejection {
         /// Its service.
         service: Arc<str>,
-        /// Its address.
-        backend: SocketAddr,
+        /// The backend.
+        backend: BackendRef,
         /// How it is now; `None` where it returned.
         ejected: Option<Ejected>,
     },
@@ -75,10 +74,11 @@ fn report(event: Event, names: &Names, counters: &Counters) -> Option<Report> {
     match EventKind::from_number(event.kind)? {
         EventKind::Connected => Some(Report::Connected(service)),
         // The word in the map decides what is shown: it may have changed again.
-        EventKind::Ejected | EventKind::Returned => Some(Report::Ejection {
-            service,
-            backend: counters.backend_address(event.backend, event.generation)?,
-            ejected: counters.ejected(event.backend),
-        }),
+        EventKind::Ejected | EventKind::Returned => {
+            let Event { backend: backend_idx, generation, .. } = event;
+            let address = counters.backend_address(backend_idx, generation)?;
+            let backend = BackendRef { backend_idx, generation, address };
+            Some(Report::Ejection { service, backend, ejected: counters.ejected(backend_idx) })
+        }
     }
 }

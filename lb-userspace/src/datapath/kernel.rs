@@ -249,6 +249,18 @@ impl Counters {
         self.control.load_field(0, offset_of!(Control, balance))
     }
 
+    /// The generation of the backend with this index; 0 for one that isn't in the table.
+    pub(super) fn generation(&self, backend_idx: u32) -> u32 {
+        Generations(self.backends.clone()).generation(backend_idx)
+    }
+
+    /// The word that holds a backend's ejection, an [`EjectionWord`](lb_common::EjectionWord); `None`
+    /// beyond the map.
+    pub(super) fn ejection_word(&self, backend_idx: u32) -> Option<&AtomicU64> {
+        let at = offset_of!(BackendEntry, outcomes) + offset_of!(BackendOutcomes, ejection);
+        self.backends.field(backend_idx, at, size_of::<u64>()).first()
+    }
+
     /// The address of a backend that still has this generation.
     pub(super) fn backend_address(&self, backend_idx: u32, generation: u32) -> Option<SocketAddr> {
         let at = offset_of!(BackendEntry, backend);

@@ -41,14 +41,16 @@ mod units;
 
 pub use bpf::{AttachType, netns_cookie};
 pub use control::{COUNTERS, Datapath, exclusion_problems};
-pub use ejected::Ejected;
+pub use ejected::{BackendRef, Ejected};
 pub use error::DatapathError;
 pub use events::{Report, Reports};
 pub use features::{Features, Limit};
 pub use handle::{HookHealth, Mode, SharedDatapath};
 pub use in_flight::Recount;
 pub use kernel::{Counters, ServiceCounters};
-pub use lb_common::{BackendOutcomes, BalanceSettings, RejectMethod, UdpConnects, is_sampled};
+pub use lb_common::{
+    BackendOutcomes, BalanceSettings, Cause, EventKind, RejectMethod, Sign, UdpConnects, is_sampled,
+};
 pub use links::Attachment;
 pub use memcg::{Charge, create_maps};
 pub use obstacles::Obstacle;

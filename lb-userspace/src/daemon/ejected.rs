@@ -1,0 +1,320 @@
+//! Probes of ejected backends: the daemon connects to them by TCP, and ends the ejection of one that
+//! accepts, so that no client has to be the trial.
+//!
+//! A task of its own: the loop that carries changes to the kernel waits for no backend. Without the daemon
+//! an ejection ends by its own time and a trial.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+
+use super::prober::connect;
+use super::{sleep_until, ticks};
+use crate::datapath::{BackendRef, Cause, Counters, EventKind, SharedDatapath, Sign};
+
+/// The backends that are probed; more wait until a scan finds room.
+const MAX_BACKENDS: usize = 1_024;
+
+/// The probes under way at once.
+const MAX_PROBES: usize = 64;
+
+/// How long after an ejection the first probe begins. One for resets is probed at once: that is a hint
+/// that the backend has died, which the probe finds out.
+const FIRST: Duration = Duration::from_millis(200);
+
+/// How long after the first probe the second one begins. Each further pause is half as long again, so that
+/// a backend returns within a good half of the time it was away for.
+const SECOND: Duration = Duration::from_secs(1);
+
+/// The longest pause.
+const MAX_PAUSE: Duration = Duration::from_secs(30);
+
+/// How often the table's backends are looked through for ejections whose event was lost.
+const SCAN_TICK: Duration = Duration::from_secs(30);
+
+/// The changes of ejections that may wait for the task; a scan finds those beyond.
+pub const MAX_CHANGES: usize = 1_024;
+
+/// A change of a backend's ejection that the kernel reported.
+#[derive(Debug)]
+pub struct Change {
+    /// Its service.
+    pub service: Arc<str>,
+    /// The backend.
+    pub backend: BackendRef,
+}
+
+/// What the task follows.
+pub struct Followed {
+    /// The kernel's reports.
+    pub changes: mpsc::Receiver<Change>,
+    /// The kernel side, which knows the table's backends.
+    pub datapath: Arc<SharedDatapath>,
+    /// The ejections.
+    pub counters: Counters,
+    /// The ejections that probes ended are counted here.
+    pub n_returned: Arc<AtomicU64>,
+}
+
+/// Probes what is ejected, for as long as the daemon lives.
+pub async fn follow(mut followed: Followed) {
+    let mut ejected = EjectedSet::default();
+    let mut probes = JoinSet::new();
+    let mut scan_tick = ticks(SCAN_TICK, Duration::ZERO);
+    loop {
+        let n_free = MAX_PROBES.saturating_sub(probes.len());
+        for (service, backend) in ejected.take_due(Instant::now(), n_free) {
+            // It may have returned, or have left the table, without an event.
+            if followed.counters.ejection_cause(&backend).is_none() {
+                ejected.remove(&backend);
+                continue;
+            }
+            probes.spawn(async move {
+                let result = connect(backend.address).await;
+                (service, backend, result)
+            });
+        }
+        let due = ejected.next_due().filter(|_| probes.len() < MAX_PROBES);
+        tokio::select! {
+            Some(Change { service, backend }) = followed.changes.recv() => {
+                match followed.counters.ejection_cause(&backend) {
+                    Some(cause) => ejected.add(service, backend, cause, Instant::now()),
+                    None => ejected.remove(&backend),
+                }
+            }
+            // Neither aborted nor able to panic.
+            Some(Ok((service, backend, result))) = probes.join_next() => {
+                end_probe(&followed, &service, &backend, result);
+                let is_ejected = followed.counters.ejection_cause(&backend).is_some();
+                ejected.end(&backend, is_ejected, Instant::now());
+            }
+            _ = scan_tick.tick() => {
+                let (datapath, counters) = (followed.datapath.clone(), followed.counters.clone());
+                // It may wait for a table that is being applied.
+                let found = tokio::task::spawn_blocking(move || scan(&datapath, &counters)).await;
+                for (service, backend, cause) in found.unwrap_or_default() {
+                    ejected.add(service, backend, cause, Instant::now());
+                }
+            }
+            () = sleep_until(due) => {}
+        }
+    }
+}
+
+/// The backends in the table that are ejected.
+fn scan(datapath: &SharedDatapath, counters: &Counters) -> Vec<(Arc<str>, BackendRef, Cause)> {
+    let mut found = Vec::new();
+    for (service, _, backends) in datapath.service_indices() {
+        let refs = backends.into_iter().filter_map(|idx| counters.backend_ref(idx));
+        found.extend(refs.filter_map(|backend| {
+            Some((service.clone(), backend, counters.ejection_cause(&backend)?))
+        }));
+    }
+    found
+}
+
+/// Applies what a probe has shown.
+fn end_probe(followed: &Followed, service: &str, backend: &BackendRef, result: io::Result<()>) {
+    let sign = match result {
+        Ok(()) => Sign::Probed,
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => Sign::Refused,
+        Err(_) => return,
+    };
+    let address: SocketAddr = backend.address;
+    match followed.counters.apply_probe(backend, sign) {
+        Some(EventKind::Returned) => {
+            followed.n_returned.fetch_add(1, Ordering::Relaxed);
+            tracing::info!("{service}: {address} returned: it accepts connections again");
+        }
+        Some(EventKind::Ejected) => {
+            tracing::warn!("{service}: {address} is ejected: it refused a probe after resets");
+        }
+        Some(EventKind::Connected) | None => {}
+    }
+}
+
+/// The backends that are to be probed. A pure state machine: times are arguments.
+#[derive(Debug, Default)]
+struct EjectedSet {
+    by_idx: BTreeMap<u32, Entry>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    service: Arc<str>,
+    backend: BackendRef,
+    /// The time between its last two probes, or before the first one.
+    pause: Duration,
+    /// When the next probe begins; `None` while one is under way.
+    due: Option<Instant>,
+}
+
+impl EjectedSet {
+    /// Adds a backend that is ejected, unless it is known, or there are too many.
+    fn add(&mut self, service: Arc<str>, backend: BackendRef, cause: Cause, now: Instant) {
+        let is_full = self.by_idx.len() >= MAX_BACKENDS;
+        match self.by_idx.get(&backend.backend_idx) {
+            Some(known) if known.backend == backend => return,
+            None if is_full => return,
+            _ => {}
+        }
+        let pause = if cause == Cause::Resets { Duration::ZERO } else { FIRST };
+        let entry = Entry { service, backend, pause, due: Some(now + pause) };
+        self.by_idx.insert(backend.backend_idx, entry);
+    }
+
+    /// Removes a backend that isn't ejected any more.
+    fn remove(&mut self, backend: &BackendRef) {
+        if self.by_idx.get(&backend.backend_idx).is_some_and(|entry| entry.backend == *backend) {
+            self.by_idx.remove(&backend.backend_idx);
+        }
+    }
+
+    /// When the next probe is due.
+    fn next_due(&self) -> Option<Instant> {
+        self.by_idx.values().filter_map(|entry| entry.due).min()
+    }
+
+    /// Begins the probes that are due, at most `n_max`, those first that have waited longest.
+    fn take_due(&mut self, now: Instant, n_max: usize) -> Vec<(Arc<str>, BackendRef)> {
+        let is_due = |entry: &&mut Entry| entry.due.is_some_and(|due| due <= now);
+        let mut due: Vec<&mut Entry> = self.by_idx.values_mut().filter(is_due).collect();
+        due.sort_by_key(|entry| entry.due);
+        let begin = |entry: &mut Entry| {
+            entry.due = None;
+            (entry.service.clone(), entry.backend)
+        };
+        due.into_iter().take(n_max).map(begin).collect()
+    }
+
+    /// Ends a probe: the backend isn't ejected any more, or another probe follows.
+    fn end(&mut self, backend: &BackendRef, is_ejected: bool, now: Instant) {
+        if !is_ejected {
+            return self.remove(backend);
+        }
+        let Some(entry) = self.by_idx.get_mut(&backend.backend_idx) else { return };
+        // Another backend may have the entry by now.
+        if entry.backend == *backend {
+            entry.pause = next_pause(entry.pause);
+            entry.due = Some(now + entry.pause);
+        }
+    }
+}
+
+fn next_pause(pause: Duration) -> Duration {
+    if pause < FIRST {
+        FIRST
+    } else if pause < SECOND {
+        SECOND
+    } else {
+        (pause + pause / 2).min(MAX_PAUSE)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn backend(backend_idx: u32, generation: u32) -> BackendRef {
+        let address = SocketAddr::from(([192, 0, 2, 1], 80));
+        BackendRef { backend_idx, generation, address }
+    }
+
+    fn add(ejected: &mut EjectedSet, backend: BackendRef, cause: Cause, now: Instant) {
+        ejected.add("web".into(), backend, cause, now);
+    }
+
+    #[test]
+    fn a_backend_is_probed_with_growing_pauses_until_it_returns() {
+        for (cause, first_ms) in [
+            (Cause::Refused, &[200, 1_000, 1_500, 2_250][..]),
+            (Cause::Silence, &[200, 1_000]),
+            (Cause::Failures, &[200, 1_000]),
+            (Cause::Resets, &[0, 200, 1_000, 1_500]),
+        ] {
+            let mut ejected = EjectedSet::default();
+            let mut now = Instant::now();
+            let one = backend(1, 7);
+            add(&mut ejected, one, cause, now);
+            let mut pauses = Vec::new();
+            for _ in 0..20 {
+                // A second report of the same changes nothing.
+                add(&mut ejected, one, Cause::Refused, now);
+                let due = ejected.next_due().unwrap();
+                pauses.push(due - now);
+                if due > now {
+                    let early = due - Duration::from_nanos(1);
+                    assert!(ejected.take_due(early, MAX_PROBES).is_empty(), "{cause:?}");
+                }
+                now = due;
+                assert_eq!(ejected.take_due(now, MAX_PROBES), [("web".into(), one)]);
+                // While a probe is under way no other one begins.
+                assert_eq!(ejected.next_due(), None);
+                assert!(ejected.take_due(now, MAX_PROBES).is_empty());
+                now += Duration::from_millis(10);
+                ejected.end(&one, true, now);
+            }
+            let expected: Vec<_> = first_ms.iter().map(|ms| Duration::from_millis(*ms)).collect();
+            assert_eq!(pauses[..expected.len()], expected, "{cause:?}");
+            assert_eq!(pauses.last(), Some(&MAX_PAUSE));
+            now += MAX_PAUSE;
+            assert_eq!(ejected.take_due(now, MAX_PROBES).len(), 1);
+            ejected.end(&one, false, now);
+            assert!(ejected.by_idx.is_empty());
+        }
+    }
+
+    #[test]
+    fn a_probe_of_a_former_backend_leaves_its_successor_alone() {
+        let mut ejected = EjectedSet::default();
+        let now = Instant::now();
+        let (former, next) = (backend(1, 7), backend(1, 8));
+        add(&mut ejected, former, Cause::Resets, now);
+        assert_eq!(ejected.take_due(now, MAX_PROBES).len(), 1);
+        add(&mut ejected, next, Cause::Refused, now);
+        let due = ejected.next_due();
+        for is_ejected in [true, false] {
+            ejected.end(&former, is_ejected, now);
+            assert_eq!(ejected.next_due(), due);
+        }
+        ejected.remove(&former);
+        assert_eq!(ejected.take_due(now + FIRST, MAX_PROBES), [("web".into(), next)]);
+        ejected.remove(&next);
+        // It left while it was probed.
+        ejected.end(&next, true, now);
+        assert!(ejected.by_idx.is_empty());
+    }
+
+    #[test]
+    fn backends_and_probes_are_bounded() {
+        let mut ejected = EjectedSet::default();
+        let now = Instant::now();
+        for idx in 0..=MAX_BACKENDS as u32 {
+            // The later ones wait for less long.
+            add(
+                &mut ejected,
+                backend(idx, 1),
+                Cause::Refused,
+                now + Duration::from_nanos(idx.into()),
+            );
+        }
+        assert_eq!(ejected.by_idx.len(), MAX_BACKENDS);
+        let later = now + SECOND;
+        let first = ejected.take_due(later, MAX_PROBES);
+        let indices: Vec<u32> = first.iter().map(|(_, backend)| backend.backend_idx).collect();
+        assert_eq!(indices, (0..MAX_PROBES as u32).collect::<Vec<_>>());
+        assert!(ejected.take_due(later, 0).is_empty());
+        let next = ejected.take_due(later, 1);
+        assert_eq!(next[0].1.backend_idx, MAX_PROBES as u32);
+        // There is room again for one that was left out.
+        ejected.end(&backend(0, 1), false, later);
+        add(&mut ejected, backend(MAX_BACKENDS as u32, 1), Cause::Refused, later);
+        assert_eq!(ejected.by_idx.len(), MAX_BACKENDS);
+    }
+}
