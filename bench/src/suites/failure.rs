@@ -134,7 +134,7 @@ const NOTES: [&str; 10] = [
     "HAProxy and nftables follow Consul as consul-template has them do: a file at each change, and a reload \
      without loss; Envoy by a file of endpoints",
     "one of ten is slow: an instance works 20 ms on a request, on any number at a time; the slow one a second. \
-     nohop's `slow_start` is off there: all ten have just come, and while all ramp up it chooses at random",
+     nohop's `slow_start` is off there",
 ];
 
 /// What happens.
