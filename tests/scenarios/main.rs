@@ -38,6 +38,7 @@ mod maintenance;
 mod map_full;
 mod non_vip_passthrough;
 mod not_ready_before_consul;
+mod one_of_ten_fails;
 mod operators_view;
 mod pinned_address;
 mod port_reused;
@@ -116,6 +117,8 @@ const SCENARIOS: &[(&str, Scenario)] = &[
     ("map_full", map_full::run),
     ("non_vip_passthrough", non_vip_passthrough::run),
     ("not_ready_before_consul", not_ready_before_consul::run),
+    ("one_of_ten_is_silent", one_of_ten_fails::is_silent),
+    ("one_of_ten_refuses", one_of_ten_fails::refuses),
     ("operators_view", operators_view::run),
     ("reference_page", reference::run),
     ("pinned_address", pinned_address::run),
