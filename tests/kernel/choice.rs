@@ -62,7 +62,8 @@ fn eject(bed: &Bed, address: SocketAddr, cause: Cause, later_ms: i32) {
 }
 
 fn bed(algorithm: BalanceAlgorithm, servers: &[&Server]) -> Bed {
-    let mut bed = Bed::new();
+    // Room for Maglev's tables, also where maps are small.
+    let mut bed = Bed::with(|options| options.datapath.max_backends = 8_192);
     bed.apply(vec![web(algorithm, servers)]);
     bed.datapath.set_balance(SETTINGS);
     bed
