@@ -23,7 +23,7 @@ pub const SILENCE_UNKNOWN_US: u32 = 200_000;
 pub struct EjectionLimits {
     /// Refused connections in a row; 0 for never.
     pub refused: u8,
-    /// Other failures in a row, refused ones included; 0 for never.
+    /// Other failures in a row, refused ones included; 0 for never, nor for resets.
     pub failures: u8,
     /// Silence, in multiples of a backend's connect time; 0 for never.
     pub silence: u8,
@@ -156,7 +156,7 @@ impl Ejection {
             Sign::Silence if limits.silence != 0 => next.eject(Cause::Silence, now_ns, limits),
             Sign::Silence => {}
             // Of connections that began before it was ejected. One that awaits its trial is still out.
-            Sign::Reset if next.cause != Cause::None => {}
+            Sign::Reset if next.cause != Cause::None || limits.failures == 0 => {}
             Sign::Reset => {
                 next.resets = self.resets.saturating_add(1);
                 if next.resets >= RESETS {
@@ -215,7 +215,6 @@ impl Ejection {
                 }
                 return;
             }
-            self.ejections = self.ejections.saturating_sub(1);
         }
         // Since the last end it did well for as long as it had been ejected.
         let well_ns = now_ns.saturating_sub(self.until_ns);
@@ -227,7 +226,10 @@ impl Ejection {
 
     #[inline(always)]
     fn begin(&mut self, cause: Cause, now_ns: u64, limits: &EjectionLimits) {
-        self.ejections = self.ejections.saturating_add(1);
+        // A hint isn't one of the row, so that a server which ends connections by resets isn't out for long.
+        if cause != Cause::Resets {
+            self.ejections = self.ejections.saturating_add(1);
+        }
         self.cause = cause;
         self.until_ns = now_ns.saturating_add(duration_ns(self.ejections, cause, limits));
     }
@@ -250,10 +252,14 @@ impl Ejection {
     }
 }
 
-/// How long the nth ejection in a row lasts: the base, doubled each time, and a tenth of it for resets.
+/// How long the nth ejection in a row lasts: the base, doubled each time; for resets a tenth of the base.
 #[inline(always)]
 fn duration_ns(ejections: u8, cause: Cause, limits: &EjectionLimits) -> u64 {
-    let base_ns = if cause == Cause::Resets { limits.base_ns / 10 } else { limits.base_ns };
+    if cause == Cause::Resets {
+        let tenth = limits.base_ns / 10;
+        return if tenth < limits.max_ns { tenth } else { limits.max_ns };
+    }
+    let base_ns = limits.base_ns;
     let n_doublings = ejections.saturating_sub(1).min(16);
     // A base of more than 2^47 ns, 39 hours, is beyond the longest time without being doubled.
     let doubled = base_ns.min(1 << 47) << n_doublings;

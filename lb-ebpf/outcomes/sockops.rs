@@ -174,11 +174,11 @@ fn established(ctx: &SockOpsContext, kept: &RevNat, backend: BackendPtr) {
     apply(Sign::Answered, kept, backend);
 }
 
-/// The backend's host answered a SYN: from now on the others wait.
+/// The backend's host answered a SYN. The next one that is sent waits anew; those that were sent before
+/// don't count any more, as their next SYN may be a minute away after a long silence.
 #[inline(always)]
 fn answered(backend: BackendPtr) {
-    let since_us = if backend.pending() > 0 { now_us() } else { 0 };
-    backend.set_unanswered_since_us(since_us);
+    backend.set_unanswered_since_us(0);
 }
 
 /// Applies a sign to a backend's ejection.
@@ -207,7 +207,8 @@ fn why_it_failed(ctx: &SockOpsContext, socket: *mut bpf_sock) -> Option<Sign> {
     };
     match error {
         0 | ECONNABORTED => None,
-        ECONNREFUSED => Some(Sign::Refused),
+        // By a segment, not by an ICMP error, which may be of this client's own firewall.
+        ECONNREFUSED if read!(ctx.segs_in) != 0 => Some(Sign::Refused),
         _ => Some(Sign::Failed),
     }
 }

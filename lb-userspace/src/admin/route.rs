@@ -145,15 +145,17 @@ fn is_get(method: &Method) -> bool {
     *method == Method::GET || *method == Method::HEAD
 }
 
+/// The longest target of a drain, in bytes: longer than any name that it could be of.
+const MAX_TARGET: usize = 512;
+
 /// The target of a drain or an undrain.
 fn target(query: Option<&str>) -> Result<String, EndpointError> {
     let query = query.unwrap_or_default();
-    query.strip_prefix("target=").filter(|target| !target.contains('&')).map(decode).ok_or_else(
-        || {
-            let fix = "write target=TARGET: a node, an address, an instance or an allocation";
-            EndpointError::Query { name: "query".into(), value: query.into(), fix }
-        },
-    )
+    let is_target = |target: &&str| target.len() <= MAX_TARGET && !target.contains('&');
+    query.strip_prefix("target=").filter(is_target).map(decode).ok_or_else(|| {
+        let fix = "write target=TARGET: a node, an address, an instance or an allocation";
+        EndpointError::Query { name: "query".into(), value: query.into(), fix }
+    })
 }
 
 fn look_up(query: &str) -> Result<Endpoint, EndpointError> {

@@ -14,7 +14,7 @@ use tokio::sync::watch;
 use crate::boot;
 use crate::datapath::{Mode, SharedDatapath, TcpTerminator, VipConnection, VipConnections};
 use crate::ordmap::Diff;
-use crate::table::{Backend, Drains, Excluded, Service, Table};
+use crate::table::{Backend, Drains, Excluded, Service, Table, Watch};
 
 /// How long after a walk over the sockets the next one begins: one may miss a connection that was being
 /// made.
@@ -116,7 +116,9 @@ impl Departures {
         let excluded = former.into_iter().flat_map(|former| &former.excluded);
         let excluded =
             excluded.filter_map(|excluded| Some((out(excluded)?, &excluded.node, &excluded.id)));
-        for (address, node, id) in backends.chain(excluded) {
+        // What its source doesn't follow any more has no instances, and none was deregistered.
+        let is_known = service.watch != Watch::Cold;
+        for (address, node, id) in backends.chain(excluded).filter(|_| is_known) {
             if !is_registered(&address, node, id) {
                 self.leave((service.name.clone(), address), service, now, false);
             }
@@ -154,7 +156,9 @@ impl Departures {
             let text = backend.to_string();
             let is_out = service.excluded.iter().any(|excluded| excluded.address == text);
             // It may be any of these.
-            let is_unresolved = service.backends.iter().any(|it| it.address.is_none());
+            let is_unresolved = service.watch == Watch::Cold
+                || service.backends.iter().any(|it| it.address.is_none())
+                || service.excluded.iter().any(|it| it.address.parse::<SocketAddr>().is_err());
             if !is_there && !is_out && !is_unresolved {
                 self.leave((service.name.clone(), *backend), service, now, false);
             }
@@ -329,7 +333,7 @@ mod tests {
     use crate::table::vips::Vips;
     use crate::table::{
         Builder, Catalog, Drain, DrainTarget, HealthStatus, Instance, NodeIdentity, ServiceId,
-        ServiceMeta, ServiceRecord, Watch,
+        ServiceMeta, ServiceRecord,
     };
 
     const SECOND: Duration = Duration::from_secs(1);

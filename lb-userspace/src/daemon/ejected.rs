@@ -27,6 +27,8 @@ const MAX_PROBES: usize = 64;
 /// How long after an ejection the first probe begins. One for resets is probed at once: that is a hint
 /// that the backend has died, which the probe finds out.
 const FIRST: Duration = Duration::from_millis(200);
+/// For how long a backend that returned is remembered.
+const REMEMBERED: Duration = Duration::from_secs(300);
 
 /// How long after the first probe the second one begins. Each further pause is half as long again, so that
 /// a backend returns within a good half of the time it was away for.
@@ -151,21 +153,33 @@ struct Entry {
     backend: BackendRef,
     /// The time between its last two probes, or before the first one.
     pause: Duration,
-    /// When the next probe begins; `None` while one is under way.
+    /// When the next probe begins; `None` while one is under way, or once it has returned.
     due: Option<Instant>,
+    /// When it returned: if it is ejected again soon, the pauses go on from where they were, so that a
+    /// backend that this host reaches and its clients don't isn't returned several times a second.
+    returned: Option<Instant>,
 }
 
 impl EjectedSet {
     /// Adds a backend that is ejected, unless it is known, or there are too many.
     fn add(&mut self, service: Arc<str>, backend: BackendRef, cause: Cause, now: Instant) {
+        let is_recent = |entry: &Entry| entry.returned.is_none_or(|at| now < at + REMEMBERED);
+        self.by_idx.retain(|_, entry| is_recent(entry));
         let is_full = self.by_idx.len() >= MAX_BACKENDS;
+        let mut pause = if cause == Cause::Resets { Duration::ZERO } else { FIRST };
         match self.by_idx.get(&backend.backend_idx) {
-            Some(known) if known.backend == backend => return,
-            None if is_full => return,
+            Some(known) if known.backend == backend => match known.returned {
+                None => return,
+                Some(_) => pause = next_pause(known.pause),
+            },
+            None if is_full => {
+                let returned = |(idx, entry): (&u32, &Entry)| entry.returned.map(|_| *idx);
+                let Some(idx) = self.by_idx.iter().find_map(returned) else { return };
+                self.by_idx.remove(&idx);
+            }
             _ => {}
         }
-        let pause = if cause == Cause::Resets { Duration::ZERO } else { FIRST };
-        let entry = Entry { service, backend, pause, due: Some(now + pause) };
+        let entry = Entry { service, backend, pause, due: Some(now + pause), returned: None };
         self.by_idx.insert(backend.backend_idx, entry);
     }
 
@@ -195,15 +209,17 @@ impl EjectedSet {
 
     /// Ends a probe: the backend isn't ejected any more, or another probe follows.
     fn end(&mut self, backend: &BackendRef, is_ejected: bool, now: Instant) {
-        if !is_ejected {
-            return self.remove(backend);
-        }
         let Some(entry) = self.by_idx.get_mut(&backend.backend_idx) else { return };
         // Another backend may have the entry by now.
-        if entry.backend == *backend {
-            entry.pause = next_pause(entry.pause);
-            entry.due = Some(now + entry.pause);
+        if entry.backend != *backend {
+            return;
         }
+        if !is_ejected {
+            (entry.due, entry.returned) = (None, Some(now));
+            return;
+        }
+        entry.pause = next_pause(entry.pause);
+        entry.due = Some(now + entry.pause);
     }
 }
 
@@ -266,7 +282,14 @@ mod tests {
             now += MAX_PAUSE;
             assert_eq!(ejected.take_due(now, MAX_PROBES).len(), 1);
             ejected.end(&one, false, now);
-            assert!(ejected.by_idx.is_empty());
+            assert_eq!(ejected.next_due(), None);
+            // If it is ejected again soon, the pauses go on.
+            add(&mut ejected, one, cause, now + FIRST);
+            assert_eq!(ejected.next_due(), Some(now + FIRST + MAX_PAUSE));
+            assert_eq!(ejected.take_due(now + FIRST + MAX_PAUSE, MAX_PROBES).len(), 1);
+            ejected.end(&one, false, now);
+            add(&mut ejected, one, cause, now + REMEMBERED);
+            assert_eq!(ejected.next_due(), Some(now + REMEMBERED + expected[0]));
         }
     }
 
@@ -316,5 +339,6 @@ mod tests {
         ejected.end(&backend(0, 1), false, later);
         add(&mut ejected, backend(MAX_BACKENDS as u32, 1), Cause::Refused, later);
         assert_eq!(ejected.by_idx.len(), MAX_BACKENDS);
+        assert!(ejected.by_idx.contains_key(&(MAX_BACKENDS as u32)));
     }
 }
