@@ -208,13 +208,11 @@ impl Ejection {
     /// it refuses. An ejection for resets, a hint, is replaced: it isn't one more in the row.
     #[inline(always)]
     fn eject(&mut self, cause: Cause, now_ns: u64, limits: &EjectionLimits) {
-        if self.is_ejected(now_ns, limits) {
-            if self.cause != Cause::Resets {
-                if cause == Cause::Refused {
-                    self.cause = cause;
-                }
-                return;
+        if self.cause != Cause::Resets && self.is_ejected(now_ns, limits) {
+            if cause == Cause::Refused {
+                self.cause = cause;
             }
+            return;
         }
         // Since the last end it did well for as long as it had been ejected.
         let well_ns = now_ns.saturating_sub(self.until_ns);
