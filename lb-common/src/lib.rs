@@ -33,5 +33,5 @@ pub use flows::*;
 pub use layout::*;
 use maglev::mix;
 pub use maglev::*;
-use select::{select, side};
+pub use select::{select, side};
 pub use trace::*;

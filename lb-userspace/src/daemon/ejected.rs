@@ -15,7 +15,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
 use super::prober::connect;
-use super::{sleep_until, ticks};
+use super::timers::{sleep_until, ticks};
 use crate::datapath::{BackendRef, Cause, Counters, EventKind, SharedDatapath, Sign};
 
 /// The backends that are probed; more wait until a scan finds room.
@@ -45,7 +45,7 @@ pub const MAX_CHANGES: usize = 1_024;
 
 /// A change of a backend's ejection that the kernel reported.
 #[derive(Debug)]
-pub struct Change {
+pub struct EjectionChange {
     /// Its service.
     pub service: Arc<str>,
     /// The backend.
@@ -53,9 +53,9 @@ pub struct Change {
 }
 
 /// What the task follows.
-pub struct Followed {
+pub struct FollowedEjections {
     /// The kernel's reports.
-    pub changes: mpsc::Receiver<Change>,
+    pub changes: mpsc::Receiver<EjectionChange>,
     /// The kernel side, which knows the table's backends.
     pub datapath: Arc<SharedDatapath>,
     /// The ejections.
@@ -65,7 +65,7 @@ pub struct Followed {
 }
 
 /// Probes what is ejected, for as long as the daemon lives.
-pub async fn follow(mut followed: Followed) {
+pub async fn follow(mut followed: FollowedEjections) {
     let mut ejected = EjectedSet::default();
     let mut probes = JoinSet::new();
     let mut scan_tick = ticks(SCAN_TICK, Duration::ZERO);
@@ -84,7 +84,7 @@ pub async fn follow(mut followed: Followed) {
         }
         let due = ejected.next_due().filter(|_| probes.len() < MAX_PROBES);
         tokio::select! {
-            Some(Change { service, backend }) = followed.changes.recv() => {
+            Some(EjectionChange { service, backend }) = followed.changes.recv() => {
                 match followed.counters.ejection_cause(&backend) {
                     Some(cause) => ejected.add(service, backend, cause, Instant::now()),
                     None => ejected.remove(&backend),
@@ -122,7 +122,12 @@ fn scan(datapath: &SharedDatapath, counters: &Counters) -> Vec<(Arc<str>, Backen
 }
 
 /// Applies what a probe has shown.
-fn end_probe(followed: &Followed, service: &str, backend: &BackendRef, result: io::Result<()>) {
+fn end_probe(
+    followed: &FollowedEjections,
+    service: &str,
+    backend: &BackendRef,
+    result: io::Result<()>,
+) {
     let sign = match result {
         Ok(()) => Sign::Probed,
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => Sign::Refused,

@@ -18,6 +18,7 @@ mod recorder;
 pub mod reload;
 mod revision;
 mod shadow_mode;
+mod timers;
 mod trace;
 pub mod view;
 
@@ -33,7 +34,6 @@ use rustix::event::{PollFd, PollFlags};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tokio::task::{Id, JoinHandle, JoinSet};
-use tokio::time::{Instant, Interval, MissedTickBehavior};
 
 use crate::admin::{View as _, api};
 use crate::catalog::resolve::Resolver;
@@ -51,6 +51,7 @@ use prober::BackendProber;
 use recorder::Recorder;
 use reload::Request;
 use shadow_mode::{OffFile, ShadowSwitch};
+use timers::{sleep_until, ticks};
 use trace::Tracer;
 use view::DaemonView;
 
@@ -207,7 +208,7 @@ impl Daemon {
         let tracer = Arc::new(tracer.context("can't start a thread")?);
         let (problem, deadline_problem) = watch::channel(None);
         let n_returned = Arc::new(AtomicU64::new(0));
-        let ejected = ejected::Followed {
+        let ejected = ejected::FollowedEjections {
             changes,
             datapath: datapath.clone(),
             counters: counters.clone(),
@@ -577,14 +578,6 @@ fn kept_for(config: &Config) -> Option<Duration> {
     }
 }
 
-/// Waits until that moment; for ever without one.
-async fn sleep_until(at: Option<std::time::Instant>) {
-    match at {
-        Some(at) => tokio::time::sleep_until(at.into()).await,
-        None => std::future::pending().await,
-    }
-}
-
 /// Tasks that run as long as the daemon.
 #[derive(Default)]
 struct Tasks {
@@ -649,18 +642,11 @@ fn problem(what: String) -> ConfigErrors {
     ConfigErrors(vec![Problem { location: None, key: None, what }])
 }
 
-/// Ticks from `after` on; one that comes late delays those that follow.
-fn ticks(period: Duration, after: Duration) -> Interval {
-    let mut ticks = tokio::time::interval_at(Instant::now() + after, period);
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    ticks
-}
-
 /// Starts the threads that forward the programs' log and events.
 fn forward_from_kernel(
     datapath: &mut Datapath,
     usage: &UsageSender,
-    changes: mpsc::Sender<ejected::Change>,
+    changes: mpsc::Sender<ejected::EjectionChange>,
 ) {
     if let Some(log) = datapath.take_logger() {
         std::thread::spawn(|| forward_log(log));
@@ -691,7 +677,7 @@ fn forward_log(mut log: EbpfLogger<&'static dyn log::Log>) {
 fn forward_events(
     mut events: Reports,
     usage: &UsageSender,
-    changes: &mpsc::Sender<ejected::Change>,
+    changes: &mpsc::Sender<ejected::EjectionChange>,
 ) {
     loop {
         while let Some(report) = events.next_report() {
@@ -707,7 +693,7 @@ fn forward_events(
                         None => tracing::info!("{service}: {address} gets connections again"),
                     }
                     // A scan finds one that there is no room for.
-                    let _ = changes.try_send(ejected::Change { service, backend });
+                    let _ = changes.try_send(ejected::EjectionChange { service, backend });
                 }
             }
         }
