@@ -701,7 +701,7 @@ pub fn sample(
         }
         // Both counts at once.
         counts += state.0 >> State::COUNTS & (1 | 1 << 16);
-        // A better tier begins anew, a worse one counts nothing.
+        // A better tier starts from zero, a worse one counts nothing.
         let own_tier = state.tier();
         let is_better = less(tier, own_tier);
         let weight = state.0 >> State::WEIGHT & !less(own_tier, tier);

@@ -1,4 +1,4 @@
-//! What the programs report of each connection while somebody traces, and the switch for that.
+//! What the programs report of each connection while a client traces, and the switch for that.
 
 use core::mem::offset_of;
 

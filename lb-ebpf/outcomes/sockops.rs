@@ -174,8 +174,8 @@ fn established(ctx: &SockOpsContext, kept: &RevNat, backend: BackendPtr) {
     apply(Sign::Answered, kept, backend);
 }
 
-/// The backend's host answered a SYN. The next one that is sent waits anew; those that were sent before
-/// don't count any more, as their next SYN may be a minute away after a long silence.
+/// The backend's host answered a SYN. The wait for an answer begins with the next SYN of a new
+/// connection: those that are pending may send theirs again a minute later, after a long silence.
 #[inline(always)]
 fn answered(backend: BackendPtr) {
     backend.set_unanswered_since_us(0);
@@ -202,7 +202,7 @@ fn apply(sign: Sign, kept: &RevNat, backend: BackendPtr) {
 #[inline(always)]
 fn why_it_failed(ctx: &SockOpsContext, socket: *mut bpf_sock) -> Option<Sign> {
     let Some(error) = error(socket) else {
-        // A refusal is a segment that came in. The others can't be told from a client that gave up.
+        // A refusal is a segment that came in. The others look like a client that gave up.
         return (read!(ctx.segs_in) != 0).then_some(Sign::Refused);
     };
     match error {

@@ -1,4 +1,4 @@
-//! The outcomes of connections to VIPs, while somebody traces.
+//! The outcomes of connections to VIPs, while a client traces.
 
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::btf_maps::RingBuf;

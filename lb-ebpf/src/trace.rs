@@ -1,4 +1,4 @@
-//! Connections to VIPs, one by one, while somebody traces: what the verdict on each was.
+//! Connections to VIPs, one by one, while a client traces: the verdict on each.
 
 use core::ffi::c_void;
 

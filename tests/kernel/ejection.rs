@@ -123,7 +123,7 @@ const RESETS: u8 = 1;
 const CLOSES: u8 = 2;
 const STOPS: u8 = 3;
 
-/// A server that does as it is told with each connection, once it is there.
+/// A server that treats each connection by its present order.
 struct Ender {
     address: SocketAddr,
     how: Arc<AtomicU8>,

@@ -9,7 +9,7 @@ use crate::admin::api::{TraceLine, TraceRecord};
 use crate::admin::{TraceFilter, client};
 use crate::terminal;
 
-/// Runs the command, until the daemon ends or nobody reads any more.
+/// Runs the command, until the daemon ends or its output is closed.
 pub fn run(filter: TraceFilter, arguments: &ClientArguments) -> anyhow::Result<()> {
     let address = client::find(arguments.admin.as_deref(), &environment)?;
     let mut failed = Ok(());
@@ -25,7 +25,7 @@ pub fn run(filter: TraceFilter, arguments: &ClientArguments) -> anyhow::Result<(
     failed.and(traced.map_err(Into::into))
 }
 
-/// Prints a line; false once nobody reads.
+/// Prints a line; false once the output is closed.
 fn print(line: &[u8], json: bool) -> anyhow::Result<bool> {
     use std::io::Write;
     let line: TraceLine = serde_json::from_slice(line)

@@ -146,13 +146,13 @@ async fn only_meta_keys_of_nohop_publish_a_change() {
     meta["nohop-algorithm"] = "maglev".into();
     meta["nohop-weight"] = "7".into();
     fake.set(&service("web"), 22, with_meta(meta));
-    let told = ServiceMeta {
+    let expected = ServiceMeta {
         ports: Some("80,5432".into()),
         protocol: Some("both".into()),
         algorithm: Some("maglev".into()),
         weight: Some("7".into()),
     };
-    shows(&mut handle, |catalog| catalog["web"].groups[0].instances[0].meta == told).await;
+    shows(&mut handle, |catalog| catalog["web"].groups[0].instances[0].meta == expected).await;
     fake.set(&service("web"), 23, with_meta(json!(null)));
     shows(&mut handle, |catalog| {
         catalog["web"].groups[0].instances[0].meta == ServiceMeta::default()
