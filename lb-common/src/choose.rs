@@ -227,6 +227,12 @@ pub struct Scan {
 /// because a BPF function returns no more.
 pub type PackedChoice = u64;
 
+/// The backend's index and the reason.
+#[inline(always)]
+pub fn unpack(packed: PackedChoice) -> (u32, ChoiceReason) {
+    (packed as u32, ChoiceReason((packed >> 32) as u8))
+}
+
 impl Draw {
     const WALK: u64 = 1 << 63;
     const MAY_LEAVE: u64 = 1 << 62;
@@ -269,10 +275,7 @@ pub fn choose<C: Candidates>(
     let Draw { found, silent } = draw(candidates, group, range)?;
     let (backend_idx, reason) = match found {
         Drawn::Backend { backend_idx, reason } => (backend_idx, reason),
-        Drawn::None(walk) => {
-            let packed = candidates.choose_in_order(walk);
-            (packed as u32, ChoiceReason((packed >> 32) as u8))
-        }
+        Drawn::None(walk) => unpack(candidates.choose_in_order(walk)),
     };
     let words = candidates.words(backend_idx).ok_or(Inconsistent)?;
     Ok(Choice { backend_idx, words, reason, silent })

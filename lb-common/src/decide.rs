@@ -8,7 +8,7 @@ use crate::{
     ANY_PORT, Algorithm, Backend, BackendWords, BalanceSettings, Candidates, ChoiceReason, Draw,
     Frontend, Frontend6, IPPROTO_TCP, IPPROTO_UDP, Inconsistent, MaglevKey, N_GROUPS, NO_BACKEND,
     PackedChoice, Sample, Scan, ServiceRef, Slot, SlotRange, State, Walk, choose_in_order, draw,
-    sample, state_at,
+    sample, state_at, unpack,
 };
 
 /// After how many nanoseconds without a heartbeat the daemon's process id isn't trusted any more:
@@ -344,11 +344,8 @@ pub fn decide(tables: &impl Tables, caller: &impl Caller, request: &Request) -> 
     let Some(words) = tables.service(service) else { return inconsistent };
     // Asking where a connection comes from is spared where it makes no difference. One of the two
     // words may be newer than the other: if they are the same, each is what either may have.
-    let ranges = |group| {
-        let range = |netns| Reach::of(netns, filter).range(words, group);
-        (range(Netns::Host), range(Netns::Other))
-    };
-    let (on_host, elsewhere) = ranges(0);
+    let first_range = |netns| Reach::of(netns, filter).range(words, 0);
+    let (on_host, elsewhere) = (first_range(Netns::Host), first_range(Netns::Other));
     let is_on_host = host_only == 0 && is_same(on_host, elsewhere) || is_on_host(control, caller);
     if host_only != 0 && !is_on_host {
         return Verdict::Pass(PassReason::NoFrontend);
@@ -390,7 +387,7 @@ pub fn decide(tables: &impl Tables, caller: &impl Caller, request: &Request) -> 
         key: if algorithm == Algorithm::Maglev { key() } else { 0 },
         is_tcp: request.protocol == IPPROTO_TCP,
     });
-    let (backend_idx, reason) = (packed as u32, ChoiceReason((packed >> 32) as u8));
+    let (backend_idx, reason) = unpack(packed);
     let Some(backend) = tables.backend(backend_idx).map(BackendWords::backend) else {
         return inconsistent;
     };
@@ -429,33 +426,26 @@ pub fn draw_for<T: Tables>(tables: &T, question: Question) -> Result<Draw, Incon
     let (Some(control), Some(words)) = (tables.control(), tables.service(service)) else {
         return Err(Inconsistent);
     };
-    let (algorithm, reach, key) = (|| algorithm, || reach, || key);
     draw(&View { tables, control, service, words, algorithm, reach, key }, group, range)
 }
 
 /// The backends of a service that a connection can reach.
-struct View<'a, T: Tables, A, R, K> {
+struct View<'a, T: Tables> {
     tables: &'a T,
     control: T::Control,
     service: u32,
     words: T::Service,
-    algorithm: A,
-    reach: R,
-    key: K,
+    algorithm: Algorithm,
+    reach: Reach,
+    key: u64,
 }
 
-impl<T, A, R, K> Candidates for View<'_, T, A, R, K>
-where
-    T: Tables,
-    A: Fn() -> Algorithm,
-    R: Fn() -> Reach,
-    K: Fn() -> u64,
-{
+impl<T: Tables> Candidates for View<'_, T> {
     type Words = T::Backend;
 
     #[inline(always)]
     fn range(&self, group: usize) -> SlotRange {
-        (self.reach)().range(self.words, group)
+        self.reach.range(self.words, group)
     }
 
     #[inline(always)]
@@ -470,7 +460,7 @@ where
 
     #[inline(always)]
     fn algorithm(&self) -> Algorithm {
-        (self.algorithm)()
+        self.algorithm
     }
 
     #[inline(always)]
@@ -485,7 +475,7 @@ where
 
     #[inline(always)]
     fn key(&self) -> u64 {
-        (self.key)()
+        self.key
     }
 
     #[inline(always)]
@@ -510,7 +500,7 @@ where
 
     #[inline(always)]
     fn choose_in_order(&self, walk: Walk) -> PackedChoice {
-        self.tables.choose_among(self.service, (self.reach)(), walk)
+        self.tables.choose_among(self.service, self.reach, walk)
     }
 }
 
@@ -521,8 +511,7 @@ pub fn choose_among<T: Tables>(tables: &T, service: u32, reach: Reach, walk: Wal
         return u64::from(NO_BACKEND);
     };
     // Neither is asked for.
-    let (algorithm, key) = (Algorithm::default, || 0);
-    let reach = || reach;
+    let (algorithm, key) = (Algorithm::default(), 0);
     choose_in_order(&View { tables, control, service, words, algorithm, reach, key }, walk)
 }
 

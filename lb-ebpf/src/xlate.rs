@@ -14,7 +14,7 @@ use lb_common::{
     INCONSISTENT, IPPROTO_TCP, N_BYPASS_LEVELS, NO_BACKEND, Netns, Origin, PackedChoice,
     PassReason, Question, Reach, RefuseReason, Request, RevNat, Sample, Scan, Selection,
     ServiceRef, Sign, Slot, State, Tables, Verdict, Walk, choose_among, decide, draw_for, lookup,
-    sample_of, state_of,
+    sample_of, state_of, unpack,
 };
 
 use crate::context::{self, Endpoint, Reject};
@@ -217,8 +217,9 @@ impl Tables for Kernel {
             Some(walk) => self.choose_among(service, reach, walk),
             None => drawn,
         };
-        if is_tcp && ChoiceReason((packed >> 32) as u8) == ChoiceReason::TRIAL {
-            nohop_change_ejection(service.into(), u64::from(packed as u32), 1);
+        let (backend_idx, reason) = unpack(packed);
+        if is_tcp && reason == ChoiceReason::TRIAL {
+            nohop_change_ejection(service.into(), backend_idx.into(), 1);
         }
         packed
     }
