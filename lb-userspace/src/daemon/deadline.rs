@@ -223,6 +223,7 @@ pub struct Followed {
 pub async fn follow(mut followed: Followed) {
     let mut departures = Departures::default();
     let mut last: Arc<Table> = Arc::default();
+    let mut last_drains: Arc<Drains> = Arc::default();
     loop {
         let now = boot::time();
         let next = followed.table.borrow_and_update().clone();
@@ -236,7 +237,10 @@ pub async fn follow(mut followed: Followed) {
             last = Arc::default();
         } else if next.is_synced() {
             departures.follow(&last, &next, &drains, now);
-            departures.follow_drains(&next, &drains, now);
+            if !Arc::ptr_eq(&drains, &last_drains) {
+                departures.follow_drains(&next, &drains, now);
+                last_drains = drains;
+            }
             if !last.is_synced() {
                 adopt(&mut departures, &next, &followed).await;
             }
@@ -383,9 +387,13 @@ mod tests {
 
         /// The service web has these instances from now on; none if it has gone.
         fn set(&mut self, now_s: u32, instances: Option<&[&str]>) {
+            self.set_watched(now_s, instances, Watch::Live);
+        }
+
+        fn set_watched(&mut self, now_s: u32, instances: Option<&[&str]>, watch: Watch) {
             let record = instances.map(|instances| {
                 let instances: Vec<Instance> = instances.iter().map(|it| instance(it)).collect();
-                (ServiceId::new("web"), ServiceRecord::new(instances.into(), Watch::Live))
+                (ServiceId::new("web"), ServiceRecord::new(instances.into(), watch))
             });
             let catalog: Catalog = record.into_iter().collect();
             self.builder.set_drains(Arc::new(self.drains.clone()));
@@ -409,6 +417,22 @@ mod tests {
             let endpoints: Vec<_> = due.map(|(endpoint, _)| endpoint).collect();
             self.departures.walked(&endpoints, is_done, now);
         }
+    }
+
+    /// Its source forgets them after `catalog.max_age`, whatever has become of them.
+    #[test]
+    fn instances_of_a_service_that_is_cold_havent_left() {
+        let mut fleet = Fleet::new();
+        fleet.set(0, Some(&["10.0.0.1"]));
+        fleet.set_watched(10, Some(&["10.0.0.1"]), Watch::Cold);
+        fleet.set_watched(20, Some(&[]), Watch::Cold);
+        assert_eq!(fleet.departures.due(), None);
+        let connection = VipConnection {
+            frontend: SocketAddr::new(fleet.table.services["web"].vip.into(), 80),
+            backend: "10.0.0.1:80".parse().unwrap(),
+        };
+        fleet.departures.adopt(&fleet.table, &[connection], 30 * SECOND);
+        assert_eq!(fleet.departures.due(), None);
     }
 
     #[test]
