@@ -61,6 +61,35 @@ fn a_configuration_is_checked_without_a_daemon() {
 }
 
 #[test]
+fn completions_have_each_command_that_help_lists() {
+    let help = nohop(&["help"]);
+    let help = String::from_utf8_lossy(&help.stdout).into_owned();
+    let listed = help.lines().skip_while(|line| *line != "Commands:").skip(1);
+    let listed = listed.take_while(|line| line.starts_with("  "));
+    let commands: Vec<&str> = listed.filter_map(|line| line.split_whitespace().next()).collect();
+    assert!(commands.contains(&"explain") && commands.contains(&"completion"), "{help}");
+    for (shell, first) in [("bash", "_nohop() {"), ("zsh", "#compdef nohop"), ("fish", "# Print")] {
+        let output = nohop(&["completion", shell]);
+        assert_eq!(output.status.code(), Some(0), "{output:?}");
+        let script = String::from_utf8(output.stdout).unwrap();
+        assert!(script.starts_with(first), "{shell}: {script}");
+        for command in &commands {
+            assert!(script.contains(command), "no {command} for {shell}");
+        }
+        assert!(!script.contains("probe-connect"), "a hidden command for {shell}");
+    }
+    let (code, text) = said(&nohop(&["completion", "tcsh"]));
+    assert!(code == Some(2) && text.contains("[possible values: bash, zsh, fish]"), "{text}");
+
+    // What a person gets who types `nohop dra` and a tab.
+    let words = "source <(\"$0\" completion bash) && COMP_WORDS=(nohop dra) COMP_CWORD=1 && \
+                 _nohop nohop dra nohop && echo \"${COMPREPLY[@]}\"";
+    let bash = Command::new("bash").args(["-c", words, env!("CARGO_BIN_EXE_nohop")]).output();
+    let bash = bash.unwrap();
+    assert_eq!(String::from_utf8_lossy(&bash.stdout), "drain\n", "{bash:?}");
+}
+
+#[test]
 fn the_catalog_that_a_configuration_names_is_checked_along() {
     let (_directory, catalog) = file("catalog.toml", "service = []\n");
     let (_other, path) =

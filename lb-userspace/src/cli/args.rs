@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use super::dns::target::ResolverKind;
 use crate::admin::{OUTCOMES, TraceFilter};
@@ -120,6 +120,11 @@ pub enum Command {
         #[command(subcommand)]
         command: ConfigCommand,
     },
+    /// Print the completions of a shell, for it to read
+    Completion {
+        /// The shell
+        shell: CompletionShell,
+    },
     /// Print the version
     Version {
         /// Print one JSON document
@@ -155,6 +160,17 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+}
+
+/// A shell that completes the command line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum CompletionShell {
+    /// `source <(nohop completion bash)`, or a file in /etc/bash_completion.d
+    Bash,
+    /// A file `_nohop` in a directory of $fpath
+    Zsh,
+    /// A file `nohop.fish` in ~/.config/fish/completions
+    Fish,
 }
 
 /// Which connections are printed.

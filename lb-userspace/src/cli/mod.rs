@@ -2,6 +2,7 @@
 
 mod args;
 mod check;
+mod completion;
 mod config_file;
 mod dns;
 mod drain;
@@ -26,7 +27,7 @@ use crate::config::{Config, ConfigErrors};
 use crate::datapath::{create_maps, probe};
 use crate::{daemon, logging};
 use args::{Arguments, ClientArguments, Command, ConfigArguments, ConfigCommand, DnsCommand};
-use process::{FAILURE, USAGE, environment, print, print_error, runtime, write};
+use process::{FAILURE, USAGE, environment, print, print_error, runtime, write, write_text};
 
 /// The longest that one request waits for a change.
 const LONGEST_WAIT: Duration = Duration::from_secs(5);
@@ -125,6 +126,7 @@ fn command(command: Command) -> anyhow::Result<ExitCode> {
         Command::Config { command: ConfigCommand::Show { config, json } } => {
             config_file::show(&config, json)?;
         }
+        Command::Completion { shell } => write_text(&completion::script(shell))?,
         Command::Version { json } => {
             let version = env!("CARGO_PKG_VERSION");
             let document = serde_json::json!({ "version": version });
