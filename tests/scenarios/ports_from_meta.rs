@@ -1,4 +1,4 @@
-//! A service declares its ports in Consul's Meta: it is reachable at those and at no other, and
+//! A service declares its ports in Consul's Meta, or by a tag: it is reachable at those and at no other, and
 //! contradictions among its instances are decided by the majority and reported.
 
 use std::net::SocketAddrV4;
@@ -47,5 +47,15 @@ pub fn run() -> Result<()> {
     }
     let connects = cluster.nodes.connect(SocketAddrV4::new(vip, 82), 5)?;
     ensure!(connects.errors.is_empty(), "{connects:?}");
+
+    // The same by a tag; one that can't be read is reported.
+    let mut tagged = instance("db", "db-1", cluster.helloworlds[0].address);
+    tagged["Tags"] = json!(["routed", "nohop.ports=82", "nohop.port=1"]);
+    cluster.server.register(&tagged)?;
+    let agree = |services: &Value| {
+        let notes = service(services, "db").map(|db| db["notes"].to_string()).unwrap_or_default();
+        notes.contains("the tag `nohop.port=1` is ignored") && !notes.contains("different ports")
+    };
+    cluster.nohop.wait_until(agree)?;
     Ok(())
 }

@@ -6,6 +6,7 @@
 
 mod cache;
 mod consul;
+mod declarations;
 mod file;
 #[cfg(any(fuzzing, test))]
 pub(crate) mod fuzzing;

@@ -23,6 +23,9 @@ pub struct ServiceMeta {
     /// The weight of this instance alone, instead of the source's own: 0 to 65535.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub weight: Option<String>,
+    /// What is wrong with how they are given, a sentence each.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub problems: Vec<String>,
 }
 
 impl ServiceMeta {
@@ -65,6 +68,13 @@ pub fn merge_meta<'a>(instances: impl Iterator<Item = &'a Instance>) -> MergedMe
         majority("algorithms", &instances, |meta| meta.algorithm.as_deref(), &mut notes);
     let declares = |instance: &&Instance| instance.meta.algorithm.is_some();
     let has_bad_algorithm = algorithm.is_none() && instances.iter().any(declares);
+    let mut problems: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for instance in &instances {
+        for problem in &instance.meta.problems {
+            problems.entry(problem).or_default().push(&instance.id);
+        }
+    }
+    notes.extend(problems.iter().map(|(problem, ids)| format!("{}: {problem}", first(ids))));
     MergedMeta { ports, protocols, algorithm, has_bad_algorithm, notes }
 }
 
@@ -215,6 +225,16 @@ mod tests {
         assert_eq!(check(&["Least", "-"], None, true).len(), 1);
         let notes = check(&["least", "maglev", "least"], Some(least), false);
         assert!(notes[0].contains("`least` (2), `maglev` (1): `least` applies"), "{notes:?}");
+    }
+
+    #[test]
+    fn problems_of_declarations_are_notes() {
+        let mut instances = instances(&["-", "80", "80"]);
+        instances[1].meta.problems = vec!["it is odd".into(), "it is bad".into()];
+        instances[2].meta.problems = vec!["it is odd".into()];
+        let merged = merge_meta(instances.iter());
+        assert_eq!(merged.ports, Some(Ports::only([80])));
+        assert_eq!(merged.notes, ["`i1`: it is bad", "`i1` and 1 more: it is odd"]);
     }
 
     #[test]

@@ -7,6 +7,7 @@ use serde::de::{Error, IgnoredAny, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
 use super::address::{self, Candidates};
+use crate::catalog::declarations::declarations;
 use crate::catalog::inspection::{
     InspectedCheck, InspectedInstance, Inspection, MAX_CHECKS, MAX_INSTANCES, MAX_OUTPUT,
 };
@@ -342,7 +343,7 @@ fn instance(record: Record, rules: &CatalogConfig) -> Instance {
     let is_critical = is_of_service
         && chosen.is_ok()
         && record.checks.worst.as_ref().is_some_and(RawCheck::is_critical);
-    let Record { node, mut service, .. } = record;
+    let Record { node, service, .. } = record;
     let (address, port) = match chosen {
         Ok((address, port)) => (address, port.unwrap_or(service.port())),
         Err(_) => (service.address.clone(), service.port()),
@@ -351,7 +352,10 @@ fn instance(record: Record, rules: &CatalogConfig) -> Instance {
         HealthStatus::Warning(_) | HealthStatus::Spare(_) => service.weights.warning,
         HealthStatus::Serving | HealthStatus::Out(_) => service.weights.passing,
     };
-    let mut says = |key: &str| service.meta.remove(key).flatten().filter(|_| is_of_service);
+    let meta = match is_of_service {
+        true => declarations(&service.tags, service.meta),
+        false => ServiceMeta::default(),
+    };
     Instance {
         node_identity: NodeIdentity::new(&node.id, &node.datacenter, &node.partition),
         node_address: parse_ip(&node.address),
@@ -365,12 +369,7 @@ fn instance(record: Record, rules: &CatalogConfig) -> Instance {
         weight: weight.unwrap_or(1),
         local: false,
         health: standing,
-        meta: ServiceMeta {
-            ports: says("nohop-ports"),
-            protocol: says("nohop-protocol"),
-            algorithm: says("nohop-algorithm"),
-            weight: says("nohop-weight"),
-        },
+        meta,
     }
 }
 
@@ -650,7 +649,7 @@ mod tests {
     }
 
     #[test]
-    fn the_meta_keys_of_nohop_are_read() {
+    fn the_declarations_of_the_services_own_instances_are_read() {
         let table = [
             (r#"{}"#, (None, None)),
             (r#"{"Service":{"Meta":null}}"#, (None, None)),
@@ -673,6 +672,8 @@ mod tests {
                 (Some("81"), None),
             ),
             (r#"{"Service":{"Tags":["other"],"Meta":{"nohop-ports":"81"}}}"#, (None, None)),
+            (r#"{"Service":{"Tags":["routed","nohop.ports=81"]}}"#, (Some("81"), None)),
+            (r#"{"Service":{"Tags":["other","nohop.ports=81","nohop.x"]}}"#, (None, None)),
             (
                 r#"{"Service":{"Kind":"connect-proxy","Tags":["routed"],
                                "Meta":{"nohop-ports":"81","nohop-protocol":"udp"}}}"#,

@@ -133,7 +133,7 @@ async fn follows_names_and_instances() {
 }
 
 #[tokio::test]
-async fn only_meta_keys_of_nohop_publish_a_change() {
+async fn only_declarations_for_nohop_publish_a_change() {
     let (fake, mut handle, _) = synced().await;
     let with_meta = |meta| {
         let mut web = instance("n1", "web-1", 1);
@@ -151,6 +151,7 @@ async fn only_meta_keys_of_nohop_publish_a_change() {
         protocol: Some("both".into()),
         algorithm: Some("maglev".into()),
         weight: Some("7".into()),
+        problems: Vec::new(),
     };
     shows(&mut handle, |catalog| catalog["web"].groups[0].instances[0].meta == expected).await;
     fake.set(&service("web"), 23, with_meta(json!(null)));
@@ -158,6 +159,17 @@ async fn only_meta_keys_of_nohop_publish_a_change() {
         catalog["web"].groups[0].instances[0].meta == ServiceMeta::default()
     })
     .await;
+    // A tag alone changes as well.
+    for (index, weight) in [(24, "7"), (25, "8")] {
+        let mut web = instance("n1", "web-1", 1);
+        let tags = web["Service"]["Tags"].as_array_mut().unwrap();
+        tags.push(format!("nohop.weight={weight}").into());
+        fake.set(&service("web"), index, json!([web]));
+        shows(&mut handle, |catalog| {
+            catalog["web"].groups[0].instances[0].meta.weight.as_deref() == Some(weight)
+        })
+        .await;
+    }
 }
 
 #[tokio::test]

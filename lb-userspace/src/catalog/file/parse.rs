@@ -118,7 +118,7 @@ impl Reader<'_> {
             ports: table.get("ports").and_then(|ports| self.ports(ports, &whose)),
             protocol: table.get("protocol").and_then(|protocol| self.protocol(protocol, &whose)),
             algorithm: table.get("algorithm").and_then(|given| self.algorithm(given, &whose)),
-            weight: None,
+            ..ServiceMeta::default()
         };
         let mut instances: Vec<Instance> = Vec::new();
         let mut ids = HashSet::new();
