@@ -483,7 +483,7 @@ pub fn state_at(
 /// went back.
 #[inline(always)]
 fn standing(ejection: EjectionWord, now_ms: u32, max_ms: u32) -> Standing {
-    let cause = Cause::from_number(ejection.cause);
+    let cause = ejection.cause();
     if cause == Cause::None {
         return Standing::Eligible;
     }

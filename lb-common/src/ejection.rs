@@ -7,9 +7,13 @@
 //!   no trial, as connect() doesn't show whether it is over.
 //! - other failures, in a row.
 //!
-//! An ejection ends by itself, so a daemon isn't needed. A trial is claimed by ejecting the backend
-//! again, for twice the time: if it succeeds, all is forgotten; whatever else becomes of it, even if its
-//! end is never reported, the state is already right.
+//! An ejection ends by itself, so a daemon isn't needed. One connection then is its trial. The connect
+//! hook claims it, which keeps others away for the base time, as connect() may fail before its SYN. The
+//! SYN ejects the backend again, for twice the time: if the trial succeeds, all is forgotten; whatever
+//! else becomes of it, even if its end is never reported, the state is already right. A trial that shows
+//! nothing, because no SYN was sent or its client gave up early, leaves the length of the ejection as it
+//! was. The next one comes after the base time, not at once: a client that always gives up early, or has
+//! no route, would lose each connection to it.
 
 /// Resets of established connections in a row, without one that ended in order, that eject.
 pub const RESETS: u8 = 3;
@@ -96,6 +100,8 @@ pub enum Sign {
     Closed,
     /// The daemon found it well.
     Probed,
+    /// The client of a trial gave up before that could show anything.
+    TrialAborted,
 }
 
 /// Whether a backend may be selected.
@@ -133,6 +139,8 @@ pub struct Ejection {
     pub ejections: u8,
     /// Why it is ejected. Resets remain, once their time is over, until the next sign.
     pub cause: Cause,
+    /// Whether a trial was claimed whose SYN is still to come.
+    pub is_claimed: bool,
 }
 
 impl Ejection {
@@ -153,9 +161,15 @@ impl Ejection {
                 next.end(now_ns);
             }
             Sign::Closed => next.resets = 0,
-            Sign::Silence if limits.silence != 0 => next.eject(Cause::Silence, now_ns, limits),
-            Sign::Silence => {}
             // Of connections that began before it was ejected. One that awaits its trial is still out.
+            Sign::Silence if limits.silence == 0 || next.awaits_trial(now_ns, limits) => {}
+            Sign::Silence => next.eject(Cause::Silence, now_ns, limits),
+            Sign::TrialAborted if matches!(next.cause, Cause::None | Cause::Resets) => {}
+            Sign::TrialAborted => {
+                next.ejections = next.ejections.saturating_sub(1);
+                next.until_ns = now_ns.saturating_add(limits.base_ns.min(limits.max_ns));
+            }
+            // Likewise.
             Sign::Reset if next.cause != Cause::None || limits.failures == 0 => {}
             Sign::Reset => {
                 next.resets = self.resets.saturating_add(1);
@@ -177,12 +191,27 @@ impl Ejection {
         next
     }
 
-    /// The state once a trial is under way: others avoid the backend for twice the time.
+    /// The state once a connection was chosen as the trial: others avoid the backend for the base time.
     #[inline(always)]
     pub fn claim_trial(self, now_ns: u64, limits: &EjectionLimits) -> Ejection {
+        let until_ns = now_ns.saturating_add(limits.base_ns.min(limits.max_ns));
+        Ejection { until_ns, is_claimed: true, ..self }
+    }
+
+    /// The state once the SYN of a claimed trial is sent: others avoid the backend for twice the time of
+    /// the last ejection.
+    #[inline(always)]
+    pub fn begin_trial(self, now_ns: u64, limits: &EjectionLimits) -> Ejection {
         let mut next = self;
-        next.begin(self.cause, now_ns, limits);
+        if self.is_claimed {
+            next.begin(self.cause, now_ns, limits);
+        }
         next
+    }
+
+    #[inline(always)]
+    fn awaits_trial(self, now_ns: u64, limits: &EjectionLimits) -> bool {
+        self.standing(now_ns, limits) == Standing::Trial
     }
 
     /// Whether it may be selected, as far as it is ejected.
@@ -228,7 +257,7 @@ impl Ejection {
         if cause != Cause::Resets {
             self.ejections = self.ejections.saturating_add(1);
         }
-        self.cause = cause;
+        (self.cause, self.is_claimed) = (cause, false);
         self.until_ns = now_ns.saturating_add(duration_ns(self.ejections, cause, limits));
     }
 
@@ -244,7 +273,7 @@ impl Ejection {
     #[inline(always)]
     fn end(&mut self, now_ns: u64) {
         if self.cause != Cause::None {
-            self.cause = Cause::None;
+            (self.cause, self.is_claimed) = (Cause::None, false);
             self.until_ns = now_ns;
         }
     }

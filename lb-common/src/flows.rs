@@ -22,7 +22,8 @@ pub struct RevNat {
     pub layout: u16,
     /// In [`Flows`], whether replies of the backend bear this flow's name: [`UNDECIDED`], [`NAMES`] or
     /// [`SUPERSEDED`]. In `SK_REVNAT`, of a TCP socket, whether its connection is among those in flight
-    /// of its backend: [`NOT_COUNTED`], [`COUNTED_PENDING`] or [`COUNTED_ESTABLISHED`].
+    /// of its backend: [`NOT_COUNTED`], [`COUNTED_PENDING`], [`COUNTED_ESTABLISHED`] or
+    /// [`COUNTED_TRIAL`].
     pub naming: u16,
     /// The index into `BACKENDS`.
     pub backend_idx: u32,
@@ -62,6 +63,8 @@ pub const NOT_COUNTED: u16 = 0;
 pub const COUNTED_PENDING: u16 = 1;
 /// The connection was established.
 pub const COUNTED_ESTABLISHED: u16 = 2;
+/// The connection is being established, and it is the trial of an ejected backend.
+pub const COUNTED_TRIAL: u16 = 3;
 
 /// For how long a flow that isn't used counts as in use, in units of [`flow_clock`]: 60 s, which is
 /// what connection tracking gives a datagram's flow at least.

@@ -251,13 +251,13 @@ pub struct BackendOutcomes {
     /// correction of the daemon's races with a connection that ends: a reader takes that as 0.
     pub in_flight: i32,
     /// Connections that are being established: connect() was called, and nothing has come back yet.
-    /// As above, below zero is 0. Not written yet.
+    /// As above, below zero is 0.
     pub pending: i32,
     /// Whether it is ejected.
     pub ejection: EjectionWord,
     /// Since when connections are pending and none has been answered: the low 32 bits of
     /// CLOCK_MONOTONIC in microseconds; 0 while none is pending. It wraps after 71 minutes, which no
-    /// pending connection lasts. Not written yet.
+    /// pending connection lasts.
     pub unanswered_since_us: u32,
     /// The time from a connection's SYN to the answer in microseconds, by [`peak_average_us`](crate::peak_average_us); 0 for
     /// none yet. Connections whose SYN had to be sent again have none.
@@ -282,29 +282,45 @@ pub struct EjectionWord {
     pub resets: u8,
     /// See [`Ejection::ejections`].
     pub ejections: u8,
-    /// The number of a [`Cause`].
+    /// The number of a [`Cause`], and [`EjectionWord::CLAIMED`].
     pub cause: u8,
 }
 
 impl EjectionWord {
+    /// The bit of [`EjectionWord::cause`] for [`Ejection::is_claimed`].
+    pub const CLAIMED: u8 = 1 << 7;
+
+    /// Why it is ejected.
+    #[inline(always)]
+    pub const fn cause(self) -> Cause {
+        Cause::from_number(self.cause & !EjectionWord::CLAIMED)
+    }
+
+    /// See [`Ejection::is_claimed`].
+    #[inline(always)]
+    pub const fn is_claimed(self) -> bool {
+        self.cause & EjectionWord::CLAIMED != 0
+    }
+
     /// The word for an ejection. Its end is rounded up to a millisecond.
     #[inline(always)]
     pub fn of(ejection: Ejection) -> EjectionWord {
-        let Ejection { until_ns, failures, resets, ejections, cause } = ejection;
+        let Ejection { until_ns, failures, resets, ejections, cause, is_claimed } = ejection;
         let until_ms = until_ns.div_ceil(1_000_000) as u32;
-        EjectionWord { until_ms, failures, resets, ejections, cause: cause as u8 }
+        let cause = cause as u8 | if is_claimed { EjectionWord::CLAIMED } else { 0 };
+        EjectionWord { until_ms, failures, resets, ejections, cause }
     }
 
     /// The ejection, as it is now. Ends wrap after 49 days: one is taken to be within 24 of now.
     #[inline(always)]
     pub fn at(self, now_ns: u64) -> Ejection {
-        let EjectionWord { until_ms, failures, resets, ejections, cause } = self;
-        let cause = Cause::from_number(cause);
+        let EjectionWord { until_ms, failures, resets, ejections, .. } = self;
+        let (cause, is_claimed) = (self.cause(), self.is_claimed());
         let until_ns = near_ns(until_ms, now_ns);
         // An end that is over isn't ahead: it was longer than 24 days ago.
         let is_long_ago = cause == Cause::None && until_ns > now_ns;
         let until_ns = if is_long_ago { 0 } else { until_ns };
-        Ejection { until_ns, failures, resets, ejections, cause }
+        Ejection { until_ns, failures, resets, ejections, cause, is_claimed }
     }
 
     /// Whether a sign may change it. A connection that succeeds is mostly none that does.
@@ -312,13 +328,15 @@ impl EjectionWord {
     pub fn is_changed_by(self, sign: Sign) -> bool {
         match sign {
             Sign::Answered => self.cause != Cause::None as u8 || self.failures != 0,
+            Sign::TrialAborted => self.cause != Cause::None as u8,
             Sign::Closed => self.resets != 0,
             _ => true,
         }
     }
 
     /// The word after a sign, and what is to be reported of it: that the backend is ejected, or that
-    /// it returns. An ejection for resets that is over with its time isn't reported.
+    /// it returns. An ejection for resets that is over with its time isn't reported, nor is one that a
+    /// trial left as it was.
     #[inline(always)]
     pub fn after(
         self,
@@ -328,11 +346,13 @@ impl EjectionWord {
     ) -> (EjectionWord, Option<EventKind>) {
         let ejection = self.at(now_ns).after(sign, now_ns, limits);
         let next = EjectionWord::of(ejection);
-        let is_over = self.cause == Cause::Resets as u8 && sign == Sign::Answered;
+        let is_over = self.cause() == Cause::Resets && sign == Sign::Answered;
         let is_ended =
             self.cause != Cause::None as u8 && next.cause == Cause::None as u8 && !is_over;
-        let event = if ejection.is_ejected(now_ns, limits)
-            && (next.until_ms, next.cause) != (self.until_ms, self.cause)
+        let event = if sign == Sign::TrialAborted {
+            None
+        } else if ejection.is_ejected(now_ns, limits)
+            && (next.until_ms, next.cause()) != (self.until_ms, self.cause())
         {
             Some(EventKind::Ejected)
         } else if is_ended && matches!(sign, Sign::Answered | Sign::Probed) {
@@ -705,6 +725,7 @@ mod tests {
                 (3, Sign::Reset, None),
                 (200, Sign::Answered, None),
             ],
+            &[(0, Sign::Silence, Some(EventKind::Ejected)), (1_500, Sign::TrialAborted, None)],
         ];
         for signs in rows {
             let mut word = EjectionWord::default();
@@ -739,6 +760,7 @@ mod tests {
                     resets: 255,
                     ejections: 9,
                     cause: Cause::Silence,
+                    is_claimed: later_ms == 1_000,
                 };
                 let word = EjectionWord::of(ejection);
                 // What was before the boot is its beginning.

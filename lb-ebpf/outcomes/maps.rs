@@ -26,6 +26,8 @@ static BACKENDS: Array<BackendEntry, N_BACKENDS, MMAPABLE> = Array::new();
 #[btf_map]
 static BACKEND_FAILURES: Array<u64, N_BACKENDS, MMAPABLE> = Array::new();
 #[btf_map]
+static SYN_RETRANSMITS: Array<u64, N_SERVICES, MMAPABLE> = Array::new();
+#[btf_map]
 static SERVICE_STATS: Array<ServiceStats, N_SERVICES, MMAPABLE> = Array::new();
 #[btf_map]
 static COUNTERS: Array<GlobalCounters, 1, MMAPABLE> = Array::new();
@@ -214,6 +216,15 @@ pub fn count_service_failure(kept: &RevNat) {
     if let Some(stats) = service_of(kept).and_then(|service| SERVICE_STATS.get_ptr_mut(service)) {
         // SAFETY: an array's element stays; this word of it is written by atomic addition only.
         add_one(unsafe { &raw mut (*stats).failed });
+    }
+}
+
+/// Counts SYNs that were sent again, of the service that a frontend leads to now.
+#[inline(always)]
+pub fn count_syn_retransmits(kept: &RevNat, n: u32) {
+    if let Some(count) = service_of(kept).and_then(|service| SYN_RETRANSMITS.get_ptr_mut(service)) {
+        // SAFETY: as in `add`.
+        unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(count, n.into()) };
     }
 }
 

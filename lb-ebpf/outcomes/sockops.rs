@@ -1,5 +1,6 @@
 //! From the SYN of a connection to its end: what is in flight, what failed, and what that shows of
-//! the backend, which may eject it. No timer runs: the connect hook finds silence when it chooses.
+//! the backend, which may eject it. No timer runs: silence is found by the connect hook when it chooses,
+//! and here when a client gives up.
 //!
 //! The program runs for each TCP socket of the cgroup, several times for each connection, so its
 //! first instructions return unless the operation is one of two. It never writes `reply`: the kernel
@@ -17,8 +18,8 @@ use aya_ebpf::helpers::generated::{bpf_ktime_get_ns, bpf_skc_to_tcp_sock};
 use aya_ebpf::macros::sock_ops;
 use aya_ebpf::programs::SockOpsContext;
 use lb_common::{
-    COUNTED_ESTABLISHED, COUNTED_PENDING, LAYOUT, NOT_COUNTED, RevNat, Sign, TraceKind,
-    peak_average_us,
+    COUNTED_ESTABLISHED, COUNTED_PENDING, COUNTED_TRIAL, EjectionWord, LAYOUT, NOT_COUNTED, RevNat,
+    Sign, TraceKind, is_silent, peak_average_us,
 };
 
 use crate::maps::{self, BackendPtr};
@@ -81,13 +82,26 @@ fn begin(ctx: &SockOpsContext) {
     if ctx.set_cb_flags(flags.cast_signed()).is_err() {
         return;
     }
-    kept.naming = COUNTED_PENDING;
+    kept.naming = if begins_trial(backend) { COUNTED_TRIAL } else { COUNTED_PENDING };
     // A time that is left of earlier connections, after two ends at once, is none.
     if backend.pending() <= 0 || backend.unanswered_since_us() == 0 {
         backend.set_unanswered_since_us(now_us());
     }
     backend.add_in_flight(1);
     backend.add_pending(1);
+}
+
+/// Whether a SYN to a backend is that of its trial, which the connect hook has claimed.
+#[inline(always)]
+fn begins_trial(backend: BackendPtr) -> bool {
+    let ejection = backend.ejection();
+    if !ejection.is_claimed() {
+        return false;
+    }
+    let Some(limits) = maps::limits() else { return false };
+    let now_ns = now_ns();
+    backend.set_ejection(EjectionWord::of(ejection.at(now_ns).begin_trial(now_ns, &limits)));
+    true
 }
 
 /// A socket is about to be in another state: `args` has the former one and the next.
@@ -105,8 +119,13 @@ fn change_state(ctx: &SockOpsContext) {
     if counted == NOT_COUNTED || kept.layout != layout() {
         return;
     }
-    if counted == COUNTED_PENDING {
+    let is_pending = counted != COUNTED_ESTABLISHED;
+    if is_pending {
         trace::report(ctx, || outcome(ctx, socket, next));
+        let n_retransmits = read!(ctx.total_retrans);
+        if n_retransmits != 0 {
+            maps::count_syn_retransmits(kept, n_retransmits);
+        }
     }
     let backend = maps::backend(kept.backend_idx, kept.generation);
     if next == BPF_TCP_ESTABLISHED {
@@ -117,7 +136,7 @@ fn change_state(ctx: &SockOpsContext) {
         return;
     }
     kept.naming = NOT_COUNTED;
-    let sign = if counted == COUNTED_PENDING {
+    let mut sign = if is_pending {
         let sign = why_it_failed(ctx, socket);
         if sign.is_some() {
             // Also of a backend that has left: the connect() was the service's.
@@ -129,13 +148,15 @@ fn change_state(ctx: &SockOpsContext) {
     };
     let Some(backend) = backend else { return };
     backend.add_in_flight(-1);
-    if counted == COUNTED_PENDING {
+    if is_pending {
+        if sign.is_some() {
+            maps::count_backend_failure(kept.backend_idx);
+        } else {
+            sign = given_up(backend, counted == COUNTED_TRIAL);
+        }
         backend.add_pending(-1);
         if sign == Some(Sign::Refused) {
             answered(backend);
-        }
-        if sign.is_some() {
-            maps::count_backend_failure(kept.backend_idx);
         }
     } else {
         let srtt_us = read!(ctx.srtt_us) >> 3;
@@ -196,19 +217,44 @@ fn apply(sign: Sign, kept: &RevNat, backend: BackendPtr) {
     }
 }
 
+/// What a connection shows whose client gave up while it was being established: silence, by the rule by
+/// which the connect hook finds it, as no later connect may come; else nothing, so a trial decides nothing.
+#[inline(always)]
+fn given_up(backend: BackendPtr, is_trial: bool) -> Option<Sign> {
+    let (pending, since_us) = (backend.pending(), backend.unanswered_since_us());
+    if since_us != 0 {
+        let (connect_us, limits) = (backend.connect_us(), maps::limits()?);
+        if is_silent(pending, since_us, connect_us, now_us(), &limits) {
+            return Some(Sign::Silence);
+        }
+    }
+    is_trial.then_some(Sign::TrialAborted)
+}
+
 /// Why a connection never was established, where it ended by an error: refused, timed out,
 /// unreachable. `tcp_reset`, `tcp_write_err` and `tcp_v4_err` set it before the state. One that the
 /// client gave up has none: `tcp_disconnect` sets it after the state.
 #[inline(always)]
 fn why_it_failed(ctx: &SockOpsContext, socket: *mut bpf_sock) -> Option<Sign> {
+    // Read at once: the compiler joins reads of branches, and the verifier forbids what it makes of them
+    // ("dereference of modified ctx ptr").
+    let (segs_in, packets_out) = (read!(ctx.segs_in), read!(ctx.packets_out));
+    let total_retrans = read!(ctx.total_retrans);
     let Some(error) = error(socket) else {
-        // A refusal is a segment that came in. The others look like a client that gave up.
-        return (read!(ctx.segs_in) != 0).then_some(Sign::Refused);
+        // A RST and a time-out purge the SYN before the state changes (`tcp_write_queue_purge` in
+        // `tcp_reset` and `tcp_write_err`); a client that gives up doesn't, nor does an ICMP error before
+        // 6.11. A segment that came in may be of an earlier connection, such as one in TIME_WAIT, which
+        // has the SYN sent again after 8 ms (`tcp_rcv_synsent_state_process`).
+        return match (packets_out, segs_in, total_retrans) {
+            (0, 1.., 0) => Some(Sign::Refused),
+            (0, ..) => Some(Sign::Failed),
+            _ => None,
+        };
     };
     match error {
         0 | ECONNABORTED => None,
         // By a segment, not by an ICMP error, which may be of this client's own firewall.
-        ECONNREFUSED if read!(ctx.segs_in) != 0 => Some(Sign::Refused),
+        ECONNREFUSED if segs_in != 0 => Some(Sign::Refused),
         _ => Some(Sign::Failed),
     }
 }

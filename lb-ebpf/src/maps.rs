@@ -36,6 +36,9 @@ static BACKENDS: Array<BackendEntry, N_BACKENDS, MMAPABLE> = Array::new();
 /// Failures of each backend, which the unit `outcomes` counts; here, so that it is there without it.
 #[btf_map]
 static BACKEND_FAILURES: Array<u64, N_BACKENDS, MMAPABLE> = Array::new();
+/// SYNs of each service that were sent again, likewise.
+#[btf_map]
+static SYN_RETRANSMITS: Array<u64, N_SERVICES, MMAPABLE> = Array::new();
 /// The programs don't read it; here, so that it is part of the object like the others.
 #[btf_map]
 static SERVICE_NAMES: Array<ServiceName, N_SERVICES, MMAPABLE> = Array::new();

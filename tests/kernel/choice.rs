@@ -30,7 +30,7 @@ const SETTINGS: BalanceSettings = BalanceSettings {
 };
 
 /// CLOCK_MONOTONIC, in milliseconds.
-fn now_ms() -> u32 {
+pub fn now_ms() -> u32 {
     let now = clock_gettime(ClockId::Monotonic);
     (now.tv_sec * 1_000 + now.tv_nsec / 1_000_000) as u32
 }
@@ -40,7 +40,7 @@ fn backends(bed: &Bed) -> Array<MapData, [u8; 64]> {
     Map::from_map_data(MapData::from_pin(pin).unwrap()).unwrap().try_into().unwrap()
 }
 
-fn entry(bed: &Bed, address: SocketAddr) -> (u32, BackendEntry) {
+pub fn entry(bed: &Bed, address: SocketAddr) -> (u32, BackendEntry) {
     let idx = bed.datapath.indices("web").unwrap().backends[&address];
     (idx, BackendEntry::read_from_bytes(&backends(bed).get(&idx, 0).unwrap()).unwrap())
 }

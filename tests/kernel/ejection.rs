@@ -3,14 +3,14 @@
 
 use std::io::{ErrorKind, Read};
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use lb_common::EjectionWord;
+use lb_common::{Cause, EjectionWord};
 use lb_userspace::datapath::{BackendOutcomes, BalanceSettings, Counters, Datapath, Report};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, connect, socket_with, sockopt};
@@ -101,6 +101,25 @@ fn begin() -> OwnedFd {
     let connecting = connect(&socket, &SocketAddrV4::new(VIP, 80));
     assert_eq!(connecting, Err(rustix::io::Errno::INPROGRESS));
     socket
+}
+
+/// Connections that time out, at once but for the second until a SYN would be sent again.
+fn time_out(n: usize) {
+    let waiting: Vec<_> = (0..n)
+        .map(|_| {
+            let flags = SocketFlags::NONBLOCK;
+            let socket = socket_with(AddressFamily::INET, SocketType::STREAM, flags, None).unwrap();
+            sockopt::set_tcp_user_timeout(&socket, 1).unwrap();
+            let connecting = connect(&socket, &SocketAddrV4::new(VIP, 80));
+            assert_eq!(connecting, Err(rustix::io::Errno::INPROGRESS));
+            socket
+        })
+        .collect();
+    for socket in &waiting {
+        poll(&mut [PollFd::new(socket, PollFlags::OUT)], None).unwrap();
+        let error = sockopt::socket_error(socket).unwrap();
+        assert_eq!(error, Err(rustix::io::Errno::TIMEDOUT));
+    }
 }
 
 fn reset(stream: TcpStream) {
@@ -239,23 +258,178 @@ pub fn silence_is_seen() {
     assert_eq!(backend.why(), "");
 
     // Time-outs: with the first retransmission, after a second.
-    let waiting: Vec<_> = (0..3)
-        .map(|_| {
-            let flags = SocketFlags::NONBLOCK;
-            let socket = socket_with(AddressFamily::INET, SocketType::STREAM, flags, None).unwrap();
-            sockopt::set_tcp_user_timeout(&socket, 1).unwrap();
-            let connecting = connect(&socket, &SocketAddrV4::new(VIP, 80));
-            assert_eq!(connecting, Err(rustix::io::Errno::INPROGRESS));
-            socket
-        })
-        .collect();
-    for socket in &waiting {
-        poll(&mut [PollFd::new(socket, PollFlags::OUT)], None).unwrap();
-        let error = sockopt::socket_error(socket).unwrap();
-        assert_eq!(error, Err(rustix::io::Errno::TIMEDOUT));
-    }
+    time_out(3);
     assert_eq!(backend.why(), "3 failed connects in a row");
     assert_eq!(backend.outcomes().pending, 0);
+}
+
+/// Has the only pending connections of a backend wait since so long ago; below zero they have just begun.
+fn wait_since(bed: &Bed, address: SocketAddr, ago_ms: i32) {
+    let since_us = choice::now_ms().wrapping_sub_signed(ago_ms).wrapping_mul(1_000).max(1);
+    choice::change(bed, address, |entry| entry.outcomes.unanswered_since_us = since_us);
+}
+
+const LONG_MS: i32 = 60_000;
+
+/// A client that gives up after the time of silence shows it, though no other connects. One that gives up
+/// sooner shows nothing.
+pub fn giving_up_shows_silence() {
+    let (listener, _fills) = silent();
+    let address = listener.local_addr().unwrap();
+    let mut bed = Bed::new();
+    bed.datapath.set_balance(ejecting(HOUR_MS));
+    let backend = Backend::only(&mut bed, address);
+    for (waits_ms, expected) in [(-LONG_MS, ""), (LONG_MS, "connects get no answer")] {
+        let socket = begin();
+        wait_since(&bed, address, waits_ms);
+        drop(socket);
+        assert_eq!(backend.why(), expected, "after {waits_ms} ms");
+        let BackendOutcomes { in_flight, pending, ejection, .. } = backend.outcomes();
+        assert_eq!((in_flight, pending, ejection.failures), (0, 0, 0));
+    }
+    assert_eq!(backend.n_ejections(), 1);
+}
+
+/// A trial that sends no SYN, or whose client gives up early, leaves the ejection as long as it was.
+pub fn trials_that_show_nothing() {
+    let (listener, _fills) = silent();
+    let address = listener.local_addr().unwrap();
+    let mut bed = Bed::new();
+    bed.datapath.set_balance(ejecting(HOUR_MS));
+    let backend = Backend::only(&mut bed, address);
+    let is_over = || {
+        choice::change(&bed, address, |entry| {
+            let until_ms = choice::now_ms().wrapping_sub(1);
+            let (failures, ejections, cause) = (3, 3, Cause::Refused as u8);
+            entry.outcomes.ejection =
+                EjectionWord { until_ms, failures, ejections, cause, resets: 0 };
+        });
+        assert!(backend.awaits_trial());
+    };
+    let length = || {
+        assert!(!backend.why().is_empty() && !backend.awaits_trial());
+        backend.outcomes().ejection.ejections
+    };
+    // The port is in use, for a connection to the same backend.
+    let bound = |port| {
+        let flags = SocketFlags::NONBLOCK;
+        let socket = socket_with(AddressFamily::INET, SocketType::STREAM, flags, None).unwrap();
+        sockopt::set_socket_reuseaddr(&socket, true).unwrap();
+        rustix::net::bind(&socket, &SocketAddrV4::new(Ipv4Addr::LOCALHOST, port)).unwrap();
+        socket
+    };
+    let user = bound(0);
+    let port = SocketAddr::try_from(rustix::net::getsockname(&user).unwrap()).unwrap().port();
+    assert_eq!(connect(&user, &address), Err(rustix::io::Errno::INPROGRESS));
+    is_over();
+    let failed = connect(&bound(port), &SocketAddrV4::new(VIP, 80));
+    assert_eq!(failed, Err(rustix::io::Errno::ADDRNOTAVAIL));
+    assert_eq!(length(), 3, "without a SYN");
+
+    is_over();
+    let trial = begin();
+    assert_eq!(length(), 4, "while its SYN is out");
+    wait_since(&bed, address, -LONG_MS);
+    drop(trial);
+    assert_eq!(length(), 3, "given up early");
+
+    is_over();
+    let trial = begin();
+    wait_since(&bed, address, LONG_MS);
+    drop(trial);
+    assert_eq!(length(), 4, "given up after the time of silence");
+    assert_eq!(backend.outcomes().pending, 0);
+}
+
+/// Without the kernel's type information the socket's error isn't read: a refusal and a time-out are seen
+/// all the same, and a segment of an earlier connection is no refusal.
+pub fn without_type_information() {
+    let address = SocketAddr::from(crate::fixture::dead());
+    let mut bed = Bed::with(|options| options.reads_btf = false);
+    bed.datapath.set_balance(BalanceSettings { refused: 2, ..ejecting(HOUR_MS) });
+    let backend = Backend::only(&mut bed, address);
+    refused();
+    assert_eq!((backend.why().as_str(), backend.outcomes().ejection.failures), ("", 1));
+    refused();
+    assert_eq!(backend.why(), "2 refused connects");
+
+    let (listener, _fills) = silent();
+    let address = listener.local_addr().unwrap();
+    let backend = Backend::only(&mut bed, address);
+    time_out(1);
+    let n_failures = || backend.outcomes().ejection.failures;
+    assert_eq!((n_failures(), backend.why()), (1, String::new()));
+    drop(begin());
+    assert_eq!(n_failures(), 1, "given up");
+
+    // A connection that this side has forgotten: the other one acknowledges what it has, to any SYN.
+    drop(listener.accept().unwrap());
+    let former = TcpStream::connect(address).unwrap();
+    let port = former.local_addr().unwrap().port();
+    let (_still_open, _) = listener.accept().unwrap();
+    forget(former);
+    let _fills = TcpStream::connect(address).unwrap();
+    let flags = SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::INET, SocketType::STREAM, flags, None).unwrap();
+    rustix::net::bind(&socket, &SocketAddrV4::new(Ipv4Addr::LOCALHOST, port)).unwrap();
+    let connecting = connect(&socket, &SocketAddrV4::new(VIP, 80));
+    assert_eq!(connecting, Err(rustix::io::Errno::INPROGRESS));
+    until("a segment", || tcp_info(&socket).tcpi_segs_in > 0);
+    drop(socket);
+    assert_eq!((n_failures(), backend.why()), (1, String::new()), "given up after a segment");
+}
+
+/// Closes a socket of which the peer learns nothing (TCP_REPAIR of tcp(7)).
+fn forget(stream: TcpStream) {
+    let repair: libc::c_int = 1;
+    // SAFETY: the option takes an int.
+    let set = unsafe {
+        libc::setsockopt(
+            stream.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_REPAIR,
+            (&raw const repair).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    assert_eq!(set, 0, "{}", std::io::Error::last_os_error());
+}
+
+fn tcp_info(socket: &OwnedFd) -> libc::tcp_info {
+    let mut length = size_of::<libc::tcp_info>() as libc::socklen_t;
+    // SAFETY: a `tcp_info` is integers, and the kernel writes no more than `length`.
+    unsafe {
+        let mut info: libc::tcp_info = std::mem::zeroed();
+        let pointer = (&raw mut info).cast();
+        let fd = socket.as_raw_fd();
+        let got = libc::getsockopt(fd, libc::IPPROTO_TCP, libc::TCP_INFO, pointer, &raw mut length);
+        assert_eq!(got, 0, "{}", std::io::Error::last_os_error());
+        info
+    }
+}
+
+/// SYNs that are sent again are counted once the connection is established, or has failed.
+pub fn retransmitted_syns_are_counted() {
+    let (listener, _fills) = silent();
+    let address = listener.local_addr().unwrap();
+    let mut bed = Bed::new();
+    let backend = Backend::only(&mut bed, address);
+    let n_counted = || backend.counters.service(backend.service_idx).syn_retransmits;
+    let (given_up, answered) = (begin(), begin());
+    // The first after a second, the next two seconds later.
+    let n_sent = |socket: &OwnedFd| u64::from(tcp_info(socket).tcpi_total_retrans);
+    until("a SYN that is sent again", || n_sent(&given_up) > 0 && n_sent(&answered) > 0);
+    assert_eq!(n_counted(), 0);
+    let n_given_up = n_sent(&given_up);
+    drop(given_up);
+    assert_eq!(n_counted(), n_given_up);
+    drop(listener.accept().unwrap());
+    poll(&mut [PollFd::new(&answered, PollFlags::OUT)], None).unwrap();
+    assert_eq!(sockopt::socket_error(&answered).unwrap(), Ok(()));
+    assert_eq!(n_counted(), n_given_up + n_sent(&answered));
+    drop(listener.accept().unwrap());
+    drop(TcpStream::connect(vip()).unwrap());
+    assert_eq!(n_counted(), n_given_up + n_sent(&answered), "of an answered SYN none");
 }
 
 /// Resets by the backend, three in a row, eject for a moment; the client's own never do.

@@ -192,7 +192,7 @@ pub fn is_what_the_kernel_lists() {
         apply(datapath, vec![service("web", VIP, &backends)]);
     };
     change(&mut datapath, &mut random);
-    assert!(datapath.counts_in_flight());
+    assert!(datapath.counts_in_flight(), "{:?}", datapath.unit_status());
     let n_rounds = n_connects() * 2;
     for nth in 0..n_rounds {
         match TcpStream::connect((VIP, 80)) {

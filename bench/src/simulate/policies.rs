@@ -317,7 +317,8 @@ impl Balancers {
         }
         if choice.reason == ChoiceReason::TRIAL {
             let trial = &mut self.known[node][choice.backend_idx as usize];
-            trial.ejection = trial.ejection.claim_trial(now_ns, &limits);
+            let claimed = trial.ejection.claim_trial(now_ns, &limits);
+            trial.ejection = claimed.begin_trial(now_ns, &limits);
         }
         choice.backend_idx
     }

@@ -1,3 +1,4 @@
+use std::vec;
 use std::vec::Vec;
 
 use proptest::prelude::*;
@@ -20,6 +21,9 @@ const LIMITS: EjectionLimits = EjectionLimits {
 /// A step: what happens, so many milliseconds after the start.
 enum Step {
     Sign(Sign),
+    /// A trial is claimed.
+    Claim,
+    /// The same, and its SYN is sent.
     Trial,
 }
 
@@ -27,8 +31,13 @@ enum Step {
 fn run(steps: &[(u64, Step)]) -> Ejection {
     steps.iter().fold(Ejection::default(), |ejection, (ms, step)| match step {
         Step::Sign(sign) => ejection.after(*sign, START + ms * MS, &LIMITS),
-        Step::Trial => ejection.claim_trial(START + ms * MS, &LIMITS),
+        Step::Claim => ejection.claim_trial(START + ms * MS, &LIMITS),
+        Step::Trial => trial(ejection, START + ms * MS),
     })
+}
+
+fn trial(ejection: Ejection, now_ns: u64) -> Ejection {
+    ejection.claim_trial(now_ns, &LIMITS).begin_trial(now_ns, &LIMITS)
 }
 
 #[track_caller]
@@ -40,7 +49,7 @@ fn check(steps: &[(u64, Step)], standings: &[(u64, Standing)]) {
     }
 }
 
-use Sign::{Answered, Closed, Failed, Probed, Refused, Reset, Silence};
+use Sign::{Answered, Closed, Failed, Probed, Refused, Reset, Silence, TrialAborted};
 use Standing::{Eligible, Refusing, Suspect, Trial};
 use Step::Sign as On;
 
@@ -66,7 +75,7 @@ fn trials_that_are_refused_double_the_time_up_to_the_longest() {
         lasted.push((ejection.until_ns - now_ns) / S);
         now_ns = ejection.until_ns;
         assert_eq!(ejection.standing(now_ns, &LIMITS), Trial);
-        ejection = ejection.claim_trial(now_ns, &LIMITS);
+        ejection = trial(ejection, now_ns);
         assert_eq!(ejection.standing(now_ns, &LIMITS), Refusing, "one trial at a time");
         ejection = ejection.after(Refused, now_ns + MS, &LIMITS);
     }
@@ -80,6 +89,39 @@ fn a_trial_that_is_answered_ends_the_ejection() {
     check(&steps, &[(1_001, Eligible)]);
     // One whose end is never reported is followed by another.
     check(&[(0, On(Refused)), (1_000, Step::Trial)], &[(2_999, Refusing), (3_000, Trial)]);
+}
+
+#[test]
+fn a_trial_that_shows_nothing_lengthens_no_ejection() {
+    // The third ejection in a row, which lasts 4 s, ends after 7 s.
+    let before =
+        || [(0, On(Refused)), (1_000, Step::Trial), (3_000, Step::Trial), (3_001, On(Refused))];
+    let with = |steps: Vec<(u64, Step)>| before().into_iter().chain(steps).collect::<Vec<_>>();
+    assert_eq!(run(&before()).ejections, 3);
+    // No SYN, or a client that gives up: the next trial comes after the base time, and is as the first.
+    let rows: [&dyn Fn() -> Vec<(u64, Step)>; 2] =
+        [&|| vec![(7_000, Step::Claim)], &|| vec![(6_990, Step::Trial), (7_000, On(TrialAborted))]];
+    for steps in rows {
+        check(&with(steps()), &[(7_999, Refusing), (8_000, Trial)]);
+        assert_eq!(run(&with(steps())).ejections, 3);
+        let again = steps().into_iter().chain([(8_000, Step::Trial), (8_001, On(Refused))]);
+        check(&with(again.collect()), &[(15_999, Refusing), (16_000, Trial)]);
+        let well = steps().into_iter().chain([(8_000, Step::Trial), (8_001, On(Answered))]);
+        check(&with(well.collect()), &[(8_001, Eligible)]);
+    }
+    // A SYN without a claim is of a connection that had no other choice.
+    let ejection = run(&before());
+    assert_eq!(ejection.begin_trial(START + 3_500 * MS, &LIMITS), ejection);
+    // It has returned meanwhile, or is ejected for resets.
+    let returned = [(0, On(Refused)), (1_000, Step::Trial), (1_001, On(Answered))];
+    assert_eq!(run(&returned).after(TrialAborted, START + 2 * S, &LIMITS), run(&returned));
+}
+
+#[test]
+fn silence_of_earlier_connections_takes_no_trial_from_a_backend() {
+    let steps = [(0, On(Silence)), (1_500, On(Silence))];
+    check(&steps, &[(1_500, Trial), (9_999, Trial)]);
+    assert_eq!(run(&steps), run(&steps[..1]));
 }
 
 #[test]
@@ -269,9 +311,9 @@ proptest! {
     /// Whatever happens: an ejection ends within the longest time, and an answer ends it at once.
     #[test]
     fn no_state_is_a_trap(
-        steps in prop::collection::vec((0u64..400 * S, 0usize..8), 0..60),
+        steps in prop::collection::vec((0u64..400 * S, 0usize..10), 0..60),
     ) {
-        let signs = [Refused, Silence, Reset, Failed, Answered, Closed, Probed];
+        let signs = [Refused, Silence, Reset, Failed, Answered, Closed, Probed, TrialAborted];
         let mut now_ns = START;
         let mut ejection = Ejection::default();
         for (later_ns, idx) in steps {
@@ -279,8 +321,9 @@ proptest! {
             let awaits_trial = ejection.standing(now_ns, &LIMITS) == Trial;
             ejection = match signs.get(idx) {
                 Some(&sign) => ejection.after(sign, now_ns, &LIMITS),
-                None if ejection.standing(now_ns, &LIMITS) == Trial => {
-                    ejection.claim_trial(now_ns, &LIMITS)
+                None if awaits_trial => {
+                    let claimed = ejection.claim_trial(now_ns, &LIMITS);
+                    if idx == 8 { claimed } else { claimed.begin_trial(now_ns, &LIMITS) }
                 }
                 None => ejection,
             };

@@ -150,6 +150,7 @@ where
 pub struct Counters {
     services: Arc<AtomicArray<ServiceEntry>>,
     stats: Arc<AtomicArray<ServiceStats>>,
+    syn_retransmits: Arc<AtomicArray<u64>>,
     backends: Arc<AtomicArray<BackendEntry>>,
     backend_failures: Arc<AtomicArray<u64>>,
     global: Arc<AtomicArray<GlobalCounters>>,
@@ -186,6 +187,8 @@ pub struct ServiceCounters {
     pub failed: u64,
     /// Ejections of its backends.
     pub ejections: u64,
+    /// SYNs to its backends that were sent again.
+    pub syn_retransmits: u64,
 }
 
 impl ServiceCounters {
@@ -210,6 +213,7 @@ impl Counters {
             udp_connects: stats.udp,
             failed: stats.failed,
             ejections: stats.ejections,
+            syn_retransmits: self.syn_retransmits.load(service_idx),
         }
     }
 
@@ -432,6 +436,7 @@ impl KernelMaps {
         let counters = Counters {
             services: AtomicArray::take(ebpf, "SERVICES")?,
             stats: AtomicArray::take(ebpf, "SERVICE_STATS")?,
+            syn_retransmits: AtomicArray::take(ebpf, "SYN_RETRANSMITS")?,
             backends: AtomicArray::take(ebpf, "BACKENDS")?,
             backend_failures: AtomicArray::take(ebpf, "BACKEND_FAILURES")?,
             global: AtomicArray::take(ebpf, "COUNTERS")?,
@@ -579,6 +584,7 @@ impl Maps for KernelMaps {
         let at = offset_of!(ServiceEntry, connects);
         self.counters.services.store_field(service_idx, at, &0u64);
         self.counters.stats.store(service_idx, &ServiceStats::default());
+        self.counters.syn_retransmits.store(service_idx, &0);
     }
 
     fn store_range(&mut self, service_idx: u32, nth: usize, range: SlotRange) {

@@ -20,7 +20,7 @@ pub static OUTCOMES: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/n
 
 /// The maps that came to this layout after its first version: an earlier version with the same
 /// layout leaves none, or one of another size.
-const ADDED: [&str; 1] = ["BACKEND_FAILURES"];
+const ADDED: [&str; 2] = ["BACKEND_FAILURES", "SYN_RETRANSMITS"];
 
 /// The specification of a pinned map.
 #[derive(Clone, Copy, Debug)]
@@ -44,7 +44,7 @@ pub struct MapShape {
 /// The sizes of the maps, in entries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sizes {
-    /// `SERVICES`, `SERVICE_STATS` and `SERVICE_NAMES`
+    /// `SERVICES`, `SERVICE_STATS`, `SERVICE_NAMES` and `SYN_RETRANSMITS`
     pub services: u32,
     /// `FRONTENDS`
     pub frontends: u32,
@@ -108,7 +108,7 @@ impl Sizes {
 
     /// The maps of this layout that are pinned, as they have to be.
     pub fn shapes(&self) -> Vec<MapShape> {
-        let by_services = ["SERVICES", "SERVICE_NAMES", "SERVICE_STATS"];
+        let by_services = ["SERVICES", "SERVICE_NAMES", "SERVICE_STATS", "SYN_RETRANSMITS"];
         let sized = by_services.map(|name| (name, self.services)).into_iter().chain([
             ("FRONTENDS", self.frontends),
             ("FRONTENDS6", self.frontends6),
@@ -166,6 +166,7 @@ mod tests {
             ("SERVICES", (2, 4, 192, 1, MMAPABLE)),
             ("SERVICE_NAMES", (2, 4, 64, 1, MMAPABLE)),
             ("SERVICE_STATS", (2, 4, 64, 1, MMAPABLE)),
+            ("SYN_RETRANSMITS", (2, 4, 8, 1, MMAPABLE)),
             ("FRONTENDS", (1, 8, 8, 2, 0)),
             ("FRONTENDS6", (1, 20, 8, 3, 0)),
             ("SLOTS", (2, 4, 8, 4, MMAPABLE)),

@@ -29,6 +29,9 @@ pub struct Options {
     pub map_creator: Option<PathBuf>,
     /// How to refuse a connection; `None` for the best that this kernel has.
     pub refusal: Option<RejectMethod>,
+    /// Whether the kernel's type information is read. Where it isn't, as on a kernel without, programs do
+    /// without what it leads to; for tests.
+    pub reads_btf: bool,
     /// The cookie of the host's network namespace; `None` for the one of this process.
     pub host_netns: Option<u64>,
     /// Whether connections are only counted from the first one on. If not, an earlier daemon's mode
@@ -49,6 +52,7 @@ impl Options {
             units: UNITS,
             map_creator: None,
             refusal: None,
+            reads_btf: true,
             host_netns: None,
             is_shadow: config.shadow,
         }

@@ -8,6 +8,7 @@ use aya::Ebpf;
 use lb_common::ENTRIES_PER_BACKEND;
 
 use super::activity::Usage;
+use super::btf::SocketBits;
 use super::control::Datapath;
 use super::error::DatapathError;
 use super::features::Features;
@@ -45,6 +46,9 @@ impl Datapath {
             return Err(DatapathError::Obstacle(obstacle));
         }
         let mut features = Features::probe()?;
+        if !options.reads_btf {
+            features.sockets = SocketBits::default();
+        }
         if let Some(refusal) = options.refusal {
             features.refusal = refusal;
         }
