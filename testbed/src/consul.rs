@@ -20,7 +20,7 @@ use crate::tempdir::TempDir;
 /// An agent's log line once the catalog has its node, so that there is a leader, too.
 const READY: [&str; 2] = ["Synced node info", "Node info in sync"];
 
-/// Between two questions, where nothing tells when to ask again.
+/// Between two requests, where no event shows when to repeat one.
 const PAUSE: Duration = Duration::from_millis(200);
 
 /// The node name of [`Consul::dev`].
@@ -309,7 +309,7 @@ impl Consul {
             let found = headers.find(|(name, _)| name.eq_ignore_ascii_case("X-Consul-Index"));
             index = found.and_then(|(_, value)| value.parse().ok()).unwrap_or(0);
             if index == 0 {
-                // It answers at once, whatever the query says.
+                // It answers at once, whatever the query asks for.
                 thread::sleep(PAUSE);
             }
         }
@@ -352,7 +352,7 @@ fn merge(config: &mut Value, more: &Value) {
     }
 }
 
-/// An instance as an agent wants it registered: tagged `routed`, with a check that passes until
+/// An instance in the form that an agent registers: tagged `routed`, with a check that passes until
 /// [`Consul::fail`].
 pub fn instance(name: &str, id: &str, address: impl Into<SocketAddr>) -> Value {
     let address = address.into();

@@ -367,7 +367,7 @@ impl Nohop {
         Ok(command)
     }
 
-    /// The address of its admin interface, as the clients of `nohop` want it.
+    /// The address of its admin interface, in the form that the clients of `nohop` take.
     pub fn admin(&self) -> String {
         admin(self.tempdir.path())
     }

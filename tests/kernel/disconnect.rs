@@ -106,7 +106,7 @@ fn is_to(socket: &Connected, server: SocketAddr) -> bool {
 
 /// The system call, which returns a descriptor or 0.
 pub fn bpf<T>(command: libc::c_int, attr: &[T]) -> io::Result<i32> {
-    // SAFETY: the attribute is live and as large as said; what it points to, the caller keeps alive.
+    // SAFETY: the attribute is live and of the given size; the caller keeps alive what it points to.
     let done = unsafe { libc::syscall(libc::SYS_bpf, command, attr.as_ptr(), size_of_val(attr)) };
     if done < 0 { Err(io::Error::last_os_error()) } else { Ok(done as i32) }
 }

@@ -282,7 +282,7 @@ pub fn address_lookups_are_no_connects() {
     let look_up = |port: u16| {
         for mut address in [plain, mapped, by_ipv6] {
             address.set_port(port);
-            // Refused or not: it makes no difference to who only wants to know the source address.
+            // Refused or not: that makes no difference to a client that needs the source address alone.
             let _ = client(address).connect(address);
         }
     };

@@ -1,7 +1,7 @@
 //! The object in the kernel: real programs, real sockets, in a cgroup of the test's own.
 //!
 //! The whole process enters that cgroup, so the trials run one after another.
-#![expect(clippy::unwrap_used, reason = "a trial that can't go on fails")]
+#![expect(clippy::unwrap_used, reason = "a trial that can't continue fails")]
 
 mod atomic_updates;
 mod bypass;

@@ -1,5 +1,5 @@
 //! A disk that is full, a disk that doesn't answer, a log that isn't read: none of them keeps the
-//! daemon down, holds a change back from the kernel, or takes a name away. The status says what is
+//! daemon down, holds a change back from the kernel, or takes a name away. The status reports what is
 //! wrong.
 
 use std::fs::{self, File};

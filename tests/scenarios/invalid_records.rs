@@ -44,7 +44,7 @@ pub fn run() -> Result<()> {
         consul.register(&instance)?;
     }
     consul.register(&instance("no.label", "no.label", cluster.helloworlds[0].address))?;
-    // The same endpoint once more, and once more under a name that DNS can't tell from it.
+    // The same endpoint once more, and once more under a name that DNS can't distinguish from it.
     let first = cluster.helloworlds[0].address;
     consul.register(&instance("helloworld", "again", first))?;
     consul.register(&instance("HelloWorld", "camel", first))?;

@@ -1,5 +1,5 @@
 //! An operator puts an instance, and then a node, into maintenance with Consul's own command: the
-//! instances leave, explain says why, and they come back.
+//! instances leave, explain reports why, and they come back.
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;

@@ -64,7 +64,7 @@ fn as_nobody(place: ExecContext<'_>, program: &str) -> Result<Command> {
     let id = NOBODY.to_string();
     command.args(["--reuid", &id, "--regid", &id, "--clear-groups"]);
     command.arg(cmd::installed(program)?);
-    // It speaks English, and needs nobody's home.
+    // Its messages are English, and it needs no home directory.
     command.env("LC_ALL", "C").env("HOME", "/").current_dir("/");
     Ok(command)
 }

@@ -51,8 +51,8 @@ impl Fixture {
     fn glibc_finds_it(&self) -> Result<()> {
         let found = self.nodes.inside().run("getent", "ahostsv4 helloworld.service")?;
         ensure!(found.starts_with(&format!("{} ", self.vip)), "{found}");
-        let said = self.nodes.curl("helloworld")?;
-        ensure!(said.contains("hello from helloworld"), "{said}");
+        let answer = self.nodes.curl("helloworld")?;
+        ensure!(answer.contains("hello from helloworld"), "{answer}");
         Ok(())
     }
 
@@ -167,8 +167,8 @@ pub fn strangers() -> Result<()> {
         ensure!(answer.contains("status: REFUSED"), "{words}: {answer}");
         // Over TCP before a question is read, so that strangers hold no connections.
         let answer = fixture.nodes.inside().run("dig", &format!("+tcp +tries=1 {words}"));
-        let told = answer.unwrap_or_else(|error| format!("{error:#}"));
-        ensure!(told.contains("communications error"), "{words} over TCP: {told}");
+        let output = answer.unwrap_or_else(|error| format!("{error:#}"));
+        ensure!(output.contains("communications error"), "{words} over TCP: {output}");
     }
     fixture.each_finds_the_vip("dig", &["+short @127.0.0.1 helloworld.service"])?;
     fixture.nodes.client.set_resolv_conf("nameserver 127.0.0.1\n")?;
@@ -187,11 +187,11 @@ pub fn forwarded() -> Result<()> {
     let text: String = (0..5_000).map(|idx| format!("n{idx}.example A\n")).collect();
     std::fs::write(&file, text)?;
     let words = format!("-s 127.0.0.1 -d {} -n 1 -c 4 -q 100 -t 60", file.display());
-    let said = fixture.nodes.inside().run("dnsperf", &words)?;
-    println!("{said}");
-    let has = |text: &str| said.lines().any(|line| line.split_whitespace().eq(text.split(' ')));
-    ensure!(has("Queries completed: 5000 (100.00%)"), "{said}");
-    ensure!(has("Response codes: NOERROR 5000 (100.00%)"), "{said}");
+    let report = fixture.nodes.inside().run("dnsperf", &words)?;
+    println!("{report}");
+    let has = |text: &str| report.lines().any(|line| line.split_whitespace().eq(text.split(' ')));
+    ensure!(has("Queries completed: 5000 (100.00%)"), "{report}");
+    ensure!(has("Response codes: NOERROR 5000 (100.00%)"), "{report}");
     Ok(())
 }
 
@@ -255,7 +255,7 @@ pub fn systemd_resolved() -> Result<()> {
         &["+short helloworld.service", "+short +tcp helloworld.service"],
     )?;
     fixture.glibc_finds_it()?;
-    // Whom the address belongs to it doesn't ask, as `nohop dns setup` says.
+    // It doesn't ask which host has the address, as `nohop dns setup` notes.
     let name = fixture.nodes.dig(&format!("+short -x {}", fixture.vip))?;
     ensure!(name.trim() == "localhost.", "{} is {name:?}", fixture.vip);
     // It asks nohop for all names, and nohop, whose resolv.conf names it now, would ask it again.

@@ -9,7 +9,7 @@ pub fn run() -> Result<()> {
     let mut cluster = Cluster::new(2)?;
     let vip = cluster.vip("helloworld")?;
 
-    // What it has just heard is written while it stops.
+    // What it has just received is written while it stops.
     cluster.agent.kill();
     ensure!(cluster.nohop.terminate()?.success());
     cluster.nohop.start_again()?;

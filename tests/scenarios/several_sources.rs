@@ -76,7 +76,7 @@ pub fn run() -> Result<()> {
         ensure!(checks.any(|it| it["what"] == what), "{what}: {check:#}");
     }
 
-    // Consul alone has this one, and keeps it while it is away. The file goes on changing.
+    // Consul alone has this one, and keeps it while it is away. The file keeps changing.
     cluster.serve("second", 1)?;
     cluster.agent.kill();
     cluster.nohop.wait_for_status(|status| status["sources"][1]["state"] == "failing")?;

@@ -55,7 +55,7 @@ try:
         def ask(ids):
             for n in ids:
                 udp.sendto(struct.pack(">H", n) + QUESTION, ADDRESS)
-        def hear(n):
+        def receive_datagrams(n):
             ids = set()
             for _ in range(n):
                 answer = udp.recv(512)
@@ -63,7 +63,7 @@ try:
                     ids.add(answer[:2])
             return len(ids)
         ask(range(10))
-        answered += hear(10)
+        answered += receive_datagrams(10)
         # An address of dns.listen that wasn't passed.
         beside = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         beside.settimeout(60)
@@ -74,7 +74,7 @@ try:
         stream = socket.create_connection(ADDRESS, 60)
         stream.sendall(struct.pack(">HH", 2 + len(QUESTION), 7) + QUESTION)
         pid = start()
-        answered += hear(100)
+        answered += receive_datagrams(100)
         length, = struct.unpack(">H", receive(stream, 2))
         answered += receive(stream, length)[3] & 15 == 0
         stream.close()
@@ -98,9 +98,9 @@ pub fn run() -> Result<()> {
     std::fs::File::create(&holder)?.write_all(HOLDER.as_bytes()).context("write the holder")?;
     let mut command = nodes.client.outside().command("python3");
     command.arg(&holder).arg(cmd::built("nohop")?).args(["run", "--config"]).arg(config);
-    let told = cmd::output(command)?;
-    let stdout = String::from_utf8_lossy(&told.stdout);
-    let stderr = String::from_utf8_lossy(&told.stderr);
+    let output = cmd::output(command)?;
+    let stdout = String::from_utf8_lossy(&output.stdout);
+    let stderr = String::from_utf8_lossy(&output.stderr);
     ensure!(stdout.contains("336 of 336 answered"), "{stdout}\n{stderr}");
     Ok(())
 }

@@ -1,5 +1,5 @@
 //! The services of a file: an edit is applied, a broken edit changes nothing and is reported, also
-//! where the daemon starts anew while it is there.
+//! where the daemon starts again while it is there.
 
 use anyhow::{Result, ensure};
 

@@ -109,7 +109,7 @@ pub fn run() -> Result<()> {
     let mut open = Trace::open(&cluster.nohop, "")?;
     cluster.nohop.configure("admin.trace = false")?;
     ensure!(cluster.nohop.cli("reload")?.status.success(), "reload");
-    ensure!(open.line()?.is_none(), "the stream goes on");
+    ensure!(open.line()?.is_none(), "the stream continues");
     ensure!(until_ns(&cluster.nohop)? == 0, "still traced");
     let output = cluster.nohop.cli("trace")?;
     let error = String::from_utf8_lossy(&output.stderr).into_owned();

@@ -26,7 +26,7 @@ pub struct Greet {
 }
 
 impl Greet {
-    /// Greets for ever.
+    /// Greets until it is killed.
     ///
     /// # Errors
     /// When it can't listen there.
@@ -58,7 +58,7 @@ pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
 /// Writes a byte to each client, and hangs up.
 pub fn serve(listener: &TcpListener) {
     loop {
-        // A client that breaks off is its own affair.
+        // A client that closes its connection is no error.
         let _ = listener.accept().and_then(|(mut stream, _)| stream.write_all(b"x"));
     }
 }

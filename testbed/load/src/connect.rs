@@ -21,7 +21,7 @@ const PATIENCE: Duration = Duration::from_secs(3);
 /// The arguments of this command.
 #[derive(Args, Clone, Debug)]
 pub struct Connect {
-    /// Whom to connect to: an address, or a file with one on each line
+    /// Where to connect to: an address, or a file with one on each line
     #[arg(value_name = "@FILE|ADDR:PORT", value_parser = Targets::parse)]
     pub targets: Targets,
     /// How many connections

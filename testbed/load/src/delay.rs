@@ -39,7 +39,7 @@ pub struct Delay {
 }
 
 impl Delay {
-    /// Forwards for ever.
+    /// Forwards until it is killed.
     ///
     /// # Errors
     /// When it can't listen there.
@@ -50,10 +50,10 @@ impl Delay {
     }
 }
 
-/// Forwards for ever.
+/// Forwards until it is killed.
 ///
 /// # Errors
-/// When the machine can't go on.
+/// When the machine lacks memory, threads or file descriptors.
 pub fn serve(listener: TcpListener, backend: SocketAddr, delay_ns: u64) -> anyhow::Result<()> {
     listener.set_nonblocking(true)?;
     let poller = Poller::new()?;
@@ -144,7 +144,7 @@ impl Proxy {
         if is_requested {
             for _ in 0..N_BURST {
                 let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-                // A client that breaks off is its own affair.
+                // A client that closes its connection is no error.
                 let Ok(client) = accept_with(&self.listener, flags) else { break };
                 let _ = self.pair(client);
             }

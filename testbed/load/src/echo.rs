@@ -19,7 +19,7 @@ pub struct Echo {
 }
 
 impl Echo {
-    /// Echoes for ever.
+    /// Echoes until it is killed.
     ///
     /// # Errors
     /// When it can't listen there.
@@ -38,7 +38,7 @@ pub fn serve(socket: &UdpSocket, prefix: &[u8]) {
     let mut datagram = vec![0; 65_536];
     datagram[..prefix.len()].copy_from_slice(prefix);
     loop {
-        // A client that is gone is its own affair.
+        // A client that is gone is no error.
         let Ok((n_bytes, from)) = socket.recv_from(&mut datagram[prefix.len()..]) else {
             continue;
         };

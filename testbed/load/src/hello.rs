@@ -1,5 +1,5 @@
-//! `hello`: a server that answers every HTTP request with `hello from NAME`, until it is told to fail:
-//! from SIGUSR1 on it resets its connections, from SIGUSR2 on its work takes 50 times as long.
+//! `hello`: a server that answers every HTTP request with `hello from NAME`. After SIGUSR1 it resets its
+//! connections; after SIGUSR2 its work takes 50 times as long.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -34,7 +34,7 @@ pub struct Hello {
     /// Where to listen
     #[arg(value_name = "ADDR:PORT")]
     pub address: SocketAddr,
-    /// What it calls itself
+    /// The name in its answers
     #[arg(long)]
     pub name: String,
     /// How long the work on a request takes, in milliseconds
@@ -53,7 +53,7 @@ struct Server<'a> {
 }
 
 impl Hello {
-    /// Answers for ever.
+    /// Answers until it is killed.
     ///
     /// # Errors
     /// When it can't listen there.
@@ -79,7 +79,7 @@ impl Hello {
 }
 
 impl Server<'_> {
-    /// Serves connections for ever, one after the other; where all threads are busy, there is one more.
+    /// Serves connections, one after the other; where all threads are busy, there is one more.
     fn accept<'scope>(&'scope self, scope: &'scope Scope<'scope, '_>) {
         loop {
             let Ok((stream, _)) = self.listener.accept() else { continue };
@@ -89,7 +89,7 @@ impl Server<'_> {
             {
                 scope.spawn(|| self.accept(scope));
             }
-            // A client that breaks off is its own affair.
+            // A client that closes its connection is no error.
             let _ = self.serve(stream);
             self.n_busy.fetch_sub(1, Ordering::Relaxed);
         }

@@ -1,5 +1,5 @@
 //! The clients and servers of tests, benchmarks and demo where no existing tool fits. A client prints
-//! one JSON document as the last line; a server prints `listening on ADDR:PORT` and serves for ever.
+//! one JSON document as the last line; a server prints `listening on ADDR:PORT` and serves until it is killed.
 //! Times come from CLOCK_MONOTONIC.
 #![forbid(unsafe_code)]
 

@@ -40,7 +40,7 @@ const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nHost: nohop\r\nConnection: close\r\n\
 /// The arguments of this command.
 #[derive(Args, Clone, Debug)]
 pub struct Probe {
-    /// Whom to connect to
+    /// Where to connect to
     #[arg(value_name = "ADDR:PORT")]
     pub address: SocketAddr,
     /// Where a line for each connection goes: when it began and ended in nanoseconds of CLOCK_MONOTONIC,

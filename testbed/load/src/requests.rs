@@ -23,7 +23,7 @@ const MAX_ANSWER: u64 = 64 * 1024;
 /// The arguments of this command.
 #[derive(Args, Clone, Debug)]
 pub struct Requests {
-    /// Whom to connect to
+    /// Where to connect to
     #[arg(value_name = "ADDR:PORT")]
     pub address: SocketAddr,
     /// How many requests at most; SIGTERM ends them earlier

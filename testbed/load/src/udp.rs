@@ -32,7 +32,7 @@ const N_BURST: usize = 32;
 #[derive(Args, Clone, Debug)]
 #[command(group(clap::ArgGroup::new("pace").required(true).args(["window", "rate"])))]
 pub struct Udp {
-    /// Whom to ask; of several, the sockets ask one each, in turn
+    /// Where the servers are; of several, the sockets ask one each, in turn
     #[arg(value_name = "ADDR:PORT", required = true)]
     pub addresses: Vec<SocketAddr>,
     /// How long datagrams are sent, in seconds

@@ -21,7 +21,7 @@ const PAUSE: Duration = Duration::from_millis(10);
 /// The arguments of this command.
 #[derive(Args, Clone, Debug)]
 pub struct UdpRounds {
-    /// Whom to ask
+    /// Where the server is
     #[arg(value_name = "ADDR:PORT")]
     pub address: SocketAddr,
     /// How many sockets

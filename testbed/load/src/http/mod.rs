@@ -31,7 +31,7 @@ const LINGER_NS: u64 = 100 * MILLISECOND_NS;
 /// The arguments of this command.
 #[derive(Args, Clone, Debug)]
 pub struct Http {
-    /// Whom to ask
+    /// Where the server is
     #[arg(value_name = "ADDR:PORT")]
     pub address: SocketAddr,
     /// Requests a second
