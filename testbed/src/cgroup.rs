@@ -26,7 +26,18 @@ impl Cgroup {
     pub fn new() -> Result<Cgroup> {
         let root = root()?;
         sweep(&root);
-        let path = root.join(tempdir::name("cgroup"));
+        Cgroup::make(root.join(tempdir::name("cgroup")))
+    }
+
+    /// Makes an empty cgroup below this one, which removes it with itself if it is still there.
+    ///
+    /// # Errors
+    /// Without the right to make a directory there.
+    pub fn child(&self, name: &str) -> Result<Cgroup> {
+        Cgroup::make(self.path.join(name))
+    }
+
+    fn make(path: PathBuf) -> Result<Cgroup> {
         let cleanup = Cleanup::new({
             let path = path.clone();
             move || remove(&path)

@@ -65,9 +65,23 @@ pub fn connect(
     address: impl Into<SocketAddr>,
     n_times: u32,
 ) -> Result<Connects> {
-    let address = address.into();
-    let words = format!("requests {address} --times {n_times}");
-    let report = place.run(cmd::built("nohop-load")?, &words)?;
+    requests(place, &format!("{} --times {n_times}", address.into()))
+}
+
+/// The same, one connection after the other: each knows what became of the one before.
+///
+/// # Errors
+/// When the client doesn't work; a failed connection is none.
+pub fn connect_in_turn(
+    place: ExecContext<'_>,
+    address: impl Into<SocketAddr>,
+    n_times: u32,
+) -> Result<Connects> {
+    requests(place, &format!("{} --times {n_times} --threads 1", address.into()))
+}
+
+fn requests(place: ExecContext<'_>, arguments: &str) -> Result<Connects> {
+    let report = place.run(cmd::built("nohop-load")?, &format!("requests {arguments}"))?;
     let report: Value = serde_json::from_str(&report).context("read the client's report")?;
     let counts = |key: &str| -> Result<BTreeMap<String, u64>> {
         Ok(serde_json::from_value(report[key].clone())?)

@@ -1,7 +1,7 @@
 //! What the scenarios are played on: a client node and a backend node, joined by a cable.
 
 use std::fs;
-use std::net::SocketAddrV4;
+use std::net::{SocketAddrV4, TcpListener};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
@@ -15,6 +15,8 @@ use testbed::helloworld::{Connects, Helloworld, connect};
 use testbed::net::{ExecContext, Host};
 use testbed::nohop::{Nohop, service};
 use testbed::tempdir::TempDir;
+
+use crate::server::Server;
 
 /// The address of the client node, and of the backend node.
 pub const CLIENT: &str = "10.99.0.1";
@@ -42,6 +44,13 @@ impl Nodes {
     /// Starts a backend on the backend node.
     pub fn helloworld(&self, name: &str) -> Result<Helloworld> {
         Helloworld::start(self.backend.outside(), name, &format!("{BACKEND}:0"))
+    }
+
+    /// Starts a server of this process on the backend node; port 0 stands for any.
+    pub fn server(&self, id: &'static str, port: u16) -> Result<Server> {
+        let address = SocketAddrV4::new(BACKEND.parse()?, port);
+        let listener = self.backend.enter(|| Ok(TcpListener::bind(address)?))?;
+        Server::start(id, listener)
     }
 
     /// The client node, where nohop serves.

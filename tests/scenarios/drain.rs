@@ -5,6 +5,7 @@ use std::net::SocketAddrV4;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
+use testbed::consul::instance;
 use testbed::net::{ExecContext, Host};
 use testbed::nohop::{Nohop, service};
 use testbed::process::Process;
@@ -89,6 +90,17 @@ pub fn by_hand() -> Result<()> {
     ensure!(cli(nohop, "drain", 0)? == "nothing is drained by hand\n");
     let connects = cluster.nodes.connect(vip, 100)?;
     ensure!(connects.errors.is_empty() && connects.answers.len() == 3, "{connects:?}");
+
+    // An instance with the id of a node: the argument has to name the kind.
+    let other = instance("other", "backend", cluster.helloworlds[2].address);
+    cluster.server.register(&other)?;
+    nohop.wait_for_backends("other", 1)?;
+    let ambiguous = cli(nohop, "drain backend", 1)?;
+    let means = "`backend` means `node:backend`, `instance:backend/backend`: name one of them so";
+    ensure!(ambiguous.contains(means), "{ambiguous}");
+    ensure!(cli(nohop, "drain", 0)? == "nothing is drained by hand\n");
+    let one = cli(nohop, "drain instance:backend/backend", 0)?;
+    ensure!(one.starts_with("instance backend/backend is drained: 1 backend"), "{one}");
 
     // By address and port.
     let address = cluster.helloworlds[1].address;

@@ -1,4 +1,8 @@
-//! The daemon needs no root: four capabilities suffice, as the README has it.
+//! The daemon needs no root: four capabilities suffice, as the README has it, but for a drain deadline:
+//! `status` and `check` report that it can't be kept.
+
+use std::fs;
+use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use testbed::bpffs::Bpffs;
@@ -15,13 +19,21 @@ pub fn run() -> Result<()> {
     let catalog = Catalog::new(&[("helloworld", &[helloworld.address])])?;
     let directory = catalog.directory();
 
-    let mut command = nodes.client.outside().command("setpriv");
-    command.arg(format!("--bounding-set=-all,{CAPABILITIES}"));
-    command.arg(format!("--inh-caps=-all,{CAPABILITIES}"));
-    command.arg(cmd::built("nohop")?).arg("run").arg("--catalog").arg(catalog.path());
+    let with_four = |arguments: &[&str]| -> Result<Command> {
+        let mut command = nodes.client.outside().command("setpriv");
+        command.arg(format!("--bounding-set=-all,{CAPABILITIES}"));
+        command.arg(format!("--inh-caps=-all,{CAPABILITIES}"));
+        command.arg(cmd::built("nohop")?).args(arguments);
+        Ok(command)
+    };
+    let mut command = with_four(&["run", "--catalog"])?;
+    command.arg(catalog.path());
     let bpffs = Bpffs::new()?;
     command.arg("--bpffs").arg(bpffs.path().join("nohop"));
     command.arg("--state-dir").arg(&directory).arg("--cgroup").arg(nodes.cgroup.path());
+    let config_file = directory.join("nohop.toml");
+    fs::write(&config_file, "balance.drain_deadline = \"1s\"\n")?;
+    command.arg("--config").arg(&config_file);
     let admin = format!("unix:{}/admin.sock", directory.display());
     command.args(["--admin-listen", &admin]);
     let nohop = Process::spawn("nohop", command)?;
@@ -33,7 +45,18 @@ pub fn run() -> Result<()> {
 
     ensure!(nodes.curl("helloworld")? == "hello from helloworld\n");
     let status = format!("/proc/{}/status", nohop.pid().as_raw_nonzero());
-    let status = std::fs::read_to_string(&status).context("read the daemon's capabilities")?;
+    let status = fs::read_to_string(&status).context("read the daemon's capabilities")?;
     ensure!(status.contains("CapEff:\t000000c000001400"), "{status}");
+
+    let mut status = nodes.client.outside().command(cmd::built("nohop")?);
+    status.args(["status", "--json", "--admin", &admin]);
+    let status = cmd::stdout(status)?;
+    let problem = "balance.drain_deadline: connections to backends that left stay open: ";
+    ensure!(status.contains(problem), "{status}");
+    let mut check = with_four(&["check", "--admin", &admin, "--config"])?;
+    check.arg(&config_file);
+    let check = cmd::output(check)?;
+    let check = String::from_utf8_lossy(&check.stdout);
+    ensure!(check.contains("or set no balance.drain_deadline"), "{check}");
     Ok(())
 }

@@ -2,10 +2,8 @@
 //! no connection fails, and each gets connections once it listens. After a restart of the daemon they
 //! are still proven, whether they listen or not.
 
-use std::io::{Read as _, Write as _};
-use std::net::{SocketAddrV4, TcpListener};
+use std::net::SocketAddrV4;
 use std::os::fd::OwnedFd;
-use std::thread;
 
 use anyhow::{Result, ensure};
 use rustix::net::{AddressFamily, SocketType, bind, getsockname, listen, socket};
@@ -14,6 +12,7 @@ use testbed::nohop::{n_healthy, service};
 
 use crate::cluster::{BACKEND, Cluster};
 use crate::load::under_load;
+use crate::server::Server;
 
 const LATE: [&str; 3] = ["late-1", "late-2", "late-3"];
 
@@ -37,7 +36,7 @@ pub fn run() -> Result<()> {
         }
         for (id, (socket, _)) in LATE.into_iter().zip(bound) {
             listen(&socket, 128)?;
-            servers.push(serve(id, socket)?);
+            servers.push(Server::start(id, socket.into())?);
         }
         cluster.nohop.wait_until(|services| n_healthy(services, "web") == 4).map(drop)
     })?;
@@ -73,34 +72,6 @@ fn bound(cluster: &Cluster) -> Result<(OwnedFd, SocketAddrV4)> {
         let address = SocketAddrV4::try_from(getsockname(&socket)?)?;
         Ok((socket, address))
     })
-}
-
-/// Answers on a socket that listens, until what it returns is dropped.
-fn serve(id: &'static str, socket: OwnedFd) -> Result<impl Drop> {
-    let listener = TcpListener::from(socket);
-    let handle = listener.try_clone()?;
-    thread::spawn(move || {
-        for stream in listener.incoming() {
-            let Ok(mut stream) = stream else { return };
-            let answer = format!("hello from {id}");
-            let length = answer.len();
-            // A client that has gone gets nothing.
-            let _ = stream.read(&mut [0; 4096]);
-            let head = format!("HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: {length}");
-            let _ = write!(stream, "{head}\r\n\r\n{answer}");
-        }
-    });
-    Ok(Server(handle))
-}
-
-/// A listener that ends with this.
-struct Server(TcpListener);
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        // accept() in the other thread fails (shutdown(2) of a listening socket).
-        let _ = rustix::net::shutdown(&self.0, rustix::net::Shutdown::Both);
-    }
 }
 
 fn unproven(services: &Value) -> impl Iterator<Item = &Value> {

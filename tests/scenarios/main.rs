@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod acls;
+mod affinity;
 mod agent_partition;
 mod all_critical_keeps;
 mod all_critical_refuses_and_recovers;
@@ -23,6 +24,7 @@ mod drain;
 mod ejected_is_shown;
 mod explained;
 mod external_detach;
+mod faulty_backends;
 mod foreign_route;
 mod forwarding;
 mod four_capabilities;
@@ -44,6 +46,7 @@ mod pinned_address;
 mod port_reused;
 mod ports_from_meta;
 mod postgres;
+mod prefer_node;
 mod reference;
 mod refuses_to_start;
 mod reload_source;
@@ -51,6 +54,7 @@ mod reloaded_live;
 mod resolvers;
 mod restarted_without_consul;
 mod rules;
+mod server;
 mod services_never_mix;
 mod several_sources;
 mod shadow_mode;
@@ -79,10 +83,14 @@ type Scenario = fn() -> Result<()>;
 const SCENARIOS: &[(&str, Scenario)] = &[
     ("acl_policies", acls::policies),
     ("acls", acls::run),
+    ("affinity_by_cgroup", affinity::run),
     ("agent_partition", agent_partition::run),
     ("all_critical_refuses_and_recovers", all_critical_refuses_and_recovers::run),
     ("all_critical_keeps_the_last_backends", all_critical_keeps::run),
+    ("all_refuse_at_once", faulty_backends::all_refuse),
     ("another_hosts_loopback", another_hosts_loopback::run),
+    ("backend_flaps", faulty_backends::flaps),
+    ("backend_resets", faulty_backends::resets),
     ("bpf_log", bpf_log::run),
     ("cgroup_namespace", cgroup_namespace::run),
     ("cgroup_recreated", cgroup_recreated::run),
@@ -124,6 +132,7 @@ const SCENARIOS: &[(&str, Scenario)] = &[
     ("pinned_address", pinned_address::run),
     ("port_reused", port_reused::run),
     ("ports_from_meta", ports_from_meta::run),
+    ("prefers_its_node", prefer_node::run),
     ("refuses_to_start", refuses_to_start::run),
     ("reload_source", reload_source::run),
     ("reloaded_live", reloaded_live::run),
