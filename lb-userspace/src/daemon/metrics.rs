@@ -233,10 +233,12 @@ fn connects(text: &mut Exposition, readings: &Readings) {
     for (name, counters, _) in &readings.services {
         family.sample(&[("service", name)], counters.failed);
     }
-    let help = "SYNs to a service's backends that were sent again for lack of an answer.";
+    let help = "SYNs to a service's backends that were sent again, of services that have some.";
     let mut family = text.family("nohop_syn_retransmits_total", MetricType::Counter, help);
-    for (name, counters, _) in &readings.services {
-        family.sample(&[("service", name)], counters.syn_retransmits);
+    for (name, ServiceCounters { syn_retransmits, .. }, _) in &readings.services {
+        if *syn_retransmits > 0 {
+            family.sample(&[("service", name)], *syn_retransmits);
+        }
     }
     let help = "Ejections of a service's backends: how often this node's kernel stopped using one.";
     let mut family = text.family("nohop_ejections_total", MetricType::Counter, help);
@@ -392,7 +394,6 @@ mod tests {
             (r#"nohop_propagation_seconds_bucket{le="+Inf"}"#, 1.0),
             (r#"nohop_connects_total{service="web-0"}"#, 0.0),
             (r#"nohop_connects_failed_total{service="web-0"}"#, 0.0),
-            (r#"nohop_syn_retransmits_total{service="web-0"}"#, 0.0),
             (r#"nohop_ejections_total{service="web-0"}"#, 0.0),
             ("nohop_probed_returns_total", 8.0),
             (r#"nohop_in_flight{service="web-0"}"#, 3.0),
