@@ -685,16 +685,13 @@ pub fn sample(
     state_at: impl Fn(u32) -> State,
 ) -> Sample {
     let Scan { range: SlotRange { first_slot, n_slots }, seed, zero, .. } = scan;
-    // All ones where one number is less than the other, both below 2^62. Without `zero`, of which the
-    // compiler doesn't know that it is, it would make a branch of that.
-    let less = |one: u64, other: u64| {
-        (one.wrapping_sub(other).wrapping_add(zero).cast_signed() >> 63).cast_unsigned()
-    };
-    // Where not all are looked at, from any on.
-    let is_whole = n_slots <= MAX_LOOKED_AT;
-    let start = if is_whole { 0 } else { (u64::from(seed) * u64::from(n_slots)) >> 32 };
-    let mut place = start;
-    let (mut counts, mut tier, mut sum, mut picked) = (0, 0, 0, 0);
+    // 1 where one number is less than the other, both below 2^62. Opaque to the compiler, which would make
+    // a branch of it; a factor and no mask, as the verifier follows each value of a mask on its own
+    // (`maybe_fork_scalars`).
+    let less = |one: u64, other: u64| black_box(one.wrapping_sub(other) >> 63);
+    // From any on, so that a sample isn't always of the same ones where not all are looked at.
+    let mut place = (u64::from(seed) * u64::from(n_slots)) >> 32;
+    let (mut counts, mut tier, mut sum, mut picked) = (zero, zero, zero, zero);
     let mut n_looked_at = 0;
     while n_looked_at < MAX_LOOKED_AT && n_looked_at < n_slots {
         let Some(slot) = slot(first_slot.wrapping_add(place as u32)) else { return Sample(0) };
@@ -707,23 +704,21 @@ pub fn sample(
         // A better tier starts from zero, a worse one counts nothing.
         let own_tier = state.tier();
         let is_better = less(tier, own_tier);
-        let weight = state.0 >> State::WEIGHT & !less(own_tier, tier);
-        tier = tier & !is_better | own_tier & is_better;
-        // Below 2^26 each, and 2^33 in all.
-        sum = (sum & !is_better) + weight;
+        let weight = (state.0 >> State::WEIGHT) * (1 ^ less(own_tier, tier));
+        tier = tier.wrapping_add(is_better * own_tier.wrapping_sub(tier));
+        // Below 2^26 each, and 2^31 in all.
+        sum = sum * (1 ^ is_better) + weight;
         let hash = mix(u64::from(seed) << 32 | u64::from(slot.backend)) >> 40;
         let is_picked = less(hash * sum, weight << 24);
-        picked = picked & !is_picked | place & is_picked;
+        picked = picked.wrapping_add(is_picked * place.wrapping_sub(picked));
         n_looked_at += 1;
         place += 1;
-        place &= less(place, n_slots.into());
+        place *= less(place, n_slots.into());
     }
-    let (mut n_eligible, mut n_ejected) = (counts & 0xffff, counts >> 16);
-    if !is_whole {
-        let whole = |n: u64| n * u64::from(n_slots) / u64::from(MAX_LOOKED_AT);
-        (n_eligible, n_ejected) = (whole(n_eligible), whole(n_ejected));
-    }
-    let counts = n_eligible << Sample::ELIGIBLE | n_ejected << Sample::EJECTED;
+    // Of the whole group: as it is, where all were looked at. Zero of none.
+    let whole = |n: u64| (n * u64::from(n_slots)).checked_div(n_looked_at.into()).unwrap_or(0);
+    let counts =
+        whole(counts & 0xffff) << Sample::ELIGIBLE | whole(counts >> 16) << Sample::EJECTED;
     Sample(tier | picked << Sample::PLACE | counts)
 }
 

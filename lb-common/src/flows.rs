@@ -209,17 +209,32 @@ impl Flows {
     /// Returns whether there was room: flows in use don't give way.
     #[inline(always)]
     pub fn insert(&mut self, flow: &RevNat, now: u32) -> bool {
-        if let Some(former) = self.lookup_fwd(&flow.frontend, flow.frontend_port) {
-            self.flows[former & (N_FLOWS - 1)].generation = 0;
-        }
+        self.renew(&flow.frontend, flow.frontend_port);
         let Some(place) = self.victim(now) else {
             self.supersede(&flow.backend, flow.backend_port);
             return false;
         };
-        let place = place & (N_FLOWS - 1);
-        self.flows[place] = *flow;
-        self.mark_used(place, now);
+        self.put(place, flow, now);
         true
+    }
+
+    /// From now on the flow to this VIP and port, if there is one, is only kept for its replies.
+    #[inline(always)]
+    pub fn renew(&mut self, address: &Address, port: u16) {
+        let mut index = 0;
+        while index < N_FLOWS {
+            if self.flows[index].matches_vip(address, port) {
+                self.flows[index].generation = 0;
+            }
+            index += 1;
+        }
+    }
+
+    /// Keeps a flow in this place ([`Flows::victim`]).
+    #[inline(always)]
+    pub fn put(&mut self, place: usize, flow: &RevNat, now: u32) {
+        self.flows[place & (N_FLOWS - 1)] = *flow;
+        self.mark_used(place, now);
     }
 }
 

@@ -36,10 +36,10 @@ fn try_connect4(ctx: &SockAddrContext) -> Result<(), Reject> {
         return Ok(());
     };
     let Some(backend) = selection.backend.address.to_v4() else {
-        return Err(log::inconsistent(ctx, selection.service));
+        return Err(log::inconsistent(selection.service));
     };
     context::set_dst4(ctx, backend, selection.backend.port);
-    let entry = xlate::revnat(&selection, &connected);
+    let entry = xlate::revnat(&selection.backend, selection.backend_idx, &connected);
     revnat::store(ctx, entry, selection.origin, || context::peer4(ctx));
     Ok(())
 }

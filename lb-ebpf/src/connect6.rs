@@ -55,7 +55,7 @@ fn try_connect6(ctx: &SockAddrContext) -> Result<(), Reject> {
     };
     // Read again, rather than kept on the stack, which is short below what chooses.
     let connected = Endpoint { address: context::dst6(ctx), port: context::port(ctx) };
-    let entry = xlate::revnat(&selection, &connected);
+    let entry = xlate::revnat(&selection.backend, selection.backend_idx, &connected);
     context::set_dst6(ctx, selection.backend.address, selection.backend.port);
     revnat::store(ctx, entry, selection.origin, || context::peer6(ctx));
     Ok(())

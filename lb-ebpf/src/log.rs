@@ -5,7 +5,6 @@ use aya_ebpf::bindings::BPF_F_MMAPABLE;
 use aya_ebpf::btf_maps::Array;
 use aya_ebpf::helpers::bpf_ktime_get_ns;
 use aya_ebpf::macros::btf_map;
-use aya_ebpf::programs::SockAddrContext;
 use aya_log_ebpf::{info, warn};
 use lb_common::Counter;
 
@@ -26,47 +25,50 @@ enum LogKind {
     FlowsFull = 3,
 }
 
+/// A message as a global function: the verifier follows it once, and what it needs is on a stack of its
+/// own. Such a function has to return a number, here none of use. The macros take a context, and don't use
+/// it.
+macro_rules! message {
+    ($(#[$doc:meta])* $name:ident, $kind:ident, $log:ident, $text:literal $(, $index:ident)?) => {
+        $(#[$doc])*
+        #[inline(never)]
+        #[unsafe(no_mangle)]
+        pub extern "C" fn $name($($index: u64)?) -> u64 {
+            if should_log(LogKind::$kind) {
+                $log!((), $text $(, $index as u32)?);
+            }
+            0
+        }
+    };
+}
+
+message!(
+    /// A socket has no memory left for its storage.
+    nohop_log_storage_alloc_failed, StorageAllocFailed, warn,
+    "no socket storage: a connection goes on, and will show its backend as the peer"
+);
+message!(
+    /// A socket's backend left the table.
+    nohop_log_stale_backend, StaleBackend, info,
+    "backend {} is gone: a socket's datagrams go to another one", backend_idx
+);
+message!(
+    /// A socket sends to more VIPs and ports than it can remember, all the time.
+    nohop_log_flows_full, FlowsFull, warn,
+    "a UDP socket sends to more than eight VIPs and ports: the replies of one show its backend"
+);
+message!(
+    /// See [`inconsistent`].
+    nohop_log_inconsistent, Inconsistent, warn,
+    "service {} leads to a backend that isn't there: connections are refused", service
+);
+
 /// A service leads to a slot or a backend that isn't there.
 #[inline(always)]
-pub fn inconsistent(ctx: &SockAddrContext, service: u32) -> Reject {
+pub fn inconsistent(service: u32) -> Reject {
     maps::count(Counter::Inconsistent);
-    if should_log(LogKind::Inconsistent) {
-        warn!(
-            ctx,
-            "service {} leads to a backend that isn't there: connections are refused", service
-        );
-    }
+    nohop_log_inconsistent(service.into());
     Reject
-}
-
-/// A socket has no memory left for its storage.
-#[inline(always)]
-pub fn storage_alloc_failed(ctx: &SockAddrContext) {
-    if should_log(LogKind::StorageAllocFailed) {
-        warn!(
-            ctx,
-            "no socket storage: a connection goes on, and will show its backend as the peer"
-        );
-    }
-}
-
-/// A socket's backend left the table.
-#[inline(always)]
-pub fn stale_backend(ctx: &SockAddrContext, backend_idx: u32) {
-    if should_log(LogKind::StaleBackend) {
-        info!(ctx, "backend {} is gone: a socket's datagrams go to another one", backend_idx);
-    }
-}
-
-/// A socket sends to more VIPs and ports than it can remember, all the time.
-#[inline(always)]
-pub fn flows_full(ctx: &SockAddrContext) {
-    if should_log(LogKind::FlowsFull) {
-        warn!(
-            ctx,
-            "a UDP socket sends to more than eight VIPs and ports: the replies of one show its backend"
-        );
-    }
 }
 
 #[inline(always)]

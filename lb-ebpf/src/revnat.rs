@@ -34,7 +34,7 @@ pub fn store(
         }
         None => {
             maps::count(Counter::StorageAllocFailed);
-            log::storage_alloc_failed(ctx);
+            log::nohop_log_storage_alloc_failed();
         }
     }
     if let Origin::Subflow = origin {

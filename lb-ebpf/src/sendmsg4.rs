@@ -44,10 +44,10 @@ fn try_sendmsg4(ctx: &SockAddrContext) -> Result<(), Reject> {
             return Ok(());
         }
     }
-    if let Some(session) = flows::lookup(ctx, &connected)
-        && let Some(backend) = session.backend.to_v4()
+    if let Some(backend) = flows::lookup(ctx, &connected)
+        && let Some(address) = backend.address.to_v4()
     {
-        context::set_dst4(ctx, backend, session.port);
+        context::set_dst4(ctx, address, backend.port);
         return Ok(());
     }
     let Some(selection) = xlate(ctx, Destination::V4(address), Call::Send, |_| FamilyFilter::Ipv4)?
@@ -56,9 +56,9 @@ fn try_sendmsg4(ctx: &SockAddrContext) -> Result<(), Reject> {
         return Ok(());
     };
     let Some(backend) = selection.backend.address.to_v4() else {
-        return Err(log::inconsistent(ctx, selection.service));
+        return Err(log::inconsistent(selection.service));
     };
     context::set_dst4(ctx, backend, selection.backend.port);
-    flows::store(ctx, &xlate::revnat(&selection, &connected));
+    flows::store(ctx, &connected, selection.backend_idx);
     Ok(())
 }

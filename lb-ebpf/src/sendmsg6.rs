@@ -20,7 +20,7 @@ pub fn nohop_sendmsg6(ctx: SockAddrContext) -> i32 {
 
 #[inline(always)]
 fn try_sendmsg6(ctx: &SockAddrContext) -> Result<(), Reject> {
-    let connected = Endpoint { address: context::dst6(ctx), port: context::port(ctx) };
+    let connected = destination6(ctx);
     if !config::in_pool6(&connected.address) {
         flows::pass(ctx, &connected, || context::peer6(ctx));
         return Ok(());
@@ -40,17 +40,23 @@ fn try_sendmsg6(ctx: &SockAddrContext) -> Result<(), Reject> {
             return Ok(());
         }
     }
-    if let Some(session) = flows::lookup(ctx, &connected) {
-        context::set_dst6(ctx, session.backend, session.port);
+    if let Some(backend) = flows::lookup(ctx, &connected) {
+        context::set_dst6(ctx, backend.address, backend.port);
         return Ok(());
     }
     let Some(selection) =
         xlate(ctx, Destination::V6(connected.address.octets), Call::Send, |_| FamilyFilter::Ipv6)?
     else {
-        flows::pass(ctx, &connected, || context::peer6(ctx));
+        flows::pass(ctx, &destination6(ctx), || context::peer6(ctx));
         return Ok(());
     };
+    flows::store(ctx, &destination6(ctx), selection.backend_idx);
     context::set_dst6(ctx, selection.backend.address, selection.backend.port);
-    flows::store(ctx, &xlate::revnat(&selection, &connected));
     Ok(())
+}
+
+/// Where the datagram goes. Read again, rather than kept on the stack, which is short below what chooses.
+#[inline(always)]
+fn destination6(ctx: &SockAddrContext) -> Endpoint {
+    Endpoint { address: context::dst6(ctx), port: context::port(ctx) }
 }

@@ -1,6 +1,6 @@
 //! Connections to VIPs, one by one, while a client traces: the verdict on each.
 
-use core::ffi::c_void;
+use core::hint::black_box;
 
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::btf_maps::RingBuf;
@@ -36,14 +36,16 @@ pub fn refused(ctx: &SockAddrContext, request: &Request, reason: RefuseReason) {
     if maps::trace_switch().until_ns == 0 {
         return;
     }
+    // Opaque, where there is one: "R8 pointer arithmetic with <<= operator prohibited", the verifier reports
+    // of what the compiler shifts in its place where there is none.
     let (service, reason) = match reason {
         RefuseReason::Probe => return,
         RefuseReason::NoFrontend => (u32::MAX, RefusalReason::NoFrontend),
         RefuseReason::NoBackend { service, has_other_family: true, .. } => {
-            (service, RefusalReason::Family)
+            (black_box(service), RefusalReason::Family)
         }
-        RefuseReason::NoBackend { service, .. } => (service, RefusalReason::NoBackend),
-        RefuseReason::Inconsistent { service } => (service, RefusalReason::Inconsistent),
+        RefuseReason::NoBackend { service, .. } => (black_box(service), RefusalReason::NoBackend),
+        RefuseReason::Inconsistent { service } => (black_box(service), RefusalReason::Inconsistent),
     };
     report(ctx, request, [TraceKind::Refused as u8, reason as u8], [service, NO_BACKEND]);
 }
@@ -58,20 +60,33 @@ fn report(ctx: &SockAddrContext, request: &Request, what: [u8; 2], where_to: [u3
     let ([kind, reason], [low, high]) = (what, request.port.to_ne_bytes());
     let what = u64::from_ne_bytes([kind, reason, request.protocol, 0, low, high, 0, 0]);
     let [service, backend_idx] = where_to.map(u64::from);
-    write_event(ctx.as_ptr(), what, first, second, service << 32 | backend_idx);
+    // SAFETY: the context is valid.
+    let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+    nohop_trace_verdict(cookie, what, first, second, service << 32 | backend_idx);
 }
 
-/// A function of its own, which takes words: inlined, the event would take stack that is short where a
-/// backend is chosen, and a copy of it would be verified for each outcome.
+/// A global function, which takes words: the verifier follows it once, and the event takes none of the
+/// stack that is short where a backend is chosen. Returns nothing of use, as such a function has to
+/// return a number.
 #[inline(never)]
-fn write_event(ctx: *mut c_void, what: u64, first: u64, second: u64, where_to: u64) {
+#[unsafe(no_mangle)]
+extern "C" fn nohop_trace_verdict(
+    cookie: u64,
+    what: u64,
+    first: u64,
+    second: u64,
+    where_to: u64,
+) -> u64 {
     let switch = maps::trace_switch();
-    // SAFETY: the helpers have no preconditions but a valid context.
-    let (at_ns, cookie) = unsafe { (bpf_ktime_get_ns(), bpf_get_socket_cookie(ctx)) };
+    // SAFETY: the helper has no preconditions.
+    let at_ns = unsafe { bpf_ktime_get_ns() };
     if at_ns >= switch.until_ns || !is_sampled(cookie, switch.max_hash) {
-        return;
+        return 0;
     }
-    let Some(mut entry) = TRACE.reserve(0) else { return maps::count(Counter::TraceLost) };
+    let Some(mut entry) = TRACE.reserve(0) else {
+        maps::count(Counter::TraceLost);
+        return 0;
+    };
     let [kind, reason, protocol, _, low, high, ..] = what.to_ne_bytes();
     let event = entry.write(TraceEvent {
         cookie,
@@ -93,4 +108,5 @@ fn write_event(ctx: *mut c_void, what: u64, first: u64, second: u64, where_to: u
         event.backend_port = backend.port;
     }
     entry.submit(0);
+    0
 }

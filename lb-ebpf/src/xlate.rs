@@ -60,8 +60,8 @@ pub fn refuse_family(ctx: &SockAddrContext, destination: Destination) -> Reject 
 
 /// What a socket remembers that was sent to a backend.
 #[inline(always)]
-pub fn revnat(selection: &Selection, connected: &Endpoint) -> RevNat {
-    let Backend { address, port, generation, .. } = selection.backend;
+pub fn revnat(backend: &Backend, backend_idx: u32, connected: &Endpoint) -> RevNat {
+    let &Backend { address, port, generation, .. } = backend;
     RevNat {
         frontend: connected.address,
         backend: address,
@@ -69,7 +69,7 @@ pub fn revnat(selection: &Selection, connected: &Endpoint) -> RevNat {
         backend_port: port,
         layout: config::layout(),
         naming: 0,
-        backend_idx: selection.backend_idx,
+        backend_idx,
         generation,
     }
 }
@@ -121,7 +121,7 @@ fn refuse(ctx: &SockAddrContext, request: &Request, reason: RefuseReason) -> Rej
                 maps::count_refused(service, has_other_family);
             }
         }
-        RefuseReason::Inconsistent { service } => return log::inconsistent(ctx, service),
+        RefuseReason::Inconsistent { service } => return log::inconsistent(service),
     }
     Reject
 }
@@ -447,9 +447,13 @@ fn byte_of_socket(ctx: &SockAddrContext, offset: u32) -> u8 {
 /// Whether the process is in a cgroup that is bypassed, or below one.
 #[inline(always)]
 pub fn is_bypassed() -> bool {
-    if !config::has_bypass() {
-        return false;
-    }
+    config::has_bypass() && nohop_is_bypassed() != 0
+}
+
+/// [`is_bypassed`], as a function that the verifier follows once.
+#[inline(never)]
+#[unsafe(no_mangle)]
+extern "C" fn nohop_is_bypassed() -> u64 {
     let levels = maps::bypass_levels();
     for level in 0..N_BYPASS_LEVELS {
         if levels >> level & 1 == 0 {
@@ -458,10 +462,10 @@ pub fn is_bypassed() -> bool {
         // SAFETY: the helper takes any level, and returns 0 where there is none.
         let ancestor = unsafe { bpf_get_current_ancestor_cgroup_id(level as i32) };
         if ancestor != 0 && maps::is_bypassed(ancestor) {
-            return true;
+            return 1;
         }
     }
-    false
+    0
 }
 
 /// The pool's own address is no service's VIP: the daemon connects to it to see whether this hook
