@@ -365,11 +365,6 @@ pub fn decide(tables: &impl Tables, caller: &impl Caller, request: &Request) -> 
             return Verdict::Refuse(RefuseReason::NoBackend { service, has_other_family, report });
         }
     }
-    // connect() of a UDP socket isn't counted as a connection, so it has no turn.
-    let algorithm = match words.algorithm() {
-        Algorithm::RoundRobin if request.is_udp_connect() => Algorithm::Random,
-        algorithm => algorithm,
-    };
     let key = || match control.maglev_key() {
         MaglevKey::Cgroup => caller.cgroup_id(),
         MaglevKey::Netns => caller.netns_cookie(),
@@ -383,8 +378,8 @@ pub fn decide(tables: &impl Tables, caller: &impl Caller, request: &Request) -> 
         reach: Reach::of(netns(), filter),
         group,
         range,
-        algorithm,
-        key: if algorithm == Algorithm::Maglev { key() } else { 0 },
+        key: if words.algorithm() == Algorithm::Maglev { key() } else { 0 },
+        is_udp_connect: request.is_udp_connect(),
         is_tcp: request.protocol == IPPROTO_TCP,
     });
     let (backend_idx, reason) = unpack(packed);
@@ -408,10 +403,10 @@ pub struct Question {
     pub group: usize,
     /// Its range.
     pub range: SlotRange,
-    /// The algorithm.
-    pub algorithm: Algorithm,
     /// What Maglev hashes; 0 for any other algorithm.
     pub key: u64,
+    /// See [`Request::is_udp_connect`].
+    pub is_udp_connect: bool,
     /// Whether it is by TCP, by which backends are ejected and tried.
     pub is_tcp: bool,
 }
@@ -422,9 +417,14 @@ pub struct Question {
 /// See [`Inconsistent`].
 #[inline(always)]
 pub fn draw_for<T: Tables>(tables: &T, question: Question) -> Result<Draw, Inconsistent> {
-    let Question { service, reach, group, range, algorithm, key, .. } = question;
+    let Question { service, reach, group, range, key, is_udp_connect, .. } = question;
     let (Some(control), Some(words)) = (tables.control(), tables.service(service)) else {
         return Err(Inconsistent);
+    };
+    // connect() of a UDP socket isn't counted as a connection, so it has no turn.
+    let algorithm = match words.algorithm() {
+        Algorithm::RoundRobin if is_udp_connect => Algorithm::Random,
+        algorithm => algorithm,
     };
     draw(&View { tables, control, service, words, algorithm, reach, key }, group, range)
 }

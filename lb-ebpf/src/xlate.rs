@@ -9,12 +9,11 @@ use aya_ebpf::helpers::{
 };
 use aya_ebpf::programs::SockAddrContext;
 use lb_common::{
-    Algorithm, Backend, BackendWords, Call, Caller, ChoiceReason, ControlWords, Counter,
-    Destination, Draw, EjectionWord, EventKind, Family, FamilyFilter, Frontend, Frontend6,
-    INCONSISTENT, IPPROTO_TCP, N_BYPASS_LEVELS, NO_BACKEND, Netns, Origin, PackedChoice,
-    PassReason, Question, Reach, RefuseReason, Request, RevNat, Sample, Scan, Selection,
-    ServiceRef, Sign, Slot, State, Tables, Verdict, Walk, choose_among, decide, draw_for, lookup,
-    sample_of, state_of, unpack,
+    Backend, BackendWords, Call, Caller, ChoiceReason, ControlWords, Counter, Destination, Draw,
+    EjectionWord, EventKind, Family, FamilyFilter, Frontend, Frontend6, INCONSISTENT, IPPROTO_TCP,
+    N_BYPASS_LEVELS, NO_BACKEND, Netns, Origin, PackedChoice, PassReason, Question, Reach,
+    RefuseReason, Request, RevNat, Sample, Scan, Selection, ServiceRef, Sign, Slot, State, Tables,
+    Verdict, Walk, choose_among, decide, draw_for, lookup, sample_of, state_of, unpack,
 };
 
 use crate::context::{self, Endpoint, Reject};
@@ -204,12 +203,12 @@ impl Tables for Kernel {
 
     #[inline(always)]
     fn choose_for(&self, question: Question) -> PackedChoice {
-        let Question { service, reach, group, range, algorithm, key, is_tcp } = question;
+        let Question { service, reach, group, range, key, is_udp_connect, is_tcp } = question;
         let how = u64::from(reach.netns as u8)
             | u64::from(reach.family as u8) << 8
             | u64::from(reach.or_all) << 16
             | u64::from(group as u8) << 24
-            | u64::from(algorithm as u8) << 32
+            | u64::from(is_udp_connect) << 32
             | u64::from(is_tcp) << 40;
         let drawn = nohop_draw(service.into(), how, zerocopy::transmute!(range), key);
         // Not below `nohop_draw`, as the stack is too short for both.
@@ -258,8 +257,8 @@ extern "C" fn nohop_draw(service: u64, how: u64, range: u64, key: u64) -> u64 {
         reach: unpack_reach(how),
         group: (how >> 24) as u8 as usize,
         range: zerocopy::transmute!(range),
-        algorithm: Algorithm::from_number((how >> 32) as u8 as u32),
         key,
+        is_udp_connect: how >> 32 & 1 != 0,
         is_tcp: how >> 40 & 1 != 0,
     };
     let Ok(Draw { found, silent }) = draw_for(&Kernel, question) else { return INCONSISTENT };
