@@ -24,6 +24,10 @@ const MAX_BACKENDS: usize = 1_024;
 /// The probes under way at once.
 const MAX_PROBES: usize = 64;
 
+/// The most of them that aren't the first since the backend was ejected: however many backends don't
+/// answer, one that is ejected now is probed in time.
+const MAX_RETRIES: usize = 48;
+
 /// How long after an ejection the first probe begins. One for resets is probed at once: that is a hint
 /// that the backend has died, which the probe finds out.
 const FIRST: Duration = Duration::from_millis(200);
@@ -68,21 +72,23 @@ pub struct FollowedEjections {
 pub async fn follow(mut followed: FollowedEjections) {
     let mut ejected = EjectedSet::default();
     let mut probes = JoinSet::new();
+    let mut n_retries = 0;
     let mut scan_tick = ticks(SCAN_TICK, Duration::ZERO);
     loop {
-        let n_free = MAX_PROBES.saturating_sub(probes.len());
-        for (service, backend) in ejected.take_due(Instant::now(), n_free) {
+        let free = FreeProbes::beside(probes.len(), n_retries);
+        for DueProbe { service, backend, is_retry } in ejected.take_due(Instant::now(), free) {
             // It may have returned, or have left the table, without an event.
             if followed.counters.ejection_cause(&backend).is_none() {
                 ejected.remove(&backend);
                 continue;
             }
+            n_retries += usize::from(is_retry);
             probes.spawn(async move {
                 let result = connect(backend.address).await;
-                (service, backend, result)
+                (service, backend, is_retry, result)
             });
         }
-        let due = ejected.next_due().filter(|_| probes.len() < MAX_PROBES);
+        let due = ejected.next_due(FreeProbes::beside(probes.len(), n_retries));
         tokio::select! {
             Some(EjectionChange { service, backend }) = followed.changes.recv() => {
                 match followed.counters.ejection_cause(&backend) {
@@ -91,7 +97,8 @@ pub async fn follow(mut followed: FollowedEjections) {
                 }
             }
             // Neither aborted nor able to panic.
-            Some(Ok((service, backend, result))) = probes.join_next() => {
+            Some(Ok((service, backend, is_retry, result))) = probes.join_next() => {
+                n_retries -= usize::from(is_retry);
                 end_probe(&followed, &service, &backend, result);
                 let is_ejected = followed.counters.ejection_cause(&backend).is_some();
                 ejected.end(&backend, is_ejected, Instant::now());
@@ -152,6 +159,30 @@ struct EjectedSet {
     by_idx: BTreeMap<u32, Entry>,
 }
 
+/// A probe to begin.
+#[derive(Debug, PartialEq, Eq)]
+struct DueProbe {
+    service: Arc<str>,
+    backend: BackendRef,
+    is_retry: bool,
+}
+
+/// How many probes may begin.
+#[derive(Clone, Copy, Debug)]
+struct FreeProbes {
+    n: usize,
+    /// So many of them may be retries.
+    n_retries: usize,
+}
+
+impl FreeProbes {
+    /// While so many are under way, and so many of them are retries.
+    fn beside(n_probes: usize, n_retries: usize) -> FreeProbes {
+        let n = MAX_PROBES.saturating_sub(n_probes);
+        FreeProbes { n, n_retries: MAX_RETRIES.saturating_sub(n_retries).min(n) }
+    }
+}
+
 #[derive(Debug)]
 struct Entry {
     service: Arc<str>,
@@ -160,6 +191,8 @@ struct Entry {
     pause: Duration,
     /// When the next probe begins; `None` while one is under way, or once it has returned.
     due: Option<Instant>,
+    /// Whether it was probed since it was ejected.
+    is_retry: bool,
     /// When it returned: if it is ejected again soon, the pauses go on from where they were, so that a
     /// backend that this host reaches and its clients don't isn't returned several times a second.
     returned: Option<Instant>,
@@ -184,7 +217,8 @@ impl EjectedSet {
             }
             _ => {}
         }
-        let entry = Entry { service, backend, pause, due: Some(now + pause), returned: None };
+        let due = Some(now + pause);
+        let entry = Entry { service, backend, pause, due, is_retry: false, returned: None };
         self.by_idx.insert(backend.backend_idx, entry);
     }
 
@@ -195,21 +229,28 @@ impl EjectedSet {
         }
     }
 
-    /// When the next probe is due.
-    fn next_due(&self) -> Option<Instant> {
-        self.by_idx.values().filter_map(|entry| entry.due).min()
+    /// When the next of the probes that may begin is due.
+    fn next_due(&self, free: FreeProbes) -> Option<Instant> {
+        let may_begin =
+            |entry: &&Entry| if entry.is_retry { free.n_retries > 0 } else { free.n > 0 };
+        self.by_idx.values().filter(may_begin).filter_map(|entry| entry.due).min()
     }
 
-    /// Begins the probes that are due, at most `n_max`, those first that have waited longest.
-    fn take_due(&mut self, now: Instant, n_max: usize) -> Vec<(Arc<str>, BackendRef)> {
+    /// Begins the probes that are due: a backend's first one before all retries, then those that have
+    /// waited longest.
+    fn take_due(&mut self, now: Instant, free: FreeProbes) -> Vec<DueProbe> {
         let is_due = |entry: &&mut Entry| entry.due.is_some_and(|due| due <= now);
         let mut due: Vec<&mut Entry> = self.by_idx.values_mut().filter(is_due).collect();
-        due.sort_by_key(|entry| entry.due);
+        due.sort_by_key(|entry| (entry.is_retry, entry.due));
+        let n_first = due.iter().filter(|entry| !entry.is_retry).count();
         let begin = |entry: &mut Entry| {
-            entry.due = None;
-            (entry.service.clone(), entry.backend)
+            let (service, backend, is_retry) =
+                (entry.service.clone(), entry.backend, entry.is_retry);
+            (entry.due, entry.is_retry) = (None, true);
+            DueProbe { service, backend, is_retry }
         };
-        due.into_iter().take(n_max).map(begin).collect()
+        let n = free.n.min(n_first + free.n_retries);
+        due.into_iter().take(n).map(begin).collect()
     }
 
     /// Ends a probe: the backend isn't ejected any more, or another probe follows.
@@ -251,6 +292,13 @@ mod tests {
         ejected.add("web".into(), backend, cause, now);
     }
 
+    /// While no probe is under way.
+    const ALL: FreeProbes = FreeProbes { n: MAX_PROBES, n_retries: MAX_RETRIES };
+
+    fn backends(due: Vec<DueProbe>) -> Vec<BackendRef> {
+        due.into_iter().map(|due| due.backend).collect()
+    }
+
     #[test]
     fn a_backend_is_probed_with_growing_pauses_until_it_returns() {
         for (cause, first_ms) in [
@@ -267,17 +315,17 @@ mod tests {
             for _ in 0..20 {
                 // A second report of the same changes nothing.
                 add(&mut ejected, one, Cause::Refused, now);
-                let due = ejected.next_due().unwrap();
+                let due = ejected.next_due(ALL).unwrap();
                 pauses.push(due - now);
                 if due > now {
                     let early = due - Duration::from_nanos(1);
-                    assert!(ejected.take_due(early, MAX_PROBES).is_empty(), "{cause:?}");
+                    assert!(ejected.take_due(early, ALL).is_empty(), "{cause:?}");
                 }
                 now = due;
-                assert_eq!(ejected.take_due(now, MAX_PROBES), [("web".into(), one)]);
+                assert_eq!(backends(ejected.take_due(now, ALL)), [one]);
                 // While a probe is under way no other one begins.
-                assert_eq!(ejected.next_due(), None);
-                assert!(ejected.take_due(now, MAX_PROBES).is_empty());
+                assert_eq!(ejected.next_due(ALL), None);
+                assert!(ejected.take_due(now, ALL).is_empty());
                 now += Duration::from_millis(10);
                 ejected.end(&one, true, now);
             }
@@ -285,16 +333,16 @@ mod tests {
             assert_eq!(pauses[..expected.len()], expected, "{cause:?}");
             assert_eq!(pauses.last(), Some(&MAX_PAUSE));
             now += MAX_PAUSE;
-            assert_eq!(ejected.take_due(now, MAX_PROBES).len(), 1);
+            assert_eq!(ejected.take_due(now, ALL).len(), 1);
             ejected.end(&one, false, now);
-            assert_eq!(ejected.next_due(), None);
+            assert_eq!(ejected.next_due(ALL), None);
             // If it is ejected again soon, the pauses go on.
             add(&mut ejected, one, cause, now + FIRST);
-            assert_eq!(ejected.next_due(), Some(now + FIRST + MAX_PAUSE));
-            assert_eq!(ejected.take_due(now + FIRST + MAX_PAUSE, MAX_PROBES).len(), 1);
+            assert_eq!(ejected.next_due(ALL), Some(now + FIRST + MAX_PAUSE));
+            assert_eq!(ejected.take_due(now + FIRST + MAX_PAUSE, ALL).len(), 1);
             ejected.end(&one, false, now);
             add(&mut ejected, one, cause, now + REMEMBERED);
-            assert_eq!(ejected.next_due(), Some(now + REMEMBERED + expected[0]));
+            assert_eq!(ejected.next_due(ALL), Some(now + REMEMBERED + expected[0]));
         }
     }
 
@@ -304,15 +352,15 @@ mod tests {
         let now = Instant::now();
         let (former, next) = (backend(1, 7), backend(1, 8));
         add(&mut ejected, former, Cause::Resets, now);
-        assert_eq!(ejected.take_due(now, MAX_PROBES).len(), 1);
+        assert_eq!(ejected.take_due(now, ALL).len(), 1);
         add(&mut ejected, next, Cause::Refused, now);
-        let due = ejected.next_due();
+        let due = ejected.next_due(ALL);
         for is_ejected in [true, false] {
             ejected.end(&former, is_ejected, now);
-            assert_eq!(ejected.next_due(), due);
+            assert_eq!(ejected.next_due(ALL), due);
         }
         ejected.remove(&former);
-        assert_eq!(ejected.take_due(now + FIRST, MAX_PROBES), [("web".into(), next)]);
+        assert_eq!(backends(ejected.take_due(now + FIRST, ALL)), [next]);
         ejected.remove(&next);
         // It left while it was probed.
         ejected.end(&next, true, now);
@@ -334,16 +382,43 @@ mod tests {
         }
         assert_eq!(ejected.by_idx.len(), MAX_BACKENDS);
         let later = now + SECOND;
-        let first = ejected.take_due(later, MAX_PROBES);
-        let indices: Vec<u32> = first.iter().map(|(_, backend)| backend.backend_idx).collect();
+        let first = backends(ejected.take_due(later, ALL));
+        let indices: Vec<u32> = first.iter().map(|backend| backend.backend_idx).collect();
         assert_eq!(indices, (0..MAX_PROBES as u32).collect::<Vec<_>>());
-        assert!(ejected.take_due(later, 0).is_empty());
-        let next = ejected.take_due(later, 1);
-        assert_eq!(next[0].1.backend_idx, MAX_PROBES as u32);
+        assert!(ejected.take_due(later, FreeProbes::beside(MAX_PROBES, 0)).is_empty());
+        let next = backends(ejected.take_due(later, FreeProbes::beside(MAX_PROBES - 1, 0)));
+        assert_eq!(next[0].backend_idx, MAX_PROBES as u32);
         // There is room again for one that was left out.
         ejected.end(&backend(0, 1), false, later);
         add(&mut ejected, backend(MAX_BACKENDS as u32, 1), Cause::Refused, later);
         assert_eq!(ejected.by_idx.len(), MAX_BACKENDS);
         assert!(ejected.by_idx.contains_key(&(MAX_BACKENDS as u32)));
+    }
+
+    /// However many backends don't answer, one that is ejected now is probed in time.
+    #[test]
+    fn a_first_probe_waits_for_no_retry() {
+        let mut ejected = EjectedSet::default();
+        let now = Instant::now();
+        let many: Vec<_> = (0..1_000).map(|idx| backend(idx, 1)).collect();
+        for one in &many {
+            add(&mut ejected, *one, Cause::Silence, now);
+            ejected.take_due(now + FIRST, ALL);
+            ejected.end(one, true, now + FIRST);
+        }
+        let later = now + MAX_PAUSE;
+        let retries = ejected.take_due(later, ALL);
+        assert_eq!(retries.len(), MAX_RETRIES);
+        let free = FreeProbes::beside(retries.len(), retries.len());
+        assert_eq!((ejected.next_due(free), ejected.take_due(later, free).len()), (None, 0));
+        let new = backend(1_000, 1);
+        add(&mut ejected, new, Cause::Silence, later);
+        assert_eq!(ejected.next_due(free), Some(later + FIRST));
+        let next = later + FIRST;
+        assert_eq!(backends(ejected.take_due(next, free)), [new]);
+        // One that returned is tried first when it is ejected again.
+        ejected.end(&new, false, next);
+        add(&mut ejected, new, Cause::Silence, next);
+        assert_eq!(backends(ejected.take_due(next + MAX_PAUSE, free)), [new]);
     }
 }

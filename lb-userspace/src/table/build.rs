@@ -14,8 +14,8 @@ use super::merge::{MergedMeta, merge_meta};
 use super::validate::{Validation, check_name, validate};
 use super::vips::{PoolExhausted, Pools, Vips};
 use super::{
-    Backend, BackendState, Catalog, DrainError, DrainTarget, Drains, HealthStatus, Hosts, Instance,
-    InstanceGroup, Ports, Protocols, Service, ServiceId, ServiceRecord, Table, Watch,
+    Backend, BackendState, Catalog, Drain, DrainError, DrainTarget, Drains, HealthStatus, Hosts,
+    Instance, InstanceGroup, Ports, Protocols, Service, ServiceId, ServiceRecord, Table, Watch,
     resolve_drain,
 };
 use crate::config::{BalanceAlgorithm, BalanceConfig, Preference, VipConfig};
@@ -224,6 +224,8 @@ impl Builder {
             for name in names.iter().filter(|name| !table.services.contains_key(*name)) {
                 self.vips.release(name, now);
             }
+            let mut waits = self.waits.lock();
+            waits.contacts.retain_served(|name| table.services.contains_key(name));
         }
         let vips_given = self.vips.assigned() != assigned_before;
         differs.then(|| NextTable { table: Arc::new(table), vips_given })
@@ -361,8 +363,8 @@ impl Builder {
                 Validation::Out(excluded) => service.excluded.push(excluded),
             }
         }
-        service.backends = endpoints.backends();
-        self.drain(&mut service.backends, &record);
+        let drained = self.drained(&record);
+        service.backends = drain(endpoints.clone().backends(), &drained);
         for address in checked {
             unchecked.remove(&address);
         }
@@ -372,14 +374,23 @@ impl Builder {
         }
         {
             let Waits { contacts, keeps } = &mut *self.waits.lock();
-            // Only used where an instance is critical.
-            let former_backends = LazyCell::new(|| {
+            // Only used where an instance is critical. A backend has the identity of one of its endpoint's
+            // registrations.
+            let served_endpoints = LazyCell::new(|| {
                 let former = former.into_iter().flat_map(|former| former.healthy());
-                former.map(Backend::identity).collect::<HashSet<_>>()
+                let former: HashSet<_> = former.map(Backend::identity).collect();
+                let endpoint = |Instance { node, id, .. }: &Instance, endpoint| {
+                    former.contains(&(Some(endpoint), node, id)).then_some(endpoint)
+                };
+                let endpoints = record
+                    .instances()
+                    .filter_map(|instance| endpoint(instance, self.hosts.endpoint(instance)?));
+                endpoints.collect::<HashSet<_>>()
             });
             let served_before = |backend: &Backend| {
-                former_backends.contains(&backend.identity())
-                    || backend.address.is_some_and(|address| contacts.is_served(name, address))
+                backend.address.is_some_and(|address| {
+                    served_endpoints.contains(&address) || contacts.is_served(name, address)
+                })
             };
             // By the instance's record, as if it were in warning.
             let critical = record.instances().filter(|instance| instance.is_critical);
@@ -387,14 +398,26 @@ impl Builder {
                 let HealthStatus::Out(reason) = &instance.health else { return None };
                 let health = HealthStatus::Warning(reason.clone());
                 let instance = Instance { health, ..instance.clone() };
+                let is_drained = |address| drained.contains_key(&address);
                 match validate(&instance, &self.pools, &self.hosts, None) {
-                    Validation::In(backend) if !self.is_drained(&backend) => Some(backend),
-                    Validation::In(_) | Validation::Out(_) => None,
+                    Validation::In(backend) => {
+                        Some(backend).filter(|backend| !backend.address.is_some_and(is_drained))
+                    }
+                    Validation::Out(_) => None,
                 }
             });
-            keeps.judge(&mut service, as_warning, served_before);
+            let kept = keeps.judge(&mut service, as_warning, served_before);
+            if !kept.is_empty() {
+                kept.into_iter().for_each(|backend| endpoints.add(backend));
+                service.backends = drain(endpoints.backends(), &drained);
+            }
             let former = former.map(|former| &**former);
             contacts.judge(name, &mut service.backends, &unchecked, former);
+            // A cold service's instances may come later, and a host's name may be resolved later.
+            let is_complete = service.backends.iter().all(|backend| backend.address.is_some());
+            if service.watch == Watch::Live && is_complete {
+                contacts.forget_served(name);
+            }
         }
         self.prefer(&mut service.backends, &record);
         let hostnames = record.instances().filter(|instance| instance.health.serves());
@@ -411,10 +434,6 @@ impl Builder {
             Some(former) if former.is_same(&service) => Ok(former.clone()),
             _ => Ok(Arc::new(service)),
         }
-    }
-
-    fn is_drained(&self, backend: &Backend) -> bool {
-        self.drains.find(&backend.node, &backend.id, backend.address).is_some()
     }
 
     /// Makes spare backends of those that aren't preferred, where one that is serves. Those that are spare
@@ -453,29 +472,43 @@ impl Builder {
         }
     }
 
-    /// Has the backends that are drained get no new connections: an endpoint is drained if any of its
-    /// registrations is, which it shows then.
-    fn drain(&self, backends: &mut [Backend], record: &ServiceRecord) {
+    /// The endpoints of which a registration is drained by hand, each with the first such one.
+    fn drained<'a>(&'a self, record: &'a ServiceRecord) -> HashMap<SocketAddr, Drained<'a>> {
+        let mut drained = HashMap::new();
         if self.drains.is_empty() {
-            return;
+            return drained;
         }
         for instance in record.instances() {
-            let Instance { node, id, .. } = instance;
-            let Some(endpoint) = self.hosts.endpoint(instance) else { continue };
-            let Some((target, drain)) = self.drains.find(node, id, Some(endpoint)) else {
-                continue;
-            };
-            let of_it = |backend: &&mut Backend| backend.address == Some(endpoint);
-            if let Some(backend) = backends.iter_mut().find(of_it)
-                && backend.state != BackendState::Draining
-            {
-                backend.state = BackendState::Draining;
-                let since = drain.since_text();
-                backend.reason = Some(format!("drained by hand since {since}, as {target}"));
-                (backend.node, backend.id) = (node.clone(), id.clone());
+            let endpoint = self.hosts.endpoint(instance);
+            let found = self.drains.find(&instance.node, &instance.id, endpoint);
+            if let (Some(endpoint), Some((target, drain))) = (endpoint, found) {
+                drained.entry(endpoint).or_insert(Drained { instance, target, drain });
             }
         }
+        drained
     }
+}
+
+/// A registration that is drained by hand.
+struct Drained<'a> {
+    instance: &'a Instance,
+    target: &'a DrainTarget,
+    drain: &'a Drain,
+}
+
+/// Has the backends that are drained get no new connections: an endpoint is drained if any of its
+/// registrations is, which it shows then.
+fn drain(mut backends: Vec<Backend>, drained: &HashMap<SocketAddr, Drained<'_>>) -> Vec<Backend> {
+    for backend in &mut backends {
+        let address = backend.address.filter(|_| backend.state != BackendState::Draining);
+        let drained = address.and_then(|address| drained.get(&address));
+        let Some(Drained { instance, target, drain }) = drained else { continue };
+        backend.state = BackendState::Draining;
+        let since = drain.since_text();
+        backend.reason = Some(format!("drained by hand since {since}, as {target}"));
+        (backend.node, backend.id) = (instance.node.clone(), instance.id.clone());
+    }
+    backends
 }
 
 /// The weights that instances have had so far, where one of them declares a weight that can't be read.
@@ -593,6 +626,73 @@ mod tests {
         builder.waits().lock().contacts.set_served([("web".into(), [address].into())]);
         let first = builder.next(&Table::default(), &catalog, NOW).unwrap().table;
         assert_eq!(first.services["web"].healthy().count(), 1);
+        // Once: what was served before the first table is of no use after it.
+        builder.waits().lock().keeps.begin(start);
+        let over = builder.waits().lock().keeps.expire(start + Duration::from_secs(60));
+        builder.revisit(over);
+        let second = builder.next(&first, &catalog, NOW).unwrap().table;
+        assert_eq!(second.services["web"].healthy().count(), 0);
+        builder.revisit([Arc::from("web")]);
+        assert!(builder.next(&second, &catalog, NOW).is_none());
+    }
+
+    #[test]
+    fn what_was_served_before_the_first_table_concerns_that_table_alone() {
+        let mut builder = builder();
+        let address: SocketAddr = "10.0.0.1:8080".parse().unwrap();
+        let names = ["critical", "gone", "cold"];
+        let served = names.map(|name| (name.into(), [address].into()));
+        builder.waits().lock().contacts.set_served(served);
+        let mut catalog = catalog(&[("critical", &["10.0.0.1"]), ("cold", &[])]);
+        let mut critical = instances(&catalog, "critical");
+        critical[0].health = HealthStatus::Out("check `web` is critical".into());
+        catalog.insert(id("critical"), record(critical));
+        catalog.insert(id("cold"), ServiceRecord::new([].into(), Watch::Cold));
+        builder.next(&Table::default(), &catalog, NOW).unwrap();
+        let is_served = |name: &&str| builder.waits().lock().contacts.is_served(name, address);
+        assert_eq!(names.into_iter().filter(is_served).collect::<Vec<_>>(), ["cold"]);
+    }
+
+    /// One registration of an endpoint is kept, and another one too, or is drained by hand.
+    #[test]
+    fn an_endpoint_that_several_register_is_kept_once_and_not_while_one_is_drained() {
+        let mut builder = builder();
+        builder.set_keep(Some(Duration::from_secs(60)));
+        let mut catalog = catalog(&[("web", &["10.0.0.1", "10.0.0.1", "10.0.0.2", "10.0.0.3"])]);
+        let mut known = instances(&catalog, "web");
+        for (nth, instance) in known.iter_mut().enumerate() {
+            instance.node = format!("n{nth}");
+        }
+        catalog.insert(id("web"), record(known.clone()));
+        let first = builder.next(&Table::default(), &catalog, NOW).unwrap().table;
+        for instance in &mut known[..3] {
+            instance.is_critical = true;
+            instance.health = HealthStatus::Out("check `web` is critical".into());
+        }
+        let draining = |instance: &mut Instance| instance.weight = 0;
+        draining(&mut known[3]);
+        // The endpoint of one that is kept, with no weight of its own.
+        known[3].address = "10.0.0.2".into();
+        catalog.insert(id("web"), record(known.clone()));
+        let second = builder.next(&first, &catalog, NOW).unwrap().table;
+        let shown = |table: &Table| -> Vec<String> {
+            let backends = table.services["web"].backends.iter();
+            let shown = backends.map(|it| {
+                format!("{} {} x{} {:?}", it.shown_address, it.node, it.weight, it.state)
+            });
+            shown.collect()
+        };
+        let kept = ["10.0.0.2:8080 n3 x1 Warning", "10.0.0.1:8080 n0 x1 Warning"];
+        assert_eq!(shown(&second), kept);
+        assert!(second.services["web"].excluded.is_empty());
+
+        let node = |name: &str| DrainTarget::Node(name.into());
+        let drains = [(node("n1"), Drain { since: 0, boottime_ms: 0 })];
+        builder.set_drains(Arc::new(drains.into_iter().collect()));
+        let third = builder.next(&second, &catalog, NOW).unwrap().table;
+        assert_eq!(shown(&third), ["10.0.0.2:8080 n3 x1 Warning"]);
+        let out: Vec<_> = third.services["web"].excluded.iter().map(|it| &*it.node).collect();
+        assert_eq!(out, ["n0", "n1"]);
     }
 
     #[test]

@@ -12,7 +12,7 @@ use super::Backend;
 const MAX_NAMED: usize = 3;
 
 /// The backends, as their instances were judged.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Endpoints {
     backends: Vec<Backend>,
     /// Where the backend of each address is.

@@ -22,12 +22,17 @@ pub const RETRY: Duration = Duration::from_secs(1);
 /// The most probes at once.
 pub const MAX_PROBES: usize = 64;
 
+/// The most of them that aren't an instance's first: however many instances don't answer, a new one is
+/// tried at once.
+const MAX_RETRIES: usize = 48;
+
 /// A connection to be tried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Probe {
     /// Where to.
     pub address: SocketAddr,
     contact: ContactId,
+    is_retry: bool,
 }
 
 /// Identifies a contact; none is used twice.
@@ -42,11 +47,14 @@ pub struct Contacts {
     last_id: ContactId,
     /// The contacts that the clock hasn't met yet.
     new: VecDeque<ContactId>,
-    /// When their next probes are due.
-    due: BTreeSet<(Instant, ContactId)>,
+    /// Those that haven't been tried.
+    untried: VecDeque<ContactId>,
+    /// When the others are tried again.
+    retries: BTreeSet<(Instant, ContactId)>,
     /// When their waits are over.
     ends: BTreeSet<(Instant, ContactId)>,
     n_probes: usize,
+    n_retries: usize,
     /// The backends that the kernel serves since before the first table: they are proven.
     served: BTreeMap<Arc<str>, BTreeSet<SocketAddr>>,
 }
@@ -171,10 +179,16 @@ impl Contacts {
         if !contacts.is_empty() {
             self.by_service.insert(service.clone(), contacts);
         }
-        // A host's name may be resolved later.
-        if !backends.is_empty() && backends.iter().all(|backend| backend.address.is_some()) {
-            self.served.remove(service);
-        }
+    }
+
+    /// Drops the backends of a service that the kernel serves since before the first table.
+    pub fn forget_served(&mut self, service: &str) {
+        self.served.remove(service);
+    }
+
+    /// Drops those of the services that the first table doesn't have.
+    pub fn retain_served(&mut self, mut is_routed: impl FnMut(&Arc<str>) -> bool) {
+        self.served.retain(|service, _| is_routed(service));
     }
 
     /// Drops what is known of a service.
@@ -191,24 +205,37 @@ impl Contacts {
             if let Some(contact) = self.contact(id) {
                 contact.end = Some(now + MAX_WAIT);
                 self.ends.insert((now + MAX_WAIT, id));
-                self.due.insert((now, id));
+                self.untried.push_back(id);
             }
         }
         let mut probes = Vec::new();
         while self.n_probes < MAX_PROBES
-            && let Some(&(at, id)) = self.due.first()
-            && at <= now
+            && let Some(id) = self.untried.pop_front()
         {
-            self.due.pop_first();
-            let is_unproven = |it: &mut Contact| it.state == ContactState::Unproven;
-            if self.contact(id).is_some_and(is_unproven)
-                && let Some((_, address)) = self.places.get(&id)
-            {
-                self.n_probes += 1;
-                probes.push(Probe { address: *address, contact: id });
-            }
+            probes.extend(self.probe(id, false));
+        }
+        while let Some(at) = self.next_retry()
+            && at <= now
+            && let Some((_, id)) = self.retries.pop_first()
+        {
+            probes.extend(self.probe(id, true));
         }
         probes
+    }
+
+    /// The probe of a contact that still needs one.
+    fn probe(&mut self, id: ContactId, is_retry: bool) -> Option<Probe> {
+        self.contact(id).filter(|contact| contact.state == ContactState::Unproven)?;
+        let (_, address) = self.places.get(&id)?;
+        self.n_probes += 1;
+        self.n_retries += usize::from(is_retry);
+        Some(Probe { address: *address, contact: id, is_retry })
+    }
+
+    /// When the next retry is due; `None` while none may begin.
+    fn next_retry(&self) -> Option<Instant> {
+        let is_free = self.n_probes < MAX_PROBES && self.n_retries < MAX_RETRIES;
+        self.retries.first().filter(|_| is_free).map(|(at, _)| *at)
     }
 
     /// Records the result of a probe, and returns the service to build again, if any. The wait of one
@@ -220,6 +247,7 @@ impl Contacts {
         now: Instant,
     ) -> Option<Arc<str>> {
         self.n_probes = self.n_probes.saturating_sub(1);
+        self.n_retries = self.n_retries.saturating_sub(probe.is_retry.into());
         let contact = self.contact(probe.contact)?;
         contact.n_tries += 1;
         match result {
@@ -230,7 +258,7 @@ impl Contacts {
             Err(error) => {
                 contact.last_error = Some(error);
                 if contact.state == ContactState::Unproven {
-                    self.due.insert((now + RETRY, probe.contact));
+                    self.retries.insert((now + RETRY, probe.contact));
                 }
                 None
             }
@@ -260,8 +288,7 @@ impl Contacts {
 
     /// When to call [`Contacts::begin_due`] and [`Contacts::expire`] next, if no probe ends before.
     pub fn next_wake(&self) -> Option<Instant> {
-        let due = self.due.first().filter(|_| self.n_probes < MAX_PROBES);
-        due.into_iter().chain(self.ends.first()).map(|(at, _)| *at).min()
+        self.next_retry().into_iter().chain(self.ends.first().map(|(at, _)| *at)).min()
     }
 
     /// What is known of a service's instances that aren't proven, by address.

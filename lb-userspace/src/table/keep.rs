@@ -58,19 +58,20 @@ impl Keeps {
         self.by_service.keys()
     }
 
-    /// Keeps those `critical` backends of a service that served lately, where none serves. They move from
-    /// its excluded instances to its backends. `served_before` is whether a backend served in the last
-    /// table.
+    /// Keeps those `critical` backends of a service that served lately, where none serves: takes them out
+    /// of its excluded instances and returns them, for its backends. `served_before` is whether a backend
+    /// served in the last table.
     pub fn judge(
         &mut self,
         service: &mut Service,
         critical: impl Iterator<Item = Backend>,
         served_before: impl Fn(&Backend) -> bool,
-    ) {
+    ) -> Vec<Backend> {
         let name = service.name.clone();
         let known = self.critical.remove(&name).unwrap_or_default();
         if self.limit.is_none() {
-            return self.end(&name);
+            self.end(&name);
+            return Vec::new();
         }
         let (mut lately, mut since) = (Vec::new(), BTreeMap::new());
         for backend in critical.filter(|backend| backend.state.is_reached()) {
@@ -90,17 +91,19 @@ impl Keeps {
             if !since.is_empty() {
                 self.critical.insert(name.clone(), since);
             }
-            return self.end(&name);
+            self.end(&name);
+            return Vec::new();
         }
         if lately.is_empty() || self.by_service.get(&name) == Some(&Keep::Over) {
-            return self.end(&name);
+            self.end(&name);
+            return Vec::new();
         }
         service.excluded.retain(|it| !since.contains_key(&(it.node.clone(), it.id.clone())));
-        service.backends.extend(lately);
         if !self.by_service.contains_key(&name) {
             self.new.insert(name.clone());
             self.by_service.insert(name, Keep::New);
         }
+        lately
     }
 
     /// Ends the keeping of a service, if it is kept.
@@ -235,7 +238,8 @@ mod tests {
             generation: 1,
         };
         let warning = critical.iter().map(|id| backend(id, BackendState::Warning));
-        keeps.judge(&mut service, warning, |it| before.contains(&&*it.id));
+        let kept = keeps.judge(&mut service, warning, |it| before.contains(&&*it.id));
+        service.backends.extend(kept);
         let ids = service.healthy().map(|backend| &*backend.id).collect::<Vec<_>>().join(" ");
         let out = service.excluded.iter().map(|out| &*out.id).collect::<Vec<_>>().join(" ");
         (ids, out)

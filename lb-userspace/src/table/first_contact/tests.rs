@@ -190,6 +190,7 @@ fn what_the_kernel_serves_is_proven() {
     assert_eq!(world.build(&[A, B, C]), "a b");
     assert_eq!(ports(&world.begin()), [3]);
     // That holds for what was there then.
+    world.contacts.forget_served("web");
     assert_eq!(world.build(&[A]), "a");
     assert_eq!(world.build(&[A, B]), "a");
     world.contacts.forget("web");
@@ -213,6 +214,28 @@ fn the_number_of_probes_is_bounded() {
         assert_eq!(world.fail(*probe), None);
     }
     assert_eq!(world.contacts.places.len(), 0);
+}
+
+/// However many instances don't answer, a new one is tried at once.
+#[test]
+fn a_first_probe_waits_for_no_retry() {
+    let mut world = World::new();
+    let many: Vec<Given> = (0..1_000).map(|nth| ("x", 1000 + nth, false)).collect();
+    let many = [&[A], &many[..]].concat();
+    world.build(&many);
+    // None answers: each probe ends with its second.
+    for _ in 0..20 {
+        let probes = world.begin();
+        world.now += S / 4;
+        probes.into_iter().for_each(|probe| drop(world.fail(probe)));
+    }
+    let retries = world.begin();
+    assert_eq!(retries.len(), MAX_RETRIES);
+    assert_eq!(world.contacts.next_wake(), world.contacts.ends.first().map(|(at, _)| *at));
+    world.build(&[&many[..], &[B]].concat());
+    assert_eq!(ports(&world.begin()), [2]);
+    world.fail(retries[0]);
+    assert_eq!(world.begin().len(), 1, "the next retry");
 }
 
 #[derive(Clone, Debug)]
