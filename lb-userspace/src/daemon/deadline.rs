@@ -49,6 +49,8 @@ struct Departure {
 struct Departures {
     deadline: Option<Duration>,
     by_endpoint: BTreeMap<Endpoint, Departure>,
+    /// When the connections to what left before are listed.
+    list_at: Option<Duration>,
 }
 
 impl Departures {
@@ -165,11 +167,18 @@ impl Departures {
         }
     }
 
-    /// When the next connections are to be closed.
+    /// Records that listing the connections for [`Departures::adopt`] has failed, or succeeded: it is
+    /// repeated until it does.
+    fn listed(&mut self, is_done: bool, now: Duration) {
+        self.list_at = (!is_done).then(|| now.saturating_add(RETRY));
+    }
+
+    /// When the next connections are to be closed, or listed.
     fn due(&self) -> Option<Duration> {
         let deadline = self.deadline?;
         let waiting = self.by_endpoint.values().filter(|departure| departure.n_walks < N_WALKS);
-        waiting.map(|it| it.since.saturating_add(deadline).max(it.next_walk)).min()
+        let due = waiting.map(|it| it.since.saturating_add(deadline).max(it.next_walk));
+        due.chain(self.list_at).min()
     }
 
     /// Those whose connections are to be closed now.
@@ -224,6 +233,8 @@ pub async fn follow(mut followed: Followed) {
     let mut departures = Departures::default();
     let mut last: Arc<Table> = Arc::default();
     let mut last_drains: Arc<Drains> = Arc::default();
+    // The problem of listing connections, and that of closing them.
+    let (mut listing, mut closing) = (None, None);
     loop {
         let now = boot::time();
         let next = followed.table.borrow_and_update().clone();
@@ -233,7 +244,8 @@ pub async fn follow(mut followed: Followed) {
         departures.deadline = deadline;
         if deadline.is_none() {
             departures.by_endpoint.clear();
-            followed.problem.send_replace(None);
+            departures.list_at = None;
+            (listing, closing) = (None, None);
             last = Arc::default();
         } else if next.is_synced() {
             departures.follow(&last, &next, &drains, now);
@@ -242,14 +254,20 @@ pub async fn follow(mut followed: Followed) {
                 last_drains = drains;
             }
             if !last.is_synced() {
-                adopt(&mut departures, &next, &followed).await;
+                departures.list_at = Some(now);
+            }
+            if departures.list_at.is_some_and(|at| at <= now) {
+                listing = adopt(&mut departures, &next, &followed).await;
             }
             last = next;
         }
         if begins {
-            report(&followed.problem, TcpTerminator::problem());
+            closing = TcpTerminator::problem();
         }
-        close(&mut departures, &followed).await;
+        if let Some(problem) = close(&mut departures, &followed).await {
+            closing = problem;
+        }
+        report(&followed.problem, listing.clone().or_else(|| closing.clone()));
         let due = departures
             .due()
             .map(|due| due.saturating_sub(boot::time()).max(Duration::from_millis(10)));
@@ -272,20 +290,26 @@ pub async fn follow(mut followed: Followed) {
     }
 }
 
-async fn adopt(departures: &mut Departures, table: &Table, followed: &Followed) {
+/// Adds what left before; returns why it couldn't be found.
+async fn adopt(departures: &mut Departures, table: &Table, followed: &Followed) -> Option<String> {
     let terminator = followed.datapath.tcp_terminator();
     let listed = tokio::task::spawn_blocking(move || terminator.list()).await;
-    match listed.unwrap_or_else(|error| Err(error.to_string())) {
-        Ok(connections) => departures.adopt(table, &connections, boot::time()),
-        Err(error) => report(&followed.problem, Some(error)),
+    let listed = listed.unwrap_or_else(|error| Err(error.to_string()));
+    departures.listed(listed.is_ok(), boot::time());
+    match listed {
+        Ok(connections) => {
+            departures.adopt(table, &connections, boot::time());
+            None
+        }
+        Err(error) => Some(error),
     }
 }
 
-/// Closes what is due.
-async fn close(departures: &mut Departures, followed: &Followed) {
+/// Closes what is due; returns why that failed, or `None` inside, where anything was to be closed.
+async fn close(departures: &mut Departures, followed: &Followed) -> Option<Option<String>> {
     let due = departures.take_due(boot::time());
     if due.is_empty() {
-        return;
+        return None;
     }
     // While the kernel has another state of the service it may still send connections there.
     let hooks = followed.datapath.hooks();
@@ -296,7 +320,7 @@ async fn close(departures: &mut Departures, followed: &Followed) {
     let late: Vec<Endpoint> = late.into_iter().map(|(endpoint, _)| endpoint).collect();
     departures.walked(&late, false, boot::time());
     if ready.is_empty() {
-        return;
+        return None;
     }
     let (endpoints, chosen): (Vec<Endpoint>, Vec<VipConnections>) = ready.into_iter().unzip();
     let terminator = followed.datapath.tcp_terminator();
@@ -310,7 +334,7 @@ async fn close(departures: &mut Departures, followed: &Followed) {
         );
     }
     departures.walked(&endpoints, problem.is_none(), boot::time());
-    report(&followed.problem, problem);
+    Some(problem)
 }
 
 /// Shows a problem in the status, and logs a new one.
@@ -528,6 +552,11 @@ mod tests {
         fleet.departures.adopt(&fleet.table, &connections, 9 * SECOND);
         assert_eq!(fleet.departures.due(), Some(69 * SECOND));
         assert_eq!(fleet.due(69), ["10.0.0.3"]);
+        // A list that can't be had is tried again.
+        fleet.departures.listed(false, 10 * SECOND);
+        assert_eq!(fleet.departures.due(), Some(40 * SECOND));
+        fleet.departures.listed(true, 40 * SECOND);
+        assert_eq!(fleet.departures.due(), Some(69 * SECOND));
         // A name that isn't resolved may be any of them.
         let mut fleet = Fleet::new();
         fleet.set(0, Some(&["10.0.0.1", "db.example"]));

@@ -42,9 +42,9 @@ use crate::config::{AllCritical, Config, ConfigErrors, OnExit, Problem, VipConfi
 use crate::datapath::{Datapath, Mode, Options, Report, Reports, SharedDatapath, route};
 use crate::table::first_contact::Probe;
 use crate::table::vips::PoolUse;
-use crate::table::{Builder, SharedWaits};
+use crate::table::{Builder, DrainError, SharedWaits};
 use crate::{admin, catalog, dns};
-use drains::{DrainBook, DrainRequest};
+use drains::{DrainBook, DrainRequest, Obstacles};
 use notify::Notify;
 use pipeline::Pipeline;
 use prober::BackendProber;
@@ -71,7 +71,7 @@ const USAGE_TICK: Duration = Duration::from_secs(60);
 /// they were given up.
 const RETRY_TICK: Duration = Duration::from_secs(60 * 60);
 
-/// How long a stop waits for the VIPs to be recorded.
+/// How long a stop waits for the VIPs and the drains to be recorded.
 const FLUSH_TIMEOUT: Duration = Duration::from_millis(200);
 
 /// The reloads that may wait for their turn, and as many drains.
@@ -124,6 +124,8 @@ struct Daemon {
     drains: DrainBook,
     drain_deadline: watch::Sender<Option<Duration>>,
     drain_requests: mpsc::Receiver<DrainRequest>,
+    /// What requests name is being searched for.
+    finding: JoinSet<(DrainRequest, Result<drains::Found, DrainError>)>,
     tag: watch::Sender<String>,
     pool: watch::Sender<PoolUse>,
     attached: watch::Sender<bool>,
@@ -291,6 +293,7 @@ impl Daemon {
             drains,
             drain_deadline: deadline_out,
             drain_requests,
+            finding: JoinSet::new(),
             tag: tag_out,
             pool: pool_out,
             attached: attached_out,
@@ -337,7 +340,15 @@ impl Daemon {
                 Some(request) = self.reloads.recv(), if self.reading.is_none() => {
                     self.read_again(Some(request));
                 }
-                Some(request) = self.drain_requests.recv() => self.drain(request),
+                Some(request) = self.drain_requests.recv(), if self.finding.len() < MAX_REQUESTS => {
+                    self.find(request);
+                }
+                Some(Ok((request, found))) = self.finding.join_next() => self.drain(request, found),
+                read = self.drains.read() => {
+                    self.drains.adopt(read);
+                    self.pipeline.builder().set_drains(self.drains.drains());
+                    self.reapply();
+                }
                 _ = signals.hangup.recv(), if self.reading.is_none() => self.read_again(None),
                 (wanted, request) = read(&mut self.reading) => {
                     let reload = self.reload(wanted).await;
@@ -439,22 +450,42 @@ impl Daemon {
         }
     }
 
+    /// Has what a client names searched for.
+    fn find(&mut self, request: DrainRequest) {
+        let is_synced = self.pipeline.latest().is_synced();
+        let (drains, catalog) = (self.drains.drains(), self.pipeline.builder().drain_catalog());
+        self.finding.spawn_blocking(move || {
+            let found = drains::find(request.change, &request.text, &drains, catalog, is_synced);
+            (request, found)
+        });
+    }
+
     /// Drains what a client names, or undrains it: the kernel has it first, then the disk, then the
     /// client the answer.
-    fn drain(&mut self, DrainRequest { change, text, answer }: DrainRequest) {
-        let is_synced = self.pipeline.latest().is_synced();
-        let changed = self.drains.change(change, &text, self.pipeline.builder(), is_synced);
-        let result = match changed {
-            Ok(changed) => {
-                if changed.is_changed {
-                    self.pipeline.builder().set_drains(self.drains.drains());
-                    self.reapply();
-                }
-                drains::result(change, &changed, &self.drains.drains(), self.pipeline.latest())
+    fn drain(&mut self, request: DrainRequest, found: Result<drains::Found, DrainError>) {
+        let DrainRequest { change, answer, .. } = request;
+        let changed = found.and_then(|drains::Found { target, covered, searched }| {
+            let changed = self.drains.change(change, target)?;
+            if changed.is_changed {
+                let drains = self.drains.drains();
+                self.pipeline.builder().change_drains(drains, covered, &searched);
+                self.reapply();
             }
-            Err(error) => drains::refuse(error),
+            Ok(changed)
+        });
+        let (drains, table) = (self.drains.drains(), self.pipeline.latest().clone());
+        let datapath = self.datapath.clone();
+        let result = move || {
+            let result = match changed {
+                Ok(changed) => {
+                    let obstacles = Obstacles::of(&datapath);
+                    drains::result(change, &changed, &drains, &table, &obstacles)
+                }
+                Err(error) => drains::refuse(error),
+            };
+            drains::log(change, &result);
+            result
         };
-        drains::log(change, &result);
         self.drains.answer(result, answer);
     }
 
@@ -543,16 +574,16 @@ impl Daemon {
     /// Takes the parts down, and the kernel side where the configuration wants that.
     async fn stop(mut self) {
         self.notify.stopping();
+        let vips = tokio::time::timeout(FLUSH_TIMEOUT, self.pipeline.flush());
+        let drains = tokio::time::timeout(FLUSH_TIMEOUT, self.drains.flush());
+        // Clients get what is answered meanwhile.
+        let (vips, drains, ..) = tokio::join!(vips, drains, self.sources.stop(), self.dns.stop());
         self.tasks.running.abort_all();
-        let flush = tokio::time::timeout(FLUSH_TIMEOUT, self.pipeline.flush());
-        let (flush, ..) = tokio::join!(flush, self.sources.stop(), self.dns.stop());
-        let problem = match flush {
-            Ok(Ok(())) => None,
-            Ok(Err(_)) => Some("their recorder has ended"),
-            Err(_) => Some("the disk doesn't answer"),
-        };
-        if let Some(problem) = problem {
-            tracing::warn!("stopping before the VIPs are recorded: {problem}");
+        let vips = vips.map(|flushed| flushed.map_err(|_| "their recorder has ended"));
+        for (what, flushed) in [("VIPs", vips), ("drains", drains)] {
+            if let Err(problem) = flushed.unwrap_or(Err("the disk doesn't answer")) {
+                tracing::warn!("stopping before the {what} are recorded: {problem}");
+            }
         }
         // The view may be alive in a request that is being answered, so the datapath is taken apart
         // in place.

@@ -14,11 +14,11 @@ use super::merge::{MergedMeta, merge_meta};
 use super::validate::{Validation, check_name, validate};
 use super::vips::{PoolExhausted, Pools, Vips};
 use super::{
-    Backend, BackendState, Catalog, Drain, DrainError, DrainTarget, Drains, HealthStatus, Hosts,
+    Backend, BackendState, Catalog, Drain, DrainCatalog, DrainTarget, Drains, HealthStatus, Hosts,
     Instance, InstanceGroup, Ports, Protocols, Service, ServiceId, ServiceRecord, Table, Watch,
-    resolve_drain,
 };
 use crate::config::{BalanceAlgorithm, BalanceConfig, Preference, VipConfig};
+use crate::ordmap::Diff;
 
 /// Builds tables, each from a catalog and what the last one had.
 #[derive(Debug)]
@@ -152,27 +152,33 @@ impl Builder {
         waits.keeps.set_limit(limit);
     }
 
-    /// Sets what is drained, from the next table on.
+    /// Sets what is drained, from the next table on, which builds every service.
     pub fn set_drains(&mut self, drains: Arc<Drains>) {
-        let former = std::mem::replace(&mut self.drains, drains);
-        let (drains, hosts) = (&self.drains, &self.hosts);
-        let differs = |instance: &Instance| {
-            let Instance { node, id, .. } = instance;
-            let endpoint = hosts.endpoint(instance);
-            former.find(node, id, endpoint) != drains.find(node, id, endpoint)
-        };
-        let services = self.seen.catalog().iter();
-        let touched = services.filter(|(_, record)| record.instances().any(differs));
-        self.revisit.extend(touched.map(|(id, _)| id.folded_name()));
+        self.drains = drains;
+        self.revisit_all();
     }
 
-    /// What an argument of `nohop drain` names in the catalog.
-    ///
-    /// # Errors
-    /// When that is nothing, or several things.
-    pub fn find_drain(&self, text: &str) -> Result<DrainTarget, DrainError> {
-        let records = self.seen.catalog().values();
-        resolve_drain(text, records.flat_map(ServiceRecord::instances), &self.hosts)
+    /// Sets what is drained, from the next table on, where that differs for one target only: `covered` are
+    /// the services, by name in lower case, of which it covers an instance in `searched`. Nothing else is
+    /// built again but what has changed since then.
+    pub fn change_drains(
+        &mut self,
+        drains: Arc<Drains>,
+        covered: BTreeSet<Arc<str>>,
+        searched: &DrainCatalog,
+    ) {
+        self.drains = drains;
+        self.revisit.extend(covered);
+        let Diff { changed, .. } = searched.catalog.diff(self.seen.catalog());
+        self.revisit.extend(changed.into_iter().map(|(id, _)| id.folded_name()));
+        if !Arc::ptr_eq(&searched.hosts, &self.hosts) {
+            self.revisit.extend(self.hostnames.keys().cloned());
+        }
+    }
+
+    /// What can be drained, as of the last table.
+    pub fn drain_catalog(&self) -> DrainCatalog {
+        DrainCatalog { catalog: self.seen.catalog().clone(), hosts: self.hosts.clone() }
     }
 
     /// Sets how backends are chosen, from the next table on.

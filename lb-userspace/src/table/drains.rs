@@ -3,11 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Hosts, Instance, parse_ip};
+use super::{Catalog, Hosts, Instance, ServiceRecord, parse_ip};
 
 /// The most drains at a time: each is compared with every instance that is built.
 pub const MAX_DRAINS: usize = 256;
@@ -171,6 +172,14 @@ impl Drains {
         }
         self.0.insert(target, drain);
         Ok(true)
+    }
+
+    /// Adds a drain of an earlier run; of two of one target the earlier applies.
+    pub fn restore(&mut self, target: DrainTarget, drain: Drain) {
+        let known = self.0.entry(target).or_insert_with(|| drain.clone());
+        if drain.boottime_ms < known.boottime_ms {
+            *known = drain;
+        }
     }
 
     /// Removes a drain; returns whether there was one.
@@ -350,12 +359,40 @@ impl Wanted<'_> {
     }
 }
 
+/// What can be drained: the instances of a catalog, at one moment. A clone is cheap; a search takes a while
+/// where there are many.
+#[derive(Clone, Debug)]
+pub struct DrainCatalog {
+    pub(super) catalog: Catalog,
+    pub(super) hosts: Arc<Hosts>,
+}
+
+impl DrainCatalog {
+    /// What an argument of `nohop drain` names.
+    ///
+    /// # Errors
+    /// When that is nothing, or several things.
+    pub fn find(&self, text: &str) -> Result<DrainTarget, DrainError> {
+        let instances = self.catalog.values().flat_map(ServiceRecord::instances);
+        resolve(text, instances, &self.hosts)
+    }
+
+    /// The services, by name in lower case, of which an instance is covered.
+    pub fn covered_by(&self, target: &DrainTarget) -> BTreeSet<Arc<str>> {
+        let is_covered = |instance: &Instance| {
+            target.covers(&instance.node, &instance.id, self.hosts.endpoint(instance))
+        };
+        let covered = self.catalog.iter().filter(|(_, record)| record.instances().any(is_covered));
+        covered.map(|(id, _)| id.folded_name()).collect()
+    }
+}
+
 /// What an argument names among these instances. One that is registered by several is one endpoint in
 /// the table, and each registration can be named.
 ///
 /// # Errors
 /// When that is nothing, or several things.
-pub fn resolve<'a>(
+fn resolve<'a>(
     text: &str,
     instances: impl Iterator<Item = &'a Instance> + Clone,
     hosts: &Hosts,

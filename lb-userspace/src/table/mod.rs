@@ -27,7 +27,7 @@ use crate::ordmap::OrdMap;
 
 pub use build::{Builder, NextTable, SharedWaits, Waits};
 pub use drains::{
-    Drain, DrainError, DrainTarget, Drains, allocation, resolve as resolve_drain, resolve_drained,
+    Drain, DrainCatalog, DrainError, DrainTarget, Drains, allocation, resolve_drained,
 };
 pub use index::CatalogIndex;
 pub use input::{
