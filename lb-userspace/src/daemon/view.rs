@@ -112,7 +112,7 @@ impl View for DaemonView {
             revision,
             sources: sources_status,
             services: table.services.len(),
-            backends: table.services.values().map(|service| service.healthy().count()).sum(),
+            backends: table.n_healthy,
             drains: self.drains.drains().len(),
             dns: api::DnsStatus {
                 upstreams: self.debug_client.upstreams().iter().map(upstream_status).collect(),

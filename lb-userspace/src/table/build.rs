@@ -265,7 +265,7 @@ impl Builder {
                     differs |= table.rejected.remove(&id.dns_name()).is_some();
                 }
                 if !former.is_some_and(|former| Arc::ptr_eq(former, &service)) {
-                    table.services.insert(name.clone(), service);
+                    table.insert(name.clone(), service);
                     differs = true;
                 }
             }
@@ -287,7 +287,7 @@ impl Builder {
         drop(waits);
         self.algorithms.remove(name);
         self.vips.release(name, now);
-        table.services.remove(name).is_some()
+        table.remove(name)
     }
 
     /// The catalog's instances of these names, which are one service, each once.
@@ -1037,6 +1037,8 @@ mod tests {
                 let fresh = self::builder().next(&Table::default(), &catalog, NOW).unwrap().table;
                 prop_assert_eq!(&last.rejected, &fresh.rejected);
                 prop_assert!(last.services.keys().eq(fresh.services.keys()));
+                let counts = last.services.values().map(|service| service.healthy().count());
+                prop_assert_eq!(last.n_healthy, counts.sum::<usize>());
                 for (name, service) in last.services.iter() {
                     prop_assert_eq!(&service.backends, &fresh.services[&**name].backends);
                     prop_assert_eq!(&service.excluded, &fresh.services[&**name].excluded);

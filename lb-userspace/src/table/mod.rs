@@ -48,9 +48,26 @@ pub struct Table {
     pub services: OrdMap<Arc<str>, Arc<Service>>,
     /// Names that the catalog has and that can't be had here, each with the reason.
     pub rejected: OrdMap<Arc<str>, Arc<str>>,
+    /// The number of [`Service::healthy`] backends of all services. The builder keeps it with each change:
+    /// to count them takes milliseconds among 16,384 services, and the status has it every second.
+    pub n_healthy: usize,
 }
 
 impl Table {
+    /// Adds a service, in the place of its former state.
+    fn insert(&mut self, name: Arc<str>, service: Arc<Service>) {
+        self.n_healthy += service.healthy().count();
+        let former = self.services.insert(name, service);
+        self.n_healthy -= former.map_or(0, |former| former.healthy().count());
+    }
+
+    /// Removes a service; returns whether there was one.
+    fn remove(&mut self, name: &str) -> bool {
+        let former = self.services.remove(name);
+        self.n_healthy -= former.as_ref().map_or(0, |former| former.healthy().count());
+        former.is_some()
+    }
+
     /// Whether discovery has been complete once; before that, absence means nothing.
     pub fn is_synced(&self) -> bool {
         self.generation > 0
