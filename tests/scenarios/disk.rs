@@ -143,7 +143,8 @@ pub fn unread_log() -> Result<()> {
     Ok(())
 }
 
-fn fifo(path: &Path) -> Result<()> {
+/// Makes a FIFO: to open it takes as long as a frozen disk, until another opens its other end.
+pub fn fifo(path: &Path) -> Result<()> {
     // In the place of the existing one.
     let _ = fs::remove_file(path);
     mknodat(CWD, path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0)

@@ -1,6 +1,7 @@
 //! An operator drains what a node of its own is about to lose: an instance, an address, a node. New
 //! connections from here avoid it at once, also after a restart, until it is undrained.
 
+use std::fs;
 use std::net::SocketAddrV4;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -9,8 +10,10 @@ use testbed::consul::instance;
 use testbed::net::{ExecContext, Host};
 use testbed::nohop::{Nohop, service};
 use testbed::process::Process;
+use testbed::tempdir::TempDir;
 
-use crate::cluster::{BACKEND, Cluster};
+use crate::cluster::{BACKEND, Catalog, Cluster, Nodes, vip};
+use crate::disk::fifo;
 use crate::load::{RATE, under_load};
 
 /// The backends of a service that are in this state, by instance.
@@ -107,6 +110,61 @@ pub fn by_hand() -> Result<()> {
     cli(nohop, &format!("drain {address}"), 0)?;
     let drained = in_state(&nohop.services()?, "helloworld", "draining");
     ensure!(drained == ["helloworld-1"], "{drained:?}");
+
+    // Where connections aren't translated.
+    fs::write(nohop.state_dir().join("off"), "")?;
+    nohop.wait_for_status(|status| status["datapath"]["mode"] == "shadow")?;
+    let shadow = cli(nohop, "drain helloworld-2", 0)?;
+    let expected = "warning: connections are only counted, so it has no effect until they are";
+    ensure!(shadow.contains(expected), "{shadow}");
+    Ok(())
+}
+
+/// A disk that doesn't answer keeps no drain from applying. What isn't on disk is reported, and what is there
+/// applies once it can be read.
+pub fn on_a_slow_disk() -> Result<()> {
+    let nodes = Nodes::new()?;
+    let (one, two) = (nodes.helloworld("one")?, nodes.helloworld("two")?);
+    let catalog = Catalog::new(&[("web", &[one.address, two.address])])?;
+    let state = TempDir::new("state")?;
+    let config = catalog.config() + &format!("state_dir = {:?}\n", state.path());
+    let mut nohop = nodes.nohop(&config)?;
+    nohop.wait_for_backends("web", 2)?;
+    let [drain_one, drain_two] = [&one, &two].map(|it| format!("drain {}", it.address));
+    let text = cli(&nohop, &drain_one, 0)?;
+    ensure!(!text.contains("warning"), "{text}");
+    // It was on disk before the answer.
+    let file = state.path().join("drains.json");
+    let drains = fs::read_to_string(&file)?;
+    ensure!(nohop.terminate()?.success());
+
+    fifo(&file)?;
+    nohop.start_again()?;
+    let is_unread = |text: &str| text.contains("drains.json isn't read yet");
+    nohop.wait_for_status(|status| is_unread(&status["problems"].to_string()))?;
+    nohop.wait_for_backends("web", 2)?;
+    let text = cli(&nohop, &drain_two, 0)?;
+    ensure!(text.contains(" is drained: 1 backend of 1 service") && is_unread(&text), "{text}");
+    let connects = nodes.connect(vip(&nohop, "web")?, 20)?;
+    ensure!(connects.all_answered(|answer| answer == "hello from one"), "{connects:?}");
+    // The disk answers: nothing was lost.
+    fs::write(&file, drains)?;
+    nohop.wait_until(|services| in_state(services, "web", "draining").len() == 2)?;
+    nohop.wait_for_status(|status| !is_unread(&status["problems"].to_string()))?;
+    let again = cli(&nohop, &drain_two, 0)?;
+    ensure!(again.contains("is drained already") && !again.contains("disk"), "{again}");
+    let drains = fs::read_to_string(&file)?;
+    for helloworld in [&one, &two] {
+        ensure!(drains.contains(&helloworld.address.to_string()), "{drains}");
+    }
+
+    // It doesn't answer any more: the answer reports that, and a stop doesn't wait for it.
+    fifo(&state.path().join(".drains.json.tmp"))?;
+    let text = cli(&nohop, &format!("un{drain_one}"), 0)?;
+    ensure!(text.contains("warning: it applies, and isn't on disk yet"), "{text}");
+    ensure!(nohop.terminate()?.success());
+    nohop.start_again()?;
+    nohop.wait_until(|services| in_state(services, "web", "draining").len() == 2)?;
     Ok(())
 }
 

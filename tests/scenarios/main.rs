@@ -108,6 +108,7 @@ const SCENARIOS: &[(&str, Scenario)] = &[
     ("dnsmasq_in_front", resolvers::dnsmasq),
     ("drain_by_hand", drain::by_hand),
     ("drain_deadline", drain::deadline),
+    ("drain_on_a_slow_disk", drain::on_a_slow_disk),
     ("ejected_is_shown", ejected_is_shown::run),
     ("explained", explained::run),
     ("external_detach", external_detach::run),
