@@ -26,7 +26,7 @@ use super::documents::{At, Document, Documents};
 use super::origin::{Foreign, check_host, check_site};
 use super::prometheus;
 use super::route::{Endpoint, EndpointError, Wait, route};
-use super::slow::MinRate;
+use super::slow::{IsEndless, MinRate};
 use super::trace::{TraceFilter, TraceRefusal};
 use crate::terminal;
 
@@ -194,10 +194,13 @@ fn spawn<V: View>(
     };
     connections.spawn(async move {
         let _slot = slot;
+        let is_endless = IsEndless::default();
         let service = service_fn(|request: Request<Incoming>| {
             let (access, view) = (Arc::clone(&access), Arc::clone(&view));
+            let is_endless = is_endless.clone();
             async move {
                 let mut response = answer(&request, &access, view).await;
+                is_endless.set(matches!(response.body(), ResponseBody::Lines(_)));
                 let headers = response.headers_mut();
                 headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
                 headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
@@ -207,7 +210,7 @@ fn spawn<V: View>(
         let served = http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(HEADER_TIMEOUT)
-            .serve_connection(TokioIo::new(MinRate::new(stream)), service)
+            .serve_connection(TokioIo::new(MinRate::new(stream, is_endless.clone())), service)
             .await;
         if let Err(error) = served {
             tracing::debug!(%error, "a connection of the admin interface failed");

@@ -2,6 +2,8 @@
 
 use std::io;
 use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -21,9 +23,11 @@ const MAX_TIME: Duration = Duration::from_secs(30);
 /// A stream that fails once its reader has read less than [`MIN_BYTES`] in a [`PERIOD`] while there is
 /// more to read, or hasn't read a response within [`MAX_TIME`] of its first wait. A client that reads
 /// nothing would otherwise keep its connection and its document for as long as its kernel acknowledges
-/// zero windows.
+/// zero windows. A stream of lines has no end, and few bytes where little happens: its reader only has to
+/// read something in a period.
 pub(super) struct MinRate<S> {
     stream: S,
+    is_endless: IsEndless,
     period: Duration,
     max_time: Duration,
     /// The end of the present response's time, once a write has waited for the reader.
@@ -32,18 +36,29 @@ pub(super) struct MinRate<S> {
     behind: Option<Behind>,
 }
 
+/// Whether the present response is a stream of lines.
+#[derive(Clone, Debug, Default)]
+pub(super) struct IsEndless(Arc<AtomicBool>);
+
+impl IsEndless {
+    pub(super) fn set(&self, is_endless: bool) {
+        self.0.store(is_endless, Ordering::Relaxed);
+    }
+}
+
 struct Behind {
     until: Pin<Box<Sleep>>,
     n_bytes: usize,
 }
 
 impl<S> MinRate<S> {
-    pub(super) fn new(stream: S) -> MinRate<S> {
-        MinRate::within(stream, PERIOD, MAX_TIME)
+    pub(super) fn new(stream: S, is_endless: IsEndless) -> MinRate<S> {
+        MinRate { is_endless, ..MinRate::within(stream, PERIOD, MAX_TIME) }
     }
 
     fn within(stream: S, period: Duration, max_time: Duration) -> MinRate<S> {
-        MinRate { stream, period, max_time, deadline: None, behind: None }
+        let is_endless = IsEndless::default();
+        MinRate { stream, is_endless, period, max_time, deadline: None, behind: None }
     }
 
     /// The result of a write, given that of the stream below.
@@ -53,11 +68,16 @@ impl<S> MinRate<S> {
         written: Poll<io::Result<usize>>,
     ) -> Poll<io::Result<usize>> {
         let is_pending = written.is_pending();
-        if is_pending && self.deadline.is_none() {
+        let is_endless = self.is_endless.0.load(Ordering::Relaxed);
+        let min_bytes = if is_endless { 1 } else { MIN_BYTES };
+        if is_pending && self.deadline.is_none() && !is_endless {
             self.deadline = Some(Instant::now() + self.max_time);
         }
-        let Some(deadline) = self.deadline else { return written };
-        let next = |period| deadline.min(Instant::now() + period);
+        let deadline = self.deadline;
+        let next = |period| {
+            let end = Instant::now() + period;
+            deadline.map_or(end, |deadline| deadline.min(end))
+        };
         if self.behind.is_none() && is_pending {
             let until = Box::pin(tokio::time::sleep_until(next(self.period)));
             self.behind = Some(Behind { until, n_bytes: 0 });
@@ -71,7 +91,8 @@ impl<S> MinRate<S> {
                 self.behind = None;
                 return written;
             }
-            if behind.n_bytes < MIN_BYTES || deadline <= Instant::now() {
+            let is_over = deadline.is_some_and(|deadline| deadline <= Instant::now());
+            if behind.n_bytes < min_bytes || is_over {
                 return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
             }
             behind.n_bytes = 0;
@@ -184,6 +205,24 @@ mod tests {
             drop(stream);
         };
         tokio::join!(read, write);
+    }
+
+    /// However long it lasts, and however little it reads.
+    #[tokio::test]
+    async fn the_reader_of_a_stream_has_to_read_something_now_and_then() {
+        let (stream, mut reader) = duplex(1024);
+        let mut stream = MinRate::within(stream, Duration::from_secs(1), SHORT);
+        stream.is_endless.set(true);
+        let trickle = async {
+            for _ in 0..60 {
+                reader.read_u8().await.unwrap();
+                tokio::time::sleep(SHORT).await;
+            }
+        };
+        let (written, ()) = tokio::join!(stream.write_all(&[0; 1024 + 60]), trickle);
+        written.unwrap();
+        let error = stream.write_all(&[0; 1]).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
     }
 
     #[tokio::test]

@@ -83,10 +83,12 @@ impl TraceEvents {
         self.rings.iter().map(AsFd::as_fd)
     }
 
-    /// Reads all events that there are, those of one unit after those of another.
-    pub fn read(&mut self, mut each: impl FnMut(Traced)) {
+    /// Reads the events that there are, those of one unit after those of another, at most `max_each` of
+    /// each: programs may report faster than this reads.
+    pub fn read(&mut self, max_each: usize, mut each: impl FnMut(Traced)) {
         for ring in &mut self.rings {
-            while let Some(event) = ring.next() {
+            for _ in 0..max_each {
+                let Some(event) = ring.next() else { break };
                 // One of another size would be another version's.
                 let event = TraceEvent::read_from_bytes(&event);
                 if let Some(event) = event.ok().and_then(|event| traced(&event, &self.names)) {

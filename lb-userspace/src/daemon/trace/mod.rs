@@ -6,11 +6,10 @@
 mod cgroups;
 mod join;
 
-use std::collections::HashSet;
 use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
 use hyper::body::Bytes;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -34,8 +33,11 @@ const SWITCH: Duration = Duration::from_secs(5);
 /// How long the thread waits for an event, before it looks after the switch and the clients.
 const TICK: Timespec = Timespec { tv_sec: 0, tv_nsec: 250_000_000 };
 
-/// Between two looks at all cgroups because of one that is unknown.
-const CGROUPS: Duration = Duration::from_millis(200);
+/// While cgroups are still looked for, it doesn't wait.
+const NO_WAIT: Timespec = Timespec { tv_sec: 0, tv_nsec: 0 };
+
+/// The events of one unit that are read before they are handed on.
+const MAX_EVENTS: usize = 2_048;
 
 /// Accepts clients, and serves them.
 pub struct Tracer(Arc<TraceState>);
@@ -140,11 +142,11 @@ impl TraceState {
             // What is left of earlier clients is of no use to later ones.
             let mut joiner = Joiner::default();
             let mut n_lost = self.counters.trace_lost();
-            let mut read_at = None::<Instant>;
             while !self.lock().list.is_empty() {
                 let mut fds: Vec<_> =
                     events.fds().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)).collect();
-                if let Err(error) = poll(&mut fds, Some(&TICK))
+                let timeout = if cgroups.is_walking() { NO_WAIT } else { TICK };
+                if let Err(error) = poll(&mut fds, Some(&timeout))
                     && error != rustix::io::Errno::INTR
                 {
                     tracing::warn!("events of traced connections can't be read: {error}");
@@ -153,14 +155,10 @@ impl TraceState {
                 drop(fds);
                 let has_outcomes = self.datapath.counts_in_flight();
                 let mut joined = Vec::new();
-                events.read(|event| joined.extend(joiner.add(event, has_outcomes)));
+                events.read(MAX_EVENTS, |event| joined.extend(joiner.add(event, has_outcomes)));
                 joined.extend(joiner.expire(trace_now_ns()));
-                let ids = joined.iter().map(|joined| joined.begun.cgroup_id);
-                let unknown = ids.filter(|id| cgroups.find(*id).is_none()).collect::<HashSet<_>>();
-                if !unknown.is_empty() && read_at.is_none_or(|at| at.elapsed() >= CGROUPS) {
-                    cgroups.read();
-                    read_at = Some(Instant::now());
-                }
+                let seen = joined.iter().map(|Joined { begun, .. }| (begun.cgroup_id, begun.pid));
+                cgroups.look_for(seen);
                 let now_lost = self.counters.trace_lost();
                 let mut clients = self.lock();
                 for client in &mut clients.list {
