@@ -250,7 +250,8 @@ pub async fn follow(mut followed: Followed) {
         } else if next.is_synced() {
             departures.follow(&last, &next, &drains, now);
             if !Arc::ptr_eq(&drains, &last_drains) {
-                departures.follow_drains(&next, &drains, now);
+                // Every service is looked at.
+                tokio::task::block_in_place(|| departures.follow_drains(&next, &drains, now));
                 last_drains = drains;
             }
             if !last.is_synced() {
