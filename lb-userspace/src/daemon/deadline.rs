@@ -361,8 +361,7 @@ mod tests {
     use crate::config::Config;
     use crate::table::vips::Vips;
     use crate::table::{
-        Builder, Catalog, Drain, DrainTarget, HealthStatus, Instance, NodeIdentity, ServiceId,
-        ServiceMeta, ServiceRecord,
+        Builder, Catalog, Drain, DrainTarget, HealthStatus, Instance, ServiceId, ServiceRecord,
     };
 
     const SECOND: Duration = Duration::from_secs(1);
@@ -373,21 +372,7 @@ mod tests {
             Some(address) => (address, HealthStatus::Out("check `web` is critical".into())),
             None => (text, HealthStatus::Serving),
         };
-        Instance {
-            node: "n1".into(),
-            id: address.into(),
-            address: address.into(),
-            port: 80,
-            weight: 1,
-            local: false,
-            node_identity: NodeIdentity::default(),
-            node_address: None,
-            is_checked: true,
-            is_critical: false,
-            may_be_local: false,
-            health,
-            meta: ServiceMeta::default(),
-        }
+        Instance { id: address.into(), address: address.into(), health, ..Instance::fixture() }
     }
 
     /// The backends that left, as tables follow each other, with a deadline of 60 s.

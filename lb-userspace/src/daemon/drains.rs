@@ -600,26 +600,14 @@ mod tests {
     use super::*;
     use crate::config::Config;
     use crate::table::vips::Vips;
-    use crate::table::{
-        BackendState, Builder, Catalog, HealthStatus, Instance, NodeIdentity, ServiceId,
-        ServiceMeta, ServiceRecord, Watch,
-    };
+    use crate::table::{BackendState, Builder, Catalog, Instance, ServiceId, ServiceRecord, Watch};
 
     fn instance(node: &str, id: &str, address: &str) -> Instance {
         Instance {
             node: node.into(),
             id: id.into(),
             address: address.into(),
-            port: 80,
-            weight: 1,
-            local: false,
-            node_identity: NodeIdentity::default(),
-            node_address: None,
-            may_be_local: false,
-            health: HealthStatus::Serving,
-            is_checked: true,
-            is_critical: false,
-            meta: ServiceMeta::default(),
+            ..Instance::fixture()
         }
     }
 

@@ -542,23 +542,14 @@ mod tests {
 
     use super::*;
     use crate::config::Config;
-    use crate::table::{Bridge, HealthStatus, Host, NodeIdentity, ServiceMeta};
+    use crate::table::{Bridge, HealthStatus, Host, ServiceMeta};
 
     fn catalog(text: &[(&str, &[&str])]) -> Catalog {
         let instance = |address: &&str| Instance {
-            node: "n1".into(),
             id: (*address).into(),
             address: (*address).into(),
             port: 8080,
-            weight: 1,
-            local: false,
-            node_identity: NodeIdentity::default(),
-            node_address: None,
-            is_checked: true,
-            is_critical: false,
-            may_be_local: false,
-            health: HealthStatus::Serving,
-            meta: ServiceMeta::default(),
+            ..Instance::fixture()
         };
         let record = |addresses: &&[&str]| record(addresses.iter().map(instance).collect());
         text.iter().map(|(name, addresses)| (id(name), record(addresses))).collect()

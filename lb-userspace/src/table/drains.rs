@@ -462,7 +462,6 @@ fn nearby<'a>(name: &str, instances: impl Iterator<Item = &'a Instance>) -> Near
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::table::{HealthStatus, NodeIdentity, ServiceMeta};
 
     const ALLOC: &str = "39e25890-23fb-7513-b98f-97a5310046ad";
 
@@ -473,15 +472,7 @@ mod tests {
             id: id.into(),
             address: address.ip().to_string(),
             port: address.port().into(),
-            weight: 1,
-            local: false,
-            node_identity: NodeIdentity::default(),
-            node_address: None,
-            is_checked: true,
-            is_critical: false,
-            may_be_local: false,
-            health: HealthStatus::Serving,
-            meta: ServiceMeta::default(),
+            ..Instance::fixture()
         }
     }
 

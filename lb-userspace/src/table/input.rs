@@ -196,6 +196,28 @@ impl Instance {
     }
 }
 
+#[cfg(test)]
+impl Instance {
+    /// One that serves at `10.0.0.1:80`, for tests, which set what matters to them.
+    pub fn fixture() -> Instance {
+        Instance {
+            node: "n1".into(),
+            id: "web-1".into(),
+            address: "10.0.0.1".into(),
+            port: 80,
+            weight: 1,
+            local: false,
+            node_identity: NodeIdentity::default(),
+            node_address: None,
+            may_be_local: false,
+            is_checked: true,
+            is_critical: false,
+            health: HealthStatus::Serving,
+            meta: ServiceMeta::default(),
+        }
+    }
+}
+
 /// An IP address in a text: IPv4, or IPv6 with brackets or without. An IPv4-mapped one is the IPv4
 /// address that it stands for; a zone is dropped, since it means something on its own node alone.
 pub fn parse_ip(text: &str) -> Option<IpAddr> {

@@ -122,7 +122,7 @@ fn first(ids: &[&str]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::table::{HealthStatus, NodeIdentity};
+    use crate::table::HealthStatus;
 
     /// An instance for each `PORTS`, out where it begins with `!`; `-` declares nothing.
     fn instances(words: &[&str]) -> Vec<Instance> {
@@ -133,19 +133,10 @@ mod tests {
             };
             let ports = (word != "-").then(|| word.to_owned());
             Instance {
-                node: String::new(),
                 id: format!("i{idx}"),
-                address: String::new(),
-                port: 80,
-                weight: 1,
-                local: false,
-                node_identity: NodeIdentity::default(),
-                node_address: None,
-                is_checked: true,
-                is_critical: false,
-                may_be_local: false,
                 health,
                 meta: ServiceMeta { ports, ..ServiceMeta::default() },
+                ..Instance::fixture()
             }
         };
         words.iter().enumerate().map(instance).collect()

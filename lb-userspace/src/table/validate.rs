@@ -187,24 +187,10 @@ pub fn check_name(name: &str) -> Result<(), String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::table::{Host, NodeIdentity, ServiceMeta};
+    use crate::table::{Host, ServiceMeta};
 
     fn instance(address: &str, port: i64) -> Instance {
-        Instance {
-            node: "n1".into(),
-            id: "web-1".into(),
-            address: address.into(),
-            port,
-            weight: 1,
-            local: false,
-            node_identity: NodeIdentity::default(),
-            node_address: None,
-            is_checked: true,
-            is_critical: false,
-            may_be_local: false,
-            health: HealthStatus::Serving,
-            meta: ServiceMeta::default(),
-        }
+        Instance { address: address.into(), port, ..Instance::fixture() }
     }
 
     fn pools() -> Pools {

@@ -110,7 +110,6 @@ mod tests {
     use std::cell::Cell;
 
     use super::*;
-    use crate::table::{NodeIdentity, ServiceMeta};
 
     thread_local! {
         /// How many names were compared.
@@ -118,21 +117,7 @@ mod tests {
     }
 
     fn instance(id: &str) -> Instance {
-        Instance {
-            node: "n1".into(),
-            id: id.into(),
-            address: "10.0.0.1".into(),
-            port: 80,
-            weight: 1,
-            local: false,
-            node_identity: NodeIdentity::default(),
-            node_address: None,
-            is_checked: true,
-            is_critical: false,
-            may_be_local: false,
-            health: HealthStatus::Serving,
-            meta: ServiceMeta::default(),
-        }
+        Instance { id: id.into(), ..Instance::fixture() }
     }
 
     fn key(id: &str) -> InstanceKey {

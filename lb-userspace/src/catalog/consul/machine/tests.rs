@@ -8,7 +8,7 @@ use super::*;
 use crate::catalog::consul::hold_down::InstanceKey;
 use crate::catalog::inspection::{InspectedInstance, Inspection};
 use crate::config::{CatalogConfig, Config, ConsulConfig, WatchPolicy};
-use crate::table::{HealthStatus, Instance, NodeIdentity, ServiceId, ServiceMeta, Watch};
+use crate::table::{Instance, ServiceId, Watch};
 
 const S: Duration = Duration::from_secs(1);
 
@@ -23,21 +23,7 @@ fn settings(watch: WatchPolicy, max_connections: usize) -> Settings {
 }
 
 fn instance(id: u8) -> Instance {
-    Instance {
-        node: "n1".into(),
-        id: id.to_string(),
-        address: "10.0.0.1".into(),
-        port: 1000 + i64::from(id),
-        weight: 1,
-        local: false,
-        node_identity: NodeIdentity::default(),
-        node_address: None,
-        is_checked: true,
-        is_critical: false,
-        may_be_local: false,
-        health: HealthStatus::Serving,
-        meta: ServiceMeta::default(),
-    }
+    Instance { id: id.to_string(), port: 1000 + i64::from(id), ..Instance::fixture() }
 }
 
 /// A machine, its clock, and a Consul that answers at the test's command.

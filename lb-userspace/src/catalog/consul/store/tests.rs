@@ -6,7 +6,7 @@ use super::*;
 use crate::catalog::host::Own;
 use crate::catalog::publisher::Publisher;
 use crate::catalog::snapshot::Agent;
-use crate::table::{HealthStatus, NodeIdentity, ServiceMeta, Watch};
+use crate::table::{HealthStatus, NodeIdentity, Watch};
 
 const DISTRUST: Duration = Duration::from_secs(300);
 const S: Duration = Duration::from_secs(1);
@@ -20,16 +20,7 @@ fn instance(node: &str, id: &str) -> Instance {
         node: node.into(),
         id: id.into(),
         address: "127.0.0.1".into(),
-        port: 80,
-        weight: 1,
-        local: false,
-        node_identity: NodeIdentity::default(),
-        node_address: None,
-        is_checked: true,
-        is_critical: false,
-        may_be_local: false,
-        health: HealthStatus::Serving,
-        meta: ServiceMeta::default(),
+        ..Instance::fixture()
     }
 }
 
