@@ -55,7 +55,7 @@ pub struct DrainRequest {
 /// What a request names. To find it takes a while among many instances, so the loop that carries changes to
 /// the kernel has it searched for by a thread.
 #[derive(Debug)]
-pub struct Found {
+pub struct FoundTarget {
     /// What is to be drained, or undrained.
     pub target: DrainTarget,
     /// The services of which it covers an instance, by name in lower case.
@@ -74,7 +74,7 @@ pub fn find(
     drains: &Drains,
     searched: DrainCatalog,
     is_synced: bool,
-) -> Result<Found, DrainError> {
+) -> Result<FoundTarget, DrainError> {
     let drained = resolve_drained(text, drains);
     let target = match (change, drained) {
         (Change::Undrain, Err(error)) => return Err(error),
@@ -93,7 +93,7 @@ pub fn find(
         (Change::Undrain, Ok(None)) => searched.find(text)?,
     };
     let covered = searched.covered_by(&target);
-    Ok(Found { target, covered, searched })
+    Ok(FoundTarget { target, covered, searched })
 }
 
 /// What is drained, and its file.
@@ -645,7 +645,8 @@ mod tests {
         ) -> Result<api::DrainChange, String> {
             let searched = self.builder.drain_catalog();
             let found = find(change, text, &book.drains(), searched, self.table.is_synced());
-            let Found { target, covered, searched } = found.map_err(|error| error.to_string())?;
+            let FoundTarget { target, covered, searched } =
+                found.map_err(|error| error.to_string())?;
             let changed = book.change(change, target).unwrap();
             self.builder.change_drains(book.drains(), covered, &searched);
             let next = self.builder.next(&self.table, &self.catalog, SystemTime::UNIX_EPOCH);

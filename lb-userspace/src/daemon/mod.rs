@@ -125,7 +125,7 @@ struct Daemon {
     drain_deadline: watch::Sender<Option<Duration>>,
     drain_requests: mpsc::Receiver<DrainRequest>,
     /// What requests name is being searched for.
-    finding: JoinSet<(DrainRequest, Result<drains::Found, DrainError>)>,
+    finding: JoinSet<(DrainRequest, Result<drains::FoundTarget, DrainError>)>,
     tag: watch::Sender<String>,
     pool: watch::Sender<PoolUse>,
     attached: watch::Sender<bool>,
@@ -462,9 +462,9 @@ impl Daemon {
 
     /// Drains what a client names, or undrains it: the kernel has it first, then the disk, then the
     /// client the answer.
-    fn drain(&mut self, request: DrainRequest, found: Result<drains::Found, DrainError>) {
+    fn drain(&mut self, request: DrainRequest, found: Result<drains::FoundTarget, DrainError>) {
         let DrainRequest { change, answer, .. } = request;
-        let changed = found.and_then(|drains::Found { target, covered, searched }| {
+        let changed = found.and_then(|drains::FoundTarget { target, covered, searched }| {
             let changed = self.drains.change(change, target)?;
             if changed.is_changed {
                 let drains = self.drains.drains();
