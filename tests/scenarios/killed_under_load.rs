@@ -7,7 +7,7 @@ use crate::cluster::{Catalog, Nodes, vip};
 use crate::load::{RATE, under_load};
 
 /// The daemon is killed at each of these seconds of the load.
-const KILLED_AT: [u32; 5] = [4, 9, 14, 19, 24];
+const KILLED_AT: [u32; 5] = [1, 3, 5, 7, 9];
 
 pub fn run() -> Result<()> {
     let nodes = Nodes::new()?;

@@ -16,7 +16,7 @@ pub fn run() -> Result<()> {
     let vip = vip(&nohop, "helloworld")?;
 
     under_load(&nodes, vip, RATE, |load| {
-        for second in [3, 7, 11] {
+        for second in [1, 3, 5] {
             load.wait_until_second(second)?;
             ensure!(nohop.terminate()?.success());
             nohop.start_again()?;
@@ -25,7 +25,7 @@ pub fn run() -> Result<()> {
             let text = String::from_utf8(nohop.cli("status")?.stdout)?;
             ensure!(text.contains("taken over from an earlier daemon"), "{text}");
         }
-        load.wait_until_second(15)?;
+        load.wait_until_second(7)?;
         ensure!(nohop.terminate()?.success());
         catalog.set(&[("helloworld", &both[..1])])?;
         nohop.configure(&(catalog.config() + "datapath.max_services = 32768\n"))?;
