@@ -42,17 +42,28 @@ impl Consul {
     /// # Errors
     /// When it isn't ready in time.
     pub fn server(host: &Arc<Host>, node: &str, address: &str) -> Result<Consul> {
-        let config = json!({ "server": true, "bootstrap_expect": 1 });
-        Consul::start(host, node, address, config)
+        Consul::start(host, node, address, alone())
     }
 
-    /// Starts a client, reached at `address`, of the server at `server`.
+    /// Starts a server and a client of it at the same time, each on a host, under a node name, at an
+    /// address.
     ///
     /// # Errors
-    /// When it isn't ready in time.
-    pub fn client(host: &Arc<Host>, node: &str, address: &str, server: &str) -> Result<Consul> {
-        let config = json!({ "retry_join": [server], "retry_interval": "250ms" });
-        Consul::start(host, node, address, config)
+    /// When they aren't ready in time.
+    pub fn server_and_client(
+        server: (&Arc<Host>, &str, &str),
+        client: (&Arc<Host>, &str, &str),
+    ) -> Result<(Consul, Consul)> {
+        let join = json!({ "retry_join": [server.2], "retry_interval": "250ms" });
+        let (host, node, address) = server;
+        let mut server = Consul::prepare(host, node, address, &alone(), None)?;
+        let (host, node, address) = client;
+        let mut client = Consul::prepare(host, node, address, &join, None)?;
+        server.spawn()?;
+        client.spawn()?;
+        server.wait_until_ready()?;
+        client.wait_until_ready()?;
+        Ok((server, client))
     }
 
     /// Starts the servers of one cluster, each on a host, under a node name, at an address; `more` is
@@ -343,6 +354,11 @@ impl Consul {
         command.arg(format!("http://127.0.0.1:8500{path}"));
         command
     }
+}
+
+/// The configuration of a server that is the only one of its cluster.
+fn alone() -> Value {
+    json!({ "server": true, "bootstrap_expect": 1 })
 }
 
 /// Puts the keys of `more` into `config`.

@@ -104,8 +104,9 @@ impl Cluster {
     /// The same, with more of a configuration for nohop.
     pub fn with_config(n: usize, config: &str) -> Result<Cluster> {
         let nodes = Nodes::new()?;
-        let server = Consul::server(&nodes.backend, "backend", BACKEND)?;
-        let agent = Consul::client(&nodes.client, "client", CLIENT, BACKEND)?;
+        let on_backend = (&nodes.backend, "backend", BACKEND);
+        let on_client = (&nodes.client, "client", CLIENT);
+        let (server, agent) = Consul::server_and_client(on_backend, on_client)?;
         let nohop = nodes.nohop(config)?;
         let mut cluster = Cluster { nohop, helloworlds: Vec::new(), agent, server, nodes };
         cluster.serve("helloworld", n)?;

@@ -35,7 +35,7 @@ pub fn resets() -> Result<()> {
         for behaviour in [Behaviour::ResetsAtOnce, Behaviour::ResetsAfterRequest] {
             odd.set(behaviour);
             let start = Instant::now();
-            let connects = connect_in_turn(nodes.inside(), vip, 2_000)?;
+            let connects = connect_in_turn(nodes.inside(), vip, 1_000)?;
             // One more, by what clocks differ by.
             let n_ejections = 2 + start.elapsed().div_duration_f64(RESET_EJECTION) as u64;
             let (n_reset, most) = (n_failed(&connects), n_ejections * N_RESETS);
