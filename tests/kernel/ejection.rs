@@ -322,7 +322,7 @@ pub fn trials_that_show_nothing() {
     let port = SocketAddr::try_from(rustix::net::getsockname(&user).unwrap()).unwrap().port();
     assert_eq!(connect(&user, &address), Err(rustix::io::Errno::INPROGRESS));
     is_over();
-    let failed = connect(&bound(port), &SocketAddrV4::new(VIP, 80));
+    let failed = connect(bound(port), &SocketAddrV4::new(VIP, 80));
     assert_eq!(failed, Err(rustix::io::Errno::ADDRNOTAVAIL));
     assert_eq!(length(), 3, "without a SYN");
 
