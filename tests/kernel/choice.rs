@@ -188,7 +188,7 @@ pub fn beyond_the_share_the_spare_set_is_used() {
 
 pub fn a_new_backend_ramps_up() {
     let (a, b) = (Server::start(b'a'), Server::start(b'b'));
-    let bed = bed(BalanceAlgorithm::Random, &[&a, &b]);
+    let mut bed = bed(BalanceAlgorithm::Random, &[&a, &b]);
     let per_tick = SlowStart::of(3_000_000_000_000).per_tick;
     bed.datapath.set_balance(BalanceSettings { slow_start_per_tick: per_tick, ..SETTINGS });
     change(&bed, a.address, |entry| entry.outcomes.added_ms = now_ms());

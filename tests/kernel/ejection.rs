@@ -497,11 +497,12 @@ pub fn a_restart_keeps_ejections() {
     datapath.detach();
 }
 
-/// Events that no daemon reads are counted as lost, and the later ones arrive.
+/// Events that no daemon reads are counted as lost, and the later ones arrive. An ejection whose event was
+/// lost is shown all the same.
 pub fn events_that_find_no_room_are_counted() {
     let mut bed = Bed::new();
     let mut reports = bed.datapath.take_reports().unwrap();
-    bed.datapath.set_balance(ejecting(1));
+    bed.datapath.set_balance(ejecting(HOUR_MS));
     let dead = SocketAddr::from(crate::fixture::dead());
     let backend = Backend::only(&mut bed, dead);
     // A refusal of one that isn't ejected.
@@ -514,6 +515,7 @@ pub fn events_that_find_no_room_are_counted() {
         assert!(Instant::now() < deadline, "{} ejections", backend.n_ejections());
         ejected();
     }
+    assert_eq!(backend.why(), "1 refused connect");
     let n_reports = std::iter::from_fn(|| reports.next_report()).count() as u64;
     assert_eq!(n_reports + event(&bed, "events_lost"), backend.n_ejections());
     ejected();

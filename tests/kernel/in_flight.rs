@@ -2,18 +2,25 @@
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use aya::maps::{Array, Map, MapData};
+use lb_common::Control;
 use lb_userspace::datapath::{Datapath, UNITS};
+use lb_userspace::table::{Protocols, Service};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, connect, socket_with, sockopt};
 
+use crate::choice;
 use crate::fixture::{Bed, Place, VIP, VIP6, n_connects, service};
 use crate::pins::bpftool;
 use crate::restart::apply;
+use crate::sockops::Spoiler;
+use zerocopy::FromBytes as _;
 
 const FLAG: &str = "--hold";
 /// How long the last segments of connections on loopback may take.
@@ -327,21 +334,150 @@ pub fn after_an_upgrade() {
     datapath.detach();
 }
 
+/// A socket that doesn't wait for its connection.
+fn begin(address: SocketAddrV4) -> OwnedFd {
+    let flags = SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::INET, SocketType::STREAM, flags, None).unwrap();
+    assert_eq!(connect(&socket, &address), Err(rustix::io::Errno::INPROGRESS));
+    socket
+}
+
+/// A listener whose queue is full: it answers nothing. It has the connection that fills it.
+fn silent() -> (TcpListener, TcpStream) {
+    let flags = SocketFlags::empty();
+    let listener = socket_with(AddressFamily::INET, SocketType::STREAM, flags, None).unwrap();
+    rustix::net::bind(&listener, &SocketAddrV4::new(Ipv4Addr::LOCALHOST, 0)).unwrap();
+    rustix::net::listen(&listener, 0).unwrap();
+    let listener = TcpListener::from(listener);
+    let fills = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    (listener, fills)
+}
+
+/// What waits for an answer while the unit is detached ends unseen: silence is judged again once it is
+/// attached, and what was pending before is forgotten at once.
+pub fn silence_needs_the_unit() {
+    let (listener, _fills) = silent();
+    let address = listener.local_addr().unwrap();
+    let vip = SocketAddrV4::new(VIP, 80);
+    let mut place = Place::new();
+    let pin = place.pin("v3/maps/CONTROL");
+    let silence = || {
+        let map = Map::from_map_data(MapData::from_pin(&pin).unwrap()).unwrap();
+        let control: Array<_, [u8; size_of::<Control>()]> = map.try_into().unwrap();
+        Control::read_from_bytes(&control.get(&0, 0).unwrap()).unwrap().balance.silence
+    };
+    let configured = place.options.balance.eject.silence;
+    let waiting = |datapath: &Datapath| {
+        let backend_idx = datapath.indices("web").unwrap().backends[&address];
+        let outcomes = datapath.counters().outcomes(backend_idx);
+        (outcomes.pending, outcomes.unanswered_since_us != 0)
+    };
+    let web = || vec![service("web", VIP, &[(address, 1)])];
+    let mut datapath = place.start();
+    apply(&mut datapath, web());
+    let socket = begin(vip);
+    assert_eq!((silence(), waiting(&datapath)), (configured, (1, true)));
+    drop(datapath);
+
+    // As by a version without the unit.
+    place.options.units = &UNITS[..1];
+    let mut datapath = place.start();
+    apply(&mut datapath, web());
+    drop(socket);
+    assert_eq!((silence(), waiting(&datapath)), (0, (1, true)));
+    datapath.configure_balance(&place.options.balance);
+    assert_eq!(silence(), 0, "after a reload");
+    drop(datapath);
+
+    place.options.units = UNITS;
+    let mut datapath = place.start();
+    assert_eq!((silence(), waiting(&datapath)), (configured, (0, false)));
+    // As after a command of an operator's.
+    let socket = begin(vip);
+    detach_sockops(&place);
+    drop(socket);
+    assert_eq!(waiting(&datapath), (1, true));
+    assert!(datapath.fix().is_after_gap);
+    assert_eq!((silence(), waiting(&datapath)), (configured, (0, false)));
+    datapath.detach();
+}
+
+/// A service that loses a UDP frontend gives its backends other generations, by which the programs don't
+/// see open connections end.
+pub fn after_new_generations() {
+    let keeper = Keeper::start();
+    let address = keeper.address(1);
+    let place = Place::new();
+    let mut datapath = place.start();
+    let web = |protocols| vec![Service { protocols, ..service("web", VIP, &[(address, 1)]) }];
+    apply(&mut datapath, web(Protocols::Both));
+    let connect = || TcpStream::connect((VIP, 80)).unwrap();
+    let mut held: Vec<_> = (0..3).map(|_| connect()).collect();
+    assert_eq!(in_flight(&datapath, address), 3);
+    apply(&mut datapath, web(Protocols::Tcp));
+    assert_eq!(in_flight(&datapath, address), 0, "none that is seen");
+    held.push(connect());
+    let recount = datapath.recount();
+    assert_eq!((recount.n_connections, recount.n_unseen, recount.is_settled), (4, 3, false));
+    assert_eq!(agree_recounted(&datapath, "with other generations"), 4);
+    held.drain(..).for_each(reset);
+    assert_eq!(in_flight(&datapath, address), 3);
+    assert_eq!(agree_recounted(&datapath, "closed"), 0);
+    datapath.detach();
+}
+
+/// One that is counted as being established and isn't is found while connections are made all the time.
+pub fn a_leak_is_found_under_load() {
+    let keeper = Keeper::start();
+    let address = keeper.address(1);
+    let mut bed = Bed::small();
+    bed.apply(vec![service("web", VIP, &[(address, 1)])]);
+    choice::change(&bed, address, |entry| entry.outcomes.pending = 1);
+    let is_done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !is_done.load(Ordering::Relaxed) {
+                reset(TcpStream::connect((VIP, 80)).unwrap());
+            }
+        });
+        let pending = || counted(&bed.datapath, address).1;
+        let deadline = Instant::now() + PATIENCE;
+        while (0..1_000).all(|_| pending() > 0) && Instant::now() < deadline {
+            bed.datapath.recount();
+        }
+        is_done.store(true, Ordering::Relaxed);
+    });
+    assert_eq!(agree(&bed.datapath, "without load"), 0);
+    assert_eq!(counted(&bed.datapath, address), (0, 0));
+}
+
+/// Another program of the hierarchy that takes away the callbacks that a socket asked for: its end isn't
+/// seen, and is recounted.
+pub fn without_callbacks() {
+    let keeper = Keeper::start();
+    let address = keeper.address(1);
+    let place = Place::new();
+    let mut datapath = place.start();
+    apply(&mut datapath, vec![service("web", VIP, &[(address, 1)])]);
+    let spoiler = Spoiler::attach(&place.cgroup.path);
+    let held: Vec<_> = (0..3).map(|_| TcpStream::connect((VIP, 80)).unwrap()).collect();
+    assert_eq!(in_flight(&datapath, address), 3);
+    held.into_iter().for_each(reset);
+    assert_eq!(counted(&datapath, address), (3, 3), "no change of state is seen");
+    drop(spoiler);
+    assert_eq!(agree_recounted(&datapath, "recounted"), 0);
+    assert_eq!(counted(&datapath, address), (0, 0));
+    drop(TcpStream::connect((VIP, 80)).unwrap());
+    assert_eq!(agree(&datapath, "with callbacks again"), 0);
+    datapath.detach();
+}
+
 /// A refusal is a failure; a client that gives up isn't, nor is a connection that a server ends.
 pub fn failures_are_the_backends() {
     let keeper = Keeper::start();
     let refusing = crate::fixture::dead();
-    // A queue of one: what comes next gets no answer.
-    let full = {
-        let listener =
-            socket_with(AddressFamily::INET, SocketType::STREAM, SocketFlags::empty(), None)
-                .unwrap();
-        rustix::net::bind(&listener, &SocketAddrV4::new(Ipv4Addr::LOCALHOST, 0)).unwrap();
-        rustix::net::listen(&listener, 0).unwrap();
-        TcpListener::from(listener)
-    };
+    let (full, _fills) = silent();
     let silent = full.local_addr().unwrap();
-    let _fills = TcpStream::connect(silent).unwrap();
     let mut bed = Bed::with_pool6();
     let vips = |vip6| [SocketAddr::from((VIP, 80)), SocketAddr::from((vip6, 80))];
     let mut web = |backend: SocketAddr| {
@@ -360,10 +496,7 @@ pub fn failures_are_the_backends() {
     assert_eq!(counters.service(service).failed, 2);
 
     let (counters, service, backend) = web(silent);
-    let flags = SocketFlags::NONBLOCK;
-    let socket = socket_with(AddressFamily::INET, SocketType::STREAM, flags, None).unwrap();
-    let connecting = connect(&socket, &SocketAddrV4::new(VIP, 80));
-    assert_eq!(connecting, Err(rustix::io::Errno::INPROGRESS));
+    let socket = begin(SocketAddrV4::new(VIP, 80));
     assert_eq!(counters.in_flight(backend), 1);
     drop(socket);
     assert_eq!((counters.backend_failures(backend), counters.in_flight(backend)), (0, 0));

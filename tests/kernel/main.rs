@@ -28,6 +28,7 @@ mod restart;
 mod rollback;
 mod shadow;
 mod soak;
+mod sockops;
 mod stress;
 mod translation;
 mod trust;
@@ -291,6 +292,10 @@ const TRIALS: &[KernelTrial] = &[
     since((5, 10), "in_flight_is_what_the_kernel_lists", in_flight::is_what_the_kernel_lists),
     since((5, 10), "in_flight_outlives_a_gap", in_flight::outlives_a_gap),
     since((5, 10), "in_flight_after_an_upgrade_and_a_rollback", in_flight::after_an_upgrade),
+    since((5, 10), "in_flight_and_silence_after_a_gap", in_flight::silence_needs_the_unit),
+    since((5, 10), "in_flight_after_new_generations", in_flight::after_new_generations),
+    once("in_flight_finds_a_leak_under_load", in_flight::a_leak_is_found_under_load),
+    since((5, 10), "in_flight_without_callbacks", in_flight::without_callbacks),
     since((5, 10), "in_flight_and_failures", in_flight::failures_are_the_backends),
     since((5, 10), "ejection_by_a_refusal", ejection::a_refusal_ejects),
     since((5, 10), "ejection_by_silence_and_timeouts", ejection::silence_is_seen),

@@ -17,8 +17,11 @@ use crate::cluster::{Catalog, Nodes, vip};
 /// The address of the one that fails, also the backend node's.
 const VICTIM: &str = "10.99.0.3";
 
-/// Connections a second, and how long: until the second trial.
-const LOAD: &str = "--rate 500 --seconds 5 --close --connections 4096 --timeout-ms 1000";
+/// Connections a second; [`RATE_VARIABLE`] has another number, for measurements.
+const RATE: u32 = 500;
+const RATE_VARIABLE: &str = "NOHOP_CONNECTS_PER_SECOND";
+/// How long: until the second trial.
+const LOAD: &str = "--seconds 5 --close --connections 4096 --timeout-ms 1000";
 
 /// The first ejection's time, less what clocks differ by.
 const BASE: Duration = Duration::from_millis(990);
@@ -35,6 +38,8 @@ pub fn refuses() -> Result<()> {
     let sign = connects.first_refusal().context("no SYN was refused")?;
     let later = connects.since(sign);
     check_trials(&later)?;
+    let last = later.iter().filter(|since| **since < BASE).max().copied().unwrap_or_default();
+    eprintln!("the last SYN before the first trial: {} us after the first RST", last.as_micros());
     let n_refused = connects.all().iter().filter(|connect| connect.is_refused).count();
     eprintln!("{n_refused} refused, of those after the first RST {later:?}");
     // The client's own report has no more of them.
@@ -81,7 +86,8 @@ fn play(fail: impl FnOnce(&Nodes, &Helloworld) -> Result<()>) -> Result<(Connect
     ensure!(connects.answers.len() == addresses.len(), "{connects:?}");
 
     let mut command = nodes.inside().command(cmd::built("nohop-load")?);
-    command.arg("http").arg(vip.to_string()).args(LOAD.split(' '));
+    let rate = std::env::var(RATE_VARIABLE).unwrap_or_else(|_| RATE.to_string());
+    command.arg("http").arg(vip.to_string()).args(["--rate", &rate]).args(LOAD.split(' '));
     let load = Process::spawn("nohop-load", command)?;
     load.wait_for_line(&["requesting"])?;
     fail(&nodes, &victim)?;

@@ -40,6 +40,8 @@ pub struct Datapath {
     pub(super) pinned_maps: PinnedMaps,
     pub(super) socket_terminator: SocketTerminator,
     pub(super) recounter: Recounter,
+    /// How backends are to be chosen and ejected.
+    pub(super) balance: BalanceSettings,
     pub(super) tcp_terminator: TcpTerminator,
     pub(super) features: Features,
     pub(super) excluded: Vec<PathBuf>,
@@ -119,11 +121,40 @@ impl Datapath {
             table_generation: table.generation,
             ..daemon
         });
+        if self.reconciler.take_renewed() {
+            self.recounter.request();
+        }
         if !self.units.are_switched() {
-            self.units.switch(&self.pins)?;
+            self.switch()?;
         }
         self.reconciler.clear_served();
         Ok(errors)
+    }
+
+    /// Makes the hooks run this datapath's programs.
+    ///
+    /// # Errors
+    /// When the kernel refuses a required unit.
+    pub(super) fn switch(&mut self) -> Result<(), DatapathError> {
+        let is_after_gap = self.units.switch(&self.pins)?;
+        self.follow_outcomes(is_after_gap);
+        Ok(())
+    }
+
+    /// Has silence eject while the ends of connections are seen. Those that are pending after a gap may
+    /// have ended in it, so they are forgotten; the recount that follows finds those that haven't.
+    fn follow_outcomes(&self, is_after_gap: bool) {
+        if is_after_gap {
+            self.counters.forget_all_pending();
+        }
+        // Until then an earlier daemon's programs run.
+        let is_unseen = self.units.are_switched() && !self.counts_in_flight();
+        let silence = if is_unseen { 0 } else { self.balance.silence };
+        let balance = BalanceSettings { silence, ..self.balance };
+        let control = self.control_block.daemon();
+        if control.balance != balance {
+            self.control_block.set_daemon(Control { balance, ..control });
+        }
     }
 
     /// Whether an earlier daemon's hooks serve the scope. If the pins can't be read, they may.
@@ -173,6 +204,7 @@ impl Datapath {
         self.reconciler.recycle();
         let pinned = self.pins.fix().and_then(|()| self.pinned_maps.fix());
         let mut attachment = self.units.fix(&self.pins);
+        self.follow_outcomes(attachment.is_after_gap);
         if self.counts_in_flight() {
             self.recounter.work(attachment.is_after_gap);
         }
@@ -243,9 +275,11 @@ impl Datapath {
         }
     }
 
-    /// Sets how backends are chosen and ejected, at once.
-    pub fn set_balance(&self, balance: BalanceSettings) {
-        self.control_block.set_daemon(Control { balance, ..self.control_block.daemon() });
+    /// Sets how backends are chosen and ejected, at once; but silence ejects only while the unit
+    /// `outcomes` is attached.
+    pub fn set_balance(&mut self, balance: BalanceSettings) {
+        self.balance = balance;
+        self.follow_outcomes(false);
     }
 
     /// Switches shadow mode on or off, at once and without a reload.

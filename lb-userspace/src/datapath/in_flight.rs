@@ -6,8 +6,13 @@
 //! now and then, the connections whose sockets remember a backend are counted (sock_diag), and the
 //! difference is added. Connections come and go meanwhile, so the number at the beginning is known
 //! within bounds only, and what lies within them is taken as right.
+//!
+//! Those that are being established are too few for such bounds to show that one is counted too many. But
+//! most are pending for a moment only. So where the number isn't that of the listing, it is read many
+//! times before a second listing: if no connection was pending in one of the two listings alone, the lowest
+//! reading is of those that were pending throughout.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
@@ -27,6 +32,10 @@ const AGAIN: Duration = Duration::from_secs(10);
 const NOW_AND_THEN: Duration = Duration::from_secs(300);
 /// A recount takes at most this share of the time.
 const SHARE: u32 = 50;
+/// How often the number of connections that are being established is read between two listings.
+const N_READINGS: u32 = 64;
+/// The pause between two readings: most connects take less.
+const READING_PAUSE: Duration = Duration::from_millis(1);
 
 /// What a recount found.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -104,6 +113,11 @@ impl Recounter {
         }
     }
 
+    /// Has a recount begin with the next [`Recounter::work`].
+    pub fn request(&self) {
+        self.plan().due = Some(Instant::now());
+    }
+
     /// Counts the connections, and corrects what is wrong. Blocks: see [`diag::stored_tcp`].
     pub fn recount(&self) -> Recount {
         self.recount_by(&self.one())
@@ -148,34 +162,22 @@ impl Recounter {
             }
         };
         let before = self.counters.tallies();
-        let (sockets, errors) = diag::stored_tcp(storage.fd().as_fd());
+        let Some(listed) = self.list(&storage, &before) else { return Recount::default() };
         let after = self.counters.tallies();
-        // Sockets that can't be listed aren't gone.
-        if let Some(error) = errors.first() {
-            let reason = error.to_string();
-            let mut plan = self.plan();
-            if plan.problem.as_ref() != Some(&reason) {
-                tracing::warn!("connections in flight can't be recounted: {reason}");
-                plan.problem = Some(reason);
-            }
-            return Recount::default();
-        }
-        self.plan().problem = None;
         let mut recount = Recount { is_settled: true, ..Recount::default() };
         let mut counted = BTreeMap::<u32, (i32, i32)>::new();
-        for socket in sockets.values() {
-            let Some((backend_idx, is_seen)) = self.backend_of(socket, &before) else { continue };
-            let (n, n_pending) = counted.entry(backend_idx).or_default();
+        for connection in listed.values() {
+            let (n, n_pending) = counted.entry(connection.backend_idx).or_default();
             *n += 1;
-            // Those that the programs don't know as such never end as such.
-            *n_pending += i32::from(is_seen && socket.is_pending);
+            *n_pending += i32::from(connection.is_counted_pending());
             recount.n_connections += 1;
             // One that is pending may be about to be counted.
-            if !is_seen && !socket.is_pending {
+            if !connection.is_seen && !connection.is_pending {
                 recount.n_unseen += 1;
                 recount.is_settled = false;
             }
         }
+        let mut suspects = Vec::new();
         for (backend_idx, before) in &before {
             let (n_counted, n_pending) = counted.get(backend_idx).copied().unwrap_or_default();
             let after = after.get(backend_idx).filter(|now| now.generation == before.generation);
@@ -187,26 +189,122 @@ impl Recounter {
             if (n, pending.n) != (0, 0) {
                 self.counters.add_in_flight(*backend_idx, n, pending.n);
                 recount.n_corrected += 1;
+            } else if !pending.is_exact && after.pending != n_pending {
+                suspects.push(*backend_idx);
             }
             // What was corrected while connections were made may have been corrected wrongly.
             recount.is_settled &= is_exact && pending.is_exact && n == 0 && pending.n == 0;
         }
+        if !suspects.is_empty() {
+            recount.n_corrected += self.correct_pending(&suspects, &storage, &before, &listed);
+        }
         recount
     }
 
-    /// The backend in the table that a connection goes to by a VIP, and whether the programs saw it begin.
-    fn backend_of(&self, socket: &Stored, tallies: &BTreeMap<u32, Tally>) -> Option<(u32, bool)> {
+    /// Corrects the numbers of connections that are being established, of backends where connections
+    /// come and go. Returns how many were wrong.
+    fn correct_pending(
+        &self,
+        suspects: &[u32],
+        storage: &MapData,
+        tallies: &BTreeMap<u32, Tally>,
+        first: &Listing,
+    ) -> usize {
+        let read = |backend_idx: &u32| self.counters.outcomes(*backend_idx).pending;
+        let mut least: Vec<i32> = suspects.iter().map(read).collect();
+        for _ in 1..N_READINGS {
+            std::thread::sleep(READING_PAUSE);
+            for (least, backend_idx) in least.iter_mut().zip(suspects) {
+                *least = read(backend_idx).min(*least);
+            }
+        }
+        let Some(second) = self.list(storage, tallies) else { return 0 };
+        let pending = |listing: &Listing| -> BTreeSet<(u32, u64)> {
+            let pending = listing.iter().filter(|(_, connection)| connection.is_counted_pending());
+            pending.map(|(&cookie, connection)| (connection.backend_idx, cookie)).collect()
+        };
+        let (first, second) = (pending(first), pending(&second));
+        let mut n_corrected = 0;
+        for (&backend_idx, least) in suspects.iter().zip(least) {
+            let is_its = |(idx, _): &&(u32, u64)| *idx == backend_idx;
+            let n_steady = first.intersection(&second).filter(is_its).count() as i32;
+            let is_calm = !first.symmetric_difference(&second).any(|found| is_its(&found));
+            let n = pending_correction(least, n_steady, is_calm);
+            let generation = tallies.get(&backend_idx).map(|tally| tally.generation);
+            if n != 0 && generation == Some(self.counters.generation(backend_idx)) {
+                self.counters.add_in_flight(backend_idx, 0, n);
+                n_corrected += 1;
+            }
+        }
+        n_corrected
+    }
+
+    /// The connections that go to backends in the table, by their sockets' cookies; `None` where they can't
+    /// be listed, which doesn't mean that they are gone.
+    fn list(&self, storage: &MapData, tallies: &BTreeMap<u32, Tally>) -> Option<Listing> {
+        let (sockets, errors) = diag::stored_tcp(storage.fd().as_fd());
+        let mut plan = self.plan();
+        if let Some(error) = errors.first() {
+            let reason = error.to_string();
+            if plan.problem.as_ref() != Some(&reason) {
+                tracing::warn!("connections in flight can't be recounted: {reason}");
+                plan.problem = Some(reason);
+            }
+            return None;
+        }
+        plan.problem = None;
+        drop(plan);
+        let connection = |(cookie, socket)| Some((cookie, self.connection(&socket, tallies)?));
+        Some(sockets.into_iter().filter_map(connection).collect())
+    }
+
+    /// What a socket is to a backend in the table, if it goes to one by a VIP.
+    fn connection(&self, socket: &Stored, tallies: &BTreeMap<u32, Tally>) -> Option<Connection> {
         let kept = RevNat::read_from_bytes(&socket.storage).ok()?;
         let Tally { generation, .. } = tallies.get(&kept.backend_idx)?;
         let backend = SocketAddr::from((kept.backend.octets, kept.backend_port));
         let is_same = |a: SocketAddr, b: SocketAddr| {
             (a.ip().to_canonical(), a.port()) == (b.ip().to_canonical(), b.port())
         };
+        // One of a former generation is of the same backend where the address is the same, but the
+        // programs don't see its end.
         let is_its = kept.layout == self.layout
-            && kept.generation == *generation
-            && is_same(backend, socket.destination);
-        is_its.then_some((kept.backend_idx, kept.naming != NOT_COUNTED))
+            && self.counters.backend_address(kept.backend_idx, *generation).is_some_and(
+                |address| is_same(address, backend) && is_same(address, socket.destination),
+            );
+        is_its.then_some(Connection {
+            backend_idx: kept.backend_idx,
+            is_seen: kept.generation == *generation && kept.naming != NOT_COUNTED,
+            is_pending: socket.is_pending,
+        })
     }
+}
+
+/// Connections by VIPs, by their sockets' cookies.
+type Listing = BTreeMap<u64, Connection>;
+
+/// A connection by a VIP to a backend in the table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Connection {
+    backend_idx: u32,
+    /// Whether the programs saw it begin, and will see its end.
+    is_seen: bool,
+    is_pending: bool,
+}
+
+impl Connection {
+    /// Whether it is one of those that the programs count as being established. Those that they don't know
+    /// as such never end as such.
+    fn is_counted_pending(&self) -> bool {
+        self.is_seen && self.is_pending
+    }
+}
+
+/// What has to be added to the number of connections that are being established: by the lowest number
+/// that was read between two listings, how many were pending in both, and whether none was in one alone.
+fn pending_correction(least: i32, n_steady: i32, is_calm: bool) -> i32 {
+    // Those that were pending throughout are part of each reading.
+    if least < n_steady || is_calm { n_steady.wrapping_sub(least) } else { 0 }
 }
 
 /// What has to be added to a backend's number in flight.
@@ -234,6 +332,28 @@ impl Correction {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn pending_is_corrected_while_connections_come_and_go() {
+        // The lowest reading, how many were pending throughout, whether none came or went; what is added.
+        let table = [
+            (0, 0, true, 0),
+            (1, 0, true, -1),
+            (5, 3, true, -2),
+            (3, 3, true, 0),
+            // What comes and goes may never have been gone.
+            (1, 0, false, 0),
+            (4, 3, false, 0),
+            // Too few are so for certain.
+            (-1, 0, true, 1),
+            (-1, 0, false, 1),
+            (2, 3, false, 1),
+        ];
+        for (least, n_steady, is_calm, expected) in table {
+            let n = pending_correction(least, n_steady, is_calm);
+            assert_eq!(n, expected, "{least} {n_steady} {is_calm}");
+        }
+    }
 
     #[test]
     fn what_may_be_right_stays() {

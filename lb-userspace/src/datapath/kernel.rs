@@ -306,6 +306,29 @@ impl Counters {
         let _ = word.try_update(Ordering::AcqRel, Ordering::Acquire, |word| Some(with(word)));
     }
 
+    /// Forgets the connections of a backend that are being established: those that the programs don't see
+    /// end.
+    pub(super) fn forget_pending(&self, backend_idx: u32) {
+        let n_pending = self.outcomes(backend_idx).pending;
+        self.add_in_flight(backend_idx, 0, n_pending.wrapping_neg());
+        // Programs write the word's other half.
+        let at =
+            offset_of!(BackendEntry, outcomes) + offset_of!(BackendOutcomes, unanswered_since_us);
+        const {
+            let since_us = offset_of!(BackendOutcomes, unanswered_since_us);
+            assert!(offset_of!(BackendOutcomes, connect_us) == since_us + 4);
+        };
+        let connect_us_alone: u64 = zerocopy::transmute!([0, u32::MAX]);
+        for word in self.backends.field(backend_idx, at, size_of::<u64>()) {
+            word.fetch_and(connect_us_alone, Ordering::AcqRel);
+        }
+    }
+
+    /// The same of all backends in the table.
+    pub(super) fn forget_all_pending(&self) {
+        self.tallies().into_keys().for_each(|backend_idx| self.forget_pending(backend_idx));
+    }
+
     /// The events of traced connections that were lost.
     pub fn trace_lost(&self) -> u64 {
         self.event(Counter::TraceLost)
@@ -543,10 +566,13 @@ impl Maps for KernelMaps {
     }
 
     fn retire_backend(&mut self, backend_idx: u32) {
-        self.renew_backend(backend_idx, 0);
+        self.change_backend(backend_idx, |backend| backend.generation = 0);
     }
 
     fn renew_backend(&mut self, backend_idx: u32, generation: u32) {
+        let in_flight = self.counters.outcomes(backend_idx).in_flight;
+        self.counters.add_in_flight(backend_idx, in_flight.wrapping_neg(), 0);
+        self.counters.forget_pending(backend_idx);
         self.change_backend(backend_idx, |backend| backend.generation = generation);
     }
 

@@ -220,13 +220,15 @@ impl Units {
     }
 
     /// Makes the hooks run these programs: an earlier daemon's links get them in place, so that no
-    /// connection is missed; others are made. Then nothing but these is left pinned.
+    /// connection is missed; others are made. Then nothing but these is left pinned. Returns whether hooks
+    /// of any unit were made, which missed what happened before.
     ///
     /// # Errors
     /// When the kernel refuses a required unit; the next call continues where this one stopped.
-    pub fn switch(&mut self, pins: &Pins) -> Result<(), DatapathError> {
+    pub fn switch(&mut self, pins: &Pins) -> Result<bool, DatapathError> {
         let cgroup = ServedCgroup::open(&self.scope)?;
         let mut earlier = pins.all_links()?;
+        let before = attached(&earlier, &cgroup);
         for unit in self.units.iter_mut().filter(|unit| unit.ebpf.is_some()) {
             match unit.attach(&self.scope, &cgroup, pins, &mut earlier) {
                 Err(error) if unit.unit.is_required => return Err(error),
@@ -238,6 +240,7 @@ impl Units {
         sort_for_detaching(&mut earlier);
         let attached = self.units.iter().filter(|unit| !unit.links.is_empty());
         let attached = attached.flat_map(|unit| unit.unit.hooks);
+        let is_after_gap = attached.clone().any(|hook| !before.contains(hook.program));
         let own: BTreeSet<PathBuf> = attached.map(|hook| pins.link(hook.program)).collect();
         for pinned in earlier {
             // The pin is the new link's by now.
@@ -249,7 +252,8 @@ impl Units {
                 end(&pinned)?;
             }
         }
-        Ok(pins.remove_other_layouts()?)
+        pins.remove_other_layouts()?;
+        Ok(is_after_gap)
     }
 
     /// Checks every link; attaches and pins again what isn't attached or pinned any more. A unit

@@ -61,8 +61,9 @@ pub trait Maps {
     /// left the table. The rest stays readable.
     fn retire_backend(&mut self, backend_idx: u32);
 
-    /// Gives a backend's entry another generation, and leaves the rest: sockets that remember the
-    /// former one know that it doesn't hold any more.
+    /// Gives a backend's entry another generation: sockets that remember the former one know that it
+    /// doesn't hold any more. Programs don't see those connections end, so none is in flight; the rest
+    /// stays.
     fn renew_backend(&mut self, backend_idx: u32, generation: u32);
 
     /// Gives a backend's entry another weight, and leaves the rest.

@@ -207,6 +207,8 @@ pub struct Reconciler<M> {
     young: HashMap<u32, u32>,
     /// Services whose slots have Maglev tables by now, and whose readers don't use them yet.
     entering_maglev: BTreeSet<Arc<str>>,
+    /// Whether backends got new generations since [`Reconciler::take_renewed`].
+    has_renewed: bool,
 }
 
 /// How full a hash is.
@@ -243,6 +245,7 @@ impl<M: Maps> Reconciler<M> {
             slow_start: None,
             young: HashMap::new(),
             entering_maglev: BTreeSet::new(),
+            has_renewed: false,
         }
     }
 
@@ -403,6 +406,7 @@ impl<M: Maps> Reconciler<M> {
             for &backend_idx in applied.backends.values() {
                 self.maps.renew_backend(backend_idx, self.next_generation);
                 self.next_generation = next(self.next_generation);
+                self.has_renewed = true;
             }
             let frontends = &applied.frontends;
             for frontend in applied.given_up.drain(..).filter(|key| !frontends.contains_key(key)) {
@@ -445,6 +449,12 @@ impl<M: Maps> Reconciler<M> {
             }
         }
         self.remove_stale(errors);
+    }
+
+    /// Whether backends in the table got new generations since the last call: their open connections
+    /// have to be counted.
+    pub fn take_renewed(&mut self) -> bool {
+        std::mem::take(&mut self.has_renewed)
     }
 
     /// Takes the UDP frontends and backends that were removed since the last call and haven't come

@@ -5,7 +5,7 @@ use std::io;
 use std::path::Path;
 
 use aya::Ebpf;
-use lb_common::ENTRIES_PER_BACKEND;
+use lb_common::{BalanceSettings, ENTRIES_PER_BACKEND};
 
 use super::activity::Usage;
 use super::btf::SocketBits;
@@ -123,6 +123,7 @@ impl Datapath {
             pinned_maps,
             socket_terminator,
             recounter,
+            balance: BalanceSettings::default(),
             tcp_terminator,
             features,
             excluded: options.datapath.exclude_cgroups.clone(),
@@ -140,7 +141,7 @@ impl Datapath {
         datapath.resolve_bypass();
         // Empty maps must not replace those in use.
         if is_adopted || !is_live {
-            let switched = datapath.units.switch(&datapath.pins);
+            let switched = datapath.switch();
             // The maps may be read on, and another process get our number.
             switched.inspect_err(|_| datapath.keep())?;
         }
