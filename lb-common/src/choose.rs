@@ -111,6 +111,8 @@ pub trait Candidates {
     fn n_before(&self) -> u64;
     /// What Maglev hashes of the connection.
     fn key(&self) -> u64;
+    /// Whether it is by TCP. A backend's TCP port that refuses or resets shows nothing of its UDP port.
+    fn is_tcp(&self) -> bool;
     /// The time, by CLOCK_MONOTONIC.
     fn now_ns(&self) -> u64;
     /// A number that is uniform over its whole range.
@@ -318,7 +320,7 @@ pub fn draw<C: Candidates>(
     let ramps = algorithm != Algorithm::Maglev;
     let random = candidates.random();
     let first = look(candidates, first(candidates, algorithm, range, random)?, ramps)?;
-    let mut silent = if first.state.has(State::SILENT) { first.backend_idx } else { NO_BACKEND };
+    let mut silent = if first.state.is_silent() { first.backend_idx } else { NO_BACKEND };
     let mut found = first;
     let mut is_found = is_accepted(candidates, &first);
     // The low bits of the number are none that chose the first.
@@ -332,7 +334,7 @@ pub fn draw<C: Candidates>(
         let drawn = select(candidates.random(), range.n_slots, slot).ok_or(Inconsistent)?;
         if drawn != first.backend_idx {
             let second = look(candidates, drawn, ramps)?;
-            if second.state.has(State::SILENT) {
+            if second.state.is_silent() {
                 silent = drawn;
             }
             if is_accepted(candidates, &second) {
@@ -346,7 +348,7 @@ pub fn draw<C: Candidates>(
         }
     }
     if is_found {
-        let reason = if found.state.has(State::TRIAL) {
+        let reason = if found.state.awaits_trial() {
             ChoiceReason::TRIAL
         } else if group != 0 {
             ChoiceReason::SPARE
@@ -408,6 +410,18 @@ impl State {
         self.0 & bit != 0
     }
 
+    /// Whether a connection may claim its trial.
+    #[inline(always)]
+    pub const fn awaits_trial(self) -> bool {
+        self.has(State::TRIAL)
+    }
+
+    /// Whether it is to be ejected for its silence.
+    #[inline(always)]
+    pub const fn is_silent(self) -> bool {
+        self.has(State::SILENT)
+    }
+
     #[inline(always)]
     const fn ramp(self) -> u32 {
         (self.0 >> State::RAMP) as u32 & (2 * RAMP_ONE - 1)
@@ -431,7 +445,12 @@ fn look<C: Candidates>(
     ramps: bool,
 ) -> Result<Seen<C::Words>, Inconsistent> {
     let words = candidates.words(backend_idx).ok_or(Inconsistent)?;
-    let is_plain = words.ejection().cause == 0 && words.pending() <= 0 && words.added_ms() == 0;
+    let ejection = words.ejection();
+    let is_plain = if ejection.cause == 0 {
+        words.pending() <= 0 && words.added_ms() == 0
+    } else {
+        !candidates.is_tcp() && ejection.is_of_port()
+    };
     let state = match is_plain {
         true => State::PLAIN,
         false => candidates.state_at(backend_idx, candidates.now_ns(), ramps),
@@ -543,13 +562,17 @@ fn first<C: Candidates>(
     found.ok_or(Inconsistent)
 }
 
-/// The backend for a key, by Maglev's table.
+/// The backend for a key, by Maglev's table. None for a number that is no slot of the range.
 #[inline(always)]
 fn by_key<C: Candidates>(candidates: &C, key: u64, range: SlotRange) -> Option<u32> {
     let entry = maglev_entry(key_hash(key, 0), range.n_slots);
     let place = range.n_slots.wrapping_add(entry / MAGLEV_ENTRIES_PER_SLOT);
     let word: u64 = zerocopy::transmute!(slot(candidates, range, place)?);
-    Some(slot(candidates, range, maglev_entry_of(word, entry))?.backend)
+    let slot_idx = maglev_entry_of(word, entry);
+    if slot_idx >= range.n_slots {
+        return None;
+    }
+    Some(slot(candidates, range, slot_idx)?.backend)
 }
 
 /// A group's backends that were looked at, in one word.
@@ -647,7 +670,7 @@ fn packed<C: Candidates>(
     let backend_idx = slot(candidates, range, sample.place())?.backend;
     let mut reason = ChoiceReason::EJECTED;
     if sample.has_eligible() {
-        let is_trial = candidates.state_at(backend_idx, now_ns, walk.ramps).has(State::TRIAL);
+        let is_trial = candidates.state_at(backend_idx, now_ns, walk.ramps).awaits_trial();
         reason = match group {
             _ if is_trial => ChoiceReason::TRIAL,
             0 => ChoiceReason::INSTEAD,

@@ -417,7 +417,7 @@ pub struct Question {
 /// See [`Inconsistent`].
 #[inline(always)]
 pub fn draw_for<T: Tables>(tables: &T, question: Question) -> Result<Draw, Inconsistent> {
-    let Question { service, reach, group, range, key, is_udp_connect, .. } = question;
+    let Question { service, reach, group, range, key, is_udp_connect, is_tcp } = question;
     let (Some(control), Some(words)) = (tables.control(), tables.service(service)) else {
         return Err(Inconsistent);
     };
@@ -426,7 +426,7 @@ pub fn draw_for<T: Tables>(tables: &T, question: Question) -> Result<Draw, Incon
         Algorithm::RoundRobin if is_udp_connect => Algorithm::Random,
         algorithm => algorithm,
     };
-    draw(&View { tables, control, service, words, algorithm, reach, key }, group, range)
+    draw(&View { tables, control, service, words, algorithm, reach, key, is_tcp }, group, range)
 }
 
 /// The backends of a service that a connection can reach.
@@ -438,6 +438,7 @@ struct View<'a, T: Tables> {
     algorithm: Algorithm,
     reach: Reach,
     key: u64,
+    is_tcp: bool,
 }
 
 impl<T: Tables> Candidates for View<'_, T> {
@@ -479,6 +480,11 @@ impl<T: Tables> Candidates for View<'_, T> {
     }
 
     #[inline(always)]
+    fn is_tcp(&self) -> bool {
+        self.is_tcp
+    }
+
+    #[inline(always)]
     fn now_ns(&self) -> u64 {
         self.tables.now_ns()
     }
@@ -510,9 +516,9 @@ pub fn choose_among<T: Tables>(tables: &T, service: u32, reach: Reach, walk: Wal
     let (Some(control), Some(words)) = (tables.control(), tables.service(service)) else {
         return u64::from(NO_BACKEND);
     };
-    // Neither is asked for.
-    let (algorithm, key) = (Algorithm::default(), 0);
-    choose_in_order(&View { tables, control, service, words, algorithm, reach, key }, walk)
+    // None of them is asked for.
+    let (algorithm, key, is_tcp) = (Algorithm::default(), 0, true);
+    choose_in_order(&View { tables, control, service, words, algorithm, reach, key, is_tcp }, walk)
 }
 
 /// How a backend stands at a time.

@@ -287,6 +287,14 @@ pub struct EjectionWord {
 }
 
 impl EjectionWord {
+    /// Whether it is for what shows nothing but of the TCP port: that it refuses or resets.
+    #[inline(always)]
+    pub const fn is_of_port(self) -> bool {
+        const REFUSED: u8 = Cause::Refused as u8;
+        const RESETS: u8 = Cause::Resets as u8;
+        matches!(self.cause & !EjectionWord::CLAIMED, REFUSED | RESETS)
+    }
+
     /// The bit of [`EjectionWord::cause`] for [`Ejection::is_claimed`].
     pub const CLAIMED: u8 = 1 << 7;
 

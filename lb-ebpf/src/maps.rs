@@ -304,6 +304,16 @@ pub fn trace_switch() -> TraceSwitch {
     }
 }
 
+/// Switches the trace off, whose time is over. Where the daemon switches it on again at that moment, that
+/// may be lost; it does so again while a client is there.
+#[inline(always)]
+pub fn end_trace() {
+    if let Some(control) = CONTROL.get_ptr_mut(0) {
+        // SAFETY: an array's element stays, and this is an aligned word of it.
+        unsafe { (&raw mut (*control).trace.until_ns).write_volatile(0) };
+    }
+}
+
 /// The depths at which cgroups are bypassed, a bit each.
 #[inline(always)]
 pub fn bypass_levels() -> u64 {

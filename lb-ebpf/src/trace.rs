@@ -80,7 +80,12 @@ extern "C" fn nohop_trace_verdict(
     let switch = maps::trace_switch();
     // SAFETY: the helper has no preconditions.
     let at_ns = unsafe { bpf_ktime_get_ns() };
-    if at_ns >= switch.until_ns || !is_sampled(cookie, switch.max_hash) {
+    if at_ns >= switch.until_ns {
+        // Nothing is traced any more, so those that follow are spared the clock.
+        maps::end_trace();
+        return 0;
+    }
+    if !is_sampled(cookie, switch.max_hash) {
         return 0;
     }
     let Some(mut entry) = TRACE.reserve(0) else {

@@ -305,8 +305,9 @@ extern "C" fn nohop_sample(range: u64, now_ns: u64, seed: u64, ramps: u64, zero:
     sample_of(&Kernel, scan).0
 }
 
-/// Ejects a backend for its silence, or claims its trial, by one load and one store. Rare, so a function of
-/// its own. Returns nothing of use: a global function has to return a number.
+/// Ejects a backend for its silence, or claims its trial, by one load and one store, unless another
+/// connection did so, or an answer came, since it was looked at. Rare, so a function of its own. Returns
+/// nothing of use: a global function has to return a number.
 #[inline(never)]
 #[unsafe(no_mangle)]
 extern "C" fn nohop_change_ejection(service: u64, backend_idx: u64, is_trial: u64) -> u64 {
@@ -316,6 +317,10 @@ extern "C" fn nohop_change_ejection(service: u64, backend_idx: u64, is_trial: u6
     };
     let (now_ns, limits) = (Kernel.now_ns(), control.balance().limits());
     let before = backend.ejection();
+    let state = State(nohop_backend_state(backend_idx.into(), now_ns, 0));
+    if if is_trial != 0 { !state.awaits_trial() } else { !state.is_silent() } {
+        return 0;
+    }
     if is_trial != 0 {
         let claimed = before.at(now_ns).claim_trial(now_ns, &limits);
         backend.set_ejection(EjectionWord::of(claimed));

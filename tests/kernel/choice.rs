@@ -1,10 +1,11 @@
 //! The choice of a backend in the kernel: what it knows of them is written into the map by hand.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use aya::maps::{Array, Map, MapData};
-use lb_common::{BackendEntry, BalanceSettings, Cause, EjectionWord, SlowStart};
+use lb_common::{BackendEntry, BalanceSettings, Cause, Control, EjectionWord, SlowStart};
 use lb_userspace::config::BalanceAlgorithm;
 use lb_userspace::table::{Protocols, Service};
 use rustix::time::{ClockId, clock_gettime};
@@ -203,8 +204,32 @@ pub fn datagrams_avoid_an_ejected_backend() {
     let backends = [(a.address, 1), (b.address, 1)];
     bed.apply(vec![Service { protocols: Protocols::Both, ..service("web", VIP, &backends) }]);
     bed.datapath.set_balance(SETTINGS);
+    let answers = || {
+        let ways = ways(VIP, 80).into_iter().cycle().take(N_CONNECTS as usize);
+        ways.map(|way| connect_udp(way).unwrap()).collect::<BTreeSet<_>>()
+    };
+    eject(&bed, a.address, Cause::Silence, EJECTED_MS as i32);
+    assert_eq!(answers(), BTreeSet::from(['b']));
+    // Of its TCP port alone.
     eject(&bed, a.address, Cause::Refused, EJECTED_MS as i32);
-    for way in ways(VIP, 80).into_iter().cycle().take(N_CONNECTS as usize) {
-        assert_eq!(connect_udp(way).unwrap(), 'b');
-    }
+    assert_eq!(answers(), BTreeSet::from(['a', 'b']));
+}
+
+/// A client of the trace that was killed leaves the switch on until then.
+pub fn a_trace_that_is_over_is_switched_off() {
+    let a = Server::start(b'a');
+    let mut bed = Bed::new();
+    bed.apply(vec![service("web", VIP, &[(a.address, 1)])]);
+    let until_ns = || {
+        let pin = bed.options.bpffs.join(format!("v{}/maps/CONTROL", lb_common::LAYOUT));
+        let map = Map::from_map_data(MapData::from_pin(pin).unwrap()).unwrap();
+        let control: Array<_, [u8; size_of::<Control>()]> = map.try_into().unwrap();
+        Control::read_from_bytes(&control.get(&0, 0).unwrap()).unwrap().trace.until_ns
+    };
+    bed.datapath.set_trace(Some((Duration::from_secs(60), u32::MAX)));
+    connect((VIP, 80)).unwrap();
+    assert_ne!(until_ns(), 0);
+    bed.datapath.set_trace(Some((Duration::ZERO, u32::MAX)));
+    connect((VIP, 80)).unwrap();
+    assert_eq!(until_ns(), 0);
 }

@@ -107,6 +107,11 @@ const TRIALS: &[KernelTrial] = &[
         "datagrams_avoid_an_ejected_backend",
         choice::datagrams_avoid_an_ejected_backend,
     ),
+    since(
+        (5, 10),
+        "a_trace_that_is_over_is_switched_off",
+        choice::a_trace_that_is_over_is_switched_off,
+    ),
     since((5, 10), "the_recipe_for_bpftool_works", maps::the_recipe_works),
     since((5, 10), "maps_have_field_names", maps::maps_have_field_names),
     since((5, 10), "pins_of_layout_2_are_taken_over", layout2::pins_are_taken_over),

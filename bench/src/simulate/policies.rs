@@ -374,6 +374,10 @@ impl Candidates for View<'_> {
         self.key
     }
 
+    fn is_tcp(&self) -> bool {
+        true
+    }
+
     fn now_ns(&self) -> u64 {
         self.now_ns
     }

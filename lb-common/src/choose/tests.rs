@@ -73,6 +73,7 @@ impl Fleet {
 struct Policy {
     algorithm: Algorithm,
     settings: BalanceSettings,
+    is_tcp: bool,
 }
 
 /// A connection to a service.
@@ -112,6 +113,10 @@ impl Candidates for Connection<'_> {
 
     fn key(&self) -> u64 {
         self.n_before
+    }
+
+    fn is_tcp(&self) -> bool {
+        self.policy.is_tcp
     }
 
     fn now_ns(&self) -> u64 {
@@ -155,7 +160,7 @@ fn policy(algorithm: Algorithm) -> Policy {
         max_ms: 300_000,
         ..BalanceSettings::default()
     };
-    Policy { algorithm, settings }
+    Policy { algorithm, settings, is_tcp: true }
 }
 
 /// An eligible backend of a weight.
@@ -271,6 +276,28 @@ fn a_slot_or_a_backend_that_isnt_there_is_inconsistent() {
             assert_eq!(choice, Err(Inconsistent), "{algorithm:?}");
         }
     }
+}
+
+#[test]
+fn a_number_in_maglevs_table_that_is_no_slot_of_the_range_is_inconsistent() {
+    let mut fleet = fleet("EE");
+    for table in &mut fleet.slots[2..] {
+        *table = zerocopy::transmute!(u64::from_ne_bytes([2, 0].repeat(4).try_into().unwrap()));
+    }
+    // A slot that isn't the range's, with a backend.
+    let choice = fleet.choose(&policy(Algorithm::Maglev), 0, &|| 0);
+    assert_eq!(choice, Err(Inconsistent));
+}
+
+#[test]
+fn by_udp_a_tcp_port_that_refuses_is_as_good_as_any() {
+    let shares = |letters, is_tcp| {
+        fleet(letters).shares(&Policy { is_tcp, ..policy(Algorithm::Random) }, 2_000)[0]
+    };
+    assert_eq!(shares("RE", true), 0.0);
+    assert!((shares("RE", false) - 0.5).abs() < 0.05);
+    // Silence is of the host.
+    assert_eq!((shares("SE", true), shares("SE", false)), (0.0, 0.0));
 }
 
 #[test]
