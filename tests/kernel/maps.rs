@@ -39,7 +39,7 @@ pub fn maps_have_field_names() {
         assert!(shown.contains("\"btf_id\":"), "{}: {shown}", pin.display());
         n_maps += 1;
     }
-    assert_eq!(n_maps, 12);
+    assert_eq!(n_maps, 13);
 }
 
 /// bpftool's output, without blanks.
