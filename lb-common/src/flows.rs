@@ -1,12 +1,13 @@
-//! What a socket's storage remembers. This format is frozen: it outlives the layout of the other
-//! maps, so that a socket opened under an older version keeps its peer's name and its replies.
+//! What a socket's storage remembers, and its record. These formats are frozen: they outlive the layout
+//! of the other maps, so that a socket opened under an older version keeps its peer's name and its
+//! replies.
 
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use crate::Address;
 
-/// The value of `SK_REVNAT`: what a connected socket connected, and what it became. Also one entry of
-/// [`Flows`].
+/// The value of `SK_REVNAT`: what a connected socket connected, and what it became. Also a part of
+/// [`ConnRecord`], and one entry of [`Flows`].
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, Immutable, IntoBytes)]
 pub struct RevNat {
@@ -21,9 +22,8 @@ pub struct RevNat {
     /// The layout that the two fields below speak of.
     pub layout: u16,
     /// In [`Flows`], whether replies of the backend bear this flow's name: [`UNDECIDED`], [`NAMES`] or
-    /// [`SUPERSEDED`]. In `SK_REVNAT`, of a TCP socket, whether its connection is among those in flight
-    /// of its backend: [`NOT_COUNTED`], [`COUNTED_PENDING`], [`COUNTED_ESTABLISHED`] or
-    /// [`COUNTED_TRIAL`].
+    /// [`SUPERSEDED`]. Of a TCP socket, whether its connection is among those in flight of its backend:
+    /// [`NOT_COUNTED`], [`COUNTED_PENDING`], [`COUNTED_ESTABLISHED`] or [`COUNTED_TRIAL`].
     pub naming: u16,
     /// The index into `BACKENDS`.
     pub backend_idx: u32,
@@ -42,6 +42,44 @@ impl RevNat {
     #[inline(always)]
     pub fn matches_backend(&self, address: &Address, port: u16) -> bool {
         port != 0 && self.backend_port == port && self.backend == *address
+    }
+}
+
+/// The number of records that `CONNS` has room for, a power of two.
+pub const N_CONNS: u32 = 65_536;
+
+/// The value of `CONNS`: the record of a TCP connection, by [`ConnRecord::index`] of its socket. What the
+/// socket remembers in `SK_REVNAT` otherwise. One cache line. All zero for a record that none has.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, Immutable, IntoBytes)]
+pub struct ConnRecord {
+    /// The cookie of the socket that has it, which no other socket of this boot has; 0 for none.
+    pub cookie: u64,
+    /// Who may take it.
+    pub claim: ConnClaim,
+    /// What the socket connected, and what that became.
+    pub revnat: RevNat,
+}
+
+/// Who may take a [`ConnRecord`]: one word.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, Immutable, IntoBytes)]
+pub struct ConnClaim {
+    /// The programs that are about to write the record. One that finds another there doesn't.
+    pub claims: u32,
+    /// How often it was written; it wraps.
+    pub writes: u16,
+    /// The same as `writes` where the record is free although it has a cookie: the daemon found that the
+    /// socket is gone.
+    pub abandoned: u16,
+}
+
+impl ConnRecord {
+    /// The index into `CONNS` of a socket's record, by its cookie. The kernel counts cookies up, so two
+    /// sockets have the same one only if many were made in between.
+    #[inline(always)]
+    pub const fn index(cookie: u64) -> u32 {
+        cookie as u32 & (N_CONNS - 1)
     }
 }
 
@@ -241,6 +279,8 @@ impl Flows {
 const _: () = {
     use core::mem::{offset_of, size_of};
     assert!(size_of::<RevNat>() == 48 && offset_of!(RevNat, generation) == 44);
+    assert!(size_of::<ConnRecord>() == 64 && offset_of!(ConnRecord, revnat) == 16);
+    assert!(size_of::<ConnClaim>() == 8 && N_CONNS.is_power_of_two());
     assert!(size_of::<Flows>() == 424 && offset_of!(Flows, flows) == 40);
     assert!(N_FLOWS.is_power_of_two());
 };

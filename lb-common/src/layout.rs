@@ -15,8 +15,8 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 use crate::{Address, Cause, Ejection, EjectionLimits, Sign, TraceSwitch};
 
 /// The version of this layout, in the paths of the pins. It grows when a map is removed or changed;
-/// a map that is added is made empty where it is absent. The sockets' storage ([`crate::RevNat`],
-/// [`crate::Flows`]) is frozen and not part of it.
+/// a map that is added is made empty where it is absent. The sockets' storage and records
+/// ([`crate::RevNat`], [`crate::Flows`], [`crate::ConnRecord`]) are frozen and not part of it.
 pub const LAYOUT: u16 = 3;
 
 /// The number of services that the maps have room for unless the configuration says otherwise.
@@ -495,8 +495,11 @@ pub struct Control {
     pub balance: BalanceSettings,
     /// Which connections are traced.
     pub trace: TraceSwitch,
+    /// 1 while TCP connections are kept as records ([`ConnRecord`](crate::ConnRecord)): the unit
+    /// `outcomes`, which releases them, is attached. 0 while sockets' storage has them.
+    pub keeps_records: u64,
     /// Zero. Room for what is switched on and off while programs run.
-    pub reserved: [u64; 2],
+    pub reserved: u64,
 }
 
 /// How backends of all services are chosen, within [`Control`]. All zero: nothing is ejected, nothing

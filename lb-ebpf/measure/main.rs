@@ -2,20 +2,24 @@
 //! keep what it connected. The benchmarks load them; the daemon doesn't know them.
 #![no_std]
 #![no_main]
-#![feature(asm_experimental_arch)]
+#![feature(asm_experimental_arch, core_intrinsics)]
+#![allow(internal_features)]
 
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::{
     BPF_F_MMAPABLE, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB, bpf_spin_lock,
 };
 use aya_ebpf::btf_maps::{Array, HashMap, LruHashMap, SkStorage};
-use aya_ebpf::helpers::generated::{bpf_setsockopt, bpf_spin_lock, bpf_spin_unlock};
+use aya_ebpf::helpers::generated::{
+    bpf_setsockopt, bpf_skc_to_tcp_sock, bpf_spin_lock, bpf_spin_unlock,
+};
 use aya_ebpf::helpers::{
     bpf_get_current_pid_tgid, bpf_get_netns_cookie, bpf_get_prandom_u32, bpf_get_socket_cookie,
     bpf_probe_read_kernel,
 };
 use aya_ebpf::macros::{btf_map, cgroup_sock, cgroup_sock_addr, sock_ops};
 use aya_ebpf::programs::{SockAddrContext, SockContext, SockOpsContext};
+use core::intrinsics::{AtomicOrdering, atomic_xadd};
 use lb_common::RevNat;
 
 const PROCEED: i32 = 1;
@@ -50,6 +54,17 @@ static BY_COOKIE: HashMap<u64, RevNat, N_SOCKETS> = HashMap::new();
 static RECENT: LruHashMap<u64, RevNat, N_SOCKETS> = LruHashMap::new();
 #[btf_map]
 static PLACES: Array<Place, N_SOCKETS> = Array::new();
+/// A record of `RECORDS`.
+#[repr(C, align(8))]
+struct Record {
+    cookie: u64,
+    claims: u32,
+    stores: u32,
+    peer: RevNat,
+}
+
+#[btf_map]
+static RECORDS: Array<Record, N_SOCKETS, { BPF_F_MMAPABLE as usize }> = Array::new();
 #[btf_map]
 static SHARED: Array<u64, 64, { BPF_F_MMAPABLE as usize }> = Array::new();
 #[btf_map]
@@ -162,6 +177,71 @@ pub fn place_release(ctx: SockContext) -> i32 {
         }
     });
     PROCEED
+}
+
+/// A record by the socket's cookie, claimed by an addition: a lock for a moment.
+#[cgroup_sock_addr(connect4)]
+pub fn record(ctx: SockAddrContext) -> i32 {
+    claim(cookie(&ctx));
+    PROCEED
+}
+
+/// The same, and the socket asks for callbacks of its state (6.12).
+#[cgroup_sock_addr(connect4)]
+pub fn record_flagged(ctx: SockAddrContext) -> i32 {
+    const SOL_TCP: i32 = 6;
+    const TCP_BPF_SOCK_OPS_CB_FLAGS: i32 = 1008;
+    claim(cookie(&ctx));
+    let mut flags = BPF_SOCK_OPS_STATE_CB_FLAG;
+    // SAFETY: the value is live, and as long as said.
+    let set = unsafe {
+        bpf_setsockopt(ctx.as_ptr(), SOL_TCP, TCP_BPF_SOCK_OPS_CB_FLAGS, (&raw mut flags).cast(), 4)
+    };
+    if set == 0 { PROCEED } else { 0 }
+}
+
+/// The cookie's helper alone.
+#[cgroup_sock_addr(connect4)]
+pub fn cookie_alone(ctx: SockAddrContext) -> i32 {
+    i32::from(cookie(&ctx) != 0)
+}
+
+/// A look for the socket's cookie, by its type.
+#[cgroup_sock_addr(connect4)]
+pub fn peek(ctx: SockAddrContext) -> i32 {
+    // SAFETY: the helper takes the context's own socket.
+    unsafe {
+        let sk = (&raw const (*ctx.sock_addr).__bindgen_anon_1.sk).read_volatile();
+        let socket = bpf_skc_to_tcp_sock(sk.cast()).cast::<u8>();
+        if socket.is_null() {
+            return PROCEED;
+        }
+        let cookie = socket.add(COOKIE_OFFSET).cast::<u64>().read_volatile();
+        if cookie == u64::MAX { 0 } else { PROCEED }
+    }
+}
+
+const COOKIE_OFFSET: usize = 88;
+
+#[inline(always)]
+fn claim(cookie: u64) {
+    let index = cookie as u32 & (N_SOCKETS as u32 - 1);
+    let Some(record) = RECORDS.get_ptr_mut(index) else { return };
+    // SAFETY: an array's element stays.
+    unsafe {
+        let owner = (&raw const (*record).cookie).read_volatile();
+        if owner == u64::MAX {
+            return;
+        }
+        let claims = &raw mut (*record).claims;
+        atomic_xadd::<u32, u32, { AtomicOrdering::Relaxed }>(claims, 1);
+        if claims.read_volatile() == 1 && (&raw const (*record).cookie).read_volatile() == owner {
+            (&raw mut (*record).stores).write_volatile((*record).stores + 1);
+            (*record).peer = peer();
+            (&raw mut (*record).cookie).write_volatile(cookie);
+        }
+        atomic_xadd::<u32, u32, { AtomicOrdering::Relaxed }>(claims, u32::MAX);
+    }
 }
 
 /// A number in the socket's mark, from which getpeername could find the VIP.

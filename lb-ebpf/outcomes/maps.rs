@@ -6,10 +6,10 @@ use aya_ebpf::helpers::generated::bpf_sk_storage_get;
 use aya_ebpf::macros::btf_map;
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
 use lb_common::{
-    ANY_PORT, BackendEntry, BalanceSettings, Control, Counter, DEFAULT_MAX_BACKENDS,
+    ANY_PORT, BackendEntry, BalanceSettings, ConnRecord, Control, Counter, DEFAULT_MAX_BACKENDS,
     DEFAULT_MAX_SERVICES, ENTRIES_PER_BACKEND, EjectionLimits, EjectionWord, Event, EventKind,
-    FRONTENDS_PER_SERVICE, Frontend, Frontend6, GlobalCounters, IPPROTO_TCP, RevNat, ServiceRef,
-    ServiceStats, TraceSwitch,
+    FRONTENDS_PER_SERVICE, Frontend, Frontend6, GlobalCounters, IPPROTO_TCP, N_CONNS, RevNat,
+    ServiceRef, ServiceStats, TraceSwitch,
 };
 
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
@@ -39,12 +39,38 @@ static EVENTS: RingBuf<Event, 65_536> = RingBuf::new();
 #[btf_map]
 static SK_REVNAT: SkStorage<RevNat> = SkStorage::new();
 
-/// What a socket connected; null for one that connected no VIP, and for no socket.
+#[btf_map]
+static CONNS: Array<ConnRecord, { N_CONNS as usize }, MMAPABLE> = Array::new();
+
+/// What the record of the socket with this cookie has; null where the socket has none.
 #[inline(always)]
-pub fn revnat(socket: *mut bpf_sock) -> *mut RevNat {
-    if socket.is_null() {
+pub fn recorded(cookie: u64) -> *mut RevNat {
+    let Some(record) = CONNS.get_ptr_mut(ConnRecord::index(cookie)) else {
         return core::ptr::null_mut();
+    };
+    // SAFETY: an array's element stays, and this is an aligned word of it.
+    let owner = unsafe { (&raw const (*record).cookie).read_volatile() };
+    // SAFETY: as above.
+    if cookie != 0 && owner == cookie {
+        unsafe { &raw mut (*record).revnat }
+    } else {
+        core::ptr::null_mut()
     }
+}
+
+/// Releases the record of the socket with this cookie, which has it.
+#[inline(always)]
+pub fn release(cookie: u64) {
+    if let Some(record) = CONNS.get_ptr_mut(ConnRecord::index(cookie)) {
+        // SAFETY: an array's element stays. While it is this socket's, nothing else writes this word
+        // of it.
+        unsafe { (&raw mut (*record).cookie).write_volatile(0) };
+    }
+}
+
+/// What the storage of a socket has; null for one that has none.
+#[inline(always)]
+pub fn stored(socket: *mut bpf_sock) -> *mut RevNat {
     let map = (&raw const SK_REVNAT).cast_mut().cast();
     // SAFETY: the helper takes the socket of the context.
     unsafe { bpf_sk_storage_get(map, socket.cast(), core::ptr::null_mut(), 0) }.cast()

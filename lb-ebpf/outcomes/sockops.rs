@@ -7,13 +7,15 @@
 //! hands it the answer of other programs of the hierarchy, to operations that aren't ours.
 //!
 //! The kernel runs it with the socket locked, as it does the hooks that read and write the socket's
-//! storage. Callbacks of state changes come for the sockets that ask for them alone, which the
+//! record or storage. Callbacks of state changes come for the sockets that ask for them alone, which the
 //! program has a translated socket do when it sends its SYN (`tcp_connect`).
 
+use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::{
     BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_TCP_CLOSE,
     BPF_TCP_ESTABLISHED, bpf_sock,
 };
+use aya_ebpf::helpers::bpf_get_socket_cookie;
 use aya_ebpf::helpers::generated::{bpf_ktime_get_ns, bpf_skc_to_tcp_sock};
 use aya_ebpf::macros::sock_ops;
 use aya_ebpf::programs::SockOpsContext;
@@ -31,6 +33,9 @@ static MAP_LAYOUT: u32 = LAYOUT as u32;
 /// Where in the kernel's `struct sock` the word `sk_err` is; 0 where it isn't known.
 #[unsafe(no_mangle)]
 static SOCKET_ERROR_OFFSET: u32 = 0;
+/// Where in the kernel's `struct sock` the word `skc_cookie` is; 0 where it isn't known.
+#[unsafe(no_mangle)]
+static COOKIE_OFFSET: u32 = 0;
 
 const PROCEED: u32 = 1;
 const AF_INET6: u32 = 10;
@@ -70,18 +75,23 @@ pub fn nohop_sockops(ctx: SockOpsContext) -> u32 {
 /// port, was never in flight.
 #[inline(always)]
 fn begin(ctx: &SockOpsContext) {
-    // SAFETY: a non-null pointer is to this socket's own storage, which only programs of this socket
-    // read and write, and they run with it locked.
-    let Some(kept) = (unsafe { maps::revnat(socket(ctx)).as_mut() }) else { return };
-    if kept.layout != layout() || !is_sent_to(ctx, kept) {
+    let socket = socket(ctx);
+    // The connect hook gives each socket that connects a VIP a cookie.
+    let cookie = cookie(ctx, socket);
+    if cookie == 0 {
+        return;
+    }
+    let Some(Kept { revnat: kept, .. }) = find(socket, cookie) else { return };
+    if !is_sent_to(ctx, kept) {
+        return;
+    }
+    // Another program of the hierarchy may have asked for callbacks as well. A record is released by
+    // them also where it isn't counted.
+    let flags = read!(ctx.bpf_sock_ops_cb_flags) | BPF_SOCK_OPS_STATE_CB_FLAG;
+    if ctx.set_cb_flags(flags.cast_signed()).is_err() || kept.layout != layout() {
         return;
     }
     let Some(backend) = maps::backend(kept.backend_idx, kept.generation) else { return };
-    // Another program of the hierarchy may have asked for callbacks as well.
-    let flags = read!(ctx.bpf_sock_ops_cb_flags) | BPF_SOCK_OPS_STATE_CB_FLAG;
-    if ctx.set_cb_flags(flags.cast_signed()).is_err() {
-        return;
-    }
     kept.naming = if begins_trial(backend) { COUNTED_TRIAL } else { COUNTED_PENDING };
     // A time that is left of earlier connections, after two ends at once, is none.
     if backend.pending() <= 0 || backend.unanswered_since_us() == 0 {
@@ -112,11 +122,22 @@ fn change_state(ctx: &SockOpsContext) {
         return;
     }
     let socket = socket(ctx);
-    // SAFETY: as above.
-    let Some(kept) = (unsafe { maps::revnat(socket).as_mut() }) else { return };
+    // One that was connected by an earlier version has storage, and may have no cookie.
+    let Some(Kept { revnat, record }) = find(socket, cookie(ctx, socket)) else { return };
+    // A copy: the verifier would follow all below once for a record and once for storage.
+    // SAFETY: the reference is valid.
+    let kept = unsafe { &(&raw const *revnat).read_volatile() };
     let counted = kept.naming;
     // Also of one that was connected by a program of another layout, whose counts are elsewhere.
-    if counted == NOT_COUNTED || kept.layout != layout() {
+    let is_followed = counted != NOT_COUNTED && kept.layout == layout();
+    if is_followed {
+        let is_established = next == BPF_TCP_ESTABLISHED;
+        revnat.naming = if is_established { COUNTED_ESTABLISHED } else { NOT_COUNTED };
+    }
+    if next == BPF_TCP_CLOSE && record != 0 {
+        maps::release(record);
+    }
+    if !is_followed {
         return;
     }
     let is_pending = counted != COUNTED_ESTABLISHED;
@@ -129,13 +150,11 @@ fn change_state(ctx: &SockOpsContext) {
     }
     let backend = maps::backend(kept.backend_idx, kept.generation);
     if next == BPF_TCP_ESTABLISHED {
-        kept.naming = COUNTED_ESTABLISHED;
         if let Some(backend) = backend {
             established(ctx, kept, backend);
         }
         return;
     }
-    kept.naming = NOT_COUNTED;
     let mut sign = if is_pending {
         let sign = why_it_failed(ctx, socket);
         if sign.is_some() {
@@ -299,7 +318,48 @@ fn now_us() -> u32 {
     if now_us == 0 { 1 } else { now_us }
 }
 
-/// Whether a socket is being connected to what its storage has. Where hooks were detached in between
+/// What a socket connected by a VIP, as it is kept.
+struct Kept {
+    revnat: &'static mut RevNat,
+    /// The cookie by which its record is found; 0 where storage has it.
+    record: u64,
+}
+
+/// What a socket connected by a VIP, and where it is kept.
+#[inline(always)]
+fn find(socket: *mut bpf_sock, cookie: u64) -> Option<Kept> {
+    if socket.is_null() {
+        return None;
+    }
+    // SAFETY: a non-null pointer is to this socket's own record or storage, which only programs of
+    // this socket write, and they run with it locked.
+    unsafe {
+        match maps::recorded(cookie).as_mut() {
+            Some(revnat) => Some(Kept { revnat, record: cookie }),
+            None => maps::stored(socket).as_mut().map(|revnat| Kept { revnat, record: 0 }),
+        }
+    }
+}
+
+/// A socket's cookie; 0 where it has none yet. The helper would give it one.
+#[inline(always)]
+fn cookie(ctx: &SockOpsContext, socket: *mut bpf_sock) -> u64 {
+    let offset = setting!(COOKIE_OFFSET);
+    if offset == 0 {
+        // SAFETY: the context is valid.
+        return unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+    }
+    if socket.is_null() {
+        return 0;
+    }
+    // SAFETY: as in `error`.
+    unsafe {
+        let socket = bpf_skc_to_tcp_sock(socket.cast()).cast::<u8>();
+        if socket.is_null() { 0 } else { socket.add(offset as usize).cast::<u64>().read_volatile() }
+    }
+}
+
+/// Whether a socket is being connected to what is kept of it. Where hooks were detached in between
 /// it may be something else.
 #[inline(always)]
 fn is_sent_to(ctx: &SockOpsContext, kept: &RevNat) -> bool {

@@ -54,6 +54,12 @@ static IPV6_ONLY_MASK: u32 = 0;
 /// 1 where the kernel has `bpf_skc_to_mptcp_sock`.
 #[unsafe(no_mangle)]
 static HAS_MPTCP: u32 = 0;
+/// Where in the kernel's `struct sock` the word `skc_cookie` is; 0 where it isn't known.
+#[unsafe(no_mangle)]
+static COOKIE_OFFSET: u32 = 0;
+/// Where in the kernel's `struct sock` the pointer `sk_bpf_storage` is; 0 where it isn't known.
+#[unsafe(no_mangle)]
+static STORAGE_OFFSET: u32 = 0;
 
 macro_rules! setting {
     // SAFETY: a static is valid and aligned; volatile, because its value comes after compilation.
@@ -129,6 +135,18 @@ pub fn subflow_offset() -> Option<u32> {
 pub fn ipv6_only_bit() -> Option<(u32, u8)> {
     let mask = setting!(IPV6_ONLY_MASK);
     (mask != 0).then(|| (setting!(IPV6_ONLY_OFFSET), mask as u8))
+}
+
+/// Where a socket has its cookie; 0 where it isn't known.
+#[inline(always)]
+pub fn cookie_offset() -> u32 {
+    setting!(COOKIE_OFFSET)
+}
+
+/// Where a socket has the pointer to its storage; 0 where it isn't known.
+#[inline(always)]
+pub fn storage_offset() -> u32 {
+    setting!(STORAGE_OFFSET)
 }
 
 /// Whether a program gets from a subflow to the MPTCP socket that it is a part of.

@@ -11,7 +11,7 @@ use crate::revnat;
 #[cgroup_sock_addr(getpeername4)]
 pub fn nohop_getpeer4(ctx: SockAddrContext) -> i32 {
     let peer = Endpoint { address: Address::v4(context::dst4(&ctx)), port: context::port(&ctx) };
-    let shown = revnat::reverse_xlate(&ctx, &peer);
+    let shown = revnat::shown_peer(&ctx, &peer);
     // An IPv4 socket connected an IPv4 address.
     if let Some(address) = shown.address.to_v4() {
         context::set_dst4(&ctx, address, shown.port);

@@ -10,7 +10,7 @@ use crate::revnat;
 #[cgroup_sock_addr(getpeername6)]
 pub fn nohop_getpeer6(ctx: SockAddrContext) -> i32 {
     let peer = Endpoint { address: context::dst6(&ctx), port: context::port(&ctx) };
-    let shown = revnat::reverse_xlate(&ctx, &peer);
+    let shown = revnat::shown_peer(&ctx, &peer);
     context::set_dst6(&ctx, shown.address, shown.port);
     PROCEED
 }

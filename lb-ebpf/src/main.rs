@@ -11,6 +11,7 @@
 mod config;
 mod connect4;
 mod connect6;
+mod conns;
 mod context;
 mod flows;
 mod getpeername4;

@@ -56,7 +56,7 @@ static BYPASS: HashMap<BypassCgroup, BypassLevel, MAX_BYPASS_CGROUPS> = HashMap:
 /// and requests its events again.
 #[btf_map]
 static EVENTS: RingBuf<Event, 65_536> = RingBuf::new();
-/// What each connected socket connected. It lives and dies with the socket.
+/// What each connected socket connected, unless it has a record. It lives and dies with the socket.
 #[btf_map]
 pub static SK_REVNAT: SkStorage<RevNat> = SkStorage::new();
 /// What a UDP socket connected before, while `SK_REVNAT` has what it connected last: that connect()
@@ -291,6 +291,12 @@ pub fn control() -> Option<ControlPtr> {
 #[inline(always)]
 pub fn is_shadow() -> bool {
     control().is_some_and(ControlPtr::is_shadow)
+}
+
+/// Whether TCP connections are kept as records.
+#[inline(always)]
+pub fn keeps_records() -> bool {
+    control().is_some_and(|control| word!(control.keeps_records) != 0)
 }
 
 /// Which connections are traced.

@@ -7,10 +7,10 @@
 
 use aya_ebpf::helpers::generated::{bpf_sk_storage_get, bpf_skc_to_mptcp_sock};
 use aya_ebpf::programs::SockAddrContext;
-use lb_common::{Counter, IPPROTO_UDP, Origin, RevNat};
+use lb_common::{Counter, IPPROTO_TCP, IPPROTO_UDP, Origin, RevNat};
 
 use crate::context::{self, Endpoint};
-use crate::{config, log, maps};
+use crate::{config, conns, log, maps};
 
 /// Stores what was connected to. Where there is no memory for it the connection goes on. `connected` is
 /// what a UDP socket is connected to until now.
@@ -21,6 +21,13 @@ pub fn store(
     origin: Origin,
     connected: impl FnOnce() -> Endpoint,
 ) {
+    // A subflow's is also that of its MPTCP socket, for which no callback comes.
+    if context::protocol(ctx) == IPPROTO_TCP
+        && !matches!(origin, Origin::Subflow)
+        && conns::store(ctx, &entry)
+    {
+        return;
+    }
     // Made as zeros, which say nothing, and written once: a value for the kernel to begin with would
     // be copied twice, and storage that was there already has an earlier connect in it.
     // SAFETY: a non-null pointer is to this socket's own storage, which only hooks of this socket
@@ -46,6 +53,12 @@ pub fn store(
 /// nothing stored.
 #[inline(always)]
 pub fn clear(ctx: &SockAddrContext, address: &Endpoint, connected: impl FnOnce() -> Endpoint) {
+    if context::protocol(ctx) == IPPROTO_TCP {
+        if conns::has_nothing(ctx) {
+            return;
+        }
+        conns::clear(ctx);
+    }
     // SAFETY: as above.
     let Some(kept) = (unsafe { maps::SK_REVNAT.get_ptr_mut(ctx).as_mut() }) else { return };
     if context::protocol(ctx) == IPPROTO_UDP {
@@ -108,6 +121,22 @@ fn former(ctx: &SockAddrContext, peer: &Endpoint) -> Option<&'static RevNat> {
 pub fn reverse_xlate(ctx: &SockAddrContext, peer: &Endpoint) -> Endpoint {
     // What was kept is about another connection if the peer is another one.
     association(ctx, peer).map_or(*peer, Endpoint::of_frontend)
+}
+
+/// The same of a socket of any protocol: one by TCP may have a record.
+#[inline(always)]
+pub fn shown_peer(ctx: &SockAddrContext, peer: &Endpoint) -> Endpoint {
+    if context::protocol(ctx) == IPPROTO_TCP {
+        if conns::has_nothing(ctx) {
+            return *peer;
+        }
+        if let Some(kept) = conns::find(ctx)
+            && kept.matches_backend(&peer.address, peer.port)
+        {
+            return Endpoint::of_frontend(kept);
+        }
+    }
+    reverse_xlate(ctx, peer)
 }
 
 /// The same for a sender that the socket was connected to before.

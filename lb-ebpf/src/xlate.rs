@@ -419,7 +419,7 @@ fn origin(ctx: &SockAddrContext, asks_ipv6_only: bool) -> (Origin, bool) {
 /// The kernel's own structure of a TCP socket, which begins with that of any socket. The verifier knows
 /// the structure, and lets a program load from it, which is quicker than a helper.
 #[inline(always)]
-fn tcp_socket(ctx: &SockAddrContext) -> *const u8 {
+pub fn tcp_socket(ctx: &SockAddrContext) -> *const u8 {
     // SAFETY: the helper takes the context's own socket.
     unsafe { bpf_skc_to_tcp_sock(context::socket(ctx).cast()) }.cast::<u8>().cast_const()
 }

@@ -27,14 +27,14 @@ const FLAG: &str = "--hold";
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A server on every address of loopback, which keeps each connection until the client ends it.
-struct Keeper {
+pub struct Keeper {
     port: u16,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Keeper {
-    fn start() -> Keeper {
+    pub fn start() -> Keeper {
         let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
         let port = listener.local_addr().unwrap().port();
         let stop = Arc::new(AtomicBool::new(false));
@@ -52,7 +52,7 @@ impl Keeper {
     }
 
     /// One of its addresses.
-    fn address(&self, nth: u32) -> SocketAddr {
+    pub fn address(&self, nth: u32) -> SocketAddr {
         (Ipv4Addr::from(u32::from(Ipv4Addr::new(127, 1, 0, 1)) + nth), self.port).into()
     }
 }
@@ -83,7 +83,7 @@ pub fn hold(address: SocketAddr, n_sockets: usize) -> ExitCode {
 }
 
 /// Another process with `n` connections to the VIP, and how many more failed.
-fn holder(n: usize) -> (Child, u64) {
+pub fn holder(n: usize) -> (Child, u64) {
     let mut child = Command::new("/proc/self/exe")
         .args([FLAG, &SocketAddr::from((VIP, 80)).to_string(), &n.to_string()])
         .stdin(Stdio::piped())
@@ -118,7 +118,7 @@ fn listed(address: SocketAddr) -> (u32, i32) {
 }
 
 /// What the programs have counted of a backend.
-fn in_flight(datapath: &Datapath, address: SocketAddr) -> u32 {
+pub fn in_flight(datapath: &Datapath, address: SocketAddr) -> u32 {
     let indices = datapath.indices("web").unwrap();
     datapath.counters().in_flight(indices.backends[&address])
 }
@@ -132,12 +132,12 @@ fn counted(datapath: &Datapath, address: SocketAddr) -> (u32, i32) {
 
 /// Waits until each backend's number in flight is what the kernel lists, which it is once the last
 /// segments have arrived. Returns the sum.
-fn agree(datapath: &Datapath, when: &str) -> u32 {
+pub fn agree(datapath: &Datapath, when: &str) -> u32 {
     agree_after(datapath, when, || ())
 }
 
 /// The same, where what ends unseen is recounted.
-fn agree_recounted(datapath: &Datapath, when: &str) -> u32 {
+pub fn agree_recounted(datapath: &Datapath, when: &str) -> u32 {
     agree_after(datapath, when, || {
         datapath.recount();
     })
@@ -164,11 +164,11 @@ fn n_failed(datapath: &Datapath) -> u64 {
     datapath.counters().service(datapath.indices("web").unwrap().service).failed
 }
 
-fn reset(stream: TcpStream) {
+pub fn reset(stream: TcpStream) {
     sockopt::set_socket_linger(&stream, Some(Duration::ZERO)).unwrap();
 }
 
-fn detach_sockops(place: &Place) {
+pub fn detach_sockops(place: &Place) {
     let link = place.pin("v3/links/nohop_sockops");
     bpftool(&["link", "detach", "pinned", link.to_str().unwrap()]);
 }

@@ -7,6 +7,7 @@ mod atomic_updates;
 mod bypass;
 mod choice;
 mod connector;
+mod conns;
 mod disconnect;
 mod ejection;
 mod families;
@@ -302,6 +303,10 @@ const TRIALS: &[KernelTrial] = &[
     once("in_flight_finds_a_leak_under_load", in_flight::a_leak_is_found_under_load),
     since((5, 10), "in_flight_without_callbacks", in_flight::without_callbacks),
     since((5, 10), "in_flight_and_failures", in_flight::failures_are_the_backends),
+    since((5, 10), "conns_follow_their_sockets", conns::a_record_follows_its_socket),
+    since((5, 10), "conns_two_sockets_at_one_record", conns::two_sockets_at_one_record),
+    since((5, 10), "conns_none_without_outcomes", conns::none_without_what_releases_them),
+    since((5, 10), "conns_nothing_remains_after_a_storm", conns::nothing_remains_after_a_storm),
     since((5, 10), "ejection_by_a_refusal", ejection::a_refusal_ejects),
     since((5, 10), "ejection_by_silence_and_timeouts", ejection::silence_is_seen),
     since((5, 10), "ejection_by_clients_that_give_up", ejection::giving_up_shows_silence),

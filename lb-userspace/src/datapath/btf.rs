@@ -39,6 +39,10 @@ pub struct SocketBits {
     pub ipv6_only: Option<Bit>,
     /// Of any socket: its pending error, of which the mask means nothing.
     pub error: Option<Bit>,
+    /// Of any socket: its cookie, of which the mask means nothing.
+    pub cookie: Option<Bit>,
+    /// Of any socket: the pointer to its storage, of which the mask means nothing.
+    pub storage: Option<Bit>,
     /// Whether a program gets from such a part to the MPTCP socket (`bpf_skc_to_mptcp_sock`, 5.19).
     pub has_mptcp: bool,
 }
@@ -53,9 +57,11 @@ pub fn socket_bits() -> io::Result<SocketBits> {
     let subflow = bit(&btf, "tcp_sock", "is_mptcp");
     let ipv6_only = bit(&btf, "sock_common", "skc_ipv6only");
     let error = bit(&btf, "sock", "sk_err");
+    let cookie = bit(&btf, "sock_common", "skc_cookie");
+    let storage = bit(&btf, "sock", "sk_bpf_storage");
     // An enumerator of enum bpf_func_id. Without MPTCP there is no type for what the helper returns.
     let has_mptcp = subflow.is_some() && has_string(&btf, "BPF_FUNC_skc_to_mptcp_sock");
-    Ok(SocketBits { kernel, subflow, ipv6_only, error, has_mptcp })
+    Ok(SocketBits { kernel, subflow, ipv6_only, error, cookie, storage, has_mptcp })
 }
 
 /// Whether something has this name.
@@ -145,10 +151,15 @@ mod tests {
 
     #[test]
     fn this_kernel_tells() {
-        let Ok(SocketBits { kernel, subflow, ipv6_only, error, .. }) = socket_bits() else {
+        let Ok(SocketBits { kernel, subflow, ipv6_only, error, cookie, storage, .. }) =
+            socket_bits()
+        else {
             return;
         };
         assert!(error.is_some_and(|bit| bit.offset > 0 && bit.offset.is_multiple_of(4)));
+        for word in [cookie, storage] {
+            assert!(word.is_some_and(|bit| bit.offset > 0 && bit.offset.is_multiple_of(8)));
+        }
         assert!(ipv6_only.is_some_and(|bit| bit.offset > 0 && bit.mask.count_ones() == 1));
         assert!(kernel.is_some_and(|bit| bit.offset > 0 && bit.mask.count_ones() == 1));
         // A bool, which is a whole byte. Without CONFIG_MPTCP there is none.

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use lb_common::{
     BalanceSettings, Control, Counter, MaglevKey, RejectMethod, SlowStart, TraceSwitch,
@@ -68,6 +68,8 @@ impl Datapath {
         daemon.tgid = daemon.pid;
         daemon.heartbeat_ns = monotonic_ns();
         daemon.trace = TraceSwitch::default();
+        // Until what releases them is attached, which comes last.
+        daemon.keeps_records = 0;
         self.control_block.set_daemon(daemon);
     }
 
@@ -141,8 +143,9 @@ impl Datapath {
         Ok(())
     }
 
-    /// Has silence eject while the ends of connections are seen. Those that are pending after a gap may
-    /// have ended in it, so they are forgotten; the recount that follows finds those that haven't.
+    /// Has silence eject, and connections kept as records, while the ends of connections are seen. Those
+    /// that are pending after a gap may have ended in it, so they are forgotten; the recount that follows
+    /// finds those that haven't.
     fn follow_outcomes(&self, is_after_gap: bool) {
         if is_after_gap {
             self.counters.forget_all_pending();
@@ -151,9 +154,11 @@ impl Datapath {
         let is_unseen = self.units.are_switched() && !self.counts_in_flight();
         let silence = if is_unseen { 0 } else { self.balance.silence };
         let balance = BalanceSettings { silence, ..self.balance };
+        // What releases records is attached last.
+        let keeps_records = u64::from(self.units.are_switched() && self.counts_in_flight());
         let control = self.control_block.daemon();
-        if control.balance != balance {
-            self.control_block.set_daemon(Control { balance, ..control });
+        if (control.balance, control.keeps_records) != (balance, keeps_records) {
+            self.control_block.set_daemon(Control { balance, keeps_records, ..control });
         }
     }
 
@@ -246,7 +251,17 @@ impl Datapath {
     /// on a thread of its own, when that is due. Blocks for about a microsecond a TCP socket of the
     /// host.
     pub fn recount(&self) -> Recount {
-        self.recounter.recount()
+        self.recount_at(Instant::now())
+    }
+
+    /// The same, as if it were `now`: records of sockets that are gone are freed after a minute.
+    pub fn recount_at(&self, now: Instant) -> Recount {
+        self.recounter.recount(now)
+    }
+
+    /// The number of records of connections that are in use.
+    pub fn n_records(&self) -> usize {
+        self.recounter.n_records()
     }
 
     /// The served cgroup.

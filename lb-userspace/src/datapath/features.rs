@@ -185,7 +185,8 @@ impl Features {
         match bits {
             Err(error) => limits.push(Limit::NoBtf(error.to_string())),
             Ok(bits @ SocketBits { kernel: None, .. }) => {
-                sockets.error = bits.error;
+                (sockets.error, sockets.cookie, sockets.storage) =
+                    (bits.error, bits.cookie, bits.storage);
                 limits.push(Limit::NoKernelBit);
             }
             // The verifier hides this helper from those who lack CAP_PERFMON, too. That is no reason
@@ -201,7 +202,8 @@ impl Features {
                 } else {
                     // These are read by the type of the socket's structure, without the helper.
                     sockets.ipv6_only = bits.ipv6_only;
-                    sockets.error = bits.error;
+                    (sockets.error, sockets.cookie, sockets.storage) =
+                        (bits.error, bits.cookie, bits.storage);
                     limits.push(Limit::NoKernelRead(lockdown));
                 }
             }

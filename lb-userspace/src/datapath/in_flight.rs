@@ -5,7 +5,8 @@
 //! attached it misses. So after each such gap, and
 //! now and then, the connections whose sockets remember a backend are counted (sock_diag), and the
 //! difference is added. Connections come and go meanwhile, so the number at the beginning is known
-//! within bounds only, and what lies within them is taken as right.
+//! within bounds only, and what lies within them is taken as right. Records of sockets that are gone are
+//! freed on that occasion.
 //!
 //! Those that are being established are too few for such bounds to show that one is counted too many. But
 //! most are pending for a moment only. So where the number isn't that of the listing, it is read many
@@ -13,17 +14,13 @@
 //! reading is of those that were pending throughout.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::SocketAddr;
-use std::os::fd::AsFd;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use aya::maps::MapData;
-use lb_common::{NOT_COUNTED, RevNat};
-use zerocopy::FromBytes;
+use lb_common::{ConnRecord, NOT_COUNTED, RevNat};
 
-use super::diag::{self, Stored};
+use super::conns::{Suspects, TcpConns, canonical};
+use super::diag::Stored;
 use super::kernel::{Counters, Tally};
 
 /// How long after a recount that left something open the next one begins.
@@ -54,13 +51,12 @@ pub struct Recount {
 #[derive(Clone, Debug)]
 pub struct Recounter {
     counters: Counters,
-    /// Where the sockets' storages are pinned.
-    storages: PathBuf,
+    conns: TcpConns,
     /// The layout that the maps have.
     layout: u16,
     plan: Arc<Mutex<Plan>>,
     /// Two recounts at once would correct the same twice.
-    recounting: Arc<Mutex<()>>,
+    recounting: Arc<Mutex<Suspects>>,
 }
 
 /// When to recount.
@@ -74,13 +70,12 @@ struct Plan {
 }
 
 impl Recounter {
-    /// A recounter that reads what sockets remember from the map that is pinned in `storages`. The
-    /// first recount is due at once.
-    pub fn new(counters: Counters, storages: PathBuf, layout: u16) -> Recounter {
+    /// A recounter of these connections. The first recount is due at once.
+    pub fn new(counters: Counters, conns: TcpConns, layout: u16) -> Recounter {
         let plan = Plan { due: Some(Instant::now()), is_running: false, problem: None };
         Recounter {
             counters,
-            storages,
+            conns,
             layout,
             plan: Arc::new(Mutex::new(plan)),
             recounting: Arc::default(),
@@ -101,10 +96,10 @@ impl Recounter {
         let this = self.clone();
         let thread = std::thread::Builder::new().name("in-flight".to_owned());
         let spawned = thread.spawn(move || {
-            let one = this.one();
+            let mut one = this.one();
             // Another may have done it meanwhile.
             if this.plan().is_running {
-                this.recount_by(&one);
+                this.recount_by(&mut one, Instant::now());
             }
         });
         if let Err(error) = spawned {
@@ -118,22 +113,28 @@ impl Recounter {
         self.plan().due = Some(Instant::now());
     }
 
-    /// Counts the connections, and corrects what is wrong. Blocks: see [`diag::stored_tcp`].
-    pub fn recount(&self) -> Recount {
-        self.recount_by(&self.one())
+    /// Counts the connections, corrects what is wrong, and frees the records of sockets that were gone
+    /// a minute before `now` already. Blocks: see [`TcpConns::list`].
+    pub fn recount(&self, now: Instant) -> Recount {
+        self.recount_by(&mut self.one(), now)
+    }
+
+    /// The number of records that are in use.
+    pub fn n_records(&self) -> usize {
+        self.conns.n_records()
     }
 
     fn plan(&self) -> MutexGuard<'_, Plan> {
         self.plan.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn one(&self) -> MutexGuard<'_, ()> {
+    fn one(&self) -> MutexGuard<'_, Suspects> {
         self.recounting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn recount_by(&self, _one: &MutexGuard<'_, ()>) -> Recount {
+    fn recount_by(&self, unlisted: &mut Suspects, now: Instant) -> Recount {
         let start = Instant::now();
-        let recount = self.count();
+        let recount = self.count(unlisted, now);
         if recount.n_corrected > 0 {
             tracing::info!(
                 "the connections in flight of {} backends were corrected, of {} in all",
@@ -153,16 +154,9 @@ impl Recounter {
         plan.due.get_or_insert(Instant::now() + pause);
     }
 
-    fn count(&self) -> Recount {
-        let storage = match MapData::from_pin(self.storages.join("SK_REVNAT")) {
-            Ok(storage) => storage,
-            Err(error) => {
-                tracing::warn!("connections in flight can't be counted: {error}");
-                return Recount::default();
-            }
-        };
+    fn count(&self, unlisted: &mut Suspects, now: Instant) -> Recount {
         let before = self.counters.tallies();
-        let Some(listed) = self.list(&storage, &before) else { return Recount::default() };
+        let Some((listed, records)) = self.list(&before) else { return Recount::default() };
         let after = self.counters.tallies();
         let mut recount = Recount { is_settled: true, ..Recount::default() };
         let mut counted = BTreeMap::<u32, (i32, i32)>::new();
@@ -196,8 +190,9 @@ impl Recounter {
             recount.is_settled &= is_exact && pending.is_exact && n == 0 && pending.n == 0;
         }
         if !suspects.is_empty() {
-            recount.n_corrected += self.correct_pending(&suspects, &storage, &before, &listed);
+            recount.n_corrected += self.correct_pending(&suspects, &before, &listed);
         }
+        self.conns.sweep(&records, unlisted, now);
         recount
     }
 
@@ -206,7 +201,6 @@ impl Recounter {
     fn correct_pending(
         &self,
         suspects: &[u32],
-        storage: &MapData,
         tallies: &BTreeMap<u32, Tally>,
         first: &Listing,
     ) -> usize {
@@ -218,7 +212,7 @@ impl Recounter {
                 *least = read(backend_idx).min(*least);
             }
         }
-        let Some(second) = self.list(storage, tallies) else { return 0 };
+        let Some((second, _)) = self.list(tallies) else { return 0 };
         let pending = |listing: &Listing| -> BTreeSet<(u32, u64)> {
             let pending = listing.iter().filter(|(_, connection)| connection.is_counted_pending());
             pending.map(|(&cookie, connection)| (connection.backend_idx, cookie)).collect()
@@ -239,39 +233,45 @@ impl Recounter {
         n_corrected
     }
 
-    /// The connections that go to backends in the table, by their sockets' cookies; `None` where they can't
-    /// be listed, which doesn't mean that they are gone.
-    fn list(&self, storage: &MapData, tallies: &BTreeMap<u32, Tally>) -> Option<Listing> {
-        let (sockets, errors) = diag::stored_tcp(storage.fd().as_fd());
+    /// The connections that go to backends in the table, by their sockets' cookies, and the records of
+    /// sockets that aren't listed; `None` where they can't be listed, which doesn't mean that they are
+    /// gone.
+    fn list(&self, tallies: &BTreeMap<u32, Tally>) -> Option<(Listing, Vec<ConnRecord>)> {
+        let listed = self.conns.list();
         let mut plan = self.plan();
-        if let Some(error) = errors.first() {
-            let reason = error.to_string();
-            if plan.problem.as_ref() != Some(&reason) {
-                tracing::warn!("connections in flight can't be recounted: {reason}");
-                plan.problem = Some(reason);
+        let listed = match listed {
+            Ok(listed) => listed,
+            Err(reason) => {
+                if plan.problem.as_ref() != Some(&reason) {
+                    tracing::warn!("connections in flight can't be recounted: {reason}");
+                    plan.problem = Some(reason);
+                }
+                return None;
             }
-            return None;
-        }
+        };
         plan.problem = None;
         drop(plan);
-        let connection = |(cookie, socket)| Some((cookie, self.connection(&socket, tallies)?));
-        Some(sockets.into_iter().filter_map(connection).collect())
+        let connection = |(socket, kept): &(Stored, RevNat)| {
+            Some((socket.cookie, self.connection(socket, kept, tallies)?))
+        };
+        Some((listed.conns.iter().filter_map(connection).collect(), listed.unlisted))
     }
 
     /// What a socket is to a backend in the table, if it goes to one by a VIP.
-    fn connection(&self, socket: &Stored, tallies: &BTreeMap<u32, Tally>) -> Option<Connection> {
-        let kept = RevNat::read_from_bytes(&socket.storage).ok()?;
+    fn connection(
+        &self,
+        socket: &Stored,
+        kept: &RevNat,
+        tallies: &BTreeMap<u32, Tally>,
+    ) -> Option<Connection> {
         let Tally { generation, .. } = tallies.get(&kept.backend_idx)?;
-        let backend = SocketAddr::from((kept.backend.octets, kept.backend_port));
-        let is_same = |a: SocketAddr, b: SocketAddr| {
-            (a.ip().to_canonical(), a.port()) == (b.ip().to_canonical(), b.port())
-        };
         // One of a former generation is of the same backend where the address is the same, but the
         // programs don't see its end.
         let is_its = kept.layout == self.layout
-            && self.counters.backend_address(kept.backend_idx, *generation).is_some_and(
-                |address| is_same(address, backend) && is_same(address, socket.destination),
-            );
+            && self
+                .counters
+                .backend_address(kept.backend_idx, *generation)
+                .is_some_and(|address| canonical(address) == canonical(socket.destination));
         is_its.then_some(Connection {
             backend_idx: kept.backend_idx,
             is_seen: kept.generation == *generation && kept.naming != NOT_COUNTED,

@@ -15,9 +15,10 @@ use std::time::Duration;
 use aya::Ebpf;
 use aya::maps::{HashMap, Map, MapData, MapError};
 use lb_common::{
-    Backend, BackendEntry, BackendOutcomes, BalanceSettings, BypassCgroup, BypassLevel, Control,
-    Counter, Fallback, Frontend, Frontend6, GlobalCounters, Group, N_GROUPS, Probe, ServiceEntry,
-    ServiceFlags, ServiceName, ServiceRef, ServiceStats, Slot, SlotRange, UdpConnects,
+    Backend, BackendEntry, BackendOutcomes, BalanceSettings, BypassCgroup, BypassLevel, ConnClaim,
+    ConnRecord, Control, Counter, Fallback, Frontend, Frontend6, GlobalCounters, Group, N_GROUPS,
+    Probe, ServiceEntry, ServiceFlags, ServiceName, ServiceRef, ServiceStats, Slot, SlotRange,
+    UdpConnects,
 };
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
@@ -371,6 +372,46 @@ impl ControlBlock {
     }
 }
 
+/// The records of TCP connections.
+#[derive(Clone, Debug)]
+pub struct ConnRecords(Arc<AtomicArray<ConnRecord>>);
+
+impl ConnRecords {
+    /// The records that sockets have, by the sockets' cookies, while programs write them: without those
+    /// that are just being written.
+    pub fn all(&self) -> BTreeMap<u64, ConnRecord> {
+        let read = |conn_idx| {
+            let cookie: u64 = self.0.load_field(conn_idx, offset_of!(ConnRecord, cookie));
+            if cookie == 0 {
+                return None;
+            }
+            let record = self.0.load(conn_idx);
+            let again: [u64; 2] = self.0.load_field(conn_idx, 0);
+            let ConnClaim { writes, abandoned, .. } = record.claim;
+            let head: [u64; 2] = [cookie, zerocopy::transmute!(record.claim)];
+            (again == head && record.cookie == cookie && writes != abandoned)
+                .then_some((cookie, record))
+        };
+        (0..lb_common::N_CONNS).filter_map(read).collect()
+    }
+
+    /// Frees the record of a socket that is gone, unless it was written since it was read.
+    pub fn abandon(&self, record: &ConnRecord) {
+        let conn_idx = ConnRecord::index(record.cookie);
+        let at = offset_of!(ConnRecord, claim);
+        let [word] = self.0.field(conn_idx, at, size_of::<ConnClaim>()) else { return };
+        let writes = record.claim.writes;
+        let (read, free) = (record.claim, ConnClaim { abandoned: writes, ..record.claim });
+        // A program at the record shows in the word.
+        let _ = word.compare_exchange(
+            zerocopy::transmute!(read),
+            zerocopy::transmute!(free),
+            Ordering::AcqRel,
+            Ordering::Acquire,
+        );
+    }
+}
+
 /// The cgroups that are bypassed.
 #[derive(Debug)]
 pub struct BypassMap {
@@ -447,6 +488,7 @@ pub struct KernelMaps {
     frontends6: Hash<Frontend6, ServiceRef>,
     slots: Arc<AtomicArray<Slot>>,
     names: Arc<AtomicArray<ServiceName>>,
+    records: ConnRecords,
     counters: Counters,
     control: ControlBlock,
     bypass: BypassMap,
@@ -481,6 +523,7 @@ impl KernelMaps {
             frontends6: take_hash(ebpf, "FRONTENDS6")?,
             slots: AtomicArray::take(ebpf, "SLOTS")?,
             names: AtomicArray::take(ebpf, "SERVICE_NAMES")?,
+            records: ConnRecords(AtomicArray::take(ebpf, "CONNS")?),
             counters,
             control,
             bypass,
@@ -491,6 +534,11 @@ impl KernelMaps {
     /// A handle to the programs' counters.
     pub fn counters(&self) -> Counters {
         self.counters.clone()
+    }
+
+    /// A handle to the records of connections.
+    pub fn records(&self) -> ConnRecords {
+        self.records.clone()
     }
 
     /// A handle that knows which backends are in the table.

@@ -127,9 +127,9 @@ impl Sizes {
 /// The kernel's number of a socket storage; from linux/bpf.h.
 pub const SK_STORAGE: u32 = 24;
 
-/// The sockets' storage, which every layout shares.
+/// The sockets' storage and records, which every layout shares.
 pub fn socket_shapes() -> Vec<MapShape> {
-    ["SK_REVNAT", "SK_REVNAT_PREV", "FLOWS"].into_iter().filter_map(shape).collect()
+    ["SK_REVNAT", "SK_REVNAT_PREV", "FLOWS", "CONNS"].into_iter().filter_map(shape).collect()
 }
 
 /// A map as the object defines it.
@@ -150,6 +150,8 @@ fn shape(name: &'static str) -> Option<MapShape> {
 
 #[cfg(test)]
 mod tests {
+    use lb_common::N_CONNS;
+
     use super::*;
 
     /// Every map that is pinned is in the object, of the sizes that the layout asserts.
@@ -179,6 +181,7 @@ mod tests {
             ("SK_REVNAT", (SK_STORAGE, 4, 48, 0, 1)),
             ("SK_REVNAT_PREV", (SK_STORAGE, 4, 48, 0, 1)),
             ("FLOWS", (SK_STORAGE, 4, 424, 0, 1)),
+            ("CONNS", (2, 4, 64, N_CONNS, MMAPABLE)),
         ];
         assert_eq!(shown.collect::<Vec<_>>(), expected);
     }

@@ -11,6 +11,7 @@ mod btf;
 mod buddy;
 mod bypass;
 mod cause;
+mod conns;
 mod control;
 pub mod diag;
 mod ejected;

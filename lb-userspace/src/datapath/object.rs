@@ -111,7 +111,9 @@ fn open(
     let refusal = features.refusal as u32;
     let shapes = sizes.shapes();
     let maps = shapes.iter().map(|shape| (pins.maps().join(shape.name), shape.max_entries));
-    let storages = socket_shapes().into_iter().map(|shape| (pins.sockets().join(shape.name), 0));
+    let storages = socket_shapes();
+    let storages =
+        storages.iter().map(|shape| (pins.sockets().join(shape.name), shape.max_entries));
     let pinned: Vec<(PathBuf, u32)> = maps.chain(storages).collect();
     if let Some(program) = &options.map_creator
         && let Err(reason) = memcg::create_uncharged(program, &pinned, &pins.charged())
@@ -130,10 +132,14 @@ fn open(
     }
     loader.override_global("MAP_LAYOUT", &layout, true);
     let error_offset = features.sockets.error.map_or(0, |Bit { offset, .. }| offset);
+    let cookie_offset = features.sockets.cookie.map_or(0, |Bit { offset, .. }| offset);
+    loader.override_global("COOKIE_OFFSET", &cookie_offset, true);
     if object == Object::Outcomes {
         loader.override_global("SOCKET_ERROR_OFFSET", &error_offset, true);
         return loader.load(object.bytes()).map_err(DatapathError::Load);
     }
+    let storage_offset = features.sockets.storage.map_or(0, |Bit { offset, .. }| offset);
+    loader.override_global("STORAGE_OFFSET", &storage_offset, true);
     loader.override_global("POOL_NETWORK", &network, true);
     loader.override_global("POOL_MASK", &mask, true);
     loader.override_global("PINS_NETWORK", &pins_network, true);

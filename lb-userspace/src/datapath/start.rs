@@ -9,6 +9,7 @@ use lb_common::{BalanceSettings, ENTRIES_PER_BACKEND};
 
 use super::activity::Usage;
 use super::btf::SocketBits;
+use super::conns::TcpConns;
 use super::control::Datapath;
 use super::error::DatapathError;
 use super::features::Features;
@@ -104,8 +105,9 @@ impl Datapath {
         let (counters, control_block) = (maps.counters(), maps.control_block());
         let usage = Usage::begin(reconciler.service_indices(), counters.clone());
         let maps = reconciler.maps_mut();
-        let recounter = Recounter::new(counters.clone(), pins.sockets(), options.layout);
-        let tcp_terminator = TcpTerminator::new(pins.sockets());
+        let conns = TcpConns::new(maps.records(), pins.sockets());
+        let recounter = Recounter::new(counters.clone(), conns.clone(), options.layout);
+        let tcp_terminator = TcpTerminator::new(conns);
         let socket_terminator = SocketTerminator::new(maps.generations(), pins.sockets());
         let map_names = sizes.shapes().into_iter().map(|shape| pins.maps().join(shape.name));
         let socket_names = socket_shapes().into_iter().map(|shape| pins.sockets().join(shape.name));

@@ -1,14 +1,11 @@
 //! Closes TCP connections by VIPs to backends that left, once their deadline has passed.
 
 use std::net::SocketAddr;
-use std::os::fd::AsFd;
-use std::path::PathBuf;
 
-use aya::maps::MapData;
 use lb_common::{Address, RevNat};
-use zerocopy::FromBytes;
 
-use super::diag::{self, Stored};
+use super::conns::{TcpConns, canonical};
+use super::diag;
 
 /// Which connections are to be closed: those by these frontends to this backend.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -38,28 +35,26 @@ pub struct VipConnection {
 }
 
 impl VipConnection {
-    /// What the socket remembers, whatever layout the maps had when it connected; `None` for one that
-    /// connected to its peer itself, also after it was connected by a VIP once.
-    fn of(socket: &Stored) -> Option<VipConnection> {
-        let kept = RevNat::read_from_bytes(&socket.storage).ok()?;
+    /// By what its socket remembers.
+    fn of(revnat: &RevNat) -> VipConnection {
         let at = |address: Address, port: u16| canonical(SocketAddr::from((address.octets, port)));
-        let backend = at(kept.backend, kept.backend_port);
-        let is_its = backend == canonical(socket.destination);
-        is_its.then(|| VipConnection { frontend: at(kept.frontend, kept.frontend_port), backend })
+        VipConnection {
+            frontend: at(revnat.frontend, revnat.frontend_port),
+            backend: at(revnat.backend, revnat.backend_port),
+        }
     }
 }
 
 /// Reads what sockets remember, and aborts them.
 #[derive(Clone, Debug)]
 pub struct TcpTerminator {
-    /// Where the sockets' storages are pinned.
-    storages: PathBuf,
+    conns: TcpConns,
 }
 
 impl TcpTerminator {
-    /// A terminator that reads what sockets remember from the map that is pinned in `storages`.
-    pub fn new(storages: PathBuf) -> TcpTerminator {
-        TcpTerminator { storages }
+    /// A terminator of these connections.
+    pub fn new(conns: TcpConns) -> TcpTerminator {
+        TcpTerminator { conns }
     }
 
     /// Why nothing could be closed here, as far as that can be known before.
@@ -67,44 +62,23 @@ impl TcpTerminator {
         diag::abort_problem().map(|error| error.to_string())
     }
 
-    /// The connections by VIPs. Blocks: see [`diag::stored_tcp`].
+    /// The connections by VIPs. Blocks: see [`TcpConns::list`].
     ///
     /// # Errors
     /// Why some couldn't be listed.
     pub fn list(&self) -> Result<Vec<VipConnection>, String> {
-        let storage = self.storage()?;
-        let (sockets, errors) = diag::stored_tcp(storage.fd().as_fd());
-        if let Some(error) = errors.first() {
-            return Err(error.to_string());
-        }
-        let connections = sockets.values().filter_map(VipConnection::of);
-        Ok(connections.collect())
+        let listed = self.conns.list()?;
+        Ok(listed.conns.iter().map(|(_, revnat)| VipConnection::of(revnat)).collect())
     }
 
     /// Closes these connections, in every network namespace, and no others. Returns how many, and what
-    /// failed. Blocks: see [`diag::abort_tcp`].
+    /// failed. Blocks: see [`TcpConns::abort`].
     pub fn close(&self, chosen: &[VipConnections]) -> (usize, Option<String>) {
-        let storage = match self.storage() {
-            Ok(storage) => storage,
-            Err(error) => return (0, Some(error)),
-        };
-        let is_chosen = |socket: &Stored| {
-            VipConnection::of(socket)
-                .is_some_and(|connection| chosen.iter().any(|chosen| chosen.has(&connection)))
-        };
-        let (n_closed, errors) = diag::abort_tcp(storage.fd().as_fd(), is_chosen);
-        (n_closed, errors.first().map(ToString::to_string))
+        self.conns.abort(|revnat| {
+            let connection = VipConnection::of(revnat);
+            chosen.iter().any(|chosen| chosen.has(&connection))
+        })
     }
-
-    fn storage(&self) -> Result<MapData, String> {
-        MapData::from_pin(self.storages.join("SK_REVNAT"))
-            .map_err(|error| format!("can't read what sockets connected to: {error}"))
-    }
-}
-
-/// With an IPv4 address as what it is, also where a socket has it in IPv6's form.
-fn canonical(address: SocketAddr) -> SocketAddr {
-    SocketAddr::new(address.ip().to_canonical(), address.port())
 }
 
 #[cfg(test)]

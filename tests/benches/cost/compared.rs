@@ -11,7 +11,7 @@ use testbed::tempdir;
 
 /// The case, the program, and the one in whose cgroup it works: its own name, or that of
 /// the program whose entries it releases.
-pub const PROGRAMS: [(&str, &str, &str); 20] = [
+pub const PROGRAMS: [(&str, &str, &str); 24] = [
     ("empty", "empty", "empty"),
     ("a word, shared", "word", "word"),
     ("a word, not shared", "word_unshared", "word_unshared"),
@@ -31,6 +31,10 @@ pub const PROGRAMS: [(&str, &str, &str); 20] = [
     ("LRU hash by cookie", "lru", "lru"),
     ("place by cookie", "place", "place"),
     ("place: release", "place_release", "place"),
+    ("record by cookie", "record", "record"),
+    ("record, callbacks asked for", "record_flagged", "record_flagged"),
+    ("cookie", "cookie_alone", "cookie_alone"),
+    ("cookie by type", "peek", "peek"),
     ("mark", "mark", "mark"),
 ];
 

@@ -12,7 +12,7 @@ use std::process::ExitCode;
 use compared::Compared;
 use figures::{Figures, Goal};
 use lb_tests::fixture::{self, Bed, Server, service};
-use lb_userspace::datapath::{Cost, Measuring};
+use lb_userspace::datapath::{Cost, Measuring, UNITS, Unit};
 use lb_userspace::table::{Protocols, Service};
 
 /// The numbers of services.
@@ -102,6 +102,8 @@ fn measure(object: &Path, n_rounds: usize, n_calls: usize) -> Figures {
     let compared = &Compared::load(object);
     let (few, many) = (table(FEW, &backends), table(MANY, &backends));
     let (few, many) = (&few, &many);
+    // Without what releases records.
+    let stored = &table_of(FEW, &backends, &UNITS[..1]);
 
     let in_turn = move |n_services: u32| in_turn(n_services - DEAD, n_calls as u32);
     let again = move |address: SocketAddrV4| std::iter::repeat_n(address, n_calls);
@@ -139,6 +141,12 @@ fn measure(object: &Path, n_rounds: usize, n_calls: usize) -> Figures {
         Case::of(many, connect4, "no backends", move || traffic::connect_each(again(vip(EMPTY)))),
         Case::of(many, connect4, "connected again", move || traffic::reconnect(vip(DEAD), n_calls)),
         Case::of(few, connect4, "a VIP among 10", move || traffic::connect_each(again(vip(DEAD)))),
+        Case::of(stored, connect4, "a VIP among 10, storage", move || {
+            traffic::connect_each(again(vip(DEAD)));
+        }),
+        Case::of(stored, getpeer4, "getpeername: storage", move || {
+            traffic::ask(vip(LIVE), n_calls);
+        }),
         Case::of(many, connect4, "a VIP among 10,000", move || {
             traffic::connect_each(again(vip(DEAD)))
         }),
@@ -199,6 +207,11 @@ fn vip(service_idx: u32) -> SocketAddrV4 {
 
 /// A datapath with that many services, at consecutive VIPs.
 fn table(n_services: u32, backends: &Backends) -> Bed {
+    table_of(n_services, backends, UNITS)
+}
+
+/// The same of these units.
+fn table_of(n_services: u32, backends: &Backends, units: &'static [Unit]) -> Bed {
     let web = |service_idx: u32| -> Service {
         let of_its_own = |backend_idx: u8| {
             // All of loopback is this machine, and refuses at once.
@@ -216,7 +229,7 @@ fn table(n_services: u32, backends: &Backends) -> Bed {
         let protocols = if service_idx == ECHO { Protocols::Both } else { Protocols::Tcp };
         Service { protocols, ..service(&name, *vip(service_idx).ip(), &weighted) }
     };
-    let mut bed = Bed::new();
+    let mut bed = Bed::with(|options| options.units = units);
     bed.apply((0..n_services).map(web).collect());
     bed
 }

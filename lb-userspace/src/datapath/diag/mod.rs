@@ -1,6 +1,5 @@
 //! Lists TCP connections with what their sockets store ([`stored_tcp`]), aborts chosen ones
-//! ([`abort_tcp`]), and disconnects UDP sockets
-//! from outside: no hook runs when a connected UDP socket sends, so it keeps sending to a removed
+//! ([`abort_tcp`]), and disconnects UDP sockets from outside: no hook runs when a connected UDP socket sends, so it keeps sending to a removed
 //! backend until it is disconnected.
 //!
 //! [`disconnect`] has the kernel abort exactly chosen sockets: the application's next call, or the
@@ -79,15 +78,19 @@ pub fn disconnect(
     })
 }
 
-/// The TCP connections whose sockets have storage in `storage`, in every network namespace that a
-/// thread is in, by their sockets' cookies; and the namespaces that couldn't be listed.
+/// The TCP connections whose sockets have storage in `storage`, or for whose cookie `has_record` is true,
+/// in every network namespace that a thread is in, by their sockets' cookies; and the namespaces that
+/// couldn't be listed.
 ///
 /// The kernel may miss a socket whose neighbour in its table goes while it lists them, so each
 /// namespace is listed twice. Blocks: for about a microsecond a TCP socket of the host. Needs
 /// CAP_SYS_ADMIN, CAP_SYS_PTRACE, CAP_BPF and CAP_NET_ADMIN. Minimum kernel: 5.7.
-pub fn stored_tcp(storage: BorrowedFd<'_>) -> (BTreeMap<u64, Stored>, Vec<DiagError>) {
+pub fn stored_tcp(
+    storage: BorrowedFd<'_>,
+    has_record: impl Fn(u64) -> bool + Sync,
+) -> (BTreeMap<u64, Stored>, Vec<DiagError>) {
     let mut stored = BTreeMap::new();
-    let errors = for_each_tcp(storage, |_, _, found| {
+    let errors = for_each_tcp(storage, has_record, |_, _, found| {
         stored.extend(found.into_iter().map(|stored| (stored.cookie, stored)));
         Ok(())
     });
@@ -100,10 +103,11 @@ pub fn stored_tcp(storage: BorrowedFd<'_>) -> (BTreeMap<u64, Stored>, Vec<DiagEr
 /// Blocks, and needs what [`stored_tcp`] needs, and a kernel with CONFIG_INET_DIAG_DESTROY.
 pub fn abort_tcp(
     storage: BorrowedFd<'_>,
+    has_record: impl Fn(u64) -> bool + Sync,
     is_chosen: impl Fn(&Stored) -> bool + Sync,
 ) -> (usize, Vec<DiagError>) {
     let mut n_aborted = 0;
-    let errors = for_each_tcp(storage, |namespace, sock_diag, found| {
+    let errors = for_each_tcp(storage, has_record, |namespace, sock_diag, found| {
         for stored in found.iter().filter(|stored| is_chosen(stored)) {
             let cookie = stored.cookie;
             let error = |source| DiagError::Abort { namespace, cookie, source };
@@ -127,6 +131,7 @@ pub fn abort_problem() -> Option<DiagError> {
 /// for each namespace, and with that namespace's inode. Returns what failed.
 fn for_each_tcp(
     storage: BorrowedFd<'_>,
+    has_record: impl Fn(u64) -> bool + Sync,
     mut take: impl FnMut(u64, &mut SockDiag, Vec<Stored>) -> Result<(), DiagError> + Send,
 ) -> Vec<DiagError> {
     let mut errors = Vec::new();
@@ -135,7 +140,7 @@ fn for_each_tcp(
         let work = || match netns::all() {
             Ok(_) if !netns::may_look() => errors.push(DiagError::Hidden),
             Ok(namespaces) => namespaces.iter().for_each(|namespace| {
-                errors.extend(tcp_in(namespace, storage, &mut take).err());
+                errors.extend(tcp_in(namespace, storage, &has_record, &mut take).err());
             }),
             Err(error) => errors.push(DiagError::Processes(error)),
         };
@@ -152,6 +157,7 @@ fn for_each_tcp(
 fn tcp_in(
     namespace: &netns::Namespace,
     storage: BorrowedFd<'_>,
+    has_record: impl Fn(u64) -> bool,
     mut take: impl FnMut(u64, &mut SockDiag, Vec<Stored>) -> Result<(), DiagError>,
 ) -> Result<(), DiagError> {
     let inode = namespace.inode;
@@ -161,7 +167,7 @@ fn tcp_in(
     let error = |source| DiagError::ListTcp { namespace: inode, source };
     let mut sock_diag = SockDiag::open().map_err(error)?;
     for family in [Family::V4, Family::V6, Family::V4, Family::V6] {
-        let found = sock_diag.stored_tcp(family, storage).map_err(error)?;
+        let found = sock_diag.stored_tcp(family, storage, &has_record).map_err(error)?;
         take(inode, &mut sock_diag, found)?;
     }
     Ok(())

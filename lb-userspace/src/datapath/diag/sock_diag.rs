@@ -131,8 +131,8 @@ impl SockDiag {
         Ok(sockets)
     }
 
-    /// The TCP connections of a family whose sockets have storage in this map, each with the storage.
-    /// As above, some can be missing.
+    /// The TCP connections of a family whose sockets have storage in this map, each with the storage, and
+    /// those for whose cookie `has_record` is true. As above, some can be missing.
     ///
     /// # Errors
     /// ENOENT without the module tcp_diag, EPERM without CAP_BPF and CAP_NET_ADMIN.
@@ -140,6 +140,7 @@ impl SockDiag {
         &mut self,
         family: Family,
         storage: BorrowedFd<'_>,
+        has_record: impl Fn(u64) -> bool,
     ) -> io::Result<Vec<Stored>> {
         let mut stored = Vec::new();
         let request = sockets(family, libc::IPPROTO_TCP, TCP_CONNECTIONS, &[0; SOCKET_ID_SIZE]);
@@ -148,7 +149,10 @@ impl SockDiag {
         self.send(SOCK_DIAG_BY_FAMILY, NLM_F_DUMP, &request)?;
         self.receive(|message| {
             if message.kind == SOCK_DIAG_BY_FAMILY {
-                stored.extend(Stored::parse(message.payload)?);
+                let found = Stored::parse(message.payload)?;
+                if found.storage.is_some() || has_record(found.cookie) {
+                    stored.push(found);
+                }
             }
             Ok(())
         })?;
@@ -332,7 +336,7 @@ impl Connected {
     }
 }
 
-/// A TCP connection, and what its socket's storage has.
+/// A TCP connection, and what its socket's storage has, if it has one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Stored {
     /// SO_COOKIE.
@@ -341,25 +345,24 @@ pub struct Stored {
     pub destination: SocketAddr,
     /// Whether it waits for an answer to its SYN.
     pub is_pending: bool,
-    /// The value in the map that was asked for.
-    pub storage: Vec<u8>,
+    /// The value in the map that was asked for; the kernel lists sockets without one as well.
+    pub storage: Option<Vec<u8>>,
     /// The socket, as it is named to the kernel.
     socket: Connected,
 }
 
 impl Stored {
-    /// `None` for a socket that has none, which the kernel lists as well.
-    fn parse(payload: &[u8]) -> io::Result<Option<Stored>> {
+    fn parse(payload: &[u8]) -> io::Result<Stored> {
         let attributes = payload.get(SOCKET_SIZE..).ok_or_else(malformed)?;
         let mut value = Some(attributes);
         for kind in STORAGES {
             value = value.map(|value| find_attribute(value, kind)).transpose()?.flatten();
         }
-        let Some(value) = value else { return Ok(None) };
         let socket = Connected::parse(payload)?;
         let Connected { cookie, destination, .. } = socket;
         let is_pending = payload.get(1) == Some(&TCP_SYN_SENT);
-        Ok(Some(Stored { cookie, destination, is_pending, storage: value.to_vec(), socket }))
+        let storage = value.map(<[u8]>::to_vec);
+        Ok(Stored { cookie, destination, is_pending, storage, socket })
     }
 }
 
@@ -441,16 +444,17 @@ mod tests {
         let value = attribute(3, &[1, 2, 3, 4, 5, 6, 7, 8]);
         let storages = nest(20, &nest(1, &[id, value].concat()));
         let mut bytes = socket(Family::V4, v4([127, 0, 0, 1]), v4([10, 0, 0, 7]));
-        assert_eq!(Stored::parse(&bytes).unwrap(), None);
+        assert_eq!(Stored::parse(&bytes).unwrap().storage, None);
         bytes[1] = TCP_SYN_SENT;
         bytes.extend(storages);
-        let stored = Stored::parse(&bytes).unwrap().unwrap();
+        let stored = Stored::parse(&bytes).unwrap();
         assert_eq!((stored.cookie, stored.is_pending), (0x1122_3344_5566_7788, true));
         assert_eq!(stored.destination, "10.0.0.7:53".parse().unwrap());
-        assert_eq!(stored.storage, [1, 2, 3, 4, 5, 6, 7, 8]);
+        assert_eq!(stored.storage, Some(vec![1, 2, 3, 4, 5, 6, 7, 8]));
         for length in 0..bytes.len() {
             // Cut short it is no answer, or one without the storage.
-            assert!(!matches!(Stored::parse(&bytes[..length]), Ok(Some(_))), "{length}");
+            let cut = Stored::parse(&bytes[..length]);
+            assert!(!cut.is_ok_and(|stored| stored.storage.is_some()), "{length}");
         }
     }
 

@@ -18,7 +18,7 @@ pub enum Compat {
     Same,
     /// The same kind of map with another number of entries.
     OtherSize,
-    /// A socket storage with values of another size: a later version's.
+    /// A socket storage, or records, with values of another size: a later version's.
     OtherStorage,
 }
 
@@ -88,8 +88,13 @@ pub fn compare(path: &Path, shape: &MapShape) -> Result<Compat, PinError> {
     let map_type = info.map_type().map_or(0, |map_type| map_type as u32);
     let found = described(map_type, info.key_size(), info.value_size(), info.map_flags());
     if found != expected {
-        let is_storage = map_type == SK_STORAGE && shape.map_type == SK_STORAGE;
-        return if is_storage { Ok(Compat::OtherStorage) } else { Err(foreign(found)) };
+        let is_same_kind = map_type == shape.map_type && info.key_size() == shape.key_size;
+        let is_storage = shape.map_type == SK_STORAGE || shape.name == "CONNS";
+        return if is_storage && is_same_kind {
+            Ok(Compat::OtherStorage)
+        } else {
+            Err(foreign(found))
+        };
     }
     let same = info.max_entries() == shape.max_entries;
     Ok(if same { Compat::Same } else { Compat::OtherSize })

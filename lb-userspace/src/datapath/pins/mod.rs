@@ -1,8 +1,8 @@
 //! The pins: where the maps and links live in the BPF file system, so that they outlive the daemon.
 //!
-//! `DIR/vN/maps` and `DIR/vN/links` belong to layout N; `DIR/sockets` has the socket storages, whose
-//! format never changes. A lock on DIR keeps a second daemon away. A pin is compared with what it has
-//! to be before it is used.
+//! `DIR/vN/maps` and `DIR/vN/links` belong to layout N; `DIR/sockets` has the socket storages and the
+//! records of connections, whose format never changes. A lock on DIR keeps a second daemon away. A pin
+//! is compared with what it has to be before it is used.
 
 mod bpffs;
 mod directory;
@@ -158,8 +158,8 @@ impl Pins {
         layouts.into_iter().filter_map(is_shadow).any(|is_shadow| is_shadow != 0)
     }
 
-    /// Removes the pins of socket storages that have another version's format, and returns these: they
-    /// serve the programs that use them, but not ours.
+    /// Removes the pins of socket storages and records that have another version's format, and returns
+    /// these: they serve the programs that use them, but not ours.
     ///
     /// # Errors
     /// When something else has one of the names, or the file system refuses.
@@ -168,7 +168,7 @@ impl Pins {
         let mut others = Vec::new();
         for shape in socket_shapes() {
             let path = self.sockets().join(shape.name);
-            if compare(&path, &shape)? == Compat::OtherStorage {
+            if matches!(compare(&path, &shape)?, Compat::OtherStorage | Compat::OtherSize) {
                 others.push(path);
             }
         }
