@@ -129,7 +129,7 @@ impl RecordPtr {
         word!(self.cookie)
     }
 
-    /// Whether a socket may have it: it is nobody's, already this socket's, or one's that is gone.
+    /// Whether a socket may have it: it is free, already this socket's, or that of a socket that is gone.
     #[inline(always)]
     fn is_free_for(self, cookie: u64) -> bool {
         let owner = self.cookie();
