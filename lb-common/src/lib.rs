@@ -19,6 +19,7 @@ mod ejection;
 mod flows;
 mod layout;
 mod maglev;
+mod names;
 mod select;
 mod trace;
 
@@ -33,5 +34,6 @@ pub use flows::*;
 pub use layout::*;
 use maglev::mix;
 pub use maglev::*;
+pub use names::*;
 pub use select::{select, side};
 pub use trace::*;

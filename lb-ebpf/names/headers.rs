@@ -1,0 +1,186 @@
+//! The headers of a packet.
+
+use aya_ebpf::bindings::{
+    BPF_F_CURRENT_NETNS, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_SUCCESS,
+    BPF_FIB_LOOKUP_OUTPUT, bpf_fib_lookup as FibLookup, bpf_sock_tuple,
+};
+use aya_ebpf::helpers::generated::{bpf_fib_lookup, bpf_sk_lookup_udp, bpf_sk_release};
+use lb_common::{Address, DNS_HEADER_LEN, IPPROTO_UDP};
+
+use crate::skb::Skb;
+
+const ETH_P_IP: u16 = 0x0800;
+const ETH_P_IPV6: u16 = 0x86dd;
+/// The length of the Ethernet header, where that of IP begins.
+pub const IP: u32 = 14;
+const IPV4_LEN: u32 = 20;
+const IPV6_LEN: u32 = 40;
+const UDP_LEN: u32 = 8;
+
+/// Of a UDP packet without IP options, extension headers and fragments, of one datagram.
+pub struct Headers {
+    pub is_ipv6: bool,
+    pub source: Address,
+    pub destination: Address,
+    pub source_port: u16,
+    pub port: u16,
+    /// Where the UDP header begins.
+    pub udp: u32,
+    /// The UDP header's length field: its own and the message's length.
+    pub udp_len: u16,
+    /// Where the message begins.
+    pub message: u32,
+    pub message_len: u32,
+}
+
+/// Reads a field in the linear part.
+macro_rules! field {
+    // SAFETY: the caller has compared the end of the header with the packet's end.
+    ($at:expr, $kind:ty) => {
+        unsafe { ($at as *const $kind).read_unaligned() }
+    };
+}
+
+impl Headers {
+    /// The headers; `None` for any other packet, which mostly is found by two or three words.
+    #[inline(always)]
+    pub fn read(skb: &Skb) -> Option<Headers> {
+        match skb.protocol() {
+            ETH_P_IP => Headers::read_ipv4(skb),
+            ETH_P_IPV6 => Headers::read_ipv6(skb),
+            _ => None,
+        }
+    }
+
+    #[inline(always)]
+    fn read_ipv4(skb: &Skb) -> Option<Headers> {
+        // Version 4 and five words; "more fragments" and the offset.
+        const PLAIN: u8 = 0x45;
+        const FRAGMENT: u16 = 0x3fff;
+        let (data, end) = skb.linear();
+        let (ip, udp) = (data + IP as usize, data + (IP + IPV4_LEN) as usize);
+        if udp + UDP_LEN as usize > end || field!(ip + 9, u8) != IPPROTO_UDP {
+            return None;
+        }
+        let fragment = u16::from_be(field!(ip + 6, u16));
+        if field!(ip, u8) != PLAIN || fragment & FRAGMENT != 0 {
+            return None;
+        }
+        let len = u32::from(u16::from_be(field!(ip + 2, u16)));
+        let headers = Headers {
+            is_ipv6: false,
+            source: Address::v4(field!(ip + 12, u32).to_ne_bytes()),
+            destination: Address::v4(field!(ip + 16, u32).to_ne_bytes()),
+            ..Headers::read_udp(udp, IP + IPV4_LEN)?
+        };
+        headers.fit(skb, len, IPV4_LEN)
+    }
+
+    #[inline(always)]
+    fn read_ipv6(skb: &Skb) -> Option<Headers> {
+        let (data, end) = skb.linear();
+        let (ip, udp) = (data + IP as usize, data + (IP + IPV6_LEN) as usize);
+        if udp + UDP_LEN as usize > end || field!(ip + 6, u8) != IPPROTO_UDP {
+            return None;
+        }
+        let address = |at: usize| -> Address {
+            let words = [field!(at, u64), field!(at + 8, u64)];
+            Address { octets: zerocopy::transmute!(words) }
+        };
+        let len = u32::from(u16::from_be(field!(ip + 4, u16)));
+        let headers = Headers {
+            is_ipv6: true,
+            source: address(ip + 8),
+            destination: address(ip + 24),
+            ..Headers::read_udp(udp, IP + IPV6_LEN)?
+        };
+        headers.fit(skb, len + IPV6_LEN, IPV6_LEN)
+    }
+
+    /// The part that UDP has; `offset` is that of its header.
+    #[inline(always)]
+    fn read_udp(udp: usize, offset: u32) -> Option<Headers> {
+        let udp_len = u16::from_be(field!(udp + 4, u16));
+        let message_len = u32::from(udp_len).checked_sub(UDP_LEN)?;
+        Some(Headers {
+            is_ipv6: false,
+            source: Address::default(),
+            destination: Address::default(),
+            source_port: u16::from_be(field!(udp, u16)),
+            port: u16::from_be(field!(udp + 2, u16)),
+            udp: offset,
+            udp_len,
+            message: offset + UDP_LEN,
+            message_len,
+        })
+    }
+
+    /// Whether all lengths say the same: `len` is that of the IP packet.
+    #[inline(always)]
+    fn fit(self, skb: &Skb, len: u32, ip_len: u32) -> Option<Headers> {
+        let fits = len == ip_len + u32::from(self.udp_len)
+            && skb.len() == IP + len
+            && self.message_len >= DNS_HEADER_LEN
+            && !skb.is_batch();
+        fits.then_some(self)
+    }
+
+    /// Whether the source would be reached by the interface that the packet came by: a source that
+    /// isn't was forged, or its answer would take another way.
+    #[inline(always)]
+    pub fn is_reachable_by(&self, skb: &Skb) -> bool {
+        const AF_INET: u8 = 2;
+        const AF_INET6: u8 = 10;
+        let [source, destination]: [[u32; 4]; 2] =
+            [zerocopy::transmute!(self.source), zerocopy::transmute!(self.destination)];
+        // struct bpf_fib_lookup: the family in the first byte, the interface, the addresses.
+        let mut words = [0u32; 16];
+        words[2] = skb.ifindex();
+        if self.is_ipv6 {
+            words[0] = u32::from_ne_bytes([AF_INET6, IPPROTO_UDP, 0, 0]);
+            words[4..8].copy_from_slice(&destination);
+            words[8..12].copy_from_slice(&source);
+        } else {
+            words[0] = u32::from_ne_bytes([AF_INET, IPPROTO_UDP, 0, 0]);
+            (words[4], words[8]) = (destination[3], source[3]);
+        }
+        const { assert!(size_of::<FibLookup>() == 64) };
+        // SAFETY: the helper takes the context, and a structure of that length.
+        let found = unsafe {
+            bpf_fib_lookup(skb.0.cast(), words.as_mut_ptr().cast(), 64, BPF_FIB_LOOKUP_OUTPUT)
+        };
+        let is_found = found == i64::from(BPF_FIB_LKUP_RET_SUCCESS)
+            || found == i64::from(BPF_FIB_LKUP_RET_NO_NEIGH);
+        is_found && words[2] == skb.ifindex()
+    }
+
+    /// Whether a socket receives what is sent there.
+    #[inline(always)]
+    pub fn has_socket(&self, skb: &Skb) -> bool {
+        let ports = u32::from(self.source_port.to_be()) | u32::from(self.port.to_be()) << 16;
+        let [source, destination]: [[u32; 4]; 2] =
+            [zerocopy::transmute!(self.source), zerocopy::transmute!(self.destination)];
+        let [a, b, c, d] = source;
+        let [e, f, g, h] = destination;
+        let mut words = if self.is_ipv6 {
+            [a, b, c, d, e, f, g, h, ports]
+        } else {
+            [d, h, ports, 0, 0, 0, 0, 0, 0]
+        };
+        // SAFETY: the tuple is as long as said; the socket that is found is released.
+        unsafe {
+            let tuple = words.as_mut_ptr().cast::<bpf_sock_tuple>();
+            let netns = BPF_F_CURRENT_NETNS as i32 as u64;
+            let socket = if self.is_ipv6 {
+                bpf_sk_lookup_udp(skb.0.cast(), tuple, 36, netns, 0)
+            } else {
+                bpf_sk_lookup_udp(skb.0.cast(), tuple, 12, netns, 0)
+            };
+            if socket.is_null() {
+                return false;
+            }
+            bpf_sk_release(socket.cast());
+        }
+        true
+    }
+}

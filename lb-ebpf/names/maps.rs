@@ -1,0 +1,240 @@
+//! The maps. `NAMES`, `NAME_RECORDS`, `NAMES_CONTROL` and `NAMES_COUNTERS` are pinned; `CONTROL` is the
+//! unit `connect`'s, by its pin. The others each daemon fills anew before it attaches the program.
+
+use aya_ebpf::bindings::BPF_F_MMAPABLE;
+use aya_ebpf::btf_maps::lpm_trie::Key;
+use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, PerCpuArray};
+use aya_ebpf::macros::btf_map;
+use core::intrinsics::{AtomicOrdering, atomic_xadd};
+use lb_common::{
+    Address, Control, DEFAULT_MAX_SERVICES, ListenKey, MAX_ALLOWED, MAX_LISTEN, N_CLIENT_ACCOUNTS,
+    NameAnswer, NameKey, NameQuery, NameRecord, NameRef, NamesControl, NamesCounters, NamesMode,
+    RecordBytes, ZoneWords,
+};
+
+use crate::headers::Headers;
+
+const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
+const N_SERVICES: usize = DEFAULT_MAX_SERVICES as usize;
+
+#[btf_map]
+static NAMES: HashMap<NameKey, NameRef, N_SERVICES> = HashMap::new();
+#[btf_map]
+static NAME_RECORDS: Array<NameRecord, N_SERVICES, MMAPABLE> = Array::new();
+#[btf_map]
+static NAMES_CONTROL: Array<NamesControl, 1, MMAPABLE> = Array::new();
+#[btf_map]
+static NAMES_COUNTERS: Array<NamesCounters, 1, MMAPABLE> = Array::new();
+#[btf_map]
+static CONTROL: Array<Control, 1, MMAPABLE> = Array::new();
+/// Where the daemon listens.
+#[btf_map]
+static NAMES_LISTEN: HashMap<ListenKey, u32, MAX_LISTEN> = HashMap::new();
+/// The networks of the clients that are served: `dns.allow`.
+#[btf_map]
+static NAMES_ALLOWED: LpmTrie<[u8; 16], u32, MAX_ALLOWED> = LpmTrie::new();
+/// When each account of clients is full again, in nanoseconds of CLOCK_MONOTONIC.
+#[btf_map]
+static NAMES_ACCOUNTS: Array<u64, N_CLIENT_ACCOUNTS, MMAPABLE> = Array::new();
+
+/// Room that the stack lacks.
+#[btf_map]
+static NAMES_SCRATCH: PerCpuArray<Scratch, 1> = PerCpuArray::new();
+
+/// What a program works on. It runs with bottom halves disabled, so the processor's is its own. The
+/// verifier doesn't know what it keeps here, and so tells no cases apart by that afterwards.
+#[repr(C, align(8))]
+pub struct Scratch {
+    pub headers: Headers,
+    pub query: NameQuery,
+    pub answer: NameAnswer,
+    pub key: NameKey,
+    /// The part of the query after the question.
+    pub query_tail: RecordBytes,
+    /// The part of the answer after the question.
+    pub records: RecordBytes,
+}
+
+/// See [`Scratch`].
+#[inline(always)]
+pub fn scratch() -> Option<&'static mut Scratch> {
+    // SAFETY: the element stays, and nothing else has the processor's meanwhile.
+    NAMES_SCRATCH.get_ptr_mut(0).map(|scratch| unsafe { &mut *scratch })
+}
+
+/// Whether the daemon listens there.
+#[inline(always)]
+pub fn is_listener(address: &Address, port: u16) -> bool {
+    let key = ListenKey { address: *address, port, padding: [0; 6] };
+    NAMES_LISTEN.get_ptr(key).is_some()
+}
+
+/// Whether an address is in `dns.allow`.
+#[inline(always)]
+pub fn is_allowed(address: &Address) -> bool {
+    NAMES_ALLOWED.get(&Key::new(128, address.octets)).is_some()
+}
+
+/// An account of clients, by a hash.
+#[inline(always)]
+pub fn account(hash: u32) -> Option<*mut u64> {
+    NAMES_ACCOUNTS.get_ptr_mut(hash % N_CLIENT_ACCOUNTS as u32)
+}
+
+/// When the daemon was last alive.
+#[inline(always)]
+pub fn heartbeat_ns() -> u64 {
+    let Some(control) = CONTROL.get_ptr(0) else { return 0 };
+    // SAFETY: an array's element stays, and this is an aligned word of it.
+    unsafe { (&raw const (*control).heartbeat_ns).read_volatile() }
+}
+
+/// What the daemon writes for this unit.
+#[derive(Clone, Copy)]
+pub struct ControlPtr(*const NamesControl);
+
+macro_rules! read {
+    // SAFETY: an array's element stays, and this is an aligned word of it; volatile, because the daemon
+    // writes it.
+    ($ptr:ident . $($field:tt)+) => {
+        unsafe { (&raw const (*$ptr.0).$($field)+).read_volatile() }
+    };
+}
+
+/// See [`ControlPtr`].
+#[inline(always)]
+pub fn control() -> Option<ControlPtr> {
+    NAMES_CONTROL.get_ptr(0).map(ControlPtr)
+}
+
+impl ControlPtr {
+    /// Whether the unit answers now.
+    #[inline(always)]
+    pub fn answers(self, is_alive: bool) -> bool {
+        let mode = read!(self.mode);
+        mode == NamesMode::Always as u32 || mode == NamesMode::Standby as u32 && !is_alive
+    }
+
+    /// Whether a required hook was found detached.
+    #[inline(always)]
+    pub fn is_detached(self) -> bool {
+        read!(self.is_detached) != 0
+    }
+
+    /// Whether the catalog is too old.
+    #[inline(always)]
+    pub fn is_expired(self, now_ns: u64) -> bool {
+        let expires_ns = read!(self.expires_ns);
+        expires_ns != 0 && now_ns >= expires_ns
+    }
+
+    /// See [`NamesControl`]: `interval_ns`, `burst_ns` and `seed`.
+    #[inline(always)]
+    pub fn limits(self) -> (u64, u64, u64) {
+        (read!(self.interval_ns), read!(self.burst_ns), read!(self.seed))
+    }
+}
+
+impl ZoneWords for ControlPtr {
+    #[inline(always)]
+    fn domain(self, idx: usize) -> u64 {
+        // SAFETY: as above; the domain is eight words, and aligned.
+        unsafe { (&raw const (*self.0).zone.domain).cast::<u64>().add(idx).read_volatile() }
+    }
+
+    #[inline(always)]
+    fn domain_len(self) -> u32 {
+        read!(self.zone.domain_len)
+    }
+
+    #[inline(always)]
+    fn ttl(self) -> u32 {
+        read!(self.zone.ttl)
+    }
+
+    #[inline(always)]
+    fn serial(self) -> u32 {
+        read!(self.zone.serial)
+    }
+}
+
+/// A name's record.
+#[derive(Clone, Copy)]
+pub struct RecordPtr(*mut NameRecord);
+
+/// See [`RecordPtr`].
+#[inline(always)]
+pub fn record(key: &NameKey) -> Option<RecordPtr> {
+    let found = NAMES.get_ptr(key)?;
+    // SAFETY: the kernel may recycle the element once it is deleted, so it is copied out at once, as
+    // the one word that it is. The daemon inserts nothing between a deletion and the end of the readers
+    // that may have seen the element, so the word is this name's.
+    let found: NameRef = zerocopy::transmute!(unsafe { found.cast::<u64>().read_volatile() });
+    NAME_RECORDS.get_ptr_mut(found.record).map(RecordPtr)
+}
+
+impl RecordPtr {
+    /// The VIP and the flags, by one load.
+    #[inline(always)]
+    pub fn vip(self) -> ([u8; 4], u32) {
+        // SAFETY: an array's element stays, and this is its first, aligned word.
+        let word = unsafe { self.0.cast::<u64>().read_volatile() };
+        let [vip, flags]: [[u8; 4]; 2] = zerocopy::transmute!(word);
+        (vip, u32::from_ne_bytes(flags))
+    }
+
+    /// The IPv6 VIP.
+    #[inline(always)]
+    pub fn vip6(self) -> [u8; 16] {
+        // SAFETY: an array's element stays; it isn't written while a reader may know the record.
+        let words = unsafe { (&raw const (*self.0).vip6).cast::<[u64; 2]>().read_volatile() };
+        zerocopy::transmute!(words)
+    }
+
+    /// Counts a query.
+    #[inline(always)]
+    pub fn count(self, now_ns: u64) {
+        // SAFETY: an array's element stays; of two times that are written at once either is right.
+        unsafe {
+            add_one(&raw mut (*self.0).queries);
+            (&raw mut (*self.0).last_query_ns).write_volatile(now_ns);
+        }
+    }
+}
+
+/// What the unit did.
+pub struct Counters(Option<*mut NamesCounters>);
+
+/// See [`Counters`].
+#[inline(always)]
+pub fn counters() -> Counters {
+    Counters(NAMES_COUNTERS.get_ptr_mut(0))
+}
+
+macro_rules! count {
+    ($name:ident, $field:ident) => {
+        #[inline(always)]
+        pub fn $name(self) {
+            if let Some(counters) = self.0 {
+                // SAFETY: an array's element stays, and this is an aligned word of it.
+                add_one(unsafe { &raw mut (*counters).$field });
+            }
+        }
+    };
+}
+
+impl Counters {
+    count!(count_answered, answered);
+    count!(count_failed, failed);
+    count!(count_limited, limited);
+    count!(count_broken, broken);
+}
+
+#[inline(always)]
+fn add_one(counter: *mut u64) {
+    // SAFETY: the pointer is to an aligned u64 in an array map. The result is unused, which makes this
+    // XADD: the verifier of 5.10 rejects a fetching addition.
+    unsafe {
+        atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(counter, 1);
+    }
+}
