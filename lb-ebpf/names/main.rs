@@ -44,9 +44,6 @@ enum Decision {
     Answer,
     /// The answer is that the server failed.
     Fail,
-    /// The same, where no socket would receive the query: it would be refused, and resolvers take an
-    /// error of the server better than none to talk to.
-    FailWithoutSocket,
     /// The client sends too many.
     Drop,
 }
@@ -70,13 +67,6 @@ pub fn nohop_names(ctx: TcContext) -> i32 {
         Decision::Pass => return TC_ACT_UNSPEC,
         Decision::Answer => false,
         Decision::Fail => true,
-        Decision::FailWithoutSocket => {
-            let headers = &scratch.headers;
-            if !reply::is_query(&skb, headers) || headers.has_socket(&skb) {
-                return TC_ACT_UNSPEC;
-            }
-            true
-        }
         Decision::Drop => {
             maps::counters().count_limited();
             return TC_ACT_SHOT as i32;
@@ -97,24 +87,36 @@ fn decide(skb: &Skb, control: ControlPtr, scratch: &mut Scratch) -> Decision {
         Admission::Refused => return Decision::Pass,
         Admission::Limited => return Decision::Drop,
     }
-    let not_ours = if is_alive { Decision::Pass } else { Decision::FailWithoutSocket };
     let message = Message { skb, offset: scratch.headers.message };
     let len = scratch.headers.message_len;
-    let Some(query) = read_query(&message, len, control, &mut scratch.key) else { return not_ours };
-    let Some(record) = maps::record(&scratch.key) else { return not_ours };
-    let (vip, flags) = record.vip();
+    let query = read_query(&message, len, control, &mut scratch.key);
+    let found = query.and_then(|query| Some((query, maps::record(&scratch.key)?)));
     let is_wrong = control.is_detached() || control.is_expired(now_ns);
-    // A query about a cold service is a demand for it; what is wrong is the daemon's to explain.
-    if is_alive && (is_wrong || flags & NameRecord::COLD != 0) {
-        return Decision::Pass;
+    let is_cold = found.is_some_and(|(_, record)| record.vip().1 & NameRecord::COLD != 0);
+    let answer = match found {
+        Some((query, record)) if !is_wrong => {
+            let (vip, flags) = record.vip();
+            let has_vip6 = flags & NameRecord::HAS_VIP6 != 0;
+            let addresses = NameAddresses { vip, vip6: has_vip6.then(|| record.vip6()) };
+            answer_to(&query, &addresses, control, &mut scratch.records)
+        }
+        _ => None,
+    };
+    // A query about a cold service is a demand for it, and what is wrong is the daemon's to explain, as
+    // long as there is one. All else passes to whoever has the port: if nobody has, it would be refused,
+    // and resolvers take an error of the server better than none to talk to.
+    if is_wrong || is_cold || answer.is_none() {
+        let is_daemons = is_alive || found.is_none() || answer.is_none() && !is_wrong;
+        if is_daemons && scratch.headers.has_socket(skb) {
+            return Decision::Pass;
+        }
     }
-    if is_wrong {
-        return Decision::Fail;
-    }
-    let has_vip6 = flags & NameRecord::HAS_VIP6 != 0;
-    let addresses = NameAddresses { vip, vip6: has_vip6.then(|| record.vip6()) };
-    let Some(answer) = answer_to(&query, &addresses, control, &mut scratch.records) else {
-        return not_ours;
+    let (Some((query, record)), Some(answer)) = (found, answer) else {
+        return if reply::is_query(skb, &scratch.headers) {
+            Decision::Fail
+        } else {
+            Decision::Pass
+        };
     };
     (scratch.query, scratch.answer) = (query, answer);
     record.count(now_ns);

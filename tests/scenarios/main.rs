@@ -38,6 +38,7 @@ mod leader_killed;
 mod load;
 mod maintenance;
 mod map_full;
+mod names_outlive_the_daemon;
 mod non_vip_passthrough;
 mod not_ready_before_consul;
 mod one_of_ten_fails;
@@ -124,6 +125,7 @@ const SCENARIOS: &[(&str, Scenario)] = &[
     ("leader_killed", leader_killed::run),
     ("maintenance", maintenance::run),
     ("map_full", map_full::run),
+    ("names_outlive_the_daemon", names_outlive_the_daemon::run),
     ("non_vip_passthrough", non_vip_passthrough::run),
     ("not_ready_before_consul", not_ready_before_consul::run),
     ("one_of_ten_is_silent", one_of_ten_fails::is_silent),

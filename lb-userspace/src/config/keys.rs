@@ -161,6 +161,10 @@ pub const KEYS: &[Key] = keys! {
         "clients besides this host: networks, or \"local\": the networks of its interfaces"
     live "dns.client_rate" config.dns.client_rate: |value| value.integer(0..=10_000_000);
         "queries a second of one client that isn't on loopback; 0: unlimited"
+    live "dns.kernel" config.dns.kernel: |value| value.flag();
+        "answer names of routed services in the kernel, also while the daemon doesn't run"
+    live "dns.kernel_mode" config.dns.kernel_mode: |value| value.text(text::word);
+        "when the kernel answers: \"always\" or \"standby\", only while the daemon doesn't run"
     restart(MAPS) "datapath.max_services" config.datapath.max_services: |value| value.integer(1..=1_000_000);
         "services that the maps have room for"
     restart(MAPS) "datapath.max_backends" config.datapath.max_backends: |value| value.integer(1..=8_000_000);
@@ -200,8 +204,6 @@ pub const PLANNED: &[&str] = &[
     "identity.docker",
     "intentions.mode",
     "intentions.direct",
-    "dns.kernel",
-    "dns.kernel_mode",
     "dns.intercept",
     "dns.cache",
 ];

@@ -219,6 +219,21 @@ pub struct DnsConfig {
     /// The queries a second that one address of another host or container may send; 0 for any
     /// number.
     pub client_rate: u32,
+    /// Whether the kernel answers routed names.
+    pub kernel: bool,
+    /// When it does.
+    pub kernel_mode: KernelMode,
+}
+
+/// When the kernel answers routed names.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum KernelMode {
+    /// Always.
+    #[default]
+    Always,
+    /// While the daemon doesn't run.
+    Standby,
 }
 
 /// The answer to a name of the zone that no routed service has.
@@ -348,6 +363,8 @@ impl Default for Config {
                 unrouted: Unrouted::Nxdomain,
                 allow: vec![Allowed::Local],
                 client_rate: 10_000,
+                kernel: true,
+                kernel_mode: KernelMode::Always,
             },
             datapath: DatapathConfig {
                 max_services: 16_384,

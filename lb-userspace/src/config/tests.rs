@@ -79,6 +79,8 @@ fn the_defaults_written_out_are_the_defaults() {
         unrouted = "nxdomain"
         allow = ["local"]
         client_rate = 10000
+        kernel = true
+        kernel_mode = "always"
         [datapath]
         max_services = 16384
         max_backends = 131072
@@ -146,6 +148,8 @@ const EVERY_KEY: &str = r#"
     unrouted = "forward"
     allow = ["10.1.2.3/8", "fd00::1", "local"]
     client_rate = 0
+    kernel = false
+    kernel_mode = "standby"
     [datapath]
     max_services = 100
     max_backends = 200
@@ -235,6 +239,8 @@ fn every_key_is_taken() {
                 Allowed::Local,
             ],
             client_rate: 0,
+            kernel: false,
+            kernel_mode: KernelMode::Standby,
         },
         datapath: DatapathConfig {
             max_services: 100,

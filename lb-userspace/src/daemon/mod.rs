@@ -11,6 +11,7 @@ mod ejected;
 mod explain;
 mod holdback;
 mod metrics;
+mod names;
 mod notify;
 mod pipeline;
 mod prober;
@@ -23,6 +24,7 @@ mod trace;
 pub mod view;
 
 use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -131,6 +133,8 @@ struct Daemon {
     attached: watch::Sender<bool>,
     hosts: watch::Sender<Vec<String>>,
     tracer: Arc<Tracer>,
+    /// The addresses of the DNS server.
+    dns_listen: Vec<SocketAddr>,
     /// The tasks in addition to the loop.
     tasks: Tasks,
     /// The cgroup whose processes are served.
@@ -259,7 +263,7 @@ impl Daemon {
         tasks.spawn("the admin interface", admin::serve(admin_listeners, hosts, view));
         let routes = keep_unreachable(config.vip.clone(), datapath.clone());
         tasks.spawn("the unreachable routes", routes);
-        for address in dns_addresses {
+        for address in &dns_addresses {
             tracing::info!("answering *.{} on {address}", config.dns.domain);
         }
         let (deadline_out, deadline) = watch::channel(config.balance.drain_deadline);
@@ -299,6 +303,7 @@ impl Daemon {
             attached: attached_out,
             hosts: hosts_out,
             tracer,
+            dns_listen: dns_addresses,
             tasks,
             scope,
         })
@@ -523,6 +528,7 @@ impl Daemon {
         self.drain_deadline.send_replace(self.config.balance.drain_deadline);
         if last.dns != self.config.dns {
             self.dns.reconfigure(&self.config.dns);
+            self.datapath.configure_names(names::settings(&self.config.dns, &self.dns_listen));
         }
         self.shadow.configure(self.config.shadow);
         self.update_mode();
@@ -539,6 +545,7 @@ impl Daemon {
     /// Sets the mode by all its reasons; DNS follows.
     fn update_mode(&mut self) {
         self.datapath.set_mode(self.shadow.mode(self.sources.is_off()));
+        self.datapath.set_names_detached(!self.datapath.hooks().attached);
         self.attached.send_if_modified(|was| {
             let translate = self.datapath.hooks().translate;
             std::mem::replace(was, translate) != translate
@@ -558,6 +565,7 @@ impl Daemon {
         let views = self.sources.views();
         let age = views.borrow().iter().filter_map(|source| source.health.borrow().age()).max();
         self.datapath.heartbeat(age);
+        self.datapath.configure_names(names::settings(&self.config.dns, &self.dns_listen));
         if !self.datapath.check_hooks() {
             self.attached.send_replace(false);
         }

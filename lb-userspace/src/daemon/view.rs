@@ -21,7 +21,9 @@ use crate::admin::prometheus::Histogram;
 use crate::admin::{At, TraceFilter, TraceRefusal, View, api};
 use crate::catalog::{InspectError, InspectResult, SourceView, UsageSender, Watches};
 use crate::config::Unrouted;
-use crate::datapath::{COUNTERS, Counters, Indices, Mode, SharedDatapath, UnitState};
+use crate::datapath::{
+    COUNTERS, Counters, Indices, Mode, NamesCounters, SharedDatapath, UnitState,
+};
 use crate::dns::{self, DebugClient};
 use crate::logging;
 use crate::table::vips::PoolUse;
@@ -235,7 +237,7 @@ impl View for DaemonView {
             n_returned: self.n_returned.load(Ordering::Relaxed),
             events,
             maps: self.datapath.pressure(),
-            dns_answers: self.dns_stats.snapshot(),
+            dns_answers: self.dns_answers(),
             dns_upstreams: self.debug_client.upstreams(),
             pool: *self.pool.borrow(),
         })
@@ -418,6 +420,18 @@ fn refused(errors: &BTreeMap<Arc<str>, String>) -> Vec<String> {
 }
 
 impl DaemonView {
+    /// The answers to DNS queries by response code, the kernel's included.
+    fn dns_answers(&self) -> BTreeMap<String, u64> {
+        let mut answers = self.dns_stats.snapshot();
+        let NamesCounters { answered, failed, limited, .. } = self.datapath.names_counters();
+        for (label, n) in [("NOERROR", answered), ("SERVFAIL", failed), ("limited", limited)] {
+            if n > 0 {
+                *answers.entry(label.to_owned()).or_default() += n;
+            }
+        }
+        answers
+    }
+
     fn service(&self, service: &Service) -> api::ServiceStatus {
         // A service that the kernel never had has no counters.
         let indices = self.datapath.indices(&service.name);

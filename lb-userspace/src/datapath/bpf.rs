@@ -21,6 +21,7 @@ const BPF_LINK_CREATE: libc::c_int = 28;
 const BPF_LINK_UPDATE: libc::c_int = 29;
 const BPF_LINK_DETACH: libc::c_int = 34;
 const BPF_LINK_TYPE_CGROUP: u32 = 3;
+const BPF_LINK_TYPE_TCX: u32 = 11;
 
 /// Where in its target a program is attached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,6 +92,32 @@ impl Link {
         Ok(Link(unsafe { OwnedFd::from_raw_fd(fd) }))
     }
 
+    /// Attaches a program to the ingress of an interface, before those that are attached there. Kernel
+    /// 6.6 and later.
+    ///
+    /// # Errors
+    /// EINVAL on earlier kernels, EPERM without CAP_NET_ADMIN and CAP_BPF, ENODEV for no interface.
+    pub fn attach_ingress(program: BorrowedFd<'_>, interface: u32) -> io::Result<Link> {
+        const BPF_TCX_INGRESS: u32 = 46;
+        const BPF_F_BEFORE: u32 = 1 << 3;
+        let program = program.as_raw_fd() as u32;
+        let fd = bpf(BPF_LINK_CREATE, &[program, interface, BPF_TCX_INGRESS, BPF_F_BEFORE])?;
+        // SAFETY: the kernel has just made this descriptor for us.
+        Ok(Link(unsafe { OwnedFd::from_raw_fd(fd) }))
+    }
+
+    /// The interface that the link attaches a program to, 0 once that is gone or the link was detached;
+    /// `None` if it isn't such a link.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn ingress(&self) -> io::Result<Option<u32>> {
+        // struct bpf_link_info: type, id, prog_id, (padding,) then tcx { ifindex, attach_type }.
+        let info = self.raw_info()?;
+        let ([link_type, _id], [interface, _]) = (halves(info[0]), halves(info[2]));
+        Ok((link_type == BPF_LINK_TYPE_TCX).then_some(interface))
+    }
+
     /// The object that is pinned at `path`; `None` when there is none.
     ///
     /// # Errors
@@ -136,14 +163,19 @@ impl Link {
     /// When the kernel refuses.
     pub fn info(&self) -> io::Result<Option<LinkInfo>> {
         // struct bpf_link_info: type, id, prog_id, (padding,) then cgroup { cgroup_id, attach_type }.
-        let mut info = [0u64; 8];
-        let [low, high] = halves(info.as_mut_ptr() as u64);
-        let size = size_of_val(&info) as u32;
-        bpf(BPF_OBJ_GET_INFO_BY_FD, &[self.0.as_raw_fd() as u32, size, low, high])?;
+        let info = self.raw_info()?;
         let [link_type, _id] = halves(info[0]);
         let [attach_type, _] = halves(info[3]);
         let attached = LinkInfo { cgroup_id: info[2], attach_type };
         Ok((link_type == BPF_LINK_TYPE_CGROUP).then_some(attached))
+    }
+
+    fn raw_info(&self) -> io::Result<[u64; 8]> {
+        let mut info = [0u64; 8];
+        let [low, high] = halves(info.as_mut_ptr() as u64);
+        let size = size_of_val(&info) as u32;
+        bpf(BPF_OBJ_GET_INFO_BY_FD, &[self.0.as_raw_fd() as u32, size, low, high])?;
+        Ok(info)
     }
 
     /// Detaches the program, even if other processes hold the link. Links of some kinds (tracing, iterators) can't

@@ -7,7 +7,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use lb_common::{
-    BalanceSettings, Control, Counter, MaglevKey, RejectMethod, SlowStart, TraceSwitch,
+    BalanceSettings, Control, Counter, MaglevKey, NamesCounters, RejectMethod, SlowStart,
+    TraceSwitch,
 };
 
 use super::activity::Usage;
@@ -18,6 +19,7 @@ use super::features::{Features, Limit};
 use super::in_flight::{Recount, Recounter};
 use super::kernel::{ControlBlock, Counters, KernelMaps};
 use super::links::{self, Attachment, ServedCgroup, Units};
+use super::names::{Names, NamesSettings};
 use super::pins::{PinnedMaps, Pins, monotonic_ns};
 use super::reconcile::{Indices, Pressure, ReconcileError, Reconciler};
 use super::socket_terminator::SocketTerminator;
@@ -36,6 +38,7 @@ pub struct Datapath {
     pub(super) usage: Usage,
     pub(super) control_block: ControlBlock,
     pub(super) units: Units,
+    pub(super) names: Names,
     pub(super) pins: Pins,
     pub(super) pinned_maps: PinnedMaps,
     pub(super) socket_terminator: SocketTerminator,
@@ -130,6 +133,7 @@ impl Datapath {
             self.switch()?;
         }
         self.reconciler.clear_served();
+        self.names.apply(table);
         Ok(errors)
     }
 
@@ -210,6 +214,7 @@ impl Datapath {
         let pinned = self.pins.fix().and_then(|()| self.pinned_maps.fix());
         let mut attachment = self.units.fix(&self.pins);
         self.follow_outcomes(attachment.is_after_gap);
+        self.names.fix(&self.pins);
         if self.counts_in_flight() {
             self.recounter.work(attachment.is_after_gap);
         }
@@ -239,7 +244,24 @@ impl Datapath {
 
     /// The state of each unit.
     pub fn unit_status(&self) -> Vec<UnitHealth> {
-        self.units.status()
+        let mut units = self.units.status();
+        units.push(self.names.status());
+        units
+    }
+
+    /// Sets how the kernel answers names.
+    pub fn configure_names(&mut self, settings: NamesSettings) {
+        self.names.configure(settings, &self.pins);
+    }
+
+    /// Whether a required hook was found detached: names are SERVFAIL then.
+    pub fn set_names_detached(&mut self, is_detached: bool) {
+        self.names.set_detached(is_detached);
+    }
+
+    /// What the unit `names` did.
+    pub fn names_counters(&self) -> NamesCounters {
+        self.names.counters()
     }
 
     /// Whether the connections in flight are counted: the unit `outcomes` is attached.
@@ -298,9 +320,10 @@ impl Datapath {
     }
 
     /// Switches shadow mode on or off, at once and without a reload.
-    pub fn set_shadow(&self, is_shadow: bool) {
+    pub fn set_shadow(&mut self, is_shadow: bool) {
         let daemon = Control { is_shadow: is_shadow.into(), ..self.control_block.daemon() };
         self.control_block.set_daemon(daemon);
+        self.names.set_shadow(is_shadow);
     }
 
     /// Has the programs report connections one by one, for a while: those of sockets whose hash isn't
@@ -330,7 +353,9 @@ impl Datapath {
     /// The services with connections since the last call, at first since the start, including refused
     /// and only counted ones. Further datagrams of a flow are no connections.
     pub fn active_since_last(&mut self) -> Vec<Arc<str>> {
-        self.usage.active_since_last(self.reconciler.service_indices())
+        let mut active = self.usage.active_since_last(self.reconciler.service_indices());
+        active.extend(self.names.active_since_last());
+        active
     }
 
     /// Takes the reader of the programs' events, once.
@@ -385,8 +410,9 @@ impl Datapath {
 
     /// Leaves everything attached and pinned, for the next daemon.
     pub fn keep(&self) {
-        // Another process may get our process id.
+        // Another process may get our process id, and queries for us would be refused.
         self.control_block.set_daemon(Control {
+            heartbeat_ns: 0,
             pid: 0,
             tgid: 0,
             trace: TraceSwitch::default(),
@@ -397,6 +423,7 @@ impl Datapath {
     /// Detaches the programs, reverse translation last, and removes all pins. Succeeds if they are gone
     /// already.
     pub fn detach(&mut self) {
+        self.names.detach(&self.pins);
         self.units.detach(&self.pins);
         if let Err(error) = self.pins.remove_all() {
             tracing::warn!("{error}");

@@ -5,8 +5,11 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use lb_common::NamesCounters;
+
 use super::control::Datapath;
 use super::error::DatapathError;
+use super::names::NamesSettings;
 use super::probe::ProbeResult;
 use super::reconcile::{Indices, Pressure, ReconcileError};
 use super::tcp_terminator::TcpTerminator;
@@ -233,6 +236,21 @@ impl SharedDatapath {
     /// As [`Datapath::unit_status`].
     pub fn unit_status(&self) -> Vec<UnitHealth> {
         lock(&self.datapath).unit_status()
+    }
+
+    /// As [`Datapath::configure_names`].
+    pub fn configure_names(&self, settings: NamesSettings) {
+        lock(&self.datapath).configure_names(settings);
+    }
+
+    /// As [`Datapath::set_names_detached`].
+    pub fn set_names_detached(&self, is_detached: bool) {
+        lock(&self.datapath).set_names_detached(is_detached);
+    }
+
+    /// As [`Datapath::names_counters`].
+    pub fn names_counters(&self) -> NamesCounters {
+        lock(&self.datapath).names_counters()
     }
 
     /// As [`Datapath::pressure`].

@@ -29,7 +29,7 @@ use super::maps::{FrontendKey, Maps, ServiceRanges};
 /// An array map whose values are `T`, mapped into memory. Each word of a value is read and written at
 /// once; a value of several words may be seen half-written.
 #[derive(Debug)]
-struct AtomicArray<T> {
+pub(super) struct AtomicArray<T> {
     start: NonNull<AtomicU64>,
     n_words: usize,
     value: PhantomData<T>,
@@ -42,7 +42,10 @@ unsafe impl<T> Sync for AtomicArray<T> {}
 
 impl<T> AtomicArray<T> {
     /// Maps an array of the object into memory.
-    fn take(ebpf: &mut Ebpf, name: &'static str) -> Result<Arc<AtomicArray<T>>, DatapathError> {
+    pub(super) fn take(
+        ebpf: &mut Ebpf,
+        name: &'static str,
+    ) -> Result<Arc<AtomicArray<T>>, DatapathError> {
         let map = ebpf.take_map(name).ok_or(DatapathError::Object { missing: name })?;
         let Map::Array(map) = map else { return Err(DatapathError::Object { missing: name }) };
         let info = map.info().map_err(|source| DatapathError::Map { source })?;
@@ -87,7 +90,7 @@ impl<T> AtomicArray<T> {
     }
 
     /// The field at `offset` of an element; zeros where there is no such element.
-    fn load_field<F: FromBytes + IntoBytes>(&self, index: u32, offset: usize) -> F {
+    pub(super) fn load_field<F: FromBytes + IntoBytes>(&self, index: u32, offset: usize) -> F {
         let mut field = F::new_zeroed();
         let bytes = field.as_mut_bytes().chunks_exact_mut(8);
         for (bytes, word) in bytes.zip(self.field(index, offset, size_of::<F>())) {
@@ -97,7 +100,12 @@ impl<T> AtomicArray<T> {
     }
 
     /// Stores the words of a field, one after the other, each after all that was stored before.
-    fn store_field<F: IntoBytes + Immutable>(&self, index: u32, offset: usize, field: &F) {
+    pub(super) fn store_field<F: IntoBytes + Immutable>(
+        &self,
+        index: u32,
+        offset: usize,
+        field: &F,
+    ) {
         let words = self.field(index, offset, size_of::<F>());
         let (bytes, _) = field.as_bytes().as_chunks();
         for (word, bytes) in words.iter().zip(bytes) {
@@ -105,14 +113,14 @@ impl<T> AtomicArray<T> {
         }
     }
 
-    fn load(&self, index: u32) -> T
+    pub(super) fn load(&self, index: u32) -> T
     where
         T: FromBytes + IntoBytes,
     {
         self.load_field(index, 0)
     }
 
-    fn store(&self, index: u32, value: &T)
+    pub(super) fn store(&self, index: u32, value: &T)
     where
         T: IntoBytes + Immutable,
     {
@@ -130,14 +138,17 @@ impl<T> Drop for AtomicArray<T> {
 /// Keys and values of hashes, as aya takes them.
 #[derive(Clone, Copy, Debug)]
 #[repr(transparent)]
-struct Plain<T>(T);
+pub(super) struct Plain<T>(pub(super) T);
 
 // SAFETY: zerocopy's derives have proved that these are plain integers without padding.
 unsafe impl<T: FromBytes + IntoBytes + Immutable + Copy + 'static> aya::Pod for Plain<T> {}
 
-type Hash<K, V> = HashMap<MapData, Plain<K>, Plain<V>>;
+pub(super) type Hash<K, V> = HashMap<MapData, Plain<K>, Plain<V>>;
 
-fn take_hash<K, V>(ebpf: &mut Ebpf, name: &'static str) -> Result<Hash<K, V>, DatapathError>
+pub(super) fn take_hash<K, V>(
+    ebpf: &mut Ebpf,
+    name: &'static str,
+) -> Result<Hash<K, V>, DatapathError>
 where
     Plain<K>: aya::Pod,
     Plain<V>: aya::Pod,
@@ -670,11 +681,7 @@ impl Maps for KernelMaps {
     }
 
     fn synchronize_rcu(&mut self) {
-        let waited = self.program_wait.as_ref().map(ProgramWait::wait);
-        if !matches!(waited, Some(Ok(()))) {
-            // A program runs for about a microsecond.
-            std::thread::sleep(Duration::from_secs(1));
-        }
+        wait_for_programs(self.program_wait.as_ref());
     }
 
     fn frontends(&self) -> io::Result<Vec<(FrontendKey, ServiceRef)>> {
@@ -743,7 +750,15 @@ impl Key {
     }
 }
 
-fn io_error(error: MapError) -> io::Error {
+/// Waits until every program that was running has ended.
+pub(super) fn wait_for_programs(wait: Option<&ProgramWait>) {
+    if !matches!(wait.map(ProgramWait::wait), Some(Ok(()))) {
+        // A program runs for about a microsecond.
+        std::thread::sleep(Duration::from_secs(1));
+    }
+}
+
+pub(super) fn io_error(error: MapError) -> io::Error {
     match error {
         MapError::SyscallError(error) => error.io_error,
         MapError::KeyNotFound | MapError::ElementNotFound => io::ErrorKind::NotFound.into(),

@@ -15,7 +15,7 @@ use super::error::DatapathError;
 use super::object::program_fd;
 use super::pins::{self, PinnedLink, Pins, unpin};
 use super::units::{AttachPoint, Hook, UNITS, Unit, UnitHealth, UnitState, hooks};
-use super::{cause, obstacles};
+use super::{cause, names, obstacles};
 
 /// The cgroup that is served.
 #[derive(Debug)]
@@ -72,6 +72,12 @@ pub fn are_attached(pins: &Pins, cgroup: &ServedCgroup) -> Result<bool, Datapath
 pub fn find_attached(bpffs: &Path, scope: &Path) -> BTreeSet<&'static str> {
     let Ok(cgroup) = ServedCgroup::open(scope) else { return BTreeSet::new() };
     attached(&pins::links_in(bpffs).unwrap_or_default(), &cgroup)
+}
+
+/// Whether a link of this layout is the unit `names`'.
+fn is_of_names(pinned: &PinnedLink, pins: &Pins) -> bool {
+    let name = pinned.name.to_string_lossy();
+    name.starts_with(names::PIN_PREFIX) && pinned.path == pins.link(&name)
 }
 
 /// The order of attaching reversed. A hook that this version doesn't know is a later version's, and
@@ -236,6 +242,8 @@ impl Units {
             }
         }
         self.are_switched = true;
+        // Those of the unit `names` are replaced once the DNS server listens.
+        earlier.retain(|pinned| !is_of_names(pinned, pins));
         // The rest, such as links to another cgroup, ends here.
         sort_for_detaching(&mut earlier);
         let attached = self.units.iter().filter(|unit| !unit.links.is_empty());

@@ -18,6 +18,9 @@ pub static CONNECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/no
 /// The object of the unit `outcomes`.
 pub static OUTCOMES: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/nohop-outcomes"));
 
+/// The object of the unit `names`, with maps of its own.
+pub static NAMES: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/nohop-names"));
+
 /// The maps that came to this layout after its first version: an earlier version with the same
 /// layout leaves none, or one of another size.
 const ADDED: [&str; 2] = ["BACKEND_FAILURES", "SYN_RETRANSMITS"];
@@ -124,6 +127,16 @@ impl Sizes {
     }
 }
 
+/// The pinned maps of the unit `names`. All came to this layout after its first version.
+pub fn names_shapes(sizes: &Sizes) -> Vec<MapShape> {
+    let sized = [("NAMES", sizes.services), ("NAME_RECORDS", sizes.services)];
+    let fixed = [("NAMES_CONTROL", 1), ("NAMES_COUNTERS", 1)];
+    let shape = |(name, max_entries)| {
+        shape(name).map(|shape| MapShape { max_entries, is_added: true, ..shape })
+    };
+    sized.into_iter().chain(fixed).filter_map(shape).collect()
+}
+
 /// The kernel's number of a socket storage; from linux/bpf.h.
 pub const SK_STORAGE: u32 = 24;
 
@@ -135,7 +148,8 @@ pub fn socket_shapes() -> Vec<MapShape> {
 /// A map as the object defines it.
 fn shape(name: &'static str) -> Option<MapShape> {
     static MAPS: LazyLock<HashMap<String, aya_obj::Map>> = LazyLock::new(|| {
-        aya_obj::Object::parse(CONNECT).map(|object| object.maps).unwrap_or_default()
+        let maps = |object| aya_obj::Object::parse(object).map(|object| object.maps);
+        [NAMES, CONNECT].into_iter().flat_map(|object| maps(object).unwrap_or_default()).collect()
     });
     MAPS.get(name).map(|map| MapShape {
         name,

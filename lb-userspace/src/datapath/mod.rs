@@ -26,6 +26,7 @@ mod links;
 mod map_specs;
 mod maps;
 mod memcg;
+mod names;
 mod object;
 mod obstacles;
 mod options;
@@ -50,10 +51,12 @@ pub use handle::{HookHealth, Mode, SharedDatapath};
 pub use in_flight::Recount;
 pub use kernel::{Counters, ServiceCounters};
 pub use lb_common::{
-    BackendOutcomes, BalanceSettings, Cause, EventKind, RejectMethod, Sign, UdpConnects, is_sampled,
+    BackendOutcomes, BalanceSettings, Cause, EventKind, NamesCounters, RejectMethod, Sign,
+    UdpConnects, is_sampled,
 };
 pub use links::Attachment;
 pub use memcg::{Charge, create_maps};
+pub use names::{Interface as IngressInterface, NamesSettings};
 pub use obstacles::Obstacle;
 pub use options::Options;
 pub use pins::{

@@ -17,6 +17,7 @@ use super::in_flight::Recounter;
 use super::kernel::KernelMaps;
 use super::links::{self, ServedCgroup, Units};
 use super::map_specs::{Sizes, socket_shapes};
+use super::names::Names;
 use super::object::load;
 use super::obstacles::{self, Obstacle};
 use super::options::Options;
@@ -115,12 +116,14 @@ impl Datapath {
         let units = Units::load(&options.scope, options.units, ebpf, |unit| {
             load(unit, options, &sizes, &pins, &mut features)
         })?;
+        let names = Names::load(&sizes, &pins);
         let mut datapath = Datapath {
             reconciler,
             counters,
             usage,
             control_block,
             units,
+            names,
             pins,
             pinned_maps,
             socket_terminator,

@@ -117,6 +117,8 @@ pub enum UnitState {
     Waiting,
     /// The kernel refused the unit, or a hook can't be attached again.
     Failed,
+    /// It is switched off.
+    Off,
 }
 
 impl UnitState {
@@ -126,6 +128,7 @@ impl UnitState {
             UnitState::Attached => "attached",
             UnitState::Waiting => "waiting",
             UnitState::Failed => "failed",
+            UnitState::Off => "off",
         }
     }
 }

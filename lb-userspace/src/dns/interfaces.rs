@@ -7,6 +7,8 @@ use nix::net::if_::InterfaceFlags;
 use nix::sys::socket::SockaddrStorage;
 use tracing::warn;
 
+use crate::config::Allowed;
+
 /// The addresses of this host, as getifaddrs(3) reports them. Binding to an address proves nothing:
 /// with `net.ipv4.ip_nonlocal_bind`, which VRRP hosts set, that succeeds for any.
 #[derive(Debug, Default)]
@@ -51,6 +53,31 @@ impl Interfaces {
             || self.addresses.contains(&ip)
             || ip.is_ipv4() && self.loopback.iter().any(|network| network.contains(&ip))
     }
+}
+
+/// The addresses at which a server is reached that listens on these: for an unspecified one, all of this
+/// host's.
+pub fn reached_at(listen: &[SocketAddr]) -> Vec<SocketAddr> {
+    let mut all = Vec::new();
+    for address in listen {
+        if address.ip().is_unspecified() {
+            let addresses = Interfaces::read().addresses.into_iter();
+            let same_family = addresses.filter(|ip| ip.is_ipv4() || address.is_ipv6());
+            all.extend(same_family.map(|ip| SocketAddr::new(ip, address.port())));
+        } else {
+            all.push(*address);
+        }
+    }
+    all
+}
+
+/// The networks of the clients in `dns.allow`.
+pub fn allowed_networks(allow: &[Allowed]) -> Vec<IpNet> {
+    let networks = |allowed: &Allowed| match allowed {
+        Allowed::Network(network) => vec![*network],
+        Allowed::Local => Interfaces::read().networks,
+    };
+    allow.iter().flat_map(networks).collect()
 }
 
 /// The address of a socket address of the internet.

@@ -1,7 +1,7 @@
 //! Decides the response to a message from its bytes and the table, without I/O.
 
 use std::collections::HashMap;
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::IpAddr;
 use std::sync::{Arc, OnceLock};
 
 use hickory_proto::op::ResponseCode;
@@ -14,7 +14,7 @@ use super::message::{ClientQuery, WireName};
 use super::reverse::{self, ReverseName};
 use super::sockets::Transport;
 use crate::config::{DnsConfig, Unrouted};
-use crate::table::{Backend, Ports, Protocols, Service, Table, Watch};
+use crate::table::{Ports, Protocols, Service, Table, Watch};
 
 /// How long negative responses may be cached, in seconds: short, so that a service that was queried
 /// too early is found soon after it appears.
@@ -201,16 +201,6 @@ pub(super) fn answer<'m, 'k>(
     Resolution::Reply(code, used)
 }
 
-/// The IPv6 VIP, where a client can use it. Datagrams of a socket that isn't connected can't: the
-/// kernel sends none from an IPv6 address to an IPv4 backend (`udpv6_sendmsg` refuses what
-/// `BPF_CGROUP_UDP6_SENDMSG` maps). Clients that take the first address of a name, which is the
-/// IPv6 one by RFC 6724, would be refused though the IPv4 VIP serves them.
-fn vip6(service: &Service) -> Option<Ipv6Addr> {
-    let has_udp = service.protocols != Protocols::Tcp;
-    let is_ipv6 = |backend: &Backend| backend.address.is_some_and(|address| address.is_ipv6());
-    service.vip6.filter(|_| !has_udp || service.healthy().any(is_ipv6))
-}
-
 fn is_live(service: &Service) -> bool {
     service.watch == Watch::Live
 }
@@ -360,7 +350,7 @@ impl AnswerWriter<'_> {
         match self.query.query_type {
             // The minimal response to ANY (RFC 8482, section 4.1).
             number::A | number::ANY => self.address(Section::Answer, QUESTION, service.vip.into()),
-            number::AAAA if let Some(vip6) = vip6(service) => {
+            number::AAAA if let Some(vip6) = service.answered_vip6() => {
                 self.address(Section::Answer, QUESTION, vip6.into());
             }
             number::SRV => self.srv(service, self.query.name.suffix(0)),
@@ -399,7 +389,7 @@ impl AnswerWriter<'_> {
         let data = self.reply.record(Section::Answer, QUESTION, number::SRV, ttl, &[place, target]);
         let owner = data + place.len() as u16;
         self.address(Section::Additional, owner, service.vip.into());
-        if let Some(vip6) = vip6(service) {
+        if let Some(vip6) = service.answered_vip6() {
             self.address(Section::Additional, owner, vip6.into());
         }
     }

@@ -115,6 +115,16 @@ impl Service {
                 == (backends, excluded, notes, watch)
     }
 
+    /// The IPv6 VIP, where a client can use it. Datagrams of a socket that isn't connected can't: the
+    /// kernel sends none from an IPv6 address to an IPv4 backend (`udpv6_sendmsg` refuses what
+    /// `BPF_CGROUP_UDP6_SENDMSG` maps). Clients that take the first address of a name, which is the
+    /// IPv6 one by RFC 6724, would be refused though the IPv4 VIP serves them.
+    pub fn answered_vip6(&self) -> Option<Ipv6Addr> {
+        let has_udp = self.protocols != Protocols::Tcp;
+        let is_ipv6 = |backend: &Backend| backend.address.is_some_and(|address| address.is_ipv6());
+        self.vip6.filter(|_| !has_udp || self.healthy().any(is_ipv6))
+    }
+
     /// The backends that connects to may reach, spare ones included.
     pub fn healthy(&self) -> impl Iterator<Item = &Backend> {
         self.backends.iter().filter(|backend| backend.state.is_reached())

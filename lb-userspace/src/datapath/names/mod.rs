@@ -1,0 +1,371 @@
+//! The unit `names`: DNS queries about routed names are answered in the kernel, also while no daemon
+//! runs.
+//!
+//! Its maps follow the table in the same step as those of the unit `connect`. What else the answers
+//! depend on is in one record, [`NamesControl`].
+
+mod ingress;
+mod kernel;
+mod table;
+
+use std::collections::{BTreeSet, HashMap};
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use aya::programs::SchedClassifier;
+use aya::{Ebpf, EbpfLoader};
+use ipnet::IpNet;
+use lb_common::{
+    Address, ListenKey, MAX_ALLOWED, MAX_DOMAIN_LEN, MAX_LISTEN, NamesControl, NamesCounters,
+    NamesMode, NamesZone,
+};
+
+use super::map_specs::{MapShape, NAMES, Sizes, names_shapes};
+use super::pins::Pins;
+use super::units::{UnitHealth, UnitState};
+use crate::config::KernelMode;
+use crate::table::Table;
+use ingress::Ingress;
+pub use ingress::Interface;
+use kernel::{ClientNetworks, ControlWord, KernelNames, Listeners};
+use table::NameTable;
+
+/// The program's name in the object.
+const PROGRAM: &str = "nohop_names";
+/// The unit's name.
+const UNIT: &str = "names";
+/// What pins of its links begin with.
+pub const PIN_PREFIX: &str = "nohop_names_";
+
+/// How names are answered, and for whom.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NamesSettings {
+    /// When the kernel answers; `None` for never.
+    pub mode: Option<KernelMode>,
+    /// The zone, in lower case, without dots at the ends.
+    pub domain: String,
+    /// The time to live of addresses, in seconds.
+    pub ttl: u32,
+    /// The addresses at which the daemon answers, none unspecified.
+    pub listen: Vec<SocketAddr>,
+    /// The clients that are answered beside the host itself.
+    pub allowed: Vec<IpNet>,
+    /// The queries a second that a client may send; 0 for any number.
+    pub client_rate: u32,
+    /// The interfaces by which queries come.
+    pub interfaces: Vec<Interface>,
+}
+
+/// The unit, as far as this kernel has it.
+#[derive(Debug)]
+pub struct Names {
+    loaded: Result<LoadedNames, String>,
+}
+
+#[derive(Debug)]
+struct LoadedNames {
+    ebpf: Ebpf,
+    table: NameTable<KernelNames>,
+    control: ControlWord<NamesControl>,
+    counters: ControlWord<NamesCounters>,
+    listeners: Listeners,
+    networks: ClientNetworks,
+    settings: Option<NamesSettings>,
+    is_shadow: bool,
+    attached: Vec<(Interface, Ingress)>,
+    /// Why it isn't attached everywhere.
+    problem: Option<String>,
+    /// Why some names aren't in the map.
+    incomplete: Option<String>,
+    /// The queries about each name at the last look.
+    last_queries: HashMap<Arc<str>, u64>,
+}
+
+impl Names {
+    /// Loads the program over the pinned maps, or over new ones. Nothing is attached yet: an earlier
+    /// daemon's program goes on.
+    pub fn load(sizes: &Sizes, pins: &Pins) -> Names {
+        let loaded = LoadedNames::load(sizes, pins);
+        if let Err(reason) = &loaded {
+            tracing::warn!(
+                "the unit {UNIT} doesn't run, so the daemon answers all names: {reason}"
+            );
+        }
+        Names { loaded }
+    }
+
+    /// Updates the map of names to `table`.
+    pub fn apply(&mut self, table: &Table) {
+        let Ok(loaded) = &mut self.loaded else { return };
+        loaded.control.update(|control| control.zone.serial = table.generation as u32);
+        let incomplete = loaded.table.apply(table);
+        if let Some(reason) = incomplete.as_ref().filter(|_| incomplete != loaded.incomplete) {
+            tracing::warn!("not all names are answered by the kernel: {reason}");
+        }
+        loaded.incomplete = incomplete;
+    }
+
+    /// Sets how names are answered, and attaches the program.
+    pub fn configure(&mut self, settings: NamesSettings, pins: &Pins) {
+        let Ok(loaded) = &mut self.loaded else { return };
+        if loaded.settings.as_ref() != Some(&settings) {
+            let configured = loaded.configure(settings, pins).err();
+            loaded.set_problem(configured);
+        }
+    }
+
+    /// Whether connections are only counted: then names aren't answered.
+    pub fn set_shadow(&mut self, is_shadow: bool) {
+        let Ok(loaded) = &mut self.loaded else { return };
+        loaded.is_shadow = is_shadow;
+        loaded.set_mode();
+    }
+
+    /// Whether a required hook was found detached: what the kernel is to answer is SERVFAIL then.
+    pub fn set_detached(&mut self, is_detached: bool) {
+        let Ok(loaded) = &mut self.loaded else { return };
+        loaded.control.update(|control| control.is_detached = is_detached.into());
+    }
+
+    /// Attaches again what isn't attached, and frees what was given up.
+    pub fn fix(&mut self, pins: &Pins) {
+        let Ok(loaded) = &mut self.loaded else { return };
+        loaded.table.recycle();
+        if loaded.settings.is_some() {
+            let fixed = loaded.attach(pins).err();
+            loaded.set_problem(fixed);
+        }
+    }
+
+    /// Detaches the program.
+    pub fn detach(&mut self, pins: &Pins) {
+        let Ok(loaded) = &mut self.loaded else { return };
+        for (interface, ingress) in loaded.attached.drain(..) {
+            ingress.detach(&interface, &pins.link(&pin_name(&interface)));
+        }
+        loaded.settings = None;
+    }
+
+    /// The unit's state.
+    pub fn status(&self) -> UnitHealth {
+        let (state, reason) = match &self.loaded {
+            Err(reason) => (UnitState::Failed, Some(reason.clone())),
+            Ok(LoadedNames { problem: Some(problem), .. }) => {
+                (UnitState::Failed, Some(problem.clone()))
+            }
+            Ok(LoadedNames { settings: None, .. }) => {
+                (UnitState::Waiting, Some("the DNS server hasn't begun to listen".to_owned()))
+            }
+            Ok(loaded) if loaded.mode() == NamesMode::Off => {
+                let reason = if loaded.is_shadow { "shadow mode" } else { "dns.kernel = false" };
+                (UnitState::Off, Some(reason.to_owned()))
+            }
+            Ok(loaded) => (UnitState::Attached, loaded.incomplete.clone()),
+        };
+        UnitHealth { name: UNIT, is_required: false, state, reason }
+    }
+
+    /// The names that were asked for since the last call.
+    pub fn active_since_last(&mut self) -> Vec<Arc<str>> {
+        self.loaded.as_mut().map(LoadedNames::active_since_last).unwrap_or_default()
+    }
+
+    /// What the program did since the maps were made.
+    pub fn counters(&self) -> NamesCounters {
+        self.loaded.as_ref().map(|loaded| loaded.counters.load()).unwrap_or_default()
+    }
+
+    /// The number of names, and that of those for which there is room.
+    pub fn pressure(&self) -> Option<(usize, u32)> {
+        let loaded = self.loaded.as_ref().ok()?;
+        Some((loaded.table.len(), loaded.table.capacity()))
+    }
+}
+
+impl LoadedNames {
+    fn load(sizes: &Sizes, pins: &Pins) -> Result<LoadedNames, String> {
+        let shapes = names_shapes(sizes);
+        // Maps of another size are made anew: the first table fills them.
+        pins.exist(&pins.maps(), &shapes).map_err(|error| error.to_string())?;
+        let mut loader = EbpfLoader::new();
+        for MapShape { name, max_entries, .. } in &shapes {
+            loader.map_max_entries(name, *max_entries).map_pin_path(name, pins.maps().join(name));
+        }
+        loader.map_pin_path("CONTROL", pins.maps().join("CONTROL"));
+        let mut ebpf = loader.load(NAMES).map_err(|error| error.to_string())?;
+        program(&mut ebpf)?.load().map_err(|error| error.to_string())?;
+        let failed = |error: super::error::DatapathError| error.to_string();
+        let names = KernelNames::take(&mut ebpf).map_err(failed)?;
+        let table = NameTable::adopt(names, sizes.services)
+            .map_err(|error| format!("the map NAMES can't be read: {error}"))?;
+        Ok(LoadedNames {
+            table,
+            control: ControlWord::take(&mut ebpf, "NAMES_CONTROL").map_err(failed)?,
+            counters: ControlWord::take(&mut ebpf, "NAMES_COUNTERS").map_err(failed)?,
+            listeners: Listeners::take(&mut ebpf).map_err(failed)?,
+            networks: ClientNetworks::take(&mut ebpf).map_err(failed)?,
+            ebpf,
+            settings: None,
+            is_shadow: false,
+            attached: Vec::new(),
+            problem: None,
+            incomplete: None,
+            last_queries: HashMap::new(),
+        })
+    }
+
+    fn configure(&mut self, settings: NamesSettings, pins: &Pins) -> Result<(), String> {
+        let domain = wire(&settings.domain).ok_or_else(|| {
+            format!(
+                "dns.domain = {:?} is longer than {MAX_DOMAIN_LEN} octets in a query",
+                settings.domain
+            )
+        })?;
+        let listen: BTreeSet<SocketAddr> = settings.listen.iter().copied().collect();
+        if listen.len() > MAX_LISTEN || settings.allowed.len() > MAX_ALLOWED {
+            return Err(format!(
+                "more than {MAX_LISTEN} addresses in dns.listen, or {MAX_ALLOWED} networks in dns.allow"
+            ));
+        }
+        let refused = |what: &str| {
+            let what = what.to_owned();
+            move |error: io::Error| format!("the kernel refused {what}: {error}")
+        };
+        self.listeners
+            .set(listen.into_iter().map(listen_key))
+            .map_err(refused("the addresses of dns.listen"))?;
+        self.networks.set(&settings.allowed).map_err(refused("the networks of dns.allow"))?;
+        const SECOND_NS: u64 = 1_000_000_000;
+        let interval_ns = SECOND_NS.checked_div(settings.client_rate.into()).unwrap_or(0);
+        let (octets, domain_len) = domain;
+        self.control.update(|control| {
+            let NamesZone { serial, .. } = control.zone;
+            let ttl = settings.ttl;
+            control.zone = NamesZone { domain: octets, domain_len, ttl, serial, padding: 0 };
+            (control.interval_ns, control.burst_ns) = (interval_ns, SECOND_NS);
+            if control.seed == 0 {
+                control.seed = fastrand::u64(1..);
+            }
+        });
+        self.settings = Some(settings);
+        self.set_mode();
+        self.attach(pins)
+    }
+
+    fn mode(&self) -> NamesMode {
+        match &self.settings {
+            Some(settings) if !self.is_shadow => match settings.mode {
+                None => NamesMode::Off,
+                Some(KernelMode::Always) => NamesMode::Always,
+                Some(KernelMode::Standby) => NamesMode::Standby,
+            },
+            _ => NamesMode::Off,
+        }
+    }
+
+    fn set_mode(&mut self) {
+        // Until this daemon has its settings, those of the last one hold.
+        if self.settings.is_some() || self.is_shadow {
+            let mode = self.mode() as u32;
+            self.control.update(|control| control.mode = mode);
+        }
+    }
+
+    /// Attaches the program to each interface, and detaches it from those that aren't wanted any more.
+    fn attach(&mut self, pins: &Pins) -> Result<(), String> {
+        let wanted = self.settings.as_ref().map(|settings| settings.interfaces.clone());
+        let wanted = wanted.unwrap_or_default();
+        let (kept, gone): (Vec<_>, Vec<_>) =
+            self.attached.drain(..).partition(|(interface, _)| wanted.contains(interface));
+        self.attached = kept;
+        for (interface, ingress) in gone {
+            ingress.detach(&interface, &pins.link(&pin_name(&interface)));
+        }
+        let mut problem = None;
+        for interface in wanted {
+            let pin = pins.link(&pin_name(&interface));
+            let program = program(&mut self.ebpf)?;
+            let present = self.attached.iter_mut().find(|(attached, _)| *attached == interface);
+            let attached = match present {
+                Some((_, ingress)) => ingress.fix(program, &interface, &pin),
+                None => Ingress::attach(program, &interface, &pin)
+                    .map(|ingress| self.attached.push((interface.clone(), ingress))),
+            };
+            if let Err(error) = attached {
+                let why = format!("it can't be attached to {}: {error}", interface.name);
+                problem.get_or_insert(why);
+            }
+        }
+        problem.map_or(Ok(()), Err)
+    }
+
+    fn set_problem(&mut self, problem: Option<String>) {
+        if let Some(new) = problem.as_ref().filter(|_| self.problem != problem) {
+            tracing::warn!("the unit {UNIT} doesn't run: {new}");
+        }
+        self.problem = problem;
+    }
+
+    fn active_since_last(&mut self) -> Vec<Arc<str>> {
+        let mut active = Vec::new();
+        let last = std::mem::take(&mut self.last_queries);
+        for (name, record) in self.table.records() {
+            let queries = self.table.maps().queries(record);
+            if queries > 0 {
+                if last.get(name) != Some(&queries) {
+                    active.push(name.clone());
+                }
+                self.last_queries.insert(name.clone(), queries);
+            }
+        }
+        active
+    }
+}
+
+fn program(ebpf: &mut Ebpf) -> Result<&mut SchedClassifier, String> {
+    let program = ebpf.program_mut(PROGRAM).ok_or("the object has no program nohop_names")?;
+    program.try_into().map_err(|error: aya::programs::ProgramError| error.to_string())
+}
+
+/// Names of pins have no dots, so it is the interface's number.
+fn pin_name(interface: &Interface) -> String {
+    format!("{PIN_PREFIX}{}", interface.index)
+}
+
+fn listen_key(address: SocketAddr) -> ListenKey {
+    let octets = match address.ip() {
+        IpAddr::V4(ip) => ip.to_ipv6_mapped().octets(),
+        IpAddr::V6(ip) => ip.octets(),
+    };
+    ListenKey { address: Address { octets }, port: address.port(), padding: [0; 6] }
+}
+
+/// A domain on the wire, filled up with zeros, and its length; `None` if it is too long.
+fn wire(domain: &str) -> Option<([u8; 64], u32)> {
+    let mut octets = [0; 64];
+    let mut len = 0;
+    for label in domain.split('.').filter(|label| !label.is_empty()) {
+        octets.get_mut(len..=len + label.len())?[0] = u8::try_from(label.len()).ok()?;
+        octets[len + 1..=len + label.len()].copy_from_slice(label.to_ascii_lowercase().as_bytes());
+        len += 1 + label.len();
+    }
+    (len < MAX_DOMAIN_LEN).then_some((octets, len as u32 + 1))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn domains_on_the_wire() {
+        let shown =
+            |domain: &str| wire(domain).map(|(octets, len)| octets[..len as usize].to_vec());
+        assert_eq!(shown("Service").as_deref(), Some(&b"\x07service\0"[..]));
+        assert_eq!(shown("lb.example").as_deref(), Some(&b"\x02lb\x07example\0"[..]));
+        let label = "a".repeat(61);
+        assert_eq!(shown(&label).map(|wire| wire.len()), Some(63));
+        assert_eq!(shown(&format!("{label}a")), None);
+        assert_eq!(shown(&format!("{label}.{label}")), None);
+    }
+}

@@ -1,0 +1,214 @@
+//! The names in the kernel's map, which follow the table.
+
+use std::collections::{BTreeSet, HashMap};
+use std::io;
+use std::net::{Ipv4Addr, Ipv6Addr};
+use std::sync::Arc;
+
+use lb_common::{NameKey, NameRecord, NameRef};
+
+use super::super::ids::Ids;
+use crate::ordmap::{Diff, OrdMap};
+use crate::table::{Service, Table, Watch};
+
+/// The operations on the unit's maps. It is implemented by the kernel's maps and, in tests, by ones that
+/// check what a reader may see.
+pub trait NameMaps {
+    /// Makes a name lead to a record.
+    ///
+    /// # Errors
+    /// When the kernel refuses, such as E2BIG for a full map.
+    fn insert(&mut self, key: NameKey, target: NameRef) -> io::Result<()>;
+
+    /// Makes a name lead nowhere; one that is absent is no error.
+    ///
+    /// # Errors
+    /// When the kernel refuses; then nothing has changed.
+    fn remove(&mut self, key: &NameKey) -> io::Result<()>;
+
+    /// Writes a record that no reader knows yet, and resets its counters.
+    fn write(&mut self, record: u32, value: &NameRecord);
+
+    /// Sets the flags of a record, by one store.
+    fn set_flags(&mut self, record: u32, flags: u32);
+
+    /// Waits until every program that was running has ended.
+    fn synchronize_rcu(&mut self);
+
+    /// All names, each with its record.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    fn all(&self) -> io::Result<Vec<(NameKey, NameRef)>>;
+
+    /// A record.
+    fn record(&self, record: u32) -> NameRecord;
+}
+
+/// A name as the maps have it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct MappedName {
+    record: u32,
+    addresses: (Ipv4Addr, Ipv6Addr),
+    flags: u32,
+}
+
+/// Updates the maps to each table.
+#[derive(Debug)]
+pub struct NameTable<M> {
+    maps: M,
+    /// The services of the table that was applied last.
+    seen: OrdMap<Arc<str>, Arc<Service>>,
+    /// Names to be applied again: the kernel refused them, or an earlier daemon's may differ.
+    pending: BTreeSet<Arc<str>>,
+    mapped: HashMap<Arc<str>, MappedName>,
+    records: Ids,
+    /// Records that were given up, and that a program may still read.
+    quarantine: Vec<u32>,
+    /// Whether names were removed: the kernel reuses a hash map's elements at once.
+    has_removed: bool,
+}
+
+impl<M: NameMaps> NameTable<M> {
+    /// Takes over what the maps have, which have room for so many names.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn adopt(maps: M, capacity: u32) -> io::Result<NameTable<M>> {
+        let mut mapped = HashMap::new();
+        for (key, NameRef { record, .. }) in maps.all()? {
+            let NameRecord { vip, flags, vip6, .. } = maps.record(record);
+            let name = label(&key);
+            mapped.insert(name, MappedName { record, addresses: (vip.into(), vip6.into()), flags });
+        }
+        let used: BTreeSet<u32> = mapped.values().map(|name| name.record).collect();
+        let records = Ids::with_used(capacity, |record| used.contains(&record));
+        Ok(NameTable {
+            maps,
+            seen: OrdMap::new(),
+            pending: mapped.keys().cloned().collect(),
+            mapped,
+            records,
+            quarantine: Vec::new(),
+            has_removed: false,
+        })
+    }
+
+    /// Updates the maps to `table`. Returns why some names aren't there: the daemon answers those, and
+    /// the next call tries them again.
+    pub fn apply(&mut self, table: &Table) -> Option<String> {
+        let Diff { changed, gone } = self.seen.diff(&table.services);
+        self.pending.extend(changed.iter().map(|(name, _)| Arc::clone(name)));
+        self.pending.extend(gone.iter().map(|(name, _)| Arc::clone(name)));
+        self.seen = table.services.clone();
+        let mut failed = BTreeSet::new();
+        let mut reason = None;
+        let mut gone = Vec::new();
+        for name in std::mem::take(&mut self.pending) {
+            let applied = match table.services.get(&name) {
+                Some(service) => self.upsert(&name, service),
+                None => {
+                    gone.push(name);
+                    continue;
+                }
+            };
+            if let Err(error) = applied {
+                reason.get_or_insert_with(|| format!("{name}: {error}"));
+                failed.insert(name);
+            }
+        }
+        // After the insertions, which would wait for the end of readers after a removal.
+        for name in gone {
+            if let Err(error) = self.remove(&name) {
+                reason.get_or_insert_with(|| format!("{name}: {error}"));
+                failed.insert(name);
+            }
+        }
+        self.pending = failed;
+        reason
+    }
+
+    /// Frees what was given up, a grace period later.
+    pub fn recycle(&mut self) {
+        if self.has_removed {
+            self.maps.synchronize_rcu();
+            self.has_removed = false;
+            self.quarantine.drain(..).for_each(|record| self.records.free(record));
+        }
+    }
+
+    /// The names in the maps, each with its record.
+    pub fn records(&self) -> impl Iterator<Item = (&Arc<str>, u32)> {
+        self.mapped.iter().map(|(name, mapped)| (name, mapped.record))
+    }
+
+    /// How many names there is room for.
+    pub fn capacity(&self) -> u32 {
+        self.records.capacity()
+    }
+
+    /// How many names there are.
+    pub fn len(&self) -> usize {
+        self.mapped.len()
+    }
+
+    fn upsert(&mut self, name: &Arc<str>, service: &Service) -> io::Result<()> {
+        let Some(key) = NameKey::of(name.as_bytes()) else { return Ok(()) };
+        let (addresses, flags) = answered(service);
+        if let Some(mapped) = self.mapped.get_mut(name) {
+            if mapped.addresses == addresses {
+                if mapped.flags != flags {
+                    self.maps.set_flags(mapped.record, flags);
+                    mapped.flags = flags;
+                }
+                return Ok(());
+            }
+            self.remove(name)?;
+        }
+        self.recycle();
+        let full = || io::Error::other("the map NAMES is full: raise datapath.max_services");
+        let record = self.records.take().ok_or_else(full)?;
+        let (vip, vip6) = addresses;
+        let (vip, vip6) = (vip.octets(), vip6.octets());
+        self.maps.write(record, &NameRecord { vip, flags, vip6, ..NameRecord::default() });
+        if let Err(error) = self.maps.insert(key, NameRef { record, padding: 0 }) {
+            self.records.free(record);
+            return Err(error);
+        }
+        self.mapped.insert(name.clone(), MappedName { record, addresses, flags });
+        Ok(())
+    }
+
+    fn remove(&mut self, name: &Arc<str>) -> io::Result<()> {
+        let (Some(key), Some(mapped)) = (NameKey::of(name.as_bytes()), self.mapped.get(name))
+        else {
+            return Ok(());
+        };
+        self.maps.remove(&key)?;
+        self.quarantine.push(mapped.record);
+        self.has_removed = true;
+        self.mapped.remove(name);
+        Ok(())
+    }
+
+    /// The maps.
+    pub fn maps(&self) -> &M {
+        &self.maps
+    }
+}
+
+/// How a service's name is answered: the addresses, unspecified where there is none, and the flags of
+/// [`NameRecord`].
+fn answered(service: &Service) -> ((Ipv4Addr, Ipv6Addr), u32) {
+    let cold = if service.watch == Watch::Live { 0 } else { NameRecord::COLD };
+    let has_vip6 = if service.answered_vip6().is_some() { NameRecord::HAS_VIP6 } else { 0 };
+    let vip6 = service.vip6.unwrap_or(Ipv6Addr::UNSPECIFIED);
+    ((service.vip, vip6), cold | has_vip6)
+}
+
+/// The label of a key.
+fn label(key: &NameKey) -> Arc<str> {
+    let [len, label @ ..] = &key.octets;
+    let label = label.get(..usize::from(*len)).unwrap_or_default();
+    String::from_utf8_lossy(label).into()
+}
