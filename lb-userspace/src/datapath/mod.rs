@@ -56,6 +56,8 @@ pub use lb_common::{
 };
 pub use links::Attachment;
 pub use memcg::{Charge, create_maps};
+#[cfg(test)]
+pub use names::answered as answered_by_kernel;
 pub use names::{Interface as IngressInterface, NamesSettings};
 pub use obstacles::Obstacle;
 pub use options::Options;

@@ -175,12 +175,6 @@ impl Names {
     pub fn counters(&self) -> NamesCounters {
         self.loaded.as_ref().map(|loaded| loaded.counters.load()).unwrap_or_default()
     }
-
-    /// The number of names, and that of those for which there is room.
-    pub fn pressure(&self) -> Option<(usize, u32)> {
-        let loaded = self.loaded.as_ref().ok()?;
-        Some((loaded.table.len(), loaded.table.capacity()))
-    }
 }
 
 impl LoadedNames {
@@ -351,6 +345,32 @@ fn wire(domain: &str) -> Option<([u8; 64], u32)> {
         len += 1 + label.len();
     }
     (len < MAX_DOMAIN_LEN).then_some((octets, len as u32 + 1))
+}
+
+/// The kernel's answer to a message, with the program's own functions; `None` where the daemon answers.
+#[cfg(test)]
+pub fn answered(
+    message: &[u8],
+    table: &Table,
+    config: &crate::config::DnsConfig,
+) -> Option<Vec<u8>> {
+    use lb_common::{NameAddresses, NameKey, NameRecord, RecordBytes, answer_to, read_query};
+    let (domain, domain_len) = wire(&config.domain)?;
+    let (ttl, serial) = (config.ttl, table.generation as u32);
+    let zone = NamesZone { domain, domain_len, ttl, serial, padding: 0 };
+    let mut key = NameKey { octets: [0; 64] };
+    let query = read_query(&table::Octets(message), message.len() as u32, &zone, &mut key)?;
+    let ((vip, vip6), flags) = table::answered(table.services.get(&*table::label(&key))?);
+    if flags & NameRecord::COLD != 0 {
+        return None;
+    }
+    let vip6 = (flags & NameRecord::HAS_VIP6 != 0).then(|| vip6.octets());
+    let mut records = RecordBytes { octets: [0; 64] };
+    let addresses = NameAddresses { vip: vip.octets(), vip6 };
+    let answer = answer_to(&query, &addresses, &zone, &mut records)?;
+    let question = &message[12..query.question_end as usize];
+    let records = &records.octets[..answer.tail_len as usize];
+    Some([&message[..2], &answer.flags, &answer.counts, question, records].concat())
 }
 
 #[cfg(test)]

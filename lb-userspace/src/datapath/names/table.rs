@@ -1,6 +1,6 @@
 //! The names in the kernel's map, which follow the table.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
@@ -101,31 +101,33 @@ impl<M: NameMaps> NameTable<M> {
         self.pending.extend(changed.iter().map(|(name, _)| Arc::clone(name)));
         self.pending.extend(gone.iter().map(|(name, _)| Arc::clone(name)));
         self.seen = table.services.clone();
-        let mut failed = BTreeSet::new();
-        let mut reason = None;
-        let mut gone = Vec::new();
-        for name in std::mem::take(&mut self.pending) {
-            let applied = match table.services.get(&name) {
-                Some(service) => self.upsert(&name, service),
-                None => {
-                    gone.push(name);
-                    continue;
-                }
-            };
-            if let Err(error) = applied {
-                reason.get_or_insert_with(|| format!("{name}: {error}"));
-                failed.insert(name);
-            }
-        }
-        // After the insertions, which would wait for the end of readers after a removal.
-        for name in gone {
-            if let Err(error) = self.remove(&name) {
-                reason.get_or_insert_with(|| format!("{name}: {error}"));
-                failed.insert(name);
-            }
-        }
-        self.pending = failed;
+        let (present, gone): (Vec<_>, Vec<_>) = std::mem::take(&mut self.pending)
+            .into_iter()
+            .partition(|name| table.services.contains_key(name));
+        // Removals come after insertions, which would wait for the end of readers.
+        let full = self.try_each(present, table);
+        let mut failed = self.try_each(gone, table);
+        // There may be room now.
+        let failed_again = self.try_each(full.into_keys().collect(), table);
+        failed.extend(failed_again);
+        let reason = failed.iter().next().map(|(name, error)| format!("{name}: {error}"));
+        self.pending = failed.into_keys().collect();
         reason
+    }
+
+    /// Updates these names; returns those that failed, each with the error.
+    fn try_each(&mut self, names: Vec<Arc<str>>, table: &Table) -> BTreeMap<Arc<str>, io::Error> {
+        let mut failed = BTreeMap::new();
+        for name in names {
+            let updated = match table.services.get(&name) {
+                Some(service) => self.upsert(&name, service),
+                None => self.remove(&name),
+            };
+            if let Err(error) = updated {
+                failed.insert(name, error);
+            }
+        }
+        failed
     }
 
     /// Frees what was given up, a grace period later.
@@ -140,16 +142,6 @@ impl<M: NameMaps> NameTable<M> {
     /// The names in the maps, each with its record.
     pub fn records(&self) -> impl Iterator<Item = (&Arc<str>, u32)> {
         self.mapped.iter().map(|(name, mapped)| (name, mapped.record))
-    }
-
-    /// How many names there is room for.
-    pub fn capacity(&self) -> u32 {
-        self.records.capacity()
-    }
-
-    /// How many names there are.
-    pub fn len(&self) -> usize {
-        self.mapped.len()
     }
 
     fn upsert(&mut self, name: &Arc<str>, service: &Service) -> io::Result<()> {
@@ -199,7 +191,7 @@ impl<M: NameMaps> NameTable<M> {
 
 /// How a service's name is answered: the addresses, unspecified where there is none, and the flags of
 /// [`NameRecord`].
-fn answered(service: &Service) -> ((Ipv4Addr, Ipv6Addr), u32) {
+pub fn answered(service: &Service) -> ((Ipv4Addr, Ipv6Addr), u32) {
     let cold = if service.watch == Watch::Live { 0 } else { NameRecord::COLD };
     let has_vip6 = if service.answered_vip6().is_some() { NameRecord::HAS_VIP6 } else { 0 };
     let vip6 = service.vip6.unwrap_or(Ipv6Addr::UNSPECIFIED);
@@ -207,8 +199,23 @@ fn answered(service: &Service) -> ((Ipv4Addr, Ipv6Addr), u32) {
 }
 
 /// The label of a key.
-fn label(key: &NameKey) -> Arc<str> {
+pub fn label(key: &NameKey) -> Arc<str> {
     let [len, label @ ..] = &key.octets;
     let label = label.get(..usize::from(*len)).unwrap_or_default();
     String::from_utf8_lossy(label).into()
 }
+
+/// A message on the host.
+#[cfg(test)]
+pub struct Octets<'a>(pub &'a [u8]);
+
+#[cfg(test)]
+impl lb_common::DnsMessage for Octets<'_> {
+    fn load(&self, offset: u32, to: &mut [u8]) -> bool {
+        let from = self.0.get(offset as usize..).and_then(|rest| rest.get(..to.len()));
+        from.map(|from| to.copy_from_slice(from)).is_some()
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -13,6 +13,7 @@ use tokio::sync::watch;
 
 use crate::catalog::UsageSender;
 use crate::config::{Config, DnsConfig, Forward, Unrouted};
+use crate::datapath::answered_by_kernel;
 use crate::dns::resolve::Missing::{self, Absent, LookUp, Unknown};
 use crate::dns::resolve::{Resolution, ResolveContext, TableSnapshot, Zone, answer};
 use crate::dns::{DnsServer, Transport, bind};
@@ -198,6 +199,100 @@ async fn every_row_of_the_table() {
     }
     assert!(n_rows >= 60, "{n_rows} rows");
     server.stop().await;
+}
+
+/// A message with an OPT record, of this version, with these flags and options.
+fn with_opt(mut message: Vec<u8>, version: u8, flags: u8, options: &[u8]) -> Vec<u8> {
+    message[11] += 1;
+    message.extend([0, 0, 41, 4, 208, 0, version, flags, 0, 0, options.len() as u8]);
+    message.extend(options);
+    message
+}
+
+/// The daemon's answer to a message by UDP, where it has one of its own.
+fn own_answer(bytes: &[u8], table: &Table, config: &DnsConfig) -> Option<Vec<u8>> {
+    let (zone, snapshot) = (zone(config), TableSnapshot::new(Arc::new(table.clone())));
+    let known = ResolveContext {
+        zone: &zone,
+        snapshot: &snapshot,
+        attached: true,
+        waits: false,
+        missing: LookUp,
+    };
+    let mut out = Vec::new();
+    matches!(answer(bytes, Transport::Udp, known, &mut out), Resolution::Reply(..)).then_some(out)
+}
+
+/// Each row of the table, in different messages: where the kernel answers, it is byte for byte as the
+/// daemon does; and it answers addresses and their absence.
+#[test]
+fn the_kernel_answers_as_the_daemon_does() {
+    let (table, config) = (table(0x1_0203_0405), Config::default().dns);
+    let cookie: &[u8] = &[0, 10, 0, 8, 1, 2, 3, 4, 5, 6, 7, 8];
+    let mut n_answered = 0;
+    let rows = include_str!("../answers.txt").lines();
+    for row in rows.filter(|row| !row.is_empty() && !row.starts_with('#')) {
+        let (question, _) = row.split_once(" = ").unwrap();
+        let (name, query_type) = question.trim().split_once(' ').unwrap();
+        let query_type = query_type.trim();
+        for name in [name.to_owned(), name.to_ascii_uppercase()] {
+            let plain = query(&name, query_type);
+            let mut other_flags = plain.clone();
+            (other_flags[2], other_flags[3]) = (0x06, 0x7f);
+            let messages = [
+                plain.clone(),
+                other_flags,
+                with_opt(plain.clone(), 0, 0, &[]),
+                with_opt(plain.clone(), 0, 0x80, cookie),
+                with_opt(plain.clone(), 1, 0, &[]),
+                with_opt(with_opt(plain.clone(), 0, 0, &[]), 0, 0, &[]),
+                [&plain[..], &[0]].concat(),
+            ];
+            for message in messages {
+                let by_kernel = answered_by_kernel(&message, &table, &config);
+                n_answered += usize::from(by_kernel.is_some());
+                if let Some(by_kernel) = &by_kernel {
+                    let own = own_answer(&message, &table, &config);
+                    assert_eq!(Some(by_kernel), own.as_ref(), "{row}: {message:02x?}");
+                }
+            }
+            let is_service = name.trim_end_matches('.').split('.').count() == 2
+                && !name.starts_with('_')
+                && own_answer(&plain, &table, &config).is_some_and(|own| own[3] & 0xf == 0);
+            let others = ["ANY", "SRV", "AXFR", "IXFR"];
+            let expected = is_service && !others.contains(&query_type);
+            assert_eq!(answered_by_kernel(&plain, &table, &config).is_some(), expected, "{row}");
+        }
+    }
+    assert!(n_answered >= 100, "{n_answered}");
+}
+
+proptest! {
+    /// Whatever bytes of a query are others, and wherever it ends.
+    #[test]
+    fn the_kernel_answers_no_other_message_than_the_daemon(
+        changes in proptest::collection::vec((0usize..60, any::<u8>()), 0..4),
+        cut in 0usize..40,
+        is_cut in any::<bool>(),
+        has_opt in any::<bool>(),
+    ) {
+        let (table, config) = (table(7), Config::default().dns);
+        let mut message = query("six.service.", "AAAA");
+        if has_opt {
+            message = with_opt(message, 0, 0, &[0, 10, 0, 2, 1, 2]);
+        }
+        for (at, byte) in changes {
+            if let Some(place) = message.get_mut(at) {
+                *place = byte;
+            }
+        }
+        if is_cut {
+            message.truncate(message.len().saturating_sub(cut));
+        }
+        if let Some(by_kernel) = answered_by_kernel(&message, &table, &config) {
+            proptest::prop_assert_eq!(Some(by_kernel), own_answer(&message, &table, &config));
+        }
+    }
 }
 
 #[tokio::test]
