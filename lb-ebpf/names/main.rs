@@ -78,8 +78,10 @@ pub fn nohop_names(ctx: TcContext) -> i32 {
 #[inline(always)]
 fn decide(skb: &Skb, control: ControlPtr, scratch: &mut Scratch) -> Decision {
     let now_ns = now_ns();
-    let is_alive = now_ns.wrapping_sub(maps::heartbeat_ns()) < NAMES_HEARTBEAT_NS;
-    if !control.answers(is_alive) {
+    let heartbeat_ns = maps::heartbeat_ns();
+    let is_alive = now_ns.wrapping_sub(heartbeat_ns) < NAMES_HEARTBEAT_NS;
+    let are_kept = heartbeat_ns.saturating_sub(control.heartbeat_ns()) < NAMES_HEARTBEAT_NS;
+    if !are_kept || !control.answers(is_alive) {
         return Decision::Pass;
     }
     match clients::admit(skb, &scratch.headers, control, now_ns) {

@@ -115,6 +115,12 @@ impl ControlPtr {
         mode == NamesMode::Always as u32 || mode == NamesMode::Standby as u32 && !is_alive
     }
 
+    /// When a daemon that keeps the names was last alive.
+    #[inline(always)]
+    pub fn heartbeat_ns(self) -> u64 {
+        read!(self.heartbeat_ns)
+    }
+
     /// Whether a required hook was found detached.
     #[inline(always)]
     pub fn is_detached(self) -> bool {

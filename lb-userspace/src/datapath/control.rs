@@ -70,6 +70,7 @@ impl Datapath {
         daemon.pid = std::process::id().into();
         daemon.tgid = daemon.pid;
         daemon.heartbeat_ns = monotonic_ns();
+        self.names.heartbeat(daemon.heartbeat_ns);
         daemon.trace = TraceSwitch::default();
         // Until what releases them is attached, which comes last.
         daemon.keeps_records = 0;
@@ -236,6 +237,7 @@ impl Datapath {
         let now = monotonic_ns();
         let mut daemon = self.control_block.daemon();
         daemon.heartbeat_ns = now;
+        self.names.heartbeat(now);
         if let Some(age) = table_age {
             daemon.table_ns = now.saturating_sub(age.as_nanos() as u64);
         }

@@ -17,7 +17,7 @@ use super::in_flight::Recounter;
 use super::kernel::KernelMaps;
 use super::links::{self, ServedCgroup, Units};
 use super::map_specs::{Sizes, socket_shapes};
-use super::names::Names;
+use super::names::{self, Names};
 use super::object::load;
 use super::obstacles::{self, Obstacle};
 use super::options::Options;
@@ -297,8 +297,9 @@ fn obstacle(units: &'static [Unit], scope: &Path, bpffs: &Path) -> io::Result<Op
 pub fn unload(bpffs: &Path) -> Result<usize, DatapathError> {
     let Some(pins) = Pins::open_existing(bpffs)? else { return Ok(0) };
     let n_links = links::detach_pinned(&pins)?;
+    let n_filters = names::detach_filters();
     pins.remove_all()?;
-    Ok(n_links)
+    Ok(n_links + n_filters)
 }
 
 #[cfg(test)]

@@ -95,6 +95,13 @@ impl Names {
         Names { loaded }
     }
 
+    /// Writes the time of a heartbeat.
+    pub fn heartbeat(&self, now_ns: u64) {
+        if let Ok(loaded) = &self.loaded {
+            loaded.control.update(|control| control.heartbeat_ns = now_ns);
+        }
+    }
+
     /// Updates the map of names to `table`.
     pub fn apply(&mut self, table: &Table) {
         let Ok(loaded) = &mut self.loaded else { return };
@@ -320,6 +327,12 @@ impl LoadedNames {
 fn program(ebpf: &mut Ebpf) -> Result<&mut SchedClassifier, String> {
     let program = ebpf.program_mut(PROGRAM).ok_or("the object has no program nohop_names")?;
     program.try_into().map_err(|error: aya::programs::ProgramError| error.to_string())
+}
+
+/// Removes the filters that no link holds. Returns how many there were.
+pub fn detach_filters() -> usize {
+    let loopback = Interface { name: "lo".to_owned(), index: 1 };
+    usize::from(ingress::detach_filter(&loopback).is_ok())
 }
 
 /// Names of pins have no dots, so it is the interface's number.
