@@ -16,6 +16,7 @@ mod layout2;
 mod lockdown;
 mod maps;
 mod memcg;
+mod names;
 mod netns_scope;
 mod obstacles;
 mod odd_sockets;
@@ -113,6 +114,10 @@ const TRIALS: &[KernelTrial] = &[
         "a_trace_that_is_over_is_switched_off",
         choice::a_trace_that_is_over_is_switched_off,
     ),
+    since((5, 10), "names_are_answered", names::are_answered),
+    since((5, 10), "names_follow_the_table_and_the_daemon", names::follow_the_table_and_the_daemon),
+    since((5, 10), "names_outlive_the_daemon", names::outlive_the_daemon),
+    since((5, 10), "names_are_for_served_clients", names::are_for_served_clients),
     since((5, 10), "the_recipe_for_bpftool_works", maps::the_recipe_works),
     since((5, 10), "maps_have_field_names", maps::maps_have_field_names),
     since((5, 10), "pins_of_layout_2_are_taken_over", layout2::pins_are_taken_over),

@@ -320,6 +320,7 @@ impl LoadedNames {
                 self.last_queries.insert(name.clone(), queries);
             }
         }
+        active.sort_unstable();
         active
     }
 }
