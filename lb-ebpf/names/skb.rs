@@ -85,8 +85,9 @@ impl Skb {
 /// out the comparison.
 #[inline(always)]
 fn bounded(len: usize) -> Option<u32> {
-    let len = black_box(len);
-    (len != 0 && len <= MAX_LEN).then_some(len as u32)
+    // What is compared is what is used: the compiler would compare one less and use the other.
+    let less = black_box(len.wrapping_sub(1));
+    (less < MAX_LEN).then_some(less as u32 + 1)
 }
 
 /// A DNS message in a packet.
