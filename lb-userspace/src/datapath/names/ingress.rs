@@ -106,9 +106,9 @@ impl Ingress {
 
 /// Inserts the filter; returns whether there was none. The qdisc is made where it is missing.
 fn insert_filter(program: &mut SchedClassifier, interface: &Interface) -> io::Result<bool> {
-    match tc::qdisc_add_clsact(&interface.name) {
-        Ok(()) | Err(TcError::AlreadyAttached) => {}
-        Err(error) => return Err(of_tc(error)),
+    match tc::qdisc_add_clsact(&interface.name).map_err(of_tc) {
+        Err(error) if error.raw_os_error() != Some(libc::EEXIST) => return Err(error),
+        _ => {}
     }
     let options = TcAttachOptions::Netlink(NlOptions {
         priority: PRIORITY,
