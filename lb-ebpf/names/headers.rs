@@ -170,7 +170,7 @@ impl Headers {
         // SAFETY: the tuple is as long as said; the socket that is found is released.
         unsafe {
             let tuple = words.as_mut_ptr().cast::<bpf_sock_tuple>();
-            let netns = BPF_F_CURRENT_NETNS as i32 as u64;
+            let netns = BPF_F_CURRENT_NETNS as u64;
             let socket = if self.is_ipv6 {
                 bpf_sk_lookup_udp(skb.0.cast(), tuple, 36, netns, 0)
             } else {

@@ -69,7 +69,7 @@ pub fn nohop_names(ctx: TcContext) -> i32 {
         Decision::Fail => true,
         Decision::Drop => {
             maps::counters().count_limited();
-            return TC_ACT_SHOT as i32;
+            return TC_ACT_SHOT;
         }
     };
     reply::send(&skb, black_box(scratch), is_failure)

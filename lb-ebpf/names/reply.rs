@@ -23,7 +23,7 @@ pub fn send(skb: &Skb, scratch: &mut Scratch, is_failure: bool) -> i32 {
     // A packet that was changed in part is of no use.
     if !is_written {
         maps::counters().count_broken();
-        return TC_ACT_SHOT as i32;
+        return TC_ACT_SHOT;
     }
     if is_failure {
         maps::counters().count_failed();
@@ -183,7 +183,7 @@ fn send_back(skb: &Skb) -> i32 {
     let exchanged = [source, [a, b, c, d, e, f]];
     if !is_read || !skb.store(0, exchanged.as_bytes()) {
         maps::counters().count_broken();
-        return TC_ACT_SHOT as i32;
+        return TC_ACT_SHOT;
     }
     // SAFETY: the helper has no preconditions.
     unsafe { bpf_redirect(skb.ifindex(), 0) as i32 }
