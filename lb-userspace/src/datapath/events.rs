@@ -9,14 +9,14 @@ use zerocopy::FromBytes;
 
 use super::ejected::{BackendRef, Ejected};
 use super::error::DatapathError;
-use super::kernel::{Counters, Names};
+use super::kernel::{Counters, ServiceNames};
 
 /// Reads the events that the programs send: for each [`Cold`](crate::table::Watch::Cold) service that is
 /// connected to one until it has been live, and one for each change of a backend's ejection. Each object
 /// has a ring of its own, whose descriptor can be polled.
 pub struct Reports {
     rings: Vec<RingBuf<MapData>>,
-    names: Names,
+    names: ServiceNames,
     counters: Counters,
 }
 
@@ -40,7 +40,7 @@ impl Reports {
     /// Reads from these rings, the maps `EVENTS`.
     pub(super) fn new(
         maps: impl IntoIterator<Item = Map>,
-        names: Names,
+        names: ServiceNames,
         counters: Counters,
     ) -> Result<Reports, DatapathError> {
         let ring = |map| RingBuf::try_from(map).map_err(|source| DatapathError::Map { source });
@@ -69,7 +69,7 @@ impl Reports {
 }
 
 /// `None` for an event of another version, or about what is no longer in the table.
-fn report(event: Event, names: &Names, counters: &Counters) -> Option<Report> {
+fn report(event: Event, names: &ServiceNames, counters: &Counters) -> Option<Report> {
     let service = names.name(event.service)?;
     match EventKind::from_number(event.kind)? {
         EventKind::Connected => Some(Report::Connected(service)),

@@ -480,9 +480,9 @@ impl Generations {
 
 /// Knows the names of services.
 #[derive(Clone, Debug)]
-pub struct Names(Arc<AtomicArray<ServiceName>>);
+pub struct ServiceNames(Arc<AtomicArray<ServiceName>>);
 
-impl Names {
+impl ServiceNames {
     /// The name of the service with this index; `None` where there is none.
     pub fn name(&self, service_idx: u32) -> Option<Arc<str>> {
         let ServiceName { octets } = self.0.load(service_idx);
@@ -558,8 +558,8 @@ impl KernelMaps {
     }
 
     /// A handle that knows the names of services.
-    pub fn names(&self) -> Names {
-        Names(self.names.clone())
+    pub fn names(&self) -> ServiceNames {
+        ServiceNames(self.names.clone())
     }
 
     /// A handle to what the two sides write for each other.

@@ -9,13 +9,13 @@ use lb_common::{Address, ChoiceReason, RefusalReason, TraceEvent, TraceKind};
 use zerocopy::FromBytes;
 
 use super::error::DatapathError;
-use super::kernel::Names;
+use super::kernel::ServiceNames;
 use super::pins::monotonic_ns;
 
 /// The programs' events of traced connections, of all units.
 pub struct TraceEvents {
     rings: Vec<RingBuf<MapData>>,
-    names: Names,
+    names: ServiceNames,
 }
 
 /// An event of a traced connection.
@@ -72,7 +72,7 @@ pub struct Begun {
 impl TraceEvents {
     pub(super) fn new(
         maps: impl Iterator<Item = Map>,
-        names: Names,
+        names: ServiceNames,
     ) -> Result<TraceEvents, DatapathError> {
         let rings = maps.map(RingBuf::try_from).collect::<Result<_, _>>();
         Ok(TraceEvents { rings: rings.map_err(|source| DatapathError::Map { source })?, names })
@@ -104,7 +104,7 @@ pub fn now_ns() -> u64 {
     monotonic_ns()
 }
 
-fn traced(event: &TraceEvent, names: &Names) -> Option<Traced> {
+fn traced(event: &TraceEvent, names: &ServiceNames) -> Option<Traced> {
     let &TraceEvent { cookie, at_ns, kind, .. } = event;
     const SENT: u8 = TraceKind::Sent as u8;
     const REFUSED: u8 = TraceKind::Refused as u8;
@@ -132,7 +132,7 @@ fn traced(event: &TraceEvent, names: &Names) -> Option<Traced> {
 
 fn begun(
     event: &TraceEvent,
-    names: &Names,
+    names: &ServiceNames,
     backend: Option<SocketAddr>,
     reason: &'static str,
 ) -> Begun {
