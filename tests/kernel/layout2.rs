@@ -203,6 +203,6 @@ pub fn is_rolled_back_to() {
     }
     fs::remove_dir_all(place.pin("v3")).unwrap();
     opened.check_datagrams(|| ());
-    assert_eq!(opened.stream_peer(), server.address.into());
+    assert_eq!(opened.stream_peer(), server.address);
     assert_eq!(unload(&place.options.bpffs).unwrap(), HOOKS.len());
 }
