@@ -171,8 +171,8 @@ pub struct NamesControl {
     /// What the hash of a client begins with, so that a client can't choose to share another's account.
     pub seed: u64,
     /// The last heartbeat of a daemon that keeps the names, in nanoseconds of CLOCK_MONOTONIC. One that
-    /// is older than [`Control::heartbeat_ns`](crate::Control::heartbeat_ns) by [`NAMES_HEARTBEAT_NS`]
-    /// is of an earlier daemon: an older version runs now, which doesn't keep them.
+    /// is older than those in [`Control`](crate::Control) by [`NAMES_HEARTBEAT_NS`] is of an earlier
+    /// daemon: an older version has run since, which doesn't keep them.
     pub heartbeat_ns: u64,
     /// Zero.
     pub reserved: [u64; 2],

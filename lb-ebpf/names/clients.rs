@@ -25,7 +25,9 @@ pub fn admit(skb: &Skb, headers: &Headers, control: ControlPtr, now_ns: u64) -> 
     if headers.source_port == DNS_PORT {
         return Admission::Refused;
     }
-    if skb.is_loopback() && (is_loopback(headers) || headers.source == headers.destination) {
+    // This host itself, by its loopback addresses and those that the daemon listens on.
+    let is_own = || is_loopback(headers) || maps::is_listener(&headers.source, headers.port);
+    if skb.is_loopback() && is_own() {
         return Admission::Admitted;
     }
     if is_martian(headers) || !maps::is_allowed(&headers.source) {

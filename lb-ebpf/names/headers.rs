@@ -115,7 +115,7 @@ impl Headers {
         })
     }
 
-    /// Whether all lengths say the same: `len` is that of the IP packet.
+    /// The headers, if all lengths agree; `len` is that of the IP packet.
     #[inline(always)]
     fn fit(self, skb: &Skb, len: u32, ip_len: u32) -> Option<Headers> {
         let fits = len == ip_len + u32::from(self.udp_len)

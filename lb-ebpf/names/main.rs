@@ -38,7 +38,7 @@ fn panic(_: &core::panic::PanicInfo) -> ! {
 
 /// What is decided on a query.
 enum Decision {
-    /// It goes on as it came: to the daemon, or to whoever it is for.
+    /// It goes on as it came, to the daemon or another server.
     Pass,
     /// The answer is in [`Scratch`].
     Answer,
@@ -78,9 +78,11 @@ pub fn nohop_names(ctx: TcContext) -> i32 {
 #[inline(always)]
 fn decide(skb: &Skb, control: ControlPtr, scratch: &mut Scratch) -> Decision {
     let now_ns = now_ns();
-    let heartbeat_ns = maps::heartbeat_ns();
-    let is_alive = now_ns.wrapping_sub(heartbeat_ns) < NAMES_HEARTBEAT_NS;
-    let are_kept = heartbeat_ns.saturating_sub(control.heartbeat_ns()) < NAMES_HEARTBEAT_NS;
+    let (heartbeat_ns, table_ns) = maps::heartbeat_ns();
+    let is_alive = now_ns.saturating_sub(heartbeat_ns) < NAMES_HEARTBEAT_NS;
+    // A daemon that stops takes its heartbeat back, not when its table was right.
+    let last_ns = heartbeat_ns.max(table_ns);
+    let are_kept = last_ns.saturating_sub(control.heartbeat_ns()) < NAMES_HEARTBEAT_NS;
     if !are_kept || !control.answers(is_alive) {
         return Decision::Pass;
     }
@@ -104,9 +106,9 @@ fn decide(skb: &Skb, control: ControlPtr, scratch: &mut Scratch) -> Decision {
         }
         _ => None,
     };
-    // A query about a cold service is a demand for it, and what is wrong is the daemon's to explain, as
-    // long as there is one. All else passes to whoever has the port: if nobody has, it would be refused,
-    // and resolvers take an error of the server better than none to talk to.
+    // A query about a cold service is a demand for it, and the daemon explains what is wrong, as long as
+    // one runs. Everything else passes to the socket that has the port. Without one it would be refused,
+    // and resolvers go on more quickly after an error of the server.
     if is_wrong || is_cold || answer.is_none() {
         let is_daemons = is_alive || found.is_none() || answer.is_none() && !is_wrong;
         if is_daemons && scratch.headers.has_socket(skb) {

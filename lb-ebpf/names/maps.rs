@@ -81,12 +81,15 @@ pub fn account(hash: u32) -> Option<*mut u64> {
     NAMES_ACCOUNTS.get_ptr_mut(hash % N_CLIENT_ACCOUNTS as u32)
 }
 
-/// When the daemon was last alive.
+/// When a daemon was last alive, and when its table was last known to be right.
 #[inline(always)]
-pub fn heartbeat_ns() -> u64 {
-    let Some(control) = CONTROL.get_ptr(0) else { return 0 };
-    // SAFETY: an array's element stays, and this is an aligned word of it.
-    unsafe { (&raw const (*control).heartbeat_ns).read_volatile() }
+pub fn heartbeat_ns() -> (u64, u64) {
+    let Some(control) = CONTROL.get_ptr(0) else { return (0, 0) };
+    // SAFETY: an array's element stays, and these are aligned words of it.
+    unsafe {
+        let heartbeat_ns = (&raw const (*control).heartbeat_ns).read_volatile();
+        (heartbeat_ns, (&raw const (*control).table_ns).read_volatile())
+    }
 }
 
 /// What the daemon writes for this unit.

@@ -25,11 +25,12 @@ static CONNS: Array<ConnRecord, { N_CONNS as usize }, { BPF_F_MMAPABLE as usize 
 /// Keeps what a TCP socket connected as its record. Returns false where it has none: then storage is to
 /// have it, and only that.
 #[inline(always)]
-pub fn store(ctx: &SockAddrContext, entry: &RevNat) -> bool {
-    // Each socket that connects a VIP has a cookie from here on, also one that gets storage.
+pub fn store(ctx: &SockAddrContext, entry: &RevNat, may_record: bool) -> bool {
+    // Each socket that connects a VIP has a cookie from here on, also one that gets storage: the unit
+    // `outcomes` looks at those alone.
     // SAFETY: the context is valid.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
-    if !maps::keeps_records() {
+    if !may_record || !maps::keeps_records() {
         if let Some(record) = find_by(cookie) {
             record.write(cookie, None);
         }

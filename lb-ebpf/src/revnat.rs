@@ -21,11 +21,9 @@ pub fn store(
     origin: Origin,
     connected: impl FnOnce() -> Endpoint,
 ) {
-    // A subflow's is also that of its MPTCP socket, for which no callback comes.
-    if context::protocol(ctx) == IPPROTO_TCP
-        && !matches!(origin, Origin::Subflow)
-        && conns::store(ctx, &entry)
-    {
+    // A subflow has no record: its storage is also that of its MPTCP socket, for which no callback comes.
+    let may_record = !matches!(origin, Origin::Subflow);
+    if context::protocol(ctx) == IPPROTO_TCP && conns::store(ctx, &entry, may_record) {
         return;
     }
     // Made as zeros, which say nothing, and written once: a value for the kernel to begin with would

@@ -12,6 +12,7 @@ use rustix::net::{AddressFamily, SendFlags, SocketType, ipproto, sendto, socket}
 
 use crate::disconnect::leave;
 use crate::fixture::{Bed, Echo, Server, VIP, ask, client, connect, event, service, ways};
+use crate::in_flight::in_flight;
 
 /// Without memory for a socket's storage a connection works. One that has no record, as those by UDP and
 /// without the unit `outcomes`, shows the backend's address.
@@ -80,6 +81,7 @@ pub fn mptcp() {
         rustix::net::connect(&socket, &way).unwrap_or_else(|error| panic!("{way}: {error}"));
         let stream = TcpStream::from(socket);
         assert_eq!(letter(&stream), 'a', "{way}");
+        assert!(in_flight(&bed.datapath, server.address) >= 1, "{way}: it is followed");
         // Before 5.19 no program gets from the subflow, which connects, to the socket that
         // getpeername() is asked about.
         let shows_vip = crate::running_kernel() >= (5, 19);

@@ -1,5 +1,4 @@
-//! What the kernel is told about names: by the configuration, and by this host's interfaces as they are
-//! now.
+//! The settings of the unit `names`, from the configuration and this host's interfaces.
 
 use std::net::SocketAddr;
 
@@ -10,12 +9,17 @@ use crate::dns;
 /// How the kernel answers names for a server that listens on these.
 pub fn settings(config: &DnsConfig, listen: &[SocketAddr]) -> NamesSettings {
     let loopback = IngressInterface { name: "lo".to_owned(), index: 1 };
+    let mut allowed = dns::allowed_networks(&config.allow);
+    // Each interface has a link-local network of its own.
+    allowed.iter_mut().for_each(|network| *network = network.trunc());
+    allowed.sort_unstable();
+    allowed.dedup();
     NamesSettings {
         mode: config.kernel.then_some(config.kernel_mode),
         domain: config.domain.clone(),
         ttl: config.ttl,
         listen: dns::reached_at(listen),
-        allowed: dns::allowed_networks(&config.allow),
+        allowed,
         client_rate: config.client_rate,
         interfaces: vec![loopback],
     }

@@ -423,8 +423,11 @@ impl DaemonView {
     /// The answers to DNS queries by response code, the kernel's included.
     fn dns_answers(&self) -> BTreeMap<String, u64> {
         let mut answers = self.dns_stats.snapshot();
-        let NamesCounters { answered, failed, limited, .. } = self.datapath.names_counters();
-        for (label, n) in [("NOERROR", answered), ("SERVFAIL", failed), ("limited", limited)] {
+        let NamesCounters { answered, failed, limited, broken, .. } =
+            self.datapath.names_counters();
+        let by_kernel =
+            [("NOERROR", answered), ("SERVFAIL", failed), ("limited", limited), ("broken", broken)];
+        for (label, n) in by_kernel {
             if n > 0 {
                 *answers.entry(label.to_owned()).or_default() += n;
             }

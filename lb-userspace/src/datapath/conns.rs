@@ -7,11 +7,15 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use aya::maps::MapData;
-use lb_common::{ConnRecord, RevNat};
+use lb_common::{ConnRecord, NOT_COUNTED, RevNat};
 use zerocopy::FromBytes;
 
 use super::diag::{self, Stored};
 use super::kernel::ConnRecords;
+
+/// The same for a connection that the unit `outcomes` follows: it releases the record itself, unless it was
+/// detached at the end. A socket that lives where this process can't list it keeps its record for longer.
+const COUNTED_ABANDONED_AFTER: Duration = Duration::from_secs(60 * 60);
 
 /// For how long a record has to stay as it is, and its socket unlisted, until it is free: a socket that is
 /// about to send its SYN isn't listed either.
@@ -126,7 +130,9 @@ impl Suspects {
             // One that was written is another connection's of the same socket.
             let known = former.get(&cookie).filter(|(writes, _)| *writes == claim.writes);
             let since = known.map_or(now, |(_, since)| *since);
-            if now.saturating_duration_since(since) >= ABANDONED_AFTER {
+            let is_counted = record.revnat.naming != NOT_COUNTED;
+            let limit = if is_counted { COUNTED_ABANDONED_AFTER } else { ABANDONED_AFTER };
+            if now.saturating_duration_since(since) >= limit {
                 gone.push(*record);
             } else {
                 self.0.insert(cookie, (claim.writes, since));

@@ -134,7 +134,7 @@ impl Datapath {
             self.switch()?;
         }
         self.reconciler.clear_served();
-        self.names.apply(table);
+        self.names.apply(table, &self.pins);
         Ok(errors)
     }
 

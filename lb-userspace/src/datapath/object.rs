@@ -160,7 +160,7 @@ fn open(
 }
 
 /// Loads a program; what a signal interrupts (EAGAIN from `bpf_check`) is tried again.
-fn load_program(ebpf: &mut Ebpf, name: &'static str) -> Result<(), DatapathError> {
+pub fn load_program(ebpf: &mut Ebpf, name: &'static str) -> Result<(), DatapathError> {
     let program = ebpf.program_mut(name).ok_or(DatapathError::Object { missing: name })?;
     let mut n_left = N_ATTEMPTS;
     loop {
@@ -179,6 +179,7 @@ fn load_once(program: &mut Program) -> Result<(), ProgramError> {
     match program {
         Program::CgroupSockAddr(program) => program.load(),
         Program::SockOps(program) => program.load(),
+        Program::SchedClassifier(program) => program.load(),
         _ => Err(ProgramError::UnexpectedProgramType),
     }
 }

@@ -22,7 +22,8 @@ use lb_common::{
 };
 
 use super::map_specs::{MapShape, NAMES, Sizes, names_shapes};
-use super::pins::Pins;
+use super::object::load_program;
+use super::pins::{Pins, unpin};
 use super::units::{UnitHealth, UnitState};
 use crate::config::KernelMode;
 use crate::table::Table;
@@ -69,6 +70,10 @@ struct LoadedNames {
     table: NameTable<KernelNames>,
     control: ControlWord<NamesControl>,
     counters: ControlWord<NamesCounters>,
+    /// What earlier daemons' programs had counted when this one was loaded.
+    before: NamesCounters,
+    /// Whether the map has had a whole table: an empty one must not replace one in use.
+    is_filled: bool,
     listeners: Listeners,
     networks: ClientNetworks,
     settings: Option<NamesSettings>,
@@ -88,6 +93,8 @@ impl Names {
     pub fn load(sizes: &Sizes, pins: &Pins) -> Names {
         let loaded = LoadedNames::load(sizes, pins);
         if let Err(reason) = &loaded {
+            // An earlier daemon's program would go on by names that nothing keeps.
+            end_earlier(pins);
             tracing::warn!(
                 "the unit {UNIT} doesn't run, so the daemon answers all names: {reason}"
             );
@@ -103,7 +110,7 @@ impl Names {
     }
 
     /// Updates the map of names to `table`.
-    pub fn apply(&mut self, table: &Table) {
+    pub fn apply(&mut self, table: &Table, pins: &Pins) {
         let Ok(loaded) = &mut self.loaded else { return };
         loaded.control.update(|control| control.zone.serial = table.generation as u32);
         let incomplete = loaded.table.apply(table);
@@ -111,6 +118,9 @@ impl Names {
             tracing::warn!("not all names are answered by the kernel: {reason}");
         }
         loaded.incomplete = incomplete;
+        if !std::mem::replace(&mut loaded.is_filled, true) {
+            self.fix(pins);
+        }
     }
 
     /// Sets how names are answered, and attaches the program.
@@ -118,6 +128,10 @@ impl Names {
         let Ok(loaded) = &mut self.loaded else { return };
         if loaded.settings.as_ref() != Some(&settings) {
             let configured = loaded.configure(settings, pins).err();
+            if configured.is_some() && loaded.settings.is_none() {
+                // Former settings must not go on.
+                loaded.control.update(|control| control.mode = NamesMode::Off as u32);
+            }
             loaded.set_problem(configured);
         }
     }
@@ -152,6 +166,8 @@ impl Names {
             ingress.detach(&interface, &pins.link(&pin_name(&interface)));
         }
         loaded.settings = None;
+        // An earlier daemon's, too.
+        detach_filters();
     }
 
     /// The unit's state.
@@ -163,6 +179,9 @@ impl Names {
             }
             Ok(LoadedNames { settings: None, .. }) => {
                 (UnitState::Waiting, Some("the DNS server hasn't begun to listen".to_owned()))
+            }
+            Ok(LoadedNames { is_filled: false, .. }) => {
+                (UnitState::Waiting, Some("the first table is awaited".to_owned()))
             }
             Ok(loaded) if loaded.mode() == NamesMode::Off => {
                 let reason = if loaded.is_shadow { "shadow mode" } else { "dns.kernel = false" };
@@ -178,9 +197,17 @@ impl Names {
         self.loaded.as_mut().map(LoadedNames::active_since_last).unwrap_or_default()
     }
 
-    /// What the program did since the maps were made.
+    /// What programs did since this daemon's was loaded.
     pub fn counters(&self) -> NamesCounters {
-        self.loaded.as_ref().map(|loaded| loaded.counters.load()).unwrap_or_default()
+        let Ok(loaded) = &self.loaded else { return NamesCounters::default() };
+        let (now, before) = (loaded.counters.load(), loaded.before);
+        NamesCounters {
+            answered: now.answered.wrapping_sub(before.answered),
+            failed: now.failed.wrapping_sub(before.failed),
+            limited: now.limited.wrapping_sub(before.limited),
+            broken: now.broken.wrapping_sub(before.broken),
+            ..NamesCounters::default()
+        }
     }
 }
 
@@ -195,15 +222,23 @@ impl LoadedNames {
         }
         loader.map_pin_path("CONTROL", pins.maps().join("CONTROL"));
         let mut ebpf = loader.load(NAMES).map_err(|error| error.to_string())?;
-        program(&mut ebpf)?.load().map_err(|error| error.to_string())?;
         let failed = |error: super::error::DatapathError| error.to_string();
+        load_program(&mut ebpf, PROGRAM).map_err(failed)?;
         let names = KernelNames::take(&mut ebpf).map_err(failed)?;
         let table = NameTable::adopt(names, sizes.services)
             .map_err(|error| format!("the map NAMES can't be read: {error}"))?;
+        let counters: ControlWord<NamesCounters> =
+            ControlWord::take(&mut ebpf, "NAMES_COUNTERS").map_err(failed)?;
+        let queries =
+            |(name, record): (&Arc<str>, u32)| (name.clone(), table.maps().queries(record));
+        let last_queries: HashMap<_, _> = table.records().map(queries).collect();
         Ok(LoadedNames {
+            is_filled: !last_queries.is_empty(),
+            last_queries,
+            before: counters.load(),
             table,
             control: ControlWord::take(&mut ebpf, "NAMES_CONTROL").map_err(failed)?,
-            counters: ControlWord::take(&mut ebpf, "NAMES_COUNTERS").map_err(failed)?,
+            counters,
             listeners: Listeners::take(&mut ebpf).map_err(failed)?,
             networks: ClientNetworks::take(&mut ebpf).map_err(failed)?,
             ebpf,
@@ -212,11 +247,11 @@ impl LoadedNames {
             attached: Vec::new(),
             problem: None,
             incomplete: None,
-            last_queries: HashMap::new(),
         })
     }
 
     fn configure(&mut self, settings: NamesSettings, pins: &Pins) -> Result<(), String> {
+        self.settings = None;
         let domain = wire(&settings.domain).ok_or_else(|| {
             format!(
                 "dns.domain = {:?} is longer than {MAX_DOMAIN_LEN} octets in a query",
@@ -276,7 +311,7 @@ impl LoadedNames {
     /// Attaches the program to each interface, and detaches it from those that aren't wanted any more.
     fn attach(&mut self, pins: &Pins) -> Result<(), String> {
         let wanted = self.settings.as_ref().map(|settings| settings.interfaces.clone());
-        let wanted = wanted.unwrap_or_default();
+        let wanted = wanted.filter(|_| self.is_filled).unwrap_or_default();
         let (kept, gone): (Vec<_>, Vec<_>) =
             self.attached.drain(..).partition(|(interface, _)| wanted.contains(interface));
         self.attached = kept;
@@ -328,6 +363,19 @@ impl LoadedNames {
 fn program(ebpf: &mut Ebpf) -> Result<&mut SchedClassifier, String> {
     let program = ebpf.program_mut(PROGRAM).ok_or("the object has no program nohop_names")?;
     program.try_into().map_err(|error: aya::programs::ProgramError| error.to_string())
+}
+
+/// Ends what an earlier daemon attached.
+fn end_earlier(pins: &Pins) {
+    for pinned in pins.all_links().unwrap_or_default() {
+        if pinned.name.to_string_lossy().starts_with(PIN_PREFIX) {
+            let ended = pinned.link.detach().and(unpin(&pinned.path).map_err(io::Error::other));
+            if let Err(error) = ended {
+                tracing::warn!("{} couldn't be detached: {error}", pinned.path.display());
+            }
+        }
+    }
+    detach_filters();
 }
 
 /// Removes the filters that no link holds. Returns how many there were.

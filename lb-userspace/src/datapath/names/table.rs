@@ -74,10 +74,16 @@ impl<M: NameMaps> NameTable<M> {
     ///
     /// # Errors
     /// When the kernel refuses.
-    pub fn adopt(maps: M, capacity: u32) -> io::Result<NameTable<M>> {
-        let mut mapped = HashMap::new();
+    pub fn adopt(mut maps: M, capacity: u32) -> io::Result<NameTable<M>> {
+        let (mut mapped, mut has_removed) = (HashMap::new(), false);
         for (key, NameRef { record, .. }) in maps.all()? {
             let NameRecord { vip, flags, vip6, .. } = maps.record(record);
+            // The records are others than those that the name was written with.
+            if vip == [0; 4] || record >= capacity {
+                maps.remove(&key)?;
+                has_removed = true;
+                continue;
+            }
             let name = label(&key);
             mapped.insert(name, MappedName { record, addresses: (vip.into(), vip6.into()), flags });
         }
@@ -90,7 +96,7 @@ impl<M: NameMaps> NameTable<M> {
             mapped,
             records,
             quarantine: Vec::new(),
-            has_removed: false,
+            has_removed,
         })
     }
 
@@ -104,12 +110,20 @@ impl<M: NameMaps> NameTable<M> {
         let (present, gone): (Vec<_>, Vec<_>) = std::mem::take(&mut self.pending)
             .into_iter()
             .partition(|name| table.services.contains_key(name));
+        let (moved, present): (Vec<_>, Vec<_>) =
+            present.into_iter().partition(|name| self.has_moved(name, table));
         // Removals come after insertions, which would wait for the end of readers.
         let full = self.try_each(present, table);
         let mut failed = self.try_each(gone, table);
-        // There may be room now.
-        let failed_again = self.try_each(full.into_keys().collect(), table);
-        failed.extend(failed_again);
+        for name in &moved {
+            if let Err(error) = self.remove(name) {
+                failed.insert(name.clone(), error);
+            }
+        }
+        // By one wait for all. There may be room now for what had none.
+        let again = moved.into_iter().chain(full.into_keys());
+        let again = again.filter(|name| !failed.contains_key(name)).collect();
+        failed.extend(self.try_each(again, table));
         let reason = failed.iter().next().map(|(name, error)| format!("{name}: {error}"));
         self.pending = failed.into_keys().collect();
         reason
@@ -144,18 +158,24 @@ impl<M: NameMaps> NameTable<M> {
         self.mapped.iter().map(|(name, mapped)| (name, mapped.record))
     }
 
+    /// Whether a name that is in the maps has other addresses now.
+    fn has_moved(&self, name: &Arc<str>, table: &Table) -> bool {
+        let (Some(mapped), Some(service)) = (self.mapped.get(name), table.services.get(name))
+        else {
+            return false;
+        };
+        mapped.addresses != answered(service).0
+    }
+
     fn upsert(&mut self, name: &Arc<str>, service: &Service) -> io::Result<()> {
         let Some(key) = NameKey::of(name.as_bytes()) else { return Ok(()) };
         let (addresses, flags) = answered(service);
         if let Some(mapped) = self.mapped.get_mut(name) {
-            if mapped.addresses == addresses {
-                if mapped.flags != flags {
-                    self.maps.set_flags(mapped.record, flags);
-                    mapped.flags = flags;
-                }
-                return Ok(());
+            if mapped.flags != flags {
+                self.maps.set_flags(mapped.record, flags);
+                mapped.flags = flags;
             }
-            self.remove(name)?;
+            return Ok(());
         }
         self.recycle();
         let full = || io::Error::other("the map NAMES is full: raise datapath.max_services");

@@ -173,7 +173,9 @@ proptest! {
             names.maps.fails = fails;
             names.apply(&wanted);
             names.maps.fails = false;
+            let n_waits = names.maps.n_waits;
             names.apply(&wanted);
+            prop_assert!(names.maps.n_waits <= n_waits + 1, "one wait for all");
             let n_expected = services.len().min(5);
             prop_assert_eq!(names.maps.names.len(), n_expected);
             for line in shown(&names) {
