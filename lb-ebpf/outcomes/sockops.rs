@@ -188,7 +188,7 @@ fn change_state(ctx: &SockOpsContext) {
     }
 }
 
-/// The outcome of a connection that was being established, for who traces.
+/// The outcome of a connection that was being established, for the trace.
 #[inline(always)]
 fn outcome(ctx: &SockOpsContext, socket: *mut bpf_sock, next: u32) -> trace::Outcome {
     if next == BPF_TCP_ESTABLISHED {

@@ -2,10 +2,10 @@
 //!
 //! A record is an element of an array, which two sockets may share. It belongs to the socket whose
 //! cookie it has. This hook takes it for a socket, and the unit `outcomes` releases it when the
-//! connection ends, both with the socket locked. One that is another's is left to that: the socket gets
-//! storage instead. So it does where two programs are at one record at the same time: 5.10 has no
-//! atomic operation that returns what was there (they came with 5.12), but an addition by one and a
-//! load show each of them whether it is alone.
+//! connection ends, both with the socket locked. A record of another socket isn't touched: the socket
+//! uses storage instead. So does each of two sockets whose programs are at one record at the same time:
+//! 5.10 has no atomic operation that returns what was there (they came with 5.12), but an addition by
+//! one and a load show each of them whether it is alone.
 
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::BPF_F_MMAPABLE;
@@ -22,8 +22,8 @@ use crate::{config, maps, xlate};
 #[btf_map]
 static CONNS: Array<ConnRecord, { N_CONNS as usize }, { BPF_F_MMAPABLE as usize }> = Array::new();
 
-/// Keeps what a TCP socket connected as its record. Returns false where it has none: then storage is to
-/// have it, and only that.
+/// Keeps what a TCP socket connected as its record. Returns false where it has none: then the
+/// caller stores it in socket storage.
 #[inline(always)]
 pub fn store(ctx: &SockAddrContext, entry: &RevNat, may_record: bool) -> bool {
     // Each socket that connects a VIP has a cookie from here on, also one that gets storage: the unit

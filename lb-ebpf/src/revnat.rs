@@ -1,6 +1,6 @@
 //! What a connected socket remembers of its connection.
 //!
-//! A hook runs before the kernel connects, and isn't told whether that succeeded. A UDP socket that
+//! A hook runs before the kernel connects, and doesn't know whether that succeeds. A UDP socket that
 //! is connected stays so when a further connect() fails, so what it remembers of the association that
 //! it has is kept beside what it is to have next. Whichever of the two names the peer that the kernel
 //! has is the one that is true.
@@ -26,7 +26,7 @@ pub fn store(
     if context::protocol(ctx) == IPPROTO_TCP && conns::store(ctx, &entry, may_record) {
         return;
     }
-    // Made as zeros, which say nothing, and written once: a value for the kernel to begin with would
+    // Made as zeros, which mean none, and written once: a value for the kernel to begin with would
     // be copied twice, and storage that was there already has an earlier connect in it.
     // SAFETY: a non-null pointer is to this socket's own storage, which only hooks of this socket
     // read and write, and they run with it locked.
@@ -67,8 +67,8 @@ pub fn clear(ctx: &SockAddrContext, address: &Endpoint, connected: impl FnOnce()
     *kept = RevNat::default();
 }
 
-/// Sees to it that what is remembered of the association that a UDP socket has outlives `kept`, which
-/// is about to be written, until the socket is connected to `next`.
+/// Keeps what is remembered of the association that a UDP socket has beyond `kept`, which is about to be
+/// written, until the socket is connected to `next`.
 #[inline(always)]
 fn set_aside(ctx: &SockAddrContext, kept: &RevNat, connected: &Endpoint, next: &Endpoint) {
     let is_kept = kept.backend_port != 0;

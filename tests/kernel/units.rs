@@ -44,8 +44,9 @@ const SPLIT: &[Unit] = &[
 /// The same with a required unit that can't be loaded.
 const IMPOSSIBLE: &[Unit] = &[Unit { ..SPLIT[0] }, Unit { is_required: true, ..SPLIT[2] }];
 
+/// How the units of the list do: `names` isn't among them, and waits for a DNS server.
 fn states(datapath: &Datapath) -> Vec<(&'static str, UnitState, String)> {
-    let status = datapath.unit_status().into_iter();
+    let status = datapath.unit_status().into_iter().filter(|unit| unit.name != "names");
     status.map(|unit| (unit.name, unit.state, unit.reason.unwrap_or_default())).collect()
 }
 

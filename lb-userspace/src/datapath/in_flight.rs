@@ -1,10 +1,9 @@
 //! Recounts the connections in flight against the kernel's own list of sockets.
 //!
 //! The unit `outcomes` adds one for each connection that begins and takes one off for each that
-//! ends, and so for those that are being established. What begins or ends while its program isn't
-//! attached it misses. So after each such gap, and
-//! now and then, the connections whose sockets remember a backend are counted (sock_diag), and the
-//! difference is added. Connections come and go meanwhile, so the number at the beginning is known
+//! ends, and so for those that are being established. It misses connections that begin or end while its
+//! program is detached. So after each such gap, and now and then, the connections whose sockets remember a
+//! backend are counted (sock_diag), and the difference is added. Connections come and go meanwhile, so the number at the beginning is known
 //! within bounds only, and what lies within them is taken as right. Records of sockets that are gone are
 //! freed on that occasion.
 //!

@@ -413,7 +413,7 @@ impl ConnRecords {
         let [word] = self.0.field(conn_idx, at, size_of::<ConnClaim>()) else { return };
         let writes = record.claim.writes;
         let (read, free) = (record.claim, ConnClaim { abandoned: writes, ..record.claim });
-        // A program at the record shows in the word.
+        // One that a program has begun to write since then has another word.
         let _ = word.compare_exchange(
             zerocopy::transmute!(read),
             zerocopy::transmute!(free),
