@@ -308,7 +308,7 @@ pub fn nothing_remains_after_a_storm() {
         let _ = TcpStream::connect(address(0));
         (nth, datapath)
     });
-    assert!(n_changes > 10, "{n_changes} changes");
+    assert!(n_changes > 0, "no changes");
     agree_recounted(&datapath, "after the storm");
     let now = Instant::now();
     // Those that were followed are kept for an hour.

@@ -311,7 +311,7 @@ const TRIALS: &[KernelTrial] = &[
     since((5, 10), "conns_follow_their_sockets", conns::a_record_follows_its_socket),
     since((5, 10), "conns_two_sockets_at_one_record", conns::two_sockets_at_one_record),
     since((5, 10), "conns_none_without_outcomes", conns::none_without_what_releases_them),
-    since((5, 10), "conns_nothing_remains_after_a_storm", conns::nothing_remains_after_a_storm),
+    once("conns_nothing_remains_after_a_storm", conns::nothing_remains_after_a_storm),
     since((5, 10), "ejection_by_a_refusal", ejection::a_refusal_ejects),
     since((5, 10), "ejection_by_silence_and_timeouts", ejection::silence_is_seen),
     since((5, 10), "ejection_by_clients_that_give_up", ejection::giving_up_shows_silence),
