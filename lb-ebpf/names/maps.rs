@@ -1,5 +1,5 @@
 //! The maps. `NAMES`, `NAME_RECORDS`, `NAMES_CONTROL` and `NAMES_COUNTERS` are pinned; `CONTROL` is the
-//! unit `connect`'s, by its pin. The others each daemon fills anew before it attaches the program.
+//! unit `connect`'s, by its pin. Each daemon fills the others before it attaches the program.
 
 use aya_ebpf::bindings::BPF_F_MMAPABLE;
 use aya_ebpf::btf_maps::lpm_trie::Key;

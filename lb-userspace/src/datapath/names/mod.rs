@@ -214,7 +214,7 @@ impl Names {
 impl LoadedNames {
     fn load(sizes: &Sizes, pins: &Pins) -> Result<LoadedNames, String> {
         let shapes = names_shapes(sizes);
-        // Maps of another size are made anew: the first table fills them.
+        // Maps of another size are replaced by empty ones, which the first table fills.
         pins.exist(&pins.maps(), &shapes).map_err(|error| error.to_string())?;
         let mut loader = EbpfLoader::new();
         for MapShape { name, max_entries, .. } in &shapes {
