@@ -142,6 +142,10 @@ impl Reach {
 pub trait ControlWords: Copy {
     /// The last heartbeat.
     fn heartbeat_ns(self) -> u64;
+    /// When the table was last known to be right.
+    fn table_ns(self) -> u64;
+    /// How old the table may be while no daemon is alive; 0 for any age.
+    fn max_age_ns(self) -> u64;
     /// The cookie of the host's network namespace.
     fn host_netns(self) -> u64;
     /// The daemon's process id.
@@ -349,6 +353,11 @@ pub fn decide(tables: &impl Tables, caller: &impl Caller, request: &Request) -> 
     let is_on_host = host_only == 0 && is_same(on_host, elsewhere) || is_on_host(control, caller);
     if host_only != 0 && !is_on_host {
         return Verdict::Pass(PassReason::NoFrontend);
+    }
+    // As if the daemon had taken the service's backends away, which it does while it is alive.
+    if is_expired(control, || tables.now_ns()) {
+        let (has_other_family, report) = (false, false);
+        return Verdict::Refuse(RefuseReason::NoBackend { service, has_other_family, report });
     }
     let report = words.report_next();
     let netns = || match self::is_on_host(control, caller) {
@@ -569,6 +578,19 @@ pub fn lookup(tables: &impl Tables, request: &Request) -> Option<ServiceRef> {
 fn is_daemon(tables: &impl Tables, control: impl ControlWords, caller: &impl Caller) -> bool {
     caller.tgid() == control.tgid()
         && tables.now_ns().wrapping_sub(control.heartbeat_ns()) < HEARTBEAT_TIMEOUT_NS
+}
+
+/// Whether the table is too old to be used, and no daemon is alive that would decide so for each service.
+/// The clock is only read where the age matters.
+#[inline(always)]
+pub fn is_expired(control: impl ControlWords, now_ns: impl FnOnce() -> u64) -> bool {
+    let max_age_ns = control.max_age_ns();
+    if max_age_ns == 0 {
+        return false;
+    }
+    let now_ns = now_ns();
+    now_ns.saturating_sub(control.table_ns()) >= max_age_ns
+        && now_ns.saturating_sub(control.heartbeat_ns()) >= HEARTBEAT_TIMEOUT_NS
 }
 
 #[inline(always)]

@@ -498,8 +498,11 @@ pub struct Control {
     /// 1 while TCP connections are kept as records ([`ConnRecord`](crate::ConnRecord)): the unit
     /// `outcomes`, which releases them, is attached. 0 while sockets' storage has them.
     pub keeps_records: u64,
-    /// Zero. Room for what is switched on and off while programs run.
-    pub reserved: u64,
+    /// How old the table may be (`table_ns`) while no daemon is alive: from then on services have no
+    /// backend, and names are SERVFAIL. In nanoseconds; 0 for any age. An age rather than a moment,
+    /// since every version writes `table_ns`: what one that doesn't know this word leaves is no
+    /// deadline in the past.
+    pub max_age_ns: u64,
 }
 
 /// How backends of all services are chosen, within [`Control`]. All zero: nothing is ejected, nothing

@@ -161,9 +161,6 @@ pub struct NamesControl {
     pub mode: u32,
     /// 1 while a required hook was found detached: what isn't the daemon's to answer is SERVFAIL.
     pub is_detached: u32,
-    /// From when on names are SERVFAIL because the catalog is too old, in nanoseconds of
-    /// CLOCK_MONOTONIC; 0 for never.
-    pub expires_ns: u64,
     /// The time in which a client regains a query, in nanoseconds; 0 where clients aren't limited.
     pub interval_ns: u64,
     /// How far ahead of the present a client's queries may be accounted, in nanoseconds.
@@ -175,7 +172,7 @@ pub struct NamesControl {
     /// daemon: an older version has run since, which doesn't keep them.
     pub heartbeat_ns: u64,
     /// Zero.
-    pub reserved: [u64; 2],
+    pub reserved: [u64; 3],
 }
 
 /// When the unit answers.

@@ -23,7 +23,7 @@ use lb_common::{NAMES_HEARTBEAT_NS, NameAddresses, NameRecord, answer_to, read_q
 
 use crate::clients::Admission;
 use crate::headers::Headers;
-use crate::maps::{ControlPtr, Scratch};
+use crate::maps::{ControlPtr, DaemonState, Scratch};
 use crate::skb::{Message, Skb};
 
 #[unsafe(link_section = "license")]
@@ -78,7 +78,7 @@ pub fn nohop_names(ctx: TcContext) -> i32 {
 #[inline(always)]
 fn decide(skb: &Skb, control: ControlPtr, scratch: &mut Scratch) -> Decision {
     let now_ns = now_ns();
-    let (heartbeat_ns, table_ns) = maps::heartbeat_ns();
+    let DaemonState { heartbeat_ns, table_ns, max_age_ns } = maps::daemon();
     let is_alive = now_ns.saturating_sub(heartbeat_ns) < NAMES_HEARTBEAT_NS;
     // A daemon that stops takes its heartbeat back, not when its table was right.
     let last_ns = heartbeat_ns.max(table_ns);
@@ -95,7 +95,8 @@ fn decide(skb: &Skb, control: ControlPtr, scratch: &mut Scratch) -> Decision {
     let len = scratch.headers.message_len;
     let query = read_query(&message, len, control, &mut scratch.key);
     let found = query.and_then(|query| Some((query, maps::record(&scratch.key)?)));
-    let is_wrong = control.is_detached() || control.is_expired(now_ns);
+    let is_wrong =
+        control.is_detached() || max_age_ns != 0 && now_ns.saturating_sub(table_ns) >= max_age_ns;
     let is_cold = found.is_some_and(|(_, record)| record.vip().1 & NameRecord::COLD != 0);
     let answer = match found {
         Some((query, record)) if !is_wrong => {

@@ -81,14 +81,25 @@ pub fn account(hash: u32) -> Option<*mut u64> {
     NAMES_ACCOUNTS.get_ptr_mut(hash % N_CLIENT_ACCOUNTS as u32)
 }
 
-/// When a daemon was last alive, and when its table was last known to be right.
+/// What the daemon writes for all units, as far as it matters here. See [`Control`].
+#[derive(Clone, Copy, Default)]
+pub struct DaemonState {
+    pub heartbeat_ns: u64,
+    pub table_ns: u64,
+    pub max_age_ns: u64,
+}
+
+/// See [`DaemonState`].
 #[inline(always)]
-pub fn heartbeat_ns() -> (u64, u64) {
-    let Some(control) = CONTROL.get_ptr(0) else { return (0, 0) };
+pub fn daemon() -> DaemonState {
+    let Some(control) = CONTROL.get_ptr(0) else { return DaemonState::default() };
     // SAFETY: an array's element stays, and these are aligned words of it.
     unsafe {
-        let heartbeat_ns = (&raw const (*control).heartbeat_ns).read_volatile();
-        (heartbeat_ns, (&raw const (*control).table_ns).read_volatile())
+        DaemonState {
+            heartbeat_ns: (&raw const (*control).heartbeat_ns).read_volatile(),
+            table_ns: (&raw const (*control).table_ns).read_volatile(),
+            max_age_ns: (&raw const (*control).max_age_ns).read_volatile(),
+        }
     }
 }
 
@@ -128,13 +139,6 @@ impl ControlPtr {
     #[inline(always)]
     pub fn is_detached(self) -> bool {
         read!(self.is_detached) != 0
-    }
-
-    /// Whether the catalog is too old.
-    #[inline(always)]
-    pub fn is_expired(self, now_ns: u64) -> bool {
-        let expires_ns = read!(self.expires_ns);
-        expires_ns != 0 && now_ns >= expires_ns
     }
 
     /// See [`NamesControl`]: `interval_ns`, `burst_ns` and `seed`.

@@ -20,7 +20,8 @@ use crate::{config, log, maps, revnat};
 /// The backend that earlier datagrams to the same VIP went to, while it is in the table.
 #[inline(always)]
 pub fn lookup(ctx: &SockAddrContext, connected: &Endpoint) -> Option<Backend> {
-    if is_bypassed() || maps::is_shadow() {
+    // SAFETY: the helper has no preconditions.
+    if is_bypassed() || maps::is_suspended(|| unsafe { bpf_ktime_get_ns() }) {
         return None;
     }
     let [first, second] = connected.address.words();

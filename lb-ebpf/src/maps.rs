@@ -14,7 +14,7 @@ use lb_common::{
     ENTRIES_PER_BACKEND, EjectionWord, Event, EventKind, FRONTENDS_PER_SERVICE, Fallback, Family,
     Flows, Frontend, Frontend6, GlobalCounters, MAX_BYPASS_CGROUPS, MaglevKey, Netns, Probe,
     RevNat, SLOTS_PER_BACKEND, ServiceEntry, ServiceName, ServiceRef, ServiceStats, ServiceWords,
-    Slot, SlotRange, TraceSwitch,
+    Slot, SlotRange, TraceSwitch, is_expired,
 };
 
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
@@ -255,6 +255,16 @@ impl ControlWords for ControlPtr {
     }
 
     #[inline(always)]
+    fn table_ns(self) -> u64 {
+        word!(self.table_ns)
+    }
+
+    #[inline(always)]
+    fn max_age_ns(self) -> u64 {
+        word!(self.max_age_ns)
+    }
+
+    #[inline(always)]
     fn host_netns(self) -> u64 {
         word!(self.host_netns)
     }
@@ -287,10 +297,11 @@ pub fn control() -> Option<ControlPtr> {
     CONTROL.get_ptr(0).map(ControlPtr)
 }
 
-/// Whether connections are only counted. It is asked of connections to the pools and the pins alone.
+/// Whether nothing is translated as before: connections are only counted, or the table is too old. It is
+/// asked of datagrams to the pools and the pins alone.
 #[inline(always)]
-pub fn is_shadow() -> bool {
-    control().is_some_and(ControlPtr::is_shadow)
+pub fn is_suspended(now_ns: impl FnOnce() -> u64) -> bool {
+    control().is_some_and(|control| control.is_shadow() || is_expired(control, now_ns))
 }
 
 /// Whether TCP connections are kept as records.

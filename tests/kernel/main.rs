@@ -125,6 +125,7 @@ const TRIALS: &[KernelTrial] = &[
     since((5, 10), "rolled_back_to_layout_2", layout2::is_rolled_back_to),
     since((6, 1), "refused_by_errno", refusal::by_errno),
     since((5, 10), "refused_by_port_zero", refusal::by_port_zero),
+    since((5, 10), "refused_by_an_old_table", refusal::by_an_old_table),
     since((5, 10), "a_pin_applies_on_the_host", netns_scope::a_pin_applies_on_the_host),
     since((5, 10), "a_pin_applies_to_datagrams", netns_scope::a_pin_applies_to_datagrams),
     since((5, 10), "no_socket_follows_a_moved_pin", netns_scope::no_socket_follows_a_moved_pin),

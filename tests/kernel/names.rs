@@ -193,6 +193,19 @@ pub fn follow_the_table_and_the_daemon() {
         datapath.set_names_detached(true);
         assert_eq!(web(), "code 2");
         datapath.set_names_detached(false);
+        // The table is too old: the daemon explains that while it runs.
+        datapath.set_max_age(Some(Duration::from_secs(1)));
+        let old = Some(Duration::from_secs(2));
+        datapath.heartbeat(old);
+        passes("web.service");
+        datapath.keep();
+        assert_eq!(web(), "code 2");
+        datapath.heartbeat(Some(Duration::ZERO));
+        assert_eq!(web(), VIP.to_string());
+        datapath.heartbeat(old);
+        datapath.set_max_age(None);
+        assert_eq!(web(), VIP.to_string());
+        datapath.keep();
 
         datapath.set_shadow(true);
         passes("web.service");

@@ -2,12 +2,15 @@
 //! every address.
 
 use std::io::ErrorKind;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::time::Duration;
 
 use lb_userspace::datapath::{COUNTERS, RejectMethod};
-use lb_userspace::table::Ports;
+use lb_userspace::table::{Ports, Protocols};
 
-use crate::fixture::{Bed, OTHER_VIP, Server, VIP, connect, service};
+use crate::fixture::{
+    Bed, Echo, OTHER_VIP, Place, Server, VIP, ask, client, connect, connect_udp, service, table,
+};
 
 pub fn by_errno() {
     refused_by(RejectMethod::Errno);
@@ -46,4 +49,54 @@ fn refused_by(refusal: RejectMethod) {
     for (name, n) in events {
         assert_eq!(n, if name == "refused_no_frontend" { 2 } else { 0 }, "{name}");
     }
+}
+
+/// While no daemon is alive, once the table is older than it may be; a flow of an unconnected socket as well.
+/// A daemon that is alive decides itself, and what an earlier one left holds for none that is.
+pub fn by_an_old_table() {
+    let backend = Server::on(b'b', (Ipv4Addr::LOCALHOST, 0));
+    let _echo = Echo::on(b'b', backend.address);
+    let address = SocketAddr::from((VIP, backend.address.port()));
+    let place = Place::new();
+    let mut web = service("web", VIP, &[(backend.address, 1)]);
+    (web.protocols, web.ports) = (Protocols::Both, Ports::only([address.port()]));
+    let served = table(vec![web]);
+    let mut datapath = place.start();
+    datapath.apply(&served).unwrap();
+    let socket = client(address);
+    let serves = |case: &str| {
+        assert_eq!(connect(address).unwrap(), 'b', "{case}");
+        assert_eq!(connect_udp(address).unwrap(), 'b', "{case}");
+        assert_eq!(ask(&socket, address).unwrap(), ('b', address), "{case}");
+    };
+    let (minute, hour) = (Duration::from_secs(60), Duration::from_secs(3600));
+
+    datapath.heartbeat(Some(hour));
+    datapath.set_max_age(Some(minute));
+    serves("the daemon is alive");
+    datapath.keep();
+    assert_eq!(connect(address).unwrap_err().kind(), ErrorKind::ConnectionRefused);
+    connect_udp(address).unwrap_err();
+    ask(&socket, address).unwrap_err();
+    let web = datapath.indices("web").unwrap().service;
+    assert!(datapath.counters().service(web).refused >= 2);
+
+    datapath.heartbeat(Some(Duration::ZERO));
+    datapath.keep();
+    serves("the table was right just now");
+    datapath.heartbeat(Some(hour));
+    datapath.set_max_age(None);
+    datapath.keep();
+    serves("of any age");
+
+    // The next daemon, of whatever version, begins over what this one left.
+    datapath.set_max_age(Some(minute));
+    drop(datapath);
+    let datapath = place.start();
+    datapath.heartbeat(None);
+    serves("a daemon is alive again");
+    // One that doesn't know the age writes when the table was right, as each does.
+    datapath.heartbeat(Some(Duration::ZERO));
+    datapath.keep();
+    serves("what it left is no deadline in the past");
 }

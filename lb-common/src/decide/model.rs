@@ -52,6 +52,14 @@ impl ControlWords for Control {
         self.heartbeat_ns
     }
 
+    fn table_ns(self) -> u64 {
+        self.table_ns
+    }
+
+    fn max_age_ns(self) -> u64 {
+        self.max_age_ns
+    }
+
     fn host_netns(self) -> u64 {
         self.host_netns
     }
@@ -246,6 +254,7 @@ pub fn fuzz(bytes: &[u8]) {
             host_netns: bytes.below(3).into(),
             tgid: bytes.below(3).into(),
             is_shadow: bytes.below(4) as u64 / 3,
+            max_age_ns: bytes.below(4) as u64 / 3,
             balance: BalanceSettings {
                 silence: bytes.byte(),
                 key: bytes.below(3) as u8,

@@ -185,6 +185,37 @@ fn a_process_that_has_a_dead_daemons_id_is_not_bypassed() {
 }
 
 #[test]
+fn an_old_table_has_no_backends_while_no_daemon_is_alive() {
+    const TIMEOUT: u64 = HEARTBEAT_TIMEOUT_NS;
+    let refused = Expected::Refuse(RefuseReason::NoBackend {
+        service: WEB,
+        has_other_family: false,
+        report: false,
+    });
+    let serves = || Expected::Send(0, false);
+    // When the table was right, its age that is allowed, the last heartbeat, now.
+    let table = [
+        ([1_000, 0, 0, 1_000 + TIMEOUT], serves(), "any age is allowed"),
+        ([1_000, 500, 0, 1_499 + TIMEOUT], refused, "too old"),
+        ([1_000, TIMEOUT, 0, 999 + TIMEOUT], serves(), "not yet"),
+        ([1_000, 500, 1_500, 1_499 + TIMEOUT], serves(), "the daemon is alive"),
+        ([9 * TIMEOUT, 500, 0, TIMEOUT], serves(), "right in the future"),
+    ];
+    for ([table_ns, max_age_ns, heartbeat_ns, now_ns], expected, case) in table {
+        let mut model = Model { now_ns, ..tables() };
+        let control = model.control.unwrap();
+        model.control = Some(Control { table_ns, max_age_ns, heartbeat_ns, ..control });
+        assert_eq!(outcome(&model, &CLIENT, &tcp(VIP, 80)), expected, "{case}");
+    }
+    // What passes still does.
+    let mut model = Model { now_ns: 2 * TIMEOUT, ..tables() };
+    model.control.as_mut().unwrap().max_age_ns = 1;
+    let container = Client { netns_cookie: CONTAINER, ..CLIENT };
+    let passed = Expected::Pass(PassReason::NoFrontend);
+    assert_eq!(outcome(&model, &container, &tcp(PIN, 53)), passed);
+}
+
+#[test]
 fn shadow_mode_passes_everything() {
     let mut model = tables();
     model.control.as_mut().unwrap().is_shadow = 1;

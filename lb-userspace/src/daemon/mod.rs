@@ -40,7 +40,9 @@ use tokio::task::{Id, JoinHandle, JoinSet};
 use crate::admin::{View as _, api};
 use crate::catalog::resolve::Resolver;
 use crate::catalog::{Published, SourceEvent, Sources, SupervisorExit, UsageSender};
-use crate::config::{AllCritical, Config, ConfigErrors, OnExit, Problem, VipConfig, cgroup};
+use crate::config::{
+    AllCritical, CatalogConfig, Config, ConfigErrors, Expired, OnExit, Problem, VipConfig, cgroup,
+};
 use crate::datapath::{Datapath, Mode, Options, Report, Reports, SharedDatapath, route};
 use crate::table::first_contact::Probe;
 use crate::table::vips::PoolUse;
@@ -565,6 +567,8 @@ impl Daemon {
         let views = self.sources.views();
         let age = views.borrow().iter().filter_map(|source| source.health.borrow().age()).max();
         self.datapath.heartbeat(age);
+        let &CatalogConfig { expired, max_age, .. } = &self.config.catalog;
+        self.datapath.set_max_age((expired == Expired::Refuse).then_some(max_age));
         self.datapath.configure_names(names::settings(&self.config.dns, &self.dns_listen));
         if !self.datapath.check_hooks() {
             self.attached.send_replace(false);

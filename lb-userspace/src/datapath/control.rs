@@ -244,6 +244,18 @@ impl Datapath {
         self.control_block.set_daemon(daemon);
     }
 
+    /// Sets how old the table may be while no daemon is alive; `None` for any age. It takes effect in the
+    /// programs, by the age that [`Datapath::heartbeat`] wrote last; the time for which the machine is
+    /// suspended after that doesn't count.
+    pub fn set_max_age(&self, max_age: Option<Duration>) {
+        // A zero would mean any age.
+        let max_age_ns = max_age.map_or(0, |age| (age.as_nanos() as u64).max(1));
+        let control = self.control_block.daemon();
+        if control.max_age_ns != max_age_ns {
+            self.control_block.set_daemon(Control { max_age_ns, ..control });
+        }
+    }
+
     /// The state of each unit.
     pub fn unit_status(&self) -> Vec<UnitHealth> {
         let mut units = self.units.status();

@@ -268,6 +268,11 @@ impl SharedDatapath {
         lock(&self.datapath).heartbeat(table_age);
     }
 
+    /// As [`Datapath::set_max_age`].
+    pub fn set_max_age(&self, max_age: Option<Duration>) {
+        lock(&self.datapath).set_max_age(max_age);
+    }
+
     /// Checks every link, and attaches again what is detached. Returns whether all hooks were
     /// attached.
     pub fn check_hooks(&self) -> bool {
