@@ -29,6 +29,7 @@ pub fn catalog(bytes: &[u8]) {
 /// A DNS message, from a client or another resolver.
 pub fn dns(bytes: &[u8]) {
     dns::fuzzing::question(bytes);
+    dns::fuzzing::kernel(bytes);
     dns::fuzzing::upstream(bytes);
 }
 

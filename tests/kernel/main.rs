@@ -17,6 +17,7 @@ mod lockdown;
 mod maps;
 mod memcg;
 mod names;
+mod names_packets;
 mod netns_scope;
 mod obstacles;
 mod odd_sockets;
@@ -118,6 +119,10 @@ const TRIALS: &[KernelTrial] = &[
     since((5, 10), "names_follow_the_table_and_the_daemon", names::follow_the_table_and_the_daemon),
     since((5, 10), "names_outlive_the_daemon", names::outlive_the_daemon),
     since((5, 10), "names_are_for_served_clients", names::are_for_served_clients),
+    since((5, 10), "names_of_no_plain_packet", names_packets::only_of_plain_packets),
+    since((5, 10), "names_of_spoiled_packets", names_packets::spoiled),
+    since((5, 10), "names_with_all_kinds_of_edns", names_packets::edns),
+    since((5, 10), "names_of_batches_pass", names_packets::batches_pass),
     since((5, 10), "the_recipe_for_bpftool_works", maps::the_recipe_works),
     since((5, 10), "maps_have_field_names", maps::maps_have_field_names),
     since((5, 10), "pins_of_layout_2_are_taken_over", layout2::pins_are_taken_over),

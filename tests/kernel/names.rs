@@ -13,16 +13,16 @@ use crate::disconnect::leave;
 use crate::fixture::{OTHER_VIP, Place, VIP, VIP6, service, table};
 
 /// A port where nothing listens.
-const PORT: u16 = 5399;
-const A: u16 = 1;
-const AAAA: u16 = 28;
-const SRV: u16 = 33;
-const HTTPS: u16 = 65;
+pub const PORT: u16 = 5399;
+pub const A: u16 = 1;
+pub const AAAA: u16 = 28;
+pub const SRV: u16 = 33;
+pub const HTTPS: u16 = 65;
 
 /// For what must come.
 const LONG: Duration = Duration::from_secs(20);
 
-fn settings(port: u16) -> NamesSettings {
+pub fn settings(port: u16) -> NamesSettings {
     let listen = [IpAddr::from(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()];
     NamesSettings {
         mode: Some(KernelMode::Always),
@@ -35,7 +35,7 @@ fn settings(port: u16) -> NamesSettings {
     }
 }
 
-fn names() -> Table {
+pub fn names() -> Table {
     let mut web = service("web", VIP, &[]);
     web.vip6 = Some(VIP6);
     let mut cold = service("cold", OTHER_VIP, &[]);
@@ -43,7 +43,7 @@ fn names() -> Table {
     Table { generation: 0x0102_0304, ..table(vec![web, cold]) }
 }
 
-fn query(name: &str, kind: u16, opt: bool) -> Vec<u8> {
+pub fn query(name: &str, kind: u16, opt: bool) -> Vec<u8> {
     let mut message = vec![7, 7, 1, 0, 0, 1, 0, 0, 0, 0, 0, u8::from(opt)];
     for label in name.split('.') {
         message.push(label.len() as u8);
@@ -58,7 +58,7 @@ fn query(name: &str, kind: u16, opt: bool) -> Vec<u8> {
     message
 }
 
-fn socket(source: IpAddr) -> UdpSocket {
+pub fn socket(source: IpAddr) -> UdpSocket {
     let socket = UdpSocket::bind(SocketAddr::new(source, 0)).unwrap();
     socket.set_read_timeout(Some(LONG)).unwrap();
     socket
@@ -106,7 +106,7 @@ fn ask(server: SocketAddr, name: &str, kind: u16, opt: bool) -> String {
 }
 
 /// A datapath with the names, in a network namespace of this thread's own.
-fn serve(place: &Place) -> Datapath {
+pub fn serve(place: &Place) -> Datapath {
     let mut datapath = place.start();
     datapath.apply(&names()).unwrap();
     datapath.configure_names(settings(PORT));
@@ -116,7 +116,7 @@ fn serve(place: &Place) -> Datapath {
 }
 
 /// Runs a trial on a thread that can move to another network namespace.
-fn inside(trial: fn()) {
+pub fn inside(trial: fn()) {
     let moved = std::thread::spawn(move || {
         leave();
         trial();

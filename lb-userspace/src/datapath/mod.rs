@@ -56,7 +56,7 @@ pub use lb_common::{
 };
 pub use links::Attachment;
 pub use memcg::{Charge, create_maps};
-#[cfg(test)]
+#[cfg(any(fuzzing, test))]
 pub use names::answered as answered_by_kernel;
 pub use names::{Interface as IngressInterface, NamesSettings};
 pub use obstacles::Obstacle;

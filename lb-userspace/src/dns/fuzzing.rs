@@ -10,8 +10,32 @@ use super::resolve::Missing::{Absent, LookUp, Unknown};
 use super::resolve::{Resolution, ResolveContext, TableSnapshot, Zone, answer};
 use super::response::{RelayOptions, UpstreamResponse};
 use super::sockets::Transport;
-use crate::config::Config;
+use crate::config::{Config, DnsConfig};
 use crate::table::{Ports, Protocols, Service, Table, Watch};
+
+/// The daemon's response to a message by UDP from the table, where it has one of its own.
+pub fn response(bytes: &[u8], table: &Table, config: &DnsConfig) -> Option<Vec<u8>> {
+    let snapshot = TableSnapshot::new(Arc::new(table.clone()));
+    let zone = Zone::new(config, []);
+    let known = ResolveContext {
+        zone: &zone,
+        snapshot: &snapshot,
+        attached: true,
+        waits: false,
+        missing: Absent,
+    };
+    let mut out = Vec::new();
+    matches!(answer(bytes, Transport::Udp, known, &mut out), Resolution::Reply(..)).then_some(out)
+}
+
+/// A client's message: where the kernel answers it, it does as the daemon.
+#[cfg(any(fuzzing, test))]
+pub fn kernel(bytes: &[u8]) {
+    let (table, config) = (table(), Config::default().dns);
+    if let Some(by_kernel) = crate::datapath::answered_by_kernel(bytes, &table, &config) {
+        assert_eq!(Some(by_kernel), response(bytes, &table, &config));
+    }
+}
 
 /// A client's message, over both transports: nothing is answered that is no question, and an answer
 /// has the question's id and name, fits, and can be read.

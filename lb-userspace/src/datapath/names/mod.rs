@@ -410,7 +410,7 @@ fn wire(domain: &str) -> Option<([u8; 64], u32)> {
 }
 
 /// The kernel's answer to a message, with the program's own functions; `None` where the daemon answers.
-#[cfg(test)]
+#[cfg(any(fuzzing, test))]
 pub fn answered(
     message: &[u8],
     table: &Table,

@@ -226,10 +226,10 @@ pub fn label(key: &NameKey) -> Arc<str> {
 }
 
 /// A message on the host.
-#[cfg(test)]
+#[cfg(any(fuzzing, test))]
 pub struct Octets<'a>(pub &'a [u8]);
 
-#[cfg(test)]
+#[cfg(any(fuzzing, test))]
 impl lb_common::DnsMessage for Octets<'_> {
     fn load(&self, offset: u32, to: &mut [u8]) -> bool {
         let from = self.0.get(offset as usize..).and_then(|rest| rest.get(..to.len()));

@@ -16,7 +16,7 @@ use crate::config::{Config, DnsConfig, Forward, Unrouted};
 use crate::datapath::answered_by_kernel;
 use crate::dns::resolve::Missing::{self, Absent, LookUp, Unknown};
 use crate::dns::resolve::{Resolution, ResolveContext, TableSnapshot, Zone, answer};
-use crate::dns::{DnsServer, Transport, bind};
+use crate::dns::{DnsServer, Transport, bind, fuzzing};
 use crate::table::{Backend, BackendState, Ports, Protocols, Service, Table, Watch};
 
 const POOLS: [&str; 2] = ["127.128.0.0/9", "fd00::/64"];
@@ -209,20 +209,6 @@ fn with_opt(mut message: Vec<u8>, version: u8, flags: u8, options: &[u8]) -> Vec
     message
 }
 
-/// The daemon's answer to a message by UDP, where it has one of its own.
-fn own_answer(bytes: &[u8], table: &Table, config: &DnsConfig) -> Option<Vec<u8>> {
-    let (zone, snapshot) = (zone(config), TableSnapshot::new(Arc::new(table.clone())));
-    let known = ResolveContext {
-        zone: &zone,
-        snapshot: &snapshot,
-        attached: true,
-        waits: false,
-        missing: LookUp,
-    };
-    let mut out = Vec::new();
-    matches!(answer(bytes, Transport::Udp, known, &mut out), Resolution::Reply(..)).then_some(out)
-}
-
 /// Each row of the table, in different messages: where the kernel answers, it is byte for byte as the
 /// daemon does; and it answers addresses and their absence.
 #[test]
@@ -252,13 +238,13 @@ fn the_kernel_answers_as_the_daemon_does() {
                 let by_kernel = answered_by_kernel(&message, &table, &config);
                 n_answered += usize::from(by_kernel.is_some());
                 if let Some(by_kernel) = &by_kernel {
-                    let own = own_answer(&message, &table, &config);
+                    let own = fuzzing::response(&message, &table, &config);
                     assert_eq!(Some(by_kernel), own.as_ref(), "{row}: {message:02x?}");
                 }
             }
             let is_service = name.trim_end_matches('.').split('.').count() == 2
                 && !name.starts_with('_')
-                && own_answer(&plain, &table, &config).is_some_and(|own| own[3] & 0xf == 0);
+                && fuzzing::response(&plain, &table, &config).is_some_and(|own| own[3] & 0xf == 0);
             let others = ["ANY", "SRV", "AXFR", "IXFR"];
             let expected = is_service && !others.contains(&query_type);
             assert_eq!(answered_by_kernel(&plain, &table, &config).is_some(), expected, "{row}");
@@ -290,7 +276,7 @@ proptest! {
             message.truncate(message.len().saturating_sub(cut));
         }
         if let Some(by_kernel) = answered_by_kernel(&message, &table, &config) {
-            proptest::prop_assert_eq!(Some(by_kernel), own_answer(&message, &table, &config));
+            proptest::prop_assert_eq!(Some(by_kernel), fuzzing::response(&message, &table, &config));
         }
     }
 }
