@@ -34,6 +34,10 @@ pub struct Outcome {
     pub answers: BTreeMap<String, u64>,
     /// How often each `std::io::ErrorKind` came.
     pub errors: BTreeMap<String, u64>,
+    /// How long the slowest took, its lookup included.
+    pub slowest: Duration,
+    /// How long the slowest lookup took that was answered.
+    pub slowest_lookup: Duration,
     /// How long all took.
     pub took: Duration,
 }
@@ -48,10 +52,23 @@ impl Load {
         address: impl Into<SocketAddr>,
         rate: u32,
     ) -> Result<Load> {
+        Load::start_with(place, &address.into().to_string(), rate)
+    }
+
+    /// Begins to look `name` up, at 127.0.0.1 and by one query, `rate` times a second, each time to
+    /// open a connection to port 80 of its address.
+    ///
+    /// # Errors
+    /// When the client can't be started.
+    pub fn start_by_name(place: ExecContext<'_>, name: &str, rate: u32) -> Result<Load> {
+        Load::start_with(place, &format!("127.0.0.1:80 --name {name}"), rate)
+    }
+
+    fn start_with(place: ExecContext<'_>, target: &str, rate: u32) -> Result<Load> {
         let mut command = place.command(cmd::built("nohop-load")?);
-        let (address, most) = (address.into(), rate * MAX_SECONDS);
+        let most = rate * MAX_SECONDS;
         let arguments =
-            format!("requests {address} --rate {rate} --times {most} --threads {N_THREADS}");
+            format!("requests {target} --rate {rate} --times {most} --threads {N_THREADS}");
         command.args(arguments.split(' '));
         Ok(Load { process: Process::spawn("load", command)?, rate })
     }
@@ -90,7 +107,13 @@ impl Load {
         };
         let number =
             |key: &str| report[key].as_u64().with_context(|| format!("no {key}: {report}"));
+        let slowest = |what: &str| {
+            let us = report[what]["max"].as_f64().unwrap_or_default();
+            Duration::from_micros(us as u64)
+        };
         let outcome = Outcome {
+            slowest: slowest("request_us"),
+            slowest_lookup: slowest("lookup_us"),
             n_requests: number("requests")?,
             answers: counts("answers")?,
             errors: counts("errors")?,

@@ -148,6 +148,16 @@ impl Nohop {
         self.wait_until_listening(&inotify)
     }
 
+    /// Starts the daemon again, once it has ended, and doesn't wait for anything.
+    ///
+    /// # Errors
+    /// When it can't be started.
+    pub fn start_again_unwatched(&mut self) -> Result<()> {
+        let _ = fs::remove_file(self.socket());
+        self.process = spawn(&self.command, &self.host, &self.tempdir.path().join("nohop.toml"))?;
+        Ok(())
+    }
+
     /// Starts the daemon again, once it has ended, with stderr in a file or a FIFO, and waits until it
     /// is ready.
     ///

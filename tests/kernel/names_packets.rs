@@ -546,34 +546,43 @@ pub fn batches_pass() {
         let place = Place::new();
         let _datapath = names::serve(&place);
         for ip in [IpAddr::from(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()] {
-            let server = SocketAddr::new(ip, PORT);
-            let listener = UdpSocket::bind(server).unwrap();
-            let client = names::socket(ip);
-            listener.set_read_timeout(client.read_timeout().unwrap()).unwrap();
-            client.connect(server).unwrap();
-            let message = query("web.service", A, true);
-            let size = libc::c_int::try_from(message.len()).unwrap();
-            // SAFETY: the option is an int.
-            let set = unsafe {
-                libc::setsockopt(
-                    client.as_raw_fd(),
-                    libc::SOL_UDP,
-                    libc::UDP_SEGMENT,
-                    (&raw const size).cast(),
-                    size_of_val(&size) as libc::socklen_t,
-                )
-            };
-            assert_eq!(set, 0);
-            client.send(&message.repeat(3)).unwrap();
-            let mut buffer = [0; 512];
-            for _ in 0..3 {
-                let len = listener.recv(&mut buffer).unwrap();
-                assert_eq!(buffer[..len], message);
-            }
-            // One is no batch.
-            client.send(&message).unwrap();
-            let len = client.recv(&mut buffer).unwrap();
-            assert_eq!(buffer[7..8], [1], "an answer of {len} bytes");
+            let elsewhere = n_of_batch(SocketAddr::new(ip, PORT + 1));
+            // On 5.10 the kernel itself drops those that come by lo.
+            assert!(elsewhere == 3 || crate::running_kernel() < (6, 1), "{elsewhere}");
+            assert_eq!(n_of_batch(SocketAddr::new(ip, PORT)), elsewhere);
         }
     });
+}
+
+/// Sends three queries at once, which the unit would answer, and then one that passes. Returns how many
+/// of the three a socket there received.
+fn n_of_batch(server: SocketAddr) -> usize {
+    let listener = UdpSocket::bind(server).unwrap();
+    let client = names::socket(server.ip());
+    listener.set_read_timeout(client.read_timeout().unwrap()).unwrap();
+    client.connect(server).unwrap();
+    let (message, last) = (query("web.service", A, true), query("none.service", A, false));
+    let size = libc::c_int::try_from(message.len()).unwrap();
+    // SAFETY: the option is an int.
+    let set = unsafe {
+        libc::setsockopt(
+            client.as_raw_fd(),
+            libc::SOL_UDP,
+            libc::UDP_SEGMENT,
+            (&raw const size).cast(),
+            size_of_val(&size) as libc::socklen_t,
+        )
+    };
+    assert_eq!(set, 0);
+    client.send(&message.repeat(3)).unwrap();
+    client.send(&last).unwrap();
+    let (mut buffer, mut n_received) = ([0; 512], 0);
+    loop {
+        let len = listener.recv(&mut buffer).unwrap();
+        if buffer[..len] == last {
+            return n_received;
+        }
+        assert_eq!(buffer[..len], message, "as it was sent");
+        n_received += 1;
+    }
 }

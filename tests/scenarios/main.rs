@@ -39,6 +39,7 @@ mod load;
 mod maintenance;
 mod map_full;
 mod names_outlive_the_daemon;
+mod names_under_load;
 mod non_vip_passthrough;
 mod not_ready_before_consul;
 mod one_of_ten_fails;
@@ -125,7 +126,11 @@ const SCENARIOS: &[(&str, Scenario)] = &[
     ("leader_killed", leader_killed::run),
     ("maintenance", maintenance::run),
     ("map_full", map_full::run),
+    ("names_after_a_crash", names_under_load::crashed),
+    ("names_after_twenty_kills", names_under_load::killed_at_random),
+    ("names_lost_without_the_unit", names_under_load::lost_without_the_unit),
     ("names_outlive_the_daemon", names_outlive_the_daemon::run),
+    ("names_through_an_update", names_under_load::updated),
     ("non_vip_passthrough", non_vip_passthrough::run),
     ("not_ready_before_consul", not_ready_before_consul::run),
     ("one_of_ten_is_silent", one_of_ten_fails::is_silent),

@@ -36,7 +36,7 @@ pub fn run() -> Result<()> {
     Ok(())
 }
 
-fn unit(status: &Value) -> Value {
+pub fn unit(status: &Value) -> Value {
     let units = status["datapath"]["units"].as_array().cloned().unwrap_or_default();
     units.into_iter().find(|unit| unit["name"] == "names").unwrap_or_default()
 }

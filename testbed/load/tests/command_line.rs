@@ -57,6 +57,7 @@ fn bad_arguments_exit_with_2_and_name_the_input() {
         ("udp 127.0.0.1:1 --seconds 1 --sockets 1", "--window"),
         ("udp 127.0.0.1:1 --seconds 1 --sockets 1 --window 1 --rate 1", "--rate"),
         ("udp 127.0.0.1:1 --seconds 1 --sockets 1 --window 1 --size 7", "--size"),
+        ("requests 127.0.0.1:1 --times 1 --name a..b", "a label has 1 to 63 bytes"),
         ("probe 127.0.0.1:1", "--log"),
         ("delay 127.0.0.1:0 127.0.0.1:1", "--delay-us"),
     ];
