@@ -38,6 +38,7 @@ mod leader_killed;
 mod load;
 mod maintenance;
 mod map_full;
+mod names_by_resolvers;
 mod names_outlive_the_daemon;
 mod names_under_load;
 mod non_vip_passthrough;
@@ -171,6 +172,7 @@ const SCENARIOS_OF_PROGRAMS: &[(&str, &[&str], Scenario)] = &[
     ("java_by_name", &["java", "javac"], clients_by_name::java),
     ("kdig_by_name", &["kdig"], resolvers::kdig),
     ("musl_by_name", &["musl-gcc"], resolvers::musl),
+    ("names_by_resolvers", &["musl-gcc", "node"], names_by_resolvers::run),
     ("node_by_name", &["node"], clients_by_name::node),
     ("postgres", &["psql", "initdb", "postgres"], postgres::run),
     ("prometheus_rules", &["promtool"], rules::run),

@@ -1,7 +1,7 @@
 //! Names through real resolvers: those of C libraries, those that stand in front of nohop, and the
 //! tools that people ask with.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Result, ensure};
 use testbed::cmd;
@@ -57,14 +57,27 @@ impl Fixture {
     }
 
     fn dnsmasq(&self, words: &str) -> Result<Process> {
-        let mut command = self.nodes.inside().command("dnsmasq");
-        let common = "--keep-in-foreground --log-facility=- --conf-file=/dev/null --pid-file= \
-                      --user=root --no-resolv --no-hosts --bind-interfaces";
-        command.args(common.split_whitespace()).args(words.split_whitespace());
-        let dnsmasq = Process::spawn("dnsmasq", command)?;
-        dnsmasq.wait_for_line(&["started, version"])?;
-        Ok(dnsmasq)
+        dnsmasq_on(&self.nodes, words)
     }
+}
+
+/// Starts a dnsmasq on the client node.
+pub fn dnsmasq_on(nodes: &Nodes, words: &str) -> Result<Process> {
+    let mut command = nodes.inside().command("dnsmasq");
+    let common = "--keep-in-foreground --log-facility=- --conf-file=/dev/null --pid-file= \
+                  --user=root --no-resolv --no-hosts --bind-interfaces";
+    command.args(common.split_whitespace()).args(words.split_whitespace());
+    let dnsmasq = Process::spawn("dnsmasq", command)?;
+    dnsmasq.wait_for_line(&["started, version"])?;
+    Ok(dnsmasq)
+}
+
+/// A program of musl's that prints the addresses of a name.
+pub fn build_musl(directory: &TempDir) -> Result<PathBuf> {
+    let program = directory.path().join("lookup");
+    let source = concat!(env!("CARGO_MANIFEST_DIR"), "/clients/lookup.c");
+    cmd::words("musl-gcc", &format!("-static -O1 -o {} {source}", program.display()))?;
+    Ok(program)
 }
 
 /// `nohop dns query` and `nohop check` see the same as everybody.
@@ -109,9 +122,7 @@ pub fn drill() -> Result<()> {
 /// musl's resolver queries A and AAAA at once, and trusts an NXDOMAIN of either.
 pub fn musl() -> Result<()> {
     let tempdir = TempDir::new("musl")?;
-    let program = tempdir.path().join("lookup");
-    let source = concat!(env!("CARGO_MANIFEST_DIR"), "/clients/lookup.c");
-    cmd::words("musl-gcc", &format!("-static -O1 -o {} {source}", program.display()))?;
+    let program = build_musl(&tempdir)?;
     let fixture = Fixture::new("")?;
     fixture.each_finds_the_vip(&program.display().to_string(), &["helloworld.service"])?;
     let absent = fixture.nodes.inside().run(&program, "absent.service");
@@ -131,10 +142,12 @@ pub fn dnsmasq() -> Result<()> {
     dnsmasq.stop()?;
 
     let whole = "--rebind-domain-ok=/service/ --rev-server=127.128.0.0/9,127.0.0.1#5354";
-    let _dnsmasq = fixture.dnsmasq(&format!("{delegation} {whole}"))?;
+    let _dnsmasq = fixture.dnsmasq(&format!("{delegation} {whole} --cache-size=0"))?;
     fixture.each_finds_the_vip("dig", &["+short helloworld.service"])?;
     let name = fixture.nodes.dig(&format!("+short -x {}", fixture.vip))?;
     ensure!(name.trim() == "helloworld.service.", "{} is {name:?}", fixture.vip);
+    fixture.glibc_finds_it()?;
+    fixture.nohop.kill()?;
     fixture.glibc_finds_it()
 }
 
@@ -214,13 +227,14 @@ pub fn consul() -> Result<()> {
         ensure!(is_late && n_starts < MAX_STARTS, error);
         (agent, n_starts) = (start()?, n_starts + 1);
     }
-    fixture.each_finds_the_vip(
-        "dig",
-        &[
-            "+short @127.0.0.1 -p 8600 helloworld.service",
-            "+short +tcp @127.0.0.1 -p 8600 helloworld.service",
-        ],
-    )
+    let rows = [
+        "+short @127.0.0.1 -p 8600 helloworld.service",
+        "+short +tcp @127.0.0.1 -p 8600 helloworld.service",
+    ];
+    fixture.each_finds_the_vip("dig", &rows)?;
+    fixture.nohop.kill()?;
+    // It asks by TCP what it is asked by TCP, which takes a daemon.
+    fixture.each_finds_the_vip("dig", &rows[..1])
 }
 
 /// How systemd-resolved runs by itself: with a configuration of its own, a folder to run in and a
@@ -248,6 +262,9 @@ pub fn systemd_resolved() -> Result<()> {
         root.path().display()
     ))?;
     ensure!(applied.status.success(), "{applied:?}");
+    // Answers are to come from nohop.
+    let drop_in = root.path().join("etc/systemd/resolved.conf.d/cache.conf");
+    std::fs::write(drop_in, "[Resolve]\nCache=no\n")?;
     let resolved = resolved(&fixture, &root.path().join("etc/systemd"))?;
     fixture.nodes.client.set_resolv_conf("nameserver 127.0.0.53\n")?;
     fixture.each_finds_the_vip(
@@ -261,6 +278,8 @@ pub fn systemd_resolved() -> Result<()> {
     // It asks nohop for all names, and nohop, whose resolv.conf names it now, would ask it again.
     let problem = "127.0.0.53:53 sends names outside the zone back to this server";
     fixture.nohop.wait_for_status(|status| status["problems"].to_string().contains(problem))?;
+    fixture.nohop.kill()?;
+    fixture.glibc_finds_it()?;
     resolved.stop().map(drop)
 }
 

@@ -1,0 +1,110 @@
+//! Resolvers of different libraries, by lists of domains to search, while the daemon runs, is dead, and
+//! hangs: which of them find a service. What they don't find docs/dns.md notes.
+
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use rustix::process::Signal;
+use testbed::consul;
+use testbed::nohop::Nohop;
+use testbed::{cmd, tempdir::TempDir};
+
+use crate::cluster::{Catalog, Nodes, vip};
+use crate::names_outlive_the_daemon::unit;
+use crate::resolvers;
+
+/// What the daemon does.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Daemon {
+    Runs,
+    IsDead,
+    /// It holds its sockets, and reads nothing.
+    Hangs,
+}
+
+/// How long a daemon has to hang so that its heartbeat is old, and more.
+const HANGS: Duration = Duration::from_millis(2_500);
+
+/// What is in resolv.conf beside the nameserver, the name that is looked up, and who doesn't find it when
+/// names before it get SERVFAIL from the kernel, and when they get no answer.
+const LISTS: [(&str, &str, [&[&str]; 2]); 4] = [
+    ("", "helloworld.service", [&[], &[]]),
+    ("search service", "helloworld", [&[], &[]]),
+    ("search outside.example service", "helloworld", [&["musl"], &["glibc", "musl"]]),
+    ("search service.example\noptions ndots:2", "helloworld.service", [&["musl"], &["musl"]]),
+];
+
+pub fn run() -> Result<()> {
+    let programs = TempDir::new("lookup")?;
+    let musl = resolvers::build_musl(&programs)?;
+    let nodes = Nodes::new()?;
+    // The resolver of all other names, which knows none.
+    let _others = resolvers::dnsmasq_on(&nodes, "--listen-address=127.0.0.2 --local=/#/")?;
+    let one = nodes.helloworld("one")?;
+    let catalog = Catalog::new(&[("helloworld", &[one.address])])?;
+    let config = catalog.config() + "dns.forward = [\"127.0.0.2:53\"]\n";
+    let mut nohop = nodes.nohop(&config)?;
+    nohop.wait_for_status(|status| unit(status)["state"] == "attached")?;
+    let vip = vip(&nohop, "helloworld")?.ip().to_string();
+
+    let found = |name: &str, resolver: &str| -> Result<String> {
+        let mut command: Command = match resolver {
+            "glibc" => nodes.inside().command("getent"),
+            "Go" => nodes.inside().command(consul::program()?),
+            _ => nodes.inside().command(&musl),
+        };
+        match resolver {
+            "glibc" => command.args(["ahostsv4", name]),
+            // It doesn't understand the answer, and quotes it.
+            "Go" => command
+                .args(["members", &format!("-http-addr=http://{name}:80")])
+                .env("GODEBUG", "netdns=go"),
+            _ => command.arg(name),
+        };
+        let output = cmd::output(command)?;
+        Ok(String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned())
+    };
+    for daemon in [Daemon::Runs, Daemon::Hangs, Daemon::IsDead] {
+        become_so(&nohop, daemon)?;
+        for (list, name, [when_dead, when_silent]) in LISTS {
+            // As short as can be, where no answer comes.
+            let options = "options timeout:1 attempts:1";
+            nodes.client.set_resolv_conf(&format!("nameserver 127.0.0.1\n{list}\n{options}\n"))?;
+            let without = match daemon {
+                Daemon::Runs => &[],
+                Daemon::IsDead => when_dead,
+                Daemon::Hangs => when_silent,
+            };
+            for resolver in ["glibc", "Go", "musl"] {
+                let text = found(name, resolver)?;
+                let is_found = match resolver {
+                    "Go" => text.contains("invalid character 'h'"),
+                    _ => text.contains(&vip),
+                };
+                let what = format!("{resolver} of {name}, {list:?}, {daemon:?}");
+                ensure!(is_found != without.contains(&resolver), "{what}: {text}");
+            }
+        }
+        // c-ares, which has no lists.
+        let script =
+            "require('dns').resolve4('helloworld.service', (e, a) => console.log(e || a[0]))";
+        let mut node = nodes.inside().command("node");
+        node.args(["-e", script]);
+        let text = cmd::stdout(node)?;
+        ensure!(text.trim() == vip, "c-ares, {daemon:?}: {text}");
+    }
+    nohop.start_again().context("after all")
+}
+
+fn become_so(nohop: &Nohop, daemon: Daemon) -> Result<()> {
+    match daemon {
+        Daemon::Runs => Ok(()),
+        Daemon::Hangs => {
+            nohop.process.signal(Signal::STOP)?;
+            std::thread::sleep(HANGS);
+            Ok(())
+        }
+        Daemon::IsDead => nohop.kill(),
+    }
+}
