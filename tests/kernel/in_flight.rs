@@ -1,5 +1,6 @@
 //! The unit `outcomes`: what is in flight is what the kernel lists, and a failure is a backend's.
 
+use std::collections::HashMap;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
@@ -97,24 +98,29 @@ pub fn holder(n: usize) -> (Child, u64) {
 
 const SYN_SENT: &str = "02";
 
-/// The connections of this network namespace to an address that a process has open, and those of them
-/// that are being established, as the kernel lists them for ss and netstat.
-fn listed(address: SocketAddr) -> (u32, i32) {
-    let SocketAddr::V4(address) = address else { unreachable!("an IPv4 server") };
-    let ip = u32::from_ne_bytes(address.ip().octets());
-    let remote = format!("{ip:08X}:{:04X}", address.port());
+/// The connections of this network namespace that a process has open, and those of them that are being
+/// established, as the kernel lists them for ss and netstat, by their IPv4 destination as it does.
+fn listed() -> HashMap<String, (u32, i32)> {
     let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
-    let (mut n_open, mut n_pending) = (0, 0);
+    let mut by_destination = HashMap::<_, (u32, i32)>::new();
     for line in table.lines().skip(1) {
         let fields: Vec<&str> = line.split_whitespace().collect();
         let is_pending = fields[3] == SYN_SENT;
         // What is in TIME_WAIT or CLOSE has no inode any more.
-        if fields[2] == remote && (fields[9] != "0" || is_pending) {
-            n_open += 1;
-            n_pending += i32::from(is_pending);
+        if fields[9] != "0" || is_pending {
+            let (n_open, n_pending) = by_destination.entry(fields[2].to_owned()).or_default();
+            *n_open += 1;
+            *n_pending += i32::from(is_pending);
         }
     }
-    (n_open, n_pending)
+    by_destination
+}
+
+/// An address as a key of [`listed`].
+fn as_listed(address: SocketAddr) -> String {
+    let SocketAddr::V4(address) = address else { unreachable!("an IPv4 server") };
+    let ip = u32::from_ne_bytes(address.ip().octets());
+    format!("{ip:08X}:{:04X}", address.port())
 }
 
 /// What the programs have counted of a backend.
@@ -148,10 +154,12 @@ fn agree_after(datapath: &Datapath, when: &str, each_time: impl Fn()) -> u32 {
     loop {
         each_time();
         let backends = datapath.indices("web").unwrap().backends;
-        let counts: Vec<_> = backends
-            .keys()
-            .map(|&address| (address, counted(datapath, address), listed(address)))
-            .collect();
+        let listed = listed();
+        let count = |&address: &SocketAddr| {
+            let listed = listed.get(&as_listed(address)).copied().unwrap_or_default();
+            (address, counted(datapath, address), listed)
+        };
+        let counts: Vec<_> = backends.keys().map(count).collect();
         if counts.iter().all(|(_, counted, listed)| counted == listed) {
             return counts.iter().map(|(_, (n_open, _), _)| n_open).sum();
         }

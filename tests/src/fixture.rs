@@ -332,6 +332,12 @@ pub fn n_connects() -> usize {
     if is_emulated() { 1_000 } else { 10_000 }
 }
 
+/// `n`, or a quarter of it where not all is tried: what only time or number shows is tried longer by
+/// `cargo xtask test --full`.
+pub fn at_length(n: u64) -> u64 {
+    if std::env::var_os("NOHOP_FULL").is_some() { n } else { n / 4 }
+}
+
 /// Whether the processor is emulated, as in `cargo xtask vm`.
 pub fn is_emulated() -> bool {
     std::env::var_os("NOHOP_EMULATED").is_some()

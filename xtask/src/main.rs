@@ -86,6 +86,9 @@ enum Task {
     Test {
         /// Run only the tests whose name contains this; without format and lints
         filter: Option<String>,
+        /// Everything at length: every trial on every kernel, and what only time or number shows
+        #[arg(long)]
+        full: bool,
     },
     /// The in-kernel tests on other kernels, in VMs; writes docs/verifier.md
     #[command(after_help = vm::AFTER_HELP)]
@@ -136,7 +139,10 @@ fn run(task: Task) -> Result<ExitCode> {
             bench::run(&suites, quick, force, seed)?;
         }
         Task::Fuzz { target, seconds } => fuzz::run(target.as_deref(), seconds)?,
-        Task::Test { filter } => return Ok(test::run(filter.as_deref())),
+        Task::Test { filter, full } => {
+            let extent = if full { vm::Extent::Full } else { vm::Extent::Usual };
+            return Ok(test::run(filter.as_deref(), extent));
+        }
         Task::Vm { kernel, counts } => return vm::run(kernel, counts),
     }
     Ok(ExitCode::SUCCESS)

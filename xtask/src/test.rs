@@ -7,18 +7,18 @@ use anyhow::{Context, Result, anyhow};
 use crate::process::{self, is_root};
 use crate::setup::{self, toolchain};
 use crate::test_report::Tally;
-use crate::vm;
+use crate::vm::{self, Extent};
 
 /// Runs the checks and the tests, or only the tests whose name contains `filter`. The last line
 /// has the counts.
-pub fn run(filter: Option<&str>) -> ExitCode {
+pub fn run(filter: Option<&str>, extent: Extent) -> ExitCode {
     let mut tally = Tally::default();
     match setup::run(setup::Purpose::Test) {
         Ok(()) => {
             if let Err(error) = setup::run_for_bench() {
                 tally.skip("the harness's tests that need them", &format!("{error:#}"));
             }
-            run_phases(&mut tally, filter);
+            run_phases(&mut tally, filter, extent);
         }
         Err(error) => tally.fail("setup", &error),
     }
@@ -30,7 +30,7 @@ pub fn run(filter: Option<&str>) -> ExitCode {
     tally.finish()
 }
 
-fn run_phases(tally: &mut Tally, filter: Option<&str>) {
+fn run_phases(tally: &mut Tally, filter: Option<&str>, extent: Extent) {
     if filter.is_none() {
         let object = ["--manifest-path", "lb-ebpf/Cargo.toml"];
         tally.command("format", &mut cargo(&["fmt", "--all", "--check"]));
@@ -42,7 +42,7 @@ fn run_phases(tally: &mut Tally, filter: Option<&str>) {
         check_dependencies(tally);
     }
 
-    run_tests(tally, filter);
+    run_tests(tally, filter, extent);
     if filter.is_none() {
         // A program of its own, because it makes itself root by becoming sudo.
         match std::env::current_exe() {
@@ -50,27 +50,28 @@ fn run_phases(tally: &mut Tally, filter: Option<&str>) {
             Err(error) => tally.fail("demo", &error.into()),
         }
     }
-    vm::run_matrix(tally, None, filter);
+    vm::run_matrix(tally, None, filter, extent);
     if filter.is_none() {
         let verified = tally.verified.clone();
         tally.check("what the verifier goes through", || vm::verifier::check(&verified));
     }
 }
 
-fn run_tests(tally: &mut Tally, filter: Option<&str>) {
+fn run_tests(tally: &mut Tally, filter: Option<&str>, extent: Extent) {
+    let full = (extent == Extent::Full).then_some(("NOHOP_FULL", "1"));
     let tests = ["test", "--workspace", "--no-fail-fast"];
     if is_root() {
-        tally.tests("tests", cargo(&tests).args(filter));
+        tally.tests("tests", cargo(&tests).args(filter).envs(full));
         return;
     }
     // Only the scenarios and the harness need root; what the others write stays the user's own.
     let exclude = ["--exclude", "lb-tests", "--exclude", "lb-bench"];
-    tally.tests("tests", cargo(&tests).args(exclude).args(filter));
+    tally.tests("tests", cargo(&tests).args(exclude).args(filter).envs(full));
     let scenarios = ["test", "--package", "lb-tests", "--package", "lb-bench", "--no-fail-fast"];
     match runner_variable() {
         Ok(runner) => {
             let mut cargo = cargo(&scenarios);
-            tally.tests("scenarios", cargo.args(filter).env(runner, "sudo -E"));
+            tally.tests("scenarios", cargo.args(filter).envs(full).env(runner, "sudo -E"));
         }
         Err(error) => tally.fail("scenarios", &error),
     }

@@ -39,7 +39,7 @@ const N_AT_ONCE: usize = 2;
 pub fn run(kernel: Option<Version>, counts: bool) -> Result<ExitCode> {
     setup::run(setup::Purpose::Test)?;
     let mut tally = Tally::default();
-    run_matrix(&mut tally, kernel, counts.then_some(verifier::TRIAL));
+    run_matrix(&mut tally, kernel, counts.then_some(verifier::TRIAL), Extent::Full);
     if kernel.is_none() {
         ask_running_kernel(&mut tally);
     }
@@ -49,14 +49,28 @@ pub fn run(kernel: Option<Version>, counts: bool) -> Result<ExitCode> {
     Ok(tally.finish())
 }
 
+/// How much is tried.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Extent {
+    /// What shows most faults in the time that a change can wait.
+    Usual,
+    /// Everything, at length.
+    Full,
+}
+
 /// Runs the tests whose name contains `filter` on every kernel, or only on `only`.
-pub fn run_matrix(tally: &mut Tally, only: Option<Version>, filter: Option<&str>) {
-    if let Err(error) = try_matrix(tally, only, filter) {
+pub fn run_matrix(tally: &mut Tally, only: Option<Version>, filter: Option<&str>, extent: Extent) {
+    if let Err(error) = try_matrix(tally, only, filter, extent) {
         tally.fail("kernels", &error);
     }
 }
 
-fn try_matrix(tally: &mut Tally, only: Option<Version>, filter: Option<&str>) -> Result<()> {
+fn try_matrix(
+    tally: &mut Tally,
+    only: Option<Version>,
+    filter: Option<&str>,
+    extent: Extent,
+) -> Result<()> {
     let kernel_tests = compile::kernel_tests()?;
     if let Some(filter) = filter {
         let names = process::output(Command::new(&kernel_tests).args(["--list", filter]))?;
@@ -80,14 +94,25 @@ fn try_matrix(tally: &mut Tally, only: Option<Version>, filter: Option<&str>) ->
 
     let folder = crate::repository::root().join("target/vm");
     let common = tests_archive(&kernel_tests, &folder)?;
-    let mut starts: Vec<Start> =
-        found.iter().map(|kernel| Start { kernel, mode: Mode::Plain, filter }).collect();
+    // A behaviour that came with a kernel is the newest's too, and one that went the oldest's.
+    let between = found.len().saturating_sub(2);
+    let is_divided = extent == Extent::Usual && filter.is_none() && between > 1;
+    let share = |nth: usize| {
+        let is_between = (1..=between).contains(&nth);
+        (is_divided && is_between).then(|| format!("NOHOP_SHARE={}/{between}", nth - 1))
+    };
+    let mut starts: Vec<Start> = found
+        .iter()
+        .enumerate()
+        .map(|(nth, kernel)| Start { kernel, mode: Mode::Plain, filter, share: share(nth) })
+        .collect();
     // One of the newer ones is enough: the helper is missing from all in the same way.
     let is_wanted = filter.is_none_or(|filter| LOCKDOWN_TRIALS.contains(filter));
     if let Some(kernel) = found.iter().find(|kernel| kernel.version >= LOCKED_DOWN)
         && is_wanted
     {
-        starts.push(Start { kernel, mode: Mode::LockedDown, filter: Some(LOCKDOWN_TRIALS) });
+        let filter = Some(LOCKDOWN_TRIALS);
+        starts.push(Start { kernel, mode: Mode::LockedDown, filter, share: None });
     }
     println!("\n== kernels, {N_AT_ONCE} at once");
     for Run { name, lines, result, took } in boot_all(&starts, &common, &folder) {
@@ -112,6 +137,8 @@ struct Start<'a> {
     kernel: &'a Kernel,
     mode: Mode,
     filter: Option<&'a str>,
+    /// The variable that gives it a part of the trials.
+    share: Option<String>,
 }
 
 /// The result of a kernel.
@@ -127,14 +154,15 @@ struct Run {
 /// `starts`.
 fn boot_all(starts: &[Start<'_>], common: &Archive, folder: &Path) -> Vec<Run> {
     let next = AtomicUsize::new(0);
-    let run = |&Start { kernel, mode, filter }: &Start<'_>| {
+    let run = |Start { kernel, mode, filter, share }: &Start<'_>| {
+        let (mode, filter) = (*mode, *filter);
         let start = Instant::now();
         let name = format!("kernel {}{}", kernel.version, mode.suffix());
         let mut lines = Vec::new();
         let mut boot = || {
             let mut archive = common.clone();
             archive.add_modules(&kernel.modules)?;
-            archive.add_script("init", boot::init_script(filter));
+            archive.add_script("init", boot::init_script(share.as_slice(), filter));
             let initrd = folder.join(format!("{}.cpio", name.replace([' ', ','], "-")));
             archive.write(&initrd)?;
             boot::boot(kernel, mode, &initrd, |line| lines.push(line.to_owned()))
