@@ -17,6 +17,7 @@ mod lockdown;
 mod maps;
 mod memcg;
 mod names;
+mod names_firewall;
 mod names_packets;
 mod netns_scope;
 mod obstacles;
@@ -126,6 +127,7 @@ const TRIALS: &[KernelTrial] = &[
     since((5, 10), "names_of_spoiled_packets", names_packets::spoiled),
     since((5, 10), "names_with_all_kinds_of_edns", names_packets::edns),
     since((5, 10), "names_of_batches_pass", names_packets::batches_pass),
+    once("names_behind_firewalls", names_firewall::what_a_client_sees),
     since((5, 10), "the_recipe_for_bpftool_works", maps::the_recipe_works),
     since((5, 10), "maps_have_field_names", maps::maps_have_field_names),
     since((5, 10), "pins_of_layout_2_are_taken_over", layout2::pins_are_taken_over),

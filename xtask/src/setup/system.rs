@@ -65,6 +65,7 @@ const CLIENTS: &[(&str, &str)] = &[
     ("javac", "default-jdk-headless"),
     ("kdig", "knot-dnsutils"),
     ("musl-gcc", "musl-tools"),
+    ("nft", "nftables"),
     ("node", "nodejs"),
     ("postgres", "postgresql"),
     ("psql", "postgresql-client"),
