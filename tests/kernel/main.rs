@@ -17,6 +17,7 @@ mod lockdown;
 mod maps;
 mod memcg;
 mod names;
+mod names_changes;
 mod names_firewall;
 mod names_packets;
 mod netns_scope;
@@ -127,6 +128,9 @@ const TRIALS: &[KernelTrial] = &[
     since((5, 10), "names_of_spoiled_packets", names_packets::spoiled),
     since((5, 10), "names_with_all_kinds_of_edns", names_packets::edns),
     since((5, 10), "names_of_batches_pass", names_packets::batches_pass),
+    since((6, 6), "names_beside_other_programs", names_changes::beside_other_programs),
+    once("names_by_the_thousand_are_replaced", names_changes::thousands_are_replaced),
+    once("names_in_a_full_map", names_changes::a_full_map),
     once("names_behind_firewalls", names_firewall::what_a_client_sees),
     since((5, 10), "the_recipe_for_bpftool_works", maps::the_recipe_works),
     since((5, 10), "maps_have_field_names", maps::maps_have_field_names),

@@ -76,7 +76,7 @@ fn exchange(socket: &UdpSocket, server: SocketAddr, message: &[u8]) -> std::io::
 
 /// What an answer is: the code, the numbers of answers and of authorities, and the last bytes of the first
 /// record.
-fn ask(server: SocketAddr, name: &str, kind: u16, opt: bool) -> String {
+pub fn ask(server: SocketAddr, name: &str, kind: u16, opt: bool) -> String {
     let source = if server.is_ipv4() {
         IpAddr::from(Ipv4Addr::LOCALHOST)
     } else {
