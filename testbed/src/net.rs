@@ -100,6 +100,11 @@ impl Host {
         Ok(port)
     }
 
+    /// The file that stands for its network namespace.
+    pub fn namespace(&self) -> PathBuf {
+        Path::new(NAMESPACES).join(&self.namespace)
+    }
+
     /// Runs `ip` on this host, with arguments separated by spaces.
     ///
     /// # Errors

@@ -39,6 +39,7 @@ mod load;
 mod maintenance;
 mod map_full;
 mod names_by_resolvers;
+mod names_from_containers;
 mod names_outlive_the_daemon;
 mod names_under_load;
 mod non_vip_passthrough;
@@ -173,6 +174,12 @@ const SCENARIOS_OF_PROGRAMS: &[(&str, &[&str], Scenario)] = &[
     ("kdig_by_name", &["kdig"], resolvers::kdig),
     ("musl_by_name", &["musl-gcc"], resolvers::musl),
     ("names_by_resolvers", &["musl-gcc", "node"], names_by_resolvers::run),
+    ("names_from_cni", &["host-local"], names_from_containers::by_cni),
+    (
+        "names_from_docker",
+        &["containerd", "docker", "dockerd", "musl-gcc", "runc"],
+        names_from_containers::by_docker,
+    ),
     ("node_by_name", &["node"], clients_by_name::node),
     ("postgres", &["psql", "initdb", "postgres"], postgres::run),
     ("prometheus_rules", &["promtool"], rules::run),

@@ -65,9 +65,9 @@ pub fn run(purpose: Purpose) -> Result<()> {
     if purpose >= Purpose::Test {
         let (clients, left_out) = system::provide_clients();
         println!("ok: clients that a few scenarios need: {clients}");
-        for program in unpacked::ALL {
-            let name = program.name;
-            match program.provide() {
+        for unpacked in unpacked::ALL {
+            let name = unpacked.package;
+            match unpacked.provide() {
                 Ok(found) => println!("ok: {name}: {found}"),
                 Err(error) => println!("skipped: {name}, and its scenario: {error:#}"),
             }

@@ -1,66 +1,84 @@
-//! Programs of packages that are unpacked and never installed, because Debian makes them services of
-//! the machine at once: systemd-resolved its resolver, Prometheus a server.
+//! Packages that are unpacked and never installed, because Debian makes services of the machine of them
+//! at once: systemd-resolved its resolver, Prometheus a server, Docker a daemon.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 
 use super::apt::Apt;
 use super::common::{Draft, announce, cache_dir, link_tool};
-use crate::process::{self, is_executable};
+use crate::process;
 
-/// A program that a scenario needs.
+/// A package with what scenarios need.
 pub struct Unpacked {
-    pub name: &'static str,
-    package: &'static str,
-    /// The folder it is in where the package is installed, and those within the package.
-    installed: &'static str,
-    within: &'static [&'static str],
+    pub package: &'static str,
+    /// The programs, or the library.
+    files: &'static [&'static str],
 }
 
-pub const ALL: [Unpacked; 2] = [
-    Unpacked {
-        name: "systemd-resolved",
-        package: "systemd-resolved",
-        installed: "/lib/systemd",
-        within: &["usr/lib/systemd", "lib/systemd"],
-    },
-    Unpacked {
-        name: "promtool",
-        package: "prometheus",
-        installed: "/usr/bin",
-        within: &["usr/bin"],
-    },
+pub const ALL: [Unpacked; 7] = [
+    Unpacked { package: "systemd-resolved", files: &["systemd-resolved"] },
+    Unpacked { package: "prometheus", files: &["promtool"] },
+    // Whose others are with this one.
+    Unpacked { package: "containernetworking-plugins", files: &["host-local"] },
+    Unpacked { package: "docker.io", files: &["dockerd", "docker"] },
+    Unpacked { package: "containerd", files: &["containerd", "containerd-shim-runc-v2"] },
+    Unpacked { package: "runc", files: &["runc"] },
+    // Of dockerd.
+    Unpacked { package: "libdevmapper1.02.1", files: &["libdevmapper.so.1.02.1"] },
+];
+
+/// Where packages have them.
+const DIRECTORIES: [&str; 7] = [
+    "usr/bin",
+    "usr/sbin",
+    "usr/lib/systemd",
+    "lib/systemd",
+    "usr/lib/cni",
+    "lib/x86_64-linux-gnu",
+    "usr/lib/x86_64-linux-gnu",
 ];
 
 impl Unpacked {
-    /// Sees to it that the program is there, and returns where.
+    /// Sees to it that the files are there, and returns where.
     pub fn provide(&self) -> Result<String> {
-        let installed = Path::new(self.installed).join(self.name);
-        let binary = if is_executable(&installed) { installed } else { self.unpacked()? };
-        link_tool(self.name, &binary)?;
-        Ok(binary.display().to_string())
+        let found = match self.files_in(Path::new("/")) {
+            Some(found) => found,
+            None => self.unpacked()?,
+        };
+        for (name, file) in self.files.iter().zip(&found) {
+            link_tool(name, file)?;
+        }
+        Ok(found.iter().map(|file| file.display().to_string()).collect::<Vec<_>>().join(", "))
     }
 
-    fn unpacked(&self) -> Result<PathBuf> {
-        let (name, package) = (self.name, self.package);
-        let place = cache_dir()?.join(name);
-        let binary = place.join(name);
-        if is_executable(&binary) {
-            return Ok(binary);
+    /// All of them, if they are there.
+    fn files_in(&self, root: &Path) -> Option<Vec<PathBuf>> {
+        let find = |name: &&str| {
+            let mut places = DIRECTORIES.iter().map(|dir| root.join(dir).join(name));
+            places.find(|file| file.is_file())
+        };
+        self.files.iter().map(find).collect()
+    }
+
+    fn unpacked(&self) -> Result<Vec<PathBuf>> {
+        let package = self.package;
+        let place = cache_dir()?.join("unpacked").join(package);
+        if let Some(found) = self.files_in(&place) {
+            return Ok(found);
         }
         announce(&format!("downloading {package} with apt-get"));
         // The package's file goes with its apt.
         let apt = Apt::of_system()?;
         let deb = apt.download(package)?;
         let draft = Draft::beside(&place)?;
-        process::output(Command::new("dpkg-deb").arg("-x").arg(&deb).arg(draft.path()))?;
-        let mut found = self.within.iter().map(|dir| draft.path().join(dir));
-        match found.find(|dir| is_executable(&dir.join(name))) {
-            Some(dir) => draft.publish(&dir, &place)?,
-            None => bail!("{} holds no {name}", deb.display()),
+        let root = draft.path().join("root");
+        process::output(Command::new("dpkg-deb").arg("-x").arg(&deb).arg(&root))?;
+        if self.files_in(&root).is_none() {
+            bail!("{} lacks one of {}", deb.display(), self.files.join(", "));
         }
-        Ok(binary)
+        draft.publish(&root, &place)?;
+        self.files_in(&place).with_context(|| format!("{} is incomplete", place.display()))
     }
 }
