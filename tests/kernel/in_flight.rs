@@ -97,6 +97,7 @@ pub fn holder(n: usize) -> (Child, u64) {
 }
 
 const SYN_SENT: &str = "02";
+const TIME_WAIT: &str = "06";
 
 /// The connections of this network namespace that a process has open, and those of them that are being
 /// established, as the kernel lists them for ss and netstat, by their IPv4 destination as it does.
@@ -104,11 +105,16 @@ fn listed() -> HashMap<String, (u32, i32)> {
     let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
     let mut by_destination = HashMap::<_, (u32, i32)>::new();
     for line in table.lines().skip(1) {
-        let fields: Vec<&str> = line.split_whitespace().collect();
-        let is_pending = fields[3] == SYN_SENT;
-        // What is in TIME_WAIT or CLOSE has no inode any more.
-        if fields[9] != "0" || is_pending {
-            let (n_open, n_pending) = by_destination.entry(fields[2].to_owned()).or_default();
+        let mut fields = line.split_ascii_whitespace().skip(2);
+        let (destination, state) = (fields.next().unwrap(), fields.next().unwrap());
+        // There are thousands of them.
+        if state == TIME_WAIT {
+            continue;
+        }
+        let is_pending = state == SYN_SENT;
+        // What is in CLOSE has no inode any more either.
+        if is_pending || fields.nth(5) != Some("0") {
+            let (n_open, n_pending) = by_destination.entry(destination.to_owned()).or_default();
             *n_open += 1;
             *n_pending += i32::from(is_pending);
         }
