@@ -35,6 +35,10 @@ pub const SUITES: [Suite; 9] = [
     Suite { name: "udp", programs: &[], run: udp::run },
     Suite { name: "change", programs: &["haproxy"], run: change::run },
     Suite { name: "scale", programs: &["bpftool"], run: scale::run },
-    Suite { name: "dns", programs: &["dnsperf", "dnsmasq", "dig", "taskset"], run: dns::run },
+    Suite {
+        name: "dns",
+        programs: &["dnsperf", "dnsmasq", "dig", "taskset", "unbound"],
+        run: dns::run,
+    },
     Suite { name: "failure", programs: &["nft"], run: failure::run },
 ];

@@ -43,11 +43,12 @@ const BENCH_TOOLS: &[(&str, &str)] = &[
     ("nginx", "nginx-light libnginx-mod-stream"),
     ("ss", "iproute2"),
     ("taskset", "util-linux"),
+    ("unbound", "unbound"),
     ("wrk", "wrk"),
 ];
 
 /// Those of them that Debian would start at the next boot.
-const BENCH_SERVICES: [&str; 2] = ["haproxy", "nginx"];
+const BENCH_SERVICES: [&str; 3] = ["haproxy", "nginx", "unbound"];
 
 /// Installs without starting services: Debian starts what it installs, unless this program refuses.
 const INSTALL: &str = "\

@@ -2,7 +2,8 @@
 
 use std::fs::{self, File};
 use std::net::SocketAddrV4;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
 
 use anyhow::{Context, Result, ensure};
 use testbed::cmd;
@@ -45,27 +46,54 @@ pub fn query(at: At<'_>, questions: &Path, arguments: &str) -> Result<Summary> {
     read(&start(at, questions, arguments)?)
 }
 
-/// The same, and how long the slowest hundredth of those that were answered took at least, in
-/// microseconds.
+/// The same from two threads on all processors.
 ///
 /// # Errors
-/// As [`ask`].
-pub fn query_and_list(at: At<'_>, questions: &Path, arguments: &str) -> Result<(Summary, f64)> {
-    let text = start(at, questions, &format!("{arguments} -v"))?;
-    Ok((read(&text)?, quantile(&waits_us(&text), 0.99)))
+/// As [`query`].
+pub fn query_from_all(at: At<'_>, questions: &Path, arguments: &str) -> Result<Summary> {
+    let (output, file) = command(at, questions, &format!("{arguments} -T 2"))?;
+    read(&finish(cmd::output(output)?, &file)?)
 }
 
-fn start((place, address): At<'_>, questions: &Path, arguments: &str) -> Result<String> {
+/// The same as [`query`], and how long those that were answered took, in microseconds: half of them at
+/// most the first number, the slowest hundredth at least the second.
+///
+/// # Errors
+/// As [`query`].
+pub fn query_and_list(
+    at: At<'_>,
+    questions: &Path,
+    arguments: &str,
+) -> Result<(Summary, [f64; 2])> {
+    let text = start(at, questions, &format!("{arguments} -v"))?;
+    let waits_us = waits_us(&text);
+    Ok((read(&text)?, [0.5, 0.99].map(|share| quantile(&waits_us, share))))
+}
+
+fn start(at: At<'_>, questions: &Path, arguments: &str) -> Result<String> {
+    let (command, file) = command(at, questions, arguments)?;
+    finish(pin::on(pin::CLIENT, || cmd::output(command))?, &file)
+}
+
+/// The command, and the file to which it writes: its lines for each query, which no other process then
+/// has to read meanwhile.
+fn command(
+    (place, address): At<'_>,
+    questions: &Path,
+    arguments: &str,
+) -> Result<(Command, PathBuf)> {
     let mut command = place.command("dnsperf");
     command.args(["-s", &address.ip().to_string(), "-p", &address.port().to_string(), "-d"]);
     command.arg(questions).args(arguments.split_whitespace());
-    // Its lines for each query go to a file, so that no other process has to read them meanwhile.
     let file = questions.with_extension("out");
     command.stdout(File::create(&file).with_context(|| format!("make {}", file.display()))?);
-    let output = pin::on(pin::CLIENT, || cmd::output(command))?;
+    Ok((command, file))
+}
+
+fn finish(output: Output, file: &Path) -> Result<String> {
     let errors = String::from_utf8_lossy(&output.stderr).into_owned();
     ensure!(output.status.success(), "dnsperf failed, {}: {errors}", output.status);
-    fs::read_to_string(&file).with_context(|| format!("read {}", file.display()))
+    fs::read_to_string(file).with_context(|| format!("read {}", file.display()))
 }
 
 fn read(text: &str) -> Result<Summary> {

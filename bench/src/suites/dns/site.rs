@@ -20,8 +20,11 @@ use super::{dnsperf, pin};
 use crate::node::{self, Layout, Node};
 use crate::peers::{self, NOHOP, Protocol, Service, Services, frontend};
 
+/// nohop whose kernel side answers nothing: what the daemon alone does.
+pub const DAEMON: &str = "nohop, daemon alone";
 /// The base of all ratios: as fast as it can be made.
 pub const DNSMASQ: &str = "dnsmasq";
+pub const UNBOUND: &str = "Unbound";
 /// Consul's own server.
 pub const CONSUL: &str = "Consul DNS";
 
@@ -62,7 +65,9 @@ impl Site {
         let (node, files) = (Node::new(Layout::OneHost)?, TempDir::new("dns")?);
         let start = match name {
             NOHOP => start_nohop,
+            DAEMON => start_daemon,
             DNSMASQ => start_dnsmasq,
+            UNBOUND => start_unbound,
             CONSUL => start_consul,
             _ => bail!("no server is called {name}"),
         };
@@ -117,12 +122,25 @@ pub fn dnsmasq_version() -> Result<String> {
     Ok(line.split("  ").next().unwrap_or(line).to_owned())
 }
 
+pub fn unbound_version() -> Result<String> {
+    let text = cmd::words("unbound", "-V")?;
+    Ok(text.lines().next().unwrap_or_default().replace("Version ", "Unbound "))
+}
+
 fn start_nohop(node: &Node, _files: &TempDir, n_names: usize) -> Result<Box<dyn Any>> {
+    start_nohop_with(node, n_names, "")
+}
+
+fn start_daemon(node: &Node, _files: &TempDir, n_names: usize) -> Result<Box<dyn Any>> {
+    start_nohop_with(node, n_names, "dns.kernel = false")
+}
+
+fn start_nohop_with(node: &Node, n_names: usize, setting: &str) -> Result<Box<dyn Any>> {
     let backends = vec![Node::backend(0, 8080)];
     let service = |idx| Service { name: service_name(idx), backends: backends.clone() };
     let services = (0..n_names).map(service).collect();
     let services = Services { protocol: Protocol::Tcp, services, settings: String::new() };
-    let more = format!("dns.forward = [\"{UPSTREAM}\"]");
+    let more = format!("dns.forward = [\"{UPSTREAM}\"]\n{setting}");
     let nohop = peers::serve_nohop(node, &services, &more)?;
     Ok(Box::new(nohop))
 }
@@ -138,6 +156,20 @@ fn start_dnsmasq(node: &Node, files: &TempDir, n_names: usize) -> Result<Box<dyn
     let mut command = node.hop_place().command("dnsmasq");
     command.arg("--keep-in-foreground").arg(format!("--conf-file={}", config.display()));
     Ok(Box::new(Process::spawn("dnsmasq", command)?))
+}
+
+fn start_unbound(node: &Node, files: &TempDir, n_names: usize) -> Result<Box<dyn Any>> {
+    let mut names = String::new();
+    for idx in 0..n_names {
+        let (name, address) = (service_name(idx), *frontend(idx).ip());
+        writeln!(names, "    local-data: \"{name}.service. 30 A {address}\"")?;
+    }
+    fs::write(files.path().join("unbound.names"), names).context("write Unbound's names")?;
+    let none = Services { protocol: Protocol::Tcp, services: vec![], settings: String::new() };
+    let config = peers::render("unbound.conf", &none, files.path())?;
+    let mut command = node.hop_place().command("unbound");
+    command.args(["-d", "-p", "-c"]).arg(config);
+    Ok(Box::new(Process::spawn("unbound", command)?))
 }
 
 /// The resolver that others forward to. Its answers may not be kept: TTL 0.
