@@ -12,6 +12,7 @@ mod disconnect;
 mod ejection;
 mod families;
 mod in_flight;
+mod intercept;
 mod layout2;
 mod lockdown;
 mod maps;
@@ -336,6 +337,10 @@ const TRIALS: &[KernelTrial] = &[
     once("ejection_outlives_a_restart", ejection::a_restart_keeps_ejections),
     once("ejection_events_that_are_lost", ejection::events_that_find_no_room_are_counted),
     since((5, 10), "ejection_beside_other_programs", ejection::another_program_in_the_hierarchy),
+    since((5, 10), "intercept_every_way_to_ask", intercept::every_way_to_ask),
+    since((5, 10), "intercept_while_the_daemon_answers", intercept::only_while_the_daemon_answers),
+    since((5, 10), "intercept_leaves_alone", intercept::what_is_left_alone),
+    since((5, 10), "intercept_in_another_netns", intercept::in_another_network_namespace),
     since((5, 10), "verified_instructions_are_told", verifier::instructions_are_told),
     since((5, 10), "a_probe_needs_no_locked_memory", verifier::a_probe_needs_no_locked_memory),
 ];

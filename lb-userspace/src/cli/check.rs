@@ -8,10 +8,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::admin::{api, client};
 use crate::catalog::Handle;
-use crate::config::{Config, ConfigErrors, SourceKind, cgroup};
+use crate::config::{Config, ConfigErrors, Intercepted, SourceKind, cgroup};
 use crate::datapath::{
     Charge, Features, Limit, Safety, TcpTerminator, are_charged, exclusion_problems, find_obstacle,
-    is_bpffs, look_at_pins, nearest_directory, route,
+    intercept_problems, is_bpffs, look_at_pins, nearest_directory, route,
 };
 use crate::dns;
 
@@ -76,6 +76,9 @@ pub fn check(config: Result<Config, ConfigErrors>, admin: Option<&str>) -> Check
     checks.extend(namespace(&config).map(|found| finding("cgroup namespace", false, found)));
     for (is_required, found) in exclusions(&config) {
         checks.push(finding("excluded cgroups", is_required, found));
+    }
+    if config.dns.intercept != Intercepted::Tasks(false) {
+        checks.push(finding("dns.intercept", false, interception(&config)));
     }
     checks.push(finding("hooks", true, hooks(&config)));
     let bridges = hairpin(Path::new("/sys/class/net"));
@@ -308,6 +311,15 @@ fn exclusions(config: &Config) -> Vec<(bool, CheckResult)> {
         return vec![(false, Ok("each pattern matches a cgroup".to_owned()))];
     }
     problems.iter().map(|problem| (false, in_two(problem))).collect()
+}
+
+/// The processes whose DNS queries are intercepted.
+fn interception(config: &Config) -> CheckResult {
+    let problems = intercept_problems(&config.dns.intercept, &dns::reached_at(&config.dns.listen));
+    match problems.first() {
+        Some(problem) => in_two(problem),
+        None => Ok("port 53 of these cgroups goes to nohop, from containers as well".to_owned()),
+    }
 }
 
 /// Bridges with ports that send nothing back to where it came from. An instance in bridge mode is

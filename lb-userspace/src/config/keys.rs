@@ -165,6 +165,8 @@ pub const KEYS: &[Key] = keys! {
         "answer names of routed services in the kernel, also while the daemon doesn't run"
     live "dns.kernel_mode" config.dns.kernel_mode: |value| value.text(text::word);
         "when the kernel answers: \"always\" or \"standby\", only while the daemon doesn't run"
+    live "dns.intercept" config.dns.intercept: text::intercept;
+        "send DNS queries to nohop, whatever resolver they are for: true: of Nomad's tasks and Docker's containers; or cgroups: paths, * and ? allowed"
     restart(MAPS) "datapath.max_services" config.datapath.max_services: |value| value.integer(1..=1_000_000);
         "services that the maps have room for"
     restart(MAPS) "datapath.max_backends" config.datapath.max_backends: |value| value.integer(1..=8_000_000);
@@ -204,7 +206,6 @@ pub const PLANNED: &[&str] = &[
     "identity.docker",
     "intentions.mode",
     "intentions.direct",
-    "dns.intercept",
     "dns.cache",
 ];
 

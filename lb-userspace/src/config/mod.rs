@@ -223,6 +223,18 @@ pub struct DnsConfig {
     pub kernel: bool,
     /// When it does.
     pub kernel_mode: KernelMode,
+    /// Whose queries to other resolvers are sent to nohop.
+    pub intercept: Intercepted,
+}
+
+/// Whose DNS queries to other resolvers are sent to nohop.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(untagged)]
+pub enum Intercepted {
+    /// Those of Nomad's tasks and Docker's containers, or of none.
+    Tasks(bool),
+    /// Those of processes in these cgroups, or below: paths, whose segments may have `*` and `?`.
+    Cgroups(Vec<PathBuf>),
 }
 
 /// When the kernel answers routed names.
@@ -365,6 +377,7 @@ impl Default for Config {
                 client_rate: 10_000,
                 kernel: true,
                 kernel_mode: KernelMode::Always,
+                intercept: Intercepted::Tasks(false),
             },
             datapath: DatapathConfig {
                 max_services: 16_384,

@@ -81,6 +81,7 @@ fn the_defaults_written_out_are_the_defaults() {
         client_rate = 10000
         kernel = true
         kernel_mode = "always"
+        intercept = false
         [datapath]
         max_services = 16384
         max_backends = 131072
@@ -150,6 +151,7 @@ const EVERY_KEY: &str = r#"
     client_rate = 0
     kernel = false
     kernel_mode = "standby"
+    intercept = ["nomad.slice", "/sys/fs/cgroup/docker/"]
     [datapath]
     max_services = 100
     max_backends = 200
@@ -241,6 +243,10 @@ fn every_key_is_taken() {
             client_rate: 0,
             kernel: false,
             kernel_mode: KernelMode::Standby,
+            intercept: Intercepted::Cgroups(vec![
+                "nomad.slice".into(),
+                "/sys/fs/cgroup/docker".into(),
+            ]),
         },
         datapath: DatapathConfig {
             max_services: 100,
@@ -434,6 +440,11 @@ fn what_is_wrong_is_named_with_its_line_and_its_fix() {
                 "f:1: datapath.exclude_cgroups: 'nomad.slice/**/a' has a '**', which would span directories; write a '*' for each level, as in 'nomad.slice/*/*.envoy-*.scope'",
             ],
         ),
+        (
+            "dns.intercept = 'yes'",
+            &["f:1: dns.intercept: expected true, false or an array of cgroups, found a string"],
+        ),
+        ("dns.intercept = []", &["f:1: dns.intercept: is empty; write at least one element"]),
         (
             &too_many,
             &[

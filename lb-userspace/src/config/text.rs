@@ -7,8 +7,8 @@ use serde::de::value::{Error as WordError, StrDeserializer};
 use serde::de::{DeserializeOwned, IntoDeserializer};
 use serde::{Serialize, Serializer};
 
-use super::MAX_EXCLUDED_CGROUPS;
 use super::toml_value::{Parsed, TomlValue};
+use super::{Intercepted, MAX_EXCLUDED_CGROUPS};
 
 /// One of the keywords of an enum of the configuration.
 pub(super) fn word<T: DeserializeOwned>(text: &str) -> Result<T, String> {
@@ -92,6 +92,15 @@ pub(super) fn cgroups(value: &TomlValue) -> Parsed<Vec<PathBuf>> {
             "names {n} cgroups; at most {MAX_EXCLUDED_CGROUPS} can be excluded: name a cgroup that \
              several of them are below"
         )),
+    }
+}
+
+/// Whether DNS queries are intercepted, or in which cgroups.
+pub(super) fn intercept(value: &TomlValue) -> Parsed<Intercepted> {
+    match value.flag() {
+        Ok(flag) => Ok(Intercepted::Tasks(flag)),
+        Err(_) if !value.is_list() => value.unexpected("true, false or an array of cgroups"),
+        Err(_) => value.list(|each| each.text(cgroup)).map(Intercepted::Cgroups),
     }
 }
 

@@ -34,7 +34,8 @@ impl TomlValue<'_, '_> {
         Err(vec![InvalidValue { key: self.key.clone(), offset, what: what.into() }])
     }
 
-    fn unexpected<T>(&self, expected: &str) -> Parsed<T> {
+    /// The problem that the value is of another type.
+    pub(super) fn unexpected<T>(&self, expected: &str) -> Parsed<T> {
         self.fault(format!("expected {expected}, found {}", kind(self.value.get_ref())))
     }
 

@@ -42,6 +42,8 @@ pub struct Readings {
     pub(super) events: BTreeMap<&'static str, u64>,
     pub(super) maps: Vec<(&'static str, Pressure)>,
     pub(super) dns_answers: BTreeMap<String, u64>,
+    /// Decisions of the unit `intercept`, by name; none while it is off.
+    pub(super) intercepted: Vec<(&'static str, u64)>,
     pub(super) dns_upstreams: Vec<dns::UpstreamStats>,
     pub(super) pool: PoolUse,
 }
@@ -72,6 +74,12 @@ pub fn exposition(readings: &Readings) -> String {
     let mut family = text.family("nohop_dns_queries_total", MetricType::Counter, help);
     for (rcode, n) in &readings.dns_answers {
         family.sample(&[("rcode", rcode)], n);
+    }
+    let help =
+        "Connections and datagrams to port 53 that dns.intercept concerns, by what was decided.";
+    let mut family = text.family("nohop_dns_intercept_total", MetricType::Counter, help);
+    for (result, n) in &readings.intercepted {
+        family.sample(&[("result", result)], n);
     }
     upstreams(&mut text, readings);
     text.finish()
@@ -352,6 +360,7 @@ mod tests {
             events: [("refused_no_frontend", 5), ("udp_no_frontend", 6), ("flows_full", 7)].into(),
             maps: vec![("SLOTS", Pressure { used: 10, capacity: 40 })],
             dns_answers: BTreeMap::from([("NXDOMAIN".into(), 6)]),
+            intercepted: vec![("intercepted", 3), ("no_daemon", 1)],
             dns_upstreams: vec![dns::UpstreamStats {
                 address: "192.0.2.1:53".parse().unwrap(),
                 state: dns::UpstreamState::Out,
@@ -406,6 +415,7 @@ mod tests {
             (r#"nohop_map_capacity{map="SLOTS"}"#, 40.0),
             (r#"nohop_vip_pool_addresses{state="free"}"#, 7.0),
             (r#"nohop_dns_queries_total{rcode="NXDOMAIN"}"#, 6.0),
+            (r#"nohop_dns_intercept_total{result="intercepted"}"#, 3.0),
             (r#"nohop_dns_upstream_up{upstream="192.0.2.1:53"}"#, 0.0),
             (r#"nohop_dns_upstream_queries_total{upstream="192.0.2.1:53",result="timeout"}"#, 2.0),
             (r#"nohop_dns_upstream_seconds_bucket{upstream="192.0.2.1:53",le="0.0005"}"#, 3.0),

@@ -10,6 +10,7 @@ mod drains;
 mod ejected;
 mod explain;
 mod holdback;
+mod intercept;
 mod metrics;
 mod names;
 mod notify;
@@ -531,6 +532,7 @@ impl Daemon {
         if last.dns != self.config.dns {
             self.dns.reconfigure(&self.config.dns);
             self.datapath.configure_names(names::settings(&self.config.dns, &self.dns_listen));
+            self.configure_intercept();
         }
         self.shadow.configure(self.config.shadow);
         self.update_mode();
@@ -570,6 +572,7 @@ impl Daemon {
         let &CatalogConfig { expired, max_age, .. } = &self.config.catalog;
         self.datapath.set_max_age((expired == Expired::Refuse).then_some(max_age));
         self.datapath.configure_names(names::settings(&self.config.dns, &self.dns_listen));
+        self.configure_intercept();
         if !self.datapath.check_hooks() {
             self.attached.send_replace(false);
         }
@@ -581,6 +584,13 @@ impl Daemon {
         if self.datapath.is_behind() {
             self.datapath.apply(self.pipeline.latest());
         }
+    }
+
+    /// Follows the processes whose DNS queries are intercepted.
+    fn configure_intercept(&self) {
+        let has_upstream = self.dns.debug_client().has_default_upstream();
+        let settings = intercept::settings(&self.config.dns, &self.dns_listen, has_upstream);
+        self.datapath.configure_intercept(settings);
     }
 
     /// Takes the parts down, and the kernel side where the configuration wants that.

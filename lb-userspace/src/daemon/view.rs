@@ -238,6 +238,7 @@ impl View for DaemonView {
             events,
             maps: self.datapath.pressure(),
             dns_answers: self.dns_answers(),
+            intercepted: self.datapath.intercept_counts(),
             dns_upstreams: self.debug_client.upstreams(),
             pool: *self.pool.borrow(),
         })

@@ -65,8 +65,31 @@ fn find_in(mounts: &[Mount], patterns: &[PathBuf]) -> Found {
 /// The cgroups that one pattern matches, by path.
 fn matches(mounts: &[Mount], pattern: &Path) -> Result<Vec<(PathBuf, Entry)>, String> {
     let problem = |what: String| {
-        Err(format!("datapath.exclude_cgroups: '{}' excludes nothing: {what}", pattern.display()))
+        format!("datapath.exclude_cgroups: '{}' excludes nothing: {what}", pattern.display())
     };
+    let Located { mount, n_levels, cgroups } = locate(mounts, pattern).map_err(problem)?;
+    let depth =
+        cgroup::depth(mount).ok_or_else(|| problem(cgroup::ScopeError::Depth.to_string()))?;
+    let level = (depth + n_levels) as u64;
+    let excluded = |(path, cgroup_id)| (path, (BypassCgroup { cgroup_id }, BypassLevel { level }));
+    Ok(cgroups.into_iter().map(excluded).collect())
+}
+
+/// The cgroups that a pattern matches.
+pub(super) struct Located<'a> {
+    /// The mount that the pattern is below.
+    mount: &'a Mount,
+    /// The levels of the pattern below it.
+    n_levels: usize,
+    /// Each with its id, by path.
+    pub(super) cgroups: Vec<(PathBuf, u64)>,
+}
+
+/// Looks for the cgroups that a pattern matches.
+///
+/// # Errors
+/// Why there can be none.
+pub(super) fn locate<'a>(mounts: &'a [Mount], pattern: &Path) -> Result<Located<'a>, String> {
     // The mount that a full path is below. Segments of a mount's path are never patterns.
     let whole = match pattern.is_absolute() {
         true => canonical(pattern),
@@ -84,30 +107,25 @@ fn matches(mounts: &[Mount], pattern: &Path) -> Result<Vec<(PathBuf, Entry)>, St
     let Some((mount, below)) = chosen else {
         let mounted: Vec<_> =
             mounts.iter().map(|mount| mount.point.display().to_string()).collect();
-        return problem(match mounted.is_empty() {
+        return Err(match mounted.is_empty() {
             true => "no cgroup v2 hierarchy is mounted".to_owned(),
             false => format!("it isn't below a cgroup v2 mount ({})", mounted.join(", ")),
         });
     };
-    let Some(depth) = cgroup::depth(mount) else {
-        return problem(cgroup::ScopeError::Depth.to_string());
-    };
     let mut paths = vec![mount.point.clone()];
-    let mut level = depth;
+    let mut n_levels = 0;
     for part in below.components() {
         let Component::Normal(part) = part else { continue };
-        level += 1;
+        n_levels += 1;
         paths = paths.iter().flat_map(|path| children(path, part.as_bytes())).collect();
     }
     paths.sort();
-    let excluded = |path: PathBuf| {
+    let cgroup = |path: PathBuf| {
         let metadata = std::fs::metadata(&path).ok().filter(std::fs::Metadata::is_dir)?;
         let is_cgroup = cgroup::is_cgroup2(&path).unwrap_or(false);
-        is_cgroup.then_some(())?;
-        let level = level as u64;
-        Some((path, (BypassCgroup { cgroup_id: metadata.st_ino() }, BypassLevel { level })))
+        is_cgroup.then(|| (path, metadata.st_ino()))
     };
-    Ok(paths.into_iter().filter_map(excluded).collect())
+    Ok(Located { mount, n_levels, cgroups: paths.into_iter().filter_map(cgroup).collect() })
 }
 
 /// The path without symbolic links, as far as it exists.

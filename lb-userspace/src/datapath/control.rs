@@ -17,6 +17,7 @@ use super::error::DatapathError;
 use super::events::Reports;
 use super::features::{Features, Limit};
 use super::in_flight::{Recount, Recounter};
+use super::intercept::{Intercept, InterceptSettings};
 use super::kernel::{ControlBlock, Counters, KernelMaps};
 use super::links::{self, Attachment, ServedCgroup, Units};
 use super::names::{Names, NamesSettings};
@@ -39,6 +40,7 @@ pub struct Datapath {
     pub(super) control_block: ControlBlock,
     pub(super) units: Units,
     pub(super) names: Names,
+    pub(super) intercept: Intercept,
     pub(super) pins: Pins,
     pub(super) pinned_maps: PinnedMaps,
     pub(super) socket_terminator: SocketTerminator,
@@ -238,6 +240,7 @@ impl Datapath {
         let mut daemon = self.control_block.daemon();
         daemon.heartbeat_ns = now;
         self.names.heartbeat(now);
+        self.intercept.heartbeat(now);
         if let Some(age) = table_age {
             daemon.table_ns = now.saturating_sub(age.as_nanos() as u64);
         }
@@ -260,6 +263,7 @@ impl Datapath {
     pub fn unit_status(&self) -> Vec<UnitHealth> {
         let mut units = self.units.status();
         units.push(self.names.status());
+        units.extend(self.intercept.status());
         units
     }
 
@@ -271,6 +275,20 @@ impl Datapath {
     /// Whether a required hook was found detached: names are SERVFAIL then.
     pub fn set_names_detached(&mut self, is_detached: bool) {
         self.names.set_detached(is_detached);
+        self.intercept.set_detached(is_detached);
+    }
+
+    /// Sets whose DNS queries are intercepted, `None` for those of no process, and follows their
+    /// cgroups as they come and go.
+    pub fn configure_intercept(&mut self, settings: Option<InterceptSettings>) {
+        // It may be an earlier daemon's.
+        self.intercept.set_shadow(self.is_shadow());
+        self.intercept.configure(settings, &self.pins, self.units.scope());
+    }
+
+    /// What was decided on queries that may be intercepted, by name; none while none may.
+    pub fn intercept_counts(&self) -> Vec<(&'static str, u64)> {
+        self.intercept.counts()
     }
 
     /// What the unit `names` did.
@@ -338,6 +356,7 @@ impl Datapath {
         let daemon = Control { is_shadow: is_shadow.into(), ..self.control_block.daemon() };
         self.control_block.set_daemon(daemon);
         self.names.set_shadow(is_shadow);
+        self.intercept.set_shadow(is_shadow);
     }
 
     /// Has the programs report connections one by one, for a while: those of sockets whose hash isn't
@@ -424,6 +443,7 @@ impl Datapath {
 
     /// Leaves everything attached and pinned, for the next daemon.
     pub fn keep(&self) {
+        self.intercept.stop();
         // Another process may get our process id, and queries for us would be refused.
         self.control_block.set_daemon(Control {
             heartbeat_ns: 0,
@@ -437,6 +457,7 @@ impl Datapath {
     /// Detaches the programs, reverse translation last, and removes all pins. Succeeds if they are gone
     /// already.
     pub fn detach(&mut self) {
+        self.configure_intercept(None);
         self.names.detach(&self.pins);
         self.units.detach(&self.pins);
         if let Err(error) = self.pins.remove_all() {

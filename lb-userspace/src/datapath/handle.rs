@@ -9,6 +9,7 @@ use lb_common::NamesCounters;
 
 use super::control::Datapath;
 use super::error::DatapathError;
+use super::intercept::InterceptSettings;
 use super::names::NamesSettings;
 use super::probe::ProbeResult;
 use super::reconcile::{Indices, Pressure, ReconcileError};
@@ -246,6 +247,16 @@ impl SharedDatapath {
     /// As [`Datapath::set_names_detached`].
     pub fn set_names_detached(&self, is_detached: bool) {
         lock(&self.datapath).set_names_detached(is_detached);
+    }
+
+    /// As [`Datapath::configure_intercept`].
+    pub fn configure_intercept(&self, settings: Option<InterceptSettings>) {
+        lock(&self.datapath).configure_intercept(settings);
+    }
+
+    /// As [`Datapath::intercept_counts`].
+    pub fn intercept_counts(&self) -> Vec<(&'static str, u64)> {
+        lock(&self.datapath).intercept_counts()
     }
 
     /// As [`Datapath::names_counters`].

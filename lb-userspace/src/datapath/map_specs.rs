@@ -21,6 +21,9 @@ pub static OUTCOMES: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/n
 /// The object of the unit `names`, with maps of its own.
 pub static NAMES: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/nohop-names"));
 
+/// The object of the unit `intercept`.
+pub static INTERCEPT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/nohop-intercept"));
+
 /// The maps that came to this layout after its first version: an earlier version with the same
 /// layout leaves none, or one of another size.
 const ADDED: [&str; 2] = ["BACKEND_FAILURES", "SYN_RETRANSMITS"];

@@ -21,6 +21,7 @@ mod features;
 mod handle;
 mod ids;
 mod in_flight;
+mod intercept;
 mod kernel;
 mod links;
 mod map_specs;
@@ -49,6 +50,7 @@ pub use events::{Report, Reports};
 pub use features::{Features, Limit};
 pub use handle::{HookHealth, Mode, SharedDatapath};
 pub use in_flight::Recount;
+pub use intercept::{InterceptSettings, intercept_problems};
 pub use kernel::{Counters, ServiceCounters};
 pub use lb_common::{
     BackendOutcomes, BalanceSettings, Cause, EventKind, NamesCounters, RejectMethod, Sign,

@@ -18,6 +18,7 @@ use super::memcg;
 use super::options::Options;
 use super::pins::Pins;
 use super::units::{Object, Unit};
+use crate::config::VipConfig;
 
 /// Loads a unit's programs over the maps in `pins`, and creates the maps that aren't there. The
 /// constants follow from `features`, so there is one attempt, and an error of it is an error.
@@ -52,16 +53,6 @@ pub fn processed_instructions(
     pins: &Pins,
     features: &mut Features,
 ) -> Result<Vec<(&'static str, Option<u32>)>, DatapathError> {
-    let processed = |ebpf: &mut Ebpf, name| -> Result<_, DatapathError> {
-        let program = ebpf.program_mut(name).ok_or(DatapathError::Object { missing: name })?;
-        let log = match without_descriptors(|| load_once(program)) {
-            Err(ProgramError::LoadError { verifier_log, .. }) => verifier_log.to_string(),
-            Ok(()) | Err(_) => String::new(),
-        };
-        // `processed 14216 insns (limit 1000000) max_states_per_insn ...`
-        let (_, count) = log.rsplit_once("processed ").unwrap_or_default();
-        Ok((name, count.split(' ').next().and_then(|count| count.parse().ok())))
-    };
     let mut all = Vec::new();
     for unit in options.units {
         let log_level = VerifierLogLevel::STATS;
@@ -71,6 +62,24 @@ pub fn processed_instructions(
         }
     }
     Ok(all)
+}
+
+/// The same of one program.
+///
+/// # Errors
+/// When the object has none of this name.
+pub fn processed(
+    ebpf: &mut Ebpf,
+    name: &'static str,
+) -> Result<(&'static str, Option<u32>), DatapathError> {
+    let program = ebpf.program_mut(name).ok_or(DatapathError::Object { missing: name })?;
+    let log = match without_descriptors(|| load_once(program)) {
+        Err(ProgramError::LoadError { verifier_log, .. }) => verifier_log.to_string(),
+        Ok(()) | Err(_) => String::new(),
+    };
+    // `processed 14216 insns (limit 1000000) max_states_per_insn ...`
+    let (_, count) = log.rsplit_once("processed ").unwrap_or_default();
+    Ok((name, count.split(' ').next().and_then(|count| count.parse().ok())))
 }
 
 /// Runs `work` while this process can open nothing more.
@@ -94,12 +103,8 @@ fn open(
     features: &mut Features,
     log_level: VerifierLogLevel,
 ) -> Result<Ebpf, DatapathError> {
-    let pool = options.vip.pool;
+    let pools = PoolConstants::of(&options.vip);
     let (pins_network, pins_mask) = network_around(options.vip.pins.values().map(|pin| *pin.ip()));
-    let (network, mask) = (u32::from(pool.network()), u32::from(pool.netmask()));
-    let pool6 = options.vip.pool6.map(|pool| [pool.network().octets(), pool.netmask().octets()]);
-    let pool6 = pool6.unwrap_or_default().map(|octets| Address { octets }.words());
-    let [[network6_high, network6_low], [mask6_high, mask6_low]] = pool6;
     let Bit { offset, mask: kernel_socket_mask } = features.sockets.kernel.unwrap_or_default();
     let Bit { offset: subflow_offset, .. } = features.sockets.subflow.unwrap_or_default();
     let ipv6_only = features.sockets.ipv6_only.unwrap_or_default();
@@ -140,14 +145,9 @@ fn open(
     }
     let storage_offset = features.sockets.storage.map_or(0, |Bit { offset, .. }| offset);
     loader.override_global("STORAGE_OFFSET", &storage_offset, true);
-    loader.override_global("POOL_NETWORK", &network, true);
-    loader.override_global("POOL_MASK", &mask, true);
+    pools.set(&mut loader);
     loader.override_global("PINS_NETWORK", &pins_network, true);
     loader.override_global("PINS_MASK", &pins_mask, true);
-    loader.override_global("POOL6_NETWORK_HIGH", &network6_high, true);
-    loader.override_global("POOL6_NETWORK_LOW", &network6_low, true);
-    loader.override_global("POOL6_MASK_HIGH", &mask6_high, true);
-    loader.override_global("POOL6_MASK_LOW", &mask6_low, true);
     loader.override_global("REFUSAL", &refusal, true);
     loader.override_global("HAS_BYPASS", &has_bypass, true);
     loader.override_global("KERNEL_SOCKET_OFFSET", &offset, true);
@@ -157,6 +157,36 @@ fn open(
     loader.override_global("IPV6_ONLY_MASK", &ipv6_only.mask, true);
     loader.override_global("HAS_MPTCP", &has_mptcp, true);
     loader.load(object.bytes()).map_err(DatapathError::Load)
+}
+
+/// The pools of VIPs, as programs have them in their constants.
+#[derive(Debug)]
+pub struct PoolConstants {
+    network: u32,
+    mask: u32,
+    network6: [u64; 2],
+    mask6: [u64; 2],
+}
+
+impl PoolConstants {
+    /// Those of a configuration.
+    pub fn of(vip: &VipConfig) -> PoolConstants {
+        let pool6 = vip.pool6.map(|pool| [pool.network().octets(), pool.netmask().octets()]);
+        let pool6 = pool6.unwrap_or_default().map(|octets| Address { octets }.words());
+        let [network6, mask6] = pool6;
+        let (network, mask) = (u32::from(vip.pool.network()), u32::from(vip.pool.netmask()));
+        PoolConstants { network, mask, network6, mask6 }
+    }
+
+    /// Sets them.
+    pub fn set<'a>(&'a self, loader: &mut EbpfLoader<'a>) {
+        loader.override_global("POOL_NETWORK", &self.network, true);
+        loader.override_global("POOL_MASK", &self.mask, true);
+        loader.override_global("POOL6_NETWORK_HIGH", &self.network6[0], true);
+        loader.override_global("POOL6_NETWORK_LOW", &self.network6[1], true);
+        loader.override_global("POOL6_MASK_HIGH", &self.mask6[0], true);
+        loader.override_global("POOL6_MASK_LOW", &self.mask6[1], true);
+    }
 }
 
 /// Loads a program; what a signal interrupts (EAGAIN from `bpf_check`) is tried again.

@@ -57,11 +57,14 @@ impl Datapath {
         let verified = |program| Ok((program, self.info(program)?.verified_instruction_count()));
         let reported =
             self.units.programs().map(verified).collect::<Result<Vec<_>, DatapathError>>()?;
-        if reported.iter().all(|(_, count)| count.is_some()) {
-            return Ok(reported);
-        }
         let sizes = Sizes::of(&options.datapath, &options.vip);
-        processed_instructions(options, &sizes, &self.pins, &mut self.features)
+        let mut all = if reported.iter().all(|(_, count)| count.is_some()) {
+            reported
+        } else {
+            processed_instructions(options, &sizes, &self.pins, &mut self.features)?
+        };
+        all.extend(self.intercept.processed_instructions(&self.pins)?);
+        Ok(all)
     }
 
     /// A program's run time so far.

@@ -14,6 +14,7 @@ use super::control::Datapath;
 use super::error::DatapathError;
 use super::features::Features;
 use super::in_flight::Recounter;
+use super::intercept::Intercept;
 use super::kernel::KernelMaps;
 use super::links::{self, ServedCgroup, Units};
 use super::map_specs::{Sizes, socket_shapes};
@@ -117,6 +118,7 @@ impl Datapath {
             load(unit, options, &sizes, &pins, &mut features)
         })?;
         let names = Names::load(&sizes, &pins);
+        let intercept = Intercept::new(&options.vip, &sizes);
         let mut datapath = Datapath {
             reconciler,
             counters,
@@ -124,6 +126,7 @@ impl Datapath {
             control_block,
             units,
             names,
+            intercept,
             pins,
             pinned_maps,
             socket_terminator,

@@ -78,6 +78,11 @@ impl DebugClient {
         self.handler.forwarder().readings()
     }
 
+    /// Whether there is an upstream for all names, not only for those of `dns.routes`.
+    pub fn has_default_upstream(&self) -> bool {
+        self.handler.forwarder().upstreams.plan().has_default()
+    }
+
     /// The response for names of the zone that no routed service has.
     pub fn unrouted(&self) -> Unrouted {
         self.handler.unrouted()

@@ -114,6 +114,12 @@ impl RoutePlan {
         self.routes.iter().flat_map(|(_, route)| &route.upstreams)
     }
 
+    /// Whether there is an upstream for names that no route is for.
+    pub(super) fn has_default(&self) -> bool {
+        let is_default = |route: &UpstreamRoute| route.domain.is_empty();
+        self.routes.iter().any(|(_, route)| is_default(route) && !route.upstreams.is_empty())
+    }
+
     /// A copy whose reference counts no other thread touches.
     pub(super) fn unshared(&self) -> RoutePlan {
         let copy = |(suffix, route): &(Domain, Arc<UpstreamRoute>)| {

@@ -18,6 +18,7 @@ mod sock_diag;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Instant;
 
@@ -76,6 +77,43 @@ pub fn disconnect(
             }
         }
     })
+}
+
+/// A UDP socket that is bound to a port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BoundUdp {
+    /// Its address.
+    pub local: SocketAddr,
+    /// The id of the cgroup in which it was made.
+    pub cgroup_id: u64,
+    /// Whether it is in the network namespace of this process.
+    pub is_in_own_namespace: bool,
+}
+
+/// The UDP sockets that are bound to a port in the network namespaces of these processes and of this
+/// one. What can't be listed is left out.
+///
+/// The calling thread ends in another namespace. Needs CAP_SYS_ADMIN and CAP_SYS_PTRACE. Minimum kernel:
+/// 5.9.
+pub fn bound_udp(port: u16, pids: &BTreeSet<u32>) -> Vec<BoundUdp> {
+    let mut all = Vec::new();
+    for namespace in netns::of(pids) {
+        let is_in_own_namespace = namespace.is_own();
+        let list = |family| -> io::Result<Vec<_>> { SockDiag::open()?.bound_udp(family, port) };
+        let listed = namespace.enter().and_then(|is_there| match is_there {
+            true => Ok([list(Family::V4)?, list(Family::V6)?].concat()),
+            false => Ok(Vec::new()),
+        });
+        match listed {
+            Ok(listed) => all.extend(listed.into_iter().map(|(local, cgroup_id)| BoundUdp {
+                local,
+                cgroup_id,
+                is_in_own_namespace,
+            })),
+            Err(error) => tracing::debug!("the UDP sockets of a network namespace: {error}"),
+        }
+    }
+    all
 }
 
 /// The TCP connections whose sockets have storage in `storage`, or for whose cookie `has_record` is true,

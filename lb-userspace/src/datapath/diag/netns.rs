@@ -1,6 +1,6 @@
 //! The network namespaces of this host, and going there.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsFd;
@@ -28,10 +28,18 @@ pub struct Namespace {
 /// # Errors
 /// When /proc can't be read. Threads that end meanwhile are no error.
 pub fn all() -> io::Result<Vec<Namespace>> {
+    Ok(of_threads(procfs::all()?.map(|pid| pid.as_raw_nonzero().to_string())))
+}
+
+/// The network namespaces of these processes' threads, and of this process's.
+pub fn of(pids: &BTreeSet<u32>) -> Vec<Namespace> {
+    of_threads(pids.iter().map(u32::to_string).chain(["self".to_owned()]))
+}
+
+fn of_threads(processes: impl Iterator<Item = String>) -> Vec<Namespace> {
     let mut links_by_inode = BTreeMap::<u64, Vec<PathBuf>>::new();
-    for pid in procfs::all()? {
-        let threads = format!("/proc/{}/task", pid.as_raw_nonzero());
-        let Ok(threads) = fs::read_dir(threads) else { continue };
+    for process in processes {
+        let Ok(threads) = fs::read_dir(format!("/proc/{process}/task")) else { continue };
         for thread in threads.flatten() {
             let link = thread.path().join("ns/net");
             if let Ok(metadata) = fs::metadata(&link) {
@@ -39,9 +47,11 @@ pub fn all() -> io::Result<Vec<Namespace>> {
             }
         }
     }
-    let namespaces = links_by_inode.into_iter();
-    Ok(namespaces.map(|(inode, links)| Namespace { inode, links }).collect())
+    links_by_inode.into_iter().map(|(inode, links)| Namespace { inode, links }).collect()
 }
+
+/// The namespace of this process, as its first thread is in it.
+const OWN: &str = "/proc/self/ns/net";
 
 /// Whether this process may look at the namespaces of other users' processes (`ptrace_may_access`).
 pub fn may_look() -> bool {
@@ -53,6 +63,11 @@ pub fn may_look() -> bool {
 }
 
 impl Namespace {
+    /// Whether it is this process's.
+    pub fn is_own(&self) -> bool {
+        fs::metadata(OWN).is_ok_and(|metadata| metadata.ino() == self.inode)
+    }
+
     /// Moves the calling thread there. Returns false when no thread is in the namespace any more.
     ///
     /// # Errors

@@ -23,6 +23,7 @@ const NLM_F_DUMP_INTR: u16 = libc::NLM_F_DUMP_INTR as u16;
 
 /// The state of a UDP socket that is connected; the others are in TCP_CLOSE.
 const TCP_ESTABLISHED: u32 = 1;
+const TCP_CLOSE: u32 = 7;
 
 /// Those of a TCP connection that isn't over: SYN_SENT, SYN_RECV, ESTABLISHED, FIN_WAIT1, FIN_WAIT2,
 /// CLOSE_WAIT, LAST_ACK, CLOSING. What is in TIME_WAIT is no socket any more.
@@ -35,6 +36,8 @@ const REQUEST_MAP_FD: u16 = 1;
 /// INET_DIAG_SK_BPF_STORAGES, SK_DIAG_BPF_STORAGE and SK_DIAG_BPF_STORAGE_MAP_VALUE, each within the
 /// former.
 const STORAGES: [u16; 3] = [20, 1, 3];
+/// INET_DIAG_CGROUP_ID
+const CGROUP_ID: u16 = 21;
 /// NLA_F_NESTED and NLA_F_NET_BYTEORDER.
 const ATTRIBUTE_FLAGS: u16 = 3 << 14;
 const ATTRIBUTE_HEADER_SIZE: usize = 4;
@@ -129,6 +132,36 @@ impl SockDiag {
             }
         }
         Ok(sockets)
+    }
+
+    /// The UDP sockets of a family that are bound to a port, each with its address and the id of its
+    /// cgroup. As above, some can be missing. Kernel 5.9 and later.
+    ///
+    /// # Errors
+    /// ENOENT without the module udp_diag.
+    pub fn bound_udp(&mut self, family: Family, port: u16) -> io::Result<Vec<(SocketAddr, u64)>> {
+        let mut socket_id = [0; SOCKET_ID_SIZE];
+        // The kernel lists those that have it.
+        socket_id[..2].copy_from_slice(&port.to_be_bytes());
+        let states = 1 << TCP_ESTABLISHED | 1 << TCP_CLOSE;
+        self.send(
+            SOCK_DIAG_BY_FAMILY,
+            NLM_F_DUMP,
+            &sockets(family, libc::IPPROTO_UDP, states, &socket_id),
+        )?;
+        let mut bound = Vec::new();
+        self.receive(|message| {
+            if message.kind == SOCK_DIAG_BY_FAMILY {
+                let attributes = message.payload.get(SOCKET_SIZE..).ok_or_else(malformed)?;
+                let cgroup_id = find_attribute(attributes, CGROUP_ID)?;
+                if let Some(&cgroup_id) = cgroup_id.and_then(<[u8]>::first_chunk) {
+                    let local = Connected::parse(message.payload)?.local;
+                    bound.push((local, u64::from_ne_bytes(cgroup_id)));
+                }
+            }
+            Ok(())
+        })?;
+        Ok(bound)
     }
 
     /// The TCP connections of a family whose sockets have storage in this map, each with the storage, and

@@ -1,0 +1,430 @@
+//! The unit `intercept`: DNS queries of the processes in certain cgroups are sent to nohop, whatever
+//! resolver they are for, and the replies come from the address that was asked.
+//!
+//! Nothing of it is pinned: its links end with the daemon, even one that is killed, and from then on
+//! these processes ask their own resolvers. So there is nothing to take over and nothing to remove.
+
+mod cgroups;
+mod resolvers;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::AsFd;
+use std::os::linux::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
+use lb_common::{Address, DnsServer, DnsServers, INTERCEPT_NS, InterceptControl, Interception};
+
+use super::bpf::{AttachType, Link, ProgramWait};
+use super::error::DatapathError;
+use super::kernel::{AtomicArray, Hash, Plain, io_error, take_hash, wait_for_programs};
+use super::map_specs::{INTERCEPT, Sizes};
+use super::object::{PoolConstants, load_program, processed, program_fd};
+use super::pins::{Pins, monotonic_ns};
+use super::units::{UnitHealth, UnitState};
+use crate::config::{Intercepted, VipConfig};
+use cgroups::FoundCgroups;
+use resolvers::ResolverSearch;
+
+/// The unit's name.
+const UNIT: &str = "intercept";
+
+/// The programs, in the order in which they are attached: reverse translation first, so that no
+/// translated socket lacks it.
+pub const PROGRAMS: [(&str, AttachType); 8] = [
+    ("nohop_dns_peer4", AttachType::GETPEERNAME4),
+    ("nohop_dns_peer6", AttachType::GETPEERNAME6),
+    ("nohop_dns_recv4", AttachType::RECVMSG4),
+    ("nohop_dns_recv6", AttachType::RECVMSG6),
+    ("nohop_dns_send4", AttachType::SENDMSG4),
+    ("nohop_dns_send6", AttachType::SENDMSG6),
+    ("nohop_dns_conn4", AttachType::CONNECT4),
+    ("nohop_dns_conn6", AttachType::CONNECT6),
+];
+
+/// Whose queries are intercepted, and where they go.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct InterceptSettings {
+    /// The processes.
+    pub whose: Intercepted,
+    /// The addresses at which the daemon answers, none unspecified.
+    pub listen: Vec<SocketAddr>,
+    /// Why the daemon can't answer these processes now, if it can't: then they ask their own resolvers.
+    pub obstacle: Option<String>,
+}
+
+/// The unit.
+#[derive(Debug)]
+pub struct Intercept {
+    vip: VipConfig,
+    sizes: Sizes,
+    /// Loaded when it is first wanted.
+    loaded: Option<Result<LoadedIntercept, String>>,
+    settings: Option<InterceptSettings>,
+    is_shadow: bool,
+    is_detached: bool,
+}
+
+#[derive(Debug)]
+struct LoadedIntercept {
+    ebpf: Ebpf,
+    control: Arc<AtomicArray<InterceptControl>>,
+    counters: Arc<AtomicArray<u64>>,
+    program_wait: Option<ProgramWait>,
+    /// The cgroups that have DNS servers, by their ids.
+    resolvers: Hash<u64, u32>,
+    search: ResolverSearch,
+    /// The cgroups that it is attached to, by their ids.
+    attached: BTreeMap<u64, AttachedCgroup>,
+    /// Why it isn't attached somewhere.
+    problem: Option<String>,
+    /// Why there is less to attach it to than was configured.
+    notes: Vec<String>,
+}
+
+#[derive(Debug)]
+struct AttachedCgroup {
+    /// In the order of [`PROGRAMS`].
+    links: Vec<Link>,
+}
+
+impl Intercept {
+    /// The unit of a datapath with these pools and sizes. Nothing is loaded yet.
+    pub fn new(vip: &VipConfig, sizes: &Sizes) -> Intercept {
+        Intercept {
+            vip: vip.clone(),
+            sizes: *sizes,
+            loaded: None,
+            settings: None,
+            is_shadow: false,
+            is_detached: false,
+        }
+    }
+
+    /// Sets whose queries are intercepted, `None` for those of no process; finds their cgroups below
+    /// `scope`, and attaches the programs to them.
+    pub fn configure(&mut self, settings: Option<InterceptSettings>, pins: &Pins, scope: &Path) {
+        let Some(wanted) = settings else {
+            (self.loaded, self.settings) = (None, None);
+            return;
+        };
+        let (vip, sizes) = (&self.vip, &self.sizes);
+        let loaded = self.loaded.get_or_insert_with(|| {
+            let loaded = LoadedIntercept::load(vip, sizes, pins);
+            loaded.inspect_err(|reason| tracing::warn!("the unit {UNIT} doesn't run: {reason}"))
+        });
+        if let Ok(loaded) = loaded {
+            if self.settings.as_ref().is_none_or(|present| present.listen != wanted.listen) {
+                loaded.set_servers(&wanted.listen);
+            }
+            let found = FoundCgroups::of(&wanted.whose, scope);
+            // Before the first query of theirs.
+            loaded.follow_resolvers(&found, self.settings.as_ref() != Some(&wanted));
+            loaded.attach(found);
+        }
+        self.settings = Some(wanted);
+        self.heartbeat(monotonic_ns());
+    }
+
+    /// Intercepts queries for a while, if they are to be.
+    pub fn heartbeat(&self, now_ns: u64) {
+        let is_on = self.why_off().is_none() && self.settings.is_some();
+        self.set_until(if is_on { now_ns + INTERCEPT_NS } else { 0 });
+    }
+
+    /// Whether connections are only counted: then nothing is intercepted.
+    pub fn set_shadow(&mut self, is_shadow: bool) {
+        if std::mem::replace(&mut self.is_shadow, is_shadow) != is_shadow {
+            self.heartbeat(monotonic_ns());
+        }
+    }
+
+    /// Whether a required hook was found detached: VIPs lead nowhere then, and nothing is intercepted.
+    pub fn set_detached(&mut self, is_detached: bool) {
+        if std::mem::replace(&mut self.is_detached, is_detached) != is_detached {
+            self.heartbeat(monotonic_ns());
+        }
+    }
+
+    /// Intercepts nothing more, until the next heartbeat.
+    pub fn stop(&self) {
+        self.set_until(0);
+    }
+
+    fn set_until(&self, until_ns: u64) {
+        if let Some(Ok(loaded)) = &self.loaded {
+            loaded.control.store_field(0, 0, &until_ns);
+        }
+    }
+
+    fn why_off(&self) -> Option<String> {
+        if self.is_shadow {
+            return Some("shadow mode".to_owned());
+        }
+        if self.is_detached {
+            return Some("hooks of the unit connect aren't attached".to_owned());
+        }
+        self.settings.as_ref()?.obstacle.clone()
+    }
+
+    /// The unit's state; `None` while nothing is to be intercepted.
+    pub fn status(&self) -> Option<UnitHealth> {
+        let settings = self.settings.as_ref()?;
+        let (state, reason) = match self.loaded.as_ref()? {
+            Err(reason) => (UnitState::Failed, Some(reason.clone())),
+            Ok(LoadedIntercept { problem: Some(problem), .. }) => {
+                (UnitState::Failed, Some(problem.clone()))
+            }
+            Ok(loaded) => match self.why_off() {
+                Some(reason) => (UnitState::Off, Some(reason)),
+                None if loaded.attached.is_empty() => {
+                    (UnitState::Waiting, Some(loaded.notes.join("; ")))
+                }
+                None => {
+                    let unreached = unreached(&settings.listen).map(str::to_owned);
+                    let notes: Vec<_> = loaded.notes.iter().cloned().chain(unreached).collect();
+                    (UnitState::Attached, (!notes.is_empty()).then(|| notes.join("; ")))
+                }
+            },
+        };
+        Some(UnitHealth { name: UNIT, is_required: false, state, reason })
+    }
+
+    /// What was decided on queries since the unit was loaded, by name: of a connection or a connected
+    /// socket once, of other datagrams each time.
+    pub fn counts(&self) -> Vec<(&'static str, u64)> {
+        let Some(Ok(loaded)) = &self.loaded else { return Vec::new() };
+        let count = |decided: Interception| (decided.name(), loaded.counters.load(decided as u32));
+        Interception::ALL.into_iter().map(count).collect()
+    }
+
+    /// The programs, each with how many instructions the verifier processes.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn processed_instructions(
+        &self,
+        pins: &Pins,
+    ) -> Result<Vec<(&'static str, Option<u32>)>, DatapathError> {
+        let mut ebpf = open(VerifierLogLevel::STATS, &self.vip, &self.sizes, pins)?;
+        PROGRAMS.into_iter().map(|(program, _)| processed(&mut ebpf, program)).collect()
+    }
+}
+
+/// Opens the object over the pinned maps of the unit `connect`.
+fn open(
+    log_level: VerifierLogLevel,
+    vip: &VipConfig,
+    sizes: &Sizes,
+    pins: &Pins,
+) -> Result<Ebpf, DatapathError> {
+    let pools = PoolConstants::of(vip);
+    let mut loader = EbpfLoader::new();
+    loader.verifier_log_level(log_level);
+    pools.set(&mut loader);
+    for name in ["CONTROL", "BYPASS", "FRONTENDS"] {
+        loader.map_pin_path(name, pins.maps().join(name));
+    }
+    loader.map_max_entries("FRONTENDS", sizes.frontends);
+    loader.load(INTERCEPT).map_err(DatapathError::Load)
+}
+
+impl LoadedIntercept {
+    fn load(vip: &VipConfig, sizes: &Sizes, pins: &Pins) -> Result<LoadedIntercept, String> {
+        let load = || -> Result<LoadedIntercept, DatapathError> {
+            let mut ebpf = open(VerifierLogLevel::default(), vip, sizes, pins)?;
+            for (program, _) in PROGRAMS {
+                load_program(&mut ebpf, program)?;
+            }
+            Ok(LoadedIntercept {
+                control: AtomicArray::take(&mut ebpf, "INTERCEPT_CONTROL")?,
+                counters: AtomicArray::take(&mut ebpf, "INTERCEPT_COUNTERS")?,
+                program_wait: ProgramWait::new().ok(),
+                resolvers: take_hash(&mut ebpf, "INTERCEPT_RESOLVERS")?,
+                search: ResolverSearch::default(),
+                ebpf,
+                attached: BTreeMap::new(),
+                problem: None,
+                notes: Vec::new(),
+            })
+        };
+        load().map_err(|error| error.to_string())
+    }
+
+    /// Sets where queries go. Nothing is intercepted from then on until the next heartbeat.
+    fn set_servers(&self, listen: &[SocketAddr]) {
+        let (on_host, elsewhere) = servers(listen);
+        // A program must not see half of an address.
+        let until_ns = 0u64;
+        self.control.store_field(0, 0, &until_ns);
+        wait_for_programs(self.program_wait.as_ref());
+        self.control.store(0, &InterceptControl { until_ns, on_host, elsewhere });
+    }
+
+    /// Takes over which cgroups have DNS servers.
+    fn follow_resolvers(&mut self, found: &FoundCgroups, waits: bool) {
+        let Some(resolvers) = self.search.found(found.cgroups.values().cloned(), waits) else {
+            return;
+        };
+        let mut set = || -> Result<(), aya::maps::MapError> {
+            let present: Result<BTreeSet<u64>, _> =
+                self.resolvers.keys().map(|key| key.map(|Plain(cgroup_id)| cgroup_id)).collect();
+            let present = present?;
+            for gone in present.difference(&resolvers) {
+                self.resolvers.remove(&Plain(*gone))?;
+            }
+            resolvers
+                .difference(&present)
+                .try_for_each(|new| self.resolvers.insert(Plain(*new), Plain(1), 0))
+        };
+        if let Err(error) = set().map_err(io_error) {
+            tracing::warn!("dns.intercept: DNS servers can't be left out: {error}");
+        }
+    }
+
+    /// Attaches the programs to these cgroups and to no others.
+    fn attach(&mut self, FoundCgroups { cgroups, notes }: FoundCgroups) {
+        for note in notes.iter().filter(|note| !self.notes.contains(note)) {
+            tracing::warn!("{note}");
+        }
+        self.notes = notes;
+        // What is dropped is detached, and what is gone was by the kernel.
+        self.attached.retain(|cgroup_id, attached| {
+            cgroups.contains_key(cgroup_id) && attached.is_whole(*cgroup_id)
+        });
+        let mut problem = None;
+        for (cgroup_id, path) in cgroups {
+            if self.attached.contains_key(&cgroup_id) {
+                continue;
+            }
+            match AttachedCgroup::attach(&self.ebpf, cgroup_id, &path) {
+                Ok(Some(attached)) => {
+                    tracing::info!("DNS queries from {} are intercepted", path.display());
+                    self.attached.insert(cgroup_id, attached);
+                }
+                // It has gone meanwhile.
+                Ok(None) => {}
+                Err(error) => {
+                    let why = format!("it can't be attached to {}: {error}", path.display());
+                    problem.get_or_insert(why);
+                }
+            }
+        }
+        if let Some(new) = problem.as_ref().filter(|_| problem != self.problem) {
+            tracing::warn!("the unit {UNIT} doesn't run everywhere: {new}");
+        }
+        self.problem = problem;
+    }
+}
+
+impl AttachedCgroup {
+    /// Attaches all programs, or none; `None` where the cgroup isn't there any more.
+    fn attach(ebpf: &Ebpf, cgroup_id: u64, path: &PathBuf) -> io::Result<Option<AttachedCgroup>> {
+        let directory = match File::open(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            opened => opened?,
+        };
+        if directory.metadata()?.st_ino() != cgroup_id {
+            return Ok(None);
+        }
+        let attach = |(program, attach_type)| {
+            let program = program_fd(ebpf, program).map_err(io::Error::other)?;
+            Link::attach(program, directory.as_fd(), attach_type)
+        };
+        let links = PROGRAMS.into_iter().map(attach).collect::<io::Result<_>>();
+        match links {
+            Err(_) if !path.exists() => Ok(None),
+            links => Ok(Some(AttachedCgroup { links: links? })),
+        }
+    }
+
+    /// Whether nothing has detached a program.
+    fn is_whole(&self, cgroup_id: u64) -> bool {
+        let is_attached = |link: &Link| {
+            let info = link.info().ok().flatten();
+            // A kernel that doesn't answer is no reason to attach again.
+            info.is_none_or(|info| info.cgroup_id == cgroup_id)
+        };
+        self.links.iter().all(is_attached)
+    }
+}
+
+/// Where queries from the host's network namespace go, and those from others.
+fn servers(listen: &[SocketAddr]) -> (DnsServers, DnsServers) {
+    let server = |found: Option<&SocketAddr>| {
+        found.map_or_else(DnsServer::default, |address| {
+            let octets = match address.ip() {
+                IpAddr::V4(ip) => ip.to_ipv6_mapped().octets(),
+                IpAddr::V6(ip) => ip.octets(),
+            };
+            DnsServer::new(Address { octets }, address.port())
+        })
+    };
+    let of = |is_ipv4: bool| {
+        let usable = move |address: &&SocketAddr| {
+            address.is_ipv4() == is_ipv4 && !is_link_local(&address.ip())
+        };
+        let is_loopback = |address: &&SocketAddr| address.ip().is_loopback();
+        let loopback = listen.iter().filter(usable).find(is_loopback);
+        let other = listen.iter().filter(usable).find(|address| !is_loopback(address));
+        (server(loopback.or(other)), server(other))
+    };
+    let ((host4, other4), (host6, other6)) = (of(true), of(false));
+    (DnsServers { ipv4: host4, ipv6: host6 }, DnsServers { ipv4: other4, ipv6: other6 })
+}
+
+/// Each interface has a network of its own of these, so the address alone leads nowhere.
+fn is_link_local(ip: &IpAddr) -> bool {
+    matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local())
+}
+
+/// Problems of `dns.intercept` for a server that listens on these, a sentence each.
+pub fn intercept_problems(whose: &Intercepted, listen: &[SocketAddr]) -> Vec<String> {
+    // Those outside of the served cgroup are known when it is.
+    let found = FoundCgroups::of(whose, Path::new("/"));
+    found.notes.into_iter().chain(unreached(listen).map(str::to_owned)).collect()
+}
+
+/// What processes in other network namespaces than the host's lack, if anything.
+fn unreached(listen: &[SocketAddr]) -> Option<&'static str> {
+    let (_, elsewhere) = servers(listen);
+    (elsewhere == DnsServers::default()).then_some(
+        "containers with a network namespace of their own ask their own resolvers, because dns.listen has \
+         only loopback addresses, which they don't reach; add an address of an interface of this host",
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn where_queries_go() {
+        let shown = |server: DnsServer| match (server.port, server.address.to_v4()) {
+            (0, _) => "-".to_owned(),
+            (port, Some(octets)) => SocketAddr::from((octets, port)).to_string(),
+            (port, None) => SocketAddr::from((server.address.octets, port)).to_string(),
+        };
+        let table = [
+            (&["127.0.0.1:53"][..], ["127.0.0.1:53", "-", "-", "-"]),
+            (
+                &["169.254.53.53:53", "127.0.0.1:5354", "[::1]:53"],
+                ["127.0.0.1:5354", "[::1]:53", "169.254.53.53:53", "-"],
+            ),
+            (&["10.0.0.1:53"], ["10.0.0.1:53", "-", "10.0.0.1:53", "-"]),
+            (&["[fe80::1]:53", "[fd00::1]:53"], ["-", "[fd00::1]:53", "-", "[fd00::1]:53"]),
+            (&[], ["-"; 4]),
+        ];
+        for (listen, expected) in table {
+            let listen: Vec<SocketAddr> =
+                listen.iter().map(|address| address.parse().unwrap()).collect();
+            let (on_host, elsewhere) = servers(&listen);
+            let found = [on_host.ipv4, on_host.ipv6, elsewhere.ipv4, elsewhere.ipv6].map(shown);
+            assert_eq!(found, expected, "{listen:?}");
+        }
+    }
+}

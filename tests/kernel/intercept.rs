@@ -1,0 +1,402 @@
+//! The unit `intercept`: DNS queries of the processes in a cgroup go to nohop, in a network namespace of
+//! the trial's own with resolvers of its own.
+
+use std::fs;
+use std::io::Read;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use lb_userspace::config::Intercepted;
+use lb_userspace::datapath::{Datapath, InterceptSettings, UnitHealth, UnitState};
+use rustix::net::{AddressFamily, SocketType, bind, ipproto, socket, sockopt};
+
+use crate::disconnect::leave;
+use crate::fixture::{Echo, Place, Server, VIP, ask, client, receive, table};
+
+const DNS: u16 = 53;
+/// The resolvers that applications ask: they answer with `a`, `b` and, by IPv6, `c`.
+const A: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 53);
+const B: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 54);
+const C: Ipv6Addr = Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 0x53);
+/// An address of the host, beside loopback.
+const HOST: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 1);
+/// nohop's port.
+const PORT: u16 = 5399;
+
+/// A DNS server, by UDP and TCP: it answers with its letter.
+struct Resolver {
+    _udp: Echo,
+    _tcp: Server,
+}
+
+fn resolver(letter: char, ip: impl Into<IpAddr>, port: u16) -> Resolver {
+    let address = SocketAddr::new(ip.into(), port);
+    Resolver { _udp: Echo::on(letter as u8, address), _tcp: Server::on(letter as u8, address) }
+}
+
+/// A cgroup below the scope, which this process enters and leaves.
+struct Tasks<'a> {
+    place: &'a Place,
+    path: PathBuf,
+}
+
+impl Tasks<'_> {
+    fn new(place: &Place) -> Tasks<'_> {
+        let path = place.cgroup.path.join("tasks");
+        fs::create_dir(&path).unwrap();
+        let tasks = Tasks { place, path };
+        tasks.enter();
+        tasks
+    }
+
+    fn enter(&self) {
+        enter(&self.path);
+    }
+
+    fn leave(&self) {
+        enter(&self.place.cgroup.path);
+    }
+}
+
+impl Drop for Tasks<'_> {
+    fn drop(&mut self) {
+        self.leave();
+    }
+}
+
+fn enter(cgroup: &Path) {
+    fs::write(cgroup.join("cgroup.procs"), "0").unwrap();
+}
+
+fn listen(ips: &[IpAddr]) -> Vec<SocketAddr> {
+    ips.iter().map(|&ip| SocketAddr::new(ip, PORT)).collect()
+}
+
+fn settings(tasks: &Tasks, listen: Vec<SocketAddr>) -> InterceptSettings {
+    InterceptSettings {
+        whose: Intercepted::Cgroups(vec![tasks.path.clone()]),
+        listen,
+        obstacle: None,
+    }
+}
+
+fn unit(datapath: &Datapath) -> Option<UnitHealth> {
+    datapath.unit_status().into_iter().find(|unit| unit.name == "intercept")
+}
+
+fn intercept(datapath: &mut Datapath, settings: InterceptSettings) {
+    datapath.configure_intercept(Some(settings));
+    let unit = unit(datapath).unwrap();
+    assert_eq!(unit.state, UnitState::Attached, "{:?}", unit.reason);
+}
+
+fn count(datapath: &Datapath, name: &str) -> u64 {
+    let counts = datapath.intercept_counts();
+    counts.into_iter().find(|(counted, _)| *counted == name).unwrap().1
+}
+
+/// Runs a trial in a network namespace of its own, with resolvers `a`, `b` and `c`.
+fn inside(trial: fn()) {
+    let moved = std::thread::spawn(move || {
+        leave();
+        for address in ["10.0.0.1/32", "10.0.0.53/32", "10.0.0.54/32"] {
+            ip(&["addr", "add", address, "dev", "lo"]);
+        }
+        ip(&["addr", "add", "fd00::53/128", "dev", "lo", "nodad"]);
+        let _resolvers = [resolver('a', A, DNS), resolver('b', B, DNS), resolver('c', C, DNS)];
+        trial();
+    });
+    if let Err(panic) = moved.join() {
+        std::panic::resume_unwind(panic);
+    }
+}
+
+fn ip(arguments: &[&str]) {
+    assert!(Command::new("ip").args(arguments).status().unwrap().success(), "{arguments:?}");
+}
+
+fn at(ip: impl Into<IpAddr>) -> SocketAddr {
+    SocketAddr::new(ip.into(), DNS)
+}
+
+fn mapped(ip: Ipv4Addr) -> SocketAddr {
+    at(ip.to_ipv6_mapped())
+}
+
+/// A UDP socket that is closed to IPv4.
+fn ipv6_only() -> UdpSocket {
+    let created = socket(AddressFamily::INET6, SocketType::DGRAM, Some(ipproto::UDP)).unwrap();
+    sockopt::set_ipv6_v6only(&created, true).unwrap();
+    bind(&created, &SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0))).unwrap();
+    UdpSocket::from(created)
+}
+
+/// The letter that answers, by one way to ask; the application sees the address that it asked.
+fn by_sendto(server: SocketAddr) -> char {
+    let (letter, sender) = ask(&client(server), server).unwrap();
+    assert_eq!(sender, server);
+    letter
+}
+
+fn by_connect(server: SocketAddr) -> char {
+    let socket = client(server);
+    socket.connect(server).unwrap();
+    // Each of several.
+    let mut letters = Vec::new();
+    for _ in 0..3 {
+        socket.send(b"?").unwrap();
+        let (letter, sender) = receive(&socket).unwrap();
+        assert_eq!((sender, socket.peer_addr().unwrap()), (server, server));
+        letters.push(letter);
+    }
+    letters.dedup();
+    assert_eq!(letters.len(), 1);
+    letters[0]
+}
+
+fn by_tcp(server: SocketAddr) -> char {
+    let mut stream = TcpStream::connect(server).unwrap();
+    assert_eq!(stream.peer_addr().unwrap(), server);
+    let mut letter = [0];
+    stream.read_exact(&mut letter).unwrap();
+    letter[0].into()
+}
+
+type Way = fn(SocketAddr) -> char;
+
+const WAYS: [(&str, Way); 3] = [("sendto", by_sendto), ("connect", by_connect), ("tcp", by_tcp)];
+
+/// What answers, by all ways the same.
+fn answer(datapath: &Datapath, server: SocketAddr) -> char {
+    let mut letters = WAYS.map(|(way, by)| {
+        // The daemon lives.
+        datapath.heartbeat(None);
+        (way, by(server))
+    });
+    letters.sort_by_key(|(_, letter)| *letter);
+    assert_eq!(letters[0].1, letters[2].1, "{server}: {letters:?}");
+    letters[0].1
+}
+
+pub fn every_way_to_ask() {
+    inside(|| {
+        let place = Place::new();
+        let loopback = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
+        let _nohop = loopback.map(|ip| resolver('n', ip, PORT));
+        let mut datapath = place.start();
+        let tasks = Tasks::new(&place);
+        assert_eq!(answer(&datapath, at(A)), 'a', "before");
+        intercept(&mut datapath, settings(&tasks, listen(&loopback)));
+
+        for server in [at(A), at(B), mapped(A), at(C)] {
+            assert_eq!(answer(&datapath, server), 'n', "{server}");
+        }
+        // A connection once, datagrams of a socket that isn't connected each.
+        assert_eq!(count(&datapath, "intercepted"), 4 * 3);
+
+        // One socket, two resolvers: one after the other, both at once, and by the other family.
+        let socket = client(at(A));
+        for _ in 0..2 {
+            for server in [at(A), at(B)] {
+                assert_eq!(ask(&socket, server).unwrap(), ('n', server));
+            }
+        }
+        for server in [at(A), at(B), at(B), at(A)] {
+            socket.send_to(b"?", server).unwrap();
+        }
+        for server in [at(A), at(B), at(B), at(A)] {
+            assert_eq!(receive(&socket).unwrap(), ('n', server));
+        }
+        let dual = client(at(C));
+        for server in [mapped(A), at(C), mapped(B), at(C)] {
+            assert_eq!(ask(&dual, server).unwrap(), ('n', server));
+        }
+        let socket = ipv6_only();
+        assert_eq!(ask(&socket, at(C)).unwrap(), ('n', at(C)));
+
+        // Connected to one, then to another; and to nohop itself, at the usual port.
+        let nohop = at(Ipv4Addr::LOCALHOST);
+        tasks.leave();
+        let _usual = resolver('n', nohop.ip(), DNS);
+        tasks.enter();
+        intercept(&mut datapath, settings(&tasks, vec![nohop]));
+        let socket = client(at(A));
+        for server in [at(A), at(B), nohop, at(A)] {
+            socket.connect(server).unwrap();
+            socket.send(b"?").unwrap();
+            let expected = ('n', server);
+            assert_eq!(
+                (receive(&socket).unwrap(), socket.peer_addr().unwrap()),
+                (expected, server)
+            );
+        }
+        // Connected, and by sendto() to another.
+        assert_eq!(ask(&socket, at(B)).unwrap(), ('n', at(B)));
+        socket.send(b"?").unwrap();
+        assert_eq!(receive(&socket).unwrap(), ('n', at(A)));
+        let socket = client(mapped(A));
+        socket.connect(mapped(A)).unwrap();
+        for _ in 0..6 {
+            socket.send(b"?").unwrap();
+            assert_eq!(receive(&socket).unwrap(), ('n', mapped(A)));
+        }
+
+        // Other ports are no DNS, and other cgroups none of ours.
+        let other = Echo::on(b'o', (A, 5353));
+        assert_eq!(by_sendto(other.address), 'o');
+        tasks.leave();
+        assert_eq!(answer(&datapath, at(A)), 'a', "outside");
+        tasks.enter();
+        datapath.configure_intercept(None);
+        assert!(unit(&datapath).is_none() && datapath.intercept_counts().is_empty());
+        assert_eq!(answer(&datapath, at(A)), 'a', "switched off");
+    });
+}
+
+pub fn only_while_the_daemon_answers() {
+    inside(|| {
+        let place = Place::new();
+        let loopback = [Ipv4Addr::LOCALHOST.into()];
+        let nohop = resolver('n', Ipv4Addr::LOCALHOST, PORT);
+        let mut datapath = place.start_as_daemon();
+        let tasks = Tasks::new(&place);
+        intercept(&mut datapath, settings(&tasks, listen(&loopback)));
+        assert_eq!(answer(&datapath, at(A)), 'a', "the daemon's own");
+        assert_eq!(count(&datapath, "own"), 3);
+        datapath.keep();
+        let all = || WAYS.map(|(_, by)| by(at(A)));
+        assert_eq!(all(), ['a'; 3], "it has stopped");
+        assert_eq!(count(&datapath, "no_daemon"), 3);
+        assert_eq!(answer(&datapath, at(A)), 'n');
+
+        datapath.set_shadow(true);
+        assert_eq!(answer(&datapath, at(A)), 'a', "shadow mode");
+        let shown = unit(&datapath).unwrap();
+        assert_eq!((shown.state, shown.reason.as_deref()), (UnitState::Off, Some("shadow mode")));
+        datapath.set_shadow(false);
+        datapath.set_names_detached(true);
+        assert_eq!(answer(&datapath, at(A)), 'a', "VIPs lead nowhere");
+        datapath.set_names_detached(false);
+        let obstacle = Some("no other resolver".to_owned());
+        datapath.configure_intercept(Some(InterceptSettings {
+            obstacle: obstacle.clone(),
+            ..settings(&tasks, listen(&loopback))
+        }));
+        assert_eq!(answer(&datapath, at(A)), 'a', "{obstacle:?}");
+        assert_eq!(unit(&datapath).unwrap().reason, obstacle);
+        intercept(&mut datapath, settings(&tasks, listen(&loopback)));
+        assert_eq!(answer(&datapath, at(A)), 'n');
+
+        // Nothing listens any more, though its heartbeat is fresh: it was killed.
+        tasks.leave();
+        drop(nohop);
+        tasks.enter();
+        assert_eq!(answer(&datapath, at(A)), 'a', "killed");
+        // So are its links.
+        drop(datapath);
+        assert_eq!(all(), ['a'; 3]);
+    });
+}
+
+pub fn what_is_left_alone() {
+    inside(|| {
+        let mut place = Place::new();
+        let excluded = place.cgroup.path.join("tasks/excluded");
+        place.options.datapath.exclude_cgroups = vec![excluded.clone()];
+        let loopback = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
+        let _nohop = loopback.map(|ip| resolver('n', ip, PORT));
+        let mut datapath = place.start();
+        datapath.apply(&table(vec![])).unwrap();
+        let tasks = Tasks::new(&place);
+        // Not twice.
+        let below = tasks.path.join("below");
+        fs::create_dir(&below).unwrap();
+        let whose = Intercepted::Cgroups(vec![below.clone(), tasks.path.clone()]);
+        intercept(
+            &mut datapath,
+            InterceptSettings { whose, ..settings(&tasks, listen(&loopback)) },
+        );
+        enter(&below);
+        assert_eq!(answer(&datapath, at(A)), 'n');
+        assert_eq!(count(&datapath, "intercepted"), 3);
+
+        fs::create_dir(&excluded).unwrap();
+        datapath.fix();
+        enter(&excluded);
+        assert_eq!(answer(&datapath, at(A)), 'a', "excluded");
+        assert_eq!(count(&datapath, "excluded"), 3);
+        enter(&below);
+
+        // A DNS server in such a cgroup asks on its own, as nohop may forward to it. In a container one
+        // on loopback is no server for others.
+        let own = UdpSocket::bind((HOST, DNS)).unwrap();
+        let again = |datapath: &mut Datapath| {
+            datapath.configure_intercept(None);
+            let whose = Intercepted::Cgroups(vec![tasks.path.clone()]);
+            let settings = settings(&tasks, listen(&loopback));
+            intercept(datapath, InterceptSettings { whose, ..settings });
+        };
+        again(&mut datapath);
+        assert_eq!(answer(&datapath, at(A)), 'a', "a DNS server");
+        enter(&tasks.path);
+        assert_eq!(answer(&datapath, at(A)), 'n', "another cgroup than the server's");
+        enter(&below);
+        drop(own);
+        let own = UdpSocket::bind(at(Ipv4Addr::LOCALHOST)).unwrap();
+        again(&mut datapath);
+        assert_eq!(answer(&datapath, at(A)), 'n', "a DNS server on loopback");
+        drop(own);
+
+        // A VIP leads where it leads, or is refused; this service has no such port.
+        let _wrong = TcpListener::bind((VIP, DNS)).unwrap();
+        datapath.heartbeat(None);
+        let refused = TcpStream::connect((VIP, DNS)).unwrap_err();
+        assert_eq!(refused.kind(), std::io::ErrorKind::ConnectionRefused);
+
+        // What nohop doesn't listen at.
+        intercept(&mut datapath, settings(&tasks, listen(&loopback[1..])));
+        assert_eq!(answer(&datapath, at(A)), 'a', "nohop listens at no IPv4 address");
+        assert_eq!(answer(&datapath, mapped(A)), 'a', "nohop listens at no IPv4 address");
+        assert_eq!(answer(&datapath, at(C)), 'n');
+        assert_eq!(count(&datapath, "unreachable"), 6);
+
+        // Cgroups come and go.
+        tasks.leave();
+        for gone in [&excluded, &below, &tasks.path] {
+            fs::remove_dir(gone).unwrap();
+        }
+        datapath.configure_intercept(Some(settings(&tasks, listen(&loopback))));
+        let shown = unit(&datapath).unwrap();
+        assert_eq!(shown.state, UnitState::Waiting);
+        assert!(shown.reason.unwrap().contains("no cgroup matches"));
+        fs::create_dir(&tasks.path).unwrap();
+        intercept(&mut datapath, settings(&tasks, listen(&loopback)));
+        tasks.enter();
+        assert_eq!(answer(&datapath, at(A)), 'n', "made anew");
+        intercept(&mut datapath, settings(&tasks, listen(&loopback)));
+        assert_eq!(answer(&datapath, at(A)), 'n');
+    });
+}
+
+/// A container with a network namespace of its own reaches no loopback address of the host's.
+pub fn in_another_network_namespace() {
+    inside(|| {
+        let mut place = Place::new();
+        place.options.host_netns = Some(1);
+        let ips = [Ipv4Addr::LOCALHOST.into(), IpAddr::from(HOST)];
+        let _nohop = [resolver('l', ips[0], PORT), resolver('n', ips[1], PORT)];
+        let _own = resolver('d', Ipv4Addr::new(127, 0, 0, 11), DNS);
+        let mut datapath = place.start();
+        let tasks = Tasks::new(&place);
+        intercept(&mut datapath, settings(&tasks, listen(&ips[..1])));
+        assert!(unit(&datapath).unwrap().reason.unwrap().contains("only loopback addresses"));
+        assert_eq!(answer(&datapath, at(A)), 'a');
+        intercept(&mut datapath, settings(&tasks, listen(&ips)));
+        assert_eq!(answer(&datapath, at(A)), 'n');
+        assert_eq!(answer(&datapath, at(C)), 'c', "nohop listens at no IPv6 address");
+        assert_eq!(answer(&datapath, at(Ipv4Addr::new(127, 0, 0, 11))), 'd', "Docker's DNS server");
+        assert_eq!(count(&datapath, "local"), 3);
+        assert_eq!(unit(&datapath).unwrap().reason, None);
+    });
+}
