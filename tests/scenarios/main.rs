@@ -31,6 +31,7 @@ mod four_capabilities;
 mod ha_cluster;
 mod instance_filter;
 mod instances_listen_late;
+mod intercepted;
 mod invalid_records;
 mod ipv6_by_name;
 mod killed_under_load;
@@ -132,6 +133,7 @@ const SCENARIOS: &[(&str, Scenario)] = &[
     ("names_after_twenty_kills", names_under_load::killed_at_random),
     ("names_lost_without_the_unit", names_under_load::lost_without_the_unit),
     ("names_outlive_the_daemon", names_outlive_the_daemon::run),
+    ("intercepted", intercepted::run),
     ("names_through_an_update", names_under_load::updated),
     ("non_vip_passthrough", non_vip_passthrough::run),
     ("not_ready_before_consul", not_ready_before_consul::run),

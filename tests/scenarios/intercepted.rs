@@ -1,0 +1,136 @@
+//! `dns.intercept`: processes that are configured for another resolver find services by name while the
+//! daemon runs, and ask that resolver again as soon as it is dead.
+
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+use testbed::cgroup::Cgroup;
+use testbed::net::{ExecContext, Host};
+use testbed::nohop::Nohop;
+use testbed::process::Process;
+
+use crate::cluster::{BACKEND, Catalog, Nodes, attached, vip};
+
+/// The address of the client node that its container reaches, and the container's.
+const ON_HOST: &str = "10.98.0.1";
+const IN_CONTAINER: &str = "10.98.0.2";
+
+pub fn run() -> Result<()> {
+    let nodes = Nodes::new()?;
+    let one = nodes.helloworld("one")?;
+    let catalog = Catalog::new(&[("helloworld", &[one.address])])?;
+    let _resolver = resolver(nodes.backend.outside().command("dnsmasq"))?;
+    nodes.client.set_resolv_conf(&format!("nameserver {BACKEND}\n"))?;
+    let container = Host::new("container")?;
+    let addresses = [&format!("{ON_HOST}/24"), &format!("{IN_CONTAINER}/24")];
+    nodes.client.connect_veth(&container, addresses.map(String::as_str))?;
+    container.set_resolv_conf(&format!("nameserver {BACKEND}\n"))?;
+
+    let tasks = nodes.cgroup.child("tasks")?;
+    let listen = format!("dns.listen = [\"127.0.0.1:53\", \"{ON_HOST}:53\"]\n");
+    let intercept = format!("dns.intercept = [{:?}]\n", tasks.path());
+    let mut nohop = nodes.nohop(&(catalog.config() + &listen + &intercept))?;
+    nohop.wait_for_status(|status| unit(status)["state"] == "attached")?;
+    let vip = vip(&nohop, "helloworld")?.ip().to_string();
+
+    // Processes elsewhere: the resolver of resolv.conf answers, and knows no services.
+    by_itself(&nodes.inside())?;
+    let task = nodes.client.inside(&tasks);
+    by_nohop(&task, &vip)?;
+    let answer = task.run("curl", "-sS --max-time 60 http://helloworld.service/")?;
+    ensure!(answer == "hello from one\n", "{answer}");
+    by_nohop(&container.inside(&tasks), &vip)?;
+    ensure!(intercepted(&nohop)? > 0.0);
+
+    nohop.kill()?;
+    by_itself(&task)?;
+    ensure!(attached(&tasks)?.is_empty(), "{:?}", attached(&tasks)?);
+    nohop.start_again()?;
+    nohop.wait_for_status(|status| unit(status)["state"] == "attached")?;
+    by_nohop(&task, &vip)?;
+
+    off_and_on(&nohop, &task, &vip, &tasks, &(catalog.config() + &listen))?;
+    ensure!(nohop.terminate()?.success());
+    by_itself(&task)
+}
+
+/// By the configuration of a daemon that runs.
+fn off_and_on(
+    nohop: &Nohop,
+    task: &ExecContext<'_>,
+    vip: &str,
+    tasks: &Cgroup,
+    config: &str,
+) -> Result<()> {
+    nohop.configure(config)?;
+    reload(nohop)?;
+    by_itself(task)?;
+    ensure!(unit(&nohop.status()?) == Value::Null);
+    nohop.configure(&format!("{config}dns.intercept = [{:?}]\nshadow = true\n", tasks.path()))?;
+    reload(nohop)?;
+    by_itself(task)?;
+    ensure!(unit(&nohop.status()?)["reason"] == "shadow mode");
+    nohop.configure(&format!("{config}dns.intercept = [{:?}]\n", tasks.path()))?;
+    reload(nohop)?;
+    by_nohop(task, vip)
+}
+
+fn reload(nohop: &Nohop) -> Result<()> {
+    let output = nohop.cli("reload")?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+    Ok(())
+}
+
+/// A resolver that knows one name, and no services.
+fn resolver(mut command: Command) -> Result<Process> {
+    let words = "--keep-in-foreground --log-facility=- --conf-file=/dev/null --pid-file= --user=root \
+                 --no-resolv --no-hosts --bind-interfaces --address=/other.example/192.0.2.9 --local=/service/";
+    command.args(words.split_whitespace()).arg(format!("--listen-address={BACKEND}"));
+    let dnsmasq = Process::spawn("dnsmasq", command)?;
+    dnsmasq.wait_for_line(&["started, version"])?;
+    Ok(dnsmasq)
+}
+
+const DIG: &str = "+time=60 +tries=1";
+
+/// The resolver of resolv.conf answers.
+fn by_itself(context: &ExecContext<'_>) -> Result<()> {
+    for transport in ["+notcp", "+tcp"] {
+        let answer = context.run("dig", &format!("{DIG} {transport} helloworld.service"))?;
+        ensure!(answer.contains("status: NXDOMAIN"), "{answer}");
+        let answer = context.run("dig", &format!("{DIG} +short {transport} other.example"))?;
+        ensure!(answer.trim() == "192.0.2.9", "{answer}");
+    }
+    let found = context.run("getent", "ahostsv4 helloworld.service");
+    ensure!(found.is_err(), "{found:?}");
+    Ok(())
+}
+
+/// nohop answers in its place, and the application doesn't notice: dig and glibc compare the address
+/// that an answer comes from.
+fn by_nohop(context: &ExecContext<'_>, vip: &str) -> Result<()> {
+    for transport in ["+notcp", "+tcp"] {
+        let answer = context.run("dig", &format!("{DIG} {transport} helloworld.service"))?;
+        ensure!(answer.contains(vip), "{answer}");
+        ensure!(answer.contains(&format!("SERVER: {BACKEND}#53")), "{answer}");
+        let answer = context.run("dig", &format!("{DIG} +short {transport} other.example"))?;
+        ensure!(answer.trim() == "192.0.2.9", "{answer}");
+    }
+    let found = context.run("getent", "ahostsv4 helloworld.service")?;
+    ensure!(found.starts_with(&format!("{vip} ")), "{found}");
+    Ok(())
+}
+
+fn unit(status: &Value) -> Value {
+    let units = status["datapath"]["units"].as_array().cloned().unwrap_or_default();
+    units.into_iter().find(|unit| unit["name"] == "intercept").unwrap_or_default()
+}
+
+fn intercepted(nohop: &Nohop) -> Result<f64> {
+    let socket = nohop.admin().replace("unix:", "");
+    let text = testbed::http::ask(socket.as_ref(), "GET", "/metrics", "")?;
+    let sample = "nohop_dns_intercept_total{result=\"intercepted\"} ";
+    let value = text.lines().find_map(|line| line.strip_prefix(sample));
+    Ok(value.with_context(|| format!("no {sample}"))?.parse()?)
+}
