@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
+use lb_tests::fixture::at_length;
 use testbed::consul::instance;
 use testbed::load::{Load, Outcome};
 use testbed::nohop::Nohop;
@@ -18,8 +19,11 @@ const RATE: u32 = 1_000;
 /// started after the next evaluation.
 const UPDATE_GAP_S: u32 = 2;
 
-/// How long Nomad waits by default before it restarts a task that crashed: 15 s and a jitter.
-const RESTART_GAP_S: u32 = 18;
+/// How long Nomad waits by default before it restarts a task that crashed, 15 s and a jitter; in full, how
+/// long an operator may take.
+fn restart_gap_s() -> u32 {
+    at_length(72) as u32
+}
 
 const N_KILLS: u32 = 20;
 
@@ -94,7 +98,7 @@ pub fn crashed() -> Result<()> {
     let third = cluster.nodes.helloworld("helloworld-2")?;
     cluster.server.deregister("helloworld-0")?;
     cluster.server.register(&instance("helloworld", "helloworld-2", third.address))?;
-    load.wait_until_second(1 + RESTART_GAP_S)?;
+    load.wait_until_second(1 + restart_gap_s())?;
     cluster.nohop.start_again()?;
     let third = third.address.to_string();
     cluster.nohop.wait_until_explained("helloworld", |known| known.to_string().contains(&third))?;
