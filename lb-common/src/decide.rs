@@ -219,6 +219,9 @@ pub trait Caller {
     fn origin(&self) -> (Origin, bool);
     /// Whether the process is in a cgroup that is bypassed, or below one.
     fn is_bypassed(&self) -> bool;
+    /// Called once the connection is to go to a backend, if the service has one: what the caller needs for that
+    /// can be loaded while the backend is chosen.
+    fn prepare(&self) {}
     /// The backends that the socket can reach.
     fn filter(&self, is_ipv6_only: bool) -> FamilyFilter;
     /// The cookie of the network namespace.
@@ -359,6 +362,7 @@ pub fn decide(tables: &impl Tables, caller: &impl Caller, request: &Request) -> 
         let (has_other_family, report) = (false, false);
         return Verdict::Refuse(RefuseReason::NoBackend { service, has_other_family, report });
     }
+    caller.prepare();
     let report = words.report_next();
     let netns = || match self::is_on_host(control, caller) {
         true => Netns::Host,

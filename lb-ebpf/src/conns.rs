@@ -16,7 +16,7 @@ use aya_ebpf::programs::SockAddrContext;
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
 use lb_common::{ConnRecord, N_CONNS, RevNat};
 
-use crate::{config, maps, xlate};
+use crate::{config, context, maps};
 
 /// Among the sockets' storages, which outlive layouts.
 #[btf_map]
@@ -39,6 +39,17 @@ pub fn store(ctx: &SockAddrContext, entry: &RevNat, may_record: bool) -> bool {
     record(cookie).is_some_and(|record| record.write(cookie, Some(entry)))
 }
 
+/// Loads from the record that [`store`] will write. That was used 65,536 cookies ago, so it is in no cache,
+/// and the load takes about as long as the choice, during which it needn't be waited for.
+#[inline(always)]
+pub fn touch(ctx: &SockAddrContext) {
+    // SAFETY: the context is valid.
+    let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+    if let Some(record) = record(cookie) {
+        record.cookie();
+    }
+}
+
 /// Whether a TCP socket certainly remembers nothing: it has no cookie, so no record, and no storage of
 /// any program. Most have neither, which two loads show.
 #[inline(always)]
@@ -47,7 +58,7 @@ pub fn has_nothing(ctx: &SockAddrContext) -> bool {
     if cookie_offset == 0 || storage_offset == 0 {
         return false;
     }
-    let socket = xlate::tcp_socket(ctx);
+    let socket = context::tcp_socket(ctx);
     if socket.is_null() {
         return false;
     }
@@ -99,7 +110,7 @@ fn cookie(ctx: &SockAddrContext) -> u64 {
         // SAFETY: the context is valid.
         return unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
     }
-    let socket = xlate::tcp_socket(ctx);
+    let socket = context::tcp_socket(ctx);
     if socket.is_null() {
         return 0;
     }

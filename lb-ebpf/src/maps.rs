@@ -12,9 +12,10 @@ use lb_common::{
     Algorithm, Backend, BackendEntry, BackendSets, BackendWords, BalanceSettings, BypassCgroup,
     BypassLevel, Control, ControlWords, Counter, DEFAULT_MAX_BACKENDS, DEFAULT_MAX_SERVICES,
     ENTRIES_PER_BACKEND, EjectionWord, Event, EventKind, FRONTENDS_PER_SERVICE, Fallback, Family,
-    Flows, Frontend, Frontend6, GlobalCounters, MAX_BYPASS_CGROUPS, MaglevKey, Netns, Probe,
-    RevNat, SLOTS_PER_BACKEND, ServiceEntry, ServiceName, ServiceRef, ServiceStats, ServiceWords,
-    Slot, SlotRange, TraceSwitch, is_expired,
+    Flows, Frontend, Frontend6, GlobalCounters, INDEX_WAYS, IndexBucket, IndexKey,
+    MAX_BYPASS_CGROUPS, MaglevKey, N_INDEX_BUCKETS, Netns, Probe, RevNat, SLOTS_PER_BACKEND,
+    ServiceEntry, ServiceName, ServiceRef, ServiceStats, ServiceWords, Slot, SlotRange,
+    TraceSwitch, expected_service, is_expired,
 };
 
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
@@ -27,6 +28,10 @@ const N_BACKENDS: usize = (DEFAULT_MAX_BACKENDS * ENTRIES_PER_BACKEND) as usize;
 static FRONTENDS: HashMap<Frontend, ServiceRef, N_FRONTENDS> = HashMap::new();
 #[btf_map]
 static FRONTENDS6: HashMap<Frontend6, ServiceRef, N_FRONTENDS> = HashMap::new();
+/// It isn't pinned: each daemon has its own for the programs that it loads, and fills it from `FRONTENDS`
+/// before these are attached. So none is left for a later daemon by one that doesn't know of it.
+#[btf_map]
+static FRONTEND_INDEX: Array<IndexBucket, { N_INDEX_BUCKETS as usize }, MMAPABLE> = Array::new();
 #[btf_map]
 static SERVICES: Array<ServiceEntry, N_SERVICES, MMAPABLE> = Array::new();
 #[btf_map]
@@ -71,6 +76,30 @@ pub static FLOWS: SkStorage<Flows> = SkStorage::new();
 #[inline(always)]
 pub fn frontend(frontend: &Frontend) -> Option<ServiceRef> {
     FRONTENDS.get_ptr(frontend).map(copy_ref)
+}
+
+/// The service behind a VIP's frontend: by the index, else as [`frontend`].
+#[inline(always)]
+pub fn indexed_frontend(frontend: &Frontend) -> Option<ServiceRef> {
+    // Of no use but to have the entry in the cache by the time that the index, which may take as long, leads
+    // there. Where it leads elsewhere, that is loaded then.
+    if let Some(service) = service(expected_service(frontend.address)) {
+        service.connects();
+    }
+    let key = IndexKey::of(frontend);
+    if let Some(bucket) = FRONTEND_INDEX.get_ptr(key.bucket) {
+        let mut way = 0;
+        while way < INDEX_WAYS {
+            // SAFETY: an array's element stays; the daemon replaces each word by one aligned store, and
+            // this is one aligned load.
+            let word = unsafe { (&raw const (*bucket).words[way]).read_volatile() };
+            if let Some(service) = key.service_of(word) {
+                return Some(ServiceRef { service, host_only: 0 });
+            }
+            way += 1;
+        }
+    }
+    self::frontend(frontend)
 }
 
 /// The service behind an IPv6 frontend.

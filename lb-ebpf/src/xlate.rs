@@ -2,7 +2,7 @@
 //! the caller as `decide` reads them, and what follows from its verdict.
 
 use aya_ebpf::EbpfContext as _;
-use aya_ebpf::helpers::generated::{bpf_skc_to_tcp_sock, bpf_skc_to_udp6_sock};
+use aya_ebpf::helpers::generated::bpf_skc_to_udp6_sock;
 use aya_ebpf::helpers::{
     bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_get_current_pid_tgid,
     bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_ktime_get_ns, bpf_probe_read_kernel,
@@ -18,7 +18,7 @@ use lb_common::{
 
 use crate::context::{self, Endpoint, Reject};
 use crate::maps::{self, BackendPtr, ControlPtr, ServicePtr};
-use crate::{config, log, random, trace};
+use crate::{config, conns, log, random, trace};
 
 /// Whether a connection to an IPv4 address may be to a frontend. What is no VIP pays for this alone.
 #[inline(always)]
@@ -37,7 +37,8 @@ pub fn xlate(
 ) -> Result<Option<Selection>, Reject> {
     let request = request(ctx, destination, call);
     let asks_ipv6_only = call == Call::Connect && matches!(destination, Destination::V6(_));
-    let client = Client { ctx, asks_ipv6_only, filter };
+    let may_record = call == Call::Connect && request.protocol == IPPROTO_TCP;
+    let client = Client { ctx, asks_ipv6_only, may_record, filter };
     apply(ctx, &request, decide(&Kernel, &client, &request))
 }
 
@@ -167,7 +168,12 @@ impl Tables for Kernel {
 
     #[inline(always)]
     fn frontend(&self, frontend: &Frontend) -> Option<ServiceRef> {
-        maps::frontend(frontend)
+        // The index has no pins.
+        if config::in_pool(frontend.address) {
+            maps::indexed_frontend(frontend)
+        } else {
+            maps::frontend(frontend)
+        }
     }
 
     #[inline(always)]
@@ -340,6 +346,8 @@ struct Client<'a, F> {
     ctx: &'a SockAddrContext,
     /// Whether it matters if the socket is closed to IPv4.
     asks_ipv6_only: bool,
+    /// Whether what it connects to may be kept as a record.
+    may_record: bool,
     filter: F,
 }
 
@@ -357,6 +365,13 @@ impl<F: Fn(bool) -> FamilyFilter> Caller for Client<'_, F> {
     #[inline(always)]
     fn is_bypassed(&self) -> bool {
         is_bypassed()
+    }
+
+    #[inline(always)]
+    fn prepare(&self) {
+        if self.may_record {
+            conns::touch(self.ctx);
+        }
     }
 
     #[inline(always)]
@@ -393,7 +408,7 @@ fn origin(ctx: &SockAddrContext, asks_ipv6_only: bool) -> (Origin, bool) {
     let (mut kernel, mut only) = (0, 0);
     if is_tcp {
         if kernel_mask != 0 || only_mask != 0 {
-            let socket = tcp_socket(ctx);
+            let socket = context::tcp_socket(ctx);
             if !socket.is_null() {
                 kernel = if kernel_mask != 0 { byte_at(socket, kernel_offset) } else { 0 };
                 only = if only_mask != 0 { byte_at(socket, only_offset) } else { 0 };
@@ -416,15 +431,7 @@ fn origin(ctx: &SockAddrContext, asks_ipv6_only: bool) -> (Origin, bool) {
     }
 }
 
-/// The kernel's own structure of a TCP socket, which begins with that of any socket. The verifier knows
-/// the structure, and lets a program load from it, which is quicker than a helper.
-#[inline(always)]
-pub fn tcp_socket(ctx: &SockAddrContext) -> *const u8 {
-    // SAFETY: the helper takes the context's own socket.
-    unsafe { bpf_skc_to_tcp_sock(context::socket(ctx).cast()) }.cast::<u8>().cast_const()
-}
-
-/// A byte of such a structure.
+/// A byte of such a structure as [`context::tcp_socket`] returns.
 #[inline(always)]
 fn byte_at(socket: *const u8, offset: u32) -> u8 {
     // SAFETY: the offset is that of a field in the structure, as the kernel's own type information

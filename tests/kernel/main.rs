@@ -12,6 +12,7 @@ mod disconnect;
 mod ejection;
 mod families;
 mod in_flight;
+mod index;
 mod intercept;
 mod layout2;
 mod lockdown;
@@ -259,6 +260,15 @@ const TRIALS: &[KernelTrial] = &[
     ),
     since((5, 10), "a_mapped_connect_stays_with_ipv4", families::a_mapped_connect_stays_with_ipv4),
     since((5, 10), "address_lookups_are_no_connects", families::address_lookups_are_no_connects),
+    since(
+        (5, 10),
+        "the_index_follows_what_another_version_changed",
+        index::follows_what_another_version_changed,
+    ),
+    once(
+        "no_connect_meets_the_service_of_another_vip",
+        index::no_connect_meets_the_service_of_another_vip,
+    ),
     since((5, 10), "a_restart_loses_no_connect", restart::a_restart_loses_no_connect),
     since((5, 10), "a_new_layout_takes_over", restart::a_new_layout_takes_over),
     once("lower_sizes_take_nothing_away", restart::lower_sizes_take_nothing_away),

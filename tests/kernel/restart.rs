@@ -341,10 +341,14 @@ pub fn spoilt_maps_are_made_anew() {
         let place = Place::new();
         let mut datapath = place.start();
         apply(&mut datapath, web(&old));
+        let service_idx = datapath.indices("web").unwrap().service;
+        let idx = if map.starts_with("SERVICE") { service_idx } else { 0 };
+        let key = idx.to_ne_bytes().map(|byte| byte.to_string());
         drop(datapath);
         let path = place.pin(&format!("v3/maps/{map}"));
         let status = Command::new("bpftool")
-            .args(["map", "update", "pinned", path.to_str().unwrap(), "key", "0", "0", "0", "0"])
+            .args(["map", "update", "pinned", path.to_str().unwrap(), "key"])
+            .args(key)
             .arg("value")
             .args(vec!["255"; value_size])
             .status()

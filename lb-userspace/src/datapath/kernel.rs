@@ -16,9 +16,9 @@ use aya::Ebpf;
 use aya::maps::{HashMap, Map, MapData, MapError};
 use lb_common::{
     Backend, BackendEntry, BackendOutcomes, BalanceSettings, BypassCgroup, BypassLevel, ConnClaim,
-    ConnRecord, Control, Counter, Fallback, Frontend, Frontend6, GlobalCounters, Group, N_GROUPS,
-    Probe, ServiceEntry, ServiceFlags, ServiceName, ServiceRef, ServiceStats, Slot, SlotRange,
-    UdpConnects,
+    ConnRecord, Control, Counter, Fallback, Frontend, Frontend6, GlobalCounters, Group, Index,
+    IndexBucket, N_GROUPS, Probe, ServiceEntry, ServiceFlags, ServiceName, ServiceRef,
+    ServiceStats, Slot, SlotRange, UdpConnects,
 };
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
@@ -492,11 +492,26 @@ impl ServiceNames {
     }
 }
 
+/// The index of IPv4 frontends.
+#[derive(Debug)]
+struct FrontendIndex(Arc<AtomicArray<IndexBucket>>);
+
+impl Index for FrontendIndex {
+    fn load(&self, bucket: u32, way: usize) -> u64 {
+        self.0.load_field(bucket, way * size_of::<u64>())
+    }
+
+    fn store(&mut self, bucket: u32, way: usize, word: u64) {
+        self.0.store_field(bucket, way * size_of::<u64>(), &word);
+    }
+}
+
 /// The maps that the programs read.
 #[derive(Debug)]
 pub struct KernelMaps {
     frontends: Hash<Frontend, ServiceRef>,
     frontends6: Hash<Frontend6, ServiceRef>,
+    index: FrontendIndex,
     slots: Arc<AtomicArray<Slot>>,
     names: Arc<AtomicArray<ServiceName>>,
     records: ConnRecords,
@@ -532,6 +547,7 @@ impl KernelMaps {
         Ok(KernelMaps {
             frontends: take_hash(ebpf, "FRONTENDS")?,
             frontends6: take_hash(ebpf, "FRONTENDS6")?,
+            index: FrontendIndex(AtomicArray::take(ebpf, "FRONTEND_INDEX")?),
             slots: AtomicArray::take(ebpf, "SLOTS")?,
             names: AtomicArray::take(ebpf, "SERVICE_NAMES")?,
             records: ConnRecords(AtomicArray::take(ebpf, "CONNS")?),
@@ -600,15 +616,29 @@ impl KernelMaps {
 impl Maps for KernelMaps {
     fn insert_frontend(&mut self, frontend: FrontendKey, target: ServiceRef) -> io::Result<()> {
         match Key::of(&frontend) {
-            Key::V4(key) => self.frontends.insert(Plain(key), Plain(target), 0),
-            Key::V6(key) => self.frontends6.insert(Plain(key), Plain(target), 0),
+            Key::V4(key) => {
+                // It may be another service's until now.
+                self.index.remove(&key);
+                self.frontends.insert(Plain(key), Plain(target), 0).map_err(io_error)?;
+                self.index.insert(&key, target);
+                Ok(())
+            }
+            Key::V6(key) => self.frontends6.insert(Plain(key), Plain(target), 0).map_err(io_error),
         }
-        .map_err(io_error)
+    }
+
+    fn adopt_frontend(&mut self, frontend: FrontendKey, target: ServiceRef) {
+        if let Key::V4(key) = Key::of(&frontend) {
+            self.index.insert(&key, target);
+        }
     }
 
     fn remove_frontend(&mut self, frontend: &FrontendKey) -> io::Result<()> {
         let removed = match Key::of(frontend) {
-            Key::V4(key) => self.frontends.remove(&Plain(key)),
+            Key::V4(key) => {
+                self.index.remove(&key);
+                self.frontends.remove(&Plain(key))
+            }
             Key::V6(key) => self.frontends6.remove(&Plain(key)),
         };
         match removed.map_err(io_error) {

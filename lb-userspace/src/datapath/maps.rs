@@ -47,6 +47,10 @@ pub trait Maps {
     /// When the kernel refuses, such as E2BIG for a full map; then nothing has changed.
     fn insert_frontend(&mut self, frontend: FrontendKey, target: ServiceRef) -> io::Result<()>;
 
+    /// Takes over a frontend that an earlier daemon inserted, before any program reads these maps by the
+    /// index.
+    fn adopt_frontend(&mut self, frontend: FrontendKey, target: ServiceRef);
+
     /// Makes `frontend` lead nowhere; one that is absent is no error.
     ///
     /// # Errors

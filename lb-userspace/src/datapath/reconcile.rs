@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use lb_common::{
     ANY_PORT, Address, Algorithm, Backend, Group, IPPROTO_TCP, IPPROTO_UDP, MAX_SERVICE_BACKENDS,
-    ServiceFlags, ServiceName, ServiceRef,
+    ServiceFlags, ServiceName, ServiceRef, expected_service,
 };
 
 use super::buddy::{Block, SlotAllocator};
@@ -594,7 +594,7 @@ impl<M: Maps> Reconciler<M> {
         self.check_room_for_frontends(service)?;
         let service_idx = match self.applied.get(&service.name) {
             Some(applied) => applied.service_idx,
-            None => self.allocate_service()?,
+            None => self.allocate_service(service)?,
         };
         let regions = match self.take_regions(&slot_tables) {
             Ok(regions) => regions,
@@ -797,11 +797,12 @@ impl<M: Maps> Reconciler<M> {
         Ok(())
     }
 
-    fn allocate_service(&mut self) -> Result<u32, ReconcileError> {
+    fn allocate_service(&mut self, service: &Service) -> Result<u32, ReconcileError> {
         if self.services.available() == 0 {
             self.recycle();
         }
-        self.services.take().ok_or_else(|| self.services_full())
+        let wanted = expected_service(service.vip.octets());
+        self.services.take_at(wanted).ok_or_else(|| self.services_full())
     }
 
     fn services_full(&self) -> ReconcileError {

@@ -348,6 +348,8 @@ impl Maps for FakeMaps {
         })
     }
 
+    fn adopt_frontend(&mut self, _: FrontendKey, _: ServiceRef) {}
+
     fn remove_frontend(&mut self, frontend: &FrontendKey) -> io::Result<()> {
         self.step_that_may_fail(|model| {
             model.frontends.remove(frontend);
@@ -894,8 +896,8 @@ fn maps_that_something_else_wrote_to_are_not_taken_over() {
             model.slots.values_mut().for_each(|slot| slot.alias = 9);
         }),
         ("aren't its own", |model| {
-            let shown = model.services[&0];
-            model.services.insert(1, shown);
+            let shown = model.services[&1];
+            model.services.insert(2, shown);
         }),
         ("no service 7", |model| {
             model.frontends.values_mut().for_each(|target| target.service = 7);
@@ -1219,7 +1221,7 @@ fn a_backend_keeps_its_entry_while_it_is_in_the_table() {
     }
     assert_eq!(run.reconciler.take_removed_udp(), RemovedUdp::default());
     run.place(1, &Places::from([(0, N_GROUPS)]), 1, BalanceAlgorithm::Least);
-    let ranges = run.maps.0.borrow().services[&0];
+    let ranges = run.maps.0.borrow().services[&1];
     assert!(ranges.groups.iter().all(|group| *group == Group::default()), "none is selected");
 }
 
@@ -1300,10 +1302,12 @@ fn a_backend_that_is_added_beside_others_ramps_up() {
     run.place(1, &first(&[0, 5]), 9, least);
     run.reconciler.recycle();
     run.reconciler.set_slow_start(None);
-    run.place(1, &first(&[0, 5, 9]), 9, least);
-    assert_eq!((run.entry(1, 9).0, added(&run, 9)), (idx, 0));
+    let others = [9, 10, 11, 12];
+    run.place(1, &first(&[[0, 5].as_slice(), &others].concat()), 9, least);
+    assert!(others.iter().any(|&x| run.entry(1, x).0 == idx));
+    assert!(others.iter().all(|&x| added(&run, x) == 0));
     run.reconciler.end_ramps(NOW_MS);
-    assert_eq!(added(&run, 9), 0);
+    assert!(others.iter().all(|&x| added(&run, x) == 0));
 
     run.reconciler.set_slow_start(SLOW_START);
     run.place(1, &first(&[0, 5]), 9, BalanceAlgorithm::Maglev);

@@ -35,27 +35,33 @@ impl Figures {
             let [_, over, _] = spread(pairwise(means, empty, |mean, empty| mean - empty));
             println!("{name:<28}{median:>8.0}{least:>8.0}{most:>8.0}{over:>8.0}");
         }
-        println!("\nDifferences and ratios are medians of those in each round.");
+        println!(
+            "\nDifferences and ratios are medians of those in each round, with the least and the most."
+        );
         for goal in goals {
-            let (is, limit, what) = self.meets(goal);
+            let ([least, is, most], limit, what) = self.meets(goal);
+            // Not measured.
+            if is.is_nan() {
+                continue;
+            }
             let verdict = if is <= limit { "reached" } else { "NOT reached" };
-            println!("{what:<58}{is:>8.2}  at most {limit:>5}: {verdict}");
+            let is = format!("{is:.2} ({least:.2} to {most:.2})");
+            println!("{what:<58}{is:>26}  at most {limit:>5}: {verdict}");
         }
     }
 
-    fn meets(&self, goal: &Goal) -> (f64, f64, String) {
+    fn meets(&self, goal: &Goal) -> ([f64; 3], f64, String) {
         match *goal {
             Goal::AtMost(limit, name) => {
-                let [_, median, _] = spread(self.means(name).iter().copied());
-                (median, limit, format!("{name}, ns"))
+                (spread(self.means(name).iter().copied()), limit, format!("{name}, ns"))
             }
             Goal::Over(limit, name, other) => {
                 let over = pairwise(self.means(name), self.means(other), |one, other| one - other);
-                (spread(over)[1], limit, format!("{name}, more than {other}, ns"))
+                (spread(over), limit, format!("{name}, more than {other}, ns"))
             }
             Goal::Times(limit, name, other) => {
                 let times = pairwise(self.means(name), self.means(other), |one, other| one / other);
-                (spread(times)[1], limit, format!("{name}, in times {other}"))
+                (spread(times), limit, format!("{name}, in times {other}"))
             }
         }
     }

@@ -12,7 +12,7 @@ use std::process::ExitCode;
 use compared::Compared;
 use figures::{Figures, Goal};
 use lb_tests::fixture::{self, Bed, Server, service};
-use lb_userspace::datapath::{Cost, Measuring, UNITS, Unit};
+use lb_userspace::datapath::{Cost, Measuring, Options, UNITS};
 use lb_userspace::table::{Protocols, Service};
 
 /// The numbers of services.
@@ -29,11 +29,14 @@ const DEAD: u32 = 3;
 
 const STRIDE: u32 = 7_919;
 
-const GOALS: [Goal; 7] = [
+const GOALS: [Goal; 10] = [
     Goal::AtMost(150.0, "no VIP"),
     Goal::Over(200.0, "a VIP among 10,000", "storage alone"),
     Goal::Over(200.0, "VIPs of 10,000", "storage alone"),
+    Goal::Over(500.0, "answered: a VIP", "empty"),
+    Goal::Over(500.0, "a VIP among 10,000", "empty"),
     Goal::Times(1.2, "VIPs of 10,000", "VIPs of 10"),
+    Goal::Times(1.2, "eligible: VIPs of 10,000", "eligible: VIPs of 10"),
     Goal::Times(1.2, "a VIP among 10,000", "a VIP among 10"),
     Goal::AtMost(400.0, "UDP: a datagram sent"),
     Goal::AtMost(400.0, "UDP: a datagram received"),
@@ -49,13 +52,16 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     };
     let quick = std::env::args().any(|argument| argument == "--quick");
+    // Cases by parts of their names; all, where none is named.
+    let wanted: Vec<String> =
+        std::env::args().skip(1).filter(|arg| !arg.starts_with("--")).collect();
     let (n_rounds, n_calls) = (15, if quick { 200 } else { 2_000 });
     println!(
         "Linux {}: {n_rounds} interleaved rounds of {n_calls} calls each; a program's mean run time\n\
          in ns by the kernel's BPF statistics, two readings of the clock included.\n",
         rustix::system::uname().release().to_string_lossy()
     );
-    measure(Path::new(&object), n_rounds, n_calls).print(&GOALS);
+    measure(Path::new(&object), &wanted, n_rounds, n_calls).print(&GOALS);
     ExitCode::SUCCESS
 }
 
@@ -90,7 +96,7 @@ impl<'a> Case<'a> {
     }
 }
 
-fn measure(object: &Path, n_rounds: usize, n_calls: usize) -> Figures {
+fn measure(object: &Path, wanted: &[String], n_rounds: usize, n_calls: usize) -> Figures {
     // A socket belongs to the cgroup in which it is made: these to none that is measured.
     let (dead, server) = (fixture::dead(), Server::start(b'a'));
     let echo = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).expect("a socket");
@@ -102,8 +108,15 @@ fn measure(object: &Path, n_rounds: usize, n_calls: usize) -> Figures {
     let compared = &Compared::load(object);
     let (few, many) = (table(FEW, &backends), table(MANY, &backends));
     let (few, many) = (&few, &many);
+    // Whose backends stay eligible, although they refuse.
+    let never = |options: &mut Options| {
+        let eject = &mut options.balance.eject;
+        (eject.refused, eject.failures, eject.silence) = (0, 0, 0);
+    };
+    let eligible_few = &table_with(FEW, &backends, never);
+    let eligible_many = &table_with(MANY, &backends, never);
     // Without what releases records.
-    let stored = &table_of(FEW, &backends, &UNITS[..1]);
+    let stored = &table_with(FEW, &backends, |options| options.units = &UNITS[..1]);
 
     let in_turn = move |n_services: u32| in_turn(n_services - DEAD, n_calls as u32);
     let again = move |address: SocketAddrV4| std::iter::repeat_n(address, n_calls);
@@ -152,6 +165,15 @@ fn measure(object: &Path, n_rounds: usize, n_calls: usize) -> Figures {
         }),
         Case::of(few, connect4, "VIPs of 10", move || traffic::connect_each(in_turn(FEW))),
         Case::of(many, connect4, "VIPs of 10,000", move || traffic::connect_each(in_turn(MANY))),
+        Case::of(eligible_few, connect4, "eligible: VIPs of 10", move || {
+            traffic::connect_each(in_turn(FEW));
+        }),
+        Case::of(eligible_many, connect4, "eligible: VIPs of 10,000", move || {
+            traffic::connect_each(in_turn(MANY));
+        }),
+        Case::of(eligible_many, connect4, "eligible: a VIP", move || {
+            traffic::connect_each(again(vip(DEAD)));
+        }),
         Case::of(many, "nohop_connect6", "a mapped VIP", move || {
             traffic::connect_mapped(again(vip(DEAD)));
         }),
@@ -181,6 +203,10 @@ fn measure(object: &Path, n_rounds: usize, n_calls: usize) -> Figures {
         }),
     ]);
 
+    cases.retain(|case| {
+        let is_wanted = |part: &String| case.name.contains(part);
+        case.name == "empty" || wanted.is_empty() || wanted.iter().any(is_wanted)
+    });
     let mut figures = Figures::of(cases.iter().map(|case| case.name));
     for _ in 0..n_rounds {
         figures.add(cases.iter().map(Case::mean_ns));
@@ -201,17 +227,25 @@ struct Backends {
     echo: SocketAddrV4,
 }
 
+/// A VIP as the table assigns one, by a hash: within 127.192.0.0/10, each service another one.
 fn vip(service_idx: u32) -> SocketAddrV4 {
-    SocketAddrV4::new(Ipv4Addr::from(u32::from(fixture::VIP) + service_idx), 80)
+    const BITS: u32 = 22;
+    // Each step has an inverse.
+    let mixed =
+        [0x009e_3779, 0x85eb_ca6b].into_iter().fold(service_idx + 1, |hash: u32, factor: u32| {
+            let hash = hash.wrapping_mul(factor) & ((1 << BITS) - 1);
+            hash ^ hash >> (BITS / 2)
+        });
+    SocketAddrV4::new(Ipv4Addr::from(0x7f_c0_00_00 | mixed), 80)
 }
 
-/// A datapath with that many services, at consecutive VIPs.
+/// A datapath with that many services.
 fn table(n_services: u32, backends: &Backends) -> Bed {
-    table_of(n_services, backends, UNITS)
+    table_with(n_services, backends, |_| {})
 }
 
-/// The same of these units.
-fn table_of(n_services: u32, backends: &Backends, units: &'static [Unit]) -> Bed {
+/// The same with other options.
+fn table_with(n_services: u32, backends: &Backends, change: impl FnOnce(&mut Options)) -> Bed {
     let web = |service_idx: u32| -> Service {
         let of_its_own = |backend_idx: u8| {
             // All of loopback is this machine, and refuses at once.
@@ -229,7 +263,7 @@ fn table_of(n_services: u32, backends: &Backends, units: &'static [Unit]) -> Bed
         let protocols = if service_idx == ECHO { Protocols::Both } else { Protocols::Tcp };
         Service { protocols, ..service(&name, *vip(service_idx).ip(), &weighted) }
     };
-    let mut bed = Bed::with(|options| options.units = units);
+    let mut bed = Bed::with(change);
     bed.apply((0..n_services).map(web).collect());
     bed
 }

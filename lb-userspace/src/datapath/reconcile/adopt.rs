@@ -56,6 +56,7 @@ impl<M: Maps> Reconciler<M> {
             }
             let (name, mut applied) = this.adopt_service(service_idx, sizes)?;
             for (&frontend, &target) in frontends {
+                this.maps.adopt_frontend(frontend, target);
                 applied.insert_frontend(frontend, target);
             }
             for &backend_idx in applied.backends.values() {
