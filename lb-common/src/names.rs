@@ -35,6 +35,11 @@ mod record_type {
     pub(super) const ANY: u16 = 255;
 }
 
+/// The name, below the domain, by whose answer the daemon proves that answers arrive.
+pub const PROBE_LABEL: &[u8] = b"_nohop-probe";
+/// The address that it has: one for documentation (RFC 5737).
+pub const PROBE_ADDRESS: [u8; 4] = [192, 0, 2, 53];
+
 /// The class of the internet.
 const CLASS_IN: u16 = 1;
 
@@ -149,6 +154,8 @@ impl NameRecord {
     pub const COLD: u32 = 1;
     /// AAAA is answered with the IPv6 VIP.
     pub const HAS_VIP6: u32 = 2;
+    /// It is [`PROBE_LABEL`]'s, which no service has: answered whenever the unit isn't off, and not counted.
+    pub const PROBE: u32 = 4;
 }
 
 /// The value of `NAMES_CONTROL`: what the daemon writes for the unit. All zero: everything passes.
@@ -171,8 +178,18 @@ pub struct NamesControl {
     /// is older than those in [`Control`](crate::Control) by [`NAMES_HEARTBEAT_NS`] is of an earlier
     /// daemon: an older version has run since, which doesn't keep them.
     pub heartbeat_ns: u64,
+    /// The address families whose queries on `lo` pass because answers don't arrive there:
+    /// [`NamesControl::IPV4`] and [`NamesControl::IPV6`].
+    pub passed_on_loopback: u64,
     /// Zero.
-    pub reserved: [u64; 3],
+    pub reserved: [u64; 2],
+}
+
+impl NamesControl {
+    /// IPv4, in [`NamesControl::passed_on_loopback`].
+    pub const IPV4: u64 = 1;
+    /// IPv6.
+    pub const IPV6: u64 = 2;
 }
 
 /// When the unit answers.
@@ -198,6 +215,14 @@ pub struct ListenKey {
     pub port: u16,
     /// Zero.
     pub padding: [u8; 6],
+}
+
+impl ListenKey {
+    /// The value of `NAMES_LISTEN` where a socket of the daemon's has the address.
+    pub const BOUND: u32 = 1;
+    /// The value where one of the unspecified address receives: another server's socket may have the
+    /// address itself.
+    pub const SHARED: u32 = 2;
 }
 
 /// The value of `NAMES_COUNTERS`: what the unit did. They only grow.

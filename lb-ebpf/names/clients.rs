@@ -1,6 +1,7 @@
 //! Which clients are served, and at what rate: `dns.allow` and `dns.client_rate`, as the daemon has it
 //! (`lb-userspace/src/dns/acl.rs`).
 
+use aya_ebpf::bindings::__sk_buff;
 use lb_common::Address;
 
 use crate::headers::Headers;
@@ -10,41 +11,43 @@ use crate::skb::Skb;
 /// The port of DNS servers, from which no client asks: two that answered each other would never end.
 const DNS_PORT: u16 = 53;
 
-/// The decision about a client.
-pub enum Admission {
-    Admitted,
-    /// The daemon decides.
-    Refused,
-    /// It sends too many queries.
-    Limited,
+/// The decision about a client: it is served.
+pub const ADMITTED: u64 = 0;
+/// The daemon decides.
+pub const REFUSED: u64 = 1;
+/// It sends too many queries.
+pub const LIMITED: u64 = 2;
+
+/// Decides about a packet's client: [`ADMITTED`], [`REFUSED`] or [`LIMITED`].
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn nohop_names_admit(ctx: *mut __sk_buff, now_ns: u64) -> u64 {
+    let (Some(control), Some(scratch)) = (maps::control(), maps::scratch()) else {
+        return REFUSED;
+    };
+    admit(&Skb(ctx), &scratch.headers, control, now_ns)
 }
 
-/// Decides about a packet.
 #[inline(always)]
-pub fn admit(skb: &Skb, headers: &Headers, control: ControlPtr, now_ns: u64) -> Admission {
+fn admit(skb: &Skb, headers: &Headers, control: ControlPtr, now_ns: u64) -> u64 {
     if headers.source_port == DNS_PORT {
-        return Admission::Refused;
+        return REFUSED;
     }
-    // This host itself, by its loopback addresses and those that the daemon listens on.
-    let is_own = || is_loopback(headers) || maps::is_listener(&headers.source, headers.port);
-    if skb.is_loopback() && is_own() {
-        return Admission::Admitted;
+    if skb.is_loopback() {
+        // This host itself. A packet has the same address twice, or two of 127/8, because the kernel chose
+        // the source; by another one NAT or the application did. Conntrack knows NAT by the packet as it
+        // came, and would drop the answer that is made of it.
+        let [source, destination] = [headers.source.words(), headers.destination.words()];
+        let is_same = source[0] == destination[0] && source[1] == destination[1];
+        let is_of_127 = |address| low_ipv4(address)[0] == 127;
+        let is_own = is_same
+            || !headers.is_ipv6 && is_of_127(headers.source) && is_of_127(headers.destination);
+        return if is_own { ADMITTED } else { REFUSED };
     }
-    if is_martian(headers) || !maps::is_allowed(&headers.source) {
-        return Admission::Refused;
+    if is_martian(headers) || !maps::is_allowed(&headers.source) || !headers.is_reachable_by(skb) {
+        return REFUSED;
     }
-    if !skb.is_loopback() && !headers.is_reachable_by(skb) {
-        return Admission::Refused;
-    }
-    if is_limited(headers, control, now_ns) { Admission::Limited } else { Admission::Admitted }
-}
-
-/// Whether the source is a loopback address.
-#[inline(always)]
-fn is_loopback(headers: &Headers) -> bool {
-    let [high, low] = headers.source.words();
-    let [a, ..] = low_ipv4(headers.source);
-    if headers.is_ipv6 { high == 0 && low == 1u64.to_be() } else { a == 127 }
+    if is_limited(headers, control, now_ns) { LIMITED } else { ADMITTED }
 }
 
 /// Whether the source is no host's address: unspecified, loopback, multicast, reserved, or IPv4 in IPv6.

@@ -30,9 +30,9 @@ static CONTROL: Array<Control, 1, MMAPABLE> = Array::new();
 /// Where the daemon listens.
 #[btf_map]
 static NAMES_LISTEN: HashMap<ListenKey, u32, MAX_LISTEN> = HashMap::new();
-/// The networks of the clients that are served: `dns.allow`.
+/// The networks of the clients that are served: `dns.allow`, with 1. All of IPv4 has 0 where that isn't one.
 #[btf_map]
-static NAMES_ALLOWED: LpmTrie<[u8; 16], u32, MAX_ALLOWED> = LpmTrie::new();
+static NAMES_ALLOWED: LpmTrie<[u8; 16], u32, { MAX_ALLOWED + 1 }> = LpmTrie::new();
 /// When each account of clients is full again, in nanoseconds of CLOCK_MONOTONIC.
 #[btf_map]
 static NAMES_ACCOUNTS: Array<u64, N_CLIENT_ACCOUNTS, MMAPABLE> = Array::new();
@@ -62,17 +62,18 @@ pub fn scratch() -> Option<&'static mut Scratch> {
     NAMES_SCRATCH.get_ptr_mut(0).map(|scratch| unsafe { &mut *scratch })
 }
 
-/// Whether the daemon listens there.
+/// How the daemon listens there, if it does: [`ListenKey::BOUND`] or [`ListenKey::SHARED`].
 #[inline(always)]
-pub fn is_listener(address: &Address, port: u16) -> bool {
+pub fn listener(address: &Address, port: u16) -> Option<u32> {
     let key = ListenKey { address: *address, port, padding: [0; 6] };
-    NAMES_LISTEN.get_ptr(key).is_some()
+    // SAFETY: the element is a word, which is copied out at once.
+    NAMES_LISTEN.get_ptr(key).map(|how| unsafe { how.read_volatile() })
 }
 
 /// Whether an address is in `dns.allow`.
 #[inline(always)]
 pub fn is_allowed(address: &Address) -> bool {
-    NAMES_ALLOWED.get(&Key::new(128, address.octets)).is_some()
+    NAMES_ALLOWED.get(&Key::new(128, address.octets)) == Some(&1)
 }
 
 /// An account of clients, by a hash.
@@ -122,11 +123,19 @@ pub fn control() -> Option<ControlPtr> {
 }
 
 impl ControlPtr {
-    /// Whether the unit answers now.
+    /// Whether the unit never answers.
     #[inline(always)]
-    pub fn answers(self, is_alive: bool) -> bool {
-        let mode = read!(self.mode);
-        mode == NamesMode::Always as u32 || mode == NamesMode::Standby as u32 && !is_alive
+    pub fn is_off(self) -> bool {
+        read!(self.mode) == NamesMode::Off as u32
+    }
+
+    /// Whether the unit lets all pass but the probe, which comes by `lo` as the others do that this is
+    /// about: on standby, and where answers don't arrive.
+    #[inline(always)]
+    pub fn passes(self, is_alive: bool, is_loopback: bool, is_ipv6: bool) -> bool {
+        let family = if is_ipv6 { NamesControl::IPV6 } else { NamesControl::IPV4 };
+        is_alive && read!(self.mode) == NamesMode::Standby as u32
+            || is_loopback && read!(self.passed_on_loopback) & family != 0
     }
 
     /// When a daemon that keeps the names was last alive.
@@ -175,15 +184,29 @@ impl ZoneWords for ControlPtr {
 #[derive(Clone, Copy)]
 pub struct RecordPtr(*mut NameRecord);
 
-/// See [`RecordPtr`].
+/// The index of a name's record.
 #[inline(always)]
-pub fn record(key: &NameKey) -> Option<RecordPtr> {
+pub fn record_index(key: &NameKey) -> Option<u32> {
     let found = NAMES.get_ptr(key)?;
     // SAFETY: the kernel may recycle the element once it is deleted, so it is copied out at once, as
     // the one word that it is. The daemon inserts nothing between a deletion and the end of the readers
     // that may have seen the element, so the word is this name's.
     let found: NameRef = zerocopy::transmute!(unsafe { found.cast::<u64>().read_volatile() });
-    NAME_RECORDS.get_ptr_mut(found.record).map(RecordPtr)
+    Some(found.record)
+}
+
+/// The flags of a record; 0 where there is none.
+#[inline(always)]
+pub fn record_flags(index: u32) -> u32 {
+    let Some(RecordPtr(record)) = record(index) else { return 0 };
+    // SAFETY: an array's element stays, and this is an aligned field of it.
+    unsafe { (&raw const (*record).flags).read_volatile() }
+}
+
+/// A record.
+#[inline(always)]
+pub fn record(index: u32) -> Option<RecordPtr> {
+    NAME_RECORDS.get_ptr_mut(index).map(RecordPtr)
 }
 
 impl RecordPtr {

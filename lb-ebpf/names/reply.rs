@@ -4,30 +4,34 @@
 //! pseudo-header's part of it, as those have that never leave the host (CHECKSUM_PARTIAL). So what they
 //! are given is the difference.
 
-use aya_ebpf::bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, TC_ACT_SHOT, TC_ACT_UNSPEC};
+use aya_ebpf::bindings::{
+    __sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, TC_ACT_SHOT, TC_ACT_UNSPEC,
+};
 use aya_ebpf::helpers::generated::{
     bpf_csum_diff, bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_redirect, bpf_skb_change_tail,
 };
 use lb_common::{DNS_HEADER_LEN, MAX_QUERY_TAIL, servfail_flags};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
+use crate::Decision;
 use crate::headers::{Headers, IP};
 use crate::maps::{self, Scratch};
 use crate::skb::Skb;
 
-/// Makes the packet its answer, or that of a server that failed, and sends it on its way: on `lo` it
-/// goes on up to the socket that asked, elsewhere back where it came from. Returns a TC_ACT_*.
+/// Makes the packet its answer, or that of a server that failed, as was decided, and sends it on its way: on
+/// `lo` it goes on up to the socket that asked, elsewhere back where it came from. Returns a TC_ACT_*.
 #[inline(always)]
-pub fn send(skb: &Skb, scratch: &mut Scratch, is_failure: bool) -> i32 {
-    let is_written = if is_failure { fail(skb, &scratch.headers) } else { answer(skb, scratch) };
+pub fn send(skb: &Skb, decision: u64) -> i32 {
+    let is_failure = decision == Decision::Fail as u64;
+    let is_written = if is_failure { nohop_names_fail(skb.0) } else { nohop_names_write(skb.0) };
     // A packet that was changed in part is of no use.
-    if !is_written {
+    if is_written == 0 {
         maps::counters().count_broken();
         return TC_ACT_SHOT;
     }
     if is_failure {
         maps::counters().count_failed();
-    } else {
+    } else if decision == Decision::Answer as u64 {
         maps::counters().count_answered();
     }
     if skb.is_loopback() { TC_ACT_UNSPEC } else { send_back(skb) }
@@ -41,14 +45,20 @@ pub fn is_query(skb: &Skb, headers: &Headers) -> bool {
     skb.load(headers.message + 2, flags.as_mut_bytes()) && flags.to_le() & QR == 0
 }
 
-/// Writes the answer that the server failed, which is the query with other flags.
-#[inline(always)]
-fn fail(skb: &Skb, headers: &Headers) -> bool {
-    let Some(before) = Changed::read(skb, headers) else { return false };
+/// Writes the answer that the server failed, which is the query with other flags. Returns whether it did.
+#[inline(never)]
+#[unsafe(no_mangle)]
+extern "C" fn nohop_names_fail(ctx: *mut __sk_buff) -> u64 {
+    let Some(scratch) = maps::scratch() else { return 0 };
+    let (skb, headers) = (&Skb(ctx), &scratch.headers);
+    let Some(before) = Changed::read(skb, headers) else { return 0 };
     let [_, _, high, low] = before.id_and_flags;
     let after = before.with_flags(servfail_flags([high, low]));
     let sum = difference(&before, &after, 0);
-    after.store(skb, headers) && finish(skb, headers, headers.udp_len, sum)
+    if !after.store(skb, headers) {
+        return 0;
+    }
+    nohop_names_finish(ctx, headers.udp_len.into(), sum.into())
 }
 
 /// The parts of a packet that change, but for what follows the question: the message's header and the
@@ -97,13 +107,15 @@ fn difference(before: &Changed, after: &Changed, seed: u32) -> u32 {
     }
 }
 
-#[inline(always)]
-fn answer(skb: &Skb, scratch: &mut Scratch) -> bool {
-    write_answer(skb, scratch).is_some()
+/// Writes the answer that is in [`Scratch`]. Returns whether it did.
+#[inline(never)]
+#[unsafe(no_mangle)]
+extern "C" fn nohop_names_write(ctx: *mut __sk_buff) -> u64 {
+    maps::scratch().and_then(|scratch| write_answer(&Skb(ctx), scratch)).unwrap_or(0)
 }
 
 #[inline(always)]
-fn write_answer(skb: &Skb, scratch: &mut Scratch) -> Option<()> {
+fn write_answer(skb: &Skb, scratch: &mut Scratch) -> Option<u64> {
     let Scratch { headers, query, answer, query_tail: old, records: new, .. } = scratch;
     let tail = headers.message + query.question_end;
     old.clear();
@@ -134,11 +146,18 @@ fn write_answer(skb: &Skb, scratch: &mut Scratch) -> Option<()> {
     let new_len = answer.tail_len as usize;
     let new = new.octets.get(..new_len).filter(|_| changed == 0 && new_len != 0)?;
     let is_written = skb.store(tail, new) && after.store(skb, headers);
-    (is_written && finish(skb, headers, udp_len, sum)).then_some(())
+    is_written.then(|| nohop_names_finish(skb.0, udp_len.into(), sum.into()))
 }
 
 /// Sends the packet back: exchanges its addresses and ports, which leaves the checksums as they are,
-/// and makes lengths and checksums right. `sum` is the difference that the message makes.
+/// and makes lengths and checksums right. `sum` is the difference that the message makes. Returns whether it did.
+#[inline(never)]
+#[unsafe(no_mangle)]
+extern "C" fn nohop_names_finish(ctx: *mut __sk_buff, udp_len: u64, sum: u64) -> u64 {
+    let Some(scratch) = maps::scratch() else { return 0 };
+    finish(&Skb(ctx), &scratch.headers, udp_len as u16, sum as u32).into()
+}
+
 #[inline(always)]
 fn finish(skb: &Skb, headers: &Headers, udp_len: u16, sum: u32) -> bool {
     let change = i32::from(udp_len) - i32::from(headers.udp_len);

@@ -9,6 +9,8 @@ use lb_common::DnsMessage;
 
 /// The index of the loopback interface, in every network namespace (LOOPBACK_IFINDEX).
 const LOOPBACK: u32 = 1;
+/// From linux/if_packet.h.
+const PACKET_HOST: u32 = 0;
 /// The most bytes that are copied at once.
 const MAX_LEN: usize = 64;
 
@@ -45,6 +47,12 @@ impl Skb {
     #[inline(always)]
     pub fn ifindex(&self) -> u32 {
         read!(self.ifindex)
+    }
+
+    /// Whether the address in its Ethernet header is the interface's.
+    #[inline(always)]
+    pub fn is_for_host(&self) -> bool {
+        read!(self.pkt_type) == PACKET_HOST
     }
 
     #[inline(always)]

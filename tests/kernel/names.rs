@@ -3,11 +3,17 @@
 
 use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::process::Command;
+use std::sync::mpsc::{Sender, channel};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use lb_userspace::config::KernelMode;
-use lb_userspace::datapath::{Datapath, IngressInterface, NamesSettings, UnitState};
+use lb_userspace::datapath::{
+    Datapath, IngressInterface, NamesSettings, Options, ProbedAnswer, UnitState,
+};
 use lb_userspace::table::{Table, Watch};
+use rustix::thread::gettid;
 
 use crate::disconnect::leave;
 use crate::fixture::{OTHER_VIP, Place, VIP, VIP6, service, table};
@@ -29,6 +35,7 @@ pub fn settings(port: u16) -> NamesSettings {
         domain: "service".into(),
         ttl: 30,
         listen: listen.map(|ip| SocketAddr::new(ip, port)).into(),
+        listen_shared: Vec::new(),
         allowed: vec!["10.0.0.0/8".parse().unwrap()],
         client_rate: 10,
         interfaces: vec![IngressInterface { name: "lo".into(), index: 1 }],
@@ -64,6 +71,55 @@ pub fn socket(source: IpAddr) -> UdpSocket {
     socket
 }
 
+/// Runs a command of iproute2 in this thread's network namespace.
+fn ip(command: &str) {
+    let status = Command::new("ip").args(command.split(' ')).status().unwrap();
+    assert!(status.success(), "ip {command}");
+}
+
+/// A thread in a network namespace of its own, which runs what it is given.
+struct Container {
+    jobs: Option<Sender<Box<dyn FnOnce() + Send>>>,
+    thread: Option<JoinHandle<()>>,
+    tid: String,
+}
+
+impl Container {
+    fn start() -> Container {
+        let (jobs, received) = channel::<Box<dyn FnOnce() + Send>>();
+        let thread = std::thread::spawn(move || {
+            leave();
+            received.into_iter().for_each(|job| job());
+        });
+        let mut container =
+            Container { jobs: Some(jobs), thread: Some(thread), tid: String::new() };
+        container.tid = container.run(|| gettid().as_raw_nonzero().to_string());
+        container
+    }
+
+    fn run<T: Send + 'static>(&self, job: impl FnOnce() -> T + Send + 'static) -> T {
+        let (result, received) = channel();
+        let job = move || drop(result.send(job()));
+        self.jobs.as_ref().unwrap().send(Box::new(job)).unwrap();
+        received.recv().unwrap()
+    }
+
+    fn ask(&self, server: SocketAddr, name: &'static str, kind: u16) -> String {
+        let source = match server {
+            SocketAddr::V4(_) => IpAddr::from(Ipv4Addr::UNSPECIFIED),
+            SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+        };
+        self.run(move || ask_from(source, server, name, kind, true))
+    }
+}
+
+impl Drop for Container {
+    fn drop(&mut self) {
+        drop(self.jobs.take());
+        let _ = self.thread.take().unwrap().join();
+    }
+}
+
 /// The answer to a query; the error where it is refused.
 fn exchange(socket: &UdpSocket, server: SocketAddr, message: &[u8]) -> std::io::Result<Vec<u8>> {
     socket.connect(server)?;
@@ -82,6 +138,10 @@ pub fn ask(server: SocketAddr, name: &str, kind: u16, opt: bool) -> String {
     } else {
         Ipv6Addr::LOCALHOST.into()
     };
+    ask_from(source, server, name, kind, opt)
+}
+
+fn ask_from(source: IpAddr, server: SocketAddr, name: &str, kind: u16, opt: bool) -> String {
     let message = query(name, kind, opt);
     let answer = match exchange(&socket(source), server, &message) {
         Ok(answer) => answer,
@@ -261,34 +321,267 @@ pub fn outlive_the_daemon() {
     });
 }
 
-/// Clients of other addresses: allowed or not, within their rate, never from port 53.
+/// Clients of other addresses: allowed or not, within their rate, never from port 53. On `lo` the host's own,
+/// by a source that the kernel chose.
 pub fn are_for_served_clients() {
     inside(|| {
         let place = Place::new();
-        let datapath = serve(&place);
-        let add = |address: &str| {
-            let mut ip = std::process::Command::new("ip");
-            assert!(ip.args(["addr", "add", address, "dev", "lo"]).status().unwrap().success());
-        };
-        add("10.0.0.7/32");
-        add("192.0.2.7/32");
+        let container = Container::start();
+        let bridge = add_bridge(&container);
+        let mut datapath = serve(&place);
+        let mut interfaces = settings(PORT).interfaces;
+        interfaces.push(bridge);
         let server = SocketAddr::from((Ipv4Addr::LOCALHOST, PORT));
+        let on_bridge = SocketAddr::from(([10, 9, 0, 1], PORT));
+        let serves = |networks: &[&str]| NamesSettings {
+            listen: vec![server, on_bridge],
+            allowed: networks.iter().map(|network| network.parse().unwrap()).collect(),
+            interfaces: interfaces.clone(),
+            ..settings(PORT)
+        };
+        datapath.configure_names(serves(&["192.0.2.0/24"]));
+        ip("addr add 192.0.2.7/32 dev lo");
         let message = query("web.service", A, false);
         let refused = exchange(&socket(Ipv4Addr::new(192, 0, 2, 7).into()), server, &message);
         assert_eq!(refused.unwrap_err().kind(), ErrorKind::ConnectionRefused);
+        let alias = exchange(&socket(Ipv4Addr::new(127, 0, 0, 9).into()), server, &message);
+        assert!(alias.unwrap().ends_with(&VIP.octets()));
+        assert_eq!(ask_from(on_bridge.ip(), on_bridge, "web.service", A, false), VIP.to_string());
         let from_dns = UdpSocket::bind("127.0.0.1:53").unwrap();
         from_dns.set_read_timeout(Some(LONG)).unwrap();
         let refused = exchange(&from_dns, server, &message);
         assert_eq!(refused.unwrap_err().kind(), ErrorKind::ConnectionRefused);
+        assert_eq!(container.ask(on_bridge, "web.service", A), "ConnectionRefused");
 
-        let client = socket(Ipv4Addr::new(10, 0, 0, 7).into());
-        client.connect(server).unwrap();
+        // A network of IPv6 that has all of IPv4's mapped addresses has none of IPv4's.
+        datapath.configure_names(serves(&["::/0"]));
+        assert_eq!(container.ask(on_bridge, "web.service", A), "ConnectionRefused");
+
+        datapath.configure_names(serves(&["10.9.0.0/24", "::/0"]));
         // Ten a second, and a burst of as many: of a hundred at once most are dropped.
-        for _ in 0..100 {
-            client.send(&message).unwrap();
+        let before = datapath.names_counters();
+        container.run(move || {
+            let client = socket(Ipv4Addr::UNSPECIFIED.into());
+            client.connect(on_bridge).unwrap();
+            for _ in 0..100 {
+                client.send(&message).unwrap();
+            }
+        });
+        let end = std::time::Instant::now() + LONG;
+        let (answered, limited) = loop {
+            let now = datapath.names_counters();
+            let counts = (now.answered - before.answered, now.limited - before.limited);
+            if counts.0 + counts.1 == 100 || std::time::Instant::now() > end {
+                break counts;
+            }
+            std::thread::yield_now();
+        };
+        assert_eq!(answered + limited, 100);
+        assert!(answered >= 10 && limited >= 1, "{answered} {limited}");
+    });
+}
+
+/// Where answers don't arrive, queries pass.
+pub fn pass_where_answers_get_lost() {
+    inside(|| {
+        let place = Place::new();
+        let mut datapath = serve(&place);
+        let probe = |datapath: &mut Datapath| {
+            let results = datapath.names_prober().unwrap().probe();
+            datapath.record_names_probes(results.clone());
+            let lost = |(_, result): &&(u64, ProbedAnswer)| *result != ProbedAnswer::Arrived;
+            (results.iter().filter(lost).count(), results.len())
+        };
+        let reason = |datapath: &Datapath| {
+            let units = datapath.unit_status();
+            units.into_iter().find(|unit| unit.name == "names").unwrap().reason.unwrap_or_default()
+        };
+        assert_eq!((probe(&mut datapath), reason(&datapath)), ((0, 2), String::new()));
+        // Nobody else's: it is asked for on standby, and isn't counted.
+        datapath.heartbeat(None);
+        datapath
+            .configure_names(NamesSettings { mode: Some(KernelMode::Standby), ..settings(PORT) });
+        assert_eq!(probe(&mut datapath), (0, 2));
+        assert_eq!(datapath.names_counters().answered, 0);
+        datapath.configure_names(settings(PORT));
+        datapath.keep();
+
+        // A firewall that knows neither the query's connection nor the answer's. Here, where there is one.
+        let rules = format!(
+            "add table inet t; add chain inet t input {{ type filter hook input priority 0; }}; \
+             add rule inet t input udp dport {PORT} accept; \
+             add rule inet t input ct state established accept; add rule inet t input udp sport {PORT} drop"
+        );
+        let nft = |rules: &str| Command::new("nft").arg(rules).output();
+        match nft(&rules) {
+            Ok(output) if output.status.success() => {}
+            _ => return crate::skip("there is no nftables"),
         }
-        let counters = datapath.names_counters();
-        assert_eq!(counters.answered + counters.limited, 100);
-        assert!(counters.answered >= 10 && counters.limited >= 1, "{counters:?}");
+        let server = SocketAddr::from((Ipv4Addr::LOCALHOST, PORT));
+        assert_eq!((probe(&mut datapath), reason(&datapath)), ((2, 2), String::new()), "once");
+        assert_eq!(probe(&mut datapath), (2, 2));
+        assert!(reason(&datapath).contains("127.0.0.1:5399 don't arrive"), "{}", reason(&datapath));
+        let listener = UdpSocket::bind(server).unwrap();
+        listener.set_read_timeout(Some(LONG)).unwrap();
+        let client = socket(Ipv4Addr::LOCALHOST.into());
+        client.send_to(&query("web.service", A, false), server).unwrap();
+        let mut message = [0; 512];
+        let (len, from) = listener.recv_from(&mut message).unwrap();
+        assert_eq!(message[..len], query("web.service", A, false), "as it came");
+        // The daemon's answer arrives.
+        listener.send_to(b"answer", from).unwrap();
+        let len = client.recv(&mut message).unwrap();
+        assert_eq!(&message[..len], b"answer");
+
+        nft("delete table inet t").unwrap();
+        assert_eq!((probe(&mut datapath), reason(&datapath)), ((0, 2), String::new()));
+        assert_eq!(ask(server, "web.service", A, false), VIP.to_string());
+    });
+}
+
+/// A bridge with a container behind it: the host's end, which is a pair's.
+fn add_bridge(container: &Container) -> IngressInterface {
+    ip("link add br0 type bridge");
+    ip("addr add 10.9.0.1/24 dev br0");
+    ip("addr add fd09::1/64 dev br0 nodad");
+    ip(&format!("link add v0 type veth peer name v1 netns {}", container.tid));
+    ip("link set v0 master br0 up");
+    ip("link set br0 up");
+    // Container runtimes switch it on, and bpf_fib_lookup() finds no way back without it.
+    for family in ["ipv4", "ipv6"] {
+        std::fs::write(format!("/proc/sys/net/{family}/conf/br0/forwarding"), "1").unwrap();
+    }
+    container.run(|| {
+        ip("addr add 10.9.0.2/24 dev v1");
+        ip("addr add fd09::2/64 dev v1 nodad");
+        ip("link set v1 up");
+    });
+    let index = std::fs::read_to_string("/sys/class/net/br0/ifindex");
+    // Of another namespace where sysfs is.
+    let index = index.ok().and_then(|index| index.trim().parse().ok());
+    let index = index.unwrap_or_else(|| {
+        let name = c"br0";
+        // SAFETY: the name ends with a zero.
+        unsafe { libc::if_nametoindex(name.as_ptr()) }
+    });
+    IngressInterface { name: "br0".into(), index }
+}
+
+pub fn reach_containers() {
+    inside(|| {
+        let place = Place::new();
+        let container = Container::start();
+        let bridge = add_bridge(&container);
+        let mut datapath = place.start();
+        datapath.apply(&names()).unwrap();
+        let servers = [IpAddr::from([10, 9, 0, 1]), "fd09::1".parse().unwrap()];
+        let servers = servers.map(|ip| SocketAddr::new(ip, PORT));
+        let wanted = |interfaces: &[&IngressInterface]| NamesSettings {
+            listen: servers.into(),
+            allowed: ["10.9.0.0/24", "fd09::/64", "192.0.2.0/24"]
+                .map(|network| network.parse().unwrap())
+                .into(),
+            client_rate: 0,
+            interfaces: interfaces.iter().copied().cloned().collect(),
+            ..settings(PORT)
+        };
+        let loopback = settings(PORT).interfaces.remove(0);
+        datapath.configure_names(wanted(&[&loopback, &bridge]));
+        let answers = || {
+            for server in servers {
+                assert_eq!(container.ask(server, "web.service", A), VIP.to_string());
+                assert_eq!(container.ask(server, "WeB.service", AAAA), VIP6.to_string());
+                assert_eq!(
+                    container.ask(server, "cold.service", AAAA),
+                    "no data, [01, 02, 03, 04]"
+                );
+                assert_eq!(container.ask(server, "other.service", A), "code 2");
+            }
+        };
+        answers();
+
+        // A source that isn't reached by the bridge passes.
+        for name in ["all", "br0"] {
+            std::fs::write(format!("/proc/sys/net/ipv4/conf/{name}/rp_filter"), "0").unwrap();
+        }
+        let listener = UdpSocket::bind(servers[0]).unwrap();
+        listener.set_read_timeout(Some(LONG)).unwrap();
+        let before = datapath.names_counters();
+        let server = servers[0];
+        container.run(move || {
+            ip("addr add 192.0.2.9/32 dev v1");
+            let forged = socket(Ipv4Addr::new(192, 0, 2, 9).into());
+            forged.send_to(&query("web.service", A, false), server).unwrap();
+        });
+        let mut message = [0; 512];
+        let (len, from) = listener.recv_from(&mut message).unwrap();
+        assert_eq!(
+            (&message[..len], from.ip()),
+            (&*query("web.service", A, false), [192, 0, 2, 9].into())
+        );
+        assert_eq!(datapath.names_counters(), before);
+        drop(listener);
+
+        // The bridge is deleted and made again.
+        ip("link del br0");
+        ip("link del v0");
+        datapath.configure_names(wanted(&[&loopback]));
+        let bridge = add_bridge(&container);
+        assert_eq!(container.ask(servers[0], "web.service", A), "ConnectionRefused");
+        datapath.configure_names(wanted(&[&loopback, &bridge]));
+        answers();
+
+        // The next daemon has no use for the bridge, of which it learns by the pins alone.
+        drop(datapath);
+        answers();
+        let mut datapath = place.start();
+        datapath.configure_names(wanted(&[&loopback]));
+        assert_eq!(container.ask(servers[0], "web.service", A), "ConnectionRefused");
+        datapath.detach();
+    });
+}
+
+/// Daemons with pins of their own may share a network namespace, and the unspecified address is shared
+/// with servers that have one of the addresses.
+pub fn leave_others_alone() {
+    inside(|| {
+        let place = Place::new();
+        let mut datapath = serve(&place);
+        let mut options = Options::of(&Default::default(), &place.cgroup.path);
+        options.bpffs = place.options.bpffs.with_file_name("other");
+        options.datapath.clone_from(&place.options.datapath);
+        let mut other = Datapath::start(&options).unwrap();
+        other.keep();
+        other.apply(&names()).unwrap();
+        other.configure_names(settings(PORT + 1));
+        let [server, others] =
+            [PORT, PORT + 1].map(|port| SocketAddr::from((Ipv4Addr::LOCALHOST, port)));
+        assert_eq!(ask(server, "web.service", A, false), VIP.to_string());
+        assert_eq!(ask(others, "web.service", A, false), VIP.to_string());
+        datapath.fix();
+        other.detach();
+        assert_eq!(ask(others, "web.service", A, false), "ConnectionRefused");
+        assert_eq!(ask(server, "web.service", A, false), VIP.to_string());
+
+        let shared = NamesSettings {
+            listen: Vec::new(),
+            listen_shared: vec![server, SocketAddr::from((Ipv6Addr::LOCALHOST, PORT))],
+            ..settings(PORT)
+        };
+        datapath.configure_names(shared);
+        for ip in [IpAddr::from(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()] {
+            let server = SocketAddr::new(ip, PORT);
+            assert_eq!(ask(server, "web.service", A, false), VIP.to_string(), "without a socket");
+            let ours = UdpSocket::bind((Ipv6Addr::UNSPECIFIED, PORT)).unwrap();
+            assert_eq!(ask(server, "web.service", A, false), VIP.to_string());
+            drop(ours);
+            let theirs = UdpSocket::bind(server).unwrap();
+            theirs.set_read_timeout(Some(LONG)).unwrap();
+            let client = socket(ip);
+            client.send_to(&query("web.service", A, false), server).unwrap();
+            let mut message = [0; 512];
+            let len = theirs.recv(&mut message).unwrap();
+            assert_eq!(message[..len], query("web.service", A, false), "as it came");
+        }
     });
 }

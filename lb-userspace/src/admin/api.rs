@@ -153,6 +153,8 @@ pub struct DnsLookup {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Origin {
+    /// From the kernel, by what it has of the table: the server hasn't seen the query.
+    Kernel,
     /// From the server itself, by its table.
     Table,
     /// From another resolver.
@@ -199,7 +201,7 @@ pub struct UnitStatus {
     pub name: String,
     /// `attached`; `waiting` while its hooks still run an earlier daemon's programs; `failed`.
     pub state: String,
-    /// Why it isn't attached; `null` while it is.
+    /// Why it isn't attached, or where it doesn't work; `null` while all is well.
     pub reason: Option<String>,
 }
 

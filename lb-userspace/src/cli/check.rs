@@ -123,6 +123,7 @@ pub fn check(config: Result<Config, ConfigErrors>, admin: Option<&str>) -> Check
         }
         facts.extend(of_source.into_iter().map(|fact| (kind.name(), fact)));
     }
+    checks.push(finding("names in the kernel", false, kernel_names(daemon.as_ref().ok())));
     let through = through_resolver(admin, daemon.as_ref().ok());
     checks.push(finding("lookups of this machine", false, through));
     for found in super::dns::resolver_findings(Path::new("/"), &config) {
@@ -532,6 +533,23 @@ const LOOKUP_LIMIT: std::time::Duration = std::time::Duration::from_secs(5);
 
 /// Looks a service up as every program does, through getaddrinfo() and the machine's resolver, and
 /// compares the answer with the service's VIP, which only the daemon has.
+/// Whether the kernel answers names, as a running daemon has found.
+fn kernel_names(daemon: Option<&api::Status>) -> CheckResult {
+    let units = daemon.map(|status| status.datapath.units.as_slice()).unwrap_or_default();
+    let Some(unit) = units.iter().find(|unit| unit.name == "names") else {
+        return Ok("not known: no daemon runs".to_owned());
+    };
+    match &unit.reason {
+        None => Ok("answered, also while no daemon runs".to_owned()),
+        Some(reason) if ["off", "waiting"].contains(&unit.state.as_str()) => {
+            Ok(format!("{}: {reason}", unit.state))
+        }
+        Some(reason) => {
+            wrong(reason, "see the message; until then names fail while no daemon runs")
+        }
+    }
+}
+
 fn through_resolver(admin: Option<&str>, daemon: Option<&api::Status>) -> CheckResult {
     let Some(status) = daemon.filter(|status| status.ready) else {
         return Ok("not tried: no daemon is ready to answer".to_owned());

@@ -13,6 +13,7 @@ mod holdback;
 mod intercept;
 mod metrics;
 mod names;
+mod network;
 mod notify;
 mod pipeline;
 mod prober;
@@ -50,6 +51,7 @@ use crate::table::vips::PoolUse;
 use crate::table::{Builder, DrainError, SharedWaits};
 use crate::{admin, catalog, dns};
 use drains::{DrainBook, DrainRequest, Obstacles};
+use network::HostNetwork;
 use notify::Notify;
 use pipeline::Pipeline;
 use prober::BackendProber;
@@ -138,6 +140,8 @@ struct Daemon {
     tracer: Arc<Tracer>,
     /// The addresses of the DNS server.
     dns_listen: Vec<SocketAddr>,
+    /// This host's interfaces; `None` until they are read.
+    network: watch::Receiver<Option<HostNetwork>>,
     /// The tasks in addition to the loop.
     tasks: Tasks,
     /// The cgroup whose processes are served.
@@ -279,6 +283,9 @@ impl Daemon {
         };
         tasks.spawn("the deadlines of drains", deadline::follow(followed));
         tasks.spawn("the probes of ejected backends", ejected::follow(ejected));
+        let (network_out, network) = watch::channel(None);
+        tasks.spawn("this host's interfaces", network::follow(network_out));
+        tasks.spawn("the probe of the unit names", names::probe(datapath.clone()));
         let resolver = Resolver::start(&config.dns.domain).await;
         pipeline.builder().set_hosts(resolver.hosts());
         pipeline.builder().set_drains(drains.drains());
@@ -307,6 +314,7 @@ impl Daemon {
             hosts: hosts_out,
             tracer,
             dns_listen: dns_addresses,
+            network,
             tasks,
             scope,
         })
@@ -367,6 +375,9 @@ impl Daemon {
                     }
                 }
                 () = self.pipeline.publish_held() => {}
+                Ok(()) = self.network.changed() => {
+                    tokio::task::block_in_place(|| self.configure_names());
+                }
                 () = self.off_file.changed() => {
                     self.shadow.see_file(self.off_file.is_there());
                     self.update_mode();
@@ -531,7 +542,7 @@ impl Daemon {
         self.drain_deadline.send_replace(self.config.balance.drain_deadline);
         if last.dns != self.config.dns {
             self.dns.reconfigure(&self.config.dns);
-            self.datapath.configure_names(names::settings(&self.config.dns, &self.dns_listen));
+            self.configure_names();
             self.configure_intercept();
         }
         self.shadow.configure(self.config.shadow);
@@ -564,6 +575,14 @@ impl Daemon {
         }
     }
 
+    /// Sets how the kernel answers names, once this host's interfaces are known.
+    fn configure_names(&mut self) {
+        if let Some(network) = &*self.network.borrow_and_update() {
+            let settings = names::settings(&self.config.dns, &self.dns_listen, network);
+            self.datapath.configure_names(settings);
+        }
+    }
+
     /// Checks what may change at any time, and retries failures.
     fn tick(&mut self) {
         let views = self.sources.views();
@@ -571,7 +590,7 @@ impl Daemon {
         self.datapath.heartbeat(age);
         let &CatalogConfig { expired, max_age, .. } = &self.config.catalog;
         self.datapath.set_max_age((expired == Expired::Refuse).then_some(max_age));
-        self.datapath.configure_names(names::settings(&self.config.dns, &self.dns_listen));
+        self.configure_names();
         self.configure_intercept();
         if !self.datapath.check_hooks() {
             self.attached.send_replace(false);

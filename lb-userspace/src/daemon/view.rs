@@ -311,6 +311,7 @@ pub fn lookup_document(answer: &Message, origin: Option<dns::AnswerOrigin>) -> a
     let show = |records: &[Record]| records.iter().map(ToString::to_string).collect();
     let (origin, upstream, reason) = match origin {
         None => (None, None, None),
+        Some(dns::AnswerOrigin::Kernel) => (Some(api::Origin::Kernel), None, None),
         Some(dns::AnswerOrigin::Own) => (Some(api::Origin::Table), None, None),
         Some(dns::AnswerOrigin::Upstream(server)) => {
             (Some(api::Origin::Upstream), Some(server.to_string()), None)
@@ -517,17 +518,28 @@ impl DaemonView {
             let status = service.map(|service| self.service(service));
             let backends = status.as_ref().map(|status| &status.backends[..]).unwrap_or_default();
             let inspection = inspected.as_ref().and_then(|result| result.as_deref().ok());
+            let is_routed = service.is_some();
+            let mut notes = explain::notes(name, &tag, is_routed, inspected.as_ref());
+            notes.extend(self.kernel_names_problem().filter(|_| is_routed));
             api::Explanation {
                 name: name.to_owned(),
                 connect: self.connect(name, table),
                 source,
                 shadowed: sources.map(str::to_owned).collect(),
                 instances: explain::instances(name, backends, &excluded, inspection),
-                notes: explain::notes(name, &tag, service.is_some(), inspected.as_ref()),
+                notes,
                 service: status,
                 excluded,
             }
         })
+    }
+
+    /// Why the kernel doesn't answer names that it should.
+    fn kernel_names_problem(&self) -> Option<String> {
+        let units = self.datapath.unit_status();
+        let names = units.into_iter().find(|unit| unit.name == "names")?;
+        let is_wanted = matches!(names.state, UnitState::Attached | UnitState::Failed);
+        names.reason.filter(|_| is_wanted).map(|reason| format!("names in the kernel: {reason}"))
     }
 
     /// What the source has of a name; `None` where no source is asked by name.

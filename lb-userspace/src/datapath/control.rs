@@ -20,7 +20,7 @@ use super::in_flight::{Recount, Recounter};
 use super::intercept::{Intercept, InterceptSettings};
 use super::kernel::{ControlBlock, Counters, KernelMaps};
 use super::links::{self, Attachment, ServedCgroup, Units};
-use super::names::{Names, NamesSettings};
+use super::names::{Names, NamesProber, NamesSettings, ProbedAnswer};
 use super::pins::{PinnedMaps, Pins, monotonic_ns};
 use super::reconcile::{Indices, Pressure, ReconcileError, Reconciler};
 use super::socket_terminator::SocketTerminator;
@@ -289,6 +289,16 @@ impl Datapath {
     /// What was decided on queries that may be intercepted, by name; none while none may.
     pub fn intercept_counts(&self) -> Vec<(&'static str, u64)> {
         self.intercept.counts()
+    }
+
+    /// As [`Names::prober`].
+    pub fn names_prober(&self) -> Option<NamesProber> {
+        self.names.prober()
+    }
+
+    /// As [`Names::record_probes`].
+    pub fn record_names_probes(&mut self, results: Vec<(u64, ProbedAnswer)>) {
+        self.names.record_probes(results);
     }
 
     /// What the unit `names` did.

@@ -259,6 +259,15 @@ impl SharedDatapath {
         lock(&self.datapath).intercept_counts()
     }
 
+    /// Verifies by queries that the kernel's answers arrive on `lo`. Blocks up to four seconds.
+    pub fn probe_names(&self) {
+        let prober = lock(&self.datapath).names_prober();
+        if let Some(prober) = prober {
+            let results = prober.probe();
+            lock(&self.datapath).record_names_probes(results);
+        }
+    }
+
     /// As [`Datapath::names_counters`].
     pub fn names_counters(&self) -> NamesCounters {
         lock(&self.datapath).names_counters()

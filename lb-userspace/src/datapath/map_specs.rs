@@ -132,7 +132,9 @@ impl Sizes {
 
 /// The pinned maps of the unit `names`. All came to this layout after its first version.
 pub fn names_shapes(sizes: &Sizes) -> Vec<MapShape> {
-    let sized = [("NAMES", sizes.services), ("NAME_RECORDS", sizes.services)];
+    // And the probe's.
+    let n_names = sizes.services.saturating_add(1);
+    let sized = [("NAMES", n_names), ("NAME_RECORDS", n_names)];
     let fixed = [("NAMES_CONTROL", 1), ("NAMES_COUNTERS", 1)];
     let shape = |(name, max_entries)| {
         shape(name).map(|shape| MapShape { max_entries, is_added: true, ..shape })

@@ -23,7 +23,7 @@ use rustix::process::{
 };
 
 use super::cause::Environment;
-use super::map_specs::CONNECT;
+use super::map_specs::{CONNECT, NAMES};
 use crate::config::cgroup;
 
 /// The hidden command by which the binary creates maps from another cgroup.
@@ -206,7 +206,10 @@ pub fn create_maps(cgroup: &Path, maps: &[OsString]) -> io::Result<()> {
             loader.map_max_entries(name, *n_entries);
         }
     }
-    loader.load(CONNECT).map(drop).map_err(io::Error::other)
+    // Each takes those of the maps that it has.
+    [CONNECT, NAMES]
+        .into_iter()
+        .try_for_each(|object| loader.load(object).map(drop).map_err(io::Error::other))
 }
 
 fn parse_map(argument: &OsStr) -> Option<(PathBuf, u32)> {

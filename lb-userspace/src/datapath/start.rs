@@ -117,7 +117,7 @@ impl Datapath {
         let units = Units::load(&options.scope, options.units, ebpf, |unit| {
             load(unit, options, &sizes, &pins, &mut features)
         })?;
-        let names = Names::load(&sizes, &pins);
+        let names = Names::load(&sizes, &pins, options.map_creator.as_deref());
         let intercept = Intercept::new(&options.vip, &sizes);
         let mut datapath = Datapath {
             reconciler,
@@ -300,7 +300,7 @@ fn obstacle(units: &'static [Unit], scope: &Path, bpffs: &Path) -> io::Result<Op
 pub fn unload(bpffs: &Path) -> Result<usize, DatapathError> {
     let Some(pins) = Pins::open_existing(bpffs)? else { return Ok(0) };
     let n_links = links::detach_pinned(&pins)?;
-    let n_filters = names::detach_filters();
+    let n_filters = names::detach_filters(&pins);
     pins.remove_all()?;
     Ok(n_links + n_filters)
 }

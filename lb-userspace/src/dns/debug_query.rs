@@ -104,7 +104,9 @@ impl DebugClient {
         let silent = DebugQueryError::Silent { server: self.server };
         let answered = tokio::time::timeout(self.time_limit, exchange(&query, self.server)).await;
         match answered.unwrap_or(Err(silent)) {
-            Err(DebugQueryError::Silent { .. }) if watched.origin() != AnswerOrigin::Own => {
+            Err(DebugQueryError::Silent { .. })
+                if !matches!(watched.origin(), AnswerOrigin::Kernel | AnswerOrigin::Own) =>
+            {
                 let mut answer = Message::response(query.id, OpCode::Query);
                 answer.add_query(question).metadata.response_code = ResponseCode::ServFail;
                 Ok((answer, watched.origin()))

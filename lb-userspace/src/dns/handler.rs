@@ -202,6 +202,12 @@ impl Handler {
         transport: Transport,
         client: IpAddr,
     ) -> Option<Option<Vec<u8>>> {
+        // Each message comes by here first.
+        if self.origins.any()
+            && let Ok(query) = ClientQuery::read(bytes)
+        {
+            self.origins.note(query.id(), query.question(), || AnswerOrigin::Own);
+        }
         let admission = policy.acl.admit(client);
         if admission == Admission::Admitted {
             return None;

@@ -11,13 +11,14 @@ use crate::config::Allowed;
 
 /// The addresses of this host, as getifaddrs(3) reports them. Binding to an address proves nothing:
 /// with `net.ipv4.ip_nonlocal_bind`, which VRRP hosts set, that succeeds for any.
-#[derive(Debug, Default)]
-pub(super) struct Interfaces {
-    pub(super) addresses: Vec<IpAddr>,
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Interfaces {
+    /// The addresses.
+    pub addresses: Vec<IpAddr>,
     /// Those of the addresses.
-    pub(super) networks: Vec<IpNet>,
+    pub networks: Vec<IpNet>,
     /// Those on loopback interfaces, of which the kernel takes each address for its own.
-    pub(super) loopback: Vec<IpNet>,
+    pub loopback: Vec<IpNet>,
 }
 
 impl Interfaces {
@@ -35,16 +36,21 @@ impl Interfaces {
         let mut read = Interfaces::default();
         for interface in interfaces {
             let Some(address) = interface.address.as_ref().and_then(ip) else { continue };
-            read.addresses.push(address);
             let netmask = interface.netmask.as_ref().and_then(ip);
             let network = netmask.and_then(|netmask| IpNet::with_netmask(address, netmask).ok());
-            let network = network.filter(|network| network.prefix_len() > 0);
-            if interface.flags.contains(InterfaceFlags::IFF_LOOPBACK) {
-                read.loopback.extend(network);
-            }
-            read.networks.extend(network);
+            read.add(address, network, interface.flags.contains(InterfaceFlags::IFF_LOOPBACK));
         }
         read
+    }
+
+    /// Adds an address of an interface, and the network that it is in there.
+    pub fn add(&mut self, address: IpAddr, network: Option<IpNet>, is_on_loopback: bool) {
+        let network = network.filter(|network| network.prefix_len() > 0);
+        if is_on_loopback {
+            self.loopback.extend(network);
+        }
+        self.addresses.push(address);
+        self.networks.extend(network);
     }
 
     /// Whether a message to this address, in canonical form, stays on this host.
@@ -71,11 +77,11 @@ pub fn reached_at(listen: &[SocketAddr]) -> Vec<SocketAddr> {
     all
 }
 
-/// The networks of the clients in `dns.allow`.
-pub fn allowed_networks(allow: &[Allowed]) -> Vec<IpNet> {
+/// The networks of the clients in `dns.allow`, on a host with these interfaces.
+pub fn allowed_networks(allow: &[Allowed], interfaces: &Interfaces) -> Vec<IpNet> {
     let networks = |allowed: &Allowed| match allowed {
         Allowed::Network(network) => vec![*network],
-        Allowed::Local => Interfaces::read().networks,
+        Allowed::Local => interfaces.networks.clone(),
     };
     allow.iter().flat_map(networks).collect()
 }

@@ -8,6 +8,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 /// Where an answer came from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum AnswerOrigin {
+    /// From the kernel: this server hasn't seen the query.
+    Kernel,
     /// From this server itself.
     Own,
     /// From this upstream.
@@ -42,7 +44,7 @@ impl OriginTracker {
     pub(super) fn watch(&self, id: u16, question: &[u8]) -> TrackedQuery {
         let key = (id, question.to_ascii_lowercase().into());
         let mut watched = self.lock();
-        watched.insert(OriginKey::clone(&key), AnswerOrigin::Own);
+        watched.insert(OriginKey::clone(&key), AnswerOrigin::Kernel);
         self.0.n_watched.store(watched.len(), Ordering::Relaxed);
         drop(watched);
         TrackedQuery { origins: self.clone(), key }
@@ -71,7 +73,7 @@ impl OriginTracker {
 impl TrackedQuery {
     /// The origin, as far as it is known.
     pub(super) fn origin(&self) -> AnswerOrigin {
-        self.origins.lock().get(&self.key).cloned().unwrap_or(AnswerOrigin::Own)
+        self.origins.lock().get(&self.key).cloned().unwrap_or(AnswerOrigin::Kernel)
     }
 }
 
@@ -96,10 +98,10 @@ mod tests {
         };
         note(7, b"\x03web\x00");
         let watched = origins.watch(7, b"\x03Web\x00");
-        assert_eq!(watched.origin(), AnswerOrigin::Own);
+        assert_eq!(watched.origin(), AnswerOrigin::Kernel);
         note(7, b"\x04web2\x00");
         note(8, b"\x03web\x00");
-        assert_eq!(watched.origin(), AnswerOrigin::Own);
+        assert_eq!(watched.origin(), AnswerOrigin::Kernel);
         note(7, b"\x03wEB\x00");
         assert_eq!(watched.origin(), AnswerOrigin::Upstream(server));
         drop(watched);

@@ -70,6 +70,7 @@ pub fn text(lookup: &api::DnsLookup) -> String {
     }
     if let Some(origin) = &lookup.origin {
         let from = match (origin, &lookup.upstream, &lookup.reason) {
+            (api::Origin::Kernel, ..) => "the kernel, from the table".to_owned(),
             (api::Origin::Table, ..) => "this server itself, from its table".to_owned(),
             (api::Origin::Upstream, Some(upstream), _) => format!("{upstream}, forwarded"),
             (api::Origin::Upstream, None, _) => "forwarded".to_owned(),

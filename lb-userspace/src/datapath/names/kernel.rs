@@ -1,17 +1,17 @@
 //! The unit's maps.
 #![allow(unsafe_code)]
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::mem::offset_of;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
 use aya::Ebpf;
 use aya::maps::MapData;
 use aya::maps::lpm_trie::{Key, LpmTrie};
 use ipnet::IpNet;
-use lb_common::{ListenKey, NameKey, NameRecord, NameRef};
+use lb_common::{ListenKey, NameKey, NameRecord, NameRef, PROBE_ADDRESS, PROBE_LABEL};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::super::bpf::ProgramWait;
@@ -42,8 +42,29 @@ impl KernelNames {
 
     /// How often a record's name was answered.
     pub fn queries(&self, record: u32) -> u64 {
-        self.records.load_field(record, offset_of!(NameRecord, queries))
+        queries(&self.records, record)
     }
+
+    /// The records.
+    pub fn records(&self) -> &Arc<AtomicArray<NameRecord>> {
+        &self.records
+    }
+
+    /// Has the name of the daemon's probes answered, by this record.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn add_probe(&mut self, record: u32) -> io::Result<()> {
+        let Some(key) = NameKey::of(PROBE_LABEL) else { return Ok(()) };
+        let (vip, flags) = (PROBE_ADDRESS, NameRecord::PROBE);
+        self.write(record, &NameRecord { vip, flags, ..NameRecord::default() });
+        self.insert(key, NameRef { record, padding: 0 })
+    }
+}
+
+/// How often a record's name was answered.
+pub fn queries(records: &AtomicArray<NameRecord>, record: u32) -> u64 {
+    records.load_field(record, offset_of!(NameRecord, queries))
 }
 
 impl NameMaps for KernelNames {
@@ -126,17 +147,17 @@ impl Listeners {
     ///
     /// # Errors
     /// When the kernel refuses.
-    pub fn set(&mut self, wanted: impl Iterator<Item = ListenKey>) -> io::Result<()> {
-        let wanted: Vec<ListenKey> = wanted.collect();
+    pub fn set(&mut self, wanted: &HashMap<ListenKey, u32>) -> io::Result<()> {
         let present: Result<Vec<_>, _> = self.0.keys().collect();
         for Plain(key) in present.map_err(io_error)? {
-            if !wanted.contains(&key) {
+            if !wanted.contains_key(&key) {
                 self.0.remove(&Plain(key)).map_err(io_error)?;
             }
         }
-        wanted
-            .into_iter()
-            .try_for_each(|key| self.0.insert(Plain(key), Plain(1), 0).map_err(io_error))
+        let mut insert = |(key, how): (&ListenKey, &u32)| {
+            self.0.insert(Plain(*key), Plain(*how), 0).map_err(io_error)
+        };
+        wanted.iter().try_for_each(&mut insert)
     }
 }
 
@@ -144,7 +165,7 @@ impl Listeners {
 #[derive(Debug)]
 pub struct ClientNetworks {
     map: LpmTrie<MapData, [u8; 16], u32>,
-    present: BTreeSet<(u32, [u8; 16])>,
+    present: BTreeMap<(u32, [u8; 16]), u32>,
 }
 
 impl ClientNetworks {
@@ -156,7 +177,7 @@ impl ClientNetworks {
         const NAME: &str = "NAMES_ALLOWED";
         let map = ebpf.take_map(NAME).ok_or(DatapathError::Object { missing: NAME })?;
         let map = LpmTrie::try_from(map).map_err(|source| DatapathError::Map { source })?;
-        Ok(ClientNetworks { map, present: BTreeSet::new() })
+        Ok(ClientNetworks { map, present: BTreeMap::new() })
     }
 
     /// Answers clients in these, and no others.
@@ -164,11 +185,13 @@ impl ClientNetworks {
     /// # Errors
     /// When the kernel refuses.
     pub fn set(&mut self, wanted: &[IpNet]) -> io::Result<()> {
-        let wanted: BTreeSet<_> = wanted.iter().map(prefix).collect();
-        for &(len, octets) in wanted.difference(&self.present) {
-            self.map.insert(&Key::new(len, octets), 1, 0).map_err(io_error)?;
+        let wanted = prefixes(wanted);
+        for (&(len, octets), &is_allowed) in &wanted {
+            if self.present.get(&(len, octets)) != Some(&is_allowed) {
+                self.map.insert(&Key::new(len, octets), is_allowed, 0).map_err(io_error)?;
+            }
         }
-        for &(len, octets) in self.present.difference(&wanted) {
+        for &(len, octets) in self.present.keys().filter(|key| !wanted.contains_key(key)) {
             self.map.remove(&Key::new(len, octets)).map_err(io_error)?;
         }
         self.present = wanted;
@@ -176,10 +199,64 @@ impl ClientNetworks {
     }
 }
 
-/// A network as a prefix of an IPv6 address; IPv4 as `::ffff:0:0/96`.
-fn prefix(network: &IpNet) -> (u32, [u8; 16]) {
-    match network.network() {
-        IpAddr::V4(ip) => (u32::from(network.prefix_len()) + 96, ip.to_ipv6_mapped().octets()),
-        IpAddr::V6(ip) => (network.prefix_len().into(), ip.octets()),
+/// Networks as prefixes of IPv6 addresses, IPv4 in `::ffff:0:0/96`, each with 1; and with 0 all of IPv4, which
+/// no network of IPv6 has.
+fn prefixes(networks: &[IpNet]) -> BTreeMap<(u32, [u8; 16]), u32> {
+    const IPV4: u32 = 96;
+    let mapped = |ip: Ipv4Addr| ip.to_ipv6_mapped().octets();
+    let mut all = BTreeMap::from([((IPV4, mapped(Ipv4Addr::UNSPECIFIED)), 0)]);
+    for network in networks {
+        let len = u32::from(network.prefix_len());
+        let prefix = match network.network() {
+            IpAddr::V4(ip) => (len + IPV4, mapped(ip)),
+            IpAddr::V6(ip) if ip.to_ipv4_mapped().is_some() && len >= IPV4 => continue,
+            IpAddr::V6(ip) => (len, ip.octets()),
+        };
+        all.insert(prefix, 1);
+    }
+    all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The longest prefix of an address, as the kernel finds it, decides as the daemon does.
+    #[test]
+    fn prefixes_admit_what_the_networks_contain() {
+        let addresses = ["10.0.0.7", "192.0.2.7", "fd00::7", "2001:db8::7"]
+            .map(|ip| ip.parse::<IpAddr>().unwrap());
+        let tables = [
+            "",
+            "0.0.0.0/0",
+            "::/0",
+            "::ffff:0:0/96",
+            "::ffff:10.0.0.0/104",
+            "10.0.0.0/8",
+            "::/0 10.0.0.0/8",
+            "fd00::/8 192.0.2.0/24",
+            "::/64 0.0.0.0/0",
+            "::ffff:0:0/95",
+        ];
+        for table in tables {
+            let networks: Vec<IpNet> =
+                table.split_whitespace().map(|network| network.parse().unwrap()).collect();
+            let prefixes = prefixes(&networks);
+            for address in addresses {
+                let mapped = match address {
+                    IpAddr::V4(ip) => ip.to_ipv6_mapped(),
+                    IpAddr::V6(ip) => ip,
+                };
+                let is_in = |(len, octets): &(u32, [u8; 16])| {
+                    let shift = 128u32.saturating_sub(*len);
+                    let [a, b] = [u128::from(mapped), u128::from_be_bytes(*octets)];
+                    (a ^ b).checked_shr(shift).unwrap_or(0) == 0
+                };
+                let found =
+                    prefixes.iter().filter(|(key, _)| is_in(key)).max_by_key(|(key, _)| key.0);
+                let expected = networks.iter().any(|network| network.contains(&address));
+                assert_eq!(found.is_some_and(|(_, &one)| one == 1), expected, "{table}: {address}");
+            }
+        }
     }
 }

@@ -6,36 +6,45 @@
 
 mod ingress;
 mod kernel;
+mod probe;
 mod table;
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
 use std::sync::Arc;
 
 use aya::programs::SchedClassifier;
-use aya::{Ebpf, EbpfLoader};
+use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
 use ipnet::IpNet;
 use lb_common::{
     Address, ListenKey, MAX_ALLOWED, MAX_DOMAIN_LEN, MAX_LISTEN, NamesControl, NamesCounters,
     NamesMode, NamesZone,
 };
 
+use super::error::DatapathError;
 use super::map_specs::{MapShape, NAMES, Sizes, names_shapes};
-use super::object::load_program;
-use super::pins::{Pins, unpin};
+use super::memcg;
+use super::object::{load_program, processed};
+use super::pins::{PinnedMaps, Pins, unpin};
 use super::units::{UnitHealth, UnitState};
 use crate::config::KernelMode;
 use crate::table::Table;
-use ingress::Ingress;
 pub use ingress::Interface;
+use ingress::{FilterHandle, Ingress, Place};
 use kernel::{ClientNetworks, ControlWord, KernelNames, Listeners};
+use probe::ProbeState;
+pub use probe::{NamesProber, ProbedAnswer};
 use table::NameTable;
 
 /// The program's name in the object.
 const PROGRAM: &str = "nohop_names";
 /// The unit's name.
 const UNIT: &str = "names";
+/// Values of `NAMES_LISTEN`: a socket of the daemon's has the address, or one of the unspecified address.
+const BOUND: u32 = ListenKey::BOUND;
+const SHARED: u32 = ListenKey::SHARED;
 /// What pins of its links begin with.
 pub const PIN_PREFIX: &str = "nohop_names_";
 
@@ -50,6 +59,9 @@ pub struct NamesSettings {
     pub ttl: u32,
     /// The addresses at which the daemon answers, none unspecified.
     pub listen: Vec<SocketAddr>,
+    /// Those at which it does by a socket of the unspecified address: another server may have a socket of
+    /// the address itself, which receives in its place.
+    pub listen_shared: Vec<SocketAddr>,
     /// The clients that are answered beside the host itself.
     pub allowed: Vec<IpNet>,
     /// The queries a second that a client may send; 0 for any number.
@@ -78,7 +90,16 @@ struct LoadedNames {
     networks: ClientNetworks,
     settings: Option<NamesSettings>,
     is_shadow: bool,
+    /// The index of the probe's record.
+    probe_record: u32,
+    probe_state: ProbeState,
     attached: Vec<(Interface, Ingress)>,
+    /// What tells our filters from those of others.
+    handle: FilterHandle,
+    /// Whether what an earlier daemon attached to other interfaces is detached.
+    is_tidy: bool,
+    /// The pins of the maps.
+    pinned: PinnedMaps,
     /// Why it isn't attached everywhere.
     problem: Option<String>,
     /// Why some names aren't in the map.
@@ -90,8 +111,9 @@ struct LoadedNames {
 impl Names {
     /// Loads the program over the pinned maps, or over new ones. Nothing is attached yet: an earlier
     /// daemon's program goes on.
-    pub fn load(sizes: &Sizes, pins: &Pins) -> Names {
-        let loaded = LoadedNames::load(sizes, pins);
+    /// `map_creator` is the program that creates the maps, so that they are charged to no memory cgroup.
+    pub fn load(sizes: &Sizes, pins: &Pins, map_creator: Option<&Path>) -> Names {
+        let loaded = LoadedNames::load(sizes, pins, map_creator);
         if let Err(reason) = &loaded {
             // An earlier daemon's program would go on by names that nothing keeps.
             end_earlier(pins);
@@ -114,10 +136,7 @@ impl Names {
         let Ok(loaded) = &mut self.loaded else { return };
         loaded.control.update(|control| control.zone.serial = table.generation as u32);
         let incomplete = loaded.table.apply(table);
-        if let Some(reason) = incomplete.as_ref().filter(|_| incomplete != loaded.incomplete) {
-            tracing::warn!("not all names are answered by the kernel: {reason}");
-        }
-        loaded.incomplete = incomplete;
+        loaded.set_incomplete(incomplete);
         if !std::mem::replace(&mut loaded.is_filled, true) {
             self.fix(pins);
         }
@@ -149,25 +168,90 @@ impl Names {
         loaded.control.update(|control| control.is_detached = is_detached.into());
     }
 
-    /// Attaches again what isn't attached, and frees what was given up.
+    /// Attaches and pins again what isn't, tries names again that the kernel refused, and frees what was
+    /// given up.
     pub fn fix(&mut self, pins: &Pins) {
         let Ok(loaded) = &mut self.loaded else { return };
         loaded.table.recycle();
+        if loaded.table.is_behind() {
+            let incomplete = loaded.table.retry();
+            loaded.set_incomplete(incomplete);
+        }
+        if let Err(error) = loaded.pinned.fix() {
+            tracing::debug!("the maps of the unit {UNIT} can't be pinned again: {error}");
+        }
         if loaded.settings.is_some() {
             let fixed = loaded.attach(pins).err();
             loaded.set_problem(fixed);
         }
     }
 
+    /// Sends probes that prove whether answers arrive on `lo`; `None` while there are none.
+    pub fn prober(&self) -> Option<NamesProber> {
+        let loaded = self.loaded.as_ref().ok()?;
+        let settings = loaded.settings.as_ref()?;
+        if loaded.mode() == NamesMode::Off || loaded.attached.is_empty() {
+            return None;
+        }
+        let (domain, domain_len) = wire(&settings.domain)?;
+        Some(NamesProber {
+            servers: settings.listen.iter().chain(&settings.listen_shared).copied().collect(),
+            domain: domain.get(..domain_len as usize)?.to_vec(),
+            records: loaded.table.maps().records().clone(),
+            record: loaded.probe_record,
+        })
+    }
+
+    /// Takes over what probes resulted in: where answers don't arrive, queries pass.
+    pub fn record_probes(&mut self, results: Vec<(u64, ProbedAnswer)>) {
+        let Ok(loaded) = &mut self.loaded else { return };
+        let before = loaded.probe_state.problem().map(str::to_owned);
+        let passed = loaded.control.load().passed_on_loopback;
+        let passed = loaded.probe_state.record(results, passed);
+        loaded.control.update(|control| control.passed_on_loopback = passed);
+        match (before, loaded.probe_state.problem()) {
+            (None, Some(problem)) => tracing::warn!("{problem}"),
+            (Some(_), None) => tracing::info!("the kernel's answers arrive on lo"),
+            _ => {}
+        }
+    }
+
+    /// How many instructions the verifier processed for the program, as far as it runs here.
+    ///
+    /// # Errors
+    /// When the kernel knows nothing of it.
+    pub fn verified_instructions(
+        &self,
+        sizes: &Sizes,
+        pins: &Pins,
+    ) -> Result<Option<(&'static str, Option<u32>)>, DatapathError> {
+        let Ok(loaded) = &self.loaded else { return Ok(None) };
+        let program =
+            loaded.ebpf.program(PROGRAM).ok_or(DatapathError::Object { missing: PROGRAM })?;
+        let failed = |source| DatapathError::Program { program: PROGRAM, source };
+        let reported = program.info().map_err(failed)?.verified_instruction_count();
+        match reported {
+            Some(count) => Ok(Some((PROGRAM, Some(count)))),
+            None => {
+                let mut loader = loader(&names_shapes(sizes), pins);
+                loader.verifier_log_level(VerifierLogLevel::STATS);
+                let mut ebpf = loader.load(NAMES).map_err(DatapathError::Load)?;
+                processed(&mut ebpf, PROGRAM).map(Some)
+            }
+        }
+    }
+
     /// Detaches the program.
     pub fn detach(&mut self, pins: &Pins) {
         let Ok(loaded) = &mut self.loaded else { return };
+        let handle = loaded.handle;
         for (interface, ingress) in loaded.attached.drain(..) {
-            ingress.detach(&interface, &pins.link(&pin_name(&interface)));
+            let pin = pins.link(&pin_name(&interface));
+            ingress.detach(&interface, Place { pin: &pin, handle });
         }
         loaded.settings = None;
         // An earlier daemon's, too.
-        detach_filters();
+        detach_filters(pins);
     }
 
     /// The unit's state.
@@ -178,7 +262,8 @@ impl Names {
                 (UnitState::Failed, Some(problem.clone()))
             }
             Ok(LoadedNames { settings: None, .. }) => {
-                (UnitState::Waiting, Some("the DNS server hasn't begun to listen".to_owned()))
+                let reason = "this host's interfaces haven't been read";
+                (UnitState::Waiting, Some(reason.to_owned()))
             }
             Ok(LoadedNames { is_filled: false, .. }) => {
                 (UnitState::Waiting, Some("the first table is awaited".to_owned()))
@@ -187,7 +272,10 @@ impl Names {
                 let reason = if loaded.is_shadow { "shadow mode" } else { "dns.kernel = false" };
                 (UnitState::Off, Some(reason.to_owned()))
             }
-            Ok(loaded) => (UnitState::Attached, loaded.incomplete.clone()),
+            Ok(loaded) => {
+                let problem = loaded.probe_state.problem().map(str::to_owned);
+                (UnitState::Attached, problem.or_else(|| loaded.incomplete.clone()))
+            }
         };
         UnitHealth { name: UNIT, is_required: false, state, reason }
     }
@@ -212,19 +300,26 @@ impl Names {
 }
 
 impl LoadedNames {
-    fn load(sizes: &Sizes, pins: &Pins) -> Result<LoadedNames, String> {
+    fn load(sizes: &Sizes, pins: &Pins, map_creator: Option<&Path>) -> Result<LoadedNames, String> {
         let shapes = names_shapes(sizes);
         // Maps of another size are replaced by empty ones, which the first table fills.
         pins.exist(&pins.maps(), &shapes).map_err(|error| error.to_string())?;
-        let mut loader = EbpfLoader::new();
-        for MapShape { name, max_entries, .. } in &shapes {
-            loader.map_max_entries(name, *max_entries).map_pin_path(name, pins.maps().join(name));
+        if let Some(program) = map_creator {
+            // With those of the first unit, which are there: the mark is about all of them.
+            let all = sizes.shapes().into_iter().chain(shapes.iter().copied());
+            let all: Vec<_> =
+                all.map(|shape| (pins.maps().join(shape.name), shape.max_entries)).collect();
+            if let Err(reason) = memcg::create_uncharged(program, &all, &pins.charged()) {
+                tracing::debug!("the maps of the unit {UNIT} are charged: {reason}");
+            }
         }
-        loader.map_pin_path("CONTROL", pins.maps().join("CONTROL"));
-        let mut ebpf = loader.load(NAMES).map_err(|error| error.to_string())?;
-        let failed = |error: super::error::DatapathError| error.to_string();
+        let mut ebpf = loader(&shapes, pins).load(NAMES).map_err(|error| error.to_string())?;
+        let failed = |error: DatapathError| error.to_string();
         load_program(&mut ebpf, PROGRAM).map_err(failed)?;
-        let names = KernelNames::take(&mut ebpf).map_err(failed)?;
+        let mut names = KernelNames::take(&mut ebpf).map_err(failed)?;
+        names
+            .add_probe(sizes.services)
+            .map_err(|error| format!("the map NAMES is full: {error}"))?;
         let table = NameTable::adopt(names, sizes.services)
             .map_err(|error| format!("the map NAMES can't be read: {error}"))?;
         let counters: ControlWord<NamesCounters> =
@@ -244,7 +339,13 @@ impl LoadedNames {
             ebpf,
             settings: None,
             is_shadow: false,
+            probe_record: sizes.services,
+            probe_state: ProbeState::default(),
             attached: Vec::new(),
+            handle: FilterHandle::of(pins.dir()),
+            is_tidy: false,
+            pinned: PinnedMaps::open(shapes.iter().map(|shape| pins.maps().join(shape.name)))
+                .map_err(|error| error.to_string())?,
             problem: None,
             incomplete: None,
         })
@@ -258,7 +359,9 @@ impl LoadedNames {
                 settings.domain
             )
         })?;
-        let listen: BTreeSet<SocketAddr> = settings.listen.iter().copied().collect();
+        let shared = settings.listen_shared.iter().map(|address| (listen_key(*address), SHARED));
+        let bound = settings.listen.iter().map(|address| (listen_key(*address), BOUND));
+        let listen: HashMap<ListenKey, u32> = shared.chain(bound).collect();
         if listen.len() > MAX_LISTEN || settings.allowed.len() > MAX_ALLOWED {
             return Err(format!(
                 "more than {MAX_LISTEN} addresses in dns.listen, or {MAX_ALLOWED} networks in dns.allow"
@@ -268,9 +371,7 @@ impl LoadedNames {
             let what = what.to_owned();
             move |error: io::Error| format!("the kernel refused {what}: {error}")
         };
-        self.listeners
-            .set(listen.into_iter().map(listen_key))
-            .map_err(refused("the addresses of dns.listen"))?;
+        self.listeners.set(&listen).map_err(refused("the addresses of dns.listen"))?;
         self.networks.set(&settings.allowed).map_err(refused("the networks of dns.allow"))?;
         const SECOND_NS: u64 = 1_000_000_000;
         let interval_ns = SECOND_NS.checked_div(settings.client_rate.into()).unwrap_or(0);
@@ -315,25 +416,41 @@ impl LoadedNames {
         let (kept, gone): (Vec<_>, Vec<_>) =
             self.attached.drain(..).partition(|(interface, _)| wanted.contains(interface));
         self.attached = kept;
+        let handle = self.handle;
         for (interface, ingress) in gone {
-            ingress.detach(&interface, &pins.link(&pin_name(&interface)));
+            let pin = pins.link(&pin_name(&interface));
+            ingress.detach(&interface, Place { pin: &pin, handle });
+        }
+        if self.is_filled && !std::mem::replace(&mut self.is_tidy, true) {
+            end_elsewhere(&wanted, pins, handle);
         }
         let mut problem = None;
         for interface in wanted {
             let pin = pins.link(&pin_name(&interface));
+            let place = Place { pin: &pin, handle };
             let program = program(&mut self.ebpf)?;
             let present = self.attached.iter_mut().find(|(attached, _)| *attached == interface);
             let attached = match present {
-                Some((_, ingress)) => ingress.fix(program, &interface, &pin),
-                None => Ingress::attach(program, &interface, &pin)
+                Some((_, ingress)) => ingress.fix(program, &interface, place),
+                None => Ingress::attach(program, &interface, place)
                     .map(|ingress| self.attached.push((interface.clone(), ingress))),
             };
-            if let Err(error) = attached {
+            // An interface may be gone before that is known here.
+            if let Err(error) = attached
+                && error.raw_os_error() != Some(libc::ENODEV)
+            {
                 let why = format!("it can't be attached to {}: {error}", interface.name);
                 problem.get_or_insert(why);
             }
         }
         problem.map_or(Ok(()), Err)
+    }
+
+    fn set_incomplete(&mut self, incomplete: Option<String>) {
+        if let Some(reason) = incomplete.as_ref().filter(|_| incomplete != self.incomplete) {
+            tracing::warn!("not all names are answered by the kernel: {reason}");
+        }
+        self.incomplete = incomplete;
     }
 
     fn set_problem(&mut self, problem: Option<String>) {
@@ -360,6 +477,16 @@ impl LoadedNames {
     }
 }
 
+/// Loads the object over its pinned maps.
+fn loader(shapes: &[MapShape], pins: &Pins) -> EbpfLoader<'static> {
+    let mut loader = EbpfLoader::new();
+    for MapShape { name, max_entries, .. } in shapes {
+        loader.map_max_entries(name, *max_entries).map_pin_path(name, pins.maps().join(name));
+    }
+    loader.map_pin_path("CONTROL", pins.maps().join("CONTROL"));
+    loader
+}
+
 fn program(ebpf: &mut Ebpf) -> Result<&mut SchedClassifier, String> {
     let program = ebpf.program_mut(PROGRAM).ok_or("the object has no program nohop_names")?;
     program.try_into().map_err(|error: aya::programs::ProgramError| error.to_string())
@@ -367,21 +494,47 @@ fn program(ebpf: &mut Ebpf) -> Result<&mut SchedClassifier, String> {
 
 /// Ends what an earlier daemon attached.
 fn end_earlier(pins: &Pins) {
+    end_links(pins, |_| true);
+    detach_filters(pins);
+}
+
+/// Ends what an earlier daemon attached to interfaces that aren't wanted.
+fn end_elsewhere(wanted: &[Interface], pins: &Pins, handle: FilterHandle) {
+    end_links(pins, |name| !wanted.iter().any(|interface| pin_name(interface) == name));
+    let is_wanted = |name: &String| wanted.iter().any(|interface| interface.name == *name);
+    interface_names().filter(|name| !is_wanted(name)).for_each(|name| {
+        // Mostly there is none.
+        let _ = ingress::detach_filter(&name, handle);
+    });
+}
+
+/// Ends the links whose pins have such names.
+fn end_links(pins: &Pins, is_one: impl Fn(&str) -> bool) {
     for pinned in pins.all_links().unwrap_or_default() {
-        if pinned.name.to_string_lossy().starts_with(PIN_PREFIX) {
-            let ended = pinned.link.detach().and(unpin(&pinned.path).map_err(io::Error::other));
-            if let Err(error) = ended {
-                tracing::warn!("{} couldn't be detached: {error}", pinned.path.display());
+        let name = pinned.name.to_string_lossy();
+        if name.starts_with(PIN_PREFIX) && is_one(&name) {
+            let detached = pinned.link.detach();
+            if let Err(error) = unpin(&pinned.path).map_err(io::Error::other).and(detached) {
+                tracing::debug!("{} couldn't be detached: {error}", pinned.path.display());
             }
         }
     }
-    detach_filters();
 }
 
 /// Removes the filters that no link holds. Returns how many there were.
-pub fn detach_filters() -> usize {
-    let loopback = Interface { name: "lo".to_owned(), index: 1 };
-    usize::from(ingress::detach_filter(&loopback).is_ok())
+pub fn detach_filters(pins: &Pins) -> usize {
+    let handle = FilterHandle::of(pins.dir());
+    interface_names().filter(|name| ingress::detach_filter(name, handle).is_ok()).count()
+}
+
+/// The interfaces of this network namespace; loopback alone where they can't be listed.
+fn interface_names() -> impl Iterator<Item = String> {
+    let listed = nix::net::if_::if_nameindex();
+    let names: Vec<String> = match &listed {
+        Ok(listed) => listed.iter().map(|one| one.name().to_string_lossy().into_owned()).collect(),
+        Err(_) => vec!["lo".to_owned()],
+    };
+    names.into_iter()
 }
 
 /// Names of pins have no dots, so it is the interface's number.

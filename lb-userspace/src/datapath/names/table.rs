@@ -11,6 +11,9 @@ use super::super::ids::Ids;
 use crate::ordmap::{Diff, OrdMap};
 use crate::table::{Service, Table, Watch};
 
+/// The services of a table.
+type Services = OrdMap<Arc<str>, Arc<Service>>;
+
 /// The operations on the unit's maps. It is implemented by the kernel's maps and, in tests, by ones that
 /// check what a reader may see.
 pub trait NameMaps {
@@ -58,9 +61,11 @@ struct MappedName {
 pub struct NameTable<M> {
     maps: M,
     /// The services of the table that was applied last.
-    seen: OrdMap<Arc<str>, Arc<Service>>,
+    seen: Services,
     /// Names to be applied again: the kernel refused them, or an earlier daemon's may differ.
     pending: BTreeSet<Arc<str>>,
+    /// Whether a table was applied: what an earlier daemon left isn't to be removed before.
+    is_applied: bool,
     mapped: HashMap<Arc<str>, MappedName>,
     records: Ids,
     /// Records that were given up, and that a program may still read.
@@ -77,6 +82,10 @@ impl<M: NameMaps> NameTable<M> {
     pub fn adopt(mut maps: M, capacity: u32) -> io::Result<NameTable<M>> {
         let (mut mapped, mut has_removed) = (HashMap::new(), false);
         for (key, NameRef { record, .. }) in maps.all()? {
+            // The probe's, which isn't a service's.
+            if record == capacity {
+                continue;
+            }
             let NameRecord { vip, flags, vip6, .. } = maps.record(record);
             // The records are others than those that the name was written with.
             if vip == [0; 4] || record >= capacity {
@@ -93,6 +102,7 @@ impl<M: NameMaps> NameTable<M> {
             maps,
             seen: OrdMap::new(),
             pending: mapped.keys().cloned().collect(),
+            is_applied: false,
             mapped,
             records,
             quarantine: Vec::new(),
@@ -101,20 +111,32 @@ impl<M: NameMaps> NameTable<M> {
     }
 
     /// Updates the maps to `table`. Returns why some names aren't there: the daemon answers those, and
-    /// the next call tries them again.
+    /// [`NameTable::retry`] tries them again.
     pub fn apply(&mut self, table: &Table) -> Option<String> {
         let Diff { changed, gone } = self.seen.diff(&table.services);
         self.pending.extend(changed.iter().map(|(name, _)| Arc::clone(name)));
         self.pending.extend(gone.iter().map(|(name, _)| Arc::clone(name)));
         self.seen = table.services.clone();
+        self.is_applied = true;
+        self.retry()
+    }
+
+    /// Whether names are to be tried again.
+    pub fn is_behind(&self) -> bool {
+        self.is_applied && !self.pending.is_empty()
+    }
+
+    /// Tries names again that failed. Returns what [`NameTable::apply`] does.
+    pub fn retry(&mut self) -> Option<String> {
+        let services = self.seen.clone();
         let (present, gone): (Vec<_>, Vec<_>) = std::mem::take(&mut self.pending)
             .into_iter()
-            .partition(|name| table.services.contains_key(name));
+            .partition(|name| services.contains_key(name));
         let (moved, present): (Vec<_>, Vec<_>) =
-            present.into_iter().partition(|name| self.has_moved(name, table));
+            present.into_iter().partition(|name| self.has_moved(name, &services));
         // Removals come after insertions, which would wait for the end of readers.
-        let full = self.try_each(present, table);
-        let mut failed = self.try_each(gone, table);
+        let full = self.try_each(present, &services);
+        let mut failed = self.try_each(gone, &services);
         for name in &moved {
             if let Err(error) = self.remove(name) {
                 failed.insert(name.clone(), error);
@@ -123,17 +145,21 @@ impl<M: NameMaps> NameTable<M> {
         // By one wait for all. There may be room now for what had none.
         let again = moved.into_iter().chain(full.into_keys());
         let again = again.filter(|name| !failed.contains_key(name)).collect();
-        failed.extend(self.try_each(again, table));
+        failed.extend(self.try_each(again, &services));
         let reason = failed.iter().next().map(|(name, error)| format!("{name}: {error}"));
         self.pending = failed.into_keys().collect();
         reason
     }
 
     /// Updates these names; returns those that failed, each with the error.
-    fn try_each(&mut self, names: Vec<Arc<str>>, table: &Table) -> BTreeMap<Arc<str>, io::Error> {
+    fn try_each(
+        &mut self,
+        names: Vec<Arc<str>>,
+        services: &Services,
+    ) -> BTreeMap<Arc<str>, io::Error> {
         let mut failed = BTreeMap::new();
         for name in names {
-            let updated = match table.services.get(&name) {
+            let updated = match services.get(&name) {
                 Some(service) => self.upsert(&name, service),
                 None => self.remove(&name),
             };
@@ -159,9 +185,8 @@ impl<M: NameMaps> NameTable<M> {
     }
 
     /// Whether a name that is in the maps has other addresses now.
-    fn has_moved(&self, name: &Arc<str>, table: &Table) -> bool {
-        let (Some(mapped), Some(service)) = (self.mapped.get(name), table.services.get(name))
-        else {
+    fn has_moved(&self, name: &Arc<str>, services: &Services) -> bool {
+        let (Some(mapped), Some(service)) = (self.mapped.get(name), services.get(name)) else {
             return false;
         };
         mapped.addresses != answered(service).0

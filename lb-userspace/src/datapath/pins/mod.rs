@@ -76,6 +76,11 @@ impl Pins {
         Pins::open(dir, 0).map(Some)
     }
 
+    /// The directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
     /// Where the socket storages are pinned.
     pub fn sockets(&self) -> PathBuf {
         self.dir.join("sockets")
