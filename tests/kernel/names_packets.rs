@@ -397,7 +397,7 @@ fn plain_packets(names: &mut Names) {
     }
 }
 
-/// Forged sources at an interface that leads to other hosts.
+/// Forged sources, and hardware addresses of many, at an interface that leads to other hosts.
 fn packets_at_a_link(names: &mut Names) {
     for words in [
         "link add d0 address 02:00:00:00:00:01 type veth peer name d1",
@@ -435,6 +435,12 @@ fn packets_at_a_link(names: &mut Names) {
     };
     for source in ["10.5.0.2", "fd05::2"] {
         names.is_answered(&from(source));
+        // The answer would come from such a hardware address.
+        for to in [[0xff; 6], [1, 0, 0x5e, 0, 0, 1]] {
+            let mut to_many = from(source);
+            to_many[..6].copy_from_slice(&to);
+            assert_eq!(names.run(&to_many, 0), None, "to {to:02x?}, from {source}");
+        }
     }
     let forged = ["8.8.8.8", "0.0.0.0", "127.0.0.1", "224.0.0.1", "255.255.255.255", "240.0.0.1"];
     let own = ["10.5.0.1", "10.5.0.255", "fd05::1"];
