@@ -181,8 +181,11 @@ pub struct NamesControl {
     /// The address families whose queries on `lo` pass because answers don't arrive there:
     /// [`NamesControl::IPV4`] and [`NamesControl::IPV6`].
     pub passed_on_loopback: u64,
+    /// 1 while a daemon can answer from its table: not while it starts or stops. Until then the unit
+    /// answers as if it were dead.
+    pub is_ready: u64,
     /// Zero.
-    pub reserved: [u64; 2],
+    pub reserved: u64,
 }
 
 impl NamesControl {

@@ -103,7 +103,8 @@ extern "C" fn nohop_names_decide(ctx: *mut __sk_buff) -> u64 {
 fn decide(skb: &Skb, control: ControlPtr, scratch: &Scratch) -> Decision {
     let now_ns = now_ns();
     let DaemonState { heartbeat_ns, table_ns, max_age_ns } = maps::daemon();
-    let is_alive = now_ns.saturating_sub(heartbeat_ns) < NAMES_HEARTBEAT_NS;
+    // One that starts leaves queries in its sockets, and one that stops doesn't read them any more.
+    let is_alive = control.is_ready() && now_ns.saturating_sub(heartbeat_ns) < NAMES_HEARTBEAT_NS;
     // A daemon that stops takes its heartbeat back, not when its table was right.
     let last_ns = heartbeat_ns.max(table_ns);
     let are_kept = last_ns.saturating_sub(control.heartbeat_ns()) < NAMES_HEARTBEAT_NS;

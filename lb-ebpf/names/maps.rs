@@ -144,6 +144,12 @@ impl ControlPtr {
         read!(self.heartbeat_ns)
     }
 
+    /// Whether the daemon can answer from its table, if it is alive.
+    #[inline(always)]
+    pub fn is_ready(self) -> bool {
+        read!(self.is_ready) != 0
+    }
+
     /// Whether a required hook was found detached.
     #[inline(always)]
     pub fn is_detached(self) -> bool {

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use lb_userspace::config::KernelMode;
 use lb_userspace::datapath::{
-    Datapath, IngressInterface, NamesSettings, Options, ProbedAnswer, UnitState,
+    Datapath, IngressInterface, NamesSettings, Options, ProbedAnswer, UnitState, announce_start,
 };
 use lb_userspace::table::{Table, Watch};
 use rustix::thread::gettid;
@@ -170,6 +170,7 @@ pub fn serve(place: &Place) -> Datapath {
     let mut datapath = place.start();
     datapath.apply(&names()).unwrap();
     datapath.configure_names(settings(PORT));
+    datapath.set_names_ready(true);
     let unit = datapath.unit_status().into_iter().find(|unit| unit.name == "names").unwrap();
     assert_eq!((unit.state, unit.reason), (UnitState::Attached, None));
     datapath
@@ -246,6 +247,18 @@ pub fn follow_the_table_and_the_daemon() {
         while_it_runs(&datapath, "web.service");
         datapath.set_names_detached(false);
         assert_eq!(web(), VIP.to_string());
+        // One that starts or stops is as none.
+        let cold = || ask(server, "cold.service", A, false);
+        datapath.heartbeat(None);
+        datapath.set_names_ready(false);
+        assert_eq!(cold(), OTHER_VIP.to_string());
+        passes("other.service");
+        datapath.set_names_ready(true);
+        passes("cold.service");
+        announce_start(&place.options.bpffs);
+        assert_eq!(cold(), OTHER_VIP.to_string());
+        // It hasn't: this one still runs.
+        while_it_runs(&datapath, "cold.service");
         // None runs.
         datapath.keep();
         assert_eq!(ask(server, "cold.service", A, false), OTHER_VIP.to_string());
@@ -274,6 +287,9 @@ pub fn follow_the_table_and_the_daemon() {
             .configure_names(NamesSettings { mode: Some(KernelMode::Standby), ..settings(PORT) });
         assert_eq!(web(), VIP.to_string());
         while_it_runs(&datapath, "web.service");
+        datapath.set_names_ready(false);
+        assert_eq!(web(), VIP.to_string());
+        datapath.set_names_ready(true);
         datapath.configure_names(NamesSettings { mode: None, ..settings(PORT) });
         datapath.keep();
         passes("web.service");

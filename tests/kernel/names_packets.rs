@@ -500,6 +500,7 @@ fn spoiled_packets(names: &mut Names) {
 
     let listeners = [IpAddr::from(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()];
     let _sockets = listeners.map(|ip| UdpSocket::bind((ip, PORT)).unwrap());
+    names.datapath.set_names_ready(true);
     names.datapath.heartbeat(None);
     at_random(names, &messages, Other::Passes);
     eprintln!("{} packets, {} answered as by the daemon", names.n_runs, names.n_answers);

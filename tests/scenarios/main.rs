@@ -132,6 +132,7 @@ const SCENARIOS: &[(&str, Scenario)] = &[
     ("names_after_a_crash", names_under_load::crashed),
     ("names_after_twenty_kills", names_under_load::killed_at_random),
     ("names_lost_without_the_unit", names_under_load::lost_without_the_unit),
+    ("names_of_idle_services", names_under_load::idle_services),
     ("names_outlive_the_daemon", names_outlive_the_daemon::run),
     ("intercepted", intercepted::run),
     ("names_through_an_update", names_under_load::updated),

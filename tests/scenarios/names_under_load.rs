@@ -125,3 +125,31 @@ pub fn killed_at_random() -> Result<()> {
     cluster.nohop.start_again()?;
     none_is_lost(load).map(drop)
 }
+
+/// Services that nobody has used for long are answered by the daemon while one runs, and it asks Consul
+/// then: also while the next one starts, none of their names is lost.
+pub fn idle_services() -> Result<()> {
+    const N: usize = 60;
+    let mut cluster = Cluster::new(1)?;
+    wait_for_unit(&cluster.nohop)?;
+    let address = cluster.helloworlds[0].address;
+    for idx in 0..N {
+        let name = format!("idle-{idx}");
+        cluster.server.register(&instance(&name, &name, address))?;
+    }
+    let last = format!("idle-{}", N - 1);
+    let has_all = |services: &serde_json::Value| services.to_string().contains(&last);
+    cluster.nohop.wait_until(has_all)?;
+    cluster.nohop.wait_for_state("catalog.json", &last)?;
+    cluster.nohop.kill()?;
+    cluster.nohop.start_again_unwatched()?;
+    let mut lost = Vec::new();
+    for idx in 0..N {
+        let answer = cluster.nodes.dig(&format!("idle-{idx}.service"))?;
+        if !answer.contains("status: NOERROR") || !answer.contains("127.") {
+            lost.push((idx, answer));
+        }
+    }
+    ensure!(lost.is_empty(), "{} lost: {lost:?}", lost.len());
+    Ok(())
+}

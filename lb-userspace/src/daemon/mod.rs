@@ -45,7 +45,9 @@ use crate::catalog::{Published, SourceEvent, Sources, SupervisorExit, UsageSende
 use crate::config::{
     AllCritical, CatalogConfig, Config, ConfigErrors, Expired, OnExit, Problem, VipConfig, cgroup,
 };
-use crate::datapath::{Datapath, Mode, Options, Report, Reports, SharedDatapath, route};
+use crate::datapath::{
+    Datapath, Mode, Options, Report, Reports, SharedDatapath, announce_start, route,
+};
 use crate::table::first_contact::Probe;
 use crate::table::vips::PoolUse;
 use crate::table::{Builder, DrainError, SharedWaits};
@@ -155,6 +157,7 @@ impl Daemon {
         catalog::check_first(&config)?;
         // Exclusive resources come first, so that a second daemon disturbs nothing.
         let admin_listeners = admin::bind(&config.admin.listen)?;
+        announce_start(&config.bpffs);
         let dns_sockets = dns::bind(&config.dns).await?;
         let dns_addresses = dns_sockets.addresses().to_vec();
         let listen_tls = dns_sockets.tls_addresses().to_vec();
@@ -587,6 +590,8 @@ impl Daemon {
     fn tick(&mut self) {
         let views = self.sources.views();
         let age = views.borrow().iter().filter_map(|source| source.health.borrow().age()).max();
+        let is_synced = self.pipeline.published().borrow().is_synced();
+        self.datapath.set_names_ready(is_synced);
         self.datapath.heartbeat(age);
         let &CatalogConfig { expired, max_age, .. } = &self.config.catalog;
         self.datapath.set_max_age((expired == Expired::Refuse).then_some(max_age));
@@ -596,7 +601,6 @@ impl Daemon {
             self.attached.send_replace(false);
         }
         self.update_mode();
-        let is_synced = self.pipeline.published().borrow().is_synced();
         self.notify.alive(*self.attached.borrow() && is_synced);
         self.pool.send_replace(self.pipeline.builder().vips().pool_use(SystemTime::now()));
         self.pipeline.record();
@@ -615,6 +619,8 @@ impl Daemon {
     /// Takes the parts down, and the kernel side where the configuration wants that.
     async fn stop(mut self) {
         self.notify.stopping();
+        // Before the DNS server stops reading.
+        self.datapath.set_names_ready(false);
         let vips = tokio::time::timeout(FLUSH_TIMEOUT, self.pipeline.flush());
         let drains = tokio::time::timeout(FLUSH_TIMEOUT, self.drains.flush());
         // Clients get what is answered meanwhile.

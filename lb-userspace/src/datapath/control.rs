@@ -272,6 +272,12 @@ impl Datapath {
         self.names.configure(settings, &self.pins);
     }
 
+    /// Whether the daemon can answer names from its table. Until it can, and from when it can't any more,
+    /// the kernel answers as while no daemon runs.
+    pub fn set_names_ready(&mut self, is_ready: bool) {
+        self.names.set_ready(is_ready);
+    }
+
     /// Whether a required hook was found detached: names are SERVFAIL then.
     pub fn set_names_detached(&mut self, is_detached: bool) {
         self.names.set_detached(is_detached);

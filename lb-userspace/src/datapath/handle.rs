@@ -244,6 +244,11 @@ impl SharedDatapath {
         lock(&self.datapath).configure_names(settings);
     }
 
+    /// As [`Datapath::set_names_ready`].
+    pub fn set_names_ready(&self, is_ready: bool) {
+        lock(&self.datapath).set_names_ready(is_ready);
+    }
+
     /// As [`Datapath::set_names_detached`].
     pub fn set_names_detached(&self, is_detached: bool) {
         lock(&self.datapath).set_names_detached(is_detached);

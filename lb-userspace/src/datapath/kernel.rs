@@ -7,6 +7,7 @@ use std::marker::PhantomData;
 use std::mem::offset_of;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::AsFd;
+use std::path::Path;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -46,8 +47,22 @@ impl<T> AtomicArray<T> {
         ebpf: &mut Ebpf,
         name: &'static str,
     ) -> Result<Arc<AtomicArray<T>>, DatapathError> {
-        let map = ebpf.take_map(name).ok_or(DatapathError::Object { missing: name })?;
-        let Map::Array(map) = map else { return Err(DatapathError::Object { missing: name }) };
+        AtomicArray::map(ebpf.take_map(name), name)
+    }
+
+    /// Maps a pinned array into memory.
+    pub(super) fn pinned(
+        pin: &Path,
+        name: &'static str,
+    ) -> Result<Arc<AtomicArray<T>>, DatapathError> {
+        let map = MapData::from_pin(pin).and_then(Map::from_map_data);
+        AtomicArray::map(Some(map.map_err(|source| DatapathError::Map { source })?), name)
+    }
+
+    fn map(map: Option<Map>, name: &'static str) -> Result<Arc<AtomicArray<T>>, DatapathError> {
+        let Some(Map::Array(map)) = map else {
+            return Err(DatapathError::Object { missing: name });
+        };
         let info = map.info().map_err(|source| DatapathError::Map { source })?;
         if info.value_size() as usize != size_of::<T>() {
             return Err(DatapathError::Object { missing: name });

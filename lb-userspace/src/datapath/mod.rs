@@ -60,7 +60,7 @@ pub use links::Attachment;
 pub use memcg::{Charge, create_maps};
 #[cfg(any(fuzzing, test))]
 pub use names::answered as answered_by_kernel;
-pub use names::{Interface as IngressInterface, NamesSettings, ProbedAnswer};
+pub use names::{Interface as IngressInterface, NamesSettings, ProbedAnswer, announce_start};
 pub use obstacles::Obstacle;
 pub use options::Options;
 pub use pins::{

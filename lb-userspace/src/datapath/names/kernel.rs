@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::mem::offset_of;
 use std::net::{IpAddr, Ipv4Addr};
+use std::path::Path;
 use std::sync::Arc;
 
 use aya::Ebpf;
@@ -115,6 +116,19 @@ impl<T: FromBytes + IntoBytes + Immutable> ControlWord<T> {
     /// When it isn't there.
     pub fn take(ebpf: &mut Ebpf, name: &'static str) -> Result<ControlWord<T>, DatapathError> {
         AtomicArray::take(ebpf, name).map(ControlWord)
+    }
+
+    /// Opens a map by its pin.
+    ///
+    /// # Errors
+    /// When it isn't there, or is another one.
+    pub fn pinned(pin: &Path, name: &'static str) -> Result<ControlWord<T>, DatapathError> {
+        AtomicArray::pinned(pin, name).map(ControlWord)
+    }
+
+    /// Writes the word at `offset`.
+    pub fn store_field(&self, offset: usize, word: u64) {
+        self.0.store_field(0, offset, &word);
     }
 
     /// The value.

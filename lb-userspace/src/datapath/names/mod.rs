@@ -11,16 +11,17 @@ mod table;
 
 use std::collections::HashMap;
 use std::io;
+use std::mem::offset_of;
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 use std::sync::Arc;
 
-use aya::programs::{Program, SchedClassifier};
+use aya::programs::SchedClassifier;
 use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
 use ipnet::IpNet;
 use lb_common::{
-    Address, ListenKey, MAX_ALLOWED, MAX_DOMAIN_LEN, MAX_LISTEN, NamesControl, NamesCounters,
-    NamesMode, NamesZone,
+    Address, LAYOUT, ListenKey, MAX_ALLOWED, MAX_DOMAIN_LEN, MAX_LISTEN, NamesControl,
+    NamesCounters, NamesMode, NamesZone,
 };
 
 use super::error::DatapathError;
@@ -40,6 +41,8 @@ use table::NameTable;
 
 /// The program's name in the object.
 const PROGRAM: &str = "nohop_names";
+/// The map that has a [`NamesControl`].
+const CONTROL: &str = "NAMES_CONTROL";
 /// The unit's name.
 const UNIT: &str = "names";
 /// Values of `NAMES_LISTEN`: a socket of the daemon's has the address, or one of the unspecified address.
@@ -90,6 +93,7 @@ struct LoadedNames {
     networks: ClientNetworks,
     settings: Option<NamesSettings>,
     is_shadow: bool,
+    is_ready: bool,
     /// The index of the probe's record.
     probe_record: u32,
     probe_state: ProbeState,
@@ -124,15 +128,22 @@ impl Names {
         Names { loaded }
     }
 
-    /// A program of the unit's.
-    pub fn program(&self, name: &str) -> Option<&Program> {
-        self.loaded.as_ref().ok()?.ebpf.program(name)
-    }
-
-    /// Writes the time of a heartbeat.
+    /// Writes the time of a heartbeat, and again whether the daemon can answer: another one that tried to
+    /// start has written that it can't.
     pub fn heartbeat(&self, now_ns: u64) {
         if let Ok(loaded) = &self.loaded {
-            loaded.control.update(|control| control.heartbeat_ns = now_ns);
+            let is_ready = loaded.is_ready.into();
+            loaded.control.update(|control| {
+                (control.heartbeat_ns, control.is_ready) = (now_ns, is_ready);
+            });
+        }
+    }
+
+    /// Whether the daemon can answer from its table; at first it can't.
+    pub fn set_ready(&mut self, is_ready: bool) {
+        let Ok(loaded) = &mut self.loaded else { return };
+        if std::mem::replace(&mut loaded.is_ready, is_ready) != is_ready {
+            loaded.control.update(|control| control.is_ready = is_ready.into());
         }
     }
 
@@ -304,6 +315,16 @@ impl Names {
     }
 }
 
+/// Has the kernel answer names as while no daemon runs, until the one that starts now can: before it binds
+/// its sockets, since an earlier one's heartbeat may be fresh. `bpffs` is the directory of the pins.
+pub fn announce_start(bpffs: &Path) {
+    let pin = bpffs.join(format!("v{LAYOUT}/maps")).join(CONTROL);
+    // Mostly there is one.
+    if let Ok(control) = ControlWord::<NamesControl>::pinned(&pin, CONTROL) {
+        control.store_field(offset_of!(NamesControl, is_ready), 0);
+    }
+}
+
 impl LoadedNames {
     fn load(sizes: &Sizes, pins: &Pins, map_creator: Option<&Path>) -> Result<LoadedNames, String> {
         let shapes = names_shapes(sizes);
@@ -337,13 +358,14 @@ impl LoadedNames {
             last_queries,
             before: counters.load(),
             table,
-            control: ControlWord::take(&mut ebpf, "NAMES_CONTROL").map_err(failed)?,
+            control: ControlWord::take(&mut ebpf, CONTROL).map_err(failed)?,
             counters,
             listeners: Listeners::take(&mut ebpf).map_err(failed)?,
             networks: ClientNetworks::take(&mut ebpf).map_err(failed)?,
             ebpf,
             settings: None,
             is_shadow: false,
+            is_ready: false,
             probe_record: sizes.services,
             probe_state: ProbeState::default(),
             attached: Vec::new(),
