@@ -7,7 +7,8 @@
 
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::{
-    BPF_F_MMAPABLE, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB, bpf_spin_lock,
+    BPF_F_MMAPABLE, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB, TC_ACT_UNSPEC,
+    bpf_spin_lock,
 };
 use aya_ebpf::btf_maps::{Array, HashMap, LruHashMap, SkStorage};
 use aya_ebpf::helpers::generated::{
@@ -17,8 +18,8 @@ use aya_ebpf::helpers::{
     bpf_get_current_pid_tgid, bpf_get_netns_cookie, bpf_get_prandom_u32, bpf_get_socket_cookie,
     bpf_probe_read_kernel,
 };
-use aya_ebpf::macros::{btf_map, cgroup_sock, cgroup_sock_addr, sock_ops};
-use aya_ebpf::programs::{SockAddrContext, SockContext, SockOpsContext};
+use aya_ebpf::macros::{btf_map, cgroup_sock, cgroup_sock_addr, classifier, sock_ops};
+use aya_ebpf::programs::{SockAddrContext, SockContext, SockOpsContext, TcContext};
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
 use lb_common::RevNat;
 
@@ -339,6 +340,12 @@ pub fn sockops_states(ctx: SockOpsContext) -> u32 {
         let _ = ctx.set_cb_flags(BPF_SOCK_OPS_STATE_CB_FLAG.cast_signed());
     }
     1
+}
+
+/// A program at the ingress of an interface that does nothing.
+#[classifier]
+pub fn tc_empty(_ctx: TcContext) -> i32 {
+    TC_ACT_UNSPEC
 }
 
 /// A peer that isn't all zeros, so that the compiler can't know that it needn't copy it.

@@ -10,7 +10,7 @@ use minijinja::{Environment, UndefinedBehavior, Value, context};
 use super::common::{Protocol, Services, frontend, n_workers};
 
 /// The files, which are compiled in so that a built harness needs no checkout.
-const FILES: [(&str, &str); 15] = [
+const FILES: [(&str, &str); 16] = [
     ("backend.conf", include_str!("../../peers/backend.conf")),
     ("dnsmasq.conf", include_str!("../../peers/dnsmasq.conf")),
     ("envoy-client.yaml", include_str!("../../peers/envoy-client.yaml")),
@@ -26,6 +26,7 @@ const FILES: [(&str, &str); 15] = [
     ("nftables.nft", include_str!("../../peers/nftables.nft")),
     ("nginx-stream.conf", include_str!("../../peers/nginx-stream.conf")),
     ("nohop.toml", include_str!("../../peers/nohop.toml")),
+    ("unbound.conf", include_str!("../../peers/unbound.conf")),
 ];
 
 /// Fills in a file of `bench/peers` and writes it to `dir`, under the same name.

@@ -79,6 +79,7 @@ impl Datapath {
 
     fn info(&self, program: &'static str) -> Result<ProgramInfo, DatapathError> {
         let loaded = self.units.loaded().find_map(|ebpf| ebpf.program(program));
+        let loaded = loaded.or_else(|| self.names.program(program));
         let loaded = loaded.ok_or(DatapathError::Object { missing: program })?;
         loaded.info().map_err(|source| DatapathError::Program { program, source })
     }

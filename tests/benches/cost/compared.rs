@@ -4,7 +4,9 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use aya::Ebpf;
-use aya::programs::{CgroupAttachMode, CgroupSock, CgroupSockAddr, Program, SockOps};
+use aya::programs::{
+    CgroupAttachMode, CgroupSock, CgroupSockAddr, Program, SchedClassifier, SockOps, TcAttachType,
+};
 use lb_userspace::config::cgroup;
 use lb_userspace::datapath::Cost;
 use testbed::tempdir;
@@ -44,6 +46,9 @@ pub const SOCKOPS: [(&str, &str, &str); 2] = [
     ("sockops, empty, states", "sockops_states", "sockops_states"),
 ];
 
+/// The program at the ingress of `lo` that does nothing.
+pub const AT_INGRESS: &str = "tc_empty";
+
 /// They go with this, which has to happen outside their cgroups.
 pub struct Compared {
     ebpf: Ebpf,
@@ -77,7 +82,15 @@ impl Compared {
         for (_, program, of) in PROGRAMS.into_iter().chain(SOCKOPS) {
             compared.attach(program, of);
         }
+        compared.attach_at_ingress();
         compared
+    }
+
+    fn attach_at_ingress(&mut self) {
+        let program = self.ebpf.program_mut(AT_INGRESS).expect("the object has it");
+        let program: &mut SchedClassifier = program.try_into().expect("it is of that kind");
+        program.load().expect("the kernel takes the program");
+        program.attach("lo", TcAttachType::Ingress).expect("the kernel attaches it");
     }
 
     fn attach(&mut self, program: &'static str, of: &'static str) {
@@ -110,7 +123,8 @@ impl Compared {
             Program::CgroupSockAddr(program) => CgroupSockAddr::info(program),
             Program::CgroupSock(program) => CgroupSock::info(program),
             Program::SockOps(program) => SockOps::info(program),
-            _ => unreachable!("they are of three kinds"),
+            Program::SchedClassifier(program) => SchedClassifier::info(program),
+            _ => unreachable!("they are of four kinds"),
         }
         .expect("the kernel reports it");
         Cost { n_runs: info.run_count(), run_time: info.run_time() }

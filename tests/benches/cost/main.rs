@@ -7,13 +7,15 @@ mod traffic;
 
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, UdpSocket};
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 
 use compared::Compared;
 use figures::{Figures, Goal};
 use lb_tests::fixture::{self, Bed, Server, service};
-use lb_userspace::datapath::{Cost, Measuring, Options, UNITS};
+use lb_userspace::config::KernelMode;
+use lb_userspace::datapath::{Cost, IngressInterface, Measuring, NamesSettings, Options, UNITS};
 use lb_userspace::table::{Protocols, Service};
+use rustix::thread::{UnshareFlags, unshare_unsafe};
 
 /// The numbers of services.
 const FEW: u32 = 10;
@@ -29,7 +31,7 @@ const DEAD: u32 = 3;
 
 const STRIDE: u32 = 7_919;
 
-const GOALS: [Goal; 10] = [
+const GOALS: [Goal; 12] = [
     Goal::AtMost(150.0, "no VIP"),
     Goal::Over(200.0, "a VIP among 10,000", "storage alone"),
     Goal::Over(200.0, "VIPs of 10,000", "storage alone"),
@@ -40,7 +42,12 @@ const GOALS: [Goal; 10] = [
     Goal::Times(1.2, "a VIP among 10,000", "a VIP among 10"),
     Goal::AtMost(400.0, "UDP: a datagram sent"),
     Goal::AtMost(400.0, "UDP: a datagram received"),
+    Goal::Over(200.0, "names: a name of 10,000", "names: empty"),
+    Goal::Over(70.0, "names: another datagram", "names: empty"),
 ];
+
+/// Where names are answered.
+const DNS: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::LOCALHOST, 53);
 
 fn main() -> ExitCode {
     if !rustix::process::geteuid().is_root() {
@@ -51,6 +58,11 @@ fn main() -> ExitCode {
         eprintln!("run `cargo xtask bench cost`: it builds the programs to compare with");
         return ExitCode::FAILURE;
     };
+    // Programs at the ingress of `lo` meet this benchmark's packets alone.
+    // SAFETY: the flag shares and unshares no file descriptors.
+    unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.expect("a network namespace");
+    let up = Command::new("ip").args(["link", "set", "lo", "up"]).status().expect("ip runs");
+    assert!(up.success(), "lo isn't up");
     let quick = std::env::args().any(|argument| argument == "--quick");
     // Cases by parts of their names; all, where none is named.
     let wanted: Vec<String> =
@@ -106,7 +118,18 @@ fn measure(object: &Path, wanted: &[String], n_rounds: usize, n_calls: usize) ->
 
     let _measuring = Measuring::start().expect("the kernel counts run times");
     let compared = &Compared::load(object);
-    let (few, many) = (table(FEW, &backends), table(MANY, &backends));
+    let few = table(FEW, &backends);
+    let mut many = table(MANY, &backends);
+    many.datapath.configure_names(NamesSettings {
+        mode: Some(KernelMode::Always),
+        domain: "service".into(),
+        ttl: 30,
+        listen: vec![DNS.into()],
+        listen_shared: Vec::new(),
+        allowed: Vec::new(),
+        client_rate: 0,
+        interfaces: vec![IngressInterface { name: "lo".into(), index: 1 }],
+    });
     let (few, many) = (&few, &many);
     // Whose backends stay eligible, although they refuse.
     let never = |options: &mut Options| {
@@ -201,11 +224,24 @@ fn measure(object: &Path, wanted: &[String], n_rounds: usize, n_calls: usize) ->
         Case::of(many, "nohop_sendmsg4", "UDP: no VIP", move || {
             traffic::exchange(echo_address, echo, n_calls);
         }),
+        Case::of(many, "nohop_names", "names: a name of 10,000", move || {
+            traffic::look_up(&format!("{}.service", name(DEAD)), DNS, n_calls);
+        }),
+        Case::of(many, "nohop_names", "names: another datagram", move || {
+            traffic::exchange(echo_address, echo, n_calls);
+        }),
+        Case {
+            name: "names: empty",
+            cgroup: many.cgroup.path.clone(),
+            cost: Box::new(move || compared.cost(compared::AT_INGRESS)),
+            work: Box::new(move || traffic::exchange(echo_address, echo, n_calls)),
+            n_connections: None,
+        },
     ]);
 
     cases.retain(|case| {
         let is_wanted = |part: &String| case.name.contains(part);
-        case.name == "empty" || wanted.is_empty() || wanted.iter().any(is_wanted)
+        case.name.ends_with("empty") || wanted.is_empty() || wanted.iter().any(is_wanted)
     });
     let mut figures = Figures::of(cases.iter().map(|case| case.name));
     for _ in 0..n_rounds {
@@ -228,6 +264,10 @@ struct Backends {
 }
 
 /// A VIP as the table assigns one, by a hash: within 127.192.0.0/10, each service another one.
+fn name(service_idx: u32) -> String {
+    format!("web-{service_idx}")
+}
+
 fn vip(service_idx: u32) -> SocketAddrV4 {
     const BITS: u32 = 22;
     // Each step has an inverse.
@@ -259,7 +299,7 @@ fn table_with(n_services: u32, backends: &Backends, change: impl FnOnce(&mut Opt
             _ => (0..N_BACKENDS).map(of_its_own).collect(),
         };
         let weighted: Vec<_> = addresses.into_iter().map(|address| (address.into(), 1)).collect();
-        let name = format!("web-{service_idx}");
+        let name = name(service_idx);
         let protocols = if service_idx == ECHO { Protocols::Both } else { Protocols::Tcp };
         Service { protocols, ..service(&name, *vip(service_idx).ip(), &weighted) }
     };

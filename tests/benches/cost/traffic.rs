@@ -51,3 +51,21 @@ pub fn exchange(address: SocketAddrV4, echo: &UdpSocket, n_datagrams: usize) {
         assert_eq!(sender, SocketAddr::V4(address));
     }
 }
+
+/// Looks a name up at a DNS server from one socket.
+pub fn look_up(name: &str, server: SocketAddrV4, n_queries: usize) {
+    let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).expect("a socket");
+    socket.connect(server).expect("it is connected");
+    let mut query = vec![7, 7, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0];
+    for label in name.split('.') {
+        query.push(label.len() as u8);
+        query.extend(label.bytes());
+    }
+    query.extend([0, 0, 1, 0, 1]);
+    let mut answer = [0; 512];
+    for _ in 0..n_queries {
+        socket.send(&query).expect("it is sent");
+        let len = socket.recv(&mut answer).expect("an answer");
+        assert_eq!((answer[3] & 15, answer[7]), (0, 1), "an address, in {:?}", &answer[..len]);
+    }
+}

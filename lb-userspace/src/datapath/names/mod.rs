@@ -16,7 +16,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 use std::sync::Arc;
 
-use aya::programs::SchedClassifier;
+use aya::programs::{Program, SchedClassifier};
 use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
 use ipnet::IpNet;
 use lb_common::{
@@ -126,6 +126,11 @@ impl Names {
             );
         }
         Names { loaded }
+    }
+
+    /// A program of the unit's.
+    pub fn program(&self, name: &str) -> Option<&Program> {
+        self.loaded.as_ref().ok()?.ebpf.program(name)
     }
 
     /// Writes the time of a heartbeat, and again whether the daemon can answer: another one that tried to
